@@ -1,0 +1,224 @@
+//! A frozen matrix: rows of blocks that stay where they are, read a tile at a time.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use super::BlockType;
+
+/// A window into bytes that somebody keeps alive: a memory map, or a buffer on the heap.
+#[derive(Clone)]
+pub struct Bytes {
+    owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    range: Range<usize>,
+}
+
+impl Bytes {
+    /// All bytes of `owner`.
+    pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Self {
+        let range = 0..(*owner).as_ref().len();
+        Self { owner, range }
+    }
+
+    /// The bytes at `range` of this window, or `None` if it does not hold them all.
+    pub fn slice(&self, range: Range<usize>) -> Option<Self> {
+        let start = self.range.start.checked_add(range.start)?;
+        let end = self.range.start.checked_add(range.end)?;
+        (start <= end && end <= self.range.end)
+            .then(|| Self { owner: self.owner.clone(), range: start..end })
+    }
+}
+
+impl std::ops::Deref for Bytes {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &(*self.owner).as_ref()[self.range.clone()]
+    }
+}
+
+impl std::fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Bytes({:?})", self.range)
+    }
+}
+
+/// How the rows of a matrix lie in its bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RowOrder {
+    /// Row `i` is the `i`-th stored row.
+    Straight,
+    /// llama.cpp's converter stores the rows of `attn_q` and `attn_k` of the `llama` architecture
+    /// so that the two halves of a rotary pair are neighbours: per head, logical row
+    /// `half * (head_dim / 2) + i` is stored at `2 * i + half`.
+    Interleaved {
+        /// Rows of one head, an even number.
+        head_dim: usize,
+    },
+}
+
+/// Why bytes cannot be read as a matrix.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum MatrixError {
+    /// The row is not a whole number of blocks.
+    #[error("rows of {cols} values are not a whole number of {block_type} blocks of {block_len}")]
+    Row {
+        /// Columns asked for.
+        cols: usize,
+        /// The block type.
+        block_type: BlockType,
+        /// Values in a block.
+        block_len: usize,
+    },
+    /// The bytes do not hold `rows x cols` values.
+    #[error("{rows} x {cols} values of {block_type} need {needed} bytes, found {found}")]
+    Size {
+        /// Rows asked for.
+        rows: usize,
+        /// Columns asked for.
+        cols: usize,
+        /// The block type.
+        block_type: BlockType,
+        /// Bytes the shape needs.
+        needed: usize,
+        /// Bytes there are.
+        found: usize,
+    },
+    /// An interleaved order over rows that are no whole heads of even size.
+    #[error("{rows} rows cannot be interleaved heads of {head_dim}")]
+    Heads {
+        /// Rows of the matrix.
+        rows: usize,
+        /// Rows of a head.
+        head_dim: usize,
+    },
+}
+
+/// A frozen `(rows, cols)` matrix in any block type, read where it lies.
+#[derive(Debug, Clone)]
+pub struct FrozenMatrix {
+    bytes: Bytes,
+    block_type: BlockType,
+    rows: usize,
+    cols: usize,
+    row_bytes: usize,
+    order: RowOrder,
+}
+
+impl FrozenMatrix {
+    /// Checks once that `bytes` are exactly `rows x cols` values of `block_type`.
+    pub fn new(
+        bytes: Bytes,
+        block_type: BlockType,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Self, MatrixError> {
+        let block_len = block_type.block_len();
+        let row_bytes =
+            block_type.bytes_for(cols).ok_or(MatrixError::Row { cols, block_type, block_len })?;
+        let needed = row_bytes.saturating_mul(rows);
+        if needed != bytes.len() {
+            let found = bytes.len();
+            return Err(MatrixError::Size { rows, cols, block_type, needed, found });
+        }
+        Ok(Self { bytes, block_type, rows, cols, row_bytes, order: RowOrder::Straight })
+    }
+
+    /// The matrix of `f32` values on the heap, for tests and small weights.
+    pub fn from_f32(values: &[f32], rows: usize, cols: usize) -> Result<Self, MatrixError> {
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        Self::new(Bytes::new(Arc::new(bytes)), BlockType::F32, rows, cols)
+    }
+
+    /// The same bytes read in another row order.
+    pub fn with_order(self, order: RowOrder) -> Result<Self, MatrixError> {
+        if let RowOrder::Interleaved { head_dim } = order
+            && (head_dim == 0 || head_dim % 2 != 0 || !self.rows.is_multiple_of(head_dim))
+        {
+            return Err(MatrixError::Heads { rows: self.rows, head_dim });
+        }
+        Ok(Self { order, ..self })
+    }
+
+    /// Rows: the layer's output features.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Columns: the layer's input features.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The type its blocks are stored in.
+    pub fn block_type(&self) -> BlockType {
+        self.block_type
+    }
+
+    /// Reads `rows x cols` into `out`, row-major. `cols` must begin and end on block borders.
+    ///
+    /// # Panics
+    /// If a range leaves the matrix, cuts a block, or `out` has another size: a caller's bug.
+    pub fn read_tile(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
+        let block_len = self.block_type.block_len();
+        assert!(rows.end <= self.rows && cols.end <= self.cols);
+        assert!(cols.start.is_multiple_of(block_len) && cols.end.is_multiple_of(block_len));
+        assert_eq!(out.len(), rows.len() * cols.len());
+        if out.is_empty() {
+            return;
+        }
+        let block_bytes = self.block_type.block_bytes();
+        let first = cols.start / block_len * block_bytes;
+        let last = cols.end / block_len * block_bytes;
+        for (row, out) in rows.zip(out.chunks_exact_mut(cols.len())) {
+            let at = self.stored_row(row) * self.row_bytes;
+            self.block_type.dequantize(&self.bytes[at + first..at + last], out);
+        }
+    }
+
+    /// One whole row into `out`.
+    pub fn read_row(&self, row: usize, out: &mut [f32]) {
+        self.read_tile(row..row + 1, 0..self.cols, out);
+    }
+
+    fn stored_row(&self, row: usize) -> usize {
+        match self.order {
+            RowOrder::Straight => row,
+            RowOrder::Interleaved { head_dim } => {
+                let (head, within) = (row / head_dim, row % head_dim);
+                let (half, i) = (within / (head_dim / 2), within % (head_dim / 2));
+                head * head_dim + 2 * i + half
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn interleaved_rows_are_llama_cpps_permutation() {
+        // One head of 4 rows: stored 0 2 1 3 is logical 0 1 2 3.
+        let stored = [0.0, 2.0, 1.0, 3.0];
+        let matrix = FrozenMatrix::from_f32(&stored, 4, 1).unwrap();
+        let matrix = matrix.with_order(RowOrder::Interleaved { head_dim: 4 }).unwrap();
+        let mut out = [0.0; 4];
+        matrix.read_tile(0..4, 0..1, &mut out);
+        assert_eq!(out, [0.0, 1.0, 2.0, 3.0]);
+    }
+
+    #[test]
+    fn sizes_are_checked_before_anything_is_read() {
+        let bytes = |n: usize| Bytes::new(Arc::new(vec![0u8; n]));
+        assert!(FrozenMatrix::new(bytes(68), BlockType::Q8_0, 2, 32).is_ok());
+        assert!(matches!(
+            FrozenMatrix::new(bytes(68), BlockType::Q8_0, 3, 32),
+            Err(MatrixError::Size { needed: 102, found: 68, .. })
+        ));
+        assert!(matches!(
+            FrozenMatrix::new(bytes(68), BlockType::Q8_0, 2, 33),
+            Err(MatrixError::Row { cols: 33, .. })
+        ));
+    }
+}
