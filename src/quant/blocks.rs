@@ -13,6 +13,18 @@ pub enum BlockType {
 }
 
 impl BlockType {
+    /// Every type there is.
+    pub const ALL: &[Self] = &[Self::F32, Self::F16, Self::BF16, Self::Q8_0];
+
+    /// Where the `f16` scales of a block lie, for making random blocks in tests.
+    #[cfg(test)]
+    pub(crate) fn scale_offsets(self) -> &'static [usize] {
+        match self {
+            Self::F32 | Self::F16 | Self::BF16 => &[],
+            Self::Q8_0 => &[0],
+        }
+    }
+
     /// Values in one block.
     pub fn block_len(self) -> usize {
         match self {
