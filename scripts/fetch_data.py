@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Writes data/chatterbot.jsonl: the English conversations of chatterbot-corpus 1.3.3 (BSD) as chat rows.
+"""Writes the English conversations of chatterbot-corpus 1.3.3 (BSD) as chat rows: data/chatterbot.jsonl,
+and the same rows apart in data/chatterbot.train.jsonl and data/chatterbot.heldout.jsonl.
 
     python3 scripts/fetch_data.py
 
 Python's standard library and pip; PyYAML comes into a temporary folder, nothing is installed. Files in
 the order of their names, conversations in the order of the file: the same bytes everywhere. Turns
 alternate between user and assistant; a conversation is cut before an empty turn and after its last
-answer, so a question without one is dropped.
+answer, so a question without one is dropped. Held out is one in ten by a hash of the first question,
+so no question is in both parts.
 """
 
 import hashlib
@@ -46,9 +48,19 @@ def messages(conversation):
     return [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)] or None
 
 
+def held_out(row):
+    question = " ".join(row["messages"][0]["content"].lower().split())
+    return hashlib.sha256(question.encode()).digest()[0] % 10 == 0
+
+
+def lines(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
 def main():
     out = ROOT / "data" / "chatterbot.jsonl"
-    if out.exists() and sha256(out) == SHA256:
+    parts = {part: out.with_suffix(f".{part}.jsonl") for part in ("train", "heldout")}
+    if out.exists() and sha256(out) == SHA256 and all(part.exists() for part in parts.values()):
         print(f"{out}: there already", file=sys.stderr)
         return
     rows, read = [], 0
@@ -61,11 +73,12 @@ def main():
                     read += 1
                     if turns := messages(conversation):
                         rows.append({"messages": turns})
-    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    if (found := hashlib.sha256(data).hexdigest()) != SHA256:
+    if (found := hashlib.sha256(lines(rows)).hexdigest()) != SHA256:
         sys.exit(f"{out}: sha256 would be {found}, needed {SHA256}")
-    write_whole(out, data)
-    print(f"{out}: {len(rows)} of {read} conversations", file=sys.stderr)
+    write_whole(parts["train"], lines(row for row in rows if not held_out(row)))
+    write_whole(parts["heldout"], lines(filter(held_out, rows)))
+    write_whole(out, lines(rows))
+    print(f"{out}: {len(rows)} of {read} conversations, {sum(map(held_out, rows))} held out", file=sys.stderr)
 
 
 if __name__ == "__main__":
