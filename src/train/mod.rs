@@ -1,1 +1,3 @@
-//! Room `train`.
+//! The loop.
+
+pub mod step;
