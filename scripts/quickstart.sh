@@ -7,7 +7,8 @@
 # Needs Rust, and Python 3 with pip for the two downloads. What is there already is not fetched again.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-out="$(realpath -m "${1:-$root/runs/quickstart}")"
+out="${1:-$root/runs/quickstart}"
+[[ "$out" == /* ]] || out="$PWD/$out"
 cd "$root"
 if [[ -e "$out" ]]; then
     echo "quickstart: $out is there already; remove it or name another directory" >&2
