@@ -4,6 +4,8 @@
 
 mod blocks;
 mod matrix;
+#[cfg(test)]
+pub(crate) mod testing;
 
 pub use blocks::BlockType;
 pub use matrix::{Bytes, FrozenMatrix, MatrixError, RowOrder};

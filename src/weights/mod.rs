@@ -1,1 +1,47 @@
-//! Room `weights`.
+//! GGUF and safetensors files to named tensors, memory-mapped, and the writers.
+//!
+//! A tensor is a window into the map of its file: nothing is copied by opening, and a quantized
+//! tensor never is. What a name means, and which tensors a model needs, is for `model` to say.
+//!
+//! Files are read as hostile: every count is checked against the bytes that remain before
+//! anything is allocated by it, and a bad file ends in one sentence.
+
+mod atomic;
+mod checkpoint;
+mod error;
+pub mod gguf;
+mod safetensors;
+mod value;
+mod write;
+
+pub use atomic::write_atomically;
+pub use checkpoint::{Checkpoint, StoredTensor};
+pub use error::WeightsError;
+pub use gguf::Gguf;
+pub use safetensors::{HfFolder, Safetensors};
+pub use value::{Array, OwnedValue, Value, ValueType};
+pub use write::{NewTensor, write_gguf};
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::quant::Bytes;
+
+/// Maps a regular file.
+fn map_file(path: &Path) -> Result<Bytes, WeightsError> {
+    let io = |source| WeightsError::Io { action: "open", path: path.into(), source };
+    let file = File::open(path).map_err(io)?;
+    let about = file.metadata().map_err(io)?;
+    if !about.is_file() {
+        return Err(WeightsError::format(path, "not a regular file"));
+    }
+    if about.len() == 0 {
+        return Err(WeightsError::format(path, "the file is empty"));
+    }
+    // SAFETY: the map is private and read-only. That nobody shortens the file while it is mapped
+    // cannot be checked; everything that maps model files lives with that, and our own writers
+    // replace files by renaming, which leaves the mapped one whole.
+    let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io)?;
+    Ok(Bytes::new(Arc::new(map)))
+}
