@@ -129,8 +129,11 @@ fn what_matches_nothing_is_named() {
         LoraConfig { target_modules: q(), exclude_modules: q(), ..default() },
         "[\"q_proj\"] leaves none of the 2 layers",
     );
-    let slow = Modules::Expression(r"(?=x)?(?:(\w+)*\1)+!".into());
-    check(LoraConfig { target_modules: Some(slow), ..default() }, "target_modules");
+    let slow = Modules::Expression(r"((\w|\.)*)*\1!".into()); // would backtrack for years
+    check(
+        LoraConfig { target_modules: Some(slow), ..default() },
+        "not a usable regular expression",
+    );
 }
 
 fn check_deltas(adapter: &Adapter, tolerance: f64) {
@@ -271,12 +274,12 @@ fn every_misfit_is_named_at_once() {
     );
     let nan = changed(
         |_| {},
-        |bytes| rewrite(&bytes, Dtype::F32, String::from, |_| f32::NAN.to_le_bytes().to_vec()),
+        |bytes| rewrite(&bytes, Dtype::F32, |n| n.into(), |_| f32::NAN.to_le_bytes().to_vec()),
     );
     check(nan.path(), &linears(), &["lora_A.weight holds values that are not finite"]);
     let wide = changed(
         |_| {},
-        |bytes| rewrite(&bytes, Dtype::F64, String::from, |v| f64::from(v).to_le_bytes().to_vec()),
+        |bytes| rewrite(&bytes, Dtype::F64, |n| n.into(), |v| f64::from(v).to_le_bytes().to_vec()),
     );
     check(wide.path(), &linears(), &["is F64, needed F32, F16 or BF16"]);
     let dora = changed(|config| config["use_dora"] = true.into(), |bytes| bytes);
