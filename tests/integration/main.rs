@@ -1,1 +1,3 @@
 //! The integration tests: the public API against golden files and hostile input.
+
+mod weights;
