@@ -1,3 +1,27 @@
 //! The LoRA family over candle tensors, in PEFT's file format.
+//!
+//! An adapter is a set of low-rank updates, each standing beside one frozen linear layer of some
+//! base model: `y = W x + scale · B A x` (LoRA, Hu et al. 2021). This crate holds the updates and
+//! the rules of where they stand. It knows no model file, no quantization, no trainer and no
+//! command line: a base is a list of [`LinearSpec`]s, and `W` is never seen.
+//!
+//! From the bottom up:
+//!
+//! - [`rng`]: random numbers keyed by (seed, purpose, index). Knows nothing of tensors.
+//! - [`config`]: PEFT's `adapter_config.json`, and the refusal of what would change the result.
+//!   Does not know which modules a base has.
+//! - [`targets`]: which modules of a base a config means, with which rank and scale, as PEFT
+//!   matches names. Does not know tensors.
+//! - [`delta`]: the maths, and an [`Adapter`]: the updates by module. Does not know files.
+//! - [`format`]: PEFT's folder and its safetensors, in and out.
 
+pub mod config;
+pub mod delta;
+pub mod format;
 pub mod rng;
+pub mod targets;
+
+pub use config::{ConfigError, InitLoraWeights, LoraConfig, Modules};
+pub use delta::{Adapter, Dropout, InitError, Lora, TokenKey};
+pub use format::FormatError;
+pub use targets::{LinearSpec, Resolved, Target, TargetError, Unmatched, resolve};

@@ -1,1 +1,45 @@
-//! Room `model`.
+//! The decoder: one forward pass for every family, frozen weights, adapters as arguments.
+//!
+//! A family is a row of properties ([`config::FAMILIES`]); the same code trains, scores and
+//! generates. Activations are flat: the rows of a batch lie end to end and nothing is padded.
+
+pub mod adapters;
+pub mod cache;
+pub mod config;
+pub mod decoder;
+mod load;
+
+pub use adapters::{Adapters, Worn};
+pub use cache::KvCache;
+pub use config::Config;
+pub use decoder::{Decoder, Pass, Rows};
+
+use crate::weights::WeightsError;
+
+/// Why a model could not be loaded.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ModelError {
+    /// The file itself.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// The properties of the model are missing, contradictory or not ours to run.
+    #[error("{path}: {reason}")]
+    Config {
+        /// The file or folder.
+        path: String,
+        /// All that is wrong.
+        reason: String,
+    },
+    /// Tensors that are missing or of another shape, all of them.
+    #[error("{path}: {reason}")]
+    Tensors {
+        /// The file or folder.
+        path: String,
+        /// All that is wrong.
+        reason: String,
+    },
+    /// candle refused.
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+}

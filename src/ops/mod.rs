@@ -1,1 +1,129 @@
-//! Room `ops`.
+//! Differentiable operations, a file each.
+//!
+//! Every operation has two forms. The *portable* one is written in ordinary differentiable candle
+//! ops and defines the answer on every device. The *fast* one is a CPU kernel with a hand-written
+//! gradient; `parity` tests hold its output and every gradient to the portable form.
+//!
+//! candle drops gradients silently in `QMatMul`, `softmax_last_dim`, `rms_norm`, `layer_norm`,
+//! `rotary_emb` and `sdpa` (they are applied without a backward): none of them may stand in a
+//! training path, and a test looks for their names outside this room.
+//!
+//! Activations are flat: the tokens of all rows of a batch lie end to end as `(N, ..)`, and a row
+//! is a *segment*, a range of tokens. Nothing is padded.
+
+pub mod attention;
+mod cpu;
+pub mod frozen_linear;
+pub mod linear_cross_entropy;
+pub mod rms_norm;
+pub mod rope;
+pub mod swiglu;
+
+use serde::{Deserialize, Serialize};
+
+pub use attention::causal_attention;
+pub use frozen_linear::frozen_linear;
+pub use linear_cross_entropy::linear_log_probs;
+pub use rms_norm::rms_norm;
+pub use rope::rope;
+pub use swiglu::swiglu;
+
+/// Which form of the operations runs.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Compute {
+    /// Fast CPU kernels in exact `f32`: weights are read tile by tile from where they lie.
+    #[default]
+    F32,
+    /// The portable form in plain candle ops: slow, and the definition of the answer.
+    Portable,
+}
+
+impl Compute {
+    /// The name of the kernel that serves frozen linear layers.
+    pub fn linear_kernel(self) -> &'static str {
+        match self {
+            Self::F32 => "tile_f32",
+            Self::Portable => "portable",
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod testing {
+    use candle_core::{Device, Result, Tensor, Var};
+    use quantune_adapters::rng::Stream;
+
+    /// A tensor of standard normal values keyed by `seed`.
+    pub fn normal(seed: u64, shape: &[usize]) -> Tensor {
+        let mut stream = Stream::new(seed, "test", &[]);
+        let values: Vec<f32> = (0..shape.iter().product()).map(|_| stream.normal()).collect();
+        Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+    }
+
+    /// `|a - b| / |b|` in Frobenius norms.
+    pub fn relative_error(a: &Tensor, b: &Tensor) -> f64 {
+        let norm = |t: Tensor| {
+            f64::from(t.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap()).sqrt()
+        };
+        norm((a - b).unwrap()) / norm(b.clone()).max(1e-30)
+    }
+
+    /// Holds `fast` to `portable`: output and the gradient of every input, for a random upstream
+    /// gradient, to a relative error of 1e-5.
+    pub fn parity(
+        inputs: &[Tensor],
+        fast: impl Fn(&[Tensor]) -> Result<Tensor>,
+        portable: impl Fn(&[Tensor]) -> Result<Tensor>,
+    ) {
+        let run = |form: &dyn Fn(&[Tensor]) -> Result<Tensor>| {
+            let vars: Vec<Var> = inputs.iter().map(|t| Var::from_tensor(t).unwrap()).collect();
+            let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
+            let y = form(&tensors).unwrap();
+            let upstream = normal(99, y.dims());
+            let grads = (&y * upstream).unwrap().sum_all().unwrap().backward().unwrap();
+            let grads: Vec<Tensor> =
+                vars.iter().map(|v| grads.get(v).expect("a gradient").clone()).collect();
+            (y, grads)
+        };
+        let (y_fast, grads_fast) = run(&fast);
+        let (y, grads) = run(&portable);
+        assert_eq!(y_fast.dims(), y.dims());
+        let error = relative_error(&y_fast, &y);
+        assert!(error < 1e-5, "output differs by {error:e}");
+        for (i, (fast, portable)) in grads_fast.iter().zip(&grads).enumerate() {
+            assert_eq!(fast.dims(), portable.dims());
+            let error = relative_error(fast, portable);
+            assert!(error < 1e-5, "gradient of input {i} differs by {error:e}");
+        }
+    }
+
+    /// Holds the gradient of `f` to central differences along random directions, to 1 %.
+    pub fn finite_differences(inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>) {
+        let shape = f(inputs).unwrap().dims().to_vec();
+        let upstream = normal(98, &shape);
+        let value = |inputs: &[Tensor]| -> f64 {
+            let y: Vec<f32> =
+                (f(inputs).unwrap() * &upstream).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+            y.iter().map(|&v| f64::from(v)).sum()
+        };
+        let vars: Vec<Var> = inputs.iter().map(|t| Var::from_tensor(t).unwrap()).collect();
+        let tensors: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
+        let y = (f(&tensors).unwrap() * &upstream).unwrap();
+        let grads = y.sum_all().unwrap().backward().unwrap();
+        for (i, var) in vars.iter().enumerate() {
+            let direction = normal(200 + i as u64, var.dims());
+            let analytic = (grads.get(var).expect("a gradient") * &direction).unwrap();
+            let analytic = f64::from(analytic.sum_all().unwrap().to_scalar::<f32>().unwrap());
+            let h = 1e-2;
+            let moved = |sign: f64| {
+                let mut moved = inputs.to_vec();
+                moved[i] = (&inputs[i] + (&direction * (sign * h)).unwrap()).unwrap();
+                value(&moved)
+            };
+            let numeric = (moved(1.0) - moved(-1.0)) / (2.0 * h);
+            let error = (analytic - numeric).abs() / numeric.abs().max(1e-2);
+            assert!(error < 1e-2, "input {i}: gradient {analytic}, differences {numeric}");
+        }
+    }
+}

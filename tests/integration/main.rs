@@ -1,3 +1,6 @@
 //! The integration tests: the public API against golden files and hostile input.
 
+mod model;
+mod rooms;
+mod support;
 mod weights;

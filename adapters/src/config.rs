@@ -1,0 +1,448 @@
+//! PEFT's `adapter_config.json`: what of it LoRA needs, read with all mistakes named at once and
+//! written so that PEFT loads it.
+//!
+//! Keys we do not know are tolerated, as PEFT's own files gain keys with each version. Keys that
+//! would make PEFT compute something else than this crate does are refused by name.
+
+use serde_json::{Map, Number, Value};
+
+/// Which modules, as `target_modules` and `exclude_modules` say it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Modules {
+    /// A regular expression in Python's syntax that must match a module's whole path; as
+    /// `target_modules` also `all-linear`: every linear layer but the output head.
+    Expression(String),
+    /// Module paths, or ends of them after a dot.
+    List(Vec<String>),
+}
+
+/// `init_lora_weights`: how A and B begin. B is zero unless said otherwise.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum InitLoraWeights {
+    /// `true`: A as `torch.nn.Linear` begins, uniform in `±1/sqrt(in)`.
+    KaimingUniform,
+    /// `false`: A and B both as `torch.nn.Linear` begins, B uniform in `±1/sqrt(r)`. For tests:
+    /// the adapter changes the model before it has learned anything.
+    Random,
+    /// `"gaussian"`: A normal with standard deviation `1/r`.
+    Gaussian,
+    /// An initialization that leaves the base's weights alone and that we cannot draw
+    /// (`"eva"`, `"orthogonal"`): an adapter that began so can be read and trained on.
+    Stored(String),
+}
+
+/// The LoRA part of `adapter_config.json`, under PEFT's names.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LoraConfig {
+    /// What the model is for, `CAUSAL_LM` for one that generates.
+    pub task_type: Option<String>,
+    /// Where the base came from; nothing is loaded by it here.
+    pub base_model_name_or_path: Option<String>,
+    /// Which revision of the base.
+    pub revision: Option<String>,
+    /// Rank of the update.
+    pub r: usize,
+    /// The update is scaled by `lora_alpha / r`.
+    pub lora_alpha: f64,
+    /// Probability in `[0, 1)` that an input of A is dropped in training.
+    pub lora_dropout: f64,
+    /// Modules that get an update; `None` leaves the choice to PEFT's table by model family.
+    pub target_modules: Option<Modules>,
+    /// Modules that get none although they are targets.
+    pub exclude_modules: Option<Modules>,
+    /// Other ranks by expression over the end of a module path; the first that matches counts.
+    pub rank_pattern: Vec<(String, usize)>,
+    /// Other `lora_alpha`s by expression, as `rank_pattern`.
+    pub alpha_pattern: Vec<(String, f64)>,
+    /// Only these layers; for targets given as a list of path ends.
+    pub layers_to_transform: Option<Vec<usize>>,
+    /// Names of the module lists that `layers_to_transform` counts in, by default any.
+    pub layers_pattern: Vec<String>,
+    /// Scale by `lora_alpha / sqrt(r)` instead (rsLoRA, Kalajdzievski 2023).
+    pub use_rslora: bool,
+    /// How A and B begin.
+    pub init_lora_weights: InitLoraWeights,
+    /// Whether PEFT shall load the adapter frozen.
+    pub inference_mode: bool,
+}
+
+/// PEFT's defaults.
+impl Default for LoraConfig {
+    fn default() -> Self {
+        Self {
+            task_type: None,
+            base_model_name_or_path: None,
+            revision: None,
+            r: 8,
+            lora_alpha: 8.0,
+            lora_dropout: 0.0,
+            target_modules: None,
+            exclude_modules: None,
+            rank_pattern: Vec::new(),
+            alpha_pattern: Vec::new(),
+            layers_to_transform: None,
+            layers_pattern: Vec::new(),
+            use_rslora: false,
+            init_lora_weights: InitLoraWeights::KaimingUniform,
+            inference_mode: false,
+        }
+    }
+}
+
+/// Why an adapter config cannot be used. The caller names the file.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// Not a JSON object.
+    #[error("not an adapter config: {0}")]
+    Json(String),
+    /// Every key that is wrong or asks for what we cannot do, a clause each.
+    #[error("{}", .0.join("; "))]
+    Keys(Vec<String>),
+}
+
+/// Keys that change what PEFT computes when they hold anything but null, false, or nothing.
+const UNSUPPORTED: [&str; 16] = [
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "lora_bias",
+    "fan_in_fan_out",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "megatron_config",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+    "velora_config",
+    "lora_ga_config",
+];
+
+impl LoraConfig {
+    /// Reads the text of an `adapter_config.json`.
+    pub fn from_json(text: &str) -> Result<Self, ConfigError> {
+        let value: Value =
+            serde_json::from_str(text).map_err(|e| ConfigError::Json(e.to_string()))?;
+        let Value::Object(map) = value else {
+            return Err(ConfigError::Json(format!("found {value}, needed an object")));
+        };
+        let mut keys = Keys { map: &map, problems: Vec::new() };
+        match map.get("peft_type") {
+            Some(Value::String(s)) if s == "LORA" => {}
+            Some(other) => keys.refuse("peft_type", other, "\"LORA\""),
+            None => keys.problems.push("peft_type is missing, needed \"LORA\"".into()),
+        }
+        match map.get("bias") {
+            None | Some(Value::Null) => {}
+            Some(Value::String(s)) if s == "none" => {}
+            Some(other) => keys.refuse("bias", other, "\"none\": training biases is not supported"),
+        }
+        for key in UNSUPPORTED {
+            if let Some(value) = map.get(key).filter(|v| !is_empty(v)) {
+                keys.refuse(key, value, "none: it is not supported");
+            }
+        }
+        let default = Self::default();
+        let read = |v: &Value| v.as_str().map(String::from);
+        let config = Self {
+            task_type: keys.read("task_type", "a string", read),
+            base_model_name_or_path: keys.read("base_model_name_or_path", "a string", read),
+            revision: keys.read("revision", "a string", read),
+            r: keys.read("r", "a whole number", whole).unwrap_or(default.r),
+            lora_alpha: keys.read("lora_alpha", "a number", number).unwrap_or(default.lora_alpha),
+            lora_dropout: keys.read("lora_dropout", "a number", number).unwrap_or(0.0),
+            target_modules: keys.read("target_modules", "a string or a list of strings", modules),
+            exclude_modules: keys.read("exclude_modules", "a string or a list of strings", modules),
+            rank_pattern: keys
+                .read("rank_pattern", "an object of whole numbers", |v| pattern(v, whole))
+                .unwrap_or_default(),
+            alpha_pattern: keys
+                .read("alpha_pattern", "an object of numbers", |v| pattern(v, number))
+                .unwrap_or_default(),
+            layers_to_transform: keys
+                .read("layers_to_transform", "a layer or a list of layers", |v| match v {
+                    Value::Array(items) => items.iter().map(whole).collect(),
+                    one => Some(vec![whole(one)?]),
+                })
+                .filter(|layers: &Vec<usize>| !layers.is_empty()), // [] means all, as in PEFT
+            layers_pattern: keys
+                .read("layers_pattern", "a string or a list of strings", |v| match modules(v)? {
+                    Modules::Expression(one) if one.is_empty() => Some(Vec::new()),
+                    Modules::Expression(one) => Some(vec![one]),
+                    Modules::List(many) => Some(many),
+                })
+                .unwrap_or_default(),
+            use_rslora: keys.read("use_rslora", "true or false", Value::as_bool).unwrap_or(false),
+            init_lora_weights: keys
+                .read("init_lora_weights", INIT_NEEDED, init)
+                .unwrap_or(default.init_lora_weights),
+            inference_mode: keys
+                .read("inference_mode", "true or false", Value::as_bool)
+                .unwrap_or(false),
+        };
+        let mut problems = keys.problems;
+        if let Err(ConfigError::Keys(more)) = config.validate() {
+            problems.extend(more);
+        }
+        if problems.is_empty() { Ok(config) } else { Err(ConfigError::Keys(problems)) }
+    }
+
+    /// Checks what PEFT checks when a config is made: for configs that come from flags.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        let mut problems = Vec::new();
+        let mut need = |holds: bool, problem: String| {
+            if !holds {
+                problems.push(problem);
+            }
+        };
+        need(self.r > 0, "r: found 0, needed at least 1".into());
+        for (key, r) in &self.rank_pattern {
+            need(*r > 0, format!("rank_pattern {key:?}: found {r}, needed at least 1"));
+        }
+        let alphas =
+            self.alpha_pattern.iter().map(|(key, a)| (format!("alpha_pattern {key:?}"), a));
+        for (key, a) in alphas.chain([("lora_alpha".into(), &self.lora_alpha)]) {
+            need(a.is_finite(), format!("{key}: found {a}, needed a finite number"));
+        }
+        let p = self.lora_dropout;
+        need((0.0..1.0).contains(&p), format!("lora_dropout: found {p}, needed 0 <= p < 1"));
+        if let Some(Modules::Expression(_)) = self.target_modules {
+            let problem = "layers_to_transform and layers_pattern need target_modules as a list";
+            let layers = self.layers_to_transform.is_some() || !self.layers_pattern.is_empty();
+            need(!layers, problem.into());
+        } else {
+            let holds = self.layers_pattern.is_empty() || self.layers_to_transform.is_some();
+            need(holds, "layers_pattern needs layers_to_transform beside it".into());
+        }
+        if problems.is_empty() { Ok(()) } else { Err(ConfigError::Keys(problems)) }
+    }
+
+    /// The text of an `adapter_config.json`, keys in PEFT's order. Patterns keep the order they
+    /// have here, since the first that matches counts.
+    pub fn to_json(&self) -> String {
+        let text = |s: &Option<String>| s.clone().map_or(Value::Null, Value::String);
+        let list = |items: &[String]| Value::from(items.to_vec());
+        let modules = |m: &Option<Modules>| match m {
+            None => Value::Null,
+            Some(Modules::Expression(e)) => Value::from(e.clone()),
+            Some(Modules::List(items)) => list(items),
+        };
+        let alphas = self.alpha_pattern.iter().map(|(key, a)| (key.clone(), plain_number(*a)));
+        let ranks = self.rank_pattern.iter().map(|(key, r)| (key.clone(), Value::from(*r)));
+        let init = match &self.init_lora_weights {
+            InitLoraWeights::KaimingUniform => Value::from(true),
+            InitLoraWeights::Random => Value::from(false),
+            InitLoraWeights::Gaussian => Value::from("gaussian"),
+            InitLoraWeights::Stored(name) => Value::from(name.clone()),
+        };
+        let mut map = Map::new();
+        let mut put = |key: &str, value: Value| map.insert(key.into(), value);
+        put("alpha_pattern", Value::Object(alphas.collect()));
+        put("base_model_name_or_path", text(&self.base_model_name_or_path));
+        put("bias", "none".into());
+        put("exclude_modules", modules(&self.exclude_modules));
+        put("fan_in_fan_out", false.into());
+        put("inference_mode", self.inference_mode.into());
+        put("init_lora_weights", init);
+        let pattern =
+            if self.layers_pattern.is_empty() { Value::Null } else { list(&self.layers_pattern) };
+        put("layers_pattern", pattern);
+        put("layers_to_transform", self.layers_to_transform.clone().into());
+        put("lora_alpha", plain_number(self.lora_alpha));
+        put("lora_dropout", plain_number(self.lora_dropout));
+        put("modules_to_save", Value::Null);
+        put("peft_type", "LORA".into());
+        put("r", self.r.into());
+        put("rank_pattern", Value::Object(ranks.collect()));
+        put("revision", text(&self.revision));
+        put("target_modules", modules(&self.target_modules));
+        put("task_type", text(&self.task_type));
+        put("use_dora", false.into());
+        put("use_rslora", self.use_rslora.into());
+        format!("{:#}\n", Value::Object(map))
+    }
+}
+
+/// Reads keys and remembers everything that is wrong with them.
+struct Keys<'a> {
+    map: &'a Map<String, Value>,
+    problems: Vec<String>,
+}
+
+impl Keys<'_> {
+    /// The key's value, or `None` where it is absent, null or, then noted, not what is needed.
+    fn read<T>(
+        &mut self,
+        key: &str,
+        needed: &str,
+        convert: impl Fn(&Value) -> Option<T>,
+    ) -> Option<T> {
+        let value = self.map.get(key).filter(|v| !v.is_null())?;
+        let converted = convert(value);
+        if converted.is_none() {
+            self.refuse(key, value, needed);
+        }
+        converted
+    }
+
+    fn refuse(&mut self, key: &str, found: &Value, needed: &str) {
+        let mut found = found.to_string();
+        if found.chars().count() > 60 {
+            found = found.chars().take(60).chain("...".chars()).collect();
+        }
+        self.problems.push(format!("{key}: found {found}, needed {needed}"));
+    }
+}
+
+/// What Python calls false.
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::Null => true,
+        Value::Bool(b) => !b,
+        Value::Number(n) => n.as_f64() == Some(0.0),
+        Value::String(s) => s.is_empty(),
+        Value::Array(a) => a.is_empty(),
+        Value::Object(o) => o.is_empty(),
+    }
+}
+
+fn whole(value: &Value) -> Option<usize> {
+    usize::try_from(value.as_u64()?).ok()
+}
+
+fn number(value: &Value) -> Option<f64> {
+    value.as_f64().filter(|v| v.is_finite())
+}
+
+fn modules(value: &Value) -> Option<Modules> {
+    match value {
+        Value::String(s) => Some(Modules::Expression(s.clone())),
+        Value::Array(items) => {
+            let names: Option<Vec<String>> =
+                items.iter().map(|item| item.as_str().map(String::from)).collect();
+            names.map(Modules::List)
+        }
+        _ => None,
+    }
+}
+
+fn pattern<T>(value: &Value, convert: fn(&Value) -> Option<T>) -> Option<Vec<(String, T)>> {
+    value.as_object()?.iter().map(|(key, v)| Some((key.clone(), convert(v)?))).collect()
+}
+
+const INIT_NEEDED: &str = "true, false or \"gaussian\": others are not supported";
+
+fn init(value: &Value) -> Option<InitLoraWeights> {
+    match value {
+        Value::Bool(true) => Some(InitLoraWeights::KaimingUniform),
+        Value::Bool(false) => Some(InitLoraWeights::Random),
+        Value::String(s) if s.eq_ignore_ascii_case("gaussian") => Some(InitLoraWeights::Gaussian),
+        // PiSSA, OLoRA, CorDA, LoftQ and others also change the base's weights when PEFT loads the
+        // adapter, so their files mean something only beside that other base.
+        Value::String(s) if s == "eva" || s == "orthogonal" => {
+            Some(InitLoraWeights::Stored(s.clone()))
+        }
+        _ => None,
+    }
+}
+
+/// A whole number without a point: PEFT's `lora_alpha` is an int to most readers.
+fn plain_number(value: f64) -> Value {
+    if value.fract() == 0.0 && value.abs() < 2f64.powi(53) {
+        Value::from(value as i64)
+    } else {
+        Number::from_f64(value).map_or(Value::Null, Value::Number)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_written_is_read_again() {
+        let full = LoraConfig {
+            task_type: Some("CAUSAL_LM".into()),
+            base_model_name_or_path: Some("a/b".into()),
+            revision: Some("main".into()),
+            r: 4,
+            lora_alpha: 0.5,
+            lora_dropout: 0.125,
+            target_modules: Some(Modules::List(vec!["q_proj".into(), "v_proj".into()])),
+            exclude_modules: Some(Modules::Expression(".*0.*".into())),
+            rank_pattern: vec![("z".into(), 2), ("a".into(), 3)],
+            alpha_pattern: vec![("z".into(), 2.0), ("a".into(), 1.5)],
+            layers_to_transform: Some(vec![1, 2]),
+            layers_pattern: vec!["layers".into()],
+            use_rslora: true,
+            init_lora_weights: InitLoraWeights::Gaussian,
+            inference_mode: true,
+        };
+        for config in [LoraConfig::default(), full] {
+            assert_eq!(LoraConfig::from_json(&config.to_json()).unwrap(), config);
+        }
+        let text = LoraConfig::default().to_json();
+        assert!(text.contains("\"lora_alpha\": 8,"), "{text}");
+    }
+
+    #[test]
+    fn everything_wrong_is_named_at_once() {
+        let check = |text: &str, needed: &[&str]| {
+            let error = LoraConfig::from_json(text).unwrap_err().to_string();
+            for part in needed {
+                assert!(error.contains(part), "{error:?} should name {part:?}");
+            }
+            assert_eq!(error.matches("; ").count() + 1, needed.len(), "{error}");
+        };
+        check("[1]", &["found [1], needed an object"]);
+        check("{", &["EOF"]);
+        check("{}", &["peft_type is missing"]);
+        check(
+            r#"{"peft_type": "ADALORA", "use_dora": true, "bias": "all", "modules_to_save": ["score"],
+                "trainable_token_indices": [1], "target_parameters": ["x"], "fan_in_fan_out": true,
+                "megatron_config": {"a": 1}, "alora_invocation_tokens": [2], "lora_bias": true}"#,
+            &[
+                "peft_type: found \"ADALORA\"",
+                "bias: found \"all\"",
+                "use_dora",
+                "lora_bias",
+                "fan_in_fan_out",
+                "modules_to_save: found [\"score\"]",
+                "trainable_token_indices",
+                "target_parameters",
+                "megatron_config",
+                "alora_invocation_tokens",
+            ],
+        );
+        check(
+            r#"{"peft_type": "LORA", "r": 0, "lora_alpha": "x", "lora_dropout": 1,
+                "target_modules": [1], "rank_pattern": {"q": 0.5}, "init_lora_weights": "pissa",
+                "layers_to_transform": -1, "layers_pattern": "layers"}"#,
+            &[
+                "lora_alpha: found \"x\", needed a number",
+                "target_modules: found [1]",
+                "rank_pattern: found {\"q\":0.5}",
+                "layers_to_transform: found -1",
+                "init_lora_weights: found \"pissa\"",
+                "r: found 0, needed at least 1",
+                "lora_dropout: found 1, needed 0 <= p < 1",
+                "layers_pattern needs layers_to_transform",
+            ],
+        );
+        check(
+            r#"{"peft_type": "LORA", "target_modules": "all-linear", "layers_to_transform": [0]}"#,
+            &["need target_modules as a list"],
+        );
+    }
+
+    #[test]
+    fn unknown_keys_and_nulls_are_tolerated() {
+        let text = r#"{"peft_type": "LORA", "new_in_2030": {"a": 1.5}, "r": null, "use_dora": false,
+            "loftq_config": {}, "lora_alpha": 16.5, "layers_to_transform": [], "bias": null}"#;
+        let config = LoraConfig::from_json(text).unwrap();
+        assert_eq!(config, LoraConfig { lora_alpha: 16.5, ..LoraConfig::default() });
+    }
+}

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Holds Quantune to transformers, PEFT and llama.cpp on a real model; see scripts/check_smollm2.py.
+#
+#   scripts/check_smollm2.sh [reference] [perplexity] [steps] [interop] [parity]
+#
+# Builds, fetches what is missing, and makes a Python environment (2 GB) in target/check-venv unless PYTHON
+# names one with scripts/requirements-golden.txt installed. All five take about half an hour on two cores.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [[ -z "${QUANTUNE:-}" ]]; then
+    cargo build --release --bin quantune
+    QUANTUNE="${CARGO_TARGET_DIR:-$PWD/target}/release/quantune"
+fi
+python3 scripts/fetch_model.py
+python3 scripts/fetch_data.py
+if [[ -z "${PYTHON:-}" ]]; then
+    PYTHON=target/check-venv/bin/python
+    [[ -x "$PYTHON" ]] || python3 -m venv target/check-venv
+    "$PYTHON" -m pip install -q -r scripts/requirements-golden.txt
+fi
+QUANTUNE="$QUANTUNE" "$PYTHON" scripts/check_smollm2.py "$@"

@@ -1,0 +1,72 @@
+//! Which adapters the rows of a batch wear.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use quantune_adapters::delta::Adapter;
+
+/// An adapter on a row.
+#[derive(Debug, Clone)]
+pub struct Worn {
+    /// The adapter.
+    pub adapter: Arc<Adapter>,
+    /// What its update is multiplied with, beside its own scale.
+    pub weight: f64,
+    /// Whether gradients flow into it. At most one adapter of a row may be trainable.
+    pub trainable: bool,
+}
+
+impl Worn {
+    /// The adapter at full weight, without gradients.
+    pub fn frozen(adapter: Arc<Adapter>) -> Self {
+        Self { adapter, weight: 1.0, trainable: false }
+    }
+
+    /// The adapter at full weight, with gradients.
+    pub fn trainable(adapter: Arc<Adapter>) -> Self {
+        Self { adapter, weight: 1.0, trainable: true }
+    }
+}
+
+/// The adapters of each row of a batch.
+#[derive(Debug, Clone, Copy)]
+pub enum Adapters<'a> {
+    /// All rows wear the same.
+    Same(&'a [Worn]),
+    /// Each row its own, as many lists as rows.
+    PerRow(&'a [&'a [Worn]]),
+}
+
+impl<'a> Adapters<'a> {
+    /// The bare base.
+    pub const NONE: Adapters<'static> = Adapters::Same(&[]);
+
+    /// Runs of neighbouring rows that wear the same, as ranges of tokens with their list.
+    pub(super) fn runs(&self, segments: &[Range<usize>]) -> Vec<(Range<usize>, &'a [Worn])> {
+        let end = segments.last().map_or(0, |segment| segment.end);
+        match self {
+            Adapters::Same(worn) => vec![(0..end, worn)],
+            Adapters::PerRow(rows) => {
+                let mut runs: Vec<(Range<usize>, &'a [Worn])> = Vec::new();
+                for (segment, &worn) in segments.iter().zip(*rows) {
+                    match runs.last_mut() {
+                        Some((tokens, last)) if std::ptr::eq(*last, worn) => {
+                            tokens.end = segment.end;
+                        }
+                        _ => runs.push((segment.clone(), worn)),
+                    }
+                }
+                runs
+            }
+        }
+    }
+
+    /// All adapters, a row's list after the other.
+    pub(super) fn iter(&self) -> impl Iterator<Item = &'a Worn> {
+        let (same, rows): (&[Worn], &[&[Worn]]) = match *self {
+            Adapters::Same(worn) => (worn, &[]),
+            Adapters::PerRow(rows) => (&[], rows),
+        };
+        same.iter().chain(rows.iter().flat_map(|row| row.iter()))
+    }
+}

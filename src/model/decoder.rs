@@ -1,0 +1,262 @@
+//! The forward pass: embedding, layers, final norm. The head is read by whoever needs what of it.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::{Device, Result, Tensor};
+use quantune_adapters::delta::Dropout;
+use quantune_adapters::targets::LinearSpec;
+
+use super::adapters::Adapters;
+use super::cache::KvCache;
+use super::config::Config;
+use crate::ops::attention::Heads;
+use crate::ops::frozen_linear::frozen_rows;
+use crate::ops::rope::Rotation;
+use crate::ops::{
+    Compute, causal_attention, frozen_linear, linear_log_probs, rms_norm, rope, swiglu,
+};
+use crate::quant::FrozenMatrix;
+
+/// A decoder over frozen weights. Nothing is ever written to it or attached to it.
+#[derive(Debug)]
+pub struct Decoder {
+    /// Its properties.
+    pub config: Config,
+    /// Which form of the operations runs.
+    pub compute: Compute,
+    pub(super) embedding: Arc<FrozenMatrix>,
+    pub(super) layers: Vec<Layer>,
+    pub(super) norm: Tensor,
+    pub(super) head: Arc<FrozenMatrix>,
+    pub(super) inv_freq: Vec<f32>,
+}
+
+#[derive(Debug)]
+pub(super) struct Layer {
+    pub input_norm: Tensor,
+    pub q: Linear,
+    pub k: Linear,
+    pub v: Linear,
+    pub o: Linear,
+    pub post_attention_norm: Tensor,
+    pub gate: Linear,
+    pub up: Linear,
+    pub down: Linear,
+}
+
+impl Layer {
+    fn linears(&self) -> [&Linear; 7] {
+        [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down]
+    }
+}
+
+#[derive(Debug)]
+pub(super) struct Linear {
+    /// The Hugging Face module path, which adapters know it by.
+    pub name: String,
+    pub weight: Arc<FrozenMatrix>,
+    pub bias: Option<Tensor>,
+}
+
+/// The tokens of a batch: rows end to end.
+#[derive(Debug, Clone)]
+pub struct Rows {
+    /// Token ids, N.
+    pub tokens: Vec<u32>,
+    /// Each token's position in its row.
+    pub positions: Vec<u32>,
+    /// Each row's range of tokens, end to end from 0 to N.
+    pub segments: Arc<[Range<usize>]>,
+}
+
+impl Rows {
+    /// Whole rows from position 0.
+    pub fn new<T: AsRef<[u32]>>(rows: &[T]) -> Self {
+        Self::after(rows.iter().map(|row| (row.as_ref(), 0)))
+    }
+
+    /// Rows that go on, each from the given position.
+    pub fn after<'a>(rows: impl Iterator<Item = (&'a [u32], usize)>) -> Self {
+        let (mut tokens, mut positions, mut segments) = (Vec::new(), Vec::new(), Vec::new());
+        for (row, seen) in rows {
+            segments.push(tokens.len()..tokens.len() + row.len());
+            tokens.extend_from_slice(row);
+            positions.extend((seen..seen + row.len()).map(|p| p as u32));
+        }
+        Self { tokens, positions, segments: segments.into() }
+    }
+}
+
+/// What the layers of one pass share.
+#[derive(Debug)]
+pub struct Pass<'a> {
+    segments: Arc<[Range<usize>]>,
+    rotation: Rotation,
+    adapters: Adapters<'a>,
+    dropout: Option<&'a Dropout>,
+}
+
+impl Decoder {
+    /// Begins a pass over `rows`. `dropout` falls on the inputs of trainable adapters only.
+    pub fn pass<'a>(
+        &self,
+        rows: &Rows,
+        adapters: Adapters<'a>,
+        dropout: Option<&'a Dropout>,
+    ) -> Pass<'a> {
+        let rotation = Rotation::new(&rows.positions, &self.inv_freq);
+        Pass { segments: rows.segments.clone(), rotation, adapters, dropout }
+    }
+
+    /// The embeddings of tokens, `(N, hidden_size)` F32. Fails if a token is out of vocabulary.
+    pub fn embed(&self, tokens: &[u32]) -> Result<Tensor> {
+        frozen_rows(&self.embedding, tokens, &Device::Cpu)
+    }
+
+    /// One layer: `x (N, hidden_size)` → the same shape.
+    pub fn layer(&self, index: usize, x: &Tensor, pass: &Pass) -> Result<Tensor> {
+        self.layer_with(index, x, pass, None)
+    }
+
+    /// The norm before the head: `x (N, hidden_size)` → the same shape.
+    pub fn final_norm(&self, x: &Tensor) -> Result<Tensor> {
+        rms_norm(x, &self.norm, self.config.rms_norm_eps, self.compute)
+    }
+
+    /// The hidden states the head reads, `(N, hidden_size)`.
+    pub fn hidden(&self, rows: &Rows, adapters: Adapters) -> Result<Tensor> {
+        let pass = self.pass(rows, adapters, None);
+        let mut x = self.embed(&rows.tokens)?;
+        for index in 0..self.layers.len() {
+            x = self.layer(index, &x, &pass)?;
+        }
+        self.final_norm(&x)
+    }
+
+    /// The hidden states of new tokens after those in `cache`, which they join. `rows` go on
+    /// where the cache's rows end.
+    pub fn hidden_cached(
+        &self,
+        rows: &Rows,
+        adapters: Adapters,
+        cache: &mut KvCache,
+    ) -> Result<Tensor> {
+        let pass = self.pass(rows, adapters, None);
+        let mut x = self.embed(&rows.tokens)?;
+        for index in 0..self.layers.len() {
+            x = self.layer_with(index, &x, &pass, Some(cache))?;
+        }
+        self.final_norm(&x)
+    }
+
+    /// Logits `(M, vocab_size)` of hidden states `(M, hidden_size)`: for few rows only.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        frozen_linear(hidden, &self.head, self.compute)
+    }
+
+    /// Log-probabilities of `targets`, one per row of `hidden (M, hidden_size)` → `(M)`.
+    pub fn log_probs(&self, hidden: &Tensor, targets: &[u32]) -> Result<Tensor> {
+        linear_log_probs(hidden, &self.head, targets, self.compute)
+    }
+
+    /// The linear layers an adapter can sit on, in the order of the forward pass.
+    pub fn linears(&self) -> Vec<LinearSpec> {
+        let linears = self.layers.iter().flat_map(Layer::linears);
+        let spec = |linear: &Linear| LinearSpec {
+            name: linear.name.clone(),
+            in_features: linear.weight.cols(),
+            out_features: linear.weight.rows(),
+        };
+        linears.map(spec).collect()
+    }
+
+    /// The lowest layer that a trainable adapter sits on: nothing below it needs a gradient.
+    pub fn lowest_trainable(&self, adapters: Adapters) -> Option<usize> {
+        let wears = |layer: &Layer| {
+            let names = layer.linears().map(|linear| &linear.name);
+            let mut trainable = adapters.iter().filter(|worn| worn.trainable);
+            trainable.any(|worn| names.iter().any(|n| worn.adapter.modules.contains_key(*n)))
+        };
+        self.layers.iter().position(wears)
+    }
+
+    /// Which kernel serves each kind of linear layer.
+    pub fn kernels(&self) -> BTreeMap<String, String> {
+        let linears = self.layers.iter().flat_map(Layer::linears).map(|linear| &linear.weight);
+        let kernel = |weight: &Arc<FrozenMatrix>| {
+            (weight.block_type().to_string(), self.compute.linear_kernel().to_string())
+        };
+        linears.chain([&self.head]).map(kernel).collect()
+    }
+
+    fn layer_with(
+        &self,
+        index: usize,
+        x: &Tensor,
+        pass: &Pass,
+        cache: Option<&mut KvCache>,
+    ) -> Result<Tensor> {
+        let (layer, eps) = (&self.layers[index], self.config.rms_norm_eps);
+        let heads = Heads {
+            heads: self.config.num_attention_heads,
+            kv_heads: self.config.num_key_value_heads,
+            head_dim: self.config.head_dim,
+        };
+
+        let h = rms_norm(x, &layer.input_norm, eps, self.compute)?;
+        let q = rope(&self.linear(&layer.q, &h, pass)?, &pass.rotation, self.compute)?;
+        let k = rope(&self.linear(&layer.k, &h, pass)?, &pass.rotation, self.compute)?;
+        let v = self.linear(&layer.v, &h, pass)?;
+        let attended = match cache {
+            Some(cache) => cache.attend(index, &q, (&k, &v), heads, &pass.segments)?,
+            None => causal_attention(&q, &k, &v, heads, &pass.segments, self.compute)?,
+        };
+        let x = (x + self.linear(&layer.o, &attended, pass)?)?;
+
+        let h = rms_norm(&x, &layer.post_attention_norm, eps, self.compute)?;
+        let gate = self.linear(&layer.gate, &h, pass)?;
+        let up = self.linear(&layer.up, &h, pass)?;
+        let inner = swiglu(&gate, &up, self.compute)?; // (N, intermediate_size)
+        x + self.linear(&layer.down, &inner, pass)?
+    }
+
+    /// The frozen product, and on it the updates of the adapters that each run of rows wears.
+    fn linear(&self, linear: &Linear, x: &Tensor, pass: &Pass) -> Result<Tensor> {
+        let mut y = frozen_linear(x, &linear.weight, self.compute)?;
+        if let Some(bias) = &linear.bias {
+            y = y.broadcast_add(bias)?;
+        }
+        let runs = pass.adapters.runs(&pass.segments);
+        if let [(_, worn)] = &runs[..] {
+            for worn in *worn {
+                if let Some(lora) = worn.adapter.modules.get(&linear.name) {
+                    let mask = match pass.dropout.filter(|_| worn.trainable) {
+                        Some(d) => Some(d.mask(&linear.name, linear.weight.cols(), x.device())?),
+                        None => None,
+                    };
+                    let delta = lora.delta(x, mask.as_ref(), worn.trainable)?;
+                    y = (y + weighted(delta, worn.weight)?)?;
+                }
+            }
+            return Ok(y);
+        }
+        let parts = runs.into_iter().map(|(tokens, worn)| {
+            let x = x.narrow(0, tokens.start, tokens.len())?;
+            let mut part = y.narrow(0, tokens.start, tokens.len())?;
+            for worn in worn {
+                if let Some(lora) = worn.adapter.modules.get(&linear.name) {
+                    let delta = lora.delta(&x, None, worn.trainable)?;
+                    part = (part + weighted(delta, worn.weight)?)?;
+                }
+            }
+            Ok(part)
+        });
+        Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)
+    }
+}
+
+fn weighted(delta: Tensor, weight: f64) -> Result<Tensor> {
+    if weight == 1.0 { Ok(delta) } else { delta * weight }
+}

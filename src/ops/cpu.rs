@@ -1,0 +1,188 @@
+//! What the CPU kernels share: views of tensors as slices, strided GEMM, a vectorizable `exp`.
+
+use std::ops::{Deref, Range};
+
+use candle_core::{CpuStorage, DType, Error, Layout, Result, Storage, Tensor};
+
+/// The values of a contiguous `f32` tensor on the CPU, borrowed.
+pub struct Values<'a> {
+    storage: Box<dyn Deref<Target = Storage> + 'a>,
+    range: Range<usize>,
+}
+
+impl<'a> Values<'a> {
+    pub fn of(tensor: &'a Tensor) -> Result<Self> {
+        let (guard, layout) = tensor.storage_and_layout();
+        let Some((start, end)) = layout.contiguous_offsets() else {
+            candle_core::bail!("expected a contiguous tensor, found strides {:?}", layout.stride())
+        };
+        let Storage::Cpu(CpuStorage::F32(_)) = &*guard else {
+            return Err(Error::UnexpectedDType {
+                msg: "a CPU kernel needs f32 on the CPU",
+                expected: DType::F32,
+                got: tensor.dtype(),
+            });
+        };
+        Ok(Self { storage: Box::new(guard), range: start..end })
+    }
+}
+
+impl Deref for Values<'_> {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        match &**self.storage {
+            Storage::Cpu(CpuStorage::F32(values)) => &values[self.range.clone()],
+            _ => unreachable!("checked when it was made"),
+        }
+    }
+}
+
+/// The values behind a custom op's argument.
+pub fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        candle_core::bail!("expected a contiguous tensor, found strides {:?}", layout.stride())
+    };
+    Ok(&storage.as_slice::<f32>()?[start..end])
+}
+
+/// A strided matrix over a slice.
+#[derive(Clone, Copy)]
+pub struct Mat<'a> {
+    pub values: &'a [f32],
+    pub row_stride: usize,
+    pub col_stride: usize,
+}
+
+impl<'a> Mat<'a> {
+    /// Row-major, `width` values from one row to the next.
+    pub fn rows(values: &'a [f32], width: usize) -> Self {
+        Self { values, row_stride: width, col_stride: 1 }
+    }
+
+    pub fn t(self) -> Self {
+        Self { row_stride: self.col_stride, col_stride: self.row_stride, ..self }
+    }
+
+    fn holds(&self, rows: usize, cols: usize) -> bool {
+        rows == 0
+            || cols == 0
+            || (rows - 1) * self.row_stride + (cols - 1) * self.col_stride < self.values.len()
+    }
+}
+
+/// Somewhere several threads write to, each to elements of its own.
+#[derive(Clone, Copy)]
+pub struct Target {
+    start: *mut f32,
+    len: usize,
+}
+
+// SAFETY: a `Target` is only a pointer; whoever writes through it promises disjoint elements.
+unsafe impl Send for Target {}
+// SAFETY: as above.
+unsafe impl Sync for Target {}
+
+impl Target {
+    pub fn new(values: &mut [f32]) -> Self {
+        Self { start: values.as_mut_ptr(), len: values.len() }
+    }
+
+    /// The element at `offset` and all that follow.
+    pub fn at(self, offset: usize) -> Self {
+        assert!(offset <= self.len);
+        // SAFETY: the offset is inside the slice this was made from.
+        Self { start: unsafe { self.start.add(offset) }, len: self.len - offset }
+    }
+
+    /// A run of `len` elements.
+    ///
+    /// # Safety
+    /// The slice this was made from must still be borrowed for it, and no other thread may touch
+    /// these elements while the result lives.
+    pub unsafe fn slice<'a>(self, len: usize) -> &'a mut [f32] {
+        assert!(len <= self.len);
+        // SAFETY: in bounds by the assertion; exclusive by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.start, len) }
+    }
+}
+
+/// `dst = a · b`, or `dst += a · b` with `accumulate`: `a (m, k)`, `b (k, n)`, `dst (m, n)` with
+/// rows `dst_stride` apart. One thread; callers divide the work.
+///
+/// # Safety
+/// No other thread may touch those elements of `dst` meanwhile, and the slice behind it must
+/// outlive the call.
+pub unsafe fn gemm(
+    (m, n, k): (usize, usize, usize),
+    dst: Target,
+    dst_stride: usize,
+    accumulate: bool,
+    a: Mat,
+    b: Mat,
+) {
+    assert!(a.holds(m, k) && b.holds(k, n));
+    assert!(m == 0 || n == 0 || (m - 1) * dst_stride + n <= dst.len);
+    // SAFETY: every access is in bounds by the assertions; exclusive by the caller's promise.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            dst.start,
+            1,
+            dst_stride as isize,
+            accumulate,
+            a.values.as_ptr(),
+            a.col_stride as isize,
+            a.row_stride as isize,
+            b.values.as_ptr(),
+            b.col_stride as isize,
+            b.row_stride as isize,
+            1.0,
+            1.0,
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        );
+    }
+}
+
+/// `eˣ` to 2 units in the last place, written so that loops over it vectorize (Cody and Waite's
+/// reduction, Cephes' polynomial). Below -87.3 it is 0; above 88.3 it saturates.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    const LOG2_E: f32 = std::f32::consts::LOG2_E;
+    const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer
+    let clamped = x.clamp(-87.3, 88.3);
+    let shifted = clamped * LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = clamped - n * 0.693_359_4 - n * -2.121_944_4e-4;
+    let mut p = 1.987_569_1e-4;
+    p = p * r + 1.398_199_9e-3;
+    p = p * r + 8.333_452e-3;
+    p = p * r + 4.166_579_5e-2;
+    p = p * r + 1.666_666_5e-1;
+    p = p * r + 0.5;
+    let y = p * r * r + r + 1.0;
+    let scale = f32::from_bits(((n as i32 + 127) << 23) as u32);
+    if x < -87.3 { 0.0 } else { y * scale }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_exact_to_two_units() {
+        for i in -8700..8800 {
+            let x = i as f32 / 100.0;
+            let exact = f64::from(x).exp();
+            let error = (f64::from(exp(x)) - exact).abs() / exact;
+            assert!(error < 2.5e-7, "exp({x}) is off by {error:e}");
+        }
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(0.0), 1.0);
+    }
+}

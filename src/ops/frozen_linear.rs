@@ -1,0 +1,174 @@
+//! The product with a frozen matrix in any block type, differentiable in its input only.
+
+use std::sync::Arc;
+
+use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+use super::Compute;
+use super::cpu::{Mat, Target, Values, gemm, values};
+use crate::quant::FrozenMatrix;
+
+/// Rows of `W` (forward) read at a time by one thread.
+const TILE_ROWS: usize = 64;
+/// Columns of `W` (backward) read at a time by one thread; a multiple of every block length.
+const TILE_COLS: usize = 256;
+
+/// `y = x · Wᵀ` for a frozen `W`, differentiable in `x` only.
+///
+/// Shapes: `x (.., in)` F32, `W (out, in)` in any block type → `y (.., out)` F32.
+/// Backward: `dx = dy · W`. `W` is read tile by tile where it lies; nothing of it is kept.
+pub fn frozen_linear(x: &Tensor, weight: &Arc<FrozenMatrix>, compute: Compute) -> Result<Tensor> {
+    match compute {
+        Compute::F32 => x.contiguous()?.apply_op1(FrozenLinear { weight: weight.clone() }),
+        Compute::Portable => portable(x, weight),
+    }
+}
+
+/// Dequantizes the whole of `W` and multiplies.
+fn portable(x: &Tensor, weight: &FrozenMatrix) -> Result<Tensor> {
+    let w = dequantize(weight, x.device())?; // (out, in)
+    x.broadcast_matmul(&w.t()?)
+}
+
+/// All of a frozen matrix as an F32 tensor `(rows, cols)`.
+pub fn dequantize(weight: &FrozenMatrix, device: &Device) -> Result<Tensor> {
+    let (rows, cols) = (weight.rows(), weight.cols());
+    let mut w = vec![0f32; rows * cols];
+    weight.read_tile(0..rows, 0..cols, &mut w);
+    Tensor::from_vec(w, (rows, cols), device)
+}
+
+/// Rows of a frozen matrix as an F32 tensor `(rows.len(), cols)`: an embedding look-up.
+///
+/// Fails if an index is no row of the matrix.
+pub fn frozen_rows(weight: &FrozenMatrix, rows: &[u32], device: &Device) -> Result<Tensor> {
+    let cols = weight.cols();
+    if let Some(row) = rows.iter().find(|&&row| row as usize >= weight.rows()) {
+        candle_core::bail!("token {row} is outside the vocabulary of {}", weight.rows());
+    }
+    let mut out = vec![0f32; rows.len() * cols];
+    for (&row, out) in rows.iter().zip(out.chunks_exact_mut(cols)) {
+        weight.read_row(row as usize, out);
+    }
+    Tensor::from_vec(out, (rows.len(), cols), device)
+}
+
+struct FrozenLinear {
+    weight: Arc<FrozenMatrix>,
+}
+
+impl CustomOp1 for FrozenLinear {
+    fn name(&self) -> &'static str {
+        "frozen_linear"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let x = values(x, layout)?;
+        let mut dims = layout.dims().to_vec();
+        let width = dims.last_mut().expect("x has a last dimension");
+        if *width != self.weight.cols() {
+            candle_core::bail!("input is {width} wide, the weight needs {}", self.weight.cols());
+        }
+        *width = self.weight.rows();
+        let mut y = vec![0f32; dims.iter().product()];
+        matmul_transposed(x, &self.weight, &mut y);
+        Ok((CpuStorage::F32(y), dims.into()))
+    }
+
+    fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        let dy = dy.contiguous()?;
+        let mut dx = vec![0f32; x.elem_count()];
+        matmul(&Values::of(&dy)?, &self.weight, &mut dx);
+        Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
+    }
+}
+
+/// `y (m, out) = x (m, in) · Wᵀ`.
+pub(super) fn matmul_transposed(x: &[f32], weight: &FrozenMatrix, y: &mut [f32]) {
+    let (rows, cols) = (weight.rows(), weight.cols());
+    let m = x.len() / cols;
+    let y = Target::new(y);
+    (0..rows.div_ceil(TILE_ROWS)).into_par_iter().for_each_init(Vec::new, |tile, i| {
+        let range = i * TILE_ROWS..rows.min((i + 1) * TILE_ROWS);
+        let n = range.len();
+        tile.resize(n * cols, 0.0);
+        weight.read_tile(range.clone(), 0..cols, tile);
+        // SAFETY: each task writes the columns `range` of y, and no two ranges meet.
+        unsafe {
+            let (x, w) = (Mat::rows(x, cols), Mat::rows(tile, cols));
+            gemm((m, n, cols), y.at(range.start), rows, false, x, w.t());
+        }
+    });
+}
+
+/// `dx (m, in) = dy (m, out) · W`.
+pub(super) fn matmul(dy: &[f32], weight: &FrozenMatrix, dx: &mut [f32]) {
+    let (rows, cols) = (weight.rows(), weight.cols());
+    let m = dy.len() / rows;
+    let dx = Target::new(dx);
+    (0..cols.div_ceil(TILE_COLS)).into_par_iter().for_each_init(Vec::new, |tile, i| {
+        let range = i * TILE_COLS..cols.min((i + 1) * TILE_COLS);
+        let n = range.len();
+        for first in (0..rows).step_by(TILE_COLS) {
+            let k = TILE_COLS.min(rows - first);
+            tile.resize(k * n, 0.0);
+            weight.read_tile(first..first + k, range.clone(), tile);
+            // SAFETY: each task writes the columns `range` of dx, and no two ranges meet.
+            unsafe {
+                let dy = Mat::rows(&dy[first..], rows);
+                gemm((m, n, k), dx.at(range.start), cols, first > 0, dy, Mat::rows(tile, n));
+            }
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{finite_differences, normal, parity};
+    use super::*;
+    use crate::quant::{BlockType, Bytes, RowOrder};
+
+    /// A matrix of random blocks whose scales are small and finite.
+    fn matrix(block_type: BlockType, rows: usize, cols: usize) -> Arc<FrozenMatrix> {
+        let bytes = crate::quant::testing::random_blocks(block_type, rows * cols, 5);
+        Arc::new(FrozenMatrix::new(Bytes::new(Arc::new(bytes)), block_type, rows, cols).unwrap())
+    }
+
+    #[test]
+    fn parity_over_every_block_type() {
+        for &block_type in BlockType::ALL {
+            for (m, rows, cols) in [(1, 40, 256), (7, 130, 512)] {
+                let w = matrix(block_type, rows, cols);
+                parity(
+                    &[normal(1, &[m, cols])],
+                    |x| frozen_linear(&x[0], &w, Compute::F32),
+                    |x| frozen_linear(&x[0], &w, Compute::Portable),
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn parity_on_odd_widths_and_interleaved_rows() {
+        let order = RowOrder::Interleaved { head_dim: 8 };
+        let w = (*matrix(BlockType::Q8_0, 72, 96)).clone().with_order(order).unwrap();
+        let w = Arc::new(w);
+        let x = [normal(2, &[2, 5, 96])];
+        parity(
+            &x,
+            |x| frozen_linear(&x[0], &w, Compute::F32),
+            |x| frozen_linear(&x[0], &w, Compute::Portable),
+        );
+        finite_differences(&x, |x| frozen_linear(&x[0], &w, Compute::F32));
+    }
+
+    #[test]
+    fn a_wrong_width_is_an_error() {
+        let w = matrix(BlockType::F32, 4, 8);
+        let x = normal(1, &[2, 7]);
+        let error = frozen_linear(&x, &w, Compute::F32).unwrap_err().to_string();
+        assert!(error.contains("7 wide") && error.contains("8"), "{error}");
+        assert!(frozen_rows(&w, &[3, 4], &Device::Cpu).is_err());
+    }
+}

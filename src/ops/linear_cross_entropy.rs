@@ -1,0 +1,171 @@
+//! Log-probabilities of target tokens straight from hidden states: the head's product and the
+//! softmax in chunks of rows, so that `tokens x vocabulary` never exists.
+
+use std::sync::{Arc, OnceLock};
+
+use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+use super::Compute;
+use super::cpu::{Values, exp, values};
+use super::frozen_linear::{matmul, matmul_transposed};
+use crate::quant::FrozenMatrix;
+
+/// Logits held at a time, in values: 32 MB.
+const CHUNK_LOGITS: usize = 8 << 20;
+
+/// `log softmax(x · Wᵀ)[target]` per row, differentiable in `x`; `W` is the frozen head.
+///
+/// Shapes: `x (M, H)` F32, `W (V, H)`, `targets` M token ids → `(M)` F32, natural logarithms.
+/// Backward: `dx = dy · (W[target] - Σ p W)`. That vector is computed along with the forward pass,
+/// while a chunk's probabilities are at hand, and only if `x` is tracked.
+pub fn linear_log_probs(
+    x: &Tensor,
+    head: &Arc<FrozenMatrix>,
+    targets: &[u32],
+    compute: Compute,
+) -> Result<Tensor> {
+    let rows = x.dim(0)?;
+    if rows != targets.len() {
+        candle_core::bail!("{rows} rows of hidden states for {} targets", targets.len());
+    }
+    if let Some(target) = targets.iter().find(|&&t| t as usize >= head.rows()) {
+        candle_core::bail!("target {target} is outside the vocabulary of {}", head.rows());
+    }
+    match compute {
+        Compute::F32 => x.contiguous()?.apply_op1(LinearLogProbs {
+            head: head.clone(),
+            targets: targets.into(),
+            with_gradient: x.track_op(),
+            gradient: OnceLock::new(),
+        }),
+        Compute::Portable => {
+            let logits = super::frozen_linear(x, head, compute)?; // (M, V)
+            let targets = Tensor::from_slice(targets, (rows, 1), x.device())?;
+            let logps = candle_nn::ops::log_softmax(&logits, D::Minus1)?;
+            logps.gather(&targets, 1)?.squeeze(1)
+        }
+    }
+}
+
+struct LinearLogProbs {
+    head: Arc<FrozenMatrix>,
+    targets: Vec<u32>,
+    with_gradient: bool,
+    /// `d logp / d x`, `(M, H)`, left by the forward pass.
+    gradient: OnceLock<Vec<f32>>,
+}
+
+impl CustomOp1 for LinearLogProbs {
+    fn name(&self) -> &'static str {
+        "linear_log_probs"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let x = values(x, layout)?;
+        let (vocabulary, width) = (self.head.rows(), self.head.cols());
+        let chunk = (CHUNK_LOGITS / vocabulary).clamp(16, 256).min(self.targets.len().max(1));
+        let mut logps = vec![0f32; self.targets.len()];
+        let mut gradient = vec![0f32; if self.with_gradient { x.len() } else { 0 }];
+        let mut logits = vec![0f32; chunk * vocabulary];
+        for (i, targets) in self.targets.chunks(chunk).enumerate() {
+            let first = i * chunk;
+            let rows = first * width..(first + targets.len()) * width;
+            let logits = &mut logits[..targets.len() * vocabulary];
+            matmul_transposed(&x[rows.clone()], &self.head, logits);
+            let logps = &mut logps[first..first + targets.len()];
+            let per_row = logits.par_chunks_exact_mut(vocabulary).zip(logps).zip(targets);
+            per_row.for_each(|((logits, logp), &target)| {
+                *logp = score(logits, target as usize, self.with_gradient);
+            });
+            if self.with_gradient {
+                matmul(logits, &self.head, &mut gradient[rows]);
+            }
+        }
+        // A tape runs an op's forward once; were it run again, the values would be the same.
+        let _ = self.gradient.set(gradient);
+        Ok((CpuStorage::F32(logps), self.targets.len().into()))
+    }
+
+    fn bwd(&self, x: &Tensor, _logps: &Tensor, dlogps: &Tensor) -> Result<Option<Tensor>> {
+        let gradient = self.gradient.get().expect("the forward pass came first");
+        let dlogps = dlogps.contiguous()?;
+        let dlogps = Values::of(&dlogps)?;
+        let rows = gradient.chunks_exact(self.head.cols()).zip(&*dlogps);
+        let dx: Vec<f32> = rows.flat_map(|(row, d)| row.iter().map(move |g| g * d)).collect();
+        Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
+    }
+}
+
+/// The target's log-probability; with `to_gradient` the logits become `onehot - p`.
+fn score(logits: &mut [f32], target: usize, to_gradient: bool) -> f32 {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let target_logit = logits[target];
+    let mut sum = 0f64; // 150 thousand terms: f32 would lose four digits
+    for logits in logits.chunks_mut(64) {
+        let mut part = 0f32;
+        for l in logits {
+            let e = exp(*l - max);
+            part += e;
+            if to_gradient {
+                *l = e;
+            }
+        }
+        sum += f64::from(part);
+    }
+    if to_gradient {
+        let scale = (-1.0 / sum) as f32;
+        for l in logits.iter_mut() {
+            *l *= scale;
+        }
+        logits[target] += 1.0;
+    }
+    (f64::from(target_logit - max) - sum.ln()) as f32
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{finite_differences, normal, parity};
+    use super::*;
+
+    fn head(vocabulary: usize, width: usize) -> Arc<FrozenMatrix> {
+        let w: Vec<f32> = normal(5, &[vocabulary * width]).to_vec1().unwrap();
+        Arc::new(FrozenMatrix::from_f32(&w, vocabulary, width).unwrap())
+    }
+
+    #[test]
+    fn parity_and_differences() {
+        let head = head(301, 24);
+        let targets: Vec<u32> = (0..40).map(|i| i * 7 % 301).collect();
+        let inputs = [normal(1, &[40, 24])];
+        let run = |compute| {
+            let (head, targets) = (head.clone(), targets.clone());
+            move |t: &[Tensor]| linear_log_probs(&t[0], &head, &targets, compute)
+        };
+        parity(&inputs, run(Compute::F32), run(Compute::Portable));
+        finite_differences(&inputs, run(Compute::F32));
+    }
+
+    #[test]
+    fn chunks_change_nothing() {
+        // 600 rows are three chunks of 256; each row alone gives the same bits.
+        let head = head(50, 8);
+        let x = normal(1, &[600, 8]);
+        let targets: Vec<u32> = (0..600).map(|i| i % 50).collect();
+        let all = linear_log_probs(&x, &head, &targets, Compute::F32).unwrap();
+        let all: Vec<f32> = all.to_vec1().unwrap();
+        for i in [0, 255, 256, 599] {
+            let row = x.narrow(0, i, 1).unwrap();
+            let one = linear_log_probs(&row, &head, &targets[i..=i], Compute::F32).unwrap();
+            assert!((one.to_vec1::<f32>().unwrap()[0] - all[i]).abs() < 1e-5);
+        }
+    }
+
+    #[test]
+    fn targets_are_checked() {
+        let head = head(10, 4);
+        let x = normal(1, &[2, 4]);
+        assert!(linear_log_probs(&x, &head, &[1, 10], Compute::F32).is_err());
+        assert!(linear_log_probs(&x, &head, &[1], Compute::F32).is_err());
+    }
+}

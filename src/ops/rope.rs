@@ -1,0 +1,136 @@
+//! Rotary position embedding (Su et al. 2021), the half-split form of Hugging Face checkpoints:
+//! element `i` of a head is paired with element `i + head_dim / 2`.
+
+use std::sync::Arc;
+
+use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor};
+use rayon::prelude::*;
+
+use super::Compute;
+use super::cpu::{Values, values};
+
+/// Cosines and sines for the tokens of one batch.
+///
+/// Shapes: `cos`, `sin` each `(N, head_dim / 2)`. Angles are computed in `f64` from the `f32`
+/// frequencies, then rounded.
+#[derive(Debug, Clone)]
+pub struct Rotation {
+    cos: Arc<Vec<f32>>,
+    sin: Arc<Vec<f32>>,
+    half: usize,
+}
+
+impl Rotation {
+    /// The rotation of tokens at `positions` by `inv_freq` (`head_dim / 2` radians per position).
+    pub fn new(positions: &[u32], inv_freq: &[f32]) -> Self {
+        let angle = |p: &u32, f: &f32| f64::from(*p) * f64::from(*f);
+        let all = |f: fn(f64) -> f64| {
+            positions
+                .iter()
+                .flat_map(|p| inv_freq.iter().map(move |freq| f(angle(p, freq)) as f32))
+                .collect::<Vec<f32>>()
+        };
+        let (cos, sin) = (Arc::new(all(f64::cos)), Arc::new(all(f64::sin)));
+        Self { cos, sin, half: inv_freq.len() }
+    }
+
+    fn tokens(&self) -> usize {
+        self.cos.len() / self.half
+    }
+}
+
+/// Rotates every head of every token: `x (N, heads · head_dim)` F32 → the same shape.
+pub fn rope(x: &Tensor, rotation: &Rotation, compute: Compute) -> Result<Tensor> {
+    let (tokens, width) = x.dims2()?;
+    let head_dim = 2 * rotation.half;
+    if tokens != rotation.tokens() || width % head_dim != 0 {
+        candle_core::bail!(
+            "cannot rotate {:?}: positions of {} tokens, heads of {head_dim}",
+            x.dims(),
+            rotation.tokens()
+        );
+    }
+    match compute {
+        Compute::F32 => x.contiguous()?.apply_op1(Rope { rotation: rotation.clone() }),
+        Compute::Portable => portable(x, rotation, x.device()),
+    }
+}
+
+fn portable(x: &Tensor, rotation: &Rotation, device: &Device) -> Result<Tensor> {
+    let (tokens, width) = x.dims2()?;
+    let half = rotation.half;
+    let table = |values: &[f32]| Tensor::from_slice(values, (tokens, 1, half), device);
+    let (cos, sin) = (table(&rotation.cos)?, table(&rotation.sin)?);
+    let x = x.reshape((tokens, width / (2 * half), 2 * half))?; // (N, heads, head_dim)
+    let (a, b) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?);
+    let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
+    let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
+    Tensor::cat(&[first, second], 2)?.reshape((tokens, width))
+}
+
+struct Rope {
+    rotation: Rotation,
+}
+
+impl CustomOp1 for Rope {
+    fn name(&self) -> &'static str {
+        "rope"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let mut y = values(x, layout)?.to_vec();
+        self.rotate(&mut y, 1.0);
+        Ok((CpuStorage::F32(y), layout.shape().clone()))
+    }
+
+    /// A rotation's gradient is the rotation back.
+    fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        let mut dx = Values::of(&dy.contiguous()?)?.to_vec();
+        self.rotate(&mut dx, -1.0);
+        Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
+    }
+}
+
+impl Rope {
+    fn rotate(&self, x: &mut [f32], direction: f32) {
+        let Rotation { cos, sin, half } = &self.rotation;
+        let width = x.len() / self.rotation.tokens().max(1);
+        let angles = cos.par_chunks_exact(*half).zip(sin.par_chunks_exact(*half));
+        x.par_chunks_exact_mut(width).zip(angles).for_each(|(x, (cos, sin))| {
+            for head in x.chunks_exact_mut(2 * half) {
+                let (a, b) = head.split_at_mut(*half);
+                for (((a, b), cos), sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {
+                    let (x, y, sin) = (*a, *b, sin * direction);
+                    *a = x * cos - y * sin;
+                    *b = y * cos + x * sin;
+                }
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{finite_differences, normal, parity};
+    use super::*;
+
+    #[test]
+    fn parity_and_differences() {
+        let inv_freq: Vec<f32> = (0..4).map(|i| 10f32.powi(-i)).collect();
+        let rotation = Rotation::new(&[0, 1, 2, 0, 1, 900], &inv_freq);
+        let inputs = [normal(1, &[6, 24])];
+        let run = |compute| {
+            let rotation = rotation.clone();
+            move |t: &[Tensor]| rope(&t[0], &rotation, compute)
+        };
+        parity(&inputs, run(Compute::F32), run(Compute::Portable));
+        finite_differences(&inputs, run(Compute::F32));
+    }
+
+    #[test]
+    fn a_wrong_count_of_positions_is_an_error() {
+        let rotation = Rotation::new(&[0, 1], &[1.0, 0.1]);
+        assert!(rope(&normal(1, &[3, 8]), &rotation, Compute::F32).is_err());
+        assert!(rope(&normal(1, &[2, 6]), &rotation, Compute::F32).is_err());
+    }
+}
