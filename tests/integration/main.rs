@@ -4,3 +4,4 @@ mod adapters;
 mod model;
 mod rooms;
 mod support;
+mod weights;
