@@ -14,7 +14,9 @@ use super::config::Config;
 use crate::ops::attention::Heads;
 use crate::ops::frozen_linear::frozen_rows;
 use crate::ops::rope::Rotation;
-use crate::ops::{Compute, causal_attention, frozen_linear, linear_log_probs, rms_norm, rope, swiglu};
+use crate::ops::{
+    Compute, causal_attention, frozen_linear, linear_log_probs, rms_norm, rope, swiglu,
+};
 use crate::quant::FrozenMatrix;
 
 /// A decoder over frozen weights. Nothing is ever written to it or attached to it.

@@ -30,9 +30,7 @@ impl Decoder {
         };
         let layers: Option<Vec<Layer>> = layers.into_iter().collect();
         match (embedding, layers, norm, head) {
-            (Some(embedding), Some(layers), Some(norm), Some(head))
-                if loader.faults.is_empty() =>
-            {
+            (Some(embedding), Some(layers), Some(norm), Some(head)) if loader.faults.is_empty() => {
                 let inv_freq = config.inv_freq();
                 Ok(Self { config, compute, embedding, layers, norm, head, inv_freq })
             }

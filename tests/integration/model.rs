@@ -1,0 +1,105 @@
+//! The decoder against transformers, on tiny random models.
+
+use candle_core::Device;
+use quantune::model::{Adapters, Decoder, KvCache, Rows};
+use quantune::ops::Compute;
+use quantune::weights::Checkpoint;
+
+use crate::support::{golden, golden_json, ids, load, log_softmax, model_path};
+
+const MODELS: &[&str] = &[
+    "llama-tiny",
+    "llama-untied",
+    "qwen2-tiny",
+    "llama-q8_0",
+    "llama-q4_0",
+    "qwen2-mix",
+    "llama-k",
+];
+
+/// The largest difference to transformers' log-probs over all positions of both rows, which run
+/// packed in one pass.
+fn worst(name: &str, decoder: &Decoder) -> f64 {
+    let rows: Vec<Vec<u32>> = golden_json(&format!("model/{name}.json"))["input_ids"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(ids)
+        .collect();
+    let path = golden(&format!("model/{name}.safetensors"));
+    let theirs = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
+    let hidden = decoder.hidden(&Rows::new(&rows), Adapters::NONE).unwrap();
+    let ours = log_softmax(&decoder.logits(&hidden).unwrap());
+    let theirs = (0..rows.len())
+        .flat_map(|row| theirs[&format!("log_probs.{row}")].to_vec2::<f32>().unwrap());
+    let mut worst = 0f64;
+    let mut positions = 0;
+    for (ours, theirs) in ours.iter().zip(theirs) {
+        positions += 1;
+        assert_eq!(ours.len(), theirs.len());
+        for (ours, theirs) in ours.iter().zip(theirs) {
+            worst = worst.max((ours - f64::from(theirs)).abs());
+        }
+    }
+    assert_eq!(positions, 57);
+    worst
+}
+
+#[test]
+fn log_probs_are_transformers() {
+    for name in MODELS {
+        for compute in [Compute::F32, Compute::Portable] {
+            let worst = worst(name, &load(name, compute));
+            assert!(worst < 1e-3, "{name} {compute:?}: off by {worst}");
+        }
+    }
+}
+
+#[test]
+fn one_percent_of_rope_theta_is_seen() {
+    for name in ["llama-tiny", "qwen2-tiny"] {
+        let folder = tempfile::tempdir().unwrap();
+        for file in std::fs::read_dir(model_path(name)).unwrap() {
+            let file = file.unwrap().path();
+            std::fs::copy(&file, folder.path().join(file.file_name().unwrap())).unwrap();
+        }
+        let path = folder.path().join("config.json");
+        let text = std::fs::read_to_string(&path).unwrap();
+        let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let theta = match config["rope_parameters"].is_object() {
+            true => &mut config["rope_parameters"]["rope_theta"],
+            false => &mut config["rope_theta"],
+        };
+        *theta = (theta.as_f64().unwrap() * 1.01).into();
+        std::fs::write(&path, config.to_string()).unwrap();
+        let checkpoint = Checkpoint::open(folder.path()).unwrap();
+        let worst = worst(name, &Decoder::load(&checkpoint, Compute::F32).unwrap());
+        assert!(worst > 1e-2, "{name}: only {worst} off");
+    }
+}
+
+#[test]
+fn greedy_tokens_through_the_cache_are_transformers() {
+    for name in MODELS {
+        let decoder = load(name, Compute::F32);
+        let golden = golden_json(&format!("model/{name}.json"));
+        let rows: Vec<Vec<u32>> = golden["input_ids"].as_array().unwrap().iter().map(ids).collect();
+        let theirs: Vec<Vec<u32>> = golden["greedy"].as_array().unwrap().iter().map(ids).collect();
+        // Both rows decode in one batch, each at its own length.
+        let mut cache = KvCache::new(&decoder.config, rows.len());
+        let mut new = rows.clone();
+        let mut ours = vec![Vec::new(); rows.len()];
+        while ours[0].len() < theirs[0].len() {
+            let input = Rows::after(new.iter().enumerate().map(|(i, r)| (&r[..], cache.len(i))));
+            let hidden = decoder.hidden_cached(&input, Adapters::NONE, &mut cache).unwrap();
+            let logits = log_softmax(&decoder.logits(&hidden).unwrap());
+            for (row, segment) in input.segments.iter().enumerate() {
+                let last = &logits[segment.end - 1];
+                let best = (0..last.len()).max_by(|&a, &b| last[a].total_cmp(&last[b])).unwrap();
+                ours[row].push(best as u32);
+                new[row] = vec![best as u32];
+            }
+        }
+        assert_eq!(ours, theirs, "{name}");
+    }
+}

@@ -1,0 +1,42 @@
+//! What the tests share: golden files and small conversions.
+
+use std::path::PathBuf;
+
+use candle_core::Tensor;
+use quantune::model::Decoder;
+use quantune::ops::Compute;
+use quantune::weights::Checkpoint;
+use serde_json::Value;
+
+/// A file under `tests/golden`.
+pub fn golden(path: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(path)
+}
+
+pub fn golden_json(path: &str) -> Value {
+    serde_json::from_str(&std::fs::read_to_string(golden(path)).unwrap()).unwrap()
+}
+
+/// A golden model: a folder or a `.gguf`.
+pub fn model_path(name: &str) -> PathBuf {
+    let folder = golden(&format!("model/{name}"));
+    if folder.is_dir() { folder } else { golden(&format!("model/{name}.gguf")) }
+}
+
+pub fn load(name: &str, compute: Compute) -> Decoder {
+    Decoder::load(&Checkpoint::open(model_path(name)).unwrap(), compute).unwrap()
+}
+
+/// Log-softmax of each row of `logits (M, V)`, in f64.
+pub fn log_softmax(logits: &Tensor) -> Vec<Vec<f64>> {
+    let row = |row: Vec<f32>| {
+        let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sum: f64 = row.iter().map(|&l| f64::from(l - max).exp()).sum();
+        row.into_iter().map(|l| f64::from(l - max) - sum.ln()).collect()
+    };
+    logits.to_vec2::<f32>().unwrap().into_iter().map(row).collect()
+}
+
+pub fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect()
+}
