@@ -1,0 +1,143 @@
+//! The order of an epoch, and the rows of a step laid end to end.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+use quantune_adapters::rng::Stream;
+
+use super::Example;
+
+/// What the order of an epoch depends on. Names are transformers' and TRL's.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EpochSettings {
+    /// Seed of the run.
+    pub seed: u64,
+    /// Epochs before this one.
+    pub epoch: u64,
+    /// Whether the rows come in another order each epoch, or as in the file.
+    pub shuffle: bool,
+    /// Whether several examples share a bin.
+    pub packing: bool,
+    /// Tokens a packed bin may hold. A longer example has a bin to itself.
+    pub max_length: usize,
+    /// Bins of a micro-batch; 0 counts as 1.
+    pub batch_size: usize,
+    /// Micro-batches of a step; 0 counts as 1.
+    pub gradient_accumulation_steps: usize,
+}
+
+/// The order of one epoch: micro-batches of bins of examples, by their indices.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EpochPlan {
+    /// A micro-batch is a list of bins, a bin a list of examples.
+    pub micro_batches: Vec<Vec<Vec<usize>>>,
+    gradient_accumulation_steps: usize,
+}
+
+impl EpochPlan {
+    /// Orders `examples` for one epoch; every one is in exactly one bin.
+    pub fn new(examples: &[Example], settings: &EpochSettings) -> Self {
+        let &EpochSettings { seed, epoch, shuffle, packing, .. } = settings;
+        let mut order: Vec<usize> = (0..examples.len()).collect();
+        if shuffle {
+            Stream::new(seed, "shuffle", &[epoch]).shuffle(&mut order);
+        }
+        let bins = if packing {
+            let mut bins = pack(&order, settings.max_length, |i| examples[i].tokens.len());
+            if shuffle {
+                Stream::new(seed, "pack", &[epoch]).shuffle(&mut bins);
+            }
+            bins
+        } else {
+            order.into_iter().map(|i| vec![i]).collect()
+        };
+        Self {
+            micro_batches: bins.chunks(settings.batch_size.max(1)).map(<[_]>::to_vec).collect(),
+            gradient_accumulation_steps: settings.gradient_accumulation_steps.max(1),
+        }
+    }
+
+    /// Optimizer steps of the epoch. As in transformers, a last one over fewer micro-batches counts.
+    pub fn steps(&self) -> usize {
+        self.micro_batches.len().div_ceil(self.gradient_accumulation_steps)
+    }
+
+    /// The micro-batches of one step, or none past the last.
+    pub fn step(&self, step: usize) -> &[Vec<Vec<usize>>] {
+        self.micro_batches.chunks(self.gradient_accumulation_steps).nth(step).unwrap_or_default()
+    }
+}
+
+/// Best fit decreasing: the longest first, each into the fullest bin that still holds it. Equal
+/// lengths go in the given order, so another order packs otherwise. Within a bin, and between bins
+/// by their first example, the given order is kept.
+fn pack(order: &[usize], max_length: usize, length: impl Fn(usize) -> usize) -> Vec<Vec<usize>> {
+    let mut by_length: Vec<usize> = (0..order.len()).collect(); // places in `order`
+    by_length.sort_by_key(|&place| std::cmp::Reverse(length(order[place])));
+    let mut bins: Vec<Vec<usize>> = Vec::new();
+    let mut free: BTreeSet<(usize, usize)> = BTreeSet::new(); // (tokens left, bin)
+    for place in by_length {
+        let needed = length(order[place]);
+        let best = free.range((needed, 0)..).next().copied();
+        let (left, bin) = best.unwrap_or_else(|| {
+            bins.push(Vec::new());
+            (max_length.max(needed), bins.len() - 1)
+        });
+        free.remove(&(left, bin));
+        bins[bin].push(place);
+        if left > needed {
+            free.insert((left - needed, bin));
+        }
+    }
+    bins.iter_mut().for_each(|bin| bin.sort_unstable());
+    bins.sort_unstable_by_key(|bin| bin[0]);
+    bins.iter().map(|bin| bin.iter().map(|&place| order[place]).collect()).collect()
+}
+
+/// Examples laid end to end: N tokens, none of them padding.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Batch {
+    /// Token ids, `(N)`.
+    pub tokens: Vec<u32>,
+    /// The place of each token in its example, from 0, `(N)`.
+    pub positions: Vec<u32>,
+    /// The tokens of each example; attention does not cross these borders.
+    pub segments: Vec<Range<usize>>,
+    /// For each learned token the row, of N, whose hidden state predicts it, and its id.
+    pub targets: Vec<(u32, u32)>,
+    /// For each token the row of its example in the file and its place in it, `(N)`: what random
+    /// numbers are keyed by, so that they do not depend on how rows are batched.
+    pub keys: Vec<(u64, u32)>,
+}
+
+impl Batch {
+    /// Lays the examples of `bins` end to end.
+    ///
+    /// # Panics
+    /// If a bin names an example that is not there: a plan made for other examples.
+    pub fn new(examples: &[Example], bins: &[Vec<usize>]) -> Self {
+        let mut batch = Self::default();
+        for example in bins.iter().flatten().map(|&i| &examples[i]) {
+            batch.push(example);
+        }
+        batch
+    }
+
+    /// Counted tokens: what a sum of losses is divided by.
+    pub fn count(&self) -> usize {
+        self.targets.len()
+    }
+
+    fn push(&mut self, example: &Example) {
+        let start = self.tokens.len();
+        self.segments.push(start..start + example.tokens.len());
+        self.tokens.extend(&example.tokens);
+        for (i, (&token, &learned)) in example.tokens.iter().zip(&example.learned).enumerate() {
+            self.positions.push(i as u32);
+            self.keys.push((example.row, i as u32));
+            if learned && i > 0 {
+                self.targets.push(((start + i - 1) as u32, token));
+            }
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! What can be wrong with a file of rows, one sentence each.
+
+use std::path::PathBuf;
+
+use crate::text::TextError;
+
+/// Why a file gave no examples.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DataError {
+    /// The file cannot be opened or read.
+    #[error("{}: cannot be read: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// One row is wrong.
+    #[error("{}:{line}: {problem}", path.display())]
+    Row {
+        /// The file.
+        path: PathBuf,
+        /// Its line, counted from 1.
+        line: u64,
+        /// What is wrong with it.
+        problem: RowError,
+    },
+    /// Only blank lines, or none.
+    #[error("{}: holds no rows, needs one JSON object per line", path.display())]
+    Empty {
+        /// The file.
+        path: PathBuf,
+    },
+    /// No row has a learned token.
+    #[error(
+        "{}: nothing to learn in any of {rows} rows ({truncated} of them longer than the \
+         {max_length} tokens kept), needs at least one learned token after a row's first",
+        path.display()
+    )]
+    NothingToLearn {
+        /// The file.
+        path: PathBuf,
+        /// Rows read.
+        rows: u64,
+        /// Rows cut at their end.
+        truncated: u64,
+        /// Tokens kept of a row.
+        max_length: usize,
+    },
+    /// The split leaves no row to train on.
+    #[error(
+        "{}: all {rows} rows fall into the held-out part (rows with one first prompt stay \
+         together), needs more prompts or a held-out file of its own",
+        path.display()
+    )]
+    AllHeldOut {
+        /// The file.
+        path: PathBuf,
+        /// Rows read.
+        rows: u64,
+    },
+}
+
+/// What is wrong with one row.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RowError {
+    /// Bytes that are no text.
+    #[error("byte {column} of the line is not UTF-8")]
+    NotUtf8 {
+        /// The byte in the line, counted from 1.
+        column: usize,
+    },
+    /// Text that is no JSON.
+    #[error("is not JSON ({problem} at column {column})")]
+    Json {
+        /// What the parser said.
+        problem: String,
+        /// Where in the line, counted from 1.
+        column: usize,
+    },
+    /// JSON, but no object.
+    #[error("found {found}, a row is a JSON object")]
+    NotAnObject {
+        /// What it is.
+        found: String,
+    },
+    /// Keys that make none of the known kinds.
+    #[error(
+        "unknown kind of row: found the keys {}, known are `input_ids` (+ `labels`), `messages` \
+         (+ `tools`), `prompt` + `completion`, and `text`",
+        quoted(keys)
+    )]
+    UnknownKind {
+        /// The keys found.
+        keys: Vec<String>,
+    },
+    /// A value of the wrong shape.
+    #[error("`{key}` is {found}, needs {needed}")]
+    Value {
+        /// The path of the value in the row.
+        key: String,
+        /// What is there.
+        found: String,
+        /// What should be.
+        needed: &'static str,
+    },
+    /// Two lists that should be as long as each other.
+    #[error("`labels` has {labels} entries for {input_ids} `input_ids`")]
+    LabelCount {
+        /// Entries of `labels`.
+        labels: usize,
+        /// Entries of `input_ids`.
+        input_ids: usize,
+    },
+    /// A token id the tokenizer does not have.
+    #[error("`input_ids[{index}]` is {token}, the vocabulary has {vocab_size} tokens")]
+    OutOfVocabulary {
+        /// Its place in `input_ids`.
+        index: usize,
+        /// The id.
+        token: u32,
+        /// Tokens of the vocabulary.
+        vocab_size: usize,
+    },
+    /// Messages, but nothing to render them with.
+    #[error("a row of messages needs a chat template, the tokenizer has none")]
+    NoTemplate,
+    /// A template from which the assistant's words cannot be told.
+    #[error(
+        "the chat template rewrites what precedes `{message}` when it is added, so what the \
+         assistant said cannot be told from its text: needs a template that keeps its prefix or \
+         marks the assistant's words with {{% generation %}}"
+    )]
+    PrefixNotKept {
+        /// The path of the assistant's message.
+        message: String,
+    },
+    /// `{% generation %}` blocks that are no messages.
+    #[error(
+        "the chat template marks {spans} {{% generation %}} parts for {messages} assistant \
+         messages, so those with `train: false` cannot be told apart"
+    )]
+    SpanCount {
+        /// Marked parts.
+        spans: usize,
+        /// Messages of the assistant.
+        messages: usize,
+    },
+    /// The tokenizer or the template refused.
+    #[error(transparent)]
+    Text(#[from] TextError),
+}
+
+fn quoted(keys: &[String]) -> String {
+    match keys {
+        [] => "(none)".into(),
+        keys => keys.iter().map(|k| format!("`{k}`")).collect::<Vec<_>>().join(", "),
+    }
+}

@@ -1,0 +1,165 @@
+//! One row as tokens, and which of them are learned.
+
+use std::ops::Range;
+
+use serde_json::Value;
+
+use super::{Message, Row, RowError};
+use crate::text::{ChatTemplate, Special, Tokenizer};
+
+/// The tokens of a row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Example {
+    /// Token ids, those of special tokens included.
+    pub tokens: Vec<u32>,
+    /// Whether token `i` is a target. Token 0 never is: nothing predicts it.
+    pub learned: Vec<bool>,
+    /// The row in its file, counted from 0 over lines that are not blank.
+    pub row: u64,
+    /// Its line, counted from 1.
+    pub line: u64,
+}
+
+impl Example {
+    /// Targets among the tokens.
+    pub fn learned_tokens(&self) -> usize {
+        self.learned.iter().filter(|&&l| l).count()
+    }
+}
+
+/// A row's tokens before it is cut to length.
+pub(super) struct Tokenized {
+    pub tokens: Vec<u32>,
+    pub learned: Vec<bool>,
+    /// A token holds both given and learned text: inference will see other tokens there.
+    pub boundary_mismatch: bool,
+}
+
+pub(super) fn tokenize(row: &Row, tokenizer: &Tokenizer) -> Result<Tokenized, RowError> {
+    let mut tokenized = match row {
+        Row::Tokens { input_ids, learned } => ready(input_ids, learned, tokenizer)?,
+        Row::Messages { messages, tools } => conversation(messages, tools.as_ref(), tokenizer)?,
+        Row::PromptCompletion { prompt, completion } => {
+            prompt_completion(prompt, completion, tokenizer)?
+        }
+        Row::Text(text) => prompt_completion("", text, tokenizer)?,
+    };
+    if let Some(first) = tokenized.learned.first_mut() {
+        *first = false;
+    }
+    Ok(tokenized)
+}
+
+fn ready(ids: &[u32], learned: &[bool], tokenizer: &Tokenizer) -> Result<Tokenized, RowError> {
+    let vocab_size = tokenizer.vocab_size();
+    if let Some(index) = ids.iter().position(|&id| id as usize >= vocab_size) {
+        return Err(RowError::OutOfVocabulary { index, token: ids[index], vocab_size });
+    }
+    Ok(Tokenized { tokens: ids.into(), learned: learned.into(), boundary_mismatch: false })
+}
+
+/// Tokenized jointly, as the completion will follow the prompt. What is learned begins where the
+/// prompt's own tokens and the joint ones part (TRL's rule), which is after the prompt unless a
+/// token reaches across the border. An end-of-sequence token is appended unless present, learned.
+fn prompt_completion(
+    prompt: &str,
+    completion: &str,
+    tokenizer: &Tokenizer,
+) -> Result<Tokenized, RowError> {
+    let own = with_bos(tokenizer.encode(prompt, Special::Parse)?, tokenizer);
+    let joint = tokenizer.encode(&format!("{prompt}{completion}"), Special::Parse)?;
+    let mut tokens = with_bos(joint, tokenizer);
+    let given = own.iter().zip(&tokens).take_while(|(a, b)| a == b).count();
+    if let Some(eos) = tokenizer.eos()
+        && tokens[given..].last() != Some(&eos)
+    {
+        tokens.push(eos);
+    }
+    let learned = (0..tokens.len()).map(|i| i >= given).collect();
+    Ok(Tokenized { tokens, learned, boundary_mismatch: given < own.len() })
+}
+
+/// The whole conversation rendered once; what the assistant says is learned through its
+/// end-of-turn token. A token that reaches over the border of a span belongs to the span.
+fn conversation(
+    messages: &[Message],
+    tools: Option<&Value>,
+    tokenizer: &Tokenizer,
+) -> Result<Tokenized, RowError> {
+    let template = tokenizer.chat_template().ok_or(RowError::NoTemplate)?;
+    let (text, spans) = match marked_spans(messages, tools, template)? {
+        Some(marked) => marked,
+        None => prefix_spans(messages, tools, template)?,
+    };
+    let encoding = tokenizer.encode_with_offsets(&text, Special::Parse)?;
+    let count = encoding.ids.len();
+    let tokens = with_bos(encoding.ids, tokenizer);
+    let mut learned = vec![false; tokens.len() - count]; // of a BOS that was added
+    let mut boundary_mismatch = false;
+    for (start, end) in encoding.offsets {
+        let next = spans.partition_point(|span| span.end <= start);
+        let span = spans.get(next).filter(|span| span.start < end);
+        learned.push(span.is_some());
+        boundary_mismatch |= span.is_some_and(|span| start < span.start);
+    }
+    Ok(Tokenized { tokens, learned, boundary_mismatch })
+}
+
+/// The text, and the byte ranges of it that are learned, in order.
+type Spans = (String, Vec<Range<usize>>);
+
+/// What the template itself marks with `{% generation %}`, if it does.
+fn marked_spans(
+    messages: &[Message],
+    tools: Option<&Value>,
+    template: &ChatTemplate,
+) -> Result<Option<Spans>, RowError> {
+    let values: Vec<Value> = messages.iter().map(|m| m.value.clone()).collect();
+    let Some((text, spans)) = template.render_with_generation_spans(&values, tools)? else {
+        return Ok(None);
+    };
+    let said: Vec<&Message> = messages.iter().filter(|m| m.role == "assistant").collect();
+    if said.iter().all(|m| m.learned) {
+        return Ok(Some((text, spans)));
+    }
+    if spans.len() != said.len() {
+        return Err(RowError::SpanCount { spans: spans.len(), messages: said.len() });
+    }
+    let learned = spans.into_iter().zip(said).filter(|(_, m)| m.learned).map(|(span, _)| span);
+    Ok(Some((text, learned.collect())))
+}
+
+/// From what the template renders up to a message and with it. The whitespace that ends a turn is
+/// left out: generation stops at the end-of-turn token, nobody ever asks for what follows it.
+fn prefix_spans(
+    messages: &[Message],
+    tools: Option<&Value>,
+    template: &ChatTemplate,
+) -> Result<Spans, RowError> {
+    let values: Vec<Value> = messages.iter().map(|m| m.value.clone()).collect();
+    let text = template.render(&values, tools, false)?;
+    let mut spans = Vec::new();
+    for i in (0..messages.len()).filter(|&i| messages[i].learned) {
+        let before = template.render(&values[..i], tools, true)?;
+        let through = template.render(&values[..=i], tools, false)?;
+        let through = through.trim_end();
+        if !text.starts_with(&before) || !text.starts_with(through) {
+            return Err(RowError::PrefixNotKept { message: format!("messages[{i}]") });
+        }
+        if before.len() < through.len() {
+            spans.push(before.len()..through.len());
+        }
+    }
+    Ok((text, spans))
+}
+
+/// A beginning-of-sequence token in front if the tokenizer wants one and none is there.
+fn with_bos(mut ids: Vec<u32>, tokenizer: &Tokenizer) -> Vec<u32> {
+    if tokenizer.adds_bos()
+        && let Some(bos) = tokenizer.bos()
+        && ids.first() != Some(&bos)
+    {
+        ids.insert(0, bos);
+    }
+    ids
+}

@@ -1,0 +1,39 @@
+//! The held-out part of a file that comes without one.
+
+use std::borrow::Cow;
+
+use sha2::{Digest, Sha256};
+
+use super::Row;
+
+/// Characters of a row without turns that stand for its prompt.
+const PROMPT_CHARS: usize = 200;
+/// The same for a row that is tokens already.
+const PROMPT_TOKENS: usize = 64;
+
+/// Whether a row is one of the one in ten that are held out: by SHA-256 of its first user turn,
+/// lower-cased and with its whitespace collapsed. So rows with the same prompt are in one part, and
+/// a row stays in its part whatever is added to the file.
+pub fn is_held_out(row: &Row) -> bool {
+    let prompt = first_user_turn(row);
+    let words: Vec<String> = prompt.split_whitespace().map(str::to_lowercase).collect();
+    Sha256::digest(words.join(" "))[0].is_multiple_of(10)
+}
+
+fn first_user_turn(row: &Row) -> Cow<'_, str> {
+    match row {
+        Row::Messages { messages, .. } => {
+            let user = messages.iter().find(|m| m.role == "user").or(messages.first());
+            user.and_then(|m| m.value["content"].as_str()).unwrap_or_default().into()
+        }
+        Row::PromptCompletion { prompt, .. } => prompt.into(),
+        Row::Text(text) => match text.char_indices().nth(PROMPT_CHARS) {
+            Some((end, _)) => text[..end].into(),
+            None => text.into(),
+        },
+        Row::Tokens { input_ids, .. } => {
+            let ids = input_ids.iter().take(PROMPT_TOKENS);
+            ids.map(u32::to_string).collect::<Vec<_>>().join(" ").into()
+        }
+    }
+}
