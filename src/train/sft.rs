@@ -14,12 +14,12 @@ use serde::Serialize;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 
+use super::TrainError;
 use super::progress::Progress;
 use super::run_dir::{Metrics, RunDir, State, read_optimizer, read_state};
 use super::settings::{EvalStrategy, SftSettings};
 use super::step::{StepSettings, accumulate, dropout};
 use super::tensorboard::EventWriter;
-use super::TrainError;
 use crate::data::{Batch, DataReport, Dataset, EpochPlan, EpochSettings};
 use crate::eval::evaluate;
 use crate::model::{Adapters, Decoder, Worn};
@@ -104,8 +104,7 @@ pub fn sft(settings: &SftSettings, resume: bool, stop: &AtomicBool) -> Result<Ou
         state = read_state(&folder)?;
         same_fingerprints(&settings.out, &state.fingerprints, &fingerprints)?;
         let saved = read_adapter(&folder, &decoder)?;
-        for ((var, (_, from)), values) in
-            parameters.iter().zip(saved.parameters()).zip(&mut values)
+        for ((var, (_, from)), values) in parameters.iter().zip(saved.parameters()).zip(&mut values)
         {
             var.set(from.as_tensor())?;
             *values = read(&from)?;
@@ -322,9 +321,8 @@ fn lora_config(settings: &SftSettings) -> Result<LoraConfig, TrainError> {
             let (pattern, value) = item.rsplit_once('=')?;
             Some((pattern.to_string(), value.trim().parse().ok()?))
         };
-        let fault = |item: &String| {
-            TrainError::Settings(format!("{key} {item:?} is not REGEX=NUMBER"))
-        };
+        let fault =
+            |item: &String| TrainError::Settings(format!("{key} {item:?} is not REGEX=NUMBER"));
         list.iter().map(|item| pair(item).ok_or_else(|| fault(item))).collect()
     };
     let ranks = pattern("rank_pattern", &settings.rank_pattern)?;
@@ -559,9 +557,8 @@ mod tests {
             let target_modules = targets.iter().map(|t| t.to_string()).collect();
             lora_config(&SftSettings { target_modules, ..Default::default() }).unwrap()
         };
-        let list = |names: &[&str]| {
-            Some(Modules::List(names.iter().map(|n| n.to_string()).collect()))
-        };
+        let list =
+            |names: &[&str]| Some(Modules::List(names.iter().map(|n| n.to_string()).collect()));
         assert_eq!(config(&["q_proj"]).target_modules, list(&["q_proj"]));
         assert_eq!(config(&["q_proj", "v_proj"]).target_modules, list(&["q_proj", "v_proj"]));
         let expression = r".*\.(q|v)_proj";

@@ -4,4 +4,5 @@ mod adapters;
 mod model;
 mod rooms;
 mod support;
+mod train;
 mod weights;
