@@ -3,3 +3,4 @@
 mod model;
 mod rooms;
 mod support;
+mod text;
