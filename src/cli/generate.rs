@@ -99,12 +99,14 @@ impl Generate {
             &settings,
             &|token| tokenizer.is_end_of_generation(token),
             &mut |_, token| {
-                show(&stops.push(&stream.push(token)));
+                // An id the tokenizer lacks (padded vocabularies have some) has no text.
+                let piece = stream.push(token).ok().flatten().unwrap_or_default();
+                show(&stops.push(&piece));
                 if stops.stopped() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
             },
         )?;
         let seconds = started.elapsed().as_secs_f64();
-        let rest = stream.finish();
+        let rest = stream.finish()?;
         show(&stops.push(&rest));
         show(&stops.finish());
         if !json {

@@ -56,14 +56,6 @@ impl Progress {
         }
     }
 
-    /// A line beside the bar.
-    pub fn say(&self, line: &str) {
-        match &self.bar {
-            Some(bar) => bar.println(line),
-            None => eprintln!("{line}"),
-        }
-    }
-
     /// Takes the bar away.
     pub fn finish(&self) {
         if let Some(bar) = &self.bar {

@@ -173,7 +173,8 @@ impl RunDir {
         let mut steps = Vec::new();
         for entry in fs::read_dir(&folder).map_err(|e| at(&folder, e))? {
             let name = entry.map_err(|e| at(&folder, e))?.file_name();
-            let step = name.to_str().and_then(|name| name.strip_prefix("step-")?.parse::<u64>().ok());
+            let step =
+                name.to_str().and_then(|name| name.strip_prefix("step-")?.parse::<u64>().ok());
             steps.extend(step);
         }
         steps.sort_unstable();
