@@ -35,12 +35,13 @@ pub(super) fn read(folder: &Path) -> Result<Tokenizer, TextError> {
         bos: id_of(&bos),
         eos: id_of(&eos),
         pad: id_of(&pad),
-        adds_bos: match &config["add_bos_token"] {
-            Value::Bool(adds) => *adds,
-            // Then the post-processor decides: does it begin nothing at all with BOS?
-            _ => match inner.encode("", true).map_err(bad)?.get_ids().first() {
+        adds_bos: match (&config["add_bos_token"], config["tokenizer_class"].as_str()) {
+            // Only Llama's class makes its post-processor anew from the key when it is loaded.
+            (Value::Bool(adds), Some("LlamaTokenizer" | "LlamaTokenizerFast")) => *adds,
+            // Else the post-processor decides: does it begin nothing at all with BOS?
+            (adds, _) => match inner.encode("", true).map_err(bad)?.get_ids().first() {
                 Some(first) => Some(*first) == id_of(&bos),
-                None => false,
+                None => *adds == Value::Bool(true),
             },
         },
         ends: ends(folder, &inner, id_of(&eos))?,

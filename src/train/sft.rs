@@ -49,6 +49,8 @@ pub struct Summary {
     pub adapter: PathBuf,
     /// Which kernel serves each kind of linear layer.
     pub kernels: BTreeMap<String, String>,
+    /// Layers whose tape is rebuilt on the way down (`gradient_checkpointing`).
+    pub recomputed_layers: usize,
     /// What the data came to.
     pub data: DataReport,
     /// The step this process took up, if it resumed.
@@ -233,6 +235,10 @@ pub fn sft(settings: &SftSettings, resume: bool, stop: &AtomicBool) -> Result<Ou
         trainable_parameters: adapter.num_parameters(),
         adapter: folder,
         kernels: decoder.kernels(),
+        recomputed_layers: match settings.gradient_checkpointing {
+            true => decoder.config.num_hidden_layers,
+            false => 0,
+        },
         data: data.train.report,
         resumed_at,
     })))

@@ -23,9 +23,8 @@ fn load(bytes: &[u8], tokenizer: &Tokenizer, max_length: usize) -> Result<Datase
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("rows.jsonl");
     std::fs::write(&path, bytes).unwrap();
-    Dataset::load(&path, tokenizer, max_length).map_err(|error| {
-        error.to_string().replace(&format!("{}/", folder.path().display()), "")
-    })
+    Dataset::load(&path, tokenizer, max_length)
+        .map_err(|error| error.to_string().replace(&format!("{}/", folder.path().display()), ""))
 }
 
 fn lines(rows: &[Value]) -> Vec<u8> {
@@ -71,7 +70,11 @@ fn tokens_and_labels_are_trls() {
         let example = &found.examples[0];
         let mut expected = ints("labels");
         expected[0] = -100;
-        assert_eq!(example.tokens.iter().map(|&t| i64::from(t)).collect::<Vec<_>>(), ints("input_ids"), "{what}");
+        assert_eq!(
+            example.tokens.iter().map(|&t| i64::from(t)).collect::<Vec<_>>(),
+            ints("input_ids"),
+            "{what}"
+        );
         assert_eq!(labels(example), expected, "{what}");
     }
 }

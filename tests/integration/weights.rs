@@ -305,33 +305,6 @@ fn gguf_rs_lists_the_same() {
     check_against_gguf_rs(&golden());
 }
 
-/// By hand: `QUANTUNE_TEST_GGUF=model.gguf cargo test real_file -- --ignored --nocapture`.
-#[test]
-#[ignore = "needs a real model in QUANTUNE_TEST_GGUF"]
-fn a_real_file_stays_in_the_map() {
-    let path = std::env::var("QUANTUNE_TEST_GGUF").expect("QUANTUNE_TEST_GGUF names a GGUF file");
-    let rss_anon = || -> u64 {
-        let status = fs::read_to_string("/proc/self/status").unwrap();
-        let line = status.lines().find(|line| line.starts_with("RssAnon")).unwrap();
-        line.split_whitespace().nth(1).unwrap().parse().unwrap()
-    };
-    let before = rss_anon();
-    let gguf = Gguf::open(&path).unwrap();
-    let opened = rss_anon() - before;
-    for info in gguf.tensors().iter().filter(|info| info.shape.len() == 2) {
-        let matrix = gguf.tensor(&info.name).unwrap().matrix().unwrap();
-        let mut row = vec![0.0; matrix.cols()];
-        for i in 0..matrix.rows() {
-            matrix.read_row(i, &mut row);
-            assert!(row.iter().all(|v| v.is_finite()), "{} row {i}", info.name);
-        }
-    }
-    let read = rss_anon() - before;
-    println!("RssAnon: +{opened} kB after opening, +{read} kB after reading every matrix");
-    assert!(read < 4096, "{read} kB of anonymous memory for a mapped file");
-    check_against_gguf_rs(path.as_ref());
-}
-
 // Hostile GGUF files.
 
 /// The bytes of a GGUF header by hand, so that anything can be wrong with it.

@@ -1,0 +1,453 @@
+//! The binary as a user runs it: every flag changes something, wrong input ends in one sentence,
+//! a killed run goes on to the same bytes.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use quantune_adapters::rng::Stream;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::support::{golden, model_path};
+
+fn quantune(args: &[String]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_quantune")).args(args).output().unwrap()
+}
+
+fn strings(args: &[&str]) -> Vec<String> {
+    args.iter().map(|arg| arg.to_string()).collect()
+}
+
+/// The JSON object on the last line of stdout.
+fn last_json(output: &Output) -> Value {
+    let stdout = String::from_utf8(output.stdout.clone()).unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    serde_json::from_str(stdout.lines().last().expect("a line")).unwrap()
+}
+
+/// The one line of stderr that begins with `error: `.
+fn error(output: &Output) -> String {
+    let stderr = String::from_utf8(output.stderr.clone()).unwrap();
+    let errors: Vec<&str> = stderr.lines().filter(|line| line.starts_with("error: ")).collect();
+    assert_eq!(errors.len(), 1, "{stderr}");
+    assert!(!stderr.contains("panicked"), "{stderr}");
+    errors[0].to_string()
+}
+
+/// A folder with data files of a few rows.
+struct Lab {
+    folder: TempDir,
+}
+
+impl Lab {
+    fn new() -> Self {
+        let lab = Self { folder: tempfile::tempdir().unwrap() };
+        let row = |i: usize| {
+            let question = format!("question {i} about {}", "words ".repeat(i % 7));
+            format!(
+                r#"{{"messages": [{{"role": "user", "content": "{question}"}}, {{"role": "assistant", "content": "answer {}"}}]}}"#,
+                i * i
+            )
+        };
+        let rows = |range: std::ops::Range<usize>| range.map(row).collect::<Vec<_>>().join("\n");
+        lab.write("rows.jsonl", &rows(0..40));
+        lab.write("held_out.jsonl", &rows(50..55));
+        lab.write("settings.toml", "learning_rate = 0.05\n");
+        lab.write("text.txt", &"a text with several words in it, again and again. ".repeat(40));
+        lab
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.folder.path().join(name).display().to_string()
+    }
+
+    fn write(&self, name: &str, text: &str) {
+        fs::write(self.folder.path().join(name), text).unwrap();
+    }
+}
+
+fn adapter() -> String {
+    golden("train/llama-tiny/final").display().to_string()
+}
+
+fn base() -> String {
+    model_path("llama-tiny").display().to_string()
+}
+
+/// Everything a run left that does not depend on time or place, and is not an echo of the flags.
+fn traces(output: &Output, out: Option<&Path>) -> String {
+    let mut traces = String::new();
+    if output.status.success() {
+        let stdout = String::from_utf8(output.stdout.clone()).unwrap();
+        match stdout.lines().last().map(serde_json::from_str::<Value>) {
+            Some(Ok(mut value)) => {
+                for volatile in ["tokens_per_second", "peak_rss_bytes", "adapter"] {
+                    value.as_object_mut().unwrap().remove(volatile);
+                }
+                traces += &value.to_string();
+            }
+            _ => traces += "no JSON",
+        }
+    } else {
+        traces += &error(output);
+    }
+    if let Some(out) = out {
+        let mut files = Vec::new();
+        walk(out, &mut files);
+        files.sort();
+        for file in files {
+            let name = file.strip_prefix(out).unwrap().display().to_string();
+            if name.starts_with("tensorboard") || name == "config.toml" {
+                continue;
+            }
+            let bytes = fs::read(&file).unwrap();
+            let sum =
+                bytes.iter().fold(0u64, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x100_0000_01b3));
+            traces += &format!("\n{name} {} {sum:x}", bytes.len());
+        }
+    }
+    traces
+}
+
+fn walk(folder: &Path, files: &mut Vec<PathBuf>) {
+    let Ok(entries) = fs::read_dir(folder) else { return };
+    for path in entries.map(|entry| entry.unwrap().path()) {
+        if path.is_dir() { walk(&path, files) } else { files.push(path) }
+    }
+}
+
+/// The flags that `--help` of a command names.
+fn flags(command: &[&str]) -> BTreeSet<String> {
+    let mut args = strings(command);
+    args.push("--help".into());
+    let help = String::from_utf8(quantune(&args).stdout).unwrap();
+    let lines = help.lines().map(str::trim_start).filter(|line| line.starts_with('-'));
+    let long = lines.filter_map(|line| line.split_whitespace().find(|word| word.starts_with("--")));
+    let flags = long.map(|flag| flag.trim_end_matches(',').to_string());
+    flags.filter(|flag| flag != "--help").collect()
+}
+
+/// Runs `command` with and without each row of `table` (which replaces flags of the same name) and
+/// demands other traces. Every flag of `--help` must be in the table or in `base`.
+fn every_flag(command: &[&str], base: &[(&str, &str)], table: &[&[(&str, &str)]], lab: &Lab) {
+    let run = |row: &[(&str, &str)], number: usize| -> String {
+        let out = lab.folder.path().join(format!("run-{number}"));
+        let mut args = strings(command);
+        let kept = base.iter().filter(|(flag, _)| !row.iter().any(|(f, _)| f == flag));
+        for (flag, value) in kept.chain(row) {
+            // A row takes a flag of the base away with "-".
+            if *value == "-" {
+                continue;
+            }
+            args.push(flag.to_string());
+            if !value.is_empty() {
+                args.push(value.replace("OUT", &out.display().to_string()));
+            }
+        }
+        let output = quantune(&args);
+        traces(&output, base.iter().any(|(flag, _)| *flag == "--out").then_some(out.as_path()))
+    };
+    let plain = run(&[], 0);
+    assert!(!plain.starts_with("error"), "{plain}");
+    let mut covered: BTreeSet<String> = base.iter().map(|(flag, _)| flag.to_string()).collect();
+    for (number, row) in table.iter().enumerate() {
+        // The last flag of a row is the one under test; those before it set the scene.
+        let (flag, scene) = row.split_last().unwrap();
+        let without = if scene.is_empty() { plain.clone() } else { run(scene, 2 * number + 1) };
+        let with = run(row, 2 * number + 2);
+        assert_ne!(without, with, "{command:?}: {flag:?} changes nothing");
+        covered.insert(flag.0.to_string());
+    }
+    assert_eq!(flags(command).difference(&covered).collect::<Vec<_>>(), Vec::<&String>::new());
+}
+
+#[test]
+fn every_flag_of_sft_changes_something() {
+    let lab = Lab::new();
+    let (rows, held_out, settings) =
+        (lab.path("rows.jsonl"), lab.path("held_out.jsonl"), lab.path("settings.toml"));
+    let (base, adapter) = (base(), adapter());
+    let base_args: &[(&str, &str)] = &[
+        ("--base", &base),
+        ("--data", &rows),
+        ("--out", "OUT"),
+        ("--max-steps", "3"),
+        ("--r", "2"),
+        ("--max-length", "128"),
+        ("--threads", "1"),
+        ("--json", ""),
+    ];
+    let other_base = model_path("qwen2-tiny").display().to_string();
+    let table: &[&[(&str, &str)]] = &[
+        &[("--base", &other_base)],
+        &[("--data", &held_out)],
+        &[("--out", "-")],
+        &[("--max-steps", "2")],
+        &[("--r", "3")],
+        &[("--max-length", "48")],
+        &[("--threads", "2")],
+        &[("--json", "-")],
+        &[("--eval-data", &held_out)],
+        &[("--eval-strategy", "epoch")],
+        &[("--eval-data", &held_out), ("--eval-strategy", "steps"), ("--eval-steps", "1")],
+        &[("--adapter", &adapter)],
+        &[("--lora-alpha", "4")],
+        &[("--lora-dropout", "0.5")],
+        &[("--target-modules", "q_proj,v_proj")],
+        &[("--exclude-modules", "q_proj")],
+        &[("--rank-pattern", "q_proj=1")],
+        &[("--alpha-pattern", "q_proj=1")],
+        &[("--target-modules", "q_proj"), ("--layers-to-transform", "1")],
+        &[
+            ("--target-modules", "q_proj"),
+            ("--layers-to-transform", "1"),
+            ("--layers-pattern", "h"),
+        ],
+        &[("--use-rslora", "true")],
+        &[("--init-lora-weights", "gaussian")],
+        &[("--learning-rate", "0.01")],
+        &[("--lr-scheduler-type", "constant")],
+        &[("--warmup-ratio", "0.5")],
+        &[("--warmup-steps", "2")],
+        &[("--weight-decay", "0.5")],
+        &[("--adam-beta1", "0.5")],
+        &[("--adam-beta2", "0.5")],
+        &[("--adam-epsilon", "0.1")],
+        &[("--max-grad-norm", "0.001")],
+        &[("--per-device-train-batch-size", "2")],
+        &[("--gradient-accumulation-steps", "2")],
+        &[("--max-steps", "0"), ("--num-train-epochs", "2")],
+        &[("--packing", "false")],
+        &[("--no-shuffle", "")],
+        &[("--gradient-checkpointing", "false")],
+        &[("--seed", "7")],
+        &[("--compute", "portable")],
+        &[("--save-steps", "1")],
+        &[("--save-steps", "1"), ("--save-total-limit", "1")],
+        &[("--config", &settings)],
+        &[("--resume", "")],
+    ];
+    every_flag(&["sft"], base_args, table, &lab);
+}
+
+#[test]
+fn every_flag_of_eval_changes_something() {
+    let lab = Lab::new();
+    let (rows, held_out, text) =
+        (lab.path("rows.jsonl"), lab.path("held_out.jsonl"), lab.path("text.txt"));
+    let (base, adapter) = (base(), adapter());
+    let base_args: &[(&str, &str)] =
+        &[("--base", &base), ("--data", &rows), ("--threads", "1"), ("--json", "")];
+    let other_base = model_path("qwen2-tiny").display().to_string();
+    let table: &[&[(&str, &str)]] = &[
+        &[("--base", &other_base)],
+        &[("--data", &held_out)],
+        &[("--threads", "2")],
+        &[("--json", "-")],
+        &[("--adapter", &adapter)],
+        &[("--max-length", "32")],
+        &[("--data", "-"), ("--text", &text)],
+        &[("--data", "-"), ("--text", &text), ("--n-ctx", "64")],
+        &[("--compute", "portable")],
+    ];
+    every_flag(&["eval"], base_args, table, &lab);
+}
+
+#[test]
+fn every_flag_of_generate_changes_something() {
+    let lab = Lab::new();
+    let (base, adapter) = (base(), adapter());
+    let base_args: &[(&str, &str)] = &[
+        ("--base", &base),
+        ("--prompt", "one two three"),
+        ("--max-tokens", "12"),
+        ("--temperature", "3"),
+        ("--top-k", "0"),
+        ("--top-p", "1"),
+        ("--min-p", "0"),
+        ("--threads", "1"),
+        ("--json", ""),
+    ];
+    let other_base = model_path("qwen2-tiny").display().to_string();
+    let table: &[&[(&str, &str)]] = &[
+        &[("--base", &other_base)],
+        &[("--prompt", "four")],
+        &[("--max-tokens", "5")],
+        &[("--temperature", "0")],
+        &[("--top-k", "2")],
+        &[("--top-p", "0.2")],
+        &[("--min-p", "0.5")],
+        &[("--threads", "2")],
+        &[("--json", "-")],
+        &[("--adapter", &adapter)],
+        &[("--system", "be brief")],
+        &[("--raw", "")],
+        &[("--repetition-penalty", "5")],
+        &[("--seed", "1")],
+        &[("--stop", "e")],
+        &[("--logprobs", "2")],
+        &[("--compute", "portable")],
+    ];
+    every_flag(&["generate"], base_args, table, &lab);
+}
+
+#[test]
+fn every_flag_of_inspect_and_tokenizer_changes_something() {
+    let lab = Lab::new();
+    let gguf = model_path("llama-q8_0").display().to_string();
+    every_flag(
+        &["inspect", &gguf],
+        &[("--threads", "1"), ("--json", "")],
+        &[&[("--threads", "2")], &[("--json", "-")]],
+        &lab,
+    );
+    let (text, base) = (lab.path("text.txt"), base());
+    lab.write("special.txt", "<|im_start|>user");
+    let special = lab.path("special.txt");
+    let other_base = model_path("qwen2-tiny").display().to_string();
+    every_flag(
+        &["tokenizer", "encode"],
+        &[("--base", &base), ("--text", &text), ("--threads", "1"), ("--json", "")],
+        &[
+            &[("--base", &other_base), ("--text", &special)],
+            &[("--text", &special), ("--parse-special", "")],
+            &[("--threads", "2")],
+            &[("--json", "-")],
+        ],
+        &lab,
+    );
+}
+
+#[test]
+fn wrong_input_ends_in_one_sentence() {
+    let lab = Lab::new();
+    let rows = lab.path("rows.jsonl");
+    lab.write("empty.jsonl", "\n");
+    lab.write("broken.jsonl", "{\"text\": \"fine\"}\n{\"text\": \n");
+    lab.write("role.jsonl", r#"{"messages": [{"role": "wizard", "content": "x"}]}"#);
+    lab.write("nothing.jsonl", r#"{"messages": [{"role": "user", "content": "x"}]}"#);
+    lab.write("bad.toml", "learning_rat = 1.0\n");
+    lab.write("a_file", "");
+    let mut truncated = fs::read(model_path("llama-q8_0")).unwrap();
+    truncated.truncate(truncated.len() / 2);
+    fs::write(lab.folder.path().join("truncated.gguf"), truncated).unwrap();
+    let wide_adapter = golden("train/qwen2-tiny/final").display().to_string();
+    let out = lab.path("out");
+    let base = base();
+    let sft = |extra: &[(&str, &str)]| {
+        let mut args: Vec<(&str, &str)> =
+            vec![("--base", &base), ("--data", &rows), ("--out", &out), ("--max-steps", "1")];
+        args.retain(|(flag, _)| !extra.iter().any(|(f, _)| f == flag));
+        args.extend(extra);
+        let flat = args.iter().flat_map(|(flag, value)| [flag.to_string(), value.to_string()]);
+        let mut command = strings(&["sft"]);
+        command.extend(flat.filter(|part| !part.is_empty()));
+        command
+    };
+    let path = |name: &str| lab.path(name);
+    let cases: Vec<(Vec<String>, Vec<&str>)> = vec![
+        (sft(&[("--base", &path("nowhere.gguf"))]), vec!["nowhere.gguf"]),
+        (sft(&[("--base", &path("a_file"))]), vec!["a_file", "GGUF"]),
+        (sft(&[("--base", &path("truncated.gguf"))]), vec!["truncated.gguf"]),
+        (sft(&[("--data", &path("empty.jsonl"))]), vec!["empty.jsonl", "no rows"]),
+        (sft(&[("--data", &path("broken.jsonl"))]), vec!["broken.jsonl:2"]),
+        (sft(&[("--data", &path("role.jsonl"))]), vec!["role.jsonl:1", "wizard"]),
+        (sft(&[("--data", &path("nothing.jsonl"))]), vec!["nothing.jsonl", "nothing to learn"]),
+        (sft(&[("--out", &path("a_file/run"))]), vec!["a_file"]),
+        (sft(&[("--adapter", &wide_adapter)]), vec!["adapter_model.safetensors"]),
+        (sft(&[("--config", &path("bad.toml"))]), vec!["bad.toml", "learning_rat"]),
+        (sft(&[("--save-steps", "0")]), vec!["save_steps"]),
+        (sft(&[("--target-modules", "nothing_like_it")]), vec!["nothing_like_it", "q_proj"]),
+        (sft(&[("--resume", "")]), vec!["no run to resume"]),
+        (sft(&[("--base", "")]), vec!["--base is missing"]),
+    ];
+    for (args, words) in cases {
+        let output = quantune(&args);
+        assert_eq!(output.status.code(), Some(1), "{args:?}");
+        let error = error(&output);
+        for word in words {
+            assert!(error.contains(word), "{args:?}: {error}");
+        }
+        assert!(!Path::new(&out).join("adapter").exists(), "{args:?} left an adapter");
+    }
+    let usage = quantune(&strings(&["sft", "--no-such-flag"]));
+    assert_eq!(usage.status.code(), Some(2));
+
+    // A run that is there is not overwritten; another configuration does not resume it.
+    let trained = quantune(&sft(&[]));
+    assert!(trained.status.success(), "{}", String::from_utf8_lossy(&trained.stderr));
+    assert!(error(&quantune(&sft(&[]))).contains("--resume"));
+    let changed = quantune(&sft(&[("--learning-rate", "1"), ("--resume", "")]));
+    let sentence = error(&changed);
+    assert!(sentence.contains("learning_rate was") && sentence.contains("is 1"), "{sentence}");
+    lab.write("rows.jsonl", r#"{"text": "other data than before, long enough"}"#);
+    assert!(error(&quantune(&sft(&[("--resume", "")]))).contains("the data changed"));
+}
+
+/// Killed 20 times, some of them while a checkpoint is half written, then resumed: the same bytes.
+#[test]
+fn a_killed_run_goes_on_to_the_same_bytes() {
+    let lab = Lab::new();
+    let start = |out: &str, resume: bool| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_quantune"));
+        command.args(["sft", "--out", out]);
+        if resume {
+            command.arg("--resume");
+        } else {
+            command.args(["--base", &base(), "--data", &lab.path("rows.jsonl")]);
+            command.args(["--max-steps", "12", "--save-steps", "1", "--save-total-limit", "0"]);
+            command.args(["--lora-dropout", "0.1", "--max-length", "96", "--r", "4"]);
+            command.args(["--gradient-accumulation-steps", "4", "--learning-rate", "1e-3"]);
+            command.args(["--eval-strategy", "steps", "--eval-steps", "5", "--threads", "2"]);
+        }
+        command.stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap()
+    };
+    let whole = lab.path("whole");
+    let began = Instant::now();
+    assert!(start(&whole, false).wait().unwrap().success());
+    let duration = began.elapsed();
+    let bytes = |out: &str, file: &str| fs::read(Path::new(out).join(file)).unwrap();
+    let files = [
+        "adapter/adapter_model.safetensors",
+        "adapter/adapter_config.json",
+        "checkpoints/step-12/optimizer.safetensors",
+        "checkpoints/step-12/state.json",
+        "metrics.jsonl",
+    ];
+    let mut random = Stream::new(5, "kill", &[]);
+    let (mut inside, mut killed) = (0, 0);
+    let has_partial = |out: &str| {
+        let entries = fs::read_dir(Path::new(out).join("checkpoints"));
+        entries.is_ok_and(|mut entries| {
+            entries.any(|e| e.is_ok_and(|e| e.file_name().to_string_lossy().ends_with(".partial")))
+        })
+    };
+    for trial in 0..20 {
+        let out = lab.path(&format!("killed-{trial}"));
+        let mut child = start(&out, false);
+        let moment = duration.mul_f64(random.uniform_f64());
+        let began = Instant::now();
+        // Every other trial waits, from its moment on, for a checkpoint that is being written.
+        while child.try_wait().unwrap().is_none() {
+            let due = began.elapsed() >= moment;
+            if due && (trial % 2 == 0 || has_partial(&out)) {
+                break;
+            }
+            std::thread::sleep(Duration::from_micros(100));
+        }
+        let _ = child.kill(); // SIGKILL; the run may just have ended
+        killed += usize::from(!child.wait().unwrap().success());
+        inside += usize::from(has_partial(&out));
+        let began_at_all = Path::new(&out).join("config.toml").exists();
+        assert!(start(&out, began_at_all).wait().unwrap().success(), "trial {trial}");
+        for file in files {
+            assert_eq!(bytes(&out, file), bytes(&whole, file), "trial {trial}: {file}");
+        }
+    }
+    println!("killed {killed} of 20, {inside} inside a checkpoint");
+    assert!(killed >= 15 && inside >= 3, "killed {killed}, {inside} inside a checkpoint");
+}
