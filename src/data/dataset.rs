@@ -76,11 +76,7 @@ impl Dataset {
     ///
     /// # Errors
     /// The first wrong row with its line; a file without rows, or without anything to learn.
-    pub fn load(
-        path: &Path,
-        tokenizer: &Tokenizer,
-        max_length: usize,
-    ) -> Result<Self, DataError> {
+    pub fn load(path: &Path, tokenizer: &Tokenizer, max_length: usize) -> Result<Self, DataError> {
         let mut all = Part::default();
         let sha256 = read(path, tokenizer, |_, line, tokenized| {
             all.add(line, tokenized, max_length);
@@ -145,8 +141,10 @@ fn read(
         };
         let rows: Vec<_> = chunk.par_iter().map(parse).collect();
         for (line, row) in chunk.iter().zip(rows) {
-            let (row, tokenized) = row.map_err(|problem| {
-                DataError::Row { path: path.into(), line: line.number, problem }
+            let (row, tokenized) = row.map_err(|problem| DataError::Row {
+                path: path.into(),
+                line: line.number,
+                problem,
             })?;
             add(&row, line, tokenized);
         }

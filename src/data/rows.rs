@@ -63,7 +63,10 @@ impl Row {
         if row.contains_key("input_ids") {
             tokens(&row)
         } else if let Some(messages) = row.get("messages") {
-            Ok(Self::Messages { messages: message_list("messages", messages)?, tools: tools(&row)? })
+            Ok(Self::Messages {
+                messages: message_list("messages", messages)?,
+                tools: tools(&row)?,
+            })
         } else if let (Some(prompt), Some(completion)) = (row.get("prompt"), row.get("completion"))
         {
             prompt_completion(prompt, completion, &row)
@@ -101,13 +104,12 @@ fn tokens(row: &Map<String, Value>) -> Result<Row, RowError> {
     if labels.len() != input_ids.len() {
         return Err(RowError::LabelCount { labels: labels.len(), input_ids: input_ids.len() });
     }
-    let learned = labels.iter().zip(&input_ids).enumerate().map(|(i, (label, &id))| {
-        match label.as_i64() {
+    let learned =
+        labels.iter().zip(&input_ids).enumerate().map(|(i, (label, &id))| match label.as_i64() {
             Some(-100) => Ok(false),
             Some(label) if label == i64::from(id) => Ok(true),
             _ => Err(wrong(&format!("labels[{i}]"), label, "-100 or the token id at its place")),
-        }
-    });
+        });
     let learned = learned.collect::<Result<_, _>>()?;
     Ok(Row::Tokens { input_ids, learned })
 }
