@@ -213,8 +213,8 @@ fn a_conversation_needs_a_template_that_tells_what_is_said() {
         {"role": "user", "content": "c"}, {"role": "assistant", "content": "d", "train": false},
     ]});
     let check = |template: Option<&str>, expected: &str| {
-        let error =
-            load(&lines(&[talk.clone()]), &with_template(template), 100).expect_err(expected);
+        let error = load(&lines(std::slice::from_ref(&talk)), &with_template(template), 100)
+            .expect_err(expected);
         assert!(error.starts_with("rows.jsonl:1: ") && error.contains(expected), "{error}");
     };
     check(None, "a row of messages needs a chat template, the tokenizer has none");
