@@ -25,6 +25,10 @@ import sys
 import time
 from pathlib import Path
 
+# Threads that wait asleep: spinning ones make PEFT many times slower on a machine with other work.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "models/SmolLM2-135M-Instruct.Q4_1.gguf"
 WORK = ROOT / "runs/check_smollm2"

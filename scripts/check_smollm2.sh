@@ -3,7 +3,7 @@
 #
 #   scripts/check_smollm2.sh [reference] [perplexity] [steps] [interop] [parity]
 #
-# Builds, fetches what is missing, and makes a Python environment (2 GB) in target/check-venv unless PYTHON
+# Builds, fetches what is missing, and makes a Python environment (some GB) in target/check-venv unless PYTHON
 # names one with scripts/requirements-golden.txt installed. All five take about half an hour on two cores.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

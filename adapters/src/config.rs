@@ -101,6 +101,9 @@ pub enum ConfigError {
     Keys(Vec<String>),
 }
 
+/// No layer has use for more, and `r * in_features` stays far from overflow.
+const MAX_R: usize = 65536;
+
 /// Keys that change what PEFT computes when they hold anything but null, false, or nothing.
 const UNSUPPORTED: [&str; 16] = [
     "use_dora",
@@ -198,9 +201,9 @@ impl LoraConfig {
                 problems.push(problem);
             }
         };
-        need(self.r > 0, "r: found 0, needed at least 1".into());
-        for (key, r) in &self.rank_pattern {
-            need(*r > 0, format!("rank_pattern {key:?}: found {r}, needed at least 1"));
+        let ranks = self.rank_pattern.iter().map(|(key, r)| (format!("rank_pattern {key:?}"), r));
+        for (key, r) in ranks.chain([("r".into(), &self.r)]) {
+            need((1..=MAX_R).contains(r), format!("{key}: found {r}, needed 1 to {MAX_R}"));
         }
         let alphas =
             self.alpha_pattern.iter().map(|(key, a)| (format!("alpha_pattern {key:?}"), a));
@@ -427,7 +430,7 @@ mod tests {
                 "rank_pattern: found {\"q\":0.5}",
                 "layers_to_transform: found -1",
                 "init_lora_weights: found \"pissa\"",
-                "r: found 0, needed at least 1",
+                "r: found 0, needed 1 to 65536",
                 "lora_dropout: found 1, needed 0 <= p < 1",
                 "layers_pattern needs layers_to_transform",
             ],

@@ -186,3 +186,147 @@ impl Adapter {
 pub(crate) fn tensor_name(module: &str, factor: char) -> String {
     format!("base_model.model.{module}.lora_{factor}.weight")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::targets::LinearSpec;
+
+    fn target(name: &str, r: usize) -> Target {
+        let spec = LinearSpec { name: name.into(), in_features: 60, out_features: 50 };
+        Target { spec, r, scale: 0.5 }
+    }
+
+    fn begun(init: InitLoraWeights, targets: &[Target]) -> Adapter {
+        let config = LoraConfig { init_lora_weights: init, ..LoraConfig::default() };
+        Adapter::new("test", config, targets, 7, &Device::Cpu).unwrap()
+    }
+
+    fn values(tensor: &Tensor) -> Vec<f32> {
+        tensor.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    #[test]
+    fn gradients_are_those_of_finite_differences() {
+        let draw = |purpose, rows, cols| {
+            let mut stream = Stream::new(3, purpose, &[]);
+            let values: Vec<f32> = (0..rows * cols).map(|_| stream.normal()).collect();
+            Var::from_vec(values, (rows, cols), &Device::Cpu).unwrap()
+        };
+        let (x, weight) = (draw("x", 4, 5), draw("weight", 4, 3));
+        let lora = Lora { a: draw("a", 2, 5), b: draw("b", 3, 2), scale: 0.75 };
+        let key = |position| TokenKey { epoch: 0, row: 0, position };
+        let keys = Arc::new((0..4).map(key).collect());
+        let mask = Dropout { p: 0.3, seed: 1, keys }.mask("m", 5, &Device::Cpu).unwrap();
+        for mask in [None, Some(&mask)] {
+            let loss =
+                || (lora.delta(&x, mask, true).unwrap() * &*weight).unwrap().sum_all().unwrap();
+            let grads = loss().backward().unwrap();
+            for var in [&lora.a, &lora.b, &x] {
+                let original = var.copy().unwrap();
+                let grad = grads.get(var).unwrap();
+                for at in 0..var.elem_count() {
+                    let moved = |step: f32| {
+                        let mut values = values(&original);
+                        values[at] += step;
+                        let moved = Tensor::from_vec(values, var.shape(), &Device::Cpu).unwrap();
+                        var.set(&moved).unwrap();
+                        loss().to_scalar::<f32>().unwrap()
+                    };
+                    // The loss is linear in each single number: only rounding is between them.
+                    let numeric = (moved(0.5) - moved(-0.5)) / 1.0;
+                    let exact = values(grad)[at];
+                    assert!((numeric - exact).abs() < 1e-4, "{at}: {numeric} and {exact}");
+                }
+                var.set(&original).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn a_frozen_delta_leaves_no_tape() {
+        let adapter = begun(InitLoraWeights::Random, &[target("m", 4)]);
+        let x = Tensor::ones((3, 60), candle_core::DType::F32, &Device::Cpu).unwrap();
+        let frozen = adapter.modules["m"].delta(&x, None, false).unwrap();
+        let trained = adapter.modules["m"].delta(&x, None, true).unwrap();
+        assert!(!frozen.track_op() && trained.track_op());
+        assert_eq!(values(&frozen), values(&trained));
+    }
+
+    #[test]
+    fn initial_numbers_are_pefts_and_keyed_by_module() {
+        let targets = [target("one", 4), target("two", 8)];
+        let stats = |var: &Var| {
+            let values = values(var);
+            let n = values.len() as f32;
+            let deviation = (values.iter().map(|v| v * v).sum::<f32>() / n).sqrt();
+            (values.iter().fold(0f32, |m, v| m.max(v.abs())), deviation)
+        };
+        let within = |(max, deviation): (f32, f32), bound: f32| {
+            assert!(max <= bound && max > 0.95 * bound, "{max} of {bound}");
+            let uniform = bound / 3f32.sqrt();
+            assert!((deviation / uniform - 1.0).abs() < 0.1, "{deviation} of {uniform}");
+        };
+        let kaiming = begun(InitLoraWeights::KaimingUniform, &targets);
+        within(stats(&kaiming.modules["two"].a), 60f32.powf(-0.5));
+        assert_eq!(stats(&kaiming.modules["two"].b).0, 0.0);
+        let random = begun(InitLoraWeights::Random, &targets);
+        within(stats(&random.modules["two"].a), 60f32.powf(-0.5));
+        within(stats(&random.modules["two"].b), 8f32.powf(-0.5));
+        let gaussian = begun(InitLoraWeights::Gaussian, &targets);
+        let (_, deviation) = stats(&gaussian.modules["two"].a);
+        assert!((deviation * 8.0 - 1.0).abs() < 0.1, "{deviation}");
+        assert_eq!(stats(&gaussian.modules["two"].b).0, 0.0);
+
+        let alone = begun(InitLoraWeights::Random, &targets[1..]);
+        assert_eq!(values(&alone.modules["two"].b), values(&random.modules["two"].b));
+        assert_ne!(values(&random.modules["one"].a)[..9], values(&random.modules["two"].a)[..9]);
+
+        let names: Vec<_> = random.parameters().into_iter().map(|(name, _)| name).collect();
+        assert_eq!(names[0], "base_model.model.one.lora_A.weight");
+        assert_eq!(names[3], "base_model.model.two.lora_B.weight");
+        assert_eq!(random.num_parameters(), (4 + 8) * (60 + 50));
+
+        let eva = LoraConfig {
+            init_lora_weights: InitLoraWeights::Stored("eva".into()),
+            ..LoraConfig::default()
+        };
+        let error = Adapter::new("test", eva, &targets, 7, &Device::Cpu).unwrap_err();
+        assert!(error.to_string().contains("\"eva\""), "{error}");
+    }
+
+    #[test]
+    fn dropout_belongs_to_the_token_not_to_the_batch() {
+        let keys: Vec<TokenKey> =
+            (0..40).map(|i| TokenKey { epoch: 1, row: i / 10, position: i % 10 }).collect();
+        let draw = |keys: &[TokenKey], seed, module: &str, p| {
+            let dropout = Dropout { p, seed, keys: Arc::new(keys.to_vec()) };
+            dropout.mask(module, 513, &Device::Cpu).unwrap().to_vec2::<f32>().unwrap()
+        };
+        let whole = draw(&keys, 5, "m", 0.1);
+        let split = [draw(&keys[..13], 5, "m", 0.1), draw(&keys[13..], 5, "m", 0.1)].concat();
+        assert_eq!(whole, split);
+        let mut shuffled = keys.clone();
+        shuffled.reverse();
+        let mut back = draw(&shuffled, 5, "m", 0.1);
+        back.reverse();
+        assert_eq!(whole, back);
+
+        let next_epoch: Vec<_> = keys.iter().map(|k| TokenKey { epoch: 2, ..*k }).collect();
+        for other in
+            [draw(&keys, 6, "m", 0.1), draw(&keys, 5, "n", 0.1), draw(&next_epoch, 5, "m", 0.1)]
+        {
+            // Masks drawn apart drop the same input with probability p².
+            let both = whole.iter().flatten().zip(other.iter().flatten());
+            let both = both.filter(|(a, b)| **a == 0.0 && **b == 0.0).count();
+            assert!((both as f64 / (40.0 * 513.0) - 0.01).abs() < 0.004, "{both}");
+        }
+        for p in [0.0, 0.1, 0.5, 0.9] {
+            let mask = draw(&keys, 5, "m", p);
+            let kept = (1.0 / (1.0 - p)) as f32;
+            assert!(mask.iter().flatten().all(|&v| v == 0.0 || v == kept));
+            let mean = mask.iter().flatten().map(|&v| f64::from(v)).sum::<f64>() / (40.0 * 513.0);
+            assert!((mean - 1.0).abs() < 0.06, "p {p}: mean {mean}");
+        }
+    }
+}

@@ -113,7 +113,7 @@ pub fn resolve(
             linears.iter().filter(|l| Some(l.name.as_str()) != head).collect()
         }
         Modules::Expression(e) => {
-            let expression = Pattern::new("target_modules", e, format!(r"\A(?:{e})\z"))?;
+            let expression = Pattern::whole("target_modules", e)?;
             keep(linears.iter(), |name| expression.matches(name))?
         }
         Modules::List(names) => {
@@ -131,7 +131,7 @@ pub fn resolve(
     let before = matched.len();
     match &config.exclude_modules {
         Some(Modules::Expression(e)) if !e.is_empty() => {
-            let expression = Pattern::new("exclude_modules", e, format!(r"\A(?:{e})\z"))?;
+            let expression = Pattern::whole("exclude_modules", e)?;
             matched = keep(matched.into_iter(), |name| Ok(!expression.matches(name)?))?;
         }
         Some(Modules::List(names)) => {
@@ -177,9 +177,9 @@ impl<'a> Layers<'a> {
     fn new(config: &'a LoraConfig) -> Result<Self, TargetError> {
         let patterns = if config.layers_pattern.is_empty() {
             // The first number after a dot: in a mixture of experts the layer's, not the expert's.
-            vec![Pattern::new("layers_pattern", "", r"\A.*?\.[^.]*\.(?P<idx>\d+)\.".into())?]
+            vec![Pattern::new("layers_pattern", "", r"\A(?:.*?\.[^.]*\.(?P<idx>\d+)\.)".into())?]
         } else {
-            let full = |p: &String| format!(r"\A(?:^|.*?\.){p}\.(?P<idx>\d+)\.");
+            let full = |p: &String| format!(r"\A(?:(?:^|.*?\.){p}\.(?P<idx>\d+)\.)");
             let patterns = config.layers_pattern.iter();
             patterns
                 .map(|p| Pattern::new("layers_pattern", p, full(p)))
@@ -191,8 +191,10 @@ impl<'a> Layers<'a> {
     fn hold(&self, name: &str) -> Result<bool, TargetError> {
         let Some(layers) = self.layers else { return Ok(true) };
         for pattern in &self.patterns {
-            if let Some(layer) = pattern.layer(name)? {
-                return Ok(layer.parse().is_ok_and(|layer: usize| layers.contains(&layer)));
+            let captures = pattern.regex.captures(name).map_err(|e| pattern.error(&e))?;
+            if let Some(captures) = captures {
+                let layer = captures.name("idx").and_then(|layer| layer.as_str().parse().ok());
+                return Ok(layer.is_some_and(|layer: usize| layers.contains(&layer)));
             }
         }
         Ok(false)
@@ -241,6 +243,12 @@ struct Pattern {
 }
 
 impl Pattern {
+    /// An expression for whole paths.
+    fn whole(key: &'static str, source: &str) -> Result<Self, TargetError> {
+        Self::new(key, source, source.into())?; // `a)|(b` is an expression only between our own
+        Self::new(key, source, format!(r"\A(?:{source})\z"))
+    }
+
     fn new(key: &'static str, source: &str, full: String) -> Result<Self, TargetError> {
         let source = source.to_string();
         match Regex::new(&full) {
@@ -251,11 +259,6 @@ impl Pattern {
 
     fn matches(&self, name: &str) -> Result<bool, TargetError> {
         self.regex.is_match(name).map_err(|e| self.error(&e))
-    }
-
-    fn layer<'n>(&self, name: &'n str) -> Result<Option<&'n str>, TargetError> {
-        let captures = self.regex.captures(name).map_err(|e| self.error(&e))?;
-        Ok(captures.and_then(|c| c.name("idx")).map(|m| m.as_str()))
     }
 
     fn error(&self, reason: &fancy_regex::Error) -> TargetError {

@@ -1,1 +1,187 @@
-//! Room `cli`.
+//! The command line: flags, printing, exit codes. Nothing else knows it.
+//!
+//! People read progress on stderr and results on stdout; with `--json` stdout ends in one JSON
+//! object on a line. Exit code 0 is done, 1 failed, 2 wrong usage.
+
+mod eval;
+mod generate;
+mod inspect;
+mod sft;
+mod tokenizer;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use candle_core::Device;
+use clap::{Parser, Subcommand};
+use quantune_adapters::format;
+use serde_json::{Value, json};
+
+use crate::model::{Decoder, Worn};
+
+/// LoRA fine-tuning straight on the quantized weights you already run.
+#[derive(Debug, Parser)]
+#[command(name = "quantune", version, about)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    common: Common,
+}
+
+#[derive(Debug, clap::Args)]
+struct Common {
+    /// End with one JSON object on the last line of stdout
+    #[arg(long, global = true)]
+    json: bool,
+    /// Threads [default: all cores]
+    #[arg(long, global = true)]
+    threads: Option<usize>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Fine-tune: train a LoRA adapter on chats, prompts or text
+    Sft(sft::Sft),
+    /// Loss on rows under the masks of training, or perplexity of a text
+    Eval(eval::Eval),
+    /// Answer a prompt
+    Generate(generate::Generate),
+    /// List what a GGUF, safetensors or adapter file holds
+    Inspect(inspect::Inspect),
+    /// Turn text into token ids
+    #[command(subcommand)]
+    Tokenizer(tokenizer::Tokenizer),
+}
+
+/// Runs the command line and returns the exit code.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let threads = match cli.common.threads {
+        Some(0) => {
+            eprintln!("error: --threads is 0, needed at least 1");
+            return ExitCode::from(2);
+        }
+        Some(threads) => threads,
+        None => std::thread::available_parallelism().map_or(1, usize::from),
+    };
+    // SAFETY: no thread has been started yet; candle reads this when it starts its own.
+    unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
+    if let Err(e) = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global() {
+        eprintln!("error: cannot start {threads} threads: {e}");
+        return ExitCode::FAILURE;
+    }
+    let json = cli.common.json;
+    let result = match cli.command {
+        Command::Sft(command) => command.run(json),
+        Command::Eval(command) => command.run(json),
+        Command::Generate(command) => command.run(json),
+        Command::Inspect(command) => command.run(json),
+        Command::Tokenizer(command) => command.run(json),
+    };
+    match result {
+        Ok(mut value) => {
+            if json {
+                if let Some(object) = value.as_object_mut() {
+                    object.insert("threads".into(), json!(threads));
+                    object.insert("peak_rss_bytes".into(), json!(peak_rss_bytes()));
+                }
+                println!("{value}");
+            }
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// The most memory this process has had resident, where the system tells (Linux).
+fn peak_rss_bytes() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
+}
+
+/// An adapter on the command line: `PATH` or `PATH=WEIGHT`.
+#[derive(Debug, Clone, PartialEq)]
+struct AdapterArg {
+    path: PathBuf,
+    weight: f64,
+}
+
+impl std::str::FromStr for AdapterArg {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (path, weight) = match text.rsplit_once('=') {
+            Some((path, weight)) => match weight.parse::<f64>() {
+                Ok(weight) if weight.is_finite() => (path, weight),
+                _ => return Err(format!("weight {weight:?} is no number, needed PATH=WEIGHT")),
+            },
+            None => (text, 1.0),
+        };
+        Ok(Self { path: PathBuf::from(path), weight })
+    }
+}
+
+/// Loads the adapters of a command for its base.
+fn load_adapters(args: &[AdapterArg], decoder: &Decoder) -> Result<Vec<Worn>> {
+    let load = |arg: &AdapterArg| -> Result<Worn> {
+        if arg.path.is_file() {
+            anyhow::bail!(
+                "{}: a file, needed a PEFT folder (adapter_config.json and \
+                 adapter_model.safetensors)",
+                arg.path.display()
+            );
+        }
+        let name = arg.path.display().to_string();
+        let (adapter, unmatched) = format::read_folder(
+            &arg.path,
+            &name,
+            &decoder.linears(),
+            Some("lm_head"),
+            &Device::Cpu,
+        )?;
+        for unmatched in unmatched {
+            eprintln!("warning: {name}: {unmatched}");
+        }
+        Ok(Worn { adapter: Arc::new(adapter), weight: arg.weight, trainable: false })
+    };
+    args.iter().map(load).collect()
+}
+
+fn read_text(path: &Path) -> Result<String> {
+    let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
+    String::from_utf8(bytes).map_err(|e| {
+        let at = e.utf8_error().valid_up_to();
+        anyhow::anyhow!("{}: byte {at} is not UTF-8", path.display())
+    })
+}
+
+/// A serializable result as a JSON object.
+fn to_json(value: &impl serde::Serialize) -> Result<Value> {
+    Ok(serde_json::to_value(value)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_flags_are_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn adapters_take_a_weight() {
+        let parse = |text: &str| text.parse::<AdapterArg>();
+        assert_eq!(parse("a/b").unwrap(), AdapterArg { path: "a/b".into(), weight: 1.0 });
+        assert_eq!(parse("a=0.5").unwrap(), AdapterArg { path: "a".into(), weight: 0.5 });
+        assert!(parse("a=b").unwrap_err().contains("PATH=WEIGHT"));
+    }
+}

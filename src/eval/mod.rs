@@ -1,1 +1,128 @@
-//! Room `eval`.
+//! How good a model is: mean loss under the masks of training, perplexity as llama.cpp counts it.
+
+use candle_core::Tensor;
+
+use crate::data::{Batch, Example};
+use crate::model::{Adapters, Decoder, Rows};
+
+/// Tokens of the rows that go through the model at once.
+const TOKENS_AT_A_TIME: usize = 2048;
+
+/// Why something could not be evaluated.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum EvalError {
+    /// The text has too few tokens for one chunk.
+    #[error("the text has {tokens} tokens, needed at least {needed} (twice n_ctx, as llama.cpp)")]
+    TooShort {
+        /// Tokens of the text.
+        tokens: usize,
+        /// Tokens of two chunks.
+        needed: usize,
+    },
+    /// A chunk the model has no positions for.
+    #[error("n_ctx is {n_ctx}, needed an even number from 4 to the model's {most} positions")]
+    Context {
+        /// Asked for.
+        n_ctx: usize,
+        /// Positions of the model.
+        most: usize,
+    },
+    /// candle refused.
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+}
+
+/// Loss over counted tokens.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Loss {
+    /// Mean nats per counted token.
+    pub loss: f64,
+    /// Counted tokens.
+    pub tokens: u64,
+    /// Rows.
+    pub rows: u64,
+}
+
+impl Loss {
+    /// `e^loss`.
+    pub fn perplexity(&self) -> f64 {
+        self.loss.exp()
+    }
+}
+
+/// The loss over the learned tokens of `examples`.
+pub fn evaluate(
+    decoder: &Decoder,
+    adapters: Adapters,
+    examples: &[Example],
+) -> Result<Loss, EvalError> {
+    let (mut sum, mut tokens) = (0.0, 0);
+    let mut next = 0;
+    while next < examples.len() {
+        let first = next;
+        let mut length = 0;
+        while next < examples.len()
+            && (next == first || length + examples[next].tokens.len() <= TOKENS_AT_A_TIME)
+        {
+            length += examples[next].tokens.len();
+            next += 1;
+        }
+        let batch = Batch::new(examples, &[(first..next).collect()]);
+        let rows = Rows {
+            tokens: batch.tokens,
+            positions: batch.positions,
+            segments: batch.segments.into(),
+        };
+        let logps = target_log_probs(decoder, adapters, &rows, &batch.targets)?;
+        sum -= logps.iter().map(|&logp| f64::from(logp)).sum::<f64>();
+        tokens += batch.targets.len() as u64;
+    }
+    Ok(Loss { loss: sum / tokens.max(1) as f64, tokens, rows: examples.len() as u64 })
+}
+
+/// Perplexity of a text as llama.cpp's `llama-perplexity` counts it: chunks of `n_ctx` tokens,
+/// each on its own, of which the second half is scored. With `bos`, the first token of each chunk
+/// is replaced by it.
+pub fn perplexity(
+    decoder: &Decoder,
+    adapters: Adapters,
+    tokens: &[u32],
+    n_ctx: usize,
+    bos: Option<u32>,
+) -> Result<Loss, EvalError> {
+    let most = decoder.config.max_position_embeddings;
+    if n_ctx < 4 || n_ctx % 2 != 0 || n_ctx > most {
+        return Err(EvalError::Context { n_ctx, most });
+    }
+    if tokens.len() < 2 * n_ctx {
+        return Err(EvalError::TooShort { tokens: tokens.len(), needed: 2 * n_ctx });
+    }
+    let (mut sum, mut scored) = (0.0, 0);
+    for chunk in tokens.chunks_exact(n_ctx) {
+        let mut chunk = chunk.to_vec();
+        if let Some(bos) = bos {
+            chunk[0] = bos;
+        }
+        let targets: Vec<(u32, u32)> =
+            (n_ctx / 2..n_ctx - 1).map(|i| (i as u32, chunk[i + 1])).collect();
+        let logps = target_log_probs(decoder, adapters, &Rows::new(&[chunk]), &targets)?;
+        sum -= logps.iter().map(|&logp| f64::from(logp)).sum::<f64>();
+        scored += targets.len() as u64;
+    }
+    let rows = (tokens.len() / n_ctx) as u64;
+    Ok(Loss { loss: sum / scored as f64, tokens: scored, rows })
+}
+
+/// Log-probabilities of targets, each given by the row of `rows` that predicts it.
+fn target_log_probs(
+    decoder: &Decoder,
+    adapters: Adapters,
+    rows: &Rows,
+    targets: &[(u32, u32)],
+) -> candle_core::Result<Vec<f32>> {
+    let hidden = decoder.hidden(rows, adapters)?;
+    let (positions, targets): (Vec<u32>, Vec<u32>) = targets.iter().copied().unzip();
+    let read = hidden.index_select(&Tensor::new(positions, hidden.device())?, 0)?;
+    decoder.log_probs(&read, &targets)?.to_vec1()
+}

@@ -41,6 +41,17 @@ impl<'a> Adapters<'a> {
     /// The bare base.
     pub const NONE: Adapters<'static> = Adapters::Same(&[]);
 
+    /// What a row wears.
+    ///
+    /// # Panics
+    /// If each row has its own and there is no such row.
+    pub fn of(&self, row: usize) -> &'a [Worn] {
+        match self {
+            Adapters::Same(worn) => worn,
+            Adapters::PerRow(rows) => rows[row],
+        }
+    }
+
     /// Runs of neighbouring rows that wear the same, as ranges of tokens with their list.
     pub(super) fn runs(&self, segments: &[Range<usize>]) -> Vec<(Range<usize>, &'a [Worn])> {
         let end = segments.last().map_or(0, |segment| segment.end);
@@ -48,7 +59,8 @@ impl<'a> Adapters<'a> {
             Adapters::Same(worn) => vec![(0..end, worn)],
             Adapters::PerRow(rows) => {
                 let mut runs: Vec<(Range<usize>, &'a [Worn])> = Vec::new();
-                for (segment, &worn) in segments.iter().zip(*rows) {
+                let rows = segments.iter().zip(*rows);
+                for (segment, &worn) in rows.filter(|(segment, _)| !segment.is_empty()) {
                     match runs.last_mut() {
                         Some((tokens, last)) if std::ptr::eq(*last, worn) => {
                             tokens.end = segment.end;

@@ -42,6 +42,14 @@ impl KvCache {
         (0..self.rows()).all(|row| self.len(row) == 0)
     }
 
+    /// Forgets the rows for which `keep`, one a row, is false; those behind them move up.
+    pub fn retain(&mut self, keep: &[bool]) {
+        for layer in &mut self.layers {
+            let mut keep = keep.iter();
+            layer.retain(|_| *keep.next().expect("keep has one entry a row"));
+        }
+    }
+
     /// Appends the new tokens' keys and values and attends to all there are.
     ///
     /// Shapes: `q (N, heads · head_dim)`, `k`, `v (N, kv_heads · head_dim)`; `segments` are the

@@ -129,7 +129,9 @@ pub fn attend_to_cache(
     let qs = &*qs;
     let mut out = vec![0f32; qs.len()];
     let target = Target::new(&mut out);
-    let tasks = (0..segments.len()).flat_map(|row| (0..heads.heads).map(move |h| (row, h)));
+    // A row may have no new tokens; its range may then lie behind the last of them.
+    let rows = (0..segments.len()).filter(|&row| !segments[row].is_empty());
+    let tasks = rows.flat_map(|row| (0..heads.heads).map(move |h| (row, h)));
     let tasks: Vec<(usize, usize)> = tasks.collect();
     tasks.into_par_iter().for_each_init(Vec::new, |scores, (row, head)| {
         let segment = &segments[row];
@@ -478,6 +480,10 @@ mod tests {
             let y = attend_to_cache(&q, &[&k], &[&v], heads, &[0..new]).unwrap();
             let error = relative_error(&y, &whole.narrow(0, 80 - new, new).unwrap());
             assert!(error < 1e-6, "{new} new tokens differ by {error:e}");
+            // A row without new tokens behind it.
+            let keys: [&[f32]; 2] = [&k, &k];
+            let with = attend_to_cache(&q, &keys, &[&v, &v], heads, &[0..new, new..new]).unwrap();
+            assert_eq!(with.to_vec2::<f32>().unwrap(), y.to_vec2::<f32>().unwrap());
         }
     }
 

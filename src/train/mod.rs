@@ -1,1 +1,112 @@
-//! Room `train`.
+//! Training: one loop, its run directory, checkpoints and metrics.
+//!
+//! Everything a run depends on is in its settings, its data and its base; random numbers are
+//! keyed. So the state of a run is a cursor, the adapter and the optimizer's moments, and a run
+//! killed at any moment goes on to the same bytes. Does not know the command line.
+
+mod progress;
+mod run_dir;
+pub mod settings;
+mod sft;
+pub mod step;
+mod tensorboard;
+
+use std::path::PathBuf;
+
+pub use run_dir::RunDir;
+pub use settings::{EvalStrategy, SftFlags, SftSettings};
+pub use sft::{Outcome, Summary, sft};
+
+use quantune_adapters::config::ConfigError;
+use quantune_adapters::delta::InitError;
+use quantune_adapters::format::FormatError;
+use quantune_adapters::targets::TargetError;
+
+use crate::data::DataError;
+use crate::eval::EvalError;
+use crate::model::ModelError;
+use crate::text::TextError;
+use crate::weights::WeightsError;
+
+/// Why a run could not be made, or not go on.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TrainError {
+    /// Settings out of range.
+    #[error("{0}")]
+    Settings(String),
+    /// The directory holds a run already.
+    #[error(
+        "{}: holds a run already; --resume goes on with it, another --out begins a new one",
+        .0.display()
+    )]
+    Exists(PathBuf),
+    /// There is nothing to resume.
+    #[error("{}: holds no run to resume (no config.toml)", .0.display())]
+    NoRun(PathBuf),
+    /// What the run is made of is not what it was.
+    #[error("{}: cannot resume: {what}", path.display())]
+    Changed {
+        /// The run directory.
+        path: PathBuf,
+        /// Everything that differs.
+        what: String,
+    },
+    /// A file of the run directory makes no sense.
+    #[error("{}: {reason}", path.display())]
+    Broken {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The system refused.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The loss is no number any more.
+    #[error(
+        "step {step}: the loss is {loss}; the last checkpoint is from before. A lower \
+         learning_rate or a max_grad_norm helps most often"
+    )]
+    Diverged {
+        /// The step.
+        step: u64,
+        /// Its loss.
+        loss: f64,
+    },
+    /// The base.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// A file of weights.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// The tokenizer or chat template.
+    #[error(transparent)]
+    Text(#[from] TextError),
+    /// The data.
+    #[error(transparent)]
+    Data(#[from] DataError),
+    /// The adapter's settings.
+    #[error("adapter settings: {0}")]
+    Adapter(#[from] ConfigError),
+    /// The adapter's modules.
+    #[error(transparent)]
+    Targets(#[from] TargetError),
+    /// The adapter's first values.
+    #[error(transparent)]
+    Init(#[from] InitError),
+    /// An adapter file.
+    #[error(transparent)]
+    Format(#[from] FormatError),
+    /// The evaluation.
+    #[error(transparent)]
+    Eval(#[from] EvalError),
+    /// candle refused.
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+}

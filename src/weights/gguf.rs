@@ -324,7 +324,7 @@ fn check_version(version: u32) -> Result<(), String> {
     match version {
         2 | 3 => Ok(()),
         // Versions are small: if the swapped one is, the file has the other byte order.
-        _ if version.swap_bytes() < 0x1_0000 => {
+        1.. if version.swap_bytes() < 0x1_0000 => {
             let version = version.swap_bytes();
             Err(format!("a big-endian GGUF file (version {version}), needed little endian"))
         }

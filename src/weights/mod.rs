@@ -10,6 +10,7 @@ mod atomic;
 mod checkpoint;
 mod error;
 pub mod gguf;
+mod inspect;
 mod safetensors;
 mod value;
 mod write;
@@ -18,7 +19,8 @@ pub use atomic::write_atomically;
 pub use checkpoint::{Checkpoint, StoredTensor};
 pub use error::WeightsError;
 pub use gguf::Gguf;
-pub use safetensors::{HfFolder, Safetensors};
+pub use inspect::{Inspection, MetadataLine, Summary, TensorLine, TypeTotal, inspect};
+pub use safetensors::{HfFolder, Safetensors, SafetensorsInfo};
 pub use value::{Array, OwnedValue, Value, ValueType};
 pub use write::{NewTensor, write_gguf};
 

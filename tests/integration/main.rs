@@ -1,6 +1,11 @@
 //! The integration tests: the public API against golden files and hostile input.
 
+mod adapters;
 mod data;
+mod generate;
 mod model;
 mod rooms;
 mod support;
+mod text;
+mod train;
+mod weights;

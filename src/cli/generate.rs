@@ -1,0 +1,170 @@
+//! `quantune generate`.
+
+use std::io::Write;
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::{Result, bail};
+use serde_json::{Value, json};
+
+use super::{AdapterArg, load_adapters};
+use crate::generate::{Finish, Request, Sampling, Settings, StopStrings, generate};
+use crate::model::{Adapters, Decoder};
+use crate::ops::Compute;
+use crate::text::{Special, Tokenizer};
+use crate::weights::Checkpoint;
+
+#[derive(Debug, clap::Args)]
+pub struct Generate {
+    /// The base: a GGUF file or a Hugging Face folder
+    #[arg(long)]
+    base: PathBuf,
+    /// A PEFT adapter folder, PATH or PATH=WEIGHT; may be given again
+    #[arg(long)]
+    adapter: Vec<AdapterArg>,
+    /// What to answer
+    #[arg(long)]
+    prompt: String,
+    /// A system message before the prompt
+    #[arg(long, conflicts_with = "raw")]
+    system: Option<String>,
+    /// Take the prompt as it stands: no template, no added tokens
+    #[arg(long)]
+    raw: bool,
+    /// Tokens at most [default: 256]
+    #[arg(long)]
+    max_tokens: Option<usize>,
+    /// 0 takes the likeliest token, more is bolder [default: 0.8]
+    #[arg(long)]
+    temperature: Option<f64>,
+    /// Only the k likeliest tokens; 0 is off [default: 40]
+    #[arg(long)]
+    top_k: Option<usize>,
+    /// Only the likeliest tokens that together have this probability [default: 0.95]
+    #[arg(long)]
+    top_p: Option<f64>,
+    /// Only tokens with this share of the likeliest one's probability [default: 0.05]
+    #[arg(long)]
+    min_p: Option<f64>,
+    /// Logits of tokens already there are divided by this; 1 is off [default: 1]
+    #[arg(long)]
+    repetition_penalty: Option<f64>,
+    /// Seed of the choice [default: 42]
+    #[arg(long)]
+    seed: Option<u64>,
+    /// End before this text; may be given again
+    #[arg(long)]
+    stop: Vec<String>,
+    /// With --json: the K likeliest tokens at each place with their log-probabilities
+    #[arg(long, value_name = "K")]
+    logprobs: Option<usize>,
+    /// f32: fast and exact; portable: the slow reference form [default: f32]
+    #[arg(long)]
+    compute: Option<Compute>,
+}
+
+impl Generate {
+    pub fn run(self, json: bool) -> Result<Value> {
+        if self.logprobs.is_some() && !json {
+            bail!("--logprobs shows in the JSON object only, needed --json with it");
+        }
+        let sampling = self.sampling();
+        let checkpoint = Checkpoint::open(&self.base)?;
+        let decoder = Decoder::load(&checkpoint, self.compute.unwrap_or_default())?;
+        let tokenizer = Tokenizer::open(&checkpoint)?;
+        let worn = load_adapters(&self.adapter, &decoder)?;
+        let prompt = self.prompt_ids(&tokenizer)?;
+
+        let mut stops = StopStrings::new(&self.stop);
+        let mut stream = tokenizer.decode_stream(true);
+        let mut text = String::new();
+        let mut show = |piece: &str| {
+            text.push_str(piece);
+            if !json {
+                print!("{piece}");
+                let _ = std::io::stdout().flush(); // a closed pipe ends us soon enough
+            }
+        };
+        let settings = Settings {
+            sampling,
+            max_tokens: self.max_tokens.unwrap_or(256),
+            logprobs: self.logprobs,
+        };
+        let started = Instant::now();
+        let mut generated = generate(
+            &decoder,
+            Adapters::Same(&worn),
+            &[Request { prompt: &prompt, key: 0 }],
+            &settings,
+            &|token| tokenizer.is_end_of_generation(token),
+            &mut |_, token| {
+                // An id the tokenizer lacks (padded vocabularies have some) has no text.
+                let piece = stream.push(token).ok().flatten().unwrap_or_default();
+                show(&stops.push(&piece));
+                if stops.stopped() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            },
+        )?;
+        let seconds = started.elapsed().as_secs_f64();
+        let rest = stream.finish()?;
+        show(&stops.push(&rest));
+        show(&stops.finish());
+        if !json {
+            println!();
+        }
+
+        let generated = generated.remove(0);
+        let tokens = generated.token_ids.len();
+        let mut value = json!({
+            "text": text,
+            "token_ids": generated.token_ids,
+            "tokens": tokens,
+            "prompt_tokens": prompt.len(),
+            "finish_reason": match generated.finish {
+                Finish::Length => "length",
+                Finish::Stop | Finish::Callback => "stop",
+            },
+            "tokens_per_second": tokens as f64 / seconds.max(1e-9),
+            "kernels": decoder.kernels(),
+        });
+        if self.logprobs.is_some() {
+            let list = |top: Vec<(u32, f32)>| -> Vec<Value> {
+                top.into_iter()
+                    .map(|(token_id, logprob)| json!({ "token_id": token_id, "logprob": logprob }))
+                    .collect()
+            };
+            value["logprobs"] = generated.logprobs.into_iter().map(list).collect();
+        }
+        Ok(value)
+    }
+
+    fn sampling(&self) -> Sampling {
+        Sampling {
+            temperature: self.temperature.unwrap_or(0.8),
+            top_k: self.top_k.unwrap_or(40),
+            top_p: self.top_p.unwrap_or(0.95),
+            min_p: self.min_p.unwrap_or(0.05),
+            repetition_penalty: self.repetition_penalty.unwrap_or(1.0),
+            seed: self.seed.unwrap_or(42),
+        }
+    }
+
+    /// The prompt through the chat template; a base without one goes on from the bare text.
+    fn prompt_ids(&self, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+        if self.raw {
+            return Ok(tokenizer.encode(&self.prompt, Special::Parse)?);
+        }
+        let Some(template) = tokenizer.chat_template() else {
+            if self.system.is_some() {
+                bail!("this base has no chat template, which --system needs");
+            }
+            eprintln!("note: this base has no chat template; it goes on from the prompt as text");
+            return Ok(tokenizer.with_bos(tokenizer.encode(&self.prompt, Special::AsText)?));
+        };
+        let message = |role: &str, content: &str| json!({ "role": role, "content": content });
+        let system = self.system.iter().map(|content| message("system", content));
+        let messages: Vec<Value> = system.chain([message("user", &self.prompt)]).collect();
+        let text = template.render(&messages, None, true)?;
+        Ok(tokenizer.with_bos(tokenizer.encode(&text, Special::Parse)?))
+    }
+}

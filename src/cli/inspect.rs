@@ -1,0 +1,25 @@
+//! `quantune inspect`.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use serde_json::Value;
+
+use super::to_json;
+use crate::weights::inspect;
+
+#[derive(Debug, clap::Args)]
+pub struct Inspect {
+    /// A GGUF or safetensors file, a Hugging Face folder or an adapter folder
+    path: PathBuf,
+}
+
+impl Inspect {
+    pub fn run(self, json: bool) -> Result<Value> {
+        let inspection = inspect(&self.path)?;
+        if !json {
+            print!("{inspection}");
+        }
+        to_json(&inspection)
+    }
+}

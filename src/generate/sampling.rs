@@ -1,0 +1,335 @@
+//! From logits to a token. Filters mean what transformers' logits processors mean, in its order.
+
+use quantune_adapters::rng::Stream;
+
+/// How a token is chosen. The default samples from the model's own distribution.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampling {
+    /// Logits are divided by it; 0 takes the most likely token.
+    pub temperature: f64,
+    /// Only this many of the most likely tokens stay; 0 for all.
+    pub top_k: usize,
+    /// The fewest most likely tokens stay whose probabilities reach this sum (Holtzman et al.
+    /// 2019); 1 for all.
+    pub top_p: f64,
+    /// Tokens stay whose probability is at least this part of the most likely one's (Nguyen et al.
+    /// 2024); 0 for all.
+    pub min_p: f64,
+    /// Logits of tokens in the prompt or the answer so far are divided by it where positive and
+    /// multiplied where negative (Keskar et al. 2019); 1 for none.
+    pub repetition_penalty: f64,
+    /// The key of all randomness, with a row's own key and the position in the row.
+    pub seed: u64,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            seed: 0,
+        }
+    }
+}
+
+/// Why no token could be chosen.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SamplingError {
+    /// A setting outside its range.
+    #[error("{name} is {found}, needed {needed}")]
+    Setting {
+        /// The setting.
+        name: &'static str,
+        /// Its value.
+        found: f64,
+        /// Its range.
+        needed: &'static str,
+    },
+    /// The model computed nonsense.
+    #[error("the logit of token {token} is {found}: the model's numbers are broken")]
+    Logit {
+        /// The first bad token.
+        token: usize,
+        /// NaN or an infinity.
+        found: f32,
+    },
+    /// There is nothing to choose from.
+    #[error("no token has a logit above minus infinity")]
+    Empty,
+}
+
+impl Sampling {
+    /// The most likely token, always.
+    pub fn greedy() -> Self {
+        Self { temperature: 0.0, ..Self::default() }
+    }
+
+    /// Checks the ranges of all settings.
+    pub fn check(&self) -> Result<(), SamplingError> {
+        let Self { temperature, top_p, min_p, repetition_penalty, .. } = *self;
+        let checks = [
+            ("temperature", temperature, (0.0..f64::INFINITY).contains(&temperature), "0 or more"),
+            ("top_p", top_p, top_p > 0.0 && top_p <= 1.0, "more than 0 and at most 1"),
+            ("min_p", min_p, (0.0..=1.0).contains(&min_p), "0 to 1"),
+            (
+                "repetition_penalty",
+                repetition_penalty,
+                repetition_penalty > 0.0 && repetition_penalty < f64::INFINITY,
+                "more than 0",
+            ),
+        ];
+        match checks.into_iter().find(|(_, _, good, _)| !good) {
+            Some((name, found, _, needed)) => Err(SamplingError::Setting { name, found, needed }),
+            None => Ok(()),
+        }
+    }
+
+    /// The tokens that may be chosen and their probabilities, which sum to 1.
+    ///
+    /// `seen` are the tokens of prompt and answer so far. Of equally likely tokens at the edge of
+    /// top-k or top-p the lower ids stay (transformers keeps all of them in top-k).
+    pub fn distribution(
+        &self,
+        logits: &[f32],
+        seen: &[u32],
+    ) -> Result<Vec<(u32, f64)>, SamplingError> {
+        self.check()?;
+        check_logits(logits)?;
+        let mut scores: Vec<(u32, f64)> =
+            logits.iter().enumerate().map(|(id, &logit)| (id as u32, f64::from(logit))).collect();
+        if self.repetition_penalty != 1.0 {
+            for &token in seen {
+                if let Some(&logit) = logits.get(token as usize) {
+                    let logit = f64::from(logit);
+                    scores[token as usize].1 = match logit > 0.0 {
+                        true => logit / self.repetition_penalty,
+                        false => logit * self.repetition_penalty,
+                    };
+                }
+            }
+        }
+        let best = *scores.iter().min_by(|a, b| by_rank(a, b)).ok_or(SamplingError::Empty)?;
+        if best.1 == f64::NEG_INFINITY {
+            return Err(SamplingError::Empty);
+        }
+        if self.temperature == 0.0 {
+            return Ok(vec![(best.0, 1.0)]);
+        }
+
+        if (1..scores.len()).contains(&self.top_k) {
+            scores.select_nth_unstable_by(self.top_k - 1, by_rank);
+            scores.truncate(self.top_k);
+        }
+        // Sorted wherever the order of what was left of top-k could reach the draw.
+        if self.top_k > 0 || self.top_p < 1.0 {
+            scores.sort_unstable_by(by_rank);
+        }
+        // Of the most likely token the weight is 1, so no temperature overflows.
+        for (_, score) in &mut scores {
+            *score = ((*score - best.1) / self.temperature).exp();
+        }
+        let mut weights = scores;
+        if self.top_p < 1.0 {
+            let enough = self.top_p * sum(&weights);
+            let mut before = 0.0;
+            let stay = weights.iter().take_while(|(_, weight)| {
+                let stays = before < enough;
+                before += weight;
+                stays
+            });
+            let stay = stay.count();
+            weights.truncate(stay);
+        }
+        weights.retain(|&(_, weight)| weight > 0.0 && weight >= self.min_p);
+        let total = sum(&weights);
+        for (_, weight) in &mut weights {
+            *weight /= total;
+        }
+        Ok(weights)
+    }
+
+    /// The token of row `key` at `position`, counted from the start of its prompt.
+    pub fn choose(
+        &self,
+        logits: &[f32],
+        seen: &[u32],
+        (key, position): (u64, u64),
+    ) -> Result<u32, SamplingError> {
+        let choices = self.distribution(logits, seen)?;
+        let draw = Stream::new(self.seed, "sample", &[key, position]).uniform_f64();
+        let mut before = 0.0;
+        let choice = choices.iter().find(|(_, probability)| {
+            before += probability;
+            draw < before
+        });
+        // Rounding may leave the sum a little under the draw.
+        Ok(choice.or(choices.last()).ok_or(SamplingError::Empty)?.0)
+    }
+}
+
+/// Log-probabilities, natural, of the model's own distribution: no temperature, no filter.
+#[derive(Debug, Clone, Copy)]
+pub struct LogProbs<'a> {
+    logits: &'a [f32],
+    log_sum_exp: f64,
+}
+
+impl<'a> LogProbs<'a> {
+    /// Sums up `logits`, one a token of the vocabulary.
+    pub fn new(logits: &'a [f32]) -> Result<Self, SamplingError> {
+        check_logits(logits)?;
+        let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        if max == f64::NEG_INFINITY {
+            return Err(SamplingError::Empty);
+        }
+        let sum: f64 = logits.iter().map(|&logit| (f64::from(logit) - max).exp()).sum();
+        Ok(Self { logits, log_sum_exp: max + sum.ln() })
+    }
+
+    /// That of a token of the vocabulary.
+    pub fn of(&self, token: u32) -> f32 {
+        (f64::from(self.logits[token as usize]) - self.log_sum_exp) as f32
+    }
+
+    /// The `k` most likely tokens, the most likely first, of equals the lower id.
+    pub fn top_k(&self, k: usize) -> Vec<(u32, f32)> {
+        let ids = (0..).zip(self.logits);
+        let mut scores: Vec<(u32, f64)> = ids.map(|(id, &logit)| (id, f64::from(logit))).collect();
+        if (1..scores.len()).contains(&k) {
+            scores.select_nth_unstable_by(k - 1, by_rank);
+        }
+        scores.truncate(k);
+        scores.sort_unstable_by(by_rank);
+        scores.into_iter().map(|(id, _)| (id, self.of(id))).collect()
+    }
+}
+
+/// The `k` most likely tokens and their natural log-probabilities under the model itself.
+pub fn log_probs_top_k(logits: &[f32], k: usize) -> Result<Vec<(u32, f32)>, SamplingError> {
+    Ok(LogProbs::new(logits)?.top_k(k))
+}
+
+/// The more likely first, of equals the lower id. Scores are never NaN.
+fn by_rank(a: &(u32, f64), b: &(u32, f64)) -> std::cmp::Ordering {
+    b.1.partial_cmp(&a.1).expect("scores are numbers").then(a.0.cmp(&b.0))
+}
+
+fn sum(weights: &[(u32, f64)]) -> f64 {
+    weights.iter().map(|(_, weight)| weight).sum()
+}
+
+/// Minus infinity is a forbidden token and fine.
+fn check_logits(logits: &[f32]) -> Result<(), SamplingError> {
+    match logits.iter().position(|logit| logit.is_nan() || *logit == f32::INFINITY) {
+        Some(token) => Err(SamplingError::Logit { token, found: logits[token] }),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LOGITS: [f32; 8] = [0.5, 2.0, -1.0, 2.0, 1.5, f32::NEG_INFINITY, 0.0, -3.0];
+
+    fn survivors(sampling: &Sampling) -> Vec<u32> {
+        let choices = sampling.distribution(&LOGITS, &[]).unwrap();
+        let total: f64 = choices.iter().map(|(_, p)| p).sum();
+        assert!((total - 1.0).abs() < 1e-12, "{total}");
+        let mut ids: Vec<u32> = choices.into_iter().map(|(id, _)| id).collect();
+        ids.sort_unstable();
+        ids
+    }
+
+    #[test]
+    fn ties_go_to_the_lower_id() {
+        assert_eq!(survivors(&Sampling::greedy()), [1]);
+        let all = Sampling::default();
+        assert_eq!(survivors(&all), [0, 1, 2, 3, 4, 6, 7]);
+        assert_eq!(survivors(&Sampling { top_k: 1, ..all.clone() }), [1]);
+        assert_eq!(survivors(&Sampling { top_k: 3, ..all.clone() }), [1, 3, 4]);
+        assert_eq!(survivors(&Sampling { top_k: 100, ..all.clone() }), [0, 1, 2, 3, 4, 6, 7]);
+        assert_eq!(survivors(&Sampling { top_p: 1e-9, ..all.clone() }), [1]);
+        assert_eq!(survivors(&Sampling { min_p: 1.0, ..all.clone() }), [1, 3]);
+        assert_eq!(survivors(&Sampling { temperature: 1e-300, ..all }), [1, 3]);
+        let ids: Vec<u32> = log_probs_top_k(&LOGITS, 4).unwrap().iter().map(|l| l.0).collect();
+        assert_eq!(ids, [1, 3, 4, 0]);
+        assert_eq!(log_probs_top_k(&LOGITS, 0).unwrap(), []);
+        assert_eq!(log_probs_top_k(&LOGITS, 100).unwrap().len(), 8);
+    }
+
+    #[test]
+    fn a_penalty_counts_once_and_moves_greedy_too() {
+        let sampling = Sampling { repetition_penalty: 2.0, ..Sampling::greedy() };
+        assert_eq!(sampling.choose(&LOGITS, &[1, 1, 3, 3, 99], (0, 0)), Ok(4));
+        let sampling = Sampling { temperature: 1.0, ..sampling };
+        let weights = sampling.distribution(&LOGITS, &[1, 1, 2]).unwrap();
+        let of = |id| weights.iter().find(|(other, _)| *other == id).unwrap().1.ln();
+        assert!((of(1) - of(6) - 1.0).abs() < 1e-12);
+        assert!((of(2) - of(6) + 2.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn log_probs_keep_their_digits() {
+        let logits = [1000.0f32, 999.0, -1000.0];
+        let ours = LogProbs::new(&logits).unwrap();
+        let log_z = 1f64.exp().recip().ln_1p();
+        assert!((f64::from(ours.of(0)) + log_z).abs() < 1e-7);
+        assert_eq!(ours.of(2), -2000.3132);
+    }
+
+    #[test]
+    fn frequencies_are_the_probabilities() {
+        let sampling = Sampling { temperature: 0.8, top_p: 0.97, seed: 11, ..Sampling::default() };
+        let expected = sampling.distribution(&LOGITS, &[]).unwrap();
+        let draws = 20_000;
+        let mut counts = [0f64; LOGITS.len()];
+        for position in 0..draws {
+            counts[sampling.choose(&LOGITS, &[], (3, position)).unwrap() as usize] += 1.0;
+        }
+        let chi_square: f64 = expected
+            .iter()
+            .map(|&(id, p)| {
+                let mean = p * draws as f64;
+                (counts[id as usize] - mean).powi(2) / mean
+            })
+            .sum();
+        let inside: f64 = expected.iter().map(|&(id, _)| counts[id as usize]).sum();
+        assert_eq!(inside, draws as f64, "a filtered token was drawn");
+        assert_eq!(expected.len(), 5);
+        // The 99.9 % point of chi-square with 4 degrees of freedom.
+        assert!(chi_square < 18.47, "{chi_square}");
+    }
+
+    #[test]
+    fn bad_settings_and_logits_are_named() {
+        let check = |sampling: Sampling, sentence: &str| {
+            assert_eq!(sampling.check().unwrap_err().to_string(), sentence);
+            assert!(sampling.choose(&LOGITS, &[], (0, 0)).is_err());
+        };
+        let ok = Sampling::default;
+        check(Sampling { temperature: -1.0, ..ok() }, "temperature is -1, needed 0 or more");
+        check(Sampling { temperature: f64::NAN, ..ok() }, "temperature is NaN, needed 0 or more");
+        check(Sampling { top_p: 0.0, ..ok() }, "top_p is 0, needed more than 0 and at most 1");
+        check(Sampling { top_p: 1.5, ..ok() }, "top_p is 1.5, needed more than 0 and at most 1");
+        check(Sampling { min_p: -0.1, ..ok() }, "min_p is -0.1, needed 0 to 1");
+        check(
+            Sampling { repetition_penalty: 0.0, ..ok() },
+            "repetition_penalty is 0, needed more than 0",
+        );
+
+        for bad in [f32::NAN, f32::INFINITY] {
+            let error = Sampling::greedy().choose(&[0.0, bad], &[], (0, 0)).unwrap_err();
+            assert!(error.to_string().starts_with("the logit of token 1 is "), "{error}");
+            assert!(log_probs_top_k(&[0.0, bad], 1).is_err());
+        }
+        for none in [&[][..], &[f32::NEG_INFINITY; 2]] {
+            assert_eq!(ok().choose(none, &[], (0, 0)), Err(SamplingError::Empty));
+            assert_eq!(log_probs_top_k(none, 1), Err(SamplingError::Empty));
+        }
+    }
+}

@@ -1,0 +1,77 @@
+//! Learning rates over a run, as transformers' `get_scheduler` has them.
+
+use serde::{Deserialize, Serialize};
+
+/// The shape of the learning rate after the warm-up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum ScheduleKind {
+    /// Always the same; no warm-up.
+    Constant,
+    /// Always the same after the warm-up.
+    ConstantWithWarmup,
+    /// Falls linearly to 0.
+    Linear,
+    /// Falls to 0 along half a cosine.
+    Cosine,
+}
+
+/// A learning rate for each step of a run.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Schedule {
+    /// Its shape.
+    pub kind: ScheduleKind,
+    /// The highest learning rate.
+    pub learning_rate: f64,
+    /// Steps from 0 to the highest.
+    pub warmup_steps: u64,
+    /// Steps of the run.
+    pub total_steps: u64,
+}
+
+impl Schedule {
+    /// The learning rate of step `step`, counted from 0: with a warm-up the first is 0.
+    pub fn at(&self, step: u64) -> f64 {
+        let (step, warmup, total) =
+            (step as f64, self.warmup_steps as f64, self.total_steps as f64);
+        if self.kind != ScheduleKind::Constant && step < warmup {
+            return self.learning_rate * step / warmup.max(1.0);
+        }
+        let left = (total - step) / (total - warmup).max(1.0);
+        self.learning_rate
+            * match self.kind {
+                ScheduleKind::Constant | ScheduleKind::ConstantWithWarmup => 1.0,
+                ScheduleKind::Linear => left.max(0.0),
+                ScheduleKind::Cosine => {
+                    let progress = (step - warmup) / (total - warmup).max(1.0);
+                    (0.5 * (1.0 + (std::f64::consts::PI * progress).cos())).max(0.0)
+                }
+            }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn schedules_are_transformers() {
+        let at = |kind, step| {
+            Schedule { kind, learning_rate: 2.0, warmup_steps: 2, total_steps: 10 }.at(step)
+        };
+        let close = |a: f64, b: f64| assert!((a - b).abs() < 1e-12, "{a} {b}");
+        close(at(ScheduleKind::Constant, 0), 2.0);
+        close(at(ScheduleKind::ConstantWithWarmup, 0), 0.0);
+        close(at(ScheduleKind::ConstantWithWarmup, 9), 2.0);
+        for kind in [ScheduleKind::Linear, ScheduleKind::Cosine] {
+            close(at(kind, 0), 0.0);
+            close(at(kind, 1), 1.0);
+            close(at(kind, 2), 2.0);
+            close(at(kind, 6), 1.0);
+            close(at(kind, 10), 0.0);
+        }
+        close(at(ScheduleKind::Linear, 9), 0.25);
+        close(at(ScheduleKind::Cosine, 4), 1.0 + std::f64::consts::FRAC_1_SQRT_2);
+    }
+}

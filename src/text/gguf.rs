@@ -1,0 +1,233 @@
+//! The tokenizer inside a GGUF: byte-level BPE, as llama.cpp reads it (`src/llama-vocab.cpp`).
+
+use std::collections::{HashMap, HashSet};
+
+use tokenizers::AddedToken;
+use tokenizers::models::bpe::BPE;
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+
+use super::pre_tokenizer::{self, PreTokenizer};
+use super::tokenizer::{ENDS, Roles, ends_by_text};
+use super::{ChatTemplate, TextError, Tokenizer};
+use crate::weights::Gguf;
+
+/// `enum llama_token_type`.
+const UNKNOWN: i32 = 2;
+const CONTROL: i32 = 3;
+const USER_DEFINED: i32 = 4;
+
+/// Further tokens that are marks although some files call them text.
+const MARKS: &[&str] = &[
+    "<|fim_prefix|>",
+    "<fim-prefix>",
+    "<fim_prefix>",
+    "<｜fim▁begin｜>",
+    "<PRE>",
+    "▁<PRE>",
+    "<|code_prefix|>",
+    "<|prefix|>",
+    "<|fim_suffix|>",
+    "<fim-suffix>",
+    "<fim_suffix>",
+    "<｜fim▁hole｜>",
+    "<SUF>",
+    "▁<SUF>",
+    "<|code_suffix|>",
+    "<|suffix|>",
+    "<|fim_middle|>",
+    "<fim-middle>",
+    "<fim_middle>",
+    "<｜fim▁end｜>",
+    "<MID>",
+    "▁<MID>",
+    "<|code_middle|>",
+    "<|middle|>",
+];
+
+/// Marks of code completion after which nothing more is generated either.
+const FIM_ENDS: &[(&str, &[&str])] = &[
+    ("fim_pad", &["<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"]),
+    ("fim_rep", &["<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"]),
+    ("fim_sep", &["<|file_sep|>"]),
+];
+
+/// Text wherever it stands, whatever the file says (the channels of gpt-oss).
+const TEXT: &[&str] = &["<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"];
+
+pub(super) fn read(file: &Gguf) -> Result<Tokenizer, TextError> {
+    let pre = kind(file)?;
+    let tokens = tokens(file)?;
+    let ids: HashMap<&str, u32> = tokens.iter().map(|t| &**t).zip(0..).collect();
+    if ids.len() < tokens.len() {
+        let twice = (0..).zip(&tokens).find(|(id, token)| ids[&***token] != *id);
+        let name = twice.map_or("", |(_, token)| token);
+        return Err(bad(file, format!("token {name:?} is in the vocabulary twice")));
+    }
+    let mut bpe = BPE::new(collected(BPE::new, &tokens), merges(file, &ids)?);
+    bpe.ignore_merges = pre.ignore_merges;
+
+    let mut inner = tokenizers::Tokenizer::new(bpe);
+    let broken = |error: tokenizers::Error| bad(file, error.to_string());
+    inner.with_pre_tokenizer(Some(pre.build().map_err(broken)?));
+    inner.with_decoder(Some(ByteLevel::default()));
+    let roles = roles(file, pre, &tokens, &ids)?;
+    inner.add_tokens(added(file, &tokens, &roles)?).map_err(broken)?;
+
+    let text = |id: Option<u32>| id.map(|id| &*tokens[id as usize]);
+    let special = [
+        ("bos_token", text(roles.bos)),
+        ("eos_token", text(roles.eos)),
+        ("pad_token", text(roles.pad)),
+    ];
+    let template = template(file, &special)?;
+    Ok(Tokenizer::new(inner, roles, tokens.len(), template))
+}
+
+/// What cuts words, if the file's tokenizer is one we know.
+fn kind(file: &Gguf) -> Result<&'static PreTokenizer, TextError> {
+    let model = required(file, "tokenizer.ggml.model")?;
+    if model != "gpt2" {
+        return Err(bad(
+            file,
+            format!("tokenizer.ggml.model is {model:?}, needed \"gpt2\" (byte-level BPE)"),
+        ));
+    }
+    let known = pre_tokenizer::known;
+    let Some(name) = file.str("tokenizer.ggml.pre")? else {
+        return Err(bad(
+            file,
+            format!("no tokenizer.ggml.pre says how words are cut, needed one of {}", known()),
+        ));
+    };
+    pre_tokenizer::find(name).ok_or_else(|| {
+        bad(file, format!("tokenizer.ggml.pre is {name:?}, needed one of {}", known()))
+    })
+}
+
+fn tokens(file: &Gguf) -> Result<Vec<String>, TextError> {
+    let key = "tokenizer.ggml.tokens";
+    let tokens = file.strings(key)?.ok_or_else(|| file.missing_key(key))?;
+    let text = |(id, bytes): (usize, &[u8])| match std::str::from_utf8(bytes) {
+        Ok("") => Ok(format!("[EMPTY_{id}]")),
+        Ok(token) => Ok(token.to_owned()),
+        Err(_) => Err(bad(file, format!("token {id} of {key} is not UTF-8"))),
+    };
+    let tokens: Vec<String> = tokens.enumerate().map(text).collect::<Result<_, _>>()?;
+    match tokens.len() {
+        0 => Err(bad(file, format!("{key} is empty"))),
+        _ => Ok(tokens),
+    }
+}
+
+/// Checked here, since [`BPE::new`] panics on a merge of what is no token.
+fn merges(file: &Gguf, ids: &HashMap<&str, u32>) -> Result<Vec<(String, String)>, TextError> {
+    let key = "tokenizer.ggml.merges";
+    let lines = file.strings(key)?.ok_or_else(|| file.missing_key(key))?;
+    let mut merges = Vec::with_capacity(lines.len());
+    let mut seen = HashSet::with_capacity(lines.len());
+    let mut joined = String::new();
+    for (rank, line) in lines.enumerate() {
+        // A first part may itself start with a space.
+        let parts = std::str::from_utf8(line).ok().and_then(|line| {
+            let (at, _) = line.char_indices().skip(1).find(|&(_, c)| c == ' ')?;
+            Some((&line[..at], &line[at + 1..]))
+        });
+        let Some((left, right)) = parts else {
+            let line = String::from_utf8_lossy(line);
+            return Err(bad(file, format!("merge {rank} is {line:?}, needed two tokens")));
+        };
+        joined.clear();
+        joined.push_str(left);
+        joined.push_str(right);
+        for part in [left, right, &joined] {
+            if !ids.contains_key(part) {
+                return Err(bad(
+                    file,
+                    format!(
+                        "merge {rank} needs the token {part:?}, which is not in the vocabulary"
+                    ),
+                ));
+            }
+        }
+        if seen.insert((left, right)) {
+            merges.push((left.to_owned(), right.to_owned()));
+        }
+    }
+    Ok(merges)
+}
+
+/// The vocabulary in the map `BPE::new` takes, whose type the crate does not let us name.
+fn collected<V: FromIterator<(String, u32)>, M>(_: fn(V, M) -> BPE, tokens: &[String]) -> V {
+    tokens.iter().cloned().zip(0..).collect()
+}
+
+fn roles(
+    file: &Gguf,
+    pre: &PreTokenizer,
+    tokens: &[String],
+    ids: &HashMap<&str, u32>,
+) -> Result<Roles, TextError> {
+    let role = |name: &str| -> Result<Option<u32>, TextError> {
+        let key = format!("tokenizer.ggml.{name}_token_id");
+        let Some(id) = file.u64(&key)? else { return Ok(None) };
+        match u32::try_from(id).ok().filter(|&id| (id as usize) < tokens.len()) {
+            Some(id) => Ok(Some(id)),
+            None => Err(bad(file, format!("{key} is {id}, needed an id below {}", tokens.len()))),
+        }
+    };
+    let id_of = |token: &str| ids.get(token).copied();
+    let (bos, eos, pad) = (role("bos")?, role("eos")?, role("padding")?);
+    let adds_bos = file.bool("tokenizer.ggml.add_bos_token")?.unwrap_or(pre.adds_bos);
+    let mut ends = ends_by_text(id_of);
+    ends.extend(eos);
+    ends.extend(role("eot")?);
+    ends.extend(role("eom")?);
+    for (name, tokens) in FIM_ENDS {
+        ends.extend(role(name)?.or_else(|| tokens.iter().find_map(|token| id_of(token))));
+    }
+    Ok(Roles { bos, eos, pad, adds_bos, ends })
+}
+
+/// The tokens found in a text before it is cut into words.
+fn added(file: &Gguf, tokens: &[String], roles: &Roles) -> Result<Vec<AddedToken>, TextError> {
+    let key = "tokenizer.ggml.token_type";
+    let types = file.i32s(key)?;
+    if let Some(types) = &types
+        && types.len() < tokens.len()
+    {
+        let (found, needed) = (types.len(), tokens.len());
+        return Err(bad(file, format!("{key} has {found} items, needed {needed}")));
+    }
+    let mut added = Vec::new();
+    for (id, token) in tokens.iter().enumerate() {
+        let is_mark = ENDS.contains(&&**token) && roles.ends.contains(&(id as u32))
+            || MARKS.contains(&&**token)
+            || FIM_ENDS.iter().any(|(_, names)| names.contains(&&**token));
+        let special = match types.as_ref().map(|types| types[id]) {
+            _ if TEXT.contains(&&**token) => false,
+            _ if is_mark => true,
+            Some(UNKNOWN | CONTROL) => !ENDS.contains(&&**token),
+            Some(USER_DEFINED) => false,
+            _ => continue,
+        };
+        added.push(AddedToken::from(token.clone(), special).normalized(false));
+    }
+    Ok(added)
+}
+
+fn template(
+    file: &Gguf,
+    special: &[(&str, Option<&str>)],
+) -> Result<Option<ChatTemplate>, TextError> {
+    let Some(default) = file.str("tokenizer.chat_template")? else { return Ok(None) };
+    let tool_use = file.str("tokenizer.chat_template.tool_use")?;
+    ChatTemplate::new(default, tool_use, special).map(Some)
+}
+
+fn required<'a>(file: &'a Gguf, key: &str) -> Result<&'a str, TextError> {
+    Ok(file.str(key)?.ok_or_else(|| file.missing_key(key))?)
+}
+
+fn bad(file: &Gguf, reason: impl Into<String>) -> TextError {
+    TextError::format(file.path(), reason)
+}

@@ -1,0 +1,260 @@
+//! Chat templates: Jinja as transformers configures it, by minijinja.
+
+use std::ops::Range;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Value, ValueKind};
+use minijinja::{Environment, Error, ErrorKind, UndefinedBehavior};
+
+use super::{TextError, python};
+
+/// What the filter behind `{% generation %}` puts around its text: Unicode's noncharacters,
+/// which no text in interchange holds.
+const OPEN: char = '\u{FDD0}';
+const CLOSE: char = '\u{FDD1}';
+
+const DEFAULT: &str = "default";
+const TOOL_USE: &str = "tool_use";
+
+/// How a conversation becomes the text a model was trained on.
+///
+/// Rendered as by `apply_chat_template` of transformers, including how Python writes numbers,
+/// truth values, lists and JSON.
+#[derive(Debug)]
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    special: Vec<(String, String)>,
+    has_tool_use: bool,
+    has_generation: bool,
+}
+
+impl ChatTemplate {
+    /// From the template's text, another one used when there are tools, and the variables that
+    /// hold special tokens (`bos_token` and so on).
+    ///
+    /// # Errors
+    /// If a template does not parse.
+    pub fn new(
+        default: &str,
+        tool_use: Option<&str>,
+        special: &[(&str, Option<&str>)],
+    ) -> Result<Self, TextError> {
+        let mut environment = environment();
+        let (default, mut has_generation) = rewrite_generation(default);
+        environment.add_template_owned(DEFAULT, default).map_err(failed)?;
+        if let Some(tool_use) = tool_use {
+            let (tool_use, also) = rewrite_generation(tool_use);
+            has_generation |= also;
+            environment.add_template_owned(TOOL_USE, tool_use).map_err(failed)?;
+        }
+        let special =
+            special.iter().filter_map(|&(name, token)| Some((name.into(), token?.into())));
+        Ok(Self {
+            environment,
+            special: special.collect(),
+            has_tool_use: tool_use.is_some(),
+            has_generation,
+        })
+    }
+
+    /// The text of `messages`, a list of objects as the template wants them, with `tools` if there
+    /// are any; `add_generation_prompt` ends it where the assistant begins to speak.
+    ///
+    /// # Errors
+    /// If the template fails or refuses the messages (`raise_exception`): its own words.
+    pub fn render(
+        &self,
+        messages: &[serde_json::Value],
+        tools: Option<&serde_json::Value>,
+        add_generation_prompt: bool,
+    ) -> Result<String, TextError> {
+        let marked = self.render_marked(messages, tools, add_generation_prompt)?;
+        if !self.has_generation {
+            return Ok(marked);
+        }
+        Ok(unmark(&marked).0)
+    }
+
+    /// The text, and the byte ranges of it inside `{% generation %}`: what the assistant says.
+    /// `None` if the template has no such blocks.
+    ///
+    /// # Errors
+    /// As [`ChatTemplate::render`].
+    pub fn render_with_generation_spans(
+        &self,
+        messages: &[serde_json::Value],
+        tools: Option<&serde_json::Value>,
+    ) -> Result<Option<(String, Vec<Range<usize>>)>, TextError> {
+        if !self.has_generation {
+            return Ok(None);
+        }
+        self.render_marked(messages, tools, false).map(|marked| Some(unmark(&marked)))
+    }
+
+    fn render_marked(
+        &self,
+        messages: &[serde_json::Value],
+        tools: Option<&serde_json::Value>,
+        add_generation_prompt: bool,
+    ) -> Result<String, TextError> {
+        let name = if tools.is_some() && self.has_tool_use { TOOL_USE } else { DEFAULT };
+        let messages: Vec<Value> = messages.iter().map(from_json).collect();
+        if self.has_generation && messages.iter().any(|m| m.to_string().contains([OPEN, CLOSE])) {
+            let reason = "a message holds U+FDD0 or U+FDD1, which are no characters".into();
+            return Err(TextError::Template { line: 0, reason });
+        }
+        let mut variables = vec![
+            ("messages", Value::from(messages)),
+            ("tools", tools.map_or(Value::from(()), from_json)),
+            ("documents", Value::from(())),
+            ("add_generation_prompt", Value::from(add_generation_prompt)),
+        ];
+        let special = self.special.iter().map(|(name, token)| (&**name, Value::from(&**token)));
+        variables.extend(special);
+        let template = self.environment.get_template(name).map_err(failed)?;
+        template.render(Value::from_iter(variables)).map_err(failed)
+    }
+}
+
+fn environment() -> Environment<'static> {
+    let mut environment = Environment::new();
+    environment.set_syntax(
+        SyntaxConfig::builder()
+            .trim_blocks(true)
+            .lstrip_blocks(true)
+            .build()
+            .expect("the delimiters are Jinja's own"),
+    );
+    environment.set_undefined_behavior(UndefinedBehavior::Lenient);
+    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.set_formatter(|out, _, value| {
+        match value.kind() {
+            ValueKind::Undefined => {}
+            ValueKind::String => out.write_str(value.as_str().unwrap_or_default())?,
+            _ => out.write_str(&python::str(value)?)?,
+        }
+        Ok(())
+    });
+    environment.add_filter("tojson", to_json);
+    environment.add_filter("string", |value: Value| python::str(&value));
+    environment.add_filter("generation", |text: String| format!("{OPEN}{text}{CLOSE}"));
+    environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
+        Err(Error::new(ErrorKind::InvalidOperation, message))
+    });
+    environment.add_function("strftime_now", |format: String| {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        python::strftime(&format, now)
+    });
+    environment
+}
+
+/// transformers' `tojson`: `json.dumps` that leaves characters beyond ASCII as they are.
+fn to_json(value: Value, kwargs: Kwargs) -> Result<String, Error> {
+    let indent: Option<Value> = kwargs.get("indent")?;
+    let options = python::Dumps {
+        ensure_ascii: kwargs.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false),
+        sort_keys: kwargs.get::<Option<bool>>("sort_keys")?.unwrap_or(false),
+        indent: match indent.filter(|indent| !indent.is_none()) {
+            None => None,
+            Some(indent) => Some(match indent.as_usize() {
+                Some(spaces) => " ".repeat(spaces.min(64)),
+                None => indent.to_string(),
+            }),
+        },
+        separators: match kwargs.get::<Option<Vec<String>>>("separators")?.as_deref() {
+            None => None,
+            Some([item, key]) => Some((item.clone(), key.clone())),
+            Some(_) => {
+                let words = "tojson: separators are two texts";
+                return Err(Error::new(ErrorKind::InvalidOperation, words));
+            }
+        },
+    };
+    kwargs.assert_all_used()?;
+    python::dumps(&value, &options)
+}
+
+/// JSON as the template sees it. By hand and not through serde: with `arbitrary_precision`, which
+/// gguf-rs switches on, serde hands over numbers as maps.
+fn from_json(value: &serde_json::Value) -> Value {
+    match value {
+        serde_json::Value::Null => Value::from(()),
+        serde_json::Value::Bool(b) => Value::from(*b),
+        serde_json::Value::Number(number) => {
+            let text = number.to_string();
+            match text.parse::<i64>() {
+                Ok(integer) => Value::from(integer),
+                Err(_) => match text.parse::<i128>() {
+                    Ok(integer) => Value::from(integer),
+                    Err(_) => Value::from(text.parse::<f64>().unwrap_or(f64::NAN)),
+                },
+            }
+        }
+        serde_json::Value::String(text) => Value::from(&**text),
+        serde_json::Value::Array(items) => items.iter().map(from_json).collect(),
+        serde_json::Value::Object(entries) => {
+            entries.iter().map(|(key, value)| (&**key, from_json(value))).collect()
+        }
+    }
+}
+
+/// `{% generation %}` as a filter block, which minijinja knows; lines and trimming stay.
+fn rewrite_generation(source: &str) -> (String, bool) {
+    let mut rewritten = String::with_capacity(source.len());
+    let mut found = false;
+    let mut rest = source;
+    while let Some(start) = rest.find("{%") {
+        let (before, tag) = rest.split_at(start);
+        rewritten.push_str(before);
+        let end = tag.find("%}").map_or(tag.len(), |end| end + 2);
+        let (tag, after) = tag.split_at(end);
+        let word = tag.trim_start_matches("{%").trim_end_matches("%}");
+        let word = word.trim_start_matches(['-', '+']).trim_end_matches(['-', '+']).trim();
+        match word {
+            "generation" => {
+                found = true;
+                rewritten.push_str(&tag.replacen("generation", "filter generation", 1));
+            }
+            "endgeneration" => {
+                rewritten.push_str(&tag.replacen("endgeneration", "endfilter", 1));
+            }
+            _ => rewritten.push_str(tag),
+        }
+        rest = after;
+    }
+    rewritten.push_str(rest);
+    (rewritten, found)
+}
+
+/// The text without marks, and the byte ranges that were between them.
+fn unmark(marked: &str) -> (String, Vec<Range<usize>>) {
+    let mut text = String::with_capacity(marked.len());
+    let mut spans = Vec::new();
+    let mut open = Vec::new();
+    for c in marked.chars() {
+        match c {
+            OPEN => open.push(text.len()),
+            CLOSE => {
+                // A block within a block is inside a span already.
+                if let Some(start) = open.pop()
+                    && open.is_empty()
+                {
+                    spans.push(start..text.len());
+                }
+            }
+            c => text.push(c),
+        }
+    }
+    (text, spans)
+}
+
+fn failed(error: Error) -> TextError {
+    let kind = error.kind().to_string();
+    let reason = match (error.kind(), error.detail()) {
+        (_, None) => kind,
+        (ErrorKind::InvalidOperation, Some(words)) => words.into(),
+        (_, Some(words)) => format!("{kind}: {words}"),
+    };
+    TextError::Template { line: error.line().unwrap_or(0), reason }
+}

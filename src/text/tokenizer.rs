@@ -1,0 +1,243 @@
+//! Text to token ids and back.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::OnceLock;
+
+use super::{ChatTemplate, DecodeStream, TextError, folder, gguf};
+use crate::weights::{Checkpoint, Gguf};
+
+/// What the names of special tokens are when they stand in the text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Special {
+    /// The tokens: for text a template wrote.
+    Parse,
+    /// Text like any other: for text nobody vouches for.
+    AsText,
+}
+
+/// Text as tokens, and where they came from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Encoding {
+    /// Token ids.
+    pub ids: Vec<u32>,
+    /// Where each token's text starts and ends, in bytes of the text. Tokens that share a
+    /// character all cover the whole of it.
+    pub offsets: Vec<(usize, usize)>,
+}
+
+/// A tokenizer, with the chat template that came with it.
+#[derive(Debug)]
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    /// The same, blind to special tokens; made when it is first needed.
+    as_text: OnceLock<tokenizers::Tokenizer>,
+    roles: Roles,
+    vocab_size: usize,
+    template: Option<ChatTemplate>,
+}
+
+/// Which tokens begin, end and fill a sequence.
+#[derive(Debug, Default)]
+pub(super) struct Roles {
+    pub bos: Option<u32>,
+    pub eos: Option<u32>,
+    pub pad: Option<u32>,
+    pub adds_bos: bool,
+    /// After any of these nothing more is generated.
+    pub ends: BTreeSet<u32>,
+}
+
+impl Tokenizer {
+    /// The tokenizer of a base model: the GGUF's own, or the folder's.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::from_gguf`] and [`Tokenizer::from_folder`].
+    pub fn open(checkpoint: &Checkpoint) -> Result<Self, TextError> {
+        match checkpoint {
+            Checkpoint::Gguf(gguf) => Self::from_gguf(gguf),
+            Checkpoint::HuggingFace(folder) => Self::from_folder(folder.path()),
+        }
+    }
+
+    /// The byte-level BPE in a GGUF, id for id as llama.cpp has it.
+    ///
+    /// # Errors
+    /// If the file's tokenizer is of another kind, cuts words in a way we do not know, or
+    /// contradicts itself; if its chat template does not parse.
+    pub fn from_gguf(file: &Gguf) -> Result<Self, TextError> {
+        gguf::read(file)
+    }
+
+    /// `tokenizer.json` of a Hugging Face folder, with what `tokenizer_config.json`,
+    /// `chat_template.jinja`, `generation_config.json` and `config.json` say about it.
+    ///
+    /// # Errors
+    /// If `tokenizer.json` is missing, or any of them is malformed.
+    pub fn from_folder(path: impl AsRef<Path>) -> Result<Self, TextError> {
+        folder::read(path.as_ref())
+    }
+
+    pub(super) fn new(
+        inner: tokenizers::Tokenizer,
+        roles: Roles,
+        vocab_size: usize,
+        template: Option<ChatTemplate>,
+    ) -> Self {
+        Self { inner, as_text: OnceLock::new(), roles, vocab_size, template }
+    }
+
+    /// The ids of a text. Neither BOS nor EOS is ever added: see [`Tokenizer::with_bos`].
+    ///
+    /// # Errors
+    /// If the tokenizer cannot cope with the text.
+    pub fn encode(&self, text: &str, special: Special) -> Result<Vec<u32>, TextError> {
+        let encoding = self.engine(special).encode_fast(text, false).map_err(failed)?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The same, with where each token came from.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_with_offsets(&self, text: &str, special: Special) -> Result<Encoding, TextError> {
+        let encoding = self.engine(special).encode(text, false).map_err(failed)?;
+        Ok(Encoding { ids: encoding.get_ids().to_vec(), offsets: encoding.get_offsets().to_vec() })
+    }
+
+    /// The text of ids; `skip_special` leaves special tokens out. What is no UTF-8 becomes
+    /// U+FFFD.
+    ///
+    /// # Errors
+    /// If an id is none of the vocabulary's.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, TextError> {
+        if let Some(id) = ids.iter().find(|&&id| self.inner.id_to_token(id).is_none()) {
+            let size = self.vocab_size;
+            return Err(TextError::Tokenizer(format!("no token {id} in a vocabulary of {size}")));
+        }
+        self.inner.decode(ids, skip_special).map_err(failed)
+    }
+
+    /// Text that arrives token by token.
+    pub fn decode_stream(&self, skip_special: bool) -> DecodeStream<'_> {
+        DecodeStream::new(self, skip_special)
+    }
+
+    /// `ids` with BOS in front exactly once, if the tokenizer wants it.
+    pub fn with_bos(&self, mut ids: Vec<u32>) -> Vec<u32> {
+        if let Some(bos) = self.roles.bos
+            && self.roles.adds_bos
+            && ids.first() != Some(&bos)
+        {
+            ids.insert(0, bos);
+        }
+        ids
+    }
+
+    /// The token that begins a sequence.
+    pub fn bos(&self) -> Option<u32> {
+        self.roles.bos
+    }
+
+    /// Whether the model was trained with BOS in front of every sequence.
+    pub fn adds_bos(&self) -> bool {
+        self.roles.adds_bos
+    }
+
+    /// The token that ends a sequence.
+    pub fn eos(&self) -> Option<u32> {
+        self.roles.eos
+    }
+
+    /// The token that fills a batch; often the same as EOS.
+    pub fn pad(&self) -> Option<u32> {
+        self.roles.pad
+    }
+
+    /// Whether a token is a mark and no text.
+    pub fn is_special(&self, id: u32) -> bool {
+        let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
+        added.get(&id).is_some_and(|token| token.special)
+    }
+
+    /// Whether nothing more is generated after this token: EOS, the end of a turn and their like.
+    pub fn is_end_of_generation(&self, id: u32) -> bool {
+        self.roles.ends.contains(&id)
+    }
+
+    /// A token as the vocabulary writes it.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// The id of a token as the vocabulary writes it.
+    pub fn id_of(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// One more than the highest id.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    /// How a conversation becomes text, if the files say it.
+    pub fn chat_template(&self) -> Option<&ChatTemplate> {
+        self.template.as_ref()
+    }
+
+    fn engine(&self, special: Special) -> &tokenizers::Tokenizer {
+        match special {
+            Special::Parse => &self.inner,
+            Special::AsText => self.as_text.get_or_init(|| {
+                let mut blind = self.inner.clone();
+                blind.set_encode_special_tokens(true);
+                blind
+            }),
+        }
+    }
+}
+
+/// The crate's errors are boxes; they are already sentences.
+fn failed(error: tokenizers::Error) -> TextError {
+    TextError::Tokenizer(error.to_string())
+}
+
+/// Tokens that end generation whatever the file says of them (llama.cpp goes by their text too).
+pub(super) const ENDS: &[&str] = &[
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<|flush|>",
+    "<|calls|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "</s>",
+    "<|eom_id|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<|end_of_text|>",
+    "<end_of_utterance>",
+    "<eos>",
+    "<turn|>",
+    "<|tool_response>",
+    "<｜end▁of▁sentence｜>",
+    "[e~[",
+];
+
+/// The ids of [`ENDS`] in a vocabulary, but for two names that in some families end nothing.
+pub(super) fn ends_by_text(id_of: impl Fn(&str) -> Option<u32>) -> BTreeSet<u32> {
+    let has = |token: &str| id_of(token).is_some();
+    let harmony = has("<|return|>") && has("<|call|>")
+        || (has("<|call|>") || has("<|calls|>")) && has("<|flush|>");
+    let plain_s = has("<|tool_response>") || has("<|plamo:eos|>");
+    let ends = ENDS.iter().filter(|&&token| match token {
+        "<|end|>" => !harmony,
+        "</s>" => !plain_s,
+        _ => true,
+    });
+    ends.filter_map(|token| id_of(token)).collect()
+}

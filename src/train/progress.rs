@@ -1,0 +1,65 @@
+//! What people read while a run goes: a bar on a terminal, a line now and then elsewhere.
+
+use std::io::IsTerminal;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+/// How often a line is printed where no bar can be drawn.
+const LINE_EVERY: Duration = Duration::from_secs(10);
+
+/// Progress over the steps of one process, on stderr.
+#[derive(Debug)]
+pub struct Progress {
+    bar: Option<ProgressBar>,
+    started: Instant,
+    printed: Instant,
+    first_step: u64,
+    total_steps: u64,
+    tokens: u64,
+}
+
+impl Progress {
+    /// Begins at `step` of `total_steps`.
+    pub fn new(step: u64, total_steps: u64) -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let style = "{bar:30} {pos}/{len} {msg} ETA {eta}";
+            let style = ProgressStyle::with_template(style).expect("a fixed template parses");
+            let bar = ProgressBar::new(total_steps).with_position(step).with_style(style);
+            bar.reset_eta();
+            bar
+        });
+        let now = Instant::now();
+        let first_step = step;
+        Self { bar, started: now, printed: now, first_step, total_steps, tokens: 0 }
+    }
+
+    /// Real tokens per second since the start.
+    pub fn tokens_per_second(&self) -> f64 {
+        self.tokens as f64 / self.started.elapsed().as_secs_f64().max(1e-9)
+    }
+
+    /// A step is done: `tokens` real tokens went through it.
+    pub fn step(&mut self, step: u64, loss: f64, tokens: u64) {
+        self.tokens += tokens;
+        let rate = self.tokens_per_second();
+        if let Some(bar) = &self.bar {
+            bar.set_position(step);
+            bar.set_message(format!("loss {loss:.4}, {rate:.0} tok/s"));
+        } else if self.printed.elapsed() >= LINE_EVERY || step == self.total_steps {
+            self.printed = Instant::now();
+            let done = (step - self.first_step).max(1) as f64;
+            let left = (self.total_steps - step) as f64;
+            let eta = self.started.elapsed().as_secs_f64() / done * left;
+            let total = self.total_steps;
+            eprintln!("step {step}/{total}: loss {loss:.4}, {rate:.0} tok/s, ETA {eta:.0} s");
+        }
+    }
+
+    /// Takes the bar away.
+    pub fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}

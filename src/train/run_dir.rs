@@ -1,0 +1,282 @@
+//! The run directory: what is written when, so that a run killed at any moment goes on to the
+//! same bytes.
+//!
+//! `metrics.jsonl` is appended to and may run ahead of the last checkpoint; a checkpoint records
+//! how long it was, and a resumed run cuts it back to that. A checkpoint is written under a name
+//! that no reader takes for one, synced, and renamed: it is there whole or not at all.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use quantune_adapters::delta::Adapter;
+use quantune_adapters::format;
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde::{Deserialize, Serialize};
+
+use super::TrainError;
+use super::settings::{FREE_ON_RESUME, SftSettings};
+use super::tensorboard::EventWriter;
+use crate::optim::AdamW;
+use crate::weights::write_atomically;
+
+/// Where a run is: all that is not a tensor. Random numbers need no state, they are keyed.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct State {
+    /// Optimizer steps taken.
+    pub step: u64,
+    /// The epoch of the next step, from 0.
+    pub epoch: u64,
+    /// The next step within its epoch, from 0.
+    pub step_in_epoch: u64,
+    /// Bytes of `metrics.jsonl` that belong to these steps.
+    pub metrics_bytes: u64,
+    /// What the run was made of, each with a name for the sentence that refuses another.
+    pub fingerprints: Vec<(String, String)>,
+}
+
+/// The directory of one run.
+#[derive(Debug)]
+pub struct RunDir {
+    path: PathBuf,
+}
+
+impl RunDir {
+    /// Begins a run. A directory that holds one is refused.
+    pub fn create(path: &Path, settings: &SftSettings) -> Result<Self, TrainError> {
+        if path.join("config.toml").exists() {
+            return Err(TrainError::Exists(path.into()));
+        }
+        let run = Self { path: path.into() };
+        fs::create_dir_all(run.checkpoints()).map_err(|e| at(path, e))?;
+        let text = toml::to_string(settings).map_err(|e| at(path, io::Error::other(e)))?;
+        write_atomically(path.join("config.toml"), |file| file.write_all(text.as_bytes()))?;
+        Ok(run)
+    }
+
+    /// Takes up a run. Settings that would change its result are refused by name.
+    pub fn resume(path: &Path, settings: &SftSettings) -> Result<Self, TrainError> {
+        let saved = Self::settings(path)?;
+        let table = |settings: &SftSettings| toml::Table::try_from(settings).unwrap_or_default();
+        let (saved, given) = (table(&saved), table(settings));
+        let keys = saved.keys().chain(given.keys().filter(|key| !saved.contains_key(*key)));
+        let show = |table: &toml::Table, key: &str| {
+            table.get(key).map_or("not set".into(), toml::Value::to_string)
+        };
+        let changed: Vec<String> = keys
+            .filter(|key| saved.get(*key) != given.get(*key))
+            .filter(|key| !FREE_ON_RESUME.contains(&key.as_str()))
+            .map(|key| format!("{key} was {}, is {}", show(&saved, key), show(&given, key)))
+            .collect();
+        if !changed.is_empty() {
+            return Err(TrainError::Changed { path: path.into(), what: changed.join("; ") });
+        }
+        let run = Self { path: path.into() };
+        fs::create_dir_all(run.checkpoints()).map_err(|e| at(path, e))?;
+        Ok(run)
+    }
+
+    /// The settings a run was begun with.
+    pub fn settings(path: &Path) -> Result<SftSettings, TrainError> {
+        let file = path.join("config.toml");
+        let text = fs::read_to_string(&file).map_err(|e| match e.kind() {
+            io::ErrorKind::NotFound => TrainError::NoRun(path.into()),
+            _ => at(&file, e),
+        })?;
+        toml::from_str(&text).map_err(|e| TrainError::Broken { path: file, reason: e.to_string() })
+    }
+
+    /// The last whole checkpoint.
+    pub fn last_checkpoint(&self) -> Result<Option<PathBuf>, TrainError> {
+        Ok(self.steps()?.pop().map(|step| self.checkpoint(step)))
+    }
+
+    /// Writes a checkpoint and drops the oldest beyond `keep` (0 keeps all).
+    pub fn save(
+        &self,
+        state: &State,
+        adapter: &Adapter,
+        optimizer: &AdamW,
+        keep: usize,
+    ) -> Result<(), TrainError> {
+        let folder = self.checkpoints();
+        let partial = folder.join(format!(".step-{}.partial", state.step));
+        let whole = self.checkpoint(state.step);
+        if whole.exists() {
+            return Ok(()); // the same step of the same run: the same bytes
+        }
+        let _ = fs::remove_dir_all(&partial); // left by a killed writer
+        fs::create_dir_all(&partial).map_err(|e| at(&partial, e))?;
+        format::write_folder(adapter, &partial)?;
+        let bytes = optimizer_bytes(adapter, optimizer);
+        write_atomically(partial.join("optimizer.safetensors"), |file| file.write_all(&bytes))?;
+        let text = serde_json::to_string(state).map_err(|e| at(&partial, e.into()))?;
+        write_atomically(partial.join("state.json"), |file| file.write_all(text.as_bytes()))?;
+        fs::rename(&partial, &whole).map_err(|e| at(&whole, e))?;
+        sync_folder(&folder).map_err(|e| at(&folder, e))?;
+        if keep > 0 {
+            let steps = self.steps()?;
+            for &step in &steps[..steps.len().saturating_sub(keep)] {
+                let old = self.checkpoint(step);
+                fs::remove_dir_all(&old).map_err(|e| at(&old, e))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Opens `metrics.jsonl` at `bytes`, cutting off what came after.
+    pub fn metrics(&self, bytes: u64) -> Result<Metrics, TrainError> {
+        let path = self.path.join("metrics.jsonl");
+        let open = || -> io::Result<File> {
+            let mut file = File::options().create(true).write(true).truncate(false).open(&path)?;
+            if file.metadata()?.len() < bytes {
+                return Err(io::Error::other("shorter than its checkpoint says"));
+            }
+            file.set_len(bytes)?;
+            io::Seek::seek(&mut file, io::SeekFrom::End(0))?;
+            Ok(file)
+        };
+        let file = open().map_err(|e| at(&path, e))?;
+        Ok(Metrics { path, file, bytes })
+    }
+
+    /// Begins TensorBoard's file anew with the curves so far: TensorBoard would show both what
+    /// was cut off and what came instead.
+    pub fn events(&self, wall_time: f64) -> Result<EventWriter, TrainError> {
+        let folder = self.path.join("tensorboard");
+        let renew = || -> io::Result<EventWriter> {
+            fs::create_dir_all(&folder)?;
+            for entry in fs::read_dir(&folder)? {
+                fs::remove_file(entry?.path())?;
+            }
+            EventWriter::create(&folder, "quantune", wall_time)
+        };
+        renew().map_err(|e| at(&folder, e))
+    }
+
+    /// A file of the run directory.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.path.join(name)
+    }
+
+    fn checkpoints(&self) -> PathBuf {
+        self.path.join("checkpoints")
+    }
+
+    fn checkpoint(&self, step: u64) -> PathBuf {
+        self.checkpoints().join(format!("step-{step}"))
+    }
+
+    /// The steps of whole checkpoints, rising.
+    fn steps(&self) -> Result<Vec<u64>, TrainError> {
+        let folder = self.checkpoints();
+        let mut steps = Vec::new();
+        for entry in fs::read_dir(&folder).map_err(|e| at(&folder, e))? {
+            let name = entry.map_err(|e| at(&folder, e))?.file_name();
+            let step =
+                name.to_str().and_then(|name| name.strip_prefix("step-")?.parse::<u64>().ok());
+            steps.extend(step);
+        }
+        steps.sort_unstable();
+        Ok(steps)
+    }
+}
+
+/// `metrics.jsonl`, written line by line.
+#[derive(Debug)]
+pub struct Metrics {
+    path: PathBuf,
+    file: File,
+    /// Its length.
+    pub bytes: u64,
+}
+
+impl Metrics {
+    /// Appends a line.
+    pub fn push(&mut self, line: &serde_json::Value) -> Result<(), TrainError> {
+        let text = format!("{line}\n");
+        self.file.write_all(text.as_bytes()).map_err(|e| at(&self.path, e))?;
+        self.bytes += text.len() as u64;
+        Ok(())
+    }
+
+    /// All lines so far.
+    pub fn lines(&self) -> Result<Vec<serde_json::Value>, TrainError> {
+        let text = fs::read_to_string(&self.path).map_err(|e| at(&self.path, e))?;
+        let broken = |e: serde_json::Error| TrainError::Broken {
+            path: self.path.clone(),
+            reason: e.to_string(),
+        };
+        text.lines().map(|line| serde_json::from_str(line).map_err(broken)).collect()
+    }
+
+    /// Waits until the system has written it: a checkpoint counts on it.
+    pub fn sync(&self) -> Result<(), TrainError> {
+        self.file.sync_all().map_err(|e| at(&self.path, e))
+    }
+}
+
+/// Reads the state of a checkpoint.
+pub fn read_state(checkpoint: &Path) -> Result<State, TrainError> {
+    let path = checkpoint.join("state.json");
+    let text = fs::read_to_string(&path).map_err(|e| at(&path, e))?;
+    serde_json::from_str(&text).map_err(|e| TrainError::Broken { path, reason: e.to_string() })
+}
+
+/// Reads the optimizer's state of a checkpoint into `optimizer`.
+pub fn read_optimizer(
+    checkpoint: &Path,
+    adapter: &Adapter,
+    optimizer: &mut AdamW,
+    step: u64,
+) -> Result<(), TrainError> {
+    let path = checkpoint.join("optimizer.safetensors");
+    let bytes = fs::read(&path).map_err(|e| at(&path, e))?;
+    let broken = |reason: String| TrainError::Broken { path: path.clone(), reason };
+    let tensors = SafeTensors::deserialize(&bytes).map_err(|e| broken(e.to_string()))?;
+    let read = |name: &str, into: &mut Vec<f32>| -> Result<(), TrainError> {
+        let tensor = tensors.tensor(name).map_err(|e| broken(format!("{name}: {e}")))?;
+        if tensor.dtype() != Dtype::F32 || tensor.data().len() != 4 * into.len() {
+            return Err(broken(format!("{name} does not fit the adapter")));
+        }
+        for (value, bytes) in into.iter_mut().zip(tensor.data().chunks_exact(4)) {
+            *value = f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
+        }
+        Ok(())
+    };
+    for (i, (name, _)) in adapter.parameters().iter().enumerate() {
+        read(&format!("exp_avg.{name}"), &mut optimizer.exp_avg[i])?;
+        read(&format!("exp_avg_sq.{name}"), &mut optimizer.exp_avg_sq[i])?;
+    }
+    optimizer.step = step;
+    Ok(())
+}
+
+fn optimizer_bytes(adapter: &Adapter, optimizer: &AdamW) -> Vec<u8> {
+    let bytes = |values: &Vec<f32>| values.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let parameters = adapter.parameters();
+    let moments = |kind: &str, moments: &[Vec<f32>]| -> Vec<(String, Vec<usize>, Vec<u8>)> {
+        let named = parameters.iter().zip(moments);
+        named
+            .map(|((name, var), m)| (format!("{kind}.{name}"), var.dims().to_vec(), bytes(m)))
+            .collect()
+    };
+    let mut tensors = moments("exp_avg", &optimizer.exp_avg);
+    tensors.extend(moments("exp_avg_sq", &optimizer.exp_avg_sq));
+    let views = tensors.iter().map(|(name, shape, bytes)| {
+        let view = TensorView::new(Dtype::F32, shape.clone(), bytes);
+        (name.as_str(), view.expect("the moments have their parameter's shape"))
+    });
+    safetensors::serialize(views, None).expect("views that were just made serialize")
+}
+
+fn sync_folder(folder: &Path) -> io::Result<()> {
+    match cfg!(unix) {
+        true => File::open(folder)?.sync_all(),
+        false => Ok(()), // only Unix opens folders
+    }
+}
+
+fn at(path: &Path, source: io::Error) -> TrainError {
+    TrainError::Io { path: path.into(), source }
+}

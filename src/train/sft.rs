@@ -1,0 +1,570 @@
+//! Supervised fine-tuning: the loop, on one page, read downwards.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use candle_core::{Device, Var};
+use quantune_adapters::config::{InitLoraWeights, LoraConfig, Modules};
+use quantune_adapters::delta::Adapter;
+use quantune_adapters::{format, targets};
+use serde::Serialize;
+use serde_json::json;
+use sha2::{Digest, Sha256};
+
+use super::TrainError;
+use super::progress::Progress;
+use super::run_dir::{Metrics, RunDir, State, read_optimizer, read_state};
+use super::settings::{EvalStrategy, SftSettings};
+use super::step::{StepSettings, accumulate, dropout};
+use super::tensorboard::EventWriter;
+use crate::data::{Batch, DataReport, Dataset, EpochPlan, EpochSettings};
+use crate::eval::evaluate;
+use crate::model::{Adapters, Decoder, Worn};
+use crate::objectives::Objective;
+use crate::optim::{AdamW, AdamWSettings, Gradients, Schedule, clip, global_norm};
+use crate::text::Tokenizer;
+use crate::weights::{Checkpoint, write_atomically};
+
+/// What a finished run says of itself; the `--json` line of `sft`.
+#[derive(Debug, Clone, Serialize)]
+pub struct Summary {
+    /// Optimizer steps.
+    pub steps: u64,
+    /// Mean nats per counted token, first step.
+    pub loss_first: Option<f64>,
+    /// The same, last step.
+    pub loss_last: Option<f64>,
+    /// Held-out loss before the first step.
+    pub eval_loss_first: Option<f64>,
+    /// Held-out loss after the last.
+    pub eval_loss_last: Option<f64>,
+    /// Real tokens a second in this process's steps.
+    pub tokens_per_second: f64,
+    /// Trainable numbers.
+    pub trainable_parameters: usize,
+    /// The adapter's folder.
+    pub adapter: PathBuf,
+    /// Which kernel serves each kind of linear layer.
+    pub kernels: BTreeMap<String, String>,
+    /// What the data came to.
+    pub data: DataReport,
+    /// The step this process took up, if it resumed.
+    pub resumed_at: Option<u64>,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone)]
+pub enum Outcome {
+    /// All steps are done and the adapter is written.
+    Done(Box<Summary>),
+    /// Stopped by the user after a whole step, with a checkpoint.
+    Interrupted {
+        /// Steps done.
+        step: u64,
+        /// Steps there are.
+        total_steps: u64,
+    },
+}
+
+/// Trains an adapter. With `resume`, goes on with the run in `settings.out`. `stop` is looked at
+/// after each step.
+pub fn sft(settings: &SftSettings, resume: bool, stop: &AtomicBool) -> Result<Outcome, TrainError> {
+    if let Some(fault) = settings.fault() {
+        return Err(TrainError::Settings(fault));
+    }
+    if !resume && settings.out.join("config.toml").exists() {
+        return Err(TrainError::Exists(settings.out.clone()));
+    }
+
+    // What is trained, on what.
+    let checkpoint = Checkpoint::open(&settings.base)?;
+    let decoder = Decoder::load(&checkpoint, settings.compute)?;
+    let context = decoder.config.max_position_embeddings;
+    let max_length = settings.max_length.min(context);
+    let tokenizer = Tokenizer::open(&checkpoint)?;
+    let data = load_data(settings, &tokenizer, max_length)?;
+    drop(tokenizer);
+    let adapter = Arc::new(begin_adapter(settings, &decoder)?);
+    let parameters: Vec<Var> = adapter.parameters().into_iter().map(|(_, var)| var).collect();
+    let lengths: Vec<usize> = parameters.iter().map(|var| var.elem_count()).collect();
+    let mut optimizer = AdamW::new(optimizer_settings(settings), &lengths);
+    let mut values: Vec<Vec<f32>> = parameters.iter().map(read).collect::<Result<_, _>>()?;
+
+    // Where it stands.
+    let fingerprints = fingerprints(settings, &data)?;
+    let run = match resume {
+        true => RunDir::resume(&settings.out, settings)?,
+        false => RunDir::create(&settings.out, settings)?,
+    };
+    let mut state = State { fingerprints: fingerprints.clone(), ..State::default() };
+    if let Some(folder) = run.last_checkpoint()? {
+        state = read_state(&folder)?;
+        same_fingerprints(&settings.out, &state.fingerprints, &fingerprints)?;
+        let saved = read_adapter(&folder, &decoder)?;
+        for ((var, (_, from)), values) in parameters.iter().zip(saved.parameters()).zip(&mut values)
+        {
+            var.set(from.as_tensor())?;
+            *values = read(&from)?;
+        }
+        read_optimizer(&folder, &adapter, &mut optimizer, state.step)?;
+    }
+    let resumed_at = resume.then_some(state.step);
+    if let Some(lines) = &data.held_out_lines {
+        write_atomically(run.file("held_out.jsonl"), |file| {
+            std::io::Write::write_all(file, lines)
+        })?;
+    }
+
+    let plan = |epoch: u64| {
+        EpochPlan::new(
+            &data.train.examples,
+            &EpochSettings {
+                seed: settings.seed,
+                epoch,
+                shuffle: !settings.no_shuffle,
+                packing: settings.packing,
+                max_length,
+                batch_size: settings.per_device_train_batch_size,
+                gradient_accumulation_steps: settings.gradient_accumulation_steps,
+            },
+        )
+    };
+    let total_steps = total_steps(settings, |epoch| plan(epoch).steps() as u64);
+    let schedule = schedule(settings, total_steps);
+    let mut log = Log::open(&run, state.metrics_bytes)?;
+    let worn = [Worn::trainable(adapter.clone())];
+    let evaluate = |log: &mut Log, state: &State| -> Result<(), TrainError> {
+        let Some(held_out) = &data.held_out else { return Ok(()) };
+        let frozen = [Worn::frozen(adapter.clone())];
+        let eval = evaluate(&decoder, Adapters::Same(&frozen), &held_out.examples)?;
+        log.evaluation(state.step, eval.loss, eval.tokens)
+    };
+    eprintln!("data: {}", data.train.report);
+    eprintln!(
+        "training {} parameters of {} modules, {total_steps} steps from step {}",
+        adapter.num_parameters(),
+        adapter.modules.len(),
+        state.step
+    );
+
+    let mut progress = Progress::new(state.step, total_steps);
+    if state.step == 0 && state.metrics_bytes == 0 {
+        evaluate(&mut log, &state)?;
+    }
+    let mut epoch_plan = plan(state.epoch);
+    while state.step < total_steps {
+        if state.step_in_epoch == epoch_plan.steps() as u64 {
+            state.epoch += 1;
+            state.step_in_epoch = 0;
+            epoch_plan = plan(state.epoch);
+        }
+        let micro_batches = epoch_plan.step(state.step_in_epoch as usize).iter();
+        let batches: Vec<Batch> =
+            micro_batches.map(|bins| Batch::new(&data.train.examples, bins)).collect();
+        let count: usize = batches.iter().map(Batch::count).sum();
+
+        let mut gradients: Gradients = lengths.iter().map(|&n| vec![0.0; n]).collect();
+        let mut loss = 0.0;
+        for batch in &batches {
+            let dropout = dropout(batch, state.epoch, settings.lora_dropout, settings.seed);
+            let step = StepSettings {
+                objective: Objective::LanguageModelling,
+                scale: 1.0 / count as f64,
+                recompute: settings.gradient_checkpointing,
+                worn: &worn,
+                parameters: &parameters,
+                dropout: dropout.as_ref(),
+            };
+            loss += accumulate(&decoder, batch, &step, &mut gradients)? / count as f64;
+        }
+        let grad_norm = global_norm(&gradients);
+        if !loss.is_finite() || !grad_norm.is_finite() {
+            return Err(TrainError::Diverged { step: state.step + 1, loss });
+        }
+        if settings.max_grad_norm > 0.0 {
+            clip(&mut gradients, grad_norm, settings.max_grad_norm);
+        }
+        let learning_rate = schedule.at(state.step);
+        optimizer.step(&mut values, &gradients, learning_rate);
+        for (var, values) in parameters.iter().zip(&values) {
+            var.set(&candle_core::Tensor::from_slice(values, var.shape(), var.device())?)?;
+        }
+
+        state.step += 1;
+        state.step_in_epoch += 1;
+        log.step(state.step, loss, grad_norm, learning_rate, count)?;
+        let real = batches.iter().map(|batch| batch.tokens.len() as u64).sum();
+        progress.step(state.step, loss, real);
+
+        let last = state.step == total_steps;
+        if last || eval_due(settings, &state, epoch_plan.steps() as u64) {
+            evaluate(&mut log, &state)?;
+        }
+        let stopped = stop.load(Ordering::Relaxed);
+        if last || stopped || state.step.is_multiple_of(settings.save_steps) {
+            state.metrics_bytes = log.metrics.bytes;
+            log.metrics.sync()?;
+            run.save(&state, &adapter, &optimizer, settings.save_total_limit)?;
+        }
+        if stopped && !last {
+            progress.finish();
+            return Ok(Outcome::Interrupted { step: state.step, total_steps });
+        }
+    }
+    progress.finish();
+
+    let folder = run.file("adapter");
+    format::write_folder(&adapter, &folder)?;
+    let lines = log.metrics.lines()?;
+    let of = |key: &str| -> Vec<f64> {
+        lines.iter().filter_map(|line| line.get(key)?.as_f64()).collect()
+    };
+    let (losses, evals) = (of("loss"), of("eval_loss"));
+    Ok(Outcome::Done(Box::new(Summary {
+        steps: state.step,
+        loss_first: losses.first().copied(),
+        loss_last: losses.last().copied(),
+        eval_loss_first: evals.first().copied(),
+        eval_loss_last: evals.last().copied(),
+        tokens_per_second: progress.tokens_per_second(),
+        trainable_parameters: adapter.num_parameters(),
+        adapter: folder,
+        kernels: decoder.kernels(),
+        data: data.train.report,
+        resumed_at,
+    })))
+}
+
+struct Data {
+    train: Dataset,
+    held_out: Option<Dataset>,
+    /// The held-out rows as the file has them, if they were split off here.
+    held_out_lines: Option<Vec<u8>>,
+}
+
+fn load_data(
+    settings: &SftSettings,
+    tokenizer: &Tokenizer,
+    max_length: usize,
+) -> Result<Data, TrainError> {
+    let load = |path: &Path| Dataset::load(path, tokenizer, max_length);
+    let given = !settings.eval_data.as_os_str().is_empty();
+    if strategy(settings) == EvalStrategy::No {
+        return Ok(Data { train: load(&settings.data)?, held_out: None, held_out_lines: None });
+    }
+    if given {
+        let (train, held_out) = (load(&settings.data)?, Some(load(&settings.eval_data)?));
+        return Ok(Data { train, held_out, held_out_lines: None });
+    }
+    let split = Dataset::load_split(&settings.data, tokenizer, max_length)?;
+    if split.held_out.is_none() {
+        eprintln!("warning: no row of {} falls into the held-out tenth", settings.data.display());
+    }
+    let held_out_lines = split.held_out.is_some().then_some(split.held_out_lines);
+    Ok(Data { train: split.train, held_out: split.held_out, held_out_lines })
+}
+
+fn strategy(settings: &SftSettings) -> EvalStrategy {
+    let default = match settings.eval_data.as_os_str().is_empty() {
+        true => EvalStrategy::No,
+        false => EvalStrategy::Epoch,
+    };
+    settings.eval_strategy.unwrap_or(default)
+}
+
+fn eval_due(settings: &SftSettings, state: &State, steps_of_epoch: u64) -> bool {
+    match strategy(settings) {
+        EvalStrategy::No => false,
+        EvalStrategy::Steps => state.step.is_multiple_of(settings.eval_steps),
+        EvalStrategy::Epoch => state.step_in_epoch == steps_of_epoch,
+    }
+}
+
+fn begin_adapter(settings: &SftSettings, decoder: &Decoder) -> Result<Adapter, TrainError> {
+    if !settings.adapter.as_os_str().is_empty() {
+        return read_adapter(&settings.adapter, decoder);
+    }
+    let config = lora_config(settings)?;
+    config.validate()?;
+    let resolved = targets::resolve(&config, &decoder.linears(), Some("lm_head"))?;
+    for unmatched in &resolved.unmatched {
+        eprintln!("warning: {unmatched}");
+    }
+    let seed = settings.seed;
+    Ok(Adapter::new("default", config, &resolved.targets, seed, &Device::Cpu)?)
+}
+
+fn read_adapter(folder: &Path, decoder: &Decoder) -> Result<Adapter, TrainError> {
+    let linears = decoder.linears();
+    let (adapter, unmatched) =
+        format::read_folder(folder, "default", &linears, Some("lm_head"), &Device::Cpu)?;
+    for unmatched in unmatched {
+        eprintln!("warning: {}: {unmatched}", folder.display());
+    }
+    Ok(adapter)
+}
+
+fn lora_config(settings: &SftSettings) -> Result<LoraConfig, TrainError> {
+    // One value that is no plain module name is an expression, as PEFT's strings are.
+    let modules = |list: &[String]| match list {
+        [] => None,
+        [one] if one == "all-linear" || one.contains(|c: char| !is_name(c)) => {
+            Some(Modules::Expression(one.clone()))
+        }
+        names => Some(Modules::List(names.to_vec())),
+    };
+    let pattern = |key: &str, list: &[String]| -> Result<Vec<(String, f64)>, TrainError> {
+        let pair = |item: &String| {
+            let (pattern, value) = item.rsplit_once('=')?;
+            Some((pattern.to_string(), value.trim().parse().ok()?))
+        };
+        let fault =
+            |item: &String| TrainError::Settings(format!("{key} {item:?} is not REGEX=NUMBER"));
+        list.iter().map(|item| pair(item).ok_or_else(|| fault(item))).collect()
+    };
+    let ranks = pattern("rank_pattern", &settings.rank_pattern)?;
+    if let Some((pattern, r)) = ranks.iter().find(|(_, r)| r.fract() != 0.0 || *r < 1.0) {
+        let fault = format!("rank_pattern {pattern:?} is {r}, needed a whole number above 0");
+        return Err(TrainError::Settings(fault));
+    }
+    let init_lora_weights = match settings.init_lora_weights.as_str() {
+        "true" => InitLoraWeights::KaimingUniform,
+        "false" => InitLoraWeights::Random,
+        "gaussian" => InitLoraWeights::Gaussian,
+        other => {
+            let fault = format!("init_lora_weights is {other:?}, needed true, false or gaussian");
+            return Err(TrainError::Settings(fault));
+        }
+    };
+    let layers = &settings.layers_to_transform;
+    Ok(LoraConfig {
+        task_type: Some("CAUSAL_LM".into()),
+        base_model_name_or_path: Some(settings.base.display().to_string()),
+        r: settings.r,
+        lora_alpha: settings.lora_alpha,
+        lora_dropout: settings.lora_dropout,
+        target_modules: modules(&settings.target_modules),
+        exclude_modules: modules(&settings.exclude_modules),
+        rank_pattern: ranks.into_iter().map(|(pattern, r)| (pattern, r as usize)).collect(),
+        alpha_pattern: pattern("alpha_pattern", &settings.alpha_pattern)?,
+        layers_to_transform: (!layers.is_empty()).then(|| layers.clone()),
+        layers_pattern: settings.layers_pattern.clone(),
+        use_rslora: settings.use_rslora,
+        init_lora_weights,
+        inference_mode: true, // PEFT loads what is finished as frozen unless told otherwise
+        ..LoraConfig::default()
+    })
+}
+
+fn is_name(c: char) -> bool {
+    c.is_alphanumeric() || c == '_' || c == '.'
+}
+
+fn optimizer_settings(settings: &SftSettings) -> AdamWSettings {
+    AdamWSettings {
+        adam_beta1: settings.adam_beta1,
+        adam_beta2: settings.adam_beta2,
+        adam_epsilon: settings.adam_epsilon,
+        weight_decay: settings.weight_decay,
+    }
+}
+
+/// Steps of the run. Packing may give epochs of different length; a part of an epoch is rounded
+/// up to whole steps, as transformers does.
+fn total_steps(settings: &SftSettings, steps_of: impl Fn(u64) -> u64) -> u64 {
+    if settings.max_steps > 0 {
+        return settings.max_steps;
+    }
+    let whole = settings.num_train_epochs.trunc() as u64;
+    let part = settings.num_train_epochs.fract();
+    let steps: u64 = (0..whole).map(&steps_of).sum();
+    let rest = if part > 0.0 { (part * steps_of(whole) as f64).ceil() as u64 } else { 0 };
+    steps + rest
+}
+
+fn schedule(settings: &SftSettings, total_steps: u64) -> Schedule {
+    let warmup_steps = match settings.warmup_steps {
+        0 => (settings.warmup_ratio * total_steps as f64).ceil() as u64,
+        steps => steps,
+    };
+    Schedule {
+        kind: settings.lr_scheduler_type,
+        learning_rate: settings.learning_rate,
+        warmup_steps,
+        total_steps,
+    }
+}
+
+fn read(var: &Var) -> candle_core::Result<Vec<f32>> {
+    var.flatten_all()?.to_vec1()
+}
+
+/// Hashes of what a run reads: another base or other data under a resume are refused by name.
+fn fingerprints(settings: &SftSettings, data: &Data) -> Result<Vec<(String, String)>, TrainError> {
+    let mut prints = vec![
+        ("the base".to_string(), base_fingerprint(&settings.base)?),
+        ("the data".to_string(), data.train.sha256.clone()),
+    ];
+    if let Some(held_out) = &data.held_out {
+        prints.push(("the held-out data".into(), held_out.sha256.clone()));
+    }
+    Ok(prints)
+}
+
+/// Names, lengths and both ends of the base's files: whole files of many gigabytes would take
+/// longer to hash than to train a step on.
+fn base_fingerprint(base: &Path) -> Result<String, TrainError> {
+    use std::io::{Read, Seek, SeekFrom};
+    const END: u64 = 1 << 20;
+    let io = |path: &Path| {
+        let path = path.to_path_buf();
+        move |source| TrainError::Io { path, source }
+    };
+    let mut files = vec![base.to_path_buf()];
+    if base.is_dir() {
+        let entries = std::fs::read_dir(base).map_err(io(base))?;
+        let entries = entries.map(|entry| entry.map(|e| e.path()));
+        files = entries.collect::<Result<_, _>>().map_err(io(base))?;
+        files.retain(|path| path.extension().is_some_and(|e| e == "safetensors" || e == "json"));
+        files.sort();
+    }
+    let mut hasher = Sha256::new();
+    for path in files {
+        let mut hash_ends = || -> std::io::Result<()> {
+            let mut file = std::fs::File::open(&path)?;
+            let length = file.metadata()?.len();
+            hasher.update(path.file_name().unwrap_or_default().as_encoded_bytes());
+            hasher.update(length.to_le_bytes());
+            let mut bytes = Vec::new();
+            file.by_ref().take(END).read_to_end(&mut bytes)?;
+            file.seek(SeekFrom::Start(length.saturating_sub(END)))?;
+            file.take(END).read_to_end(&mut bytes)?;
+            hasher.update(&bytes);
+            Ok(())
+        };
+        hash_ends().map_err(io(&path))?;
+    }
+    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+fn same_fingerprints(
+    run: &Path,
+    saved: &[(String, String)],
+    now: &[(String, String)],
+) -> Result<(), TrainError> {
+    let changed = now.iter().filter(|print| !saved.contains(print));
+    let changed: Vec<&str> = changed.map(|(name, _)| name.as_str()).collect();
+    if changed.is_empty() && saved.len() == now.len() {
+        return Ok(());
+    }
+    let what = format!("{} changed since the run began", changed.join(" and "));
+    Err(TrainError::Changed { path: run.into(), what })
+}
+
+/// Where numbers go: `metrics.jsonl`, and TensorBoard's curves of the same.
+struct Log {
+    metrics: Metrics,
+    events: EventWriter,
+    run: PathBuf,
+}
+
+impl Log {
+    fn open(run: &RunDir, bytes: u64) -> Result<Self, TrainError> {
+        let metrics = run.metrics(bytes)?;
+        let mut log =
+            Self { events: run.events(wall_time())?, run: run.file("tensorboard"), metrics };
+        for line in log.metrics.lines()? {
+            log.curves(&line)?;
+        }
+        Ok(log)
+    }
+
+    fn step(
+        &mut self,
+        step: u64,
+        loss: f64,
+        grad_norm: f64,
+        learning_rate: f64,
+        tokens: usize,
+    ) -> Result<(), TrainError> {
+        self.push(json!({
+            "step": step,
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "tokens": tokens,
+        }))
+    }
+
+    fn evaluation(&mut self, step: u64, loss: f64, tokens: u64) -> Result<(), TrainError> {
+        self.push(json!({ "step": step, "eval_loss": loss, "eval_tokens": tokens }))
+    }
+
+    fn push(&mut self, line: serde_json::Value) -> Result<(), TrainError> {
+        self.metrics.push(&line)?;
+        self.curves(&line)
+    }
+
+    fn curves(&mut self, line: &serde_json::Value) -> Result<(), TrainError> {
+        let Some(line) = line.as_object() else { return Ok(()) };
+        let step = line.get("step").and_then(serde_json::Value::as_u64).unwrap_or_default();
+        let mut write = || -> std::io::Result<()> {
+            for (key, value) in line.iter().filter(|(key, _)| *key != "step") {
+                let tag = match key.strip_prefix("eval_") {
+                    Some(key) => format!("eval/{key}"),
+                    None => format!("train/{key}"),
+                };
+                self.events.scalar(&tag, step, value.as_f64().unwrap_or(f64::NAN), wall_time())?;
+            }
+            self.events.flush()
+        };
+        write().map_err(|source| TrainError::Io { path: self.run.clone(), source })
+    }
+}
+
+fn wall_time() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |t| t.as_secs_f64())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_and_warmup_are_counted_as_transformers_counts_them() {
+        let settings = |epochs, max_steps, warmup_steps| SftSettings {
+            num_train_epochs: epochs,
+            max_steps,
+            warmup_steps,
+            warmup_ratio: 0.05,
+            ..Default::default()
+        };
+        let steps_of = |epoch| 10 + epoch; // packing: epochs differ
+        assert_eq!(total_steps(&settings(1.0, 0, 0), steps_of), 10);
+        assert_eq!(total_steps(&settings(2.0, 0, 0), steps_of), 21);
+        assert_eq!(total_steps(&settings(1.5, 0, 0), steps_of), 16);
+        assert_eq!(total_steps(&settings(1.5, 7, 0), steps_of), 7);
+        assert_eq!(schedule(&settings(1.0, 0, 0), 21).warmup_steps, 2);
+        assert_eq!(schedule(&settings(1.0, 0, 5), 21).warmup_steps, 5);
+    }
+
+    #[test]
+    fn one_value_is_a_name_or_an_expression() {
+        let config = |targets: &[&str]| {
+            let target_modules = targets.iter().map(|t| t.to_string()).collect();
+            lora_config(&SftSettings { target_modules, ..Default::default() }).unwrap()
+        };
+        let list =
+            |names: &[&str]| Some(Modules::List(names.iter().map(|n| n.to_string()).collect()));
+        assert_eq!(config(&["q_proj"]).target_modules, list(&["q_proj"]));
+        assert_eq!(config(&["q_proj", "v_proj"]).target_modules, list(&["q_proj", "v_proj"]));
+        let expression = r".*\.(q|v)_proj";
+        assert_eq!(
+            config(&[expression]).target_modules,
+            Some(Modules::Expression(expression.into()))
+        );
+    }
+}

@@ -1,0 +1,285 @@
+//! What a file of weights holds, for people and for `--json`.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::Path;
+
+use serde::Serialize;
+
+use super::gguf::{Gguf, type_name};
+use super::value::short_text;
+use super::{HfFolder, Safetensors, WeightsError};
+
+/// What a file or folder of weights holds.
+#[derive(Debug, Clone, Serialize)]
+pub struct Inspection {
+    /// The file or folder.
+    pub path: String,
+    /// `gguf`, `safetensors` or `huggingface`.
+    pub format: &'static str,
+    /// GGUF's version.
+    pub version: Option<u32>,
+    /// What GGUF aligns tensors to, in bytes.
+    pub alignment: Option<usize>,
+    /// What the gguf-rs crate says of a GGUF file: a second opinion.
+    pub summary: Option<Summary>,
+    /// Values of all tensors.
+    pub values: u64,
+    /// Bytes of all tensors whose type is known.
+    pub bytes: u64,
+    /// Metadata in the order of the file, values cut to a line.
+    pub metadata: Vec<MetadataLine>,
+    /// Totals by type of tensor.
+    pub types: Vec<TypeTotal>,
+    /// The tensors in the order of the file.
+    pub tensors: Vec<TensorLine>,
+}
+
+/// gguf-rs on a GGUF file.
+#[derive(Debug, Clone, Serialize)]
+pub struct Summary {
+    /// `general.architecture`.
+    pub family: String,
+    /// Parameters, as people write them: `135M`.
+    pub parameters: String,
+    /// `general.file_type` in words.
+    pub file_type: String,
+}
+
+/// A metadata key.
+#[derive(Debug, Clone, Serialize)]
+pub struct MetadataLine {
+    /// The key.
+    pub key: String,
+    /// The type of its value.
+    pub r#type: String,
+    /// Its value, cut to a line.
+    pub value: String,
+}
+
+/// All tensors of one type.
+#[derive(Debug, Clone, Serialize)]
+pub struct TypeTotal {
+    /// The type's name.
+    pub r#type: String,
+    /// How many tensors have it.
+    pub tensors: usize,
+    /// Their values.
+    pub values: u64,
+    /// Their bytes, 0 if the type is unknown.
+    pub bytes: u64,
+}
+
+/// A tensor.
+#[derive(Debug, Clone, Serialize)]
+pub struct TensorLine {
+    /// Its name.
+    pub name: String,
+    /// Its type's name.
+    pub r#type: String,
+    /// Outermost dimension first.
+    pub shape: Vec<usize>,
+    /// Its bytes; none if its type is unknown.
+    pub bytes: Option<u64>,
+}
+
+/// Reads what a GGUF file, a safetensors file, or a folder of safetensors (a model's or an
+/// adapter's) holds, without reading tensors.
+///
+/// # Errors
+/// If it is none of those, or malformed.
+pub fn inspect(path: impl AsRef<Path>) -> Result<Inspection, WeightsError> {
+    let path = path.as_ref();
+    let adapter = path.join("adapter_model.safetensors");
+    if adapter.is_file() && !path.join("config.json").is_file() {
+        let config = config_lines(&path.join("adapter_config.json"))?;
+        let file = Safetensors::open(adapter)?;
+        return Ok(of_safetensors(path, "safetensors", config, &[file]));
+    }
+    if path.is_dir() {
+        let folder = HfFolder::open(path)?;
+        let config = config_lines(&folder.config_path())?;
+        return Ok(of_safetensors(path, "huggingface", config, folder.shards()));
+    }
+    if path.extension().is_some_and(|extension| extension == "safetensors") {
+        let file = Safetensors::open(path)?;
+        return Ok(of_safetensors(path, "safetensors", Vec::new(), &[file]));
+    }
+    Ok(of_gguf(&Gguf::open(path)?))
+}
+
+fn of_gguf(gguf: &Gguf) -> Inspection {
+    let metadata = gguf.metadata().map(|(key, value)| MetadataLine {
+        key: key.into(),
+        r#type: value.value_type().to_string(),
+        value: value.to_string(),
+    });
+    let tensors = gguf.tensors().iter().map(|info| TensorLine {
+        name: info.name.clone(),
+        r#type: type_name(info.type_id),
+        shape: info.shape.clone(),
+        bytes: info.range.as_ref().map(|range| range.len() as u64),
+    });
+    Inspection {
+        version: Some(gguf.version()),
+        alignment: Some(gguf.alignment()),
+        summary: gguf_rs_summary(gguf),
+        ..with_totals(gguf.path(), "gguf", metadata.collect(), tensors.collect())
+    }
+}
+
+/// The opinion of gguf-rs, on files our reader accepted. It panics on tensor types from 40 on
+/// and on a `general.file_type` that is no integer, and takes 60 times the memory of a header it
+/// reads, so such files get none.
+fn gguf_rs_summary(gguf: &Gguf) -> Option<Summary> {
+    if gguf.tensors().iter().any(|info| info.type_id >= 40)
+        || gguf.u64("general.file_type").is_err()
+        || gguf.data_offset() > 64 << 20
+    {
+        return None;
+    }
+    let path = gguf.path().to_str()?;
+    // It cuts the tokenizer's arrays to three items, which spares their memory.
+    let read = || {
+        let model = gguf_rs::get_gguf_container(path).ok()?.decode().ok()?;
+        Some(Summary {
+            family: model.model_family(),
+            parameters: model.model_parameters(),
+            file_type: model.file_type(),
+        })
+    };
+    std::panic::catch_unwind(read).ok().flatten()
+}
+
+fn of_safetensors(
+    path: &Path,
+    format: &'static str,
+    mut metadata: Vec<MetadataLine>,
+    files: &[Safetensors],
+) -> Inspection {
+    let mut tensors = Vec::new();
+    for file in files {
+        metadata.extend(file.metadata().iter().map(|(key, value)| MetadataLine {
+            key: key.clone(),
+            r#type: "string".into(),
+            value: short_text(value.as_bytes()),
+        }));
+        tensors.extend(file.tensors().iter().map(|info| TensorLine {
+            name: info.name.clone(),
+            r#type: info.dtype.to_string(),
+            shape: info.shape.clone(),
+            bytes: Some(info.range.len() as u64),
+        }));
+    }
+    with_totals(path, format, metadata, tensors)
+}
+
+/// The keys of a JSON config; none if the file is not there.
+fn config_lines(path: &Path) -> Result<Vec<MetadataLine>, WeightsError> {
+    if !path.is_file() {
+        return Ok(Vec::new());
+    }
+    let text = std::fs::read(path).map_err(|source| WeightsError::Io {
+        action: "open",
+        path: path.into(),
+        source,
+    })?;
+    let config: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(&text)
+        .map_err(|e| WeightsError::format(path, format!("not a JSON object: {e}")))?;
+    let line = |(key, value): (String, serde_json::Value)| {
+        let (r#type, value) = match value {
+            serde_json::Value::String(text) => ("string", short_text(text.as_bytes())),
+            serde_json::Value::Array(_) => ("array", short_json(&value)),
+            serde_json::Value::Object(_) => ("object", short_json(&value)),
+            serde_json::Value::Null => ("null", value.to_string()),
+            serde_json::Value::Bool(_) => ("bool", value.to_string()),
+            serde_json::Value::Number(_) => ("number", value.to_string()),
+        };
+        MetadataLine { key, r#type: r#type.into(), value }
+    };
+    Ok(config.into_iter().map(line).collect())
+}
+
+fn short_json(value: &serde_json::Value) -> String {
+    let text = value.to_string();
+    match text.char_indices().nth(60) {
+        Some((end, _)) => format!("{}...", &text[..end]),
+        None => text,
+    }
+}
+
+fn with_totals(
+    path: &Path,
+    format: &'static str,
+    metadata: Vec<MetadataLine>,
+    tensors: Vec<TensorLine>,
+) -> Inspection {
+    let mut types: BTreeMap<&str, TypeTotal> = BTreeMap::new();
+    for tensor in &tensors {
+        let total = types.entry(&tensor.r#type).or_insert_with(|| TypeTotal {
+            r#type: tensor.r#type.clone(),
+            tensors: 0,
+            values: 0,
+            bytes: 0,
+        });
+        // The readers checked each product; sums over hostile lists of unknown types saturate.
+        let values = tensor.shape.iter().product::<usize>() as u64;
+        total.tensors += 1;
+        total.values = total.values.saturating_add(values);
+        total.bytes += tensor.bytes.unwrap_or(0);
+    }
+    let types: Vec<TypeTotal> = types.into_values().collect();
+    Inspection {
+        path: path.display().to_string(),
+        format,
+        version: None,
+        alignment: None,
+        summary: None,
+        values: types.iter().fold(0, |sum, total| sum.saturating_add(total.values)),
+        bytes: types.iter().map(|total| total.bytes).sum(),
+        metadata,
+        types,
+        tensors,
+    }
+}
+
+impl fmt::Display for Inspection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.path, self.format)?;
+        if let (Some(version), Some(alignment)) = (self.version, self.alignment) {
+            write!(f, " version {version}, alignment {alignment}")?;
+        }
+        let tensors = self.tensors.len();
+        writeln!(f, ", {tensors} tensors, {} values, {} bytes", self.values, self.bytes)?;
+        if let Some(Summary { family, parameters, file_type }) = &self.summary {
+            writeln!(f, "{family}, {parameters} parameters, {file_type}")?;
+        }
+
+        if !self.metadata.is_empty() {
+            let keys = width(self.metadata.iter().map(|line| &line.key));
+            writeln!(f, "\nmetadata")?;
+            for MetadataLine { key, r#type, value } in &self.metadata {
+                writeln!(f, "  {key:keys$}  {:7} {value}", r#type)?;
+            }
+        }
+
+        writeln!(f, "\ntypes")?;
+        for TypeTotal { r#type, tensors, values, bytes } in &self.types {
+            writeln!(f, "  {:8} {tensors:6} tensors {values:14} values {bytes:14} bytes", r#type)?;
+        }
+
+        let names = width(self.tensors.iter().map(|line| &line.name));
+        writeln!(f, "\ntensors")?;
+        for TensorLine { name, r#type, shape, bytes } in &self.tensors {
+            let shape = format!("{shape:?}");
+            let bytes = bytes.map_or("?".into(), |bytes| bytes.to_string());
+            writeln!(f, "  {name:names$}  {:8} {shape:16} {bytes:>12} bytes", r#type)?;
+        }
+        Ok(())
+    }
+}
+
+/// The width of a column, within reason.
+fn width<'a>(texts: impl Iterator<Item = &'a String>) -> usize {
+    texts.map(|text| text.chars().count()).max().unwrap_or(0).min(64)
+}

@@ -1,0 +1,302 @@
+//! Sampling against transformers' logits processors; batched decoding against whole rows.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use quantune::generate::{
+    Finish, Generated, LogProbs, Request, Sampling, Settings, generate, log_probs_top_k,
+};
+use quantune::model::{Adapters, Decoder, Rows, Worn};
+use quantune::ops::Compute;
+use quantune_adapters::config::{InitLoraWeights, LoraConfig, Modules};
+use quantune_adapters::delta::Adapter;
+use quantune_adapters::targets::resolve;
+
+use crate::support::{golden_json, ids, load, log_softmax};
+
+#[test]
+fn distributions_are_transformers() {
+    let cases = golden_json("generate/sampling.json");
+    let cases = cases.as_array().unwrap();
+    assert_eq!(cases.len(), 63);
+    for case in cases {
+        let number = |key: &str| case["settings"][key].as_f64().unwrap();
+        let sampling = Sampling {
+            temperature: number("temperature"),
+            top_k: number("top_k") as usize,
+            top_p: number("top_p"),
+            min_p: number("min_p"),
+            repetition_penalty: number("repetition_penalty"),
+            seed: 0,
+        };
+        let floats = |key: &str| -> Vec<f64> {
+            case[key].as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
+        };
+        let logits: Vec<f32> = floats("logits").into_iter().map(|x| x as f32).collect();
+        let seen = ids(&case["seen"]);
+        let mut ours = sampling.distribution(&logits, &seen).unwrap();
+        ours.sort_by_key(|(id, _)| *id);
+        let theirs = case["probabilities"].as_array().unwrap();
+        let ids = |choices: &[(u32, f64)]| choices.iter().map(|c| c.0).collect::<Vec<_>>();
+        let theirs: Vec<(u32, f64)> = theirs
+            .iter()
+            .map(|pair| (pair[0].as_u64().unwrap() as u32, pair[1].as_f64().unwrap()))
+            .collect();
+        assert_eq!(ids(&ours), ids(&theirs), "{sampling:?}");
+        for ((_, ours), (_, theirs)) in ours.iter().zip(&theirs) {
+            assert!((ours - theirs).abs() < 1e-5, "{sampling:?}: {ours} against {theirs}");
+        }
+
+        let theirs = floats("log_probs");
+        let log_probs = LogProbs::new(&logits).unwrap();
+        let top = log_probs_top_k(&logits, 7).unwrap();
+        assert_eq!(top.len(), 7);
+        assert!(top.windows(2).all(|pair| pair[0].1 >= pair[1].1));
+        for (id, ours) in top.iter().copied().chain((0..48).map(|id| (id, log_probs.of(id)))) {
+            assert!((f64::from(ours) - theirs[id as usize]).abs() < 1e-5);
+        }
+        let rest = (0..48u32).filter(|id| top.iter().all(|(t, _)| t != id));
+        assert!(rest.map(|id| theirs[id as usize] as f32).all(|p| p <= top[6].1));
+    }
+}
+
+/// Prompts of the golden model files.
+fn prompts(name: &str) -> Vec<Vec<u32>> {
+    golden_json(&format!("model/{name}.json"))["input_ids"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(ids)
+        .collect()
+}
+
+fn requests(prompts: &[Vec<u32>]) -> Vec<Request<'_>> {
+    (0..).zip(prompts).map(|(key, prompt)| Request { prompt, key }).collect()
+}
+
+fn settings(sampling: Sampling, max_tokens: usize) -> Settings {
+    Settings { sampling, max_tokens, logprobs: None }
+}
+
+/// Decodes with no end-of-generation token and nobody listening.
+fn run(
+    decoder: &Decoder,
+    adapters: Adapters,
+    requests: &[Request],
+    settings: &Settings,
+) -> Vec<Generated> {
+    let listen = &mut |_, _| ControlFlow::Continue(());
+    generate(decoder, adapters, requests, settings, &|_| false, listen).unwrap()
+}
+
+fn tokens(generated: &[Generated]) -> Vec<Vec<u32>> {
+    generated.iter().map(|row| row.token_ids.clone()).collect()
+}
+
+#[test]
+fn greedy_batches_are_transformers_and_rows_alone() {
+    for name in ["llama-tiny", "qwen2-tiny", "llama-q4_0", "llama-k"] {
+        let decoder = load(name, Compute::F32);
+        let prompts = prompts(name);
+        let theirs = golden_json(&format!("model/{name}.json"));
+        let theirs: Vec<Vec<u32>> = theirs["greedy"].as_array().unwrap().iter().map(ids).collect();
+        let settings = settings(Sampling::greedy(), theirs[0].len());
+        let ours = run(&decoder, Adapters::NONE, &requests(&prompts), &settings);
+        assert_eq!(tokens(&ours), theirs, "{name}");
+        assert!(ours.iter().all(|row| row.finish == Finish::Length && row.logprobs.is_empty()));
+        for (prompt, theirs) in prompts.iter().zip(&theirs) {
+            let alone = [Request { prompt, key: 9 }];
+            assert_eq!(&run(&decoder, Adapters::NONE, &alone, &settings)[0].token_ids, theirs);
+        }
+    }
+}
+
+/// A batch whose prompts together are longer than one pass, each of its own length.
+fn long_prompts(decoder: &Decoder) -> Vec<Vec<u32>> {
+    let vocab_size = decoder.config.vocab_size as u32;
+    let row = |i: u32| (0..40 + 13 * i).map(|t| (t * t * 31 + 7 * i + t) % vocab_size).collect();
+    (0..6).chain(0..6).map(row).collect()
+}
+
+#[test]
+fn log_probs_are_those_of_the_whole_row() {
+    let decoder = load("llama-tiny", Compute::F32);
+    let prompts = long_prompts(&decoder);
+    assert!(prompts.iter().map(Vec::len).sum::<usize>() > 512);
+    let sampling = Sampling { temperature: 1.5, seed: 3, ..Sampling::default() };
+    let settings = Settings { sampling, max_tokens: 9, logprobs: Some(5) };
+    let ours = run(&decoder, Adapters::NONE, &requests(&prompts), &settings);
+    for (prompt, ours) in prompts.iter().zip(&ours) {
+        let whole = [&prompt[..], &ours.token_ids].concat();
+        let hidden = decoder.hidden(&Rows::new(&[&whole]), Adapters::NONE).unwrap();
+        let log_probs = log_softmax(&decoder.logits(&hidden).unwrap());
+        assert_eq!((ours.token_ids.len(), ours.logprobs.len()), (9, 9));
+        for (i, &token) in ours.token_ids.iter().enumerate() {
+            let theirs = &log_probs[prompt.len() - 1 + i];
+            let chosen = theirs[token as usize] - f64::from(ours.token_logprobs[i]);
+            assert!(chosen.abs() < 1e-4, "off by {chosen}");
+            let best = theirs.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+            assert!((best - f64::from(ours.logprobs[i][0].1)).abs() < 1e-4);
+            assert_eq!(ours.logprobs[i].len(), 5);
+            for &(id, log_prob) in &ours.logprobs[i] {
+                assert!((theirs[id as usize] - f64::from(log_prob)).abs() < 1e-4);
+            }
+        }
+    }
+}
+
+#[test]
+fn samples_are_keyed_by_seed_row_and_position() {
+    let decoder = load("llama-tiny", Compute::F32);
+    let prompts = long_prompts(&decoder);
+    let requests = requests(&prompts);
+    let hot = |seed| settings(Sampling { temperature: 2.0, seed, ..Sampling::default() }, 12);
+    let ours = tokens(&run(&decoder, Adapters::NONE, &requests, &hot(5)));
+    assert_eq!(ours, tokens(&run(&decoder, Adapters::NONE, &requests, &hot(5))));
+    let other = tokens(&run(&decoder, Adapters::NONE, &requests, &hot(6)));
+    assert!(ours.iter().zip(&other).all(|(a, b)| a != b));
+    // The same prompt under another key is another sample.
+    assert_eq!(prompts[1], prompts[7]);
+    assert_ne!(ours[1], ours[7]);
+
+    let turned: Vec<Request> = requests.iter().rev().copied().collect();
+    let mut turned = tokens(&run(&decoder, Adapters::NONE, &turned, &hot(5)));
+    turned.reverse();
+    assert_eq!(ours, turned);
+    assert_eq!(ours[4..5], tokens(&run(&decoder, Adapters::NONE, &requests[4..5], &hot(5))));
+    // A row that is taken up again goes on as it would have.
+    let prompt = [&prompts[2][..], &ours[2][..5]].concat();
+    let rest = [Request { prompt: &prompt, key: 2 }];
+    assert_eq!(run(&decoder, Adapters::NONE, &rest, &hot(5))[0].token_ids[..7], ours[2][5..]);
+}
+
+#[test]
+fn rows_end_each_for_its_own_reason() {
+    let decoder = load("llama-tiny", Compute::F32);
+    let prompts = long_prompts(&decoder);
+    let prompts: Vec<&Vec<u32>> = [0, 1, 2, 3].iter().map(|&i| &prompts[i]).collect();
+    // A window of 128 tokens: 126 leave room for two.
+    let full: Vec<u32> = prompts[3].iter().copied().cycle().take(126).collect();
+    let mut requests: Vec<Request> =
+        (0..).zip(&prompts).map(|(key, prompt)| Request { prompt, key }).collect();
+    requests.push(Request { prompt: &full, key: 4 });
+    let hot = settings(Sampling { temperature: 3.0, seed: 1, ..Sampling::default() }, 20);
+    let free = tokens(&run(&decoder, Adapters::NONE, &requests, &hot));
+    assert_eq!(free[4].len(), 2);
+
+    // Row 0 ends by a token that is chosen fourth, row 2 is broken off after its second.
+    let end = free[0][3];
+    let mut heard = vec![Vec::new(); requests.len()];
+    let ours = generate(
+        &decoder,
+        Adapters::NONE,
+        &requests,
+        &hot,
+        &|token| token == end,
+        &mut |row, token| {
+            heard[row].push(token);
+            if row == 2 && heard[row].len() == 2 {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        },
+    )
+    .unwrap();
+    for (row, ours) in ours.iter().enumerate() {
+        let ended = free[row].iter().position(|&token| token == end);
+        let length = ended.map_or(free[row].len(), |at| at + 1);
+        let (length, finish) = match (row, ended) {
+            (2, None | Some(2..)) => (2, Finish::Callback),
+            (_, Some(_)) => (length, Finish::Stop),
+            (_, None) => (length, Finish::Length),
+        };
+        assert_eq!(ours.finish, finish, "row {row}");
+        assert_eq!(ours.token_ids, free[row][..length], "row {row}");
+        let told = length - usize::from(finish == Finish::Stop);
+        assert_eq!(heard[row], free[row][..told], "row {row}");
+    }
+    let reasons: Vec<Finish> = ours.iter().map(|row| row.finish).collect();
+    assert!([Finish::Stop, Finish::Length, Finish::Callback].iter().all(|f| reasons.contains(f)));
+
+    let none = run(&decoder, Adapters::NONE, &requests, &settings(Sampling::greedy(), 0));
+    assert!(none.iter().all(|row| row.token_ids.is_empty() && row.finish == Finish::Length));
+    assert!(run(&decoder, Adapters::NONE, &[], &hot).is_empty());
+}
+
+#[test]
+fn each_row_wears_its_own_adapter() {
+    let decoder = load("llama-tiny", Compute::F32);
+    let config = LoraConfig {
+        target_modules: Some(Modules::Expression("all-linear".into())),
+        init_lora_weights: InitLoraWeights::Random,
+        ..Default::default()
+    };
+    let targets = resolve(&config, &decoder.linears(), None).unwrap().targets;
+    let adapter = |seed| {
+        let device = candle_core::Device::Cpu;
+        Worn::frozen(Arc::new(Adapter::new("a", config.clone(), &targets, seed, &device).unwrap()))
+    };
+    let (one, two) = ([adapter(1)], [adapter(2)]);
+    let prompts = long_prompts(&decoder);
+    let requests = requests(&prompts);
+    // Rows end one after the other, so that the lists must move up with them.
+    let worn: Vec<&[Worn]> = (0..12).map(|i| [&one[..], &[], &two[..]][i % 3]).collect();
+    let hot = settings(Sampling { temperature: 1.5, seed: 8, ..Sampling::default() }, 12);
+    let end = |token: u32| token % 16 == 3;
+    let go = |adapters: Adapters, requests: &[Request]| {
+        let listen = &mut |_, _| ControlFlow::Continue(());
+        tokens(&generate(&decoder, adapters, requests, &hot, &end, listen).unwrap())
+    };
+    let ours = go(Adapters::PerRow(&worn), &requests);
+    let lengths: std::collections::BTreeSet<usize> = ours.iter().map(Vec::len).collect();
+    assert!(lengths.len() > 2, "{lengths:?}");
+    let mut bare = 0;
+    for (row, ours) in ours.iter().enumerate() {
+        let alone = &requests[row..=row];
+        assert_eq!(&go(Adapters::Same(worn[row]), alone)[0], ours, "row {row}");
+        bare += usize::from(&go(Adapters::NONE, alone)[0] == ours);
+    }
+    assert!(bare < 8, "adapters change nothing");
+}
+
+#[test]
+fn bad_requests_are_named() {
+    let decoder = load("llama-tiny", Compute::F32);
+    let check = |adapters: Adapters, prompts: &[&[u32]], sampling: Sampling, sentence: &str| {
+        let requests: Vec<Request> =
+            prompts.iter().map(|prompt| Request { prompt, key: 0 }).collect();
+        let listen = &mut |_, _| panic!("a token of a bad request");
+        let settings = settings(sampling, 4);
+        let error = generate(&decoder, adapters, &requests, &settings, &|_| false, listen);
+        assert_eq!(error.unwrap_err().to_string(), sentence);
+    };
+    let (none, greedy) = (Adapters::NONE, Sampling::greedy);
+    check(
+        none,
+        &[&[1], &[]],
+        greedy(),
+        "prompt 1 has no tokens, needed at least one to go on from",
+    );
+    let vocab_size = decoder.config.vocab_size;
+    check(
+        none,
+        &[&[5, vocab_size as u32]],
+        greedy(),
+        &format!("prompt 0 has token {vocab_size}, the vocabulary has {vocab_size}"),
+    );
+    check(
+        none,
+        &[&[1; 128]],
+        greedy(),
+        "prompt 0 has 128 tokens: the model's window of 128 has no room for more",
+    );
+    check(
+        Adapters::PerRow(&[]),
+        &[&[1]],
+        greedy(),
+        "0 lists of adapters for 1 prompts, needed one each",
+    );
+    let hot = Sampling { top_p: 2.0, ..Sampling::default() };
+    check(none, &[&[1]], hot, "top_p is 2, needed more than 0 and at most 1");
+}

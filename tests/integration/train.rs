@@ -1,0 +1,346 @@
+//! Training against PEFT: ten steps of the same adapter over the same rows, the first step's
+//! gradients, and what must not change a step: packing, the split into micro-batches, recomputation.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor, Var};
+use quantune::data::{Batch, Example};
+use quantune::model::{Adapters, Decoder, Rows, Worn};
+use quantune::objectives::Objective;
+use quantune::ops::Compute;
+use quantune::optim::{AdamW, AdamWSettings, Gradients, Schedule, ScheduleKind, clip, global_norm};
+use quantune::train::step::{StepSettings, accumulate, dropout};
+use quantune_adapters::delta::Adapter;
+use quantune_adapters::format;
+use serde_json::Value;
+
+use crate::support::{golden, golden_json, load};
+
+const RUNS: &[&str] = &[
+    "llama-tiny",
+    "qwen2-tiny",
+    "llama-q8_0",
+    "llama-q4_0",
+    "llama-tiny-rslora",
+    "llama-tiny-linear",
+];
+
+fn adapter(run: &str, which: &str, decoder: &Decoder) -> Adapter {
+    let folder = golden(&format!("train/{run}/{which}"));
+    let linears = decoder.linears();
+    format::read_folder(&folder, "default", &linears, Some("lm_head"), &Device::Cpu).unwrap().0
+}
+
+fn rows(run: &str) -> Vec<Example> {
+    let text = std::fs::read_to_string(golden(&format!("train/{run}/rows.jsonl"))).unwrap();
+    let row = |(index, line): (usize, &str)| {
+        let row: Value = serde_json::from_str(line).unwrap();
+        let numbers = |key: &str| -> Vec<i64> {
+            row[key].as_array().unwrap().iter().map(|v| v.as_i64().unwrap()).collect()
+        };
+        Example {
+            tokens: numbers("input_ids").into_iter().map(|id| id as u32).collect(),
+            learned: numbers("labels").into_iter().map(|label| label != -100).collect(),
+            row: index as u64,
+            line: index as u64 + 1,
+        }
+    };
+    text.lines().enumerate().map(row).collect()
+}
+
+/// How a step's rows are laid out: the bins of each micro-batch, and whether layers are recomputed.
+#[derive(Clone, Copy)]
+struct Layout {
+    /// Rows of a micro-batch.
+    micro: usize,
+    recompute: bool,
+    dropout: f64,
+}
+
+const SINGLE: Layout = Layout { micro: 1, recompute: false, dropout: 0.0 };
+
+struct Run {
+    decoder: Decoder,
+    adapter: Arc<Adapter>,
+    parameters: Vec<Var>,
+}
+
+impl Run {
+    fn new(decoder: Decoder, adapter: Adapter) -> Self {
+        let adapter = Arc::new(adapter);
+        let parameters = adapter.parameters().into_iter().map(|(_, var)| var).collect();
+        Self { decoder, adapter, parameters }
+    }
+
+    /// Loss and gradients of one step over `rows`.
+    fn step(&self, rows: &[Example], layout: Layout) -> (f64, Gradients) {
+        let micro: Vec<Batch> = rows
+            .chunks(layout.micro)
+            .map(|rows| Batch::new(rows, &[(0..rows.len()).collect()]))
+            .collect();
+        let count: usize = micro.iter().map(Batch::count).sum();
+        let mut gradients: Gradients =
+            self.parameters.iter().map(|var| vec![0.0; var.elem_count()]).collect();
+        let worn = [Worn::trainable(self.adapter.clone())];
+        let mut loss = 0.0;
+        for batch in &micro {
+            let dropout = dropout(batch, 0, layout.dropout, 7);
+            let settings = StepSettings {
+                objective: Objective::LanguageModelling,
+                scale: 1.0 / count as f64,
+                recompute: layout.recompute,
+                worn: &worn,
+                parameters: &self.parameters,
+                dropout: dropout.as_ref(),
+            };
+            loss += accumulate(&self.decoder, batch, &settings, &mut gradients).unwrap();
+        }
+        (loss / count as f64, gradients)
+    }
+
+    fn values(&self) -> Vec<Vec<f32>> {
+        self.parameters.iter().map(|v| v.flatten_all().unwrap().to_vec1().unwrap()).collect()
+    }
+
+    fn set(&self, values: &[Vec<f32>]) {
+        for (var, values) in self.parameters.iter().zip(values) {
+            var.set(&Tensor::from_slice(values, var.shape(), &Device::Cpu).unwrap()).unwrap();
+        }
+    }
+}
+
+/// `|a - b| / |b|` in Frobenius norms.
+fn relative(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|v| v * v).sum::<f64>().sqrt();
+    let difference = norm(&mut a.iter().zip(b).map(|(a, b)| f64::from(a - b)));
+    difference / norm(&mut b.iter().map(|&b| f64::from(b)))
+}
+
+/// Ten steps from PEFT's initial adapter; losses and the final adapter within float noise of PEFT.
+fn ten_steps(name: &str, layout: Layout, compute: Compute) {
+    let golden_run = golden_json(&format!("train/{name}/run.json"));
+    let decoder = load(golden_run["base"].as_str().unwrap(), compute);
+    let run = Run::new(decoder, Adapter { ..adapter_of(name, "initial", &golden_run) });
+    let number = |key: &str| golden_run[key].as_f64();
+    let settings = AdamWSettings {
+        adam_beta1: number("adam_beta1").unwrap_or(0.9),
+        adam_beta2: number("adam_beta2").unwrap_or(0.999),
+        adam_epsilon: number("adam_epsilon").unwrap_or(1e-8),
+        weight_decay: number("weight_decay").unwrap(),
+    };
+    let lengths: Vec<usize> = run.parameters.iter().map(|var| var.elem_count()).collect();
+    let mut optimizer = AdamW::new(settings, &lengths);
+    let steps = golden_run["steps"].as_array().unwrap();
+    let schedule = Schedule {
+        kind: match golden_run["lr_scheduler_type"].as_str().unwrap() {
+            "cosine" => ScheduleKind::Cosine,
+            "linear" => ScheduleKind::Linear,
+            other => panic!("{other}"),
+        },
+        learning_rate: number("learning_rate").unwrap(),
+        warmup_steps: number("warmup_steps").unwrap() as u64,
+        total_steps: steps.len() as u64,
+    };
+    let max_norm = number("max_grad_norm").unwrap();
+    let rows = rows(name);
+    assert_eq!(rows.len(), 4 * steps.len());
+    for (i, (theirs, rows)) in steps.iter().zip(rows.chunks(4)).enumerate() {
+        let (loss, mut gradients) = run.step(rows, layout);
+        let close = |what: &str, ours: f64, bound: f64| {
+            let theirs = theirs[what].as_f64().unwrap();
+            let error = (ours - theirs).abs() / theirs.abs().max(1.0);
+            assert!(error < bound, "{name} step {i}: {what} {ours}, PEFT {theirs}");
+        };
+        close("loss", loss, 2e-5);
+        let norm = global_norm(&gradients);
+        close("grad_norm", norm, 1e-4);
+        close("learning_rate", schedule.at(i as u64), 1e-9);
+        if i == 0 {
+            first_gradients(name, &run, &gradients);
+        }
+        if max_norm > 0.0 {
+            clip(&mut gradients, norm, max_norm);
+        }
+        let mut values = run.values();
+        optimizer.step(&mut values, &gradients, schedule.at(i as u64));
+        run.set(&values);
+    }
+    let theirs = adapter(name, "final", &run.decoder);
+    for ((name, ours), (_, theirs)) in run.adapter.parameters().iter().zip(theirs.parameters()) {
+        let flat = |var: &Var| var.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let error = relative(&flat(ours), &flat(&theirs));
+        assert!(error < 2e-5, "{name} is {error:e} from PEFT's");
+    }
+}
+
+fn adapter_of(name: &str, which: &str, run: &Value) -> Adapter {
+    adapter(name, which, &load(run["base"].as_str().unwrap(), Compute::F32))
+}
+
+fn first_gradients(name: &str, run: &Run, gradients: &Gradients) {
+    let path = golden(&format!("train/{name}/gradients.safetensors"));
+    let theirs: HashMap<String, Tensor> =
+        candle_core::safetensors::load(path, &Device::Cpu).unwrap();
+    assert_eq!(theirs.len(), run.parameters.len());
+    for ((name, _), ours) in run.adapter.parameters().iter().zip(gradients) {
+        let theirs: Vec<f32> = theirs[name].flatten_all().unwrap().to_vec1().unwrap();
+        assert!(ours.iter().all(|g| g.is_finite()) && ours.iter().any(|g| *g != 0.0), "{name}");
+        let error = relative(ours, &theirs);
+        assert!(error < 1e-4, "{name}: gradient {error:e} from PEFT's");
+    }
+}
+
+#[test]
+fn ten_steps_are_pefts() {
+    for name in RUNS {
+        ten_steps(name, SINGLE, Compute::F32);
+    }
+}
+
+#[test]
+fn ten_steps_are_pefts_packed_split_and_recomputed() {
+    for (micro, recompute) in [(4, true), (4, false), (3, true), (2, false)] {
+        ten_steps("llama-q4_0", Layout { micro, recompute, dropout: 0.0 }, Compute::F32);
+        ten_steps("qwen2-tiny", Layout { micro, recompute, dropout: 0.0 }, Compute::F32);
+    }
+    ten_steps("llama-tiny", Layout { micro: 2, recompute: true, dropout: 0.0 }, Compute::Portable);
+}
+
+#[test]
+fn dropout_does_not_see_how_rows_are_laid_out() {
+    let name = "llama-tiny";
+    let decoder = load(name, Compute::F32);
+    let initial = adapter(name, "initial", &decoder);
+    let run = Run::new(decoder, initial);
+    let rows = &rows(name)[..4];
+    let layout = |micro, recompute| Layout { micro, recompute, dropout: 0.3 };
+    let (loss, gradients) = run.step(rows, layout(1, false));
+    let (without, _) = run.step(rows, SINGLE);
+    assert!((loss - without).abs() > 1e-3, "dropout changes nothing");
+    for other in [layout(4, true), layout(3, false), layout(2, true)] {
+        let (other_loss, other_gradients) = run.step(rows, other);
+        assert!((loss - other_loss).abs() < 1e-6);
+        for (a, b) in gradients.iter().zip(&other_gradients) {
+            assert!(relative(a, b) < 1e-4);
+        }
+    }
+}
+
+#[test]
+fn recomputation_gives_the_same_bits() {
+    let name = "llama-q8_0";
+    let decoder = load(name, Compute::F32);
+    let initial = adapter(name, "initial", &decoder);
+    let run = Run::new(decoder, initial);
+    let rows = &rows(name)[..4];
+    let layout = |recompute| Layout { micro: 2, recompute, dropout: 0.1 };
+    assert_eq!(run.step(rows, layout(false)), run.step(rows, layout(true)));
+}
+
+/// Directional derivatives through every kind of quantized base, B random: 1 %.
+#[test]
+fn gradients_agree_with_differences_through_quantized_bases() {
+    for name in ["llama-q4_0", "llama-q8_0", "qwen2-mix", "llama-k"] {
+        let decoder = load(name, Compute::F32);
+        let config = quantune_adapters::config::LoraConfig {
+            r: 3,
+            target_modules: Some(quantune_adapters::config::Modules::Expression(
+                "all-linear".into(),
+            )),
+            init_lora_weights: quantune_adapters::config::InitLoraWeights::Random,
+            ..Default::default()
+        };
+        let resolved =
+            quantune_adapters::targets::resolve(&config, &decoder.linears(), None).unwrap();
+        let adapter = Adapter::new("default", config, &resolved.targets, 3, &Device::Cpu).unwrap();
+        let vocabulary = decoder.config.vocab_size as u32;
+        let run = Run::new(decoder, adapter);
+        let rows: Vec<Example> = (0..2u64)
+            .map(|row| Example {
+                tokens: (0..18).map(|i| (i * 37 + row as u32 * 11 + 5) % vocabulary).collect(),
+                learned: (0..18).map(|i| i > 4).collect(),
+                row,
+                line: row + 1,
+            })
+            .collect();
+        let (_, gradients) = run.step(&rows, SINGLE);
+        let start = run.values();
+        for (index, gradient) in gradients.iter().enumerate() {
+            assert!(gradient.iter().all(|g| g.is_finite()) && gradient.iter().any(|g| *g != 0.0));
+            // Along the gradient itself: the derivative is its norm.
+            let norm = gradient.iter().map(|&g| f64::from(g).powi(2)).sum::<f64>().sqrt();
+            let h = 2e-3 / norm.max(1e-3);
+            let loss_at = |sign: f64| {
+                let mut moved = start.clone();
+                for (value, g) in moved[index].iter_mut().zip(gradient) {
+                    *value += (sign * h * f64::from(*g)) as f32;
+                }
+                run.set(&moved);
+                run.step(&rows, SINGLE).0
+            };
+            let numeric = (loss_at(1.0) - loss_at(-1.0)) / (2.0 * h);
+            let analytic = norm * norm;
+            let error = (numeric - analytic).abs() / analytic;
+            let tensor = &run.adapter.parameters()[index].0;
+            assert!(error < 1e-2, "{name} {tensor}: gradient² {analytic}, differences {numeric}");
+        }
+        run.set(&start);
+    }
+}
+
+#[test]
+fn changing_a_packed_row_leaves_its_neighbours_bit_equal() {
+    let name = "llama-q4_0";
+    let decoder = load(name, Compute::F32);
+    let initial = Arc::new(adapter(name, "initial", &decoder));
+    let worn = [Worn::frozen(initial)];
+    let rows: Vec<Vec<u32>> = rows(name)[..3].iter().map(|row| row.tokens.clone()).collect();
+    let mut changed = rows.clone();
+    for token in &mut changed[1] {
+        *token = (*token + 1) % decoder.config.vocab_size as u32;
+    }
+    let hidden = |rows: &[Vec<u32>]| {
+        let hidden = decoder.hidden(&Rows::new(rows), Adapters::Same(&worn)).unwrap();
+        hidden.to_vec2::<f32>().unwrap()
+    };
+    let (before, after) = (hidden(&rows), hidden(&changed));
+    let (first, second) = (rows[0].len(), rows[0].len() + rows[1].len());
+    assert_eq!(before[..first], after[..first]);
+    assert_ne!(before[first..second], after[first..second]);
+    assert_eq!(before[second..], after[second..]);
+}
+
+/// Rows that wear different adapters in one batch get what each would get alone.
+#[test]
+fn every_row_wears_its_own_adapter() {
+    let name = "llama-tiny";
+    let decoder = load(name, Compute::F32);
+    let initial = Arc::new(adapter(name, "initial", &decoder));
+    let last = Arc::new(adapter(name, "final", &decoder));
+    let rows: Vec<Vec<u32>> = rows(name)[..4].iter().map(|row| row.tokens.clone()).collect();
+    let half = Worn { weight: 0.5, ..Worn::frozen(last.clone()) };
+    let lists: [Vec<Worn>; 4] = [
+        vec![],
+        vec![Worn::frozen(initial.clone())],
+        vec![Worn::frozen(initial), half],
+        vec![Worn::frozen(last)],
+    ];
+    let worn: Vec<&[Worn]> = lists.iter().map(|list| &list[..]).collect();
+    let together = decoder.hidden(&Rows::new(&rows), Adapters::PerRow(&worn)).unwrap();
+    let mut start = 0;
+    let mut seen = Vec::new();
+    for (row, worn) in rows.iter().zip(&lists) {
+        let alone = decoder.hidden(&Rows::new(&[row]), Adapters::Same(worn)).unwrap();
+        let part = together.narrow(0, start, row.len()).unwrap();
+        let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let error = relative(&flat(&part), &flat(&alone));
+        assert!(error < 1e-5, "{error:e}");
+        let bare = decoder.hidden(&Rows::new(&[row]), Adapters::NONE).unwrap();
+        seen.push(relative(&flat(&bare), &flat(&alone)));
+        start += row.len();
+    }
+    assert_eq!(seen[0], 0.0);
+    assert!(seen[1..].iter().all(|&difference| difference > 1e-3), "{seen:?}");
+}
