@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::support::{golden, golden_json};
 
 fn tokenizer(name: &str) -> Tokenizer {
-    Tokenizer::from_folder(&golden(&format!("data/{name}"))).unwrap()
+    Tokenizer::from_folder(golden(&format!("data/{name}"))).unwrap()
 }
 
 /// The dataset of a file with these bytes, called rows.jsonl in its errors.
@@ -233,49 +233,37 @@ fn a_conversation_needs_a_template_that_tells_what_is_said() {
 
 #[test]
 fn what_is_learned_of_a_row() {
-    /// The learned tokens as text, `|` between those that are not neighbours.
-    fn learned(example: &Example, tokenizer: &Tokenizer) -> String {
-        let mut text = String::new();
-        for (i, &id) in example.tokens.iter().enumerate().filter(|&(i, _)| example.learned[i]) {
-            if !example.learned[i - 1] && !text.is_empty() {
-                text.push('|');
-            }
-            text += &tokenizer.decode(&[id]);
-        }
-        text
-    }
+    /// `expected`: the runs of learned tokens, as text.
     #[track_caller]
-    fn check(tokenizer: &Tokenizer, row: Value, expected: &str) {
+    fn check(tokenizer: &Tokenizer, row: Value, expected: &[&str]) {
         let found = load(&lines(std::slice::from_ref(&row)), tokenizer, 1000).unwrap();
-        assert_eq!(learned(&found.examples[0], tokenizer), expected, "{row}");
+        let runs = labels(&found.examples[0]);
+        let runs: Vec<Vec<u32>> = runs
+            .split(|&label| label == -100)
+            .filter(|run| !run.is_empty())
+            .map(|run| run.iter().map(|&id| id as u32).collect())
+            .collect();
+        let expected: Vec<_> =
+            expected.iter().map(|text| tokenizer.encode(text, Special::Parse).unwrap()).collect();
+        assert_eq!(runs, expected, "{row}");
     }
     for name in ["chatml", "generation", "bos"] {
         let t = &tokenizer(name);
         let said = |text: &str| json!({"role": "assistant", "content": text});
-        let (user, system) = (
-            json!({"role": "user", "content": "u"}),
-            json!({"role": "system", "content": [{"type": "text", "text": "s"}]}),
-        );
-        check(
-            t,
-            json!({"messages": [system, user, said("one"), user, said("two")]}),
-            "one<|im_end|>|two<|im_end|>",
-        );
-        let untrained = json!({"role": "assistant", "content": "one", "train": false});
-        check(t, json!({"messages": [user, untrained, user, said("two")]}), "two<|im_end|>");
-        check(
-            t,
-            json!({"prompt": [user, said("one"), user], "completion": [said("two")]}),
-            "two<|im_end|>",
-        );
-        check(t, json!({"prompt": "a", "completion": " b"}), " b<|im_end|>");
-        check(t, json!({"input_ids": [9, 10, 11], "labels": [9, -100, 11]}), &t.decode(&[11]));
+        let unlearned = json!({"role": "assistant", "content": "one", "train": false});
+        let user = json!({"role": "user", "content": "u"});
+        let system = json!({"role": "system", "content": [{"type": "text", "text": "s"}]});
+        let both = ["one<|im_end|>", "two<|im_end|>"];
+        check(t, json!({"messages": [system, user, said("one"), user, said("two")]}), &both);
+        check(t, json!({"messages": [user, unlearned, user, said("two")]}), &both[1..]);
+        let prompt = json!([user, said("one"), user]);
+        check(t, json!({"prompt": prompt, "completion": [said("two")]}), &both[1..]);
+        check(t, json!({"prompt": "a", "completion": " b"}), &[" b<|im_end|>"]);
     }
-    let chatml = &tokenizer("chatml");
-    check(chatml, json!({"text": "ab ab ab"}), &{
-        let ids = chatml.encode("ab ab ab", Special::Parse).unwrap();
-        chatml.decode(&ids[1..]) + "<|im_end|>"
-    });
+    let ids = |text: &str| tokenizer("chatml").encode(text, Special::Parse).unwrap();
+    let (a, b) = (ids("a")[0], ids("b")[0]);
+    let row = json!({"input_ids": [a, b, a, b, a], "labels": [a, -100, a, b, -100]});
+    check(&tokenizer("chatml"), row, &["ab"]);
 }
 
 #[test]
