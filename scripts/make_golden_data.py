@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes tests/golden/data: rows, and the tokens and labels TRL's SFTTrainer makes of them.
 
-    pip install -r scripts/requirements-golden.txt trl==1.16.0 datasets
+    pip install -r scripts/requirements-golden.txt trl==1.16.0 datasets==5.2.0
     python3 scripts/make_golden_data.py
 
 Three tokenizers over the vocabulary of tests/golden/model/llama-tiny: `chatml`, whose template marks
@@ -119,7 +119,7 @@ def write_tokenizer(name, folder, template, adds_bos=False):
     config = json.loads((MODEL / "tokenizer_config.json").read_text())
     config |= {"eos_token": "<|im_end|>", "chat_template": template}
     if adds_bos:
-        config["bos_token"] = bos = "<|endoftext|>"
+        config |= {"add_bos_token": True, "bos_token": (bos := "<|endoftext|>")}
         one = {"SpecialToken": {"id": bos, "type_id": 0}}
         tokenizer["post_processor"] = {
             "type": "TemplateProcessing",

@@ -144,7 +144,7 @@ fn read(
             let (row, tokenized) = row.map_err(|problem| DataError::Row {
                 path: path.into(),
                 line: line.number,
-                problem,
+                problem: Box::new(problem),
             })?;
             add(&row, line, tokenized);
         }

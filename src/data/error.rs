@@ -24,7 +24,7 @@ pub enum DataError {
         /// Its line, counted from 1.
         line: u64,
         /// What is wrong with it.
-        problem: RowError,
+        problem: Box<RowError>,
     },
     /// Only blank lines, or none.
     #[error("{}: holds no rows, needs one JSON object per line", path.display())]

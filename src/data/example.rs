@@ -66,9 +66,9 @@ fn prompt_completion(
     completion: &str,
     tokenizer: &Tokenizer,
 ) -> Result<Tokenized, RowError> {
-    let own = with_bos(tokenizer.encode(prompt, Special::Parse)?, tokenizer);
+    let own = tokenizer.with_bos(tokenizer.encode(prompt, Special::Parse)?);
     let joint = tokenizer.encode(&format!("{prompt}{completion}"), Special::Parse)?;
-    let mut tokens = with_bos(joint, tokenizer);
+    let mut tokens = tokenizer.with_bos(joint);
     let given = own.iter().zip(&tokens).take_while(|(a, b)| a == b).count();
     if let Some(eos) = tokenizer.eos()
         && tokens[given..].last() != Some(&eos)
@@ -93,7 +93,7 @@ fn conversation(
     };
     let encoding = tokenizer.encode_with_offsets(&text, Special::Parse)?;
     let count = encoding.ids.len();
-    let tokens = with_bos(encoding.ids, tokenizer);
+    let tokens = tokenizer.with_bos(encoding.ids);
     let mut learned = vec![false; tokens.len() - count]; // of a BOS that was added
     let mut boundary_mismatch = false;
     for (start, end) in encoding.offsets {
@@ -151,15 +151,4 @@ fn prefix_spans(
         }
     }
     Ok((text, spans))
-}
-
-/// A beginning-of-sequence token in front if the tokenizer wants one and none is there.
-fn with_bos(mut ids: Vec<u32>, tokenizer: &Tokenizer) -> Vec<u32> {
-    if tokenizer.adds_bos()
-        && let Some(bos) = tokenizer.bos()
-        && ids.first() != Some(&bos)
-    {
-        ids.insert(0, bos);
-    }
-    ids
 }

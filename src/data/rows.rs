@@ -282,3 +282,27 @@ impl<R: BufRead> Lines<R> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn templates_see_messages_as_strings_and_without_our_key() {
+        let line = r#"{"messages": [
+            {"role": "user", "name": "Ann", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+            {"role": "assistant", "content": null, "tool_calls": [{"id": 1}], "train": false}
+        ], "tools": "[{\"name\": \"f\"}]", "text": null}"#;
+        let Row::Messages { messages, tools } = Row::parse(line.as_bytes()).unwrap() else {
+            panic!("messages");
+        };
+        let values: Vec<_> = messages.iter().map(|m| m.value.to_string()).collect();
+        let expected = [
+            r#"{"role":"user","name":"Ann","content":"a\nb"}"#,
+            r#"{"role":"assistant","content":null,"tool_calls":[{"id":1}]}"#,
+        ];
+        assert_eq!(values, expected);
+        assert_eq!(messages.iter().map(|m| m.learned).collect::<Vec<_>>(), [false, false]);
+        assert_eq!(tools.unwrap().to_string(), r#"[{"name":"f"}]"#);
+    }
+}

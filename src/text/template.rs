@@ -113,7 +113,7 @@ impl ChatTemplate {
         let special = self.special.iter().map(|(name, token)| (&**name, Value::from(&**token)));
         variables.extend(special);
         let template = self.environment.get_template(name).map_err(failed)?;
-        template.render(Value::from_iter(variables)).map_err(failed)
+        template.render(Value::from_pairs(variables)).map_err(failed)
     }
 }
 
@@ -194,7 +194,7 @@ fn from_json(value: &serde_json::Value) -> Value {
         serde_json::Value::String(text) => Value::from(&**text),
         serde_json::Value::Array(items) => items.iter().map(from_json).collect(),
         serde_json::Value::Object(entries) => {
-            entries.iter().map(|(key, value)| (&**key, from_json(value))).collect()
+            Value::from_pairs(entries.iter().map(|(key, value)| (&**key, from_json(value))))
         }
     }
 }

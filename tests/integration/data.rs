@@ -1,21 +1,19 @@
 //! Rows to tokens and masks against TRL, bad files, the split, and the order of epochs.
 
 use std::collections::HashSet;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use proptest::prelude::*;
 use quantune::data::{
     Batch, DataError, Dataset, EpochPlan, EpochSettings, Example, Row, is_held_out,
 };
-use quantune::text::Tokenizer;
+use quantune::text::{Special, Tokenizer};
 use serde_json::{Value, json};
 
-fn golden() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/data")
-}
+use crate::support::{golden, golden_json};
 
 fn tokenizer(name: &str) -> Tokenizer {
-    Tokenizer::from_folder(&golden().join(name)).unwrap()
+    Tokenizer::from_folder(golden(&format!("data/{name}"))).unwrap()
 }
 
 /// The dataset of a file with these bytes, called rows.jsonl in its errors.
@@ -40,10 +38,10 @@ fn labels(example: &Example) -> Vec<i64> {
 
 #[test]
 fn tokens_and_labels_are_trls() {
-    let cases = std::fs::read(golden().join("trl.json")).unwrap();
-    let cases: Vec<Value> = serde_json::from_slice(&cases).unwrap();
+    let cases = golden_json("data/trl.json");
+    let cases = cases.as_array().unwrap();
     let mut rows = 0;
-    for case in &cases {
+    for case in cases {
         let max_length = case["max_length"].as_u64().unwrap_or(u64::MAX) as usize;
         for name in case["tokenizers"].as_array().unwrap() {
             let tokenizer = tokenizer(name.as_str().unwrap());
@@ -77,4 +75,425 @@ fn tokens_and_labels_are_trls() {
         );
         assert_eq!(labels(example), expected, "{what}");
     }
+}
+
+/// Row (one line of JSON, or any bytes), and what its error must say.
+#[test]
+fn a_bad_row_is_one_sentence_with_its_line() {
+    #[track_caller]
+    fn check(tokenizer: &Tokenizer, row: &[u8], expected: &str) {
+        // Behind a good row and a blank line, so that rows and lines differ.
+        let file = [b"{\"text\": \"good\"}\n\n".as_slice(), row].concat();
+        let error = load(&file, tokenizer, 100).expect_err(expected);
+        assert_eq!(error, format!("rows.jsonl:3: {expected}"));
+    }
+    let chatml = tokenizer("chatml");
+    let roles = "needs one of system, user, assistant, tool, developer, function";
+    let kinds = "known are `input_ids` (+ `labels`), `messages` (+ `tools`), \
+                 `prompt` + `completion`, and `text`";
+    let vocab_size = chatml.vocab_size();
+    let text: [(&str, &str); 24] = [
+        ("{\"text\": \"a\"", "is not JSON (EOF while parsing an object at column 12)"),
+        ("[1, 2]", "found a list of 2, a row is a JSON object"),
+        ("{}", &format!("unknown kind of row: found the keys (none), {kinds}")),
+        (
+            r#"{"prompt": "a", "chosen": "b", "rejected": "c", "text": null}"#,
+            &format!("unknown kind of row: found the keys `prompt`, `chosen`, `rejected`, {kinds}"),
+        ),
+        (
+            r#"{"conversations": [], "id": 7}"#,
+            &format!("unknown kind of row: found the keys `conversations`, `id`, {kinds}"),
+        ),
+        (r#"{"text": 3.5}"#, "`text` is 3.5, needs a string"),
+        (r#"{"prompt": "a", "completion": ["b"]}"#, "`completion` is a list of 1, needs a string"),
+        (
+            r#"{"prompt": [], "completion": []}"#,
+            "`prompt` is an empty list, needs at least one message",
+        ),
+        (r#"{"messages": "hi"}"#, "`messages` is \"hi\", needs a list"),
+        (r#"{"messages": []}"#, "`messages` is an empty list, needs at least one message"),
+        (
+            r#"{"messages": ["hi"]}"#,
+            "`messages[0]` is \"hi\", needs a message with `role` and `content`",
+        ),
+        (
+            r#"{"messages": [{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]}"#,
+            &format!("`messages[1].role` is \"bot\", {roles}"),
+        ),
+        (r#"{"messages": [{"content": "a"}]}"#, &format!("`messages[0].role` is missing, {roles}")),
+        (
+            r#"{"messages": [{"role": "assistant"}]}"#,
+            "`messages[0].content` is missing, needs a string or a list of text parts",
+        ),
+        (
+            r#"{"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image"}]}]}"#,
+            "`messages[0].content[1]` is an object, needs a part {\"type\": \"text\", \"text\": ...}",
+        ),
+        (
+            r#"{"messages": [{"role": "assistant", "content": "a", "train": 1}]}"#,
+            "`messages[0].train` is 1, needs true or false",
+        ),
+        (
+            r#"{"messages": [{"role": "user", "content": "a", "train": true}]}"#,
+            "`messages[0].train` is true, needs false: only the assistant's messages are learned",
+        ),
+        (
+            r#"{"messages": [{"role": "user", "content": "a"}], "tools": "[}"}"#,
+            "`tools` is \"[}\", needs a list of tools or the JSON text of one",
+        ),
+        (r#"{"input_ids": [1, -2]}"#, "`input_ids[1]` is -2, needs a token id"),
+        (r#"{"input_ids": [1, 2.0]}"#, "`input_ids[1]` is 2.0, needs a token id"),
+        (
+            r#"{"input_ids": [1, 4096]}"#,
+            &format!("`input_ids[1]` is 4096, the vocabulary has {vocab_size} tokens"),
+        ),
+        (r#"{"input_ids": [1, 2], "labels": [1]}"#, "`labels` has 1 entries for 2 `input_ids`"),
+        (
+            r#"{"input_ids": [1, 2], "labels": [-100, 3]}"#,
+            "`labels[1]` is 3, needs -100 or the token id at its place",
+        ),
+        (
+            r#"{"input_ids": [1, 2], "completion_mask": [0, 1]}"#,
+            "`completion_mask` is a mask with other entries than 1, needs `labels` with -100 in its place",
+        ),
+    ];
+    for (row, expected) in text {
+        check(&chatml, row.as_bytes(), expected);
+    }
+    check(&chatml, b"{\"text\": \"\xff\"}", "byte 11 of the line is not UTF-8");
+    check(
+        &chatml,
+        &format!("{{\"text\": {}1{}}}", "[".repeat(100_000), "]".repeat(100_000)).into_bytes(),
+        "is not JSON (recursion limit exceeded at column 136)",
+    );
+}
+
+#[test]
+fn a_file_without_anything_to_learn_is_an_error() {
+    #[track_caller]
+    fn check(file: &str, max_length: usize, expected: &str) {
+        let error = load(file.as_bytes(), &tokenizer("chatml"), max_length).expect_err(expected);
+        assert_eq!(error, format!("rows.jsonl: {expected}"));
+    }
+    let needs = "needs at least one learned token after a row's first";
+    check("", 10, "holds no rows, needs one JSON object per line");
+    check("\u{feff}\r\n \n", 10, "holds no rows, needs one JSON object per line");
+    check(
+        "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}\n{\"input_ids\": [5]}\n",
+        10,
+        &format!(
+            "nothing to learn in any of 2 rows (0 of them longer than the 10 tokens kept), {needs}"
+        ),
+    );
+    check(
+        "{\"text\": \"several tokens\"}",
+        1,
+        &format!(
+            "nothing to learn in any of 1 rows (1 of them longer than the 1 tokens kept), {needs}"
+        ),
+    );
+    let missing = Dataset::load(Path::new("no/such/file"), &tokenizer("chatml"), 10).unwrap_err();
+    assert!(missing.to_string().starts_with("no/such/file: cannot be read: "), "{missing}");
+}
+
+#[test]
+fn a_conversation_needs_a_template_that_tells_what_is_said() {
+    let folder = tempfile::tempdir().unwrap();
+    let with_template = |template: Option<&str>| {
+        let source = golden("data/chatml");
+        std::fs::copy(source.join("tokenizer.json"), folder.path().join("tokenizer.json")).unwrap();
+        let config = std::fs::read(source.join("tokenizer_config.json")).unwrap();
+        let mut config: Value = serde_json::from_slice(&config).unwrap();
+        config["chat_template"] = template.into();
+        std::fs::write(folder.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+        Tokenizer::from_folder(folder.path()).unwrap()
+    };
+    let talk = json!({"messages": [
+        {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"}, {"role": "assistant", "content": "d", "train": false},
+    ]});
+    let check = |template: Option<&str>, expected: &str| {
+        let error = load(&lines(std::slice::from_ref(&talk)), &with_template(template), 100)
+            .expect_err(expected);
+        assert!(error.starts_with("rows.jsonl:1: ") && error.contains(expected), "{error}");
+    };
+    check(None, "a row of messages needs a chat template, the tokenizer has none");
+    // Counts the turns first, as templates do that drop earlier reasoning.
+    check(
+        Some("{{ messages | length }}{% for m in messages %}{{ m.content }}\n{% endfor %}"),
+        "rewrites what precedes `messages[1]`",
+    );
+    check(
+        Some(
+            "{% generation %}all{% endgeneration %}{% for m in messages %}{{ m.content }}{% endfor %}",
+        ),
+        "marks 1 {% generation %} parts for 2 assistant messages",
+    );
+}
+
+#[test]
+fn what_is_learned_of_a_row() {
+    /// `expected`: the runs of learned tokens, as text.
+    #[track_caller]
+    fn check(tokenizer: &Tokenizer, row: Value, expected: &[&str]) {
+        let found = load(&lines(std::slice::from_ref(&row)), tokenizer, 1000).unwrap();
+        let runs = labels(&found.examples[0]);
+        let runs: Vec<Vec<u32>> = runs
+            .split(|&label| label == -100)
+            .filter(|run| !run.is_empty())
+            .map(|run| run.iter().map(|&id| id as u32).collect())
+            .collect();
+        let expected: Vec<_> =
+            expected.iter().map(|text| tokenizer.encode(text, Special::Parse).unwrap()).collect();
+        assert_eq!(runs, expected, "{row}");
+    }
+    for name in ["chatml", "generation", "bos"] {
+        let t = &tokenizer(name);
+        let said = |text: &str| json!({"role": "assistant", "content": text});
+        let unlearned = json!({"role": "assistant", "content": "one", "train": false});
+        let user = json!({"role": "user", "content": "u"});
+        let system = json!({"role": "system", "content": [{"type": "text", "text": "s"}]});
+        let both = ["one<|im_end|>", "two<|im_end|>"];
+        check(t, json!({"messages": [system, user, said("one"), user, said("two")]}), &both);
+        check(t, json!({"messages": [user, unlearned, user, said("two")]}), &both[1..]);
+        let prompt = json!([user, said("one"), user]);
+        check(t, json!({"prompt": prompt, "completion": [said("two")]}), &both[1..]);
+        check(t, json!({"prompt": "a", "completion": " b"}), &[" b<|im_end|>"]);
+    }
+    let ids = |text: &str| tokenizer("chatml").encode(text, Special::Parse).unwrap();
+    let (a, b) = (ids("a")[0], ids("b")[0]);
+    let row = json!({"input_ids": [a, b, a, b, a], "labels": [a, -100, a, b, -100]});
+    check(&tokenizer("chatml"), row, &["ab"]);
+}
+
+#[test]
+fn the_report_counts_what_happened() {
+    let file = lines(&[
+        json!({"input_ids": [5, 6, 7, 8, 9]}),
+        json!({"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, -100, -100, 9]}),
+        json!({"input_ids": [5, 6, 7]}),
+        json!({"prompt": "the rive", "completion": "r"}),
+    ]);
+    let file = [b"\xef\xbb\xbf\n".as_slice(), &file].concat();
+    let data = load(&file, &tokenizer("chatml"), 4).unwrap();
+    let report = "4 rows, 11 tokens (7 learned), longest 5; 2 truncated, 1 with nothing to learn, \
+                  1 boundary mismatches";
+    assert_eq!(data.report.to_string(), report);
+    let places: Vec<_> = data.examples.iter().map(|e| (e.row, e.line)).collect();
+    assert_eq!(places, [(0, 2), (2, 4), (3, 5)]);
+    assert_eq!(data.examples[0].tokens, [5, 6, 7, 8]);
+    assert_eq!(
+        serde_json::to_value(&data.report).unwrap(),
+        json!({"rows": 4, "tokens": 11, "learned_tokens": 7, "truncated": 2, "nothing_to_learn": 1,
+               "boundary_mismatches": 1, "longest": 5})
+    );
+}
+
+#[test]
+fn a_prompt_is_in_one_part_and_stays_there() {
+    let user = |text: &str| json!({"role": "user", "content": text});
+    let rows: Vec<Value> = (0..400)
+        .map(|i| {
+            let prompt = format!("What is {}?", i / 2);
+            let changed = format!("  what IS\n{}? ", i / 2);
+            match i % 4 {
+                0 => json!({"messages": [{"role": "system", "content": "s"}, user(&prompt), {"role": "assistant", "content": "a"}]}),
+                1 => json!({"prompt": changed, "completion": "b"}),
+                2 => json!({"prompt": [user(&prompt)], "completion": [{"role": "assistant", "content": "a"}]}),
+                _ => json!({"text": changed}),
+            }
+        })
+        .collect();
+    let held: Vec<bool> = rows
+        .iter()
+        .map(|row| is_held_out(&Row::parse(row.to_string().as_bytes()).unwrap()))
+        .collect();
+    assert!(held.chunks(2).all(|pair| pair[0] == pair[1]));
+    // Python's word for it: sha256(" ".join(prompt.lower().split()).encode()).digest()[0] % 10 == 0.
+    let places: Vec<usize> = (0..200).filter(|&i| held[2 * i]).collect();
+    assert_eq!(
+        places,
+        [
+            18, 34, 54, 57, 61, 62, 79, 82, 95, 109, 112, 114, 117, 134, 150, 154, 173, 179, 185,
+            191, 197
+        ]
+    );
+
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("rows.jsonl");
+    // Odd spacing, carriage returns, no newline at the end: the lines come back byte for byte.
+    let file = rows.iter().map(|row| format!(" {row}\t\r\n")).collect::<String>();
+    std::fs::write(&path, file.trim_end()).unwrap();
+    let split = Dataset::load_split(&path, &tokenizer("chatml"), 100).unwrap();
+    let held_out = split.held_out.unwrap();
+    let row_of = |e: &Example| e.row as usize;
+    assert!(split.train.examples.iter().map(row_of).all(|row| !held[row]));
+    assert!(held_out.examples.iter().map(row_of).all(|row| held[row]));
+    assert_eq!(held_out.report.rows as usize, held.iter().filter(|&&h| h).count());
+    assert_eq!(split.train.report.rows + held_out.report.rows, 400);
+    let expected: String =
+        file.split_inclusive('\n').zip(&held).filter(|(_, h)| **h).map(|(l, _)| l).collect();
+    assert_eq!(String::from_utf8(split.held_out_lines).unwrap(), expected);
+    let whole = Dataset::load(&path, &tokenizer("chatml"), 100).unwrap();
+    assert_eq!((&whole.sha256, &whole.sha256), (&split.train.sha256, &held_out.sha256));
+
+    let one = rows.iter().zip(&held).find(|(_, h)| **h).unwrap().0;
+    std::fs::write(&path, lines(std::slice::from_ref(one))).unwrap();
+    let error = Dataset::load_split(&path, &tokenizer("chatml"), 100).unwrap_err();
+    assert!(matches!(error, DataError::AllHeldOut { rows: 1, .. }), "{error}");
+}
+
+fn examples(lengths: &[usize]) -> Vec<Example> {
+    let example = |(row, &length): (usize, &usize)| Example {
+        tokens: (0..length as u32).map(|i| 1000 * row as u32 + i).collect(),
+        learned: (0..length).map(|i| i > 0 && i % 3 != row % 3).collect(),
+        row: row as u64,
+        line: row as u64 + 1,
+    };
+    lengths.iter().enumerate().map(example).collect()
+}
+
+fn bins(plan: &EpochPlan) -> Vec<Vec<usize>> {
+    plan.micro_batches.concat()
+}
+
+proptest! {
+    #[test]
+    fn an_epoch_holds_every_example_once(
+        lengths in prop::collection::vec(1usize..=32, 1..300),
+        seed: u64, epoch in 0u64..5, shuffle: bool, packing: bool,
+        batch_size in 1usize..9, gradient_accumulation_steps in 1usize..5,
+    ) {
+        let examples = examples(&lengths);
+        let settings = EpochSettings {
+            seed, epoch, shuffle, packing, max_length: 32, batch_size, gradient_accumulation_steps,
+        };
+        let plan = EpochPlan::new(&examples, &settings);
+        prop_assert_eq!(&plan, &EpochPlan::new(&examples, &settings));
+
+        let bins = bins(&plan);
+        let mut all = bins.concat();
+        if !shuffle && !packing {
+            prop_assert!(all.is_sorted(), "file order");
+        }
+        all.sort_unstable();
+        prop_assert_eq!(all, (0..examples.len()).collect::<Vec<_>>());
+        let sums: Vec<usize> = bins.iter().map(|bin| bin.iter().map(|&i| lengths[i]).sum()).collect();
+        prop_assert!(sums.iter().all(|&sum| sum <= 32));
+        if packing {
+            // What every fitting rule keeps: no two bins could be one. And the bound of best fit decreasing.
+            let mut sorted = sums.clone();
+            sorted.sort_unstable();
+            prop_assert!(sorted.len() < 2 || sorted[0] + sorted[1] > 32);
+            let least = lengths.iter().sum::<usize>().div_ceil(32);
+            prop_assert!(bins.len() <= 2 * least, "{} bins, at least {least}", bins.len());
+        } else {
+            prop_assert!(bins.iter().all(|bin| bin.len() == 1));
+        }
+
+        let micro = bins.len().div_ceil(batch_size);
+        prop_assert_eq!(plan.micro_batches.len(), micro);
+        // len_dataloader // steps + int(len_dataloader % steps > 0), as transformers counts.
+        let steps = micro / gradient_accumulation_steps
+            + usize::from(micro % gradient_accumulation_steps > 0);
+        prop_assert_eq!(plan.steps(), steps);
+        let by_step: Vec<_> = (0..steps).flat_map(|step| plan.step(step).to_vec()).collect();
+        prop_assert_eq!(&by_step, &plan.micro_batches);
+        prop_assert!(plan.step(steps).is_empty());
+    }
+}
+
+#[test]
+fn epochs_and_seeds_differ() {
+    let examples = examples(&[7, 3, 12, 5, 9, 4, 16, 8, 2, 11, 6, 10, 13, 1, 14, 15]);
+    for packing in [false, true] {
+        let plan = |seed, epoch, shuffle| {
+            let settings = EpochSettings {
+                seed,
+                epoch,
+                shuffle,
+                packing,
+                max_length: 20,
+                batch_size: 2,
+                gradient_accumulation_steps: 1,
+            };
+            EpochPlan::new(&examples, &settings)
+        };
+        let plans = [plan(0, 0, true), plan(0, 1, true), plan(1, 0, true), plan(0, 0, false)];
+        for (i, a) in plans.iter().enumerate() {
+            assert!(
+                plans[..i].iter().all(|b| a != b),
+                "packing {packing}: plan {i} is not its own"
+            );
+        }
+        assert_eq!(plan(0, 0, false), plan(5, 3, false), "file order needs no seed");
+    }
+    // Not only the order of the bins: what lies together differs too, where lengths allow it.
+    let examples = self::examples(&[5; 40]);
+    let together = |epoch| -> HashSet<Vec<usize>> {
+        let settings = EpochSettings {
+            seed: 0,
+            epoch,
+            shuffle: true,
+            packing: true,
+            max_length: 20,
+            batch_size: 1,
+            gradient_accumulation_steps: 1,
+        };
+        bins(&EpochPlan::new(&examples, &settings))
+            .into_iter()
+            .map(|mut bin| {
+                bin.sort();
+                bin
+            })
+            .collect()
+    };
+    assert_ne!(together(0), together(1));
+}
+
+#[test]
+fn best_fit_decreasing_fills_bins() {
+    let examples = examples(&[4, 8, 1, 4, 2, 1]);
+    let settings = EpochSettings {
+        seed: 0,
+        epoch: 0,
+        shuffle: false,
+        packing: true,
+        max_length: 10,
+        batch_size: 8,
+        gradient_accumulation_steps: 1,
+    };
+    // 8 | 8 4 | 8 4+4 | 8+2 4+4 | 8+2 4+4+1 | 8+2 4+4+1+1; in the order of the file.
+    assert_eq!(bins(&EpochPlan::new(&examples, &settings)), [vec![0, 2, 3, 5], vec![1, 4]]);
+    // An example longer than a bin is not lost.
+    let settings = EpochSettings { max_length: 3, ..settings };
+    assert_eq!(
+        bins(&EpochPlan::new(&examples, &settings)),
+        [vec![0], vec![1], vec![2, 4], vec![3], vec![5]]
+    );
+}
+
+#[test]
+fn a_batch_lays_rows_end_to_end() {
+    let examples = [
+        Example { tokens: vec![5, 6, 7], learned: vec![false, true, true], row: 4, line: 9 },
+        Example { tokens: vec![8, 9], learned: vec![true, false], row: 2, line: 3 },
+        Example {
+            tokens: vec![1, 2, 3, 4],
+            learned: vec![false, false, false, true],
+            row: 0,
+            line: 1,
+        },
+    ];
+    let batch = Batch::new(&examples, &[vec![2, 0], vec![1]]);
+    let expected = Batch {
+        tokens: vec![1, 2, 3, 4, 5, 6, 7, 8, 9],
+        positions: vec![0, 1, 2, 3, 0, 1, 2, 0, 1],
+        segments: vec![0..4, 4..7, 7..9],
+        // The row before predicts; nothing predicts a first token, not even a learned one.
+        targets: vec![(2, 4), (4, 6), (5, 7)],
+        keys: vec![(0, 0), (0, 1), (0, 2), (0, 3), (4, 0), (4, 1), (4, 2), (2, 0), (2, 1)],
+    };
+    assert_eq!(batch, expected);
+    assert_eq!(batch.count(), 3);
 }
