@@ -42,7 +42,117 @@ const QWEN2: &str = concat!(
     r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 );
 
+/// The same without contractions.
+const UFAKZEKA: &str =
+    r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// Combining marks belong to words.
+const QWEN35: &str = concat!(
+    contraction!(),
+    r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+",
+    r"|\s+(?!\S)|\s+"
+);
+
+const MINICPM5: &str = concat!(
+    contraction!(),
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+);
+
+const SEED_CODER: &str = concat!(
+    contraction!(),
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
+);
+
+const BAILINGMOE: &str = concat!(
+    contraction!(),
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+);
+
+/// Words run over single spaces.
+const EXAONE_MOE: &str = concat!(
+    contraction!(),
+    r"|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]?",
+    r"|\s*[\r\n]|\s+(?!\S)|\s+"
+);
+
+/// Whitespace in powers of two.
+const JAIS2: &str = concat!(
+    contraction!(),
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+",
+    r"|\s{512}(?!\S)|\s{256}(?!\S)|\s{128}(?!\S)|\s{64}(?!\S)|\s{32}(?!\S)|\s{16}(?!\S)",
+    r"|\s{8}(?!\S)|\s{4}(?!\S)|\s{1,2}(?!\S)|\s"
+);
+
+/// Capitals and then small letters; a letter beyond ASCII counts as both, as in llama.cpp.
+macro_rules! cased {
+    ($upper:literal, $lower:literal, $after:expr, $number:literal) => {
+        concat!(
+            r"[^\r\n\p{L}\p{N}]?",
+            $upper,
+            "*",
+            $lower,
+            "+",
+            $after,
+            r"|[^\r\n\p{L}\p{N}]?",
+            $upper,
+            "+",
+            $lower,
+            "*",
+            $after,
+            "|",
+            $number,
+            r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )
+    };
+}
+
+/// A contraction, or nothing.
+macro_rules! ending {
+    () => {
+        concat!("(?:", contraction!(), ")?")
+    };
+}
+
+const TEKKEN: &str = cased!(r"[\p{L}&&[^a-z]]", r"[\p{L}&&[^A-Z]]", "", r"\p{N}");
+const GPT_4O: &str = cased!(r"[\p{L}&&[^a-z]]", r"[\p{L}&&[^A-Z]]", ending!(), r"\p{N}{1,3}");
+const GRANITE_97M: &str =
+    cased!(r"[\p{L}\p{M}&&[^a-z]]", r"[\p{L}\p{M}&&[^A-Z]]", ending!(), r"\p{N}{1,3}");
+
+/// A mark before letters of ASCII is their part; other marks stand alone.
+macro_rules! deepseek3 {
+    ($lines:literal) => {
+        concat!(
+            r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"##,
+            r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+",
+            $lines,
+            r"|\s+(?!\S)|\s+"
+        )
+    };
+}
+
+const DEEPSEEK3: &str = deepseek3!(r"[\r\n]*|\s*[\r\n]+");
+const SPARK2_5: &str = deepseek3!(r"|[\r\n]");
+const CJK: &str = r"[\u{4E00}-\u{9FA5}\u{3040}-\u{309F}\u{30A0}-\u{30FF}]+";
+
+/// The cased letters DeepSeek lists one by one: Unicode's, but for these blocks.
+const DEEPSEEK_LETTERS: &str = concat!(
+    r"\s?[\p{Lu}\p{Ll}\p{Lt}--[\u{560}-\u{588}\u{10C7}-\u{10FF}\u{1C80}-\u{1C8F}\u{2D00}-\u{2D2D}",
+    r"\u{A790}-\u{A7FF}\u{AB30}-\u{AB6F}\u{10570}-\u{105BC}\u{10D50}-\u{10D8F}\u{16E40}-\u{16EDF}",
+    r"\u{1D400}-\u{1D7CB}\u{1DF00}-\u{1DFFF}]]+"
+);
+const DEEPSEEK_MARKS: &str =
+    r"\s?[!-/:-~\u{FF01}-\u{FF0F}\u{FF1A}-\u{FF5E}\u{2018}-\u{201F}\u{3001}\u{3002}]+";
+/// As a range in llama.cpp, which takes whitespace beyond ASCII out of the text before.
+const DEEPSEEK_CJK: &str = r"[\u{800}-\u{9FA5}\u{AC00}-\u{D7FF}--\s]+";
+
 const DIGIT: &str = r"\p{N}";
+const DIGITS: &str = r"\p{N}+";
+const UP_TO_3_DIGITS: &str = r"\p{N}{1,3}";
+const THREE_DIGITS: &str = "[0-9][0-9][0-9]";
+const LINE_END: &str = r"[\r\n]";
+
+/// Words end at these marks, and keep all others.
+const BLOOM: &str = r" ?[^(\s|.,!?…。，、।۔،)]+";
 
 const fn row(names: &'static [&'static str], splits: &'static [&'static str]) -> PreTokenizer {
     PreTokenizer { names, splits, ignore_merges: false, adds_bos: false }
@@ -120,6 +230,52 @@ const TABLE: &[PreTokenizer] = &[
         ],
         &[QWEN2],
     ),
+    row(&["qwen35"], &[QWEN35]),
+    row(&["ufakzeka"], &[UFAKZEKA]),
+    PreTokenizer {
+        names: &["minicpm5"],
+        splits: &[UP_TO_3_DIGITS, MINICPM5],
+        ignore_merges: true,
+        adds_bos: false,
+    },
+    row(&["seed-coder"], &[SEED_CODER]),
+    row(&["bailingmoe", "bailingmoe2", "llada-moe"], &[BAILINGMOE]),
+    row(&["exaone-moe"], &[EXAONE_MOE]),
+    row(&["jais-2"], &[JAIS2]),
+    row(&["laguna"], &[r"[^\n]+|\n+", QWEN2]),
+    PreTokenizer { names: &["tekken"], splits: &[TEKKEN], ignore_merges: true, adds_bos: true },
+    row(&["gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"], &[GPT_4O]),
+    row(&["tiny_aya", "cohere2moe"], &[r"[0-9]{1,3}(?=(?:[0-9]{3})*(?![0-9A-Za-z_]))", GPT_4O]),
+    PreTokenizer {
+        names: &["granite-embed-multi-97m"],
+        splits: &[GRANITE_97M],
+        ignore_merges: true,
+        adds_bos: false,
+    },
+    row(
+        &["deepseek-llm"],
+        &[LINE_END, DEEPSEEK_LETTERS, DEEPSEEK_MARKS, r"\s+$", DEEPSEEK_CJK, DIGITS],
+    ),
+    row(&["deepseek-coder"], &[LINE_END, r"\s?\p{L}+", r"\s?\p{P}+", DEEPSEEK_CJK, DIGIT]),
+    row(&["deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"], &[UP_TO_3_DIGITS, CJK, DEEPSEEK3]),
+    row(&["spark2_5"], &[UP_TO_3_DIGITS, CJK, SPARK2_5, DIGIT]),
+    row(&["falcon"], &[r"[\p{P}$+<=>^~|`]+", GPT2, THREE_DIGITS]),
+    row(&["default"], &[r"[\p{P}$+<=>^~|]+", GPT2, DIGITS, THREE_DIGITS]),
+    row(&["poro-chat", "bloom", "gpt3-finnish"], &[BLOOM]),
+    row(&["viking"], &[BLOOM, DIGIT]),
+    PreTokenizer {
+        names: &["chameleon"],
+        splits: &[
+            "<sentinel:[0-9]+>",
+            "(?:IMGIMG)(?:[A-I]{1,4})Z",
+            "[\\t\\n]|    |  ",
+            DIGIT,
+            r"[\p{P}!-/:-@\[-`{-~]",
+            GPT2,
+        ],
+        ignore_merges: false,
+        adds_bos: true,
+    },
 ];
 
 /// The row of a name.
@@ -144,5 +300,22 @@ impl PreTokenizer {
         }
         steps.push(PreTokenizerWrapper::ByteLevel(ByteLevel::new(false, true, false)));
         Ok(PreTokenizerWrapper::Sequence(Sequence::new(steps)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_row_builds_and_every_name_is_there_once() {
+        let mut names: Vec<&str> = TABLE.iter().flat_map(|row| row.names).copied().collect();
+        let count = names.len();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), count);
+        for row in TABLE {
+            row.build().unwrap();
+        }
     }
 }

@@ -139,6 +139,14 @@ fn environment() -> Environment<'static> {
     environment.add_filter("tojson", to_json);
     environment.add_filter("string", |value: Value| python::str(&value));
     environment.add_filter("generation", |text: String| format!("{OPEN}{text}{CLOSE}"));
+    // To Jinja a text is a sequence, and nothing is not iterable.
+    environment.add_test("sequence", |value: Value| match value.kind() {
+        ValueKind::Undefined | ValueKind::String | ValueKind::Seq | ValueKind::Map => true,
+        _ => false,
+    });
+    environment.add_test("iterable", |value: Value| {
+        !value.is_none() && (value.is_undefined() || value.try_iter().is_ok())
+    });
     environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, message))
     });
@@ -194,7 +202,9 @@ fn from_json(value: &serde_json::Value) -> Value {
         serde_json::Value::String(text) => Value::from(&**text),
         serde_json::Value::Array(items) => items.iter().map(from_json).collect(),
         serde_json::Value::Object(entries) => {
-            Value::from_pairs(entries.iter().map(|(key, value)| (&**key, from_json(value))))
+            let entries =
+                entries.iter().map(|(key, value)| (Value::from(&**key), from_json(value)));
+            Value::from_pairs(entries)
         }
     }
 }
@@ -202,25 +212,31 @@ fn from_json(value: &serde_json::Value) -> Value {
 /// `{% generation %}` as a filter block, which minijinja knows; lines and trimming stay.
 fn rewrite_generation(source: &str) -> (String, bool) {
     let mut rewritten = String::with_capacity(source.len());
-    let mut found = false;
+    let (mut found, mut raw) = (false, false);
     let mut rest = source;
-    while let Some(start) = rest.find("{%") {
+    while let Some(start) = rest.find("{%").into_iter().chain(rest.find("{#")).min() {
         let (before, tag) = rest.split_at(start);
         rewritten.push_str(before);
-        let end = tag.find("%}").map_or(tag.len(), |end| end + 2);
-        let (tag, after) = tag.split_at(end);
+        let close = if tag.starts_with("{#") && !raw { "#}" } else { "%}" };
+        let (tag, after) = tag.split_at(tag.find(close).map_or(tag.len(), |end| end + 2));
         let word = tag.trim_start_matches("{%").trim_end_matches("%}");
-        let word = word.trim_start_matches(['-', '+']).trim_end_matches(['-', '+']).trim();
-        match word {
-            "generation" => {
+        match word.trim_matches(['-', '+']).trim() {
+            "raw" => raw = true,
+            "endraw" => raw = false,
+            "generation" if !raw => {
                 found = true;
                 rewritten.push_str(&tag.replacen("generation", "filter generation", 1));
+                rest = after;
+                continue;
             }
-            "endgeneration" => {
+            "endgeneration" if !raw => {
                 rewritten.push_str(&tag.replacen("endgeneration", "endfilter", 1));
+                rest = after;
+                continue;
             }
-            _ => rewritten.push_str(tag),
+            _ => {}
         }
+        rewritten.push_str(tag);
         rest = after;
     }
     rewritten.push_str(rest);

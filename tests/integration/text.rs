@@ -1,24 +1,265 @@
 //! Tokenizers and chat templates against what Python's libraries make of the same files.
 
-use quantune::text::{Special, Tokenizer};
-use quantune::weights::Checkpoint;
+use std::fs;
+use std::path::Path;
 
-use crate::support::model_path;
+use quantune::text::{ChatTemplate, DecodeStream, Encoding, Special, TextError, Tokenizer};
+use quantune::weights::{Checkpoint, Gguf, OwnedValue, write_gguf};
+use serde_json::{Value, json};
+
+use crate::support::{golden, golden_json, ids, model_path};
 
 fn open(name: &str) -> Tokenizer {
     Tokenizer::open(&Checkpoint::open(model_path(name)).unwrap()).unwrap()
 }
 
+/// A GGUF with a golden one's metadata, changed.
+fn changed_gguf(change: impl Fn(&mut Vec<(String, OwnedValue)>)) -> Result<Tokenizer, TextError> {
+    let source = Gguf::open(model_path("llama-q8_0")).unwrap();
+    let mut metadata: Vec<(String, OwnedValue)> =
+        source.metadata().map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
+    change(&mut metadata);
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("changed.gguf");
+    write_gguf(&path, &metadata, &[]).unwrap();
+    Tokenizer::from_gguf(&Gguf::open(&path).unwrap())
+}
+
+/// A folder with a golden tokenizer and other files beside it.
+fn folder_with(files: &[(&str, &str)]) -> Result<Tokenizer, TextError> {
+    let folder = tempfile::tempdir().unwrap();
+    let tokenizer = golden("model/llama-tiny/tokenizer.json");
+    fs::copy(tokenizer, folder.path().join("tokenizer.json")).unwrap();
+    for (name, text) in files {
+        let path = folder.path().join(name);
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, text).unwrap();
+    }
+    Tokenizer::from_folder(folder.path())
+}
+
+fn user(text: &str) -> Vec<Value> {
+    vec![json!({"role": "user", "content": text})]
+}
+
 #[test]
-fn a_gguf_and_its_folder_agree() {
-    let text = "<|im_start|>user\nIt's 2026: naïve 1234 cafés, isn't it?\n\n  日本<|im_end|>";
+fn ids_and_offsets_are_those_of_pythons_tokenizers() {
+    let golden = golden_json("text/tokens.json");
+    let texts = golden["texts"].as_array().unwrap();
+    for name in ["llama-tiny", "qwen2-tiny"] {
+        let (tokenizer, golden) = (open(name), &golden[name]);
+        for (i, text) in texts.iter().enumerate() {
+            let text = text.as_str().unwrap();
+            let parsed = ids(&golden["parsed"][i]);
+            let offsets = golden["offsets"][i].as_array().unwrap();
+            let offsets = offsets.iter().map(ids).map(|o| (o[0] as usize, o[1] as usize));
+            let encoding = Encoding { ids: parsed.clone(), offsets: offsets.collect() };
+            let found = tokenizer.encode_with_offsets(text, Special::Parse).unwrap();
+            assert_eq!(found, encoding, "{name} {text:?}");
+            assert_eq!(tokenizer.encode(text, Special::Parse).unwrap(), parsed);
+            let as_text = tokenizer.encode(text, Special::AsText).unwrap();
+            assert_eq!(as_text, ids(&golden["as_text"][i]), "{name} {text:?}");
+            assert_eq!(tokenizer.decode(&as_text, false).unwrap(), text);
+        }
+    }
+}
+
+/// The golden folders cut words as these GGUFs say.
+#[test]
+fn a_gguf_and_a_folder_with_one_vocabulary_agree() {
+    let golden = golden_json("text/tokens.json");
     for (gguf, folder) in [("llama-q8_0", "llama-tiny"), ("qwen2-mix", "qwen2-tiny")] {
         let (gguf, folder) = (open(gguf), open(folder));
-        for special in [Special::Parse, Special::AsText] {
-            let ids = gguf.encode(text, special).unwrap();
-            assert_eq!(ids, folder.encode(text, special).unwrap());
-            assert_eq!(gguf.decode(&ids, false).unwrap(), text);
+        for text in golden["texts"].as_array().unwrap() {
+            let text = text.as_str().unwrap();
+            for special in [Special::Parse, Special::AsText] {
+                let found = gguf.encode_with_offsets(text, special).unwrap();
+                assert_eq!(found, folder.encode_with_offsets(text, special).unwrap(), "{text:?}");
+            }
         }
-        assert_eq!((gguf.bos(), gguf.eos()), (folder.bos(), folder.eos()));
+        assert_eq!(
+            (gguf.bos(), gguf.eos(), gguf.pad(), gguf.adds_bos(), gguf.vocab_size()),
+            (folder.bos(), folder.eos(), folder.pad(), folder.adds_bos(), folder.vocab_size())
+        );
+        for id in 0..gguf.vocab_size() as u32 {
+            assert_eq!(gguf.token(id), folder.token(id));
+            assert_eq!(gguf.is_special(id), folder.is_special(id));
+            assert_eq!(gguf.is_end_of_generation(id), folder.is_end_of_generation(id));
+            assert_eq!(gguf.id_of(&gguf.token(id).unwrap()), Some(id));
+        }
+        let prompt = |t: &Tokenizer| t.chat_template().unwrap().render(&user("Hi"), None, true);
+        assert_eq!(prompt(&gguf).unwrap(), prompt(&folder).unwrap());
     }
+}
+
+#[test]
+fn special_tokens_have_their_roles() {
+    let tokenizer = open("llama-q8_0");
+    assert_eq!(tokenizer.bos(), Some(1));
+    assert_eq!(tokenizer.eos(), Some(2));
+    assert_eq!(tokenizer.token(2).as_deref(), Some("<|im_end|>"));
+    let flags = |id| (tokenizer.is_special(id), tokenizer.is_end_of_generation(id));
+    assert_eq!(
+        [0, 1, 2, 3].map(flags),
+        [(true, true), (true, false), (true, true), (false, false)]
+    );
+    assert_eq!(tokenizer.decode(&[1, 36, 2], true).unwrap(), "B");
+    assert_eq!(tokenizer.decode(&[1, 36, 2], false).unwrap(), "<|im_start|>B<|im_end|>");
+    let error = tokenizer.decode(&[512], false).unwrap_err().to_string();
+    assert_eq!(error, "tokenizer: no token 512 in a vocabulary of 512");
+}
+
+#[test]
+fn bos_comes_once_and_only_where_it_is_wanted() {
+    assert_eq!(open("llama-q8_0").with_bos(vec![5]), [5]);
+    let adding = changed_gguf(|metadata| {
+        set(metadata, "tokenizer.ggml.add_bos_token", OwnedValue::Bool(true));
+    });
+    let adding = adding.unwrap();
+    assert!(adding.adds_bos());
+    assert_eq!(adding.encode("B", Special::Parse).unwrap(), [36]);
+    assert_eq!(adding.with_bos(vec![5]), [1, 5]);
+    assert_eq!(adding.with_bos(vec![1, 5]), [1, 5]);
+    assert_eq!(adding.with_bos(Vec::new()), [1]);
+}
+
+fn set(metadata: &mut Vec<(String, OwnedValue)>, key: &str, value: OwnedValue) {
+    metadata.retain(|(k, _)| k != key);
+    metadata.push((key.into(), value));
+}
+
+/// A stream gives what decoding at once gives, and never half a character.
+#[test]
+fn a_stream_never_splits_a_character() {
+    let tokenizer = open("llama-q8_0");
+    let text = "naïve 日本語 🦙👩‍🚀 e\u{301}<|im_end|>.";
+    let ids = tokenizer.encode(text, Special::Parse).unwrap();
+    assert!(ids.len() > text.chars().count(), "characters of several tokens are wanted here");
+    for skip_special in [false, true] {
+        let mut stream: DecodeStream = tokenizer.decode_stream(skip_special);
+        let mut streamed = String::new();
+        for &id in &ids {
+            let piece = stream.push(id).unwrap();
+            assert!(piece.as_ref().is_none_or(|p| !p.is_empty() && !p.contains('\u{fffd}')));
+            streamed += &piece.unwrap_or_default();
+        }
+        assert_eq!(stream.finish().unwrap(), "");
+        assert_eq!(streamed, tokenizer.decode(&ids, skip_special).unwrap());
+    }
+    let llama = tokenizer.encode("🦙", Special::AsText).unwrap();
+    let mut stream = tokenizer.decode_stream(false);
+    assert_eq!(stream.push(llama[0]).unwrap(), None);
+    assert_eq!(stream.finish().unwrap(), "\u{fffd}");
+}
+
+#[test]
+fn templates_render_as_transformers_renders_them() {
+    let golden = golden_json("text/templates.json");
+    let special: Vec<(&str, Option<&str>)> = golden["special"]
+        .as_object()
+        .unwrap()
+        .iter()
+        .map(|(name, token)| (&**name, token.as_str()))
+        .collect();
+    let mut wrong = Vec::new();
+    for case in golden["cases"].as_array().unwrap() {
+        let name = case["template"].as_str().unwrap();
+        let source = golden["templates"][name].as_str().unwrap();
+        let template = ChatTemplate::new(source, None, &special).unwrap();
+        let chat = &golden["chats"][case["chat"].as_str().unwrap()];
+        let messages = chat["messages"].as_array().unwrap();
+        let tools = Some(&chat["tools"]).filter(|tools| !tools.is_null());
+        let prompt = case["add_generation_prompt"].as_bool().unwrap();
+        let found = template.render(messages, tools, prompt);
+        let title = format!("{name}, {}, {prompt}", case["chat"]);
+        match (found, case["text"].as_str()) {
+            (Ok(found), Some(text)) if found == text => {}
+            (Err(TextError::Template { line, reason }), None) => {
+                let words = case["error"].as_str().unwrap();
+                assert!(line > 0, "{title}");
+                assert!(name != "raise" || reason == words, "{title}: {reason}");
+            }
+            (found, text) => wrong.push(format!("{title}\n  found {found:?}\n needed {text:?}")),
+        }
+        let spans = template.render_with_generation_spans(messages, tools);
+        match case.get("spans").filter(|_| !prompt) {
+            Some(needed) => {
+                let (text, spans) = spans.unwrap().unwrap();
+                assert_eq!(text, case["text"].as_str().unwrap());
+                let found: Vec<_> =
+                    spans.iter().map(|span| json!([span.start, span.end])).collect();
+                assert_eq!(&json!(found), needed, "{title}");
+            }
+            None if name != "generation" => assert!(matches!(spans, Ok(None)), "{title}"),
+            None => {}
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+#[test]
+fn numbers_reach_a_template_as_what_they_are() {
+    let template = ChatTemplate::new("{{ messages[0].a + 1 }} {{ messages[0].b * 2 }}", None, &[]);
+    let message: Value = serde_json::from_str(r#"{"a": 41, "b": 1.25}"#).unwrap();
+    assert_eq!(template.unwrap().render(&[message], None, false).unwrap(), "42 2.5");
+}
+
+#[test]
+fn a_template_for_tools_serves_conversations_with_tools() {
+    let config = r#"{"chat_template": [{"name": "default", "template": "plain"},
+                     {"name": "tool_use", "template": "{{ tools | length }} tools"}]}"#;
+    let tokenizer = folder_with(&[("tokenizer_config.json", config)]).unwrap();
+    let template = tokenizer.chat_template().unwrap();
+    assert_eq!(template.render(&[], None, false).unwrap(), "plain");
+    assert_eq!(template.render(&[], Some(&json!([{}, {}])), false).unwrap(), "2 tools");
+}
+
+#[test]
+fn a_folder_is_read_as_transformers_reads_it() {
+    let tokenizer = folder_with(&[
+        (
+            "tokenizer_config.json",
+            r#"{"bos_token": {"content": "<|im_start|>", "lstrip": false}, "eos_token": "B",
+                "pad_token": null, "add_bos_token": true, "chat_template": "from the config"}"#,
+        ),
+        ("chat_template.jinja", "{{ bos_token }}from the file{{ pad_token }}"),
+        ("generation_config.json", r#"{"eos_token_id": [7, 8]}"#),
+        ("config.json", r#"{"eos_token_id": 9, "rope_theta": 1e4}"#),
+    ]);
+    let tokenizer = tokenizer.unwrap();
+    assert_eq!((tokenizer.bos(), tokenizer.eos(), tokenizer.pad()), (Some(1), Some(36), None));
+    assert!(tokenizer.adds_bos());
+    let ends: Vec<u32> = (0..512).filter(|&id| tokenizer.is_end_of_generation(id)).collect();
+    assert_eq!(ends, [0, 2, 7, 8, 9, 36]);
+    let text = tokenizer.chat_template().unwrap().render(&[], None, false).unwrap();
+    assert_eq!(text, "<|im_start|>from the file");
+    assert!(folder_with(&[]).unwrap().chat_template().is_none());
+}
+
+fn refused(found: Result<Tokenizer, TextError>, words: &str) {
+    let error = found.map(|_| ()).unwrap_err().to_string();
+    assert!(error.contains(words), "{error:?} says nothing of {words:?}");
+    assert!(!error.contains('\n'), "{error:?} is more than a line");
+}
+
+#[test]
+fn what_is_no_tokenizer_is_refused_in_one_sentence() {
+    let gguf = |key: &'static str, value: OwnedValue| {
+        changed_gguf(move |metadata| set(metadata, key, value.clone()))
+    };
+    let string = |text: &str| OwnedValue::String(text.into());
+    let without = |key: &'static str| changed_gguf(|metadata| metadata.retain(|(k, _)| k != key));
+    refused(gguf("tokenizer.ggml.model", string("llama")), "\"llama\", needed \"gpt2\"");
+    refused(gguf("tokenizer.ggml.pre", string("mystery")), "\"mystery\", needed one of gpt-2,");
+    refused(without("tokenizer.ggml.pre"), "no tokenizer.ggml.pre");
+    refused(without("tokenizer.ggml.model"), "tokenizer.ggml.model");
+    refused(without("tokenizer.ggml.tokens"), "tokenizer.ggml.tokens");
+    refused(without("tokenizer.ggml.merges"), "tokenizer.ggml.merges");
+    refused(gguf("tokenizer.ggml.eos_token_id", OwnedValue::U32(512)), "an id below 512");
+    refused(gguf("tokenizer.chat_template", string("\n{% if %}")), "chat template, line 2");
+    refused(folder_with(&[("tokenizer.json", "{}")]), "tokenizer.json");
+    refused(folder_with(&[("tokenizer_config.json", "[]")]), "not a JSON object");
+    refused(folder_with(&[("tokenizer_config.json", r#"{"eos_token": 2}"#)]), "eos_token is 2");
+    refused(folder_with(&[("config.json", r#"{"eos_token_id": "x"}"#)]), "needed ids");
+    refused(Tokenizer::from_folder(Path::new("/nowhere")), "no tokenizer.json");
 }
