@@ -40,7 +40,7 @@ python3 scripts/fetch_data.py
 stage "Before: held-out loss and three replies"
 show
 stage "Train one epoch"
-"$quantune" sft --base "$base" --data "$train" --eval-data "$heldout" --out "$out"
+"$quantune" sft --base "$base" --data "$train" --out "$out"
 stage "After"
 show --adapter "$out/adapter"
 stage "Done; the adapter, in PEFT's format: $out/adapter"
