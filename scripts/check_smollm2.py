@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Holds Quantune to transformers, PEFT and llama.cpp on SmolLM2-135M-Instruct. Run it by scripts/check_smollm2.sh.
 
-    python3 scripts/check_smollm2.py [reference] [perplexity] [steps] [interop] [parity]
+    python3 scripts/check_smollm2.py [reference] [perplexity] [memory] [steps] [interop] [parity]
 
 reference   top-10 log-probs and greedy tokens against tests/golden/model/smollm2.json
 perplexity  GPL-3 in llama.cpp's chunks of 512 against the stored 18.30; token ids against llama.cpp's if
             LLAMA_TOKENIZE names its llama-tokenize
 steps       ten LoRA steps against PEFT from one adapter, the same rows in the same order
+memory      anonymous memory of one forward pass, time from start to the first training step
 interop     each side reads the other's adapter folder and gives the same log-probs
 parity      one epoch over the conversations in both: held-out loss, memory, speed
 
@@ -185,7 +186,7 @@ def train_args(args):
 
 def our_training(rows, initial, out, args):
     """Trains on prepared rows in their order; the adapter's folder, the lines of metrics.jsonl, the summary."""
-    order = ["--no-shuffle", "--packing", "false", "--num-train-epochs", 1]
+    order = ["--no-shuffle", "--packing", "false", "--num-train-epochs", 1, "--gradient-accumulation-steps", 1, "--gradient-checkpointing", "false"]
     result = quantune("sft", "--base", BASE, "--adapter", initial, "--data", rows, "--out", out, *order, *train_args(args))
     return Path(result["adapter"]), read_rows(out / "metrics.jsonl"), result
 
@@ -351,12 +352,38 @@ def check_parity():
         print(f"     parity, {unit}: {result[key] / scale:.0f}, PEFT {theirs[key] / scale:.0f}")
 
 
+def check_memory():
+    """Anonymous memory of loading and one forward pass, and the time from start to the first training step."""
+    prompt = "The quick brown fox jumps over the lazy dog. " * 6
+    args = [QUANTUNE, "generate", "--base", BASE, "--raw", "--prompt", prompt, "--max-tokens", "1", "--temperature", "0"]
+    child, most = subprocess.Popen(list(map(str, args)), stdout=subprocess.DEVNULL), 0
+    while child.poll() is None:
+        try:
+            lines = Path(f"/proc/{child.pid}/status").read_text().splitlines()
+        except OSError:
+            break
+        most = max([most, *(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))])
+        time.sleep(0.001)
+    child.wait()
+    finding("memory, RssAnon", child.returncode == 0 and 0 < most < 80_000, f"{most / 1000:.1f} MB at most, bound 80 MB")
+
+    out = fresh("memory-run")
+    args = ["sft", "--base", BASE, "--data", ROOT / "data/chatterbot.train.jsonl", "--out", out, "--max-steps", 1]
+    start, began = time.perf_counter(), None
+    child = subprocess.Popen([QUANTUNE, *map(str, args)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    for line in child.stderr:
+        if line.startswith("training "):
+            began = time.perf_counter() - start
+    finding("memory, start", child.wait() == 0 and began is not None, f"{began:.2f} s from start to the first training step")
+
+
 def main():
     if sys.argv[1:2] == ["peft-epoch"]:
         return peft_epoch(*sys.argv[2:])
     checks = {
         "reference": check_reference,
         "perplexity": check_perplexity,
+        "memory": check_memory,
         "steps": check_steps,
         "interop": check_interop,
         "parity": check_parity,
