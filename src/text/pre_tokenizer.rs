@@ -1,7 +1,8 @@
 //! How text is cut into words before BPE merges inside them, by the name a GGUF gives.
 //!
 //! The names and what they stand for are `src/llama-vocab.cpp`'s in llama.cpp; `\p{L}` and the
-//! like are Unicode's. `scripts/check_tokenizer.sh` compares ids with llama.cpp's for every name.
+//! like are Unicode's. A name is here only if ids under its rules were compared with llama.cpp's,
+//! on its own vocabulary (`scripts/check_tokenizer.sh`) or on another's relabelled.
 
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -115,23 +116,13 @@ macro_rules! ending {
 
 const TEKKEN: &str = cased!(r"[\p{L}&&[^a-z]]", r"[\p{L}&&[^A-Z]]", "", r"\p{N}");
 const GPT_4O: &str = cased!(r"[\p{L}&&[^a-z]]", r"[\p{L}&&[^A-Z]]", ending!(), r"\p{N}{1,3}");
-const GRANITE_97M: &str =
-    cased!(r"[\p{L}\p{M}&&[^a-z]]", r"[\p{L}\p{M}&&[^A-Z]]", ending!(), r"\p{N}{1,3}");
 
 /// A mark before letters of ASCII is their part; other marks stand alone.
-macro_rules! deepseek3 {
-    ($lines:literal) => {
-        concat!(
-            r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"##,
-            r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+",
-            $lines,
-            r"|\s+(?!\S)|\s+"
-        )
-    };
-}
-
-const DEEPSEEK3: &str = deepseek3!(r"[\r\n]*|\s*[\r\n]+");
-const SPARK2_5: &str = deepseek3!(r"|[\r\n]");
+const DEEPSEEK3: &str = concat!(
+    r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"##,
+    r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+",
+    r"|\s+(?!\S)|\s+"
+);
 const CJK: &str = r"[\u{4E00}-\u{9FA5}\u{3040}-\u{309F}\u{30A0}-\u{30FF}]+";
 
 /// The cased letters DeepSeek lists one by one: Unicode's, but for these blocks.
@@ -150,9 +141,6 @@ const DIGITS: &str = r"\p{N}+";
 const UP_TO_3_DIGITS: &str = r"\p{N}{1,3}";
 const THREE_DIGITS: &str = "[0-9][0-9][0-9]";
 const LINE_END: &str = r"[\r\n]";
-
-/// Words end at these marks, and keep all others.
-const BLOOM: &str = r" ?[^(\s|.,!?…。，、।۔،)]+";
 
 const fn row(names: &'static [&'static str], splits: &'static [&'static str]) -> PreTokenizer {
     PreTokenizer { names, splits, ignore_merges: false, adds_bos: false }
@@ -245,37 +233,14 @@ const TABLE: &[PreTokenizer] = &[
     row(&["laguna"], &[r"[^\n]+|\n+", QWEN2]),
     PreTokenizer { names: &["tekken"], splits: &[TEKKEN], ignore_merges: true, adds_bos: true },
     row(&["gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2"], &[GPT_4O]),
-    row(&["tiny_aya", "cohere2moe"], &[r"[0-9]{1,3}(?=(?:[0-9]{3})*(?![0-9A-Za-z_]))", GPT_4O]),
-    PreTokenizer {
-        names: &["granite-embed-multi-97m"],
-        splits: &[GRANITE_97M],
-        ignore_merges: true,
-        adds_bos: false,
-    },
     row(
         &["deepseek-llm"],
         &[LINE_END, DEEPSEEK_LETTERS, DEEPSEEK_MARKS, r"\s+$", DEEPSEEK_CJK, DIGITS],
     ),
     row(&["deepseek-coder"], &[LINE_END, r"\s?\p{L}+", r"\s?\p{P}+", DEEPSEEK_CJK, DIGIT]),
     row(&["deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"], &[UP_TO_3_DIGITS, CJK, DEEPSEEK3]),
-    row(&["spark2_5"], &[UP_TO_3_DIGITS, CJK, SPARK2_5, DIGIT]),
     row(&["falcon"], &[r"[\p{P}$+<=>^~|`]+", GPT2, THREE_DIGITS]),
     row(&["default"], &[r"[\p{P}$+<=>^~|]+", GPT2, DIGITS, THREE_DIGITS]),
-    row(&["poro-chat", "bloom", "gpt3-finnish"], &[BLOOM]),
-    row(&["viking"], &[BLOOM, DIGIT]),
-    PreTokenizer {
-        names: &["chameleon"],
-        splits: &[
-            "<sentinel:[0-9]+>",
-            "(?:IMGIMG)(?:[A-I]{1,4})Z",
-            "[\\t\\n]|    |  ",
-            DIGIT,
-            r"[\p{P}!-/:-@\[-`{-~]",
-            GPT2,
-        ],
-        ignore_merges: false,
-        adds_bos: true,
-    },
 ];
 
 /// The row of a name.

@@ -234,7 +234,9 @@ pub(super) fn strftime(format: &str, seconds: u64) -> Result<String, Error> {
     ];
     let days = seconds / 86_400;
     let (hour, minute, second) = (seconds / 3600 % 24, seconds / 60 % 60, seconds % 60);
-    let leap = |year: u64| year % 4 == 0 && (year % 100 != 0 || year % 400 == 0);
+    let leap = |year: u64| {
+        year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
+    };
     let (mut year, mut day) = (1970, days);
     while day >= 365 + u64::from(leap(year)) {
         day -= 365 + u64::from(leap(year));
@@ -293,4 +295,35 @@ pub(super) fn strftime(format: &str, seconds: u64) -> Result<String, Error> {
         };
     }
     Ok(out)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_written_as_python_writes_them() {
+        let check = |value: Value, needed: &str| assert_eq!(number(&value), needed);
+        check(Value::from(-7), "-7");
+        check(Value::from(1.0), "1.0");
+        check(Value::from(-0.0), "-0.0");
+        check(Value::from(0.1 + 0.2), "0.30000000000000004");
+        check(Value::from(0.0001), "0.0001");
+        check(Value::from(0.00001), "1e-05");
+        check(Value::from(1e15), "1000000000000000.0");
+        check(Value::from(1.5e16), "1.5e+16");
+        check(Value::from(1e-300), "1e-300");
+        check(Value::from(i128::from(u64::MAX) + 1), "18446744073709551616");
+    }
+
+    #[test]
+    fn dates_are_written_as_python_writes_them() {
+        let check = |seconds, format: &str, needed: &str| {
+            assert_eq!(strftime(format, seconds).unwrap(), needed);
+        };
+        check(0, "%d %B %Y, %A %H:%M:%S %p", "01 January 1970, Thursday 00:00:00 AM");
+        check(1_709_210_096, "%-d %b %y %a %j %I:%M %p %%", "29 Feb 24 Thu 060 12:34 PM %");
+        check(1_735_689_599, "%Y-%m-%d", "2024-12-31");
+        assert!(strftime("%Q", 0).is_err());
+    }
 }

@@ -17,6 +17,9 @@ const CLOSE: char = '\u{FDD1}';
 const DEFAULT: &str = "default";
 const TOOL_USE: &str = "tool_use";
 
+/// A text, and byte ranges of it in order.
+type Spanned = (String, Vec<Range<usize>>);
+
 /// How a conversation becomes the text a model was trained on.
 ///
 /// Rendered as by `apply_chat_template` of transformers, including how Python writes numbers,
@@ -85,7 +88,7 @@ impl ChatTemplate {
         &self,
         messages: &[serde_json::Value],
         tools: Option<&serde_json::Value>,
-    ) -> Result<Option<(String, Vec<Range<usize>>)>, TextError> {
+    ) -> Result<Option<Spanned>, TextError> {
         if !self.has_generation {
             return Ok(None);
         }
@@ -140,9 +143,9 @@ fn environment() -> Environment<'static> {
     environment.add_filter("string", |value: Value| python::str(&value));
     environment.add_filter("generation", |text: String| format!("{OPEN}{text}{CLOSE}"));
     // To Jinja a text is a sequence, and nothing is not iterable.
-    environment.add_test("sequence", |value: Value| match value.kind() {
-        ValueKind::Undefined | ValueKind::String | ValueKind::Seq | ValueKind::Map => true,
-        _ => false,
+    environment.add_test("sequence", |value: Value| {
+        use ValueKind::{Map, Seq, String, Undefined};
+        matches!(value.kind(), Undefined | String | Seq | Map)
     });
     environment.add_test("iterable", |value: Value| {
         !value.is_none() && (value.is_undefined() || value.try_iter().is_ok())
@@ -163,13 +166,10 @@ fn to_json(value: Value, kwargs: Kwargs) -> Result<String, Error> {
     let options = python::Dumps {
         ensure_ascii: kwargs.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false),
         sort_keys: kwargs.get::<Option<bool>>("sort_keys")?.unwrap_or(false),
-        indent: match indent.filter(|indent| !indent.is_none()) {
-            None => None,
-            Some(indent) => Some(match indent.as_usize() {
-                Some(spaces) => " ".repeat(spaces.min(64)),
-                None => indent.to_string(),
-            }),
-        },
+        indent: indent.filter(|indent| !indent.is_none()).map(|indent| match indent.as_usize() {
+            Some(spaces) => " ".repeat(spaces.min(64)),
+            None => indent.to_string(),
+        }),
         separators: match kwargs.get::<Option<Vec<String>>>("separators")?.as_deref() {
             None => None,
             Some([item, key]) => Some((item.clone(), key.clone())),
@@ -244,7 +244,7 @@ fn rewrite_generation(source: &str) -> (String, bool) {
 }
 
 /// The text without marks, and the byte ranges that were between them.
-fn unmark(marked: &str) -> (String, Vec<Range<usize>>) {
+fn unmark(marked: &str) -> Spanned {
     let mut text = String::with_capacity(marked.len());
     let mut spans = Vec::new();
     let mut open = Vec::new();
@@ -273,4 +273,40 @@ fn failed(error: Error) -> TextError {
         (_, Some(words)) => format!("{kind}: {words}"),
     };
     TextError::Template { line: error.line().unwrap_or(0), reason }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn generation_tags_are_rewritten_where_they_are_tags() {
+        let check = |source: &str, needed: &str, found: bool| {
+            assert_eq!(rewrite_generation(source), (needed.to_owned(), found));
+        };
+        check(
+            "a{%- generation -%}\n{% endgeneration %}",
+            "a{%- filter generation -%}\n{% endfilter %}",
+            true,
+        );
+        check("{# {% generation %} #}", "{# {% generation %} #}", false);
+        let raw = "{% raw %}{% generation %}{#{% endraw %}";
+        check(raw, raw, false);
+        check("{% if generation %}{% en", "{% if generation %}{% en", false);
+    }
+
+    #[test]
+    fn blocks_within_blocks_are_one_span() {
+        let marked = format!("é{OPEN}a{OPEN}b{CLOSE}{CLOSE}{OPEN}{CLOSE}");
+        assert_eq!(unmark(&marked), ("éab".to_owned(), vec![2..4, 4..4]));
+    }
+
+    #[test]
+    fn a_message_cannot_forge_a_span() {
+        let source = "{% generation %}{{ messages[0].content }}{% endgeneration %}";
+        let template = ChatTemplate::new(source, None, &[]).unwrap();
+        let forged = serde_json::json!({"content": format!("x{CLOSE}")});
+        let error = template.render(&[forged], None, false).unwrap_err();
+        assert!(error.to_string().contains("U+FDD0"), "{error}");
+    }
 }
