@@ -15,5 +15,5 @@ mod tokenizer;
 
 pub use error::TextError;
 pub use stream::DecodeStream;
-pub use template::ChatTemplate;
+pub use template::{ChatTemplate, first_second, today};
 pub use tokenizer::{Encoding, Special, Tokenizer};

@@ -61,6 +61,13 @@ impl ChatTemplate {
         })
     }
 
+    /// Pins what `strftime_now` shows, in seconds since 1970 UTC: a run resumed on another day
+    /// must see the texts it began with.
+    pub fn set_now(&mut self, now: u64) {
+        self.environment
+            .add_function("strftime_now", move |format: String| python::strftime(&format, now));
+    }
+
     /// The text of `messages`, a list of objects as the template wants them, with `tools` if there
     /// are any; `add_generation_prompt` ends it where the assistant begins to speak.
     ///
@@ -158,6 +165,27 @@ fn environment() -> Environment<'static> {
         python::strftime(&format, now)
     });
     environment
+}
+
+/// Today as `YYYY-MM-DD`, UTC.
+pub fn today() -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    python::strftime("%Y-%m-%d", now).unwrap_or_default()
+}
+
+/// The first second of a day given as `YYYY-MM-DD`, since 1970 UTC; none for what is no such day.
+pub fn first_second(date: &str) -> Option<u64> {
+    let mut parts = date.splitn(3, '-').map(|part| part.parse::<u64>().ok());
+    let (year, month, day) = (parts.next()??, parts.next()??, parts.next()??);
+    if !(1970..=9999).contains(&year) || !(1..=12).contains(&month) || !(1..=31).contains(&day) {
+        return None;
+    }
+    // Days before a month, the year begun in March so that leap days come last.
+    let (y, m) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
+    let days = 365 * y + y / 4 - y / 100 + y / 400 + (153 * m + 2) / 5 + day - 1;
+    let second = (days - 719_468) * 86_400;
+    let same = python::strftime("%Y-%m-%d", second).ok()? == date;
+    same.then_some(second) // not the 30th of February
 }
 
 /// transformers' `tojson`: `json.dumps` that leaves characters beyond ASCII as they are.
@@ -278,6 +306,19 @@ fn failed(error: Error) -> TextError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn dates_go_to_seconds_and_back() {
+        assert_eq!(first_second("1970-01-01"), Some(0));
+        assert_eq!(first_second("2024-02-29"), Some(1_709_164_800));
+        assert!(first_second(&today()).is_some());
+        for wrong in ["2023-02-29", "2024-13-01", "24-1-1", "today", "2024-1-01", ""] {
+            assert_eq!(first_second(wrong), None, "{wrong}");
+        }
+        let mut template = ChatTemplate::new("{{ strftime_now('%d %b') }}", None, &[]).unwrap();
+        template.set_now(first_second("2024-07-26").unwrap());
+        assert_eq!(template.render(&[], None, false).unwrap(), "26 Jul");
+    }
 
     #[test]
     fn generation_tags_are_rewritten_where_they_are_tags() {

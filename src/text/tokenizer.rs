@@ -180,6 +180,13 @@ impl Tokenizer {
         self.vocab_size
     }
 
+    /// Pins the time that the chat template sees, in seconds since 1970 UTC.
+    pub fn set_template_time(&mut self, now: u64) {
+        if let Some(template) = &mut self.template {
+            template.set_now(now);
+        }
+    }
+
     /// How a conversation becomes text, if the files say it.
     pub fn chat_template(&self) -> Option<&ChatTemplate> {
         self.template.as_ref()

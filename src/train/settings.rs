@@ -125,6 +125,8 @@ settings! {
         /// Whether several rows share a bin of max_length tokens [default: true]
         #[arg(num_args = 0..=1, default_missing_value = "true")]
         packing: bool = true,
+        /// The day, YYYY-MM-DD, that a chat template with a date shows [default: the day the run begins]
+        template_date: String = String::new(),
         /// Rows in the order of the file [default: false]
         #[arg(num_args = 0..=1, default_missing_value = "true")]
         no_shuffle: bool = false,
@@ -175,7 +177,7 @@ empty! {
     Vec<String> => |list| list.is_empty();
     Vec<usize> => |list| list.is_empty();
     Option<EvalStrategy> => |option| option.is_none();
-    String => |_| false;
+    String => |text| text.is_empty();
     usize => |_| false;
     u64 => |_| false;
     f64 => |_| false;

@@ -25,7 +25,7 @@ use crate::eval::evaluate;
 use crate::model::{Adapters, Decoder, Worn};
 use crate::objectives::Objective;
 use crate::optim::{AdamW, AdamWSettings, Gradients, Schedule, clip, global_norm};
-use crate::text::Tokenizer;
+use crate::text::{Tokenizer, first_second, today};
 use crate::weights::{Checkpoint, write_atomically};
 
 /// What a finished run says of itself; the `--json` line of `sft`.
@@ -81,12 +81,23 @@ pub fn sft(settings: &SftSettings, resume: bool, stop: &AtomicBool) -> Result<Ou
         return Err(TrainError::Exists(settings.out.clone()));
     }
 
+    let mut settings = settings.clone();
+    if settings.template_date.is_empty() {
+        settings.template_date = today();
+    }
+    let settings = &settings;
+    let Some(now) = first_second(&settings.template_date) else {
+        let fault = format!("template_date is {:?}, needed YYYY-MM-DD", settings.template_date);
+        return Err(TrainError::Settings(fault));
+    };
+
     // What is trained, on what.
     let checkpoint = Checkpoint::open(&settings.base)?;
     let decoder = Decoder::load(&checkpoint, settings.compute)?;
     let context = decoder.config.max_position_embeddings;
     let max_length = settings.max_length.min(context);
-    let tokenizer = Tokenizer::open(&checkpoint)?;
+    let mut tokenizer = Tokenizer::open(&checkpoint)?;
+    tokenizer.set_template_time(now);
     let data = load_data(settings, &tokenizer, max_length)?;
     drop(tokenizer);
     let adapter = Arc::new(begin_adapter(settings, &decoder)?);

@@ -61,6 +61,21 @@ impl Lab {
         lab
     }
 
+    /// The tiny Llama with a date in its chat template.
+    fn dated_base(&self) -> String {
+        let folder = self.folder.path().join("dated");
+        fs::create_dir_all(&folder).unwrap();
+        for file in fs::read_dir(model_path("llama-tiny")).unwrap() {
+            let file = file.unwrap().path();
+            fs::copy(&file, folder.join(file.file_name().unwrap())).unwrap();
+        }
+        let template = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}<|im_start|>{{ m.role }}\n\
+                        {{ m.content }}<|im_end|>\n{% endfor %}\
+                        {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+        fs::write(folder.join("chat_template.jinja"), template).unwrap();
+        folder.display().to_string()
+    }
+
     fn path(&self, name: &str) -> String {
         self.folder.path().join(name).display().to_string()
     }
@@ -170,7 +185,7 @@ fn every_flag_of_sft_changes_something() {
     let lab = Lab::new();
     let (rows, held_out, settings) =
         (lab.path("rows.jsonl"), lab.path("held_out.jsonl"), lab.path("settings.toml"));
-    let (base, adapter) = (base(), adapter());
+    let (base, adapter, dated) = (base(), adapter(), lab.dated_base());
     let base_args: &[(&str, &str)] = &[
         ("--base", &base),
         ("--data", &rows),
@@ -222,6 +237,7 @@ fn every_flag_of_sft_changes_something() {
         &[("--gradient-accumulation-steps", "2")],
         &[("--max-steps", "0"), ("--num-train-epochs", "2")],
         &[("--packing", "false")],
+        &[("--base", &dated), ("--template-date", "2020-01-01")],
         &[("--no-shuffle", "")],
         &[("--gradient-checkpointing", "false")],
         &[("--seed", "7")],
