@@ -304,7 +304,7 @@ fn every_flag_of_generate_changes_something() {
         &[("--raw", "")],
         &[("--repetition-penalty", "5")],
         &[("--seed", "1")],
-        &[("--stop", "e")],
+        &[("--stop", "Uh")],
         &[("--logprobs", "2")],
         &[("--compute", "portable")],
     ];
@@ -351,7 +351,7 @@ fn wrong_input_ends_in_one_sentence() {
     let mut truncated = fs::read(model_path("llama-q8_0")).unwrap();
     truncated.truncate(truncated.len() / 2);
     fs::write(lab.folder.path().join("truncated.gguf"), truncated).unwrap();
-    let wide_adapter = golden("train/qwen2-tiny/final").display().to_string();
+    let wide_adapter = golden("train/llama-q4_0/final").display().to_string();
     let out = lab.path("out");
     let base = base();
     let sft = |extra: &[(&str, &str)]| {
