@@ -467,3 +467,35 @@ fn a_killed_run_goes_on_to_the_same_bytes() {
     println!("killed {killed} of 20, {inside} inside a checkpoint");
     assert!(killed >= 15 && inside >= 3, "killed {killed}, {inside} inside a checkpoint");
 }
+
+/// Ctrl-C ends after a whole step, says how to go on, and going on gives the same bytes.
+#[cfg(unix)]
+#[test]
+fn an_interrupted_run_says_how_to_go_on() {
+    let lab = Lab::new();
+    let start = |out: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_quantune"));
+        command.args(["sft", "--base", &base(), "--data", &lab.path("rows.jsonl"), "--out", out]);
+        command.args(["--max-steps", "60", "--max-length", "96", "--learning-rate", "1e-3"]);
+        command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap()
+    };
+    let (whole, stopped) = (lab.path("whole"), lab.path("stopped"));
+    assert!(start(&whole).wait_with_output().unwrap().status.success());
+    let child = start(&stopped);
+    let metrics = Path::new(&stopped).join("metrics.jsonl");
+    while fs::metadata(&metrics).map_or(0, |file| file.len()) == 0 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let pid = child.id().to_string();
+    assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    let sentence = error(&output);
+    assert!(sentence.contains(&format!("quantune sft --out {stopped} --resume")), "{sentence}");
+    let resumed = quantune(&strings(&["sft", "--out", &stopped, "--resume", "--json"]));
+    assert!(last_json(&resumed)["resumed_at"].as_u64().unwrap() >= 1);
+    for file in ["adapter/adapter_model.safetensors", "metrics.jsonl"] {
+        let bytes = |out: &str| fs::read(Path::new(out).join(file)).unwrap();
+        assert_eq!(bytes(&stopped), bytes(&whole), "{file}");
+    }
+}
