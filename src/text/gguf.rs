@@ -68,7 +68,7 @@ pub(super) fn read(file: &Gguf) -> Result<Tokenizer, TextError> {
 
     let mut inner = tokenizers::Tokenizer::new(bpe);
     let broken = |error: tokenizers::Error| bad(file, error.to_string());
-    inner.with_pre_tokenizer(Some(pre.build().map_err(broken)?));
+    inner.with_pre_tokenizer(Some(pre.build(|c| ids.contains_key(c)).map_err(broken)?));
     inner.with_decoder(Some(ByteLevel::default()));
     let roles = roles(file, pre, &tokens, &ids)?;
     inner.add_tokens(added(file, &tokens, &roles)?).map_err(broken)?;

@@ -256,21 +256,49 @@ pub(super) fn known() -> String {
 
 impl PreTokenizer {
     /// The splits, then bytes to printable characters as GPT-2 has them.
-    pub fn build(&self) -> tokenizers::Result<PreTokenizerWrapper> {
+    ///
+    /// A byte whose character `is_token` denies is dropped by BPE; it is cut out before, so that
+    /// what stands around it is not merged, as in llama.cpp.
+    pub fn build(
+        &self,
+        is_token: impl Fn(&str) -> bool,
+    ) -> tokenizers::Result<PreTokenizerWrapper> {
+        let isolate = |pattern: String| {
+            let pattern = SplitPattern::Regex(pattern);
+            let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false)?;
+            tokenizers::Result::Ok(PreTokenizerWrapper::Split(split))
+        };
         let mut steps = Vec::new();
         for &pattern in self.splits {
-            let pattern = SplitPattern::Regex(pattern.into());
-            let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false)?;
-            steps.push(PreTokenizerWrapper::Split(split));
+            steps.push(isolate(of_unicode_15_1(pattern))?);
         }
         steps.push(PreTokenizerWrapper::ByteLevel(ByteLevel::new(false, true, false)));
+        let bytes = ByteLevel::alphabet();
+        let mut missing: Vec<char> =
+            bytes.into_iter().filter(|c| !is_token(c.encode_utf8(&mut [0; 4]))).collect();
+        missing.sort_unstable();
+        if !missing.is_empty() {
+            let class: String =
+                missing.iter().map(|&c| format!(r"\x{{{:X}}}", u32::from(c))).collect();
+            steps.push(isolate(format!("[{class}]"))?);
+        }
         Ok(PreTokenizerWrapper::Sequence(Sequence::new(steps)))
     }
+}
+
+/// The categories of Unicode 15.1, as in llama.cpp's tables: characters added since have none.
+fn of_unicode_15_1(pattern: &str) -> String {
+    let categories = ["L", "Lu", "Ll", "Lt", "N", "P", "S", "M"];
+    categories.iter().fold(pattern.to_owned(), |pattern, category| {
+        let plain = format!(r"\p{{{category}}}");
+        pattern.replace(&plain, &format!(r"[\p{{{category}}}&&\p{{Age=15.1}}]"))
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer as _};
 
     #[test]
     fn every_row_builds_and_every_name_is_there_once() {
@@ -280,7 +308,18 @@ mod tests {
         names.dedup();
         assert_eq!(names.len(), count);
         for row in TABLE {
-            row.build().unwrap();
+            row.build(|_| true).unwrap();
         }
+    }
+
+    #[test]
+    fn characters_after_unicode_15_1_have_no_category() {
+        let words = |text: &str| {
+            let mut pieces = PreTokenizedString::from(text);
+            find("gpt-2").unwrap().build(|_| true).unwrap().pre_tokenize(&mut pieces).unwrap();
+            pieces.get_splits(OffsetReferential::Original, OffsetType::Byte).len()
+        };
+        assert_eq!(words("a\u{436}b"), 1);
+        assert_eq!(words("a\u{1c8a}b"), 3, "a letter since Unicode 16");
     }
 }

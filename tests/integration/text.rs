@@ -42,6 +42,30 @@ fn user(text: &str) -> Vec<Value> {
     vec![json!({"role": "user", "content": text})]
 }
 
+/// Falcon's vocabulary lacks bytes: what stands around one is not merged over it, as in llama.cpp.
+#[test]
+fn a_byte_without_a_token_parts_its_neighbours() {
+    let source = Gguf::open(model_path("llama-q8_0")).unwrap();
+    let merges = source.strings("tokenizer.ggml.merges").unwrap().unwrap();
+    let mut merges = merges.map(|line| str::from_utf8(line).unwrap().split_once(' ').unwrap());
+    let is_letter = |text: &str| text.len() == 1 && text.is_ascii();
+    let (left, right) = merges.find(|(left, right)| is_letter(left) && is_letter(right)).unwrap();
+    let tokenizer = changed_gguf(|metadata| {
+        for (key, value) in metadata {
+            if let (true, OwnedValue::Array(_, tokens)) = (key == "tokenizer.ggml.tokens", value) {
+                // The character of byte 0x0B.
+                let at = tokens.iter().position(|token| *token == "\u{10b}".into()).unwrap();
+                tokens[at] = "gone".into();
+            }
+        }
+    })
+    .unwrap();
+    let encode = |text: &str| tokenizer.encode(text, Special::Parse).unwrap();
+    let parts = [tokenizer.id_of(left).unwrap(), tokenizer.id_of(right).unwrap()];
+    assert_eq!(encode(&format!("{left}{right}")).len(), 1);
+    assert_eq!(encode(&format!("{left}\u{b}{right}")), parts);
+}
+
 #[test]
 fn ids_and_offsets_are_those_of_pythons_tokenizers() {
     let golden = golden_json("text/tokens.json");
