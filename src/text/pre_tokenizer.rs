@@ -2,7 +2,8 @@
 //!
 //! The names and what they stand for are `src/llama-vocab.cpp`'s in llama.cpp; `\p{L}` and the
 //! like are Unicode's. A name is here only if ids under its rules were compared with llama.cpp's,
-//! on its own vocabulary (`scripts/check_tokenizer.sh`) or on another's relabelled.
+//! on its own vocabulary (`scripts/check_tokenizer.sh`) or on another's relabelled
+//! (`scripts/check_tokenizer_random.py`).
 
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -136,6 +137,9 @@ const DEEPSEEK_MARKS: &str =
 /// As a range in llama.cpp, which takes whitespace beyond ASCII out of the text before.
 const DEEPSEEK_CJK: &str = r"[\u{800}-\u{9FA5}\u{AC00}-\u{D7FF}--\s]+";
 
+/// BLOOM's words end at marks of several scripts.
+const BLOOM: &str = r" ?[^(\s|.,!?\u{2026}\u{3002}\u{FF0C}\u{3001}\u{964}\u{6D4}\u{60C})]+";
+
 const DIGIT: &str = r"\p{N}";
 const DIGITS: &str = r"\p{N}+";
 const UP_TO_3_DIGITS: &str = r"\p{N}{1,3}";
@@ -240,6 +244,8 @@ const TABLE: &[PreTokenizer] = &[
     row(&["deepseek-coder"], &[LINE_END, r"\s?\p{L}+", r"\s?\p{P}+", DEEPSEEK_CJK, DIGIT]),
     row(&["deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"], &[UP_TO_3_DIGITS, CJK, DEEPSEEK3]),
     row(&["falcon"], &[r"[\p{P}$+<=>^~|`]+", GPT2, THREE_DIGITS]),
+    row(&["bloom", "poro-chat", "gpt3-finnish"], &[BLOOM]),
+    row(&["viking"], &[BLOOM, DIGIT]),
     row(&["default"], &[r"[\p{P}$+<=>^~|]+", GPT2, DIGITS, THREE_DIGITS]),
 ];
 
