@@ -27,7 +27,7 @@ PYYAML = "PyYAML==6.0.3"
 
 
 def load_yaml_package(folder):
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "install", "--root-user-action", "ignore"]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "install"]
     done = subprocess.run([*pip, "--no-deps", "--only-binary", ":all:", "--target", folder, PYYAML])
     if done.returncode != 0:
         sys.exit(f"pip could not install {PYYAML}, see its words above")

@@ -5,12 +5,12 @@ use std::path::PathBuf;
 use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
-use super::{AdapterArg, load_adapters, read_text, to_json};
+use super::{AdapterArg, load_adapters, open_tokenizer, read_text, to_json};
 use crate::data::Dataset;
 use crate::eval::{evaluate, perplexity};
 use crate::model::{Adapters, Decoder};
 use crate::ops::Compute;
-use crate::text::{Special, Tokenizer};
+use crate::text::Special;
 use crate::weights::Checkpoint;
 
 #[derive(Debug, clap::Args)]
@@ -33,6 +33,9 @@ pub struct Eval {
     /// Tokens of a chunk of --text [default: 512]
     #[arg(long, conflicts_with = "data")]
     n_ctx: Option<usize>,
+    /// The day, YYYY-MM-DD, that a chat template with a date shows [default: today]
+    #[arg(long, conflicts_with = "text")]
+    template_date: Option<String>,
     /// f32: fast and exact; portable: the slow reference form [default: f32]
     #[arg(long)]
     compute: Option<Compute>,
@@ -42,7 +45,7 @@ impl Eval {
     pub fn run(self, json: bool) -> Result<Value> {
         let checkpoint = Checkpoint::open(&self.base)?;
         let decoder = Decoder::load(&checkpoint, self.compute.unwrap_or_default())?;
-        let tokenizer = Tokenizer::open(&checkpoint)?;
+        let tokenizer = open_tokenizer(&checkpoint, self.template_date.as_deref())?;
         let worn = load_adapters(&self.adapter, &decoder)?;
         let adapters = Adapters::Same(&worn);
         let (loss, report) = match (&self.data, &self.text) {
@@ -64,7 +67,7 @@ impl Eval {
         };
         if !json {
             let (l, p) = (loss.loss, loss.perplexity());
-            println!("loss {l:.4}, perplexity {p:.4} over {} tokens", loss.tokens);
+            crate::cli::say!("loss {l:.4}, perplexity {p:.4} over {} tokens", loss.tokens);
         }
         let mut value = json!({
             "loss": loss.loss,

@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
-use super::{AdapterArg, load_adapters};
+use super::{AdapterArg, load_adapters, open_tokenizer};
 use crate::generate::{Finish, Request, Sampling, Settings, StopStrings, generate};
 use crate::model::{Adapters, Decoder};
 use crate::ops::Compute;
@@ -59,6 +59,9 @@ pub struct Generate {
     /// With --json: the K likeliest tokens at each place with their log-probabilities
     #[arg(long, value_name = "K")]
     logprobs: Option<usize>,
+    /// The day, YYYY-MM-DD, that a chat template with a date shows [default: today]
+    #[arg(long, conflicts_with = "raw")]
+    template_date: Option<String>,
     /// f32: fast and exact; portable: the slow reference form [default: f32]
     #[arg(long)]
     compute: Option<Compute>,
@@ -72,7 +75,7 @@ impl Generate {
         let sampling = self.sampling();
         let checkpoint = Checkpoint::open(&self.base)?;
         let decoder = Decoder::load(&checkpoint, self.compute.unwrap_or_default())?;
-        let tokenizer = Tokenizer::open(&checkpoint)?;
+        let tokenizer = open_tokenizer(&checkpoint, self.template_date.as_deref())?;
         let worn = load_adapters(&self.adapter, &decoder)?;
         let prompt = self.prompt_ids(&tokenizer)?;
 
@@ -82,8 +85,11 @@ impl Generate {
         let mut show = |piece: &str| {
             text.push_str(piece);
             if !json {
-                print!("{piece}");
-                let _ = std::io::stdout().flush(); // a closed pipe ends us soon enough
+                let mut stdout = std::io::stdout();
+                let written = stdout.write_all(piece.as_bytes()).and_then(|()| stdout.flush());
+                if written.is_err() {
+                    std::process::exit(0); // nobody reads on
+                }
             }
         };
         let settings = Settings {
@@ -110,7 +116,7 @@ impl Generate {
         show(&stops.push(&rest));
         show(&stops.finish());
         if !json {
-            println!();
+            crate::cli::say!("");
         }
 
         let generated = generated.remove(0);

@@ -18,7 +18,7 @@ impl Inspect {
     pub fn run(self, json: bool) -> Result<Value> {
         let inspection = inspect(&self.path)?;
         if !json {
-            print!("{inspection}");
+            crate::cli::say!("{inspection}");
         }
         to_json(&inspection)
     }

@@ -3,6 +3,17 @@
 //! People read progress on stderr and results on stdout; with `--json` stdout ends in one JSON
 //! object on a line. Exit code 0 is done, 1 failed, 2 wrong usage.
 
+/// Prints a line; where nobody reads stdout any more, ends quietly.
+macro_rules! say {
+    ($($arg:tt)*) => {{
+        use std::io::Write;
+        if writeln!(std::io::stdout(), $($arg)*).is_err() {
+            std::process::exit(0);
+        }
+    }};
+}
+use say;
+
 mod eval;
 mod generate;
 mod inspect;
@@ -20,6 +31,8 @@ use quantune_adapters::format;
 use serde_json::{Value, json};
 
 use crate::model::{Decoder, Worn};
+use crate::text::{Tokenizer, first_second};
+use crate::weights::Checkpoint;
 
 /// LoRA fine-tuning straight on the quantized weights you already run.
 #[derive(Debug, Parser)]
@@ -53,7 +66,7 @@ enum Command {
     Inspect(inspect::Inspect),
     /// Turn text into token ids
     #[command(subcommand)]
-    Tokenizer(tokenizer::Tokenizer),
+    Tokenizer(tokenizer::TokenizerCommand),
 }
 
 /// Runs the command line and returns the exit code.
@@ -88,7 +101,7 @@ pub fn main() -> ExitCode {
                     object.insert("threads".into(), json!(threads));
                     object.insert("peak_rss_bytes".into(), json!(peak_rss_bytes()));
                 }
-                println!("{value}");
+                crate::cli::say!("{value}");
             }
             ExitCode::SUCCESS
         }
@@ -117,7 +130,7 @@ impl std::str::FromStr for AdapterArg {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let (path, weight) = match text.rsplit_once('=') {
+        let (path, weight) = match text.rsplit_once('=').filter(|_| !Path::new(text).exists()) {
             Some((path, weight)) => match weight.parse::<f64>() {
                 Ok(weight) if weight.is_finite() => (path, weight),
                 _ => return Err(format!("weight {weight:?} is no number, needed PATH=WEIGHT")),
@@ -152,6 +165,18 @@ fn load_adapters(args: &[AdapterArg], decoder: &Decoder) -> Result<Vec<Worn>> {
         Ok(Worn { adapter: Arc::new(adapter), weight: arg.weight, trainable: false })
     };
     args.iter().map(load).collect()
+}
+
+/// The tokenizer of a base, its template on a given day.
+fn open_tokenizer(checkpoint: &Checkpoint, date: Option<&str>) -> Result<Tokenizer> {
+    let mut tokenizer = Tokenizer::open(checkpoint)?;
+    if let Some(date) = date {
+        let Some(now) = first_second(date) else {
+            anyhow::bail!("--template-date is {date:?}, needed YYYY-MM-DD")
+        };
+        tokenizer.set_template_time(now);
+    }
+    Ok(tokenizer)
 }
 
 fn read_text(path: &Path) -> Result<String> {

@@ -45,7 +45,7 @@ impl Sft {
             Outcome::Done(summary) => {
                 if !json {
                     let show = |loss: Option<f64>| loss.map_or("-".into(), |l| format!("{l:.4}"));
-                    println!(
+                    crate::cli::say!(
                         "{} steps, loss {} to {}, {:.0} tokens/s",
                         summary.steps,
                         show(summary.loss_first),
@@ -53,13 +53,13 @@ impl Sft {
                         summary.tokens_per_second
                     );
                     if summary.eval_loss_first.is_some() {
-                        println!(
+                        crate::cli::say!(
                             "held-out loss {} before, {} after",
                             show(summary.eval_loss_first),
                             show(summary.eval_loss_last)
                         );
                     }
-                    println!("adapter: {}", summary.adapter.display());
+                    crate::cli::say!("adapter: {}", summary.adapter.display());
                 }
                 to_json(&summary)
             }

@@ -10,7 +10,7 @@ use crate::text::Special;
 use crate::weights::Checkpoint;
 
 #[derive(Debug, clap::Subcommand)]
-pub enum Tokenizer {
+pub enum TokenizerCommand {
     /// The token ids of a text, without any added
     Encode(Encode),
 }
@@ -28,7 +28,7 @@ pub struct Encode {
     parse_special: bool,
 }
 
-impl Tokenizer {
+impl TokenizerCommand {
     pub fn run(self, json: bool) -> Result<Value> {
         let Self::Encode(Encode { base, text, parse_special }) = self;
         let tokenizer = crate::text::Tokenizer::open(&Checkpoint::open(base)?)?;
@@ -36,7 +36,7 @@ impl Tokenizer {
         let ids = tokenizer.encode(&read_text(&text)?, special)?;
         if !json {
             let ids: Vec<String> = ids.iter().map(u32::to_string).collect();
-            println!("{}", ids.join(" "));
+            crate::cli::say!("{}", ids.join(" "));
         }
         Ok(json!({ "tokens": ids.len(), "token_ids": ids }))
     }

@@ -174,6 +174,24 @@ impl Config {
                 faults.push(format!("{name} is {value}"));
             }
         }
+        let positive = |value: f64| value.is_finite() && value > 0.0;
+        let sound = match &self.rope_scaling {
+            RopeScaling::None => true,
+            RopeScaling::Linear { factor } => positive(*factor),
+            RopeScaling::Llama3 {
+                factor,
+                low_freq_factor: low,
+                high_freq_factor: high,
+                original_max_position_embeddings: original,
+            } => [factor, low, high, original].iter().all(|v| positive(**v)) && high > low,
+            RopeScaling::Factors(factors) => factors.iter().all(|&f| positive(f64::from(f))),
+        };
+        if !sound {
+            faults.push(format!("rope scaling {:?} makes no sense", self.rope_scaling));
+        }
+        if self.max_position_embeddings < 2 {
+            faults.push(format!("max_position_embeddings is {}", self.max_position_embeddings));
+        }
         if let RopeScaling::Factors(factors) = &self.rope_scaling
             && factors.len() != self.head_dim / 2
         {
@@ -326,12 +344,15 @@ fn from_gguf(gguf: &Gguf, faults: &mut Vec<String>) -> Result<Option<Config>, Mo
     let rope_scaling = if gguf.tensor_info("rope_freqs.weight").is_some() {
         RopeScaling::Factors(gguf.tensor("rope_freqs.weight")?.vector()?)
     } else {
+        // As llama.cpp: linear unless named otherwise, an older key for the factor, 0 for none.
+        let factor = match gguf.f64(&key("rope.scaling.factor"))? {
+            None => gguf.f64(&key("rope.scale_linear"))?.unwrap_or(0.0),
+            Some(factor) => factor,
+        };
         match gguf.str(&key("rope.scaling.type"))? {
-            None | Some("none") => RopeScaling::None,
-            Some("linear") => {
-                let factor = gguf.f64(&key("rope.scaling.factor"))?.unwrap_or(1.0);
-                RopeScaling::Linear { factor }
-            }
+            Some("none") => RopeScaling::None,
+            None | Some("linear") if factor == 0.0 => RopeScaling::None,
+            None | Some("linear") => RopeScaling::Linear { factor },
             Some(other) => {
                 faults.push(format!("rope scaling {other:?} does not run here"));
                 RopeScaling::None

@@ -8,7 +8,7 @@ use candle_core::{Device, Result, Tensor};
 use quantune_adapters::delta::Dropout;
 use quantune_adapters::targets::LinearSpec;
 
-use super::adapters::Adapters;
+use super::adapters::{Adapters, Worn};
 use super::cache::KvCache;
 use super::config::Config;
 use crate::ops::attention::Heads;
@@ -228,30 +228,27 @@ impl Decoder {
         if let Some(bias) = &linear.bias {
             y = y.broadcast_add(bias)?;
         }
-        let runs = pass.adapters.runs(&pass.segments);
-        if let [(_, worn)] = &runs[..] {
-            for worn in *worn {
+        let mask = match pass.dropout {
+            Some(dropout) => Some(dropout.mask(&linear.name, linear.weight.cols(), x.device())?),
+            None => None,
+        };
+        let worn_by = |x: &Tensor, mut y: Tensor, mask: Option<&Tensor>, worn: &[Worn]| {
+            for worn in worn {
                 if let Some(lora) = worn.adapter.modules.get(&linear.name) {
-                    let mask = match pass.dropout.filter(|_| worn.trainable) {
-                        Some(d) => Some(d.mask(&linear.name, linear.weight.cols(), x.device())?),
-                        None => None,
-                    };
-                    let delta = lora.delta(x, mask.as_ref(), worn.trainable)?;
+                    let delta = lora.delta(x, mask.filter(|_| worn.trainable), worn.trainable)?;
                     y = (y + weighted(delta, worn.weight)?)?;
                 }
             }
-            return Ok(y);
+            Ok(y)
+        };
+        let runs = pass.adapters.runs(&pass.segments);
+        if let [(_, worn)] = &runs[..] {
+            return worn_by(x, y, mask.as_ref(), worn);
         }
         let parts = runs.into_iter().map(|(tokens, worn)| {
-            let x = x.narrow(0, tokens.start, tokens.len())?;
-            let mut part = y.narrow(0, tokens.start, tokens.len())?;
-            for worn in worn {
-                if let Some(lora) = worn.adapter.modules.get(&linear.name) {
-                    let delta = lora.delta(&x, None, worn.trainable)?;
-                    part = (part + weighted(delta, worn.weight)?)?;
-                }
-            }
-            Ok(part)
+            let part = |t: &Tensor| t.narrow(0, tokens.start, tokens.len());
+            let mask = mask.as_ref().map(part).transpose()?;
+            worn_by(&part(x)?, part(&y)?, mask.as_ref(), worn)
         });
         Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)
     }

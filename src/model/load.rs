@@ -10,6 +10,9 @@ use crate::ops::Compute;
 use crate::quant::{FrozenMatrix, RowOrder};
 use crate::weights::{Checkpoint, WeightsError};
 
+/// Faults after which a file is given up.
+const FAULTS: usize = 64;
+
 impl Decoder {
     /// Loads the decoder of a checkpoint. Matrices stay in the map; norms and biases are copied.
     ///
@@ -18,11 +21,14 @@ impl Decoder {
         let config = Config::read(checkpoint)?;
         let mut loader = Loader { checkpoint, config: &config, faults: Vec::new() };
         let embedding = loader.embedding();
-        let layers: Vec<Option<Layer>> = if loader.faults.is_empty() {
-            (0..config.num_hidden_layers).map(|index| loader.layer(index)).collect()
-        } else {
-            Vec::new() // a file without its embedding misses the rest as well
-        };
+        let mut layers: Vec<Option<Layer>> = Vec::new();
+        for index in 0..config.num_hidden_layers {
+            layers.push(loader.layer(index));
+            // Enough to tell: a hostile count of layers is not believed further than this.
+            if loader.faults.len() > FAULTS {
+                break;
+            }
+        }
         let norm = loader.vector("model.norm.weight", config.hidden_size);
         let head = match config.tie_word_embeddings {
             true => embedding.clone(),

@@ -9,10 +9,11 @@ use super::Compute;
 use super::cpu::{Mat, Target, Values, gemm, values};
 use crate::quant::FrozenMatrix;
 
-/// Rows of `W` (forward), and columns (backward), read at a time by one thread at most: enough
-/// that packing `x` for each tile costs little beside the product, little enough for the cache.
-/// A multiple of every block length.
-const TILE: usize = 256;
+/// Rows of `W` read at a time by one thread (forward): enough that packing `x` for each tile costs
+/// little beside the product, little enough that small layers are work for several threads.
+const TILE_ROWS: usize = 144;
+/// Columns of `W` read at a time by one thread (backward); a multiple of every block length.
+const TILE_COLS: usize = 256;
 
 /// `y = x · Wᵀ` for a frozen `W`, differentiable in `x` only.
 ///
@@ -89,12 +90,9 @@ pub(super) fn matmul_transposed(x: &[f32], weight: &FrozenMatrix, y: &mut [f32])
     let (rows, cols) = (weight.rows(), weight.cols());
     let m = x.len() / cols;
     let y = Target::new(y);
-    // As many tiles for every thread.
-    let threads = rayon::current_num_threads();
-    let tiles = rows.div_ceil(TILE).next_multiple_of(threads);
-    let tile_rows = rows.div_ceil(tiles).next_multiple_of(16);
-    (0..rows.div_ceil(tile_rows)).into_par_iter().for_each_init(Vec::new, |tile, i| {
-        let range = i * tile_rows..rows.min((i + 1) * tile_rows);
+    // Tiles do not depend on the number of threads, nor do the bits of the result.
+    (0..rows.div_ceil(TILE_ROWS)).into_par_iter().for_each_init(Vec::new, |tile, i| {
+        let range = i * TILE_ROWS..rows.min((i + 1) * TILE_ROWS);
         let n = range.len();
         tile.resize(n * cols, 0.0);
         weight.read_tile(range.clone(), 0..cols, tile);
@@ -111,11 +109,11 @@ pub(super) fn matmul(dy: &[f32], weight: &FrozenMatrix, dx: &mut [f32]) {
     let (rows, cols) = (weight.rows(), weight.cols());
     let m = dy.len() / rows;
     let dx = Target::new(dx);
-    (0..cols.div_ceil(TILE)).into_par_iter().for_each_init(Vec::new, |tile, i| {
-        let range = i * TILE..cols.min((i + 1) * TILE);
+    (0..cols.div_ceil(TILE_COLS)).into_par_iter().for_each_init(Vec::new, |tile, i| {
+        let range = i * TILE_COLS..cols.min((i + 1) * TILE_COLS);
         let n = range.len();
-        for first in (0..rows).step_by(TILE) {
-            let k = TILE.min(rows - first);
+        for first in (0..rows).step_by(TILE_COLS) {
+            let k = TILE_COLS.min(rows - first);
             tile.resize(k * n, 0.0);
             weight.read_tile(first..first + k, range.clone(), tile);
             // SAFETY: each task writes the columns `range` of dx, and no two ranges meet.

@@ -41,6 +41,14 @@ pub enum TrainError {
         .0.display()
     )]
     Exists(PathBuf),
+    /// The directory holds files that a run would overwrite.
+    #[error("{}: holds {name} but no run; another --out begins a new one", path.display())]
+    Occupied {
+        /// The directory.
+        path: PathBuf,
+        /// What is in the way.
+        name: &'static str,
+    },
     /// There is nothing to resume.
     #[error("{}: holds no run to resume (no config.toml)", .0.display())]
     NoRun(PathBuf),
@@ -70,7 +78,7 @@ pub enum TrainError {
     },
     /// The loss is no number any more.
     #[error(
-        "step {step}: the loss is {loss}; the last checkpoint is from before. A lower \
+        "step {step}: the loss is {loss} and the adapter no longer all numbers; a lower \
          learning_rate or a max_grad_norm helps most often"
     )]
     Diverged {

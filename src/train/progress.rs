@@ -17,6 +17,8 @@ pub struct Progress {
     first_step: u64,
     total_steps: u64,
     tokens: u64,
+    /// Time in steps: evaluations and checkpoints are not counted.
+    spent: Duration,
 }
 
 impl Progress {
@@ -31,17 +33,26 @@ impl Progress {
         });
         let now = Instant::now();
         let first_step = step;
-        Self { bar, started: now, printed: now, first_step, total_steps, tokens: 0 }
+        Self {
+            bar,
+            started: now,
+            printed: now,
+            first_step,
+            total_steps,
+            tokens: 0,
+            spent: Duration::ZERO,
+        }
     }
 
-    /// Real tokens per second since the start.
+    /// Real tokens per second of the steps so far.
     pub fn tokens_per_second(&self) -> f64 {
-        self.tokens as f64 / self.started.elapsed().as_secs_f64().max(1e-9)
+        self.tokens as f64 / self.spent.as_secs_f64().max(1e-9)
     }
 
-    /// A step is done: `tokens` real tokens went through it.
-    pub fn step(&mut self, step: u64, loss: f64, tokens: u64) {
+    /// A step is done: `tokens` real tokens went through it in `spent`.
+    pub fn step(&mut self, step: u64, loss: f64, tokens: u64, spent: Duration) {
         self.tokens += tokens;
+        self.spent += spent;
         let rate = self.tokens_per_second();
         if let Some(bar) = &self.bar {
             bar.set_position(step);

@@ -31,9 +31,10 @@ pub struct State {
     pub step_in_epoch: u64,
     /// Bytes of `metrics.jsonl` that belong to these steps.
     pub metrics_bytes: u64,
-    /// What the run was made of, each with a name for the sentence that refuses another.
-    pub fingerprints: Vec<(String, String)>,
 }
+
+/// A hash of what a run is made of, with a name for the sentence that refuses another.
+pub type Fingerprint = (String, String);
 
 /// The directory of one run.
 #[derive(Debug)]
@@ -43,22 +44,50 @@ pub struct RunDir {
 
 impl RunDir {
     /// Begins a run. A directory that holds one is refused.
-    pub fn create(path: &Path, settings: &SftSettings) -> Result<Self, TrainError> {
-        if path.join("config.toml").exists() {
-            return Err(TrainError::Exists(path.into()));
-        }
+    pub fn create(
+        path: &Path,
+        settings: &SftSettings,
+        fingerprints: &[Fingerprint],
+    ) -> Result<Self, TrainError> {
+        Self::vacant(path)?;
         let run = Self { path: path.into() };
         fs::create_dir_all(run.checkpoints()).map_err(|e| at(path, e))?;
+        let text = serde_json::to_string(fingerprints).map_err(|e| at(path, e.into()))?;
+        write_atomically(path.join("fingerprints.json"), |file| file.write_all(text.as_bytes()))?;
         let text = toml::to_string(settings).map_err(|e| at(path, io::Error::other(e)))?;
         write_atomically(path.join("config.toml"), |file| file.write_all(text.as_bytes()))?;
         Ok(run)
     }
 
+    /// Refuses a directory that holds a run, or files that a run would overwrite.
+    pub fn vacant(path: &Path) -> Result<(), TrainError> {
+        if path.join("config.toml").exists() {
+            return Err(TrainError::Exists(path.into()));
+        }
+        let occupied = |name: &&&str| match fs::read_dir(path.join(name)) {
+            Ok(mut entries) => entries.next().is_some(), // a killed beginning leaves empty ones
+            Err(_) => path.join(name).exists(),
+        };
+        match ["metrics.jsonl", "checkpoints", "tensorboard", "adapter"].iter().find(occupied) {
+            Some(name) => Err(TrainError::Occupied { path: path.into(), name }),
+            None => Ok(()),
+        }
+    }
+
+    /// What the run was begun on.
+    pub fn fingerprints(&self) -> Result<Vec<Fingerprint>, TrainError> {
+        let path = self.path.join("fingerprints.json");
+        let text = fs::read_to_string(&path).map_err(|e| at(&path, e))?;
+        serde_json::from_str(&text).map_err(|e| TrainError::Broken { path, reason: e.to_string() })
+    }
+
     /// Takes up a run. Settings that would change its result are refused by name.
     pub fn resume(path: &Path, settings: &SftSettings) -> Result<Self, TrainError> {
         let saved = Self::settings(path)?;
-        let table = |settings: &SftSettings| toml::Table::try_from(settings).unwrap_or_default();
-        let (saved, given) = (table(&saved), table(settings));
+        let table = |settings: &SftSettings| {
+            toml::Table::try_from(settings).map_err(|e| TrainError::Settings(e.to_string()))
+        };
+        let (saved, given) = (table(&saved)?, table(settings)?);
         let keys = saved.keys().chain(given.keys().filter(|key| !saved.contains_key(*key)));
         let show = |table: &toml::Table, key: &str| {
             table.get(key).map_or("not set".into(), toml::Value::to_string)
@@ -72,7 +101,14 @@ impl RunDir {
             return Err(TrainError::Changed { path: path.into(), what: changed.join("; ") });
         }
         let run = Self { path: path.into() };
-        fs::create_dir_all(run.checkpoints()).map_err(|e| at(path, e))?;
+        let folder = run.checkpoints();
+        fs::create_dir_all(&folder).map_err(|e| at(path, e))?;
+        for entry in fs::read_dir(&folder).map_err(|e| at(&folder, e))? {
+            let entry = entry.map_err(|e| at(&folder, e))?;
+            if entry.file_name().to_string_lossy().ends_with(".partial") {
+                fs::remove_dir_all(entry.path()).map_err(|e| at(&entry.path(), e))?;
+            }
+        }
         Ok(run)
     }
 
@@ -117,7 +153,9 @@ impl RunDir {
         if keep > 0 {
             let steps = self.steps()?;
             for &step in &steps[..steps.len().saturating_sub(keep)] {
-                let old = self.checkpoint(step);
+                // Under another name first: a checkpoint is there whole or not at all.
+                let old = folder.join(format!(".step-{step}.partial"));
+                fs::rename(self.checkpoint(step), &old).map_err(|e| at(&old, e))?;
                 fs::remove_dir_all(&old).map_err(|e| at(&old, e))?;
             }
         }
@@ -147,7 +185,10 @@ impl RunDir {
         let renew = || -> io::Result<EventWriter> {
             fs::create_dir_all(&folder)?;
             for entry in fs::read_dir(&folder)? {
-                fs::remove_file(entry?.path())?;
+                let entry = entry?;
+                if entry.file_name().to_string_lossy().starts_with("events.out.tfevents.") {
+                    fs::remove_file(entry.path())?;
+                }
             }
             EventWriter::create(&folder, "quantune", wall_time)
         };

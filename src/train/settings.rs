@@ -71,16 +71,16 @@ settings! {
         /// Probability that an input of A is dropped in training [default: 0]
         lora_dropout: f64 = 0.0,
         /// Modules with an update: names, one regular expression, or all-linear [default: all-linear]
-        #[arg(value_delimiter = ',', num_args = 1..)]
+        #[arg(num_args = 1..)]
         target_modules: Vec<String> = vec!["all-linear".into()],
         /// Modules without one: names, or one regular expression
-        #[arg(value_delimiter = ',', num_args = 1..)]
+        #[arg(num_args = 1..)]
         exclude_modules: Vec<String> = Vec::new(),
         /// Other ranks, as REGEX=R
-        #[arg(value_delimiter = ',', num_args = 1..)]
+        #[arg(num_args = 1..)]
         rank_pattern: Vec<String> = Vec::new(),
         /// Other alphas, as REGEX=ALPHA
-        #[arg(value_delimiter = ',', num_args = 1..)]
+        #[arg(num_args = 1..)]
         alpha_pattern: Vec<String> = Vec::new(),
         /// Only these layers, counted from 0; needs target_modules by name
         #[arg(value_delimiter = ',', num_args = 1..)]
@@ -150,7 +150,7 @@ settings! {
 }
 
 /// Keys that may differ when a run goes on: they change no result.
-pub const FREE_ON_RESUME: &[&str] = &["save_total_limit"];
+pub const FREE_ON_RESUME: &[&str] = &["save_total_limit", "out"];
 
 trait Empty {
     fn empty(&self) -> bool;
@@ -203,12 +203,13 @@ impl SftSettings {
             ("weight_decay", self.weight_decay, f64::MAX),
             ("max_grad_norm", self.max_grad_norm, f64::MAX),
             ("adam_epsilon", self.adam_epsilon, f64::MAX),
-            ("num_train_epochs", self.num_train_epochs, 1e9),
+            ("num_train_epochs", self.num_train_epochs, 1e5),
             ("warmup_ratio", self.warmup_ratio, 1.0),
         ];
         for (name, value, most) in rates {
             let fine = value.is_finite() && value >= 0.0 && value <= most;
-            check(fine, format!("{name} is {value}, needed 0 or more"));
+            let most = if most < f64::MAX { format!(", at most {most}") } else { String::new() };
+            check(fine, format!("{name} is {value}, needed 0 or more{most}"));
         }
         for (name, beta) in [("adam_beta1", self.adam_beta1), ("adam_beta2", self.adam_beta2)] {
             check((0.0..1.0).contains(&beta), format!("{name} is {beta}, needed in [0, 1)"));
@@ -221,6 +222,29 @@ impl SftSettings {
         ];
         for (name, count) in counts {
             check(count > 0, format!("{name} is 0, needed at least 1"));
+        }
+        check(self.adam_epsilon as f32 > 0.0, "adam_epsilon is no positive f32".into());
+        let p = self.lora_dropout;
+        check((0.0..1.0).contains(&p), format!("lora_dropout is {p}, needed in [0, 1)"));
+        let seed = self.seed;
+        check(i64::try_from(seed).is_ok(), format!("seed is {seed}, needed below 2^63"));
+        if !self.adapter.empty() {
+            let plain = Self::default();
+            let own = [
+                ("r", self.r != plain.r),
+                ("lora_alpha", self.lora_alpha != plain.lora_alpha),
+                ("target_modules", self.target_modules != plain.target_modules),
+                ("exclude_modules", self.exclude_modules != plain.exclude_modules),
+                ("rank_pattern", self.rank_pattern != plain.rank_pattern),
+                ("alpha_pattern", self.alpha_pattern != plain.alpha_pattern),
+                ("layers_to_transform", self.layers_to_transform != plain.layers_to_transform),
+                ("layers_pattern", self.layers_pattern != plain.layers_pattern),
+                ("use_rslora", self.use_rslora != plain.use_rslora),
+                ("init_lora_weights", self.init_lora_weights != plain.init_lora_weights),
+            ];
+            for (name, _) in own.iter().filter(|(_, set)| *set) {
+                check(false, format!("{name} is the adapter's own with --adapter, not to be set"));
+            }
         }
         check(self.max_length > 1, format!("max_length is {}, needed 2 or more", self.max_length));
         let some = self.max_steps > 0 || self.num_train_epochs > 0.0;

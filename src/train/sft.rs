@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use candle_core::{Device, Var};
 use quantune_adapters::config::{InitLoraWeights, LoraConfig, Modules};
@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 
 use super::TrainError;
 use super::progress::Progress;
-use super::run_dir::{Metrics, RunDir, State, read_optimizer, read_state};
+use super::run_dir::{Fingerprint, Metrics, RunDir, State, read_optimizer, read_state};
 use super::settings::{EvalStrategy, SftSettings};
 use super::step::{StepSettings, accumulate, dropout};
 use super::tensorboard::EventWriter;
@@ -77,11 +77,11 @@ pub fn sft(settings: &SftSettings, resume: bool, stop: &AtomicBool) -> Result<Ou
     if let Some(fault) = settings.fault() {
         return Err(TrainError::Settings(fault));
     }
-    if !resume && settings.out.join("config.toml").exists() {
-        return Err(TrainError::Exists(settings.out.clone()));
+    if !resume {
+        RunDir::vacant(&settings.out)?;
     }
 
-    let mut settings = settings.clone();
+    let mut settings = absolute(settings)?;
     if settings.template_date.is_empty() {
         settings.template_date = today();
     }
@@ -100,29 +100,30 @@ pub fn sft(settings: &SftSettings, resume: bool, stop: &AtomicBool) -> Result<Ou
     tokenizer.set_template_time(now);
     let data = load_data(settings, &tokenizer, max_length)?;
     drop(tokenizer);
-    let adapter = Arc::new(begin_adapter(settings, &decoder)?);
+    let fingerprints = fingerprints(settings, &data)?;
+    let run = match resume {
+        true => RunDir::resume(&settings.out, settings)?,
+        false => RunDir::create(&settings.out, settings, &fingerprints)?,
+    };
+    let mut saved = None;
+    if resume {
+        same_fingerprints(&settings.out, &run.fingerprints()?, &fingerprints)?;
+        saved = run.last_checkpoint()?;
+    }
+    let adapter = Arc::new(match &saved {
+        Some(folder) => read_adapter(folder, &decoder)?,
+        None => begin_adapter(settings, &decoder)?,
+    });
     let parameters: Vec<Var> = adapter.parameters().into_iter().map(|(_, var)| var).collect();
     let lengths: Vec<usize> = parameters.iter().map(|var| var.elem_count()).collect();
     let mut optimizer = AdamW::new(optimizer_settings(settings), &lengths);
     let mut values: Vec<Vec<f32>> = parameters.iter().map(read).collect::<Result<_, _>>()?;
 
     // Where it stands.
-    let fingerprints = fingerprints(settings, &data)?;
-    let run = match resume {
-        true => RunDir::resume(&settings.out, settings)?,
-        false => RunDir::create(&settings.out, settings)?,
-    };
-    let mut state = State { fingerprints: fingerprints.clone(), ..State::default() };
-    if let Some(folder) = run.last_checkpoint()? {
-        state = read_state(&folder)?;
-        same_fingerprints(&settings.out, &state.fingerprints, &fingerprints)?;
-        let saved = read_adapter(&folder, &decoder)?;
-        for ((var, (_, from)), values) in parameters.iter().zip(saved.parameters()).zip(&mut values)
-        {
-            var.set(from.as_tensor())?;
-            *values = read(&from)?;
-        }
-        read_optimizer(&folder, &adapter, &mut optimizer, state.step)?;
+    let mut state = State::default();
+    if let Some(folder) = &saved {
+        state = read_state(folder)?;
+        read_optimizer(folder, &adapter, &mut optimizer, state.step)?;
     }
     let resumed_at = resume.then_some(state.step);
     if let Some(lines) = &data.held_out_lines {
@@ -174,6 +175,7 @@ pub fn sft(settings: &SftSettings, resume: bool, stop: &AtomicBool) -> Result<Ou
             state.step_in_epoch = 0;
             epoch_plan = plan(state.epoch);
         }
+        let began = Instant::now();
         let micro_batches = epoch_plan.step(state.step_in_epoch as usize).iter();
         let batches: Vec<Batch> =
             micro_batches.map(|bins| Batch::new(&data.train.examples, bins)).collect();
@@ -202,6 +204,9 @@ pub fn sft(settings: &SftSettings, resume: bool, stop: &AtomicBool) -> Result<Ou
         }
         let learning_rate = schedule.at(state.step);
         optimizer.step(&mut values, &gradients, learning_rate);
+        if !values.iter().flatten().all(|value| value.is_finite()) {
+            return Err(TrainError::Diverged { step: state.step + 1, loss });
+        }
         for (var, values) in parameters.iter().zip(&values) {
             var.set(&candle_core::Tensor::from_slice(values, var.shape(), var.device())?)?;
         }
@@ -210,7 +215,7 @@ pub fn sft(settings: &SftSettings, resume: bool, stop: &AtomicBool) -> Result<Ou
         state.step_in_epoch += 1;
         log.step(state.step, loss, grad_norm, learning_rate, count)?;
         let real = batches.iter().map(|batch| batch.tokens.len() as u64).sum();
-        progress.step(state.step, loss, real);
+        progress.step(state.step, loss, real, began.elapsed());
 
         let last = state.step == total_steps;
         if last || eval_due(settings, &state, epoch_plan.steps() as u64) {
@@ -262,6 +267,23 @@ struct Data {
     held_out_lines: Option<Vec<u8>>,
 }
 
+/// The settings with their paths made absolute: a run goes on from any directory.
+fn absolute(settings: &SftSettings) -> Result<SftSettings, TrainError> {
+    let mut settings = settings.clone();
+    let paths = [
+        &mut settings.base,
+        &mut settings.data,
+        &mut settings.eval_data,
+        &mut settings.adapter,
+        &mut settings.out,
+    ];
+    for path in paths.into_iter().filter(|path| !path.as_os_str().is_empty()) {
+        let made = std::path::absolute(&*path);
+        *path = made.map_err(|source| TrainError::Io { path: path.clone(), source })?;
+    }
+    Ok(settings)
+}
+
 fn load_data(
     settings: &SftSettings,
     tokenizer: &Tokenizer,
@@ -302,7 +324,9 @@ fn eval_due(settings: &SftSettings, state: &State, steps_of_epoch: u64) -> bool 
 
 fn begin_adapter(settings: &SftSettings, decoder: &Decoder) -> Result<Adapter, TrainError> {
     if !settings.adapter.as_os_str().is_empty() {
-        return read_adapter(&settings.adapter, decoder);
+        let mut adapter = read_adapter(&settings.adapter, decoder)?;
+        adapter.config.lora_dropout = settings.lora_dropout;
+        return Ok(adapter);
     }
     let config = lora_config(settings)?;
     config.validate()?;
@@ -326,7 +350,7 @@ fn read_adapter(folder: &Path, decoder: &Decoder) -> Result<Adapter, TrainError>
 
 fn lora_config(settings: &SftSettings) -> Result<LoraConfig, TrainError> {
     // One value that is no plain module name is an expression, as PEFT's strings are.
-    let modules = |list: &[String]| match list {
+    let modules = |list: &[String]| match &split(list)[..] {
         [] => None,
         [one] if one == "all-linear" || one.contains(|c: char| !is_name(c)) => {
             Some(Modules::Expression(one.clone()))
@@ -340,7 +364,7 @@ fn lora_config(settings: &SftSettings) -> Result<LoraConfig, TrainError> {
         };
         let fault =
             |item: &String| TrainError::Settings(format!("{key} {item:?} is not REGEX=NUMBER"));
-        list.iter().map(|item| pair(item).ok_or_else(|| fault(item))).collect()
+        split(list).iter().map(|item| pair(item).ok_or_else(|| fault(item))).collect()
     };
     let ranks = pattern("rank_pattern", &settings.rank_pattern)?;
     if let Some((pattern, r)) = ranks.iter().find(|(_, r)| r.fract() != 0.0 || *r < 1.0) {
@@ -376,6 +400,17 @@ fn lora_config(settings: &SftSettings) -> Result<LoraConfig, TrainError> {
     })
 }
 
+/// Values given with commas between them; but a comma inside an expression stays there.
+fn split(list: &[String]) -> Vec<String> {
+    let pieces = |item: &String| -> Vec<String> {
+        match item.chars().all(|c| is_name(c) || matches!(c, ',' | '=' | ' ')) {
+            true => item.split(',').map(|piece| piece.trim().to_string()).collect(),
+            false => vec![item.clone()],
+        }
+    };
+    list.iter().flat_map(pieces).filter(|piece| !piece.is_empty()).collect()
+}
+
 fn is_name(c: char) -> bool {
     c.is_alphanumeric() || c == '_' || c == '.'
 }
@@ -397,7 +432,10 @@ fn total_steps(settings: &SftSettings, steps_of: impl Fn(u64) -> u64) -> u64 {
     }
     let whole = settings.num_train_epochs.trunc() as u64;
     let part = settings.num_train_epochs.fract();
-    let steps: u64 = (0..whole).map(&steps_of).sum();
+    let steps: u64 = match settings.packing {
+        true => (0..whole).map(&steps_of).sum(),
+        false => whole * steps_of(0),
+    };
     let rest = if part > 0.0 { (part * steps_of(whole) as f64).ceil() as u64 } else { 0 };
     steps + rest
 }
@@ -420,15 +458,31 @@ fn read(var: &Var) -> candle_core::Result<Vec<f32>> {
 }
 
 /// Hashes of what a run reads: another base or other data under a resume are refused by name.
-fn fingerprints(settings: &SftSettings, data: &Data) -> Result<Vec<(String, String)>, TrainError> {
+fn fingerprints(settings: &SftSettings, data: &Data) -> Result<Vec<Fingerprint>, TrainError> {
     let mut prints = vec![
         ("the base".to_string(), base_fingerprint(&settings.base)?),
         ("the data".to_string(), data.train.sha256.clone()),
+        ("what the tokenizer and chat template make of the data".into(), tokens_print(&data.train)),
     ];
     if let Some(held_out) = &data.held_out {
         prints.push(("the held-out data".into(), held_out.sha256.clone()));
     }
     Ok(prints)
+}
+
+fn tokens_print(data: &Dataset) -> String {
+    let mut hasher = Sha256::new();
+    for example in &data.examples {
+        hasher.update((example.tokens.len() as u64).to_le_bytes());
+        for (token, learned) in example.tokens.iter().zip(&example.learned) {
+            hasher.update((token << 1 | u32::from(*learned)).to_le_bytes());
+        }
+    }
+    hex(hasher)
+}
+
+fn hex(hasher: Sha256) -> String {
+    hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Names, lengths and both ends of the base's files: whole files of many gigabytes would take
@@ -464,17 +518,17 @@ fn base_fingerprint(base: &Path) -> Result<String, TrainError> {
         };
         hash_ends().map_err(io(&path))?;
     }
-    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    Ok(hex(hasher))
 }
 
 fn same_fingerprints(
     run: &Path,
-    saved: &[(String, String)],
-    now: &[(String, String)],
+    saved: &[Fingerprint],
+    now: &[Fingerprint],
 ) -> Result<(), TrainError> {
-    let changed = now.iter().filter(|print| !saved.contains(print));
+    let changed = saved.iter().filter(|print| !now.contains(print));
     let changed: Vec<&str> = changed.map(|(name, _)| name.as_str()).collect();
-    if changed.is_empty() && saved.len() == now.len() {
+    if changed.is_empty() {
         return Ok(());
     }
     let what = format!("{} changed since the run began", changed.join(" and "));
@@ -578,7 +632,8 @@ mod tests {
             |names: &[&str]| Some(Modules::List(names.iter().map(|n| n.to_string()).collect()));
         assert_eq!(config(&["q_proj"]).target_modules, list(&["q_proj"]));
         assert_eq!(config(&["q_proj", "v_proj"]).target_modules, list(&["q_proj", "v_proj"]));
-        let expression = r".*\.(q|v)_proj";
+        assert_eq!(config(&["q_proj,v_proj"]).target_modules, list(&["q_proj", "v_proj"]));
+        let expression = r".*\.\d{1,2}\..*\.(q|v)_proj";
         assert_eq!(
             config(&[expression]).target_modules,
             Some(Modules::Expression(expression.into()))

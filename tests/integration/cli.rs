@@ -191,7 +191,6 @@ fn every_flag_of_sft_changes_something() {
         ("--data", &rows),
         ("--out", "OUT"),
         ("--max-steps", "3"),
-        ("--r", "2"),
         ("--max-length", "128"),
         ("--threads", "1"),
         ("--json", ""),
@@ -255,7 +254,7 @@ fn every_flag_of_eval_changes_something() {
     let lab = Lab::new();
     let (rows, held_out, text) =
         (lab.path("rows.jsonl"), lab.path("held_out.jsonl"), lab.path("text.txt"));
-    let (base, adapter) = (base(), adapter());
+    let (base, adapter, dated) = (base(), adapter(), lab.dated_base());
     let base_args: &[(&str, &str)] =
         &[("--base", &base), ("--data", &rows), ("--threads", "1"), ("--json", "")];
     let other_base = model_path("qwen2-tiny").display().to_string();
@@ -268,6 +267,7 @@ fn every_flag_of_eval_changes_something() {
         &[("--max-length", "32")],
         &[("--data", "-"), ("--text", &text)],
         &[("--data", "-"), ("--text", &text), ("--n-ctx", "64")],
+        &[("--base", &dated), ("--template-date", "2020-01-01")],
         &[("--compute", "portable")],
     ];
     every_flag(&["eval"], base_args, table, &lab);
@@ -276,7 +276,7 @@ fn every_flag_of_eval_changes_something() {
 #[test]
 fn every_flag_of_generate_changes_something() {
     let lab = Lab::new();
-    let (base, adapter) = (base(), adapter());
+    let (base, adapter, dated) = (base(), adapter(), lab.dated_base());
     let base_args: &[(&str, &str)] = &[
         ("--base", &base),
         ("--prompt", "one two three"),
@@ -306,6 +306,7 @@ fn every_flag_of_generate_changes_something() {
         &[("--seed", "1")],
         &[("--stop", "Uh")],
         &[("--logprobs", "2")],
+        &[("--base", &dated), ("--template-date", "2020-01-01")],
         &[("--compute", "portable")],
     ];
     every_flag(&["generate"], base_args, table, &lab);
@@ -377,6 +378,8 @@ fn wrong_input_ends_in_one_sentence() {
         (sft(&[("--adapter", &wide_adapter)]), vec!["adapter_model.safetensors"]),
         (sft(&[("--config", &path("bad.toml"))]), vec!["bad.toml", "learning_rat"]),
         (sft(&[("--save-steps", "0")]), vec!["save_steps"]),
+        (sft(&[("--lora-dropout", "1")]), vec!["lora_dropout is 1"]),
+        (sft(&[("--adapter", &wide_adapter), ("--r", "4")]), vec!["r is the adapter's own"]),
         (sft(&[("--target-modules", "nothing_like_it")]), vec!["nothing_like_it", "q_proj"]),
         (sft(&[("--resume", "")]), vec!["no run to resume"]),
         (sft(&[("--base", "")]), vec!["--base is missing"]),
@@ -400,6 +403,12 @@ fn wrong_input_ends_in_one_sentence() {
     let changed = quantune(&sft(&[("--learning-rate", "1"), ("--resume", "")]));
     let sentence = error(&changed);
     assert!(sentence.contains("learning_rate was") && sentence.contains("is 1"), "{sentence}");
+    let elsewhere = quantune(&sft(&[("--learning-rate", "2e-4"), ("--resume", "")]));
+    assert!(elsewhere.status.success(), "{}", String::from_utf8_lossy(&elsewhere.stderr));
+    let occupied = lab.path("occupied");
+    fs::create_dir_all(&occupied).unwrap();
+    fs::write(Path::new(&occupied).join("metrics.jsonl"), "mine").unwrap();
+    assert!(error(&quantune(&sft(&[("--out", &occupied)]))).contains("metrics.jsonl"));
     lab.write("rows.jsonl", r#"{"text": "other data than before, long enough"}"#);
     assert!(error(&quantune(&sft(&[("--resume", "")]))).contains("the data changed"));
 }
@@ -412,10 +421,11 @@ fn a_killed_run_goes_on_to_the_same_bytes() {
         let mut command = Command::new(env!("CARGO_BIN_EXE_quantune"));
         command.args(["sft", "--out", out]);
         if resume {
-            command.arg("--resume");
+            // Another number of threads gives the same bits.
+            command.args(["--resume", "--threads", "1"]);
         } else {
             command.args(["--base", &base(), "--data", &lab.path("rows.jsonl")]);
-            command.args(["--max-steps", "12", "--save-steps", "1", "--save-total-limit", "0"]);
+            command.args(["--max-steps", "12", "--save-steps", "2", "--save-total-limit", "2"]);
             command.args(["--lora-dropout", "0.1", "--max-length", "96", "--r", "4"]);
             command.args(["--gradient-accumulation-steps", "4", "--learning-rate", "1e-3"]);
             command.args(["--eval-strategy", "steps", "--eval-steps", "5", "--threads", "2"]);
