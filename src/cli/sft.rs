@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use super::to_json;
+use super::{Usage, to_json};
 use crate::train::{Outcome, RunDir, SftFlags, SftSettings, sft};
 
 #[derive(Debug, clap::Args)]
@@ -25,6 +25,10 @@ pub struct Sft {
 impl Sft {
     pub fn run(self, json: bool) -> Result<Value> {
         let settings = self.settings()?;
+        let needed = [("base", &settings.base), ("data", &settings.data), ("out", &settings.out)];
+        if let Some((name, _)) = needed.iter().find(|(_, path)| path.as_os_str().is_empty()) {
+            return Err(Usage(format!("--{name} is missing")).into());
+        }
         let stop = Arc::new(AtomicBool::new(false));
         let asked = stop.clone();
         ctrlc::set_handler(move || {

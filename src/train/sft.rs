@@ -101,19 +101,20 @@ pub fn sft(settings: &SftSettings, resume: bool, stop: &AtomicBool) -> Result<Ou
     let data = load_data(settings, &tokenizer, max_length)?;
     drop(tokenizer);
     let fingerprints = fingerprints(settings, &data)?;
-    let run = match resume {
-        true => RunDir::resume(&settings.out, settings)?,
-        false => RunDir::create(&settings.out, settings, &fingerprints)?,
-    };
-    let mut saved = None;
-    if resume {
+    let (run, saved, adapter) = if resume {
+        let run = RunDir::resume(&settings.out, settings)?;
         same_fingerprints(&settings.out, &run.fingerprints()?, &fingerprints)?;
-        saved = run.last_checkpoint()?;
-    }
-    let adapter = Arc::new(match &saved {
-        Some(folder) => read_adapter(folder, &decoder)?,
-        None => begin_adapter(settings, &decoder)?,
-    });
+        let saved = run.last_checkpoint()?;
+        let adapter = match &saved {
+            Some(folder) => read_adapter(folder, &decoder)?,
+            None => begin_adapter(settings, &decoder)?,
+        };
+        (run, saved, adapter)
+    } else {
+        let adapter = begin_adapter(settings, &decoder)?; // may fail: before anything is written
+        (RunDir::create(&settings.out, settings, &fingerprints)?, None, adapter)
+    };
+    let adapter = Arc::new(adapter);
     let parameters: Vec<Var> = adapter.parameters().into_iter().map(|(_, var)| var).collect();
     let lengths: Vec<usize> = parameters.iter().map(|var| var.elem_count()).collect();
     let mut optimizer = AdamW::new(optimizer_settings(settings), &lengths);

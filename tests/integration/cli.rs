@@ -382,7 +382,6 @@ fn wrong_input_ends_in_one_sentence() {
         (sft(&[("--adapter", &wide_adapter), ("--r", "4")]), vec!["r is the adapter's own"]),
         (sft(&[("--target-modules", "nothing_like_it")]), vec!["nothing_like_it", "q_proj"]),
         (sft(&[("--resume", "")]), vec!["no run to resume"]),
-        (sft(&[("--base", "")]), vec!["--base is missing"]),
     ];
     for (args, words) in cases {
         let output = quantune(&args);
@@ -393,8 +392,11 @@ fn wrong_input_ends_in_one_sentence() {
         }
         assert!(!Path::new(&out).join("adapter").exists(), "{args:?} left an adapter");
     }
-    let usage = quantune(&strings(&["sft", "--no-such-flag"]));
-    assert_eq!(usage.status.code(), Some(2));
+    for usage in
+        [&["sft", "--no-such-flag"][..], &["sft", "--out", &out, "--data", &rows], &["eval"]]
+    {
+        assert_eq!(quantune(&strings(usage)).status.code(), Some(2), "{usage:?}");
+    }
 
     // A run that is there is not overwritten; another configuration does not resume it.
     let trained = quantune(&sft(&[]));
