@@ -57,7 +57,7 @@ struct Common {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Fine-tune: train a LoRA adapter on chats, prompts or text
-    Sft(sft::Sft),
+    Sft(Box<sft::Sft>),
     /// Loss on rows under the masks of training, or perplexity of a text
     Eval(eval::Eval),
     /// Answer a prompt

@@ -92,7 +92,7 @@ pub fn perplexity(
     bos: Option<u32>,
 ) -> Result<Loss, EvalError> {
     let most = decoder.config.max_position_embeddings;
-    if n_ctx < 4 || n_ctx % 2 != 0 || n_ctx > most {
+    if n_ctx < 4 || !n_ctx.is_multiple_of(2) || n_ctx > most {
         return Err(EvalError::Context { n_ctx, most });
     }
     if tokens.len() < 2 * n_ctx {

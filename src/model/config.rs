@@ -161,7 +161,7 @@ impl Config {
                 faults.push(format!("{name} is {size}"));
             }
         }
-        if self.head_dim % 2 != 0 {
+        if !self.head_dim.is_multiple_of(2) {
             faults.push(format!("head_dim {} is odd", self.head_dim));
         }
         let (heads, kv) = (self.num_attention_heads, self.num_key_value_heads);

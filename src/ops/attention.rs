@@ -412,6 +412,7 @@ fn rows_from(m: Mat, first: usize) -> Mat {
 }
 
 #[cfg(test)]
+#[allow(clippy::single_range_in_vec_init)] // a batch of one row is one range
 mod tests {
     use super::super::testing::{finite_differences, normal, parity, relative_error};
     use super::*;
