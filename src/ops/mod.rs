@@ -13,6 +13,7 @@
 
 pub mod attention;
 mod cpu;
+pub mod isa;
 pub mod frozen_linear;
 pub mod linear_cross_entropy;
 pub mod rms_norm;
