@@ -15,6 +15,7 @@
 //! holds them to it. The LoRA maths and PEFT's files are the crate [`quantune_adapters`], which
 //! knows no model file, no trainer, no quantization and no command line.
 //!
+//! - [`isa`]: which instructions the CPU has. Does not know what is computed.
 //! - [`quant`]: GGML block types over a range of bytes. Does not know where the bytes come from.
 //! - [`ops`]: differentiable operations, a file each. Do not know that there is a model.
 //! - [`weights`]: GGUF and safetensors files to named tensors. Does not know what a name means.
@@ -32,6 +33,7 @@ pub mod cli;
 pub mod data;
 pub mod eval;
 pub mod generate;
+pub mod isa;
 pub mod model;
 pub mod objectives;
 pub mod ops;

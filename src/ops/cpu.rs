@@ -88,6 +88,11 @@ impl Target {
         Self { start: values.as_mut_ptr(), len: values.len() }
     }
 
+    /// Elements from here on.
+    pub fn len(self) -> usize {
+        self.len
+    }
+
     /// The element at `offset` and all that follow.
     pub fn at(self, offset: usize) -> Self {
         assert!(offset <= self.len);
@@ -125,7 +130,7 @@ pub unsafe fn gemm(
     assert!(m == 0 || n == 0 || (m - 1) * dst_stride + n <= dst.len);
     // SAFETY: every access is in bounds by the assertions; exclusive by the caller's promise.
     unsafe {
-        gemm::gemm(
+        ::gemm::gemm(
             m,
             n,
             k,
@@ -144,7 +149,7 @@ pub unsafe fn gemm(
             false,
             false,
             false,
-            gemm::Parallelism::None,
+            ::gemm::Parallelism::None,
         );
     }
 }

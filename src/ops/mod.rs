@@ -13,8 +13,8 @@
 
 pub mod attention;
 mod cpu;
-pub mod isa;
 pub mod frozen_linear;
+pub(crate) mod gemm;
 pub mod linear_cross_entropy;
 pub mod rms_norm;
 pub mod rope;
@@ -22,6 +22,7 @@ pub mod swiglu;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::isa;
 pub use attention::causal_attention;
 pub use frozen_linear::frozen_linear;
 pub use linear_cross_entropy::linear_log_probs;

@@ -1,7 +1,6 @@
 //! The block types of GGML: layouts as in `ggml-common.h`, values as in `ggml-quants.c`.
 
-use half::f16;
-use half::slice::HalfFloatSliceExt;
+use crate::isa::{Isa, versions};
 
 /// A GGML tensor type whose values we can read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -116,24 +115,32 @@ impl BlockType {
     /// Reads the values of whole blocks, with the arithmetic of `dequantize_row_*` in ggml.
     /// Bytes need no alignment.
     pub fn dequantize(self, bytes: &[u8], out: &mut [f32]) {
-        match self {
-            Self::F32 => each(bytes, out, |b: &[u8; 4], y: &mut [f32; 1]| {
+        dequantize(Isa::current(), self, bytes, out);
+    }
+}
+
+versions! {
+    fn dequantize(isa; block_type: BlockType, bytes: &[u8], out: &mut [f32]) {
+        match block_type {
+            BlockType::F32 => each(bytes, out, |b: &[u8; 4], y: &mut [f32; 1]| {
                 y[0] = f32::from_le_bytes(*b);
             }),
-            Self::F16 => f16_values(bytes, out),
-            Self::BF16 => each(bytes, out, |b: &[u8; 2], y: &mut [f32; 1]| {
+            BlockType::F16 => each(bytes, out, |b: &[u8; 2], y: &mut [f32; 1]| {
+                y[0] = half(b, 0);
+            }),
+            BlockType::BF16 => each(bytes, out, |b: &[u8; 2], y: &mut [f32; 1]| {
                 y[0] = f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16);
             }),
-            Self::Q4_0 => each(bytes, out, q4_0),
-            Self::Q4_1 => each(bytes, out, q4_1),
-            Self::Q5_0 => each(bytes, out, q5_0),
-            Self::Q5_1 => each(bytes, out, q5_1),
-            Self::Q8_0 => each(bytes, out, q8_0),
-            Self::Q2_K => each(bytes, out, q2_k),
-            Self::Q3_K => each(bytes, out, q3_k),
-            Self::Q4_K => each(bytes, out, q4_k),
-            Self::Q5_K => each(bytes, out, q5_k),
-            Self::Q6_K => each(bytes, out, q6_k),
+            BlockType::Q4_0 => each(bytes, out, q4_0),
+            BlockType::Q4_1 => each(bytes, out, q4_1),
+            BlockType::Q5_0 => each(bytes, out, q5_0),
+            BlockType::Q5_1 => each(bytes, out, q5_1),
+            BlockType::Q8_0 => each(bytes, out, q8_0),
+            BlockType::Q2_K => each(bytes, out, q2_k),
+            BlockType::Q3_K => each(bytes, out, q3_k),
+            BlockType::Q4_K => each(bytes, out, q4_k),
+            BlockType::Q5_K => each(bytes, out, q5_k),
+            BlockType::Q6_K => each(bytes, out, q6_k),
         }
     }
 }
@@ -145,6 +152,7 @@ impl std::fmt::Display for BlockType {
 }
 
 /// Reads block after block; sizes known at compile time let the inner loops vectorize.
+#[inline(always)]
 fn each<const BYTES: usize, const LEN: usize>(
     bytes: &[u8],
     out: &mut [f32],
@@ -155,24 +163,20 @@ fn each<const BYTES: usize, const LEN: usize>(
     }
 }
 
-/// Stretches of `f16` through an aligned buffer, where half's wide conversion can take them.
-fn f16_values(bytes: &[u8], out: &mut [f32]) {
-    let mut buffer = [f16::ZERO; 64];
-    for (b, y) in bytes.chunks(128).zip(out.chunks_mut(64)) {
-        let buffer = &mut buffer[..y.len()];
-        for (h, b) in buffer.iter_mut().zip(b.as_chunks().0) {
-            *h = f16::from_le_bytes(*b);
-        }
-        buffer.convert_to_f32_slice(y);
-    }
-}
-
-/// The `f16` at `at`.
+/// The `f16` at `at`, without a branch, so that loops over it vectorize.
+#[inline(always)]
 fn half(b: &[u8], at: usize) -> f32 {
-    f16::from_le_bytes([b[at], b[at + 1]]).to_f32()
+    let bits = u32::from(u16::from_le_bytes([b[at], b[at + 1]]));
+    // Exponent and mantissa where `f32` has them, 112 too small in the exponent: the product puts
+    // that right, subnormal numbers included. Infinities and NaN have all exponent bits set.
+    let small = f32::from_bits((bits & 0x7fff) << 13);
+    let value = (small * f32::from_bits(0x7780_0000)).to_bits(); // · 2^112
+    let infinite = if bits & 0x7c00 == 0x7c00 { 0x7f80_0000 } else { 0 };
+    f32::from_bits(value | infinite | (bits & 0x8000) << 16)
 }
 
 /// `f16` scale, 32 nibbles: the low ones are values 0..16, the high ones 16..32.
+#[inline(always)]
 fn q4_0(b: &[u8; 18], y: &mut [f32; 32]) {
     let d = half(b, 0);
     for j in 0..16 {
@@ -183,6 +187,7 @@ fn q4_0(b: &[u8; 18], y: &mut [f32; 32]) {
 }
 
 /// Scale, minimum, 32 nibbles.
+#[inline(always)]
 fn q4_1(b: &[u8; 20], y: &mut [f32; 32]) {
     let (d, m) = (half(b, 0), half(b, 2));
     for j in 0..16 {
@@ -193,6 +198,7 @@ fn q4_1(b: &[u8; 20], y: &mut [f32; 32]) {
 }
 
 /// Scale, the fifth bits of 32 values, their nibbles.
+#[inline(always)]
 fn q5_0(b: &[u8; 22], y: &mut [f32; 32]) {
     let d = half(b, 0);
     let high = u32::from_le_bytes([b[2], b[3], b[4], b[5]]);
@@ -205,6 +211,7 @@ fn q5_0(b: &[u8; 22], y: &mut [f32; 32]) {
 }
 
 /// Scale, minimum, the fifth bits of 32 values, their nibbles.
+#[inline(always)]
 fn q5_1(b: &[u8; 24], y: &mut [f32; 32]) {
     let (d, m) = (half(b, 0), half(b, 2));
     let high = u32::from_le_bytes([b[4], b[5], b[6], b[7]]);
@@ -217,6 +224,7 @@ fn q5_1(b: &[u8; 24], y: &mut [f32; 32]) {
 }
 
 /// Scale, 32 signed bytes.
+#[inline(always)]
 fn q8_0(b: &[u8; 34], y: &mut [f32; 32]) {
     let d = half(b, 0);
     for j in 0..32 {
@@ -225,6 +233,7 @@ fn q8_0(b: &[u8; 34], y: &mut [f32; 32]) {
 }
 
 /// 16 pairs of 4-bit scale and minimum, 256 values of 2 bits, the scales of both.
+#[inline(always)]
 fn q2_k(b: &[u8; 84], y: &mut [f32; 256]) {
     let (d, dmin) = (half(b, 80), half(b, 82));
     for (i, y) in y.as_chunks_mut::<16>().0.iter_mut().enumerate() {
@@ -237,6 +246,7 @@ fn q2_k(b: &[u8; 84], y: &mut [f32; 256]) {
 }
 
 /// The third bits of 256 values, their low 2 bits, 16 scales of 6 bits, the scale of those.
+#[inline(always)]
 fn q3_k(b: &[u8; 110], y: &mut [f32; 256]) {
     let d = half(b, 108);
     for (i, y) in y.as_chunks_mut::<16>().0.iter_mut().enumerate() {
@@ -255,11 +265,13 @@ fn q3_k(b: &[u8; 110], y: &mut [f32; 256]) {
 
 /// The bytes and the shift of the `i`-th run of 16 two-bit values: four runs, 32 values apart,
 /// share a stretch of 16 bytes.
+#[inline(always)]
 fn two_bits(q: &[u8], i: usize) -> (&[u8], usize) {
     (&q[32 * (i / 8) + 16 * (i % 2)..][..16], i % 8 / 2 * 2)
 }
 
 /// Scales of scales and minima, 8 pairs of both in 6 bits, 256 nibbles.
+#[inline(always)]
 fn q4_k(b: &[u8; 144], y: &mut [f32; 256]) {
     let (d, dmin) = (half(b, 0), half(b, 2));
     for (i, y) in y.as_chunks_mut::<32>().0.iter_mut().enumerate() {
@@ -273,6 +285,7 @@ fn q4_k(b: &[u8; 144], y: &mut [f32; 256]) {
 }
 
 /// As `Q4_K`, with the fifth bits of 256 values before their nibbles.
+#[inline(always)]
 fn q5_k(b: &[u8; 176], y: &mut [f32; 256]) {
     let (d, dmin) = (half(b, 0), half(b, 2));
     let high = &b[16..48];
@@ -287,6 +300,7 @@ fn q5_k(b: &[u8; 176], y: &mut [f32; 256]) {
 }
 
 /// Pair `i` of the 8 pairs of 6 bits that `Q4_K` and `Q5_K` pack into 12 bytes.
+#[inline(always)]
 fn scale_and_min(q: &[u8], i: usize) -> (f32, f32) {
     let (scale, min) = if i < 4 {
         (q[i] & 63, q[i + 4] & 63)
@@ -297,6 +311,7 @@ fn scale_and_min(q: &[u8], i: usize) -> (f32, f32) {
 }
 
 /// 256 nibbles, their high 2 bits, 16 signed scales, the scale of those.
+#[inline(always)]
 fn q6_k(b: &[u8; 210], y: &mut [f32; 256]) {
     let d = half(b, 208);
     for (i, y) in y.as_chunks_mut::<16>().0.iter_mut().enumerate() {
@@ -344,7 +359,7 @@ mod tests {
             let bytes = random_blocks(block_type, values, 7);
             let theirs = match block_type {
                 BlockType::F32 => candle_values::<f32>(&bytes, values),
-                BlockType::F16 => candle_values::<f16>(&bytes, values),
+                BlockType::F16 => candle_values::<half::f16>(&bytes, values),
                 BlockType::BF16 => candle_values::<half::bf16>(&bytes, values),
                 BlockType::Q4_0 => candle_values::<BlockQ4_0>(&bytes, values),
                 BlockType::Q4_1 => candle_values::<BlockQ4_1>(&bytes, values),
