@@ -2,8 +2,6 @@
 
 use std::ops::Range;
 
-use candle_core::{Result, Tensor};
-
 use super::Config;
 use crate::ops::attention::{Heads, attend_to_cache};
 
@@ -52,17 +50,16 @@ impl KvCache {
 
     /// Appends the new tokens' keys and values and attends to all there are.
     ///
-    /// Shapes: `q (N, heads · head_dim)`, `k`, `v (N, kv_heads · head_dim)`; `segments` are the
-    /// new tokens of each row.
+    /// Shapes: `q`, `out (N, heads · head_dim)`, `k`, `v (N, kv_heads · head_dim)`; `segments`
+    /// are the new tokens of each row.
     pub(super) fn attend(
         &mut self,
         layer: usize,
-        q: &Tensor,
-        (k, v): (&Tensor, &Tensor),
+        (q, k, v): (&[f32], &[f32], &[f32]),
         heads: Heads,
         segments: &[Range<usize>],
-    ) -> Result<Tensor> {
-        let (k, v) = (k.flatten_all()?.to_vec1::<f32>()?, v.flatten_all()?.to_vec1::<f32>()?);
+        out: &mut [f32],
+    ) {
         let rows = &mut self.layers[layer];
         for (row, segment) in rows.iter_mut().zip(segments) {
             let new = segment.start * self.width..segment.end * self.width;
@@ -71,6 +68,6 @@ impl KvCache {
         }
         let keys: Vec<&[f32]> = rows.iter().map(|row| &row.keys[..]).collect();
         let values: Vec<&[f32]> = rows.iter().map(|row| &row.values[..]).collect();
-        attend_to_cache(q, &keys, &values, heads, segments)
+        attend_to_cache(q, &keys, &values, heads, segments, out);
     }
 }

@@ -11,11 +11,12 @@ use quantune_adapters::targets::LinearSpec;
 use super::adapters::{Adapters, Worn};
 use super::cache::KvCache;
 use super::config::Config;
+use super::layer::{Group, LayerPass, Tape, Workspace};
 use crate::ops::attention::Heads;
 use crate::ops::frozen_linear::frozen_rows;
 use crate::ops::rope::Rotation;
 use crate::ops::{
-    Compute, causal_attention, frozen_linear, linear_log_probs, rms_norm, rope, swiglu,
+    Compute, Values, causal_attention, frozen_linear, linear_log_probs, rms_norm, rope, swiglu,
 };
 use crate::quant::FrozenMatrix;
 
@@ -92,10 +93,10 @@ impl Rows {
 /// What the layers of one pass share.
 #[derive(Debug)]
 pub struct Pass<'a> {
-    segments: Arc<[Range<usize>]>,
-    rotation: Rotation,
-    adapters: Adapters<'a>,
-    dropout: Option<&'a Dropout>,
+    pub(super) segments: Arc<[Range<usize>]>,
+    pub(super) rotation: Rotation,
+    pub(super) adapters: Adapters<'a>,
+    pub(super) dropout: Option<&'a Dropout>,
 }
 
 impl Decoder {
@@ -115,7 +116,12 @@ impl Decoder {
         frozen_rows(&self.embedding, tokens, &Device::Cpu)
     }
 
-    /// One layer: `x (N, hidden_size)` → the same shape.
+    /// One layer by its fast form, or `None` where the portable one runs.
+    pub fn layer_pass<'a>(&'a self, index: usize, pass: &'a Pass) -> Option<LayerPass<'a>> {
+        LayerPass::new(&self.config, &self.layers[index], pass, self.compute)
+    }
+
+    /// One layer in its portable form, on the tape: `x (N, hidden_size)` → the same shape.
     pub fn layer(&self, index: usize, x: &Tensor, pass: &Pass) -> Result<Tensor> {
         self.layer_with(index, x, pass, None)
     }
@@ -127,12 +133,7 @@ impl Decoder {
 
     /// The hidden states the head reads, `(N, hidden_size)`.
     pub fn hidden(&self, rows: &Rows, adapters: Adapters) -> Result<Tensor> {
-        let pass = self.pass(rows, adapters, None);
-        let mut x = self.embed(&rows.tokens)?;
-        for index in 0..self.layers.len() {
-            x = self.layer(index, &x, &pass)?;
-        }
-        self.final_norm(&x)
+        self.hidden_with(rows, adapters, None)
     }
 
     /// The hidden states of new tokens after those in `cache`, which they join. `rows` go on
@@ -143,12 +144,33 @@ impl Decoder {
         adapters: Adapters,
         cache: &mut KvCache,
     ) -> Result<Tensor> {
+        self.hidden_with(rows, adapters, Some(cache))
+    }
+
+    fn hidden_with(
+        &self,
+        rows: &Rows,
+        adapters: Adapters,
+        mut cache: Option<&mut KvCache>,
+    ) -> Result<Tensor> {
         let pass = self.pass(rows, adapters, None);
         let mut x = self.embed(&rows.tokens)?;
-        for index in 0..self.layers.len() {
-            x = self.layer_with(index, &x, &pass, Some(cache))?;
+        if self.compute == Compute::Portable {
+            for index in 0..self.layers.len() {
+                x = self.layer_with(index, &x, &pass, cache.as_deref_mut())?;
+            }
+            return self.final_norm(&x);
         }
-        self.final_norm(&x)
+        let shape = x.shape().clone();
+        let mut x = x.flatten_all()?.to_vec1::<f32>()?;
+        let (mut tape, mut work) = (Tape::default(), Workspace::default());
+        for index in 0..self.layers.len() {
+            if let Some(layer) = self.layer_pass(index, &pass) {
+                let cache = cache.as_deref_mut().map(|cache| (cache, index));
+                layer.forward(&mut x, &mut tape, &mut work, cache)?;
+            }
+        }
+        self.final_norm(&Tensor::from_vec(x, shape, &Device::Cpu)?)
     }
 
     /// Logits `(M, vocab_size)` of hidden states `(M, hidden_size)`: for few rows only.
@@ -172,21 +194,30 @@ impl Decoder {
         linears.map(spec).collect()
     }
 
-    /// The lowest layer that a trainable adapter sits on: nothing below it needs a gradient.
-    pub fn lowest_trainable(&self, adapters: Adapters) -> Option<usize> {
-        let wears = |layer: &Layer| {
-            let names = layer.linears().map(|linear| &linear.name);
+    /// The lowest layer that a trainable adapter sits on, and where in it: nothing below needs a
+    /// gradient.
+    pub fn lowest_trainable(&self, adapters: Adapters) -> Option<(usize, Group)> {
+        let trained = |linear: &Linear| {
             let mut trainable = adapters.iter().filter(|worn| worn.trainable);
-            trainable.any(|worn| names.iter().any(|n| worn.adapter.modules.contains_key(*n)))
+            trainable.any(|worn| worn.adapter.modules.contains_key(&linear.name))
         };
-        self.layers.iter().position(wears)
+        self.layers.iter().enumerate().find_map(|(index, layer)| {
+            let groups: [(Group, &[&Linear]); 4] = [
+                (Group::Attention, &[&layer.q, &layer.k, &layer.v]),
+                (Group::Output, &[&layer.o]),
+                (Group::GateUp, &[&layer.gate, &layer.up]),
+                (Group::Down, &[&layer.down]),
+            ];
+            let wears = |(_, linears): &&(Group, &[&Linear])| linears.iter().any(|l| trained(l));
+            groups.iter().find(wears).map(|(group, _)| (index, *group))
+        })
     }
 
     /// Which kernel serves each kind of linear layer.
     pub fn kernels(&self) -> BTreeMap<String, String> {
         let linears = self.layers.iter().flat_map(Layer::linears).map(|linear| &linear.weight);
         let kernel = |weight: &Arc<FrozenMatrix>| {
-            (weight.block_type().to_string(), self.compute.linear_kernel().to_string())
+            (weight.block_type().to_string(), self.compute.linear_kernel())
         };
         linears.chain([&self.head]).map(kernel).collect()
     }
@@ -210,7 +241,13 @@ impl Decoder {
         let k = rope(&self.linear(&layer.k, &h, pass)?, &pass.rotation, self.compute)?;
         let v = self.linear(&layer.v, &h, pass)?;
         let attended = match cache {
-            Some(cache) => cache.attend(index, &q, (&k, &v), heads, &pass.segments)?,
+            Some(cache) => {
+                let (q, k, v) = (q.contiguous()?, k.contiguous()?, v.contiguous()?);
+                let mut out = vec![0f32; q.elem_count()];
+                let qkv = (&*Values::of(&q)?, &*Values::of(&k)?, &*Values::of(&v)?);
+                cache.attend(index, qkv, heads, &pass.segments, &mut out);
+                Tensor::from_vec(out, q.shape(), q.device())?
+            }
             None => causal_attention(&q, &k, &v, heads, &pass.segments, self.compute)?,
         };
         let x = (x + self.linear(&layer.o, &attended, pass)?)?;

@@ -7,6 +7,7 @@ pub mod adapters;
 pub mod cache;
 pub mod config;
 pub mod decoder;
+pub mod layer;
 mod load;
 
 pub use adapters::{Adapters, Worn};

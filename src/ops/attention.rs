@@ -12,6 +12,7 @@ use rayon::prelude::*;
 
 use super::Compute;
 use super::cpu::{Mat, Target, Values, exp, gemm, values};
+use crate::isa::Isa;
 
 /// Queries taken at a time.
 const BLOCK: usize = 64;
@@ -60,7 +61,7 @@ pub fn causal_attention(
 ) -> Result<Tensor> {
     check(q, k, v, heads, segments)?;
     match compute {
-        Compute::F32 => {
+        Compute::F32 | Compute::Int16 | Compute::Int8 => {
             let op = CausalAttention { heads, segments: segments.clone(), lse: OnceLock::new() };
             q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
         }
@@ -117,18 +118,15 @@ fn portable(
 ///
 /// Shapes: `q (N, heads · head_dim)`; each of `keys`, `values` is `(T, kv_heads · head_dim)` with
 /// `T` at least the row's queries → as `q`.
-pub fn attend_to_cache(
-    q: &Tensor,
+pub(crate) fn attend_to_cache(
+    qs: &[f32],
     keys: &[&[f32]],
     values: &[&[f32]],
     heads: Heads,
     segments: &[Range<usize>],
-) -> Result<Tensor> {
-    let q_contiguous = q.contiguous()?;
-    let qs = Values::of(&q_contiguous)?;
-    let qs = &*qs;
-    let mut out = vec![0f32; qs.len()];
-    let target = Target::new(&mut out);
+    out: &mut [f32],
+) {
+    let target = Target::new(out);
     // A row may have no new tokens; its range may then lie behind the last of them.
     let rows = (0..segments.len()).filter(|&row| !segments[row].is_empty());
     let tasks = rows.flat_map(|row| (0..heads.heads).map(move |h| (row, h)));
@@ -148,8 +146,10 @@ pub fn attend_to_cache(
         // SAFETY: each task writes the columns of its own head in the rows of its own segment.
         unsafe { view.forward(target.at(at), heads.q_width(), |_, _| (), scores) };
     });
-    Tensor::from_vec(out, q.shape(), q.device())
 }
+
+/// Queries, keys and values.
+pub(crate) type Qkv<'a> = (&'a [f32], &'a [f32], &'a [f32]);
 
 struct CausalAttention {
     heads: Heads,
@@ -158,31 +158,94 @@ struct CausalAttention {
     lse: OnceLock<Vec<f32>>,
 }
 
-impl CausalAttention {
-    /// One task per row and key head: the query heads of a group add to the same `dk` and `dv`.
-    fn tasks(&self) -> Vec<(Range<usize>, usize)> {
-        let kv_heads = self.heads.kv_heads;
-        let rows = self.segments.iter().filter(|row| !row.is_empty());
-        rows.flat_map(|row| (0..kv_heads).map(move |h| (row.clone(), h))).collect()
-    }
-
-    fn view<'a>(
-        &self,
-        (q, k, v): (&'a [f32], &'a [f32], &'a [f32]),
-        row: &Range<usize>,
-        head: usize,
-    ) -> HeadView<'a> {
-        let Heads { head_dim, .. } = self.heads;
-        let kv_at = head / self.heads.group() * head_dim;
-        HeadView {
-            q: head_of(q, row.start, self.heads.q_width(), head * head_dim),
-            k: head_of(k, row.start, self.heads.kv_width(), kv_at),
-            v: head_of(v, row.start, self.heads.kv_width(), kv_at),
-            queries: row.len(),
-            keys: row.len(),
-            head_dim,
-            scale: self.heads.scale(),
+/// Attention of whole rows. `out` as q; `lse (N, heads)` gets each query's log-sum-exp.
+pub(crate) fn forward(
+    _isa: Isa,
+    qkv: Qkv,
+    heads: Heads,
+    segments: &[Range<usize>],
+    out: &mut [f32],
+    lse: &mut [f32],
+) {
+    let width = heads.q_width();
+    let (target, lse_target) = (Target::new(out), Target::new(lse));
+    tasks(heads, segments).into_par_iter().for_each_init(Vec::new, |scores, (row, kv_head)| {
+        for head in kv_head * heads.group()..(kv_head + 1) * heads.group() {
+            let at = row.start * width + head * heads.head_dim;
+            let keep = |query: usize, value: f32| {
+                let at = (row.start + query) * heads.heads + head;
+                // SAFETY: each task writes its own heads in the rows of its own segment.
+                unsafe { lse_target.at(at).slice(1)[0] = value };
+            };
+            // SAFETY: as above.
+            unsafe {
+                head_view(heads, qkv, &row, head).forward(target.at(at), width, keep, scores);
+            }
         }
+    });
+}
+
+/// The gradients of q, k and v, from what the forward pass left.
+pub(crate) fn backward(
+    _isa: Isa,
+    qkv: Qkv,
+    heads: Heads,
+    segments: &[Range<usize>],
+    (outs, lse): (&[f32], &[f32]),
+    douts: &[f32],
+    (dq, dk, dv): (&mut [f32], &mut [f32], &mut [f32]),
+) {
+    let (q_width, kv_width) = (heads.q_width(), heads.kv_width());
+    dk.fill(0.0);
+    dv.fill(0.0);
+    let (dq_t, dk_t, dv_t) = (Target::new(dq), Target::new(dk), Target::new(dv));
+    tasks(heads, segments).into_par_iter().for_each_init(
+        Scratch::default,
+        |scratch, (row, kv_head)| {
+            let kv_at = row.start * kv_width + kv_head * heads.head_dim;
+            for head in kv_head * heads.group()..(kv_head + 1) * heads.group() {
+                let at = row.start * q_width + head * heads.head_dim;
+                let gradients = Gradients {
+                    out: head_of(outs, row.start, q_width, head * heads.head_dim),
+                    dout: head_of(douts, row.start, q_width, head * heads.head_dim),
+                    lse: Mat {
+                        values: &lse[row.start * heads.heads + head..],
+                        row_stride: heads.heads,
+                        col_stride: 1,
+                    },
+                    dq: (dq_t.at(at), q_width),
+                    dk: (dk_t.at(kv_at), kv_width),
+                    dv: (dv_t.at(kv_at), kv_width),
+                };
+                // SAFETY: each task writes the heads of one key head in the rows of one segment.
+                unsafe { head_view(heads, qkv, &row, head).backward(gradients, scratch) };
+            }
+        },
+    );
+}
+
+/// One task per row and key head: the query heads of a group add to the same `dk` and `dv`.
+fn tasks(heads: Heads, segments: &[Range<usize>]) -> Vec<(Range<usize>, usize)> {
+    let rows = segments.iter().filter(|row| !row.is_empty());
+    rows.flat_map(|row| (0..heads.kv_heads).map(move |h| (row.clone(), h))).collect()
+}
+
+fn head_view<'a>(
+    heads: Heads,
+    (q, k, v): Qkv<'a>,
+    row: &Range<usize>,
+    head: usize,
+) -> HeadView<'a> {
+    let Heads { head_dim, .. } = heads;
+    let kv_at = head / heads.group() * head_dim;
+    HeadView {
+        q: head_of(q, row.start, heads.q_width(), head * head_dim),
+        k: head_of(k, row.start, heads.kv_width(), kv_at),
+        v: head_of(v, row.start, heads.kv_width(), kv_at),
+        queries: row.len(),
+        keys: row.len(),
+        head_dim,
+        scale: heads.scale(),
     }
 }
 
@@ -201,25 +264,9 @@ impl CustomOp3 for CausalAttention {
         v_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let qkv = (values(q, q_layout)?, values(k, k_layout)?, values(v, v_layout)?);
-        let (heads, width) = (self.heads, self.heads.q_width());
-        let tokens = qkv.0.len() / width;
         let mut out = vec![0f32; qkv.0.len()];
-        let mut lse = vec![0f32; tokens * heads.heads];
-        let (target, lse_target) = (Target::new(&mut out), Target::new(&mut lse));
-        self.tasks().into_par_iter().for_each_init(Vec::new, |scores, (row, kv_head)| {
-            for head in kv_head * heads.group()..(kv_head + 1) * heads.group() {
-                let at = row.start * width + head * heads.head_dim;
-                let keep = |query: usize, value: f32| {
-                    let at = (row.start + query) * heads.heads + head;
-                    // SAFETY: each task writes its own heads in the rows of its own segment.
-                    unsafe { lse_target.at(at).slice(1)[0] = value };
-                };
-                // SAFETY: as above.
-                unsafe {
-                    self.view(qkv, &row, head).forward(target.at(at), width, keep, scores);
-                }
-            }
-        });
+        let mut lse = vec![0f32; qkv.0.len() / self.heads.q_width() * self.heads.heads];
+        forward(Isa::current(), qkv, self.heads, &self.segments, &mut out, &mut lse);
         // A tape runs an op's forward once; were it run again, the values would be the same.
         let _ = self.lse.set(lse);
         Ok((CpuStorage::F32(out), q_layout.shape().clone()))
@@ -239,30 +286,17 @@ impl CustomOp3 for CausalAttention {
         let (qkv, outs, douts) = ((&*qs, &*ks, &*vs), &*outs, &*douts);
         let lse = self.lse.get().expect("the forward pass came first");
         let heads = self.heads;
-        let (q_width, kv_width) = (heads.q_width(), heads.kv_width());
         let mut dq = vec![0f32; qkv.0.len()];
         let (mut dk, mut dv) = (vec![0f32; qkv.1.len()], vec![0f32; qkv.2.len()]);
-        let (dq_t, dk_t, dv_t) = (Target::new(&mut dq), Target::new(&mut dk), Target::new(&mut dv));
-        self.tasks().into_par_iter().for_each_init(Scratch::default, |scratch, (row, kv_head)| {
-            let kv_at = row.start * kv_width + kv_head * heads.head_dim;
-            for head in kv_head * heads.group()..(kv_head + 1) * heads.group() {
-                let at = row.start * q_width + head * heads.head_dim;
-                let gradients = Gradients {
-                    out: head_of(outs, row.start, q_width, head * heads.head_dim),
-                    dout: head_of(douts, row.start, q_width, head * heads.head_dim),
-                    lse: Mat {
-                        values: &lse[row.start * heads.heads + head..],
-                        row_stride: heads.heads,
-                        col_stride: 1,
-                    },
-                    dq: (dq_t.at(at), q_width),
-                    dk: (dk_t.at(kv_at), kv_width),
-                    dv: (dv_t.at(kv_at), kv_width),
-                };
-                // SAFETY: each task writes the heads of one key head in the rows of one segment.
-                unsafe { self.view(qkv, &row, head).backward(gradients, scratch) };
-            }
-        });
+        backward(
+            Isa::current(),
+            qkv,
+            heads,
+            &self.segments,
+            (outs, lse),
+            douts,
+            (&mut dq, &mut dk, &mut dv),
+        );
         let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device());
         Ok((Some(tensor(dq, q)?), Some(tensor(dk, k)?), Some(tensor(dv, v)?)))
     }
@@ -417,6 +451,18 @@ mod tests {
     use super::super::testing::{finite_differences, normal, parity, relative_error};
     use super::*;
 
+    fn cached(
+        q: &Tensor,
+        keys: &[&[f32]],
+        values: &[&[f32]],
+        heads: Heads,
+        segments: &[Range<usize>],
+    ) -> Tensor {
+        let mut out = vec![0f32; q.elem_count()];
+        attend_to_cache(&Values::of(q).unwrap(), keys, values, heads, segments, &mut out);
+        Tensor::from_vec(out, q.shape(), q.device()).unwrap()
+    }
+
     fn inputs(n: usize, heads: Heads) -> [Tensor; 3] {
         [
             normal(1, &[n, heads.q_width()]),
@@ -478,12 +524,12 @@ mod tests {
         for new in [1, 3, 80] {
             let (k, v) = (Values::of(&k).unwrap(), Values::of(&v).unwrap());
             let q = q.narrow(0, 80 - new, new).unwrap();
-            let y = attend_to_cache(&q, &[&k], &[&v], heads, &[0..new]).unwrap();
+            let y = cached(&q, &[&k], &[&v], heads, &[0..new]);
             let error = relative_error(&y, &whole.narrow(0, 80 - new, new).unwrap());
             assert!(error < 1e-6, "{new} new tokens differ by {error:e}");
             // A row without new tokens behind it.
             let keys: [&[f32]; 2] = [&k, &k];
-            let with = attend_to_cache(&q, &keys, &[&v, &v], heads, &[0..new, new..new]).unwrap();
+            let with = cached(&q, &keys, &[&v, &v], heads, &[0..new, new..new]);
             assert_eq!(with.to_vec2::<f32>().unwrap(), y.to_vec2::<f32>().unwrap());
         }
     }

@@ -3,26 +3,24 @@
 use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor};
-use rayon::prelude::*;
 
 use super::Compute;
-use super::cpu::{Mat, Target, Values, gemm, values};
+use super::cpu::{Values, values};
+use super::gemm::{Begin, Out, PackedRows, Panel, Product, Strided, Term, Weights, multiply};
+use crate::isa::Isa;
 use crate::quant::FrozenMatrix;
-
-/// Rows of `W` read at a time by one thread (forward): enough that packing `x` for each tile costs
-/// little beside the product, little enough that small layers are work for several threads.
-const TILE_ROWS: usize = 144;
-/// Columns of `W` read at a time by one thread (backward); a multiple of every block length.
-const TILE_COLS: usize = 256;
 
 /// `y = x · Wᵀ` for a frozen `W`, differentiable in `x` only.
 ///
 /// Shapes: `x (.., in)` F32, `W (out, in)` in any block type → `y (.., out)` F32.
-/// Backward: `dx = dy · W`. `W` is read tile by tile where it lies; nothing of it is kept.
+/// Backward: `dx = dy · W`. `W` is read panel by panel where it lies; nothing of it is kept.
 pub fn frozen_linear(x: &Tensor, weight: &Arc<FrozenMatrix>, compute: Compute) -> Result<Tensor> {
-    match compute {
-        Compute::F32 => x.contiguous()?.apply_op1(FrozenLinear { weight: weight.clone() }),
-        Compute::Portable => portable(x, weight),
+    match (compute.forward_panel(), compute.backward_panel()) {
+        (Some(forward), Some(backward)) => {
+            let op = FrozenLinear { weight: weight.clone(), forward, backward };
+            x.contiguous()?.apply_op1(op)
+        }
+        _ => portable(x, weight),
     }
 }
 
@@ -57,6 +55,8 @@ pub fn frozen_rows(weight: &FrozenMatrix, rows: &[u32], device: &Device) -> Resu
 
 struct FrozenLinear {
     weight: Arc<FrozenMatrix>,
+    forward: Panel,
+    backward: Panel,
 }
 
 impl CustomOp1 for FrozenLinear {
@@ -73,56 +73,42 @@ impl CustomOp1 for FrozenLinear {
         }
         *width = self.weight.rows();
         let mut y = vec![0f32; dims.iter().product()];
-        matmul_transposed(x, &self.weight, &mut y);
+        matmul_transposed(self.forward, x, &self.weight, &mut y);
         Ok((CpuStorage::F32(y), dims.into()))
     }
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         let dy = dy.contiguous()?;
         let mut dx = vec![0f32; x.elem_count()];
-        matmul(&Values::of(&dy)?, &self.weight, &mut dx);
+        matmul(self.backward, &Values::of(&dy)?, &self.weight, &mut dx);
         Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
     }
 }
 
 /// `y (m, out) = x (m, in) · Wᵀ`.
-pub(super) fn matmul_transposed(x: &[f32], weight: &FrozenMatrix, y: &mut [f32]) {
-    let (rows, cols) = (weight.rows(), weight.cols());
-    let m = x.len() / cols;
-    let y = Target::new(y);
-    // Tiles do not depend on the number of threads, nor do the bits of the result.
-    (0..rows.div_ceil(TILE_ROWS)).into_par_iter().for_each_init(Vec::new, |tile, i| {
-        let range = i * TILE_ROWS..rows.min((i + 1) * TILE_ROWS);
-        let n = range.len();
-        tile.resize(n * cols, 0.0);
-        weight.read_tile(range.clone(), 0..cols, tile);
-        // SAFETY: each task writes the columns `range` of y, and no two ranges meet.
-        unsafe {
-            let (x, w) = (Mat::rows(x, cols), Mat::rows(tile, cols));
-            gemm((m, n, cols), y.at(range.start), rows, false, x, w.t());
-        }
-    });
+pub(super) fn matmul_transposed(panel: Panel, x: &[f32], weight: &FrozenMatrix, y: &mut [f32]) {
+    product(panel, (x, weight.cols()), weight, true, (y, weight.rows()));
 }
 
 /// `dx (m, in) = dy (m, out) · W`.
-pub(super) fn matmul(dy: &[f32], weight: &FrozenMatrix, dx: &mut [f32]) {
-    let (rows, cols) = (weight.rows(), weight.cols());
-    let m = dy.len() / rows;
-    let dx = Target::new(dx);
-    (0..cols.div_ceil(TILE_COLS)).into_par_iter().for_each_init(Vec::new, |tile, i| {
-        let range = i * TILE_COLS..cols.min((i + 1) * TILE_COLS);
-        let n = range.len();
-        for first in (0..rows).step_by(TILE_COLS) {
-            let k = TILE_COLS.min(rows - first);
-            tile.resize(k * n, 0.0);
-            weight.read_tile(first..first + k, range.clone(), tile);
-            // SAFETY: each task writes the columns `range` of dx, and no two ranges meet.
-            unsafe {
-                let dy = Mat::rows(&dy[first..], rows);
-                gemm((m, n, k), dx.at(range.start), cols, first > 0, dy, Mat::rows(tile, n));
-            }
-        }
-    });
+pub(super) fn matmul(panel: Panel, dy: &[f32], weight: &FrozenMatrix, dx: &mut [f32]) {
+    product(panel, (dy, weight.rows()), weight, false, (dx, weight.cols()));
+}
+
+fn product(
+    panel: Panel,
+    (x, depth): (&[f32], usize),
+    weight: &FrozenMatrix,
+    transposed: bool,
+    (y, width): (&mut [f32], usize),
+) {
+    let isa = Isa::current();
+    let mut packed = PackedRows::default();
+    packed.pack(isa, panel, Strided { values: x, stride: depth }, x.len() / depth, depth);
+    let terms = vec![Term { x: &packed, weights: Weights::Frozen(weight), transposed }];
+    let product = Product { terms, begin: Begin::Zero, out: Out::new(y, width, 0) };
+    // SAFETY: one product over one buffer, borrowed here.
+    unsafe { multiply(isa, &[product]) };
 }
 
 #[cfg(test)]

@@ -9,10 +9,13 @@ use rayon::prelude::*;
 use super::Compute;
 use super::cpu::{Values, exp, values};
 use super::frozen_linear::{matmul, matmul_transposed};
+use super::gemm::Panel;
+use crate::isa::{Isa, versions};
 use crate::quant::FrozenMatrix;
 
-/// Logits held at a time, in values: 32 MB.
-const CHUNK_LOGITS: usize = 8 << 20;
+/// Logits held at a time, in values: 64 MB. Each chunk packs the head anew, so that smaller ones
+/// cost time.
+const CHUNK_LOGITS: usize = 16 << 20;
 
 /// `log softmax(x · Wᵀ)[target]` per row, differentiable in `x`; `W` is the frozen head.
 ///
@@ -32,14 +35,15 @@ pub fn linear_log_probs(
     if let Some(target) = targets.iter().find(|&&t| t as usize >= head.rows()) {
         candle_core::bail!("target {target} is outside the vocabulary of {}", head.rows());
     }
-    match compute {
-        Compute::F32 => x.contiguous()?.apply_op1(LinearLogProbs {
+    match (compute.forward_panel(), compute.backward_panel()) {
+        (Some(forward), Some(backward)) => x.contiguous()?.apply_op1(LinearLogProbs {
             head: head.clone(),
             targets: targets.into(),
+            panels: (forward, backward),
             with_gradient: x.track_op(),
             gradient: OnceLock::new(),
         }),
-        Compute::Portable => {
+        _ => {
             let logits = super::frozen_linear(x, head, compute)?; // (M, V)
             let targets = Tensor::from_slice(targets, (rows, 1), x.device())?;
             let logps = candle_nn::ops::log_softmax(&logits, D::Minus1)?;
@@ -51,6 +55,8 @@ pub fn linear_log_probs(
 struct LinearLogProbs {
     head: Arc<FrozenMatrix>,
     targets: Vec<u32>,
+    /// Forward and backward.
+    panels: (Panel, Panel),
     with_gradient: bool,
     /// `d logp / d x`, `(M, H)`, left by the forward pass.
     gradient: OnceLock<Vec<f32>>,
@@ -64,7 +70,8 @@ impl CustomOp1 for LinearLogProbs {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let x = values(x, layout)?;
         let (vocabulary, width) = (self.head.rows(), self.head.cols());
-        let chunk = (CHUNK_LOGITS / vocabulary).clamp(16, 256).min(self.targets.len().max(1));
+        let chunk = (CHUNK_LOGITS / vocabulary).clamp(24, 512).min(self.targets.len().max(1));
+        let isa = Isa::current();
         let mut logps = vec![0f32; self.targets.len()];
         let mut gradient = vec![0f32; if self.with_gradient { x.len() } else { 0 }];
         let mut logits = vec![0f32; chunk * vocabulary];
@@ -72,14 +79,14 @@ impl CustomOp1 for LinearLogProbs {
             let first = i * chunk;
             let rows = first * width..(first + targets.len()) * width;
             let logits = &mut logits[..targets.len() * vocabulary];
-            matmul_transposed(&x[rows.clone()], &self.head, logits);
+            matmul_transposed(self.panels.0, &x[rows.clone()], &self.head, logits);
             let logps = &mut logps[first..first + targets.len()];
             let per_row = logits.par_chunks_exact_mut(vocabulary).zip(logps).zip(targets);
             per_row.for_each(|((logits, logp), &target)| {
-                *logp = score(logits, target as usize, self.with_gradient);
+                *logp = score(isa, logits, target as usize, self.with_gradient);
             });
             if self.with_gradient {
-                matmul(logits, &self.head, &mut gradient[rows]);
+                matmul(self.panels.1, logits, &self.head, &mut gradient[rows]);
             }
         }
         // A tape runs an op's forward once; were it run again, the values would be the same.
@@ -97,30 +104,43 @@ impl CustomOp1 for LinearLogProbs {
     }
 }
 
-/// The target's log-probability; with `to_gradient` the logits become `onehot - p`.
-fn score(logits: &mut [f32], target: usize, to_gradient: bool) -> f32 {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let target_logit = logits[target];
-    let mut sum = 0f64; // 150 thousand terms: f32 would lose four digits
-    for logits in logits.chunks_mut(64) {
-        let mut part = 0f32;
-        for l in logits {
-            let e = exp(*l - max);
-            part += e;
-            if to_gradient {
-                *l = e;
+versions! {
+    /// The target's log-probability; with `to_gradient` the logits become `onehot - p`.
+    fn score(isa; logits: &mut [f32], target: usize, to_gradient: bool) -> f32 {
+        let mut most = [f32::NEG_INFINITY; 16];
+        let (wide, rest) = logits.as_chunks::<16>();
+        for l in wide {
+            for i in 0..16 {
+                most[i] = if l[i] > most[i] { l[i] } else { most[i] };
             }
         }
-        sum += f64::from(part);
-    }
-    if to_gradient {
-        let scale = (-1.0 / sum) as f32;
-        for l in logits.iter_mut() {
-            *l *= scale;
+        let max = most.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
+        let target_logit = logits[target];
+        let mut sum = 0f64; // 150 thousand terms: f32 would lose four digits
+        for logits in logits.chunks_mut(512) {
+            let mut parts = [0f32; 16];
+            let (wide, rest) = logits.as_chunks_mut::<16>();
+            for l in wide {
+                for i in 0..16 {
+                    l[i] = exp(l[i] - max);
+                    parts[i] += l[i];
+                }
+            }
+            for l in rest.iter_mut() {
+                *l = exp(*l - max);
+            }
+            let part = parts.iter().sum::<f32>() + rest.iter().sum::<f32>();
+            sum += f64::from(part);
         }
-        logits[target] += 1.0;
+        if to_gradient {
+            let scale = (-1.0 / sum) as f32;
+            for l in logits.iter_mut() {
+                *l *= scale;
+            }
+            logits[target] += 1.0;
+        }
+        (f64::from(target_logit - max) - sum.ln()) as f32
     }
-    (f64::from(target_logit - max) - sum.ln()) as f32
 }
 
 #[cfg(test)]

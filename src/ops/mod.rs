@@ -22,9 +22,11 @@ pub mod swiglu;
 
 use serde::{Deserialize, Serialize};
 
-pub use crate::isa;
+use crate::isa::Isa;
 pub use attention::causal_attention;
+pub(crate) use cpu::Values;
 pub use frozen_linear::frozen_linear;
+use gemm::Panel;
 pub use linear_cross_entropy::linear_log_probs;
 pub use rms_norm::rms_norm;
 pub use rope::rope;
@@ -34,19 +36,46 @@ pub use swiglu::swiglu;
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Compute {
-    /// Fast CPU kernels in exact `f32`: weights are read tile by tile from where they lie.
-    #[default]
+    /// Fast CPU kernels in exact `f32`: weights are read panel by panel from where they lie.
     F32,
+    /// The same with products in 16-bit block-floating integers, forward and backward: twice the
+    /// speed, at an error of 5e-4 of a product, a quarter of bfloat16's.
+    #[default]
+    Int16,
+    /// Forward products in bytes, an error of 1e-2 of a product; backward as `int16`.
+    Int8,
     /// The portable form in plain candle ops: slow, and the definition of the answer.
     Portable,
 }
 
 impl Compute {
-    /// The name of the kernel that serves frozen linear layers.
-    pub fn linear_kernel(self) -> &'static str {
+    /// The panels of forward products, or none for the portable form.
+    pub(crate) fn forward_panel(self) -> Option<Panel> {
         match self {
-            Self::F32 => "tile_f32",
-            Self::Portable => "portable",
+            Self::F32 => Some(Panel::F32),
+            Self::Int16 => Some(Panel::Int16),
+            Self::Int8 => Some(Panel::Int8),
+            Self::Portable => None,
+        }
+    }
+
+    /// The panels of the products of gradients, or none for the portable form.
+    pub(crate) fn backward_panel(self) -> Option<Panel> {
+        match self {
+            Self::F32 => Some(Panel::F32),
+            Self::Int16 | Self::Int8 => Some(Panel::Int16),
+            Self::Portable => None,
+        }
+    }
+
+    /// The name of the kernel that serves frozen linear layers.
+    pub fn linear_kernel(self) -> String {
+        let isa = Isa::current().name();
+        match self {
+            Self::F32 => format!("f32 {isa}"),
+            Self::Int16 => format!("int16 {isa}"),
+            Self::Int8 => format!("int8 {isa}, gradients int16 {isa}"),
+            Self::Portable => "portable".into(),
         }
     }
 }

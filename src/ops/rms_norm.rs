@@ -5,13 +5,19 @@ use rayon::prelude::*;
 
 use super::Compute;
 use super::cpu::{Values, values};
+use crate::isa::{Isa, versions};
+
+/// Rows a thread takes at a time.
+const ROWS: usize = 32;
 
 /// `y = x / sqrt(mean(x²) + eps) · w` over the last dimension.
 ///
 /// Shapes: `x (.., H)` F32, `w (H)` F32 → `y (.., H)` F32.
 pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64, compute: Compute) -> Result<Tensor> {
     match compute {
-        Compute::F32 => x.contiguous()?.apply_op2(w, RmsNorm { eps: eps as f32 }),
+        Compute::F32 | Compute::Int16 | Compute::Int8 => {
+            x.contiguous()?.apply_op2(w, RmsNorm { eps: eps as f32 })
+        }
         Compute::Portable => {
             let mean_square = x.sqr()?.mean_keepdim(D::Minus1)?;
             x.broadcast_div(&(mean_square + eps)?.sqrt()?)?.broadcast_mul(w)
@@ -19,16 +25,84 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64, compute: Compute) -> Result<Te
     }
 }
 
-struct RmsNorm {
-    eps: f32,
+/// The norm of rows side by side: `x (N, H)`, `w (H)` → `y (N, H)`.
+pub(crate) fn forward(isa: Isa, x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
+    let chunk = (ROWS * w.len()).max(1);
+    let rows = y.par_chunks_mut(chunk).zip(x.par_chunks(chunk));
+    rows.for_each(|(y, x)| forward_rows(isa, x, w, eps, y));
 }
 
-impl RmsNorm {
-    /// `1 / sqrt(mean(x²) + eps)` of one row.
-    fn inverse_rms(&self, x: &[f32]) -> f32 {
-        let mean_square = dot(x, x) / x.len() as f32;
-        1.0 / (mean_square + self.eps).sqrt()
+/// Adds the gradient to `dx (N, H)`: with `r = 1 / rms(x)` and `g = w · dy` it is
+/// `r (g - x r² mean(x · g))`.
+pub(crate) fn backward(isa: Isa, x: &[f32], w: &[f32], eps: f32, dy: &[f32], dx: &mut [f32]) {
+    let chunk = (ROWS * w.len()).max(1);
+    let rows = dx.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).zip(dy.par_chunks(chunk));
+    rows.for_each(|((dx, x), dy)| backward_rows(isa, x, w, eps, dy, dx));
+}
+
+versions! {
+    fn forward_rows(isa; x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
+        for (y, x) in y.chunks_exact_mut(w.len()).zip(x.chunks_exact(w.len())) {
+            let r = inverse_rms(x, eps);
+            for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
+                *y = x * r * w;
+            }
+        }
     }
+
+    fn backward_rows(isa; x: &[f32], w: &[f32], eps: f32, dy: &[f32], dx: &mut [f32]) {
+        let rows = x.chunks_exact(w.len()).zip(dy.chunks_exact(w.len()));
+        for (dx, (x, dy)) in dx.chunks_exact_mut(w.len()).zip(rows) {
+            let r = inverse_rms(x, eps);
+            let shrink = r * r * dot3(x, dy, w) / w.len() as f32;
+            for (((dx, x), dy), w) in dx.iter_mut().zip(x).zip(dy).zip(w) {
+                *dx += r * (dy * w - x * shrink);
+            }
+        }
+    }
+
+    fn weight_gradient(isa; x: &[f32], eps: f32, dy: &[f32], dw: &mut [f32]) {
+        let width = dw.len();
+        for (x, dy) in x.chunks_exact(width).zip(dy.chunks_exact(width)) {
+            let r = inverse_rms(x, eps);
+            for ((dw, x), dy) in dw.iter_mut().zip(x).zip(dy) {
+                *dw += dy * x * r;
+            }
+        }
+    }
+}
+
+/// `1 / sqrt(mean(x²) + eps)` of one row.
+#[inline(always)]
+fn inverse_rms(x: &[f32], eps: f32) -> f32 {
+    let mut sums = [0f32; 16];
+    let (wide, rest) = x.as_chunks::<16>();
+    for x in wide {
+        for (sum, x) in sums.iter_mut().zip(x) {
+            *sum += x * x;
+        }
+    }
+    let sum: f32 = sums.iter().sum::<f32>() + rest.iter().map(|x| x * x).sum::<f32>();
+    1.0 / (sum / x.len() as f32 + eps).sqrt()
+}
+
+/// `Σ a b c` in independent sums, so that it vectorizes.
+#[inline(always)]
+fn dot3(a: &[f32], b: &[f32], c: &[f32]) -> f32 {
+    let mut sums = [0f32; 16];
+    let ((a, a_rest), (b, b_rest), (c, c_rest)) =
+        (a.as_chunks::<16>(), b.as_chunks::<16>(), c.as_chunks::<16>());
+    for ((a, b), c) in a.iter().zip(b).zip(c) {
+        for i in 0..16 {
+            sums[i] += a[i] * b[i] * c[i];
+        }
+    }
+    let rest = a_rest.iter().zip(b_rest).zip(c_rest).map(|((a, b), c)| a * b * c);
+    sums.iter().sum::<f32>() + rest.sum::<f32>()
+}
+
+struct RmsNorm {
+    eps: f32,
 }
 
 impl CustomOp2 for RmsNorm {
@@ -49,17 +123,11 @@ impl CustomOp2 for RmsNorm {
             candle_core::bail!("input is {:?}, the norm needs width {width}", x_layout.dims());
         }
         let mut y = vec![0f32; x.len()];
-        y.par_chunks_exact_mut(width).zip(x.par_chunks_exact(width)).for_each(|(y, x)| {
-            let r = self.inverse_rms(x);
-            for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
-                *y = x * r * w;
-            }
-        });
+        forward(Isa::current(), x, w, self.eps, &mut y);
         Ok((CpuStorage::F32(y), x_layout.shape().clone()))
     }
 
-    /// With `r = 1 / rms(x)` and `g = w · dy`: `dx = r (g - x r² mean(x · g))`,
-    /// `dw = Σ_rows dy · x r`.
+    /// The gradient of the weight is `Σ_rows dy · x r`.
     fn bwd(
         &self,
         x: &Tensor,
@@ -70,47 +138,17 @@ impl CustomOp2 for RmsNorm {
         let dy = dy.contiguous()?;
         let (xs, ws, dys) = (Values::of(x)?, Values::of(w)?, Values::of(&dy)?);
         let (xs, ws, dys) = (&*xs, &*ws, &*dys);
-        let width = ws.len();
-
+        let isa = Isa::current();
         let mut dx = vec![0f32; xs.len()];
-        let rows = xs.par_chunks_exact(width).zip(dys.par_chunks_exact(width));
-        dx.par_chunks_exact_mut(width).zip(rows).for_each(|(dx, (x, dy))| {
-            let r = self.inverse_rms(x);
-            for ((dx, dy), w) in dx.iter_mut().zip(dy).zip(ws) {
-                *dx = dy * w;
-            }
-            let shrink = r * r * dot(x, dx) / width as f32;
-            for (dx, x) in dx.iter_mut().zip(x) {
-                *dx = r * (*dx - x * shrink);
-            }
-        });
+        backward(isa, xs, ws, self.eps, dys, &mut dx);
         let dx = Tensor::from_vec(dx, x.shape(), x.device())?;
         if !w.track_op() {
             return Ok((Some(dx), None));
         }
-
-        let mut dw = vec![0f32; width];
-        for (x, dy) in xs.chunks_exact(width).zip(dys.chunks_exact(width)) {
-            let r = self.inverse_rms(x);
-            for ((dw, x), dy) in dw.iter_mut().zip(x).zip(dy) {
-                *dw += dy * x * r;
-            }
-        }
+        let mut dw = vec![0f32; ws.len()];
+        weight_gradient(isa, xs, self.eps, dys, &mut dw);
         Ok((Some(dx), Some(Tensor::from_vec(dw, w.shape(), w.device())?)))
     }
-}
-
-/// A dot product in eight independent sums, so that it vectorizes.
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    let mut sums = [0f32; 8];
-    let (a8, b8) = (a.chunks_exact(8), b.chunks_exact(8));
-    let rest: f32 = a8.remainder().iter().zip(b8.remainder()).map(|(a, b)| a * b).sum();
-    for (a, b) in a8.zip(b8) {
-        for i in 0..8 {
-            sums[i] += a[i] * b[i];
-        }
-    }
-    sums.iter().sum::<f32>() + rest
 }
 
 #[cfg(test)]

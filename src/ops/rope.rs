@@ -8,6 +8,7 @@ use rayon::prelude::*;
 
 use super::Compute;
 use super::cpu::{Values, values};
+use crate::isa::{Isa, versions};
 
 /// Cosines and sines for the tokens of one batch.
 ///
@@ -51,7 +52,9 @@ pub fn rope(x: &Tensor, rotation: &Rotation, compute: Compute) -> Result<Tensor>
         );
     }
     match compute {
-        Compute::F32 => x.contiguous()?.apply_op1(Rope { rotation: rotation.clone() }),
+        Compute::F32 | Compute::Int16 | Compute::Int8 => {
+            x.contiguous()?.apply_op1(Rope { rotation: rotation.clone() })
+        }
         Compute::Portable => portable(x, rotation, x.device()),
     }
 }
@@ -79,33 +82,55 @@ impl CustomOp1 for Rope {
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let mut y = values(x, layout)?.to_vec();
-        self.rotate(&mut y, 1.0);
+        let width = layout.dims()[1];
+        self.rotation.rotate(Isa::current(), Turn::Forward, &mut y, width, width);
         Ok((CpuStorage::F32(y), layout.shape().clone()))
     }
 
     /// A rotation's gradient is the rotation back.
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         let mut dx = Values::of(&dy.contiguous()?)?.to_vec();
-        self.rotate(&mut dx, -1.0);
+        let width = x.dim(1)?;
+        self.rotation.rotate(Isa::current(), Turn::Back, &mut dx, width, width);
         Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
     }
 }
 
-impl Rope {
-    fn rotate(&self, x: &mut [f32], direction: f32) {
-        let Rotation { cos, sin, half } = &self.rotation;
-        let width = x.len() / self.rotation.tokens().max(1);
-        let angles = cos.par_chunks_exact(*half).zip(sin.par_chunks_exact(*half));
-        x.par_chunks_exact_mut(width).zip(angles).for_each(|(x, (cos, sin))| {
-            for head in x.chunks_exact_mut(2 * half) {
-                let (a, b) = head.split_at_mut(*half);
-                for (((a, b), cos), sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {
-                    let (x, y, sin) = (*a, *b, sin * direction);
-                    *a = x * cos - y * sin;
-                    *b = y * cos + x * sin;
-                }
+/// Which way heads are turned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Turn {
+    /// By the positions' angles.
+    Forward,
+    /// Back: the gradient.
+    Back,
+}
+
+impl Rotation {
+    /// Rotates the first `width` values of each of the rows of `x`, `stride` apart.
+    pub(crate) fn rotate(&self, isa: Isa, turn: Turn, x: &mut [f32], stride: usize, width: usize) {
+        const ROWS: usize = 16;
+        let Rotation { cos, sin, half } = self;
+        let angles = cos.par_chunks(ROWS * half).zip(sin.par_chunks(ROWS * half));
+        x.par_chunks_mut(ROWS * stride).zip(angles).for_each(|(x, (cos, sin))| {
+            let rows = cos.chunks_exact(*half).zip(sin.chunks_exact(*half));
+            for (x, (cos, sin)) in x.chunks_mut(stride).zip(rows) {
+                rotate_row(isa, turn, &mut x[..width], cos, sin);
             }
         });
+    }
+}
+
+versions! {
+    fn rotate_row(isa; turn: Turn, x: &mut [f32], cos: &[f32], sin: &[f32]) {
+        let direction = if turn == Turn::Forward { 1.0 } else { -1.0 };
+        for head in x.chunks_exact_mut(2 * cos.len()) {
+            let (a, b) = head.split_at_mut(cos.len());
+            for (((a, b), cos), sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {
+                let (x, y, sin) = (*a, *b, sin * direction);
+                *a = x * cos - y * sin;
+                *b = y * cos + x * sin;
+            }
+        }
     }
 }
 

@@ -5,25 +5,61 @@ use rayon::prelude::*;
 
 use super::Compute;
 use super::cpu::{Values, exp, values};
+use crate::isa::{Isa, versions};
 
 /// Values a thread takes at a time.
-const CHUNK: usize = 4096;
+const CHUNK: usize = 1 << 14;
 
 /// `silu(gate) · up`, element by element, with `silu(g) = g / (1 + e⁻ᵍ)`.
 ///
 /// Shapes: `gate` and `up` the same, F32 → the same shape.
 pub fn swiglu(gate: &Tensor, up: &Tensor, compute: Compute) -> Result<Tensor> {
     match compute {
-        Compute::F32 => gate.contiguous()?.apply_op2(&up.contiguous()?, SwiGlu),
+        Compute::F32 | Compute::Int16 | Compute::Int8 => {
+            gate.contiguous()?.apply_op2(&up.contiguous()?, SwiGlu)
+        }
         Compute::Portable => gate.silu()?.mul(up),
     }
 }
 
-struct SwiGlu;
+/// `y = silu(gate) · up`, all of one length.
+pub(crate) fn forward(isa: Isa, gate: &[f32], up: &[f32], y: &mut [f32]) {
+    let inputs = gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK));
+    let chunks = y.par_chunks_mut(CHUNK).zip(inputs);
+    chunks.for_each(|(y, (gate, up))| forward_chunk(isa, gate, up, y));
+}
 
+/// Turns `gate` and `up` into their gradients. With `s = sigmoid(g)`:
+/// `dg = dy · u · s (1 + g (1 - s))`, `du = dy · g s`.
+pub(crate) fn backward(isa: Isa, gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
+    let both = gate.par_chunks_mut(CHUNK).zip(up.par_chunks_mut(CHUNK));
+    let chunks = both.zip(dy.par_chunks(CHUNK));
+    chunks.for_each(|((gate, up), dy)| backward_chunk(isa, gate, up, dy));
+}
+
+versions! {
+    fn forward_chunk(isa; gate: &[f32], up: &[f32], y: &mut [f32]) {
+        for ((y, g), u) in y.iter_mut().zip(gate).zip(up) {
+            *y = g * sigmoid(*g) * u;
+        }
+    }
+
+    fn backward_chunk(isa; gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
+        for ((g, u), dy) in gate.iter_mut().zip(up).zip(dy) {
+            let s = sigmoid(*g);
+            let du = dy * *g * s;
+            *g = dy * *u * s * (1.0 + *g * (1.0 - s));
+            *u = du;
+        }
+    }
+}
+
+#[inline(always)]
 fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
+
+struct SwiGlu;
 
 impl CustomOp2 for SwiGlu {
     fn name(&self) -> &'static str {
@@ -43,16 +79,10 @@ impl CustomOp2 for SwiGlu {
             candle_core::bail!("swiglu: gate is {gate:?}, up is {up:?}");
         }
         let mut y = vec![0f32; gate.len()];
-        let inputs = gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK));
-        y.par_chunks_mut(CHUNK).zip(inputs).for_each(|(y, (gate, up))| {
-            for ((y, g), u) in y.iter_mut().zip(gate).zip(up) {
-                *y = g * sigmoid(*g) * u;
-            }
-        });
+        forward(Isa::current(), gate, up, &mut y);
         Ok((CpuStorage::F32(y), gate_layout.shape().clone()))
     }
 
-    /// With `s = sigmoid(g)`: `dg = dy · u · s (1 + g (1 - s))`, `du = dy · g s`.
     fn bwd(
         &self,
         gate: &Tensor,
@@ -61,18 +91,8 @@ impl CustomOp2 for SwiGlu {
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let dy = dy.contiguous()?;
-        let (g, u, dy) = (Values::of(gate)?, Values::of(up)?, Values::of(&dy)?);
-        let (g, u, dy) = (&*g, &*u, &*dy);
-        let (mut dg, mut du) = (vec![0f32; g.len()], vec![0f32; g.len()]);
-        let inputs = g.par_chunks(CHUNK).zip(u.par_chunks(CHUNK)).zip(dy.par_chunks(CHUNK));
-        let outputs = dg.par_chunks_mut(CHUNK).zip(du.par_chunks_mut(CHUNK));
-        outputs.zip(inputs).for_each(|((dg, du), ((g, u), dy))| {
-            for i in 0..g.len() {
-                let s = sigmoid(g[i]);
-                dg[i] = dy[i] * u[i] * s * (1.0 + g[i] * (1.0 - s));
-                du[i] = dy[i] * g[i] * s;
-            }
-        });
+        let (mut dg, mut du) = (Values::of(gate)?.to_vec(), Values::of(up)?.to_vec());
+        backward(Isa::current(), &mut dg, &mut du, &Values::of(&dy)?);
         let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device());
         Ok((Some(tensor(dg, gate)?), Some(tensor(du, up)?)))
     }

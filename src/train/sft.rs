@@ -18,7 +18,7 @@ use super::TrainError;
 use super::progress::Progress;
 use super::run_dir::{Fingerprint, Metrics, RunDir, State, read_optimizer, read_state};
 use super::settings::{EvalStrategy, SftSettings};
-use super::step::{StepSettings, accumulate, dropout};
+use super::step::{Buffers, StepSettings, accumulate, dropout};
 use super::tensorboard::EventWriter;
 use crate::data::{Batch, DataReport, Dataset, EpochPlan, EpochSettings};
 use crate::eval::evaluate;
@@ -165,6 +165,9 @@ pub fn sft(settings: &SftSettings, resume: bool, stop: &AtomicBool) -> Result<Ou
         state.step
     );
 
+    let layers = decoder.config.num_hidden_layers;
+    let kept_layers = if settings.gradient_checkpointing { 0 } else { layers };
+    let mut buffers = Buffers::default();
     let mut progress = Progress::new(state.step, total_steps);
     if state.step == 0 && state.metrics_bytes == 0 {
         evaluate(&mut log, &state)?;
@@ -189,12 +192,13 @@ pub fn sft(settings: &SftSettings, resume: bool, stop: &AtomicBool) -> Result<Ou
             let step = StepSettings {
                 objective: Objective::LanguageModelling,
                 scale: 1.0 / count as f64,
-                recompute: settings.gradient_checkpointing,
+                kept_layers,
                 worn: &worn,
                 parameters: &parameters,
                 dropout: dropout.as_ref(),
             };
-            loss += accumulate(&decoder, batch, &step, &mut gradients)? / count as f64;
+            loss +=
+                accumulate(&decoder, batch, &step, &mut gradients, &mut buffers)? / count as f64;
         }
         let grad_norm = global_norm(&gradients);
         if !loss.is_finite() || !grad_norm.is_finite() {

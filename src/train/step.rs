@@ -1,18 +1,21 @@
 //! One micro-batch, the same for every objective: *up* through the layers, *read* the head,
 //! *judge*, and *down* again layer by layer.
 //!
-//! With `recompute` each layer keeps only its input on the way up and rebuilds its tape on the
-//! way down, so that memory is the inputs of all layers and the tape of one. Without, all tapes
-//! stay until they are used. Nothing below the lowest trainable layer gets a gradient.
+//! Below the layers whose tapes are kept, each layer keeps only its input on the way up and
+//! rebuilds its tape on the way down, so that memory is the inputs of all layers and the tape of
+//! one. Nothing below the lowest trainable adapter gets a gradient.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
-use candle_core::{Result, Tensor, Var};
+use candle_core::{Device, Result, Tensor, Var};
 use quantune_adapters::delta::{Dropout, TokenKey};
 
 use crate::data::Batch;
-use crate::model::{Adapters, Decoder, Rows, Worn};
+use crate::model::layer::{LoraGradients, Tape, Workspace};
+use crate::model::{Adapters, Decoder, Pass, Rows, Worn};
 use crate::objectives::Objective;
+use crate::ops::Compute;
 use crate::optim::Gradients;
 
 /// What a micro-batch is taken with.
@@ -22,14 +25,24 @@ pub struct StepSettings<'a> {
     pub objective: Objective,
     /// What the sum of losses is multiplied with: 1 / the count of the whole step.
     pub scale: f64,
-    /// Whether layers are recomputed on the way down.
-    pub recompute: bool,
+    /// Layers, from the top, whose tapes are kept for the way down; the others are recomputed.
+    pub kept_layers: usize,
     /// The adapters of every row, one of them trainable.
     pub worn: &'a [Worn],
-    /// The trainable parameters, in the order of the gradients.
+    /// The trainable parameters, in the order of the gradients: A, then B, module by module.
     pub parameters: &'a [Var],
     /// Dropout before A of the trainable adapter.
     pub dropout: Option<&'a Dropout>,
+}
+
+/// Buffers of a step, used again by the next.
+#[derive(Debug, Default)]
+pub struct Buffers {
+    work: Workspace,
+    /// By layer; of recomputed ones only the input is in use.
+    tapes: Vec<Tape>,
+    /// The tape of layers that keep none.
+    scratch: Tape,
 }
 
 /// Adds the gradients of a micro-batch to `gradients` and returns its summed loss (unscaled).
@@ -38,6 +51,7 @@ pub fn accumulate(
     batch: &Batch,
     settings: &StepSettings,
     gradients: &mut Gradients,
+    buffers: &mut Buffers,
 ) -> Result<f64> {
     if batch.count() == 0 {
         return Ok(0.0);
@@ -47,27 +61,76 @@ pub fn accumulate(
         positions: batch.positions.clone(),
         segments: batch.segments.clone().into(),
     };
-    let adapters = Adapters::Same(settings.worn);
-    let pass = decoder.pass(&rows, adapters, settings.dropout);
+    let pass = decoder.pass(&rows, Adapters::Same(settings.worn), settings.dropout);
+    match decoder.compute {
+        Compute::Portable => portable(decoder, batch, &pass, settings, gradients),
+        _ => fast(decoder, batch, &pass, settings, gradients, buffers),
+    }
+}
+
+/// By the layers' fast form.
+fn fast(
+    decoder: &Decoder,
+    batch: &Batch,
+    pass: &Pass,
+    settings: &StepSettings,
+    gradients: &mut Gradients,
+    buffers: &mut Buffers,
+) -> Result<f64> {
+    let Buffers { work, tapes, scratch } = buffers;
     let layers = decoder.config.num_hidden_layers;
-    let lowest = decoder.lowest_trainable(adapters).unwrap_or(layers);
+    let lowest = decoder.lowest_trainable(Adapters::Same(settings.worn));
+    let first = lowest.map_or(layers, |(index, _)| index);
+    let layer = |index| decoder.layer_pass(index, pass).expect("not the portable form");
+    let kept = |index: usize| index + settings.kept_layers >= layers;
+    let mut places = HashMap::new();
+    for worn in settings.worn.iter().filter(|worn| worn.trainable) {
+        let modules = worn.adapter.modules.keys().enumerate();
+        places.extend(modules.map(|(i, module)| (module.clone(), 2 * i)));
+    }
 
     // Up.
-    let mut x = decoder.embed(&rows.tokens)?; // (N, H)
-    let mut kept = Vec::new();
-    for index in 0..layers {
-        if index < lowest {
-            x = decoder.layer(index, &x, &pass)?;
-            continue;
+    let embedded = decoder.embed(&batch.tokens)?; // (N, H)
+    let shape = embedded.shape().clone();
+    let mut x = embedded.flatten_all()?.to_vec1::<f32>()?;
+    tapes.resize_with(layers, Tape::default);
+    for (index, tape) in tapes.iter_mut().enumerate() {
+        if index >= first {
+            tape.x.clear();
+            tape.x.extend_from_slice(&x);
         }
-        // The lowest layer's input needs no gradient, and as a plain tensor asks for none.
-        let input = if index == lowest { x } else { Var::from_tensor(&x)?.into_inner() };
-        let output = decoder.layer(index, &input, &pass)?;
-        x = output.detach();
-        kept.push((index, input, (!settings.recompute).then_some(output)));
+        let tape = if index >= first && kept(index) { tape } else { &mut *scratch };
+        layer(index).forward(&mut x, tape, work, None)?;
     }
 
     // Read and judge.
+    let (loss, dx) = read(decoder, Tensor::from_vec(x, shape, &Device::Cpu)?, batch, settings)?;
+    let Some(dx) = dx else { return Ok(loss) };
+    let mut dx = dx.flatten_all()?.to_vec1::<f32>()?;
+
+    // Down.
+    let mut sink = LoraGradients { places: &places, gradients };
+    for index in (first..layers).rev() {
+        let stop = lowest.filter(|(lowest, _)| *lowest == index).map(|(_, group)| group);
+        let mut tape = &mut tapes[index];
+        if !kept(index) {
+            std::mem::swap(&mut scratch.x, &mut tape.x);
+            let mut x = scratch.x.clone();
+            layer(index).forward(&mut x, scratch, work, None)?;
+            tape = scratch;
+        }
+        layer(index).backward(&mut dx, tape, stop, &mut sink, work)?;
+    }
+    Ok(loss)
+}
+
+/// The summed loss, and its gradient to the last layer's output `x (N, H)`.
+fn read(
+    decoder: &Decoder,
+    x: Tensor,
+    batch: &Batch,
+    settings: &StepSettings,
+) -> Result<(f64, Option<Tensor>)> {
     let top = Var::from_tensor(&x)?;
     drop(x);
     let (positions, targets): (Vec<u32>, Vec<u32>) = batch.targets.iter().copied().unzip();
@@ -76,21 +139,51 @@ pub fn accumulate(
     let logps = decoder.log_probs(&read, &targets)?; // (M)
     let sum = settings.objective.sum(&logps)?;
     let mut store = (&sum * settings.scale)?.backward()?;
-    let mut dx = store.remove(&top);
     // The tape adds up in f32; what is reported is the sum of the same terms in f64.
     let loss = match settings.objective {
         Objective::LanguageModelling => {
             -logps.to_vec1::<f32>()?.iter().map(|&logp| f64::from(logp)).sum::<f64>()
         }
     };
-    drop((logps, sum, read, store, top));
+    Ok((loss, store.remove(&top)))
+}
+
+/// By the layers' portable form, on candle's tape.
+fn portable(
+    decoder: &Decoder,
+    batch: &Batch,
+    pass: &Pass,
+    settings: &StepSettings,
+    gradients: &mut Gradients,
+) -> Result<f64> {
+    let layers = decoder.config.num_hidden_layers;
+    let lowest = decoder.lowest_trainable(Adapters::Same(settings.worn));
+    let lowest = lowest.map_or(layers, |(index, _)| index);
+
+    // Up.
+    let mut x = decoder.embed(&batch.tokens)?; // (N, H)
+    let mut kept = Vec::new();
+    for index in 0..layers {
+        if index < lowest {
+            x = decoder.layer(index, &x, pass)?;
+            continue;
+        }
+        // The lowest layer's input needs no gradient, and as a plain tensor asks for none.
+        let input = if index == lowest { x } else { Var::from_tensor(&x)?.into_inner() };
+        let output = decoder.layer(index, &input, pass)?;
+        x = output.detach();
+        let recomputed = index + settings.kept_layers < layers;
+        kept.push((index, input, (!recomputed).then_some(output)));
+    }
+
+    let (loss, mut dx) = read(decoder, x, batch, settings)?;
 
     // Down.
     while let Some((index, input, output)) = kept.pop() {
         let Some(dy) = dx else { break };
         let output = match output {
             Some(output) => output,
-            None => decoder.layer(index, &input, &pass)?,
+            None => decoder.layer(index, &input, pass)?,
         };
         let mut store = (output * dy)?.sum_all()?.backward()?;
         dx = store.remove(&input);

@@ -20,6 +20,9 @@ const ROOMS: &[&str] = &[
 ];
 
 fn sources(folder: &Path) -> Vec<PathBuf> {
+    if !folder.is_dir() {
+        return vec![folder.with_extension("rs")]; // a room of one file
+    }
     let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
     let mut files = Vec::new();
     for path in entries {

@@ -10,7 +10,7 @@ use quantune::model::{Adapters, Decoder, Rows, Worn};
 use quantune::objectives::Objective;
 use quantune::ops::Compute;
 use quantune::optim::{AdamW, AdamWSettings, Gradients, Schedule, ScheduleKind, clip, global_norm};
-use quantune::train::step::{StepSettings, accumulate, dropout};
+use quantune::train::step::{Buffers, StepSettings, accumulate, dropout};
 use quantune_adapters::delta::Adapter;
 use quantune_adapters::format;
 use serde_json::Value;
@@ -83,18 +83,21 @@ impl Run {
         let mut gradients: Gradients =
             self.parameters.iter().map(|var| vec![0.0; var.elem_count()]).collect();
         let worn = [Worn::trainable(self.adapter.clone())];
+        let layers = self.decoder.config.num_hidden_layers;
+        let mut buffers = Buffers::default();
         let mut loss = 0.0;
         for batch in &micro {
             let dropout = dropout(batch, 0, layout.dropout, 7);
             let settings = StepSettings {
                 objective: Objective::LanguageModelling,
                 scale: 1.0 / count as f64,
-                recompute: layout.recompute,
+                kept_layers: if layout.recompute { 0 } else { layers },
                 worn: &worn,
                 parameters: &self.parameters,
                 dropout: dropout.as_ref(),
             };
-            loss += accumulate(&self.decoder, batch, &settings, &mut gradients).unwrap();
+            loss +=
+                accumulate(&self.decoder, batch, &settings, &mut gradients, &mut buffers).unwrap();
         }
         (loss / count as f64, gradients)
     }

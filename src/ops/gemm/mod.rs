@@ -460,29 +460,56 @@ mod bench {
     fn bench_gemm() {
         let isa = Isa::current();
         for (m, n, k) in [(2048usize, 1536usize, 576usize), (2048, 576, 1536), (512, 49152, 576)] {
-          for bt in [BlockType::Q4_1, BlockType::Q8_0] {
-            let bytes = random_blocks(bt, n * k, 5);
-            let w = FrozenMatrix::new(Bytes::new(std::sync::Arc::new(bytes)), bt, n, k).unwrap();
-            for (panel, tr) in [(Panel::F32, true), (Panel::F32, false), (Panel::Int16, true), (Panel::Int16, false), (Panel::Int8, true)] {
-                let kk = if tr { k } else { n };
-                let nn = if tr { n } else { k };
-                let x: Vec<f32> = (0..m * kk).map(|i| ((i * 7919) % 1000) as f32 / 500.0 - 1.0).collect();
-                let mut y = vec![0f32; m * nn];
-                let mut p = PackedRows::default();
-                let mut best = (1e9f64, 1e9f64);
-                for _ in 0..4 {
-                    let t0 = std::time::Instant::now();
-                    p.pack(isa, panel, Strided { values: &x, stride: kk }, m, kk);
-                    let t1 = t0.elapsed().as_secs_f64();
-                    let out = Out::new(&mut y, nn, 0);
-                    unsafe { multiply(isa, &[Product { terms: vec![Term { x: &p, weights: Weights::Frozen(&w), transposed: tr }], begin: Begin::Zero, out }]) };
-                    let t2 = t0.elapsed().as_secs_f64();
-                    if t2 < best.1 { best = (t1, t2) }
+            for bt in [BlockType::Q4_1, BlockType::Q8_0] {
+                let bytes = random_blocks(bt, n * k, 5);
+                let w =
+                    FrozenMatrix::new(Bytes::new(std::sync::Arc::new(bytes)), bt, n, k).unwrap();
+                for (panel, tr) in [
+                    (Panel::F32, true),
+                    (Panel::F32, false),
+                    (Panel::Int16, true),
+                    (Panel::Int16, false),
+                    (Panel::Int8, true),
+                ] {
+                    let kk = if tr { k } else { n };
+                    let nn = if tr { n } else { k };
+                    let x: Vec<f32> =
+                        (0..m * kk).map(|i| ((i * 7919) % 1000) as f32 / 500.0 - 1.0).collect();
+                    let mut y = vec![0f32; m * nn];
+                    let mut p = PackedRows::default();
+                    let mut best = (1e9f64, 1e9f64);
+                    for _ in 0..4 {
+                        let t0 = std::time::Instant::now();
+                        p.pack(isa, panel, Strided { values: &x, stride: kk }, m, kk);
+                        let t1 = t0.elapsed().as_secs_f64();
+                        let out = Out::new(&mut y, nn, 0);
+                        unsafe {
+                            multiply(
+                                isa,
+                                &[Product {
+                                    terms: vec![Term {
+                                        x: &p,
+                                        weights: Weights::Frozen(&w),
+                                        transposed: tr,
+                                    }],
+                                    begin: Begin::Zero,
+                                    out,
+                                }],
+                            )
+                        };
+                        let t2 = t0.elapsed().as_secs_f64();
+                        if t2 < best.1 {
+                            best = (t1, t2)
+                        }
+                    }
+                    let gf = 2.0 * (m * n * k) as f64 / 1e9;
+                    println!(
+                        "{m} {n} {k} {bt} {panel:?} fwd={tr}: {:.0} GFLOP/s wall, pack {:.1}%",
+                        gf / best.1,
+                        best.0 / best.1 * 100.0
+                    );
                 }
-                let gf = 2.0 * (m * n * k) as f64 / 1e9;
-                println!("{m} {n} {k} {bt} {panel:?} fwd={tr}: {:.0} GFLOP/s wall, pack {:.1}%", gf / best.1, best.0 / best.1 * 100.0);
             }
-          }
         }
     }
 }

@@ -1,0 +1,667 @@
+//! A decoder layer on the CPU, forward and backward by hand over plain buffers.
+//!
+//! This is the fast form of [`Decoder::layer`](super::Decoder::layer), which composes the same
+//! layer of portable ops on candle's tape; a parity test holds the two together, gradients too.
+//! Written out, a layer needs no tape: a group of linear layers that share their input packs it
+//! once and hands all its products to the threads together, an adapter's update is one more term
+//! of the base's product, residuals are what sums begin with, and every buffer is used again by
+//! the next layer and the next step.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use candle_core::{Device, Result, Tensor};
+
+use super::cache::KvCache;
+use super::config::Config;
+use super::decoder::{Layer, Linear, Pass};
+use crate::isa::Isa;
+use crate::ops::attention::{self, Heads};
+use crate::ops::gemm::{Begin, Out, PackedRows, Panel, Product, Strided, Term, Weights, multiply};
+use crate::ops::rope::Turn;
+use crate::ops::{Compute, Values, rms_norm, swiglu};
+
+/// What a layer keeps for the way down. No product need be computed again from it.
+#[derive(Debug, Default)]
+pub struct Tape {
+    /// Its input `(N, hidden_size)`.
+    pub x: Vec<f32>,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    attended: Vec<f32>,
+    lse: Vec<f32>,
+    /// The residual stream between attention and feed-forward layer.
+    middle: Vec<f32>,
+    gate: Vec<f32>,
+    up: Vec<f32>,
+    lows: [Lows; 7],
+}
+
+/// `x · Aᵀ (N, r)` of each update on a linear layer.
+type Lows = Vec<Vec<f32>>;
+
+impl Tape {
+    /// Bytes a tape of `tokens` tokens takes.
+    pub fn bytes(config: &Config, tokens: usize, ranks: usize) -> usize {
+        let q = config.num_attention_heads * config.head_dim;
+        let kv = config.num_key_value_heads * config.head_dim;
+        let width = 2 * config.hidden_size + 2 * q + 2 * kv + 2 * config.intermediate_size;
+        (width + config.num_attention_heads + ranks) * tokens * size_of::<f32>()
+    }
+}
+
+/// Buffers of a pass, used again by every layer and every pass.
+#[derive(Debug, Default)]
+pub struct Workspace {
+    normed: Vec<f32>,
+    inner: Vec<f32>,
+    x: PackedRows,
+    masked: PackedRows,
+    lows: Vec<PackedRows>,
+    dys: [PackedRows; 3],
+    dlows: Vec<Vec<f32>>,
+    turned: Vec<f32>,
+    factors: Vec<PackedRows>,
+    products: Vec<Vec<f32>>,
+    dinner: Vec<f32>,
+    dnormed: Vec<f32>,
+    dattended: Vec<f32>,
+    dq: Vec<f32>,
+    dk: Vec<f32>,
+    dv: Vec<f32>,
+}
+
+/// The linear layers that share an input, from the bottom of a layer to its top.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Group {
+    /// q, k and v.
+    Attention,
+    /// o.
+    Output,
+    /// gate and up.
+    GateUp,
+    /// down.
+    Down,
+}
+
+/// Where the gradients of trainable adapters are added up.
+#[derive(Debug)]
+pub struct LoraGradients<'a> {
+    /// The place of A's gradient by module path; B's is the next.
+    pub places: &'a HashMap<String, usize>,
+    /// One vector per parameter.
+    pub gradients: &'a mut [Vec<f32>],
+}
+
+/// An adapter on a linear layer for a run of tokens.
+struct Update<'a> {
+    a: Values<'a>,
+    b: Values<'a>,
+    r: usize,
+    scale: f32,
+    trainable: bool,
+    tokens: Range<usize>,
+    /// Dropout before A, `(tokens, in)`.
+    mask: Option<Tensor>,
+}
+
+/// One layer of one pass.
+pub struct LayerPass<'a> {
+    config: &'a Config,
+    layer: &'a Layer,
+    pass: &'a Pass<'a>,
+    isa: Isa,
+    forward: Panel,
+    backward: Panel,
+    tokens: usize,
+}
+
+impl<'a> LayerPass<'a> {
+    /// Prepares a layer for the pass, or `None` if `compute` is the portable form.
+    pub(super) fn new(
+        config: &'a Config,
+        layer: &'a Layer,
+        pass: &'a Pass<'a>,
+        compute: Compute,
+    ) -> Option<Self> {
+        let (forward, backward) = (compute.forward_panel()?, compute.backward_panel()?);
+        let tokens = pass.segments.last().map_or(0, |segment| segment.end);
+        Some(Self { config, layer, pass, isa: Isa::current(), forward, backward, tokens })
+    }
+
+    /// Turns `x (N, hidden_size)` into the layer's output. With a cache, attends to it.
+    pub fn forward(
+        &self,
+        x: &mut [f32],
+        tape: &mut Tape,
+        work: &mut Workspace,
+        cache: Option<(&mut KvCache, usize)>,
+    ) -> Result<()> {
+        let (c, layer, n, isa) = (self.config, self.layer, self.tokens, self.isa);
+        let (hidden, inner) = (c.hidden_size, c.intermediate_size);
+        let heads = self.heads();
+        let (q_width, kv_width) = (heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim);
+        let Tape { q, k, v, attended, lse, middle, gate, up, lows, .. } = tape;
+        let [low_q, low_k, low_v, low_o, low_gate, low_up, low_down] = lows;
+        let eps = c.rms_norm_eps as f32;
+        for (buffer, width) in [
+            (&mut *q, q_width),
+            (k, kv_width),
+            (v, kv_width),
+            (attended, q_width),
+            (lse, heads.heads),
+            (gate, inner),
+            (up, inner),
+            (&mut work.normed, hidden),
+            (&mut work.inner, inner),
+        ] {
+            buffer.resize(n * width, 0.0);
+        }
+
+        let mut normed = std::mem::take(&mut work.normed);
+        rms_norm::forward(isa, x, &Values::of(&layer.input_norm)?, eps, &mut normed);
+        let outs = [
+            (&layer.q, &mut q[..], low_q),
+            (&layer.k, &mut k[..], low_k),
+            (&layer.v, &mut v[..], low_v),
+        ];
+        self.project(outs, &normed, Onto::Nothing, work)?;
+        self.pass.rotation.rotate(isa, Turn::Forward, q, q_width, q_width);
+        self.pass.rotation.rotate(isa, Turn::Forward, k, kv_width, kv_width);
+        match cache {
+            Some((cache, index)) => {
+                cache.attend(index, (q, k, v), heads, &self.pass.segments, attended);
+            }
+            None => {
+                attention::forward(isa, (q, k, v), heads, &self.pass.segments, attended, lse);
+            }
+        }
+        self.project([(&layer.o, &mut x[..], low_o)], attended, Onto::Sum, work)?;
+
+        middle.clear();
+        middle.extend_from_slice(x);
+        rms_norm::forward(isa, x, &Values::of(&layer.post_attention_norm)?, eps, &mut normed);
+        let outs = [(&layer.gate, &mut gate[..], low_gate), (&layer.up, &mut up[..], low_up)];
+        self.project(outs, &normed, Onto::Nothing, work)?;
+        work.normed = normed;
+        let mut inner = std::mem::take(&mut work.inner);
+        swiglu::forward(isa, gate, up, &mut inner);
+        self.project([(&layer.down, x, low_down)], &inner, Onto::Sum, work)?;
+        work.inner = inner;
+        Ok(())
+    }
+
+    /// Turns `dx`, the gradient of the layer's output, into that of its input, and adds up the
+    /// gradients of trainable adapters. `tape`, which [`Self::forward`] left, is used up.
+    ///
+    /// With `lowest`, nothing is computed below that group: `dx` is then of no use.
+    pub fn backward(
+        &self,
+        dx: &mut [f32],
+        tape: &mut Tape,
+        lowest: Option<Group>,
+        gradients: &mut LoraGradients,
+        work: &mut Workspace,
+    ) -> Result<()> {
+        let (c, layer, n, isa) = (self.config, self.layer, self.tokens, self.isa);
+        let heads = self.heads();
+        let (q_width, kv_width) = (heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim);
+        let eps = c.rms_norm_eps as f32;
+        let Tape { x, q, k, v, attended, lse, middle, gate, up, lows } = tape;
+        let [low_q, low_k, low_v, low_o, low_gate, low_up, low_down] = lows;
+        let take = |buffer: &mut Vec<f32>, width: usize| {
+            let mut buffer = std::mem::take(buffer);
+            buffer.resize(n * width, 0.0);
+            buffer
+        };
+        let mut normed = take(&mut work.normed, c.hidden_size);
+        let mut dnormed = take(&mut work.dnormed, c.hidden_size);
+        let mut inner = take(&mut work.inner, c.intermediate_size);
+        let mut dinner = take(&mut work.dinner, c.intermediate_size);
+        let mut dattended = take(&mut work.dattended, q_width);
+        let (mut dq, mut dk, mut dv) = (
+            take(&mut work.dq, q_width),
+            take(&mut work.dk, kv_width),
+            take(&mut work.dv, kv_width),
+        );
+        let wanted = |group| lowest.is_none_or(|lowest| lowest < group);
+
+        'down: {
+            swiglu::forward(isa, gate, up, &mut inner);
+            let down = [(&layer.down, &*dx, &*low_down)];
+            let dinner_wanted = wanted(Group::Down).then_some(&mut dinner[..]);
+            self.project_back(down, &inner, dinner_wanted, gradients, work)?;
+            if !wanted(Group::Down) {
+                break 'down;
+            }
+
+            swiglu::backward(isa, gate, up, &dinner);
+            let norm = Values::of(&layer.post_attention_norm)?;
+            rms_norm::forward(isa, middle, &norm, eps, &mut normed);
+            let both = [(&layer.gate, &gate[..], &*low_gate), (&layer.up, &up[..], &*low_up)];
+            let dnormed_wanted = wanted(Group::GateUp).then_some(&mut dnormed[..]);
+            self.project_back(both, &normed, dnormed_wanted, gradients, work)?;
+            if !wanted(Group::GateUp) {
+                break 'down;
+            }
+            rms_norm::backward(isa, middle, &norm, eps, &dnormed, dx);
+
+            let o = [(&layer.o, &*dx, &*low_o)];
+            let dattended_wanted = wanted(Group::Output).then_some(&mut dattended[..]);
+            self.project_back(o, attended, dattended_wanted, gradients, work)?;
+            if !wanted(Group::Output) {
+                break 'down;
+            }
+            attention::backward(
+                isa,
+                (q, k, v),
+                heads,
+                &self.pass.segments,
+                (attended, lse),
+                &dattended,
+                (&mut dq, &mut dk, &mut dv),
+            );
+            self.pass.rotation.rotate(isa, Turn::Back, &mut dq, q_width, q_width);
+            self.pass.rotation.rotate(isa, Turn::Back, &mut dk, kv_width, kv_width);
+
+            let norm = Values::of(&layer.input_norm)?;
+            rms_norm::forward(isa, x, &norm, eps, &mut normed);
+            let all = [
+                (&layer.q, &dq[..], &*low_q),
+                (&layer.k, &dk[..], &*low_k),
+                (&layer.v, &dv[..], &*low_v),
+            ];
+            let dnormed_wanted = wanted(Group::Attention).then_some(&mut dnormed[..]);
+            self.project_back(all, &normed, dnormed_wanted, gradients, work)?;
+            if wanted(Group::Attention) {
+                rms_norm::backward(isa, x, &norm, eps, &dnormed, dx);
+            }
+        }
+
+        (work.normed, work.dnormed, work.inner, work.dinner) = (normed, dnormed, inner, dinner);
+        (work.dattended, work.dq, work.dk, work.dv) = (dattended, dq, dk, dv);
+        Ok(())
+    }
+
+    fn heads(&self) -> Heads {
+        Heads {
+            heads: self.config.num_attention_heads,
+            kv_heads: self.config.num_key_value_heads,
+            head_dim: self.config.head_dim,
+        }
+    }
+
+    /// The updates that rows wear on a linear layer.
+    fn updates(&self, linear: &Linear) -> Result<Vec<Update<'a>>> {
+        let mut updates = Vec::new();
+        for (tokens, worn) in self.pass.adapters.runs(&self.pass.segments) {
+            for worn in worn {
+                let Some(lora) = worn.adapter.modules.get(&linear.name) else { continue };
+                let mask = match self.pass.dropout.filter(|_| worn.trainable) {
+                    Some(dropout) => {
+                        let mask = dropout.mask(&linear.name, lora.in_features(), &Device::Cpu)?;
+                        Some(mask.narrow(0, tokens.start, tokens.len())?.contiguous()?)
+                    }
+                    None => None,
+                };
+                updates.push(Update {
+                    a: Values::of(lora.a.as_tensor())?,
+                    b: Values::of(lora.b.as_tensor())?,
+                    r: lora.r(),
+                    scale: (lora.scale * worn.weight) as f32,
+                    trainable: worn.trainable,
+                    tokens: tokens.clone(),
+                    mask,
+                });
+            }
+        }
+        Ok(updates)
+    }
+
+    /// The products of linear layers that share the input `x`, updates and biases included.
+    fn project<const M: usize>(
+        &self,
+        outs: [(&Linear, &mut [f32], &mut Lows); M],
+        x: &[f32],
+        onto: Onto,
+        work: &mut Workspace,
+    ) -> Result<()> {
+        let (n, isa) = (self.tokens, self.isa);
+        let width = outs[0].0.weight.cols();
+        let all = Strided { values: x, stride: width };
+        work.x.pack(isa, self.forward, all, n, width);
+        let updates: Vec<Vec<Update>> =
+            outs.iter().map(|(linear, ..)| self.updates(linear)).collect::<Result<_>>()?;
+        let mut outs = outs;
+
+        // x · Aᵀ of all updates on all tokens at once; the others one by one.
+        let mut products = Vec::new();
+        let mut apart = Vec::new();
+        for ((_, _, lows), updates) in outs.iter_mut().zip(&updates) {
+            lows.resize_with(updates.len(), Vec::new);
+            for (low, update) in lows.iter_mut().zip(updates) {
+                low.clear();
+                low.resize(n * update.r, 0.0);
+                if update.tokens.len() < n || update.mask.is_some() {
+                    apart.push((low, update));
+                    continue;
+                }
+                let terms = vec![Term { x: &work.x, weights: update.a(), transposed: true }];
+                let out = Out::new(low, update.r, 0);
+                products.push(Product { terms, begin: Begin::Zero, out });
+            }
+        }
+        // SAFETY: each product has a buffer to itself.
+        unsafe { multiply(isa, &products) };
+        drop(products);
+        for (low, update) in apart {
+            update.pack_input(isa, self.forward, x, width, &mut work.masked)?;
+            let terms = vec![Term { x: &work.masked, weights: update.a(), transposed: true }];
+            let out = Out::new(&mut low[update.tokens.start * update.r..], update.r, 0);
+            // SAFETY: one product over one buffer.
+            unsafe { multiply(isa, &[Product { terms, begin: Begin::Zero, out }]) };
+        }
+        let lows = outs.iter().flat_map(|(_, _, lows)| lows.iter());
+        pack_all(
+            isa,
+            Panel::F32,
+            lows.zip(updates.iter().flatten()).map(|(l, u)| (&l[..], u.r)),
+            n,
+            &mut work.lows,
+        );
+
+        let biases: Vec<Option<Values>> = outs
+            .iter()
+            .map(|(linear, ..)| linear.bias.as_ref().map(Values::of).transpose())
+            .collect::<Result<_>>()?;
+        let mut low = work.lows.iter();
+        let mut products = Vec::new();
+        for (((linear, out, _), updates), bias) in outs.iter_mut().zip(&updates).zip(&biases) {
+            let frozen = Weights::Frozen(&linear.weight);
+            let mut terms = vec![Term { x: &work.x, weights: frozen, transposed: true }];
+            for update in updates {
+                let x = low.next().expect("packed for every update");
+                terms.push(Term { x, weights: update.b(), transposed: true });
+            }
+            let begin = match (onto, bias) {
+                (Onto::Nothing, None) => Begin::Zero,
+                (Onto::Nothing, Some(bias)) => Begin::Bias(bias),
+                (Onto::Sum, bias) => {
+                    if let Some(bias) = bias {
+                        for row in out.chunks_exact_mut(bias.len()) {
+                            row.iter_mut().zip(&**bias).for_each(|(out, b)| *out += b);
+                        }
+                    }
+                    Begin::Add
+                }
+            };
+            let out = Out::new(out, linear.weight.rows(), 0);
+            products.push(Product { terms, begin, out });
+        }
+        // SAFETY: each product has a buffer to itself.
+        unsafe { multiply(isa, &products) };
+        Ok(())
+    }
+
+    /// The way back through linear layers that share the input `x`: the gradients of trainable
+    /// updates, and, if wanted, that of `x`.
+    fn project_back<const M: usize>(
+        &self,
+        linears: [(&Linear, &[f32], &Lows); M],
+        x: &[f32],
+        dx: Option<&mut [f32]>,
+        gradients: &mut LoraGradients,
+        work: &mut Workspace,
+    ) -> Result<()> {
+        let (n, isa, panel) = (self.tokens, self.isa, self.backward);
+        let width = linears[0].0.weight.cols();
+        let updates: Vec<Vec<Update>> =
+            linears.iter().map(|(linear, ..)| self.updates(linear)).collect::<Result<_>>()?;
+        if dx.is_none() && updates.iter().flatten().all(|update| !update.trainable) {
+            return Ok(());
+        }
+        for ((linear, dy, _), packed) in linears.iter().zip(&mut work.dys) {
+            let (values, stride) = (*dy, linear.weight.rows());
+            packed.pack(isa, panel, Strided { values, stride }, n, stride);
+        }
+
+        // dlow = scale · dy · B, nothing outside its tokens.
+        let mut dlows = std::mem::take(&mut work.dlows);
+        dlows.resize_with(updates.iter().flatten().count().max(dlows.len()), Vec::new);
+        let mut free = dlows.iter_mut();
+        let mut products = Vec::new();
+        for (updates, dy) in updates.iter().zip(&work.dys) {
+            for update in updates {
+                let dlow = free.next().expect("one for every update");
+                dlow.clear();
+                dlow.resize(n * update.r, 0.0);
+                let terms = vec![Term { x: dy, weights: update.b(), transposed: false }];
+                let out = Out::new(dlow, update.r, 0);
+                products.push(Product { terms, begin: Begin::Zero, out });
+            }
+        }
+        // SAFETY: each product has a buffer to itself.
+        unsafe { multiply(isa, &products) };
+        drop(products);
+        for (dlow, update) in dlows.iter_mut().zip(updates.iter().flatten()) {
+            dlow[..update.tokens.start * update.r].fill(0.0);
+            dlow[update.tokens.end * update.r..].fill(0.0);
+        }
+
+        if let Some(dx) = dx {
+            let pairs = dlows.iter().zip(updates.iter().flatten()).map(|(l, u)| (&l[..], u.r));
+            pack_all(isa, Panel::F32, pairs, n, &mut work.lows);
+            let mut packed = work.lows.iter();
+            let mut terms = Vec::new();
+            let mut apart = Vec::new();
+            for (((linear, ..), updates), dy) in linears.iter().zip(&updates).zip(&work.dys) {
+                let frozen = Weights::Frozen(&linear.weight);
+                terms.push(Term { x: dy, weights: frozen, transposed: false });
+                for update in updates {
+                    let x = packed.next().expect("packed for every update");
+                    let term = Term { x, weights: update.a(), transposed: false };
+                    match &update.mask {
+                        None => terms.push(term),
+                        Some(mask) => apart.push((term, mask, update.tokens.clone())),
+                    }
+                }
+            }
+            let product = |terms, out| Product { terms, begin: Begin::Zero, out };
+            let out = Out::new(dx, width, 0);
+            // SAFETY: one product over one buffer.
+            unsafe { multiply(isa, &[product(terms, out)]) };
+            // What came through dropout meets its mask first.
+            for (term, mask, tokens) in apart {
+                let mut through = vec![0f32; n * width];
+                let out = Out::new(&mut through, width, 0);
+                // SAFETY: one product over one buffer.
+                unsafe { multiply(isa, &[product(vec![term], out)]) };
+                let rows = tokens.start * width..tokens.end * width;
+                let mask = Values::of(mask)?;
+                let masked = through[rows.clone()].iter().zip(&*mask);
+                dx[rows].iter_mut().zip(masked).for_each(|(dx, (d, mask))| *dx += d * mask);
+            }
+        }
+        self.lora_gradients(&linears, x, &updates, &dlows, gradients, work)?;
+        work.dlows = dlows;
+        Ok(())
+    }
+
+    /// `dA += dlowᵀ · x` and `dB += scale · dyᵀ · low` of trainable updates.
+    fn lora_gradients(
+        &self,
+        linears: &[(&Linear, &[f32], &Lows)],
+        x: &[f32],
+        updates: &[Vec<Update>],
+        dlows: &[Vec<f32>],
+        gradients: &mut LoraGradients,
+        work: &mut Workspace,
+    ) -> Result<()> {
+        let (n, isa, panel) = (self.tokens, self.isa, self.backward);
+        let width = linears[0].0.weight.cols();
+        let dense = |values, cols| Weights::Dense { values, cols, scale: 1.0 };
+        let mut dlow = dlows.iter();
+        let mut trained = Vec::new();
+        for ((linear, dy, lows), updates) in linears.iter().zip(updates) {
+            for (update, low) in updates.iter().zip(*lows) {
+                let dlow = dlow.next().expect("one for every update");
+                if update.trainable {
+                    trained.push((*linear, *dy, low, update, dlow));
+                }
+            }
+        }
+        if trained.is_empty() {
+            return Ok(());
+        }
+
+        // All that multiply the same x are stacked, so that it is packed once.
+        let plain: Vec<_> =
+            trained.iter().filter(|(.., update, _)| update.mask.is_none()).collect();
+        let stacked: usize = plain.iter().map(|(.., update, _)| update.r).sum();
+        let mut masked = Vec::new();
+        for (.., update, _) in trained.iter() {
+            if let Some(mask) = &update.mask {
+                let mask = Values::of(mask)?;
+                let mut values = vec![0f32; n * width];
+                let rows = update.tokens.start * width..update.tokens.end * width;
+                let both = x[rows.clone()].iter().zip(&*mask);
+                values[rows].iter_mut().zip(both).for_each(|(v, (x, mask))| *v = x * mask);
+                masked.push(values);
+            }
+        }
+        let count = 1 + trained.len() + masked.len();
+        work.factors.resize_with(count.max(work.factors.len()), PackedRows::default);
+        work.products.resize_with(count.max(work.products.len()), Vec::new);
+        let (factors, turned) = (&mut work.factors, &mut work.turned);
+        turned.clear();
+        plain.iter().for_each(|(.., update, dlow)| turn(dlow, update.r, turned));
+        factors[0].pack(isa, panel, Strided { values: turned, stride: n }, stacked, n);
+        let mut of_masked = factors[1..].iter_mut();
+        for (.., update, dlow) in trained.iter().filter(|(.., update, _)| update.mask.is_some()) {
+            turned.clear();
+            turn(dlow, update.r, turned);
+            let factor = of_masked.next().expect("one for every mask");
+            factor.pack(isa, panel, Strided { values: turned, stride: n }, update.r, n);
+        }
+        for ((.., low, update, _), factor) in trained.iter().zip(&mut factors[1 + masked.len()..]) {
+            turned.clear();
+            turn(low, update.r, turned);
+            factor.pack(isa, panel, Strided { values: turned, stride: n }, update.r, n);
+        }
+
+        let mut sources = vec![(dense(x, width), stacked, width)];
+        let ranks = trained.iter().filter(|(.., update, _)| update.mask.is_some());
+        let masks = masked.iter().zip(ranks);
+        sources.extend(masks.map(|(v, (.., update, _))| (dense(v, width), update.r, width)));
+        sources.extend(trained.iter().map(|(linear, dy, _, update, _)| {
+            let out = linear.weight.rows();
+            (dense(dy, out), update.r, out)
+        }));
+        let mut products = Vec::new();
+        for ((&(weights, rows, cols), factor), out) in
+            sources.iter().zip(&work.factors).zip(&mut work.products)
+        {
+            out.clear();
+            out.resize(rows * cols, 0.0);
+            if rows > 0 {
+                let terms = vec![Term { x: factor, weights, transposed: false }];
+                let out = Out::new(out, cols, 0);
+                products.push(Product { terms, begin: Begin::Zero, out });
+            }
+        }
+        // SAFETY: each product has a buffer to itself.
+        unsafe { multiply(isa, &products) };
+        drop(products);
+
+        let (mut in_stack, mut next_masked) = (0, 1);
+        for (i, (linear, _, _, update, _)) in trained.iter().enumerate() {
+            let place = gradients.places[&linear.name];
+            let da = match &update.mask {
+                None => {
+                    let rows = in_stack * width..(in_stack + update.r) * width;
+                    in_stack += update.r;
+                    &work.products[0][rows]
+                }
+                Some(_) => {
+                    next_masked += 1;
+                    &work.products[next_masked - 1][..]
+                }
+            };
+            gradients.gradients[place].iter_mut().zip(da).for_each(|(sum, d)| *sum += d);
+            let db = &work.products[1 + masked.len() + i]; // (r, out)
+            let out = linear.weight.rows();
+            let sums = gradients.gradients[place + 1].chunks_exact_mut(update.r);
+            for (o, sums) in sums.enumerate() {
+                for (j, sum) in sums.iter_mut().enumerate() {
+                    *sum += update.scale * db[j * out + o];
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What products are added to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Onto {
+    Nothing,
+    /// What the buffer holds: the residual stream.
+    Sum,
+}
+
+impl Update<'_> {
+    fn a(&self) -> Weights<'_> {
+        let cols = self.a.len() / self.r;
+        Weights::Dense { values: &self.a, cols, scale: 1.0 }
+    }
+
+    fn b(&self) -> Weights<'_> {
+        Weights::Dense { values: &self.b, cols: self.r, scale: self.scale }
+    }
+
+    /// The input of A for the update's own tokens, through dropout.
+    fn pack_input(
+        &self,
+        isa: Isa,
+        panel: Panel,
+        x: &[f32],
+        width: usize,
+        packed: &mut PackedRows,
+    ) -> Result<()> {
+        let x = &x[self.tokens.start * width..self.tokens.end * width];
+        let masked: Vec<f32>;
+        let values = match &self.mask {
+            None => x,
+            Some(mask) => {
+                masked = x.iter().zip(&*Values::of(mask)?).map(|(x, mask)| x * mask).collect();
+                &masked
+            }
+        };
+        packed.pack(isa, panel, Strided { values, stride: width }, self.tokens.len(), width);
+        Ok(())
+    }
+}
+
+/// Packs each `(n, r)`, as many as there are.
+fn pack_all<'v>(
+    isa: Isa,
+    panel: Panel,
+    all: impl Iterator<Item = (&'v [f32], usize)>,
+    n: usize,
+    packed: &mut Vec<PackedRows>,
+) {
+    for (i, (values, stride)) in all.enumerate() {
+        if packed.len() <= i {
+            packed.push(PackedRows::default());
+        }
+        packed[i].pack(isa, panel, Strided { values, stride }, n, stride);
+    }
+}
+
+/// Appends the transpose of `values (n, r)`.
+fn turn(values: &[f32], r: usize, out: &mut Vec<f32>) {
+    for i in 0..r {
+        out.extend(values[i..].iter().step_by(r));
+    }
+}
