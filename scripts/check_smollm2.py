@@ -47,7 +47,9 @@ def finding(what, ok, text):
 
 
 def quantune(*args):
-    """The JSON of one command of ours."""
+    """The JSON of one command of ours, in exact f32 unless it says otherwise."""
+    if "--compute" not in args and args[0] in ("eval", "generate", "sft"):
+        args = (*args, "--compute", "f32")
     args = [QUANTUNE, *map(str, args), "--json"]
     done = subprocess.run(args, stdout=subprocess.PIPE, text=True, stderr=open(WORK / "stderr.txt", "w"))
     if done.returncode != 0:

@@ -167,7 +167,7 @@ impl Decoder {
         for index in 0..self.layers.len() {
             if let Some(layer) = self.layer_pass(index, &pass) {
                 let cache = cache.as_deref_mut().map(|cache| (cache, index));
-                layer.forward(&mut x, &mut tape, &mut work, cache)?;
+                layer.forward(&mut x, &mut tape, false, &mut work, cache)?;
             }
         }
         self.final_norm(&Tensor::from_vec(x, shape, &Device::Cpu)?)
@@ -211,6 +211,16 @@ impl Decoder {
             let wears = |(_, linears): &&(Group, &[&Linear])| linears.iter().any(|l| trained(l));
             groups.iter().find(wears).map(|(group, _)| (index, *group))
         })
+    }
+
+    /// Bytes of all frozen matrices, where they lie.
+    pub fn weight_bytes(&self) -> usize {
+        let linears = self.layers.iter().flat_map(Layer::linears).map(|linear| &linear.weight);
+        let mut all: Vec<&Arc<FrozenMatrix>> = linears.chain([&self.embedding]).collect();
+        if !Arc::ptr_eq(&self.embedding, &self.head) {
+            all.push(&self.head);
+        }
+        all.iter().map(|matrix| matrix.bytes().len()).sum()
     }
 
     /// Which kernel serves each kind of linear layer.

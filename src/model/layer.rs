@@ -11,6 +11,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use candle_core::{Device, Result, Tensor};
+use half::f16;
 
 use super::cache::KvCache;
 use super::config::Config;
@@ -19,7 +20,7 @@ use crate::isa::Isa;
 use crate::ops::attention::{self, Heads};
 use crate::ops::gemm::{Begin, Out, PackedRows, Panel, Product, Strided, Term, Weights, multiply};
 use crate::ops::rope::Turn;
-use crate::ops::{Compute, Values, rms_norm, swiglu};
+use crate::ops::{Compute, Values, half_tape, rms_norm, swiglu};
 
 /// What a layer keeps for the way down. No product need be computed again from it.
 #[derive(Debug, Default)]
@@ -33,20 +34,49 @@ pub struct Tape {
     lse: Vec<f32>,
     /// The residual stream between attention and feed-forward layer.
     middle: Vec<f32>,
-    gate: Vec<f32>,
-    up: Vec<f32>,
+    gate: Kept,
+    up: Kept,
     lows: [Lows; 7],
+}
+
+/// A product kept for the way down: as it is, or in 16 bits where products are integers' anyway.
+#[derive(Debug, Default)]
+struct Kept {
+    exact: Vec<f32>,
+    half: Vec<f16>,
+}
+
+impl Kept {
+    /// Takes what is in `values`, in exchange for the buffer that was kept before.
+    fn keep(&mut self, panel: Panel, values: &mut Vec<f32>) {
+        match panel {
+            Panel::F32 => std::mem::swap(&mut self.exact, values),
+            Panel::Int16 | Panel::Int8 => half_tape::narrow(values, &mut self.half),
+        }
+    }
+
+    /// Gives it back into `values`.
+    fn give(&mut self, panel: Panel, values: &mut Vec<f32>) {
+        match panel {
+            Panel::F32 => std::mem::swap(&mut self.exact, values),
+            Panel::Int16 | Panel::Int8 => half_tape::widen(&self.half, values),
+        }
+    }
 }
 
 /// `x · Aᵀ (N, r)` of each update on a linear layer.
 type Lows = Vec<Vec<f32>>;
 
 impl Tape {
-    /// Bytes a tape of `tokens` tokens takes.
-    pub fn bytes(config: &Config, tokens: usize, ranks: usize) -> usize {
+    /// Bytes a tape of `tokens` tokens takes that wear adapters of `ranks` in sum.
+    pub fn bytes(config: &Config, compute: Compute, tokens: usize, ranks: usize) -> usize {
         let q = config.num_attention_heads * config.head_dim;
         let kv = config.num_key_value_heads * config.head_dim;
-        let width = 2 * config.hidden_size + 2 * q + 2 * kv + 2 * config.intermediate_size;
+        let kept = match compute.forward_panel() {
+            Some(Panel::Int16 | Panel::Int8) => config.intermediate_size,
+            Some(Panel::F32) | None => 2 * config.intermediate_size,
+        };
+        let width = 2 * config.hidden_size + 2 * q + 2 * kv + kept;
         (width + config.num_attention_heads + ranks) * tokens * size_of::<f32>()
     }
 }
@@ -55,6 +85,8 @@ impl Tape {
 #[derive(Debug, Default)]
 pub struct Workspace {
     normed: Vec<f32>,
+    gate: Vec<f32>,
+    up: Vec<f32>,
     inner: Vec<f32>,
     x: PackedRows,
     masked: PackedRows,
@@ -130,11 +162,13 @@ impl<'a> LayerPass<'a> {
         Some(Self { config, layer, pass, isa: Isa::current(), forward, backward, tokens })
     }
 
-    /// Turns `x (N, hidden_size)` into the layer's output. With a cache, attends to it.
+    /// Turns `x (N, hidden_size)` into the layer's output. `taped` says whether `tape` will be used
+    /// for the way down (its `x` is the caller's to keep). With a cache, attends to it.
     pub fn forward(
         &self,
         x: &mut [f32],
         tape: &mut Tape,
+        taped: bool,
         work: &mut Workspace,
         cache: Option<(&mut KvCache, usize)>,
     ) -> Result<()> {
@@ -151,8 +185,8 @@ impl<'a> LayerPass<'a> {
             (v, kv_width),
             (attended, q_width),
             (lse, heads.heads),
-            (gate, inner),
-            (up, inner),
+            (&mut work.gate, inner),
+            (&mut work.up, inner),
             (&mut work.normed, hidden),
             (&mut work.inner, inner),
         ] {
@@ -182,11 +216,17 @@ impl<'a> LayerPass<'a> {
         middle.clear();
         middle.extend_from_slice(x);
         rms_norm::forward(isa, x, &Values::of(&layer.post_attention_norm)?, eps, &mut normed);
-        let outs = [(&layer.gate, &mut gate[..], low_gate), (&layer.up, &mut up[..], low_up)];
+        let (mut gates, mut ups) = (std::mem::take(&mut work.gate), std::mem::take(&mut work.up));
+        let outs = [(&layer.gate, &mut gates[..], low_gate), (&layer.up, &mut ups[..], low_up)];
         self.project(outs, &normed, Onto::Nothing, work)?;
         work.normed = normed;
         let mut inner = std::mem::take(&mut work.inner);
-        swiglu::forward(isa, gate, up, &mut inner);
+        swiglu::forward(isa, &gates, &ups, &mut inner);
+        if taped {
+            gate.keep(self.forward, &mut gates);
+            up.keep(self.forward, &mut ups);
+        }
+        (work.gate, work.up) = (gates, ups);
         self.project([(&layer.down, x, low_down)], &inner, Onto::Sum, work)?;
         work.inner = inner;
         Ok(())
@@ -217,6 +257,9 @@ impl<'a> LayerPass<'a> {
         };
         let mut normed = take(&mut work.normed, c.hidden_size);
         let mut dnormed = take(&mut work.dnormed, c.hidden_size);
+        let (mut gates, mut ups) = (std::mem::take(&mut work.gate), std::mem::take(&mut work.up));
+        gate.give(self.forward, &mut gates);
+        up.give(self.forward, &mut ups);
         let mut inner = take(&mut work.inner, c.intermediate_size);
         let mut dinner = take(&mut work.dinner, c.intermediate_size);
         let mut dattended = take(&mut work.dattended, q_width);
@@ -228,7 +271,7 @@ impl<'a> LayerPass<'a> {
         let wanted = |group| lowest.is_none_or(|lowest| lowest < group);
 
         'down: {
-            swiglu::forward(isa, gate, up, &mut inner);
+            swiglu::forward(isa, &gates, &ups, &mut inner);
             let down = [(&layer.down, &*dx, &*low_down)];
             let dinner_wanted = wanted(Group::Down).then_some(&mut dinner[..]);
             self.project_back(down, &inner, dinner_wanted, gradients, work)?;
@@ -236,10 +279,10 @@ impl<'a> LayerPass<'a> {
                 break 'down;
             }
 
-            swiglu::backward(isa, gate, up, &dinner);
+            swiglu::backward(isa, &mut gates, &mut ups, &dinner);
             let norm = Values::of(&layer.post_attention_norm)?;
             rms_norm::forward(isa, middle, &norm, eps, &mut normed);
-            let both = [(&layer.gate, &gate[..], &*low_gate), (&layer.up, &up[..], &*low_up)];
+            let both = [(&layer.gate, &gates[..], &*low_gate), (&layer.up, &ups[..], &*low_up)];
             let dnormed_wanted = wanted(Group::GateUp).then_some(&mut dnormed[..]);
             self.project_back(both, &normed, dnormed_wanted, gradients, work)?;
             if !wanted(Group::GateUp) {
@@ -280,6 +323,7 @@ impl<'a> LayerPass<'a> {
         }
 
         (work.normed, work.dnormed, work.inner, work.dinner) = (normed, dnormed, inner, dinner);
+        (work.gate, work.up) = (gates, ups);
         (work.dattended, work.dq, work.dk, work.dv) = (dattended, dq, dk, dv);
         Ok(())
     }

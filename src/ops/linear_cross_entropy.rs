@@ -52,6 +52,16 @@ pub fn linear_log_probs(
     }
 }
 
+/// Rows whose logits are held at a time.
+fn chunk_rows(rows: usize, vocabulary: usize) -> usize {
+    (CHUNK_LOGITS / vocabulary.max(1)).clamp(24, 512).min(rows.max(1))
+}
+
+/// Bytes that a call over `rows` rows works with: logits, and their panels on the way back.
+pub fn working_bytes(rows: usize, vocabulary: usize) -> usize {
+    2 * chunk_rows(rows, vocabulary) * vocabulary * size_of::<f32>()
+}
+
 struct LinearLogProbs {
     head: Arc<FrozenMatrix>,
     targets: Vec<u32>,
@@ -70,7 +80,7 @@ impl CustomOp1 for LinearLogProbs {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let x = values(x, layout)?;
         let (vocabulary, width) = (self.head.rows(), self.head.cols());
-        let chunk = (CHUNK_LOGITS / vocabulary).clamp(24, 512).min(self.targets.len().max(1));
+        let chunk = chunk_rows(self.targets.len(), vocabulary);
         let isa = Isa::current();
         let mut logps = vec![0f32; self.targets.len()];
         let mut gradient = vec![0f32; if self.with_gradient { x.len() } else { 0 }];

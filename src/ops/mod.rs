@@ -15,6 +15,7 @@ pub mod attention;
 mod cpu;
 pub mod frozen_linear;
 pub(crate) mod gemm;
+pub(crate) mod half_tape;
 pub mod linear_cross_entropy;
 pub mod rms_norm;
 pub mod rope;

@@ -155,6 +155,11 @@ impl FrozenMatrix {
         self.block_type
     }
 
+    /// Its bytes, where they lie.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
     /// Reads `rows x cols` into `out`, row-major. `cols` must begin and end on block borders.
     ///
     /// # Panics

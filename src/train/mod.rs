@@ -4,6 +4,7 @@
 //! keyed. So the state of a run is a cursor, the adapter and the optimizer's moments, and a run
 //! killed at any moment goes on to the same bytes. Does not know the command line.
 
+mod memory;
 mod progress;
 mod run_dir;
 pub mod settings;

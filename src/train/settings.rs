@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::memory::parse_bytes;
 use crate::ops::Compute;
 use crate::optim::ScheduleKind;
 
@@ -130,13 +131,17 @@ settings! {
         /// Rows in the order of the file [default: false]
         #[arg(num_args = 0..=1, default_missing_value = "true")]
         no_shuffle: bool = false,
-        /// Whether layers are recomputed in the backward pass: less memory, a third more time [default: true]
+        /// Memory the run may take, as 600MB or 2GiB: layers that do not fit are recomputed in the
+        /// backward pass, which costs up to a third more time [default: 70 % of what is free]
+        memory_budget: String = String::new(),
+        /// Recompute all layers, or with false none, whatever the memory budget says
         #[arg(num_args = 0..=1, default_missing_value = "true")]
-        gradient_checkpointing: bool = true,
+        gradient_checkpointing: Option<bool> = None,
         /// Seed of initialization, order and dropout [default: 42]
         seed: u64 = 42,
-        /// f32: fast and exact; portable: the slow reference form [default: f32]
-        compute: Compute = Compute::F32,
+        /// How products are computed: int16 (block-floating, nearly twice f32's speed), int8 (faster
+        /// still, rougher), f32 (exact), or portable (the slow reference form) [default: int16]
+        compute: Compute = Compute::Int16,
 
         /// When held-out loss is taken; by default epoch with --eval-data, else no
         eval_strategy: Option<EvalStrategy> = None,
@@ -150,7 +155,8 @@ settings! {
 }
 
 /// Keys that may differ when a run goes on: they change no result.
-pub const FREE_ON_RESUME: &[&str] = &["save_total_limit", "out"];
+pub const FREE_ON_RESUME: &[&str] =
+    &["save_total_limit", "out", "memory_budget", "gradient_checkpointing"];
 
 trait Empty {
     fn empty(&self) -> bool;
@@ -177,6 +183,7 @@ empty! {
     Vec<String> => |list| list.is_empty();
     Vec<usize> => |list| list.is_empty();
     Option<EvalStrategy> => |option| option.is_none();
+    Option<bool> => |option| option.is_none();
     String => |text| text.is_empty();
     usize => |_| false;
     u64 => |_| false;
@@ -224,6 +231,9 @@ impl SftSettings {
             check(count > 0, format!("{name} is 0, needed at least 1"));
         }
         check(self.adam_epsilon as f32 > 0.0, "adam_epsilon is no positive f32".into());
+        let budget = &self.memory_budget;
+        let fine = budget.is_empty() || parse_bytes(budget).is_some();
+        check(fine, format!("memory_budget is {budget:?}, needed a size like 600MB or 2GiB"));
         let p = self.lora_dropout;
         check((0.0..1.0).contains(&p), format!("lora_dropout is {p}, needed in [0, 1)"));
         let seed = self.seed;

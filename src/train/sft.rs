@@ -15,6 +15,7 @@ use serde_json::json;
 use sha2::{Digest, Sha256};
 
 use super::TrainError;
+use super::memory::{self, default_budget, parse_bytes};
 use super::progress::Progress;
 use super::run_dir::{Fingerprint, Metrics, RunDir, State, read_optimizer, read_state};
 use super::settings::{EvalStrategy, SftSettings};
@@ -49,7 +50,7 @@ pub struct Summary {
     pub adapter: PathBuf,
     /// Which kernel serves each kind of linear layer.
     pub kernels: BTreeMap<String, String>,
-    /// Layers whose tape is rebuilt on the way down (`gradient_checkpointing`).
+    /// Layers whose tape is rebuilt on the way down, as the memory budget asks.
     pub recomputed_layers: usize,
     /// What the data came to.
     pub data: DataReport,
@@ -165,8 +166,7 @@ pub fn sft(settings: &SftSettings, resume: bool, stop: &AtomicBool) -> Result<Ou
         state.step
     );
 
-    let layers = decoder.config.num_hidden_layers;
-    let kept_layers = if settings.gradient_checkpointing { 0 } else { layers };
+    let kept_layers = kept_layers(settings, &decoder, &adapter, &data.train);
     let mut buffers = Buffers::default();
     let mut progress = Progress::new(state.step, total_steps);
     if state.step == 0 && state.metrics_bytes == 0 {
@@ -256,13 +256,36 @@ pub fn sft(settings: &SftSettings, resume: bool, stop: &AtomicBool) -> Result<Ou
         trainable_parameters: adapter.num_parameters(),
         adapter: folder,
         kernels: decoder.kernels(),
-        recomputed_layers: match settings.gradient_checkpointing {
-            true => decoder.config.num_hidden_layers,
-            false => 0,
-        },
+        recomputed_layers: decoder.config.num_hidden_layers - kept_layers,
         data: data.train.report,
         resumed_at,
     })))
+}
+
+/// Layers that keep their tapes.
+fn kept_layers(
+    settings: &SftSettings,
+    decoder: &Decoder,
+    adapter: &Adapter,
+    data: &Dataset,
+) -> usize {
+    let layers = decoder.config.num_hidden_layers;
+    if let Some(all) = settings.gradient_checkpointing {
+        return if all { 0 } else { layers };
+    }
+    let budget = parse_bytes(&settings.memory_budget).unwrap_or_else(default_budget);
+    // The largest micro-batch there can be: its bins full, or the longest rows together.
+    let mut lengths: Vec<usize> = data.examples.iter().map(|e| e.tokens.len()).collect();
+    lengths.sort_unstable_by_key(|&length| std::cmp::Reverse(length));
+    let all: usize = lengths.iter().sum();
+    let batch = settings.per_device_train_batch_size;
+    let longest: usize = lengths.iter().take(batch).sum();
+    let tokens = match settings.packing {
+        true => (batch * settings.max_length).max(longest).min(all),
+        false => longest,
+    };
+    let ranks = adapter.modules.values().map(|lora| lora.r()).sum::<usize>().div_ceil(layers);
+    memory::kept_layers(decoder, tokens, adapter.num_parameters(), ranks, budget)
 }
 
 struct Data {

@@ -99,8 +99,9 @@ fn fast(
             tape.x.clear();
             tape.x.extend_from_slice(&x);
         }
-        let tape = if index >= first && kept(index) { tape } else { &mut *scratch };
-        layer(index).forward(&mut x, tape, work, None)?;
+        let taped = index >= first && kept(index);
+        let tape = if taped { tape } else { &mut *scratch };
+        layer(index).forward(&mut x, tape, taped, work, None)?;
     }
 
     // Read and judge.
@@ -116,7 +117,7 @@ fn fast(
         if !kept(index) {
             std::mem::swap(&mut scratch.x, &mut tape.x);
             let mut x = scratch.x.clone();
-            layer(index).forward(&mut x, scratch, work, None)?;
+            layer(index).forward(&mut x, scratch, true, work, None)?;
             tape = scratch;
         }
         layer(index).backward(&mut dx, tape, stop, &mut sink, work)?;

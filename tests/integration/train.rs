@@ -64,13 +64,15 @@ struct Run {
     decoder: Decoder,
     adapter: Arc<Adapter>,
     parameters: Vec<Var>,
+    /// Frozen adapters worn with the trainable one.
+    below: Vec<Worn>,
 }
 
 impl Run {
     fn new(decoder: Decoder, adapter: Adapter) -> Self {
         let adapter = Arc::new(adapter);
         let parameters = adapter.parameters().into_iter().map(|(_, var)| var).collect();
-        Self { decoder, adapter, parameters }
+        Self { decoder, adapter, parameters, below: Vec::new() }
     }
 
     /// Loss and gradients of one step over `rows`.
@@ -82,7 +84,8 @@ impl Run {
         let count: usize = micro.iter().map(Batch::count).sum();
         let mut gradients: Gradients =
             self.parameters.iter().map(|var| vec![0.0; var.elem_count()]).collect();
-        let worn = [Worn::trainable(self.adapter.clone())];
+        let mut worn = self.below.clone();
+        worn.push(Worn::trainable(self.adapter.clone()));
         let layers = self.decoder.config.num_hidden_layers;
         let mut buffers = Buffers::default();
         let mut loss = 0.0;
@@ -346,4 +349,64 @@ fn every_row_wears_its_own_adapter() {
     }
     assert_eq!(seen[0], 0.0);
     assert!(seen[1..].iter().all(|&difference| difference > 1e-3), "{seen:?}");
+}
+
+/// The layer's fast form against its portable one, loss and every gradient, with a frozen adapter
+/// below the trainable one and dropout; and the integer modes by their own bounds.
+#[test]
+fn every_form_of_a_step_agrees() {
+    let bounds =
+        [(Compute::F32, 1e-6, 1e-5), (Compute::Int16, 2e-3, 1e-2), (Compute::Int8, 0.1, 0.2)];
+    for name in ["llama-q4_0", "qwen2-tiny"] {
+        for layout in [SINGLE, Layout { micro: 4, recompute: true, dropout: 0.2 }] {
+            let step = |compute| {
+                let decoder = load(name, compute);
+                let initial = adapter(name, "initial", &decoder);
+                Run::new(decoder, initial).step(&rows(name)[..4], layout)
+            };
+            let (loss, gradients) = step(Compute::Portable);
+            for (compute, of_loss, of_gradients) in bounds {
+                let (found, found_gradients) = step(compute);
+                let error = (found - loss).abs();
+                assert!(error < of_loss, "{name} {compute:?}: loss {error:e} off");
+                assert!(compute == Compute::F32 || error > 0.0, "{compute:?} is no other form");
+                for (i, (found, exact)) in found_gradients.iter().zip(&gradients).enumerate() {
+                    let error = relative(found, exact);
+                    assert!(error < of_gradients, "{name} {compute:?}: gradient {i} {error:e} off");
+                }
+            }
+        }
+    }
+}
+
+/// With a trainable adapter in one place only, nothing below is computed, and the gradients are
+/// those that a full adapter has there.
+#[test]
+fn gradients_of_a_single_module_are_those_of_the_whole() {
+    let name = "llama-tiny";
+    let rows = &rows(name)[..4];
+    let whole = adapter(name, "initial", &load(name, Compute::F32));
+    for module in ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"] {
+        let frozen: Vec<String> =
+            whole.modules.keys().filter(|m| !m.ends_with(module)).cloned().collect();
+        let mut trainable = whole.clone();
+        let mut rest = whole.clone();
+        trainable.modules.retain(|m, _| !frozen.contains(m));
+        rest.modules.retain(|m, _| frozen.contains(m));
+        let run = Run::new(load(name, Compute::F32), whole.clone());
+        let (loss, gradients) = run.step(rows, SINGLE);
+        let mut part = Run::new(load(name, Compute::F32), trainable);
+        part.below = vec![Worn::frozen(Arc::new(rest))];
+        let (part_loss, part_gradients) = part.step(rows, SINGLE);
+        assert!((loss - part_loss).abs() < 1e-6);
+        let names = run.adapter.parameters();
+        let wanted = names.iter().zip(&gradients).filter(|((n, _), _)| n.contains(module));
+        let mut compared = 0;
+        for ((_, whole), part) in wanted.zip(&part_gradients) {
+            let error = relative(part, whole);
+            assert!(error < 1e-5, "{module}: {error:e}");
+            compared += 1;
+        }
+        assert_eq!(compared, part_gradients.len());
+    }
 }

@@ -217,12 +217,12 @@ unsafe fn tiles(
                 Begin::Zero => tile.0 = [[0.0; TILE_COLS]; TILE_ROWS],
                 Begin::Bias(bias) => {
                     for row in &mut tile.0 {
-                        row[..width].copy_from_slice(&bias[first_column..][..width]);
+                        copy(&bias[first_column..][..width], row);
                     }
                 }
                 Begin::Add => {
                     for (i, row) in tile.0[..count].iter_mut().enumerate() {
-                        row[..width].copy_from_slice(row_of(i));
+                        copy(row_of(i), row);
                     }
                 }
             }
@@ -239,9 +239,18 @@ unsafe fn tiles(
                 }
             }
             for (i, row) in tile.0[..count].iter().enumerate() {
-                row_of(i).copy_from_slice(&row[..width]);
+                copy(row, row_of(i));
             }
         }
+    }
+}
+
+/// Copies as many values as both hold; a whole row of a tile without a call.
+#[inline(always)]
+fn copy(from: &[f32], to: &mut [f32]) {
+    match (<&[f32; TILE_COLS]>::try_from(from), <&mut [f32; TILE_COLS]>::try_from(&mut *to)) {
+        (Ok(from), Ok(to)) => *to = *from,
+        _ => to.iter_mut().zip(from).for_each(|(to, from)| *to = *from),
     }
 }
 
