@@ -211,7 +211,7 @@ impl Decoder {
         let v = self.linear(&layer.v, &h, pass)?;
         let attended = match cache {
             Some(cache) => cache.attend(index, &q, (&k, &v), heads, &pass.segments)?,
-            None => causal_attention(&q, &k, &v, heads, &pass.segments, self.compute)?,
+            None => causal_attention(&q, &k, &v, heads, &pass.segments, None, self.compute)?,
         };
         let x = (x + self.linear(&layer.o, &attended, pass)?)?;
 
