@@ -1,28 +1,84 @@
-//! Keys and values of tokens already seen, per layer and row.
+//! Keys and values of tokens already seen, per layer, row and key head, exact or compressed.
 
 use std::ops::Range;
 
-use super::Config;
-use crate::ops::attention::{Heads, attend_to_cache};
+use candle_core::{Result, Tensor};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
 
-/// The keys and values of a batch of rows, F32, each row of its own length.
+use super::Config;
+use crate::isa::Isa;
+use crate::ops::attention::{CachedQueries, Heads, KeyBlock, Keys, Qkv, Strided, each};
+use crate::ops::lanes::{Element, GROUP};
+
+/// How keys and values are kept.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum CacheType {
+    /// Exactly.
+    #[default]
+    F32,
+    /// Half precision: half the memory.
+    F16,
+    /// Eight bits, and a scale per head and token: a little more than a quarter.
+    Q8,
+}
+
+/// The keys and values of a batch of rows, each row of its own length.
 #[derive(Debug, Clone)]
 pub struct KvCache {
     layers: Vec<Vec<RowCache>>,
-    width: usize,
+    kv_heads: usize,
+    head_dim: usize,
 }
 
-#[derive(Debug, Clone, Default)]
-struct RowCache {
-    keys: Vec<f32>,
-    values: Vec<f32>,
+/// The key heads of a row.
+#[derive(Debug, Clone)]
+enum RowCache {
+    F32(Vec<HeadCache<f32>>),
+    F16(Vec<HeadCache<f16>>),
+    Q8(Vec<HeadCache<i8>>),
+}
+
+impl RowCache {
+    fn new(kind: CacheType, kv_heads: usize, head_dim: usize) -> Self {
+        match kind {
+            CacheType::F32 => Self::F32(vec![HeadCache::new(head_dim); kv_heads]),
+            CacheType::F16 => Self::F16(vec![HeadCache::new(head_dim); kv_heads]),
+            CacheType::Q8 => Self::Q8(vec![HeadCache::new(head_dim); kv_heads]),
+        }
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Self::F32(heads) => heads[0].len,
+            Self::F16(heads) => heads[0].len,
+            Self::Q8(heads) => heads[0].len,
+        }
+    }
+
+    fn heads_mut(&mut self) -> Vec<&mut dyn Append> {
+        fn each_of<B: Stored>(heads: &mut [HeadCache<B>]) -> Vec<&mut dyn Append> {
+            heads.iter_mut().map(|head| head as &mut dyn Append).collect()
+        }
+        match self {
+            Self::F32(heads) => each_of(heads),
+            Self::F16(heads) => each_of(heads),
+            Self::Q8(heads) => each_of(heads),
+        }
+    }
 }
 
 impl KvCache {
-    /// An empty cache for `rows` rows.
+    /// An empty exact cache for `rows` rows.
     pub fn new(config: &Config, rows: usize) -> Self {
-        let width = config.num_key_value_heads * config.head_dim;
-        Self { layers: vec![vec![RowCache::default(); rows]; config.num_hidden_layers], width }
+        Self::with_type(config, rows, CacheType::F32)
+    }
+
+    /// An empty cache for `rows` rows.
+    pub fn with_type(config: &Config, rows: usize, kind: CacheType) -> Self {
+        let (kv_heads, head_dim) = (config.num_key_value_heads, config.head_dim);
+        let layer = vec![RowCache::new(kind, kv_heads, head_dim); rows];
+        Self { layers: vec![layer; config.num_hidden_layers], kv_heads, head_dim }
     }
 
     /// Rows.
@@ -32,7 +88,7 @@ impl KvCache {
 
     /// Tokens of a row that have been seen.
     pub fn len(&self, row: usize) -> usize {
-        self.layers.first().map_or(0, |layer| layer[row].keys.len() / self.width)
+        self.layers.first().map_or(0, |layer| layer[row].len())
     }
 
     /// Whether no token has been seen.
@@ -48,26 +104,330 @@ impl KvCache {
         }
     }
 
-    /// Appends the new tokens' keys and values and attends to all there are.
-    ///
-    /// Shapes: `q`, `out (N, heads · head_dim)`, `k`, `v (N, kv_heads · head_dim)`; `segments`
-    /// are the new tokens of each row.
+    /// [`Self::attend_slices`] on contiguous tensors, without a window.
     pub(super) fn attend(
         &mut self,
         layer: usize,
-        (q, k, v): (&[f32], &[f32], &[f32]),
+        q: &Tensor,
+        (k, v): (&Tensor, &Tensor),
         heads: Heads,
         segments: &[Range<usize>],
+    ) -> Result<Tensor> {
+        let values = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
+        let (q_values, k, v) = (values(q)?, values(k)?, values(v)?);
+        let (q_width, kv_width) = (heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim);
+        let qkv = Qkv {
+            q: Strided { values: &q_values, stride: q_width },
+            k: Strided { values: &k, stride: kv_width },
+            v: Strided { values: &v, stride: kv_width },
+        };
+        let mut out = vec![0f32; q_values.len()];
+        self.attend_slices(Isa::current(), layer, qkv, heads, segments, None, &mut out);
+        Tensor::from_vec(out, q.shape(), q.device())
+    }
+
+    /// Appends the new tokens' keys and values and attends to all there are, or to the last
+    /// `window` of them. Queries see their own keys as the cache keeps them.
+    ///
+    /// Shapes: q `(N, heads · head_dim)`, k and v `(N, kv_heads · head_dim)`, `segments` the new
+    /// tokens of each row → `out` as q, contiguous.
+    #[allow(clippy::too_many_arguments)] // those of the attention kernels, and which layer
+    pub fn attend_slices(
+        &mut self,
+        isa: Isa,
+        layer: usize,
+        qkv: Qkv,
+        heads: Heads,
+        segments: &[Range<usize>],
+        window: Option<usize>,
         out: &mut [f32],
     ) {
+        assert_eq!((heads.kv_heads, heads.head_dim), (self.kv_heads, self.head_dim));
         let rows = &mut self.layers[layer];
+        assert!(segments.len() <= rows.len(), "{} rows, {} cached", segments.len(), rows.len());
+        let mut appends = Vec::new();
         for (row, segment) in rows.iter_mut().zip(segments) {
-            let new = segment.start * self.width..segment.end * self.width;
-            row.keys.extend_from_slice(&k[new.clone()]);
-            row.values.extend_from_slice(&v[new]);
+            if !segment.is_empty() {
+                let heads = row.heads_mut().into_iter().enumerate();
+                appends.extend(heads.map(|(head, cache)| (head, cache, segment)));
+            }
         }
-        let keys: Vec<&[f32]> = rows.iter().map(|row| &row.keys[..]).collect();
-        let values: Vec<&[f32]> = rows.iter().map(|row| &row.values[..]).collect();
-        attend_to_cache(q, &keys, &values, heads, segments, out);
+        let tokens: usize = segments.iter().map(|segment| segment.len()).sum();
+        each(appends, tokens * self.kv_heads * self.head_dim, |(head, cache, segment)| {
+            let column = head * heads.head_dim;
+            for token in segment.clone() {
+                let k = &qkv.k.values[token * qkv.k.stride + column..][..heads.head_dim];
+                let v = &qkv.v.values[token * qkv.v.stride + column..][..heads.head_dim];
+                cache.append(k, v);
+            }
+        });
+
+        let queries = CachedQueries { q: qkv.q, heads, segments, window };
+        let lengths: Vec<usize> = rows.iter().map(RowCache::len).collect();
+        queries.attend(isa, &lengths, out, |row, head, task| match &rows[row] {
+            RowCache::F32(heads) => task.run(&heads[head]),
+            RowCache::F16(heads) => task.run(&heads[head]),
+            RowCache::Q8(heads) => task.run(&heads[head]),
+        });
+    }
+}
+
+/// The keys and values of one key head of a row.
+///
+/// Keys lie in panels `(head_dim, 16)`, a panel for every 16 tokens, so that scores of 16 keys are
+/// sums over broadcast values of the query; values in rows padded to a multiple of 16.
+#[derive(Debug, Clone)]
+struct HeadCache<B> {
+    head_dim: usize,
+    len: usize,
+    keys: Vec<B>,
+    values: Vec<B>,
+    /// The factor of each key and of each value, if the type has one.
+    scales: Option<(Vec<f32>, Vec<f32>)>,
+    /// A converted key on its way.
+    key: Vec<B>,
+}
+
+/// What keys and values can be stored as.
+trait Stored: Element + Default {
+    /// Whether the values of a head have a common factor.
+    const SCALED: bool;
+
+    /// Converts a head and gives its factor.
+    fn convert(from: &[f32], to: &mut [Self]) -> f32;
+}
+
+impl Stored for f32 {
+    const SCALED: bool = false;
+
+    fn convert(from: &[f32], to: &mut [Self]) -> f32 {
+        to.copy_from_slice(from);
+        1.0
+    }
+}
+
+impl Stored for f16 {
+    const SCALED: bool = false;
+
+    fn convert(from: &[f32], to: &mut [Self]) -> f32 {
+        to.convert_from_f32_slice(from);
+        1.0
+    }
+}
+
+impl Stored for i8 {
+    const SCALED: bool = true;
+
+    fn convert(from: &[f32], to: &mut [Self]) -> f32 {
+        let largest = from.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+        let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+        for (to, x) in to.iter_mut().zip(from) {
+            *to = (x * inverse).round() as i8;
+        }
+        largest / 127.0
+    }
+}
+
+/// A head of any type that takes in tokens.
+trait Append: Send {
+    /// Takes in a token's key and value.
+    fn append(&mut self, key: &[f32], value: &[f32]);
+}
+
+impl<B: Stored> HeadCache<B> {
+    fn new(head_dim: usize) -> Self {
+        let scales = B::SCALED.then(Default::default);
+        let key = vec![B::default(); head_dim];
+        Self { head_dim, len: 0, keys: Vec::new(), values: Vec::new(), scales, key }
+    }
+}
+
+impl<B: Stored> Append for HeadCache<B> {
+    fn append(&mut self, key: &[f32], value: &[f32]) {
+        let (panel, column) = (self.len / GROUP, self.len % GROUP);
+        if column == 0 {
+            self.keys.resize(self.keys.len() + GROUP * self.head_dim, B::default());
+            if let Some((keys, values)) = &mut self.scales {
+                keys.resize(keys.len() + GROUP, 0.0);
+                values.resize(values.len() + GROUP, 0.0);
+            }
+        }
+        let key_scale = B::convert(key, &mut self.key);
+        let panel = &mut self.keys[panel * GROUP * self.head_dim..];
+        for (to, x) in panel.chunks_exact_mut(GROUP).zip(&self.key) {
+            to[column] = *x;
+        }
+        let start = self.values.len();
+        self.values.resize(start + self.head_dim.next_multiple_of(GROUP), B::default());
+        let value_scale = B::convert(value, &mut self.values[start..][..self.head_dim]);
+        if let Some((keys, values)) = &mut self.scales {
+            keys[self.len] = key_scale;
+            values[self.len] = value_scale;
+        }
+        self.len += 1;
+    }
+}
+
+impl<B: Stored> Keys for HeadCache<B> {
+    type Element = B;
+
+    fn block<'a>(
+        &'a self,
+        range: Range<usize>,
+        _: (&'a mut [f32], &'a mut [f32]),
+    ) -> KeyBlock<'a, B> {
+        let padded = self.head_dim.next_multiple_of(GROUP);
+        let scales = self.scales.as_ref();
+        KeyBlock {
+            keys: &self.keys[range.start * self.head_dim..],
+            values: &self.values[range.start * padded..],
+            scales: scales.map(|(k, v)| (&k[range.start..], &v[range.start..])),
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::single_range_in_vec_init)] // a batch of one row is one range
+mod tests {
+    use candle_core::Device;
+    use quantune_adapters::rng::Stream;
+
+    use super::*;
+    use crate::ops::{Compute, causal_attention};
+
+    const KINDS: [(CacheType, f64); 3] =
+        [(CacheType::F32, 1e-5), (CacheType::F16, 2e-3), (CacheType::Q8, 2e-2)];
+
+    fn cache(rows: usize, heads: Heads, kind: CacheType) -> KvCache {
+        let Heads { kv_heads, head_dim, .. } = heads;
+        KvCache {
+            layers: vec![vec![RowCache::new(kind, kv_heads, head_dim); rows]],
+            kv_heads,
+            head_dim,
+        }
+    }
+
+    /// q, k and v as columns of one buffer, `(n, stride)`.
+    fn buffer(n: usize, heads: Heads) -> Vec<f32> {
+        let mut stream = Stream::new(7, "cache", &[]);
+        (0..n * stride(heads)).map(|_| stream.normal()).collect()
+    }
+
+    fn stride(heads: Heads) -> usize {
+        (heads.heads + 2 * heads.kv_heads) * heads.head_dim
+    }
+
+    fn columns(buffer: &[f32], heads: Heads) -> Qkv<'_> {
+        let stride = stride(heads);
+        let (q, kv) = (heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim);
+        let from = |column: usize| Strided { values: &buffer[column..], stride };
+        Qkv { q: from(0), k: from(q), v: from(q + kv) }
+    }
+
+    /// What the portable form gives for one row.
+    fn portable(buffer: &[f32], heads: Heads, window: Option<usize>) -> Vec<f32> {
+        let n = buffer.len() / stride(heads);
+        let all = Tensor::from_slice(buffer, (n, stride(heads)), &Device::Cpu).unwrap();
+        let (q, kv) = (heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim);
+        let part = |start, width| all.narrow(1, start, width).unwrap().contiguous().unwrap();
+        let (q, k, v) = (part(0, q), part(q, kv), part(q + kv, kv));
+        let rows = [0..n].into();
+        let y = causal_attention(&q, &k, &v, heads, &rows, window, Compute::Portable).unwrap();
+        y.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    fn error(a: &[f32], b: &[f32]) -> f64 {
+        let norm = |x: f64| x * x;
+        let difference: f64 = a.iter().zip(b).map(|(a, b)| norm(f64::from(a - b))).sum();
+        (difference / b.iter().map(|&b| norm(f64::from(b))).sum::<f64>()).sqrt()
+    }
+
+    /// Feeds a row in pieces, all its tokens once.
+    fn in_pieces(
+        isa: Isa,
+        kind: CacheType,
+        buffer: &[f32],
+        heads: Heads,
+        window: Option<usize>,
+        pieces: &[usize],
+    ) -> Vec<f32> {
+        let (mut cache, mut done, mut all) = (cache(1, heads, kind), 0, Vec::new());
+        for &piece in pieces {
+            let new = &buffer[done * stride(heads)..(done + piece) * stride(heads)];
+            let mut out = vec![f32::NAN; piece * heads.heads * heads.head_dim];
+            let rows = [0..piece];
+            let qkv = columns(new, heads);
+            cache.attend_slices(isa, 0, qkv, heads, &rows, window, &mut out);
+            all.extend(out);
+            done += piece;
+        }
+        assert_eq!(cache.len(0), done);
+        all
+    }
+
+    #[test]
+    fn every_type_is_as_exact_as_it_says_and_pieces_do_not_matter() {
+        let cases = [
+            (Heads { heads: 6, kv_heads: 2, head_dim: 16 }, None),
+            (Heads { heads: 2, kv_heads: 2, head_dim: 12 }, None),
+            (Heads { heads: 8, kv_heads: 1, head_dim: 40 }, Some(37)),
+        ];
+        for isa in Isa::ALL.iter().copied().filter(|isa| isa.available()) {
+            for (heads, window) in cases {
+                let buffer = buffer(230, heads);
+                let expected = portable(&buffer, heads, window);
+                for (kind, tolerance) in KINDS {
+                    let run =
+                        |pieces: &[usize]| in_pieces(isa, kind, &buffer, heads, window, pieces);
+                    let once = run(&[230]);
+                    let error = error(&once, &expected);
+                    assert!(error < tolerance, "{isa:?} {kind:?} {heads:?} is off by {error:e}");
+                    assert_eq!(run(&[1, 99, 8, 1, 1, 120]), once, "{isa:?} {kind:?} {heads:?}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_exact_cache_gives_the_bits_of_training() {
+        let heads = Heads { heads: 4, kv_heads: 2, head_dim: 24 };
+        let buffer = buffer(150, heads);
+        let isa = Isa::current();
+        let mut out = vec![0f32; 150 * 4 * 24];
+        let mut lse = vec![0f32; 150 * 4];
+        let qkv = columns(&buffer, heads);
+        crate::ops::attention::forward(isa, qkv, heads, &[0..150], None, &mut out, &mut lse);
+        let cached = in_pieces(isa, CacheType::F32, &buffer, heads, None, &[100, 1, 49]);
+        assert_eq!(cached, out);
+    }
+
+    #[test]
+    fn rows_of_other_lengths_and_without_tokens_do_not_matter() {
+        let heads = Heads { heads: 4, kv_heads: 2, head_dim: 16 };
+        let width = heads.heads * heads.head_dim;
+        let buffer = buffer(60, heads);
+        let part = |range: Range<usize>| {
+            columns(&buffer[range.start * stride(heads)..range.end * stride(heads)], heads)
+        };
+        for (kind, _) in KINDS {
+            let isa = Isa::current();
+            let mut batch = cache(3, heads, kind);
+            let mut out = vec![0f32; 60 * width];
+            let rows = [0..20, 20..20, 20..57];
+            batch.attend_slices(isa, 0, part(0..57), heads, &rows, None, &mut out[..57 * width]);
+            batch.retain(&[false, true, true]);
+            assert_eq!((batch.rows(), batch.len(0), batch.len(1)), (2, 0, 37));
+            let rows = [0..1, 1..3];
+            let new = &mut out[57 * width..];
+            batch.attend_slices(isa, 0, part(57..60), heads, &rows, None, new);
+
+            let mut alone = cache(1, heads, kind);
+            let mut expected = vec![0f32; 39 * width];
+            let (first, second) = expected.split_at_mut(37 * width);
+            alone.attend_slices(isa, 0, part(20..57), heads, &[0..37], None, first);
+            alone.attend_slices(isa, 0, part(58..60), heads, &[0..2], None, second);
+            assert_eq!(out[20 * width..57 * width], expected[..37 * width]);
+            assert_eq!(out[58 * width..], expected[37 * width..]);
+        }
     }
 }

@@ -16,7 +16,7 @@ use crate::ops::attention::Heads;
 use crate::ops::frozen_linear::frozen_rows;
 use crate::ops::rope::Rotation;
 use crate::ops::{
-    Compute, Values, causal_attention, frozen_linear, linear_log_probs, rms_norm, rope, swiglu,
+    Compute, causal_attention, frozen_linear, linear_log_probs, rms_norm, rope, swiglu,
 };
 use crate::quant::FrozenMatrix;
 
@@ -251,14 +251,8 @@ impl Decoder {
         let k = rope(&self.linear(&layer.k, &h, pass)?, &pass.rotation, self.compute)?;
         let v = self.linear(&layer.v, &h, pass)?;
         let attended = match cache {
-            Some(cache) => {
-                let (q, k, v) = (q.contiguous()?, k.contiguous()?, v.contiguous()?);
-                let mut out = vec![0f32; q.elem_count()];
-                let qkv = (&*Values::of(&q)?, &*Values::of(&k)?, &*Values::of(&v)?);
-                cache.attend(index, qkv, heads, &pass.segments, &mut out);
-                Tensor::from_vec(out, q.shape(), q.device())?
-            }
-            None => causal_attention(&q, &k, &v, heads, &pass.segments, self.compute)?,
+            Some(cache) => cache.attend(index, &q, (&k, &v), heads, &pass.segments)?,
+            None => causal_attention(&q, &k, &v, heads, &pass.segments, None, self.compute)?,
         };
         let x = (x + self.linear(&layer.o, &attended, pass)?)?;
 

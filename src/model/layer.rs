@@ -17,7 +17,7 @@ use super::cache::KvCache;
 use super::config::Config;
 use super::decoder::{Layer, Linear, Pass};
 use crate::isa::Isa;
-use crate::ops::attention::{self, Heads};
+use crate::ops::attention::{self, Attended, Heads, Qkv, QkvGrad};
 use crate::ops::gemm::{Begin, Out, PackedRows, Panel, Product, Strided, Term, Weights, multiply};
 use crate::ops::rope::Turn;
 use crate::ops::{Compute, Values, half_tape, rms_norm, swiglu};
@@ -205,10 +205,12 @@ impl<'a> LayerPass<'a> {
         self.pass.rotation.rotate(isa, Turn::Forward, k, kv_width, kv_width);
         match cache {
             Some((cache, index)) => {
-                cache.attend(index, (q, k, v), heads, &self.pass.segments, attended);
+                let (qkv, segments) = (qkv(heads, q, k, v), &self.pass.segments);
+                cache.attend_slices(isa, index, qkv, heads, segments, None, attended);
             }
             None => {
-                attention::forward(isa, (q, k, v), heads, &self.pass.segments, attended, lse);
+                let (qkv, segments) = (qkv(heads, q, k, v), &self.pass.segments);
+                attention::forward(isa, qkv, heads, segments, None, attended, lse);
             }
         }
         self.project([(&layer.o, &mut x[..], low_o)], attended, Onto::Sum, work)?;
@@ -296,15 +298,10 @@ impl<'a> LayerPass<'a> {
             if !wanted(Group::Output) {
                 break 'down;
             }
-            attention::backward(
-                isa,
-                (q, k, v),
-                heads,
-                &self.pass.segments,
-                (attended, lse),
-                &dattended,
-                (&mut dq, &mut dk, &mut dv),
-            );
+            let left = Attended { out: attended, lse };
+            let grad = QkvGrad::apart((&mut dq, q_width), (&mut dk, kv_width), (&mut dv, kv_width));
+            let (qkv, segments) = (qkv(heads, q, k, v), &self.pass.segments);
+            attention::backward(isa, qkv, heads, segments, None, left, &dattended, grad);
             self.pass.rotation.rotate(isa, Turn::Back, &mut dq, q_width, q_width);
             self.pass.rotation.rotate(isa, Turn::Back, &mut dk, kv_width, kv_width);
 
@@ -643,6 +640,16 @@ impl<'a> LayerPass<'a> {
             }
         }
         Ok(())
+    }
+}
+
+/// Queries, keys and values in buffers of their own.
+fn qkv<'v>(heads: Heads, q: &'v [f32], k: &'v [f32], v: &'v [f32]) -> Qkv<'v> {
+    let kv = heads.kv_heads * heads.head_dim;
+    Qkv {
+        q: attention::Strided { values: q, stride: heads.heads * heads.head_dim },
+        k: attention::Strided { values: k, stride: kv },
+        v: attention::Strided { values: v, stride: kv },
     }
 }
 

@@ -11,7 +11,7 @@ pub mod layer;
 mod load;
 
 pub use adapters::{Adapters, Worn};
-pub use cache::KvCache;
+pub use cache::{CacheType, KvCache};
 pub use config::Config;
 pub use decoder::{Decoder, Pass, Rows};
 

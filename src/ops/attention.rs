@@ -1,9 +1,16 @@
 //! Causal attention with grouped heads over packed rows: a row sees itself and nothing else.
 //!
-//! The fast form works through 64 queries at a time, so its memory is `64 x T` per thread, and
-//! keeps only the log-sum-exp of each query for the backward pass, which recomputes the weights
-//! (as in FlashAttention-2, Dao 2023).
+//! The fast form is FlashAttention-2 (Dao 2023) on slices: blocks of keys, an online softmax, and
+//! of each query only the log-sum-exp is kept for the backward pass, which recomputes the weights.
+//! The query heads that share a key head are rows of one matrix, query by query: `heads` rows of
+//! the first query, then those of the next. So a tile of rows spans few positions, and what it
+//! cannot see is skipped tile by tile; short rows are not padded to a block.
+//!
+//! A query's result depends on its own row alone, and neither on the threads nor on how many
+//! queries are taken at a time: a cache that is filled piece by piece gives the same bits.
 
+use std::cell::Cell;
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
@@ -11,11 +18,29 @@ use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::Compute;
-use super::cpu::{Mat, Target, Values, exp, gemm, values};
+use super::cpu::{Target, Values, values};
+use super::lanes::{
+    Element, GROUP, Lanes, Left, MOST_ROWS, Right, Scratch, exp2, panel, product, rungs, tile_rows,
+};
 use crate::isa::Isa;
 
-/// Queries taken at a time.
-const BLOCK: usize = 64;
+/// Keys taken at a time, and rows of queries in the backward pass.
+pub(crate) const KEYS: usize = 64;
+
+/// Rows of queries that share a packed block of keys in the forward pass.
+const ROWS: usize = 192;
+
+/// From this length the backward pass takes the query heads of a row apart, so that a single row
+/// keeps more threads busy than it has key heads.
+const LONG: usize = 256;
+
+/// Below so many multiply-adds another thread costs more than it gives.
+const TINY: usize = 50_000;
+
+thread_local! {
+    static SCRATCH: Cell<Scratch> = const { Cell::new(Scratch::new()) };
+    static PARTIALS: Cell<Scratch> = const { Cell::new(Scratch::new()) };
+}
 
 /// How the heads lie in `q (N, heads · head_dim)` and in `k`, `v (N, kv_heads · head_dim)`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,10 +69,22 @@ impl Heads {
     fn scale(&self) -> f32 {
         1.0 / (self.head_dim as f32).sqrt()
     }
+
+    /// Width of a head in scratch: whole groups of lanes.
+    fn padded(&self) -> usize {
+        self.head_dim.next_multiple_of(GROUP)
+    }
+}
+
+/// The positions that the token at `position` of its row sees: the last `window` of those up to
+/// itself, or all of them.
+fn seen(position: usize, window: Option<usize>) -> Range<usize> {
+    let first = window.map_or(0, |window| (position + 1).saturating_sub(window));
+    first..position + 1
 }
 
 /// `softmax(q · kᵀ / sqrt(head_dim)) · v` per head, each token over the tokens of its own segment
-/// up to itself.
+/// up to itself, or with `window` over the last so many of them.
 ///
 /// Shapes: `q (N, heads · head_dim)`, `k`, `v (N, kv_heads · head_dim)`, F32 → as `q`. `segments`
 /// are the rows of the batch, end to end from 0 to N.
@@ -57,24 +94,36 @@ pub fn causal_attention(
     v: &Tensor,
     heads: Heads,
     segments: &Arc<[Range<usize>]>,
+    window: Option<usize>,
     compute: Compute,
 ) -> Result<Tensor> {
-    check(q, k, v, heads, segments)?;
+    check(q, k, v, heads, segments, window)?;
     match compute {
         Compute::F32 | Compute::Int16 | Compute::Int8 => {
-            let op = CausalAttention { heads, segments: segments.clone(), lse: OnceLock::new() };
+            let (isa, segments) = (Isa::current(), segments.clone());
+            let op = CausalAttention { isa, heads, segments, window, lse: OnceLock::new() };
             q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
         }
-        Compute::Portable => portable(q, k, v, heads, segments),
+        Compute::Portable => portable(q, k, v, heads, segments, window),
     }
 }
 
-fn check(q: &Tensor, k: &Tensor, v: &Tensor, heads: Heads, rows: &[Range<usize>]) -> Result<()> {
+fn check(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    heads: Heads,
+    rows: &[Range<usize>],
+    window: Option<usize>,
+) -> Result<()> {
     let (n, width) = q.dims2()?;
     let mut end = 0;
     let end_to_end = rows.iter().all(|row| std::mem::replace(&mut end, row.end) == row.start);
     if !end_to_end || end != n {
         candle_core::bail!("segments {rows:?} do not part {n} tokens");
+    }
+    if window == Some(0) {
+        candle_core::bail!("a window of 0: a token sees at least itself");
     }
     let kv = [n, heads.kv_width()];
     if width != heads.q_width() || k.dims() != kv || v.dims() != kv {
@@ -90,6 +139,7 @@ fn portable(
     v: &Tensor,
     heads: Heads,
     segments: &[Range<usize>],
+    window: Option<usize>,
 ) -> Result<Tensor> {
     let Heads { heads: q_heads, kv_heads, head_dim } = heads;
     let rows = segments.iter().filter(|row| !row.is_empty()).map(|row| {
@@ -103,8 +153,9 @@ fn portable(
         let (q, k, v) = (part(q, q_heads)?, part(k, kv_heads)?, part(v, kv_heads)?);
         let (k, v) = (repeat(k)?, repeat(v)?); // (heads, T, head_dim)
         let scores = (q.matmul(&k.t()?)? * f64::from(heads.scale()))?; // (heads, T, T)
-        let mask: Vec<f32> =
-            (0..t * t).map(|i| if i % t > i / t { f32::NEG_INFINITY } else { 0.0 }).collect();
+        let mask = (0..t * t)
+            .map(|i| if seen(i / t, window).contains(&(i % t)) { 0.0 } else { f32::NEG_INFINITY });
+        let mask: Vec<f32> = mask.collect();
         let scores = scores.broadcast_add(&Tensor::from_vec(mask, (t, t), q.device())?)?;
         let weights = candle_nn::ops::softmax(&scores, D::Minus1)?;
         weights.matmul(&v)?.transpose(0, 1)?.reshape((t, heads.q_width()))
@@ -112,140 +163,23 @@ fn portable(
     Tensor::cat(&rows.collect::<Result<Vec<_>>>()?, 0)
 }
 
-/// Attention of new queries over keys and values that are already there, without gradients: row
-/// `i` of the batch has the queries `segments[i]` and sees all of `keys[i]`, `values[i]`, of which
-/// the last `segments[i].len()` positions are its own.
-///
-/// Shapes: `q (N, heads · head_dim)`; each of `keys`, `values` is `(T, kv_heads · head_dim)` with
-/// `T` at least the row's queries → as `q`.
-pub(crate) fn attend_to_cache(
-    qs: &[f32],
-    keys: &[&[f32]],
-    values: &[&[f32]],
-    heads: Heads,
-    segments: &[Range<usize>],
-    out: &mut [f32],
-) {
-    let target = Target::new(out);
-    // A row may have no new tokens; its range may then lie behind the last of them.
-    let rows = (0..segments.len()).filter(|&row| !segments[row].is_empty());
-    let tasks = rows.flat_map(|row| (0..heads.heads).map(move |h| (row, h)));
-    let tasks: Vec<(usize, usize)> = tasks.collect();
-    tasks.into_par_iter().for_each_init(Vec::new, |scores, (row, head)| {
-        let segment = &segments[row];
-        let view = HeadView {
-            q: head_of(qs, segment.start, heads.q_width(), head * heads.head_dim),
-            k: head_of(keys[row], 0, heads.kv_width(), head / heads.group() * heads.head_dim),
-            v: head_of(values[row], 0, heads.kv_width(), head / heads.group() * heads.head_dim),
-            queries: segment.len(),
-            keys: keys[row].len() / heads.kv_width(),
-            head_dim: heads.head_dim,
-            scale: heads.scale(),
-        };
-        let at = segment.start * heads.q_width() + head * heads.head_dim;
-        // SAFETY: each task writes the columns of its own head in the rows of its own segment.
-        unsafe { view.forward(target.at(at), heads.q_width(), |_, _| (), scores) };
-    });
-}
-
-/// Queries, keys and values.
-pub(crate) type Qkv<'a> = (&'a [f32], &'a [f32], &'a [f32]);
-
 struct CausalAttention {
+    isa: Isa,
     heads: Heads,
     segments: Arc<[Range<usize>]>,
+    window: Option<usize>,
     /// Log-sum-exp of each query's scores, `(N, heads)`, left by the forward pass.
     lse: OnceLock<Vec<f32>>,
 }
 
-/// Attention of whole rows. `out` as q; `lse (N, heads)` gets each query's log-sum-exp.
-pub(crate) fn forward(
-    _isa: Isa,
-    qkv: Qkv,
-    heads: Heads,
-    segments: &[Range<usize>],
-    out: &mut [f32],
-    lse: &mut [f32],
-) {
-    let width = heads.q_width();
-    let (target, lse_target) = (Target::new(out), Target::new(lse));
-    tasks(heads, segments).into_par_iter().for_each_init(Vec::new, |scores, (row, kv_head)| {
-        for head in kv_head * heads.group()..(kv_head + 1) * heads.group() {
-            let at = row.start * width + head * heads.head_dim;
-            let keep = |query: usize, value: f32| {
-                let at = (row.start + query) * heads.heads + head;
-                // SAFETY: each task writes its own heads in the rows of its own segment.
-                unsafe { lse_target.at(at).slice(1)[0] = value };
-            };
-            // SAFETY: as above.
-            unsafe {
-                head_view(heads, qkv, &row, head).forward(target.at(at), width, keep, scores);
-            }
+impl CausalAttention {
+    fn qkv<'a>(&self, q: &'a [f32], k: &'a [f32], v: &'a [f32]) -> Qkv<'a> {
+        let (q_width, kv_width) = (self.heads.q_width(), self.heads.kv_width());
+        Qkv {
+            q: Strided { values: q, stride: q_width },
+            k: Strided { values: k, stride: kv_width },
+            v: Strided { values: v, stride: kv_width },
         }
-    });
-}
-
-/// The gradients of q, k and v, from what the forward pass left.
-pub(crate) fn backward(
-    _isa: Isa,
-    qkv: Qkv,
-    heads: Heads,
-    segments: &[Range<usize>],
-    (outs, lse): (&[f32], &[f32]),
-    douts: &[f32],
-    (dq, dk, dv): (&mut [f32], &mut [f32], &mut [f32]),
-) {
-    let (q_width, kv_width) = (heads.q_width(), heads.kv_width());
-    dk.fill(0.0);
-    dv.fill(0.0);
-    let (dq_t, dk_t, dv_t) = (Target::new(dq), Target::new(dk), Target::new(dv));
-    tasks(heads, segments).into_par_iter().for_each_init(
-        Scratch::default,
-        |scratch, (row, kv_head)| {
-            let kv_at = row.start * kv_width + kv_head * heads.head_dim;
-            for head in kv_head * heads.group()..(kv_head + 1) * heads.group() {
-                let at = row.start * q_width + head * heads.head_dim;
-                let gradients = Gradients {
-                    out: head_of(outs, row.start, q_width, head * heads.head_dim),
-                    dout: head_of(douts, row.start, q_width, head * heads.head_dim),
-                    lse: Mat {
-                        values: &lse[row.start * heads.heads + head..],
-                        row_stride: heads.heads,
-                        col_stride: 1,
-                    },
-                    dq: (dq_t.at(at), q_width),
-                    dk: (dk_t.at(kv_at), kv_width),
-                    dv: (dv_t.at(kv_at), kv_width),
-                };
-                // SAFETY: each task writes the heads of one key head in the rows of one segment.
-                unsafe { head_view(heads, qkv, &row, head).backward(gradients, scratch) };
-            }
-        },
-    );
-}
-
-/// One task per row and key head: the query heads of a group add to the same `dk` and `dv`.
-fn tasks(heads: Heads, segments: &[Range<usize>]) -> Vec<(Range<usize>, usize)> {
-    let rows = segments.iter().filter(|row| !row.is_empty());
-    rows.flat_map(|row| (0..heads.kv_heads).map(move |h| (row.clone(), h))).collect()
-}
-
-fn head_view<'a>(
-    heads: Heads,
-    (q, k, v): Qkv<'a>,
-    row: &Range<usize>,
-    head: usize,
-) -> HeadView<'a> {
-    let Heads { head_dim, .. } = heads;
-    let kv_at = head / heads.group() * head_dim;
-    HeadView {
-        q: head_of(q, row.start, heads.q_width(), head * head_dim),
-        k: head_of(k, row.start, heads.kv_width(), kv_at),
-        v: head_of(v, row.start, heads.kv_width(), kv_at),
-        queries: row.len(),
-        keys: row.len(),
-        head_dim,
-        scale: heads.scale(),
     }
 }
 
@@ -263,10 +197,11 @@ impl CustomOp3 for CausalAttention {
         v: &CpuStorage,
         v_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let qkv = (values(q, q_layout)?, values(k, k_layout)?, values(v, v_layout)?);
-        let mut out = vec![0f32; qkv.0.len()];
-        let mut lse = vec![0f32; qkv.0.len() / self.heads.q_width() * self.heads.heads];
-        forward(Isa::current(), qkv, self.heads, &self.segments, &mut out, &mut lse);
+        let (q, k, v) = (values(q, q_layout)?, values(k, k_layout)?, values(v, v_layout)?);
+        let mut out = vec![0f32; q.len()];
+        let mut lse = vec![0f32; q.len() / self.heads.head_dim];
+        let qkv = self.qkv(q, k, v);
+        forward(self.isa, qkv, self.heads, &self.segments, self.window, &mut out, &mut lse);
         // A tape runs an op's forward once; were it run again, the values would be the same.
         let _ = self.lse.set(lse);
         Ok((CpuStorage::F32(out), q_layout.shape().clone()))
@@ -283,185 +218,867 @@ impl CustomOp3 for CausalAttention {
         let dout = dout.contiguous()?;
         let (qs, ks, vs) = (Values::of(q)?, Values::of(k)?, Values::of(v)?);
         let (outs, douts) = (Values::of(out)?, Values::of(&dout)?);
-        let (qkv, outs, douts) = ((&*qs, &*ks, &*vs), &*outs, &*douts);
         let lse = self.lse.get().expect("the forward pass came first");
-        let heads = self.heads;
-        let mut dq = vec![0f32; qkv.0.len()];
-        let (mut dk, mut dv) = (vec![0f32; qkv.1.len()], vec![0f32; qkv.2.len()]);
-        backward(
-            Isa::current(),
-            qkv,
-            heads,
-            &self.segments,
-            (outs, lse),
-            douts,
-            (&mut dq, &mut dk, &mut dv),
-        );
+        let (mut dq, mut dk) = (vec![0f32; qs.len()], vec![0f32; ks.len()]);
+        let mut dv = vec![0f32; vs.len()];
+        let (q_width, kv_width) = (self.heads.q_width(), self.heads.kv_width());
+        let grad = QkvGrad::apart((&mut dq, q_width), (&mut dk, kv_width), (&mut dv, kv_width));
+        let qkv = self.qkv(&qs, &ks, &vs);
+        let result = Attended { out: &outs, lse };
+        backward(self.isa, qkv, self.heads, &self.segments, self.window, result, &douts, grad);
         let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device());
         Ok((Some(tensor(dq, q)?), Some(tensor(dk, k)?), Some(tensor(dv, v)?)))
     }
 }
 
-fn head_of(values: &[f32], row: usize, width: usize, column: usize) -> Mat<'_> {
-    Mat::rows(&values[(row * width + column).min(values.len())..], width)
+/// The heads of each token inside a wider buffer: those of token `t` begin at `t * stride`.
+#[derive(Clone, Copy)]
+pub struct Strided<'a> {
+    /// From the first token's first head on.
+    pub values: &'a [f32],
+    /// From one token to the next.
+    pub stride: usize,
 }
 
-/// One query head of one row. Query `i` sees keys `0..=keys - queries + i`.
-struct HeadView<'a> {
-    q: Mat<'a>,
-    k: Mat<'a>,
-    v: Mat<'a>,
-    queries: usize,
-    keys: usize,
-    head_dim: usize,
-    scale: f32,
-}
-
-struct Gradients<'a> {
-    out: Mat<'a>,
-    dout: Mat<'a>,
-    lse: Mat<'a>,
-    dq: (Target, usize),
-    dk: (Target, usize),
-    dv: (Target, usize),
-}
-
-#[derive(Default)]
-struct Scratch {
-    weights: Vec<f32>,
-    dweights: Vec<f32>,
-}
-
-impl HeadView<'_> {
-    /// Blocks of queries, each with the number of keys its last query sees.
-    fn blocks(&self) -> impl Iterator<Item = (Range<usize>, usize)> {
-        let (queries, before) = (self.queries, self.keys - self.queries);
-        (0..queries).step_by(BLOCK).map(move |start| {
-            let end = queries.min(start + BLOCK);
-            (start..end, before + end)
-        })
+impl<'a> Strided<'a> {
+    fn at(self, token: usize, column: usize, width: usize) -> &'a [f32] {
+        &self.values[token * self.stride + column..][..width]
     }
 
-    fn visible(&self, query: usize) -> usize {
-        self.keys - self.queries + query + 1
+    /// Columns from `column` on of the tokens from `token` on.
+    fn from(self, token: usize, column: usize) -> Self {
+        Self { values: &self.values[token * self.stride + column..], ..self }
+    }
+}
+
+/// Queries `(N, heads · head_dim)`, keys and values `(N, kv_heads · head_dim)`, which may be column
+/// ranges of one buffer.
+#[derive(Clone, Copy)]
+pub struct Qkv<'a> {
+    /// Queries.
+    pub q: Strided<'a>,
+    /// Keys.
+    pub k: Strided<'a>,
+    /// Values.
+    pub v: Strided<'a>,
+}
+
+/// What the forward pass left: its output `(N, heads · head_dim)` and log-sum-exps `(N, heads)`.
+#[derive(Clone, Copy)]
+pub struct Attended<'a> {
+    /// The output.
+    pub out: &'a [f32],
+    /// Log-sum-exp of each query's scaled scores.
+    pub lse: &'a [f32],
+}
+
+/// Where the gradients of a [`Qkv`] go.
+pub struct QkvGrad<'a> {
+    q: Columns,
+    k: Columns,
+    v: Columns,
+    borrowed: PhantomData<&'a mut [f32]>,
+}
+
+/// A [`Strided`] that tasks write to, each to elements of its own.
+#[derive(Clone, Copy)]
+struct Columns {
+    target: Target,
+    stride: usize,
+}
+
+impl Columns {
+    /// # Safety
+    /// As for [`Target::slice`].
+    unsafe fn at<'a>(self, token: usize, column: usize, width: usize) -> &'a mut [f32] {
+        // SAFETY: the caller's.
+        unsafe { self.target.at(token * self.stride + column).slice(width) }
+    }
+}
+
+impl<'a> QkvGrad<'a> {
+    /// Three buffers, each with its stride.
+    pub fn apart(
+        q: (&'a mut [f32], usize),
+        k: (&'a mut [f32], usize),
+        v: (&'a mut [f32], usize),
+    ) -> Self {
+        let columns = |(values, stride)| Columns { target: Target::new(values), stride };
+        Self { q: columns(q), k: columns(k), v: columns(v), borrowed: PhantomData }
     }
 
-    /// `scores (block, seen) = q · kᵀ`, unscaled.
-    fn scores(&self, block: &Range<usize>, seen: usize, scores: &mut Vec<f32>) {
-        scores.resize(block.len() * seen, 0.0);
-        let size = (block.len(), seen, self.head_dim);
-        // SAFETY: the buffer is this thread's.
-        unsafe {
-            gemm(size, Target::new(scores), seen, false, rows_from(self.q, block.start), self.k.t())
+    /// One buffer with rows of `stride`, in which q, k and v begin at the given columns.
+    pub fn columns(values: &'a mut [f32], stride: usize, [q, k, v]: [usize; 3]) -> Self {
+        let all = Target::new(values);
+        let columns = |column| Columns { target: all.at(column), stride };
+        Self { q: columns(q), k: columns(k), v: columns(v), borrowed: PhantomData }
+    }
+}
+
+/// `out = softmax(q · kᵀ / sqrt(head_dim)) · v` per head, and the log-sum-exp of each query's
+/// scaled scores; who sees what is said at [`causal_attention`].
+///
+/// Shapes: `out (N, heads · head_dim)`, `lse (N, heads)`; both are overwritten.
+pub fn forward(
+    isa: Isa,
+    qkv: Qkv,
+    heads: Heads,
+    segments: &[Range<usize>],
+    window: Option<usize>,
+    out: &mut [f32],
+    lse: &mut [f32],
+) {
+    let tokens = segments.last().map_or(0, |segment| segment.end);
+    let (width, head_dim) = (heads.q_width(), heads.head_dim);
+    assert!(out.len() >= tokens * width && lse.len() >= tokens * heads.heads);
+    let (out, lse) = (Target::new(out), Target::new(lse));
+    let step = queries_at_a_time(heads);
+    let (mut tasks, mut work) = (Vec::new(), 0);
+    for segment in segments.iter().filter(|segment| !segment.is_empty()) {
+        work += segment.len() * segment.len() * width;
+        for kv_head in 0..heads.kv_heads {
+            let starts = segment.clone().step_by(step);
+            tasks.extend(starts.map(|start| (segment, kv_head, start)));
+        }
+    }
+    each(tasks, work, |(segment, kv_head, start)| {
+        let queries = Queries {
+            q: qkv.q,
+            tokens: start..segment.end.min(start + step),
+            position: start - segment.start,
+            heads: kv_head * heads.group()..(kv_head + 1) * heads.group(),
         };
-    }
+        let keys = Packed {
+            k: qkv.k.from(segment.start, kv_head * head_dim),
+            v: qkv.v.from(segment.start, kv_head * head_dim),
+            head_dim,
+        };
+        attend(isa, &queries, &keys, heads, window, |token, head, row, value| {
+            // SAFETY: each task writes its own heads of its own tokens.
+            unsafe {
+                out.at(token * width + head * head_dim).slice(head_dim).copy_from_slice(row);
+                lse.at(token * heads.heads + head).slice(1)[0] = value;
+            }
+        });
+    });
+}
 
-    /// Writes the head's output and hands each query's log-sum-exp to `keep`.
-    ///
-    /// # Safety
-    /// No other thread may touch the head's elements of `out`.
-    unsafe fn forward(
+/// New queries `(N, heads · head_dim)` of rows whose keys and values are kept elsewhere: row `i` has
+/// the queries `segments[i]`, which are the last positions of the row.
+pub(crate) struct CachedQueries<'a> {
+    pub q: Strided<'a>,
+    pub heads: Heads,
+    pub segments: &'a [Range<usize>],
+    pub window: Option<usize>,
+}
+
+/// Some queries of one key head, to be run over its keys.
+pub(crate) struct CachedTask<'a> {
+    isa: Isa,
+    queries: Queries<'a>,
+    heads: Heads,
+    window: Option<usize>,
+    out: Target,
+}
+
+impl CachedQueries<'_> {
+    /// Attends to rows of these `lengths`, new tokens included: `run` is given row, key head and a
+    /// task, which it runs over the keys it knows. `out (N, heads · head_dim)` is overwritten.
+    pub fn attend(
         &self,
-        out: Target,
-        out_stride: usize,
-        keep: impl Fn(usize, f32),
-        scores: &mut Vec<f32>,
+        isa: Isa,
+        lengths: &[usize],
+        out: &mut [f32],
+        run: impl Fn(usize, usize, CachedTask) + Sync + Send,
     ) {
-        for (block, seen) in self.blocks() {
-            self.scores(&block, seen, scores);
-            for (query, row) in block.clone().zip(scores.chunks_exact_mut(seen)) {
-                let (row, hidden) = row.split_at_mut(self.visible(query));
-                let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                let mut sum = 0f32;
-                for s in row.iter_mut() {
-                    *s = exp((*s - max) * self.scale);
-                    sum += *s;
-                }
-                for s in row.iter_mut() {
-                    *s /= sum;
-                }
-                hidden.fill(0.0);
-                keep(query, max * self.scale + sum.ln());
+        let Self { q, heads, segments, window } = *self;
+        let tokens = segments.iter().map(|segment| segment.end).max().unwrap_or(0);
+        assert!(out.len() >= tokens * heads.q_width());
+        let out = Target::new(out);
+        let step = queries_at_a_time(heads);
+        let (mut tasks, mut work) = (Vec::new(), 0);
+        // A row may have no new tokens; its range may then lie behind the last of them.
+        let rows = segments.iter().zip(lengths).enumerate();
+        for (row, (segment, &length)) in rows.filter(|(_, (segment, _))| !segment.is_empty()) {
+            work += segment.len() * length * heads.q_width();
+            let before = length - segment.len();
+            for kv_head in 0..heads.kv_heads {
+                let starts = segment.clone().step_by(step);
+                tasks.extend(starts.map(|start| (row, segment, before, kv_head, start)));
             }
-            let size = (block.len(), self.head_dim, seen);
-            let weights = Mat::rows(scores, seen);
-            // SAFETY: the caller's promise.
-            unsafe {
-                gemm(size, out.at(block.start * out_stride), out_stride, false, weights, self.v)
-            };
         }
+        each(tasks, work, |(row, segment, before, kv_head, start)| {
+            let queries = Queries {
+                q,
+                tokens: start..segment.end.min(start + step),
+                position: before + start - segment.start,
+                heads: kv_head * heads.group()..(kv_head + 1) * heads.group(),
+            };
+            run(row, kv_head, CachedTask { isa, queries, heads, window, out });
+        });
+    }
+}
+
+impl CachedTask<'_> {
+    /// Attends to these keys.
+    pub fn run<K: Keys>(&self, keys: &K) {
+        let (width, head_dim) = (self.heads.q_width(), self.heads.head_dim);
+        attend(self.isa, &self.queries, keys, self.heads, self.window, |token, head, row, _| {
+            // SAFETY: each task writes its own heads of its own tokens, while `out` is borrowed.
+            unsafe {
+                let out = self.out.at(token * width + head * head_dim);
+                out.slice(head_dim).copy_from_slice(row);
+            }
+        });
+    }
+}
+
+/// Tokens whose queries share a packed block of keys.
+fn queries_at_a_time(heads: Heads) -> usize {
+    (ROWS / heads.group()).clamp(MOST_ROWS, ROWS)
+}
+
+/// Runs the tasks, on several threads if they have more than [`TINY`] `work`.
+pub(crate) fn each<T: Send>(tasks: Vec<T>, work: usize, run: impl Fn(T) + Sync + Send) {
+    if tasks.len() > 1 && work > TINY {
+        tasks.into_par_iter().for_each(run);
+    } else {
+        tasks.into_iter().for_each(run);
+    }
+}
+
+/// Queries of heads that share a key head, as the rows of one matrix: row `r` is head
+/// `heads.start + r % heads.len()` of token `tokens.start + r / heads.len()`.
+pub(crate) struct Queries<'a> {
+    pub q: Strided<'a>,
+    pub tokens: Range<usize>,
+    /// Where the first token stands in its row.
+    pub position: usize,
+    pub heads: Range<usize>,
+}
+
+impl Queries<'_> {
+    fn rows(&self) -> usize {
+        self.tokens.len() * self.heads.len()
     }
 
-    /// With weights `p` and `dp = dout · vᵀ`: `ds = p (dp - Σ dout · out)`, then
-    /// `dv += pᵀ · dout`, `dq = ds · k`, `dk += dsᵀ · q`, the last two scaled.
-    ///
-    /// # Safety
-    /// No other thread may touch the head's elements of `dq`, `dk` and `dv`.
-    unsafe fn backward(&self, g: Gradients, scratch: &mut Scratch) {
-        let Scratch { weights, dweights } = scratch;
-        let head_dim = self.head_dim;
-        for (block, seen) in self.blocks() {
-            self.scores(&block, seen, weights);
-            for (query, row) in block.clone().zip(weights.chunks_exact_mut(seen)) {
-                let lse = g.lse.values[query * g.lse.row_stride];
-                let (row, hidden) = row.split_at_mut(self.visible(query));
-                for s in row {
-                    *s = exp(*s * self.scale - lse);
+    /// The token and head of a row.
+    fn of(&self, row: usize) -> (usize, usize) {
+        (self.tokens.start + row / self.heads.len(), self.heads.start + row % self.heads.len())
+    }
+
+    /// The keys of a block that some row of a tile sees, and those that each row sees.
+    fn limits(&self, tile: &Range<usize>, block: &Range<usize>, window: Option<usize>) -> Limits {
+        let position = |row: usize| self.position + row / self.heads.len();
+        let (first, last) = (position(tile.start), position(tile.end - 1));
+        let within = |range: Range<usize>| {
+            let start = range.start.clamp(block.start, block.end) - block.start;
+            (start, (range.end.clamp(block.start, block.end) - block.start).max(start))
+        };
+        let any = within(seen(first, window).start..last + 1);
+        let every = within(seen(last, window).start..first + 1);
+        let mut rows = [any; MOST_ROWS];
+        if any != every {
+            for (limits, row) in rows.iter_mut().zip(tile.clone()) {
+                *limits = within(seen(position(row), window));
+            }
+        }
+        Limits { any, rows }
+    }
+
+    /// Copies the heads of `from` to rows of `padded` values, times `factor`.
+    fn gather(&self, from: Strided, head_dim: usize, factor: f32, to: &mut [f32]) {
+        let padded = head_dim.next_multiple_of(GROUP);
+        for (token, rows) in self.tokens.clone().zip(to.chunks_mut(self.heads.len() * padded)) {
+            for (head, row) in self.heads.clone().zip(rows.chunks_exact_mut(padded)) {
+                for (to, x) in row.iter_mut().zip(from.at(token, head * head_dim, head_dim)) {
+                    *to = x * factor;
                 }
-                hidden.fill(0.0);
-            }
-            let dout = rows_from(g.dout, block.start);
-            let out = rows_from(g.out, block.start);
-            dweights.resize(block.len() * seen, 0.0);
-            let p = Mat::rows(weights, seen);
-            // SAFETY: the buffer is this thread's; dv by the caller's promise.
-            unsafe {
-                let size = (block.len(), seen, head_dim);
-                gemm(size, Target::new(dweights), seen, false, dout, self.v.t());
-                gemm((seen, head_dim, block.len()), g.dv.0, g.dv.1, true, p.t(), dout);
-            }
-            let rows = dweights.chunks_exact_mut(seen).zip(weights.chunks_exact(seen));
-            for (i, (ds, p)) in rows.enumerate() {
-                let row = |m: Mat| i * m.row_stride..i * m.row_stride + head_dim;
-                let products = dout.values[row(dout)].iter().zip(&out.values[row(out)]);
-                let mean: f32 = products.map(|(a, b)| a * b).sum();
-                for (ds, p) in ds.iter_mut().zip(p) {
-                    *ds = p * (*ds - mean) * self.scale;
-                }
-            }
-            let ds = Mat::rows(dweights, seen);
-            // SAFETY: the caller's promise.
-            unsafe {
-                let at = g.dq.0.at(block.start * g.dq.1);
-                gemm((block.len(), head_dim, seen), at, g.dq.1, false, ds, self.k);
-                let q = rows_from(self.q, block.start);
-                gemm((seen, head_dim, block.len()), g.dk.0, g.dk.1, true, ds.t(), q);
+                row[head_dim..].fill(0.0);
             }
         }
     }
 }
 
-fn rows_from(m: Mat, first: usize) -> Mat {
-    Mat { values: &m.values[first * m.row_stride..], ..m }
+/// First and last key, within a block, that a tile of rows sees.
+struct Limits {
+    any: (usize, usize),
+    rows: [(usize, usize); MOST_ROWS],
+}
+
+/// The keys and values of one key head of one row.
+pub(crate) trait Keys {
+    /// How they are stored.
+    type Element: Element;
+
+    /// Those of `range`, which begins at a multiple of [`KEYS`] and is at most as long. They may
+    /// be put into the scratch: `KEYS · head_dim` and `KEYS · padded head_dim` values.
+    fn block<'a>(
+        &'a self,
+        range: Range<usize>,
+        scratch: (&'a mut [f32], &'a mut [f32]),
+    ) -> KeyBlock<'a, Self::Element>;
+}
+
+/// Some keys and as many values.
+pub(crate) struct KeyBlock<'a, B> {
+    /// Panels `(head_dim, 16)`, the last one padded.
+    pub keys: &'a [B],
+    /// Rows of `head_dim`, padded to a multiple of 16.
+    pub values: &'a [B],
+    /// What each key and each value is to be multiplied by, padded to a multiple of 16.
+    pub scales: Option<(&'a [f32], &'a [f32])>,
+}
+
+/// Keys and values of a row as they come out of the projections.
+struct Packed<'a> {
+    k: Strided<'a>,
+    v: Strided<'a>,
+    head_dim: usize,
+}
+
+impl Keys for Packed<'_> {
+    type Element = f32;
+
+    fn block<'a>(
+        &'a self,
+        range: Range<usize>,
+        (keys, values): (&'a mut [f32], &'a mut [f32]),
+    ) -> KeyBlock<'a, f32> {
+        panels(self.k, &range, self.head_dim, keys);
+        padded_rows(self.v, &range, self.head_dim, values);
+        KeyBlock { keys, values, scales: None }
+    }
+}
+
+/// Copies rows of a block to panels `(head_dim, 16)`.
+fn panels(from: Strided, range: &Range<usize>, head_dim: usize, to: &mut [f32]) {
+    let starts = range.clone().step_by(GROUP);
+    for (start, to) in starts.zip(to.chunks_exact_mut(GROUP * head_dim)) {
+        let count = GROUP.min(range.end - start);
+        panel(&from.values[start * from.stride..], from.stride, count, head_dim, to);
+    }
+}
+
+/// Copies rows of a block to rows padded to whole groups.
+fn padded_rows(from: Strided, range: &Range<usize>, head_dim: usize, to: &mut [f32]) {
+    let padded = head_dim.next_multiple_of(GROUP);
+    for (token, row) in range.clone().zip(to.chunks_exact_mut(padded)) {
+        row[..head_dim].copy_from_slice(from.at(token, 0, head_dim));
+        row[head_dim..].fill(0.0);
+    }
+}
+
+/// Attends, and hands token, head, output `(head_dim)` and log-sum-exp of each row to `emit`.
+pub(crate) fn attend<K: Keys>(
+    isa: Isa,
+    queries: &Queries,
+    keys: &K,
+    heads: Heads,
+    window: Option<usize>,
+    mut emit: impl FnMut(usize, usize, &[f32], f32),
+) {
+    let (head_dim, padded, rows) = (heads.head_dim, heads.padded(), queries.rows());
+    let scale = heads.scale() * std::f32::consts::LOG2_E; // scores are powers of two
+    Scratch::with(&SCRATCH, |scratch| {
+        let [q, out, max, sum, scores, key_scratch, value_scratch] = scratch.split([
+            rows * padded,
+            rows * padded,
+            rows,
+            rows * GROUP,
+            MOST_ROWS * KEYS,
+            KEYS * head_dim,
+            KEYS * padded,
+        ]);
+        queries.gather(queries.q, head_dim, scale, q);
+        out.fill(0.0);
+        max.fill(f32::NEG_INFINITY);
+        sum.fill(0.0);
+        let first = seen(queries.position, window).start / KEYS * KEYS;
+        let end = queries.position + queries.tokens.len();
+        for start in (first..end).step_by(KEYS) {
+            let range = start..end.min(start + KEYS);
+            let block = keys.block(range.clone(), (&mut *key_scratch, &mut *value_scratch));
+            for row in (0..rows).step_by(tile_rows(isa)) {
+                let tile = row..rows.min(row + tile_rows(isa));
+                let limits = queries.limits(&tile, &range, window);
+                let (low, high) = limits.any;
+                if low == high {
+                    continue;
+                }
+                let groups = low / GROUP..high.div_ceil(GROUP);
+                let from = groups.start * GROUP;
+                let left = Left { values: &q[row * padded..], stride: padded, transposed: false };
+                let right = Right {
+                    values: &block.keys[from * head_dim..],
+                    row_stride: GROUP,
+                    group_stride: GROUP * head_dim,
+                };
+                let size = (tile.len(), groups.len(), head_dim);
+                product(isa, size, left, right, &mut scores[from..], KEYS, false);
+                soften(
+                    isa,
+                    Tile { rows: tile.len(), groups, limits: &limits },
+                    scores,
+                    block.scales,
+                    &mut max[tile.clone()],
+                    &mut sum[tile.start * GROUP..tile.end * GROUP],
+                    &mut out[tile.start * padded..tile.end * padded],
+                );
+                let left = Left { values: &scores[low..], stride: KEYS, transposed: false };
+                let right = Right {
+                    values: &block.values[low * padded..],
+                    row_stride: padded,
+                    group_stride: GROUP,
+                };
+                let size = (tile.len(), padded / GROUP, high - low);
+                product(isa, size, left, right, &mut out[row * padded..], padded, true);
+            }
+        }
+        for row in 0..rows {
+            let (token, head) = queries.of(row);
+            let sum: f32 = sum[row * GROUP..][..GROUP].iter().sum();
+            let out = &mut out[row * padded..][..head_dim];
+            out.iter_mut().for_each(|x| *x /= sum);
+            emit(token, head, out, (max[row] + sum.log2()) * std::f32::consts::LN_2);
+        }
+    });
+}
+
+/// Rows of scores `KEYS` apart, of which `groups` of columns are there.
+struct Tile<'a> {
+    rows: usize,
+    groups: Range<usize>,
+    limits: &'a Limits,
+}
+
+/// The online softmax: scores become weights relative to the new maximum, and sum and output are
+/// brought to it. Sums are kept by lane, `(rows, 16)`; `out` is `(rows, padded)`.
+fn soften(
+    isa: Isa,
+    tile: Tile,
+    scores: &mut [f32],
+    scales: Option<(&[f32], &[f32])>,
+    max: &mut [f32],
+    sum: &mut [f32],
+    out: &mut [f32],
+) {
+    let columns = tile.groups.end * GROUP;
+    assert!(tile.rows <= MOST_ROWS && columns <= KEYS && scores.len() >= tile.rows * KEYS);
+    assert!(max.len() == tile.rows && sum.len() == tile.rows * GROUP);
+    assert!(out.len().is_multiple_of(tile.rows * GROUP));
+    assert!(scales.is_none_or(|(k, v)| k.len() >= columns && v.len() >= columns));
+    // SAFETY: what is touched is in bounds by the assertions.
+    unsafe { soften_tile(isa, tile, scores, scales, max, sum, out) }
+}
+
+rungs! {
+    unsafe fn soften_tile(
+        tile: Tile,
+        scores: &mut [f32],
+        scales: Option<(&[f32], &[f32])>,
+        max: &mut [f32],
+        sum: &mut [f32],
+        out: &mut [f32],
+    ) = soften_body;
+    unsafe fn weigh_tile(
+        tile: Tile,
+        columns: usize,
+        p: &mut [f32],
+        ds: &mut [f32],
+        lse: &[f32],
+        delta: &[f32],
+    ) = weigh_body;
+}
+
+#[inline(always)]
+unsafe fn soften_body<S: Lanes>(
+    tile: Tile,
+    scores: &mut [f32],
+    scales: Option<(&[f32], &[f32])>,
+    max: &mut [f32],
+    sum: &mut [f32],
+    out: &mut [f32],
+) {
+    let width = out.len() / tile.rows;
+    let (start, end) = (tile.groups.start * GROUP, tile.groups.end * GROUP);
+    for row in 0..tile.rows {
+        let (low, high) = tile.limits.rows[row];
+        let line = &mut scores[row * KEYS..][..end];
+        if low == high {
+            line[start..].fill(0.0);
+            continue;
+        }
+        // SAFETY: the caller's.
+        unsafe {
+            let at = line.as_mut_ptr();
+            if let Some((keys, _)) = scales {
+                for column in (start..end).step_by(GROUP) {
+                    let scale = S::load(keys.as_ptr().add(column));
+                    S::load(at.add(column)).mul(scale).store(at.add(column));
+                }
+            }
+            if low > start {
+                line[start..low].fill(f32::NEG_INFINITY);
+            }
+            if high < end {
+                line[high..].fill(f32::NEG_INFINITY);
+            }
+            let at = line.as_mut_ptr();
+            let mut largest = S::load(at.add(start));
+            let mut column = start + GROUP;
+            while column < end {
+                largest = S::load(at.add(column)).max(largest);
+                column += GROUP;
+            }
+            let (largest, before) = (largest.largest(), max[row]);
+            let sums = sum.as_mut_ptr().add(row * GROUP);
+            if largest > before {
+                max[row] = largest;
+                let shrink = exp2(S::splat(before - largest));
+                S::load(sums).mul(shrink).store(sums);
+                let out = out.as_mut_ptr().add(row * width);
+                let mut column = 0;
+                while column < width {
+                    S::load(out.add(column)).mul(shrink).store(out.add(column));
+                    column += GROUP;
+                }
+            }
+            let max = S::splat(max[row]);
+            let mut total = S::load(sums);
+            let mut column = start;
+            while column < end {
+                let weight = exp2(S::load(at.add(column)).sub(max));
+                total = total.add(weight);
+                let weight = match scales {
+                    Some((_, values)) => weight.mul(S::load(values.as_ptr().add(column))),
+                    None => weight,
+                };
+                weight.store(at.add(column));
+                column += GROUP;
+            }
+            total.store(sums);
+        }
+    }
+}
+
+/// The gradients of [`forward`]: overwrites those of q, k and v.
+///
+/// With weights `p` and `dp = dout · vᵀ`: `ds = p (dp - Σ dout · out)`, then `dv = pᵀ · dout`,
+/// `dq = ds · k`, `dk = dsᵀ · q`, the last two scaled.
+///
+/// Shapes: `dout (N, heads · head_dim)`.
+#[allow(clippy::too_many_arguments)] // three matrices in, three out, and who sees whom
+pub fn backward(
+    isa: Isa,
+    qkv: Qkv,
+    heads: Heads,
+    segments: &[Range<usize>],
+    window: Option<usize>,
+    attended: Attended,
+    dout: &[f32],
+    grad: QkvGrad,
+) {
+    let (width, group) = (heads.q_width(), heads.group());
+    let (mut tasks, mut sums, mut work, mut long) = (Vec::new(), Vec::new(), 0, 0);
+    for segment in segments.iter().filter(|segment| !segment.is_empty()) {
+        work += segment.len() * segment.len() * width;
+        let apart = group > 1 && segment.len() >= LONG;
+        for kv_head in 0..heads.kv_heads {
+            let all = kv_head * group..(kv_head + 1) * group;
+            if apart {
+                tasks.extend(all.map(|head| (segment, kv_head, head..head + 1, Some(long))));
+                sums.push((segment, kv_head, long));
+            } else {
+                tasks.push((segment, kv_head, all, None));
+            }
+        }
+        long += if apart { segment.len() } else { 0 };
+    }
+    Scratch::with(&PARTIALS, |scratch| {
+        let partials = scratch.split([long * width, long * width]);
+        let [dk, dv] = partials.map(|part| Columns { target: Target::new(part), stride: width });
+        each(tasks, work, |(segment, kv_head, query_heads, partial)| {
+            let column = kv_head * heads.head_dim;
+            let (dk, dv) = match partial {
+                Some(at) => {
+                    let column = query_heads.start * heads.head_dim;
+                    ((dk, at, column), (dv, at, column))
+                }
+                None => ((grad.k, segment.start, column), (grad.v, segment.start, column)),
+            };
+            let task = Backward {
+                queries: Queries {
+                    q: qkv.q,
+                    tokens: segment.clone(),
+                    position: 0,
+                    heads: query_heads,
+                },
+                k: qkv.k.from(segment.start, column),
+                v: qkv.v.from(segment.start, column),
+                window,
+                heads,
+                attended,
+                dout: Strided { values: dout, stride: width },
+                dq: grad.q,
+                dk,
+                dv,
+            };
+            // SAFETY: each task writes dq of its own heads and tokens, and of dk and dv those of
+            // its own key head, or the partial ones of its own query head.
+            unsafe { task.run(isa) };
+        });
+        each(sums, long * width, |(segment, kv_head, at)| {
+            for (to, partial) in [(grad.k, dk), (grad.v, dv)] {
+                // SAFETY: all partials are written; each task sums those of one key head.
+                unsafe { add_up(to, partial, segment, kv_head, at, heads) };
+            }
+        });
+    });
+}
+
+/// Adds up the partial gradients of a key head, in the order of its query heads.
+///
+/// # Safety
+/// No other thread may touch these columns of `to` or write those of `partial`.
+unsafe fn add_up(
+    to: Columns,
+    partial: Columns,
+    segment: &Range<usize>,
+    kv_head: usize,
+    at: usize,
+    heads: Heads,
+) {
+    let (head_dim, group) = (heads.head_dim, heads.group());
+    for (i, token) in segment.clone().enumerate() {
+        // SAFETY: the caller's.
+        let (to, from) = unsafe {
+            let from = partial.at(at + i, kv_head * group * head_dim, group * head_dim);
+            (to.at(token, kv_head * head_dim, head_dim), from)
+        };
+        to.copy_from_slice(&from[..head_dim]);
+        for from in from.chunks_exact(head_dim).skip(1) {
+            for (to, from) in to.iter_mut().zip(from) {
+                *to += from;
+            }
+        }
+    }
+}
+
+/// Some query heads of one key head of one row.
+struct Backward<'a> {
+    queries: Queries<'a>,
+    k: Strided<'a>,
+    v: Strided<'a>,
+    window: Option<usize>,
+    heads: Heads,
+    attended: Attended<'a>,
+    dout: Strided<'a>,
+    dq: Columns,
+    /// With the token and the column that the row and the head begin at.
+    dk: (Columns, usize, usize),
+    dv: (Columns, usize, usize),
+}
+
+impl Backward<'_> {
+    /// # Safety
+    /// No other thread may touch the heads of the row in `dq`, `dk` and `dv`.
+    unsafe fn run(&self, isa: Isa) {
+        let Self { queries, window, heads, .. } = self;
+        let (head_dim, padded, rows) = (heads.head_dim, heads.padded(), queries.rows());
+        let (length, per_token) = (queries.tokens.len(), queries.heads.len());
+        let scale = heads.scale() * std::f32::consts::LOG2_E; // scores are powers of two
+        Scratch::with(&SCRATCH, |scratch| {
+            let [q, dout, dq, lse, delta, kt, vt, k, dk, dv, p, ds] = scratch.split([
+                rows * padded,
+                rows * padded,
+                rows * padded,
+                rows,
+                rows,
+                KEYS * head_dim,
+                KEYS * head_dim,
+                KEYS * padded,
+                KEYS * padded,
+                KEYS * padded,
+                KEYS * KEYS,
+                KEYS * KEYS,
+            ]);
+            queries.gather(queries.q, head_dim, scale, q);
+            queries.gather(self.dout, head_dim, 1.0, dout);
+            self.per_row(dout, lse, delta);
+            dq.fill(0.0);
+            for start in (0..length).step_by(KEYS) {
+                let block = start..length.min(start + KEYS);
+                panels(self.k, &block, head_dim, kt);
+                panels(self.v, &block, head_dim, vt);
+                padded_rows(self.k, &block, head_dim, k);
+                dk.fill(0.0);
+                dv.fill(0.0);
+                let viewers = self.viewers(&block);
+                for first in viewers.clone().step_by(KEYS) {
+                    let taken = first..viewers.end.min(first + KEYS);
+                    for row in taken.clone().step_by(tile_rows(isa)) {
+                        let tile = row..taken.end.min(row + tile_rows(isa));
+                        let limits = queries.limits(&tile, &block, *window);
+                        let (low, high) = limits.any;
+                        if low == high {
+                            continue;
+                        }
+                        let groups = low / GROUP..high.div_ceil(GROUP);
+                        let from = groups.start * GROUP;
+                        let size = (tile.len(), groups.len(), head_dim);
+                        let at = (row - first) * KEYS;
+                        for (left, right, to) in [(&*q, &*kt, &mut *p), (&*dout, &*vt, &mut *ds)] {
+                            let left = &left[row * padded..];
+                            let left = Left { values: left, stride: padded, transposed: false };
+                            let right = Right {
+                                values: &right[from * head_dim..],
+                                row_stride: GROUP,
+                                group_stride: GROUP * head_dim,
+                            };
+                            product(isa, size, left, right, &mut to[at + from..], KEYS, false);
+                        }
+                        weigh(
+                            isa,
+                            Tile { rows: tile.len(), groups, limits: &limits },
+                            block.len().next_multiple_of(GROUP),
+                            (&mut p[at..], &mut ds[at..]),
+                            (&lse[tile.clone()], &delta[tile.clone()]),
+                        );
+                        let left = &ds[at + low..];
+                        let left = Left { values: left, stride: KEYS, transposed: false };
+                        let right = rows_of(&k[low * padded..], padded);
+                        let size = (tile.len(), padded / GROUP, high - low);
+                        product(isa, size, left, right, &mut dq[row * padded..], padded, true);
+                    }
+                    for low in (0..block.len()).step_by(tile_rows(isa)) {
+                        let high = block.len().min(low + tile_rows(isa));
+                        let viewers = self.viewers(&(start + low..start + high));
+                        let (begin, end) = (viewers.start.max(first), viewers.end.min(taken.end));
+                        if begin >= end {
+                            continue;
+                        }
+                        let size = (high - low, padded / GROUP, end - begin);
+                        let at = (begin - first) * KEYS + low;
+                        for (left, right, to) in [(&*p, &*dout, &mut *dv), (&*ds, &*q, &mut *dk)] {
+                            let left = Left { values: &left[at..], stride: KEYS, transposed: true };
+                            let right = rows_of(&right[begin * padded..], padded);
+                            product(isa, size, left, right, &mut to[low * padded..], padded, true);
+                        }
+                    }
+                }
+                // `q` was multiplied by the scale in powers of two.
+                let parts = [(self.dk, &*dk, std::f32::consts::LN_2), (self.dv, &*dv, 1.0)];
+                for ((to, token, column), from, factor) in parts {
+                    for (i, from) in block.clone().zip(from.chunks_exact(padded)) {
+                        // SAFETY: the caller's.
+                        let to = unsafe { to.at(token + i, column, head_dim) };
+                        to.iter_mut().zip(from).for_each(|(to, x)| *to = x * factor);
+                    }
+                }
+            }
+            for (token, dq) in queries.tokens.clone().zip(dq.chunks_exact(per_token * padded)) {
+                for (head, dq) in queries.heads.clone().zip(dq.chunks_exact(padded)) {
+                    // SAFETY: the caller's.
+                    let to = unsafe { self.dq.at(token, head * head_dim, head_dim) };
+                    to.iter_mut().zip(dq).for_each(|(to, x)| *to = x * heads.scale());
+                }
+            }
+        });
+    }
+
+    /// The rows that see some of these keys.
+    fn viewers(&self, keys: &Range<usize>) -> Range<usize> {
+        let length = self.queries.tokens.len();
+        let end =
+            self.window.map_or(length, |window| length.min((keys.end - 1).saturating_add(window)));
+        keys.start * self.queries.heads.len()..end * self.queries.heads.len()
+    }
+
+    /// Each row's log-sum-exp in powers of two, and `Σ dout · out`.
+    fn per_row(&self, dout: &[f32], lse: &mut [f32], delta: &mut [f32]) {
+        let head_dim = self.heads.head_dim;
+        let out = Strided { values: self.attended.out, stride: self.heads.q_width() };
+        let dout = dout.chunks_exact(self.heads.padded());
+        for (row, ((lse, delta), dout)) in lse.iter_mut().zip(delta).zip(dout).enumerate() {
+            let (token, head) = self.queries.of(row);
+            let known = self.attended.lse[token * self.heads.heads + head];
+            *lse = known * std::f32::consts::LOG2_E;
+            let out = out.at(token, head * head_dim, head_dim);
+            // By lane, so that it vectorizes.
+            let mut lanes = [0f32; GROUP];
+            for (out, dout) in out.chunks(GROUP).zip(dout.chunks(GROUP)) {
+                for ((lane, out), dout) in lanes.iter_mut().zip(out).zip(dout) {
+                    *lane += out * dout;
+                }
+            }
+            *delta = lanes.iter().sum();
+        }
+    }
+}
+
+fn rows_of(values: &[f32], width: usize) -> Right<'_, f32> {
+    Right { values, row_stride: width, group_stride: GROUP }
+}
+
+/// Scores become weights `p = 2^(score - lse)`, and `ds`, which holds `dp`, becomes
+/// `p (dp - delta)`; both are 0 in all `columns` that a row does not see.
+fn weigh(
+    isa: Isa,
+    tile: Tile,
+    columns: usize,
+    (p, ds): (&mut [f32], &mut [f32]),
+    (lse, delta): (&[f32], &[f32]),
+) {
+    let all = tile.rows * KEYS;
+    assert!(tile.groups.end * GROUP <= columns && columns <= KEYS);
+    assert!(tile.rows <= MOST_ROWS && p.len() >= all && ds.len() >= all);
+    assert!(lse.len() == tile.rows && delta.len() == tile.rows);
+    // SAFETY: what is touched is in bounds by the assertions.
+    unsafe { weigh_tile(isa, tile, columns, p, ds, lse, delta) }
+}
+
+#[inline(always)]
+unsafe fn weigh_body<S: Lanes>(
+    tile: Tile,
+    columns: usize,
+    p: &mut [f32],
+    ds: &mut [f32],
+    lse: &[f32],
+    delta: &[f32],
+) {
+    for row in 0..tile.rows {
+        let p = &mut p[row * KEYS..][..columns];
+        let ds = &mut ds[row * KEYS..][..columns];
+        // SAFETY: the caller's.
+        unsafe {
+            let (lse, delta) = (S::splat(lse[row]), S::splat(delta[row]));
+            let mut column = tile.groups.start * GROUP;
+            while column < tile.groups.end * GROUP {
+                let (p, ds) = (p.as_mut_ptr().add(column), ds.as_mut_ptr().add(column));
+                let weight = exp2(S::load(p).sub(lse));
+                weight.store(p);
+                weight.mul(S::load(ds).sub(delta)).store(ds);
+                column += GROUP;
+            }
+        }
+        let (low, high) = tile.limits.rows[row];
+        if low > 0 {
+            p[..low].fill(0.0);
+            ds[..low].fill(0.0);
+        }
+        if high < columns {
+            p[high..].fill(0.0);
+            ds[high..].fill(0.0);
+        }
+    }
 }
 
 #[cfg(test)]
 #[allow(clippy::single_range_in_vec_init)] // a batch of one row is one range
 mod tests {
-    use super::super::testing::{finite_differences, normal, parity, relative_error};
+    use super::super::testing::{finite_differences, normal, parity};
     use super::*;
-
-    fn cached(
-        q: &Tensor,
-        keys: &[&[f32]],
-        values: &[&[f32]],
-        heads: Heads,
-        segments: &[Range<usize>],
-    ) -> Tensor {
-        let mut out = vec![0f32; q.elem_count()];
-        attend_to_cache(&Values::of(q).unwrap(), keys, values, heads, segments, &mut out);
-        Tensor::from_vec(out, q.shape(), q.device()).unwrap()
-    }
 
     fn inputs(n: usize, heads: Heads) -> [Tensor; 3] {
         [
@@ -471,22 +1088,47 @@ mod tests {
         ]
     }
 
+    /// The fast form on a given rung.
+    fn fast(
+        isa: Isa,
+        t: &[Tensor],
+        heads: Heads,
+        segments: &Arc<[Range<usize>]>,
+        window: Option<usize>,
+    ) -> Result<Tensor> {
+        let segments = segments.clone();
+        let op = CausalAttention { isa, heads, segments, window, lse: OnceLock::new() };
+        t[0].apply_op3(&t[1], &t[2], op)
+    }
+
+    fn rungs_here() -> impl Iterator<Item = Isa> {
+        Isa::ALL.iter().copied().filter(|isa| isa.available())
+    }
+
     #[test]
-    fn parity_over_packed_rows_and_grouped_heads() {
-        let cases: [(Heads, &[Range<usize>]); 4] = [
+    fn parity_over_packed_rows_grouped_heads_and_windows() {
+        let cases: [(Heads, &[Range<usize>]); 5] = [
             (Heads { heads: 4, kv_heads: 2, head_dim: 16 }, &[0..5, 5..6, 6..30]),
             (Heads { heads: 3, kv_heads: 1, head_dim: 8 }, &[0..130]),
             (Heads { heads: 2, kv_heads: 2, head_dim: 12 }, &[0..64, 64..64, 64..193]),
-            (Heads { heads: 1, kv_heads: 1, head_dim: 4 }, &[0..1]),
+            (Heads { heads: 1, kv_heads: 1, head_dim: 4 }, &[0..1, 1..4]),
+            (Heads { heads: 5, kv_heads: 1, head_dim: 33 }, &[0..41, 41..LONG + 50]),
         ];
         for (heads, segments) in cases {
             let segments: Arc<[Range<usize>]> = segments.into();
             let inputs = inputs(segments.last().unwrap().end, heads);
-            let run = |compute| {
-                let segments = segments.clone();
-                move |t: &[Tensor]| causal_attention(&t[0], &t[1], &t[2], heads, &segments, compute)
-            };
-            parity(&inputs, run(Compute::F32), run(Compute::Portable));
+            for window in [None, Some(2), Some(20), Some(70)] {
+                for isa in rungs_here() {
+                    parity(
+                        &inputs,
+                        |t| fast(isa, t, heads, &segments, window),
+                        |t| {
+                            let [q, k, v] = [&t[0], &t[1], &t[2]];
+                            causal_attention(q, k, v, heads, &segments, window, Compute::Portable)
+                        },
+                    );
+                }
+            }
         }
     }
 
@@ -494,9 +1136,54 @@ mod tests {
     fn gradients_agree_with_differences() {
         let heads = Heads { heads: 4, kv_heads: 2, head_dim: 8 };
         let segments: Arc<[Range<usize>]> = [0..7, 7..20].into();
-        finite_differences(&inputs(20, heads), |t| {
-            causal_attention(&t[0], &t[1], &t[2], heads, &segments, Compute::F32)
-        });
+        for (isa, window) in rungs_here().flat_map(|isa| [(isa, None), (isa, Some(4))]) {
+            finite_differences(&inputs(20, heads), |t| fast(isa, t, heads, &segments, window));
+        }
+    }
+
+    #[test]
+    fn columns_of_one_buffer_give_the_bits_of_three() {
+        let heads = Heads { heads: 4, kv_heads: 2, head_dim: 20 };
+        let (n, q_width, kv_width) = (300, heads.q_width(), heads.kv_width());
+        let stride = q_width + 2 * kv_width;
+        let parts = inputs(n, heads).map(|t| t.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+        let starts = [0, q_width, q_width + kv_width];
+        let widths = [q_width, kv_width, kv_width];
+        let mut buffer = vec![0f32; n * stride];
+        for ((part, start), width) in parts.iter().zip(starts).zip(widths) {
+            for (row, part) in buffer.chunks_exact_mut(stride).zip(part.chunks_exact(width)) {
+                row[start..start + width].copy_from_slice(part);
+            }
+        }
+        let dout = normal(5, &[n, q_width]).flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let run = |qkv: Qkv, grad: QkvGrad| {
+            let (isa, segments) = (Isa::current(), [0..280, 280..n]);
+            let (mut out, mut lse) = (vec![0f32; n * q_width], vec![0f32; n * heads.heads]);
+            forward(isa, qkv, heads, &segments, None, &mut out, &mut lse);
+            let attended = Attended { out: &out, lse: &lse };
+            backward(isa, qkv, heads, &segments, None, attended, &dout, grad);
+            out
+        };
+
+        let mut grads = parts.clone().map(|part| vec![f32::NAN; part.len()]);
+        let [q, k, v] = &parts;
+        let [dq, dk, dv] = &mut grads;
+        let qkv = Qkv {
+            q: Strided { values: q, stride: q_width },
+            k: Strided { values: k, stride: kv_width },
+            v: Strided { values: v, stride: kv_width },
+        };
+        let apart = run(qkv, QkvGrad::apart((dq, q_width), (dk, kv_width), (dv, kv_width)));
+
+        let mut grad = vec![f32::NAN; buffer.len()];
+        let [q, k, v] = starts.map(|start| Strided { values: &buffer[start..], stride });
+        let together = run(Qkv { q, k, v }, QkvGrad::columns(&mut grad, stride, starts));
+        assert_eq!(apart, together);
+        for ((part, start), width) in grads.iter().zip(starts).zip(widths) {
+            for (row, part) in grad.chunks_exact(stride).zip(part.chunks_exact(width)) {
+                assert_eq!(row[start..start + width], *part);
+            }
+        }
     }
 
     #[test]
@@ -507,7 +1194,7 @@ mod tests {
         let other = normal(9, &[20, heads.kv_width()]);
         let changed = k.slice_assign(&[70..90, 0..heads.kv_width()], &other).unwrap();
         let run = |k: &Tensor| {
-            let y = causal_attention(&q, k, &v, heads, &segments, Compute::F32).unwrap();
+            let y = causal_attention(&q, k, &v, heads, &segments, None, Compute::F32).unwrap();
             y.to_vec2::<f32>().unwrap()
         };
         let (before, after) = (run(&k), run(&changed));
@@ -517,21 +1204,21 @@ mod tests {
     }
 
     #[test]
-    fn the_cache_gives_what_the_whole_row_gives() {
-        let heads = Heads { heads: 4, kv_heads: 2, head_dim: 8 };
-        let [q, k, v] = inputs(80, heads);
-        let whole = causal_attention(&q, &k, &v, heads, &[0..80].into(), Compute::F32).unwrap();
-        for new in [1, 3, 80] {
-            let (k, v) = (Values::of(&k).unwrap(), Values::of(&v).unwrap());
-            let q = q.narrow(0, 80 - new, new).unwrap();
-            let y = cached(&q, &[&k], &[&v], heads, &[0..new]);
-            let error = relative_error(&y, &whole.narrow(0, 80 - new, new).unwrap());
-            assert!(error < 1e-6, "{new} new tokens differ by {error:e}");
-            // A row without new tokens behind it.
-            let keys: [&[f32]; 2] = [&k, &k];
-            let with = cached(&q, &keys, &[&v, &v], heads, &[0..new, new..new]);
-            assert_eq!(with.to_vec2::<f32>().unwrap(), y.to_vec2::<f32>().unwrap());
-        }
+    fn threads_do_not_matter() {
+        let heads = Heads { heads: 6, kv_heads: 2, head_dim: 16 };
+        let segments: Arc<[Range<usize>]> = [0..300, 300..340].into();
+        let inputs = inputs(340, heads);
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let vars = inputs.each_ref().map(|t| candle_core::Var::from_tensor(t).unwrap());
+                let t = vars.each_ref().map(|var| var.as_tensor().clone());
+                let y = fast(Isa::current(), &t, heads, &segments, None).unwrap();
+                let grads = y.sqr().unwrap().backward().unwrap();
+                vars.each_ref().map(|v| grads.get(v).unwrap().to_vec2::<f32>().unwrap())
+            })
+        };
+        assert_eq!(run(1), run(3));
     }
 
     #[test]
@@ -540,7 +1227,8 @@ mod tests {
         let [q, k, v] = inputs(6, heads);
         for segments in [vec![0..5], vec![0..3, 4..6], vec![0..7]] {
             let segments: Arc<[Range<usize>]> = segments.into();
-            assert!(causal_attention(&q, &k, &v, heads, &segments, Compute::F32).is_err());
+            let y = causal_attention(&q, &k, &v, heads, &segments, None, Compute::F32);
+            assert!(y.is_err());
         }
     }
 }

@@ -1,4 +1,5 @@
-//! What the CPU kernels share: views of tensors as slices, strided GEMM, a vectorizable `exp`.
+//! What the CPU kernels share: views of tensors as slices, targets that threads divide among
+//! themselves, a vectorizable `exp`.
 
 use std::ops::{Deref, Range};
 
@@ -46,31 +47,6 @@ pub fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]>
     Ok(&storage.as_slice::<f32>()?[start..end])
 }
 
-/// A strided matrix over a slice.
-#[derive(Clone, Copy)]
-pub struct Mat<'a> {
-    pub values: &'a [f32],
-    pub row_stride: usize,
-    pub col_stride: usize,
-}
-
-impl<'a> Mat<'a> {
-    /// Row-major, `width` values from one row to the next.
-    pub fn rows(values: &'a [f32], width: usize) -> Self {
-        Self { values, row_stride: width, col_stride: 1 }
-    }
-
-    pub fn t(self) -> Self {
-        Self { row_stride: self.col_stride, col_stride: self.row_stride, ..self }
-    }
-
-    fn holds(&self, rows: usize, cols: usize) -> bool {
-        rows == 0
-            || cols == 0
-            || (rows - 1) * self.row_stride + (cols - 1) * self.col_stride < self.values.len()
-    }
-}
-
 /// Somewhere several threads write to, each to elements of its own.
 #[derive(Clone, Copy)]
 pub struct Target {
@@ -109,48 +85,6 @@ impl Target {
         assert!(len <= self.len);
         // SAFETY: in bounds by the assertion; exclusive by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.start, len) }
-    }
-}
-
-/// `dst = a · b`, or `dst += a · b` with `accumulate`: `a (m, k)`, `b (k, n)`, `dst (m, n)` with
-/// rows `dst_stride` apart. One thread; callers divide the work.
-///
-/// # Safety
-/// No other thread may touch those elements of `dst` meanwhile, and the slice behind it must
-/// outlive the call.
-pub unsafe fn gemm(
-    (m, n, k): (usize, usize, usize),
-    dst: Target,
-    dst_stride: usize,
-    accumulate: bool,
-    a: Mat,
-    b: Mat,
-) {
-    assert!(a.holds(m, k) && b.holds(k, n));
-    assert!(m == 0 || n == 0 || (m - 1) * dst_stride + n <= dst.len);
-    // SAFETY: every access is in bounds by the assertions; exclusive by the caller's promise.
-    unsafe {
-        ::gemm::gemm(
-            m,
-            n,
-            k,
-            dst.start,
-            1,
-            dst_stride as isize,
-            accumulate,
-            a.values.as_ptr(),
-            a.col_stride as isize,
-            a.row_stride as isize,
-            b.values.as_ptr(),
-            b.col_stride as isize,
-            b.row_stride as isize,
-            1.0,
-            1.0,
-            false,
-            false,
-            false,
-            ::gemm::Parallelism::None,
-        );
     }
 }
 

@@ -16,6 +16,7 @@ mod cpu;
 pub mod frozen_linear;
 pub(crate) mod gemm;
 pub(crate) mod half_tape;
+pub(crate) mod lanes;
 pub mod linear_cross_entropy;
 pub mod rms_norm;
 pub mod rope;

@@ -1,0 +1,837 @@
+//! Sixteen `f32` at a time in whatever registers a rung has, and the one small matrix product that
+//! attention is made of.
+//!
+//! A kernel is written once over [`Lanes`] and compiled per rung by [`rungs!`]. Everything a kernel
+//! calls is `#[inline(always)]` and free of closures, so that it is compiled with the rung's
+//! instructions.
+
+use std::cell::Cell;
+use std::thread::LocalKey;
+
+use half::f16;
+
+use crate::isa::Isa;
+
+/// Columns of a group: the matrices a kernel reads are padded to whole groups.
+pub const GROUP: usize = 16;
+
+/// Sixteen `f32`.
+///
+/// # Safety
+/// Every function needs the CPU features of its rung; loads and stores touch sixteen elements.
+pub trait Lanes: Copy {
+    /// Rows of a product's tile.
+    const ROWS: usize;
+    /// Groups of columns of a product's tile.
+    const GROUPS: usize;
+
+    unsafe fn splat(x: f32) -> Self;
+    unsafe fn load(from: *const f32) -> Self;
+    unsafe fn load_f16(from: *const f16) -> Self;
+    unsafe fn load_i8(from: *const i8) -> Self;
+    unsafe fn store(self, to: *mut f32);
+    unsafe fn add(self, other: Self) -> Self;
+    unsafe fn sub(self, other: Self) -> Self;
+    unsafe fn mul(self, other: Self) -> Self;
+    /// `self * factor + term`.
+    unsafe fn mul_add(self, factor: Self, term: Self) -> Self;
+    /// The larger, and `other` if there is none.
+    unsafe fn max(self, other: Self) -> Self;
+    /// To the nearest integers.
+    unsafe fn round(self) -> Self;
+    /// `self * 2ⁿ` for integers `n` in -126..=127.
+    unsafe fn times_power(self, n: Self) -> Self;
+    /// Zero where `x` is below `limit`.
+    unsafe fn zero_below(self, x: Self, limit: f32) -> Self;
+    /// The largest of all lanes.
+    unsafe fn largest(self) -> f32;
+}
+
+/// `2ˣ` to 2 units in the last place, with Cephes' polynomial: 0 below -126, anything above 127.
+///
+/// # Safety
+/// As for [`Lanes`].
+#[inline(always)]
+pub unsafe fn exp2<S: Lanes>(x: S) -> S {
+    const TERMS: [f32; 6] =
+        [1.339_887_4e-3, 9.618_437e-3, 5.550_332_6e-2, 2.402_264_8e-1, 6.931_472e-1, 1.0];
+    // SAFETY: the caller's.
+    unsafe {
+        let clamped = S::splat(-126.0).max(x); // in this order a NaN remains one
+        let n = clamped.round();
+        let f = clamped.sub(n);
+        let mut p = S::splat(1.535_336_2e-4);
+        for term in TERMS {
+            p = p.mul_add(f, S::splat(term));
+        }
+        p.times_power(n).zero_below(x, -126.0)
+    }
+}
+
+/// What a product's right side may be stored as.
+pub trait Element: Copy + Send + Sync {
+    /// Sixteen of them as `f32`.
+    ///
+    /// # Safety
+    /// As for [`Lanes`].
+    unsafe fn load<S: Lanes>(from: *const Self) -> S;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    unsafe fn load<S: Lanes>(from: *const Self) -> S {
+        // SAFETY: the caller's.
+        unsafe { S::load(from) }
+    }
+}
+
+impl Element for f16 {
+    #[inline(always)]
+    unsafe fn load<S: Lanes>(from: *const Self) -> S {
+        // SAFETY: the caller's.
+        unsafe { S::load_f16(from) }
+    }
+}
+
+impl Element for i8 {
+    #[inline(always)]
+    unsafe fn load<S: Lanes>(from: *const Self) -> S {
+        // SAFETY: the caller's.
+        unsafe { S::load_i8(from) }
+    }
+}
+
+/// Plain Rust: four times four, as SSE2 and NEON have them.
+#[derive(Clone, Copy)]
+pub struct Plain([[f32; 4]; 4]);
+
+/// `[a, b][i][j]` for all lanes.
+macro_rules! each_lane {
+    ($i:ident, $j:ident, $value:expr) => {{
+        let mut lanes = [[0f32; 4]; 4];
+        for $i in 0..4 {
+            for $j in 0..4 {
+                lanes[$i][$j] = $value;
+            }
+        }
+        Plain(lanes)
+    }};
+}
+
+impl Lanes for Plain {
+    // NEON has twice the registers of SSE2.
+    const ROWS: usize = if cfg!(target_arch = "aarch64") { 4 } else { 2 };
+    const GROUPS: usize = 1;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        Self([[x; 4]; 4])
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller's.
+        Self(unsafe { from.cast::<[[f32; 4]; 4]>().read_unaligned() })
+    }
+    #[inline(always)]
+    unsafe fn load_f16(from: *const f16) -> Self {
+        // SAFETY: the caller's.
+        let values = unsafe { from.cast::<[f16; 16]>().read_unaligned() };
+        each_lane!(i, j, f32_of(values[4 * i + j]))
+    }
+    #[inline(always)]
+    unsafe fn load_i8(from: *const i8) -> Self {
+        // SAFETY: the caller's.
+        let values = unsafe { from.cast::<[i8; 16]>().read_unaligned() };
+        each_lane!(i, j, f32::from(values[4 * i + j]))
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the caller's.
+        unsafe { to.cast::<[[f32; 4]; 4]>().write_unaligned(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        each_lane!(i, j, self.0[i][j] + other.0[i][j])
+    }
+    #[inline(always)]
+    unsafe fn sub(self, other: Self) -> Self {
+        each_lane!(i, j, self.0[i][j] - other.0[i][j])
+    }
+    #[inline(always)]
+    unsafe fn mul(self, other: Self) -> Self {
+        each_lane!(i, j, self.0[i][j] * other.0[i][j])
+    }
+    #[inline(always)]
+    unsafe fn mul_add(self, factor: Self, term: Self) -> Self {
+        // Without the instruction `f32::mul_add` is a call into the maths library.
+        if cfg!(any(target_arch = "aarch64", target_feature = "fma")) {
+            each_lane!(i, j, self.0[i][j].mul_add(factor.0[i][j], term.0[i][j]))
+        } else {
+            each_lane!(i, j, self.0[i][j] * factor.0[i][j] + term.0[i][j])
+        }
+    }
+    #[inline(always)]
+    unsafe fn max(self, other: Self) -> Self {
+        each_lane!(i, j, if self.0[i][j] > other.0[i][j] { self.0[i][j] } else { other.0[i][j] })
+    }
+    #[inline(always)]
+    unsafe fn round(self) -> Self {
+        const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer
+        each_lane!(i, j, (self.0[i][j] + ROUND) - ROUND)
+    }
+    #[inline(always)]
+    unsafe fn times_power(self, n: Self) -> Self {
+        each_lane!(
+            i,
+            j,
+            self.0[i][j] * f32::from_bits(((n.0[i][j] as i32).wrapping_add(127) << 23) as u32)
+        )
+    }
+    #[inline(always)]
+    unsafe fn zero_below(self, x: Self, limit: f32) -> Self {
+        each_lane!(i, j, if x.0[i][j] < limit { 0.0 } else { self.0[i][j] })
+    }
+    #[inline(always)]
+    unsafe fn largest(self) -> f32 {
+        let mut largest = f32::NEG_INFINITY;
+        for four in self.0 {
+            for x in four {
+                largest = if x > largest { x } else { largest };
+            }
+        }
+        largest
+    }
+}
+
+/// The `f32` of an `f16` by bits: `f16::to_f32` asks for the CPU's features on every call.
+#[inline(always)]
+fn f32_of(x: f16) -> f32 {
+    let bits = u32::from(x.to_bits());
+    // Exponent and mantissa in place, then the difference of the biases by a multiplication, which
+    // serves subnormals too.
+    let magnitude = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits(0x7780_0000);
+    let magnitude = if bits & 0x7c00 == 0x7c00 {
+        f32::from_bits(0x7f80_0000 | (bits & 0x03ff) << 13)
+    } else {
+        magnitude
+    };
+    f32::from_bits(magnitude.to_bits() | (bits & 0x8000) << 16)
+}
+
+#[cfg(target_arch = "x86_64")]
+pub use x86::{Avx2, Avx512};
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::{Lanes, f16};
+
+    /// Two registers of eight.
+    #[derive(Clone, Copy)]
+    pub struct Avx2(__m256, __m256);
+
+    /// One register of sixteen.
+    #[derive(Clone, Copy)]
+    pub struct Avx512(__m512);
+
+    // SAFETY of all that follows: the caller's, as the trait says.
+    #[allow(clippy::undocumented_unsafe_blocks)]
+    impl Lanes for Avx2 {
+        const ROWS: usize = 6;
+        const GROUPS: usize = 1;
+
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> Self {
+            unsafe { Self(_mm256_set1_ps(x), _mm256_set1_ps(x)) }
+        }
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            unsafe { Self(_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))) }
+        }
+        #[inline(always)]
+        unsafe fn load_f16(from: *const f16) -> Self {
+            unsafe {
+                let (low, high) = (from.cast(), from.add(8).cast());
+                Self(_mm256_cvtph_ps(_mm_loadu_si128(low)), _mm256_cvtph_ps(_mm_loadu_si128(high)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_i8(from: *const i8) -> Self {
+            unsafe {
+                let all = _mm_loadu_si128(from.cast());
+                Self(
+                    _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(all)),
+                    _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128::<8>(all))),
+                )
+            }
+        }
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            unsafe {
+                _mm256_storeu_ps(to, self.0);
+                _mm256_storeu_ps(to.add(8), self.1);
+            }
+        }
+        #[inline(always)]
+        unsafe fn add(self, other: Self) -> Self {
+            unsafe { Self(_mm256_add_ps(self.0, other.0), _mm256_add_ps(self.1, other.1)) }
+        }
+        #[inline(always)]
+        unsafe fn sub(self, other: Self) -> Self {
+            unsafe { Self(_mm256_sub_ps(self.0, other.0), _mm256_sub_ps(self.1, other.1)) }
+        }
+        #[inline(always)]
+        unsafe fn mul(self, other: Self) -> Self {
+            unsafe { Self(_mm256_mul_ps(self.0, other.0), _mm256_mul_ps(self.1, other.1)) }
+        }
+        #[inline(always)]
+        unsafe fn mul_add(self, factor: Self, term: Self) -> Self {
+            unsafe {
+                Self(
+                    _mm256_fmadd_ps(self.0, factor.0, term.0),
+                    _mm256_fmadd_ps(self.1, factor.1, term.1),
+                )
+            }
+        }
+        #[inline(always)]
+        unsafe fn max(self, other: Self) -> Self {
+            unsafe { Self(_mm256_max_ps(self.0, other.0), _mm256_max_ps(self.1, other.1)) }
+        }
+        #[inline(always)]
+        unsafe fn round(self) -> Self {
+            const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+            unsafe { Self(_mm256_round_ps::<NEAREST>(self.0), _mm256_round_ps::<NEAREST>(self.1)) }
+        }
+        #[inline(always)]
+        unsafe fn times_power(self, n: Self) -> Self {
+            unsafe {
+                let bias = _mm256_set1_epi32(127);
+                let low = _mm256_add_epi32(_mm256_cvtps_epi32(n.0), bias);
+                let high = _mm256_add_epi32(_mm256_cvtps_epi32(n.1), bias);
+                let low = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(low));
+                let high = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(high));
+                self.mul(Self(low, high))
+            }
+        }
+        #[inline(always)]
+        unsafe fn zero_below(self, x: Self, limit: f32) -> Self {
+            unsafe {
+                let limit = _mm256_set1_ps(limit);
+                Self(
+                    _mm256_andnot_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(x.0, limit), self.0),
+                    _mm256_andnot_ps(_mm256_cmp_ps::<_CMP_LT_OQ>(x.1, limit), self.1),
+                )
+            }
+        }
+        #[inline(always)]
+        unsafe fn largest(self) -> f32 {
+            unsafe {
+                let eight = _mm256_max_ps(self.0, self.1);
+                let four =
+                    _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps::<1>(eight));
+                let two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+                _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps::<1>(two, two)))
+            }
+        }
+    }
+
+    #[allow(clippy::undocumented_unsafe_blocks)]
+    impl Lanes for Avx512 {
+        const ROWS: usize = 8;
+        const GROUPS: usize = 2;
+
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> Self {
+            unsafe { Self(_mm512_set1_ps(x)) }
+        }
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            unsafe { Self(_mm512_loadu_ps(from)) }
+        }
+        #[inline(always)]
+        unsafe fn load_f16(from: *const f16) -> Self {
+            unsafe { Self(_mm512_cvtph_ps(_mm256_loadu_si256(from.cast()))) }
+        }
+        #[inline(always)]
+        unsafe fn load_i8(from: *const i8) -> Self {
+            unsafe { Self(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(from.cast())))) }
+        }
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            unsafe { _mm512_storeu_ps(to, self.0) }
+        }
+        #[inline(always)]
+        unsafe fn add(self, other: Self) -> Self {
+            unsafe { Self(_mm512_add_ps(self.0, other.0)) }
+        }
+        #[inline(always)]
+        unsafe fn sub(self, other: Self) -> Self {
+            unsafe { Self(_mm512_sub_ps(self.0, other.0)) }
+        }
+        #[inline(always)]
+        unsafe fn mul(self, other: Self) -> Self {
+            unsafe { Self(_mm512_mul_ps(self.0, other.0)) }
+        }
+        #[inline(always)]
+        unsafe fn mul_add(self, factor: Self, term: Self) -> Self {
+            unsafe { Self(_mm512_fmadd_ps(self.0, factor.0, term.0)) }
+        }
+        #[inline(always)]
+        unsafe fn max(self, other: Self) -> Self {
+            unsafe { Self(_mm512_max_ps(self.0, other.0)) }
+        }
+        #[inline(always)]
+        unsafe fn round(self) -> Self {
+            const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+            unsafe { Self(_mm512_roundscale_ps::<NEAREST>(self.0)) }
+        }
+        #[inline(always)]
+        unsafe fn times_power(self, n: Self) -> Self {
+            unsafe { Self(_mm512_scalef_ps(self.0, n.0)) }
+        }
+        #[inline(always)]
+        unsafe fn zero_below(self, x: Self, limit: f32) -> Self {
+            unsafe {
+                let keep = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x.0, _mm512_set1_ps(limit));
+                Self(_mm512_maskz_mov_ps(keep, self.0))
+            }
+        }
+        #[inline(always)]
+        unsafe fn largest(self) -> f32 {
+            unsafe { _mm512_reduce_max_ps(self.0) }
+        }
+    }
+}
+
+/// Compiles a kernel over [`Lanes`] once per rung: `unsafe fn name(arguments) = body;` becomes
+/// `unsafe fn name(isa, arguments)` that runs `body::<Lanes of the rung>(arguments)`.
+///
+/// The CPU must have the rung; what else the caller owes, `body` says.
+macro_rules! rungs {
+    ($($(#[$meta:meta])* $vis:vis unsafe fn $name:ident $(<$g:ident: $bound:path>)? ($($arg:ident: $ty:ty),* $(,)?) = $body:ident;)*) => {$(
+        $(#[$meta])*
+        $vis unsafe fn $name $(<$g: $bound>)? (isa: $crate::isa::Isa, $($arg: $ty),*) {
+            #[cfg(target_arch = "x86_64")]
+            {
+                use $crate::isa::Isa;
+                use $crate::ops::lanes::{Avx2, Avx512, Plain};
+                #[target_feature(enable = "avx2,fma,f16c")]
+                unsafe fn avx2 $(<$g: $bound>)? ($($arg: $ty),*) {
+                    // SAFETY: the caller's.
+                    unsafe { $body::<Avx2 $(, $g)?>($($arg),*) }
+                }
+                #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
+                unsafe fn avx512 $(<$g: $bound>)? ($($arg: $ty),*) {
+                    // SAFETY: the caller's.
+                    unsafe { $body::<Avx512 $(, $g)?>($($arg),*) }
+                }
+                // SAFETY: a rung is only ever chosen if the CPU has it; the rest is the caller's.
+                unsafe {
+                    match isa {
+                        Isa::Scalar => $body::<Plain $(, $g)?>($($arg),*),
+                        Isa::Avx2 | Isa::AvxVnni => avx2 $(::<$g>)? ($($arg),*),
+                        Isa::Avx512Vnni => avx512 $(::<$g>)? ($($arg),*),
+                    }
+                }
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            {
+                let _ = isa;
+                // SAFETY: the caller's.
+                unsafe { $body::<$crate::ops::lanes::Plain $(, $g)?>($($arg),*) }
+            }
+        }
+    )*};
+}
+pub(crate) use rungs;
+
+/// Rows of a product's tile on a rung: work comes best in multiples of them.
+pub fn tile_rows(isa: Isa) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    match isa {
+        Isa::Scalar => Plain::ROWS,
+        Isa::Avx2 | Isa::AvxVnni => Avx2::ROWS,
+        Isa::Avx512Vnni => Avx512::ROWS,
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    {
+        let _ = isa;
+        Plain::ROWS
+    }
+}
+
+/// The most rows of a tile on any rung.
+pub const MOST_ROWS: usize = 8;
+
+/// The left side of a [`product`], row-major or, `transposed`, column-major.
+#[derive(Clone, Copy)]
+pub struct Left<'a> {
+    pub values: &'a [f32],
+    pub stride: usize,
+    pub transposed: bool,
+}
+
+/// The right side: row `p`, column `c` is at `(c / 16) * group_stride + p * row_stride + c % 16`.
+/// A row-major matrix has a group stride of 16, one of panels of 16 columns a row stride of 16.
+#[derive(Clone, Copy)]
+pub struct Right<'a, B> {
+    pub values: &'a [B],
+    pub row_stride: usize,
+    pub group_stride: usize,
+}
+
+/// `c = a · b`, or `c += a · b` with `accumulate`: `a (rows, depth)`, `b (depth, 16 · groups)`,
+/// `c (rows, 16 · groups)` with rows `stride` apart.
+///
+/// Each element of `c` is summed in the order of `depth`, whatever the tile it falls in.
+pub fn product<B: Element>(
+    isa: Isa,
+    (rows, groups, depth): (usize, usize, usize),
+    a: Left,
+    b: Right<B>,
+    c: &mut [f32],
+    stride: usize,
+    accumulate: bool,
+) {
+    if rows == 0 || groups == 0 {
+        return;
+    }
+    if depth > 0 {
+        let (outer, inner) = if a.transposed { (depth, rows) } else { (rows, depth) };
+        assert!((outer - 1) * a.stride + inner <= a.values.len());
+        let last = (groups - 1) * b.group_stride + (depth - 1) * b.row_stride;
+        assert!(last + GROUP <= b.values.len());
+    }
+    assert!((rows - 1) * stride + groups * GROUP <= c.len());
+    let product = Product {
+        size: (rows, groups, depth),
+        a: (a.values.as_ptr(), a.stride),
+        b: (b.values.as_ptr(), b.row_stride, b.group_stride),
+        c: (c.as_mut_ptr(), stride),
+        accumulate,
+    };
+    // SAFETY: all that is touched is in bounds by the assertions.
+    unsafe {
+        if a.transposed {
+            product_transposed(isa, product);
+        } else {
+            product_row_major(isa, product);
+        }
+    }
+}
+
+/// A product with its bounds checked.
+#[derive(Clone, Copy)]
+struct Product<B> {
+    size: (usize, usize, usize),
+    a: (*const f32, usize),
+    b: (*const B, usize, usize),
+    c: (*mut f32, usize),
+    accumulate: bool,
+}
+
+rungs! {
+    unsafe fn product_row_major<B: Element>(product: Product<B>) = row_major;
+    unsafe fn product_transposed<B: Element>(product: Product<B>) = transposed;
+}
+
+#[inline(always)]
+unsafe fn row_major<S: Lanes, B: Element>(product: Product<B>) {
+    // SAFETY: the caller's.
+    unsafe { tiles::<S, B, false>(product) }
+}
+
+#[inline(always)]
+unsafe fn transposed<S: Lanes, B: Element>(product: Product<B>) {
+    // SAFETY: the caller's.
+    unsafe { tiles::<S, B, true>(product) }
+}
+
+#[inline(always)]
+unsafe fn tiles<S: Lanes, B: Element, const T: bool>(product: Product<B>) {
+    let (rows, groups, _) = product.size;
+    let mut row = 0;
+    while row < rows {
+        let m = if rows - row < S::ROWS { rows - row } else { S::ROWS };
+        let mut group = 0;
+        while group < groups {
+            let pair = S::GROUPS == 2 && groups - group >= 2;
+            // SAFETY: the caller's; a tile lies inside the product.
+            unsafe {
+                match (m, pair) {
+                    (1, false) => tile::<S, B, 1, 1, T>(product, row, group),
+                    (2, false) => tile::<S, B, 2, 1, T>(product, row, group),
+                    (3, false) => tile::<S, B, 3, 1, T>(product, row, group),
+                    (4, false) => tile::<S, B, 4, 1, T>(product, row, group),
+                    (5, false) => tile::<S, B, 5, 1, T>(product, row, group),
+                    (6, false) => tile::<S, B, 6, 1, T>(product, row, group),
+                    (7, false) => tile::<S, B, 7, 1, T>(product, row, group),
+                    (8, false) => tile::<S, B, 8, 1, T>(product, row, group),
+                    (1, true) => tile::<S, B, 1, 2, T>(product, row, group),
+                    (2, true) => tile::<S, B, 2, 2, T>(product, row, group),
+                    (3, true) => tile::<S, B, 3, 2, T>(product, row, group),
+                    (4, true) => tile::<S, B, 4, 2, T>(product, row, group),
+                    (5, true) => tile::<S, B, 5, 2, T>(product, row, group),
+                    (6, true) => tile::<S, B, 6, 2, T>(product, row, group),
+                    (7, true) => tile::<S, B, 7, 2, T>(product, row, group),
+                    (8, true) => tile::<S, B, 8, 2, T>(product, row, group),
+                    _ => unreachable!("no rung has more than {MOST_ROWS} rows"),
+                }
+            }
+            group += if pair { 2 } else { 1 };
+        }
+        row += m;
+    }
+}
+
+/// `M` rows and `G` groups of columns, held in registers over the whole depth.
+#[inline(always)]
+unsafe fn tile<S: Lanes, B: Element, const M: usize, const G: usize, const T: bool>(
+    product: Product<B>,
+    row: usize,
+    group: usize,
+) {
+    let (_, _, depth) = product.size;
+    let (a, a_stride) = product.a;
+    let (b, row_stride, group_stride) = product.b;
+    let (c, stride) = product.c;
+    // SAFETY: the caller's.
+    unsafe {
+        let a = a.add(if T { row } else { row * a_stride });
+        let mut b = b.add(group * group_stride);
+        let mut sums = [[S::splat(0.0); G]; M];
+        for p in 0..depth {
+            let mut right = [S::splat(0.0); G];
+            for g in 0..G {
+                right[g] = B::load::<S>(b.add(g * group_stride));
+            }
+            for m in 0..M {
+                let at = if T { p * a_stride + m } else { m * a_stride + p };
+                let left = S::splat(*a.add(at));
+                for g in 0..G {
+                    sums[m][g] = left.mul_add(right[g], sums[m][g]);
+                }
+            }
+            b = b.add(row_stride);
+        }
+        for m in 0..M {
+            for g in 0..G {
+                let to = c.add((row + m) * stride + (group + g) * GROUP);
+                let sum = sums[m][g];
+                if product.accumulate { S::load(to).add(sum).store(to) } else { sum.store(to) }
+            }
+        }
+    }
+}
+
+/// Copies up to 16 rows of `width` values, `stride` apart, as columns of a panel `(width, 16)`;
+/// columns without a row become 0.
+pub fn panel(rows: &[f32], stride: usize, count: usize, width: usize, to: &mut [f32]) {
+    assert!(count <= GROUP && to.len() >= width * GROUP);
+    assert!(count == 0 || (count - 1) * stride + width <= rows.len());
+    let mut row = 0;
+    #[cfg(target_arch = "x86_64")]
+    while row + 4 <= count {
+        use std::arch::x86_64::*;
+        let mut column = 0;
+        while column + 4 <= width {
+            // SAFETY: SSE is part of the target; rows and the panel are in bounds by the
+            // assertions.
+            unsafe {
+                let from = rows.as_ptr().add(row * stride + column);
+                let a = _mm_loadu_ps(from);
+                let b = _mm_loadu_ps(from.add(stride));
+                let c = _mm_loadu_ps(from.add(2 * stride));
+                let d = _mm_loadu_ps(from.add(3 * stride));
+                let (ab, cd) = (_mm_unpacklo_ps(a, b), _mm_unpacklo_ps(c, d));
+                let (ab_high, cd_high) = (_mm_unpackhi_ps(a, b), _mm_unpackhi_ps(c, d));
+                let to = to.as_mut_ptr().add(column * GROUP + row);
+                _mm_storeu_ps(to, _mm_movelh_ps(ab, cd));
+                _mm_storeu_ps(to.add(GROUP), _mm_movehl_ps(cd, ab));
+                _mm_storeu_ps(to.add(2 * GROUP), _mm_movelh_ps(ab_high, cd_high));
+                _mm_storeu_ps(to.add(3 * GROUP), _mm_movehl_ps(cd_high, ab_high));
+            }
+            column += 4;
+        }
+        for column in column..width {
+            for row in row..row + 4 {
+                to[column * GROUP + row] = rows[row * stride + column];
+            }
+        }
+        row += 4;
+    }
+    for row in row..count {
+        for (column, x) in rows[row * stride..][..width].iter().enumerate() {
+            to[column * GROUP + row] = *x;
+        }
+    }
+    if count < GROUP {
+        for columns in to[..width * GROUP].chunks_exact_mut(GROUP) {
+            columns[count..].fill(0.0);
+        }
+    }
+}
+
+/// A cache line of `f32`: scratch made of them is aligned for the widest loads.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub struct Line([f32; GROUP]);
+
+/// A thread's scratch, kept between calls. It holds whatever was left in it.
+#[derive(Default)]
+pub struct Scratch {
+    lines: Vec<Line>,
+}
+
+impl Scratch {
+    /// Nothing yet.
+    pub const fn new() -> Self {
+        Self { lines: Vec::new() }
+    }
+
+    /// Runs `f` with this thread's scratch.
+    pub fn with<R>(scratch: &'static LocalKey<Cell<Self>>, f: impl FnOnce(&mut Self) -> R) -> R {
+        // Taken, not borrowed: a thread that waits for others may begin a task inside another.
+        let mut taken = scratch.take();
+        let result = f(&mut taken);
+        scratch.set(taken);
+        result
+    }
+
+    /// Slices of the given lengths, each on a cache line of its own.
+    pub fn split<const N: usize>(&mut self, lengths: [usize; N]) -> [&mut [f32]; N] {
+        let lines = lengths.map(|length| length.div_ceil(GROUP));
+        let total = lines.iter().sum();
+        if self.lines.len() < total {
+            self.lines.resize(total, Line([0.0; GROUP]));
+        }
+        let mut rest = &mut self.lines[..];
+        let mut next = lines.iter().zip(lengths);
+        std::array::from_fn(|_| {
+            let (&lines, length) = next.next().expect("as many as asked for");
+            let (part, behind) = std::mem::take(&mut rest).split_at_mut(lines);
+            rest = behind;
+            // SAFETY: a line is sixteen `f32` and nothing else.
+            unsafe { std::slice::from_raw_parts_mut(part.as_mut_ptr().cast::<f32>(), length) }
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use quantune_adapters::rng::Stream;
+
+    use super::*;
+
+    fn normal(seed: u64, n: usize) -> Vec<f32> {
+        let mut stream = Stream::new(seed, "lanes", &[]);
+        (0..n).map(|_| stream.normal()).collect()
+    }
+
+    fn rungs_here() -> impl Iterator<Item = Isa> {
+        Isa::ALL.iter().copied().filter(|isa| isa.available())
+    }
+
+    #[test]
+    fn products_of_every_shape_are_the_naive_sums() {
+        for isa in rungs_here() {
+            for (rows, groups, depth) in [(1, 1, 0), (3, 1, 5), (8, 2, 17), (13, 3, 64), (23, 5, 9)]
+            {
+                let (a, width) = (normal(1, rows * depth), groups * GROUP);
+                let (b, before) = (normal(2, depth * width), normal(3, rows * width));
+                let b_f16: Vec<f16> = b.iter().map(|&x| f16::from_f32(x)).collect();
+                let b_i8: Vec<i8> = b.iter().map(|x| (x * 40.0) as i8).collect();
+                let b_f16_exact: Vec<f32> = b_f16.iter().map(|x| x.to_f32()).collect();
+                let b_i8_exact: Vec<f32> = b_i8.iter().map(|&x| f32::from(x)).collect();
+                for transposed in [false, true] {
+                    let stride = if transposed { rows } else { depth };
+                    let left = Left { values: &a, stride, transposed };
+                    let check = |b: &[f32], c: &[f32], accumulate: bool| {
+                        for (i, c) in c.iter().enumerate() {
+                            let (row, column) = (i / width, i % width);
+                            let at = |p| if transposed { p * rows + row } else { row * depth + p };
+                            let mut sum = if accumulate { before[i] } else { 0.0 };
+                            let mut size = 1.0;
+                            for p in 0..depth {
+                                let term = a[at(p)] * b[p * width + column];
+                                (sum, size) = (sum + term, size + term.abs());
+                            }
+                            let error = (sum - c).abs() / size;
+                            assert!(error < 1e-6, "{isa:?} {rows} {groups} {depth}: {sum} {c}");
+                        }
+                    };
+                    let size = (rows, groups, depth);
+                    for accumulate in [false, true] {
+                        let mut c = before.clone();
+                        product(isa, size, left, rows_of(&b, width), &mut c, width, accumulate);
+                        check(&b, &c, accumulate);
+                        let mut c = before.clone();
+                        product(isa, size, left, rows_of(&b_f16, width), &mut c, width, accumulate);
+                        check(&b_f16_exact, &c, accumulate);
+                        let mut c = before.clone();
+                        product(isa, size, left, rows_of(&b_i8, width), &mut c, width, accumulate);
+                        check(&b_i8_exact, &c, accumulate);
+                    }
+                }
+            }
+        }
+    }
+
+    fn rows_of<B>(values: &[B], width: usize) -> Right<'_, B> {
+        Right { values, row_stride: width, group_stride: GROUP }
+    }
+
+    #[test]
+    fn panels_are_transposed_and_padded() {
+        for (count, width, stride) in [(16, 8, 9), (5, 7, 7), (0, 3, 3), (13, 64, 70)] {
+            let rows = normal(4, count * stride);
+            let mut to = vec![f32::NAN; width * GROUP];
+            panel(&rows, stride, count, width, &mut to);
+            for (i, x) in to.iter().enumerate() {
+                let (column, row) = (i / GROUP, i % GROUP);
+                let expected = if row < count { rows[row * stride + column] } else { 0.0 };
+                assert_eq!(*x, expected);
+            }
+        }
+    }
+
+    rungs! {
+        unsafe fn exp2_of(x: *mut f32) = exp2_body;
+    }
+
+    #[inline(always)]
+    unsafe fn exp2_body<S: Lanes>(x: *mut f32) {
+        // SAFETY: the caller's.
+        unsafe { exp2(S::load(x)).store(x) }
+    }
+
+    #[test]
+    fn exp2_is_exact_to_two_units() {
+        for isa in rungs_here() {
+            for i in -12600..12690 {
+                let x = i as f32 / 100.0;
+                let mut y = [x; GROUP];
+                // SAFETY: sixteen values, and the CPU has the rung.
+                unsafe { exp2_of(isa, y.as_mut_ptr()) };
+                let exact = f64::from(x).exp2();
+                let error = (f64::from(y[5]) - exact).abs() / exact;
+                assert!(error < 2.5e-7, "{isa:?}: 2^{x} is off by {error:e}");
+            }
+            let mut edges = [0.0; GROUP];
+            edges[..3].copy_from_slice(&[f32::NEG_INFINITY, -127.0, f32::NAN]);
+            // SAFETY: as above.
+            unsafe { exp2_of(isa, edges.as_mut_ptr()) };
+            assert_eq!(edges[..2], [0.0, 0.0]);
+            assert!(edges[2].is_nan() && edges[3..] == [1.0; 13]);
+        }
+    }
+
+    #[test]
+    fn every_f16_is_read() {
+        for bits in (0..=u16::MAX).filter(|&bits| !f16::from_bits(bits).is_nan()) {
+            let x = f16::from_bits(bits);
+            assert_eq!(f32_of(x).to_bits(), x.to_f32().to_bits());
+        }
+    }
+}
