@@ -9,8 +9,12 @@ use super::words::{Value, Words};
 use crate::ops::cpu::Target;
 use crate::quant::{BlockType, FrozenMatrix};
 
-/// Bytes that rows are asked for ahead of their use, so that memory has answered by then.
-const PREFETCH: usize = 4096;
+/// How far ahead of its use memory is asked for: the same place of a pair of rows to come, at least
+/// a page away.
+#[inline(always)]
+fn ahead(row_bytes: usize) -> usize {
+    4096usize.next_multiple_of(2 * row_bytes)
+}
 
 /// Where the products of stored rows go.
 pub(super) struct Output<'a> {
@@ -94,6 +98,7 @@ pub(super) unsafe fn blocks<W: Words, F: Format, T: Value, const M: usize>(
     output: &Output,
 ) -> usize {
     let row_bytes = output.matrix.row_bytes();
+    let ahead = ahead(row_bytes);
     let chunk = if F::GROUPS == 1 { LANES } else { F::GROUPS };
     let whole = x.groups() / chunk * chunk;
     for (pair, bytes) in bytes.chunks(2 * row_bytes).enumerate() {
@@ -104,10 +109,18 @@ pub(super) unsafe fn blocks<W: Words, F: Format, T: Value, const M: usize>(
         unsafe {
             let mut sums = [[W::zero(); M]; 2];
             for group in (0..whole).step_by(chunk) {
-                add_chunk::<W, F, T, M>(rows, x, first, group, chunk, &mut sums);
+                add_chunk::<W, F, T, M>(rows, ahead, x, first, group, chunk, &mut sums);
             }
             if whole < x.groups() {
-                add_chunk::<W, F, T, M>(rows, x, first, whole, x.groups() - whole, &mut sums);
+                add_chunk::<W, F, T, M>(
+                    rows,
+                    ahead,
+                    x,
+                    first,
+                    whole,
+                    x.groups() - whole,
+                    &mut sums,
+                );
             }
             for r in 0..2 {
                 for i in 0..M {
@@ -128,8 +141,10 @@ pub(super) unsafe fn blocks<W: Words, F: Format, T: Value, const M: usize>(
 /// # Safety
 /// As [`blocks`].
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 unsafe fn add_chunk<W: Words, F: Format, T: Value, const M: usize>(
     rows: [&[u8]; 2],
+    ahead: usize,
     x: &Activations<T>,
     first: usize,
     group: usize,
@@ -159,18 +174,18 @@ unsafe fn add_chunk<W: Words, F: Format, T: Value, const M: usize>(
         if F::GROUPS == 1 {
             for g in 0..n {
                 let bytes = [bytes[0].add(g * F::BYTES), bytes[1].add(g * F::BYTES)];
-                add_group::<W, F, T, M>(bytes, &xs, &scales, g, 0, sums);
+                add_group::<W, F, T, M>(bytes, ahead, &xs, &scales, g, 0, sums);
             }
         } else {
             // Unrolled by hand: shifts and places are then known when this is compiled.
-            add_group::<W, F, T, M>(bytes, &xs, &scales, 0, 0, sums);
-            add_group::<W, F, T, M>(bytes, &xs, &scales, 1, 1, sums);
-            add_group::<W, F, T, M>(bytes, &xs, &scales, 2, 2, sums);
-            add_group::<W, F, T, M>(bytes, &xs, &scales, 3, 3, sums);
-            add_group::<W, F, T, M>(bytes, &xs, &scales, 4, 4, sums);
-            add_group::<W, F, T, M>(bytes, &xs, &scales, 5, 5, sums);
-            add_group::<W, F, T, M>(bytes, &xs, &scales, 6, 6, sums);
-            add_group::<W, F, T, M>(bytes, &xs, &scales, 7, 7, sums);
+            add_group::<W, F, T, M>(bytes, ahead, &xs, &scales, 0, 0, sums);
+            add_group::<W, F, T, M>(bytes, ahead, &xs, &scales, 1, 1, sums);
+            add_group::<W, F, T, M>(bytes, ahead, &xs, &scales, 2, 2, sums);
+            add_group::<W, F, T, M>(bytes, ahead, &xs, &scales, 3, 3, sums);
+            add_group::<W, F, T, M>(bytes, ahead, &xs, &scales, 4, 4, sums);
+            add_group::<W, F, T, M>(bytes, ahead, &xs, &scales, 5, 5, sums);
+            add_group::<W, F, T, M>(bytes, ahead, &xs, &scales, 6, 6, sums);
+            add_group::<W, F, T, M>(bytes, ahead, &xs, &scales, 7, 7, sums);
         }
     }
 }
@@ -180,8 +195,10 @@ unsafe fn add_chunk<W: Words, F: Format, T: Value, const M: usize>(
 /// # Safety
 /// As [`blocks`]; `blocks` must be whole blocks, and each of `xs` have a `g`-th group.
 #[inline(always)]
+#[allow(clippy::too_many_arguments)]
 unsafe fn add_group<W: Words, F: Format, T: Value, const M: usize>(
     blocks: [*const u8; 2],
+    ahead: usize,
     xs: &[*const Group<T>; M],
     scales: &[[[f32; LANES]; M]; 2],
     g: usize,
@@ -192,7 +209,7 @@ unsafe fn add_group<W: Words, F: Format, T: Value, const M: usize>(
         // SAFETY: the caller's promises; there are at most 16 scales to a chunk.
         unsafe {
             // One line per group, spread evenly: bursts fill up the buffers of the cache.
-            W::prefetch(blocks[r].wrapping_add(PREFETCH + g % F::GROUPS * F::BYTES / F::GROUPS));
+            W::prefetch(blocks[r].wrapping_add(ahead + of_block * F::BYTES / F::GROUPS));
             let words: W = F::words(std::slice::from_raw_parts(blocks[r], F::BYTES), of_block);
             for i in 0..M {
                 let products = T::dot(words, &(*xs[i].add(g)).0);
@@ -257,6 +274,7 @@ pub(super) unsafe fn floats<W: Words, F: FloatFormat, const M: usize>(
     output: &Output,
 ) -> usize {
     let row_bytes = output.matrix.row_bytes();
+    let ahead = ahead(row_bytes);
     let group_bytes = GROUP * F::BYTES;
     for (pair, bytes) in bytes.chunks(2 * row_bytes).enumerate() {
         // An odd last row is its own partner.
@@ -269,7 +287,7 @@ pub(super) unsafe fn floats<W: Words, F: FloatFormat, const M: usize>(
             for group in 0..whole {
                 let at = group * group_bytes;
                 let (a, b) = (&rows[0][at..at + group_bytes], &rows[1][at..at + group_bytes]);
-                add_floats::<W, F, M>([a, b], x, first, group, &mut sums);
+                add_floats::<W, F, M>([a, b], ahead, x, first, group, &mut sums);
             }
             if whole < x.groups() {
                 let mut last = [[0u8; 4 * GROUP]; 2];
@@ -278,7 +296,7 @@ pub(super) unsafe fn floats<W: Words, F: FloatFormat, const M: usize>(
                     last[r][..rest].copy_from_slice(&rows[r][whole * group_bytes..]);
                 }
                 let (a, b) = (&last[0][..group_bytes], &last[1][..group_bytes]);
-                add_floats::<W, F, M>([a, b], x, first, whole, &mut sums);
+                add_floats::<W, F, M>([a, b], ahead, x, first, whole, &mut sums);
             }
             for r in 0..2 {
                 for i in 0..M {
@@ -301,6 +319,7 @@ pub(super) unsafe fn floats<W: Words, F: FloatFormat, const M: usize>(
 #[inline(always)]
 unsafe fn add_floats<W: Words, F: FloatFormat, const M: usize>(
     rows: [&[u8]; 2],
+    ahead: usize,
     x: &Activations<f32>,
     first: usize,
     group: usize,
@@ -308,7 +327,7 @@ unsafe fn add_floats<W: Words, F: FloatFormat, const M: usize>(
 ) {
     for r in 0..2 {
         for line in (0..rows[r].len()).step_by(64) {
-            W::prefetch(rows[r].as_ptr().wrapping_add(PREFETCH + line));
+            W::prefetch(rows[r].as_ptr().wrapping_add(ahead + line));
         }
     }
     let mut xs = [&x.row(first)[group].0; M];

@@ -33,7 +33,7 @@ pub(super) trait Words: Copy {
         output: &Output,
     ) -> usize;
 
-    /// Asks for the cache line of an address, which need not exist.
+    /// Asks for the cache line of an address, which need not exist, in the second-level cache.
     fn prefetch(address: *const u8);
 
     /// The low nibbles of 16 bytes, then the high ones.
