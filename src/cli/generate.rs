@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::{AdapterArg, load_adapters, open_tokenizer};
 use crate::generate::{Finish, Request, Sampling, Settings, StopStrings, generate};
-use crate::model::{Adapters, Decoder};
+use crate::model::{Adapters, CacheType, Decoder};
 use crate::ops::Compute;
 use crate::text::{Special, Tokenizer};
 use crate::weights::Checkpoint;
@@ -59,6 +59,10 @@ pub struct Generate {
     /// With --json: the K likeliest tokens at each place with their log-probabilities
     #[arg(long, value_name = "K")]
     logprobs: Option<usize>,
+    /// How keys and values are kept: f32, f16 (half the memory) or q8 (a quarter) [default: f16, or
+    /// f32 where --compute is f32 or portable]
+    #[arg(long)]
+    cache_type: Option<CacheType>,
     /// The day, YYYY-MM-DD, that a chat template with a date shows [default: today]
     #[arg(long, conflicts_with = "raw")]
     template_date: Option<String>,
@@ -96,9 +100,14 @@ impl Generate {
         let settings = Settings {
             sampling,
             max_tokens: self.max_tokens.unwrap_or(256),
+            cache: self.cache_type.unwrap_or(match decoder.compute {
+                Compute::F32 | Compute::Portable => CacheType::F32,
+                Compute::Int16 | Compute::Int8 => CacheType::F16,
+            }),
             logprobs: self.logprobs,
         };
         let started = Instant::now();
+        let mut first_token = None;
         let mut generated = generate(
             &decoder,
             Adapters::Same(&worn),
@@ -106,6 +115,7 @@ impl Generate {
             &settings,
             &|token| tokenizer.is_end_of_generation(token),
             &mut |_, token| {
+                first_token.get_or_insert_with(|| started.elapsed().as_secs_f64());
                 // An id the tokenizer lacks (padded vocabularies have some) has no text.
                 let piece = stream.push(token).ok().flatten().unwrap_or_default();
                 show(&stops.push(&piece));
@@ -122,6 +132,10 @@ impl Generate {
 
         let generated = generated.remove(0);
         let tokens = generated.token_ids.len();
+        // Reading the prompt ends with the first token; the others are decoded one by one.
+        let reading = first_token.unwrap_or(seconds);
+        let decoded = if tokens > 1 { tokens - 1 } else { tokens };
+        let decoding = if tokens > 1 { seconds - reading } else { seconds };
         let mut value = json!({
             "text": text,
             "token_ids": generated.token_ids,
@@ -131,7 +145,8 @@ impl Generate {
                 Finish::Length => "length",
                 Finish::Stop | Finish::Callback => "stop",
             },
-            "tokens_per_second": tokens as f64 / seconds.max(1e-9),
+            "tokens_per_second": decoded as f64 / decoding.max(1e-9),
+            "prompt_tokens_per_second": prompt.len() as f64 / reading.max(1e-9),
             "kernels": decoder.kernels(),
         });
         if self.logprobs.is_some() {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candle_core::{Result, Tensor};
 
 use super::sampling::{LogProbs, Sampling, SamplingError};
-use crate::model::{Adapters, Decoder, KvCache, Rows, Worn};
+use crate::model::{Adapters, CacheType, Decoder, KvCache, Rows, Worn};
 
 /// New tokens of one pass over the prompts; bounds the activations, not the cache.
 const PREFILL_TOKENS: usize = 512;
@@ -27,6 +27,8 @@ pub struct Settings {
     pub sampling: Sampling,
     /// Tokens a row may get.
     pub max_tokens: usize,
+    /// How keys and values are kept.
+    pub cache: CacheType,
     /// `Some(k)` records each chosen token's log-probability and the `k` likeliest.
     pub logprobs: Option<usize>,
 }
@@ -135,7 +137,8 @@ pub fn generate(
     }
 
     let worn = (0..rows.len()).map(|row| adapters.of(row)).collect();
-    let mut batch = Batch { decoder, worn, cache: KvCache::new(&decoder.config, rows.len()) };
+    let cache = KvCache::with_type(&decoder.config, rows.len(), settings.cache);
+    let mut batch = Batch { decoder, worn, cache };
     let prompts: Vec<&[u32]> = requests.iter().map(|request| request.prompt).collect();
     let mut hidden = batch.prefill(&prompts)?; // (running, hidden_size)
     let mut running: Vec<usize> = (0..rows.len()).collect();

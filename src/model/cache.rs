@@ -12,7 +12,7 @@ use crate::ops::attention::{CachedQueries, Heads, KeyBlock, Keys, Qkv, Strided, 
 use crate::ops::lanes::{Element, GROUP};
 
 /// How keys and values are kept.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum CacheType {
     /// Exactly.
     #[default]

@@ -13,7 +13,7 @@ use super::cache::KvCache;
 use super::config::Config;
 use super::layer::{Group, LayerPass, Tape, Workspace};
 use crate::ops::attention::Heads;
-use crate::ops::frozen_linear::frozen_rows;
+use crate::ops::frozen_linear::{few_rows, frozen_rows};
 use crate::ops::rope::Rotation;
 use crate::ops::{
     Compute, causal_attention, frozen_linear, linear_log_probs, rms_norm, rope, swiglu,
@@ -165,8 +165,11 @@ impl Decoder {
         let mut x = x.flatten_all()?.to_vec1::<f32>()?;
         let (mut tape, mut work) = (Tape::default(), Workspace::default());
         for index in 0..self.layers.len() {
-            if let Some(layer) = self.layer_pass(index, &pass) {
+            if let Some(mut layer) = self.layer_pass(index, &pass) {
                 let cache = cache.as_deref_mut().map(|cache| (cache, index));
+                if cache.is_some() {
+                    layer = layer.decoding();
+                }
                 layer.forward(&mut x, &mut tape, false, &mut work, cache)?;
             }
         }
@@ -175,7 +178,7 @@ impl Decoder {
 
     /// Logits `(M, vocab_size)` of hidden states `(M, hidden_size)`: for few rows only.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        frozen_linear(hidden, &self.head, self.compute)
+        few_rows(hidden, &self.head, self.compute)
     }
 
     /// Log-probabilities of `targets`, one per row of `hidden (M, hidden_size)` → `(M)`.

@@ -16,11 +16,11 @@ use half::f16;
 use super::cache::KvCache;
 use super::config::Config;
 use super::decoder::{Layer, Linear, Pass};
-use crate::isa::Isa;
+use crate::isa::{Isa, versions};
 use crate::ops::attention::{self, Attended, Heads, Qkv, QkvGrad};
 use crate::ops::gemm::{Begin, Out, PackedRows, Panel, Product, Strided, Term, Weights, multiply};
 use crate::ops::rope::Turn;
-use crate::ops::{Compute, Values, half_tape, rms_norm, swiglu};
+use crate::ops::{Compute, Values, half_tape, rms_norm, row_dot, swiglu};
 
 /// What a layer keeps for the way down. No product need be computed again from it.
 #[derive(Debug, Default)]
@@ -85,6 +85,8 @@ impl Tape {
 #[derive(Debug, Default)]
 pub struct Workspace {
     normed: Vec<f32>,
+    few: Vec<f32>,
+    low: Vec<f32>,
     gate: Vec<f32>,
     up: Vec<f32>,
     inner: Vec<f32>,
@@ -147,7 +149,13 @@ pub struct LayerPass<'a> {
     forward: Panel,
     backward: Panel,
     tokens: usize,
+    /// Whether the products of a few tokens read each weight once, where it lies. Only in decoding:
+    /// what is learned from is computed one way, however many tokens there are.
+    decoding: bool,
 }
+
+/// Tokens up to which a pass over a cache reads weights row by row.
+const FEW: usize = 8;
 
 impl<'a> LayerPass<'a> {
     /// Prepares a layer for the pass, or `None` if `compute` is the portable form.
@@ -159,7 +167,13 @@ impl<'a> LayerPass<'a> {
     ) -> Option<Self> {
         let (forward, backward) = (compute.forward_panel()?, compute.backward_panel()?);
         let tokens = pass.segments.last().map_or(0, |segment| segment.end);
-        Some(Self { config, layer, pass, isa: Isa::current(), forward, backward, tokens })
+        let isa = Isa::current();
+        Some(Self { config, layer, pass, isa, forward, backward, tokens, decoding: false })
+    }
+
+    /// The layer of a pass that attends to a cache and is not learned from.
+    pub(super) fn decoding(self) -> Self {
+        Self { decoding: self.tokens <= FEW, ..self }
     }
 
     /// Turns `x (N, hidden_size)` into the layer's output. `taped` says whether `tape` will be used
@@ -368,6 +382,9 @@ impl<'a> LayerPass<'a> {
         onto: Onto,
         work: &mut Workspace,
     ) -> Result<()> {
+        if self.decoding {
+            return self.project_few(outs, x, onto, work);
+        }
         let (n, isa) = (self.tokens, self.isa);
         let width = outs[0].0.weight.cols();
         let all = Strided { values: x, stride: width };
@@ -442,6 +459,52 @@ impl<'a> LayerPass<'a> {
         }
         // SAFETY: each product has a buffer to itself.
         unsafe { multiply(isa, &products) };
+        Ok(())
+    }
+
+    /// [`Self::project`] for the few tokens of a decoding step.
+    fn project_few<const M: usize>(
+        &self,
+        mut outs: [(&Linear, &mut [f32], &mut Lows); M],
+        x: &[f32],
+        onto: Onto,
+        work: &mut Workspace,
+    ) -> Result<()> {
+        // A product overwrites; what is added to the residual stream is computed beside it.
+        work.few.resize(self.tokens * outs[0].0.weight.rows(), 0.0);
+        let mut products: Vec<row_dot::Product> = match onto {
+            Onto::Nothing => {
+                outs.iter_mut().map(|(linear, out, _)| (&*linear.weight, &mut out[..])).collect()
+            }
+            Onto::Sum => vec![(&*outs[0].0.weight, &mut work.few[..])],
+        };
+        match self.forward {
+            Panel::F32 => row_dot::f32_many(self.isa, x, &mut products),
+            Panel::Int16 | Panel::Int8 => row_dot::int16_many(self.isa, x, &mut products),
+        }
+        drop(products);
+        if onto == Onto::Sum {
+            outs[0].1.iter_mut().zip(&work.few).for_each(|(out, y)| *out += y);
+        }
+        for (linear, out, _) in &mut outs {
+            let (rows, cols) = (linear.weight.rows(), linear.weight.cols());
+            if let Some(bias) = &linear.bias {
+                let bias = Values::of(bias)?;
+                for row in out.chunks_exact_mut(rows) {
+                    row.iter_mut().zip(&*bias).for_each(|(out, b)| *out += b);
+                }
+            }
+            for update in self.updates(linear)? {
+                for token in update.tokens.clone() {
+                    let x = &x[token * cols..(token + 1) * cols];
+                    let y = &mut out[token * rows..(token + 1) * rows];
+                    work.low.resize(update.r, 0.0);
+                    work.low.fill(0.0);
+                    add_product(self.isa, &update.a, x, 1.0, &mut work.low);
+                    add_product(self.isa, &update.b, &work.low, update.scale, y);
+                }
+            }
+        }
         Ok(())
     }
 
@@ -691,6 +754,23 @@ impl Update<'_> {
         };
         packed.pack(isa, panel, Strided { values, stride: width }, self.tokens.len(), width);
         Ok(())
+    }
+}
+
+versions! {
+    /// `y += scale · W · x` for a row-major `W (y, x)`.
+    fn add_product(isa; w: &[f32], x: &[f32], scale: f32, y: &mut [f32]) {
+        for (y, w) in y.iter_mut().zip(w.chunks_exact(x.len())) {
+            let mut sums = [0f32; 16];
+            let ((w, w_rest), (x, x_rest)) = (w.as_chunks::<16>(), x.as_chunks::<16>());
+            for (w, x) in w.iter().zip(x) {
+                for i in 0..16 {
+                    sums[i] += w[i] * x[i];
+                }
+            }
+            let rest: f32 = w_rest.iter().zip(x_rest).map(|(w, x)| w * x).sum();
+            *y += scale * (sums.iter().sum::<f32>() + rest);
+        }
     }
 }
 

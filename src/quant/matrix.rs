@@ -186,6 +186,28 @@ impl FrozenMatrix {
         self.read_tile(row..row + 1, 0..self.cols, out);
     }
 
+    /// The bytes of rows as they are stored, which is [`Self::logical_row`] of each: what a kernel
+    /// reads that wants memory in order.
+    pub(crate) fn stored_bytes(&self, rows: Range<usize>) -> &[u8] {
+        &self.bytes[rows.start * self.row_bytes..rows.end * self.row_bytes]
+    }
+
+    /// Bytes of one row.
+    pub(crate) fn row_bytes(&self) -> usize {
+        self.row_bytes
+    }
+
+    /// The row that is stored as the `stored`-th.
+    pub(crate) fn logical_row(&self, stored: usize) -> usize {
+        match self.order {
+            RowOrder::Straight => stored,
+            RowOrder::Interleaved { head_dim } => {
+                let (head, within) = (stored / head_dim, stored % head_dim);
+                head * head_dim + within % 2 * (head_dim / 2) + within / 2
+            }
+        }
+    }
+
     fn stored_row(&self, row: usize) -> usize {
         match self.order {
             RowOrder::Straight => row,
@@ -211,6 +233,9 @@ mod tests {
         let mut out = [0.0; 4];
         matrix.read_tile(0..4, 0..1, &mut out);
         assert_eq!(out, [0.0, 1.0, 2.0, 3.0]);
+        for stored in 0..4 {
+            assert_eq!(matrix.stored_row(matrix.logical_row(stored)), stored);
+        }
     }
 
     #[test]

@@ -307,6 +307,7 @@ fn every_flag_of_generate_changes_something() {
         &[("--seed", "1")],
         &[("--stop", "Uh")],
         &[("--logprobs", "2")],
+        &[("--logprobs", "2"), ("--cache-type", "q8")],
         &[("--base", &dated), ("--template-date", "2020-01-01")],
         &[("--compute", "portable")],
     ];

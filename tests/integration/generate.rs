@@ -6,7 +6,7 @@ use std::sync::Arc;
 use quantune::generate::{
     Finish, Generated, LogProbs, Request, Sampling, Settings, generate, log_probs_top_k,
 };
-use quantune::model::{Adapters, Decoder, Rows, Worn};
+use quantune::model::{Adapters, CacheType, Decoder, Rows, Worn};
 use quantune::ops::Compute;
 use quantune_adapters::config::{InitLoraWeights, LoraConfig, Modules};
 use quantune_adapters::delta::Adapter;
@@ -75,7 +75,7 @@ fn requests(prompts: &[Vec<u32>]) -> Vec<Request<'_>> {
 }
 
 fn settings(sampling: Sampling, max_tokens: usize) -> Settings {
-    Settings { sampling, max_tokens, logprobs: None }
+    Settings { sampling, max_tokens, cache: CacheType::F32, logprobs: None }
 }
 
 /// Decodes with no end-of-generation token and nobody listening.
@@ -124,7 +124,7 @@ fn log_probs_are_those_of_the_whole_row() {
     let prompts = long_prompts(&decoder);
     assert!(prompts.iter().map(Vec::len).sum::<usize>() > 512);
     let sampling = Sampling { temperature: 1.5, seed: 3, ..Sampling::default() };
-    let settings = Settings { sampling, max_tokens: 9, logprobs: Some(5) };
+    let settings = Settings { sampling, max_tokens: 9, cache: CacheType::F32, logprobs: Some(5) };
     let ours = run(&decoder, Adapters::NONE, &requests(&prompts), &settings);
     for (prompt, ours) in prompts.iter().zip(&ours) {
         let whole = [&prompt[..], &ours.token_ids].concat();

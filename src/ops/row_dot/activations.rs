@@ -1,0 +1,176 @@
+//! The input of a product, in the order in which blocks are decoded, with what scales and minima
+//! of blocks are multiplied by.
+
+use crate::isa::{Isa, versions};
+
+/// Values of a group: the smallest block, and a sub-block of the larger ones.
+pub(super) const GROUP: usize = 32;
+/// Scales that kernels take at a time.
+pub(super) const LANES: usize = 16;
+/// The largest rounded value: four products with the largest words, `-128 · 256`, fit an `i32`, and
+/// sums of products are exact in `f32`.
+const LEVELS: f32 = 16383.0;
+
+/// 32 values on a cache line's border.
+#[derive(Debug, Clone, Copy)]
+#[repr(align(64))]
+pub(super) struct Group<T>(pub [T; GROUP]);
+
+/// `m` rows of input, each cut into groups of 32 values.
+///
+/// Within a group, values of even index come first, then those of odd index: 16-bit lanes take the
+/// bytes of a block apart in that order without a shuffle.
+pub(super) struct Activations<T> {
+    values: Vec<Group<T>>, // (m, groups)
+    /// By scales per group, one or two.
+    factors: [Factors; 2],
+    groups: usize,
+    m: usize,
+}
+
+/// What the scales and minima of a block's parts are multiplied by.
+struct Factors {
+    scales: Vec<f32>, // (m, stride), one per part
+    sums: Vec<f32>,   // (m, stride), scale times the sum of the part's values
+    stride: usize,
+}
+
+impl<T> Activations<T> {
+    /// Rows of input.
+    pub fn m(&self) -> usize {
+        self.m
+    }
+
+    /// Groups of a row, the last one filled up with zeros.
+    pub fn groups(&self) -> usize {
+        self.groups
+    }
+
+    /// All groups of a row.
+    pub fn row(&self, row: usize) -> &[Group<T>] {
+        &self.values[row * self.groups..(row + 1) * self.groups]
+    }
+
+    /// Scales and scaled sums of 16 parts of a row from `group` on, of which there are `parts` to a
+    /// group; zeros beyond the last.
+    #[inline(always)]
+    pub fn factors(
+        &self,
+        parts: usize,
+        row: usize,
+        group: usize,
+    ) -> (&[f32; LANES], &[f32; LANES]) {
+        let factors = &self.factors[parts - 1];
+        let at = row * factors.stride + parts * group;
+        let lanes =
+            |values: &'_ [f32]| -> *const [f32; LANES] { values[at..at + LANES].as_ptr().cast() };
+        // SAFETY: slices of exactly that length, borrowed as long as `self`.
+        unsafe { (&*lanes(&factors.scales), &*lanes(&factors.sums)) }
+    }
+}
+
+impl Activations<f32> {
+    /// The values of `x (m, cols)` in their own order, without factors.
+    pub fn straight(isa: Isa, x: &[f32], cols: usize) -> Self {
+        Self::of(isa, x, cols, |isa, x, groups, _| copy(isa, x, groups))
+    }
+
+    /// The values of `x (m, cols)` as they are, their scales all one.
+    pub fn decoded(isa: Isa, x: &[f32], cols: usize) -> Self {
+        Self::of(isa, x, cols, reorder)
+    }
+}
+
+impl Activations<i16> {
+    /// The values of `x (m, cols)`, rounded to the nearest of 32767 levels per group.
+    ///
+    /// A group with a value that is not finite has the scale NaN, so that nothing is hidden.
+    pub fn rounded(isa: Isa, x: &[f32], cols: usize) -> Self {
+        Self::of(isa, x, cols, round)
+    }
+}
+
+impl<T: Copy + Default> Activations<T> {
+    /// Fills groups and their factors per part (scale, sum) row by row.
+    fn of(
+        isa: Isa,
+        x: &[f32],
+        cols: usize,
+        fill: impl Fn(Isa, &[f32], &mut [Group<T>], &mut [[(f32, f32); 2]]),
+    ) -> Self {
+        let (m, groups) = (x.len() / cols, cols.div_ceil(GROUP));
+        let mut values = vec![Group([T::default(); GROUP]); m * groups];
+        let factors = [1, 2].map(|parts| {
+            let stride = parts * groups.next_multiple_of(LANES) + LANES;
+            Factors { scales: vec![0.0; m * stride], sums: vec![0.0; m * stride], stride }
+        });
+        let mut activations = Self { values: Vec::new(), factors, groups, m };
+        let mut halves = vec![[(0.0, 0.0); 2]; groups];
+        for (row, x) in x.chunks_exact(cols).enumerate() {
+            fill(isa, x, &mut values[row * groups..(row + 1) * groups], &mut halves);
+            let [whole, half] = &mut activations.factors;
+            for (group, [a, b]) in halves.iter().enumerate() {
+                let at = row * whole.stride + group;
+                whole.scales[at] = a.0;
+                whole.sums[at] = a.1 + b.1;
+                let at = row * half.stride + 2 * group;
+                (half.scales[at], half.scales[at + 1]) = (a.0, b.0);
+                (half.sums[at], half.sums[at + 1]) = (a.1, b.1);
+            }
+        }
+        Self { values, ..activations }
+    }
+}
+
+/// Copies groups, which are zeros where `x` ends.
+fn copy(_isa: Isa, x: &[f32], groups: &mut [Group<f32>]) {
+    for (x, group) in x.chunks(GROUP).zip(groups) {
+        group.0[..x.len()].copy_from_slice(x);
+    }
+}
+
+versions! {
+    /// Groups of whole blocks with even values first; per half of a group scale and sum.
+    fn reorder(isa; x: &[f32], groups: &mut [Group<f32>], factors: &mut [[(f32, f32); 2]]) {
+        let xs = x.as_chunks::<GROUP>().0;
+        for ((x, group), factors) in xs.iter().zip(groups).zip(factors) {
+            even_first(x, &mut group.0);
+            for (x, factors) in x.as_chunks::<16>().0.iter().zip(factors) {
+                *factors = (1.0, x.iter().sum());
+            }
+        }
+    }
+
+    /// As [`reorder`], rounded.
+    fn round(isa; x: &[f32], groups: &mut [Group<i16>], factors: &mut [[(f32, f32); 2]]) {
+        // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
+        const NEAREST: f32 = 12_582_912.0;
+        let xs = x.as_chunks::<GROUP>().0;
+        for ((x, group), factors) in xs.iter().zip(groups).zip(factors) {
+            // Bits of magnitudes order as they do, NaN above all.
+            let largest = x.iter().fold(0, |largest, x| largest.max(x.to_bits() & 0x7fff_ffff));
+            let largest = f32::from_bits(largest);
+            // Where the quotient would overflow, values are as good as zero.
+            let inverse = if largest > 1e-30 { LEVELS / largest } else { 0.0 };
+            let scale = if largest.is_finite() { largest / LEVELS } else { f32::NAN };
+            let mut rounded = [0i32; GROUP];
+            for (rounded, x) in rounded.iter_mut().zip(x) {
+                *rounded = (x * inverse + NEAREST).to_bits() as i32 - NEAREST.to_bits() as i32;
+            }
+            for (rounded, factors) in rounded.as_chunks::<16>().0.iter().zip(factors) {
+                // Sixteen values of 15 bits, unless the scale is NaN and they are nothing.
+                let sum = rounded.iter().fold(0i32, |sum, value| sum.wrapping_add(*value));
+                *factors = (scale, scale * sum as f32);
+            }
+            even_first(&rounded.map(|rounded| rounded as i16), &mut group.0);
+        }
+    }
+}
+
+#[inline(always)]
+fn even_first<T: Copy>(x: &[T; GROUP], out: &mut [T; GROUP]) {
+    for i in 0..GROUP / 2 {
+        out[i] = x[2 * i];
+        out[GROUP / 2 + i] = x[2 * i + 1];
+    }
+}

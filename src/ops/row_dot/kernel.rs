@@ -1,0 +1,350 @@
+#![allow(clippy::needless_range_loop)] // indices run over several arrays at once, in registers
+
+//! The loop over rows of blocks: two rows of weights at a time, each decoded once for up to four
+//! rows of input.
+
+use super::activations::{Activations, GROUP, Group, LANES};
+use super::formats::*;
+use super::words::{Value, Words};
+use crate::ops::cpu::Target;
+use crate::quant::{BlockType, FrozenMatrix};
+
+/// How far ahead of its use memory is asked for: the same place of a pair of rows to come, at least
+/// a page away.
+#[inline(always)]
+fn ahead(row_bytes: usize) -> usize {
+    4096usize.next_multiple_of(2 * row_bytes)
+}
+
+/// Where the products of stored rows go.
+pub(super) struct Output<'a> {
+    pub matrix: &'a FrozenMatrix,
+    /// The stored row that the bytes at hand begin with.
+    pub first_row: usize,
+    pub y: Target, // (m, rows)
+}
+
+impl Output<'_> {
+    /// Puts the products of the `row`-th row at hand with inputs from `first` on in their place.
+    ///
+    /// # Safety
+    /// No other thread may touch those elements of `y`.
+    #[inline(always)]
+    pub unsafe fn put(&self, row: usize, first: usize, values: &[f32]) {
+        let row = self.matrix.logical_row(self.first_row + row);
+        for (i, value) in values.iter().enumerate() {
+            let at = (first + i) * self.matrix.rows() + row;
+            // SAFETY: the caller's promise.
+            unsafe { self.y.at(at).slice(1)[0] = *value };
+        }
+    }
+}
+
+/// Rows of blocks times all rows of input.
+///
+/// # Safety
+/// The CPU must have the instructions of `W`, and no other thread may touch the elements of `y`
+/// that belong to these rows.
+pub(super) unsafe fn block_rows<W: Words, T: Value>(
+    bytes: &[u8],
+    x: &Activations<T>,
+    output: &Output,
+) {
+    // SAFETY: the caller's promises.
+    unsafe {
+        match output.matrix.block_type() {
+            BlockType::Q4_0 => inputs::<W, Q4_0, T>(bytes, x, output),
+            BlockType::Q4_1 => inputs::<W, Q4_1, T>(bytes, x, output),
+            BlockType::Q5_0 => inputs::<W, Q5_0, T>(bytes, x, output),
+            BlockType::Q5_1 => inputs::<W, Q5_1, T>(bytes, x, output),
+            BlockType::Q8_0 => inputs::<W, Q8_0, T>(bytes, x, output),
+            BlockType::Q2_K => inputs::<W, Q2_K, T>(bytes, x, output),
+            BlockType::Q3_K => inputs::<W, Q3_K, T>(bytes, x, output),
+            BlockType::Q4_K => inputs::<W, Q4_K, T>(bytes, x, output),
+            BlockType::Q5_K => inputs::<W, Q5_K, T>(bytes, x, output),
+            BlockType::Q6_K => inputs::<W, Q6_K, T>(bytes, x, output),
+            BlockType::F32 | BlockType::F16 | BlockType::BF16 => unreachable!("not in blocks"),
+        }
+    }
+}
+
+/// Four, two and one rows of input at a time.
+///
+/// # Safety
+/// As [`block_rows`].
+unsafe fn inputs<W: Words, F: Format, T: Value>(bytes: &[u8], x: &Activations<T>, output: &Output) {
+    let mut first = 0;
+    while first < x.m() {
+        // SAFETY: the caller's promises.
+        first += unsafe {
+            match x.m() - first {
+                1 => W::blocks::<F, T, 1>(bytes, x, first, output),
+                2 | 3 => W::blocks::<F, T, 2>(bytes, x, first, output),
+                _ => W::blocks::<F, T, 4>(bytes, x, first, output),
+            }
+        };
+    }
+}
+
+/// Rows of blocks times `M` rows of input from `first` on; returns `M`.
+///
+/// # Safety
+/// As [`block_rows`]; to be compiled into a function with the features of `W`.
+#[inline(always)]
+pub(super) unsafe fn blocks<W: Words, F: Format, T: Value, const M: usize>(
+    bytes: &[u8],
+    x: &Activations<T>,
+    first: usize,
+    output: &Output,
+) -> usize {
+    let row_bytes = output.matrix.row_bytes();
+    let ahead = ahead(row_bytes);
+    let chunk = if F::GROUPS == 1 { LANES } else { F::GROUPS };
+    let whole = x.groups() / chunk * chunk;
+    for (pair, bytes) in bytes.chunks(2 * row_bytes).enumerate() {
+        // An odd last row is its own partner.
+        let rows = [&bytes[..row_bytes], &bytes[bytes.len() - row_bytes..]];
+        let mut y = [[0.0; M]; 2];
+        // SAFETY: the caller's promises.
+        unsafe {
+            let mut sums = [[W::zero(); M]; 2];
+            for group in (0..whole).step_by(chunk) {
+                add_chunk::<W, F, T, M>(rows, ahead, x, first, group, chunk, &mut sums);
+            }
+            if whole < x.groups() {
+                add_chunk::<W, F, T, M>(
+                    rows,
+                    ahead,
+                    x,
+                    first,
+                    whole,
+                    x.groups() - whole,
+                    &mut sums,
+                );
+            }
+            for r in 0..2 {
+                for i in 0..M {
+                    y[r][i] = W::total(sums[r][i]);
+                }
+            }
+            output.put(2 * pair, first, &y[0]);
+            if bytes.len() > row_bytes {
+                output.put(2 * pair + 1, first, &y[1]);
+            }
+        }
+    }
+    M
+}
+
+/// Adds the products of `n` groups from `group` on: 16 blocks of one group or fewer, or one block.
+///
+/// # Safety
+/// As [`blocks`].
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+unsafe fn add_chunk<W: Words, F: Format, T: Value, const M: usize>(
+    rows: [&[u8]; 2],
+    ahead: usize,
+    x: &Activations<T>,
+    first: usize,
+    group: usize,
+    n: usize,
+    sums: &mut [[W::Sums; M]; 2],
+) {
+    let (start, end) = (group / F::GROUPS * F::BYTES, (group + n) / F::GROUPS * F::BYTES);
+    let blocks = [&rows[0][start..end], &rows[1][start..end]];
+    let mut scales = [[[0f32; LANES]; M]; 2];
+    let mut xs = [x.row(first).as_ptr(); M];
+    for i in 0..M {
+        xs[i] = x.row(first + i)[group..group + n].as_ptr();
+    }
+    // SAFETY: the caller's promises; groups are inside the slices just taken.
+    unsafe {
+        for r in 0..2 {
+            let (of_parts, minima) = F::scales::<W>(blocks[r]);
+            for i in 0..M {
+                let (x_scales, x_sums) = x.factors(F::PARTS, first + i, group);
+                scales[r][i] = W::products(&of_parts, x_scales);
+                if F::MINIMA {
+                    sums[r][i] = W::add_products(sums[r][i], &minima, x_sums);
+                }
+            }
+        }
+        let bytes = [blocks[0].as_ptr(), blocks[1].as_ptr()];
+        if F::GROUPS == 1 {
+            for g in 0..n {
+                let bytes = [bytes[0].add(g * F::BYTES), bytes[1].add(g * F::BYTES)];
+                add_group::<W, F, T, M>(bytes, ahead, &xs, &scales, g, 0, sums);
+            }
+        } else {
+            // Unrolled by hand: shifts and places are then known when this is compiled.
+            add_group::<W, F, T, M>(bytes, ahead, &xs, &scales, 0, 0, sums);
+            add_group::<W, F, T, M>(bytes, ahead, &xs, &scales, 1, 1, sums);
+            add_group::<W, F, T, M>(bytes, ahead, &xs, &scales, 2, 2, sums);
+            add_group::<W, F, T, M>(bytes, ahead, &xs, &scales, 3, 3, sums);
+            add_group::<W, F, T, M>(bytes, ahead, &xs, &scales, 4, 4, sums);
+            add_group::<W, F, T, M>(bytes, ahead, &xs, &scales, 5, 5, sums);
+            add_group::<W, F, T, M>(bytes, ahead, &xs, &scales, 6, 6, sums);
+            add_group::<W, F, T, M>(bytes, ahead, &xs, &scales, 7, 7, sums);
+        }
+    }
+}
+
+/// Adds the products of the `g`-th group of a chunk, which is the `of_block`-th of its block.
+///
+/// # Safety
+/// As [`blocks`]; `blocks` must be whole blocks, and each of `xs` have a `g`-th group.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+unsafe fn add_group<W: Words, F: Format, T: Value, const M: usize>(
+    blocks: [*const u8; 2],
+    ahead: usize,
+    xs: &[*const Group<T>; M],
+    scales: &[[[f32; LANES]; M]; 2],
+    g: usize,
+    of_block: usize,
+    sums: &mut [[W::Sums; M]; 2],
+) {
+    for r in 0..2 {
+        // SAFETY: the caller's promises; there are at most 16 scales to a chunk.
+        unsafe {
+            // One line per group, spread evenly: bursts fill up the buffers of the cache.
+            W::prefetch(blocks[r].wrapping_add(ahead + of_block * F::BYTES / F::GROUPS));
+            let words: W = F::words(std::slice::from_raw_parts(blocks[r], F::BYTES), of_block);
+            for i in 0..M {
+                let products = T::dot(words, &(*xs[i].add(g)).0);
+                let scale = scales[r][i].as_ptr().add(F::PARTS * g);
+                sums[r][i] = if F::PARTS == 1 {
+                    W::add_scaled(sums[r][i], products, *scale)
+                } else {
+                    W::add_scaled_halves(sums[r][i], products, [*scale, *scale.add(1)])
+                };
+            }
+        }
+    }
+}
+
+/// Rows of floats times all rows of input, in `f32`.
+///
+/// # Safety
+/// As [`block_rows`].
+pub(super) unsafe fn float_rows<W: Words>(bytes: &[u8], x: &Activations<f32>, output: &Output) {
+    // SAFETY: the caller's promises.
+    unsafe {
+        match output.matrix.block_type() {
+            BlockType::F32 => float_inputs::<W, F32>(bytes, x, output),
+            BlockType::F16 => float_inputs::<W, F16>(bytes, x, output),
+            BlockType::BF16 => float_inputs::<W, BF16>(bytes, x, output),
+            _ => unreachable!("no floats"),
+        }
+    }
+}
+
+/// Four, two and one rows of input at a time.
+///
+/// # Safety
+/// As [`block_rows`].
+unsafe fn float_inputs<W: Words, F: FloatFormat>(
+    bytes: &[u8],
+    x: &Activations<f32>,
+    output: &Output,
+) {
+    let mut first = 0;
+    while first < x.m() {
+        // SAFETY: the caller's promises.
+        first += unsafe {
+            match x.m() - first {
+                1 => W::floats::<F, 1>(bytes, x, first, output),
+                2 | 3 => W::floats::<F, 2>(bytes, x, first, output),
+                _ => W::floats::<F, 4>(bytes, x, first, output),
+            }
+        };
+    }
+}
+
+/// Rows of floats times `M` rows of input from `first` on; returns `M`.
+///
+/// # Safety
+/// As [`blocks`].
+#[inline(always)]
+pub(super) unsafe fn floats<W: Words, F: FloatFormat, const M: usize>(
+    bytes: &[u8],
+    x: &Activations<f32>,
+    first: usize,
+    output: &Output,
+) -> usize {
+    let row_bytes = output.matrix.row_bytes();
+    let ahead = ahead(row_bytes);
+    let group_bytes = GROUP * F::BYTES;
+    for (pair, bytes) in bytes.chunks(2 * row_bytes).enumerate() {
+        // An odd last row is its own partner.
+        let rows = [&bytes[..row_bytes], &bytes[bytes.len() - row_bytes..]];
+        let mut y = [[0.0; M]; 2];
+        // SAFETY: the caller's promises.
+        unsafe {
+            let mut sums = [[W::zero(); M]; 2];
+            let whole = row_bytes / group_bytes;
+            for group in 0..whole {
+                let at = group * group_bytes;
+                let (a, b) = (&rows[0][at..at + group_bytes], &rows[1][at..at + group_bytes]);
+                add_floats::<W, F, M>([a, b], ahead, x, first, group, &mut sums);
+            }
+            if whole < x.groups() {
+                let mut last = [[0u8; 4 * GROUP]; 2];
+                let rest = row_bytes - whole * group_bytes;
+                for r in 0..2 {
+                    last[r][..rest].copy_from_slice(&rows[r][whole * group_bytes..]);
+                }
+                let (a, b) = (&last[0][..group_bytes], &last[1][..group_bytes]);
+                add_floats::<W, F, M>([a, b], ahead, x, first, whole, &mut sums);
+            }
+            for r in 0..2 {
+                for i in 0..M {
+                    y[r][i] = W::total(sums[r][i]);
+                }
+            }
+            output.put(2 * pair, first, &y[0]);
+            if bytes.len() > row_bytes {
+                output.put(2 * pair + 1, first, &y[1]);
+            }
+        }
+    }
+    M
+}
+
+/// Adds the products of one group.
+///
+/// # Safety
+/// As [`blocks`].
+#[inline(always)]
+unsafe fn add_floats<W: Words, F: FloatFormat, const M: usize>(
+    rows: [&[u8]; 2],
+    ahead: usize,
+    x: &Activations<f32>,
+    first: usize,
+    group: usize,
+    sums: &mut [[W::Sums; M]; 2],
+) {
+    for r in 0..2 {
+        for line in (0..rows[r].len()).step_by(64) {
+            W::prefetch(rows[r].as_ptr().wrapping_add(ahead + line));
+        }
+    }
+    let mut xs = [&x.row(first)[group].0; M];
+    for i in 0..M {
+        xs[i] = &x.row(first + i)[group].0;
+    }
+    for step in 0..GROUP / W::LANES {
+        for r in 0..2 {
+            let bytes = &rows[r][step * W::LANES * F::BYTES..][..W::LANES * F::BYTES];
+            // SAFETY: the caller's promises.
+            unsafe {
+                let w = F::load::<W>(bytes);
+                for i in 0..M {
+                    let x = &xs[i][step * W::LANES..][..W::LANES];
+                    sums[r][i] = W::add_loaded(sums[r][i], w, x);
+                }
+            }
+        }
+    }
+}

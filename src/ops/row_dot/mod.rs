@@ -1,0 +1,333 @@
+//! A few rows of input against a frozen matrix, as decoding has them: the weights are read once,
+//! where they lie, and the product should cost no more than reading them.
+//!
+//! [`int16`] rounds the input to 15 bits per 32 values and multiplies it with the integers the
+//! blocks store, exactly, before the scales of both join in `f32`. [`f32`](fn@f32) keeps the input
+//! as it is. Both sum every output element in one fixed order, whatever the number of threads and
+//! of other input rows, so a row alone gives the same bits as among others.
+//!
+//! The kernels are generic over the vectors of a rung ([`words`]), the block type ([`formats`])
+//! and the form of the input ([`activations`]); [`kernel`] is the loop.
+
+mod activations;
+mod formats;
+mod kernel;
+#[cfg(target_arch = "x86_64")]
+mod tile;
+mod words;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use self::activations::Activations;
+use self::kernel::Output;
+use self::words::{Portable, Words};
+use super::cpu::Target;
+use crate::isa::Isa;
+use crate::quant::{BlockType, FrozenMatrix};
+
+/// Bytes of weights in one task: enough to hide the cost of handing it out, little enough for the
+/// second-level cache, from which more than four rows of input read it again.
+const TASK_BYTES: usize = 32 * 1024;
+/// Kernels take rows in pairs or by 16.
+const TILE_ROWS: usize = 16;
+/// Below this many bytes of weights, waking threads costs more than they save.
+const ALONE_BYTES: usize = 96 * 1024;
+
+/// A frozen matrix `W (rows, cols)` and the place of `x · Wᵀ (m, rows)`.
+pub(crate) type Product<'a> = (&'a FrozenMatrix, &'a mut [f32]);
+
+/// `y (m, rows) = x (m, cols) · Wᵀ`, all in `f32`. For small `m`: weights are decoded anew for
+/// every four rows of `x`.
+pub(crate) fn f32(isa: Isa, x: &[f32], w: &FrozenMatrix, y: &mut [f32]) {
+    f32_many(isa, x, &mut [(w, y)]);
+}
+
+/// `y (m, rows) = x (m, cols) · Wᵀ` with `x` rounded to 15 bits per 32 values; matrices of floats
+/// are multiplied in `f32`. For small `m`, as [`f32`](fn@f32).
+pub(crate) fn int16(isa: Isa, x: &[f32], w: &FrozenMatrix, y: &mut [f32]) {
+    int16_many(isa, x, &mut [(w, y)]);
+}
+
+/// [`f32`](fn@f32) for several matrices of the same width, in one parallel region.
+pub(crate) fn f32_many(isa: Isa, x: &[f32], products: &mut [Product]) {
+    many(isa, x, products, |block_type| match block_type {
+        BlockType::F32 | BlockType::F16 | BlockType::BF16 => Form::Floats,
+        _ => Form::F32,
+    });
+}
+
+/// [`int16`] for several matrices of the same width, in one parallel region.
+pub(crate) fn int16_many(isa: Isa, x: &[f32], products: &mut [Product]) {
+    many(isa, x, products, |block_type| match block_type {
+        BlockType::F32 | BlockType::F16 | BlockType::BF16 => Form::Floats,
+        _ => Form::Int16,
+    });
+}
+
+/// What the input is turned into for a block type.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Form {
+    /// `f32` in the order of the values, for matrices of floats.
+    Floats,
+    /// `f32` in the order in which blocks are decoded.
+    F32,
+    /// Rounded integers in the order in which blocks are decoded.
+    Int16,
+}
+
+/// The forms of one input that a call needs.
+struct Input {
+    floats: Option<Activations<f32>>,
+    f32: Option<Activations<f32>>,
+    int16: Option<Activations<i16>>,
+}
+
+/// A stretch of stored rows of one product.
+struct Task<'a> {
+    matrix: &'a FrozenMatrix,
+    form: Form,
+    rows: Range<usize>,
+    y: Target,
+}
+
+fn many(isa: Isa, x: &[f32], products: &mut [Product], form_of: impl Fn(BlockType) -> Form) {
+    let Some(cols) = products.first().map(|(w, _)| w.cols()) else { return };
+    if x.is_empty() || cols == 0 {
+        products.iter_mut().for_each(|(_, y)| y.fill(0.0));
+        return;
+    }
+    let m = x.len() / cols;
+    assert_eq!(x.len(), m * cols);
+    let mut tasks = Vec::new();
+    let mut total = 0;
+    for (matrix, y) in products.iter_mut() {
+        assert_eq!(matrix.cols(), cols);
+        assert_eq!(y.len(), m * matrix.rows());
+        // Whole tiles of rows, whatever the kernel.
+        let step = (TASK_BYTES / matrix.row_bytes()).max(1).next_multiple_of(TILE_ROWS);
+        let (form, y) = (form_of(matrix.block_type()), Target::new(y));
+        for start in (0..matrix.rows()).step_by(step) {
+            let rows = start..matrix.rows().min(start + step);
+            tasks.push(Task { matrix, form, rows, y });
+        }
+        total += matrix.rows() * matrix.row_bytes();
+    }
+    let needed = |form| tasks.iter().any(|task| task.form == form);
+    let input = Input {
+        floats: needed(Form::Floats).then(|| Activations::straight(isa, x, cols)),
+        f32: needed(Form::F32).then(|| Activations::decoded(isa, x, cols)),
+        int16: needed(Form::Int16).then(|| Activations::rounded(isa, x, cols)),
+    };
+    if total <= ALONE_BYTES {
+        tasks.iter().for_each(|task| run(isa, &input, task));
+    } else {
+        tasks.par_iter().for_each(|task| run(isa, &input, task));
+    }
+}
+
+fn run(isa: Isa, input: &Input, task: &Task) {
+    let (matrix, rows, y) = (task.matrix, task.rows.clone(), task.y);
+    let bytes = matrix.stored_bytes(rows.clone());
+    let output = Output { matrix, first_row: rows.start, y };
+    // SAFETY: a rung is only ever chosen if the CPU has it; no two tasks share a row of a product.
+    unsafe {
+        match (isa, task.form) {
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx512Vnni, Form::Int16) => {
+                tile::block_rows(bytes, input.int16.as_ref().expect(NEEDED), &output);
+            }
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx512Vnni, form) => run_on::<x86::Avx512>(bytes, form, input, &output),
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx2 | Isa::AvxVnni, form) => run_on::<x86::Avx2>(bytes, form, input, &output),
+            (_, form) => run_on::<Portable>(bytes, form, input, &output),
+        }
+    }
+}
+
+/// Why a form of the input is there.
+const NEEDED: &str = "made because a task needs it";
+
+/// # Safety
+/// The CPU must have the instructions of `W`, and no other thread may touch the elements of `y` that
+/// belong to these rows.
+unsafe fn run_on<W: Words>(bytes: &[u8], form: Form, input: &Input, output: &Output) {
+    // SAFETY: the caller's promises.
+    unsafe {
+        match form {
+            Form::Floats => {
+                kernel::float_rows::<W>(bytes, input.floats.as_ref().expect(NEEDED), output);
+            }
+            Form::F32 => {
+                kernel::block_rows::<W, f32>(bytes, input.f32.as_ref().expect(NEEDED), output);
+            }
+            Form::Int16 => {
+                kernel::block_rows::<W, i16>(bytes, input.int16.as_ref().expect(NEEDED), output);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use quantune_adapters::rng::Stream;
+
+    use super::*;
+    use crate::quant::testing::random_blocks;
+    use crate::quant::{Bytes, RowOrder};
+
+    fn matrix(block_type: BlockType, rows: usize, cols: usize) -> FrozenMatrix {
+        // One byte off any alignment: maps give no more than a byte's.
+        let mut bytes = vec![0];
+        bytes.extend(random_blocks(block_type, rows * cols, 3));
+        let all = Bytes::new(Arc::new(bytes));
+        let window = all.slice(1..all.len()).unwrap();
+        FrozenMatrix::new(window, block_type, rows, cols).unwrap()
+    }
+
+    /// Normal values with the outliers activations have.
+    fn input(m: usize, cols: usize) -> Vec<f32> {
+        let mut stream = Stream::new(4, "input", &[]);
+        let value = |i| stream.normal() * if i % 100 == 7 { 8.0 } else { 1.0 };
+        (0..m * cols).map(value).collect()
+    }
+
+    /// Dequantized weights times input in `f64`, and the sums of the products' sizes.
+    fn reference(x: &[f32], w: &FrozenMatrix) -> (Vec<f64>, Vec<f64>) {
+        let (rows, cols) = (w.rows(), w.cols());
+        let mut weights = vec![0f32; rows * cols];
+        w.read_tile(0..rows, 0..cols, &mut weights);
+        let mut y = Vec::new();
+        let mut sizes = Vec::new();
+        for x in x.chunks_exact(cols) {
+            for w in weights.chunks_exact(cols) {
+                let products = x.iter().zip(w).map(|(&x, &w)| f64::from(x) * f64::from(w));
+                y.push(products.clone().sum());
+                sizes.push(products.map(f64::abs).sum());
+            }
+        }
+        (y, sizes)
+    }
+
+    /// Holds both forms to the reference on every rung this CPU has.
+    fn check(w: &FrozenMatrix, m: usize) {
+        let x = input(m, w.cols());
+        let (exact, sizes) = reference(&x, w);
+        for &isa in Isa::ALL.iter().filter(|isa| isa.available()) {
+            let name =
+                format!("{} {}x{}, m {m}, {}", w.block_type(), w.rows(), w.cols(), isa.name());
+            let mut y = vec![f32::NAN; exact.len()];
+            f32(isa, &x, w, &mut y);
+            for ((y, exact), size) in y.iter().zip(&exact).zip(&sizes) {
+                let error = (f64::from(*y) - exact).abs() / size.max(1e-30);
+                assert!(error < 1e-6, "{name}: f32 is off by {error:e}");
+            }
+            let error = frobenius(&y, &exact);
+            assert!(error < 1e-5, "{name}: f32 is off by {error:e} in all");
+            y.fill(f32::NAN);
+            int16(isa, &x, w, &mut y);
+            let error = frobenius(&y, &exact);
+            assert!(error < 1e-3, "{name}: int16 is off by {error:e}");
+        }
+    }
+
+    fn frobenius(y: &[f32], exact: &[f64]) -> f64 {
+        let norm =
+            |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
+        let difference = norm(&mut y.iter().zip(exact).map(|(y, exact)| f64::from(*y) - exact));
+        difference / norm(&mut exact.iter().copied())
+    }
+
+    #[test]
+    fn every_block_type_on_every_rung() {
+        for &block_type in BlockType::ALL {
+            let block = block_type.block_len().max(32);
+            for (rows, cols) in [(5, block), (7, 3 * block), (35, 2304)] {
+                let w = matrix(block_type, rows, cols);
+                for m in [1, 3, 8] {
+                    check(&w, m);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn floats_of_any_width() {
+        for block_type in [BlockType::F32, BlockType::F16, BlockType::BF16] {
+            for cols in [1, 31, 33, 100] {
+                check(&matrix(block_type, 5, cols), 2);
+            }
+        }
+    }
+
+    #[test]
+    fn interleaved_rows_go_where_they_belong() {
+        for block_type in [BlockType::F16, BlockType::Q4_0, BlockType::Q6_K] {
+            let w = matrix(block_type, 48, 512);
+            check(&w.with_order(RowOrder::Interleaved { head_dim: 8 }).unwrap(), 3);
+        }
+    }
+
+    #[test]
+    fn a_row_alone_and_among_others_has_the_same_bits() {
+        for &block_type in BlockType::ALL {
+            let w = matrix(block_type, 9, 768);
+            let x = input(7, 768);
+            for &isa in Isa::ALL.iter().filter(|isa| isa.available()) {
+                for form in [f32, int16] {
+                    let mut among = vec![0.0; 7 * 9];
+                    form(isa, &x, &w, &mut among);
+                    for (x, among) in x.chunks_exact(768).zip(among.chunks_exact(9)) {
+                        let mut alone = vec![0.0; 9];
+                        form(isa, x, &w, &mut alone);
+                        assert_eq!(alone, among, "{block_type} {}", isa.name());
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn several_matrices_in_one_region_on_any_number_of_threads() {
+        let x = input(2, 512);
+        let types = [BlockType::Q4_K, BlockType::BF16, BlockType::Q6_K, BlockType::Q8_0];
+        let matrices = types.map(|block_type| matrix(block_type, 330, 512));
+        let run = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let mut ys = vec![vec![0.0; 2 * 330]; matrices.len()];
+            let mut products: Vec<Product> =
+                matrices.iter().zip(&mut ys).map(|(w, y)| (w, &mut y[..])).collect();
+            pool.install(|| int16_many(Isa::current(), &x, &mut products));
+            ys
+        };
+        let ys = run(1);
+        assert_eq!(ys, run(3));
+        for (w, y) in matrices.iter().zip(&ys) {
+            let mut alone = vec![0.0; 2 * 330];
+            int16(Isa::current(), &x, w, &mut alone);
+            assert_eq!(*y, alone);
+        }
+    }
+
+    #[test]
+    fn nothing_is_hidden_by_rounding() {
+        let w = matrix(BlockType::Q4_0, 2, 64);
+        let y = |value: f32| {
+            let (mut x, mut y) = (input(1, 64), vec![0.0; 2]);
+            x[40] = value;
+            int16(Isa::current(), &x, &w, &mut y);
+            y
+        };
+        assert!(y(f32::NAN).iter().all(|y| y.is_nan()));
+        assert!(y(f32::INFINITY).iter().all(|y| !y.is_finite()));
+        let mut y = vec![f32::NAN; 2];
+        int16(Isa::current(), &[0.0; 64], &w, &mut y);
+        assert_eq!(y, [0.0; 2]);
+    }
+}
