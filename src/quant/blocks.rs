@@ -119,28 +119,32 @@ impl BlockType {
     }
 }
 
+/// Reads block after block; sizes known at compile time let the inner loops vectorize. A macro, as
+/// a function passed to a function would be compiled for the lowest rung.
+macro_rules! each {
+    ($block:ident, $bytes:ident, $out:ident) => {
+        for (b, y) in $bytes.as_chunks().0.iter().zip($out.as_chunks_mut().0) {
+            $block(b, y);
+        }
+    };
+}
+
 versions! {
     fn dequantize(isa; block_type: BlockType, bytes: &[u8], out: &mut [f32]) {
         match block_type {
-            BlockType::F32 => each(bytes, out, |b: &[u8; 4], y: &mut [f32; 1]| {
-                y[0] = f32::from_le_bytes(*b);
-            }),
-            BlockType::F16 => each(bytes, out, |b: &[u8; 2], y: &mut [f32; 1]| {
-                y[0] = half(b, 0);
-            }),
-            BlockType::BF16 => each(bytes, out, |b: &[u8; 2], y: &mut [f32; 1]| {
-                y[0] = f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16);
-            }),
-            BlockType::Q4_0 => each(bytes, out, q4_0),
-            BlockType::Q4_1 => each(bytes, out, q4_1),
-            BlockType::Q5_0 => each(bytes, out, q5_0),
-            BlockType::Q5_1 => each(bytes, out, q5_1),
-            BlockType::Q8_0 => each(bytes, out, q8_0),
-            BlockType::Q2_K => each(bytes, out, q2_k),
-            BlockType::Q3_K => each(bytes, out, q3_k),
-            BlockType::Q4_K => each(bytes, out, q4_k),
-            BlockType::Q5_K => each(bytes, out, q5_k),
-            BlockType::Q6_K => each(bytes, out, q6_k),
+            BlockType::F32 => each!(f32_value, bytes, out),
+            BlockType::F16 => each!(f16_value, bytes, out),
+            BlockType::BF16 => each!(bf16_value, bytes, out),
+            BlockType::Q4_0 => each!(q4_0, bytes, out),
+            BlockType::Q4_1 => each!(q4_1, bytes, out),
+            BlockType::Q5_0 => each!(q5_0, bytes, out),
+            BlockType::Q5_1 => each!(q5_1, bytes, out),
+            BlockType::Q8_0 => each!(q8_0, bytes, out),
+            BlockType::Q2_K => each!(q2_k, bytes, out),
+            BlockType::Q3_K => each!(q3_k, bytes, out),
+            BlockType::Q4_K => each!(q4_k, bytes, out),
+            BlockType::Q5_K => each!(q5_k, bytes, out),
+            BlockType::Q6_K => each!(q6_k, bytes, out),
         }
     }
 }
@@ -151,16 +155,19 @@ impl std::fmt::Display for BlockType {
     }
 }
 
-/// Reads block after block; sizes known at compile time let the inner loops vectorize.
 #[inline(always)]
-fn each<const BYTES: usize, const LEN: usize>(
-    bytes: &[u8],
-    out: &mut [f32],
-    block: impl Fn(&[u8; BYTES], &mut [f32; LEN]),
-) {
-    for (b, y) in bytes.as_chunks().0.iter().zip(out.as_chunks_mut().0) {
-        block(b, y);
-    }
+fn f32_value(b: &[u8; 4], y: &mut [f32; 1]) {
+    y[0] = f32::from_le_bytes(*b);
+}
+
+#[inline(always)]
+fn f16_value(b: &[u8; 2], y: &mut [f32; 1]) {
+    y[0] = half(b, 0);
+}
+
+#[inline(always)]
+fn bf16_value(b: &[u8; 2], y: &mut [f32; 1]) {
+    y[0] = f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16);
 }
 
 /// The `f16` at `at`, without a branch, so that loops over it vectorize.
