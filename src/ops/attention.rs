@@ -517,8 +517,8 @@ versions! {
         let mut lanes = [0f32; GROUP];
         let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<GROUP>(), b.as_chunks::<GROUP>());
         for (a, b) in a.iter().zip(b) {
-            for i in 0..GROUP {
-                lanes[i] += a[i] * b[i];
+            for ((lane, a), b) in lanes.iter_mut().zip(a).zip(b) {
+                *lane += a * b;
             }
         }
         for ((lane, a), b) in lanes.iter_mut().zip(a_rest).zip(b_rest) {
@@ -745,6 +745,7 @@ unsafe fn soften_body<S: Lanes>(
 
 /// With `G` groups of scores, which stay in registers.
 #[inline(always)]
+#[allow(clippy::needless_range_loop)] // registers are named by constant indices
 unsafe fn soften_rows<S: Lanes, const G: usize>(
     tile: Tile,
     scores: &mut [f32],

@@ -5,6 +5,8 @@
 //! calls is `#[inline(always)]` and free of closures, so that it is compiled with the rung's
 //! instructions.
 
+#![allow(clippy::needless_range_loop)] // registers are named by constant indices
+
 use std::cell::Cell;
 use std::thread::LocalKey;
 
@@ -72,6 +74,7 @@ pub trait Lanes: Copy {
 pub unsafe fn exp2<S: Lanes>(x: S) -> S {
     // Of all polynomials of this degree with `p(0) = 1`, about that with the least relative error
     // on -1/2..1/2: 9.2e-8.
+    #[allow(clippy::approx_constant)] // ln 2 would be the Taylor polynomial's
     const TERMS: [f32; 5] = [9.671_513e-3, 5.550_733_6e-2, 2.402_224_2e-1, 6.931_47e-1, 1.0];
     // SAFETY: the caller's.
     unsafe {
@@ -659,7 +662,7 @@ unsafe fn tile<S: Lanes, B: Element, const M: usize, const G: usize, const T: bo
                     sums[m][g] = left.mul_add(right[g], sums[m][g]);
                 }
             }
-            b = b.add(row_stride);
+            b = b.wrapping_add(row_stride); // after the last row it points nowhere
         }
         for m in 0..M {
             for g in 0..G {
@@ -676,6 +679,7 @@ unsafe fn tile<S: Lanes, B: Element, const M: usize, const G: usize, const T: bo
 pub fn panel(rows: &[f32], stride: usize, count: usize, width: usize, to: &mut [f32]) {
     assert!(count <= GROUP && to.len() >= width * GROUP);
     assert!(count == 0 || (count - 1) * stride + width <= rows.len());
+    #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut))]
     let mut row = 0;
     #[cfg(target_arch = "x86_64")]
     while row + 4 <= count {
