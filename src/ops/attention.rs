@@ -19,6 +19,7 @@ use rayon::prelude::*;
 
 use super::Compute;
 use super::cpu::{Target, Values, values};
+use crate::isa::{Isa, versions};
 use super::lanes::{
     Element, GROUP, Lanes, Left, MOST_ROWS, Right, Scratch, exp2, panel, product, rungs, tile_rows,
 };
@@ -33,6 +34,9 @@ const ROWS: usize = 192;
 /// From this length the backward pass takes the query heads of a row apart, so that a single row
 /// keeps more threads busy than it has key heads.
 const LONG: usize = 256;
+
+/// How far, in powers of two, a score may lie above the maximum that weights are relative to.
+const SLACK: f32 = 8.0;
 
 /// Below so many multiply-adds another thread costs more than it gives.
 const TINY: usize = 50_000;
@@ -487,16 +491,41 @@ impl Queries<'_> {
     }
 
     /// Copies the heads of `from` to rows of `padded` values, times `factor`.
-    fn gather(&self, from: Strided, head_dim: usize, factor: f32, to: &mut [f32]) {
+    fn gather(&self, isa: Isa, from: Strided, head_dim: usize, factor: f32, to: &mut [f32]) {
+        let width = self.heads.len() * head_dim;
         let padded = head_dim.next_multiple_of(GROUP);
         for (token, rows) in self.tokens.clone().zip(to.chunks_mut(self.heads.len() * padded)) {
-            for (head, row) in self.heads.clone().zip(rows.chunks_exact_mut(padded)) {
-                for (to, x) in row.iter_mut().zip(from.at(token, head * head_dim, head_dim)) {
-                    *to = x * factor;
-                }
-                row[head_dim..].fill(0.0);
+            let from = from.at(token, self.heads.start * head_dim, width);
+            scaled_rows(isa, from, head_dim, factor, rows);
+        }
+    }
+}
+
+versions! {
+    /// Rows of `width` values to rows padded to whole groups, times `factor`.
+    fn scaled_rows(isa; from: &[f32], width: usize, factor: f32, to: &mut [f32]) {
+        let padded = width.next_multiple_of(GROUP);
+        for (from, to) in from.chunks_exact(width).zip(to.chunks_exact_mut(padded)) {
+            for (to, x) in to.iter_mut().zip(from) {
+                *to = x * factor;
+            }
+            to[width..].fill(0.0);
+        }
+    }
+
+    /// `Σ a · b`, by lane so that it vectorizes.
+    fn dot(isa; a: &[f32], b: &[f32]) -> f32 {
+        let mut lanes = [0f32; GROUP];
+        let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<GROUP>(), b.as_chunks::<GROUP>());
+        for (a, b) in a.iter().zip(b) {
+            for ((lane, a), b) in lanes.iter_mut().zip(a).zip(b) {
+                *lane += a * b;
             }
         }
+        for ((lane, a), b) in lanes.iter_mut().zip(a_rest).zip(b_rest) {
+            *lane += a * b;
+        }
+        lanes.iter().sum()
     }
 }
 
@@ -590,7 +619,7 @@ pub(crate) fn attend<K: Keys>(
             KEYS * head_dim,
             KEYS * padded,
         ]);
-        queries.gather(queries.q, head_dim, scale, q);
+        queries.gather(isa, queries.q, head_dim, scale, q);
         out.fill(0.0);
         max.fill(f32::NEG_INFINITY);
         sum.fill(0.0);
@@ -635,12 +664,12 @@ pub(crate) fn attend<K: Keys>(
                 product(isa, size, left, right, &mut out[row * padded..], padded, true);
             }
         }
+        // SAFETY: there are as many sums as rows.
+        unsafe { finish(isa, sum, out) };
         for row in 0..rows {
             let (token, head) = queries.of(row);
-            let sum: f32 = sum[row * GROUP..][..GROUP].iter().sum();
-            let out = &mut out[row * padded..][..head_dim];
-            out.iter_mut().for_each(|x| *x /= sum);
-            emit(token, head, out, (max[row] + sum.log2()) * std::f32::consts::LN_2);
+            let lse = (max[row] + sum[row * GROUP].log2()) * std::f32::consts::LN_2;
+            emit(token, head, &out[row * padded..][..head_dim], lse);
         }
     });
 }
@@ -681,6 +710,9 @@ rungs! {
         sum: &mut [f32],
         out: &mut [f32],
     ) = soften_body;
+    /// Divides outputs `(rows, padded)` by their sums, `(rows, 16)` by lane, of which the first
+    /// becomes the whole.
+    unsafe fn finish(sum: &mut [f32], out: &mut [f32]) = finish_body;
     unsafe fn weigh_tile(
         tile: Tile,
         columns: usize,
@@ -700,40 +732,64 @@ unsafe fn soften_body<S: Lanes>(
     sum: &mut [f32],
     out: &mut [f32],
 ) {
+    // SAFETY: the caller's.
+    unsafe {
+        match tile.groups.len() {
+            1 => soften_rows::<S, 1>(tile, scores, scales, max, sum, out),
+            2 => soften_rows::<S, 2>(tile, scores, scales, max, sum, out),
+            3 => soften_rows::<S, 3>(tile, scores, scales, max, sum, out),
+            4 => soften_rows::<S, 4>(tile, scores, scales, max, sum, out),
+            _ => unreachable!("a block has {KEYS} keys"),
+        }
+    }
+}
+
+/// With `G` groups of scores, which stay in registers.
+#[inline(always)]
+#[allow(clippy::needless_range_loop)] // registers are named by constant indices
+unsafe fn soften_rows<S: Lanes, const G: usize>(
+    tile: Tile,
+    scores: &mut [f32],
+    scales: Option<(&[f32], &[f32])>,
+    max: &mut [f32],
+    sum: &mut [f32],
+    out: &mut [f32],
+) {
     let width = out.len() / tile.rows;
-    let (start, end) = (tile.groups.start * GROUP, tile.groups.end * GROUP);
+    let start = tile.groups.start * GROUP;
     for row in 0..tile.rows {
         let (low, high) = tile.limits.rows[row];
-        let line = &mut scores[row * KEYS..][..end];
-        if low == high {
-            line[start..].fill(0.0);
-            continue;
-        }
         // SAFETY: the caller's.
         unsafe {
-            let at = line.as_mut_ptr();
-            if let Some((keys, _)) = scales {
-                for column in (start..end).step_by(GROUP) {
-                    let scale = S::load(keys.as_ptr().add(column));
-                    S::load(at.add(column)).mul(scale).store(at.add(column));
+            let line = scores.as_mut_ptr().add(row * KEYS + start);
+            if low == high {
+                for g in 0..G {
+                    S::splat(0.0).store(line.add(g * GROUP));
+                }
+                continue;
+            }
+            let mut lanes = [S::splat(0.0); G];
+            for g in 0..G {
+                lanes[g] = S::load(line.add(g * GROUP));
+                if let Some((keys, _)) = scales {
+                    lanes[g] = lanes[g].mul(S::load(keys.as_ptr().add(start + g * GROUP)));
                 }
             }
-            if low > start {
-                line[start..low].fill(f32::NEG_INFINITY);
+            if low > start || high < start + G * GROUP {
+                for g in 0..G {
+                    let from = (start + g * GROUP) as isize;
+                    let (low, high) = (low as isize - from, high as isize - from);
+                    lanes[g] = lanes[g].within(low, high, f32::NEG_INFINITY);
+                }
             }
-            if high < end {
-                line[high..].fill(f32::NEG_INFINITY);
-            }
-            let at = line.as_mut_ptr();
-            let mut largest = S::load(at.add(start));
-            let mut column = start + GROUP;
-            while column < end {
-                largest = S::load(at.add(column)).max(largest);
-                column += GROUP;
+            let mut largest = lanes[0];
+            for g in 1..G {
+                largest = lanes[g].max(largest);
             }
             let (largest, before) = (largest.largest(), max[row]);
             let sums = sum.as_mut_ptr().add(row * GROUP);
-            if largest > before {
+            // A little more than the maximum so far does no harm, and sparing the output does good.
+            if largest > before + SLACK {
                 max[row] = largest;
                 let shrink = exp2(S::splat(before - largest));
                 S::load(sums).mul(shrink).store(sums);
@@ -746,18 +802,38 @@ unsafe fn soften_body<S: Lanes>(
             }
             let max = S::splat(max[row]);
             let mut total = S::load(sums);
-            let mut column = start;
-            while column < end {
-                let weight = exp2(S::load(at.add(column)).sub(max));
+            for g in 0..G {
+                let weight = exp2(lanes[g].sub(max));
                 total = total.add(weight);
                 let weight = match scales {
-                    Some((_, values)) => weight.mul(S::load(values.as_ptr().add(column))),
+                    Some((_, values)) => {
+                        weight.mul(S::load(values.as_ptr().add(start + g * GROUP)))
+                    }
                     None => weight,
                 };
-                weight.store(at.add(column));
-                column += GROUP;
+                weight.store(line.add(g * GROUP));
             }
             total.store(sums);
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn finish_body<S: Lanes>(sum: &mut [f32], out: &mut [f32]) {
+    let rows = sum.len() / GROUP;
+    let width = out.len() / rows;
+    for row in 0..rows {
+        // SAFETY: the caller's.
+        unsafe {
+            let total = S::load(sum.as_ptr().add(row * GROUP)).sum();
+            sum[row * GROUP] = total;
+            let factor = S::splat(1.0 / total);
+            let out = out.as_mut_ptr().add(row * width);
+            let mut column = 0;
+            while column < width {
+                S::load(out.add(column)).mul(factor).store(out.add(column));
+                column += GROUP;
+            }
         }
     }
 }
@@ -903,9 +979,9 @@ impl Backward<'_> {
                 KEYS * KEYS,
                 KEYS * KEYS,
             ]);
-            queries.gather(queries.q, head_dim, scale, q);
-            queries.gather(self.dout, head_dim, 1.0, dout);
-            self.per_row(dout, lse, delta);
+            queries.gather(isa, queries.q, head_dim, scale, q);
+            queries.gather(isa, self.dout, head_dim, 1.0, dout);
+            self.per_row(isa, dout, lse, delta);
             dq.fill(0.0);
             for start in (0..length).step_by(KEYS) {
                 let block = start..length.min(start + KEYS);
@@ -996,7 +1072,7 @@ impl Backward<'_> {
     }
 
     /// Each row's log-sum-exp in powers of two, and `Σ dout · out`.
-    fn per_row(&self, dout: &[f32], lse: &mut [f32], delta: &mut [f32]) {
+    fn per_row(&self, isa: Isa, dout: &[f32], lse: &mut [f32], delta: &mut [f32]) {
         let head_dim = self.heads.head_dim;
         let out = Strided { values: self.attended.out, stride: self.heads.q_width() };
         let dout = dout.chunks_exact(self.heads.padded());
@@ -1005,14 +1081,7 @@ impl Backward<'_> {
             let known = self.attended.lse[token * self.heads.heads + head];
             *lse = known * std::f32::consts::LOG2_E;
             let out = out.at(token, head * head_dim, head_dim);
-            // By lane, so that it vectorizes.
-            let mut lanes = [0f32; GROUP];
-            for (out, dout) in out.chunks(GROUP).zip(dout.chunks(GROUP)) {
-                for ((lane, out), dout) in lanes.iter_mut().zip(out).zip(dout) {
-                    *lane += out * dout;
-                }
-            }
-            *delta = lanes.iter().sum();
+            *delta = dot(isa, out, &dout[..head_dim]);
         }
     }
 }
@@ -1047,29 +1116,34 @@ unsafe fn weigh_body<S: Lanes>(
     lse: &[f32],
     delta: &[f32],
 ) {
+    let (start, end) = (tile.groups.start * GROUP, tile.groups.end * GROUP);
     for row in 0..tile.rows {
-        let p = &mut p[row * KEYS..][..columns];
-        let ds = &mut ds[row * KEYS..][..columns];
+        let (low, high) = tile.limits.rows[row];
+        let edge = low > start || high < end;
         // SAFETY: the caller's.
         unsafe {
             let (lse, delta) = (S::splat(lse[row]), S::splat(delta[row]));
-            let mut column = tile.groups.start * GROUP;
-            while column < tile.groups.end * GROUP {
-                let (p, ds) = (p.as_mut_ptr().add(column), ds.as_mut_ptr().add(column));
-                let weight = exp2(S::load(p).sub(lse));
-                weight.store(p);
-                weight.mul(S::load(ds).sub(delta)).store(ds);
+            let p = p.as_mut_ptr().add(row * KEYS);
+            let ds = ds.as_mut_ptr().add(row * KEYS);
+            let mut column = 0;
+            while column < columns {
+                if column < start || column >= end {
+                    S::splat(0.0).store(p.add(column));
+                    S::splat(0.0).store(ds.add(column));
+                } else {
+                    let mut weight = exp2(S::load(p.add(column)).sub(lse));
+                    let mut difference = S::load(ds.add(column)).sub(delta);
+                    if edge {
+                        let low = low as isize - column as isize;
+                        let high = high as isize - column as isize;
+                        weight = weight.within(low, high, 0.0);
+                        difference = difference.within(low, high, 0.0);
+                    }
+                    weight.store(p.add(column));
+                    weight.mul(difference).store(ds.add(column));
+                }
                 column += GROUP;
             }
-        }
-        let (low, high) = tile.limits.rows[row];
-        if low > 0 {
-            p[..low].fill(0.0);
-            ds[..low].fill(0.0);
-        }
-        if high < columns {
-            p[high..].fill(0.0);
-            ds[high..].fill(0.0);
         }
     }
 }
