@@ -8,7 +8,7 @@ pub(super) const GROUP: usize = 32;
 /// Scales that kernels take at a time.
 pub(super) const LANES: usize = 16;
 /// The largest rounded value: four products with the largest words, `-128 · 256`, fit an `i32`, and
-/// sums of products are exact in `f32`.
+/// so do 32 with nibbles; all these sums are exact in `f32`.
 const LEVELS: f32 = 16383.0;
 
 /// 32 values on a cache line's border.

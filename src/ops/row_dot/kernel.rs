@@ -1,7 +1,7 @@
-#![allow(clippy::needless_range_loop)] // indices run over several arrays at once, in registers
-
 //! The loop over rows of blocks: two rows of weights at a time, each decoded once for up to four
 //! rows of input.
+
+#![allow(clippy::needless_range_loop)] // indices run over several arrays at once, in registers
 
 use super::activations::{Activations, GROUP, Group, LANES};
 use super::formats::*;
