@@ -147,7 +147,8 @@ pub fn sft(settings: &SftSettings, resume: bool, stop: &AtomicBool) -> Result<Ou
             },
         )
     };
-    let total_steps = total_steps(settings, |epoch| plan(epoch).steps() as u64);
+    let mut epoch_plan = plan(state.epoch);
+    let total_steps = total_steps(settings, epoch_plan.steps() as u64);
     let schedule = schedule(settings, total_steps);
     let mut log = Log::open(&run, state.metrics_bytes)?;
     let worn = [Worn::trainable(adapter.clone())];
@@ -169,7 +170,6 @@ pub fn sft(settings: &SftSettings, resume: bool, stop: &AtomicBool) -> Result<Ou
     if state.step == 0 && state.metrics_bytes == 0 {
         evaluate(&mut log, &state)?;
     }
-    let mut epoch_plan = plan(state.epoch);
     while state.step < total_steps {
         if state.step_in_epoch == epoch_plan.steps() as u64 {
             state.epoch += 1;
@@ -425,20 +425,15 @@ fn optimizer_settings(settings: &SftSettings) -> AdamWSettings {
     }
 }
 
-/// Steps of the run. Packing may give epochs of different length; a part of an epoch is rounded
-/// up to whole steps, as transformers does.
-fn total_steps(settings: &SftSettings, steps_of: impl Fn(u64) -> u64) -> u64 {
+/// Steps of the run, every epoch having as many ([`EpochPlan::steps`]). A part of an epoch is
+/// rounded up to whole steps, as transformers does.
+fn total_steps(settings: &SftSettings, steps_of_epoch: u64) -> u64 {
     if settings.max_steps > 0 {
         return settings.max_steps;
     }
     let whole = settings.num_train_epochs.trunc() as u64;
     let part = settings.num_train_epochs.fract();
-    let steps: u64 = match settings.packing {
-        true => (0..whole).map(&steps_of).sum(),
-        false => whole * steps_of(0),
-    };
-    let rest = if part > 0.0 { (part * steps_of(whole) as f64).ceil() as u64 } else { 0 };
-    steps + rest
+    whole * steps_of_epoch + (part * steps_of_epoch as f64).ceil() as u64
 }
 
 fn schedule(settings: &SftSettings, total_steps: u64) -> Schedule {
@@ -614,11 +609,10 @@ mod tests {
             warmup_ratio: 0.05,
             ..Default::default()
         };
-        let steps_of = |epoch| 10 + epoch; // packing: epochs differ
-        assert_eq!(total_steps(&settings(1.0, 0, 0), steps_of), 10);
-        assert_eq!(total_steps(&settings(2.0, 0, 0), steps_of), 21);
-        assert_eq!(total_steps(&settings(1.5, 0, 0), steps_of), 16);
-        assert_eq!(total_steps(&settings(1.5, 7, 0), steps_of), 7);
+        assert_eq!(total_steps(&settings(1.0, 0, 0), 11), 11);
+        assert_eq!(total_steps(&settings(2.0, 0, 0), 11), 22);
+        assert_eq!(total_steps(&settings(1.5, 0, 0), 11), 17);
+        assert_eq!(total_steps(&settings(1.5, 7, 0), 11), 7);
         assert_eq!(schedule(&settings(1.0, 0, 0), 21).warmup_steps, 2);
         assert_eq!(schedule(&settings(1.0, 0, 5), 21).warmup_steps, 5);
     }

@@ -400,6 +400,10 @@ proptest! {
         let by_step: Vec<_> = (0..steps).flat_map(|step| plan.step(step).to_vec()).collect();
         prop_assert_eq!(&by_step, &plan.micro_batches);
         prop_assert!(plan.step(steps).is_empty());
+
+        // Another epoch, seed or order of the file has as many steps: a run counts them once.
+        let other = EpochSettings { seed: seed ^ 1, epoch: epoch + 1, shuffle: true, ..settings };
+        prop_assert_eq!(EpochPlan::new(&examples, &other).steps(), steps);
     }
 }
 
