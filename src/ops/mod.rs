@@ -13,8 +13,8 @@
 
 pub mod attention;
 mod cpu;
-pub mod isa;
 pub mod frozen_linear;
+pub mod isa;
 pub mod linear_cross_entropy;
 pub mod rms_norm;
 pub mod rope;

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use quantune::weights::{OwnedValue, write_gguf};
 use quantune_adapters::rng::Stream;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -413,6 +414,32 @@ fn wrong_input_ends_in_one_sentence() {
     assert!(error(&quantune(&sft(&[("--out", &occupied)]))).contains("metrics.jsonl"));
     lab.write("rows.jsonl", r#"{"text": "other data than before, long enough"}"#);
     assert!(error(&quantune(&sft(&[("--resume", "")]))).contains("the data changed"));
+}
+
+/// Files at which gguf-rs, whose opinion `inspect` shows, panics: listed, and nothing on stderr.
+#[test]
+fn inspect_is_silent_where_another_reader_panics() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("odd.gguf");
+    let check = |words: &str| {
+        let output = quantune(&strings(&["inspect", &path.display().to_string(), "--json"]));
+        assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+        let listed = last_json(&output);
+        assert!(listed["summary"].is_null() && listed.to_string().contains(words), "{listed}");
+    };
+    let file_type = ("general.file_type".to_string(), OwnedValue::from("none"));
+    write_gguf(&path, &[file_type], &[]).unwrap();
+    check("general.file_type");
+
+    // A tensor of type 40, gguf-rs's "Count".
+    let mut bytes = b"GGUF\x03\0\0\0".to_vec();
+    bytes.extend([1u64, 0, 1].into_iter().flat_map(u64::to_le_bytes)); // tensors, keys, name
+    bytes.extend(b"t\x01\0\0\0");
+    bytes.extend(32u64.to_le_bytes());
+    bytes.extend(40u32.to_le_bytes());
+    bytes.resize(bytes.len().next_multiple_of(32) + 4096, 0);
+    fs::write(&path, bytes).unwrap();
+    check("type 40");
 }
 
 /// Killed 20 times, some of them while a checkpoint is half written, then resumed: the same bytes.
