@@ -14,8 +14,14 @@ use super::rows::{Line, Lines};
 use super::{DataError, Example, Row, RowError, is_held_out};
 use crate::text::Tokenizer;
 
-/// Lines tokenized at a time, by all threads: what is held of the file's text.
+/// Lines tokenized at a time, by all threads, or as many as have this many bytes: what is held of
+/// the file's text.
 const LINES_AT_A_TIME: usize = 1024;
+const BYTES_AT_A_TIME: usize = 16 << 20;
+/// Bytes a line may have.
+const LONGEST_LINE: usize = 64 << 20;
+/// Wrong rows told one by one; the rest are counted.
+const FAULTS_TOLD: usize = 5;
 
 /// The examples of a file, in its order.
 #[derive(Debug, Clone)]
@@ -75,7 +81,8 @@ impl Dataset {
     /// Reads and tokenizes all rows of a JSONL file, keeping the first `max_length` tokens of each.
     ///
     /// # Errors
-    /// The first wrong row with its line; a file without rows, or without anything to learn.
+    /// All wrong rows, the first few with their lines; a file without rows, or without anything
+    /// to learn.
     pub fn load(path: &Path, tokenizer: &Tokenizer, max_length: usize) -> Result<Self, DataError> {
         let mut all = Part::default();
         let sha256 = read(path, tokenizer, |_, line, tokenized| {
@@ -115,40 +122,57 @@ impl Dataset {
     }
 }
 
-/// Shows every row in order to `add`, tokenized; the file's SHA-256.
+/// Shows every row in order to `add`, tokenized; the file's SHA-256. After a wrong row, the rest of
+/// the file is read for further wrong ones only.
 fn read(
     path: &Path,
     tokenizer: &Tokenizer,
     mut add: impl FnMut(&Row, &Line, Tokenized),
 ) -> Result<String, DataError> {
     let io = |source| DataError::Io { path: path.into(), source };
-    let mut lines = Lines::new(BufReader::new(File::open(path).map_err(io)?));
+    let file = File::open(path).map_err(io)?;
+    let mut lines = Lines::new(BufReader::new(file), LONGEST_LINE);
     let mut hasher = Sha256::new();
+    let (mut first, mut wrong, mut rows) = (Vec::new(), 0, 0);
     loop {
-        let mut chunk = Vec::new();
+        let (mut chunk, mut bytes) = (Vec::new(), 0);
         while chunk.len() < LINES_AT_A_TIME
+            && bytes < BYTES_AT_A_TIME
             && let Some(line) = lines.next(|bytes| hasher.update(bytes)).map_err(io)?
         {
+            bytes += line.bytes.len();
             chunk.push(line);
         }
         if chunk.is_empty() {
-            return Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect());
+            break;
         }
+        rows += chunk.len() as u64;
         let parse = |line: &Line| -> Result<(Row, Tokenized), RowError> {
+            if line.too_long {
+                return Err(RowError::TooLong { most: LONGEST_LINE });
+            }
             let row = Row::parse(&line.bytes)?;
             let tokenized = tokenize(&row, tokenizer)?;
             Ok((row, tokenized))
         };
-        let rows: Vec<_> = chunk.par_iter().map(parse).collect();
-        for (line, row) in chunk.iter().zip(rows) {
-            let (row, tokenized) = row.map_err(|problem| DataError::Row {
-                path: path.into(),
-                line: line.number,
-                problem: Box::new(problem),
-            })?;
-            add(&row, line, tokenized);
+        let parsed: Vec<_> = chunk.par_iter().map(parse).collect();
+        for (line, row) in chunk.iter().zip(parsed) {
+            match row {
+                Ok((row, tokenized)) if wrong == 0 => add(&row, line, tokenized),
+                Ok(_) => {}
+                Err(problem) => {
+                    wrong += 1;
+                    if first.len() < FAULTS_TOLD {
+                        first.push((line.number, problem));
+                    }
+                }
+            }
         }
     }
+    if wrong > 0 {
+        return Err(DataError::Rows { path: path.into(), first, wrong, rows });
+    }
+    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 #[derive(Default)]

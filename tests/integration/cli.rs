@@ -346,6 +346,8 @@ fn wrong_input_ends_in_one_sentence() {
     let rows = lab.path("rows.jsonl");
     lab.write("empty.jsonl", "\n");
     lab.write("broken.jsonl", "{\"text\": \"fine\"}\n{\"text\": \n");
+    let many = "{\"text\": 1}\n{\"text\": \"fine\"}\n".repeat(9);
+    lab.write("many.jsonl", &many);
     lab.write("role.jsonl", r#"{"messages": [{"role": "wizard", "content": "x"}]}"#);
     lab.write("nothing.jsonl", r#"{"messages": [{"role": "user", "content": "x"}]}"#);
     lab.write("bad.toml", "learning_rat = 1.0\n");
@@ -373,6 +375,7 @@ fn wrong_input_ends_in_one_sentence() {
         (sft(&[("--base", &path("truncated.gguf"))]), vec!["truncated.gguf"]),
         (sft(&[("--data", &path("empty.jsonl"))]), vec!["empty.jsonl", "no rows"]),
         (sft(&[("--data", &path("broken.jsonl"))]), vec!["broken.jsonl:2"]),
+        (sft(&[("--data", &path("many.jsonl"))]), vec!["many.jsonl: 9 of 18 rows are wrong"]),
         (sft(&[("--data", &path("role.jsonl"))]), vec!["role.jsonl:1", "wizard"]),
         (sft(&[("--data", &path("nothing.jsonl"))]), vec!["nothing.jsonl", "nothing to learn"]),
         (sft(&[("--out", &path("a_file/run"))]), vec!["a_file"]),
@@ -398,6 +401,15 @@ fn wrong_input_ends_in_one_sentence() {
     {
         assert_eq!(quantune(&strings(usage)).status.code(), Some(2), "{usage:?}");
     }
+
+    // All wrong rows of a file in one go, the first few with their lines.
+    let output = quantune(&sft(&[("--data", &path("many.jsonl"))]));
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    for line in [1, 3, 5, 7, 9] {
+        let told = format!("  {}:{line}: `text` is 1, needs a string\n", path("many.jsonl"));
+        assert!(stderr.contains(&told), "{stderr}");
+    }
+    assert!(stderr.ends_with("  and 4 more\n") && !stderr.contains("jsonl:11"), "{stderr}");
 
     // A run that is there is not overwritten; another configuration does not resume it.
     let trained = quantune(&sft(&[]));

@@ -92,7 +92,7 @@ fn a_bad_row_is_one_sentence_with_its_line() {
     let kinds = "known are `input_ids` (+ `labels`), `messages` (+ `tools`), \
                  `prompt` + `completion`, and `text`";
     let vocab_size = chatml.vocab_size();
-    let text: [(&str, &str); 24] = [
+    let text: [(&str, &str); 25] = [
         ("{\"text\": \"a\"", "is not JSON (EOF while parsing an object at column 12)"),
         ("[1, 2]", "found a list of 2, a row is a JSON object"),
         ("{}", &format!("unknown kind of row: found the keys (none), {kinds}")),
@@ -103,6 +103,13 @@ fn a_bad_row_is_one_sentence_with_its_line() {
         (
             r#"{"conversations": [], "id": 7}"#,
             &format!("unknown kind of row: found the keys `conversations`, `id`, {kinds}"),
+        ),
+        (
+            r#"{"a": 1, "b": 1, "c": 1, "d": 1, "e": 1, "f": 1, "g": 1, "a key of more than forty characters, all of them": 1, "i": 1, "j": 1}"#,
+            &format!(
+                "unknown kind of row: found the keys `a`, `b`, `c`, `d`, `e`, `f`, `g`, \
+                 `a key of more than forty characters, all...` and 2 more, {kinds}"
+            ),
         ),
         (r#"{"text": 3.5}"#, "`text` is 3.5, needs a string"),
         (r#"{"prompt": "a", "completion": ["b"]}"#, "`completion` is a list of 1, needs a string"),
@@ -166,6 +173,27 @@ fn a_bad_row_is_one_sentence_with_its_line() {
         &format!("{{\"text\": {}1{}}}", "[".repeat(100_000), "]".repeat(100_000)).into_bytes(),
         "is not JSON (recursion limit exceeded at column 136)",
     );
+}
+
+#[test]
+fn wrong_rows_are_told_together() {
+    #[track_caller]
+    fn check(wrong: usize, expected: &str) {
+        // Further apart than what is read at a time.
+        let row =
+            |i: usize| format!("{}\n{{\"text\": {i}}}\n", "{\"text\": \"good\"}\n".repeat(700));
+        let file: String = (0..wrong).map(row).collect();
+        let error = load(file.as_bytes(), &tokenizer("chatml"), 100).expect_err(expected);
+        assert_eq!(error, expected);
+    }
+    let told = |count: usize| -> String {
+        let line = |i| format!("\n  rows.jsonl:{}: `text` is {i}, needs a string", 701 * (i + 1));
+        (0..count).map(line).collect()
+    };
+    check(1, "rows.jsonl:701: `text` is 0, needs a string");
+    check(2, &format!("rows.jsonl: 2 of 1402 rows are wrong{}", told(2)));
+    check(5, &format!("rows.jsonl: 5 of 3505 rows are wrong{}", told(5)));
+    check(7, &format!("rows.jsonl: 7 of 4907 rows are wrong{}\n  and 2 more", told(5)));
 }
 
 #[test]
