@@ -24,7 +24,8 @@ pub struct Eval {
     /// Rows, scored under the masks of training
     #[arg(long, required_unless_present = "text", conflicts_with = "text")]
     data: Option<PathBuf>,
-    /// Tokens kept of a row of --data [default: 1024]
+    /// Tokens of an example of --data: a longer `text` is split into several, longer `messages`,
+    /// `prompt`/`completion` and `input_ids` rows are cut at their end [default: 1024]
     #[arg(long, conflicts_with = "text")]
     max_length: Option<usize>,
     /// A text, scored as llama.cpp's perplexity: in chunks, the second half of each

@@ -139,7 +139,7 @@ impl Batch {
         self.tokens.extend(&example.tokens);
         for (i, (&token, &learned)) in example.tokens.iter().zip(&example.learned).enumerate() {
             self.positions.push(i as u32);
-            self.keys.push((example.row, i as u32));
+            self.keys.push((example.row, example.start + i as u32));
             if learned && i > 0 {
                 self.targets.push(((start + i - 1) as u32, token));
             }

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use super::example::{Tokenized, tokenize};
+use super::example::{Tokenized, WhenLong, pieces, tokenize};
 use super::rows::{Line, Lines};
 use super::{DataError, Example, Row, RowError, is_held_out};
 use crate::text::Tokenizer;
@@ -56,6 +56,10 @@ pub struct DataReport {
     pub learned_tokens: u64,
     /// Rows longer than `max_length`, cut at their end.
     pub truncated: u64,
+    /// Texts longer than `max_length`, each split into several examples.
+    pub split: u64,
+    /// What they were split into.
+    pub pieces: u64,
     /// Rows dropped because no token of them is learned, or none after the cut.
     pub nothing_to_learn: u64,
     /// Rows in which one token holds both given and learned text.
@@ -67,18 +71,19 @@ pub struct DataReport {
 impl fmt::Display for DataReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { rows, tokens, learned_tokens, truncated, longest, .. } = self;
-        let Self { nothing_to_learn, boundary_mismatches, .. } = self;
+        let Self { split, pieces, nothing_to_learn, boundary_mismatches, .. } = self;
         write!(
             f,
             "{rows} rows, {tokens} tokens ({learned_tokens} learned), longest {longest}; \
-             {truncated} truncated, {nothing_to_learn} with nothing to learn, \
-             {boundary_mismatches} boundary mismatches"
+             {truncated} truncated, {split} split into {pieces}, \
+             {nothing_to_learn} with nothing to learn, {boundary_mismatches} boundary mismatches"
         )
     }
 }
 
 impl Dataset {
-    /// Reads and tokenizes all rows of a JSONL file, keeping the first `max_length` tokens of each.
+    /// Reads and tokenizes all rows of a JSONL file. Of a row with more than `max_length` tokens
+    /// the first are kept; but a `text` is split into examples of that length.
     ///
     /// # Errors
     /// All wrong rows, the first few with their lines; a file without rows, or without anything
@@ -183,23 +188,40 @@ struct Part {
 
 impl Part {
     fn add(&mut self, line: &Line, row: Tokenized, max_length: usize) {
-        let Tokenized { mut tokens, mut learned, boundary_mismatch } = row;
+        let Tokenized { mut tokens, mut learned, boundary_mismatch, when_long } = row;
         let report = &mut self.report;
         report.rows += 1;
         report.longest = report.longest.max(tokens.len() as u64);
-        report.truncated += u64::from(tokens.len() > max_length);
         report.boundary_mismatches += u64::from(boundary_mismatch);
-        tokens.truncate(max_length);
-        learned.truncate(max_length);
-        tokens.shrink_to_fit();
-        learned.shrink_to_fit();
-        let example = Example { tokens, learned, row: line.row, line: line.number };
-        match example.learned_tokens() {
-            0 => report.nothing_to_learn += 1,
-            count => {
-                report.tokens += example.tokens.len() as u64;
-                report.learned_tokens += count as u64;
-                self.examples.push(example);
+        let pieces = match when_long {
+            _ if tokens.len() <= max_length => vec![(tokens, learned)],
+            WhenLong::Split { bos } if max_length > 1 => {
+                let pieces = pieces(&tokens, &learned, bos, max_length);
+                report.split += 1;
+                report.pieces += pieces.len() as u64;
+                pieces
+            }
+            WhenLong::Split { .. } | WhenLong::Cut => {
+                report.truncated += 1;
+                tokens.truncate(max_length);
+                learned.truncate(max_length);
+                vec![(tokens, learned)]
+            }
+        };
+        let mut start = 0;
+        for (mut tokens, mut learned) in pieces {
+            tokens.shrink_to_fit();
+            learned.shrink_to_fit();
+            let length = tokens.len();
+            let example = Example { tokens, learned, row: line.row, line: line.number, start };
+            start += length as u32;
+            match example.learned_tokens() {
+                0 => report.nothing_to_learn += 1,
+                count => {
+                    report.tokens += length as u64;
+                    report.learned_tokens += count as u64;
+                    self.examples.push(example);
+                }
             }
         }
     }

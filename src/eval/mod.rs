@@ -78,7 +78,8 @@ pub fn evaluate(
         sum -= logps.iter().map(|&logp| f64::from(logp)).sum::<f64>();
         tokens += batch.targets.len() as u64;
     }
-    Ok(Loss { loss: sum / tokens.max(1) as f64, tokens, rows: examples.len() as u64 })
+    let rows = examples.iter().filter(|example| example.start == 0).count() as u64;
+    Ok(Loss { loss: sum / tokens.max(1) as f64, tokens, rows })
 }
 
 /// Perplexity of a text as llama.cpp's `llama-perplexity` counts it: chunks of `n_ctx` tokens,

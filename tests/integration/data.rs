@@ -304,17 +304,64 @@ fn the_report_counts_what_happened() {
     ]);
     let file = [b"\xef\xbb\xbf\n".as_slice(), &file].concat();
     let data = load(&file, &tokenizer("chatml"), 4).unwrap();
-    let report = "4 rows, 11 tokens (7 learned), longest 5; 2 truncated, 1 with nothing to learn, \
-                  1 boundary mismatches";
+    let report = "4 rows, 11 tokens (7 learned), longest 5; 2 truncated, 0 split into 0, \
+                  1 with nothing to learn, 1 boundary mismatches";
     assert_eq!(data.report.to_string(), report);
     let places: Vec<_> = data.examples.iter().map(|e| (e.row, e.line)).collect();
     assert_eq!(places, [(0, 2), (2, 4), (3, 5)]);
     assert_eq!(data.examples[0].tokens, [5, 6, 7, 8]);
     assert_eq!(
         serde_json::to_value(&data.report).unwrap(),
-        json!({"rows": 4, "tokens": 11, "learned_tokens": 7, "truncated": 2, "nothing_to_learn": 1,
-               "boundary_mismatches": 1, "longest": 5})
+        json!({"rows": 4, "tokens": 11, "learned_tokens": 7, "truncated": 2, "split": 0,
+               "pieces": 0, "nothing_to_learn": 1, "boundary_mismatches": 1, "longest": 5})
     );
+}
+
+/// A text longer than an example is learned whole, other rows are cut.
+#[test]
+fn long_texts_are_split_and_other_rows_cut() {
+    let text = "The ferryman mends his nets by the river until the road divides.";
+    let rows = [
+        json!({"text": text}),
+        json!({"prompt": text, "completion": " And the ferryman rings the bell again."}),
+        json!({"input_ids": vec![7; 60]}),
+        json!({"text": "short"}),
+    ];
+    for name in ["chatml", "bos"] {
+        let tokenizer = &tokenizer(name);
+        let load = |max_length| load(&lines(&rows), tokenizer, max_length).unwrap();
+        let whole = load(1000).examples.swap_remove(0).tokens;
+        // What a piece begins with and does not learn.
+        let context = |before: u32| if name == "bos" { tokenizer.bos().unwrap() } else { before };
+        for most in (2..10).chain([whole.len() - 1, whole.len()]) {
+            let data = load(most);
+            let pieces: Vec<&Example> = data.examples.iter().filter(|e| e.row == 0).collect();
+            let mut joined = pieces[0].tokens.clone();
+            for piece in &pieces[1..] {
+                assert_eq!(piece.tokens[0], context(*joined.last().unwrap()), "{name} {most}");
+                joined.extend(&piece.tokens[1..]);
+            }
+            assert_eq!(joined, whole, "{name} {most}");
+            for piece in &pieces {
+                assert!(piece.tokens.len() <= most, "{name} {most}");
+                assert!(!piece.learned[0] && piece.learned[1..].iter().all(|&l| l));
+            }
+            // The other rows: a piece each, or none where nothing learned is left.
+            let others = data.examples.iter().filter(|e| e.row != 0 && e.row != 3);
+            assert!(others.clone().all(|e| e.tokens.len() <= most && e.start == 0));
+            assert!(others.clone().is_sorted_by(|a, b| a.row < b.row), "{name} {most}");
+
+            let batch = Batch::new(&data.examples, &[(0..data.examples.len()).collect()]);
+            let keys: HashSet<_> = batch.keys.iter().collect();
+            assert_eq!(keys.len(), batch.tokens.len(), "{name} {most}: keys are unique");
+            let longer = data.examples.iter().filter(|e| e.start > 0);
+            let split = longer.map(|e| e.row).collect::<HashSet<_>>();
+            let report = &data.report;
+            assert_eq!((report.rows, report.split), (4, split.len() as u64), "{name} {most}");
+            let of_split = data.examples.iter().filter(|e| split.contains(&e.row)).count();
+            assert_eq!(report.pieces, of_split as u64, "{name} {most}");
+        }
+    }
 }
 
 #[test]
@@ -377,6 +424,7 @@ fn examples(lengths: &[usize]) -> Vec<Example> {
         learned: (0..length).map(|i| i > 0 && i % 3 != row % 3).collect(),
         row: row as u64,
         line: row as u64 + 1,
+        start: 0,
     };
     lengths.iter().enumerate().map(example).collect()
 }
@@ -508,13 +556,21 @@ fn best_fit_decreasing_fills_bins() {
 #[test]
 fn a_batch_lays_rows_end_to_end() {
     let examples = [
-        Example { tokens: vec![5, 6, 7], learned: vec![false, true, true], row: 4, line: 9 },
-        Example { tokens: vec![8, 9], learned: vec![true, false], row: 2, line: 3 },
+        Example {
+            tokens: vec![5, 6, 7],
+            learned: vec![false, true, true],
+            row: 4,
+            line: 9,
+            start: 0,
+        },
+        // A piece of a text, whose keys go on where the piece before ended.
+        Example { tokens: vec![8, 9], learned: vec![true, false], row: 2, line: 3, start: 70 },
         Example {
             tokens: vec![1, 2, 3, 4],
             learned: vec![false, false, false, true],
             row: 0,
             line: 1,
+            start: 0,
         },
     ];
     let batch = Batch::new(&examples, &[vec![2, 0], vec![1]]);
@@ -524,7 +580,7 @@ fn a_batch_lays_rows_end_to_end() {
         segments: vec![0..4, 4..7, 7..9],
         // The row before predicts; nothing predicts a first token, not even a learned one.
         targets: vec![(2, 4), (4, 6), (5, 7)],
-        keys: vec![(0, 0), (0, 1), (0, 2), (0, 3), (4, 0), (4, 1), (4, 2), (2, 0), (2, 1)],
+        keys: vec![(0, 0), (0, 1), (0, 2), (0, 3), (4, 0), (4, 1), (4, 2), (2, 70), (2, 71)],
     };
     assert_eq!(batch, expected);
     assert_eq!(batch.count(), 3);
