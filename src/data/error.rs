@@ -147,6 +147,13 @@ pub enum RowError {
         /// The path of the assistant's message.
         message: String,
     },
+    /// A first message whose beginning is not to be found.
+    #[error(
+        "`messages[0]` is the assistant's, and where its words begin cannot be told from the chat \
+         template: needs a system or user message before it, or a template that marks the \
+         assistant's words with {{% generation %}}"
+    )]
+    BeginsWithAssistant,
     /// `{% generation %}` blocks that are no messages.
     #[error(
         "the chat template marks {spans} {{% generation %}} parts for {messages} assistant \

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{Message, Row, RowError};
 use crate::text::{ChatTemplate, Special, Tokenizer};
@@ -189,15 +189,39 @@ fn prefix_spans(
     let text = template.render(&values, tools, false)?;
     let mut spans = Vec::new();
     for i in (0..messages.len()).filter(|&i| messages[i].learned) {
-        let before = template.render(&values[..i], tools, true)?;
         let through = template.render(&values[..=i], tools, false)?;
         let through = through.trim_end();
-        if !text.starts_with(&before) || !text.starts_with(through) {
+        let kept = text.starts_with(through);
+        let start = if i == 0 {
+            let start = opening(&values[0], tools, template, through);
+            kept.then_some(start.ok_or(RowError::BeginsWithAssistant)?)
+        } else {
+            let before = template.render(&values[..i], tools, true)?;
+            (kept && text.starts_with(&before)).then_some(before.len())
+        };
+        let Some(start) = start else {
             return Err(RowError::PrefixNotKept { message: format!("messages[{i}]") });
-        }
-        if before.len() < through.len() {
-            spans.push(before.len()..through.len());
+        };
+        if start < through.len() {
+            spans.push(start..through.len());
         }
     }
     Ok((text, spans))
+}
+
+/// Where the words of an assistant that speaks first begin in `through`, the text through its
+/// message. Many templates fail on no messages at all or put a system message of their own before
+/// the first, so what precedes its words is not rendered but looked for: it is what the template
+/// asks for an answer with after a later turn.
+fn opening(
+    first: &Value,
+    tools: Option<&Value>,
+    template: &ChatTemplate,
+    through: &str,
+) -> Option<usize> {
+    let turns = [first.clone(), json!({ "role": "user", "content": "?" })];
+    let asked = template.render(&turns, tools, true).ok()?;
+    let prompt = asked.strip_prefix(&template.render(&turns, tools, false).ok()?)?.trim_start();
+    let at = through.find(prompt).filter(|_| !prompt.is_empty())?;
+    Some(at + prompt.len())
 }

@@ -224,18 +224,20 @@ fn a_file_without_anything_to_learn_is_an_error() {
     assert!(missing.to_string().starts_with("no/such/file: cannot be read: "), "{missing}");
 }
 
+/// The chatml tokenizer with another chat template.
+fn with_template(template: Option<&str>) -> Tokenizer {
+    let folder = tempfile::tempdir().unwrap();
+    let source = golden("data/chatml");
+    std::fs::copy(source.join("tokenizer.json"), folder.path().join("tokenizer.json")).unwrap();
+    let config = std::fs::read(source.join("tokenizer_config.json")).unwrap();
+    let mut config: Value = serde_json::from_slice(&config).unwrap();
+    config["chat_template"] = template.into();
+    std::fs::write(folder.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+    Tokenizer::from_folder(folder.path()).unwrap()
+}
+
 #[test]
 fn a_conversation_needs_a_template_that_tells_what_is_said() {
-    let folder = tempfile::tempdir().unwrap();
-    let with_template = |template: Option<&str>| {
-        let source = golden("data/chatml");
-        std::fs::copy(source.join("tokenizer.json"), folder.path().join("tokenizer.json")).unwrap();
-        let config = std::fs::read(source.join("tokenizer_config.json")).unwrap();
-        let mut config: Value = serde_json::from_slice(&config).unwrap();
-        config["chat_template"] = template.into();
-        std::fs::write(folder.path().join("tokenizer_config.json"), config.to_string()).unwrap();
-        Tokenizer::from_folder(folder.path()).unwrap()
-    };
     let talk = json!({"messages": [
         {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
         {"role": "user", "content": "c"}, {"role": "assistant", "content": "d", "train": false},
@@ -259,22 +261,59 @@ fn a_conversation_needs_a_template_that_tells_what_is_said() {
     );
 }
 
+/// `expected`: the runs of learned tokens of a row, as text.
+#[track_caller]
+fn check_learned(tokenizer: &Tokenizer, row: Value, expected: &[&str]) {
+    let found = load(&lines(std::slice::from_ref(&row)), tokenizer, 1000).unwrap();
+    let runs = labels(&found.examples[0]);
+    let runs: Vec<Vec<u32>> = runs
+        .split(|&label| label == -100)
+        .filter(|run| !run.is_empty())
+        .map(|run| run.iter().map(|&id| id as u32).collect())
+        .collect();
+    let expected: Vec<_> =
+        expected.iter().map(|text| tokenizer.encode(text, Special::Parse).unwrap()).collect();
+    assert_eq!(runs, expected, "{row}");
+}
+
+/// Where a template puts a system message of its own first, or fails on no messages at all.
+#[test]
+fn a_conversation_may_begin_with_the_assistant() {
+    let turn = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n";
+    let asked = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+    let own_system = format!(
+        "{{% for m in messages %}}{{% if loop.first and m.role != 'system' %}}<|im_start|>system\n\
+         You help.<|im_end|>\n{{% endif %}}{turn}{{% endfor %}}{asked}"
+    );
+    let fails_on_none = format!(
+        "{{% if not messages %}}{{{{ raise_exception('none') }}}}{{% endif %}}\
+         {{% for m in messages %}}{turn}{{% endfor %}}{asked}"
+    );
+    let said = |text: &str| json!({"role": "assistant", "content": text});
+    let user = json!({"role": "user", "content": "u"});
+    let talk = json!({"messages": [said("one"), user, said("two")]});
+    for template in [own_system, fails_on_none] {
+        let tokenizer = with_template(Some(&template));
+        check_learned(&tokenizer, talk.clone(), &["one<|im_end|>", "two<|im_end|>"]);
+    }
+
+    let bare =
+        with_template(Some("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"));
+    let refused = load(&lines(&[talk]), &bare, 100).unwrap_err();
+    assert!(
+        refused.starts_with("rows.jsonl:1: `messages[0]` is the assistant's, and"),
+        "{refused}"
+    );
+    // What a template refuses is refused in its words, as transformers does.
+    let strict =
+        "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}";
+    let talk = json!({"messages": [said("one")]});
+    let refused = load(&lines(&[talk]), &with_template(Some(strict)), 100).unwrap_err();
+    assert_eq!(refused, "rows.jsonl:1: chat template, line 1: user first");
+}
+
 #[test]
 fn what_is_learned_of_a_row() {
-    /// `expected`: the runs of learned tokens, as text.
-    #[track_caller]
-    fn check(tokenizer: &Tokenizer, row: Value, expected: &[&str]) {
-        let found = load(&lines(std::slice::from_ref(&row)), tokenizer, 1000).unwrap();
-        let runs = labels(&found.examples[0]);
-        let runs: Vec<Vec<u32>> = runs
-            .split(|&label| label == -100)
-            .filter(|run| !run.is_empty())
-            .map(|run| run.iter().map(|&id| id as u32).collect())
-            .collect();
-        let expected: Vec<_> =
-            expected.iter().map(|text| tokenizer.encode(text, Special::Parse).unwrap()).collect();
-        assert_eq!(runs, expected, "{row}");
-    }
     for name in ["chatml", "generation", "bos"] {
         let t = &tokenizer(name);
         let said = |text: &str| json!({"role": "assistant", "content": text});
@@ -282,16 +321,20 @@ fn what_is_learned_of_a_row() {
         let user = json!({"role": "user", "content": "u"});
         let system = json!({"role": "system", "content": [{"type": "text", "text": "s"}]});
         let both = ["one<|im_end|>", "two<|im_end|>"];
-        check(t, json!({"messages": [system, user, said("one"), user, said("two")]}), &both);
-        check(t, json!({"messages": [user, unlearned, user, said("two")]}), &both[1..]);
+        check_learned(
+            t,
+            json!({"messages": [system, user, said("one"), user, said("two")]}),
+            &both,
+        );
+        check_learned(t, json!({"messages": [user, unlearned, user, said("two")]}), &both[1..]);
         let prompt = json!([user, said("one"), user]);
-        check(t, json!({"prompt": prompt, "completion": [said("two")]}), &both[1..]);
-        check(t, json!({"prompt": "a", "completion": " b"}), &[" b<|im_end|>"]);
+        check_learned(t, json!({"prompt": prompt, "completion": [said("two")]}), &both[1..]);
+        check_learned(t, json!({"prompt": "a", "completion": " b"}), &[" b<|im_end|>"]);
     }
     let ids = |text: &str| tokenizer("chatml").encode(text, Special::Parse).unwrap();
     let (a, b) = (ids("a")[0], ids("b")[0]);
     let row = json!({"input_ids": [a, b, a, b, a], "labels": [a, -100, a, b, -100]});
-    check(&tokenizer("chatml"), row, &["ab"]);
+    check_learned(&tokenizer("chatml"), row, &["ab"]);
 }
 
 #[test]
