@@ -451,7 +451,7 @@ fn inspect_is_silent_where_another_reader_panics() {
     bytes.extend(40u32.to_le_bytes());
     bytes.resize(bytes.len().next_multiple_of(32) + 4096, 0);
     fs::write(&path, bytes).unwrap();
-    check("type 40");
+    check("NVFP4");
 }
 
 /// Killed 20 times, some of them while a checkpoint is half written, then resumed: the same bytes.

@@ -179,7 +179,7 @@ fn a_bad_row_is_one_sentence_with_its_line() {
 fn wrong_rows_are_told_together() {
     #[track_caller]
     fn check(wrong: usize, expected: &str) {
-        // Further apart than what is read at a time.
+        // Each behind good rows and a blank line, so that they are read at different times.
         let row =
             |i: usize| format!("{}\n{{\"text\": {i}}}\n", "{\"text\": \"good\"}\n".repeat(700));
         let file: String = (0..wrong).map(row).collect();
@@ -187,10 +187,10 @@ fn wrong_rows_are_told_together() {
         assert_eq!(error, expected);
     }
     let told = |count: usize| -> String {
-        let line = |i| format!("\n  rows.jsonl:{}: `text` is {i}, needs a string", 701 * (i + 1));
+        let line = |i| format!("\n  rows.jsonl:{}: `text` is {i}, needs a string", 702 * (i + 1));
         (0..count).map(line).collect()
     };
-    check(1, "rows.jsonl:701: `text` is 0, needs a string");
+    check(1, "rows.jsonl:702: `text` is 0, needs a string");
     check(2, &format!("rows.jsonl: 2 of 1402 rows are wrong{}", told(2)));
     check(5, &format!("rows.jsonl: 5 of 3505 rows are wrong{}", told(5)));
     check(7, &format!("rows.jsonl: 7 of 4907 rows are wrong{}\n  and 2 more", told(5)));
