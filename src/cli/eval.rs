@@ -1,8 +1,9 @@
 //! `quantune eval`.
 
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use super::{AdapterArg, load_adapters, open_tokenizer, read_text, to_json};
@@ -53,10 +54,11 @@ impl Eval {
             (Some(data), _) => {
                 let max_length = self.max_length.unwrap_or(1024);
                 let max_length = max_length.min(decoder.config.max_position_embeddings);
-                let data = Dataset::load(data, &tokenizer, max_length)?;
+                let never = AtomicBool::new(false); // nothing is lost: Ctrl-C ends the process
+                let data = Dataset::load(data, &tokenizer, max_length, &never)?;
                 eprintln!("data: {}", data.report);
-                let loss = evaluate(&decoder, adapters, &data.examples)?;
-                (loss, Some(data.report))
+                let loss = evaluate(&decoder, adapters, &data.examples, &never)?;
+                (loss.context("stopped")?, Some(data.report))
             }
             (None, Some(text)) => {
                 let ids = tokenizer.encode(&read_text(text)?, Special::AsText)?;

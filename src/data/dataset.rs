@@ -4,6 +4,7 @@ use std::fmt;
 use std::fs::File;
 use std::io::BufReader;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rayon::prelude::*;
 use serde::Serialize;
@@ -83,14 +84,20 @@ impl fmt::Display for DataReport {
 
 impl Dataset {
     /// Reads and tokenizes all rows of a JSONL file. Of a row with more than `max_length` tokens
-    /// the first are kept; but a `text` is split into examples of that length.
+    /// the first are kept; but a `text` is split into examples of that length. Ends early once
+    /// `stop` is set.
     ///
     /// # Errors
     /// All wrong rows, the first few with their lines; a file without rows, or without anything
-    /// to learn.
-    pub fn load(path: &Path, tokenizer: &Tokenizer, max_length: usize) -> Result<Self, DataError> {
+    /// to learn; [`DataError::Stopped`].
+    pub fn load(
+        path: &Path,
+        tokenizer: &Tokenizer,
+        max_length: usize,
+        stop: &AtomicBool,
+    ) -> Result<Self, DataError> {
         let mut all = Part::default();
-        let sha256 = read(path, tokenizer, |_, line, tokenized| {
+        let sha256 = read(path, tokenizer, stop, |_, line, tokenized| {
             all.add(line, tokenized, max_length);
         })?;
         all.finish(path, sha256, max_length)
@@ -104,10 +111,11 @@ impl Dataset {
         path: &Path,
         tokenizer: &Tokenizer,
         max_length: usize,
+        stop: &AtomicBool,
     ) -> Result<Split, DataError> {
         let (mut train, mut held_out) = (Part::default(), Part::default());
         let mut held_out_lines = Vec::new();
-        let sha256 = read(path, tokenizer, |row, line, tokenized| {
+        let sha256 = read(path, tokenizer, stop, |row, line, tokenized| {
             if !is_held_out(row) {
                 return train.add(line, tokenized, max_length);
             }
@@ -132,6 +140,7 @@ impl Dataset {
 fn read(
     path: &Path,
     tokenizer: &Tokenizer,
+    stop: &AtomicBool,
     mut add: impl FnMut(&Row, &Line, Tokenized),
 ) -> Result<String, DataError> {
     let io = |source| DataError::Io { path: path.into(), source };
@@ -147,6 +156,9 @@ fn read(
         {
             bytes += line.bytes.len();
             chunk.push(line);
+            if stop.load(Ordering::Relaxed) {
+                return Err(DataError::Stopped);
+            }
         }
         if chunk.is_empty() {
             break;

@@ -28,6 +28,9 @@ pub enum DataError {
         /// All rows.
         rows: u64,
     },
+    /// The user asked to stop while the rows were read.
+    #[error("stopped while the rows were read")]
+    Stopped,
     /// Only blank lines, or none.
     #[error("{}: holds no rows, needs one JSON object per line", path.display())]
     Empty {

@@ -146,8 +146,7 @@ impl RunDir {
         format::write_folder(adapter, &partial)?;
         let bytes = optimizer_bytes(adapter, optimizer);
         write_atomically(partial.join("optimizer.safetensors"), |file| file.write_all(&bytes))?;
-        let text = serde_json::to_string(state).map_err(|e| at(&partial, e.into()))?;
-        write_atomically(partial.join("state.json"), |file| file.write_all(text.as_bytes()))?;
+        write_state(&partial, state)?;
         fs::rename(&partial, &whole).map_err(|e| at(&whole, e))?;
         sync_folder(&folder).map_err(|e| at(&folder, e))?;
         if keep > 0 {
@@ -262,6 +261,12 @@ pub fn read_state(checkpoint: &Path) -> Result<State, TrainError> {
     let path = checkpoint.join("state.json");
     let text = fs::read_to_string(&path).map_err(|e| at(&path, e))?;
     serde_json::from_str(&text).map_err(|e| TrainError::Broken { path, reason: e.to_string() })
+}
+
+/// Writes the state of a checkpoint, over one that is there.
+pub fn write_state(checkpoint: &Path, state: &State) -> Result<(), TrainError> {
+    let text = serde_json::to_string(state).map_err(|e| at(checkpoint, e.into()))?;
+    Ok(write_atomically(checkpoint.join("state.json"), |file| file.write_all(text.as_bytes()))?)
 }
 
 /// Reads the optimizer's state of a checkpoint into `optimizer`.

@@ -525,6 +525,18 @@ fn kill(mut child: Child, moment: Duration, ready: impl Fn() -> bool) -> bool {
     !child.wait().unwrap().success()
 }
 
+/// Ctrl-C as soon as `ready`, and what the process then says.
+#[cfg(unix)]
+fn interrupt(mut child: Child, ready: impl Fn() -> bool) -> Output {
+    while !ready() {
+        assert!(child.try_wait().unwrap().is_none(), "it ended before it was interrupted");
+        std::thread::sleep(Duration::from_micros(500));
+    }
+    let pid = child.id().to_string();
+    assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
+    child.wait_with_output().unwrap()
+}
+
 /// Ctrl-C ends after a whole step, says how to go on, and going on gives the same bytes.
 #[cfg(unix)]
 #[test]
@@ -538,20 +550,111 @@ fn an_interrupted_run_says_how_to_go_on() {
     };
     let (whole, stopped) = (lab.path("whole"), lab.path("stopped"));
     assert!(start(&whole).wait_with_output().unwrap().status.success());
-    let child = start(&stopped);
     let metrics = Path::new(&stopped).join("metrics.jsonl");
-    while fs::metadata(&metrics).map_or(0, |file| file.len()) == 0 {
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    let pid = child.id().to_string();
-    assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
-    let output = child.wait_with_output().unwrap();
+    let output = interrupt(start(&stopped), || fs::metadata(&metrics).is_ok_and(|f| f.len() > 0));
     assert_eq!(output.status.code(), Some(1));
     let sentence = error(&output);
     assert!(sentence.contains(&format!("quantune sft --out {stopped} --resume")), "{sentence}");
     let resumed = quantune(&strings(&["sft", "--out", &stopped, "--resume", "--json"]));
     assert!(last_json(&resumed)["resumed_at"].as_u64().unwrap() >= 1);
     for file in ["adapter/adapter_model.safetensors", "metrics.jsonl"] {
+        let bytes = |out: &str| fs::read(Path::new(out).join(file)).unwrap();
+        assert_eq!(bytes(&stopped), bytes(&whole), "{file}");
+    }
+}
+
+/// Ctrl-C while rows are read: of a new run nothing is there, one to be resumed is as it was.
+#[cfg(unix)]
+#[test]
+fn an_interrupt_while_rows_are_read_leaves_no_trace() {
+    use std::io::Write;
+
+    let lab = Lab::new();
+    let (data, out) = (lab.path("endless.jsonl"), lab.path("run"));
+    fs::copy(lab.path("rows.jsonl"), &data).unwrap();
+    let mut fresh = strings(&["sft", "--base", &base(), "--data", &data, "--out", &out]);
+    fresh.extend(strings(&["--max-steps", "2"]));
+    let resumed = strings(&["sft", "--out", &out, "--resume"]);
+    // Reads rows from a pipe that has no end, until it is interrupted.
+    let interrupted = |args: &[String]| -> String {
+        fs::remove_file(&data).unwrap();
+        assert!(Command::new("mkfifo").arg(&data).status().unwrap().success());
+        let mut command = Command::new(env!("CARGO_BIN_EXE_quantune"));
+        let child = command.args(args).stderr(Stdio::piped()).stdout(Stdio::null()).spawn();
+        let pipe = data.clone();
+        let (opened, is_open) = std::sync::mpsc::channel();
+        let writer = std::thread::spawn(move || {
+            let mut pipe = fs::File::options().write(true).open(pipe).unwrap();
+            let _ = opened.send(());
+            while pipe.write_all(b"{\"text\": \"one more row\"}\n").is_ok() {}
+        });
+        is_open.recv_timeout(Duration::from_secs(60)).expect("the rows are read");
+        let output = interrupt(child.unwrap(), || true);
+        writer.join().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        error(&output)
+    };
+
+    let sentence = interrupted(&fresh);
+    assert!(sentence.contains("before the run began; nothing was written"), "{sentence}");
+    assert!(!Path::new(&out).exists());
+
+    fs::remove_file(&data).unwrap();
+    fs::copy(lab.path("rows.jsonl"), &data).unwrap();
+    assert!(quantune(&fresh).status.success());
+    fs::remove_dir_all(Path::new(&out).join("adapter")).unwrap();
+    let files = || {
+        let mut files = Vec::new();
+        walk(Path::new(&out), &mut files);
+        files.sort();
+        files.into_iter().map(|file| (fs::read(&file).unwrap(), file)).collect::<Vec<_>>()
+    };
+    let before = files();
+    let sentence = interrupted(&resumed);
+    assert!(sentence.contains("the run is as it was; go on with: quantune sft"), "{sentence}");
+    assert!(files() == before);
+}
+
+/// Ctrl-C in the evaluation before the first step, after one in the middle and after the last: the
+/// run goes on with that evaluation, to the same bytes.
+#[cfg(unix)]
+#[test]
+fn an_interrupted_evaluation_is_taken_again() {
+    let lab = Lab::new();
+    let held_out = fs::read_to_string(lab.path("held_out.jsonl")).unwrap() + "\n";
+    lab.write("long.jsonl", &held_out.repeat(100));
+    let start = |out: &str, resume: bool| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_quantune"));
+        command.args(["sft", "--out", out]);
+        if resume {
+            command.arg("--resume");
+        } else {
+            command.args(["--base", &base(), "--data", &lab.path("rows.jsonl"), "--r", "2"]);
+            command.args(["--max-steps", "3", "--learning-rate", "1e-3", "--lora-dropout", "0.1"]);
+            command.args(["--eval-data", &lab.path("long.jsonl")]);
+            command.args(["--eval-strategy", "steps", "--eval-steps", "2"]);
+        }
+        command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap()
+    };
+    let (whole, stopped) = (lab.path("whole"), lab.path("stopped"));
+    assert!(start(&whole, false).wait_with_output().unwrap().status.success());
+    let metrics = Path::new(&stopped).join("metrics.jsonl");
+    let lines = || fs::read_to_string(&metrics).unwrap_or_default();
+    for step in [0, 2, 3] {
+        let output = interrupt(start(&stopped, step > 0), || match step {
+            0 => metrics.exists(),
+            _ => lines().contains(&format!("{{\"step\":{step},\"loss\"")),
+        });
+        assert_eq!(output.status.code(), Some(1));
+        let sentence = error(&output);
+        assert!(sentence.contains(&format!("stopped at step {step} of 3, saved")), "{sentence}");
+        assert!(!lines().contains(&format!("{{\"step\":{step},\"eval_loss\"")), "{}", lines());
+    }
+    assert!(!Path::new(&stopped).join("adapter").exists());
+    assert!(start(&stopped, true).wait_with_output().unwrap().status.success());
+    let files =
+        ["adapter/adapter_model.safetensors", "metrics.jsonl", "checkpoints/step-3/state.json"];
+    for file in files {
         let bytes = |out: &str| fs::read(Path::new(out).join(file)).unwrap();
         assert_eq!(bytes(&stopped), bytes(&whole), "{file}");
     }

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
 
 use proptest::prelude::*;
 use quantune::data::{
@@ -16,12 +17,15 @@ fn tokenizer(name: &str) -> Tokenizer {
     Tokenizer::from_folder(golden(&format!("data/{name}"))).unwrap()
 }
 
+/// Nobody asks to stop.
+static GOES_ON: AtomicBool = AtomicBool::new(false);
+
 /// The dataset of a file with these bytes, called rows.jsonl in its errors.
 fn load(bytes: &[u8], tokenizer: &Tokenizer, max_length: usize) -> Result<Dataset, String> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("rows.jsonl");
     std::fs::write(&path, bytes).unwrap();
-    Dataset::load(&path, tokenizer, max_length)
+    Dataset::load(&path, tokenizer, max_length, &GOES_ON)
         .map_err(|error| error.to_string().replace(&format!("{}/", folder.path().display()), ""))
 }
 
@@ -220,7 +224,8 @@ fn a_file_without_anything_to_learn_is_an_error() {
             "nothing to learn in any of 1 rows (1 of them longer than the 1 tokens kept), {needs}"
         ),
     );
-    let missing = Dataset::load(Path::new("no/such/file"), &tokenizer("chatml"), 10).unwrap_err();
+    let missing =
+        Dataset::load(Path::new("no/such/file"), &tokenizer("chatml"), 10, &GOES_ON).unwrap_err();
     assert!(missing.to_string().starts_with("no/such/file: cannot be read: "), "{missing}");
 }
 
@@ -442,7 +447,7 @@ fn a_prompt_is_in_one_part_and_stays_there() {
     // Odd spacing, carriage returns, no newline at the end: the lines come back byte for byte.
     let file = rows.iter().map(|row| format!(" {row}\t\r\n")).collect::<String>();
     std::fs::write(&path, file.trim_end()).unwrap();
-    let split = Dataset::load_split(&path, &tokenizer("chatml"), 100).unwrap();
+    let split = Dataset::load_split(&path, &tokenizer("chatml"), 100, &GOES_ON).unwrap();
     let held_out = split.held_out.unwrap();
     let row_of = |e: &Example| e.row as usize;
     assert!(split.train.examples.iter().map(row_of).all(|row| !held[row]));
@@ -452,12 +457,12 @@ fn a_prompt_is_in_one_part_and_stays_there() {
     let expected: String =
         file.split_inclusive('\n').zip(&held).filter(|(_, h)| **h).map(|(l, _)| l).collect();
     assert_eq!(String::from_utf8(split.held_out_lines).unwrap(), expected);
-    let whole = Dataset::load(&path, &tokenizer("chatml"), 100).unwrap();
+    let whole = Dataset::load(&path, &tokenizer("chatml"), 100, &GOES_ON).unwrap();
     assert_eq!((&whole.sha256, &whole.sha256), (&split.train.sha256, &held_out.sha256));
 
     let one = rows.iter().zip(&held).find(|(_, h)| **h).unwrap().0;
     std::fs::write(&path, lines(std::slice::from_ref(one))).unwrap();
-    let error = Dataset::load_split(&path, &tokenizer("chatml"), 100).unwrap_err();
+    let error = Dataset::load_split(&path, &tokenizer("chatml"), 100, &GOES_ON).unwrap_err();
     assert!(matches!(error, DataError::AllHeldOut { rows: 1, .. }), "{error}");
 }
 
