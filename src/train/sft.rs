@@ -81,10 +81,6 @@ pub fn sft(settings: &SftSettings, resume: bool, stop: &AtomicBool) -> Result<Ou
     if let Some(fault) = settings.fault() {
         return Err(TrainError::Settings(fault));
     }
-    if !resume {
-        RunDir::vacant(&settings.out)?;
-    }
-
     let mut settings = absolute(settings)?;
     if settings.template_date.is_empty() {
         settings.template_date = today();
@@ -93,6 +89,13 @@ pub fn sft(settings: &SftSettings, resume: bool, stop: &AtomicBool) -> Result<Ou
     let Some(now) = first_second(&settings.template_date) else {
         let fault = format!("template_date is {:?}, needed YYYY-MM-DD", settings.template_date);
         return Err(TrainError::Settings(fault));
+    };
+    // Told before anything is read: what is in the way of the run.
+    let resumed = if resume {
+        Some(RunDir::resume(&settings.out, settings)?)
+    } else {
+        RunDir::vacant(&settings.out)?;
+        None
     };
 
     // What is trained, on what.
@@ -108,8 +111,7 @@ pub fn sft(settings: &SftSettings, resume: bool, stop: &AtomicBool) -> Result<Ou
     };
     drop(tokenizer);
     let fingerprints = fingerprints(settings, &data)?;
-    let (run, saved, adapter) = if resume {
-        let run = RunDir::resume(&settings.out, settings)?;
+    let (run, saved, adapter) = if let Some(run) = resumed {
         same_fingerprints(&settings.out, &run.fingerprints()?, &fingerprints)?;
         let saved = run.last_checkpoint()?;
         let adapter = match &saved {

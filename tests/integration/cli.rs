@@ -117,7 +117,7 @@ fn traces(output: &Output, out: Option<&Path>) -> String {
         files.sort();
         for file in files {
             let name = file.strip_prefix(out).unwrap().display().to_string();
-            if name.starts_with("tensorboard") || name == "config.toml" {
+            if name.starts_with("tensorboard") || name == "config.toml" || name == "lock" {
                 continue;
             }
             let bytes = fs::read(&file).unwrap();
@@ -523,6 +523,39 @@ fn kill(mut child: Child, moment: Duration, ready: impl Fn() -> bool) -> bool {
     }
     let _ = child.kill(); // an error says that it has just ended
     !child.wait().unwrap().success()
+}
+
+/// Two processes on one run: the second says who is there, and a killed one is there no more.
+#[cfg(unix)]
+#[test]
+fn one_run_is_one_process_at_a_time() {
+    let lab = Lab::new();
+    let out = lab.path("run");
+    let mut fresh = strings(&["sft", "--base", &base(), "--data", &lab.path("rows.jsonl")]);
+    fresh.extend(strings(&["--out", &out, "--max-steps", "20", "--r", "2"]));
+    let resumed = strings(&["sft", "--out", &out, "--resume"]);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_quantune"));
+    let mut first =
+        command.args(&fresh).stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+    let metrics = Path::new(&out).join("metrics.jsonl");
+    while !fs::metadata(&metrics).is_ok_and(|file| file.len() > 0) {
+        std::thread::sleep(Duration::from_micros(500));
+    }
+    let pid = first.id().to_string();
+    assert!(Command::new("kill").args(["-STOP", &pid]).status().unwrap().success());
+    let before = fs::read(&metrics).unwrap();
+    for args in [&fresh, &resumed] {
+        let output = quantune(args);
+        assert_eq!(output.status.code(), Some(1));
+        let sentence = error(&output);
+        assert!(sentence.contains(&format!("process {pid} is at work on this run")), "{sentence}");
+    }
+    assert_eq!(fs::read(&metrics).unwrap(), before);
+
+    first.kill().unwrap(); // SIGKILL: nothing of it can let go of the lock
+    assert!(!first.wait().unwrap().success());
+    assert!(error(&quantune(&fresh)).contains("--resume goes on with it"));
+    assert!(quantune(&resumed).status.success());
 }
 
 /// Ctrl-C as soon as `ready`, and what the process then says.
