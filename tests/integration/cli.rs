@@ -148,8 +148,15 @@ fn flags(command: &[&str]) -> BTreeSet<String> {
 }
 
 /// Runs `command` with and without each row of `table` (which replaces flags of the same name) and
-/// demands other traces. Every flag of `--help` must be in the table or in `base`.
-fn every_flag(command: &[&str], base: &[(&str, &str)], table: &[&[(&str, &str)]], lab: &Lab) {
+/// demands other traces, and of neither an error. Every flag of `--help` must be the last of a row
+/// or among those `tested_apart`.
+fn every_flag(
+    command: &[&str],
+    base: &[(&str, &str)],
+    table: &[&[(&str, &str)]],
+    tested_apart: &[&str],
+    lab: &Lab,
+) {
     let run = |row: &[(&str, &str)], number: usize| -> String {
         let out = lab.folder.path().join(format!("run-{number}"));
         let mut args = strings(command);
@@ -169,12 +176,15 @@ fn every_flag(command: &[&str], base: &[(&str, &str)], table: &[&[(&str, &str)]]
     };
     let plain = run(&[], 0);
     assert!(!plain.starts_with("error"), "{plain}");
-    let mut covered: BTreeSet<String> = base.iter().map(|(flag, _)| flag.to_string()).collect();
+    let mut covered: BTreeSet<String> = tested_apart.iter().map(|flag| flag.to_string()).collect();
     for (number, row) in table.iter().enumerate() {
         // The last flag of a row is the one under test; those before it set the scene.
         let (flag, scene) = row.split_last().unwrap();
         let without = if scene.is_empty() { plain.clone() } else { run(scene, 2 * number + 1) };
         let with = run(row, 2 * number + 2);
+        for traces in [&without, &with] {
+            assert!(!traces.starts_with("error"), "{command:?} {row:?}: {traces}");
+        }
         assert_ne!(without, with, "{command:?}: {flag:?} changes nothing");
         covered.insert(flag.0.to_string());
     }
@@ -200,7 +210,7 @@ fn every_flag_of_sft_changes_something() {
     let table: &[&[(&str, &str)]] = &[
         &[("--base", &other_base)],
         &[("--data", &held_out)],
-        &[("--out", "-")],
+        &[("--out", "OUT/elsewhere")], // the traces name the files from OUT on
         &[("--max-steps", "2")],
         &[("--r", "3")],
         &[("--max-length", "48")],
@@ -217,8 +227,9 @@ fn every_flag_of_sft_changes_something() {
         &[("--rank-pattern", "q_proj=1")],
         &[("--alpha-pattern", "q_proj=1")],
         &[("--target-modules", "q_proj"), ("--layers-to-transform", "1")],
+        // A list of another name holds no layers here: what is left is the module named in full.
         &[
-            ("--target-modules", "q_proj"),
+            ("--target-modules", "q_proj,model.layers.0.mlp.up_proj"),
             ("--layers-to-transform", "1"),
             ("--layers-pattern", "h"),
         ],
@@ -245,16 +256,73 @@ fn every_flag_of_sft_changes_something() {
         &[("--save-steps", "1")],
         &[("--save-steps", "1"), ("--save-total-limit", "1")],
         &[("--config", &settings)],
-        &[("--resume", "")],
     ];
-    every_flag(&["sft"], base_args, table, &lab);
+    let tested_apart = &["--resume"]; // resume_goes_on_with_the_next_step
+    every_flag(&["sft"], base_args, table, tested_apart, &lab);
+}
+
+/// A run whose last checkpoint is that of step 2 does steps 3 and 4, to the same bytes; here on
+/// texts that are split, with dropout, whose random numbers are keyed by row and place.
+#[test]
+fn resume_goes_on_with_the_next_step() {
+    let lab = Lab::new();
+    let text =
+        |i: usize| format!("{{\"text\": \"{}\"}}\n", format!("text {i} goes on. ").repeat(20 + i));
+    lab.write("texts.jsonl", &(0..12).map(text).collect::<String>());
+    let out = lab.path("run");
+    let mut fresh = strings(&["sft", "--base", &base(), "--data", &lab.path("texts.jsonl")]);
+    fresh.extend(strings(&["--out", &out, "--max-steps", "4", "--max-length", "48", "--json"]));
+    fresh.extend(strings(&["--save-steps", "1", "--save-total-limit", "0", "--r", "2"]));
+    fresh.extend(strings(&["--lora-dropout", "0.2", "--learning-rate", "1e-3"]));
+    let whole = last_json(&quantune(&fresh));
+    assert_eq!(whole["data"]["split"], 12);
+    assert!(whole["data"]["pieces"].as_u64().unwrap() > 24, "{whole}");
+    assert!(whole["resumed_at"].is_null());
+    let files = || {
+        let mut files = Vec::new();
+        walk(Path::new(&out), &mut files);
+        files.retain(|file| !file.components().any(|part| part.as_os_str() == "tensorboard"));
+        files.sort();
+        files.into_iter().map(|file| (fs::read(&file).unwrap(), file)).collect::<Vec<_>>()
+    };
+    let before = files();
+    for gone in ["adapter", "checkpoints/step-3", "checkpoints/step-4"] {
+        fs::remove_dir_all(Path::new(&out).join(gone)).unwrap();
+    }
+    let resumed = quantune(&strings(&["sft", "--out", &out, "--resume", "--json"]));
+    let stderr = String::from_utf8_lossy(&resumed.stderr).into_owned();
+    assert!(stderr.contains("4 steps from step 2"), "{stderr}");
+    let resumed = last_json(&resumed);
+    assert_eq!((&resumed["resumed_at"], &resumed["steps"]), (&Value::from(2), &Value::from(4)));
+    assert_eq!(resumed["loss_last"], whole["loss_last"]);
+    assert!(files() == before);
+}
+
+/// Every token of a long text is scored, in however many pieces.
+#[test]
+fn a_long_text_is_scored_whole() {
+    let lab = Lab::new();
+    lab.write("long.jsonl", &format!("{{\"text\": \"{}\"}}", "it goes on and on. ".repeat(6)));
+    let scored = |max_length: &str| {
+        let (base, data) = (base(), lab.path("long.jsonl"));
+        let flags = ["--data", &data, "--max-length", max_length, "--json"];
+        last_json(&quantune(&strings(&[&["eval", "--base", &base], &flags[..]].concat())))
+    };
+    let (whole, split) = (scored("1000"), scored("16"));
+    for key in ["tokens", "rows"] {
+        assert_eq!(split[key], whole[key], "{key}");
+    }
+    assert_ne!(split["loss"], whole["loss"]);
+    assert_eq!(
+        (&split["data"]["split"], &whole["data"]["split"]),
+        (&Value::from(1), &Value::from(0))
+    );
 }
 
 #[test]
 fn every_flag_of_eval_changes_something() {
     let lab = Lab::new();
-    let (rows, held_out, text) =
-        (lab.path("rows.jsonl"), lab.path("held_out.jsonl"), lab.path("text.txt"));
+    let (rows, held_out) = (lab.path("rows.jsonl"), lab.path("held_out.jsonl"));
     let (base, adapter, dated) = (base(), adapter(), lab.dated_base());
     let base_args: &[(&str, &str)] =
         &[("--base", &base), ("--data", &rows), ("--threads", "1"), ("--json", "")];
@@ -266,12 +334,24 @@ fn every_flag_of_eval_changes_something() {
         &[("--json", "-")],
         &[("--adapter", &adapter)],
         &[("--max-length", "32")],
-        &[("--data", "-"), ("--text", &text)],
-        &[("--data", "-"), ("--text", &text), ("--n-ctx", "64")],
         &[("--base", &dated), ("--template-date", "2020-01-01")],
         &[("--compute", "portable")],
     ];
-    every_flag(&["eval"], base_args, table, &lab);
+    let tested_apart = &["--text", "--n-ctx"]; // they exclude --data
+    every_flag(&["eval"], base_args, table, tested_apart, &lab);
+
+    lab.write("other.txt", &"another text with words in it, again and again. ".repeat(40));
+    let scored = |text: &str, n_ctx: &str| {
+        let (base, text) = (base.clone(), lab.path(text));
+        let args = ["eval", "--base", &base, "--text", &text, "--n-ctx", n_ctx, "--json"];
+        let scored = last_json(&quantune(&strings(&args)));
+        (scored["loss"].as_f64().unwrap(), scored["tokens"].as_u64().unwrap())
+    };
+    let (loss, tokens) = scored("text.txt", "64");
+    assert_ne!(scored("other.txt", "64").0, loss);
+    // Of each chunk the second half is scored, but for its first token.
+    let chunks = |scored: u64, n_ctx: u64| scored / (n_ctx / 2 - 1);
+    assert_eq!(chunks(scored("text.txt", "32").1, 32) / 2, chunks(tokens, 64));
 }
 
 #[test]
@@ -310,7 +390,7 @@ fn every_flag_of_generate_changes_something() {
         &[("--base", &dated), ("--template-date", "2020-01-01")],
         &[("--compute", "portable")],
     ];
-    every_flag(&["generate"], base_args, table, &lab);
+    every_flag(&["generate"], base_args, table, &[], &lab);
 }
 
 #[test]
@@ -321,6 +401,7 @@ fn every_flag_of_inspect_and_tokenizer_changes_something() {
         &["inspect", &gguf],
         &[("--threads", "1"), ("--json", "")],
         &[&[("--threads", "2")], &[("--json", "-")]],
+        &[],
         &lab,
     );
     let (text, base) = (lab.path("text.txt"), base());
@@ -331,11 +412,13 @@ fn every_flag_of_inspect_and_tokenizer_changes_something() {
         &["tokenizer", "encode"],
         &[("--base", &base), ("--text", &text), ("--threads", "1"), ("--json", "")],
         &[
-            &[("--base", &other_base), ("--text", &special)],
+            &[("--base", &other_base)],
+            &[("--text", &special)],
             &[("--text", &special), ("--parse-special", "")],
             &[("--threads", "2")],
             &[("--json", "-")],
         ],
+        &[],
         &lab,
     );
 }
