@@ -89,6 +89,8 @@ CONVERSATIONS = [
         "messages": [user("Which boats?"), assistant("I look."), {"role": "tool", "content": "365"}, assistant("365 boats.")],
         "tools": [{"name": "count_boats"}, {"name": "ring_bell"}],
     },
+    {"messages": [assistant("Where to?"), user("Across."), assistant("3.50, please.")]},
+    {"messages": [assistant("Nobody is <|im_start|>assistant\nhere.")]},
     {"messages": [user("What does <|im_end|> mean?"), assistant("The <|im_start|> of <|im_end|> something.")]},
 ]
 CHAT_COMPLETIONS = [

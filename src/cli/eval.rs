@@ -1,8 +1,9 @@
 //! `quantune eval`.
 
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use super::{AdapterArg, load_adapters, open_tokenizer, read_text, to_json};
@@ -24,7 +25,8 @@ pub struct Eval {
     /// Rows, scored under the masks of training
     #[arg(long, required_unless_present = "text", conflicts_with = "text")]
     data: Option<PathBuf>,
-    /// Tokens kept of a row of --data [default: 1024]
+    /// Tokens of an example of --data: a longer `text` is split into several, longer `messages`,
+    /// `prompt`/`completion` and `input_ids` rows are cut at their end [default: 1024]
     #[arg(long, conflicts_with = "text")]
     max_length: Option<usize>,
     /// A text, scored as llama.cpp's perplexity: in chunks, the second half of each
@@ -53,10 +55,11 @@ impl Eval {
             (Some(data), _) => {
                 let max_length = self.max_length.unwrap_or(1024);
                 let max_length = max_length.min(decoder.config.max_position_embeddings);
-                let data = Dataset::load(data, &tokenizer, max_length)?;
+                let never = AtomicBool::new(false); // nothing is lost: Ctrl-C ends the process
+                let data = Dataset::load(data, &tokenizer, max_length, &never)?;
                 eprintln!("data: {}", data.report);
-                let loss = evaluate(&decoder, adapters, &data.examples)?;
-                (loss, Some(data.report))
+                let loss = evaluate(&decoder, adapters, &data.examples, &never)?;
+                (loss.context("stopped")?, Some(data.report))
             }
             (None, Some(text)) => {
                 let ids = tokenizer.encode(&read_text(text)?, Special::AsText)?;

@@ -35,16 +35,17 @@ impl Sft {
             if asked.swap(true, Ordering::Relaxed) {
                 std::process::exit(130); // asked twice: the last checkpoint has to do
             }
-            eprintln!("\nstopping after this step; Ctrl-C again stops at once");
+            eprintln!("\nstopping, after the step under way; Ctrl-C again stops at once");
         })
         .context("cannot listen for Ctrl-C")?;
+        let go_on = format!("go on with: quantune sft --out {} --resume", settings.out.display());
         match sft(&settings, self.resume, &stop)? {
+            Outcome::NotBegun if self.resume => {
+                bail!("stopped before the first step, the run is as it was; {go_on}")
+            }
+            Outcome::NotBegun => bail!("stopped before the run began; nothing was written"),
             Outcome::Interrupted { step, total_steps } => {
-                let out = settings.out.display();
-                bail!(
-                    "stopped at step {step} of {total_steps}, saved; go on with: \
-                     quantune sft --out {out} --resume"
-                )
+                bail!("stopped at step {step} of {total_steps}, saved; {go_on}")
             }
             Outcome::Done(summary) => {
                 if !json {

@@ -58,6 +58,8 @@ impl EpochPlan {
     }
 
     /// Optimizer steps of the epoch. As in transformers, a last one over fewer micro-batches counts.
+    ///
+    /// The same for every epoch and seed: bins are counted by lengths alone.
     pub fn steps(&self) -> usize {
         self.micro_batches.len().div_ceil(self.gradient_accumulation_steps)
     }
@@ -71,6 +73,9 @@ impl EpochPlan {
 /// Best fit decreasing: the longest first, each into the fullest bin that still holds it. Equal
 /// lengths go in the given order, so another order packs otherwise. Within a bin, and between bins
 /// by their first example, the given order is kept.
+///
+/// The number of bins is that of every other order: what is free in the bins after each example
+/// follows from the lengths so far, and these come longest first whatever the order.
 fn pack(order: &[usize], max_length: usize, length: impl Fn(usize) -> usize) -> Vec<Vec<usize>> {
     let mut by_length: Vec<usize> = (0..order.len()).collect(); // places in `order`
     by_length.sort_by_key(|&place| std::cmp::Reverse(length(order[place])));
@@ -134,7 +139,7 @@ impl Batch {
         self.tokens.extend(&example.tokens);
         for (i, (&token, &learned)) in example.tokens.iter().zip(&example.learned).enumerate() {
             self.positions.push(i as u32);
-            self.keys.push((example.row, i as u32));
+            self.keys.push((example.row, example.start + i as u32));
             if learned && i > 0 {
                 self.targets.push(((start + i - 1) as u32, token));
             }

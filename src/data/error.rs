@@ -1,6 +1,6 @@
-//! What can be wrong with a file of rows, one sentence each.
+//! What can be wrong with a file of rows, one sentence each; wrong rows are told together.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use crate::text::TextError;
 
@@ -16,16 +16,21 @@ pub enum DataError {
         /// What the system said.
         source: std::io::Error,
     },
-    /// One row is wrong.
-    #[error("{}:{line}: {problem}", path.display())]
-    Row {
+    /// Some rows are wrong: the first of them, each with its line.
+    #[error("{}", sentences(path, first, *wrong, *rows))]
+    Rows {
         /// The file.
         path: PathBuf,
-        /// Its line, counted from 1.
-        line: u64,
-        /// What is wrong with it.
-        problem: Box<RowError>,
+        /// Lines, counted from 1, and what is wrong with them.
+        first: Vec<(u64, RowError)>,
+        /// All wrong rows.
+        wrong: u64,
+        /// All rows.
+        rows: u64,
     },
+    /// The user asked to stop while the rows were read.
+    #[error("stopped while the rows were read")]
+    Stopped,
     /// Only blank lines, or none.
     #[error("{}: holds no rows, needs one JSON object per line", path.display())]
     Empty {
@@ -66,6 +71,14 @@ pub enum DataError {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RowError {
+    /// A line too long to be a row.
+    #[error(
+        "the line is longer than {most} bytes: needs one row a line, long texts in several rows"
+    )]
+    TooLong {
+        /// Bytes a line may have.
+        most: usize,
+    },
     /// Bytes that are no text.
     #[error("byte {column} of the line is not UTF-8")]
     NotUtf8 {
@@ -137,6 +150,13 @@ pub enum RowError {
         /// The path of the assistant's message.
         message: String,
     },
+    /// A first message whose beginning is not to be found.
+    #[error(
+        "`messages[0]` is the assistant's, and where its words begin cannot be told from the chat \
+         template: needs a system or user message before it, or a template that marks the \
+         assistant's words with {{% generation %}}"
+    )]
+    BeginsWithAssistant,
     /// `{% generation %}` blocks that are no messages.
     #[error(
         "the chat template marks {spans} {{% generation %}} parts for {messages} assistant \
@@ -153,9 +173,32 @@ pub enum RowError {
     Text(#[from] TextError),
 }
 
+/// One wrong row is a sentence of its own; several stand under each other, as compilers tell them.
+fn sentences(path: &Path, first: &[(u64, RowError)], wrong: u64, rows: u64) -> String {
+    let path = path.display();
+    if let (1, [(line, problem)]) = (wrong, first) {
+        return format!("{path}:{line}: {problem}");
+    }
+    let told = first.iter().map(|(line, problem)| format!("\n  {path}:{line}: {problem}"));
+    let more = match wrong - first.len() as u64 {
+        0 => String::new(),
+        more => format!("\n  and {more} more"),
+    };
+    format!("{path}: {wrong} of {rows} rows are wrong{}{more}", told.collect::<String>())
+}
+
+/// Keys in backquotes; of a row that is no row, the first few.
 fn quoted(keys: &[String]) -> String {
-    match keys {
-        [] => "(none)".into(),
-        keys => keys.iter().map(|k| format!("`{k}`")).collect::<Vec<_>>().join(", "),
+    const MOST: usize = 8;
+    const CHARS: usize = 40;
+    let short = |key: &String| match key.char_indices().nth(CHARS) {
+        Some((end, _)) => format!("`{}...`", &key[..end]),
+        None => format!("`{key}`"),
+    };
+    let shown = keys.iter().take(MOST).map(short).collect::<Vec<_>>().join(", ");
+    match keys.len() {
+        0 => "(none)".into(),
+        count if count > MOST => format!("{shown} and {} more", count - MOST),
+        _ => shown,
     }
 }

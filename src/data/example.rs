@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{Message, Row, RowError};
 use crate::text::{ChatTemplate, Special, Tokenizer};
@@ -18,6 +18,9 @@ pub struct Example {
     pub row: u64,
     /// Its line, counted from 1.
     pub line: u64,
+    /// Where it begins in its row: above 0 only in pieces of a long text. Random numbers are keyed
+    /// by row and place, so no two tokens of a file share theirs.
+    pub start: u32,
 }
 
 impl Example {
@@ -33,6 +36,46 @@ pub(super) struct Tokenized {
     pub learned: Vec<bool>,
     /// A token holds both given and learned text: inference will see other tokens there.
     pub boundary_mismatch: bool,
+    /// What is done if there are more of them than an example may have.
+    pub when_long: WhenLong,
+}
+
+/// What becomes of a row with more tokens than an example may have.
+#[derive(Clone, Copy)]
+pub(super) enum WhenLong {
+    /// Its end is dropped: the later turns of a conversation mean nothing without the earlier.
+    Cut,
+    /// It goes on in further examples: a text is worth learning from anywhere.
+    Split {
+        /// What the tokenizer wants in front of each.
+        bos: Option<u32>,
+    },
+}
+
+/// Tokens, and whether each is learned.
+type Piece = (Vec<u32>, Vec<bool>);
+
+/// Cuts a text into pieces of at most `most` tokens, two or more. Each but the first begins with a
+/// token that is only read there: BOS, or without one the last of the piece before. So every token
+/// after the text's first is learned once.
+pub(super) fn pieces(
+    tokens: &[u32],
+    learned: &[bool],
+    bos: Option<u32>,
+    most: usize,
+) -> Vec<Piece> {
+    let first = most.min(tokens.len());
+    let mut pieces = vec![(tokens[..first].to_vec(), learned[..first].to_vec())];
+    let mut at = first;
+    while at < tokens.len() {
+        let end = tokens.len().min(at + most - 1);
+        let mut piece = (vec![bos.unwrap_or(tokens[at - 1])], vec![false]);
+        piece.0.extend(&tokens[at..end]);
+        piece.1.extend(&learned[at..end]);
+        pieces.push(piece);
+        at = end;
+    }
+    pieces
 }
 
 pub(super) fn tokenize(row: &Row, tokenizer: &Tokenizer) -> Result<Tokenized, RowError> {
@@ -42,7 +85,11 @@ pub(super) fn tokenize(row: &Row, tokenizer: &Tokenizer) -> Result<Tokenized, Ro
         Row::PromptCompletion { prompt, completion } => {
             prompt_completion(prompt, completion, tokenizer)?
         }
-        Row::Text(text) => prompt_completion("", text, tokenizer)?,
+        Row::Text(text) => {
+            let bos = tokenizer.bos().filter(|_| tokenizer.adds_bos());
+            let text = prompt_completion("", text, tokenizer)?;
+            Tokenized { when_long: WhenLong::Split { bos }, ..text }
+        }
     };
     if let Some(first) = tokenized.learned.first_mut() {
         *first = false;
@@ -55,7 +102,8 @@ fn ready(ids: &[u32], learned: &[bool], tokenizer: &Tokenizer) -> Result<Tokeniz
     if let Some(index) = ids.iter().position(|&id| id as usize >= vocab_size) {
         return Err(RowError::OutOfVocabulary { index, token: ids[index], vocab_size });
     }
-    Ok(Tokenized { tokens: ids.into(), learned: learned.into(), boundary_mismatch: false })
+    let (tokens, learned) = (ids.into(), learned.into());
+    Ok(Tokenized { tokens, learned, boundary_mismatch: false, when_long: WhenLong::Cut })
 }
 
 /// Tokenized jointly, as the completion will follow the prompt. What is learned begins where the
@@ -76,7 +124,8 @@ fn prompt_completion(
         tokens.push(eos);
     }
     let learned = (0..tokens.len()).map(|i| i >= given).collect();
-    Ok(Tokenized { tokens, learned, boundary_mismatch: given < own.len() })
+    let boundary_mismatch = given < own.len();
+    Ok(Tokenized { tokens, learned, boundary_mismatch, when_long: WhenLong::Cut })
 }
 
 /// The whole conversation rendered once; what the assistant says is learned through its
@@ -102,7 +151,7 @@ fn conversation(
         learned.push(span.is_some());
         boundary_mismatch |= span.is_some_and(|span| start < span.start);
     }
-    Ok(Tokenized { tokens, learned, boundary_mismatch })
+    Ok(Tokenized { tokens, learned, boundary_mismatch, when_long: WhenLong::Cut })
 }
 
 /// The text, and the byte ranges of it that are learned, in order.
@@ -140,15 +189,39 @@ fn prefix_spans(
     let text = template.render(&values, tools, false)?;
     let mut spans = Vec::new();
     for i in (0..messages.len()).filter(|&i| messages[i].learned) {
-        let before = template.render(&values[..i], tools, true)?;
         let through = template.render(&values[..=i], tools, false)?;
         let through = through.trim_end();
-        if !text.starts_with(&before) || !text.starts_with(through) {
+        let kept = text.starts_with(through);
+        let start = if i == 0 {
+            let start = opening(&values[0], tools, template, through);
+            kept.then_some(start.ok_or(RowError::BeginsWithAssistant)?)
+        } else {
+            let before = template.render(&values[..i], tools, true)?;
+            (kept && text.starts_with(&before)).then_some(before.len())
+        };
+        let Some(start) = start else {
             return Err(RowError::PrefixNotKept { message: format!("messages[{i}]") });
-        }
-        if before.len() < through.len() {
-            spans.push(before.len()..through.len());
+        };
+        if start < through.len() {
+            spans.push(start..through.len());
         }
     }
     Ok((text, spans))
+}
+
+/// Where the words of an assistant that speaks first begin in `through`, the text through its
+/// message. Many templates fail on no messages at all or put a system message of their own before
+/// the first, so what precedes its words is not rendered but looked for: it is what the template
+/// asks for an answer with after a later turn.
+fn opening(
+    first: &Value,
+    tools: Option<&Value>,
+    template: &ChatTemplate,
+    through: &str,
+) -> Option<usize> {
+    let turns = [first.clone(), json!({ "role": "user", "content": "?" })];
+    let asked = template.render(&turns, tools, true).ok()?;
+    let prompt = asked.strip_prefix(&template.render(&turns, tools, false).ok()?)?.trim_start();
+    let at = through.find(prompt).filter(|_| !prompt.is_empty())?;
+    Some(at + prompt.len())
 }

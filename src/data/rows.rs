@@ -1,6 +1,6 @@
 //! JSON lines and the kinds of rows they hold, told apart by their keys as TRL does.
 
-use std::io::BufRead;
+use std::io::{BufRead, Read};
 
 use serde_json::{Map, Value};
 
@@ -249,25 +249,32 @@ pub(super) struct Line {
     pub number: u64,
     /// Its bytes with the newline they end in, without a byte order mark.
     pub bytes: Vec<u8>,
+    /// Whether it is longer than a line may be: then no bytes of it are kept, since what is no
+    /// JSONL at all may be one line of any length.
+    pub too_long: bool,
 }
 
 /// The lines of a file, in order.
 pub(super) struct Lines<R> {
     reader: R,
+    /// Bytes a line may have.
+    most: usize,
     row: u64,
     number: u64,
 }
 
 impl<R: BufRead> Lines<R> {
-    pub fn new(reader: R) -> Self {
-        Self { reader, row: 0, number: 0 }
+    pub fn new(reader: R, most: usize) -> Self {
+        Self { reader, most, row: 0, number: 0 }
     }
 
     /// The next line that is not blank, or `None` at the end. `seen` is shown every byte read.
     pub fn next(&mut self, mut seen: impl FnMut(&[u8])) -> std::io::Result<Option<Line>> {
         loop {
             let mut bytes = Vec::new();
-            if self.reader.read_until(b'\n', &mut bytes)? == 0 {
+            // One byte more than there may be tells a line that is too long.
+            let mut limited = self.reader.by_ref().take(self.most as u64 + 1);
+            if limited.read_until(b'\n', &mut bytes)? == 0 {
                 return Ok(None);
             }
             seen(&bytes);
@@ -275,9 +282,31 @@ impl<R: BufRead> Lines<R> {
             if self.number == 1 && bytes.starts_with(b"\xef\xbb\xbf") {
                 bytes.drain(..3);
             }
-            if !bytes.trim_ascii().is_empty() {
-                self.row += 1;
-                return Ok(Some(Line { row: self.row - 1, number: self.number, bytes }));
+            let too_long = bytes.len() > self.most;
+            if too_long {
+                if !bytes.ends_with(b"\n") {
+                    self.skip_line(&mut seen)?;
+                }
+                bytes = Vec::new();
+            } else if bytes.trim_ascii().is_empty() {
+                continue;
+            }
+            self.row += 1;
+            return Ok(Some(Line { row: self.row - 1, number: self.number, bytes, too_long }));
+        }
+    }
+
+    /// Reads on to the end of the line and keeps nothing of it.
+    fn skip_line(&mut self, mut seen: impl FnMut(&[u8])) -> std::io::Result<()> {
+        loop {
+            let buffer = self.reader.fill_buf()?;
+            let end = buffer.iter().position(|&byte| byte == b'\n');
+            let part = &buffer[..end.map_or(buffer.len(), |end| end + 1)];
+            seen(part);
+            let read = part.len();
+            self.reader.consume(read);
+            if end.is_some() || read == 0 {
+                return Ok(());
             }
         }
     }
@@ -286,6 +315,21 @@ impl<R: BufRead> Lines<R> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_line_that_is_too_long_is_skipped_and_counted() {
+        let file = b"12345678\n\n123456789\n123456789 and more\n1234567\n1234567890";
+        let mut lines = Lines::new(file.as_slice(), 9);
+        let mut seen = Vec::new();
+        let mut found = Vec::new();
+        while let Some(line) = lines.next(|bytes| seen.extend_from_slice(bytes)).unwrap() {
+            assert_eq!(line.too_long, line.bytes.is_empty());
+            found.push((line.row, line.number, line.bytes.len()));
+        }
+        let needed = [(0, 1, 9), (1, 3, 0), (2, 4, 0), (3, 5, 8), (4, 6, 0)];
+        assert_eq!(found, needed);
+        assert_eq!(seen, file, "all of it is hashed");
+    }
 
     #[test]
     fn templates_see_messages_as_strings_and_without_our_key() {

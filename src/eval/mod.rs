@@ -1,5 +1,7 @@
 //! How good a model is: mean loss under the masks of training, perplexity as llama.cpp counts it.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use candle_core::Tensor;
 
 use crate::data::{Batch, Example};
@@ -51,15 +53,19 @@ impl Loss {
     }
 }
 
-/// The loss over the learned tokens of `examples`.
+/// The loss over the learned tokens of `examples`; none if `stop` was set before all went through.
 pub fn evaluate(
     decoder: &Decoder,
     adapters: Adapters,
     examples: &[Example],
-) -> Result<Loss, EvalError> {
+    stop: &AtomicBool,
+) -> Result<Option<Loss>, EvalError> {
     let (mut sum, mut tokens) = (0.0, 0);
     let mut next = 0;
     while next < examples.len() {
+        if stop.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
         let first = next;
         let mut length = 0;
         while next < examples.len()
@@ -78,7 +84,8 @@ pub fn evaluate(
         sum -= logps.iter().map(|&logp| f64::from(logp)).sum::<f64>();
         tokens += batch.targets.len() as u64;
     }
-    Ok(Loss { loss: sum / tokens.max(1) as f64, tokens, rows: examples.len() as u64 })
+    let rows = examples.iter().filter(|example| example.start == 0).count() as u64;
+    Ok(Some(Loss { loss: sum / tokens.max(1) as f64, tokens, rows }))
 }
 
 /// Perplexity of a text as llama.cpp's `llama-perplexity` counts it: chunks of `n_ctx` tokens,

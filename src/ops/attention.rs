@@ -19,11 +19,10 @@ use rayon::prelude::*;
 
 use super::Compute;
 use super::cpu::{Target, Values, values};
-use crate::isa::{Isa, versions};
 use super::lanes::{
     Element, GROUP, Lanes, Left, MOST_ROWS, Right, Scratch, exp2, panel, product, rungs, tile_rows,
 };
-use crate::isa::Isa;
+use crate::isa::{Isa, versions};
 
 /// Keys taken at a time, and rows of queries in the backward pass.
 pub(crate) const KEYS: usize = 64;

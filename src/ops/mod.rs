@@ -20,7 +20,6 @@ pub(crate) mod lanes;
 pub mod linear_cross_entropy;
 pub mod rms_norm;
 pub mod rope;
-#[allow(dead_code)] // until the frozen linear layer calls it
 pub(crate) mod row_dot;
 pub mod swiglu;
 

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use super::marks::Marks;
 use super::tokenizer::{Roles, ends_by_text};
 use super::{ChatTemplate, TextError, Tokenizer};
 
@@ -55,7 +56,9 @@ pub(super) fn read(folder: &Path) -> Result<Tokenizer, TextError> {
     let template = template(folder, &config_path, &config["chat_template"], &special)?;
     let highest = inner.get_vocab(true).into_values().max();
     let vocab_size = highest.map_or(0, |id| id as usize + 1);
-    Ok(Tokenizer::new(inner, roles, vocab_size, template))
+    // transformers takes of overlapping tokens the leftmost, as the crate does by itself.
+    let marks = Marks::default();
+    Ok(Tokenizer::new(inner, marks, roles, vocab_size, template))
 }
 
 /// EOS by all files that name one, and what ends generation by its text.

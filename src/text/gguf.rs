@@ -6,6 +6,7 @@ use tokenizers::AddedToken;
 use tokenizers::models::bpe::BPE;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 
+use super::marks::{Mark, Marks};
 use super::pre_tokenizer::{self, PreTokenizer};
 use super::tokenizer::{ENDS, Roles, ends_by_text};
 use super::{ChatTemplate, TextError, Tokenizer};
@@ -71,7 +72,10 @@ pub(super) fn read(file: &Gguf) -> Result<Tokenizer, TextError> {
     inner.with_pre_tokenizer(Some(pre.build(|c| ids.contains_key(c)).map_err(broken)?));
     inner.with_decoder(Some(ByteLevel::default()));
     let roles = roles(file, pre, &tokens, &ids)?;
-    inner.add_tokens(added(file, &tokens, &roles)?).map_err(broken)?;
+    let marks = marks(file, &tokens, &roles)?;
+    let added =
+        marks.iter().map(|mark| AddedToken::from(&*mark.text, mark.special).normalized(false));
+    inner.add_tokens(added).map_err(broken)?;
 
     let text = |id: Option<u32>| id.map(|id| &*tokens[id as usize]);
     let special = [
@@ -80,7 +84,7 @@ pub(super) fn read(file: &Gguf) -> Result<Tokenizer, TextError> {
         ("pad_token", text(roles.pad)),
     ];
     let template = template(file, &special)?;
-    Ok(Tokenizer::new(inner, roles, tokens.len(), template))
+    Ok(Tokenizer::new(inner, Marks::new(marks), roles, tokens.len(), template))
 }
 
 /// What cuts words, if the file's tokenizer is one we know.
@@ -189,7 +193,7 @@ fn roles(
 }
 
 /// The tokens found in a text before it is cut into words.
-fn added(file: &Gguf, tokens: &[String], roles: &Roles) -> Result<Vec<AddedToken>, TextError> {
+fn marks(file: &Gguf, tokens: &[String], roles: &Roles) -> Result<Vec<Mark>, TextError> {
     let key = "tokenizer.ggml.token_type";
     let types = file.i32s(key)?;
     if let Some(types) = &types
@@ -198,21 +202,21 @@ fn added(file: &Gguf, tokens: &[String], roles: &Roles) -> Result<Vec<AddedToken
         let (found, needed) = (types.len(), tokens.len());
         return Err(bad(file, format!("{key} has {found} items, needed {needed}")));
     }
-    let mut added = Vec::new();
-    for (id, token) in tokens.iter().enumerate() {
-        let is_mark = ENDS.contains(&&**token) && roles.ends.contains(&(id as u32))
+    let mut marks = Vec::new();
+    for (id, token) in (0..).zip(tokens) {
+        let is_mark = ENDS.contains(&&**token) && roles.ends.contains(&id)
             || MARKS.contains(&&**token)
             || FIM_ENDS.iter().any(|(_, names)| names.contains(&&**token));
-        let special = match types.as_ref().map(|types| types[id]) {
+        let special = match types.as_ref().map(|types| types[id as usize]) {
             _ if TEXT.contains(&&**token) => false,
             _ if is_mark => true,
             Some(UNKNOWN | CONTROL) => !ENDS.contains(&&**token),
             Some(USER_DEFINED) => false,
             _ => continue,
         };
-        added.push(AddedToken::from(token.clone(), special).normalized(false));
+        marks.push(Mark { text: token.clone(), id, special });
     }
-    Ok(added)
+    Ok(marks)
 }
 
 fn template(

@@ -7,6 +7,7 @@
 mod error;
 mod folder;
 mod gguf;
+mod marks;
 mod pre_tokenizer;
 mod python;
 mod stream;

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::OnceLock;
 
+use super::marks::{Marks, Part};
 use super::{ChatTemplate, DecodeStream, TextError, folder, gguf};
 use crate::weights::{Checkpoint, Gguf};
 
@@ -32,6 +33,8 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     /// The same, blind to special tokens; made when it is first needed.
     as_text: OnceLock<tokenizers::Tokenizer>,
+    /// Special tokens that are looked for before `inner` does.
+    marks: Marks,
     roles: Roles,
     vocab_size: usize,
     template: Option<ChatTemplate>,
@@ -80,11 +83,12 @@ impl Tokenizer {
 
     pub(super) fn new(
         inner: tokenizers::Tokenizer,
+        marks: Marks,
         roles: Roles,
         vocab_size: usize,
         template: Option<ChatTemplate>,
     ) -> Self {
-        Self { inner, as_text: OnceLock::new(), roles, vocab_size, template }
+        Self { inner, as_text: OnceLock::new(), marks, roles, vocab_size, template }
     }
 
     /// The ids of a text. Neither BOS nor EOS is ever added: see [`Tokenizer::with_bos`].
@@ -92,8 +96,17 @@ impl Tokenizer {
     /// # Errors
     /// If the tokenizer cannot cope with the text.
     pub fn encode(&self, text: &str, special: Special) -> Result<Vec<u32>, TextError> {
-        let encoding = self.engine(special).encode_fast(text, false).map_err(failed)?;
-        Ok(encoding.get_ids().to_vec())
+        let mut ids = Vec::new();
+        for part in self.marks.partition(text, special == Special::AsText) {
+            match part {
+                Part::Text(range) => {
+                    let part = self.engine(special).encode_fast(&text[range], false);
+                    ids.extend(part.map_err(failed)?.get_ids());
+                }
+                Part::Mark(id, _) => ids.push(id),
+            }
+        }
+        Ok(ids)
     }
 
     /// The same, with where each token came from.
@@ -101,8 +114,23 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::encode`].
     pub fn encode_with_offsets(&self, text: &str, special: Special) -> Result<Encoding, TextError> {
-        let encoding = self.engine(special).encode(text, false).map_err(failed)?;
-        Ok(Encoding { ids: encoding.get_ids().to_vec(), offsets: encoding.get_offsets().to_vec() })
+        let mut found = Encoding { ids: Vec::new(), offsets: Vec::new() };
+        for part in self.marks.partition(text, special == Special::AsText) {
+            match part {
+                Part::Text(range) => {
+                    let start = range.start;
+                    let part = self.engine(special).encode(&text[range], false).map_err(failed)?;
+                    found.ids.extend(part.get_ids());
+                    let offsets = part.get_offsets().iter();
+                    found.offsets.extend(offsets.map(|(from, to)| (start + from, start + to)));
+                }
+                Part::Mark(id, range) => {
+                    found.ids.push(id);
+                    found.offsets.push((range.start, range.end));
+                }
+            }
+        }
+        Ok(found)
     }
 
     /// The text of ids; `skip_special` leaves special tokens out. What is no UTF-8 becomes

@@ -50,6 +50,14 @@ pub enum TrainError {
         /// What is in the way.
         name: &'static str,
     },
+    /// Another process is at work there.
+    #[error("{}: {holder} is at work on this run; wait for it or choose another --out", path.display())]
+    Held {
+        /// The directory.
+        path: PathBuf,
+        /// Who holds it.
+        holder: String,
+    },
     /// There is nothing to resume.
     #[error("{}: holds no run to resume (no config.toml)", .0.display())]
     NoRun(PathBuf),

@@ -3,10 +3,11 @@
 //!
 //! `metrics.jsonl` is appended to and may run ahead of the last checkpoint; a checkpoint records
 //! how long it was, and a resumed run cuts it back to that. A checkpoint is written under a name
-//! that no reader takes for one, synced, and renamed: it is there whole or not at all.
+//! that no reader takes for one, synced, and renamed: it is there whole or not at all. `lock` names
+//! the process that is at work here, and is held by it.
 
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::fs::{self, File, TryLockError};
+use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use quantune_adapters::delta::Adapter;
@@ -36,10 +37,11 @@ pub struct State {
 /// A hash of what a run is made of, with a name for the sentence that refuses another.
 pub type Fingerprint = (String, String);
 
-/// The directory of one run.
+/// The directory of one run, this process's alone while it is held.
 #[derive(Debug)]
 pub struct RunDir {
     path: PathBuf,
+    _lock: Lock,
 }
 
 impl RunDir {
@@ -50,7 +52,9 @@ impl RunDir {
         fingerprints: &[Fingerprint],
     ) -> Result<Self, TrainError> {
         Self::vacant(path)?;
-        let run = Self { path: path.into() };
+        fs::create_dir_all(path).map_err(|e| at(path, e))?;
+        let run = Self { path: path.into(), _lock: Lock::take(path)? };
+        Self::vacant(path)?; // another process may have begun, and ended, a moment ago
         fs::create_dir_all(run.checkpoints()).map_err(|e| at(path, e))?;
         let text = serde_json::to_string(fingerprints).map_err(|e| at(path, e.into()))?;
         write_atomically(path.join("fingerprints.json"), |file| file.write_all(text.as_bytes()))?;
@@ -62,6 +66,7 @@ impl RunDir {
     /// Refuses a directory that holds a run, or files that a run would overwrite.
     pub fn vacant(path: &Path) -> Result<(), TrainError> {
         if path.join("config.toml").exists() {
+            Lock::free(path)?;
             return Err(TrainError::Exists(path.into()));
         }
         let occupied = |name: &&&str| match fs::read_dir(path.join(name)) {
@@ -84,6 +89,7 @@ impl RunDir {
     /// Takes up a run. Settings that would change its result are refused by name.
     pub fn resume(path: &Path, settings: &SftSettings) -> Result<Self, TrainError> {
         let saved = Self::settings(path)?;
+        let lock = Lock::take(path)?;
         let table = |settings: &SftSettings| {
             toml::Table::try_from(settings).map_err(|e| TrainError::Settings(e.to_string()))
         };
@@ -100,7 +106,7 @@ impl RunDir {
         if !changed.is_empty() {
             return Err(TrainError::Changed { path: path.into(), what: changed.join("; ") });
         }
-        let run = Self { path: path.into() };
+        let run = Self { path: path.into(), _lock: lock };
         let folder = run.checkpoints();
         fs::create_dir_all(&folder).map_err(|e| at(path, e))?;
         for entry in fs::read_dir(&folder).map_err(|e| at(&folder, e))? {
@@ -146,8 +152,7 @@ impl RunDir {
         format::write_folder(adapter, &partial)?;
         let bytes = optimizer_bytes(adapter, optimizer);
         write_atomically(partial.join("optimizer.safetensors"), |file| file.write_all(&bytes))?;
-        let text = serde_json::to_string(state).map_err(|e| at(&partial, e.into()))?;
-        write_atomically(partial.join("state.json"), |file| file.write_all(text.as_bytes()))?;
+        write_state(&partial, state)?;
         fs::rename(&partial, &whole).map_err(|e| at(&whole, e))?;
         sync_folder(&folder).map_err(|e| at(&folder, e))?;
         if keep > 0 {
@@ -223,6 +228,58 @@ impl RunDir {
     }
 }
 
+/// Keeps two processes off one run: a file the system has locked for this one. The lock ends with
+/// the process, however that ends. The file stays: were it taken away, a process that has opened it
+/// could lock the old one while another locks a new one.
+#[derive(Debug)]
+struct Lock {
+    file: File,
+}
+
+impl Lock {
+    fn take(run: &Path) -> Result<Self, TrainError> {
+        let path = run.join("lock");
+        let mut options = File::options();
+        options.create(true).read(true).write(true).truncate(false);
+        let mut file = options.open(&path).map_err(|e| at(&path, e))?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => return Err(held(run, file)),
+            // A system without locks can still train.
+            Err(TryLockError::Error(e)) => {
+                eprintln!("warning: {}: cannot be locked: {e}", path.display());
+            }
+        }
+        let written = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
+        written.map_err(|e| at(&path, e))?;
+        Ok(Self { file })
+    }
+
+    /// Refuses a run that another process is at work on; one that cannot be looked at is free.
+    fn free(run: &Path) -> Result<(), TrainError> {
+        let Ok(file) = File::open(run.join("lock")) else { return Ok(()) };
+        match file.try_lock_shared() {
+            Err(TryLockError::WouldBlock) => Err(held(run, file)),
+            Ok(()) | Err(TryLockError::Error(_)) => Ok(()),
+        }
+    }
+}
+
+/// Who has locked the file. It is not readable where locks are mandatory, and empty for a moment.
+fn held(run: &Path, mut file: File) -> TrainError {
+    let mut id = String::new();
+    let read = file.read_to_string(&mut id).is_ok() && !id.trim().is_empty();
+    let holder = if read { format!("process {}", id.trim()) } else { "another process".into() };
+    TrainError::Held { path: run.into(), holder }
+}
+
+impl Drop for Lock {
+    /// Nobody holds it: the next to take it must not be told of this process.
+    fn drop(&mut self) {
+        let _ = self.file.set_len(0);
+    }
+}
+
 /// `metrics.jsonl`, written line by line.
 #[derive(Debug)]
 pub struct Metrics {
@@ -262,6 +319,12 @@ pub fn read_state(checkpoint: &Path) -> Result<State, TrainError> {
     let path = checkpoint.join("state.json");
     let text = fs::read_to_string(&path).map_err(|e| at(&path, e))?;
     serde_json::from_str(&text).map_err(|e| TrainError::Broken { path, reason: e.to_string() })
+}
+
+/// Writes the state of a checkpoint, over one that is there.
+pub fn write_state(checkpoint: &Path, state: &State) -> Result<(), TrainError> {
+    let text = serde_json::to_string(state).map_err(|e| at(checkpoint, e.into()))?;
+    Ok(write_atomically(checkpoint.join("state.json"), |file| file.write_all(text.as_bytes()))?)
 }
 
 /// Reads the optimizer's state of a checkpoint into `optimizer`.

@@ -121,7 +121,8 @@ settings! {
         num_train_epochs: f64 = 1.0,
         /// Steps, instead of num_train_epochs when above 0 [default: 0]
         max_steps: u64 = 0,
-        /// Tokens kept of a row, and tokens of a packed bin [default: 1024]
+        /// Tokens of an example and of a packed bin: a longer `text` is split into several, longer
+        /// `messages`, `prompt`/`completion` and `input_ids` rows are cut at their end [default: 1024]
         max_length: usize = 1024,
         /// Whether several rows share a bin of max_length tokens [default: true]
         #[arg(num_args = 0..=1, default_missing_value = "true")]

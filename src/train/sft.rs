@@ -17,11 +17,13 @@ use sha2::{Digest, Sha256};
 use super::TrainError;
 use super::memory::{self, default_budget, parse_bytes};
 use super::progress::Progress;
-use super::run_dir::{Fingerprint, Metrics, RunDir, State, read_optimizer, read_state};
+use super::run_dir::{
+    Fingerprint, Metrics, RunDir, State, read_optimizer, read_state, write_state,
+};
 use super::settings::{EvalStrategy, SftSettings};
 use super::step::{Buffers, StepSettings, accumulate, dropout};
 use super::tensorboard::EventWriter;
-use crate::data::{Batch, DataReport, Dataset, EpochPlan, EpochSettings};
+use crate::data::{Batch, DataError, DataReport, Dataset, EpochPlan, EpochSettings};
 use crate::eval::evaluate;
 use crate::model::{Adapters, Decoder, Worn};
 use crate::objectives::Objective;
@@ -63,7 +65,9 @@ pub struct Summary {
 pub enum Outcome {
     /// All steps are done and the adapter is written.
     Done(Box<Summary>),
-    /// Stopped by the user after a whole step, with a checkpoint.
+    /// Stopped by the user before there was a run; one that was to be resumed is as it was.
+    NotBegun,
+    /// Stopped by the user before the first step or after a whole one, to be resumed from there.
     Interrupted {
         /// Steps done.
         step: u64,
@@ -73,15 +77,11 @@ pub enum Outcome {
 }
 
 /// Trains an adapter. With `resume`, goes on with the run in `settings.out`. `stop` is looked at
-/// after each step.
+/// while rows are read, between the batches of an evaluation, and after each step.
 pub fn sft(settings: &SftSettings, resume: bool, stop: &AtomicBool) -> Result<Outcome, TrainError> {
     if let Some(fault) = settings.fault() {
         return Err(TrainError::Settings(fault));
     }
-    if !resume {
-        RunDir::vacant(&settings.out)?;
-    }
-
     let mut settings = absolute(settings)?;
     if settings.template_date.is_empty() {
         settings.template_date = today();
@@ -91,6 +91,13 @@ pub fn sft(settings: &SftSettings, resume: bool, stop: &AtomicBool) -> Result<Ou
         let fault = format!("template_date is {:?}, needed YYYY-MM-DD", settings.template_date);
         return Err(TrainError::Settings(fault));
     };
+    // Told before anything is read: what is in the way of the run.
+    let resumed = if resume {
+        Some(RunDir::resume(&settings.out, settings)?)
+    } else {
+        RunDir::vacant(&settings.out)?;
+        None
+    };
 
     // What is trained, on what.
     let checkpoint = Checkpoint::open(&settings.base)?;
@@ -99,11 +106,13 @@ pub fn sft(settings: &SftSettings, resume: bool, stop: &AtomicBool) -> Result<Ou
     let max_length = settings.max_length.min(context);
     let mut tokenizer = Tokenizer::open(&checkpoint)?;
     tokenizer.set_template_time(now);
-    let data = load_data(settings, &tokenizer, max_length)?;
+    let data = match load_data(settings, &tokenizer, max_length, stop) {
+        Err(TrainError::Data(DataError::Stopped)) => return Ok(Outcome::NotBegun),
+        data => data?,
+    };
     drop(tokenizer);
     let fingerprints = fingerprints(settings, &data)?;
-    let (run, saved, adapter) = if resume {
-        let run = RunDir::resume(&settings.out, settings)?;
+    let (run, saved, adapter) = if let Some(run) = resumed {
         same_fingerprints(&settings.out, &run.fingerprints()?, &fingerprints)?;
         let saved = run.last_checkpoint()?;
         let adapter = match &saved {
@@ -148,15 +157,19 @@ pub fn sft(settings: &SftSettings, resume: bool, stop: &AtomicBool) -> Result<Ou
             },
         )
     };
-    let total_steps = total_steps(settings, |epoch| plan(epoch).steps() as u64);
+    let mut epoch_plan = plan(state.epoch);
+    let total_steps = total_steps(settings, epoch_plan.steps() as u64);
     let schedule = schedule(settings, total_steps);
     let mut log = Log::open(&run, state.metrics_bytes)?;
     let worn = [Worn::trainable(adapter.clone())];
-    let evaluate = |log: &mut Log, state: &State| -> Result<(), TrainError> {
-        let Some(held_out) = &data.held_out else { return Ok(()) };
+    // Whether it came to its end; what a stop cuts short is taken when the run goes on.
+    let evaluate = |log: &mut Log, state: &State| -> Result<bool, TrainError> {
+        let Some(held_out) = &data.held_out else { return Ok(true) };
         let frozen = [Worn::frozen(adapter.clone())];
-        let eval = evaluate(&decoder, Adapters::Same(&frozen), &held_out.examples)?;
-        log.evaluation(state.step, eval.loss, eval.tokens)
+        let eval = evaluate(&decoder, Adapters::Same(&frozen), &held_out.examples, stop)?;
+        let Some(eval) = eval else { return Ok(false) };
+        log.evaluation(state.step, eval.loss, eval.tokens)?;
+        Ok(true)
     };
     eprintln!("data: {}", data.train.report);
     eprintln!(
@@ -169,10 +182,19 @@ pub fn sft(settings: &SftSettings, resume: bool, stop: &AtomicBool) -> Result<Ou
     let kept_layers = kept_layers(settings, &decoder, &adapter, &data.train);
     let mut buffers = Buffers::default();
     let mut progress = Progress::new(state.step, total_steps);
-    if state.step == 0 && state.metrics_bytes == 0 {
-        evaluate(&mut log, &state)?;
+    let due = |state: &State, plan: &EpochPlan| eval_due(settings, state, plan, total_steps);
+    if due(&state, &epoch_plan) && log.evaluated != Some(state.step) {
+        let complete = evaluate(&mut log, &state)?;
+        if let (true, Some(folder)) = (complete, &saved) {
+            state.metrics_bytes = log.metrics.bytes;
+            log.metrics.sync()?;
+            write_state(folder, &state)?;
+        }
     }
-    let mut epoch_plan = plan(state.epoch);
+    if stop.load(Ordering::Relaxed) {
+        progress.finish();
+        return Ok(Outcome::Interrupted { step: state.step, total_steps });
+    }
     while state.step < total_steps {
         if state.step_in_epoch == epoch_plan.steps() as u64 {
             state.epoch += 1;
@@ -223,16 +245,14 @@ pub fn sft(settings: &SftSettings, resume: bool, stop: &AtomicBool) -> Result<Ou
         progress.step(state.step, loss, real, began.elapsed());
 
         let last = state.step == total_steps;
-        if last || eval_due(settings, &state, epoch_plan.steps() as u64) {
-            evaluate(&mut log, &state)?;
-        }
+        let complete = !due(&state, &epoch_plan) || evaluate(&mut log, &state)?;
         let stopped = stop.load(Ordering::Relaxed);
         if last || stopped || state.step.is_multiple_of(settings.save_steps) {
             state.metrics_bytes = log.metrics.bytes;
             log.metrics.sync()?;
             run.save(&state, &adapter, &optimizer, settings.save_total_limit)?;
         }
-        if stopped && !last {
+        if stopped && !(last && complete) {
             progress.finish();
             return Ok(Outcome::Interrupted { step: state.step, total_steps });
         }
@@ -316,8 +336,9 @@ fn load_data(
     settings: &SftSettings,
     tokenizer: &Tokenizer,
     max_length: usize,
+    stop: &AtomicBool,
 ) -> Result<Data, TrainError> {
-    let load = |path: &Path| Dataset::load(path, tokenizer, max_length);
+    let load = |path: &Path| Dataset::load(path, tokenizer, max_length, stop);
     let given = !settings.eval_data.as_os_str().is_empty();
     if strategy(settings) == EvalStrategy::No {
         return Ok(Data { train: load(&settings.data)?, held_out: None, held_out_lines: None });
@@ -326,7 +347,7 @@ fn load_data(
         let (train, held_out) = (load(&settings.data)?, Some(load(&settings.eval_data)?));
         return Ok(Data { train, held_out, held_out_lines: None });
     }
-    let split = Dataset::load_split(&settings.data, tokenizer, max_length)?;
+    let split = Dataset::load_split(&settings.data, tokenizer, max_length, stop)?;
     if split.held_out.is_none() {
         eprintln!("warning: no row of {} falls into the held-out tenth", settings.data.display());
     }
@@ -342,11 +363,13 @@ fn strategy(settings: &SftSettings) -> EvalStrategy {
     settings.eval_strategy.unwrap_or(default)
 }
 
-fn eval_due(settings: &SftSettings, state: &State, steps_of_epoch: u64) -> bool {
+/// Whether the held-out loss belongs to the metrics of this step.
+fn eval_due(settings: &SftSettings, state: &State, epoch: &EpochPlan, total_steps: u64) -> bool {
+    let ends = state.step == 0 || state.step == total_steps;
     match strategy(settings) {
         EvalStrategy::No => false,
-        EvalStrategy::Steps => state.step.is_multiple_of(settings.eval_steps),
-        EvalStrategy::Epoch => state.step_in_epoch == steps_of_epoch,
+        EvalStrategy::Steps => ends || state.step.is_multiple_of(settings.eval_steps),
+        EvalStrategy::Epoch => ends || state.step_in_epoch == epoch.steps() as u64,
     }
 }
 
@@ -452,20 +475,15 @@ fn optimizer_settings(settings: &SftSettings) -> AdamWSettings {
     }
 }
 
-/// Steps of the run. Packing may give epochs of different length; a part of an epoch is rounded
-/// up to whole steps, as transformers does.
-fn total_steps(settings: &SftSettings, steps_of: impl Fn(u64) -> u64) -> u64 {
+/// Steps of the run, every epoch having as many ([`EpochPlan::steps`]). A part of an epoch is
+/// rounded up to whole steps, as transformers does.
+fn total_steps(settings: &SftSettings, steps_of_epoch: u64) -> u64 {
     if settings.max_steps > 0 {
         return settings.max_steps;
     }
     let whole = settings.num_train_epochs.trunc() as u64;
     let part = settings.num_train_epochs.fract();
-    let steps: u64 = match settings.packing {
-        true => (0..whole).map(&steps_of).sum(),
-        false => whole * steps_of(0),
-    };
-    let rest = if part > 0.0 { (part * steps_of(whole) as f64).ceil() as u64 } else { 0 };
-    steps + rest
+    whole * steps_of_epoch + (part * steps_of_epoch as f64).ceil() as u64
 }
 
 fn schedule(settings: &SftSettings, total_steps: u64) -> Schedule {
@@ -567,14 +585,16 @@ fn same_fingerprints(
 struct Log {
     metrics: Metrics,
     events: EventWriter,
+    /// The step of the last evaluation.
+    evaluated: Option<u64>,
     run: PathBuf,
 }
 
 impl Log {
     fn open(run: &RunDir, bytes: u64) -> Result<Self, TrainError> {
         let metrics = run.metrics(bytes)?;
-        let mut log =
-            Self { events: run.events(wall_time())?, run: run.file("tensorboard"), metrics };
+        let events = run.events(wall_time())?;
+        let mut log = Self { metrics, events, evaluated: None, run: run.file("tensorboard") };
         for line in log.metrics.lines()? {
             log.curves(&line)?;
         }
@@ -610,6 +630,9 @@ impl Log {
     fn curves(&mut self, line: &serde_json::Value) -> Result<(), TrainError> {
         let Some(line) = line.as_object() else { return Ok(()) };
         let step = line.get("step").and_then(serde_json::Value::as_u64).unwrap_or_default();
+        if line.contains_key("eval_loss") {
+            self.evaluated = Some(step);
+        }
         let mut write = || -> std::io::Result<()> {
             for (key, value) in line.iter().filter(|(key, _)| *key != "step") {
                 let tag = match key.strip_prefix("eval_") {
@@ -641,11 +664,10 @@ mod tests {
             warmup_ratio: 0.05,
             ..Default::default()
         };
-        let steps_of = |epoch| 10 + epoch; // packing: epochs differ
-        assert_eq!(total_steps(&settings(1.0, 0, 0), steps_of), 10);
-        assert_eq!(total_steps(&settings(2.0, 0, 0), steps_of), 21);
-        assert_eq!(total_steps(&settings(1.5, 0, 0), steps_of), 16);
-        assert_eq!(total_steps(&settings(1.5, 7, 0), steps_of), 7);
+        assert_eq!(total_steps(&settings(1.0, 0, 0), 11), 11);
+        assert_eq!(total_steps(&settings(2.0, 0, 0), 11), 22);
+        assert_eq!(total_steps(&settings(1.5, 0, 0), 11), 17);
+        assert_eq!(total_steps(&settings(1.5, 7, 0), 11), 7);
         assert_eq!(schedule(&settings(1.0, 0, 0), 21).warmup_steps, 2);
         assert_eq!(schedule(&settings(1.0, 0, 5), 21).warmup_steps, 5);
     }

@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::panic::{self, UnwindSafe};
 use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 
 use serde::Serialize;
 
@@ -148,7 +151,27 @@ fn gguf_rs_summary(gguf: &Gguf) -> Option<Summary> {
             file_type: model.file_type(),
         })
     };
-    std::panic::catch_unwind(read).ok().flatten()
+    without_panic(read).flatten()
+}
+
+/// What `read` returns, or nothing if it panics: then nothing is printed either. Panics of other
+/// threads are told as ever, and the hook that tells them is back in its place afterwards.
+fn without_panic<T>(read: impl FnOnce() -> T + UnwindSafe) -> Option<T> {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(()); // the hook is the process's
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let before = Arc::new(panic::take_hook());
+    let (others, this) = (before.clone(), thread::current().id());
+    panic::set_hook(Box::new(move |info| {
+        if thread::current().id() != this {
+            others(info);
+        }
+    }));
+    let read = panic::catch_unwind(read);
+    drop(panic::take_hook()); // waits for a hook that is running: nobody else holds `before` now
+    if let Some(before) = Arc::into_inner(before) {
+        panic::set_hook(before);
+    }
+    read.ok()
 }
 
 fn of_safetensors(
@@ -282,4 +305,38 @@ impl fmt::Display for Inspection {
 /// The width of a column, within reason.
 fn width<'a>(texts: impl Iterator<Item = &'a String>) -> usize {
     texts.map(|text| text.chars().count()).max().unwrap_or(0).min(64)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use super::*;
+
+    #[test]
+    fn a_panic_inside_is_not_told_and_others_are() {
+        // Counts what this test's threads tell; other tests of this process go on as before.
+        static TOLD: AtomicUsize = AtomicUsize::new(0);
+        const WORDS: &str = "a panic of this test";
+        let ours = |info: &panic::PanicHookInfo| {
+            let text = info.payload().downcast_ref::<&str>().copied();
+            text.or(info.payload().downcast_ref::<String>().map(String::as_str)) == Some(WORDS)
+        };
+        let before = panic::take_hook();
+        panic::set_hook(Box::new(move |info| {
+            if ours(info) {
+                TOLD.fetch_add(1, Ordering::Relaxed);
+            } else {
+                before(info);
+            }
+        }));
+
+        assert_eq!(without_panic(|| 7), Some(7));
+        assert_eq!(without_panic(|| panic!("{WORDS}")), None::<()>);
+        assert_eq!(TOLD.load(Ordering::Relaxed), 0);
+        let elsewhere = without_panic(|| thread::spawn(|| panic!("{WORDS}")).join().is_err());
+        assert_eq!((elsewhere, TOLD.load(Ordering::Relaxed)), (Some(true), 1));
+        assert!(panic::catch_unwind(|| panic!("{WORDS}")).is_err());
+        assert_eq!(TOLD.load(Ordering::Relaxed), 2, "the hook is back");
+    }
 }

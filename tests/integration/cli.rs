@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use quantune::weights::{OwnedValue, write_gguf};
 use quantune_adapters::rng::Stream;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -116,7 +117,7 @@ fn traces(output: &Output, out: Option<&Path>) -> String {
         files.sort();
         for file in files {
             let name = file.strip_prefix(out).unwrap().display().to_string();
-            if name.starts_with("tensorboard") || name == "config.toml" {
+            if name.starts_with("tensorboard") || name == "config.toml" || name == "lock" {
                 continue;
             }
             let bytes = fs::read(&file).unwrap();
@@ -147,8 +148,15 @@ fn flags(command: &[&str]) -> BTreeSet<String> {
 }
 
 /// Runs `command` with and without each row of `table` (which replaces flags of the same name) and
-/// demands other traces. Every flag of `--help` must be in the table or in `base`.
-fn every_flag(command: &[&str], base: &[(&str, &str)], table: &[&[(&str, &str)]], lab: &Lab) {
+/// demands other traces, and of neither an error. Every flag of `--help` must be the last of a row
+/// or among those `tested_apart`.
+fn every_flag(
+    command: &[&str],
+    base: &[(&str, &str)],
+    table: &[&[(&str, &str)]],
+    tested_apart: &[&str],
+    lab: &Lab,
+) {
     let run = |row: &[(&str, &str)], number: usize| -> String {
         let out = lab.folder.path().join(format!("run-{number}"));
         let mut args = strings(command);
@@ -168,12 +176,15 @@ fn every_flag(command: &[&str], base: &[(&str, &str)], table: &[&[(&str, &str)]]
     };
     let plain = run(&[], 0);
     assert!(!plain.starts_with("error"), "{plain}");
-    let mut covered: BTreeSet<String> = base.iter().map(|(flag, _)| flag.to_string()).collect();
+    let mut covered: BTreeSet<String> = tested_apart.iter().map(|flag| flag.to_string()).collect();
     for (number, row) in table.iter().enumerate() {
         // The last flag of a row is the one under test; those before it set the scene.
         let (flag, scene) = row.split_last().unwrap();
         let without = if scene.is_empty() { plain.clone() } else { run(scene, 2 * number + 1) };
         let with = run(row, 2 * number + 2);
+        for traces in [&without, &with] {
+            assert!(!traces.starts_with("error"), "{command:?} {row:?}: {traces}");
+        }
         assert_ne!(without, with, "{command:?}: {flag:?} changes nothing");
         covered.insert(flag.0.to_string());
     }
@@ -199,7 +210,7 @@ fn every_flag_of_sft_changes_something() {
     let table: &[&[(&str, &str)]] = &[
         &[("--base", &other_base)],
         &[("--data", &held_out)],
-        &[("--out", "-")],
+        &[("--out", "OUT/elsewhere")], // the traces name the files from OUT on
         &[("--max-steps", "2")],
         &[("--r", "3")],
         &[("--max-length", "48")],
@@ -216,8 +227,9 @@ fn every_flag_of_sft_changes_something() {
         &[("--rank-pattern", "q_proj=1")],
         &[("--alpha-pattern", "q_proj=1")],
         &[("--target-modules", "q_proj"), ("--layers-to-transform", "1")],
+        // A list of another name holds no layers here: what is left is the module named in full.
         &[
-            ("--target-modules", "q_proj"),
+            ("--target-modules", "q_proj,model.layers.0.mlp.up_proj"),
             ("--layers-to-transform", "1"),
             ("--layers-pattern", "h"),
         ],
@@ -245,16 +257,73 @@ fn every_flag_of_sft_changes_something() {
         &[("--save-steps", "1")],
         &[("--save-steps", "1"), ("--save-total-limit", "1")],
         &[("--config", &settings)],
-        &[("--resume", "")],
     ];
-    every_flag(&["sft"], base_args, table, &lab);
+    let tested_apart = &["--resume"]; // resume_goes_on_with_the_next_step
+    every_flag(&["sft"], base_args, table, tested_apart, &lab);
+}
+
+/// A run whose last checkpoint is that of step 2 does steps 3 and 4, to the same bytes; here on
+/// texts that are split, with dropout, whose random numbers are keyed by row and place.
+#[test]
+fn resume_goes_on_with_the_next_step() {
+    let lab = Lab::new();
+    let text =
+        |i: usize| format!("{{\"text\": \"{}\"}}\n", format!("text {i} goes on. ").repeat(20 + i));
+    lab.write("texts.jsonl", &(0..12).map(text).collect::<String>());
+    let out = lab.path("run");
+    let mut fresh = strings(&["sft", "--base", &base(), "--data", &lab.path("texts.jsonl")]);
+    fresh.extend(strings(&["--out", &out, "--max-steps", "4", "--max-length", "48", "--json"]));
+    fresh.extend(strings(&["--save-steps", "1", "--save-total-limit", "0", "--r", "2"]));
+    fresh.extend(strings(&["--lora-dropout", "0.2", "--learning-rate", "1e-3"]));
+    let whole = last_json(&quantune(&fresh));
+    assert_eq!(whole["data"]["split"], 12);
+    assert!(whole["data"]["pieces"].as_u64().unwrap() > 24, "{whole}");
+    assert!(whole["resumed_at"].is_null());
+    let files = || {
+        let mut files = Vec::new();
+        walk(Path::new(&out), &mut files);
+        files.retain(|file| !file.components().any(|part| part.as_os_str() == "tensorboard"));
+        files.sort();
+        files.into_iter().map(|file| (fs::read(&file).unwrap(), file)).collect::<Vec<_>>()
+    };
+    let before = files();
+    for gone in ["adapter", "checkpoints/step-3", "checkpoints/step-4"] {
+        fs::remove_dir_all(Path::new(&out).join(gone)).unwrap();
+    }
+    let resumed = quantune(&strings(&["sft", "--out", &out, "--resume", "--json"]));
+    let stderr = String::from_utf8_lossy(&resumed.stderr).into_owned();
+    assert!(stderr.contains("4 steps from step 2"), "{stderr}");
+    let resumed = last_json(&resumed);
+    assert_eq!((&resumed["resumed_at"], &resumed["steps"]), (&Value::from(2), &Value::from(4)));
+    assert_eq!(resumed["loss_last"], whole["loss_last"]);
+    assert!(files() == before);
+}
+
+/// Every token of a long text is scored, in however many pieces.
+#[test]
+fn a_long_text_is_scored_whole() {
+    let lab = Lab::new();
+    lab.write("long.jsonl", &format!("{{\"text\": \"{}\"}}", "it goes on and on. ".repeat(6)));
+    let scored = |max_length: &str| {
+        let (base, data) = (base(), lab.path("long.jsonl"));
+        let flags = ["--data", &data, "--max-length", max_length, "--json"];
+        last_json(&quantune(&strings(&[&["eval", "--base", &base], &flags[..]].concat())))
+    };
+    let (whole, split) = (scored("1000"), scored("16"));
+    for key in ["tokens", "rows"] {
+        assert_eq!(split[key], whole[key], "{key}");
+    }
+    assert_ne!(split["loss"], whole["loss"]);
+    assert_eq!(
+        (&split["data"]["split"], &whole["data"]["split"]),
+        (&Value::from(1), &Value::from(0))
+    );
 }
 
 #[test]
 fn every_flag_of_eval_changes_something() {
     let lab = Lab::new();
-    let (rows, held_out, text) =
-        (lab.path("rows.jsonl"), lab.path("held_out.jsonl"), lab.path("text.txt"));
+    let (rows, held_out) = (lab.path("rows.jsonl"), lab.path("held_out.jsonl"));
     let (base, adapter, dated) = (base(), adapter(), lab.dated_base());
     let base_args: &[(&str, &str)] =
         &[("--base", &base), ("--data", &rows), ("--threads", "1"), ("--json", "")];
@@ -266,12 +335,24 @@ fn every_flag_of_eval_changes_something() {
         &[("--json", "-")],
         &[("--adapter", &adapter)],
         &[("--max-length", "32")],
-        &[("--data", "-"), ("--text", &text)],
-        &[("--data", "-"), ("--text", &text), ("--n-ctx", "64")],
         &[("--base", &dated), ("--template-date", "2020-01-01")],
         &[("--compute", "portable")],
     ];
-    every_flag(&["eval"], base_args, table, &lab);
+    let tested_apart = &["--text", "--n-ctx"]; // they exclude --data
+    every_flag(&["eval"], base_args, table, tested_apart, &lab);
+
+    lab.write("other.txt", &"another text with words in it, again and again. ".repeat(40));
+    let scored = |text: &str, n_ctx: &str| {
+        let (base, text) = (base.clone(), lab.path(text));
+        let args = ["eval", "--base", &base, "--text", &text, "--n-ctx", n_ctx, "--json"];
+        let scored = last_json(&quantune(&strings(&args)));
+        (scored["loss"].as_f64().unwrap(), scored["tokens"].as_u64().unwrap())
+    };
+    let (loss, tokens) = scored("text.txt", "64");
+    assert_ne!(scored("other.txt", "64").0, loss);
+    // Of each chunk the second half is scored, but for its first token.
+    let chunks = |scored: u64, n_ctx: u64| scored / (n_ctx / 2 - 1);
+    assert_eq!(chunks(scored("text.txt", "32").1, 32) / 2, chunks(tokens, 64));
 }
 
 #[test]
@@ -311,7 +392,7 @@ fn every_flag_of_generate_changes_something() {
         &[("--base", &dated), ("--template-date", "2020-01-01")],
         &[("--compute", "portable")],
     ];
-    every_flag(&["generate"], base_args, table, &lab);
+    every_flag(&["generate"], base_args, table, &[], &lab);
 }
 
 #[test]
@@ -322,6 +403,7 @@ fn every_flag_of_inspect_and_tokenizer_changes_something() {
         &["inspect", &gguf],
         &[("--threads", "1"), ("--json", "")],
         &[&[("--threads", "2")], &[("--json", "-")]],
+        &[],
         &lab,
     );
     let (text, base) = (lab.path("text.txt"), base());
@@ -332,11 +414,13 @@ fn every_flag_of_inspect_and_tokenizer_changes_something() {
         &["tokenizer", "encode"],
         &[("--base", &base), ("--text", &text), ("--threads", "1"), ("--json", "")],
         &[
-            &[("--base", &other_base), ("--text", &special)],
+            &[("--base", &other_base)],
+            &[("--text", &special)],
             &[("--text", &special), ("--parse-special", "")],
             &[("--threads", "2")],
             &[("--json", "-")],
         ],
+        &[],
         &lab,
     );
 }
@@ -347,6 +431,8 @@ fn wrong_input_ends_in_one_sentence() {
     let rows = lab.path("rows.jsonl");
     lab.write("empty.jsonl", "\n");
     lab.write("broken.jsonl", "{\"text\": \"fine\"}\n{\"text\": \n");
+    let many = "{\"text\": 1}\n{\"text\": \"fine\"}\n".repeat(9);
+    lab.write("many.jsonl", &many);
     lab.write("role.jsonl", r#"{"messages": [{"role": "wizard", "content": "x"}]}"#);
     lab.write("nothing.jsonl", r#"{"messages": [{"role": "user", "content": "x"}]}"#);
     lab.write("bad.toml", "learning_rat = 1.0\n");
@@ -374,6 +460,7 @@ fn wrong_input_ends_in_one_sentence() {
         (sft(&[("--base", &path("truncated.gguf"))]), vec!["truncated.gguf"]),
         (sft(&[("--data", &path("empty.jsonl"))]), vec!["empty.jsonl", "no rows"]),
         (sft(&[("--data", &path("broken.jsonl"))]), vec!["broken.jsonl:2"]),
+        (sft(&[("--data", &path("many.jsonl"))]), vec!["many.jsonl: 9 of 18 rows are wrong"]),
         (sft(&[("--data", &path("role.jsonl"))]), vec!["role.jsonl:1", "wizard"]),
         (sft(&[("--data", &path("nothing.jsonl"))]), vec!["nothing.jsonl", "nothing to learn"]),
         (sft(&[("--out", &path("a_file/run"))]), vec!["a_file"]),
@@ -400,6 +487,15 @@ fn wrong_input_ends_in_one_sentence() {
         assert_eq!(quantune(&strings(usage)).status.code(), Some(2), "{usage:?}");
     }
 
+    // All wrong rows of a file in one go, the first few with their lines.
+    let output = quantune(&sft(&[("--data", &path("many.jsonl"))]));
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    for line in [1, 3, 5, 7, 9] {
+        let told = format!("  {}:{line}: `text` is 1, needs a string\n", path("many.jsonl"));
+        assert!(stderr.contains(&told), "{stderr}");
+    }
+    assert!(stderr.ends_with("  and 4 more\n") && !stderr.contains("jsonl:11"), "{stderr}");
+
     // A run that is there is not overwritten; another configuration does not resume it.
     let trained = quantune(&sft(&[]));
     assert!(trained.status.success(), "{}", String::from_utf8_lossy(&trained.stderr));
@@ -415,6 +511,32 @@ fn wrong_input_ends_in_one_sentence() {
     assert!(error(&quantune(&sft(&[("--out", &occupied)]))).contains("metrics.jsonl"));
     lab.write("rows.jsonl", r#"{"text": "other data than before, long enough"}"#);
     assert!(error(&quantune(&sft(&[("--resume", "")]))).contains("the data changed"));
+}
+
+/// Files at which gguf-rs, whose opinion `inspect` shows, panics: listed, and nothing on stderr.
+#[test]
+fn inspect_is_silent_where_another_reader_panics() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("odd.gguf");
+    let check = |words: &str| {
+        let output = quantune(&strings(&["inspect", &path.display().to_string(), "--json"]));
+        assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+        let listed = last_json(&output);
+        assert!(listed["summary"].is_null() && listed.to_string().contains(words), "{listed}");
+    };
+    let file_type = ("general.file_type".to_string(), OwnedValue::from("none"));
+    write_gguf(&path, &[file_type], &[]).unwrap();
+    check("general.file_type");
+
+    // A tensor of type 40, gguf-rs's "Count".
+    let mut bytes = b"GGUF\x03\0\0\0".to_vec();
+    bytes.extend([1u64, 0, 1].into_iter().flat_map(u64::to_le_bytes)); // tensors, keys, name
+    bytes.extend(b"t\x01\0\0\0");
+    bytes.extend(32u64.to_le_bytes());
+    bytes.extend(40u32.to_le_bytes());
+    bytes.resize(bytes.len().next_multiple_of(32) + 4096, 0);
+    fs::write(&path, bytes).unwrap();
+    check("NVFP4");
 }
 
 /// Killed 20 times, some of them while a checkpoint is half written, then resumed: the same bytes.
@@ -488,6 +610,51 @@ fn kill(mut child: Child, moment: Duration, ready: impl Fn() -> bool) -> bool {
     !child.wait().unwrap().success()
 }
 
+/// Two processes on one run: the second says who is there, and a killed one is there no more.
+#[cfg(unix)]
+#[test]
+fn one_run_is_one_process_at_a_time() {
+    let lab = Lab::new();
+    let out = lab.path("run");
+    let mut fresh = strings(&["sft", "--base", &base(), "--data", &lab.path("rows.jsonl")]);
+    fresh.extend(strings(&["--out", &out, "--max-steps", "20", "--r", "2"]));
+    let resumed = strings(&["sft", "--out", &out, "--resume"]);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_quantune"));
+    let mut first =
+        command.args(&fresh).stderr(Stdio::null()).stdout(Stdio::null()).spawn().unwrap();
+    let metrics = Path::new(&out).join("metrics.jsonl");
+    while !fs::metadata(&metrics).is_ok_and(|file| file.len() > 0) {
+        std::thread::sleep(Duration::from_micros(500));
+    }
+    let pid = first.id().to_string();
+    assert!(Command::new("kill").args(["-STOP", &pid]).status().unwrap().success());
+    let before = fs::read(&metrics).unwrap();
+    for args in [&fresh, &resumed] {
+        let output = quantune(args);
+        assert_eq!(output.status.code(), Some(1));
+        let sentence = error(&output);
+        assert!(sentence.contains(&format!("process {pid} is at work on this run")), "{sentence}");
+    }
+    assert_eq!(fs::read(&metrics).unwrap(), before);
+
+    first.kill().unwrap(); // SIGKILL: nothing of it can let go of the lock
+    assert!(!first.wait().unwrap().success());
+    assert!(error(&quantune(&fresh)).contains("--resume goes on with it"));
+    assert!(quantune(&resumed).status.success());
+}
+
+/// Ctrl-C as soon as `ready`, and what the process then says.
+#[cfg(unix)]
+fn interrupt(mut child: Child, ready: impl Fn() -> bool) -> Output {
+    while !ready() {
+        assert!(child.try_wait().unwrap().is_none(), "it ended before it was interrupted");
+        std::thread::sleep(Duration::from_micros(500));
+    }
+    let pid = child.id().to_string();
+    assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
+    child.wait_with_output().unwrap()
+}
+
 /// Ctrl-C ends after a whole step, says how to go on, and going on gives the same bytes.
 #[cfg(unix)]
 #[test]
@@ -501,20 +668,111 @@ fn an_interrupted_run_says_how_to_go_on() {
     };
     let (whole, stopped) = (lab.path("whole"), lab.path("stopped"));
     assert!(start(&whole).wait_with_output().unwrap().status.success());
-    let child = start(&stopped);
     let metrics = Path::new(&stopped).join("metrics.jsonl");
-    while fs::metadata(&metrics).map_or(0, |file| file.len()) == 0 {
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    let pid = child.id().to_string();
-    assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
-    let output = child.wait_with_output().unwrap();
+    let output = interrupt(start(&stopped), || fs::metadata(&metrics).is_ok_and(|f| f.len() > 0));
     assert_eq!(output.status.code(), Some(1));
     let sentence = error(&output);
     assert!(sentence.contains(&format!("quantune sft --out {stopped} --resume")), "{sentence}");
     let resumed = quantune(&strings(&["sft", "--out", &stopped, "--resume", "--json"]));
     assert!(last_json(&resumed)["resumed_at"].as_u64().unwrap() >= 1);
     for file in ["adapter/adapter_model.safetensors", "metrics.jsonl"] {
+        let bytes = |out: &str| fs::read(Path::new(out).join(file)).unwrap();
+        assert_eq!(bytes(&stopped), bytes(&whole), "{file}");
+    }
+}
+
+/// Ctrl-C while rows are read: of a new run nothing is there, one to be resumed is as it was.
+#[cfg(unix)]
+#[test]
+fn an_interrupt_while_rows_are_read_leaves_no_trace() {
+    use std::io::Write;
+
+    let lab = Lab::new();
+    let (data, out) = (lab.path("endless.jsonl"), lab.path("run"));
+    fs::copy(lab.path("rows.jsonl"), &data).unwrap();
+    let mut fresh = strings(&["sft", "--base", &base(), "--data", &data, "--out", &out]);
+    fresh.extend(strings(&["--max-steps", "2"]));
+    let resumed = strings(&["sft", "--out", &out, "--resume"]);
+    // Reads rows from a pipe that has no end, until it is interrupted.
+    let interrupted = |args: &[String]| -> String {
+        fs::remove_file(&data).unwrap();
+        assert!(Command::new("mkfifo").arg(&data).status().unwrap().success());
+        let mut command = Command::new(env!("CARGO_BIN_EXE_quantune"));
+        let child = command.args(args).stderr(Stdio::piped()).stdout(Stdio::null()).spawn();
+        let pipe = data.clone();
+        let (opened, is_open) = std::sync::mpsc::channel();
+        let writer = std::thread::spawn(move || {
+            let mut pipe = fs::File::options().write(true).open(pipe).unwrap();
+            let _ = opened.send(());
+            while pipe.write_all(b"{\"text\": \"one more row\"}\n").is_ok() {}
+        });
+        is_open.recv_timeout(Duration::from_secs(60)).expect("the rows are read");
+        let output = interrupt(child.unwrap(), || true);
+        writer.join().unwrap();
+        assert_eq!(output.status.code(), Some(1));
+        error(&output)
+    };
+
+    let sentence = interrupted(&fresh);
+    assert!(sentence.contains("before the run began; nothing was written"), "{sentence}");
+    assert!(!Path::new(&out).exists());
+
+    fs::remove_file(&data).unwrap();
+    fs::copy(lab.path("rows.jsonl"), &data).unwrap();
+    assert!(quantune(&fresh).status.success());
+    fs::remove_dir_all(Path::new(&out).join("adapter")).unwrap();
+    let files = || {
+        let mut files = Vec::new();
+        walk(Path::new(&out), &mut files);
+        files.sort();
+        files.into_iter().map(|file| (fs::read(&file).unwrap(), file)).collect::<Vec<_>>()
+    };
+    let before = files();
+    let sentence = interrupted(&resumed);
+    assert!(sentence.contains("the run is as it was; go on with: quantune sft"), "{sentence}");
+    assert!(files() == before);
+}
+
+/// Ctrl-C in the evaluation before the first step, after one in the middle and after the last: the
+/// run goes on with that evaluation, to the same bytes.
+#[cfg(unix)]
+#[test]
+fn an_interrupted_evaluation_is_taken_again() {
+    let lab = Lab::new();
+    let held_out = fs::read_to_string(lab.path("held_out.jsonl")).unwrap() + "\n";
+    lab.write("long.jsonl", &held_out.repeat(100));
+    let start = |out: &str, resume: bool| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_quantune"));
+        command.args(["sft", "--out", out]);
+        if resume {
+            command.arg("--resume");
+        } else {
+            command.args(["--base", &base(), "--data", &lab.path("rows.jsonl"), "--r", "2"]);
+            command.args(["--max-steps", "3", "--learning-rate", "1e-3", "--lora-dropout", "0.1"]);
+            command.args(["--eval-data", &lab.path("long.jsonl")]);
+            command.args(["--eval-strategy", "steps", "--eval-steps", "2"]);
+        }
+        command.stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap()
+    };
+    let (whole, stopped) = (lab.path("whole"), lab.path("stopped"));
+    assert!(start(&whole, false).wait_with_output().unwrap().status.success());
+    let metrics = Path::new(&stopped).join("metrics.jsonl");
+    let lines = || fs::read_to_string(&metrics).unwrap_or_default();
+    for step in [0, 2, 3] {
+        let output = interrupt(start(&stopped, step > 0), || match step {
+            0 => metrics.exists(),
+            _ => lines().contains(&format!("{{\"step\":{step},\"loss\"")),
+        });
+        assert_eq!(output.status.code(), Some(1));
+        let sentence = error(&output);
+        assert!(sentence.contains(&format!("stopped at step {step} of 3, saved")), "{sentence}");
+        assert!(!lines().contains(&format!("{{\"step\":{step},\"eval_loss\"")), "{}", lines());
+    }
+    assert!(!Path::new(&stopped).join("adapter").exists());
+    assert!(start(&stopped, true).wait_with_output().unwrap().status.success());
+    let files =
+        ["adapter/adapter_model.safetensors", "metrics.jsonl", "checkpoints/step-3/state.json"];
+    for file in files {
         let bytes = |out: &str| fs::read(Path::new(out).join(file)).unwrap();
         assert_eq!(bytes(&stopped), bytes(&whole), "{file}");
     }

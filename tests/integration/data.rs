@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::path::Path;
+use std::sync::atomic::AtomicBool;
 
 use proptest::prelude::*;
 use quantune::data::{
@@ -16,12 +17,15 @@ fn tokenizer(name: &str) -> Tokenizer {
     Tokenizer::from_folder(golden(&format!("data/{name}"))).unwrap()
 }
 
+/// Nobody asks to stop.
+static GOES_ON: AtomicBool = AtomicBool::new(false);
+
 /// The dataset of a file with these bytes, called rows.jsonl in its errors.
 fn load(bytes: &[u8], tokenizer: &Tokenizer, max_length: usize) -> Result<Dataset, String> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("rows.jsonl");
     std::fs::write(&path, bytes).unwrap();
-    Dataset::load(&path, tokenizer, max_length)
+    Dataset::load(&path, tokenizer, max_length, &GOES_ON)
         .map_err(|error| error.to_string().replace(&format!("{}/", folder.path().display()), ""))
 }
 
@@ -92,7 +96,7 @@ fn a_bad_row_is_one_sentence_with_its_line() {
     let kinds = "known are `input_ids` (+ `labels`), `messages` (+ `tools`), \
                  `prompt` + `completion`, and `text`";
     let vocab_size = chatml.vocab_size();
-    let text: [(&str, &str); 24] = [
+    let text: [(&str, &str); 25] = [
         ("{\"text\": \"a\"", "is not JSON (EOF while parsing an object at column 12)"),
         ("[1, 2]", "found a list of 2, a row is a JSON object"),
         ("{}", &format!("unknown kind of row: found the keys (none), {kinds}")),
@@ -103,6 +107,13 @@ fn a_bad_row_is_one_sentence_with_its_line() {
         (
             r#"{"conversations": [], "id": 7}"#,
             &format!("unknown kind of row: found the keys `conversations`, `id`, {kinds}"),
+        ),
+        (
+            r#"{"a": 1, "b": 1, "c": 1, "d": 1, "e": 1, "f": 1, "g": 1, "a key of more than forty characters, all of them": 1, "i": 1, "j": 1}"#,
+            &format!(
+                "unknown kind of row: found the keys `a`, `b`, `c`, `d`, `e`, `f`, `g`, \
+                 `a key of more than forty characters, all...` and 2 more, {kinds}"
+            ),
         ),
         (r#"{"text": 3.5}"#, "`text` is 3.5, needs a string"),
         (r#"{"prompt": "a", "completion": ["b"]}"#, "`completion` is a list of 1, needs a string"),
@@ -169,6 +180,27 @@ fn a_bad_row_is_one_sentence_with_its_line() {
 }
 
 #[test]
+fn wrong_rows_are_told_together() {
+    #[track_caller]
+    fn check(wrong: usize, expected: &str) {
+        // Each behind good rows and a blank line, so that they are read at different times.
+        let row =
+            |i: usize| format!("{}\n{{\"text\": {i}}}\n", "{\"text\": \"good\"}\n".repeat(700));
+        let file: String = (0..wrong).map(row).collect();
+        let error = load(file.as_bytes(), &tokenizer("chatml"), 100).expect_err(expected);
+        assert_eq!(error, expected);
+    }
+    let told = |count: usize| -> String {
+        let line = |i| format!("\n  rows.jsonl:{}: `text` is {i}, needs a string", 702 * (i + 1));
+        (0..count).map(line).collect()
+    };
+    check(1, "rows.jsonl:702: `text` is 0, needs a string");
+    check(2, &format!("rows.jsonl: 2 of 1402 rows are wrong{}", told(2)));
+    check(5, &format!("rows.jsonl: 5 of 3505 rows are wrong{}", told(5)));
+    check(7, &format!("rows.jsonl: 7 of 4907 rows are wrong{}\n  and 2 more", told(5)));
+}
+
+#[test]
 fn a_file_without_anything_to_learn_is_an_error() {
     #[track_caller]
     fn check(file: &str, max_length: usize, expected: &str) {
@@ -192,22 +224,25 @@ fn a_file_without_anything_to_learn_is_an_error() {
             "nothing to learn in any of 1 rows (1 of them longer than the 1 tokens kept), {needs}"
         ),
     );
-    let missing = Dataset::load(Path::new("no/such/file"), &tokenizer("chatml"), 10).unwrap_err();
+    let missing =
+        Dataset::load(Path::new("no/such/file"), &tokenizer("chatml"), 10, &GOES_ON).unwrap_err();
     assert!(missing.to_string().starts_with("no/such/file: cannot be read: "), "{missing}");
+}
+
+/// The chatml tokenizer with another chat template.
+fn with_template(template: Option<&str>) -> Tokenizer {
+    let folder = tempfile::tempdir().unwrap();
+    let source = golden("data/chatml");
+    std::fs::copy(source.join("tokenizer.json"), folder.path().join("tokenizer.json")).unwrap();
+    let config = std::fs::read(source.join("tokenizer_config.json")).unwrap();
+    let mut config: Value = serde_json::from_slice(&config).unwrap();
+    config["chat_template"] = template.into();
+    std::fs::write(folder.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+    Tokenizer::from_folder(folder.path()).unwrap()
 }
 
 #[test]
 fn a_conversation_needs_a_template_that_tells_what_is_said() {
-    let folder = tempfile::tempdir().unwrap();
-    let with_template = |template: Option<&str>| {
-        let source = golden("data/chatml");
-        std::fs::copy(source.join("tokenizer.json"), folder.path().join("tokenizer.json")).unwrap();
-        let config = std::fs::read(source.join("tokenizer_config.json")).unwrap();
-        let mut config: Value = serde_json::from_slice(&config).unwrap();
-        config["chat_template"] = template.into();
-        std::fs::write(folder.path().join("tokenizer_config.json"), config.to_string()).unwrap();
-        Tokenizer::from_folder(folder.path()).unwrap()
-    };
     let talk = json!({"messages": [
         {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
         {"role": "user", "content": "c"}, {"role": "assistant", "content": "d", "train": false},
@@ -231,22 +266,59 @@ fn a_conversation_needs_a_template_that_tells_what_is_said() {
     );
 }
 
+/// `expected`: the runs of learned tokens of a row, as text.
+#[track_caller]
+fn check_learned(tokenizer: &Tokenizer, row: Value, expected: &[&str]) {
+    let found = load(&lines(std::slice::from_ref(&row)), tokenizer, 1000).unwrap();
+    let runs = labels(&found.examples[0]);
+    let runs: Vec<Vec<u32>> = runs
+        .split(|&label| label == -100)
+        .filter(|run| !run.is_empty())
+        .map(|run| run.iter().map(|&id| id as u32).collect())
+        .collect();
+    let expected: Vec<_> =
+        expected.iter().map(|text| tokenizer.encode(text, Special::Parse).unwrap()).collect();
+    assert_eq!(runs, expected, "{row}");
+}
+
+/// Where a template puts a system message of its own first, or fails on no messages at all.
+#[test]
+fn a_conversation_may_begin_with_the_assistant() {
+    let turn = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n";
+    let asked = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+    let own_system = format!(
+        "{{% for m in messages %}}{{% if loop.first and m.role != 'system' %}}<|im_start|>system\n\
+         You help.<|im_end|>\n{{% endif %}}{turn}{{% endfor %}}{asked}"
+    );
+    let fails_on_none = format!(
+        "{{% if not messages %}}{{{{ raise_exception('none') }}}}{{% endif %}}\
+         {{% for m in messages %}}{turn}{{% endfor %}}{asked}"
+    );
+    let said = |text: &str| json!({"role": "assistant", "content": text});
+    let user = json!({"role": "user", "content": "u"});
+    let talk = json!({"messages": [said("one"), user, said("two")]});
+    for template in [own_system, fails_on_none] {
+        let tokenizer = with_template(Some(&template));
+        check_learned(&tokenizer, talk.clone(), &["one<|im_end|>", "two<|im_end|>"]);
+    }
+
+    let bare =
+        with_template(Some("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"));
+    let refused = load(&lines(&[talk]), &bare, 100).unwrap_err();
+    assert!(
+        refused.starts_with("rows.jsonl:1: `messages[0]` is the assistant's, and"),
+        "{refused}"
+    );
+    // What a template refuses is refused in its words, as transformers does.
+    let strict =
+        "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}";
+    let talk = json!({"messages": [said("one")]});
+    let refused = load(&lines(&[talk]), &with_template(Some(strict)), 100).unwrap_err();
+    assert_eq!(refused, "rows.jsonl:1: chat template, line 1: user first");
+}
+
 #[test]
 fn what_is_learned_of_a_row() {
-    /// `expected`: the runs of learned tokens, as text.
-    #[track_caller]
-    fn check(tokenizer: &Tokenizer, row: Value, expected: &[&str]) {
-        let found = load(&lines(std::slice::from_ref(&row)), tokenizer, 1000).unwrap();
-        let runs = labels(&found.examples[0]);
-        let runs: Vec<Vec<u32>> = runs
-            .split(|&label| label == -100)
-            .filter(|run| !run.is_empty())
-            .map(|run| run.iter().map(|&id| id as u32).collect())
-            .collect();
-        let expected: Vec<_> =
-            expected.iter().map(|text| tokenizer.encode(text, Special::Parse).unwrap()).collect();
-        assert_eq!(runs, expected, "{row}");
-    }
     for name in ["chatml", "generation", "bos"] {
         let t = &tokenizer(name);
         let said = |text: &str| json!({"role": "assistant", "content": text});
@@ -254,16 +326,20 @@ fn what_is_learned_of_a_row() {
         let user = json!({"role": "user", "content": "u"});
         let system = json!({"role": "system", "content": [{"type": "text", "text": "s"}]});
         let both = ["one<|im_end|>", "two<|im_end|>"];
-        check(t, json!({"messages": [system, user, said("one"), user, said("two")]}), &both);
-        check(t, json!({"messages": [user, unlearned, user, said("two")]}), &both[1..]);
+        check_learned(
+            t,
+            json!({"messages": [system, user, said("one"), user, said("two")]}),
+            &both,
+        );
+        check_learned(t, json!({"messages": [user, unlearned, user, said("two")]}), &both[1..]);
         let prompt = json!([user, said("one"), user]);
-        check(t, json!({"prompt": prompt, "completion": [said("two")]}), &both[1..]);
-        check(t, json!({"prompt": "a", "completion": " b"}), &[" b<|im_end|>"]);
+        check_learned(t, json!({"prompt": prompt, "completion": [said("two")]}), &both[1..]);
+        check_learned(t, json!({"prompt": "a", "completion": " b"}), &[" b<|im_end|>"]);
     }
     let ids = |text: &str| tokenizer("chatml").encode(text, Special::Parse).unwrap();
     let (a, b) = (ids("a")[0], ids("b")[0]);
     let row = json!({"input_ids": [a, b, a, b, a], "labels": [a, -100, a, b, -100]});
-    check(&tokenizer("chatml"), row, &["ab"]);
+    check_learned(&tokenizer("chatml"), row, &["ab"]);
 }
 
 #[test]
@@ -276,17 +352,64 @@ fn the_report_counts_what_happened() {
     ]);
     let file = [b"\xef\xbb\xbf\n".as_slice(), &file].concat();
     let data = load(&file, &tokenizer("chatml"), 4).unwrap();
-    let report = "4 rows, 11 tokens (7 learned), longest 5; 2 truncated, 1 with nothing to learn, \
-                  1 boundary mismatches";
+    let report = "4 rows, 11 tokens (7 learned), longest 5; 2 truncated, 0 split into 0, \
+                  1 with nothing to learn, 1 boundary mismatches";
     assert_eq!(data.report.to_string(), report);
     let places: Vec<_> = data.examples.iter().map(|e| (e.row, e.line)).collect();
     assert_eq!(places, [(0, 2), (2, 4), (3, 5)]);
     assert_eq!(data.examples[0].tokens, [5, 6, 7, 8]);
     assert_eq!(
         serde_json::to_value(&data.report).unwrap(),
-        json!({"rows": 4, "tokens": 11, "learned_tokens": 7, "truncated": 2, "nothing_to_learn": 1,
-               "boundary_mismatches": 1, "longest": 5})
+        json!({"rows": 4, "tokens": 11, "learned_tokens": 7, "truncated": 2, "split": 0,
+               "pieces": 0, "nothing_to_learn": 1, "boundary_mismatches": 1, "longest": 5})
     );
+}
+
+/// A text longer than an example is learned whole, other rows are cut.
+#[test]
+fn long_texts_are_split_and_other_rows_cut() {
+    let text = "The ferryman mends his nets by the river until the road divides.";
+    let rows = [
+        json!({"text": text}),
+        json!({"prompt": text, "completion": " And the ferryman rings the bell again."}),
+        json!({"input_ids": vec![7; 60]}),
+        json!({"text": "short"}),
+    ];
+    for name in ["chatml", "bos"] {
+        let tokenizer = &tokenizer(name);
+        let load = |max_length| load(&lines(&rows), tokenizer, max_length).unwrap();
+        let whole = load(1000).examples.swap_remove(0).tokens;
+        // What a piece begins with and does not learn.
+        let context = |before: u32| if name == "bos" { tokenizer.bos().unwrap() } else { before };
+        for most in (2..10).chain([whole.len() - 1, whole.len()]) {
+            let data = load(most);
+            let pieces: Vec<&Example> = data.examples.iter().filter(|e| e.row == 0).collect();
+            let mut joined = pieces[0].tokens.clone();
+            for piece in &pieces[1..] {
+                assert_eq!(piece.tokens[0], context(*joined.last().unwrap()), "{name} {most}");
+                joined.extend(&piece.tokens[1..]);
+            }
+            assert_eq!(joined, whole, "{name} {most}");
+            for piece in &pieces {
+                assert!(piece.tokens.len() <= most, "{name} {most}");
+                assert!(!piece.learned[0] && piece.learned[1..].iter().all(|&l| l));
+            }
+            // The other rows: a piece each, or none where nothing learned is left.
+            let others = data.examples.iter().filter(|e| e.row != 0 && e.row != 3);
+            assert!(others.clone().all(|e| e.tokens.len() <= most && e.start == 0));
+            assert!(others.clone().is_sorted_by(|a, b| a.row < b.row), "{name} {most}");
+
+            let batch = Batch::new(&data.examples, &[(0..data.examples.len()).collect()]);
+            let keys: HashSet<_> = batch.keys.iter().collect();
+            assert_eq!(keys.len(), batch.tokens.len(), "{name} {most}: keys are unique");
+            let longer = data.examples.iter().filter(|e| e.start > 0);
+            let split = longer.map(|e| e.row).collect::<HashSet<_>>();
+            let report = &data.report;
+            assert_eq!((report.rows, report.split), (4, split.len() as u64), "{name} {most}");
+            let of_split = data.examples.iter().filter(|e| split.contains(&e.row)).count();
+            assert_eq!(report.pieces, of_split as u64, "{name} {most}");
+        }
+    }
 }
 
 #[test]
@@ -324,7 +447,7 @@ fn a_prompt_is_in_one_part_and_stays_there() {
     // Odd spacing, carriage returns, no newline at the end: the lines come back byte for byte.
     let file = rows.iter().map(|row| format!(" {row}\t\r\n")).collect::<String>();
     std::fs::write(&path, file.trim_end()).unwrap();
-    let split = Dataset::load_split(&path, &tokenizer("chatml"), 100).unwrap();
+    let split = Dataset::load_split(&path, &tokenizer("chatml"), 100, &GOES_ON).unwrap();
     let held_out = split.held_out.unwrap();
     let row_of = |e: &Example| e.row as usize;
     assert!(split.train.examples.iter().map(row_of).all(|row| !held[row]));
@@ -334,12 +457,12 @@ fn a_prompt_is_in_one_part_and_stays_there() {
     let expected: String =
         file.split_inclusive('\n').zip(&held).filter(|(_, h)| **h).map(|(l, _)| l).collect();
     assert_eq!(String::from_utf8(split.held_out_lines).unwrap(), expected);
-    let whole = Dataset::load(&path, &tokenizer("chatml"), 100).unwrap();
+    let whole = Dataset::load(&path, &tokenizer("chatml"), 100, &GOES_ON).unwrap();
     assert_eq!((&whole.sha256, &whole.sha256), (&split.train.sha256, &held_out.sha256));
 
     let one = rows.iter().zip(&held).find(|(_, h)| **h).unwrap().0;
     std::fs::write(&path, lines(std::slice::from_ref(one))).unwrap();
-    let error = Dataset::load_split(&path, &tokenizer("chatml"), 100).unwrap_err();
+    let error = Dataset::load_split(&path, &tokenizer("chatml"), 100, &GOES_ON).unwrap_err();
     assert!(matches!(error, DataError::AllHeldOut { rows: 1, .. }), "{error}");
 }
 
@@ -349,6 +472,7 @@ fn examples(lengths: &[usize]) -> Vec<Example> {
         learned: (0..length).map(|i| i > 0 && i % 3 != row % 3).collect(),
         row: row as u64,
         line: row as u64 + 1,
+        start: 0,
     };
     lengths.iter().enumerate().map(example).collect()
 }
@@ -400,6 +524,10 @@ proptest! {
         let by_step: Vec<_> = (0..steps).flat_map(|step| plan.step(step).to_vec()).collect();
         prop_assert_eq!(&by_step, &plan.micro_batches);
         prop_assert!(plan.step(steps).is_empty());
+
+        // Another epoch, seed or order of the file has as many steps: a run counts them once.
+        let other = EpochSettings { seed: seed ^ 1, epoch: epoch + 1, shuffle: true, ..settings };
+        prop_assert_eq!(EpochPlan::new(&examples, &other).steps(), steps);
     }
 }
 
@@ -476,13 +604,21 @@ fn best_fit_decreasing_fills_bins() {
 #[test]
 fn a_batch_lays_rows_end_to_end() {
     let examples = [
-        Example { tokens: vec![5, 6, 7], learned: vec![false, true, true], row: 4, line: 9 },
-        Example { tokens: vec![8, 9], learned: vec![true, false], row: 2, line: 3 },
+        Example {
+            tokens: vec![5, 6, 7],
+            learned: vec![false, true, true],
+            row: 4,
+            line: 9,
+            start: 0,
+        },
+        // A piece of a text, whose keys go on where the piece before ended.
+        Example { tokens: vec![8, 9], learned: vec![true, false], row: 2, line: 3, start: 70 },
         Example {
             tokens: vec![1, 2, 3, 4],
             learned: vec![false, false, false, true],
             row: 0,
             line: 1,
+            start: 0,
         },
     ];
     let batch = Batch::new(&examples, &[vec![2, 0], vec![1]]);
@@ -492,7 +628,7 @@ fn a_batch_lays_rows_end_to_end() {
         segments: vec![0..4, 4..7, 7..9],
         // The row before predicts; nothing predicts a first token, not even a learned one.
         targets: vec![(2, 4), (4, 6), (5, 7)],
-        keys: vec![(0, 0), (0, 1), (0, 2), (0, 3), (4, 0), (4, 1), (4, 2), (2, 0), (2, 1)],
+        keys: vec![(0, 0), (0, 1), (0, 2), (0, 3), (4, 0), (4, 1), (4, 2), (2, 70), (2, 71)],
     };
     assert_eq!(batch, expected);
     assert_eq!(batch.count(), 3);

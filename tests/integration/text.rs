@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use quantune::text::{ChatTemplate, DecodeStream, Encoding, Special, TextError, Tokenizer};
-use quantune::weights::{Checkpoint, Gguf, OwnedValue, write_gguf};
+use quantune::weights::{Checkpoint, Gguf, OwnedValue, ValueType, write_gguf};
 use serde_json::{Value, json};
 
 use crate::support::{golden, golden_json, ids, model_path};
@@ -64,6 +64,51 @@ fn a_byte_without_a_token_parts_its_neighbours() {
     let parts = [tokenizer.id_of(left).unwrap(), tokenizer.id_of(right).unwrap()];
     assert_eq!(encode(&format!("{left}{right}")).len(), 1);
     assert_eq!(encode(&format!("{left}\u{b}{right}")), parts);
+}
+
+/// The ids are those llama-tokenize gives for the same vocabulary: of special tokens that overlap,
+/// the longest, although another begins first.
+#[test]
+fn of_overlapping_special_tokens_the_longest_is_taken() {
+    // The last tokens, which nothing is merged from, become special ones.
+    let marks = [(508, "<a><b"), (509, "<b><c>"), (510, "<b>"), (511, "<d>")];
+    let tokenizer = changed_gguf(|metadata| {
+        let array = |metadata: &mut Vec<(String, OwnedValue)>, key: &str| {
+            let at = metadata.iter().position(|(k, _)| k == key).unwrap();
+            let OwnedValue::Array(_, items) = metadata.swap_remove(at).1 else { panic!("{key}") };
+            items
+        };
+        let mut tokens = array(metadata, "tokenizer.ggml.tokens");
+        let mut types = array(metadata, "tokenizer.ggml.token_type");
+        let mut merges = array(metadata, "tokenizer.ggml.merges");
+        merges.truncate(merges.len() - marks.len()); // a merge a token, in one order
+        for (id, text) in marks {
+            tokens[id] = text.into();
+            types[id] = OwnedValue::I32(if text == "<b>" { 4 } else { 3 }); // user-defined, control
+        }
+        metadata
+            .push(("tokenizer.ggml.tokens".into(), OwnedValue::Array(ValueType::String, tokens)));
+        metadata
+            .push(("tokenizer.ggml.token_type".into(), OwnedValue::Array(ValueType::I32, types)));
+        metadata
+            .push(("tokenizer.ggml.merges".into(), OwnedValue::Array(ValueType::String, merges)));
+    })
+    .unwrap();
+    let check = |text: &str, parsed: &[u32], as_text: &[u32]| {
+        for (special, expected) in [(Special::Parse, parsed), (Special::AsText, as_text)] {
+            let found = tokenizer.encode_with_offsets(text, special).unwrap();
+            assert_eq!(found.ids, expected, "{text:?} {special:?}");
+            assert_eq!(tokenizer.encode(text, special).unwrap(), expected);
+            let parts: String = found.offsets.iter().map(|&(from, to)| &text[from..to]).collect();
+            assert_eq!(parts, text);
+            assert_eq!(tokenizer.decode(expected, false).unwrap(), text);
+        }
+    };
+    check("<a><b><c>", &[30, 67, 32, 509], &[30, 67, 32, 510, 30, 69, 32]);
+    check("x<a><b><d>y", &[90, 508, 32, 511, 91], &[90, 30, 67, 32, 510, 30, 70, 32, 91]);
+    check("<a><b><b><c>", &[508, 32, 509], &[30, 67, 32, 510, 510, 30, 69, 32]);
+    check("<b><c><a><b", &[509, 508], &[510, 30, 69, 32, 30, 67, 32, 30, 68]);
+    check("", &[], &[]);
 }
 
 #[test]

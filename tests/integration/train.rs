@@ -44,6 +44,7 @@ fn rows(run: &str) -> Vec<Example> {
             learned: numbers("labels").into_iter().map(|label| label != -100).collect(),
             row: index as u64,
             line: index as u64 + 1,
+            start: 0,
         }
     };
     text.lines().enumerate().map(row).collect()
@@ -269,6 +270,7 @@ fn gradients_agree_with_differences_through_quantized_bases() {
                 learned: (0..18).map(|i| i > 4).collect(),
                 row,
                 line: row + 1,
+                start: 0,
             })
             .collect();
         let (_, gradients) = run.step(&rows, SINGLE);
