@@ -1,0 +1,142 @@
+//! How fast each operation is by itself, at the shapes of SmolLM2-135M and Qwen2.5-0.5B.
+//!
+//! `cargo bench --bench ops [-- FILTER]`; `RAYON_NUM_THREADS` says how many threads. An element of
+//! the throughput is a floating-point operation that the work needs (a multiply-add is two), so
+//! that Gelem/s are GFLOP/s; of norm and activation it is a value of the output.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::{DType, Device, Tensor, Var};
+use criterion::measurement::WallTime;
+use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
+use quantune::ops::attention::Heads;
+use quantune::ops::{Compute, causal_attention, frozen_linear, linear_log_probs, rms_norm, swiglu};
+use quantune::quant::{BlockType, Bytes, FrozenMatrix};
+
+const COMPUTE: &[Compute] = &[Compute::F32];
+
+/// Tokens of a row.
+const T: usize = 512;
+
+const BLOCK_TYPES: &[BlockType] = &[
+    BlockType::F32,
+    BlockType::Q4_0,
+    BlockType::Q4_1,
+    BlockType::Q8_0,
+    BlockType::Q4_K,
+    BlockType::Q6_K,
+];
+
+/// `(out, in)` of the widest layers; 576 and 896 are no whole number of K-quants' blocks.
+const LINEARS: &[(usize, usize)] = &[(1536, 576), (576, 1536), (4864, 896), (896, 4864)];
+
+fn linears(c: &mut Criterion) {
+    let mut group = c.benchmark_group("frozen_linear");
+    for &block_type in BLOCK_TYPES {
+        for &(rows, cols) in LINEARS {
+            let Some(weight) = matrix(block_type, rows, cols) else { continue };
+            for (&compute, m) in COMPUTE.iter().flat_map(|compute| [(compute, T), (compute, 1)]) {
+                let case = format!("{block_type} {cols}to{rows} {m} rows {compute:?}");
+                let x = var(&[m, cols]);
+                let run = || frozen_linear(&x, &weight, compute).unwrap(); // (m, rows)
+                bench(&mut group, format!("forward {case}"), 2 * m * rows * cols, run);
+                if m > 1 {
+                    let y = run();
+                    let back = || y.backward().unwrap();
+                    bench(&mut group, format!("backward {case}"), 2 * m * rows * cols, back);
+                }
+            }
+        }
+    }
+}
+
+fn attention(c: &mut Criterion) {
+    let mut group = c.benchmark_group("causal_attention");
+    for (heads, kv_heads) in [(9, 3), (14, 2)] {
+        let heads = Heads { heads, kv_heads, head_dim: 64 };
+        for (rows, t) in [(4, T), (1, 4 * T)] {
+            let segments: Arc<[Range<usize>]> = (0..rows).map(|i| i * t..(i + 1) * t).collect();
+            let q = var(&[rows * t, heads.heads * heads.head_dim]);
+            let k = var(&[rows * t, kv_heads * heads.head_dim]);
+            let v = var(&[rows * t, kv_heads * heads.head_dim]);
+            // One product: two operations for each pair of tokens that see each other, half of all.
+            let product = rows * t * t * heads.heads * heads.head_dim;
+            for &compute in COMPUTE {
+                let case = format!("{rows}x{t} {}of{kv_heads} heads {compute:?}", heads.heads);
+                let run = || causal_attention(&q, &k, &v, heads, &segments, compute).unwrap();
+                bench(&mut group, format!("forward {case}"), 2 * product, run);
+                let y = run();
+                let back = || y.backward().unwrap();
+                bench(&mut group, format!("backward {case}"), 5 * product, back);
+            }
+        }
+    }
+}
+
+fn head(c: &mut Criterion) {
+    let mut group = c.benchmark_group("linear_log_probs");
+    group.sample_size(10);
+    for (vocabulary, hidden) in [(49_152, 576), (151_936, 896)] {
+        let weight = matrix(BlockType::Q8_0, vocabulary, hidden).expect("whole blocks");
+        let targets: Vec<u32> = (0..T).map(|i| (i * 97 % vocabulary) as u32).collect();
+        let product = 2 * T * vocabulary * hidden;
+        for &compute in COMPUTE {
+            let case = format!("{hidden}to{vocabulary} {compute:?}");
+            let x = var(&[T, hidden]);
+            let run = |x: &Tensor| linear_log_probs(x, &weight, &targets, compute).unwrap();
+            bench(&mut group, format!("forward {case}"), product, || run(&x.detach()));
+            let both = || run(&x).backward().unwrap();
+            bench(&mut group, format!("forward and backward {case}"), 2 * product, both);
+        }
+    }
+}
+
+fn elementwise(c: &mut Criterion) {
+    let mut group = c.benchmark_group("elementwise");
+    let x = var(&[4 * T, 576]);
+    let w = Tensor::ones(576, DType::F32, &Device::Cpu).unwrap();
+    let (gate, up) = (var(&[4 * T, 1536]), var(&[4 * T, 1536]));
+    for &compute in COMPUTE {
+        let norm = || rms_norm(&x, &w, 1e-5, compute).unwrap();
+        let activation = || swiglu(&gate, &up, compute).unwrap();
+        let ops: [(&str, &dyn Fn() -> Tensor); 2] = [("rms_norm", &norm), ("swiglu", &activation)];
+        for (name, run) in ops {
+            let y = run();
+            bench(&mut group, format!("forward {name} {compute:?}"), y.elem_count(), run);
+            let back = || y.backward().unwrap();
+            bench(&mut group, format!("backward {name} {compute:?}"), y.elem_count(), back);
+        }
+    }
+}
+
+fn bench<O>(
+    group: &mut BenchmarkGroup<'_, WallTime>,
+    name: String,
+    operations: usize,
+    run: impl FnMut() -> O,
+) {
+    let mut run = run;
+    group.throughput(Throughput::Elements(operations as u64));
+    group.bench_function(name, |b| b.iter(&mut run));
+}
+
+/// Values between -1 and 1, tracked.
+fn var(shape: &[usize]) -> Tensor {
+    let values =
+        (0..shape.iter().product()).map(|i: usize| ((i * 37 % 256) as f32 - 127.5) / 128.0);
+    let values: Vec<f32> = values.collect();
+    Var::from_vec(values, shape, &Device::Cpu).unwrap().into_inner()
+}
+
+/// A matrix of some blocks, or `None` if its rows are no whole number of them. Whichever bytes of a
+/// block are its scales: from bytes between 0x20 and 0x2F they are small normal numbers.
+fn matrix(block_type: BlockType, rows: usize, cols: usize) -> Option<Arc<FrozenMatrix>> {
+    let bytes = block_type.bytes_for(cols)? * rows;
+    let bytes: Vec<u8> = (0..bytes).map(|i| 0x20 + (i * 37 % 253 % 16) as u8).collect();
+    let bytes = Bytes::new(Arc::new(bytes));
+    Some(Arc::new(FrozenMatrix::new(bytes, block_type, rows, cols).expect("the size asked for")))
+}
+
+criterion_group!(benches, linears, attention, head, elementwise);
+criterion_main!(benches);
