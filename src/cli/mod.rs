@@ -30,6 +30,7 @@ use clap::{Parser, Subcommand};
 use quantune_adapters::format;
 use serde_json::{Value, json};
 
+use crate::isa::Isa;
 use crate::model::{Decoder, Worn};
 use crate::text::{Tokenizer, first_second};
 use crate::weights::Checkpoint;
@@ -69,6 +70,9 @@ enum Command {
     Tokenizer(tokenizer::TokenizerCommand),
 }
 
+/// Stack of a thread: candle walks the portable form's graphs recursively.
+const STACK: usize = 16 << 20;
+
 /// Runs the command line and returns the exit code.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -80,20 +84,29 @@ pub fn main() -> ExitCode {
         Some(threads) => threads,
         None => std::thread::available_parallelism().map_or(1, usize::from),
     };
+    if let Ok(name) = std::env::var(Isa::VARIABLE)
+        && let Err(fault) = Isa::named(&name)
+    {
+        eprintln!("error: {fault}");
+        return ExitCode::from(2);
+    }
     // SAFETY: no thread has been started yet; candle reads this when it starts its own.
     unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
-    if let Err(e) = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global() {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).stack_size(STACK);
+    if let Err(e) = pool.build_global() {
         eprintln!("error: cannot start {threads} threads: {e}");
         return ExitCode::FAILURE;
     }
     let json = cli.common.json;
-    let result = match cli.command {
+    // On one of the pool's own threads: from outside, every parallel stretch of work, a hundred a
+    // decoded token, would wake a thread to do it and sleep until it is done.
+    let result = rayon::scope(|_| match cli.command {
         Command::Sft(command) => command.run(json),
         Command::Eval(command) => command.run(json),
         Command::Generate(command) => command.run(json),
         Command::Inspect(command) => command.run(json),
         Command::Tokenizer(command) => command.run(json),
-    };
+    });
     match result {
         Ok(mut value) => {
             if json {

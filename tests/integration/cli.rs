@@ -777,3 +777,43 @@ fn an_interrupted_evaluation_is_taken_again() {
         assert_eq!(bytes(&stopped), bytes(&whole), "{file}");
     }
 }
+
+/// The rungs of the instruction ladder that this CPU has, through the binary: the same losses, the
+/// kernels named; f32, int16 and int8 give each its own.
+#[test]
+fn every_rung_and_mode_trains_alike() {
+    let lab = Lab::new();
+    let run = |rung: &str, compute: &str| {
+        let out = lab.folder.path().join(format!("{rung}-{compute}"));
+        let (out, rows) = (out.display().to_string(), lab.path("rows.jsonl"));
+        let args = ["sft", "--base", &base(), "--data", &rows, "--out", &out, "--max-steps", "2"];
+        let args = strings(&[&args[..], &["--compute", compute, "--json"]].concat());
+        let binary = env!("CARGO_BIN_EXE_quantune");
+        Command::new(binary).args(args).env("QUANTUNE_ISA", rung).output().unwrap()
+    };
+    let available: Vec<&str> = quantune::isa::Isa::ALL
+        .iter()
+        .filter(|isa| isa.available())
+        .map(|isa| isa.name())
+        .collect();
+    let mut losses = Vec::new();
+    for (compute, bound) in [("f32", 1e-4), ("int16", 1e-3), ("int8", 5e-2)] {
+        let of_rungs: Vec<f64> = available
+            .iter()
+            .map(|rung| {
+                let json = last_json(&run(rung, compute));
+                let kernels = json["kernels"].to_string();
+                assert!(kernels.contains(rung) && kernels.contains(compute), "{kernels}");
+                json["loss_last"].as_f64().unwrap()
+            })
+            .collect();
+        for loss in &of_rungs {
+            assert!((loss - of_rungs[0]).abs() < bound, "{compute}: {available:?} {of_rungs:?}");
+        }
+        losses.push(of_rungs[0]);
+    }
+    assert!(losses[0] != losses[1] && losses[1] != losses[2], "{losses:?}");
+    let output = run("avx10", "f32");
+    assert_eq!(output.status.code(), Some(2));
+    assert!(error(&output).contains("avx10"));
+}

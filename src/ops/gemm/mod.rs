@@ -5,8 +5,9 @@
 //! `f32`, or integers that share a scale along the contraction (block-floating), whose products
 //! AVX-512 VNNI adds up at twice (`i16`) and four times (`i8`) the rate of `f32`.
 //!
-//! Work is cut by sizes, never by the number of threads; a row of the result depends on its own
-//! row of the left side alone. So bits change neither with threads nor with neighbours.
+//! An element of the result is summed by one task in one order, and depends on its own row of the
+//! left side alone. So bits change neither with the number of threads, by which rows and columns
+//! are dealt out, nor with neighbours.
 
 mod kernel;
 mod pack;
@@ -27,11 +28,16 @@ use pack::PackedColumns;
 const GROUP: usize = 3 * TILE_COLS;
 /// The same for types whose blocks are longer.
 const LONG_GROUP: usize = 8 * TILE_COLS;
-/// Rows a task takes at the most: enough that packing its columns costs little beside them.
-const TASK_ROWS: usize = 84 * TILE_ROWS;
-/// Units of the contraction packed at a time, for a group and for a long one.
-const STRETCH: usize = 768;
-const LONG_STRETCH: usize = 256;
+/// Rows a task takes at the most, and, if there are threads to feed, at the least: packing its
+/// columns should cost little beside them.
+const MOST_ROWS: usize = 172 * TILE_ROWS;
+const LEAST_ROWS: usize = 8 * TILE_ROWS;
+/// Tasks for each thread, so that all end at about the same time.
+const TASKS_PER_THREAD: usize = 4;
+/// Units of the contraction packed at a time, for a group and for a long one: what fits the
+/// second-level cache beside the rows. An adapter's update finds room beside 1536 `i16`.
+const STRETCH: usize = 768 + 64;
+const LONG_STRETCH: usize = 256 + 64;
 
 /// One product in a sum of products.
 #[derive(Debug, Clone, Copy)]
@@ -100,8 +106,10 @@ pub struct Product<'a> {
 /// # Panics
 /// If shapes do not fit: a caller's bug.
 pub unsafe fn multiply(isa: Isa, products: &[Product]) {
+    let groups: usize = products.iter().map(Product::groups).sum();
+    let parts = (TASKS_PER_THREAD * rayon::current_num_threads()).div_ceil(groups.max(1));
     let tasks: Vec<(&Product, Range<usize>, Range<usize>)> =
-        products.iter().flat_map(|product| tasks(product)).collect();
+        products.iter().flat_map(|product| tasks(product, parts)).collect();
     let run = |(product, rows, columns): &(&Product, Range<usize>, Range<usize>)| {
         thread_local!(static SCRATCH: RefCell<Scratch> = RefCell::default());
         SCRATCH.with_borrow_mut(|scratch| {
@@ -116,9 +124,22 @@ pub unsafe fn multiply(isa: Isa, products: &[Product]) {
     }
 }
 
-/// Row and column ranges of a product's tasks.
+impl Product<'_> {
+    /// Columns of a task. Only straight panels cut along the blocks.
+    fn group(&self) -> usize {
+        let long = self.terms.iter().any(|t| !t.transposed && t.weights.block_len() > TILE_COLS);
+        if long { LONG_GROUP } else { GROUP }
+    }
+
+    fn groups(&self) -> usize {
+        self.terms.first().map_or(0, |term| term.columns().div_ceil(self.group()))
+    }
+}
+
+/// Row and column ranges of a product's tasks, the rows in about so many parts.
 fn tasks<'p, 'a>(
     product: &'p Product<'a>,
+    parts: usize,
 ) -> impl Iterator<Item = (&'p Product<'a>, Range<usize>, Range<usize>)> + use<'p, 'a> {
     let first = product.terms.first().expect("a product has a term");
     let (rows, columns) = (first.x.rows, first.columns());
@@ -131,21 +152,26 @@ fn tasks<'p, 'a>(
     if let Begin::Bias(bias) = product.begin {
         assert_eq!(bias.len(), columns);
     }
-    // Only straight panels cut along the blocks.
-    let long = product.terms.iter().any(|t| !t.transposed && t.weights.block_len() > TILE_COLS);
-    let group = if long { LONG_GROUP } else { GROUP };
-    let parts = rows.div_ceil(TASK_ROWS).max(1);
-    let part = rows.div_ceil(parts).next_multiple_of(TILE_ROWS);
+    let part = rows.div_ceil(parts.max(1)).clamp(LEAST_ROWS, MOST_ROWS);
+    let part = rows.div_ceil(rows.div_ceil(part).max(1)).next_multiple_of(TILE_ROWS);
     let row_ranges = (0..rows).step_by(part.max(1)).map(move |r| r..rows.min(r + part));
+    let group = product.group();
     row_ranges.flat_map(move |rows| {
         let groups = (0..columns).step_by(group).map(move |c| c..columns.min(c + group));
         groups.map(move |columns| (product, rows.clone(), columns))
     })
 }
 
+/// Panels of one thread, filled again and again.
 #[derive(Default)]
 struct Scratch {
-    columns: PackedColumns,
+    packed: Vec<PackedColumns>,
+}
+
+/// A stretch of one term's contraction, its columns packed in the scratch.
+struct Stretch<'a> {
+    x: &'a PackedRows,
+    depth: Range<usize>,
 }
 
 /// # Safety
@@ -157,55 +183,57 @@ unsafe fn task(
     columns: Range<usize>,
     scratch: &mut Scratch,
 ) {
-    let packed = &mut scratch.columns;
-    let mut begun = false;
+    let most = if columns.len() > GROUP { LONG_STRETCH } else { STRETCH };
+    let mut begin = product.begin;
+    let mut stretches: Vec<Stretch> = Vec::new();
+    let mut units = 0;
     for term in &product.terms {
         let panel = term.x.panel;
-        let stretch = if columns.len() > GROUP { LONG_STRETCH } else { STRETCH };
-        let stretch = stretch * panel.values_per_unit();
-        for first in (0..term.x.depth).step_by(stretch) {
-            let depth = first..term.x.depth.min(first + stretch);
-            match term.transposed {
-                true => {
-                    packed.pack_transposed(isa, panel, term.weights, columns.clone(), depth.clone())
-                }
-                false => {
-                    packed.pack_straight(isa, panel, term.weights, columns.clone(), depth.clone())
-                }
+        // On a border of every type's blocks.
+        let step = most / 256 * 256 * panel.values_per_unit();
+        for first in (0..term.x.depth).step_by(step) {
+            let depth = first..term.x.depth.min(first + step);
+            let needed = panel.units(depth.len());
+            if units + needed > most && !stretches.is_empty() {
+                // SAFETY: the caller's promise.
+                unsafe { tiles(isa, &stretches, scratch, &rows, &columns, begin, product.out) };
+                begin = Begin::Add;
+                stretches.clear();
+                units = 0;
             }
-            let begin = if begun { Begin::Add } else { product.begin };
-            begun = true;
-            // SAFETY: the caller's promise.
-            unsafe { tiles(isa, term.x, &depth, packed, &rows, &columns, begin, product.out) };
+            units += needed;
+            if scratch.packed.len() == stretches.len() {
+                scratch.packed.push(PackedColumns::default());
+            }
+            let packed = &mut scratch.packed[stretches.len()];
+            stretches.push(Stretch { x: term.x, depth: depth.clone() });
+            match term.transposed {
+                true => packed.pack_transposed(isa, panel, term.weights, columns.clone(), depth),
+                false => packed.pack_straight(isa, panel, term.weights, columns.clone(), depth),
+            }
         }
     }
-    if !begun {
-        // SAFETY: the caller's promise.
-        unsafe { nothing(&rows, &columns, product.begin, product.out) };
-    }
+    // SAFETY: the caller's promise.
+    unsafe { tiles(isa, &stretches, scratch, &rows, &columns, begin, product.out) };
 }
 
-/// All tiles of a task over one stretch of the contraction.
+/// All tiles of a task over what is packed. A tile stays in the first-level cache until all
+/// stretches are added up.
 ///
 /// # Safety
 /// As [`task`].
-#[allow(clippy::too_many_arguments)]
 unsafe fn tiles(
     isa: Isa,
-    x: &PackedRows,
-    depth: &Range<usize>,
-    packed: &PackedColumns,
+    stretches: &[Stretch],
+    scratch: &Scratch,
     rows: &Range<usize>,
     columns: &Range<usize>,
     begin: Begin,
     out: Out,
 ) {
-    let panel = x.panel;
-    let (units, blocks) = (panel.units(depth.len()), panel.blocks(depth.len()));
     let mut tile = Tile([[0.0; TILE_COLS]; TILE_ROWS]);
     for first_row in rows.clone().step_by(TILE_ROWS) {
         let count = TILE_ROWS.min(rows.end - first_row);
-        let (a_units, a_scales) = x.tile(first_row / TILE_ROWS, depth.start, depth.len());
         for (i, first_column) in columns.clone().step_by(TILE_COLS).enumerate() {
             let width = TILE_COLS.min(columns.end - first_column);
             let row_of = |row: usize| {
@@ -226,22 +254,39 @@ unsafe fn tiles(
                     }
                 }
             }
-            let b_units = &packed.units[i * units * TILE_COLS..][..units * TILE_COLS];
-            let at = i * blocks * TILE_COLS..(i + 1) * blocks * TILE_COLS;
-            let a = Side { units: a_units, scales: a_scales };
-            let b = Side { units: b_units, scales: &packed.scales[at.clone()] };
-            let per_block = panel.units_per_block();
-            match panel {
-                Panel::F32 => f32_tile(isa, a_units, b_units, &mut tile),
-                Panel::Int16 => int16_tile(isa, a, b, per_block, &mut tile),
-                Panel::Int8 => {
-                    int8_tile(isa, a, b, &packed.offsets[at], per_block, &mut tile);
-                }
+            for (stretch, packed) in stretches.iter().zip(&scratch.packed) {
+                let (x, depth) = (stretch.x, &stretch.depth);
+                let a = x.tile(first_row / TILE_ROWS, depth.start, depth.len());
+                add(isa, x.panel, depth.len(), a, packed, i, &mut tile);
             }
             for (i, row) in tile.0[..count].iter().enumerate() {
                 copy(row, row_of(i));
             }
         }
+    }
+}
+
+/// Adds the product of a tile of rows and the `i`-th panel of columns.
+#[inline(always)]
+fn add(
+    isa: Isa,
+    panel: Panel,
+    depth: usize,
+    (a_units, a_scales): (&[u32], &[f32]),
+    packed: &PackedColumns,
+    i: usize,
+    tile: &mut Tile,
+) {
+    let (units, blocks) = (panel.units(depth), panel.blocks(depth));
+    let b_units = &packed.units[i * units * TILE_COLS..][..units * TILE_COLS];
+    let at = i * blocks * TILE_COLS..(i + 1) * blocks * TILE_COLS;
+    let a = Side { units: a_units, scales: a_scales };
+    let b = Side { units: b_units, scales: &packed.scales[at.clone()] };
+    let per_block = panel.units_per_block();
+    match panel {
+        Panel::F32 => f32_tile(isa, a_units, b_units, tile),
+        Panel::Int16 => int16_tile(isa, a, b, per_block, tile),
+        Panel::Int8 => int8_tile(isa, a, b, &packed.offsets[at], per_block, tile),
     }
 }
 
@@ -251,23 +296,6 @@ fn copy(from: &[f32], to: &mut [f32]) {
     match (<&[f32; TILE_COLS]>::try_from(from), <&mut [f32; TILE_COLS]>::try_from(&mut *to)) {
         (Ok(from), Ok(to)) => *to = *from,
         _ => to.iter_mut().zip(from).for_each(|(to, from)| *to = *from),
-    }
-}
-
-/// Sums of no terms at all.
-///
-/// # Safety
-/// As [`task`].
-unsafe fn nothing(rows: &Range<usize>, columns: &Range<usize>, begin: Begin, out: Out) {
-    for row in rows.clone() {
-        let at = out.target.at(row * out.stride + columns.start);
-        // SAFETY: the caller's promise.
-        let row = unsafe { at.slice(columns.len()) };
-        match begin {
-            Begin::Zero => row.fill(0.0),
-            Begin::Bias(bias) => row.copy_from_slice(&bias[columns.clone()]),
-            Begin::Add => (),
-        }
     }
 }
 
@@ -455,68 +483,6 @@ mod tests {
                     assert!(y[40..80].iter().all(|v| !v.is_finite()), "{panel:?} {}", isa.name());
                     let rest = y[..40].iter().chain(&y[80..]);
                     assert!(rest.clone().all(|v| v.is_finite()));
-                }
-            }
-        }
-    }
-}
-#[cfg(test)]
-mod bench {
-    use super::*;
-    use crate::quant::testing::random_blocks;
-    use crate::quant::{BlockType, Bytes, FrozenMatrix};
-    #[test]
-    fn bench_gemm() {
-        let isa = Isa::current();
-        for (m, n, k) in [(2048usize, 1536usize, 576usize), (2048, 576, 1536), (512, 49152, 576)] {
-            for bt in [BlockType::Q4_1, BlockType::Q8_0] {
-                let bytes = random_blocks(bt, n * k, 5);
-                let w =
-                    FrozenMatrix::new(Bytes::new(std::sync::Arc::new(bytes)), bt, n, k).unwrap();
-                for (panel, tr) in [
-                    (Panel::F32, true),
-                    (Panel::F32, false),
-                    (Panel::Int16, true),
-                    (Panel::Int16, false),
-                    (Panel::Int8, true),
-                ] {
-                    let kk = if tr { k } else { n };
-                    let nn = if tr { n } else { k };
-                    let x: Vec<f32> =
-                        (0..m * kk).map(|i| ((i * 7919) % 1000) as f32 / 500.0 - 1.0).collect();
-                    let mut y = vec![0f32; m * nn];
-                    let mut p = PackedRows::default();
-                    let mut best = (1e9f64, 1e9f64);
-                    for _ in 0..4 {
-                        let t0 = std::time::Instant::now();
-                        p.pack(isa, panel, Strided { values: &x, stride: kk }, m, kk);
-                        let t1 = t0.elapsed().as_secs_f64();
-                        let out = Out::new(&mut y, nn, 0);
-                        unsafe {
-                            multiply(
-                                isa,
-                                &[Product {
-                                    terms: vec![Term {
-                                        x: &p,
-                                        weights: Weights::Frozen(&w),
-                                        transposed: tr,
-                                    }],
-                                    begin: Begin::Zero,
-                                    out,
-                                }],
-                            )
-                        };
-                        let t2 = t0.elapsed().as_secs_f64();
-                        if t2 < best.1 {
-                            best = (t1, t2)
-                        }
-                    }
-                    let gf = 2.0 * (m * n * k) as f64 / 1e9;
-                    println!(
-                        "{m} {n} {k} {bt} {panel:?} fwd={tr}: {:.0} GFLOP/s wall, pack {:.1}%",
-                        gf / best.1,
-                        best.0 / best.1 * 100.0
-                    );
                 }
             }
         }
