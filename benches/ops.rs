@@ -11,10 +11,11 @@ use candle_core::{DType, Device, Tensor, Var};
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
 use quantune::ops::attention::Heads;
+use quantune::ops::frozen_linear::few_rows;
 use quantune::ops::{Compute, causal_attention, frozen_linear, linear_log_probs, rms_norm, swiglu};
 use quantune::quant::{BlockType, Bytes, FrozenMatrix};
 
-const COMPUTE: &[Compute] = &[Compute::F32];
+const COMPUTE: &[Compute] = &[Compute::F32, Compute::Int16, Compute::Int8];
 
 /// Tokens of a row.
 const T: usize = 512;
@@ -36,15 +37,18 @@ fn linears(c: &mut Criterion) {
     for &block_type in BLOCK_TYPES {
         for &(rows, cols) in LINEARS {
             let Some(weight) = matrix(block_type, rows, cols) else { continue };
-            for (&compute, m) in COMPUTE.iter().flat_map(|compute| [(compute, T), (compute, 1)]) {
-                let case = format!("{block_type} {cols}to{rows} {m} rows {compute:?}");
-                let x = var(&[m, cols]);
-                let run = || frozen_linear(&x, &weight, compute).unwrap(); // (m, rows)
-                bench(&mut group, format!("forward {case}"), 2 * m * rows * cols, run);
-                if m > 1 {
-                    let y = run();
-                    let back = || y.backward().unwrap();
-                    bench(&mut group, format!("backward {case}"), 2 * m * rows * cols, back);
+            for &compute in COMPUTE {
+                let case = |m| format!("{block_type} {cols}to{rows} {m} rows {compute:?}");
+                let x = var(&[T, cols]);
+                let run = || frozen_linear(&x, &weight, compute).unwrap(); // (T, rows)
+                bench(&mut group, format!("forward {}", case(T)), 2 * T * rows * cols, run);
+                let y = run();
+                let back = || y.backward().unwrap();
+                bench(&mut group, format!("backward {}", case(T)), 2 * T * rows * cols, back);
+                for m in [1, 4] {
+                    let x = var(&[m, cols]);
+                    let run = || few_rows(&x, &weight, compute).unwrap(); // (m, rows)
+                    bench(&mut group, format!("decode {}", case(m)), 2 * m * rows * cols, run);
                 }
             }
         }
@@ -64,7 +68,7 @@ fn attention(c: &mut Criterion) {
             let product = rows * t * t * heads.heads * heads.head_dim;
             for &compute in COMPUTE {
                 let case = format!("{rows}x{t} {}of{kv_heads} heads {compute:?}", heads.heads);
-                let run = || causal_attention(&q, &k, &v, heads, &segments, compute).unwrap();
+                let run = || causal_attention(&q, &k, &v, heads, &segments, None, compute).unwrap();
                 bench(&mut group, format!("forward {case}"), 2 * product, run);
                 let y = run();
                 let back = || y.backward().unwrap();

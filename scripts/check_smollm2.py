@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Holds Quantune to transformers, PEFT and llama.cpp on SmolLM2-135M-Instruct. Run it by scripts/check_smollm2.sh.
 
-    python3 scripts/check_smollm2.py [reference] [perplexity] [memory] [steps] [interop] [parity]
+    python3 scripts/check_smollm2.py [reference] [modes] [perplexity] [memory] [steps] [interop] [parity]
 
 reference   top-10 log-probs and greedy tokens against tests/golden/model/smollm2.json
+modes       the same log-probs in --compute int16 (within 2e-2) and int8, and their perplexity
 perplexity  GPL-3 in llama.cpp's chunks of 512 against the stored 18.30; token ids against llama.cpp's if
             LLAMA_TOKENIZE names its llama-tokenize
 steps       ten LoRA steps against PEFT from one adapter, the same rows in the same order
@@ -81,10 +82,10 @@ def fresh(name):
 # ------------------------------------------------------- against stored numbers
 
 
-def next_logprobs(prompt, tokens=1, adapter=None):
+def next_logprobs(prompt, tokens=1, adapter=None, compute="f32"):
     """What ours says after `prompt` taken as it stands: its JSON with the 10 likeliest of each token."""
     adapter = ["--adapter", adapter] if adapter else []
-    sampling = ["--raw", "--max-tokens", tokens, "--temperature", 0, "--logprobs", 10]
+    sampling = ["--raw", "--max-tokens", tokens, "--temperature", 0, "--logprobs", 10, "--compute", compute]
     return quantune("generate", "--base", BASE, *adapter, "--prompt", prompt, *sampling)
 
 
@@ -97,22 +98,41 @@ def compare_top10(ours, ids, logprobs):
 
 
 def check_reference():
-    stored, tok = json.loads(STORED.read_text()), tokenizer()
-    worst, checked, skipped = 0.0, 0, 0
+    stored = json.loads(STORED.read_text())
     for i, p in enumerate(stored["prompts"]):
         ours = next_logprobs(p["prompt"], 24)
         same = ours["token_ids"] == p["greedy24_ids"]
         finding(f"reference, greedy {i}", same, repr(ours["text"]) if same else f"{ours['text']!r}, needed {p['greedy24_text']!r}")
+    worst, checked, skipped = worst_top10(stored, "f32")
+    ok = worst < 1e-3 and checked >= 20
+    finding("reference, top-10 log-probs", ok, f"largest difference {worst:.1e} at {checked} positions ({skipped} skipped)")
+
+
+def check_modes():
+    """The integer modes by their own bounds; that they differ shows that they ran."""
+    stored, text = json.loads(STORED.read_text()), os.environ.get("GPL3", "/usr/share/common-licenses/GPL-3")
+    found = {mode: worst_top10(stored, mode)[0] for mode in ("f32", "int16", "int8")}
+    finding("modes, int16 top-10 log-probs", found["f32"] < found["int16"] < 2e-2, f"largest difference {found['int16']:.1e}, bound 2e-2")
+    finding("modes, int8 top-10 log-probs", found["int16"] < found["int8"], f"largest difference {found['int8']:.1e}")
+    for mode in found:
+        ours = quantune("eval", "--base", BASE, "--text", text, "--n-ctx", 512, "--compute", mode)
+        print(f"     modes, perplexity in {mode}: {ours['perplexity']:.4f}, kernels {ours['kernels']}")
+
+
+def worst_top10(stored, compute):
+    """The largest difference to the stored log-probs over all positions that text can ask for."""
+    tok = tokenizer()
+    worst, checked, skipped = 0.0, 0, 0
+    for p in stored["prompts"]:
         for point in p["positions"]:
             prefix = p["input_ids"][: point["pos"] + 1]
             text = tok.decode(prefix)
             if tok(text, add_special_tokens=False).input_ids != prefix:
                 skipped += 1  # this prefix's text has other tokens: it cannot be asked for by text
                 continue
-            first = next_logprobs(text)["logprobs"][0]
+            first = next_logprobs(text, compute=compute)["logprobs"][0]
             worst, checked = max(worst, compare_top10(first, point["top_ids"], point["top_logprobs"])), checked + 1
-    ok = worst < 1e-3 and checked >= 20
-    finding("reference, top-10 log-probs", ok, f"largest difference {worst:.1e} at {checked} positions ({skipped} skipped)")
+    return worst, checked, skipped
 
 
 def check_perplexity():
@@ -384,6 +404,7 @@ def main():
         return peft_epoch(*sys.argv[2:])
     checks = {
         "reference": check_reference,
+        "modes": check_modes,
         "perplexity": check_perplexity,
         "memory": check_memory,
         "steps": check_steps,

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Holds Quantune to transformers, PEFT and llama.cpp on a real model; see scripts/check_smollm2.py.
 #
-#   scripts/check_smollm2.sh [reference] [perplexity] [memory] [steps] [interop] [parity]
+#   scripts/check_smollm2.sh [reference] [modes] [perplexity] [memory] [steps] [interop] [parity]
 #
 # Builds, fetches what is missing, and makes a Python environment (some GB) in target/check-venv unless PYTHON
-# names one with scripts/requirements-golden.txt installed. All six take about half an hour on two cores.
+# names one with scripts/requirements-golden.txt installed. All seven take about half an hour on two cores.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -7,8 +7,8 @@
 //! is a pure function of what the head reads), and every operation exists twice: a *portable* form
 //! in ordinary differentiable candle ops that defines the answer, and a *fast* CPU form that a
 //! parity test holds to it, gradients included. A layer as a whole is such an operation: its fast
-//! form is written out, forward and backward, over plain buffers. All randomness is keyed by (seed, purpose, index),
-//! so that a killed run resumes to the same bytes.
+//! form is written out, forward and backward, over plain buffers. All randomness is keyed by
+//! (seed, purpose, index), so that a killed run resumes to the same bytes.
 //!
 //! # Rooms, bottom to top
 //!

@@ -43,11 +43,11 @@ LEARNING_RATE = 2e-4
 
 
 def child_environment():
-    """Threads of either side, and OpenMP's threads wait asleep: on a machine with other work spinning ones
-    lose most of their time. OMP_WAIT_POLICY=ACTIVE in the environment says otherwise."""
+    """As many threads for everybody. Waiting threads spin or sleep as each program has it; where other work runs
+    beside, spinning ones lose most of their time, and OMP_WAIT_POLICY=PASSIVE lets OpenMP's sleep."""
     ours = {name: str(THREADS) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")}
-    defaults = {"OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if os.environ.get("OMP_WAIT_POLICY", "PASSIVE") == "PASSIVE":
+    defaults = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if os.environ.get("OMP_WAIT_POLICY") == "PASSIVE":
         defaults["GOMP_SPINCOUNT"] = "0"
     return {**defaults, **os.environ, **ours}
 

@@ -148,6 +148,7 @@ impl Generate {
             "tokens_per_second": decoded as f64 / decoding.max(1e-9),
             "prompt_tokens_per_second": prompt.len() as f64 / reading.max(1e-9),
             "kernels": decoder.kernels(),
+            "decode_kernels": decoder.decode_kernels(),
         });
         if self.logprobs.is_some() {
             let list = |top: Vec<(u32, f32)>| -> Vec<Value> {

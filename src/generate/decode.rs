@@ -121,7 +121,7 @@ pub enum GenerateError {
 /// `on_token` gets the row and each new token but the end-of-generation token, as it is chosen.
 /// A row that ends leaves the batch, and its part of the cache is freed. Memory besides the cache:
 /// the activations of at most 512 tokens (or of one a row) and a row of logits for each row.
-/// Adapters should be worn frozen: a trainable one records a tape that nobody reads.
+/// Nothing is learned from: adapters count alike, trainable or not.
 pub fn generate(
     decoder: &Decoder,
     adapters: Adapters,
@@ -173,7 +173,7 @@ pub fn generate(
         }
         let last: Vec<&[u32]> =
             running.iter().map(|&row| &rows[row].tokens[rows[row].tokens.len() - 1..]).collect();
-        hidden = batch.hidden(&last)?.0;
+        hidden = batch.hidden(&last, true)?.0;
     }
 }
 
@@ -263,7 +263,7 @@ impl Batch<'_> {
                 rest.split_at(new)
             });
             let (new, rest): (Vec<&[u32]>, Vec<&[u32]>) = split.unzip();
-            let (hidden, segments) = self.hidden(&new)?;
+            let (hidden, segments) = self.hidden(&new, false)?;
             let ends = segments.iter().zip(&rest).filter(|(new, rest)| {
                 !new.is_empty() && rest.is_empty() // in the order of the rows, over all passes
             });
@@ -276,12 +276,16 @@ impl Batch<'_> {
         Tensor::cat(&last, 0)
     }
 
-    /// The hidden states of new tokens of each row, `(N, hidden_size)`, and which are whose.
-    fn hidden(&mut self, new: &[&[u32]]) -> Result<(Tensor, Arc<[Range<usize>]>)> {
+    /// The hidden states of new tokens of each row, `(N, hidden_size)`, and which are whose. `step`
+    /// says that they are a decoding step's, one a row.
+    fn hidden(&mut self, new: &[&[u32]], step: bool) -> Result<(Tensor, Arc<[Range<usize>]>)> {
         let new = new.iter().enumerate().map(|(row, new)| (*new, self.cache.len(row)));
         let rows = Rows::after(new);
         let adapters = Adapters::PerRow(&self.worn);
-        let hidden = self.decoder.hidden_cached(&rows, adapters, &mut self.cache)?;
+        let hidden = match step {
+            true => self.decoder.hidden_step(&rows, adapters, &mut self.cache)?,
+            false => self.decoder.hidden_cached(&rows, adapters, &mut self.cache)?,
+        };
         Ok((hidden, rows.segments))
     }
 

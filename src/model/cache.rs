@@ -132,7 +132,7 @@ impl KvCache {
     /// Shapes: q `(N, heads · head_dim)`, k and v `(N, kv_heads · head_dim)`, `segments` the new
     /// tokens of each row → `out` as q, contiguous.
     #[allow(clippy::too_many_arguments)] // those of the attention kernels, and which layer
-    pub fn attend_slices(
+    pub(super) fn attend_slices(
         &mut self,
         isa: Isa,
         layer: usize,
@@ -219,7 +219,10 @@ impl Stored for i8 {
     const SCALED: bool = true;
 
     fn convert(from: &[f32], to: &mut [Self]) -> f32 {
-        let largest = from.iter().fold(0f32, |largest, x| largest.max(x.abs()));
+        // As integers magnitudes order as they do as numbers, and NaN is above all: it reaches the
+        // factor instead of becoming a 0.
+        let bits = from.iter().fold(0, |largest, x| largest.max(x.to_bits() & 0x7fff_ffff));
+        let largest = f32::from_bits(bits);
         let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
         for (to, x) in to.iter_mut().zip(from) {
             *to = (x * inverse).round() as i8;

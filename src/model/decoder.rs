@@ -101,12 +101,22 @@ pub struct Pass<'a> {
 
 impl Decoder {
     /// Begins a pass over `rows`. `dropout` falls on the inputs of trainable adapters only.
+    ///
+    /// # Panics
+    /// If the segments of `rows` do not part its tokens end to end: a caller's bug that threads
+    /// must not meet.
     pub fn pass<'a>(
         &self,
         rows: &Rows,
         adapters: Adapters<'a>,
         dropout: Option<&'a Dropout>,
     ) -> Pass<'a> {
+        let mut end = 0;
+        let mut segments = rows.segments.iter();
+        assert!(
+            segments.all(|s| std::mem::replace(&mut end, s.end) == s.start && s.start <= s.end)
+        );
+        assert_eq!((end, end), (rows.tokens.len(), rows.positions.len()));
         let rotation = Rotation::new(&rows.positions, &self.inv_freq);
         Pass { segments: rows.segments.clone(), rotation, adapters, dropout }
     }
@@ -121,7 +131,8 @@ impl Decoder {
         LayerPass::new(&self.config, &self.layers[index], pass, self.compute)
     }
 
-    /// One layer in its portable form, on the tape: `x (N, hidden_size)` → the same shape.
+    /// One layer composed of operations on candle's tape: `x (N, hidden_size)` → the same shape.
+    /// In the portable form these are plain candle ops; else each runs its own kernel.
     pub fn layer(&self, index: usize, x: &Tensor, pass: &Pass) -> Result<Tensor> {
         self.layer_with(index, x, pass, None)
     }
@@ -131,20 +142,32 @@ impl Decoder {
         rms_norm(x, &self.norm, self.config.rms_norm_eps, self.compute)
     }
 
-    /// The hidden states the head reads, `(N, hidden_size)`.
+    /// The hidden states the head reads, `(N, hidden_size)`. For scoring: but for the portable form
+    /// nothing of it is on a tape, so no gradient reaches an adapter (training goes layer by layer).
     pub fn hidden(&self, rows: &Rows, adapters: Adapters) -> Result<Tensor> {
-        self.hidden_with(rows, adapters, None)
+        self.hidden_with(rows, adapters, None, false)
     }
 
-    /// The hidden states of new tokens after those in `cache`, which they join. `rows` go on
-    /// where the cache's rows end.
+    /// The hidden states of new tokens after those in `cache`, which they join; without gradients,
+    /// as [`Self::hidden`]. `rows` go on where the cache's rows end.
     pub fn hidden_cached(
         &self,
         rows: &Rows,
         adapters: Adapters,
         cache: &mut KvCache,
     ) -> Result<Tensor> {
-        self.hidden_with(rows, adapters, Some(cache))
+        self.hidden_with(rows, adapters, Some(cache), false)
+    }
+
+    /// [`Self::hidden_cached`] for a decoding step, a token a row, at the speed of memory. In the
+    /// integer modes its rounding is another than a prompt's, whatever the number of rows.
+    pub fn hidden_step(
+        &self,
+        rows: &Rows,
+        adapters: Adapters,
+        cache: &mut KvCache,
+    ) -> Result<Tensor> {
+        self.hidden_with(rows, adapters, Some(cache), true)
     }
 
     fn hidden_with(
@@ -152,6 +175,7 @@ impl Decoder {
         rows: &Rows,
         adapters: Adapters,
         mut cache: Option<&mut KvCache>,
+        decoding: bool,
     ) -> Result<Tensor> {
         let pass = self.pass(rows, adapters, None);
         let mut x = self.embed(&rows.tokens)?;
@@ -167,7 +191,7 @@ impl Decoder {
         for index in 0..self.layers.len() {
             if let Some(mut layer) = self.layer_pass(index, &pass) {
                 let cache = cache.as_deref_mut().map(|cache| (cache, index));
-                if cache.is_some() {
+                if decoding {
                     layer = layer.decoding();
                 }
                 layer.forward(&mut x, &mut tape, false, &mut work, cache)?;
@@ -226,12 +250,19 @@ impl Decoder {
         all.iter().map(|matrix| matrix.bytes().len()).sum()
     }
 
-    /// Which kernel serves each kind of linear layer.
+    /// Which kernel serves each kind of linear layer in a decoding step.
+    pub fn decode_kernels(&self) -> BTreeMap<String, String> {
+        self.kernels_by(|weight| self.compute.decode_kernel(weight.block_type()))
+    }
+
+    /// Which kernel serves each kind of linear layer, in training, scoring and reading a prompt.
     pub fn kernels(&self) -> BTreeMap<String, String> {
+        self.kernels_by(|_| self.compute.linear_kernel())
+    }
+
+    fn kernels_by(&self, name: impl Fn(&FrozenMatrix) -> String) -> BTreeMap<String, String> {
         let linears = self.layers.iter().flat_map(Layer::linears).map(|linear| &linear.weight);
-        let kernel = |weight: &Arc<FrozenMatrix>| {
-            (weight.block_type().to_string(), self.compute.linear_kernel())
-        };
+        let kernel = |weight: &Arc<FrozenMatrix>| (weight.block_type().to_string(), name(weight));
         linears.chain([&self.head]).map(kernel).collect()
     }
 

@@ -4,8 +4,8 @@
 //! layer of portable ops on candle's tape; a parity test holds the two together, gradients too.
 //! Written out, a layer needs no tape: a group of linear layers that share their input packs it
 //! once and hands all its products to the threads together, an adapter's update is one more term
-//! of the base's product, residuals are what sums begin with, and every buffer is used again by
-//! the next layer and the next step.
+//! of the base's product, residuals are what sums begin with, and all large buffers are used again
+//! by the next layer and the next step (dropout draws its masks anew each time).
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -30,7 +30,7 @@ pub struct Tape {
     q: Vec<f32>,
     k: Vec<f32>,
     v: Vec<f32>,
-    attended: Vec<f32>,
+    attended: Kept,
     lse: Vec<f32>,
     /// The residual stream between attention and feed-forward layer.
     middle: Vec<f32>,
@@ -68,15 +68,26 @@ impl Kept {
 type Lows = Vec<Vec<f32>>;
 
 impl Tape {
+    /// Bytes of the buffers that all layers share, beside the tapes.
+    pub fn shared_bytes(config: &Config, tokens: usize) -> usize {
+        let q = config.num_attention_heads * config.head_dim;
+        let kv = config.num_key_value_heads * config.head_dim;
+        // The stream and its gradient, norms and theirs, q to v and theirs, gate to inner and
+        // theirs, and panels of the widest.
+        let width = 6 * config.hidden_size + 4 * q + 4 * kv + 6 * config.intermediate_size;
+        width * tokens * size_of::<f32>()
+    }
+
     /// Bytes a tape of `tokens` tokens takes that wear adapters of `ranks` in sum.
     pub fn bytes(config: &Config, compute: Compute, tokens: usize, ranks: usize) -> usize {
         let q = config.num_attention_heads * config.head_dim;
         let kv = config.num_key_value_heads * config.head_dim;
+        let kept = q + 2 * config.intermediate_size;
         let kept = match compute.forward_panel() {
-            Some(Panel::Int16 | Panel::Int8) => config.intermediate_size,
-            Some(Panel::F32) | None => 2 * config.intermediate_size,
+            Some(Panel::Int16 | Panel::Int8) => kept / 2,
+            Some(Panel::F32) | None => kept,
         };
-        let width = 2 * config.hidden_size + 2 * q + 2 * kv + kept;
+        let width = 2 * config.hidden_size + q + 2 * kv + kept;
         (width + config.num_attention_heads + ranks) * tokens * size_of::<f32>()
     }
 }
@@ -85,12 +96,14 @@ impl Tape {
 #[derive(Debug, Default)]
 pub struct Workspace {
     normed: Vec<f32>,
+    attended: Vec<f32>,
     few: Vec<f32>,
     low: Vec<f32>,
     gate: Vec<f32>,
     up: Vec<f32>,
     inner: Vec<f32>,
     x: PackedRows,
+    x_of_update: PackedRows,
     masked: PackedRows,
     lows: Vec<PackedRows>,
     dys: [PackedRows; 3],
@@ -149,13 +162,10 @@ pub struct LayerPass<'a> {
     forward: Panel,
     backward: Panel,
     tokens: usize,
-    /// Whether the products of a few tokens read each weight once, where it lies. Only in decoding:
-    /// what is learned from is computed one way, however many tokens there are.
+    /// Whether products read each weight where it lies, for a token a row. Only in decoding: what is
+    /// learned from, and a prompt, is computed one way, however many tokens there are.
     decoding: bool,
 }
-
-/// Tokens up to which a pass over a cache reads weights row by row.
-const FEW: usize = 8;
 
 impl<'a> LayerPass<'a> {
     /// Prepares a layer for the pass, or `None` if `compute` is the portable form.
@@ -171,9 +181,9 @@ impl<'a> LayerPass<'a> {
         Some(Self { config, layer, pass, isa, forward, backward, tokens, decoding: false })
     }
 
-    /// The layer of a pass that attends to a cache and is not learned from.
+    /// The layer of a decoding step: a token or so a row, not learned from.
     pub(super) fn decoding(self) -> Self {
-        Self { decoding: self.tokens <= FEW, ..self }
+        Self { decoding: true, ..self }
     }
 
     /// Turns `x (N, hidden_size)` into the layer's output. `taped` says whether `tape` will be used
@@ -197,7 +207,7 @@ impl<'a> LayerPass<'a> {
             (&mut *q, q_width),
             (k, kv_width),
             (v, kv_width),
-            (attended, q_width),
+            (&mut work.attended, q_width),
             (lse, heads.heads),
             (&mut work.gate, inner),
             (&mut work.up, inner),
@@ -217,17 +227,19 @@ impl<'a> LayerPass<'a> {
         self.project(outs, &normed, Onto::Nothing, work)?;
         self.pass.rotation.rotate(isa, Turn::Forward, q, q_width, q_width);
         self.pass.rotation.rotate(isa, Turn::Forward, k, kv_width, kv_width);
+        let mut out = std::mem::take(&mut work.attended);
+        let (qkv, segments) = (qkv(heads, q, k, v), &self.pass.segments);
         match cache {
             Some((cache, index)) => {
-                let (qkv, segments) = (qkv(heads, q, k, v), &self.pass.segments);
-                cache.attend_slices(isa, index, qkv, heads, segments, None, attended);
+                cache.attend_slices(isa, index, qkv, heads, segments, None, &mut out);
             }
-            None => {
-                let (qkv, segments) = (qkv(heads, q, k, v), &self.pass.segments);
-                attention::forward(isa, qkv, heads, segments, None, attended, lse);
-            }
+            None => attention::forward(isa, qkv, heads, segments, None, &mut out, lse),
         }
-        self.project([(&layer.o, &mut x[..], low_o)], attended, Onto::Sum, work)?;
+        self.project([(&layer.o, &mut x[..], low_o)], &out, Onto::Sum, work)?;
+        if taped {
+            attended.keep(self.forward, &mut out);
+        }
+        work.attended = out;
 
         middle.clear();
         middle.extend_from_slice(x);
@@ -274,6 +286,8 @@ impl<'a> LayerPass<'a> {
         let mut normed = take(&mut work.normed, c.hidden_size);
         let mut dnormed = take(&mut work.dnormed, c.hidden_size);
         let (mut gates, mut ups) = (std::mem::take(&mut work.gate), std::mem::take(&mut work.up));
+        let mut out = std::mem::take(&mut work.attended);
+        attended.give(self.forward, &mut out);
         gate.give(self.forward, &mut gates);
         up.give(self.forward, &mut ups);
         let mut inner = take(&mut work.inner, c.intermediate_size);
@@ -308,11 +322,11 @@ impl<'a> LayerPass<'a> {
 
             let o = [(&layer.o, &*dx, &*low_o)];
             let dattended_wanted = wanted(Group::Output).then_some(&mut dattended[..]);
-            self.project_back(o, attended, dattended_wanted, gradients, work)?;
+            self.project_back(o, &out, dattended_wanted, gradients, work)?;
             if !wanted(Group::Output) {
                 break 'down;
             }
-            let left = Attended { out: attended, lse };
+            let left = Attended { out: &out, lse };
             let grad = QkvGrad::apart((&mut dq, q_width), (&mut dk, kv_width), (&mut dv, kv_width));
             let (qkv, segments) = (qkv(heads, q, k, v), &self.pass.segments);
             attention::backward(isa, qkv, heads, segments, None, left, &dattended, grad);
@@ -334,7 +348,7 @@ impl<'a> LayerPass<'a> {
         }
 
         (work.normed, work.dnormed, work.inner, work.dinner) = (normed, dnormed, inner, dinner);
-        (work.gate, work.up) = (gates, ups);
+        (work.gate, work.up, work.attended) = (gates, ups, out);
         (work.dattended, work.dq, work.dk, work.dv) = (dattended, dq, dk, dv);
         Ok(())
     }
@@ -389,6 +403,15 @@ impl<'a> LayerPass<'a> {
         let width = outs[0].0.weight.cols();
         let all = Strided { values: x, stride: width };
         work.x.pack(isa, self.forward, all, n, width);
+        // Bytes would round what a step changes of an adapter away.
+        let of_update = match self.forward {
+            Panel::Int8 => Panel::Int16,
+            panel => panel,
+        };
+        if of_update != self.forward {
+            work.x_of_update.pack(isa, of_update, all, n, width);
+        }
+        let x_of_update = if of_update == self.forward { &work.x } else { &work.x_of_update };
         let updates: Vec<Vec<Update>> =
             outs.iter().map(|(linear, ..)| self.updates(linear)).collect::<Result<_>>()?;
         let mut outs = outs;
@@ -405,7 +428,7 @@ impl<'a> LayerPass<'a> {
                     apart.push((low, update));
                     continue;
                 }
-                let terms = vec![Term { x: &work.x, weights: update.a(), transposed: true }];
+                let terms = vec![Term { x: x_of_update, weights: update.a(), transposed: true }];
                 let out = Out::new(low, update.r, 0);
                 products.push(Product { terms, begin: Begin::Zero, out });
             }
@@ -414,7 +437,7 @@ impl<'a> LayerPass<'a> {
         unsafe { multiply(isa, &products) };
         drop(products);
         for (low, update) in apart {
-            update.pack_input(isa, self.forward, x, width, &mut work.masked)?;
+            update.pack_input(isa, of_update, x, width, &mut work.masked)?;
             let terms = vec![Term { x: &work.masked, weights: update.a(), transposed: true }];
             let out = Out::new(&mut low[update.tokens.start * update.r..], update.r, 0);
             // SAFETY: one product over one buffer.

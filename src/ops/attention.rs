@@ -236,7 +236,7 @@ impl CustomOp3 for CausalAttention {
 
 /// The heads of each token inside a wider buffer: those of token `t` begin at `t * stride`.
 #[derive(Clone, Copy)]
-pub struct Strided<'a> {
+pub(crate) struct Strided<'a> {
     /// From the first token's first head on.
     pub values: &'a [f32],
     /// From one token to the next.
@@ -257,7 +257,7 @@ impl<'a> Strided<'a> {
 /// Queries `(N, heads · head_dim)`, keys and values `(N, kv_heads · head_dim)`, which may be column
 /// ranges of one buffer.
 #[derive(Clone, Copy)]
-pub struct Qkv<'a> {
+pub(crate) struct Qkv<'a> {
     /// Queries.
     pub q: Strided<'a>,
     /// Keys.
@@ -268,7 +268,7 @@ pub struct Qkv<'a> {
 
 /// What the forward pass left: its output `(N, heads · head_dim)` and log-sum-exps `(N, heads)`.
 #[derive(Clone, Copy)]
-pub struct Attended<'a> {
+pub(crate) struct Attended<'a> {
     /// The output.
     pub out: &'a [f32],
     /// Log-sum-exp of each query's scaled scores.
@@ -276,7 +276,7 @@ pub struct Attended<'a> {
 }
 
 /// Where the gradients of a [`Qkv`] go.
-pub struct QkvGrad<'a> {
+pub(crate) struct QkvGrad<'a> {
     q: Columns,
     k: Columns,
     v: Columns,
@@ -309,20 +309,13 @@ impl<'a> QkvGrad<'a> {
         let columns = |(values, stride)| Columns { target: Target::new(values), stride };
         Self { q: columns(q), k: columns(k), v: columns(v), borrowed: PhantomData }
     }
-
-    /// One buffer with rows of `stride`, in which q, k and v begin at the given columns.
-    pub fn columns(values: &'a mut [f32], stride: usize, [q, k, v]: [usize; 3]) -> Self {
-        let all = Target::new(values);
-        let columns = |column| Columns { target: all.at(column), stride };
-        Self { q: columns(q), k: columns(k), v: columns(v), borrowed: PhantomData }
-    }
 }
 
 /// `out = softmax(q · kᵀ / sqrt(head_dim)) · v` per head, and the log-sum-exp of each query's
 /// scaled scores; who sees what is said at [`causal_attention`].
 ///
 /// Shapes: `out (N, heads · head_dim)`, `lse (N, heads)`; both are overwritten.
-pub fn forward(
+pub(crate) fn forward(
     isa: Isa,
     qkv: Qkv,
     heads: Heads,
@@ -844,7 +837,7 @@ unsafe fn finish_body<S: Lanes>(sum: &mut [f32], out: &mut [f32]) {
 ///
 /// Shapes: `dout (N, heads · head_dim)`.
 #[allow(clippy::too_many_arguments)] // three matrices in, three out, and who sees whom
-pub fn backward(
+pub(crate) fn backward(
     isa: Isa,
     qkv: Qkv,
     heads: Heads,
@@ -1248,15 +1241,12 @@ mod tests {
         };
         let apart = run(qkv, QkvGrad::apart((dq, q_width), (dk, kv_width), (dv, kv_width)));
 
-        let mut grad = vec![f32::NAN; buffer.len()];
+        let mut again = parts.clone().map(|part| vec![f32::NAN; part.len()]);
+        let [dq, dk, dv] = &mut again;
         let [q, k, v] = starts.map(|start| Strided { values: &buffer[start..], stride });
-        let together = run(Qkv { q, k, v }, QkvGrad::columns(&mut grad, stride, starts));
-        assert_eq!(apart, together);
-        for ((part, start), width) in grads.iter().zip(starts).zip(widths) {
-            for (row, part) in grad.chunks_exact(stride).zip(part.chunks_exact(width)) {
-                assert_eq!(row[start..start + width], *part);
-            }
-        }
+        let grad = QkvGrad::apart((dq, q_width), (dk, kv_width), (dv, kv_width));
+        assert_eq!(apart, run(Qkv { q, k, v }, grad));
+        assert_eq!(grads, again);
     }
 
     #[test]

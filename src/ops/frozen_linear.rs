@@ -24,14 +24,11 @@ pub fn frozen_linear(x: &Tensor, weight: &Arc<FrozenMatrix>, compute: Compute) -
     }
 }
 
-/// Rows up to which a product without gradients reads each weight once, where it lies.
-const FEW: usize = 8;
-
-/// [`frozen_linear`] without a gradient, at the speed of memory where `x (m, in)` has few rows.
+/// [`frozen_linear`] without a gradient, for few rows `x (m, in)`: weights are read where they lie,
+/// once for every four rows. A row gets the same bits among any others.
 pub fn few_rows(x: &Tensor, weight: &Arc<FrozenMatrix>, compute: Compute) -> Result<Tensor> {
     let (rows, width) = x.dims2()?;
-    let Some(panel) = compute.forward_panel().filter(|_| rows <= FEW && width == weight.cols())
-    else {
+    let Some(panel) = compute.forward_panel().filter(|_| width == weight.cols()) else {
         return frozen_linear(&x.detach(), weight, compute);
     };
     let x = x.contiguous()?;
@@ -94,26 +91,39 @@ impl CustomOp1 for FrozenLinear {
         }
         *width = self.weight.rows();
         let mut y = vec![0f32; dims.iter().product()];
-        matmul_transposed(self.forward, x, &self.weight, &mut y);
+        matmul_transposed(self.forward, x, &self.weight, &mut y, &mut PackedRows::default());
         Ok((CpuStorage::F32(y), dims.into()))
     }
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         let dy = dy.contiguous()?;
         let mut dx = vec![0f32; x.elem_count()];
-        matmul(self.backward, &Values::of(&dy)?, &self.weight, &mut dx);
+        let packed = &mut PackedRows::default();
+        matmul(self.backward, &Values::of(&dy)?, &self.weight, &mut dx, packed);
         Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
     }
 }
 
 /// `y (m, out) = x (m, in) · Wᵀ`.
-pub(super) fn matmul_transposed(panel: Panel, x: &[f32], weight: &FrozenMatrix, y: &mut [f32]) {
-    product(panel, (x, weight.cols()), weight, true, (y, weight.rows()));
+pub(super) fn matmul_transposed(
+    panel: Panel,
+    x: &[f32],
+    weight: &FrozenMatrix,
+    y: &mut [f32],
+    packed: &mut PackedRows,
+) {
+    product(panel, (x, weight.cols()), weight, true, (y, weight.rows()), packed);
 }
 
 /// `dx (m, in) = dy (m, out) · W`.
-pub(super) fn matmul(panel: Panel, dy: &[f32], weight: &FrozenMatrix, dx: &mut [f32]) {
-    product(panel, (dy, weight.rows()), weight, false, (dx, weight.cols()));
+pub(super) fn matmul(
+    panel: Panel,
+    dy: &[f32],
+    weight: &FrozenMatrix,
+    dx: &mut [f32],
+    packed: &mut PackedRows,
+) {
+    product(panel, (dy, weight.rows()), weight, false, (dx, weight.cols()), packed);
 }
 
 fn product(
@@ -122,11 +132,11 @@ fn product(
     weight: &FrozenMatrix,
     transposed: bool,
     (y, width): (&mut [f32], usize),
+    packed: &mut PackedRows,
 ) {
     let isa = Isa::current();
-    let mut packed = PackedRows::default();
     packed.pack(isa, panel, Strided { values: x, stride: depth }, x.len() / depth, depth);
-    let terms = vec![Term { x: &packed, weights: Weights::Frozen(weight), transposed }];
+    let terms = vec![Term { x: packed, weights: Weights::Frozen(weight), transposed }];
     let product = Product { terms, begin: Begin::Zero, out: Out::new(y, width, 0) };
     // SAFETY: one product over one buffer, borrowed here.
     unsafe { multiply(isa, &[product]) };

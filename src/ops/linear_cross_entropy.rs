@@ -1,6 +1,7 @@
 //! Log-probabilities of target tokens straight from hidden states: the head's product and the
 //! softmax in chunks of rows, so that `tokens x vocabulary` never exists.
 
+use std::cell::Cell;
 use std::sync::{Arc, OnceLock};
 
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor};
@@ -9,7 +10,7 @@ use rayon::prelude::*;
 use super::Compute;
 use super::cpu::{Values, exp, values};
 use super::frozen_linear::{matmul, matmul_transposed};
-use super::gemm::Panel;
+use super::gemm::{PackedRows, Panel};
 use crate::isa::{Isa, versions};
 use crate::quant::FrozenMatrix;
 
@@ -52,6 +53,16 @@ pub fn linear_log_probs(
     }
 }
 
+/// Logits of a chunk and their panels: kept by the calling thread for its next call, as fresh
+/// pages for them would cost every step.
+#[derive(Default)]
+struct Scratch {
+    logits: Vec<f32>,
+    packed: PackedRows,
+}
+
+thread_local!(static SCRATCH: Cell<Scratch> = Cell::default());
+
 /// Rows whose logits are held at a time.
 fn chunk_rows(rows: usize, vocabulary: usize) -> usize {
     (CHUNK_LOGITS / vocabulary.max(1)).clamp(24, 512).min(rows.max(1))
@@ -84,21 +95,23 @@ impl CustomOp1 for LinearLogProbs {
         let isa = Isa::current();
         let mut logps = vec![0f32; self.targets.len()];
         let mut gradient = vec![0f32; if self.with_gradient { x.len() } else { 0 }];
-        let mut logits = vec![0f32; chunk * vocabulary];
+        let Scratch { mut logits, mut packed } = SCRATCH.take();
+        logits.resize((chunk * vocabulary).max(logits.len()), 0.0);
         for (i, targets) in self.targets.chunks(chunk).enumerate() {
             let first = i * chunk;
             let rows = first * width..(first + targets.len()) * width;
             let logits = &mut logits[..targets.len() * vocabulary];
-            matmul_transposed(self.panels.0, &x[rows.clone()], &self.head, logits);
+            matmul_transposed(self.panels.0, &x[rows.clone()], &self.head, logits, &mut packed);
             let logps = &mut logps[first..first + targets.len()];
             let per_row = logits.par_chunks_exact_mut(vocabulary).zip(logps).zip(targets);
             per_row.for_each(|((logits, logp), &target)| {
                 *logp = score(isa, logits, target as usize, self.with_gradient);
             });
             if self.with_gradient {
-                matmul(self.panels.1, logits, &self.head, &mut gradient[rows]);
+                matmul(self.panels.1, logits, &self.head, &mut gradient[rows], &mut packed);
             }
         }
+        SCRATCH.set(Scratch { logits, packed });
         // A tape runs an op's forward once; were it run again, the values would be the same.
         let _ = self.gradient.set(gradient);
         Ok((CpuStorage::F32(logps), self.targets.len().into()))
@@ -178,16 +191,24 @@ mod tests {
 
     #[test]
     fn chunks_change_nothing() {
-        // 600 rows are three chunks of 256; each row alone gives the same bits.
+        // 600 rows are chunks of 512 and 88; each row alone gives the same bits, gradient too.
+        assert_eq!(chunk_rows(600, 50), 512);
         let head = head(50, 8);
         let x = normal(1, &[600, 8]);
         let targets: Vec<u32> = (0..600).map(|i| i % 50).collect();
-        let all = linear_log_probs(&x, &head, &targets, Compute::F32).unwrap();
-        let all: Vec<f32> = all.to_vec1().unwrap();
-        for i in [0, 255, 256, 599] {
-            let row = x.narrow(0, i, 1).unwrap();
-            let one = linear_log_probs(&row, &head, &targets[i..=i], Compute::F32).unwrap();
-            assert!((one.to_vec1::<f32>().unwrap()[0] - all[i]).abs() < 1e-5);
+        for compute in [Compute::F32, Compute::Int16] {
+            let run = |x: &Tensor, targets: &[u32]| {
+                let x = candle_core::Var::from_tensor(x).unwrap();
+                let logps = linear_log_probs(&x, &head, targets, compute).unwrap();
+                let grads = logps.sum_all().unwrap().backward().unwrap();
+                (logps.to_vec1::<f32>().unwrap(), grads.get(&x).unwrap().to_vec2::<f32>().unwrap())
+            };
+            let (all, gradients) = run(&x, &targets);
+            for i in [0, 511, 512, 599] {
+                let row = x.narrow(0, i, 1).unwrap().copy().unwrap();
+                let (one, gradient) = run(&row, &targets[i..=i]);
+                assert_eq!((one[0], &gradient[0]), (all[i], &gradients[i]), "{compute:?} row {i}");
+            }
         }
     }
 

@@ -26,6 +26,7 @@ pub mod swiglu;
 use serde::{Deserialize, Serialize};
 
 use crate::isa::Isa;
+use crate::quant::BlockType;
 pub use attention::causal_attention;
 pub(crate) use cpu::Values;
 pub use frozen_linear::frozen_linear;
@@ -42,10 +43,12 @@ pub enum Compute {
     /// Fast CPU kernels in exact `f32`: weights are read panel by panel from where they lie.
     F32,
     /// The same with products in 16-bit block-floating integers, forward and backward: twice the
-    /// speed, at an error of 5e-4 of a product, a quarter of bfloat16's.
+    /// speed, at an error of 5e-4 of a product, a quarter of bfloat16's. For the way down, gate, up
+    /// and attention's output are kept as `f16`.
     #[default]
     Int16,
-    /// Forward products in bytes, an error of 1e-2 of a product; backward as `int16`.
+    /// Forward products of the base in bytes, an error of 1e-2 of a product; adapters, the way back
+    /// and decoding steps as `int16`.
     Int8,
     /// The portable form in plain candle ops: slow, and the definition of the answer.
     Portable,
@@ -68,6 +71,17 @@ impl Compute {
             Self::F32 => Some(Panel::F32),
             Self::Int16 | Self::Int8 => Some(Panel::Int16),
             Self::Portable => None,
+        }
+    }
+
+    /// The name of the kernel that serves matrices of a type in a decoding step.
+    pub fn decode_kernel(self, block_type: BlockType) -> String {
+        let isa = Isa::current().name();
+        let floats = matches!(block_type, BlockType::F32 | BlockType::F16 | BlockType::BF16);
+        match self {
+            Self::Portable => "portable".into(),
+            Self::Int16 | Self::Int8 if !floats => format!("int16 rows {isa}"),
+            Self::F32 | Self::Int16 | Self::Int8 => format!("f32 rows {isa}"),
         }
     }
 

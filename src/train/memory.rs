@@ -37,21 +37,28 @@ pub fn default_budget() -> u64 {
         let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
         line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
     };
-    available().map_or(FALLBACK, |bytes| (bytes as f64 * DEFAULT_SHARE) as u64)
+    // A container may have less than the machine.
+    let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
+    let limit = number("/sys/fs/cgroup/memory.max").map(|most| {
+        most.saturating_sub(number("/sys/fs/cgroup/memory.current").unwrap_or_default())
+    });
+    let free = available().map(|bytes| bytes.min(limit.unwrap_or(u64::MAX)));
+    free.map_or(FALLBACK, |bytes| (bytes as f64 * DEFAULT_SHARE) as u64)
 }
 
-/// Layers, from the top, that can keep their tapes while micro-batches of `tokens` tokens and
-/// adapters of `parameters` numbers, `ranks` of them per token and layer, are trained in `budget`
-/// bytes. Everything else a step needs is counted first; it cannot be had for less.
+/// Of `layers` layers that gradients pass, how many, from the top, can keep their tapes while
+/// micro-batches of `tokens` tokens and adapters of `parameters` numbers, `ranks` of them per token
+/// and layer, are trained in `budget` bytes. Everything else a step needs is counted first; it
+/// cannot be had for less.
 pub fn kept_layers(
     decoder: &Decoder,
+    layers: usize,
     tokens: usize,
     parameters: usize,
     ranks: usize,
     budget: u64,
 ) -> usize {
     let config = &decoder.config;
-    let layers = config.num_hidden_layers;
     let tape = Tape::bytes(config, decoder.compute, tokens, ranks) as u64;
     let float = size_of::<f32>();
     let inputs = layers * tokens * config.hidden_size * float;
@@ -61,8 +68,13 @@ pub fn kept_layers(
         + inputs
         + adapter
         + linear_cross_entropy::working_bytes(tokens, config.vocab_size)
-        + tape as usize; // the buffers of a pass are about one tape's
-    (budget.saturating_sub(fixed as u64) / tape.max(1)).min(layers as u64) as usize
+        + Tape::shared_bytes(config, tokens);
+    let room = budget.saturating_sub(fixed as u64);
+    if room >= tape * layers as u64 {
+        return layers;
+    }
+    // Layers that are recomputed share a tape of their own.
+    (room.saturating_sub(tape) / tape.max(1)).min(layers as u64) as usize
 }
 
 #[cfg(test)]

@@ -179,8 +179,10 @@ pub fn sft(settings: &SftSettings, resume: bool, stop: &AtomicBool) -> Result<Ou
         state.step
     );
 
-    let kept_layers = kept_layers(settings, &decoder, &adapter, &data.train);
+    let passed = passed_layers(&decoder, &worn);
+    let kept_layers = kept_layers(settings, &decoder, passed, max_length, &adapter, &data.train);
     let mut buffers = Buffers::default();
+    let mut gradients: Gradients = lengths.iter().map(|&n| vec![0.0; n]).collect();
     let mut progress = Progress::new(state.step, total_steps);
     let due = |state: &State, plan: &EpochPlan| eval_due(settings, state, plan, total_steps);
     if due(&state, &epoch_plan) && log.evaluated != Some(state.step) {
@@ -207,7 +209,7 @@ pub fn sft(settings: &SftSettings, resume: bool, stop: &AtomicBool) -> Result<Ou
             micro_batches.map(|bins| Batch::new(&data.train.examples, bins)).collect();
         let count: usize = batches.iter().map(Batch::count).sum();
 
-        let mut gradients: Gradients = lengths.iter().map(|&n| vec![0.0; n]).collect();
+        gradients.iter_mut().for_each(|gradient| gradient.fill(0.0));
         let mut loss = 0.0;
         for batch in &batches {
             let dropout = dropout(batch, state.epoch, settings.lora_dropout, settings.seed);
@@ -276,20 +278,27 @@ pub fn sft(settings: &SftSettings, resume: bool, stop: &AtomicBool) -> Result<Ou
         trainable_parameters: adapter.num_parameters(),
         adapter: folder,
         kernels: decoder.kernels(),
-        recomputed_layers: decoder.config.num_hidden_layers - kept_layers,
+        recomputed_layers: passed - kept_layers,
         data: data.train.report,
         resumed_at,
     })))
 }
 
-/// Layers that keep their tapes.
+/// Layers that gradients pass: those from the lowest trainable adapter up.
+fn passed_layers(decoder: &Decoder, worn: &[Worn]) -> usize {
+    let layers = decoder.config.num_hidden_layers;
+    decoder.lowest_trainable(Adapters::Same(worn)).map_or(0, |(lowest, _)| layers - lowest)
+}
+
+/// Of `layers` layers that gradients pass, how many keep their tapes.
 fn kept_layers(
     settings: &SftSettings,
     decoder: &Decoder,
+    layers: usize,
+    max_length: usize,
     adapter: &Adapter,
     data: &Dataset,
 ) -> usize {
-    let layers = decoder.config.num_hidden_layers;
     if let Some(all) = settings.gradient_checkpointing {
         return if all { 0 } else { layers };
     }
@@ -301,11 +310,12 @@ fn kept_layers(
     let batch = settings.per_device_train_batch_size;
     let longest: usize = lengths.iter().take(batch).sum();
     let tokens = match settings.packing {
-        true => (batch * settings.max_length).max(longest).min(all),
+        true => (batch * max_length).max(longest).min(all),
         false => longest,
     };
-    let ranks = adapter.modules.values().map(|lora| lora.r()).sum::<usize>().div_ceil(layers);
-    memory::kept_layers(decoder, tokens, adapter.num_parameters(), ranks, budget)
+    let ranks =
+        adapter.modules.values().map(|lora| lora.r()).sum::<usize>().div_ceil(layers.max(1));
+    memory::kept_layers(decoder, layers, tokens, adapter.num_parameters(), ranks, budget)
 }
 
 struct Data {

@@ -118,6 +118,27 @@ fn long_prompts(decoder: &Decoder) -> Vec<Vec<u32>> {
     (0..6).chain(0..6).map(row).collect()
 }
 
+/// In the default mode too, where a prompt and a decoding step round otherwise, a row gets the same
+/// log-probs to the bit alone and among any number of others, and whatever its cache is kept in.
+#[test]
+fn rows_do_not_see_their_neighbours_in_int16() {
+    let decoder = load("llama-q4_0", Compute::Int16);
+    let prompts: Vec<Vec<u32>> =
+        (0..9u32).map(|row| (0..5 + row).map(|i| (row * 31 + i * 17) % 200).collect()).collect();
+    for cache in [CacheType::F32, CacheType::F16, CacheType::Q8] {
+        let settings = Settings { cache, logprobs: Some(3), ..settings(Sampling::greedy(), 7) };
+        let of = |prompts: &[Vec<u32>]| {
+            let rows = run(&decoder, Adapters::NONE, &requests(prompts), &settings);
+            rows.into_iter().map(|row| (row.token_ids, row.logprobs)).collect::<Vec<_>>()
+        };
+        let all = of(&prompts);
+        assert_eq!(of(&prompts[..8]), all[..8], "{cache:?}");
+        for (prompt, among) in prompts.iter().zip(&all) {
+            assert_eq!(of(std::slice::from_ref(prompt))[0], *among, "{cache:?}");
+        }
+    }
+}
+
 #[test]
 fn log_probs_are_those_of_the_whole_row() {
     let decoder = load("llama-tiny", Compute::F32);

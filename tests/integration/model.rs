@@ -105,7 +105,10 @@ fn greedy_tokens_through_the_cache_are_transformers() {
         let mut ours = vec![Vec::new(); rows.len()];
         while ours[0].len() < theirs[0].len() {
             let input = Rows::after(new.iter().enumerate().map(|(i, r)| (&r[..], cache.len(i))));
-            let hidden = decoder.hidden_cached(&input, Adapters::NONE, &mut cache).unwrap();
+            let hidden = match new.iter().all(|new| new.len() == 1) {
+                true => decoder.hidden_step(&input, Adapters::NONE, &mut cache).unwrap(),
+                false => decoder.hidden_cached(&input, Adapters::NONE, &mut cache).unwrap(),
+            };
             let logits = log_softmax(&decoder.logits(&hidden).unwrap());
             for (row, segment) in input.segments.iter().enumerate() {
                 let last = &logits[segment.end - 1];
@@ -115,5 +118,56 @@ fn greedy_tokens_through_the_cache_are_transformers() {
             }
         }
         assert_eq!(ours, theirs, "{name}");
+    }
+}
+
+/// A Llama with every bias there is, none of them 0: all forms agree, whole, through the cache and
+/// in decoding steps.
+#[test]
+fn biases_count_in_every_form() {
+    let folder = tempfile::tempdir().unwrap();
+    for file in ["config.json", "tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(model_path("llama-tiny").join(file), folder.path().join(file)).unwrap();
+    }
+    let path = folder.path().join("config.json");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();
+    (config["attention_bias"], config["mlp_bias"]) = (true.into(), true.into());
+    std::fs::write(&path, config.to_string()).unwrap();
+    let weights = model_path("llama-tiny").join("model.safetensors");
+    let mut tensors = candle_core::safetensors::load(weights, &Device::Cpu).unwrap();
+    for (name, weight) in tensors.clone() {
+        if let Some(module) = name.strip_suffix("_proj.weight") {
+            let rows = weight.dim(0).unwrap();
+            let bias: Vec<f32> =
+                (0..rows).map(|i| ((i * 37 + rows) % 101) as f32 / 101.0).collect();
+            let bias = candle_core::Tensor::from_vec(bias, rows, &Device::Cpu).unwrap();
+            tensors.insert(format!("{module}_proj.bias"), bias);
+        }
+    }
+    candle_core::safetensors::save(&tensors, folder.path().join("model.safetensors")).unwrap();
+    let load = |compute| Decoder::load(&Checkpoint::open(folder.path()).unwrap(), compute).unwrap();
+
+    let rows: [Vec<u32>; 2] = [(5..30).collect(), (40..52).collect()];
+    let flat = |t: candle_core::Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let exact = flat(load(Compute::Portable).hidden(&Rows::new(&rows), Adapters::NONE).unwrap());
+    for (compute, bound) in [(Compute::F32, 1e-4), (Compute::Int16, 2e-2)] {
+        let decoder = load(compute);
+        let close = |found: &[f32], exact: &[f32], what: &str| {
+            let worst = found.iter().zip(exact).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+            assert!(found.len() == exact.len() && worst < bound, "{compute:?} {what}: {worst} off");
+        };
+        let whole = flat(decoder.hidden(&Rows::new(&rows), Adapters::NONE).unwrap());
+        close(&whole, &exact, "whole");
+        let mut cache = KvCache::new(&decoder.config, 1);
+        let width = decoder.config.hidden_size;
+        let read = Rows::after([(&rows[0][..20], 0)].into_iter());
+        let read = decoder.hidden_cached(&read, Adapters::NONE, &mut cache).unwrap();
+        close(&flat(read), &exact[..20 * width], "cached");
+        for position in 20..25 {
+            let next = Rows::after([(&rows[0][position..=position], position)].into_iter());
+            let step = decoder.hidden_step(&next, Adapters::NONE, &mut cache).unwrap();
+            close(&flat(step), &exact[position * width..(position + 1) * width], "decoded");
+        }
     }
 }
