@@ -43,7 +43,7 @@ pub enum Compute {
     /// Fast CPU kernels in exact `f32`: weights are read panel by panel from where they lie.
     F32,
     /// The same with products in 16-bit block-floating integers, forward and backward: twice the
-    /// speed, at an error of 5e-4 of a product, a quarter of bfloat16's. For the way down, gate, up
+    /// speed, at an error of 1e-4 of a product, a twentieth of bfloat16's. For the way down, gate, up
     /// and attention's output are kept as `f16`.
     #[default]
     Int16,

@@ -61,7 +61,7 @@ fn integer_products_have_their_own_bounds() {
         let int16 = worst(name, &load(name, Compute::Int16));
         let int8 = worst(name, &load(name, Compute::Int8));
         // These random models have large logits: their rarest tokens show every error.
-        assert!(int16 < 5e-2, "{name}: int16 is off by {int16}");
+        assert!(int16 < 2e-2, "{name}: int16 is off by {int16}");
         assert!(
             int8 > 2.0 * int16 && int8 < 2.0,
             "{name}: int8 is off by {int8}, int16 by {int16}"

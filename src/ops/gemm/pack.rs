@@ -1,9 +1,10 @@
 //! Values into panels: what a kernel reads, in the order in which it reads it.
 //!
 //! A panel holds the contraction in 32-bit *units*: one `f32`, two `i16` or four bytes. Integer
-//! panels are block-floating: each row (or column) has a scale per block of the contraction, its
-//! largest magnitude over the number of levels, so that an exact `i32` sum of a block cannot
-//! overflow.
+//! panels are block-floating: each row (or column) has a scale per block of the contraction. A
+//! scale of `i16` is as small as lets the block's Euclidean norm stay below the root of 2^31: by
+//! Cauchy and Schwarz no sum of a block's products, nor a part of it, then overflows an `i32`. That
+//! leaves a block three to eight times the levels that its largest magnitude alone would.
 
 use crate::isa::{Isa, versions};
 use crate::quant::FrozenMatrix;
@@ -36,15 +37,6 @@ impl Panel {
         match self {
             Self::F32 | Self::Int16 => 128,
             Self::Int8 => 32,
-        }
-    }
-
-    /// The largest integer: `128 · 4094² < 2^31`, and a signed byte's.
-    fn levels(self) -> f32 {
-        match self {
-            Self::F32 => 1.0,
-            Self::Int16 => 4094.0,
-            Self::Int8 => 127.0,
         }
     }
 
@@ -393,10 +385,33 @@ fn largest(x: &[f32]) -> f32 {
     f32::from_bits(x.iter().fold(0, |max, x| max.max(x.to_bits() & 0x7fff_ffff)))
 }
 
-/// `levels / largest`, or 0 where that is no number to multiply with.
+/// The largest `i16`, the largest norm of a block of them (a little below `sqrt(2^31)`, as rounding
+/// adds up to `sqrt(128) / 2`), and the largest signed byte.
+const INT16_MOST: f32 = 32_767.0;
+const INT16_NORM: f32 = 46_300.0;
+const INT8_MOST: f32 = 127.0;
+
+/// Whether values up to `largest` can be divided by a scale: 0, what is near it, infinity and NaN
+/// cannot; their block becomes 0 times a scale that says what it was.
 #[inline(always)]
-fn inverse(levels: f32, largest: f32) -> f32 {
-    if largest > f32::MIN_POSITIVE * 8192.0 && largest.is_finite() { levels / largest } else { 0.0 }
+fn divides(largest: f32) -> bool {
+    largest > f32::MIN_POSITIVE * 65_536.0 && largest.is_finite()
+}
+
+/// The scale of a block of `i16`, and what values are multiplied with to become integers.
+/// `squares` is the sum of squares of the values over `largest`.
+#[inline(always)]
+fn int16_scale(largest: f32, squares: f32) -> (f32, f32) {
+    let by_norm = squares.sqrt() / INT16_NORM;
+    let by_most = 1.0 / INT16_MOST;
+    let scale = largest * if by_norm > by_most { by_norm } else { by_most };
+    if divides(largest) { (scale, 1.0 / scale) } else { (largest, 0.0) }
+}
+
+/// `1 / largest` where there is something to divide.
+#[inline(always)]
+fn unit(largest: f32) -> f32 {
+    if divides(largest) { 1.0 / largest } else { 0.0 }
 }
 
 /// `x` rounded to the nearest integer, in the low bits: adding 1.5 · 2^23 puts the units last.
@@ -410,8 +425,17 @@ versions! {
         let blocks = x.chunks(Panel::Int16.block()).zip(words.chunks_mut(Panel::Int16.block()));
         for ((x, words), scale) in blocks.zip(scales) {
             let largest = largest(x);
-            let inverse = inverse(Panel::Int16.levels(), largest);
-            *scale = largest / Panel::Int16.levels();
+            let unit = unit(largest);
+            let mut squares = [0f32; 16]; // sums apart, the same on every rung
+            let (wide, rest) = x.as_chunks::<16>();
+            for x in wide {
+                for (sum, x) in squares.iter_mut().zip(x) {
+                    *sum += (x * unit) * (x * unit);
+                }
+            }
+            let rest: f32 = rest.iter().map(|x| (x * unit) * (x * unit)).sum();
+            let (made, inverse) = int16_scale(largest, squares.iter().sum::<f32>() + rest);
+            *scale = made;
             for (word, x) in words.iter_mut().zip(x) {
                 *word = nearest(x * inverse) as i16;
             }
@@ -422,8 +446,8 @@ versions! {
         let blocks = x.chunks(Panel::Int8.block()).zip(bytes.chunks_mut(Panel::Int8.block()));
         for (((x, bytes), scale), sum) in blocks.zip(scales).zip(sums) {
             let largest = largest(x);
-            let inverse = inverse(Panel::Int8.levels(), largest);
-            *scale = largest / Panel::Int8.levels();
+            let inverse = INT8_MOST * unit(largest);
+            *scale = largest / INT8_MOST;
             *sum = 0;
             for (byte, x) in bytes.iter_mut().zip(x) {
                 let q = nearest(x * inverse) as i8;
@@ -459,11 +483,18 @@ versions! {
                 *most = (*most).max(x.to_bits() & 0x7fff_ffff);
             }
         }
+        let units = most.map(|most| unit(f32::from_bits(most)));
+        let mut squares = [0f32; TILE_COLS];
+        for i in 0..count {
+            let row = row(i);
+            for lane in 0..TILE_COLS {
+                let x = row[lane] * units[lane];
+                squares[lane] += x * x;
+            }
+        }
         let mut inverses = [0f32; TILE_COLS];
-        for ((inverted, scale), most) in inverses.iter_mut().zip(scales).zip(most) {
-            let largest = f32::from_bits(most);
-            *inverted = inverse(Panel::Int16.levels(), largest);
-            *scale = largest / Panel::Int16.levels();
+        for (lane, scale) in scales.iter_mut().enumerate() {
+            (*scale, inverses[lane]) = int16_scale(f32::from_bits(most[lane]), squares[lane]);
         }
         for (pair, out) in out.as_chunks_mut::<TILE_COLS>().0.iter_mut().enumerate() {
             let (even, odd) = (row(2 * pair), row(2 * pair + 1));
