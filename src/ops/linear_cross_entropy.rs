@@ -14,9 +14,9 @@ use super::gemm::{PackedRows, Panel};
 use crate::isa::{Isa, versions};
 use crate::quant::FrozenMatrix;
 
-/// Logits held at a time, in values: 48 MB. Each chunk packs the head anew, so that smaller ones
+/// Logits held at a time, in values: 32 MB. Each chunk packs the head anew, so that smaller ones
 /// cost time.
-const CHUNK_LOGITS: usize = 12 << 20;
+const CHUNK_LOGITS: usize = 8 << 20;
 
 /// `log softmax(x · Wᵀ)[target]` per row, differentiable in `x`; `W` is the frozen head.
 ///

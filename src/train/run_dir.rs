@@ -6,13 +6,14 @@
 //! that no reader takes for one, synced, and renamed: it is there whole or not at all. `lock` names
 //! the process that is at work here, and is held by it.
 
+use std::borrow::Cow;
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
 use quantune_adapters::delta::Adapter;
 use quantune_adapters::format;
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, SafeTensors, View};
 use serde::{Deserialize, Serialize};
 
 use super::TrainError;
@@ -356,22 +357,41 @@ pub fn read_optimizer(
     Ok(())
 }
 
+/// A moment on its way into a file: its bytes are made when they are written, one tensor's at a time.
+struct Moment<'a> {
+    values: &'a [f32],
+    shape: Vec<usize>,
+}
+
+impl View for Moment<'_> {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        self.values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>().into()
+    }
+
+    fn data_len(&self) -> usize {
+        size_of_val(self.values)
+    }
+}
+
 fn optimizer_bytes(adapter: &Adapter, optimizer: &AdamW) -> Vec<u8> {
-    let bytes = |values: &Vec<f32>| values.iter().flat_map(|v| v.to_le_bytes()).collect();
     let parameters = adapter.parameters();
-    let moments = |kind: &str, moments: &[Vec<f32>]| -> Vec<(String, Vec<usize>, Vec<u8>)> {
-        let named = parameters.iter().zip(moments);
-        named
-            .map(|((name, var), m)| (format!("{kind}.{name}"), var.dims().to_vec(), bytes(m)))
-            .collect()
-    };
-    let mut tensors = moments("exp_avg", &optimizer.exp_avg);
-    tensors.extend(moments("exp_avg_sq", &optimizer.exp_avg_sq));
-    let views = tensors.iter().map(|(name, shape, bytes)| {
-        let view = TensorView::new(Dtype::F32, shape.clone(), bytes);
-        (name.as_str(), view.expect("the moments have their parameter's shape"))
-    });
-    safetensors::serialize(views, None).expect("views that were just made serialize")
+    let kinds = [("exp_avg", &optimizer.exp_avg), ("exp_avg_sq", &optimizer.exp_avg_sq)];
+    let tensors: Vec<(String, Moment)> = kinds
+        .into_iter()
+        .flat_map(|(kind, moments)| parameters.iter().zip(moments).map(move |named| (kind, named)))
+        .map(|(kind, ((name, var), values))| {
+            (format!("{kind}.{name}"), Moment { values, shape: var.dims().to_vec() })
+        })
+        .collect();
+    safetensors::serialize(tensors, None).expect("views that were just made serialize")
 }
 
 fn sync_folder(folder: &Path) -> io::Result<()> {
