@@ -141,7 +141,7 @@ settings! {
         /// Seed of initialization, order and dropout [default: 42]
         seed: u64 = 42,
         /// How products are computed: int16 (block-floating, nearly twice f32's speed), int8 (faster
-        /// still, rougher), f32 (exact), or portable (the slow reference form) [default: int16]
+        /// still, and too rough to train with), f32 (exact), or portable (the slow reference form) [default: int16]
         compute: Compute = Compute::Int16,
 
         /// When held-out loss is taken; by default epoch with --eval-data, else no
