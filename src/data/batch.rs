@@ -6,6 +6,7 @@ use std::ops::Range;
 use quantune_adapters::rng::Stream;
 
 use super::Example;
+use crate::ops::Segment;
 
 /// What the order of an epoch depends on. Names are transformers' and TRL's.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -104,14 +105,20 @@ fn pack(order: &[usize], max_length: usize, length: impl Fn(usize) -> usize) -> 
 pub struct Batch {
     /// Token ids, `(N)`.
     pub tokens: Vec<u32>,
-    /// The place of each token in its example, from 0, `(N)`.
+    /// The place of each token in its example, from 0, `(N)`; a response's go on after its prompt's.
     pub positions: Vec<u32>,
-    /// The tokens of each example; attention does not cross these borders.
-    pub segments: Vec<Range<usize>>,
+    /// The tokens of each row; attention does not cross these borders, but for a response's to its
+    /// prompt.
+    pub segments: Vec<Segment>,
     /// For each learned token the row, of N, whose hidden state predicts it, and its id.
     pub targets: Vec<(u32, u32)>,
+    /// For each example or response the row, of N, of its last token: where a reward is read.
+    pub ends: Vec<u32>,
+    /// For each example or response its range of `targets`.
+    pub spans: Vec<Range<usize>>,
     /// For each token the row of its example in the file and its place in it, `(N)`: what random
-    /// numbers are keyed by, so that they do not depend on how rows are batched.
+    /// numbers are keyed by, so that they do not depend on how rows are batched. Above the lowest 40
+    /// bits of the row stands which of a group's responses it is, counted from 1.
     pub keys: Vec<(u64, u32)>,
 }
 
@@ -134,8 +141,8 @@ impl Batch {
     }
 
     fn push(&mut self, example: &Example) {
-        let start = self.tokens.len();
-        self.segments.push(start..start + example.tokens.len());
+        let (start, first) = (self.tokens.len(), self.targets.len());
+        self.segments.push(Segment::whole(start..start + example.tokens.len()));
         self.tokens.extend(&example.tokens);
         for (i, (&token, &learned)) in example.tokens.iter().zip(&example.learned).enumerate() {
             self.positions.push(i as u32);
@@ -143,6 +150,43 @@ impl Batch {
             if learned && i > 0 {
                 self.targets.push(((start + i - 1) as u32, token));
             }
+        }
+        self.ends.push(self.tokens.len().saturating_sub(1) as u32);
+        self.spans.push(first..self.targets.len());
+    }
+
+    /// Lays a prompt once and each of its `responses` after it, as if each stood behind a copy of its
+    /// own. `key` is the prompt's row in the file, below 2⁴⁰.
+    ///
+    /// Every token of a response is a target, the first one of the prompt's last token: several
+    /// targets may read one row of N. Without a prompt nothing predicts a first token. An empty
+    /// response has no targets and ends where the prompt does.
+    ///
+    /// # Panics
+    /// If the prompt and a response are both empty: there is no token to read at.
+    pub fn push_group(&mut self, prompt: &[u32], responses: &[&[u32]], key: u64) {
+        let prefix = self.tokens.len()..self.tokens.len() + prompt.len();
+        if !prompt.is_empty() {
+            self.segments.push(Segment::whole(prefix.clone()));
+            self.tokens.extend(prompt);
+            self.positions.extend(0..prompt.len() as u32);
+            self.keys.extend((0..prompt.len() as u32).map(|place| (key, place)));
+        }
+        for (i, &response) in (1u64..).zip(responses) {
+            assert!(!(prompt.is_empty() && response.is_empty()), "neither prompt nor response");
+            let (start, first) = (self.tokens.len(), self.targets.len());
+            let tokens = start..start + response.len();
+            self.segments.push(Segment { tokens: tokens.clone(), prefix: prefix.clone() });
+            self.tokens.extend(response);
+            for (place, (row, &token)) in (prompt.len()..).zip(tokens.zip(response)) {
+                self.positions.push(place as u32);
+                self.keys.push((key | i << 40, place as u32));
+                let predicted_by = if row > start { Some(row - 1) } else { prefix.clone().last() };
+                self.targets.extend(predicted_by.map(|by| (by as u32, token)));
+            }
+            let end = if response.is_empty() { prefix.end } else { self.tokens.len() };
+            self.ends.push(end as u32 - 1);
+            self.spans.push(first..self.targets.len());
         }
     }
 }

@@ -1,12 +1,13 @@
 //! Batched decoding: prompts into the cache, then a token a row until the last row ends.
 
-use std::ops::{ControlFlow, Range};
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use candle_core::{Result, Tensor};
 
 use super::sampling::{LogProbs, Sampling, SamplingError};
 use crate::model::{Adapters, CacheType, Decoder, KvCache, Rows, Worn};
+use crate::ops::Segment;
 
 /// New tokens of one pass over the prompts; bounds the activations, not the cache.
 const PREFILL_TOKENS: usize = 512;
@@ -267,7 +268,7 @@ impl Batch<'_> {
             let ends = segments.iter().zip(&rest).filter(|(new, rest)| {
                 !new.is_empty() && rest.is_empty() // in the order of the rows, over all passes
             });
-            let ends: Vec<u32> = ends.map(|(new, _)| new.end as u32 - 1).collect();
+            let ends: Vec<u32> = ends.map(|(new, _)| new.tokens.end as u32 - 1).collect();
             if !ends.is_empty() {
                 last.push(hidden.index_select(&Tensor::new(ends, hidden.device())?, 0)?);
             }
@@ -278,7 +279,7 @@ impl Batch<'_> {
 
     /// The hidden states of new tokens of each row, `(N, hidden_size)`, and which are whose. `step`
     /// says that they are a decoding step's, one a row.
-    fn hidden(&mut self, new: &[&[u32]], step: bool) -> Result<(Tensor, Arc<[Range<usize>]>)> {
+    fn hidden(&mut self, new: &[&[u32]], step: bool) -> Result<(Tensor, Arc<[Segment]>)> {
         let new = new.iter().enumerate().map(|(row, new)| (*new, self.cache.len(row)));
         let rows = Rows::after(new);
         let adapters = Adapters::PerRow(&self.worn);
