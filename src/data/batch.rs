@@ -28,7 +28,7 @@ pub struct EpochSettings {
 }
 
 /// The order of one epoch: micro-batches of bins of examples, by their indices.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct EpochPlan {
     /// A micro-batch is a list of bins, a bin a list of examples.
     pub micro_batches: Vec<Vec<Vec<usize>>>,
@@ -38,13 +38,19 @@ pub struct EpochPlan {
 impl EpochPlan {
     /// Orders `examples` for one epoch; every one is in exactly one bin.
     pub fn new(examples: &[Example], settings: &EpochSettings) -> Self {
+        let lengths: Vec<usize> = examples.iter().map(|example| example.tokens.len()).collect();
+        Self::over(&lengths, settings)
+    }
+
+    /// The same for rows of any kind that have these many tokens.
+    pub fn over(lengths: &[usize], settings: &EpochSettings) -> Self {
         let &EpochSettings { seed, epoch, shuffle, packing, .. } = settings;
-        let mut order: Vec<usize> = (0..examples.len()).collect();
+        let mut order: Vec<usize> = (0..lengths.len()).collect();
         if shuffle {
             Stream::new(seed, "shuffle", &[epoch]).shuffle(&mut order);
         }
         let bins = if packing {
-            let mut bins = pack(&order, settings.max_length, |i| examples[i].tokens.len());
+            let mut bins = pack(&order, settings.max_length, |i| lengths[i]);
             if shuffle {
                 Stream::new(seed, "pack", &[epoch]).shuffle(&mut bins);
             }
@@ -62,12 +68,12 @@ impl EpochPlan {
     ///
     /// The same for every epoch and seed: bins are counted by lengths alone.
     pub fn steps(&self) -> usize {
-        self.micro_batches.len().div_ceil(self.gradient_accumulation_steps)
+        self.micro_batches.len().div_ceil(self.gradient_accumulation_steps.max(1))
     }
 
     /// The micro-batches of one step, or none past the last.
     pub fn step(&self, step: usize) -> &[Vec<Vec<usize>>] {
-        self.micro_batches.chunks(self.gradient_accumulation_steps).nth(step).unwrap_or_default()
+        self.micro_batches.chunks(self.gradient_accumulation_steps.max(1)).nth(step).unwrap_or_default()
     }
 }
 
@@ -138,6 +144,14 @@ impl Batch {
     /// Counted tokens: what a sum of losses is divided by.
     pub fn count(&self) -> usize {
         self.targets.len()
+    }
+
+    /// Makes targets of a prompt's tokens too, which follow those there are; how many they are.
+    pub fn learn_prompt(&mut self, prompt: Range<usize>) -> usize {
+        let targets = prompt.clone().zip(&self.tokens[prompt]).skip(1);
+        let targets: Vec<(u32, u32)> = targets.map(|(row, &t)| (row as u32 - 1, t)).collect();
+        self.targets.extend(&targets);
+        targets.len()
     }
 
     fn push(&mut self, example: &Example) {
