@@ -5,7 +5,7 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use super::{AdapterArg, load_adapters, open_tokenizer};
@@ -105,13 +105,14 @@ impl Generate {
                 Compute::Int16 | Compute::Int8 => CacheType::F16,
             }),
             logprobs: self.logprobs,
+            slots: 0,
         };
         let started = Instant::now();
         let mut first_token = None;
-        let mut generated = generate(
+        let generation = generate(
             &decoder,
             Adapters::Same(&worn),
-            &[Request { prompt: &prompt, key: 0 }],
+            &[Request::new(&prompt, 0)],
             &settings,
             &|token| tokenizer.is_end_of_generation(token),
             &mut |_, token| {
@@ -130,7 +131,7 @@ impl Generate {
             crate::cli::say!("");
         }
 
-        let generated = generated.remove(0);
+        let generated = generation.rows.into_iter().next().context("no row came back")?;
         let tokens = generated.token_ids.len();
         // Reading the prompt ends with the first token; the others are decoded one by one.
         let reading = first_token.unwrap_or(seconds);

@@ -7,6 +7,8 @@ pub mod decode;
 pub mod sampling;
 pub mod stop;
 
-pub use decode::{Finish, GenerateError, Generated, Request, Settings, generate};
+pub use decode::{
+    Finish, GenerateError, Generated, Generation, Request, Settings, Usage, generate,
+};
 pub use sampling::{LogProbs, Sampling, SamplingError, log_probs_top_k};
 pub use stop::StopStrings;

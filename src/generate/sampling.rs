@@ -2,6 +2,9 @@
 
 use quantune_adapters::rng::Stream;
 
+use crate::isa::{Isa, versions};
+use crate::ops::exp;
+
 /// How a token is chosen. The default samples from the model's own distribution.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {
@@ -157,8 +160,18 @@ impl Sampling {
         &self,
         logits: &[f32],
         seen: &[u32],
-        (key, position): (u64, u64),
+        place: (u64, u64),
     ) -> Result<u32, SamplingError> {
+        Ok(self.draw(logits, seen, place)?.0)
+    }
+
+    /// The same, with the probability it was drawn with.
+    pub fn draw(
+        &self,
+        logits: &[f32],
+        seen: &[u32],
+        (key, position): (u64, u64),
+    ) -> Result<(u32, f64), SamplingError> {
         let choices = self.distribution(logits, seen)?;
         let draw = Stream::new(self.seed, "sample", &[key, position]).uniform_f64();
         let mut before = 0.0;
@@ -167,7 +180,12 @@ impl Sampling {
             draw < before
         });
         // Rounding may leave the sum a little under the draw.
-        Ok(choice.or(choices.last()).ok_or(SamplingError::Empty)?.0)
+        choice.or(choices.last()).copied().ok_or(SamplingError::Empty)
+    }
+
+    /// Whether tokens are drawn from another distribution than the model's at this temperature.
+    pub fn filters(&self) -> bool {
+        self.top_k > 0 || self.top_p < 1.0 || self.min_p > 0.0 || self.repetition_penalty != 1.0
     }
 }
 
@@ -190,6 +208,12 @@ impl<'a> LogProbs<'a> {
         Ok(Self { logits, log_sum_exp: max + sum.ln() })
     }
 
+    /// That of a token of the vocabulary, of logits divided by `temperature`.
+    pub fn heated(logits: &[f32], token: u32, temperature: f64) -> Result<f32, SamplingError> {
+        let heated: Vec<f32> = logits.iter().map(|l| (f64::from(*l) / temperature) as f32).collect();
+        Ok(LogProbs::new(&heated)?.of(token))
+    }
+
     /// That of a token of the vocabulary.
     pub fn of(&self, token: u32) -> f32 {
         (f64::from(self.logits[token as usize]) - self.log_sum_exp) as f32
@@ -197,6 +221,9 @@ impl<'a> LogProbs<'a> {
 
     /// The `k` most likely tokens, the most likely first, of equals the lower id.
     pub fn top_k(&self, k: usize) -> Vec<(u32, f32)> {
+        if k == 0 {
+            return Vec::new();
+        }
         let ids = (0..).zip(self.logits);
         let mut scores: Vec<(u32, f64)> = ids.map(|(id, &logit)| (id, f64::from(logit))).collect();
         if (1..scores.len()).contains(&k) {
@@ -303,6 +330,36 @@ mod tests {
         assert_eq!(expected.len(), 5);
         // The 99.9 % point of chi-square with 4 degrees of freedom.
         assert!(chi_square < 18.47, "{chi_square}");
+    }
+
+    /// The quick draw against the listed distribution: the same token but where the draw falls
+    /// within rounding of the border of two.
+    #[test]
+    fn drawing_without_a_list_is_drawing_from_the_list() {
+        let mut stream = Stream::new(4, "logits", &[]);
+        let mut logits: Vec<f32> = (0..1000).map(|_| 4.0 * stream.normal()).collect();
+        logits[..300].fill(f32::NEG_INFINITY);
+        logits[999] = f32::NEG_INFINITY;
+        for isa in Isa::ALL.iter().copied().filter(|isa| isa.available()) {
+            for temperature in [0.02, 1.0, 1.7] {
+                let sampling = Sampling { temperature, ..Sampling::default() };
+                let listed = sampling.distribution(&logits, &[]).unwrap();
+                let mut before = 0.0;
+                for &(token, probability) in &listed {
+                    // The list's rounding is 1e-7 of all: less than a hundredth of these.
+                    let draws = [1e-2, 0.5, 0.99].map(|part| before + part * probability);
+                    for draw in draws.into_iter().filter(|_| probability > 1e-4) {
+                        let drawn = draw_from_all(isa, &logits, temperature, draw).unwrap();
+                        assert_eq!(drawn, token, "{isa:?}, temperature {temperature}, {draw}");
+                    }
+                    before += probability;
+                }
+                for draw in [0.0, 1.0 - f64::EPSILON / 2.0] {
+                    let drawn = draw_from_all(isa, &logits, temperature, draw).unwrap();
+                    assert!((300..999).contains(&drawn), "{drawn} has no weight");
+                }
+            }
+        }
     }
 
     #[test]

@@ -105,6 +105,28 @@ impl KvCache {
         }
     }
 
+    /// Takes in the rows of another cache of the same model and type, behind its own.
+    pub fn append(&mut self, other: Self) {
+        assert_eq!((self.kv_heads, self.head_dim), (other.kv_heads, other.head_dim));
+        assert_eq!(self.layers.len(), other.layers.len());
+        for (layer, rows) in self.layers.iter_mut().zip(other.layers) {
+            layer.extend(rows);
+        }
+    }
+
+    /// Each row as a cache of its own.
+    pub fn into_rows(self) -> Vec<Self> {
+        let (kv_heads, head_dim, depth) = (self.kv_heads, self.head_dim, self.layers.len());
+        let empty = || Self { layers: Vec::with_capacity(depth), kv_heads, head_dim };
+        let mut caches: Vec<Self> = (0..self.rows()).map(|_| empty()).collect();
+        for layer in self.layers {
+            for (cache, row) in caches.iter_mut().zip(layer) {
+                cache.layers.push(vec![row]);
+            }
+        }
+        caches
+    }
+
     /// [`Self::attend_slices`] on contiguous tensors, without a window.
     pub(super) fn attend(
         &mut self,

@@ -29,7 +29,7 @@ use serde::{Deserialize, Serialize};
 use crate::isa::Isa;
 use crate::quant::BlockType;
 pub use attention::causal_attention;
-pub(crate) use cpu::Values;
+pub(crate) use cpu::{Values, exp};
 pub use frozen_linear::frozen_linear;
 use gemm::Panel;
 pub use linear_cross_entropy::linear_log_probs;

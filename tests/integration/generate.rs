@@ -10,6 +10,7 @@ use quantune::model::{Adapters, CacheType, Decoder, Rows, Worn};
 use quantune::ops::Compute;
 use quantune_adapters::config::{InitLoraWeights, LoraConfig, Modules};
 use quantune_adapters::delta::Adapter;
+use quantune_adapters::rng::Stream;
 use quantune_adapters::targets::resolve;
 
 use crate::support::{golden_json, ids, load, log_softmax};
@@ -71,11 +72,11 @@ fn prompts(name: &str) -> Vec<Vec<u32>> {
 }
 
 fn requests(prompts: &[Vec<u32>]) -> Vec<Request<'_>> {
-    (0..).zip(prompts).map(|(key, prompt)| Request { prompt, key }).collect()
+    (0..).zip(prompts).map(|(key, prompt)| Request::new(prompt, key)).collect()
 }
 
 fn settings(sampling: Sampling, max_tokens: usize) -> Settings {
-    Settings { sampling, max_tokens, cache: CacheType::F32, logprobs: None }
+    Settings { sampling, max_tokens, cache: CacheType::F32, logprobs: None, slots: 0 }
 }
 
 /// Decodes with no end-of-generation token and nobody listening.
@@ -86,7 +87,7 @@ fn run(
     settings: &Settings,
 ) -> Vec<Generated> {
     let listen = &mut |_, _| ControlFlow::Continue(());
-    generate(decoder, adapters, requests, settings, &|_| false, listen).unwrap()
+    generate(decoder, adapters, requests, settings, &|_| false, listen).unwrap().rows
 }
 
 fn tokens(generated: &[Generated]) -> Vec<Vec<u32>> {
@@ -105,7 +106,7 @@ fn greedy_batches_are_transformers_and_rows_alone() {
         assert_eq!(tokens(&ours), theirs, "{name}");
         assert!(ours.iter().all(|row| row.finish == Finish::Length && row.logprobs.is_empty()));
         for (prompt, theirs) in prompts.iter().zip(&theirs) {
-            let alone = [Request { prompt, key: 9 }];
+            let alone = [Request::new(prompt, 9)];
             assert_eq!(&run(&decoder, Adapters::NONE, &alone, &settings)[0].token_ids, theirs);
         }
     }
@@ -145,7 +146,7 @@ fn log_probs_are_those_of_the_whole_row() {
     let prompts = long_prompts(&decoder);
     assert!(prompts.iter().map(Vec::len).sum::<usize>() > 512);
     let sampling = Sampling { temperature: 1.5, seed: 3, ..Sampling::default() };
-    let settings = Settings { sampling, max_tokens: 9, cache: CacheType::F32, logprobs: Some(5) };
+    let settings = Settings { logprobs: Some(5), ..settings(sampling, 9) };
     let ours = run(&decoder, Adapters::NONE, &requests(&prompts), &settings);
     for (prompt, ours) in prompts.iter().zip(&ours) {
         let whole = [&prompt[..], &ours.token_ids].concat();
@@ -187,7 +188,7 @@ fn samples_are_keyed_by_seed_row_and_position() {
     assert_eq!(ours[4..5], tokens(&run(&decoder, Adapters::NONE, &requests[4..5], &hot(5))));
     // A row that is taken up again goes on as it would have.
     let prompt = [&prompts[2][..], &ours[2][..5]].concat();
-    let rest = [Request { prompt: &prompt, key: 2 }];
+    let rest = [Request::new(&prompt, 2)];
     assert_eq!(run(&decoder, Adapters::NONE, &rest, &hot(5))[0].token_ids[..7], ours[2][5..]);
 }
 
@@ -199,8 +200,8 @@ fn rows_end_each_for_its_own_reason() {
     // A window of 128 tokens: 126 leave room for two.
     let full: Vec<u32> = prompts[3].iter().copied().cycle().take(126).collect();
     let mut requests: Vec<Request> =
-        (0..).zip(&prompts).map(|(key, prompt)| Request { prompt, key }).collect();
-    requests.push(Request { prompt: &full, key: 4 });
+        (0..).zip(&prompts).map(|(key, prompt)| Request::new(prompt, key)).collect();
+    requests.push(Request::new(&full, 4));
     let hot = settings(Sampling { temperature: 3.0, seed: 1, ..Sampling::default() }, 20);
     let free = tokens(&run(&decoder, Adapters::NONE, &requests, &hot));
     assert_eq!(free[4].len(), 2);
@@ -223,7 +224,8 @@ fn rows_end_each_for_its_own_reason() {
             }
         },
     )
-    .unwrap();
+    .unwrap()
+    .rows;
     for (row, ours) in ours.iter().enumerate() {
         let ended = free[row].iter().position(|&token| token == end);
         let length = ended.map_or(free[row].len(), |at| at + 1);
@@ -245,20 +247,25 @@ fn rows_end_each_for_its_own_reason() {
     assert!(run(&decoder, Adapters::NONE, &[], &hot).is_empty());
 }
 
-#[test]
-fn each_row_wears_its_own_adapter() {
-    let decoder = load("llama-tiny", Compute::F32);
+/// Two adapters over all linear layers that change what is generated.
+fn adapters(decoder: &Decoder) -> [[Worn; 1]; 2] {
     let config = LoraConfig {
         target_modules: Some(Modules::Expression("all-linear".into())),
         init_lora_weights: InitLoraWeights::Random,
         ..Default::default()
     };
     let targets = resolve(&config, &decoder.linears(), None).unwrap().targets;
-    let adapter = |seed| {
+    [1, 2].map(|seed| {
         let device = candle_core::Device::Cpu;
-        Worn::frozen(Arc::new(Adapter::new("a", config.clone(), &targets, seed, &device).unwrap()))
-    };
-    let (one, two) = ([adapter(1)], [adapter(2)]);
+        let adapter = Adapter::new("a", config.clone(), &targets, seed, &device).unwrap();
+        [Worn::frozen(Arc::new(adapter))]
+    })
+}
+
+#[test]
+fn each_row_wears_its_own_adapter() {
+    let decoder = load("llama-tiny", Compute::F32);
+    let [one, two] = adapters(&decoder);
     let prompts = long_prompts(&decoder);
     let requests = requests(&prompts);
     // Rows end one after the other, so that the lists must move up with them.
@@ -267,7 +274,7 @@ fn each_row_wears_its_own_adapter() {
     let end = |token: u32| token % 16 == 3;
     let go = |adapters: Adapters, requests: &[Request]| {
         let listen = &mut |_, _| ControlFlow::Continue(());
-        tokens(&generate(&decoder, adapters, requests, &hot, &end, listen).unwrap())
+        tokens(&generate(&decoder, adapters, requests, &hot, &end, listen).unwrap().rows)
     };
     let ours = go(Adapters::PerRow(&worn), &requests);
     let lengths: std::collections::BTreeSet<usize> = ours.iter().map(Vec::len).collect();
@@ -281,12 +288,110 @@ fn each_row_wears_its_own_adapter() {
     assert!(bare < 8, "adapters change nothing");
 }
 
+/// Tokens and their log-probs, to the bit, are those of each request alone: whatever the number of
+/// slots, in groups that share a prompt, among rows that wear other adapters.
+#[test]
+fn slots_and_groups_do_not_matter() {
+    for (compute, name) in [(Compute::F32, "llama-tiny"), (Compute::Int16, "llama-q4_0")] {
+        let decoder = load(name, compute);
+        let [one, two] = adapters(&decoder);
+        let vocab_size = decoder.config.vocab_size as u32;
+        // Groups of 1 to 4 neighbours with prompts of 3 to 60 tokens, a border of adapters inside.
+        let (mut prompts, mut worn) = (Vec::new(), Vec::new());
+        for group in 0..9u32 {
+            let prompt: Vec<u32> =
+                (0..3 + (group * 23) % 57).map(|t| (t * 31 + group * 7 + 1) % vocab_size).collect();
+            for member in 0..1 + group % 4 {
+                prompts.push(prompt.clone());
+                worn.push([&one[..], &[], &two[..]][(group + u32::from(member > 2)) as usize % 3]);
+            }
+        }
+        let mut requests = requests(&prompts);
+        for (i, request) in requests.iter_mut().enumerate() {
+            request.max_tokens = [None, Some(1), Some(7), Some(0), Some(30)][i % 5];
+        }
+        let end = |token: u32| token % 16 == 3;
+        for cache in [CacheType::F32, CacheType::F16] {
+            let sampling = Sampling { temperature: 1.5, seed: 8, ..Sampling::default() };
+            let go = |adapters: Adapters, requests: &[Request], slots| {
+                let settings = Settings {
+                    sampling: sampling.clone(),
+                    max_tokens: 20,
+                    cache,
+                    logprobs: Some(2),
+                    slots,
+                };
+                let mut heard = vec![0; requests.len()];
+                let listen = &mut |row: usize, _| {
+                    heard[row] += 1;
+                    ControlFlow::Continue(())
+                };
+                let all = generate(&decoder, adapters, requests, &settings, &end, listen).unwrap();
+                for (heard, row) in heard.iter().zip(&all.rows) {
+                    let ended = usize::from(row.finish == Finish::Stop);
+                    assert_eq!(*heard, row.token_ids.len() - ended);
+                }
+                let bits = |row: Generated| {
+                    let bits = row.token_logprobs.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+                    (row.token_ids, row.finish, bits, row.logprobs)
+                };
+                (all.rows.into_iter().map(bits).collect::<Vec<_>>(), all.usage)
+            };
+            let alone: Vec<_> = (0..requests.len())
+                .map(|row| go(Adapters::Same(worn[row]), &requests[row..=row], 1).0.remove(0))
+                .collect();
+            let lengths: std::collections::BTreeSet<usize> =
+                alone.iter().map(|row| row.0.len()).collect();
+            assert!(lengths.len() > 4, "{lengths:?}");
+            for slots in [0, 1, 3, 8, 100] {
+                let (rows, usage) = go(Adapters::PerRow(&worn), &requests, slots);
+                for (row, (ours, alone)) in rows.iter().zip(&alone).enumerate() {
+                    assert_eq!(ours, alone, "{name} {cache:?} {slots} slots, row {row}");
+                }
+                let all: usize = prompts
+                    .iter()
+                    .zip(&requests)
+                    .filter(|(_, r)| r.max_tokens != Some(0))
+                    .map(|(p, _)| p.len())
+                    .sum();
+                assert_eq!(usage.prompt_tokens + usage.shared_prompt_tokens, all);
+                assert!(usage.shared_prompt_tokens > 0);
+                assert_eq!(usage.tokens, alone.iter().map(|row| row.0.len()).sum::<usize>());
+            }
+        }
+    }
+}
+
+/// Replies of 8 to 256 tokens, 64 on 8 slots, leave few slots empty.
+#[test]
+fn slots_are_seldom_empty() {
+    let mut decoder = load("llama-tiny", Compute::F32);
+    decoder.config.max_position_embeddings = 512;
+    let prompts: Vec<Vec<u32>> = (0..64u32).map(|row| vec![1, row, 2 * row]).collect();
+    for seed in 0..3 {
+        let mut stream = Stream::new(seed, "lengths", &[]);
+        let mut requests = requests(&prompts);
+        for request in &mut requests {
+            request.max_tokens = Some(8 + stream.below(249) as usize);
+        }
+        let settings = Settings { slots: 8, ..settings(Sampling::default(), 8) };
+        let listen = &mut |_, _| ControlFlow::Continue(());
+        let all =
+            generate(&decoder, Adapters::NONE, &requests, &settings, &|_| false, listen).unwrap();
+        let asked: usize = requests.iter().filter_map(|request| request.max_tokens).sum();
+        assert_eq!(all.usage.tokens, asked);
+        assert_eq!(all.usage.slot_steps, 8 * all.usage.steps);
+        let share = all.usage.slot_steps_per_token();
+        println!("{share:.3} slot-steps a token");
+        assert!(share <= 1.15, "{share}");
+    }
+}
+
 #[test]
 fn bad_requests_are_named() {
     let decoder = load("llama-tiny", Compute::F32);
     let check = |adapters: Adapters, prompts: &[&[u32]], sampling: Sampling, sentence: &str| {
-        let requests: Vec<Request> =
-            prompts.iter().map(|prompt| Request { prompt, key: 0 }).collect();
+        let requests: Vec<Request> = prompts.iter().map(|prompt| Request::new(prompt, 0)).collect();
         let listen = &mut |_, _| panic!("a token of a bad request");
         let settings = settings(sampling, 4);
         let error = generate(&decoder, adapters, &requests, &settings, &|_| false, listen);
