@@ -2,7 +2,7 @@
 //! the next.
 
 use std::collections::VecDeque;
-use std::ops::{ControlFlow, Range};
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use candle_core::{Result, Tensor};
@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use super::sampling::{LogProbs, Sampling, SamplingError};
 use crate::model::{Adapters, CacheType, Decoder, KvCache, Rows, Worn};
-use crate::ops::Values;
+use crate::ops::{Segment, Values};
 
 /// Tokens of one pass over the prompts; bounds the activations, not the cache.
 const PREFILL_TOKENS: usize = 512;
@@ -491,7 +491,7 @@ fn prefill(
         let ends = segments.iter().zip(&rest).filter(|(new, rest)| {
             !new.is_empty() && rest.is_empty() // in the order of the groups, over all passes
         });
-        let ends: Vec<u32> = ends.map(|(new, _)| new.end as u32 - 1).collect();
+        let ends: Vec<u32> = ends.map(|(new, _)| new.tokens.end as u32 - 1).collect();
         if !ends.is_empty() {
             last.push(hidden.index_select(&Tensor::new(ends, hidden.device())?, 0)?);
         }

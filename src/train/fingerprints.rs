@@ -6,7 +6,7 @@ use sha2::{Digest, Sha256};
 
 use super::TrainError;
 use super::run_dir::Fingerprint;
-use crate::data::Dataset;
+use crate::data::{Comparisons, Dataset};
 
 /// What the tokenizer and chat template make of rows.
 pub fn tokens_print(data: &Dataset) -> String {
@@ -20,7 +20,24 @@ pub fn tokens_print(data: &Dataset) -> String {
     hex(hasher)
 }
 
-pub fn hex(hasher: Sha256) -> String {
+/// The same of comparisons.
+pub fn comparisons_print(data: &Comparisons) -> String {
+    let mut hasher = Sha256::new();
+    for row in &data.comparisons {
+        for tokens in std::iter::once(&row.prompt).chain(&row.responses) {
+            hasher.update((tokens.len() as u64).to_le_bytes());
+            tokens.iter().for_each(|token| hasher.update(token.to_le_bytes()));
+        }
+    }
+    hex(hasher)
+}
+
+/// An adapter's or model's folder, as [`base_fingerprint`].
+pub fn folder_fingerprint(folder: &Path) -> Result<String, TrainError> {
+    base_fingerprint(folder)
+}
+
+fn hex(hasher: Sha256) -> String {
     hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

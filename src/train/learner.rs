@@ -97,6 +97,11 @@ impl<'a> Learner<'a> {
         })
     }
 
+    /// The frozen base.
+    pub fn decoder(&self) -> &'a Decoder {
+        self.decoder
+    }
+
     /// What rows wear that `adapter` is trained on.
     pub fn worn(&self, adapter: usize) -> &[Worn] {
         &self.worn[adapter]

@@ -39,6 +39,23 @@ pub fn read_adapter(folder: &Path, decoder: &Decoder) -> Result<Adapter, TrainEr
     Ok(adapter)
 }
 
+/// The adapter of a folder, which must have a score head for this base.
+pub fn read_scoring(folder: &Path, decoder: &Decoder) -> Result<Adapter, TrainError> {
+    let adapter = read_adapter(folder, decoder)?;
+    let hidden_size = decoder.config.hidden_size;
+    match adapter.score.as_ref().map(|score| score.dims()[1]) {
+        Some(width) if width == hidden_size => Ok(adapter),
+        Some(width) => Err(TrainError::Settings(format!(
+            "{}: the score head reads {width} numbers, this base has {hidden_size}",
+            folder.display()
+        ))),
+        None => Err(TrainError::Settings(format!(
+            "{}: an adapter without a score head, needed a reward model (quantune reward makes one)",
+            folder.display()
+        ))),
+    }
+}
+
 fn lora_config(settings: &CommonSettings) -> Result<LoraConfig, TrainError> {
     // One value that is no plain module name is an expression, as PEFT's strings are.
     let modules = |list: &[String]| match &split(list)[..] {
