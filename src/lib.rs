@@ -26,7 +26,8 @@
 //! - [`generate`]: sampling and decoding. Does not know about training.
 //! - [`optim`]: AdamW, schedules, clipping. Does not know where gradients come from.
 //! - [`objectives`]: losses, pure functions of log-probs. Do not know about models or data.
-//! - [`eval`]: loss and perplexity. Does not know about training.
+//! - [`rollout`]: rewards of replies by rule and by program. Does not know who learns from them.
+//! - [`eval`]: loss, perplexity, diversity. Does not know about training.
 //! - [`train`]: the loop, run directory, checkpoints, metrics. Does not know the command line.
 //! - [`cli`]: flags, printing, exit codes. Nothing knows it.
 
@@ -40,6 +41,7 @@ pub mod objectives;
 pub mod ops;
 pub mod optim;
 pub mod quant;
+pub mod rollout;
 pub mod text;
 pub mod train;
 pub mod weights;

@@ -1,11 +1,14 @@
 //! How good a model is: mean loss under the masks of training, perplexity as llama.cpp counts it.
 
+mod diversity;
+
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::Tensor;
 
 use crate::data::{Batch, Example};
 use crate::model::{Adapters, Decoder, Rows};
+pub use diversity::{Diversity, Reply, distinct, diversity};
 
 /// Tokens of the rows that go through the model at once.
 const TOKENS_AT_A_TIME: usize = 2048;

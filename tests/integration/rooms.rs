@@ -14,6 +14,7 @@ const ROOMS: &[&str] = &[
     "generate",
     "optim",
     "objectives",
+    "rollout",
     "eval",
     "train",
     "cli",

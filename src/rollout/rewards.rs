@@ -1,0 +1,296 @@
+//! Where rewards come from, and their weighted sum.
+
+use serde_json::{Map, Value};
+
+use super::{RewardCommand, Rule, RuleError};
+
+/// A reply to be judged.
+#[derive(Debug, Clone, Copy)]
+pub struct Sample<'a> {
+    /// What was asked, as text.
+    pub prompt: &'a str,
+    /// The reply, without the end-of-sequence token.
+    pub completion: &'a str,
+    /// Its tokens, without the end-of-sequence token.
+    pub tokens: usize,
+    /// Whether it ended of itself.
+    pub finished: bool,
+    /// The row of the data the prompt is from.
+    pub row: &'a Map<String, Value>,
+}
+
+/// Where a reward comes from.
+#[derive(Debug)]
+pub enum RewardSource {
+    /// A rule.
+    Rule {
+        /// As it was given.
+        spec: String,
+        /// As it was read.
+        rule: Rule,
+    },
+    /// A program.
+    Command(RewardCommand),
+    /// A reward model, run by the caller.
+    Model {
+        /// What it is called in metrics.
+        name: String,
+    },
+}
+
+impl RewardSource {
+    /// A rule as it is written on the command line.
+    pub fn rule(spec: &str) -> Result<Self, RuleError> {
+        Ok(Self::Rule { spec: spec.into(), rule: Rule::parse(spec)? })
+    }
+
+    /// What it is called in metrics.
+    pub fn name(&self) -> &str {
+        match self {
+            Self::Rule { spec, .. } => spec,
+            Self::Command(command) => command.command(),
+            Self::Model { name } => name,
+        }
+    }
+}
+
+/// Why replies could not be judged.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RewardError {
+    /// Nothing to judge by.
+    #[error("no reward, needed a rule, a command or a reward model")]
+    NoSource,
+    /// Weights that do not go with the sources.
+    #[error("{found} reward weights for {rewards} rewards ({names}), needed one each")]
+    Weights {
+        /// Weights.
+        found: usize,
+        /// Sources.
+        rewards: usize,
+        /// Their names.
+        names: String,
+    },
+    /// A weight that is no number.
+    #[error("reward weight {index} is {found}, needed a number")]
+    Weight {
+        /// From 0.
+        index: usize,
+        /// What it is.
+        found: f64,
+    },
+    /// A rule cannot be applied to a row.
+    #[error("reward {name:?}, sample {sample}: {source}")]
+    Rule {
+        /// The rule.
+        name: String,
+        /// Of the batch, from 0.
+        sample: usize,
+        /// Why.
+        source: RuleError,
+    },
+    /// The reward program.
+    #[error("reward command {command:?} {fault}")]
+    Command {
+        /// The program.
+        command: String,
+        /// What it did, and what was needed.
+        fault: String,
+    },
+    /// A reward that is no number.
+    #[error("reward {name:?} of sample {sample} is {found}, needed a finite number")]
+    NotFinite {
+        /// The source.
+        name: String,
+        /// Of the batch, from 0.
+        sample: usize,
+        /// What it is.
+        found: f64,
+    },
+}
+
+/// Several sources of reward and their weights.
+#[derive(Debug)]
+pub struct Rewards {
+    sources: Vec<RewardSource>,
+    weights: Vec<f64>,
+}
+
+/// The rewards of a batch of samples.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Scores {
+    /// For each source those of all samples; none where it has no opinion.
+    pub columns: Vec<Vec<Option<f64>>>,
+    /// The weighted sum for each sample of all opinions there are; none where there is none.
+    pub totals: Vec<Option<f64>>,
+}
+
+/// What a source gave to a batch.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RewardMean {
+    /// The source.
+    pub name: String,
+    /// Samples it had an opinion on.
+    pub samples: usize,
+    /// The mean of these opinions, unweighted; 0 if there are none.
+    pub mean: f64,
+    /// Their standard deviation, with n - 1.
+    pub std: f64,
+}
+
+impl Rewards {
+    /// Without `weights` all count the same, 1 each, as in TRL.
+    pub fn new(sources: Vec<RewardSource>, weights: Option<Vec<f64>>) -> Result<Self, RewardError> {
+        if sources.is_empty() {
+            return Err(RewardError::NoSource);
+        }
+        let weights = weights.unwrap_or_else(|| vec![1.0; sources.len()]);
+        if weights.len() != sources.len() {
+            let names: Vec<&str> = sources.iter().map(RewardSource::name).collect();
+            return Err(RewardError::Weights {
+                found: weights.len(),
+                rewards: sources.len(),
+                names: names.join(", "),
+            });
+        }
+        if let Some(index) = weights.iter().position(|weight| !weight.is_finite()) {
+            return Err(RewardError::Weight { index, found: weights[index] });
+        }
+        Ok(Self { sources, weights })
+    }
+
+    /// The sources, in the order of the weights.
+    pub fn sources(&self) -> &[RewardSource] {
+        &self.sources
+    }
+
+    /// Whether all rules can be applied to a row of the data: a run asks before it begins.
+    pub fn check(&self, row: &Map<String, Value>) -> Result<(), RuleError> {
+        self.sources.iter().try_for_each(|source| match source {
+            RewardSource::Rule { rule, .. } => rule.check(row),
+            RewardSource::Command(_) | RewardSource::Model { .. } => Ok(()),
+        })
+    }
+
+    /// Judges samples. `models` are the scores of each [`RewardSource::Model`], in their order, one
+    /// for each sample.
+    ///
+    /// # Panics
+    /// If `models` are not as many.
+    pub fn score(
+        &mut self,
+        samples: &[Sample],
+        models: &[Vec<f64>],
+    ) -> Result<Scores, RewardError> {
+        let mut models = models.iter();
+        let mut columns = Vec::with_capacity(self.sources.len());
+        for source in &mut self.sources {
+            let column: Vec<Option<f64>> = match source {
+                RewardSource::Rule { spec, rule } => {
+                    let judge = |(sample, judged): (usize, &Sample)| match rule.score(judged) {
+                        Ok(reward) => Ok(Some(reward)),
+                        Err(source) => {
+                            Err(RewardError::Rule { name: spec.clone(), sample, source })
+                        }
+                    };
+                    samples.iter().enumerate().map(judge).collect::<Result<_, _>>()?
+                }
+                RewardSource::Command(command) => command.score(samples)?,
+                RewardSource::Model { .. } => {
+                    let scores = models.next().expect("scores for every reward model");
+                    assert_eq!(scores.len(), samples.len());
+                    scores.iter().copied().map(Some).collect()
+                }
+            };
+            if let Some(sample) = column.iter().position(|r| r.is_some_and(|r| !r.is_finite())) {
+                let found = column[sample].unwrap_or(f64::NAN);
+                return Err(RewardError::NotFinite { name: source.name().into(), sample, found });
+            }
+            columns.push(column);
+        }
+        assert!(models.next().is_none(), "scores of a model that is no source");
+        let total = |sample: usize| {
+            let opinions = columns.iter().zip(&self.weights);
+            let weighted = opinions.filter_map(|(column, weight)| Some(column[sample]? * weight));
+            weighted.reduce(|a, b| a + b)
+        };
+        let totals = (0..samples.len()).map(total).collect();
+        Ok(Scores { columns, totals })
+    }
+
+    /// Mean and spread of each source's rewards, for metrics.
+    pub fn means(&self, scores: &Scores) -> Vec<RewardMean> {
+        let of = |(source, column): (&RewardSource, &Vec<Option<f64>>)| {
+            let given: Vec<f64> = column.iter().copied().flatten().collect();
+            let mean = given.iter().sum::<f64>() / given.len().max(1) as f64;
+            let squares: f64 = given.iter().map(|reward| (reward - mean).powi(2)).sum();
+            let std = (squares / given.len().saturating_sub(1).max(1) as f64).sqrt();
+            RewardMean { name: source.name().into(), samples: given.len(), mean, std }
+        };
+        self.sources.iter().zip(&scores.columns).map(of).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn sample<'a>(completion: &'a str, row: &'a Value) -> Sample<'a> {
+        let row = row.as_object().unwrap();
+        let tokens = completion.split_whitespace().count();
+        Sample { prompt: "p", completion, tokens, finished: true, row }
+    }
+
+    fn model(name: &str) -> RewardSource {
+        RewardSource::Model { name: name.into() }
+    }
+
+    #[test]
+    fn sums_are_weighted_and_means_are_each_sources() {
+        let rules = ["exact:answer", "length:2-2"].map(|spec| RewardSource::rule(spec).unwrap());
+        let sources = rules.into_iter().chain([model("rm")]).collect();
+        let mut rewards = Rewards::new(sources, Some(vec![1.0, -0.5, 2.0])).unwrap();
+        let row = json!({ "answer": "a b" });
+        rewards.check(row.as_object().unwrap()).unwrap();
+        let samples = [sample("a b", &row), sample("a", &row)];
+        let scores = rewards.score(&samples, &[vec![0.25, -3.0]]).unwrap();
+        assert_eq!(scores.columns[1], [Some(1.0), Some(0.5)]);
+        assert_eq!(scores.totals, [Some(1.0 - 0.5 + 0.5), Some(-0.25 - 6.0)]);
+        let means = rewards.means(&scores);
+        assert_eq!((means[0].mean, means[0].samples, &*means[0].name), (0.5, 2, "exact:answer"));
+        assert!((means[0].std - 0.5f64.sqrt()).abs() < 1e-12);
+        assert_eq!(means[2].mean, -1.375);
+    }
+
+    #[test]
+    fn no_opinion_is_not_zero() {
+        let rewards = Rewards::new(vec![model("a"), model("b")], None).unwrap();
+        let columns = vec![vec![Some(1.0), None, None], vec![Some(2.0), Some(4.0), None]];
+        let means = rewards.means(&Scores { columns, totals: Vec::new() });
+        assert_eq!((means[0].mean, means[0].samples), (1.0, 1));
+        assert_eq!((means[1].mean, means[1].samples), (3.0, 2));
+    }
+
+    #[test]
+    fn bad_rewards_are_named() {
+        let error = Rewards::new(Vec::new(), None).unwrap_err();
+        assert_eq!(error.to_string(), "no reward, needed a rule, a command or a reward model");
+        let error = Rewards::new(vec![model("a"), model("b")], Some(vec![1.0])).unwrap_err();
+        assert_eq!(error.to_string(), "1 reward weights for 2 rewards (a, b), needed one each");
+        let error = Rewards::new(vec![model("a")], Some(vec![f64::NAN])).unwrap_err();
+        assert_eq!(error.to_string(), "reward weight 0 is NaN, needed a number");
+
+        let row = json!({ "prompt": "p" });
+        let mut rewards = Rewards::new(vec![model("rm")], None).unwrap();
+        let error = rewards.score(&[sample("x", &row)], &[vec![f64::NAN]]).unwrap_err();
+        assert_eq!(error.to_string(), "reward \"rm\" of sample 0 is NaN, needed a finite number");
+        let rule = RewardSource::rule("exact:answer").unwrap();
+        let error = Rewards::new(vec![rule], None).unwrap().score(&[sample("x", &row)], &[]);
+        assert_eq!(
+            error.unwrap_err().to_string(),
+            "reward \"exact:answer\", sample 0: the row has no field \"answer\" to compare a \
+             reply with; it has [\"prompt\"]"
+        );
+    }
+}
