@@ -105,6 +105,7 @@ impl Generate {
                 Compute::Int16 | Compute::Int8 => CacheType::F16,
             }),
             logprobs: self.logprobs,
+            draws: false,
             slots: 0,
         };
         let started = Instant::now();

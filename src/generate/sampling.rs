@@ -155,7 +155,8 @@ impl Sampling {
         Ok(weights)
     }
 
-    /// The token of row `key` at `position`, counted from the start of its prompt.
+    /// The token of row `key` at `position`, counted from the start of its prompt: drawn from
+    /// [`Self::distribution`], where nothing is filtered from the same to 1e-6.
     pub fn choose(
         &self,
         logits: &[f32],
@@ -172,8 +173,13 @@ impl Sampling {
         seen: &[u32],
         (key, position): (u64, u64),
     ) -> Result<(u32, f64), SamplingError> {
+        let draw = || Stream::new(self.seed, "sample", &[key, position]).uniform_f64();
+        if self.is_unfiltered() {
+            self.check()?;
+            return draw_from_all(Isa::current(), logits, self.temperature, draw());
+        }
         let choices = self.distribution(logits, seen)?;
-        let draw = Stream::new(self.seed, "sample", &[key, position]).uniform_f64();
+        let draw = draw();
         let mut before = 0.0;
         let choice = choices.iter().find(|(_, probability)| {
             before += probability;
@@ -185,7 +191,94 @@ impl Sampling {
 
     /// Whether tokens are drawn from another distribution than the model's at this temperature.
     pub fn filters(&self) -> bool {
-        self.top_k > 0 || self.top_p < 1.0 || self.min_p > 0.0 || self.repetition_penalty != 1.0
+        let Self { top_k, top_p, min_p, repetition_penalty, .. } = *self;
+        (top_k, top_p, min_p, repetition_penalty) != (0, 1.0, 0.0, 1.0)
+    }
+
+    /// Whether all tokens may be chosen, each by its own logit. Close to greedy, exponents in `f32`
+    /// are too coarse.
+    fn is_unfiltered(&self) -> bool {
+        (1e-2..1e6).contains(&self.temperature) && !self.filters()
+    }
+}
+
+/// Tokens whose weights are summed at once.
+const BLOCK: usize = 256;
+/// Sums that a block is cut into, so that they are taken side by side.
+const SIDE_BY_SIDE: usize = 16;
+
+/// Draws from the softmax of `logits / temperature` with `draw` from [0, 1), without listing it:
+/// the block in which the draw falls, then the token in the block. With it, its probability.
+fn draw_from_all(
+    isa: Isa,
+    logits: &[f32],
+    temperature: f64,
+    draw: f64,
+) -> Result<(u32, f64), SamplingError> {
+    let (max, sound) = largest(isa, logits);
+    if !sound {
+        check_logits(logits)?;
+    }
+    if max == f32::NEG_INFINITY {
+        return Err(SamplingError::Empty);
+    }
+    let inverse = (1.0 / temperature) as f32;
+    let mut sums = vec![0f64; logits.len().div_ceil(BLOCK)];
+    block_sums(isa, logits, max, inverse, &mut sums);
+    let total = sums.iter().sum::<f64>();
+    let target = draw * total;
+
+    let mut before = 0.0;
+    let mut found = 0;
+    for (block, sum) in sums.iter().enumerate().filter(|(_, sum)| **sum > 0.0) {
+        // Rounding may leave the total a little under the target: then it is the last block.
+        found = block;
+        if before + sum > target {
+            break;
+        }
+        before += sum;
+    }
+    let start = found * BLOCK;
+    let mut choice = (start, 0.0);
+    for (token, logit) in (start..).zip(&logits[start..(start + BLOCK).min(logits.len())]) {
+        let weight = f64::from(exp((logit - max) * inverse));
+        if weight > 0.0 {
+            choice = (token, weight);
+            before += weight;
+            if before > target {
+                break;
+            }
+        }
+    }
+    let (token, weight) = choice;
+    Ok((token as u32, weight / total))
+}
+
+versions! {
+    /// The largest logit, and whether none is NaN or infinity.
+    fn largest(isa; logits: &[f32]) -> (f32, bool) {
+        let mut max = [f32::NEG_INFINITY; SIDE_BY_SIDE];
+        let mut sound = [true; SIDE_BY_SIDE];
+        for part in logits.chunks(SIDE_BY_SIDE) {
+            for ((max, sound), x) in max.iter_mut().zip(&mut sound).zip(part) {
+                *sound &= *x < f32::INFINITY;
+                *max = if *x > *max { *x } else { *max };
+            }
+        }
+        (max.into_iter().fold(f32::NEG_INFINITY, f32::max), sound.iter().all(|sound| *sound))
+    }
+
+    /// The sum of `exp((logit - max) · inverse)` of each block.
+    fn block_sums(isa; logits: &[f32], max: f32, inverse: f32, sums: &mut [f64]) {
+        for (block, total) in logits.chunks(BLOCK).zip(sums) {
+            let mut sums = [0f32; SIDE_BY_SIDE];
+            for part in block.chunks(SIDE_BY_SIDE) {
+                for (sum, x) in sums.iter_mut().zip(part) {
+                    *sum += exp((x - max) * inverse);
+                }
+            }
+            *total = sums.iter().map(|&sum| f64::from(sum)).sum();
+        }
     }
 }
 
@@ -349,13 +442,13 @@ mod tests {
                     // The list's rounding is 1e-7 of all: less than a hundredth of these.
                     let draws = [1e-2, 0.5, 0.99].map(|part| before + part * probability);
                     for draw in draws.into_iter().filter(|_| probability > 1e-4) {
-                        let drawn = draw_from_all(isa, &logits, temperature, draw).unwrap();
+                        let (drawn, _) = draw_from_all(isa, &logits, temperature, draw).unwrap();
                         assert_eq!(drawn, token, "{isa:?}, temperature {temperature}, {draw}");
                     }
                     before += probability;
                 }
                 for draw in [0.0, 1.0 - f64::EPSILON / 2.0] {
-                    let drawn = draw_from_all(isa, &logits, temperature, draw).unwrap();
+                    let (drawn, _) = draw_from_all(isa, &logits, temperature, draw).unwrap();
                     assert!((300..999).contains(&drawn), "{drawn} has no weight");
                 }
             }

@@ -57,7 +57,7 @@ pub fn respond(
     let requests: Vec<Request> = owners
         .iter()
         .zip(first_key..)
-        .map(|(prompt, key)| Request { key, ..Request::new(prompt) })
+        .map(|(prompt, key)| Request::new(prompt, key))
         .collect();
     let never = &mut |_: usize, _: u32| ControlFlow::Continue(());
     let generated =

@@ -112,14 +112,17 @@ impl Run {
         for batch in micro {
             let dropout = dropout(batch, 0, layout.dropout, 7);
             let settings = StepSettings {
-                objective: Objective::LanguageModelling,
+                objective: &Objective::LanguageModelling,
+                temperature: 1.0,
                 scale: 1.0 / count as f64,
                 kept_layers: self.kept_layers.unwrap_or(if layout.recompute { 0 } else { layers }),
                 worn: &worn,
                 parameters: &self.parameters,
                 dropout: dropout.as_ref(),
             };
-            loss += accumulate(&self.decoder, batch, &settings, &mut gradients, buffers).unwrap();
+            let judged =
+                accumulate(&self.decoder, batch, &settings, &mut gradients, buffers).unwrap();
+            loss += judged.loss;
         }
         (loss / count as f64, gradients)
     }
