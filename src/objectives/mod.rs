@@ -2,6 +2,11 @@
 //! a mean, so that the caller can divide by the count of a whole step and any split of the step
 //! into micro-batches gives the same gradient.
 
+pub mod advantage;
+pub mod policy;
+pub mod preference;
+pub mod reward;
+
 use candle_core::{Result, Tensor};
 
 /// What is minimized.

@@ -5,6 +5,7 @@ mod cli;
 mod data;
 mod generate;
 mod model;
+mod objectives;
 mod rooms;
 mod support;
 mod text;
