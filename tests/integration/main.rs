@@ -2,6 +2,7 @@
 
 mod adapters;
 mod cli;
+mod comparisons;
 mod data;
 mod generate;
 mod model;
