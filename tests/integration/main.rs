@@ -2,9 +2,11 @@
 
 mod adapters;
 mod cli;
+mod comparisons;
 mod data;
 mod generate;
 mod model;
+mod objectives;
 mod rl;
 mod rooms;
 mod support;
