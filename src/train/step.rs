@@ -8,12 +8,13 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use candle_core::backprop::GradStore;
 use candle_core::{Device, Result, Tensor, Var};
 use quantune_adapters::delta::{Dropout, TokenKey};
 
 use crate::data::Batch;
 use crate::model::layer::{LoraGradients, Tape, Workspace};
-use crate::model::{Adapters, Decoder, Pass, Rows, Worn};
+use crate::model::{Adapters, Decoder, Pass, Reading, Rows, Worn};
 use crate::objectives::Objective;
 use crate::ops::Compute;
 use crate::optim::Gradients;
@@ -43,6 +44,10 @@ pub struct Buffers {
     tapes: Vec<Tape>,
     /// The tape of layers that keep none.
     scratch: Tape,
+    /// The residual stream and its gradient, `(N, hidden_size)`.
+    x: Vec<f32>,
+    dx: Vec<f32>,
+    logps: Reading,
 }
 
 /// Adds the gradients of a micro-batch to `gradients` and returns its summed loss (unscaled).
@@ -77,7 +82,7 @@ fn fast(
     gradients: &mut Gradients,
     buffers: &mut Buffers,
 ) -> Result<f64> {
-    let Buffers { work, tapes, scratch } = buffers;
+    let Buffers { work, tapes, scratch, x, dx, logps } = buffers;
     let layers = decoder.config.num_hidden_layers;
     let lowest = decoder.lowest_trainable(Adapters::Same(settings.worn));
     let first = lowest.map_or(layers, |(index, _)| index);
@@ -90,24 +95,26 @@ fn fast(
     }
 
     // Up.
-    let embedded = decoder.embed(&batch.tokens)?; // (N, H)
-    let shape = embedded.shape().clone();
-    let mut x = embedded.flatten_all()?.to_vec1::<f32>()?;
+    decoder.embed_into(&batch.tokens, x)?;
     tapes.resize_with(layers, Tape::default);
     for (index, tape) in tapes.iter_mut().enumerate() {
         if index >= first {
             tape.x.clear();
-            tape.x.extend_from_slice(&x);
+            tape.x.extend_from_slice(x);
         }
         let taped = index >= first && kept(index);
         let tape = if taped { tape } else { &mut *scratch };
-        layer(index).forward(&mut x, tape, taped, work, None)?;
+        layer(index).forward(x, tape, taped, work, None)?;
     }
 
     // Read and judge.
-    let (loss, dx) = read(decoder, Tensor::from_vec(x, shape, &Device::Cpu)?, batch, settings)?;
-    let Some(dx) = dx else { return Ok(loss) };
-    let mut dx = dx.flatten_all()?.to_vec1::<f32>()?;
+    let found = decoder.read_log_probs(x, &batch.targets, 1.0, true, logps)?;
+    let read = Var::new(found, &Device::Cpu)?; // (M)
+    let (loss, mut store) = judge(&read, settings)?;
+    let Some(dlogps) = store.remove(&read) else { return Ok(loss) };
+    dx.clear();
+    dx.resize(x.len(), 0.0);
+    decoder.log_probs_back(&dlogps.to_vec1::<f32>()?, 1.0, logps, dx)?;
 
     // Down.
     let mut sink = LoraGradients { places: &places, gradients };
@@ -116,13 +123,26 @@ fn fast(
         let mut tape = &mut tapes[index];
         if !kept(index) {
             std::mem::swap(&mut scratch.x, &mut tape.x);
-            let mut x = scratch.x.clone();
-            layer(index).forward(&mut x, scratch, true, work, None)?;
+            x.copy_from_slice(&scratch.x);
+            layer(index).forward(x, scratch, true, work, None)?;
             tape = scratch;
         }
-        layer(index).backward(&mut dx, tape, stop, &mut sink, work)?;
+        layer(index).backward(dx, tape, stop, &mut sink, work)?;
     }
     Ok(loss)
+}
+
+/// The summed loss of log-probs `(M)`, and gradients on the tape behind them.
+fn judge(logps: &Tensor, settings: &StepSettings) -> Result<(f64, GradStore)> {
+    let sum = settings.objective.sum(logps)?;
+    let store = (&sum * settings.scale)?.backward()?;
+    // The tape adds up in f32; what is reported is the sum of the same terms in f64.
+    let loss = match settings.objective {
+        Objective::LanguageModelling => {
+            -logps.to_vec1::<f32>()?.iter().map(|&logp| f64::from(logp)).sum::<f64>()
+        }
+    };
+    Ok((loss, store))
 }
 
 /// The summed loss, and its gradient to the last layer's output `x (N, H)`.
@@ -138,14 +158,7 @@ fn read(
     let positions = Tensor::new(positions, top.device())?;
     let read = decoder.final_norm(&top.as_tensor().index_select(&positions, 0)?)?; // (M, H)
     let logps = decoder.log_probs(&read, &targets)?; // (M)
-    let sum = settings.objective.sum(&logps)?;
-    let mut store = (&sum * settings.scale)?.backward()?;
-    // The tape adds up in f32; what is reported is the sum of the same terms in f64.
-    let loss = match settings.objective {
-        Objective::LanguageModelling => {
-            -logps.to_vec1::<f32>()?.iter().map(|&logp| f64::from(logp)).sum::<f64>()
-        }
-    };
+    let (loss, mut store) = judge(&logps, settings)?;
     Ok((loss, store.remove(&top)))
 }
 

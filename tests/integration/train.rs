@@ -26,13 +26,13 @@ const RUNS: &[&str] = &[
     "llama-tiny-linear",
 ];
 
-fn adapter(run: &str, which: &str, decoder: &Decoder) -> Adapter {
+pub fn adapter(run: &str, which: &str, decoder: &Decoder) -> Adapter {
     let folder = golden(&format!("train/{run}/{which}"));
     let linears = decoder.linears();
     format::read_folder(&folder, "default", &linears, Some("lm_head"), &Device::Cpu).unwrap().0
 }
 
-fn rows(run: &str) -> Vec<Example> {
+pub fn rows(run: &str) -> Vec<Example> {
     let text = std::fs::read_to_string(golden(&format!("train/{run}/rows.jsonl"))).unwrap();
     let row = |(index, line): (usize, &str)| {
         let row: Value = serde_json::from_str(line).unwrap();
@@ -52,16 +52,16 @@ fn rows(run: &str) -> Vec<Example> {
 
 /// How a step's rows are laid out: the bins of each micro-batch, and whether layers are recomputed.
 #[derive(Clone, Copy)]
-struct Layout {
+pub struct Layout {
     /// Rows of a micro-batch.
-    micro: usize,
-    recompute: bool,
-    dropout: f64,
+    pub micro: usize,
+    pub recompute: bool,
+    pub dropout: f64,
 }
 
 const SINGLE: Layout = Layout { micro: 1, recompute: false, dropout: 0.0 };
 
-struct Run {
+pub struct Run {
     decoder: Decoder,
     adapter: Arc<Adapter>,
     parameters: Vec<Var>,
@@ -72,7 +72,7 @@ struct Run {
 }
 
 impl Run {
-    fn new(decoder: Decoder, adapter: Adapter) -> Self {
+    pub fn new(decoder: Decoder, adapter: Adapter) -> Self {
         let adapter = Arc::new(adapter);
         let parameters = adapter.parameters().into_iter().map(|(_, var)| var).collect();
         Self { decoder, adapter, parameters, below: Vec::new(), kept_layers: None }
@@ -83,7 +83,7 @@ impl Run {
         self.step_with(rows, layout, &mut Buffers::default())
     }
 
-    fn step_with(
+    pub fn step_with(
         &self,
         rows: &[Example],
         layout: Layout,
