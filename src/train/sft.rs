@@ -27,7 +27,7 @@ use crate::data::{Batch, DataError, DataReport, Dataset, EpochPlan, EpochSetting
 use crate::eval::evaluate;
 use crate::model::{Adapters, Decoder, Worn};
 use crate::objectives::Objective;
-use crate::optim::{AdamW, AdamWSettings, Gradients, Schedule, clip, global_norm};
+use crate::optim::{AdamW, AdamWSettings, Gradients, Schedule, clip_factor, global_norm};
 use crate::text::{Tokenizer, first_second, today};
 use crate::weights::{Checkpoint, write_atomically};
 
@@ -128,7 +128,6 @@ pub fn sft(settings: &SftSettings, resume: bool, stop: &AtomicBool) -> Result<Ou
     let parameters: Vec<Var> = adapter.parameters().into_iter().map(|(_, var)| var).collect();
     let lengths: Vec<usize> = parameters.iter().map(|var| var.elem_count()).collect();
     let mut optimizer = AdamW::new(optimizer_settings(settings), &lengths);
-    let mut values: Vec<Vec<f32>> = parameters.iter().map(read).collect::<Result<_, _>>()?;
 
     // Where it stands.
     let mut state = State::default();
@@ -228,16 +227,11 @@ pub fn sft(settings: &SftSettings, resume: bool, stop: &AtomicBool) -> Result<Ou
         if !loss.is_finite() || !grad_norm.is_finite() {
             return Err(TrainError::Diverged { step: state.step + 1, loss });
         }
-        if settings.max_grad_norm > 0.0 {
-            clip(&mut gradients, grad_norm, settings.max_grad_norm);
-        }
+        let most = settings.max_grad_norm;
+        let factor = if most > 0.0 { clip_factor(grad_norm, most) } else { 1.0 };
         let learning_rate = schedule.at(state.step);
-        optimizer.step(&mut values, &gradients, learning_rate);
-        if !values.iter().flatten().all(|value| value.is_finite()) {
+        if !optimizer.step(&parameters, &gradients, factor, learning_rate)? {
             return Err(TrainError::Diverged { step: state.step + 1, loss });
-        }
-        for (var, values) in parameters.iter().zip(&values) {
-            var.set(&candle_core::Tensor::from_slice(values, var.shape(), var.device())?)?;
         }
 
         state.step += 1;
@@ -507,10 +501,6 @@ fn schedule(settings: &SftSettings, total_steps: u64) -> Schedule {
         warmup_steps,
         total_steps,
     }
-}
-
-fn read(var: &Var) -> candle_core::Result<Vec<f32>> {
-    var.flatten_all()?.to_vec1()
 }
 
 /// Hashes of what a run reads: another base or other data under a resume are refused by name.
