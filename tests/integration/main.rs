@@ -1,6 +1,7 @@
 //! The integration tests: the public API against golden files and hostile input.
 
 mod adapters;
+mod allocations;
 mod cli;
 mod comparisons;
 mod data;
