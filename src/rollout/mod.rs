@@ -7,10 +7,10 @@
 //!
 //! This room does not know that there is a model or an optimizer.
 
-mod command;
-mod rewards;
-mod rule;
-mod samples;
+pub mod command;
+pub mod rewards;
+pub mod rule;
+pub mod samples;
 
 pub use command::RewardCommand;
 pub use rewards::{RewardError, RewardMean, RewardSource, Rewards, Sample, Scores};
