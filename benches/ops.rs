@@ -4,7 +4,6 @@
 //! the throughput is a floating-point operation that the work needs (a multiply-add is two), so
 //! that Gelem/s are GFLOP/s; of norm and activation it is a value of the output.
 
-use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Tensor, Var};
@@ -12,7 +11,9 @@ use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
 use quantune::ops::attention::Heads;
 use quantune::ops::frozen_linear::few_rows;
-use quantune::ops::{Compute, causal_attention, frozen_linear, linear_log_probs, rms_norm, swiglu};
+use quantune::ops::{
+    Compute, Segment, causal_attention, frozen_linear, linear_log_probs, rms_norm, swiglu,
+};
 use quantune::quant::{BlockType, Bytes, FrozenMatrix};
 
 const COMPUTE: &[Compute] = &[Compute::F32, Compute::Int16, Compute::Int8];
@@ -60,7 +61,8 @@ fn attention(c: &mut Criterion) {
     for (heads, kv_heads) in [(9, 3), (14, 2)] {
         let heads = Heads { heads, kv_heads, head_dim: 64 };
         for (rows, t) in [(4, T), (1, 4 * T)] {
-            let segments: Arc<[Range<usize>]> = (0..rows).map(|i| i * t..(i + 1) * t).collect();
+            let row = |i| Segment::whole(i * t..(i + 1) * t);
+            let segments: Arc<[Segment]> = (0..rows).map(row).collect();
             let q = var(&[rows * t, heads.heads * heads.head_dim]);
             let k = var(&[rows * t, kv_heads * heads.head_dim]);
             let v = var(&[rows * t, kv_heads * heads.head_dim]);

@@ -62,9 +62,17 @@ pub struct LoraConfig {
     pub use_rslora: bool,
     /// How A and B begin.
     pub init_lora_weights: InitLoraWeights,
+    /// Modules trained whole and stored beside the updates. Of these we know [`SCORE`]; PEFT also
+    /// lists `classifier`, whichever the model has.
+    pub modules_to_save: Vec<String>,
     /// Whether PEFT shall load the adapter frozen.
     pub inference_mode: bool,
 }
+
+/// The head of a sequence classifier, in transformers' models for most families.
+pub const SCORE: &str = "score";
+/// What PEFT lists beside it for every sequence classifier.
+const CLASSIFIER: &str = "classifier";
 
 /// PEFT's defaults.
 impl Default for LoraConfig {
@@ -84,6 +92,7 @@ impl Default for LoraConfig {
             layers_pattern: Vec::new(),
             use_rslora: false,
             init_lora_weights: InitLoraWeights::KaimingUniform,
+            modules_to_save: Vec::new(),
             inference_mode: false,
         }
     }
@@ -105,13 +114,12 @@ pub enum ConfigError {
 const MAX_R: usize = 65536;
 
 /// Keys that change what PEFT computes when they hold anything but null, false, or nothing.
-const UNSUPPORTED: [&str; 16] = [
+const UNSUPPORTED: [&str; 15] = [
     "use_dora",
     "use_qalora",
     "use_bdlora",
     "lora_bias",
     "fan_in_fan_out",
-    "modules_to_save",
     "trainable_token_indices",
     "target_parameters",
     "layer_replication",
@@ -182,6 +190,17 @@ impl LoraConfig {
             init_lora_weights: keys
                 .read("init_lora_weights", INIT_NEEDED, init)
                 .unwrap_or(default.init_lora_weights),
+            modules_to_save: keys
+                .read("modules_to_save", "score: no other module is supported", |v| {
+                    let names = match modules(v)? {
+                        Modules::Expression(one) if one.is_empty() => Vec::new(),
+                        Modules::Expression(one) => vec![one],
+                        Modules::List(many) => many,
+                    };
+                    let known = |name: &String| [SCORE, CLASSIFIER].contains(&name.as_str());
+                    names.iter().all(known).then_some(names)
+                })
+                .unwrap_or_default(),
             inference_mode: keys
                 .read("inference_mode", "true or false", Value::as_bool)
                 .unwrap_or(false),
@@ -256,7 +275,8 @@ impl LoraConfig {
         put("layers_to_transform", self.layers_to_transform.clone().into());
         put("lora_alpha", plain_number(self.lora_alpha));
         put("lora_dropout", plain_number(self.lora_dropout));
-        put("modules_to_save", Value::Null);
+        let saved = &self.modules_to_save;
+        put("modules_to_save", if saved.is_empty() { Value::Null } else { list(saved) });
         put("peft_type", "LORA".into());
         put("r", self.r.into());
         put("rank_pattern", Value::Object(ranks.collect()));

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use candle_core::{Device, Result, Tensor, Var};
 use rayon::prelude::*;
 
-use crate::config::{InitLoraWeights, LoraConfig};
+use crate::config::{InitLoraWeights, LoraConfig, SCORE};
 use crate::rng::Stream;
 use crate::targets::Target;
 
@@ -123,6 +123,9 @@ pub struct Adapter {
     pub config: LoraConfig,
     /// The updates by module path, like `model.layers.0.self_attn.q_proj`.
     pub modules: BTreeMap<String, Lora>,
+    /// The head `(1, hidden_size)` F32 that makes a score of a hidden state, of adapters that have
+    /// one. It is PEFT's `score` in `modules_to_save`.
+    pub score: Option<Var>,
 }
 
 impl Adapter {
@@ -164,22 +167,56 @@ impl Adapter {
             let b = Var::from_vec(b, (out, *r), device)?;
             modules.insert(spec.name.clone(), Lora { a, b, scale: *scale });
         }
-        Ok(Self { name: name.into(), config, modules })
+        Ok(Self { name: name.into(), config, modules, score: None })
     }
 
-    /// All tensors under PEFT's names, by module path, A before B: the order of optimizer states,
-    /// checkpoints and files.
+    /// Gives the adapter a score head for hidden states of `hidden_size` numbers, and marks it as
+    /// PEFT marks a sequence classifier: normal with standard deviation
+    /// `1 / sqrt(hidden_size + 1)` (Stiennon et al. 2020), or zero.
+    pub fn add_score(&mut self, hidden_size: usize, zero: bool, seed: u64) -> Result<()> {
+        let mut stream = Stream::new(seed, "score", &[]);
+        let deviation = if zero { 0.0 } else { 1.0 / ((hidden_size + 1) as f32).sqrt() };
+        let values: Vec<f32> = (0..hidden_size).map(|_| stream.normal() * deviation).collect();
+        self.score = Some(Var::from_vec(values, (1, hidden_size), &Device::Cpu)?);
+        self.config.task_type = Some("SEQ_CLS".into());
+        self.config.modules_to_save = vec![SCORE.into()];
+        Ok(())
+    }
+
+    /// The same numbers in tensors of its own: a start for another adapter.
+    pub fn copy(&self, name: &str) -> Result<Self> {
+        let var = |var: &Var| Var::from_tensor(&var.as_detached_tensor().copy()?);
+        let copied = |(module, lora): (&String, &Lora)| {
+            let lora = Lora { a: var(&lora.a)?, b: var(&lora.b)?, scale: lora.scale };
+            Ok((module.clone(), lora))
+        };
+        Ok(Self {
+            name: name.into(),
+            config: self.config.clone(),
+            modules: self.modules.iter().map(copied).collect::<Result<_>>()?,
+            score: self.score.as_ref().map(var).transpose()?,
+        })
+    }
+
+    /// All tensors under PEFT's names, by module path, A before B, the score head last: the order of
+    /// optimizer states, checkpoints and files.
     pub fn parameters(&self) -> Vec<(String, Var)> {
         let both = self.modules.iter().flat_map(|(module, lora)| {
             [(tensor_name(module, 'A'), lora.a.clone()), (tensor_name(module, 'B'), lora.b.clone())]
         });
-        both.collect()
+        let score = self.score.iter().map(|score| (score_name(), score.clone()));
+        both.chain(score).collect()
     }
 
     /// How many numbers the adapter has.
     pub fn num_parameters(&self) -> usize {
-        self.modules.values().map(|lora| lora.a.elem_count() + lora.b.elem_count()).sum()
+        self.parameters().iter().map(|(_, var)| var.elem_count()).sum()
     }
+}
+
+/// PEFT's name of the score head.
+pub(crate) fn score_name() -> String {
+    format!("base_model.model.{SCORE}.weight")
 }
 
 /// PEFT's name of A or B of a module.

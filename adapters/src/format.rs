@@ -9,8 +9,8 @@ use candle_core::{DType, Device, Tensor, Var};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
-use crate::config::{ConfigError, LoraConfig, Modules};
-use crate::delta::{Adapter, Lora, tensor_name};
+use crate::config::{ConfigError, LoraConfig, Modules, SCORE};
+use crate::delta::{Adapter, Lora, score_name, tensor_name};
 use crate::targets::{LinearSpec, Resolved, Target, TargetError, Unmatched, resolve};
 
 /// PEFT's name of the config.
@@ -135,7 +135,13 @@ pub fn from_bytes(
     let tensors = deserialize(bytes, path)?;
     let mut problems = Vec::new();
     let mut found: BTreeMap<(&str, char), TensorView<'_>> = BTreeMap::new();
+    let has_score = config.modules_to_save.iter().any(|module| module == SCORE);
+    let mut score = None;
     for (name, view) in tensors.iter() {
+        if has_score && name == score_name() {
+            score = Some(view);
+            continue;
+        }
         match parse_name(name) {
             Some((module, factor)) if targets.iter().any(|t| t.spec.name == module) => {
                 if found.insert((module, factor), view).is_some() {
@@ -164,11 +170,22 @@ pub fn from_bytes(
             modules.insert(spec.name.clone(), Lora { a, b, scale: *scale });
         }
     }
+    let score = match score {
+        None if has_score => Err("is missing, though modules_to_save names it".to_string()),
+        None => Ok(None),
+        Some(view) => match view.shape() {
+            &[1, width] => read_tensor(&view, [1, width]).map(|values| Some((values, width))),
+            other => Err(format!("is {other:?}, needed [1, hidden_size]: one score a text")),
+        },
+    };
+    let score = score.map_err(|e| problems.push(format!("{} {e}", score_name())));
     if !problems.is_empty() {
         let base = config.base_model_name_or_path;
         return Err(FormatError::Mismatch { path: path.into(), base, problems });
     }
-    Ok(Adapter { name: name.into(), config, modules })
+    let score = score.ok().flatten();
+    let score = score.map(|(values, width)| Var::from_vec(values, (1, width), device));
+    Ok(Adapter { name: name.into(), config, modules, score: score.transpose()? })
 }
 
 /// The bytes of the adapter's `adapter_model.safetensors`: the same for the same adapter.

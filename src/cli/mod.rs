@@ -14,11 +14,12 @@ macro_rules! say {
 }
 use say;
 
+mod best_of;
 mod eval;
 mod generate;
 mod inspect;
-mod sft;
 mod tokenizer;
+mod train;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -33,6 +34,7 @@ use serde_json::{Value, json};
 use crate::isa::Isa;
 use crate::model::{Decoder, Worn};
 use crate::text::{Tokenizer, first_second};
+use crate::train::settings::{DpoFlags, GrpoFlags, PpoFlags, RewardFlags, SftFlags};
 use crate::weights::Checkpoint;
 
 /// LoRA fine-tuning straight on the quantized weights you already run.
@@ -58,7 +60,15 @@ struct Common {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Fine-tune: train a LoRA adapter on chats, prompts or text
-    Sft(Box<sft::Sft>),
+    Sft(Box<train::Train<SftFlags>>),
+    /// Train a reward model: a score of responses, from comparisons
+    Reward(Box<train::Train<RewardFlags>>),
+    /// Learn from comparisons without a reward model (DPO, IPO, ORPO, SimPO, KTO)
+    Dpo(Box<train::Train<DpoFlags>>),
+    /// Learn from a reward model by reinforcement (PPO)
+    Ppo(Box<train::Train<PpoFlags>>),
+    /// Learn from rewards of any kind by comparing responses to a prompt (GRPO, RLOO)
+    Grpo(Box<train::Train<GrpoFlags>>),
     /// Loss on rows under the masks of training, or perplexity of a text
     Eval(eval::Eval),
     /// Answer a prompt
@@ -101,7 +111,11 @@ pub fn main() -> ExitCode {
     // On one of the pool's own threads: from outside, every parallel stretch of work, a hundred a
     // decoded token, would wake a thread to do it and sleep until it is done.
     let result = rayon::scope(|_| match cli.command {
-        Command::Sft(command) => command.run(json),
+        Command::Sft(command) => command.run(crate::train::Command::Sft, json),
+        Command::Reward(command) => command.run(crate::train::Command::Reward, json),
+        Command::Dpo(command) => command.run(crate::train::Command::Dpo, json),
+        Command::Ppo(command) => command.run(crate::train::Command::Ppo, json),
+        Command::Grpo(command) => command.run(crate::train::Command::Grpo, json),
         Command::Eval(command) => command.run(json),
         Command::Generate(command) => command.run(json),
         Command::Inspect(command) => command.run(json),

@@ -6,6 +6,7 @@ use std::ops::Range;
 use quantune_adapters::rng::Stream;
 
 use super::Example;
+use crate::ops::Segment;
 
 /// What the order of an epoch depends on. Names are transformers' and TRL's.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -27,7 +28,7 @@ pub struct EpochSettings {
 }
 
 /// The order of one epoch: micro-batches of bins of examples, by their indices.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct EpochPlan {
     /// A micro-batch is a list of bins, a bin a list of examples.
     pub micro_batches: Vec<Vec<Vec<usize>>>,
@@ -37,13 +38,19 @@ pub struct EpochPlan {
 impl EpochPlan {
     /// Orders `examples` for one epoch; every one is in exactly one bin.
     pub fn new(examples: &[Example], settings: &EpochSettings) -> Self {
+        let lengths: Vec<usize> = examples.iter().map(|example| example.tokens.len()).collect();
+        Self::over(&lengths, settings)
+    }
+
+    /// The same for rows of any kind that have these many tokens.
+    pub fn over(lengths: &[usize], settings: &EpochSettings) -> Self {
         let &EpochSettings { seed, epoch, shuffle, packing, .. } = settings;
-        let mut order: Vec<usize> = (0..examples.len()).collect();
+        let mut order: Vec<usize> = (0..lengths.len()).collect();
         if shuffle {
             Stream::new(seed, "shuffle", &[epoch]).shuffle(&mut order);
         }
         let bins = if packing {
-            let mut bins = pack(&order, settings.max_length, |i| examples[i].tokens.len());
+            let mut bins = pack(&order, settings.max_length, |i| lengths[i]);
             if shuffle {
                 Stream::new(seed, "pack", &[epoch]).shuffle(&mut bins);
             }
@@ -61,12 +68,12 @@ impl EpochPlan {
     ///
     /// The same for every epoch and seed: bins are counted by lengths alone.
     pub fn steps(&self) -> usize {
-        self.micro_batches.len().div_ceil(self.gradient_accumulation_steps)
+        self.micro_batches.len().div_ceil(self.gradient_accumulation_steps.max(1))
     }
 
     /// The micro-batches of one step, or none past the last.
     pub fn step(&self, step: usize) -> &[Vec<Vec<usize>>] {
-        self.micro_batches.chunks(self.gradient_accumulation_steps).nth(step).unwrap_or_default()
+        self.micro_batches.chunks(self.gradient_accumulation_steps.max(1)).nth(step).unwrap_or_default()
     }
 }
 
@@ -104,14 +111,20 @@ fn pack(order: &[usize], max_length: usize, length: impl Fn(usize) -> usize) -> 
 pub struct Batch {
     /// Token ids, `(N)`.
     pub tokens: Vec<u32>,
-    /// The place of each token in its example, from 0, `(N)`.
+    /// The place of each token in its example, from 0, `(N)`; a response's go on after its prompt's.
     pub positions: Vec<u32>,
-    /// The tokens of each example; attention does not cross these borders.
-    pub segments: Vec<Range<usize>>,
+    /// The tokens of each row; attention does not cross these borders, but for a response's to its
+    /// prompt.
+    pub segments: Vec<Segment>,
     /// For each learned token the row, of N, whose hidden state predicts it, and its id.
     pub targets: Vec<(u32, u32)>,
+    /// For each example or response the row, of N, of its last token: where a reward is read.
+    pub ends: Vec<u32>,
+    /// For each example or response its range of `targets`.
+    pub spans: Vec<Range<usize>>,
     /// For each token the row of its example in the file and its place in it, `(N)`: what random
-    /// numbers are keyed by, so that they do not depend on how rows are batched.
+    /// numbers are keyed by, so that they do not depend on how rows are batched. Above the lowest 40
+    /// bits of the row stands which of a group's responses it is, counted from 1.
     pub keys: Vec<(u64, u32)>,
 }
 
@@ -133,9 +146,17 @@ impl Batch {
         self.targets.len()
     }
 
+    /// Makes targets of a prompt's tokens too, which follow those there are; how many they are.
+    pub fn learn_prompt(&mut self, prompt: Range<usize>) -> usize {
+        let targets = prompt.clone().zip(&self.tokens[prompt]).skip(1);
+        let targets: Vec<(u32, u32)> = targets.map(|(row, &t)| (row as u32 - 1, t)).collect();
+        self.targets.extend(&targets);
+        targets.len()
+    }
+
     fn push(&mut self, example: &Example) {
-        let start = self.tokens.len();
-        self.segments.push(start..start + example.tokens.len());
+        let (start, first) = (self.tokens.len(), self.targets.len());
+        self.segments.push(Segment::whole(start..start + example.tokens.len()));
         self.tokens.extend(&example.tokens);
         for (i, (&token, &learned)) in example.tokens.iter().zip(&example.learned).enumerate() {
             self.positions.push(i as u32);
@@ -143,6 +164,43 @@ impl Batch {
             if learned && i > 0 {
                 self.targets.push(((start + i - 1) as u32, token));
             }
+        }
+        self.ends.push(self.tokens.len().saturating_sub(1) as u32);
+        self.spans.push(first..self.targets.len());
+    }
+
+    /// Lays a prompt once and each of its `responses` after it, as if each stood behind a copy of its
+    /// own. `key` is the prompt's row in the file, below 2⁴⁰.
+    ///
+    /// Every token of a response is a target, the first one of the prompt's last token: several
+    /// targets may read one row of N. Without a prompt nothing predicts a first token. An empty
+    /// response has no targets and ends where the prompt does.
+    ///
+    /// # Panics
+    /// If the prompt and a response are both empty: there is no token to read at.
+    pub fn push_group(&mut self, prompt: &[u32], responses: &[&[u32]], key: u64) {
+        let prefix = self.tokens.len()..self.tokens.len() + prompt.len();
+        if !prompt.is_empty() {
+            self.segments.push(Segment::whole(prefix.clone()));
+            self.tokens.extend(prompt);
+            self.positions.extend(0..prompt.len() as u32);
+            self.keys.extend((0..prompt.len() as u32).map(|place| (key, place)));
+        }
+        for (i, &response) in (1u64..).zip(responses) {
+            assert!(!(prompt.is_empty() && response.is_empty()), "neither prompt nor response");
+            let (start, first) = (self.tokens.len(), self.targets.len());
+            let tokens = start..start + response.len();
+            self.segments.push(Segment { tokens: tokens.clone(), prefix: prefix.clone() });
+            self.tokens.extend(response);
+            for (place, (row, &token)) in (prompt.len()..).zip(tokens.zip(response)) {
+                self.positions.push(place as u32);
+                self.keys.push((key | i << 40, place as u32));
+                let predicted_by = if row > start { Some(row - 1) } else { prefix.clone().last() };
+                self.targets.extend(predicted_by.map(|by| (by as u32, token)));
+            }
+            let end = if response.is_empty() { prefix.end } else { self.tokens.len() };
+            self.ends.push(end as u32 - 1);
+            self.spans.push(first..self.targets.len());
         }
     }
 }

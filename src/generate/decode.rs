@@ -2,7 +2,7 @@
 //! the next.
 
 use std::collections::VecDeque;
-use std::ops::{ControlFlow, Range};
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use candle_core::{Result, Tensor};
@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use super::sampling::{LogProbs, Sampling, SamplingError};
 use crate::model::{Adapters, CacheType, Decoder, KvCache, Rows, Worn};
-use crate::ops::Values;
+use crate::ops::{Segment, Values};
 
 /// Tokens of one pass over the prompts; bounds the activations, not the cache.
 const PREFILL_TOKENS: usize = 512;
@@ -44,6 +44,8 @@ pub struct Settings {
     pub cache: CacheType,
     /// `Some(k)` records each chosen token's log-probability and the `k` likeliest.
     pub logprobs: Option<usize>,
+    /// Whether each choice's log-probability is recorded as it was drawn, and before filters.
+    pub draws: bool,
     /// Rows that run at a time; 0 for all.
     pub slots: usize,
 }
@@ -70,6 +72,10 @@ pub struct Generated {
     pub token_logprobs: Vec<f32>,
     /// If asked for, each new token's likeliest alternatives, itself counted, the likeliest first.
     pub logprobs: Vec<Vec<(u32, f32)>>,
+    /// If asked for, each new token's log-probability at the sampling temperature, before filters.
+    pub sampled_logps: Vec<f32>,
+    /// If asked for, the same of the distribution it was drawn from.
+    pub drawn_logps: Vec<f32>,
 }
 
 /// What all rows got, and what it took.
@@ -293,6 +299,8 @@ struct Row {
 struct Choice {
     token: u32,
     logprobs: Option<(f32, Vec<(u32, f32)>)>,
+    /// Before filters, and as drawn.
+    draw: Option<(f32, f32)>,
 }
 
 impl Row {
@@ -302,6 +310,8 @@ impl Row {
             finish: Finish::Length,
             token_logprobs: Vec::new(),
             logprobs: Vec::new(),
+            sampled_logps: Vec::new(),
+            drawn_logps: Vec::new(),
         };
         let tokens = request.prompt.to_vec();
         let new = request.max_tokens.unwrap_or(max_tokens);
@@ -320,7 +330,16 @@ impl Row {
         settings: &Settings,
     ) -> std::result::Result<Choice, SamplingError> {
         let position = self.tokens.len() as u64;
-        let token = settings.sampling.choose(logits, &self.tokens, (self.key, position))?;
+        let sampling = &settings.sampling;
+        let (token, p) = sampling.draw(logits, &self.tokens, (self.key, position))?;
+        let draw = match (settings.draws, sampling.filters()) {
+            (false, _) => None,
+            (true, false) => Some((p.ln() as f32, p.ln() as f32)),
+            (true, true) => {
+                let before = LogProbs::heated(logits, token, sampling.temperature)?;
+                Some((before, p.ln() as f32))
+            }
+        };
         let logprobs = match settings.logprobs {
             Some(k) => {
                 let log_probs = LogProbs::new(logits)?;
@@ -328,7 +347,7 @@ impl Row {
             }
             None => None,
         };
-        Ok(Choice { token, logprobs })
+        Ok(Choice { token, logprobs, draw })
     }
 
     /// Writes a token down.
@@ -336,6 +355,10 @@ impl Row {
         if let Some((logprob, top)) = choice.logprobs {
             self.generated.token_logprobs.push(logprob);
             self.generated.logprobs.push(top);
+        }
+        if let Some((sampled, drawn)) = choice.draw {
+            self.generated.sampled_logps.push(sampled);
+            self.generated.drawn_logps.push(drawn);
         }
         self.tokens.push(choice.token);
         self.generated.token_ids.push(choice.token);
@@ -468,7 +491,7 @@ fn prefill(
         let ends = segments.iter().zip(&rest).filter(|(new, rest)| {
             !new.is_empty() && rest.is_empty() // in the order of the groups, over all passes
         });
-        let ends: Vec<u32> = ends.map(|(new, _)| new.end as u32 - 1).collect();
+        let ends: Vec<u32> = ends.map(|(new, _)| new.tokens.end as u32 - 1).collect();
         if !ends.is_empty() {
             last.push(hidden.index_select(&Tensor::new(ends, hidden.device())?, 0)?);
         }
@@ -508,7 +531,7 @@ impl<'a> Batch<'a> {
 
     /// The hidden states of new tokens of each row, `(N, hidden_size)`, and which are whose. `step`
     /// says that they are a decoding step's, one a row.
-    fn hidden(&mut self, new: &[&[u32]], step: bool) -> Result<(Tensor, Arc<[Range<usize>]>)> {
+    fn hidden(&mut self, new: &[&[u32]], step: bool) -> Result<(Tensor, Arc<[Segment]>)> {
         let new = new.iter().enumerate().map(|(row, new)| (*new, self.cache.len(row)));
         let rows = Rows::after(new);
         let adapters = Adapters::PerRow(&self.worn);

@@ -161,10 +161,21 @@ impl Sampling {
         &self,
         logits: &[f32],
         seen: &[u32],
-        (key, position): (u64, u64),
+        place: (u64, u64),
     ) -> Result<u32, SamplingError> {
+        Ok(self.draw(logits, seen, place)?.0)
+    }
+
+    /// The same, with the probability it was drawn with.
+    pub fn draw(
+        &self,
+        logits: &[f32],
+        seen: &[u32],
+        (key, position): (u64, u64),
+    ) -> Result<(u32, f64), SamplingError> {
         let draw = || Stream::new(self.seed, "sample", &[key, position]).uniform_f64();
-        if self.is_unfiltered() {
+        // Close to greedy, exponents in `f32` are too coarse.
+        if !self.filters() && (1e-2..1e6).contains(&self.temperature) {
             self.check()?;
             return draw_from_all(Isa::current(), logits, self.temperature, draw());
         }
@@ -176,17 +187,12 @@ impl Sampling {
             draw < before
         });
         // Rounding may leave the sum a little under the draw.
-        Ok(choice.or(choices.last()).ok_or(SamplingError::Empty)?.0)
+        choice.or(choices.last()).copied().ok_or(SamplingError::Empty)
     }
-}
 
-impl Sampling {
-    /// Whether all tokens may be chosen, each by its own logit. Close to greedy, exponents in `f32`
-    /// are too coarse.
-    fn is_unfiltered(&self) -> bool {
-        let Self { temperature, top_k, top_p, min_p, repetition_penalty, .. } = *self;
-        (1e-2..1e6).contains(&temperature)
-            && (top_k, top_p, min_p, repetition_penalty) == (0, 1.0, 0.0, 1.0)
+    /// Whether tokens are drawn from another distribution than the model's at this temperature.
+    pub fn filters(&self) -> bool {
+        self.top_k > 0 || self.top_p < 1.0 || self.min_p > 0.0 || self.repetition_penalty != 1.0
     }
 }
 
@@ -196,13 +202,13 @@ const BLOCK: usize = 256;
 const SIDE_BY_SIDE: usize = 16;
 
 /// Draws from the softmax of `logits / temperature` with `draw` from [0, 1), without listing it:
-/// the block in which the draw falls, then the token in the block.
+/// the block in which the draw falls, then the token in the block; with its probability.
 fn draw_from_all(
     isa: Isa,
     logits: &[f32],
     temperature: f64,
     draw: f64,
-) -> Result<u32, SamplingError> {
+) -> Result<(u32, f64), SamplingError> {
     let (max, sound) = largest(isa, logits);
     if !sound {
         check_logits(logits)?;
@@ -213,7 +219,8 @@ fn draw_from_all(
     let inverse = (1.0 / temperature) as f32;
     let mut sums = vec![0f64; logits.len().div_ceil(BLOCK)];
     block_sums(isa, logits, max, inverse, &mut sums);
-    let target = draw * sums.iter().sum::<f64>();
+    let total: f64 = sums.iter().sum();
+    let target = draw * total;
 
     let mut before = 0.0;
     let mut found = 0;
@@ -226,18 +233,18 @@ fn draw_from_all(
         before += sum;
     }
     let start = found * BLOCK;
-    let mut choice = start;
+    let mut choice = (start, 0.0);
     for (token, logit) in (start..).zip(&logits[start..(start + BLOCK).min(logits.len())]) {
         let weight = f64::from(exp((logit - max) * inverse));
         if weight > 0.0 {
-            choice = token;
+            choice = (token, weight);
             before += weight;
             if before > target {
                 break;
             }
         }
     }
-    Ok(choice as u32)
+    Ok((choice.0 as u32, choice.1 / total))
 }
 
 versions! {
@@ -285,6 +292,13 @@ impl<'a> LogProbs<'a> {
         }
         let sum: f64 = logits.iter().map(|&logit| (f64::from(logit) - max).exp()).sum();
         Ok(Self { logits, log_sum_exp: max + sum.ln() })
+    }
+
+    /// That of a token of the vocabulary, of logits divided by `temperature`.
+    pub fn heated(logits: &[f32], token: u32, temperature: f64) -> Result<f32, SamplingError> {
+        let heated: Vec<f32> =
+            logits.iter().map(|l| (f64::from(*l) / temperature) as f32).collect();
+        Ok(LogProbs::new(&heated)?.of(token))
     }
 
     /// That of a token of the vocabulary.
@@ -422,13 +436,14 @@ mod tests {
                     // The list's rounding is 1e-7 of all: less than a hundredth of these.
                     let draws = [1e-2, 0.5, 0.99].map(|part| before + part * probability);
                     for draw in draws.into_iter().filter(|_| probability > 1e-4) {
-                        let drawn = draw_from_all(isa, &logits, temperature, draw).unwrap();
+                        let (drawn, p) = draw_from_all(isa, &logits, temperature, draw).unwrap();
                         assert_eq!(drawn, token, "{isa:?}, temperature {temperature}, {draw}");
+                        assert!((p / probability - 1.0).abs() < 2e-5, "{p}, not {probability}");
                     }
                     before += probability;
                 }
                 for draw in [0.0, 1.0 - f64::EPSILON / 2.0] {
-                    let drawn = draw_from_all(isa, &logits, temperature, draw).unwrap();
+                    let (drawn, _) = draw_from_all(isa, &logits, temperature, draw).unwrap();
                     assert!((300..999).contains(&drawn), "{drawn} has no weight");
                 }
             }

@@ -5,6 +5,8 @@ use std::sync::Arc;
 
 use quantune_adapters::delta::Adapter;
 
+use crate::ops::Segment;
+
 /// An adapter on a row.
 #[derive(Debug, Clone)]
 pub struct Worn {
@@ -53,8 +55,8 @@ impl<'a> Adapters<'a> {
     }
 
     /// Runs of neighbouring rows that wear the same, as ranges of tokens with their list.
-    pub(super) fn runs(&self, segments: &[Range<usize>]) -> Vec<(Range<usize>, &'a [Worn])> {
-        let end = segments.last().map_or(0, |segment| segment.end);
+    pub(super) fn runs(&self, segments: &[Segment]) -> Vec<(Range<usize>, &'a [Worn])> {
+        let end = segments.last().map_or(0, |segment| segment.tokens.end);
         match self {
             Adapters::Same(worn) => vec![(0..end, worn)],
             Adapters::PerRow(rows) => {
@@ -63,9 +65,9 @@ impl<'a> Adapters<'a> {
                 for (segment, &worn) in rows.filter(|(segment, _)| !segment.is_empty()) {
                     match runs.last_mut() {
                         Some((tokens, last)) if std::ptr::eq(*last, worn) => {
-                            tokens.end = segment.end;
+                            tokens.end = segment.tokens.end;
                         }
-                        _ => runs.push((segment.clone(), worn)),
+                        _ => runs.push((segment.tokens.clone(), worn)),
                     }
                 }
                 runs

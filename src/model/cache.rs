@@ -8,6 +8,7 @@ use half::slice::HalfFloatSliceExt;
 
 use super::Config;
 use crate::isa::Isa;
+use crate::ops::Segment;
 use crate::ops::attention::{CachedQueries, Heads, KeyBlock, Keys, Qkv, Strided, each};
 use crate::ops::lanes::{Element, GROUP};
 
@@ -133,7 +134,7 @@ impl KvCache {
         q: &Tensor,
         (k, v): (&Tensor, &Tensor),
         heads: Heads,
-        segments: &[Range<usize>],
+        segments: &[Segment],
     ) -> Result<Tensor> {
         let values = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
         let (q_values, k, v) = (values(q)?, values(k)?, values(v)?);
@@ -152,7 +153,7 @@ impl KvCache {
     /// `window` of them. Queries see their own keys as the cache keeps them.
     ///
     /// Shapes: q `(N, heads · head_dim)`, k and v `(N, kv_heads · head_dim)`, `segments` the new
-    /// tokens of each row → `out` as q, contiguous.
+    /// tokens of each row, without prefixes → `out` as q, contiguous.
     #[allow(clippy::too_many_arguments)] // those of the attention kernels, and which layer
     pub(super) fn attend_slices(
         &mut self,
@@ -160,7 +161,7 @@ impl KvCache {
         layer: usize,
         qkv: Qkv,
         heads: Heads,
-        segments: &[Range<usize>],
+        segments: &[Segment],
         window: Option<usize>,
         out: &mut [f32],
     ) {
@@ -169,6 +170,7 @@ impl KvCache {
         assert!(segments.len() <= rows.len(), "{} rows, {} cached", segments.len(), rows.len());
         let mut appends = Vec::new();
         for (row, segment) in rows.iter_mut().zip(segments) {
+            assert!(segment.prefix.is_empty(), "a cached row has all it sees in the cache");
             if !segment.is_empty() {
                 let heads = row.heads_mut().into_iter().enumerate();
                 appends.extend(heads.map(|(head, cache)| (head, cache, segment)));
@@ -177,7 +179,7 @@ impl KvCache {
         let tokens: usize = segments.iter().map(|segment| segment.len()).sum();
         each(appends, tokens * self.kv_heads * self.head_dim, |(head, cache, segment)| {
             let column = head * heads.head_dim;
-            for token in segment.clone() {
+            for token in segment.tokens.clone() {
                 let k = &qkv.k.values[token * qkv.k.stride + column..][..heads.head_dim];
                 let v = &qkv.v.values[token * qkv.v.stride + column..][..heads.head_dim];
                 cache.append(k, v);
@@ -356,7 +358,7 @@ mod tests {
         let (q, kv) = (heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim);
         let part = |start, width| all.narrow(1, start, width).unwrap().contiguous().unwrap();
         let (q, k, v) = (part(0, q), part(q, kv), part(q + kv, kv));
-        let rows = [0..n].into();
+        let rows = [Segment::whole(0..n)].into();
         let y = causal_attention(&q, &k, &v, heads, &rows, window, Compute::Portable).unwrap();
         y.flatten_all().unwrap().to_vec1().unwrap()
     }
@@ -380,7 +382,7 @@ mod tests {
         for &piece in pieces {
             let new = &buffer[done * stride(heads)..(done + piece) * stride(heads)];
             let mut out = vec![f32::NAN; piece * heads.heads * heads.head_dim];
-            let rows = [0..piece];
+            let rows = [Segment::whole(0..piece)];
             let qkv = columns(new, heads);
             cache.attend_slices(isa, 0, qkv, heads, &rows, window, &mut out);
             all.extend(out);
@@ -421,7 +423,8 @@ mod tests {
         let mut out = vec![0f32; 150 * 4 * 24];
         let mut lse = vec![0f32; 150 * 4];
         let qkv = columns(&buffer, heads);
-        crate::ops::attention::forward(isa, qkv, heads, &[0..150], None, &mut out, &mut lse);
+        let row = [Segment::whole(0..150)];
+        crate::ops::attention::forward(isa, qkv, heads, &row, None, &mut out, &mut lse);
         let cached = in_pieces(isa, CacheType::F32, &buffer, heads, None, &[100, 1, 49]);
         assert_eq!(cached, out);
     }
@@ -438,19 +441,19 @@ mod tests {
             let isa = Isa::current();
             let mut batch = cache(3, heads, kind);
             let mut out = vec![0f32; 60 * width];
-            let rows = [0..20, 20..20, 20..57];
+            let rows = [0..20, 20..20, 20..57].map(Segment::whole);
             batch.attend_slices(isa, 0, part(0..57), heads, &rows, None, &mut out[..57 * width]);
             batch.retain(&[false, true, true]);
             assert_eq!((batch.rows(), batch.len(0), batch.len(1)), (2, 0, 37));
-            let rows = [0..1, 1..3];
+            let rows = [0..1, 1..3].map(Segment::whole);
             let new = &mut out[57 * width..];
             batch.attend_slices(isa, 0, part(57..60), heads, &rows, None, new);
 
             let mut alone = cache(1, heads, kind);
             let mut expected = vec![0f32; 39 * width];
             let (first, second) = expected.split_at_mut(37 * width);
-            alone.attend_slices(isa, 0, part(20..57), heads, &[0..37], None, first);
-            alone.attend_slices(isa, 0, part(58..60), heads, &[0..2], None, second);
+            alone.attend_slices(isa, 0, part(20..57), heads, &[Segment::whole(0..37)], None, first);
+            alone.attend_slices(isa, 0, part(58..60), heads, &[Segment::whole(0..2)], None, second);
             assert_eq!(out[20 * width..57 * width], expected[..37 * width]);
             assert_eq!(out[58 * width..], expected[37 * width..]);
         }

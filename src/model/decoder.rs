@@ -1,7 +1,6 @@
 //! The forward pass: embedding, layers, final norm. The head is read by whoever needs what of it.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{Device, Result, Tensor};
@@ -16,7 +15,8 @@ use crate::ops::attention::Heads;
 use crate::ops::frozen_linear::{few_rows, frozen_rows};
 use crate::ops::rope::Rotation;
 use crate::ops::{
-    Compute, causal_attention, frozen_linear, linear_log_probs, rms_norm, rope, swiglu,
+    Compute, Segment, causal_attention, frozen_linear, linear_log_probs, rms_norm, rope, segment,
+    swiglu,
 };
 use crate::quant::FrozenMatrix;
 
@@ -68,8 +68,8 @@ pub struct Rows {
     pub tokens: Vec<u32>,
     /// Each token's position in its row.
     pub positions: Vec<u32>,
-    /// Each row's range of tokens, end to end from 0 to N.
-    pub segments: Arc<[Range<usize>]>,
+    /// Each row's tokens, end to end from 0 to N. A row must wear what its prefix wears.
+    pub segments: Arc<[Segment]>,
 }
 
 impl Rows {
@@ -82,7 +82,7 @@ impl Rows {
     pub fn after<'a>(rows: impl Iterator<Item = (&'a [u32], usize)>) -> Self {
         let (mut tokens, mut positions, mut segments) = (Vec::new(), Vec::new(), Vec::new());
         for (row, seen) in rows {
-            segments.push(tokens.len()..tokens.len() + row.len());
+            segments.push(Segment::whole(tokens.len()..tokens.len() + row.len()));
             tokens.extend_from_slice(row);
             positions.extend((seen..seen + row.len()).map(|p| p as u32));
         }
@@ -93,7 +93,7 @@ impl Rows {
 /// What the layers of one pass share.
 #[derive(Debug)]
 pub struct Pass<'a> {
-    pub(super) segments: Arc<[Range<usize>]>,
+    pub(super) segments: Arc<[Segment]>,
     pub(super) rotation: Rotation,
     pub(super) adapters: Adapters<'a>,
     pub(super) dropout: Option<&'a Dropout>,
@@ -103,20 +103,16 @@ impl Decoder {
     /// Begins a pass over `rows`. `dropout` falls on the inputs of trainable adapters only.
     ///
     /// # Panics
-    /// If the segments of `rows` do not part its tokens end to end: a caller's bug that threads
-    /// must not meet.
+    /// If the segments of `rows` do not part its tokens end to end, or a prefix is no earlier row: a
+    /// caller's bug that threads must not meet.
     pub fn pass<'a>(
         &self,
         rows: &Rows,
         adapters: Adapters<'a>,
         dropout: Option<&'a Dropout>,
     ) -> Pass<'a> {
-        let mut end = 0;
-        let mut segments = rows.segments.iter();
-        assert!(
-            segments.all(|s| std::mem::replace(&mut end, s.end) == s.start && s.start <= s.end)
-        );
-        assert_eq!((end, end), (rows.tokens.len(), rows.positions.len()));
+        assert_eq!(segment::fault(&rows.segments, rows.tokens.len()), None);
+        assert_eq!(rows.tokens.len(), rows.positions.len());
         let rotation = Rotation::new(&rows.positions, &self.inv_freq);
         Pass { segments: rows.segments.clone(), rotation, adapters, dropout }
     }

@@ -176,7 +176,7 @@ impl<'a> LayerPass<'a> {
         compute: Compute,
     ) -> Option<Self> {
         let (forward, backward) = (compute.forward_panel()?, compute.backward_panel()?);
-        let tokens = pass.segments.last().map_or(0, |segment| segment.end);
+        let tokens = pass.segments.last().map_or(0, |segment| segment.tokens.end);
         let isa = Isa::current();
         Some(Self { config, layer, pass, isa, forward, backward, tokens, decoding: false })
     }

@@ -32,6 +32,8 @@ impl Decoder {
         let norm = loader.vector("model.norm.weight", config.hidden_size);
         let head = match config.tie_word_embeddings {
             true => embedding.clone(),
+            // A sequence classifier has no logits; whoever loads one reads its score.
+            false if loader.is_classifier() => embedding.clone(),
             false => loader.matrix("lm_head.weight", config.vocab_size, config.hidden_size),
         };
         let layers: Option<Vec<Layer>> = layers.into_iter().collect();
@@ -55,6 +57,11 @@ impl Loader<'_> {
     fn embedding(&mut self) -> Option<Arc<FrozenMatrix>> {
         let (rows, cols) = (self.config.vocab_size, self.config.hidden_size);
         self.matrix("model.embed_tokens.weight", rows, cols)
+    }
+
+    fn is_classifier(&self) -> bool {
+        let has = |name: &str| self.checkpoint.contains(name);
+        has("score.weight") && !has("lm_head.weight")
     }
 
     fn layer(&mut self, index: usize) -> Option<Layer> {

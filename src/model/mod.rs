@@ -9,6 +9,7 @@ pub mod config;
 pub mod decoder;
 pub mod layer;
 mod load;
+pub mod scoring;
 
 pub use adapters::{Adapters, Worn};
 pub use cache::{CacheType, KvCache};

@@ -2,23 +2,345 @@
 //! a mean, so that the caller can divide by the count of a whole step and any split of the step
 //! into micro-batches gives the same gradient.
 
+pub mod advantage;
+pub mod policy;
+pub mod preference;
+pub mod reward;
+
 use candle_core::{Result, Tensor};
 
-/// What is minimized.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+use policy::{
+    GrpoSettings, GrpoStats, PpoPolicyStats, PpoValueStats, Sampled, grpo_loss, ppo_policy_loss,
+    ppo_value_loss, row_sums,
+};
+use preference::{
+    NegativeLogLikelihood, PairLogps, PreferenceSettings, PreferenceStats, kto_losses,
+    preference_losses,
+};
+use reward::{Pair, RewardStats, pair_losses};
+
+/// What is minimized over a micro-batch.
+#[derive(Debug, Clone, PartialEq)]
 pub enum Objective {
     /// The negative log-likelihood of the learned tokens.
     LanguageModelling,
+    /// Scores of compared responses.
+    Reward {
+        /// For each response the row, of N, whose hidden state its score is read from.
+        rows: Vec<u32>,
+        /// Which of them is preferred to which.
+        pairs: Vec<Pair>,
+        /// Weight of the squared sum of a pair's scores.
+        center_rewards_coefficient: f64,
+    },
+    /// Log-probs of compared responses.
+    Preference(Box<Comparison>),
+    /// Log-probs of labelled responses.
+    Kto(Box<Labelled>),
+    /// Log-probs of sampled responses, the values of their states, or both.
+    Ppo {
+        /// The policy's part.
+        policy: Option<Box<PpoPolicy>>,
+        /// The value head's part.
+        value: Option<Box<PpoValue>>,
+    },
+    /// Log-probs of responses sampled in groups.
+    Grpo(Box<Grpo>),
+}
+
+/// Comparisons of a micro-batch, by the responses it holds.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Comparison {
+    /// The loss.
+    pub settings: PreferenceSettings,
+    /// Learned tokens of each response, in their order.
+    pub tokens: Vec<usize>,
+    /// For each pair the places of the preferred response and of the other.
+    pub pairs: Vec<(usize, usize)>,
+    /// For each response its summed log-probs under the reference, if there is one.
+    pub reference: Option<Vec<f32>>,
+    /// ORPO learns prompts too. Their tokens, the prompts' in order, follow those of all responses.
+    pub prompts: Vec<usize>,
+    /// For each pair the place of its prompt.
+    pub prompt_of: Vec<usize>,
+    /// ORPO: pairs of the step by tokens of what was chosen in it.
+    pub nll_weight: f64,
+}
+
+/// Labelled responses of a micro-batch.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Labelled {
+    /// The loss.
+    pub settings: PreferenceSettings,
+    /// Learned tokens of each response.
+    pub tokens: Vec<usize>,
+    /// Whether each is good.
+    pub labels: Vec<bool>,
+    /// Its summed log-probs under the reference.
+    pub reference: Vec<f32>,
+    /// The reference point of the step.
+    pub kl: f64,
+}
+
+/// What PPO's policy is held to, for each sampled token.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PpoPolicy {
+    /// Log-probs when the responses were sampled, by the training path.
+    pub old_logps: Vec<f32>,
+    /// Advantages.
+    pub advantages: Vec<f32>,
+    /// What each counts.
+    pub weights: Vec<f32>,
+    /// How far the ratio may leave 1.
+    pub cliprange: f64,
+}
+
+/// What PPO's values are held to, for each state.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PpoValue {
+    /// For each state the row, of N, whose hidden state its value is read from.
+    pub rows: Vec<u32>,
+    /// Values when the responses were sampled.
+    pub old_values: Vec<f32>,
+    /// Returns.
+    pub returns: Vec<f32>,
+    /// What each counts, the weight of the value loss included.
+    pub weights: Vec<f32>,
+    /// How far a value may leave its old one.
+    pub cliprange_value: f64,
+}
+
+/// What GRPO's policy is held to, for each sampled token.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Grpo {
+    /// The loss.
+    pub settings: GrpoSettings,
+    /// Tokens of each response.
+    pub tokens: Vec<usize>,
+    /// Log-probs when they were sampled, by the training path; without, those of this very pass.
+    pub old_logps: Option<Vec<f32>>,
+    /// Log-probs under the reference.
+    pub ref_logps: Option<Vec<f32>>,
+    /// Advantages.
+    pub advantages: Vec<f32>,
+    /// What each counts.
+    pub weights: Vec<f32>,
+    /// Whether a response is one action (RLOO): advantages and weights are then one a response.
+    pub by_response: bool,
+}
+
+/// What an objective says of a micro-batch.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Judged {
+    /// The loss, summed.
+    pub loss: f64,
+    /// What was counted on the way.
+    pub stats: Stats,
+}
+
+/// What objectives count, a kind each; those of micro-batches add up.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Stats {
+    /// Of reward models.
+    pub reward: Option<RewardStats>,
+    /// Of preferences.
+    pub preference: Option<PreferenceStats>,
+    /// Of PPO's policy.
+    pub policy: Option<PpoPolicyStats>,
+    /// Of its values.
+    pub value: Option<PpoValueStats>,
+    /// Of GRPO.
+    pub grpo: Option<GrpoStats>,
+}
+
+impl Stats {
+    /// Adds those of another micro-batch.
+    pub fn add(&mut self, other: Self) {
+        fn merge<T>(into: &mut Option<T>, other: Option<T>, add: impl Fn(&mut T, &T)) {
+            match (into.as_mut(), other) {
+                (Some(sum), Some(other)) => add(sum, &other),
+                (None, other) => *into = other,
+                (Some(_), None) => {}
+            }
+        }
+        merge(&mut self.reward, other.reward, RewardStats::add);
+        merge(&mut self.preference, other.preference, PreferenceStats::add);
+        merge(&mut self.policy, other.policy, PpoPolicyStats::add);
+        merge(&mut self.value, other.value, PpoValueStats::add);
+        merge(&mut self.grpo, other.grpo, GrpoStats::add);
+    }
 }
 
 impl Objective {
-    /// The loss summed over the counted tokens: a scalar, differentiable in `logps`.
-    ///
-    /// `logps (M)` F32 are the log-probabilities of the M learned tokens, in nats.
-    pub fn sum(self, logps: &Tensor) -> Result<Tensor> {
+    /// Whether it reads the log-probs of targets.
+    pub fn reads_log_probs(&self) -> bool {
         match self {
-            Self::LanguageModelling => logps.sum_all()?.neg(),
+            Self::Reward { .. } => false,
+            Self::Ppo { policy, .. } => policy.is_some(),
+            Self::LanguageModelling | Self::Preference(_) | Self::Kto(_) | Self::Grpo(_) => true,
         }
+    }
+
+    /// The rows, of N, whose hidden states it reads scores or values from.
+    pub fn score_rows(&self) -> Option<&[u32]> {
+        match self {
+            Self::Reward { rows, .. } => Some(rows),
+            Self::Ppo { value, .. } => Some(&value.as_ref()?.rows),
+            Self::LanguageModelling | Self::Preference(_) | Self::Kto(_) | Self::Grpo(_) => None,
+        }
+    }
+
+    /// The loss summed over what is counted: a scalar, differentiable in what was read.
+    ///
+    /// `logps (M)` F32 are the log-probabilities of the M targets, in nats, `scores (S)` F32 those of
+    /// [`Self::score_rows`].
+    ///
+    /// # Errors
+    /// If something is not there that the objective reads, or counts differ.
+    pub fn judge(
+        &self,
+        logps: Option<&Tensor>,
+        scores: Option<&Tensor>,
+    ) -> Result<(Tensor, Judged)> {
+        let needed = |read: Option<&Tensor>, what: &str| match read {
+            Some(read) => Ok(read.clone()),
+            None => candle_core::bail!("this objective reads {what}, and there are none"),
+        };
+        let logps = || needed(logps, "log-probs");
+        match self {
+            Self::LanguageModelling => {
+                let logps = logps()?;
+                let values = logps.to_vec1::<f32>()?;
+                // The tape adds up in f32; what is reported is the sum of the same terms in f64.
+                let loss = -values.iter().map(|&logp| f64::from(logp)).sum::<f64>();
+                Ok((logps.sum_all()?.neg()?, Judged { loss, stats: Stats::default() }))
+            }
+            Self::Reward { pairs, center_rewards_coefficient, .. } => {
+                let scores = needed(scores, "scores")?;
+                let (sum, stats) = pair_losses(&scores, pairs, *center_rewards_coefficient)?;
+                let loss = stats.loss;
+                Ok((sum, Judged { loss, stats: Stats { reward: Some(stats), ..Stats::default() } }))
+            }
+            Self::Preference(comparison) => comparison.judge(&logps()?),
+            Self::Kto(labelled) => {
+                let sums = row_sums(&logps()?, &labelled.tokens)?;
+                let Labelled { settings, labels, reference, kl, .. } = &**labelled;
+                let found = kto_losses(settings, &sums, reference, labels, *kl)?;
+                judged_preference(found.losses, found.stats)
+            }
+            Self::Ppo { policy, value } => {
+                let (mut total, mut judged) = (None, Judged::default());
+                if let Some(policy) = policy {
+                    let PpoPolicy { old_logps, advantages, weights, cliprange } = &**policy;
+                    let sampled = Sampled { old_logps, advantages, weights };
+                    let (sum, stats) = ppo_policy_loss(&logps()?, &sampled, *cliprange, None)?;
+                    judged.loss += stats.loss;
+                    judged.stats.policy = Some(stats);
+                    total = Some(sum);
+                }
+                if let Some(value) = value {
+                    let scores = needed(scores, "values")?;
+                    let PpoValue { old_values, returns, weights, cliprange_value, .. } = &**value;
+                    let (sum, stats) =
+                        ppo_value_loss(&scores, old_values, returns, weights, *cliprange_value)?;
+                    judged.loss += stats.loss;
+                    judged.stats.value = Some(stats);
+                    total = Some(match total {
+                        Some(total) => (total + sum)?,
+                        None => sum,
+                    });
+                }
+                match total {
+                    Some(total) => Ok((total, judged)),
+                    None => candle_core::bail!("neither policy nor values are to be judged"),
+                }
+            }
+            Self::Grpo(grpo) => grpo.judge(&logps()?),
+        }
+    }
+}
+
+fn judged_preference(losses: Tensor, stats: PreferenceStats) -> Result<(Tensor, Judged)> {
+    let loss = stats.loss;
+    let stats = Stats { preference: Some(stats), ..Stats::default() };
+    Ok((losses.sum_all()?, Judged { loss, stats }))
+}
+
+impl Comparison {
+    fn judge(&self, logps: &Tensor) -> Result<(Tensor, Judged)> {
+        let rows: Vec<usize> = self.tokens.iter().chain(&self.prompts).copied().collect();
+        let sums = row_sums(logps, &rows)?; // (R + prompts)
+        let pick = |places: Vec<usize>| -> Result<Tensor> {
+            let places: Vec<u32> = places.into_iter().map(|place| place as u32).collect();
+            sums.index_select(&Tensor::new(places, sums.device())?, 0)
+        };
+        let (better, worse): (Vec<usize>, Vec<usize>) = self.pairs.iter().copied().unzip();
+        let (chosen, rejected) = (pick(better.clone())?, pick(worse.clone())?); // (P)
+        let of = |values: &[f32], places: &[usize]| -> Vec<f32> {
+            places.iter().map(|&place| values[place]).collect()
+        };
+        let reference =
+            self.reference.as_ref().map(|values| (of(values, &better), of(values, &worse)));
+        let count = |places: &[usize]| -> Vec<usize> {
+            places.iter().map(|&place| self.tokens[place]).collect()
+        };
+        let (chosen_tokens, rejected_tokens) = (count(&better), count(&worse));
+        let with_prompt = match self.prompts.is_empty() {
+            true => None,
+            false => {
+                let prompts = self.prompt_of.iter().map(|&prompt| self.tokens.len() + prompt);
+                let tokens = self.prompt_of.iter().zip(&chosen_tokens);
+                let tokens: Vec<usize> = tokens.map(|(&p, &c)| self.prompts[p] + c).collect();
+                Some(((pick(prompts.collect())? + &chosen)?, tokens))
+            }
+        };
+        let nll = with_prompt.as_ref().map(|(logps, tokens)| NegativeLogLikelihood {
+            logps,
+            tokens,
+            weight: self.nll_weight,
+        });
+        let logps = PairLogps {
+            chosen: &chosen,
+            rejected: &rejected,
+            reference: reference.as_ref().map(|(c, r)| (&c[..], &r[..])),
+            chosen_tokens: &chosen_tokens,
+            rejected_tokens: &rejected_tokens,
+            nll,
+        };
+        let found = preference_losses(&self.settings, &logps)?;
+        judged_preference(found.losses, found.stats)
+    }
+}
+
+impl Grpo {
+    fn judge(&self, logps: &Tensor) -> Result<(Tensor, Judged)> {
+        let own;
+        let old_logps = match &self.old_logps {
+            Some(old) => old,
+            None => {
+                own = logps.detach().to_vec1::<f32>()?;
+                &own
+            }
+        };
+        let (advantages, weights) = (&self.advantages[..], &self.weights[..]);
+        let reference = self.ref_logps.as_deref();
+        let (sum, stats) = if self.by_response {
+            let mut old = vec![0f32; self.tokens.len()];
+            let mut start = 0;
+            for (sum, &count) in old.iter_mut().zip(&self.tokens) {
+                *sum = old_logps[start..start + count].iter().sum();
+                start += count;
+            }
+            let rows = row_sums(logps, &self.tokens)?;
+            let sampled = Sampled { old_logps: &old, advantages, weights };
+            let ones = vec![1; self.tokens.len()];
+            grpo_loss(&rows, &sampled, &ones, None, &self.settings, None)?
+        } else {
+            let sampled = Sampled { old_logps, advantages, weights };
+            grpo_loss(logps, &sampled, &self.tokens, reference, &self.settings, None)?
+        };
+        let loss = stats.loss;
+        Ok((sum, Judged { loss, stats: Stats { grpo: Some(stats), ..Stats::default() } }))
     }
 }
 
@@ -30,9 +352,10 @@ mod tests {
     #[test]
     fn language_modelling_is_the_sum_of_surprise() {
         let logps = Var::new(&[-1.0f32, -2.5], &Device::Cpu).unwrap();
-        let loss = Objective::LanguageModelling.sum(&logps).unwrap();
-        assert_eq!(loss.to_scalar::<f32>().unwrap(), 3.5);
+        let (loss, judged) = Objective::LanguageModelling.judge(Some(&logps), None).unwrap();
+        assert_eq!((loss.to_scalar::<f32>().unwrap(), judged.loss), (3.5, 3.5));
         let grads = loss.backward().unwrap();
         assert_eq!(grads.get(&logps).unwrap().to_vec1::<f32>().unwrap(), [-1.0, -1.0]);
+        assert!(Objective::LanguageModelling.judge(None, None).is_err());
     }
 }

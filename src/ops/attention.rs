@@ -7,7 +7,9 @@
 //! cannot see is skipped tile by tile; short rows are not padded to a block.
 //!
 //! A query's result depends on its own row alone, and neither on the threads nor on how many
-//! queries are taken at a time: a cache that is filled piece by piece gives the same bits.
+//! queries are taken at a time: a cache that is filled piece by piece gives the same bits. So does a
+//! prompt that several rows share as their prefix, as against one copy of it a row; on the way back
+//! their shares in the gradients of its keys and values are added up in the order of the rows.
 
 use std::cell::Cell;
 use std::marker::PhantomData;
@@ -22,6 +24,7 @@ use super::cpu::{Target, Values, values};
 use super::lanes::{
     Element, GROUP, Lanes, Left, MOST_ROWS, Right, Scratch, exp2, panel, product, rungs, tile_rows,
 };
+use super::segment::{self, Segment};
 use crate::isa::{Isa, versions};
 
 /// Keys taken at a time, and rows of queries in the backward pass.
@@ -86,8 +89,8 @@ fn seen(position: usize, window: Option<usize>) -> Range<usize> {
     first..position + 1
 }
 
-/// `softmax(q · kᵀ / sqrt(head_dim)) · v` per head, each token over the tokens of its own segment
-/// up to itself, or with `window` over the last so many of them.
+/// `softmax(q · kᵀ / sqrt(head_dim)) · v` per head, each token over those of its row up to itself,
+/// prefix first, or with `window` over the last so many of them.
 ///
 /// Shapes: `q (N, heads · head_dim)`, `k`, `v (N, kv_heads · head_dim)`, F32 → as `q`. `segments`
 /// are the rows of the batch, end to end from 0 to N.
@@ -96,7 +99,7 @@ pub fn causal_attention(
     k: &Tensor,
     v: &Tensor,
     heads: Heads,
-    segments: &Arc<[Range<usize>]>,
+    segments: &Arc<[Segment]>,
     window: Option<usize>,
     compute: Compute,
 ) -> Result<Tensor> {
@@ -116,14 +119,12 @@ fn check(
     k: &Tensor,
     v: &Tensor,
     heads: Heads,
-    rows: &[Range<usize>],
+    rows: &[Segment],
     window: Option<usize>,
 ) -> Result<()> {
     let (n, width) = q.dims2()?;
-    let mut end = 0;
-    let end_to_end = rows.iter().all(|row| std::mem::replace(&mut end, row.end) == row.start);
-    if !end_to_end || end != n {
-        candle_core::bail!("segments {rows:?} do not part {n} tokens");
+    if let Some(fault) = segment::fault(rows, n) {
+        candle_core::bail!("attention over {n} tokens: {fault}");
     }
     if window == Some(0) {
         candle_core::bail!("a window of 0: a token sees at least itself");
@@ -141,25 +142,34 @@ fn portable(
     k: &Tensor,
     v: &Tensor,
     heads: Heads,
-    segments: &[Range<usize>],
+    segments: &[Segment],
     window: Option<usize>,
 ) -> Result<Tensor> {
     let Heads { heads: q_heads, kv_heads, head_dim } = heads;
     let rows = segments.iter().filter(|row| !row.is_empty()).map(|row| {
-        let t = row.len();
-        let part = |x: &Tensor, n| {
-            x.narrow(0, row.start, t)?.reshape((t, n, head_dim))?.transpose(0, 1)?.contiguous()
+        let (t, before, all) = (row.len(), row.prefix.len(), row.positions());
+        let part = |x: &Tensor, tokens: &Range<usize>| x.narrow(0, tokens.start, tokens.len());
+        let by_head = |x: Tensor, n| {
+            x.reshape(((), n, head_dim))?.transpose(0, 1)?.contiguous() // (n, rows, head_dim)
         };
-        let repeat = |x: Tensor| {
-            x.unsqueeze(1)?.repeat((1, heads.group(), 1, 1))?.reshape((q_heads, t, head_dim))
+        let whole = |x: &Tensor| {
+            let own = part(x, &row.tokens)?;
+            let x = match before {
+                0 => own,
+                _ => Tensor::cat(&[part(x, &row.prefix)?, own], 0)?,
+            };
+            let x = by_head(x, kv_heads)?.unsqueeze(1)?;
+            x.repeat((1, heads.group(), 1, 1))?.reshape((q_heads, all, head_dim))
         };
-        let (q, k, v) = (part(q, q_heads)?, part(k, kv_heads)?, part(v, kv_heads)?);
-        let (k, v) = (repeat(k)?, repeat(v)?); // (heads, T, head_dim)
-        let scores = (q.matmul(&k.t()?)? * f64::from(heads.scale()))?; // (heads, T, T)
-        let mask = (0..t * t)
-            .map(|i| if seen(i / t, window).contains(&(i % t)) { 0.0 } else { f32::NEG_INFINITY });
+        let q = by_head(part(q, &row.tokens)?, q_heads)?; // (heads, T, head_dim)
+        let (k, v) = (whole(k)?, whole(v)?); // (heads, all, head_dim)
+        let scores = (q.matmul(&k.t()?)? * f64::from(heads.scale()))?; // (heads, T, all)
+        let mask = (0..t * all).map(|i| {
+            let seen = seen(before + i / all, window);
+            if seen.contains(&(i % all)) { 0.0 } else { f32::NEG_INFINITY }
+        });
         let mask: Vec<f32> = mask.collect();
-        let scores = scores.broadcast_add(&Tensor::from_vec(mask, (t, t), q.device())?)?;
+        let scores = scores.broadcast_add(&Tensor::from_vec(mask, (t, all), q.device())?)?;
         let weights = candle_nn::ops::softmax(&scores, D::Minus1)?;
         weights.matmul(&v)?.transpose(0, 1)?.reshape((t, heads.q_width()))
     });
@@ -169,7 +179,7 @@ fn portable(
 struct CausalAttention {
     isa: Isa,
     heads: Heads,
-    segments: Arc<[Range<usize>]>,
+    segments: Arc<[Segment]>,
     window: Option<usize>,
     /// Log-sum-exp of each query's scores, `(N, heads)`, left by the forward pass.
     lse: OnceLock<Vec<f32>>,
@@ -248,9 +258,9 @@ impl<'a> Strided<'a> {
         &self.values[token * self.stride + column..][..width]
     }
 
-    /// Columns from `column` on of the tokens from `token` on.
-    fn from(self, token: usize, column: usize) -> Self {
-        Self { values: &self.values[token * self.stride + column..], ..self }
+    /// Columns from `column` on.
+    fn column(self, column: usize) -> Self {
+        Self { values: &self.values[column..], ..self }
     }
 }
 
@@ -319,34 +329,35 @@ pub(crate) fn forward(
     isa: Isa,
     qkv: Qkv,
     heads: Heads,
-    segments: &[Range<usize>],
+    segments: &[Segment],
     window: Option<usize>,
     out: &mut [f32],
     lse: &mut [f32],
 ) {
-    let tokens = segments.last().map_or(0, |segment| segment.end);
+    let tokens = segments.last().map_or(0, |segment| segment.tokens.end);
     let (width, head_dim) = (heads.q_width(), heads.head_dim);
     assert!(out.len() >= tokens * width && lse.len() >= tokens * heads.heads);
     let (out, lse) = (Target::new(out), Target::new(lse));
     let step = queries_at_a_time(heads);
     let (mut tasks, mut work) = (Vec::new(), 0);
     for segment in segments.iter().filter(|segment| !segment.is_empty()) {
-        work += segment.len() * segment.len() * width;
+        work += segment.len() * segment.positions() * width;
         for kv_head in 0..heads.kv_heads {
-            let starts = segment.clone().step_by(step);
+            let starts = segment.tokens.clone().step_by(step);
             tasks.extend(starts.map(|start| (segment, kv_head, start)));
         }
     }
     each(tasks, work, |(segment, kv_head, start)| {
         let queries = Queries {
             q: qkv.q,
-            tokens: start..segment.end.min(start + step),
-            position: start - segment.start,
+            tokens: start..segment.tokens.end.min(start + step),
+            position: segment.prefix.len() + start - segment.tokens.start,
             heads: kv_head * heads.group()..(kv_head + 1) * heads.group(),
         };
         let keys = Packed {
-            k: qkv.k.from(segment.start, kv_head * head_dim),
-            v: qkv.v.from(segment.start, kv_head * head_dim),
+            k: qkv.k.column(kv_head * head_dim),
+            v: qkv.v.column(kv_head * head_dim),
+            row: segment,
             head_dim,
         };
         attend(isa, &queries, &keys, heads, window, |token, head, row, value| {
@@ -360,11 +371,11 @@ pub(crate) fn forward(
 }
 
 /// New queries `(N, heads · head_dim)` of rows whose keys and values are kept elsewhere: row `i` has
-/// the queries `segments[i]`, which are the last positions of the row.
+/// the queries `segments[i]`, which are the last positions of the row and have no prefix.
 pub(crate) struct CachedQueries<'a> {
     pub q: Strided<'a>,
     pub heads: Heads,
-    pub segments: &'a [Range<usize>],
+    pub segments: &'a [Segment],
     pub window: Option<usize>,
 }
 
@@ -388,7 +399,7 @@ impl CachedQueries<'_> {
         run: impl Fn(usize, usize, CachedTask) + Sync + Send,
     ) {
         let Self { q, heads, segments, window } = *self;
-        let tokens = segments.iter().map(|segment| segment.end).max().unwrap_or(0);
+        let tokens = segments.iter().map(|segment| segment.tokens.end).max().unwrap_or(0);
         assert!(out.len() >= tokens * heads.q_width());
         let out = Target::new(out);
         let step = queries_at_a_time(heads);
@@ -399,15 +410,15 @@ impl CachedQueries<'_> {
             work += segment.len() * length * heads.q_width();
             let before = length - segment.len();
             for kv_head in 0..heads.kv_heads {
-                let starts = segment.clone().step_by(step);
+                let starts = segment.tokens.clone().step_by(step);
                 tasks.extend(starts.map(|start| (row, segment, before, kv_head, start)));
             }
         }
         each(tasks, work, |(row, segment, before, kv_head, start)| {
             let queries = Queries {
                 q,
-                tokens: start..segment.end.min(start + step),
-                position: before + start - segment.start,
+                tokens: start..segment.tokens.end.min(start + step),
+                position: before + start - segment.tokens.start,
                 heads: kv_head * heads.group()..(kv_head + 1) * heads.group(),
             };
             run(row, kv_head, CachedTask { isa, queries, heads, window, out });
@@ -555,6 +566,7 @@ pub(crate) struct KeyBlock<'a, B> {
 struct Packed<'a> {
     k: Strided<'a>,
     v: Strided<'a>,
+    row: &'a Segment,
     head_dim: usize,
 }
 
@@ -566,27 +578,49 @@ impl Keys for Packed<'_> {
         range: Range<usize>,
         (keys, values): (&'a mut [f32], &'a mut [f32]),
     ) -> KeyBlock<'a, f32> {
-        panels(self.k, &range, self.head_dim, keys);
-        padded_rows(self.v, &range, self.head_dim, values);
+        panels(self.k, self.row, &range, self.head_dim, values, keys);
+        padded_rows(self.v, self.row, &range, self.head_dim, values);
         KeyBlock { keys, values, scales: None }
     }
 }
 
-/// Copies rows of a block to panels `(head_dim, 16)`.
-fn panels(from: Strided, range: &Range<usize>, head_dim: usize, to: &mut [f32]) {
-    let starts = range.clone().step_by(GROUP);
+/// Copies the heads at a block of `positions` of a row to panels `(head_dim, 16)`. Where prefix and
+/// own tokens meet in the block, they lie apart and go through `scratch (KEYS, padded)`.
+fn panels(
+    from: Strided,
+    row: &Segment,
+    positions: &Range<usize>,
+    head_dim: usize,
+    scratch: &mut [f32],
+    to: &mut [f32],
+) {
+    let border = row.prefix.len();
+    let from = if positions.start < border && border < positions.end {
+        padded_rows(from, row, positions, head_dim, scratch);
+        Strided { values: scratch, stride: head_dim.next_multiple_of(GROUP) }
+    } else {
+        let start = row.token(positions.start) * from.stride;
+        Strided { values: &from.values[start..], ..from }
+    };
+    let starts = (0..positions.len()).step_by(GROUP);
     for (start, to) in starts.zip(to.chunks_exact_mut(GROUP * head_dim)) {
-        let count = GROUP.min(range.end - start);
+        let count = GROUP.min(positions.len() - start);
         panel(&from.values[start * from.stride..], from.stride, count, head_dim, to);
     }
 }
 
-/// Copies rows of a block to rows padded to whole groups.
-fn padded_rows(from: Strided, range: &Range<usize>, head_dim: usize, to: &mut [f32]) {
+/// Copies the heads at a block of `positions` of a row to rows padded to whole groups.
+fn padded_rows(
+    from: Strided,
+    row: &Segment,
+    positions: &Range<usize>,
+    head_dim: usize,
+    to: &mut [f32],
+) {
     let padded = head_dim.next_multiple_of(GROUP);
-    for (token, row) in range.clone().zip(to.chunks_exact_mut(padded)) {
-        row[..head_dim].copy_from_slice(from.at(token, 0, head_dim));
-        row[head_dim..].fill(0.0);
+    for (position, to) in positions.clone().zip(to.chunks_exact_mut(padded)) {
+        to[..head_dim].copy_from_slice(from.at(row.token(position), 0, head_dim));
+        to[head_dim..].fill(0.0);
     }
 }
 
@@ -841,49 +875,61 @@ pub(crate) fn backward(
     isa: Isa,
     qkv: Qkv,
     heads: Heads,
-    segments: &[Range<usize>],
+    segments: &[Segment],
     window: Option<usize>,
     attended: Attended,
     dout: &[f32],
     grad: QkvGrad,
 ) {
-    let (width, group) = (heads.q_width(), heads.group());
-    let (mut tasks, mut sums, mut work, mut long) = (Vec::new(), Vec::new(), 0, 0);
+    let (width, group, head_dim) = (heads.q_width(), heads.group(), heads.head_dim);
+    let (mut rows, mut work, mut in_parts) = (Vec::new(), 0, 0);
     for segment in segments.iter().filter(|segment| !segment.is_empty()) {
-        work += segment.len() * segment.len() * width;
+        work += segment.len() * segment.positions() * width;
         let apart = group > 1 && segment.len() >= LONG;
+        let row = RowGrad { segment, apart, at: in_parts };
+        in_parts += row.in_parts() * row.stride(heads);
+        rows.push(row);
+    }
+    let (mut tasks, mut sums) = (Vec::new(), Vec::new());
+    for (i, row) in rows.iter().enumerate() {
+        let followed = rows[i + 1..].iter().any(|other| other.follows(row.segment));
         for kv_head in 0..heads.kv_heads {
             let all = kv_head * group..(kv_head + 1) * group;
-            if apart {
-                tasks.extend(all.map(|head| (segment, kv_head, head..head + 1, Some(long))));
-                sums.push((segment, kv_head, long));
+            if row.apart {
+                tasks.extend(all.map(|head| (row, kv_head, head..head + 1)));
             } else {
-                tasks.push((segment, kv_head, all, None));
+                tasks.push((row, kv_head, all));
+            }
+            if row.apart || followed {
+                sums.push((i, kv_head));
             }
         }
-        long += if apart { segment.len() } else { 0 };
     }
     Scratch::with(&PARTIALS, |scratch| {
-        let partials = scratch.split([long * width, long * width]);
-        let [dk, dv] = partials.map(|part| Columns { target: Target::new(part), stride: width });
-        each(tasks, work, |(segment, kv_head, query_heads, partial)| {
-            let column = kv_head * heads.head_dim;
-            let (dk, dv) = match partial {
-                Some(at) => {
-                    let column = query_heads.start * heads.head_dim;
-                    ((dk, at, column), (dv, at, column))
+        let parts = scratch.split([in_parts, in_parts]).map(|part| Target::new(part));
+        each(tasks, work, |(row, kv_head, query_heads)| {
+            let column = kv_head * head_dim;
+            let [dk, dv] = [(grad.k, parts[0]), (grad.v, parts[1])].map(|(whole, parts)| {
+                let part = Columns { target: parts.at(row.at), stride: row.stride(heads) };
+                let before = row.segment.prefix.len();
+                if row.apart {
+                    let column = query_heads.start * head_dim;
+                    Sink { before, prefix: (part, 0, column), own: (part, before, column) }
+                } else {
+                    let own = (whole, row.segment.tokens.start, column);
+                    Sink { before, prefix: (part, 0, column), own }
                 }
-                None => ((grad.k, segment.start, column), (grad.v, segment.start, column)),
-            };
+            });
             let task = Backward {
                 queries: Queries {
                     q: qkv.q,
-                    tokens: segment.clone(),
-                    position: 0,
+                    tokens: row.segment.tokens.clone(),
+                    position: row.segment.prefix.len(),
                     heads: query_heads,
                 },
-                k: qkv.k.from(segment.start, column),
-                v: qkv.v.from(segment.start, column),
+                k: qkv.k.column(column),
+                v: qkv.v.column(column),
+                row: row.segment,
                 window,
                 heads,
                 attended,
@@ -893,43 +939,105 @@ pub(crate) fn backward(
                 dv,
             };
             // SAFETY: each task writes dq of its own heads and tokens, and of dk and dv those of
-            // its own key head, or the partial ones of its own query head.
+            // its own key head and tokens, or parts that are its row's and its head's.
             unsafe { task.run(isa) };
         });
-        each(sums, long * width, |(segment, kv_head, at)| {
-            for (to, partial) in [(grad.k, dk), (grad.v, dv)] {
-                // SAFETY: all partials are written; each task sums those of one key head.
-                unsafe { add_up(to, partial, segment, kv_head, at, heads) };
+        each(sums, 2 * in_parts, |(i, kv_head)| {
+            for (to, parts) in [(grad.k, parts[0]), (grad.v, parts[1])] {
+                // SAFETY: all parts are written; each task adds up those of one key head of the
+                // tokens of one row.
+                unsafe { rows[i].add_up(to, parts, &rows[i + 1..], kv_head, heads) };
             }
         });
     });
 }
 
-/// Adds up the partial gradients of a key head, in the order of its query heads.
-///
-/// # Safety
-/// No other thread may touch these columns of `to` or write those of `partial`.
-unsafe fn add_up(
-    to: Columns,
-    partial: Columns,
-    segment: &Range<usize>,
-    kv_head: usize,
+/// How a row's share in the gradients of keys and values is computed. Those of tokens that other
+/// tasks see as well go into parts, to be added up: `(rows, stride)` values from `at` on, for each
+/// token of the prefix and, if `apart`, for each of its own.
+struct RowGrad<'a> {
+    segment: &'a Segment,
+    /// Whether each query head has a task, and a part, to itself.
+    apart: bool,
     at: usize,
-    heads: Heads,
-) {
-    let (head_dim, group) = (heads.head_dim, heads.group());
-    for (i, token) in segment.clone().enumerate() {
-        // SAFETY: the caller's.
-        let (to, from) = unsafe {
-            let from = partial.at(at + i, kv_head * group * head_dim, group * head_dim);
-            (to.at(token, kv_head * head_dim, head_dim), from)
-        };
-        to.copy_from_slice(&from[..head_dim]);
-        for from in from.chunks_exact(head_dim).skip(1) {
-            for (to, from) in to.iter_mut().zip(from) {
-                *to += from;
+}
+
+impl RowGrad<'_> {
+    /// Tokens with a part.
+    fn in_parts(&self) -> usize {
+        self.segment.prefix.len() + if self.apart { self.segment.len() } else { 0 }
+    }
+
+    /// From one token to the next: a part for each task.
+    fn stride(&self, heads: Heads) -> usize {
+        if self.apart { heads.q_width() } else { heads.kv_width() }
+    }
+
+    fn follows(&self, segment: &Segment) -> bool {
+        !self.segment.prefix.is_empty() && self.segment.prefix == segment.tokens
+    }
+
+    /// Adds up the gradients of a key head of this row's own tokens: its own query heads one after
+    /// the other, then those of each row that it is the prefix of.
+    ///
+    /// # Safety
+    /// No other thread may touch these columns of `to` or write those of `parts`.
+    unsafe fn add_up(
+        &self,
+        to: Columns,
+        parts: Target,
+        rows_behind: &[RowGrad],
+        kv_head: usize,
+        heads: Heads,
+    ) {
+        let column = kv_head * heads.head_dim;
+        let add = |row: &RowGrad, first: usize, overwrite: bool| {
+            let part = Columns { target: parts.at(row.at), stride: row.stride(heads) };
+            let per_head = row.stride(heads) / heads.kv_heads;
+            for (i, token) in self.segment.tokens.clone().enumerate() {
+                // SAFETY: the caller's.
+                let (to, from) = unsafe {
+                    let from = part.at(first + i, kv_head * per_head, per_head);
+                    (to.at(token, column, heads.head_dim), from)
+                };
+                if overwrite {
+                    to.fill(0.0);
+                }
+                for from in from.chunks_exact(heads.head_dim) {
+                    to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
+                }
             }
+        };
+        if self.apart {
+            add(self, self.segment.prefix.len(), true);
         }
+        for row in rows_behind.iter().filter(|row| row.follows(self.segment)) {
+            add(row, 0, false);
+        }
+    }
+}
+
+/// Where dk or dv of the keys of a row go, each part with the token and column that it begins at.
+#[derive(Clone, Copy)]
+struct Sink {
+    /// Positions of the prefix.
+    before: usize,
+    prefix: (Columns, usize, usize),
+    own: (Columns, usize, usize),
+}
+
+impl Sink {
+    /// The head at a position of the row.
+    ///
+    /// # Safety
+    /// As for [`Target::slice`].
+    unsafe fn at<'a>(self, position: usize, head_dim: usize) -> &'a mut [f32] {
+        let ((columns, token, column), i) = match position.checked_sub(self.before) {
+            Some(own) => (self.own, own),
+            None => (self.prefix, position),
+        };
+        // SAFETY: the caller's.
+        unsafe { columns.at(token + i, column, head_dim) }
     }
 }
 
@@ -938,23 +1046,23 @@ struct Backward<'a> {
     queries: Queries<'a>,
     k: Strided<'a>,
     v: Strided<'a>,
+    row: &'a Segment,
     window: Option<usize>,
     heads: Heads,
     attended: Attended<'a>,
     dout: Strided<'a>,
     dq: Columns,
-    /// With the token and the column that the row and the head begin at.
-    dk: (Columns, usize, usize),
-    dv: (Columns, usize, usize),
+    dk: Sink,
+    dv: Sink,
 }
 
 impl Backward<'_> {
     /// # Safety
     /// No other thread may touch the heads of the row in `dq`, `dk` and `dv`.
     unsafe fn run(&self, isa: Isa) {
-        let Self { queries, window, heads, .. } = self;
+        let Self { queries, row: segment, window, heads, .. } = self;
         let (head_dim, padded, rows) = (heads.head_dim, heads.padded(), queries.rows());
-        let (length, per_token) = (queries.tokens.len(), queries.heads.len());
+        let (length, per_token) = (segment.positions(), queries.heads.len());
         let scale = heads.scale() * std::f32::consts::LOG2_E; // scores are powers of two
         Scratch::with(&SCRATCH, |scratch| {
             let [q, dout, dq, lse, delta, kt, vt, k, dk, dv, p, ds] = scratch.split([
@@ -977,9 +1085,9 @@ impl Backward<'_> {
             dq.fill(0.0);
             for start in (0..length).step_by(KEYS) {
                 let block = start..length.min(start + KEYS);
-                panels(self.k, &block, head_dim, kt);
-                panels(self.v, &block, head_dim, vt);
-                padded_rows(self.k, &block, head_dim, k);
+                panels(self.k, segment, &block, head_dim, k, kt);
+                panels(self.v, segment, &block, head_dim, k, vt);
+                padded_rows(self.k, segment, &block, head_dim, k);
                 dk.fill(0.0);
                 dv.fill(0.0);
                 let viewers = self.viewers(&block);
@@ -1037,10 +1145,10 @@ impl Backward<'_> {
                 }
                 // `q` was multiplied by the scale in powers of two.
                 let parts = [(self.dk, &*dk, std::f32::consts::LN_2), (self.dv, &*dv, 1.0)];
-                for ((to, token, column), from, factor) in parts {
-                    for (i, from) in block.clone().zip(from.chunks_exact(padded)) {
+                for (to, from, factor) in parts {
+                    for (position, from) in block.clone().zip(from.chunks_exact(padded)) {
                         // SAFETY: the caller's.
-                        let to = unsafe { to.at(token + i, column, head_dim) };
+                        let to = unsafe { to.at(position, head_dim) };
                         to.iter_mut().zip(from).for_each(|(to, x)| *to = x * factor);
                     }
                 }
@@ -1057,10 +1165,11 @@ impl Backward<'_> {
 
     /// The rows that see some of these keys.
     fn viewers(&self, keys: &Range<usize>) -> Range<usize> {
-        let length = self.queries.tokens.len();
+        let (length, before) = (self.row.positions(), self.row.prefix.len());
         let end =
             self.window.map_or(length, |window| length.min((keys.end - 1).saturating_add(window)));
-        keys.start * self.queries.heads.len()..end * self.queries.heads.len()
+        let [start, end] = [keys.start, end].map(|position| position.saturating_sub(before));
+        start * self.queries.heads.len()..end * self.queries.heads.len()
     }
 
     /// Each row's log-sum-exp in powers of two, and `Σ dout · out`.
@@ -1141,7 +1250,6 @@ unsafe fn weigh_body<S: Lanes>(
 }
 
 #[cfg(test)]
-#[allow(clippy::single_range_in_vec_init)] // a batch of one row is one range
 mod tests {
     use super::super::testing::{finite_differences, normal, parity};
     use super::*;
@@ -1159,7 +1267,7 @@ mod tests {
         isa: Isa,
         t: &[Tensor],
         heads: Heads,
-        segments: &Arc<[Range<usize>]>,
+        segments: &Arc<[Segment]>,
         window: Option<usize>,
     ) -> Result<Tensor> {
         let segments = segments.clone();
@@ -1171,18 +1279,44 @@ mod tests {
         Isa::ALL.iter().copied().filter(|isa| isa.available())
     }
 
+    /// Rows end to end, each `(length, which row before it is its prefix)`.
+    fn rows(lengths: &[(usize, Option<usize>)]) -> Arc<[Segment]> {
+        let mut rows: Vec<Segment> = Vec::new();
+        for &(length, prefix) in lengths {
+            let start = rows.last().map_or(0, |row| row.tokens.end);
+            let prefix = prefix.map_or(0..0, |row| rows[row].tokens.clone());
+            rows.push(Segment { tokens: start..start + length, prefix });
+        }
+        rows.into()
+    }
+
+    fn tokens(rows: &[Segment]) -> usize {
+        rows.last().unwrap().tokens.end
+    }
+
     #[test]
-    fn parity_over_packed_rows_grouped_heads_and_windows() {
-        let cases: [(Heads, &[Range<usize>]); 5] = [
-            (Heads { heads: 4, kv_heads: 2, head_dim: 16 }, &[0..5, 5..6, 6..30]),
-            (Heads { heads: 3, kv_heads: 1, head_dim: 8 }, &[0..130]),
-            (Heads { heads: 2, kv_heads: 2, head_dim: 12 }, &[0..64, 64..64, 64..193]),
-            (Heads { heads: 1, kv_heads: 1, head_dim: 4 }, &[0..1, 1..4]),
-            (Heads { heads: 5, kv_heads: 1, head_dim: 33 }, &[0..41, 41..LONG + 50]),
+    fn parity_over_packed_rows_shared_prefixes_grouped_heads_and_windows() {
+        let heads = |heads, kv_heads, head_dim| Heads { heads, kv_heads, head_dim };
+        let cases: [(Heads, &[(usize, Option<usize>)]); 9] = [
+            (heads(4, 2, 16), &[(5, None), (1, None), (24, None)]),
+            (heads(3, 1, 8), &[(130, None)]),
+            (heads(2, 2, 12), &[(64, None), (0, None), (129, None)]),
+            (heads(1, 1, 4), &[(1, None), (3, None)]),
+            (heads(5, 1, 33), &[(41, None), (LONG + 9, None)]),
+            // Blocks of keys that hold the end of a prefix and the beginning of its row.
+            (heads(6, 2, 16), &[(70, None), (9, Some(0)), (1, Some(0)), (61, Some(0))]),
+            // Plain rows among groups, prefixes of whole blocks and of one token, empty rows.
+            (
+                heads(2, 1, 12),
+                &[(7, None), (64, None), (5, Some(1)), (1, None), (0, Some(1)), (30, Some(3))],
+            ),
+            // Long rows, whose query heads are taken apart, before and after short ones.
+            (heads(4, 2, 8), &[(LONG, None), (3, Some(0)), (LONG + 3, Some(0))]),
+            (heads(3, 1, 5), &[(20, None), (LONG + 70, Some(0)), (2, Some(0)), (3, None)]),
         ];
-        for (heads, segments) in cases {
-            let segments: Arc<[Range<usize>]> = segments.into();
-            let inputs = inputs(segments.last().unwrap().end, heads);
+        for (heads, lengths) in cases {
+            let segments = rows(lengths);
+            let inputs = inputs(tokens(&segments), heads);
             for window in [None, Some(2), Some(20), Some(70)] {
                 for isa in rungs_here() {
                     parity(
@@ -1201,9 +1335,37 @@ mod tests {
     #[test]
     fn gradients_agree_with_differences() {
         let heads = Heads { heads: 4, kv_heads: 2, head_dim: 8 };
-        let segments: Arc<[Range<usize>]> = [0..7, 7..20].into();
-        for (isa, window) in rungs_here().flat_map(|isa| [(isa, None), (isa, Some(4))]) {
-            finite_differences(&inputs(20, heads), |t| fast(isa, t, heads, &segments, window));
+        for lengths in [&[(7, None), (13, None)][..], &[(6, None), (5, Some(0)), (9, Some(0))]] {
+            let segments = rows(lengths);
+            for (isa, window) in rungs_here().flat_map(|isa| [(isa, None), (isa, Some(4))]) {
+                finite_differences(&inputs(20, heads), |t| fast(isa, t, heads, &segments, window));
+            }
+        }
+    }
+
+    /// Rows that share a prompt attend as rows that each stand behind a copy of it: to the bit.
+    #[test]
+    fn a_shared_prefix_gives_the_bits_of_its_copies() {
+        let heads = Heads { heads: 6, kv_heads: 2, head_dim: 24 };
+        for (prompt, responses) in [(70, [9, 200, 1]), (64, [64, 3, 5]), (3, [1, 2, 300])] {
+            let mut lengths = vec![(prompt, None)];
+            lengths.extend(responses.map(|length| (length, Some(0))));
+            let shared = rows(&lengths);
+            let copies = rows(&responses.map(|length| (prompt + length, None)));
+            // The tokens of the copies, as places in the shared layout.
+            let places: Vec<u32> = shared[1..]
+                .iter()
+                .flat_map(|r| (0..r.positions()).map(|p| r.token(p) as u32))
+                .collect();
+            let places = Tensor::new(places, &candle_core::Device::Cpu).unwrap();
+            let inputs = inputs(tokens(&shared), heads);
+            let copied = inputs.each_ref().map(|t| t.index_select(&places, 0).unwrap());
+            for (isa, window) in rungs_here().flat_map(|isa| [(isa, None), (isa, Some(90))]) {
+                let ours = fast(isa, &inputs, heads, &shared, window).unwrap();
+                let theirs = fast(isa, &copied, heads, &copies, window).unwrap();
+                let bits = |t: Tensor| t.to_vec2::<f32>().unwrap();
+                assert_eq!(bits(ours.index_select(&places, 0).unwrap()), bits(theirs), "{isa:?}");
+            }
         }
     }
 
@@ -1223,7 +1385,7 @@ mod tests {
         }
         let dout = normal(5, &[n, q_width]).flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let run = |qkv: Qkv, grad: QkvGrad| {
-            let (isa, segments) = (Isa::current(), [0..280, 280..n]);
+            let (isa, segments) = (Isa::current(), rows(&[(280, None), (n - 280, None)]));
             let (mut out, mut lse) = (vec![0f32; n * q_width], vec![0f32; n * heads.heads]);
             forward(isa, qkv, heads, &segments, None, &mut out, &mut lse);
             let attended = Attended { out: &out, lse: &lse };
@@ -1252,7 +1414,7 @@ mod tests {
     #[test]
     fn changing_one_row_leaves_its_neighbours_bit_equal() {
         let heads = Heads { heads: 2, kv_heads: 1, head_dim: 8 };
-        let segments: Arc<[Range<usize>]> = [0..70, 70..90, 90..100].into();
+        let segments = rows(&[(70, None), (20, None), (10, None)]);
         let [q, k, v] = inputs(100, heads);
         let other = normal(9, &[20, heads.kv_width()]);
         let changed = k.slice_assign(&[70..90, 0..heads.kv_width()], &other).unwrap();
@@ -1269,8 +1431,9 @@ mod tests {
     #[test]
     fn threads_do_not_matter() {
         let heads = Heads { heads: 6, kv_heads: 2, head_dim: 16 };
-        let segments: Arc<[Range<usize>]> = [0..300, 300..340].into();
-        let inputs = inputs(340, heads);
+        let segments =
+            rows(&[(300, None), (40, None), (20, Some(1)), (270, Some(1)), (9, Some(0))]);
+        let inputs = inputs(tokens(&segments), heads);
         let run = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             pool.install(|| {
@@ -1285,12 +1448,11 @@ mod tests {
     }
 
     #[test]
-    fn segments_must_part_the_tokens() {
+    fn rows_must_part_the_tokens() {
         let heads = Heads { heads: 1, kv_heads: 1, head_dim: 4 };
         let [q, k, v] = inputs(6, heads);
-        for segments in [vec![0..5], vec![0..3, 4..6], vec![0..7]] {
-            let segments: Arc<[Range<usize>]> = segments.into();
-            let y = causal_attention(&q, &k, &v, heads, &segments, None, Compute::F32);
+        for compute in [Compute::F32, Compute::Portable] {
+            let y = causal_attention(&q, &k, &v, heads, &rows(&[(5, None)]), None, compute);
             assert!(y.is_err());
         }
     }

@@ -9,7 +9,7 @@
 //! training path, and a test looks for their names outside this room.
 //!
 //! Activations are flat: the tokens of all rows of a batch lie end to end as `(N, ..)`, and a row
-//! is a *segment*, a range of tokens. Nothing is padded.
+//! is a [`Segment`], a range of tokens, perhaps after those of an earlier one. Nothing is padded.
 
 pub mod attention;
 mod cpu;
@@ -21,6 +21,7 @@ pub mod linear_cross_entropy;
 pub mod rms_norm;
 pub mod rope;
 pub(crate) mod row_dot;
+pub(crate) mod segment;
 pub mod swiglu;
 
 use serde::{Deserialize, Serialize};
@@ -34,6 +35,7 @@ use gemm::Panel;
 pub use linear_cross_entropy::linear_log_probs;
 pub use rms_norm::rms_norm;
 pub use rope::rope;
+pub use segment::Segment;
 pub use swiglu::swiglu;
 
 /// Which form of the operations runs.

@@ -2,7 +2,11 @@
 //!
 //! Keeping or recomputing a tape gives the same bits; the budget buys time, nothing else.
 
-use crate::model::Decoder;
+use std::sync::Arc;
+
+use quantune_adapters::delta::Adapter;
+
+use crate::model::{Adapters, Decoder, Worn};
 use crate::model::layer::Tape;
 use crate::ops::linear_cross_entropy;
 
@@ -44,6 +48,17 @@ pub fn default_budget() -> u64 {
     });
     let free = available().map(|bytes| bytes.min(limit.unwrap_or(u64::MAX)));
     free.map_or(FALLBACK, |bytes| (bytes as f64 * DEFAULT_SHARE) as u64)
+}
+
+/// Layers that gradients pass: those from the lowest that a trained adapter sits on up.
+pub fn passed_layers(decoder: &Decoder, adapters: &[Arc<Adapter>]) -> usize {
+    let layers = decoder.config.num_hidden_layers;
+    let passed = |adapter: &Arc<Adapter>| {
+        let worn = [Worn::trainable(adapter.clone())];
+        let lowest = decoder.lowest_trainable(Adapters::Same(&worn));
+        lowest.map_or(0, |(lowest, _)| layers - lowest)
+    };
+    adapters.iter().map(passed).max().unwrap_or(0)
 }
 
 /// Of `layers` layers that gradients pass, how many, from the top, can keep their tapes while

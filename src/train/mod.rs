@@ -1,22 +1,33 @@
 //! Training: one loop, its run directory, checkpoints and metrics.
 //!
-//! Everything a run depends on is in its settings, its data and its base; random numbers are
-//! keyed. So the state of a run is a cursor, the adapter and the optimizer's moments, and a run
-//! killed at any moment goes on to the same bytes. Does not know the command line.
+//! [`train`] is the loop of every command. [`supervised`] makes its steps of the rows of a file,
+//! `policy` of responses of the model itself. Everything a run depends on is in its settings, its
+//! data and its base; random numbers are keyed. So the state of a run is a cursor, the adapters and
+//! the optimizer's moments, and a run killed at any moment goes on to the same bytes. Does not know
+//! the command line.
 
+mod fingerprints;
+pub mod learner;
+mod log;
+mod lora;
 mod memory;
+mod policy;
 mod progress;
+mod reference;
+mod run;
 mod run_dir;
 pub mod settings;
-mod sft;
 pub mod step;
+pub mod supervised;
 mod tensorboard;
 
 use std::path::PathBuf;
 
+pub use lora::read_scoring;
+pub use policy::RolloutState;
+pub use run::{Outcome, Summary, train};
 pub use run_dir::RunDir;
-pub use settings::{EvalStrategy, SftFlags, SftSettings};
-pub use sft::{Outcome, Summary, sft};
+pub use settings::{Command, EvalStrategy, RunSettings};
 
 use quantune_adapters::config::ConfigError;
 use quantune_adapters::delta::InitError;
@@ -25,7 +36,11 @@ use quantune_adapters::targets::TargetError;
 
 use crate::data::DataError;
 use crate::eval::EvalError;
+use crate::generate::GenerateError;
 use crate::model::ModelError;
+use crate::rollout::RewardError;
+use crate::rollout::reward_model::RewardModelError;
+use crate::rollout::samples::SamplesError;
 use crate::text::TextError;
 use crate::weights::WeightsError;
 
@@ -123,6 +138,18 @@ pub enum TrainError {
     /// The evaluation.
     #[error(transparent)]
     Eval(#[from] EvalError),
+    /// The generation of responses.
+    #[error(transparent)]
+    Generate(#[from] GenerateError),
+    /// The rewards.
+    #[error(transparent)]
+    Reward(#[from] RewardError),
+    /// The table of samples.
+    #[error(transparent)]
+    Samples(#[from] SamplesError),
+    /// A reward model beside the base.
+    #[error(transparent)]
+    RewardModel(#[from] RewardModelError),
     /// candle refused.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),

@@ -8,6 +8,17 @@ use indicatif::{ProgressBar, ProgressStyle};
 /// How often a line is printed where no bar can be drawn.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
+/// What a step was, for people.
+#[derive(Debug, Clone, Default)]
+pub struct Work {
+    /// Its most telling number.
+    pub headline: String,
+    /// Real tokens that went through it.
+    pub tokens: u64,
+    /// Rows, comparisons or responses of it.
+    pub samples: u64,
+}
+
 /// Progress over the steps of one process, on stderr.
 #[derive(Debug)]
 pub struct Progress {
@@ -17,6 +28,7 @@ pub struct Progress {
     first_step: u64,
     total_steps: u64,
     tokens: u64,
+    samples: u64,
     /// Time in steps: evaluations and checkpoints are not counted.
     spent: Duration,
 }
@@ -40,6 +52,7 @@ impl Progress {
             first_step,
             total_steps,
             tokens: 0,
+            samples: 0,
             spent: Duration::ZERO,
         }
     }
@@ -49,21 +62,28 @@ impl Progress {
         self.tokens as f64 / self.spent.as_secs_f64().max(1e-9)
     }
 
-    /// A step is done: `tokens` real tokens went through it in `spent`.
-    pub fn step(&mut self, step: u64, loss: f64, tokens: u64, spent: Duration) {
-        self.tokens += tokens;
+    /// Rows, comparisons or responses per second of the steps so far.
+    pub fn samples_per_second(&self) -> f64 {
+        self.samples as f64 / self.spent.as_secs_f64().max(1e-9)
+    }
+
+    /// A step is done, in `spent`.
+    pub fn step(&mut self, step: u64, work: &Work, spent: Duration) {
+        let headline = &work.headline;
+        self.tokens += work.tokens;
+        self.samples += work.samples;
         self.spent += spent;
         let rate = self.tokens_per_second();
         if let Some(bar) = &self.bar {
             bar.set_position(step);
-            bar.set_message(format!("loss {loss:.4}, {rate:.0} tok/s"));
+            bar.set_message(format!("{headline}, {rate:.0} tok/s"));
         } else if self.printed.elapsed() >= LINE_EVERY || step == self.total_steps {
             self.printed = Instant::now();
             let done = (step - self.first_step).max(1) as f64;
             let left = (self.total_steps - step) as f64;
             let eta = self.started.elapsed().as_secs_f64() / done * left;
             let total = self.total_steps;
-            eprintln!("step {step}/{total}: loss {loss:.4}, {rate:.0} tok/s, ETA {eta:.0} s");
+            eprintln!("step {step}/{total}: {headline}, {rate:.0} tok/s, ETA {eta:.0} s");
         }
     }
 

@@ -17,23 +17,34 @@ use safetensors::tensor::{Dtype, SafeTensors, View};
 use serde::{Deserialize, Serialize};
 
 use super::TrainError;
-use super::settings::{FREE_ON_RESUME, SftSettings};
+use super::policy::RolloutState;
+use super::settings::{Command, FREE_ON_RESUME, RunSettings};
 use super::tensorboard::EventWriter;
 use crate::optim::AdamW;
 use crate::weights::write_atomically;
 
 /// Where a run is: all that is not a tensor. Random numbers need no state, they are keyed.
-#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct State {
-    /// Optimizer steps taken.
+    /// Steps taken; of ppo and grpo updates.
     pub step: u64,
+    /// Optimizer steps taken.
+    pub optimizer_steps: u64,
     /// The epoch of the next step, from 0.
     pub epoch: u64,
     /// The next step within its epoch, from 0.
     pub step_in_epoch: u64,
     /// Bytes of `metrics.jsonl` that belong to these steps.
     pub metrics_bytes: u64,
+    /// What only reinforcement learning has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rollouts: Option<RolloutState>,
 }
+
+/// What a run calls the adapter it is about.
+pub const FIRST: &str = "adapter";
+/// Where a reward model's folder says how well it does on held-out pairs.
+const ACCURACY_FILE: &str = "reward.json";
 
 /// A hash of what a run is made of, with a name for the sentence that refuses another.
 pub type Fingerprint = (String, String);
@@ -49,7 +60,7 @@ impl RunDir {
     /// Begins a run. A directory that holds one is refused.
     pub fn create(
         path: &Path,
-        settings: &SftSettings,
+        settings: &RunSettings,
         fingerprints: &[Fingerprint],
     ) -> Result<Self, TrainError> {
         Self::vacant(path)?;
@@ -59,7 +70,7 @@ impl RunDir {
         fs::create_dir_all(run.checkpoints()).map_err(|e| at(path, e))?;
         let text = serde_json::to_string(fingerprints).map_err(|e| at(path, e.into()))?;
         write_atomically(path.join("fingerprints.json"), |file| file.write_all(text.as_bytes()))?;
-        let text = toml::to_string(settings).map_err(|e| at(path, io::Error::other(e)))?;
+        let text = toml::to_string(&settings.to_table()?).map_err(|e| at(path, io::Error::other(e)))?;
         write_atomically(path.join("config.toml"), |file| file.write_all(text.as_bytes()))?;
         Ok(run)
     }
@@ -74,7 +85,8 @@ impl RunDir {
             Ok(mut entries) => entries.next().is_some(), // a killed beginning leaves empty ones
             Err(_) => path.join(name).exists(),
         };
-        match ["metrics.jsonl", "checkpoints", "tensorboard", "adapter"].iter().find(occupied) {
+        let taken = ["metrics.jsonl", "samples.jsonl", "checkpoints", "tensorboard", "adapter"];
+        match taken.iter().find(occupied) {
             Some(name) => Err(TrainError::Occupied { path: path.into(), name }),
             None => Ok(()),
         }
@@ -88,13 +100,10 @@ impl RunDir {
     }
 
     /// Takes up a run. Settings that would change its result are refused by name.
-    pub fn resume(path: &Path, settings: &SftSettings) -> Result<Self, TrainError> {
-        let saved = Self::settings(path)?;
+    pub fn resume(path: &Path, settings: &RunSettings) -> Result<Self, TrainError> {
+        let saved = Self::settings(settings.command(), path)?.to_table()?;
         let lock = Lock::take(path)?;
-        let table = |settings: &SftSettings| {
-            toml::Table::try_from(settings).map_err(|e| TrainError::Settings(e.to_string()))
-        };
-        let (saved, given) = (table(&saved)?, table(settings)?);
+        let given = settings.to_table()?;
         let keys = saved.keys().chain(given.keys().filter(|key| !saved.contains_key(*key)));
         let show = |table: &toml::Table, key: &str| {
             table.get(key).map_or("not set".into(), toml::Value::to_string)
@@ -119,14 +128,16 @@ impl RunDir {
         Ok(run)
     }
 
-    /// The settings a run was begun with.
-    pub fn settings(path: &Path) -> Result<SftSettings, TrainError> {
+    /// The settings a run of this command was begun with.
+    pub fn settings(command: Command, path: &Path) -> Result<RunSettings, TrainError> {
         let file = path.join("config.toml");
         let text = fs::read_to_string(&file).map_err(|e| match e.kind() {
             io::ErrorKind::NotFound => TrainError::NoRun(path.into()),
             _ => at(&file, e),
         })?;
-        toml::from_str(&text).map_err(|e| TrainError::Broken { path: file, reason: e.to_string() })
+        let broken = |reason: String| TrainError::Broken { path: file.clone(), reason };
+        let table: toml::Table = toml::from_str(&text).map_err(|e| broken(e.to_string()))?;
+        RunSettings::from_table(command, table).map_err(|e| broken(e.to_string()))
     }
 
     /// The last whole checkpoint.
@@ -134,11 +145,17 @@ impl RunDir {
         Ok(self.steps()?.pop().map(|step| self.checkpoint(step)))
     }
 
+    /// Where a checkpoint keeps the adapter that a run calls `name`: the first one lies in it openly,
+    /// so that the checkpoint is a PEFT folder.
+    pub fn adapter_folder(checkpoint: &Path, name: &str) -> PathBuf {
+        if name == FIRST { checkpoint.into() } else { checkpoint.join(name) }
+    }
+
     /// Writes a checkpoint and drops the oldest beyond `keep` (0 keeps all).
-    pub fn save(
+    pub fn save<'a>(
         &self,
         state: &State,
-        adapter: &Adapter,
+        adapters: impl Iterator<Item = (&'a str, &'a Adapter)> + Clone,
         optimizer: &AdamW,
         keep: usize,
     ) -> Result<(), TrainError> {
@@ -150,8 +167,10 @@ impl RunDir {
         }
         let _ = fs::remove_dir_all(&partial); // left by a killed writer
         fs::create_dir_all(&partial).map_err(|e| at(&partial, e))?;
-        format::write_folder(adapter, &partial)?;
-        let bytes = optimizer_bytes(adapter, optimizer);
+        for (name, adapter) in adapters.clone() {
+            format::write_folder(adapter, &Self::adapter_folder(&partial, name))?;
+        }
+        let bytes = optimizer_bytes(adapters, optimizer);
         write_atomically(partial.join("optimizer.safetensors"), |file| file.write_all(&bytes))?;
         write_state(&partial, state)?;
         fs::rename(&partial, &whole).map_err(|e| at(&whole, e))?;
@@ -199,6 +218,13 @@ impl RunDir {
             EventWriter::create(&folder, "quantune", wall_time)
         };
         renew().map_err(|e| at(&folder, e))
+    }
+
+    /// Notes in the adapter's folder how often a reward model is right about held-out pairs.
+    pub fn write_accuracy(&self, accuracy: &serde_json::Value) -> Result<(), TrainError> {
+        let text = format!("{}\n", serde_json::json!({ "eval_accuracy": accuracy }));
+        let path = self.file(FIRST).join(ACCURACY_FILE);
+        Ok(write_atomically(path, |file| file.write_all(text.as_bytes()))?)
     }
 
     /// A file of the run directory.
@@ -315,6 +341,18 @@ impl Metrics {
     }
 }
 
+/// How often the reward model of a folder was right about held-out pairs, if it is said there.
+pub fn read_accuracy(folder: &Path) -> Result<Option<f64>, TrainError> {
+    let path = folder.join(ACCURACY_FILE);
+    let text = match fs::read_to_string(&path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        text => text.map_err(|e| at(&path, e))?,
+    };
+    let value: serde_json::Value = serde_json::from_str(&text)
+        .map_err(|e| TrainError::Broken { path: path.clone(), reason: e.to_string() })?;
+    Ok(value.get("eval_accuracy").and_then(serde_json::Value::as_f64))
+}
+
 /// Reads the state of a checkpoint.
 pub fn read_state(checkpoint: &Path) -> Result<State, TrainError> {
     let path = checkpoint.join("state.json");
@@ -329,9 +367,9 @@ pub fn write_state(checkpoint: &Path, state: &State) -> Result<(), TrainError> {
 }
 
 /// Reads the optimizer's state of a checkpoint into `optimizer`.
-pub fn read_optimizer(
+pub fn read_optimizer<'a>(
     checkpoint: &Path,
-    adapter: &Adapter,
+    adapters: impl Iterator<Item = (&'a str, &'a Adapter)>,
     optimizer: &mut AdamW,
     step: u64,
 ) -> Result<(), TrainError> {
@@ -349,7 +387,7 @@ pub fn read_optimizer(
         }
         Ok(())
     };
-    for (i, (name, _)) in adapter.parameters().iter().enumerate() {
+    for (i, (name, _)) in parameters(adapters).iter().enumerate() {
         read(&format!("exp_avg.{name}"), &mut optimizer.exp_avg[i])?;
         read(&format!("exp_avg_sq.{name}"), &mut optimizer.exp_avg_sq[i])?;
     }
@@ -381,8 +419,23 @@ impl View for Moment<'_> {
     }
 }
 
-fn optimizer_bytes(adapter: &Adapter, optimizer: &AdamW) -> Vec<u8> {
-    let parameters = adapter.parameters();
+/// All that is trained, under names that tell adapters apart.
+fn parameters<'a>(
+    adapters: impl Iterator<Item = (&'a str, &'a Adapter)>,
+) -> Vec<(String, candle_core::Var)> {
+    let named = |(of, adapter): (&str, &Adapter)| {
+        let prefix = if of == FIRST { String::new() } else { format!("{of}.") };
+        let parameters = adapter.parameters().into_iter();
+        parameters.map(|(name, var)| (format!("{prefix}{name}"), var)).collect::<Vec<_>>()
+    };
+    adapters.flat_map(named).collect()
+}
+
+fn optimizer_bytes<'a>(
+    adapters: impl Iterator<Item = (&'a str, &'a Adapter)>,
+    optimizer: &AdamW,
+) -> Vec<u8> {
+    let parameters = parameters(adapters);
     let kinds = [("exp_avg", &optimizer.exp_avg), ("exp_avg_sq", &optimizer.exp_avg_sq)];
     let tensors: Vec<(String, Moment)> = kinds
         .into_iter()

@@ -1,11 +1,18 @@
-//! Every setting of a fine-tuning run, once: flag, key of the TOML file, default and what it
-//! means. Names are PEFT's, TRL's and transformers'.
+//! Every setting of a training run, once: flag, key of the TOML file, default and what it means.
+//! Names are PEFT's, TRL's and transformers'.
+//!
+//! What all commands share is [`CommonSettings`]; each command adds its own. In a file they are one
+//! flat table.
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::TrainError;
 use super::memory::parse_bytes;
+use crate::objectives::advantage::{KlEstimator, ScaleRewards};
+use crate::objectives::policy::LossForm;
+use crate::objectives::preference::PreferenceLoss;
 use crate::ops::Compute;
 use crate::optim::ScheduleKind;
 
@@ -21,6 +28,37 @@ pub enum EvalStrategy {
     Epoch,
 }
 
+/// The commands that train.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Command {
+    /// Supervised fine-tuning.
+    Sft,
+    /// A reward model from comparisons.
+    Reward,
+    /// Preference optimization without a reward model: DPO and its kin.
+    Dpo,
+    /// Proximal policy optimization against a reward model.
+    Ppo,
+    /// Group-relative policy optimization against rewards of any kind.
+    Grpo,
+}
+
+impl Command {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Sft, Self::Reward, Self::Dpo, Self::Ppo, Self::Grpo];
+
+    /// Its name on the command line and in a run's `config.toml`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sft => "sft",
+            Self::Reward => "reward",
+            Self::Dpo => "dpo",
+            Self::Ppo => "ppo",
+            Self::Grpo => "grpo",
+        }
+    }
+}
+
 /// Makes two structs of one list: the settings with their defaults, and the flags, where what is
 /// not given stays out of the way of the config file.
 macro_rules! settings {
@@ -32,6 +70,11 @@ macro_rules! settings {
         #[serde(default, deny_unknown_fields)]
         pub struct $settings {
             $($(#[doc = $doc])+ #[serde(skip_serializing_if = "is_empty")] pub $name: $type,)*
+        }
+
+        impl $settings {
+            /// The keys, in order.
+            pub const KEYS: &[&str] = &[$(stringify!($name)),*];
         }
 
         impl Default for $settings {
@@ -52,11 +95,12 @@ macro_rules! settings {
 }
 
 settings! {
-    /// One supervised fine-tuning run.
-    SftSettings, SftFlags {
+    /// What all training commands have. Where defaults differ, they are the command's.
+    CommonSettings, CommonFlags {
         /// The base: a GGUF file or a Hugging Face folder
         base: PathBuf = PathBuf::new(),
-        /// Rows to learn: JSONL of `messages`, `prompt`/`completion`, `text` or `input_ids`
+        /// JSONL rows: sft learns `messages`, `prompt`/`completion`, `text` or `input_ids`; reward and
+        /// dpo compare `chosen`/`rejected` or ranked `responses`; ppo and grpo answer `prompt`s
         data: PathBuf = PathBuf::new(),
         /// Held-out rows; without, 1 in 10 of --data is held out when --eval-strategy asks
         eval_data: PathBuf = PathBuf::new(),
@@ -95,11 +139,11 @@ settings! {
         /// How the adapter begins: true (A random, B zero), false (both random) or gaussian [default: true]
         init_lora_weights: String = "true".into(),
 
-        /// Highest learning rate [default: 2e-4]
+        /// Highest learning rate [default: sft 2e-4, reward 1e-4, dpo 2e-5, ppo and grpo 1e-5]
         learning_rate: f64 = 2e-4,
-        /// Shape of the learning rate [default: cosine]
+        /// Shape of the learning rate [default: cosine; ppo and grpo linear]
         lr_scheduler_type: ScheduleKind = ScheduleKind::Cosine,
-        /// Share of all steps that warm up [default: 0.03]
+        /// Share of all steps that warm up [default: 0.03; ppo and grpo 0]
         warmup_ratio: f64 = 0.03,
         /// Steps that warm up, instead of warmup_ratio when above 0 [default: 0]
         warmup_steps: u64 = 0,
@@ -113,20 +157,17 @@ settings! {
         adam_epsilon: f64 = 1e-8,
         /// Gradients are scaled down to this norm; 0 is off [default: 1]
         max_grad_norm: f64 = 1.0,
-        /// Packed bins (or rows, without packing) of a micro-batch [default: 1]
+        /// What a micro-batch holds: packed bins (or rows, without packing) of sft [default: 1],
+        /// comparisons of reward and dpo [default: 4], responses of ppo and grpo [default: 8]
         per_device_train_batch_size: usize = 1,
-        /// Micro-batches of a step [default: 4]
-        gradient_accumulation_steps: usize = 4,
         /// Passes over the data [default: 1]
         num_train_epochs: f64 = 1.0,
         /// Steps, instead of num_train_epochs when above 0 [default: 0]
         max_steps: u64 = 0,
         /// Tokens of an example and of a packed bin: a longer `text` is split into several, longer
-        /// `messages`, `prompt`/`completion` and `input_ids` rows are cut at their end [default: 1024]
+        /// `messages`, `prompt`/`completion`, `input_ids` rows and dpo's responses are cut at their end;
+        /// comparisons of reward that are longer are left out, prompts of ppo and grpo refused [default: 1024]
         max_length: usize = 1024,
-        /// Whether several rows share a bin of max_length tokens [default: true]
-        #[arg(num_args = 0..=1, default_missing_value = "true")]
-        packing: bool = true,
         /// The day, YYYY-MM-DD, that a chat template with a date shows [default: the day the run begins]
         template_date: String = String::new(),
         /// Rows in the order of the file [default: false]
@@ -144,7 +185,7 @@ settings! {
         /// still, and too rough to train with), f32 (exact), or portable (the slow reference form) [default: int16]
         compute: Compute = Compute::Int16,
 
-        /// When held-out loss is taken; by default epoch with --eval-data, else no
+        /// When held-out rows are evaluated; by default epoch with --eval-data, else no
         eval_strategy: Option<EvalStrategy> = None,
         /// Steps between evaluations with --eval-strategy steps [default: 100]
         eval_steps: u64 = 100,
@@ -155,9 +196,415 @@ settings! {
     }
 }
 
+settings! {
+    /// What supervised fine-tuning has of its own.
+    SftSettings, SftFlags {
+        /// Micro-batches of a step [default: 4]
+        gradient_accumulation_steps: usize = 4,
+        /// Whether several rows share a bin of max_length tokens [default: true]
+        #[arg(num_args = 0..=1, default_missing_value = "true")]
+        packing: bool = true,
+    }
+}
+
+settings! {
+    /// What training a reward model has of its own.
+    RewardSettings, RewardFlags {
+        /// Micro-batches of a step [default: 2]
+        gradient_accumulation_steps: usize = 2,
+        /// Weight of the squared sum of a pair's scores, which keeps them around 0; 0 is off [default: 0]
+        center_rewards_coefficient: f64 = 0.0,
+    }
+}
+
+settings! {
+    /// What preference optimization has of its own.
+    DpoSettings, DpoFlags {
+        /// Micro-batches of a step [default: 2]
+        gradient_accumulation_steps: usize = 2,
+        /// The loss: sigmoid (DPO), ipo, hinge, orpo, simpo, or kto (rows of `prompt`, `completion` and
+        /// `label`) [default: sigmoid]
+        loss_type: PreferenceLoss = PreferenceLoss::Sigmoid,
+        /// How strongly the policy is held to the reference; of orpo the weight of the odds ratio, of
+        /// simpo the scale of the rewards [default: 0.1]
+        beta: f64 = 0.1,
+        /// Probability that a comparison is the wrong way round (sigmoid, hinge and simpo) [default: 0]
+        label_smoothing: f64 = 0.0,
+        /// Compare with nothing instead of a reference model (sigmoid, ipo and hinge) [default: false]
+        #[arg(num_args = 0..=1, default_missing_value = "true")]
+        reference_free: bool = false,
+        /// An adapter that makes the reference, instead of the bare base; by default --adapter, if given
+        ref_adapter: PathBuf = PathBuf::new(),
+        /// How far apart simpo wants the rewards [default: 0.5]
+        simpo_gamma: f64 = 0.5,
+        /// Weight of kto's good completions [default: 1]
+        desirable_weight: f64 = 1.0,
+        /// Weight of kto's bad completions [default: 1]
+        undesirable_weight: f64 = 1.0,
+    }
+}
+
+/// Which adapter the value head sits on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum ValueModel {
+    /// On one of its own: the values of a state cannot disturb the policy.
+    Own,
+    /// On the policy's: one pass serves both, at half the time and memory.
+    Policy,
+}
+
+settings! {
+    /// What proximal policy optimization has of its own.
+    PpoSettings, PpoFlags {
+        /// The reward model: an adapter with a score head on the same base, as `reward` makes it
+        reward_adapter: PathBuf = PathBuf::new(),
+        /// A second reward model, not trained against: it is read in evaluations and named when it
+        /// falls while the reward rises
+        judge_adapter: PathBuf = PathBuf::new(),
+        /// An adapter that makes the reference, instead of the bare base; by default --adapter, if given
+        ref_adapter: PathBuf = PathBuf::new(),
+        /// Where the value head sits: own (an adapter of its own) or policy (the policy's) [default: own]
+        value_model: ValueModel = ValueModel::Own,
+        /// What the value adapter begins from: an adapter with a score head; by default --reward-adapter
+        value_adapter: PathBuf = PathBuf::new(),
+        /// Held-out accuracy a reward model must have had in its training; 0 asks for none [default: 0.6]
+        min_reward_accuracy: f64 = 0.6,
+
+        /// Prompts of an update [default: 32]
+        batch_size: usize = 32,
+        /// Parts that an update's responses are split into, an optimizer step each [default: 1]
+        num_mini_batches: usize = 1,
+        /// Passes over the responses of an update [default: 4]
+        num_ppo_epochs: usize = 4,
+        /// Tokens a response may have [default: 53]
+        response_length: usize = 53,
+        /// Temperature of sampling, and of the policy that is trained [default: 0.7]
+        temperature: f64 = 0.7,
+        /// Only the k likeliest tokens are sampled: the reference knows nothing of it; 0 is off [default: 0]
+        top_k: usize = 0,
+        /// Only the likeliest tokens that together have this probability are sampled, as top_k; 1 is off [default: 1]
+        top_p: f64 = 1.0,
+        /// Taken off the score of a response that does not end by itself [default: 0]
+        missing_eos_penalty: f64 = 0.0,
+        /// Whether a response that does not end by itself is scored as if it ended there [default: true]
+        #[arg(num_args = 0..=1, default_missing_value = "true")]
+        score_at_eos: bool = true,
+
+        /// Weight of the divergence from the reference in the reward [default: 0.05]
+        kl_coef: f64 = 0.05,
+        /// Its estimate for a token: k1 (unbiased) or k3 (never negative; Schulman 2020) [default: k1]
+        kl_estimator: KlEstimator = KlEstimator::K1,
+        /// Divergence of a response, in nats, that kl_coef is steered to (Ziegler et al. 2019); 0 keeps
+        /// kl_coef as it is [default: 0]
+        target_kl: f64 = 0.0,
+        /// Responses over which the steering acts [default: 10000]
+        kl_horizon: f64 = 10000.0,
+        /// Discount of rewards to come [default: 1]
+        gamma: f64 = 1.0,
+        /// Lambda of the generalized advantage estimate [default: 0.95]
+        lam: f64 = 0.95,
+        /// Whether rewards are divided by their standard deviation [default: false]
+        #[arg(num_args = 0..=1, default_missing_value = "true")]
+        whiten_rewards: bool = false,
+        /// Whether scores are brought to mean 0 and deviation 1 by those so far [default: false]
+        #[arg(num_args = 0..=1, default_missing_value = "true")]
+        normalize_scores: bool = false,
+        /// Scores beyond are cut off, after normalizing; 0 is off [default: 0]
+        clip_scores: f64 = 0.0,
+        /// How far a step may move a token's probability, as a ratio [default: 0.2]
+        cliprange: f64 = 0.2,
+        /// How far a step may move a value [default: 0.2]
+        cliprange_value: f64 = 0.2,
+        /// Weight of the value loss [default: 0.1]
+        vf_coef: f64 = 0.1,
+        /// Rows of text to keep predicting (PPO-ptx, Ouyang et al. 2022), as --data of sft
+        ptx_data: PathBuf = PathBuf::new(),
+        /// Weight of their loss [default: 1]
+        ptx_coef: f64 = 1.0,
+
+        /// Prompts of --eval-data that an evaluation answers; 0 takes all [default: 64]
+        eval_prompts: usize = 64,
+        /// Rows decoded at once [default: 16]
+        rollout_slots: usize = 16,
+        /// Updates between tables of sampled responses on stderr and in samples.jsonl; 0 is off [default: 10]
+        sample_steps: u64 = 10,
+        /// Responses of such a table [default: 4]
+        num_samples: usize = 4,
+    }
+}
+
+/// How an advantage is made of the rewards of a group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum AdvantageEstimator {
+    /// Less the mean of the group (Shao et al. 2024).
+    Grpo,
+    /// Less the mean of the others (Ahmadian et al. 2024).
+    Rloo,
+}
+
+settings! {
+    /// What group-relative policy optimization has of its own.
+    GrpoSettings, GrpoFlags {
+        /// Reward: exact:FIELD, numeric:FIELD, regex:PATTERN, json-schema:FILE or length:MIN-MAX; may be
+        /// given again
+        #[arg(num_args = 1..)]
+        reward: Vec<String> = Vec::new(),
+        /// Reward: a program that reads JSON lines of `prompt`, `completion` and the row's own fields,
+        /// and answers each with {"reward": NUMBER}; may be given again
+        #[arg(num_args = 1..)]
+        reward_command: Vec<String> = Vec::new(),
+        /// Seconds such a program has for the responses of an update [default: 60]
+        reward_timeout: f64 = 60.0,
+        /// Reward: an adapter with a score head on the same base, as `reward` makes it
+        reward_adapter: PathBuf = PathBuf::new(),
+        /// Reward: a Hugging Face sequence classifier with one label, a model folder of its own
+        reward_model: PathBuf = PathBuf::new(),
+        /// Weights of the rewards, in the order --reward, --reward-command, --reward-adapter,
+        /// --reward-model [default: 1 each]
+        #[arg(value_delimiter = ',', num_args = 1..)]
+        reward_weights: Vec<f64> = Vec::new(),
+        /// Held-out accuracy a reward adapter must have had in its training; 0 asks for none [default: 0.6]
+        min_reward_accuracy: f64 = 0.6,
+        /// An adapter that makes the reference, instead of the bare base; by default --adapter, if given
+        ref_adapter: PathBuf = PathBuf::new(),
+
+        /// Prompts of an update [default: 4]
+        batch_size: usize = 4,
+        /// Responses to a prompt, which are compared with one another [default: 8]
+        num_generations: usize = 8,
+        /// Passes over the responses of an update [default: 1]
+        num_iterations: usize = 1,
+        /// Parts that an update's responses are split into, an optimizer step each [default: 1]
+        num_mini_batches: usize = 1,
+        /// Tokens a response may have [default: 256]
+        max_completion_length: usize = 256,
+        /// Temperature of sampling, and of the policy that is trained [default: 1]
+        temperature: f64 = 1.0,
+        /// Only the k likeliest tokens are sampled; 0 is off [default: 0]
+        top_k: usize = 0,
+        /// Only the likeliest tokens that together have this probability are sampled; 1 is off [default: 1]
+        top_p: f64 = 1.0,
+        /// Whether a response that does not end by itself is scored as if it ended there [default: true]
+        #[arg(num_args = 0..=1, default_missing_value = "true")]
+        score_at_eos: bool = true,
+
+        /// What a response is compared with: grpo (the mean of its group, token by token) or rloo (the
+        /// mean of the others, as one action; beta then weighs the divergence in the reward) [default: grpo]
+        advantage: AdvantageEstimator = AdvantageEstimator::Grpo,
+        /// What grpo's advantages are divided by: the deviation of the group, of the whole batch, or
+        /// none (Dr. GRPO) [default: group]
+        scale_rewards: ScaleRewards = ScaleRewards::Group,
+        /// How tokens are averaged: grpo (a response counts as one), bnpo (a token counts as one), or
+        /// dr_grpo (by max_completion_length) [default: bnpo]
+        loss_type: LossForm = LossForm::Bnpo,
+        /// Weight of the divergence from the reference in the loss; 0 needs no reference [default: 0]
+        beta: f64 = 0.0,
+        /// How far a step may lower a token's probability, as a ratio [default: 0.2]
+        epsilon: f64 = 0.2,
+        /// How far it may raise it (Clip-Higher of DAPO, Yu et al. 2025); 0 takes epsilon [default: 0]
+        epsilon_high: f64 = 0.0,
+        /// Leave responses that do not end by themselves out of the loss (DAPO) [default: false]
+        #[arg(num_args = 0..=1, default_missing_value = "true")]
+        mask_truncated_completions: bool = false,
+
+        /// Prompts of --eval-data that an evaluation answers; 0 takes all [default: 64]
+        eval_prompts: usize = 64,
+        /// Rows decoded at once [default: 16]
+        rollout_slots: usize = 16,
+        /// Updates between tables of sampled responses on stderr and in samples.jsonl; 0 is off [default: 10]
+        sample_steps: u64 = 10,
+        /// Responses of such a table [default: 4]
+        num_samples: usize = 4,
+    }
+}
+
+/// What a command has of its own.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Task {
+    /// Supervised fine-tuning.
+    Sft(SftSettings),
+    /// A reward model.
+    Reward(RewardSettings),
+    /// Preference optimization.
+    Dpo(DpoSettings),
+    /// Proximal policy optimization.
+    Ppo(PpoSettings),
+    /// Group-relative policy optimization.
+    Grpo(GrpoSettings),
+}
+
+/// The settings of a run.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RunSettings {
+    /// What all commands have.
+    pub common: CommonSettings,
+    /// What this one adds.
+    pub task: Task,
+}
+
+impl RunSettings {
+    /// The key of `config.toml` that says which command it is of.
+    const COMMAND: &str = "command";
+
+    /// A command's defaults.
+    pub fn new(command: Command) -> Self {
+        let mut common = CommonSettings::default();
+        let task = match command {
+            Command::Sft => Task::Sft(Default::default()),
+            Command::Reward => {
+                common.learning_rate = 1e-4;
+                common.per_device_train_batch_size = 4;
+                Task::Reward(Default::default())
+            }
+            Command::Dpo => {
+                common.learning_rate = 2e-5;
+                common.per_device_train_batch_size = 4;
+                Task::Dpo(Default::default())
+            }
+            Command::Ppo | Command::Grpo => {
+                common.learning_rate = 1e-5;
+                common.per_device_train_batch_size = 8;
+                common.lr_scheduler_type = ScheduleKind::Linear;
+                common.warmup_ratio = 0.0;
+                match command {
+                    Command::Ppo => Task::Ppo(Default::default()),
+                    _ => Task::Grpo(Default::default()),
+                }
+            }
+        };
+        Self { common, task }
+    }
+
+    /// Which command they are for.
+    pub fn command(&self) -> Command {
+        match &self.task {
+            Task::Sft(_) => Command::Sft,
+            Task::Reward(_) => Command::Reward,
+            Task::Dpo(_) => Command::Dpo,
+            Task::Ppo(_) => Command::Ppo,
+            Task::Grpo(_) => Command::Grpo,
+        }
+    }
+
+    /// One flat table, with the command's name.
+    pub fn to_table(&self) -> Result<toml::Table, TrainError> {
+        let mut table = toml::Table::new();
+        table.insert(Self::COMMAND.into(), self.command().name().into());
+        let own = match &self.task {
+            Task::Sft(own) => toml::Table::try_from(own),
+            Task::Reward(own) => toml::Table::try_from(own),
+            Task::Dpo(own) => toml::Table::try_from(own),
+            Task::Ppo(own) => toml::Table::try_from(own),
+            Task::Grpo(own) => toml::Table::try_from(own),
+        };
+        for part in [toml::Table::try_from(&self.common), own] {
+            table.extend(part.map_err(|e| TrainError::Settings(e.to_string()))?);
+        }
+        Ok(table)
+    }
+
+    /// A command's defaults, and over them what `table` says. Keys it does not have, and a table
+    /// that names another command, are refused.
+    pub fn from_table(command: Command, table: toml::Table) -> Result<Self, TrainError> {
+        let mut all = Self::new(command).to_table()?;
+        if let Some(found) = table.get(Self::COMMAND)
+            && found.as_str() != Some(command.name())
+        {
+            let fault = format!("these are settings of {found}, needed {:?}", command.name());
+            return Err(TrainError::Settings(fault));
+        }
+        let own_keys = Self::keys(command);
+        let known = |key: &&String| {
+            let key = key.as_str();
+            let keys = [&[Self::COMMAND], CommonSettings::KEYS, own_keys];
+            keys.iter().any(|keys| keys.contains(&key))
+        };
+        let unknown: Vec<&str> =
+            table.keys().filter(|key| !known(key)).map(String::as_str).collect();
+        if !unknown.is_empty() {
+            let fault = format!("unknown {} of {}", unknown.join(", "), command.name());
+            return Err(TrainError::Settings(fault));
+        }
+        all.extend(table);
+        all.remove(Self::COMMAND);
+        let is_common = |key: &String| CommonSettings::KEYS.contains(&key.as_str());
+        let (common, own): (toml::Table, toml::Table) =
+            all.into_iter().partition(|(key, _)| is_common(key));
+        let read = || -> Result<Self, toml::de::Error> {
+            let task = match command {
+                Command::Sft => Task::Sft(own.try_into()?),
+                Command::Reward => Task::Reward(own.try_into()?),
+                Command::Dpo => Task::Dpo(own.try_into()?),
+                Command::Ppo => Task::Ppo(own.try_into()?),
+                Command::Grpo => Task::Grpo(own.try_into()?),
+            };
+            Ok(Self { common: common.try_into()?, task })
+        };
+        read().map_err(|e| TrainError::Settings(e.message().to_string()))
+    }
+
+    fn keys(command: Command) -> &'static [&'static str] {
+        match command {
+            Command::Sft => SftSettings::KEYS,
+            Command::Reward => RewardSettings::KEYS,
+            Command::Dpo => DpoSettings::KEYS,
+            Command::Ppo => PpoSettings::KEYS,
+            Command::Grpo => GrpoSettings::KEYS,
+        }
+    }
+
+    /// The command that a run's table names.
+    pub fn command_of(table: &toml::Table) -> Option<Command> {
+        let name = table.get(Self::COMMAND)?.as_str()?;
+        Command::ALL.into_iter().find(|command| command.name() == name)
+    }
+
+    /// The settings with their paths made absolute: a run goes on from any directory.
+    pub fn absolute(&self) -> Result<Self, TrainError> {
+        let mut settings = self.clone();
+        let common = &mut settings.common;
+        let mut paths = vec![
+            &mut common.base,
+            &mut common.data,
+            &mut common.eval_data,
+            &mut common.adapter,
+            &mut common.out,
+        ];
+        match &mut settings.task {
+            Task::Sft(_) | Task::Reward(_) => {}
+            Task::Dpo(own) => paths.push(&mut own.ref_adapter),
+            Task::Ppo(own) => paths.extend([
+                &mut own.reward_adapter,
+                &mut own.judge_adapter,
+                &mut own.ref_adapter,
+                &mut own.value_adapter,
+                &mut own.ptx_data,
+            ]),
+            Task::Grpo(own) => paths.extend([
+                &mut own.reward_adapter,
+                &mut own.reward_model,
+                &mut own.ref_adapter,
+            ]),
+        }
+        for path in paths.into_iter().filter(|path| !path.as_os_str().is_empty()) {
+            let made = std::path::absolute(&*path);
+            *path = made.map_err(|source| TrainError::Io { path: path.clone(), source })?;
+        }
+        Ok(settings)
+    }
+}
+
 /// Keys that may differ when a run goes on: they change no result.
-pub const FREE_ON_RESUME: &[&str] =
-    &["save_total_limit", "out", "memory_budget", "gradient_checkpointing"];
+pub const FREE_ON_RESUME: &[&str] = &[
+    "save_total_limit",
+    "out",
+    "memory_budget",
+    "gradient_checkpointing",
+    "rollout_slots",
+    "reward_timeout",
+];
 
 trait Empty {
     fn empty(&self) -> bool;
@@ -183,6 +630,7 @@ empty! {
     PathBuf => |path| path.as_os_str().is_empty();
     Vec<String> => |list| list.is_empty();
     Vec<usize> => |list| list.is_empty();
+    Vec<f64> => |list| list.is_empty();
     Option<EvalStrategy> => |option| option.is_none();
     Option<bool> => |option| option.is_none();
     String => |text| text.is_empty();
@@ -192,53 +640,224 @@ empty! {
     bool => |_| false;
     ScheduleKind => |_| false;
     Compute => |_| false;
+    PreferenceLoss => |_| false;
+    ValueModel => |_| false;
+    KlEstimator => |_| false;
+    AdvantageEstimator => |_| false;
+    ScaleRewards => |_| false;
+    LossForm => |_| false;
 }
 
-impl SftSettings {
+/// Collects what is out of range.
+#[derive(Default)]
+struct Faults(Vec<String>);
+
+impl Faults {
+    fn check(&mut self, fine: bool, fault: String) {
+        if !fine {
+            self.0.push(fault);
+        }
+    }
+
+    /// Numbers that are 0 or more.
+    fn rates<const N: usize>(&mut self, rates: [(&str, f64, f64); N]) {
+        for (name, value, most) in rates {
+            let fine = value.is_finite() && value >= 0.0 && value <= most;
+            let most = if most < f64::MAX { format!(", at most {most}") } else { String::new() };
+            self.check(fine, format!("{name} is {value}, needed 0 or more{most}"));
+        }
+    }
+
+    /// Counts that are 1 or more.
+    fn counts<const N: usize>(&mut self, counts: [(&str, u64); N]) {
+        for (name, count) in counts {
+            self.check(count > 0, format!("{name} is 0, needed at least 1"));
+        }
+    }
+
+    fn sampling(&mut self, temperature: f64, top_p: f64) {
+        let fine = temperature.is_finite() && temperature > 0.0;
+        self.check(fine, format!("temperature is {temperature}, needed more than 0"));
+        let fine = top_p > 0.0 && top_p <= 1.0;
+        self.check(fine, format!("top_p is {top_p}, needed more than 0 and at most 1"));
+    }
+
+    fn mini_batches(&mut self, parts: usize, responses: usize) {
+        let fine = parts <= responses && responses.is_multiple_of(parts.max(1));
+        let fault = format!(
+            "num_mini_batches is {parts}, needed a divisor of the {responses} responses of an update"
+        );
+        self.check(fine, fault);
+    }
+}
+
+impl RunSettings {
     /// All that is out of range, in one sentence, or `None`.
     pub fn fault(&self) -> Option<String> {
-        let mut faults = Vec::new();
-        let mut check = |fine: bool, fault: String| {
-            if !fine {
-                faults.push(fault);
+        let mut faults = Faults::default();
+        self.common.faults(&mut faults);
+        match &self.task {
+            Task::Sft(own) => {
+                let steps = own.gradient_accumulation_steps as u64;
+                faults.counts([("gradient_accumulation_steps", steps)]);
             }
-        };
-        for (name, path) in [("base", &self.base), ("data", &self.data), ("out", &self.out)] {
-            check(!path.empty(), format!("--{name} is missing"));
+            Task::Reward(own) => {
+                let steps = own.gradient_accumulation_steps as u64;
+                faults.counts([("gradient_accumulation_steps", steps)]);
+                let coefficient = own.center_rewards_coefficient;
+                faults.rates([("center_rewards_coefficient", coefficient, f64::MAX)]);
+            }
+            Task::Dpo(own) => own.faults(&mut faults),
+            Task::Ppo(own) => own.faults(&mut faults),
+            Task::Grpo(own) => own.faults(&mut faults),
         }
-        let rates = [
+        (!faults.0.is_empty()).then(|| faults.0.join("; "))
+    }
+}
+
+impl DpoSettings {
+    fn faults(&self, faults: &mut Faults) {
+        faults.counts([("gradient_accumulation_steps", self.gradient_accumulation_steps as u64)]);
+        faults.rates([
+            ("label_smoothing", self.label_smoothing, 0.5),
+            ("simpo_gamma", self.simpo_gamma, f64::MAX),
+            ("desirable_weight", self.desirable_weight, f64::MAX),
+            ("undesirable_weight", self.undesirable_weight, f64::MAX),
+        ]);
+        let beta = self.beta;
+        let fine = beta.is_finite() && beta > 0.0;
+        faults.check(fine, format!("beta is {beta}, needed more than 0"));
+        let plain = Self::default();
+        let name = |loss: PreferenceLoss| {
+            use clap::ValueEnum;
+            loss.to_possible_value().map_or(String::new(), |value| value.get_name().to_string())
+        };
+        let loss = name(self.loss_type);
+        let smooth = [PreferenceLoss::Sigmoid, PreferenceLoss::Hinge, PreferenceLoss::SimPo];
+        let referenced = [PreferenceLoss::Sigmoid, PreferenceLoss::Ipo, PreferenceLoss::Hinge];
+        let needs = [
+            (self.label_smoothing != 0.0, "label_smoothing", &smooth[..]),
+            (self.reference_free, "reference_free", &referenced[..]),
+            (self.simpo_gamma != plain.simpo_gamma, "simpo_gamma", &[PreferenceLoss::SimPo]),
+            (self.desirable_weight != 1.0, "desirable_weight", &[PreferenceLoss::Kto]),
+            (self.undesirable_weight != 1.0, "undesirable_weight", &[PreferenceLoss::Kto]),
+        ];
+        for (_, name, of) in needs.iter().filter(|(set, _, of)| *set && !of.contains(&self.loss_type))
+        {
+            let of: Vec<String> = of.iter().map(|&loss| name(loss)).collect();
+            let of = of.join(", ");
+            faults.check(false, format!("{name} is of loss_type {of}, found {loss}"));
+        }
+        let referenced = self.loss_type.has_reference() && !self.reference_free;
+        let fault = "ref_adapter is given, but this loss has no reference".to_string();
+        faults.check(self.ref_adapter.empty() || referenced, fault);
+    }
+}
+
+impl PpoSettings {
+    fn faults(&self, faults: &mut Faults) {
+        faults.check(!self.reward_adapter.empty(), "--reward-adapter is missing".into());
+        faults.counts([
+            ("batch_size", self.batch_size as u64),
+            ("num_mini_batches", self.num_mini_batches as u64),
+            ("num_ppo_epochs", self.num_ppo_epochs as u64),
+            ("response_length", self.response_length as u64),
+            ("rollout_slots", self.rollout_slots as u64),
+        ]);
+        faults.rates([
+            ("min_reward_accuracy", self.min_reward_accuracy, 1.0),
+            ("missing_eos_penalty", self.missing_eos_penalty, f64::MAX),
+            ("kl_coef", self.kl_coef, f64::MAX),
+            ("target_kl", self.target_kl, f64::MAX),
+            ("gamma", self.gamma, 1.0),
+            ("lam", self.lam, 1.0),
+            ("clip_scores", self.clip_scores, f64::MAX),
+            ("cliprange", self.cliprange, f64::MAX),
+            ("cliprange_value", self.cliprange_value, f64::MAX),
+            ("vf_coef", self.vf_coef, f64::MAX),
+            ("ptx_coef", self.ptx_coef, f64::MAX),
+        ]);
+        let horizon = self.kl_horizon;
+        let fine = horizon.is_finite() && horizon > 0.0;
+        faults.check(fine, format!("kl_horizon is {horizon}, needed more than 0"));
+        faults.sampling(self.temperature, self.top_p);
+        faults.mini_batches(self.num_mini_batches, self.batch_size);
+        let own = self.value_model == ValueModel::Own;
+        let fault = "value_adapter is given, but value_model is policy".to_string();
+        faults.check(own || self.value_adapter.empty(), fault);
+    }
+}
+
+impl GrpoSettings {
+    /// Kinds of reward there are.
+    pub fn rewards(&self) -> usize {
+        let models = [&self.reward_adapter, &self.reward_model];
+        let models = models.iter().filter(|path| !path.empty()).count();
+        self.reward.len() + self.reward_command.len() + models
+    }
+
+    fn faults(&self, faults: &mut Faults) {
+        let (rewards, weights) = (self.rewards(), self.reward_weights.len());
+        let fault = "no reward is given: needed --reward, --reward-command, --reward-adapter or \
+                     --reward-model";
+        faults.check(rewards > 0, fault.into());
+        let fault = format!("reward_weights has {weights} numbers for {rewards} rewards");
+        faults.check(weights == 0 || weights == rewards, fault);
+        let fine = self.reward_weights.iter().all(|weight| weight.is_finite());
+        faults.check(fine, "reward_weights are not all finite".into());
+        faults.counts([
+            ("batch_size", self.batch_size as u64),
+            ("num_iterations", self.num_iterations as u64),
+            ("num_mini_batches", self.num_mini_batches as u64),
+            ("max_completion_length", self.max_completion_length as u64),
+            ("rollout_slots", self.rollout_slots as u64),
+        ]);
+        let n = self.num_generations;
+        let fault = format!("num_generations is {n}, needed at least 2: responses are compared");
+        faults.check(n > 1, fault);
+        faults.rates([
+            ("reward_timeout", self.reward_timeout, 1e9),
+            ("min_reward_accuracy", self.min_reward_accuracy, 1.0),
+            ("beta", self.beta, f64::MAX),
+            ("epsilon", self.epsilon, f64::MAX),
+            ("epsilon_high", self.epsilon_high, f64::MAX),
+        ]);
+        faults.sampling(self.temperature, self.top_p);
+        faults.mini_batches(self.num_mini_batches, self.batch_size * n);
+        let fault = "ref_adapter is given, but beta is 0: there is no reference".to_string();
+        faults.check(self.beta > 0.0 || self.ref_adapter.empty(), fault);
+    }
+}
+
+impl CommonSettings {
+    fn faults(&self, faults: &mut Faults) {
+        for (name, path) in [("base", &self.base), ("data", &self.data), ("out", &self.out)] {
+            faults.check(!path.empty(), format!("--{name} is missing"));
+        }
+        faults.rates([
             ("learning_rate", self.learning_rate, f64::MAX),
             ("weight_decay", self.weight_decay, f64::MAX),
             ("max_grad_norm", self.max_grad_norm, f64::MAX),
             ("adam_epsilon", self.adam_epsilon, f64::MAX),
             ("num_train_epochs", self.num_train_epochs, 1e5),
             ("warmup_ratio", self.warmup_ratio, 1.0),
-        ];
-        for (name, value, most) in rates {
-            let fine = value.is_finite() && value >= 0.0 && value <= most;
-            let most = if most < f64::MAX { format!(", at most {most}") } else { String::new() };
-            check(fine, format!("{name} is {value}, needed 0 or more{most}"));
-        }
+        ]);
         for (name, beta) in [("adam_beta1", self.adam_beta1), ("adam_beta2", self.adam_beta2)] {
-            check((0.0..1.0).contains(&beta), format!("{name} is {beta}, needed in [0, 1)"));
+            faults.check((0.0..1.0).contains(&beta), format!("{name} is {beta}, needed in [0, 1)"));
         }
-        let counts = [
+        faults.counts([
             ("per_device_train_batch_size", self.per_device_train_batch_size as u64),
-            ("gradient_accumulation_steps", self.gradient_accumulation_steps as u64),
             ("eval_steps", self.eval_steps),
             ("save_steps", self.save_steps),
-        ];
-        for (name, count) in counts {
-            check(count > 0, format!("{name} is 0, needed at least 1"));
-        }
-        check(self.adam_epsilon as f32 > 0.0, "adam_epsilon is no positive f32".into());
+        ]);
+        faults.check(self.adam_epsilon as f32 > 0.0, "adam_epsilon is no positive f32".into());
         let budget = &self.memory_budget;
         let fine = budget.is_empty() || parse_bytes(budget).is_some();
-        check(fine, format!("memory_budget is {budget:?}, needed a size like 600MB or 2GiB"));
+        faults.check(fine, format!("memory_budget is {budget:?}, needed a size like 600MB or 2GiB"));
         let p = self.lora_dropout;
-        check((0.0..1.0).contains(&p), format!("lora_dropout is {p}, needed in [0, 1)"));
+        faults.check((0.0..1.0).contains(&p), format!("lora_dropout is {p}, needed in [0, 1)"));
         let seed = self.seed;
-        check(i64::try_from(seed).is_ok(), format!("seed is {seed}, needed below 2^63"));
+        faults.check(i64::try_from(seed).is_ok(), format!("seed is {seed}, needed below 2^63"));
         if !self.adapter.empty() {
             let plain = Self::default();
             let own = [
@@ -254,13 +873,12 @@ impl SftSettings {
                 ("init_lora_weights", self.init_lora_weights != plain.init_lora_weights),
             ];
             for (name, _) in own.iter().filter(|(_, set)| *set) {
-                check(false, format!("{name} is the adapter's own with --adapter, not to be set"));
+                faults.check(false, format!("{name} is the adapter's own with --adapter, not to be set"));
             }
         }
-        check(self.max_length > 1, format!("max_length is {}, needed 2 or more", self.max_length));
+        faults.check(self.max_length > 1, format!("max_length is {}, needed 2 or more", self.max_length));
         let some = self.max_steps > 0 || self.num_train_epochs > 0.0;
-        check(some, "num_train_epochs and max_steps are both 0: nothing would be trained".into());
-        (!faults.is_empty()).then(|| faults.join("; "))
+        faults.check(some, "num_train_epochs and max_steps are both 0: nothing would be trained".into());
     }
 }
 
@@ -270,24 +888,51 @@ mod tests {
 
     #[test]
     fn settings_survive_the_file() {
-        let settings = SftSettings {
-            data: "a.jsonl".into(),
-            target_modules: vec!["q_proj".into()],
-            eval_strategy: Some(EvalStrategy::Steps),
-            ..Default::default()
+        for command in Command::ALL {
+            let mut settings = RunSettings::new(command);
+            settings.common.data = "a.jsonl".into();
+            settings.common.target_modules = vec!["q_proj".into()];
+            settings.common.eval_strategy = Some(EvalStrategy::Steps);
+            settings.common.learning_rate = 3e-7;
+            let text = toml::to_string(&settings.to_table().unwrap()).unwrap();
+            let table: toml::Table = toml::from_str(&text).unwrap();
+            assert_eq!(RunSettings::command_of(&table), Some(command));
+            assert_eq!(RunSettings::from_table(command, table).unwrap(), settings);
+            assert!(!text.contains("exclude_modules"), "{text}");
+        }
+    }
+
+    #[test]
+    fn keys_of_others_are_refused() {
+        let refused = |command, text: &str| {
+            let table = toml::from_str(text).unwrap();
+            RunSettings::from_table(command, table).unwrap_err().to_string()
         };
-        let text = toml::to_string(&settings).unwrap();
-        assert_eq!(toml::from_str::<SftSettings>(&text).unwrap(), settings);
-        assert!(!text.contains("exclude_modules"), "{text}");
-        assert!(toml::from_str::<SftSettings>("learning_rat = 1.0").is_err());
+        assert_eq!(refused(Command::Sft, "learning_rat = 1.0"), "unknown learning_rat of sft");
+        assert_eq!(refused(Command::Sft, "beta = 1.0\nlam = 1"), "unknown beta, lam of sft");
+        assert!(refused(Command::Dpo, "command = 'sft'").contains("settings of \"sft\""));
+        assert!(refused(Command::Dpo, "beta = 'x'").contains("invalid type"));
     }
 
     #[test]
     fn all_faults_are_told_at_once() {
-        let settings = SftSettings { save_steps: 0, adam_beta1: 1.0, ..Default::default() };
+        let mut settings = RunSettings::new(Command::Ppo);
+        settings.common.save_steps = 0;
+        settings.common.adam_beta1 = 1.0;
+        let Task::Ppo(own) = &mut settings.task else { panic!() };
+        (own.num_mini_batches, own.gamma) = (5, 2.0);
         let fault = settings.fault().unwrap();
-        for words in ["--base", "--data", "--out", "save_steps", "adam_beta1"] {
-            assert!(fault.contains(words), "{fault}");
+        for words in [
+            "--base",
+            "--data",
+            "--out",
+            "save_steps",
+            "adam_beta1",
+            "--reward-adapter is missing",
+            "num_mini_batches is 5",
+            "gamma is 2",
+        ] {
+            assert!(fault.contains(words), "{words}: {fault}");
         }
     }
 }

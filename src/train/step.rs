@@ -12,24 +12,27 @@ use candle_core::{Device, Result, Tensor, Var};
 use quantune_adapters::delta::{Dropout, TokenKey};
 
 use crate::data::Batch;
+use crate::model::scoring::{heated, scores};
 use crate::model::layer::{LoraGradients, Tape, Workspace};
 use crate::model::{Adapters, Decoder, Pass, Rows, Worn};
-use crate::objectives::Objective;
+use crate::objectives::{Judged, Objective};
 use crate::ops::Compute;
-use crate::optim::Gradients;
 
 /// What a micro-batch is taken with.
 #[derive(Debug)]
 pub struct StepSettings<'a> {
     /// What is minimized.
-    pub objective: Objective,
+    pub objective: &'a Objective,
     /// What the sum of losses is multiplied with: 1 / the count of the whole step.
     pub scale: f64,
+    /// What logits are divided by.
+    pub temperature: f64,
     /// Layers, from the top, whose tapes are kept for the way down; the others are recomputed.
     pub kept_layers: usize,
     /// The adapters of every row, one of them trainable.
     pub worn: &'a [Worn],
-    /// The trainable parameters, in the order of the gradients: A, then B, module by module.
+    /// The trainable parameters, in the order of the gradients: A, then B, module by module, and the
+    /// score head last, if the adapter has one.
     pub parameters: &'a [Var],
     /// Dropout before A of the trainable adapter.
     pub dropout: Option<&'a Dropout>,
@@ -45,16 +48,17 @@ pub struct Buffers {
     scratch: Tape,
 }
 
-/// Adds the gradients of a micro-batch to `gradients` and returns its summed loss (unscaled).
+/// Adds the gradients of a micro-batch to `gradients` and returns what the objective says of it,
+/// its summed loss (unscaled) first.
 pub fn accumulate(
     decoder: &Decoder,
     batch: &Batch,
     settings: &StepSettings,
-    gradients: &mut Gradients,
+    gradients: &mut [Vec<f32>],
     buffers: &mut Buffers,
-) -> Result<f64> {
-    if batch.count() == 0 {
-        return Ok(0.0);
+) -> Result<Judged> {
+    if settings.objective.reads_log_probs() && batch.targets.is_empty() {
+        return Ok(Judged::default());
     }
     let rows = Rows {
         tokens: batch.tokens.clone(),
@@ -74,9 +78,9 @@ fn fast(
     batch: &Batch,
     pass: &Pass,
     settings: &StepSettings,
-    gradients: &mut Gradients,
+    gradients: &mut [Vec<f32>],
     buffers: &mut Buffers,
-) -> Result<f64> {
+) -> Result<Judged> {
     let Buffers { work, tapes, scratch } = buffers;
     let layers = decoder.config.num_hidden_layers;
     let lowest = decoder.lowest_trainable(Adapters::Same(settings.worn));
@@ -105,8 +109,9 @@ fn fast(
     }
 
     // Read and judge.
-    let (loss, dx) = read(decoder, Tensor::from_vec(x, shape, &Device::Cpu)?, batch, settings)?;
-    let Some(dx) = dx else { return Ok(loss) };
+    let x = Tensor::from_vec(x, shape, &Device::Cpu)?;
+    let (judged, dx) = read(decoder, x, batch, settings, gradients)?;
+    let Some(dx) = dx else { return Ok(judged) };
     let mut dx = dx.flatten_all()?.to_vec1::<f32>()?;
 
     // Down.
@@ -122,31 +127,50 @@ fn fast(
         }
         layer(index).backward(&mut dx, tape, stop, &mut sink, work)?;
     }
-    Ok(loss)
+    Ok(judged)
 }
 
-/// The summed loss, and its gradient to the last layer's output `x (N, H)`.
+/// What the objective says of the last layer's output `x (N, H)`, and the gradient to it. That of
+/// the score head is added up here.
 fn read(
     decoder: &Decoder,
     x: Tensor,
     batch: &Batch,
     settings: &StepSettings,
-) -> Result<(f64, Option<Tensor>)> {
+    gradients: &mut [Vec<f32>],
+) -> Result<(Judged, Option<Tensor>)> {
     let top = Var::from_tensor(&x)?;
     drop(x);
-    let (positions, targets): (Vec<u32>, Vec<u32>) = batch.targets.iter().copied().unzip();
-    let positions = Tensor::new(positions, top.device())?;
-    let read = decoder.final_norm(&top.as_tensor().index_select(&positions, 0)?)?; // (M, H)
-    let logps = decoder.log_probs(&read, &targets)?; // (M)
-    let sum = settings.objective.sum(&logps)?;
-    let mut store = (&sum * settings.scale)?.backward()?;
-    // The tape adds up in f32; what is reported is the sum of the same terms in f64.
-    let loss = match settings.objective {
-        Objective::LanguageModelling => {
-            -logps.to_vec1::<f32>()?.iter().map(|&logp| f64::from(logp)).sum::<f64>()
-        }
+    let rows = |rows: Vec<u32>| -> Result<Tensor> {
+        let rows = Tensor::new(rows, top.device())?;
+        decoder.final_norm(&top.as_tensor().index_select(&rows, 0)?) // (M, H)
     };
-    Ok((loss, store.remove(&top)))
+    let objective = settings.objective;
+    let logps = match objective.reads_log_probs() && !batch.targets.is_empty() {
+        true => {
+            let (positions, targets): (Vec<u32>, Vec<u32>) = batch.targets.iter().copied().unzip();
+            let read = heated(rows(positions)?, settings.temperature)?;
+            Some(decoder.log_probs(&read, &targets)?) // (M)
+        }
+        false => None,
+    };
+    let mut trainable = settings.worn.iter().filter(|worn| worn.trainable);
+    let head = trainable.find_map(|worn| worn.adapter.score.as_ref());
+    let scores = match (objective.score_rows(), head) {
+        (Some(positions), Some(head)) => Some(scores(&rows(positions.to_vec())?, head)?), // (S)
+        (Some(_), None) => candle_core::bail!("scores are read, but the adapter has no score head"),
+        (None, _) => None,
+    };
+    let (sum, judged) = objective.judge(logps.as_ref(), scores.as_ref())?;
+    let mut store = (&sum * settings.scale)?.backward()?;
+    if let Some(head) = head
+        && let Some(added) = store.remove(head)
+    {
+        let gradient = gradients.last_mut().expect("the head is the last parameter");
+        let added = added.flatten_all()?.to_vec1::<f32>()?;
+        gradient.iter_mut().zip(added).for_each(|(sum, value)| *sum += value);
+    }
+    Ok((judged, store.remove(&top)))
 }
 
 /// By the layers' portable form, on candle's tape.
@@ -155,8 +179,8 @@ fn portable(
     batch: &Batch,
     pass: &Pass,
     settings: &StepSettings,
-    gradients: &mut Gradients,
-) -> Result<f64> {
+    gradients: &mut [Vec<f32>],
+) -> Result<Judged> {
     let layers = decoder.config.num_hidden_layers;
     let lowest = decoder.lowest_trainable(Adapters::Same(settings.worn));
     let lowest = lowest.map_or(layers, |(index, _)| index);
@@ -177,7 +201,7 @@ fn portable(
         kept.push((index, input, (!recomputed).then_some(output)));
     }
 
-    let (loss, mut dx) = read(decoder, x, batch, settings)?;
+    let (judged, mut dx) = read(decoder, x, batch, settings, gradients)?;
 
     // Down.
     while let Some((index, input, output)) = kept.pop() {
@@ -197,7 +221,7 @@ fn portable(
             }
         }
     }
-    Ok(loss)
+    Ok(judged)
 }
 
 /// Dropout whose masks belong to the tokens of `batch`, wherever they stand in it.

@@ -8,6 +8,7 @@ use proptest::prelude::*;
 use quantune::data::{
     Batch, DataError, Dataset, EpochPlan, EpochSettings, Example, Row, is_held_out,
 };
+use quantune::ops::Segment;
 use quantune::text::{Special, Tokenizer};
 use serde_json::{Value, json};
 
@@ -625,11 +626,48 @@ fn a_batch_lays_rows_end_to_end() {
     let expected = Batch {
         tokens: vec![1, 2, 3, 4, 5, 6, 7, 8, 9],
         positions: vec![0, 1, 2, 3, 0, 1, 2, 0, 1],
-        segments: vec![0..4, 4..7, 7..9],
+        segments: [0..4, 4..7, 7..9].map(Segment::whole).to_vec(),
         // The row before predicts; nothing predicts a first token, not even a learned one.
         targets: vec![(2, 4), (4, 6), (5, 7)],
+        ends: vec![3, 6, 8],
+        spans: vec![0..1, 1..3, 3..3],
         keys: vec![(0, 0), (0, 1), (0, 2), (0, 3), (4, 0), (4, 1), (4, 2), (2, 70), (2, 71)],
     };
     assert_eq!(batch, expected);
     assert_eq!(batch.count(), 3);
+}
+
+#[test]
+fn a_group_lays_its_prompt_once() {
+    let mut batch = Batch::default();
+    batch.push_group(&[1, 2, 3], &[&[4, 5], &[], &[6]], 9);
+    batch.push_group(&[], &[&[7, 8]], 3);
+    let response = |row: u64, i: u64| row + (i << 40);
+    let after_prompt = |tokens| Segment { tokens, prefix: 0..3 };
+    let expected = Batch {
+        tokens: vec![1, 2, 3, 4, 5, 6, 7, 8],
+        positions: vec![0, 1, 2, 3, 4, 3, 0, 1],
+        segments: vec![
+            Segment::whole(0..3),
+            after_prompt(3..5),
+            after_prompt(5..5),
+            after_prompt(5..6),
+            Segment { tokens: 6..8, prefix: 6..6 },
+        ],
+        // Both first tokens are read at the prompt's last; without a prompt there is none.
+        targets: vec![(2, 4), (3, 5), (2, 6), (6, 8)],
+        ends: vec![4, 2, 5, 7],
+        spans: vec![0..2, 2..2, 2..3, 3..4],
+        keys: vec![
+            (9, 0),
+            (9, 1),
+            (9, 2),
+            (response(9, 1), 3),
+            (response(9, 1), 4),
+            (response(9, 3), 3),
+            (response(3, 1), 0),
+            (response(3, 1), 1),
+        ],
+    };
+    assert_eq!(batch, expected);
 }

@@ -111,7 +111,7 @@ fn greedy_tokens_through_the_cache_are_transformers() {
             };
             let logits = log_softmax(&decoder.logits(&hidden).unwrap());
             for (row, segment) in input.segments.iter().enumerate() {
-                let last = &logits[segment.end - 1];
+                let last = &logits[segment.tokens.end - 1];
                 let best = (0..last.len()).max_by(|&a, &b| last[a].total_cmp(&last[b])).unwrap();
                 ours[row].push(best as u32);
                 new[row] = vec![best as u32];

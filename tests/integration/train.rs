@@ -8,7 +8,7 @@ use candle_core::{Device, Tensor, Var};
 use quantune::data::{Batch, Example};
 use quantune::model::{Adapters, Decoder, Rows, Worn};
 use quantune::objectives::Objective;
-use quantune::ops::Compute;
+use quantune::ops::{Compute, Segment};
 use quantune::optim::{AdamW, AdamWSettings, Gradients, Schedule, ScheduleKind, clip, global_norm};
 use quantune::train::step::{Buffers, StepSettings, accumulate, dropout};
 use quantune_adapters::delta::Adapter;
@@ -93,6 +93,15 @@ impl Run {
             .chunks(layout.micro)
             .map(|rows| Batch::new(rows, &[(0..rows.len()).collect()]))
             .collect();
+        self.step_over(&micro, layout, buffers)
+    }
+
+    fn step_over(
+        &self,
+        micro: &[Batch],
+        layout: Layout,
+        buffers: &mut Buffers,
+    ) -> (f64, Gradients) {
         let count: usize = micro.iter().map(Batch::count).sum();
         let mut gradients: Gradients =
             self.parameters.iter().map(|var| vec![0.0; var.elem_count()]).collect();
@@ -100,7 +109,7 @@ impl Run {
         worn.push(Worn::trainable(self.adapter.clone()));
         let layers = self.decoder.config.num_hidden_layers;
         let mut loss = 0.0;
-        for batch in &micro {
+        for batch in micro {
             let dropout = dropout(batch, 0, layout.dropout, 7);
             let settings = StepSettings {
                 objective: Objective::LanguageModelling,
@@ -278,6 +287,126 @@ fn buffers_hold_nothing_over() {
             let again = run.step_with(rows, layout, &mut buffers);
             assert_eq!(again, run.step(rows, layout), "{compute:?}, {} rows", rows.len());
         }
+    }
+}
+
+/// Responses behind one prompt, a group beside plain rows: shared prompts laid once, and the same
+/// rows laid out whole, each behind a copy of its prompt.
+fn shared_and_whole(name: &str) -> (Batch, Batch) {
+    let all = rows(name);
+    let (mut shared, mut whole) =
+        (Batch::new(&all[..1], &[vec![0]]), Batch::new(&all[..1], &[vec![0]]));
+    let groups = [(&all[1], 12, 3..6), (&all[6], 1, 7..9), (&all[9], 0, 10..12)];
+    for (prompt, length, responses) in groups {
+        let prompt = &prompt.tokens[..length];
+        let responses: Vec<&[u32]> = all[responses].iter().map(|row| &row.tokens[..]).collect();
+        shared.push_group(prompt, &responses, 50);
+        for (i, response) in responses.iter().enumerate() {
+            let tokens = [prompt, response].concat();
+            let learned = (0..tokens.len()).map(|place| place >= length).collect();
+            let first = whole.keys.len();
+            let alone =
+                Batch::new(&[Example { tokens, learned, row: 50, line: 1, start: 0 }], &[vec![0]]);
+            whole = end_to_end(whole, alone);
+            // A copy of the prompt is dropped out as the prompt, a response as itself.
+            let keys = &mut whole.keys[first + length..];
+            keys.iter_mut().for_each(|(row, _)| *row |= (i as u64 + 1) << 40);
+        }
+    }
+    shared = end_to_end(shared, Batch::new(&all[12..13], &[vec![0]]));
+    whole = end_to_end(whole, Batch::new(&all[12..13], &[vec![0]]));
+    (shared, whole)
+}
+
+/// Two batches of plain rows behind the first's, as one.
+fn end_to_end(mut first: Batch, second: Batch) -> Batch {
+    let (tokens, targets) = (first.tokens.len(), first.targets.len());
+    first.tokens.extend(second.tokens);
+    first.positions.extend(second.positions);
+    first.keys.extend(second.keys);
+    let moved = |range: std::ops::Range<usize>, by| range.start + by..range.end + by;
+    first
+        .segments
+        .extend(second.segments.into_iter().map(|s| Segment::whole(moved(s.tokens, tokens))));
+    first.targets.extend(second.targets.iter().map(|(row, token)| (row + tokens as u32, *token)));
+    first.ends.extend(second.ends.iter().map(|row| row + tokens as u32));
+    first.spans.extend(second.spans.into_iter().map(|span| moved(span, targets)));
+    first
+}
+
+fn laid_out(batch: &Batch) -> Rows {
+    Rows {
+        tokens: batch.tokens.clone(),
+        positions: batch.positions.clone(),
+        segments: batch.segments.clone().into(),
+    }
+}
+
+/// A prompt that responses share is the same function as a copy of it a response: to the bit on the
+/// way up, and but for the rounding of sums on the way down, dropout included.
+#[test]
+fn shared_prompts_change_no_hidden_state_log_prob_or_gradient() {
+    let bounds = [(Compute::Portable, 1e-5), (Compute::F32, 1e-5), (Compute::Int16, 2e-3)];
+    for name in ["llama-q4_0", "qwen2-tiny"] {
+        let (shared, whole) = shared_and_whole(name);
+        assert!(shared.tokens.len() < whole.tokens.len());
+        assert_eq!(shared.spans, whole.spans);
+        for (compute, bound) in bounds {
+            let decoder = load(name, compute);
+            let initial = adapter(name, "final", &decoder);
+            let run = Run::new(decoder, initial);
+            let worn = [Worn::frozen(run.adapter.clone())];
+            let read = |batch: &Batch| {
+                let hidden = run.decoder.hidden(&laid_out(batch), Adapters::Same(&worn)).unwrap();
+                let take = |rows: Vec<u32>| {
+                    hidden.index_select(&Tensor::new(rows, &Device::Cpu).unwrap(), 0).unwrap()
+                };
+                let (rows, tokens): (Vec<u32>, Vec<u32>) = batch.targets.iter().copied().unzip();
+                let logps = run.decoder.log_probs(&take(rows), &tokens).unwrap();
+                let ends = take(batch.ends.clone()).flatten_all().unwrap();
+                (logps.to_vec1::<f32>().unwrap(), ends.to_vec1::<f32>().unwrap())
+            };
+            let (ours, theirs) = (read(&shared), read(&whole));
+            if compute == Compute::Portable {
+                assert!(
+                    relative(&ours.0, &theirs.0) < bound && relative(&ours.1, &theirs.1) < bound
+                );
+            } else {
+                assert_eq!(ours, theirs, "{name} {compute:?}");
+            }
+            for layout in [SINGLE, Layout { micro: 1, recompute: true, dropout: 0.2 }] {
+                let step = |batch: &Batch| {
+                    run.step_over(std::slice::from_ref(batch), layout, &mut Buffers::default())
+                };
+                let ((loss, ours), (whole_loss, theirs)) = (step(&shared), step(&whole));
+                assert!(
+                    (loss - whole_loss).abs() < 1e-6,
+                    "{name} {compute:?}: {loss} {whole_loss}"
+                );
+                for (i, (ours, theirs)) in ours.iter().zip(&theirs).enumerate() {
+                    let error = relative(ours, theirs);
+                    assert!(error < bound, "{name} {compute:?}: gradient {i} is {error:e} off");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn threads_change_no_bit_of_a_step() {
+    let name = "llama-q4_0";
+    let (shared, _) = shared_and_whole(name);
+    for compute in [Compute::F32, Compute::Int16] {
+        let decoder = load(name, compute);
+        let initial = adapter(name, "final", &decoder);
+        let run = Run::new(decoder, initial);
+        let step = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let layout = Layout { micro: 1, recompute: false, dropout: 0.1 };
+            let batch = std::slice::from_ref(&shared);
+            pool.install(|| run.step_over(batch, layout, &mut Buffers::default()))
+        };
+        assert_eq!(step(1), step(2), "{compute:?}");
     }
 }
 

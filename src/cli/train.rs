@@ -1,0 +1,129 @@
+//! The commands that train: `quantune sft`, `reward`, `dpo`, `ppo` and `grpo`.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use anyhow::{Context, Result, bail};
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use super::{Usage, to_json};
+use crate::train::settings::CommonFlags;
+use crate::train::{Command, Outcome, RunDir, RunSettings, Summary, train};
+
+/// A training command with flags of its own.
+#[derive(Debug, clap::Args)]
+pub struct Train<F: clap::Args> {
+    #[command(flatten)]
+    common: CommonFlags,
+    #[command(flatten)]
+    own: F,
+    /// A TOML file of settings, keys as the flags with _ for -; flags win
+    #[arg(long)]
+    config: Option<PathBuf>,
+    /// Go on with the run in --out; its settings need not be given again
+    #[arg(long)]
+    resume: bool,
+}
+
+impl<F: clap::Args + Serialize> Train<F> {
+    pub fn run(self, command: Command, json: bool) -> Result<Value> {
+        let settings = self.settings(command)?;
+        let common = &settings.common;
+        let needed = [("base", &common.base), ("data", &common.data), ("out", &common.out)];
+        if let Some((name, _)) = needed.iter().find(|(_, path)| path.as_os_str().is_empty()) {
+            return Err(Usage(format!("--{name} is missing")).into());
+        }
+        let stop = Arc::new(AtomicBool::new(false));
+        let asked = stop.clone();
+        ctrlc::set_handler(move || {
+            if asked.swap(true, Ordering::Relaxed) {
+                std::process::exit(130); // asked twice: the last checkpoint has to do
+            }
+            eprintln!("\nstopping, after the step under way; Ctrl-C again stops at once");
+        })
+        .context("cannot listen for Ctrl-C")?;
+        let (name, out) = (command.name(), common.out.display());
+        let go_on = format!("go on with: quantune {name} --out {out} --resume");
+        match train(&settings, self.resume, &stop)? {
+            Outcome::NotBegun if self.resume => {
+                bail!("stopped before the first step, the run is as it was; {go_on}")
+            }
+            Outcome::NotBegun => bail!("stopped before the run began; nothing was written"),
+            Outcome::Interrupted { step, total_steps } => {
+                bail!("stopped at step {step} of {total_steps}, saved; {go_on}")
+            }
+            Outcome::Done(summary) => {
+                if !json {
+                    say_summary(&summary);
+                }
+                let mut value = to_json(&summary)?;
+                if let Some(object) = value.as_object_mut() {
+                    object.extend(summary.results);
+                }
+                Ok(value)
+            }
+        }
+    }
+
+    /// Defaults < the run's own settings (when resuming) < `--config` < flags.
+    fn settings(&self, command: Command) -> Result<RunSettings> {
+        let mut table = toml::Table::new();
+        if self.resume {
+            let Some(out) = &self.common.out else { bail!("--resume needs --out") };
+            table = RunDir::settings(command, out)?.to_table()?;
+        }
+        if let Some(path) = &self.config {
+            let text = super::read_text(path)?;
+            let file: toml::Table =
+                toml::from_str(&text).with_context(|| path.display().to_string())?;
+            table.extend(file);
+            // Faults are told with the file's name, before flags come in.
+            RunSettings::from_table(command, table.clone())
+                .with_context(|| path.display().to_string())?;
+        }
+        table.extend(toml::Table::try_from(&self.common)?);
+        table.extend(toml::Table::try_from(&self.own)?);
+        Ok(RunSettings::from_table(command, table)?)
+    }
+}
+
+fn say_summary(summary: &Summary) {
+    let show = |loss: Option<f64>| loss.map_or("-".into(), |loss| format!("{loss:.4}"));
+    crate::cli::say!(
+        "{} steps, loss {} to {}, {:.0} tokens/s",
+        summary.steps,
+        show(summary.loss_first),
+        show(summary.loss_last),
+        summary.tokens_per_second
+    );
+    let results = &summary.results;
+    let number = |key: &str| results.get(key).and_then(Value::as_f64);
+    let both = |results: &Map<String, Value>, key: &str| {
+        let of = |end: &str| results.get(&format!("{key}_{end}")).and_then(Value::as_f64);
+        Some((of("first")?, of("last")?))
+    };
+    if let Some((first, last)) = both(results, "eval_loss") {
+        crate::cli::say!("held-out loss {first:.4} before, {last:.4} after");
+    }
+    if let Some(accuracy) = number("eval_accuracy") {
+        let error = number("eval_calibration_error").unwrap_or(f64::NAN);
+        crate::cli::say!(
+            "right about {:.1} % of held-out pairs, calibration error {error:.3}",
+            accuracy * 100.0
+        );
+    }
+    for (key, name) in [
+        ("objective/scores", "score"),
+        ("reward", "reward"),
+        ("objective/kl", "KL"),
+        ("eval_reward", "held-out reward"),
+        ("eval_judge", "held-out judge"),
+    ] {
+        if let Some((first, last)) = both(results, key) {
+            crate::cli::say!("{name} {first:.3} in the first step, {last:.3} in the last");
+        }
+    }
+    crate::cli::say!("adapter: {}", summary.adapter.display());
+}

@@ -1,0 +1,96 @@
+//! What a frozen model makes of tokens that are there already: log-probs of targets and scores, by
+//! the path that training takes.
+
+use std::ops::Range;
+
+use candle_core::{Result, Tensor};
+
+use super::{Adapters, Decoder, Rows, Worn};
+use crate::data::Batch;
+
+/// Tokens that go through the model at once, where rows are as long as that together.
+const TOKENS_AT_A_TIME: usize = 2048;
+
+/// Cuts rows of these lengths into runs of [`TOKENS_AT_A_TIME`] tokens or one row.
+pub fn runs(lengths: impl Iterator<Item = usize>) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    let mut tokens = 0;
+    for (row, length) in lengths.enumerate() {
+        match runs.last_mut() {
+            Some(run) if tokens + length <= TOKENS_AT_A_TIME => {
+                run.end = row + 1;
+                tokens += length;
+            }
+            _ => {
+                runs.push(row..row + 1);
+                tokens = length;
+            }
+        }
+    }
+    runs
+}
+
+/// Hidden states of chosen rows, of the N of a batch, as the head reads them: `(M, hidden_size)`.
+fn hidden_of(decoder: &Decoder, worn: &[Worn], batch: &Batch, rows: Vec<u32>) -> Result<Tensor> {
+    let tokens = Rows {
+        tokens: batch.tokens.clone(),
+        positions: batch.positions.clone(),
+        segments: batch.segments.clone().into(),
+    };
+    let hidden = decoder.hidden(&tokens, Adapters::Same(worn))?;
+    hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)
+}
+
+/// The log-probs of a batch's targets, in nats, of logits divided by `temperature`.
+pub fn target_log_probs(
+    decoder: &Decoder,
+    worn: &[Worn],
+    batch: &Batch,
+    temperature: f64,
+) -> Result<Vec<f32>> {
+    if batch.targets.is_empty() {
+        return Ok(Vec::new());
+    }
+    let (rows, targets): (Vec<u32>, Vec<u32>) = batch.targets.iter().copied().unzip();
+    let hidden = heated(hidden_of(decoder, worn, batch, rows)?, temperature)?;
+    decoder.log_probs(&hidden, &targets)?.to_vec1()
+}
+
+/// The scores that a head `(1, hidden_size)` reads from chosen rows, of the N of a batch.
+pub fn row_scores(
+    decoder: &Decoder,
+    worn: &[Worn],
+    head: &Tensor,
+    batch: &Batch,
+    rows: Vec<u32>,
+) -> Result<Vec<f32>> {
+    if rows.is_empty() {
+        return Ok(Vec::new());
+    }
+    scores(&hidden_of(decoder, worn, batch, rows)?, head)?.to_vec1()
+}
+
+/// Hidden states whose logits are divided by `temperature`.
+pub fn heated(hidden: Tensor, temperature: f64) -> Result<Tensor> {
+    if temperature == 1.0 { Ok(hidden) } else { hidden * (1.0 / temperature) }
+}
+
+/// The scores of hidden states `(M, hidden_size)` by a head `(1, hidden_size)` → `(M)`.
+pub fn scores(hidden: &Tensor, head: &Tensor) -> Result<Tensor> {
+    hidden.matmul(&head.t()?)?.squeeze(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_cut_into_runs() {
+        let check = |lengths: &[usize], needed: &[Range<usize>]| {
+            assert_eq!(runs(lengths.iter().copied()), needed, "{lengths:?}");
+        };
+        check(&[], &[]);
+        check(&[5000], &[0..1]);
+        check(&[1000, 1000, 48, 1, 3000, 7], &[0..3, 3..4, 4..5, 5..6]);
+    }
+}

@@ -1,0 +1,360 @@
+//! From rewards to advantages: what reinforcement learning computes before it learns, in which
+//! there is no gradient. Plain slices, one row or one step at a time, in f64 inside.
+
+use serde::{Deserialize, Serialize};
+
+/// How the divergence of policy and reference is estimated at a sampled token (Schulman 2020,
+/// "Approximating KL divergence").
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum KlEstimator {
+    /// `log π - log π_ref`: unbiased, of either sign.
+    K1,
+    /// `r - 1 - log r` with `r = π_ref / π`: unbiased, never negative, of lower variance.
+    K3,
+}
+
+impl KlEstimator {
+    /// The estimate at each of T tokens sampled from the policy.
+    pub fn per_token(self, logps: &[f32], ref_logps: &[f32]) -> Vec<f32> {
+        let estimate = match self {
+            Self::K1 => kl_k1,
+            Self::K3 => kl_k3,
+        };
+        logps.iter().zip(ref_logps).map(|(&logp, &reference)| estimate(logp, reference)).collect()
+    }
+}
+
+/// `log π - log π_ref` at one token.
+pub fn kl_k1(logp: f32, ref_logp: f32) -> f32 {
+    logp - ref_logp
+}
+
+/// `r - 1 - log r` with `r = π_ref / π` at one token.
+pub fn kl_k3(logp: f32, ref_logp: f32) -> f32 {
+    let log_ratio = f64::from(ref_logp) - f64::from(logp);
+    (log_ratio.exp_m1() - log_ratio) as f32
+}
+
+/// The reward at each of a row's S states: `-kl_coef · kl` at its T tokens, the response's score
+/// besides at the last state.
+///
+/// S is T, or T + 1: TRL's PPO goes on to the state after the last token where a response ended
+/// before `response_length`, and puts the score there. The rewards, values and returns of the row
+/// then have one entry more than its advantages that are used.
+///
+/// # Panics
+/// If there are fewer states than tokens.
+pub fn token_rewards(kl: &[f32], score: f32, kl_coef: f64, states: usize) -> Vec<f32> {
+    assert!(states >= kl.len() && states > 0, "{states} states for {} tokens", kl.len());
+    let mut rewards = vec![0.0; states];
+    for (reward, &kl) in rewards.iter_mut().zip(kl) {
+        *reward = (-kl_coef * f64::from(kl)) as f32;
+    }
+    rewards[states - 1] += score;
+    rewards
+}
+
+/// Generalized advantage estimation (Schulman et al. 2016, equation 16) over the S states of one
+/// row, after which the episode is over: advantages and returns.
+///
+/// `A_t = δ_t + γ λ A_{t+1}` with `δ_t = r_t + γ V_{t+1} - V_t`; the return is `A_t + V_t`.
+pub fn gae(rewards: &[f32], values: &[f32], gamma: f64, lam: f64) -> (Vec<f32>, Vec<f32>) {
+    let (mut advantages, mut returns) = (vec![0.0; values.len()], vec![0.0; values.len()]);
+    let (mut next_value, mut next_advantage) = (0.0, 0.0);
+    for t in (0..values.len()).rev() {
+        let value = f64::from(values[t]);
+        let delta = f64::from(rewards[t]) + gamma * next_value - value;
+        let advantage = delta + gamma * lam * next_advantage;
+        advantages[t] = advantage as f32;
+        returns[t] = (advantage + value) as f32;
+        (next_value, next_advantage) = (value, advantage);
+    }
+    (advantages, returns)
+}
+
+/// Values scaled to variance 1 and, if `shift_mean`, mean 0: over all counted tokens of all rows at
+/// once, as TRL's `masked_whiten` (variance with Bessel's correction, 1e-8 added to it).
+///
+/// A single value has no variance: TRL's is then not a number, here it is 0.
+pub fn whiten(values: &mut [f32], shift_mean: bool) {
+    let mut moments = RunningMoments::default();
+    moments.extend(values);
+    let scale = 1.0 / (moments.variance() + 1e-8).sqrt();
+    let mean = moments.mean;
+    for value in values {
+        let centred = (f64::from(*value) - mean) * scale;
+        *value = if shift_mean { centred } else { centred + mean } as f32;
+    }
+}
+
+/// Mean and variance of everything seen so far (Chan et al. 1979), for rewards kept at one scale
+/// over a run. Saved with it.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct RunningMoments {
+    /// Values seen.
+    pub count: u64,
+    /// Their mean.
+    pub mean: f64,
+    /// The sum of their squared distances from it.
+    pub squares: f64,
+}
+
+impl RunningMoments {
+    /// Counts further values.
+    pub fn extend(&mut self, values: &[f32]) {
+        let Some(more) = Self::of(values) else { return };
+        let (old, new) = (self.count as f64, more.count as f64);
+        let shift = more.mean - self.mean;
+        self.mean += shift * new / (old + new);
+        self.squares += more.squares + shift * shift * old * new / (old + new);
+        self.count += more.count;
+    }
+
+    fn of(values: &[f32]) -> Option<Self> {
+        let count = values.len() as u64;
+        let mean = values.iter().copied().map(f64::from).sum::<f64>() / count as f64;
+        let squares = values.iter().map(|&value| (f64::from(value) - mean).powi(2)).sum();
+        (count > 0).then_some(Self { count, mean, squares })
+    }
+
+    /// With Bessel's correction; 0 of fewer than two values.
+    pub fn variance(&self) -> f64 {
+        self.squares / self.count.saturating_sub(1).max(1) as f64
+    }
+
+    /// The square root of it.
+    pub fn std(&self) -> f64 {
+        self.variance().sqrt()
+    }
+
+    /// `value` in standard deviations, from the mean if `shift_mean`. Before two values are known
+    /// the scale is left as it is.
+    pub fn normalize(&self, value: f32, shift_mean: bool) -> f32 {
+        let scale = if self.count < 2 { 1.0 } else { self.std() + f64::from(f32::EPSILON) };
+        let mean = if shift_mean { self.mean } else { 0.0 };
+        ((f64::from(value) - mean) / scale) as f32
+    }
+}
+
+/// A KL coefficient that follows a target (Ziegler et al. 2019, section 2.2; TRL's
+/// `AdaptiveKLController`). Saved with the run.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct AdaptiveKl {
+    /// The coefficient now.
+    pub kl_coef: f64,
+    /// The KL of a response that is aimed at, in nats (TRL's default 6).
+    pub target: f64,
+    /// Episodes over which the coefficient follows (TRL's default 10000).
+    pub horizon: f64,
+}
+
+impl AdaptiveKl {
+    /// Follows the mean KL of `episodes` responses: `kl_coef · (1 + clip(kl/target - 1, ±0.2) ·
+    /// episodes/horizon)`.
+    pub fn update(&mut self, kl: f64, episodes: usize) {
+        let error = (kl / self.target - 1.0).clamp(-0.2, 0.2);
+        self.kl_coef *= 1.0 + error * episodes as f64 / self.horizon;
+    }
+}
+
+/// What a group's rewards are divided by, beside 1e-4 (TRL's `scale_rewards`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum ScaleRewards {
+    /// Their own standard deviation (GRPO: Shao et al. 2024).
+    Group,
+    /// That of all rewards of the step (Liu et al. 2025, "Tricks or traps").
+    Batch,
+    /// Nothing: a division favours questions that are too easy or too hard (Dr. GRPO: Liu et al.
+    /// 2025).
+    None,
+}
+
+/// Advantages of responses sampled in groups, and what TRL logs of the rewards.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GroupAdvantages {
+    /// One for each response.
+    pub advantages: Vec<f32>,
+    /// `reward`: the mean.
+    pub reward: f64,
+    /// `reward_std`: over all responses; not a number for a single one.
+    pub reward_std: f64,
+    /// `frac_reward_zero_std`: share of responses with no spread to learn from.
+    pub frac_reward_zero_std: f64,
+}
+
+/// Each reward less the mean of its group (GRPO). `rewards` come group after group, `generations`
+/// in each. A reward that is not a number is no reward: it has advantage 0 and is in no mean.
+///
+/// # Panics
+/// If the rewards are no whole number of groups.
+pub fn group_advantages(
+    rewards: &[f32],
+    generations: usize,
+    scale: ScaleRewards,
+) -> GroupAdvantages {
+    let all = Spread::of(rewards);
+    let mut found = vec![0.0; rewards.len()];
+    let mut flat = 0;
+    for (group, advantages) in groups(rewards, generations, &mut found) {
+        let spread = Spread::of(group);
+        let std = match scale {
+            ScaleRewards::Group | ScaleRewards::None => spread.std(generations),
+            ScaleRewards::Batch => all.std(rewards.len()),
+        };
+        for (advantage, &reward) in advantages.iter_mut().zip(group) {
+            let centred = f64::from(reward) - spread.mean;
+            *advantage = number(match scale {
+                ScaleRewards::Group | ScaleRewards::Batch => centred / (std + 1e-4),
+                ScaleRewards::None => centred,
+            });
+        }
+        flat += usize::from(std.abs() <= FLAT);
+    }
+    GroupAdvantages::new(rewards, found, flat * generations)
+}
+
+/// Each reward less the mean of the *other* rewards of its group (RLOO: Ahmadian et al. 2024);
+/// all of them scaled to mean 0 and standard deviation 1 if `normalize_advantages`. Otherwise as
+/// [`group_advantages`].
+///
+/// # Panics
+/// If the rewards are no whole number of groups.
+pub fn rloo_advantages(
+    rewards: &[f32],
+    generations: usize,
+    normalize_advantages: bool,
+) -> GroupAdvantages {
+    let mut raw = vec![0.0; rewards.len()];
+    let mut flat = 0;
+    for (group, advantages) in groups(rewards, generations, &mut raw) {
+        let spread = Spread::of(group);
+        for (advantage, &reward) in advantages.iter_mut().zip(group) {
+            let reward = f64::from(reward);
+            let others = spread.count as f64 - 1.0;
+            let baseline = (spread.mean * spread.count as f64 - reward) / others;
+            *advantage = if generations > 1 { (reward - baseline) as f32 } else { 0.0 };
+        }
+        flat += usize::from(spread.std(generations).abs() <= FLAT);
+    }
+    let all = Spread::of(&raw);
+    let finished = raw.iter().map(|&raw| {
+        let raw = f64::from(raw);
+        let normal = (raw - all.mean) / (all.std(usize::MAX) + 1e-4);
+        number(if normalize_advantages { normal } else { raw })
+    });
+    GroupAdvantages::new(rewards, finished.collect(), flat * generations)
+}
+
+/// A standard deviation that is none (torch's `isclose` to 0).
+const FLAT: f64 = 1e-8;
+
+/// The groups, each with its part of `out`.
+fn groups<'a>(
+    rewards: &'a [f32],
+    generations: usize,
+    out: &'a mut [f32],
+) -> impl Iterator<Item = (&'a [f32], &'a mut [f32])> {
+    let count = rewards.len();
+    let whole = generations > 0 && count.is_multiple_of(generations);
+    assert!(whole, "{count} rewards in groups of {generations}");
+    rewards.chunks(generations).zip(out.chunks_mut(generations))
+}
+
+/// What is not a number, for want of rewards, is no advantage.
+fn number(advantage: f64) -> f32 {
+    if advantage.is_nan() { 0.0 } else { advantage as f32 }
+}
+
+impl GroupAdvantages {
+    fn new(rewards: &[f32], advantages: Vec<f32>, without_spread: usize) -> Self {
+        let all = Spread::of(rewards);
+        Self {
+            advantages,
+            reward: all.mean,
+            reward_std: all.std(usize::MAX),
+            frac_reward_zero_std: without_spread as f64 / rewards.len() as f64,
+        }
+    }
+}
+
+/// Mean and variance of those rewards that are numbers.
+struct Spread {
+    count: u64,
+    mean: f64,
+    squares: f64,
+}
+
+impl Spread {
+    fn of(rewards: &[f32]) -> Self {
+        let rewards = || rewards.iter().filter(|r| !r.is_nan()).map(|&r| f64::from(r));
+        let count = rewards().count() as u64;
+        let mean = rewards().sum::<f64>() / count as f64;
+        let squares = rewards().map(|reward| (reward - mean).powi(2)).sum();
+        Self { count, mean, squares }
+    }
+
+    /// With Bessel's correction, as torch's; of one number among several not a number, but 0 if
+    /// there is only one response anyway (TRL's rule).
+    fn std(&self, responses: usize) -> f64 {
+        match (responses, self.count) {
+            (1, _) => 0.0,
+            (_, 0 | 1) => f64::NAN,
+            (_, count) => (self.squares / (count - 1) as f64).sqrt(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn running_moments_are_those_of_all_values() {
+        let values: Vec<f32> = (0..100).map(|i| (i as f32 * 0.37).sin() * 3.0 + 100.0).collect();
+        let whole = RunningMoments::of(&values).unwrap();
+        for size in [1, 7, 50, 100] {
+            let mut parts = RunningMoments::default();
+            values.chunks(size).for_each(|chunk| parts.extend(chunk));
+            parts.extend(&[]);
+            assert_eq!(parts.count, 100);
+            assert!((parts.mean - whole.mean).abs() < 1e-12, "{parts:?}");
+            assert!((parts.squares - whole.squares).abs() < 1e-9, "{parts:?}");
+        }
+        let saved = serde_json::to_string(&whole).unwrap();
+        assert_eq!(serde_json::from_str::<RunningMoments>(&saved).unwrap(), whole);
+        let mut one = RunningMoments::default();
+        assert_eq!(one.normalize(3.0, true), 3.0);
+        one.extend(&[2.0]);
+        assert_eq!(one.normalize(3.0, true), 1.0);
+    }
+
+    #[test]
+    fn whitening_nothing_or_one_value_gives_numbers() {
+        whiten(&mut [], true);
+        let mut one = [5.0];
+        whiten(&mut one, true);
+        assert_eq!(one, [0.0]);
+        whiten(&mut one, false);
+        assert_eq!(one, [0.0]);
+    }
+
+    #[test]
+    fn the_coefficient_follows_its_target() {
+        // KL, episodes, the coefficient after: at most a fifth of episodes/horizon at a time.
+        for (kl, episodes, expected) in
+            [(6.0, 100, 0.2), (60.0, 100, 0.2004), (0.0, 100, 0.1996), (6.6, 10_000, 0.22)]
+        {
+            let mut adaptive = AdaptiveKl { kl_coef: 0.2, target: 6.0, horizon: 10_000.0 };
+            adaptive.update(kl, episodes);
+            assert!((adaptive.kl_coef - expected).abs() < 1e-12, "{kl}: {adaptive:?}");
+        }
+    }
+
+    #[test]
+    fn the_score_is_at_the_last_state() {
+        assert_eq!(token_rewards(&[1.0, -2.0], 3.0, 0.5, 2), [-0.5, 4.0]);
+        assert_eq!(token_rewards(&[1.0, -2.0], 3.0, 0.5, 3), [-0.5, 1.0, 3.0]);
+    }
+}

@@ -1,0 +1,386 @@
+//! Learning from comparisons without a reward model: DPO and its kin. All of them judge responses
+//! by their log-probs alone; which, and against what, is the row of an enum. Formulas are those of
+//! TRL 1.16 (DPOTrainer, KTOTrainer, and of its experimental trainers ORPO's and CPO's).
+
+use candle_core::{Result, Tensor};
+use serde::{Deserialize, Serialize};
+
+use super::reward::{floats, log_sigmoid};
+
+/// What is minimized over a comparison.
+///
+/// With `h = log π(y_w)/π_ref(y_w) - log π(y_l)/π_ref(y_l)`, the difference of the log-ratios of
+/// chosen and rejected:
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum PreferenceLoss {
+    /// DPO (Rafailov et al. 2023, equation 7): `-log σ(β h)`. Label smoothing ε makes it
+    /// conservative (Mitchell 2023): `-(1 - ε) log σ(β h) - ε log σ(-β h)`.
+    Sigmoid,
+    /// SLiC (Zhao et al. 2023): `max(0, 1 - β h)`.
+    Hinge,
+    /// IPO (Azar et al. 2023, equation 17): `(h' - 1 / 2β)²`, where h' has each log-ratio divided
+    /// by the tokens of its response.
+    Ipo,
+    /// ORPO (Hong et al. 2024, equation 6): the log-odds ratio, beside the negative log-likelihood
+    /// of what was chosen. No reference.
+    Orpo,
+    /// SimPO (Meng et al. 2024, equation 6): log-probs per token, a target margin γ, no reference;
+    /// smoothed as DPO is.
+    #[value(name = "simpo")]
+    SimPo,
+    /// KTO (Ethayarajh et al. 2024, equation 7): responses labelled good or bad, no pairs; see
+    /// [`kto_losses`].
+    Kto,
+}
+
+impl PreferenceLoss {
+    /// Whether the loss asks for a reference at all.
+    pub fn has_reference(self) -> bool {
+        match self {
+            Self::Sigmoid | Self::Hinge | Self::Ipo | Self::Kto => true,
+            Self::Orpo | Self::SimPo => false,
+        }
+    }
+}
+
+/// The numbers of a loss, named and set as TRL does.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PreferenceSettings {
+    /// Which loss.
+    pub loss_type: PreferenceLoss,
+    /// How strongly the reference holds; the weight of the odds ratio in ORPO.
+    pub beta: f64,
+    /// Share of comparisons taken to be labelled the wrong way round, of `Sigmoid` and `SimPo`.
+    pub label_smoothing: f64,
+    /// Target margin of `SimPo`, in units of reward.
+    pub simpo_gamma: f64,
+    /// Weight of KTO's good responses.
+    pub desirable_weight: f64,
+    /// Weight of KTO's bad responses.
+    pub undesirable_weight: f64,
+}
+
+impl Default for PreferenceSettings {
+    fn default() -> Self {
+        Self {
+            loss_type: PreferenceLoss::Sigmoid,
+            beta: 0.1,
+            label_smoothing: 0.0,
+            simpo_gamma: 0.5,
+            desirable_weight: 1.0,
+            undesirable_weight: 1.0,
+        }
+    }
+}
+
+/// What is known of P pairs.
+#[derive(Debug, Clone, Copy)]
+pub struct PairLogps<'a> {
+    /// Log-probs of the chosen responses under the policy, summed over their tokens, `(P)` F32.
+    pub chosen: &'a Tensor,
+    /// The same of the rejected.
+    pub rejected: &'a Tensor,
+    /// The same under the reference, chosen and rejected, `(P)` each. Without, the reference is
+    /// uniform (TRL's `reference_free`).
+    pub reference: Option<(&'a [f32], &'a [f32])>,
+    /// Tokens of the chosen responses, `(P)`.
+    pub chosen_tokens: &'a [usize],
+    /// Tokens of the rejected.
+    pub rejected_tokens: &'a [usize],
+    /// What ORPO also minimizes.
+    pub nll: Option<NegativeLogLikelihood<'a>>,
+}
+
+/// The likelihood of what was chosen, prompts included (as in TRL and ORPO's own code).
+#[derive(Debug, Clone, Copy)]
+pub struct NegativeLogLikelihood<'a> {
+    /// Log-probs of prompt and chosen response, summed over their predicted tokens, `(P)` F32.
+    pub logps: &'a Tensor,
+    /// The tokens summed over, `(P)`.
+    pub tokens: &'a [usize],
+    /// Pairs of the whole step divided by these tokens of the whole step: so that the mean over
+    /// tokens and the mean over pairs become one sum over pairs.
+    pub weight: f64,
+}
+
+/// The losses of P pairs, or of R labelled responses.
+#[derive(Debug)]
+pub struct Preference {
+    /// One for each, `(P)` F32, differentiable: the caller divides their sum by the pairs (KTO: the
+    /// responses) of the whole step.
+    pub losses: Tensor,
+    /// Implicit rewards `β log π/π_ref` of the chosen responses; of the good ones, in KTO.
+    pub chosen_rewards: Vec<f64>,
+    /// The same of the rejected, or the bad.
+    pub rejected_rewards: Vec<f64>,
+    /// Sums.
+    pub stats: PreferenceStats,
+}
+
+/// The losses of pairs.
+///
+/// # Errors
+/// If counts differ, ORPO is not told the likelihood, or the loss is KTO's, which knows no pairs.
+pub fn preference_losses(
+    settings: &PreferenceSettings,
+    logps: &PairLogps<'_>,
+) -> Result<Preference> {
+    let &PreferenceSettings { loss_type, beta, label_smoothing, simpo_gamma, .. } = settings;
+    let (chosen, rejected) = (logps.chosen, logps.rejected);
+    match loss_type {
+        PreferenceLoss::Sigmoid => {
+            let [chosen, rejected] = log_ratios(logps)?;
+            let losses = smoothed(&((&chosen - &rejected)? * beta)?, label_smoothing)?;
+            judged(losses, beta, [&chosen, &rejected], [logps.chosen, logps.rejected])
+        }
+        PreferenceLoss::Hinge => {
+            let [chosen, rejected] = log_ratios(logps)?;
+            let losses = ((&chosen - &rejected)? * -beta)?.affine(1.0, 1.0)?.relu()?;
+            judged(losses, beta, [&chosen, &rejected], [logps.chosen, logps.rejected])
+        }
+        PreferenceLoss::Ipo => {
+            let [chosen, rejected] = log_ratios(logps)?;
+            let h = (per_token(&chosen, logps.chosen_tokens)?
+                - per_token(&rejected, logps.rejected_tokens)?)?;
+            let losses = h.affine(1.0, -0.5 / beta)?.sqr()?;
+            judged(losses, beta, [&chosen, &rejected], [logps.chosen, logps.rejected])
+        }
+        PreferenceLoss::SimPo => {
+            let chosen = per_token(chosen, logps.chosen_tokens)?;
+            let rejected = per_token(rejected, logps.rejected_tokens)?;
+            let z = (&chosen - &rejected)?.affine(beta, -simpo_gamma)?;
+            let losses = smoothed(&z, label_smoothing)?;
+            judged(losses, beta, [&chosen, &rejected], [&chosen, &rejected])
+        }
+        PreferenceLoss::Orpo => {
+            let Some(nll) = logps.nll else {
+                candle_core::bail!("ORPO needs the log-likelihood of what was chosen")
+            };
+            let chosen = per_token(chosen, logps.chosen_tokens)?;
+            let rejected = per_token(rejected, logps.rejected_tokens)?;
+            let log_odds = (log_odds(&chosen)? - log_odds(&rejected)?)?;
+            let ratio = log_sigmoid(&log_odds)?;
+            let losses = ((&ratio * -beta)? - (nll.logps * nll.weight)?)?;
+            let mut found = judged(losses, beta, [&chosen, &rejected], [&chosen, &rejected])?;
+            found.stats.log_odds_ratio = floats(&ratio)?.iter().sum();
+            found.stats.log_odds_chosen = floats(&log_odds)?.iter().sum();
+            found.stats.nll = -floats(nll.logps)?.iter().sum::<f64>();
+            found.stats.nll_tokens = nll.tokens.iter().map(|&tokens| tokens as u64).sum();
+            Ok(found)
+        }
+        PreferenceLoss::Kto => candle_core::bail!("KTO judges single responses, not pairs"),
+    }
+}
+
+/// The losses of R labelled responses: `w · (1 - σ(±β (log π/π_ref - kl)))`, + and the desirable
+/// weight for those labelled good, - and the undesirable one for the others.
+///
+/// `logps (R)` F32 are summed over the tokens of each response, `reference (R)` the same under the
+/// reference. `kl` is [`kto_kl`] of the whole step, in which there is no gradient.
+///
+/// # Errors
+/// If counts differ.
+pub fn kto_losses(
+    settings: &PreferenceSettings,
+    logps: &Tensor,
+    reference: &[f32],
+    labels: &[bool],
+    kl: f64,
+) -> Result<Preference> {
+    let &PreferenceSettings { beta, desirable_weight, undesirable_weight, .. } = settings;
+    let column = |values: Vec<f32>| Tensor::from_vec(values, labels.len(), logps.device());
+    let signed = |good: f64, bad: f64| -> Vec<f32> {
+        labels.iter().map(|&label| if label { good } else { bad } as f32).collect()
+    };
+    let ratios = (logps - column(reference.to_vec())?)?; // (R)
+    let z = (ratios.affine(beta, -beta * kl)? * column(signed(1.0, -1.0))?)?;
+    let losses = (log_sigmoid(&z.neg()?)?.exp()? // 1 - σ(z)
+        * column(signed(desirable_weight, undesirable_weight))?)?;
+
+    let mut found = Preference {
+        losses,
+        chosen_rewards: Vec::new(),
+        rejected_rewards: Vec::new(),
+        stats: PreferenceStats::default(),
+    };
+    for ((ratio, logp), &good) in floats(&ratios)?.into_iter().zip(floats(logps)?).zip(labels) {
+        let stats = &mut found.stats;
+        if good {
+            stats.chosen += 1;
+            stats.chosen_rewards += beta * ratio;
+            stats.chosen_logps += logp;
+            found.chosen_rewards.push(beta * ratio);
+        } else {
+            stats.rejected += 1;
+            stats.rejected_rewards += beta * ratio;
+            stats.rejected_logps += logp;
+            found.rejected_rewards.push(beta * ratio);
+        }
+    }
+    found.stats.loss = floats(&found.losses)?.iter().sum();
+    found.stats.kl = Some(kl);
+    Ok(found)
+}
+
+/// Which response each prompt of a batch is paired with for KTO's KL term: that of the row before
+/// it, the first with the last (TRL's rotation by one).
+pub fn kto_mismatched(rows: usize) -> Vec<usize> {
+    (0..rows).map(|row| (row + rows - 1) % rows).collect()
+}
+
+/// KTO's reference point: the mean of `log π/π_ref` over the mismatched responses, at least 0.
+pub fn kto_kl(logps: &[f32], reference: &[f32]) -> f64 {
+    let ratios = logps.iter().zip(reference).map(|(&p, &r)| f64::from(p) - f64::from(r));
+    (ratios.sum::<f64>() / logps.len().max(1) as f64).max(0.0)
+}
+
+/// `log π/π_ref` of chosen and rejected, `(P)` each.
+fn log_ratios(logps: &PairLogps<'_>) -> Result<[Tensor; 2]> {
+    let Some((chosen, rejected)) = logps.reference else {
+        return Ok([logps.chosen.clone(), logps.rejected.clone()]);
+    };
+    let less = |policy: &Tensor, reference: &[f32]| {
+        policy - Tensor::from_slice(reference, reference.len(), policy.device())?
+    };
+    Ok([less(logps.chosen, chosen)?, less(logps.rejected, rejected)?])
+}
+
+/// `-(1 - ε) log σ(z) - ε log σ(-z)`.
+fn smoothed(z: &Tensor, label_smoothing: f64) -> Result<Tensor> {
+    let losses = log_sigmoid(z)?.neg()?;
+    if label_smoothing == 0.0 {
+        return Ok(losses);
+    }
+    let flipped = log_sigmoid(&z.neg()?)?.neg()?;
+    (losses * (1.0 - label_smoothing))? + (flipped * label_smoothing)?
+}
+
+/// Sums `(P)` over tokens as means over them.
+fn per_token(sums: &Tensor, tokens: &[usize]) -> Result<Tensor> {
+    let tokens: Vec<f32> = tokens.iter().map(|&tokens| tokens.max(1) as f32).collect();
+    let count = tokens.len();
+    sums / Tensor::from_vec(tokens, count, sums.device())?
+}
+
+/// `log p/(1 - p)` of log-probs per token.
+///
+/// `log(1 - p)` as `log(tanh(-x/2) (1 + exp x))`, exact near p = 1 where `1 - exp x` cancels. A
+/// probability that rounds to 1 has no odds: it is held just below, without a gradient there.
+fn log_odds(logps: &Tensor) -> Result<Tensor> {
+    let x = logps.minimum(-1e-6)?;
+    let rest = ((&x * -0.5)?.tanh()?.log()? + (x.exp()? + 1.0)?.log()?)?;
+    x - rest
+}
+
+/// The result of pairs, from what stands for their rewards (times β) and for their log-probs.
+fn judged(
+    losses: Tensor,
+    beta: f64,
+    rewards: [&Tensor; 2],
+    logps: [&Tensor; 2],
+) -> Result<Preference> {
+    let scaled = |values: &Tensor| -> Result<Vec<f64>> {
+        Ok(floats(values)?.into_iter().map(|value| beta * value).collect())
+    };
+    let (chosen_rewards, rejected_rewards) = (scaled(rewards[0])?, scaled(rewards[1])?);
+    let ahead = chosen_rewards.iter().zip(&rejected_rewards).filter(|(c, r)| c > r).count();
+    let stats = PreferenceStats {
+        chosen: chosen_rewards.len() as u64,
+        rejected: rejected_rewards.len() as u64,
+        loss: floats(&losses)?.iter().sum(),
+        chosen_rewards: chosen_rewards.iter().sum(),
+        rejected_rewards: rejected_rewards.iter().sum(),
+        accurate: Some(ahead as u64),
+        chosen_logps: floats(logps[0])?.iter().sum(),
+        rejected_logps: floats(logps[1])?.iter().sum(),
+        ..PreferenceStats::default()
+    };
+    Ok(Preference { losses, chosen_rewards, rejected_rewards, stats })
+}
+
+/// Sums over a batch; those of several batches add up.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct PreferenceStats {
+    /// Chosen (good) responses.
+    pub chosen: u64,
+    /// Rejected (bad) ones.
+    pub rejected: u64,
+    /// The losses.
+    pub loss: f64,
+    /// Implicit rewards of the chosen.
+    pub chosen_rewards: f64,
+    /// Of the rejected.
+    pub rejected_rewards: f64,
+    /// Pairs in which the chosen response has the higher reward; KTO has no pairs.
+    pub accurate: Option<u64>,
+    /// Log-probs of the chosen; ORPO's and SimPO's are per token.
+    pub chosen_logps: f64,
+    /// Of the rejected.
+    pub rejected_logps: f64,
+    /// ORPO: negative log-likelihood of what was chosen.
+    pub nll: f64,
+    /// ORPO: tokens of that.
+    pub nll_tokens: u64,
+    /// ORPO: `log σ` of the log-odds ratios, which TRL calls so.
+    pub log_odds_ratio: f64,
+    /// ORPO: the log-odds ratios.
+    pub log_odds_chosen: f64,
+    /// KTO: the reference point of the step.
+    pub kl: Option<f64>,
+}
+
+impl PreferenceStats {
+    /// Adds another batch of the same step.
+    pub fn add(&mut self, other: &Self) {
+        self.chosen += other.chosen;
+        self.rejected += other.rejected;
+        self.loss += other.loss;
+        self.chosen_rewards += other.chosen_rewards;
+        self.rejected_rewards += other.rejected_rewards;
+        self.accurate = match (self.accurate, other.accurate) {
+            (Some(a), Some(b)) => Some(a + b),
+            (a, b) => a.or(b),
+        };
+        self.chosen_logps += other.chosen_logps;
+        self.rejected_logps += other.rejected_logps;
+        self.nll += other.nll;
+        self.nll_tokens += other.nll_tokens;
+        self.log_odds_ratio += other.log_odds_ratio;
+        self.log_odds_chosen += other.log_odds_chosen;
+        self.kl = self.kl.or(other.kl);
+    }
+
+    /// Means under TRL's names. As there, a side of which there is nothing has no metric.
+    pub fn metrics(&self) -> Vec<(&'static str, f64)> {
+        let mut metrics = Vec::new();
+        let mut side = |count: u64, [reward, logp]: [(&'static str, f64); 2]| {
+            if count > 0 {
+                metrics.push((reward.0, reward.1 / count as f64));
+                metrics.push((logp.0, logp.1 / count as f64));
+            }
+        };
+        let chosen = ("rewards/chosen", self.chosen_rewards);
+        side(self.chosen, [chosen, ("logps/chosen", self.chosen_logps)]);
+        let rejected = ("rewards/rejected", self.rejected_rewards);
+        side(self.rejected, [rejected, ("logps/rejected", self.rejected_logps)]);
+        if self.chosen > 0 && self.rejected > 0 {
+            let chosen = self.chosen_rewards / self.chosen as f64;
+            let rejected = self.rejected_rewards / self.rejected as f64;
+            metrics.push(("rewards/margins", chosen - rejected));
+        }
+        if let Some(accurate) = self.accurate {
+            metrics.push(("rewards/accuracies", accurate as f64 / self.chosen.max(1) as f64));
+        }
+        if self.nll_tokens > 0 {
+            let pairs = self.chosen.max(1) as f64;
+            metrics.push(("nll_loss", self.nll / self.nll_tokens as f64));
+            metrics.push(("log_odds_ratio", self.log_odds_ratio / pairs));
+            metrics.push(("log_odds_chosen", self.log_odds_chosen / pairs));
+        }
+        if let Some(kl) = self.kl {
+            metrics.push(("kl", kl));
+        }
+        metrics
+    }
+}

@@ -1,0 +1,152 @@
+//! From scored responses to what PPO learns from: rewards token by token, advantages, returns, and
+//! the micro-batches of a step (Schulman et al. 2017; Ziegler et al. 2019). States and rewards
+//! stand where TRL's PPOTrainer has them.
+
+use crate::data::Batch;
+use crate::objectives::advantage::{KlEstimator, gae, token_rewards, whiten};
+use crate::objectives::{Objective, PpoPolicy, PpoValue};
+
+/// How rewards become advantages. Names are TRL's.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdvantageSettings {
+    /// Weight of the divergence from the reference.
+    pub kl_coef: f64,
+    /// Its estimate.
+    pub kl_estimator: KlEstimator,
+    /// Discount.
+    pub gamma: f64,
+    /// Lambda.
+    pub lam: f64,
+    /// Whether rewards are scaled to deviation 1 (and keep their mean).
+    pub whiten_rewards: bool,
+}
+
+/// What PPO knows of a response beside its tokens.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Experience {
+    /// Log-probs of its T tokens when it was sampled, by the training path.
+    pub old_logps: Vec<f32>,
+    /// The same under the reference.
+    pub ref_logps: Vec<f32>,
+    /// Values of its S states: before each token, and, in a response shorter than it might be, after
+    /// the last.
+    pub values: Vec<f32>,
+    /// What the reward model gave, penalties included.
+    pub score: f32,
+    /// Divergence from the reference at each token.
+    pub kl: Vec<f32>,
+    /// Rewards of the states.
+    pub rewards: Vec<f32>,
+    /// Advantages of the tokens.
+    pub advantages: Vec<f32>,
+    /// Returns of the states.
+    pub returns: Vec<f32>,
+}
+
+/// States of a response of `tokens` tokens that might have had `most`: as TRL, the one after the
+/// last token counts where there was room for another, and the score is given there.
+pub fn states(tokens: usize, most: usize) -> usize {
+    if tokens < most { tokens + 1 } else { tokens }
+}
+
+/// Computes divergences, rewards, advantages and returns of all responses of an update, from their
+/// log-probs, values and scores.
+pub fn finish(rows: &mut [Experience], settings: &AdvantageSettings) {
+    for row in rows.iter_mut() {
+        row.kl = settings.kl_estimator.per_token(&row.old_logps, &row.ref_logps);
+        let states = row.values.len();
+        row.rewards = token_rewards(&row.kl, row.score, settings.kl_coef, states);
+    }
+    if settings.whiten_rewards {
+        whiten_all(rows, |row| &mut row.rewards, false);
+    }
+    for row in rows.iter_mut() {
+        let (mut advantages, returns) =
+            gae(&row.rewards, &row.values, settings.gamma, settings.lam);
+        advantages.truncate(row.old_logps.len());
+        (row.advantages, row.returns) = (advantages, returns);
+    }
+    whiten_all(rows, |row| &mut row.advantages, true);
+}
+
+/// Whitens a part of all rows together.
+fn whiten_all(
+    rows: &mut [Experience],
+    part: impl Fn(&mut Experience) -> &mut Vec<f32>,
+    shift_mean: bool,
+) {
+    let mut all: Vec<f32> = rows.iter_mut().flat_map(|row| part(row).clone()).collect();
+    whiten(&mut all, shift_mean);
+    let mut all = all.into_iter();
+    for row in rows {
+        for (value, whitened) in part(row).iter_mut().zip(all.by_ref()) {
+            *value = whitened;
+        }
+    }
+}
+
+/// The rows, of the N of [`lay_out`](super::respond::lay_out), from which the values of the states are read.
+pub fn state_rows(batch: &Batch, states: impl Iterator<Item = usize>) -> Vec<u32> {
+    let mut rows = Vec::new();
+    for ((span, &end), states) in batch.spans.iter().zip(&batch.ends).zip(states) {
+        rows.extend(batch.targets[span.clone()].iter().map(|&(row, _)| row));
+        if states > span.len() {
+            rows.push(end);
+        }
+    }
+    rows
+}
+
+/// What a mini-batch's parts are divided by.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Counts {
+    tokens: usize,
+    states: usize,
+}
+
+impl Counts {
+    /// Of a mini-batch.
+    pub fn of(rows: &[&Experience]) -> Self {
+        Self {
+            tokens: rows.iter().map(|row| row.old_logps.len()).sum(),
+            states: rows.iter().map(|row| row.values.len()).sum(),
+        }
+    }
+}
+
+/// The policy's part of a micro-batch of the responses of `rows`.
+pub fn policy_part(rows: &[&Experience], counts: Counts, cliprange: f64) -> PpoPolicy {
+    let all = |part: fn(&Experience) -> &Vec<f32>| -> Vec<f32> {
+        rows.iter().flat_map(|row| part(row).iter().copied()).collect()
+    };
+    let old_logps = all(|row| &row.old_logps);
+    let weights = vec![1.0 / counts.tokens as f32; old_logps.len()];
+    PpoPolicy { old_logps, advantages: all(|row| &row.advantages), weights, cliprange }
+}
+
+/// The value head's part. `batch` is their [`lay_out`](super::respond::lay_out).
+pub fn value_part(
+    rows: &[&Experience],
+    batch: &Batch,
+    counts: Counts,
+    vf_coef: f64,
+    cliprange_value: f64,
+) -> PpoValue {
+    let all = |part: fn(&Experience) -> &Vec<f32>| -> Vec<f32> {
+        rows.iter().flat_map(|row| part(row).iter().copied()).collect()
+    };
+    let old_values = all(|row| &row.values);
+    let weights = vec![(vf_coef / counts.states as f64) as f32; old_values.len()];
+    PpoValue {
+        rows: state_rows(batch, rows.iter().map(|row| row.values.len())),
+        old_values,
+        returns: all(|row| &row.returns),
+        weights,
+        cliprange_value,
+    }
+}
+
+/// An objective of the two.
+pub fn objective(policy: Option<PpoPolicy>, value: Option<PpoValue>) -> Objective {
+    Objective::Ppo { policy: policy.map(Box::new), value: value.map(Box::new) }
+}

@@ -1,0 +1,143 @@
+//! Responses of the policy, and what frozen models make of them, by the path that training takes.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use candle_core::{Result, Tensor};
+
+use crate::data::Batch;
+use crate::generate::{Finish, GenerateError, Request, Settings, generate};
+use crate::model::scoring::{row_scores, runs, target_log_probs};
+use crate::model::{Adapters, Decoder, Worn};
+
+use super::ppo::{self, state_rows};
+
+/// A response to a prompt.
+#[derive(Debug, Clone)]
+pub struct Response {
+    /// Whose it is; responses of a group share it.
+    pub prompt: Arc<[u32]>,
+    /// Its tokens, with the one that ended it if one came.
+    pub tokens: Vec<u32>,
+    /// What its randomness is keyed by; below 2⁴⁰.
+    pub key: u64,
+    /// Whether it ended by itself.
+    pub ended: bool,
+    /// Log-probs of its tokens as the sampler saw them, at its temperature, before filters.
+    pub sampled_logps: Vec<f32>,
+    /// Log-probs of the draws: after filters.
+    pub drawn_logps: Vec<f32>,
+}
+
+impl Response {
+    /// Tokens of prompt and response.
+    pub fn len(&self) -> usize {
+        self.prompt.len() + self.tokens.len()
+    }
+
+    /// Whether there is not even a prompt.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Answers prompts, `per_prompt` responses each, one prompt's together. Randomness is keyed from
+/// `first_key` on.
+pub fn respond(
+    decoder: &Decoder,
+    worn: &[Worn],
+    prompts: &[Arc<[u32]>],
+    per_prompt: usize,
+    settings: &Settings,
+    is_end: &dyn Fn(u32) -> bool,
+    first_key: u64,
+) -> std::result::Result<Vec<Response>, GenerateError> {
+    let owners: Vec<&Arc<[u32]>> =
+        prompts.iter().flat_map(|prompt| std::iter::repeat_n(prompt, per_prompt)).collect();
+    let requests: Vec<Request> =
+        owners.iter().zip(first_key..).map(|(prompt, key)| Request::new(prompt, key)).collect();
+    let never = &mut |_: usize, _: u32| ControlFlow::Continue(());
+    let generated = generate(decoder, Adapters::Same(worn), &requests, settings, is_end, never)?;
+    let responses = generated.rows.into_iter().zip(owners).zip(first_key..);
+    Ok(responses
+        .map(|((generated, prompt), key)| Response {
+            prompt: prompt.clone(),
+            ended: generated.finish == Finish::Stop,
+            tokens: generated.token_ids,
+            key,
+            sampled_logps: generated.sampled_logps,
+            drawn_logps: generated.drawn_logps,
+        })
+        .collect())
+}
+
+/// Responses laid out behind their prompts, a prompt once for neighbours that share it.
+pub fn lay_out(responses: &[&Response]) -> Batch {
+    let mut batch = Batch::default();
+    for group in responses.chunk_by(|a, b| Arc::ptr_eq(&a.prompt, &b.prompt)) {
+        let tokens: Vec<&[u32]> = group.iter().map(|response| &response.tokens[..]).collect();
+        batch.push_group(&group[0].prompt, &tokens, group[0].key);
+    }
+    batch
+}
+
+/// Log-probs of each response's tokens, of logits divided by `temperature`.
+pub fn log_probs(
+    decoder: &Decoder,
+    worn: &[Worn],
+    responses: &[Response],
+    temperature: f64,
+) -> Result<Vec<Vec<f32>>> {
+    let mut all = Vec::with_capacity(responses.len());
+    for run in runs(responses.iter().map(Response::len)) {
+        let responses: Vec<&Response> = responses[run].iter().collect();
+        let batch = lay_out(&responses);
+        let logps = target_log_probs(decoder, worn, &batch, temperature)?;
+        all.extend(batch.spans.iter().map(|span| logps[span.clone()].to_vec()));
+    }
+    Ok(all)
+}
+
+/// Values of each response's states, by a head `(1, hidden_size)`; `most` is what a response may
+/// have of tokens.
+pub fn values(
+    decoder: &Decoder,
+    worn: &[Worn],
+    head: &Tensor,
+    responses: &[Response],
+    most: usize,
+) -> Result<Vec<Vec<f32>>> {
+    let mut all = Vec::with_capacity(responses.len());
+    for run in runs(responses.iter().map(Response::len)) {
+        let responses: Vec<&Response> = responses[run].iter().collect();
+        let batch = lay_out(&responses);
+        let states = || responses.iter().map(|response| ppo::states(response.tokens.len(), most));
+        let rows = state_rows(&batch, states());
+        let mut values = row_scores(decoder, worn, head, &batch, rows)?.into_iter();
+        all.extend(states().map(|states| values.by_ref().take(states).collect::<Vec<f32>>()));
+    }
+    Ok(all)
+}
+
+/// What a reward model's head `(1, hidden_size)` reads at the end of each response. With `eos`, a
+/// response that did not end by itself is read as if it ended there.
+pub fn scores(
+    decoder: &Decoder,
+    worn: &[Worn],
+    head: &Tensor,
+    responses: &[Response],
+    eos: Option<u32>,
+) -> Result<Vec<f32>> {
+    let mut all = Vec::with_capacity(responses.len());
+    for run in runs(responses.iter().map(|response| response.len() + 1)) {
+        let ended = responses[run].iter().map(|response| {
+            let mut response = response.clone();
+            response.tokens.extend(eos.filter(|_| !response.ended));
+            response
+        });
+        let ended: Vec<Response> = ended.collect();
+        let batch = lay_out(&ended.iter().collect::<Vec<_>>());
+        all.extend(row_scores(decoder, worn, head, &batch, batch.ends.clone())?);
+    }
+    Ok(all)
+}

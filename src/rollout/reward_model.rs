@@ -1,0 +1,127 @@
+//! A reward model of its own: a Hugging Face sequence classifier with one label, beside the base.
+
+use std::path::Path;
+
+use candle_core::{Device, Tensor};
+use serde_json::{Value, json};
+
+use super::Sample;
+use crate::data::Batch;
+use crate::model::scoring::{row_scores, runs};
+use crate::model::{Decoder, ModelError};
+use crate::ops::Compute;
+use crate::text::{Special, TextError, Tokenizer};
+use crate::weights::{Checkpoint, WeightsError};
+
+/// Why a reward model cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum RewardModelError {
+    /// The files.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// The decoder.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The tokenizer.
+    #[error(transparent)]
+    Text(#[from] TextError),
+    /// No scalar head.
+    #[error("{path}: {fault}, needed score.weight [1, {hidden_size}]: a sequence classifier with one label")]
+    Head {
+        /// The folder.
+        path: String,
+        /// What is wrong.
+        fault: String,
+        /// Width of its hidden states.
+        hidden_size: usize,
+    },
+    /// A text longer than it can read.
+    #[error("a prompt and its response have {tokens} tokens for the reward model, whose window is {window}")]
+    Long {
+        /// Tokens.
+        tokens: usize,
+        /// `max_position_embeddings`.
+        window: usize,
+    },
+    /// candle refused.
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+}
+
+/// A sequence classifier with one label, frozen.
+#[derive(Debug)]
+pub struct RewardModel {
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    head: Tensor,
+}
+
+impl RewardModel {
+    /// Loads a folder that transformers' `AutoModelForSequenceClassification` reads.
+    pub fn load(path: &Path, compute: Compute) -> Result<Self, RewardModelError> {
+        let checkpoint = Checkpoint::open(path)?;
+        let decoder = Decoder::load(&checkpoint, compute)?;
+        let hidden_size = decoder.config.hidden_size;
+        let head = |fault: String| RewardModelError::Head {
+            path: path.display().to_string(),
+            fault,
+            hidden_size,
+        };
+        if !checkpoint.contains("score.weight") {
+            return Err(head("there is no score.weight".into()));
+        }
+        let stored = checkpoint.tensor("score.weight")?;
+        if stored.shape != [1, hidden_size] {
+            return Err(head(format!("score.weight is {:?}", stored.shape)));
+        }
+        let mut values = vec![0f32; hidden_size];
+        stored.block_type.dequantize(&stored.bytes, &mut values);
+        let head = Tensor::from_vec(values, (1, hidden_size), &Device::Cpu)?;
+        Ok(Self { decoder, tokenizer: Tokenizer::open(&checkpoint)?, head })
+    }
+
+    /// What it makes of each sample, read at its last token.
+    ///
+    /// A conversation goes through the model's own template; text is taken as it stands, with the
+    /// end-of-sequence token after it, as TRL's RewardTrainer puts it there.
+    pub fn score(&self, samples: &[Sample]) -> Result<Vec<f64>, RewardModelError> {
+        let rows: Vec<Vec<u32>> =
+            samples.iter().map(|sample| self.tokens(sample)).collect::<Result<_, _>>()?;
+        let window = self.decoder.config.max_position_embeddings;
+        if let Some(row) = rows.iter().find(|row| row.len() > window) {
+            return Err(RewardModelError::Long { tokens: row.len(), window });
+        }
+        let mut all = Vec::with_capacity(rows.len());
+        for run in runs(rows.iter().map(Vec::len)) {
+            let mut batch = Batch::default();
+            for (key, row) in (0..).zip(&rows[run]) {
+                batch.push_group(&[], &[row], key);
+            }
+            let scores =
+                row_scores(&self.decoder, &[], &self.head, &batch, batch.ends.clone())?;
+            all.extend(scores.into_iter().map(f64::from));
+        }
+        Ok(all)
+    }
+
+    fn tokens(&self, sample: &Sample) -> Result<Vec<u32>, TextError> {
+        let tokenizer = &self.tokenizer;
+        if let (Some(Value::Array(messages)), Some(template)) =
+            (sample.row.get("prompt"), tokenizer.chat_template())
+        {
+            let mut messages = messages.clone();
+            messages.push(json!({ "role": "assistant", "content": sample.completion }));
+            let text = template.render(&messages, None, false)?;
+            return Ok(tokenizer.with_bos(tokenizer.encode(&text, Special::Parse)?));
+        }
+        let text = format!("{}{}", sample.prompt, sample.completion);
+        let mut tokens = tokenizer.with_bos(tokenizer.encode(&text, Special::Parse)?);
+        if let Some(eos) = tokenizer.eos()
+            && tokens.last() != Some(&eos)
+        {
+            tokens.push(eos);
+        }
+        Ok(tokens)
+    }
+}

@@ -1,0 +1,94 @@
+//! Hashes of what a run reads: another base or other data under a resume are refused by name.
+
+use std::path::Path;
+
+use sha2::{Digest, Sha256};
+
+use super::TrainError;
+use super::run_dir::Fingerprint;
+use crate::data::{Comparisons, Dataset};
+
+/// What the tokenizer and chat template make of rows.
+pub fn tokens_print(data: &Dataset) -> String {
+    let mut hasher = Sha256::new();
+    for example in &data.examples {
+        hasher.update((example.tokens.len() as u64).to_le_bytes());
+        for (token, learned) in example.tokens.iter().zip(&example.learned) {
+            hasher.update((token << 1 | u32::from(*learned)).to_le_bytes());
+        }
+    }
+    hex(hasher)
+}
+
+/// The same of comparisons.
+pub fn comparisons_print(data: &Comparisons) -> String {
+    let mut hasher = Sha256::new();
+    for row in &data.comparisons {
+        for tokens in std::iter::once(&row.prompt).chain(&row.responses) {
+            hasher.update((tokens.len() as u64).to_le_bytes());
+            tokens.iter().for_each(|token| hasher.update(token.to_le_bytes()));
+        }
+    }
+    hex(hasher)
+}
+
+/// An adapter's or model's folder, as [`base_fingerprint`].
+pub fn folder_fingerprint(folder: &Path) -> Result<String, TrainError> {
+    base_fingerprint(folder)
+}
+
+fn hex(hasher: Sha256) -> String {
+    hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Names, lengths and both ends of the base's files: whole files of many gigabytes would take
+/// longer to hash than to train a step on.
+pub fn base_fingerprint(base: &Path) -> Result<String, TrainError> {
+    use std::io::{Read, Seek, SeekFrom};
+    const END: u64 = 1 << 20;
+    let io = |path: &Path| {
+        let path = path.to_path_buf();
+        move |source| TrainError::Io { path, source }
+    };
+    let mut files = vec![base.to_path_buf()];
+    if base.is_dir() {
+        let entries = std::fs::read_dir(base).map_err(io(base))?;
+        let entries = entries.map(|entry| entry.map(|e| e.path()));
+        files = entries.collect::<Result<_, _>>().map_err(io(base))?;
+        files.retain(|path| path.extension().is_some_and(|e| e == "safetensors" || e == "json"));
+        files.sort();
+    }
+    let mut hasher = Sha256::new();
+    for path in files {
+        let mut hash_ends = || -> std::io::Result<()> {
+            let mut file = std::fs::File::open(&path)?;
+            let length = file.metadata()?.len();
+            hasher.update(path.file_name().unwrap_or_default().as_encoded_bytes());
+            hasher.update(length.to_le_bytes());
+            let mut bytes = Vec::new();
+            file.by_ref().take(END).read_to_end(&mut bytes)?;
+            file.seek(SeekFrom::Start(length.saturating_sub(END)))?;
+            file.take(END).read_to_end(&mut bytes)?;
+            hasher.update(&bytes);
+            Ok(())
+        };
+        hash_ends().map_err(io(&path))?;
+    }
+    Ok(hex(hasher))
+}
+
+/// Refuses to go on with other things than the run began with.
+pub fn same_fingerprints(
+    run: &Path,
+    saved: &[Fingerprint],
+    now: &[Fingerprint],
+) -> Result<(), TrainError> {
+    let changed = saved.iter().filter(|print| !now.contains(print));
+    let changed: Vec<&str> = changed.map(|(name, _)| name.as_str()).collect();
+    if changed.is_empty() {
+        return Ok(());
+    }
+    let what = format!("{} changed since the run began", changed.join(" and "));
+    Err(TrainError::Changed { path: run.into(), what })
+}
+

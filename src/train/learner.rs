@@ -1,0 +1,157 @@
+//! One optimizer step over micro-batches, whatever they are of: gradients added up, clipped, and
+//! AdamW over all that trains.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::{Tensor, Var};
+use quantune_adapters::delta::Adapter;
+
+use super::TrainError;
+use super::step::{Buffers, StepSettings, accumulate, dropout};
+use crate::data::Batch;
+use crate::model::{Decoder, Worn};
+use crate::objectives::{Objective, Stats};
+use crate::optim::{AdamW, AdamWSettings, Gradients, clip, global_norm};
+
+/// A part of a step.
+#[derive(Debug)]
+pub struct MicroBatch {
+    /// The tokens.
+    pub batch: Batch,
+    /// What is minimized over them.
+    pub objective: Objective,
+    /// What the objective's sum is multiplied with: 1 / the count of the whole step.
+    pub scale: f64,
+    /// Which of the trained adapters they wear.
+    pub adapter: usize,
+    /// The pass over the data, which keys dropout.
+    pub epoch: u64,
+    /// What logits are divided by.
+    pub temperature: f64,
+}
+
+/// What a step came to.
+#[derive(Debug, Default)]
+pub struct Stepped {
+    /// The loss, scaled.
+    pub loss: f64,
+    /// The norm of the gradient before it was clipped.
+    pub grad_norm: f64,
+    /// What the objectives counted, added up.
+    pub stats: Stats,
+}
+
+/// The adapters that are trained, their gradients and their optimizer.
+#[derive(Debug)]
+pub struct Learner<'a> {
+    decoder: &'a Decoder,
+    /// The adapters, the policy's or only one first.
+    pub adapters: Vec<Arc<Adapter>>,
+    worn: Vec<[Worn; 1]>,
+    parameters: Vec<Var>,
+    /// Which parameters are of which adapter.
+    ranges: Vec<Range<usize>>,
+    values: Vec<Vec<f32>>,
+    gradients: Gradients,
+    buffers: Buffers,
+    /// The moments.
+    pub optimizer: AdamW,
+    /// Layers, from the top, whose tapes are kept.
+    pub kept_layers: usize,
+    max_grad_norm: f64,
+    /// Of dropout: its probability and seed.
+    dropout: (f64, u64),
+}
+
+impl<'a> Learner<'a> {
+    /// A learner that has not taken a step. `max_grad_norm` 0 clips nothing.
+    pub fn new(
+        decoder: &'a Decoder,
+        adapters: Vec<Arc<Adapter>>,
+        settings: AdamWSettings,
+        max_grad_norm: f64,
+        dropout: (f64, u64),
+    ) -> Result<Self, TrainError> {
+        let (mut parameters, mut ranges) = (Vec::new(), Vec::new());
+        for adapter in &adapters {
+            let start = parameters.len();
+            parameters.extend(adapter.parameters().into_iter().map(|(_, var)| var));
+            ranges.push(start..parameters.len());
+        }
+        let lengths: Vec<usize> = parameters.iter().map(|var| var.elem_count()).collect();
+        let read = |var: &Var| var.flatten_all()?.to_vec1();
+        Ok(Self {
+            decoder,
+            worn: adapters.iter().map(|adapter| [Worn::trainable(adapter.clone())]).collect(),
+            adapters,
+            values: parameters.iter().map(read).collect::<candle_core::Result<_>>()?,
+            parameters,
+            ranges,
+            gradients: lengths.iter().map(|&n| vec![0.0; n]).collect(),
+            buffers: Buffers::default(),
+            optimizer: AdamW::new(settings, &lengths),
+            kept_layers: 0,
+            max_grad_norm,
+            dropout,
+        })
+    }
+
+    /// The frozen base.
+    pub fn decoder(&self) -> &'a Decoder {
+        self.decoder
+    }
+
+    /// What rows wear that `adapter` is trained on.
+    pub fn worn(&self, adapter: usize) -> &[Worn] {
+        &self.worn[adapter]
+    }
+
+    /// Takes a step.
+    ///
+    /// # Errors
+    /// [`TrainError::Diverged`] if the loss, the gradient or a parameter is no number any more; the
+    /// step it names is the optimizer's.
+    pub fn step(
+        &mut self,
+        parts: &[MicroBatch],
+        learning_rate: f64,
+    ) -> Result<Stepped, TrainError> {
+        self.gradients.iter_mut().for_each(|gradient| gradient.fill(0.0));
+        let mut stepped = Stepped::default();
+        let (p, seed) = self.dropout;
+        for part in parts {
+            let dropout = dropout(&part.batch, part.epoch, p, seed);
+            let settings = StepSettings {
+                objective: &part.objective,
+                scale: part.scale,
+                temperature: part.temperature,
+                kept_layers: self.kept_layers,
+                worn: &self.worn[part.adapter],
+                parameters: &self.parameters[self.ranges[part.adapter].clone()],
+                dropout: dropout.as_ref(),
+            };
+            let gradients = &mut self.gradients[self.ranges[part.adapter].clone()];
+            let judged =
+                accumulate(self.decoder, &part.batch, &settings, gradients, &mut self.buffers)?;
+            stepped.loss += judged.loss * part.scale;
+            stepped.stats.add(judged.stats);
+        }
+        stepped.grad_norm = global_norm(&self.gradients);
+        let diverged = TrainError::Diverged { step: self.optimizer.step + 1, loss: stepped.loss };
+        if !stepped.loss.is_finite() || !stepped.grad_norm.is_finite() {
+            return Err(diverged);
+        }
+        if self.max_grad_norm > 0.0 {
+            clip(&mut self.gradients, stepped.grad_norm, self.max_grad_norm);
+        }
+        self.optimizer.step(&mut self.values, &self.gradients, learning_rate);
+        if !self.values.iter().flatten().all(|value| value.is_finite()) {
+            return Err(diverged);
+        }
+        for (var, values) in self.parameters.iter().zip(&self.values) {
+            var.set(&Tensor::from_slice(values, var.shape(), var.device())?)?;
+        }
+        Ok(stepped)
+    }
+}

@@ -1,0 +1,147 @@
+//! The adapter of a run: what its settings ask for, or what a folder holds.
+
+use std::path::Path;
+
+use candle_core::Device;
+use quantune_adapters::config::{InitLoraWeights, LoraConfig, Modules};
+use quantune_adapters::delta::Adapter;
+use quantune_adapters::{format, targets};
+
+use super::TrainError;
+use super::settings::CommonSettings;
+use crate::model::Decoder;
+
+/// The adapter that `settings` begin with: fresh, or the one they go on from.
+pub fn begin_adapter(settings: &CommonSettings, decoder: &Decoder) -> Result<Adapter, TrainError> {
+    if !settings.adapter.as_os_str().is_empty() {
+        let mut adapter = read_adapter(&settings.adapter, decoder)?;
+        adapter.config.lora_dropout = settings.lora_dropout;
+        return Ok(adapter);
+    }
+    let config = lora_config(settings)?;
+    config.validate()?;
+    let resolved = targets::resolve(&config, &decoder.linears(), Some("lm_head"))?;
+    for unmatched in &resolved.unmatched {
+        eprintln!("warning: {unmatched}");
+    }
+    let seed = settings.seed;
+    Ok(Adapter::new("default", config, &resolved.targets, seed, &Device::Cpu)?)
+}
+
+/// The adapter of a folder, for this base.
+pub fn read_adapter(folder: &Path, decoder: &Decoder) -> Result<Adapter, TrainError> {
+    let linears = decoder.linears();
+    let (adapter, unmatched) =
+        format::read_folder(folder, "default", &linears, Some("lm_head"), &Device::Cpu)?;
+    for unmatched in unmatched {
+        eprintln!("warning: {}: {unmatched}", folder.display());
+    }
+    Ok(adapter)
+}
+
+/// The adapter of a folder, which must have a score head for this base.
+pub fn read_scoring(folder: &Path, decoder: &Decoder) -> Result<Adapter, TrainError> {
+    let adapter = read_adapter(folder, decoder)?;
+    let hidden_size = decoder.config.hidden_size;
+    match adapter.score.as_ref().map(|score| score.dims()[1]) {
+        Some(width) if width == hidden_size => Ok(adapter),
+        Some(width) => Err(TrainError::Settings(format!(
+            "{}: the score head reads {width} numbers, this base has {hidden_size}",
+            folder.display()
+        ))),
+        None => Err(TrainError::Settings(format!(
+            "{}: an adapter without a score head, needed a reward model (quantune reward makes one)",
+            folder.display()
+        ))),
+    }
+}
+
+fn lora_config(settings: &CommonSettings) -> Result<LoraConfig, TrainError> {
+    // One value that is no plain module name is an expression, as PEFT's strings are.
+    let modules = |list: &[String]| match &split(list)[..] {
+        [] => None,
+        [one] if one == "all-linear" || one.contains(|c: char| !is_name(c)) => {
+            Some(Modules::Expression(one.clone()))
+        }
+        names => Some(Modules::List(names.to_vec())),
+    };
+    let pattern = |key: &str, list: &[String]| -> Result<Vec<(String, f64)>, TrainError> {
+        let pair = |item: &String| {
+            let (pattern, value) = item.rsplit_once('=')?;
+            Some((pattern.to_string(), value.trim().parse().ok()?))
+        };
+        let fault =
+            |item: &String| TrainError::Settings(format!("{key} {item:?} is not REGEX=NUMBER"));
+        split(list).iter().map(|item| pair(item).ok_or_else(|| fault(item))).collect()
+    };
+    let ranks = pattern("rank_pattern", &settings.rank_pattern)?;
+    if let Some((pattern, r)) = ranks.iter().find(|(_, r)| r.fract() != 0.0 || *r < 1.0) {
+        let fault = format!("rank_pattern {pattern:?} is {r}, needed a whole number above 0");
+        return Err(TrainError::Settings(fault));
+    }
+    let init_lora_weights = match settings.init_lora_weights.as_str() {
+        "true" => InitLoraWeights::KaimingUniform,
+        "false" => InitLoraWeights::Random,
+        "gaussian" => InitLoraWeights::Gaussian,
+        other => {
+            let fault = format!("init_lora_weights is {other:?}, needed true, false or gaussian");
+            return Err(TrainError::Settings(fault));
+        }
+    };
+    let layers = &settings.layers_to_transform;
+    Ok(LoraConfig {
+        task_type: Some("CAUSAL_LM".into()),
+        base_model_name_or_path: Some(settings.base.display().to_string()),
+        r: settings.r,
+        lora_alpha: settings.lora_alpha,
+        lora_dropout: settings.lora_dropout,
+        target_modules: modules(&settings.target_modules),
+        exclude_modules: modules(&settings.exclude_modules),
+        rank_pattern: ranks.into_iter().map(|(pattern, r)| (pattern, r as usize)).collect(),
+        alpha_pattern: pattern("alpha_pattern", &settings.alpha_pattern)?,
+        layers_to_transform: (!layers.is_empty()).then(|| layers.clone()),
+        layers_pattern: settings.layers_pattern.clone(),
+        use_rslora: settings.use_rslora,
+        init_lora_weights,
+        inference_mode: true, // PEFT loads what is finished as frozen unless told otherwise
+        ..LoraConfig::default()
+    })
+}
+
+/// Values given with commas between them; but a comma inside an expression stays there.
+fn split(list: &[String]) -> Vec<String> {
+    let pieces = |item: &String| -> Vec<String> {
+        match item.chars().all(|c| is_name(c) || matches!(c, ',' | '=' | ' ')) {
+            true => item.split(',').map(|piece| piece.trim().to_string()).collect(),
+            false => vec![item.clone()],
+        }
+    };
+    list.iter().flat_map(pieces).filter(|piece| !piece.is_empty()).collect()
+}
+
+fn is_name(c: char) -> bool {
+    c.is_alphanumeric() || c == '_' || c == '.'
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_value_is_a_name_or_an_expression() {
+        let config = |targets: &[&str]| {
+            let target_modules = targets.iter().map(|t| t.to_string()).collect();
+            lora_config(&CommonSettings { target_modules, ..Default::default() }).unwrap()
+        };
+        let list =
+            |names: &[&str]| Some(Modules::List(names.iter().map(|n| n.to_string()).collect()));
+        assert_eq!(config(&["q_proj"]).target_modules, list(&["q_proj"]));
+        assert_eq!(config(&["q_proj", "v_proj"]).target_modules, list(&["q_proj", "v_proj"]));
+        assert_eq!(config(&["q_proj,v_proj"]).target_modules, list(&["q_proj", "v_proj"]));
+        let expression = r".*\.\d{1,2}\..*\.(q|v)_proj";
+        assert_eq!(
+            config(&[expression]).target_modules,
+            Some(Modules::Expression(expression.into()))
+        );
+    }
+}

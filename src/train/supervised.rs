@@ -1,0 +1,715 @@
+//! Training on the rows of a file: supervised fine-tuning, reward models, preferences. Which rows
+//! make a step follows from the seed and the epoch; what is minimized over them is the command's.
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use quantune_adapters::delta::Adapter;
+use serde_json::{Map, Value, json};
+
+use super::TrainError;
+use super::fingerprints::{comparisons_print, tokens_print};
+use super::learner::{Learner, MicroBatch};
+use super::log::{Log, Numbers};
+use super::progress::{Progress, Work};
+use super::reference;
+use super::run::{strategy, total_steps};
+use super::run_dir::{Fingerprint, RunDir, State};
+use super::settings::{CommonSettings, DpoSettings, EvalStrategy, RunSettings, Task};
+use crate::data::{
+    Batch, Comparison, Comparisons, Dataset, EpochPlan, EpochSettings, Limits, RowKind, WhenLong,
+};
+use crate::eval::evaluate;
+use crate::model::scoring::{row_scores, runs, target_log_probs};
+use crate::model::{Adapters, Decoder, Worn};
+use crate::objectives::preference::{PreferenceLoss, PreferenceSettings, kto_kl, kto_mismatched};
+use crate::objectives::reward::{Calibration, Pair, RewardStats, pair_losses};
+use crate::objectives::{Comparison as Compared, Labelled, Objective, Stats};
+use crate::text::Tokenizer;
+use crate::weights::write_atomically;
+
+/// Rows of one kind.
+enum Rows {
+    /// Of tokens to learn.
+    Examples(Dataset),
+    /// Of responses to compare.
+    Comparisons(Comparisons),
+}
+
+/// The rows of a run and where they stand.
+pub struct Supervised {
+    common: CommonSettings,
+    task: Task,
+    max_length: usize,
+    rows: Rows,
+    held_out: Option<Rows>,
+    /// The held-out rows as the file has them, if they were split off here.
+    held_out_lines: Option<Vec<u8>>,
+    plan: EpochPlan,
+    planned: u64,
+    /// What the reference wears, if the loss has one.
+    reference: Option<Vec<Worn>>,
+    /// Summed log-probs under the reference, response by response.
+    reference_logps: Vec<Vec<f32>>,
+    held_out_reference: Vec<Vec<f32>>,
+}
+
+impl Supervised {
+    /// Reads the rows.
+    pub fn load(
+        settings: &RunSettings,
+        decoder: &Decoder,
+        tokenizer: &Tokenizer,
+        stop: &AtomicBool,
+    ) -> Result<Self, TrainError> {
+        let common = settings.common.clone();
+        let max_length = common.max_length.min(decoder.config.max_position_embeddings);
+        let (rows, held_out, held_out_lines) = match &settings.task {
+            Task::Reward(_) => load_comparisons(&common, tokenizer, stop, Limits {
+                max_length,
+                when_long: WhenLong::Drop,
+                kind: RowKind::Compared,
+            })?,
+            Task::Dpo(own) => load_comparisons(&common, tokenizer, stop, Limits {
+                max_length,
+                when_long: WhenLong::Cut,
+                kind: match own.loss_type {
+                    PreferenceLoss::Kto => RowKind::Labelled,
+                    _ => RowKind::Compared,
+                },
+            })?,
+            _ => load_examples(&common, tokenizer, max_length, stop)?,
+        };
+        match &rows {
+            Rows::Examples(data) => eprintln!("data: {}", data.report),
+            Rows::Comparisons(data) => eprintln!("data: {}", data.report),
+        }
+        let mut source = Self {
+            common,
+            task: settings.task.clone(),
+            max_length,
+            rows,
+            held_out,
+            held_out_lines,
+            plan: EpochPlan::default(),
+            planned: 0,
+            reference: None,
+            reference_logps: Vec::new(),
+            held_out_reference: Vec::new(),
+        };
+        source.plan = source.plan_of(0);
+        Ok(source)
+    }
+
+    /// Hashes of what was read.
+    pub fn fingerprints(&self) -> Result<Vec<Fingerprint>, TrainError> {
+        let (sha256, tokens) = match &self.rows {
+            Rows::Examples(data) => (&data.sha256, tokens_print(data)),
+            Rows::Comparisons(data) => (&data.sha256, comparisons_print(data)),
+        };
+        let mut prints = vec![
+            ("the data".to_string(), sha256.clone()),
+            ("what the tokenizer and chat template make of the data".into(), tokens),
+        ];
+        if let Some(held_out) = &self.held_out {
+            let sha256 = match held_out {
+                Rows::Examples(data) => &data.sha256,
+                Rows::Comparisons(data) => &data.sha256,
+            };
+            prints.push(("the held-out data".into(), sha256.clone()));
+        }
+        Ok(prints)
+    }
+
+    /// Takes up the run: writes what was held out, and computes what the reference says of all rows,
+    /// or reads it where it has been computed.
+    pub fn begin(
+        &mut self,
+        decoder: &Decoder,
+        run: &RunDir,
+        state: &State,
+    ) -> Result<(), TrainError> {
+        if let Some(lines) = &self.held_out_lines {
+            write_atomically(run.file("held_out.jsonl"), |file| {
+                std::io::Write::write_all(file, lines)
+            })?;
+        }
+        self.planned = state.epoch;
+        self.plan = self.plan_of(state.epoch);
+        let (Task::Dpo(own), Rows::Comparisons(data)) = (&self.task, &self.rows) else {
+            return Ok(());
+        };
+        if !own.loss_type.has_reference() || own.reference_free {
+            return Ok(());
+        }
+        let folder = if own.ref_adapter.as_os_str().is_empty() {
+            &self.common.adapter
+        } else {
+            &own.ref_adapter
+        };
+        let worn = reference::worn(folder, decoder)?;
+        let held_out = match &self.held_out {
+            Some(Rows::Comparisons(held_out)) => &held_out.comparisons[..],
+            _ => &[],
+        };
+        let all: Vec<&Comparison> = data.comparisons.iter().chain(held_out).collect();
+        let mut logps = reference::cached(&run.file("reference.safetensors"), &all, || {
+            eprintln!("reference: log-probs of {} rows", all.len());
+            response_log_probs(decoder, &worn, &all)
+        })?;
+        self.held_out_reference = logps.split_off(data.comparisons.len());
+        self.reference_logps = logps;
+        self.reference = Some(worn);
+        Ok(())
+    }
+
+    /// Steps of the run.
+    pub fn total_steps(&self) -> u64 {
+        total_steps(&self.common, self.plan.steps() as u64)
+    }
+
+    /// Tokens of the largest micro-batch there can be: its bins full, or the longest rows together.
+    pub fn largest_micro_batch(&self) -> usize {
+        let mut lengths = self.lengths();
+        lengths.sort_unstable_by_key(|&length| std::cmp::Reverse(length));
+        let all: usize = lengths.iter().sum();
+        let batch = self.common.per_device_train_batch_size;
+        let longest: usize = lengths.iter().take(batch).sum();
+        match &self.task {
+            Task::Sft(own) if own.packing => (batch * self.max_length).max(longest).min(all),
+            _ => longest,
+        }
+    }
+
+    /// Whether the steps so far end an epoch.
+    pub fn epoch_ends(&self, state: &State) -> bool {
+        state.step_in_epoch == self.plan.steps() as u64
+    }
+
+    /// Takes a step.
+    pub fn step(
+        &mut self,
+        learner: &mut Learner,
+        state: &mut State,
+        learning_rate: f64,
+    ) -> Result<(Numbers, Work), TrainError> {
+        if self.epoch_ends(state) {
+            state.epoch += 1;
+            state.step_in_epoch = 0;
+        }
+        if self.planned != state.epoch {
+            self.planned = state.epoch;
+            self.plan = self.plan_of(state.epoch);
+        }
+        let bins = self.plan.step(state.step_in_epoch as usize).to_vec();
+        let (parts, count) = self.micro_batches(&bins, state.epoch, learner)?;
+        let stepped = learner.step(&parts, learning_rate)?;
+        state.step_in_epoch += 1;
+
+        let tokens: usize = parts.iter().map(|part| part.batch.tokens.len()).sum();
+        let mut numbers = vec![
+            ("loss".to_string(), json!(stepped.loss)),
+            ("grad_norm".into(), json!(stepped.grad_norm)),
+            ("learning_rate".into(), json!(learning_rate)),
+        ];
+        match self.rows {
+            Rows::Examples(_) => numbers.push(("tokens".into(), json!(count as u64))),
+            Rows::Comparisons(_) => numbers.push(("tokens".into(), json!(tokens))),
+        }
+        numbers.extend(metrics(&stepped.stats));
+        let work = Work {
+            headline: format!("loss {:.4}", stepped.loss),
+            tokens: tokens as u64,
+            samples: bins.iter().flatten().flatten().count() as u64,
+        };
+        Ok((numbers, work))
+    }
+
+    /// What is held out under the adapter as it is; `None` if `stop` was set before all went through.
+    pub fn evaluate(
+        &self,
+        decoder: &Decoder,
+        adapter: &Arc<Adapter>,
+        stop: &AtomicBool,
+    ) -> Result<Option<Numbers>, TrainError> {
+        let worn = [Worn::frozen(adapter.clone())];
+        match (&self.held_out, &self.task) {
+            (None, _) => Ok(Some(Vec::new())),
+            (Some(Rows::Examples(data)), _) => {
+                let loss = evaluate(decoder, Adapters::Same(&worn), &data.examples, stop)?;
+                Ok(loss.map(|loss| {
+                    vec![
+                        ("eval_loss".into(), json!(loss.loss)),
+                        ("eval_tokens".into(), json!(loss.tokens)),
+                    ]
+                }))
+            }
+            (Some(Rows::Comparisons(data)), Task::Reward(own)) => {
+                let center = own.center_rewards_coefficient;
+                let judged = judge_rewards(decoder, &worn, &data.comparisons, center, stop)?;
+                Ok(judged.map(|judged| {
+                    let numbers = judged.numbers().into_iter();
+                    numbers.map(|(key, value)| (format!("eval_{key}"), value)).collect()
+                }))
+            }
+            (Some(Rows::Comparisons(data)), Task::Dpo(own)) => {
+                self.evaluate_preferences(decoder, &worn, own, &data.comparisons, stop)
+            }
+            (Some(Rows::Comparisons(_)), _) => unreachable!("only reward and dpo compare"),
+        }
+    }
+
+    /// What the command's JSON says beside the common part.
+    pub fn results(
+        &self,
+        log: &Log,
+        progress: &Progress,
+    ) -> Result<Map<String, Value>, TrainError> {
+        let mut results = Map::new();
+        let data = match &self.rows {
+            Rows::Examples(data) => json!(data.report),
+            Rows::Comparisons(data) => json!(data.report),
+        };
+        results.insert("data".into(), data);
+        let losses = log.values("eval_loss")?;
+        results.insert("eval_loss_first".into(), json!(losses.first()));
+        results.insert("eval_loss_last".into(), json!(losses.last()));
+        if let Rows::Comparisons(_) = self.rows {
+            results.insert("pairs_per_second".into(), json!(progress.samples_per_second()));
+        }
+        let last = log.metrics.lines()?;
+        let last = last.iter().rev().find(|line| line.get("eval_loss").is_some());
+        if let Some(Value::Object(last)) = last {
+            let own = |key: &str| key.starts_with("eval_") && key != "eval_loss";
+            let more = last.iter().filter(|(key, _)| own(key));
+            results.extend(more.map(|(key, value)| (key.clone(), value.clone())));
+        }
+        Ok(results)
+    }
+
+    fn lengths(&self) -> Vec<usize> {
+        match &self.rows {
+            Rows::Examples(data) => data.examples.iter().map(|row| row.tokens.len()).collect(),
+            Rows::Comparisons(data) => data.comparisons.iter().map(Comparison::len).collect(),
+        }
+    }
+
+    fn plan_of(&self, epoch: u64) -> EpochPlan {
+        let (packing, gradient_accumulation_steps) = match &self.task {
+            Task::Sft(own) => (own.packing, own.gradient_accumulation_steps),
+            Task::Reward(own) => (false, own.gradient_accumulation_steps),
+            Task::Dpo(own) => (false, own.gradient_accumulation_steps),
+            Task::Ppo(_) | Task::Grpo(_) => unreachable!("they make their own rows"),
+        };
+        EpochPlan::over(
+            &self.lengths(),
+            &EpochSettings {
+                seed: self.common.seed,
+                epoch,
+                shuffle: !self.common.no_shuffle,
+                packing,
+                max_length: self.max_length,
+                batch_size: self.common.per_device_train_batch_size,
+                gradient_accumulation_steps,
+            },
+        )
+    }
+
+    /// The micro-batches of a step, and what their losses are divided by.
+    fn micro_batches(
+        &self,
+        bins: &[Vec<Vec<usize>>],
+        epoch: u64,
+        learner: &Learner,
+    ) -> Result<(Vec<MicroBatch>, f64), TrainError> {
+        let part = |(batch, objective): (Batch, Objective), count: f64| MicroBatch {
+            batch,
+            objective,
+            scale: 1.0 / count,
+            adapter: 0,
+            epoch,
+            temperature: 1.0,
+        };
+        let parts: Vec<(Batch, Objective)>;
+        let count = match (&self.rows, &self.task) {
+            (Rows::Examples(data), _) => {
+                let batches = bins.iter().map(|bins| Batch::new(&data.examples, bins));
+                parts = batches.map(|batch| (batch, Objective::LanguageModelling)).collect();
+                parts.iter().map(|(batch, _)| batch.count()).sum::<usize>() as f64
+            }
+            (Rows::Comparisons(data), Task::Reward(own)) => {
+                let pick = |bins: &Vec<Vec<usize>>| -> Vec<&Comparison> {
+                    bins.iter().flatten().map(|&i| &data.comparisons[i]).collect()
+                };
+                let rows: Vec<Vec<&Comparison>> = bins.iter().map(pick).collect();
+                let center = own.center_rewards_coefficient;
+                parts = rows.iter().map(|rows| reward_part(rows, center)).collect();
+                let weights = parts.iter().map(|(_, objective)| match objective {
+                    Objective::Reward { pairs, .. } => pairs.iter().map(|p| f64::from(p.weight)).sum(),
+                    _ => 0.0,
+                });
+                weights.sum()
+            }
+            (Rows::Comparisons(data), Task::Dpo(own)) => {
+                let indices: Vec<Vec<usize>> =
+                    bins.iter().map(|bins| bins.iter().flatten().copied().collect()).collect();
+                let worn = learner.worn(0);
+                let decoder = learner.decoder();
+                parts = self.preference_parts(decoder, worn, own, data, &indices)?;
+                let count = parts.iter().map(|(_, objective)| match objective {
+                    Objective::Preference(compared) => compared.pairs.len(),
+                    Objective::Kto(labelled) => labelled.labels.len(),
+                    _ => 0,
+                });
+                count.sum::<usize>() as f64
+            }
+            (Rows::Comparisons(_), _) => unreachable!("only reward and dpo compare"),
+        };
+        Ok((parts.into_iter().map(|p| part(p, count)).collect(), count))
+    }
+
+    /// The parts of a step of preference optimization, from the rows of each.
+    fn preference_parts(
+        &self,
+        decoder: &Decoder,
+        worn: &[Worn],
+        own: &DpoSettings,
+        data: &Comparisons,
+        indices: &[Vec<usize>],
+    ) -> Result<Vec<(Batch, Objective)>, TrainError> {
+        let all = &data.comparisons;
+        let reference = |rows: &[usize]| -> Option<Vec<f32>> {
+            self.reference.as_ref()?;
+            Some(rows.iter().flat_map(|&row| self.reference_logps[row].iter().copied()).collect())
+        };
+        if own.loss_type == PreferenceLoss::Kto {
+            let rows: Vec<&Comparison> = indices.iter().flatten().map(|&i| &all[i]).collect();
+            let kl = self.kto_reference_point(decoder, worn, &rows)?;
+            let parts = indices.iter().map(|indices| {
+                let rows: Vec<&Comparison> = indices.iter().map(|&i| &all[i]).collect();
+                labelled_part(&rows, own, reference(indices).unwrap_or_default(), kl)
+            });
+            return Ok(parts.collect());
+        }
+        let mut parts: Vec<(Batch, Compared)> = indices
+            .iter()
+            .map(|indices| {
+                let rows: Vec<&Comparison> = indices.iter().map(|&i| &all[i]).collect();
+                compared_part(&rows, own, reference(indices))
+            })
+            .collect();
+        weigh_likelihood(&mut parts);
+        let parts = parts.into_iter();
+        Ok(parts.map(|(batch, part)| (batch, Objective::Preference(part.into()))).collect())
+    }
+
+    /// KTO's reference point: what the policy and the reference make of each prompt with another
+    /// row's response.
+    fn kto_reference_point(
+        &self,
+        decoder: &Decoder,
+        worn: &[Worn],
+        rows: &[&Comparison],
+    ) -> Result<f64, TrainError> {
+        let mismatched: Vec<Comparison> = kto_mismatched(rows.len())
+            .into_iter()
+            .zip(rows)
+            .map(|(other, row)| Comparison {
+                responses: rows[other].responses.clone(),
+                ..(*row).clone()
+            })
+            .collect();
+        let mismatched: Vec<&Comparison> = mismatched.iter().collect();
+        let single = |sums: Vec<Vec<f32>>| -> Vec<f32> { sums.into_iter().flatten().collect() };
+        let policy = single(response_log_probs(decoder, worn, &mismatched)?);
+        let reference = self.reference.as_deref().unwrap_or_default();
+        let reference = single(response_log_probs(decoder, reference, &mismatched)?);
+        Ok(kto_kl(&policy, &reference))
+    }
+
+    fn evaluate_preferences(
+        &self,
+        decoder: &Decoder,
+        worn: &[Worn],
+        own: &DpoSettings,
+        rows: &[Comparison],
+        stop: &AtomicBool,
+    ) -> Result<Option<Numbers>, TrainError> {
+        let (mut loss, mut count, mut stats) = (0.0, 0, Stats::default());
+        let size = self.common.per_device_train_batch_size;
+        for (first, rows) in rows.chunks(size).enumerate() {
+            if stop.load(Ordering::Relaxed) {
+                return Ok(None);
+            }
+            let rows: Vec<&Comparison> = rows.iter().collect();
+            let range = first * size..first * size + rows.len();
+            let reference = self.reference.is_some().then(|| {
+                self.held_out_reference[range].iter().flatten().copied().collect::<Vec<f32>>()
+            });
+            let (batch, objective) = if own.loss_type == PreferenceLoss::Kto {
+                let kl = self.kto_reference_point(decoder, worn, &rows)?;
+                labelled_part(&rows, own, reference.unwrap_or_default(), kl)
+            } else {
+                let mut parts = [compared_part(&rows, own, reference)];
+                weigh_likelihood(&mut parts);
+                let [(batch, part)] = parts;
+                (batch, Objective::Preference(part.into()))
+            };
+            count += match &objective {
+                Objective::Preference(part) => part.pairs.len(),
+                _ => rows.len(),
+            };
+            let logps = target_log_probs(decoder, worn, &batch, 1.0)?;
+            let logps = candle_core::Tensor::new(logps, &candle_core::Device::Cpu)?;
+            let (_, judged) = objective.judge(Some(&logps), None)?;
+            loss += judged.loss;
+            stats.add(judged.stats);
+        }
+        let mut numbers: Numbers = vec![("eval_loss".into(), json!(loss / count.max(1) as f64))];
+        let more = metrics(&stats).into_iter();
+        numbers.extend(more.map(|(key, value)| (format!("eval_{key}"), value)));
+        Ok(Some(numbers))
+    }
+}
+
+fn load_examples(
+    common: &CommonSettings,
+    tokenizer: &Tokenizer,
+    max_length: usize,
+    stop: &AtomicBool,
+) -> Result<(Rows, Option<Rows>, Option<Vec<u8>>), TrainError> {
+    let load = |path: &Path| Dataset::load(path, tokenizer, max_length, stop);
+    if strategy(common) == EvalStrategy::No {
+        return Ok((Rows::Examples(load(&common.data)?), None, None));
+    }
+    if !common.eval_data.as_os_str().is_empty() {
+        let (train, held_out) = (load(&common.data)?, load(&common.eval_data)?);
+        return Ok((Rows::Examples(train), Some(Rows::Examples(held_out)), None));
+    }
+    let split = Dataset::load_split(&common.data, tokenizer, max_length, stop)?;
+    let lines = warned(common, split.held_out.is_some(), split.held_out_lines);
+    Ok((Rows::Examples(split.train), split.held_out.map(Rows::Examples), lines))
+}
+
+fn load_comparisons(
+    common: &CommonSettings,
+    tokenizer: &Tokenizer,
+    stop: &AtomicBool,
+    limits: Limits,
+) -> Result<(Rows, Option<Rows>, Option<Vec<u8>>), TrainError> {
+    let load = |path: &Path| Comparisons::load(path, tokenizer, &limits, stop);
+    if strategy(common) == EvalStrategy::No {
+        return Ok((Rows::Comparisons(load(&common.data)?), None, None));
+    }
+    if !common.eval_data.as_os_str().is_empty() {
+        let (train, held_out) = (load(&common.data)?, load(&common.eval_data)?);
+        return Ok((Rows::Comparisons(train), Some(Rows::Comparisons(held_out)), None));
+    }
+    let split = Comparisons::load_split(&common.data, tokenizer, &limits, stop)?;
+    let lines = warned(common, split.held_out.is_some(), split.held_out_lines);
+    Ok((Rows::Comparisons(split.train), split.held_out.map(Rows::Comparisons), lines))
+}
+
+/// The held-out lines, if there are any; else a warning.
+fn warned(common: &CommonSettings, held_out: bool, lines: Vec<u8>) -> Option<Vec<u8>> {
+    if !held_out {
+        eprintln!("warning: no row of {} falls into the held-out tenth", common.data.display());
+    }
+    held_out.then_some(lines)
+}
+
+/// Comparisons laid out, each prompt once.
+pub fn lay_out(rows: &[&Comparison]) -> Batch {
+    let mut batch = Batch::default();
+    for row in rows {
+        let responses: Vec<&[u32]> = row.responses.iter().map(Vec::as_slice).collect();
+        batch.push_group(&row.prompt, &responses, row.row);
+    }
+    batch
+}
+
+fn reward_part(rows: &[&Comparison], center_rewards_coefficient: f64) -> (Batch, Objective) {
+    let batch = lay_out(rows);
+    let objective = Objective::Reward {
+        rows: batch.ends.clone(),
+        pairs: weighted_pairs(rows),
+        center_rewards_coefficient,
+    };
+    (batch, objective)
+}
+
+/// The pairs of rows whose responses follow one another, each row's counting as one comparison.
+fn weighted_pairs(rows: &[&Comparison]) -> Vec<Pair> {
+    let mut pairs = Vec::new();
+    let mut first = 0;
+    for row in rows {
+        let weight = 1.0 / row.pairs.len().max(1) as f32;
+        pairs.extend(row.pairs.iter().map(|pair| Pair {
+            better: first + pair.better,
+            worse: first + pair.worse,
+            margin: pair.margin,
+            weight,
+        }));
+        first += row.responses.len();
+    }
+    pairs
+}
+
+fn preference_settings(own: &DpoSettings) -> PreferenceSettings {
+    PreferenceSettings {
+        loss_type: own.loss_type,
+        beta: own.beta,
+        label_smoothing: own.label_smoothing,
+        simpo_gamma: own.simpo_gamma,
+        desirable_weight: own.desirable_weight,
+        undesirable_weight: own.undesirable_weight,
+    }
+}
+
+fn compared_part(
+    rows: &[&Comparison],
+    own: &DpoSettings,
+    reference: Option<Vec<f32>>,
+) -> (Batch, Compared) {
+    let mut batch = lay_out(rows);
+    let tokens = batch.spans.iter().map(Range::len).collect();
+    let pairs = weighted_pairs(rows).into_iter().map(|pair| (pair.better, pair.worse)).collect();
+    let mut part = Compared {
+        settings: preference_settings(own),
+        tokens,
+        pairs,
+        reference,
+        prompts: Vec::new(),
+        prompt_of: Vec::new(),
+        nll_weight: 0.0,
+    };
+    if own.loss_type == PreferenceLoss::Orpo {
+        let mut start = 0;
+        for (index, row) in rows.iter().enumerate() {
+            part.prompts.push(batch.learn_prompt(start..start + row.prompt.len()));
+            part.prompt_of.extend(row.pairs.iter().map(|_| index));
+            start += row.len();
+        }
+    }
+    (batch, part)
+}
+
+/// ORPO's likelihood is a mean over tokens of the step, its odds ratio one over pairs.
+fn weigh_likelihood(parts: &mut [(Batch, Compared)]) {
+    let (mut pairs, mut tokens) = (0, 0);
+    for (_, part) in parts.iter() {
+        pairs += part.pairs.len();
+        for (&(better, _), &prompt) in part.pairs.iter().zip(&part.prompt_of) {
+            tokens += part.tokens[better] + part.prompts[prompt];
+        }
+    }
+    for (_, part) in parts {
+        part.nll_weight = pairs as f64 / tokens.max(1) as f64;
+    }
+}
+
+fn labelled_part(
+    rows: &[&Comparison],
+    own: &DpoSettings,
+    reference: Vec<f32>,
+    kl: f64,
+) -> (Batch, Objective) {
+    let batch = lay_out(rows);
+    let labelled = Labelled {
+        settings: preference_settings(own),
+        tokens: batch.spans.iter().map(Range::len).collect(),
+        labels: rows.iter().map(|row| row.label.unwrap_or(false)).collect(),
+        reference,
+        kl,
+    };
+    (batch, Objective::Kto(labelled.into()))
+}
+
+/// The summed log-probs of each response of each row.
+pub fn response_log_probs(
+    decoder: &Decoder,
+    worn: &[Worn],
+    rows: &[&Comparison],
+) -> Result<Vec<Vec<f32>>, TrainError> {
+    let mut all = Vec::with_capacity(rows.len());
+    for run in runs(rows.iter().map(|row| row.len())) {
+        let batch = lay_out(&rows[run.clone()]);
+        let logps = target_log_probs(decoder, worn, &batch, 1.0)?;
+        let mut sums = batch.spans.iter().map(|span| logps[span.clone()].iter().sum::<f32>());
+        for row in &rows[run] {
+            all.push(sums.by_ref().take(row.responses.len()).collect());
+        }
+    }
+    Ok(all)
+}
+
+/// How a reward model does on comparisons.
+#[derive(Debug, Clone, Default)]
+pub struct RewardJudgement {
+    /// Loss, accuracy, margins.
+    pub stats: RewardStats,
+    /// Expected against observed preference.
+    pub calibration: Calibration,
+}
+
+impl RewardJudgement {
+    /// Named numbers.
+    pub fn numbers(&self) -> Numbers {
+        let mut numbers: Numbers = Vec::new();
+        numbers.extend(self.stats.metrics().into_iter().map(|(k, v)| (k.to_string(), json!(v))));
+        numbers.push(("pairs".into(), json!(self.stats.pairs)));
+        let error = self.calibration.expected_calibration_error();
+        numbers.push(("calibration_error".into(), json!(error)));
+        numbers.push(("brier".into(), json!(self.calibration.brier())));
+        numbers
+    }
+}
+
+/// Judges a reward model, the last of `worn` with a score head, by comparisons; none if `stop` was
+/// set before all went through.
+pub fn judge_rewards(
+    decoder: &Decoder,
+    worn: &[Worn],
+    rows: &[Comparison],
+    center_rewards_coefficient: f64,
+    stop: &AtomicBool,
+) -> Result<Option<RewardJudgement>, TrainError> {
+    let mut judgement = RewardJudgement::default();
+    let head = worn.iter().rev().find_map(|worn| worn.adapter.score.as_ref());
+    let Some(head) = head else {
+        return Err(TrainError::Settings("no adapter has a score head".into()));
+    };
+    for run in runs(rows.iter().map(Comparison::len)) {
+        if stop.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        let rows: Vec<&Comparison> = rows[run].iter().collect();
+        let batch = lay_out(&rows);
+        let scores = row_scores(decoder, worn, head, &batch, batch.ends.clone())?;
+        let pairs = weighted_pairs(&rows);
+        for pair in &pairs {
+            judgement.calibration.add(f64::from(scores[pair.better] - scores[pair.worse]));
+        }
+        let scores = candle_core::Tensor::new(scores, &candle_core::Device::Cpu)?;
+        let (_, stats) = pair_losses(&scores, &pairs, center_rewards_coefficient)?;
+        judgement.stats.add(&stats);
+    }
+    Ok(Some(judgement))
+}
+
+/// What objectives counted, under TRL's names.
+pub fn metrics(stats: &Stats) -> Numbers {
+    let mut found: Vec<(&'static str, f64)> = Vec::new();
+    if let Some(reward) = &stats.reward {
+        found.extend(reward.metrics().into_iter().filter(|(key, _)| *key != "loss"));
+    }
+    if let Some(preference) = &stats.preference {
+        found.extend(preference.metrics());
+    }
+    if let Some(grpo) = &stats.grpo {
+        found.extend(grpo.metrics());
+    }
+    found.into_iter().map(|(key, value)| (key.to_string(), json!(value))).collect()
+}
