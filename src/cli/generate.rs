@@ -5,14 +5,15 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
+use super::best_of::{BestOf, Candidate, finish_reason};
 use super::{AdapterArg, load_adapters, open_tokenizer};
-use crate::generate::{Finish, Request, Sampling, Settings, StopStrings, generate};
+use crate::generate::{Request, Sampling, Settings, StopStrings, generate};
 use crate::model::{Adapters, CacheType, Decoder};
 use crate::ops::Compute;
-use crate::text::{Special, Tokenizer};
+use crate::text::{DecodeStream, Special, TextError, Tokenizer};
 use crate::weights::Checkpoint;
 
 #[derive(Debug, clap::Args)]
@@ -70,7 +71,12 @@ pub struct Generate {
     /// still, rougher), f32 (exact), or portable (the slow reference form) [default: int16]
     #[arg(long)]
     compute: Option<Compute>,
+    #[command(flatten)]
+    best_of: BestOf,
 }
+
+/// Replies that are decoded at a time.
+const SLOTS: usize = 32;
 
 impl Generate {
     pub fn run(self, json: bool) -> Result<Value> {
@@ -78,25 +84,14 @@ impl Generate {
             bail!("--logprobs shows in the JSON object only, needed --json with it");
         }
         let sampling = self.sampling();
+        let replies = self.best_of.replies(sampling.temperature)?;
         let checkpoint = Checkpoint::open(&self.base)?;
         let decoder = Decoder::load(&checkpoint, self.compute.unwrap_or_default())?;
         let tokenizer = open_tokenizer(&checkpoint, self.template_date.as_deref())?;
         let worn = load_adapters(&self.adapter, &decoder)?;
         let prompt = self.prompt_ids(&tokenizer)?;
 
-        let mut stops = StopStrings::new(&self.stop);
-        let mut stream = tokenizer.decode_stream(true);
-        let mut text = String::new();
-        let mut show = |piece: &str| {
-            text.push_str(piece);
-            if !json {
-                let mut stdout = std::io::stdout();
-                let written = stdout.write_all(piece.as_bytes()).and_then(|()| stdout.flush());
-                if written.is_err() {
-                    std::process::exit(0); // nobody reads on
-                }
-            }
-        };
+        let judge = self.best_of.asked().then(|| self.best_of.judge(&decoder)).transpose()?;
         let settings = Settings {
             sampling,
             max_tokens: self.max_tokens.unwrap_or(256),
@@ -104,54 +99,89 @@ impl Generate {
                 Compute::F32 | Compute::Portable => CacheType::F32,
                 Compute::Int16 | Compute::Int8 => CacheType::F16,
             }),
-            logprobs: self.logprobs,
+            logprobs: self.logprobs.or(self.best_of.by_logprobs().then_some(0)),
             draws: false,
-            slots: 0,
+            slots: SLOTS,
         };
+        let mut texts: Vec<Text> =
+            (0..replies).map(|_| Text::new(&tokenizer, &self.stop)).collect();
+        let requests: Vec<Request> =
+            (0..).zip(&texts).map(|(key, _)| Request::new(&prompt, key)).collect();
+        let streams = !json && judge.is_none(); // of several replies nobody knows yet which to show
         let started = Instant::now();
         let mut first_token = None;
         let generation = generate(
             &decoder,
             Adapters::Same(&worn),
-            &[Request::new(&prompt, 0)],
+            &requests,
             &settings,
             &|token| tokenizer.is_end_of_generation(token),
-            &mut |_, token| {
+            &mut |row, token| {
                 first_token.get_or_insert_with(|| started.elapsed().as_secs_f64());
-                // An id the tokenizer lacks (padded vocabularies have some) has no text.
-                let piece = stream.push(token).ok().flatten().unwrap_or_default();
-                show(&stops.push(&piece));
-                if stops.stopped() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+                let piece = texts[row].push(token);
+                if streams {
+                    show(&piece);
+                }
+                if texts[row].stops.stopped() {
+                    ControlFlow::Break(())
+                } else {
+                    ControlFlow::Continue(())
+                }
             },
         )?;
         let seconds = started.elapsed().as_secs_f64();
-        let rest = stream.finish()?;
-        show(&stops.push(&rest));
-        show(&stops.finish());
+        let mut candidates = Vec::new();
+        for (generated, text) in generation.rows.into_iter().zip(texts) {
+            let (text, rest) = text.finish()?;
+            if streams {
+                show(&rest);
+            }
+            candidates.push(Candidate { generated, text });
+        }
+        // Reading the prompt ends with the first token; all but the replies' first are decoded.
+        let reading = first_token.unwrap_or(seconds);
+        let decoded = generation.usage.tokens.saturating_sub(replies);
+        let (decoded, decoding) = match decoded {
+            0 => (generation.usage.tokens, seconds),
+            decoded => (decoded, seconds - reading),
+        };
+        let judged = match judge {
+            Some(mut judge) => {
+                let prompt = (&self.prompt[..], &prompt[..]);
+                Some(judge.judge(&decoder, &tokenizer, prompt, &candidates)?)
+            }
+            None => None,
+        };
+        let best = judged.as_ref().map_or(0, |judged| judged.best);
+        let Candidate { generated, text } = candidates.swap_remove(best);
+        if let (Some(judged), false) = (&judged, json) {
+            show(&text);
+            let rewards: Vec<String> = judged
+                .totals
+                .iter()
+                .map(|total| total.map_or("-".into(), |total| format!("{total:.3}")))
+                .collect();
+            eprintln!("reply {} of rewards {}", best + 1, rewards.join(", "));
+        }
         if !json {
             crate::cli::say!("");
         }
 
-        let generated = generation.rows.into_iter().next().context("no row came back")?;
-        let tokens = generated.token_ids.len();
-        // Reading the prompt ends with the first token; the others are decoded one by one.
-        let reading = first_token.unwrap_or(seconds);
-        let decoded = if tokens > 1 { tokens - 1 } else { tokens };
-        let decoding = if tokens > 1 { seconds - reading } else { seconds };
         let mut value = json!({
             "text": text,
             "token_ids": generated.token_ids,
-            "tokens": tokens,
+            "tokens": generated.token_ids.len(),
             "prompt_tokens": prompt.len(),
-            "finish_reason": match generated.finish {
-                Finish::Length => "length",
-                Finish::Stop | Finish::Callback => "stop",
-            },
+            "finish_reason": finish_reason(generated.finish),
             "tokens_per_second": decoded as f64 / decoding.max(1e-9),
             "prompt_tokens_per_second": prompt.len() as f64 / reading.max(1e-9),
             "kernels": decoder.kernels(),
             "decode_kernels": decoder.decode_kernels(),
         });
+        if let Some(judged) = judged {
+            value["best"] = json!(best);
+            value["candidates"] = judged.candidates.into();
+        }
         if self.logprobs.is_some() {
             let list = |top: Vec<(u32, f32)>| -> Vec<Value> {
                 top.into_iter()
@@ -191,5 +221,44 @@ impl Generate {
         let messages: Vec<Value> = system.chain([message("user", &self.prompt)]).collect();
         let text = template.render(&messages, None, true)?;
         Ok(tokenizer.with_bos(tokenizer.encode(&text, Special::Parse)?))
+    }
+}
+
+/// The text of a reply as its tokens come.
+struct Text<'a> {
+    stream: DecodeStream<'a>,
+    stops: StopStrings,
+    text: String,
+}
+
+impl<'a> Text<'a> {
+    fn new(tokenizer: &'a Tokenizer, stops: &[String]) -> Self {
+        let stream = tokenizer.decode_stream(true);
+        Self { stream, stops: StopStrings::new(stops), text: String::new() }
+    }
+
+    /// What a token adds that is certain to stay.
+    fn push(&mut self, token: u32) -> String {
+        // An id the tokenizer lacks (padded vocabularies have some) has no text.
+        let piece = self.stream.push(token).ok().flatten().unwrap_or_default();
+        let piece = self.stops.push(&piece);
+        self.text.push_str(&piece);
+        piece
+    }
+
+    /// The whole text, and what of it was held back.
+    fn finish(mut self) -> Result<(String, String), TextError> {
+        let held = self.stream.finish()?;
+        let rest = self.stops.push(&held) + &self.stops.finish();
+        self.text.push_str(&rest);
+        Ok((self.text, rest))
+    }
+}
+
+/// Shows a piece of text at once; where nobody reads on, ends.
+fn show(piece: &str) {
+    let mut stdout = std::io::stdout();
+    if stdout.write_all(piece.as_bytes()).and_then(|()| stdout.flush()).is_err() {
+        std::process::exit(0);
     }
 }

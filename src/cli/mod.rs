@@ -14,6 +14,7 @@ macro_rules! say {
 }
 use say;
 
+mod best_of;
 mod eval;
 mod generate;
 mod inspect;

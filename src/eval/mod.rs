@@ -1,6 +1,6 @@
 //! How good a model is: mean loss under the masks of training, perplexity as llama.cpp counts it.
 
-mod diversity;
+pub mod diversity;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 

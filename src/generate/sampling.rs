@@ -174,7 +174,8 @@ impl Sampling {
         (key, position): (u64, u64),
     ) -> Result<(u32, f64), SamplingError> {
         let draw = || Stream::new(self.seed, "sample", &[key, position]).uniform_f64();
-        if self.is_unfiltered() {
+        // Close to greedy, exponents in `f32` are too coarse.
+        if !self.filters() && (1e-2..1e6).contains(&self.temperature) {
             self.check()?;
             return draw_from_all(Isa::current(), logits, self.temperature, draw());
         }
@@ -191,14 +192,7 @@ impl Sampling {
 
     /// Whether tokens are drawn from another distribution than the model's at this temperature.
     pub fn filters(&self) -> bool {
-        let Self { top_k, top_p, min_p, repetition_penalty, .. } = *self;
-        (top_k, top_p, min_p, repetition_penalty) != (0, 1.0, 0.0, 1.0)
-    }
-
-    /// Whether all tokens may be chosen, each by its own logit. Close to greedy, exponents in `f32`
-    /// are too coarse.
-    fn is_unfiltered(&self) -> bool {
-        (1e-2..1e6).contains(&self.temperature) && !self.filters()
+        self.top_k > 0 || self.top_p < 1.0 || self.min_p > 0.0 || self.repetition_penalty != 1.0
     }
 }
 
@@ -208,7 +202,7 @@ const BLOCK: usize = 256;
 const SIDE_BY_SIDE: usize = 16;
 
 /// Draws from the softmax of `logits / temperature` with `draw` from [0, 1), without listing it:
-/// the block in which the draw falls, then the token in the block. With it, its probability.
+/// the block in which the draw falls, then the token in the block; with its probability.
 fn draw_from_all(
     isa: Isa,
     logits: &[f32],
@@ -225,7 +219,7 @@ fn draw_from_all(
     let inverse = (1.0 / temperature) as f32;
     let mut sums = vec![0f64; logits.len().div_ceil(BLOCK)];
     block_sums(isa, logits, max, inverse, &mut sums);
-    let total = sums.iter().sum::<f64>();
+    let total: f64 = sums.iter().sum();
     let target = draw * total;
 
     let mut before = 0.0;
@@ -250,8 +244,7 @@ fn draw_from_all(
             }
         }
     }
-    let (token, weight) = choice;
-    Ok((token as u32, weight / total))
+    Ok((choice.0 as u32, choice.1 / total))
 }
 
 versions! {
@@ -303,7 +296,8 @@ impl<'a> LogProbs<'a> {
 
     /// That of a token of the vocabulary, of logits divided by `temperature`.
     pub fn heated(logits: &[f32], token: u32, temperature: f64) -> Result<f32, SamplingError> {
-        let heated: Vec<f32> = logits.iter().map(|l| (f64::from(*l) / temperature) as f32).collect();
+        let heated: Vec<f32> =
+            logits.iter().map(|l| (f64::from(*l) / temperature) as f32).collect();
         Ok(LogProbs::new(&heated)?.of(token))
     }
 
@@ -442,8 +436,9 @@ mod tests {
                     // The list's rounding is 1e-7 of all: less than a hundredth of these.
                     let draws = [1e-2, 0.5, 0.99].map(|part| before + part * probability);
                     for draw in draws.into_iter().filter(|_| probability > 1e-4) {
-                        let (drawn, _) = draw_from_all(isa, &logits, temperature, draw).unwrap();
+                        let (drawn, p) = draw_from_all(isa, &logits, temperature, draw).unwrap();
                         assert_eq!(drawn, token, "{isa:?}, temperature {temperature}, {draw}");
+                        assert!((p / probability - 1.0).abs() < 2e-5, "{p}, not {probability}");
                     }
                     before += probability;
                 }

@@ -10,14 +10,14 @@
 //! Everything is a function of the policy, the prompts and a key, so that an update that was lost is
 //! made again to the same bytes. This room does not know how the policy is changed.
 
-mod command;
+pub mod command;
 pub mod diagnose;
 pub mod ppo;
 pub mod respond;
-mod reward_model;
-mod rewards;
-mod rule;
-mod samples;
+pub mod reward_model;
+pub mod rewards;
+pub mod rule;
+pub mod samples;
 
 pub use command::RewardCommand;
 pub use diagnose::{Cause, Diagnosis, Evidence, diagnose};

@@ -54,14 +54,10 @@ pub fn respond(
 ) -> std::result::Result<Vec<Response>, GenerateError> {
     let owners: Vec<&Arc<[u32]>> =
         prompts.iter().flat_map(|prompt| std::iter::repeat_n(prompt, per_prompt)).collect();
-    let requests: Vec<Request> = owners
-        .iter()
-        .zip(first_key..)
-        .map(|(prompt, key)| Request::new(prompt, key))
-        .collect();
+    let requests: Vec<Request> =
+        owners.iter().zip(first_key..).map(|(prompt, key)| Request::new(prompt, key)).collect();
     let never = &mut |_: usize, _: u32| ControlFlow::Continue(());
-    let generated =
-        generate(decoder, Adapters::Same(worn), &requests, settings, is_end, never)?;
+    let generated = generate(decoder, Adapters::Same(worn), &requests, settings, is_end, never)?;
     let responses = generated.rows.into_iter().zip(owners).zip(first_key..);
     Ok(responses
         .map(|((generated, prompt), key)| Response {
