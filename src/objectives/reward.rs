@@ -230,7 +230,7 @@ mod tests {
             (-1000.0, -1000.0, 1.0),
             (-100.0, -100.0, 1.0),
             (-1.0, -1.313_261_7, 0.731_058_6),
-            (0.0, -0.693_147_2, 0.5),
+            (0.0, -std::f32::consts::LN_2, 0.5),
             (1.0, -0.313_261_7, 0.268_941_4),
             (100.0, 0.0, 0.0),
             (1000.0, 0.0, 0.0),
@@ -259,9 +259,7 @@ mod tests {
         assert!((honest.brier() - brier).abs() < 1e-12);
 
         let mut boasting = Calibration::default();
-        for margin in [50.0, -50.0] {
-            boasting.add(margin);
-        }
+        [50.0, -50.0].into_iter().for_each(|margin| boasting.add(margin));
         assert_eq!(boasting.expected_calibration_error(), 0.5);
         assert_eq!(boasting.brier(), 0.5);
     }
