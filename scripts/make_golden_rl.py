@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Writes tests/golden/rl: ten optimizer steps of reward models, DPO and PPO as TRL takes them, on llama-tiny.
+"""Writes tests/golden/rl: ten optimizer steps of reward models, DPO, KTO and PPO as TRL takes them, on llama-tiny.
 
     pip install -r scripts/requirements-golden-rl.txt
-    python3 scripts/make_golden_rl.py                                   # reward models and DPO
+    python3 scripts/make_golden_rl.py                                   # reward models, DPO, KTO
     pip install --no-deps --target trl-1.0.0 trl==1.0.0
     PYTHONPATH=trl-1.0.0 python3 scripts/make_golden_rl.py              # PPO, which later versions do not have
 
@@ -18,9 +18,11 @@ import shutil
 import sys
 import tempfile
 from importlib.metadata import version
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+import accelerate
 import datasets
 import numpy as np
 import peft
@@ -136,6 +138,18 @@ def dpo_rows(seed):
     ]
 
 
+def kto_rows(seed):
+    """Labelled responses; each has beside it the one of the row before in its batch, for the KL term, as TRL pairs them."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(STEPS * 4):
+        good = i % 4 in (0, 2) or i % 8 == 1
+        rows.append({"prompt_ids": tokens(rng, 1, 10), "completion_ids": response(rng, good), "label": good})
+    for i, row in enumerate(rows):
+        row["KL_completion_ids"] = rows[i - 1 if i % 4 else i + 3]["completion_ids"]
+    return rows
+
+
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -244,36 +258,37 @@ def ranked_run(folder, dtype, rows, args, seed):
     return model, steps, first
 
 
-class IdDPOTrainer(getattr(trl, "DPOTrainer", object)):
-    """Rows are token ids already."""
-
-    def _prepare_dataset(self, dataset, *_args):
-        return dataset
+def with_ids(trainer):
+    """The trainer for rows that are token ids already."""
+    return type("Ids", (trainer,), {"_prepare_dataset": lambda self, dataset, *_args: dataset})
 
 
-def dpo_trainer(dtype, rows, args, seed, folder):
+def preference_trainer(trainer, config, dtype, rows, args, seed, folder):
     model = transformers.AutoModelForCausalLM.from_pretrained(MODEL / BASE, dtype=dtype, attn_implementation="eager")
-    trainer = IdDPOTrainer(
+    made = with_ids(trainer)(
         model=model,
-        args=trl.DPOConfig(output_dir=folder, train_sampling_strategy="sequential", **args, **MANNER),
+        args=config(output_dir=folder, train_sampling_strategy="sequential", **args, **MANNER),
         processing_class=tokenizer("right"),
         train_dataset=datasets.Dataset.from_list(rows),
         peft_config=lora_config("CAUSAL_LM"),  # given so, the reference is the base: the adapter switched off
     )
-    randomize(trainer.model, seed, 0.1)
-    return trainer
+    randomize(made.model, seed, 0.1)
+    return made
 
 
-def dpo_run(folder, dtype, rows, args, seed):
-    with tempfile.TemporaryDirectory() as tmp:
-        trainer = dpo_trainer(dtype, rows, args, seed, tmp)
-        if folder:
-            write_adapter(folder / "initial", trainer.model, BASE)
-        return trainer.model, *drive(trainer)
+def preference_run(trainer, config):
+    def run(folder, dtype, rows, args, seed):
+        with tempfile.TemporaryDirectory() as tmp:
+            made = preference_trainer(trainer, config, dtype, rows, args, seed, tmp)
+            if folder:
+                write_adapter(folder / "initial", made.model, BASE)
+            return made.model, *drive(made)
+
+    return run
 
 
 def other_losses(rows, args, seed):
-    """The first step's loss and gradient norm under DPO's other forms."""
+    """The first step's loss and gradient norm under DPO's other forms, and under losses without a reference."""
     changes = {
         "hinge": {"loss_type": ["hinge"]},
         "ipo": {"loss_type": ["ipo"]},
@@ -283,9 +298,50 @@ def other_losses(rows, args, seed):
     for name, change in changes.items():
         with tempfile.TemporaryDirectory() as tmp:
             settings = {**args, **change, "max_steps": 1}
-            ((step,), _) = drive(dpo_trainer(torch.float32, rows, settings, seed, tmp))
+            trainer = preference_trainer(trl.DPOTrainer, trl.DPOConfig, torch.float32, rows, settings, seed, tmp)
+            ((step,), _) = drive(trainer)
             found[name] = {**change, "loss": step["loss"], "grad_norm": step["grad_norm"]}
+    rows = rows[: args["per_device_train_batch_size"]]
+    for name, loss_of in (("simpo", simpo_loss), ("orpo", orpo_loss)):
+        model = lora_model("CAUSAL_LM", seed, torch.float32)
+        settings, loss = loss_of(model, rows)
+        loss.backward()
+        found[name] = {**settings, "loss": loss.item(), "grad_norm": norm(trainable(model).values())}
     return found
+
+
+def token_logps(model, prompt, ids):
+    """Log-probs of all tokens but the first, and from which on they are the response's."""
+    both = torch.tensor(prompt + ids)
+    logits = model(both[None]).logits[0, :-1]
+    return torch.log_softmax(logits, -1).gather(1, both[1:, None])[:, 0], len(prompt) - 1
+
+
+def mean_logps(model, rows, side):
+    """Per token of the response. (rows)"""
+    both = (token_logps(model, row["prompt_ids"], row[f"{side}_ids"]) for row in rows)
+    return torch.stack([logps[start:].mean() for logps, start in both])
+
+
+def simpo_loss(model, rows):
+    """TRL's function on torch's log-probs: its trainer takes text only."""
+    from trl.experimental.cpo import CPOTrainer
+
+    settings = {"beta": 2.0, "simpo_gamma": 0.5, "label_smoothing": 0.1}
+    on = SimpleNamespace(**settings, loss_type="simpo", alpha=0.0, accelerator=accelerate.Accelerator(cpu=True))
+    sides = (mean_logps(model, rows, side) for side in ("chosen", "rejected"))
+    return settings, CPOTrainer.cpo_loss(on, *sides)[0].mean()
+
+
+def orpo_loss(model, rows):
+    """As simpo_loss. The likelihood is of prompt and response, over all tokens of the batch."""
+    from trl.experimental.orpo import ORPOTrainer
+
+    settings = {"beta": 0.1}
+    on = SimpleNamespace(**settings, accelerator=accelerate.Accelerator(cpu=True))
+    sides = (mean_logps(model, rows, side) for side in ("chosen", "rejected"))
+    chosen = torch.cat([token_logps(model, row["prompt_ids"], row["chosen_ids"])[0] for row in rows])
+    return settings, -chosen.mean() - ORPOTrainer.odds_ratio_loss(on, *sides)[0].mean()
 
 
 @torch.inference_mode()
@@ -344,8 +400,10 @@ def make_preferences():
     others = other_losses(rows, args, 24)
     written = [dict(row) for row in rows]
     reference_logps(written)
-    make_run("dpo", dpo_run, rows, args, 24, first_step=others)
+    make_run("dpo", preference_run(trl.DPOTrainer, trl.DPOConfig), rows, args, 24, first_step=others)
     write_rows(RL / "dpo/rows.jsonl", written)
+    args = {**TRAIN_ARGS, "max_length": None, "beta": 0.1, "desirable_weight": 1.2, "undesirable_weight": 0.8}
+    make_run("kto", preference_run(trl.KTOTrainer, trl.KTOConfig), kto_rows(35), args, 27)
 
 
 # ------------------------------------------------------------------------ PPO
@@ -588,7 +646,7 @@ def main():
         make_ppo("ppo-k3", {**PPO_ARGS, **k3, "num_ppo_epochs": 1, "temperature": 1.0, "learning_rate": 6e-3}, 26)
     else:
         assert version("trl") == "1.16.0", f"trl: found {version('trl')}, needed 1.16.0, or 1.0.0 for PPO"
-        clear(("reward", "dpo"))
+        clear(("reward", "dpo", "kto"))
         make_preferences()
 
 

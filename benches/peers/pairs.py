@@ -13,7 +13,8 @@ import argparse
 import json
 import random
 
-from common import MODEL_FILES, MODELS, compare, fresh, our_run, peer_side, peer_training, print_header, same_start, some_words
+from common import MODEL_FILES, MODELS, compare, fresh, our_run, peer_side, peer_training, print_header
+from common import same_start, some_words
 
 
 def write_pairs(path, count, prompt, response):

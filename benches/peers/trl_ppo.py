@@ -1,12 +1,9 @@
-"""Updates of TRL 1.0.0's PPOTrainer + PEFT in float32: the peer of ppo.py.
-
-    TRL_PPO=DIR python3 trl_ppo.py --model FOLDER --rows PROMPTS.jsonl --batch 8 --updates 3 --epochs 4 --response 32 \
-        --learning-rate 1e-5 [--lora-value]
+"""Updates of TRL 1.0.0's PPOTrainer + PEFT in float32: the peer of ppo.py, which says with which arguments.
 
 TRL_PPO is the folder TRL 1.0.0 was installed into, the last version with PPO. Policy, reward and value model are the
 same checkpoint three times; the policy has an adapter, which is switched off for the reference; the value model is
-trained whole, or has an adapter of its own. An update lasts from the end of the one before to its own end. Prints the updates as JSON; "losses" are
-TRL's logs.
+trained whole, or has an adapter of its own. An update lasts from the end of the one before to its own end. Prints the
+updates as JSON; "losses" are TRL's logs.
 """
 
 import argparse
