@@ -76,7 +76,7 @@ fn requests(prompts: &[Vec<u32>]) -> Vec<Request<'_>> {
 }
 
 fn settings(sampling: Sampling, max_tokens: usize) -> Settings {
-    Settings { sampling, max_tokens, cache: CacheType::F32, logprobs: None, slots: 0 }
+    Settings { sampling, max_tokens, cache: CacheType::F32, logprobs: None, draws: false, slots: 0 }
 }
 
 /// Decodes with no end-of-generation token and nobody listening.
@@ -319,6 +319,7 @@ fn slots_and_groups_do_not_matter() {
                     max_tokens: 20,
                     cache,
                     logprobs: Some(2),
+                    draws: true,
                     slots,
                 };
                 let mut heard = vec![0; requests.len()];
