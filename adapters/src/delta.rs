@@ -1,6 +1,7 @@
 //! The maths of LoRA (Hu et al. 2021), and an adapter: the updates of a base by module.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::{Device, Result, Tensor, Var};
@@ -83,12 +84,20 @@ impl Dropout {
     /// The mask `(N, in)` F32 before A of `module`, one row a key: 0 with probability p, else
     /// `1 / (1 - p)`.
     pub fn mask(&self, module: &str, in_features: usize, device: &Device) -> Result<Tensor> {
+        let mut mask = vec![0f32; self.keys.len() * in_features];
+        self.draw(module, 0..self.keys.len(), &mut mask);
+        Tensor::from_vec(mask, (self.keys.len(), in_features), device)
+    }
+
+    /// The same for some of the rows of activations, into a buffer `(rows, in)`.
+    pub fn draw(&self, module: &str, rows: Range<usize>, mask: &mut [f32]) {
         let module = Stream::new(0, module, &[]).next_u64();
         let kept = (1.0 / (1.0 - self.p)) as f32;
         let below = (self.p * 2f64.powi(32)) as u32;
-        let mut mask = vec![0f32; self.keys.len() * in_features];
+        let keys = &self.keys[rows];
         // An empty layer has no chunks to iterate, and chunks of size 0 panic.
-        mask.par_chunks_mut(in_features.max(1)).zip(self.keys.par_iter()).for_each(|(row, key)| {
+        let width = (mask.len() / keys.len().max(1)).max(1);
+        mask.par_chunks_mut(width).zip(keys).for_each(|(row, key)| {
             let index = [key.epoch, key.row, key.position, module];
             let mut stream = Stream::new(self.seed, "dropout", &index);
             for pair in row.chunks_mut(2) {
@@ -98,7 +107,6 @@ impl Dropout {
                 }
             }
         });
-        Tensor::from_vec(mask, (self.keys.len(), in_features), device)
     }
 }
 

@@ -1,28 +1,15 @@
 //! A file of rows as examples, whole or with a held-out part.
 
 use std::fmt;
-use std::fs::File;
-use std::io::BufReader;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
-use rayon::prelude::*;
 use serde::Serialize;
-use sha2::{Digest, Sha256};
 
 use super::example::{Tokenized, WhenLong, pieces, tokenize};
-use super::rows::{Line, Lines};
+use super::lines::{Line, read, to_held_out};
 use super::{DataError, Example, Row, RowError, is_held_out};
 use crate::text::Tokenizer;
-
-/// Lines tokenized at a time, by all threads, or as many as have this many bytes: what is held of
-/// the file's text.
-const LINES_AT_A_TIME: usize = 1024;
-const BYTES_AT_A_TIME: usize = 16 << 20;
-/// Bytes a line may have.
-const LONGEST_LINE: usize = 64 << 20;
-/// Wrong rows told one by one; the rest are counted.
-const FAULTS_TOLD: usize = 5;
 
 /// The examples of a file, in its order.
 #[derive(Debug, Clone)]
@@ -97,7 +84,7 @@ impl Dataset {
         stop: &AtomicBool,
     ) -> Result<Self, DataError> {
         let mut all = Part::default();
-        let sha256 = read(path, tokenizer, stop, |_, line, tokenized| {
+        let sha256 = read(path, stop, parse(tokenizer), |line, (_, tokenized)| {
             all.add(line, tokenized, max_length);
         })?;
         all.finish(path, sha256, max_length)
@@ -115,14 +102,11 @@ impl Dataset {
     ) -> Result<Split, DataError> {
         let (mut train, mut held_out) = (Part::default(), Part::default());
         let mut held_out_lines = Vec::new();
-        let sha256 = read(path, tokenizer, stop, |row, line, tokenized| {
-            if !is_held_out(row) {
+        let sha256 = read(path, stop, parse(tokenizer), |line, (row, tokenized)| {
+            if !is_held_out(&row) {
                 return train.add(line, tokenized, max_length);
             }
-            held_out_lines.extend_from_slice(&line.bytes);
-            if !line.bytes.ends_with(b"\n") {
-                held_out_lines.push(b'\n');
-            }
+            to_held_out(&mut held_out_lines, line);
             held_out.add(line, tokenized, max_length);
         })?;
         if train.report.rows == 0 && held_out.report.rows > 0 {
@@ -135,61 +119,13 @@ impl Dataset {
     }
 }
 
-/// Shows every row in order to `add`, tokenized; the file's SHA-256. After a wrong row, the rest of
-/// the file is read for further wrong ones only.
-fn read(
-    path: &Path,
-    tokenizer: &Tokenizer,
-    stop: &AtomicBool,
-    mut add: impl FnMut(&Row, &Line, Tokenized),
-) -> Result<String, DataError> {
-    let io = |source| DataError::Io { path: path.into(), source };
-    let file = File::open(path).map_err(io)?;
-    let mut lines = Lines::new(BufReader::new(file), LONGEST_LINE);
-    let mut hasher = Sha256::new();
-    let (mut first, mut wrong, mut rows) = (Vec::new(), 0, 0);
-    loop {
-        let (mut chunk, mut bytes) = (Vec::new(), 0);
-        while chunk.len() < LINES_AT_A_TIME
-            && bytes < BYTES_AT_A_TIME
-            && let Some(line) = lines.next(|bytes| hasher.update(bytes)).map_err(io)?
-        {
-            bytes += line.bytes.len();
-            chunk.push(line);
-            if stop.load(Ordering::Relaxed) {
-                return Err(DataError::Stopped);
-            }
-        }
-        if chunk.is_empty() {
-            break;
-        }
-        rows += chunk.len() as u64;
-        let parse = |line: &Line| -> Result<(Row, Tokenized), RowError> {
-            if line.too_long {
-                return Err(RowError::TooLong { most: LONGEST_LINE });
-            }
-            let row = Row::parse(&line.bytes)?;
-            let tokenized = tokenize(&row, tokenizer)?;
-            Ok((row, tokenized))
-        };
-        let parsed: Vec<_> = chunk.par_iter().map(parse).collect();
-        for (line, row) in chunk.iter().zip(parsed) {
-            match row {
-                Ok((row, tokenized)) if wrong == 0 => add(&row, line, tokenized),
-                Ok(_) => {}
-                Err(problem) => {
-                    wrong += 1;
-                    if first.len() < FAULTS_TOLD {
-                        first.push((line.number, problem));
-                    }
-                }
-            }
-        }
+/// A line to its row and tokens.
+fn parse(tokenizer: &Tokenizer) -> impl Fn(&[u8]) -> Result<(Row, Tokenized), RowError> {
+    move |bytes| {
+        let row = Row::parse(bytes)?;
+        let tokenized = tokenize(&row, tokenizer)?;
+        Ok((row, tokenized))
     }
-    if wrong > 0 {
-        return Err(DataError::Rows { path: path.into(), first, wrong, rows });
-    }
-    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 #[derive(Default)]

@@ -53,6 +53,22 @@ pub enum DataError {
         /// Tokens kept of a row.
         max_length: usize,
     },
+    /// No row has responses that are compared, or labelled.
+    #[error(
+        "{}: nothing to compare in any of {rows} rows ({dropped} responses longer than \
+         {max_length} tokens with their prompts), needs at least one pair or label",
+        path.display()
+    )]
+    NothingToCompare {
+        /// The file.
+        path: PathBuf,
+        /// Rows read.
+        rows: u64,
+        /// Responses left out.
+        dropped: u64,
+        /// Tokens prompt and response may have.
+        max_length: usize,
+    },
     /// The split leaves no row to train on.
     #[error(
         "{}: all {rows} rows fall into the held-out part (rows with one first prompt stay \
@@ -108,6 +124,28 @@ pub enum RowError {
     UnknownKind {
         /// The keys found.
         keys: Vec<String>,
+    },
+    /// Keys that do not make what is asked for.
+    #[error("unknown kind of row: found the keys {}, needs {needed}", quoted(keys))]
+    OtherKind {
+        /// The keys found.
+        keys: Vec<String>,
+        /// What is asked for.
+        needed: &'static str,
+    },
+    /// A text that is nothing.
+    #[error("`{key}` has no tokens, needs at least one")]
+    NoTokens {
+        /// The path of the value in the row.
+        key: String,
+    },
+    /// More than may stand before a response.
+    #[error("the prompt has {found} tokens, `max_prompt_length` is {most}")]
+    PromptTooLong {
+        /// Tokens it has.
+        found: usize,
+        /// Tokens it may have.
+        most: usize,
     },
     /// A value of the wrong shape.
     #[error("`{key}` is {found}, needs {needed}")]

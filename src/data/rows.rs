@@ -1,10 +1,9 @@
 //! JSON lines and the kinds of rows they hold, told apart by their keys as TRL does.
 
-use std::io::{BufRead, Read};
-
 use serde_json::{Map, Value};
 
-use super::RowError;
+use super::comparison::{ComparisonKind, Pair};
+use super::{RowError, split};
 
 /// Roles a message may have, as OpenAI's and Hugging Face's formats name them.
 const ROLES: [&str; 6] = ["system", "user", "assistant", "tool", "developer", "function"];
@@ -53,12 +52,7 @@ pub struct Message {
 impl Row {
     /// Reads one line. A key whose value is null counts as absent, as tables are exported so.
     pub fn parse(line: &[u8]) -> Result<Self, RowError> {
-        let text = std::str::from_utf8(line)
-            .map_err(|e| RowError::NotUtf8 { column: e.valid_up_to() + 1 })?;
-        let mut row = match serde_json::from_str(text).map_err(json_error)? {
-            Value::Object(row) => row,
-            other => return Err(RowError::NotAnObject { found: describe(&other) }),
-        };
+        let mut row = object(line)?;
         row.retain(|_, value| !value.is_null());
         if row.contains_key("input_ids") {
             tokens(&row)
@@ -75,6 +69,252 @@ impl Row {
         } else {
             Err(RowError::UnknownKind { keys: row.keys().cloned().collect() })
         }
+    }
+}
+
+/// A row whose responses are compared or labelled, checked but not yet tokenized.
+pub(super) struct ComparisonRow {
+    pub responses: Responses,
+    /// Which response is preferred to which.
+    pub pairs: Vec<Pair>,
+    /// Whether each response is good, or nothing.
+    pub labels: Vec<bool>,
+    /// Pairs of responses ranked the same.
+    pub ties: u64,
+    /// The path of each response in the row.
+    keys: Vec<String>,
+}
+
+/// Responses and what they have in common.
+pub(super) enum Responses {
+    /// Strings; whole texts have no prompt.
+    Texts { prompt: String, responses: Vec<String> },
+    /// Conversations. Where no prompt is given it is what all of them begin with.
+    Messages { prompt: Vec<Message>, responses: Vec<Vec<Message>>, tools: Option<Value> },
+}
+
+impl ComparisonRow {
+    /// Reads one line. A key whose value is null counts as absent.
+    pub fn parse(line: &[u8], kind: ComparisonKind) -> Result<Self, RowError> {
+        let mut row = object(line)?;
+        row.retain(|_, value| !value.is_null());
+        let needed = match kind {
+            ComparisonKind::Pairs => "`chosen` and `rejected`, or ranked `responses`",
+            ComparisonKind::Labels => "`completion` and `label`, or `chosen` and `rejected`",
+            ComparisonKind::Any => {
+                "`chosen` and `rejected`, `responses`, `completion`, `messages` or `text`"
+            }
+        };
+        let alone = |key: &str| row.get(key).map(|value| (vec![key.to_owned()], vec![value]));
+        let compared = row.get("chosen").zip(row.get("rejected"));
+        let (keys, values) = if let Some((chosen, rejected)) = compared {
+            (vec!["chosen".into(), "rejected".into()], vec![chosen, rejected])
+        } else if let (Some(values), false) = (row.get("responses"), kind == ComparisonKind::Labels)
+        {
+            let least = if kind == ComparisonKind::Pairs { 2 } else { 1 };
+            let values = list("responses", values)?;
+            if values.len() < least {
+                let found = Value::Array(values.to_vec());
+                return Err(wrong("responses", &found, "responses to be compared, two or more"));
+            }
+            let key = |i| format!("responses[{i}]");
+            ((0..values.len()).map(key).collect(), values.iter().collect())
+        } else {
+            let known: &[&str] = match kind {
+                ComparisonKind::Pairs => &[],
+                ComparisonKind::Labels => &["completion"],
+                ComparisonKind::Any => &["completion", "messages", "text"],
+            };
+            known.iter().find_map(|key| alone(key)).ok_or_else(|| RowError::OtherKind {
+                keys: row.keys().cloned().collect(),
+                needed,
+            })?
+        };
+        let responses = responses(&keys, &values, &row)?;
+        let labels = match kind {
+            ComparisonKind::Labels if compared.is_some() => vec![true, false],
+            ComparisonKind::Labels => vec![label(row.get("label").unwrap_or(&Value::Null))?],
+            ComparisonKind::Pairs | ComparisonKind::Any => Vec::new(),
+        };
+        let (pairs, ties) = if labels.is_empty() {
+            ranked(values.len(), &row, compared.is_some())?
+        } else {
+            (Vec::new(), 0)
+        };
+        Ok(Self { responses, pairs, labels, ties, keys })
+    }
+
+    /// The path of a response in the row.
+    pub fn key(&self, response: usize) -> String {
+        self.keys[response].clone()
+    }
+}
+
+impl Responses {
+    /// What the row is held out by.
+    pub fn first_turn(&self) -> &str {
+        match self {
+            Self::Texts { prompt, responses } if prompt.is_empty() => {
+                split::beginning(&responses[0])
+            }
+            Self::Texts { prompt, .. } => prompt,
+            Self::Messages { prompt, responses, .. } => {
+                split::first_user_message(prompt.iter().chain(&responses[0]))
+            }
+        }
+    }
+}
+
+/// All of them strings, or all of them lists of messages, as the first is or the prompt.
+fn responses(
+    keys: &[String],
+    values: &[&Value],
+    row: &Map<String, Value>,
+) -> Result<Responses, RowError> {
+    // A prompt says nothing about a text that is whole already.
+    let prompt = row.get("prompt").filter(|_| !matches!(keys[0].as_str(), "text" | "messages"));
+    let in_messages = prompt.unwrap_or(values[0]).is_array();
+    let named = || keys.iter().zip(values);
+    if !in_messages {
+        let prompt = prompt.map_or(Ok(String::new()), |prompt| string("prompt", prompt))?;
+        let responses = named().map(|(key, value)| string(key, value)).collect::<Result<_, _>>()?;
+        return Ok(Responses::Texts { prompt, responses });
+    }
+    let read = |(key, value): (&String, &&Value)| match value {
+        Value::Array(_) => message_list(key, value),
+        other => Err(wrong(key, other, "a list of messages, as the rest of the row")),
+    };
+    let mut responses = named().map(read).collect::<Result<Vec<_>, _>>()?;
+    let tools = tools(row)?;
+    let prompt = match prompt {
+        Some(prompt) => message_list("prompt", prompt)?,
+        None => shared_beginning(&mut responses),
+    };
+    Ok(Responses::Messages { prompt, responses, tools })
+}
+
+/// Takes the messages off that all conversations begin with; each keeps its last at least
+/// (TRL's `extract_prompt`).
+fn shared_beginning(conversations: &mut [Vec<Message>]) -> Vec<Message> {
+    let shortest = conversations.iter().map(Vec::len).min().unwrap_or_default();
+    let (first, others) = conversations.split_first_mut().expect("a row has responses");
+    let same = |&i: &usize| others.iter().all(|other| other[i] == first[i]);
+    let shared = (0..shortest - 1).take_while(same).count();
+    for other in others {
+        other.drain(..shared);
+    }
+    first.drain(..shared).collect()
+}
+
+/// Pairs of responses, and how many pairs are ties: by `ranks` (1 is best), by `scores` (higher is
+/// better), or best first.
+fn ranked(
+    count: usize,
+    row: &Map<String, Value>,
+    compared: bool,
+) -> Result<(Vec<Pair>, u64), RowError> {
+    let mut margin = 0.0;
+    if let Some(value) = row.get("margin").filter(|_| compared) {
+        let found = value.as_f64().map(|margin| margin as f32).filter(|margin| margin.is_finite());
+        margin = found.ok_or_else(|| wrong("margin", value, "a number"))?;
+    }
+    let places = match (row.get("ranks"), row.get("scores")) {
+        _ if compared => vec![0.0, 1.0],
+        (Some(ranks), Some(_)) => {
+            return Err(wrong("ranks", ranks, "no `scores` beside it: one of the two"));
+        }
+        (Some(ranks), None) => numbers("ranks", ranks, count, |rank| {
+            rank.as_u64().filter(|&rank| rank > 0).map(|rank| rank as f64)
+        })?,
+        (None, Some(scores)) => {
+            numbers("scores", scores, count, |score| score.as_f64().map(|score| -score))?
+        }
+        (None, None) => (0..count).map(|place| place as f64).collect(),
+    };
+    let (mut pairs, mut ties) = (Vec::new(), 0);
+    for first in 0..count {
+        for second in first + 1..count {
+            let (better, worse) = match places[first].total_cmp(&places[second]) {
+                std::cmp::Ordering::Less => (first, second),
+                std::cmp::Ordering::Greater => (second, first),
+                std::cmp::Ordering::Equal => {
+                    ties += 1;
+                    continue;
+                }
+            };
+            pairs.push(Pair { better, worse, margin });
+        }
+    }
+    Ok((pairs, ties))
+}
+
+/// A number for each response.
+fn numbers(
+    key: &str,
+    value: &Value,
+    count: usize,
+    read: impl Fn(&Value) -> Option<f64>,
+) -> Result<Vec<f64>, RowError> {
+    let values = list(key, value)?;
+    if values.len() != count {
+        return Err(wrong(key, value, "an entry for each of the `responses`"));
+    }
+    let needed = if key == "ranks" { "a rank, from 1 for the best" } else { "a number" };
+    let number = |(i, value): (usize, &Value)| {
+        read(value).ok_or_else(|| wrong(&format!("{key}[{i}]"), value, needed))
+    };
+    values.iter().enumerate().map(number).collect()
+}
+
+fn label(value: &Value) -> Result<bool, RowError> {
+    match (value, value.as_u64()) {
+        (Value::Bool(label), _) => Ok(*label),
+        (_, Some(0)) => Ok(false),
+        (_, Some(1)) => Ok(true),
+        _ => Err(wrong("label", value, "true or false")),
+    }
+}
+
+/// A row with a prompt to be answered, checked but not yet tokenized; `row` is all of it.
+pub(super) enum PromptRow {
+    /// Continued as it stands.
+    Text { prompt: String, row: Map<String, Value> },
+    /// Answered.
+    Messages { prompt: Vec<Message>, tools: Option<Value>, row: Map<String, Value> },
+}
+
+impl PromptRow {
+    /// Reads one line.
+    pub fn parse(line: &[u8]) -> Result<Self, RowError> {
+        let row = object(line)?;
+        match row.get("prompt") {
+            None | Some(Value::Null) => Err(RowError::OtherKind {
+                keys: row.keys().cloned().collect(),
+                needed: "`prompt`, a string or a list of messages",
+            }),
+            Some(messages @ Value::Array(_)) => {
+                let (prompt, tools) = (message_list("prompt", messages)?, tools(&row)?);
+                Ok(Self::Messages { prompt, tools, row })
+            }
+            Some(prompt) => Ok(Self::Text { prompt: string("prompt", prompt)?, row }),
+        }
+    }
+
+    /// What the row is held out by.
+    pub fn first_turn(&self) -> &str {
+        match self {
+            Self::Text { prompt, .. } => prompt,
+            Self::Messages { prompt, .. } => split::first_user_message(prompt.iter()),
+        }
+    }
+}
+
+fn object(line: &[u8]) -> Result<Map<String, Value>, RowError> {
+    let text =
+        std::str::from_utf8(line).map_err(|e| RowError::NotUtf8 { column: e.valid_up_to() + 1 })?;
+    match serde_json::from_str(text).map_err(json_error)? {
+        Value::Object(row) => Ok(row),
+        other => Err(RowError::NotAnObject { found: describe(&other) }),
     }
 }
 
@@ -135,7 +375,7 @@ fn prompt_completion(
 fn tools(row: &Map<String, Value>) -> Result<Option<Value>, RowError> {
     const NEEDED: &str = "a list of tools or the JSON text of one";
     match row.get("tools") {
-        None => Ok(None),
+        None | Some(Value::Null) => Ok(None),
         Some(tools @ Value::Array(_)) => Ok(Some(tools.clone())),
         Some(value @ Value::String(text)) => match serde_json::from_str(text) {
             Ok(tools @ Value::Array(_)) => Ok(Some(tools)),
@@ -241,95 +481,9 @@ fn json_error(error: serde_json::Error) -> RowError {
     RowError::Json { problem: problem.into(), column: error.column() }
 }
 
-/// A line that is not blank.
-pub(super) struct Line {
-    /// Its row: blank lines are not counted, the first is 0.
-    pub row: u64,
-    /// Its place in the file, counted from 1.
-    pub number: u64,
-    /// Its bytes with the newline they end in, without a byte order mark.
-    pub bytes: Vec<u8>,
-    /// Whether it is longer than a line may be: then no bytes of it are kept, since what is no
-    /// JSONL at all may be one line of any length.
-    pub too_long: bool,
-}
-
-/// The lines of a file, in order.
-pub(super) struct Lines<R> {
-    reader: R,
-    /// Bytes a line may have.
-    most: usize,
-    row: u64,
-    number: u64,
-}
-
-impl<R: BufRead> Lines<R> {
-    pub fn new(reader: R, most: usize) -> Self {
-        Self { reader, most, row: 0, number: 0 }
-    }
-
-    /// The next line that is not blank, or `None` at the end. `seen` is shown every byte read.
-    pub fn next(&mut self, mut seen: impl FnMut(&[u8])) -> std::io::Result<Option<Line>> {
-        loop {
-            let mut bytes = Vec::new();
-            // One byte more than there may be tells a line that is too long.
-            let mut limited = self.reader.by_ref().take(self.most as u64 + 1);
-            if limited.read_until(b'\n', &mut bytes)? == 0 {
-                return Ok(None);
-            }
-            seen(&bytes);
-            self.number += 1;
-            if self.number == 1 && bytes.starts_with(b"\xef\xbb\xbf") {
-                bytes.drain(..3);
-            }
-            let too_long = bytes.len() > self.most;
-            if too_long {
-                if !bytes.ends_with(b"\n") {
-                    self.skip_line(&mut seen)?;
-                }
-                bytes = Vec::new();
-            } else if bytes.trim_ascii().is_empty() {
-                continue;
-            }
-            self.row += 1;
-            return Ok(Some(Line { row: self.row - 1, number: self.number, bytes, too_long }));
-        }
-    }
-
-    /// Reads on to the end of the line and keeps nothing of it.
-    fn skip_line(&mut self, mut seen: impl FnMut(&[u8])) -> std::io::Result<()> {
-        loop {
-            let buffer = self.reader.fill_buf()?;
-            let end = buffer.iter().position(|&byte| byte == b'\n');
-            let part = &buffer[..end.map_or(buffer.len(), |end| end + 1)];
-            seen(part);
-            let read = part.len();
-            self.reader.consume(read);
-            if end.is_some() || read == 0 {
-                return Ok(());
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_line_that_is_too_long_is_skipped_and_counted() {
-        let file = b"12345678\n\n123456789\n123456789 and more\n1234567\n1234567890";
-        let mut lines = Lines::new(file.as_slice(), 9);
-        let mut seen = Vec::new();
-        let mut found = Vec::new();
-        while let Some(line) = lines.next(|bytes| seen.extend_from_slice(bytes)).unwrap() {
-            assert_eq!(line.too_long, line.bytes.is_empty());
-            found.push((line.row, line.number, line.bytes.len()));
-        }
-        let needed = [(0, 1, 9), (1, 3, 0), (2, 4, 0), (3, 5, 8), (4, 6, 0)];
-        assert_eq!(found, needed);
-        assert_eq!(seen, file, "all of it is hashed");
-    }
 
     #[test]
     fn templates_see_messages_as_strings_and_without_our_key() {

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use sha2::{Digest, Sha256};
 
-use super::Row;
+use super::{Message, Row};
 
 /// Characters of a row without turns that stand for its prompt.
 const PROMPT_CHARS: usize = 200;
@@ -15,25 +15,39 @@ const PROMPT_TOKENS: usize = 64;
 /// lower-cased and with its whitespace collapsed. So rows with the same prompt are in one part, and
 /// a row stays in its part whatever is added to the file.
 pub fn is_held_out(row: &Row) -> bool {
-    let prompt = first_user_turn(row);
+    is_held_out_text(&first_user_turn(row))
+}
+
+/// The same of a first user turn.
+pub(super) fn is_held_out_text(prompt: &str) -> bool {
     let words: Vec<String> = prompt.split_whitespace().map(str::to_lowercase).collect();
     Sha256::digest(words.join(" "))[0].is_multiple_of(10)
 }
 
 fn first_user_turn(row: &Row) -> Cow<'_, str> {
     match row {
-        Row::Messages { messages, .. } => {
-            let user = messages.iter().find(|m| m.role == "user").or(messages.first());
-            user.and_then(|m| m.value["content"].as_str()).unwrap_or_default().into()
-        }
+        Row::Messages { messages, .. } => first_user_message(messages.iter()).into(),
         Row::PromptCompletion { prompt, .. } => prompt.into(),
-        Row::Text(text) => match text.char_indices().nth(PROMPT_CHARS) {
-            Some((end, _)) => text[..end].into(),
-            None => text.into(),
-        },
+        Row::Text(text) => beginning(text).into(),
         Row::Tokens { input_ids, .. } => {
             let ids = input_ids.iter().take(PROMPT_TOKENS);
             ids.map(u32::to_string).collect::<Vec<_>>().join(" ").into()
         }
+    }
+}
+
+/// What the user says first; a conversation without a user's turn has its first message for it.
+pub(super) fn first_user_message<'a>(
+    mut messages: impl Iterator<Item = &'a Message> + Clone,
+) -> &'a str {
+    let user = messages.clone().find(|message| message.role == "user").or_else(|| messages.next());
+    user.and_then(|message| message.value["content"].as_str()).unwrap_or_default()
+}
+
+/// What stands for the prompt of a whole text.
+pub(super) fn beginning(text: &str) -> &str {
+    match text.char_indices().nth(PROMPT_CHARS) {
+        Some((end, _)) => &text[..end],
+        None => text,
     }
 }

@@ -7,6 +7,7 @@ use half::f16;
 use half::slice::HalfFloatSliceExt;
 
 use super::Config;
+use super::layer::{Tape, Workspace};
 use crate::isa::Isa;
 use crate::ops::Segment;
 use crate::ops::attention::{CachedQueries, Heads, KeyBlock, Keys, Qkv, Strided, each};
@@ -30,6 +31,20 @@ pub struct KvCache {
     layers: Vec<Vec<RowCache>>,
     kv_heads: usize,
     head_dim: usize,
+    pub(super) step: StepBuffers,
+}
+
+/// What a decoding step works with, used again by the next. A copy has none of it.
+#[derive(Debug, Default)]
+pub(super) struct StepBuffers {
+    pub tape: Tape,
+    pub work: Workspace,
+}
+
+impl Clone for StepBuffers {
+    fn clone(&self) -> Self {
+        Self::default()
+    }
 }
 
 /// The key heads of a row.
@@ -79,7 +94,8 @@ impl KvCache {
     pub fn with_type(config: &Config, rows: usize, kind: CacheType) -> Self {
         let (kv_heads, head_dim) = (config.num_key_value_heads, config.head_dim);
         let layer = vec![RowCache::new(kind, kv_heads, head_dim); rows];
-        Self { layers: vec![layer; config.num_hidden_layers], kv_heads, head_dim }
+        let layers = vec![layer; config.num_hidden_layers];
+        Self { layers, kv_heads, head_dim, step: StepBuffers::default() }
     }
 
     /// Rows.
@@ -331,6 +347,7 @@ mod tests {
             layers: vec![vec![RowCache::new(kind, kv_heads, head_dim); rows]],
             kv_heads,
             head_dim,
+            step: StepBuffers::default(),
         }
     }
 

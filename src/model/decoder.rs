@@ -8,11 +8,11 @@ use quantune_adapters::delta::Dropout;
 use quantune_adapters::targets::LinearSpec;
 
 use super::adapters::{Adapters, Worn};
-use super::cache::KvCache;
+use super::cache::{KvCache, StepBuffers};
 use super::config::Config;
-use super::layer::{Group, LayerPass, Tape, Workspace};
+use super::layer::{Group, LayerPass};
 use crate::ops::attention::Heads;
-use crate::ops::frozen_linear::{few_rows, frozen_rows};
+use crate::ops::frozen_linear::{few_rows, frozen_rows, read_rows};
 use crate::ops::rope::Rotation;
 use crate::ops::{
     Compute, Segment, causal_attention, frozen_linear, linear_log_probs, rms_norm, rope, segment,
@@ -122,6 +122,11 @@ impl Decoder {
         frozen_rows(&self.embedding, tokens, &Device::Cpu)
     }
 
+    /// [`Self::embed`] into a buffer, which is overwritten.
+    pub fn embed_into(&self, tokens: &[u32], x: &mut Vec<f32>) -> Result<()> {
+        read_rows(&self.embedding, tokens, x)
+    }
+
     /// One layer by its fast form, or `None` where the portable one runs.
     pub fn layer_pass<'a>(&'a self, index: usize, pass: &'a Pass) -> Option<LayerPass<'a>> {
         LayerPass::new(&self.config, &self.layers[index], pass, self.compute)
@@ -174,25 +179,34 @@ impl Decoder {
         decoding: bool,
     ) -> Result<Tensor> {
         let pass = self.pass(rows, adapters, None);
-        let mut x = self.embed(&rows.tokens)?;
         if self.compute == Compute::Portable {
+            let mut x = self.embed(&rows.tokens)?;
             for index in 0..self.layers.len() {
                 x = self.layer_with(index, &x, &pass, cache.as_deref_mut())?;
             }
             return self.final_norm(&x);
         }
-        let shape = x.shape().clone();
-        let mut x = x.flatten_all()?.to_vec1::<f32>()?;
-        let (mut tape, mut work) = (Tape::default(), Workspace::default());
+        // A step is so short that fresh buffers would cost of it; those of a prompt are large.
+        let mut buffers = match cache.as_deref_mut().filter(|_| decoding) {
+            Some(cache) => std::mem::take(&mut cache.step),
+            None => StepBuffers::default(),
+        };
+        let StepBuffers { tape, work } = &mut buffers;
+        let mut x = Vec::new();
+        self.embed_into(&rows.tokens, &mut x)?;
         for index in 0..self.layers.len() {
             if let Some(mut layer) = self.layer_pass(index, &pass) {
                 let cache = cache.as_deref_mut().map(|cache| (cache, index));
                 if decoding {
                     layer = layer.decoding();
                 }
-                layer.forward(&mut x, &mut tape, false, &mut work, cache)?;
+                layer.forward(&mut x, tape, false, work, cache)?;
             }
         }
+        if let Some(cache) = cache.filter(|_| decoding) {
+            cache.step = buffers;
+        }
+        let shape = (rows.tokens.len(), self.config.hidden_size);
         self.final_norm(&Tensor::from_vec(x, shape, &Device::Cpu)?)
     }
 

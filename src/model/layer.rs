@@ -5,13 +5,14 @@
 //! Written out, a layer needs no tape: a group of linear layers that share their input packs it
 //! once and hands all its products to the threads together, an adapter's update is one more term
 //! of the base's product, residuals are what sums begin with, and all large buffers are used again
-//! by the next layer and the next step (dropout draws its masks anew each time).
+//! by the next layer and the next step.
 
 use std::collections::HashMap;
 use std::ops::Range;
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::Result;
 use half::f16;
+use rayon::prelude::*;
 
 use super::cache::KvCache;
 use super::config::Config;
@@ -92,6 +93,9 @@ impl Tape {
     }
 }
 
+/// Values, or rows of an update, that a thread takes at a time.
+const CHUNK: usize = 1 << 14;
+
 /// Buffers of a pass, used again by every layer and every pass.
 #[derive(Debug, Default)]
 pub struct Workspace {
@@ -108,6 +112,9 @@ pub struct Workspace {
     lows: Vec<PackedRows>,
     dys: [PackedRows; 3],
     dlows: Vec<Vec<f32>>,
+    /// Dropout's of the updates at hand, `(N, in)`.
+    masks: Vec<Vec<f32>>,
+    through: Vec<f32>,
     turned: Vec<f32>,
     factors: Vec<PackedRows>,
     products: Vec<Vec<f32>>,
@@ -149,8 +156,19 @@ struct Update<'a> {
     scale: f32,
     trainable: bool,
     tokens: Range<usize>,
-    /// Dropout before A, `(tokens, in)`.
-    mask: Option<Tensor>,
+    /// Which of the workspace's masks is that of the dropout before A.
+    mask: Option<usize>,
+}
+
+/// A trainable update on its way to its gradients.
+struct Trained<'a> {
+    linear: &'a Linear,
+    /// The gradient of the layer's output, `(N, out)`.
+    dy: &'a [f32],
+    /// `x · Aᵀ` and its gradient, `(N, r)`.
+    low: &'a [f32],
+    dlow: &'a [f32],
+    update: &'a Update<'a>,
 }
 
 /// One layer of one pass.
@@ -361,31 +379,47 @@ impl<'a> LayerPass<'a> {
         }
     }
 
-    /// The updates that rows wear on a linear layer.
-    fn updates(&self, linear: &Linear) -> Result<Vec<Update<'a>>> {
-        let mut updates = Vec::new();
-        for (tokens, worn) in self.pass.adapters.runs(&self.pass.segments) {
-            for worn in worn {
-                let Some(lora) = worn.adapter.modules.get(&linear.name) else { continue };
-                let mask = match self.pass.dropout.filter(|_| worn.trainable) {
-                    Some(dropout) => {
-                        let mask = dropout.mask(&linear.name, lora.in_features(), &Device::Cpu)?;
-                        Some(mask.narrow(0, tokens.start, tokens.len())?.contiguous()?)
-                    }
-                    None => None,
-                };
-                updates.push(Update {
-                    a: Values::of(lora.a.as_tensor())?,
-                    b: Values::of(lora.b.as_tensor())?,
-                    r: lora.r(),
-                    scale: (lora.scale * worn.weight) as f32,
-                    trainable: worn.trainable,
-                    tokens: tokens.clone(),
-                    mask,
-                });
+    /// The updates that rows wear on linear layers. Their masks are drawn, 0 outside their tokens.
+    fn updates<'l>(
+        &self,
+        linears: impl Iterator<Item = &'l Linear>,
+        masks: &mut Vec<Vec<f32>>,
+    ) -> Result<Vec<Vec<Update<'a>>>> {
+        let runs = self.pass.adapters.runs(&self.pass.segments);
+        let mut drawn = 0;
+        let mut all = Vec::new();
+        for linear in linears {
+            let mut updates = Vec::new();
+            for (tokens, worn) in &runs {
+                for worn in *worn {
+                    let Some(lora) = worn.adapter.modules.get(&linear.name) else { continue };
+                    let mask = self.pass.dropout.filter(|_| worn.trainable).map(|dropout| {
+                        if drawn == masks.len() {
+                            masks.push(Vec::new());
+                        }
+                        let (mask, width) = (&mut masks[drawn], lora.in_features());
+                        mask.resize(self.tokens * width, 0.0);
+                        mask[..tokens.start * width].fill(0.0);
+                        mask[tokens.end * width..].fill(0.0);
+                        let own = &mut mask[tokens.start * width..tokens.end * width];
+                        dropout.draw(&linear.name, tokens.clone(), own);
+                        drawn += 1;
+                        drawn - 1
+                    });
+                    updates.push(Update {
+                        a: Values::of(lora.a.as_tensor())?,
+                        b: Values::of(lora.b.as_tensor())?,
+                        r: lora.r(),
+                        scale: (lora.scale * worn.weight) as f32,
+                        trainable: worn.trainable,
+                        tokens: tokens.clone(),
+                        mask,
+                    });
+                }
             }
+            all.push(updates);
         }
-        Ok(updates)
+        Ok(all)
     }
 
     /// The products of linear layers that share the input `x`, updates and biases included.
@@ -412,8 +446,7 @@ impl<'a> LayerPass<'a> {
             work.x_of_update.pack(isa, of_update, all, n, width);
         }
         let x_of_update = if of_update == self.forward { &work.x } else { &work.x_of_update };
-        let updates: Vec<Vec<Update>> =
-            outs.iter().map(|(linear, ..)| self.updates(linear)).collect::<Result<_>>()?;
+        let updates = self.updates(outs.iter().map(|(linear, ..)| *linear), &mut work.masks)?;
         let mut outs = outs;
 
         // x · Aᵀ of all updates on all tokens at once; the others one by one.
@@ -437,7 +470,15 @@ impl<'a> LayerPass<'a> {
         unsafe { multiply(isa, &products) };
         drop(products);
         for (low, update) in apart {
-            update.pack_input(isa, of_update, x, width, &mut work.masked)?;
+            let own = update.tokens.start * width..update.tokens.end * width;
+            let mut values = &x[own.clone()];
+            if let Some(mask) = update.mask {
+                let mask = &mut work.masks[mask][own];
+                times(mask, values);
+                values = mask;
+            }
+            let input = Strided { values, stride: width };
+            work.masked.pack(isa, of_update, input, update.tokens.len(), width);
             let terms = vec![Term { x: &work.masked, weights: update.a(), transposed: true }];
             let out = Out::new(&mut low[update.tokens.start * update.r..], update.r, 0);
             // SAFETY: one product over one buffer.
@@ -517,7 +558,9 @@ impl<'a> LayerPass<'a> {
                     row.iter_mut().zip(&*bias).for_each(|(out, b)| *out += b);
                 }
             }
-            for update in self.updates(linear)? {
+            for update in
+                self.updates([*linear].into_iter(), &mut work.masks)?.into_iter().flatten()
+            {
                 for token in update.tokens.clone() {
                     let x = &x[token * cols..(token + 1) * cols];
                     let y = &mut out[token * rows..(token + 1) * rows];
@@ -543,8 +586,7 @@ impl<'a> LayerPass<'a> {
     ) -> Result<()> {
         let (n, isa, panel) = (self.tokens, self.isa, self.backward);
         let width = linears[0].0.weight.cols();
-        let updates: Vec<Vec<Update>> =
-            linears.iter().map(|(linear, ..)| self.updates(linear)).collect::<Result<_>>()?;
+        let updates = self.updates(linears.iter().map(|(linear, ..)| *linear), &mut work.masks)?;
         if dx.is_none() && updates.iter().flatten().all(|update| !update.trainable) {
             return Ok(());
         }
@@ -588,9 +630,9 @@ impl<'a> LayerPass<'a> {
                 for update in updates {
                     let x = packed.next().expect("packed for every update");
                     let term = Term { x, weights: update.a(), transposed: false };
-                    match &update.mask {
+                    match update.mask {
                         None => terms.push(term),
-                        Some(mask) => apart.push((term, mask, update.tokens.clone())),
+                        Some(mask) => apart.push((term, &work.masks[mask])),
                     }
                 }
             }
@@ -599,15 +641,15 @@ impl<'a> LayerPass<'a> {
             // SAFETY: one product over one buffer.
             unsafe { multiply(isa, &[product(terms, out)]) };
             // What came through dropout meets its mask first.
-            for (term, mask, tokens) in apart {
-                let mut through = vec![0f32; n * width];
-                let out = Out::new(&mut through, width, 0);
+            for (term, mask) in apart {
+                let through = &mut work.through;
+                through.resize(n * width, 0.0);
+                let out = Out::new(through, width, 0);
                 // SAFETY: one product over one buffer.
                 unsafe { multiply(isa, &[product(vec![term], out)]) };
-                let rows = tokens.start * width..tokens.end * width;
-                let mask = Values::of(mask)?;
-                let masked = through[rows.clone()].iter().zip(&*mask);
-                dx[rows].iter_mut().zip(masked).for_each(|(dx, (d, mask))| *dx += d * mask);
+                times(through, mask);
+                let both = dx.par_chunks_mut(CHUNK).zip(through.par_chunks(CHUNK));
+                both.for_each(|(dx, d)| dx.iter_mut().zip(d).for_each(|(dx, d)| *dx += d));
             }
         }
         self.lora_gradients(&linears, x, &updates, &dlows, gradients, work)?;
@@ -634,7 +676,7 @@ impl<'a> LayerPass<'a> {
             for (update, low) in updates.iter().zip(*lows) {
                 let dlow = dlow.next().expect("one for every update");
                 if update.trainable {
-                    trained.push((*linear, *dy, low, update, dlow));
+                    trained.push(Trained { linear, dy, low, update, dlow });
                 }
             }
         }
@@ -642,54 +684,51 @@ impl<'a> LayerPass<'a> {
             return Ok(());
         }
 
-        // All that multiply the same x are stacked, so that it is packed once.
-        let plain: Vec<_> =
-            trained.iter().filter(|(.., update, _)| update.mask.is_none()).collect();
-        let stacked: usize = plain.iter().map(|(.., update, _)| update.r).sum();
-        let mut masked = Vec::new();
-        for (.., update, _) in trained.iter() {
-            if let Some(mask) = &update.mask {
-                let mask = Values::of(mask)?;
-                let mut values = vec![0f32; n * width];
-                let rows = update.tokens.start * width..update.tokens.end * width;
-                let both = x[rows.clone()].iter().zip(&*mask);
-                values[rows].iter_mut().zip(both).for_each(|(v, (x, mask))| *v = x * mask);
-                masked.push(values);
+        // All that multiply the same x are stacked, so that it is packed once; the others multiply
+        // what is left of x behind their masks.
+        let (mut masked, mut plain) = (Vec::new(), Vec::new());
+        for one in &trained {
+            match one.update.mask {
+                Some(mask) => masked.push((one, mask)),
+                None => plain.push(one),
             }
         }
-        let count = 1 + trained.len() + masked.len();
+        let stacked: usize = plain.iter().map(|one| one.update.r).sum();
+        for &(_, mask) in &masked {
+            times(&mut work.masks[mask], x);
+        }
+        let count = 1 + masked.len() + trained.len();
         work.factors.resize_with(count.max(work.factors.len()), PackedRows::default);
         work.products.resize_with(count.max(work.products.len()), Vec::new);
-        let (factors, turned) = (&mut work.factors, &mut work.turned);
+        let turned = &mut work.turned;
+        let mut factors = work.factors.iter_mut();
+        let mut pack = |turned: &[f32]| {
+            let factor = factors.next().expect("as many as were counted");
+            let stride = n;
+            factor.pack(isa, panel, Strided { values: turned, stride }, turned.len() / n, n);
+        };
         turned.clear();
-        plain.iter().for_each(|(.., update, dlow)| turn(dlow, update.r, turned));
-        factors[0].pack(isa, panel, Strided { values: turned, stride: n }, stacked, n);
-        let mut of_masked = factors[1..].iter_mut();
-        for (.., update, dlow) in trained.iter().filter(|(.., update, _)| update.mask.is_some()) {
+        plain.iter().for_each(|one| turn(one.dlow, one.update.r, turned));
+        pack(turned);
+        let dlows = masked.iter().map(|(one, _)| (one.dlow, one.update.r));
+        let lows = trained.iter().map(|one| (one.low, one.update.r));
+        for (low, r) in dlows.chain(lows) {
             turned.clear();
-            turn(dlow, update.r, turned);
-            let factor = of_masked.next().expect("one for every mask");
-            factor.pack(isa, panel, Strided { values: turned, stride: n }, update.r, n);
-        }
-        for ((.., low, update, _), factor) in trained.iter().zip(&mut factors[1 + masked.len()..]) {
-            turned.clear();
-            turn(low, update.r, turned);
-            factor.pack(isa, panel, Strided { values: turned, stride: n }, update.r, n);
+            turn(low, r, turned);
+            pack(turned);
         }
 
         let mut sources = vec![(dense(x, width), stacked, width)];
-        let ranks = trained.iter().filter(|(.., update, _)| update.mask.is_some());
-        let masks = masked.iter().zip(ranks);
-        sources.extend(masks.map(|(v, (.., update, _))| (dense(v, width), update.r, width)));
-        sources.extend(trained.iter().map(|(linear, dy, _, update, _)| {
-            let out = linear.weight.rows();
-            (dense(dy, out), update.r, out)
+        let of_masks = masked.iter().map(|&(one, mask)| (&work.masks[mask], one.update.r));
+        sources.extend(of_masks.map(|(x, r)| (dense(x, width), r, width)));
+        sources.extend(trained.iter().map(|one| {
+            let out = one.linear.weight.rows();
+            (dense(one.dy, out), one.update.r, out)
         }));
         let mut products = Vec::new();
         for ((&(weights, rows, cols), factor), out) in
             sources.iter().zip(&work.factors).zip(&mut work.products)
         {
-            out.clear();
             out.resize(rows * cols, 0.0);
             if rows > 0 {
                 let terms = vec![Term { x: factor, weights, transposed: false }];
@@ -702,9 +741,9 @@ impl<'a> LayerPass<'a> {
         drop(products);
 
         let (mut in_stack, mut next_masked) = (0, 1);
-        for (i, (linear, _, _, update, _)) in trained.iter().enumerate() {
+        for (i, Trained { linear, update, .. }) in trained.iter().enumerate() {
             let place = gradients.places[&linear.name];
-            let da = match &update.mask {
+            let da = match update.mask {
                 None => {
                     let rows = in_stack * width..(in_stack + update.r) * width;
                     in_stack += update.r;
@@ -717,13 +756,7 @@ impl<'a> LayerPass<'a> {
             };
             gradients.gradients[place].iter_mut().zip(da).for_each(|(sum, d)| *sum += d);
             let db = &work.products[1 + masked.len() + i]; // (r, out)
-            let out = linear.weight.rows();
-            let sums = gradients.gradients[place + 1].chunks_exact_mut(update.r);
-            for (o, sums) in sums.enumerate() {
-                for (j, sum) in sums.iter_mut().enumerate() {
-                    *sum += update.scale * db[j * out + o];
-                }
-            }
+            add_turned(&mut gradients.gradients[place + 1], db, update.r, update.scale);
         }
         Ok(())
     }
@@ -755,28 +788,6 @@ impl Update<'_> {
 
     fn b(&self) -> Weights<'_> {
         Weights::Dense { values: &self.b, cols: self.r, scale: self.scale }
-    }
-
-    /// The input of A for the update's own tokens, through dropout.
-    fn pack_input(
-        &self,
-        isa: Isa,
-        panel: Panel,
-        x: &[f32],
-        width: usize,
-        packed: &mut PackedRows,
-    ) -> Result<()> {
-        let x = &x[self.tokens.start * width..self.tokens.end * width];
-        let masked: Vec<f32>;
-        let values = match &self.mask {
-            None => x,
-            Some(mask) => {
-                masked = x.iter().zip(&*Values::of(mask)?).map(|(x, mask)| x * mask).collect();
-                &masked
-            }
-        };
-        packed.pack(isa, panel, Strided { values, stride: width }, self.tokens.len(), width);
-        Ok(())
     }
 }
 
@@ -813,9 +824,31 @@ fn pack_all<'v>(
     }
 }
 
+/// `a *= b`.
+fn times(a: &mut [f32], b: &[f32]) {
+    let chunks = a.par_chunks_mut(CHUNK).zip(b.par_chunks(CHUNK));
+    chunks.for_each(|(a, b)| a.iter_mut().zip(b).for_each(|(a, b)| *a *= b));
+}
+
 /// Appends the transpose of `values (n, r)`.
 fn turn(values: &[f32], r: usize, out: &mut Vec<f32>) {
-    for i in 0..r {
-        out.extend(values[i..].iter().step_by(r));
-    }
+    let (start, n) = (out.len(), values.len() / r);
+    out.resize(start + values.len(), 0.0);
+    let rows = out[start..].par_chunks_exact_mut(n.max(1)).enumerate();
+    rows.for_each(|(i, row)| {
+        row.iter_mut().zip(values[i..].iter().step_by(r)).for_each(|(to, value)| *to = *value);
+    });
+}
+
+/// Adds the transpose of `values (r, m)`, times `scale`, to `sums (m, r)`.
+fn add_turned(sums: &mut [f32], values: &[f32], r: usize, scale: f32) {
+    let m = sums.len() / r;
+    let rows = (CHUNK / 4 / r).max(1);
+    sums.par_chunks_mut(rows * r).enumerate().for_each(|(chunk, sums)| {
+        for (row, sums) in (chunk * rows..).zip(sums.chunks_exact_mut(r)) {
+            for (j, sum) in sums.iter_mut().enumerate() {
+                *sum += scale * values[j * m + row];
+            }
+        }
+    });
 }

@@ -9,12 +9,14 @@ pub mod config;
 pub mod decoder;
 pub mod layer;
 mod load;
+pub mod reading;
 pub mod scoring;
 
 pub use adapters::{Adapters, Worn};
 pub use cache::{CacheType, KvCache};
 pub use config::Config;
 pub use decoder::{Decoder, Pass, Rows};
+pub use reading::Reading;
 
 use crate::weights::WeightsError;
 

@@ -60,15 +60,22 @@ pub fn dequantize(weight: &FrozenMatrix, device: &Device) -> Result<Tensor> {
 ///
 /// Fails if an index is no row of the matrix.
 pub fn frozen_rows(weight: &FrozenMatrix, rows: &[u32], device: &Device) -> Result<Tensor> {
+    let mut out = Vec::new();
+    read_rows(weight, rows, &mut out)?;
+    Tensor::from_vec(out, (rows.len(), weight.cols()), device)
+}
+
+/// [`frozen_rows`] into a buffer, which is overwritten: `(rows.len(), cols)`.
+pub fn read_rows(weight: &FrozenMatrix, rows: &[u32], out: &mut Vec<f32>) -> Result<()> {
     let cols = weight.cols();
     if let Some(row) = rows.iter().find(|&&row| row as usize >= weight.rows()) {
         candle_core::bail!("token {row} is outside the vocabulary of {}", weight.rows());
     }
-    let mut out = vec![0f32; rows.len() * cols];
+    out.resize(rows.len() * cols, 0.0);
     for (&row, out) in rows.iter().zip(out.chunks_exact_mut(cols)) {
         weight.read_row(row as usize, out);
     }
-    Tensor::from_vec(out, (rows.len(), cols), device)
+    Ok(())
 }
 
 struct FrozenLinear {

@@ -33,9 +33,7 @@ pub fn linear_log_probs(
     if rows != targets.len() {
         candle_core::bail!("{rows} rows of hidden states for {} targets", targets.len());
     }
-    if let Some(target) = targets.iter().find(|&&t| t as usize >= head.rows()) {
-        candle_core::bail!("target {target} is outside the vocabulary of {}", head.rows());
-    }
+    check_targets(targets, head)?;
     match (compute.forward_panel(), compute.backward_panel()) {
         (Some(forward), Some(backward)) => x.contiguous()?.apply_op1(LinearLogProbs {
             head: head.clone(),
@@ -50,6 +48,14 @@ pub fn linear_log_probs(
             let logps = candle_nn::ops::log_softmax(&logits, D::Minus1)?;
             logps.gather(&targets, 1)?.squeeze(1)
         }
+    }
+}
+
+/// Fails if a target is no row of the head.
+pub(crate) fn check_targets(targets: &[u32], head: &FrozenMatrix) -> Result<()> {
+    match targets.iter().find(|&&target| target as usize >= head.rows()) {
+        Some(t) => candle_core::bail!("target {t} is outside the vocabulary of {}", head.rows()),
+        None => Ok(()),
     }
 }
 
@@ -73,6 +79,38 @@ pub fn working_bytes(rows: usize, vocabulary: usize) -> usize {
     2 * chunk_rows(rows, vocabulary) * vocabulary * size_of::<f32>()
 }
 
+/// Log-probs `logps (M)` of `targets` from hidden states `x (M, H)`, and, if there is room for it,
+/// their `gradient (M, H)` to `x`. `panels` are those of the way up and of the way back.
+pub(crate) fn forward(
+    panels: (Panel, Panel),
+    x: &[f32],
+    head: &FrozenMatrix,
+    targets: &[u32],
+    logps: &mut [f32],
+    mut gradient: Option<&mut [f32]>,
+) {
+    let (vocabulary, width) = (head.rows(), head.cols());
+    let chunk = chunk_rows(targets.len(), vocabulary);
+    let (isa, with_gradient) = (Isa::current(), gradient.is_some());
+    let Scratch { mut logits, mut packed } = SCRATCH.take();
+    logits.resize((chunk * vocabulary).max(logits.len()), 0.0);
+    for (i, targets) in targets.chunks(chunk).enumerate() {
+        let first = i * chunk;
+        let rows = first * width..(first + targets.len()) * width;
+        let logits = &mut logits[..targets.len() * vocabulary];
+        matmul_transposed(panels.0, &x[rows.clone()], head, logits, &mut packed);
+        let logps = &mut logps[first..first + targets.len()];
+        let per_row = logits.par_chunks_exact_mut(vocabulary).zip(logps).zip(targets);
+        per_row.for_each(|((logits, logp), &target)| {
+            *logp = score(isa, logits, target as usize, with_gradient);
+        });
+        if let Some(gradient) = &mut gradient {
+            matmul(panels.1, logits, head, &mut gradient[rows], &mut packed);
+        }
+    }
+    SCRATCH.set(Scratch { logits, packed });
+}
+
 struct LinearLogProbs {
     head: Arc<FrozenMatrix>,
     targets: Vec<u32>,
@@ -90,28 +128,10 @@ impl CustomOp1 for LinearLogProbs {
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let x = values(x, layout)?;
-        let (vocabulary, width) = (self.head.rows(), self.head.cols());
-        let chunk = chunk_rows(self.targets.len(), vocabulary);
-        let isa = Isa::current();
         let mut logps = vec![0f32; self.targets.len()];
         let mut gradient = vec![0f32; if self.with_gradient { x.len() } else { 0 }];
-        let Scratch { mut logits, mut packed } = SCRATCH.take();
-        logits.resize((chunk * vocabulary).max(logits.len()), 0.0);
-        for (i, targets) in self.targets.chunks(chunk).enumerate() {
-            let first = i * chunk;
-            let rows = first * width..(first + targets.len()) * width;
-            let logits = &mut logits[..targets.len() * vocabulary];
-            matmul_transposed(self.panels.0, &x[rows.clone()], &self.head, logits, &mut packed);
-            let logps = &mut logps[first..first + targets.len()];
-            let per_row = logits.par_chunks_exact_mut(vocabulary).zip(logps).zip(targets);
-            per_row.for_each(|((logits, logp), &target)| {
-                *logp = score(isa, logits, target as usize, self.with_gradient);
-            });
-            if self.with_gradient {
-                matmul(self.panels.1, logits, &self.head, &mut gradient[rows], &mut packed);
-            }
-        }
-        SCRATCH.set(Scratch { logits, packed });
+        let to = self.with_gradient.then_some(&mut gradient[..]);
+        forward(self.panels, x, &self.head, &self.targets, &mut logps, to);
         // A tape runs an op's forward once; were it run again, the values would be the same.
         let _ = self.gradient.set(gradient);
         Ok((CpuStorage::F32(logps), self.targets.len().into()))

@@ -1,8 +1,12 @@
 //! Adam with decoupled weight decay (Loshchilov and Hutter 2019), with torch's arithmetic.
 
+use std::cell::{Cell, RefCell};
+
+use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Var};
 use rayon::prelude::*;
 
-use super::Gradients;
+use super::CHUNK;
+use crate::isa::{Isa, versions};
 
 /// The constants of AdamW, under transformers' names.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -37,34 +41,120 @@ impl AdamW {
         Self { settings, step: 0, exp_avg: zeros.clone(), exp_avg_sq: zeros }
     }
 
-    /// One step: `p ← p (1 - lr · wd)`, then `p ← p - lr · m̂ / (sqrt(v̂) + ε)`.
-    pub fn step(&mut self, parameters: &mut [Vec<f32>], gradients: &Gradients, lr: f64) {
+    /// One step in place: `p ← p (1 - lr · wd)`, then `p ← p - lr · m̂ / (sqrt(v̂) + ε)`, of
+    /// gradients times `factor` (clipping's). Whether all parameters are finite behind it.
+    ///
+    /// One pass over all there is, in which each number meets the same arithmetic on any number of
+    /// threads. `parameters` are F32 on the CPU, in the order of the state.
+    pub fn step(
+        &mut self,
+        parameters: &[Var],
+        gradients: &[Vec<f32>],
+        factor: f32,
+        lr: f64,
+    ) -> Result<bool> {
         self.step += 1;
         let AdamWSettings { adam_beta1: b1, adam_beta2: b2, adam_epsilon, weight_decay } =
             self.settings;
-        let correction1 = 1.0 - b1.powf(self.step as f64);
-        let correction2 = (1.0 - b2.powf(self.step as f64)).sqrt();
-        let decay = (1.0 - lr * weight_decay) as f32;
-        let step_size = (lr / correction1) as f32;
-        let (b1, b2, eps, root) = (b1 as f32, b2 as f32, adam_epsilon as f32, correction2 as f32);
-        let state = self.exp_avg.par_iter_mut().zip(self.exp_avg_sq.par_iter_mut());
-        parameters.par_iter_mut().zip(gradients.par_iter()).zip(state).for_each(
-            |((parameters, gradients), (m, v))| {
-                let state = m.iter_mut().zip(v);
-                for ((p, &g), (m, v)) in parameters.iter_mut().zip(gradients).zip(state) {
-                    *p *= decay;
-                    *m += (g - *m) * (1.0 - b1);
-                    *v = *v * b2 + (1.0 - b2) * g * g;
-                    *p -= step_size * (*m / (v.sqrt() / root + eps));
-                }
-            },
-        );
+        let constants = Constants {
+            factor,
+            decay: (1.0 - lr * weight_decay) as f32,
+            step_size: (lr / (1.0 - b1.powf(self.step as f64))) as f32,
+            b1: b1 as f32,
+            b2: b2 as f32,
+            eps: adam_epsilon as f32,
+            root: (1.0 - b2.powf(self.step as f64)).sqrt() as f32,
+        };
+        let state = self.exp_avg.par_iter_mut().zip(&mut self.exp_avg_sq);
+        let all = parameters.par_iter().zip(gradients).zip(state);
+        let finite = all.map(|((parameter, gradient), (m, v))| {
+            let update = Update {
+                constants,
+                gradient,
+                state: RefCell::new((m, v)),
+                finite: Cell::new(true),
+            };
+            parameter.inplace_op1(&update)?;
+            Ok(update.finite.get())
+        });
+        finite.try_reduce(|| true, |a, b| Ok(a && b))
+    }
+}
+
+/// What all numbers of a step share.
+#[derive(Clone, Copy)]
+struct Constants {
+    factor: f32,
+    decay: f32,
+    step_size: f32,
+    b1: f32,
+    b2: f32,
+    eps: f32,
+    /// `sqrt(1 - β₂ᵗ)`.
+    root: f32,
+}
+
+/// The step of one parameter.
+struct Update<'a> {
+    constants: Constants,
+    gradient: &'a [f32],
+    /// Both means.
+    state: RefCell<(&'a mut [f32], &'a mut [f32])>,
+    /// Whether the parameter is finite behind it.
+    finite: Cell<bool>,
+}
+
+impl InplaceOp1 for Update<'_> {
+    fn name(&self) -> &'static str {
+        "adamw"
+    }
+
+    fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
+        let Some((start, end)) = layout.contiguous_offsets() else {
+            candle_core::bail!("a parameter is strided: {:?}", layout.stride())
+        };
+        let CpuStorage::F32(values) = storage else { candle_core::bail!("a parameter is not F32") };
+        let values = &mut values[start..end];
+        let (m, v) = &mut *self.state.borrow_mut();
+        if [self.gradient.len(), m.len(), v.len()] != [values.len(); 3] {
+            let (found, needed) = (self.gradient.len(), values.len());
+            candle_core::bail!("a gradient of {found} numbers for a parameter of {needed}");
+        }
+        let (isa, constants) = (Isa::current(), self.constants);
+        let state = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK));
+        let chunks = values.par_chunks_mut(CHUNK).zip(self.gradient.par_chunks(CHUNK)).zip(state);
+        let finite = chunks
+            .map(|((values, gradient), (m, v))| update(isa, values, gradient, m, v, constants));
+        self.finite.set(finite.reduce(|| true, |a, b| a & b));
+        Ok(())
+    }
+}
+
+versions! {
+    /// The step of some numbers, and whether they are finite behind it.
+    fn update(isa; p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], c: Constants) -> bool {
+        let mut finite = true;
+        for (((p, g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
+            let g = g * c.factor;
+            *p *= c.decay;
+            *m += (g - *m) * (1.0 - c.b1);
+            *v = *v * c.b2 + (1.0 - c.b2) * g * g;
+            *p -= c.step_size * (*m / (v.sqrt() / c.root + c.eps));
+            finite &= p.is_finite();
+        }
+        finite
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use candle_core::Device;
+
     use super::*;
+
+    fn values(var: &Var) -> Vec<f32> {
+        var.flatten_all().unwrap().to_vec1().unwrap()
+    }
 
     /// Two steps by hand, as torch.optim.AdamW(lr=0.1, weight_decay=0.5) takes them.
     #[test]
@@ -76,13 +166,43 @@ mod tests {
             weight_decay: 0.5,
         };
         let mut adam = AdamW::new(settings, &[1]);
-        let mut p = vec![vec![1.0f32]];
-        adam.step(&mut p, &vec![vec![2.0]], 0.1);
+        let parameter = Var::new(&[1f32], &Device::Cpu).unwrap();
+        let mut step = |gradient: f32| {
+            let parameter = std::slice::from_ref(&parameter);
+            assert!(adam.step(parameter, &[vec![2.0 * gradient]], 0.5, 0.1).unwrap());
+            f64::from(values(&parameter[0])[0])
+        };
         // 1 · 0.95 - 0.1 · 2 / |2|
-        assert!((p[0][0] - 0.85).abs() < 1e-6);
-        adam.step(&mut p, &vec![vec![-1.0]], 0.1);
+        assert!((step(2.0) - 0.85).abs() < 1e-6);
         let (m, v) = (0.9 * 0.2 - 0.1, 0.999 * 0.004 + 0.001);
         let expected = 0.85 * 0.95 - 0.1 * (m / 0.19) / ((v / (1.0 - 0.999f64.powi(2))).sqrt());
-        assert!((f64::from(p[0][0]) - expected).abs() < 1e-6, "{} {expected}", p[0][0]);
+        let found = step(-1.0);
+        assert!((found - expected).abs() < 1e-6, "{found} {expected}");
+    }
+
+    /// Large and small parameters, steps on one thread and on three, with a number that is none.
+    #[test]
+    fn threads_change_no_bit_and_what_is_not_finite_is_told() {
+        let settings = AdamWSettings {
+            adam_beta1: 0.9,
+            adam_beta2: 0.99,
+            adam_epsilon: 1e-8,
+            weight_decay: 0.01,
+        };
+        let lengths = [3 * CHUNK + 5, 1, 700];
+        let run = |threads, last: f32| {
+            let mut adam = AdamW::new(settings, &lengths);
+            let wave = |n: usize| (0..n).map(|i| (i as f32 * 0.37).sin()).collect::<Vec<f32>>();
+            let var = |&n: &usize| Var::from_vec(wave(n), n, &Device::Cpu).unwrap();
+            let parameters: Vec<Var> = lengths.iter().map(var).collect();
+            let mut gradients: Vec<Vec<f32>> = lengths.iter().map(|&n| wave(n)).collect();
+            gradients[0][3 * CHUNK] = last;
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let step = || adam.step(&parameters, &gradients, 0.7, 1e-2).unwrap();
+            let finite = pool.install(step);
+            (finite, parameters.iter().flat_map(values).map(f32::to_bits).collect::<Vec<u32>>())
+        };
+        assert_eq!(run(1, 0.5), run(3, 0.5));
+        assert!(run(3, 0.5).0 && !run(3, f32::NAN).0);
     }
 }

@@ -4,7 +4,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::{Tensor, Var};
+use candle_core::Var;
 use quantune_adapters::delta::Adapter;
 
 use super::TrainError;
@@ -12,7 +12,7 @@ use super::step::{Buffers, StepSettings, accumulate, dropout};
 use crate::data::Batch;
 use crate::model::{Decoder, Worn};
 use crate::objectives::{Objective, Stats};
-use crate::optim::{AdamW, AdamWSettings, Gradients, clip, global_norm};
+use crate::optim::{AdamW, AdamWSettings, Gradients, clip_factor, global_norm};
 
 /// A part of a step.
 #[derive(Debug)]
@@ -52,7 +52,6 @@ pub struct Learner<'a> {
     parameters: Vec<Var>,
     /// Which parameters are of which adapter.
     ranges: Vec<Range<usize>>,
-    values: Vec<Vec<f32>>,
     gradients: Gradients,
     buffers: Buffers,
     /// The moments.
@@ -80,12 +79,10 @@ impl<'a> Learner<'a> {
             ranges.push(start..parameters.len());
         }
         let lengths: Vec<usize> = parameters.iter().map(|var| var.elem_count()).collect();
-        let read = |var: &Var| var.flatten_all()?.to_vec1();
         Ok(Self {
             decoder,
             worn: adapters.iter().map(|adapter| [Worn::trainable(adapter.clone())]).collect(),
             adapters,
-            values: parameters.iter().map(read).collect::<candle_core::Result<_>>()?,
             parameters,
             ranges,
             gradients: lengths.iter().map(|&n| vec![0.0; n]).collect(),
@@ -142,15 +139,10 @@ impl<'a> Learner<'a> {
         if !stepped.loss.is_finite() || !stepped.grad_norm.is_finite() {
             return Err(diverged);
         }
-        if self.max_grad_norm > 0.0 {
-            clip(&mut self.gradients, stepped.grad_norm, self.max_grad_norm);
-        }
-        self.optimizer.step(&mut self.values, &self.gradients, learning_rate);
-        if !self.values.iter().flatten().all(|value| value.is_finite()) {
+        let most = self.max_grad_norm;
+        let factor = if most > 0.0 { clip_factor(stepped.grad_norm, most) } else { 1.0 };
+        if !self.optimizer.step(&self.parameters, &self.gradients, factor, learning_rate)? {
             return Err(diverged);
-        }
-        for (var, values) in self.parameters.iter().zip(&self.values) {
-            var.set(&Tensor::from_slice(values, var.shape(), var.device())?)?;
         }
         Ok(stepped)
     }

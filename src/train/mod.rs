@@ -38,9 +38,7 @@ use crate::data::DataError;
 use crate::eval::EvalError;
 use crate::generate::GenerateError;
 use crate::model::ModelError;
-use crate::rollout::RewardError;
-use crate::rollout::reward_model::RewardModelError;
-use crate::rollout::samples::SamplesError;
+use crate::rollout::{RewardError, RewardModelError, SamplesError};
 use crate::text::TextError;
 use crate::weights::WeightsError;
 

@@ -26,21 +26,19 @@ use super::settings::{
 };
 use super::supervised::metrics;
 use crate::data::{Batch, Dataset, Prompt, Prompts};
-use crate::eval::diversity::{Reply, diversity};
+use crate::eval::{Reply, diversity};
 use crate::generate::{Sampling, Settings as Generation};
 use crate::model::{CacheType, Decoder, Worn};
 use crate::objectives::advantage::{
     AdaptiveKl, GroupAdvantages, RunningMoments, group_advantages, kl_k1, rloo_advantages,
 };
-use crate::objectives::policy::{GrpoSettings as GrpoLoss, LossForm, ppo_metrics};
+use crate::objectives::policy::{GrpoSettings as GrpoLoss, ppo_metrics};
 use crate::objectives::{Grpo, Objective, Stats};
 use crate::ops::Compute;
 use crate::rollout::diagnose::{mean_and_error, overoptimized};
-use crate::rollout::reward_model::RewardModel;
-use crate::rollout::samples::{SampleLog, SampleRow};
 use crate::rollout::{
-    AdvantageSettings, Evidence, Experience, Response, RewardCommand, RewardSource, Rewards, Sample,
-    diagnose, ppo, respond,
+    AdvantageSettings, Evidence, Experience, Response, RewardCommand, RewardModel, RewardSource,
+    Rewards, Sample, SampleLog, SampleRow, diagnose, ppo, respond, table,
 };
 use crate::text::Tokenizer;
 use crate::weights::write_atomically;
@@ -132,12 +130,12 @@ impl Rollouts {
         };
         eprintln!("data: {}", prompts.report);
 
-        let mut prints = Vec::new();
-        let mut print = |what: &str, folder: &Path| -> Result<(), TrainError> {
+        let mut prints: Vec<Fingerprint> = Vec::new();
+        let print = |prints: &mut Vec<Fingerprint>, what: &str, folder: &Path| {
             if !folder.as_os_str().is_empty() {
                 prints.push((what.to_string(), folder_fingerprint(folder)?));
             }
-            Ok(())
+            Ok::<(), TrainError>(())
         };
         let scoring = |folder: &Path, least: f64| -> Result<Vec<Worn>, TrainError> {
             trusted(folder, least)?;
@@ -146,10 +144,10 @@ impl Rollouts {
         let (mut scorers, mut judge, mut ptx, mut reward_model) = (Vec::new(), None, None, None);
         let (rewards, wants_reference, ref_adapter) = match &settings.task {
             Task::Ppo(own) => {
-                print("the reward adapter", &own.reward_adapter)?;
+                print(&mut prints, "the reward adapter", &own.reward_adapter)?;
                 scorers.push(scoring(&own.reward_adapter, own.min_reward_accuracy)?);
                 if !own.judge_adapter.as_os_str().is_empty() {
-                    print("the judge", &own.judge_adapter)?;
+                    print(&mut prints, "the judge", &own.judge_adapter)?;
                     judge = Some(scoring(&own.judge_adapter, 0.0)?);
                 }
                 if !own.ptx_data.as_os_str().is_empty() {
@@ -172,12 +170,12 @@ impl Rollouts {
                     sources.push(RewardSource::Command(command));
                 }
                 if !own.reward_adapter.as_os_str().is_empty() {
-                    print("the reward adapter", &own.reward_adapter)?;
+                    print(&mut prints, "the reward adapter", &own.reward_adapter)?;
                     scorers.push(scoring(&own.reward_adapter, own.min_reward_accuracy)?);
                     sources.push(RewardSource::Model { name: "reward_adapter".into() });
                 }
                 if !own.reward_model.as_os_str().is_empty() {
-                    print("the reward model", &own.reward_model)?;
+                    print(&mut prints, "the reward model", &own.reward_model)?;
                     reward_model = Some(RewardModel::load(&own.reward_model, decoder.compute)?);
                     sources.push(RewardSource::Model { name: "reward_model".into() });
                 }
@@ -200,7 +198,7 @@ impl Rollouts {
             false => ref_adapter,
         };
         if wants_reference {
-            print("the reference adapter", folder)?;
+            print(&mut prints, "the reference adapter", folder)?;
         }
         let reference = match wants_reference {
             true => Some(reference::worn(folder, decoder)?),
@@ -295,7 +293,7 @@ impl Rollouts {
         learning_rate: f64,
     ) -> Result<(Numbers, Work), TrainError> {
         let (decoder, update) = (learner.decoder(), state.step);
-        let prompts = self.prompts_of(update);
+        let prompts: Vec<Prompt> = self.prompts_of(update);
         let first_key = update * prompts.len() as u64;
         let scored = self.collect(decoder, learner.worn(0), &prompts, 1, first_key)?;
         let began = Instant::now();
@@ -457,7 +455,7 @@ impl Rollouts {
         learning_rate: f64,
     ) -> Result<(Numbers, Work), TrainError> {
         let (decoder, update) = (learner.decoder(), state.step);
-        let prompts = self.prompts_of(update);
+        let prompts: Vec<Prompt> = self.prompts_of(update);
         let n = own.num_generations;
         let first_key = update * (prompts.len() * n) as u64;
         let scored = self.collect(decoder, learner.worn(0), &prompts, n, first_key)?;
@@ -624,8 +622,7 @@ impl Rollouts {
                 return Ok(None);
             }
             let key = EVAL_KEYS + 64 * first as u64;
-            let prompts: Vec<&Prompt> = prompts.iter().collect();
-            let scored = self.collect(decoder, &worn, &prompts, 1, key)?;
+            let scored = self.collect(decoder, &worn, prompts, 1, key)?;
             let temperature = temperature(&self.task);
             let logps = respond::log_probs(decoder, &worn, &scored.responses, temperature)?;
             surprise -= logps.iter().flatten().map(|&logp| f64::from(logp)).sum::<f64>();
@@ -662,8 +659,9 @@ impl Rollouts {
             numbers.push(("eval_kl".into(), json!(kl)));
             numbers.push(("eval_kl_error".into(), json!(error)));
         }
-        let of = |(tokens, finished): &(Vec<u32>, bool)| Reply { tokens, finished: *finished };
-        let spread = diversity(&replies.iter().map(of).collect::<Vec<_>>());
+        let replies: Vec<Reply> =
+            replies.iter().map(|(tokens, finished)| Reply { tokens, finished: *finished }).collect();
+        let spread = diversity(&replies);
         numbers.push(("eval_distinct_1".into(), json!(spread.distinct_1)));
         numbers.push(("eval_distinct_2".into(), json!(spread.distinct_2)));
         numbers.push(("eval_distinct_3".into(), json!(spread.distinct_3)));
@@ -732,7 +730,7 @@ impl Rollouts {
     }
 
     /// The prompts of an update: all of them in turn, in another order each time around.
-    fn prompts_of(&self, update: u64) -> Vec<&Prompt> {
+    fn prompts_of(&self, update: u64) -> Vec<Prompt> {
         let (batch, all) = (self.batch_size() as u64, self.prompts.prompts.len() as u64);
         let mut around: Option<(u64, Vec<usize>)> = None;
         (update * batch..(update + 1) * batch)
@@ -746,7 +744,7 @@ impl Rollouts {
                     around = Some((epoch, order));
                 }
                 let (_, order) = around.as_ref().expect("just made");
-                &self.prompts.prompts[order[(place % all) as usize]]
+                self.prompts.prompts[order[(place % all) as usize]].clone()
             })
             .collect()
     }
@@ -756,11 +754,10 @@ impl Rollouts {
         &mut self,
         decoder: &Decoder,
         worn: &[Worn],
-        prompts: &[&Prompt],
+        prompts: &[Prompt],
         per_prompt: usize,
         first_key: u64,
     ) -> Result<Scored, TrainError> {
-        let prompts: Vec<Prompt> = prompts.iter().map(|prompt| (*prompt).clone()).collect();
         let began = Instant::now();
         let tokens: Vec<Arc<[u32]>> =
             prompts.iter().map(|prompt| prompt.tokens.clone().into()).collect();
@@ -907,7 +904,7 @@ impl Rollouts {
         samples.push(state.step + 1, &rows)?;
         samples.sync()?;
         rollouts_of(state).samples_bytes = samples.bytes;
-        eprint!("{}", crate::rollout::samples::table(&rows));
+        eprint!("{}", table(&rows));
         Ok(())
     }
 }

@@ -165,7 +165,7 @@ pub fn train(
             source.total_steps()
         }
         Source::Rollouts(source) => {
-            source.begin(&run, &state)?;
+            source.begin(&run, &mut state)?;
             source.total_steps()
         }
     };

@@ -742,11 +742,13 @@ impl DpoSettings {
             (self.desirable_weight != 1.0, "desirable_weight", &[PreferenceLoss::Kto]),
             (self.undesirable_weight != 1.0, "undesirable_weight", &[PreferenceLoss::Kto]),
         ];
-        for (_, name, of) in needs.iter().filter(|(set, _, of)| *set && !of.contains(&self.loss_type))
-        {
+        let wrong = |(set, _, of): &&(bool, &str, &[PreferenceLoss])| {
+            *set && !of.contains(&self.loss_type)
+        };
+        for (_, key, of) in needs.iter().filter(wrong) {
             let of: Vec<String> = of.iter().map(|&loss| name(loss)).collect();
             let of = of.join(", ");
-            faults.check(false, format!("{name} is of loss_type {of}, found {loss}"));
+            faults.check(false, format!("{key} is of loss_type {of}, found {loss}"));
         }
         let referenced = self.loss_type.has_reference() && !self.reference_free;
         let fault = "ref_adapter is given, but this loss has no reference".to_string();

@@ -8,13 +8,14 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use candle_core::backprop::GradStore;
 use candle_core::{Device, Result, Tensor, Var};
 use quantune_adapters::delta::{Dropout, TokenKey};
 
 use crate::data::Batch;
-use crate::model::scoring::{heated, scores};
 use crate::model::layer::{LoraGradients, Tape, Workspace};
-use crate::model::{Adapters, Decoder, Pass, Rows, Worn};
+use crate::model::scoring::{heated, scores};
+use crate::model::{Adapters, Decoder, Pass, Reading, Rows, Worn};
 use crate::objectives::{Judged, Objective};
 use crate::ops::Compute;
 
@@ -46,6 +47,11 @@ pub struct Buffers {
     tapes: Vec<Tape>,
     /// The tape of layers that keep none.
     scratch: Tape,
+    /// The residual stream and its gradient, `(N, hidden_size)`.
+    x: Vec<f32>,
+    dx: Vec<f32>,
+    logps: Reading,
+    scores: Reading,
 }
 
 /// Adds the gradients of a micro-batch to `gradients` and returns what the objective says of it,
@@ -81,7 +87,7 @@ fn fast(
     gradients: &mut [Vec<f32>],
     buffers: &mut Buffers,
 ) -> Result<Judged> {
-    let Buffers { work, tapes, scratch } = buffers;
+    let Buffers { work, tapes, scratch, x, dx, logps, scores } = buffers;
     let layers = decoder.config.num_hidden_layers;
     let lowest = decoder.lowest_trainable(Adapters::Same(settings.worn));
     let first = lowest.map_or(layers, |(index, _)| index);
@@ -94,25 +100,55 @@ fn fast(
     }
 
     // Up.
-    let embedded = decoder.embed(&batch.tokens)?; // (N, H)
-    let shape = embedded.shape().clone();
-    let mut x = embedded.flatten_all()?.to_vec1::<f32>()?;
+    decoder.embed_into(&batch.tokens, x)?;
     tapes.resize_with(layers, Tape::default);
     for (index, tape) in tapes.iter_mut().enumerate() {
         if index >= first {
             tape.x.clear();
-            tape.x.extend_from_slice(&x);
+            tape.x.extend_from_slice(x);
         }
         let taped = index >= first && kept(index);
         let tape = if taped { tape } else { &mut *scratch };
-        layer(index).forward(&mut x, tape, taped, work, None)?;
+        layer(index).forward(x, tape, taped, work, None)?;
     }
 
-    // Read and judge.
-    let x = Tensor::from_vec(x, shape, &Device::Cpu)?;
-    let (judged, dx) = read(decoder, x, batch, settings, gradients)?;
-    let Some(dx) = dx else { return Ok(judged) };
-    let mut dx = dx.flatten_all()?.to_vec1::<f32>()?;
+    // Read.
+    let objective = settings.objective;
+    let temperature = settings.temperature;
+    let read_logps = match objective.reads_log_probs() {
+        true => {
+            let found = decoder.read_log_probs(x, &batch.targets, temperature, true, logps)?;
+            Some(Var::new(found, &Device::Cpu)?) // (M)
+        }
+        false => None,
+    };
+    let head = match objective.score_rows() {
+        Some(_) => Some(settings.head()?.flatten_all()?.to_vec1::<f32>()?),
+        None => None,
+    };
+    let read_scores = match (objective.score_rows(), &head) {
+        (Some(rows), Some(head)) => {
+            let found = decoder.read_scores(x, rows, head, scores)?;
+            Some(Var::new(found, &Device::Cpu)?) // (S)
+        }
+        _ => None,
+    };
+
+    // Judge.
+    let (judged, mut store) = judge(read_logps.as_deref(), read_scores.as_deref(), settings)?;
+    dx.clear();
+    dx.resize(x.len(), 0.0);
+    if let Some(read) = read_logps
+        && let Some(dlogps) = store.remove(&read)
+    {
+        decoder.log_probs_back(&dlogps.to_vec1::<f32>()?, temperature, logps, dx)?;
+    }
+    if let (Some(read), Some(head)) = (read_scores, head)
+        && let Some(dscores) = store.remove(&read)
+    {
+        let dhead = gradients.last_mut().expect("the head is the last parameter");
+        decoder.scores_back(&dscores.to_vec1::<f32>()?, &head, scores, dx, dhead)?;
+    }
 
     // Down.
     let mut sink = LoraGradients { places: &places, gradients };
@@ -121,13 +157,34 @@ fn fast(
         let mut tape = &mut tapes[index];
         if !kept(index) {
             std::mem::swap(&mut scratch.x, &mut tape.x);
-            let mut x = scratch.x.clone();
-            layer(index).forward(&mut x, scratch, true, work, None)?;
+            x.copy_from_slice(&scratch.x);
+            layer(index).forward(x, scratch, true, work, None)?;
             tape = scratch;
         }
-        layer(index).backward(&mut dx, tape, stop, &mut sink, work)?;
+        layer(index).backward(dx, tape, stop, &mut sink, work)?;
     }
     Ok(judged)
+}
+
+impl StepSettings<'_> {
+    /// The score head of the adapter that trains.
+    fn head(&self) -> Result<&Var> {
+        let mut trainable = self.worn.iter().filter(|worn| worn.trainable);
+        match trainable.find_map(|worn| worn.adapter.score.as_ref()) {
+            Some(head) => Ok(head),
+            None => candle_core::bail!("scores are read, but the adapter has no score head"),
+        }
+    }
+}
+
+/// What the objective says of what was read, and gradients on the tape behind it.
+fn judge(
+    logps: Option<&Tensor>,
+    scores: Option<&Tensor>,
+    settings: &StepSettings,
+) -> Result<(Judged, GradStore)> {
+    let (sum, judged) = settings.objective.judge(logps, scores)?;
+    Ok((judged, (&sum * settings.scale)?.backward()?))
 }
 
 /// What the objective says of the last layer's output `x (N, H)`, and the gradient to it. That of
@@ -146,7 +203,7 @@ fn read(
         decoder.final_norm(&top.as_tensor().index_select(&rows, 0)?) // (M, H)
     };
     let objective = settings.objective;
-    let logps = match objective.reads_log_probs() && !batch.targets.is_empty() {
+    let logps = match objective.reads_log_probs() {
         true => {
             let (positions, targets): (Vec<u32>, Vec<u32>) = batch.targets.iter().copied().unzip();
             let read = heated(rows(positions)?, settings.temperature)?;
@@ -154,17 +211,13 @@ fn read(
         }
         false => None,
     };
-    let mut trainable = settings.worn.iter().filter(|worn| worn.trainable);
-    let head = trainable.find_map(|worn| worn.adapter.score.as_ref());
-    let scores = match (objective.score_rows(), head) {
-        (Some(positions), Some(head)) => Some(scores(&rows(positions.to_vec())?, head)?), // (S)
-        (Some(_), None) => candle_core::bail!("scores are read, but the adapter has no score head"),
-        (None, _) => None,
+    let read_scores = match objective.score_rows() {
+        Some(positions) => Some(scores(&rows(positions.to_vec())?, settings.head()?)?), // (S)
+        None => None,
     };
-    let (sum, judged) = objective.judge(logps.as_ref(), scores.as_ref())?;
-    let mut store = (&sum * settings.scale)?.backward()?;
-    if let Some(head) = head
-        && let Some(added) = store.remove(head)
+    let (judged, mut store) = judge(logps.as_ref(), read_scores.as_ref(), settings)?;
+    if read_scores.is_some()
+        && let Some(added) = store.remove(settings.head()?)
     {
         let gradient = gradients.last_mut().expect("the head is the last parameter");
         let added = added.flatten_all()?.to_vec1::<f32>()?;

@@ -530,7 +530,8 @@ pub fn lay_out(rows: &[&Comparison]) -> Batch {
     batch
 }
 
-fn reward_part(rows: &[&Comparison], center_rewards_coefficient: f64) -> (Batch, Objective) {
+/// A micro-batch of a reward model.
+pub fn reward_part(rows: &[&Comparison], center_rewards_coefficient: f64) -> (Batch, Objective) {
     let batch = lay_out(rows);
     let objective = Objective::Reward {
         rows: batch.ends.clone(),
@@ -568,7 +569,8 @@ fn preference_settings(own: &DpoSettings) -> PreferenceSettings {
     }
 }
 
-fn compared_part(
+/// A micro-batch of preferences; the weight of ORPO's likelihood is a whole step's, not known here.
+pub fn compared_part(
     rows: &[&Comparison],
     own: &DpoSettings,
     reference: Option<Vec<f32>>,

@@ -1,10 +1,14 @@
 //! The integration tests: the public API against golden files and hostile input.
 
 mod adapters;
+mod allocations;
 mod cli;
+mod comparisons;
 mod data;
 mod generate;
 mod model;
+mod objectives;
+mod rl;
 mod rooms;
 mod support;
 mod text;

@@ -1,7 +1,7 @@
 //! The decoder against transformers, on tiny random models.
 
-use candle_core::Device;
-use quantune::model::{Adapters, Decoder, KvCache, Rows};
+use candle_core::{Device, Tensor, Var};
+use quantune::model::{Adapters, Decoder, KvCache, Reading, Rows};
 use quantune::ops::Compute;
 use quantune::weights::Checkpoint;
 
@@ -170,4 +170,54 @@ fn biases_count_in_every_form() {
             close(&flat(step), &exact[position * width..(position + 1) * width], "decoded");
         }
     }
+}
+
+/// What is read by hand against the same composed of ops: scores, log-probs at a temperature, and the
+/// gradients of hidden states and score head, rows read twice among them.
+#[test]
+fn readings_by_hand_are_those_of_the_ops() {
+    let decoder = load("llama-q4_0", Compute::F32);
+    let (width, n) = (decoder.config.hidden_size, 9);
+    let wave =
+        |n: usize, speed: f32| (0..n).map(|i| (i as f32 * speed).sin()).collect::<Vec<f32>>();
+    let x = Var::from_vec(wave(n * width, 0.7), (n, width), &Device::Cpu).unwrap();
+    let head = Var::from_vec(wave(width, 0.3), (1, width), &Device::Cpu).unwrap();
+    let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let (values, weights) = (flat(&x), flat(&head));
+    let normed = |rows: &[u32]| {
+        decoder.final_norm(&x.index_select(&Tensor::new(rows, &Device::Cpu).unwrap(), 0).unwrap())
+    };
+    let close = |ours: &[f32], theirs: &Tensor| {
+        let theirs = flat(theirs);
+        let norm = |v: &[f32]| v.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
+        let difference: Vec<f32> = ours.iter().zip(&theirs).map(|(a, b)| a - b).collect();
+        assert_eq!(ours.len(), theirs.len());
+        assert!(norm(&difference) < 1e-5 * norm(&theirs), "{ours:?} {theirs:?}");
+    };
+    let upstream = [0.5, -1.0, 2.0, 0.25];
+    let given = Tensor::new(&upstream, &Device::Cpu).unwrap();
+    let mut reading = Reading::default();
+
+    let rows = [7, 2, 7, 0];
+    let scores = normed(&rows).unwrap().matmul(&head.t().unwrap()).unwrap().squeeze(1).unwrap();
+    let grads = (&scores * &given).unwrap().sum_all().unwrap().backward().unwrap();
+    let (mut dx, mut dhead) = (vec![0f32; n * width], vec![0f32; width]);
+    close(&decoder.read_scores(&values, &rows, &weights, &mut reading).unwrap(), &scores);
+    decoder.scores_back(&upstream, &weights, &mut reading, &mut dx, &mut dhead).unwrap();
+    close(&dx, grads.get(&x).unwrap());
+    close(&dhead, grads.get(&head).unwrap());
+
+    for temperature in [1.0, 0.7] {
+        let targets = [(7, 5), (2, 9), (7, 11), (0, 5)];
+        let hot = (normed(&rows).unwrap() * (1.0 / temperature)).unwrap();
+        let logps = decoder.log_probs(&hot, &targets.map(|(_, token)| token)).unwrap();
+        let grads = (&logps * &given).unwrap().sum_all().unwrap().backward().unwrap();
+        let ours = decoder.read_log_probs(&values, &targets, temperature, true, &mut reading);
+        close(ours.unwrap(), &logps);
+        let mut dx = vec![0f32; n * width];
+        decoder.log_probs_back(&upstream, temperature, &mut reading, &mut dx).unwrap();
+        close(&dx, grads.get(&x).unwrap());
+    }
+    let outside = [(0, decoder.config.vocab_size as u32)];
+    assert!(decoder.read_log_probs(&values, &outside, 1.0, false, &mut reading).is_err());
 }

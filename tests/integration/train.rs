@@ -9,7 +9,9 @@ use quantune::data::{Batch, Example};
 use quantune::model::{Adapters, Decoder, Rows, Worn};
 use quantune::objectives::Objective;
 use quantune::ops::{Compute, Segment};
-use quantune::optim::{AdamW, AdamWSettings, Gradients, Schedule, ScheduleKind, clip, global_norm};
+use quantune::optim::{
+    AdamW, AdamWSettings, Gradients, Schedule, ScheduleKind, clip_factor, global_norm,
+};
 use quantune::train::step::{Buffers, StepSettings, accumulate, dropout};
 use quantune_adapters::delta::Adapter;
 use quantune_adapters::format;
@@ -26,13 +28,13 @@ const RUNS: &[&str] = &[
     "llama-tiny-linear",
 ];
 
-fn adapter(run: &str, which: &str, decoder: &Decoder) -> Adapter {
+pub fn adapter(run: &str, which: &str, decoder: &Decoder) -> Adapter {
     let folder = golden(&format!("train/{run}/{which}"));
     let linears = decoder.linears();
     format::read_folder(&folder, "default", &linears, Some("lm_head"), &Device::Cpu).unwrap().0
 }
 
-fn rows(run: &str) -> Vec<Example> {
+pub fn rows(run: &str) -> Vec<Example> {
     let text = std::fs::read_to_string(golden(&format!("train/{run}/rows.jsonl"))).unwrap();
     let row = |(index, line): (usize, &str)| {
         let row: Value = serde_json::from_str(line).unwrap();
@@ -52,16 +54,16 @@ fn rows(run: &str) -> Vec<Example> {
 
 /// How a step's rows are laid out: the bins of each micro-batch, and whether layers are recomputed.
 #[derive(Clone, Copy)]
-struct Layout {
+pub struct Layout {
     /// Rows of a micro-batch.
-    micro: usize,
-    recompute: bool,
-    dropout: f64,
+    pub micro: usize,
+    pub recompute: bool,
+    pub dropout: f64,
 }
 
 const SINGLE: Layout = Layout { micro: 1, recompute: false, dropout: 0.0 };
 
-struct Run {
+pub struct Run {
     decoder: Decoder,
     adapter: Arc<Adapter>,
     parameters: Vec<Var>,
@@ -72,7 +74,7 @@ struct Run {
 }
 
 impl Run {
-    fn new(decoder: Decoder, adapter: Adapter) -> Self {
+    pub fn new(decoder: Decoder, adapter: Adapter) -> Self {
         let adapter = Arc::new(adapter);
         let parameters = adapter.parameters().into_iter().map(|(_, var)| var).collect();
         Self { decoder, adapter, parameters, below: Vec::new(), kept_layers: None }
@@ -83,7 +85,7 @@ impl Run {
         self.step_with(rows, layout, &mut Buffers::default())
     }
 
-    fn step_with(
+    pub fn step_with(
         &self,
         rows: &[Example],
         layout: Layout,
@@ -112,14 +114,17 @@ impl Run {
         for batch in micro {
             let dropout = dropout(batch, 0, layout.dropout, 7);
             let settings = StepSettings {
-                objective: Objective::LanguageModelling,
+                objective: &Objective::LanguageModelling,
+                temperature: 1.0,
                 scale: 1.0 / count as f64,
                 kept_layers: self.kept_layers.unwrap_or(if layout.recompute { 0 } else { layers }),
                 worn: &worn,
                 parameters: &self.parameters,
                 dropout: dropout.as_ref(),
             };
-            loss += accumulate(&self.decoder, batch, &settings, &mut gradients, buffers).unwrap();
+            let judged =
+                accumulate(&self.decoder, batch, &settings, &mut gradients, buffers).unwrap();
+            loss += judged.loss;
         }
         (loss / count as f64, gradients)
     }
@@ -172,7 +177,7 @@ fn ten_steps(name: &str, layout: Layout, compute: Compute) {
     let rows = rows(name);
     assert_eq!(rows.len(), 4 * steps.len());
     for (i, (theirs, rows)) in steps.iter().zip(rows.chunks(4)).enumerate() {
-        let (loss, mut gradients) = run.step(rows, layout);
+        let (loss, gradients) = run.step(rows, layout);
         let close = |what: &str, ours: f64, bound: f64| {
             let theirs = theirs[what].as_f64().unwrap();
             let error = (ours - theirs).abs() / theirs.abs().max(1.0);
@@ -185,12 +190,9 @@ fn ten_steps(name: &str, layout: Layout, compute: Compute) {
         if i == 0 {
             first_gradients(name, &run, &gradients);
         }
-        if max_norm > 0.0 {
-            clip(&mut gradients, norm, max_norm);
-        }
-        let mut values = run.values();
-        optimizer.step(&mut values, &gradients, schedule.at(i as u64));
-        run.set(&values);
+        let factor = if max_norm > 0.0 { clip_factor(norm, max_norm) } else { 1.0 };
+        let learning_rate = schedule.at(i as u64);
+        assert!(optimizer.step(&run.parameters, &gradients, factor, learning_rate).unwrap());
     }
     let theirs = adapter(name, "final", &run.decoder);
     for ((name, ours), (_, theirs)) in run.adapter.parameters().iter().zip(theirs.parameters()) {

@@ -6,6 +6,8 @@
 //! Cauchy and Schwarz no sum of a block's products, nor a part of it, then overflows an `i32`. That
 //! leaves a block three to eight times the levels that its largest magnitude alone would.
 
+use std::cell::RefCell;
+
 use crate::isa::{Isa, versions};
 use crate::quant::FrozenMatrix;
 
@@ -156,18 +158,20 @@ impl PackedRows {
             0 => (0..tiles).map(|_| Default::default()).collect(),
             _ => scales.chunks_exact_mut(blocks * TILE_ROWS).collect(),
         };
+        thread_local!(static SCRATCH: RefCell<RowScratch> = RefCell::default());
         let tiles = self.units.par_chunks_exact_mut(units * TILE_ROWS).zip(scales);
-        tiles.enumerate().with_min_len(4).for_each_init(RowScratch::default, |scratch, task| {
-            let (tile, (out, scales)) = task;
-            let first = tile * TILE_ROWS;
-            for row in 0..TILE_ROWS.min(rows - first) {
-                let x = &x.values[(first + row) * x.stride..][..depth];
-                scratch.quantize(isa, panel, x, row, true);
-            }
-            for row in rows.saturating_sub(first).min(TILE_ROWS)..TILE_ROWS {
-                scratch.clear(panel, depth, row);
-            }
-            scratch.write::<TILE_ROWS>(isa, (units, blocks), TILE_ROWS, out, scales);
+        tiles.enumerate().with_min_len(4).for_each(|(tile, (out, scales))| {
+            SCRATCH.with_borrow_mut(|scratch| {
+                let first = tile * TILE_ROWS;
+                for row in 0..TILE_ROWS.min(rows - first) {
+                    let x = &x.values[(first + row) * x.stride..][..depth];
+                    scratch.quantize(isa, panel, x, row, true);
+                }
+                for row in rows.saturating_sub(first).min(TILE_ROWS)..TILE_ROWS {
+                    scratch.clear(panel, depth, row);
+                }
+                scratch.write::<TILE_ROWS>(isa, (units, blocks), TILE_ROWS, out, scales);
+            });
         });
     }
 

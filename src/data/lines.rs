@@ -1,0 +1,172 @@
+//! A file of rows, read line by line and parsed by all threads; wrong rows are told together.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rayon::prelude::*;
+use sha2::{Digest, Sha256};
+
+use super::{DataError, RowError};
+
+/// Lines tokenized at a time, by all threads, or as many as have this many bytes: what is held of
+/// the file's text.
+const LINES_AT_A_TIME: usize = 1024;
+const BYTES_AT_A_TIME: usize = 16 << 20;
+/// Bytes a line may have.
+const LONGEST_LINE: usize = 64 << 20;
+/// Wrong rows told one by one; the rest are counted.
+const FAULTS_TOLD: usize = 5;
+
+/// Shows what `parse` makes of every row to `add`, in order; the file's SHA-256. After a wrong row,
+/// the rest of the file is read for further wrong ones only. Ends early once `stop` is set.
+pub(super) fn read<T: Send>(
+    path: &Path,
+    stop: &AtomicBool,
+    parse: impl Fn(&[u8]) -> Result<T, RowError> + Sync,
+    mut add: impl FnMut(&Line, T),
+) -> Result<String, DataError> {
+    let io = |source| DataError::Io { path: path.into(), source };
+    let file = File::open(path).map_err(io)?;
+    let mut lines = Lines::new(BufReader::new(file), LONGEST_LINE);
+    let mut hasher = Sha256::new();
+    let (mut first, mut wrong, mut rows) = (Vec::new(), 0, 0);
+    loop {
+        let (mut chunk, mut bytes) = (Vec::new(), 0);
+        while chunk.len() < LINES_AT_A_TIME
+            && bytes < BYTES_AT_A_TIME
+            && let Some(line) = lines.next(|bytes| hasher.update(bytes)).map_err(io)?
+        {
+            bytes += line.bytes.len();
+            chunk.push(line);
+            if stop.load(Ordering::Relaxed) {
+                return Err(DataError::Stopped);
+            }
+        }
+        if chunk.is_empty() {
+            break;
+        }
+        rows += chunk.len() as u64;
+        let parse = |line: &Line| match line.too_long {
+            true => Err(RowError::TooLong { most: LONGEST_LINE }),
+            false => parse(&line.bytes),
+        };
+        let parsed: Vec<_> = chunk.par_iter().map(parse).collect();
+        for (line, row) in chunk.iter().zip(parsed) {
+            match row {
+                Ok(row) if wrong == 0 => add(line, row),
+                Ok(_) => {}
+                Err(problem) => {
+                    wrong += 1;
+                    if first.len() < FAULTS_TOLD {
+                        first.push((line.number, problem));
+                    }
+                }
+            }
+        }
+    }
+    if wrong > 0 {
+        return Err(DataError::Rows { path: path.into(), first, wrong, rows });
+    }
+    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// A held-out row as the file has it, with a newline.
+pub(super) fn to_held_out(lines: &mut Vec<u8>, line: &Line) {
+    lines.extend_from_slice(&line.bytes);
+    if !line.bytes.ends_with(b"\n") {
+        lines.push(b'\n');
+    }
+}
+
+/// A line that is not blank.
+pub(super) struct Line {
+    /// Its row: blank lines are not counted, the first is 0.
+    pub row: u64,
+    /// Its place in the file, counted from 1.
+    pub number: u64,
+    /// Its bytes with the newline they end in, without a byte order mark.
+    pub bytes: Vec<u8>,
+    /// Whether it is longer than a line may be: then no bytes of it are kept, since what is no
+    /// JSONL at all may be one line of any length.
+    pub too_long: bool,
+}
+
+/// The lines of a file, in order.
+pub(super) struct Lines<R> {
+    reader: R,
+    /// Bytes a line may have.
+    most: usize,
+    row: u64,
+    number: u64,
+}
+
+impl<R: BufRead> Lines<R> {
+    pub fn new(reader: R, most: usize) -> Self {
+        Self { reader, most, row: 0, number: 0 }
+    }
+
+    /// The next line that is not blank, or `None` at the end. `seen` is shown every byte read.
+    pub fn next(&mut self, mut seen: impl FnMut(&[u8])) -> std::io::Result<Option<Line>> {
+        loop {
+            let mut bytes = Vec::new();
+            // One byte more than there may be tells a line that is too long.
+            let mut limited = self.reader.by_ref().take(self.most as u64 + 1);
+            if limited.read_until(b'\n', &mut bytes)? == 0 {
+                return Ok(None);
+            }
+            seen(&bytes);
+            self.number += 1;
+            if self.number == 1 && bytes.starts_with(b"\xef\xbb\xbf") {
+                bytes.drain(..3);
+            }
+            let too_long = bytes.len() > self.most;
+            if too_long {
+                if !bytes.ends_with(b"\n") {
+                    self.skip_line(&mut seen)?;
+                }
+                bytes = Vec::new();
+            } else if bytes.trim_ascii().is_empty() {
+                continue;
+            }
+            self.row += 1;
+            return Ok(Some(Line { row: self.row - 1, number: self.number, bytes, too_long }));
+        }
+    }
+
+    /// Reads on to the end of the line and keeps nothing of it.
+    fn skip_line(&mut self, mut seen: impl FnMut(&[u8])) -> std::io::Result<()> {
+        loop {
+            let buffer = self.reader.fill_buf()?;
+            let end = buffer.iter().position(|&byte| byte == b'\n');
+            let part = &buffer[..end.map_or(buffer.len(), |end| end + 1)];
+            seen(part);
+            let read = part.len();
+            self.reader.consume(read);
+            if end.is_some() || read == 0 {
+                return Ok(());
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_that_is_too_long_is_skipped_and_counted() {
+        let file = b"12345678\n\n123456789\n123456789 and more\n1234567\n1234567890";
+        let mut lines = Lines::new(file.as_slice(), 9);
+        let mut seen = Vec::new();
+        let mut found = Vec::new();
+        while let Some(line) = lines.next(|bytes| seen.extend_from_slice(bytes)).unwrap() {
+            assert_eq!(line.too_long, line.bytes.is_empty());
+            found.push((line.row, line.number, line.bytes.len()));
+        }
+        let needed = [(0, 1, 9), (1, 3, 0), (2, 4, 0), (3, 5, 8), (4, 6, 0)];
+        assert_eq!(found, needed);
+        assert_eq!(seen, file, "all of it is hashed");
+    }
+}

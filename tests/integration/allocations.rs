@@ -1,0 +1,110 @@
+//! What is allocated: of the steady step nothing as large as an activation, once buffers are there.
+
+use std::alloc::{GlobalAlloc, Layout as Block, System};
+use std::cell::Cell;
+
+use quantune::model::{Adapters, KvCache, Rows, Worn};
+use quantune::ops::Compute;
+use quantune::train::step::Buffers;
+
+use crate::support::load;
+use crate::train::{Layout, Run, adapter, rows};
+
+/// The system's allocator, remembering each thread's largest request: a count read from a file
+/// and not checked shows as one.
+struct Watched;
+
+thread_local! {
+    static LARGEST: Cell<usize> = const { Cell::new(0) };
+}
+
+// SAFETY: every call goes to the system's allocator unchanged.
+unsafe impl GlobalAlloc for Watched {
+    unsafe fn alloc(&self, block: Block) -> *mut u8 {
+        LARGEST.set(LARGEST.get().max(block.size()));
+        // SAFETY: the caller keeps the contract of `alloc`.
+        unsafe { System.alloc(block) }
+    }
+
+    unsafe fn alloc_zeroed(&self, block: Block) -> *mut u8 {
+        LARGEST.set(LARGEST.get().max(block.size()));
+        // SAFETY: the caller keeps the contract of `alloc_zeroed`.
+        unsafe { System.alloc_zeroed(block) }
+    }
+
+    unsafe fn realloc(&self, old: *mut u8, block: Block, size: usize) -> *mut u8 {
+        LARGEST.set(LARGEST.get().max(size));
+        // SAFETY: the caller keeps the contract of `realloc`.
+        unsafe { System.realloc(old, block, size) }
+    }
+
+    unsafe fn dealloc(&self, old: *mut u8, block: Block) {
+        // SAFETY: the caller keeps the contract of `dealloc`.
+        unsafe { System.dealloc(old, block) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Watched = Watched;
+
+/// What `run` returns, and the largest allocation it asked for.
+pub fn largest_allocation<T>(run: impl FnOnce() -> T) -> (T, usize) {
+    LARGEST.set(0);
+    let out = run();
+    (out, LARGEST.get())
+}
+
+/// Runs `step` three times on one thread and gives the largest block of the first and of the third.
+fn first_and_third(step: impl FnMut() + Send) -> (usize, usize) {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+    pool.install(|| {
+        let mut step = step;
+        let largest = [0, 1, 2].map(|_| largest_allocation(&mut step).1);
+        (largest[0], largest[2])
+    })
+}
+
+#[test]
+fn a_third_step_allocates_no_activation() {
+    let name = "llama-q4_0";
+    let all = rows(name);
+    for compute in [Compute::F32, Compute::Int16] {
+        for (recompute, dropout) in [(false, 0.0), (true, 0.0), (false, 0.1), (true, 0.1)] {
+            let decoder = load(name, compute);
+            let initial = adapter(name, "initial", &decoder);
+            let hidden_size = decoder.config.hidden_size;
+            let run = Run::new(decoder, initial);
+            let mut buffers = Buffers::default();
+            let layout = Layout { micro: 12, recompute, dropout };
+            let tokens: usize = all[..12].iter().map(|row| row.tokens.len()).sum();
+            let activation = tokens * hidden_size * size_of::<f32>();
+            let (first, third) = first_and_third(|| {
+                run.step_with(&all[..12], layout, &mut buffers);
+            });
+            assert!(first >= activation, "the first step's largest is {first}");
+            assert!(
+                third < activation,
+                "{compute:?}, recompute {recompute}, dropout {dropout}: {third} bytes are new, an \
+                 activation has {activation}"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_third_decoding_step_allocates_no_activation() {
+    let name = "llama-q4_0";
+    let decoder = load(name, Compute::Int16);
+    let worn = [Worn::frozen(adapter(name, "final", &decoder).into())];
+    let rows: Vec<Vec<u32>> = (0..64).map(|i| vec![i % 50 + 3; 4]).collect();
+    let mut cache = KvCache::new(&decoder.config, rows.len());
+    decoder.hidden_cached(&Rows::new(&rows), Adapters::Same(&worn), &mut cache).unwrap();
+    let activation = rows.len() * decoder.config.intermediate_size * size_of::<f32>();
+    let (first, third) = first_and_third(|| {
+        let next = rows.iter().enumerate().map(|(i, row)| (&row[..1], cache.len(i)));
+        let next = Rows::after(next.collect::<Vec<_>>().into_iter());
+        decoder.hidden_step(&next, Adapters::Same(&worn), &mut cache).unwrap();
+    });
+    assert!(first >= activation, "the first step's largest is {first}");
+    assert!(third < activation, "{third} bytes are new, an activation has {activation}");
+}

@@ -1,0 +1,383 @@
+//! Comparisons, labels and prompts: their tokens against TRL's, bad rows, what is left out and what
+//! is held out.
+
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use quantune::data::{
+    Comparison, ComparisonKind, Comparisons, DataError, Limits, Pair, Prompts, WhenTooLong,
+};
+use quantune::text::{Special, Tokenizer};
+use serde_json::{Value, json};
+
+use crate::support::{golden, golden_json, ids};
+
+/// Nobody asks to stop.
+static GOES_ON: AtomicBool = AtomicBool::new(false);
+
+const ALL: Limits = Limits { max_length: usize::MAX, when_long: WhenTooLong::Drop };
+
+fn tokenizer(name: &str) -> Tokenizer {
+    Tokenizer::from_folder(golden(&format!("data/{name}"))).unwrap()
+}
+
+/// What `load` makes of a file with these bytes, called rows.jsonl in its errors.
+fn in_file<T>(bytes: &[u8], load: impl FnOnce(&Path) -> Result<T, DataError>) -> Result<T, String> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("rows.jsonl");
+    std::fs::write(&path, bytes).unwrap();
+    load(&path)
+        .map_err(|error| error.to_string().replace(&format!("{}/", folder.path().display()), ""))
+}
+
+fn load(
+    rows: &[Value],
+    tokenizer: &Tokenizer,
+    limits: Limits,
+    kind: ComparisonKind,
+) -> Result<Comparisons, String> {
+    in_file(&lines(rows), |path| Comparisons::load(path, tokenizer, limits, kind, &GOES_ON))
+}
+
+fn lines(rows: &[Value]) -> Vec<u8> {
+    rows.iter().flat_map(|row| format!("{row}\n").into_bytes()).collect()
+}
+
+fn sequences(comparison: &Comparison) -> Vec<Vec<u32>> {
+    let whole = |response: &Vec<u32>| [comparison.prompt.clone(), response.clone()].concat();
+    comparison.responses.iter().map(whole).collect()
+}
+
+#[test]
+fn tokens_are_trls() {
+    let cases = golden_json("data/comparisons.json");
+    let cases = cases.as_array().unwrap();
+    assert!(cases.len() > 140, "{} rows", cases.len());
+    for case in cases {
+        let tokenizer = tokenizer(case["tokenizer"].as_str().unwrap());
+        let max_length = case["max_length"].as_u64().map_or(usize::MAX, |most| most as usize);
+        let rows = [case["row"].clone()];
+        let load = |when_long, kind| {
+            load(&rows, &tokenizer, Limits { max_length, when_long }, kind)
+                .map(|found| found.comparisons[0].clone())
+        };
+        let found = match case["maker"].as_str().unwrap() {
+            "reward" => load(WhenTooLong::Drop, ComparisonKind::Pairs),
+            "dpo" => load(WhenTooLong::Cut, ComparisonKind::Pairs),
+            "kto" => load(WhenTooLong::Cut, ComparisonKind::Labels),
+            _ => {
+                in_file(&lines(&rows), |path| Prompts::load(path, &tokenizer, max_length, &GOES_ON))
+                    .map(|found| Comparison {
+                        prompt: Vec::new(),
+                        responses: vec![found.prompts[0].tokens.clone()],
+                        pairs: Vec::new(),
+                        label: None,
+                        row: 0,
+                        line: 1,
+                    })
+            }
+        };
+        check(case, found);
+    }
+
+    fn check(case: &Value, found: Result<Comparison, String>) {
+        let what = format!("{} of {}: {}", case["maker"], case["tokenizer"], case["row"]);
+        if case["sequences"].is_null() {
+            let error = found.expect_err(&what);
+            assert!(error.contains("nothing to compare in any of 1 rows"), "{what}: {error}");
+            return;
+        }
+        let found = found.unwrap_or_else(|error| panic!("{what}: {error}"));
+        let expected: Vec<_> = case["sequences"].as_array().unwrap().iter().map(ids).collect();
+        assert_eq!(sequences(&found), expected, "{what}");
+        if let Some(length) = case["prompt_length"].as_u64() {
+            assert_eq!(found.prompt.len() as u64, length, "{what}");
+        }
+        if let Some(label) = case["row"]["label"].as_bool() {
+            assert_eq!(found.label, Some(label), "{what}");
+        } else if case["maker"] != "prompts" {
+            assert_eq!(found.pairs, [Pair { better: 0, worse: 1, margin: 0.0 }], "{what}");
+        }
+    }
+}
+
+#[test]
+fn which_responses_are_pairs() {
+    let chatml = tokenizer("chatml");
+    // The rest of a row with four responses, and its pairs: better before worse.
+    let check = |rest: Value, expected: &[(usize, usize)], ties: u64| {
+        let mut row = json!({"prompt": "p", "responses": [" a", " b", " c", " d"]});
+        row.as_object_mut().unwrap().extend(rest.as_object().unwrap().clone());
+        let found = load(&[row.clone()], &chatml, ALL, ComparisonKind::Pairs).unwrap();
+        let pairs = &found.comparisons[0].pairs;
+        let places: Vec<_> = pairs.iter().map(|pair| (pair.better, pair.worse)).collect();
+        assert_eq!(places, expected, "{row}");
+        assert_eq!((found.report.pairs, found.report.ties), (expected.len() as u64, ties), "{row}");
+    };
+    check(json!({}), &[(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)], 0);
+    check(json!({"ranks": [2, 1, 2, 7]}), &[(1, 0), (0, 3), (1, 2), (1, 3), (2, 3)], 1);
+    check(json!({"scores": [0.5, -1e9, 3, 0.5]}), &[(0, 1), (2, 0), (2, 1), (3, 1), (2, 3)], 1);
+    // Three that are equal, one better: it is in all pairs.
+    check(json!({"scores": [1, 1, 1, 2]}), &[(3, 0), (3, 1), (3, 2)], 3);
+
+    let margin = json!({"prompt": "p", "chosen": " a", "rejected": " b", "margin": 1.5, "id": 7});
+    let found = load(&[margin], &chatml, ALL, ComparisonKind::Pairs).unwrap();
+    assert_eq!(found.comparisons[0].pairs, [Pair { better: 0, worse: 1, margin: 1.5 }]);
+
+    // KTO takes a pair apart; what is only scored needs neither pairs nor labels.
+    let pair = json!({"prompt": "p", "chosen": " a", "rejected": " b"});
+    let found = load(&[pair], &chatml, ALL, ComparisonKind::Labels).unwrap();
+    let labels: Vec<_> = found.comparisons.iter().map(|c| (c.row, c.label)).collect();
+    assert_eq!(labels, [(0, Some(true)), (0, Some(false))]);
+    assert_eq!((found.report.desirable, found.report.undesirable), (1, 1));
+    let said = json!([{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]);
+    let rows = [
+        json!({"text": "t"}),
+        json!({"prompt": "p", "completion": "c"}),
+        json!({"messages": said}),
+    ];
+    let found = load(&rows, &chatml, ALL, ComparisonKind::Any).unwrap();
+    assert_eq!((found.report.responses, found.report.pairs), (3, 0));
+    let asked = "<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n";
+    assert_eq!(found.comparisons[2].prompt, chatml.encode(asked, Special::Parse).unwrap());
+}
+
+#[test]
+fn what_is_too_long_is_left_out_with_its_pairs() {
+    let chatml = tokenizer("chatml");
+    let long = " boat".repeat(40);
+    let ranked = json!({"prompt": "the river", "responses": [" a", long, " b", long]});
+    let pair = json!({"prompt": "the river", "chosen": long, "rejected": " b"});
+    let tie = json!({"prompt": "the river", "responses": [" a", " b"], "ranks": [1, 1]});
+    let rows = [ranked, pair, tie];
+    let limits = |when_long| Limits { max_length: 20, when_long };
+
+    let found = load(&rows, &chatml, limits(WhenTooLong::Drop), ComparisonKind::Pairs).unwrap();
+    assert_eq!(found.comparisons.len(), 1);
+    let kept = &found.comparisons[0];
+    assert_eq!((kept.responses.len(), kept.row, kept.line), (2, 0, 1));
+    assert_eq!(kept.pairs, [Pair { better: 0, worse: 1, margin: 0.0 }]);
+    let report = &found.report;
+    assert_eq!((report.rows, report.dropped, report.nothing_to_compare), (3, 3, 2));
+    assert_eq!((report.ties, report.tokens), (1, kept.tokens() as u64));
+
+    let found = load(&rows, &chatml, limits(WhenTooLong::Cut), ComparisonKind::Pairs).unwrap();
+    assert_eq!(found.comparisons.len(), 2);
+    assert_eq!(found.comparisons[0].pairs.len(), 6);
+    for comparison in &found.comparisons {
+        let most = sequences(comparison).iter().map(Vec::len).max();
+        assert_eq!(most, Some(20));
+    }
+    let report = &found.report;
+    assert_eq!((report.truncated, report.dropped, report.identical), (3, 0, 1));
+    assert!(report.longest > 40);
+    let told = "3 rows, 6 responses, 7 pairs, ";
+    assert!(report.to_string().starts_with(told), "{report}");
+
+    let none = Limits { max_length: 2, when_long: WhenTooLong::Drop };
+    let error = load(&rows, &chatml, none, ComparisonKind::Pairs).unwrap_err();
+    assert_eq!(
+        error,
+        "rows.jsonl: nothing to compare in any of 3 rows (8 responses longer than 2 tokens with \
+         their prompts), needs at least one pair or label"
+    );
+    let error = load(&[], &chatml, none, ComparisonKind::Pairs).unwrap_err();
+    assert_eq!(error, "rows.jsonl: holds no rows, needs one JSON object per line");
+}
+
+/// The prompt is shared as far as all responses begin with it.
+#[test]
+fn a_token_over_the_border_belongs_to_the_responses() {
+    let chatml = tokenizer("chatml");
+    let row = json!({"prompt": "the rive", "chosen": "r", "rejected": "t"});
+    let found = load(&[row], &chatml, ALL, ComparisonKind::Pairs).unwrap();
+    let comparison = &found.comparisons[0];
+    assert_eq!(found.report.boundary_mismatches, 1);
+    let own = chatml.encode("the rive", Special::Parse).unwrap();
+    assert!(comparison.prompt.len() < own.len() && own.starts_with(&comparison.prompt));
+    let texts: Vec<_> =
+        sequences(comparison).iter().map(|ids| chatml.decode(ids, true).unwrap()).collect();
+    assert_eq!(texts, ["the river", "the rivet"]);
+}
+
+/// Row, what is asked of it, and what its error must say.
+#[test]
+fn a_bad_row_is_one_sentence_with_its_line() {
+    use ComparisonKind::{Any, Labels, Pairs};
+    let chatml = tokenizer("chatml");
+    let good = r#"{"prompt": "p", "chosen": "a", "rejected": "b"}"#;
+    let pairs = "needs `chosen` and `rejected`, or ranked `responses`";
+    let cases = [
+        (Pairs, "[]", "found an empty list, a row is a JSON object".to_owned()),
+        (Pairs, "{}", format!("unknown kind of row: found the keys (none), {pairs}")),
+        (
+            Pairs,
+            r#"{"prompt": "p", "completion": "c", "label": true}"#,
+            format!("unknown kind of row: found the keys `prompt`, `completion`, `label`, {pairs}"),
+        ),
+        (
+            Labels,
+            r#"{"prompt": "p", "responses": ["a", "b"]}"#,
+            "unknown kind of row: found the keys `prompt`, `responses`, needs `completion` and \
+             `label`, or `chosen` and `rejected`"
+                .into(),
+        ),
+        (
+            Any,
+            r#"{"prompt": "p"}"#,
+            "unknown kind of row: found the keys `prompt`, needs `chosen` and `rejected`, \
+             `responses`, `completion`, `messages` or `text`"
+                .into(),
+        ),
+        (Pairs, r#"{"chosen": 1, "rejected": "b"}"#, "`chosen` is 1, needs a string".into()),
+        (
+            Pairs,
+            r#"{"prompt": "p", "chosen": [{"role": "user", "content": "a"}], "rejected": "b"}"#,
+            "`chosen` is a list of 1, needs a string".into(),
+        ),
+        (
+            Pairs,
+            r#"{"chosen": [{"role": "user", "content": "a"}], "rejected": "b"}"#,
+            "`rejected` is \"b\", needs a list of messages, as the rest of the row".into(),
+        ),
+        (
+            Pairs,
+            r#"{"chosen": [{"role": "user", "content": "a"}], "rejected": []}"#,
+            "`rejected` is an empty list, needs at least one message".into(),
+        ),
+        (
+            Pairs,
+            r#"{"prompt": "p", "chosen": "a", "rejected": "b", "margin": "big"}"#,
+            "`margin` is \"big\", needs a number".into(),
+        ),
+        (
+            Pairs,
+            r#"{"prompt": "p", "responses": ["a"]}"#,
+            "`responses` is a list of 1, needs responses to be compared, two or more".into(),
+        ),
+        (
+            Pairs,
+            r#"{"prompt": "p", "responses": ["a", 2]}"#,
+            "`responses[1]` is 2, needs a string".into(),
+        ),
+        (
+            Pairs,
+            r#"{"responses": ["a", "b"], "ranks": [1]}"#,
+            "`ranks` is a list of 1, needs an entry for each of the `responses`".into(),
+        ),
+        (
+            Pairs,
+            r#"{"responses": ["a", "b"], "ranks": [0, 1]}"#,
+            "`ranks[0]` is 0, needs a rank, from 1 for the best".into(),
+        ),
+        (
+            Pairs,
+            r#"{"responses": ["a", "b"], "scores": [0.5, "1"]}"#,
+            "`scores[1]` is \"1\", needs a number".into(),
+        ),
+        (
+            Pairs,
+            r#"{"responses": ["a", "b"], "scores": [1, 2], "ranks": [2, 1]}"#,
+            "`ranks` is a list of 2, needs no `scores` beside it: one of the two".into(),
+        ),
+        (
+            Labels,
+            r#"{"prompt": "p", "completion": "c", "label": "good"}"#,
+            "`label` is \"good\", needs true or false".into(),
+        ),
+        (
+            Labels,
+            r#"{"prompt": "p", "completion": "c"}"#,
+            "`label` is missing, needs true or false".into(),
+        ),
+    ];
+    for (kind, row, expected) in cases {
+        // Behind a good row and a blank line, so that rows and lines differ.
+        let good = if kind == Any { r#"{"text": "t"}"# } else { good };
+        let file = format!("{good}\n\n{row}");
+        let error =
+            in_file(file.as_bytes(), |path| Comparisons::load(path, &chatml, ALL, kind, &GOES_ON))
+                .expect_err(row);
+        assert_eq!(error, format!("rows.jsonl:3: {expected}"), "{row}");
+    }
+}
+
+#[test]
+fn prompts_keep_their_rows() {
+    let bos = tokenizer("bos");
+    let row = json!({"prompt": "the river", "answer": 42, "note": null, "price": 3.50});
+    let chat = json!({"prompt": [{"role": "user", "content": "u"}]});
+    let found =
+        in_file(&lines(&[row.clone(), chat]), |path| Prompts::load(path, &bos, 50, &GOES_ON))
+            .unwrap();
+    let first = &found.prompts[0];
+    assert_eq!(Value::Object(first.row.clone()), row, "the whole row");
+    assert_eq!(first.tokens[0], bos.bos().unwrap());
+    assert_eq!((first.text.as_str(), first.number, first.line), ("the river", 0, 1));
+    let second = &found.prompts[1];
+    let asked = "<|endoftext|><|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n";
+    assert_eq!((second.text.as_str(), second.number, second.line), (asked, 1, 2));
+    assert_eq!(found.longest, second.tokens.len());
+
+    let check = |row: &str, most: usize, expected: &str| {
+        let file = format!("{{\"prompt\": \"a\"}}\n\n{row}\n");
+        let tokenizer = tokenizer("chatml");
+        let load = |path: &Path| Prompts::load(path, &tokenizer, most, &GOES_ON);
+        let error = in_file(file.as_bytes(), load).expect_err(row);
+        assert_eq!(error, format!("rows.jsonl:3: {expected}"), "{row}");
+    };
+    let needs = "needs `prompt`, a string or a list of messages";
+    check(
+        r#"{"prompt": null}"#,
+        9,
+        &format!("unknown kind of row: found the keys `prompt`, {needs}"),
+    );
+    check(r#"{"text": "a"}"#, 9, &format!("unknown kind of row: found the keys `text`, {needs}"));
+    check(r#"{"prompt": 3}"#, 9, "`prompt` is 3, needs a string");
+    check(r#"{"prompt": ""}"#, 9, "`prompt` has no tokens, needs at least one");
+    check(
+        r#"{"prompt": "boat boat boat"}"#,
+        2,
+        "the prompt has 3 tokens, `max_prompt_length` is 2",
+    );
+}
+
+#[test]
+fn a_split_keeps_prompts_apart() {
+    let chatml = tokenizer("chatml");
+    // Every prompt twice, with its case and spaces changed: both in one part.
+    let twice = |i: usize| [format!("Question {i}?"), format!("  question   {i}? ")];
+    let pair = |prompt: String| json!({"prompt": prompt, "chosen": " a", "rejected": " b"});
+    let rows: Vec<Value> = (0..300).flat_map(twice).map(pair).collect();
+    let split = in_file(&lines(&rows), |path| {
+        Comparisons::load_split(path, &chatml, ALL, ComparisonKind::Pairs, &GOES_ON)
+    })
+    .unwrap();
+    let held_out = split.held_out.unwrap();
+    assert_eq!(split.train.report.rows + held_out.report.rows, 600);
+    assert!((30..120).contains(&held_out.report.rows), "{}", held_out.report);
+    let numbers = |part: &Comparisons| -> Vec<u64> {
+        part.comparisons.iter().map(|comparison| comparison.row / 2).collect()
+    };
+    let (train, held) = (numbers(&split.train), numbers(&held_out));
+    assert!(train.iter().all(|number| !held.contains(number)));
+    let written = String::from_utf8(split.held_out_lines).unwrap();
+    let expected: String =
+        held_out.comparisons.iter().map(|c| format!("{}\n", rows[c.row as usize])).collect();
+    assert_eq!(written, expected);
+
+    // The same prompts as prompts are split the same way.
+    let split =
+        in_file(&lines(&rows), |path| Prompts::load_split(path, &chatml, 50, &GOES_ON)).unwrap();
+    let prompts: Vec<u64> = split.held_out.unwrap().prompts.iter().map(|p| p.number / 2).collect();
+    assert_eq!(prompts, held);
+    assert_eq!(String::from_utf8(split.held_out_lines).unwrap(), expected);
+
+    // All rows under one prompt that is held out.
+    let one = rows[held_out.comparisons[0].row as usize].clone();
+    let error = in_file(&lines(&[one.clone(), one]), |path| {
+        Comparisons::load_split(path, &chatml, ALL, ComparisonKind::Pairs, &GOES_ON).map(|_| ())
+    })
+    .unwrap_err();
+    assert!(error.contains("all 2 rows fall into the held-out part"), "{error}");
+}

@@ -1,0 +1,336 @@
+//! Reward models, DPO and PPO against TRL: ten steps of the same adapters over the same rows, and
+//! PPO's stored rollouts judged by both.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor, Var};
+use quantune::data::{Batch, Comparison, Pair};
+use quantune::model::{Decoder, Worn};
+use quantune::objectives::advantage::KlEstimator;
+use quantune::objectives::policy::ppo_metrics;
+use quantune::objectives::Objective;
+use quantune::ops::Compute;
+use quantune::optim::AdamWSettings;
+use quantune::rollout::{AdvantageSettings, Experience, Response, ppo, respond};
+use quantune::train::learner::{Learner, MicroBatch};
+use quantune::train::settings::DpoSettings;
+use quantune::train::supervised::{compared_part, response_log_probs, reward_part};
+use quantune_adapters::delta::Adapter;
+use quantune_adapters::format;
+use serde_json::Value;
+
+use crate::support::{golden, golden_json, load};
+
+fn adapter(path: &str, decoder: &Decoder) -> Adapter {
+    let folder = golden(&format!("rl/{path}"));
+    let linears = decoder.linears();
+    format::read_folder(&folder, "default", &linears, Some("lm_head"), &Device::Cpu).unwrap().0
+}
+
+fn lines(path: &str) -> Vec<Value> {
+    let text = std::fs::read_to_string(golden(&format!("rl/{path}"))).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+}
+
+fn optimizer(run: &Value) -> AdamWSettings {
+    let number = |key: &str| run[key].as_f64().unwrap();
+    AdamWSettings {
+        adam_beta1: number("adam_beta1"),
+        adam_beta2: number("adam_beta2"),
+        adam_epsilon: number("adam_epsilon"),
+        weight_decay: number("weight_decay"),
+    }
+}
+
+fn flat(var: &Var) -> Vec<f32> {
+    var.flatten_all().unwrap().to_vec1().unwrap()
+}
+
+/// `|a - b| / |b|` in Frobenius norms.
+fn relative(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|v| v * v).sum::<f64>().sqrt();
+    let difference = norm(&mut a.iter().zip(b).map(|(a, b)| f64::from(a - b)));
+    difference / norm(&mut b.iter().map(|&b| f64::from(b)))
+}
+
+fn close(what: &str, ours: f64, theirs: f64, bound: f64) {
+    let error = (ours - theirs).abs() / theirs.abs().max(1.0);
+    assert!(error < bound, "{what} is {ours}, TRL's {theirs}");
+}
+
+/// That all tensors of an adapter are where TRL's ended.
+fn arrived(what: &str, ours: &Adapter, theirs: &Adapter) {
+    let (ours, theirs) = (ours.parameters(), theirs.parameters());
+    assert_eq!(ours.len(), theirs.len());
+    for ((name, ours), (_, theirs)) in ours.iter().zip(&theirs) {
+        let error = relative(&flat(ours), &flat(theirs));
+        assert!(error < 1e-4, "{what}: {name} is {error:e} from TRL's");
+    }
+}
+
+/// How a step is laid out.
+#[derive(Clone, Copy)]
+struct Layout {
+    compute: Compute,
+    /// Comparisons of a micro-batch.
+    micro: usize,
+    recompute: bool,
+}
+
+const WHOLE: Layout = Layout { compute: Compute::F32, micro: 4, recompute: false };
+const SPLIT: Layout = Layout { compute: Compute::F32, micro: 1, recompute: true };
+const PORTABLE: Layout = Layout { compute: Compute::Portable, micro: 3, recompute: true };
+
+fn comparison(row: u64, value: &Value) -> Comparison {
+    let prompt = value.get("prompt_ids").map(ids).unwrap_or_default();
+    let responses: Vec<Vec<u32>> = match value.get("responses_ids") {
+        Some(ranked) => ranked.as_array().unwrap().iter().map(ids).collect(),
+        None => ["chosen_ids", "rejected_ids"].iter().map(|key| ids(&value[key])).collect(),
+    };
+    let margin = value["margin"].as_f64().unwrap_or(0.0) as f32;
+    let count = responses.len();
+    let pairs = (0..count).flat_map(|better| {
+        (better + 1..count).map(move |worse| Pair { better, worse, margin })
+    });
+    let pairs = pairs.collect();
+    Comparison { prompt, responses, pairs, label: None, row, line: row + 1 }
+}
+
+/// The parts of a step of `rows`, and what their losses are divided by.
+type Parts<'a> = dyn Fn(&[&Comparison], usize) -> (Batch, Objective) + 'a;
+
+/// Ten steps from TRL's initial adapter: losses, gradients and the final adapter within float noise.
+fn ten_steps(name: &str, layout: Layout, parts: &dyn Fn(&Decoder, &[Comparison]) -> Box<Parts<'static>>) {
+    let run = golden_json(&format!("rl/{name}/run.json"));
+    let decoder = load(run["base"].as_str().unwrap(), layout.compute);
+    let ours = Arc::new(adapter(&format!("{name}/initial"), &decoder));
+    let max_grad_norm = run["max_grad_norm"].as_f64().unwrap();
+    let mut learner =
+        Learner::new(&decoder, vec![ours.clone()], optimizer(&run), max_grad_norm, (0.0, 0))
+            .unwrap();
+    learner.kept_layers = if layout.recompute { 0 } else { decoder.config.num_hidden_layers };
+    let rows: Vec<Comparison> =
+        (0..).zip(lines(&format!("{name}/rows.jsonl"))).map(|(i, row)| comparison(i, &row)).collect();
+    let parts = parts(&decoder, &rows);
+    let steps = run["steps"].as_array().unwrap();
+    let size = run["per_device_train_batch_size"].as_u64().unwrap() as usize;
+    assert_eq!((steps.len(), rows.len()), (10, 10 * size));
+    for (i, (theirs, rows)) in steps.iter().zip(rows.chunks(size)).enumerate() {
+        let micro: Vec<MicroBatch> = rows
+            .chunks(layout.micro)
+            .map(|rows| {
+                let rows: Vec<&Comparison> = rows.iter().collect();
+                let (batch, objective) = parts(&rows, rows[0].row as usize);
+                let scale = 1.0 / size as f64;
+                MicroBatch { batch, objective, scale, adapter: 0, epoch: 0, temperature: 1.0 }
+            })
+            .collect();
+        let stepped = learner.step(&micro, theirs["learning_rate"].as_f64().unwrap()).unwrap();
+        let check = |key: &str, ours: f64, bound: f64| {
+            let what = format!("{name} step {i}: {key}");
+            close(&what, ours, theirs[key].as_f64().unwrap(), bound);
+        };
+        check("loss", stepped.loss, 1e-4);
+        check("grad_norm", stepped.grad_norm, 2e-4);
+        if let Some(stats) = stepped.stats.reward {
+            let pairs = stats.pairs as f64;
+            check("accuracy", stats.correct as f64 / pairs, 1e-9);
+            check("margin", stats.margin / pairs, 1e-4);
+        }
+        if let Some(stats) = stepped.stats.preference {
+            for (key, ours) in stats.metrics() {
+                check(key, ours, 1e-4);
+            }
+        }
+    }
+    arrived(name, &ours, &adapter(&format!("{name}/final"), &decoder));
+}
+
+fn reward(name: &str, layout: Layout) {
+    let run = golden_json(&format!("rl/{name}/run.json"));
+    let center = run["center_rewards_coefficient"].as_f64().unwrap_or(0.0);
+    ten_steps(name, layout, &|_, _| Box::new(move |rows, _| reward_part(rows, center)));
+}
+
+#[test]
+fn reward_models_are_trls() {
+    for name in ["reward", "reward-margin", "reward-ranked"] {
+        for layout in [WHOLE, SPLIT] {
+            reward(name, layout);
+        }
+    }
+    reward("reward-ranked", PORTABLE);
+}
+
+#[test]
+fn dpo_is_trls() {
+    for layout in [WHOLE, SPLIT, PORTABLE] {
+        ten_steps("dpo", layout, &|decoder, rows| {
+            let all: Vec<&Comparison> = rows.iter().collect();
+            let reference = response_log_probs(decoder, &[], &all).unwrap();
+            for (ours, theirs) in reference.iter().zip(lines("dpo/rows.jsonl")) {
+                for (ours, key) in ours.iter().zip(["ref_chosen_logps", "ref_rejected_logps"]) {
+                    close(key, f64::from(*ours), theirs[key].as_f64().unwrap(), 1e-5);
+                }
+            }
+            let own = DpoSettings::default();
+            Box::new(move |rows, first| {
+                let reference = reference[first..first + rows.len()].concat();
+                let (batch, part) = compared_part(rows, &own, Some(reference));
+                (batch, Objective::Preference(part.into()))
+            })
+        });
+    }
+}
+
+/// Stored rollouts through our log-probs, values, scores, advantages and steps.
+fn replay(name: &str, compute: Compute, micro: usize) {
+    let run = golden_json(&format!("rl/{name}/run.json"));
+    let decoder = load(run["base"].as_str().unwrap(), compute);
+    let read = |path: &str| Arc::new(adapter(&format!("{name}/{path}"), &decoder));
+    let (policy, value, reward) = (read("policy/initial"), read("value/initial"), read("reward"));
+    let adapters = vec![policy.clone(), value.clone()];
+    let mut learner = Learner::new(&decoder, adapters, optimizer(&run), 0.0, (0.0, 0)).unwrap();
+    learner.kept_layers = decoder.config.num_hidden_layers;
+    let number = |key: &str| run[key].as_f64().unwrap();
+    let temperature = number("temperature") + 1e-7;
+    let most = number("response_length") as usize;
+    let settings = AdvantageSettings {
+        kl_coef: number("kl_coef"),
+        kl_estimator: match run["kl_estimator"].as_str().unwrap() {
+            "k1" => KlEstimator::K1,
+            _ => KlEstimator::K3,
+        },
+        gamma: number("gamma"),
+        lam: number("lam"),
+        whiten_rewards: run["whiten_rewards"].as_bool().unwrap(),
+    };
+    let stored: HashMap<String, Tensor> = candle_core::safetensors::load(
+        golden(&format!("rl/{name}/rollouts.safetensors")),
+        &Device::Cpu,
+    )
+    .unwrap();
+    let mut steps = run["steps"].as_array().unwrap().iter();
+    let updates = lines(&format!("{name}/rollouts.jsonl"));
+    assert_eq!(updates.len(), 5);
+    for (update, (line, theirs)) in
+        updates.iter().zip(run["updates"].as_array().unwrap()).enumerate()
+    {
+        let queries = line["query_ids"].as_array().unwrap();
+        let responses: Vec<Response> = queries
+            .iter()
+            .zip(line["response_ids"].as_array().unwrap())
+            .zip(0..)
+            .map(|((query, response), key)| {
+                let tokens = ids(response);
+                let ended = tokens.last() == Some(&2);
+                let (sampled_logps, drawn_logps) = (Vec::new(), Vec::new());
+                Response { prompt: ids(query).into(), tokens, key, ended, sampled_logps, drawn_logps }
+            })
+            .collect();
+        let logps = |worn: &[Worn]| respond::log_probs(&decoder, worn, &responses, temperature);
+        let (old, reference) = (logps(learner.worn(0)).unwrap(), logps(&[]).unwrap());
+        let head = value.score.as_ref().unwrap();
+        let values =
+            respond::values(&decoder, learner.worn(1), head, &responses, most).unwrap();
+        let judge = [Worn::frozen(reward.clone())];
+        let head = reward.score.as_ref().unwrap();
+        let scores = respond::scores(&decoder, &judge, head, &responses, None).unwrap();
+        let mut rows: Vec<Experience> = old
+            .into_iter()
+            .zip(reference)
+            .zip(values.into_iter().zip(scores))
+            .zip(&responses)
+            .map(|(((old_logps, ref_logps), (values, score)), response)| Experience {
+                old_logps,
+                ref_logps,
+                values,
+                score: score - if response.ended { 0.0 } else { 1.0 },
+                ..Experience::default()
+            })
+            .collect();
+        ppo::finish(&mut rows, &settings);
+
+        let stored = |key: &str| stored[&format!("{update}.{key}")].to_vec2::<f32>().unwrap();
+        let parts: [(&str, fn(&Experience) -> &Vec<f32>); 7] = [
+            ("logprobs", |row| &row.old_logps),
+            ("ref_logprobs", |row| &row.ref_logps),
+            ("values", |row| &row.values),
+            ("kl", |row| &row.kl),
+            ("rewards", |row| &row.rewards),
+            ("advantages", |row| &row.advantages),
+            ("returns", |row| &row.returns),
+        ];
+        for (key, part) in parts {
+            for (i, (ours, theirs)) in rows.iter().map(part).zip(stored(key)).enumerate() {
+                for (t, (&ours, &theirs)) in ours.iter().zip(&theirs).enumerate() {
+                    let what = format!("{name} update {update}, row {i}, {key}[{t}]");
+                    close(&what, f64::from(ours), f64::from(theirs), 1e-4);
+                }
+            }
+        }
+
+        let (mut policies, mut valued) = (Vec::new(), Vec::new());
+        for mini in line["minibatches"].as_array().unwrap() {
+            let mini = ids(mini);
+            let pick = |i: &u32| &rows[*i as usize];
+            let counts = ppo::Counts::of(&mini.iter().map(pick).collect::<Vec<_>>());
+            let mut parts = Vec::new();
+            for micro in mini.chunks(micro) {
+                let of: Vec<&Response> = micro.iter().map(|&i| &responses[i as usize]).collect();
+                let rows: Vec<&Experience> = micro.iter().map(pick).collect();
+                let batch = respond::lay_out(&of);
+                let policy = ppo::policy_part(&rows, counts, number("cliprange"));
+                let (vf_coef, range) = (number("vf_coef"), number("cliprange_value"));
+                let value = ppo::value_part(&rows, &batch, counts, vf_coef, range);
+                let part = |batch: Batch, objective, adapter| MicroBatch {
+                    batch,
+                    objective,
+                    scale: 1.0,
+                    adapter,
+                    epoch: 0,
+                    temperature,
+                };
+                parts.push(part(batch.clone(), ppo::objective(Some(policy), None), 0));
+                parts.push(part(batch, ppo::objective(None, Some(value)), 1));
+            }
+            let theirs = steps.next().unwrap();
+            let rate = theirs["learning_rate"].as_f64().unwrap();
+            let stepped = learner.step(&parts, rate).unwrap();
+            let what = |key: &str| format!("{name} update {update}: {key} of a step");
+            for (key, ours) in [("loss", stepped.loss), ("grad_norm", stepped.grad_norm)] {
+                close(&what(key), ours, theirs[key].as_f64().unwrap(), 2e-4);
+            }
+            let stats = stepped.stats.policy.unwrap();
+            for (key, ours) in [("ratio_masked", stats.ratio), ("approxkl_masked", stats.approxkl)] {
+                let ours = ours / stats.tokens as f64;
+                close(&what(key), ours, theirs[key].as_f64().unwrap(), 1e-4);
+            }
+            policies.push(stats);
+            valued.push(stepped.stats.value.unwrap());
+        }
+        let padded = ["policy/approxkl_avg", "val/ratio", "val/ratio_var"]; // means over padding too
+        for (key, ours) in ppo_metrics(&policies, &valued) {
+            if !padded.contains(&key) {
+                let what = format!("{name} update {update}: {key}");
+                close(&what, ours, theirs[key].as_f64().unwrap(), 1e-4);
+            }
+        }
+    }
+    arrived(name, &policy, &read("policy/final"));
+    arrived(name, &value, &read("value/final"));
+}
+
+#[test]
+fn ppo_is_trls() {
+    replay("ppo", Compute::F32, 8);
+    replay("ppo", Compute::F32, 3);
+    replay("ppo", Compute::Portable, 8);
+    replay("ppo-k3", Compute::F32, 8);
+}
