@@ -6,6 +6,7 @@ Set by the environment:
     PYTHON        a Python with requirements.txt installed    [the one that runs the script]
     LLAMA_BIN     folder of llama.cpp's programs
     PEERS_MODELS  the models prepare.py makes                 [models/]
+    TRL_PPO       folder of TRL 1.0.0, the last with PPO
     THREADS       of either side                              [2]
 
 A script that measures imports nothing heavy: Linux counts the memory of the process that starts another
@@ -136,6 +137,32 @@ def fresh(name):
     shutil.rmtree(path, ignore_errors=True)
     WORK.mkdir(parents=True, exist_ok=True)
     return path
+
+
+# A token each in SmolLM2's vocabulary, with a space before and without.
+WORDS = (
+    "water stone light river field summer winter window music paper bread table letter market forest road bridge house"
+    " door friend teacher story question answer number"
+).split()
+
+
+def some_words(draw, count):
+    return " ".join(draw.choice(WORDS) for _ in range(count))
+
+
+def our_run(command, work, *flags, samples, steps, rate=LEARNING_RATE):
+    """A run of ours, its whole process: files are opened, DPO's reference is asked and the adapter is written within."""
+    settings = ["--learning-rate", rate, "--lr-scheduler-type", "constant", "--warmup-ratio", 0]
+    out = fresh(command)
+    done = quantune(command, *work, "--out", out, "--max-steps", steps, *settings, *flags)
+    return out, Side(samples * steps / done.seconds, done.seconds / steps, done.cpu_seconds / steps, done.peak_rss)
+
+
+def peer_side(training, warm, samples):
+    """TRL's steps after the first `warm` ones."""
+    seconds, cpu_seconds = sum(training.seconds[warm:]), sum(training.cpu_seconds[warm:])
+    timed = len(training.seconds) - warm
+    return Side(samples * timed / seconds, seconds / timed, cpu_seconds / timed, training.peak_rss)
 
 
 def our_training(base, rows, **settings):
