@@ -133,7 +133,10 @@ impl KvCache {
     /// Each row as a cache of its own.
     pub fn into_rows(self) -> Vec<Self> {
         let (kv_heads, head_dim, depth) = (self.kv_heads, self.head_dim, self.layers.len());
-        let empty = || Self { layers: Vec::with_capacity(depth), kv_heads, head_dim };
+        let empty = || {
+            let layers = Vec::with_capacity(depth);
+            Self { layers, kv_heads, head_dim, step: StepBuffers::default() }
+        };
         let mut caches: Vec<Self> = (0..self.rows()).map(|_| empty()).collect();
         for layer in self.layers {
             for (cache, row) in caches.iter_mut().zip(layer) {
