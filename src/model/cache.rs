@@ -134,8 +134,8 @@ impl KvCache {
     pub fn into_rows(self) -> Vec<Self> {
         let (kv_heads, head_dim, depth) = (self.kv_heads, self.head_dim, self.layers.len());
         let empty = || {
-            let layers = Vec::with_capacity(depth);
-            Self { layers, kv_heads, head_dim, step: StepBuffers::default() }
+            let (layers, step) = (Vec::with_capacity(depth), StepBuffers::default());
+            Self { layers, kv_heads, head_dim, step }
         };
         let mut caches: Vec<Self> = (0..self.rows()).map(|_| empty()).collect();
         for layer in self.layers {

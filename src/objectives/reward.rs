@@ -259,7 +259,9 @@ mod tests {
         assert!((honest.brier() - brier).abs() < 1e-12);
 
         let mut boasting = Calibration::default();
-        [50.0, -50.0].map(|margin| boasting.add(margin));
+        for margin in [50.0, -50.0] {
+            boasting.add(margin);
+        }
         assert_eq!(boasting.expected_calibration_error(), 0.5);
         assert_eq!(boasting.brier(), 0.5);
     }

@@ -128,7 +128,8 @@ impl Rollouts {
             let lines = split.held_out.is_some().then_some(split.held_out_lines);
             (split.train, split.held_out, lines)
         };
-        eprintln!("data: {}", prompts.report);
+        let (count, longest) = (prompts.prompts.len(), prompts.longest);
+        eprintln!("data: {count} prompts, longest {longest} tokens");
 
         let mut prints: Vec<Fingerprint> = Vec::new();
         let print = |prints: &mut Vec<Fingerprint>, what: &str, folder: &Path| {
@@ -694,7 +695,8 @@ impl Rollouts {
         progress: &Progress,
     ) -> Result<Map<String, Value>, TrainError> {
         let mut results = Map::new();
-        results.insert("data".into(), json!(self.prompts.report));
+        let prompts = json!({ "prompts": self.prompts.prompts.len(), "longest": self.prompts.longest });
+        results.insert("data".into(), prompts);
         results.insert("samples_per_second".into(), json!(progress.samples_per_second()));
         let Times { generation, scoring, learning } = self.times;
         let all = (generation + scoring + learning).as_secs_f64().max(1e-9);

@@ -19,7 +19,8 @@ use super::run::{strategy, total_steps};
 use super::run_dir::{Fingerprint, RunDir, State};
 use super::settings::{CommonSettings, DpoSettings, EvalStrategy, RunSettings, Task};
 use crate::data::{
-    Batch, Comparison, Comparisons, Dataset, EpochPlan, EpochSettings, Limits, RowKind, WhenLong,
+    Batch, Comparison, ComparisonKind, Comparisons, Dataset, EpochPlan, EpochSettings, Limits,
+    WhenTooLong,
 };
 use crate::eval::evaluate;
 use crate::model::scoring::{row_scores, runs, target_log_probs};
@@ -67,19 +68,18 @@ impl Supervised {
         let common = settings.common.clone();
         let max_length = common.max_length.min(decoder.config.max_position_embeddings);
         let (rows, held_out, held_out_lines) = match &settings.task {
-            Task::Reward(_) => load_comparisons(&common, tokenizer, stop, Limits {
-                max_length,
-                when_long: WhenLong::Drop,
-                kind: RowKind::Compared,
-            })?,
-            Task::Dpo(own) => load_comparisons(&common, tokenizer, stop, Limits {
-                max_length,
-                when_long: WhenLong::Cut,
-                kind: match own.loss_type {
-                    PreferenceLoss::Kto => RowKind::Labelled,
-                    _ => RowKind::Compared,
-                },
-            })?,
+            Task::Reward(_) => {
+                let limits = Limits { max_length, when_long: WhenTooLong::Drop };
+                load_comparisons(&common, tokenizer, stop, limits, ComparisonKind::Pairs)?
+            }
+            Task::Dpo(own) => {
+                let limits = Limits { max_length, when_long: WhenTooLong::Cut };
+                let kind = match own.loss_type {
+                    PreferenceLoss::Kto => ComparisonKind::Labels,
+                    _ => ComparisonKind::Pairs,
+                };
+                load_comparisons(&common, tokenizer, stop, limits, kind)?
+            }
             _ => load_examples(&common, tokenizer, max_length, stop)?,
         };
         match &rows {
@@ -292,7 +292,7 @@ impl Supervised {
     fn lengths(&self) -> Vec<usize> {
         match &self.rows {
             Rows::Examples(data) => data.examples.iter().map(|row| row.tokens.len()).collect(),
-            Rows::Comparisons(data) => data.comparisons.iter().map(Comparison::len).collect(),
+            Rows::Comparisons(data) => data.comparisons.iter().map(Comparison::tokens).collect(),
         }
     }
 
@@ -498,8 +498,9 @@ fn load_comparisons(
     tokenizer: &Tokenizer,
     stop: &AtomicBool,
     limits: Limits,
+    kind: ComparisonKind,
 ) -> Result<(Rows, Option<Rows>, Option<Vec<u8>>), TrainError> {
-    let load = |path: &Path| Comparisons::load(path, tokenizer, &limits, stop);
+    let load = |path: &Path| Comparisons::load(path, tokenizer, limits, kind, stop);
     if strategy(common) == EvalStrategy::No {
         return Ok((Rows::Comparisons(load(&common.data)?), None, None));
     }
@@ -507,7 +508,7 @@ fn load_comparisons(
         let (train, held_out) = (load(&common.data)?, load(&common.eval_data)?);
         return Ok((Rows::Comparisons(train), Some(Rows::Comparisons(held_out)), None));
     }
-    let split = Comparisons::load_split(&common.data, tokenizer, &limits, stop)?;
+    let split = Comparisons::load_split(&common.data, tokenizer, limits, kind, stop)?;
     let lines = warned(common, split.held_out.is_some(), split.held_out_lines);
     Ok((Rows::Comparisons(split.train), split.held_out.map(Rows::Comparisons), lines))
 }
@@ -592,7 +593,7 @@ pub fn compared_part(
         for (index, row) in rows.iter().enumerate() {
             part.prompts.push(batch.learn_prompt(start..start + row.prompt.len()));
             part.prompt_of.extend(row.pairs.iter().map(|_| index));
-            start += row.len();
+            start += row.tokens();
         }
     }
     (batch, part)
@@ -636,7 +637,7 @@ pub fn response_log_probs(
     rows: &[&Comparison],
 ) -> Result<Vec<Vec<f32>>, TrainError> {
     let mut all = Vec::with_capacity(rows.len());
-    for run in runs(rows.iter().map(|row| row.len())) {
+    for run in runs(rows.iter().map(|row| row.tokens())) {
         let batch = lay_out(&rows[run.clone()]);
         let logps = target_log_probs(decoder, worn, &batch, 1.0)?;
         let mut sums = batch.spans.iter().map(|span| logps[span.clone()].iter().sum::<f32>());
@@ -683,7 +684,7 @@ pub fn judge_rewards(
     let Some(head) = head else {
         return Err(TrainError::Settings("no adapter has a score head".into()));
     };
-    for run in runs(rows.iter().map(Comparison::len)) {
+    for run in runs(rows.iter().map(Comparison::tokens)) {
         if stop.load(Ordering::Relaxed) {
             return Ok(None);
         }
