@@ -42,7 +42,13 @@ pub struct BestOf {
     reward_model: Option<PathBuf>,
     /// Weights of the rewards, in the order --reward, --reward-command, --reward-adapter,
     /// --reward-model [default: 1 each]
-    #[arg(long, value_name = "WEIGHTS", value_delimiter = ',', requires = "best_of")]
+    #[arg(
+        long,
+        value_name = "WEIGHTS",
+        value_delimiter = ',',
+        allow_hyphen_values = true,
+        requires = "best_of"
+    )]
     reward_weights: Vec<f64>,
 }
 

@@ -72,7 +72,7 @@ enum Command {
     /// Loss on rows under the masks of training, or perplexity of a text
     Eval(eval::Eval),
     /// Answer a prompt
-    Generate(generate::Generate),
+    Generate(Box<generate::Generate>),
     /// List what a GGUF, safetensors or adapter file holds
     Inspect(inspect::Inspect),
     /// Turn text into token ids

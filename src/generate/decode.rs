@@ -15,6 +15,9 @@ use crate::ops::{Segment, Values};
 /// Tokens of one pass over the prompts; bounds the activations, not the cache.
 const PREFILL_TOKENS: usize = 512;
 
+/// Prompts of one pass; bounds the logits of their last tokens.
+const PREFILL_PROMPTS: usize = 64;
+
 /// A row to be continued.
 #[derive(Debug, Clone, Copy)]
 pub struct Request<'a> {
@@ -190,15 +193,15 @@ pub enum GenerateError {
 ///
 /// At most `settings.slots` rows run at a time; the place of one that ends is taken by the next
 /// before another step is made (Orca's iteration-level scheduling, Yu et al. 2022). Prompts are
-/// read ahead, up to 512 tokens of them in a pass, and wait with their first token chosen, at most
-/// `slots` of them: a matrix is unpacked for a chunk, not for a short prompt. Neighbours with the
-/// same prompt and adapters are a group, whose prompt is read once.
+/// read ahead, up to 512 tokens of at most 64 in a pass, and wait with their first token chosen: a
+/// matrix is unpacked for a chunk, not for a short prompt. Neighbours with the same prompt and
+/// adapters are a group, whose prompt is read once.
 ///
 /// `on_token` gets the row and each new token but the end-of-generation token, as it is chosen.
 /// What a row gets depends on its prompt, its key, its adapters and the settings, never on `slots`
-/// or on the other rows. Memory: the caches of at most `slots` rows and as many waiting prompts, a
-/// row of logits for each, and the activations of at most 512 tokens (or of one a row). Nothing is
-/// learned from: adapters count alike, trainable or not.
+/// or on the other rows. Memory: the caches of at most `slots` rows and of waiting prompts of 512
+/// tokens (or a longer one), a row of logits for each, and the activations of at most 512 tokens (or
+/// of one a row). Nothing is learned from: adapters count alike, trainable or not.
 pub fn generate(
     decoder: &Decoder,
     adapters: Adapters,
@@ -226,7 +229,7 @@ pub fn generate(
             } else if waiting.is_empty() {
                 break;
             } else {
-                let chunk = next_chunk(&mut waiting, &rows, slots);
+                let chunk = next_chunk(&mut waiting, &rows);
                 let (caches, hidden) = prefill(decoder, adapters, settings.cache, &rows, &chunk)?;
                 usage.count_prompts(&chunk, &rows);
                 // All of a group choose from the same logits.
@@ -430,12 +433,12 @@ fn same(a: &[Worn], b: &[Worn]) -> bool {
     std::ptr::eq(a, b) || a.len() == b.len() && a.iter().zip(b).all(equal)
 }
 
-/// The groups whose prompts are read next: as many as fit into a pass, at most `most`.
-fn next_chunk(waiting: &mut VecDeque<Vec<usize>>, rows: &[Row], most: usize) -> Vec<Vec<usize>> {
+/// The groups whose prompts are read next: as many as fit into a pass.
+fn next_chunk(waiting: &mut VecDeque<Vec<usize>>, rows: &[Row]) -> Vec<Vec<usize>> {
     let (mut chunk, mut tokens) = (Vec::new(), 0);
     while let Some(group) = waiting.front() {
         tokens += rows[group[0]].tokens.len();
-        if !chunk.is_empty() && (tokens > PREFILL_TOKENS || chunk.len() == most) {
+        if !chunk.is_empty() && (tokens > PREFILL_TOKENS || chunk.len() == PREFILL_PROMPTS) {
             break;
         }
         chunk.extend(waiting.pop_front());

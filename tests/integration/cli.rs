@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use quantune::weights::{OwnedValue, write_gguf};
 use quantune_adapters::rng::Stream;
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -74,6 +75,26 @@ impl Lab {
                         {{ m.content }}<|im_end|>\n{% endfor %}\
                         {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
         fs::write(folder.join("chat_template.jinja"), template).unwrap();
+        folder.display().to_string()
+    }
+
+    /// The tiny Llama as a sequence classifier with one label.
+    fn reward_model(&self) -> String {
+        let folder = self.folder.path().join("classifier");
+        fs::create_dir_all(&folder).unwrap();
+        for file in fs::read_dir(model_path("llama-tiny")).unwrap() {
+            let file = file.unwrap().path();
+            fs::copy(&file, folder.join(file.file_name().unwrap())).unwrap();
+        }
+        let path = folder.join("model.safetensors");
+        let bytes = fs::read(&path).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let mut stream = Stream::new(5, "score", &[]);
+        let score: Vec<u8> = (0..64).flat_map(|_| stream.normal().to_le_bytes()).collect();
+        let score = TensorView::new(Dtype::F32, vec![1, 64], &score).unwrap();
+        let mut tensors = file.tensors();
+        tensors.push(("score.weight".into(), score));
+        fs::write(&path, safetensors::serialize(tensors, None).unwrap()).unwrap();
         folder.display().to_string()
     }
 
@@ -358,6 +379,8 @@ fn every_flag_of_eval_changes_something() {
 #[test]
 fn every_flag_of_generate_changes_something() {
     let lab = Lab::new();
+    let reward_adapter = golden("rl/reward/final").display().to_string();
+    let reward_model = lab.reward_model();
     let (base, adapter, dated) = (base(), adapter(), lab.dated_base());
     let base_args: &[(&str, &str)] = &[
         ("--base", &base),
@@ -391,8 +414,96 @@ fn every_flag_of_generate_changes_something() {
         &[("--logprobs", "2"), ("--cache-type", "q8")],
         &[("--base", &dated), ("--template-date", "2020-01-01")],
         &[("--compute", "portable")],
+        &[("--best-of", "4")],
+        &[("--best-of", "4"), ("--reward", "length:3:characters")],
+        &[("--best-of", "4"), ("--reward-command", "while read -r l; do echo ${#l}; done")],
+        &[("--best-of", "4"), ("--reward-adapter", &reward_adapter)],
+        &[("--best-of", "4"), ("--reward-model", &reward_model)],
+        &[("--best-of", "4"), ("--reward", "length:3"), ("--reward-weights", "-2")],
     ];
-    every_flag(&["generate"], base_args, table, &[], &lab);
+    let tested_apart = &["--reward-timeout"];
+    every_flag(&["generate"], base_args, table, tested_apart, &lab);
+}
+
+/// The best of several replies is one of them, the first the reply there is without a choice.
+#[test]
+fn the_best_of_several_replies_is_kept() {
+    let (base, adapter) = (base(), golden("rl/reward/final").display().to_string());
+    let hot = ["--temperature", "3", "--top-k", "0", "--top-p", "1", "--min-p", "0"];
+    let run = |flags: &[&str]| -> Value {
+        let args = ["generate", "--base", &base, "--prompt", "one two", "--max-tokens", "12"];
+        last_json(&quantune(&strings(&[&args, &hot[..], flags, &["--json"]].concat())))
+    };
+    let alone = run(&[]);
+    assert!(alone.get("candidates").is_none());
+    let check = |flags: &[&str]| -> Vec<f64> {
+        let found = run(&[&["--best-of", "40"], flags].concat());
+        let candidates = found["candidates"].as_array().unwrap();
+        assert_eq!(candidates.len(), 40, "{flags:?}");
+        assert_eq!(candidates[0]["text"], alone["text"], "{flags:?}");
+        let rewards: Vec<f64> =
+            candidates.iter().map(|c| c["reward"].as_f64().unwrap_or(f64::NEG_INFINITY)).collect();
+        let best = rewards.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+        let place = rewards.iter().position(|reward| *reward == best).unwrap();
+        assert_eq!(found["best"], place, "{flags:?}");
+        assert_eq!(found["text"], candidates[place]["text"], "{flags:?}");
+        assert!(rewards.iter().any(|reward| *reward != rewards[0]), "{flags:?}: {rewards:?}");
+        rewards
+    };
+    assert!(check(&[]).iter().all(|logprob| *logprob < 0.0));
+    assert!(check(&["--reward", "regex:^[a-z ]"]).contains(&1.0));
+    let by_adapter = check(&["--reward-adapter", &adapter]);
+    // A program without an opinion on most, and a weight.
+    let command = "i=0; while read -r l; do i=$((i+1)); \
+                   case $i in *0) echo $i;; *) echo null;; esac; done";
+    let by_command = check(&["--reward-command", command]);
+    assert_eq!(by_command[9], 10.0);
+    assert_eq!(by_command[8], f64::NEG_INFINITY);
+    let both = check(&[
+        "--reward-adapter",
+        &adapter,
+        "--reward-command",
+        command,
+        "--reward-weights",
+        "-0.5,2",
+    ]);
+    assert!((both[9] - (2.0 * by_adapter[9] - 5.0)).abs() < 1e-9);
+    assert!((both[8] - 2.0 * by_adapter[8]).abs() < 1e-9);
+    // What a stop string cut off is not judged.
+    let cut = run(&["--best-of", "3", "--stop", "e", "--reward", "regex:e"]);
+    assert!(cut["candidates"].as_array().unwrap().iter().all(|c| c["reward"] == 0.0));
+}
+
+#[test]
+fn what_cannot_judge_replies_is_named() {
+    let (base, plain) = (base(), adapter());
+    let check = |flags: &[&str], code: i32, sentence: &str| {
+        let args = ["generate", "--base", &base, "--prompt", "x", "--max-tokens", "3"];
+        let output = quantune(&strings(&[&args, flags].concat()));
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(code), "{flags:?}: {stderr}");
+        assert!(stderr.contains(sentence), "{flags:?}: {stderr}");
+        if code == 1 {
+            error(&output);
+        }
+    };
+    let two = |flags: &[&'static str]| [&["--best-of", "2"], flags].concat();
+    check(&["--best-of", "0"], 1, "--best-of is 0, needed at least 1");
+    check(&two(&["--temperature", "0"]), 1, "has one reply to choose from");
+    check(&["--reward", "length:3"], 2, "--best-of");
+    check(&two(&["--reward-timeout", "3"]), 2, "--reward-command");
+    check(&two(&["--reward", "nice"]), 1, "reward \"nice\" is no rule, needed exact:FIELD");
+    check(&two(&["--reward", "exact:answer"]), 1, "the row has no field \"answer\"");
+    check(&two(&["--reward", "length:3", "--reward-weights", "1,2"]), 1, "2 reward weights for 1");
+    check(&two(&["--reward-command", "cat"]), 1, "answered sample 1 of 2 with");
+    check(&two(&["--reward-command", "exit 4"]), 1, "ended (exit status: 4) after 0 of 2 answers");
+    check(&two(&["--reward-command", "yes null"]), 1, "reward");
+    let slow = two(&["--reward-command", "sleep 60", "--reward-timeout", "0.2"]);
+    check(&slow, 1, "has not answered sample 1 of 2 within 0.2 s");
+    let never = two(&["--reward-command", "cat", "--reward-timeout", "0"]);
+    check(&never, 1, "--reward-timeout is 0, needed seconds above 0");
+    check(&["--best-of", "2", "--reward-adapter", &plain], 1, "without a score head");
+    check(&["--best-of", "2", "--reward-model", &base], 1, "score.weight");
 }
 
 #[test]

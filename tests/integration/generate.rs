@@ -319,7 +319,7 @@ fn slots_and_groups_do_not_matter() {
                     max_tokens: 20,
                     cache,
                     logprobs: Some(2),
-                    draws: false,
+                    draws: true,
                     slots,
                 };
                 let mut heard = vec![0; requests.len()];
