@@ -134,12 +134,14 @@ pub struct Judge {
 }
 
 impl Judge {
-    /// Judges the replies to a prompt. Rules and programs see of a row its prompt alone.
+    /// Judges the replies to a prompt, those to a conversation as `chat`. Rules and programs see of a
+    /// row its prompt alone.
     pub fn judge(
         &mut self,
         decoder: &Decoder,
         tokenizer: &Tokenizer,
         (prompt, prompt_ids): (&str, &[u32]),
+        chat: bool,
         replies: &[Candidate],
     ) -> Result<Judged> {
         let row = Map::from_iter([("prompt".to_string(), json!(prompt))]);
@@ -159,7 +161,9 @@ impl Judge {
             let responses = responses(tokenizer, prompt_ids, replies)?;
             let head = worn.adapter.score.as_ref().context("the adapter has no score head")?;
             let worn = std::slice::from_ref(worn);
-            let scores = respond::scores(decoder, worn, head, &responses, tokenizer.eos())?;
+            let after = if chat { tokenizer.after_turn()? } else { Vec::new() };
+            let eos = tokenizer.eos();
+            let scores = respond::scores(decoder, worn, head, &responses, eos, &after)?;
             models.push(scores.into_iter().map(f64::from).collect());
         }
         if let Some(model) = &self.model {

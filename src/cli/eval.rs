@@ -1,18 +1,23 @@
 //! `quantune eval`.
 
-use std::path::PathBuf;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, Result, bail};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::{AdapterArg, load_adapters, open_tokenizer, read_text, to_json};
-use crate::data::Dataset;
+use crate::data::{Comparison, ComparisonKind, Comparisons, Dataset, Limits, WhenTooLong};
 use crate::eval::{evaluate, perplexity};
-use crate::model::{Adapters, Decoder};
+use crate::model::{Adapters, Decoder, Worn};
+use crate::objectives::reward::CalibrationBin;
 use crate::ops::Compute;
-use crate::text::Special;
-use crate::weights::Checkpoint;
+use crate::text::{Special, Tokenizer};
+use crate::train::read_scoring;
+use crate::train::supervised::judge_rewards;
+use crate::weights::{Checkpoint, write_atomically};
 
 #[derive(Debug, clap::Args)]
 pub struct Eval {
@@ -22,9 +27,16 @@ pub struct Eval {
     /// A PEFT adapter folder, PATH or PATH=WEIGHT; may be given again
     #[arg(long)]
     adapter: Vec<AdapterArg>,
-    /// Rows, scored under the masks of training
+    /// Rows, scored under the masks of training, or by --reward
     #[arg(long, required_unless_present = "text", conflicts_with = "text")]
     data: Option<PathBuf>,
+    /// A reward model, as `reward` makes it: scores the responses of --data, and says how often it is
+    /// right where they are compared
+    #[arg(long, value_name = "ADAPTER", conflicts_with_all = ["text", "adapter"])]
+    reward: Option<PathBuf>,
+    /// With --reward: a file for the scores, a JSON line a row
+    #[arg(long, value_name = "FILE", requires = "reward")]
+    scores: Option<PathBuf>,
     /// Tokens of an example of --data: a longer `text` is split into several, longer `messages`,
     /// `prompt`/`completion` and `input_ids` rows are cut at their end [default: 1024]
     #[arg(long, conflicts_with = "text")]
@@ -49,6 +61,9 @@ impl Eval {
         let checkpoint = Checkpoint::open(&self.base)?;
         let decoder = Decoder::load(&checkpoint, self.compute.unwrap_or_default())?;
         let tokenizer = open_tokenizer(&checkpoint, self.template_date.as_deref())?;
+        if let (Some(folder), Some(data)) = (&self.reward, &self.data) {
+            return self.rewards(folder, data, &decoder, &tokenizer, json);
+        }
         let worn = load_adapters(&self.adapter, &decoder)?;
         let adapters = Adapters::Same(&worn);
         let (loss, report) = match (&self.data, &self.text) {
@@ -84,5 +99,76 @@ impl Eval {
             value["data"] = to_json(&report)?;
         }
         Ok(value)
+    }
+
+    /// Scores of responses, and how they agree with what people preferred.
+    fn rewards(
+        &self,
+        folder: &Path,
+        data: &Path,
+        decoder: &Decoder,
+        tokenizer: &Tokenizer,
+        json: bool,
+    ) -> Result<Value> {
+        let worn = [Worn::frozen(Arc::new(read_scoring(folder, decoder)?))];
+        let max_length = self.max_length.unwrap_or(1024);
+        let max_length = max_length.min(decoder.config.max_position_embeddings);
+        let limits = Limits { max_length, when_long: WhenTooLong::Drop };
+        let never = AtomicBool::new(false); // nothing is lost: Ctrl-C ends the process
+        let data = Comparisons::load(data, tokenizer, limits, ComparisonKind::Any, &never)?;
+        eprintln!("data: {}", data.report);
+        let judged = judge_rewards(decoder, &worn, &data.comparisons, 0.0, &never)?;
+        let judged = judged.context("stopped")?;
+        if let Some(path) = &self.scores {
+            let line = |(row, scores): (&Comparison, &Vec<f32>)| {
+                format!("{}\n", json!({ "line": row.line, "scores": scores }))
+            };
+            let lines: String = data.comparisons.iter().zip(&judged.scores).map(line).collect();
+            write_atomically(path, |file| file.write_all(lines.as_bytes()))?;
+        }
+        let mut value = Map::new();
+        value.insert("rows".into(), json!(data.comparisons.len()));
+        let paired = judged.stats.pairs > 0;
+        let of_pairs = ["loss", "accuracy", "margin", "pairs", "calibration_error", "brier"];
+        let numbers = judged.numbers().into_iter();
+        value.extend(numbers.filter(|(key, _)| paired || !of_pairs.contains(&key.as_str())));
+        if paired {
+            let bin = |bin: &CalibrationBin| {
+                let pairs = bin.pairs.max(1) as f64;
+                json!({
+                    "pairs": bin.pairs,
+                    "expected": bin.expected / pairs,
+                    "observed": bin.observed / pairs,
+                })
+            };
+            let bins: Vec<Value> =
+                judged.calibration.bins.iter().filter(|bin| bin.pairs > 0).map(bin).collect();
+            value.insert("calibration".into(), json!(bins));
+        }
+        if !json {
+            let number = |key: &str| value.get(key).and_then(Value::as_f64).unwrap_or(f64::NAN);
+            if paired {
+                crate::cli::say!(
+                    "right about {:.1} % of {} pairs, calibration error {:.3}",
+                    number("accuracy") * 100.0,
+                    judged.stats.pairs,
+                    number("calibration_error")
+                );
+                crate::cli::say!("sure of it     is right    pairs");
+                for bin in judged.calibration.bins.iter().filter(|bin| bin.pairs > 0) {
+                    let pairs = bin.pairs as f64;
+                    crate::cli::say!(
+                        "{:>8.1} % {:>10.1} % {:>8}",
+                        bin.expected / pairs * 100.0,
+                        bin.observed / pairs * 100.0,
+                        bin.pairs
+                    );
+                }
+            }
+            crate::cli::say!("mean score {:.4}", number("mean_reward"));
+        }
+        value.insert("data".into(), to_json(&data.report)?);
+        value.insert("kernels".into(), json!(decoder.kernels()));
+        Ok(Value::Object(value))
     }
 }

@@ -148,7 +148,8 @@ impl Generate {
         let judged = match judge {
             Some(mut judge) => {
                 let prompt = (&self.prompt[..], &prompt[..]);
-                Some(judge.judge(&decoder, &tokenizer, prompt, &candidates)?)
+                let chat = !self.raw && tokenizer.chat_template().is_some();
+                Some(judge.judge(&decoder, &tokenizer, prompt, chat, &candidates)?)
             }
             None => None,
         };

@@ -120,19 +120,24 @@ pub fn values(
 }
 
 /// What a reward model's head `(1, hidden_size)` reads at the end of each response. With `eos`, a
-/// response that did not end by itself is read as if it ended there.
+/// response that did not end by itself is read as if it ended there. `after` are tokens that follow
+/// an ended response where the reward model was trained, and are read past.
 pub fn scores(
     decoder: &Decoder,
     worn: &[Worn],
     head: &Tensor,
     responses: &[Response],
     eos: Option<u32>,
+    after: &[u32],
 ) -> Result<Vec<f32>> {
     let mut all = Vec::with_capacity(responses.len());
-    for run in runs(responses.iter().map(|response| response.len() + 1)) {
+    for run in runs(responses.iter().map(|response| response.len() + 1 + after.len())) {
         let ended = responses[run].iter().map(|response| {
             let mut response = response.clone();
             response.tokens.extend(eos.filter(|_| !response.ended));
+            if response.ended || eos.is_some() {
+                response.tokens.extend(after);
+            }
             response
         });
         let ended: Vec<Response> = ended.collect();

@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::OnceLock;
 
+use serde_json::json;
+
 use super::marks::{Marks, Part};
 use super::{ChatTemplate, DecodeStream, TextError, folder, gguf};
 use crate::weights::{Checkpoint, Gguf};
@@ -213,6 +215,17 @@ impl Tokenizer {
         if let Some(template) = &mut self.template {
             template.set_now(now);
         }
+    }
+
+    /// The tokens that the chat template writes behind the one that ends an answer, mostly a newline;
+    /// none without a template.
+    pub fn after_turn(&self) -> Result<Vec<u32>, TextError> {
+        let Some(template) = self.chat_template() else { return Ok(Vec::new()) };
+        let turn = |role: &str| json!({ "role": role, "content": "?" });
+        let text = template.render(&[turn("user"), turn("assistant")], None, false)?;
+        let tokens = self.encode(&text, Special::Parse)?;
+        let end = tokens.iter().rposition(|&token| self.is_end_of_generation(token));
+        Ok(end.map_or(Vec::new(), |end| tokens[end + 1..].to_vec()))
     }
 
     /// How a conversation becomes text, if the files say it.

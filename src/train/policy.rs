@@ -82,6 +82,9 @@ pub struct Rollouts {
     judge: Option<Vec<Worn>>,
     reward_model: Option<RewardModel>,
     rewards: Rewards,
+    /// What the chat template writes behind an ended answer, if the prompts are conversations: reward
+    /// models have read it there.
+    after_turn: Vec<u32>,
     samples: Option<SampleLog>,
     times: Times,
     /// Sick updates so far, to say each thing once.
@@ -205,10 +208,13 @@ impl Rollouts {
             true => Some(reference::worn(folder, decoder)?),
             false => None,
         };
+        let chats = prompts.prompts.iter().any(|prompt| prompt.row["prompt"].is_array());
+        let after_turn = if chats { tokenizer.after_turn()? } else { Vec::new() };
         Ok(Self {
             task: settings.task.clone(),
             common,
             tokenizer,
+            after_turn,
             compute: decoder.compute,
             prompts,
             held_out,
@@ -814,7 +820,7 @@ impl Rollouts {
             _ => false,
         };
         let eos = self.tokenizer.eos().filter(|_| at_eos);
-        Ok(respond::scores(decoder, worn, head, responses, eos)?)
+        Ok(respond::scores(decoder, worn, head, responses, eos, &self.after_turn)?)
     }
 
     /// Rows of text to keep predicting, beside a step.
@@ -997,8 +1003,8 @@ fn trusted(folder: &Path, least: f64) -> Result<(), TrainError> {
         Some(_) => Ok(()),
         None if least > 0.0 => {
             eprintln!(
-                "warning: {}: nothing says how well it does on held-out pairs (evaluate it with: \
-                 quantune eval --reward --data PAIRS)",
+                "warning: {0}: nothing says how well it does on held-out pairs (measure it with: \
+                 quantune eval --reward {0} --data PAIRS)",
                 folder.display()
             );
             Ok(())

@@ -363,7 +363,7 @@ settings! {
         reward_model: PathBuf = PathBuf::new(),
         /// Weights of the rewards, in the order --reward, --reward-command, --reward-adapter,
         /// --reward-model [default: 1 each]
-        #[arg(value_delimiter = ',', num_args = 1..)]
+        #[arg(value_delimiter = ',', num_args = 1.., allow_hyphen_values = true)]
         reward_weights: Vec<f64> = Vec::new(),
         /// Held-out accuracy a reward adapter must have had in its training; 0 asks for none [default: 0.6]
         min_reward_accuracy: f64 = 0.6,

@@ -655,6 +655,8 @@ pub struct RewardJudgement {
     pub stats: RewardStats,
     /// Expected against observed preference.
     pub calibration: Calibration,
+    /// The scores of each row's responses.
+    pub scores: Vec<Vec<f32>>,
 }
 
 impl RewardJudgement {
@@ -692,6 +694,12 @@ pub fn judge_rewards(
         let batch = lay_out(&rows);
         let scores = row_scores(decoder, worn, head, &batch, batch.ends.clone())?;
         let pairs = weighted_pairs(&rows);
+        let mut rest = &scores[..];
+        for row in &rows {
+            let (of_row, others) = rest.split_at(row.responses.len());
+            judgement.scores.push(of_row.to_vec());
+            rest = others;
+        }
         for pair in &pairs {
             judgement.calibration.add(f64::from(scores[pair.better] - scores[pair.worse]));
         }
