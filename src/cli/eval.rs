@@ -8,6 +8,7 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value, json};
 
+use super::replies::Replies;
 use super::{AdapterArg, load_adapters, open_tokenizer, read_text, to_json};
 use crate::data::{Comparison, ComparisonKind, Comparisons, Dataset, Limits, WhenTooLong};
 use crate::eval::{evaluate, perplexity};
@@ -28,15 +29,18 @@ pub struct Eval {
     #[arg(long)]
     adapter: Vec<AdapterArg>,
     /// Rows, scored under the masks of training, or by --reward
-    #[arg(long, required_unless_present = "text", conflicts_with = "text")]
+    #[arg(long, required_unless_present_any = ["text", "prompts"], conflicts_with = "text")]
     data: Option<PathBuf>,
     /// A reward model, as `reward` makes it: scores the responses of --data, and says how often it is
-    /// right where they are compared
-    #[arg(long, value_name = "ADAPTER", conflicts_with_all = ["text", "adapter"])]
-    reward: Option<PathBuf>,
-    /// With --reward: a file for the scores, a JSON line a row
-    #[arg(long, value_name = "FILE", requires = "reward")]
+    /// right where they are compared; or judges the replies to --prompts, for which it may be a rule
+    /// too, as grpo's
+    #[arg(long, alias = "reward-adapter", value_name = "ADAPTER", conflicts_with = "text")]
+    reward: Option<String>,
+    /// With --reward and --data: a file for the scores, a JSON line a row
+    #[arg(long, value_name = "FILE", requires = "data", requires = "reward")]
     scores: Option<PathBuf>,
+    #[command(flatten)]
+    replies: Replies,
     /// Tokens of an example of --data: a longer `text` is split into several, longer `messages`,
     /// `prompt`/`completion` and `input_ids` rows are cut at their end [default: 1024]
     #[arg(long, conflicts_with = "text")]
@@ -61,8 +65,14 @@ impl Eval {
         let checkpoint = Checkpoint::open(&self.base)?;
         let decoder = Decoder::load(&checkpoint, self.compute.unwrap_or_default())?;
         let tokenizer = open_tokenizer(&checkpoint, self.template_date.as_deref())?;
-        if let (Some(folder), Some(data)) = (&self.reward, &self.data) {
-            return self.rewards(folder, data, &decoder, &tokenizer, json);
+        match (&self.reward, &self.data) {
+            (Some(reward), _) if self.replies.asked() => {
+                return self.replies.run(&decoder, &tokenizer, &self.adapter, reward, json);
+            }
+            (Some(reward), Some(data)) => {
+                return self.rewards(Path::new(reward), data, &decoder, &tokenizer, json);
+            }
+            _ => {}
         }
         let worn = load_adapters(&self.adapter, &decoder)?;
         let adapters = Adapters::Same(&worn);
@@ -110,6 +120,9 @@ impl Eval {
         tokenizer: &Tokenizer,
         json: bool,
     ) -> Result<Value> {
+        if !self.adapter.is_empty() {
+            bail!("--adapter is not scored by --reward on rows that are there; needed --prompts");
+        }
         let worn = [Worn::frozen(Arc::new(read_scoring(folder, decoder)?))];
         let max_length = self.max_length.unwrap_or(1024);
         let max_length = max_length.min(decoder.config.max_position_embeddings);

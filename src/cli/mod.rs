@@ -18,6 +18,7 @@ mod best_of;
 mod eval;
 mod generate;
 mod inspect;
+mod replies;
 mod tokenizer;
 mod train;
 

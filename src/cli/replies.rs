@@ -1,0 +1,296 @@
+//! `quantune eval --prompts`: replies to prompts, what a reward makes of them, how different they are,
+//! and how often they win against those of another adapter.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Map, Value, json};
+
+use super::{AdapterArg, load_adapters};
+use crate::data::{Prompt, Prompts};
+use crate::eval::{Reply, diversity};
+use crate::generate::{Sampling, Settings};
+use crate::model::{CacheType, Decoder, Worn};
+use crate::ops::Compute;
+use crate::rollout::diagnose::mean_and_error;
+use crate::rollout::{Response, RewardSource, Rewards, Sample, respond};
+use crate::text::Tokenizer;
+use crate::train::read_scoring;
+use crate::weights::write_atomically;
+
+/// Rows decoded at once.
+const SLOTS: usize = 16;
+
+/// How prompts are answered, and by whom.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Replies {
+    /// Prompts to answer, as `ppo` and `grpo` read them; --reward judges the replies
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["data", "text"], requires = "reward")]
+    prompts: Option<PathBuf>,
+    /// With --prompts: another adapter, or `base` for none, whose replies are judged beside
+    #[arg(long, value_name = "ADAPTER", requires = "prompts")]
+    against: Option<String>,
+    /// With --prompts: tokens a reply may have [default: 64]
+    #[arg(long, requires = "prompts")]
+    max_tokens: Option<usize>,
+    /// With --prompts: temperature of sampling; 0 takes the likeliest token [default: 0.7]
+    #[arg(long, requires = "prompts")]
+    temperature: Option<f64>,
+    /// With --prompts: replies to each [default: 1]
+    #[arg(long, requires = "prompts")]
+    samples: Option<usize>,
+    /// With --prompts: seed of sampling [default: 42]
+    #[arg(long, requires = "prompts")]
+    seed: Option<u64>,
+    /// With --prompts: a file for the replies and their rewards, a JSON line each
+    #[arg(long, value_name = "FILE", requires = "prompts")]
+    replies: Option<PathBuf>,
+}
+
+/// Replies of one wearer, and their rewards.
+struct Judged {
+    responses: Vec<Response>,
+    texts: Vec<String>,
+    rewards: Vec<f64>,
+}
+
+impl Replies {
+    /// Whether prompts were given.
+    pub fn asked(&self) -> bool {
+        self.prompts.is_some()
+    }
+
+    /// Answers and judges.
+    pub fn run(
+        &self,
+        decoder: &Decoder,
+        tokenizer: &Tokenizer,
+        adapters: &[AdapterArg],
+        reward: &str,
+        json: bool,
+    ) -> Result<Value> {
+        let path = self.prompts.as_ref().context("needed --prompts")?;
+        let most = self.max_tokens.unwrap_or(64);
+        let window = decoder.config.max_position_embeddings;
+        if most == 0 || most >= window {
+            bail!("--max-tokens is {most}, needed 1 to less than the model's window of {window}");
+        }
+        let temperature = self.temperature.unwrap_or(0.7);
+        let never = AtomicBool::new(false); // nothing is lost: Ctrl-C ends the process
+        let prompts = Prompts::load(path, tokenizer, window - most, &never)?.prompts;
+        let mut judge = Judge::load(reward, decoder, &prompts)?;
+        let worn = load_adapters(adapters, decoder)?;
+        let other = match self.against.as_deref() {
+            None => None,
+            Some("base") => Some(Vec::new()),
+            Some(text) => {
+                let arg = text.parse::<AdapterArg>().map_err(anyhow::Error::msg)?;
+                Some(load_adapters(&[arg], decoder)?)
+            }
+        };
+        let mut answer = |worn: &[Worn]| -> Result<Judged> {
+            let tokens: Vec<Arc<[u32]>> =
+                prompts.iter().map(|prompt| prompt.tokens.clone().into()).collect();
+            let settings = Settings {
+                sampling: Sampling {
+                    temperature,
+                    seed: self.seed.unwrap_or(42),
+                    ..Sampling::default()
+                },
+                max_tokens: most,
+                cache: match decoder.compute {
+                    Compute::F32 | Compute::Portable => CacheType::F32,
+                    Compute::Int16 | Compute::Int8 => CacheType::F16,
+                },
+                logprobs: None,
+                draws: false,
+                slots: SLOTS,
+            };
+            let is_end = |token| tokenizer.is_end_of_generation(token);
+            let samples = self.samples.unwrap_or(1).max(1);
+            let responses =
+                respond::respond(decoder, worn, &tokens, samples, &settings, &is_end, 0)?;
+            let owners = (0..responses.len()).map(|i| &prompts[i / samples]).collect::<Vec<_>>();
+            judge.judge(decoder, tokenizer, &owners, responses)
+        };
+
+        let judged = answer(&worn)?;
+        let mut value = Map::from_iter([("prompts".to_string(), json!(prompts.len()))]);
+        value.extend(figures(decoder, &worn, &judged, temperature)?);
+        let mut lines = self.lines(&prompts, "reply", &judged);
+        if let Some(other) = other {
+            let others = answer(&other)?;
+            let (rate, error) = win_rate(&judged.rewards, &others.rewards);
+            value.insert("win_rate".into(), json!(rate));
+            value.insert("win_rate_error".into(), json!(error));
+            let figures = figures(decoder, &other, &others, temperature)?;
+            value.insert("against".into(), Value::Object(figures));
+            lines.extend(self.lines(&prompts, "against", &others));
+        }
+        if let Some(path) = &self.replies {
+            let text: String = lines.iter().map(|line| format!("{line}\n")).collect();
+            write_atomically(path, |file| file.write_all(text.as_bytes()))?;
+        }
+        if !json {
+            show("reward", &value);
+            if let Some(Value::Object(against)) = value.get("against") {
+                show("against", against);
+                let number = |key: &str| value.get(key).and_then(Value::as_f64).unwrap_or(0.0);
+                crate::cli::say!(
+                    "wins {:.1} % ± {:.1} of them",
+                    number("win_rate") * 100.0,
+                    number("win_rate_error") * 100.0
+                );
+            }
+        }
+        Ok(Value::Object(value))
+    }
+
+    fn lines(&self, prompts: &[Prompt], by: &str, judged: &Judged) -> Vec<Value> {
+        let samples = self.samples.unwrap_or(1).max(1);
+        let line = |(i, text): (usize, &String)| {
+            json!({
+                "prompt": prompts[i / samples].text,
+                "by": by,
+                "response": text,
+                "reward": judged.rewards[i],
+                "finished": judged.responses[i].ended,
+            })
+        };
+        judged.texts.iter().enumerate().map(line).collect()
+    }
+}
+
+/// What judges: a reward model on the base, or a rule.
+struct Judge {
+    adapter: Option<Worn>,
+    rewards: Rewards,
+    after: Vec<u32>,
+}
+
+impl Judge {
+    fn load(reward: &str, decoder: &Decoder, prompts: &[Prompt]) -> Result<Self> {
+        let folder = Path::new(reward);
+        let (adapter, source) = if folder.is_dir() {
+            let adapter = Worn::frozen(Arc::new(read_scoring(folder, decoder)?));
+            (Some(adapter), RewardSource::Model { name: "reward".into() })
+        } else {
+            let rule = RewardSource::rule(reward)
+                .with_context(|| format!("--reward {reward:?} is neither a folder nor a rule"))?;
+            (None, rule)
+        };
+        let rewards = Rewards::new(vec![source], None)?;
+        for prompt in prompts {
+            rewards.check(&prompt.row).with_context(|| format!("line {}", prompt.line))?;
+        }
+        Ok(Self { adapter, rewards, after: Vec::new() })
+    }
+
+    fn judge(
+        &mut self,
+        decoder: &Decoder,
+        tokenizer: &Tokenizer,
+        prompts: &[&Prompt],
+        responses: Vec<Response>,
+    ) -> Result<Judged> {
+        if prompts.iter().any(|prompt| prompt.row["prompt"].is_array()) {
+            self.after = tokenizer.after_turn()?;
+        }
+        let texts: Vec<String> = responses
+            .iter()
+            .map(|response| tokenizer.decode(&response.tokens, true))
+            .collect::<Result<_, _>>()?;
+        let samples: Vec<Sample> = responses
+            .iter()
+            .zip(&texts)
+            .zip(prompts)
+            .map(|((response, text), prompt)| Sample {
+                prompt: &prompt.text,
+                completion: text,
+                tokens: response.tokens.len() - usize::from(response.ended),
+                finished: response.ended,
+                row: &prompt.row,
+            })
+            .collect();
+        let mut models = Vec::new();
+        if let Some(worn) = &self.adapter {
+            let head = worn.adapter.score.as_ref().context("the adapter has no score head")?;
+            let worn = std::slice::from_ref(worn);
+            let eos = tokenizer.eos();
+            let scores = respond::scores(decoder, worn, head, &responses, eos, &self.after)?;
+            models.push(scores.into_iter().map(f64::from).collect());
+        }
+        let scores = self.rewards.score(&samples, &models)?;
+        let rewards = scores.totals.iter().map(|total| total.unwrap_or(0.0)).collect();
+        Ok(Judged { responses, texts, rewards })
+    }
+}
+
+/// Reward, length, entropy and variety of replies.
+fn figures(
+    decoder: &Decoder,
+    worn: &[Worn],
+    judged: &Judged,
+    temperature: f64,
+) -> Result<Map<String, Value>> {
+    let (reward, error) = mean_and_error(&judged.rewards);
+    let replies: Vec<Reply> = judged
+        .responses
+        .iter()
+        .map(|response| Reply { tokens: &response.tokens, finished: response.ended })
+        .collect();
+    let spread = diversity(&replies);
+    let heat = if temperature > 0.0 { temperature } else { 1.0 };
+    let logps = respond::log_probs(decoder, worn, &judged.responses, heat)?;
+    let tokens = logps.iter().map(Vec::len).sum::<usize>().max(1);
+    let surprise = -logps.iter().flatten().map(|&logp| f64::from(logp)).sum::<f64>();
+    let figures = [
+        ("replies", json!(judged.responses.len())),
+        ("reward", json!(reward)),
+        ("reward_error", json!(error)),
+        ("length", json!(spread.mean_length)),
+        ("ended", json!(1.0 - spread.truncated)),
+        ("entropy", json!(surprise / tokens as f64)),
+        ("distinct_1", json!(spread.distinct_1)),
+        ("distinct_2", json!(spread.distinct_2)),
+        ("distinct_3", json!(spread.distinct_3)),
+        ("duplicates", json!(spread.duplicates)),
+    ];
+    Ok(figures.into_iter().map(|(key, value)| (key.to_string(), value)).collect())
+}
+
+/// How often the first of two replies to a prompt has the higher reward, a tie half a win, and the
+/// standard error of it.
+fn win_rate(ours: &[f64], theirs: &[f64]) -> (f64, f64) {
+    let won = |(ours, theirs): (&f64, &f64)| match ours.partial_cmp(theirs) {
+        Some(std::cmp::Ordering::Greater) => 1.0,
+        Some(std::cmp::Ordering::Equal) => 0.5,
+        _ => 0.0,
+    };
+    mean_and_error(&ours.iter().zip(theirs).map(won).collect::<Vec<f64>>())
+}
+
+fn show(name: &str, figures: &Map<String, Value>) {
+    let number = |key: &str| figures.get(key).and_then(Value::as_f64).unwrap_or(f64::NAN);
+    crate::cli::say!(
+        "{name} {:.4} ± {:.4}; {:.1} tokens a reply, entropy {:.2} nats a token, distinct-2 {:.3}",
+        number("reward"),
+        number("reward_error"),
+        number("length"),
+        number("entropy"),
+        number("distinct_2")
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tie_is_half_a_win() {
+        assert_eq!(win_rate(&[1.0, 2.0, 3.0, 0.0], &[0.0, 2.0, 4.0, -1.0]).0, 2.5 / 4.0);
+    }
+}
