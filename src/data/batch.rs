@@ -73,7 +73,10 @@ impl EpochPlan {
 
     /// The micro-batches of one step, or none past the last.
     pub fn step(&self, step: usize) -> &[Vec<Vec<usize>>] {
-        self.micro_batches.chunks(self.gradient_accumulation_steps.max(1)).nth(step).unwrap_or_default()
+        self.micro_batches
+            .chunks(self.gradient_accumulation_steps.max(1))
+            .nth(step)
+            .unwrap_or_default()
     }
 }
 

@@ -70,7 +70,8 @@ impl Diagnosis {
 /// Looks for every cause at once.
 pub fn diagnose(evidence: &Evidence) -> Diagnosis {
     let Evidence { sampled, drawn, old, first_approxkl, kl } = *evidence;
-    let distance = |a: &[f32], b: &[f32]| mean(a.iter().zip(b).map(|(a, b)| f64::from((a - b).abs())));
+    let distance =
+        |a: &[f32], b: &[f32]| mean(a.iter().zip(b).map(|(a, b)| f64::from((a - b).abs())));
     let mut causes = Vec::new();
     let filters = mean(drawn.iter().zip(sampled).map(|(d, s)| f64::from(d - s)));
     if filters > FILTERED {
@@ -121,7 +122,11 @@ impl fmt::Display for Diagnosis {
                  known cause was found"
             ),
             (Some((kl, error)), false) => {
-                write!(f, "negative KL ({kl:.3} ± {error:.3} nats a response): {}", causes.join("; "))
+                write!(
+                    f,
+                    "negative KL ({kl:.3} ± {error:.3} nats a response): {}",
+                    causes.join("; ")
+                )
             }
             (None, _) => f.write_str(&causes.join("; ")),
         }
@@ -131,7 +136,8 @@ impl fmt::Display for Diagnosis {
 /// Whether what is trained for and what judges it part: the reward has risen over the evaluations
 /// while the judge, after its best, has clearly fallen. Each is a mean with its standard error.
 pub fn overoptimized(rewards: &[(f64, f64)], judgements: &[(f64, f64)]) -> bool {
-    let (Some(&(reward, _)), Some(&(judgement, error))) = (rewards.last(), judgements.last()) else {
+    let (Some(&(reward, _)), Some(&(judgement, error))) = (rewards.last(), judgements.last())
+    else {
         return false;
     };
     let best = (0..judgements.len()).max_by(|&a, &b| judgements[a].0.total_cmp(&judgements[b].0));

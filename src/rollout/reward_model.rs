@@ -27,7 +27,9 @@ pub enum RewardModelError {
     #[error(transparent)]
     Text(#[from] TextError),
     /// No scalar head.
-    #[error("{path}: {fault}, needed score.weight [1, {hidden_size}]: a sequence classifier with one label")]
+    #[error(
+        "{path}: {fault}, needed score.weight [1, {hidden_size}]: a sequence classifier with one label"
+    )]
     Head {
         /// The folder.
         path: String,
@@ -37,7 +39,9 @@ pub enum RewardModelError {
         hidden_size: usize,
     },
     /// A text longer than it can read.
-    #[error("a prompt and its response have {tokens} tokens for the reward model, whose window is {window}")]
+    #[error(
+        "a prompt and its response have {tokens} tokens for the reward model, whose window is {window}"
+    )]
     Long {
         /// Tokens.
         tokens: usize,
@@ -98,8 +102,7 @@ impl RewardModel {
             for (key, row) in (0..).zip(&rows[run]) {
                 batch.push_group(&[], &[row], key);
             }
-            let scores =
-                row_scores(&self.decoder, &[], &self.head, &batch, batch.ends.clone())?;
+            let scores = row_scores(&self.decoder, &[], &self.head, &batch, batch.ends.clone())?;
             all.extend(scores.into_iter().map(f64::from));
         }
         Ok(all)

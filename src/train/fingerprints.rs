@@ -91,4 +91,3 @@ pub fn same_fingerprints(
     let what = format!("{} changed since the run began", changed.join(" and "));
     Err(TrainError::Changed { path: run.into(), what })
 }
-

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use quantune_adapters::delta::Adapter;
 
-use crate::model::{Adapters, Decoder, Worn};
 use crate::model::layer::Tape;
+use crate::model::{Adapters, Decoder, Worn};
 use crate::ops::linear_cross_entropy;
 
 /// The share of the memory free at the start that a run takes when no budget is given.

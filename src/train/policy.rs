@@ -409,11 +409,9 @@ impl Rollouts {
         };
         let divergences: Vec<f64> = rows.iter().map(k1).collect();
         let kl = mean(divergences.iter().copied());
-        let penalty =
-            of(&|row| -kl_coef * row.kl.iter().map(|&kl| f64::from(kl)).sum::<f64>());
+        let penalty = of(&|row| -kl_coef * row.kl.iter().map(|&kl| f64::from(kl)).sum::<f64>());
         let scores = of(&|row| f64::from(row.score));
-        let entropy =
-            of(&|row| -row.old_logps.iter().map(|&logp| f64::from(logp)).sum::<f64>());
+        let entropy = of(&|row| -row.old_logps.iter().map(|&logp| f64::from(logp)).sum::<f64>());
         let tokens: usize = responses.iter().map(|response| response.tokens.len()).sum();
         let mut numbers: Numbers = vec![
             ("loss".into(), json!(mean(losses.iter().copied()))),
@@ -435,8 +433,7 @@ impl Rollouts {
         numbers.push(("length".into(), json!(tokens as f64 / responses.len() as f64)));
         numbers.push(("episode".into(), json!((update + 1) * responses.len() as u64)));
 
-        let first_approxkl =
-            policies.first().map_or(0.0, |p| p.approxkl / p.tokens.max(1) as f64);
+        let first_approxkl = policies.first().map_or(0.0, |p| p.approxkl / p.tokens.max(1) as f64);
         self.tell_sickness(&scored.responses, &rows, first_approxkl, &divergences);
         if own.target_kl > 0.0 {
             let mut adaptive =
@@ -496,8 +493,7 @@ impl Rollouts {
         self.times.scoring += began.elapsed();
 
         let began = Instant::now();
-        let masked =
-            |response: &Response| own.mask_truncated_completions && !response.ended;
+        let masked = |response: &Response| own.mask_truncated_completions && !response.ended;
         let (mut losses, mut norms, mut stats) = (Vec::new(), Vec::new(), Stats::default());
         for epoch in 0..own.num_iterations {
             // Whole groups, so that a prompt is read once for all its responses.
@@ -505,10 +501,8 @@ impl Rollouts {
             let key = [update, epoch as u64];
             Stream::new(self.common.seed, "mini-batches", &key).shuffle(&mut order);
             for groups in order.chunks(prompts.len() / own.num_mini_batches) {
-                let mini: Vec<usize> = groups
-                    .iter()
-                    .flat_map(|group| group * n..(group + 1) * n)
-                    .collect();
+                let mini: Vec<usize> =
+                    groups.iter().flat_map(|group| group * n..(group + 1) * n).collect();
                 // Masked responses have no tokens that count, but are responses.
                 let counted = mini.iter().map(|&i| match masked(&responses[i]) {
                     true => 0,
@@ -666,8 +660,10 @@ impl Rollouts {
             numbers.push(("eval_kl".into(), json!(kl)));
             numbers.push(("eval_kl_error".into(), json!(error)));
         }
-        let replies: Vec<Reply> =
-            replies.iter().map(|(tokens, finished)| Reply { tokens, finished: *finished }).collect();
+        let replies: Vec<Reply> = replies
+            .iter()
+            .map(|(tokens, finished)| Reply { tokens, finished: *finished })
+            .collect();
         let spread = diversity(&replies);
         numbers.push(("eval_distinct_1".into(), json!(spread.distinct_1)));
         numbers.push(("eval_distinct_2".into(), json!(spread.distinct_2)));
@@ -701,7 +697,8 @@ impl Rollouts {
         progress: &Progress,
     ) -> Result<Map<String, Value>, TrainError> {
         let mut results = Map::new();
-        let prompts = json!({ "prompts": self.prompts.prompts.len(), "longest": self.prompts.longest });
+        let prompts =
+            json!({ "prompts": self.prompts.prompts.len(), "longest": self.prompts.longest });
         results.insert("data".into(), prompts);
         results.insert("samples_per_second".into(), json!(progress.samples_per_second()));
         let Times { generation, scoring, learning } = self.times;
@@ -861,8 +858,7 @@ impl Rollouts {
         let sampled = all(|response| &response.sampled_logps);
         let drawn = all(|response| &response.drawn_logps);
         let old: Vec<f32> = rows.iter().flat_map(|row| row.old_logps.iter().copied()).collect();
-        let evidence =
-            Evidence { sampled: &sampled, drawn: &drawn, old: &old, first_approxkl, kl };
+        let evidence = Evidence { sampled: &sampled, drawn: &drawn, old: &old, first_approxkl, kl };
         let found = diagnose(&evidence);
         if !found.is_healthy() {
             self.tell(found.to_string());

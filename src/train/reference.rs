@@ -29,8 +29,7 @@ pub fn cached(
     compute: impl FnOnce() -> Result<Vec<Vec<f32>>, TrainError>,
 ) -> Result<Vec<Vec<f32>>, TrainError> {
     const NAME: &str = "logps";
-    let broken =
-        |reason: String| TrainError::Broken { path: path.to_path_buf(), reason };
+    let broken = |reason: String| TrainError::Broken { path: path.to_path_buf(), reason };
     if path.exists() {
         let io = |source| TrainError::Io { path: path.to_path_buf(), source };
         let bytes = fs::read(path).map_err(io)?;

@@ -178,17 +178,18 @@ pub fn train(
     let schedule = schedule(common, total_steps);
     let mut log = Log::open(&run, state.metrics_bytes)?;
     // Whether it came to its end; what a stop cuts short is taken when the run goes on.
-    let evaluate = |source: &mut Source, log: &mut Log, state: &State| -> Result<bool, TrainError> {
-        let numbers = match source {
-            Source::Supervised(source) => source.evaluate(&decoder, &adapters[0], stop)?,
-            Source::Rollouts(source) => source.evaluate(&decoder, &adapters[0], log, stop)?,
+    let evaluate =
+        |source: &mut Source, log: &mut Log, state: &State| -> Result<bool, TrainError> {
+            let numbers = match source {
+                Source::Supervised(source) => source.evaluate(&decoder, &adapters[0], stop)?,
+                Source::Rollouts(source) => source.evaluate(&decoder, &adapters[0], log, stop)?,
+            };
+            let Some(numbers) = numbers else { return Ok(false) };
+            if !numbers.is_empty() {
+                log.push(state.step, numbers)?;
+            }
+            Ok(true)
         };
-        let Some(numbers) = numbers else { return Ok(false) };
-        if !numbers.is_empty() {
-            log.push(state.step, numbers)?;
-        }
-        Ok(true)
-    };
     let parameters: usize = adapters.iter().map(|adapter| adapter.num_parameters()).sum();
     eprintln!(
         "training {parameters} parameters of {} modules, {total_steps} steps from step {}",

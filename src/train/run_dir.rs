@@ -70,7 +70,8 @@ impl RunDir {
         fs::create_dir_all(run.checkpoints()).map_err(|e| at(path, e))?;
         let text = serde_json::to_string(fingerprints).map_err(|e| at(path, e.into()))?;
         write_atomically(path.join("fingerprints.json"), |file| file.write_all(text.as_bytes()))?;
-        let text = toml::to_string(&settings.to_table()?).map_err(|e| at(path, io::Error::other(e)))?;
+        let text =
+            toml::to_string(&settings.to_table()?).map_err(|e| at(path, io::Error::other(e)))?;
         write_atomically(path.join("config.toml"), |file| file.write_all(text.as_bytes()))?;
         Ok(run)
     }

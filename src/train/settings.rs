@@ -582,11 +582,9 @@ impl RunSettings {
                 &mut own.value_adapter,
                 &mut own.ptx_data,
             ]),
-            Task::Grpo(own) => paths.extend([
-                &mut own.reward_adapter,
-                &mut own.reward_model,
-                &mut own.ref_adapter,
-            ]),
+            Task::Grpo(own) => {
+                paths.extend([&mut own.reward_adapter, &mut own.reward_model, &mut own.ref_adapter])
+            }
         }
         for path in paths.into_iter().filter(|path| !path.as_os_str().is_empty()) {
             let made = std::path::absolute(&*path);
@@ -742,9 +740,8 @@ impl DpoSettings {
             (self.desirable_weight != 1.0, "desirable_weight", &[PreferenceLoss::Kto]),
             (self.undesirable_weight != 1.0, "undesirable_weight", &[PreferenceLoss::Kto]),
         ];
-        let wrong = |(set, _, of): &&(bool, &str, &[PreferenceLoss])| {
-            *set && !of.contains(&self.loss_type)
-        };
+        let wrong =
+            |(set, _, of): &&(bool, &str, &[PreferenceLoss])| *set && !of.contains(&self.loss_type);
         for (_, key, of) in needs.iter().filter(wrong) {
             let of: Vec<String> = of.iter().map(|&loss| name(loss)).collect();
             let of = of.join(", ");
@@ -855,7 +852,8 @@ impl CommonSettings {
         faults.check(self.adam_epsilon as f32 > 0.0, "adam_epsilon is no positive f32".into());
         let budget = &self.memory_budget;
         let fine = budget.is_empty() || parse_bytes(budget).is_some();
-        faults.check(fine, format!("memory_budget is {budget:?}, needed a size like 600MB or 2GiB"));
+        faults
+            .check(fine, format!("memory_budget is {budget:?}, needed a size like 600MB or 2GiB"));
         let p = self.lora_dropout;
         faults.check((0.0..1.0).contains(&p), format!("lora_dropout is {p}, needed in [0, 1)"));
         let seed = self.seed;
@@ -875,12 +873,21 @@ impl CommonSettings {
                 ("init_lora_weights", self.init_lora_weights != plain.init_lora_weights),
             ];
             for (name, _) in own.iter().filter(|(_, set)| *set) {
-                faults.check(false, format!("{name} is the adapter's own with --adapter, not to be set"));
+                faults.check(
+                    false,
+                    format!("{name} is the adapter's own with --adapter, not to be set"),
+                );
             }
         }
-        faults.check(self.max_length > 1, format!("max_length is {}, needed 2 or more", self.max_length));
+        faults.check(
+            self.max_length > 1,
+            format!("max_length is {}, needed 2 or more", self.max_length),
+        );
         let some = self.max_steps > 0 || self.num_train_epochs > 0.0;
-        faults.check(some, "num_train_epochs and max_steps are both 0: nothing would be trained".into());
+        faults.check(
+            some,
+            "num_train_epochs and max_steps are both 0: nothing would be trained".into(),
+        );
     }
 }
 

@@ -347,7 +347,9 @@ impl Supervised {
                 let center = own.center_rewards_coefficient;
                 parts = rows.iter().map(|rows| reward_part(rows, center)).collect();
                 let weights = parts.iter().map(|(_, objective)| match objective {
-                    Objective::Reward { pairs, .. } => pairs.iter().map(|p| f64::from(p.weight)).sum(),
+                    Objective::Reward { pairs, .. } => {
+                        pairs.iter().map(|p| f64::from(p.weight)).sum()
+                    }
                     _ => 0.0,
                 });
                 weights.sum()
@@ -386,7 +388,8 @@ impl Supervised {
         };
         if own.loss_type == PreferenceLoss::Kto {
             let rows: Vec<&Comparison> = indices.iter().flatten().map(|&i| &all[i]).collect();
-            let kl = self.kto_reference_point(decoder, worn, &rows)?;
+            let reference_worn = self.reference.as_deref().unwrap_or_default();
+            let kl = kto_reference_point(decoder, worn, reference_worn, &rows)?;
             let parts = indices.iter().map(|indices| {
                 let rows: Vec<&Comparison> = indices.iter().map(|&i| &all[i]).collect();
                 labelled_part(&rows, own, reference(indices).unwrap_or_default(), kl)
@@ -403,30 +406,6 @@ impl Supervised {
         weigh_likelihood(&mut parts);
         let parts = parts.into_iter();
         Ok(parts.map(|(batch, part)| (batch, Objective::Preference(part.into()))).collect())
-    }
-
-    /// KTO's reference point: what the policy and the reference make of each prompt with another
-    /// row's response.
-    fn kto_reference_point(
-        &self,
-        decoder: &Decoder,
-        worn: &[Worn],
-        rows: &[&Comparison],
-    ) -> Result<f64, TrainError> {
-        let mismatched: Vec<Comparison> = kto_mismatched(rows.len())
-            .into_iter()
-            .zip(rows)
-            .map(|(other, row)| Comparison {
-                responses: rows[other].responses.clone(),
-                ..(*row).clone()
-            })
-            .collect();
-        let mismatched: Vec<&Comparison> = mismatched.iter().collect();
-        let single = |sums: Vec<Vec<f32>>| -> Vec<f32> { sums.into_iter().flatten().collect() };
-        let policy = single(response_log_probs(decoder, worn, &mismatched)?);
-        let reference = self.reference.as_deref().unwrap_or_default();
-        let reference = single(response_log_probs(decoder, reference, &mismatched)?);
-        Ok(kto_kl(&policy, &reference))
     }
 
     fn evaluate_preferences(
@@ -449,7 +428,8 @@ impl Supervised {
                 self.held_out_reference[range].iter().flatten().copied().collect::<Vec<f32>>()
             });
             let (batch, objective) = if own.loss_type == PreferenceLoss::Kto {
-                let kl = self.kto_reference_point(decoder, worn, &rows)?;
+                let reference_worn = self.reference.as_deref().unwrap_or_default();
+                let kl = kto_reference_point(decoder, worn, reference_worn, &rows)?;
                 labelled_part(&rows, own, reference.unwrap_or_default(), kl)
             } else {
                 let mut parts = [compared_part(&rows, own, reference)];
@@ -600,7 +580,7 @@ pub fn compared_part(
 }
 
 /// ORPO's likelihood is a mean over tokens of the step, its odds ratio one over pairs.
-fn weigh_likelihood(parts: &mut [(Batch, Compared)]) {
+pub fn weigh_likelihood(parts: &mut [(Batch, Compared)]) {
     let (mut pairs, mut tokens) = (0, 0);
     for (_, part) in parts.iter() {
         pairs += part.pairs.len();
@@ -613,7 +593,8 @@ fn weigh_likelihood(parts: &mut [(Batch, Compared)]) {
     }
 }
 
-fn labelled_part(
+/// A micro-batch of labelled responses, around the reference point `kl` of their step.
+pub fn labelled_part(
     rows: &[&Comparison],
     own: &DpoSettings,
     reference: Vec<f32>,
@@ -628,6 +609,29 @@ fn labelled_part(
         kl,
     };
     (batch, Objective::Kto(labelled.into()))
+}
+
+/// KTO's reference point of a step: what the policy, which wears `worn`, and the reference make of
+/// each prompt with another row's response.
+pub fn kto_reference_point(
+    decoder: &Decoder,
+    worn: &[Worn],
+    reference: &[Worn],
+    rows: &[&Comparison],
+) -> Result<f64, TrainError> {
+    let mismatched: Vec<Comparison> = kto_mismatched(rows.len())
+        .into_iter()
+        .zip(rows)
+        .map(|(other, row)| Comparison {
+            responses: rows[other].responses.clone(),
+            ..(*row).clone()
+        })
+        .collect();
+    let mismatched: Vec<&Comparison> = mismatched.iter().collect();
+    let single = |sums: Vec<Vec<f32>>| -> Vec<f32> { sums.into_iter().flatten().collect() };
+    let policy = single(response_log_probs(decoder, worn, &mismatched)?);
+    let reference = single(response_log_probs(decoder, reference, &mismatched)?);
+    Ok(kto_kl(&policy, &reference))
 }
 
 /// The summed log-probs of each response of each row.

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor, Var};
 use quantune::data::{Batch, Comparison, Pair};
 use quantune::model::{Decoder, Worn};
+use quantune::objectives::Objective;
 use quantune::objectives::advantage::KlEstimator;
 use quantune::objectives::policy::ppo_metrics;
-use quantune::objectives::Objective;
 use quantune::ops::Compute;
 use quantune::optim::AdamWSettings;
 use quantune::rollout::{AdvantageSettings, Experience, Response, ppo, respond};
@@ -95,9 +95,8 @@ fn comparison(row: u64, value: &Value) -> Comparison {
     };
     let margin = value["margin"].as_f64().unwrap_or(0.0) as f32;
     let count = responses.len();
-    let pairs = (0..count).flat_map(|better| {
-        (better + 1..count).map(move |worse| Pair { better, worse, margin })
-    });
+    let pairs = (0..count)
+        .flat_map(|better| (better + 1..count).map(move |worse| Pair { better, worse, margin }));
     let pairs = pairs.collect();
     Comparison { prompt, responses, pairs, label: None, row, line: row + 1 }
 }
@@ -106,7 +105,11 @@ fn comparison(row: u64, value: &Value) -> Comparison {
 type Parts<'a> = dyn Fn(&[&Comparison], usize) -> (Batch, Objective) + 'a;
 
 /// Ten steps from TRL's initial adapter: losses, gradients and the final adapter within float noise.
-fn ten_steps(name: &str, layout: Layout, parts: &dyn Fn(&Decoder, &[Comparison]) -> Box<Parts<'static>>) {
+fn ten_steps(
+    name: &str,
+    layout: Layout,
+    parts: &dyn Fn(&Decoder, &[Comparison]) -> Box<Parts<'static>>,
+) {
     let run = golden_json(&format!("rl/{name}/run.json"));
     let decoder = load(run["base"].as_str().unwrap(), layout.compute);
     let ours = Arc::new(adapter(&format!("{name}/initial"), &decoder));
@@ -115,8 +118,10 @@ fn ten_steps(name: &str, layout: Layout, parts: &dyn Fn(&Decoder, &[Comparison])
         Learner::new(&decoder, vec![ours.clone()], optimizer(&run), max_grad_norm, (0.0, 0))
             .unwrap();
     learner.kept_layers = if layout.recompute { 0 } else { decoder.config.num_hidden_layers };
-    let rows: Vec<Comparison> =
-        (0..).zip(lines(&format!("{name}/rows.jsonl"))).map(|(i, row)| comparison(i, &row)).collect();
+    let rows: Vec<Comparison> = (0..)
+        .zip(lines(&format!("{name}/rows.jsonl")))
+        .map(|(i, row)| comparison(i, &row))
+        .collect();
     let parts = parts(&decoder, &rows);
     let steps = run["steps"].as_array().unwrap();
     let size = run["per_device_train_batch_size"].as_u64().unwrap() as usize;
@@ -231,14 +236,20 @@ fn replay(name: &str, compute: Compute, micro: usize) {
                 let tokens = ids(response);
                 let ended = tokens.last() == Some(&2);
                 let (sampled_logps, drawn_logps) = (Vec::new(), Vec::new());
-                Response { prompt: ids(query).into(), tokens, key, ended, sampled_logps, drawn_logps }
+                Response {
+                    prompt: ids(query).into(),
+                    tokens,
+                    key,
+                    ended,
+                    sampled_logps,
+                    drawn_logps,
+                }
             })
             .collect();
         let logps = |worn: &[Worn]| respond::log_probs(&decoder, worn, &responses, temperature);
         let (old, reference) = (logps(learner.worn(0)).unwrap(), logps(&[]).unwrap());
         let head = value.score.as_ref().unwrap();
-        let values =
-            respond::values(&decoder, learner.worn(1), head, &responses, most).unwrap();
+        let values = respond::values(&decoder, learner.worn(1), head, &responses, most).unwrap();
         let judge = [Worn::frozen(reward.clone())];
         let head = reward.score.as_ref().unwrap();
         let scores = respond::scores(&decoder, &judge, head, &responses, None, &[]).unwrap();
@@ -308,7 +319,8 @@ fn replay(name: &str, compute: Compute, micro: usize) {
                 close(&what(key), ours, theirs[key].as_f64().unwrap(), 2e-4);
             }
             let stats = stepped.stats.policy.unwrap();
-            for (key, ours) in [("ratio_masked", stats.ratio), ("approxkl_masked", stats.approxkl)] {
+            for (key, ours) in [("ratio_masked", stats.ratio), ("approxkl_masked", stats.approxkl)]
+            {
                 let ours = ours / stats.tokens as f64;
                 close(&what(key), ours, theirs[key].as_f64().unwrap(), 1e-4);
             }
