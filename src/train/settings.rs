@@ -680,10 +680,10 @@ impl Faults {
         self.check(fine, format!("top_p is {top_p}, needed more than 0 and at most 1"));
     }
 
-    fn mini_batches(&mut self, parts: usize, responses: usize) {
-        let fine = parts <= responses && responses.is_multiple_of(parts.max(1));
+    fn mini_batches(&mut self, parts: usize, prompts: usize) {
+        let fine = parts <= prompts && prompts.is_multiple_of(parts.max(1));
         let fault = format!(
-            "num_mini_batches is {parts}, needed a divisor of the {responses} responses of an update"
+            "num_mini_batches is {parts}, needed a divisor of the {prompts} prompts of an update"
         );
         self.check(fine, fault);
     }
@@ -822,7 +822,7 @@ impl GrpoSettings {
             ("epsilon_high", self.epsilon_high, f64::MAX),
         ]);
         faults.sampling(self.temperature, self.top_p);
-        faults.mini_batches(self.num_mini_batches, self.batch_size * n);
+        faults.mini_batches(self.num_mini_batches, self.batch_size); // groups stay whole
         let fault = "ref_adapter is given, but beta is 0: there is no reference".to_string();
         faults.check(self.beta > 0.0 || self.ref_adapter.empty(), fault);
     }
