@@ -403,6 +403,7 @@ mod tests {
             use_rslora: true,
             init_lora_weights: InitLoraWeights::Gaussian,
             inference_mode: true,
+            modules_to_save: vec!["score".into()],
         };
         for config in [LoraConfig::default(), full] {
             assert_eq!(LoraConfig::from_json(&config.to_json()).unwrap(), config);

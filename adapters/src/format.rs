@@ -1,12 +1,13 @@
 //! PEFT's adapter folder, in and out: `adapter_config.json` and `adapter_model.safetensors`.
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
-use std::io::{self, Write};
+use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use candle_core::{DType, Device, Tensor, Var};
-use safetensors::tensor::TensorView;
+use safetensors::tensor::{Metadata, TensorInfo, TensorView, View};
 use safetensors::{Dtype, SafeTensors};
 
 use crate::config::{ConfigError, LoraConfig, Modules, SCORE};
@@ -188,48 +189,90 @@ pub fn from_bytes(
     Ok(Adapter { name: name.into(), config, modules, score: score.transpose()? })
 }
 
-/// The bytes of the adapter's `adapter_model.safetensors`: the same for the same adapter.
-pub fn to_bytes(adapter: &Adapter) -> Result<Vec<u8>, FormatError> {
-    let mut tensors = Vec::new();
-    for (name, var) in adapter.parameters() {
+/// Writes the adapter as a PEFT folder, which is created. Each file appears whole or not at all, and
+/// has the same bytes for the same adapter.
+pub fn write_folder(adapter: &Adapter, folder: &Path) -> Result<(), FormatError> {
+    let tensor = |(name, var): (String, Var)| {
         let values = var.as_detached_tensor().to_dtype(DType::F32)?.flatten_all()?;
-        let values = values.to_vec1::<f32>()?;
-        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-        tensors.push((name, var.dims().to_vec(), bytes));
-    }
-    let views = tensors.iter().map(|(name, shape, bytes)| {
-        Ok((name.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes)?))
-    });
+        Ok((name, Parameter { values, shape: var.dims().to_vec() }))
+    };
+    let tensors = adapter.parameters().into_iter().map(tensor);
+    let tensors = tensors.collect::<candle_core::Result<Vec<_>>>()?;
     // transformers and PEFT look for this key.
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-    let views = views.collect::<Result<Vec<_>, safetensors::SafeTensorError>>();
-    let bytes = views.and_then(|views| safetensors::serialize(views, Some(metadata)));
-    bytes.map_err(|e| candle_core::Error::wrap(e).into())
+    fs::create_dir_all(folder).map_err(|e| at(folder, e))?;
+    write_whole(&folder.join(TENSORS_FILE), |file| write_tensors(file, Some(metadata), tensors))?;
+    let config = adapter.config.to_json();
+    write_whole(&folder.join(CONFIG_FILE), |file| file.write_all(config.as_bytes()))
 }
 
-/// Writes the adapter as a PEFT folder, which is created. Each file appears whole or not at all.
-pub fn write_folder(adapter: &Adapter, folder: &Path) -> Result<(), FormatError> {
-    let bytes = to_bytes(adapter)?;
-    fs::create_dir_all(folder).map_err(|e| at(folder, e))?;
-    write_whole(&folder.join(TENSORS_FILE), &bytes)?;
-    write_whole(&folder.join(CONFIG_FILE), adapter.config.to_json().as_bytes())
+/// Writes F32 tensors as a safetensors file, with the bytes that `safetensors::serialize` makes of
+/// them but only those of one tensor in memory at a time.
+pub fn write_tensors<V: View>(
+    file: &mut impl Write,
+    metadata: Option<HashMap<String, String>>,
+    mut tensors: Vec<(String, V)>,
+) -> io::Result<()> {
+    tensors.sort_by(|(a, _), (b, _)| a.cmp(b));
+    let mut end = 0;
+    let infos = tensors.iter().map(|(name, tensor)| {
+        let start = end;
+        end += tensor.data_len();
+        let (dtype, shape) = (tensor.dtype(), tensor.shape().to_vec());
+        (name.clone(), TensorInfo { dtype, shape, data_offsets: (start, end) })
+    });
+    let metadata = Metadata::new(metadata, infos.collect()).map_err(io::Error::other)?;
+    let mut header = serde_json::to_vec(&metadata)?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    file.write_all(&(header.len() as u64).to_le_bytes())?;
+    file.write_all(&header)?;
+    tensors.iter().try_for_each(|(_, tensor)| file.write_all(&tensor.data()))
+}
+
+/// A parameter on its way into a file.
+struct Parameter {
+    /// Flat F32.
+    values: Tensor,
+    shape: Vec<usize>,
+}
+
+impl View for Parameter {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        let values = self.values.to_vec1::<f32>().expect("flat and F32 since it was made");
+        values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>().into()
+    }
+
+    fn data_len(&self) -> usize {
+        self.values.elem_count() * size_of::<f32>()
+    }
 }
 
 /// Writes beside, syncs, renames, and syncs the folder, so that a crash leaves the old file or
 /// the new one.
-fn write_whole(path: &Path, bytes: &[u8]) -> Result<(), FormatError> {
+fn write_whole(
+    path: &Path,
+    write: impl FnOnce(&mut BufWriter<fs::File>) -> io::Result<()>,
+) -> Result<(), FormatError> {
     let beside = path.with_extension("partial");
-    let write = || {
-        let mut file = fs::File::create(&beside)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
+    let written = (|| {
+        let mut file = BufWriter::new(fs::File::create(&beside)?);
+        write(&mut file)?;
+        file.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()?;
         fs::rename(&beside, path)?;
         match path.parent() {
             Some(folder) if cfg!(unix) => fs::File::open(folder)?.sync_all(),
             _ => Ok(()), // only Unix opens folders
         }
-    };
-    write().map_err(|e| {
+    })();
+    written.map_err(|e| {
         let _ = fs::remove_file(&beside); // the first error is the one to tell
         at(path, e)
     })
@@ -278,4 +321,28 @@ fn read_tensor(view: &TensorView<'_>, needed: [usize; 2]) -> Result<Vec<f32>, St
 
 fn at(path: &Path, source: io::Error) -> FormatError {
     FormatError::Io { path: path.into(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn streamed_tensors_are_the_bytes_that_safetensors_makes() {
+        let shapes: [(&str, &[usize]); 3] = [("b.A", &[2, 3]), ("a\"B", &[4]), ("b.", &[0, 5])];
+        let tensors = || {
+            let tensors = shapes.iter().map(|&(name, shape)| {
+                let n = shape.iter().product();
+                let values: Vec<f32> = (0..n).map(|i| i as f32 * 0.3).collect();
+                let values = Tensor::from_vec(values, n, &Device::Cpu).unwrap();
+                (name.to_string(), Parameter { values, shape: shape.to_vec() })
+            });
+            tensors.collect::<Vec<_>>()
+        };
+        for metadata in [None, Some(HashMap::from([("format".to_string(), "pt".to_string())]))] {
+            let mut streamed = Vec::new();
+            write_tensors(&mut streamed, metadata.clone(), tensors()).unwrap();
+            assert_eq!(streamed, safetensors::serialize(tensors(), metadata).unwrap());
+        }
+    }
 }

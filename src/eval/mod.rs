@@ -4,8 +4,6 @@ pub mod diversity;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use candle_core::Tensor;
-
 use crate::data::{Batch, Example};
 use crate::model::{Adapters, Decoder, Rows};
 pub use diversity::{Diversity, Reply, distinct, diversity};
@@ -131,8 +129,7 @@ fn target_log_probs(
     rows: &Rows,
     targets: &[(u32, u32)],
 ) -> candle_core::Result<Vec<f32>> {
-    let hidden = decoder.hidden(rows, adapters)?;
     let (positions, targets): (Vec<u32>, Vec<u32>) = targets.iter().copied().unzip();
-    let read = hidden.index_select(&Tensor::new(positions, hidden.device())?, 0)?;
+    let read = decoder.hidden_of(rows, adapters, &positions)?;
     decoder.log_probs(&read, &targets)?.to_vec1()
 }

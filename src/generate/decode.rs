@@ -10,7 +10,7 @@ use rayon::prelude::*;
 
 use super::sampling::{LogProbs, Sampling, SamplingError};
 use crate::model::{Adapters, CacheType, Decoder, KvCache, Rows, Worn};
-use crate::ops::{Segment, Values};
+use crate::ops::Values;
 
 /// Tokens of one pass over the prompts; bounds the activations, not the cache.
 const PREFILL_TOKENS: usize = 512;
@@ -490,13 +490,15 @@ fn prefill(
             rest.split_at(new)
         });
         let (new, rest): (Vec<&[u32]>, Vec<&[u32]>) = split.unzip();
-        let (hidden, segments) = batch.hidden(&new, false)?;
-        let ends = segments.iter().zip(&rest).filter(|(new, rest)| {
+        let new = batch.after(&new);
+        let ends = new.segments.iter().zip(&rest).filter(|(new, rest)| {
             !new.is_empty() && rest.is_empty() // in the order of the groups, over all passes
         });
         let ends: Vec<u32> = ends.map(|(new, _)| new.tokens.end as u32 - 1).collect();
+        let adapters = Adapters::PerRow(&batch.worn);
+        let hidden = decoder.hidden_cached_of(&new, adapters, &mut batch.cache, &ends)?;
         if !ends.is_empty() {
-            last.push(hidden.index_select(&Tensor::new(ends, hidden.device())?, 0)?);
+            last.push(hidden);
         }
         todo = rest;
     }
@@ -529,20 +531,13 @@ impl<'a> Batch<'a> {
     fn step(&mut self, rows: &[Row]) -> Result<Tensor> {
         let last = |&row: &usize| rows[row].tokens.last_chunk::<1>().expect("a prompt has tokens");
         let last: Vec<&[u32]> = self.rows.iter().map(|row| &last(row)[..]).collect();
-        Ok(self.hidden(&last, true)?.0)
+        let last = self.after(&last);
+        self.decoder.hidden_step(&last, Adapters::PerRow(&self.worn), &mut self.cache)
     }
 
-    /// The hidden states of new tokens of each row, `(N, hidden_size)`, and which are whose. `step`
-    /// says that they are a decoding step's, one a row.
-    fn hidden(&mut self, new: &[&[u32]], step: bool) -> Result<(Tensor, Arc<[Segment]>)> {
-        let new = new.iter().enumerate().map(|(row, new)| (*new, self.cache.len(row)));
-        let rows = Rows::after(new);
-        let adapters = Adapters::PerRow(&self.worn);
-        let hidden = match step {
-            true => self.decoder.hidden_step(&rows, adapters, &mut self.cache)?,
-            false => self.decoder.hidden_cached(&rows, adapters, &mut self.cache)?,
-        };
-        Ok((hidden, rows.segments))
+    /// New tokens of each row, at their positions.
+    fn after(&self, new: &[&[u32]]) -> Rows {
+        Rows::after(new.iter().enumerate().map(|(row, new)| (*new, self.cache.len(row))))
     }
 
     fn retain(&mut self, goes_on: &[bool]) {

@@ -198,6 +198,7 @@ impl KvCache {
         let tokens: usize = segments.iter().map(|segment| segment.len()).sum();
         each(appends, tokens * self.kv_heads * self.head_dim, |(head, cache, segment)| {
             let column = head * heads.head_dim;
+            cache.reserve(segment.len());
             for token in segment.tokens.clone() {
                 let k = &qkv.k.values[token * qkv.k.stride + column..][..heads.head_dim];
                 let v = &qkv.v.values[token * qkv.v.stride + column..][..heads.head_dim];
@@ -276,6 +277,9 @@ impl Stored for i8 {
 
 /// A head of any type that takes in tokens.
 trait Append: Send {
+    /// Makes room for so many tokens.
+    fn reserve(&mut self, tokens: usize);
+
     /// Takes in a token's key and value.
     fn append(&mut self, key: &[f32], value: &[f32]);
 }
@@ -289,6 +293,12 @@ impl<B: Stored> HeadCache<B> {
 }
 
 impl<B: Stored> Append for HeadCache<B> {
+    fn reserve(&mut self, tokens: usize) {
+        let panels = (self.len + tokens).div_ceil(GROUP) * GROUP * self.head_dim;
+        self.keys.reserve(panels - self.keys.len());
+        self.values.reserve(tokens * self.head_dim.next_multiple_of(GROUP));
+    }
+
     fn append(&mut self, key: &[f32], value: &[f32]) {
         let (panel, column) = (self.len / GROUP, self.len % GROUP);
         if column == 0 {

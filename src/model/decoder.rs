@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use quantune_adapters::delta::Dropout;
 use quantune_adapters::targets::LinearSpec;
 
@@ -99,6 +99,21 @@ pub struct Pass<'a> {
     pub(super) dropout: Option<&'a Dropout>,
 }
 
+impl<'a> Pass<'a> {
+    /// The pass that goes on with some of the tokens, rising, once all are attended to.
+    fn narrowed(&self, chosen: &[u32], inv_freq: &[f32]) -> Self {
+        let mut end = 0;
+        let part = |segment: &Segment| {
+            let start = end;
+            end = chosen.partition_point(|&token| (token as usize) < segment.tokens.end);
+            Segment::whole(start..end)
+        };
+        let segments = self.segments.iter().map(part).collect();
+        let rotation = Rotation::new(&[], inv_freq);
+        Pass { segments, rotation, adapters: self.adapters, dropout: None }
+    }
+}
+
 impl Decoder {
     /// Begins a pass over `rows`. `dropout` falls on the inputs of trainable adapters only.
     ///
@@ -147,6 +162,24 @@ impl Decoder {
     /// nothing of it is on a tape, so no gradient reaches an adapter (training goes layer by layer).
     pub fn hidden(&self, rows: &Rows, adapters: Adapters) -> Result<Tensor> {
         self.hidden_with(rows, adapters, None, false)
+    }
+
+    /// [`Self::hidden`] of some of the tokens, `(chosen, hidden_size)`: the same bits, without what
+    /// the last layer makes of the others once they are attended to. `chosen` may be in any order and
+    /// name a token several times.
+    pub fn hidden_of(&self, rows: &Rows, adapters: Adapters, chosen: &[u32]) -> Result<Tensor> {
+        self.hidden_chosen(rows, adapters, None, chosen)
+    }
+
+    /// [`Self::hidden_cached`] of some of the new tokens, as [`Self::hidden_of`].
+    pub fn hidden_cached_of(
+        &self,
+        rows: &Rows,
+        adapters: Adapters,
+        cache: &mut KvCache,
+        chosen: &[u32],
+    ) -> Result<Tensor> {
+        self.hidden_chosen(rows, adapters, Some(cache), chosen)
     }
 
     /// The hidden states of new tokens after those in `cache`, which they join; without gradients,
@@ -206,7 +239,50 @@ impl Decoder {
         if let Some(cache) = cache.filter(|_| decoding) {
             cache.step = buffers;
         }
-        let shape = (rows.tokens.len(), self.config.hidden_size);
+        self.normed(x)
+    }
+
+    fn hidden_chosen(
+        &self,
+        rows: &Rows,
+        adapters: Adapters,
+        mut cache: Option<&mut KvCache>,
+        chosen: &[u32],
+    ) -> Result<Tensor> {
+        let picked = |hidden: Tensor, rows: Vec<u32>| {
+            hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)
+        };
+        if self.compute == Compute::Portable {
+            return picked(self.hidden_with(rows, adapters, cache, false)?, chosen.to_vec());
+        }
+        let mut rising = chosen.to_vec();
+        rising.sort_unstable();
+        rising.dedup();
+        let pass = self.pass(rows, adapters, None);
+        let narrow = pass.narrowed(&rising, &self.inv_freq);
+        let StepBuffers { mut tape, mut work } = StepBuffers::default();
+        let mut x = Vec::new();
+        self.embed_into(&rows.tokens, &mut x)?;
+        for index in 0..self.layers.len() {
+            let layer = self.layer_pass(index, &pass).expect("not the portable form");
+            let cache = cache.as_deref_mut().map(|cache| (cache, index));
+            if index + 1 < self.layers.len() {
+                layer.forward(&mut x, &mut tape, false, &mut work, cache)?;
+            } else {
+                let top = self.layer_pass(index, &narrow).expect("not the portable form");
+                layer.forward_to((&top, &rising), &mut x, &mut tape, &mut work, cache)?;
+            }
+        }
+        if chosen.is_empty() {
+            return Tensor::zeros((0, self.config.hidden_size), DType::F32, &Device::Cpu);
+        }
+        let places = chosen.iter().map(|row| rising.partition_point(|other| other < row) as u32);
+        picked(self.normed(x)?, places.collect())
+    }
+
+    /// The final norm of `x (rows, hidden_size)`.
+    fn normed(&self, x: Vec<f32>) -> Result<Tensor> {
+        let shape = (x.len() / self.config.hidden_size, self.config.hidden_size);
         self.final_norm(&Tensor::from_vec(x, shape, &Device::Cpu)?)
     }
 

@@ -214,35 +214,69 @@ impl<'a> LayerPass<'a> {
         work: &mut Workspace,
         cache: Option<(&mut KvCache, usize)>,
     ) -> Result<()> {
+        self.attend(x, tape, work, cache)?;
+        self.feed_forward(x, tape, taped, work)
+    }
+
+    /// [`Self::forward`] of a layer above which only some tokens go on: `chosen`, rising. `narrow` is
+    /// the same layer of a pass over those alone, and `x` becomes `(chosen, hidden_size)`.
+    pub(super) fn forward_to(
+        &self,
+        (narrow, chosen): (&LayerPass, &[u32]),
+        x: &mut Vec<f32>,
+        tape: &mut Tape,
+        work: &mut Workspace,
+        cache: Option<(&mut KvCache, usize)>,
+    ) -> Result<()> {
+        self.attend(x, tape, work, cache)?;
+        for buffer in [&mut *x, &mut work.attended] {
+            let width = buffer.len() / self.tokens.max(1);
+            for (i, &row) in chosen.iter().enumerate() {
+                let row = row as usize * width;
+                buffer.copy_within(row..row + width, i * width);
+            }
+            buffer.truncate(chosen.len() * width);
+        }
+        if chosen.is_empty() {
+            return Ok(()); // a part of a prompt that ends in a later pass
+        }
+        narrow.feed_forward(x, tape, false, work)
+    }
+
+    /// Leaves what attention makes of `x (N, hidden_size)` in the workspace.
+    fn attend(
+        &self,
+        x: &[f32],
+        tape: &mut Tape,
+        work: &mut Workspace,
+        cache: Option<(&mut KvCache, usize)>,
+    ) -> Result<()> {
         let (c, layer, n, isa) = (self.config, self.layer, self.tokens, self.isa);
-        let (hidden, inner) = (c.hidden_size, c.intermediate_size);
         let heads = self.heads();
         let (q_width, kv_width) = (heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim);
-        let Tape { q, k, v, attended, lse, middle, gate, up, lows, .. } = tape;
-        let [low_q, low_k, low_v, low_o, low_gate, low_up, low_down] = lows;
-        let eps = c.rms_norm_eps as f32;
+        let Tape { q, k, v, lse, lows, .. } = tape;
+        let [low_q, low_k, low_v, ..] = lows;
         for (buffer, width) in [
             (&mut *q, q_width),
             (k, kv_width),
             (v, kv_width),
             (&mut work.attended, q_width),
             (lse, heads.heads),
-            (&mut work.gate, inner),
-            (&mut work.up, inner),
-            (&mut work.normed, hidden),
-            (&mut work.inner, inner),
+            (&mut work.normed, c.hidden_size),
         ] {
             buffer.resize(n * width, 0.0);
         }
 
         let mut normed = std::mem::take(&mut work.normed);
-        rms_norm::forward(isa, x, &Values::of(&layer.input_norm)?, eps, &mut normed);
+        let norm = Values::of(&layer.input_norm)?;
+        rms_norm::forward(isa, x, &norm, c.rms_norm_eps as f32, &mut normed);
         let outs = [
             (&layer.q, &mut q[..], low_q),
             (&layer.k, &mut k[..], low_k),
             (&layer.v, &mut v[..], low_v),
         ];
         self.project(outs, &normed, Onto::Nothing, work)?;
+        work.normed = normed;
         self.pass.rotation.rotate(isa, Turn::Forward, q, q_width, q_width);
         self.pass.rotation.rotate(isa, Turn::Forward, k, kv_width, kv_width);
         let mut out = std::mem::take(&mut work.attended);
@@ -253,6 +287,31 @@ impl<'a> LayerPass<'a> {
             }
             None => attention::forward(isa, qkv, heads, segments, None, &mut out, lse),
         }
+        work.attended = out;
+        Ok(())
+    }
+
+    /// Adds to `x (N, hidden_size)` what attention left, then what the rest of the layer makes of it.
+    fn feed_forward(
+        &self,
+        x: &mut [f32],
+        tape: &mut Tape,
+        taped: bool,
+        work: &mut Workspace,
+    ) -> Result<()> {
+        let (c, layer, n, isa) = (self.config, self.layer, self.tokens, self.isa);
+        let Tape { attended, middle, gate, up, lows, .. } = tape;
+        let [.., low_o, low_gate, low_up, low_down] = lows;
+        for (buffer, width) in [
+            (&mut work.gate, c.intermediate_size),
+            (&mut work.up, c.intermediate_size),
+            (&mut work.inner, c.intermediate_size),
+            (&mut work.normed, c.hidden_size),
+        ] {
+            buffer.resize(n * width, 0.0);
+        }
+
+        let mut out = std::mem::take(&mut work.attended);
         self.project([(&layer.o, &mut x[..], low_o)], &out, Onto::Sum, work)?;
         if taped {
             attended.keep(self.forward, &mut out);
@@ -261,7 +320,9 @@ impl<'a> LayerPass<'a> {
 
         middle.clear();
         middle.extend_from_slice(x);
-        rms_norm::forward(isa, x, &Values::of(&layer.post_attention_norm)?, eps, &mut normed);
+        let mut normed = std::mem::take(&mut work.normed);
+        let norm = Values::of(&layer.post_attention_norm)?;
+        rms_norm::forward(isa, x, &norm, c.rms_norm_eps as f32, &mut normed);
         let (mut gates, mut ups) = (std::mem::take(&mut work.gate), std::mem::take(&mut work.up));
         let outs = [(&layer.gate, &mut gates[..], low_gate), (&layer.up, &mut ups[..], low_up)];
         self.project(outs, &normed, Onto::Nothing, work)?;

@@ -37,8 +37,7 @@ fn hidden_of(decoder: &Decoder, worn: &[Worn], batch: &Batch, rows: Vec<u32>) ->
         positions: batch.positions.clone(),
         segments: batch.segments.clone().into(),
     };
-    let hidden = decoder.hidden(&tokens, Adapters::Same(worn))?;
-    hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)
+    decoder.hidden_of(&tokens, Adapters::Same(worn), &rows)
 }
 
 /// The log-probs of a batch's targets, in nats, of logits divided by `temperature`.

@@ -77,8 +77,8 @@ pub fn kept_layers(
     let tape = Tape::bytes(config, decoder.compute, tokens, ranks) as u64;
     let float = size_of::<f32>();
     let inputs = layers * tokens * config.hidden_size * float;
-    // Values, their copy on the device, gradients and two moments.
-    let adapter = 5 * parameters * float;
+    // Values, gradients and two moments.
+    let adapter = 4 * parameters * float;
     let fixed = decoder.weight_bytes()
         + inputs
         + adapter

@@ -179,8 +179,9 @@ impl RunDir {
         for (name, adapter) in adapters.clone() {
             format::write_folder(adapter, &Self::adapter_folder(&partial, name))?;
         }
-        let bytes = optimizer_bytes(adapters, optimizer);
-        write_atomically(partial.join("optimizer.safetensors"), |file| file.write_all(&bytes))?;
+        let moments = moments(adapters, optimizer);
+        let path = partial.join("optimizer.safetensors");
+        write_atomically(path, |file| format::write_tensors(file, None, moments))?;
         write_state(&partial, state)?;
         fs::rename(&partial, &whole).map_err(|e| at(&whole, e))?;
         sync_folder(&folder).map_err(|e| at(&folder, e))?;
@@ -440,20 +441,20 @@ fn parameters<'a>(
     adapters.flat_map(named).collect()
 }
 
-fn optimizer_bytes<'a>(
+/// The optimizer's moments by the names of what is trained.
+fn moments<'a, 'm>(
     adapters: impl Iterator<Item = (&'a str, &'a Adapter)>,
-    optimizer: &AdamW,
-) -> Vec<u8> {
+    optimizer: &'m AdamW,
+) -> Vec<(String, Moment<'m>)> {
     let parameters = parameters(adapters);
     let kinds = [("exp_avg", &optimizer.exp_avg), ("exp_avg_sq", &optimizer.exp_avg_sq)];
-    let tensors: Vec<(String, Moment)> = kinds
-        .into_iter()
-        .flat_map(|(kind, moments)| parameters.iter().zip(moments).map(move |named| (kind, named)))
-        .map(|(kind, ((name, var), values))| {
+    let named = |(kind, moments): (&str, &'m Vec<Vec<f32>>)| {
+        let moments = parameters.iter().zip(moments).map(|((name, var), values)| {
             (format!("{kind}.{name}"), Moment { values, shape: var.dims().to_vec() })
-        })
-        .collect();
-    safetensors::serialize(tensors, None).expect("views that were just made serialize")
+        });
+        moments.collect::<Vec<_>>()
+    };
+    kinds.into_iter().flat_map(named).collect()
 }
 
 fn sync_folder(folder: &Path) -> io::Result<()> {

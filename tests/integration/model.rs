@@ -1,9 +1,12 @@
 //! The decoder against transformers, on tiny random models.
 
 use candle_core::{Device, Tensor, Var};
-use quantune::model::{Adapters, Decoder, KvCache, Reading, Rows};
+use quantune::model::{Adapters, Decoder, KvCache, Reading, Rows, Worn};
 use quantune::ops::Compute;
 use quantune::weights::Checkpoint;
+use quantune_adapters::config::{InitLoraWeights, LoraConfig, Modules};
+use quantune_adapters::delta::Adapter;
+use quantune_adapters::targets::resolve;
 
 use crate::support::{golden, golden_json, ids, load, log_softmax, model_path};
 
@@ -220,4 +223,39 @@ fn readings_by_hand_are_those_of_the_ops() {
     }
     let outside = [(0, decoder.config.vocab_size as u32)];
     assert!(decoder.read_log_probs(&values, &outside, 1.0, false, &mut reading).is_err());
+}
+
+/// Some of the tokens get the bits they have among all, whole and through the cache, whatever the
+/// rows wear.
+#[test]
+fn chosen_tokens_have_the_bits_they_have_among_all() {
+    let chosen: &[&[u32]] = &[&[11, 0, 11, 4], &[3], &[], &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]];
+    let rows: [&[u32]; 4] = [&[5, 6, 7, 8], &[], &[9, 10, 11], &[3, 4, 5, 6, 7]];
+    for compute in [Compute::Portable, Compute::F32, Compute::Int16] {
+        let decoder = load("llama-q4_0", compute);
+        let config = LoraConfig {
+            r: 3,
+            target_modules: Some(Modules::Expression("all-linear".into())),
+            init_lora_weights: InitLoraWeights::Random,
+            ..LoraConfig::default()
+        };
+        let targets = resolve(&config, &decoder.linears(), None).unwrap().targets;
+        let adapter = Adapter::new("a", config, &targets, 3, &Device::Cpu).unwrap();
+        let worn = [Worn::frozen(adapter.into())];
+        let lists: [&[Worn]; 4] = [&worn, &[], &[], &worn];
+        let (input, adapters) = (Rows::new(&rows), Adapters::PerRow(&lists));
+        let all = decoder.hidden(&input, adapters).unwrap().to_vec2::<f32>().unwrap();
+        for chosen in chosen {
+            let needed: Vec<_> = chosen.iter().map(|&row| all[row as usize].clone()).collect();
+            let whole = decoder.hidden_of(&input, adapters, chosen).unwrap();
+            assert_eq!(whole.to_vec2::<f32>().unwrap(), needed, "{compute:?} {chosen:?}");
+            let mut cache = KvCache::new(&decoder.config, rows.len());
+            let cached = decoder.hidden_cached_of(&input, adapters, &mut cache, chosen).unwrap();
+            assert_eq!(cached.dims(), [chosen.len(), decoder.config.hidden_size]);
+            assert_eq!((0..4).map(|row| cache.len(row)).collect::<Vec<_>>(), [4, 0, 3, 5]);
+            if compute != Compute::Portable {
+                assert_eq!(cached.to_vec2::<f32>().unwrap(), needed, "{compute:?} {chosen:?}");
+            }
+        }
+    }
 }
