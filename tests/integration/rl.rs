@@ -417,10 +417,15 @@ fn replay(name: &str, compute: Compute, micro: usize) {
                 let ours = ours / stats.tokens as f64;
                 close(&what(key), ours, theirs[key].as_f64().unwrap(), 1e-4);
             }
+            if let Some(entropy) = stats.entropy {
+                let ours = entropy / stats.tokens as f64;
+                close(&what("entropy"), ours, theirs["entropy_masked"].as_f64().unwrap(), 1e-4);
+            }
             policies.push(stats);
             valued.push(stepped.stats.value.unwrap());
         }
-        let padded = ["policy/approxkl_avg", "val/ratio", "val/ratio_var"]; // means over padding too
+        let padded =
+            ["policy/approxkl_avg", "policy/entropy_avg", "val/ratio", "val/ratio_var"]; // means over padding too
         for (key, ours) in ppo_metrics(&policies, &valued) {
             if !padded.contains(&key) {
                 let what = format!("{name} update {update}: {key}");
