@@ -11,8 +11,10 @@ const ROUNDING: f64 = 0.15;
 const SAME_PATH: f64 = 1e-3;
 /// Nats a token that filters may add to what is drawn without being told.
 const FILTERED: f64 = 1e-3;
-/// Standard errors by which a mean must leave 0 to count.
-const CLEARLY: f64 = 3.0;
+/// Standard errors by which a mean must leave 0 to count, and how many numbers it must be of: the
+/// error of a few is itself too uncertain, and every update of a run is looked at.
+const CLEARLY: f64 = 5.0;
+const SOME: usize = 8;
 
 /// Log-probs of the tokens of an update, laid end to end.
 #[derive(Debug, Clone, Copy)]
@@ -86,7 +88,8 @@ pub fn diagnose(evidence: &Evidence) -> Diagnosis {
         causes.push(Cause::ShiftedRows { gap: shifted });
     }
     let (average, error) = mean_and_error(kl);
-    let negative_kl = (average < -CLEARLY * error && average < -1e-6).then_some((average, error));
+    let negative = kl.len() >= SOME && average < -CLEARLY * error && average < -1e-6;
+    let negative_kl = negative.then_some((average, error));
     Diagnosis { negative_kl, causes }
 }
 
@@ -192,7 +195,9 @@ mod tests {
             let none = Evidence { sampled: &[], drawn: &[], old: &[], first_approxkl: 0.0, kl };
             diagnose(&none).negative_kl.is_some()
         };
-        assert!(!of(&[0.0, 0.0]) && !of(&[1.0, -1.2, 0.1]) && of(&[-1.0, -1.2, -0.9, -1.1]));
+        assert!(!of(&[0.0; 16]) && !of(&[1.0, -1.2, 0.1].repeat(4)));
+        assert!(of(&[-1.0, -1.2, -0.9, -1.1].repeat(2)));
+        assert!(!of(&[-0.046, -0.043, -0.041])); // three responses alike, of a policy that is well
     }
 
     #[test]
