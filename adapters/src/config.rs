@@ -427,7 +427,8 @@ mod tests {
         check(
             r#"{"peft_type": "ADALORA", "use_dora": true, "bias": "all",
                 "modules_to_save": ["embed_tokens"], "trainable_token_indices": [1],
-                "target_parameters": ["x"], "fan_in_fan_out": true, "megatron_config": {"a": 1}, "alora_invocation_tokens": [2], "lora_bias": true}"#,
+                "target_parameters": ["x"], "fan_in_fan_out": true,
+                "megatron_config": {"a": 1}, "alora_invocation_tokens": [2], "lora_bias": true}"#,
             &[
                 "peft_type: found \"ADALORA\"",
                 "bias: found \"all\"",
