@@ -52,6 +52,9 @@ def main():
     lora = peft.LoraConfig(task_type="SEQ_CLS", r=16, lora_alpha=32, lora_dropout=0.0, target_modules=TARGETS)
     if args.adapter:
         model = peft.PeftModel.from_pretrained(model, args.adapter)
+    heldout = load_rows(args.heldout)
+    # TRL takes the mean of its batches' accuracies, so they have to be of one size
+    eval_batch = next(size for size in range(8, 0, -1) if len(heldout) % size == 0)
     with tempfile.TemporaryDirectory() as tmp:
         trainer = trl.RewardTrainer(
             model=model,
@@ -59,7 +62,7 @@ def main():
                 output_dir=tmp,
                 num_train_epochs=1,
                 per_device_train_batch_size=8,
-                per_device_eval_batch_size=8,
+                per_device_eval_batch_size=eval_batch,
                 learning_rate=1e-4,
                 max_length=512,
                 seed=args.seed,
@@ -73,7 +76,7 @@ def main():
             ),
             processing_class=tokenizer,
             train_dataset=load_rows(args.train),
-            eval_dataset=load_rows(args.heldout),
+            eval_dataset=heldout,
             peft_config=None if args.adapter else lora,
         )
         if not args.adapter:

@@ -19,7 +19,7 @@ out="${1:-$root/runs/sentiment}"
 [[ "$out" == /* ]] || out="$PWD/$out"
 cd "$root"
 seeds="${SEEDS:-1}"
-updates="${UPDATES:-30}"
+updates="${UPDATES:-20}"
 length="${LENGTH:-24}"
 
 quantune="${CARGO_TARGET_DIR:-$root/target}/release/quantune"
@@ -51,16 +51,17 @@ python3 scripts/fetch_model.py
 [[ -f "$data/pairs.train.jsonl" ]] || python3 scripts/make_sentiment.py
 python3 scripts/make_sentiment.py --naive-bayes
 
-for seed in $seeds; do
-    stage "Reward model, seed $seed"
-    train reward "reward-$seed" --data "$data/pairs.train.jsonl" --eval-data "$data/pairs.heldout.jsonl" --seed "$seed"
-done
+reward() {
+    stage "Reward model, seed $1"
+    train reward "reward-$1" --data "$data/pairs.train.jsonl" --eval-data "$data/pairs.heldout.jsonl" --seed "$1"
+}
+first="${seeds%% *}"
+reward "$first"
 stage "The judge: a reward model from other snippets"
 train reward judge --data "$data/judge.train.jsonl" --eval-data "$data/judge.heldout.jsonl"
-first="${seeds%% *}"
 
 stage "SFT on snippets"
-train sft sft --data "$data/sft.jsonl" --max-steps 80 --per-device-train-batch-size 1 --max-length 256
+train sft sft --data "$data/sft.jsonl" --max-steps 40 --per-device-train-batch-size 1 --max-length 256
 
 rl=(--data "$data/prompts.train.jsonl" --eval-data "$data/prompts.heldout.jsonl" --adapter "$out/sft/adapter"
     --eval-strategy steps --eval-steps 10 --eval-prompts 64 --sample-steps 10 --per-device-train-batch-size 32)
@@ -73,11 +74,15 @@ done
 
 stage "DPO on the pairs of people"
 train dpo dpo --data "$data/pairs.train.jsonl" --eval-data "$data/pairs.heldout.jsonl" --adapter "$out/sft/adapter" \
-    --max-steps 120 --learning-rate 1e-4
+    --max-steps 80 --learning-rate 1e-4
 
 stage "GRPO on the reward model"
 train grpo grpo "${rl[@]}" --reward-adapter "$out/reward-$first/adapter" --max-steps "$updates" --batch-size 4 \
     --num-generations 8 --max-completion-length "$length" --temperature 1 --beta 0.05 --learning-rate 1e-4
+
+for seed in $seeds; do
+    [[ "$seed" == "$first" ]] || reward "$seed"
+done
 
 stage "Report: 128 held-out prompts, 2 replies each, by the judge"
 report() {

@@ -25,8 +25,8 @@
 //! - [`model`]: the decoder, its config, KV cache and loading. Does not know about losses.
 //! - [`generate`]: sampling and decoding. Does not know about training.
 //! - [`optim`]: AdamW, schedules, clipping. Does not know where gradients come from.
-//! - [`objectives`]: losses, pure functions of log-probs. Do not know about models or data.
-//! - [`rollout`]: rewards of replies by rule and by program. Does not know who learns from them.
+//! - [`objectives`]: losses, pure functions of log-probs and scores. Do not know about models or data.
+//! - [`rollout`]: prompts to responses to rewards to advantages. Does not know how the policy changes.
 //! - [`eval`]: loss, perplexity, diversity. Does not know about training.
 //! - [`train`]: the loop, run directory, checkpoints, metrics. Does not know the command line.
 //! - [`cli`]: flags, printing, exit codes. Nothing knows it.

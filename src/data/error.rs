@@ -140,7 +140,10 @@ pub enum RowError {
         key: String,
     },
     /// More than may stand before a response.
-    #[error("the prompt has {found} tokens, `max_prompt_length` is {most}")]
+    #[error(
+        "the prompt has {found} tokens, needs at most {most}: max_length or the model's window has to \
+         hold the response too"
+    )]
     PromptTooLong {
         /// Tokens it has.
         found: usize,

@@ -5,6 +5,7 @@ pub mod diversity;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::data::{Batch, Example};
+use crate::model::scoring::log_probs_of;
 use crate::model::{Adapters, Decoder, Rows};
 pub use diversity::{Diversity, Reply, distinct, diversity};
 
@@ -81,7 +82,7 @@ pub fn evaluate(
             positions: batch.positions,
             segments: batch.segments.into(),
         };
-        let logps = target_log_probs(decoder, adapters, &rows, &batch.targets)?;
+        let logps = log_probs_of(decoder, adapters, &rows, &batch.targets, 1.0)?;
         sum -= logps.iter().map(|&logp| f64::from(logp)).sum::<f64>();
         tokens += batch.targets.len() as u64;
     }
@@ -114,22 +115,10 @@ pub fn perplexity(
         }
         let targets: Vec<(u32, u32)> =
             (n_ctx / 2..n_ctx - 1).map(|i| (i as u32, chunk[i + 1])).collect();
-        let logps = target_log_probs(decoder, adapters, &Rows::new(&[chunk]), &targets)?;
+        let logps = log_probs_of(decoder, adapters, &Rows::new(&[chunk]), &targets, 1.0)?;
         sum -= logps.iter().map(|&logp| f64::from(logp)).sum::<f64>();
         scored += targets.len() as u64;
     }
     let rows = (tokens.len() / n_ctx) as u64;
     Ok(Loss { loss: sum / scored as f64, tokens: scored, rows })
-}
-
-/// Log-probabilities of targets, each given by the row of `rows` that predicts it.
-fn target_log_probs(
-    decoder: &Decoder,
-    adapters: Adapters,
-    rows: &Rows,
-    targets: &[(u32, u32)],
-) -> candle_core::Result<Vec<f32>> {
-    let (positions, targets): (Vec<u32>, Vec<u32>) = targets.iter().copied().unzip();
-    let read = decoder.hidden_of(rows, adapters, &positions)?;
-    decoder.log_probs(&read, &targets)?.to_vec1()
 }

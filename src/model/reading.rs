@@ -24,6 +24,14 @@ pub struct Reading {
     dx: Vec<f32>,
     targets: Vec<u32>,
     logps: Vec<f32>,
+    entropies: Vec<f32>,
+}
+
+impl Reading {
+    /// The entropies, in nats, of the distributions whose log-probs were read last: `(M)`.
+    pub fn entropies(&self) -> &[f32] {
+        &self.entropies
+    }
 }
 
 impl Decoder {
@@ -49,13 +57,15 @@ impl Decoder {
         linear_cross_entropy::check_targets(&reading.targets, &self.head)?;
         self.gather(x, targets.iter().map(|&(row, _)| row), reading)?;
         scale(&mut reading.normed, temperature);
-        let Reading { normed, dnormed, targets, logps, .. } = reading;
+        let Reading { normed, dnormed, targets, logps, entropies, .. } = reading;
         logps.resize(targets.len(), 0.0);
+        entropies.resize(targets.len(), 0.0);
         dnormed.resize(normed.len(), 0.0);
         let panels = self.compute.forward_panel().zip(self.compute.backward_panel());
         let gradient = to_learn.then_some(&mut dnormed[..]);
         let panels = panels.expect("not the portable form");
-        linear_cross_entropy::forward(panels, normed, &self.head, targets, logps, gradient);
+        let head = &self.head;
+        linear_cross_entropy::forward(panels, normed, head, targets, logps, entropies, gradient);
         Ok(&reading.logps)
     }
 

@@ -30,14 +30,12 @@ pub fn runs(lengths: impl Iterator<Item = usize>) -> Vec<Range<usize>> {
     runs
 }
 
-/// Hidden states of chosen rows, of the N of a batch, as the head reads them: `(M, hidden_size)`.
-fn hidden_of(decoder: &Decoder, worn: &[Worn], batch: &Batch, rows: Vec<u32>) -> Result<Tensor> {
-    let tokens = Rows {
+fn rows_of(batch: &Batch) -> Rows {
+    Rows {
         tokens: batch.tokens.clone(),
         positions: batch.positions.clone(),
         segments: batch.segments.clone().into(),
-    };
-    decoder.hidden_of(&tokens, Adapters::Same(worn), &rows)
+    }
 }
 
 /// The log-probs of a batch's targets, in nats, of logits divided by `temperature`.
@@ -47,11 +45,23 @@ pub fn target_log_probs(
     batch: &Batch,
     temperature: f64,
 ) -> Result<Vec<f32>> {
-    if batch.targets.is_empty() {
+    let rows = rows_of(batch);
+    log_probs_of(decoder, Adapters::Same(worn), &rows, &batch.targets, temperature)
+}
+
+/// The log-probs of targets, each the row of N that predicts it and a token.
+pub fn log_probs_of(
+    decoder: &Decoder,
+    adapters: Adapters,
+    rows: &Rows,
+    targets: &[(u32, u32)],
+    temperature: f64,
+) -> Result<Vec<f32>> {
+    if targets.is_empty() {
         return Ok(Vec::new());
     }
-    let (rows, targets): (Vec<u32>, Vec<u32>) = batch.targets.iter().copied().unzip();
-    let hidden = heated(hidden_of(decoder, worn, batch, rows)?, temperature)?;
+    let (places, targets): (Vec<u32>, Vec<u32>) = targets.iter().copied().unzip();
+    let hidden = heated(decoder.hidden_of(rows, adapters, &places)?, temperature)?;
     decoder.log_probs(&hidden, &targets)?.to_vec1()
 }
 
@@ -66,7 +76,8 @@ pub fn row_scores(
     if rows.is_empty() {
         return Ok(Vec::new());
     }
-    scores(&hidden_of(decoder, worn, batch, rows)?, head)?.to_vec1()
+    let hidden = decoder.hidden_of(&rows_of(batch), Adapters::Same(worn), &rows)?;
+    scores(&hidden, head)?.to_vec1()
 }
 
 /// Hidden states whose logits are divided by `temperature`.

@@ -193,7 +193,7 @@ impl Objective {
     /// The loss summed over what is counted: a scalar, differentiable in what was read.
     ///
     /// `logps (M)` F32 are the log-probabilities of the M targets, in nats, `scores (S)` F32 those of
-    /// [`Self::score_rows`].
+    /// [`Self::score_rows`]. `entropies (M)` of the distributions, where they are known, are counted.
     ///
     /// # Errors
     /// If something is not there that the objective reads, or counts differ.
@@ -201,6 +201,7 @@ impl Objective {
         &self,
         logps: Option<&Tensor>,
         scores: Option<&Tensor>,
+        entropies: Option<&[f32]>,
     ) -> Result<(Tensor, Judged)> {
         let needed = |read: Option<&Tensor>, what: &str| match read {
             Some(read) => Ok(read.clone()),
@@ -233,7 +234,7 @@ impl Objective {
                 if let Some(policy) = policy {
                     let PpoPolicy { old_logps, advantages, weights, cliprange } = &**policy;
                     let sampled = Sampled { old_logps, advantages, weights };
-                    let (sum, stats) = ppo_policy_loss(&logps()?, &sampled, *cliprange, None)?;
+                    let (sum, stats) = ppo_policy_loss(&logps()?, &sampled, *cliprange, entropies)?;
                     judged.loss += stats.loss;
                     judged.stats.policy = Some(stats);
                     total = Some(sum);
@@ -255,7 +256,7 @@ impl Objective {
                     None => candle_core::bail!("neither policy nor values are to be judged"),
                 }
             }
-            Self::Grpo(grpo) => grpo.judge(&logps()?),
+            Self::Grpo(grpo) => grpo.judge(&logps()?, entropies),
         }
     }
 }
@@ -313,7 +314,11 @@ impl Comparison {
 }
 
 impl Grpo {
-    fn judge(&self, logps: &Tensor) -> Result<(Tensor, Judged)> {
+    fn judge(
+        &self,
+        logps: &Tensor,
+        entropies: Option<&[f32]>,
+    ) -> Result<(Tensor, Judged)> {
         let own;
         let old_logps = match &self.old_logps {
             Some(old) => old,
@@ -337,7 +342,7 @@ impl Grpo {
             grpo_loss(&rows, &sampled, &ones, None, &self.settings, None)?
         } else {
             let sampled = Sampled { old_logps, advantages, weights };
-            grpo_loss(logps, &sampled, &self.tokens, reference, &self.settings, None)?
+            grpo_loss(logps, &sampled, &self.tokens, reference, &self.settings, entropies)?
         };
         let loss = stats.loss;
         Ok((sum, Judged { loss, stats: Stats { grpo: Some(stats), ..Stats::default() } }))
@@ -352,10 +357,10 @@ mod tests {
     #[test]
     fn language_modelling_is_the_sum_of_surprise() {
         let logps = Var::new(&[-1.0f32, -2.5], &Device::Cpu).unwrap();
-        let (loss, judged) = Objective::LanguageModelling.judge(Some(&logps), None).unwrap();
+        let (loss, judged) = Objective::LanguageModelling.judge(Some(&logps), None, None).unwrap();
         assert_eq!((loss.to_scalar::<f32>().unwrap(), judged.loss), (3.5, 3.5));
         let grads = loss.backward().unwrap();
         assert_eq!(grads.get(&logps).unwrap().to_vec1::<f32>().unwrap(), [-1.0, -1.0]);
-        assert!(Objective::LanguageModelling.judge(None, None).is_err());
+        assert!(Objective::LanguageModelling.judge(None, None, None).is_err());
     }
 }

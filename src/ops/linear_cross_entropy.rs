@@ -79,14 +79,16 @@ pub fn working_bytes(rows: usize, vocabulary: usize) -> usize {
     2 * chunk_rows(rows, vocabulary) * vocabulary * size_of::<f32>()
 }
 
-/// Log-probs `logps (M)` of `targets` from hidden states `x (M, H)`, and, if there is room for it,
-/// their `gradient (M, H)` to `x`. `panels` are those of the way up and of the way back.
+/// Log-probs `logps (M)` of `targets` from hidden states `x (M, H)`, the `entropies (M)` in nats of the
+/// distributions they are of, and, if there is room for it, the log-probs' `gradient (M, H)` to `x`.
+/// `panels` are those of the way up and of the way back.
 pub(crate) fn forward(
     panels: (Panel, Panel),
     x: &[f32],
     head: &FrozenMatrix,
     targets: &[u32],
     logps: &mut [f32],
+    entropies: &mut [f32],
     mut gradient: Option<&mut [f32]>,
 ) {
     let (vocabulary, width) = (head.rows(), head.cols());
@@ -100,9 +102,11 @@ pub(crate) fn forward(
         let logits = &mut logits[..targets.len() * vocabulary];
         matmul_transposed(panels.0, &x[rows.clone()], head, logits, &mut packed);
         let logps = &mut logps[first..first + targets.len()];
-        let per_row = logits.par_chunks_exact_mut(vocabulary).zip(logps).zip(targets);
-        per_row.for_each(|((logits, logp), &target)| {
-            *logp = score(isa, logits, target as usize, with_gradient);
+        let entropies = &mut entropies[first..first + targets.len()];
+        let found = logps.par_iter_mut().zip(entropies).zip(targets);
+        let per_row = logits.par_chunks_exact_mut(vocabulary).zip(found);
+        per_row.for_each(|(logits, ((logp, entropy), &target))| {
+            (*logp, *entropy) = score(isa, logits, target as usize, with_gradient);
         });
         if let Some(gradient) = &mut gradient {
             matmul(panels.1, logits, head, &mut gradient[rows], &mut packed);
@@ -131,7 +135,8 @@ impl CustomOp1 for LinearLogProbs {
         let mut logps = vec![0f32; self.targets.len()];
         let mut gradient = vec![0f32; if self.with_gradient { x.len() } else { 0 }];
         let to = self.with_gradient.then_some(&mut gradient[..]);
-        forward(self.panels, x, &self.head, &self.targets, &mut logps, to);
+        let mut entropies = vec![0f32; self.targets.len()];
+        forward(self.panels, x, &self.head, &self.targets, &mut logps, &mut entropies, to);
         // A tape runs an op's forward once; were it run again, the values would be the same.
         let _ = self.gradient.set(gradient);
         Ok((CpuStorage::F32(logps), self.targets.len().into()))
@@ -148,8 +153,9 @@ impl CustomOp1 for LinearLogProbs {
 }
 
 versions! {
-    /// The target's log-probability; with `to_gradient` the logits become `onehot - p`.
-    fn score(isa; logits: &mut [f32], target: usize, to_gradient: bool) -> f32 {
+    /// The target's log-probability, and the entropy of all; with `to_gradient` the logits become
+    /// `onehot - p`.
+    fn score(isa; logits: &mut [f32], target: usize, to_gradient: bool) -> (f32, f32) {
         let mut most = [f32::NEG_INFINITY; 16];
         let (wide, rest) = logits.as_chunks::<16>();
         for l in wide {
@@ -159,21 +165,26 @@ versions! {
         }
         let max = most.iter().chain(rest).copied().fold(f32::NEG_INFINITY, f32::max);
         let target_logit = logits[target];
-        let mut sum = 0f64; // 150 thousand terms: f32 would lose four digits
+        let (mut sum, mut mean) = (0f64, 0f64); // 150 thousand terms: f32 would lose four digits
         for logits in logits.chunks_mut(512) {
-            let mut parts = [0f32; 16];
+            let (mut parts, mut means) = ([0f32; 16], [0f32; 16]);
             let (wide, rest) = logits.as_chunks_mut::<16>();
             for l in wide {
                 for i in 0..16 {
-                    l[i] = exp(l[i] - max);
+                    let below = l[i] - max;
+                    l[i] = exp(below);
                     parts[i] += l[i];
+                    means[i] += l[i] * below;
                 }
             }
-            for l in rest.iter_mut() {
-                *l = exp(*l - max);
+            for (i, l) in rest.iter_mut().enumerate() {
+                let below = *l - max;
+                *l = exp(below);
+                parts[i] += *l;
+                means[i] += *l * below;
             }
-            let part = parts.iter().sum::<f32>() + rest.iter().sum::<f32>();
-            sum += f64::from(part);
+            sum += f64::from(parts.iter().sum::<f32>());
+            mean += f64::from(means.iter().sum::<f32>());
         }
         if to_gradient {
             let scale = (-1.0 / sum) as f32;
@@ -182,7 +193,8 @@ versions! {
             }
             logits[target] += 1.0;
         }
-        (f64::from(target_logit - max) - sum.ln()) as f32
+        let logp = f64::from(target_logit - max) - sum.ln();
+        (logp as f32, (sum.ln() - mean / sum) as f32)
     }
 }
 
@@ -207,6 +219,22 @@ mod tests {
         };
         parity(&inputs, run(Compute::F32), run(Compute::Portable));
         finite_differences(&inputs, run(Compute::F32));
+    }
+
+    #[test]
+    fn entropies_are_those_of_all_tokens() {
+        let head = head(301, 24);
+        let x = normal(1, &[5, 24]);
+        let logits = super::super::frozen_linear(&x, &head, Compute::Portable).unwrap();
+        let logps = candle_nn::ops::log_softmax(&logits, D::Minus1).unwrap().to_vec2::<f32>();
+        let x = x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let (mut found, mut entropies) = ([0f32; 5], [0f32; 5]);
+        let panels = (Panel::F32, Panel::F32);
+        forward(panels, &x, &head, &[0, 1, 2, 3, 4], &mut found, &mut entropies, None);
+        for (row, entropy) in logps.unwrap().iter().zip(entropies) {
+            let needed: f64 = row.iter().map(|&l| -f64::from(l) * f64::from(l).exp()).sum();
+            assert!((needed - f64::from(entropy)).abs() < 1e-4, "{entropy}, not {needed}");
+        }
     }
 
     #[test]

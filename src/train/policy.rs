@@ -191,11 +191,15 @@ impl Rollouts {
                 unreachable!("they learn from rows as they are")
             }
         };
-        for prompt in prompts.prompts.iter().chain(held_out.iter().flat_map(|h| &h.prompts)) {
-            rewards.check(&prompt.row).map_err(|e| {
-                let line = prompt.line;
-                TrainError::Settings(format!("{}, line {line}: {e}", common.data.display()))
-            })?;
+        let held_out_file = if given { &common.eval_data } else { &common.data };
+        let files = [(&common.data, Some(&prompts)), (held_out_file, held_out.as_ref())];
+        for (path, prompts) in files {
+            for prompt in prompts.iter().flat_map(|prompts| &prompts.prompts) {
+                rewards.check(&prompt.row).map_err(|e| {
+                    let (path, line) = (path.display(), prompt.line);
+                    TrainError::Settings(format!("{path}:{line}: {e}"))
+                })?;
+            }
         }
         let folder = match ref_adapter.as_os_str().is_empty() {
             true => &common.adapter,
@@ -433,7 +437,9 @@ impl Rollouts {
         numbers.push(("length".into(), json!(tokens as f64 / responses.len() as f64)));
         numbers.push(("episode".into(), json!((update + 1) * responses.len() as u64)));
 
-        let first_approxkl = policies.first().map_or(0.0, |p| p.approxkl / p.tokens.max(1) as f64);
+        // Dropout alone makes another policy of the one that learns.
+        let first = policies.first().filter(|_| self.common.lora_dropout == 0.0);
+        let first_approxkl = first.map_or(0.0, |p| p.approxkl / p.tokens.max(1) as f64);
         self.tell_sickness(&scored.responses, &rows, first_approxkl, &divergences);
         if own.target_kl > 0.0 {
             let mut adaptive =

@@ -86,7 +86,15 @@ impl RunDir {
             Ok(mut entries) => entries.next().is_some(), // a killed beginning leaves empty ones
             Err(_) => path.join(name).exists(),
         };
-        let taken = ["metrics.jsonl", "samples.jsonl", "checkpoints", "tensorboard", "adapter"];
+        let taken = [
+            "metrics.jsonl",
+            "samples.jsonl",
+            "reference.safetensors",
+            "checkpoints",
+            "tensorboard",
+            "adapter",
+            "value_adapter",
+        ];
         match taken.iter().find(occupied) {
             Some(name) => Err(TrainError::Occupied { path: path.into(), name }),
             None => Ok(()),

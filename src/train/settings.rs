@@ -158,7 +158,7 @@ settings! {
         /// Gradients are scaled down to this norm; 0 is off [default: 1]
         max_grad_norm: f64 = 1.0,
         /// What a micro-batch holds: packed bins (or rows, without packing) of sft [default: 1],
-        /// comparisons of reward and dpo [default: 4], responses of ppo and grpo [default: 8]
+        /// comparisons of reward and dpo [default: 8], responses of ppo and grpo [default: 8]
         per_device_train_batch_size: usize = 1,
         /// Passes over the data [default: 1]
         num_train_epochs: f64 = 1.0,
@@ -210,8 +210,8 @@ settings! {
 settings! {
     /// What training a reward model has of its own.
     RewardSettings, RewardFlags {
-        /// Micro-batches of a step [default: 2]
-        gradient_accumulation_steps: usize = 2,
+        /// Micro-batches of a step [default: 1]
+        gradient_accumulation_steps: usize = 1,
         /// Weight of the squared sum of a pair's scores, which keeps them around 0; 0 is off [default: 0]
         center_rewards_coefficient: f64 = 0.0,
     }
@@ -220,8 +220,8 @@ settings! {
 settings! {
     /// What preference optimization has of its own.
     DpoSettings, DpoFlags {
-        /// Micro-batches of a step [default: 2]
-        gradient_accumulation_steps: usize = 2,
+        /// Micro-batches of a step [default: 1]
+        gradient_accumulation_steps: usize = 1,
         /// The loss: sigmoid (DPO), ipo, hinge, orpo, simpo, or kto (rows of `prompt`, `completion` and
         /// `label`) [default: sigmoid]
         loss_type: PreferenceLoss = PreferenceLoss::Sigmoid,
@@ -455,12 +455,12 @@ impl RunSettings {
             Command::Sft => Task::Sft(Default::default()),
             Command::Reward => {
                 common.learning_rate = 1e-4;
-                common.per_device_train_batch_size = 4;
+                common.per_device_train_batch_size = 8;
                 Task::Reward(Default::default())
             }
             Command::Dpo => {
                 common.learning_rate = 2e-5;
-                common.per_device_train_batch_size = 4;
+                common.per_device_train_batch_size = 8;
                 Task::Dpo(Default::default())
             }
             Command::Ppo | Command::Grpo => {
@@ -680,10 +680,10 @@ impl Faults {
         self.check(fine, format!("top_p is {top_p}, needed more than 0 and at most 1"));
     }
 
-    fn mini_batches(&mut self, parts: usize, responses: usize) {
-        let fine = parts <= responses && responses.is_multiple_of(parts.max(1));
+    fn mini_batches(&mut self, parts: usize, prompts: usize) {
+        let fine = parts <= prompts && prompts.is_multiple_of(parts.max(1));
         let fault = format!(
-            "num_mini_batches is {parts}, needed a divisor of the {responses} responses of an update"
+            "num_mini_batches is {parts}, needed a divisor of the {prompts} prompts of an update"
         );
         self.check(fine, fault);
     }
@@ -822,7 +822,7 @@ impl GrpoSettings {
             ("epsilon_high", self.epsilon_high, f64::MAX),
         ]);
         faults.sampling(self.temperature, self.top_p);
-        faults.mini_batches(self.num_mini_batches, self.batch_size * n);
+        faults.mini_batches(self.num_mini_batches, self.batch_size); // groups stay whole
         let fault = "ref_adapter is given, but beta is 0: there is no reference".to_string();
         faults.check(self.beta > 0.0 || self.ref_adapter.empty(), fault);
     }

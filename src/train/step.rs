@@ -135,7 +135,9 @@ fn fast(
     };
 
     // Judge.
-    let (judged, mut store) = judge(read_logps.as_deref(), read_scores.as_deref(), settings)?;
+    let entropies = read_logps.as_ref().map(|_| logps.entropies());
+    let (judged, mut store) =
+        judge(read_logps.as_deref(), read_scores.as_deref(), entropies, settings)?;
     dx.clear();
     dx.resize(x.len(), 0.0);
     if let Some(read) = read_logps
@@ -181,9 +183,10 @@ impl StepSettings<'_> {
 fn judge(
     logps: Option<&Tensor>,
     scores: Option<&Tensor>,
+    entropies: Option<&[f32]>,
     settings: &StepSettings,
 ) -> Result<(Judged, GradStore)> {
-    let (sum, judged) = settings.objective.judge(logps, scores)?;
+    let (sum, judged) = settings.objective.judge(logps, scores, entropies)?;
     Ok((judged, (&sum * settings.scale)?.backward()?))
 }
 
@@ -215,7 +218,7 @@ fn read(
         Some(positions) => Some(scores(&rows(positions.to_vec())?, settings.head()?)?), // (S)
         None => None,
     };
-    let (judged, mut store) = judge(logps.as_ref(), read_scores.as_ref(), settings)?;
+    let (judged, mut store) = judge(logps.as_ref(), read_scores.as_ref(), None, settings)?;
     if read_scores.is_some()
         && let Some(added) = store.remove(settings.head()?)
     {

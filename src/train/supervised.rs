@@ -443,7 +443,7 @@ impl Supervised {
             };
             let logps = target_log_probs(decoder, worn, &batch, 1.0)?;
             let logps = candle_core::Tensor::new(logps, &candle_core::Device::Cpu)?;
-            let (_, judged) = objective.judge(Some(&logps), None)?;
+            let (_, judged) = objective.judge(Some(&logps), None, None)?;
             loss += judged.loss;
             stats.add(judged.stats);
         }

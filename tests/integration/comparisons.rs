@@ -338,7 +338,8 @@ fn prompts_keep_their_rows() {
     check(
         r#"{"prompt": "boat boat boat"}"#,
         2,
-        "the prompt has 3 tokens, `max_prompt_length` is 2",
+        "the prompt has 3 tokens, needs at most 2: max_length or the model's window has to hold the \
+         response too",
     );
 }
 

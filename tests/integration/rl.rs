@@ -1,5 +1,5 @@
-//! Reward models, DPO and PPO against TRL: ten steps of the same adapters over the same rows, and
-//! PPO's stored rollouts judged by both.
+//! Reward models, DPO and its kin and PPO against TRL: ten steps of the same adapters over the same
+//! rows, and PPO's stored rollouts judged by both.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -10,12 +10,16 @@ use quantune::model::{Decoder, Worn};
 use quantune::objectives::Objective;
 use quantune::objectives::advantage::KlEstimator;
 use quantune::objectives::policy::ppo_metrics;
+use quantune::objectives::preference::PreferenceLoss;
 use quantune::ops::Compute;
 use quantune::optim::AdamWSettings;
 use quantune::rollout::{AdvantageSettings, Experience, Response, ppo, respond};
 use quantune::train::learner::{Learner, MicroBatch};
 use quantune::train::settings::DpoSettings;
-use quantune::train::supervised::{compared_part, response_log_probs, reward_part};
+use quantune::train::supervised::{
+    compared_part, kto_reference_point, labelled_part, response_log_probs, reward_part,
+    weigh_likelihood,
+};
 use quantune_adapters::delta::Adapter;
 use quantune_adapters::format;
 use serde_json::Value;
@@ -89,20 +93,29 @@ const PORTABLE: Layout = Layout { compute: Compute::Portable, micro: 3, recomput
 
 fn comparison(row: u64, value: &Value) -> Comparison {
     let prompt = value.get("prompt_ids").map(ids).unwrap_or_default();
-    let responses: Vec<Vec<u32>> = match value.get("responses_ids") {
-        Some(ranked) => ranked.as_array().unwrap().iter().map(ids).collect(),
-        None => ["chosen_ids", "rejected_ids"].iter().map(|key| ids(&value[key])).collect(),
+    let label = value.get("label").map(|label| label.as_bool().unwrap());
+    let responses: Vec<Vec<u32>> = match (value.get("responses_ids"), label) {
+        (Some(ranked), _) => ranked.as_array().unwrap().iter().map(ids).collect(),
+        (None, Some(_)) => vec![ids(&value["completion_ids"])],
+        (None, None) => ["chosen_ids", "rejected_ids"].map(|key| ids(&value[key])).into(),
     };
     let margin = value["margin"].as_f64().unwrap_or(0.0) as f32;
     let count = responses.len();
     let pairs = (0..count)
         .flat_map(|better| (better + 1..count).map(move |worse| Pair { better, worse, margin }));
     let pairs = pairs.collect();
-    Comparison { prompt, responses, pairs, label: None, row, line: row + 1 }
+    Comparison { prompt, responses, pairs, label, row, line: row + 1 }
 }
 
-/// The parts of a step of `rows`, and what their losses are divided by.
-type Parts<'a> = dyn Fn(&[&Comparison], usize) -> (Batch, Objective) + 'a;
+/// What a step is taken with: the policy as it is, and all rows of the step.
+struct Step<'a> {
+    decoder: &'a Decoder,
+    worn: &'a [Worn],
+    rows: &'a [Comparison],
+}
+
+/// A part of a step, of some of its rows.
+type Parts<'a> = dyn Fn(&Step, &[&Comparison]) -> (Batch, Objective) + 'a;
 
 /// Ten steps from TRL's initial adapter: losses, gradients and the final adapter within float noise.
 fn ten_steps(
@@ -127,11 +140,12 @@ fn ten_steps(
     let size = run["per_device_train_batch_size"].as_u64().unwrap() as usize;
     assert_eq!((steps.len(), rows.len()), (10, 10 * size));
     for (i, (theirs, rows)) in steps.iter().zip(rows.chunks(size)).enumerate() {
+        let step = Step { decoder: &decoder, worn: learner.worn(0), rows };
         let micro: Vec<MicroBatch> = rows
             .chunks(layout.micro)
             .map(|rows| {
                 let rows: Vec<&Comparison> = rows.iter().collect();
-                let (batch, objective) = parts(&rows, rows[0].row as usize);
+                let (batch, objective) = parts(&step, &rows);
                 let scale = 1.0 / size as f64;
                 MicroBatch { batch, objective, scale, adapter: 0, epoch: 0, temperature: 1.0 }
             })
@@ -160,7 +174,7 @@ fn ten_steps(
 fn reward(name: &str, layout: Layout) {
     let run = golden_json(&format!("rl/{name}/run.json"));
     let center = run["center_rewards_coefficient"].as_f64().unwrap_or(0.0);
-    ten_steps(name, layout, &|_, _| Box::new(move |rows, _| reward_part(rows, center)));
+    ten_steps(name, layout, &|_, _| Box::new(move |_, rows| reward_part(rows, center)));
 }
 
 #[test]
@@ -185,12 +199,91 @@ fn dpo_is_trls() {
                 }
             }
             let own = DpoSettings::default();
-            Box::new(move |rows, first| {
+            Box::new(move |_, rows| {
+                let first = rows[0].row as usize;
                 let reference = reference[first..first + rows.len()].concat();
                 let (batch, part) = compared_part(rows, &own, Some(reference));
                 (batch, Objective::Preference(part.into()))
             })
         });
+    }
+}
+
+#[test]
+fn kto_is_trls() {
+    let run = golden_json("rl/kto/run.json");
+    let number = |key: &str| run[key].as_f64().unwrap();
+    let own = DpoSettings {
+        loss_type: PreferenceLoss::Kto,
+        beta: number("beta"),
+        desirable_weight: number("desirable_weight"),
+        undesirable_weight: number("undesirable_weight"),
+        ..DpoSettings::default()
+    };
+    for layout in [WHOLE, SPLIT, PORTABLE] {
+        ten_steps("kto", layout, &|_, _| {
+            let own = own.clone();
+            Box::new(move |step, rows| {
+                let reference = response_log_probs(step.decoder, &[], rows).unwrap().concat();
+                let all: Vec<&Comparison> = step.rows.iter().collect();
+                let kl = kto_reference_point(step.decoder, step.worn, &[], &all).unwrap();
+                labelled_part(rows, &own, reference, kl)
+            })
+        });
+    }
+}
+
+/// The first step of the losses that have no ten of their own.
+#[test]
+fn other_preference_losses_are_trls() {
+    let run = golden_json("rl/dpo/run.json");
+    let decoder = load("llama-tiny", Compute::F32);
+    let rows: Vec<Comparison> =
+        (0..4).zip(lines("dpo/rows.jsonl")).map(|(i, row)| comparison(i, &row)).collect();
+    let all: Vec<&Comparison> = rows.iter().collect();
+    let reference = response_log_probs(&decoder, &[], &all).unwrap();
+    let check = |name: &str, loss_type: PreferenceLoss, micro: usize| {
+        let theirs = &run["first_step"][name];
+        let number = |key: &str, default: f64| theirs[key].as_f64().unwrap_or(default);
+        let own = DpoSettings {
+            loss_type,
+            beta: number("beta", 0.1),
+            simpo_gamma: number("simpo_gamma", 0.5),
+            label_smoothing: number("label_smoothing", 0.0),
+            ..DpoSettings::default()
+        };
+        let ours = Arc::new(adapter("dpo/initial", &decoder));
+        let mut learner =
+            Learner::new(&decoder, vec![ours], optimizer(&run), 0.0, (0.0, 0)).unwrap();
+        let mut parts: Vec<_> = all
+            .chunks(micro)
+            .zip(reference.chunks(micro))
+            .map(|(rows, reference)| {
+                let reference = loss_type.has_reference().then(|| reference.concat());
+                compared_part(rows, &own, reference)
+            })
+            .collect();
+        weigh_likelihood(&mut parts);
+        let part = |(batch, part): (Batch, quantune::objectives::Comparison)| MicroBatch {
+            batch,
+            objective: Objective::Preference(part.into()),
+            scale: 0.25,
+            adapter: 0,
+            epoch: 0,
+            temperature: 1.0,
+        };
+        let parts: Vec<MicroBatch> = parts.into_iter().map(part).collect();
+        let stepped = learner.step(&parts, 0.0).unwrap();
+        for (key, ours) in [("loss", stepped.loss), ("grad_norm", stepped.grad_norm)] {
+            let what = format!("{name} in parts of {micro}: {key}");
+            close(&what, ours, theirs[key].as_f64().unwrap(), 1e-4);
+        }
+    };
+    for micro in [4, 1] {
+        check("hinge", PreferenceLoss::Hinge, micro);
+        check("ipo", PreferenceLoss::Ipo, micro);
+        check("simpo", PreferenceLoss::SimPo, micro);
+        check("orpo", PreferenceLoss::Orpo, micro);
     }
 }
 
@@ -324,10 +417,15 @@ fn replay(name: &str, compute: Compute, micro: usize) {
                 let ours = ours / stats.tokens as f64;
                 close(&what(key), ours, theirs[key].as_f64().unwrap(), 1e-4);
             }
+            if let Some(entropy) = stats.entropy {
+                let ours = entropy / stats.tokens as f64;
+                close(&what("entropy"), ours, theirs["entropy_masked"].as_f64().unwrap(), 1e-4);
+            }
             policies.push(stats);
             valued.push(stepped.stats.value.unwrap());
         }
-        let padded = ["policy/approxkl_avg", "val/ratio", "val/ratio_var"]; // means over padding too
+        let padded =
+            ["policy/approxkl_avg", "policy/entropy_avg", "val/ratio", "val/ratio_var"]; // means over padding too
         for (key, ours) in ppo_metrics(&policies, &valued) {
             if !padded.contains(&key) {
                 let what = format!("{name} update {update}: {key}");
