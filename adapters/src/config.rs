@@ -425,8 +425,9 @@ mod tests {
         check("{", &["EOF"]);
         check("{}", &["peft_type is missing"]);
         check(
-            r#"{"peft_type": "ADALORA", "use_dora": true, "bias": "all", "modules_to_save": ["score"],
-                "trainable_token_indices": [1], "target_parameters": ["x"], "fan_in_fan_out": true,
+            r#"{"peft_type": "ADALORA", "use_dora": true, "bias": "all",
+                "modules_to_save": ["embed_tokens"], "trainable_token_indices": [1],
+                "target_parameters": ["x"], "fan_in_fan_out": true,
                 "megatron_config": {"a": 1}, "alora_invocation_tokens": [2], "lora_bias": true}"#,
             &[
                 "peft_type: found \"ADALORA\"",
@@ -434,7 +435,7 @@ mod tests {
                 "use_dora",
                 "lora_bias",
                 "fan_in_fan_out",
-                "modules_to_save: found [\"score\"]",
+                "modules_to_save: found [\"embed_tokens\"]",
                 "trainable_token_indices",
                 "target_parameters",
                 "megatron_config",
