@@ -314,11 +314,7 @@ impl Comparison {
 }
 
 impl Grpo {
-    fn judge(
-        &self,
-        logps: &Tensor,
-        entropies: Option<&[f32]>,
-    ) -> Result<(Tensor, Judged)> {
+    fn judge(&self, logps: &Tensor, entropies: Option<&[f32]>) -> Result<(Tensor, Judged)> {
         let own;
         let old_logps = match &self.old_logps {
             Some(old) => old,

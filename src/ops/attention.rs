@@ -906,7 +906,7 @@ pub(crate) fn backward(
         }
     }
     Scratch::with(&PARTIALS, |scratch| {
-        let parts = scratch.split([in_parts, in_parts]).map(|part| Target::new(part));
+        let parts = scratch.split([in_parts, in_parts]).map(Target::new);
         each(tasks, work, |(row, kv_head, query_heads)| {
             let column = kv_head * head_dim;
             let [dk, dv] = [(grad.k, parts[0]), (grad.v, parts[1])].map(|(whole, parts)| {
@@ -1279,8 +1279,11 @@ mod tests {
         Isa::ALL.iter().copied().filter(|isa| isa.available())
     }
 
-    /// Rows end to end, each `(length, which row before it is its prefix)`.
-    fn rows(lengths: &[(usize, Option<usize>)]) -> Arc<[Segment]> {
+    /// A row's length, and which row before it is its prefix.
+    type Length = (usize, Option<usize>);
+
+    /// Rows end to end.
+    fn rows(lengths: &[Length]) -> Arc<[Segment]> {
         let mut rows: Vec<Segment> = Vec::new();
         for &(length, prefix) in lengths {
             let start = rows.last().map_or(0, |row| row.tokens.end);
@@ -1297,7 +1300,7 @@ mod tests {
     #[test]
     fn parity_over_packed_rows_shared_prefixes_grouped_heads_and_windows() {
         let heads = |heads, kv_heads, head_dim| Heads { heads, kv_heads, head_dim };
-        let cases: [(Heads, &[(usize, Option<usize>)]); 9] = [
+        let cases: [(Heads, &[Length]); 9] = [
             (heads(4, 2, 16), &[(5, None), (1, None), (24, None)]),
             (heads(3, 1, 8), &[(130, None)]),
             (heads(2, 2, 12), &[(64, None), (0, None), (129, None)]),

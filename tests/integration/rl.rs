@@ -424,8 +424,7 @@ fn replay(name: &str, compute: Compute, micro: usize) {
             policies.push(stats);
             valued.push(stepped.stats.value.unwrap());
         }
-        let padded =
-            ["policy/approxkl_avg", "policy/entropy_avg", "val/ratio", "val/ratio_var"]; // means over padding too
+        let padded = ["policy/approxkl_avg", "policy/entropy_avg", "val/ratio", "val/ratio_var"]; // means over padding too
         for (key, ours) in ppo_metrics(&policies, &valued) {
             if !padded.contains(&key) {
                 let what = format!("{name} update {update}: {key}");
