@@ -1,0 +1,114 @@
+//! How the policy does on prompts it does not learn from.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use quantune_adapters::delta::Adapter;
+use serde_json::json;
+
+use super::super::TrainError;
+use super::super::log::{Log, Numbers};
+use super::super::settings::Task;
+use super::{Rollouts, divergence, temperature};
+use crate::data::Prompt;
+use crate::eval::{Reply, diversity};
+use crate::model::{Decoder, Worn};
+use crate::rollout::diagnose::{mean_and_error, overoptimized};
+use crate::rollout::respond;
+
+/// Keys of evaluations' responses begin here; those of training stay below.
+const EVAL_KEYS: u64 = 1 << 39;
+
+impl Rollouts {
+    /// Held-out prompts answered by the policy as it is; `None` if `stop` was set before all were.
+    pub fn evaluate(
+        &mut self,
+        decoder: &Decoder,
+        adapter: &Arc<Adapter>,
+        log: &Log,
+        stop: &AtomicBool,
+    ) -> Result<Option<Numbers>, TrainError> {
+        let Some(held_out) = &self.held_out else { return Ok(Some(Vec::new())) };
+        let most = match &self.task {
+            Task::Ppo(own) => own.eval_prompts,
+            Task::Grpo(own) => own.eval_prompts,
+            _ => 0,
+        };
+        let most = if most == 0 { held_out.prompts.len() } else { most };
+        let prompts: Vec<Prompt> = held_out.prompts.iter().take(most).cloned().collect();
+        let worn = [Worn::frozen(adapter.clone())];
+        let times = self.times;
+        let (mut totals, mut judged, mut kls, mut replies) =
+            (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let (mut ended, mut surprise, mut tokens) = (0, 0.0, 0);
+        // A stop is looked at between batches; keys are by row, so they change nothing.
+        for (first, prompts) in prompts.chunks(64).enumerate() {
+            if stop.load(Ordering::Relaxed) {
+                return Ok(None);
+            }
+            let key = EVAL_KEYS + 64 * first as u64;
+            let scored = self.collect(decoder, &worn, prompts, 1, key)?;
+            let temperature = temperature(&self.task);
+            let logps = respond::log_probs(decoder, &worn, &scored.responses, temperature)?;
+            surprise -= logps.iter().flatten().map(|&logp| f64::from(logp)).sum::<f64>();
+            if let Some(reference) = &self.reference {
+                let reference =
+                    respond::log_probs(decoder, reference, &scored.responses, temperature)?;
+                let k1 = |(old, reference): (&Vec<f32>, &Vec<f32>)| divergence(old, reference);
+                kls.extend(logps.iter().zip(&reference).map(k1));
+            }
+            if let Some(judge) = &self.judge {
+                let scores = self.adapter_scores(decoder, judge, &scored.responses)?;
+                judged.extend(scores.into_iter().map(f64::from));
+            }
+            totals.extend(scored.totals.iter().flatten());
+            for response in scored.responses {
+                ended += usize::from(response.ended);
+                tokens += response.tokens.len();
+                replies.push((response.tokens, response.ended));
+            }
+        }
+        self.times = times;
+        let (reward, error_of_reward) = mean_and_error(&totals);
+        let mut numbers: Numbers = vec![
+            ("eval_reward".into(), json!(reward)),
+            ("eval_reward_error".into(), json!(error_of_reward)),
+            ("eval_length".into(), json!(tokens as f64 / replies.len().max(1) as f64)),
+            ("eval_ended".into(), json!(ended as f64 / replies.len().max(1) as f64)),
+            ("eval_entropy".into(), json!(surprise / tokens.max(1) as f64)),
+        ];
+        if !kls.is_empty() {
+            let (kl, error) = mean_and_error(&kls);
+            numbers.push(("eval_kl".into(), json!(kl)));
+            numbers.push(("eval_kl_error".into(), json!(error)));
+        }
+        let replies: Vec<Reply> = replies
+            .iter()
+            .map(|(tokens, finished)| Reply { tokens, finished: *finished })
+            .collect();
+        let spread = diversity(&replies);
+        numbers.push(("eval_distinct_1".into(), json!(spread.distinct_1)));
+        numbers.push(("eval_distinct_2".into(), json!(spread.distinct_2)));
+        numbers.push(("eval_distinct_3".into(), json!(spread.distinct_3)));
+        numbers.push(("eval_duplicates".into(), json!(spread.duplicates)));
+        if !judged.is_empty() {
+            let (judge, error) = mean_and_error(&judged);
+            numbers.push(("eval_judge".into(), json!(judge)));
+            numbers.push(("eval_judge_error".into(), json!(error)));
+            let curve = |key: &str, now: (f64, f64)| -> Result<Vec<(f64, f64)>, TrainError> {
+                let errors = log.values(&format!("{key}_error"))?;
+                let before = log.values(key)?.into_iter().zip(errors);
+                Ok(before.chain([now]).collect())
+            };
+            let rewards = curve("eval_reward", (reward, error_of_reward))?;
+            if overoptimized(&rewards, &curve("eval_judge", (judge, error))?) {
+                self.tell(
+                    "over-optimization: the reward rises while the judge, a reward model that is not \
+                     trained against, falls; earlier checkpoints are better, a larger kl_coef helps"
+                        .into(),
+                );
+            }
+        }
+        Ok(Some(numbers))
+    }
+}

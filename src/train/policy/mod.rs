@@ -1,0 +1,566 @@
+//! Reinforcement learning: responses of the policy to the prompts of a file, their rewards, and what
+//! is learned from them. One update of PPO or GRPO is one step of the loop.
+
+mod evaluate;
+mod grpo;
+mod ppo;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use quantune_adapters::rng::Stream;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::TrainError;
+use super::fingerprints::folder_fingerprint;
+use super::learner::Learner;
+use super::log::{Log, Numbers};
+use super::lora::read_scoring;
+use super::progress::{Progress, Work};
+use super::reference;
+use super::run::{strategy, total_steps};
+use super::run_dir::{Fingerprint, RunDir, State, read_accuracy};
+use super::settings::{CommonSettings, EvalStrategy, RunSettings, Task};
+use crate::data::{Dataset, Prompt, Prompts};
+use crate::generate::{Sampling, Settings as Generation};
+use crate::model::{CacheType, Decoder, Worn};
+use crate::objectives::advantage::{RunningMoments, kl_k1};
+use crate::ops::Compute;
+use crate::rollout::{
+    Evidence, Experience, Response, RewardCommand, RewardModel, RewardSource, Rewards, Sample,
+    SampleLog, SampleRow, diagnose, respond, table,
+};
+use crate::text::Tokenizer;
+use crate::weights::write_atomically;
+
+/// What of a run's state only reinforcement learning has.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct RolloutState {
+    /// Weight of the divergence now.
+    pub kl_coef: Option<f64>,
+    /// Mean and variance of the scores so far.
+    pub moments: RunningMoments,
+    /// Bytes of `samples.jsonl` that belong to the steps so far.
+    pub samples_bytes: u64,
+}
+
+/// Where the time of updates goes.
+#[derive(Debug, Clone, Copy, Default)]
+struct Times {
+    generation: Duration,
+    scoring: Duration,
+    learning: Duration,
+}
+
+/// The prompts of a run, what judges the responses, and where it stands.
+pub struct Rollouts {
+    common: CommonSettings,
+    task: Task,
+    tokenizer: Tokenizer,
+    compute: Compute,
+    prompts: Prompts,
+    held_out: Option<Prompts>,
+    held_out_lines: Option<Vec<u8>>,
+    ptx: Option<Dataset>,
+    /// What the reference wears, if one is asked for.
+    reference: Option<Vec<Worn>>,
+    /// Scores by adapters on the base: rewards first, the judge last.
+    scorers: Vec<Vec<Worn>>,
+    judge: Option<Vec<Worn>>,
+    reward_model: Option<RewardModel>,
+    rewards: Rewards,
+    /// What the chat template writes behind an ended answer, if the prompts are conversations: reward
+    /// models have read it there.
+    after_turn: Vec<u32>,
+    samples: Option<SampleLog>,
+    times: Times,
+    /// Sick updates so far, to say each thing once.
+    told: Vec<String>,
+    prints: Vec<Fingerprint>,
+}
+
+/// Responses and what was given for them.
+struct Scored {
+    responses: Vec<Response>,
+    texts: Vec<String>,
+    /// For each reward all responses' values; none where it has no opinion.
+    columns: Vec<Vec<Option<f64>>>,
+    /// The weighted sums.
+    totals: Vec<Option<f64>>,
+}
+
+impl Rollouts {
+    /// Reads the prompts and loads what judges.
+    pub fn load(
+        settings: &RunSettings,
+        decoder: &Decoder,
+        tokenizer: Tokenizer,
+        stop: &AtomicBool,
+    ) -> Result<Self, TrainError> {
+        let common = settings.common.clone();
+        let most = common.max_length.min(decoder.config.max_position_embeddings);
+        let length = response_length(&settings.task);
+        if length >= most {
+            let fault = format!(
+                "responses may have {length} tokens and prompt and response together {most} \
+                 (max_length or the model's window): no room is left for a prompt"
+            );
+            return Err(TrainError::Settings(fault));
+        }
+        let load = |path: &Path| Prompts::load(path, &tokenizer, most - length, stop);
+        let given = !common.eval_data.as_os_str().is_empty();
+        let (prompts, held_out, held_out_lines) = if strategy(&common) == EvalStrategy::No {
+            (load(&common.data)?, None, None)
+        } else if given {
+            (load(&common.data)?, Some(load(&common.eval_data)?), None)
+        } else {
+            let split = Prompts::load_split(&common.data, &tokenizer, most - length, stop)?;
+            let lines = split.held_out.is_some().then_some(split.held_out_lines);
+            (split.train, split.held_out, lines)
+        };
+        let (count, longest) = (prompts.prompts.len(), prompts.longest);
+        eprintln!("data: {count} prompts, longest {longest} tokens");
+
+        let mut prints: Vec<Fingerprint> = Vec::new();
+        let print = |prints: &mut Vec<Fingerprint>, what: &str, folder: &Path| {
+            if !folder.as_os_str().is_empty() {
+                prints.push((what.to_string(), folder_fingerprint(folder)?));
+            }
+            Ok::<(), TrainError>(())
+        };
+        let scoring = |folder: &Path, least: f64| -> Result<Vec<Worn>, TrainError> {
+            trusted(folder, least)?;
+            Ok(vec![Worn::frozen(Arc::new(read_scoring(folder, decoder)?))])
+        };
+        let (mut scorers, mut judge, mut ptx, mut reward_model) = (Vec::new(), None, None, None);
+        let (rewards, wants_reference, ref_adapter) = match &settings.task {
+            Task::Ppo(own) => {
+                print(&mut prints, "the reward adapter", &own.reward_adapter)?;
+                scorers.push(scoring(&own.reward_adapter, own.min_reward_accuracy)?);
+                if !own.judge_adapter.as_os_str().is_empty() {
+                    print(&mut prints, "the judge", &own.judge_adapter)?;
+                    judge = Some(scoring(&own.judge_adapter, 0.0)?);
+                }
+                if !own.ptx_data.as_os_str().is_empty() {
+                    let data = Dataset::load(&own.ptx_data, &tokenizer, most, stop)?;
+                    prints.push(("the ptx data".into(), data.sha256.clone()));
+                    ptx = Some(data);
+                }
+                let source = RewardSource::Model { name: "reward_adapter".into() };
+                (Rewards::new(vec![source], None)?, true, &own.ref_adapter)
+            }
+            Task::Grpo(own) => {
+                let mut sources = Vec::new();
+                for spec in &own.reward {
+                    let source = RewardSource::rule(spec);
+                    sources.push(source.map_err(|e| TrainError::Settings(e.to_string()))?);
+                }
+                for command in &own.reward_command {
+                    let timeout = Duration::from_secs_f64(own.reward_timeout);
+                    let command = RewardCommand::start(command, timeout)?;
+                    sources.push(RewardSource::Command(command));
+                }
+                if !own.reward_adapter.as_os_str().is_empty() {
+                    print(&mut prints, "the reward adapter", &own.reward_adapter)?;
+                    scorers.push(scoring(&own.reward_adapter, own.min_reward_accuracy)?);
+                    sources.push(RewardSource::Model { name: "reward_adapter".into() });
+                }
+                if !own.reward_model.as_os_str().is_empty() {
+                    print(&mut prints, "the reward model", &own.reward_model)?;
+                    reward_model = Some(RewardModel::load(&own.reward_model, decoder.compute)?);
+                    sources.push(RewardSource::Model { name: "reward_model".into() });
+                }
+                let weights = &own.reward_weights;
+                let weights = (!weights.is_empty()).then(|| weights.clone());
+                (Rewards::new(sources, weights)?, own.beta > 0.0, &own.ref_adapter)
+            }
+            Task::Sft(_) | Task::Reward(_) | Task::Dpo(_) => {
+                unreachable!("they learn from rows as they are")
+            }
+        };
+        let held_out_file = if given { &common.eval_data } else { &common.data };
+        let files = [(&common.data, Some(&prompts)), (held_out_file, held_out.as_ref())];
+        for (path, prompts) in files {
+            for prompt in prompts.iter().flat_map(|prompts| &prompts.prompts) {
+                rewards.check(&prompt.row).map_err(|e| {
+                    let (path, line) = (path.display(), prompt.line);
+                    TrainError::Settings(format!("{path}:{line}: {e}"))
+                })?;
+            }
+        }
+        let folder = match ref_adapter.as_os_str().is_empty() {
+            true => &common.adapter,
+            false => ref_adapter,
+        };
+        if wants_reference {
+            print(&mut prints, "the reference adapter", folder)?;
+        }
+        let reference = match wants_reference {
+            true => Some(reference::worn(folder, decoder)?),
+            false => None,
+        };
+        let chats = prompts.prompts.iter().any(|prompt| prompt.row["prompt"].is_array());
+        let after_turn = if chats { tokenizer.after_turn()? } else { Vec::new() };
+        Ok(Self {
+            task: settings.task.clone(),
+            common,
+            tokenizer,
+            after_turn,
+            compute: decoder.compute,
+            prompts,
+            held_out,
+            held_out_lines,
+            ptx,
+            reference,
+            scorers,
+            judge,
+            reward_model,
+            rewards,
+            samples: None,
+            times: Times::default(),
+            told: Vec::new(),
+            prints,
+        })
+    }
+
+    /// Hashes of what was read.
+    pub fn fingerprints(&self) -> Result<Vec<Fingerprint>, TrainError> {
+        let mut prints = vec![("the data".to_string(), self.prompts.sha256.clone())];
+        if let Some(held_out) = &self.held_out {
+            prints.push(("the held-out data".into(), held_out.sha256.clone()));
+        }
+        prints.extend(self.prints.iter().cloned());
+        Ok(prints)
+    }
+
+    /// Takes up the run.
+    pub fn begin(&mut self, run: &RunDir, state: &mut State) -> Result<(), TrainError> {
+        if let Some(lines) = &self.held_out_lines {
+            write_atomically(run.file("held_out.jsonl"), |file| {
+                std::io::Write::write_all(file, lines)
+            })?;
+        }
+        let rollouts = state.rollouts.get_or_insert_default();
+        if let Task::Ppo(own) = &self.task {
+            rollouts.kl_coef.get_or_insert(own.kl_coef);
+        }
+        let path = run.file("samples.jsonl");
+        self.samples = Some(SampleLog::open(&path, rollouts.samples_bytes)?);
+        Ok(())
+    }
+
+    /// Updates of the run.
+    pub fn total_steps(&self) -> u64 {
+        let prompts = self.prompts.prompts.len() as u64;
+        total_steps(&self.common, prompts.div_ceil(self.batch_size() as u64))
+    }
+
+    /// Tokens of the largest micro-batch there can be.
+    pub fn largest_micro_batch(&self) -> usize {
+        let longest = self.prompts.prompts.iter().map(|prompt| prompt.tokens.len()).max();
+        let row = longest.unwrap_or(0) + response_length(&self.task);
+        row * self.common.per_device_train_batch_size
+    }
+
+    /// Whether the updates so far have been through all prompts again.
+    pub fn epoch_ends(&self, state: &State) -> bool {
+        let (batch, all) = (self.batch_size() as u64, self.prompts.prompts.len() as u64);
+        let epoch = |step: u64| step * batch / all.max(1);
+        state.step > 0 && epoch(state.step) != epoch(state.step - 1)
+    }
+
+    /// Takes an update.
+    pub fn step(
+        &mut self,
+        learner: &mut Learner,
+        state: &mut State,
+        learning_rate: f64,
+    ) -> Result<(Numbers, Work), TrainError> {
+        match self.task.clone() {
+            Task::Ppo(own) => self.ppo(&own, learner, state, learning_rate),
+            Task::Grpo(own) => self.grpo(&own, learner, state, learning_rate),
+            _ => unreachable!("they learn from rows as they are"),
+        }
+    }
+
+    /// What the command's JSON says beside the common part.
+    pub fn results(
+        &self,
+        log: &Log,
+        progress: &Progress,
+    ) -> Result<Map<String, Value>, TrainError> {
+        let mut results = Map::new();
+        let prompts =
+            json!({ "prompts": self.prompts.prompts.len(), "longest": self.prompts.longest });
+        results.insert("data".into(), prompts);
+        results.insert("samples_per_second".into(), json!(progress.samples_per_second()));
+        let Times { generation, scoring, learning } = self.times;
+        let all = (generation + scoring + learning).as_secs_f64().max(1e-9);
+        for (name, time) in
+            [("generation", generation), ("scoring", scoring), ("learning", learning)]
+        {
+            results.insert(format!("share_{name}"), json!(time.as_secs_f64() / all));
+        }
+        for key in ["objective/scores", "objective/kl", "reward"] {
+            let values = log.values(key)?;
+            if let (Some(first), Some(last)) = (values.first(), values.last()) {
+                results.insert(format!("{key}_first"), json!(first));
+                results.insert(format!("{key}_last"), json!(last));
+            }
+        }
+        for key in ["eval_reward", "eval_kl", "eval_judge", "eval_length"] {
+            let values = log.values(key)?;
+            if let (Some(first), Some(last)) = (values.first(), values.last()) {
+                results.insert(format!("{key}_first"), json!(first));
+                results.insert(format!("{key}_last"), json!(last));
+            }
+        }
+        results.insert("warnings".into(), json!(self.told));
+        Ok(results)
+    }
+
+    fn batch_size(&self) -> usize {
+        match &self.task {
+            Task::Ppo(own) => own.batch_size,
+            Task::Grpo(own) => own.batch_size,
+            _ => 1,
+        }
+    }
+
+    /// The prompts of an update: all of them in turn, in another order each time around.
+    fn prompts_of(&self, update: u64) -> Vec<Prompt> {
+        let (batch, all) = (self.batch_size() as u64, self.prompts.prompts.len() as u64);
+        let mut around: Option<(u64, Vec<usize>)> = None;
+        (update * batch..(update + 1) * batch)
+            .map(|place| {
+                let epoch = place / all;
+                if around.as_ref().is_none_or(|(of, _)| *of != epoch) {
+                    let mut order: Vec<usize> = (0..all as usize).collect();
+                    if !self.common.no_shuffle {
+                        Stream::new(self.common.seed, "prompts", &[epoch]).shuffle(&mut order);
+                    }
+                    around = Some((epoch, order));
+                }
+                let (_, order) = around.as_ref().expect("just made");
+                self.prompts.prompts[order[(place % all) as usize]].clone()
+            })
+            .collect()
+    }
+
+    /// Responses to prompts, and their rewards.
+    fn collect(
+        &mut self,
+        decoder: &Decoder,
+        worn: &[Worn],
+        prompts: &[Prompt],
+        per_prompt: usize,
+        first_key: u64,
+    ) -> Result<Scored, TrainError> {
+        let began = Instant::now();
+        let tokens: Vec<Arc<[u32]>> =
+            prompts.iter().map(|prompt| prompt.tokens.clone().into()).collect();
+        let settings = generation(&self.task, self.compute, self.common.seed);
+        let tokenizer = &self.tokenizer;
+        let is_end = |token| tokenizer.is_end_of_generation(token);
+        let responses =
+            respond::respond(decoder, worn, &tokens, per_prompt, &settings, &is_end, first_key)?;
+        self.times.generation += began.elapsed();
+
+        let began = Instant::now();
+        let texts: Vec<String> = responses
+            .iter()
+            .map(|response| tokenizer.decode(&response.tokens, true))
+            .collect::<Result<_, _>>()?;
+        let samples: Vec<Sample> = responses
+            .iter()
+            .zip(&texts)
+            .enumerate()
+            .map(|(i, (response, text))| Sample {
+                prompt: &prompts[i / per_prompt].text,
+                completion: text,
+                tokens: response.tokens.len() - usize::from(response.ended),
+                finished: response.ended,
+                row: &prompts[i / per_prompt].row,
+            })
+            .collect();
+        let mut models = Vec::new();
+        for scorer in &self.scorers {
+            let scores = self.adapter_scores(decoder, scorer, &responses)?;
+            models.push(scores.into_iter().map(f64::from).collect());
+        }
+        if let Some(model) = &self.reward_model {
+            models.push(model.score(&samples)?);
+        }
+        let scores = self.rewards.score(&samples, &models)?;
+        self.times.scoring += began.elapsed();
+        Ok(Scored { responses, texts, columns: scores.columns, totals: scores.totals })
+    }
+
+    fn adapter_scores(
+        &self,
+        decoder: &Decoder,
+        worn: &[Worn],
+        responses: &[Response],
+    ) -> Result<Vec<f32>, TrainError> {
+        let head = worn.iter().find_map(|worn| worn.adapter.score.as_ref());
+        let head = head.expect("read as a scoring adapter");
+        let at_eos = match &self.task {
+            Task::Ppo(own) => own.score_at_eos,
+            Task::Grpo(own) => own.score_at_eos,
+            _ => false,
+        };
+        let eos = self.tokenizer.eos().filter(|_| at_eos);
+        Ok(respond::scores(decoder, worn, head, responses, eos, &self.after_turn)?)
+    }
+
+    /// Looks at an update, and says what is wrong with it, each thing once.
+    fn tell_sickness(
+        &mut self,
+        responses: &[Response],
+        rows: &[Experience],
+        first_approxkl: f64,
+        kl: &[f64],
+    ) {
+        let all = |part: fn(&Response) -> &Vec<f32>| -> Vec<f32> {
+            responses.iter().flat_map(|response| part(response).iter().copied()).collect()
+        };
+        let sampled = all(|response| &response.sampled_logps);
+        let drawn = all(|response| &response.drawn_logps);
+        let old: Vec<f32> = rows.iter().flat_map(|row| row.old_logps.iter().copied()).collect();
+        let evidence = Evidence { sampled: &sampled, drawn: &drawn, old: &old, first_approxkl, kl };
+        let found = diagnose(&evidence);
+        if !found.is_healthy() {
+            self.tell(found.to_string());
+        }
+    }
+
+    /// Warns, but not twice of the same thing: numbers in a sentence do not make it another.
+    fn tell(&mut self, sentence: String) {
+        let words = |text: &str| -> String {
+            text.chars().filter(|c| c.is_alphabetic() || *c == ' ').collect()
+        };
+        if self.told.iter().all(|told| words(told) != words(&sentence)) {
+            eprintln!("warning: {sentence}");
+            self.told.push(sentence);
+        }
+    }
+
+    /// Writes a few responses where people can read them.
+    fn sample_table(
+        &mut self,
+        state: &mut State,
+        every: u64,
+        count: usize,
+        scored: &Scored,
+        kl: &[f64],
+    ) -> Result<(), TrainError> {
+        if every == 0 || !(state.step + 1).is_multiple_of(every) {
+            return Ok(());
+        }
+        let Some(samples) = &mut self.samples else { return Ok(()) };
+        let step = scored.responses.len().div_ceil(count.max(1)).max(1);
+        let names: Vec<String> =
+            self.rewards.sources().iter().map(|source| source.name().to_string()).collect();
+        let mut rows = Vec::new();
+        for i in (0..scored.responses.len()).step_by(step) {
+            let response = &scored.responses[i];
+            rows.push(SampleRow {
+                prompt: self.tokenizer.decode(&response.prompt, false)?,
+                response: scored.texts[i].clone(),
+                reward: scored.totals[i],
+                rewards: names.iter().cloned().zip(scored.columns.iter().map(|c| c[i])).collect(),
+                kl: kl.get(i).copied(),
+                tokens: response.tokens.len(),
+                finished: response.ended,
+            });
+        }
+        samples.push(state.step + 1, &rows)?;
+        samples.sync()?;
+        rollouts_of(state).samples_bytes = samples.bytes;
+        eprint!("{}", table(&rows));
+        Ok(())
+    }
+}
+
+/// What a run's state has of responses.
+fn rollouts_of(state: &mut State) -> &mut RolloutState {
+    state.rollouts.get_or_insert_default()
+}
+
+fn response_length(task: &Task) -> usize {
+    match task {
+        Task::Ppo(own) => own.response_length,
+        Task::Grpo(own) => own.max_completion_length,
+        _ => 0,
+    }
+}
+
+fn temperature(task: &Task) -> f64 {
+    match task {
+        Task::Ppo(own) => own.temperature,
+        Task::Grpo(own) => own.temperature,
+        _ => 1.0,
+    }
+}
+
+/// How responses are sampled.
+fn generation(task: &Task, compute: Compute, seed: u64) -> Generation {
+    let (top_k, top_p, slots) = match task {
+        Task::Ppo(own) => (own.top_k, own.top_p, own.rollout_slots),
+        Task::Grpo(own) => (own.top_k, own.top_p, own.rollout_slots),
+        _ => (0, 1.0, 0),
+    };
+    let temperature = temperature(task);
+    Generation {
+        sampling: Sampling { temperature, top_k, top_p, seed, ..Sampling::default() },
+        max_tokens: response_length(task),
+        cache: match compute {
+            Compute::F32 | Compute::Portable => CacheType::F32,
+            Compute::Int16 | Compute::Int8 => CacheType::F16,
+        },
+        logprobs: None,
+        draws: true,
+        slots,
+    }
+}
+
+/// Refuses a reward model that was no better than it should be on what it had not seen.
+fn trusted(folder: &Path, least: f64) -> Result<(), TrainError> {
+    match read_accuracy(folder)? {
+        Some(accuracy) if accuracy < least => Err(TrainError::Settings(format!(
+            "--reward-adapter {}: right about {:.1} % of held-out pairs, needed {:.1} % \
+             (min_reward_accuracy): a policy would learn its noise",
+            folder.display(),
+            accuracy * 100.0,
+            least * 100.0
+        ))),
+        Some(_) => Ok(()),
+        None if least > 0.0 => {
+            eprintln!(
+                "warning: {0}: nothing says how well it does on held-out pairs (measure it with: \
+                 quantune eval --reward {0} --data PAIRS)",
+                folder.display()
+            );
+            Ok(())
+        }
+        None => Ok(()),
+    }
+}
+
+/// `Σ log π/π_ref` over the tokens of a response, in nats.
+fn divergence(logps: &[f32], ref_logps: &[f32]) -> f64 {
+    logps.iter().zip(ref_logps).map(|(&p, &r)| f64::from(kl_k1(p, r))).sum()
+}
+
+fn mean(values: impl Iterator<Item = f64>) -> f64 {
+    let (sum, count) = values.fold((0.0, 0u64), |(sum, count), value| (sum + value, count + 1));
+    if count == 0 { 0.0 } else { sum / count as f64 }
+}
+
+/// JSON has no NaN.
+fn finite(value: f64) -> Option<f64> {
+    value.is_finite().then_some(value)
+}
