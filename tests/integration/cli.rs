@@ -1,216 +1,20 @@
 //! The binary as a user runs it: every flag changes something, wrong input ends in one sentence,
 //! a killed run goes on to the same bytes.
 
-use std::collections::BTreeSet;
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use quantune::weights::{OwnedValue, write_gguf};
 use quantune_adapters::rng::Stream;
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::Value;
-use tempfile::TempDir;
 
+use crate::binary::{
+    Lab, adapter, base, common_rows, error, every_flag, interrupt, kill, last_json, quantune,
+    reward_adapters, strings, walk,
+};
 use crate::support::{golden, model_path};
-
-fn quantune(args: &[String]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_quantune")).args(args).output().unwrap()
-}
-
-fn strings(args: &[&str]) -> Vec<String> {
-    args.iter().map(|arg| arg.to_string()).collect()
-}
-
-/// The JSON object on the last line of stdout.
-fn last_json(output: &Output) -> Value {
-    let stdout = String::from_utf8(output.stdout.clone()).unwrap();
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{stderr}");
-    serde_json::from_str(stdout.lines().last().expect("a line")).unwrap()
-}
-
-/// The one line of stderr that begins with `error: `.
-fn error(output: &Output) -> String {
-    let stderr = String::from_utf8(output.stderr.clone()).unwrap();
-    let errors: Vec<&str> = stderr.lines().filter(|line| line.starts_with("error: ")).collect();
-    assert_eq!(errors.len(), 1, "{stderr}");
-    assert!(!stderr.contains("panicked"), "{stderr}");
-    errors[0].to_string()
-}
-
-/// A folder with data files of a few rows.
-struct Lab {
-    folder: TempDir,
-}
-
-impl Lab {
-    fn new() -> Self {
-        let lab = Self { folder: tempfile::tempdir().unwrap() };
-        let row = |i: usize| {
-            let question = format!("question {i} about {}", "words ".repeat(i % 7));
-            format!(
-                r#"{{"messages": [{{"role": "user", "content": "{question}"}}, {{"role": "assistant", "content": "answer {}"}}]}}"#,
-                i * i
-            )
-        };
-        let rows = |range: std::ops::Range<usize>| range.map(row).collect::<Vec<_>>().join("\n");
-        lab.write("rows.jsonl", &rows(0..40));
-        lab.write("held_out.jsonl", &rows(50..55));
-        lab.write("settings.toml", "learning_rate = 0.05\n");
-        lab.write("text.txt", &"a text with several words in it, again and again. ".repeat(40));
-        lab
-    }
-
-    /// The tiny Llama with a date in its chat template.
-    fn dated_base(&self) -> String {
-        let folder = self.folder.path().join("dated");
-        fs::create_dir_all(&folder).unwrap();
-        for file in fs::read_dir(model_path("llama-tiny")).unwrap() {
-            let file = file.unwrap().path();
-            fs::copy(&file, folder.join(file.file_name().unwrap())).unwrap();
-        }
-        let template = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}<|im_start|>{{ m.role }}\n\
-                        {{ m.content }}<|im_end|>\n{% endfor %}\
-                        {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
-        fs::write(folder.join("chat_template.jinja"), template).unwrap();
-        folder.display().to_string()
-    }
-
-    /// The tiny Llama as a sequence classifier with one label.
-    fn reward_model(&self) -> String {
-        let folder = self.folder.path().join("classifier");
-        fs::create_dir_all(&folder).unwrap();
-        for file in fs::read_dir(model_path("llama-tiny")).unwrap() {
-            let file = file.unwrap().path();
-            fs::copy(&file, folder.join(file.file_name().unwrap())).unwrap();
-        }
-        let path = folder.join("model.safetensors");
-        let bytes = fs::read(&path).unwrap();
-        let file = SafeTensors::deserialize(&bytes).unwrap();
-        let mut stream = Stream::new(5, "score", &[]);
-        let score: Vec<u8> = (0..64).flat_map(|_| stream.normal().to_le_bytes()).collect();
-        let score = TensorView::new(Dtype::F32, vec![1, 64], &score).unwrap();
-        let mut tensors = file.tensors();
-        tensors.push(("score.weight".into(), score));
-        fs::write(&path, safetensors::serialize(tensors, None).unwrap()).unwrap();
-        folder.display().to_string()
-    }
-
-    fn path(&self, name: &str) -> String {
-        self.folder.path().join(name).display().to_string()
-    }
-
-    fn write(&self, name: &str, text: &str) {
-        fs::write(self.folder.path().join(name), text).unwrap();
-    }
-}
-
-fn adapter() -> String {
-    golden("train/llama-tiny/final").display().to_string()
-}
-
-fn base() -> String {
-    model_path("llama-tiny").display().to_string()
-}
-
-/// Everything a run left that does not depend on time or place, and is not an echo of the flags.
-fn traces(output: &Output, out: Option<&Path>) -> String {
-    let mut traces = String::new();
-    if output.status.success() {
-        let stdout = String::from_utf8(output.stdout.clone()).unwrap();
-        match stdout.lines().last().map(serde_json::from_str::<Value>) {
-            Some(Ok(mut value)) => {
-                for volatile in ["tokens_per_second", "peak_rss_bytes", "adapter"] {
-                    value.as_object_mut().unwrap().remove(volatile);
-                }
-                traces += &value.to_string();
-            }
-            _ => traces += "no JSON",
-        }
-    } else {
-        traces += &error(output);
-    }
-    if let Some(out) = out {
-        let mut files = Vec::new();
-        walk(out, &mut files);
-        files.sort();
-        for file in files {
-            let name = file.strip_prefix(out).unwrap().display().to_string();
-            if name.starts_with("tensorboard") || name == "config.toml" || name == "lock" {
-                continue;
-            }
-            let bytes = fs::read(&file).unwrap();
-            let sum =
-                bytes.iter().fold(0u64, |h, b| (h ^ u64::from(*b)).wrapping_mul(0x100_0000_01b3));
-            traces += &format!("\n{name} {} {sum:x}", bytes.len());
-        }
-    }
-    traces
-}
-
-fn walk(folder: &Path, files: &mut Vec<PathBuf>) {
-    let Ok(entries) = fs::read_dir(folder) else { return };
-    for path in entries.map(|entry| entry.unwrap().path()) {
-        if path.is_dir() { walk(&path, files) } else { files.push(path) }
-    }
-}
-
-/// The flags that `--help` of a command names.
-fn flags(command: &[&str]) -> BTreeSet<String> {
-    let mut args = strings(command);
-    args.push("--help".into());
-    let help = String::from_utf8(quantune(&args).stdout).unwrap();
-    let lines = help.lines().map(str::trim_start).filter(|line| line.starts_with('-'));
-    let long = lines.filter_map(|line| line.split_whitespace().find(|word| word.starts_with("--")));
-    let flags = long.map(|flag| flag.trim_end_matches(',').to_string());
-    flags.filter(|flag| flag != "--help").collect()
-}
-
-/// Runs `command` with and without each row of `table` (which replaces flags of the same name) and
-/// demands other traces, and of neither an error. Every flag of `--help` must be the last of a row
-/// or among those `tested_apart`.
-fn every_flag(
-    command: &[&str],
-    base: &[(&str, &str)],
-    table: &[&[(&str, &str)]],
-    tested_apart: &[&str],
-    lab: &Lab,
-) {
-    let run = |row: &[(&str, &str)], number: usize| -> String {
-        let out = lab.folder.path().join(format!("run-{number}"));
-        let mut args = strings(command);
-        let kept = base.iter().filter(|(flag, _)| !row.iter().any(|(f, _)| f == flag));
-        for (flag, value) in kept.chain(row) {
-            // A row takes a flag of the base away with "-".
-            if *value == "-" {
-                continue;
-            }
-            args.push(flag.to_string());
-            if !value.is_empty() {
-                args.push(value.replace("OUT", &out.display().to_string()));
-            }
-        }
-        let output = quantune(&args);
-        traces(&output, base.iter().any(|(flag, _)| *flag == "--out").then_some(out.as_path()))
-    };
-    let plain = run(&[], 0);
-    assert!(!plain.starts_with("error"), "{plain}");
-    let mut covered: BTreeSet<String> = tested_apart.iter().map(|flag| flag.to_string()).collect();
-    for (number, row) in table.iter().enumerate() {
-        // The last flag of a row is the one under test; those before it set the scene.
-        let (flag, scene) = row.split_last().unwrap();
-        let without = if scene.is_empty() { plain.clone() } else { run(scene, 2 * number + 1) };
-        let with = run(row, 2 * number + 2);
-        for traces in [&without, &with] {
-            assert!(!traces.starts_with("error"), "{command:?} {row:?}: {traces}");
-        }
-        assert_ne!(without, with, "{command:?}: {flag:?} changes nothing");
-        covered.insert(flag.0.to_string());
-    }
-    assert_eq!(flags(command).difference(&covered).collect::<Vec<_>>(), Vec::<&String>::new());
-}
 
 #[test]
 fn every_flag_of_sft_changes_something() {
@@ -228,59 +32,15 @@ fn every_flag_of_sft_changes_something() {
         ("--json", ""),
     ];
     let other_base = model_path("qwen2-tiny").display().to_string();
-    let table: &[&[(&str, &str)]] = &[
-        &[("--base", &other_base)],
-        &[("--data", &held_out)],
-        &[("--out", "OUT/elsewhere")], // the traces name the files from OUT on
-        &[("--max-steps", "2")],
-        &[("--r", "3")],
-        &[("--max-length", "48")],
-        &[("--threads", "2")],
-        &[("--json", "-")],
-        &[("--eval-data", &held_out)],
-        &[("--eval-strategy", "epoch")],
-        &[("--eval-data", &held_out), ("--eval-strategy", "steps"), ("--eval-steps", "1")],
-        &[("--adapter", &adapter)],
-        &[("--lora-alpha", "4")],
-        &[("--lora-dropout", "0.5")],
-        &[("--target-modules", "q_proj,v_proj")],
-        &[("--exclude-modules", "q_proj")],
-        &[("--rank-pattern", "q_proj=1")],
-        &[("--alpha-pattern", "q_proj=1")],
-        &[("--target-modules", "q_proj"), ("--layers-to-transform", "1")],
-        // A list of another name holds no layers here: what is left is the module named in full.
-        &[
-            ("--target-modules", "q_proj,model.layers.0.mlp.up_proj"),
-            ("--layers-to-transform", "1"),
-            ("--layers-pattern", "h"),
-        ],
-        &[("--use-rslora", "true")],
-        &[("--init-lora-weights", "gaussian")],
-        &[("--learning-rate", "0.01")],
-        &[("--lr-scheduler-type", "constant")],
-        &[("--warmup-ratio", "0.5")],
-        &[("--warmup-steps", "2")],
-        &[("--weight-decay", "0.5")],
-        &[("--adam-beta1", "0.5")],
-        &[("--adam-beta2", "0.5")],
-        &[("--adam-epsilon", "0.1")],
-        &[("--max-grad-norm", "0.001")],
-        &[("--per-device-train-batch-size", "2")],
-        &[("--gradient-accumulation-steps", "2")],
-        &[("--max-steps", "0"), ("--num-train-epochs", "2")],
-        &[("--packing", "false")],
-        &[("--base", &dated), ("--template-date", "2020-01-01")],
-        &[("--no-shuffle", "")],
-        &[("--gradient-checkpointing", "true")],
-        &[("--memory-budget", "1MB")],
-        &[("--seed", "7")],
-        &[("--compute", "portable")],
-        &[("--save-steps", "1")],
-        &[("--save-steps", "1"), ("--save-total-limit", "1")],
-        &[("--config", &settings)],
-    ];
+    let mut table = common_rows(&held_out, &settings, &adapter, &dated);
+    table.extend([
+        vec![("--base", &*other_base)],
+        vec![("--max-length", "48")],
+        vec![("--gradient-accumulation-steps", "2")],
+        vec![("--packing", "false")],
+    ]);
     let tested_apart = &["--resume"]; // resume_goes_on_with_the_next_step
-    every_flag(&["sft"], base_args, table, tested_apart, &lab);
+    every_flag(&["sft"], base_args, &table, tested_apart, &lab);
 }
 
 /// A run whose last checkpoint is that of step 2 does steps 3 and 4, to the same bytes; here on
@@ -343,24 +103,61 @@ fn a_long_text_is_scored_whole() {
 
 #[test]
 fn every_flag_of_eval_changes_something() {
-    let lab = Lab::new();
+    let lab = Lab::with_comparisons();
     let (rows, held_out) = (lab.path("rows.jsonl"), lab.path("held_out.jsonl"));
     let (base, adapter, dated) = (base(), adapter(), lab.dated_base());
     let base_args: &[(&str, &str)] =
         &[("--base", &base), ("--data", &rows), ("--threads", "1"), ("--json", "")];
     let other_base = model_path("qwen2-tiny").display().to_string();
-    let table: &[&[(&str, &str)]] = &[
-        &[("--base", &other_base)],
-        &[("--data", &held_out)],
-        &[("--threads", "2")],
-        &[("--json", "-")],
-        &[("--adapter", &adapter)],
-        &[("--max-length", "32")],
-        &[("--base", &dated), ("--template-date", "2020-01-01")],
-        &[("--compute", "portable")],
+    let [reward, other_reward] = reward_adapters();
+    let prompts = lab.path("held_out_prompts.jsonl");
+    let asked = [("--data", "-"), ("--prompts", &*prompts), ("--reward", &*reward)];
+    let mut table: Vec<Vec<(&str, &str)>> = vec![
+        vec![("--base", &other_base)],
+        vec![("--data", &held_out)],
+        vec![("--threads", "2")],
+        vec![("--json", "-")],
+        vec![("--adapter", &adapter)],
+        vec![("--max-length", "32")],
+        vec![("--base", &dated), ("--template-date", "2020-01-01")],
+        vec![("--compute", "portable")],
     ];
-    let tested_apart = &["--text", "--n-ctx"]; // they exclude --data
-    every_flag(&["eval"], base_args, table, tested_apart, &lab);
+    let of_replies = [
+        ("--against", &*adapter),
+        ("--max-tokens", "5"),
+        ("--temperature", "0"),
+        ("--samples", "2"),
+        ("--seed", "7"),
+    ];
+    table.extend(of_replies.map(|flag| [&asked[..], &[flag]].concat()));
+    // They exclude --data, or need one another; or write a file.
+    let tested_apart = &["--text", "--n-ctx", "--prompts", "--reward", "--scores", "--replies"];
+    every_flag(&["eval"], base_args, &table, tested_apart, &lab);
+
+    let (pairs, file) = (lab.path("pairs.jsonl"), lab.path("file.jsonl"));
+    let judged = |flags: &[&str]| {
+        let args = [&["eval", "--base", &*base], flags, &["--json"]].concat();
+        last_json(&quantune(&strings(&args)))
+    };
+    let lines = || -> Vec<Value> {
+        let text = fs::read_to_string(&file).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let of_pairs = judged(&["--data", &pairs, "--reward", &reward, "--scores", &file]);
+    assert_eq!((&of_pairs["rows"], &of_pairs["pairs"]), (&Value::from(40), &Value::from(40)));
+    let is_right = |line: &&Value| {
+        let score = |i: usize| line["scores"][i].as_f64().unwrap();
+        score(0) > score(1)
+    };
+    let right = lines().iter().filter(is_right).count();
+    assert_eq!(of_pairs["accuracy"].as_f64().unwrap(), right as f64 / 40.0);
+    assert_ne!(judged(&["--data", &pairs, "--reward", &other_reward])["loss"], of_pairs["loss"]);
+    let of_prompts = judged(&["--prompts", &prompts, "--reward", &reward, "--replies", &file]);
+    let rewards: Vec<f64> = lines().iter().map(|line| line["reward"].as_f64().unwrap()).collect();
+    let mean = rewards.iter().sum::<f64>() / rewards.len() as f64;
+    assert_eq!(rewards.len(), 8);
+    assert!((of_prompts["reward"].as_f64().unwrap() - mean).abs() < 1e-9);
+    assert_ne!(judged(&["--prompts", &prompts, "--reward", "length:3"])["reward"], mean);
 
     lab.write("other.txt", &"another text with words in it, again and again. ".repeat(40));
     let scored = |text: &str, n_ctx: &str| {
@@ -510,30 +307,22 @@ fn what_cannot_judge_replies_is_named() {
 fn every_flag_of_inspect_and_tokenizer_changes_something() {
     let lab = Lab::new();
     let gguf = model_path("llama-q8_0").display().to_string();
-    every_flag(
-        &["inspect", &gguf],
-        &[("--threads", "1"), ("--json", "")],
-        &[&[("--threads", "2")], &[("--json", "-")]],
-        &[],
-        &lab,
-    );
+    let table: &[&[(&str, &str)]] = &[&[("--threads", "2")], &[("--json", "-")]];
+    every_flag(&["inspect", &gguf], &[("--threads", "1"), ("--json", "")], table, &[], &lab);
     let (text, base) = (lab.path("text.txt"), base());
     lab.write("special.txt", "<|im_start|>user");
     let special = lab.path("special.txt");
     let other_base = model_path("qwen2-tiny").display().to_string();
-    every_flag(
-        &["tokenizer", "encode"],
-        &[("--base", &base), ("--text", &text), ("--threads", "1"), ("--json", "")],
-        &[
-            &[("--base", &other_base)],
-            &[("--text", &special)],
-            &[("--text", &special), ("--parse-special", "")],
-            &[("--threads", "2")],
-            &[("--json", "-")],
-        ],
-        &[],
-        &lab,
-    );
+    let base_args: &[(&str, &str)] =
+        &[("--base", &base), ("--text", &text), ("--threads", "1"), ("--json", "")];
+    let table: &[&[(&str, &str)]] = &[
+        &[("--base", &other_base)],
+        &[("--text", &special)],
+        &[("--text", &special), ("--parse-special", "")],
+        &[("--threads", "2")],
+        &[("--json", "-")],
+    ];
+    every_flag(&["tokenizer", "encode"], base_args, table, &[], &lab);
 }
 
 #[test]
@@ -708,19 +497,6 @@ fn a_killed_run_goes_on_to_the_same_bytes() {
     assert!(inside > 0);
 }
 
-/// SIGKILL from `moment` on, as soon as `ready`; whether the run was still going.
-fn kill(mut child: Child, moment: Duration, ready: impl Fn() -> bool) -> bool {
-    let began = Instant::now();
-    while child.try_wait().unwrap().is_none() {
-        if began.elapsed() >= moment && ready() {
-            break;
-        }
-        std::thread::sleep(Duration::from_micros(100));
-    }
-    let _ = child.kill(); // an error says that it has just ended
-    !child.wait().unwrap().success()
-}
-
 /// Two processes on one run: the second says who is there, and a killed one is there no more.
 #[cfg(unix)]
 #[test]
@@ -752,18 +528,6 @@ fn one_run_is_one_process_at_a_time() {
     assert!(!first.wait().unwrap().success());
     assert!(error(&quantune(&fresh)).contains("--resume goes on with it"));
     assert!(quantune(&resumed).status.success());
-}
-
-/// Ctrl-C as soon as `ready`, and what the process then says.
-#[cfg(unix)]
-fn interrupt(mut child: Child, ready: impl Fn() -> bool) -> Output {
-    while !ready() {
-        assert!(child.try_wait().unwrap().is_none(), "it ended before it was interrupted");
-        std::thread::sleep(Duration::from_micros(500));
-    }
-    let pid = child.id().to_string();
-    assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
-    child.wait_with_output().unwrap()
 }
 
 /// Ctrl-C ends after a whole step, says how to go on, and going on gives the same bytes.

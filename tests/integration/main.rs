@@ -2,6 +2,7 @@
 
 mod adapters;
 mod allocations;
+mod binary;
 mod cli;
 mod comparisons;
 mod data;
@@ -9,6 +10,7 @@ mod generate;
 mod model;
 mod objectives;
 mod rl;
+mod rl_cli;
 mod rooms;
 mod support;
 mod text;

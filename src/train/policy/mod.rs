@@ -140,6 +140,7 @@ impl Rollouts {
             Task::Ppo(own) => {
                 print(&mut prints, "the reward adapter", &own.reward_adapter)?;
                 scorers.push(scoring(&own.reward_adapter, own.min_reward_accuracy)?);
+                print(&mut prints, "the value adapter", &own.value_adapter)?;
                 if !own.judge_adapter.as_os_str().is_empty() {
                     print(&mut prints, "the judge", &own.judge_adapter)?;
                     judge = Some(scoring(&own.judge_adapter, 0.0)?);
