@@ -69,7 +69,7 @@ for seed in $seeds; do
     stage "PPO, seed $seed"
     train ppo "ppo-$seed" "${rl[@]}" --reward-adapter "$out/reward-$first/adapter" --judge-adapter "$out/judge/adapter" \
         --max-steps "$updates" --batch-size 32 --num-ppo-epochs 2 --num-mini-batches 2 --response-length "$length" \
-        --temperature 1 --kl-coef 0.05 --normalize-scores --learning-rate 1e-4 --seed "$seed"
+        --temperature 1 --kl-coef 0.05 --normalize-scores --learning-rate 4e-4 --seed "$seed"
 done
 
 stage "DPO on the pairs of people"
@@ -78,7 +78,7 @@ train dpo dpo --data "$data/pairs.train.jsonl" --eval-data "$data/pairs.heldout.
 
 stage "GRPO on the reward model"
 train grpo grpo "${rl[@]}" --reward-adapter "$out/reward-$first/adapter" --max-steps "$updates" --batch-size 4 \
-    --num-generations 8 --max-completion-length "$length" --temperature 1 --beta 0.05 --learning-rate 1e-4
+    --num-generations 8 --max-completion-length "$length" --temperature 1 --beta 0.05 --learning-rate 2e-4
 
 for seed in $seeds; do
     [[ "$seed" == "$first" ]] || reward "$seed"
