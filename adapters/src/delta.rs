@@ -191,6 +191,13 @@ impl Adapter {
         Ok(())
     }
 
+    /// Takes the score head away, which leaves an adapter that generates.
+    pub fn remove_score(&mut self) {
+        self.score = None;
+        self.config.task_type = Some("CAUSAL_LM".into());
+        self.config.modules_to_save.clear();
+    }
+
     /// The same numbers in tensors of its own: a start for another adapter.
     pub fn copy(&self, name: &str) -> Result<Self> {
         let var = |var: &Var| Var::from_tensor(&var.as_detached_tensor().copy()?);

@@ -253,8 +253,18 @@ pub fn train(
         Source::Supervised(source) => source.results(&log, &progress)?,
         Source::Rollouts(source) => source.results(&log, &progress)?,
     };
+    let shared_head =
+        matches!(&settings.task, Task::Ppo(own) if own.value_model == ValueModel::Policy);
     for (name, adapter) in named() {
-        format::write_folder(adapter, &run.file(name))?;
+        let folder = run.file(name);
+        if shared_head {
+            // The policy is to generate; its values stay in the checkpoints.
+            let mut policy = adapter.copy("default")?;
+            policy.remove_score();
+            format::write_folder(&policy, &folder)?;
+        } else {
+            format::write_folder(adapter, &folder)?;
+        }
     }
     if let (Task::Reward(_), Some(accuracy)) = (&settings.task, results.get("eval_accuracy")) {
         run.write_accuracy(accuracy)?;

@@ -10,7 +10,7 @@ use quantune_adapters::delta::Adapter;
 use serde_json::{Map, Value, json};
 
 use super::TrainError;
-use super::fingerprints::{comparisons_print, tokens_print};
+use super::fingerprints::{comparisons_print, folder_fingerprint, tokens_print};
 use super::learner::{Learner, MicroBatch};
 use super::log::{Log, Numbers};
 use super::progress::{Progress, Work};
@@ -120,7 +120,18 @@ impl Supervised {
             };
             prints.push(("the held-out data".into(), sha256.clone()));
         }
+        if let Some(folder) = self.reference_folder().filter(|path| !path.as_os_str().is_empty()) {
+            prints.push(("the reference adapter".into(), folder_fingerprint(folder)?));
+        }
         Ok(prints)
+    }
+
+    /// The folder of the reference's adapter, empty for the bare base, if the loss has a reference.
+    fn reference_folder(&self) -> Option<&Path> {
+        let Task::Dpo(own) = &self.task else { return None };
+        let given = !own.ref_adapter.as_os_str().is_empty();
+        let folder = if given { &own.ref_adapter } else { &self.common.adapter };
+        (own.loss_type.has_reference() && !own.reference_free).then_some(folder)
     }
 
     /// Takes up the run: writes what was held out, and computes what the reference says of all rows,
@@ -138,16 +149,8 @@ impl Supervised {
         }
         self.planned = state.epoch;
         self.plan = self.plan_of(state.epoch);
-        let (Task::Dpo(own), Rows::Comparisons(data)) = (&self.task, &self.rows) else {
+        let (Some(folder), Rows::Comparisons(data)) = (self.reference_folder(), &self.rows) else {
             return Ok(());
-        };
-        if !own.loss_type.has_reference() || own.reference_free {
-            return Ok(());
-        }
-        let folder = if own.ref_adapter.as_os_str().is_empty() {
-            &self.common.adapter
-        } else {
-            &own.ref_adapter
         };
         let worn = reference::worn(folder, decoder)?;
         let held_out = match &self.held_out {

@@ -429,6 +429,10 @@ fn a_fresh_policy_is_its_reference() {
         assert_eq!(found["warnings"], Value::Array(Vec::new()), "{name}");
         let value = Path::new(&out).join("value_adapter/adapter_model.safetensors");
         assert_eq!(value.exists(), !more.contains(&("--value-model", "policy")), "{name}");
+        // The next run goes on from the policy, wherever the values were.
+        let policy = format!("{out}/adapter");
+        let next = [&flags[..], &steps, &[("--adapter", &*policy)]].concat();
+        run("ppo", &next, &lab.path(&format!("{name}-next")));
     };
     check("fresh", &[]);
     check("continued", &[("--adapter", &*adapter)]);
@@ -603,6 +607,19 @@ fn a_run_goes_on_only_as_it_was() {
     copy(&other, "reward");
     let sentence = error(&resume("ppo", &[]));
     assert!(sentence.contains("the reward adapter changed since the run began"), "{sentence}");
+
+    let (pairs, reference, out) =
+        (lab.path("pairs.jsonl"), copy(&adapter(), "ref"), lab.path("dpo"));
+    let flags = [
+        ("--base", &*base),
+        ("--data", &*pairs),
+        ("--ref-adapter", &*reference),
+        ("--max-steps", "1"),
+    ];
+    run("dpo", &flags, &out);
+    copy(&golden("rl/dpo/final").display().to_string(), "ref");
+    let sentence = error(&quantune(&arguments("dpo", &[("--resume", "")], &out)));
+    assert!(sentence.contains("the reference adapter changed since the run began"), "{sentence}");
 
     // It dies in the third update, and once it is mended the run goes on to the same bytes.
     let mended = lab.path("mended");
