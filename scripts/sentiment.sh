@@ -84,11 +84,11 @@ for seed in $seeds; do
     [[ "$seed" == "$first" ]] || reward "$seed"
 done
 
-stage "Report: 128 held-out prompts, 2 replies each, by the judge"
+stage "Report: replies to 128 held-out prompts, by the judge"
 report() {
     local name="$1" against="$2"
     shift 2
-    "$quantune" eval --base "$base" --prompts "$data/prompts.heldout.jsonl" --reward "$out/judge/adapter" --samples 2 \
+    "$quantune" eval --base "$base" --prompts "$data/prompts.heldout.jsonl" --reward "$out/judge/adapter" \
         --temperature 1 --max-tokens "$length" "$@" --against "$against" --replies "$out/$name.replies.jsonl" --json |
         tee "$out/$name.report.json" >/dev/null
 }
