@@ -74,9 +74,13 @@ impl Replies {
     ) -> Result<Value> {
         let path = self.prompts.as_ref().context("needed --prompts")?;
         let most = self.max_tokens.unwrap_or(64);
-        let window = decoder.config.max_position_embeddings;
+        // A reward model reads what ends a turn behind the reply, in the same window.
+        let ending = 1 + tokenizer.after_turn()?.len();
+        let window = decoder.config.max_position_embeddings.saturating_sub(ending);
         if most == 0 || most >= window {
-            bail!("--max-tokens is {most}, needed 1 to less than the model's window of {window}");
+            bail!(
+                "--max-tokens is {most}, needed 1 to less than the {window} tokens of the model's window"
+            );
         }
         let temperature = self.temperature.unwrap_or(0.7);
         let never = AtomicBool::new(false); // nothing is lost: Ctrl-C ends the process

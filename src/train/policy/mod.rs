@@ -101,7 +101,10 @@ impl Rollouts {
         stop: &AtomicBool,
     ) -> Result<Self, TrainError> {
         let common = settings.common.clone();
-        let most = common.max_length.min(decoder.config.max_position_embeddings);
+        // A reward model reads what ends a turn behind the response, in the same window.
+        let ending = 1 + tokenizer.after_turn()?.len();
+        let window = decoder.config.max_position_embeddings.saturating_sub(ending);
+        let most = common.max_length.min(window);
         let length = response_length(&settings.task);
         if length >= most {
             let fault = format!(
