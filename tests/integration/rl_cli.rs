@@ -530,7 +530,7 @@ fn what_is_wrong_with_rollouts_is_told() {
         refused.check(&[("--reward-adapter", &base)], &[&*base]);
         refused.check(&[("--base", &other_base)], &["adapter_model.safetensors"]);
         refused.check(&[("--adapter", &reward)], &["--adapter", "score head", "generates"]);
-        refused.check(&[("--data", &long)], &["long.jsonl:2: the prompt has", "at most 120"]);
+        refused.check(&[("--data", &long)], &["long.jsonl:2: the prompt has", "at most 118"]);
         let cut = [("--max-length", "20")];
         refused.check(&cut, &["prompts.jsonl:1: the prompt has", "at most 12"]);
         refused.check(&[(length, "128")], &["no room is left for a prompt"]);
