@@ -33,8 +33,8 @@ def main():
     judge = read(out / "judge.json")
     print(f"judge: right about {100 * judge['eval_accuracy']:.1f} %, calibration error {judge['eval_calibration_error']:.3f}")
     print()
-    head = ("", "judge", "wins vs sft", "wins vs base", "KL", "tokens", "entropy", "distinct-2", "s")
-    print("{:>8} {:>16} {:>13} {:>13} {:>7} {:>7} {:>8} {:>11}".format(*head[:-1]))
+    head = ("", "judge", "wins vs sft", "wins vs base", "KL", "tokens", "entropy", "distinct-2")
+    print("{:>8} {:>16} {:>13} {:>13} {:>7} {:>7} {:>8} {:>11}".format(*head))
 
     def row(name, figures, wins, wins_base, kl):
         judged = f"{figures['reward']:+.3f} ± {figures['reward_error']:.3f}"

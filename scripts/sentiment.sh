@@ -32,7 +32,7 @@ stage() { printf '\n== %s (at %d s)\n' "$*" "$SECONDS"; }
 train() {
     local command="$1" folder="$out/$2"
     shift 2
-    if [[ -d "$folder/adapter" ]]; then
+    if [[ -s "$folder.json" ]]; then
         echo "$folder is there already"
     elif [[ -f "$folder/config.toml" ]]; then
         "$quantune" "$command" --out "$folder" --resume --json | tee "$folder.json"

@@ -33,10 +33,11 @@ python3 scripts/fetch_model.py
 stage "The base"
 count
 stage "Fine-tuned on 400 sums"
-"$quantune" sft --base "$base" --data "$data/sft.jsonl" --out "$out/sft" --num-train-epochs 2 --learning-rate 5e-4
+[[ -d "$out/sft/adapter" ]] ||
+    "$quantune" sft --base "$base" --data "$data/sft.jsonl" --out "$out/sft" --num-train-epochs 2 --learning-rate 5e-4
 count --adapter "$out/sft/adapter"
 stage "GRPO: 16 questions an update, 8 answers each"
-"$quantune" grpo --base "$base" --adapter "$out/sft/adapter" --data "$data/prompts.train.jsonl" --reward numeric:answer \
+[[ -d "$out/grpo/adapter" ]] || "$quantune" grpo --base "$base" --adapter "$out/sft/adapter" --data "$data/prompts.train.jsonl" --reward numeric:answer \
     --out "$out/grpo" --max-steps "$updates" --batch-size 16 --num-generations 8 --max-completion-length 12 \
     --per-device-train-batch-size 64 --learning-rate 1e-4 --rollout-slots 32
 count --adapter "$out/grpo/adapter"

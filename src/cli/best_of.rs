@@ -96,8 +96,14 @@ impl BestOf {
         self.asked() && none && reward_adapter.is_none() && reward_model.is_none()
     }
 
-    /// Loads what judges: said before anything is sampled, if it cannot be.
-    pub fn judge(&self, decoder: &Decoder) -> Result<Judge> {
+    /// Whether replies are read through to what ends a turn.
+    pub fn reads_endings(&self) -> bool {
+        self.asked() && self.reward_adapter.is_some()
+    }
+
+    /// Loads what judges: said before anything is sampled, if it cannot be. `now` is the day that a
+    /// reward model's template shows.
+    pub fn judge(&self, decoder: &Decoder, now: Option<u64>) -> Result<Judge> {
         let (mut sources, mut adapter, mut model) = (Vec::new(), None, None);
         for spec in &self.reward {
             sources.push(RewardSource::rule(spec)?);
@@ -115,7 +121,7 @@ impl BestOf {
             sources.push(RewardSource::Model { name: "reward_adapter".into() });
         }
         if let Some(path) = &self.reward_model {
-            model = Some(RewardModel::load(path, decoder.compute)?);
+            model = Some(RewardModel::load(path, decoder.compute, now)?);
             sources.push(RewardSource::Model { name: "reward_model".into() });
         }
         if self.by_logprobs() {
@@ -134,17 +140,19 @@ pub struct Judge {
 }
 
 impl Judge {
-    /// Judges the replies to a prompt, those to a conversation as `chat`. Rules and programs see of a
+    /// Judges the replies to a prompt, those to a conversation with its `messages`. Rules and programs see of a
     /// row its prompt alone.
     pub fn judge(
         &mut self,
         decoder: &Decoder,
         tokenizer: &Tokenizer,
         (prompt, prompt_ids): (&str, &[u32]),
-        chat: bool,
+        messages: Option<Vec<Value>>,
         replies: &[Candidate],
     ) -> Result<Judged> {
-        let row = Map::from_iter([("prompt".to_string(), json!(prompt))]);
+        let chat = messages.is_some();
+        let asked = messages.map_or(json!(prompt), Value::Array);
+        let row = Map::from_iter([("prompt".to_string(), asked)]);
         let samples = replies.iter().map(|reply| {
             let Generated { finish, token_ids, .. } = &reply.generated;
             Sample {

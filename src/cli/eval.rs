@@ -43,13 +43,13 @@ pub struct Eval {
     replies: Replies,
     /// Tokens of an example of --data: a longer `text` is split into several, longer `messages`,
     /// `prompt`/`completion` and `input_ids` rows are cut at their end [default: 1024]
-    #[arg(long, conflicts_with = "text")]
+    #[arg(long, conflicts_with_all = ["text", "prompts"])]
     max_length: Option<usize>,
     /// A text, scored as llama.cpp's perplexity: in chunks, the second half of each
     #[arg(long)]
     text: Option<PathBuf>,
     /// Tokens of a chunk of --text [default: 512]
-    #[arg(long, conflicts_with = "data")]
+    #[arg(long, conflicts_with_all = ["data", "prompts"])]
     n_ctx: Option<usize>,
     /// The day, YYYY-MM-DD, that a chat template with a date shows [default: today]
     #[arg(long, conflicts_with = "text")]

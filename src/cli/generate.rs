@@ -13,7 +13,7 @@ use super::{AdapterArg, load_adapters, open_tokenizer};
 use crate::generate::{Request, Sampling, Settings, StopStrings, generate};
 use crate::model::{Adapters, CacheType, Decoder};
 use crate::ops::Compute;
-use crate::text::{DecodeStream, Special, TextError, Tokenizer};
+use crate::text::{DecodeStream, Special, TextError, Tokenizer, first_second};
 use crate::weights::Checkpoint;
 
 #[derive(Debug, clap::Args)]
@@ -91,14 +91,19 @@ impl Generate {
         let worn = load_adapters(&self.adapter, &decoder)?;
         let prompt = self.prompt_ids(&tokenizer)?;
 
-        let judge = self.best_of.asked().then(|| self.best_of.judge(&decoder)).transpose()?;
+        let now = self.template_date.as_deref().and_then(first_second);
+        let judge = self.best_of.asked().then(|| self.best_of.judge(&decoder, now)).transpose()?;
+        let mut max_tokens = self.max_tokens.unwrap_or(256);
+        if self.best_of.reads_endings() {
+            // A reward model reads what ends a turn behind the reply, in the same window.
+            let ending = 1 + tokenizer.after_turn().map_or(0, |after| after.len());
+            let window = decoder.config.max_position_embeddings;
+            max_tokens = max_tokens.min(window.saturating_sub(prompt.len() + ending).max(1));
+        }
         let settings = Settings {
             sampling,
-            max_tokens: self.max_tokens.unwrap_or(256),
-            cache: self.cache_type.unwrap_or(match decoder.compute {
-                Compute::F32 | Compute::Portable => CacheType::F32,
-                Compute::Int16 | Compute::Int8 => CacheType::F16,
-            }),
+            max_tokens,
+            cache: self.cache_type.unwrap_or(CacheType::of(decoder.compute)),
             logprobs: self.logprobs.or(self.best_of.by_logprobs().then_some(0)),
             draws: false,
             slots: SLOTS,
@@ -149,7 +154,8 @@ impl Generate {
             Some(mut judge) => {
                 let prompt = (&self.prompt[..], &prompt[..]);
                 let chat = !self.raw && tokenizer.chat_template().is_some();
-                Some(judge.judge(&decoder, &tokenizer, prompt, chat, &candidates)?)
+                let messages = chat.then(|| self.messages());
+                Some(judge.judge(&decoder, &tokenizer, prompt, messages, &candidates)?)
             }
             None => None,
         };
@@ -205,6 +211,13 @@ impl Generate {
         }
     }
 
+    /// The conversation that asks for an answer.
+    fn messages(&self) -> Vec<Value> {
+        let message = |role: &str, content: &str| json!({ "role": role, "content": content });
+        let system = self.system.iter().map(|content| message("system", content));
+        system.chain([message("user", &self.prompt)]).collect()
+    }
+
     /// The prompt through the chat template; a base without one goes on from the bare text.
     fn prompt_ids(&self, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
         if self.raw {
@@ -217,10 +230,7 @@ impl Generate {
             eprintln!("note: this base has no chat template; it goes on from the prompt as text");
             return Ok(tokenizer.with_bos(tokenizer.encode(&self.prompt, Special::AsText)?));
         };
-        let message = |role: &str, content: &str| json!({ "role": role, "content": content });
-        let system = self.system.iter().map(|content| message("system", content));
-        let messages: Vec<Value> = system.chain([message("user", &self.prompt)]).collect();
-        let text = template.render(&messages, None, true)?;
+        let text = template.render(&self.messages(), None, true)?;
         Ok(tokenizer.with_bos(tokenizer.encode(&text, Special::Parse)?))
     }
 }

@@ -70,8 +70,8 @@ enum Command {
     Ppo(Box<train::Train<PpoFlags>>),
     /// Learn from rewards of any kind by comparing responses to a prompt (GRPO, RLOO)
     Grpo(Box<train::Train<GrpoFlags>>),
-    /// Loss on rows under the masks of training, or perplexity of a text
-    Eval(eval::Eval),
+    /// Loss on rows, perplexity of a text, scores by a reward model, or replies judged and compared
+    Eval(Box<eval::Eval>),
     /// Answer a prompt
     Generate(Box<generate::Generate>),
     /// List what a GGUF, safetensors or adapter file holds

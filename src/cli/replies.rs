@@ -14,7 +14,6 @@ use crate::data::{Prompt, Prompts};
 use crate::eval::{Reply, diversity};
 use crate::generate::{Sampling, Settings};
 use crate::model::{CacheType, Decoder, Worn};
-use crate::ops::Compute;
 use crate::rollout::diagnose::mean_and_error;
 use crate::rollout::{Response, RewardSource, Rewards, Sample, respond};
 use crate::text::Tokenizer;
@@ -75,17 +74,20 @@ impl Replies {
         let path = self.prompts.as_ref().context("needed --prompts")?;
         let most = self.max_tokens.unwrap_or(64);
         // A reward model reads what ends a turn behind the reply, in the same window.
-        let ending = 1 + tokenizer.after_turn()?.len();
+        let ending = 1 + tokenizer.after_turn().map_or(0, |after| after.len());
         let window = decoder.config.max_position_embeddings.saturating_sub(ending);
         if most == 0 || most >= window {
             bail!(
                 "--max-tokens is {most}, needed 1 to less than the {window} tokens of the model's window"
             );
         }
+        if self.samples == Some(0) {
+            bail!("--samples is 0, needed at least 1");
+        }
         let temperature = self.temperature.unwrap_or(0.7);
         let never = AtomicBool::new(false); // nothing is lost: Ctrl-C ends the process
         let prompts = Prompts::load(path, tokenizer, window - most, &never)?.prompts;
-        let mut judge = Judge::load(reward, decoder, &prompts)?;
+        let mut judge = Judge::load(reward, decoder, path, &prompts)?;
         let worn = load_adapters(adapters, decoder)?;
         let other = match self.against.as_deref() {
             None => None,
@@ -105,32 +107,30 @@ impl Replies {
                     ..Sampling::default()
                 },
                 max_tokens: most,
-                cache: match decoder.compute {
-                    Compute::F32 | Compute::Portable => CacheType::F32,
-                    Compute::Int16 | Compute::Int8 => CacheType::F16,
-                },
+                cache: CacheType::of(decoder.compute),
                 logprobs: None,
                 draws: false,
                 slots: SLOTS,
             };
             let is_end = |token| tokenizer.is_end_of_generation(token);
-            let samples = self.samples.unwrap_or(1).max(1);
+            let samples = self.samples.unwrap_or(1);
             let responses =
                 respond::respond(decoder, worn, &tokens, samples, &settings, &is_end, 0)?;
             let owners = (0..responses.len()).map(|i| &prompts[i / samples]).collect::<Vec<_>>();
             judge.judge(decoder, tokenizer, &owners, responses)
         };
 
+        let samples = self.samples.unwrap_or(1);
         let judged = answer(&worn)?;
         let mut value = Map::from_iter([("prompts".to_string(), json!(prompts.len()))]);
-        value.extend(figures(decoder, &worn, &judged, temperature)?);
+        value.extend(figures(decoder, &worn, &judged, (temperature, samples))?);
         let mut lines = self.lines(&prompts, "reply", &judged);
         if let Some(other) = other {
             let others = answer(&other)?;
-            let (rate, error) = win_rate(&judged.rewards, &others.rewards);
+            let (rate, error) = win_rate(&judged.rewards, &others.rewards, samples);
             value.insert("win_rate".into(), json!(rate));
             value.insert("win_rate_error".into(), json!(error));
-            let figures = figures(decoder, &other, &others, temperature)?;
+            let figures = figures(decoder, &other, &others, (temperature, samples))?;
             value.insert("against".into(), Value::Object(figures));
             lines.extend(self.lines(&prompts, "against", &others));
         }
@@ -154,7 +154,7 @@ impl Replies {
     }
 
     fn lines(&self, prompts: &[Prompt], by: &str, judged: &Judged) -> Vec<Value> {
-        let samples = self.samples.unwrap_or(1).max(1);
+        let samples = self.samples.unwrap_or(1);
         let line = |(i, text): (usize, &String)| {
             json!({
                 "prompt": prompts[i / samples].text,
@@ -176,7 +176,7 @@ struct Judge {
 }
 
 impl Judge {
-    fn load(reward: &str, decoder: &Decoder, prompts: &[Prompt]) -> Result<Self> {
+    fn load(reward: &str, decoder: &Decoder, path: &Path, prompts: &[Prompt]) -> Result<Self> {
         let folder = Path::new(reward);
         let (adapter, source) = if folder.is_dir() {
             let adapter = Worn::frozen(Arc::new(read_scoring(folder, decoder)?));
@@ -188,7 +188,9 @@ impl Judge {
         };
         let rewards = Rewards::new(vec![source], None)?;
         for prompt in prompts {
-            rewards.check(&prompt.row).with_context(|| format!("line {}", prompt.line))?;
+            rewards
+                .check(&prompt.row)
+                .with_context(|| format!("{}:{}", path.display(), prompt.line))?;
         }
         Ok(Self { adapter, rewards, after: Vec::new() })
     }
@@ -238,13 +240,16 @@ fn figures(
     decoder: &Decoder,
     worn: &[Worn],
     judged: &Judged,
-    temperature: f64,
+    (temperature, samples): (f64, usize),
 ) -> Result<Map<String, Value>> {
-    let (reward, error) = mean_and_error(&judged.rewards);
+    let (reward, error) = mean_and_error(&by_prompt(&judged.rewards, samples));
     let replies: Vec<Reply> = judged
         .responses
         .iter()
-        .map(|response| Reply { tokens: &response.tokens, finished: response.ended })
+        .map(|response| Reply {
+            tokens: &response.tokens[..response.tokens.len() - usize::from(response.ended)],
+            finished: response.ended,
+        })
         .collect();
     let spread = diversity(&replies);
     let heat = if temperature > 0.0 { temperature } else { 1.0 };
@@ -267,14 +272,21 @@ fn figures(
 }
 
 /// How often the first of two replies to a prompt has the higher reward, a tie half a win, and the
-/// standard error of it.
-fn win_rate(ours: &[f64], theirs: &[f64]) -> (f64, f64) {
+/// standard error of it over prompts.
+fn win_rate(ours: &[f64], theirs: &[f64], samples: usize) -> (f64, f64) {
     let won = |(ours, theirs): (&f64, &f64)| match ours.partial_cmp(theirs) {
         Some(std::cmp::Ordering::Greater) => 1.0,
         Some(std::cmp::Ordering::Equal) => 0.5,
         _ => 0.0,
     };
-    mean_and_error(&ours.iter().zip(theirs).map(won).collect::<Vec<f64>>())
+    let won: Vec<f64> = ours.iter().zip(theirs).map(won).collect();
+    mean_and_error(&by_prompt(&won, samples))
+}
+
+/// The means of each prompt's replies, which depend on one another.
+fn by_prompt(values: &[f64], samples: usize) -> Vec<f64> {
+    let mean = |of_prompt: &[f64]| of_prompt.iter().sum::<f64>() / of_prompt.len() as f64;
+    values.chunks(samples).map(mean).collect()
 }
 
 fn show(name: &str, figures: &Map<String, Value>) {
@@ -295,6 +307,7 @@ mod tests {
 
     #[test]
     fn a_tie_is_half_a_win() {
-        assert_eq!(win_rate(&[1.0, 2.0, 3.0, 0.0], &[0.0, 2.0, 4.0, -1.0]).0, 2.5 / 4.0);
+        assert_eq!(win_rate(&[1.0, 2.0, 3.0, 0.0], &[0.0, 2.0, 4.0, -1.0], 1).0, 2.5 / 4.0);
+        assert_eq!(by_prompt(&[1.0, 2.0, 3.0, 5.0], 2), [1.5, 4.0]);
     }
 }

@@ -9,9 +9,9 @@ use half::slice::HalfFloatSliceExt;
 use super::Config;
 use super::layer::{Tape, Workspace};
 use crate::isa::Isa;
-use crate::ops::Segment;
 use crate::ops::attention::{CachedQueries, Heads, KeyBlock, Keys, Qkv, Strided, each};
 use crate::ops::lanes::{Element, GROUP};
+use crate::ops::{Compute, Segment};
 
 /// How keys and values are kept.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -23,6 +23,16 @@ pub enum CacheType {
     F16,
     /// Eight bits, and a scale per head and token: a little more than a quarter.
     Q8,
+}
+
+impl CacheType {
+    /// As exact as the products of a mode.
+    pub fn of(compute: Compute) -> Self {
+        match compute {
+            Compute::F32 | Compute::Portable => Self::F32,
+            Compute::Int16 | Compute::Int8 => Self::F16,
+        }
+    }
 }
 
 /// The keys and values of a batch of rows, each row of its own length.

@@ -219,7 +219,7 @@ pub fn kto_losses(
         }
     }
     found.stats.loss = floats(&found.losses)?.iter().sum();
-    found.stats.kl = Some(kl);
+    found.stats.kl = Some((kl * labels.len() as f64, labels.len() as u64));
     Ok(found)
 }
 
@@ -326,8 +326,8 @@ pub struct PreferenceStats {
     pub log_odds_ratio: f64,
     /// ORPO: the log-odds ratios.
     pub log_odds_chosen: f64,
-    /// KTO: the reference point of the step.
-    pub kl: Option<f64>,
+    /// KTO: the reference point, summed over responses, and these.
+    pub kl: Option<(f64, u64)>,
 }
 
 impl PreferenceStats {
@@ -348,7 +348,10 @@ impl PreferenceStats {
         self.nll_tokens += other.nll_tokens;
         self.log_odds_ratio += other.log_odds_ratio;
         self.log_odds_chosen += other.log_odds_chosen;
-        self.kl = self.kl.or(other.kl);
+        self.kl = match (self.kl, other.kl) {
+            (Some((a, m)), Some((b, n))) => Some((a + b, m + n)),
+            (a, b) => a.or(b),
+        };
     }
 
     /// Means under TRL's names. As there, a side of which there is nothing has no metric.
@@ -378,8 +381,8 @@ impl PreferenceStats {
             metrics.push(("log_odds_ratio", self.log_odds_ratio / pairs));
             metrics.push(("log_odds_chosen", self.log_odds_chosen / pairs));
         }
-        if let Some(kl) = self.kl {
-            metrics.push(("kl", kl));
+        if let Some((kl, responses)) = self.kl {
+            metrics.push(("kl", kl / responses.max(1) as f64));
         }
         metrics
     }

@@ -100,7 +100,8 @@ impl RewardCommand {
             let line = line.unwrap_or_else(Into::into);
             return Err(format!("wrote {:?} unasked, needed one line a sample", cut(line.trim())));
         }
-        let until = Instant::now() + self.timeout;
+        let most = Duration::from_secs(1 << 30);
+        let until = Instant::now() + self.timeout.min(most);
         // If the writer is gone so is the program: there will be no answer, which says more.
         let _ = input.send(lines(samples));
         let count = samples.len();
@@ -240,7 +241,8 @@ fn lines(samples: &[Sample]) -> Vec<u8> {
     let mut bytes = Vec::new();
     for sample in samples {
         let mut line = Map::new();
-        line.insert("prompt".into(), sample.prompt.into());
+        let own = sample.row.get("prompt"); // as the data has it: text, or messages
+        line.insert("prompt".into(), own.cloned().unwrap_or_else(|| sample.prompt.into()));
         line.insert("completion".into(), sample.completion.into());
         for (key, value) in sample.row {
             if !line.contains_key(key) {

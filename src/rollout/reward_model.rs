@@ -63,7 +63,9 @@ pub struct RewardModel {
 
 impl RewardModel {
     /// Loads a folder that transformers' `AutoModelForSequenceClassification` reads.
-    pub fn load(path: &Path, compute: Compute) -> Result<Self, RewardModelError> {
+    ///
+    /// Its template shows the day of `now`, seconds since 1970, if it shows one.
+    pub fn load(path: &Path, compute: Compute, now: Option<u64>) -> Result<Self, RewardModelError> {
         let checkpoint = Checkpoint::open(path)?;
         let decoder = Decoder::load(&checkpoint, compute)?;
         let hidden_size = decoder.config.hidden_size;
@@ -82,7 +84,11 @@ impl RewardModel {
         let mut values = vec![0f32; hidden_size];
         stored.block_type.dequantize(&stored.bytes, &mut values);
         let head = Tensor::from_vec(values, (1, hidden_size), &Device::Cpu)?;
-        Ok(Self { decoder, tokenizer: Tokenizer::open(&checkpoint)?, head })
+        let mut tokenizer = Tokenizer::open(&checkpoint)?;
+        if let Some(now) = now {
+            tokenizer.set_template_time(now);
+        }
+        Ok(Self { decoder, tokenizer, head })
     }
 
     /// What it makes of each sample, read at its last token.

@@ -32,16 +32,11 @@ pub fn comparisons_print(data: &Comparisons) -> String {
     hex(hasher)
 }
 
-/// An adapter's or model's folder, as [`base_fingerprint`].
-pub fn folder_fingerprint(folder: &Path) -> Result<String, TrainError> {
-    base_fingerprint(folder)
-}
-
 fn hex(hasher: Sha256) -> String {
     hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Names, lengths and both ends of the base's files: whole files of many gigabytes would take
+/// Names, lengths and both ends of the files of a base, an adapter or a model: whole files of many gigabytes would take
 /// longer to hash than to train a step on.
 pub fn base_fingerprint(base: &Path) -> Result<String, TrainError> {
     use std::io::{Read, Seek, SeekFrom};

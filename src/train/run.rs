@@ -161,7 +161,13 @@ pub fn train(
     let resumed_at = resume.then_some(state.step);
     let total_steps = match &mut source {
         Source::Supervised(source) => {
-            source.begin(&decoder, &run, &state)?;
+            match source.begin(&decoder, &run, &state, stop) {
+                Err(TrainError::Data(DataError::Stopped)) => {
+                    let total_steps = source.total_steps();
+                    return Ok(Outcome::Interrupted { step: state.step, total_steps });
+                }
+                begun => begun?,
+            }
             source.total_steps()
         }
         Source::Rollouts(source) => {
@@ -222,26 +228,40 @@ pub fn train(
         progress.finish();
         return Ok(Outcome::Interrupted { step: state.step, total_steps });
     }
+    let save = |log: &Log, state: &mut State, learner: &Learner| -> Result<(), TrainError> {
+        state.metrics_bytes = log.metrics.bytes;
+        log.metrics.sync()?;
+        run.save(state, named(), &learner.optimizer, common.save_total_limit)
+    };
     while state.step < total_steps {
         let began = Instant::now();
         let learning_rate = schedule.at(state.step);
-        let (numbers, work) = match &mut source {
-            Source::Supervised(source) => source.step(&mut learner, &mut state, learning_rate)?,
-            Source::Rollouts(source) => source.step(&mut learner, &mut state, learning_rate)?,
+        let stepped = match &mut source {
+            Source::Supervised(source) => source.step(&mut learner, &mut state, learning_rate),
+            Source::Rollouts(source) => source.step(&mut learner, &mut state, learning_rate),
         };
+        // What judges has failed, before anything was learned: the steps so far are kept.
+        if matches!(stepped, Err(TrainError::Reward(_) | TrainError::RewardModel(_)))
+            && state.step > 0
+        {
+            save(&log, &mut state, &learner)?;
+        }
+        let (numbers, work) = stepped?;
         state.step += 1;
         state.optimizer_steps = learner.optimizer.step;
         log.push(state.step, numbers)?;
         progress.step(state.step, &work, began.elapsed());
 
         let last = state.step == total_steps;
-        let complete = !due(&source, &state) || evaluate(&mut source, &mut log, &state)?;
+        let evaluated = match due(&source, &state) {
+            true => evaluate(&mut source, &mut log, &state),
+            false => Ok(true),
+        };
         let stopped = stop.load(Ordering::Relaxed);
-        if last || stopped || state.step.is_multiple_of(common.save_steps) {
-            state.metrics_bytes = log.metrics.bytes;
-            log.metrics.sync()?;
-            run.save(&state, named(), &learner.optimizer, common.save_total_limit)?;
+        if last || stopped || evaluated.is_err() || state.step.is_multiple_of(common.save_steps) {
+            save(&log, &mut state, &learner)?;
         }
+        let complete = evaluated?;
         if stopped && !(last && complete) {
             progress.finish();
             return Ok(Outcome::Interrupted { step: state.step, total_steps });

@@ -89,6 +89,7 @@ impl RunDir {
         let taken = [
             "metrics.jsonl",
             "samples.jsonl",
+            "held_out.jsonl",
             "reference.safetensors",
             "checkpoints",
             "tensorboard",

@@ -228,7 +228,7 @@ settings! {
         /// How strongly the policy is held to the reference; of orpo the weight of the odds ratio, of
         /// simpo the scale of the rewards [default: 0.1]
         beta: f64 = 0.1,
-        /// Probability that a comparison is the wrong way round (sigmoid, hinge and simpo) [default: 0]
+        /// Probability that a comparison is the wrong way round (sigmoid and simpo) [default: 0]
         label_smoothing: f64 = 0.0,
         /// Compare with nothing instead of a reference model (sigmoid, ipo and hinge) [default: false]
         #[arg(num_args = 0..=1, default_missing_value = "true")]
@@ -583,6 +583,14 @@ impl RunSettings {
                 &mut own.ptx_data,
             ]),
             Task::Grpo(own) => {
+                for spec in &mut own.reward {
+                    if let Some(file) = spec.strip_prefix(SCHEMA_REWARD) {
+                        let path = PathBuf::from(file);
+                        let made = std::path::absolute(&path);
+                        let made = made.map_err(|source| TrainError::Io { path, source })?;
+                        *spec = format!("{SCHEMA_REWARD}{}", made.display());
+                    }
+                }
                 paths.extend([&mut own.reward_adapter, &mut own.reward_model, &mut own.ref_adapter])
             }
         }
@@ -593,6 +601,9 @@ impl RunSettings {
         Ok(settings)
     }
 }
+
+/// What a rule begins with that reads a file.
+pub const SCHEMA_REWARD: &str = "json-schema:";
 
 /// Keys that may differ when a run goes on: they change no result.
 pub const FREE_ON_RESUME: &[&str] = &[
@@ -705,8 +716,25 @@ impl RunSettings {
                 let coefficient = own.center_rewards_coefficient;
                 faults.rates([("center_rewards_coefficient", coefficient, f64::MAX)]);
             }
-            Task::Dpo(own) => own.faults(&mut faults),
-            Task::Ppo(own) => own.faults(&mut faults),
+            Task::Dpo(own) => {
+                own.faults(&mut faults);
+                let rows =
+                    self.common.per_device_train_batch_size * own.gradient_accumulation_steps;
+                let kto = own.loss_type == PreferenceLoss::Kto;
+                let fault = "kto compares the rows of a step: needed at least 2, by \
+                             per_device_train_batch_size or gradient_accumulation_steps";
+                faults.check(!kto || rows > 1, fault.into());
+            }
+            Task::Ppo(own) => {
+                own.faults(&mut faults);
+                let evaluates = match self.common.eval_strategy {
+                    Some(strategy) => strategy != EvalStrategy::No,
+                    None => !self.common.eval_data.empty(),
+                };
+                let fault = "judge_adapter is read in evaluations: needed --eval-data or \
+                             --eval-strategy";
+                faults.check(own.judge_adapter.empty() || evaluates, fault.into());
+            }
             Task::Grpo(own) => own.faults(&mut faults),
         }
         (!faults.0.is_empty()).then(|| faults.0.join("; "))
@@ -731,7 +759,7 @@ impl DpoSettings {
             loss.to_possible_value().map_or(String::new(), |value| value.get_name().to_string())
         };
         let loss = name(self.loss_type);
-        let smooth = [PreferenceLoss::Sigmoid, PreferenceLoss::Hinge, PreferenceLoss::SimPo];
+        let smooth = [PreferenceLoss::Sigmoid, PreferenceLoss::SimPo];
         let referenced = [PreferenceLoss::Sigmoid, PreferenceLoss::Ipo, PreferenceLoss::Hinge];
         let needs = [
             (self.label_smoothing != 0.0, "label_smoothing", &smooth[..]),
@@ -779,6 +807,9 @@ impl PpoSettings {
         let horizon = self.kl_horizon;
         let fine = horizon.is_finite() && horizon > 0.0;
         faults.check(fine, format!("kl_horizon is {horizon}, needed more than 0"));
+        let least = 0.2 * self.batch_size as f64; // else an update could turn kl_coef negative
+        let fault = format!("kl_horizon is {horizon}, needed more than {least} with target_kl");
+        faults.check(self.target_kl == 0.0 || horizon > least, fault);
         faults.sampling(self.temperature, self.top_p);
         faults.mini_batches(self.num_mini_batches, self.batch_size);
         let own = self.value_model == ValueModel::Own;
@@ -823,6 +854,14 @@ impl GrpoSettings {
         ]);
         faults.sampling(self.temperature, self.top_p);
         faults.mini_batches(self.num_mini_batches, self.batch_size); // groups stay whole
+        let timeout = self.reward_timeout;
+        faults.check(timeout > 0.0, format!("reward_timeout is {timeout}, needed more than 0"));
+        if self.advantage == AdvantageEstimator::Rloo {
+            let plain = Self::default();
+            let fault = |name: &str| format!("{name} is of advantage grpo, found rloo");
+            faults.check(self.scale_rewards == plain.scale_rewards, fault("scale_rewards"));
+            faults.check(self.loss_type == plain.loss_type, fault("loss_type"));
+        }
         let fault = "ref_adapter is given, but beta is 0: there is no reference".to_string();
         faults.check(self.beta > 0.0 || self.ref_adapter.empty(), fault);
     }

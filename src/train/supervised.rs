@@ -10,7 +10,7 @@ use quantune_adapters::delta::Adapter;
 use serde_json::{Map, Value, json};
 
 use super::TrainError;
-use super::fingerprints::{comparisons_print, folder_fingerprint, tokens_print};
+use super::fingerprints::{base_fingerprint, comparisons_print, tokens_print};
 use super::learner::{Learner, MicroBatch};
 use super::log::{Log, Numbers};
 use super::progress::{Progress, Work};
@@ -19,8 +19,8 @@ use super::run::{strategy, total_steps};
 use super::run_dir::{Fingerprint, RunDir, State};
 use super::settings::{CommonSettings, DpoSettings, EvalStrategy, RunSettings, Task};
 use crate::data::{
-    Batch, Comparison, ComparisonKind, Comparisons, Dataset, EpochPlan, EpochSettings, Limits,
-    WhenTooLong,
+    Batch, Comparison, ComparisonKind, Comparisons, DataError, Dataset, EpochPlan, EpochSettings,
+    Limits, WhenTooLong,
 };
 use crate::eval::evaluate;
 use crate::model::scoring::{row_scores, runs, target_log_probs};
@@ -30,6 +30,9 @@ use crate::objectives::reward::{Calibration, Pair, RewardStats, pair_losses};
 use crate::objectives::{Comparison as Compared, Labelled, Objective, Stats};
 use crate::text::Tokenizer;
 use crate::weights::write_atomically;
+
+/// Rows whose reference is asked for between two looks at whether to stop.
+const REFERENCE_ROWS: usize = 64;
 
 /// Rows of one kind.
 enum Rows {
@@ -121,7 +124,7 @@ impl Supervised {
             prints.push(("the held-out data".into(), sha256.clone()));
         }
         if let Some(folder) = self.reference_folder().filter(|path| !path.as_os_str().is_empty()) {
-            prints.push(("the reference adapter".into(), folder_fingerprint(folder)?));
+            prints.push(("the reference adapter".into(), base_fingerprint(folder)?));
         }
         Ok(prints)
     }
@@ -141,6 +144,7 @@ impl Supervised {
         decoder: &Decoder,
         run: &RunDir,
         state: &State,
+        stop: &AtomicBool,
     ) -> Result<(), TrainError> {
         if let Some(lines) = &self.held_out_lines {
             write_atomically(run.file("held_out.jsonl"), |file| {
@@ -160,7 +164,14 @@ impl Supervised {
         let all: Vec<&Comparison> = data.comparisons.iter().chain(held_out).collect();
         let mut logps = reference::cached(&run.file("reference.safetensors"), &all, || {
             eprintln!("reference: log-probs of {} rows", all.len());
-            response_log_probs(decoder, &worn, &all)
+            let mut logps = Vec::with_capacity(all.len());
+            for rows in all.chunks(REFERENCE_ROWS) {
+                if stop.load(Ordering::Relaxed) {
+                    return Err(DataError::Stopped.into());
+                }
+                logps.extend(response_log_probs(decoder, &worn, rows)?);
+            }
+            Ok(logps)
         })?;
         self.held_out_reference = logps.split_off(data.comparisons.len());
         self.reference_logps = logps;
@@ -457,12 +468,15 @@ impl Supervised {
     }
 }
 
+/// Rows, held-out rows, and these as the file has them if they were split off here.
+type Loaded = (Rows, Option<Rows>, Option<Vec<u8>>);
+
 fn load_examples(
     common: &CommonSettings,
     tokenizer: &Tokenizer,
     max_length: usize,
     stop: &AtomicBool,
-) -> Result<(Rows, Option<Rows>, Option<Vec<u8>>), TrainError> {
+) -> Result<Loaded, TrainError> {
     let load = |path: &Path| Dataset::load(path, tokenizer, max_length, stop);
     if strategy(common) == EvalStrategy::No {
         return Ok((Rows::Examples(load(&common.data)?), None, None));
@@ -482,7 +496,7 @@ fn load_comparisons(
     stop: &AtomicBool,
     limits: Limits,
     kind: ComparisonKind,
-) -> Result<(Rows, Option<Rows>, Option<Vec<u8>>), TrainError> {
+) -> Result<Loaded, TrainError> {
     let load = |path: &Path| Comparisons::load(path, tokenizer, limits, kind, stop);
     if strategy(common) == EvalStrategy::No {
         return Ok((Rows::Comparisons(load(&common.data)?), None, None));
@@ -497,7 +511,7 @@ fn load_comparisons(
 }
 
 /// The held-out lines, if there are any; else a warning.
-fn warned(common: &CommonSettings, held_out: bool, lines: Vec<u8>) -> Option<Vec<u8>> {
+pub(super) fn warned(common: &CommonSettings, held_out: bool, lines: Vec<u8>) -> Option<Vec<u8>> {
     if !held_out {
         eprintln!("warning: no row of {} falls into the held-out tenth", common.data.display());
     }
@@ -622,11 +636,21 @@ pub fn kto_reference_point(
     reference: &[Worn],
     rows: &[&Comparison],
 ) -> Result<f64, TrainError> {
+    if rows.len() < 2 {
+        return Ok(0.0); // an epoch's last row has no other to be compared with
+    }
+    // Another row's response may not fit behind this one's prompt.
+    let window = decoder.config.max_position_embeddings;
+    let room = |row: &Comparison| window.saturating_sub(row.prompt.len()).max(1);
     let mismatched: Vec<Comparison> = kto_mismatched(rows.len())
         .into_iter()
         .zip(rows)
         .map(|(other, row)| Comparison {
-            responses: rows[other].responses.clone(),
+            responses: rows[other]
+                .responses
+                .iter()
+                .map(|response| response[..response.len().min(room(row))].to_vec())
+                .collect(),
             ..(*row).clone()
         })
         .collect();

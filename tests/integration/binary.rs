@@ -75,7 +75,7 @@ impl Lab {
         };
         let label = |i: usize| {
             let text = answer(format!("answer {i}"));
-            json!({ "prompt": question(i), "completion": text, "label": i % 3 > 0 })
+            json!({ "prompt": question(i), "completion": text, "label": !i.is_multiple_of(3) })
         };
         let prompt = |i: usize| json!({ "prompt": question(i), "answer": i });
         let rows = |row: &dyn Fn(usize) -> Value, range: std::ops::Range<usize>| {

@@ -287,6 +287,9 @@ fn other_preference_losses_are_trls() {
     }
 }
 
+/// One of the things PPO knows of a response.
+type Part = fn(&Experience) -> &Vec<f32>;
+
 /// Stored rollouts through our log-probs, values, scores, advantages and steps.
 fn replay(name: &str, compute: Compute, micro: usize) {
     let run = golden_json(&format!("rl/{name}/run.json"));
@@ -362,7 +365,7 @@ fn replay(name: &str, compute: Compute, micro: usize) {
         ppo::finish(&mut rows, &settings);
 
         let stored = |key: &str| stored[&format!("{update}.{key}")].to_vec2::<f32>().unwrap();
-        let parts: [(&str, fn(&Experience) -> &Vec<f32>); 7] = [
+        let parts: [(&str, Part); 7] = [
             ("logprobs", |row| &row.old_logps),
             ("ref_logprobs", |row| &row.ref_logps),
             ("values", |row| &row.values),

@@ -84,7 +84,10 @@ impl Rollouts {
         }
         let replies: Vec<Reply> = replies
             .iter()
-            .map(|(tokens, finished)| Reply { tokens, finished: *finished })
+            .map(|(tokens, finished)| Reply {
+                tokens: &tokens[..tokens.len() - usize::from(*finished)],
+                finished: *finished,
+            })
             .collect();
         let spread = diversity(&replies);
         numbers.push(("eval_distinct_1".into(), json!(spread.distinct_1)));

@@ -40,7 +40,7 @@ impl Rollouts {
         // With one pass over the responses they are learned from by the policy that gave them.
         let again = own.num_iterations > 1 || own.num_mini_batches > 1;
         let by_response = own.advantage == AdvantageEstimator::Rloo;
-        let old = match again || by_response && own.beta > 0.0 {
+        let old = match again || self.reference.is_some() {
             true => Some(respond::log_probs(decoder, learner.worn(0), responses, temperature)?),
             false => None,
         };

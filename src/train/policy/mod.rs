@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::TrainError;
-use super::fingerprints::folder_fingerprint;
+use super::fingerprints::base_fingerprint;
 use super::learner::Learner;
 use super::log::{Log, Numbers};
 use super::lora::read_scoring;
@@ -23,7 +23,8 @@ use super::progress::{Progress, Work};
 use super::reference;
 use super::run::{strategy, total_steps};
 use super::run_dir::{Fingerprint, RunDir, State, read_accuracy};
-use super::settings::{CommonSettings, EvalStrategy, RunSettings, Task};
+use super::settings::{CommonSettings, EvalStrategy, RunSettings, SCHEMA_REWARD, Task};
+use super::supervised::warned;
 use crate::data::{Dataset, Prompt, Prompts};
 use crate::generate::{Sampling, Settings as Generation};
 use crate::model::{CacheType, Decoder, Worn};
@@ -33,7 +34,7 @@ use crate::rollout::{
     Evidence, Experience, Response, RewardCommand, RewardModel, RewardSource, Rewards, Sample,
     SampleLog, SampleRow, diagnose, respond, table,
 };
-use crate::text::Tokenizer;
+use crate::text::{Tokenizer, first_second};
 use crate::weights::write_atomically;
 
 /// What of a run's state only reinforcement learning has.
@@ -101,8 +102,9 @@ impl Rollouts {
         stop: &AtomicBool,
     ) -> Result<Self, TrainError> {
         let common = settings.common.clone();
+        let now = first_second(&common.template_date);
         // A reward model reads what ends a turn behind the response, in the same window.
-        let ending = 1 + tokenizer.after_turn()?.len();
+        let ending = 1 + tokenizer.after_turn().map_or(0, |after| after.len());
         let window = decoder.config.max_position_embeddings.saturating_sub(ending);
         let most = common.max_length.min(window);
         let length = response_length(&settings.task);
@@ -121,7 +123,7 @@ impl Rollouts {
             (load(&common.data)?, Some(load(&common.eval_data)?), None)
         } else {
             let split = Prompts::load_split(&common.data, &tokenizer, most - length, stop)?;
-            let lines = split.held_out.is_some().then_some(split.held_out_lines);
+            let lines = warned(&common, split.held_out.is_some(), split.held_out_lines);
             (split.train, split.held_out, lines)
         };
         let (count, longest) = (prompts.prompts.len(), prompts.longest);
@@ -130,7 +132,7 @@ impl Rollouts {
         let mut prints: Vec<Fingerprint> = Vec::new();
         let print = |prints: &mut Vec<Fingerprint>, what: &str, folder: &Path| {
             if !folder.as_os_str().is_empty() {
-                prints.push((what.to_string(), folder_fingerprint(folder)?));
+                prints.push((what.to_string(), base_fingerprint(folder)?));
             }
             Ok::<(), TrainError>(())
         };
@@ -159,6 +161,10 @@ impl Rollouts {
             Task::Grpo(own) => {
                 let mut sources = Vec::new();
                 for spec in &own.reward {
+                    if let Some(file) = spec.strip_prefix(SCHEMA_REWARD) {
+                        let path = Path::new(file);
+                        print(&mut prints, "the JSON schema", path)?;
+                    }
                     let source = RewardSource::rule(spec);
                     sources.push(source.map_err(|e| TrainError::Settings(e.to_string()))?);
                 }
@@ -174,7 +180,8 @@ impl Rollouts {
                 }
                 if !own.reward_model.as_os_str().is_empty() {
                     print(&mut prints, "the reward model", &own.reward_model)?;
-                    reward_model = Some(RewardModel::load(&own.reward_model, decoder.compute)?);
+                    reward_model =
+                        Some(RewardModel::load(&own.reward_model, decoder.compute, now)?);
                     sources.push(RewardSource::Model { name: "reward_model".into() });
                 }
                 let weights = &own.reward_weights;
@@ -266,7 +273,11 @@ impl Rollouts {
     pub fn largest_micro_batch(&self) -> usize {
         let longest = self.prompts.prompts.iter().map(|prompt| prompt.tokens.len()).max();
         let row = longest.unwrap_or(0) + response_length(&self.task);
-        row * self.common.per_device_train_batch_size
+        let size = self.common.per_device_train_batch_size;
+        let mut ptx: Vec<usize> =
+            self.ptx.iter().flat_map(|data| &data.examples).map(|row| row.tokens.len()).collect();
+        ptx.sort_unstable_by_key(|&length| std::cmp::Reverse(length));
+        (row * size).max(ptx.iter().take(size).sum())
     }
 
     /// Whether the updates so far have been through all prompts again.
@@ -308,14 +319,9 @@ impl Rollouts {
         {
             results.insert(format!("share_{name}"), json!(time.as_secs_f64() / all));
         }
-        for key in ["objective/scores", "objective/kl", "reward"] {
-            let values = log.values(key)?;
-            if let (Some(first), Some(last)) = (values.first(), values.last()) {
-                results.insert(format!("{key}_first"), json!(first));
-                results.insert(format!("{key}_last"), json!(last));
-            }
-        }
-        for key in ["eval_reward", "eval_kl", "eval_judge", "eval_length"] {
+        let trained = ["objective/scores", "objective/kl", "reward"];
+        let evaluated = ["eval_reward", "eval_kl", "eval_judge", "eval_length"];
+        for key in trained.iter().chain(&evaluated) {
             let values = log.values(key)?;
             if let (Some(first), Some(last)) = (values.first(), values.last()) {
                 results.insert(format!("{key}_first"), json!(first));
@@ -521,10 +527,7 @@ fn generation(task: &Task, compute: Compute, seed: u64) -> Generation {
     Generation {
         sampling: Sampling { temperature, top_k, top_p, seed, ..Sampling::default() },
         max_tokens: response_length(task),
-        cache: match compute {
-            Compute::F32 | Compute::Portable => CacheType::F32,
-            Compute::Int16 | Compute::Int8 => CacheType::F16,
-        },
+        cache: CacheType::of(compute),
         logprobs: None,
         draws: true,
         slots,
@@ -545,7 +548,7 @@ fn trusted(folder: &Path, least: f64) -> Result<(), TrainError> {
         None if least > 0.0 => {
             eprintln!(
                 "warning: {0}: nothing says how well it does on held-out pairs (measure it with: \
-                 quantune eval --reward {0} --data PAIRS)",
+                 quantune eval --base BASE --reward {0} --data PAIRS)",
                 folder.display()
             );
             Ok(())

@@ -41,7 +41,8 @@ impl Rollouts {
 
         let divergences: Vec<f64> =
             rows.iter().map(|row| divergence(&row.old_logps, &row.ref_logps)).collect();
-        let kl = mean(divergences.iter().copied());
+        let of_row = |row: &Experience| row.kl.iter().map(|&kl| f64::from(kl)).sum::<f64>();
+        let kl = mean(rows.iter().map(of_row));
         let kl_coef = rollouts_of(state).kl_coef.unwrap_or(own.kl_coef);
         let mut numbers = numbers(&scored.responses, &rows, &learned, (kl, kl_coef), learning_rate);
         let episode = (update + 1) * scored.responses.len() as u64;
