@@ -404,7 +404,7 @@ mod tests {
             &[1],
             &rubbish(&format!(
                 "{:?}",
-                cut(r#"{"prompt":"a prompt","completion":"reply 0\n\"0\"","answer":0}"#)
+                cut(r#"{"prompt":0,"completion":"reply 0\n\"0\"","answer":0}"#)
             )),
         );
         check("yes 1", &[1, 1], "wrote \"1\" unasked, needed one line a sample");

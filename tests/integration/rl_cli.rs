@@ -501,6 +501,11 @@ fn what_is_wrong_with_comparisons_is_told() {
     dpo.check(&[("--adapter", &reward)], &["--adapter", "score head"]);
     dpo.check(&[("--loss-type", "orpo"), ("--ref-adapter", &plain)], &["no reference"]);
     dpo.check(&[("--simpo-gamma", "1")], &["simpo_gamma is of loss_type simpo"]);
+    let smoothed = [("--loss-type", "hinge"), ("--label-smoothing", "0.1")];
+    dpo.check(&smoothed, &["label_smoothing is of loss_type sigmoid, simpo"]);
+    let alone = [("--loss-type", "kto"), ("--per-device-train-batch-size", "1")];
+    let alone = [&alone[..], &[("--gradient-accumulation-steps", "1")]].concat();
+    dpo.check(&alone, &["kto compares the rows of a step"]);
 }
 
 #[test]
@@ -542,7 +547,10 @@ fn what_is_wrong_with_rollouts_is_told() {
     let ppo = Refused { lab: &lab, command: "ppo", base: &base_args };
     ppo.check(&[("--reward-adapter", "-")], &["--reward-adapter is missing"]);
     ppo.check(&[("--value-adapter", &plain)], &["without a score head"]);
-    ppo.check(&[("--judge-adapter", &plain)], &["without a score head"]);
+    let judged = [("--eval-strategy", "epoch"), ("--judge-adapter", &*plain)];
+    ppo.check(&judged, &["without a score head"]);
+    ppo.check(&[("--judge-adapter", &reward)], &["judge_adapter", "--eval-data"]);
+    ppo.check(&[("--target-kl", "1"), ("--kl-horizon", "0.1")], &["kl_horizon is 0.1"]);
 
     let no_reward = [("--reward-adapter", "-"), ("--max-completion-length", "8")];
     let base_args = [&base_args[..2], &base_args[3..], &no_reward].concat();
