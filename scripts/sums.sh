@@ -34,7 +34,8 @@ stage "The base"
 count
 stage "Fine-tuned on 400 sums"
 [[ -d "$out/sft/adapter" ]] ||
-    "$quantune" sft --base "$base" --data "$data/sft.jsonl" --out "$out/sft" --num-train-epochs 2 --learning-rate 5e-4
+    "$quantune" sft --base "$base" --data "$data/sft.jsonl" --out "$out/sft" --num-train-epochs 2 --learning-rate 5e-4 \
+        --packing false --per-device-train-batch-size 8 --gradient-accumulation-steps 1
 count --adapter "$out/sft/adapter"
 stage "GRPO: 16 questions an update, 8 answers each"
 [[ -d "$out/grpo/adapter" ]] || "$quantune" grpo --base "$base" --adapter "$out/sft/adapter" --data "$data/prompts.train.jsonl" --reward numeric:answer \
