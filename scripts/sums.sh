@@ -40,5 +40,5 @@ count --adapter "$out/sft/adapter"
 stage "GRPO: 16 questions an update, 8 answers each"
 [[ -d "$out/grpo/adapter" ]] || "$quantune" grpo --base "$base" --adapter "$out/sft/adapter" --data "$data/prompts.train.jsonl" --reward numeric:answer \
     --out "$out/grpo" --max-steps "$updates" --batch-size 16 --num-generations 8 --max-completion-length 12 \
-    --per-device-train-batch-size 64 --learning-rate 1e-4 --rollout-slots 32
+    --per-device-train-batch-size 64 --learning-rate 3e-4 --rollout-slots 32
 count --adapter "$out/grpo/adapter"
