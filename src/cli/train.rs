@@ -35,15 +35,7 @@ impl<F: clap::Args + Serialize> Train<F> {
         if let Some((name, _)) = needed.iter().find(|(_, path)| path.as_os_str().is_empty()) {
             return Err(Usage(format!("--{name} is missing")).into());
         }
-        let stop = Arc::new(AtomicBool::new(false));
-        let asked = stop.clone();
-        ctrlc::set_handler(move || {
-            if asked.swap(true, Ordering::Relaxed) {
-                std::process::exit(130); // asked twice: the last checkpoint has to do
-            }
-            eprintln!("\nstopping, after the step under way; Ctrl-C again stops at once");
-        })
-        .context("cannot listen for Ctrl-C")?;
+        let stop = stop_on_ctrl_c()?;
         let (name, out) = (command.name(), common.out.display());
         let go_on = format!("go on with: quantune {name} --out {out} --resume");
         match train(&settings, self.resume, &stop)? {
@@ -87,6 +79,20 @@ impl<F: clap::Args + Serialize> Train<F> {
         table.extend(toml::Table::try_from(&self.own)?);
         Ok(RunSettings::from_table(command, table)?)
     }
+}
+
+/// What Ctrl-C sets: the step under way is the last.
+pub fn stop_on_ctrl_c() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let asked = stop.clone();
+    ctrlc::set_handler(move || {
+        if asked.swap(true, Ordering::Relaxed) {
+            std::process::exit(130); // asked twice: the last checkpoint has to do
+        }
+        eprintln!("\nstopping, after the step under way; Ctrl-C again stops at once");
+    })
+    .context("cannot listen for Ctrl-C")?;
+    Ok(stop)
 }
 
 fn say_summary(summary: &Summary) {

@@ -1,12 +1,14 @@
 //! How good a model is: mean loss under the masks of training, perplexity as llama.cpp counts it.
 
+pub mod bigram;
 pub mod diversity;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::data::{Batch, Example};
-use crate::model::scoring::log_probs_of;
+use crate::model::scoring::{log_probs_of, target_log_probs};
 use crate::model::{Adapters, Decoder, Rows};
+pub use bigram::Bigram;
 pub use diversity::{Diversity, Reply, distinct, diversity};
 
 /// Tokens of the rows that go through the model at once.
@@ -88,6 +90,49 @@ pub fn evaluate(
     }
     let rows = examples.iter().filter(|example| example.start == 0).count() as u64;
     Ok(Some(Loss { loss: sum / tokens.max(1) as f64, tokens, rows }))
+}
+
+/// How well documents are predicted, whatever the tokens are.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct TextLoss {
+    /// Nats of all predicted tokens.
+    pub nats: f64,
+    /// How many these are.
+    pub tokens: u64,
+    /// Bytes of the text they stand for.
+    pub bytes: u64,
+}
+
+impl TextLoss {
+    /// Bits for a byte of text: comparable between tokenizers.
+    pub fn bits_per_byte(&self) -> f64 {
+        self.nats / std::f64::consts::LN_2 / self.bytes.max(1) as f64
+    }
+
+    /// Mean nats per token.
+    pub fn loss(&self) -> f64 {
+        self.nats / self.tokens.max(1) as f64
+    }
+}
+
+/// How well rows are predicted: batches, each with the bytes that its targets stand for. None if
+/// `stop` was set before all went through.
+pub fn text_loss(
+    decoder: &Decoder,
+    batches: impl Iterator<Item = (Batch, u64)>,
+    stop: &AtomicBool,
+) -> Result<Option<TextLoss>, EvalError> {
+    let mut sum = TextLoss::default();
+    for (batch, bytes) in batches {
+        if stop.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        let logps = target_log_probs(decoder, &[], &batch, 1.0)?;
+        sum.nats -= logps.iter().map(|&logp| f64::from(logp)).sum::<f64>();
+        sum.tokens += batch.targets.len() as u64;
+        sum.bytes += bytes;
+    }
+    Ok(Some(sum))
 }
 
 /// Perplexity of a text as llama.cpp's `llama-perplexity` counts it: chunks of `n_ctx` tokens,

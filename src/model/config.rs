@@ -1,6 +1,7 @@
 //! What a decoder is, read from the checkpoint: a row of properties per family.
 
 use std::fs;
+use std::path::Path;
 
 use serde_json::Value;
 
@@ -105,17 +106,21 @@ impl Config {
         let config = match checkpoint {
             Checkpoint::Gguf(gguf) => from_gguf(gguf, &mut faults)?,
             Checkpoint::HuggingFace(folder) => {
-                let path = folder.config_path();
-                let fail = |reason: String| ModelError::Config {
-                    path: path.display().to_string(),
-                    reason,
-                };
-                let text = fs::read_to_string(&path).map_err(|e| fail(e.to_string()))?;
-                let json: Value = serde_json::from_str(&text).map_err(|e| fail(e.to_string()))?;
-                from_json(&json, &mut faults)
+                from_json(&read_json(&folder.config_path())?, &mut faults)
             }
         };
         let path = checkpoint.path().display().to_string();
+        match config {
+            Some(config) if faults.is_empty() => config.checked(path),
+            _ => Err(ModelError::Config { path, reason: faults.join("; ") }),
+        }
+    }
+
+    /// Reads a `config.json`.
+    pub fn from_file(path: &Path) -> Result<Self, ModelError> {
+        let mut faults = Vec::new();
+        let config = from_json(&read_json(path)?, &mut faults);
+        let path = path.display().to_string();
         match config {
             Some(config) if faults.is_empty() => config.checked(path),
             _ => Err(ModelError::Config { path, reason: faults.join("; ") }),
@@ -145,7 +150,8 @@ impl Config {
         (0..pairs).map(|i| scaled(i) as f32).collect()
     }
 
-    fn checked(self, path: String) -> Result<Self, ModelError> {
+    /// The properties, if they make sense; `path` says where they are from.
+    pub fn checked(self, path: String) -> Result<Self, ModelError> {
         let mut faults = Vec::new();
         let sizes = [
             ("hidden_size", self.hidden_size),
@@ -204,6 +210,12 @@ impl Config {
             Err(ModelError::Config { path, reason: faults.join("; ") })
         }
     }
+}
+
+fn read_json(path: &Path) -> Result<Value, ModelError> {
+    let fail = |reason: String| ModelError::Config { path: path.display().to_string(), reason };
+    let text = fs::read_to_string(path).map_err(|e| fail(e.to_string()))?;
+    serde_json::from_str(&text).map_err(|e| fail(e.to_string()))
 }
 
 fn known<T: std::fmt::Display>(name: impl Fn(&'static Family) -> T) -> String {

@@ -14,7 +14,7 @@ pub mod scoring;
 
 pub use adapters::{Adapters, Worn};
 pub use cache::{CacheType, KvCache};
-pub use config::Config;
+pub use config::{Config, FAMILIES, RopeScaling};
 pub use decoder::{Decoder, Pass, Rows};
 pub use reading::Reading;
 

@@ -11,10 +11,12 @@ pub enum ScheduleKind {
     Constant,
     /// Always the same after the warm-up.
     ConstantWithWarmup,
-    /// Falls linearly to 0.
+    /// Falls linearly.
     Linear,
-    /// Falls to 0 along half a cosine.
+    /// Falls along half a cosine.
     Cosine,
+    /// Always the same after the warm-up until it falls linearly (Hu et al. 2024).
+    WarmupStableDecay,
 }
 
 /// A learning rate for each step of a run.
@@ -28,6 +30,10 @@ pub struct Schedule {
     pub warmup_steps: u64,
     /// Steps of the run.
     pub total_steps: u64,
+    /// Steps in which [`ScheduleKind::WarmupStableDecay`] falls.
+    pub decay_steps: u64,
+    /// Where it ends, as a part of the highest.
+    pub min_lr_ratio: f64,
 }
 
 impl Schedule {
@@ -38,16 +44,17 @@ impl Schedule {
         if self.kind != ScheduleKind::Constant && step < warmup {
             return self.learning_rate * step / warmup.max(1.0);
         }
-        let left = (total - step) / (total - warmup).max(1.0);
-        self.learning_rate
-            * match self.kind {
-                ScheduleKind::Constant | ScheduleKind::ConstantWithWarmup => 1.0,
-                ScheduleKind::Linear => left.max(0.0),
-                ScheduleKind::Cosine => {
-                    let progress = (step - warmup) / (total - warmup).max(1.0);
-                    (0.5 * (1.0 + (std::f64::consts::PI * progress).cos())).max(0.0)
-                }
-            }
+        let falling = match self.kind {
+            ScheduleKind::WarmupStableDecay => (self.decay_steps as f64).min(total - warmup),
+            _ => total - warmup,
+        };
+        let progress = 1.0 - ((total - step) / falling.max(1.0)).clamp(0.0, 1.0);
+        let part = match self.kind {
+            ScheduleKind::Constant | ScheduleKind::ConstantWithWarmup => 1.0,
+            ScheduleKind::Linear | ScheduleKind::WarmupStableDecay => 1.0 - progress,
+            ScheduleKind::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * progress).cos()),
+        };
+        self.learning_rate * (self.min_lr_ratio + (1.0 - self.min_lr_ratio) * part)
     }
 }
 
@@ -57,9 +64,15 @@ mod tests {
 
     #[test]
     fn schedules_are_transformers() {
-        let at = |kind, step| {
-            Schedule { kind, learning_rate: 2.0, warmup_steps: 2, total_steps: 10 }.at(step)
+        let schedule = |kind| Schedule {
+            kind,
+            learning_rate: 2.0,
+            warmup_steps: 2,
+            total_steps: 10,
+            decay_steps: 4,
+            min_lr_ratio: 0.0,
         };
+        let at = |kind, step| schedule(kind).at(step);
         let close = |a: f64, b: f64| assert!((a - b).abs() < 1e-12, "{a} {b}");
         close(at(ScheduleKind::Constant, 0), 2.0);
         close(at(ScheduleKind::ConstantWithWarmup, 0), 0.0);
@@ -73,5 +86,11 @@ mod tests {
         }
         close(at(ScheduleKind::Linear, 9), 0.25);
         close(at(ScheduleKind::Cosine, 4), 1.0 + std::f64::consts::FRAC_1_SQRT_2);
+        for (step, needed) in [(1, 1.0), (2, 2.0), (6, 2.0), (7, 1.5), (9, 0.5), (10, 0.0)] {
+            close(at(ScheduleKind::WarmupStableDecay, step), needed);
+        }
+        let ending = Schedule { min_lr_ratio: 0.1, ..schedule(ScheduleKind::Cosine) };
+        close(ending.at(10), 0.2);
+        close(ending.at(6), 1.1);
     }
 }

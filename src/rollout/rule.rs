@@ -3,6 +3,7 @@
 //! A rule is written as a word, a colon and what it needs:
 //!
 //! - `exact:FIELD`: the reply is the field of its row, white space at the ends apart.
+//! - `contains:FIELD`: the field of its row stands in the reply, as whole words, in either case.
 //! - `numeric:FIELD` or `numeric:FIELD:TOLERANCE`: the last number of the reply is that of the
 //!   field, to TOLERANCE (by default a millionth of it).
 //! - `regex:PATTERN`: the pattern is found somewhere in the reply.
@@ -26,6 +27,11 @@ use super::Sample;
 pub enum Rule {
     /// The reply is the text of a field of its row.
     Exact {
+        /// The field.
+        field: String,
+    },
+    /// The text of a field stands in the reply.
+    Contains {
         /// The field.
         field: String,
     },
@@ -66,8 +72,8 @@ pub enum Unit {
 pub enum RuleError {
     /// The word before the colon.
     #[error(
-        "reward {spec:?} is no rule, needed exact:FIELD, numeric:FIELD[:TOLERANCE], \
-         regex:PATTERN, json-schema:FILE, or length:MIN-MAX[:characters]"
+        "reward {spec:?} is no rule, needed exact:FIELD, contains:FIELD, \
+         numeric:FIELD[:TOLERANCE], regex:PATTERN, json-schema:FILE, or length:MIN-MAX[:characters]"
     )]
     Unknown {
         /// What was given.
@@ -121,6 +127,7 @@ impl Rule {
         };
         match word {
             "exact" => Ok(Self::Exact { field: field(argument)? }),
+            "contains" => Ok(Self::Contains { field: field(argument)? }),
             "numeric" => {
                 let (name, tolerance) = match argument.split_once(':') {
                     Some((name, tolerance)) => (name, Some(tolerance)),
@@ -163,7 +170,9 @@ impl Rule {
     /// Whether the rule can be applied to replies to a row: a run asks before it begins.
     pub fn check(&self, row: &Map<String, Value>) -> Result<(), RuleError> {
         match self {
-            Self::Exact { field } => expected_text(row, field).map(|_| ()),
+            Self::Exact { field } | Self::Contains { field } => {
+                expected_text(row, field).map(|_| ())
+            }
             Self::Numeric { field, .. } => expected_number(row, field).map(|_| ()),
             Self::Regex(_) | Self::JsonSchema(_) | Self::Length { .. } => Ok(()),
         }
@@ -174,6 +183,7 @@ impl Rule {
         let reply = sample.completion;
         let holds = match self {
             Self::Exact { field } => reply.trim() == expected_text(sample.row, field)?.trim(),
+            Self::Contains { field } => contains(reply, &expected_text(sample.row, field)?),
             Self::Numeric { field, tolerance } => {
                 let expected = expected_number(sample.row, field)?;
                 let tolerance = tolerance.unwrap_or(1e-6 * expected.abs().max(1.0));
@@ -193,6 +203,17 @@ impl Rule {
         };
         Ok(f64::from(u8::from(holds)))
     }
+}
+
+/// Whether `words` stand in a text with no letter or digit at either side of them.
+fn contains(text: &str, words: &str) -> bool {
+    let (text, words) = (text.to_lowercase(), words.trim().to_lowercase());
+    let free = |neighbour: Option<char>| !neighbour.is_some_and(char::is_alphanumeric);
+    !words.is_empty()
+        && text.match_indices(&words).any(|(at, _)| {
+            let before = text[..at].chars().next_back();
+            free(before) && free(text[at + words.len()..].chars().next())
+        })
 }
 
 /// 1 from `min` to `max`; below it falls to 0 at no length, above to 0 at twice `max`.
@@ -311,6 +332,12 @@ mod tests {
         check("exact:answer", "Paris.", answer(json!("Paris")), 0.0);
         check("exact:answer", "12", answer(json!(12)), 1.0);
         check("exact:answer", "true", answer(json!(true)), 1.0);
+        check("contains:answer", "It is Yellow.", answer(json!("yellow")), 1.0);
+        check("contains:answer", "It is yellowish, not yellow!", answer(json!("yellow")), 1.0);
+        check("contains:answer", "It is yellowish.", answer(json!("yellow")), 0.0);
+        check("contains:answer", "twelve: 12", answer(json!(12)), 1.0);
+        check("contains:answer", "112", answer(json!(12)), 0.0);
+        check("contains:answer", "anything", answer(json!(" ")), 0.0);
         check("numeric:answer", "so it is 1,000.", answer(json!("10 * 100\n#### 1000")), 1.0);
         check("numeric:answer", "3.0", answer(json!(3)), 1.0);
         check("numeric:answer", "0.1", answer(json!(0.1)), 1.0);

@@ -1,11 +1,12 @@
 //! Training: one loop, its run directory, checkpoints and metrics.
 //!
-//! [`train`] is the loop of every command. [`supervised`] makes its steps of the rows of a file,
+//! `run` is the loop of every command, [`train`] what is before and behind it. [`supervised`] makes its steps of the rows of a file,
 //! `policy` of responses of the model itself. Everything a run depends on is in its settings, its
 //! data and its base; random numbers are keyed. So the state of a run is a cursor, the adapters and
 //! the optimizer's moments, and a run killed at any moment goes on to the same bytes. Does not know
 //! the command line.
 
+mod fine_tune;
 mod fingerprints;
 pub mod learner;
 mod log;
@@ -23,9 +24,10 @@ mod tensorboard;
 
 use std::path::PathBuf;
 
+pub use fine_tune::{Summary, train};
 pub use lora::read_scoring;
 pub use policy::RolloutState;
-pub use run::{Outcome, Summary, train};
+pub use run::Outcome;
 pub use run_dir::RunDir;
 pub use settings::{Command, EvalStrategy, RunSettings};
 
@@ -100,7 +102,7 @@ pub enum TrainError {
     },
     /// The loss is no number any more.
     #[error(
-        "step {step}: the loss is {loss} and the adapter no longer all numbers; a lower \
+        "step {step}: the loss is {loss} and what is trained no longer all numbers; a lower \
          learning_rate or a max_grad_norm helps most often"
     )]
     Diverged {

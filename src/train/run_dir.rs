@@ -11,6 +11,7 @@ use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 
+use candle_core::Var;
 use quantune_adapters::delta::Adapter;
 use quantune_adapters::format;
 use safetensors::tensor::{Dtype, SafeTensors, View};
@@ -41,6 +42,8 @@ pub struct State {
     pub rollouts: Option<RolloutState>,
 }
 
+/// Where the settings of a run are.
+const SETTINGS_FILE: &str = "config.toml";
 /// What a run calls the adapter it is about.
 pub const FIRST: &str = "adapter";
 /// Where a reward model's folder says how well it does on held-out pairs.
@@ -60,7 +63,7 @@ impl RunDir {
     /// Begins a run. A directory that holds one is refused.
     pub fn create(
         path: &Path,
-        settings: &RunSettings,
+        settings: &toml::Table,
         fingerprints: &[Fingerprint],
     ) -> Result<Self, TrainError> {
         Self::vacant(path)?;
@@ -70,15 +73,14 @@ impl RunDir {
         fs::create_dir_all(run.checkpoints()).map_err(|e| at(path, e))?;
         let text = serde_json::to_string(fingerprints).map_err(|e| at(path, e.into()))?;
         write_atomically(path.join("fingerprints.json"), |file| file.write_all(text.as_bytes()))?;
-        let text =
-            toml::to_string(&settings.to_table()?).map_err(|e| at(path, io::Error::other(e)))?;
-        write_atomically(path.join("config.toml"), |file| file.write_all(text.as_bytes()))?;
+        let text = toml::to_string(settings).map_err(|e| at(path, io::Error::other(e)))?;
+        write_atomically(path.join(SETTINGS_FILE), |file| file.write_all(text.as_bytes()))?;
         Ok(run)
     }
 
     /// Refuses a directory that holds a run, or files that a run would overwrite.
     pub fn vacant(path: &Path) -> Result<(), TrainError> {
-        if path.join("config.toml").exists() {
+        if path.join(SETTINGS_FILE).exists() {
             Lock::free(path)?;
             return Err(TrainError::Exists(path.into()));
         }
@@ -95,6 +97,7 @@ impl RunDir {
             "tensorboard",
             "adapter",
             "value_adapter",
+            "model",
         ];
         match taken.iter().find(occupied) {
             Some(name) => Err(TrainError::Occupied { path: path.into(), name }),
@@ -109,11 +112,14 @@ impl RunDir {
         serde_json::from_str(&text).map_err(|e| TrainError::Broken { path, reason: e.to_string() })
     }
 
-    /// Takes up a run. Settings that would change its result are refused by name.
-    pub fn resume(path: &Path, settings: &RunSettings) -> Result<Self, TrainError> {
-        let saved = Self::settings(settings.command(), path)?.to_table()?;
+    /// Takes up a run that was begun with the settings `saved`. What is `given` now and would change
+    /// its result is refused by name.
+    pub fn resume(
+        path: &Path,
+        saved: &toml::Table,
+        given: &toml::Table,
+    ) -> Result<Self, TrainError> {
         let lock = Lock::take(path)?;
-        let given = settings.to_table()?;
         let keys = saved.keys().chain(given.keys().filter(|key| !saved.contains_key(*key)));
         let show = |table: &toml::Table, key: &str| {
             table.get(key).map_or("not set".into(), toml::Value::to_string)
@@ -121,7 +127,7 @@ impl RunDir {
         let changed: Vec<String> = keys
             .filter(|key| saved.get(*key) != given.get(*key))
             .filter(|key| !FREE_ON_RESUME.contains(&key.as_str()))
-            .map(|key| format!("{key} was {}, is {}", show(&saved, key), show(&given, key)))
+            .map(|key| format!("{key} was {}, is {}", show(saved, key), show(given, key)))
             .collect();
         if !changed.is_empty() {
             return Err(TrainError::Changed { path: path.into(), what: changed.join("; ") });
@@ -140,14 +146,17 @@ impl RunDir {
 
     /// The settings a run of this command was begun with.
     pub fn settings(command: Command, path: &Path) -> Result<RunSettings, TrainError> {
-        let file = path.join("config.toml");
+        let table = Self::table(path)?;
+        RunSettings::from_table(command, table).map_err(|e| broken(path, &e))
+    }
+
+    fn table(path: &Path) -> Result<toml::Table, TrainError> {
+        let file = path.join(SETTINGS_FILE);
         let text = fs::read_to_string(&file).map_err(|e| match e.kind() {
             io::ErrorKind::NotFound => TrainError::NoRun(path.into()),
             _ => at(&file, e),
         })?;
-        let broken = |reason: String| TrainError::Broken { path: file.clone(), reason };
-        let table: toml::Table = toml::from_str(&text).map_err(|e| broken(e.to_string()))?;
-        RunSettings::from_table(command, table).map_err(|e| broken(e.to_string()))
+        toml::from_str(&text).map_err(|e| broken(path, &e))
     }
 
     /// The last whole checkpoint.
@@ -161,13 +170,15 @@ impl RunDir {
         if name == FIRST { checkpoint.into() } else { checkpoint.join(name) }
     }
 
-    /// Writes a checkpoint and drops the oldest beyond `keep` (0 keeps all).
-    pub fn save<'a>(
+    /// Writes a checkpoint and drops the oldest beyond `keep` (0 keeps all). `write` puts what is
+    /// trained into the folder; its parameters are in the order of the optimizer.
+    pub fn save(
         &self,
         state: &State,
-        adapters: impl Iterator<Item = (&'a str, &'a Adapter)> + Clone,
+        parameters: &[(String, Var)],
         optimizer: &AdamW,
         keep: usize,
+        write: impl FnOnce(&Path) -> Result<(), TrainError>,
     ) -> Result<(), TrainError> {
         let folder = self.checkpoints();
         let partial = folder.join(format!(".step-{}.partial", state.step));
@@ -177,10 +188,8 @@ impl RunDir {
         }
         let _ = fs::remove_dir_all(&partial); // left by a killed writer
         fs::create_dir_all(&partial).map_err(|e| at(&partial, e))?;
-        for (name, adapter) in adapters.clone() {
-            format::write_folder(adapter, &Self::adapter_folder(&partial, name))?;
-        }
-        let moments = moments(adapters, optimizer);
+        write(&partial)?;
+        let moments = moments(parameters, optimizer);
         let path = partial.join("optimizer.safetensors");
         write_atomically(path, |file| format::write_tensors(file, None, moments))?;
         write_state(&partial, state)?;
@@ -378,9 +387,9 @@ pub fn write_state(checkpoint: &Path, state: &State) -> Result<(), TrainError> {
 }
 
 /// Reads the optimizer's state of a checkpoint into `optimizer`.
-pub fn read_optimizer<'a>(
+pub fn read_optimizer(
     checkpoint: &Path,
-    adapters: impl Iterator<Item = (&'a str, &'a Adapter)>,
+    parameters: &[(String, Var)],
     optimizer: &mut AdamW,
     step: u64,
 ) -> Result<(), TrainError> {
@@ -391,14 +400,14 @@ pub fn read_optimizer<'a>(
     let read = |name: &str, into: &mut Vec<f32>| -> Result<(), TrainError> {
         let tensor = tensors.tensor(name).map_err(|e| broken(format!("{name}: {e}")))?;
         if tensor.dtype() != Dtype::F32 || tensor.data().len() != 4 * into.len() {
-            return Err(broken(format!("{name} does not fit the adapter")));
+            return Err(broken(format!("{name} does not fit what is trained")));
         }
         for (value, bytes) in into.iter_mut().zip(tensor.data().chunks_exact(4)) {
             *value = f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
         }
         Ok(())
     };
-    for (i, (name, _)) in parameters(adapters).iter().enumerate() {
+    for (i, (name, _)) in parameters.iter().enumerate() {
         read(&format!("exp_avg.{name}"), &mut optimizer.exp_avg[i])?;
         read(&format!("exp_avg_sq.{name}"), &mut optimizer.exp_avg_sq[i])?;
     }
@@ -430,10 +439,10 @@ impl View for Moment<'_> {
     }
 }
 
-/// All that is trained, under names that tell adapters apart.
-fn parameters<'a>(
+/// All that is trained of adapters, under names that tell them apart.
+pub fn adapter_parameters<'a>(
     adapters: impl Iterator<Item = (&'a str, &'a Adapter)>,
-) -> Vec<(String, candle_core::Var)> {
+) -> Vec<(String, Var)> {
     let named = |(of, adapter): (&str, &Adapter)| {
         let prefix = if of == FIRST { String::new() } else { format!("{of}.") };
         let parameters = adapter.parameters().into_iter();
@@ -443,11 +452,7 @@ fn parameters<'a>(
 }
 
 /// The optimizer's moments by the names of what is trained.
-fn moments<'a, 'm>(
-    adapters: impl Iterator<Item = (&'a str, &'a Adapter)>,
-    optimizer: &'m AdamW,
-) -> Vec<(String, Moment<'m>)> {
-    let parameters = parameters(adapters);
+fn moments<'m>(parameters: &[(String, Var)], optimizer: &'m AdamW) -> Vec<(String, Moment<'m>)> {
     let kinds = [("exp_avg", &optimizer.exp_avg), ("exp_avg_sq", &optimizer.exp_avg_sq)];
     let named = |(kind, moments): (&str, &'m Vec<Vec<f32>>)| {
         let moments = parameters.iter().zip(moments).map(|((name, var), values)| {
@@ -463,6 +468,11 @@ fn sync_folder(folder: &Path) -> io::Result<()> {
         true => File::open(folder)?.sync_all(),
         false => Ok(()), // only Unix opens folders
     }
+}
+
+/// The settings of the run at `path` make no sense.
+fn broken(path: &Path, reason: &dyn std::fmt::Display) -> TrainError {
+    TrainError::Broken { path: path.join(SETTINGS_FILE), reason: reason.to_string() }
 }
 
 fn at(path: &Path, source: io::Error) -> TrainError {

@@ -10,12 +10,12 @@ use quantune_adapters::delta::Adapter;
 use serde_json::{Map, Value, json};
 
 use super::TrainError;
+use super::fine_tune::{strategy, total_steps};
 use super::fingerprints::{base_fingerprint, comparisons_print, tokens_print};
 use super::learner::{Learner, MicroBatch};
 use super::log::{Log, Numbers};
 use super::progress::{Progress, Work};
 use super::reference;
-use super::run::{strategy, total_steps};
 use super::run_dir::{Fingerprint, RunDir, State};
 use super::settings::{CommonSettings, DpoSettings, EvalStrategy, RunSettings, Task};
 use crate::data::{

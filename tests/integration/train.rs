@@ -172,6 +172,8 @@ fn ten_steps(name: &str, layout: Layout, compute: Compute) {
         learning_rate: number("learning_rate").unwrap(),
         warmup_steps: number("warmup_steps").unwrap() as u64,
         total_steps: steps.len() as u64,
+        decay_steps: 0,
+        min_lr_ratio: 0.0,
     };
     let max_norm = number("max_grad_norm").unwrap();
     let rows = rows(name);

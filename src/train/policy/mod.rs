@@ -15,13 +15,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::TrainError;
+use super::fine_tune::{strategy, total_steps};
 use super::fingerprints::base_fingerprint;
 use super::learner::Learner;
 use super::log::{Log, Numbers};
 use super::lora::read_scoring;
 use super::progress::{Progress, Work};
 use super::reference;
-use super::run::{strategy, total_steps};
 use super::run_dir::{Fingerprint, RunDir, State, read_accuracy};
 use super::settings::{CommonSettings, EvalStrategy, RunSettings, SCHEMA_REWARD, Task};
 use super::supervised::warned;

@@ -141,7 +141,7 @@ settings! {
 
         /// Highest learning rate [default: sft 2e-4, reward 1e-4, dpo 2e-5, ppo and grpo 1e-5]
         learning_rate: f64 = 2e-4,
-        /// Shape of the learning rate [default: cosine; ppo and grpo linear]
+        /// Shape of the learning rate; warmup_stable_decay falls in the last fifth [default: cosine; ppo and grpo linear]
         lr_scheduler_type: ScheduleKind = ScheduleKind::Cosine,
         /// Share of all steps that warm up [default: 0.03; ppo and grpo 0]
         warmup_ratio: f64 = 0.03,
@@ -347,8 +347,8 @@ pub enum AdvantageEstimator {
 settings! {
     /// What group-relative policy optimization has of its own.
     GrpoSettings, GrpoFlags {
-        /// Reward: exact:FIELD, numeric:FIELD, regex:PATTERN, json-schema:FILE or length:MIN-MAX; may be
-        /// given again
+        /// Reward: exact:FIELD, contains:FIELD, numeric:FIELD, regex:PATTERN, json-schema:FILE or
+        /// length:MIN-MAX; may be given again
         #[arg(num_args = 1..)]
         reward: Vec<String> = Vec::new(),
         /// Reward: a program that reads JSON lines of `prompt`, `completion` and the row's own fields,
@@ -662,6 +662,11 @@ empty! {
 struct Faults(Vec<String>);
 
 impl Faults {
+    /// All of them in one sentence, if there are any.
+    fn told(self) -> Option<String> {
+        (!self.0.is_empty()).then(|| self.0.join("; "))
+    }
+
     fn check(&mut self, fine: bool, fault: String) {
         if !fine {
             self.0.push(fault);
@@ -737,7 +742,7 @@ impl RunSettings {
             }
             Task::Grpo(own) => own.faults(&mut faults),
         }
-        (!faults.0.is_empty()).then(|| faults.0.join("; "))
+        faults.told()
     }
 }
 

@@ -1,0 +1,427 @@
+//! Fine-tuning: adapters over a frozen base, whatever is minimized. What is there before the first
+//! step, and what is written after the last; the steps themselves are [`super::run`]'s.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use quantune_adapters::delta::Adapter;
+use quantune_adapters::format;
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use super::TrainError;
+use super::fingerprints::{base_fingerprint, same_fingerprints};
+use super::learner::Learner;
+use super::log::{Log, Numbers};
+use super::lora::{begin_adapter, read_adapter};
+use super::policy::Rollouts;
+use super::progress::{Progress, Work};
+use super::run::{Course, Ended, LoopSettings, Outcome, take_steps};
+use super::run_dir::{RunDir, State, adapter_parameters, read_optimizer, read_state};
+use super::settings::{CommonSettings, EvalStrategy, RunSettings, Task, ValueModel};
+use super::supervised::Supervised;
+use crate::data::DataError;
+use crate::model::Decoder;
+use crate::optim::{AdamWSettings, Schedule};
+use crate::text::{Tokenizer, first_second, today};
+use crate::weights::Checkpoint;
+
+/// What a finished run says of itself; with `results`, the `--json` line of its command.
+#[derive(Debug, Clone, Serialize)]
+pub struct Summary {
+    /// Optimizer steps; of ppo and grpo updates.
+    pub steps: u64,
+    /// Loss of the first step.
+    pub loss_first: Option<f64>,
+    /// The same, last step.
+    pub loss_last: Option<f64>,
+    /// Real tokens a second in this process's steps: of ppo and grpo, of prompts and responses.
+    pub tokens_per_second: f64,
+    /// Trainable numbers.
+    pub trainable_parameters: usize,
+    /// The adapter's folder.
+    pub adapter: PathBuf,
+    /// Which kernel serves each kind of linear layer.
+    pub kernels: BTreeMap<String, String>,
+    /// Layers whose tape is rebuilt on the way down, as the memory budget asks.
+    pub recomputed_layers: usize,
+    /// The step this process took up, if it resumed.
+    pub resumed_at: Option<u64>,
+    /// What the command adds: what the data came to, evaluations, rates.
+    #[serde(skip)]
+    pub results: Map<String, Value>,
+}
+
+/// Where a step's micro-batches come from.
+enum Source {
+    /// Rows of a file, epoch by epoch.
+    Supervised(Box<Supervised>),
+    /// Responses of the policy itself to the prompts of a file.
+    Rollouts(Box<Rollouts>),
+}
+
+/// A run of fine-tuning, ready for its steps.
+pub struct FineTuning<'a> {
+    source: Source,
+    /// What trains.
+    pub learner: Learner<'a>,
+    /// What the run calls the adapters, in the learner's order.
+    names: Vec<&'static str>,
+}
+
+impl FineTuning<'_> {
+    /// Takes a step.
+    pub fn step(
+        &mut self,
+        state: &mut State,
+        learning_rate: f64,
+    ) -> Result<(Numbers, Work), TrainError> {
+        match &mut self.source {
+            Source::Supervised(source) => source.step(&mut self.learner, state, learning_rate),
+            Source::Rollouts(source) => source.step(&mut self.learner, state, learning_rate),
+        }
+    }
+
+    /// Evaluates held-out rows or prompts; nothing if a stop cut it short.
+    pub fn evaluate(
+        &mut self,
+        log: &mut Log,
+        stop: &AtomicBool,
+    ) -> Result<Option<Numbers>, TrainError> {
+        let (decoder, adapter) = (self.learner.decoder(), &self.learner.adapters[0]);
+        match &mut self.source {
+            Source::Supervised(source) => source.evaluate(decoder, adapter, stop),
+            Source::Rollouts(source) => source.evaluate(decoder, adapter, log, stop),
+        }
+    }
+
+    /// Whether the epoch has just ended.
+    pub fn epoch_ends(&self, state: &State) -> bool {
+        match &self.source {
+            Source::Supervised(source) => source.epoch_ends(state),
+            Source::Rollouts(source) => source.epoch_ends(state),
+        }
+    }
+
+    /// Writes a checkpoint.
+    pub fn save(&self, run: &RunDir, state: &State, keep: usize) -> Result<(), TrainError> {
+        let parameters = adapter_parameters(self.named());
+        run.save(state, &parameters, &self.learner.optimizer, keep, |folder| {
+            for (name, adapter) in self.named() {
+                format::write_folder(adapter, &RunDir::adapter_folder(folder, name))?;
+            }
+            Ok(())
+        })
+    }
+
+    fn named(&self) -> impl Iterator<Item = (&str, &Adapter)> + Clone {
+        let adapters = self.learner.adapters.iter();
+        self.names.iter().zip(adapters).map(|(&name, adapter)| (name, adapter.as_ref()))
+    }
+
+    fn total_steps(&self) -> u64 {
+        match &self.source {
+            Source::Supervised(source) => source.total_steps(),
+            Source::Rollouts(source) => source.total_steps(),
+        }
+    }
+
+    fn results(
+        &mut self,
+        log: &Log,
+        progress: &Progress,
+    ) -> Result<Map<String, Value>, TrainError> {
+        match &mut self.source {
+            Source::Supervised(source) => source.results(log, progress),
+            Source::Rollouts(source) => source.results(log, progress),
+        }
+    }
+}
+
+/// Trains. With `resume`, goes on with the run in `settings.common.out`. `stop` is looked at while
+/// rows are read, between the batches of an evaluation, and after each step.
+pub fn train(
+    settings: &RunSettings,
+    resume: bool,
+    stop: &AtomicBool,
+) -> Result<Outcome<Summary>, TrainError> {
+    if let Some(fault) = settings.fault() {
+        return Err(TrainError::Settings(fault));
+    }
+    let mut settings = settings.absolute()?;
+    if settings.common.template_date.is_empty() {
+        settings.common.template_date = today();
+    }
+    let settings = &settings;
+    let common = &settings.common;
+    let Some(now) = first_second(&common.template_date) else {
+        let fault = format!("template_date is {:?}, needed YYYY-MM-DD", common.template_date);
+        return Err(TrainError::Settings(fault));
+    };
+    // Told before anything is read: what is in the way of the run.
+    let resumed = if resume {
+        let saved = RunDir::settings(settings.command(), &common.out)?.to_table()?;
+        Some(RunDir::resume(&common.out, &saved, &settings.to_table()?)?)
+    } else {
+        RunDir::vacant(&common.out)?;
+        None
+    };
+
+    // What is trained, on what.
+    let checkpoint = Checkpoint::open(&common.base)?;
+    let decoder = Decoder::load(&checkpoint, common.compute)?;
+    let mut tokenizer = Tokenizer::open(&checkpoint)?;
+    tokenizer.set_template_time(now);
+    let source = match &settings.task {
+        Task::Sft(_) | Task::Reward(_) | Task::Dpo(_) => {
+            let loaded = Supervised::load(settings, &decoder, &tokenizer, stop);
+            loaded.map(|source| Source::Supervised(source.into()))
+        }
+        Task::Ppo(_) | Task::Grpo(_) => {
+            let loaded = Rollouts::load(settings, &decoder, tokenizer, stop);
+            loaded.map(|source| Source::Rollouts(source.into()))
+        }
+    };
+    let source = match source {
+        Err(TrainError::Data(DataError::Stopped)) => return Ok(Outcome::NotBegun),
+        source => source?,
+    };
+    let mut fingerprints = vec![("the base".to_string(), base_fingerprint(&common.base)?)];
+    match &source {
+        Source::Supervised(source) => fingerprints.extend(source.fingerprints()?),
+        Source::Rollouts(source) => fingerprints.extend(source.fingerprints()?),
+    }
+    let (run, saved, adapters) = if let Some(run) = resumed {
+        same_fingerprints(&common.out, &run.fingerprints()?, &fingerprints)?;
+        let saved = run.last_checkpoint()?;
+        let mut adapters = begin_adapters(settings, &decoder)?;
+        if let Some(folder) = &saved {
+            for (name, adapter) in &mut adapters {
+                *adapter = read_adapter(&RunDir::adapter_folder(folder, name), &decoder)?;
+            }
+        }
+        (run, saved, adapters)
+    } else {
+        let adapters = begin_adapters(settings, &decoder)?; // may fail: before anything is written
+        let table = settings.to_table()?;
+        (RunDir::create(&common.out, &table, &fingerprints)?, None, adapters)
+    };
+    let (names, adapters): (Vec<&str>, Vec<Adapter>) = adapters.into_iter().unzip();
+    let adapters: Vec<Arc<Adapter>> = adapters.into_iter().map(Arc::new).collect();
+    let dropout = (common.lora_dropout, common.seed);
+    let adamw = optimizer_settings(common);
+    let learner = Learner::new(&decoder, adapters.clone(), adamw, common.max_grad_norm, dropout)?;
+    let mut course = FineTuning { source, learner, names };
+
+    // Where it stands.
+    let mut state = State::default();
+    if let Some(folder) = &saved {
+        state = read_state(folder)?;
+        let parameters = adapter_parameters(course.named());
+        let optimizer = &mut course.learner.optimizer;
+        read_optimizer(folder, &parameters, optimizer, state.optimizer_steps)?;
+    }
+    let resumed_at = resume.then_some(state.step);
+    let begun = match &mut course.source {
+        Source::Supervised(source) => source.begin(&decoder, &run, &state, stop),
+        Source::Rollouts(source) => source.begin(&run, &mut state),
+    };
+    let total_steps = course.total_steps();
+    match begun {
+        Err(TrainError::Data(DataError::Stopped)) => {
+            return Ok(Outcome::Interrupted { step: state.step, total_steps });
+        }
+        begun => begun?,
+    }
+    let (tokens, passed) = match &course.source {
+        Source::Supervised(source) => (source.largest_micro_batch(), &adapters[..1]),
+        Source::Rollouts(source) => (source.largest_micro_batch(), &adapters[..]),
+    };
+    let layers = super::memory::passed_layers(&decoder, passed);
+    let kept_layers = kept_layers(common, &decoder, layers, tokens, &adapters);
+    course.learner.kept_layers = kept_layers;
+    let parameters: usize = adapters.iter().map(|adapter| adapter.num_parameters()).sum();
+    eprintln!(
+        "training {parameters} parameters of {} modules, {total_steps} steps from step {}",
+        adapters.iter().map(|adapter| adapter.modules.len()).sum::<usize>(),
+        state.step
+    );
+
+    let steps = LoopSettings {
+        schedule: schedule(common, total_steps),
+        eval_strategy: strategy(common),
+        eval_steps: common.eval_steps,
+        save_steps: common.save_steps,
+        save_total_limit: common.save_total_limit,
+    };
+    let mut course = Course::FineTuning(course);
+    let ended = take_steps(&mut course, &run, (&mut state, saved), &steps, stop)?;
+    let (Ended::Done { log, progress }, Course::FineTuning(mut course)) = (ended, course) else {
+        return Ok(Outcome::Interrupted { step: state.step, total_steps });
+    };
+
+    let results = course.results(&log, &progress)?;
+    let shared_head =
+        matches!(&settings.task, Task::Ppo(own) if own.value_model == ValueModel::Policy);
+    for (name, adapter) in course.named() {
+        let folder = run.file(name);
+        if shared_head {
+            // The policy is to generate; its values stay in the checkpoints.
+            let mut policy = adapter.copy("default")?;
+            policy.remove_score();
+            format::write_folder(&policy, &folder)?;
+        } else {
+            format::write_folder(adapter, &folder)?;
+        }
+    }
+    if let (Task::Reward(_), Some(accuracy)) = (&settings.task, results.get("eval_accuracy")) {
+        run.write_accuracy(accuracy)?;
+    }
+    let losses = log.values("loss")?;
+    Ok(Outcome::Done(Box::new(Summary {
+        steps: state.step,
+        loss_first: losses.first().copied(),
+        loss_last: losses.last().copied(),
+        tokens_per_second: progress.tokens_per_second(),
+        trainable_parameters: parameters,
+        adapter: run.file(course.names[0]),
+        kernels: decoder.kernels(),
+        recomputed_layers: layers - kept_layers,
+        resumed_at,
+        results,
+    })))
+}
+
+/// The adapters a run trains, with the names of their folders.
+fn begin_adapters(
+    settings: &RunSettings,
+    decoder: &Decoder,
+) -> Result<Vec<(&'static str, Adapter)>, TrainError> {
+    let common = &settings.common;
+    let hidden_size = decoder.config.hidden_size;
+    let mut first = begin_adapter(common, decoder)?;
+    let mut adapters = Vec::new();
+    match &settings.task {
+        Task::Sft(_) | Task::Dpo(_) | Task::Grpo(_) => no_score(&first, common)?,
+        Task::Reward(_) => {
+            if first.score.is_none() {
+                first.add_score(hidden_size, false, common.seed)?;
+            }
+        }
+        Task::Ppo(own) => {
+            no_score(&first, common)?;
+            match own.value_model {
+                // Values begin at 0: a head of random numbers would disturb what it shares.
+                ValueModel::Policy => first.add_score(hidden_size, true, common.seed)?,
+                ValueModel::Own => {
+                    let given = !own.value_adapter.as_os_str().is_empty();
+                    let folder = if given { &own.value_adapter } else { &own.reward_adapter };
+                    let value = super::lora::read_scoring(folder, decoder)?;
+                    adapters.push(("value_adapter", value.copy("value")?));
+                }
+            }
+        }
+    }
+    adapters.insert(0, ("adapter", first));
+    Ok(adapters)
+}
+
+/// A policy is no reward model.
+fn no_score(adapter: &Adapter, common: &CommonSettings) -> Result<(), TrainError> {
+    match adapter.score {
+        None => Ok(()),
+        Some(_) => Err(TrainError::Settings(format!(
+            "--adapter {}: has a score head, so it is a reward model; needed one that generates",
+            common.adapter.display()
+        ))),
+    }
+}
+
+/// Of `layers` layers that gradients pass, how many keep their tapes while micro-batches of
+/// `tokens` tokens pass them.
+fn kept_layers(
+    settings: &CommonSettings,
+    decoder: &Decoder,
+    layers: usize,
+    tokens: usize,
+    adapters: &[Arc<Adapter>],
+) -> usize {
+    if let Some(all) = settings.gradient_checkpointing {
+        return if all { 0 } else { layers };
+    }
+    let budget = super::memory::parse_bytes(&settings.memory_budget)
+        .unwrap_or_else(super::memory::default_budget);
+    let ranks = |adapter: &Arc<Adapter>| adapter.modules.values().map(|lora| lora.r()).sum();
+    let ranks: usize = adapters.iter().map(ranks).max().unwrap_or(0);
+    let parameters = adapters.iter().map(|adapter| adapter.num_parameters()).sum();
+    let ranks = ranks.div_ceil(layers.max(1));
+    super::memory::kept_layers(decoder, layers, tokens, parameters, ranks, budget)
+}
+
+/// When held-out rows are evaluated.
+pub fn strategy(settings: &CommonSettings) -> EvalStrategy {
+    let default = match settings.eval_data.as_os_str().is_empty() {
+        true => EvalStrategy::No,
+        false => EvalStrategy::Epoch,
+    };
+    settings.eval_strategy.unwrap_or(default)
+}
+
+fn optimizer_settings(settings: &CommonSettings) -> AdamWSettings {
+    AdamWSettings {
+        adam_beta1: settings.adam_beta1,
+        adam_beta2: settings.adam_beta2,
+        adam_epsilon: settings.adam_epsilon,
+        weight_decay: settings.weight_decay,
+    }
+}
+
+/// Steps of the run, every epoch having as many. A part of an epoch is rounded up to whole steps,
+/// as transformers does.
+pub fn total_steps(settings: &CommonSettings, steps_of_epoch: u64) -> u64 {
+    if settings.max_steps > 0 {
+        return settings.max_steps;
+    }
+    let whole = settings.num_train_epochs.trunc() as u64;
+    let part = settings.num_train_epochs.fract();
+    whole * steps_of_epoch + (part * steps_of_epoch as f64).ceil() as u64
+}
+
+fn schedule(settings: &CommonSettings, total_steps: u64) -> Schedule {
+    let warmup_steps = match settings.warmup_steps {
+        0 => (settings.warmup_ratio * total_steps as f64).ceil() as u64,
+        steps => steps,
+    };
+    Schedule {
+        kind: settings.lr_scheduler_type,
+        learning_rate: settings.learning_rate,
+        warmup_steps,
+        total_steps,
+        decay_steps: total_steps.div_ceil(5),
+        min_lr_ratio: 0.0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn steps_and_warmup_are_counted_as_transformers_counts_them() {
+        let settings = |epochs, max_steps, warmup_steps| CommonSettings {
+            num_train_epochs: epochs,
+            max_steps,
+            warmup_steps,
+            warmup_ratio: 0.05,
+            ..Default::default()
+        };
+        assert_eq!(total_steps(&settings(1.0, 0, 0), 11), 11);
+        assert_eq!(total_steps(&settings(2.0, 0, 0), 11), 22);
+        assert_eq!(total_steps(&settings(1.5, 0, 0), 11), 17);
+        assert_eq!(total_steps(&settings(1.5, 7, 0), 11), 7);
+        assert_eq!(schedule(&settings(1.0, 0, 0), 21).warmup_steps, 2);
+        assert_eq!(schedule(&settings(1.0, 0, 5), 21).warmup_steps, 5);
+    }
+}
