@@ -580,6 +580,23 @@ fn what_is_wrong_with_rollouts_is_told() {
     program("yes 1", &["unasked"]);
 }
 
+/// An error that tells its cause is not followed by its cause.
+#[test]
+fn a_missing_file_is_told_once() {
+    let lab = Lab::new();
+    let (base, missing, [reward, _]) = (base(), lab.path("missing.jsonl"), reward_adapters());
+    let given = [("--base", &*base), ("--data", &*missing), ("--max-steps", "1")];
+    let rewarded = [&given[..], &[("--reward-adapter", &*reward)]].concat();
+    for (command, flags) in [("sft", &given[..]), ("ppo", &rewarded)] {
+        let output = quantune(&arguments(command, flags, &lab.path("out")));
+        assert_eq!(output.status.code(), Some(1), "{command}");
+        let sentence = error(&output);
+        let needed = format!("error: {missing}: cannot be read: ");
+        assert!(sentence.starts_with(&needed), "{command}: {sentence}");
+        assert_eq!(sentence.matches("os error 2").count(), 1, "{command}: {sentence}");
+    }
+}
+
 /// What a run is made of may not change under it, and a failed reward program loses no step.
 #[test]
 fn a_run_goes_on_only_as_it_was() {
