@@ -78,13 +78,22 @@ impl Rollouts {
     ) -> Result<Vec<Experience>, TrainError> {
         let (decoder, responses) = (learner.decoder(), &scored.responses);
         let temperature = own.temperature;
-        let old = respond::log_probs(decoder, learner.worn(0), responses, temperature)?;
         let reference = self.reference.as_deref().unwrap_or_default();
         let reference = respond::log_probs(decoder, reference, responses, temperature)?;
         let valuer = usize::from(own.value_model == ValueModel::Own);
         let head = learner.adapters[valuer].score.clone().expect("a value head was given");
-        let worn = learner.worn(valuer);
-        let values = respond::values(decoder, worn, &head, responses, own.response_length)?;
+        let (policy, valuer) = (learner.worn(0), learner.worn(valuer));
+        let most = own.response_length;
+        let (old, values) = match own.value_model {
+            // What the two are read from is one forward pass of one adapter.
+            ValueModel::Policy => {
+                respond::log_probs_and_values(decoder, policy, &head, responses, temperature, most)?
+            }
+            ValueModel::Own => (
+                respond::log_probs(decoder, policy, responses, temperature)?,
+                respond::values(decoder, valuer, &head, responses, most)?,
+            ),
+        };
 
         let rollouts = rollouts_of(state);
         let raw: Vec<f32> = scored.totals.iter().map(|s| s.unwrap_or(0.0) as f32).collect();
