@@ -24,6 +24,6 @@ pub use diagnose::{Cause, Diagnosis, Evidence, diagnose};
 pub use ppo::{AdvantageSettings, Experience};
 pub use respond::Response;
 pub use reward_model::{RewardModel, RewardModelError};
-pub use rewards::{RewardError, RewardMean, RewardSource, Rewards, Sample, Scores};
+pub use rewards::{RewardError, RewardSource, Rewards, Sample, Scores};
 pub use rule::{Rule, RuleError, Unit};
 pub use samples::{SampleLog, SampleRow, SamplesError, table};

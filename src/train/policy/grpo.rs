@@ -59,7 +59,7 @@ impl Rollouts {
         let GroupAdvantages { advantages, reward, reward_std, frac_reward_zero_std } =
             match own.advantage {
                 AdvantageEstimator::Grpo => group_advantages(&totals, n, own.scale_rewards),
-                AdvantageEstimator::Rloo => rloo_advantages(&totals, n, false),
+                AdvantageEstimator::Rloo => rloo_advantages(&totals, n),
             };
         self.times.scoring += began.elapsed();
 
