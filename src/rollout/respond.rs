@@ -150,13 +150,13 @@ pub fn scores(
     decoder: &Decoder,
     worn: &[Worn],
     head: &Tensor,
-    responses: &[Response],
+    responses: &[&Response],
     eos: Option<u32>,
     after: &[u32],
 ) -> Result<Vec<f32>> {
     let mut all = Vec::with_capacity(responses.len());
     for run in runs(responses.iter().map(|response| response.len() + 1 + after.len())) {
-        let ended = responses[run].iter().map(|response| {
+        let ended = responses[run].iter().map(|&response| {
             let mut response = response.clone();
             response.tokens.extend(eos.filter(|_| !response.ended));
             if response.ended || eos.is_some() {

@@ -348,7 +348,8 @@ fn replay(name: &str, compute: Compute, micro: usize) {
         let values = respond::values(&decoder, learner.worn(1), head, &responses, most).unwrap();
         let judge = [Worn::frozen(reward.clone())];
         let head = reward.score.as_ref().unwrap();
-        let scores = respond::scores(&decoder, &judge, head, &responses, None, &[]).unwrap();
+        let all: Vec<&Response> = responses.iter().collect();
+        let scores = respond::scores(&decoder, &judge, head, &all, None, &[]).unwrap();
         let mut rows: Vec<Experience> = old
             .into_iter()
             .zip(reference)

@@ -14,7 +14,7 @@ use crate::data::Prompt;
 use crate::eval::{Reply, diversity};
 use crate::model::{Decoder, Worn};
 use crate::rollout::diagnose::{mean_and_error, overoptimized};
-use crate::rollout::respond;
+use crate::rollout::{Response, respond};
 
 /// Keys of evaluations' responses begin here; those of training stay below.
 const EVAL_KEYS: u64 = 1 << 39;
@@ -58,7 +58,8 @@ impl Rollouts {
                 kls.extend(logps.iter().zip(&reference).map(k1));
             }
             if let Some(judge) = &self.judge {
-                let scores = self.adapter_scores(decoder, judge, &scored.responses)?;
+                let responses: Vec<&Response> = scored.responses.iter().collect();
+                let scores = self.scorer.read(decoder, judge, &responses)?;
                 judged.extend(scores.into_iter().map(f64::from));
             }
             totals.extend(scored.totals.iter().flatten());

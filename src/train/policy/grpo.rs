@@ -136,7 +136,7 @@ impl Rollouts {
             ("completions/mean_length".into(), json!(tokens as f64 / count)),
             ("completions/clipped_ratio".into(), json!(clipped as f64 / count)),
         ];
-        for (source, column) in self.rewards.sources().iter().zip(&scored.columns) {
+        for (source, column) in self.scorer.rewards.sources().iter().zip(&scored.columns) {
             let given: Vec<f64> = column.iter().copied().flatten().collect();
             let name = format!("rewards/{}/mean", source.name());
             numbers.push((name, json!(finite(mean(given.iter().copied())))));

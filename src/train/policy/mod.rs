@@ -31,8 +31,8 @@ use crate::model::{CacheType, Decoder, Worn};
 use crate::objectives::advantage::{RunningMoments, kl_k1};
 use crate::ops::Compute;
 use crate::rollout::{
-    Evidence, Experience, Response, RewardCommand, RewardModel, RewardSource, Rewards, Sample,
-    SampleLog, SampleRow, diagnose, respond, table,
+    Evidence, Experience, Response, RewardCommand, RewardModel, RewardSource, Rewards, SampleLog,
+    SampleRow, Scorer, Scores, diagnose, respond, table,
 };
 use crate::text::{Tokenizer, first_second};
 use crate::weights::write_atomically;
@@ -68,14 +68,10 @@ pub struct Rollouts {
     ptx: Option<Dataset>,
     /// What the reference wears, if one is asked for.
     reference: Option<Vec<Worn>>,
-    /// Scores by adapters on the base: rewards first, the judge last.
-    scorers: Vec<Vec<Worn>>,
-    judge: Option<Vec<Worn>>,
-    reward_model: Option<RewardModel>,
-    rewards: Rewards,
-    /// What the chat template writes behind an ended answer, if the prompts are conversations: reward
-    /// models have read it there.
-    after_turn: Vec<u32>,
+    /// What gives the rewards.
+    scorer: Scorer,
+    /// A reward model that is not trained against.
+    judge: Option<Worn>,
     samples: Option<SampleLog>,
     times: Times,
     /// Sick updates so far, to say each thing once.
@@ -136,15 +132,15 @@ impl Rollouts {
             }
             Ok::<(), TrainError>(())
         };
-        let scoring = |folder: &Path, least: f64| -> Result<Vec<Worn>, TrainError> {
+        let scoring = |folder: &Path, least: f64| -> Result<Worn, TrainError> {
             trusted(folder, least)?;
-            Ok(vec![Worn::frozen(Arc::new(read_scoring(folder, decoder)?))])
+            Ok(Worn::frozen(Arc::new(read_scoring(folder, decoder)?)))
         };
-        let (mut scorers, mut judge, mut ptx, mut reward_model) = (Vec::new(), None, None, None);
-        let (rewards, wants_reference, ref_adapter) = match &settings.task {
+        let (mut adapter, mut judge, mut ptx, mut reward_model) = (None, None, None, None);
+        let (rewards, wants_reference, ref_adapter, at_eos) = match &settings.task {
             Task::Ppo(own) => {
                 print(&mut prints, "the reward adapter", &own.reward_adapter)?;
-                scorers.push(scoring(&own.reward_adapter, own.min_reward_accuracy)?);
+                adapter = Some(scoring(&own.reward_adapter, own.min_reward_accuracy)?);
                 print(&mut prints, "the value adapter", &own.value_adapter)?;
                 if !own.judge_adapter.as_os_str().is_empty() {
                     print(&mut prints, "the judge", &own.judge_adapter)?;
@@ -156,7 +152,7 @@ impl Rollouts {
                     ptx = Some(data);
                 }
                 let source = RewardSource::Model { name: "reward_adapter".into() };
-                (Rewards::new(vec![source], None)?, true, &own.ref_adapter)
+                (Rewards::new(vec![source], None)?, true, &own.ref_adapter, own.score_at_eos)
             }
             Task::Grpo(own) => {
                 let mut sources = Vec::new();
@@ -175,7 +171,7 @@ impl Rollouts {
                 }
                 if !own.reward_adapter.as_os_str().is_empty() {
                     print(&mut prints, "the reward adapter", &own.reward_adapter)?;
-                    scorers.push(scoring(&own.reward_adapter, own.min_reward_accuracy)?);
+                    adapter = Some(scoring(&own.reward_adapter, own.min_reward_accuracy)?);
                     sources.push(RewardSource::Model { name: "reward_adapter".into() });
                 }
                 if !own.reward_model.as_os_str().is_empty() {
@@ -186,7 +182,8 @@ impl Rollouts {
                 }
                 let weights = &own.reward_weights;
                 let weights = (!weights.is_empty()).then(|| weights.clone());
-                (Rewards::new(sources, weights)?, own.beta > 0.0, &own.ref_adapter)
+                let rewards = Rewards::new(sources, weights)?;
+                (rewards, own.beta > 0.0, &own.ref_adapter, own.score_at_eos)
             }
             Task::Sft(_) | Task::Reward(_) | Task::Dpo(_) => {
                 unreachable!("they learn from rows as they are")
@@ -214,22 +211,25 @@ impl Rollouts {
             false => None,
         };
         let chats = prompts.prompts.iter().any(|prompt| prompt.row["prompt"].is_array());
-        let after_turn = if chats { tokenizer.after_turn()? } else { Vec::new() };
+        let scorer = Scorer {
+            rewards,
+            adapter,
+            model: reward_model,
+            eos: tokenizer.eos().filter(|_| at_eos),
+            after: if chats { tokenizer.after_turn()? } else { Vec::new() },
+        };
         Ok(Self {
             task: settings.task.clone(),
             common,
             tokenizer,
-            after_turn,
             compute: decoder.compute,
             prompts,
             held_out,
             held_out_lines,
             ptx,
             reference,
-            scorers,
+            scorer,
             judge,
-            reward_model,
-            rewards,
             samples: None,
             times: Times::default(),
             told: Vec::new(),
@@ -380,50 +380,10 @@ impl Rollouts {
         self.times.generation += began.elapsed();
 
         let began = Instant::now();
-        let texts: Vec<String> = responses
-            .iter()
-            .map(|response| tokenizer.decode(&response.tokens, true))
-            .collect::<Result<_, _>>()?;
-        let samples: Vec<Sample> = responses
-            .iter()
-            .zip(&texts)
-            .enumerate()
-            .map(|(i, (response, text))| Sample {
-                prompt: &prompts[i / per_prompt].text,
-                completion: text,
-                tokens: response.tokens.len() - usize::from(response.ended),
-                finished: response.ended,
-                row: &prompts[i / per_prompt].row,
-            })
-            .collect();
-        let mut models = Vec::new();
-        for scorer in &self.scorers {
-            let scores = self.adapter_scores(decoder, scorer, &responses)?;
-            models.push(scores.into_iter().map(f64::from).collect());
-        }
-        if let Some(model) = &self.reward_model {
-            models.push(model.score(&samples)?);
-        }
-        let scores = self.rewards.score(&samples, &models)?;
+        let (texts, scores) = self.scorer.score(decoder, tokenizer, prompts, &responses)?;
         self.times.scoring += began.elapsed();
-        Ok(Scored { responses, texts, columns: scores.columns, totals: scores.totals })
-    }
-
-    fn adapter_scores(
-        &self,
-        decoder: &Decoder,
-        worn: &[Worn],
-        responses: &[Response],
-    ) -> Result<Vec<f32>, TrainError> {
-        let head = worn.iter().find_map(|worn| worn.adapter.score.as_ref());
-        let head = head.expect("read as a scoring adapter");
-        let at_eos = match &self.task {
-            Task::Ppo(own) => own.score_at_eos,
-            Task::Grpo(own) => own.score_at_eos,
-            _ => false,
-        };
-        let eos = self.tokenizer.eos().filter(|_| at_eos);
-        Ok(respond::scores(decoder, worn, head, responses, eos, &self.after_turn)?)
+        let Scores { columns, totals } = scores;
+        Ok(Scored { responses, texts, columns, totals })
     }
 
     /// Looks at an update, and says what is wrong with it, each thing once.
@@ -473,7 +433,7 @@ impl Rollouts {
         let Some(samples) = &mut self.samples else { return Ok(()) };
         let step = scored.responses.len().div_ceil(count.max(1)).max(1);
         let names: Vec<String> =
-            self.rewards.sources().iter().map(|source| source.name().to_string()).collect();
+            self.scorer.rewards.sources().iter().map(|source| source.name().to_string()).collect();
         let mut rows = Vec::new();
         for i in (0..scored.responses.len()).step_by(step) {
             let response = &scored.responses[i];
