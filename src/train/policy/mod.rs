@@ -4,13 +4,13 @@
 mod evaluate;
 mod grpo;
 mod ppo;
+mod rounds;
 
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use quantune_adapters::rng::Stream;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -36,6 +36,7 @@ use crate::rollout::{
 };
 use crate::text::{Tokenizer, first_second};
 use crate::weights::write_atomically;
+use rounds::Rounds;
 
 /// What of a run's state only reinforcement learning has.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -63,9 +64,11 @@ pub struct Rollouts {
     tokenizer: Tokenizer,
     compute: Compute,
     prompts: Prompts,
+    prompt_rounds: Rounds,
     held_out: Option<Prompts>,
     held_out_lines: Option<Vec<u8>>,
-    ptx: Option<Dataset>,
+    /// Text to keep predicting.
+    ptx: Option<(Dataset, Rounds)>,
     /// What the reference wears, if one is asked for.
     reference: Option<Vec<Worn>>,
     /// What gives the rewards.
@@ -149,7 +152,8 @@ impl Rollouts {
                 if !own.ptx_data.as_os_str().is_empty() {
                     let data = Dataset::load(&own.ptx_data, &tokenizer, most, stop)?;
                     prints.push(("the ptx data".into(), data.sha256.clone()));
-                    ptx = Some(data);
+                    let rounds = Rounds::new("ptx", common.seed, true, data.examples.len());
+                    ptx = Some((data, rounds));
                 }
                 let source = RewardSource::Model { name: "reward_adapter".into() };
                 (Rewards::new(vec![source], None)?, true, &own.ref_adapter, own.score_at_eos)
@@ -218,12 +222,15 @@ impl Rollouts {
             eos: tokenizer.eos().filter(|_| at_eos),
             after: if chats { tokenizer.after_turn()? } else { Vec::new() },
         };
+        let shuffled = !common.no_shuffle;
+        let prompt_rounds = Rounds::new("prompts", common.seed, shuffled, prompts.prompts.len());
         Ok(Self {
             task: settings.task.clone(),
             common,
             tokenizer,
             compute: decoder.compute,
             prompts,
+            prompt_rounds,
             held_out,
             held_out_lines,
             ptx,
@@ -274,8 +281,8 @@ impl Rollouts {
         let longest = self.prompts.prompts.iter().map(|prompt| prompt.tokens.len()).max();
         let row = longest.unwrap_or(0) + response_length(&self.task);
         let size = self.common.per_device_train_batch_size;
-        let mut ptx: Vec<usize> =
-            self.ptx.iter().flat_map(|data| &data.examples).map(|row| row.tokens.len()).collect();
+        let texts = self.ptx.iter().flat_map(|(data, _)| &data.examples);
+        let mut ptx: Vec<usize> = texts.map(|row| row.tokens.len()).collect();
         ptx.sort_unstable_by_key(|&length| std::cmp::Reverse(length));
         (row * size).max(ptx.iter().take(size).sum())
     }
@@ -341,23 +348,10 @@ impl Rollouts {
     }
 
     /// The prompts of an update: all of them in turn, in another order each time around.
-    fn prompts_of(&self, update: u64) -> Vec<Prompt> {
-        let (batch, all) = (self.batch_size() as u64, self.prompts.prompts.len() as u64);
-        let mut around: Option<(u64, Vec<usize>)> = None;
-        (update * batch..(update + 1) * batch)
-            .map(|place| {
-                let epoch = place / all;
-                if around.as_ref().is_none_or(|(of, _)| *of != epoch) {
-                    let mut order: Vec<usize> = (0..all as usize).collect();
-                    if !self.common.no_shuffle {
-                        Stream::new(self.common.seed, "prompts", &[epoch]).shuffle(&mut order);
-                    }
-                    around = Some((epoch, order));
-                }
-                let (_, order) = around.as_ref().expect("just made");
-                self.prompts.prompts[order[(place % all) as usize]].clone()
-            })
-            .collect()
+    fn prompts_of(&mut self, update: u64) -> Vec<Prompt> {
+        let batch = self.batch_size() as u64;
+        let prompt = |place| self.prompts.prompts[self.prompt_rounds.at(place)].clone();
+        (update * batch..(update + 1) * batch).map(prompt).collect()
     }
 
     /// Responses to prompts, and their rewards.

@@ -136,7 +136,7 @@ impl Rollouts {
 
     /// Several passes over the responses, an optimizer step for each of their mini-batches.
     fn learn(
-        &self,
+        &mut self,
         own: &PpoSettings,
         learner: &mut Learner,
         update: u64,
@@ -190,17 +190,11 @@ impl Rollouts {
     }
 
     /// Rows of text to keep predicting, beside a step.
-    fn ptx_part(&self, own: &PpoSettings, optimizer_step: u64) -> Option<MicroBatch> {
-        let data = self.ptx.as_ref()?;
-        let (size, all) =
-            (self.common.per_device_train_batch_size as u64, data.examples.len() as u64);
-        let rows: Vec<usize> = (optimizer_step * size..(optimizer_step + 1) * size)
-            .map(|place| {
-                let mut order: Vec<usize> = (0..all as usize).collect();
-                Stream::new(self.common.seed, "ptx", &[place / all]).shuffle(&mut order);
-                order[(place % all) as usize]
-            })
-            .collect();
+    fn ptx_part(&mut self, own: &PpoSettings, optimizer_step: u64) -> Option<MicroBatch> {
+        let (data, rounds) = self.ptx.as_mut()?;
+        let size = self.common.per_device_train_batch_size as u64;
+        let places = optimizer_step * size..(optimizer_step + 1) * size;
+        let rows: Vec<usize> = places.map(|place| rounds.at(place)).collect();
         let batch = Batch::new(&data.examples, &[rows]);
         let scale = own.ptx_coef / batch.count().max(1) as f64;
         Some(MicroBatch {
