@@ -21,7 +21,7 @@ pub mod samples;
 pub mod scorer;
 
 pub use command::RewardCommand;
-pub use diagnose::{Cause, Diagnosis, Evidence, diagnose};
+pub use diagnose::{Cause, Diagnosis, FirstStep, diagnose_update};
 pub use ppo::{AdvantageSettings, Experience};
 pub use respond::Response;
 pub use reward_model::{RewardModel, RewardModelError};

@@ -12,9 +12,13 @@ use quantune::data::Batch;
 use quantune::generate::{Sampling, Settings};
 use quantune::model::scoring::target_log_probs;
 use quantune::model::{CacheType, Decoder, Worn};
+use quantune::objectives::policy::GrpoSettings;
+use quantune::objectives::{Grpo, Objective};
 use quantune::ops::Compute;
 use quantune::optim::AdamWSettings;
-use quantune::rollout::{Cause, Diagnosis, Evidence, Experience, Response, diagnose, ppo, respond};
+use quantune::rollout::{
+    Cause, Diagnosis, Experience, FirstStep, Response, diagnose_update, ppo, respond,
+};
 use quantune::train::learner::{Learner, MicroBatch};
 use quantune_adapters::delta::Adapter;
 use quantune_adapters::format;
@@ -751,6 +755,39 @@ fn padded(response: &Response) -> Batch {
     respond::lay_out(&[&Response { prompt, ..response.clone() }])
 }
 
+/// How an update learns from its responses.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Learns {
+    Ppo,
+    /// GRPO in several steps: from old log-probs.
+    Grpo,
+    /// The same, a response as one action.
+    Rloo,
+    /// GRPO in one step without a reference: no log-probs are taken before it.
+    Once,
+}
+
+const ALL: [Learns; 4] = [Learns::Ppo, Learns::Grpo, Learns::Rloo, Learns::Once];
+
+impl Learns {
+    fn objective(self, row: &Experience, counts: ppo::Counts) -> Objective {
+        if self == Self::Ppo {
+            return ppo::objective(Some(ppo::policy_part(&[row], counts, 0.2)), None);
+        }
+        let (tokens, by_response) = (row.old_logps.len(), self == Self::Rloo);
+        let actions = if by_response { 1 } else { tokens };
+        Objective::Grpo(Box::new(Grpo {
+            settings: GrpoSettings { epsilon: 0.2, epsilon_high: 0.2, beta: 0.0 },
+            tokens: vec![tokens],
+            old_logps: (self != Self::Once).then(|| row.old_logps.clone()),
+            ref_logps: None,
+            advantages: vec![1.0; actions],
+            weights: vec![1.0; actions],
+            by_response,
+        }))
+    }
+}
+
 /// A policy and its reference, what the policy said to a few prompts, and how that is learned from.
 struct Patient {
     decoder: Decoder,
@@ -795,9 +832,9 @@ impl Patient {
         Arc::new(read.unwrap().0)
     }
 
-    /// Takes a step from these old log-probs, over responses laid out like this, as PPO does; and
-    /// looks at the update.
-    fn diagnosis(&self, old: &[Vec<f32>], lay_out: &LayOut) -> Diagnosis {
+    /// Takes a step from these old log-probs, over most responses laid out like this and in another
+    /// order than they came; and looks at the update.
+    fn diagnosis(&self, learns: Learns, old: &[Vec<f32>], lay_out: &LayOut) -> Diagnosis {
         let settings = AdamWSettings {
             adam_beta1: 0.9,
             adam_beta2: 0.999,
@@ -816,22 +853,23 @@ impl Patient {
             })
             .collect();
         let counts = ppo::Counts::of(&rows.iter().collect::<Vec<_>>());
-        let parts: Vec<MicroBatch> = rows
+        let order: Vec<usize> = (2..rows.len()).rev().collect();
+        let parts: Vec<MicroBatch> = order
             .iter()
-            .zip(&self.responses)
-            .map(|(row, response)| MicroBatch {
-                batch: lay_out(response),
-                objective: ppo::objective(Some(ppo::policy_part(&[row], counts, 0.2)), None),
+            .map(|&i| MicroBatch {
+                batch: lay_out(&self.responses[i]),
+                objective: learns.objective(&rows[i], counts),
                 scale: 1.0,
                 adapter: 0,
                 epoch: 0,
                 temperature: TEMPERATURE,
             })
             .collect();
-        let stats = learner.step(&parts, 1e-3).unwrap().stats.policy.unwrap();
-        let flat = |part: fn(&Response) -> &Vec<f32>| -> Vec<f32> {
-            self.responses.iter().flat_map(|response| part(response).clone()).collect()
-        };
+        let logps = learner.step(&parts, 1e-3).unwrap().logps;
+        let first = Some(FirstStep { responses: &order, logps: &logps });
+        if learns == Learns::Once {
+            return diagnose_update(&self.responses, None, first, &[]);
+        }
         let kl: Vec<f64> = old
             .iter()
             .zip(&self.reference)
@@ -839,13 +877,7 @@ impl Patient {
                 old.iter().zip(reference).map(|(old, other)| f64::from(old - other)).sum()
             })
             .collect();
-        diagnose(&Evidence {
-            sampled: &flat(|response| &response.sampled_logps),
-            drawn: &flat(|response| &response.drawn_logps),
-            old: &old.concat(),
-            first_approxkl: stats.approxkl / stats.tokens as f64,
-            kl: &kl,
-        })
+        diagnose_update(&self.responses, Some(old), first, &kl)
     }
 
     /// Log-probs of the responses laid out like this.
@@ -862,8 +894,10 @@ impl Patient {
 fn a_healthy_update_is_not_diagnosed() {
     for compute in [Compute::F32, Compute::Int16, Compute::Int8] {
         let patient = Patient::new(compute, 0);
-        let found = patient.diagnosis(&patient.old, &well);
-        assert!(found.is_healthy(), "{compute:?}: {found}");
+        for learns in ALL {
+            let found = patient.diagnosis(learns, &patient.old, &well);
+            assert!(found.is_healthy(), "{compute:?} {learns:?}: {found}");
+        }
     }
 }
 
@@ -876,16 +910,22 @@ fn each_cause_of_a_sick_update_is_named() {
         assert!(found.to_string().contains(words), "{what}: {found}");
     };
     let filtered = Patient::new(Compute::Int16, 5);
-    let found = filtered.diagnosis(&filtered.old, &well);
     let is_filter = |cause: &Cause| matches!(cause, Cause::SamplingFilters { .. });
-    check("top_k", &found, &is_filter, "sampling filters (top_k, top_p)");
+    for learns in ALL {
+        let found = filtered.diagnosis(learns, &filtered.old, &well);
+        check("top_k", &found, &is_filter, "sampling filters (top_k, top_p)");
+    }
 
     // Scores and loss see the same wrong places.
     let is_shift = |cause: &Cause| matches!(cause, Cause::ShiftedRows { .. });
     let layouts: [(&str, &LayOut); 2] = [("a place late", &a_place_late), ("padded", &padded)];
     for (what, lay_out) in layouts {
-        let found = patient.diagnosis(&patient.log_probs(lay_out), lay_out);
-        check(what, &found, &is_shift, "shifted rows");
+        let old = patient.log_probs(lay_out);
+        for learns in ALL {
+            let found = patient.diagnosis(learns, &old, lay_out);
+            check(&format!("{what} {learns:?}"), &found, &is_shift, "shifted rows");
+        }
+        let found = patient.diagnosis(Learns::Ppo, &old, lay_out);
         assert!(found.negative_kl.is_some(), "{what}: {found:?}");
         assert!(found.to_string().starts_with("negative KL (-"), "{what}: {found}");
     }
@@ -895,7 +935,11 @@ fn each_cause_of_a_sick_update_is_named() {
     let other = [Worn::frozen(Patient::adapter(&patient.decoder, "ppo/policy/final"))];
     for (what, worn) in [("of another adapter", &other[..]), ("of the base", &[])] {
         let old = respond::log_probs(&patient.decoder, worn, &patient.responses, TEMPERATURE);
-        check(what, &patient.diagnosis(&old.unwrap(), &well), &is_stale, "stale log-probs");
+        let old = old.unwrap();
+        for learns in [Learns::Ppo, Learns::Grpo, Learns::Rloo] {
+            let found = patient.diagnosis(learns, &old, &well);
+            check(&format!("{what} {learns:?}"), &found, &is_stale, "stale log-probs");
+        }
     }
 }
 
@@ -944,6 +988,11 @@ fn a_run_warns_of_filters_and_of_nothing_else() {
     check("grpo well", &grpo, 0);
     check("grpo dropout", &with(&grpo, &[("--lora-dropout", "0.2")]), 0);
     check("grpo top_k", &with(&grpo, &[("--top-k", "5")]), 1);
+    let once = [("--max-completion-length", "12"), ("--mask-truncated-completions", "true")];
+    check("grpo once", &[&once[..1], &[("--adapter", &*ending)]].concat(), 0);
+    check("grpo masked", &[&once[..], &[("--adapter", &*ending)]].concat(), 0);
+    check("grpo once dropout", &with(&once[..1], &[("--lora-dropout", "0.2")]), 0);
+    check("grpo once top_k", &with(&once[..1], &[("--top-k", "5")]), 1);
 }
 
 /// Answers become as long as the reward wants them, by every form of the loss.

@@ -31,8 +31,8 @@ use crate::model::{CacheType, Decoder, Worn};
 use crate::objectives::advantage::{RunningMoments, kl_k1};
 use crate::ops::Compute;
 use crate::rollout::{
-    Evidence, Experience, Response, RewardCommand, RewardModel, RewardSource, Rewards, SampleLog,
-    SampleRow, Scorer, Scores, diagnose, respond, table,
+    FirstStep, Response, RewardCommand, RewardModel, RewardSource, Rewards, SampleLog, SampleRow,
+    Scorer, Scores, diagnose_update, respond, table,
 };
 use crate::text::{Tokenizer, first_second};
 use crate::weights::write_atomically;
@@ -380,22 +380,19 @@ impl Rollouts {
         Ok(Scored { responses, texts, columns, totals })
     }
 
-    /// Looks at an update, and says what is wrong with it, each thing once.
+    /// Looks at an update, and says what is wrong with it, each thing once. `first` are the responses
+    /// of its first step, and the log-probs it read.
     fn tell_sickness(
         &mut self,
         responses: &[Response],
-        rows: &[Experience],
-        first_approxkl: f64,
+        old: Option<&[Vec<f32>]>,
+        first: Option<&(Vec<usize>, Vec<f32>)>,
         kl: &[f64],
     ) {
-        let all = |part: fn(&Response) -> &Vec<f32>| -> Vec<f32> {
-            responses.iter().flat_map(|response| part(response).iter().copied()).collect()
-        };
-        let sampled = all(|response| &response.sampled_logps);
-        let drawn = all(|response| &response.drawn_logps);
-        let old: Vec<f32> = rows.iter().flat_map(|row| row.old_logps.iter().copied()).collect();
-        let evidence = Evidence { sampled: &sampled, drawn: &drawn, old: &old, first_approxkl, kl };
-        let found = diagnose(&evidence);
+        // Dropout alone makes another policy of the one that learns.
+        let first = first.filter(|_| self.common.lora_dropout == 0.0);
+        let first = first.map(|(responses, logps)| FirstStep { responses, logps });
+        let found = diagnose_update(responses, old, first, kl);
         if !found.is_healthy() {
             self.tell(found.to_string());
         }

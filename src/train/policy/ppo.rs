@@ -47,10 +47,9 @@ impl Rollouts {
         let mut numbers = numbers(&scored.responses, &rows, &learned, (kl, kl_coef), learning_rate);
         let episode = (update + 1) * scored.responses.len() as u64;
         numbers.push(("episode".into(), json!(episode)));
-        // Dropout alone makes another policy of the one that learns.
-        let first = learned.policies.first().filter(|_| self.common.lora_dropout == 0.0);
-        let first_approxkl = first.map_or(0.0, |p| p.approxkl / p.tokens.max(1) as f64);
-        self.tell_sickness(&scored.responses, &rows, first_approxkl, &divergences);
+        let old: Vec<Vec<f32>> = rows.iter().map(|row| row.old_logps.clone()).collect();
+        let first = learned.first.as_ref();
+        self.tell_sickness(&scored.responses, Some(&old), first, &divergences);
         if own.target_kl > 0.0 {
             let mut adaptive =
                 AdaptiveKl { kl_coef, target: own.target_kl, horizon: own.kl_horizon };
@@ -180,6 +179,7 @@ impl Rollouts {
                 }
                 parts.extend(self.ptx_part(own, learner.optimizer.step));
                 let stepped = learner.step(&parts, learning_rate)?;
+                learned.first.get_or_insert_with(|| (mini.to_vec(), stepped.logps));
                 learned.losses.push(stepped.loss);
                 learned.norms.push(stepped.grad_norm);
                 learned.policies.extend(stepped.stats.policy);
@@ -215,6 +215,8 @@ struct Learned {
     norms: Vec<f64>,
     policies: Vec<PpoPolicyStats>,
     values: Vec<PpoValueStats>,
+    /// The responses of the first of them, and the log-probs of their tokens before it.
+    first: Option<(Vec<usize>, Vec<f32>)>,
 }
 
 /// An update's numbers, under TRL's names where it has them.
