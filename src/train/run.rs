@@ -185,10 +185,12 @@ pub fn train(
     let mut log = Log::open(&run, state.metrics_bytes)?;
     // Whether it came to its end; what a stop cuts short is taken when the run goes on.
     let evaluate =
-        |source: &mut Source, log: &mut Log, state: &State| -> Result<bool, TrainError> {
+        |source: &mut Source, log: &mut Log, state: &mut State| -> Result<bool, TrainError> {
             let numbers = match source {
                 Source::Supervised(source) => source.evaluate(&decoder, &adapters[0], stop)?,
-                Source::Rollouts(source) => source.evaluate(&decoder, &adapters[0], log, stop)?,
+                Source::Rollouts(source) => {
+                    source.evaluate(&decoder, &adapters[0], state, log, stop)?
+                }
             };
             let Some(numbers) = numbers else { return Ok(false) };
             if !numbers.is_empty() {
@@ -217,7 +219,7 @@ pub fn train(
         }
     };
     if due(&source, &state) && log.evaluated != Some(state.step) {
-        let complete = evaluate(&mut source, &mut log, &state)?;
+        let complete = evaluate(&mut source, &mut log, &mut state)?;
         if let (true, Some(folder)) = (complete, &saved) {
             state.metrics_bytes = log.metrics.bytes;
             log.metrics.sync()?;
@@ -254,7 +256,7 @@ pub fn train(
 
         let last = state.step == total_steps;
         let evaluated = match due(&source, &state) {
-            true => evaluate(&mut source, &mut log, &state),
+            true => evaluate(&mut source, &mut log, &mut state),
             false => Ok(true),
         };
         let stopped = stop.load(Ordering::Relaxed);
@@ -271,7 +273,7 @@ pub fn train(
 
     let results = match &mut source {
         Source::Supervised(source) => source.results(&log, &progress)?,
-        Source::Rollouts(source) => source.results(&log, &progress)?,
+        Source::Rollouts(source) => source.results(&state, &log, &progress)?,
     };
     let shared_head =
         matches!(&settings.task, Task::Ppo(own) if own.value_model == ValueModel::Policy);

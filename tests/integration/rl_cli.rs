@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -395,6 +395,7 @@ fn an_interrupted_ppo_run_says_how_to_go_on() {
             ("--max-steps", "20"),
             ("--batch-size", "8"),
             ("--response-length", "8"),
+            ("--top-k", "5"), // of which it warns
         ];
         let mut process = Command::new(env!("CARGO_BIN_EXE_quantune"));
         process.args(arguments("ppo", &flags, out)).stderr(Stdio::piped()).stdout(Stdio::null());
@@ -407,8 +408,17 @@ fn an_interrupted_ppo_run_says_how_to_go_on() {
     assert_eq!(output.status.code(), Some(1));
     let sentence = error(&output);
     assert!(sentence.contains(&format!("quantune ppo --out {stopped} --resume")), "{sentence}");
-    let resumed = run("ppo", &[("--resume", "")], &stopped);
+    let warned = |output: &Output| {
+        String::from_utf8_lossy(&output.stderr).matches("sampling filters").count()
+    };
+    let before = warned(&output);
+    assert!(before > 0);
+    let output = quantune(&arguments("ppo", &[("--resume", "")], &stopped));
+    let resumed = last_json(&output);
     assert!(resumed["resumed_at"].as_u64().unwrap() >= 1);
+    // What was told is not told again, but still known.
+    let warnings = resumed["warnings"].as_array().unwrap();
+    assert_eq!(warnings.len(), before + warned(&output), "{warnings:?}");
     let (mut found, mut expected) = (tree(&stopped), tree(&whole));
     for tree in [&mut found, &mut expected] {
         tree.retain(|name, _| !name.starts_with("checkpoints") || name.contains("step-20"));

@@ -8,8 +8,9 @@ use serde_json::json;
 
 use super::super::TrainError;
 use super::super::log::{Log, Numbers};
+use super::super::run_dir::State;
 use super::super::settings::Task;
-use super::{Rollouts, divergence, temperature};
+use super::{Rollouts, divergence, tell, temperature};
 use crate::data::Prompt;
 use crate::eval::{Reply, diversity};
 use crate::model::{Decoder, Worn};
@@ -20,11 +21,13 @@ use crate::rollout::{Response, respond};
 const EVAL_KEYS: u64 = 1 << 39;
 
 impl Rollouts {
-    /// Held-out prompts answered by the policy as it is; `None` if `stop` was set before all were.
+    /// Held-out prompts answered by the policy as it is; `None` if `stop` was set before all were. Of
+    /// the state only what was told changes.
     pub fn evaluate(
         &mut self,
         decoder: &Decoder,
         adapter: &Arc<Adapter>,
+        state: &mut State,
         log: &Log,
         stop: &AtomicBool,
     ) -> Result<Option<Numbers>, TrainError> {
@@ -106,7 +109,8 @@ impl Rollouts {
             };
             let rewards = curve("eval_reward", (reward, error_of_reward))?;
             if overoptimized(&rewards, &curve("eval_judge", (judge, error))?) {
-                self.tell(
+                tell(
+                    state,
                     "over-optimization: the reward rises while the judge, a reward model that is not \
                      trained against, falls; earlier checkpoints are better, a larger kl_coef helps"
                         .into(),

@@ -159,7 +159,7 @@ impl Rollouts {
         };
         // With one step and no reference no old log-probs were taken: stale ones cannot be then, since
         // the ratio is 1 by construction, but what the step read is held to the sampler's.
-        self.tell_sickness(&scored.responses, old.as_deref(), first.as_ref(), &divergences);
+        self.tell_sickness(state, &scored.responses, old.as_deref(), first.as_ref(), &divergences);
         self.sample_table(state, own.sample_steps, own.num_samples, &scored, &divergences)?;
         Ok((numbers, work))
     }

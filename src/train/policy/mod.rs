@@ -47,6 +47,9 @@ pub struct RolloutState {
     pub moments: RunningMoments,
     /// Bytes of `samples.jsonl` that belong to the steps so far.
     pub samples_bytes: u64,
+    /// Warnings so far: each is given once in a run, however often it is taken up.
+    #[serde(default)]
+    pub told: Vec<String>,
 }
 
 /// Where the time of updates goes.
@@ -77,8 +80,6 @@ pub struct Rollouts {
     judge: Option<Worn>,
     samples: Option<SampleLog>,
     times: Times,
-    /// Sick updates so far, to say each thing once.
-    told: Vec<String>,
     prints: Vec<Fingerprint>,
 }
 
@@ -239,7 +240,6 @@ impl Rollouts {
             judge,
             samples: None,
             times: Times::default(),
-            told: Vec::new(),
             prints,
         })
     }
@@ -311,6 +311,7 @@ impl Rollouts {
     /// What the command's JSON says beside the common part.
     pub fn results(
         &self,
+        state: &State,
         log: &Log,
         progress: &Progress,
     ) -> Result<Map<String, Value>, TrainError> {
@@ -335,7 +336,8 @@ impl Rollouts {
                 results.insert(format!("{key}_last"), json!(last));
             }
         }
-        results.insert("warnings".into(), json!(self.told));
+        let told = state.rollouts.as_ref().map(|rollouts| &rollouts.told[..]);
+        results.insert("warnings".into(), json!(told.unwrap_or_default()));
         Ok(results)
     }
 
@@ -383,7 +385,8 @@ impl Rollouts {
     /// Looks at an update, and says what is wrong with it, each thing once. `first` are the responses
     /// of its first step, and the log-probs it read.
     fn tell_sickness(
-        &mut self,
+        &self,
+        state: &mut State,
         responses: &[Response],
         old: Option<&[Vec<f32>]>,
         first: Option<&(Vec<usize>, Vec<f32>)>,
@@ -394,18 +397,7 @@ impl Rollouts {
         let first = first.map(|(responses, logps)| FirstStep { responses, logps });
         let found = diagnose_update(responses, old, first, kl);
         if !found.is_healthy() {
-            self.tell(found.to_string());
-        }
-    }
-
-    /// Warns, but not twice of the same thing: numbers in a sentence do not make it another.
-    fn tell(&mut self, sentence: String) {
-        let words = |text: &str| -> String {
-            text.chars().filter(|c| c.is_alphabetic() || *c == ' ').collect()
-        };
-        if self.told.iter().all(|told| words(told) != words(&sentence)) {
-            eprintln!("warning: {sentence}");
-            self.told.push(sentence);
+            tell(state, found.to_string());
         }
     }
 
@@ -443,6 +435,18 @@ impl Rollouts {
         rollouts_of(state).samples_bytes = samples.bytes;
         eprint!("{}", table(&rows));
         Ok(())
+    }
+}
+
+/// Warns, but not twice of the same thing: numbers in a sentence do not make it another.
+fn tell(state: &mut State, sentence: String) {
+    let words = |text: &str| -> String {
+        text.chars().filter(|c| c.is_alphabetic() || *c == ' ').collect()
+    };
+    let told = &mut rollouts_of(state).told;
+    if told.iter().all(|told| words(told) != words(&sentence)) {
+        eprintln!("warning: {sentence}");
+        told.push(sentence);
     }
 }
 

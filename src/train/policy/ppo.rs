@@ -49,7 +49,7 @@ impl Rollouts {
         numbers.push(("episode".into(), json!(episode)));
         let old: Vec<Vec<f32>> = rows.iter().map(|row| row.old_logps.clone()).collect();
         let first = learned.first.as_ref();
-        self.tell_sickness(&scored.responses, Some(&old), first, &divergences);
+        self.tell_sickness(state, &scored.responses, Some(&old), first, &divergences);
         if own.target_kl > 0.0 {
             let mut adaptive =
                 AdaptiveKl { kl_coef, target: own.target_kl, horizon: own.kl_horizon };
