@@ -580,6 +580,18 @@ fn what_is_wrong_with_rollouts_is_told() {
     grpo.check(&[exact, ("--num-mini-batches", "8")], &["num_mini_batches is 8"]);
     grpo.check(&[exact, ("--num-generations", "1")], &["num_generations is 1"]);
     grpo.check(&[("--reward-model", &base)], &["score.weight"]);
+    let small = lab.reward_model();
+    let config = Path::new(&small).join("config.json");
+    let mut read: Value = serde_json::from_slice(&fs::read(&config).unwrap()).unwrap();
+    read["max_position_embeddings"] = json!(24);
+    fs::write(&config, read.to_string()).unwrap();
+    let words = |count: usize| format!("{{\"prompt\": \"{}\"}}\n", "many words ".repeat(count));
+    lab.write("longer.jsonl", &(words(1) + &words(12) + &words(11)));
+    let longer = [("--reward-model", &*small), ("--data", &*lab.path("longer.jsonl"))];
+    grpo.check(&longer, &["longer.jsonl:2: the longest prompt has", "may have 8, needed 24"]);
+    lab.write("fitting.jsonl", &words(1));
+    let held_out = [("--data", &*lab.path("fitting.jsonl")), ("--eval-data", longer[1].1)];
+    grpo.check(&[&longer[..1], &held_out].concat(), &["longer.jsonl:2: the longest prompt"]);
     grpo.check(&[exact, ("--ref-adapter", &plain)], &["there is no reference"]);
     let program = |command: &str, words: &[&str]| {
         grpo.check(&[("--reward-command", command), ("--reward-timeout", "1")], words);

@@ -6,7 +6,7 @@ mod grpo;
 mod ppo;
 mod rounds;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
@@ -203,6 +203,9 @@ impl Rollouts {
                     TrainError::Settings(format!("{path}:{line}: {e}"))
                 })?;
             }
+        }
+        if let Some(model) = &reward_model {
+            fits(model, &files, length)?;
         }
         let folder = match ref_adapter.as_os_str().is_empty() {
             true => &common.adapter,
@@ -510,6 +513,32 @@ fn trusted(folder: &Path, least: f64) -> Result<(), TrainError> {
         }
         None => Ok(()),
     }
+}
+
+/// Refuses a reward model beside the base whose window is too small for the longest prompt and a
+/// response of `length` tokens.
+fn fits(
+    model: &RewardModel,
+    files: &[(&PathBuf, Option<&Prompts>)],
+    length: usize,
+) -> Result<(), TrainError> {
+    let mut longest = (0, String::new());
+    for (path, prompts) in files {
+        for prompt in prompts.iter().flat_map(|prompts| &prompts.prompts) {
+            let tokens = model.prompt_tokens(prompt)?;
+            if tokens > longest.0 {
+                longest = (tokens, format!("{}:{}", path.display(), prompt.line));
+            }
+        }
+    }
+    let (window, (tokens, place)) = (model.window(), longest);
+    if tokens + length <= window {
+        return Ok(());
+    }
+    Err(TrainError::Settings(format!(
+        "{place}: the longest prompt has {tokens} tokens for the reward model and its response may \
+         have {length}, needed {window} together at most: reward_model's window"
+    )))
 }
 
 /// `Σ log π/π_ref` over the tokens of a response, in nats.
