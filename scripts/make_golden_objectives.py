@@ -342,12 +342,12 @@ def advantages():
     }
     cases = []
     for rewards in tables.values():
-        for kind in ["group", "batch", "none", "rloo", "rloo normalized"]:
+        for kind in ["group", "batch", "none", "rloo"]:
             for generations in [4, 2, 12]:
                 stub = trainer(reward_weights=torch.ones(1), multi_objective_aggregation="sum_then_normalize", scale_rewards=kind)
-                stub.normalize_advantages, stub.reward_funcs = kind == "rloo normalized", [None]
+                stub.normalize_advantages, stub.reward_funcs = False, [None]
                 stub.num_generations = stub.num_generations_eval = generations
-                module, code = (rloo_trainer, rloo) if kind.startswith("rloo") else (grpo_trainer, grpo)
+                module, code = (rloo_trainer, rloo) if kind == "rloo" else (grpo_trainer, grpo)
                 # RLOO adds -β KL to the rewards first; here there is none.
                 scope = {**vars(module), "self": stub, "rewards_per_func": torch.tensor(rewards).unsqueeze(1), "num_generations": generations}
                 scope |= {"device": DEVICE, "mode": "train"}

@@ -4,13 +4,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use serde_json::{Map, Value, json};
 
 use crate::generate::{Finish, Generated};
 use crate::model::{Decoder, Worn};
 use crate::rollout::reward_model::RewardModel;
-use crate::rollout::{Response, RewardCommand, RewardSource, Rewards, Sample, respond};
+use crate::rollout::{Answer, Response, RewardCommand, RewardSource, Rewards, Scorer};
 use crate::text::{Special, Tokenizer};
 use crate::train::read_scoring;
 
@@ -128,15 +128,16 @@ impl BestOf {
             sources.push(RewardSource::Model { name: "mean_logprob".into() });
         }
         let weights = Some(self.reward_weights.clone()).filter(|weights| !weights.is_empty());
-        Ok(Judge { rewards: Rewards::new(sources, weights)?, adapter, model })
+        let rewards = Rewards::new(sources, weights)?;
+        let scorer = Scorer { rewards, adapter, model, eos: None, after: Vec::new() };
+        Ok(Judge { scorer, by_logprobs: self.by_logprobs() })
     }
 }
 
 /// What judges replies, loaded.
 pub struct Judge {
-    rewards: Rewards,
-    adapter: Option<Worn>,
-    model: Option<RewardModel>,
+    scorer: Scorer,
+    by_logprobs: bool,
 }
 
 impl Judge {
@@ -153,34 +154,23 @@ impl Judge {
         let chat = messages.is_some();
         let asked = messages.map_or(json!(prompt), Value::Array);
         let row = Map::from_iter([("prompt".to_string(), asked)]);
-        let samples = replies.iter().map(|reply| {
-            let Generated { finish, token_ids, .. } = &reply.generated;
-            Sample {
-                prompt,
-                completion: &reply.text,
-                tokens: token_ids.len() - usize::from(*finish == Finish::Stop),
-                finished: *finish != Finish::Length,
-                row: &row,
-            }
+        self.scorer.eos = tokenizer.eos();
+        // A template that tells no end of a turn is the adapter's trouble alone.
+        let reads_endings = chat && self.scorer.adapter.is_some();
+        self.scorer.after = if reads_endings { tokenizer.after_turn()? } else { Vec::new() };
+        let responses = responses(tokenizer, prompt_ids, replies)?;
+        let answers = responses.iter().zip(replies).map(|(response, reply)| Answer {
+            response,
+            text: &reply.text,
+            finished: reply.generated.finish != Finish::Length,
+            prompt,
+            row: &row,
         });
-        let samples: Vec<Sample> = samples.collect();
-        let mut models = Vec::new();
-        if let Some(worn) = &self.adapter {
-            let responses = responses(tokenizer, prompt_ids, replies)?;
-            let head = worn.adapter.score.as_ref().context("the adapter has no score head")?;
-            let worn = std::slice::from_ref(worn);
-            let after = if chat { tokenizer.after_turn()? } else { Vec::new() };
-            let eos = tokenizer.eos();
-            let scores = respond::scores(decoder, worn, head, &responses, eos, &after)?;
-            models.push(scores.into_iter().map(f64::from).collect());
-        }
-        if let Some(model) = &self.model {
-            models.push(model.score(&samples)?);
-        }
-        if self.rewards.sources().iter().any(|source| source.name() == "mean_logprob") {
-            models.push(replies.iter().map(|reply| mean_logprob(&reply.generated)).collect());
-        }
-        let scores = self.rewards.score(&samples, &models)?;
+        let answers: Vec<Answer> = answers.collect();
+        let logprobs =
+            || replies.iter().map(|reply| mean_logprob(&reply.generated)).collect::<Vec<f64>>();
+        let known = self.by_logprobs.then(logprobs);
+        let scores = self.scorer.score_answers(decoder, &answers, known)?;
 
         let rated = scores.totals.iter().enumerate().filter_map(|(i, total)| Some((i, (*total)?)));
         let best = rated.reduce(|best, next| if next.1 > best.1 { next } else { best });
@@ -188,7 +178,7 @@ impl Judge {
             bail!("no reward has an opinion on any of the {} replies", replies.len())
         };
         let candidate = |(i, reply): (usize, &Candidate)| {
-            let named = self.rewards.sources().iter().zip(&scores.columns);
+            let named = self.scorer.rewards.sources().iter().zip(&scores.columns);
             let rewards: Map<String, Value> =
                 named.map(|(source, column)| (source.name().into(), json!(column[i]))).collect();
             json!({
@@ -212,7 +202,7 @@ pub fn finish_reason(finish: Finish) -> &'static str {
     }
 }
 
-/// The replies as a reward model reads them: of one that a stop string ended, the text before it.
+/// The replies as they are judged: of one that a stop string ended, the text before it.
 fn responses(
     tokenizer: &Tokenizer,
     prompt: &[u32],

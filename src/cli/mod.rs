@@ -134,10 +134,22 @@ pub fn main() -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", sentence(&error));
             if error.is::<Usage>() { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
     }
+}
+
+/// An error and what caused it as one sentence. Many errors tell their cause themselves: what the
+/// sentence says already is not said again.
+fn sentence(error: &anyhow::Error) -> String {
+    let mut sentence = error.to_string();
+    for cause in error.chain().skip(1).map(|cause| cause.to_string()) {
+        if !sentence.contains(&cause) {
+            sentence = format!("{sentence}: {cause}");
+        }
+    }
+    sentence
 }
 
 /// The command line itself is wrong.
@@ -233,6 +245,19 @@ mod tests {
     #[test]
     fn the_flags_are_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_cause_is_told_once() {
+        let missing = || anyhow::anyhow!("no such file");
+        let check = |error: anyhow::Error, needed: &str| assert_eq!(sentence(&error), needed);
+        check(missing(), "no such file");
+        check(missing().context("rows.jsonl"), "rows.jsonl: no such file");
+        check(missing().context("rows.jsonl: no such file"), "rows.jsonl: no such file");
+        let told = missing().context("a: no such file").context("cannot begin");
+        check(told, "cannot begin: a: no such file");
+        let told = missing().context("the disk is full").context("b: no such file");
+        check(told, "b: no such file: the disk is full");
     }
 
     #[test]

@@ -15,7 +15,7 @@ use crate::eval::{Reply, diversity};
 use crate::generate::{Sampling, Settings};
 use crate::model::{CacheType, Decoder, Worn};
 use crate::rollout::diagnose::mean_and_error;
-use crate::rollout::{Response, RewardSource, Rewards, Sample, respond};
+use crate::rollout::{Response, RewardSource, Rewards, Scorer, respond};
 use crate::text::Tokenizer;
 use crate::train::read_scoring;
 use crate::weights::write_atomically;
@@ -87,7 +87,7 @@ impl Replies {
         let temperature = self.temperature.unwrap_or(0.7);
         let never = AtomicBool::new(false); // nothing is lost: Ctrl-C ends the process
         let prompts = Prompts::load(path, tokenizer, window - most, &never)?.prompts;
-        let mut judge = Judge::load(reward, decoder, path, &prompts)?;
+        let mut scorer = scorer(reward, decoder, tokenizer, path, &prompts)?;
         let worn = load_adapters(adapters, decoder)?;
         let other = match self.against.as_deref() {
             None => None,
@@ -116,8 +116,9 @@ impl Replies {
             let samples = self.samples.unwrap_or(1);
             let responses =
                 respond::respond(decoder, worn, &tokens, samples, &settings, &is_end, 0)?;
-            let owners = (0..responses.len()).map(|i| &prompts[i / samples]).collect::<Vec<_>>();
-            judge.judge(decoder, tokenizer, &owners, responses)
+            let (texts, scores) = scorer.score(decoder, tokenizer, &prompts, &responses)?;
+            let rewards = scores.totals.iter().map(|total| total.unwrap_or(0.0)).collect();
+            Ok(Judged { responses, texts, rewards })
         };
 
         let samples = self.samples.unwrap_or(1);
@@ -169,70 +170,31 @@ impl Replies {
 }
 
 /// What judges: a reward model on the base, or a rule.
-struct Judge {
-    adapter: Option<Worn>,
-    rewards: Rewards,
-    after: Vec<u32>,
-}
-
-impl Judge {
-    fn load(reward: &str, decoder: &Decoder, path: &Path, prompts: &[Prompt]) -> Result<Self> {
-        let folder = Path::new(reward);
-        let (adapter, source) = if folder.is_dir() {
-            let adapter = Worn::frozen(Arc::new(read_scoring(folder, decoder)?));
-            (Some(adapter), RewardSource::Model { name: "reward".into() })
-        } else {
-            let rule = RewardSource::rule(reward)
-                .with_context(|| format!("--reward {reward:?} is neither a folder nor a rule"))?;
-            (None, rule)
-        };
-        let rewards = Rewards::new(vec![source], None)?;
-        for prompt in prompts {
-            rewards
-                .check(&prompt.row)
-                .with_context(|| format!("{}:{}", path.display(), prompt.line))?;
-        }
-        Ok(Self { adapter, rewards, after: Vec::new() })
+fn scorer(
+    reward: &str,
+    decoder: &Decoder,
+    tokenizer: &Tokenizer,
+    path: &Path,
+    prompts: &[Prompt],
+) -> Result<Scorer> {
+    let folder = Path::new(reward);
+    let (adapter, source) = if folder.is_dir() {
+        let adapter = Worn::frozen(Arc::new(read_scoring(folder, decoder)?));
+        (Some(adapter), RewardSource::Model { name: "reward".into() })
+    } else {
+        let rule = RewardSource::rule(reward)
+            .with_context(|| format!("--reward {reward:?} is neither a folder nor a rule"))?;
+        (None, rule)
+    };
+    let rewards = Rewards::new(vec![source], None)?;
+    for prompt in prompts {
+        rewards
+            .check(&prompt.row)
+            .with_context(|| format!("{}:{}", path.display(), prompt.line))?;
     }
-
-    fn judge(
-        &mut self,
-        decoder: &Decoder,
-        tokenizer: &Tokenizer,
-        prompts: &[&Prompt],
-        responses: Vec<Response>,
-    ) -> Result<Judged> {
-        if prompts.iter().any(|prompt| prompt.row["prompt"].is_array()) {
-            self.after = tokenizer.after_turn()?;
-        }
-        let texts: Vec<String> = responses
-            .iter()
-            .map(|response| tokenizer.decode(&response.tokens, true))
-            .collect::<Result<_, _>>()?;
-        let samples: Vec<Sample> = responses
-            .iter()
-            .zip(&texts)
-            .zip(prompts)
-            .map(|((response, text), prompt)| Sample {
-                prompt: &prompt.text,
-                completion: text,
-                tokens: response.tokens.len() - usize::from(response.ended),
-                finished: response.ended,
-                row: &prompt.row,
-            })
-            .collect();
-        let mut models = Vec::new();
-        if let Some(worn) = &self.adapter {
-            let head = worn.adapter.score.as_ref().context("the adapter has no score head")?;
-            let worn = std::slice::from_ref(worn);
-            let eos = tokenizer.eos();
-            let scores = respond::scores(decoder, worn, head, &responses, eos, &self.after)?;
-            models.push(scores.into_iter().map(f64::from).collect());
-        }
-        let scores = self.rewards.score(&samples, &models)?;
-        let rewards = scores.totals.iter().map(|total| total.unwrap_or(0.0)).collect();
-        Ok(Judged { responses, texts, rewards })
-    }
+    let chats = prompts.iter().any(|prompt| prompt.row["prompt"].is_array());
+    let after = if chats { tokenizer.after_turn()? } else { Vec::new() };
+    Ok(Scorer { rewards, adapter, model: None, eos: tokenizer.eos(), after })
 }
 
 /// Reward, length, entropy and variety of replies.

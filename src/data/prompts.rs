@@ -20,8 +20,6 @@ pub struct Prompt {
     pub text: String,
     /// The whole row: rewards read its other fields.
     pub row: Map<String, Value>,
-    /// The row's number in its file, counted from 0 over lines that are not blank.
-    pub number: u64,
     /// Its line, counted from 1.
     pub line: u64,
 }
@@ -116,7 +114,7 @@ struct Tokenized {
 impl Tokenized {
     fn prompt(self, line: &Line) -> Prompt {
         let Self { tokens, text, row, .. } = self;
-        Prompt { tokens, text, row, number: line.row, line: line.number }
+        Prompt { tokens, text, row, line: line.number }
     }
 }
 

@@ -80,6 +80,39 @@ pub fn row_scores(
     scores(&hidden, head)?.to_vec1()
 }
 
+/// [`target_log_probs`], and [`row_scores`] of the rows in `scored`, from one pass: the same bits.
+pub fn log_probs_and_scores(
+    decoder: &Decoder,
+    worn: &[Worn],
+    head: &Tensor,
+    batch: &Batch,
+    temperature: f64,
+    scored: &[u32],
+) -> Result<(Vec<f32>, Vec<f32>)> {
+    let (places, targets): (Vec<u32>, Vec<u32>) = batch.targets.iter().copied().unzip();
+    let mut read: Vec<u32> = places.iter().chain(scored).copied().collect();
+    read.sort_unstable();
+    read.dedup();
+    if read.is_empty() {
+        return Ok((Vec::new(), Vec::new()));
+    }
+    let hidden = decoder.hidden_of(&rows_of(batch), Adapters::Same(worn), &read)?;
+    let of = |rows: &[u32]| -> Result<Tensor> {
+        let place = |row| read.binary_search(row).expect("all of them were read") as u32;
+        let places: Vec<u32> = rows.iter().map(place).collect();
+        hidden.index_select(&Tensor::new(places, hidden.device())?, 0) // (rows, hidden_size)
+    };
+    let logps = match targets.is_empty() {
+        true => Vec::new(),
+        false => decoder.log_probs(&heated(of(&places)?, temperature)?, &targets)?.to_vec1()?,
+    };
+    let found = match scored.is_empty() {
+        true => Vec::new(),
+        false => scores(&of(scored)?, head)?.to_vec1()?,
+    };
+    Ok((logps, found))
+}
+
 /// Hidden states whose logits are divided by `temperature`.
 pub fn heated(hidden: Tensor, temperature: f64) -> Result<Tensor> {
     if temperature == 1.0 { Ok(hidden) } else { hidden * (1.0 / temperature) }

@@ -215,36 +215,25 @@ pub fn group_advantages(
     GroupAdvantages::new(rewards, found, flat * generations)
 }
 
-/// Each reward less the mean of the *other* rewards of its group (RLOO: Ahmadian et al. 2024);
-/// all of them scaled to mean 0 and standard deviation 1 if `normalize_advantages`. Otherwise as
-/// [`group_advantages`].
+/// Each reward less the mean of the *other* rewards of its group (RLOO: Ahmadian et al. 2024).
+/// Otherwise as [`group_advantages`].
 ///
 /// # Panics
 /// If the rewards are no whole number of groups.
-pub fn rloo_advantages(
-    rewards: &[f32],
-    generations: usize,
-    normalize_advantages: bool,
-) -> GroupAdvantages {
-    let mut raw = vec![0.0; rewards.len()];
+pub fn rloo_advantages(rewards: &[f32], generations: usize) -> GroupAdvantages {
+    let mut found = vec![0.0; rewards.len()];
     let mut flat = 0;
-    for (group, advantages) in groups(rewards, generations, &mut raw) {
+    for (group, advantages) in groups(rewards, generations, &mut found) {
         let spread = Spread::of(group);
         for (advantage, &reward) in advantages.iter_mut().zip(group) {
             let reward = f64::from(reward);
             let others = spread.count as f64 - 1.0;
             let baseline = (spread.mean * spread.count as f64 - reward) / others;
-            *advantage = if generations > 1 { (reward - baseline) as f32 } else { 0.0 };
+            *advantage = if generations > 1 { number(reward - baseline) } else { 0.0 };
         }
         flat += usize::from(spread.std(generations).abs() <= FLAT);
     }
-    let all = Spread::of(&raw);
-    let finished = raw.iter().map(|&raw| {
-        let raw = f64::from(raw);
-        let normal = (raw - all.mean) / (all.std(usize::MAX) + 1e-4);
-        number(if normalize_advantages { normal } else { raw })
-    });
-    GroupAdvantages::new(rewards, finished.collect(), flat * generations)
+    GroupAdvantages::new(rewards, found, flat * generations)
 }
 
 /// A standard deviation that is none (torch's `isclose` to 0).

@@ -136,6 +136,8 @@ pub struct Judged {
     pub loss: f64,
     /// What was counted on the way.
     pub stats: Stats,
+    /// Of sampled responses (PPO, GRPO) the log-probs of their tokens as they were read.
+    pub logps: Vec<f32>,
 }
 
 /// What objectives count, a kind each; those of micro-batches add up.
@@ -214,13 +216,14 @@ impl Objective {
                 let values = logps.to_vec1::<f32>()?;
                 // The tape adds up in f32; what is reported is the sum of the same terms in f64.
                 let loss = -values.iter().map(|&logp| f64::from(logp)).sum::<f64>();
-                Ok((logps.sum_all()?.neg()?, Judged { loss, stats: Stats::default() }))
+                Ok((logps.sum_all()?.neg()?, Judged { loss, ..Judged::default() }))
             }
             Self::Reward { pairs, center_rewards_coefficient, .. } => {
                 let scores = needed(scores, "scores")?;
                 let (sum, stats) = pair_losses(&scores, pairs, *center_rewards_coefficient)?;
                 let loss = stats.loss;
-                Ok((sum, Judged { loss, stats: Stats { reward: Some(stats), ..Stats::default() } }))
+                let stats = Stats { reward: Some(stats), ..Stats::default() };
+                Ok((sum, Judged { loss, stats, ..Judged::default() }))
             }
             Self::Preference(comparison) => comparison.judge(&logps()?),
             Self::Kto(labelled) => {
@@ -234,7 +237,9 @@ impl Objective {
                 if let Some(policy) = policy {
                     let PpoPolicy { old_logps, advantages, weights, cliprange } = &**policy;
                     let sampled = Sampled { old_logps, advantages, weights };
-                    let (sum, stats) = ppo_policy_loss(&logps()?, &sampled, *cliprange, entropies)?;
+                    let logps = logps()?;
+                    let (sum, stats) = ppo_policy_loss(&logps, &sampled, *cliprange, entropies)?;
+                    judged.logps = logps.to_vec1()?;
                     judged.loss += stats.loss;
                     judged.stats.policy = Some(stats);
                     total = Some(sum);
@@ -264,7 +269,7 @@ impl Objective {
 fn judged_preference(losses: Tensor, stats: PreferenceStats) -> Result<(Tensor, Judged)> {
     let loss = stats.loss;
     let stats = Stats { preference: Some(stats), ..Stats::default() };
-    Ok((losses.sum_all()?, Judged { loss, stats }))
+    Ok((losses.sum_all()?, Judged { loss, stats, ..Judged::default() }))
 }
 
 impl Comparison {
@@ -315,14 +320,8 @@ impl Comparison {
 
 impl Grpo {
     fn judge(&self, logps: &Tensor, entropies: Option<&[f32]>) -> Result<(Tensor, Judged)> {
-        let own;
-        let old_logps = match &self.old_logps {
-            Some(old) => old,
-            None => {
-                own = logps.detach().to_vec1::<f32>()?;
-                &own
-            }
-        };
+        let own = logps.to_vec1::<f32>()?;
+        let old_logps = self.old_logps.as_ref().unwrap_or(&own);
         let (advantages, weights) = (&self.advantages[..], &self.weights[..]);
         let reference = self.ref_logps.as_deref();
         let (sum, stats) = if self.by_response {
@@ -341,7 +340,8 @@ impl Grpo {
             grpo_loss(logps, &sampled, &self.tokens, reference, &self.settings, entropies)?
         };
         let loss = stats.loss;
-        Ok((sum, Judged { loss, stats: Stats { grpo: Some(stats), ..Stats::default() } }))
+        let stats = Stats { grpo: Some(stats), ..Stats::default() };
+        Ok((sum, Judged { loss, stats, logps: own }))
     }
 }
 

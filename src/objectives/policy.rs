@@ -1,5 +1,5 @@
 //! Policy gradients over sampled responses: PPO's clipped losses (Schulman et al. 2017), GRPO's
-//! (Shao et al. 2024) and its forms, REINFORCE.
+//! (Shao et al. 2024) and its forms.
 //!
 //! A batch is the response tokens of its rows laid end to end, T of them; nothing is padded. What
 //! a token counts is a weight the caller knows from the whole step ([`LossForm`]), so that any
@@ -280,15 +280,6 @@ pub fn grpo_loss(
     };
     stats.count_clips(&floats(&clipped.ratio)?, sampled.advantages, tokens, settings);
     Ok((loss, stats))
-}
-
-/// `-Σ weight · A log π` (REINFORCE: Williams 1992): a scalar, differentiable in `logps (T)` F32.
-/// The gradient of the clipped losses where the policy is still the one that sampled.
-///
-/// # Errors
-/// If counts differ.
-pub fn reinforce_loss(logps: &Tensor, advantages: &[f32], weights: &[f32]) -> Result<Tensor> {
-    (logps * column(advantages, logps)?)?.mul(&column(weights, logps)?)?.sum_all()?.neg()
 }
 
 /// Sums over the tokens of a batch; those of several batches add up.

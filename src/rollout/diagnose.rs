@@ -4,6 +4,8 @@
 
 use std::fmt;
 
+use super::Response;
+
 /// Nats a token by which decoding and training paths may differ, in the mean: their integer kernels
 /// round otherwise, and caches are narrower. Measured differences are below 0.02.
 const ROUNDING: f64 = 0.15;
@@ -16,20 +18,29 @@ const FILTERED: f64 = 1e-3;
 const CLEARLY: f64 = 5.0;
 const SOME: usize = 8;
 
+/// What the first optimizer step of an update read before it moved the policy.
+#[derive(Debug, Clone, Copy)]
+pub struct FirstStep<'a> {
+    /// The responses it learned from, by their places.
+    pub responses: &'a [usize],
+    /// Log-probs of their tokens, laid end to end.
+    pub logps: &'a [f32],
+}
+
 /// Log-probs of the tokens of an update, laid end to end.
 #[derive(Debug, Clone, Copy)]
-pub struct Evidence<'a> {
+struct Evidence<'a> {
     /// As the sampler saw them, at its temperature, before filters.
-    pub sampled: &'a [f32],
+    sampled: &'a [f32],
     /// Of the draws: after filters.
-    pub drawn: &'a [f32],
-    /// When they were scored: what the loss takes for the old policy's.
-    pub old: &'a [f32],
+    drawn: &'a [f32],
+    /// By the training path: when they were scored or first learned from.
+    old: &'a [f32],
     /// `½ (log π - log π_old)²` a token in the first mini-batch that was learned from, before any step:
     /// 0 but for rounding, if the old policy is the one that learns.
-    pub first_approxkl: f64,
+    first_approxkl: f64,
     /// Divergence from the reference of each response, `Σ log π/π_ref` over its tokens, in nats.
-    pub kl: &'a [f64],
+    kl: &'a [f64],
 }
 
 /// A cause of sickness.
@@ -69,8 +80,52 @@ impl Diagnosis {
     }
 }
 
+/// Looks at an update: at its responses, and their divergences `kl` from the reference if there is
+/// one.
+///
+/// `old` are the log-probs of all responses that were taken before anything was learned, if they
+/// were; `first` what the first step read, if it read what is the same policy (dropout makes another).
+pub fn diagnose_update(
+    responses: &[Response],
+    old: Option<&[Vec<f32>]>,
+    first: Option<FirstStep>,
+    kl: &[f64],
+) -> Diagnosis {
+    // What the first step learned from; all, where the log-probs of all are known.
+    let looked_at: Vec<&Response> = match (old, first) {
+        (None, Some(first)) => first.responses.iter().map(|&i| &responses[i]).collect(),
+        _ => responses.iter().collect(),
+    };
+    let all = |part: fn(&Response) -> &Vec<f32>| -> Vec<f32> {
+        looked_at.iter().flat_map(|response| part(response).iter().copied()).collect()
+    };
+    let first_approxkl = match (old, first) {
+        (Some(old), Some(first)) => {
+            let before: Vec<f32> =
+                first.responses.iter().flat_map(|&i| old[i].iter().copied()).collect();
+            let squared = |(now, old): (&f32, &f32)| 0.5 * f64::from(now - old).powi(2);
+            mean(first.logps.iter().zip(&before).map(squared))
+        }
+        // Where none were taken before, the loss takes those of its own pass for the old ones: they
+        // cannot be another policy's, and there is nothing to hold them to.
+        _ => 0.0,
+    };
+    let by_training = match (old, first) {
+        (Some(old), _) => old.concat(),
+        (None, Some(first)) => first.logps.to_vec(),
+        (None, None) => Vec::new(),
+    };
+    diagnose(&Evidence {
+        sampled: &all(|response| &response.sampled_logps),
+        drawn: &all(|response| &response.drawn_logps),
+        old: &by_training,
+        first_approxkl,
+        kl,
+    })
+}
+
 /// Looks for every cause at once.
-pub fn diagnose(evidence: &Evidence) -> Diagnosis {
+fn diagnose(evidence: &Evidence) -> Diagnosis {
     let Evidence { sampled, drawn, old, first_approxkl, kl } = *evidence;
     let distance =
         |a: &[f32], b: &[f32]| mean(a.iter().zip(b).map(|(a, b)| f64::from((a - b).abs())));

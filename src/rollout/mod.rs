@@ -3,7 +3,7 @@
 //! Responses come from the policy ([`respond`]). A reward is a number for one of them, or no
 //! opinion: from a rule that needs no model ([`Rule`]), from a program ([`RewardCommand`]), from a
 //! model of its own ([`RewardModel`]) or an adapter on the base; several are weighed and summed
-//! ([`Rewards`]). [`ppo`] makes advantages of them, [`diagnose`] looks whether all is well, and
+//! ([`Rewards`]), all of it by one [`Scorer`]. [`ppo`] makes advantages of them, [`diagnose`] looks whether all is well, and
 //! samples of what was said and what it earned go to a file and to the terminal ([`SampleLog`],
 //! [`table`]).
 //!
@@ -18,12 +18,14 @@ pub mod reward_model;
 pub mod rewards;
 pub mod rule;
 pub mod samples;
+pub mod scorer;
 
 pub use command::RewardCommand;
-pub use diagnose::{Cause, Diagnosis, Evidence, diagnose};
+pub use diagnose::{Cause, Diagnosis, FirstStep, diagnose_update};
 pub use ppo::{AdvantageSettings, Experience};
 pub use respond::Response;
 pub use reward_model::{RewardModel, RewardModelError};
-pub use rewards::{RewardError, RewardMean, RewardSource, Rewards, Sample, Scores};
+pub use rewards::{RewardError, RewardSource, Rewards, Sample, Scores};
 pub use rule::{Rule, RuleError, Unit};
 pub use samples::{SampleLog, SampleRow, SamplesError, table};
+pub use scorer::{Answer, ScoreError, Scorer};

@@ -7,7 +7,7 @@ use candle_core::{Result, Tensor};
 
 use crate::data::Batch;
 use crate::generate::{Finish, GenerateError, Request, Settings, generate};
-use crate::model::scoring::{row_scores, runs, target_log_probs};
+use crate::model::scoring::{log_probs_and_scores, row_scores, runs, target_log_probs};
 use crate::model::{Adapters, Decoder, Worn};
 
 use super::ppo::{self, state_rows};
@@ -119,6 +119,30 @@ pub fn values(
     Ok(all)
 }
 
+/// [`log_probs`] and [`values`] by a head on the policy's own adapter, from one pass: the same bits.
+pub fn log_probs_and_values(
+    decoder: &Decoder,
+    worn: &[Worn],
+    head: &Tensor,
+    responses: &[Response],
+    temperature: f64,
+    most: usize,
+) -> Result<(Vec<Vec<f32>>, Vec<Vec<f32>>)> {
+    let (mut logps, mut values) = (Vec::new(), Vec::new());
+    for run in runs(responses.iter().map(Response::len)) {
+        let responses: Vec<&Response> = responses[run].iter().collect();
+        let batch = lay_out(&responses);
+        let states = || responses.iter().map(|response| ppo::states(response.tokens.len(), most));
+        let rows = state_rows(&batch, states());
+        let (of_tokens, of_states) =
+            log_probs_and_scores(decoder, worn, head, &batch, temperature, &rows)?;
+        logps.extend(batch.spans.iter().map(|span| of_tokens[span.clone()].to_vec()));
+        let mut rest = of_states.into_iter();
+        values.extend(states().map(|states| rest.by_ref().take(states).collect::<Vec<f32>>()));
+    }
+    Ok((logps, values))
+}
+
 /// What a reward model's head `(1, hidden_size)` reads at the end of each response. With `eos`, a
 /// response that did not end by itself is read as if it ended there. `after` are tokens that follow
 /// an ended response where the reward model was trained, and are read past.
@@ -126,13 +150,13 @@ pub fn scores(
     decoder: &Decoder,
     worn: &[Worn],
     head: &Tensor,
-    responses: &[Response],
+    responses: &[&Response],
     eos: Option<u32>,
     after: &[u32],
 ) -> Result<Vec<f32>> {
     let mut all = Vec::with_capacity(responses.len());
     for run in runs(responses.iter().map(|response| response.len() + 1 + after.len())) {
-        let ended = responses[run].iter().map(|response| {
+        let ended = responses[run].iter().map(|&response| {
             let mut response = response.clone();
             response.tokens.extend(eos.filter(|_| !response.ended));
             if response.ended || eos.is_some() {

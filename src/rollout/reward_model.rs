@@ -6,7 +6,7 @@ use candle_core::{Device, Tensor};
 use serde_json::{Value, json};
 
 use super::Sample;
-use crate::data::Batch;
+use crate::data::{Batch, Prompt};
 use crate::model::scoring::{row_scores, runs};
 use crate::model::{Decoder, ModelError};
 use crate::ops::Compute;
@@ -98,7 +98,7 @@ impl RewardModel {
     pub fn score(&self, samples: &[Sample]) -> Result<Vec<f64>, RewardModelError> {
         let rows: Vec<Vec<u32>> =
             samples.iter().map(|sample| self.tokens(sample)).collect::<Result<_, _>>()?;
-        let window = self.decoder.config.max_position_embeddings;
+        let window = self.window();
         if let Some(row) = rows.iter().find(|row| row.len() > window) {
             return Err(RewardModelError::Long { tokens: row.len(), window });
         }
@@ -112,6 +112,19 @@ impl RewardModel {
             all.extend(scores.into_iter().map(f64::from));
         }
         Ok(all)
+    }
+
+    /// The tokens it can read at once.
+    pub fn window(&self) -> usize {
+        self.decoder.config.max_position_embeddings
+    }
+
+    /// Tokens of a prompt with an empty response, as it reads them: a response's come on top. Its
+    /// tokenizer may cut that into others than the policy's, which nobody knows beforehand.
+    pub fn prompt_tokens(&self, prompt: &Prompt) -> Result<usize, TextError> {
+        let (prompt, row) = (&prompt.text, &prompt.row);
+        let none = Sample { prompt, completion: "", tokens: 0, finished: true, row };
+        Ok(self.tokens(&none)?.len())
     }
 
     fn tokens(&self, sample: &Sample) -> Result<Vec<u32>, TextError> {

@@ -125,19 +125,6 @@ pub struct Scores {
     pub totals: Vec<Option<f64>>,
 }
 
-/// What a source gave to a batch.
-#[derive(Debug, Clone, PartialEq)]
-pub struct RewardMean {
-    /// The source.
-    pub name: String,
-    /// Samples it had an opinion on.
-    pub samples: usize,
-    /// The mean of these opinions, unweighted; 0 if there are none.
-    pub mean: f64,
-    /// Their standard deviation, with n - 1.
-    pub std: f64,
-}
-
 impl Rewards {
     /// Without `weights` all count the same, 1 each, as in TRL.
     pub fn new(sources: Vec<RewardSource>, weights: Option<Vec<f64>>) -> Result<Self, RewardError> {
@@ -217,24 +204,13 @@ impl Rewards {
         let totals = (0..samples.len()).map(total).collect();
         Ok(Scores { columns, totals })
     }
-
-    /// Mean and spread of each source's rewards, for metrics.
-    pub fn means(&self, scores: &Scores) -> Vec<RewardMean> {
-        let of = |(source, column): (&RewardSource, &Vec<Option<f64>>)| {
-            let given: Vec<f64> = column.iter().copied().flatten().collect();
-            let mean = given.iter().sum::<f64>() / given.len().max(1) as f64;
-            let squares: f64 = given.iter().map(|reward| (reward - mean).powi(2)).sum();
-            let std = (squares / given.len().saturating_sub(1).max(1) as f64).sqrt();
-            RewardMean { name: source.name().into(), samples: given.len(), mean, std }
-        };
-        self.sources.iter().zip(&scores.columns).map(of).collect()
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use serde_json::json;
+    use std::time::Duration;
 
     fn sample<'a>(completion: &'a str, row: &'a Value) -> Sample<'a> {
         let row = row.as_object().unwrap();
@@ -247,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn sums_are_weighted_and_means_are_each_sources() {
+    fn sums_are_weighted() {
         let rules = ["exact:answer", "length:2-2"].map(|spec| RewardSource::rule(spec).unwrap());
         let sources = rules.into_iter().chain([model("rm")]).collect();
         let mut rewards = Rewards::new(sources, Some(vec![1.0, -0.5, 2.0])).unwrap();
@@ -257,19 +233,22 @@ mod tests {
         let scores = rewards.score(&samples, &[vec![0.25, -3.0]]).unwrap();
         assert_eq!(scores.columns[1], [Some(1.0), Some(0.5)]);
         assert_eq!(scores.totals, [Some(1.0 - 0.5 + 0.5), Some(-0.25 - 6.0)]);
-        let means = rewards.means(&scores);
-        assert_eq!((means[0].mean, means[0].samples, &*means[0].name), (0.5, 2, "exact:answer"));
-        assert!((means[0].std - 0.5f64.sqrt()).abs() < 1e-12);
-        assert_eq!(means[2].mean, -1.375);
     }
 
     #[test]
     fn no_opinion_is_not_zero() {
-        let rewards = Rewards::new(vec![model("a"), model("b")], None).unwrap();
-        let columns = vec![vec![Some(1.0), None, None], vec![Some(2.0), Some(4.0), None]];
-        let means = rewards.means(&Scores { columns, totals: Vec::new() });
-        assert_eq!((means[0].mean, means[0].samples), (1.0, 1));
-        assert_eq!((means[1].mean, means[1].samples), (3.0, 2));
+        let program = |lines: &str| {
+            let command =
+                format!("while read -r l; do printf '{lines}'; read -r l; read -r l; done");
+            RewardSource::Command(RewardCommand::start(&command, Duration::from_secs(20)).unwrap())
+        };
+        let sources = vec![program("1\\nnull\\nnull\\n"), program("2\\n4\\nnull\\n")];
+        let row = json!({});
+        let samples = ["a", "b", "c"].map(|text| sample(text, &row));
+        let mut rewards = Rewards::new(sources, Some(vec![10.0, 1.0])).unwrap();
+        let scores = rewards.score(&samples, &[]).unwrap();
+        assert_eq!(scores.columns[0], [Some(1.0), None, None]);
+        assert_eq!(scores.totals, [Some(12.0), Some(4.0), None]);
     }
 
     #[test]

@@ -88,12 +88,13 @@ impl FineTuning<'_> {
     pub fn evaluate(
         &mut self,
         log: &mut Log,
+        state: &mut State,
         stop: &AtomicBool,
     ) -> Result<Option<Numbers>, TrainError> {
         let (decoder, adapter) = (self.learner.decoder(), &self.learner.adapters[0]);
         match &mut self.source {
             Source::Supervised(source) => source.evaluate(decoder, adapter, stop),
-            Source::Rollouts(source) => source.evaluate(decoder, adapter, log, stop),
+            Source::Rollouts(source) => source.evaluate(decoder, adapter, state, log, stop),
         }
     }
 
@@ -130,12 +131,13 @@ impl FineTuning<'_> {
 
     fn results(
         &mut self,
+        state: &State,
         log: &Log,
         progress: &Progress,
     ) -> Result<Map<String, Value>, TrainError> {
         match &mut self.source {
             Source::Supervised(source) => source.results(log, progress),
-            Source::Rollouts(source) => source.results(log, progress),
+            Source::Rollouts(source) => source.results(state, log, progress),
         }
     }
 }
@@ -262,7 +264,7 @@ pub fn train(
         return Ok(Outcome::Interrupted { step: state.step, total_steps });
     };
 
-    let results = course.results(&log, &progress)?;
+    let results = course.results(&state, &log, &progress)?;
     let shared_head =
         matches!(&settings.task, Task::Ppo(own) if own.value_model == ValueModel::Policy);
     for (name, adapter) in course.named() {

@@ -40,6 +40,8 @@ pub struct Stepped {
     pub grad_norm: f64,
     /// What the objectives counted, added up.
     pub stats: Stats,
+    /// Log-probs of sampled tokens as they were before the step, part after part.
+    pub logps: Vec<f32>,
 }
 
 /// The adapters that are trained, their gradients and their optimizer.
@@ -133,6 +135,7 @@ impl<'a> Learner<'a> {
                 accumulate(self.decoder, &part.batch, &settings, gradients, &mut self.buffers)?;
             stepped.loss += judged.loss * part.scale;
             stepped.stats.add(judged.stats);
+            stepped.logps.extend(judged.logps);
         }
         stepped.grad_norm = global_norm(&self.gradients);
         let diverged = TrainError::Diverged { step: self.optimizer.step + 1, loss: stepped.loss };

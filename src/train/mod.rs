@@ -40,7 +40,7 @@ use crate::data::DataError;
 use crate::eval::EvalError;
 use crate::generate::GenerateError;
 use crate::model::ModelError;
-use crate::rollout::{RewardError, RewardModelError, SamplesError};
+use crate::rollout::{RewardError, RewardModelError, SamplesError, ScoreError};
 use crate::text::TextError;
 use crate::weights::WeightsError;
 
@@ -153,4 +153,16 @@ pub enum TrainError {
     /// candle refused.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
+}
+
+/// A failed reward is one wherever it failed: the loop saves what was done before it.
+impl From<ScoreError> for TrainError {
+    fn from(error: ScoreError) -> Self {
+        match error {
+            ScoreError::Text(error) => error.into(),
+            ScoreError::Reward(error) => error.into(),
+            ScoreError::RewardModel(error) => error.into(),
+            ScoreError::Tensor(error) => error.into(),
+        }
+    }
 }

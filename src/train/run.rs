@@ -50,10 +50,11 @@ impl Course<'_> {
     fn evaluate(
         &mut self,
         log: &mut Log,
+        state: &mut State,
         stop: &AtomicBool,
     ) -> Result<Option<Numbers>, TrainError> {
         match self {
-            Self::FineTuning(course) => course.evaluate(log, stop),
+            Self::FineTuning(course) => course.evaluate(log, state, stop),
         }
     }
 
@@ -126,8 +127,8 @@ pub fn take_steps(
     };
     // Whether it came to its end; what a stop cuts short is taken when the run goes on.
     let evaluate =
-        |course: &mut Course, log: &mut Log, state: &State| -> Result<bool, TrainError> {
-            let Some(numbers) = course.evaluate(log, stop)? else { return Ok(false) };
+        |course: &mut Course, log: &mut Log, state: &mut State| -> Result<bool, TrainError> {
+            let Some(numbers) = course.evaluate(log, state, stop)? else { return Ok(false) };
             if !numbers.is_empty() {
                 log.push(state.step, numbers)?;
             }

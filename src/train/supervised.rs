@@ -26,7 +26,7 @@ use crate::eval::evaluate;
 use crate::model::scoring::{row_scores, runs, target_log_probs};
 use crate::model::{Adapters, Decoder, Worn};
 use crate::objectives::preference::{PreferenceLoss, PreferenceSettings, kto_kl, kto_mismatched};
-use crate::objectives::reward::{Calibration, Pair, RewardStats, pair_losses};
+use crate::objectives::reward::{Calibration, Pair, RewardStats, pair_losses, pair_weight};
 use crate::objectives::{Comparison as Compared, Labelled, Objective, Stats};
 use crate::text::Tokenizer;
 use crate::weights::write_atomically;
@@ -544,7 +544,7 @@ fn weighted_pairs(rows: &[&Comparison]) -> Vec<Pair> {
     let mut pairs = Vec::new();
     let mut first = 0;
     for row in rows {
-        let weight = 1.0 / row.pairs.len().max(1) as f32;
+        let weight = pair_weight(row.pairs.len());
         pairs.extend(row.pairs.iter().map(|pair| Pair {
             better: first + pair.better,
             worse: first + pair.worse,

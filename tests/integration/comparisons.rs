@@ -313,10 +313,10 @@ fn prompts_keep_their_rows() {
     let first = &found.prompts[0];
     assert_eq!(Value::Object(first.row.clone()), row, "the whole row");
     assert_eq!(first.tokens[0], bos.bos().unwrap());
-    assert_eq!((first.text.as_str(), first.number, first.line), ("the river", 0, 1));
+    assert_eq!((first.text.as_str(), first.line), ("the river", 1));
     let second = &found.prompts[1];
     let asked = "<|endoftext|><|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n";
-    assert_eq!((second.text.as_str(), second.number, second.line), (asked, 1, 2));
+    assert_eq!((second.text.as_str(), second.line), (asked, 2));
     assert_eq!(found.longest, second.tokens.len());
 
     let check = |row: &str, most: usize, expected: &str| {
@@ -370,7 +370,8 @@ fn a_split_keeps_prompts_apart() {
     // The same prompts as prompts are split the same way.
     let split =
         in_file(&lines(&rows), |path| Prompts::load_split(path, &chatml, 50, &GOES_ON)).unwrap();
-    let prompts: Vec<u64> = split.held_out.unwrap().prompts.iter().map(|p| p.number / 2).collect();
+    let prompts: Vec<u64> =
+        split.held_out.unwrap().prompts.iter().map(|p| (p.line - 1) / 2).collect();
     assert_eq!(prompts, held);
     assert_eq!(String::from_utf8(split.held_out_lines).unwrap(), expected);
 

@@ -348,7 +348,8 @@ fn replay(name: &str, compute: Compute, micro: usize) {
         let values = respond::values(&decoder, learner.worn(1), head, &responses, most).unwrap();
         let judge = [Worn::frozen(reward.clone())];
         let head = reward.score.as_ref().unwrap();
-        let scores = respond::scores(&decoder, &judge, head, &responses, None, &[]).unwrap();
+        let all: Vec<&Response> = responses.iter().collect();
+        let scores = respond::scores(&decoder, &judge, head, &all, None, &[]).unwrap();
         let mut rows: Vec<Experience> = old
             .into_iter()
             .zip(reference)
@@ -445,4 +446,45 @@ fn ppo_is_trls() {
     replay("ppo", Compute::F32, 3);
     replay("ppo", Compute::Portable, 8);
     replay("ppo-k3", Compute::F32, 8);
+}
+
+/// A policy that has its own value head is read once for both.
+#[test]
+fn log_probs_and_values_of_one_pass_are_those_of_two() {
+    const MOST: usize = 6;
+    for compute in [Compute::Portable, Compute::F32, Compute::Int16, Compute::Int8] {
+        let decoder = load("llama-tiny", compute);
+        let policy = Arc::new(adapter("ppo/value/initial", &decoder));
+        let head = policy.score.clone().unwrap();
+        let worn = [Worn::frozen(policy)];
+        let shared: Arc<[u32]> = [7, 8, 9].into();
+        // Ended and cut ones, some of one prompt, and one as long as several.
+        let response = |key: u64, prompt: &Arc<[u32]>, length: usize| Response {
+            prompt: prompt.clone(),
+            tokens: (0..length as u32).map(|i| 20 + i * 3 + key as u32).collect(),
+            key,
+            ended: length < MOST,
+            sampled_logps: Vec::new(),
+            drawn_logps: Vec::new(),
+        };
+        let responses = [
+            response(0, &shared, MOST),
+            response(1, &shared, 2),
+            response(2, &[5].into(), 1),
+            response(3, &[4; 40].into(), MOST),
+        ];
+        for temperature in [1.0, 0.7] {
+            let logps = respond::log_probs(&decoder, &worn, &responses, temperature).unwrap();
+            let values = respond::values(&decoder, &worn, &head, &responses, MOST).unwrap();
+            let both = respond::log_probs_and_values(
+                &decoder,
+                &worn,
+                &head,
+                &responses,
+                temperature,
+                MOST,
+            );
+            assert!(both.unwrap() == (logps, values), "{compute:?} at {temperature}");
+        }
+    }
 }

@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -12,9 +12,13 @@ use quantune::data::Batch;
 use quantune::generate::{Sampling, Settings};
 use quantune::model::scoring::target_log_probs;
 use quantune::model::{CacheType, Decoder, Worn};
+use quantune::objectives::policy::GrpoSettings;
+use quantune::objectives::{Grpo, Objective};
 use quantune::ops::Compute;
 use quantune::optim::AdamWSettings;
-use quantune::rollout::{Cause, Diagnosis, Evidence, Experience, Response, diagnose, ppo, respond};
+use quantune::rollout::{
+    Cause, Diagnosis, Experience, FirstStep, Response, diagnose_update, ppo, respond,
+};
 use quantune::train::learner::{Learner, MicroBatch};
 use quantune_adapters::delta::Adapter;
 use quantune_adapters::format;
@@ -391,6 +395,7 @@ fn an_interrupted_ppo_run_says_how_to_go_on() {
             ("--max-steps", "20"),
             ("--batch-size", "8"),
             ("--response-length", "8"),
+            ("--top-k", "5"), // of which it warns
         ];
         let mut process = Command::new(env!("CARGO_BIN_EXE_quantune"));
         process.args(arguments("ppo", &flags, out)).stderr(Stdio::piped()).stdout(Stdio::null());
@@ -403,8 +408,17 @@ fn an_interrupted_ppo_run_says_how_to_go_on() {
     assert_eq!(output.status.code(), Some(1));
     let sentence = error(&output);
     assert!(sentence.contains(&format!("quantune ppo --out {stopped} --resume")), "{sentence}");
-    let resumed = run("ppo", &[("--resume", "")], &stopped);
+    let warned = |output: &Output| {
+        String::from_utf8_lossy(&output.stderr).matches("sampling filters").count()
+    };
+    let before = warned(&output);
+    assert!(before > 0);
+    let output = quantune(&arguments("ppo", &[("--resume", "")], &stopped));
+    let resumed = last_json(&output);
     assert!(resumed["resumed_at"].as_u64().unwrap() >= 1);
+    // What was told is not told again, but still known.
+    let warnings = resumed["warnings"].as_array().unwrap();
+    assert_eq!(warnings.len(), before + warned(&output), "{warnings:?}");
     let (mut found, mut expected) = (tree(&stopped), tree(&whole));
     for tree in [&mut found, &mut expected] {
         tree.retain(|name, _| !name.starts_with("checkpoints") || name.contains("step-20"));
@@ -566,6 +580,18 @@ fn what_is_wrong_with_rollouts_is_told() {
     grpo.check(&[exact, ("--num-mini-batches", "8")], &["num_mini_batches is 8"]);
     grpo.check(&[exact, ("--num-generations", "1")], &["num_generations is 1"]);
     grpo.check(&[("--reward-model", &base)], &["score.weight"]);
+    let small = lab.reward_model();
+    let config = Path::new(&small).join("config.json");
+    let mut read: Value = serde_json::from_slice(&fs::read(&config).unwrap()).unwrap();
+    read["max_position_embeddings"] = json!(24);
+    fs::write(&config, read.to_string()).unwrap();
+    let words = |count: usize| format!("{{\"prompt\": \"{}\"}}\n", "many words ".repeat(count));
+    lab.write("longer.jsonl", &(words(1) + &words(12) + &words(11)));
+    let longer = [("--reward-model", &*small), ("--data", &*lab.path("longer.jsonl"))];
+    grpo.check(&longer, &["longer.jsonl:2: the longest prompt has", "may have 8, needed 24"]);
+    lab.write("fitting.jsonl", &words(1));
+    let held_out = [("--data", &*lab.path("fitting.jsonl")), ("--eval-data", longer[1].1)];
+    grpo.check(&[&longer[..1], &held_out].concat(), &["longer.jsonl:2: the longest prompt"]);
     grpo.check(&[exact, ("--ref-adapter", &plain)], &["there is no reference"]);
     let program = |command: &str, words: &[&str]| {
         grpo.check(&[("--reward-command", command), ("--reward-timeout", "1")], words);
@@ -578,6 +604,23 @@ fn what_is_wrong_with_rollouts_is_told() {
     program("for i in 1 2 3; do read -r l; echo 1; done", &["ended", "after 3 of 32 answers"]);
     program("no-such-program-here", &["ended (exit status: 127)"]);
     program("yes 1", &["unasked"]);
+}
+
+/// An error that tells its cause is not followed by its cause.
+#[test]
+fn a_missing_file_is_told_once() {
+    let lab = Lab::new();
+    let (base, missing, [reward, _]) = (base(), lab.path("missing.jsonl"), reward_adapters());
+    let given = [("--base", &*base), ("--data", &*missing), ("--max-steps", "1")];
+    let rewarded = [&given[..], &[("--reward-adapter", &*reward)]].concat();
+    for (command, flags) in [("sft", &given[..]), ("ppo", &rewarded)] {
+        let output = quantune(&arguments(command, flags, &lab.path("out")));
+        assert_eq!(output.status.code(), Some(1), "{command}");
+        let sentence = error(&output);
+        let needed = format!("error: {missing}: cannot be read: ");
+        assert!(sentence.starts_with(&needed), "{command}: {sentence}");
+        assert_eq!(sentence.matches("os error 2").count(), 1, "{command}: {sentence}");
+    }
 }
 
 /// What a run is made of may not change under it, and a failed reward program loses no step.
@@ -734,6 +777,39 @@ fn padded(response: &Response) -> Batch {
     respond::lay_out(&[&Response { prompt, ..response.clone() }])
 }
 
+/// How an update learns from its responses.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Learns {
+    Ppo,
+    /// GRPO in several steps: from old log-probs.
+    Grpo,
+    /// The same, a response as one action.
+    Rloo,
+    /// GRPO in one step without a reference: no log-probs are taken before it.
+    Once,
+}
+
+const ALL: [Learns; 4] = [Learns::Ppo, Learns::Grpo, Learns::Rloo, Learns::Once];
+
+impl Learns {
+    fn objective(self, row: &Experience, counts: ppo::Counts) -> Objective {
+        if self == Self::Ppo {
+            return ppo::objective(Some(ppo::policy_part(&[row], counts, 0.2)), None);
+        }
+        let (tokens, by_response) = (row.old_logps.len(), self == Self::Rloo);
+        let actions = if by_response { 1 } else { tokens };
+        Objective::Grpo(Box::new(Grpo {
+            settings: GrpoSettings { epsilon: 0.2, epsilon_high: 0.2, beta: 0.0 },
+            tokens: vec![tokens],
+            old_logps: (self != Self::Once).then(|| row.old_logps.clone()),
+            ref_logps: None,
+            advantages: vec![1.0; actions],
+            weights: vec![1.0; actions],
+            by_response,
+        }))
+    }
+}
+
 /// A policy and its reference, what the policy said to a few prompts, and how that is learned from.
 struct Patient {
     decoder: Decoder,
@@ -778,9 +854,9 @@ impl Patient {
         Arc::new(read.unwrap().0)
     }
 
-    /// Takes a step from these old log-probs, over responses laid out like this, as PPO does; and
-    /// looks at the update.
-    fn diagnosis(&self, old: &[Vec<f32>], lay_out: &LayOut) -> Diagnosis {
+    /// Takes a step from these old log-probs, over most responses laid out like this and in another
+    /// order than they came; and looks at the update.
+    fn diagnosis(&self, learns: Learns, old: &[Vec<f32>], lay_out: &LayOut) -> Diagnosis {
         let settings = AdamWSettings {
             adam_beta1: 0.9,
             adam_beta2: 0.999,
@@ -799,22 +875,23 @@ impl Patient {
             })
             .collect();
         let counts = ppo::Counts::of(&rows.iter().collect::<Vec<_>>());
-        let parts: Vec<MicroBatch> = rows
+        let order: Vec<usize> = (2..rows.len()).rev().collect();
+        let parts: Vec<MicroBatch> = order
             .iter()
-            .zip(&self.responses)
-            .map(|(row, response)| MicroBatch {
-                batch: lay_out(response),
-                objective: ppo::objective(Some(ppo::policy_part(&[row], counts, 0.2)), None),
+            .map(|&i| MicroBatch {
+                batch: lay_out(&self.responses[i]),
+                objective: learns.objective(&rows[i], counts),
                 scale: 1.0,
                 adapter: 0,
                 epoch: 0,
                 temperature: TEMPERATURE,
             })
             .collect();
-        let stats = learner.step(&parts, 1e-3).unwrap().stats.policy.unwrap();
-        let flat = |part: fn(&Response) -> &Vec<f32>| -> Vec<f32> {
-            self.responses.iter().flat_map(|response| part(response).clone()).collect()
-        };
+        let logps = learner.step(&parts, 1e-3).unwrap().logps;
+        let first = Some(FirstStep { responses: &order, logps: &logps });
+        if learns == Learns::Once {
+            return diagnose_update(&self.responses, None, first, &[]);
+        }
         let kl: Vec<f64> = old
             .iter()
             .zip(&self.reference)
@@ -822,13 +899,7 @@ impl Patient {
                 old.iter().zip(reference).map(|(old, other)| f64::from(old - other)).sum()
             })
             .collect();
-        diagnose(&Evidence {
-            sampled: &flat(|response| &response.sampled_logps),
-            drawn: &flat(|response| &response.drawn_logps),
-            old: &old.concat(),
-            first_approxkl: stats.approxkl / stats.tokens as f64,
-            kl: &kl,
-        })
+        diagnose_update(&self.responses, Some(old), first, &kl)
     }
 
     /// Log-probs of the responses laid out like this.
@@ -845,8 +916,10 @@ impl Patient {
 fn a_healthy_update_is_not_diagnosed() {
     for compute in [Compute::F32, Compute::Int16, Compute::Int8] {
         let patient = Patient::new(compute, 0);
-        let found = patient.diagnosis(&patient.old, &well);
-        assert!(found.is_healthy(), "{compute:?}: {found}");
+        for learns in ALL {
+            let found = patient.diagnosis(learns, &patient.old, &well);
+            assert!(found.is_healthy(), "{compute:?} {learns:?}: {found}");
+        }
     }
 }
 
@@ -859,16 +932,22 @@ fn each_cause_of_a_sick_update_is_named() {
         assert!(found.to_string().contains(words), "{what}: {found}");
     };
     let filtered = Patient::new(Compute::Int16, 5);
-    let found = filtered.diagnosis(&filtered.old, &well);
     let is_filter = |cause: &Cause| matches!(cause, Cause::SamplingFilters { .. });
-    check("top_k", &found, &is_filter, "sampling filters (top_k, top_p)");
+    for learns in ALL {
+        let found = filtered.diagnosis(learns, &filtered.old, &well);
+        check("top_k", &found, &is_filter, "sampling filters (top_k, top_p)");
+    }
 
     // Scores and loss see the same wrong places.
     let is_shift = |cause: &Cause| matches!(cause, Cause::ShiftedRows { .. });
     let layouts: [(&str, &LayOut); 2] = [("a place late", &a_place_late), ("padded", &padded)];
     for (what, lay_out) in layouts {
-        let found = patient.diagnosis(&patient.log_probs(lay_out), lay_out);
-        check(what, &found, &is_shift, "shifted rows");
+        let old = patient.log_probs(lay_out);
+        for learns in ALL {
+            let found = patient.diagnosis(learns, &old, lay_out);
+            check(&format!("{what} {learns:?}"), &found, &is_shift, "shifted rows");
+        }
+        let found = patient.diagnosis(Learns::Ppo, &old, lay_out);
         assert!(found.negative_kl.is_some(), "{what}: {found:?}");
         assert!(found.to_string().starts_with("negative KL (-"), "{what}: {found}");
     }
@@ -878,7 +957,11 @@ fn each_cause_of_a_sick_update_is_named() {
     let other = [Worn::frozen(Patient::adapter(&patient.decoder, "ppo/policy/final"))];
     for (what, worn) in [("of another adapter", &other[..]), ("of the base", &[])] {
         let old = respond::log_probs(&patient.decoder, worn, &patient.responses, TEMPERATURE);
-        check(what, &patient.diagnosis(&old.unwrap(), &well), &is_stale, "stale log-probs");
+        let old = old.unwrap();
+        for learns in [Learns::Ppo, Learns::Grpo, Learns::Rloo] {
+            let found = patient.diagnosis(learns, &old, &well);
+            check(&format!("{what} {learns:?}"), &found, &is_stale, "stale log-probs");
+        }
     }
 }
 
@@ -927,6 +1010,11 @@ fn a_run_warns_of_filters_and_of_nothing_else() {
     check("grpo well", &grpo, 0);
     check("grpo dropout", &with(&grpo, &[("--lora-dropout", "0.2")]), 0);
     check("grpo top_k", &with(&grpo, &[("--top-k", "5")]), 1);
+    let once = [("--max-completion-length", "12"), ("--mask-truncated-completions", "true")];
+    check("grpo once", &[&once[..1], &[("--adapter", &*ending)]].concat(), 0);
+    check("grpo masked", &[&once[..], &[("--adapter", &*ending)]].concat(), 0);
+    check("grpo once dropout", &with(&once[..1], &[("--lora-dropout", "0.2")]), 0);
+    check("grpo once top_k", &with(&once[..1], &[("--top-k", "5")]), 1);
 }
 
 /// Answers become as long as the reward wants them, by every form of the loss.

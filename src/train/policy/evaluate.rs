@@ -8,23 +8,26 @@ use serde_json::json;
 
 use super::super::TrainError;
 use super::super::log::{Log, Numbers};
+use super::super::run_dir::State;
 use super::super::settings::Task;
-use super::{Rollouts, divergence, temperature};
+use super::{Rollouts, divergence, tell, temperature};
 use crate::data::Prompt;
 use crate::eval::{Reply, diversity};
 use crate::model::{Decoder, Worn};
 use crate::rollout::diagnose::{mean_and_error, overoptimized};
-use crate::rollout::respond;
+use crate::rollout::{Response, respond};
 
 /// Keys of evaluations' responses begin here; those of training stay below.
 const EVAL_KEYS: u64 = 1 << 39;
 
 impl Rollouts {
-    /// Held-out prompts answered by the policy as it is; `None` if `stop` was set before all were.
+    /// Held-out prompts answered by the policy as it is; `None` if `stop` was set before all were. Of
+    /// the state only what was told changes.
     pub fn evaluate(
         &mut self,
         decoder: &Decoder,
         adapter: &Arc<Adapter>,
+        state: &mut State,
         log: &Log,
         stop: &AtomicBool,
     ) -> Result<Option<Numbers>, TrainError> {
@@ -58,7 +61,8 @@ impl Rollouts {
                 kls.extend(logps.iter().zip(&reference).map(k1));
             }
             if let Some(judge) = &self.judge {
-                let scores = self.adapter_scores(decoder, judge, &scored.responses)?;
+                let responses: Vec<&Response> = scored.responses.iter().collect();
+                let scores = self.scorer.read(decoder, judge, &responses)?;
                 judged.extend(scores.into_iter().map(f64::from));
             }
             totals.extend(scored.totals.iter().flatten());
@@ -105,7 +109,8 @@ impl Rollouts {
             };
             let rewards = curve("eval_reward", (reward, error_of_reward))?;
             if overoptimized(&rewards, &curve("eval_judge", (judge, error))?) {
-                self.tell(
+                tell(
+                    state,
                     "over-optimization: the reward rises while the judge, a reward model that is not \
                      trained against, falls; earlier checkpoints are better, a larger kl_coef helps"
                         .into(),

@@ -18,7 +18,7 @@ use crate::data::Prompt;
 use crate::objectives::advantage::{GroupAdvantages, group_advantages, kl_k1, rloo_advantages};
 use crate::objectives::policy::{GrpoSettings as GrpoLoss, per_token};
 use crate::objectives::{Grpo, Objective, Stats};
-use crate::rollout::{Experience, Response, respond};
+use crate::rollout::{Response, respond};
 
 impl Rollouts {
     /// Takes an update.
@@ -59,13 +59,14 @@ impl Rollouts {
         let GroupAdvantages { advantages, reward, reward_std, frac_reward_zero_std } =
             match own.advantage {
                 AdvantageEstimator::Grpo => group_advantages(&totals, n, own.scale_rewards),
-                AdvantageEstimator::Rloo => rloo_advantages(&totals, n, false),
+                AdvantageEstimator::Rloo => rloo_advantages(&totals, n),
             };
         self.times.scoring += began.elapsed();
 
         let began = Instant::now();
         let masked = |response: &Response| own.mask_truncated_completions && !response.ended;
         let (mut losses, mut norms, mut stats) = (Vec::new(), Vec::new(), Stats::default());
+        let mut first = None;
         for epoch in 0..own.num_iterations {
             // Whole groups, so that a prompt is read once for all its responses.
             let mut order: Vec<usize> = (0..prompts.len()).collect();
@@ -115,6 +116,7 @@ impl Rollouts {
                     continue; // all of them truncated and left out
                 }
                 let stepped = learner.step(&parts, learning_rate)?;
+                first.get_or_insert_with(|| (mini, stepped.logps));
                 losses.push(stepped.loss);
                 norms.push(stepped.grad_norm);
                 stats.add(stepped.stats);
@@ -136,7 +138,7 @@ impl Rollouts {
             ("completions/mean_length".into(), json!(tokens as f64 / count)),
             ("completions/clipped_ratio".into(), json!(clipped as f64 / count)),
         ];
-        for (source, column) in self.rewards.sources().iter().zip(&scored.columns) {
+        for (source, column) in self.scorer.rewards.sources().iter().zip(&scored.columns) {
             let given: Vec<f64> = column.iter().copied().flatten().collect();
             let name = format!("rewards/{}/mean", source.name());
             numbers.push((name, json!(finite(mean(given.iter().copied())))));
@@ -155,12 +157,9 @@ impl Rollouts {
             tokens: all as u64,
             samples: responses.len() as u64,
         };
-        let rows: Vec<Experience> = old
-            .unwrap_or_default()
-            .into_iter()
-            .map(|old_logps| Experience { old_logps, ..Experience::default() })
-            .collect();
-        self.tell_sickness(&scored.responses, &rows, 0.0, &divergences);
+        // With one step and no reference no old log-probs were taken: stale ones cannot be then, since
+        // the ratio is 1 by construction, but what the step read is held to the sampler's.
+        self.tell_sickness(state, &scored.responses, old.as_deref(), first.as_ref(), &divergences);
         self.sample_table(state, own.sample_steps, own.num_samples, &scored, &divergences)?;
         Ok((numbers, work))
     }

@@ -4,13 +4,13 @@
 mod evaluate;
 mod grpo;
 mod ppo;
+mod rounds;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use quantune_adapters::rng::Stream;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -31,11 +31,12 @@ use crate::model::{CacheType, Decoder, Worn};
 use crate::objectives::advantage::{RunningMoments, kl_k1};
 use crate::ops::Compute;
 use crate::rollout::{
-    Evidence, Experience, Response, RewardCommand, RewardModel, RewardSource, Rewards, Sample,
-    SampleLog, SampleRow, diagnose, respond, table,
+    FirstStep, Response, RewardCommand, RewardModel, RewardSource, Rewards, SampleLog, SampleRow,
+    Scorer, Scores, diagnose_update, respond, table,
 };
 use crate::text::{Tokenizer, first_second};
 use crate::weights::write_atomically;
+use rounds::Rounds;
 
 /// What of a run's state only reinforcement learning has.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -46,6 +47,9 @@ pub struct RolloutState {
     pub moments: RunningMoments,
     /// Bytes of `samples.jsonl` that belong to the steps so far.
     pub samples_bytes: u64,
+    /// Warnings so far: each is given once in a run, however often it is taken up.
+    #[serde(default)]
+    pub told: Vec<String>,
 }
 
 /// Where the time of updates goes.
@@ -63,23 +67,19 @@ pub struct Rollouts {
     tokenizer: Tokenizer,
     compute: Compute,
     prompts: Prompts,
+    prompt_rounds: Rounds,
     held_out: Option<Prompts>,
     held_out_lines: Option<Vec<u8>>,
-    ptx: Option<Dataset>,
+    /// Text to keep predicting.
+    ptx: Option<(Dataset, Rounds)>,
     /// What the reference wears, if one is asked for.
     reference: Option<Vec<Worn>>,
-    /// Scores by adapters on the base: rewards first, the judge last.
-    scorers: Vec<Vec<Worn>>,
-    judge: Option<Vec<Worn>>,
-    reward_model: Option<RewardModel>,
-    rewards: Rewards,
-    /// What the chat template writes behind an ended answer, if the prompts are conversations: reward
-    /// models have read it there.
-    after_turn: Vec<u32>,
+    /// What gives the rewards.
+    scorer: Scorer,
+    /// A reward model that is not trained against.
+    judge: Option<Worn>,
     samples: Option<SampleLog>,
     times: Times,
-    /// Sick updates so far, to say each thing once.
-    told: Vec<String>,
     prints: Vec<Fingerprint>,
 }
 
@@ -136,15 +136,15 @@ impl Rollouts {
             }
             Ok::<(), TrainError>(())
         };
-        let scoring = |folder: &Path, least: f64| -> Result<Vec<Worn>, TrainError> {
+        let scoring = |folder: &Path, least: f64| -> Result<Worn, TrainError> {
             trusted(folder, least)?;
-            Ok(vec![Worn::frozen(Arc::new(read_scoring(folder, decoder)?))])
+            Ok(Worn::frozen(Arc::new(read_scoring(folder, decoder)?)))
         };
-        let (mut scorers, mut judge, mut ptx, mut reward_model) = (Vec::new(), None, None, None);
-        let (rewards, wants_reference, ref_adapter) = match &settings.task {
+        let (mut adapter, mut judge, mut ptx, mut reward_model) = (None, None, None, None);
+        let (rewards, wants_reference, ref_adapter, at_eos) = match &settings.task {
             Task::Ppo(own) => {
                 print(&mut prints, "the reward adapter", &own.reward_adapter)?;
-                scorers.push(scoring(&own.reward_adapter, own.min_reward_accuracy)?);
+                adapter = Some(scoring(&own.reward_adapter, own.min_reward_accuracy)?);
                 print(&mut prints, "the value adapter", &own.value_adapter)?;
                 if !own.judge_adapter.as_os_str().is_empty() {
                     print(&mut prints, "the judge", &own.judge_adapter)?;
@@ -153,10 +153,11 @@ impl Rollouts {
                 if !own.ptx_data.as_os_str().is_empty() {
                     let data = Dataset::load(&own.ptx_data, &tokenizer, most, stop)?;
                     prints.push(("the ptx data".into(), data.sha256.clone()));
-                    ptx = Some(data);
+                    let rounds = Rounds::new("ptx", common.seed, true, data.examples.len());
+                    ptx = Some((data, rounds));
                 }
                 let source = RewardSource::Model { name: "reward_adapter".into() };
-                (Rewards::new(vec![source], None)?, true, &own.ref_adapter)
+                (Rewards::new(vec![source], None)?, true, &own.ref_adapter, own.score_at_eos)
             }
             Task::Grpo(own) => {
                 let mut sources = Vec::new();
@@ -175,7 +176,7 @@ impl Rollouts {
                 }
                 if !own.reward_adapter.as_os_str().is_empty() {
                     print(&mut prints, "the reward adapter", &own.reward_adapter)?;
-                    scorers.push(scoring(&own.reward_adapter, own.min_reward_accuracy)?);
+                    adapter = Some(scoring(&own.reward_adapter, own.min_reward_accuracy)?);
                     sources.push(RewardSource::Model { name: "reward_adapter".into() });
                 }
                 if !own.reward_model.as_os_str().is_empty() {
@@ -186,7 +187,8 @@ impl Rollouts {
                 }
                 let weights = &own.reward_weights;
                 let weights = (!weights.is_empty()).then(|| weights.clone());
-                (Rewards::new(sources, weights)?, own.beta > 0.0, &own.ref_adapter)
+                let rewards = Rewards::new(sources, weights)?;
+                (rewards, own.beta > 0.0, &own.ref_adapter, own.score_at_eos)
             }
             Task::Sft(_) | Task::Reward(_) | Task::Dpo(_) => {
                 unreachable!("they learn from rows as they are")
@@ -202,6 +204,9 @@ impl Rollouts {
                 })?;
             }
         }
+        if let Some(model) = &reward_model {
+            fits(model, &files, length)?;
+        }
         let folder = match ref_adapter.as_os_str().is_empty() {
             true => &common.adapter,
             false => ref_adapter,
@@ -214,25 +219,30 @@ impl Rollouts {
             false => None,
         };
         let chats = prompts.prompts.iter().any(|prompt| prompt.row["prompt"].is_array());
-        let after_turn = if chats { tokenizer.after_turn()? } else { Vec::new() };
+        let scorer = Scorer {
+            rewards,
+            adapter,
+            model: reward_model,
+            eos: tokenizer.eos().filter(|_| at_eos),
+            after: if chats { tokenizer.after_turn()? } else { Vec::new() },
+        };
+        let shuffled = !common.no_shuffle;
+        let prompt_rounds = Rounds::new("prompts", common.seed, shuffled, prompts.prompts.len());
         Ok(Self {
             task: settings.task.clone(),
             common,
             tokenizer,
-            after_turn,
             compute: decoder.compute,
             prompts,
+            prompt_rounds,
             held_out,
             held_out_lines,
             ptx,
             reference,
-            scorers,
+            scorer,
             judge,
-            reward_model,
-            rewards,
             samples: None,
             times: Times::default(),
-            told: Vec::new(),
             prints,
         })
     }
@@ -274,8 +284,8 @@ impl Rollouts {
         let longest = self.prompts.prompts.iter().map(|prompt| prompt.tokens.len()).max();
         let row = longest.unwrap_or(0) + response_length(&self.task);
         let size = self.common.per_device_train_batch_size;
-        let mut ptx: Vec<usize> =
-            self.ptx.iter().flat_map(|data| &data.examples).map(|row| row.tokens.len()).collect();
+        let texts = self.ptx.iter().flat_map(|(data, _)| &data.examples);
+        let mut ptx: Vec<usize> = texts.map(|row| row.tokens.len()).collect();
         ptx.sort_unstable_by_key(|&length| std::cmp::Reverse(length));
         (row * size).max(ptx.iter().take(size).sum())
     }
@@ -304,6 +314,7 @@ impl Rollouts {
     /// What the command's JSON says beside the common part.
     pub fn results(
         &self,
+        state: &State,
         log: &Log,
         progress: &Progress,
     ) -> Result<Map<String, Value>, TrainError> {
@@ -328,7 +339,8 @@ impl Rollouts {
                 results.insert(format!("{key}_last"), json!(last));
             }
         }
-        results.insert("warnings".into(), json!(self.told));
+        let told = state.rollouts.as_ref().map(|rollouts| &rollouts.told[..]);
+        results.insert("warnings".into(), json!(told.unwrap_or_default()));
         Ok(results)
     }
 
@@ -341,23 +353,10 @@ impl Rollouts {
     }
 
     /// The prompts of an update: all of them in turn, in another order each time around.
-    fn prompts_of(&self, update: u64) -> Vec<Prompt> {
-        let (batch, all) = (self.batch_size() as u64, self.prompts.prompts.len() as u64);
-        let mut around: Option<(u64, Vec<usize>)> = None;
-        (update * batch..(update + 1) * batch)
-            .map(|place| {
-                let epoch = place / all;
-                if around.as_ref().is_none_or(|(of, _)| *of != epoch) {
-                    let mut order: Vec<usize> = (0..all as usize).collect();
-                    if !self.common.no_shuffle {
-                        Stream::new(self.common.seed, "prompts", &[epoch]).shuffle(&mut order);
-                    }
-                    around = Some((epoch, order));
-                }
-                let (_, order) = around.as_ref().expect("just made");
-                self.prompts.prompts[order[(place % all) as usize]].clone()
-            })
-            .collect()
+    fn prompts_of(&mut self, update: u64) -> Vec<Prompt> {
+        let batch = self.batch_size() as u64;
+        let prompt = |place| self.prompts.prompts[self.prompt_rounds.at(place)].clone();
+        (update * batch..(update + 1) * batch).map(prompt).collect()
     }
 
     /// Responses to prompts, and their rewards.
@@ -380,81 +379,28 @@ impl Rollouts {
         self.times.generation += began.elapsed();
 
         let began = Instant::now();
-        let texts: Vec<String> = responses
-            .iter()
-            .map(|response| tokenizer.decode(&response.tokens, true))
-            .collect::<Result<_, _>>()?;
-        let samples: Vec<Sample> = responses
-            .iter()
-            .zip(&texts)
-            .enumerate()
-            .map(|(i, (response, text))| Sample {
-                prompt: &prompts[i / per_prompt].text,
-                completion: text,
-                tokens: response.tokens.len() - usize::from(response.ended),
-                finished: response.ended,
-                row: &prompts[i / per_prompt].row,
-            })
-            .collect();
-        let mut models = Vec::new();
-        for scorer in &self.scorers {
-            let scores = self.adapter_scores(decoder, scorer, &responses)?;
-            models.push(scores.into_iter().map(f64::from).collect());
-        }
-        if let Some(model) = &self.reward_model {
-            models.push(model.score(&samples)?);
-        }
-        let scores = self.rewards.score(&samples, &models)?;
+        let (texts, scores) = self.scorer.score(decoder, tokenizer, prompts, &responses)?;
         self.times.scoring += began.elapsed();
-        Ok(Scored { responses, texts, columns: scores.columns, totals: scores.totals })
+        let Scores { columns, totals } = scores;
+        Ok(Scored { responses, texts, columns, totals })
     }
 
-    fn adapter_scores(
-        &self,
-        decoder: &Decoder,
-        worn: &[Worn],
-        responses: &[Response],
-    ) -> Result<Vec<f32>, TrainError> {
-        let head = worn.iter().find_map(|worn| worn.adapter.score.as_ref());
-        let head = head.expect("read as a scoring adapter");
-        let at_eos = match &self.task {
-            Task::Ppo(own) => own.score_at_eos,
-            Task::Grpo(own) => own.score_at_eos,
-            _ => false,
-        };
-        let eos = self.tokenizer.eos().filter(|_| at_eos);
-        Ok(respond::scores(decoder, worn, head, responses, eos, &self.after_turn)?)
-    }
-
-    /// Looks at an update, and says what is wrong with it, each thing once.
+    /// Looks at an update, and says what is wrong with it, each thing once. `first` are the responses
+    /// of its first step, and the log-probs it read.
     fn tell_sickness(
-        &mut self,
+        &self,
+        state: &mut State,
         responses: &[Response],
-        rows: &[Experience],
-        first_approxkl: f64,
+        old: Option<&[Vec<f32>]>,
+        first: Option<&(Vec<usize>, Vec<f32>)>,
         kl: &[f64],
     ) {
-        let all = |part: fn(&Response) -> &Vec<f32>| -> Vec<f32> {
-            responses.iter().flat_map(|response| part(response).iter().copied()).collect()
-        };
-        let sampled = all(|response| &response.sampled_logps);
-        let drawn = all(|response| &response.drawn_logps);
-        let old: Vec<f32> = rows.iter().flat_map(|row| row.old_logps.iter().copied()).collect();
-        let evidence = Evidence { sampled: &sampled, drawn: &drawn, old: &old, first_approxkl, kl };
-        let found = diagnose(&evidence);
+        // Dropout alone makes another policy of the one that learns.
+        let first = first.filter(|_| self.common.lora_dropout == 0.0);
+        let first = first.map(|(responses, logps)| FirstStep { responses, logps });
+        let found = diagnose_update(responses, old, first, kl);
         if !found.is_healthy() {
-            self.tell(found.to_string());
-        }
-    }
-
-    /// Warns, but not twice of the same thing: numbers in a sentence do not make it another.
-    fn tell(&mut self, sentence: String) {
-        let words = |text: &str| -> String {
-            text.chars().filter(|c| c.is_alphabetic() || *c == ' ').collect()
-        };
-        if self.told.iter().all(|told| words(told) != words(&sentence)) {
-            eprintln!("warning: {sentence}");
-            self.told.push(sentence);
+            tell(state, found.to_string());
         }
     }
 
@@ -473,7 +419,7 @@ impl Rollouts {
         let Some(samples) = &mut self.samples else { return Ok(()) };
         let step = scored.responses.len().div_ceil(count.max(1)).max(1);
         let names: Vec<String> =
-            self.rewards.sources().iter().map(|source| source.name().to_string()).collect();
+            self.scorer.rewards.sources().iter().map(|source| source.name().to_string()).collect();
         let mut rows = Vec::new();
         for i in (0..scored.responses.len()).step_by(step) {
             let response = &scored.responses[i];
@@ -492,6 +438,18 @@ impl Rollouts {
         rollouts_of(state).samples_bytes = samples.bytes;
         eprint!("{}", table(&rows));
         Ok(())
+    }
+}
+
+/// Warns, but not twice of the same thing: numbers in a sentence do not make it another.
+fn tell(state: &mut State, sentence: String) {
+    let words = |text: &str| -> String {
+        text.chars().filter(|c| c.is_alphabetic() || *c == ' ').collect()
+    };
+    let told = &mut rollouts_of(state).told;
+    if told.iter().all(|told| words(told) != words(&sentence)) {
+        eprintln!("warning: {sentence}");
+        told.push(sentence);
     }
 }
 
@@ -555,6 +513,32 @@ fn trusted(folder: &Path, least: f64) -> Result<(), TrainError> {
         }
         None => Ok(()),
     }
+}
+
+/// Refuses a reward model beside the base whose window is too small for the longest prompt and a
+/// response of `length` tokens.
+fn fits(
+    model: &RewardModel,
+    files: &[(&PathBuf, Option<&Prompts>)],
+    length: usize,
+) -> Result<(), TrainError> {
+    let mut longest = (0, String::new());
+    for (path, prompts) in files {
+        for prompt in prompts.iter().flat_map(|prompts| &prompts.prompts) {
+            let tokens = model.prompt_tokens(prompt)?;
+            if tokens > longest.0 {
+                longest = (tokens, format!("{}:{}", path.display(), prompt.line));
+            }
+        }
+    }
+    let (window, (tokens, place)) = (model.window(), longest);
+    if tokens + length <= window {
+        return Ok(());
+    }
+    Err(TrainError::Settings(format!(
+        "{place}: the longest prompt has {tokens} tokens for the reward model and its response may \
+         have {length}, needed {window} together at most: reward_model's window"
+    )))
 }
 
 /// `Σ log π/π_ref` over the tokens of a response, in nats.

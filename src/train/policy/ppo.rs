@@ -47,10 +47,9 @@ impl Rollouts {
         let mut numbers = numbers(&scored.responses, &rows, &learned, (kl, kl_coef), learning_rate);
         let episode = (update + 1) * scored.responses.len() as u64;
         numbers.push(("episode".into(), json!(episode)));
-        // Dropout alone makes another policy of the one that learns.
-        let first = learned.policies.first().filter(|_| self.common.lora_dropout == 0.0);
-        let first_approxkl = first.map_or(0.0, |p| p.approxkl / p.tokens.max(1) as f64);
-        self.tell_sickness(&scored.responses, &rows, first_approxkl, &divergences);
+        let old: Vec<Vec<f32>> = rows.iter().map(|row| row.old_logps.clone()).collect();
+        let first = learned.first.as_ref();
+        self.tell_sickness(state, &scored.responses, Some(&old), first, &divergences);
         if own.target_kl > 0.0 {
             let mut adaptive =
                 AdaptiveKl { kl_coef, target: own.target_kl, horizon: own.kl_horizon };
@@ -78,13 +77,22 @@ impl Rollouts {
     ) -> Result<Vec<Experience>, TrainError> {
         let (decoder, responses) = (learner.decoder(), &scored.responses);
         let temperature = own.temperature;
-        let old = respond::log_probs(decoder, learner.worn(0), responses, temperature)?;
         let reference = self.reference.as_deref().unwrap_or_default();
         let reference = respond::log_probs(decoder, reference, responses, temperature)?;
         let valuer = usize::from(own.value_model == ValueModel::Own);
         let head = learner.adapters[valuer].score.clone().expect("a value head was given");
-        let worn = learner.worn(valuer);
-        let values = respond::values(decoder, worn, &head, responses, own.response_length)?;
+        let (policy, valuer) = (learner.worn(0), learner.worn(valuer));
+        let most = own.response_length;
+        let (old, values) = match own.value_model {
+            // What the two are read from is one forward pass of one adapter.
+            ValueModel::Policy => {
+                respond::log_probs_and_values(decoder, policy, &head, responses, temperature, most)?
+            }
+            ValueModel::Own => (
+                respond::log_probs(decoder, policy, responses, temperature)?,
+                respond::values(decoder, valuer, &head, responses, most)?,
+            ),
+        };
 
         let rollouts = rollouts_of(state);
         let raw: Vec<f32> = scored.totals.iter().map(|s| s.unwrap_or(0.0) as f32).collect();
@@ -127,7 +135,7 @@ impl Rollouts {
 
     /// Several passes over the responses, an optimizer step for each of their mini-batches.
     fn learn(
-        &self,
+        &mut self,
         own: &PpoSettings,
         learner: &mut Learner,
         update: u64,
@@ -171,6 +179,7 @@ impl Rollouts {
                 }
                 parts.extend(self.ptx_part(own, learner.optimizer.step));
                 let stepped = learner.step(&parts, learning_rate)?;
+                learned.first.get_or_insert_with(|| (mini.to_vec(), stepped.logps));
                 learned.losses.push(stepped.loss);
                 learned.norms.push(stepped.grad_norm);
                 learned.policies.extend(stepped.stats.policy);
@@ -181,17 +190,11 @@ impl Rollouts {
     }
 
     /// Rows of text to keep predicting, beside a step.
-    fn ptx_part(&self, own: &PpoSettings, optimizer_step: u64) -> Option<MicroBatch> {
-        let data = self.ptx.as_ref()?;
-        let (size, all) =
-            (self.common.per_device_train_batch_size as u64, data.examples.len() as u64);
-        let rows: Vec<usize> = (optimizer_step * size..(optimizer_step + 1) * size)
-            .map(|place| {
-                let mut order: Vec<usize> = (0..all as usize).collect();
-                Stream::new(self.common.seed, "ptx", &[place / all]).shuffle(&mut order);
-                order[(place % all) as usize]
-            })
-            .collect();
+    fn ptx_part(&mut self, own: &PpoSettings, optimizer_step: u64) -> Option<MicroBatch> {
+        let (data, rounds) = self.ptx.as_mut()?;
+        let size = self.common.per_device_train_batch_size as u64;
+        let places = optimizer_step * size..(optimizer_step + 1) * size;
+        let rows: Vec<usize> = places.map(|place| rounds.at(place)).collect();
         let batch = Batch::new(&data.examples, &[rows]);
         let scale = own.ptx_coef / batch.count().max(1) as f64;
         Some(MicroBatch {
@@ -212,6 +215,8 @@ struct Learned {
     norms: Vec<f64>,
     policies: Vec<PpoPolicyStats>,
     values: Vec<PpoValueStats>,
+    /// The responses of the first of them, and the log-probs of their tokens before it.
+    first: Option<(Vec<usize>, Vec<f32>)>,
 }
 
 /// An update's numbers, under TRL's names where it has them.
