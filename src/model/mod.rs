@@ -7,6 +7,7 @@ pub mod adapters;
 pub mod cache;
 pub mod config;
 pub mod decoder;
+pub mod full;
 pub mod layer;
 mod load;
 pub mod reading;
@@ -16,6 +17,7 @@ pub use adapters::{Adapters, Worn};
 pub use cache::{CacheType, KvCache};
 pub use config::{Config, FAMILIES, RopeScaling};
 pub use decoder::{Decoder, Pass, Rows};
+pub use full::{FullBuffers, FullModel};
 pub use reading::Reading;
 
 use crate::weights::WeightsError;

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use super::Compute;
 use super::cpu::{Values, exp, values};
 use super::frozen_linear::{matmul, matmul_transposed};
-use super::gemm::{PackedRows, Panel};
+use super::gemm::{Begin, Out, PackedRows, Panel, Product, Strided, Term, Weights, multiply};
 use crate::isa::{Isa, versions};
 use crate::quant::FrozenMatrix;
 
@@ -65,6 +65,8 @@ pub(crate) fn check_targets(targets: &[u32], head: &FrozenMatrix) -> Result<()> 
 struct Scratch {
     logits: Vec<f32>,
     packed: PackedRows,
+    turned: PackedRows,
+    logps: Vec<f32>,
 }
 
 thread_local!(static SCRATCH: Cell<Scratch> = Cell::default());
@@ -94,7 +96,7 @@ pub(crate) fn forward(
     let (vocabulary, width) = (head.rows(), head.cols());
     let chunk = chunk_rows(targets.len(), vocabulary);
     let (isa, with_gradient) = (Isa::current(), gradient.is_some());
-    let Scratch { mut logits, mut packed } = SCRATCH.take();
+    let Scratch { mut logits, mut packed, turned, logps: kept } = SCRATCH.take();
     logits.resize((chunk * vocabulary).max(logits.len()), 0.0);
     for (i, targets) in targets.chunks(chunk).enumerate() {
         let first = i * chunk;
@@ -106,13 +108,80 @@ pub(crate) fn forward(
         let found = logps.par_iter_mut().zip(entropies).zip(targets);
         let per_row = logits.par_chunks_exact_mut(vocabulary).zip(found);
         per_row.for_each(|(logits, ((logp, entropy), &target))| {
-            (*logp, *entropy) = score(isa, logits, target as usize, with_gradient);
+            (*logp, *entropy) = score(isa, logits, target as usize, with_gradient.then_some(1.0));
         });
         if let Some(gradient) = &mut gradient {
             matmul(panels.1, logits, head, &mut gradient[rows], &mut packed);
         }
     }
-    SCRATCH.set(Scratch { logits, packed });
+    SCRATCH.set(Scratch { logits, packed, turned, logps: kept });
+}
+
+/// Where the gradients of [`learn`] go.
+pub(crate) struct LearnGrad<'a> {
+    /// To the hidden states, `(M, H)`: overwritten.
+    pub x: &'a mut [f32],
+    /// To the head, `(V, H)`: added to.
+    pub head: &'a mut [f32],
+}
+
+/// The sum of `-log softmax(x · Wᵀ)[target]` over the rows, in nats, and the gradients of it times
+/// `scale` to both sides, chunk by chunk.
+///
+/// Shapes: `x (M, H)`, `head (V, H)`, `targets` M token ids, each of them a row of the head.
+pub(crate) fn learn(
+    panels: (Panel, Panel),
+    x: &[f32],
+    head: &[f32],
+    targets: &[u32],
+    scale: f32,
+    grad: LearnGrad,
+) -> f64 {
+    if targets.is_empty() {
+        return 0.0;
+    }
+    let width = x.len() / targets.len();
+    let vocabulary = head.len() / width;
+    let chunk = chunk_rows(targets.len(), vocabulary);
+    let (isa, (forward, backward)) = (Isa::current(), panels);
+    let dense = |values| Weights::Dense { values, cols: width, scale: 1.0 };
+    let Scratch { mut logits, mut packed, mut turned, mut logps } = SCRATCH.take();
+    logits.resize((chunk * vocabulary).max(logits.len()), 0.0);
+    logps.resize(chunk.max(logps.len()), 0.0);
+    let mut loss = 0.0;
+    let chunks = x.chunks(chunk * width).zip(grad.x.chunks_mut(chunk * width));
+    for ((x, dx), targets) in chunks.zip(targets.chunks(chunk)) {
+        let rows = targets.len();
+        let logits = &mut logits[..rows * vocabulary];
+        packed.pack(isa, forward, Strided { values: x, stride: width }, rows, width);
+        let terms = vec![Term { x: &packed, weights: dense(head), transposed: true }];
+        let out = Out::new(logits, vocabulary, 0);
+        // SAFETY: one product over one buffer.
+        unsafe { multiply(isa, &[Product { terms, begin: Begin::Zero, out }]) };
+        let per_row = logits.par_chunks_exact_mut(vocabulary).zip(&mut logps).zip(targets);
+        per_row.for_each(|((logits, logp), &target)| {
+            *logp = score(isa, logits, target as usize, Some(-scale)).0;
+        });
+        loss -= logps[..rows].iter().map(|&logp| f64::from(logp)).sum::<f64>();
+
+        let dlogits = Strided { values: logits, stride: vocabulary };
+        packed.pack(isa, backward, dlogits, rows, vocabulary);
+        turned.pack_turned(isa, backward, dlogits, vocabulary, rows);
+        let to_x = Product {
+            terms: vec![Term { x: &packed, weights: dense(head), transposed: false }],
+            begin: Begin::Zero,
+            out: Out::new(dx, width, 0),
+        };
+        let to_head = Product {
+            terms: vec![Term { x: &turned, weights: dense(x), transposed: false }],
+            begin: Begin::Add,
+            out: Out::new(grad.head, width, 0),
+        };
+        // SAFETY: each product has a buffer to itself.
+        unsafe { multiply(isa, &[to_x, to_head]) };
+    }
+    SCRATCH.set(Scratch { logits, packed, turned, logps });
+    loss
 }
 
 struct LinearLogProbs {
@@ -153,9 +222,9 @@ impl CustomOp1 for LinearLogProbs {
 }
 
 versions! {
-    /// The target's log-probability, and the entropy of all; with `to_gradient` the logits become
-    /// `onehot - p`.
-    fn score(isa; logits: &mut [f32], target: usize, to_gradient: bool) -> (f32, f32) {
+    /// The target's log-probability, and the entropy of all; the logits become `factor` times the
+    /// log-probability's gradient, `onehot - p`, if there is one.
+    fn score(isa; logits: &mut [f32], target: usize, factor: Option<f32>) -> (f32, f32) {
         let mut most = [f32::NEG_INFINITY; 16];
         let (wide, rest) = logits.as_chunks::<16>();
         for l in wide {
@@ -186,12 +255,12 @@ versions! {
             sum += f64::from(parts.iter().sum::<f32>());
             mean += f64::from(means.iter().sum::<f32>());
         }
-        if to_gradient {
-            let scale = (-1.0 / sum) as f32;
+        if let Some(factor) = factor {
+            let scale = (-f64::from(factor) / sum) as f32;
             for l in logits.iter_mut() {
                 *l *= scale;
             }
-            logits[target] += 1.0;
+            logits[target] += factor;
         }
         let logp = f64::from(target_logit - max) - sum.ln();
         (logp as f32, (sum.ln() - mean / sum) as f32)

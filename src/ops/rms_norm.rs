@@ -40,6 +40,35 @@ pub(crate) fn backward(isa: Isa, x: &[f32], w: &[f32], eps: f32, dy: &[f32], dx:
     rows.for_each(|((dx, x), dy)| backward_rows(isa, x, w, eps, dy, dx));
 }
 
+/// Rows whose share in the gradient of the weight is summed apart.
+const SHARE: usize = 128;
+
+/// [`backward`], and adds the weight's gradient to `dw (H)`: shares of rows, one after the other.
+/// `shares` is room for them, used again by the next call.
+#[allow(clippy::too_many_arguments)] // two gradients, and room
+pub(crate) fn backward_with_weight(
+    isa: Isa,
+    x: &[f32],
+    w: &[f32],
+    eps: f32,
+    dy: &[f32],
+    dx: &mut [f32],
+    dw: &mut [f32],
+    shares: &mut Vec<f32>,
+) {
+    let (width, chunk) = (w.len().max(1), (SHARE * w.len()).max(1));
+    shares.clear();
+    shares.resize(x.len().div_ceil(chunk) * width, 0.0);
+    let rows = dx.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).zip(dy.par_chunks(chunk));
+    rows.zip(shares.par_chunks_mut(width)).for_each(|(((dx, x), dy), share)| {
+        backward_rows(isa, x, w, eps, dy, dx);
+        weight_gradient(isa, x, eps, dy, share);
+    });
+    for share in shares.chunks_exact(width) {
+        dw.iter_mut().zip(share).for_each(|(sum, share)| *sum += share);
+    }
+}
+
 versions! {
     fn forward_rows(isa; x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
         for (y, x) in y.chunks_exact_mut(w.len()).zip(x.chunks_exact(w.len())) {

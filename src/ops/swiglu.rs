@@ -37,6 +37,13 @@ pub(crate) fn backward(isa: Isa, gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
     chunks.for_each(|((gate, up), dy)| backward_chunk(isa, gate, up, dy));
 }
 
+/// [`backward`] where the output was not kept: turns `dy` into it.
+pub(crate) fn backward_again(isa: Isa, gate: &mut [f32], up: &mut [f32], dy: &mut [f32]) {
+    let both = gate.par_chunks_mut(CHUNK).zip(up.par_chunks_mut(CHUNK));
+    let chunks = both.zip(dy.par_chunks_mut(CHUNK));
+    chunks.for_each(|((gate, up), dy)| backward_again_chunk(isa, gate, up, dy));
+}
+
 versions! {
     fn forward_chunk(isa; gate: &[f32], up: &[f32], y: &mut [f32]) {
         for ((y, g), u) in y.iter_mut().zip(gate).zip(up) {
@@ -50,6 +57,17 @@ versions! {
             let du = dy * *g * s;
             *g = dy * *u * s * (1.0 + *g * (1.0 - s));
             *u = du;
+        }
+    }
+
+    fn backward_again_chunk(isa; gate: &mut [f32], up: &mut [f32], dy: &mut [f32]) {
+        for ((g, u), dy) in gate.iter_mut().zip(up).zip(dy) {
+            let s = sigmoid(*g);
+            let silu = *g * s;
+            let (dg, y) = (*dy * *u * s * (1.0 + *g * (1.0 - s)), silu * *u);
+            *u = *dy * silu;
+            *g = dg;
+            *dy = y;
         }
     }
 }

@@ -26,6 +26,8 @@ pub struct AdamWSettings {
 pub struct AdamW {
     /// Its constants.
     pub settings: AdamWSettings,
+    /// Which parameters decay.
+    pub decays: Vec<bool>,
     /// Steps taken.
     pub step: u64,
     /// Mean of gradients.
@@ -35,10 +37,20 @@ pub struct AdamW {
 }
 
 impl AdamW {
-    /// A fresh state for parameters of these lengths.
+    /// A fresh state for parameters of these lengths, all of which decay.
     pub fn new(settings: AdamWSettings, lengths: &[usize]) -> Self {
         let zeros: Vec<Vec<f32>> = lengths.iter().map(|&n| vec![0.0; n]).collect();
-        Self { settings, step: 0, exp_avg: zeros.clone(), exp_avg_sq: zeros }
+        let decays = vec![true; lengths.len()];
+        Self { settings, decays, step: 0, exp_avg: zeros.clone(), exp_avg_sq: zeros }
+    }
+
+    /// The same with parameters that do not decay: torch's group of `weight_decay` 0.
+    ///
+    /// # Panics
+    /// If there are not as many flags as parameters.
+    pub fn with_decays(self, decays: Vec<bool>) -> Self {
+        assert_eq!(decays.len(), self.exp_avg.len(), "a flag a parameter");
+        Self { decays, ..self }
     }
 
     /// One step in place: `p ← p (1 - lr · wd)`, then `p ← p - lr · m̂ / (sqrt(v̂) + ε)`, of
@@ -65,11 +77,12 @@ impl AdamW {
             eps: adam_epsilon as f32,
             root: (1.0 - b2.powf(self.step as f64)).sqrt() as f32,
         };
-        let state = self.exp_avg.par_iter_mut().zip(&mut self.exp_avg_sq);
+        let state = self.exp_avg.par_iter_mut().zip(&mut self.exp_avg_sq).zip(&self.decays);
         let all = parameters.par_iter().zip(gradients).zip(state);
-        let finite = all.map(|((parameter, gradient), (m, v))| {
+        let finite = all.map(|((parameter, gradient), ((m, v), &decays))| {
+            let decay = if decays { constants.decay } else { 1.0 };
             let update = Update {
-                constants,
+                constants: Constants { decay, ..constants },
                 gradient,
                 state: RefCell::new((m, v)),
                 finite: Cell::new(true),

@@ -9,6 +9,7 @@ mod data;
 mod generate;
 mod model;
 mod objectives;
+mod pretrain;
 mod rl;
 mod rl_cli;
 mod rooms;

@@ -69,6 +69,8 @@ pub enum Begin<'a> {
     Bias(&'a [f32]),
     /// What is there.
     Add,
+    /// What another buffer holds, of the same shape.
+    From(Strided<'a>),
 }
 
 /// Where the sums go: row `i` begins at `i · stride`.
@@ -151,6 +153,9 @@ fn tasks<'p, 'a>(
     assert!(rows == 0 || (rows - 1) * out.stride + columns <= out.target.len());
     if let Begin::Bias(bias) = product.begin {
         assert_eq!(bias.len(), columns);
+    }
+    if let Begin::From(from) = product.begin {
+        assert!(rows == 0 || (rows - 1) * from.stride + columns <= from.values.len());
     }
     let part = rows.div_ceil(parts.max(1)).clamp(LEAST_ROWS, MOST_ROWS);
     let part = rows.div_ceil(rows.div_ceil(part).max(1)).next_multiple_of(TILE_ROWS);
@@ -251,6 +256,12 @@ unsafe fn tiles(
                 Begin::Add => {
                     for (i, row) in tile.0[..count].iter_mut().enumerate() {
                         copy(row_of(i), row);
+                    }
+                }
+                Begin::From(from) => {
+                    for (i, row) in tile.0[..count].iter_mut().enumerate() {
+                        let at = (first_row + i) * from.stride + first_column;
+                        copy(&from.values[at..at + width], row);
                     }
                 }
             }

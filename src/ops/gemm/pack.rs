@@ -11,6 +11,7 @@ use std::cell::RefCell;
 use crate::isa::{Isa, versions};
 use crate::quant::FrozenMatrix;
 
+use super::super::cpu::Target;
 use super::kernel::{TILE_COLS, TILE_ROWS};
 
 /// What panels are made of.
@@ -35,7 +36,7 @@ impl Panel {
     }
 
     /// Values of the contraction that share a scale. `f32` has none; its blocks are nominal.
-    pub fn block(self) -> usize {
+    pub const fn block(self) -> usize {
         match self {
             Self::F32 | Self::Int16 => 128,
             Self::Int8 => 32,
@@ -172,6 +173,61 @@ impl PackedRows {
                 }
                 scratch.write::<TILE_ROWS>(isa, (units, blocks), TILE_ROWS, out, scales);
             });
+        });
+    }
+
+    /// Packs the transpose of `x (depth, rows)`: the left side of a weight's gradient, `dyᵀ · x`.
+    ///
+    /// # Panics
+    /// For bytes, which serve forward products only.
+    pub fn pack_turned(&mut self, isa: Isa, panel: Panel, x: Strided, rows: usize, depth: usize) {
+        use rayon::prelude::*;
+        assert!(depth == 0 || (depth - 1) * x.stride + rows <= x.values.len());
+        assert!(panel != Panel::Int8, "bytes serve forward products only");
+        let tiles = rows.div_ceil(TILE_ROWS);
+        let (units, blocks) = (panel.units(depth), panel.blocks(depth));
+        (self.panel, self.rows, self.depth) = (panel, rows, depth);
+        self.units.resize(tiles * units * TILE_ROWS, 0);
+        self.scales.resize(tiles * blocks * TILE_ROWS, 0.0);
+        if units == 0 || tiles == 0 {
+            return;
+        }
+        // Neighbouring tiles share the cache lines they are read from.
+        const TILES: usize = 4;
+        let scales = Target::new(&mut self.scales);
+        let groups = self.units.par_chunks_mut(TILES * units * TILE_ROWS).enumerate();
+        groups.for_each(|(group, out)| {
+            let mut few = [0f32; Panel::F32.block() * TILE_ROWS];
+            for (block, first) in (0..depth).step_by(panel.block()).enumerate() {
+                let count = panel.block().min(depth - first);
+                for (i, out) in out.chunks_exact_mut(units * TILE_ROWS).enumerate() {
+                    let tile = group * TILES + i;
+                    let width = TILE_ROWS.min(rows - tile * TILE_ROWS);
+                    let mut values = &x.values[first * x.stride + tile * TILE_ROWS..];
+                    let mut stride = x.stride;
+                    // What is not whole is filled up with zeros on the side.
+                    if width < TILE_ROWS || count % panel.values_per_unit() != 0 {
+                        few.fill(0.0);
+                        let lines = values.chunks(stride).zip(few.chunks_exact_mut(TILE_ROWS));
+                        lines.take(count).for_each(|(from, to)| {
+                            to[..width].copy_from_slice(&from[..width]);
+                        });
+                        (values, stride) = (&few, TILE_ROWS);
+                    }
+                    let at = panel.units(first) * TILE_ROWS;
+                    let out = &mut out[at..at + panel.units(count) * TILE_ROWS];
+                    match panel {
+                        Panel::F32 => f32_rows(isa, values, stride, out),
+                        Panel::Int16 => {
+                            let at = (tile * blocks + block) * TILE_ROWS;
+                            // SAFETY: the scales of this tile and block, which are this task's.
+                            let scales = unsafe { scales.at(at).slice(TILE_ROWS) };
+                            int16_rows(isa, values, stride, count, out, scales);
+                        }
+                        Panel::Int8 => unreachable!("refused above"),
+                    }
+                }
+            }
         });
     }
 
@@ -349,22 +405,34 @@ impl PackedColumns {
         self.row.resize(stretch * width, 0.0);
         for (block, first) in depth.clone().step_by(stretch).enumerate() {
             let count = stretch.min(depth.end - first);
-            for (row, out) in (first..first + count).zip(self.row.chunks_exact_mut(width)) {
-                weights.read(row, columns.start, &mut out[..columns.len()]);
+            // Whole panels of floats are read where they lie.
+            let lying = match weights {
+                Weights::Dense { values, cols, scale: 1.0 }
+                    if columns.len() == width && count.is_multiple_of(2) =>
+                {
+                    Some((&values[first * cols + columns.start..], cols))
+                }
+                _ => None,
+            };
+            if lying.is_none() {
+                for (row, out) in (first..first + count).zip(self.row.chunks_exact_mut(width)) {
+                    weights.read(row, columns.start, &mut out[..columns.len()]);
+                }
+                if count % 2 == 1 && count < stretch {
+                    self.row[count * width..(count + 1) * width].fill(0.0);
+                }
             }
-            if count % 2 == 1 && count < stretch {
-                self.row[count * width..(count + 1) * width].fill(0.0);
-            }
+            let (values, stride) = lying.unwrap_or((&self.row, width));
             for of_panel in 0..width / TILE_COLS {
                 let at = of_panel * units + panel.units(block * stretch);
                 let out = &mut self.units[at * TILE_COLS..][..panel.units(count) * TILE_COLS];
-                let values = &self.row[of_panel * TILE_COLS..];
+                let values = &values[of_panel * TILE_COLS..];
                 match panel {
-                    Panel::F32 => f32_columns(isa, values, width, out),
+                    Panel::F32 => f32_columns(isa, values, stride, out),
                     Panel::Int16 => {
                         let at = (of_panel * blocks + block) * TILE_COLS;
                         let scales = &mut self.scales[at..at + TILE_COLS];
-                        int16_columns(isa, values, width, count, out, scales);
+                        int16_columns(isa, values, stride, count, out, scales);
                     }
                     Panel::Int8 => panic!("bytes serve forward products only"),
                 }
@@ -462,12 +530,11 @@ versions! {
     }
 
     fn f32_columns(isa; values: &[f32], width: usize, out: &mut [u32]) {
-        for (row, out) in out.as_chunks_mut::<TILE_COLS>().0.iter_mut().enumerate() {
-            let values = &values[row * width..][..TILE_COLS];
-            for (out, value) in out.iter_mut().zip(values) {
-                *out = value.to_bits();
-            }
-        }
+        f32_lanes::<TILE_COLS>(values, width, out);
+    }
+
+    fn f32_rows(isa; values: &[f32], width: usize, out: &mut [u32]) {
+        f32_lanes::<TILE_ROWS>(values, width, out);
     }
 
     fn int16_columns(
@@ -478,34 +545,68 @@ versions! {
         out: &mut [u32],
         scales: &mut [f32],
     ) {
-        let row = |row: usize| -> &[f32; TILE_COLS] {
-            values[row * width..].first_chunk().expect("a row of the panel")
-        };
-        let mut most = [0u32; TILE_COLS];
-        for i in 0..count {
-            for (most, x) in most.iter_mut().zip(row(i)) {
-                *most = (*most).max(x.to_bits() & 0x7fff_ffff);
-            }
+        int16_lanes::<TILE_COLS>(values, width, count, out, scales);
+    }
+
+    fn int16_rows(
+        isa;
+        values: &[f32],
+        width: usize,
+        count: usize,
+        out: &mut [u32],
+        scales: &mut [f32],
+    ) {
+        int16_lanes::<TILE_ROWS>(values, width, count, out, scales);
+    }
+}
+
+/// The first `LANES` of each row of `values (.., width)`, row after row.
+#[inline(always)]
+fn f32_lanes<const LANES: usize>(values: &[f32], width: usize, out: &mut [u32]) {
+    for (row, out) in out.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+        let values: &[f32; LANES] = values[row * width..].first_chunk().expect("a row");
+        for (out, value) in out.iter_mut().zip(values) {
+            *out = value.to_bits();
         }
-        let units = most.map(|most| unit(f32::from_bits(most)));
-        let mut squares = [0f32; TILE_COLS];
-        for i in 0..count {
-            let row = row(i);
-            for lane in 0..TILE_COLS {
-                let x = row[lane] * units[lane];
-                squares[lane] += x * x;
-            }
+    }
+}
+
+/// The same of a block of `count` rows, pairs of them as integers with a scale per lane.
+#[inline(always)]
+fn int16_lanes<const LANES: usize>(
+    values: &[f32],
+    width: usize,
+    count: usize,
+    out: &mut [u32],
+    scales: &mut [f32],
+) {
+    let row = |row: usize| -> &[f32; LANES] {
+        values[row * width..].first_chunk().expect("a row of the panel")
+    };
+    let mut most = [0u32; LANES];
+    for i in 0..count {
+        for (most, x) in most.iter_mut().zip(row(i)) {
+            *most = (*most).max(x.to_bits() & 0x7fff_ffff);
         }
-        let mut inverses = [0f32; TILE_COLS];
-        for (lane, scale) in scales.iter_mut().enumerate() {
-            (*scale, inverses[lane]) = int16_scale(f32::from_bits(most[lane]), squares[lane]);
+    }
+    let units = most.map(|most| unit(f32::from_bits(most)));
+    let mut squares = [0f32; LANES];
+    for i in 0..count {
+        let row = row(i);
+        for lane in 0..LANES {
+            let x = row[lane] * units[lane];
+            squares[lane] += x * x;
         }
-        for (pair, out) in out.as_chunks_mut::<TILE_COLS>().0.iter_mut().enumerate() {
-            let (even, odd) = (row(2 * pair), row(2 * pair + 1));
-            for i in 0..TILE_COLS {
-                let low = nearest(even[i] * inverses[i]) & 0xffff;
-                out[i] = low | nearest(odd[i] * inverses[i]) << 16;
-            }
+    }
+    let mut inverses = [0f32; LANES];
+    for (lane, scale) in scales.iter_mut().enumerate() {
+        (*scale, inverses[lane]) = int16_scale(f32::from_bits(most[lane]), squares[lane]);
+    }
+    for (pair, out) in out.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+        let (even, odd) = (row(2 * pair), row(2 * pair + 1));
+        for i in 0..LANES {
+            let low = nearest(even[i] * inverses[i]) & 0xffff;
+            out[i] = low | nearest(odd[i] * inverses[i]) << 16;
         }
     }
 }

@@ -1,0 +1,354 @@
+//! A decoder layer all of whose weights train, forward and backward by hand over plain buffers.
+//!
+//! Linear layers that share their input pack it once and hand all their products to the threads
+//! together; on the way back the products of weights' gradients join those of inputs' gradients.
+//! Residuals are what sums begin with.
+
+use super::{Layer, Linear};
+use crate::isa::{Isa, versions};
+use crate::model::Config;
+use crate::ops::attention::{self, Attended, Heads, Qkv, QkvGrad};
+use crate::ops::gemm::{Begin, Out, PackedRows, Panel, Product, Strided, Term, Weights, multiply};
+use crate::ops::rope::{Rotation, Turn};
+use crate::ops::{Segment, rms_norm, swiglu};
+
+use rayon::prelude::*;
+
+/// What a layer keeps for the way down. No product need be computed again from it.
+#[derive(Debug, Default)]
+pub(super) struct Tape {
+    /// Its input `(N, hidden_size)`.
+    pub x: Vec<f32>,
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
+    attended: Vec<f32>,
+    lse: Vec<f32>,
+    /// The residual stream between attention and feed-forward layer.
+    middle: Vec<f32>,
+    gate: Vec<f32>,
+    up: Vec<f32>,
+}
+
+impl Tape {
+    /// Numbers of a token.
+    pub fn width(config: &Config) -> usize {
+        let q = config.num_attention_heads * config.head_dim;
+        let kv = config.num_key_value_heads * config.head_dim;
+        let residual = 2 * config.hidden_size + 2 * config.intermediate_size;
+        residual + 2 * q + 2 * kv + config.num_attention_heads
+    }
+}
+
+/// Buffers that all layers share.
+#[derive(Debug, Default)]
+pub(super) struct Workspace {
+    normed: Vec<f32>,
+    dnormed: Vec<f32>,
+    /// What the feed-forward layer's `down` reads, and on the way back its gradient.
+    inner: Vec<f32>,
+    dattended: Vec<f32>,
+    dq: Vec<f32>,
+    dk: Vec<f32>,
+    dv: Vec<f32>,
+    /// Inputs, or gradients of outputs, and the latter turned.
+    packed: [PackedRows; 3],
+    turned: [PackedRows; 3],
+    shares: Vec<f32>,
+}
+
+impl Workspace {
+    /// Numbers of a token.
+    pub fn width(config: &Config) -> usize {
+        let q = config.num_attention_heads * config.head_dim;
+        let kv = config.num_key_value_heads * config.head_dim;
+        let widest = (q + 2 * kv).max(2 * config.intermediate_size);
+        let panels = 2 * (widest + config.hidden_size);
+        2 * config.hidden_size + config.intermediate_size + 2 * q + 2 * kv + panels
+    }
+
+    /// Room for shares of a norm's gradient.
+    pub fn shares(&mut self) -> &mut Vec<f32> {
+        &mut self.shares
+    }
+}
+
+/// One layer of one pass.
+pub(super) struct LayerPass<'a> {
+    pub config: &'a Config,
+    pub layer: &'a Layer,
+    /// Of all parameters.
+    pub values: &'a [&'a [f32]],
+    pub segments: &'a [Segment],
+    pub rotation: &'a Rotation,
+    pub isa: Isa,
+    /// Of the way up and of the way back.
+    pub panels: (Panel, Panel),
+    pub tokens: usize,
+}
+
+impl LayerPass<'_> {
+    /// Turns the tape's `x (N, hidden_size)` into the layer's output `out`.
+    pub fn forward(&self, tape: &mut Tape, out: &mut Vec<f32>, work: &mut Workspace) {
+        let (layer, isa, n) = (self.layer, self.isa, self.tokens);
+        let (hidden, eps) = (self.config.hidden_size, self.config.rms_norm_eps as f32);
+        let Tape { x, q, k, v, attended, lse, middle, gate, up } = tape;
+        let Workspace { normed, inner, packed: [packed, ..], .. } = work;
+        let (q_width, kv_width, inner_width) = (layer.q.rows, layer.k.rows, layer.gate.rows);
+        for (buffer, width) in [
+            (&mut *normed, hidden),
+            (q, q_width),
+            (k, kv_width),
+            (v, kv_width),
+            (attended, q_width),
+            (lse, self.config.num_attention_heads),
+            (middle, hidden),
+            (gate, inner_width),
+            (up, inner_width),
+            (inner, inner_width),
+            (out, hidden),
+        ] {
+            buffer.resize(n * width, 0.0);
+        }
+
+        rms_norm::forward(isa, x, self.values[layer.input_norm], eps, normed);
+        let outs = [(&layer.q, &mut q[..]), (&layer.k, &mut k[..]), (&layer.v, &mut v[..])];
+        self.project(outs, normed, None, packed);
+        self.rotation.rotate(isa, Turn::Forward, q, q_width, q_width);
+        self.rotation.rotate(isa, Turn::Forward, k, kv_width, kv_width);
+        attention::forward(
+            isa,
+            self.qkv(q, k, v),
+            self.heads(),
+            self.segments,
+            None,
+            attended,
+            lse,
+        );
+        self.project([(&layer.o, &mut middle[..])], attended, Some(x), packed);
+
+        rms_norm::forward(isa, middle, self.values[layer.post_attention_norm], eps, normed);
+        self.project(
+            [(&layer.gate, &mut gate[..]), (&layer.up, &mut up[..])],
+            normed,
+            None,
+            packed,
+        );
+        swiglu::forward(isa, gate, up, inner);
+        self.project([(&layer.down, &mut out[..])], inner, Some(middle), packed);
+    }
+
+    /// Turns `dx`, the gradient of the layer's output, into that of its input, and adds up the
+    /// gradients of the layer's parameters. The tape, which [`Self::forward`] left, is used up.
+    pub fn backward(
+        &self,
+        tape: &mut Tape,
+        dx: &mut [f32],
+        gradients: &mut [Vec<f32>],
+        work: &mut Workspace,
+    ) {
+        let (layer, isa, n) = (self.layer, self.isa, self.tokens);
+        let (hidden, eps) = (self.config.hidden_size, self.config.rms_norm_eps as f32);
+        let Tape { x, q, k, v, attended, lse, middle, gate, up } = tape;
+        let Workspace { normed, dnormed, inner, dattended, dq, dk, dv, packed, turned, shares } =
+            work;
+        let (q_width, kv_width, inner_width) = (layer.q.rows, layer.k.rows, layer.gate.rows);
+        for (buffer, width) in [
+            (&mut *normed, hidden),
+            (dnormed, hidden),
+            (inner, inner_width),
+            (dattended, q_width),
+            (dq, q_width),
+            (dk, kv_width),
+            (dv, kv_width),
+        ] {
+            buffer.resize(n * width, 0.0);
+        }
+
+        // `down`'s input is computed again along with what needs its gradient, so that the weight's
+        // own waits until then.
+        self.pack_gradients([(&layer.down, &*dx)], packed, turned);
+        let to_inner = self.to_input(&[&layer.down], packed, inner);
+        // SAFETY: one product over one buffer.
+        unsafe { multiply(isa, &[to_inner]) };
+        swiglu::backward_again(isa, gate, up, inner);
+        let of_down = self.to_weight(&layer.down, &turned[0], inner, gradients);
+        // SAFETY: one product over one buffer.
+        unsafe { multiply(isa, &[of_down]) };
+        self.biases_back([(&layer.down, &*dx)], gradients);
+
+        let norm = self.values[layer.post_attention_norm];
+        rms_norm::forward(isa, middle, norm, eps, normed);
+        let both = [(&layer.gate, &gate[..]), (&layer.up, &up[..])];
+        self.project_back(both, normed, dnormed, gradients, packed, turned);
+        let dw = &mut gradients[layer.post_attention_norm];
+        rms_norm::backward_with_weight(isa, middle, norm, eps, dnormed, dx, dw, shares);
+
+        let o = [(&layer.o, &*dx)];
+        self.project_back(o, attended, dattended, gradients, packed, turned);
+        let left = Attended { out: attended, lse };
+        let grad = QkvGrad::apart((dq, q_width), (dk, kv_width), (dv, kv_width));
+        let (qkv, heads) = (self.qkv(q, k, v), self.heads());
+        attention::backward(isa, qkv, heads, self.segments, None, left, dattended, grad);
+        self.rotation.rotate(isa, Turn::Back, dq, q_width, q_width);
+        self.rotation.rotate(isa, Turn::Back, dk, kv_width, kv_width);
+
+        let norm = self.values[layer.input_norm];
+        rms_norm::forward(isa, x, norm, eps, normed);
+        let all = [(&layer.q, &dq[..]), (&layer.k, &dk[..]), (&layer.v, &dv[..])];
+        self.project_back(all, normed, dnormed, gradients, packed, turned);
+        let dw = &mut gradients[layer.input_norm];
+        rms_norm::backward_with_weight(isa, x, norm, eps, dnormed, dx, dw, shares);
+    }
+
+    fn heads(&self) -> Heads {
+        Heads {
+            heads: self.config.num_attention_heads,
+            kv_heads: self.config.num_key_value_heads,
+            head_dim: self.config.head_dim,
+        }
+    }
+
+    fn qkv<'v>(&self, q: &'v [f32], k: &'v [f32], v: &'v [f32]) -> Qkv<'v> {
+        let kv = self.layer.k.rows;
+        Qkv {
+            q: attention::Strided { values: q, stride: self.layer.q.rows },
+            k: attention::Strided { values: k, stride: kv },
+            v: attention::Strided { values: v, stride: kv },
+        }
+    }
+
+    fn weights(&self, linear: &Linear) -> Weights<'_> {
+        Weights::Dense { values: self.values[linear.weight], cols: linear.cols, scale: 1.0 }
+    }
+
+    /// The products of linear layers that share the input `x (N, cols)`, biases included, on top of
+    /// `onto (N, rows)` if there is one.
+    fn project<const M: usize>(
+        &self,
+        outs: [(&Linear, &mut [f32]); M],
+        x: &[f32],
+        onto: Option<&[f32]>,
+        packed: &mut PackedRows,
+    ) {
+        let width = outs[0].0.cols;
+        let input = Strided { values: x, stride: width };
+        packed.pack(self.isa, self.panels.0, input, self.tokens, width);
+        let outs = outs.map(|(linear, out)| {
+            let bias = linear.bias.map(|bias| self.values[bias]);
+            let begin = match (onto, bias) {
+                (None, None) => Begin::Zero,
+                (None, Some(bias)) => Begin::Bias(bias),
+                (Some(values), None) => Begin::From(Strided { values, stride: linear.rows }),
+                (Some(values), Some(bias)) => {
+                    let rows = out.chunks_exact_mut(bias.len()).zip(values.chunks(bias.len()));
+                    rows.for_each(|(out, values)| {
+                        for ((out, value), b) in out.iter_mut().zip(values).zip(bias) {
+                            *out = value + b;
+                        }
+                    });
+                    Begin::Add
+                }
+            };
+            let terms = vec![Term { x: packed, weights: self.weights(linear), transposed: true }];
+            Product { terms, begin, out: Out::new(out, linear.rows, 0) }
+        });
+        // SAFETY: each product has a buffer to itself.
+        unsafe { multiply(self.isa, &outs) };
+    }
+
+    /// The way back through linear layers that share the input `x (N, cols)`: `dx` becomes its
+    /// gradient, those of weights and biases are added to.
+    fn project_back<const M: usize>(
+        &self,
+        linears: [(&Linear, &[f32]); M],
+        x: &[f32],
+        dx: &mut [f32],
+        gradients: &mut [Vec<f32>],
+        packed: &mut [PackedRows; 3],
+        turned: &mut [PackedRows; 3],
+    ) {
+        self.pack_gradients(linears, packed, turned);
+        let mut products = vec![self.to_input(&linears.map(|(linear, _)| linear), packed, dx)];
+        for ((linear, _), turned) in linears.iter().zip(&*turned) {
+            products.push(self.to_weight(linear, turned, x, gradients));
+        }
+        // SAFETY: each product has a buffer to itself.
+        unsafe { multiply(self.isa, &products) };
+        self.biases_back(linears, gradients);
+    }
+
+    /// Packs gradients of outputs `(N, rows)`, straight and turned.
+    fn pack_gradients<const M: usize>(
+        &self,
+        linears: [(&Linear, &[f32]); M],
+        packed: &mut [PackedRows; 3],
+        turned: &mut [PackedRows; 3],
+    ) {
+        let (isa, n, panel) = (self.isa, self.tokens, self.panels.1);
+        for ((linear, values), (packed, turned)) in
+            linears.iter().zip(packed.iter_mut().zip(turned))
+        {
+            let dy = Strided { values, stride: linear.rows };
+            packed.pack(isa, panel, dy, n, linear.rows);
+            turned.pack_turned(isa, panel, dy, linear.rows, n);
+        }
+    }
+
+    /// `dx = Σ dy · W`.
+    fn to_input<'p>(
+        &'p self,
+        linears: &[&Linear],
+        packed: &'p [PackedRows],
+        dx: &mut [f32],
+    ) -> Product<'p> {
+        let terms = linears.iter().zip(packed).map(|(linear, x)| Term {
+            x,
+            weights: self.weights(linear),
+            transposed: false,
+        });
+        let out = Out::new(dx, linears[0].cols, 0);
+        Product { terms: terms.collect(), begin: Begin::Zero, out }
+    }
+
+    /// `dW += dyᵀ · x`.
+    fn to_weight<'p>(
+        &self,
+        linear: &Linear,
+        turned: &'p PackedRows,
+        x: &'p [f32],
+        gradients: &mut [Vec<f32>],
+    ) -> Product<'p> {
+        let weights = Weights::Dense { values: x, cols: linear.cols, scale: 1.0 };
+        let terms = vec![Term { x: turned, weights, transposed: false }];
+        let out = Out::new(&mut gradients[linear.weight], linear.cols, 0);
+        Product { terms, begin: Begin::Add, out }
+    }
+
+    /// `db += Σ dy` over the tokens.
+    fn biases_back<const M: usize>(
+        &self,
+        linears: [(&Linear, &[f32]); M],
+        gradients: &mut [Vec<f32>],
+    ) {
+        const COLUMNS: usize = 64;
+        for (linear, dy) in linears {
+            let Some(bias) = linear.bias else { continue };
+            let parts = gradients[bias].par_chunks_mut(COLUMNS).enumerate();
+            parts.for_each(|(part, sums)| {
+                add_rows(self.isa, &dy[part * COLUMNS..], linear.rows, sums);
+            });
+        }
+    }
+}
+
+versions! {
+    /// Adds the first values of each row of `values (.., stride)` to `sums`.
+    fn add_rows(isa; values: &[f32], stride: usize, sums: &mut [f32]) {
+        for row in values.chunks(stride) {
+            for (sum, value) in sums.iter_mut().zip(row) {
+                *sum += value;
+            }
+        }
+    }
+}

@@ -1,0 +1,286 @@
+//! Full-precision training: ten steps as PyTorch takes them, the fast form against the portable one
+//! and against differences, and what must not change a step.
+
+use std::collections::HashMap;
+
+use candle_core::{Device, Tensor};
+use quantune::data::Batch;
+use quantune::model::{Adapters, Config, FullBuffers, FullModel, Rows};
+use quantune::ops::{Compute, Segment};
+use quantune::optim::{AdamW, AdamWSettings, Gradients, clip_factor, global_norm};
+use quantune::weights::Checkpoint;
+use serde_json::Value;
+
+use crate::support::{golden, golden_json, ids, model_path};
+
+const RUNS: &[&str] = &["llama-tied", "llama-untied", "qwen2"];
+
+fn load(run: &str, compute: Compute) -> FullModel {
+    let path = golden(&format!("pretrain/{run}/initial"));
+    FullModel::load(&Checkpoint::open(path).unwrap(), compute).unwrap()
+}
+
+/// Rows of packed documents; what a border means is the run's.
+fn batch(rows: &[Value], documents_apart: bool) -> Batch {
+    let mut batch = Batch::default();
+    for row in rows {
+        let tokens = ids(&row["input_ids"]);
+        let lengths = match documents_apart {
+            true => ids(&row["documents"]),
+            false => vec![tokens.len() as u32],
+        };
+        let mut left = &tokens[..];
+        for length in lengths {
+            let (document, rest) = left.split_at(length as usize);
+            let start = batch.tokens.len();
+            batch.segments.push(Segment::whole(start..start + document.len()));
+            batch.positions.extend(0..length);
+            batch.tokens.extend(document);
+            let targets = document.iter().enumerate().skip(1);
+            batch.targets.extend(targets.map(|(i, &token)| ((start + i - 1) as u32, token)));
+            left = rest;
+        }
+    }
+    batch
+}
+
+/// Mean loss and gradients of a step over micro-batches.
+fn step(model: &FullModel, micro: &[Batch], kept_layers: usize) -> (f64, Gradients) {
+    let count: usize = micro.iter().map(Batch::count).sum();
+    let (mut gradients, mut buffers) = (model.zero_gradients(), FullBuffers::default());
+    let mut loss = 0.0;
+    for batch in micro {
+        let scale = 1.0 / count as f64;
+        let sum = model.accumulate(batch, scale, kept_layers, &mut gradients, &mut buffers);
+        loss += sum.unwrap() * scale;
+    }
+    (loss, gradients)
+}
+
+/// `|a - b| / |b|` in Frobenius norms.
+fn relative(a: &[f32], b: &[f32]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|v| v * v).sum::<f64>().sqrt();
+    let difference = norm(&mut a.iter().zip(b).map(|(a, b)| f64::from(a - b)));
+    difference / norm(&mut b.iter().map(|&b| f64::from(b))).max(1e-30)
+}
+
+/// Holds all gradients to others, parameter by parameter.
+fn close(what: &str, model: &FullModel, a: &Gradients, b: &Gradients, bound: f64) {
+    for ((name, a), b) in model.names.iter().zip(a).zip(b) {
+        assert!(b.iter().any(|g| *g != 0.0), "{what}: {name} has no gradient");
+        let error = relative(a, b);
+        assert!(error < bound, "{what}: the gradient of {name} is off by {error:e}");
+    }
+}
+
+/// A step's rows of a run in micro-batches of `micro` rows.
+fn micro_batches(run: &Value, step: usize, micro: usize) -> Vec<Batch> {
+    let apart = run["documents_apart"].as_bool().unwrap();
+    let rows = run["steps"][step]["rows"].as_array().unwrap();
+    rows.chunks(micro).map(|rows| batch(rows, apart)).collect()
+}
+
+fn ten_steps(name: &str, micro: usize, kept_layers: usize, compute: Compute, bound: f64) {
+    let run = golden_json(&format!("pretrain/{name}/run.json"));
+    let model = load(name, compute);
+    let number = |key: &str| run[key].as_f64().unwrap();
+    let settings = AdamWSettings {
+        adam_beta1: number("adam_beta1"),
+        adam_beta2: number("adam_beta2"),
+        adam_epsilon: number("adam_epsilon"),
+        weight_decay: number("weight_decay"),
+    };
+    let lengths: Vec<usize> = model.parameters.iter().map(|var| var.elem_count()).collect();
+    let decays = model.decays(run["embeddings_decay"].as_bool().unwrap());
+    let mut optimizer = AdamW::new(settings, &lengths).with_decays(decays);
+    for (i, theirs) in run["steps"].as_array().unwrap().iter().enumerate() {
+        let batches = micro_batches(&run, i, micro);
+        let (loss, gradients) = step(&model, &batches, kept_layers);
+        let count: usize = batches.iter().map(Batch::count).sum();
+        assert_eq!(count as u64, theirs["tokens"].as_u64().unwrap());
+        let norm = global_norm(&gradients);
+        for (what, ours) in [("loss", loss), ("grad_norm", norm)] {
+            let theirs = theirs[what].as_f64().unwrap();
+            let error = (ours - theirs).abs() / theirs.max(1.0);
+            assert!(error < bound, "{name} step {i}: {what} {ours}, torch {theirs}");
+        }
+        let factor = clip_factor(norm, number("max_grad_norm"));
+        let lr = theirs["learning_rate"].as_f64().unwrap();
+        assert!(optimizer.step(&model.parameters, &gradients, factor, lr).unwrap());
+    }
+    let path = golden(&format!("pretrain/{name}/final.safetensors"));
+    let theirs: HashMap<String, Tensor> =
+        candle_core::safetensors::load(path, &Device::Cpu).unwrap();
+    assert_eq!(theirs.len(), model.names.len());
+    for (parameter, ours) in model.names.iter().zip(&model.parameters) {
+        let theirs = &theirs[parameter];
+        assert_eq!(theirs.dims(), ours.dims(), "{parameter}");
+        let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let error = relative(&flat(ours), &flat(theirs));
+        assert!(error < bound, "{name}: {parameter} is {error:e} from torch's");
+    }
+}
+
+#[test]
+fn ten_steps_are_torchs() {
+    for name in RUNS {
+        ten_steps(name, 4, 2, Compute::F32, 1e-4);
+    }
+}
+
+#[test]
+fn ten_steps_are_torchs_split_recomputed_and_portable() {
+    ten_steps("llama-untied", 1, 0, Compute::F32, 1e-4);
+    ten_steps("qwen2", 3, 1, Compute::F32, 1e-4);
+    ten_steps("llama-tied", 2, 2, Compute::Portable, 1e-4);
+}
+
+/// Integer products round, a little: the run stays near.
+#[test]
+fn integer_products_stay_near_torch() {
+    ten_steps("llama-tied", 4, 2, Compute::Int16, 5e-3);
+    ten_steps("qwen2", 4, 2, Compute::Int16, 5e-3);
+}
+
+#[test]
+fn the_fast_form_is_the_portable_one() {
+    for name in RUNS {
+        let run = golden_json(&format!("pretrain/{name}/run.json"));
+        let portable = load(name, Compute::Portable);
+        for index in 0..run["steps"].as_array().unwrap().len() {
+            let batches = micro_batches(&run, index, 4);
+            let (exact, needed) = step(&portable, &batches, 2);
+            let (loss, gradients) = step(&load(name, Compute::F32), &batches, 2);
+            assert!((loss - exact).abs() < 1e-5, "{name}: {loss}, portable {exact}");
+            close(name, &portable, &gradients, &needed, 1e-4);
+            let (loss, gradients) = step(&load(name, Compute::Int16), &batches, 2);
+            assert!((loss - exact).abs() < 1e-3, "{name}: {loss}, portable {exact}");
+            close(name, &portable, &gradients, &needed, 1e-2);
+        }
+    }
+}
+
+#[test]
+fn gradients_are_differences() {
+    for name in RUNS {
+        let run = golden_json(&format!("pretrain/{name}/run.json"));
+        let batches = micro_batches(&run, 0, 4);
+        let model = load(name, Compute::F32);
+        let (_, gradients) = step(&model, &batches, 2);
+        for (index, var) in model.parameters.iter().enumerate() {
+            let before = var.as_tensor().copy().unwrap();
+            // Along the gradient itself the loss rises by its norm.
+            let norm = global_norm(&gradients[index..=index]);
+            let along = Tensor::from_slice(&gradients[index], var.shape(), &Device::Cpu).unwrap();
+            let h = 1e-2 / norm;
+            let mut at = |sign: f64| {
+                var.set(&(&before + (&along * (sign * h)).unwrap()).unwrap()).unwrap();
+                step(&model, &batches, 2).0
+            };
+            let rise = (at(1.0) - at(-1.0)) / (2.0 * h);
+            var.set(&before).unwrap();
+            let error = (rise / (norm * norm) - 1.0).abs();
+            let parameter = &model.names[index];
+            assert!(error < 2e-2, "{name}: {parameter} {rise}, its gradient says {}", norm * norm);
+        }
+    }
+}
+
+#[test]
+fn recomputation_threads_and_old_buffers_change_no_bit() {
+    let run = golden_json("pretrain/qwen2/run.json");
+    let model = load("qwen2", Compute::F32);
+    let batches = micro_batches(&run, 0, 2);
+    let (loss, gradients) = step(&model, &batches, 2);
+    for kept_layers in [0, 1, 7] {
+        assert_eq!(step(&model, &batches, kept_layers), (loss, gradients.clone()), "{kept_layers}");
+    }
+    for threads in [1, 3] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let found = pool.install(|| step(&model, &batches, 2));
+        assert_eq!(found, (loss, gradients.clone()), "{threads} threads");
+    }
+    // Buffers that a longer batch has left.
+    let (mut buffers, mut found) = (FullBuffers::default(), model.zero_gradients());
+    let long = &micro_batches(&run, 1, 4)[0];
+    model.accumulate(long, 1.0, 2, &mut found, &mut buffers).unwrap();
+    found.iter_mut().for_each(|g| g.fill(0.0));
+    let count: usize = batches.iter().map(Batch::count).sum();
+    for batch in &batches {
+        model.accumulate(batch, 1.0 / count as f64, 2, &mut found, &mut buffers).unwrap();
+    }
+    assert_eq!(found, gradients);
+}
+
+/// Every format we read trains on, and what trained is an ordinary decoder again.
+#[test]
+fn a_base_goes_in_and_comes_out() {
+    for name in ["llama-tiny", "llama-untied", "qwen2-tiny", "llama-q4_0"] {
+        let checkpoint = Checkpoint::open(model_path(name)).unwrap();
+        let model = FullModel::load(&checkpoint, Compute::F32).unwrap();
+        let base = quantune::model::Decoder::load(&checkpoint, Compute::F32).unwrap();
+        let decoder = model.decoder(Compute::F32).unwrap();
+        assert_eq!(decoder.linears(), base.linears());
+        let rows = Rows::new(&[vec![5, 7, 9, 11], vec![3, 2]]);
+        let hidden = |decoder: &quantune::model::Decoder| {
+            let hidden = decoder.hidden(&rows, Adapters::Same(&[])).unwrap();
+            decoder.logits(&hidden).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        };
+        let error = relative(&hidden(&decoder), &hidden(&base));
+        assert!(error < 1e-5, "{name}: {error:e}");
+    }
+}
+
+#[test]
+fn a_model_begins_as_its_seed_says() {
+    let checkpoint = Checkpoint::open(model_path("llama-untied")).unwrap();
+    let config = Config::read(&checkpoint).unwrap();
+    let values = |seed| -> HashMap<String, Vec<f32>> {
+        let model = FullModel::random(config.clone(), 0.02, seed, Compute::F32).unwrap();
+        let values = model.parameters.iter().map(|v| v.flatten_all().unwrap().to_vec1().unwrap());
+        model.names.iter().cloned().zip(values).collect()
+    };
+    let (model, other) = (values(1), values(2));
+    assert_eq!(model, values(1));
+    let deviation = |name: &str| {
+        let values = &model[name];
+        assert_ne!(values, &other[name]);
+        (values.iter().map(|v| f64::from(v * v)).sum::<f64>() / values.len() as f64).sqrt()
+    };
+    let residual = 0.02 / (2.0 * config.num_hidden_layers as f64).sqrt();
+    for (name, std) in [
+        ("model.embed_tokens.weight", 0.02),
+        ("lm_head.weight", 0.02),
+        ("model.layers.1.self_attn.q_proj.weight", 0.02),
+        ("model.layers.1.self_attn.o_proj.weight", residual),
+        ("model.layers.0.mlp.down_proj.weight", residual),
+    ] {
+        assert!((deviation(name) / std - 1.0).abs() < 0.05, "{name}");
+    }
+    assert!(model["model.layers.0.input_layernorm.weight"].iter().all(|w| *w == 1.0));
+}
+
+#[test]
+fn what_makes_no_sense_is_refused() {
+    let model = load("llama-tied", Compute::F32);
+    let good = batch(
+        golden_json("pretrain/llama-tied/run.json")["steps"][0]["rows"].as_array().unwrap(),
+        false,
+    );
+    let cases: &[(&dyn Fn(&mut Batch), &str)] = &[
+        (&|b| b.tokens[3] = 83, "token 83"),
+        (&|b| b.targets[3].1 = 99, "token 99"),
+        (&|b| b.targets[3].0 = 4000, "token 4000"),
+        (&|b| b.positions.truncate(5), "5 positions"),
+        (&|b| b.segments[0].tokens.end -= 1, "row 1"),
+    ];
+    for (spoil, needed) in cases {
+        let mut bad = good.clone();
+        spoil(&mut bad);
+        let mut gradients = model.zero_gradients();
+        let error = model.accumulate(&bad, 1.0, 2, &mut gradients, &mut FullBuffers::default());
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains(needed), "{error}");
+    }
+}
