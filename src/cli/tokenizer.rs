@@ -1,18 +1,26 @@
 //! `quantune tokenizer`.
 
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use serde_json::{Value, json};
 
-use super::read_text;
-use crate::text::Special;
+use super::{read_text, to_json};
+use crate::data::corpus::{matching_files, read_documents};
+use crate::text::{Special, TokenizerTrainer, TrainingReport, WordCut};
 use crate::weights::Checkpoint;
+
+/// How often people hear how far the words are counted.
+const TELL_EVERY: Duration = Duration::from_secs(5);
 
 #[derive(Debug, clap::Subcommand)]
 pub enum TokenizerCommand {
     /// The token ids of a text, without any added
     Encode(Encode),
+    /// Learn a tokenizer from text: byte-level BPE, with the marks of documents and chats
+    Train(Train),
 }
 
 #[derive(Debug, clap::Args)]
@@ -28,9 +36,85 @@ pub struct Encode {
     parse_special: bool,
 }
 
+#[derive(Debug, clap::Args)]
+pub struct Train {
+    /// Files or patterns: text, JSONL or Parquet with a `text` each row; lines `<|endoftext|>` part the
+    /// documents of a text
+    #[arg(long, num_args = 1.., required = true)]
+    data: Vec<String>,
+    /// Tokens of the vocabulary, 259 at least
+    #[arg(long)]
+    vocab_size: usize,
+    /// How text is cut into words, by llama.cpp's name: gpt-2, smollm (single digits) or llama-bpe
+    #[arg(long, default_value = "smollm")]
+    pre_tokenizer: WordCut,
+    /// A new folder for tokenizer.json and the files beside it
+    #[arg(long)]
+    out: PathBuf,
+}
+
 impl TokenizerCommand {
     pub fn run(self, json: bool) -> Result<Value> {
-        let Self::Encode(Encode { base, text, parse_special }) = self;
+        match self {
+            Self::Encode(encode) => encode.run(json),
+            Self::Train(train) => train.run(json),
+        }
+    }
+}
+
+impl Train {
+    fn run(self, json: bool) -> Result<Value> {
+        let Self { data, vocab_size, pre_tokenizer, out } = self;
+        let started = Instant::now();
+        let mut trainer = TokenizerTrainer::new(vocab_size, pre_tokenizer)?;
+        if out.join("tokenizer.json").exists() {
+            anyhow::bail!("{}: has a tokenizer.json, needed a new folder", out.display());
+        }
+        let files: Vec<Vec<PathBuf>> =
+            data.iter().map(|pattern| matching_files(pattern)).collect::<Result<_, _>>()?;
+        let (mut told, mut bytes) = (started, 0);
+        // Nothing is written until all is read: Ctrl-C may end the program as it does others.
+        read_documents(&files.concat(), &AtomicBool::new(false), &mut |pieces| {
+            trainer.add(pieces)?;
+            bytes += pieces.iter().map(|piece| piece.text.len()).sum::<usize>();
+            if told.elapsed() >= TELL_EVERY {
+                told = Instant::now();
+                eprintln!("counted the words of {:.0} MB", bytes as f64 / 1e6);
+            }
+            Ok(())
+        })?;
+        let trained = trainer.train()?;
+        trained.write(&out)?;
+        let (report, seconds) = (&trained.report, started.elapsed().as_secs_f64());
+        tell(report, vocab_size, seconds);
+        if !json {
+            crate::cli::say!("{}", out.display());
+        }
+        let mut result = to_json(report)?;
+        result["seconds"] = json!(seconds);
+        result["pre_tokenizer"] = json!(pre_tokenizer.name());
+        result["tokenizer"] = json!(out);
+        Ok(result)
+    }
+}
+
+fn tell(report: &TrainingReport, asked: usize, seconds: f64) {
+    let TrainingReport { vocab_size, bytes, words, bytes_per_token, .. } = report;
+    eprintln!(
+        "{vocab_size} tokens from {:.1} MB of text ({words} distinct words) in {seconds:.1} s: \
+         {bytes_per_token:.3} bytes per token",
+        *bytes as f64 / 1e6
+    );
+    if *vocab_size < asked {
+        eprintln!(
+            "warning: a vocabulary of {vocab_size}, not {asked}: no further pair of tokens occurs twice"
+        );
+    }
+}
+
+impl Encode {
+    fn run(self, json: bool) -> Result<Value> {
+        let Self { base, text, parse_special } = self;
         let tokenizer = crate::text::Tokenizer::open(&Checkpoint::open(base)?)?;
         let special = if parse_special { Special::Parse } else { Special::AsText };
         let ids = tokenizer.encode(&read_text(&text)?, special)?;

@@ -172,6 +172,37 @@ impl Batch {
         self.spans.push(first..self.targets.len());
     }
 
+    /// Lays a stretch of packed documents: all tokens of `row` but its last, each of which the one
+    /// before it predicts if it is `learned`. A token that `begins` a document begins a segment, whose
+    /// places count from 0.
+    pub fn push_packed(
+        &mut self,
+        row: &[u32],
+        key: u64,
+        begins: impl Fn(u32) -> bool,
+        learned: impl Fn(u32) -> bool,
+    ) {
+        let Some((_, inputs)) = row.split_last() else { return };
+        let mut starts: Vec<usize> = (1..inputs.len()).filter(|&i| begins(inputs[i])).collect();
+        starts.insert(0, 0);
+        starts.push(inputs.len());
+        for segment in starts.windows(2) {
+            let (start, first) = (self.tokens.len(), self.targets.len());
+            for place in segment[0]..segment[1] {
+                let next = row[place + 1];
+                if learned(next) {
+                    self.targets.push((self.tokens.len() as u32, next));
+                }
+                self.tokens.push(inputs[place]);
+                self.positions.push((place - segment[0]) as u32);
+                self.keys.push((key, place as u32));
+            }
+            self.segments.push(Segment::whole(start..self.tokens.len()));
+            self.ends.push(self.tokens.len().saturating_sub(1) as u32);
+            self.spans.push(first..self.targets.len());
+        }
+    }
+
     /// Lays a prompt once and each of its `responses` after it, as if each stood behind a copy of its
     /// own. `key` is the prompt's row in the file, below 2⁴⁰.
     ///

@@ -4,12 +4,14 @@
 //! ([`Example`]), and an epoch is an order of bins of examples ([`EpochPlan`]) that a step lays end
 //! to end ([`Batch`]). Nothing is padded. Rows of preference and reinforcement learning are
 //! [`Comparisons`] of responses and [`Prompts`]. What comes out depends on the file, the tokenizer, the
-//! settings, the seed and the epoch alone, so (epoch, step) is the whole cursor of a run.
+//! settings, the seed and the epoch alone, so (epoch, step) is the whole cursor of a run. What a model
+//! is pretrained on is too large to be held: [`corpus`] keeps it on disk.
 //!
 //! This room does not know that there is a model.
 
 mod batch;
 mod comparison;
+pub mod corpus;
 mod dataset;
 mod error;
 mod example;

@@ -309,6 +309,19 @@ impl PromptRow {
     }
 }
 
+/// The `text` of one line, whatever other keys it has.
+pub(super) fn text(line: &[u8]) -> Result<String, RowError> {
+    let mut row = object(line)?;
+    match row.remove("text") {
+        Some(Value::String(text)) => Ok(text),
+        Some(Value::Null) | None => {
+            let keys = row.keys().cloned().collect();
+            Err(RowError::OtherKind { keys, needed: "`text`" })
+        }
+        Some(other) => Err(wrong("text", &other, "a string")),
+    }
+}
+
 fn object(line: &[u8]) -> Result<Map<String, Value>, RowError> {
     let text =
         std::str::from_utf8(line).map_err(|e| RowError::NotUtf8 { column: e.valid_up_to() + 1 })?;

@@ -20,8 +20,19 @@ pub fn is_held_out(row: &Row) -> bool {
 
 /// The same of a first user turn.
 pub(super) fn is_held_out_text(prompt: &str) -> bool {
-    let words: Vec<String> = prompt.split_whitespace().map(str::to_lowercase).collect();
-    Sha256::digest(words.join(" "))[0].is_multiple_of(10)
+    digest(prompt)[0].is_multiple_of(10)
+}
+
+/// Whether a document is in the part of this share, from 0 to 1, by how it begins.
+pub(super) fn is_in_share(document: &str, share: f64) -> bool {
+    let [high, low, ..] = digest(beginning(document));
+    // 16 bits are fine enough: of smaller shares nothing would be left to measure with.
+    f64::from(u16::from_be_bytes([high, low])) < share * f64::from(1 << 16)
+}
+
+fn digest(text: &str) -> [u8; 32] {
+    let words: Vec<String> = text.split_whitespace().map(str::to_lowercase).collect();
+    Sha256::digest(words.join(" ")).into()
 }
 
 fn first_user_turn(row: &Row) -> Cow<'_, str> {

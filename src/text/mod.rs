@@ -13,8 +13,13 @@ mod python;
 mod stream;
 mod template;
 mod tokenizer;
+mod train;
 
 pub use error::TextError;
 pub use stream::DecodeStream;
 pub use template::{ChatTemplate, first_second, today};
 pub use tokenizer::{Encoding, Special, Tokenizer};
+pub use train::{
+    SMALLEST_VOCABULARY, SPECIAL_TOKENS, TokenizerTrainer, TrainedTokenizer, TrainingReport,
+    WordCut,
+};

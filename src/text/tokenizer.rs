@@ -5,6 +5,8 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use serde_json::json;
+use sha2::{Digest, Sha256};
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 
 use super::marks::{Marks, Part};
 use super::{ChatTemplate, DecodeStream, TextError, folder, gguf};
@@ -208,6 +210,38 @@ impl Tokenizer {
     /// One more than the highest id.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
+    }
+
+    /// For each id the bytes of text it stands for, none for special tokens: what a text's bits are
+    /// divided by. Exact for byte-level vocabularies, whose tokens have a character a byte; in others
+    /// a space that the tokenizer puts in front of a text counts too.
+    pub fn byte_lengths(&self) -> Vec<u32> {
+        let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
+        let alphabet = ByteLevel::alphabet();
+        let tokens: Vec<Option<String>> =
+            (0..self.vocab_size as u32).map(|id| self.inner.id_to_token(id)).collect();
+        let mut plain = (0..).zip(&tokens).filter(|(id, _)| !added.contains_key(id));
+        let byte_level =
+            plain.all(|(_, token)| token.iter().all(|t| t.chars().all(|c| alphabet.contains(&c))));
+        let length = |(id, token): (u32, &Option<String>)| match (token, added.get(&id)) {
+            (None, _) => 0,
+            (Some(_), Some(added)) if added.special => 0,
+            (Some(token), Some(_)) => token.len(),
+            (Some(token), None) if byte_level => token.chars().count(),
+            (Some(token), None) if token.len() == 6 && token.starts_with("<0x") => 1,
+            (Some(token), None) => token.replace('\u{2581}', " ").len(),
+        };
+        (0..).zip(&tokens).map(|token| length(token) as u32).collect()
+    }
+
+    /// A hash of all that ids depend on.
+    ///
+    /// # Errors
+    /// If the crate cannot write the tokenizer down.
+    pub fn fingerprint(&self) -> Result<String, TextError> {
+        let json = self.inner.to_string(false).map_err(failed)?;
+        let digest = Sha256::new().chain_update(json).chain_update(format!("{:?}", self.marks));
+        Ok(digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
     /// Pins the time that the chat template sees, in seconds since 1970 UTC.

@@ -31,7 +31,7 @@ use std::sync::Arc;
 use crate::quant::Bytes;
 
 /// Maps a regular file.
-fn map_file(path: &Path) -> Result<Bytes, WeightsError> {
+pub(crate) fn map_file(path: &Path) -> Result<Bytes, WeightsError> {
     let io = |source| WeightsError::Io { action: "open", path: path.into(), source };
     let file = File::open(path).map_err(io)?;
     let about = file.metadata().map_err(io)?;

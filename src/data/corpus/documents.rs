@@ -1,0 +1,350 @@
+//! Documents of text, JSONL and Parquet files, in pieces of bounded size.
+//!
+//! Nothing is read whole: what is held is a chunk of some megabytes, a line of JSONL (64 MB at most)
+//! and a page of a Parquet column.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use parquet::column::reader::ColumnReader;
+use parquet::errors::ParquetError;
+use parquet::file::reader::{FileReader, SerializedFileReader};
+
+use super::CorpusError;
+use crate::data::{DataError, lines, rows};
+
+/// The line that parts the documents of a text file.
+const BORDER: &[u8] = b"<|endoftext|>";
+/// The key or column that holds the text.
+const TEXT: &str = "text";
+/// Bytes of a piece, at most twice as many.
+const PIECE: usize = 128 << 10;
+/// Bytes of the pieces that are worked on at a time.
+const CHUNK: usize = 8 << 20;
+/// Values of a Parquet column read at a time.
+const ROWS_AT_A_TIME: usize = 64;
+
+/// A document, or a part of one that is too long to be tokenized in one go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Piece {
+    /// The text.
+    pub text: String,
+    /// Whether a document begins here.
+    pub first: bool,
+    /// Whether it ends here.
+    pub last: bool,
+}
+
+impl AsRef<str> for Piece {
+    fn as_ref(&self) -> &str {
+        &self.text
+    }
+}
+
+/// Shows all documents of some files to `take`, in order, a chunk of pieces at a time. How they are
+/// cut depends on the files alone. Documents of nothing but whitespace are left out.
+///
+/// # Errors
+/// Whatever is wrong with a file, after the pieces before it; what `take` returns;
+/// [`DataError::Stopped`] once `stop` is set.
+pub fn read_documents(
+    files: &[PathBuf],
+    stop: &AtomicBool,
+    take: &mut dyn FnMut(&[Piece]) -> Result<(), CorpusError>,
+) -> Result<(), CorpusError> {
+    let mut chunks = Chunks { pieces: Vec::new(), bytes: 0, stop, take };
+    for path in files {
+        match path.extension().and_then(|extension| extension.to_str()) {
+            Some("jsonl" | "ndjson") => jsonl(path, &mut chunks)?,
+            Some("parquet") => parquet(path, &mut chunks)?,
+            _ => text(path, &mut chunks)?,
+        }
+    }
+    chunks.flush()
+}
+
+struct Chunks<'a> {
+    pieces: Vec<Piece>,
+    bytes: usize,
+    stop: &'a AtomicBool,
+    take: &'a mut dyn FnMut(&[Piece]) -> Result<(), CorpusError>,
+}
+
+impl Chunks<'_> {
+    /// A whole document.
+    fn document(&mut self, text: &str) -> Result<(), CorpusError> {
+        let (mut rest, mut first) = (text, true);
+        while rest.len() > 2 * PIECE {
+            let (piece, after) = rest.split_at(word_border(rest));
+            self.piece(piece.into(), first, false)?;
+            (rest, first) = (after, false);
+        }
+        self.piece(rest.into(), first, true)
+    }
+
+    fn piece(&mut self, text: String, first: bool, last: bool) -> Result<(), CorpusError> {
+        if first && last && text.trim().is_empty() {
+            return Ok(());
+        }
+        self.bytes += text.len();
+        self.pieces.push(Piece { text, first, last });
+        if self.bytes < CHUNK { Ok(()) } else { self.flush() }
+    }
+
+    fn flush(&mut self) -> Result<(), CorpusError> {
+        if self.stop.load(Ordering::Relaxed) {
+            return Err(DataError::Stopped.into());
+        }
+        if !self.pieces.is_empty() {
+            (self.take)(&self.pieces)?;
+        }
+        (self.pieces, self.bytes) = (Vec::new(), 0);
+        Ok(())
+    }
+}
+
+/// A text file: one document, or several that are parted by lines.
+fn text(path: &Path, chunks: &mut Chunks<'_>) -> Result<(), CorpusError> {
+    let io = |source| DataError::Io { path: path.into(), source };
+    let mut reader = BufReader::with_capacity(1 << 20, File::open(path).map_err(io)?);
+    let mut document = TextDocument { path, bytes: Vec::new(), offset: 0, first: true };
+    let mut at_line_start = true;
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        // A line may be of any length: this much of it at a time.
+        let read = reader.by_ref().take(PIECE as u64).read_until(b'\n', &mut line).map_err(io)?;
+        if read == 0 {
+            break;
+        }
+        if at_line_start && without_line_end(&line) == BORDER {
+            // The line end before the border is the border's.
+            let text = without_line_end(&document.bytes).len();
+            let line_end = document.bytes.split_off(text);
+            document.end(chunks)?;
+            document.offset += (line_end.len() + read) as u64;
+        } else {
+            document.bytes.extend_from_slice(&line);
+            document.hand_over(chunks)?;
+        }
+        at_line_start = line.ends_with(b"\n");
+    }
+    document.end(chunks)
+}
+
+/// What is still to be handed over of the document that is being read.
+struct TextDocument<'a> {
+    path: &'a Path,
+    bytes: Vec<u8>,
+    /// Where in the file `bytes` begins.
+    offset: u64,
+    first: bool,
+}
+
+impl TextDocument<'_> {
+    /// Hands over pieces of a long document as soon as it is known to be one.
+    fn hand_over(&mut self, chunks: &mut Chunks<'_>) -> Result<(), CorpusError> {
+        while self.bytes.len() > 2 * PIECE {
+            // A character may be read in part: then it waits for the rest.
+            let text = match std::str::from_utf8(&self.bytes) {
+                Ok(text) => text,
+                Err(error) if error.error_len().is_none() => {
+                    let valid = &self.bytes[..error.valid_up_to()];
+                    std::str::from_utf8(valid).map_err(|error| self.not_utf8(error))?
+                }
+                Err(error) => return Err(self.not_utf8(error)),
+            };
+            let piece = text[..word_border(text)].to_owned();
+            let length = piece.len();
+            self.pass(chunks, piece, false)?;
+            self.bytes.drain(..length);
+            self.offset += length as u64;
+        }
+        Ok(())
+    }
+
+    fn end(&mut self, chunks: &mut Chunks<'_>) -> Result<(), CorpusError> {
+        let length = self.bytes.len();
+        let text = String::from_utf8(std::mem::take(&mut self.bytes)).map_err(|error| {
+            let error = error.utf8_error();
+            self.not_utf8(error)
+        })?;
+        self.pass(chunks, text, true)?;
+        self.offset += length as u64;
+        Ok(())
+    }
+
+    fn pass(
+        &mut self,
+        chunks: &mut Chunks<'_>,
+        mut text: String,
+        last: bool,
+    ) -> Result<(), CorpusError> {
+        if self.offset == 0 && text.starts_with('\u{feff}') {
+            text.remove(0); // a byte order mark
+        }
+        chunks.piece(text, self.first, last)?;
+        self.first = last;
+        Ok(())
+    }
+
+    fn not_utf8(&self, error: std::str::Utf8Error) -> CorpusError {
+        let offset = self.offset + error.valid_up_to() as u64;
+        CorpusError::NotUtf8 { path: self.path.into(), offset }
+    }
+}
+
+fn without_line_end(line: &[u8]) -> &[u8] {
+    let line = line.strip_suffix(b"\n").unwrap_or(line);
+    line.strip_suffix(b"\r").unwrap_or(line)
+}
+
+/// Where to cut a text that is longer than a piece: before a single space between two letters, where
+/// every word cutter cuts, so that the tokens are those of the whole. Text without such a place in
+/// half a piece is cut between any two characters.
+fn word_border(text: &str) -> usize {
+    let bytes = text.as_bytes();
+    let is_border = |at: &usize| {
+        let around = &bytes[at - 1..at + 2];
+        around[0].is_ascii_alphabetic() && around[1] == b' ' && around[2].is_ascii_alphabetic()
+    };
+    (PIECE / 2..PIECE).rev().find(is_border).unwrap_or_else(|| {
+        (0..=PIECE).rev().find(|&at| text.is_char_boundary(at)).unwrap_or_default()
+    })
+}
+
+fn jsonl(path: &Path, chunks: &mut Chunks<'_>) -> Result<(), CorpusError> {
+    let stop = chunks.stop;
+    let mut handed_over = Ok(());
+    lines::read(path, stop, rows::text, |_, text: String| {
+        if handed_over.is_ok() {
+            handed_over = chunks.document(&text);
+        }
+    })?;
+    handed_over
+}
+
+fn parquet(path: &Path, chunks: &mut Chunks<'_>) -> Result<(), CorpusError> {
+    let bad = |error: ParquetError| CorpusError::parquet(path, error);
+    let file = File::open(path).map_err(|source| DataError::Io { path: path.into(), source })?;
+    let reader = SerializedFileReader::new(file).map_err(bad)?;
+    let schema = reader.metadata().file_metadata().schema_descr_ptr();
+    let names: Vec<String> = schema.columns().iter().map(|column| column.path().string()).collect();
+    let Some(column) = names.iter().position(|name| name == TEXT) else {
+        let reason = format!("no column {TEXT:?}, found {}", names.join(", "));
+        return Err(CorpusError::parquet(path, reason));
+    };
+    // A value that is there has the highest level, a null a lower one.
+    let highest = schema.column(column).max_def_level();
+    let mut row = 0u64;
+    for group in 0..reader.num_row_groups() {
+        let group = reader.get_row_group(group).map_err(bad)?;
+        let ColumnReader::ByteArrayColumnReader(mut reader) =
+            group.get_column_reader(column).map_err(bad)?
+        else {
+            let found = schema.column(column).physical_type();
+            let reason = format!("column {TEXT:?} is of {found}, needed strings");
+            return Err(CorpusError::parquet(path, reason));
+        };
+        loop {
+            let (mut levels, mut values) = (Vec::new(), Vec::new());
+            let (rows, ..) = reader
+                .read_records(ROWS_AT_A_TIME, Some(&mut levels), None, &mut values)
+                .map_err(bad)?;
+            if rows == 0 {
+                break;
+            }
+            let mut values = values.iter();
+            for i in 0..rows {
+                row += 1;
+                if levels.get(i).is_some_and(|level| *level < highest) {
+                    continue;
+                }
+                let Some(value) = values.next() else { break };
+                let text = std::str::from_utf8(value.data()).map_err(|error| {
+                    let byte = error.valid_up_to();
+                    let reason = format!("row {row}, column {TEXT:?}: byte {byte} is not UTF-8");
+                    CorpusError::parquet(path, reason)
+                })?;
+                chunks.document(text)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pieces(bytes: &[u8]) -> Result<Vec<Piece>, String> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("some.txt");
+        std::fs::write(&path, bytes).unwrap();
+        let mut found = Vec::new();
+        let mut take = |pieces: &[Piece]| {
+            found.extend_from_slice(pieces);
+            Ok(())
+        };
+        let read = read_documents(&[path], &AtomicBool::new(false), &mut take);
+        read.map(|()| found).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn lines_part_the_documents_of_a_text_file() {
+        let check = |text: &str, needed: &[&str]| {
+            let found = pieces(text.as_bytes()).unwrap();
+            let texts: Vec<&str> = found.iter().map(|piece| &*piece.text).collect();
+            assert_eq!(texts, needed, "{text:?}");
+            assert!(found.iter().all(|piece| piece.first && piece.last));
+        };
+        check("", &[]);
+        check(" \n\n", &[]);
+        check("one\ntwo\n", &["one\ntwo\n"]);
+        check("\u{feff}one", &["one"]);
+        check("one\n\n<|endoftext|>\ntwo", &["one\n", "two"]);
+        check("one\r\n<|endoftext|>\r\ntwo\r\n", &["one", "two\r\n"]);
+        check("<|endoftext|>\n<|endoftext|>\none\n<|endoftext|>", &["one"]);
+        check("a <|endoftext|>\n<|endoftext|> b", &["a <|endoftext|>\n<|endoftext|> b"]);
+    }
+
+    #[test]
+    fn a_long_document_comes_in_pieces_that_are_the_whole() {
+        let words = "some words é 日本 ".repeat(PIECE / 5);
+        let one_word = "é".repeat(2 * PIECE);
+        for text in [&words, &one_word, &format!("x{one_word}")] {
+            let found = pieces(text.as_bytes()).unwrap();
+            assert!(found.len() > 2);
+            assert!(found.iter().all(|piece| piece.text.len() <= 2 * PIECE));
+            assert!(found[0].first && found.iter().skip(1).all(|piece| !piece.first));
+            let (last, others) = found.split_last().unwrap();
+            assert!(last.last && others.iter().all(|piece| !piece.last));
+            assert_eq!(found.iter().map(|piece| &*piece.text).collect::<String>(), **text);
+        }
+        let found = pieces(words.as_bytes()).unwrap();
+        assert!(found.iter().skip(1).all(|piece| piece.text.starts_with(" words")));
+        // Several documents, the long one among short ones.
+        let found = pieces(format!("a\n<|endoftext|>\n{words}\n<|endoftext|>\nb").as_bytes());
+        let found = found.unwrap();
+        assert_eq!(found.iter().filter(|piece| piece.first).count(), 3);
+        assert_eq!(found.iter().filter(|piece| piece.last).count(), 3);
+    }
+
+    #[test]
+    fn bytes_that_are_no_text_are_told_with_their_place() {
+        let long = "é".repeat(3 * PIECE);
+        let check = |before: &str, bytes: &[u8]| {
+            let file = [before.as_bytes(), bytes, b" and more"].concat();
+            let error = pieces(&file).unwrap_err();
+            let needed = format!("some.txt: byte {} is not UTF-8", before.len());
+            assert!(error.ends_with(&needed), "{error}, needed {needed}");
+        };
+        check("", b"\xff");
+        check("\u{feff}ab", b"\xc3");
+        check("one\n<|endoftext|>\ntwo\r\n<|endoftext|>\nthree", b"\xed\xa0\x80");
+        check(&long, b"\x80");
+        check(&format!("x{long}\n<|endoftext|>\n{long}"), b"\xf5");
+    }
+}

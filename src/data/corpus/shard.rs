@@ -1,0 +1,323 @@
+//! The tokens of a source on disk, made once and mapped from then on.
+//!
+//! A shard is a folder, named after all that its tokens depend on: `train.tokens` and
+//! `validation.tokens`, arrays of little-endian u16 (u32 for larger vocabularies), and `shard.json`. In
+//! both parts document follows document, each with its end-of-text token behind it, which text never
+//! is: so these tokens are the index of borders, and there is no other that could contradict them.
+//!
+//! The folder is written under another name and renamed, so what is there is whole. Shards that are
+//! no longer used are left alone: another run may have them mapped.
+
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+use std::time::UNIX_EPOCH;
+
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::documents::{Piece, read_documents};
+use super::{CorpusError, SourceSpec, Tokenizing, matching_files};
+use crate::data::split;
+use crate::quant::Bytes;
+use crate::text::{Special, TextError, Tokenizer};
+use crate::weights::{map_file, write_atomically};
+
+/// Another number, other shards: to be raised whenever the same files would give other tokens.
+const FORMAT: u32 = 1;
+const HEADER: &str = "shard.json";
+
+/// The tokens between documents.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct Borders {
+    /// Ends every document.
+    pub end: u32,
+    /// Begins every document, for models trained with BOS in front; never predicted.
+    pub bos: Option<u32>,
+}
+
+impl Borders {
+    /// The tokenizer's end-of-text token, else the one that ends a sequence.
+    pub fn of(tokenizer: &Tokenizer) -> Result<Self, CorpusError> {
+        let special = |name: &&str| {
+            let id = tokenizer.id_of(name)?;
+            tokenizer.is_special(id).then_some(id)
+        };
+        let named = ["<|endoftext|>", "<|end_of_text|>"].iter().find_map(special);
+        let Some(end) = named.or(tokenizer.eos()) else {
+            let reason = "no token that ends a document, needed `<|endoftext|>` or an EOS token";
+            return Err(TextError::Tokenizer(reason.into()).into());
+        };
+        let bos = tokenizer.bos().filter(|&bos| tokenizer.adds_bos() && bos != end);
+        Ok(Self { end, bos })
+    }
+
+    /// Whether a document's context begins with this token: BOS, or the end of the one before it.
+    pub fn begins_document(self, token: u32) -> bool {
+        token == self.bos.unwrap_or(self.end)
+    }
+}
+
+/// What the tokens of a shard depend on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct Origin {
+    format: u32,
+    tokenizer: String,
+    borders: Borders,
+    /// Bytes of a token.
+    width: usize,
+    validation_split: f64,
+    files: Vec<FilePrint>,
+}
+
+/// A file, known again by its size and when it was last changed.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct FilePrint {
+    path: PathBuf,
+    bytes: u64,
+    /// Nanoseconds since 1970.
+    modified: u64,
+}
+
+/// What a part of a source came to.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub(super) struct Totals {
+    pub documents: u64,
+    /// Bytes of their text.
+    pub bytes: u64,
+    /// Tokens, borders among them.
+    pub tokens: u64,
+    /// Of the file of tokens, in hex.
+    pub sha256: String,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Header {
+    origin: Origin,
+    train: Totals,
+    validation: Totals,
+}
+
+/// A source's tokens.
+#[derive(Debug)]
+pub(super) struct Shard {
+    pub files: usize,
+    pub train: Part,
+    pub validation: Part,
+}
+
+/// The tokens of one part, in a ring: behind the last document comes the first.
+#[derive(Debug)]
+pub(super) struct Part {
+    pub totals: Totals,
+    width: usize,
+    /// Nothing where there are no tokens.
+    map: Option<Bytes>,
+}
+
+impl Part {
+    /// Appends `count` tokens from `start` on, going round as often as it takes.
+    ///
+    /// # Panics
+    /// If there are none.
+    pub fn read(&self, start: u64, count: usize, tokens: &mut Vec<u32>) {
+        let map = self.map.as_deref().expect("tokens are read from parts that have some");
+        let needed = tokens.len() + count;
+        let mut at = (start % self.totals.tokens) as usize;
+        while tokens.len() < needed {
+            let end = map.len().min((at + needed - tokens.len()) * self.width);
+            let bytes = &map[at * self.width..end];
+            match self.width {
+                2 => tokens
+                    .extend(bytes.as_chunks().0.iter().map(|b| u32::from(u16::from_le_bytes(*b)))),
+                _ => tokens.extend(bytes.as_chunks().0.iter().map(|b| u32::from_le_bytes(*b))),
+            }
+            at = 0;
+        }
+    }
+
+    fn open(folder: &Path, name: &str, totals: Totals, width: usize) -> Result<Self, CorpusError> {
+        let path = folder.join(name);
+        let bad = |reason: String| CorpusError::Shard { path: path.clone(), reason };
+        let length = fs::metadata(&path).map_err(|error| bad(error.to_string()))?.len();
+        let needed = totals.tokens * width as u64;
+        if length != needed {
+            return Err(bad(format!("has {length} bytes, needed {needed}")));
+        }
+        if length == 0 {
+            return Ok(Self { totals, width, map: None });
+        }
+        let map = map_file(&path).map_err(|error| bad(error.to_string()))?;
+        if hex(Sha256::digest(&*map).as_slice()) != totals.sha256 {
+            return Err(bad("is not as it was written".into()));
+        }
+        Ok(Self { totals, width, map: Some(map) })
+    }
+}
+
+/// The shard of a source, made now if there is none in `cache` for these files.
+pub(super) fn open(
+    spec: &SourceSpec,
+    tokenizer: &Tokenizer,
+    borders: Borders,
+    validation_split: f64,
+    cache: &Path,
+    stop: &AtomicBool,
+    told: &mut dyn FnMut(Tokenizing<'_>),
+) -> Result<Shard, CorpusError> {
+    let files = matching_files(&spec.glob)?;
+    let origin = Origin {
+        format: FORMAT,
+        tokenizer: tokenizer.fingerprint()?,
+        borders,
+        width: if tokenizer.vocab_size() <= 1 << 16 { 2 } else { 4 },
+        validation_split,
+        files: files.iter().map(|path| file_print(path)).collect::<Result<_, _>>()?,
+    };
+    let key = hex(Sha256::digest(serde_json::to_vec(&origin).expect("plain data")).as_slice());
+    let folder = cache.join(format!("{}-{}", spec.name, &key[..16]));
+    if !folder.exists() {
+        fs::create_dir_all(cache).map_err(CorpusError::io("make the folder", cache))?;
+        // Of two runs with one cache the second waits for the first; the system frees a killed one's.
+        let lock = cache.join(".lock");
+        let locked = File::create(&lock).and_then(|file| file.lock().map(|()| file));
+        let _locked = locked.map_err(CorpusError::io("lock", &lock))?;
+        if !folder.exists() {
+            make(spec, tokenizer, &origin, &files, &folder, stop, told)?;
+        }
+    }
+    let path = folder.join(HEADER);
+    let bad = |reason: String| CorpusError::Shard { path: path.clone(), reason };
+    let text = fs::read_to_string(&path).map_err(|error| bad(error.to_string()))?;
+    let header: Header = serde_json::from_str(&text).map_err(|error| bad(error.to_string()))?;
+    if header.origin != origin {
+        return Err(bad("is of other files or another tokenizer".into()));
+    }
+    let width = origin.width;
+    Ok(Shard {
+        files: files.len(),
+        train: Part::open(&folder, "train.tokens", header.train, width)?,
+        validation: Part::open(&folder, "validation.tokens", header.validation, width)?,
+    })
+}
+
+fn file_print(path: &Path) -> Result<FilePrint, CorpusError> {
+    let about = fs::metadata(path).map_err(CorpusError::io("read", path))?;
+    let modified = about.modified().map_err(CorpusError::io("read", path))?;
+    let modified = modified.duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64;
+    Ok(FilePrint { path: path.into(), bytes: about.len(), modified })
+}
+
+/// Tokenizes a source beside its place and renames it; after an error nothing is left.
+fn make(
+    spec: &SourceSpec,
+    tokenizer: &Tokenizer,
+    origin: &Origin,
+    files: &[PathBuf],
+    folder: &Path,
+    stop: &AtomicBool,
+    told: &mut dyn FnMut(Tokenizing<'_>),
+) -> Result<(), CorpusError> {
+    let partial = folder.with_file_name(format!(".{}.partial", spec.name));
+    if partial.exists() {
+        // A killed run's.
+        fs::remove_dir_all(&partial).map_err(CorpusError::io("remove", &partial))?;
+    }
+    fs::create_dir(&partial).map_err(CorpusError::io("make the folder", &partial))?;
+    let made = tokenize(spec, tokenizer, origin, files, &partial, stop, told).and_then(|()| {
+        fs::rename(&partial, folder).map_err(CorpusError::io("make the folder", folder))
+    });
+    if made.is_err() {
+        let _ = fs::remove_dir_all(&partial); // The first error is the one to tell.
+    }
+    made
+}
+
+fn tokenize(
+    spec: &SourceSpec,
+    tokenizer: &Tokenizer,
+    origin: &Origin,
+    files: &[PathBuf],
+    folder: &Path,
+    stop: &AtomicBool,
+    told: &mut dyn FnMut(Tokenizing<'_>),
+) -> Result<(), CorpusError> {
+    let mut train = PartWriter::new(folder.join("train.tokens"), origin)?;
+    let mut validation = PartWriter::new(folder.join("validation.tokens"), origin)?;
+    let of = origin.files.iter().map(|file| file.bytes).sum();
+    let mut held_out = false;
+    read_documents(files, stop, &mut |pieces: &[Piece]| {
+        let encode = |piece: &Piece| tokenizer.encode(&piece.text, Special::AsText);
+        let encoded: Vec<Vec<u32>> = pieces.par_iter().map(encode).collect::<Result<_, _>>()?;
+        for (piece, tokens) in pieces.iter().zip(encoded) {
+            if piece.first {
+                held_out = split::is_in_share(&piece.text, origin.validation_split);
+            }
+            let part = if held_out { &mut validation } else { &mut train };
+            part.write(piece, &tokens)?;
+        }
+        let bytes = train.totals.bytes + validation.totals.bytes;
+        told(Tokenizing { source: &spec.name, bytes, of });
+        Ok(())
+    })?;
+    let documents = train.totals.documents + validation.totals.documents;
+    if documents == 0 {
+        return Err(CorpusError::Empty { name: spec.name.clone(), files: files.len() });
+    }
+    if train.totals.documents == 0 {
+        let (name, split) = (spec.name.clone(), origin.validation_split);
+        return Err(CorpusError::AllHeldOut { name, documents, split });
+    }
+    let origin = origin.clone();
+    let header = Header { origin, train: train.finish()?, validation: validation.finish()? };
+    let json = serde_json::to_string_pretty(&header).expect("plain data");
+    let path = folder.join(HEADER);
+    write_atomically(&path, |file| file.write_all(json.as_bytes()))
+        .map_err(|error| CorpusError::io("write", &path)(std::io::Error::other(error.to_string())))
+}
+
+/// Writes the documents of one part.
+struct PartWriter {
+    path: PathBuf,
+    file: BufWriter<File>,
+    hasher: Sha256,
+    borders: Borders,
+    width: usize,
+    totals: Totals,
+}
+
+impl PartWriter {
+    fn new(path: PathBuf, origin: &Origin) -> Result<Self, CorpusError> {
+        let file = BufWriter::new(File::create(&path).map_err(CorpusError::io("write", &path))?);
+        let (borders, width) = (origin.borders, origin.width);
+        Ok(Self { path, file, hasher: Sha256::new(), borders, width, totals: Totals::default() })
+    }
+
+    fn write(&mut self, piece: &Piece, tokens: &[u32]) -> Result<(), CorpusError> {
+        let before = self.borders.bos.filter(|_| piece.first);
+        let after = Some(self.borders.end).filter(|_| piece.last);
+        let mut bytes = Vec::with_capacity((tokens.len() + 2) * self.width);
+        for token in before.iter().chain(tokens).chain(&after) {
+            bytes.extend_from_slice(&token.to_le_bytes()[..self.width]);
+        }
+        self.totals.documents += u64::from(piece.last);
+        self.totals.bytes += piece.text.len() as u64;
+        self.totals.tokens += (bytes.len() / self.width) as u64;
+        self.hasher.update(&bytes);
+        self.file.write_all(&bytes).map_err(CorpusError::io("write", &self.path))
+    }
+
+    fn finish(self) -> Result<Totals, CorpusError> {
+        let Self { path, file, hasher, mut totals, .. } = self;
+        totals.sha256 = hex(hasher.finalize().as_slice());
+        let file = file.into_inner().map_err(|error| error.into_error());
+        file.and_then(|file| file.sync_all()).map_err(CorpusError::io("write", &path))?;
+        Ok(totals)
+    }
+}
+
+pub(super) fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}

@@ -1,0 +1,138 @@
+//! A source of a mixture as it is named on the command line, and its files.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+use super::CorpusError;
+
+/// One source of a mixture: `NAME=WEIGHT:GLOB`, such as `wiki=0.7:data/wiki/**/*.txt`.
+///
+/// `WEIGHT` is the share of rows drawn from it, over the sum of all weights. Of the files that match
+/// `GLOB`, those ending in `.jsonl` or `.ndjson` have a `text` a line, those ending in `.parquet` a column
+/// `text`; all others are text, a document a file or parted by lines that are `<|endoftext|>`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct SourceSpec {
+    /// What it is called in reports; letters, digits, `_`, `-` and `.`.
+    pub name: String,
+    /// How much of it there is in the mixture, above 0.
+    pub weight: f64,
+    /// A pattern of file names, or a file.
+    pub glob: String,
+}
+
+impl FromStr for SourceSpec {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parts = || {
+            let (name, rest) = text.split_once('=')?;
+            let (weight, glob) = rest.split_once(':')?;
+            Some((name, weight, glob))
+        };
+        let Some((name, weight, glob)) = parts() else {
+            return Err(format!("{text:?} is no source, needed NAME=WEIGHT:GLOB"));
+        };
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
+        if name.is_empty() || name.starts_with('.') || !name.chars().all(is_plain) {
+            return Err(format!(
+                "{name:?} is no name of a source, needed letters, digits, `_`, `-` and `.`"
+            ));
+        }
+        let number =
+            weight.parse::<f64>().ok().filter(|weight| weight.is_finite() && *weight > 0.0);
+        let Some(weight) = number else {
+            return Err(format!("the weight of {name:?} is {weight:?}, needed a number above 0"));
+        };
+        if glob.is_empty() {
+            return Err(format!("source {name:?} names no files, needed NAME=WEIGHT:GLOB"));
+        }
+        Ok(Self { name: name.into(), weight, glob: glob.into() })
+    }
+}
+
+impl fmt::Display for SourceSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}={}:{}", self.name, self.weight, self.glob)
+    }
+}
+
+impl TryFrom<String> for SourceSpec {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<SourceSpec> for String {
+    fn from(spec: SourceSpec) -> Self {
+        spec.to_string()
+    }
+}
+
+/// The files that match a pattern, by name. A pattern that is the name of a file is that file.
+///
+/// # Errors
+/// If there are none, or a folder cannot be read.
+pub fn matching_files(pattern: &str) -> Result<Vec<PathBuf>, CorpusError> {
+    if Path::new(pattern).is_file() {
+        return Ok(vec![pattern.into()]);
+    }
+    let matches = glob::glob(pattern).map_err(|problem| CorpusError::Pattern {
+        pattern: pattern.into(),
+        problem: problem.msg.into(),
+    })?;
+    let mut files = Vec::new();
+    for path in matches {
+        let path = path.map_err(|error| CorpusError::Io {
+            action: "read",
+            path: error.path().into(),
+            source: error.into(),
+        })?;
+        if path.is_file() {
+            files.push(path);
+        }
+    }
+    if files.is_empty() {
+        return Err(CorpusError::NoFile { pattern: pattern.into() });
+    }
+    files.sort();
+    Ok(files)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_source_is_a_name_a_weight_and_files() {
+        let check = |text: &str, needed: Result<(&str, f64, &str), &str>| match (
+            text.parse::<SourceSpec>(),
+            needed,
+        ) {
+            (Ok(found), Ok((name, weight, glob))) => {
+                assert_eq!((&*found.name, found.weight, &*found.glob), (name, weight, glob));
+                assert_eq!(found.to_string().parse(), Ok(found.clone()));
+                let json = serde_json::to_string(&found).unwrap();
+                assert_eq!(serde_json::from_str::<SourceSpec>(&json).unwrap(), found);
+            }
+            (Err(found), Err(words)) => assert!(found.contains(words), "{found}"),
+            (found, needed) => panic!("{text}: {found:?}, needed {needed:?}"),
+        };
+        check("wiki=0.7:data/*.txt", Ok(("wiki", 0.7, "data/*.txt")));
+        check("a-b_c.2=3:C:\\x=1.txt", Ok(("a-b_c.2", 3.0, "C:\\x=1.txt")));
+        check("data/*.txt", Err("needed NAME=WEIGHT:GLOB"));
+        check("wiki=0.7", Err("needed NAME=WEIGHT:GLOB"));
+        check("wiki=0.7:", Err("names no files"));
+        check("=1:x", Err("is no name"));
+        check("../x=1:x", Err("is no name"));
+        check("wiki=0:x", Err("needed a number above 0"));
+        check("wiki=-1:x", Err("needed a number above 0"));
+        check("wiki=inf:x", Err("needed a number above 0"));
+        check("wiki=much:x", Err("\"wiki\" is \"much\""));
+    }
+}
