@@ -127,7 +127,7 @@ pub fn log_probs_and_values(
     responses: &[Response],
     temperature: f64,
     most: usize,
-) -> Result<(Vec<Vec<f32>>, Vec<Vec<f32>>)> {
+) -> Result<[Vec<Vec<f32>>; 2]> {
     let (mut logps, mut values) = (Vec::new(), Vec::new());
     for run in runs(responses.iter().map(Response::len)) {
         let responses: Vec<&Response> = responses[run].iter().collect();
@@ -140,7 +140,7 @@ pub fn log_probs_and_values(
         let mut rest = of_states.into_iter();
         values.extend(states().map(|states| rest.by_ref().take(states).collect::<Vec<f32>>()));
     }
-    Ok((logps, values))
+    Ok([logps, values])
 }
 
 /// What a reward model's head `(1, hidden_size)` reads at the end of each response. With `eos`, a

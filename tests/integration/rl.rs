@@ -484,7 +484,7 @@ fn log_probs_and_values_of_one_pass_are_those_of_two() {
                 temperature,
                 MOST,
             );
-            assert!(both.unwrap() == (logps, values), "{compute:?} at {temperature}");
+            assert!(both.unwrap() == [logps, values], "{compute:?} at {temperature}");
         }
     }
 }

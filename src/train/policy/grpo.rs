@@ -116,7 +116,7 @@ impl Rollouts {
                     continue; // all of them truncated and left out
                 }
                 let stepped = learner.step(&parts, learning_rate)?;
-                first.get_or_insert_with(|| (mini, stepped.logps));
+                first.get_or_insert((mini, stepped.logps));
                 losses.push(stepped.loss);
                 norms.push(stepped.grad_norm);
                 stats.add(stepped.stats);

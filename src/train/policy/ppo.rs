@@ -83,15 +83,15 @@ impl Rollouts {
         let head = learner.adapters[valuer].score.clone().expect("a value head was given");
         let (policy, valuer) = (learner.worn(0), learner.worn(valuer));
         let most = own.response_length;
-        let (old, values) = match own.value_model {
+        let [old, values] = match own.value_model {
             // What the two are read from is one forward pass of one adapter.
             ValueModel::Policy => {
                 respond::log_probs_and_values(decoder, policy, &head, responses, temperature, most)?
             }
-            ValueModel::Own => (
+            ValueModel::Own => [
                 respond::log_probs(decoder, policy, responses, temperature)?,
                 respond::values(decoder, valuer, &head, responses, most)?,
-            ),
+            ],
         };
 
         let rollouts = rollouts_of(state);
