@@ -166,8 +166,13 @@ def peer_side(training, warm, samples):
 
 
 def our_training(base, rows, **settings):
-    """Our run, watched from outside: a step is done when its line is in metrics.jsonl."""
+    """Our steps on rows."""
     out = fresh("sft")
+    return watched(sft_args(base, rows, out, **settings), out)
+
+
+def watched(command, out):
+    """A run of ours, watched from outside: a step is done when its line is in metrics.jsonl."""
     metrics, seen, moments = out / "metrics.jsonl", 0, []
 
     def watch(pid):
@@ -182,7 +187,7 @@ def our_training(base, rows, **settings):
             pass  # it has ended between the two looks
 
     began = time.perf_counter()
-    done = quantune(*sft_args(base, rows, out, **settings), each_poll=watch)
+    done = quantune(*command, each_poll=watch)
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     if [count for _, _, count in moments] != list(range(1, len(lines) + 1)):
         sys.exit(f"{out}: steps too short to be told apart from outside, needed longer rows or more of them")
