@@ -8,7 +8,7 @@ pub mod cache;
 pub mod config;
 pub mod decoder;
 pub mod layer;
-mod load;
+pub mod load;
 pub mod reading;
 pub mod scoring;
 

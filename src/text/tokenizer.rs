@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 use serde_json::json;
 
 use super::marks::{Marks, Part};
-use super::{ChatTemplate, DecodeStream, TextError, folder, gguf};
+use super::{ChatTemplate, DecodeStream, TextError, folder, gguf, pre_tokenizer};
 use crate::weights::{Checkpoint, Gguf};
 
 /// What the names of special tokens are when they stand in the text.
@@ -208,6 +208,11 @@ impl Tokenizer {
     /// One more than the highest id.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
+    }
+
+    /// llama.cpp's name of how words are cut, if it has one.
+    pub(super) fn pre_tokenizer_name(&self, ignore_merges: bool) -> Option<&'static str> {
+        pre_tokenizer::identify(self.inner.get_pre_tokenizer()?, ignore_merges)
     }
 
     /// Pins the time that the chat template sees, in seconds since 1970 UTC.
