@@ -28,12 +28,14 @@
 //! - [`objectives`]: losses, pure functions of log-probs and scores. Do not know about models or data.
 //! - [`rollout`]: prompts to responses to rewards to advantages. Does not know how the policy changes.
 //! - [`eval`]: loss, perplexity, diversity. Does not know about training.
+//! - [`export`]: models and adapters in the forms others read. Does not know about training.
 //! - [`train`]: the loop, run directory, checkpoints, metrics. Does not know the command line.
 //! - [`cli`]: flags, printing, exit codes. Nothing knows it.
 
 pub mod cli;
 pub mod data;
 pub mod eval;
+pub mod export;
 pub mod generate;
 pub mod isa;
 pub mod model;

@@ -150,6 +150,30 @@ impl Config {
         (0..pairs).map(|i| scaled(i) as f32).collect()
     }
 
+    /// What each frequency is divided by, `head_dim / 2` values, where they are neither all kept nor
+    /// all divided alike: a GGUF's `rope_freqs.weight`.
+    pub fn rope_factors(&self) -> Option<Vec<f32>> {
+        match &self.rope_scaling {
+            RopeScaling::None | RopeScaling::Linear { .. } => None,
+            RopeScaling::Factors(factors) => Some(factors.clone()),
+            RopeScaling::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_max_position_embeddings: original,
+            } => {
+                let pairs = (0..self.head_dim / 2).map(|i| {
+                    let plain = self.rope_theta.powf(-2.0 * i as f64 / self.head_dim as f64);
+                    let turns = original * plain / std::f64::consts::TAU;
+                    let kept = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                    let kept = kept.clamp(0.0, 1.0);
+                    (1.0 / (kept + (1.0 - kept) / factor)) as f32
+                });
+                Some(pairs.collect())
+            }
+        }
+    }
+
     /// The properties, if they make sense; `path` says where they are from.
     pub fn checked(self, path: String) -> Result<Self, ModelError> {
         let mut faults = Vec::new();

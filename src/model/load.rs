@@ -141,21 +141,12 @@ impl Loader<'_> {
     }
 
     fn order(&self, name: &str) -> RowOrder {
-        let rotated = name.contains(".q_proj.") || name.contains(".k_proj.");
-        match self.checkpoint {
-            Checkpoint::Gguf(_) if rotated && self.config.family.interleaved_in_gguf => {
-                RowOrder::Interleaved { head_dim: self.config.head_dim }
-            }
-            _ => RowOrder::Straight,
-        }
+        stored_order(self.checkpoint, self.config, name)
     }
 
     /// What a tensor is called in this checkpoint.
     fn stored_name(&self, name: &str) -> String {
-        match self.checkpoint {
-            Checkpoint::Gguf(_) => gguf_name(name),
-            Checkpoint::HuggingFace(_) => name.to_string(),
-        }
+        stored_name(self.checkpoint, name)
     }
 
     /// Errors name the file; in a list of them once is enough.
@@ -178,6 +169,67 @@ impl Loader<'_> {
         }
         ModelError::Tensors { path: self.checkpoint.path().display().to_string(), reason }
     }
+}
+
+/// What a checkpoint calls the tensor that Hugging Face calls `name`.
+pub fn stored_name(checkpoint: &Checkpoint, name: &str) -> String {
+    match checkpoint {
+        Checkpoint::Gguf(_) => gguf_name(name),
+        Checkpoint::HuggingFace(_) => name.to_string(),
+    }
+}
+
+/// How a checkpoint orders the rows of the tensor that Hugging Face calls `name`.
+pub fn stored_order(checkpoint: &Checkpoint, config: &Config, name: &str) -> RowOrder {
+    match checkpoint {
+        Checkpoint::Gguf(_) => gguf_order(config, name),
+        Checkpoint::HuggingFace(_) => RowOrder::Straight,
+    }
+}
+
+/// How a GGUF orders the rows of the tensor that Hugging Face calls `name`.
+pub fn gguf_order(config: &Config, name: &str) -> RowOrder {
+    let rotated = name.contains(".q_proj.") || name.contains(".k_proj.");
+    match rotated && config.family.interleaved_in_gguf {
+        true => RowOrder::Interleaved { head_dim: config.head_dim },
+        false => RowOrder::Straight,
+    }
+}
+
+/// A decoder's tensors by Hugging Face's names, with their shapes: what [`Decoder::load`] reads, in
+/// the order of the forward pass.
+pub fn tensors(config: &Config) -> Vec<(String, Vec<usize>)> {
+    let c = config;
+    let (hidden, inner) = (c.hidden_size, c.intermediate_size);
+    let (q, kv) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
+    let mut tensors = vec![("model.embed_tokens.weight".to_string(), vec![c.vocab_size, hidden])];
+    for index in 0..c.num_hidden_layers {
+        let linears = [
+            ("self_attn.q_proj", q, hidden, c.qkv_bias),
+            ("self_attn.k_proj", kv, hidden, c.qkv_bias),
+            ("self_attn.v_proj", kv, hidden, c.qkv_bias),
+            ("self_attn.o_proj", hidden, q, c.o_bias),
+            ("mlp.gate_proj", inner, hidden, c.mlp_bias),
+            ("mlp.up_proj", inner, hidden, c.mlp_bias),
+            ("mlp.down_proj", hidden, inner, c.mlp_bias),
+        ];
+        let mut put = |name: String, shape: Vec<usize>| {
+            tensors.push((format!("model.layers.{index}.{name}"), shape));
+        };
+        put("input_layernorm.weight".into(), vec![hidden]);
+        put("post_attention_layernorm.weight".into(), vec![hidden]);
+        for (name, rows, cols, bias) in linears {
+            put(format!("{name}.weight"), vec![rows, cols]);
+            if bias {
+                put(format!("{name}.bias"), vec![rows]);
+            }
+        }
+    }
+    tensors.push(("model.norm.weight".into(), vec![hidden]));
+    if !c.tie_word_embeddings {
+        tensors.push(("lm_head.weight".into(), vec![c.vocab_size, hidden]));
+    }
+    tensors
 }
 
 /// llama.cpp's name of a tensor that Hugging Face calls `name` (its `gguf-py` tensor mapping).

@@ -9,7 +9,7 @@ pub mod config;
 pub mod decoder;
 pub mod full;
 pub mod layer;
-mod load;
+pub mod load;
 pub mod reading;
 pub mod scoring;
 

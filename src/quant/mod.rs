@@ -1,9 +1,11 @@
-//! GGML block types over a range of bytes: what a block is, and how it becomes `f32`.
+//! GGML block types over a range of bytes: what a block is, how it becomes `f32`, and how `f32`
+//! become blocks.
 //!
 //! Knows nothing of files: bytes arrive as a [`Bytes`], usually a window into a memory map.
 
 mod blocks;
 mod matrix;
+mod quantize;
 #[cfg(test)]
 pub(crate) mod testing;
 

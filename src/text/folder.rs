@@ -88,22 +88,32 @@ fn ends(
     Ok(ends)
 }
 
-/// `chat_template.jinja`, else what the config holds: one template or several with names.
 fn template(
     folder: &Path,
     config_path: &Path,
     config: &Value,
     special: &[(&str, Option<&str>)],
 ) -> Result<Option<ChatTemplate>, TextError> {
+    let Some((default, tool_use)) = template_texts(folder, config_path, config)? else {
+        return Ok(None);
+    };
+    ChatTemplate::new(&default, tool_use.as_deref(), special).map(Some)
+}
+
+/// `chat_template.jinja`, else what the config holds: one template or several with names. The text
+/// of the default, and of the one for tools.
+pub(super) fn template_texts(
+    folder: &Path,
+    config_path: &Path,
+    config: &Value,
+) -> Result<Option<(String, Option<String>)>, TextError> {
     let tool_use = text(&folder.join("additional_chat_templates/tool_use.jinja"))?;
     if let Some(default) = text(&folder.join("chat_template.jinja"))? {
-        return ChatTemplate::new(&default, tool_use.as_deref(), special).map(Some);
+        return Ok(Some((default, tool_use)));
     }
     match config {
         Value::Null => Ok(None),
-        Value::String(template) => {
-            ChatTemplate::new(template, tool_use.as_deref(), special).map(Some)
-        }
+        Value::String(template) => Ok(Some((template.clone(), tool_use))),
         Value::Array(named) => {
             let get =
                 |name: &str| named.iter().find(|entry| entry["name"] == name)?["template"].as_str();
@@ -115,14 +125,14 @@ fn template(
                     format!("chat_template has {names:?}, needed one named \"default\""),
                 )
             })?;
-            ChatTemplate::new(default, get("tool_use"), special).map(Some)
+            Ok(Some((default.to_owned(), get("tool_use").map(str::to_owned))))
         }
         _ => Err(TextError::format(config_path, "chat_template is neither text nor a list")),
     }
 }
 
 /// A token given as text or as an object with its `content`; `None` if it is neither.
-fn token_text(value: &Value) -> Option<Option<String>> {
+pub(super) fn token_text(value: &Value) -> Option<Option<String>> {
     match value {
         Value::Null => Some(None),
         Value::String(token) => Some(Some(token.clone())),
@@ -132,7 +142,7 @@ fn token_text(value: &Value) -> Option<Option<String>> {
 }
 
 /// A JSON object; an empty one if there is no such file.
-fn object(path: &Path) -> Result<Value, TextError> {
+pub(super) fn object(path: &Path) -> Result<Value, TextError> {
     let Some(json) = text(path)? else { return Ok(Value::Object(Default::default())) };
     match serde_json::from_str(&json) {
         Ok(object @ Value::Object(_)) => Ok(object),
@@ -142,7 +152,7 @@ fn object(path: &Path) -> Result<Value, TextError> {
 }
 
 /// A file's text; `None` if there is no such file.
-fn text(path: &Path) -> Result<Option<String>, TextError> {
+pub(super) fn text(path: &Path) -> Result<Option<String>, TextError> {
     match fs::read_to_string(path) {
         Ok(text) => Ok(Some(text)),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),

@@ -13,9 +13,11 @@ use super::{ChatTemplate, TextError, Tokenizer};
 use crate::weights::Gguf;
 
 /// `enum llama_token_type`.
+pub(super) const NORMAL: i32 = 1;
 const UNKNOWN: i32 = 2;
-const CONTROL: i32 = 3;
-const USER_DEFINED: i32 = 4;
+pub(super) const CONTROL: i32 = 3;
+pub(super) const USER_DEFINED: i32 = 4;
+pub(super) const UNUSED: i32 = 5;
 
 /// Further tokens that are marks although some files call them text.
 const MARKS: &[&str] = &[
@@ -58,12 +60,7 @@ const TEXT: &[&str] = &["<|channel|>", "<|message|>", "<|start|>", "<|constrain|
 pub(super) fn read(file: &Gguf) -> Result<Tokenizer, TextError> {
     let pre = kind(file)?;
     let tokens = tokens(file)?;
-    let ids: HashMap<&str, u32> = tokens.iter().map(|t| &**t).zip(0..).collect();
-    if ids.len() < tokens.len() {
-        let twice = (0..).zip(&tokens).find(|(id, token)| ids[&***token] != *id);
-        let name = twice.map_or("", |(_, token)| token);
-        return Err(bad(file, format!("token {name:?} is in the vocabulary twice")));
-    }
+    let ids = ids(file, &tokens)?;
     let mut bpe = BPE::new(collected(BPE::new, &tokens), merges(file, &ids)?);
     bpe.ignore_merges = pre.ignore_merges;
 
@@ -88,7 +85,7 @@ pub(super) fn read(file: &Gguf) -> Result<Tokenizer, TextError> {
 }
 
 /// What cuts words, if the file's tokenizer is one we know.
-fn kind(file: &Gguf) -> Result<&'static PreTokenizer, TextError> {
+pub(super) fn kind(file: &Gguf) -> Result<&'static PreTokenizer, TextError> {
     let model = required(file, "tokenizer.ggml.model")?;
     if model != "gpt2" {
         return Err(bad(
@@ -108,7 +105,7 @@ fn kind(file: &Gguf) -> Result<&'static PreTokenizer, TextError> {
     })
 }
 
-fn tokens(file: &Gguf) -> Result<Vec<String>, TextError> {
+pub(super) fn tokens(file: &Gguf) -> Result<Vec<String>, TextError> {
     let key = "tokenizer.ggml.tokens";
     let tokens = file.strings(key)?.ok_or_else(|| file.missing_key(key))?;
     let text = |(id, bytes): (usize, &[u8])| match std::str::from_utf8(bytes) {
@@ -123,8 +120,25 @@ fn tokens(file: &Gguf) -> Result<Vec<String>, TextError> {
     }
 }
 
+/// The id of each token.
+pub(super) fn ids<'t>(
+    file: &Gguf,
+    tokens: &'t [String],
+) -> Result<HashMap<&'t str, u32>, TextError> {
+    let ids: HashMap<&str, u32> = tokens.iter().map(|t| &**t).zip(0..).collect();
+    if ids.len() < tokens.len() {
+        let twice = (0..).zip(tokens).find(|(id, token)| ids[&***token] != *id);
+        let name = twice.map_or("", |(_, token)| token);
+        return Err(bad(file, format!("token {name:?} is in the vocabulary twice")));
+    }
+    Ok(ids)
+}
+
 /// Checked here, since [`BPE::new`] panics on a merge of what is no token.
-fn merges(file: &Gguf, ids: &HashMap<&str, u32>) -> Result<Vec<(String, String)>, TextError> {
+pub(super) fn merges(
+    file: &Gguf,
+    ids: &HashMap<&str, u32>,
+) -> Result<Vec<(String, String)>, TextError> {
     let key = "tokenizer.ggml.merges";
     let lines = file.strings(key)?.ok_or_else(|| file.missing_key(key))?;
     let mut merges = Vec::with_capacity(lines.len());
@@ -165,7 +179,7 @@ fn collected<V: FromIterator<(String, u32)>, M>(_: fn(V, M) -> BPE, tokens: &[St
     tokens.iter().cloned().zip(0..).collect()
 }
 
-fn roles(
+pub(super) fn roles(
     file: &Gguf,
     pre: &PreTokenizer,
     tokens: &[String],
@@ -193,7 +207,7 @@ fn roles(
 }
 
 /// The tokens found in a text before it is cut into words.
-fn marks(file: &Gguf, tokens: &[String], roles: &Roles) -> Result<Vec<Mark>, TextError> {
+pub(super) fn marks(file: &Gguf, tokens: &[String], roles: &Roles) -> Result<Vec<Mark>, TextError> {
     let key = "tokenizer.ggml.token_type";
     let types = file.i32s(key)?;
     if let Some(types) = &types

@@ -4,6 +4,7 @@
 //! A GGUF's byte-level BPE gives llama.cpp's ids, a folder's `tokenizer.json` those of the
 //! `tokenizers` crate. Encoding never adds BOS or EOS: whoever wants BOS asks for it once.
 
+pub mod convert;
 mod error;
 mod folder;
 mod gguf;

@@ -5,11 +5,13 @@
 //! on its own vocabulary (`scripts/check_tokenizer.sh`) or on another's relabelled
 //! (`scripts/check_tokenizer_random.py`).
 
+use serde_json::{Value, json};
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::tokenizer::normalizer::SplitDelimiterBehavior;
+use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer as _};
 
 /// A row of the table: what a value of `tokenizer.ggml.pre` stands for.
 pub(super) struct PreTokenizer {
@@ -254,6 +256,42 @@ pub(super) fn find(name: &str) -> Option<&'static PreTokenizer> {
     TABLE.iter().find(|row| row.names.contains(&name))
 }
 
+/// Texts that every two rows cut differently.
+const PROBES: &[&str] = &[
+    "I'm sure they'LL say it'S 'Re 'veil don't-stop, isn't it?  We'd   better\twait.\n\n  \n End ",
+    "1 22 333 4444 55555 1234567 3.14 x86 a1b2c3 7th 10,000.00 ½ ² ٣٤٥ ४५ 3२1",
+    "HelloWorld XMLHttpRequest iPhone ALLCAPS mixedCASE_name snake_case kebab-case don'T",
+    "!!! ... ?! (a) [b] {c} <d> =+-*/ ^~|` $5 #tag @user \\path/to//file.rs: x+=1; // end\r\n/\n",
+    " leading\n trailing \n\n\n\ttabs\t\ttoo\r\n\r\n      six          eleven                 many",
+    "a                                                                                  b",
+    "Ünïcödé naïve ångström Straße ŁÓDŹ ǅ ʰ Ελληνικά ЖЖ жЖ Русский текст, да. عربى, कि़ हिन्दी។ ไทย",
+    "中文字符 与 日本語テキスト 한국어 문장 。、，． カタカナ ㄅ 。\n“quoted” — dash… ‘x’",
+    "e\u{301}te\u{301} क\u{93f} \u{301}x 🚀🌫️ 👨‍👩‍👧 ✅ €5 ±3 ×2 a\u{a0}b \u{3000}wide \u{200b}zero",
+    "one two  three/four\n/five !/six\n !\n\n/x a b c of the And The z",
+];
+
+/// The name of the row that cuts [`PROBES`] as `theirs` does, and keeps whole words or not as
+/// `ignore_merges` says.
+pub(super) fn identify(theirs: &PreTokenizerWrapper, ignore_merges: bool) -> Option<&'static str> {
+    let theirs = cuts(theirs)?;
+    let fits = |row: &&PreTokenizer| {
+        row.ignore_merges == ignore_merges
+            && row.build(|_| true).ok().and_then(|ours| cuts(&ours)).as_ref() == Some(&theirs)
+    };
+    Some(TABLE.iter().find(fits)?.names[0])
+}
+
+/// Where a pre-tokenizer cuts [`PROBES`].
+fn cuts(pre: &PreTokenizerWrapper) -> Option<Vec<Vec<(usize, usize)>>> {
+    let of = |text: &&str| {
+        let mut pieces = PreTokenizedString::from(*text);
+        pre.pre_tokenize(&mut pieces).ok()?;
+        let splits = pieces.get_splits(OffsetReferential::Original, OffsetType::Byte);
+        Some(splits.into_iter().map(|(_, offsets, _)| offsets).collect())
+    };
+    PROBES.iter().map(of).collect()
+}
+
 /// All names, for messages.
 pub(super) fn known() -> String {
     let names: Vec<&str> = TABLE.iter().flat_map(|row| row.names).copied().collect();
@@ -292,6 +330,38 @@ impl PreTokenizer {
     }
 }
 
+impl PreTokenizer {
+    /// The row as `tokenizer.json` has it, if the expressions of other implementations can say it.
+    pub fn to_json(&self) -> Option<Value> {
+        let byte_level = |use_regex: bool| {
+            json!({
+                "type": "ByteLevel",
+                "add_prefix_space": false,
+                "trim_offsets": false,
+                "use_regex": use_regex,
+            })
+        };
+        if self.splits == [GPT2] {
+            return Some(byte_level(true));
+        }
+        let split = |pattern: &&str| {
+            // Set differences and \u{..} are this crate's own.
+            let portable = !pattern.contains("--") && !pattern.contains(r"\u{");
+            portable.then(|| {
+                json!({
+                    "type": "Split",
+                    "pattern": { "Regex": pattern },
+                    "behavior": "Isolated",
+                    "invert": false,
+                })
+            })
+        };
+        let mut steps = self.splits.iter().map(split).collect::<Option<Vec<Value>>>()?;
+        steps.push(byte_level(false));
+        Some(json!({ "type": "Sequence", "pretokenizers": steps }))
+    }
+}
+
 /// The categories of Unicode 15.1, as in llama.cpp's tables: characters added since have none.
 fn of_unicode_15_1(pattern: &str) -> String {
     let categories = ["L", "Lu", "Ll", "Lt", "N", "P", "S", "M"];
@@ -304,7 +374,6 @@ fn of_unicode_15_1(pattern: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer as _};
 
     #[test]
     fn every_row_builds_and_every_name_is_there_once() {
@@ -316,6 +385,21 @@ mod tests {
         for row in TABLE {
             row.build(|_| true).unwrap();
         }
+    }
+
+    #[test]
+    fn every_row_is_known_by_how_it_cuts() {
+        for row in TABLE {
+            let built = row.build(|_| true).unwrap();
+            assert_eq!(identify(&built, row.ignore_merges), Some(row.names[0]));
+            // And by what is written of it.
+            if let Some(json) = row.to_json() {
+                let read: PreTokenizerWrapper = serde_json::from_value(json).unwrap();
+                assert_eq!(identify(&read, row.ignore_merges), Some(row.names[0]));
+            }
+        }
+        let whole = PreTokenizerWrapper::ByteLevel(ByteLevel::new(true, true, true));
+        assert_eq!(identify(&whole, false), None, "a prefix space is no llama.cpp's");
     }
 
     #[test]

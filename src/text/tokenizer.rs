@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 
 use super::marks::{Marks, Part};
-use super::{ChatTemplate, DecodeStream, TextError, folder, gguf};
+use super::{ChatTemplate, DecodeStream, TextError, folder, gguf, pre_tokenizer};
 use crate::weights::{Checkpoint, Gguf};
 
 /// What the names of special tokens are when they stand in the text.
@@ -242,6 +242,11 @@ impl Tokenizer {
         let json = self.inner.to_string(false).map_err(failed)?;
         let digest = Sha256::new().chain_update(json).chain_update(format!("{:?}", self.marks));
         Ok(digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
+    /// llama.cpp's name of how words are cut, if it has one.
+    pub(super) fn pre_tokenizer_name(&self, ignore_merges: bool) -> Option<&'static str> {
+        pre_tokenizer::identify(self.inner.get_pre_tokenizer()?, ignore_merges)
     }
 
     /// Pins the time that the chat template sees, in seconds since 1970 UTC.

@@ -22,7 +22,7 @@ pub use gguf::Gguf;
 pub use inspect::{Inspection, MetadataLine, Summary, TensorLine, TypeTotal, inspect};
 pub use safetensors::{HfFolder, Safetensors, SafetensorsInfo};
 pub use value::{Array, OwnedValue, Value, ValueType};
-pub use write::{NewTensor, write_gguf};
+pub use write::{NewTensor, TensorPlan, stream_gguf, stream_safetensors, write_gguf};
 
 use std::fs::File;
 use std::path::Path;

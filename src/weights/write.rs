@@ -1,8 +1,10 @@
-//! A writer of GGUF version 3.
+//! Writers of GGUF version 3 and of safetensors, a tensor at a time.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io::{self, Write};
 use std::path::Path;
+
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 
 use super::gguf::{ALIGNMENT_KEY, DEFAULT_ALIGNMENT, MAGIC, tensor_bytes};
 use super::{OwnedValue, WeightsError, write_atomically};
@@ -24,6 +26,27 @@ pub struct NewTensor<'a> {
     pub bytes: &'a [u8],
 }
 
+/// A tensor whose bytes come when it is its turn.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorPlan {
+    /// Its name, in a GGUF shorter than 64 bytes.
+    pub name: String,
+    /// Outermost dimension first, like PyTorch.
+    pub shape: Vec<usize>,
+    /// How its values are stored.
+    pub block_type: BlockType,
+}
+
+impl TensorPlan {
+    /// The bytes it takes.
+    ///
+    /// # Errors
+    /// If its rows are no whole blocks, or it is too large for memory.
+    pub fn bytes(&self) -> Result<usize, String> {
+        tensor_bytes(&self.shape, self.block_type)
+    }
+}
+
 /// Writes a GGUF file, version 3, little endian, in the given order. `general.alignment` among
 /// the metadata is honoured; without it tensors lie on multiples of 32 bytes.
 ///
@@ -34,6 +57,40 @@ pub fn write_gguf(
     path: impl AsRef<Path>,
     metadata: &[(String, OwnedValue)],
     tensors: &[NewTensor<'_>],
+) -> Result<(), WeightsError> {
+    let path = path.as_ref();
+    let plan = |tensor: &NewTensor| TensorPlan {
+        name: tensor.name.into(),
+        shape: tensor.shape.into(),
+        block_type: tensor.block_type,
+    };
+    let plans: Vec<TensorPlan> = tensors.iter().map(plan).collect();
+    let mut faults = [metadata_faults(metadata), tensor_faults(&plans)].concat();
+    for (tensor, plan) in tensors.iter().zip(&plans) {
+        let (name, found) = (tensor.name, tensor.bytes.len());
+        if let Ok(needed) = plan.bytes()
+            && needed != found
+        {
+            let (shape, block_type) = (tensor.shape, tensor.block_type);
+            faults.push(format!(
+                "tensor {name:?}: {shape:?} in {block_type} takes {needed} bytes, found {found}"
+            ));
+        }
+    }
+    super::error::all_of(path, &faults)?;
+    stream_gguf(path, metadata, &plans, |i, file| file.write_all(tensors[i].bytes))
+}
+
+/// [`write_gguf`] of tensors that are made one after the other: `write` puts the bytes of the
+/// `i`-th, exactly those its plan says.
+///
+/// # Errors
+/// As [`write_gguf`]; what `write` fails with travels in `io::Error::other`.
+pub fn stream_gguf(
+    path: impl AsRef<Path>,
+    metadata: &[(String, OwnedValue)],
+    tensors: &[TensorPlan],
+    mut write: impl FnMut(usize, &mut dyn Write) -> io::Result<()>,
 ) -> Result<(), WeightsError> {
     let path = path.as_ref();
     let faults = [metadata_faults(metadata), tensor_faults(tensors)].concat();
@@ -56,8 +113,9 @@ pub fn write_gguf(
         header.extend((value.value_type() as u32).to_le_bytes());
         put_value(&mut header, value);
     }
+    let sizes: Vec<usize> = tensors.iter().map(|t| t.bytes().expect("checked")).collect();
     let mut offset = 0usize;
-    for tensor in tensors {
+    for (tensor, size) in tensors.iter().zip(&sizes) {
         put_string(&mut header, tensor.name.as_bytes());
         header.extend((tensor.shape.len() as u32).to_le_bytes());
         for dim in tensor.shape.iter().rev() {
@@ -65,17 +123,104 @@ pub fn write_gguf(
         }
         header.extend(tensor.block_type.to_ggml().to_le_bytes());
         header.extend((offset as u64).to_le_bytes());
-        offset = (offset + tensor.bytes.len()).next_multiple_of(alignment);
+        offset = (offset + size).next_multiple_of(alignment);
     }
 
     write_atomically(path, |file| {
-        let mut padded = |bytes: &[u8]| -> io::Result<()> {
-            file.write_all(bytes)?;
-            file.write_all(&vec![0; bytes.len().next_multiple_of(alignment) - bytes.len()])
+        let pad = |file: &mut dyn Write, len: usize| {
+            file.write_all(&vec![0; len.next_multiple_of(alignment) - len])
         };
-        padded(&header)?;
-        tensors.iter().try_for_each(|tensor| padded(tensor.bytes))
+        file.write_all(&header)?;
+        pad(file, header.len())?;
+        for (i, size) in sizes.iter().enumerate() {
+            exactly(file, *size, &tensors[i].name, |file| write(i, file))?;
+            pad(file, *size)?;
+        }
+        Ok(())
     })
+}
+
+/// Writes a safetensors file of tensors that are made one after the other, in the given order, as
+/// [`stream_gguf`]. Their types are F32, F16 and BF16.
+///
+/// # Errors
+/// As [`stream_gguf`].
+pub fn stream_safetensors(
+    path: impl AsRef<Path>,
+    metadata: HashMap<String, String>,
+    tensors: &[TensorPlan],
+    mut write: impl FnMut(usize, &mut dyn Write) -> io::Result<()>,
+) -> Result<(), WeightsError> {
+    let path = path.as_ref();
+    let mut faults = Vec::new();
+    let (mut end, mut infos, mut sizes) = (0, Vec::new(), Vec::new());
+    for tensor in tensors {
+        let dtype = match tensor.block_type {
+            BlockType::F32 => Dtype::F32,
+            BlockType::F16 => Dtype::F16,
+            BlockType::BF16 => Dtype::BF16,
+            other => {
+                faults.push(format!("tensor {:?}: {other} is no safetensors type", tensor.name));
+                continue;
+            }
+        };
+        match tensor.bytes() {
+            Ok(size) => {
+                let (start, shape) = (end, tensor.shape.clone());
+                end += size;
+                sizes.push(size);
+                let info = TensorInfo { dtype, shape, data_offsets: (start, end) };
+                infos.push((tensor.name.clone(), info));
+            }
+            Err(fault) => faults.push(format!("tensor {:?}: {fault}", tensor.name)),
+        }
+    }
+    super::error::all_of(path, &faults)?;
+    let bad = |e: String| WeightsError::format(path, e);
+    let header = Metadata::new(Some(metadata), infos).map_err(|e| bad(e.to_string()))?;
+    let mut header = serde_json::to_vec(&header).map_err(|e| bad(e.to_string()))?;
+    header.resize(header.len().next_multiple_of(8), b' ');
+    write_atomically(path, |file| {
+        file.write_all(&(header.len() as u64).to_le_bytes())?;
+        file.write_all(&header)?;
+        for (i, size) in sizes.iter().enumerate() {
+            exactly(file, *size, &tensors[i].name, |file| write(i, file))?;
+        }
+        Ok(())
+    })
+}
+
+/// Lets `write` put exactly `size` bytes.
+fn exactly(
+    file: &mut dyn Write,
+    size: usize,
+    name: &str,
+    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut counted = Counted { file, bytes: 0 };
+    write(&mut counted)?;
+    if counted.bytes == size {
+        return Ok(());
+    }
+    let found = counted.bytes;
+    Err(io::Error::other(format!("tensor {name:?}: {found} bytes were written, needed {size}")))
+}
+
+struct Counted<'a> {
+    file: &'a mut dyn Write,
+    bytes: usize,
+}
+
+impl Write for Counted<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.file.write(bytes)?;
+        self.bytes += written;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.file.flush()
+    }
 }
 
 fn metadata_faults(metadata: &[(String, OwnedValue)]) -> Vec<String> {
@@ -109,10 +254,11 @@ fn of_one_type(value: &OwnedValue) -> bool {
     }
 }
 
-fn tensor_faults(tensors: &[NewTensor<'_>]) -> Vec<String> {
+fn tensor_faults(tensors: &[TensorPlan]) -> Vec<String> {
     let mut faults = Vec::new();
     let mut seen = HashSet::new();
-    for NewTensor { name, shape, block_type, bytes } in tensors {
+    for tensor in tensors {
+        let TensorPlan { name, shape, .. } = tensor;
         let mut fault = |what: String| faults.push(format!("tensor {name:?}: {what}"));
         if name.is_empty() || name.len() >= MAX_NAME {
             fault(format!("its name has {} bytes, needed 1 to {}", name.len(), MAX_NAME - 1));
@@ -123,13 +269,8 @@ fn tensor_faults(tensors: &[NewTensor<'_>]) -> Vec<String> {
         if !(1..=4).contains(&shape.len()) || shape.contains(&0) {
             fault(format!("shape {shape:?}, needed 1 to 4 dimensions, none of them 0"));
         }
-        match tensor_bytes(shape, *block_type) {
-            Ok(needed) if needed == bytes.len() => (),
-            Ok(needed) => {
-                let found = bytes.len();
-                fault(format!("{shape:?} in {block_type} takes {needed} bytes, found {found}"));
-            }
-            Err(e) => fault(e),
+        if let Err(e) = tensor.bytes() {
+            fault(e);
         }
     }
     faults

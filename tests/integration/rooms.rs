@@ -16,6 +16,7 @@ const ROOMS: &[&str] = &[
     "objectives",
     "rollout",
     "eval",
+    "export",
     "train",
     "cli",
 ];

@@ -1,0 +1,260 @@
+//! A model as a Hugging Face folder.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value, json};
+
+use super::source::Origin;
+use super::{ExportError, Source, SourceTensor, Written, config, slab};
+use crate::quant::{BlockType, RowOrder};
+use crate::text::convert;
+use crate::weights::{TensorPlan, stream_safetensors, write_atomically};
+
+/// transformers begins another file beyond this.
+const SHARD_BYTES: usize = 5_000_000_000;
+
+/// Writes a model as a Hugging Face folder in F32, F16 or BF16, in files of at most 5 GB.
+///
+/// The folder appears whole or not at all. One that is there is replaced if it holds nothing but
+/// what such a folder has.
+///
+/// # Errors
+/// If the model cannot be said in a `config.json`, a value cannot be held by the type, or the system
+/// refuses.
+pub fn write_folder(source: &Source, dtype: BlockType, out: &Path) -> Result<Written, ExportError> {
+    write_shards(source, dtype, SHARD_BYTES, out)
+}
+
+fn write_shards(
+    source: &Source,
+    dtype: BlockType,
+    shard_bytes: usize,
+    out: &Path,
+) -> Result<Written, ExportError> {
+    let files = small_files(source, dtype)?;
+    check_replaceable(out)?;
+    let (partial, old) = (beside(out, "partial")?, beside(out, "old")?);
+    let io = |action, path: &Path| {
+        let path = path.to_path_buf();
+        move |source| ExportError::Io { action, path, source }
+    };
+    for leftover in [&partial, &old] {
+        if leftover.exists() {
+            fs::remove_dir_all(leftover).map_err(io("remove", leftover))?;
+        }
+    }
+    fs::create_dir_all(&partial).map_err(io("create", &partial))?;
+    let written = write_into(source, dtype, shard_bytes, &files, &partial);
+    if written.is_err() {
+        let _ = fs::remove_dir_all(&partial); // the first error is the one to tell
+    }
+    let written = written?;
+    if out.exists() {
+        fs::rename(out, &old).map_err(io("replace", out))?;
+    }
+    fs::rename(&partial, out).map_err(io("write", out))?;
+    if old.exists() {
+        fs::remove_dir_all(&old).map_err(io("remove", &old))?;
+    }
+    Ok(written)
+}
+
+/// `.{name}.{what}` beside a folder.
+fn beside(out: &Path, what: &str) -> Result<PathBuf, ExportError> {
+    let name = out.file_name().ok_or_else(|| ExportError::Io {
+        action: "write",
+        path: out.into(),
+        source: std::io::Error::new(std::io::ErrorKind::InvalidInput, "it names no folder"),
+    })?;
+    Ok(out.with_file_name(format!(".{}.{what}", name.to_string_lossy())))
+}
+
+/// Whether what is there may be replaced: nothing a user may want is in it.
+fn check_replaceable(out: &Path) -> Result<(), ExportError> {
+    if !out.exists() {
+        return Ok(());
+    }
+    let io = |source| ExportError::Io { action: "read", path: out.into(), source };
+    for entry in fs::read_dir(out).map_err(io)? {
+        let name = entry.map_err(io)?.file_name().to_string_lossy().into_owned();
+        let ours = name == "config.json"
+            || name == "generation_config.json"
+            || name == "model.safetensors.index.json"
+            || name.starts_with("model") && name.ends_with(".safetensors")
+            || convert::FILES.iter().any(|file| file.split('/').next() == Some(&name));
+        if !ours {
+            let reason = format!("it is there and holds {name:?}, which is no part of a model");
+            let source = std::io::Error::other(reason);
+            return Err(ExportError::Io { action: "replace", path: out.into(), source });
+        }
+    }
+    Ok(())
+}
+
+fn write_into(
+    source: &Source,
+    dtype: BlockType,
+    shard_bytes: usize,
+    files: &[(String, String)],
+    folder: &Path,
+) -> Result<Written, ExportError> {
+    for (name, text) in files {
+        let path = folder.join(name);
+        if let Some(parent) = path.parent() {
+            fs::create_dir_all(parent).map_err(|source| ExportError::Io {
+                action: "create",
+                path: parent.into(),
+                source,
+            })?;
+        }
+        write_atomically(&path, |file| file.write_all(text.as_bytes()))?;
+    }
+    let shards = shards(&source.tensors, dtype, shard_bytes);
+    let name = |shard: usize| match shards.len() {
+        1 => "model.safetensors".to_string(),
+        all => format!("model-{:05}-of-{all:05}.safetensors", shard + 1),
+    };
+    let mut tensors = Vec::new();
+    let (mut weight_map, mut bytes) = (Map::new(), 0);
+    for (i, shard) in shards.iter().enumerate() {
+        let plan = |tensor: &&SourceTensor| TensorPlan {
+            name: tensor.name.clone(),
+            shape: tensor.shape.clone(),
+            block_type: dtype,
+        };
+        let plans: Vec<TensorPlan> = shard.iter().map(plan).collect();
+        let path = folder.join(name(i));
+        let mut failed = None;
+        // transformers looks for this key.
+        let about = HashMap::from([("format".to_string(), "pt".to_string())]);
+        let done = stream_safetensors(&path, about, &plans, |t, file| {
+            let (tensor, order) = (shard[t], RowOrder::Straight);
+            let name = &tensor.name;
+            tensors.push(slab::write(tensor, name, dtype, order, None, file, &mut failed)?);
+            Ok(())
+        });
+        match (done, failed) {
+            (Err(_), Some(error)) => return Err(error),
+            (Err(error), None) => return Err(error.into()),
+            (Ok(()), _) => {}
+        }
+        for tensor in shard {
+            weight_map.insert(tensor.name.clone(), name(i).into());
+        }
+        let io = |source| ExportError::Io { action: "read", path: path.clone(), source };
+        bytes += fs::metadata(&path).map_err(io)?.len();
+    }
+    if shards.len() > 1 {
+        let values: usize = source.tensors.iter().map(|t| t.rows() * t.cols()).sum();
+        let total = values * dtype.block_bytes();
+        let index = json!({ "metadata": { "total_size": total }, "weight_map": weight_map });
+        let path = folder.join("model.safetensors.index.json");
+        write_atomically(&path, |file| file.write_all(format!("{index:#}\n").as_bytes()))?;
+    }
+    Ok(Written { bytes, tensors })
+}
+
+/// Tensors in their order, cut where a file would become too large.
+fn shards<'s, 'a>(
+    tensors: &'s [SourceTensor<'a>],
+    dtype: BlockType,
+    most: usize,
+) -> Vec<Vec<&'s SourceTensor<'a>>> {
+    let mut shards: Vec<Vec<&SourceTensor>> = Vec::new();
+    let mut held = 0;
+    for tensor in tensors {
+        let bytes = tensor.rows() * tensor.cols() * dtype.block_bytes();
+        match shards.last_mut() {
+            Some(shard) if held + bytes <= most => {
+                held += bytes;
+                shard.push(tensor);
+            }
+            _ => {
+                held = bytes;
+                shards.push(vec![tensor]);
+            }
+        }
+    }
+    shards
+}
+
+/// All files but the weights.
+fn small_files(source: &Source, dtype: BlockType) -> Result<Vec<(String, String)>, ExportError> {
+    let owned = |(name, text): (&str, String)| (name.to_string(), text);
+    let generation = "generation_config.json";
+    let mut files: Vec<(String, String)> = match &source.origin {
+        Origin::Gguf(gguf) => convert::to_folder(gguf)?.into_iter().map(owned).collect(),
+        Origin::Folder(folder) | Origin::Fresh(folder) => {
+            let mut files: Vec<(String, String)> =
+                convert::files(folder)?.into_iter().map(owned).collect();
+            if let Some(text) = read(&folder.join(generation))? {
+                files.push((generation.into(), text));
+            }
+            files
+        }
+    };
+    let config = match &source.origin {
+        Origin::Folder(folder) => {
+            let path = folder.join("config.json");
+            let text = read(&path)?.unwrap_or_default();
+            let mut json: Value = serde_json::from_str(&text).map_err(|e| bad(&path, &e))?;
+            // What says how the weights are stored; all else stays as it is.
+            let name = config::dtype_name(dtype)?;
+            let key = if json.get("dtype").is_some() { "dtype" } else { "torch_dtype" };
+            json[key] = name.into();
+            if let Some(object) = json.as_object_mut() {
+                object.shift_remove("quantization_config");
+            }
+            json
+        }
+        Origin::Fresh(folder) => {
+            let ids = match files.iter().find(|(name, _)| name == generation) {
+                Some((_, text)) => {
+                    let path = folder.join(generation);
+                    serde_json::from_str(text).map_err(|e| bad(&path, &e))?
+                }
+                None => special_ids(folder)?,
+            };
+            if !files.iter().any(|(name, _)| name == generation) {
+                files.push((generation.into(), format!("{:#}\n", Value::from(ids.clone()))));
+            }
+            config::to_json(&source.config, dtype, &ids)?
+        }
+        Origin::Gguf(gguf) => {
+            let made = files.iter().find(|(name, _)| name == generation);
+            let text = made.map_or("{}", |(_, text)| text);
+            let ids = serde_json::from_str(text).map_err(|e| bad(gguf.path(), &e))?;
+            config::to_json(&source.config, dtype, &ids)?
+        }
+    };
+    files.push(("config.json".into(), format!("{config:#}\n")));
+    Ok(files)
+}
+
+/// The special tokens of a folder's tokenizer, as a `generation_config.json` names them.
+fn special_ids(folder: &Path) -> Result<Map<String, Value>, ExportError> {
+    let tokenizer = crate::text::Tokenizer::from_folder(folder)?;
+    let roles = [
+        ("bos_token_id", tokenizer.bos()),
+        ("eos_token_id", tokenizer.eos()),
+        ("pad_token_id", tokenizer.pad()),
+    ];
+    let known = roles.into_iter().filter_map(|(role, id)| Some((role.to_string(), id?.into())));
+    Ok(known.collect())
+}
+
+fn read(path: &Path) -> Result<Option<String>, ExportError> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(ExportError::Io { action: "read", path: path.into(), source }),
+    }
+}
+
+fn bad(path: &Path, error: &serde_json::Error) -> ExportError {
+    let source = std::io::Error::new(std::io::ErrorKind::InvalidData, error.to_string());
+    ExportError::Io { action: "read", path: path.into(), source }
+}

@@ -1,0 +1,53 @@
+//! A model or an adapter on its way out: merged, quantized, written in the forms others read.
+//!
+//! A [`Source`] is a list of tensors that are read a few rows at a time: those of a checkpoint with
+//! adapters merged into them, or those a training run holds in memory. Writers go through it tensor
+//! by tensor, so that memory holds a slab of one tensor and never a model. What was written is
+//! opened again and compared before it counts.
+
+mod config;
+mod error;
+mod folder;
+mod gguf;
+mod slab;
+mod source;
+pub mod types;
+
+pub use error::ExportError;
+pub use folder::write_folder;
+pub use gguf::write_gguf;
+pub use source::{Named, Source, SourceTensor};
+pub use types::{FileType, Recipe};
+
+use crate::quant::BlockType;
+
+/// Importance of columns by llama.cpp's tensor names: the mean square of each input of a linear
+/// layer over some text.
+pub type Importance = std::collections::HashMap<String, Vec<f32>>;
+
+/// What became of a tensor.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct WrittenTensor {
+    /// Its name in the file.
+    pub name: String,
+    /// Outermost dimension first.
+    pub shape: Vec<usize>,
+    /// How its values are stored.
+    #[serde(serialize_with = "as_text")]
+    pub block_type: BlockType,
+    /// `|W - Q| / |W|`, the norms over all values.
+    pub relative_error: f64,
+}
+
+fn as_text<S: serde::Serializer>(of: &BlockType, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(of)
+}
+
+/// What was written.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct Written {
+    /// Bytes of all weight files.
+    pub bytes: u64,
+    /// Its tensors, in the order of the file.
+    pub tensors: Vec<WrittenTensor>,
+}

@@ -1,0 +1,290 @@
+//! A tokenizer in the other form: the files of a Hugging Face folder as the keys of a GGUF, and back.
+//!
+//! What the other form cannot say is refused in a sentence.
+
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use super::folder::{object, template_texts, text, token_text};
+use super::gguf::{CONTROL, NORMAL, UNUSED, USER_DEFINED};
+use super::{TextError, Tokenizer, gguf, pre_tokenizer};
+use crate::weights::{Gguf, OwnedValue, ValueType};
+
+/// Files beside the weights of a folder that say how text becomes tokens and messages text.
+pub const FILES: &[&str] = &[
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "additional_chat_templates/tool_use.jinja",
+];
+
+/// The `tokenizer.*` keys for a folder's tokenizer, as llama.cpp's converter writes them; ids up to
+/// `vocab_size` that no token has are marked unused.
+///
+/// # Errors
+/// If it is no byte-level BPE, does what no key says, or is malformed.
+pub fn to_gguf(folder: &Path, vocab_size: usize) -> Result<Vec<(String, OwnedValue)>, TextError> {
+    let path = folder.join("tokenizer.json");
+    let bad = |reason: String| TextError::format(&path, reason);
+    // Reads and checks all files.
+    let tokenizer = Tokenizer::from_folder(folder)?;
+    let json = object(&path)?;
+    let model = &json["model"];
+    if let Some(fault) = inexpressible(&json) {
+        return Err(bad(format!("{fault}, which no GGUF key says")));
+    }
+    let ignore_merges = model["ignore_merges"] == true;
+    let Some(pre) = tokenizer.pre_tokenizer_name(ignore_merges) else {
+        let known = pre_tokenizer::known();
+        return Err(bad(format!(
+            "words are cut as under none of the names that llama.cpp has for it ({known})"
+        )));
+    };
+
+    if tokenizer.vocab_size() > vocab_size {
+        let (found, most) = (tokenizer.vocab_size(), vocab_size);
+        return Err(bad(format!("token {} is beyond the model's {most} rows", found - 1)));
+    }
+    let mut tokens: Vec<(String, i32)> =
+        (0..vocab_size).map(|id| (format!("[PAD{id}]"), UNUSED)).collect();
+    let whole = |id: &Value| id.as_u64().map(|id| id as usize).filter(|id| *id < vocab_size);
+    for (token, id) in model["vocab"].as_object().into_iter().flatten() {
+        let id = whole(id).ok_or_else(|| bad(format!("token {token:?} has the id {id}")))?;
+        tokens[id] = (token.clone(), NORMAL);
+    }
+    for added in json["added_tokens"].as_array().into_iter().flatten() {
+        let (content, id) = (added["content"].as_str(), whole(&added["id"]));
+        let (Some(token), Some(id)) = (content, id) else {
+            return Err(bad(format!("an added token is {added}")));
+        };
+        let special = added["special"] == true || looks_special(token);
+        tokens[id] = (token.to_owned(), if special { CONTROL } else { USER_DEFINED });
+    }
+    let merges = merges(&model["merges"]).ok_or_else(|| bad("merges are no pairs".into()))?;
+
+    let mut keys: Vec<(String, OwnedValue)> = Vec::new();
+    let mut put = |key: &str, value: OwnedValue| keys.push((format!("tokenizer.{key}"), value));
+    put("ggml.model", "gpt2".into());
+    put("ggml.pre", pre.into());
+    put("ggml.tokens", OwnedValue::strings(tokens.iter().map(|(token, _)| token)));
+    let types = tokens.iter().map(|(_, of)| OwnedValue::I32(*of)).collect();
+    put("ggml.token_type", OwnedValue::Array(ValueType::I32, types));
+    put("ggml.merges", OwnedValue::strings(merges));
+    let (config_path, config) =
+        (folder.join("tokenizer_config.json"), object(&folder.join("tokenizer_config.json"))?);
+    let unk = token_text(&config["unk_token"]).flatten();
+    let unk = unk.and_then(|token| tokenizer.id_of(&token));
+    // llama.cpp takes ids of its own for roles that a file does not name.
+    let of_model = |key: &str| -> Result<Option<u32>, TextError> {
+        for name in ["config.json", "generation_config.json"] {
+            let config = object(&folder.join(name))?;
+            let id = match &config[key] {
+                Value::Array(ids) => ids.first().and_then(Value::as_u64),
+                id => id.as_u64(),
+            };
+            if let Some(id) = id.filter(|id| (*id as usize) < vocab_size) {
+                return Ok(Some(id as u32));
+            }
+        }
+        Ok(None)
+    };
+    let roles = [
+        ("bos", tokenizer.bos().map_or_else(|| of_model("bos_token_id"), |id| Ok(Some(id)))?),
+        ("eos", tokenizer.eos().map_or_else(|| of_model("eos_token_id"), |id| Ok(Some(id)))?),
+        ("unknown", unk),
+        ("padding", tokenizer.pad().map_or_else(|| of_model("pad_token_id"), |id| Ok(Some(id)))?),
+    ];
+    for (role, id) in roles {
+        if let Some(id) = id {
+            put(&format!("ggml.{role}_token_id"), OwnedValue::U32(id));
+        }
+    }
+    put("ggml.add_bos_token", OwnedValue::Bool(tokenizer.adds_bos()));
+    if let Some((default, tool_use)) =
+        template_texts(folder, &config_path, &config["chat_template"])?
+    {
+        put("chat_template", default.as_str().into());
+        if let Some(tool_use) = tool_use {
+            put("chat_templates", OwnedValue::strings(["tool_use"]));
+            put("chat_template.tool_use", tool_use.as_str().into());
+        }
+    }
+    Ok(keys)
+}
+
+/// What a `tokenizer.json` does that a GGUF of byte-level BPE cannot say.
+fn inexpressible(json: &Value) -> Option<String> {
+    let model = &json["model"];
+    let kind = model["type"].as_str().unwrap_or("BPE");
+    if kind != "BPE" || model["vocab"].as_object().is_none() {
+        return Some(format!("the model is {kind:?}, needed \"BPE\""));
+    }
+    if model["byte_fallback"] == true || !json["decoder"].to_string().contains("ByteLevel") {
+        return Some("the BPE is not byte-level".into());
+    }
+    for key in ["continuing_subword_prefix", "end_of_word_suffix"] {
+        if model[key].as_str().is_some_and(|part| !part.is_empty()) {
+            return Some(format!("the model has {key} {}", model[key]));
+        }
+    }
+    // NFC is left out by llama.cpp's converter too: most text is in it.
+    match json["normalizer"]["type"].as_str() {
+        None | Some("NFC") => None,
+        Some("Sequence") if json["normalizer"]["normalizers"] == json!([]) => None,
+        Some(other) => Some(format!("the normalizer is {other:?}")),
+    }
+}
+
+/// Tokens that the converter marks as control tokens whatever `tokenizer.json` says.
+fn looks_special(token: &str) -> bool {
+    let within = |open: &str, close: &str| token.starts_with(open) && token.ends_with(close);
+    within("<|", "|>") || within("<｜", "｜>") || ["<pad>", "<mask>"].contains(&token)
+}
+
+/// Merges as lines, from lines or pairs.
+fn merges(merges: &Value) -> Option<Vec<String>> {
+    let line = |merge: &Value| match merge {
+        Value::String(line) => Some(line.clone()),
+        Value::Array(pair) => match &pair[..] {
+            [Value::String(left), Value::String(right)] => Some(format!("{left} {right}")),
+            _ => None,
+        },
+        _ => None,
+    };
+    merges.as_array()?.iter().map(line).collect()
+}
+
+/// The files of a folder for a GGUF's tokenizer: names and texts.
+///
+/// # Errors
+/// If its tokenizer cannot be read, or cuts words by expressions that other implementations of
+/// `tokenizer.json` do not read.
+pub fn to_folder(file: &Gguf) -> Result<Vec<(&'static str, String)>, TextError> {
+    let bad = |reason: String| TextError::format(file.path(), reason);
+    let tokenizer = Tokenizer::from_gguf(file)?;
+    let pre = gguf::kind(file)?;
+    let pre_json = pre.to_json().ok_or_else(|| {
+        bad("its tokenizer.ggml.pre cuts words as no portable tokenizer.json can".into())
+    })?;
+    let tokens = gguf::tokens(file)?;
+    let ids = gguf::ids(file, &tokens)?;
+    let merges = gguf::merges(file, &ids)?;
+    let roles = gguf::roles(file, pre, &tokens, &ids)?;
+    let marks = gguf::marks(file, &tokens, &roles)?;
+    let types = file.i32s("tokenizer.ggml.token_type")?.unwrap_or_default();
+
+    let filler =
+        |id: usize, token: &str| types.get(id) == Some(&UNUSED) && token == format!("[PAD{id}]");
+    let vocab = tokens.iter().enumerate().filter(|(id, token)| !filler(*id, token));
+    let vocab: Map<String, Value> = vocab.map(|(id, token)| (token.clone(), id.into())).collect();
+    let added = marks.iter().map(|mark| {
+        json!({
+            "id": mark.id,
+            "content": mark.text,
+            "single_word": false,
+            "lstrip": false,
+            "rstrip": false,
+            "normalized": false,
+            "special": mark.special,
+        })
+    });
+    let text_of = |id: Option<u32>| id.map(|id| tokens[id as usize].as_str());
+    let post_processor = match text_of(roles.bos).filter(|_| roles.adds_bos) {
+        None => Value::Null,
+        Some(bos) => {
+            let begin = json!({ "SpecialToken": { "id": bos, "type_id": 0 } });
+            let sequence = |id: &str, of: usize| json!({ "Sequence": { "id": id, "type_id": of } });
+            json!({
+                "type": "TemplateProcessing",
+                "single": [begin, sequence("A", 0)],
+                "pair": [begin, sequence("A", 0), sequence("B", 1)],
+                "special_tokens": { bos: { "id": bos, "ids": [roles.bos], "tokens": [bos] } },
+            })
+        }
+    };
+    let json = json!({
+        "version": "1.0",
+        "truncation": null,
+        "padding": null,
+        "added_tokens": added.collect::<Vec<_>>(),
+        "normalizer": null,
+        "pre_tokenizer": pre_json,
+        "post_processor": post_processor,
+        "decoder": {
+            "type": "ByteLevel",
+            "add_prefix_space": false,
+            "trim_offsets": false,
+            "use_regex": false,
+        },
+        "model": {
+            "type": "BPE",
+            "dropout": null,
+            "unk_token": null,
+            "continuing_subword_prefix": null,
+            "end_of_word_suffix": null,
+            "fuse_unk": false,
+            "byte_fallback": false,
+            "ignore_merges": pre.ignore_merges,
+            "vocab": vocab,
+            "merges": merges,
+        },
+    });
+
+    let mut config = Map::new();
+    config.insert("add_bos_token".into(), roles.adds_bos.into());
+    for (name, id) in [
+        ("bos_token", roles.bos),
+        ("eos_token", roles.eos),
+        ("pad_token", roles.pad),
+        ("unk_token", file.u64("tokenizer.ggml.unknown_token_id")?.map(|id| id as u32)),
+    ] {
+        if let Some(token) = id.and_then(|id| tokens.get(id as usize)) {
+            config.insert(name.into(), token.as_str().into());
+        }
+    }
+    config.insert("clean_up_tokenization_spaces".into(), false.into());
+    config.insert("tokenizer_class".into(), "PreTrainedTokenizerFast".into());
+    if let Some(default) = file.str("tokenizer.chat_template")? {
+        let template = match file.str("tokenizer.chat_template.tool_use")? {
+            None => default.into(),
+            Some(tool_use) => json!([
+                { "name": "default", "template": default },
+                { "name": "tool_use", "template": tool_use },
+            ]),
+        };
+        config.insert("chat_template".into(), template);
+    }
+
+    let mut generation = Map::new();
+    for (name, id) in [("bos_token_id", roles.bos), ("pad_token_id", roles.pad)] {
+        if let Some(id) = id {
+            generation.insert(name.into(), id.into());
+        }
+    }
+    // EOS first: whoever wants one takes it.
+    let others = (0..tokens.len() as u32).filter(|id| tokenizer.is_end_of_generation(*id));
+    let ends: Vec<u32> =
+        roles.eos.into_iter().chain(others.filter(|id| Some(*id) != roles.eos)).collect();
+    match &ends[..] {
+        [] => {}
+        [one] => drop(generation.insert("eos_token_id".into(), (*one).into())),
+        many => drop(generation.insert("eos_token_id".into(), many.into())),
+    }
+    let pretty = |value: Value| format!("{value:#}\n");
+    Ok(vec![
+        ("tokenizer.json", pretty(json)),
+        ("tokenizer_config.json", pretty(config.into())),
+        ("generation_config.json", pretty(generation.into())),
+    ])
+}
+
+/// Those of [`FILES`] that a folder has, with their texts.
+///
+/// # Errors
+/// If one of them cannot be read.
+pub fn files(folder: &Path) -> Result<Vec<(&'static str, String)>, TextError> {
+    let read = |name: &&'static str| Ok(text(&folder.join(name))?.map(|text| (*name, text)));
+    FILES.iter().map(read).filter_map(Result::transpose).collect()
+}
