@@ -40,6 +40,18 @@ def download_wheel(name, version, wanted, folder):
     return path
 
 
+def download_sdist(name, version, wanted, folder):
+    """pip's download of exactly this source archive into `folder`; its path, or the end of the program."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "download"]
+    done = subprocess.run([*pip, "--no-deps", "--no-binary", name, "-d", folder, f"{name}=={version}"])
+    if done.returncode != 0:
+        sys.exit(f"pip could not download {name}=={version}, see its words above")
+    (path,) = Path(folder).glob("*.tar.gz")
+    if (found := sha256(path)) != wanted:
+        sys.exit(f"{path.name}: sha256 is {found}, needed {wanted}")
+    return path
+
+
 def write_whole(path, data):
     """Beside, then renamed: a file that is there is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)

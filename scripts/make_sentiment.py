@@ -24,14 +24,13 @@ import io
 import json
 import math
 import re
-import subprocess
 import sys
 import tarfile
 import tempfile
 from collections import Counter
 from pathlib import Path
 
-from fetch_model import ROOT, sha256, write_whole
+from fetch_model import ROOT, download_sdist, write_whole
 
 OUT = ROOT / "data/sentiment"
 SDIST = ("vaderSentiment", "3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9")
@@ -43,18 +42,6 @@ LEAST_WORDS = 8  # of a snippet that lends its beginning to a prompt
 
 
 # ------------------------------------------------------------------- snippets
-
-
-def download_sdist(name, version, wanted, folder):
-    """pip's download of exactly this source archive into `folder`; its path, or the end of the program."""
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "download"]
-    done = subprocess.run([*pip, "--no-deps", "--no-binary", name, "-d", folder, f"{name}=={version}"])
-    if done.returncode != 0:
-        sys.exit(f"pip could not download {name}=={version}, see its words above")
-    (path,) = Path(folder).glob("*.tar.gz")
-    if (found := sha256(path)) != wanted:
-        sys.exit(f"{path.name}: sha256 is {found}, needed {wanted}")
-    return path
 
 
 def clean(text):
