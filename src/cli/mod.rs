@@ -18,6 +18,8 @@ mod best_of;
 mod eval;
 mod generate;
 mod inspect;
+mod pretrain;
+mod quickstart;
 mod replies;
 mod tokenizer;
 mod train;
@@ -60,6 +62,10 @@ struct Common {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// The whole life of a small model in a few minutes, from random weights to PPO
+    Quickstart(quickstart::Quickstart),
+    /// Train a base from random weights, or another base's every weight, on a mixture of texts
+    Pretrain(Box<pretrain::Pretrain>),
     /// Fine-tune: train a LoRA adapter on chats, prompts or text
     Sft(Box<train::Train<SftFlags>>),
     /// Train a reward model: a score of responses, from comparisons
@@ -112,6 +118,8 @@ pub fn main() -> ExitCode {
     // On one of the pool's own threads: from outside, every parallel stretch of work, a hundred a
     // decoded token, would wake a thread to do it and sleep until it is done.
     let result = rayon::scope(|_| match cli.command {
+        Command::Quickstart(command) => command.run(threads, json),
+        Command::Pretrain(command) => command.run(json),
         Command::Sft(command) => command.run(crate::train::Command::Sft, json),
         Command::Reward(command) => command.run(crate::train::Command::Reward, json),
         Command::Dpo(command) => command.run(crate::train::Command::Dpo, json),

@@ -104,6 +104,13 @@ pub struct TextLoss {
 }
 
 impl TextLoss {
+    /// Adds what was found elsewhere.
+    pub fn add(&mut self, other: &Self) {
+        self.nats += other.nats;
+        self.tokens += other.tokens;
+        self.bytes += other.bytes;
+    }
+
     /// Bits for a byte of text: comparable between tokenizers.
     pub fn bits_per_byte(&self) -> f64 {
         self.nats / std::f64::consts::LN_2 / self.bytes.max(1) as f64

@@ -1,6 +1,7 @@
 //! Training: one loop, its run directory, checkpoints and metrics.
 //!
-//! `run` is the loop of every command, [`train`] what is before and behind it. [`supervised`] makes its steps of the rows of a file,
+//! `run` is the loop of every command, [`train`] what is before and behind it where adapters train,
+//! [`pretrain`] where a whole model does. [`supervised`] makes its steps of the rows of a file,
 //! `policy` of responses of the model itself. Everything a run depends on is in its settings, its
 //! data and its base; random numbers are keyed. So the state of a run is a cursor, the adapters and
 //! the optimizer's moments, and a run killed at any moment goes on to the same bytes. Does not know
@@ -13,6 +14,7 @@ mod log;
 mod lora;
 mod memory;
 mod policy;
+mod pretrain;
 mod progress;
 mod reference;
 mod run;
@@ -27,6 +29,7 @@ use std::path::PathBuf;
 pub use fine_tune::{Summary, train};
 pub use lora::read_scoring;
 pub use policy::RolloutState;
+pub use pretrain::{PretrainSummary, pretrain};
 pub use run::Outcome;
 pub use run_dir::RunDir;
 pub use settings::{Command, EvalStrategy, RunSettings};
@@ -37,7 +40,9 @@ use quantune_adapters::format::FormatError;
 use quantune_adapters::targets::TargetError;
 
 use crate::data::DataError;
+use crate::data::corpus::CorpusError;
 use crate::eval::EvalError;
+use crate::export::ExportError;
 use crate::generate::GenerateError;
 use crate::model::ModelError;
 use crate::rollout::{RewardError, RewardModelError, SamplesError, ScoreError};
@@ -123,6 +128,12 @@ pub enum TrainError {
     /// The data.
     #[error(transparent)]
     Data(#[from] DataError),
+    /// A model could not be written.
+    #[error(transparent)]
+    Export(#[from] ExportError),
+    /// The mixture of pretraining.
+    #[error(transparent)]
+    Corpus(#[from] CorpusError),
     /// The adapter's settings.
     #[error("adapter settings: {0}")]
     Adapter(#[from] ConfigError),

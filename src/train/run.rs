@@ -8,6 +8,7 @@ use std::time::Instant;
 use super::TrainError;
 use super::fine_tune::FineTuning;
 use super::log::{Log, Numbers};
+use super::pretrain::Pretraining;
 use super::progress::{Progress, Work};
 use super::run_dir::{RunDir, State, write_state};
 use super::settings::EvalStrategy;
@@ -33,6 +34,8 @@ pub enum Outcome<Summary> {
 pub enum Course<'a> {
     /// Adapters over a frozen base.
     FineTuning(FineTuning<'a>),
+    /// A whole model.
+    Pretraining(Pretraining),
 }
 
 impl Course<'_> {
@@ -43,6 +46,7 @@ impl Course<'_> {
     ) -> Result<(Numbers, Work), TrainError> {
         match self {
             Self::FineTuning(course) => course.step(state, learning_rate),
+            Self::Pretraining(course) => course.step(state, learning_rate),
         }
     }
 
@@ -55,24 +59,28 @@ impl Course<'_> {
     ) -> Result<Option<Numbers>, TrainError> {
         match self {
             Self::FineTuning(course) => course.evaluate(log, state, stop),
+            Self::Pretraining(course) => course.evaluate(stop),
         }
     }
 
     fn epoch_ends(&self, state: &State) -> bool {
         match self {
             Self::FineTuning(course) => course.epoch_ends(state),
+            Self::Pretraining(_) => false, // a mixture has no epoch of its own
         }
     }
 
     fn optimizer_steps(&self) -> u64 {
         match self {
             Self::FineTuning(course) => course.learner.optimizer.step,
+            Self::Pretraining(course) => course.optimizer.step,
         }
     }
 
     fn save(&self, run: &RunDir, state: &State, keep: usize) -> Result<(), TrainError> {
         match self {
             Self::FineTuning(course) => course.save(run, state, keep),
+            Self::Pretraining(course) => course.save(run, state, keep),
         }
     }
 }

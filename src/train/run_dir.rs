@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use super::TrainError;
 use super::policy::RolloutState;
-use super::settings::{Command, FREE_ON_RESUME, RunSettings};
+use super::settings::{Command, FREE_ON_RESUME, PretrainSettings, RunSettings};
 use super::tensorboard::EventWriter;
 use crate::optim::AdamW;
 use crate::weights::write_atomically;
@@ -148,6 +148,12 @@ impl RunDir {
     pub fn settings(command: Command, path: &Path) -> Result<RunSettings, TrainError> {
         let table = Self::table(path)?;
         RunSettings::from_table(command, table).map_err(|e| broken(path, &e))
+    }
+
+    /// The settings of a run of pretraining.
+    pub fn pretrain_settings(path: &Path) -> Result<PretrainSettings, TrainError> {
+        let table = Self::table(path)?;
+        PretrainSettings::from_table(table).map_err(|e| broken(path, &e))
     }
 
     fn table(path: &Path) -> Result<toml::Table, TrainError> {

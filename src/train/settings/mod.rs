@@ -94,6 +94,10 @@ macro_rules! settings {
     };
 }
 
+mod pretrain;
+
+pub use pretrain::{FloatType, Preset, PretrainFlags, PretrainSettings};
+
 settings! {
     /// What all training commands have. Where defaults differ, they are the command's.
     CommonSettings, CommonFlags {
@@ -655,6 +659,8 @@ empty! {
     AdvantageEstimator => |_| false;
     ScaleRewards => |_| false;
     LossForm => |_| false;
+    Preset => |_| false;
+    FloatType => |_| false;
 }
 
 /// Collects what is out of range.

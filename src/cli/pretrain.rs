@@ -1,0 +1,92 @@
+//! `quantune pretrain`: a base from random weights, or from another base.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
+
+use super::train::stop_on_ctrl_c;
+use super::{Usage, to_json};
+use crate::train::settings::{PretrainFlags, PretrainSettings};
+use crate::train::{Outcome, RunDir, pretrain};
+
+/// Flags of `pretrain`.
+#[derive(Debug, clap::Args)]
+pub struct Pretrain {
+    #[command(flatten)]
+    flags: PretrainFlags,
+    /// A TOML file of settings, keys as the flags with _ for -; flags win
+    #[arg(long)]
+    config: Option<PathBuf>,
+    /// Go on with the run in --out; its settings need not be given again
+    #[arg(long)]
+    resume: bool,
+}
+
+impl Pretrain {
+    pub fn run(self, json: bool) -> Result<Value> {
+        let settings = self.settings()?;
+        if settings.out.as_os_str().is_empty() {
+            return Err(Usage("--out is missing".into()).into());
+        }
+        let stop = stop_on_ctrl_c()?;
+        let go_on =
+            format!("go on with: quantune pretrain --out {} --resume", settings.out.display());
+        match pretrain(&settings, self.resume, &stop)? {
+            Outcome::NotBegun if self.resume => {
+                bail!("stopped before the first step, the run is as it was; {go_on}")
+            }
+            Outcome::NotBegun => bail!("stopped before the run began; nothing was written"),
+            Outcome::Interrupted { step, total_steps } => {
+                bail!("stopped at step {step} of {total_steps}, saved; {go_on}")
+            }
+            Outcome::Done(summary) => {
+                let results = &summary.results;
+                if !json {
+                    crate::cli::say!(
+                        "{} steps, loss {:.4} to {:.4}, {:.0} tokens/s",
+                        summary.steps,
+                        summary.loss_first.unwrap_or(f64::NAN),
+                        summary.loss_last.unwrap_or(f64::NAN),
+                        summary.tokens_per_second
+                    );
+                    let of = |key: &str| results.get(key).and_then(Value::as_f64);
+                    if let (Some(first), Some(last)) =
+                        (of("eval_bits_per_byte_first"), of("eval_bits_per_byte_last"))
+                    {
+                        crate::cli::say!("{first:.3} bits a byte before, {last:.3} after");
+                    }
+                    crate::cli::say!("model: {}", summary.model.display());
+                    if let Some(export) = &summary.export {
+                        crate::cli::say!("GGUF: {}", export.display());
+                    }
+                }
+                let mut value = to_json(&summary)?;
+                if let Some(object) = value.as_object_mut() {
+                    object.extend(summary.results);
+                }
+                Ok(value)
+            }
+        }
+    }
+
+    /// Defaults < the run's own settings (when resuming) < `--config` < flags.
+    fn settings(&self) -> Result<PretrainSettings> {
+        let mut table = toml::Table::new();
+        if self.resume {
+            let Some(out) = &self.flags.out else { bail!("--resume needs --out") };
+            table = RunDir::pretrain_settings(out)?.to_table()?;
+        }
+        if let Some(path) = &self.config {
+            let text = super::read_text(path)?;
+            let file: toml::Table =
+                toml::from_str(&text).with_context(|| path.display().to_string())?;
+            table.extend(file);
+            // Faults are told with the file's name, before flags come in.
+            PretrainSettings::from_table(table.clone())
+                .with_context(|| path.display().to_string())?;
+        }
+        table.extend(toml::Table::try_from(&self.flags)?);
+        Ok(PretrainSettings::from_table(table)?)
+    }
+}

@@ -1,0 +1,293 @@
+//! `quantune quickstart`: the whole life of a model in a few minutes, without network or model files.
+//!
+//! Each stage is a command of this binary, printed as it is run, so that any of them can be repeated
+//! by hand. What they learn from lies beside this file, made by `scripts/make_quickstart.py`.
+
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+use crate::weights::write_atomically;
+
+/// A village's text, chats about it, which answers are liked better, what to answer in reinforcement
+/// learning, and questions whose answers stand in no text word for word.
+const DATA: &[(&str, &str)] = &[
+    ("text.txt", include_str!("quickstart/text.txt")),
+    ("chats.jsonl", include_str!("quickstart/chats.jsonl")),
+    ("comparisons.jsonl", include_str!("quickstart/comparisons.jsonl")),
+    ("prompts.jsonl", include_str!("quickstart/prompts.jsonl")),
+    ("questions.jsonl", include_str!("quickstart/questions.jsonl")),
+    ("LICENSE", include_str!("quickstart/LICENSE")),
+];
+
+/// What tells a folder of ours from one that must not be overwritten.
+const MARK: &str = "quickstart.json";
+
+/// Questions whose answers are shown.
+const SHOWN: usize = 6;
+
+#[derive(Debug, clap::Args)]
+pub struct Quickstart {
+    /// Where all is written; an earlier quickstart there is begun anew
+    #[arg(long, default_value = "runs/quickstart")]
+    out: PathBuf,
+}
+
+impl Quickstart {
+    pub fn run(self, threads: usize, json: bool) -> Result<Value> {
+        let out = self.out;
+        if out.join(MARK).is_file() {
+            fs::remove_dir_all(&out).with_context(|| out.display().to_string())?;
+        } else if fs::read_dir(&out).is_ok_and(|mut entries| entries.next().is_some()) {
+            bail!("{}: holds other files, needed a new directory", out.display());
+        }
+        let data = out.join("data");
+        fs::create_dir_all(&data).with_context(|| data.display().to_string())?;
+        write_atomically(out.join(MARK), |file| file.write_all(b"{}\n"))?;
+        for (name, text) in DATA {
+            let path = data.join(name);
+            fs::write(&path, text).with_context(|| path.display().to_string())?;
+        }
+        let binary = std::env::current_exe().context("this program's own file")?;
+        let mut life = Life { binary, out, threads, began: Instant::now(), stages: Vec::new() };
+        life.live()?;
+        let models = life.compare()?;
+        if !json {
+            life.tell(&models)?;
+        }
+        let result = json!({
+            "seconds": life.began.elapsed().as_secs_f64(),
+            "out": life.out,
+            "stages": life.stages.iter().map(|stage| json!({
+                "stage": stage.name,
+                "seconds": stage.seconds,
+                "result": stage.result,
+            })).collect::<Vec<_>>(),
+            "models": models.iter().map(|model| json!({
+                "model": model.name,
+                "right": model.right,
+                "reward": model.reward,
+                "length": model.length,
+                "entropy": model.entropy,
+            })).collect::<Vec<_>>(),
+        });
+        let path = life.out.join(MARK);
+        write_atomically(&path, |file| writeln!(file, "{result}"))?;
+        Ok(result)
+    }
+}
+
+/// A stage that has run.
+struct Stage {
+    name: &'static str,
+    seconds: f64,
+    /// The object its command ended in.
+    result: Value,
+}
+
+/// What the questions say of a model.
+struct Model {
+    name: &'static str,
+    /// Share of the questions whose answer stands in the reply.
+    right: f64,
+    /// Mean score by the reward model.
+    reward: f64,
+    /// Tokens of a reply.
+    length: f64,
+    /// Nats a token.
+    entropy: f64,
+    /// Replies to all questions.
+    replies: Vec<String>,
+}
+
+/// The stages so far, and how to run the next.
+struct Life {
+    binary: PathBuf,
+    out: PathBuf,
+    threads: usize,
+    began: Instant,
+    stages: Vec<Stage>,
+}
+
+impl Life {
+    /// From random weights to a merged model, stage by stage.
+    fn live(&mut self) -> Result<()> {
+        self.stage(
+            "tokenizer",
+            "tokenizer train --data {data}/text.txt --vocab-size 768 --out {out}/tokenizer",
+        )?;
+        self.stage(
+            "pretrain",
+            "pretrain --source village=1:{data}/text.txt --tokenizer {out}/tokenizer \
+             --out {out}/pretrain --preset micro --max-length 128 --per-device-train-batch-size 16 \
+             --max-tokens 1400000 --learning-rate 4e-3 --validation-split 0.05 --eval-rows 0 \
+             --eval-steps 200 --sample-steps 200 --save-steps 1000",
+        )?;
+        self.stage(
+            "quantize",
+            "quantize --base {out}/pretrain/model --out {out}/base.gguf --type Q8_0",
+        )?;
+        self.stage(
+            "sft",
+            "sft --base {out}/base.gguf --data {data}/chats.jsonl --out {out}/sft \
+             --num-train-epochs 3 --learning-rate 5e-3 --max-length 128 --per-device-train-batch-size 8 \
+             --gradient-accumulation-steps 1",
+        )?;
+        self.stage(
+            "reward",
+            "reward --base {out}/base.gguf --adapter {out}/sft/adapter --data {data}/comparisons.jsonl \
+             --eval-strategy epoch --out {out}/reward --learning-rate 2e-3 --max-length 128",
+        )?;
+        self.stage(
+            "ppo",
+            "ppo --base {out}/base.gguf --adapter {out}/sft/adapter --reward-adapter {out}/reward/adapter \
+             --data {data}/prompts.jsonl --out {out}/ppo --max-steps 12 --batch-size 32 \
+             --response-length 24 --temperature 1 --learning-rate 1e-3 --kl-coef 0.05 \
+             --per-device-train-batch-size 32 --num-mini-batches 2 --missing-eos-penalty 1",
+        )?;
+        self.stage(
+            "merge",
+            "merge --base {out}/base.gguf --adapter {out}/ppo/adapter --out {out}/village.gguf --type Q8_0",
+        )
+    }
+
+    /// Lets each model answer the questions, counts the right answers and asks the reward model.
+    fn compare(&self) -> Result<Vec<Model>> {
+        let models = [
+            ("base", "base.gguf", ""),
+            ("SFT", "base.gguf", "--adapter {out}/sft/adapter"),
+            ("PPO", "base.gguf", "--adapter {out}/ppo/adapter"),
+            ("merged", "village.gguf", ""),
+        ];
+        let ask = |(name, base, adapter): (&'static str, &str, &str)| -> Result<Model> {
+            let eval = |base: &str, reward: &str, more: &str| {
+                self.command(&format!(
+                    "eval --base {{out}}/{base} {adapter} --prompts {{data}}/questions.jsonl \
+                     --max-tokens 24 --reward {reward} {more}"
+                ))
+            };
+            let file = format!("{name}.replies.jsonl");
+            let told = format!("--temperature 0 --replies {{out}}/{file}");
+            let right = eval(base, "contains:answer", &told)?;
+            // The merged model is another base: the reward model's adapter is not of it.
+            let judged = match base {
+                "base.gguf" => Some(eval(base, "{out}/reward/adapter", "--temperature 1")?),
+                _ => None,
+            };
+            let number = |value: &Value, key: &str| value[key].as_f64().unwrap_or(f64::NAN);
+            Ok(Model {
+                name,
+                right: number(&right, "reward"),
+                reward: judged.as_ref().map_or(f64::NAN, |value| number(value, "reward")),
+                length: number(&right, "length"),
+                entropy: judged.as_ref().map_or(f64::NAN, |value| number(value, "entropy")),
+                replies: read_replies(&self.out.join(file))?,
+            })
+        };
+        models.into_iter().map(ask).collect()
+    }
+
+    /// What people read at the end.
+    fn tell(&self, models: &[Model]) -> Result<()> {
+        let questions = DATA.iter().find(|(name, _)| *name == "questions.jsonl");
+        let questions = questions.map_or("", |(_, text)| text);
+        say!("\nquestions that stand in no text or chat of the training:");
+        let all = questions.lines().count();
+        for (index, line) in questions.lines().enumerate().step_by(all.div_ceil(SHOWN).max(1)) {
+            let row: Value = serde_json::from_str(line)?;
+            say!("\n> {}", row["prompt"][0]["content"].as_str().unwrap_or_default());
+            for model in &models[..3] {
+                let reply = model.replies.get(index).map_or("", String::as_str);
+                say!("{:>6}: {}", model.name, reply.trim().replace('\n', " "));
+            }
+        }
+        say!("\nmodel     right   reward   tokens   entropy");
+        for model in models {
+            let number = |value: f64| match value.is_nan() {
+                true => "-".into(),
+                false => format!("{value:.2}"),
+            };
+            let (right, reward) = (100.0 * model.right, number(model.reward));
+            let (length, entropy) = (model.length, number(model.entropy));
+            say!("{:8} {right:>5.1} % {reward:>8} {length:>8.1} {entropy:>9}", model.name);
+        }
+        say!("\nstage       seconds");
+        for stage in &self.stages {
+            say!("{:10} {:>8.1}   {}", stage.name, stage.seconds, headline(stage));
+        }
+        let (all, out) = (self.began.elapsed().as_secs_f64(), self.out.display());
+        say!("all        {all:>8.1}   {out}/village.gguf runs in llama.cpp, too");
+        Ok(())
+    }
+
+    fn stage(&mut self, name: &'static str, words: &str) -> Result<()> {
+        let began = Instant::now();
+        let result = self.command(words)?;
+        self.stages.push(Stage { name, seconds: began.elapsed().as_secs_f64(), result });
+        Ok(())
+    }
+
+    /// Runs a command of this binary as a person would, and takes the object it ends in.
+    fn command(&self, words: &str) -> Result<Value> {
+        let place = |word: &str| {
+            let data = self.out.join("data").display().to_string();
+            word.replace("{data}", &data).replace("{out}", &self.out.display().to_string())
+        };
+        let words: Vec<String> = words.split_whitespace().map(place).collect();
+        eprintln!("\n[{:>3.0} s] quantune {}", self.began.elapsed().as_secs_f64(), words.join(" "));
+        let mut command = Command::new(&self.binary);
+        command.args(&words).args(["--json", "--threads", &self.threads.to_string()]);
+        let output = command
+            .stdin(Stdio::null())
+            .stderr(Stdio::inherit())
+            .output()
+            .with_context(|| self.binary.display().to_string())?;
+        if !output.status.success() {
+            bail!("{} ended with {}", words[0], output.status);
+        }
+        let text = String::from_utf8_lossy(&output.stdout);
+        let last = text.lines().last().unwrap_or_default();
+        serde_json::from_str(last).with_context(|| format!("what {} said: {last:?}", words[0]))
+    }
+}
+
+/// The replies of a file as `eval --replies` writes it.
+fn read_replies(path: &Path) -> Result<Vec<String>> {
+    let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    let reply = |line: &str| -> Result<String> {
+        let row: Value = serde_json::from_str(line)?;
+        Ok(row["response"].as_str().unwrap_or_default().to_string())
+    };
+    text.lines().map(reply).collect()
+}
+
+/// The most telling numbers of a stage.
+fn headline(stage: &Stage) -> String {
+    let result = &stage.result;
+    let number = |key: &str| result[key].as_f64().unwrap_or(f64::NAN);
+    match stage.name {
+        "tokenizer" => format!("{:.2} bytes a token", number("bytes_per_token")),
+        "pretrain" => format!(
+            "{:.3} bits a held-out byte, from {:.3}; a bigram model: {:.3}",
+            number("eval_bits_per_byte_last"),
+            number("eval_bits_per_byte_first"),
+            number("bigram_bits_per_byte")
+        ),
+        "sft" => format!("loss {:.3} to {:.3}", number("loss_first"), number("loss_last")),
+        "reward" => {
+            format!("right about {:.1} % of held-out pairs", 100.0 * number("eval_accuracy"))
+        }
+        "ppo" => format!(
+            "score {:.2} to {:.2}, KL {:.2}",
+            number("objective/scores_first"),
+            number("objective/scores_last"),
+            number("objective/kl_last")
+        ),
+        _ => String::new(),
+    }
+}

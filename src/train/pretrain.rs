@@ -1,0 +1,530 @@
+//! Pretraining: all weights of a decoder, in full precision, on a mixture of sources. What is there
+//! before the first step and written behind the last; the loop is [`super::run`]'s.
+//!
+//! Which rows a step learns follows from its number alone, and a checkpoint is the model as a
+//! Hugging Face folder beside the optimizer's moments: there is no other state.
+
+use std::io::Write;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use candle_core::Var;
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use super::TrainError;
+use super::fingerprints::{base_fingerprint, same_fingerprints};
+use super::log::Numbers;
+use super::progress::Work;
+use super::run::{Course, Ended, LoopSettings, Outcome, take_steps};
+use super::run_dir::{Fingerprint, RunDir, State, read_optimizer, read_state};
+use super::settings::{EvalStrategy, FloatType, PretrainSettings};
+use crate::data::corpus::{Corpus, CorpusError, CorpusSettings, SourceReport, SourceSpec};
+use crate::data::{Batch, DataError};
+use crate::eval::{Bigram, TextLoss, text_loss};
+use crate::export::{ExportError, FileType, Recipe, Source, write_folder, write_gguf};
+use crate::generate::{Request, Sampling, Settings as Decoding, generate};
+use crate::model::full::{FullBuffers, FullModel};
+use crate::model::{Adapters, CacheType};
+use crate::ops::Values;
+use crate::optim::{AdamW, AdamWSettings, Gradients, Schedule, clip_factor, global_norm};
+use crate::quant::BlockType;
+use crate::text::{Special, Tokenizer, convert};
+use crate::weights::{Checkpoint, write_atomically};
+
+/// What a finished run says of itself; with `results`, the `--json` line of its command.
+#[derive(Debug, Clone, Serialize)]
+pub struct PretrainSummary {
+    /// Optimizer steps.
+    pub steps: u64,
+    /// Loss of the first step, in nats a token.
+    pub loss_first: Option<f64>,
+    /// The same, last step.
+    pub loss_last: Option<f64>,
+    /// Tokens a second in this process's steps.
+    pub tokens_per_second: f64,
+    /// Numbers of the model.
+    pub parameters: usize,
+    /// The model's folder.
+    pub model: PathBuf,
+    /// The GGUF, if one was asked for.
+    pub export: Option<PathBuf>,
+    /// The step this process took up, if it resumed.
+    pub resumed_at: Option<u64>,
+    /// What was read of each source.
+    pub sources: Vec<SourceReport>,
+    /// Evaluations.
+    #[serde(skip)]
+    pub results: Map<String, Value>,
+}
+
+/// Where a run, and each of its checkpoints, has the model.
+const MODEL: &str = "model";
+/// Rows that an evaluation reads at once.
+const EVAL_ROWS: u64 = 8;
+/// How often people hear of a tokenization that lasts.
+const TELL_EVERY: Duration = Duration::from_secs(5);
+/// Tokens that the bigram model beside the evaluations counts at most.
+const BIGRAM_TOKENS: u64 = 1 << 22;
+
+/// A run of pretraining, ready for its steps.
+pub struct Pretraining {
+    settings: PretrainSettings,
+    tokenizer: Tokenizer,
+    tokenizer_folder: PathBuf,
+    corpus: Corpus,
+    model: FullModel,
+    gradients: Gradients,
+    buffers: FullBuffers,
+    /// The moments.
+    pub optimizer: AdamW,
+}
+
+/// Trains a model's every weight. With `resume`, goes on with the run in `settings.out`. `stop` is
+/// looked at while sources are tokenized, between the batches of an evaluation, and after each step.
+pub fn pretrain(
+    settings: &PretrainSettings,
+    resume: bool,
+    stop: &AtomicBool,
+) -> Result<Outcome<PretrainSummary>, TrainError> {
+    if let Some(fault) = settings.fault() {
+        return Err(TrainError::Settings(fault));
+    }
+    let settings = settings.absolute()?;
+    let specs = settings.source.iter().map(|text| text.parse::<SourceSpec>());
+    let specs = specs.collect::<Result<Vec<_>, _>>().map_err(TrainError::Settings)?;
+    let export_type = settings.export_type.parse::<FileType>().map_err(TrainError::Settings)?;
+    // Told before anything is read: what is in the way of the run.
+    let table = settings.to_table()?;
+    let resumed = if resume {
+        let saved = RunDir::pretrain_settings(&settings.out)?.to_table()?;
+        Some(RunDir::resume(&settings.out, &saved, &table)?)
+    } else {
+        RunDir::vacant(&settings.out)?;
+        None
+    };
+
+    // What is trained, on what.
+    let (tokenizer, base) = match settings.base.as_os_str().is_empty() {
+        true => (Tokenizer::from_folder(&settings.tokenizer)?, None),
+        false => {
+            let checkpoint = Checkpoint::open(&settings.base)?;
+            let tokenizer = match settings.tokenizer.as_os_str().is_empty() {
+                true => Tokenizer::open(&checkpoint)?,
+                false => Tokenizer::from_folder(&settings.tokenizer)?,
+            };
+            (tokenizer, Some(checkpoint))
+        }
+    };
+    let begin = || -> Result<FullModel, TrainError> {
+        let compute = settings.compute;
+        Ok(match &base {
+            Some(checkpoint) => FullModel::load(checkpoint, compute)?,
+            None => {
+                let config = settings.config(tokenizer.vocab_size())?;
+                FullModel::random(config, settings.initializer_range, settings.seed, compute)?
+            }
+        })
+    };
+    let mut model = begin()?;
+    if let Some(fault) = misfit(&settings, &model, &tokenizer) {
+        return Err(TrainError::Settings(fault));
+    }
+    let corpus = match open_corpus(&settings, &specs, &tokenizer, stop) {
+        Err(CorpusError::Data(DataError::Stopped)) => return Ok(Outcome::NotBegun),
+        corpus => corpus?,
+    };
+    let mut fingerprints: Vec<Fingerprint> =
+        vec![("the tokenized sources".into(), corpus.fingerprint().into())];
+    if base.is_some() {
+        fingerprints.push(("the base".into(), base_fingerprint(&settings.base)?));
+    }
+    let (run, saved) = match resumed {
+        Some(run) => {
+            same_fingerprints(&settings.out, &run.fingerprints()?, &fingerprints)?;
+            let saved = run.last_checkpoint()?;
+            (run, saved)
+        }
+        None => (RunDir::create(&settings.out, &table, &fingerprints)?, None),
+    };
+    let tokenizer_folder = tokenizer_folder(&settings, base.as_ref(), &run)?;
+    let mut state = State::default();
+    if let Some(folder) = &saved {
+        model = FullModel::load(&Checkpoint::open(folder.join(MODEL))?, settings.compute)?;
+        state = read_state(folder)?;
+    }
+    let lengths: Vec<usize> = model.parameters.iter().map(|var| var.elem_count()).collect();
+    let optimizer = AdamW::new(optimizer_settings(&settings), &lengths);
+    let mut optimizer = optimizer.with_decays(model.decays(true));
+    if let Some(folder) = &saved {
+        let parameters = named(&model);
+        read_optimizer(folder, &parameters, &mut optimizer, state.optimizer_steps)?;
+    }
+
+    // Where it stands.
+    let resumed_at = resume.then_some(state.step);
+    let total_steps = settings.total_steps();
+    for line in corpus.report(total_steps * settings.rows_of_step()) {
+        eprintln!("source {line}");
+    }
+    let bigram = bigram_bits_per_byte(&corpus, &settings, model.config.vocab_size);
+    if let Some(bits) = bigram {
+        eprintln!("a bigram model of these tokens needs {bits:.3} bits a held-out byte");
+    }
+    let parameters = model.parameter_count();
+    eprintln!("training {parameters} parameters, {total_steps} steps from step {}", state.step);
+    let steps = LoopSettings {
+        schedule: schedule(&settings, total_steps),
+        eval_strategy: match settings.eval_steps > 0 && settings.validation_split > 0.0 {
+            true => EvalStrategy::Steps,
+            false => EvalStrategy::No,
+        },
+        eval_steps: settings.eval_steps.max(1),
+        save_steps: settings.save_steps,
+        save_total_limit: settings.save_total_limit,
+    };
+    let gradients = model.zero_gradients();
+    let buffers = FullBuffers::default();
+    let mut course = Course::Pretraining(Pretraining {
+        settings,
+        tokenizer,
+        tokenizer_folder,
+        corpus,
+        model,
+        gradients,
+        buffers,
+        optimizer,
+    });
+    let ended = take_steps(&mut course, &run, (&mut state, saved), &steps, stop)?;
+    let (Ended::Done { log, progress }, Course::Pretraining(course)) = (ended, course) else {
+        return Ok(Outcome::Interrupted { step: state.step, total_steps });
+    };
+
+    let folder = run.file(MODEL);
+    let settings = &course.settings;
+    course.write_folder(&folder, settings.dtype)?;
+    let export = match settings.export.as_os_str().is_empty() {
+        true => None,
+        false => {
+            course.write_gguf(export_type, &settings.export)?;
+            Some(settings.export.clone())
+        }
+    };
+    let mut results = Map::new();
+    for key in ["eval_loss", "eval_bits_per_byte"] {
+        let values = log.values(key)?;
+        for (end, value) in [("first", values.first()), ("last", values.last())] {
+            if let Some(value) = value {
+                results.insert(format!("{key}_{end}"), json!(value));
+            }
+        }
+    }
+    if let Some(bits) = bigram {
+        results.insert("bigram_bits_per_byte".into(), json!(bits));
+    }
+    let losses = log.values("loss")?;
+    Ok(Outcome::Done(Box::new(PretrainSummary {
+        steps: state.step,
+        loss_first: losses.first().copied(),
+        loss_last: losses.last().copied(),
+        tokens_per_second: progress.tokens_per_second(),
+        parameters,
+        model: folder,
+        export,
+        resumed_at,
+        sources: course.corpus.report(state.step * settings.rows_of_step()),
+        results,
+    })))
+}
+
+impl Pretraining {
+    /// Takes a step.
+    pub fn step(
+        &mut self,
+        state: &mut State,
+        learning_rate: f64,
+    ) -> Result<(Numbers, Work), TrainError> {
+        let settings = &self.settings;
+        let first = state.step * settings.rows_of_step();
+        let size = settings.per_device_train_batch_size as u64;
+        let batches: Vec<Batch> = (0..settings.gradient_accumulation_steps as u64)
+            .map(|part| self.corpus.batch(first + part * size..first + (part + 1) * size))
+            .collect();
+        let count: usize = batches.iter().map(Batch::count).sum();
+        let scale = 1.0 / count.max(1) as f64;
+        let layers = self.model.config.num_hidden_layers;
+        let kept_layers = if settings.gradient_checkpointing { 0 } else { layers };
+        self.gradients.iter_mut().for_each(|gradient| gradient.fill(0.0));
+        let mut loss = 0.0;
+        for batch in &batches {
+            let (gradients, buffers) = (&mut self.gradients, &mut self.buffers);
+            loss += self.model.accumulate(batch, scale, kept_layers, gradients, buffers)? * scale;
+        }
+        let grad_norm = global_norm(&self.gradients);
+        let diverged = TrainError::Diverged { step: state.step + 1, loss };
+        if !loss.is_finite() || !grad_norm.is_finite() {
+            return Err(diverged);
+        }
+        let most = settings.max_grad_norm;
+        let factor = if most > 0.0 { clip_factor(grad_norm, most) } else { 1.0 };
+        let parameters = &self.model.parameters;
+        if !self.optimizer.step(parameters, &self.gradients, factor, learning_rate)? {
+            return Err(diverged);
+        }
+
+        let mut numbers: Numbers = vec![
+            ("loss".into(), json!(loss)),
+            ("grad_norm".into(), json!(grad_norm)),
+            ("learning_rate".into(), json!(learning_rate)),
+            ("tokens".into(), json!(count)),
+        ];
+        let step = state.step + 1;
+        let ends = step == 1 || step == settings.total_steps();
+        if settings.sample_steps > 0 && (ends || step.is_multiple_of(settings.sample_steps)) {
+            let samples = self.samples(step)?;
+            for sample in &samples {
+                eprintln!("  step {step}, loss {loss:.3}: {sample:?}");
+            }
+            numbers.push(("samples".into(), json!(samples)));
+        }
+        let work = Work {
+            headline: format!("loss {loss:.4}"),
+            tokens: batches.iter().map(|batch| batch.tokens.len() as u64).sum(),
+            samples: settings.rows_of_step(),
+        };
+        Ok((numbers, work))
+    }
+
+    /// What the model says now, with what it was given.
+    fn samples(&self, step: u64) -> Result<Vec<String>, TrainError> {
+        let settings = &self.settings;
+        let mut prompts = Vec::new();
+        if settings.sample_prompt.is_empty() {
+            prompts.push(vec![self.corpus.end_of_text()]);
+        }
+        for text in &settings.sample_prompt {
+            prompts.push(self.tokenizer.with_bos(self.tokenizer.encode(text, Special::AsText)?));
+        }
+        let requests: Vec<Request> =
+            prompts.iter().zip(0..).map(|(prompt, key)| Request::new(prompt, key)).collect();
+        let decoder = self.model.decoder(settings.compute)?;
+        let decoding = Decoding {
+            sampling: Sampling {
+                temperature: settings.sample_temperature,
+                seed: settings.seed.wrapping_add(step), // not the same luck at each step
+                ..Sampling::default()
+            },
+            max_tokens: settings.sample_tokens,
+            cache: CacheType::of(decoder.compute),
+            logprobs: None,
+            draws: false,
+            slots: 0,
+        };
+        let is_end = |token| self.tokenizer.is_end_of_generation(token);
+        let never = &mut |_: usize, _: u32| ControlFlow::Continue(());
+        let none = Adapters::Same(&[]);
+        let generated = generate(&decoder, none, &requests, &decoding, &is_end, never)?;
+        let texts = prompts.iter().zip(generated.rows).map(|(prompt, row)| {
+            let tokens: Vec<u32> = prompt.iter().chain(&row.token_ids).copied().collect();
+            self.tokenizer.decode(&tokens, true)
+        });
+        Ok(texts.collect::<Result<_, _>>()?)
+    }
+
+    /// Bits per byte of the held-out rows, of all and of each source; nothing if a stop cut it short.
+    pub fn evaluate(&mut self, stop: &AtomicBool) -> Result<Option<Numbers>, TrainError> {
+        let decoder = self.model.decoder(self.settings.compute)?;
+        let mut all = TextLoss::default();
+        let mut of_sources = Vec::new();
+        for (index, source) in self.corpus.sources().enumerate() {
+            let batches = held_out(&self.corpus, index, &self.settings);
+            let Some(loss) = text_loss(&decoder, batches, stop)? else { return Ok(None) };
+            if loss.tokens > 0 {
+                let key = format!("eval_{}_bits_per_byte", source.name);
+                of_sources.push((key, json!(loss.bits_per_byte())));
+            }
+            all.add(&loss);
+        }
+        let mut numbers: Numbers = vec![
+            ("eval_loss".into(), json!(all.loss())),
+            ("eval_perplexity".into(), json!(all.loss().exp())),
+            ("eval_bits_per_byte".into(), json!(all.bits_per_byte())),
+        ];
+        if of_sources.len() > 1 {
+            numbers.extend(of_sources);
+        }
+        Ok(Some(numbers))
+    }
+
+    /// Writes a checkpoint: the model's folder, exactly, beside the optimizer's moments.
+    pub fn save(&self, run: &RunDir, state: &State, keep: usize) -> Result<(), TrainError> {
+        let parameters = named(&self.model);
+        run.save(state, &parameters, &self.optimizer, keep, |folder| {
+            self.write_folder(&folder.join(MODEL), FloatType::F32)
+        })
+    }
+}
+
+impl Pretraining {
+    /// What `with` makes of the model as it is now, on its way into files.
+    fn written<T>(
+        &self,
+        with: impl FnOnce(&Source) -> Result<T, ExportError>,
+    ) -> Result<T, TrainError> {
+        let model = &self.model;
+        let values: Vec<Values> = model
+            .parameters
+            .iter()
+            .map(|var| Values::of(var))
+            .collect::<candle_core::Result<_>>()?;
+        let named = model.names.iter().zip(&model.parameters).zip(&values);
+        let named = named.map(|((name, var), values)| (name.as_str(), var.dims(), &values[..]));
+        let source = Source::from_memory(model.config.clone(), named, &self.tokenizer_folder)?;
+        Ok(with(&source)?)
+    }
+
+    fn write_folder(&self, folder: &Path, of: FloatType) -> Result<(), TrainError> {
+        let block_type = match of {
+            FloatType::F32 => BlockType::F32,
+            FloatType::F16 => BlockType::F16,
+            FloatType::Bf16 => BlockType::BF16,
+        };
+        self.written(|source| write_folder(source, block_type, folder))?;
+        Ok(())
+    }
+
+    fn write_gguf(&self, of: FileType, path: &Path) -> Result<(), TrainError> {
+        self.written(|source| write_gguf(source, &Recipe::new(of), None, path))?;
+        Ok(())
+    }
+}
+
+/// The folder of the tokenizer; a GGUF's own is written down beside the run.
+fn tokenizer_folder(
+    settings: &PretrainSettings,
+    base: Option<&Checkpoint>,
+    run: &RunDir,
+) -> Result<PathBuf, TrainError> {
+    if !settings.tokenizer.as_os_str().is_empty() {
+        return Ok(settings.tokenizer.clone());
+    }
+    let Some(Checkpoint::Gguf(gguf)) = base else { return Ok(settings.base.clone()) };
+    let folder = run.file("tokenizer");
+    let io = |source| TrainError::Io { path: folder.clone(), source };
+    std::fs::create_dir_all(&folder).map_err(io)?;
+    for (name, text) in convert::to_folder(gguf)? {
+        write_atomically(folder.join(name), |file| file.write_all(text.as_bytes()))?;
+    }
+    Ok(folder)
+}
+
+/// The parameters with their names.
+fn named(model: &FullModel) -> Vec<(String, Var)> {
+    model.names.iter().cloned().zip(model.parameters.iter().cloned()).collect()
+}
+
+/// What does not go together, in one sentence.
+fn misfit(settings: &PretrainSettings, model: &FullModel, tokenizer: &Tokenizer) -> Option<String> {
+    let (found, needed) = (tokenizer.vocab_size(), model.config.vocab_size);
+    if found > needed {
+        return Some(format!("the tokenizer has {found} tokens, the model {needed}"));
+    }
+    let (found, most) = (settings.max_length, model.config.max_position_embeddings);
+    (found > most).then(|| format!("max_length is {found}, the model has {most} positions"))
+}
+
+fn open_corpus(
+    settings: &PretrainSettings,
+    specs: &[SourceSpec],
+    tokenizer: &Tokenizer,
+    stop: &AtomicBool,
+) -> Result<Corpus, CorpusError> {
+    let cache = match settings.cache.as_os_str().is_empty() {
+        true => settings.out.join("corpus"),
+        false => settings.cache.clone(),
+    };
+    let corpus_settings = CorpusSettings {
+        cache,
+        sequence_length: settings.max_length,
+        reset_at_borders: settings.reset_attention,
+        validation_split: settings.validation_split,
+        seed: settings.seed,
+    };
+    let mut told = Instant::now();
+    Corpus::open(specs, tokenizer, &corpus_settings, stop, |progress| {
+        if told.elapsed() >= TELL_EVERY {
+            told = Instant::now();
+            let (done, all) = (progress.bytes as f64 / 1e6, progress.of as f64 / 1e6);
+            eprintln!("tokenizing {}: {done:.0} of {all:.0} MB", progress.source);
+        }
+    })
+}
+
+/// The held-out rows of a source that evaluations read, a few at a time.
+fn held_out(
+    corpus: &Corpus,
+    source: usize,
+    settings: &PretrainSettings,
+) -> impl Iterator<Item = (Batch, u64)> {
+    let all = corpus.validation_rows(source);
+    let rows = match settings.eval_rows as u64 {
+        0 => all,
+        rows => rows.min(all),
+    };
+    (0..rows).step_by(EVAL_ROWS as usize).map(move |first| {
+        let found = corpus.validation(source, first..rows.min(first + EVAL_ROWS));
+        (found.batch, found.bytes)
+    })
+}
+
+/// What a bigram model of the first rows of the run makes of the held-out rows.
+fn bigram_bits_per_byte(
+    corpus: &Corpus,
+    settings: &PretrainSettings,
+    vocab_size: usize,
+) -> Option<f64> {
+    let mut bigram = Bigram::new(vocab_size);
+    let length = settings.max_length as u64;
+    let rows = BIGRAM_TOKENS / length;
+    let rows = rows.min(settings.total_steps() * settings.rows_of_step());
+    for row in 0..rows {
+        bigram.learn(&corpus.batch(row..row + 1).tokens);
+    }
+    let mut sum = TextLoss::default();
+    for source in 0..corpus.sources().len() {
+        for (batch, bytes) in held_out(corpus, source, settings) {
+            for &(row, token) in &batch.targets {
+                sum.nats += bigram.nats(&[batch.tokens[row as usize], token]);
+            }
+            sum.tokens += batch.targets.len() as u64;
+            sum.bytes += bytes;
+        }
+    }
+    (sum.bytes > 0).then(|| sum.bits_per_byte())
+}
+
+fn optimizer_settings(settings: &PretrainSettings) -> AdamWSettings {
+    AdamWSettings {
+        adam_beta1: settings.adam_beta1,
+        adam_beta2: settings.adam_beta2,
+        adam_epsilon: settings.adam_epsilon,
+        weight_decay: settings.weight_decay,
+    }
+}
+
+fn schedule(settings: &PretrainSettings, total_steps: u64) -> Schedule {
+    let share = |ratio: f64| (ratio * total_steps as f64).ceil() as u64;
+    Schedule {
+        kind: settings.lr_scheduler_type,
+        learning_rate: settings.learning_rate,
+        warmup_steps: match settings.warmup_steps {
+            0 => share(settings.warmup_ratio),
+            steps => steps,
+        },
+        total_steps,
+        decay_steps: share(settings.decay_ratio),
+        min_lr_ratio: settings.min_lr_ratio,
+    }
+}

@@ -1,0 +1,400 @@
+//! The settings of pretraining. What they share with fine-tuning has the same name and meaning.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::super::TrainError;
+use super::{Empty, Faults, is_empty};
+use crate::model::{Config, FAMILIES, ModelError, RopeScaling};
+use crate::ops::Compute;
+use crate::optim::ScheduleKind;
+
+/// Shapes with a name, all Llama's. Widths from `tiny` on are multiples of 256, which K-quants need.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Preset {
+    /// 128 wide, 4 layers: 0.9 M parameters beside the embedding.
+    Micro,
+    /// 256 wide, 6 layers: 5 M.
+    Tiny,
+    /// 512 wide, 4 layers: 14 M.
+    Mini,
+    /// 512 wide, 8 layers: 27 M.
+    Small,
+    /// As wide and deep as GPT-2's smallest, 768 and 12: 85 M.
+    Gpt2,
+}
+
+impl Preset {
+    /// Width, layers, heads, width of the feed-forward layer.
+    fn shape(self) -> [usize; 4] {
+        match self {
+            Self::Micro => [128, 4, 4, 384],
+            Self::Tiny => [256, 6, 4, 768],
+            Self::Mini => [512, 4, 8, 1536],
+            Self::Small => [512, 8, 8, 1536],
+            Self::Gpt2 => [768, 12, 12, 2048],
+        }
+    }
+}
+
+/// How a model's numbers are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum FloatType {
+    /// As they are.
+    F32,
+    /// Half precision.
+    F16,
+    /// The upper half of an F32.
+    Bf16,
+}
+
+settings! {
+    /// A run of pretraining.
+    PretrainSettings, PretrainFlags {
+        /// A source of the mixture, NAME=WEIGHT:FILES: text, JSONL or Parquet with a `text` column; FILES may
+        /// hold * and **, WEIGHT is its share of the tokens; may be given again
+        #[arg(num_args = 1..)]
+        source: Vec<String> = Vec::new(),
+        /// The tokenizer: a folder with tokenizer.json, as `tokenizer train` makes it; with --base the base's own
+        tokenizer: PathBuf = PathBuf::new(),
+        /// Go on from this model instead of random weights: a GGUF file or a Hugging Face folder
+        base: PathBuf = PathBuf::new(),
+        /// The run directory; the model will be in DIR/model
+        out: PathBuf = PathBuf::new(),
+        /// Where tokenized sources are kept for the next run [default: DIR/corpus]
+        cache: PathBuf = PathBuf::new(),
+
+        /// The shape of the model: a Hugging Face config.json
+        model_config: PathBuf = PathBuf::new(),
+        /// The shape by name; the numbers below change it [default: tiny]
+        preset: Preset = Preset::Tiny,
+        /// Width of the residual stream; 0 is the preset's, here and below
+        hidden_size: usize = 0,
+        /// Layers
+        num_hidden_layers: usize = 0,
+        /// Query heads
+        num_attention_heads: usize = 0,
+        /// Key and value heads [default: as many as query heads]
+        num_key_value_heads: usize = 0,
+        /// Width of the feed-forward layer
+        intermediate_size: usize = 0,
+        /// Base of the rotary frequencies [default: 10000]
+        rope_theta: f64 = 10_000.0,
+        /// Whether the head is the embedding [default: true]
+        #[arg(num_args = 0..=1, default_missing_value = "true")]
+        tie_word_embeddings: bool = true,
+        /// Standard deviation of the first weights; those that write to the residual stream begin
+        /// smaller, by the root of twice the layers (GPT-2) [default: 0.02]
+        initializer_range: f64 = 0.02,
+
+        /// Tokens of a row [default: 256]
+        max_length: usize = 256,
+        /// Rows of a micro-batch [default: 16]
+        per_device_train_batch_size: usize = 16,
+        /// Micro-batches of a step [default: 1]
+        gradient_accumulation_steps: usize = 1,
+        /// Whether positions and attention begin anew with each document of a row [default: false]
+        #[arg(num_args = 0..=1, default_missing_value = "true")]
+        reset_attention: bool = false,
+        /// Steps, instead of max_tokens when above 0 [default: 0]
+        max_steps: u64 = 0,
+        /// Tokens to train on, rounded up to whole steps [default: 0]
+        max_tokens: u64 = 0,
+
+        /// Highest learning rate [default: 1e-3]
+        learning_rate: f64 = 1e-3,
+        /// Shape of the learning rate [default: cosine]
+        lr_scheduler_type: ScheduleKind = ScheduleKind::Cosine,
+        /// Where it ends, as a part of the highest [default: 0.1]
+        min_lr_ratio: f64 = 0.1,
+        /// Share of all steps that warm up [default: 0.02]
+        warmup_ratio: f64 = 0.02,
+        /// Steps that warm up, instead of warmup_ratio when above 0 [default: 0]
+        warmup_steps: u64 = 0,
+        /// Share of all steps in which warmup_stable_decay falls [default: 0.2]
+        decay_ratio: f64 = 0.2,
+        /// AdamW's weight decay, of matrices alone [default: 0.1]
+        weight_decay: f64 = 0.1,
+        /// AdamW's decay of the mean gradient [default: 0.9]
+        adam_beta1: f64 = 0.9,
+        /// AdamW's decay of the mean squared gradient [default: 0.95]
+        adam_beta2: f64 = 0.95,
+        /// AdamW's epsilon [default: 1e-8]
+        adam_epsilon: f64 = 1e-8,
+        /// Gradients are scaled down to this norm; 0 is off [default: 1]
+        max_grad_norm: f64 = 1.0,
+
+        /// Share of the documents that is never trained on [default: 0.01]
+        validation_split: f64 = 0.01,
+        /// Rows of them that an evaluation reads; 0 reads all [default: 64]
+        eval_rows: usize = 64,
+        /// Steps between evaluations; 0 evaluates never [default: 100]
+        eval_steps: u64 = 100,
+        /// Steps between printed samples; 0 prints none [default: 100]
+        sample_steps: u64 = 100,
+        /// What samples begin with; may be given again [default: the beginning of a document]
+        #[arg(num_args = 1..)]
+        sample_prompt: Vec<String> = Vec::new(),
+        /// Tokens of a sample [default: 48]
+        sample_tokens: usize = 48,
+        /// Temperature of samples; 0 takes the likeliest token [default: 0.8]
+        sample_temperature: f64 = 0.8,
+
+        /// Recompute all layers in the backward pass: less memory, a third more time [default: false]
+        #[arg(num_args = 0..=1, default_missing_value = "true")]
+        gradient_checkpointing: bool = false,
+        /// Steps between checkpoints [default: 500]
+        save_steps: u64 = 500,
+        /// Checkpoints kept; 0 keeps all [default: 2]
+        save_total_limit: usize = 2,
+        /// Seed of the first weights, the order of the data and the samples [default: 42]
+        seed: u64 = 42,
+        /// How products are computed: f32, int16 (block-floating, faster; weights stay f32), or portable
+        /// (the slow reference form) [default: f32]
+        compute: Compute = Compute::F32,
+        /// Number format of the model's folder [default: f32]
+        dtype: FloatType = FloatType::F32,
+        /// Also write the model as this GGUF file
+        export: PathBuf = PathBuf::new(),
+        /// Its types, as `quantize --type` has them [default: F16]
+        export_type: String = "F16".into(),
+    }
+}
+
+impl PretrainSettings {
+    /// What `config.toml` calls the command.
+    const COMMAND: (&str, &str) = ("command", "pretrain");
+
+    /// One flat table, with the command's name.
+    pub fn to_table(&self) -> Result<toml::Table, TrainError> {
+        let table = toml::Table::try_from(self).map_err(|e| TrainError::Settings(e.to_string()))?;
+        let mut all = toml::Table::from_iter([(
+            Self::COMMAND.0.to_string(),
+            toml::Value::from(Self::COMMAND.1),
+        )]);
+        all.extend(table);
+        Ok(all)
+    }
+
+    /// The defaults, and over them what `table` says. Keys that there are not, and a table of
+    /// another command, are refused.
+    pub fn from_table(mut table: toml::Table) -> Result<Self, TrainError> {
+        let fail = |fault: String| Err(TrainError::Settings(fault));
+        if let Some(found) = table.remove(Self::COMMAND.0)
+            && found.as_str() != Some(Self::COMMAND.1)
+        {
+            return fail(format!("these are settings of {found}, needed {:?}", Self::COMMAND.1));
+        }
+        let unknown: Vec<&str> =
+            table.keys().map(String::as_str).filter(|key| !Self::KEYS.contains(key)).collect();
+        if !unknown.is_empty() {
+            return fail(format!("unknown {} of {}", unknown.join(", "), Self::COMMAND.1));
+        }
+        table.try_into().map_err(|e: toml::de::Error| TrainError::Settings(e.message().into()))
+    }
+
+    /// The settings with their paths made absolute: a run goes on from any directory.
+    pub fn absolute(&self) -> Result<Self, TrainError> {
+        let mut settings = self.clone();
+        let paths = [
+            &mut settings.tokenizer,
+            &mut settings.base,
+            &mut settings.out,
+            &mut settings.cache,
+            &mut settings.model_config,
+            &mut settings.export,
+        ];
+        for path in paths.into_iter().filter(|path| !path.as_os_str().is_empty()) {
+            let made = std::path::absolute(&*path);
+            *path = made.map_err(|source| TrainError::Io { path: path.clone(), source })?;
+        }
+        Ok(settings)
+    }
+
+    /// Steps of the run.
+    pub fn total_steps(&self) -> u64 {
+        let tokens = self.rows_of_step() * self.max_length as u64;
+        if self.max_steps > 0 { self.max_steps } else { self.max_tokens.div_ceil(tokens.max(1)) }
+    }
+
+    /// Rows of a step.
+    pub fn rows_of_step(&self) -> u64 {
+        (self.per_device_train_batch_size * self.gradient_accumulation_steps) as u64
+    }
+
+    /// The shape of a new model with this vocabulary.
+    pub fn config(&self, vocab_size: usize) -> Result<Config, ModelError> {
+        if !self.model_config.as_os_str().is_empty() {
+            let config = Config::from_file(&self.model_config)?;
+            if config.vocab_size < vocab_size {
+                return Err(ModelError::Config {
+                    path: self.model_config.display().to_string(),
+                    reason: format!(
+                        "vocab_size is {}, and the tokenizer has {vocab_size} tokens",
+                        config.vocab_size
+                    ),
+                });
+            }
+            return Ok(config);
+        }
+        let [hidden_size, layers, heads, inner] = self.preset.shape();
+        let or = |given: usize, preset: usize| if given > 0 { given } else { preset };
+        let hidden_size = or(self.hidden_size, hidden_size);
+        let heads = or(self.num_attention_heads, heads);
+        let config = Config {
+            family: &FAMILIES[0],
+            hidden_size,
+            num_hidden_layers: or(self.num_hidden_layers, layers),
+            num_attention_heads: heads,
+            num_key_value_heads: or(self.num_key_value_heads, heads),
+            head_dim: hidden_size / heads,
+            intermediate_size: or(self.intermediate_size, inner),
+            vocab_size,
+            max_position_embeddings: self.max_length,
+            rms_norm_eps: 1e-5,
+            rope_theta: self.rope_theta,
+            rope_scaling: RopeScaling::None,
+            tie_word_embeddings: self.tie_word_embeddings,
+            qkv_bias: false,
+            o_bias: false,
+            mlp_bias: false,
+        };
+        config.checked("the model's shape".into())
+    }
+
+    /// All that is out of range, in one sentence, or `None`.
+    pub fn fault(&self) -> Option<String> {
+        let mut faults = Faults::default();
+        faults.check(!self.out.empty(), "--out is missing".into());
+        faults.check(!self.source.is_empty(), "--source is missing".into());
+        let given = !self.tokenizer.empty() || !self.base.empty();
+        faults.check(given, "--tokenizer is missing".into());
+        let plain = Self::default();
+        let shape = [
+            ("preset", self.preset != plain.preset),
+            ("hidden_size", self.hidden_size > 0),
+            ("num_hidden_layers", self.num_hidden_layers > 0),
+            ("num_attention_heads", self.num_attention_heads > 0),
+            ("num_key_value_heads", self.num_key_value_heads > 0),
+            ("intermediate_size", self.intermediate_size > 0),
+            ("rope_theta", self.rope_theta != plain.rope_theta),
+            ("tie_word_embeddings", !self.tie_word_embeddings),
+        ];
+        let from_file =
+            [("--base", !self.base.empty()), ("--model-config", !self.model_config.empty())];
+        for (of, given) in from_file {
+            for (name, _) in shape.iter().filter(|(_, set)| given && *set) {
+                faults.check(false, format!("{name} is the model's own with {of}, not to be set"));
+            }
+        }
+        let both = !self.base.empty() && !self.model_config.empty();
+        faults.check(!both, "model_config is the model's own with --base, not to be set".into());
+        let some = self.max_steps > 0 || self.max_tokens > 0;
+        faults.check(some, "max_steps and max_tokens are both 0: nothing would be trained".into());
+        let heads = self.num_attention_heads;
+        let width = self.hidden_size;
+        let fits = heads == 0 || width == 0 || width.is_multiple_of(heads);
+        faults.check(fits, format!("hidden_size {width} is no multiple of {heads} heads"));
+        faults.counts([
+            ("per_device_train_batch_size", self.per_device_train_batch_size as u64),
+            ("gradient_accumulation_steps", self.gradient_accumulation_steps as u64),
+            ("save_steps", self.save_steps),
+            ("sample_tokens", self.sample_tokens as u64),
+        ]);
+        faults.rates([
+            ("learning_rate", self.learning_rate, f64::MAX),
+            ("min_lr_ratio", self.min_lr_ratio, 1.0),
+            ("warmup_ratio", self.warmup_ratio, 1.0),
+            ("decay_ratio", self.decay_ratio, 1.0),
+            ("weight_decay", self.weight_decay, f64::MAX),
+            ("max_grad_norm", self.max_grad_norm, f64::MAX),
+            ("adam_epsilon", self.adam_epsilon, f64::MAX),
+            ("initializer_range", self.initializer_range, f64::MAX),
+            ("sample_temperature", self.sample_temperature, f64::MAX),
+        ]);
+        for (name, beta) in [("adam_beta1", self.adam_beta1), ("adam_beta2", self.adam_beta2)] {
+            faults.check((0.0..1.0).contains(&beta), format!("{name} is {beta}, needed in [0, 1)"));
+        }
+        faults.check(self.adam_epsilon as f32 > 0.0, "adam_epsilon is no positive f32".into());
+        let theta = self.rope_theta;
+        let fine = theta.is_finite() && theta > 0.0;
+        faults.check(fine, format!("rope_theta is {theta}, needed more than 0"));
+        let share = self.validation_split;
+        let fine = (0.0..1.0).contains(&share);
+        faults.check(fine, format!("validation_split is {share}, needed in [0, 1)"));
+        let fine = matches!(self.compute, Compute::F32 | Compute::Portable);
+        let fault = "compute is int8, which do not train all weights: needed f32 or portable";
+        faults.check(fine, fault.into());
+        let length = self.max_length;
+        faults.check(length > 1, format!("max_length is {length}, needed 2 or more"));
+        let seed = self.seed;
+        faults.check(i64::try_from(seed).is_ok(), format!("seed is {seed}, needed below 2^63"));
+        faults.told()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings() -> PretrainSettings {
+        PretrainSettings {
+            source: vec!["a=1:a.txt".into()],
+            tokenizer: "tokenizer".into(),
+            out: "run".into(),
+            max_tokens: 10_000,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn settings_survive_the_file() {
+        let text = toml::to_string(&settings().to_table().unwrap()).unwrap();
+        let table: toml::Table = toml::from_str(&text).unwrap();
+        assert_eq!(PretrainSettings::from_table(table).unwrap(), settings());
+        let refused = |text: &str| {
+            let table = toml::from_str(text).unwrap();
+            PretrainSettings::from_table(table).unwrap_err().to_string()
+        };
+        assert_eq!(refused("lora_alpha = 1.0"), "unknown lora_alpha of pretrain");
+        assert!(refused("command = 'sft'").contains("settings of \"sft\""));
+    }
+
+    #[test]
+    fn steps_are_rounded_up() {
+        assert_eq!(settings().total_steps(), 3); // 4096 tokens each
+        assert_eq!(PretrainSettings { max_steps: 7, ..settings() }.total_steps(), 7);
+    }
+
+    #[test]
+    fn what_is_out_of_range_is_told_at_once() {
+        assert_eq!(settings().fault(), None);
+        let wrong = PretrainSettings {
+            base: "base.gguf".into(),
+            hidden_size: 5,
+            max_tokens: 0,
+            compute: Compute::Int8,
+            ..settings()
+        };
+        let fault = wrong.fault().unwrap();
+        for words in [
+            "hidden_size is the model's own with --base",
+            "nothing would be trained",
+            "compute is int8",
+        ] {
+            assert!(fault.contains(words), "{words}: {fault}");
+        }
+    }
+
+    #[test]
+    fn presets_are_shapes_that_run() {
+        use clap::ValueEnum;
+        for &preset in Preset::value_variants() {
+            let config = PretrainSettings { preset, ..settings() }.config(512).unwrap();
+            assert_eq!(config.hidden_size, config.head_dim * config.num_attention_heads);
+        }
+    }
+}
