@@ -12,12 +12,14 @@ mod gguf;
 mod slab;
 mod source;
 pub mod types;
+pub mod verify;
 
 pub use error::ExportError;
 pub use folder::write_folder;
 pub use gguf::write_gguf;
 pub use source::{Named, Source, SourceTensor};
 pub use types::{FileType, Recipe};
+pub use verify::{Bounds, Distance, verify};
 
 use crate::quant::BlockType;
 

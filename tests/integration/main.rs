@@ -6,6 +6,7 @@ mod binary;
 mod cli;
 mod comparisons;
 mod data;
+mod export;
 mod generate;
 mod model;
 mod objectives;
