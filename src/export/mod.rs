@@ -5,10 +5,12 @@
 //! by tensor, so that memory holds a slab of one tensor and never a model. What was written is
 //! opened again and compared before it counts.
 
+pub mod bill;
 mod config;
 mod error;
 mod folder;
 mod gguf;
+pub mod imatrix;
 mod slab;
 mod source;
 pub mod types;

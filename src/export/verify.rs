@@ -131,7 +131,7 @@ fn compare(
     let decoder = Decoder::load(&checkpoint, Compute::F32).map_err(|e| text(&e))?;
     let vocab_size = source.config.vocab_size as u32;
     // A base without a tokenizer, as a folder may be, is compared on any tokens.
-    let tokens = match Tokenizer::open(base) {
+    let tokens: Vec<u32> = match Tokenizer::open(base) {
         Ok(tokenizer) => {
             let theirs = tokenizer.encode(TEXT, Special::AsText).map_err(|e| text(&e))?;
             let ours = Tokenizer::open(&checkpoint).map_err(|e| text(&e))?;

@@ -9,6 +9,7 @@ pub mod config;
 pub mod decoder;
 pub mod layer;
 pub mod load;
+pub mod observe;
 pub mod reading;
 pub mod scoring;
 
