@@ -18,6 +18,7 @@ mod best_of;
 mod eval;
 mod generate;
 mod inspect;
+mod merge;
 mod pretrain;
 mod quickstart;
 mod replies;
@@ -80,6 +81,10 @@ enum Command {
     Eval(Box<eval::Eval>),
     /// Answer a prompt
     Generate(Box<generate::Generate>),
+    /// Merge adapters into their base: a Hugging Face folder or a GGUF of any type
+    Merge(Box<merge::Merge>),
+    /// Write a base as a GGUF of another type
+    Quantize(Box<merge::Quantize>),
     /// List what a GGUF, safetensors or adapter file holds
     Inspect(inspect::Inspect),
     /// Turn text into token ids
@@ -127,6 +132,8 @@ pub fn main() -> ExitCode {
         Command::Grpo(command) => command.run(crate::train::Command::Grpo, json),
         Command::Eval(command) => command.run(json),
         Command::Generate(command) => command.run(json),
+        Command::Merge(command) => command.run(json),
+        Command::Quantize(command) => command.run(json),
         Command::Inspect(command) => command.run(json),
         Command::Tokenizer(command) => command.run(json),
     });

@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use crate::eval::EvalError;
 use crate::model::ModelError;
 use crate::text::TextError;
 use crate::weights::WeightsError;
@@ -57,6 +58,9 @@ pub enum ExportError {
         /// How far it is off.
         reason: String,
     },
+    /// A text that nothing can be measured on.
+    #[error(transparent)]
+    Measure(EvalError),
     /// candle refused.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

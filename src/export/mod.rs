@@ -5,19 +5,23 @@
 //! by tensor, so that memory holds a slab of one tensor and never a model. What was written is
 //! opened again and compared before it counts.
 
+pub mod bill;
 mod config;
 mod error;
 mod folder;
 mod gguf;
+pub mod imatrix;
 mod slab;
 mod source;
 pub mod types;
+pub mod verify;
 
 pub use error::ExportError;
 pub use folder::write_folder;
 pub use gguf::write_gguf;
 pub use source::{Named, Source, SourceTensor};
 pub use types::{FileType, Recipe};
+pub use verify::{Bounds, Distance, verify};
 
 use crate::quant::BlockType;
 

@@ -11,6 +11,7 @@ use super::adapters::{Adapters, Worn};
 use super::cache::{KvCache, StepBuffers};
 use super::config::Config;
 use super::layer::{Group, LayerPass};
+use super::observe::InputSquares;
 use crate::ops::attention::Heads;
 use crate::ops::frozen_linear::{few_rows, frozen_rows, read_rows};
 use crate::ops::rope::Rotation;
@@ -97,6 +98,8 @@ pub struct Pass<'a> {
     pub(super) rotation: Rotation,
     pub(super) adapters: Adapters<'a>,
     pub(super) dropout: Option<&'a Dropout>,
+    /// Where inputs of linear layers are summed up, in passes that nothing is learned from.
+    pub(super) squares: Option<&'a InputSquares>,
 }
 
 impl<'a> Pass<'a> {
@@ -110,7 +113,7 @@ impl<'a> Pass<'a> {
         };
         let segments = self.segments.iter().map(part).collect();
         let rotation = Rotation::new(&[], inv_freq);
-        Pass { segments, rotation, adapters: self.adapters, dropout: None }
+        Pass { segments, rotation, adapters: self.adapters, dropout: None, squares: None }
     }
 }
 
@@ -129,7 +132,7 @@ impl Decoder {
         assert_eq!(segment::fault(&rows.segments, rows.tokens.len()), None);
         assert_eq!(rows.tokens.len(), rows.positions.len());
         let rotation = Rotation::new(&rows.positions, &self.inv_freq);
-        Pass { segments: rows.segments.clone(), rotation, adapters, dropout }
+        Pass { segments: rows.segments.clone(), rotation, adapters, dropout, squares: None }
     }
 
     /// The embeddings of tokens, `(N, hidden_size)` F32. Fails if a token is out of vocabulary.
@@ -385,6 +388,9 @@ impl Decoder {
 
     /// The frozen product, and on it the updates of the adapters that each run of rows wears.
     fn linear(&self, linear: &Linear, x: &Tensor, pass: &Pass) -> Result<Tensor> {
+        if let Some(squares) = pass.squares {
+            squares.add(&linear.name, x)?;
+        }
         let mut y = frozen_linear(x, &linear.weight, self.compute)?;
         if let Some(bias) = &linear.bias {
             y = y.broadcast_add(bias)?;

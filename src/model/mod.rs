@@ -10,6 +10,7 @@ pub mod decoder;
 pub mod full;
 pub mod layer;
 pub mod load;
+pub mod observe;
 pub mod reading;
 pub mod scoring;
 

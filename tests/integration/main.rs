@@ -7,6 +7,7 @@ mod cli;
 mod comparisons;
 mod corpus;
 mod data;
+mod export;
 mod generate;
 mod model;
 mod objectives;

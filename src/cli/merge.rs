@@ -1,0 +1,342 @@
+//! `quantune merge` and `quantune quantize`.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+use super::{AdapterArg, Usage, load_adapters, open_tokenizer, read_text, to_json};
+use crate::export::{
+    Bounds, FileType, Importance, Recipe, Source, Written, bill, imatrix, types, verify,
+    write_folder, write_gguf,
+};
+use crate::model::{Decoder, Worn};
+use crate::ops::Compute;
+use crate::quant::BlockType;
+use crate::text::Special;
+use crate::weights::Checkpoint;
+
+#[derive(Debug, clap::Args)]
+pub struct Merge {
+    /// The base: a GGUF file or a Hugging Face folder
+    #[arg(long)]
+    base: PathBuf,
+    /// A PEFT adapter folder or a GGUF LoRA, PATH or PATH=WEIGHT; may be given again
+    #[arg(long, required = true)]
+    adapter: Vec<AdapterArg>,
+    /// What to write: a file that ends in .gguf, or a Hugging Face folder
+    #[arg(long)]
+    out: PathBuf,
+    /// The type: F32, F16 or BF16, and for a GGUF also Q8_0, Q4_0 to Q6_K and the mixes as Q4_K_M
+    /// [default: the base's own if it is one of the first three, else F16]
+    #[arg(long = "type", value_name = "TYPE")]
+    file_type: Option<FileType>,
+    #[command(flatten)]
+    how: How,
+}
+
+#[derive(Debug, clap::Args)]
+pub struct Quantize {
+    /// The base: a GGUF file or a Hugging Face folder
+    #[arg(long)]
+    base: PathBuf,
+    /// The GGUF file to write
+    #[arg(long)]
+    out: PathBuf,
+    /// F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K_S, Q3_K_M, Q3_K_L, Q4_K_S, Q4_K_M,
+    /// Q5_K_S, Q5_K_M or Q6_K
+    #[arg(long = "type", value_name = "TYPE")]
+    file_type: FileType,
+    #[command(flatten)]
+    how: How,
+}
+
+/// How numbers are written, and what is said of it.
+#[derive(Debug, clap::Args)]
+struct How {
+    /// Every matrix in the one type, no mix
+    #[arg(long)]
+    pure: bool,
+    /// The type of the head, and of the embedding where it is the head
+    #[arg(long, value_name = "TYPE", value_parser = types::block_type)]
+    output_tensor_type: Option<BlockType>,
+    /// The type of the embedding
+    #[arg(long, value_name = "TYPE", value_parser = types::block_type)]
+    token_embedding_type: Option<BlockType>,
+    /// A type for the tensors whose GGUF name an expression is found in, as attn_v=Q8_0; may be given
+    /// again, the first that is found counts
+    #[arg(long, value_name = "PATTERN=TYPE")]
+    tensor_type: Vec<types::TypeRule>,
+    /// An importance matrix that llama.cpp made (.gguf, or .dat of older versions)
+    #[arg(long, value_name = "FILE", conflicts_with = "imatrix_data")]
+    imatrix: Option<PathBuf>,
+    /// A text to measure the importance of columns on
+    #[arg(long, value_name = "TEXT")]
+    imatrix_data: Option<PathBuf>,
+    /// A text for the bill: perplexity, and divergence from the model at full precision
+    #[arg(long, value_name = "TEXT")]
+    report: Option<PathBuf>,
+    /// What the bill measures from: the base at full precision [default: --base]
+    #[arg(long, value_name = "BASE", requires = "report")]
+    reference: Option<PathBuf>,
+    /// Tokens of a chunk of --report and --imatrix-data [default: 512]
+    #[arg(long)]
+    n_ctx: Option<usize>,
+}
+
+impl How {
+    fn recipe(&self, file_type: FileType) -> Recipe {
+        Recipe {
+            file_type,
+            pure: self.pure,
+            output_tensor_type: self.output_tensor_type,
+            token_embedding_type: self.token_embedding_type,
+            tensor_types: self.tensor_type.clone(),
+        }
+    }
+
+    /// The flags that mean nothing for a folder, if one is there.
+    fn of_gguf_only(&self) -> Option<&'static str> {
+        let flags = [
+            ("--pure", self.pure),
+            ("--output-tensor-type", self.output_tensor_type.is_some()),
+            ("--token-embedding-type", self.token_embedding_type.is_some()),
+            ("--tensor-type", !self.tensor_type.is_empty()),
+            ("--imatrix", self.imatrix.is_some()),
+            ("--imatrix-data", self.imatrix_data.is_some()),
+        ];
+        flags.iter().find(|(_, given)| *given).map(|(flag, _)| *flag)
+    }
+
+    fn importance(&self, base: &Checkpoint, worn: &[Worn]) -> Result<Option<Importance>> {
+        if let Some(path) = &self.imatrix {
+            return Ok(Some(imatrix::read(path)?));
+        }
+        let Some(text) = &self.imatrix_data else { return Ok(None) };
+        let decoder = Decoder::load(base, Compute::F32)?;
+        let tokens = tokens(base, text)?;
+        let bos = bos(base)?;
+        let n_ctx = self.n_ctx(&decoder);
+        let importance = imatrix::measure(&decoder, worn, &tokens, n_ctx, bos)
+            .with_context(|| text.display().to_string())?;
+        Ok(Some(importance))
+    }
+
+    fn n_ctx(&self, decoder: &Decoder) -> usize {
+        self.n_ctx.unwrap_or(512).min(decoder.config.max_position_embeddings)
+    }
+}
+
+fn tokens(base: &Checkpoint, text: &Path) -> Result<Vec<u32>> {
+    let tokenizer = open_tokenizer(base, None)?;
+    let ids = tokenizer.encode(&read_text(text)?, Special::AsText)?;
+    Ok(tokenizer.with_bos(ids))
+}
+
+fn bos(base: &Checkpoint) -> Result<Option<u32>> {
+    let tokenizer = open_tokenizer(base, None)?;
+    Ok(tokenizer.bos().filter(|_| tokenizer.adds_bos()))
+}
+
+fn is_gguf(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
+}
+
+/// What loses nothing that the base has.
+fn own_type(source: &Source) -> FileType {
+    match source.tensors[0].stored_type() {
+        Some(BlockType::F32) => FileType::F32,
+        Some(BlockType::BF16) => FileType::BF16,
+        _ => FileType::F16,
+    }
+}
+
+impl Merge {
+    pub fn run(self, json: bool) -> Result<Value> {
+        let base = Checkpoint::open(&self.base)?;
+        let decoder = Decoder::load(&base, Compute::F32)?;
+        let worn = load_adapters(&self.adapter, &decoder)?;
+        drop(decoder);
+        let source = Source::open(&base, &worn)?;
+        let file_type = self.file_type.unwrap_or_else(|| own_type(&source));
+        let sizes = self.adapter.iter().map(|adapter| bytes_of(&adapter.path));
+        let adapter_bytes = sizes.sum();
+        let job = Job { base: &base, worn: &worn, source, out: &self.out, how: &self.how };
+        job.run(file_type, adapter_bytes, json)
+    }
+}
+
+impl Quantize {
+    pub fn run(self, json: bool) -> Result<Value> {
+        if !is_gguf(&self.out) {
+            let out = self.out.display();
+            return Err(Usage(format!("--out is {out}, needed a file that ends in .gguf")).into());
+        }
+        let base = Checkpoint::open(&self.base)?;
+        let source = Source::open(&base, &[])?;
+        let job = Job { base: &base, worn: &[], source, out: &self.out, how: &self.how };
+        job.run(self.file_type, 0, json)
+    }
+}
+
+/// One export with all that belongs to it.
+struct Job<'a> {
+    base: &'a Checkpoint,
+    worn: &'a [Worn],
+    source: Source<'a>,
+    out: &'a Path,
+    how: &'a How,
+}
+
+impl Job<'_> {
+    fn run(&self, file_type: FileType, adapter_bytes: u64, json: bool) -> Result<Value> {
+        let (out, how) = (self.out, self.how);
+        if same_place(self.base.path(), out) {
+            bail!("--out is {}, the base itself", out.display());
+        }
+        let bounds = match file_type {
+            FileType::F32 => Bounds::F32,
+            FileType::F16 => Bounds::F16,
+            FileType::BF16 => Bounds::BF16,
+            _ => Bounds::QUANTIZED,
+        };
+        let bounds = if how.of_gguf_only().is_some() { Bounds::QUANTIZED } else { bounds };
+        let importance = how.importance(self.base, self.worn)?;
+        let written = if is_gguf(out) {
+            self.gguf(file_type, importance.as_ref(), out)?
+        } else {
+            if let Some(flag) = how.of_gguf_only() {
+                let text = format!("{flag} is for a GGUF, and --out is a folder");
+                return Err(Usage(text).into());
+            }
+            write_folder(&self.source, file_type.block_type(), out)?
+        };
+        let distance = verify(self.base, self.worn, out, bounds)?;
+        let values: usize = written.tensors.iter().map(|t| t.shape.iter().product::<usize>()).sum();
+        let bits = written.bytes as f64 * 8.0 / values.max(1) as f64;
+        let lines = match &how.report {
+            Some(text) => Some(self.report(text, file_type, importance.as_ref(), adapter_bytes)?),
+            None => None,
+        };
+        if !json {
+            crate::cli::say!(
+                "{}: {file_type}, {:.1} MB, {bits:.2} bits a weight; read back, mean KL from {} is {:.2e} \
+                 over {} tokens",
+                out.display(),
+                written.bytes as f64 / 1e6,
+                if self.worn.is_empty() { "the base" } else { "the base with its adapters" },
+                distance.mean_kl,
+                distance.tokens,
+            );
+            if let Some(lines) = &lines {
+                crate::cli::say!("\n{}", bill::table(lines));
+            }
+        }
+        let mut value = json!({
+            "out": out.display().to_string(),
+            "type": file_type.to_string(),
+            "bytes": written.bytes,
+            "bits_per_weight": bits,
+            "distance": to_json(&distance)?,
+            "tensors": to_json(&written.tensors)?,
+        });
+        if let Some(lines) = &lines {
+            value["report"] = to_json(lines)?;
+        }
+        Ok(value)
+    }
+
+    fn gguf(
+        &self,
+        file_type: FileType,
+        importance: Option<&Importance>,
+        out: &Path,
+    ) -> Result<Written> {
+        Ok(write_gguf(&self.source, &self.how.recipe(file_type), importance, out)?)
+    }
+
+    /// What each way to keep the model costs, on a text.
+    fn report(
+        &self,
+        text: &Path,
+        file_type: FileType,
+        importance: Option<&Importance>,
+        adapter_bytes: u64,
+    ) -> Result<Vec<bill::Line>> {
+        let reference = match &self.how.reference {
+            Some(path) => Checkpoint::open(path)?,
+            None => self.base.clone(),
+        };
+        let exact = Decoder::load(&reference, Compute::F32)?;
+        let beside = Decoder::load(self.base, Compute::F32)?;
+        if exact.config.vocab_size != beside.config.vocab_size {
+            let (found, needed) = (exact.config.vocab_size, beside.config.vocab_size);
+            bail!("--reference has a vocabulary of {found}, needed the base's {needed}");
+        }
+        let folder = self.out.parent().filter(|folder| !folder.as_os_str().is_empty());
+        let folder = folder.unwrap_or(Path::new(".")).to_path_buf();
+        let mut files: Vec<(String, PathBuf, bool)> = Vec::new();
+        let mut make = |of: FileType, importance: Option<&Importance>, name: &str| -> Result<()> {
+            let path = folder.join(format!(".report-{}-{}.gguf", std::process::id(), files.len()));
+            files.push((name.into(), path.clone(), true));
+            write_gguf(&self.source, &self.how.recipe(of), importance, &path)?;
+            Ok(())
+        };
+        let merged = if self.worn.is_empty() { "" } else { "merged, " };
+        let made = (|| -> Result<()> {
+            if file_type != FileType::F16 {
+                make(FileType::F16, None, &format!("{merged}F16"))?;
+            }
+            if file_type.is_quantized() && importance.is_some() {
+                make(file_type, None, &format!("{merged}{file_type}"))?;
+            }
+            Ok(())
+        })();
+        let weighted = if importance.is_some() { ", imatrix" } else { "" };
+        files.push((format!("{merged}{file_type}{weighted}"), self.out.into(), false));
+        let lines = made.and_then(|()| {
+            let mut candidates = vec![bill::Candidate {
+                name: match self.worn.is_empty() {
+                    true => "the base".into(),
+                    false => "adapter beside the base".into(),
+                },
+                bytes: bytes_of(self.base.path()) + adapter_bytes,
+                decoder: beside,
+                worn: self.worn.to_vec(),
+            }];
+            for (name, path, _) in &files {
+                let decoder = Decoder::load(&Checkpoint::open(path)?, Compute::F32)?;
+                let (name, bytes) = (name.clone(), bytes_of(path));
+                candidates.push(bill::Candidate { name, bytes, decoder, worn: Vec::new() });
+            }
+            let tokens = tokens(self.base, text)?;
+            let (n_ctx, bos) = (self.how.n_ctx(&exact), bos(self.base)?);
+            bill::measure((&exact, self.worn), &candidates, &tokens, n_ctx, bos)
+                .with_context(|| text.display().to_string())
+        });
+        for (_, path, temporary) in &files {
+            if *temporary {
+                let _ = std::fs::remove_file(path); // it may never have come to be
+            }
+        }
+        lines
+    }
+}
+
+/// Whether two paths name one file or folder.
+fn same_place(one: &Path, other: &Path) -> bool {
+    matches!((one.canonicalize(), other.canonicalize()), (Ok(one), Ok(other)) if one == other)
+}
+
+/// Bytes of a file, or of the weights in a folder.
+fn bytes_of(path: &Path) -> u64 {
+    let of = |path: &Path| std::fs::metadata(path).map_or(0, |about| about.len());
+    match std::fs::read_dir(path) {
+        Err(_) => of(path),
+        Ok(entries) => {
+            let paths = entries.filter_map(|entry| Some(entry.ok()?.path()));
+            let weights = paths.filter(|p| p.extension().is_some_and(|e| e == "safetensors"));
+            weights.map(|path| of(&path)).sum()
+        }
+    }
+}

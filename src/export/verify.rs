@@ -1,0 +1,162 @@
+//! What was written, opened again: is it the model?
+
+use std::path::Path;
+
+use quantune_adapters::rng::Stream;
+
+use super::ExportError;
+use crate::model::{Adapters, Decoder, Rows, Worn};
+use crate::ops::Compute;
+use crate::text::{Special, Tokenizer};
+use crate::weights::Checkpoint;
+
+/// A text with a bit of everything.
+const TEXT: &str = "The ferryman said: \"In 1987 there were 365 boats on the river.\" She'd no money, \
+    so she walked.\n\nfn total(boats: &[Boat]) -> f64 { boats.iter().map(|b| b.seats * 3.5).sum() }\n\
+    Die Fähre fährt um acht Uhr; Паром идёт через реку. 渡し船 🚀";
+
+/// Tokens that are compared at most.
+const TOKENS: usize = 96;
+
+/// How far two models are apart on some tokens.
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
+pub struct Distance {
+    /// Mean Kullback-Leibler divergence from the first, in nats a token.
+    pub mean_kl: f64,
+    /// The largest difference of the log-probs of the tokens that follow.
+    pub worst_logp: f64,
+    /// Tokens compared.
+    pub tokens: usize,
+}
+
+/// How far a model may be off its source, by how it is written.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Bounds {
+    mean_kl: f64,
+    worst_logp: f64,
+}
+
+impl Bounds {
+    /// Nothing but the order of sums.
+    pub const F32: Self = Self { mean_kl: 1e-6, worst_logp: 1e-3 };
+    /// 11 bits of a weight.
+    pub const F16: Self = Self { mean_kl: 1e-2, worst_logp: 0.5 };
+    /// 8 bits of a weight.
+    pub const BF16: Self = Self { mean_kl: 0.2, worst_logp: 4.0 };
+    /// No bounds on what is lost, but there must be numbers.
+    pub const QUANTIZED: Self = Self { mean_kl: f64::MAX, worst_logp: f64::MAX };
+}
+
+/// The logits' log-softmax of all tokens, `(tokens, vocab_size)`, a row at a time.
+pub(super) fn log_probs(
+    decoder: &Decoder,
+    worn: &[Worn],
+    tokens: &[u32],
+) -> Result<Vec<Vec<f32>>, ExportError> {
+    let hidden = decoder.hidden(&Rows::new(&[tokens]), Adapters::Same(worn))?;
+    let rows = decoder.logits(&hidden)?.to_vec2::<f32>()?;
+    Ok(rows.into_iter().map(log_softmax).collect())
+}
+
+pub(super) fn log_softmax(mut row: Vec<f32>) -> Vec<f32> {
+    let most = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = row.iter().map(|l| f64::from(l - most).exp()).sum();
+    let log = f64::from(most) + sum.ln();
+    row.iter_mut().for_each(|l| *l = (f64::from(*l) - log) as f32);
+    row
+}
+
+/// `KL(p, q)` of two rows of log-probs, in nats.
+pub(super) fn divergence(p: &[f32], q: &[f32]) -> f64 {
+    let terms = p.iter().zip(q).map(|(p, q)| {
+        let (p, q) = (f64::from(*p), f64::from(*q));
+        p.exp() * (p - q)
+    });
+    terms.sum::<f64>().max(0.0)
+}
+
+fn distance(
+    source: (&Decoder, &[Worn]),
+    written: &Decoder,
+    tokens: &[u32],
+) -> Result<Distance, ExportError> {
+    let theirs = log_probs(source.0, source.1, tokens)?;
+    let ours = log_probs(written, &[], tokens)?;
+    let (mut kl, mut worst) = (0.0, 0f64);
+    for (i, (p, q)) in theirs.iter().zip(&ours).enumerate() {
+        kl += divergence(p, q);
+        if let Some(next) = tokens.get(i + 1) {
+            let off = f64::from(p[*next as usize] - q[*next as usize]).abs();
+            worst = if off.is_nan() { f64::NAN } else { worst.max(off) };
+        }
+    }
+    let tokens = tokens.len();
+    Ok(Distance { mean_kl: kl / tokens as f64, worst_logp: worst, tokens })
+}
+
+/// Opens what was written and compares it with the base that wears the adapters: the tokens of a
+/// text, then the log-probs of what follows each. What does not load, cuts text differently or is
+/// further off than `bounds` is removed.
+///
+/// # Errors
+/// If it is not the model, or the base cannot be read.
+pub fn verify(
+    base: &Checkpoint,
+    worn: &[Worn],
+    written: &Path,
+    bounds: Bounds,
+) -> Result<Distance, ExportError> {
+    let source = Decoder::load(base, Compute::F32)?;
+    let found = compare(&source, base, worn, written, bounds);
+    if let Err(reason) = found {
+        let path = written.to_path_buf();
+        let _ = match path.is_dir() {
+            true => std::fs::remove_dir_all(&path),
+            false => std::fs::remove_file(&path),
+        };
+        return Err(ExportError::Differs { path, reason });
+    }
+    found.map_err(|reason| ExportError::Differs { path: written.into(), reason })
+}
+
+fn compare(
+    source: &Decoder,
+    base: &Checkpoint,
+    worn: &[Worn],
+    written: &Path,
+    bounds: Bounds,
+) -> Result<Distance, String> {
+    let text = |e: &dyn std::fmt::Display| e.to_string();
+    let checkpoint = Checkpoint::open(written).map_err(|e| text(&e))?;
+    let decoder = Decoder::load(&checkpoint, Compute::F32).map_err(|e| text(&e))?;
+    let vocab_size = source.config.vocab_size as u32;
+    // A base without a tokenizer, as a folder may be, is compared on any tokens.
+    let tokens: Vec<u32> = match Tokenizer::open(base) {
+        Ok(tokenizer) => {
+            let theirs = tokenizer.encode(TEXT, Special::AsText).map_err(|e| text(&e))?;
+            let ours = Tokenizer::open(&checkpoint).map_err(|e| text(&e))?;
+            let ours = ours.encode(TEXT, Special::AsText).map_err(|e| text(&e))?;
+            if ours != theirs {
+                return Err("its tokenizer cuts text differently".into());
+            }
+            theirs.into_iter().filter(|id| *id < vocab_size).collect()
+        }
+        Err(_) => {
+            let mut stream = Stream::new(0, "verify", &[]);
+            (0..TOKENS).map(|_| (stream.next_u64() % u64::from(vocab_size)) as u32).collect()
+        }
+    };
+    let most = TOKENS.min(source.config.max_position_embeddings);
+    let tokens: Vec<u32> = tokens.into_iter().take(most).collect();
+    let found = distance((source, worn), &decoder, &tokens).map_err(|e| text(&e))?;
+    let Distance { mean_kl, worst_logp, .. } = found;
+    let within = mean_kl <= bounds.mean_kl && worst_logp <= bounds.worst_logp;
+    if !within {
+        return Err(format!(
+            "its log-probs are off by up to {worst_logp:.1e} and its mean KL is {mean_kl:.1e}, \
+             allowed were {:.0e} and {:.0e}",
+            bounds.worst_logp, bounds.mean_kl
+        ));
+    }
+    Ok(found)
+}

@@ -1,0 +1,240 @@
+//! Models that were written, read again.
+
+use std::path::Path;
+
+use candle_core::Device;
+use quantune::export::{Bounds, FileType, Recipe, Source, verify, write_folder, write_gguf};
+use quantune::model::{Config, Decoder, Worn, load};
+use quantune::ops::Compute;
+use quantune::quant::BlockType;
+use quantune::text::{Special, Tokenizer};
+use quantune::weights::{Checkpoint, Gguf};
+use quantune_adapters::format;
+use serde_json::json;
+
+use crate::support::{golden, model_path};
+
+const FOLDERS: &[&str] = &["llama-tiny", "llama-untied", "qwen2-tiny"];
+const GGUFS: &[&str] = &["llama-q8_0", "llama-q4_0", "qwen2-mix", "llama-k"];
+
+const TEXTS: &[&str] = &[
+    "She'd 365 boats, 10,000 nets\n\n  and the Fähre. Паром 渡し船 \u{1f680}",
+    "<|im_start|>user\nhi<|im_end|>\n<|endoftext|>",
+    "   \n\t tabs\r\n x=1; y+=2  ",
+    "",
+];
+
+/// That two checkpoints turn text into the same tokens, and messages into the same text.
+fn same_tokenizer(one: &Checkpoint, other: &Checkpoint) {
+    let (one, other) = (Tokenizer::open(one).unwrap(), Tokenizer::open(other).unwrap());
+    for text in TEXTS {
+        for special in [Special::Parse, Special::AsText] {
+            let ids = one.encode(text, special).unwrap();
+            assert_eq!(ids, other.encode(text, special).unwrap(), "{text:?} {special:?}");
+            assert_eq!(one.decode(&ids, false).unwrap(), other.decode(&ids, false).unwrap());
+            assert_eq!(one.decode(&ids, true).unwrap(), other.decode(&ids, true).unwrap());
+        }
+    }
+    let about = |t: &Tokenizer| {
+        let ends: Vec<u32> = (0..512).filter(|id| t.is_end_of_generation(*id)).collect();
+        (t.bos(), t.eos(), t.pad(), t.adds_bos(), ends)
+    };
+    assert_eq!(about(&one), about(&other));
+    let messages = [json!({"role": "user", "content": "hi"})];
+    let text = |t: &Tokenizer| t.chat_template().unwrap().render(&messages, None, true).unwrap();
+    assert_eq!(text(&one), text(&other));
+}
+
+#[test]
+fn a_model_goes_to_the_other_form_and_back() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in FOLDERS.iter().chain(GGUFS) {
+        let base = Checkpoint::open(model_path(name)).unwrap();
+        let source = Source::open(&base, &[]).unwrap();
+        let gguf = folder.path().join(format!("{name}.gguf"));
+        let written = write_gguf(&source, &Recipe::new(FileType::F32), None, &gguf).unwrap();
+        assert!(written.tensors.iter().all(|t| t.relative_error == 0.0));
+        let first = verify(&base, &[], &gguf, Bounds::F32).unwrap();
+
+        let gguf = Checkpoint::open(&gguf).unwrap();
+        same_tokenizer(&base, &gguf);
+        let out = folder.path().join(name);
+        write_folder(&Source::open(&gguf, &[]).unwrap(), BlockType::F32, &out).unwrap();
+        let second = verify(&base, &[], &out, Bounds::F32).unwrap();
+        let out = Checkpoint::open(&out).unwrap();
+        same_tokenizer(&base, &out);
+        println!("{name}: {first:?} {second:?}");
+
+        let config = |checkpoint| Config::read(checkpoint).unwrap();
+        let (of_base, of_out) = (config(&base), config(&out));
+        assert_eq!(of_base.num_key_value_heads, of_out.num_key_value_heads);
+        assert_eq!(of_base.tie_word_embeddings, of_out.tie_word_embeddings);
+        for (a, b) in of_base.inv_freq().iter().zip(of_out.inv_freq()) {
+            assert!((a / b - 1.0).abs() < 1e-5, "{name}: rope {a} and {b}");
+        }
+    }
+}
+
+#[test]
+fn tensors_of_the_same_type_are_copied_to_the_bit() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = Checkpoint::open(model_path("llama-q8_0")).unwrap();
+    let out = folder.path().join("out.gguf");
+    let source = Source::open(&base, &[]).unwrap();
+    write_gguf(&source, &Recipe::new(FileType::Q8_0), None, &out).unwrap();
+    let (old, new) = (Gguf::open(base.path()).unwrap(), Gguf::open(&out).unwrap());
+    assert_eq!(old.tensors().len(), new.tensors().len());
+    for info in old.tensors() {
+        let (old, new) = (old.tensor(&info.name).unwrap(), new.tensor(&info.name).unwrap());
+        assert_eq!(old.bytes[..], new.bytes[..], "{}", info.name);
+    }
+    let kept = |key: &str| !key.starts_with("general.");
+    let keys = |gguf: &Gguf| -> Vec<(String, String)> {
+        let keys = gguf.metadata().filter(|(key, _)| kept(key));
+        keys.map(|(key, value)| (key.to_string(), value.to_string())).collect()
+    };
+    assert_eq!(keys(&old), keys(&new));
+    assert_eq!(new.u64("general.file_type").unwrap(), Some(7));
+}
+
+/// The adapters of the training goldens, B away from zero.
+fn trained(base: &Checkpoint, name: &str, weight: f64) -> Worn {
+    let decoder = Decoder::load(base, Compute::F32).unwrap();
+    let path = golden(&format!("train/{name}/final"));
+    let linears = decoder.linears();
+    let read = format::read_folder(&path, name, &linears, Some("lm_head"), &Device::Cpu);
+    Worn { adapter: read.unwrap().0.into(), weight, trainable: false }
+}
+
+#[test]
+fn merged_weights_are_the_base_plus_the_updates() {
+    for (model, adapters) in [
+        ("llama-tiny", &["llama-tiny", "llama-tiny-rslora"][..]),
+        ("qwen2-tiny", &["qwen2-tiny"]),
+        ("llama-q8_0", &["llama-q8_0"]),
+    ] {
+        let base = Checkpoint::open(model_path(model)).unwrap();
+        let weights = [1.0, -0.7];
+        let worn: Vec<Worn> =
+            adapters.iter().zip(weights).map(|(name, w)| trained(&base, name, w)).collect();
+        let (plain, merged) =
+            (Source::open(&base, &[]).unwrap(), Source::open(&base, &worn).unwrap());
+        let mut changed = 0;
+        for (plain, merged) in plain.tensors.iter().zip(&merged.tensors) {
+            let read = |tensor: &quantune::export::SourceTensor| {
+                let mut values = vec![0.0; tensor.rows() * tensor.cols()];
+                tensor.read(0..tensor.rows(), &mut values).unwrap();
+                values
+            };
+            let (mut needed, found) = (read(plain), read(merged));
+            let module = plain.name.strip_suffix(".weight").unwrap_or_default();
+            for worn in &worn {
+                let Some(lora) = worn.adapter.modules.get(module) else { continue };
+                changed += 1;
+                let by = worn.weight * lora.scale;
+                let delta = (lora.b.matmul(&lora.a).unwrap() * by).unwrap();
+                let delta = delta.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+                needed.iter_mut().zip(delta).for_each(|(w, delta)| *w += delta);
+            }
+            for (needed, found) in needed.iter().zip(&found) {
+                assert!((needed - found).abs() < 1e-6, "{}: {needed} {found}", plain.name);
+            }
+        }
+        assert!(changed > 0);
+
+        let folder = tempfile::tempdir().unwrap();
+        for (file_type, bounds) in [
+            (FileType::F32, Bounds::F32),
+            (FileType::F16, Bounds::F16),
+            (FileType::BF16, Bounds::BF16),
+            (FileType::Q8_0, Bounds::QUANTIZED),
+        ] {
+            let out = folder.path().join("merged.gguf");
+            write_gguf(&merged, &Recipe::new(file_type), None, &out).unwrap();
+            let off = verify(&base, &worn, &out, bounds).unwrap();
+            println!("{model} {file_type}: {off:?}");
+            let out = folder.path().join("merged");
+            if !file_type.is_quantized() {
+                write_folder(&merged, file_type.block_type(), &out).unwrap();
+                verify(&base, &worn, &out, bounds).unwrap();
+            }
+        }
+        // The base alone is something else, and is found out.
+        let out = folder.path().join("plain.gguf");
+        write_gguf(&plain, &Recipe::new(FileType::F32), None, &out).unwrap();
+        let error = verify(&base, &worn, &out, Bounds::F32).unwrap_err().to_string();
+        assert!(error.contains("removed") && !out.exists(), "{error}");
+    }
+}
+
+#[test]
+fn what_cannot_be_written_is_refused_and_nothing_is_left() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = Checkpoint::open(model_path("llama-tiny")).unwrap();
+    let source = Source::open(&base, &[]).unwrap();
+    let error = |result: Result<_, quantune::export::ExportError>| match result {
+        Ok(_) => panic!("written"),
+        Err(error) => error.to_string(),
+    };
+    // 96 wide: no blocks of 256, asked for by name.
+    let mut recipe = Recipe::new(FileType::Q8_0);
+    recipe.token_embedding_type = Some(BlockType::Q4_K);
+    let found = error(write_gguf(&source, &recipe, None, &folder.path().join("a.gguf")));
+    assert!(found.contains("token_embd.weight") && found.contains("Q4_K"), "{found}");
+    let found = error(write_folder(&source, BlockType::Q8_0, &folder.path().join("a")));
+    assert!(found.contains("F32, F16 or BF16"), "{found}");
+
+    let full = folder.path().join("full");
+    std::fs::create_dir(&full).unwrap();
+    std::fs::write(full.join("thesis.txt"), "ten years").unwrap();
+    let found = error(write_folder(&source, BlockType::F32, &full));
+    assert!(found.contains("thesis.txt"), "{found}");
+    assert!(full.join("thesis.txt").exists());
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+
+    // A number that is none, in memory.
+    let config = Config::read(&base).unwrap();
+    let values: Vec<Vec<f32>> = load::tensors(&config)
+        .iter()
+        .map(|(_, shape)| vec![f32::NAN; shape.iter().product()])
+        .collect();
+    let tensors = load::tensors(&config);
+    let named = tensors.iter().zip(&values).map(|((n, s), v)| (&n[..], &s[..], &v[..]));
+    let source = Source::from_memory(config, named, base.path()).unwrap();
+    let out = folder.path().join("nan.gguf");
+    let found = error(write_gguf(&source, &Recipe::new(FileType::F16), None, &out));
+    assert!(found.contains("NaN") && found.contains("row 0"), "{found}");
+    let found = error(write_folder(&source, BlockType::F16, &folder.path().join("nan")));
+    assert!(found.contains("NaN"), "{found}");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+}
+
+#[test]
+fn a_model_in_memory_is_written_in_both_forms() {
+    let folder = tempfile::tempdir().unwrap();
+    for name in FOLDERS {
+        let base = Checkpoint::open(model_path(name)).unwrap();
+        let config = Config::read(&base).unwrap();
+        let read = Source::open(&base, &[]).unwrap();
+        let values: Vec<Vec<f32>> = read
+            .tensors
+            .iter()
+            .map(|tensor| {
+                let mut values = vec![0.0; tensor.rows() * tensor.cols()];
+                tensor.read(0..tensor.rows(), &mut values).unwrap();
+                values
+            })
+            .collect();
+        let named = read.tensors.iter().zip(&values);
+        let named = named.map(|(t, v)| (t.name.as_str(), &t.shape[..], &v[..]));
+        let source = Source::from_memory(config, named, Path::new(base.path())).unwrap();
+        let (gguf, out) = (folder.path().join("m.gguf"), folder.path().join(name));
+        write_gguf(&source, &Recipe::new(FileType::F32), None, &gguf).unwrap();
+        verify(&base, &[], &gguf, Bounds::F32).unwrap();
+        for _ in 0..2 {
+            write_folder(&source, BlockType::F32, &out).unwrap(); // and over what is there
+        }
+        verify(&base, &[], &out, Bounds::F32).unwrap();
+        same_tokenizer(&base, &Checkpoint::open(&out).unwrap());
+    }
+}
