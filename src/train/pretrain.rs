@@ -51,6 +51,8 @@ pub struct PretrainSummary {
     pub model: PathBuf,
     /// The GGUF, if one was asked for.
     pub export: Option<PathBuf>,
+    /// Layers that are computed anew on the way down.
+    pub recomputed_layers: usize,
     /// The step this process took up, if it resumed.
     pub resumed_at: Option<u64>,
     /// What was read of each source.
@@ -233,6 +235,7 @@ pub fn pretrain(
         parameters,
         model: folder,
         export,
+        recomputed_layers: course.model.config.num_hidden_layers - course.kept_layers(),
         resumed_at,
         sources: course.corpus.report(state.step * settings.rows_of_step()),
         results,
@@ -254,8 +257,7 @@ impl Pretraining {
             .collect();
         let count: usize = batches.iter().map(Batch::count).sum();
         let scale = 1.0 / count.max(1) as f64;
-        let layers = self.model.config.num_hidden_layers;
-        let kept_layers = if settings.gradient_checkpointing { 0 } else { layers };
+        let kept_layers = self.kept_layers();
         self.gradients.iter_mut().for_each(|gradient| gradient.fill(0.0));
         let mut loss = 0.0;
         for batch in &batches {
@@ -295,6 +297,12 @@ impl Pretraining {
             samples: settings.rows_of_step(),
         };
         Ok((numbers, work))
+    }
+
+    /// Layers whose tapes are kept for the way down.
+    fn kept_layers(&self) -> usize {
+        let layers = self.model.config.num_hidden_layers;
+        if self.settings.gradient_checkpointing { 0 } else { layers }
     }
 
     /// What the model says now, with what it was given.

@@ -12,6 +12,7 @@ mod generate;
 mod model;
 mod objectives;
 mod pretrain;
+mod pretrain_cli;
 mod rl;
 mod rl_cli;
 mod rooms;
