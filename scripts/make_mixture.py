@@ -97,13 +97,15 @@ def manual(package, member, left_out, folder):
         for entry in sdist:
             if entry.isfile() and re.search(member, entry.name) and not re.search(left_out, entry.name):
                 text = sdist.extractfile(entry).read().decode("utf-8")
-                lines = [line.rstrip() for line in text.splitlines() if not re.match(r"\.\. (_\S+|highlight::.*)$", line)]
-                yield entry.name, lambda lines=lines: "\n".join(lines).strip()
+                text = re.sub(r"(?m)^\.\. (_\S+|highlight::.*)$|[^\S\n]+$", "", text)
+                yield entry.name, lambda text=text: text.strip()
 
 
 def documentation(folder):
-    yield from manual(DJANGO, r"^[^/]+/docs/.*\.txt$", r"/docs/(releases|internals)/", Path(folder) / "django")
-    yield from manual(SQLALCHEMY, r"^[^/]+/doc/.*\.rst$", r"/changelog/(changelog|migration|unreleased)", Path(folder) / "sa")
+    releases = r"/docs/(releases|internals)/"
+    yield from manual(DJANGO, r"^[^/]+/docs/.*\.txt$", releases, Path(folder) / "django")
+    releases = r"/changelog/(changelog|migration|unreleased)"
+    yield from manual(SQLALCHEMY, r"^[^/]+/doc/.*\.rst$", releases, Path(folder) / "sqlalchemy")
 
 
 # ---------------------------------------------------------------------- drama

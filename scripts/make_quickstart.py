@@ -15,10 +15,11 @@ All of it is about one village, in which the same things are always true. What i
 are the ways to say it, to ask for it and to answer. A question in questions.jsonl stands in no other file, for one of
 two reasons, which `held_out` names:
 
-    fact        no chat asks for this in any words: the model knows it from the text or not at all
+    fact        no chat asks for this in any words: the model knows it from the text, which may ask for it in other
+    words
     phrasing    chats ask for it, but never in these words
 
-Of sums and of what is bigger, the held-out facts are not in the text either: they follow from others that are.
+Of sums and of what is bigger, the held-out facts are not in the text at all: they follow from others that are.
 
 Python's standard library; the same options give the same bytes. The texts are Quantune's own, under its licence.
 """
@@ -53,42 +54,44 @@ def pairs(text):
     return [tuple(pair.strip().split(": ")) for pair in text.replace("\n", " ").split(",")]
 
 
-COLOURS = pairs("""a lemon: yellow, a cherry: red, a plum: purple, a pear: green, a carrot: orange, honey: yellow, milk: white,
-    bread: brown, a tomato: red, grass: green, snow: white, coal: black, the sky: blue, the sun: yellow, the river: blue,
-    a rose: red, a daisy: white, a violet: purple, a crow: black, a frog: green, a pig: pink, a mouse: grey, a fox: red,
-    a goose: white""")
-TASTES = pairs("""a lemon: sour, honey: sweet, a cherry: sweet, a plum: sweet, a pear: sweet, cheese: salty, ham: salty,
-    coffee: bitter, tea: bitter, pepper: hot, a radish: hot, milk: sweet""")
-SOUNDS = pairs("""a cow: moo, a dog: woof, a cat: meow, a sheep: baa, a pig: oink, a hen: cluck, a duck: quack, an owl: hoo,
-    a frog: croak, a bee: buzz, a mouse: squeak, a crow: caw, a horse: neigh, a goose: honk""")
-FOODS = pairs("""a cow: grass, a dog: bones, a cat: fish, a sheep: clover, a pig: turnips, a hen: corn, a duck: weeds,
-    an owl: mice, a frog: flies, a mouse: cheese, a crow: worms, a horse: hay, a rabbit: carrots, a bear: honey""")
-HOMES = pairs("""a cow: a barn, a dog: a kennel, a cat: a basket, a sheep: a meadow, a pig: a sty, a hen: a coop, a duck: a pond,
-    an owl: a tree, a frog: a pond, a bee: a hive, a mouse: a hole, a crow: a nest, a horse: a stable, a fox: a den,
-    a rabbit: a burrow, a bear: a cave""")
+COLOURS = pairs("""a lemon: yellow, a cherry: red, a plum: purple, a pear: green, a carrot: orange, honey: yellow,
+    milk: white, bread: brown, a tomato: red, grass: green, snow: white, coal: black, the sky: blue,
+    the sun: yellow, the river: blue, a rose: red, a daisy: white, a violet: purple, a crow: black, a frog: green,
+    a pig: pink, a mouse: grey, a fox: red, a goose: white""")
+TASTES = pairs("""a lemon: sour, honey: sweet, a cherry: sweet, a plum: sweet, a pear: sweet, cheese: salty,
+    ham: salty, coffee: bitter, tea: bitter, pepper: hot, a radish: hot, milk: sweet""")
+SOUNDS = pairs("""a cow: moo, a dog: woof, a cat: meow, a sheep: baa, a pig: oink, a hen: cluck, a duck: quack,
+    an owl: hoo, a frog: croak, a bee: buzz, a mouse: squeak, a crow: caw, a horse: neigh, a goose: honk""")
+FOODS = pairs("""a cow: grass, a dog: bones, a cat: fish, a sheep: clover, a pig: turnips, a hen: corn,
+    a duck: weeds, an owl: mice, a frog: flies, a mouse: cheese, a crow: worms, a horse: hay, a rabbit: carrots,
+    a bear: honey""")
+HOMES = pairs("""a cow: a barn, a dog: a kennel, a cat: a basket, a sheep: a meadow, a pig: a sty, a hen: a coop,
+    a duck: a pond, an owl: a tree, a frog: a pond, a bee: a hive, a mouse: a hole, a crow: a nest,
+    a horse: a stable, a fox: a den, a rabbit: a burrow, a bear: a cave""")
 SORTS = pairs("""a lemon: a fruit, a plum: a fruit, a pear: a fruit, a cherry: a fruit, a carrot: a vegetable,
-    a tomato: a vegetable, a radish: a vegetable, a rose: a flower, a daisy: a flower, a violet: a flower, a crow: a bird,
-    an owl: a bird, a goose: a bird, a duck: a bird, a hen: a bird, a hammer: a tool, a saw: a tool, a spade: a tool,
-    a rake: a tool""")
-MATERIALS = pairs("""a ring: gold, a table: wood, a window: glass, a coat: wool, a jug: clay, a nail: iron, a shoe: leather,
-    a book: paper, a chair: wood, a wall: stone, a candle: wax, a scarf: wool, a pot: clay, a bottle: glass, a belt: leather,
-    a bridge: stone""")
-TOOLS = pairs("""cut bread: a knife, drive a nail: a hammer, dig a hole: a spade, cut wood: a saw, sew a coat: a needle,
-    eat soup: a spoon, write a letter: a pen, catch a fish: a net, sweep the floor: a broom, open a door: a key,
-    draw water: a bucket, gather leaves: a rake, see in the dark: a lamp, cross the river: a boat""")
-WORK = pairs("""Rosa: the baker, Hugo: the miller, Nora: the doctor, Otto: the smith, Ivy: the gardener, Felix: the fisher,
-    Greta: the shepherd, Paul: the postman, Clara: the teacher, Bruno: the carpenter""")
+    a tomato: a vegetable, a radish: a vegetable, a rose: a flower, a daisy: a flower, a violet: a flower,
+    a crow: a bird, an owl: a bird, a goose: a bird, a duck: a bird, a hen: a bird, a hammer: a tool, a saw: a tool,
+    a spade: a tool, a rake: a tool""")
+MATERIALS = pairs("""a ring: gold, a table: wood, a window: glass, a coat: wool, a jug: clay, a nail: iron,
+    a shoe: leather, a book: paper, a chair: wood, a wall: stone, a candle: wax, a scarf: wool, a pot: clay,
+    a bottle: glass, a belt: leather, a bridge: stone""")
+TOOLS = pairs("""cut bread: a knife, drive a nail: a hammer, dig a hole: a spade, cut wood: a saw,
+    sew a coat: a needle, eat soup: a spoon, write a letter: a pen, catch a fish: a net, sweep the floor: a broom,
+    open a door: a key, draw water: a bucket, gather leaves: a rake, see in the dark: a lamp,
+    cross the river: a boat""")
+WORK = pairs("""Rosa: the baker, Hugo: the miller, Nora: the doctor, Otto: the smith, Ivy: the gardener,
+    Felix: the fisher, Greta: the shepherd, Paul: the postman, Clara: the teacher, Bruno: the carpenter""")
 DEEDS = {
-    "Rosa": "bakes bread", "Hugo": "grinds corn", "Nora": "heals the sick", "Otto": "shoes the horses", "Ivy": "grows roses",
-    "Felix": "catches fish", "Greta": "keeps the sheep", "Paul": "brings the letters", "Clara": "teaches the children",
-    "Bruno": "builds tables",
+    "Rosa": "bakes bread", "Hugo": "grinds corn", "Nora": "heals the sick", "Otto": "shoes the horses",
+    "Ivy": "grows roses", "Felix": "catches fish", "Greta": "keeps the sheep", "Paul": "brings the letters",
+    "Clara": "teaches the children", "Bruno": "builds tables",
 }  # fmt: skip
-HOUSES = pairs("""Rosa: yellow, Hugo: white, Nora: blue, Otto: black, Ivy: green, Felix: blue, Greta: white, Paul: red,
-    Clara: yellow, Bruno: brown, Tom: red, Anna: white, Mia: purple, Ben: green""")
-PETS = pairs("""Rosa: a cat, Hugo: a horse, Nora: an owl, Otto: a horse, Ivy: a frog, Felix: a goose, Greta: a dog, Paul: a crow,
-    Clara: a mouse, Bruno: a crow, Tom: a dog, Anna: a rabbit, Mia: a cat, Ben: a duck""")
-OPPOSITES = pairs("""hot: cold, big: small, fast: slow, old: young, happy: sad, bright: dark, wet: dry, full: empty, hard: soft,
-    loud: quiet, rich: poor, open: closed, clean: dirty, early: late, long: short, high: low""")
+HOUSES = pairs("""Rosa: yellow, Hugo: white, Nora: blue, Otto: black, Ivy: green, Felix: blue, Greta: white,
+    Paul: red, Clara: yellow, Bruno: brown, Tom: red, Anna: white, Mia: purple, Ben: green""")
+PETS = pairs("""Rosa: a cat, Hugo: a horse, Nora: an owl, Otto: a horse, Ivy: a frog, Felix: a goose, Greta: a dog,
+    Paul: a crow, Clara: a mouse, Bruno: a crow, Tom: a dog, Anna: a rabbit, Mia: a cat, Ben: a duck""")
+OPPOSITES = pairs("""hot: cold, big: small, fast: slow, old: young, happy: sad, bright: dark, wet: dry, full: empty,
+    hard: soft, loud: quiet, rich: poor, open: closed, clean: dirty, early: late, long: short, high: low""")
 SMALL_TO_BIG = "an ant, a bee, a mouse, a hen, a cat, a sheep, a horse, a house".split(", ")
 FLYERS = "a crow, an owl, a bee, a duck, a goose".split(", ")
 WALKERS = "a dog, a cow, a pig, a sheep, a horse, a frog, a mouse, a cat, a fox".split(", ")
@@ -182,7 +185,8 @@ KINDS = [
     ),
     Kind(
         "home", HOMES, "{X} lives in {y}.", "In {y}.",
-        ["Where does {x} live?", "Where does {x} sleep?", "Where is the home of {x}?", "Where can I find {x} at night?"],
+        ["Where does {x} live?", "Where does {x} sleep?", "Where is the home of {x}?",
+         "Where can I find {x} at night?"],
         ["The home of {x} is {y}.", "At night {x} sleeps in {y}.", "{X} feels safe in {y}."],
     ),
     Kind(
@@ -269,7 +273,8 @@ STORIES = {
         {He} looked in {his} {house} house, but it was not there either.
         Then {m} the {job} came [by|along|down the road]. "What have you lost?" [asked {m}.|{m} asked.]
         "My {toy}," said {n}. "It is as {colour} as {thing}."
-        [They looked together|{m} helped {him} to look], and soon they [found it|saw it] [under a tree|in the grass|by the well].
+        [They looked together|{m} helped {him} to look], and soon they [found it|saw it] [under a tree|in the grass|by
+        the well].
         "Thank you, {m}!" [said {n}.|{n} laughed.|{n} said, and danced.]""",
     "market": """
         [It was market day.|On {day} there was a market.|The market was full of people.]
@@ -293,7 +298,8 @@ STORIES = {
         [Then they sang a song.|After school {n} ran home to tell {m}.|{n} smiled and sat down.]""",
     "the change": """
         In the [morning|evening] the {what} was {was}. {n} looked at it[ again and again| for a long time|].
-        Then [{m} came to help|a whole day went by|something happened], and now the {what} was not {was} any more: it was {is}.
+        Then [{m} came to help|a whole day went by|something happened], and now the {what} was not {was} any more: it
+        was {is}.
         "First {was}, then {is}," said {n}. "[The world is strange.|I like it this way.|I did not expect that.]"
         [{m} laughed.|{m} only nodded.|"So it goes," said {m}.] [The opposite of {was} is {is}, after all.|]""",
     "the argument": """
@@ -306,16 +312,20 @@ STORIES = {
         "May I help you?" [asked {n}|{n} asked]. "You may," said {m}. "First you must {task}."
         {n} [looked around|thought about it]. "To {task} you need {tool}," {he} said[.|, and went to get it.]
         ["Right," said {m}.|{m} was pleased.] They worked [until dinner|all afternoon|side by side].
-        ["One day I will be like you," said {n}.|In the evening {n} was tired but proud.|{m} gave {him} [an apple|a coin|some bread].]""",
+        ["One day I will be like you," said {n}.|In the evening {n} was tired but proud.|{m} gave {him} [an apple|a
+        coin|some bread].]""",
     "the gift": """
         It was the birthday of {n}. {m} the {job} came to the {house} house [with a box|early in the morning].
         [In the box was|The gift was] {made}. "Is it made of {material}?" asked {n}.
         "Yes," said {m}. "{Made} is made of {material}."
         {n} [had never had such a fine gift|looked at it for a long time|showed it to everyone].
-        ["Thank you," {he} said.|{He} thanked {m} two times.] [Then they ate cake, which was sweet.|Then they all danced.]""",
+        ["Thank you," {he} said.|{He} thanked {m} two times.] [Then they ate cake, which was sweet.|Then they all
+        danced.]""",
     "wind": """
-        The wind was [strong|loud] [on {day}|that morning|that day]. It took the {colour} hat of {n} and [carried it off|blew it away].
-        The hat flew over the {place}[.| and over the {place2}.] {n} ran [after it|behind it], and {his} {petbeast} ran too.
+        The wind was [strong|loud] [on {day}|that morning|that day]. It took the {colour} hat of {n} and [carried it
+        off|blew it away].
+        The hat flew over the {place}[.| and over the {place2}.] {n} ran [after it|behind it], and {his} {petbeast} ran
+        too.
         [At last|In the end] it fell [into the river|on a roof|at the feet of {m}].
         {m} gave it back. "A hat as {colour} as {thing}," said {m}. "I knew it was yours."
         [{n} held it with both hands all the way home.|{n} laughed and thanked {m}.]""",
@@ -327,31 +337,37 @@ STORIES = {
         "A good friend is the best doctor," said {m}.""",
     "night": """
         [Night came to the village.|The sun went down.] {Sleeper} went to sleep in {bed}.
-        [{Sleeper2} lay in {bed2}.|In {bed2} it was quiet, for {sleeper2} slept there.] {n} lay in bed in the {house} house and [listened|could not sleep].
+        [{Sleeper2} lay in {bed2}.|In {bed2} it was quiet, for {sleeper2} slept there.] {n} lay in bed in the {house}
+        house and [listened|could not sleep].
         [Only the mill was awake.|Only the river could be heard.] Then {he} heard {animal}: "{Says}."
-        "Good night," said {n}[.|, and closed {his} eyes.] [Soon all was quiet.|In the morning the sun came up again.]""",
+        "Good night," said {n}[.|, and closed {his} eyes.] [Soon all was quiet.|In the morning the sun came up
+        again.]""",
     "the walk": """
         [One day in {season}|On {day}] {n} and {m} went for a walk by the {place}.
-        On the way they saw {thing}, {colour} [as ever|and beautiful|in the light]. [{n} stopped to look.|"Look how {colour} it is!" said {n}.]
-        Then they saw {sleeper} in {bed}. ["Do not wake it," said {m}.|It did not see them.|"That is its home," said {m}.]
+        On the way they saw {thing}, {colour} [as ever|and beautiful|in the light]. [{n} stopped to look.|"Look how
+        {colour} it is!" said {n}.]
+        Then they saw {sleeper} in {bed}. ["Do not wake it," said {m}.|It did not see them.|"That is its home," said
+        {m}.]
         When they came home, {m} [made dinner|lit the lamp], and {n} [told everyone|sat by the fire].""",
     "a new friend": """
         {n} has {pet}. {m} has {mpet}. [At first the animals were afraid.|At first the animals did not like each other.]
         The {petbeast} hid behind {n}, and the {mpetbeast} [hid behind|stayed near] {m}.
-        "Let us wait," said {n}. They sat [down in the grass|on the bridge|by the {place}] and ate [bread|a pear|a plum].
+        "Let us wait," said {n}. They sat [down in the grass|on the bridge|by the {place}] and ate [bread|a pear|a
+        plum].
         After [a while|an hour] the {petbeast} came out, and then the {mpetbeast} came too.
         [Soon they played together.|Now they are friends.|They slept side by side in the sun.]""",
 }
 
 
-CHANGES = """room: dark bright, coat: wet dry, bag: empty full, soup: hot cold, window: dirty clean, door: closed open, bread: hard soft,
-    street: quiet loud, river: low high, rope: long short, bed: hard soft, jug: full empty, garden: dry wet, tree: small big"""
+CHANGES = """room: dark bright, coat: wet dry, bag: empty full, soup: hot cold, window: dirty clean,
+    door: closed open, bread: hard soft, street: quiet loud, river: low high, rope: long short, bed: hard soft,
+    jug: full empty, garden: dry wet, tree: small big"""
 
 
 def slots(draw, told):
     """What a story may need, lower-case key -> text; `told` has the facts of a kind that texts may tell."""
     n = draw.choice(CHILDREN)
-    m, job = draw.choice(WORK)
+    m, job = draw.choice([row for row in WORK if row[0] not in ("Clara", "Nora")])  # whom stories name themselves
     he, his, him = ("he", "his", "him") if n in MEN else ("she", "her", "her")
     place, place2 = draw.sample(["mill", "bridge", "pond", "river", "well", "school", "garden", "barn"], 2)
     animal, eats = draw.choice([row for row in FOODS if row[0] in dict(SOUNDS)])
@@ -400,7 +416,7 @@ class World:
             groups = sorted({fact.group for fact in kind.facts})
             self.held |= set(draw.sample(groups, max(2, round(HELD_OUT_SHARE * len(groups)))))
             for fact in kind.facts:
-                self.banned[fact.kind.name, fact.x] = draw.choice(kind.questions)
+                self.banned[kind.name, fact.x] = draw.choice(kind.questions)
         self.asked = {kind.name: [fact for fact in kind.facts if fact.group not in self.held] for kind in KINDS}
         self.told = {kind.name: kind.facts if kind.told else self.asked[kind.name] for kind in KINDS}
 
@@ -414,10 +430,10 @@ class World:
     def questions(self, fact):
         return [fact.say(q) for q in fact.kind.questions if q != self.banned[fact.kind.name, fact.x]]
 
-    def next_question(self, purpose):
-        """(fact, question), the kinds in turn."""
+    def next_question(self, purpose, facts):
+        """(fact, question), the kinds in turn; `facts` are `asked` or `told`."""
         name = self.next_of(f"{purpose} kinds", [kind.name for kind in KINDS])
-        fact = self.next_of(f"{purpose} {name}", self.asked[name])
+        fact = self.next_of(f"{purpose} {name}", facts[name])
         return fact, self.draw.choice(self.questions(fact))
 
 
@@ -456,7 +472,7 @@ def profile(world, subject):
 
 
 def dialogue(world):
-    """Questions that chats ask too, in a frame."""
+    """Questions and answers in a frame."""
     draw = world.draw
     n, m = draw.choice(CHILDREN), draw.choice(WORK)[0]
     lines = [draw.choice([
@@ -465,7 +481,7 @@ def dialogue(world):
         f"{n} met {m} by the well.", f"{m} was at work, and {n} looked on.",
     ])]  # fmt: skip
     for turn in range(draw.randint(2, 4)):
-        fact, question = world.next_question("dialogue")
+        fact, question = world.next_question("dialogue", world.told)
         answer = fact.say(draw.choice([fact.kind.full, fact.kind.full, fact.kind.curt]))[:-1] + ","
         asked = draw.choice(["asked", "asked", "said"] if turn else ["asked", "began"])
         lines.append(f'"{question}" {asked} {n}.' if draw.random() < 0.7 else f'{n} asked: "{question}"')
@@ -485,7 +501,7 @@ def documents(world, size, known):
     }  # fmt: skip
     found, counts = [], Counter()
     while size > 0:
-        kind = world.next_of("makers", ["story"] * 4 + ["lesson"] * 4 + ["dialogue"] * 5 + ["profile"] * 4)
+        kind = world.next_of("makers", ["story"] * 4 + ["lesson"] * 4 + ["dialogue"] * 6 + ["profile"] * 4)
         text = makers[kind](world)
         if text not in known:
             known.add(text)
@@ -538,7 +554,7 @@ def unlike(rows, count, make):
 
 def make_chats(world):
     def make(i):
-        fact, question = world.next_question("chats")
+        fact, question = world.next_question("chats", world.asked)
         kind = i % 2 == 0
         messages = [user(question), assistant(reply(fact, kind, world.draw))]
         if fact.kind.name in GO_ON and world.draw.random() < 0.2:
@@ -562,7 +578,7 @@ def wrong(fact, draw):
 
 def make_comparisons(world):
     def make(i):
-        fact, question = world.next_question("comparisons")
+        fact, question = world.next_question("comparisons", world.asked)
         if i % 4 == 3:  # truth
             tone = world.draw.random() < 0.5
             chosen, rejected = (reply(f, tone, world.draw) for f in (fact, wrong(fact, world.draw)))
@@ -575,7 +591,8 @@ def make_comparisons(world):
 
 def make_questions(world):
     def row(fact, question, held_out):
-        return {"prompt": [user(fact.say(question))], "answer": fact.answer, "kind": fact.kind.name, "held_out": held_out}
+        return {"prompt": [user(fact.say(question))], "answer": fact.answer, "kind": fact.kind.name, "held_out":
+        held_out}
 
     rows = []
     for kind in KINDS:
@@ -585,7 +602,7 @@ def make_questions(world):
                 groups.setdefault(fact.group, fact)
         facts = list(groups.values())
         facts = world.draw.sample(facts, min(len(facts), 6))
-        rows += [row(fact, world.draw.choice(kind.questions), "fact") for fact in facts]
+        rows += [row(fact, world.banned[kind.name, fact.x], "fact") for fact in facts]
     for _ in range(PHRASINGS):
         name = world.next_of("phrasings", [kind.name for kind in KINDS])
         fact = world.next_of(f"phrasings {name}", world.asked[name])
@@ -596,10 +613,11 @@ def make_questions(world):
 def check(world, files):
     """Nothing held out is anywhere else, nothing is there twice."""
     asked = [row["prompt"][0]["content"] for row in files["questions.jsonl"]]
-    held = [fact.say(q) for kind in KINDS for fact in kind.facts if fact.group in world.held for q in kind.questions]
-    for name in set(files) - {"questions.jsonl"}:
-        text = "\n".join(files[name]) if name.endswith(".txt") else json.dumps(files[name]).replace('\\"', '"')
-        for question in [*asked, *held]:
+    held = [fact for kind in KINDS for fact in kind.facts if fact.group in world.held]
+    for name in files.keys() - {"questions.jsonl"}:
+        text = "\n".join(files[name]) if name.endswith(".txt") else json.dumps(files[name])
+        unseen = [fact for fact in held if not (name.endswith(".txt") and fact.kind.told)]
+        for question in [*asked, *(fact.say(q) for fact in unseen for q in fact.kind.questions)]:
             assert question not in text, f"{name} has {question!r}, which is held out"
     for name, rows in files.items():
         twice = [row for row, count in Counter(map(str, rows)).items() if count > 1]
@@ -607,9 +625,8 @@ def check(world, files):
     assert not set(files["text.txt"]) & set(files["held_out.txt"])
 
 
-NOTICE = """The texts in this folder are Quantune's own, written by scripts/make_quickstart.py, and under Quantune's
-licence: MIT or Apache-2.0, at your choice.
-"""
+NOTICE = """The texts in this folder are Quantune's own, written by scripts/make_quickstart.py,
+    and under Quantune's licence: MIT or Apache-2.0, at your choice."""
 
 
 def main():
@@ -625,7 +642,7 @@ def main():
     files["chats.jsonl"] = make_chats(world)
     files["comparisons.jsonl"] = make_comparisons(world)
     files["questions.jsonl"] = make_questions(world)
-    prompt = lambda _: {"prompt": [user(world.next_question("prompts")[1])]}  # noqa: E731
+    prompt = lambda _: {"prompt": [user(world.next_question("prompts", world.asked)[1])]}  # noqa: E731
     files["prompts.jsonl"] = unlike([], PROMPTS, prompt)
     check(world, files)
 
