@@ -347,7 +347,6 @@ fn sources_take_turns_by_weight() {
     for (i, line) in report.iter().enumerate() {
         assert_eq!(line.rows, counts[&i] as u64);
         assert_eq!(line.epochs, line.rows as f64 * 16.0 / line.tokens as f64);
-        assert!((corpus.place(999).epoch as f64) < report[2].epochs + 1.0);
     }
     let weights: f64 = report.iter().map(|line| line.weight).sum();
     assert!((weights - 1.0).abs() < 1e-12);
