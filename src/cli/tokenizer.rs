@@ -38,7 +38,7 @@ pub struct Encode {
 
 #[derive(Debug, clap::Args)]
 pub struct Train {
-    /// Files or patterns: text, JSONL or Parquet with a `text` each row; lines `<|endoftext|>` part the
+    /// Files or patterns: text, JSONL with `text` or `messages`, or Parquet with `text`; lines `<|endoftext|>` part the
     /// documents of a text
     #[arg(long, num_args = 1.., required = true)]
     data: Vec<String>,

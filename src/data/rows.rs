@@ -309,16 +309,22 @@ impl PromptRow {
     }
 }
 
-/// The `text` of one line, whatever other keys it has.
-pub(super) fn text(line: &[u8]) -> Result<String, RowError> {
+/// The `text` or the `messages` of one line, whatever other keys it has.
+pub(super) fn document(line: &[u8]) -> Result<Row, RowError> {
     let mut row = object(line)?;
     match row.remove("text") {
-        Some(Value::String(text)) => Ok(text),
+        Some(Value::String(text)) => return Ok(Row::Text(text)),
+        Some(Value::Null) | None => {}
+        Some(other) => return Err(wrong("text", &other, "a string")),
+    }
+    match row.get("messages") {
         Some(Value::Null) | None => {
             let keys = row.keys().cloned().collect();
-            Err(RowError::OtherKind { keys, needed: "`text`" })
+            Err(RowError::OtherKind { keys, needed: "`text` or `messages`" })
         }
-        Some(other) => Err(wrong("text", &other, "a string")),
+        Some(messages) => {
+            Ok(Row::Messages { messages: message_list("messages", messages)?, tools: tools(&row)? })
+        }
     }
 }
 

@@ -468,7 +468,7 @@ fn bad_sources_end_in_one_sentence_and_leave_nothing() {
     check(
         &["a=1:none.jsonl"],
         &same,
-        "none.jsonl:1: unknown kind of row: found the keys `prompt`, needs `text`",
+        "none.jsonl:1: unknown kind of row: found the keys `prompt`, needs `text` or `messages`",
     );
     check(&["a=1:no.parquet"], &same, "no.parquet: ");
     check(&["a=1:title.parquet"], &same, "title.parquet: no column \"text\", found title");

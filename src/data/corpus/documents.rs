@@ -13,7 +13,8 @@ use parquet::errors::ParquetError;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 
 use super::CorpusError;
-use crate::data::{DataError, lines, rows};
+use crate::data::{DataError, Message, Row, example, lines, rows};
+use crate::text::Tokenizer;
 
 /// The line that parts the documents of a text file.
 const BORDER: &[u8] = b"<|endoftext|>";
@@ -27,14 +28,45 @@ const CHUNK: usize = 8 << 20;
 const ROWS_AT_A_TIME: usize = 64;
 
 /// A document, or a part of one that is too long to be tokenized in one go.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Piece {
-    /// The text.
+    /// The text; of a conversation that of its messages, a line each.
     pub text: String,
+    /// The conversation, which a chat template is to lay out, with its place.
+    pub chat: Option<Chat>,
     /// Whether a document begins here.
     pub first: bool,
     /// Whether it ends here.
     pub last: bool,
+}
+
+/// A conversation among the documents.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Chat {
+    /// Its messages.
+    pub(super) row: Row,
+    /// The file.
+    path: PathBuf,
+    /// The line, counted from 1.
+    line: u64,
+}
+
+impl Chat {
+    /// Its tokens as the template lays them out, without the BOS that each document gets.
+    pub(super) fn tokens(&self, tokenizer: &Tokenizer) -> Result<Vec<u32>, DataError> {
+        let tokenized =
+            example::tokenize(&self.row, tokenizer).map_err(|fault| DataError::Rows {
+                path: self.path.clone(),
+                first: vec![(self.line, fault)],
+                wrong: 1,
+                rows: self.line,
+            })?;
+        let mut tokens = tokenized.tokens;
+        if tokens.first().is_some_and(|&first| tokenizer.bos() == Some(first)) {
+            tokens.remove(0);
+        }
+        Ok(tokens)
+    }
 }
 
 impl AsRef<str> for Piece {
@@ -89,7 +121,16 @@ impl Chunks<'_> {
             return Ok(());
         }
         self.bytes += text.len();
-        self.pieces.push(Piece { text, first, last });
+        self.pieces.push(Piece { text, chat: None, first, last });
+        if self.bytes < CHUNK { Ok(()) } else { self.flush() }
+    }
+
+    fn chat(&mut self, messages: &[Message], chat: Chat) -> Result<(), CorpusError> {
+        let content = |message: &Message| message.value["content"].as_str().map(String::from);
+        let texts: Vec<String> = messages.iter().filter_map(content).collect();
+        let text = texts.join("\n");
+        self.bytes += text.len();
+        self.pieces.push(Piece { text, chat: Some(chat), first: true, last: true });
         if self.bytes < CHUNK { Ok(()) } else { self.flush() }
     }
 
@@ -218,10 +259,18 @@ fn word_border(text: &str) -> usize {
 fn jsonl(path: &Path, chunks: &mut Chunks<'_>) -> Result<(), CorpusError> {
     let stop = chunks.stop;
     let mut handed_over = Ok(());
-    lines::read(path, stop, rows::text, |_, text: String| {
-        if handed_over.is_ok() {
-            handed_over = chunks.document(&text);
+    lines::read(path, stop, rows::document, |line, row| {
+        if handed_over.is_err() {
+            return;
         }
+        handed_over = match &row {
+            Row::Messages { messages, .. } => {
+                let chat = Chat { row: row.clone(), path: path.into(), line: line.number };
+                chunks.chat(messages, chat)
+            }
+            Row::Text(text) => chunks.document(text),
+            Row::Tokens { .. } | Row::PromptCompletion { .. } => unreachable!("no document"),
+        };
     })?;
     handed_over
 }
@@ -308,6 +357,27 @@ mod tests {
         check("one\r\n<|endoftext|>\r\ntwo\r\n", &["one", "two\r\n"]);
         check("<|endoftext|>\n<|endoftext|>\none\n<|endoftext|>", &["one"]);
         check("a <|endoftext|>\n<|endoftext|> b", &["a <|endoftext|>\n<|endoftext|> b"]);
+    }
+
+    #[test]
+    fn conversations_stand_among_texts() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("rows.jsonl");
+        let rows = "{\"text\": \"one\"}\n{\"messages\": [{\"role\": \"user\", \"content\": \"Why?\"}, \
+                    {\"role\": \"assistant\", \"content\": \"So.\"}]}\n";
+        std::fs::write(&path, rows).unwrap();
+        let mut found = Vec::new();
+        let mut take = |pieces: &[Piece]| {
+            found.extend_from_slice(pieces);
+            Ok(())
+        };
+        read_documents(&[path.clone()], &AtomicBool::new(false), &mut take).unwrap();
+        let texts: Vec<(&str, bool)> =
+            found.iter().map(|piece| (&*piece.text, piece.chat.is_some())).collect();
+        assert_eq!(texts, [("one", false), ("Why?\nSo.", true)]);
+        std::fs::write(&path, "{\"prompt\": \"p\"}").unwrap();
+        let error = read_documents(&[path], &AtomicBool::new(false), &mut |_| Ok(())).unwrap_err();
+        assert!(error.to_string().contains("needs `text` or `messages`"), "{error}");
     }
 
     #[test]

@@ -249,7 +249,12 @@ fn tokenize(
     let of = origin.files.iter().map(|file| file.bytes).sum();
     let mut held_out = false;
     read_documents(files, stop, &mut |pieces: &[Piece]| {
-        let encode = |piece: &Piece| tokenizer.encode(&piece.text, Special::AsText);
+        let encode = |piece: &Piece| -> Result<Vec<u32>, CorpusError> {
+            match &piece.chat {
+                Some(chat) => Ok(chat.tokens(tokenizer)?),
+                None => Ok(tokenizer.encode(&piece.text, Special::AsText)?),
+            }
+        };
         let encoded: Vec<Vec<u32>> = pieces.par_iter().map(encode).collect::<Result<_, _>>()?;
         for (piece, tokens) in pieces.iter().zip(encoded) {
             if piece.first {

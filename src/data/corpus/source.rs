@@ -11,7 +11,7 @@ use super::CorpusError;
 /// One source of a mixture: `NAME=WEIGHT:GLOB`, such as `wiki=0.7:data/wiki/**/*.txt`.
 ///
 /// `WEIGHT` is the share of rows drawn from it, over the sum of all weights. Of the files that match
-/// `GLOB`, those ending in `.jsonl` or `.ndjson` have a `text` a line, those ending in `.parquet` a column
+/// `GLOB`, those ending in `.jsonl` or `.ndjson` have a `text` a line, or `messages` that the chat template lays out, those ending in `.parquet` a column
 /// `text`; all others are text, a document a file or parted by lines that are `<|endoftext|>`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]

@@ -54,8 +54,8 @@ pub enum FloatType {
 settings! {
     /// A run of pretraining.
     PretrainSettings, PretrainFlags {
-        /// A source of the mixture, NAME=WEIGHT:FILES: text, JSONL or Parquet with a `text` column; FILES may
-        /// hold * and **, WEIGHT is its share of the tokens; may be given again
+        /// A source of the mixture, NAME=WEIGHT:FILES: text, JSONL with `text` or `messages`, or
+        /// Parquet with a `text` column; FILES may hold * and **, WEIGHT is its share of the rows; may be given again
         #[arg(num_args = 1..)]
         source: Vec<String> = Vec::new(),
         /// The tokenizer: a folder with tokenizer.json, as `tokenizer train` makes it; with --base the base's own
