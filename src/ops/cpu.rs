@@ -76,6 +76,12 @@ impl Target {
         Self { start: unsafe { self.start.add(offset) }, len: self.len - offset }
     }
 
+    /// The first of `len` elements.
+    pub fn pointer(self, len: usize) -> *mut f32 {
+        assert!(len <= self.len);
+        self.start
+    }
+
     /// A run of `len` elements.
     ///
     /// # Safety

@@ -203,4 +203,22 @@ mod tests {
         let grads = y.sum_all().unwrap().backward().unwrap();
         assert!(grads.get(&x).is_some() && grads.get(&w).is_none());
     }
+
+    /// Rows in shares give what all rows in one go give.
+    #[test]
+    fn the_weight_gets_its_gradient_in_shares() {
+        let (rows, width, eps) = (2 * SHARE + 3, 24, 1e-5);
+        let values = |seed, len| normal(seed, &[len]).to_vec1::<f32>().unwrap();
+        let (x, w, dy) = (values(1, rows * width), values(2, width), values(3, rows * width));
+        let isa = Isa::current();
+        let (mut dx, mut dw) = (vec![1.0; x.len()], vec![1.0; width]);
+        backward(isa, &x, &w, eps, &dy, &mut dx);
+        weight_gradient(isa, &x, eps, &dy, &mut dw);
+        let (mut found_x, mut found_w) = (vec![1.0; x.len()], vec![1.0; width]);
+        let shares = &mut vec![7.0; 5];
+        backward_with_weight(isa, &x, &w, eps, &dy, &mut found_x, &mut found_w, shares);
+        assert_eq!(found_x, dx);
+        let near = |(a, b): (&f32, &f32)| (a - b).abs() < 1e-4 * b.abs().max(1.0);
+        assert!(found_w.iter().zip(&dw).all(near), "{found_w:?} {dw:?}");
+    }
 }

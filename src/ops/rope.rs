@@ -24,15 +24,21 @@ pub struct Rotation {
 impl Rotation {
     /// The rotation of tokens at `positions` by `inv_freq` (`head_dim / 2` radians per position).
     pub fn new(positions: &[u32], inv_freq: &[f32]) -> Self {
-        let angle = |p: &u32, f: &f32| f64::from(*p) * f64::from(*f);
-        let all = |f: fn(f64) -> f64| {
-            positions
-                .iter()
-                .flat_map(|p| inv_freq.iter().map(move |freq| f(angle(p, freq)) as f32))
-                .collect::<Vec<f32>>()
+        let half = inv_freq.len();
+        let angle = |p: u32, f: f32| f64::from(p) * f64::from(f);
+        let of = |f: fn(f64) -> f64, p: u32| inv_freq.iter().map(move |&i| f(angle(p, i)) as f32);
+        // Of many rows each position is computed once.
+        let end = positions.iter().max().map_or(0, |&last| last as usize + 1);
+        let all = |f: fn(f64) -> f64| -> Vec<f32> {
+            if end > positions.len() {
+                return positions.iter().flat_map(|&p| of(f, p)).collect();
+            }
+            let table: Vec<f32> = (0..end as u32).flat_map(|p| of(f, p)).collect();
+            let rows = positions.iter().flat_map(|&p| &table[p as usize * half..][..half]);
+            rows.copied().collect()
         };
         let (cos, sin) = (Arc::new(all(f64::cos)), Arc::new(all(f64::sin)));
-        Self { cos, sin, half: inv_freq.len() }
+        Self { cos, sin, half }
     }
 
     fn tokens(&self) -> usize {

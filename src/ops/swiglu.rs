@@ -128,4 +128,22 @@ mod tests {
         parity(&inputs, run(Compute::F32), run(Compute::Portable));
         finite_differences(&inputs, run(Compute::F32));
     }
+
+    #[test]
+    fn the_way_back_gives_the_output_again() {
+        let values = |seed| normal(seed, &[CHUNK + 5]).to_vec1::<f32>().unwrap();
+        let (gate, up, dy) = (values(1), values(2), values(3));
+        for &isa in Isa::ALL.iter().filter(|isa| isa.available()) {
+            let mut y = vec![0.0; gate.len()];
+            forward(isa, &gate, &up, &mut y);
+            let (mut dg, mut du) = (gate.clone(), up.clone());
+            backward(isa, &mut dg, &mut du, &dy);
+            let (mut again_g, mut again_u, mut again_y) = (gate.clone(), up.clone(), dy.clone());
+            backward_again(isa, &mut again_g, &mut again_u, &mut again_y);
+            for (found, needed) in [(again_y, y), (again_g, dg), (again_u, du)] {
+                let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-6 * b.abs().max(1.0);
+                assert!(found.iter().zip(&needed).all(near), "{}", isa.name());
+            }
+        }
+    }
 }

@@ -193,6 +193,20 @@ mod tests {
         assert!((found - expected).abs() < 1e-6, "{found} {expected}");
     }
 
+    #[test]
+    fn what_does_not_decay_stays_where_no_gradient_is() {
+        let settings = AdamWSettings {
+            adam_beta1: 0.9,
+            adam_beta2: 0.999,
+            adam_epsilon: 1e-8,
+            weight_decay: 0.5,
+        };
+        let mut adam = AdamW::new(settings, &[1, 1]).with_decays(vec![true, false]);
+        let parameters = [2f32, 2.0].map(|value| Var::new(&[value], &Device::Cpu).unwrap());
+        assert!(adam.step(&parameters, &[vec![0.0], vec![0.0]], 1.0, 0.1).unwrap());
+        assert_eq!(parameters.each_ref().map(values), [[1.9], [2.0]]);
+    }
+
     /// Large and small parameters, steps on one thread and on three, with a number that is none.
     #[test]
     fn threads_change_no_bit_and_what_is_not_finite_is_told() {

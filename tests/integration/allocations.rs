@@ -3,11 +3,12 @@
 use std::alloc::{GlobalAlloc, Layout as Block, System};
 use std::cell::Cell;
 
-use quantune::model::{Adapters, KvCache, Rows, Worn};
+use quantune::model::{Adapters, FullBuffers, KvCache, Rows, Worn};
 use quantune::ops::Compute;
 use quantune::train::step::Buffers;
 
-use crate::support::load;
+use crate::pretrain;
+use crate::support::{golden_json, load};
 use crate::train::{Layout, Run, adapter, rows};
 
 /// The system's allocator, remembering each thread's largest request: a count read from a file
@@ -87,6 +88,24 @@ fn a_third_step_allocates_no_activation() {
                 "{compute:?}, recompute {recompute}, dropout {dropout}: {third} bytes are new, an \
                  activation has {activation}"
             );
+        }
+    }
+}
+
+#[test]
+fn a_third_step_of_a_whole_model_allocates_no_activation() {
+    let run = golden_json("pretrain/llama-untied/run.json");
+    let batch = &pretrain::micro_batches(&run, 0, 4)[0];
+    for compute in [Compute::F32, Compute::Int16] {
+        for kept_layers in [0, 2] {
+            let model = pretrain::load("llama-untied", compute);
+            let (mut gradients, mut buffers) = (model.zero_gradients(), FullBuffers::default());
+            let activation = batch.tokens.len() * model.config.hidden_size * size_of::<f32>();
+            let (first, third) = first_and_third(|| {
+                model.accumulate(batch, 1.0, kept_layers, &mut gradients, &mut buffers).unwrap();
+            });
+            assert!(first >= activation, "the first step's largest is {first}");
+            assert!(third < activation, "{compute:?}, {kept_layers} layers kept: {third} are new");
         }
     }
 }

@@ -15,7 +15,7 @@ use crate::support::{golden, golden_json, ids, model_path};
 
 const RUNS: &[&str] = &["llama-tied", "llama-untied", "qwen2"];
 
-fn load(run: &str, compute: Compute) -> FullModel {
+pub fn load(run: &str, compute: Compute) -> FullModel {
     let path = golden(&format!("pretrain/{run}/initial"));
     FullModel::load(&Checkpoint::open(path).unwrap(), compute).unwrap()
 }
@@ -75,7 +75,7 @@ fn close(what: &str, model: &FullModel, a: &Gradients, b: &Gradients, bound: f64
 }
 
 /// A step's rows of a run in micro-batches of `micro` rows.
-fn micro_batches(run: &Value, step: usize, micro: usize) -> Vec<Batch> {
+pub fn micro_batches(run: &Value, step: usize, micro: usize) -> Vec<Batch> {
     let apart = run["documents_apart"].as_bool().unwrap();
     let rows = run["steps"][step]["rows"].as_array().unwrap();
     rows.chunks(micro).map(|rows| batch(rows, apart)).collect()
@@ -174,7 +174,7 @@ fn gradients_are_differences() {
             let norm = global_norm(&gradients[index..=index]);
             let along = Tensor::from_slice(&gradients[index], var.shape(), &Device::Cpu).unwrap();
             let h = 1e-2 / norm;
-            let mut at = |sign: f64| {
+            let at = |sign: f64| {
                 var.set(&(&before + (&along * (sign * h)).unwrap()).unwrap()).unwrap();
                 step(&model, &batches, 2).0
             };

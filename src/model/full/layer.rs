@@ -53,7 +53,7 @@ pub(super) struct Workspace {
     dv: Vec<f32>,
     /// Inputs, or gradients of outputs, and the latter turned.
     packed: [PackedRows; 3],
-    turned: [PackedRows; 3],
+    turned: [PackedRows; 4],
     shares: Vec<f32>,
 }
 
@@ -167,25 +167,24 @@ impl LayerPass<'_> {
 
         // `down`'s input is computed again along with what needs its gradient, so that the weight's
         // own waits until then.
-        self.pack_gradients([(&layer.down, &*dx)], packed, turned);
+        let [of_down, turned @ ..] = turned;
+        self.pack_gradients([(&layer.down, &*dx)], packed, std::slice::from_mut(of_down));
         let to_inner = self.to_input(&[&layer.down], packed, inner);
         // SAFETY: one product over one buffer.
         unsafe { multiply(isa, &[to_inner]) };
         swiglu::backward_again(isa, gate, up, inner);
-        let of_down = self.to_weight(&layer.down, &turned[0], inner, gradients);
-        // SAFETY: one product over one buffer.
-        unsafe { multiply(isa, &[of_down]) };
         self.biases_back([(&layer.down, &*dx)], gradients);
 
         let norm = self.values[layer.post_attention_norm];
         rms_norm::forward(isa, middle, norm, eps, normed);
         let both = [(&layer.gate, &gate[..]), (&layer.up, &up[..])];
-        self.project_back(both, normed, dnormed, gradients, packed, turned);
+        let of_down = self.to_weight(&layer.down, of_down, inner, gradients);
+        self.project_back(both, normed, dnormed, Some(of_down), gradients, packed, turned);
         let dw = &mut gradients[layer.post_attention_norm];
         rms_norm::backward_with_weight(isa, middle, norm, eps, dnormed, dx, dw, shares);
 
         let o = [(&layer.o, &*dx)];
-        self.project_back(o, attended, dattended, gradients, packed, turned);
+        self.project_back(o, attended, dattended, None, gradients, packed, turned);
         let left = Attended { out: attended, lse };
         let grad = QkvGrad::apart((dq, q_width), (dk, kv_width), (dv, kv_width));
         let (qkv, heads) = (self.qkv(q, k, v), self.heads());
@@ -196,7 +195,7 @@ impl LayerPass<'_> {
         let norm = self.values[layer.input_norm];
         rms_norm::forward(isa, x, norm, eps, normed);
         let all = [(&layer.q, &dq[..]), (&layer.k, &dk[..]), (&layer.v, &dv[..])];
-        self.project_back(all, normed, dnormed, gradients, packed, turned);
+        self.project_back(all, normed, dnormed, None, gradients, packed, turned);
         let dw = &mut gradients[layer.input_norm];
         rms_norm::backward_with_weight(isa, x, norm, eps, dnormed, dx, dw, shares);
     }
@@ -258,21 +257,25 @@ impl LayerPass<'_> {
     }
 
     /// The way back through linear layers that share the input `x (N, cols)`: `dx` becomes its
-    /// gradient, those of weights and biases are added to.
+    /// gradient, those of weights and biases are added to. A product that has waited is computed
+    /// along with them.
+    #[allow(clippy::too_many_arguments)] // three gradients, and room
     fn project_back<const M: usize>(
         &self,
         linears: [(&Linear, &[f32]); M],
         x: &[f32],
         dx: &mut [f32],
+        waiting: Option<Product>,
         gradients: &mut [Vec<f32>],
         packed: &mut [PackedRows; 3],
-        turned: &mut [PackedRows; 3],
+        turned: &mut [PackedRows],
     ) {
         self.pack_gradients(linears, packed, turned);
         let mut products = vec![self.to_input(&linears.map(|(linear, _)| linear), packed, dx)];
         for ((linear, _), turned) in linears.iter().zip(&*turned) {
             products.push(self.to_weight(linear, turned, x, gradients));
         }
+        products.extend(waiting);
         // SAFETY: each product has a buffer to itself.
         unsafe { multiply(self.isa, &products) };
         self.biases_back(linears, gradients);
@@ -283,7 +286,7 @@ impl LayerPass<'_> {
         &self,
         linears: [(&Linear, &[f32]); M],
         packed: &mut [PackedRows; 3],
-        turned: &mut [PackedRows; 3],
+        turned: &mut [PackedRows],
     ) {
         let (isa, n, panel) = (self.isa, self.tokens, self.panels.1);
         for ((linear, values), (packed, turned)) in

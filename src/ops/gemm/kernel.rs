@@ -44,7 +44,11 @@ pub fn f32_tile(isa: Isa, a: &[u32], b: &[u32], tile: &mut Tile) {
     match isa {
         // SAFETY: the CPU has what its rung promises; lengths are checked.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512Vnni => unsafe { x86::f32_avx512(depth, a.as_ptr(), b.as_ptr(), tile) },
+        Isa::Avx512Vnni => unsafe {
+            let out = tile.0.as_mut_ptr().cast::<f32>();
+            let begin = (out.cast_const(), TILE_COLS);
+            x86::f32_avx512(depth, a.as_ptr(), b.as_ptr(), begin, (out, TILE_COLS));
+        },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 | Isa::AvxVnni => unsafe { x86::f32_avx2(depth, a.as_ptr(), b.as_ptr(), tile) },
@@ -57,6 +61,43 @@ pub fn f32_tile(isa: Isa, a: &[u32], b: &[u32], tile: &mut Tile) {
                     }
                 }
             }
+        }
+    }
+}
+
+/// `out = begin + a · b` in `f32` for a whole tile that lies in wider buffers, its rows a stride
+/// apart: no copy of it is made on the way.
+///
+/// # Safety
+/// Both sides point to [`TILE_ROWS`] rows of [`TILE_COLS`] values, those of `out` this thread's own;
+/// they may be the same.
+pub unsafe fn f32_tile_in_place(
+    isa: Isa,
+    a: &[u32],
+    b: &[u32],
+    begin: (*const f32, usize),
+    out: (*mut f32, usize),
+) {
+    let depth = a.len() / TILE_ROWS;
+    assert!(a.len() == depth * TILE_ROWS && b.len() == depth * TILE_COLS);
+    #[cfg(target_arch = "x86_64")]
+    if isa == Isa::Avx512Vnni {
+        // SAFETY: the CPU has what its rung promises; lengths are checked; the rest is the caller's.
+        unsafe { x86::f32_avx512(depth, a.as_ptr(), b.as_ptr(), begin, out) };
+        return;
+    }
+    let mut tile = Tile([[0.0; TILE_COLS]; TILE_ROWS]);
+    // SAFETY: the caller's promise.
+    unsafe {
+        for (i, row) in tile.0.iter_mut().enumerate() {
+            row.as_mut_ptr().copy_from(begin.0.add(i * begin.1), TILE_COLS);
+        }
+    }
+    f32_tile(isa, a, b, &mut tile);
+    // SAFETY: the caller's promise.
+    unsafe {
+        for (i, row) in tile.0.iter().enumerate() {
+            row.as_ptr().copy_to(out.0.add(i * out.1), TILE_COLS);
         }
     }
 }
@@ -152,17 +193,23 @@ mod x86 {
     use super::{Side, TILE_COLS, TILE_ROWS, Tile};
 
     /// # Safety
-    /// `a` and `b` hold `depth` units for a tile's rows and columns.
+    /// `a` and `b` hold `depth` units for a tile's rows and columns; `begin` and `out` point to a
+    /// tile's rows, a stride apart.
     #[target_feature(enable = "avx512f")]
-    pub unsafe fn f32_avx512(depth: usize, a: *const u32, b: *const u32, tile: &mut Tile) {
+    pub unsafe fn f32_avx512(
+        depth: usize,
+        a: *const u32,
+        b: *const u32,
+        begin: (*const f32, usize),
+        out: (*mut f32, usize),
+    ) {
         let (a, b): (*const f32, *const f32) = (a.cast(), b.cast());
-        let out = tile.0.as_mut_ptr().cast::<f32>();
         // SAFETY: the caller's promise; a tile has 12 rows of 32.
         unsafe {
             let mut sums = [[_mm512_setzero_ps(); 2]; TILE_ROWS];
             for (i, sums) in sums.iter_mut().enumerate() {
-                let row = out.add(i * TILE_COLS);
-                *sums = [_mm512_load_ps(row), _mm512_load_ps(row.add(16))];
+                let row = begin.0.add(i * begin.1);
+                *sums = [_mm512_loadu_ps(row), _mm512_loadu_ps(row.add(16))];
             }
             for unit in 0..depth {
                 let b = b.add(unit * TILE_COLS);
@@ -175,15 +222,15 @@ mod x86 {
                 }
             }
             for (i, [s0, s1]) in sums.into_iter().enumerate() {
-                let row = out.add(i * TILE_COLS);
-                _mm512_store_ps(row, s0);
-                _mm512_store_ps(row.add(16), s1);
+                let row = out.0.add(i * out.1);
+                _mm512_storeu_ps(row, s0);
+                _mm512_storeu_ps(row.add(16), s1);
             }
         }
     }
 
     /// # Safety
-    /// As [`f32_avx512`].
+    /// `a` and `b` hold `depth` units for a tile's rows and columns.
     #[target_feature(enable = "avx2,fma")]
     pub unsafe fn f32_avx2(depth: usize, a: *const u32, b: *const u32, tile: &mut Tile) {
         let (a, b): (*const f32, *const f32) = (a.cast(), b.cast());

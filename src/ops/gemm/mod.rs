@@ -21,7 +21,9 @@ pub use pack::{PackedRows, Panel, Strided, Weights};
 
 use super::cpu::Target;
 use crate::isa::Isa;
-use kernel::{Side, TILE_COLS, TILE_ROWS, Tile, f32_tile, int8_tile, int16_tile};
+use kernel::{
+    Side, TILE_COLS, TILE_ROWS, Tile, f32_tile, f32_tile_in_place, int8_tile, int16_tile,
+};
 use pack::PackedColumns;
 
 /// Columns a task takes: its panels stay in the second-level cache.
@@ -29,8 +31,9 @@ const GROUP: usize = 3 * TILE_COLS;
 /// The same for types whose blocks are longer.
 const LONG_GROUP: usize = 8 * TILE_COLS;
 /// Rows a task takes at the most, and, if there are threads to feed, at the least: packing its
-/// columns should cost little beside them.
+/// columns should cost little beside them. Floats are packed faster than blocks.
 const MOST_ROWS: usize = 172 * TILE_ROWS;
+const MOST_ROWS_OF_FLOATS: usize = 86 * TILE_ROWS;
 const LEAST_ROWS: usize = 8 * TILE_ROWS;
 /// Tasks for each thread, so that all end at about the same time.
 const TASKS_PER_THREAD: usize = 4;
@@ -157,7 +160,12 @@ fn tasks<'p, 'a>(
     if let Begin::From(from) = product.begin {
         assert!(rows == 0 || (rows - 1) * from.stride + columns <= from.values.len());
     }
-    let part = rows.div_ceil(parts.max(1)).clamp(LEAST_ROWS, MOST_ROWS);
+    let dense = |term: &Term| matches!(term.weights, Weights::Dense { .. });
+    let most = match product.terms.iter().all(dense) {
+        true => MOST_ROWS_OF_FLOATS,
+        false => MOST_ROWS,
+    };
+    let part = rows.div_ceil(parts.max(1)).clamp(LEAST_ROWS, most);
     let part = rows.div_ceil(rows.div_ceil(part).max(1)).next_multiple_of(TILE_ROWS);
     let row_ranges = (0..rows).step_by(part.max(1)).map(move |r| r..rows.min(r + part));
     let group = product.group();
@@ -236,11 +244,19 @@ unsafe fn tiles(
     begin: Begin,
     out: Out,
 ) {
+    let floats = stretches.iter().all(|stretch| stretch.x.panel == Panel::F32);
     let mut tile = Tile([[0.0; TILE_COLS]; TILE_ROWS]);
     for first_row in rows.clone().step_by(TILE_ROWS) {
         let count = TILE_ROWS.min(rows.end - first_row);
         for (i, first_column) in columns.clone().step_by(TILE_COLS).enumerate() {
             let width = TILE_COLS.min(columns.end - first_column);
+            if count == TILE_ROWS && width == TILE_COLS && floats {
+                // SAFETY: the caller's promise.
+                unsafe {
+                    whole_tile(isa, stretches, scratch, first_row, first_column, i, begin, out)
+                };
+                continue;
+            }
             let row_of = |row: usize| {
                 let at = out.target.at((first_row + row) * out.stride + first_column);
                 // SAFETY: this task's own elements, one row of them at a time.
@@ -274,6 +290,44 @@ unsafe fn tiles(
                 copy(row, row_of(i));
             }
         }
+    }
+}
+
+/// One whole tile of floats, the `i`-th panel of columns, where it lies.
+///
+/// # Safety
+/// As [`task`].
+#[allow(clippy::too_many_arguments)] // which tile of what
+unsafe fn whole_tile(
+    isa: Isa,
+    stretches: &[Stretch],
+    scratch: &Scratch,
+    first_row: usize,
+    first_column: usize,
+    i: usize,
+    begin: Begin,
+    out: Out,
+) {
+    const ZEROS: &[f32; TILE_COLS] = &[0.0; TILE_COLS];
+    let needed = |stride: usize| (TILE_ROWS - 1) * stride + TILE_COLS;
+    let at = out.target.at(first_row * out.stride + first_column);
+    let out = (at.pointer(needed(out.stride)), out.stride);
+    let mut begin = match begin {
+        Begin::Zero => (ZEROS.as_ptr(), 0),
+        Begin::Bias(bias) => (bias[first_column..][..TILE_COLS].as_ptr(), 0),
+        Begin::Add => (out.0.cast_const(), out.1),
+        Begin::From(from) => {
+            let at = first_row * from.stride + first_column;
+            (from.values[at..][..needed(from.stride)].as_ptr(), from.stride)
+        }
+    };
+    for (stretch, packed) in stretches.iter().zip(&scratch.packed) {
+        let depth = &stretch.depth;
+        let (a, _) = stretch.x.tile(first_row / TILE_ROWS, depth.start, depth.len());
+        let b = &packed.units[i * depth.len() * TILE_COLS..][..depth.len() * TILE_COLS];
+        // SAFETY: both tiles are in bounds; that of `out` is this task's.
+        unsafe { f32_tile_in_place(isa, a, b, begin, out) };
+        begin = (out.0.cast_const(), out.1);
     }
 }
 
@@ -487,6 +541,36 @@ mod tests {
                 for isa in rungs() {
                     let error = error(&run(isa, Panel::Int16, &x, 2, weights, transposed), &exact);
                     assert!(error < 1e-3, "{} {transposed}: {error:e}", isa.name());
+                }
+            }
+        }
+    }
+
+    /// A weight's gradient: the left side is packed turned, the right one read as it lies, and sums
+    /// begin in another buffer.
+    #[test]
+    fn turned_rows_and_sums_from_elsewhere() {
+        for (m, n, k) in [(1, 1, 1), (12, 32, 64), (83, 40, 131), (50, 96, 300), (24, 288, 1500)] {
+            let (x, w, before) = (values(1, k * m), values(2, k * n), values(3, m * (n + 1)));
+            let turned: Vec<f32> = (0..m * k).map(|i| x[i % k * m + i / k]).collect();
+            let weights = Weights::Dense { values: &w, cols: n, scale: 1.0 };
+            let exact: Vec<f64> = exact(&turned, m, weights, false)
+                .iter()
+                .enumerate()
+                .map(|(i, y)| y + f64::from(before[i / n * (n + 1) + i % n]))
+                .collect();
+            for isa in rungs() {
+                for (panel, bound) in [(Panel::F32, 1e-5), (Panel::Int16, 1e-3)] {
+                    let mut packed = PackedRows::default();
+                    packed.pack_turned(isa, panel, Strided { values: &x, stride: m }, m, k);
+                    let mut y = vec![f32::NAN; m * n];
+                    let terms = vec![Term { x: &packed, weights, transposed: false }];
+                    let begin = Begin::From(Strided { values: &before, stride: n + 1 });
+                    let out = Out::new(&mut y, n, 0);
+                    // SAFETY: one product over one buffer.
+                    unsafe { multiply(isa, &[Product { terms, begin, out }]) };
+                    let error = error(&y, &exact);
+                    assert!(error < bound, "{m} {n} {k} {panel:?} {}: {error:e}", isa.name());
                 }
             }
         }

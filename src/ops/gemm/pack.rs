@@ -164,6 +164,14 @@ impl PackedRows {
         tiles.enumerate().with_min_len(4).for_each(|(tile, (out, scales))| {
             SCRATCH.with_borrow_mut(|scratch| {
                 let first = tile * TILE_ROWS;
+                // Whole lines of floats are turned where they lie.
+                let lying = &x.values[first * x.stride..];
+                if panel == Panel::F32 && depth == x.stride && may_transpose(lying, depth) {
+                    // SAFETY: any bits are a `u32`, whose alignment is the same.
+                    let units_of = unsafe { lying.align_to::<u32>().1 };
+                    transpose(isa, (units_of, x.stride), (TILE_ROWS, units), out, TILE_ROWS);
+                    return;
+                }
                 for row in 0..TILE_ROWS.min(rows - first) {
                     let x = &x.values[(first + row) * x.stride..][..depth];
                     scratch.quantize(isa, panel, x, row, true);
@@ -401,8 +409,6 @@ impl PackedColumns {
         let (units, blocks) = self.fit(panel, columns.len(), depth.len());
         let width = columns.len().next_multiple_of(TILE_COLS);
         let stretch = panel.block();
-        self.row.clear();
-        self.row.resize(stretch * width, 0.0);
         for (block, first) in depth.clone().step_by(stretch).enumerate() {
             let count = stretch.min(depth.end - first);
             // Whole panels of floats are read where they lie.
@@ -415,11 +421,10 @@ impl PackedColumns {
                 _ => None,
             };
             if lying.is_none() {
+                self.row.clear();
+                self.row.resize(stretch * width, 0.0);
                 for (row, out) in (first..first + count).zip(self.row.chunks_exact_mut(width)) {
                     weights.read(row, columns.start, &mut out[..columns.len()]);
-                }
-                if count % 2 == 1 && count < stretch {
-                    self.row[count * width..(count + 1) * width].fill(0.0);
                 }
             }
             let (values, stride) = lying.unwrap_or((&self.row, width));
@@ -609,6 +614,11 @@ fn int16_lanes<const LANES: usize>(
             out[i] = low | nearest(odd[i] * inverses[i]) << 16;
         }
     }
+}
+
+/// Whether [`transpose`] may read rows of this width from here on.
+fn may_transpose(values: &[f32], width: usize) -> bool {
+    width.is_multiple_of(16) && values.len() >= RowScratch::ROWS * width
 }
 
 /// `out[unit · stride + lane] = units[lane · from_stride + unit]` for `lanes` up to 16.
