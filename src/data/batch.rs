@@ -174,7 +174,7 @@ impl Batch {
 
     /// Lays a stretch of packed documents: all tokens of `row` but its last, each of which the one
     /// before it predicts if it is `learned`. A token that `begins` a document begins a segment, whose
-    /// places count from 0.
+    /// places count from 0. Random numbers are keyed by `key` and the place in the row.
     pub fn push_packed(
         &mut self,
         row: &[u32],

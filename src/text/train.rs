@@ -231,12 +231,12 @@ impl TokenizerTrainer {
 
     /// Tokens the words have come to. Merges stay within words, so that these are all tokens.
     fn measure(&mut self, bpe: &BPE) -> Result<(), TextError> {
-        let of_word = |(word, &count): (&Box<str>, &u64)| -> Result<(u64, u64), TextError> {
+        let lengths = self.words.par_iter().map(|(word, count)| {
             let tokens = bpe.tokenize(word).map_err(failed)?.len() as u64;
             Ok((tokens * count, word.chars().count() as u64 * count))
-        };
-        let sum = |a: (u64, u64), b: (u64, u64)| Ok((a.0 + b.0, a.1 + b.1));
-        let (tokens, bytes) = self.words.par_iter().map(of_word).try_reduce(|| (0, 0), sum)?;
+        });
+        let sum = |a: (u64, u64), b: (u64, u64)| Ok::<_, TextError>((a.0 + b.0, a.1 + b.1));
+        let (tokens, bytes) = lengths.try_reduce(|| (0, 0), sum)?;
         self.report.vocab_size = bpe.get_vocab_size();
         self.report.words = self.words.len();
         self.report.tokens = tokens;

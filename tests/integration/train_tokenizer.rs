@@ -6,7 +6,7 @@ use proptest::prelude::*;
 use quantune::text::{SPECIAL_TOKENS, Special, Tokenizer, TokenizerTrainer, WordCut};
 use serde_json::Value;
 
-use crate::binary::{error, last_json, quantune, strings};
+use crate::binary::{Lab, error, every_flag, last_json, quantune, strings};
 use crate::support::{golden_json, ids};
 
 fn train(text: &str, vocab_size: usize, cut: WordCut, folder: &Path) -> Tokenizer {
@@ -161,4 +161,27 @@ fn the_command_trains_from_files_of_all_kinds() {
     std::fs::write(path("c.txt"), b" \n").unwrap();
     check("c.txt", "400", &[], "no words in the text");
     assert!(!Path::new(&path("out")).exists());
+}
+
+#[test]
+fn every_flag_of_training_changes_something() {
+    let lab = Lab::new();
+    let (text, other) = (lab.path("text.txt"), lab.path("other.txt"));
+    lab.write("other.txt", &"another text of 365 words, or of 366. ".repeat(9));
+    let base_args: &[(&str, &str)] = &[
+        ("--data", &text),
+        ("--vocab-size", "280"),
+        ("--out", "OUT"),
+        ("--threads", "1"),
+        ("--json", ""),
+    ];
+    let table: &[&[(&str, &str)]] = &[
+        &[("--data", &other)],
+        &[("--vocab-size", "270")],
+        &[("--pre-tokenizer", "gpt-2")],
+        &[("--out", "OUT/elsewhere")],
+        &[("--threads", "2")],
+        &[("--json", "-")],
+    ];
+    every_flag(&["tokenizer", "train"], base_args, table, &[], &lab);
 }

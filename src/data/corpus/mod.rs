@@ -1,9 +1,9 @@
 //! The mixture a model is pretrained on: named sources with weights, tokenized once, and the rows
 //! of any step as a pure function of their numbers.
 //!
-//! A source's documents lie end to end in a ring ([`shard`]). An epoch cuts the ring, from a place
+//! A source's documents lie end to end in a ring (`shard`). An epoch cuts the ring, from a place
 //! drawn for the epoch on, into rows of T tokens, and goes through them in a drawn order; which
-//! source a row of the run comes from is counted out by weight ([`mixture`]). All of it depends on
+//! source a row of the run comes from is counted out by weight (`mixture`). All of it depends on
 //! the seed and the row's number alone, so a resumed run needs no state. Nothing is padded: what
 //! does not fill a row at the end of an epoch is another stretch of the ring in each.
 
