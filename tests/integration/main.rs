@@ -7,6 +7,7 @@ mod cli;
 mod comparisons;
 mod data;
 mod export;
+mod export_adapters;
 mod generate;
 mod model;
 mod objectives;
