@@ -16,6 +16,7 @@ use say;
 
 mod best_of;
 mod eval;
+mod export;
 mod generate;
 mod inspect;
 mod merge;
@@ -35,11 +36,12 @@ use clap::{Parser, Subcommand};
 use quantune_adapters::format;
 use serde_json::{Value, json};
 
+use crate::export::lora;
 use crate::isa::Isa;
 use crate::model::{Decoder, Worn};
 use crate::text::{Tokenizer, first_second};
 use crate::train::settings::{DpoFlags, GrpoFlags, PpoFlags, RewardFlags, SftFlags};
-use crate::weights::Checkpoint;
+use crate::weights::{Checkpoint, Gguf};
 
 /// LoRA fine-tuning straight on the quantized weights you already run.
 #[derive(Debug, Parser)]
@@ -85,6 +87,8 @@ enum Command {
     Merge(Box<merge::Merge>),
     /// Write a base as a GGUF of another type
     Quantize(Box<merge::Quantize>),
+    /// Write an adapter as a GGUF LoRA or a PEFT folder, or a Modelfile for Ollama
+    Export(export::Export),
     /// List what a GGUF, safetensors or adapter file holds
     Inspect(inspect::Inspect),
     /// Turn text into token ids
@@ -134,6 +138,7 @@ pub fn main() -> ExitCode {
         Command::Generate(command) => command.run(json),
         Command::Merge(command) => command.run(json),
         Command::Quantize(command) => command.run(json),
+        Command::Export(command) => command.run(json),
         Command::Inspect(command) => command.run(json),
         Command::Tokenizer(command) => command.run(json),
     });
@@ -204,14 +209,18 @@ impl std::str::FromStr for AdapterArg {
 /// Loads the adapters of a command for its base.
 fn load_adapters(args: &[AdapterArg], decoder: &Decoder) -> Result<Vec<Worn>> {
     let load = |arg: &AdapterArg| -> Result<Worn> {
-        if arg.path.is_file() {
-            anyhow::bail!(
-                "{}: a file, needed a PEFT folder (adapter_config.json and \
-                 adapter_model.safetensors)",
-                arg.path.display()
-            );
-        }
         let name = arg.path.display().to_string();
+        if arg.path.is_file() {
+            if arg.path.extension().is_none_or(|of| !of.eq_ignore_ascii_case("gguf")) {
+                anyhow::bail!(
+                    "{name}: a file, needed a PEFT folder (adapter_config.json and \
+                     adapter_model.safetensors) or a GGUF LoRA (.gguf)"
+                );
+            }
+            let (gguf, config) = (Gguf::open(&arg.path)?, &decoder.config);
+            let adapter = lora::read_gguf_lora(&gguf, &name, config, &decoder.linears())?;
+            return Ok(Worn { adapter: Arc::new(adapter), weight: arg.weight, trainable: false });
+        }
         let (adapter, unmatched) = format::read_folder(
             &arg.path,
             &name,

@@ -56,6 +56,12 @@ fn write_shards(
         fs::rename(out, &old).map_err(io("replace", out))?;
     }
     fs::rename(&partial, out).map_err(io("write", out))?;
+    if cfg!(unix) {
+        // The rename itself survives a power cut only once the parent is synced.
+        let parent = out.parent().filter(|parent| !parent.as_os_str().is_empty());
+        let parent = parent.unwrap_or(Path::new("."));
+        fs::File::open(parent).and_then(|folder| folder.sync_all()).map_err(io("sync", parent))?;
+    }
     if old.exists() {
         fs::remove_dir_all(&old).map_err(io("remove", &old))?;
     }

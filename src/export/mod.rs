@@ -11,6 +11,8 @@ mod error;
 mod folder;
 mod gguf;
 pub mod imatrix;
+pub mod lora;
+pub mod modelfile;
 mod slab;
 mod source;
 pub mod types;

@@ -192,12 +192,12 @@ impl Recipe {
             .map(|(name, shape)| (load::gguf_name(name), shape.get(1).copied().unwrap_or(0)))
             .collect();
         // llama.cpp goes through a file layer by layer; what counts layers sees them in order.
-        let layers = config.num_hidden_layers;
+        let mut seen = Seen::default();
         let mut types = Vec::new();
         for (name, cols) in &named {
             let of = match *cols {
                 0 => BlockType::F32, // norms and biases
-                cols => self.of(name, cols, config, layers, importance)?,
+                cols => self.of(name, cols, config, importance, &mut seen)?,
             };
             types.push(of);
         }
@@ -209,8 +209,8 @@ impl Recipe {
         name: &str,
         cols: usize,
         config: &Config,
-        layers: usize,
         importance: bool,
+        seen: &mut Seen,
     ) -> Result<BlockType, ExportError> {
         let asked = |of: BlockType| match of.bytes_for(cols) {
             Some(_) => Ok(of),
@@ -243,29 +243,37 @@ impl Recipe {
                 }
             }
             None if embedding => plain,
-            None => self.of_layer(name, config, layers, importance),
+            None => self.of_layer(name, config, importance, seen),
         };
         Ok(fallback(wanted, cols))
     }
 
     /// The mixes: more bits where errors hurt most.
-    fn of_layer(&self, name: &str, config: &Config, layers: usize, importance: bool) -> BlockType {
+    fn of_layer(
+        &self,
+        name: &str,
+        config: &Config,
+        importance: bool,
+        seen: &mut Seen,
+    ) -> BlockType {
         use BlockType::{Q3_K, Q4_1, Q4_K, Q5_1, Q5_K, Q6_K};
         use FileType as F;
         let plain = self.file_type.block_type();
-        let layer = name.split('.').nth(1).and_then(|layer| layer.parse().ok()).unwrap_or(0);
+        let layers = config.num_hidden_layers;
         // The first and last eighth, and every third between.
         let (first, last) = (layers / 8, 7 * layers / 8);
-        let more_bits = layer < first || layer >= last || (layer - first) % 3 == 2;
+        let more_bits = |layer: usize| layer < first || layer >= last || (layer - first) % 3 == 2;
         let gqa = config.num_attention_heads / config.num_key_value_heads;
         if name.contains("attn_v.weight") {
+            let layer = seen.attn_v;
+            seen.attn_v += 1;
             let of = match self.file_type {
                 F::Q2_K if gqa >= 4 => Q4_K,
                 F::Q2_K => Q3_K,
                 F::Q3_K_M if layer < 2 => Q5_K,
                 F::Q3_K_M => Q4_K,
                 F::Q3_K_L => Q5_K,
-                F::Q4_K_M | F::Q5_K_M if more_bits => Q6_K,
+                F::Q4_K_M | F::Q5_K_M if more_bits(layer) => Q6_K,
                 F::Q4_K_S if layer < 4 => Q5_K,
                 _ => plain,
             };
@@ -278,12 +286,14 @@ impl Recipe {
             };
         }
         if name.contains("ffn_down") {
+            let layer = seen.ffn_down;
+            seen.ffn_down += 1;
             return match self.file_type {
                 F::Q2_K => Q3_K,
                 F::Q3_K_M if layer < layers / 16 => Q5_K,
                 F::Q3_K_M => Q4_K,
                 F::Q3_K_L => Q5_K,
-                F::Q4_K_M | F::Q5_K_M if more_bits => Q6_K,
+                F::Q4_K_M | F::Q5_K_M if more_bits(layer) => Q6_K,
                 F::Q4_K_S if layer < first => Q5_K,
                 F::Q4_0 if importance && layer < first => Q4_1,
                 F::Q5_0 if importance && layer < first => Q5_1,
@@ -300,6 +310,13 @@ impl Recipe {
         }
         plain
     }
+}
+
+/// Layers gone through. As llama-quantize counts them: a tensor that a rule gives its type is none.
+#[derive(Default)]
+struct Seen {
+    attn_v: usize,
+    ffn_down: usize,
 }
 
 /// The type for rows that are no whole blocks of another.

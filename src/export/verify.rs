@@ -5,7 +5,7 @@ use std::path::Path;
 use quantune_adapters::rng::Stream;
 
 use super::ExportError;
-use crate::model::{Adapters, Decoder, Rows, Worn};
+use crate::model::{Adapters, Config, Decoder, Rows, Worn};
 use crate::ops::Compute;
 use crate::text::{Special, Tokenizer};
 use crate::weights::Checkpoint;
@@ -45,10 +45,26 @@ impl Bounds {
     pub const BF16: Self = Self { mean_kl: 0.2, worst_logp: 4.0 };
     /// No bounds on what is lost, but there must be numbers.
     pub const QUANTIZED: Self = Self { mean_kl: f64::MAX, worst_logp: f64::MAX };
+
+    /// Whether a distance is within them, or a clause about it.
+    ///
+    /// # Errors
+    /// If it is not, or is no number.
+    pub fn check(self, distance: Distance) -> Result<(), String> {
+        let Distance { mean_kl, worst_logp, .. } = distance;
+        if mean_kl <= self.mean_kl && worst_logp <= self.worst_logp {
+            return Ok(());
+        }
+        Err(format!(
+            "its log-probs are off by up to {worst_logp:.1e} and its mean KL is {mean_kl:.1e}, \
+             allowed were {:.0e} and {:.0e}",
+            self.worst_logp, self.mean_kl
+        ))
+    }
 }
 
 /// The logits' log-softmax of all tokens, `(tokens, vocab_size)`, a row at a time.
-pub(super) fn log_probs(
+fn log_probs(
     decoder: &Decoder,
     worn: &[Worn],
     tokens: &[u32],
@@ -75,13 +91,14 @@ pub(super) fn divergence(p: &[f32], q: &[f32]) -> f64 {
     terms.sum::<f64>().max(0.0)
 }
 
-fn distance(
+pub(super) fn distance(
     source: (&Decoder, &[Worn]),
     written: &Decoder,
+    worn: &[Worn],
     tokens: &[u32],
 ) -> Result<Distance, ExportError> {
     let theirs = log_probs(source.0, source.1, tokens)?;
-    let ours = log_probs(written, &[], tokens)?;
+    let ours = log_probs(written, worn, tokens)?;
     let (mut kl, mut worst) = (0.0, 0f64);
     for (i, (p, q)) in theirs.iter().zip(&ours).enumerate() {
         kl += divergence(p, q);
@@ -129,34 +146,32 @@ fn compare(
     let text = |e: &dyn std::fmt::Display| e.to_string();
     let checkpoint = Checkpoint::open(written).map_err(|e| text(&e))?;
     let decoder = Decoder::load(&checkpoint, Compute::F32).map_err(|e| text(&e))?;
-    let vocab_size = source.config.vocab_size as u32;
-    // A base without a tokenizer, as a folder may be, is compared on any tokens.
-    let tokens: Vec<u32> = match Tokenizer::open(base) {
-        Ok(tokenizer) => {
-            let theirs = tokenizer.encode(TEXT, Special::AsText).map_err(|e| text(&e))?;
-            let ours = Tokenizer::open(&checkpoint).map_err(|e| text(&e))?;
-            let ours = ours.encode(TEXT, Special::AsText).map_err(|e| text(&e))?;
-            if ours != theirs {
-                return Err("its tokenizer cuts text differently".into());
-            }
-            theirs.into_iter().filter(|id| *id < vocab_size).collect()
+    if let Ok(theirs) = Tokenizer::open(base) {
+        let theirs = theirs.encode(TEXT, Special::AsText).map_err(|e| text(&e))?;
+        let ours = Tokenizer::open(&checkpoint).map_err(|e| text(&e))?;
+        let ours = ours.encode(TEXT, Special::AsText).map_err(|e| text(&e))?;
+        if ours != theirs {
+            return Err("its tokenizer cuts text differently".into());
         }
+    }
+    let tokens = tokens(base, &source.config).map_err(|e| text(&e))?;
+    let found = distance((source, worn), &decoder, &[], &tokens).map_err(|e| text(&e))?;
+    bounds.check(found).map(|()| found)
+}
+
+/// The tokens that are compared: those of a text, or any where a base has no tokenizer.
+///
+/// # Errors
+/// If the tokenizer fails on the text.
+pub fn tokens(base: &Checkpoint, config: &Config) -> Result<Vec<u32>, ExportError> {
+    let vocab_size = config.vocab_size as u32;
+    let tokens: Vec<u32> = match Tokenizer::open(base) {
+        Ok(tokenizer) => tokenizer.encode(TEXT, Special::AsText)?,
         Err(_) => {
             let mut stream = Stream::new(0, "verify", &[]);
             (0..TOKENS).map(|_| (stream.next_u64() % u64::from(vocab_size)) as u32).collect()
         }
     };
-    let most = TOKENS.min(source.config.max_position_embeddings);
-    let tokens: Vec<u32> = tokens.into_iter().take(most).collect();
-    let found = distance((source, worn), &decoder, &tokens).map_err(|e| text(&e))?;
-    let Distance { mean_kl, worst_logp, .. } = found;
-    let within = mean_kl <= bounds.mean_kl && worst_logp <= bounds.worst_logp;
-    if !within {
-        return Err(format!(
-            "its log-probs are off by up to {worst_logp:.1e} and its mean KL is {mean_kl:.1e}, \
-             allowed were {:.0e} and {:.0e}",
-            bounds.worst_logp, bounds.mean_kl
-        ));
-    }
-    Ok(found)
+    let most = TOKENS.min(config.max_position_embeddings);
+    Ok(tokens.into_iter().filter(|id| *id < vocab_size).take(most).collect())
 }

@@ -1,18 +1,21 @@
 //! Models that were written, read again.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::Device;
-use quantune::export::{Bounds, FileType, Recipe, Source, verify, write_folder, write_gguf};
+use quantune::export::{Bounds, FileType, Recipe, Source, types, verify, write_folder, write_gguf};
+use quantune::model::config::{FAMILIES, RopeScaling};
 use quantune::model::{Config, Decoder, Worn, load};
 use quantune::ops::Compute;
 use quantune::quant::BlockType;
 use quantune::text::{Special, Tokenizer};
-use quantune::weights::{Checkpoint, Gguf};
+use quantune::weights::{Checkpoint, Gguf, Value};
 use quantune_adapters::format;
 use serde_json::json;
+use sha2::{Digest, Sha256};
 
-use crate::support::{golden, model_path};
+use crate::support::{golden, golden_json, model_path};
 
 const FOLDERS: &[&str] = &["llama-tiny", "llama-untied", "qwen2-tiny"];
 const GGUFS: &[&str] = &["llama-q8_0", "llama-q4_0", "qwen2-mix", "llama-k"];
@@ -236,5 +239,122 @@ fn a_model_in_memory_is_written_in_both_forms() {
         }
         verify(&base, &[], &out, Bounds::F32).unwrap();
         same_tokenizer(&base, &Checkpoint::open(&out).unwrap());
+    }
+}
+
+/// The config of one of the models that llama-quantize was asked about.
+fn quantized_config(model: &serde_json::Value) -> Config {
+    let size = |key: &str| model[key].as_u64().unwrap() as usize;
+    let family = FAMILIES.iter().find(|family| model["arch"] == family.architecture).unwrap();
+    Config {
+        family,
+        hidden_size: size("hidden"),
+        num_hidden_layers: size("layers"),
+        num_attention_heads: size("heads"),
+        num_key_value_heads: size("kv"),
+        head_dim: size("hidden") / size("heads"),
+        intermediate_size: size("inner"),
+        vocab_size: 64,
+        max_position_embeddings: 64,
+        rms_norm_eps: 1e-5,
+        rope_theta: 1e4,
+        rope_scaling: RopeScaling::None,
+        tie_word_embeddings: model["tied"] == true,
+        qkv_bias: false,
+        o_bias: false,
+        mlp_bias: false,
+    }
+}
+
+#[test]
+fn types_are_those_of_llama_quantize() {
+    let golden = golden_json("export/types.json");
+    let cases = golden["cases"].as_array().unwrap();
+    for case in cases {
+        let config = quantized_config(&golden["models"][case["model"].as_str().unwrap()]);
+        let mut recipe = Recipe::new(case["type"].as_str().unwrap().parse().unwrap());
+        let mut importance = false;
+        let flags: Vec<&str> =
+            case["flags"].as_array().unwrap().iter().map(|f| f.as_str().unwrap()).collect();
+        let mut flags = flags.into_iter();
+        while let Some(flag) = flags.next() {
+            let of = |value: Option<&str>| Some(types::block_type(value.unwrap()).unwrap());
+            match flag {
+                "--pure" => recipe.pure = true,
+                "--imatrix" => importance = true,
+                "--output-tensor-type" => recipe.output_tensor_type = of(flags.next()),
+                "--token-embedding-type" => recipe.token_embedding_type = of(flags.next()),
+                "--tensor-type" => {
+                    recipe.tensor_types.push(flags.next().unwrap().parse().unwrap());
+                }
+                other => panic!("{other}"),
+            }
+        }
+        let found = recipe.types(&config, importance).unwrap();
+        let mut of_kind: HashMap<String, Vec<String>> = HashMap::new();
+        for ((name, shape), of) in load::tensors(&config).iter().zip(found) {
+            let name = load::gguf_name(name);
+            let parts: Vec<&str> = name.split('.').collect();
+            let kind = if parts[0] == "blk" { parts[2] } else { parts[0] };
+            match shape.len() {
+                1 => assert_eq!(of, BlockType::F32),
+                _ => of_kind.entry(kind.into()).or_default().push(of.to_string()),
+            }
+        }
+        let types = case["types"].as_object().unwrap();
+        assert_eq!(types.len(), of_kind.len());
+        for (kind, needed) in types {
+            let found = &of_kind[kind];
+            let needed: Vec<&str> = needed.as_str().unwrap().split(' ').collect();
+            let needed = if needed.len() == 1 { vec![needed[0]; found.len()] } else { needed };
+            let about = format!("{} {} {} {kind}", case["model"], case["type"], case["flags"]);
+            assert_eq!(found, &needed, "{about}");
+        }
+    }
+    assert!(cases.len() > 100);
+}
+
+#[test]
+fn keys_and_tensors_are_those_of_llama_cpps_converter() {
+    let digest = |bytes: &[u8]| {
+        Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect::<String>()
+    };
+    let golden = golden_json("export/converted.json");
+    for name in FOLDERS {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().join("out.gguf");
+        let base = Checkpoint::open(model_path(name)).unwrap();
+        let recipe = Recipe::new(FileType::F32);
+        write_gguf(&Source::open(&base, &[]).unwrap(), &recipe, None, &out).unwrap();
+        let gguf = Gguf::open(&out).unwrap();
+
+        for (key, needed) in golden[*name]["keys"].as_object().unwrap() {
+            let found = gguf.get(key).unwrap_or_else(|| panic!("{name}: no {key}"));
+            let found = match found {
+                Value::Array(items) => {
+                    let items: Vec<serde_json::Value> = items
+                        .iter()
+                        .map(|item| item.as_str().map_or_else(|| json!(item.as_i64()), Into::into))
+                        .collect();
+                    digest(serde_json::to_string(&items).unwrap().as_bytes()).into()
+                }
+                Value::F32(v) => json!(f64::from(v)),
+                Value::U32(v) => json!(v),
+                Value::Bool(v) => json!(v),
+                other => json!(other.as_str()),
+            };
+            let same = match (found.as_f64(), needed.as_f64()) {
+                (Some(found), Some(needed)) => found == needed,
+                _ => &found == needed,
+            };
+            assert!(same, "{name}: {key} is {found}, needed {needed}");
+        }
+        let tensors = golden[*name]["tensors"].as_object().unwrap();
+        assert_eq!(tensors.len(), gguf.tensors().len());
+        for (tensor, needed) in tensors {
+            let found = gguf.tensor(tensor).unwrap();
+            assert_eq!(json!(found.shape), needed[0], "{name}: {tensor}");
+            assert_eq!(json!(digest(&found.bytes)), needed[1], "{name}: {tensor}");
+        }
     }
 }

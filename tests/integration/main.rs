@@ -8,6 +8,7 @@ mod comparisons;
 mod corpus;
 mod data;
 mod export;
+mod export_adapters;
 mod generate;
 mod model;
 mod objectives;

@@ -1,0 +1,137 @@
+//! `quantune export`.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, bail};
+use quantune_adapters::format;
+use serde_json::{Value, json};
+
+use super::{AdapterArg, Usage, load_adapters, open_tokenizer, to_json};
+use crate::export::{lora, modelfile, types, verify};
+use crate::model::{Decoder, Worn};
+use crate::ops::Compute;
+use crate::quant::BlockType;
+use crate::weights::{Checkpoint, write_atomically};
+
+#[derive(Debug, clap::Args)]
+pub struct Export {
+    /// The base: a GGUF file or a Hugging Face folder
+    #[arg(long)]
+    base: PathBuf,
+    /// The adapter: a PEFT folder or a GGUF LoRA, PATH or PATH=WEIGHT
+    #[arg(long, requires = "out")]
+    adapter: Option<AdapterArg>,
+    /// What to write of it: a file that ends in .gguf for llama.cpp and Ollama, or a PEFT folder
+    #[arg(long, requires = "adapter", required_unless_present = "modelfile")]
+    out: Option<PathBuf>,
+    /// The type of a GGUF LoRA, F32 or F16 [default: F32]
+    #[arg(long = "type", value_name = "TYPE", value_parser = types::block_type, requires = "out")]
+    dtype: Option<BlockType>,
+    /// An Ollama Modelfile to write, of the base and with the adapter beside it
+    #[arg(long, value_name = "FILE")]
+    modelfile: Option<PathBuf>,
+}
+
+impl Export {
+    pub fn run(self, json: bool) -> Result<Value> {
+        let base = Checkpoint::open(&self.base)?;
+        let mut value = json!({});
+        if let (Some(adapter), Some(out)) = (&self.adapter, &self.out) {
+            value = self.adapter(&base, adapter, out, json)?;
+        }
+        if let Some(path) = &self.modelfile {
+            let tokenizer = open_tokenizer(&base, None)?;
+            let beside = path.parent().unwrap_or(Path::new(""));
+            let from = relative(&self.base, beside);
+            let adapter = self.out.as_ref().map(|out| relative(out, beside));
+            let text = modelfile::modelfile(&from, adapter.as_deref(), &tokenizer)?;
+            write_atomically(path, |file| file.write_all(text.as_bytes()))?;
+            if !json {
+                crate::cli::say!("{}: a Modelfile of {}", path.display(), from.display());
+            }
+            value["modelfile"] = path.display().to_string().into();
+        }
+        Ok(value)
+    }
+
+    /// Writes the adapter, reads it again, and compares what the base makes of both.
+    fn adapter(
+        &self,
+        base: &Checkpoint,
+        adapter: &AdapterArg,
+        out: &Path,
+        json: bool,
+    ) -> Result<Value> {
+        let decoder = Decoder::load(base, Compute::F32)?;
+        let worn = load_adapters(std::slice::from_ref(adapter), &decoder)?;
+        let is_gguf = out.extension().is_some_and(|of| of.eq_ignore_ascii_case("gguf"));
+        let dtype = self.dtype.unwrap_or(BlockType::F32);
+        let bytes = if is_gguf {
+            let (one, config) = (&worn[0], &decoder.config);
+            lora::write_gguf_lora(&one.adapter, one.weight, config, dtype, out)?.bytes
+        } else {
+            if dtype != BlockType::F32 {
+                let text = "--type is for a GGUF LoRA, and --out is a folder, which holds F32";
+                return Err(Usage(text.into()).into());
+            }
+            if adapter.weight != 1.0 {
+                bail!("a PEFT folder has no place for the weight {}", adapter.weight);
+            }
+            format::write_folder(&worn[0].adapter, out)?;
+            std::fs::metadata(out.join(format::TENSORS_FILE))?.len()
+        };
+        let again = AdapterArg { path: out.into(), weight: 1.0 };
+        let found = load_adapters(&[again], &decoder)?;
+        let distance = check(base, &decoder, &worn, &found, out, dtype)?;
+        if !json {
+            crate::cli::say!(
+                "{}: {:.1} MB; read back, mean KL from the adapter on the base is {:.2e} over {} tokens",
+                out.display(),
+                bytes as f64 / 1e6,
+                distance.mean_kl,
+                distance.tokens
+            );
+        }
+        Ok(json!({
+            "out": out.display().to_string(),
+            "bytes": bytes,
+            "distance": to_json(&distance)?,
+        }))
+    }
+}
+
+fn check(
+    base: &Checkpoint,
+    decoder: &Decoder,
+    wanted: &[Worn],
+    found: &[Worn],
+    out: &Path,
+    dtype: BlockType,
+) -> Result<verify::Distance> {
+    let tokens = verify::tokens(base, &decoder.config)?;
+    let distance = lora::distance(decoder, wanted, found, &tokens)?;
+    let bounds = match dtype {
+        BlockType::F32 => verify::Bounds::F32,
+        _ => verify::Bounds::F16,
+    };
+    if let Err(reason) = bounds.check(distance) {
+        // Of a folder what was written, and nothing that was there before.
+        let written = match out.is_dir() {
+            true => vec![out.join(format::TENSORS_FILE), out.join(format::CONFIG_FILE)],
+            false => vec![out.to_path_buf()],
+        };
+        for path in written {
+            let _ = std::fs::remove_file(path); // the distance is what to tell
+        }
+        bail!("{}: {reason}; it was removed", out.display());
+    }
+    Ok(distance)
+}
+
+/// A path as it is from a folder, if it lies there; else from the root.
+fn relative(path: &Path, folder: &Path) -> PathBuf {
+    let whole = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.into());
+    let (path, folder) = (whole(path), whole(folder));
+    path.strip_prefix(&folder).map_or(path.clone(), Path::to_path_buf)
+}
