@@ -263,17 +263,18 @@ fn a_model_begins_as_its_seed_says() {
 
 #[test]
 fn what_makes_no_sense_is_refused() {
+    type Spoil = fn(&mut Batch);
     let model = load("llama-tied", Compute::F32);
     let good = batch(
         golden_json("pretrain/llama-tied/run.json")["steps"][0]["rows"].as_array().unwrap(),
         false,
     );
-    let cases: &[(&dyn Fn(&mut Batch), &str)] = &[
-        (&|b| b.tokens[3] = 83, "token 83"),
-        (&|b| b.targets[3].1 = 99, "token 99"),
-        (&|b| b.targets[3].0 = 4000, "token 4000"),
-        (&|b| b.positions.truncate(5), "5 positions"),
-        (&|b| b.segments[0].tokens.end -= 1, "row 1"),
+    let cases: [(Spoil, &str); 5] = [
+        (|b| b.tokens[3] = 83, "token 83"),
+        (|b| b.targets[3].1 = 99, "token 99"),
+        (|b| b.targets[3].0 = 4000, "token 4000"),
+        (|b| b.positions.truncate(5), "5 positions"),
+        (|b| b.segments[0].tokens.end -= 1, "row 1"),
     ];
     for (spoil, needed) in cases {
         let mut bad = good.clone();

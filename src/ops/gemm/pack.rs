@@ -214,7 +214,7 @@ impl PackedRows {
                     let mut values = &x.values[first * x.stride + tile * TILE_ROWS..];
                     let mut stride = x.stride;
                     // What is not whole is filled up with zeros on the side.
-                    if width < TILE_ROWS || count % panel.values_per_unit() != 0 {
+                    if width < TILE_ROWS || !count.is_multiple_of(panel.values_per_unit()) {
                         few.fill(0.0);
                         let lines = values.chunks(stride).zip(few.chunks_exact_mut(TILE_ROWS));
                         lines.take(count).for_each(|(from, to)| {
@@ -578,6 +578,7 @@ fn f32_lanes<const LANES: usize>(values: &[f32], width: usize, out: &mut [u32]) 
 
 /// The same of a block of `count` rows, pairs of them as integers with a scale per lane.
 #[inline(always)]
+#[allow(clippy::needless_range_loop)] // lanes of several arrays go together
 fn int16_lanes<const LANES: usize>(
     values: &[f32],
     width: usize,
