@@ -222,7 +222,10 @@ impl Life {
             let (length, entropy) = (model.length, number(model.entropy));
             say!("{:8} {right:>5.1} % {reward:>8} {length:>8.1} {entropy:>9}", model.name);
         }
-        say!("guessing the commonest answer of each kind of question: {:.1} %", 100.0 * guessed(questions)?);
+        say!(
+            "guessing the commonest answer of each kind of question: {:.1} %",
+            100.0 * guessed(questions)?
+        );
         say!("\nstage       seconds");
         for stage in &self.stages {
             say!("{:10} {:>8.1}   {}", stage.name, stage.seconds, headline(stage));

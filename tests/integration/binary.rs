@@ -177,11 +177,8 @@ fn traces(output: &Output, out: Option<&Path>) -> String {
                 let volatile = |key: &str| {
                     key.ends_with("_per_second")
                         || key.starts_with("share_")
-<<<<<<< HEAD
-                        || ["peak_rss_bytes", "adapter", "model", "export"].contains(&key)
-=======
-                        || ["peak_rss_bytes", "adapter", "tokenizer", "seconds"].contains(&key)
->>>>>>> wt-c
+                        || ["peak_rss_bytes", "adapter", "model", "export", "seconds", "tokenizer"]
+                            .contains(&key)
                 };
                 value.as_object_mut().unwrap().retain(|key, _| !volatile(key));
                 traces += &value.to_string();
