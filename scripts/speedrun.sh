@@ -20,7 +20,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 out="${1:-$root/runs/speedrun}"
 [[ "$out" == /* ]] || out="$PWD/$out"
 cd "$root"
-tokens="${TOKENS:-5000000}"
+tokens="${TOKENS:-3000000}"
 preset="${PRESET:-tiny}"
 vocab="${VOCAB:-4096}"
 
