@@ -11,12 +11,14 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use candle_core::Var;
+use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::TrainError;
 use super::fingerprints::{base_fingerprint, same_fingerprints};
 use super::log::Numbers;
+use super::memory::{default_budget, parse_bytes};
 use super::progress::Work;
 use super::run::{Course, Ended, LoopSettings, Outcome, take_steps};
 use super::run_dir::{Fingerprint, RunDir, State, read_optimizer, read_state};
@@ -26,12 +28,12 @@ use crate::data::{Batch, DataError};
 use crate::eval::{Bigram, TextLoss, text_loss};
 use crate::export::{ExportError, FileType, Recipe, Source, write_folder, write_gguf};
 use crate::generate::{Request, Sampling, Settings as Decoding, generate};
-use crate::model::full::{FullBuffers, FullModel};
+use crate::model::full::{FullBuffers, FullModel, working_bytes};
 use crate::model::{Adapters, CacheType};
 use crate::ops::Values;
 use crate::optim::{AdamW, AdamWSettings, Gradients, Schedule, clip_factor, global_norm};
 use crate::quant::BlockType;
-use crate::text::{Special, Tokenizer, convert};
+use crate::text::{Special, TextError, Tokenizer, convert};
 use crate::weights::{Checkpoint, write_atomically};
 
 /// What a finished run says of itself; with `results`, the `--json` line of its command.
@@ -80,6 +82,8 @@ pub struct Pretraining {
     model: FullModel,
     gradients: Gradients,
     buffers: FullBuffers,
+    /// Layers, from the top, whose tapes are kept for the way down.
+    kept_layers: usize,
     /// The moments.
     pub optimizer: AdamW,
 }
@@ -187,6 +191,7 @@ pub fn pretrain(
         save_steps: settings.save_steps,
         save_total_limit: settings.save_total_limit,
     };
+    let kept_layers = kept_layers(&settings, &model);
     let gradients = model.zero_gradients();
     let buffers = FullBuffers::default();
     let mut course = Course::Pretraining(Pretraining {
@@ -197,6 +202,7 @@ pub fn pretrain(
         model,
         gradients,
         buffers,
+        kept_layers,
         optimizer,
     });
     let ended = take_steps(&mut course, &run, (&mut state, saved), &steps, stop)?;
@@ -235,7 +241,7 @@ pub fn pretrain(
         parameters,
         model: folder,
         export,
-        recomputed_layers: course.model.config.num_hidden_layers - course.kept_layers(),
+        recomputed_layers: course.model.config.num_hidden_layers - course.kept_layers,
         resumed_at,
         sources: course.corpus.report(state.step * settings.rows_of_step()),
         results,
@@ -257,8 +263,8 @@ impl Pretraining {
             .collect();
         let count: usize = batches.iter().map(Batch::count).sum();
         let scale = 1.0 / count.max(1) as f64;
-        let kept_layers = self.kept_layers();
-        self.gradients.iter_mut().for_each(|gradient| gradient.fill(0.0));
+        let kept_layers = self.kept_layers;
+        self.gradients.par_iter_mut().for_each(|gradient| gradient.fill(0.0));
         let mut loss = 0.0;
         for batch in &batches {
             let (gradients, buffers) = (&mut self.gradients, &mut self.buffers);
@@ -299,22 +305,13 @@ impl Pretraining {
         Ok((numbers, work))
     }
 
-    /// Layers whose tapes are kept for the way down.
-    fn kept_layers(&self) -> usize {
-        let layers = self.model.config.num_hidden_layers;
-        if self.settings.gradient_checkpointing { 0 } else { layers }
-    }
-
     /// What the model says now, with what it was given.
     fn samples(&self, step: u64) -> Result<Vec<String>, TrainError> {
         let settings = &self.settings;
-        let mut prompts = Vec::new();
-        if settings.sample_prompt.is_empty() {
-            prompts.push(vec![self.corpus.end_of_text()]);
-        }
-        for text in &settings.sample_prompt {
-            prompts.push(self.tokenizer.with_bos(self.tokenizer.encode(text, Special::AsText)?));
-        }
+        let prompts = match settings.sample_prompt.is_empty() {
+            true => vec![vec![self.corpus.end_of_text()]],
+            false => sample_prompts(settings, &self.tokenizer)?,
+        };
         let requests: Vec<Request> =
             prompts.iter().zip(0..).map(|(prompt, key)| Request::new(prompt, key)).collect();
         let decoder = self.model.decoder(settings.compute)?;
@@ -440,7 +437,41 @@ fn misfit(settings: &PretrainSettings, model: &FullModel, tokenizer: &Tokenizer)
         return Some(format!("the tokenizer has {found} tokens, the model {needed}"));
     }
     let (found, most) = (settings.max_length, model.config.max_position_embeddings);
-    (found > most).then(|| format!("max_length is {found}, the model has {most} positions"))
+    if found > most {
+        return Some(format!("max_length is {found}, the model has {most} positions"));
+    }
+    let prompts = match sample_prompts(settings, tokenizer) {
+        Ok(prompts) => prompts,
+        Err(fault) => return Some(fault.to_string()),
+    };
+    let wrong = prompts.iter().position(|prompt| prompt.is_empty() || prompt.len() >= most)?;
+    let (text, found) = (&settings.sample_prompt[wrong], prompts[wrong].len());
+    Some(format!("sample_prompt {text:?} has {found} tokens, needed 1 to less than {most}"))
+}
+
+fn sample_prompts(
+    settings: &PretrainSettings,
+    tokenizer: &Tokenizer,
+) -> Result<Vec<Vec<u32>>, TextError> {
+    let encode = |text: &String| Ok(tokenizer.with_bos(tokenizer.encode(text, Special::AsText)?));
+    settings.sample_prompt.iter().map(encode).collect()
+}
+
+/// How many layers keep their tapes within the memory budget.
+fn kept_layers(settings: &PretrainSettings, model: &FullModel) -> usize {
+    let layers = model.config.num_hidden_layers;
+    if let Some(all) = settings.gradient_checkpointing {
+        return if all { 0 } else { layers };
+    }
+    let budget = parse_bytes(&settings.memory_budget).unwrap_or_else(default_budget);
+    let tokens = settings.per_device_train_batch_size * settings.max_length;
+    // Weights, gradients and both moments.
+    let state = 4 * size_of::<f32>() * model.parameter_count();
+    let fits = |kept: &usize| {
+        let needed = state + working_bytes(&model.config, tokens, *kept);
+        needed as u64 <= budget
+    };
+    (0..=layers).rev().find(fits).unwrap_or(0)
 }
 
 fn open_corpus(

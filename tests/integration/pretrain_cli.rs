@@ -108,6 +108,7 @@ fn every_flag_of_pretrain_changes_something() {
         &[("--sample-tokens", "7")],
         &[("--sample-temperature", "0")],
         &[("--gradient-checkpointing", "")],
+        &[("--memory-budget", "1KB")],
         &[("--save-steps", "1")],
         &[("--save-steps", "1"), ("--save-total-limit", "1")],
         &[("--seed", "7")],

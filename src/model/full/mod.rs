@@ -125,11 +125,6 @@ impl Plan {
     }
 }
 
-/// Hugging Face's names and the shapes of all parameters, outermost dimension first.
-pub fn shapes(config: &Config) -> Vec<(String, Vec<usize>)> {
-    Plan::of(config).0.shapes
-}
-
 /// Buffers of a step, used again by the next.
 #[derive(Debug, Default)]
 pub struct FullBuffers {

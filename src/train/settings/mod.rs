@@ -617,6 +617,8 @@ pub const FREE_ON_RESUME: &[&str] = &[
     "gradient_checkpointing",
     "rollout_slots",
     "reward_timeout",
+    "export",
+    "export_type",
 ];
 
 trait Empty {
@@ -693,6 +695,11 @@ impl Faults {
         for (name, count) in counts {
             self.check(count > 0, format!("{name} is 0, needed at least 1"));
         }
+    }
+
+    fn memory(&mut self, budget: &str) {
+        let fine = budget.is_empty() || parse_bytes(budget).is_some();
+        self.check(fine, format!("memory_budget is {budget:?}, needed a size like 600MB or 2GiB"));
     }
 
     fn sampling(&mut self, temperature: f64, top_p: f64) {
@@ -900,10 +907,7 @@ impl CommonSettings {
             ("save_steps", self.save_steps),
         ]);
         faults.check(self.adam_epsilon as f32 > 0.0, "adam_epsilon is no positive f32".into());
-        let budget = &self.memory_budget;
-        let fine = budget.is_empty() || parse_bytes(budget).is_some();
-        faults
-            .check(fine, format!("memory_budget is {budget:?}, needed a size like 600MB or 2GiB"));
+        faults.memory(&self.memory_budget);
         let p = self.lora_dropout;
         faults.check((0.0..1.0).contains(&p), format!("lora_dropout is {p}, needed in [0, 1)"));
         let seed = self.seed;

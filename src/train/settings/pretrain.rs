@@ -143,9 +143,12 @@ settings! {
         /// Temperature of samples; 0 takes the likeliest token [default: 0.8]
         sample_temperature: f64 = 0.8,
 
-        /// Recompute all layers in the backward pass: less memory, a third more time [default: false]
+        /// Memory the run may take, as 600MB or 2GiB: layers that do not fit are recomputed in the
+        /// backward pass, which costs up to a third more time [default: 70 % of what is free]
+        memory_budget: String = String::new(),
+        /// Recompute all layers, or with false none, whatever the memory budget says
         #[arg(num_args = 0..=1, default_missing_value = "true")]
-        gradient_checkpointing: bool = false,
+        gradient_checkpointing: Option<bool> = None,
         /// Steps between checkpoints [default: 500]
         save_steps: u64 = 500,
         /// Checkpoints kept; 0 keeps all [default: 2]
@@ -244,6 +247,10 @@ impl PretrainSettings {
         let or = |given: usize, preset: usize| if given > 0 { given } else { preset };
         let hidden_size = or(self.hidden_size, hidden_size);
         let heads = or(self.num_attention_heads, heads);
+        if !hidden_size.is_multiple_of(heads) {
+            let reason = format!("hidden_size {hidden_size} is no multiple of {heads} heads");
+            return Err(ModelError::Config { path: "the model's shape".into(), reason });
+        }
         let config = Config {
             family: &FAMILIES[0],
             hidden_size,
@@ -294,10 +301,6 @@ impl PretrainSettings {
         faults.check(!both, "model_config is the model's own with --base, not to be set".into());
         let some = self.max_steps > 0 || self.max_tokens > 0;
         faults.check(some, "max_steps and max_tokens are both 0: nothing would be trained".into());
-        let heads = self.num_attention_heads;
-        let width = self.hidden_size;
-        let fits = heads == 0 || width == 0 || width.is_multiple_of(heads);
-        faults.check(fits, format!("hidden_size {width} is no multiple of {heads} heads"));
         faults.counts([
             ("per_device_train_batch_size", self.per_device_train_batch_size as u64),
             ("gradient_accumulation_steps", self.gradient_accumulation_steps as u64),
@@ -328,6 +331,7 @@ impl PretrainSettings {
         let fine = matches!(self.compute, Compute::F32 | Compute::Portable);
         let fault = "compute is int8, which do not train all weights: needed f32 or portable";
         faults.check(fine, fault.into());
+        faults.memory(&self.memory_budget);
         let length = self.max_length;
         faults.check(length > 1, format!("max_length is {length}, needed 2 or more"));
         let seed = self.seed;
