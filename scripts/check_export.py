@@ -54,8 +54,7 @@ def ours(base, prompt, adapters=(), k=10):
     flags = [f for a in adapters for f in ("--adapter", a)]
     sampling = ["--raw", "--max-tokens", 1, "--temperature", 0, "--logprobs", k, "--compute", "f32"]
     out = quantune("generate", "--base", base, *flags, "--prompt", prompt, *sampling)
-    return {t["token_id"]: t["logprob"] for t in out["logprobs"][0]["top_logprobs"]} if "top_logprobs" in out["logprobs"][0] \
-        else {t["token_id"]: t["logprob"] for t in out["logprobs"][0]}
+    return {t["token_id"]: t["logprob"] for t in out["logprobs"][0]}
 
 
 def llama_cpp(model, prompt, lora=None):
@@ -172,7 +171,7 @@ def check_lora():
             bare = max(worst(b, llama_cpp(plain, p)) for b, p in zip(beside, PROMPTS))
             text = f"log-probs off by {off:.1e}; without it by {bare:.1e}"
             finding(f"{name} {adapter.name} as a GGUF LoRA in llama.cpp", off < 2e-2 < bare, text)
-            again = max(worst(b, ours(base, p, [out]) | {}) if False else worst_of(b, ours(base, p, [out])) for b, p in zip(beside, PROMPTS))
+            again = max(worst_of(b, ours(base, p, [out])) for b, p in zip(beside, PROMPTS))
             finding(f"{name} {adapter.name} as a GGUF LoRA here", again < 1e-3, f"log-probs off by {again:.1e}")
 
 

@@ -196,7 +196,7 @@ fn importance_matrices_of_both_forms_are_read() {
 }
 
 #[test]
-fn the_bill_is_lower_with_importance_and_nothing_for_the_model_itself() {
+fn fewer_bits_cost_more_and_importance_lowers_what_it_weighs() {
     let name = "llama-k";
     let folder = tempfile::tempdir().unwrap();
     let base = Checkpoint::open(model_path(name)).unwrap();
@@ -232,7 +232,29 @@ fn the_bill_is_lower_with_importance_and_nothing_for_the_model_itself() {
     let kl: Vec<f64> = lines.iter().map(|line| line.mean_kl).collect();
     assert!(kl[0] == 0.0 && lines[0].same_top == 1.0, "{lines:?}");
     assert!(kl[0] < kl[1] && kl[1] < kl[2] && kl[2] < kl[3], "{kl:?}");
-    assert!(kl[4] < kl[3], "importance: {} after {}", kl[4], kl[3]);
+
+    // What importance is for: less error where inputs are large.
+    let error = |file: &str, tensor: &quantune::export::SourceTensor, weights: &[f32]| {
+        let written = Checkpoint::open(folder.path().join(file)).unwrap();
+        let written = Source::open(&written, &[]).unwrap();
+        let of = written.tensors.iter().find(|other| other.name == tensor.name).unwrap();
+        let read = |tensor: &quantune::export::SourceTensor| {
+            let mut values = vec![0.0; tensor.rows() * tensor.cols()];
+            tensor.read(0..tensor.rows(), &mut values).unwrap();
+            values
+        };
+        let (exact, found) = (read(tensor), read(of));
+        let off = exact.iter().zip(found).map(|(w, q)| f64::from(w - q).powi(2));
+        let weights = weights.iter().cycle();
+        off.zip(weights).map(|(off, w)| off * f64::from(*w)).sum::<f64>()
+    };
+    for tensor in &source.tensors {
+        let gguf = quantune::model::load::gguf_name(&tensor.name);
+        let Some(weights) = importance.get(&gguf) else { continue };
+        let (plain, weighted) =
+            (error("q4.gguf", tensor, weights), error("q4i.gguf", tensor, weights));
+        assert!(weighted < plain, "{gguf}: {weighted:e} after {plain:e}");
+    }
 
     // An importance of another model.
     let mut wrong = importance.clone();
