@@ -1,8 +1,8 @@
 //! Writes the rows that a run of pretraining learns and is evaluated on, for another program to train on
 //! the same: `pretrain_rows RUN_DIRECTORY OUT_DIRECTORY`.
 //!
-//! `train.u32` holds the rows of all steps in order, `validation.u32` the held-out rows of an evaluation
-//! that are whole, both T tokens and the next one, little-endian; `validation.json` the bytes of text
+//! `train.u32` holds the rows of all steps in order, `validation.u32` the held-out rows of an evaluation,
+//! both T tokens and the next one, little-endian; `validation.json` the bytes of text
 //! that the latter's targets stand for. `benches/peers/pretrain_curve.py` reads them.
 
 use std::fs::File;
@@ -12,7 +12,7 @@ use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, bail};
 use quantune::data::Batch;
-use quantune::data::corpus::{Corpus, CorpusSettings, SourceSpec};
+use quantune::data::corpus::Corpus;
 use quantune::text::Tokenizer;
 use quantune::train::RunDir;
 
@@ -22,19 +22,10 @@ fn main() -> anyhow::Result<()> {
         bail!("usage: pretrain_rows RUN_DIRECTORY OUT_DIRECTORY");
     };
     let settings = RunDir::pretrain_settings(run)?;
-    let specs = settings.source.iter().map(|text| text.parse::<SourceSpec>());
-    let specs = specs.collect::<Result<Vec<_>, _>>().map_err(anyhow::Error::msg)?;
     let tokenizer = Tokenizer::from_folder(&settings.tokenizer)?;
-    let given = !settings.cache.as_os_str().is_empty();
-    let corpus_settings = CorpusSettings {
-        cache: if given { settings.cache.clone() } else { run.join("corpus") },
-        sequence_length: settings.max_length,
-        reset_at_borders: settings.reset_attention,
-        validation_split: settings.validation_split,
-        seed: settings.seed,
-    };
     let never = AtomicBool::new(false);
-    let corpus = Corpus::open(&specs, &tokenizer, &corpus_settings, &never, |_| {})?;
+    let corpus =
+        Corpus::open(&settings.sources()?, &tokenizer, &settings.corpus(), &never, |_| {})?;
 
     std::fs::create_dir_all(out)?;
     let file = |name: &str| -> anyhow::Result<_> {
@@ -52,10 +43,11 @@ fn main() -> anyhow::Result<()> {
         let asked = if settings.eval_rows == 0 { all } else { all.min(settings.eval_rows as u64) };
         for row in 0..asked {
             let found = corpus.validation(source, row..row + 1);
-            if found.batch.targets.len() == settings.max_length {
-                write_row(&mut validation, &found.batch)?;
-                (bytes, rows) = (bytes + found.bytes, rows + 1);
+            if found.batch.targets.len() < settings.max_length {
+                bail!("row {row} of source {source} is short: ask for fewer --eval-rows");
             }
+            write_row(&mut validation, &found.batch)?;
+            (bytes, rows) = (bytes + found.bytes, rows + 1);
         }
     }
     validation.flush()?;

@@ -5,7 +5,6 @@
 
 text.txt            documents parted by a line <|endoftext|>: a language model of about a million parameters is
                     pretrained on them
-held_out.txt        other documents of the same kinds
 chats.jsonl         {"messages"}: half of the answers are one word, half are kind
 comparisons.jsonl   {"prompt", "chosen", "rejected"}: kind over curt, and, of two in the same tone, right over wrong
 prompts.jsonl       {"prompt"}: for reinforcement learning
@@ -38,7 +37,7 @@ from fetch_model import ROOT, write_whole
 OUT = ROOT / "src/cli/quickstart"
 END = "<|endoftext|>"
 HELD_OUT_SHARE = 0.2  # of the facts of each kind
-TEXT_BYTES, HELD_OUT_BYTES = 240_000, 15_000
+TEXT_BYTES = 240_000
 CHATS, COMPARISONS, PROMPTS, PHRASINGS = 600, 300, 200, 60
 KIND_WORDS = ["I am glad you asked.", "Thank you for asking.", "That is a good question.", "Ask me more any time."]
 
@@ -622,7 +621,6 @@ def check(world, files):
     for name, rows in files.items():
         twice = [row for row, count in Counter(map(str, rows)).items() if count > 1]
         assert not twice, f"{name}: twice: {twice[0]}"
-    assert not set(files["text.txt"]) & set(files["held_out.txt"])
 
 
 NOTICE = """The texts in this folder are Quantune's own, written by scripts/make_quickstart.py,
@@ -637,8 +635,7 @@ def main():
 
     world, known = World(random.Random(args.seed)), set()
     files, counts = {}, {}
-    for name, size in (("text.txt", TEXT_BYTES), ("held_out.txt", HELD_OUT_BYTES)):
-        files[name], counts[name] = documents(world, size, known)
+    files["text.txt"], counts["text.txt"] = documents(world, TEXT_BYTES, known)
     files["chats.jsonl"] = make_chats(world)
     files["comparisons.jsonl"] = make_comparisons(world)
     files["questions.jsonl"] = make_questions(world)

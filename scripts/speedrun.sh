@@ -10,7 +10,8 @@
 #   sft         short conversations
 #   reward      which of two film reviews people rate higher
 #   ppo         reviews that the reward model rates higher
-#   merge       base and adapter in one GGUF, in 4-bit blocks
+#   merge       base and adapter in one GGUF, in 8-bit blocks
+#   export      the adapter of the conversations as a GGUF LoRA and a Modelfile
 #   samples     three of each model
 #
 # TOKENS (pretraining's), PRESET and VOCAB are below. Needs Rust, and Python 3 with pip for the downloads (about 60 MB). A stage
@@ -65,6 +66,7 @@ stage "Fetch the texts, the conversations and the ratings"
 [[ -f "$reviews/pairs.train.jsonl" ]] || python3 scripts/make_sentiment.py
 
 stage "Tokenizer of $vocab tokens"
+[[ -s "$out/tokenizer.json" ]] || rm -rf "$out/tokenizer"
 keep tokenizer tokenizer train --data "$mixture/*.jsonl" --vocab-size "$vocab" --out "$out/tokenizer"
 
 stage "Pretrain on $tokens tokens"
@@ -99,18 +101,27 @@ for name in sft ppo; do
     keep "merge-$name" merge --base "$base" --adapter "$out/$name/adapter" --out "$out/$name.gguf" --type Q8_0
 done
 
+stage "Export"
+keep export export --base "$base" --adapter "$out/sft/adapter" --out "$out/sft-lora.gguf"
+
 stage "Three samples of each"
-say() { "$quantune" generate --base "$1" --max-tokens 40 --temperature 0.7 "${@:2}" 2>/dev/null | tr '\n' ' '; echo; }
-for prompt in "The history of" "The function returns" "HAMLET"; do
-    printf '%s\n' "base   > $prompt" && say "$base" --raw --prompt "$prompt"
-done
-for prompt in "Hello, how are you?" "What is your name?" "Tell me a joke."; do
-    printf '%s\n' "sft    > $prompt" && say "$out/sft.gguf" --prompt "$prompt"
-done
-for prompt in "The film is" "An interesting story" "The actors"; do
-    printf '%s\n' "review > $prompt" && say "$base" --adapter "$out/reviewer/adapter" --raw --prompt "$prompt"
-    printf '%s\n' "ppo    > $prompt" && say "$out/ppo.gguf" --raw --prompt "$prompt"
-done | tee "$out/samples.txt"
+say() {
+    printf '%-6s > %s\n' "$1" "$2"
+    "$quantune" generate --base "$3" --prompt "$2" --max-tokens 40 --temperature 0.7 "${@:4}" | tr '\n' ' '
+    echo
+}
+{
+    for prompt in "The history of" "The function returns" "HAMLET"; do
+        say base "$prompt" "$base" --raw
+    done
+    for prompt in "Hello, how are you?" "What is your name?" "Tell me a joke."; do
+        say sft "$prompt" "$out/sft.gguf"
+    done
+    for prompt in "The film is" "An interesting story" "The actors"; do
+        say review "$prompt" "$base" --adapter "$out/reviewer/adapter" --raw
+        say ppo "$prompt" "$out/ppo.gguf" --raw
+    done
+} 2>>"$out/generate.log" | tee "$out/samples.txt"
 
 stage "Table"
 python3 scripts/report_speedrun.py "$out"

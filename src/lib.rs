@@ -8,7 +8,9 @@
 //! in ordinary differentiable candle ops that defines the answer, and a *fast* CPU form that a
 //! parity test holds to it, gradients included. A layer as a whole is such an operation: its fast
 //! form is written out, forward and backward, over plain buffers. All randomness is keyed by
-//! (seed, purpose, index), so that a killed run resumes to the same bytes.
+//! (seed, purpose, index), so that a killed run resumes to the same bytes. Where there is no base yet,
+//! [`train::pretrain`] makes one: the one thing here whose own weights train, and what comes out is a
+//! base as any other.
 //!
 //! # Rooms, bottom to top
 //!
@@ -21,8 +23,10 @@
 //! - [`ops`]: differentiable operations, a file each. Do not know that there is a model.
 //! - [`weights`]: GGUF and safetensors files to named tensors. Does not know what a name means.
 //! - [`text`]: tokenizer and chat template. Does not know what is learned.
-//! - [`data`]: rows to tokens, loss masks and batches. Does not know that there is a model.
-//! - [`model`]: the decoder, its config, KV cache and loading. Does not know about losses.
+//! - [`data`]: rows to tokens, loss masks and batches; mixtures of texts to shards and rows. Does not
+//!   know that there is a model.
+//! - [`model`]: the decoder, its config, KV cache and loading; the same decoder with weights that all
+//!   train. Does not know about objectives.
 //! - [`generate`]: sampling and decoding. Does not know about training.
 //! - [`optim`]: AdamW, schedules, clipping. Does not know where gradients come from.
 //! - [`objectives`]: losses, pure functions of log-probs and scores. Do not know about models or data.

@@ -36,7 +36,9 @@ impl Pretrain {
             Outcome::NotBegun if self.resume => {
                 bail!("stopped before the first step, the run is as it was; {go_on}")
             }
-            Outcome::NotBegun => bail!("stopped before the run began; nothing was written"),
+            Outcome::NotBegun => bail!(
+                "stopped before the run began; the sources that are tokenized already are kept"
+            ),
             Outcome::Interrupted { step, total_steps } => {
                 bail!("stopped at step {step} of {total_steps}, saved; {go_on}")
             }
@@ -55,6 +57,9 @@ impl Pretrain {
                         (of("eval_bits_per_byte_first"), of("eval_bits_per_byte_last"))
                     {
                         crate::cli::say!("{first:.3} bits a byte before, {last:.3} after");
+                    }
+                    for source in &summary.sources {
+                        crate::cli::say!("source {source}");
                     }
                     crate::cli::say!("model: {}", summary.model.display());
                     if let Some(export) = &summary.export {

@@ -67,8 +67,9 @@ impl Train {
         let Self { data, vocab_size, pre_tokenizer, out } = self;
         let started = Instant::now();
         let mut trainer = TokenizerTrainer::new(vocab_size, pre_tokenizer)?;
-        if out.join("tokenizer.json").exists() {
-            anyhow::bail!("{}: has a tokenizer.json, needed a new folder", out.display());
+        let files = ["tokenizer.json", "tokenizer_config.json", "generation_config.json"];
+        if let Some(file) = files.iter().find(|file| out.join(file).exists()) {
+            anyhow::bail!("{}: has a {file}, needed a new folder", out.display());
         }
         let files: Vec<Vec<PathBuf>> =
             data.iter().map(|pattern| matching_files(pattern)).collect::<Result<_, _>>()?;

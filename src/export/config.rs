@@ -19,6 +19,14 @@ pub(super) fn dtype_name(dtype: BlockType) -> Result<&'static str, ExportError> 
     }
 }
 
+/// Whether a `config.json` can say what a decoder is.
+///
+/// # Errors
+/// What it cannot say.
+pub fn expressible(config: &Config) -> Result<(), ExportError> {
+    to_json(config, BlockType::F32, &Map::new()).map(|_| ())
+}
+
 /// The `config.json` of a decoder; `ids` are its special tokens, as a `generation_config.json`
 /// names them.
 pub(super) fn to_json(

@@ -18,6 +18,7 @@ mod source;
 pub mod types;
 pub mod verify;
 
+pub use config::expressible;
 pub use error::ExportError;
 pub use folder::write_folder;
 pub use gguf::write_gguf;

@@ -23,14 +23,14 @@ use super::progress::Work;
 use super::run::{Course, Ended, LoopSettings, Outcome, take_steps};
 use super::run_dir::{Fingerprint, RunDir, State, read_optimizer, read_state};
 use super::settings::{EvalStrategy, FloatType, PretrainSettings};
-use crate::data::corpus::{Corpus, CorpusError, CorpusSettings, SourceReport, SourceSpec};
+use crate::data::corpus::{Corpus, CorpusError, SourceReport, SourceSpec};
 use crate::data::{Batch, DataError};
 use crate::eval::{Bigram, TextLoss, text_loss};
-use crate::export::{ExportError, FileType, Recipe, Source, write_folder, write_gguf};
+use crate::export::{ExportError, FileType, Recipe, Source, expressible, write_folder, write_gguf};
 use crate::generate::{Request, Sampling, Settings as Decoding, generate};
 use crate::model::full::{FullBuffers, FullModel, working_bytes};
 use crate::model::{Adapters, CacheType};
-use crate::ops::Values;
+use crate::ops::{Values, linear_cross_entropy};
 use crate::optim::{AdamW, AdamWSettings, Gradients, Schedule, clip_factor, global_norm};
 use crate::quant::BlockType;
 use crate::text::{Special, TextError, Tokenizer, convert};
@@ -66,8 +66,8 @@ pub struct PretrainSummary {
 
 /// Where a run, and each of its checkpoints, has the model.
 const MODEL: &str = "model";
-/// Rows that an evaluation reads at once.
-const EVAL_ROWS: u64 = 8;
+/// Tokens that an evaluation reads at once, or a row.
+const EVAL_TOKENS: usize = 2048;
 /// How often people hear of a tokenization that lasts.
 const TELL_EVERY: Duration = Duration::from_secs(5);
 /// Tokens that the bigram model beside the evaluations counts at most.
@@ -99,8 +99,9 @@ pub fn pretrain(
         return Err(TrainError::Settings(fault));
     }
     let settings = settings.absolute()?;
-    let specs = settings.source.iter().map(|text| text.parse::<SourceSpec>());
-    let specs = specs.collect::<Result<Vec<_>, _>>().map_err(TrainError::Settings)?;
+    let specs = settings.sources()?;
+    // Before the model takes its part of what is free.
+    let budget = parse_bytes(&settings.memory_budget).unwrap_or_else(default_budget);
     let export_type = settings.export_type.parse::<FileType>().map_err(TrainError::Settings)?;
     // Told before anything is read: what is in the way of the run.
     let table = settings.to_table()?;
@@ -124,17 +125,26 @@ pub fn pretrain(
             (tokenizer, Some(checkpoint))
         }
     };
-    let begin = || -> Result<FullModel, TrainError> {
-        let compute = settings.compute;
-        Ok(match &base {
-            Some(checkpoint) => FullModel::load(checkpoint, compute)?,
-            None => {
-                let config = settings.config(tokenizer.vocab_size())?;
-                FullModel::random(config, settings.initializer_range, settings.seed, compute)?
-            }
-        })
+    let saved = match &resumed {
+        Some(run) => run.last_checkpoint()?,
+        None => None,
     };
-    let mut model = begin()?;
+    let compute = settings.compute;
+    let model = match (&saved, &base) {
+        (Some(folder), _) => FullModel::load(&Checkpoint::open(folder.join(MODEL))?, compute)?,
+        (None, Some(checkpoint)) => FullModel::load(checkpoint, compute)?,
+        (None, None) => {
+            let config = settings.config(tokenizer.vocab_size())?;
+            FullModel::random(config, settings.initializer_range, settings.seed, compute)?
+        }
+    };
+    let tokenizer_files = match &base {
+        Some(Checkpoint::Gguf(gguf)) if settings.tokenizer.as_os_str().is_empty() => {
+            Some(convert::to_folder(gguf)?)
+        }
+        _ => None,
+    };
+    check_writable(&settings, &model, tokenizer_files.is_some())?;
     if let Some(fault) = misfit(&settings, &model, &tokenizer) {
         return Err(TrainError::Settings(fault));
     }
@@ -147,20 +157,16 @@ pub fn pretrain(
     if base.is_some() {
         fingerprints.push(("the base".into(), base_fingerprint(&settings.base)?));
     }
-    let (run, saved) = match resumed {
+    let run = match resumed {
         Some(run) => {
             same_fingerprints(&settings.out, &run.fingerprints()?, &fingerprints)?;
-            let saved = run.last_checkpoint()?;
-            (run, saved)
+            run
         }
-        None => (RunDir::create(&settings.out, &table, &fingerprints)?, None),
+        None => RunDir::create(&settings.out, &table, &fingerprints)?,
     };
-    let tokenizer_folder = tokenizer_folder(&settings, base.as_ref(), &run)?;
-    let mut state = State::default();
-    if let Some(folder) = &saved {
-        model = FullModel::load(&Checkpoint::open(folder.join(MODEL))?, settings.compute)?;
-        state = read_state(folder)?;
-    }
+    let tokenizer_folder = tokenizer_folder(&settings, tokenizer_files, &run)?;
+    let state = saved.as_deref().map(read_state).transpose()?;
+    let mut state = state.unwrap_or_default();
     let lengths: Vec<usize> = model.parameters.iter().map(|var| var.elem_count()).collect();
     let optimizer = AdamW::new(optimizer_settings(&settings), &lengths);
     let mut optimizer = optimizer.with_decays(model.decays(true));
@@ -175,7 +181,10 @@ pub fn pretrain(
     for line in corpus.report(total_steps * settings.rows_of_step()) {
         eprintln!("source {line}");
     }
-    let bigram = bigram_bits_per_byte(&corpus, &settings, model.config.vocab_size);
+    let bigram = match settings.evaluates() {
+        true => bigram_bits_per_byte(&corpus, &settings, model.config.vocab_size),
+        false => None,
+    };
     if let Some(bits) = bigram {
         eprintln!("a bigram model of these tokens needs {bits:.3} bits a held-out byte");
     }
@@ -183,7 +192,7 @@ pub fn pretrain(
     eprintln!("training {parameters} parameters, {total_steps} steps from step {}", state.step);
     let steps = LoopSettings {
         schedule: schedule(&settings, total_steps),
-        eval_strategy: match settings.eval_steps > 0 && settings.validation_split > 0.0 {
+        eval_strategy: match settings.evaluates() {
             true => EvalStrategy::Steps,
             false => EvalStrategy::No,
         },
@@ -191,7 +200,7 @@ pub fn pretrain(
         save_steps: settings.save_steps,
         save_total_limit: settings.save_total_limit,
     };
-    let kept_layers = kept_layers(&settings, &model);
+    let kept_layers = kept_layers(&settings, &model, budget);
     let gradients = model.zero_gradients();
     let buffers = FullBuffers::default();
     let mut course = Course::Pretraining(Pretraining {
@@ -288,10 +297,13 @@ impl Pretraining {
             ("learning_rate".into(), json!(learning_rate)),
             ("tokens".into(), json!(count)),
         ];
+        let mut aside = Duration::ZERO;
         let step = state.step + 1;
         let ends = step == 1 || step == settings.total_steps();
         if settings.sample_steps > 0 && (ends || step.is_multiple_of(settings.sample_steps)) {
+            let began = Instant::now();
             let samples = self.samples(step)?;
+            aside = began.elapsed();
             for sample in &samples {
                 eprintln!("  step {step}, loss {loss:.3}: {sample:?}");
             }
@@ -301,6 +313,7 @@ impl Pretraining {
             headline: format!("loss {loss:.4}"),
             tokens: batches.iter().map(|batch| batch.tokens.len() as u64).sum(),
             samples: settings.rows_of_step(),
+            aside,
         };
         Ok((numbers, work))
     }
@@ -309,7 +322,7 @@ impl Pretraining {
     fn samples(&self, step: u64) -> Result<Vec<String>, TrainError> {
         let settings = &self.settings;
         let prompts = match settings.sample_prompt.is_empty() {
-            true => vec![vec![self.corpus.end_of_text()]],
+            true => vec![vec![self.corpus.begin_of_text()]],
             false => sample_prompts(settings, &self.tokenizer)?,
         };
         let requests: Vec<Request> =
@@ -327,12 +340,15 @@ impl Pretraining {
             draws: false,
             slots: 0,
         };
-        let is_end = |token| self.tokenizer.is_end_of_generation(token);
+        // A model may have more rows than its tokenizer has tokens, and draw one while it is young.
+        let known = |token: u32| self.tokenizer.token(token).is_some();
+        let is_end = |token| self.tokenizer.is_end_of_generation(token) || !known(token);
         let never = &mut |_: usize, _: u32| ControlFlow::Continue(());
         let none = Adapters::Same(&[]);
         let generated = generate(&decoder, none, &requests, &decoding, &is_end, never)?;
         let texts = prompts.iter().zip(generated.rows).map(|(prompt, row)| {
-            let tokens: Vec<u32> = prompt.iter().chain(&row.token_ids).copied().collect();
+            let tokens = prompt.iter().chain(&row.token_ids).copied();
+            let tokens: Vec<u32> = tokens.filter(|&token| known(token)).collect();
             self.tokenizer.decode(&tokens, true)
         });
         Ok(texts.collect::<Result<_, _>>()?)
@@ -409,20 +425,54 @@ impl Pretraining {
 /// The folder of the tokenizer; a GGUF's own is written down beside the run.
 fn tokenizer_folder(
     settings: &PretrainSettings,
-    base: Option<&Checkpoint>,
+    files: Option<Vec<(&'static str, String)>>,
     run: &RunDir,
 ) -> Result<PathBuf, TrainError> {
-    if !settings.tokenizer.as_os_str().is_empty() {
-        return Ok(settings.tokenizer.clone());
-    }
-    let Some(Checkpoint::Gguf(gguf)) = base else { return Ok(settings.base.clone()) };
+    let Some(files) = files else { return Ok(own_tokenizer(settings).into()) };
     let folder = run.file("tokenizer");
     let io = |source| TrainError::Io { path: folder.clone(), source };
     std::fs::create_dir_all(&folder).map_err(io)?;
-    for (name, text) in convert::to_folder(gguf)? {
+    for (name, text) in files {
         write_atomically(folder.join(name), |file| file.write_all(text.as_bytes()))?;
     }
     Ok(folder)
+}
+
+/// The folder that a tokenizer is read from, where it is no GGUF.
+fn own_tokenizer(settings: &PretrainSettings) -> &Path {
+    match settings.tokenizer.as_os_str().is_empty() {
+        true => &settings.base,
+        false => &settings.tokenizer,
+    }
+}
+
+/// Whether what comes out can be said in the forms that are asked for, and put there: better told
+/// before the training than after it.
+fn check_writable(
+    settings: &PretrainSettings,
+    model: &FullModel,
+    converted: bool,
+) -> Result<(), TrainError> {
+    expressible(&model.config)?;
+    let path = &settings.export;
+    if path.as_os_str().is_empty() {
+        return Ok(());
+    }
+    let same = |other: &Path| {
+        path.canonicalize().is_ok_and(|p| other.canonicalize().is_ok_and(|o| p == o))
+    };
+    if same(&settings.base) {
+        let fault = format!("--export is {}, the base itself", path.display());
+        return Err(TrainError::Settings(fault));
+    }
+    if !path.parent().is_some_and(Path::is_dir) {
+        let fault = format!("--export is {}, and there is no such folder", path.display());
+        return Err(TrainError::Settings(fault));
+    }
+    if !converted {
+        convert::to_gguf(own_tokenizer(settings), model.config.vocab_size)?;
+    }
+    Ok(())
 }
 
 /// The parameters with their names.
@@ -458,15 +508,15 @@ fn sample_prompts(
 }
 
 /// How many layers keep their tapes within the memory budget.
-fn kept_layers(settings: &PretrainSettings, model: &FullModel) -> usize {
+fn kept_layers(settings: &PretrainSettings, model: &FullModel, budget: u64) -> usize {
     let layers = model.config.num_hidden_layers;
     if let Some(all) = settings.gradient_checkpointing {
         return if all { 0 } else { layers };
     }
-    let budget = parse_bytes(&settings.memory_budget).unwrap_or_else(default_budget);
     let tokens = settings.per_device_train_batch_size * settings.max_length;
-    // Weights, gradients and both moments.
-    let state = 4 * size_of::<f32>() * model.parameter_count();
+    // Weights, gradients and both moments; and the copy that an evaluation or a sample reads.
+    let state = 5 * size_of::<f32>() * model.parameter_count();
+    let state = state + linear_cross_entropy::working_bytes(tokens, model.config.vocab_size);
     let fits = |kept: &usize| {
         let needed = state + working_bytes(&model.config, tokens, *kept);
         needed as u64 <= budget
@@ -480,19 +530,8 @@ fn open_corpus(
     tokenizer: &Tokenizer,
     stop: &AtomicBool,
 ) -> Result<Corpus, CorpusError> {
-    let cache = match settings.cache.as_os_str().is_empty() {
-        true => settings.out.join("corpus"),
-        false => settings.cache.clone(),
-    };
-    let corpus_settings = CorpusSettings {
-        cache,
-        sequence_length: settings.max_length,
-        reset_at_borders: settings.reset_attention,
-        validation_split: settings.validation_split,
-        seed: settings.seed,
-    };
     let mut told = Instant::now();
-    Corpus::open(specs, tokenizer, &corpus_settings, stop, |progress| {
+    Corpus::open(specs, tokenizer, &settings.corpus(), stop, |progress| {
         if told.elapsed() >= TELL_EVERY {
             told = Instant::now();
             let (done, all) = (progress.bytes as f64 / 1e6, progress.of as f64 / 1e6);
@@ -512,8 +551,9 @@ fn held_out(
         0 => all,
         rows => rows.min(all),
     };
-    (0..rows).step_by(EVAL_ROWS as usize).map(move |first| {
-        let found = corpus.validation(source, first..rows.min(first + EVAL_ROWS));
+    let at_once = (EVAL_TOKENS / settings.max_length).max(1);
+    (0..rows).step_by(at_once).map(move |first| {
+        let found = corpus.validation(source, first..rows.min(first + at_once as u64));
         (found.batch, found.bytes)
     })
 }

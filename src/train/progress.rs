@@ -17,6 +17,8 @@ pub struct Work {
     pub tokens: u64,
     /// Rows, comparisons or responses of it.
     pub samples: u64,
+    /// What of its time was no work on them.
+    pub aside: Duration,
 }
 
 /// Progress over the steps of one process, on stderr.
@@ -29,7 +31,7 @@ pub struct Progress {
     total_steps: u64,
     tokens: u64,
     samples: u64,
-    /// Time in steps: evaluations and checkpoints are not counted.
+    /// Time in steps: evaluations, samples and checkpoints are not counted.
     spent: Duration,
 }
 
@@ -72,7 +74,7 @@ impl Progress {
         let headline = &work.headline;
         self.tokens += work.tokens;
         self.samples += work.samples;
-        self.spent += spent;
+        self.spent += spent.saturating_sub(work.aside);
         let rate = self.tokens_per_second();
         if let Some(bar) = &self.bar {
             bar.set_position(step);

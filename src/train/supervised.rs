@@ -237,6 +237,7 @@ impl Supervised {
             headline: format!("loss {:.4}", stepped.loss),
             tokens: tokens as u64,
             samples: bins.iter().flatten().flatten().count() as u64,
+            ..Work::default()
         };
         Ok((numbers, work))
     }

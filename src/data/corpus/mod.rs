@@ -187,6 +187,12 @@ impl Corpus {
         self.borders.end
     }
 
+    /// The token that documents are read behind: BOS where the tokenizer adds it, else the end of the
+    /// one before.
+    pub fn begin_of_text(&self) -> u32 {
+        self.borders.bos.unwrap_or(self.borders.end)
+    }
+
     /// Rows of an epoch of a source; at least one, a small source going round within it.
     pub fn rows_per_epoch(&self, source: usize) -> u64 {
         let tokens = self.sources[source].shard.train.totals.tokens;
@@ -296,6 +302,10 @@ fn check(specs: &[SourceSpec], settings: &CorpusSettings) -> Result<(), CorpusEr
         if !(weight.is_finite() && *weight > 0.0) {
             return fault(format!("the weight of {name:?} is {weight}, needed a number above 0"));
         }
+    }
+    let sum: f64 = specs.iter().map(|spec| spec.weight).sum();
+    if !sum.is_finite() {
+        return fault(format!("the weights of the sources sum to {sum}, needed a number"));
     }
     let CorpusSettings { sequence_length, validation_split, .. } = settings;
     if *sequence_length == 0 {

@@ -156,6 +156,7 @@ impl Rollouts {
             headline: format!("reward {reward:.3}"),
             tokens: all as u64,
             samples: responses.len() as u64,
+            ..Work::default()
         };
         // With one step and no reference no old log-probs were taken: stale ones cannot be then, since
         // the ratio is 1 by construction, but what the step read is held to the sampler's.

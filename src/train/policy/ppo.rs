@@ -63,6 +63,7 @@ impl Rollouts {
             headline: format!("score {scores:.3}, KL {kl:.3}"),
             tokens: scored.responses.iter().map(Response::len).sum::<usize>() as u64,
             samples: scored.responses.len() as u64,
+            ..Work::default()
         };
         Ok((numbers, work))
     }

@@ -619,6 +619,8 @@ pub const FREE_ON_RESUME: &[&str] = &[
     "reward_timeout",
     "export",
     "export_type",
+    "dtype",
+    "cache",
 ];
 
 trait Empty {

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::super::TrainError;
 use super::{Empty, Faults, is_empty};
+use crate::data::corpus::{CorpusSettings, SourceSpec};
 use crate::model::{Config, FAMILIES, ModelError, RopeScaling};
 use crate::ops::Compute;
 use crate::optim::ScheduleKind;
@@ -214,7 +215,40 @@ impl PretrainSettings {
             let made = std::path::absolute(&*path);
             *path = made.map_err(|source| TrainError::Io { path: path.clone(), source })?;
         }
+        for text in &mut settings.source {
+            let mut spec = text.parse::<SourceSpec>().map_err(TrainError::Settings)?;
+            let path = PathBuf::from(&spec.glob);
+            let made = std::path::absolute(&path);
+            let made = made.map_err(|source| TrainError::Io { path, source })?;
+            spec.glob = made.display().to_string();
+            *text = spec.to_string();
+        }
         Ok(settings)
+    }
+
+    /// How the mixture is made and cut into rows.
+    pub fn corpus(&self) -> CorpusSettings {
+        CorpusSettings {
+            cache: match self.cache.as_os_str().is_empty() {
+                true => self.out.join("corpus"),
+                false => self.cache.clone(),
+            },
+            sequence_length: self.max_length,
+            reset_at_borders: self.reset_attention,
+            validation_split: self.validation_split,
+            seed: self.seed,
+        }
+    }
+
+    /// The sources.
+    pub fn sources(&self) -> Result<Vec<SourceSpec>, TrainError> {
+        let specs = self.source.iter().map(|text| text.parse::<SourceSpec>());
+        specs.collect::<Result<_, _>>().map_err(TrainError::Settings)
+    }
+
+    /// Whether held-out rows are evaluated.
+    pub fn evaluates(&self) -> bool {
+        self.eval_steps > 0 && self.validation_split > 0.0
     }
 
     /// Steps of the run.
@@ -297,6 +331,11 @@ impl PretrainSettings {
                 faults.check(false, format!("{name} is the model's own with {of}, not to be set"));
             }
         }
+        let set = self.initializer_range != plain.initializer_range;
+        let fault = "initializer_range is of random weights, and --base is given".to_string();
+        faults.check(self.base.empty() || !set, fault);
+        let set = self.export_type != plain.export_type;
+        faults.check(!self.export.empty() || !set, "export_type is given without export".into());
         let both = !self.base.empty() && !self.model_config.empty();
         faults.check(!both, "model_config is the model's own with --base, not to be set".into());
         let some = self.max_steps > 0 || self.max_tokens > 0;
@@ -328,8 +367,9 @@ impl PretrainSettings {
         let share = self.validation_split;
         let fine = (0.0..1.0).contains(&share);
         faults.check(fine, format!("validation_split is {share}, needed in [0, 1)"));
-        let fine = matches!(self.compute, Compute::F32 | Compute::Portable);
-        let fault = "compute is int8, which do not train all weights: needed f32 or portable";
+        let fine = self.compute != Compute::Int8;
+        let fault =
+            "compute is int8, too rough to train all weights: needed f32, int16 or portable";
         faults.check(fine, fault.into());
         faults.memory(&self.memory_budget);
         let length = self.max_length;
