@@ -390,12 +390,16 @@ mod tests {
     #[test]
     fn every_row_is_known_by_how_it_cuts() {
         for row in TABLE {
-            let built = row.build(|_| true).unwrap();
-            assert_eq!(identify(&built, row.ignore_merges), Some(row.names[0]));
+            // Two rows may differ in whether they want BOS, which a file says itself.
+            let check = |pre: &PreTokenizerWrapper| {
+                let found = find(identify(pre, row.ignore_merges).unwrap()).unwrap();
+                let same = (found.splits, found.ignore_merges) == (row.splits, row.ignore_merges);
+                assert!(same, "{} is taken for {}", row.names[0], found.names[0]);
+            };
+            check(&row.build(|_| true).unwrap());
             // And by what is written of it.
             if let Some(json) = row.to_json() {
-                let read: PreTokenizerWrapper = serde_json::from_value(json).unwrap();
-                assert_eq!(identify(&read, row.ignore_merges), Some(row.names[0]));
+                check(&serde_json::from_value(json).unwrap());
             }
         }
         let whole = PreTokenizerWrapper::ByteLevel(ByteLevel::new(true, true, true));
