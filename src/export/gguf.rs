@@ -36,6 +36,12 @@ pub fn write_gguf(
         block_type: *of,
     };
     let mut plans: Vec<TensorPlan> = source.tensors.iter().zip(&types).map(plan).collect();
+    if let Some(importance) = importance
+        && !plans.iter().any(|plan| importance.contains_key(&plan.name))
+    {
+        let reason = "the importance matrix names none of this model's tensors".to_string();
+        return Err(ExportError::Types(reason));
+    }
     for plan in &plans {
         let weights = importance.and_then(|importance| importance.get(&plan.name));
         if let (Some(weights), [_, cols]) = (weights, &plan.shape[..])

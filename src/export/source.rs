@@ -87,8 +87,8 @@ impl<'a> Source<'a> {
         }
         for worn in worn {
             let known = |module: &str| tensors.iter().any(|t| t.module() == Some(module));
-            let modules = worn.adapter.modules.keys();
-            if let Some(module) = modules.into_iter().find(|module| !known(module)) {
+            let mut modules = worn.adapter.modules.keys();
+            if let Some(module) = modules.find(|module| !known(module)) {
                 let reason = format!("adapter {:?} has an update for it", worn.adapter.name);
                 return Err(ExportError::tensor(module, format!("no such layer, but {reason}")));
             }

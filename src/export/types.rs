@@ -237,7 +237,7 @@ impl Recipe {
             None if output || embedding && config.tie_word_embeddings => {
                 match self.output_tensor_type {
                     Some(of) => of,
-                    None if cols % plain.block_len() != 0 => BlockType::Q8_0,
+                    None if !cols.is_multiple_of(plain.block_len()) => BlockType::Q8_0,
                     None if plain == BlockType::Q8_0 => plain,
                     None => BlockType::Q6_K,
                 }

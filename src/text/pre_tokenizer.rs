@@ -256,7 +256,7 @@ pub(super) fn find(name: &str) -> Option<&'static PreTokenizer> {
     TABLE.iter().find(|row| row.names.contains(&name))
 }
 
-/// Texts that every two rows cut differently.
+/// Texts that every two rows cut differently, if they ever do.
 const PROBES: &[&str] = &[
     "I'm sure they'LL say it'S 'Re 'veil don't-stop, isn't it?  We'd   better\twait.\n\n  \n End ",
     "1 22 333 4444 55555 1234567 3.14 x86 a1b2c3 7th 10,000.00 ½ ² ٣٤٥ ४५ 3२1",
@@ -267,6 +267,7 @@ const PROBES: &[&str] = &[
     "Ünïcödé naïve ångström Straße ŁÓDŹ ǅ ʰ Ελληνικά ЖЖ жЖ Русский текст, да. عربى, कि़ हिन्दी។ ไทย",
     "中文字符 与 日本語テキスト 한국어 문장 。、，． カタカナ ㄅ 。\n“quoted” — dash… ‘x’",
     "e\u{301}te\u{301} क\u{93f} \u{301}x 🚀🌫️ 👨‍👩‍👧 ✅ €5 ±3 ×2 a\u{a0}b \u{3000}wide \u{200b}zero",
+    "we'veil x'LLama y'sand z'Dome, a  12   345    6 b\t\t7\n 8\n\n  9",
     "one two  three/four\n/five !/six\n !\n\n/x a b c of the And The z",
 ];
 
@@ -393,7 +394,9 @@ mod tests {
             // Two rows may differ in whether they want BOS, which a file says itself.
             let check = |pre: &PreTokenizerWrapper| {
                 let found = find(identify(pre, row.ignore_merges).unwrap()).unwrap();
-                let same = (found.splits, found.ignore_merges) == (row.splits, row.ignore_merges);
+                // `\s*[\r\n]` ends at the last line's end, as `\s*[\r\n]+` does.
+                let same = (found.splits, found.ignore_merges) == (row.splits, row.ignore_merges)
+                    || (found.names[0], row.names[0]) == ("qwen2", "bailingmoe");
                 assert!(same, "{} is taken for {}", row.names[0], found.names[0]);
             };
             check(&row.build(|_| true).unwrap());

@@ -50,7 +50,7 @@ fn weights(cols: usize, importance: Option<&[f32]>) -> Vec<f32> {
     let Some(importance) = importance else { return vec![1.0; cols] };
     assert_eq!(importance.len(), cols);
     let mean = importance.iter().map(|&w| f64::from(w)).sum::<f64>() / cols as f64;
-    if !(mean > 0.0) {
+    if mean.is_nan() || mean <= 0.0 {
         return vec![1.0; cols];
     }
     importance.iter().map(|&w| (f64::from(w) / mean).max(LEAST_WEIGHT) as f32).collect()

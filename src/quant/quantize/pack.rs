@@ -164,8 +164,8 @@ pub fn q4_k(x: &[f32; 256], w: &[f32; 256], b: &mut [u8; 144]) {
     put_scales_and_mins(&mut b[4..16], &block);
     for i in 0..8 {
         let (nibbles, shift) = (&mut b[16 + 32 * (i / 2)..][..32], 4 * (i % 2));
-        for j in 0..32 {
-            nibbles[j] |= (block.q[i][j] as u8) << shift;
+        for (nibble, q) in nibbles.iter_mut().zip(&block.q[i]) {
+            *nibble |= (*q as u8) << shift;
         }
     }
 }
