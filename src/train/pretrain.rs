@@ -465,7 +465,8 @@ fn check_writable(
         let fault = format!("--export is {}, the base itself", path.display());
         return Err(TrainError::Settings(fault));
     }
-    if !path.parent().is_some_and(Path::is_dir) {
+    let own = path.starts_with(&settings.out); // which is made with the run
+    if !own && !path.parent().is_some_and(Path::is_dir) {
         let fault = format!("--export is {}, and there is no such folder", path.display());
         return Err(TrainError::Settings(fault));
     }

@@ -156,7 +156,7 @@ fn gguf_rs_summary(gguf: &Gguf) -> Option<Summary> {
 
 /// What `read` returns, or nothing if it panics: then nothing is printed either. Panics of other
 /// threads are told as ever, and the hook that tells them is back in its place afterwards.
-fn without_panic<T>(read: impl FnOnce() -> T + UnwindSafe) -> Option<T> {
+pub(crate) fn without_panic<T>(read: impl FnOnce() -> T + UnwindSafe) -> Option<T> {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(()); // the hook is the process's
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let before = Arc::new(panic::take_hook());

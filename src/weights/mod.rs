@@ -19,6 +19,7 @@ pub use atomic::write_atomically;
 pub use checkpoint::{Checkpoint, StoredTensor};
 pub use error::WeightsError;
 pub use gguf::Gguf;
+pub(crate) use inspect::without_panic;
 pub use inspect::{Inspection, MetadataLine, Summary, TensorLine, TypeTotal, inspect};
 pub use safetensors::{HfFolder, Safetensors, SafetensorsInfo};
 pub use value::{Array, OwnedValue, Value, ValueType};

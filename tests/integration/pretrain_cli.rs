@@ -88,7 +88,6 @@ fn every_flag_of_pretrain_changes_something() {
         &[("--gradient-accumulation-steps", "2")],
         &[("--reset-attention", "")],
         &[("--max-steps", "2")],
-        &[("--max-steps", "-"), ("--max-tokens", "100")],
         &[("--learning-rate", "0.02")],
         &[("--lr-scheduler-type", "constant")],
         &[("--min-lr-ratio", "0.9")],
@@ -126,7 +125,8 @@ fn every_flag_of_pretrain_changes_something() {
     for last in [("--base", &*other), ("--model-config", &*shape)] {
         table.push([from_base, &[last]].concat());
     }
-    every_flag(&["pretrain"], base_args, &table, &["--resume"], &lab); // killed runs, below
+    // Killed runs and what comes out, below.
+    every_flag(&["pretrain"], base_args, &table, &["--resume", "--max-tokens"], &lab);
 }
 
 /// Killed 10 times and resumed, on another number of threads: the same bytes.
@@ -190,7 +190,14 @@ fn what_comes_out_is_an_ordinary_base() {
     let stories = format!("stories=1:{}", lab.path("stories.jsonl"));
     let mut args = strings(&["pretrain", "--source", &stories, "--tokenizer", &tokenizer]);
     args.extend(strings(&["--out", &out, "--hidden-size", "32", "--num-attention-heads", "4"]));
-    args.extend(strings(&["--intermediate-size", "64", "--max-length", "32", "--max-steps", "30"]));
+    args.extend(strings(&[
+        "--intermediate-size",
+        "64",
+        "--max-length",
+        "32",
+        "--max-tokens",
+        "15000",
+    ]));
     args.extend(strings(&["--learning-rate", "0.01", "--validation-split", "0.1"]));
     args.extend(strings(&["--export", &gguf, "--export-type", "F32", "--json"]));
     let done = last_json(&quantune(&args));
@@ -253,7 +260,7 @@ fn wrong_input_ends_in_one_sentence() {
     check("stories", &[], &["\"stories\" is no source, needed NAME=WEIGHT:GLOB"]);
     check("a=1:LAB/no/such*.txt", &[], &["no/such*.txt"]);
     check("a=0:LAB/notes.txt", &[], &["the weight of \"a\""]);
-    check("a=1:LAB/empty.txt", &[], &["empty.txt"]);
+    check("a=1:LAB/empty.txt", &[], &["source \"a\": no text in its 1 files"]);
     check("a=1:LAB/latin.txt", &[], &["latin.txt", "byte 3"]);
     check("a=1:LAB/broken.jsonl", &[], &["broken.jsonl:2"]);
     let notes = "a=1:LAB/notes.txt";

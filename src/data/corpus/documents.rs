@@ -5,6 +5,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
+use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -15,6 +16,7 @@ use parquet::file::reader::{FileReader, SerializedFileReader};
 use super::CorpusError;
 use crate::data::{DataError, Message, Row, example, lines, rows};
 use crate::text::Tokenizer;
+use crate::weights::without_panic;
 
 /// The line that parts the documents of a text file.
 const BORDER: &[u8] = b"<|endoftext|>";
@@ -276,9 +278,8 @@ fn jsonl(path: &Path, chunks: &mut Chunks<'_>) -> Result<(), CorpusError> {
 }
 
 fn parquet(path: &Path, chunks: &mut Chunks<'_>) -> Result<(), CorpusError> {
-    let bad = |error: ParquetError| CorpusError::parquet(path, error);
     let file = File::open(path).map_err(|source| DataError::Io { path: path.into(), source })?;
-    let reader = SerializedFileReader::new(file).map_err(bad)?;
+    let reader = guarded(path, || SerializedFileReader::new(file))?;
     let schema = reader.metadata().file_metadata().schema_descr_ptr();
     let names: Vec<String> = schema.columns().iter().map(|column| column.path().string()).collect();
     let Some(column) = names.iter().position(|name| name == TEXT) else {
@@ -289,19 +290,18 @@ fn parquet(path: &Path, chunks: &mut Chunks<'_>) -> Result<(), CorpusError> {
     let highest = schema.column(column).max_def_level();
     let mut row = 0u64;
     for group in 0..reader.num_row_groups() {
-        let group = reader.get_row_group(group).map_err(bad)?;
-        let ColumnReader::ByteArrayColumnReader(mut reader) =
-            group.get_column_reader(column).map_err(bad)?
-        else {
+        let column_reader =
+            guarded(path, || reader.get_row_group(group)?.get_column_reader(column))?;
+        let ColumnReader::ByteArrayColumnReader(mut reader) = column_reader else {
             let found = schema.column(column).physical_type();
             let reason = format!("column {TEXT:?} is of {found}, needed strings");
             return Err(CorpusError::parquet(path, reason));
         };
         loop {
             let (mut levels, mut values) = (Vec::new(), Vec::new());
-            let (rows, ..) = reader
-                .read_records(ROWS_AT_A_TIME, Some(&mut levels), None, &mut values)
-                .map_err(bad)?;
+            let (rows, ..) = guarded(path, || {
+                reader.read_records(ROWS_AT_A_TIME, Some(&mut levels), None, &mut values)
+            })?;
             if rows == 0 {
                 break;
             }
@@ -322,6 +322,17 @@ fn parquet(path: &Path, chunks: &mut Chunks<'_>) -> Result<(), CorpusError> {
         }
     }
     Ok(())
+}
+
+/// What the crate reads; it panics on some damaged files.
+fn guarded<T>(
+    path: &Path,
+    read: impl FnOnce() -> Result<T, ParquetError>,
+) -> Result<T, CorpusError> {
+    match without_panic(AssertUnwindSafe(read)) {
+        Some(read) => read.map_err(|error| CorpusError::parquet(path, error)),
+        None => Err(CorpusError::parquet(path, "is damaged, its pages cannot be decoded")),
+    }
 }
 
 #[cfg(test)]
