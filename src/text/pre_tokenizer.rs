@@ -282,13 +282,13 @@ pub(super) fn identify(theirs: &PreTokenizerWrapper, ignore_merges: bool) -> Opt
     Some(TABLE.iter().find(fits)?.names[0])
 }
 
-/// What a pre-tokenizer cuts [`PROBES`] into, and where.
-fn cuts(pre: &PreTokenizerWrapper) -> Option<Vec<Vec<(String, (usize, usize))>>> {
+/// The pieces that a pre-tokenizer makes of [`PROBES`], and with them what it adds to a text.
+fn cuts(pre: &PreTokenizerWrapper) -> Option<Vec<Vec<String>>> {
     let of = |text: &&str| {
         let mut pieces = PreTokenizedString::from(*text);
         pre.pre_tokenize(&mut pieces).ok()?;
         let splits = pieces.get_splits(OffsetReferential::Original, OffsetType::Byte);
-        Some(splits.into_iter().map(|(text, offsets, _)| (text.to_owned(), offsets)).collect())
+        Some(splits.into_iter().map(|(piece, ..)| piece.to_owned()).collect())
     };
     PROBES.iter().map(of).collect()
 }

@@ -18,7 +18,7 @@ use super::log::{Log, Numbers};
 use super::lora::{begin_adapter, read_adapter};
 use super::policy::Rollouts;
 use super::progress::{Progress, Work};
-use super::run::{Course, Ended, LoopSettings, Outcome, take_steps};
+use super::run::{Course, LoopSettings, Outcome, take_steps};
 use super::run_dir::{RunDir, State, adapter_parameters, read_optimizer, read_state};
 use super::settings::{CommonSettings, EvalStrategy, RunSettings, Task, ValueModel};
 use super::supervised::Supervised;
@@ -258,9 +258,9 @@ pub fn train(
         save_steps: common.save_steps,
         save_total_limit: common.save_total_limit,
     };
-    let mut course = Course::FineTuning(course);
+    let mut course = Course::FineTuning(Box::new(course));
     let ended = take_steps(&mut course, &run, (&mut state, saved), &steps, stop)?;
-    let (Ended::Done { log, progress }, Course::FineTuning(mut course)) = (ended, course) else {
+    let (Some((log, progress)), Course::FineTuning(mut course)) = (ended, course) else {
         return Ok(Outcome::Interrupted { step: state.step, total_steps });
     };
 

@@ -20,7 +20,7 @@ use super::fingerprints::{base_fingerprint, same_fingerprints};
 use super::log::Numbers;
 use super::memory::{default_budget, parse_bytes};
 use super::progress::Work;
-use super::run::{Course, Ended, LoopSettings, Outcome, take_steps};
+use super::run::{Course, LoopSettings, Outcome, take_steps};
 use super::run_dir::{Fingerprint, RunDir, State, read_optimizer, read_state};
 use super::settings::{EvalStrategy, FloatType, PretrainSettings};
 use crate::data::corpus::{Corpus, CorpusError, SourceReport, SourceSpec};
@@ -203,7 +203,7 @@ pub fn pretrain(
     let kept_layers = kept_layers(&settings, &model, budget);
     let gradients = model.zero_gradients();
     let buffers = FullBuffers::default();
-    let mut course = Course::Pretraining(Pretraining {
+    let mut course = Course::Pretraining(Box::new(Pretraining {
         settings,
         tokenizer,
         tokenizer_folder,
@@ -213,9 +213,9 @@ pub fn pretrain(
         buffers,
         kept_layers,
         optimizer,
-    });
+    }));
     let ended = take_steps(&mut course, &run, (&mut state, saved), &steps, stop)?;
-    let (Ended::Done { log, progress }, Course::Pretraining(course)) = (ended, course) else {
+    let (Some((log, progress)), Course::Pretraining(course)) = (ended, course) else {
         return Ok(Outcome::Interrupted { step: state.step, total_steps });
     };
 

@@ -33,9 +33,9 @@ pub enum Outcome<Summary> {
 /// What the loop drives.
 pub enum Course<'a> {
     /// Adapters over a frozen base.
-    FineTuning(FineTuning<'a>),
+    FineTuning(Box<FineTuning<'a>>),
     /// A whole model.
-    Pretraining(Pretraining),
+    Pretraining(Box<Pretraining>),
 }
 
 impl Course<'_> {
@@ -100,28 +100,16 @@ pub struct LoopSettings {
     pub save_total_limit: usize,
 }
 
-/// How the loop ended.
-pub enum Ended {
-    /// With the last step.
-    Done {
-        /// What was written of it.
-        log: Log,
-        /// How fast it was.
-        progress: Progress,
-    },
-    /// Before, as the user asked.
-    Stopped,
-}
-
 /// Takes the steps from `state` on, which `saved` is the checkpoint of. `stop` is looked at between
-/// the batches of an evaluation and after each step.
+/// the batches of an evaluation and after each step. What was written of them and how fast they were,
+/// or nothing if the user stopped it before the last.
 pub fn take_steps(
     course: &mut Course,
     run: &RunDir,
     (state, saved): (&mut State, Option<PathBuf>),
     settings: &LoopSettings,
     stop: &AtomicBool,
-) -> Result<Ended, TrainError> {
+) -> Result<Option<(Log, Progress)>, TrainError> {
     let total_steps = settings.schedule.total_steps;
     let mut log = Log::open(run, state.metrics_bytes)?;
     let mut progress = Progress::new(state.step, total_steps);
@@ -158,7 +146,7 @@ pub fn take_steps(
     }
     if stop.load(Ordering::Relaxed) {
         progress.finish();
-        return Ok(Ended::Stopped);
+        return Ok(None);
     }
     while state.step < total_steps {
         let began = Instant::now();
@@ -187,9 +175,9 @@ pub fn take_steps(
         let complete = evaluated?;
         if stopped && !(last && complete) {
             progress.finish();
-            return Ok(Ended::Stopped);
+            return Ok(None);
         }
     }
     progress.finish();
-    Ok(Ended::Done { log, progress })
+    Ok(Some((log, progress)))
 }

@@ -60,7 +60,7 @@ fn a_tokenizer_depends_on_the_words_alone() {
         trained.write(folder.path()).unwrap();
         (trained.report, std::fs::read_to_string(folder.path().join("tokenizer.json")).unwrap())
     };
-    let (report, whole) = json(&[lines.clone()]);
+    let (report, whole) = json(std::slice::from_ref(&lines));
     assert_eq!((report.vocab_size, report.bytes), (320, lines.concat().len() as u64));
     assert!(report.bytes_per_token > 1.2, "{report:?}");
     let backwards: Vec<Vec<&str>> = lines.iter().rev().map(|line| vec![*line]).collect();

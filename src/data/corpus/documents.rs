@@ -382,7 +382,7 @@ mod tests {
             found.extend_from_slice(pieces);
             Ok(())
         };
-        read_documents(&[path.clone()], &AtomicBool::new(false), &mut take).unwrap();
+        read_documents(std::slice::from_ref(&path), &AtomicBool::new(false), &mut take).unwrap();
         let texts: Vec<(&str, bool)> =
             found.iter().map(|piece| (&*piece.text, piece.chat.is_some())).collect();
         assert_eq!(texts, [("one", false), ("Why?\nSo.", true)]);
