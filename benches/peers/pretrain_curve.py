@@ -3,7 +3,7 @@
 AdamW in float32; held-out bits per byte of both as they learn.
 
     cargo build --release --example pretrain_rows
-    python3 benches/peers/pretrain_curve.py [--steps 150] [--mixture data/mixture] [--tokenizer TOKENIZER]
+    python3 benches/peers/pretrain_curve.py [--steps 100] [--mixture data/mixture] [--tokenizer TOKENIZER]
 
 The model has 12 M parameters (384 wide, 6 layers, 6 heads, 1024 inner, a tied vocabulary of 4096), 16 x 256 tokens a step,
 from the mixture of scripts/make_mixture.py. The first weights are those of a run of one step at learning rate 0. Ends in an error if
@@ -76,7 +76,7 @@ def torch_run(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--mixture", default=ROOT / "data/mixture")
     parser.add_argument("--tokenizer", help="a folder of `tokenizer train` [default: learned anew, 4096 tokens]")
     for name in ("initial", "rows", "metrics"):  # of the peer's own process
