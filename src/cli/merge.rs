@@ -194,6 +194,12 @@ impl Job<'_> {
         if same_place(self.base.path(), out) {
             bail!("--out is {}, the base itself", out.display());
         }
+        if let (false, Some(flag)) = (is_gguf(out), how.of_gguf_only()) {
+            return Err(Usage(format!("{flag} is for a GGUF, and --out is a folder")).into());
+        }
+        if how.n_ctx.is_some() && how.report.is_none() && how.imatrix_data.is_none() {
+            return Err(Usage("--n-ctx is of --report and --imatrix-data".into()).into());
+        }
         let bounds = match file_type {
             FileType::F32 => Bounds::F32,
             FileType::F16 => Bounds::F16,
@@ -202,14 +208,9 @@ impl Job<'_> {
         };
         let bounds = if how.of_gguf_only().is_some() { Bounds::QUANTIZED } else { bounds };
         let importance = how.importance(self.base, self.worn)?;
-        let written = if is_gguf(out) {
-            self.gguf(file_type, importance.as_ref(), out)?
-        } else {
-            if let Some(flag) = how.of_gguf_only() {
-                let text = format!("{flag} is for a GGUF, and --out is a folder");
-                return Err(Usage(text).into());
-            }
-            write_folder(&self.source, file_type.block_type(), out)?
+        let written = match is_gguf(out) {
+            true => self.gguf(file_type, importance.as_ref(), out)?,
+            false => write_folder(&self.source, file_type.block_type(), out)?,
         };
         let distance = verify(self.base, self.worn, out, bounds)?;
         let values: usize = written.tensors.iter().map(|t| t.shape.iter().product::<usize>()).sum();

@@ -249,7 +249,14 @@ fn special_ids(folder: &Path) -> Result<Map<String, Value>, ExportError> {
         ("pad_token_id", tokenizer.pad()),
     ];
     let known = roles.into_iter().filter_map(|(role, id)| Some((role.to_string(), id?.into())));
-    Ok(known.collect())
+    let mut ids: Map<String, Value> = known.collect();
+    // Chats may end with another token than texts.
+    let all = 0..tokenizer.vocab_size() as u32;
+    let ends: Vec<u32> = all.filter(|&id| tokenizer.is_end_of_generation(id)).collect();
+    if ends.len() > 1 {
+        ids.insert("eos_token_id".into(), json!(ends));
+    }
+    Ok(ids)
 }
 
 fn read(path: &Path) -> Result<Option<String>, ExportError> {

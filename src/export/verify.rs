@@ -124,16 +124,14 @@ pub fn verify(
     bounds: Bounds,
 ) -> Result<Distance, ExportError> {
     let source = Decoder::load(base, Compute::F32)?;
-    let found = compare(&source, base, worn, written, bounds);
-    if let Err(reason) = found {
+    compare(&source, base, worn, written, bounds).map_err(|reason| {
         let path = written.to_path_buf();
         let _ = match path.is_dir() {
             true => std::fs::remove_dir_all(&path),
             false => std::fs::remove_file(&path),
         };
-        return Err(ExportError::Differs { path, reason });
-    }
-    found.map_err(|reason| ExportError::Differs { path: written.into(), reason })
+        ExportError::Differs { path, reason }
+    })
 }
 
 fn compare(

@@ -248,10 +248,16 @@ fn tokenize(
     let mut validation = PartWriter::new(folder.join("validation.tokens"), origin)?;
     let of = origin.files.iter().map(|file| file.bytes).sum();
     let mut held_out = false;
+    let end = Borders::of(tokenizer)?.end;
     read_documents(files, stop, &mut |pieces: &[Piece]| {
         let encode = |piece: &Piece| -> Result<Vec<u32>, CorpusError> {
             match &piece.chat {
-                Some(chat) => Ok(chat.tokens(tokenizer)?),
+                Some(chat) => {
+                    let mut tokens = chat.tokens(tokenizer)?;
+                    // The end that follows every document may be what the template ends with.
+                    tokens.pop_if(|last| *last == end);
+                    Ok(tokens)
+                }
                 None => Ok(tokenizer.encode(&piece.text, Special::AsText)?),
             }
         };
