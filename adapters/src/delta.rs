@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use candle_core::{Device, Result, Tensor, Var};
 use rayon::prelude::*;
@@ -20,9 +20,36 @@ pub struct Lora {
     pub b: Var,
     /// `lora_alpha / r`, or `lora_alpha / sqrt(r)`.
     pub scale: f64,
+    /// DoRA's magnitudes, of updates that have them.
+    pub magnitude: Option<Magnitude>,
+    /// Of the r, how many, the last ones, stay as they began. An update that begins with numbers of
+    /// the base's own (PiSSA, OLoRA) takes them off again in these, so that it begins as nothing.
+    pub held: usize,
+}
+
+/// What DoRA (Liu et al. 2024) makes of a merged weight: each of its rows gets a length of its own,
+/// `W' = m ⊙ (W + scale · B A) / ‖W + scale · B A‖`, the norms row by row and no part of the tape.
+#[derive(Debug, Clone)]
+pub struct Magnitude {
+    /// `m (out)` F32.
+    pub vector: Var,
+    norms: Arc<Mutex<Norms>>,
+}
+
+#[derive(Debug, Default)]
+struct Norms {
+    /// `‖W‖²` of each row: the base stays as it is.
+    base: Option<Arc<[f64]>>,
+    /// `‖W + scale · B A‖` of each row, until A or B change.
+    merged: Option<Arc<[f32]>>,
 }
 
 impl Lora {
+    /// A plain update.
+    pub fn new(a: Var, b: Var, scale: f64) -> Self {
+        Self { a, b, scale, magnitude: None, held: 0 }
+    }
+
     /// What the update adds to the layer's output: `scale · (mask ⊙ x) Aᵀ Bᵀ`.
     ///
     /// Shapes: `x (N, in)` F32, `mask (N, in)` F32 as [`Dropout::mask`] draws it → `(N, out)` F32.
@@ -54,6 +81,13 @@ impl Lora {
     /// Rows of the layer's weight.
     pub fn out_features(&self) -> usize {
         self.b.dims()[0]
+    }
+}
+
+impl Magnitude {
+    /// Magnitudes whose norms nobody has asked for yet.
+    pub fn new(vector: Var) -> Self {
+        Self { vector, norms: Arc::default() }
     }
 }
 
@@ -134,6 +168,21 @@ pub struct Adapter {
     /// The head `(1, hidden_size)` F32 that makes a score of a hidden state, of adapters that have
     /// one. It is PEFT's `score` in `modules_to_save`.
     pub score: Option<Var>,
+    /// Other modules trained whole, by module path: `model.embed_tokens` and `lm_head`
+    /// `(vocab_size, hidden_size)` F32.
+    pub saved: BTreeMap<String, Var>,
+    /// Token embeddings of its own.
+    pub tokens: Option<TokenRows>,
+}
+
+/// Rows of the token embedding that an adapter has in place of the base's; where the head is the
+/// embedding, of the head too. PEFT's `trainable_token_indices`.
+#[derive(Debug, Clone)]
+pub struct TokenRows {
+    /// The tokens, rising.
+    pub indices: Vec<u32>,
+    /// Their embeddings `(indices, hidden_size)` F32.
+    pub rows: Var,
 }
 
 impl Adapter {
@@ -173,9 +222,16 @@ impl Adapter {
             };
             let a = Var::from_vec(a, (*r, of_in), device)?;
             let b = Var::from_vec(b, (out, *r), device)?;
-            modules.insert(spec.name.clone(), Lora { a, b, scale: *scale });
+            modules.insert(spec.name.clone(), Lora::new(a, b, *scale));
         }
-        Ok(Self { name: name.into(), config, modules, score: None })
+        Ok(Self {
+            name: name.into(),
+            config,
+            modules,
+            score: None,
+            saved: BTreeMap::new(),
+            tokens: None,
+        })
     }
 
     /// Gives the adapter a score head for hidden states of `hidden_size` numbers, and marks it as
@@ -202,7 +258,14 @@ impl Adapter {
     pub fn copy(&self, name: &str) -> Result<Self> {
         let var = |var: &Var| Var::from_tensor(&var.as_detached_tensor().copy()?);
         let copied = |(module, lora): (&String, &Lora)| {
-            let lora = Lora { a: var(&lora.a)?, b: var(&lora.b)?, scale: lora.scale };
+            let magnitude = lora.magnitude.as_ref().map(|m| var(&m.vector).map(Magnitude::new));
+            let lora = Lora {
+                a: var(&lora.a)?,
+                b: var(&lora.b)?,
+                scale: lora.scale,
+                magnitude: magnitude.transpose()?,
+                held: lora.held,
+            };
             Ok((module.clone(), lora))
         };
         Ok(Self {
@@ -210,6 +273,17 @@ impl Adapter {
             config: self.config.clone(),
             modules: self.modules.iter().map(copied).collect::<Result<_>>()?,
             score: self.score.as_ref().map(var).transpose()?,
+            saved: self
+                .saved
+                .iter()
+                .map(|(module, weight)| var(weight).map(|weight| (module.clone(), weight)))
+                .collect::<Result<_>>()?,
+            tokens: match &self.tokens {
+                Some(TokenRows { indices, rows }) => {
+                    Some(TokenRows { indices: indices.clone(), rows: var(rows)? })
+                }
+                None => None,
+            },
         })
     }
 
@@ -266,7 +340,7 @@ mod tests {
             Var::from_vec(values, (rows, cols), &Device::Cpu).unwrap()
         };
         let (x, weight) = (draw("x", 4, 5), draw("weight", 4, 3));
-        let lora = Lora { a: draw("a", 2, 5), b: draw("b", 3, 2), scale: 0.75 };
+        let lora = Lora::new(draw("a", 2, 5), draw("b", 3, 2), 0.75);
         let key = |position| TokenKey { epoch: 0, row: 0, position };
         let keys = Arc::new((0..4).map(key).collect());
         let mask = Dropout { p: 0.3, seed: 1, keys }.mask("m", 5, &Device::Cpu).unwrap();

@@ -168,7 +168,7 @@ pub fn from_bytes(
         if let (Ok(a), Ok(b)) = (a, b) {
             let a = Var::from_vec(a, (*r, spec.in_features), device)?;
             let b = Var::from_vec(b, (spec.out_features, *r), device)?;
-            modules.insert(spec.name.clone(), Lora { a, b, scale: *scale });
+            modules.insert(spec.name.clone(), Lora::new(a, b, *scale));
         }
     }
     let score = match score {
@@ -186,7 +186,14 @@ pub fn from_bytes(
     }
     let score = score.ok().flatten();
     let score = score.map(|(values, width)| Var::from_vec(values, (1, width), device));
-    Ok(Adapter { name: name.into(), config, modules, score: score.transpose()? })
+    Ok(Adapter {
+        name: name.into(),
+        config,
+        modules,
+        score: score.transpose()?,
+        saved: BTreeMap::new(),
+        tokens: None,
+    })
 }
 
 /// Writes the adapter as a PEFT folder, which is created. Each file appears whole or not at all, and

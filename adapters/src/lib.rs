@@ -22,6 +22,6 @@ pub mod rng;
 pub mod targets;
 
 pub use config::{ConfigError, InitLoraWeights, LoraConfig, Modules};
-pub use delta::{Adapter, Dropout, InitError, Lora, TokenKey};
+pub use delta::{Adapter, Dropout, InitError, Lora, Magnitude, TokenKey, TokenRows};
 pub use format::FormatError;
 pub use targets::{LinearSpec, Resolved, Target, TargetError, Unmatched, resolve};

@@ -185,7 +185,8 @@ pub fn read_gguf_lora(
         target_modules: Some(Modules::List(modules.keys().cloned().collect())),
         ..LoraConfig::default()
     };
-    Ok(Adapter { name: name.into(), config, modules, score: None })
+    let name = name.into();
+    Ok(Adapter { name, config, modules, score: None, saved: BTreeMap::new(), tokens: None })
 }
 
 fn read_lora(
@@ -226,7 +227,7 @@ fn read_lora(
     };
     // As llama.cpp: an alpha of 0 is none.
     let scale = if alpha == 0.0 { 1.0 } else { alpha / r as f64 };
-    Ok(Lora { a: var(&a)?, b: var(&b)?, scale })
+    Ok(Lora::new(var(&a)?, var(&b)?, scale))
 }
 
 /// How far an adapter that was written is from the one that was to be, on the base.
