@@ -2,11 +2,12 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Device, Result, Tensor, Var};
 use rayon::prelude::*;
 
+use crate::base::BaseRows;
 use crate::config::{InitLoraWeights, LoraConfig, SCORE};
 use crate::rng::Stream;
 use crate::targets::Target;
@@ -68,6 +69,44 @@ impl Lora {
         (low * self.scale)?.matmul(&b.t()?) // (N, out)
     }
 
+    /// DoRA's `‖W + scale · B A‖` of each row, `(out)`; nothing without magnitudes.
+    ///
+    /// They are kept until [`Adapter::changed`]. By `‖W‖² + 2 s Σ B ∘ (W Aᵀ) + s² Σ B ∘ (B A Aᵀ)` no
+    /// merged weight is made; the sums over ranks are `f64`.
+    pub fn row_norms(&self, base: &dyn BaseRows) -> Result<Option<Arc<[f32]>>> {
+        let Some(magnitude) = &self.magnitude else { return Ok(None) };
+        let mut norms = magnitude.norms.lock().unwrap_or_else(PoisonError::into_inner);
+        if norms.merged.is_none() {
+            let (r, cols) = (self.r(), self.in_features());
+            if (base.rows(), base.cols()) != (self.out_features(), cols) {
+                let found = (base.rows(), base.cols());
+                candle_core::bail!(
+                    "an update of {:?} on a weight of {found:?}",
+                    (self.out_features(), cols)
+                );
+            }
+            let a = self.a.as_detached_tensor().flatten_all()?.to_vec1::<f32>()?;
+            let b = self.b.as_detached_tensor().flatten_all()?.to_vec1::<f32>()?;
+            let known = norms.base.clone();
+            let squares = merged_squares(base, (&a, &b, r), self.scale, known.as_deref());
+            let (of_base, merged): (Vec<f64>, Vec<f32>) =
+                squares.into_iter().map(|(w, all)| (w, all.max(0.0).sqrt() as f32)).unzip();
+            norms.base.get_or_insert_with(|| of_base.into());
+            norms.merged = Some(merged.into());
+        }
+        Ok(norms.merged.clone())
+    }
+
+    /// What DoRA multiplies the rows of `W + scale · B A` with, `m / ‖W + scale · B A‖ (out)`; nothing
+    /// without magnitudes.
+    pub fn row_scales(&self, base: &dyn BaseRows) -> Result<Option<Vec<f32>>> {
+        let (Some(norms), Some(magnitude)) = (self.row_norms(base)?, &self.magnitude) else {
+            return Ok(None);
+        };
+        let m = magnitude.vector.as_detached_tensor().to_vec1::<f32>()?;
+        Ok(Some(m.iter().zip(&*norms).map(|(m, norm)| m / norm).collect()))
+    }
+
     /// Rank of the update.
     pub fn r(&self) -> usize {
         self.a.dims()[0]
@@ -82,6 +121,62 @@ impl Lora {
     pub fn out_features(&self) -> usize {
         self.b.dims()[0]
     }
+}
+
+/// Rows of the base that a thread reads at a time.
+const ROWS: usize = 32;
+
+/// `‖w‖²` and `‖w + scale · b A‖²` of each row w of the base.
+fn merged_squares(
+    base: &dyn BaseRows,
+    (a, b, r): (&[f32], &[f32], usize),
+    scale: f64,
+    known: Option<&[f64]>,
+) -> Vec<(f64, f64)> {
+    let (rows, cols) = (base.rows(), base.cols());
+    let a_row = |k: usize| &a[k * cols..(k + 1) * cols];
+    let mut gram = vec![0f64; r * r]; // A Aᵀ
+    for i in 0..r {
+        for j in 0..=i {
+            let product = dot(a_row(i), a_row(j));
+            (gram[i * r + j], gram[j * r + i]) = (product, product);
+        }
+    }
+    let chunk = |first: usize| -> Vec<(f64, f64)> {
+        let chunk = first..(first + ROWS).min(rows);
+        let mut w = vec![0f32; chunk.len() * cols];
+        base.read(chunk.clone(), &mut w);
+        let row = |(row, w): (usize, &[f32])| {
+            let b = &b[row * r..(row + 1) * r];
+            let of_base = known.map_or_else(|| dot(w, w), |known| known[row]);
+            let (mut mixed, mut own) = (0f64, 0f64);
+            for (k, &b_k) in b.iter().enumerate().filter(|(_, b)| **b != 0.0) {
+                mixed += f64::from(b_k) * dot(w, a_row(k));
+                let through = gram[k * r..].iter().zip(b).map(|(g, b)| g * f64::from(*b));
+                own += f64::from(b_k) * through.sum::<f64>();
+            }
+            (of_base, of_base + 2.0 * scale * mixed + scale * scale * own)
+        };
+        chunk.zip(w.chunks_exact(cols)).map(row).collect()
+    };
+    let firsts: Vec<usize> = (0..rows).step_by(ROWS).collect();
+    firsts.into_par_iter().flat_map_iter(chunk).collect()
+}
+
+/// `Σ x y`, in parts short enough for f32.
+fn dot(x: &[f32], y: &[f32]) -> f64 {
+    let part = |(x, y): (&[f32], &[f32])| {
+        let mut sums = [0f32; 16];
+        let ((x, x_rest), (y, y_rest)) = (x.as_chunks::<16>(), y.as_chunks::<16>());
+        for (x, y) in x.iter().zip(y) {
+            for i in 0..16 {
+                sums[i] += x[i] * y[i];
+            }
+        }
+        let rest: f32 = x_rest.iter().zip(y_rest).map(|(x, y)| x * y).sum();
+        f64::from(sums.iter().sum::<f32>() + rest)
+    };
+    x.chunks(256).zip(y.chunks(256)).map(part).sum()
 }
 
 impl Magnitude {
@@ -287,25 +382,56 @@ impl Adapter {
         })
     }
 
-    /// All tensors under PEFT's names, by module path, A before B, the score head last: the order of
-    /// optimizer states, checkpoints and files.
+    /// All tensors under PEFT's names, by module path, A, B and the magnitudes; then whole modules,
+    /// token rows, and the score head last: the order of optimizer states, checkpoints and files.
     pub fn parameters(&self) -> Vec<(String, Var)> {
-        let both = self.modules.iter().flat_map(|(module, lora)| {
-            [(tensor_name(module, 'A'), lora.a.clone()), (tensor_name(module, 'B'), lora.b.clone())]
-        });
-        let score = self.score.iter().map(|score| (score_name(), score.clone()));
-        both.chain(score).collect()
+        let mut all = Vec::new();
+        for (module, lora) in &self.modules {
+            all.push((tensor_name(module, 'A'), lora.a.clone()));
+            all.push((tensor_name(module, 'B'), lora.b.clone()));
+            if let Some(magnitude) = &lora.magnitude {
+                all.push((magnitude_name(module), magnitude.vector.clone()));
+            }
+        }
+        all.extend(self.saved.iter().map(|(module, var)| (saved_name(module), var.clone())));
+        all.extend(self.tokens.iter().map(|tokens| (token_rows_name(), tokens.rows.clone())));
+        all.extend(self.score.iter().map(|score| (score_name(), score.clone())));
+        all
     }
 
-    /// How many numbers the adapter has.
+    /// How many numbers of the adapter train.
     pub fn num_parameters(&self) -> usize {
-        self.parameters().iter().map(|(_, var)| var.elem_count()).sum()
+        let all: usize = self.parameters().iter().map(|(_, var)| var.elem_count()).sum();
+        let held = |lora: &Lora| lora.held * (lora.in_features() + lora.out_features());
+        all - self.modules.values().map(held).sum::<usize>()
+    }
+
+    /// Forgets what was made of the numbers before they changed: whoever sets them says so.
+    pub fn changed(&self) {
+        for magnitude in self.modules.values().filter_map(|lora| lora.magnitude.as_ref()) {
+            magnitude.norms.lock().unwrap_or_else(PoisonError::into_inner).merged = None;
+        }
     }
 }
 
 /// PEFT's name of the score head.
 pub(crate) fn score_name() -> String {
     format!("base_model.model.{SCORE}.weight")
+}
+
+/// PEFT's name of DoRA's magnitudes of a module.
+pub(crate) fn magnitude_name(module: &str) -> String {
+    format!("base_model.model.{module}.lora_magnitude_vector")
+}
+
+/// PEFT's name of a module trained whole.
+pub(crate) fn saved_name(module: &str) -> String {
+    format!("base_model.model.{module}.weight")
+}
+
+/// PEFT's name of token rows.
+pub(crate) fn token_rows_name() -> String {
+    "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta".into()
 }
 
 /// PEFT's name of A or B of a module.

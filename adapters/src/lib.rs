@@ -15,12 +15,14 @@
 //! - [`delta`]: the maths, and an [`Adapter`]: the updates by module. Does not know files.
 //! - [`format`]: PEFT's folder and its safetensors, in and out.
 
+pub mod base;
 pub mod config;
 pub mod delta;
 pub mod format;
 pub mod rng;
 pub mod targets;
 
+pub use base::BaseRows;
 pub use config::{ConfigError, InitLoraWeights, LoraConfig, Modules};
 pub use delta::{Adapter, Dropout, InitError, Lora, Magnitude, TokenKey, TokenRows};
 pub use format::FormatError;
