@@ -1,6 +1,6 @@
 //! The maths of LoRA (Hu et al. 2021), and an adapter: the updates of a base by module.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -67,6 +67,19 @@ impl Lora {
             None => x.matmul(&a.t()?)?,
         };
         (low * self.scale)?.matmul(&b.t()?) // (N, out)
+    }
+
+    /// DoRA's `m / ‖·‖ ⊙ y` of what the merged weight without magnitudes makes of the layer's input.
+    ///
+    /// Shapes: `y (N, out)` F32, `norms (out)` F32 as [`Self::row_norms`] gives them → `(N, out)`. With
+    /// `trainable` the magnitudes are on the tape; the norms never are. Without magnitudes it is y.
+    pub fn scaled(&self, y: &Tensor, norms: &Tensor, trainable: bool) -> Result<Tensor> {
+        let Some(magnitude) = &self.magnitude else { return Ok(y.clone()) };
+        let m = match trainable {
+            true => magnitude.vector.as_tensor().clone(),
+            false => magnitude.vector.as_detached_tensor(),
+        };
+        y.broadcast_mul(&m.div(norms)?)
     }
 
     /// DoRA's `‖W + scale · B A‖` of each row, `(out)`; nothing without magnitudes.
@@ -406,6 +419,36 @@ impl Adapter {
         all - self.modules.values().map(held).sum::<usize>()
     }
 
+    /// Where the gradient of A of each module is among those of [`Self::parameters`] (B's is the next,
+    /// that of magnitudes the one after), that of each whole module, and of [`TOKEN_ROWS`].
+    pub fn places(&self) -> HashMap<String, usize> {
+        let updates = self.modules.iter();
+        let updates =
+            updates.map(|(module, lora)| (module, if lora.magnitude.is_some() { 3 } else { 2 }));
+        let wholes = self.saved.keys().map(|module| (module, 1));
+        let tokens = TOKEN_ROWS.to_string();
+        let tokens = self.tokens.iter().map(|_| (&tokens, 1));
+        let mut at = 0;
+        let place = |(module, parameters): (&String, usize)| {
+            let place = at;
+            at += parameters;
+            (module.clone(), place)
+        };
+        updates.chain(wholes).chain(tokens).map(place).collect()
+    }
+
+    /// Zeroes the gradients of what stays as it began; they are in the order of [`Self::parameters`].
+    pub fn hold(&self, gradients: &mut [Vec<f32>]) {
+        let places = self.places();
+        for (module, lora) in self.modules.iter().filter(|(_, lora)| lora.held > 0) {
+            let (place, trained) = (places[module], lora.r() - lora.held);
+            gradients[place][trained * lora.in_features()..].fill(0.0);
+            for row in gradients[place + 1].chunks_exact_mut(lora.r()) {
+                row[trained..].fill(0.0);
+            }
+        }
+    }
+
     /// Forgets what was made of the numbers before they changed: whoever sets them says so.
     pub fn changed(&self) {
         for magnitude in self.modules.values().filter_map(|lora| lora.magnitude.as_ref()) {
@@ -429,9 +472,12 @@ pub(crate) fn saved_name(module: &str) -> String {
     format!("base_model.model.{module}.weight")
 }
 
+/// PEFT's module of token rows.
+pub const TOKEN_ROWS: &str = "model.embed_tokens.token_adapter";
+
 /// PEFT's name of token rows.
 pub(crate) fn token_rows_name() -> String {
-    "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta".into()
+    format!("base_model.model.{TOKEN_ROWS}.trainable_tokens_delta")
 }
 
 /// PEFT's name of A or B of a module.

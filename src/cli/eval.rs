@@ -12,7 +12,7 @@ use super::replies::Replies;
 use super::{AdapterArg, load_adapters, open_tokenizer, read_text, to_json};
 use crate::data::{Comparison, ComparisonKind, Comparisons, Dataset, Limits, WhenTooLong};
 use crate::eval::{evaluate, perplexity};
-use crate::model::{Adapters, Decoder, Worn};
+use crate::model::{Decoder, Worn};
 use crate::objectives::reward::CalibrationBin;
 use crate::ops::Compute;
 use crate::text::{Special, Tokenizer};
@@ -75,7 +75,6 @@ impl Eval {
             _ => {}
         }
         let worn = load_adapters(&self.adapter, &decoder)?;
-        let adapters = Adapters::Same(&worn);
         let (loss, report) = match (&self.data, &self.text) {
             (Some(data), _) => {
                 let max_length = self.max_length.unwrap_or(1024);
@@ -83,14 +82,14 @@ impl Eval {
                 let never = AtomicBool::new(false); // nothing is lost: Ctrl-C ends the process
                 let data = Dataset::load(data, &tokenizer, max_length, &never)?;
                 eprintln!("data: {}", data.report);
-                let loss = evaluate(&decoder, adapters, &data.examples, &never)?;
+                let loss = evaluate(&decoder, &worn, &data.examples, &never)?;
                 (loss.context("stopped")?, Some(data.report))
             }
             (None, Some(text)) => {
                 let ids = tokenizer.encode(&read_text(text)?, Special::AsText)?;
                 let bos = tokenizer.bos().filter(|_| tokenizer.adds_bos());
                 let ids = tokenizer.with_bos(ids);
-                (perplexity(&decoder, adapters, &ids, self.n_ctx.unwrap_or(512), bos)?, None)
+                (perplexity(&decoder, &worn, &ids, self.n_ctx.unwrap_or(512), bos)?, None)
             }
             (None, None) => bail!("needed --data or --text"),
         };

@@ -76,13 +76,14 @@ pub fn measure(
             candidates.iter().map(|c| hidden(&c.decoder, &c.worn)).collect::<Result<_, _>>()?;
         for first in (0..places.len()).step_by(ROWS) {
             let many = ROWS.min(places.len() - first);
-            let log_probs = |decoder: &Decoder, hidden: &candle_core::Tensor| {
-                let rows = decoder.logits(&hidden.narrow(0, first, many)?)?.to_vec2::<f32>()?;
+            let log_probs = |decoder: &Decoder, worn: &[Worn], hidden: &candle_core::Tensor| {
+                let hidden = hidden.narrow(0, first, many)?;
+                let rows = decoder.logits(&hidden, Adapters::Same(worn))?.to_vec2::<f32>()?;
                 candle_core::Result::Ok(rows.into_iter().map(log_softmax).collect::<Vec<_>>())
             };
-            let exact = log_probs(reference.0, &exact)?;
+            let exact = log_probs(reference.0, reference.1, &exact)?;
             for ((candidate, hidden), sums) in candidates.iter().zip(&others).zip(&mut sums) {
-                let found = log_probs(&candidate.decoder, hidden)?;
+                let found = log_probs(&candidate.decoder, &candidate.worn, hidden)?;
                 for (i, (p, q)) in exact.iter().zip(&found).enumerate() {
                     let next = chunk[places[first + i] as usize + 1];
                     sums.0 -= f64::from(q[next as usize]);

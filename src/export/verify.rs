@@ -70,7 +70,7 @@ fn log_probs(
     tokens: &[u32],
 ) -> Result<Vec<Vec<f32>>, ExportError> {
     let hidden = decoder.hidden(&Rows::new(&[tokens]), Adapters::Same(worn))?;
-    let rows = decoder.logits(&hidden)?.to_vec2::<f32>()?;
+    let rows = decoder.logits(&hidden, Adapters::Same(worn))?.to_vec2::<f32>()?;
     Ok(rows.into_iter().map(log_softmax).collect())
 }
 

@@ -237,7 +237,9 @@ pub fn generate(
                 let readers =
                     readers.flat_map(|(line, group)| group.iter().map(move |&r| (r, line)));
                 let readers: Vec<(usize, usize)> = readers.collect();
-                let logits = decoder.logits(&hidden)?; // (groups, vocab_size)
+                let worn: Vec<&[Worn]> = chunk.iter().map(|group| adapters.of(group[0])).collect();
+                let worn = Adapters::PerRow(&worn);
+                let logits = decoder.logits(&hidden, worn)?; // (groups, vocab_size)
                 let goes_on = choose(&mut rows, &readers, &logits, settings, is_end, on_token)?;
                 let mut goes_on = goes_on.into_iter();
                 for (cache, mut group) in caches.into_iter().zip(chunk) {
@@ -255,7 +257,8 @@ pub fn generate(
         usage.steps += 1;
         usage.slot_steps += slots;
         let readers: Vec<(usize, usize)> = batch.rows.iter().copied().zip(0..).collect();
-        let logits = decoder.logits(&hidden)?; // (running, vocab_size)
+        let worn = Adapters::PerRow(&batch.worn);
+        let logits = decoder.logits(&hidden, worn)?; // (running, vocab_size)
         let goes_on = choose(&mut rows, &readers, &logits, settings, is_end, on_token)?;
         batch.retain(&goes_on);
     }

@@ -13,11 +13,9 @@ use super::config::Config;
 use super::layer::{Group, LayerPass};
 use super::observe::InputSquares;
 use crate::ops::attention::Heads;
-use crate::ops::frozen_linear::{few_rows, frozen_rows, read_rows};
 use crate::ops::rope::Rotation;
 use crate::ops::{
-    Compute, Segment, causal_attention, frozen_linear, linear_log_probs, rms_norm, rope, segment,
-    swiglu,
+    Compute, Segment, causal_attention, frozen_linear, rms_norm, rope, segment, swiglu,
 };
 use crate::quant::FrozenMatrix;
 
@@ -135,16 +133,6 @@ impl Decoder {
         Pass { segments: rows.segments.clone(), rotation, adapters, dropout, squares: None }
     }
 
-    /// The embeddings of tokens, `(N, hidden_size)` F32. Fails if a token is out of vocabulary.
-    pub fn embed(&self, tokens: &[u32]) -> Result<Tensor> {
-        frozen_rows(&self.embedding, tokens, &Device::Cpu)
-    }
-
-    /// [`Self::embed`] into a buffer, which is overwritten.
-    pub fn embed_into(&self, tokens: &[u32], x: &mut Vec<f32>) -> Result<()> {
-        read_rows(&self.embedding, tokens, x)
-    }
-
     /// One layer by its fast form, or `None` where the portable one runs.
     pub fn layer_pass<'a>(&'a self, index: usize, pass: &'a Pass) -> Option<LayerPass<'a>> {
         LayerPass::new(&self.config, &self.layers[index], pass, self.compute)
@@ -216,7 +204,7 @@ impl Decoder {
     ) -> Result<Tensor> {
         let pass = self.pass(rows, adapters, None);
         if self.compute == Compute::Portable {
-            let mut x = self.embed(&rows.tokens)?;
+            let mut x = self.embed(&rows.tokens, &pass)?;
             for index in 0..self.layers.len() {
                 x = self.layer_with(index, &x, &pass, cache.as_deref_mut())?;
             }
@@ -229,7 +217,7 @@ impl Decoder {
         };
         let StepBuffers { tape, work } = &mut buffers;
         let mut x = Vec::new();
-        self.embed_into(&rows.tokens, &mut x)?;
+        self.embed_into(&rows.tokens, &pass, &mut x)?;
         for index in 0..self.layers.len() {
             if let Some(mut layer) = self.layer_pass(index, &pass) {
                 let cache = cache.as_deref_mut().map(|cache| (cache, index));
@@ -265,7 +253,7 @@ impl Decoder {
         let narrow = pass.narrowed(&rising, &self.inv_freq);
         let StepBuffers { mut tape, mut work } = StepBuffers::default();
         let mut x = Vec::new();
-        self.embed_into(&rows.tokens, &mut x)?;
+        self.embed_into(&rows.tokens, &pass, &mut x)?;
         for index in 0..self.layers.len() {
             let layer = self.layer_pass(index, &pass).expect("not the portable form");
             let cache = cache.as_deref_mut().map(|cache| (cache, index));
@@ -287,16 +275,6 @@ impl Decoder {
     fn normed(&self, x: Vec<f32>) -> Result<Tensor> {
         let shape = (x.len() / self.config.hidden_size, self.config.hidden_size);
         self.final_norm(&Tensor::from_vec(x, shape, &Device::Cpu)?)
-    }
-
-    /// Logits `(M, vocab_size)` of hidden states `(M, hidden_size)`: for few rows only.
-    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        few_rows(hidden, &self.head, self.compute)
-    }
-
-    /// Log-probabilities of `targets`, one per row of `hidden (M, hidden_size)` → `(M)`.
-    pub fn log_probs(&self, hidden: &Tensor, targets: &[u32]) -> Result<Tensor> {
-        linear_log_probs(hidden, &self.head, targets, self.compute)
     }
 
     /// The linear layers an adapter can sit on, in the order of the forward pass.
@@ -391,31 +369,38 @@ impl Decoder {
         if let Some(squares) = pass.squares {
             squares.add(&linear.name, x)?;
         }
-        let mut y = frozen_linear(x, &linear.weight, self.compute)?;
-        if let Some(bias) = &linear.bias {
-            y = y.broadcast_add(bias)?;
-        }
+        let base = frozen_linear(x, &linear.weight, self.compute)?;
         let mask = match pass.dropout {
             Some(dropout) => Some(dropout.mask(&linear.name, linear.weight.cols(), x.device())?),
             None => None,
         };
-        let worn_by = |x: &Tensor, mut y: Tensor, mask: Option<&Tensor>, worn: &[Worn]| {
+        let worn_by = |x: &Tensor, base: &Tensor, mask: Option<&Tensor>, worn: &[Worn]| {
+            let mut y = base.clone();
             for worn in worn {
                 if let Some(lora) = worn.adapter.modules.get(&linear.name) {
-                    let delta = lora.delta(x, mask.filter(|_| worn.trainable), worn.trainable)?;
+                    let mut delta =
+                        lora.delta(x, mask.filter(|_| worn.trainable), worn.trainable)?;
+                    if let Some(norms) = lora.row_norms(&*linear.weight)? {
+                        let norms = Tensor::new(&*norms, x.device())?;
+                        let scaled = lora.scaled(&(base + delta)?, &norms, worn.trainable)?;
+                        delta = (scaled - base)?;
+                    }
                     y = (y + weighted(delta, worn.weight)?)?;
                 }
             }
-            Ok(y)
+            match &linear.bias {
+                Some(bias) => y.broadcast_add(bias),
+                None => Ok(y),
+            }
         };
         let runs = pass.adapters.runs(&pass.segments);
         if let [(_, worn)] = &runs[..] {
-            return worn_by(x, y, mask.as_ref(), worn);
+            return worn_by(x, &base, mask.as_ref(), worn);
         }
         let parts = runs.into_iter().map(|(tokens, worn)| {
             let part = |t: &Tensor| t.narrow(0, tokens.start, tokens.len());
             let mask = mask.as_ref().map(part).transpose()?;
-            worn_by(&part(x)?, part(&y)?, mask.as_ref(), worn)
+            worn_by(&part(x)?, &part(&base)?, mask.as_ref(), worn)
         });
         Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)
     }

@@ -9,6 +9,7 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use candle_core::Result;
 use half::f16;
@@ -56,6 +57,29 @@ impl Kept {
         }
     }
 
+    /// Keeps a copy.
+    fn copy(&mut self, panel: Panel, values: &[f32]) {
+        match panel {
+            Panel::F32 => {
+                self.exact.clear();
+                self.exact.extend_from_slice(values);
+            }
+            Panel::Int16 | Panel::Int8 => half_tape::narrow(values, &mut self.half),
+        }
+    }
+
+    /// What is kept, by way of a buffer where it is not kept as it is.
+    fn read<'k>(&'k self, panel: Panel, buffer: &'k mut Vec<f32>) -> &'k [f32] {
+        match panel {
+            Panel::F32 => &self.exact,
+            Panel::Int16 | Panel::Int8 => {
+                buffer.resize(self.half.len(), 0.0);
+                half_tape::widen(&self.half, buffer);
+                buffer
+            }
+        }
+    }
+
     /// Gives it back into `values`.
     fn give(&mut self, panel: Panel, values: &mut Vec<f32>) {
         match panel {
@@ -65,8 +89,14 @@ impl Kept {
     }
 }
 
-/// `x · Aᵀ (N, r)` of each update on a linear layer.
-type Lows = Vec<Vec<f32>>;
+/// What is kept of a linear layer for the gradients of its updates.
+#[derive(Debug, Default)]
+struct Lows {
+    /// `x · Aᵀ (N, r)` of each update.
+    low: Vec<Vec<f32>>,
+    /// The base's own product `(N, out)`, where magnitudes train.
+    base: Kept,
+}
 
 impl Tape {
     /// Bytes of the buffers that all layers share, beside the tapes.
@@ -112,6 +142,10 @@ pub struct Workspace {
     lows: Vec<PackedRows>,
     dys: [PackedRows; 3],
     dlows: Vec<Vec<f32>>,
+    /// The base's products where DoRA scales them, and gradients on their way to the base.
+    bases: [Vec<f32>; 3],
+    scaled: Vec<f32>,
+    dbases: [PackedRows; 3],
     /// Dropout's of the updates at hand, `(N, in)`.
     masks: Vec<Vec<f32>>,
     through: Vec<f32>,
@@ -141,11 +175,18 @@ pub enum Group {
 
 /// Where the gradients of trainable adapters are added up.
 #[derive(Debug)]
-pub struct LoraGradients<'a> {
-    /// The place of A's gradient by module path; B's is the next.
+pub struct AdapterGradients<'a> {
+    /// As `Adapter::places` has them.
     pub places: &'a HashMap<String, usize>,
     /// One vector per parameter.
     pub gradients: &'a mut [Vec<f32>],
+}
+
+impl AdapterGradients<'_> {
+    /// The gradient of a module's first parameter, or of one after it.
+    pub(super) fn of(&mut self, module: &str, next: usize) -> &mut [f32] {
+        &mut self.gradients[self.places[module] + next]
+    }
 }
 
 /// An adapter on a linear layer for a run of tokens.
@@ -158,7 +199,24 @@ struct Update<'a> {
     tokens: Range<usize>,
     /// Which of the workspace's masks is that of the dropout before A.
     mask: Option<usize>,
+    dora: Option<Dora>,
 }
+
+/// What DoRA makes of an update: with `s = m / ‖W + scale · B A‖` row by row, the layer's output is
+/// `s ⊙ (W x + scale · B A x)`, or the base's and `weight` times the difference to that.
+struct Dora {
+    /// B with its rows scaled, `(out, r)`.
+    b: Vec<f32>,
+    /// s and the norms, `(out)`.
+    scales: Vec<f32>,
+    norms: Arc<[f32]>,
+    /// Of the adapter.
+    weight: f32,
+}
+
+/// What the base's product is multiplied with, output by output, for a run of tokens: 1 and the sum
+/// of `weight · (s - 1)` of all DoRA updates that the run wears.
+type BaseScales = Vec<(Range<usize>, Vec<f32>)>;
 
 /// A trainable update on its way to its gradients.
 struct Trained<'a> {
@@ -168,6 +226,7 @@ struct Trained<'a> {
     /// `x · Aᵀ` and its gradient, `(N, r)`.
     low: &'a [f32],
     dlow: &'a [f32],
+    base: &'a Kept,
     update: &'a Update<'a>,
 }
 
@@ -348,7 +407,7 @@ impl<'a> LayerPass<'a> {
         dx: &mut [f32],
         tape: &mut Tape,
         lowest: Option<Group>,
-        gradients: &mut LoraGradients,
+        gradients: &mut AdapterGradients,
         work: &mut Workspace,
     ) -> Result<()> {
         let (c, layer, n, isa) = (self.config, self.layer, self.tokens, self.isa);
@@ -467,14 +526,26 @@ impl<'a> LayerPass<'a> {
                         drawn += 1;
                         drawn - 1
                     });
+                    let b = Values::of(lora.b.as_tensor())?;
+                    let dora = match lora.row_norms(&*linear.weight)? {
+                        Some(norms) => {
+                            let scales = lora.row_scales(&*linear.weight)?;
+                            let scales = scales.expect("norms are of magnitudes");
+                            let rows = b.chunks_exact(lora.r()).zip(&scales);
+                            let b = rows.flat_map(|(b, s)| b.iter().map(move |b| b * s)).collect();
+                            Some(Dora { b, scales, norms, weight: worn.weight as f32 })
+                        }
+                        None => None,
+                    };
                     updates.push(Update {
                         a: Values::of(lora.a.as_tensor())?,
-                        b: Values::of(lora.b.as_tensor())?,
+                        b,
                         r: lora.r(),
                         scale: (lora.scale * worn.weight) as f32,
                         trainable: worn.trainable,
                         tokens: tokens.clone(),
                         mask,
+                        dora,
                     });
                 }
             }
@@ -514,8 +585,8 @@ impl<'a> LayerPass<'a> {
         let mut products = Vec::new();
         let mut apart = Vec::new();
         for ((_, _, lows), updates) in outs.iter_mut().zip(&updates) {
-            lows.resize_with(updates.len(), Vec::new);
-            for (low, update) in lows.iter_mut().zip(updates) {
+            lows.low.resize_with(updates.len(), Vec::new);
+            for (low, update) in lows.low.iter_mut().zip(updates) {
                 low.clear();
                 low.resize(n * update.r, 0.0);
                 if update.tokens.len() < n || update.mask.is_some() {
@@ -545,7 +616,7 @@ impl<'a> LayerPass<'a> {
             // SAFETY: one product over one buffer.
             unsafe { multiply(isa, &[Product { terms, begin: Begin::Zero, out }]) };
         }
-        let lows = outs.iter().flat_map(|(_, _, lows)| lows.iter());
+        let lows = outs.iter().flat_map(|(_, _, lows)| lows.low.iter());
         pack_all(
             isa,
             Panel::F32,
@@ -558,15 +629,29 @@ impl<'a> LayerPass<'a> {
             .iter()
             .map(|(linear, ..)| linear.bias.as_ref().map(Values::of).transpose())
             .collect::<Result<_>>()?;
+        let scales: Vec<BaseScales> = updates.iter().map(|updates| base_scales(updates)).collect();
+        let mut bases = std::mem::take(&mut work.bases);
         let mut low = work.lows.iter();
         let mut products = Vec::new();
-        for (((linear, out, _), updates), bias) in outs.iter_mut().zip(&updates).zip(&biases) {
+        let mut after = Vec::new();
+        let linears = outs.iter_mut().zip(&mut bases).zip(updates.iter().zip(&scales)).zip(&biases);
+        for ((((linear, out, _), base), (updates, scales)), bias) in linears {
             let frozen = Weights::Frozen(&linear.weight);
             let mut terms = vec![Term { x: &work.x, weights: frozen, transposed: true }];
+            let mut of_updates = Vec::new();
             for update in updates {
                 let x = low.next().expect("packed for every update");
-                terms.push(Term { x, weights: update.b(), transposed: true });
+                of_updates.push(Term { x, weights: update.b(), transposed: true });
             }
+            if !scales.is_empty() {
+                // The base's product meets its scales before anything is added to it.
+                base.resize(n * linear.weight.rows(), 0.0);
+                let to = Out::new(base, linear.weight.rows(), 0);
+                products.push(Product { terms, begin: Begin::Zero, out: to });
+                after.push(of_updates);
+                continue;
+            }
+            terms.extend(of_updates);
             let begin = match (onto, bias) {
                 (Onto::Nothing, None) => Begin::Zero,
                 (Onto::Nothing, Some(bias)) => Begin::Bias(bias),
@@ -584,6 +669,38 @@ impl<'a> LayerPass<'a> {
         }
         // SAFETY: each product has a buffer to itself.
         unsafe { multiply(isa, &products) };
+        drop(products);
+
+        let mut products = Vec::new();
+        let mut after = after.into_iter();
+        let linears = outs.iter_mut().zip(&mut bases).zip(updates.iter().zip(&scales)).zip(&biases);
+        for ((((linear, out, lows), base), (updates, scales)), bias) in linears {
+            if scales.is_empty() {
+                continue;
+            }
+            if updates.iter().any(|update| update.trainable && update.dora.is_some()) {
+                lows.base.copy(self.forward, base);
+            }
+            scale_rows(base, linear.weight.rows(), scales);
+            if onto == Onto::Nothing {
+                out.fill(0.0);
+            }
+            let bias = bias.as_deref();
+            let rows = out.par_chunks_exact_mut(linear.weight.rows());
+            rows.zip(base.par_chunks_exact(linear.weight.rows())).for_each(|(out, base)| {
+                out.iter_mut().zip(base).for_each(|(out, y)| *out += y);
+                if let Some(bias) = bias {
+                    out.iter_mut().zip(bias).for_each(|(out, b)| *out += b);
+                }
+            });
+            let terms = after.next().expect("one for every scaled layer");
+            let out = Out::new(out, linear.weight.rows(), 0);
+            products.push(Product { terms, begin: Begin::Add, out });
+        }
+        // SAFETY: each product has a buffer to itself.
+        unsafe { multiply(isa, &products) };
+        drop(products);
+        work.bases = bases;
         Ok(())
     }
 
@@ -595,6 +712,7 @@ impl<'a> LayerPass<'a> {
         onto: Onto,
         work: &mut Workspace,
     ) -> Result<()> {
+        let updates = self.updates(outs.iter().map(|(linear, ..)| *linear), &mut work.masks)?;
         // A product overwrites; what is added to the residual stream is computed beside it.
         work.few.resize(self.tokens * outs[0].0.weight.rows(), 0.0);
         let mut products: Vec<row_dot::Product> = match onto {
@@ -608,10 +726,14 @@ impl<'a> LayerPass<'a> {
             Panel::Int16 | Panel::Int8 => row_dot::int16_many(self.isa, x, &mut products),
         }
         drop(products);
+        for ((linear, out, _), updates) in outs.iter_mut().zip(&updates) {
+            let base = if onto == Onto::Sum { &mut work.few[..] } else { &mut **out };
+            scale_rows(base, linear.weight.rows(), &base_scales(updates));
+        }
         if onto == Onto::Sum {
             outs[0].1.iter_mut().zip(&work.few).for_each(|(out, y)| *out += y);
         }
-        for (linear, out, _) in &mut outs {
+        for ((linear, out, _), updates) in outs.iter_mut().zip(&updates) {
             let (rows, cols) = (linear.weight.rows(), linear.weight.cols());
             if let Some(bias) = &linear.bias {
                 let bias = Values::of(bias)?;
@@ -619,16 +741,15 @@ impl<'a> LayerPass<'a> {
                     row.iter_mut().zip(&*bias).for_each(|(out, b)| *out += b);
                 }
             }
-            for update in
-                self.updates([*linear].into_iter(), &mut work.masks)?.into_iter().flatten()
-            {
+            for update in updates {
+                let b = update.dora.as_ref().map_or(&*update.b, |dora| &dora.b);
                 for token in update.tokens.clone() {
                     let x = &x[token * cols..(token + 1) * cols];
                     let y = &mut out[token * rows..(token + 1) * rows];
                     work.low.resize(update.r, 0.0);
                     work.low.fill(0.0);
                     add_product(self.isa, &update.a, x, 1.0, &mut work.low);
-                    add_product(self.isa, &update.b, &work.low, update.scale, y);
+                    add_product(self.isa, b, &work.low, update.scale, y);
                 }
             }
         }
@@ -642,7 +763,7 @@ impl<'a> LayerPass<'a> {
         linears: [(&Linear, &[f32], &Lows); M],
         x: &[f32],
         dx: Option<&mut [f32]>,
-        gradients: &mut LoraGradients,
+        gradients: &mut AdapterGradients,
         work: &mut Workspace,
     ) -> Result<()> {
         let (n, isa, panel) = (self.tokens, self.isa, self.backward);
@@ -654,6 +775,19 @@ impl<'a> LayerPass<'a> {
         for ((linear, dy, _), packed) in linears.iter().zip(&mut work.dys) {
             let (values, stride) = (*dy, linear.weight.rows());
             packed.pack(isa, panel, Strided { values, stride }, n, stride);
+        }
+        let scales: Vec<BaseScales> = updates.iter().map(|updates| base_scales(updates)).collect();
+        if dx.is_some() {
+            for (((_, dy, _), packed), scales) in
+                linears.iter().zip(&mut work.dbases).zip(&scales).filter(|(_, s)| !s.is_empty())
+            {
+                let stride = dy.len() / n.max(1);
+                work.scaled.clear();
+                work.scaled.extend_from_slice(dy);
+                scale_rows(&mut work.scaled, stride, scales);
+                let values = &work.scaled;
+                packed.pack(isa, panel, Strided { values, stride }, n, stride);
+            }
         }
 
         // dlow = scale · dy · B, nothing outside its tokens.
@@ -685,9 +819,13 @@ impl<'a> LayerPass<'a> {
             let mut packed = work.lows.iter();
             let mut terms = Vec::new();
             let mut apart = Vec::new();
-            for (((linear, ..), updates), dy) in linears.iter().zip(&updates).zip(&work.dys) {
+            let dys = work.dys.iter().zip(&work.dbases).zip(&scales);
+            for (((linear, ..), updates), ((dy, dbase), scales)) in
+                linears.iter().zip(&updates).zip(dys)
+            {
                 let frozen = Weights::Frozen(&linear.weight);
-                terms.push(Term { x: dy, weights: frozen, transposed: false });
+                let x = if scales.is_empty() { dy } else { dbase };
+                terms.push(Term { x, weights: frozen, transposed: false });
                 for update in updates {
                     let x = packed.next().expect("packed for every update");
                     let term = Term { x, weights: update.a(), transposed: false };
@@ -725,7 +863,7 @@ impl<'a> LayerPass<'a> {
         x: &[f32],
         updates: &[Vec<Update>],
         dlows: &[Vec<f32>],
-        gradients: &mut LoraGradients,
+        gradients: &mut AdapterGradients,
         work: &mut Workspace,
     ) -> Result<()> {
         let (n, isa, panel) = (self.tokens, self.isa, self.backward);
@@ -734,10 +872,10 @@ impl<'a> LayerPass<'a> {
         let mut dlow = dlows.iter();
         let mut trained = Vec::new();
         for ((linear, dy, lows), updates) in linears.iter().zip(updates) {
-            for (update, low) in updates.iter().zip(*lows) {
+            for (update, low) in updates.iter().zip(&lows.low) {
                 let dlow = dlow.next().expect("one for every update");
                 if update.trainable {
-                    trained.push(Trained { linear, dy, low, update, dlow });
+                    trained.push(Trained { linear, dy, low, base: &lows.base, update, dlow });
                 }
             }
         }
@@ -802,7 +940,7 @@ impl<'a> LayerPass<'a> {
         drop(products);
 
         let (mut in_stack, mut next_masked) = (0, 1);
-        for (i, Trained { linear, update, .. }) in trained.iter().enumerate() {
+        for (i, Trained { linear, dy, base, update, .. }) in trained.iter().enumerate() {
             let place = gradients.places[&linear.name];
             let da = match update.mask {
                 None => {
@@ -817,7 +955,13 @@ impl<'a> LayerPass<'a> {
             };
             gradients.gradients[place].iter_mut().zip(da).for_each(|(sum, d)| *sum += d);
             let db = &work.products[1 + masked.len() + i]; // (r, out)
-            add_turned(&mut gradients.gradients[place + 1], db, update.r, update.scale);
+            let scales = update.dora.as_ref().map(|dora| &dora.scales[..]);
+            add_turned(&mut gradients.gradients[place + 1], db, update.r, update.scale, scales);
+            if let Some(dora) = &update.dora {
+                let base = base.read(self.forward, &mut work.scaled); // (N, out)
+                let dm = &mut gradients.gradients[place + 2];
+                magnitude_gradient(dora, update, (dy, base), db, dm);
+            }
         }
         Ok(())
     }
@@ -848,8 +992,66 @@ impl Update<'_> {
     }
 
     fn b(&self) -> Weights<'_> {
-        Weights::Dense { values: &self.b, cols: self.r, scale: self.scale }
+        let values = self.dora.as_ref().map_or(&*self.b, |dora| &dora.b);
+        Weights::Dense { values, cols: self.r, scale: self.scale }
     }
+}
+
+/// What the updates of a layer make of the base's product; nothing without DoRA.
+fn base_scales(updates: &[Update]) -> BaseScales {
+    let mut all: BaseScales = Vec::new();
+    for (update, dora) in updates.iter().filter_map(|u| Some((u, u.dora.as_ref()?))) {
+        let last = all.last_mut().filter(|(tokens, _)| *tokens == update.tokens);
+        let scales = match last {
+            Some((_, scales)) => scales,
+            None => {
+                all.push((update.tokens.clone(), vec![1.0; dora.scales.len()]));
+                &mut all.last_mut().expect("just pushed").1
+            }
+        };
+        scales.iter_mut().zip(&dora.scales).for_each(|(c, s)| *c += dora.weight * (s - 1.0));
+    }
+    all
+}
+
+/// Multiplies rows of `values (N, width)` with the scales of their run.
+fn scale_rows(values: &mut [f32], width: usize, scales: &BaseScales) {
+    for (tokens, scales) in scales {
+        let rows = &mut values[tokens.start * width..tokens.end * width];
+        rows.par_chunks_exact_mut(width).for_each(|row| {
+            row.iter_mut().zip(scales).for_each(|(y, c)| *y *= c);
+        });
+    }
+}
+
+/// Adds `weight / ‖·‖ · Σ dy ⊙ (W x + scale · B A x)` to the gradient of the magnitudes: the norms
+/// are no part of the tape (Liu et al. 2024, section 4.3). `db (r, out)` is `lowᵀ · dy`.
+fn magnitude_gradient(
+    dora: &Dora,
+    update: &Update,
+    (dy, base): (&[f32], &[f32]),
+    db: &[f32],
+    dm: &mut [f32],
+) {
+    let out = dm.len();
+    let columns = 64;
+    let (tokens, r, scale, b) = (update.tokens.clone(), update.r, update.scale, &*update.b);
+    dm.par_chunks_mut(columns).enumerate().for_each(|(chunk, dm)| {
+        let first = chunk * columns;
+        let mut sums = vec![0f64; dm.len()];
+        for token in tokens.clone() {
+            let at = token * out + first;
+            let both = dy[at..at + dm.len()].iter().zip(&base[at..at + dm.len()]);
+            sums.iter_mut().zip(both).for_each(|(sum, (d, y))| *sum += f64::from(d * y));
+        }
+        for (i, (dm, sum)) in dm.iter_mut().zip(sums).enumerate() {
+            let row = first + i;
+            let b = &b[row * r..(row + 1) * r];
+            let through: f32 = b.iter().enumerate().map(|(k, b)| b * db[k * out + row]).sum();
+            let all = dora.weight * sum as f32 + scale * through;
+            *dm += all / dora.norms[row];
+        }
+    });
 }
 
 versions! {
@@ -901,12 +1103,13 @@ fn turn(values: &[f32], r: usize, out: &mut Vec<f32>) {
     });
 }
 
-/// Adds the transpose of `values (r, m)`, times `scale`, to `sums (m, r)`.
-fn add_turned(sums: &mut [f32], values: &[f32], r: usize, scale: f32) {
+/// Adds the transpose of `values (r, m)`, times `scale` and each row's own, to `sums (m, r)`.
+fn add_turned(sums: &mut [f32], values: &[f32], r: usize, scale: f32, of_rows: Option<&[f32]>) {
     let m = sums.len() / r;
     let rows = (CHUNK / 4 / r).max(1);
     sums.par_chunks_mut(rows * r).enumerate().for_each(|(chunk, sums)| {
         for (row, sums) in (chunk * rows..).zip(sums.chunks_exact_mut(r)) {
+            let scale = of_rows.map_or(scale, |of_rows| scale * of_rows[row]);
             for (j, sum) in sums.iter_mut().enumerate() {
                 *sum += scale * values[j * m + row];
             }

@@ -7,6 +7,7 @@ pub mod adapters;
 pub mod cache;
 pub mod config;
 pub mod decoder;
+pub mod ends;
 pub mod full;
 pub mod layer;
 pub mod load;

@@ -48,7 +48,7 @@ impl Decoder {
     pub fn observe(&self, rows: &Rows, adapters: Adapters, squares: &InputSquares) -> Result<()> {
         let mut pass = self.pass(rows, adapters, None);
         pass.squares = Some(squares);
-        let mut x = self.embed(&rows.tokens)?;
+        let mut x = self.embed(&rows.tokens, &pass)?;
         for index in 0..self.config.num_hidden_layers {
             x = self.layer(index, &x, &pass)?.detach();
         }

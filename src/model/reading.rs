@@ -7,8 +7,11 @@
 use candle_core::Result;
 use rayon::prelude::*;
 
+use super::adapters::Worn;
 use super::decoder::Decoder;
+use super::layer::AdapterGradients;
 use crate::isa::Isa;
+use crate::ops::gemm::Panel;
 use crate::ops::{Values, linear_cross_entropy, rms_norm};
 
 /// Rows of hidden states on their way to a head. Its buffers are used again by the next reading.
@@ -36,7 +39,7 @@ impl Reading {
 
 impl Decoder {
     /// Log-probs of `targets`, each the row of `x (N, hidden_size)` that predicts it and a token, of
-    /// logits divided by `temperature`: `(M)`, in nats. With `to_learn`, [`Self::log_probs_back`] may
+    /// logits divided by `temperature`, where all rows wear the same: `(M)`, in nats. With `to_learn`, [`Self::log_probs_back`] may
     /// follow.
     ///
     /// # Errors
@@ -49,6 +52,7 @@ impl Decoder {
         x: &[f32],
         targets: &[(u32, u32)],
         temperature: f64,
+        worn: &[Worn],
         to_learn: bool,
         reading: &'r mut Reading,
     ) -> Result<&'r [f32]> {
@@ -61,26 +65,36 @@ impl Decoder {
         logps.resize(targets.len(), 0.0);
         entropies.resize(targets.len(), 0.0);
         dnormed.resize(normed.len(), 0.0);
-        let panels = self.compute.forward_panel().zip(self.compute.backward_panel());
+        if let Some(head) = self.worn_head(worn)? {
+            head.forward(self.panels(), normed, targets, logps, entropies);
+            return Ok(&reading.logps);
+        }
+        let (panels, head) = (self.panels(), &self.head);
         let gradient = to_learn.then_some(&mut dnormed[..]);
-        let panels = panels.expect("not the portable form");
-        let head = &self.head;
         linear_cross_entropy::forward(panels, normed, head, targets, logps, entropies, gradient);
         Ok(&reading.logps)
     }
 
     /// Adds to `dx (N, hidden_size)` what follows from the gradient `dlogps (M)` of the log-probs
-    /// that were read last.
+    /// that were read last, and to `sink` what follows for trainable parts of the head. `worn` is what
+    /// they were read with.
     pub fn log_probs_back(
         &self,
         dlogps: &[f32],
         temperature: f64,
+        worn: &[Worn],
         reading: &mut Reading,
         dx: &mut [f32],
+        sink: &mut AdapterGradients,
     ) -> Result<()> {
         let width = self.config.hidden_size;
-        let rows = reading.dnormed.par_chunks_exact_mut(width).zip(dlogps);
-        rows.for_each(|(row, d)| row.iter_mut().for_each(|x| *x *= d));
+        if let Some(head) = self.worn_head(worn)? {
+            let Reading { normed, dnormed, targets, .. } = reading;
+            head.backward(self.panels(), normed, (targets, dlogps), dnormed, sink);
+        } else {
+            let rows = reading.dnormed.par_chunks_exact_mut(width).zip(dlogps);
+            rows.for_each(|(row, d)| row.iter_mut().for_each(|x| *x *= d));
+        }
         scale(&mut reading.dnormed, temperature);
         self.scatter(reading, dx)
     }
@@ -118,6 +132,15 @@ impl Decoder {
         let rows = reading.dnormed.par_chunks_exact_mut(head.len()).zip(dscores);
         rows.for_each(|(row, d)| row.iter_mut().zip(head).for_each(|(dx, w)| *dx = d * w));
         self.scatter(reading, dx)
+    }
+
+    /// Those of the way up and of the way back.
+    ///
+    /// # Panics
+    /// In the portable form.
+    fn panels(&self) -> (Panel, Panel) {
+        let panels = self.compute.forward_panel().zip(self.compute.backward_panel());
+        panels.expect("not the portable form")
     }
 
     /// Takes rows of `x` and norms them.

@@ -46,13 +46,13 @@ pub fn target_log_probs(
     temperature: f64,
 ) -> Result<Vec<f32>> {
     let rows = rows_of(batch);
-    log_probs_of(decoder, Adapters::Same(worn), &rows, &batch.targets, temperature)
+    log_probs_of(decoder, worn, &rows, &batch.targets, temperature)
 }
 
 /// The log-probs of targets, each the row of N that predicts it and a token.
 pub fn log_probs_of(
     decoder: &Decoder,
-    adapters: Adapters,
+    worn: &[Worn],
     rows: &Rows,
     targets: &[(u32, u32)],
     temperature: f64,
@@ -61,8 +61,8 @@ pub fn log_probs_of(
         return Ok(Vec::new());
     }
     let (places, targets): (Vec<u32>, Vec<u32>) = targets.iter().copied().unzip();
-    let hidden = heated(decoder.hidden_of(rows, adapters, &places)?, temperature)?;
-    decoder.log_probs(&hidden, &targets)?.to_vec1()
+    let hidden = heated(decoder.hidden_of(rows, Adapters::Same(worn), &places)?, temperature)?;
+    decoder.log_probs(&hidden, &targets, worn)?.to_vec1()
 }
 
 /// The scores that a head `(1, hidden_size)` reads from chosen rows, of the N of a batch.
@@ -104,7 +104,9 @@ pub fn log_probs_and_scores(
     };
     let logps = match targets.is_empty() {
         true => Vec::new(),
-        false => decoder.log_probs(&heated(of(&places)?, temperature)?, &targets)?.to_vec1()?,
+        false => {
+            decoder.log_probs(&heated(of(&places)?, temperature)?, &targets, worn)?.to_vec1()?
+        }
     };
     let found = match scored.is_empty() {
         true => Vec::new(),

@@ -72,7 +72,7 @@ struct Scratch {
 thread_local!(static SCRATCH: Cell<Scratch> = Cell::default());
 
 /// Rows whose logits are held at a time.
-fn chunk_rows(rows: usize, vocabulary: usize) -> usize {
+pub(crate) fn chunk_rows(rows: usize, vocabulary: usize) -> usize {
     (CHUNK_LOGITS / vocabulary.max(1)).clamp(24, 512).min(rows.max(1))
 }
 
@@ -224,7 +224,7 @@ impl CustomOp1 for LinearLogProbs {
 versions! {
     /// The target's log-probability, and the entropy of all; the logits become `factor` times the
     /// log-probability's gradient, `onehot - p`, if there is one.
-    fn score(isa; logits: &mut [f32], target: usize, factor: Option<f32>) -> (f32, f32) {
+    pub(crate) fn score(isa; logits: &mut [f32], target: usize, factor: Option<f32>) -> (f32, f32) {
         let mut most = [f32::NEG_INFINITY; 16];
         let (wide, rest) = logits.as_chunks::<16>();
         for l in wide {

@@ -28,6 +28,8 @@ pub struct AdamW {
     pub settings: AdamWSettings,
     /// Which parameters decay.
     pub decays: Vec<bool>,
+    /// What the learning rate is multiplied with, parameter by parameter (LoRA+, Hayou et al. 2024).
+    pub rates: Vec<f64>,
     /// Steps taken.
     pub step: u64,
     /// Mean of gradients.
@@ -40,8 +42,17 @@ impl AdamW {
     /// A fresh state for parameters of these lengths, all of which decay.
     pub fn new(settings: AdamWSettings, lengths: &[usize]) -> Self {
         let zeros: Vec<Vec<f32>> = lengths.iter().map(|&n| vec![0.0; n]).collect();
-        let decays = vec![true; lengths.len()];
-        Self { settings, decays, step: 0, exp_avg: zeros.clone(), exp_avg_sq: zeros }
+        let (decays, rates) = (vec![true; lengths.len()], vec![1.0; lengths.len()]);
+        Self { settings, decays, rates, step: 0, exp_avg: zeros.clone(), exp_avg_sq: zeros }
+    }
+
+    /// The same with learning rates of their own.
+    ///
+    /// # Panics
+    /// If there are not as many rates as parameters.
+    pub fn with_rates(self, rates: Vec<f64>) -> Self {
+        assert_eq!(rates.len(), self.exp_avg.len(), "a rate a parameter");
+        Self { rates, ..self }
     }
 
     /// The same with parameters that do not decay: torch's group of `weight_decay` 0.
@@ -68,21 +79,25 @@ impl AdamW {
         self.step += 1;
         let AdamWSettings { adam_beta1: b1, adam_beta2: b2, adam_epsilon, weight_decay } =
             self.settings;
+        let correction = 1.0 - b1.powf(self.step as f64);
         let constants = Constants {
             factor,
-            decay: (1.0 - lr * weight_decay) as f32,
-            step_size: (lr / (1.0 - b1.powf(self.step as f64))) as f32,
+            decay: 1.0,
+            step_size: 0.0,
             b1: b1 as f32,
             b2: b2 as f32,
             eps: adam_epsilon as f32,
             root: (1.0 - b2.powf(self.step as f64)).sqrt() as f32,
         };
-        let state = self.exp_avg.par_iter_mut().zip(&mut self.exp_avg_sq).zip(&self.decays);
+        let state = self.exp_avg.par_iter_mut().zip(&mut self.exp_avg_sq);
+        let state = state.zip(self.decays.par_iter().zip(&self.rates));
         let all = parameters.par_iter().zip(gradients).zip(state);
-        let finite = all.map(|((parameter, gradient), ((m, v), &decays))| {
-            let decay = if decays { constants.decay } else { 1.0 };
+        let finite = all.map(|((parameter, gradient), ((m, v), (&decays, &rate)))| {
+            let lr = lr * rate;
+            let decay = if decays { (1.0 - lr * weight_decay) as f32 } else { 1.0 };
+            let step_size = (lr / correction) as f32;
             let update = Update {
-                constants: Constants { decay, ..constants },
+                constants: Constants { decay, step_size, ..constants },
                 gradient,
                 state: RefCell::new((m, v)),
                 finite: Cell::new(true),

@@ -3,6 +3,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use quantune_adapters::BaseRows;
+
 use super::BlockType;
 
 /// A window into bytes that somebody keeps alive: a memory map, or a buffer on the heap.
@@ -217,6 +219,20 @@ impl FrozenMatrix {
                 head * head_dim + 2 * i + half
             }
         }
+    }
+}
+
+impl BaseRows for FrozenMatrix {
+    fn rows(&self) -> usize {
+        self.rows
+    }
+
+    fn cols(&self) -> usize {
+        self.cols
+    }
+
+    fn read(&self, rows: Range<usize>, out: &mut [f32]) {
+        self.read_tile(rows, 0..self.cols, out);
     }
 }
 

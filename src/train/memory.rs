@@ -55,6 +55,9 @@ pub fn passed_layers(decoder: &Decoder, adapters: &[Arc<Adapter>]) -> usize {
     let layers = decoder.config.num_hidden_layers;
     let passed = |adapter: &Arc<Adapter>| {
         let worn = [Worn::trainable(adapter.clone())];
+        if decoder.trains_embedding(Adapters::Same(&worn)) {
+            return layers;
+        }
         let lowest = decoder.lowest_trainable(Adapters::Same(&worn));
         lowest.map_or(0, |(lowest, _)| layers - lowest)
     };

@@ -13,7 +13,7 @@ use candle_core::{Device, Result, Tensor, Var};
 use quantune_adapters::delta::{Dropout, TokenKey};
 
 use crate::data::Batch;
-use crate::model::layer::{LoraGradients, Tape, Workspace};
+use crate::model::layer::{AdapterGradients, Tape, Workspace};
 use crate::model::scoring::{heated, scores};
 use crate::model::{Adapters, Decoder, Pass, Reading, Rows, Worn};
 use crate::objectives::{Judged, Objective};
@@ -90,17 +90,17 @@ fn fast(
     let Buffers { work, tapes, scratch, x, dx, logps, scores } = buffers;
     let layers = decoder.config.num_hidden_layers;
     let lowest = decoder.lowest_trainable(Adapters::Same(settings.worn));
-    let first = lowest.map_or(layers, |(index, _)| index);
+    let to_embedding = decoder.trains_embedding(Adapters::Same(settings.worn));
+    let first = if to_embedding { 0 } else { lowest.map_or(layers, |(index, _)| index) };
     let layer = |index| decoder.layer_pass(index, pass).expect("not the portable form");
     let kept = |index: usize| index + settings.kept_layers >= layers;
     let mut places = HashMap::new();
     for worn in settings.worn.iter().filter(|worn| worn.trainable) {
-        let modules = worn.adapter.modules.keys().enumerate();
-        places.extend(modules.map(|(i, module)| (module.clone(), 2 * i)));
+        places.extend(worn.adapter.places());
     }
 
     // Up.
-    decoder.embed_into(&batch.tokens, x)?;
+    decoder.embed_into(&batch.tokens, pass, x)?;
     tapes.resize_with(layers, Tape::default);
     for (index, tape) in tapes.iter_mut().enumerate() {
         if index >= first {
@@ -114,10 +114,11 @@ fn fast(
 
     // Read.
     let objective = settings.objective;
-    let temperature = settings.temperature;
+    let (temperature, worn) = (settings.temperature, settings.worn);
     let read_logps = match objective.reads_log_probs() {
         true => {
-            let found = decoder.read_log_probs(x, &batch.targets, temperature, true, logps)?;
+            let targets = &batch.targets;
+            let found = decoder.read_log_probs(x, targets, temperature, worn, true, logps)?;
             Some(Var::new(found, &Device::Cpu)?) // (M)
         }
         false => None,
@@ -143,7 +144,9 @@ fn fast(
     if let Some(read) = read_logps
         && let Some(dlogps) = store.remove(&read)
     {
-        decoder.log_probs_back(&dlogps.to_vec1::<f32>()?, temperature, logps, dx)?;
+        let dlogps = dlogps.to_vec1::<f32>()?;
+        let sink = &mut AdapterGradients { places: &places, gradients };
+        decoder.log_probs_back(&dlogps, temperature, worn, logps, dx, sink)?;
     }
     if let (Some(read), Some(head)) = (read_scores, head)
         && let Some(dscores) = store.remove(&read)
@@ -153,7 +156,8 @@ fn fast(
     }
 
     // Down.
-    let mut sink = LoraGradients { places: &places, gradients };
+    let mut sink = AdapterGradients { places: &places, gradients };
+    let lowest = lowest.filter(|_| !to_embedding);
     for index in (first..layers).rev() {
         let stop = lowest.filter(|(lowest, _)| *lowest == index).map(|(_, group)| group);
         let mut tape = &mut tapes[index];
@@ -164,6 +168,10 @@ fn fast(
             tape = scratch;
         }
         layer(index).backward(dx, tape, stop, &mut sink, work)?;
+    }
+    if to_embedding {
+        let sink = &mut AdapterGradients { places: &places, gradients };
+        decoder.embed_back(&batch.tokens, pass, dx, sink)?;
     }
     Ok(judged)
 }
@@ -210,7 +218,7 @@ fn read(
         true => {
             let (positions, targets): (Vec<u32>, Vec<u32>) = batch.targets.iter().copied().unzip();
             let read = heated(rows(positions)?, settings.temperature)?;
-            Some(decoder.log_probs(&read, &targets)?) // (M)
+            Some(decoder.log_probs(&read, &targets, settings.worn)?) // (M)
         }
         false => None,
     };
@@ -219,13 +227,7 @@ fn read(
         None => None,
     };
     let (judged, mut store) = judge(logps.as_ref(), read_scores.as_ref(), None, settings)?;
-    if read_scores.is_some()
-        && let Some(added) = store.remove(settings.head()?)
-    {
-        let gradient = gradients.last_mut().expect("the head is the last parameter");
-        let added = added.flatten_all()?.to_vec1::<f32>()?;
-        gradient.iter_mut().zip(added).for_each(|(sum, value)| *sum += value);
-    }
+    take_gradients(&mut store, settings.parameters, gradients)?;
     Ok((judged, store.remove(&top)))
 }
 
@@ -239,18 +241,21 @@ fn portable(
 ) -> Result<Judged> {
     let layers = decoder.config.num_hidden_layers;
     let lowest = decoder.lowest_trainable(Adapters::Same(settings.worn));
-    let lowest = lowest.map_or(layers, |(index, _)| index);
+    let to_embedding = decoder.trains_embedding(Adapters::Same(settings.worn));
+    let first = if to_embedding { 0 } else { lowest.map_or(layers, |(index, _)| index) };
 
     // Up.
-    let mut x = decoder.embed(&batch.tokens)?; // (N, H)
+    let embedded = decoder.embed(&batch.tokens, pass)?; // (N, H)
+    let mut x = embedded.detach();
     let mut kept = Vec::new();
     for index in 0..layers {
-        if index < lowest {
+        if index < first {
             x = decoder.layer(index, &x, pass)?;
             continue;
         }
         // The lowest layer's input needs no gradient, and as a plain tensor asks for none.
-        let input = if index == lowest { x } else { Var::from_tensor(&x)?.into_inner() };
+        let bottom = index == first && !to_embedding;
+        let input = if bottom { x } else { Var::from_tensor(&x)?.into_inner() };
         let output = decoder.layer(index, &input, pass)?;
         x = output.detach();
         let recomputed = index + settings.kept_layers < layers;
@@ -268,16 +273,28 @@ fn portable(
         };
         let mut store = (output * dy)?.sum_all()?.backward()?;
         dx = store.remove(&input);
-        for (parameter, gradient) in settings.parameters.iter().zip(gradients.iter_mut()) {
-            if let Some(added) = store.remove(parameter) {
-                let added = added.flatten_all()?.to_vec1::<f32>()?;
-                for (sum, value) in gradient.iter_mut().zip(added) {
-                    *sum += value;
-                }
-            }
-        }
+        take_gradients(&mut store, settings.parameters, gradients)?;
+    }
+    if let Some(dx) = dx.filter(|_| to_embedding) {
+        let mut store = (embedded * dx)?.sum_all()?.backward()?;
+        take_gradients(&mut store, settings.parameters, gradients)?;
     }
     Ok(judged)
+}
+
+/// Adds up the gradients of parameters that a tape holds.
+fn take_gradients(
+    store: &mut GradStore,
+    parameters: &[Var],
+    gradients: &mut [Vec<f32>],
+) -> Result<()> {
+    for (parameter, gradient) in parameters.iter().zip(gradients) {
+        if let Some(added) = store.remove(parameter) {
+            let added = added.flatten_all()?.to_vec1::<f32>()?;
+            gradient.iter_mut().zip(added).for_each(|(sum, value)| *sum += value);
+        }
+    }
+    Ok(())
 }
 
 /// Dropout whose masks belong to the tokens of `batch`, wherever they stand in it.

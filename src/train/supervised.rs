@@ -24,7 +24,7 @@ use crate::data::{
 };
 use crate::eval::evaluate;
 use crate::model::scoring::{row_scores, runs, target_log_probs};
-use crate::model::{Adapters, Decoder, Worn};
+use crate::model::{Decoder, Worn};
 use crate::objectives::preference::{PreferenceLoss, PreferenceSettings, kto_kl, kto_mismatched};
 use crate::objectives::reward::{Calibration, Pair, RewardStats, pair_losses, pair_weight};
 use crate::objectives::{Comparison as Compared, Labelled, Objective, Stats};
@@ -253,7 +253,7 @@ impl Supervised {
         match (&self.held_out, &self.task) {
             (None, _) => Ok(Some(Vec::new())),
             (Some(Rows::Examples(data)), _) => {
-                let loss = evaluate(decoder, Adapters::Same(&worn), &data.examples, stop)?;
+                let loss = evaluate(decoder, &worn, &data.examples, stop)?;
                 Ok(loss.map(|loss| {
                     vec![
                         ("eval_loss".into(), json!(loss.loss)),

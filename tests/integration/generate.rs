@@ -151,7 +151,7 @@ fn log_probs_are_those_of_the_whole_row() {
     for (prompt, ours) in prompts.iter().zip(&ours) {
         let whole = [&prompt[..], &ours.token_ids].concat();
         let hidden = decoder.hidden(&Rows::new(&[&whole]), Adapters::NONE).unwrap();
-        let log_probs = log_softmax(&decoder.logits(&hidden).unwrap());
+        let log_probs = log_softmax(&decoder.logits(&hidden, Adapters::NONE).unwrap());
         assert_eq!((ours.token_ids.len(), ours.logprobs.len()), (9, 9));
         for (i, &token) in ours.token_ids.iter().enumerate() {
             let theirs = &log_probs[prompt.len() - 1 + i];

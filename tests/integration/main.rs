@@ -1,5 +1,6 @@
 //! The integration tests: the public API against golden files and hostile input.
 
+mod adapter_kinds;
 mod adapters;
 mod allocations;
 mod binary;

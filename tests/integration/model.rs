@@ -1,6 +1,9 @@
 //! The decoder against transformers, on tiny random models.
 
+use std::collections::HashMap;
+
 use candle_core::{Device, Tensor, Var};
+use quantune::model::layer::AdapterGradients;
 use quantune::model::{Adapters, Decoder, KvCache, Reading, Rows, Worn};
 use quantune::ops::Compute;
 use quantune::weights::Checkpoint;
@@ -32,7 +35,7 @@ fn worst(name: &str, decoder: &Decoder) -> f64 {
     let path = golden(&format!("model/{name}.safetensors"));
     let theirs = candle_core::safetensors::load(path, &Device::Cpu).unwrap();
     let hidden = decoder.hidden(&Rows::new(&rows), Adapters::NONE).unwrap();
-    let ours = log_softmax(&decoder.logits(&hidden).unwrap());
+    let ours = log_softmax(&decoder.logits(&hidden, Adapters::NONE).unwrap());
     let theirs = (0..rows.len())
         .flat_map(|row| theirs[&format!("log_probs.{row}")].to_vec2::<f32>().unwrap());
     let mut worst = 0f64;
@@ -112,7 +115,7 @@ fn greedy_tokens_through_the_cache_are_transformers() {
                 true => decoder.hidden_step(&input, Adapters::NONE, &mut cache).unwrap(),
                 false => decoder.hidden_cached(&input, Adapters::NONE, &mut cache).unwrap(),
             };
-            let logits = log_softmax(&decoder.logits(&hidden).unwrap());
+            let logits = log_softmax(&decoder.logits(&hidden, Adapters::NONE).unwrap());
             for (row, segment) in input.segments.iter().enumerate() {
                 let last = &logits[segment.tokens.end - 1];
                 let best = (0..last.len()).max_by(|&a, &b| last[a].total_cmp(&last[b])).unwrap();
@@ -213,16 +216,19 @@ fn readings_by_hand_are_those_of_the_ops() {
     for temperature in [1.0, 0.7] {
         let targets = [(7, 5), (2, 9), (7, 11), (0, 5)];
         let hot = (normed(&rows).unwrap() * (1.0 / temperature)).unwrap();
-        let logps = decoder.log_probs(&hot, &targets.map(|(_, token)| token)).unwrap();
+        let logps = decoder.log_probs(&hot, &targets.map(|(_, token)| token), &[]).unwrap();
         let grads = (&logps * &given).unwrap().sum_all().unwrap().backward().unwrap();
-        let ours = decoder.read_log_probs(&values, &targets, temperature, true, &mut reading);
+        let ours = decoder.read_log_probs(&values, &targets, temperature, &[], true, &mut reading);
         close(ours.unwrap(), &logps);
         let mut dx = vec![0f32; n * width];
-        decoder.log_probs_back(&upstream, temperature, &mut reading, &mut dx).unwrap();
+        let mut none = AdapterGradients { places: &HashMap::new(), gradients: &mut [] };
+        decoder
+            .log_probs_back(&upstream, temperature, &[], &mut reading, &mut dx, &mut none)
+            .unwrap();
         close(&dx, grads.get(&x).unwrap());
     }
     let outside = [(0, decoder.config.vocab_size as u32)];
-    assert!(decoder.read_log_probs(&values, &outside, 1.0, false, &mut reading).is_err());
+    assert!(decoder.read_log_probs(&values, &outside, 1.0, &[], false, &mut reading).is_err());
 }
 
 /// Some of the tokens get the bits they have among all, whole and through the cache, whatever the

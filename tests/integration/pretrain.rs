@@ -225,7 +225,13 @@ fn a_base_goes_in_and_comes_out() {
         let rows = Rows::new(&[vec![5, 7, 9, 11], vec![3, 2]]);
         let hidden = |decoder: &quantune::model::Decoder| {
             let hidden = decoder.hidden(&rows, Adapters::Same(&[])).unwrap();
-            decoder.logits(&hidden).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+            decoder
+                .logits(&hidden, Adapters::NONE)
+                .unwrap()
+                .flatten_all()
+                .unwrap()
+                .to_vec1::<f32>()
+                .unwrap()
         };
         let error = relative(&hidden(&decoder), &hidden(&base));
         assert!(error < 1e-5, "{name}: {error:e}");

@@ -366,7 +366,7 @@ fn shared_prompts_change_no_hidden_state_log_prob_or_gradient() {
                     hidden.index_select(&Tensor::new(rows, &Device::Cpu).unwrap(), 0).unwrap()
                 };
                 let (rows, tokens): (Vec<u32>, Vec<u32>) = batch.targets.iter().copied().unzip();
-                let logps = run.decoder.log_probs(&take(rows), &tokens).unwrap();
+                let logps = run.decoder.log_probs(&take(rows), &tokens, &worn).unwrap();
                 let ends = take(batch.ends.clone()).flatten_all().unwrap();
                 (logps.to_vec1::<f32>().unwrap(), ends.to_vec1::<f32>().unwrap())
             };

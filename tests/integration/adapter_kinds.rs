@@ -1,0 +1,275 @@
+//! Every kind of adapter, DoRA, updates of embedding and head, whole modules and token rows: the fast
+//! form against the portable one, gradients against finite differences, rows against rows alone.
+
+use std::sync::Arc;
+
+use candle_core::{Device, Tensor, Var};
+use quantune::data::Batch;
+use quantune::generate::{self, Request, Sampling, Settings};
+use quantune::model::{Adapters, CacheType, Decoder, Rows, Worn};
+use quantune::objectives::Objective;
+use quantune::ops::Compute;
+use quantune::optim::Gradients;
+use quantune::train::step::{Buffers, StepSettings, accumulate};
+use quantune_adapters::config::{InitLoraWeights, LoraConfig};
+use quantune_adapters::delta::{Adapter, Lora, Magnitude, TokenRows};
+use quantune_adapters::rng::Stream;
+use quantune_adapters::targets::Target;
+
+use crate::support::load;
+use crate::train::rows;
+
+/// What an adapter of a test has beside plain updates.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Kind {
+    Plain,
+    Dora,
+    /// Updates of the embedding and the head.
+    Ends,
+    /// A whole embedding and head.
+    Whole,
+    /// Rows of some tokens.
+    Tokens,
+}
+
+const KINDS: [Kind; 5] = [Kind::Plain, Kind::Dora, Kind::Ends, Kind::Whole, Kind::Tokens];
+
+fn random(key: &str, shape: (usize, usize), deviation: f32) -> Vec<f32> {
+    let mut stream = Stream::new(11, key, &[]);
+    (0..shape.0 * shape.1).map(|_| stream.normal() * deviation).collect()
+}
+
+fn var(values: Vec<f32>, shape: (usize, usize)) -> Var {
+    Var::from_vec(values, shape, &Device::Cpu).unwrap()
+}
+
+/// An adapter that changes what the model says, the same for the same name.
+fn adapter(decoder: &Decoder, name: &str, kind: Kind) -> Adapter {
+    let config = LoraConfig {
+        init_lora_weights: InitLoraWeights::Random,
+        r: 3,
+        lora_alpha: 6.0,
+        ..LoraConfig::default()
+    };
+    let layers = decoder.linears().into_iter().filter(|spec| spec.name.starts_with("model.layers"));
+    let targets: Vec<Target> = layers.map(|spec| Target { spec, r: 3, scale: 2.0 }).collect();
+    let mut adapter =
+        Adapter::new(name, config, &targets, name.len() as u64, &Device::Cpu).unwrap();
+    let (vocabulary, width) = (decoder.config.vocab_size, decoder.config.hidden_size);
+    match kind {
+        Kind::Plain => {}
+        Kind::Dora => {
+            for (module, lora) in &mut adapter.modules {
+                let m = random(&format!("{name} {module}"), (lora.out_features(), 1), 0.3);
+                let m: Vec<f32> = m.iter().map(|m| m + 1.0).collect();
+                let rows = m.len();
+                let m = Var::from_vec(m, rows, &Device::Cpu).unwrap();
+                lora.magnitude = Some(Magnitude::new(m));
+            }
+        }
+        Kind::Ends => {
+            for (module, inputs, outputs) in
+                [("model.embed_tokens", vocabulary, width), ("lm_head", width, vocabulary)]
+            {
+                let a = random(&format!("{name} {module} A"), (3, inputs), 0.1);
+                let b = random(&format!("{name} {module} B"), (outputs, 3), 0.1);
+                let lora = Lora::new(var(a, (3, inputs)), var(b, (outputs, 3)), 2.0);
+                adapter.modules.insert(module.into(), lora);
+            }
+        }
+        Kind::Whole => {
+            for module in ["model.embed_tokens", "lm_head"] {
+                let whole = random(&format!("{name} {module}"), (vocabulary, width), 0.1);
+                adapter.saved.insert(module.into(), var(whole, (vocabulary, width)));
+            }
+        }
+        Kind::Tokens => {
+            let indices: Vec<u32> = (0..vocabulary as u32).step_by(3).collect();
+            let rows = random(name, (indices.len(), width), 0.2);
+            let rows = var(rows, (indices.len(), width));
+            adapter.tokens = Some(TokenRows { indices, rows });
+        }
+    }
+    adapter
+}
+
+struct Step {
+    decoder: Decoder,
+    /// The trainable adapter last.
+    worn: Vec<Worn>,
+    parameters: Vec<(String, Var)>,
+}
+
+impl Step {
+    fn new(model: &str, compute: Compute, below: &[(Kind, f64)], kind: Kind) -> Self {
+        let decoder = load(model, compute);
+        let mut worn = Vec::new();
+        for (i, &(kind, weight)) in below.iter().enumerate() {
+            let adapter = Arc::new(adapter(&decoder, &format!("below{i}"), kind));
+            worn.push(Worn { adapter, weight, trainable: false });
+        }
+        let trained = Arc::new(adapter(&decoder, "trained", kind));
+        let parameters = trained.parameters();
+        worn.push(Worn::trainable(trained));
+        Self { decoder, worn, parameters }
+    }
+
+    /// The loss over a few rows, and the gradients.
+    fn run(&self, recomputed: bool) -> (f64, Gradients) {
+        let rows = &rows("llama-tiny")[..3];
+        let batch = Batch::new(rows, &[(0..rows.len()).collect()]);
+        let vars: Vec<Var> = self.parameters.iter().map(|(_, var)| var.clone()).collect();
+        let mut gradients: Gradients = vars.iter().map(|var| vec![0.0; var.elem_count()]).collect();
+        let settings = StepSettings {
+            objective: &Objective::LanguageModelling,
+            temperature: 0.8,
+            scale: 1.0 / batch.count() as f64,
+            kept_layers: if recomputed { 0 } else { self.decoder.config.num_hidden_layers },
+            worn: &self.worn,
+            parameters: &vars,
+            dropout: None,
+        };
+        let buffers = &mut Buffers::default();
+        let judged = accumulate(&self.decoder, &batch, &settings, &mut gradients, buffers).unwrap();
+        (judged.loss / batch.count() as f64, gradients)
+    }
+}
+
+fn norm(values: &[f32]) -> f64 {
+    values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt()
+}
+
+/// The fast form's loss and every gradient are the portable one's, whatever lies below.
+#[test]
+fn every_kind_trains_as_its_portable_form() {
+    for model in ["llama-tiny", "llama-untied", "qwen2-tiny", "llama-q8_0"] {
+        for kind in KINDS {
+            for below in [&[][..], &[(Kind::Dora, 0.6), (Kind::Ends, 1.0), (Kind::Whole, 0.3)]] {
+                let check =
+                    |compute, recomputed| Step::new(model, compute, below, kind).run(recomputed);
+                let (loss, gradients) = check(Compute::F32, false);
+                let (exact_loss, exact) = check(Compute::Portable, false);
+                let at = format!("{model} {kind:?} below {below:?}");
+                assert!((loss - exact_loss).abs() < 2e-6 * exact_loss, "{at}: {loss} {exact_loss}");
+                let names = Step::new(model, Compute::F32, below, kind).parameters;
+                for ((ours, exact), (name, _)) in gradients.iter().zip(&exact).zip(names) {
+                    let difference: Vec<f32> = ours.iter().zip(exact).map(|(a, b)| a - b).collect();
+                    let bound = 1e-4 * norm(exact) + 1e-8;
+                    assert!(
+                        norm(&difference) < bound,
+                        "{at} {name}: {} of {}",
+                        norm(&difference),
+                        norm(exact)
+                    );
+                }
+                assert_eq!((loss, gradients), check(Compute::F32, true), "{at} recomputed");
+            }
+        }
+    }
+}
+
+/// Along a random direction of each parameter, central differences of the loss are the gradient's.
+#[test]
+fn gradients_are_those_of_finite_differences() {
+    for kind in KINDS {
+        let step = Step::new("llama-untied", Compute::F32, &[(Kind::Dora, 0.6)], kind);
+        let (_, gradients) = step.run(false);
+        for ((name, var), gradient) in step.parameters.iter().zip(&gradients) {
+            let original: Vec<f32> = var.flatten_all().unwrap().to_vec1().unwrap();
+            // Up the gradient itself: the largest difference there is, against rounding. Row norms
+            // are kept meanwhile, as DoRA takes them for constants.
+            let length = norm(gradient);
+            if length < 0.02 {
+                continue;
+            }
+            let step_size = (1e-3 / length).clamp(0.002, 0.05) / length;
+            let moved = |by: f64| {
+                let values = original.iter().zip(gradient);
+                let values: Vec<f32> =
+                    values.map(|(v, g)| (f64::from(*v) + by * f64::from(*g)) as f32).collect();
+                let values = Tensor::from_vec(values, var.shape(), &Device::Cpu).unwrap();
+                var.set(&values).unwrap();
+                step.run(false).0
+            };
+            let slope = (moved(step_size) - moved(-step_size)) / (2.0 * step_size);
+            moved(0.0);
+            let exact = length * length;
+            assert!(
+                (slope - exact).abs() < 0.02 * exact + 1e-7,
+                "{kind:?} {name}: {slope} {exact}"
+            );
+        }
+    }
+}
+
+/// Rows that wear adapters of their own get what each gets alone, in one pass and in generation; the
+/// integer modes and the portable form say nearly the same.
+#[test]
+fn rows_wear_what_they_wear_alone() {
+    let decoder = load("llama-untied", Compute::F32);
+    let lists: Vec<Vec<Worn>> = KINDS
+        .iter()
+        .enumerate()
+        .map(|(i, &kind)| {
+            let mut worn = vec![Worn::frozen(Arc::new(adapter(&decoder, &format!("n{i}"), kind)))];
+            if i % 2 == 0 {
+                let adapter = Arc::new(adapter(&decoder, "second", Kind::Dora));
+                worn.push(Worn { adapter, weight: -0.5, trainable: false });
+            }
+            worn
+        })
+        .chain([Vec::new()])
+        .collect();
+    let worn: Vec<&[Worn]> = lists.iter().map(|list| &list[..]).collect();
+    let texts: Vec<Vec<u32>> = (0..worn.len() as u32).map(|i| vec![5 + i, 9, 30 + i, 7]).collect();
+    let logits = |decoder: &Decoder, rows: &[&[u32]], worn: &[&[Worn]]| {
+        let adapters = Adapters::PerRow(worn);
+        let rows = Rows::new(rows);
+        let ends: Vec<u32> = rows.segments.iter().map(|s| s.tokens.end as u32 - 1).collect();
+        let hidden = decoder.hidden_of(&rows, adapters, &ends).unwrap();
+        decoder.logits(&hidden, adapters).unwrap().to_vec2::<f32>().unwrap()
+    };
+    let rows: Vec<&[u32]> = texts.iter().map(|row| &row[..]).collect();
+    let together = logits(&decoder, &rows, &worn);
+    let portable = logits(&load("llama-untied", Compute::Portable), &rows, &worn);
+    for (i, row) in together.iter().enumerate() {
+        let alone = &logits(&decoder, &rows[i..=i], &worn[i..=i])[0];
+        let close =
+            |a: &[f32], b: &[f32], bound: f32| a.iter().zip(b).all(|(a, b)| (a - b).abs() < bound);
+        assert!(close(row, alone, 1e-5), "row {i} alone");
+        assert!(close(row, &portable[i], 1e-4), "row {i} in the portable form");
+    }
+    for (i, one) in together.iter().enumerate() {
+        for other in &together[i + 1..] {
+            assert!(
+                one.iter().zip(other).any(|(a, b)| (a - b).abs() > 1e-2),
+                "row {i} is another's"
+            );
+        }
+    }
+
+    let settings = Settings {
+        sampling: Sampling { temperature: 0.0, ..Sampling::default() },
+        max_tokens: 12,
+        cache: CacheType::F32,
+        logprobs: None,
+        draws: false,
+        slots: 4,
+    };
+    let go_on = |rows: &[&[u32]], worn: &[&[Worn]]| {
+        let requests: Vec<Request> =
+            rows.iter().enumerate().map(|(i, row)| Request::new(row, i as u64)).collect();
+        let adapters = Adapters::PerRow(worn);
+        let never = |_| false;
+        let generation =
+            generate::generate(&decoder, adapters, &requests, &settings, &never, &mut |_, _| {
+                std::ops::ControlFlow::Continue(())
+            });
+        let rows = generation.unwrap().rows.into_iter();
+        rows.map(|row| row.token_ids).collect::<Vec<_>>()
+    };
+    let together = go_on(&rows, &worn);
+    for i in 0..rows.len() {
+        assert_eq!(together[i], go_on(&rows[i..=i], &worn[i..=i])[0], "row {i}");
+    }
+}
