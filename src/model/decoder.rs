@@ -306,6 +306,7 @@ impl Decoder {
             name: linear.name.clone(),
             in_features: linear.weight.cols(),
             out_features: linear.weight.rows(),
+            embedding: false,
         };
         linears.map(spec).collect()
     }
