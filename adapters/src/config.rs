@@ -26,6 +26,17 @@ pub enum InitLoraWeights {
     Random,
     /// `"gaussian"`: A normal with standard deviation `1/r`.
     Gaussian,
+    /// `"pissa"`: the base's r largest singular triples (Meng et al. 2024), exact or, as
+    /// `"pissa_niter_16"`, by that many rounds of randomized subspace iteration.
+    Pissa {
+        /// Rounds of the iteration.
+        niter: Option<usize>,
+    },
+    /// `"olora"`: the first r columns of Q and rows of R of the base's QR (Büyükakyüz 2024).
+    Olora,
+    /// `"loftq"`: the largest singular triples of what quantization took from the base (Li et al.
+    /// 2023).
+    Loftq,
     /// An initialization that leaves the base's weights alone and that we cannot draw
     /// (`"eva"`, `"orthogonal"`): an adapter that began so can be read and trained on.
     Stored(String),
@@ -60,11 +71,15 @@ pub struct LoraConfig {
     pub layers_pattern: Vec<String>,
     /// Scale by `lora_alpha / sqrt(r)` instead (rsLoRA, Kalajdzievski 2023).
     pub use_rslora: bool,
+    /// Each row of a merged weight gets a length of its own (DoRA, Liu et al. 2024).
+    pub use_dora: bool,
     /// How A and B begin.
     pub init_lora_weights: InitLoraWeights,
-    /// Modules trained whole and stored beside the updates. Of these we know [`SCORE`]; PEFT also
-    /// lists `classifier`, whichever the model has.
+    /// Modules trained whole and stored beside the updates, by path or its end: [`SCORE`],
+    /// [`EMBEDDING`], [`HEAD`]; PEFT also lists `classifier` beside `score`, whichever the model has.
     pub modules_to_save: Vec<String>,
+    /// Tokens whose embeddings are trained, in the order of the file's rows.
+    pub trainable_token_indices: Vec<u32>,
     /// Whether PEFT shall load the adapter frozen.
     pub inference_mode: bool,
 }
@@ -73,6 +88,10 @@ pub struct LoraConfig {
 pub const SCORE: &str = "score";
 /// What PEFT lists beside it for every sequence classifier.
 const CLASSIFIER: &str = "classifier";
+/// The token embedding's module path.
+pub const EMBEDDING: &str = "model.embed_tokens";
+/// The output head's module path.
+pub const HEAD: &str = "lm_head";
 
 /// PEFT's defaults.
 impl Default for LoraConfig {
@@ -91,8 +110,10 @@ impl Default for LoraConfig {
             layers_to_transform: None,
             layers_pattern: Vec::new(),
             use_rslora: false,
+            use_dora: false,
             init_lora_weights: InitLoraWeights::KaimingUniform,
             modules_to_save: Vec::new(),
+            trainable_token_indices: Vec::new(),
             inference_mode: false,
         }
     }
@@ -114,13 +135,11 @@ pub enum ConfigError {
 const MAX_R: usize = 65536;
 
 /// Keys that change what PEFT computes when they hold anything but null, false, or nothing.
-const UNSUPPORTED: [&str; 15] = [
-    "use_dora",
+const UNSUPPORTED: [&str; 13] = [
     "use_qalora",
     "use_bdlora",
     "lora_bias",
     "fan_in_fan_out",
-    "trainable_token_indices",
     "target_parameters",
     "layer_replication",
     "megatron_config",
@@ -187,24 +206,30 @@ impl LoraConfig {
                 })
                 .unwrap_or_default(),
             use_rslora: keys.read("use_rslora", "true or false", Value::as_bool).unwrap_or(false),
+            use_dora: keys.read("use_dora", "true or false", Value::as_bool).unwrap_or(false),
             init_lora_weights: keys
                 .read("init_lora_weights", INIT_NEEDED, init)
                 .unwrap_or(default.init_lora_weights),
             modules_to_save: keys
-                .read("modules_to_save", "score: no other module is supported", |v| {
+                .read("modules_to_save", SAVED_NEEDED, |v| {
                     let names = match modules(v)? {
                         Modules::Expression(one) if one.is_empty() => Vec::new(),
                         Modules::Expression(one) => vec![one],
                         Modules::List(many) => many,
                     };
-                    let known = |name: &String| [SCORE, CLASSIFIER].contains(&name.as_str());
-                    names.iter().all(known).then_some(names)
+                    names.iter().all(|name| is_savable(name)).then_some(names)
                 })
+                .unwrap_or_default(),
+            trainable_token_indices: keys
+                .read("trainable_token_indices", TOKENS_NEEDED, token_indices)
                 .unwrap_or_default(),
             inference_mode: keys
                 .read("inference_mode", "true or false", Value::as_bool)
                 .unwrap_or(false),
         };
+        if is_true(map.get("ensure_weight_tying")) && config.names_embeddings() {
+            keys.problems.push(TYING.into());
+        }
         let mut problems = keys.problems;
         if let Err(ConfigError::Keys(more)) = config.validate() {
             problems.extend(more);
@@ -229,6 +254,20 @@ impl LoraConfig {
         for (key, a) in alphas.chain([("lora_alpha".into(), &self.lora_alpha)]) {
             need(a.is_finite(), format!("{key}: found {a}, needed a finite number"));
         }
+        for name in &self.modules_to_save {
+            let problem = format!("modules_to_save: found {name:?}, needed {SAVED_NEEDED}");
+            need(is_savable(name), problem);
+        }
+        let tokens = &self.trainable_token_indices;
+        let mut rising = tokens.clone();
+        rising.sort_unstable();
+        if let Some(twice) = rising.windows(2).find(|pair| pair[0] == pair[1]) {
+            need(false, format!("trainable_token_indices: token {} is there twice", twice[0]));
+        }
+        let holds = tokens.is_empty() || !self.saved_modules().any(|module| module == EMBEDDING);
+        let problem =
+            "trainable_token_indices beside modules_to_save embed_tokens: needed one of them";
+        need(holds, problem.into());
         let p = self.lora_dropout;
         need((0.0..1.0).contains(&p), format!("lora_dropout: found {p}, needed 0 <= p < 1"));
         if let Some(Modules::Expression(_)) = self.target_modules {
@@ -240,6 +279,28 @@ impl LoraConfig {
             need(holds, "layers_pattern needs layers_to_transform beside it".into());
         }
         if problems.is_empty() { Ok(()) } else { Err(ConfigError::Keys(problems)) }
+    }
+
+    /// The paths of the modules trained whole, but for a score head: [`EMBEDDING`], [`HEAD`].
+    pub fn saved_modules(&self) -> impl Iterator<Item = &'static str> {
+        let is_meant = |path: &&str| self.modules_to_save.iter().any(|name| is_end(path, name));
+        [EMBEDDING, HEAD].into_iter().filter(is_meant)
+    }
+
+    /// Whether there is a score head.
+    pub(crate) fn has_score(&self) -> bool {
+        self.modules_to_save.iter().any(|module| module == SCORE)
+    }
+
+    /// Whether embedding or head are trained, as far as names tell.
+    fn names_embeddings(&self) -> bool {
+        let targets = match &self.target_modules {
+            None => Vec::new(),
+            Some(Modules::Expression(one)) => vec![one.as_str()],
+            Some(Modules::List(many)) => many.iter().map(String::as_str).collect(),
+        };
+        let named = |name: &&str| name.contains("embed_tokens") || name.contains(HEAD);
+        self.saved_modules().next().is_some() || targets.iter().any(named)
     }
 
     /// The text of an `adapter_config.json`, keys in PEFT's order. Patterns keep the order they
@@ -257,8 +318,7 @@ impl LoraConfig {
         let init = match &self.init_lora_weights {
             InitLoraWeights::KaimingUniform => Value::from(true),
             InitLoraWeights::Random => Value::from(false),
-            InitLoraWeights::Gaussian => Value::from("gaussian"),
-            InitLoraWeights::Stored(name) => Value::from(name.clone()),
+            named => Value::from(named.to_string()),
         };
         let mut map = Map::new();
         let mut put = |key: &str, value: Value| map.insert(key.into(), value);
@@ -283,7 +343,9 @@ impl LoraConfig {
         put("revision", text(&self.revision));
         put("target_modules", modules(&self.target_modules));
         put("task_type", text(&self.task_type));
-        put("use_dora", false.into());
+        let tokens = &self.trainable_token_indices;
+        put("trainable_token_indices", (!tokens.is_empty()).then(|| tokens.clone()).into());
+        put("use_dora", self.use_dora.into());
         put("use_rslora", self.use_rslora.into());
         format!("{:#}\n", Value::Object(map))
     }
@@ -356,20 +418,90 @@ fn pattern<T>(value: &Value, convert: fn(&Value) -> Option<T>) -> Option<Vec<(St
     value.as_object()?.iter().map(|(key, v)| Some((key.clone(), convert(v)?))).collect()
 }
 
-const INIT_NEEDED: &str = "true, false or \"gaussian\": others are not supported";
+const INIT_NEEDED: &str = "true, false, \"gaussian\", \"pissa\", \"pissa_niter_N\", \"olora\" or \"loftq\": others are not supported";
+const SAVED_NEEDED: &str = "score, embed_tokens or lm_head: no other module is supported";
+const TOKENS_NEEDED: &str = "a list of token ids, or an object {\"embed_tokens\": [...]}, lm_head beside it only with the same ids";
+const TYING: &str = "ensure_weight_tying: found true, needed false: embedding and head are trained apart, or by trainable_token_indices together";
+
+/// The name PEFT has for it.
+impl std::fmt::Display for InitLoraWeights {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::KaimingUniform => f.write_str("true"),
+            Self::Random => f.write_str("false"),
+            Self::Gaussian => f.write_str("gaussian"),
+            Self::Pissa { niter: None } => f.write_str("pissa"),
+            Self::Pissa { niter: Some(niter) } => write!(f, "pissa_niter_{niter}"),
+            Self::Olora => f.write_str("olora"),
+            Self::Loftq => f.write_str("loftq"),
+            Self::Stored(name) => f.write_str(name),
+        }
+    }
+}
+
+impl InitLoraWeights {
+    /// The initialization of this name, of those that can begin an adapter.
+    pub fn from_name(name: &str) -> Option<Self> {
+        match name.to_ascii_lowercase().as_str() {
+            "true" => Some(Self::KaimingUniform),
+            "false" => Some(Self::Random),
+            "gaussian" => Some(Self::Gaussian),
+            "pissa" => Some(Self::Pissa { niter: None }),
+            "olora" => Some(Self::Olora),
+            "loftq" => Some(Self::Loftq),
+            other => {
+                let niter = other.strip_prefix("pissa_niter_")?.parse().ok()?;
+                Some(Self::Pissa { niter: Some(niter) })
+            }
+        }
+    }
+}
 
 fn init(value: &Value) -> Option<InitLoraWeights> {
     match value {
         Value::Bool(true) => Some(InitLoraWeights::KaimingUniform),
         Value::Bool(false) => Some(InitLoraWeights::Random),
-        Value::String(s) if s.eq_ignore_ascii_case("gaussian") => Some(InitLoraWeights::Gaussian),
-        // PiSSA, OLoRA, CorDA, LoftQ and others also change the base's weights when PEFT loads the
-        // adapter, so their files mean something only beside that other base.
+        // CorDA, LoRA-GA and others change the base's weights when PEFT loads the adapter, by data
+        // that is not in the file.
         Value::String(s) if s == "eva" || s == "orthogonal" => {
             Some(InitLoraWeights::Stored(s.clone()))
         }
+        Value::String(s) if s != "true" && s != "false" => InitLoraWeights::from_name(s),
         _ => None,
     }
+}
+
+fn is_savable(name: &str) -> bool {
+    [SCORE, CLASSIFIER].contains(&name) || [EMBEDDING, HEAD].iter().any(|path| is_end(path, name))
+}
+
+/// Whether `name` is the path or what follows a dot in it.
+fn is_end(path: &str, name: &str) -> bool {
+    path == name || path.strip_suffix(name).is_some_and(|start| start.ends_with('.'))
+}
+
+/// A list of tokens, or such lists by module: the embedding's, and the head's if it is the same.
+fn token_indices(value: &Value) -> Option<Vec<u32>> {
+    let list = |value: &Value| -> Option<Vec<u32>> {
+        let token = |item: &Value| u32::try_from(item.as_u64()?).ok();
+        value.as_array()?.iter().map(token).collect()
+    };
+    let Value::Object(modules) = value else { return list(value) };
+    let mut tokens = None;
+    for (name, value) in modules {
+        let of_module = list(value)?;
+        let known = [EMBEDDING, HEAD].iter().any(|path| is_end(path, name));
+        if !known || tokens.as_ref().is_some_and(|tokens| *tokens != of_module) {
+            return None;
+        }
+        tokens = Some(of_module);
+    }
+    let embedding = modules.keys().any(|name| is_end(EMBEDDING, name));
+    (embedding || modules.is_empty()).then(|| tokens.unwrap_or_default())
+}
+
+fn is_true(value: Option<&Value>) -> bool {
+    value.is_some_and(|value| value == &Value::Bool(true))
 }
 
 /// A whole number without a point: PEFT's `lora_alpha` is an int to most readers.
@@ -401,11 +533,17 @@ mod tests {
             layers_to_transform: Some(vec![1, 2]),
             layers_pattern: vec!["layers".into()],
             use_rslora: true,
+            use_dora: true,
             init_lora_weights: InitLoraWeights::Gaussian,
             inference_mode: true,
-            modules_to_save: vec!["score".into()],
+            modules_to_save: vec!["score".into(), "lm_head".into()],
+            trainable_token_indices: vec![7, 2],
         };
-        for config in [LoraConfig::default(), full] {
+        let begun = |init_lora_weights| LoraConfig { init_lora_weights, ..LoraConfig::default() };
+        let pissa = |niter| begun(InitLoraWeights::Pissa { niter });
+        let named = [begun(InitLoraWeights::Olora), begun(InitLoraWeights::Loftq)];
+        let written = [LoraConfig::default(), full, pissa(None), pissa(Some(16))];
+        for config in written.into_iter().chain(named) {
             assert_eq!(LoraConfig::from_json(&config.to_json()).unwrap(), config);
         }
         let text = LoraConfig::default().to_json();
@@ -425,18 +563,18 @@ mod tests {
         check("{", &["EOF"]);
         check("{}", &["peft_type is missing"]);
         check(
-            r#"{"peft_type": "ADALORA", "use_dora": true, "bias": "all",
-                "modules_to_save": ["embed_tokens"], "trainable_token_indices": [1],
+            r#"{"peft_type": "ADALORA", "use_dora": 1, "bias": "all",
+                "modules_to_save": ["embed_tokens", "norm"], "trainable_token_indices": [-1],
                 "target_parameters": ["x"], "fan_in_fan_out": true,
                 "megatron_config": {"a": 1}, "alora_invocation_tokens": [2], "lora_bias": true}"#,
             &[
                 "peft_type: found \"ADALORA\"",
                 "bias: found \"all\"",
-                "use_dora",
+                "use_dora: found 1, needed true or false",
                 "lora_bias",
                 "fan_in_fan_out",
-                "modules_to_save: found [\"embed_tokens\"]",
-                "trainable_token_indices",
+                "modules_to_save: found [\"embed_tokens\",\"norm\"], needed score, embed_tokens or lm_head",
+                "trainable_token_indices: found [-1], needed a list",
                 "target_parameters",
                 "megatron_config",
                 "alora_invocation_tokens",
@@ -444,14 +582,14 @@ mod tests {
         );
         check(
             r#"{"peft_type": "LORA", "r": 0, "lora_alpha": "x", "lora_dropout": 1,
-                "target_modules": [1], "rank_pattern": {"q": 0.5}, "init_lora_weights": "pissa",
+                "target_modules": [1], "rank_pattern": {"q": 0.5}, "init_lora_weights": "corda",
                 "layers_to_transform": -1, "layers_pattern": "layers"}"#,
             &[
                 "lora_alpha: found \"x\", needed a number",
                 "target_modules: found [1]",
                 "rank_pattern: found {\"q\":0.5}",
                 "layers_to_transform: found -1",
-                "init_lora_weights: found \"pissa\"",
+                "init_lora_weights: found \"corda\"",
                 "r: found 0, needed 1 to 65536",
                 "lora_dropout: found 1, needed 0 <= p < 1",
                 "layers_pattern needs layers_to_transform",
@@ -461,6 +599,11 @@ mod tests {
             r#"{"peft_type": "LORA", "target_modules": "all-linear", "layers_to_transform": [0]}"#,
             &["need target_modules as a list"],
         );
+        check(
+            r#"{"peft_type": "LORA", "trainable_token_indices": [3, 1, 3],
+                "modules_to_save": ["model.embed_tokens"], "ensure_weight_tying": true}"#,
+            &["token 3 is there twice", "needed one of them", "ensure_weight_tying: found true"],
+        );
     }
 
     #[test]
@@ -469,5 +612,26 @@ mod tests {
             "loftq_config": {}, "lora_alpha": 16.5, "layers_to_transform": [], "bias": null}"#;
         let config = LoraConfig::from_json(text).unwrap();
         assert_eq!(config, LoraConfig { lora_alpha: 16.5, ..LoraConfig::default() });
+    }
+
+    #[test]
+    fn modules_and_tokens_are_named_as_peft_names_them() {
+        let check = |text: &str, saved: &[&str], tokens: &[u32]| {
+            let text = format!(r#"{{"peft_type": "LORA", {text}}}"#);
+            let config = LoraConfig::from_json(&text).unwrap();
+            assert_eq!(config.saved_modules().collect::<Vec<_>>(), saved, "{text}");
+            assert_eq!(config.trainable_token_indices, tokens, "{text}");
+        };
+        check(r#""modules_to_save": ["lm_head", "model.embed_tokens"]"#, &[EMBEDDING, HEAD], &[]);
+        check(r#""modules_to_save": ["score", "classifier", "embed_tokens"]"#, &[EMBEDDING], &[]);
+        check(r#""trainable_token_indices": [5, 1]"#, &[], &[5, 1]);
+        check(r#""trainable_token_indices": {"embed_tokens": [1, 2]}"#, &[], &[1, 2]);
+        check(r#""trainable_token_indices": {"lm_head": [4], "embed_tokens": [4]}"#, &[], &[4]);
+        check(r#""trainable_token_indices": {}, "ensure_weight_tying": true"#, &[], &[]);
+        for refused in [r#"{"lm_head": [4]}"#, r#"{"embed_tokens": [1], "lm_head": [2]}"#, "7"] {
+            let text = format!(r#"{{"peft_type": "LORA", "trainable_token_indices": {refused}}}"#);
+            let error = LoraConfig::from_json(&text).unwrap_err().to_string();
+            assert!(error.contains("trainable_token_indices: found"), "{error}");
+        }
     }
 }

@@ -8,7 +8,7 @@ use candle_core::{Device, Result, Tensor, Var};
 use rayon::prelude::*;
 
 use crate::base::BaseRows;
-use crate::config::{InitLoraWeights, LoraConfig, SCORE};
+use crate::config::{EMBEDDING, InitLoraWeights, LoraConfig, SCORE};
 use crate::rng::Stream;
 use crate::targets::Target;
 
@@ -257,8 +257,13 @@ impl Dropout {
 #[non_exhaustive]
 pub enum InitError {
     /// An initialization whose tensors can only come from a file.
-    #[error("init_lora_weights {0:?} cannot begin an adapter, needed true, false or \"gaussian\"")]
+    #[error(
+        "init_lora_weights {0:?} cannot begin an adapter, needed one that can be drawn or made of the base"
+    )]
     Init(String),
+    /// What is made of the base's weights, without them.
+    #[error("{0} is made of the base's weights, which are not at hand here")]
+    Base(String),
     /// No memory on the device, or no such device.
     #[error("a new adapter's tensors: {0}")]
     Tensor(#[from] candle_core::Error),
@@ -294,7 +299,8 @@ pub struct TokenRows {
 }
 
 impl Adapter {
-    /// A fresh adapter over `targets`, begun as `config.init_lora_weights` says.
+    /// A fresh adapter over `targets`, begun as `config.init_lora_weights` says, of what needs no
+    /// weights of the base ([`Adapter::begin`] does with them).
     ///
     /// Each tensor's numbers are keyed by its module's path, so that another choice of modules
     /// leaves those of the others as they are.
@@ -305,32 +311,13 @@ impl Adapter {
         seed: u64,
         device: &Device,
     ) -> std::result::Result<Self, InitError> {
+        if config.use_dora {
+            return Err(InitError::Base("use_dora".into()));
+        }
         let mut modules = BTreeMap::new();
-        for Target { spec, r, scale } in targets {
-            let mut of_a = Stream::new(seed, &format!("lora_A {}", spec.name), &[]);
-            let mut of_b = Stream::new(seed, &format!("lora_B {}", spec.name), &[]);
-            // kaiming_uniform with a = sqrt(5): bound sqrt(6 / ((1 + 5) fan_in)).
-            let linear = |stream: &mut Stream, fan_in: usize| {
-                (2.0 * stream.uniform() - 1.0) / (fan_in as f32).sqrt()
-            };
-            let (of_in, out) = (spec.in_features, spec.out_features);
-            let (a, b): (Vec<f32>, Vec<f32>) = match &config.init_lora_weights {
-                InitLoraWeights::KaimingUniform => {
-                    ((0..r * of_in).map(|_| linear(&mut of_a, of_in)).collect(), vec![0.0; out * r])
-                }
-                InitLoraWeights::Random => (
-                    (0..r * of_in).map(|_| linear(&mut of_a, of_in)).collect(),
-                    (0..out * r).map(|_| linear(&mut of_b, *r)).collect(),
-                ),
-                InitLoraWeights::Gaussian => {
-                    let a = (0..r * of_in).map(|_| of_a.normal() / *r as f32).collect();
-                    (a, vec![0.0; out * r])
-                }
-                InitLoraWeights::Stored(init) => return Err(InitError::Init(init.clone())),
-            };
-            let a = Var::from_vec(a, (*r, of_in), device)?;
-            let b = Var::from_vec(b, (out, *r), device)?;
-            modules.insert(spec.name.clone(), Lora::new(a, b, *scale));
+        for target in targets {
+            let lora = drawn(&config.init_lora_weights, target, seed, device)?;
+            modules.insert(target.spec.name.clone(), lora);
         }
         Ok(Self {
             name: name.into(),
@@ -457,6 +444,49 @@ impl Adapter {
     }
 }
 
+/// An update that is drawn at random, as PEFT draws it.
+pub(crate) fn drawn(
+    init: &InitLoraWeights,
+    Target { spec, r, scale }: &Target,
+    seed: u64,
+    device: &Device,
+) -> std::result::Result<Lora, InitError> {
+    let (of_in, out) = (spec.in_features, spec.out_features);
+    let draw = |factor: &str, count: usize, one: &dyn Fn(&mut Stream) -> f32| -> Vec<f32> {
+        let mut stream = Stream::new(seed, &format!("lora_{factor} {}", spec.name), &[]);
+        (0..count).map(|_| one(&mut stream)).collect()
+    };
+    // kaiming_uniform with a = sqrt(5): bound sqrt(6 / ((1 + 5) fan_in)).
+    let linear = |fan_in: usize| {
+        move |stream: &mut Stream| (2.0 * stream.uniform() - 1.0) / (fan_in as f32).sqrt()
+    };
+    let (a, b) = match init {
+        InitLoraWeights::Random if spec.embedding => {
+            (draw("A", r * of_in, &Stream::normal), draw("B", out * r, &Stream::normal))
+        }
+        InitLoraWeights::KaimingUniform | InitLoraWeights::Gaussian if spec.embedding => {
+            (vec![0.0; r * of_in], draw("B", out * r, &Stream::normal))
+        }
+        InitLoraWeights::KaimingUniform => {
+            (draw("A", r * of_in, &linear(of_in)), vec![0.0; out * r])
+        }
+        InitLoraWeights::Random => {
+            (draw("A", r * of_in, &linear(of_in)), draw("B", out * r, &linear(*r)))
+        }
+        InitLoraWeights::Gaussian => {
+            let normal = |stream: &mut Stream| stream.normal() / *r as f32;
+            (draw("A", r * of_in, &normal), vec![0.0; out * r])
+        }
+        InitLoraWeights::Pissa { .. } | InitLoraWeights::Olora | InitLoraWeights::Loftq => {
+            return Err(InitError::Base(format!("init_lora_weights {init}")));
+        }
+        InitLoraWeights::Stored(init) => return Err(InitError::Init(init.clone())),
+    };
+    let a = Var::from_vec(a, (*r, of_in), device)?;
+    let b = Var::from_vec(b, (out, *r), device)?;
+    Ok(Lora::new(a, b, *scale))
+}
+
 /// PEFT's name of the score head.
 pub(crate) fn score_name() -> String {
     format!("base_model.model.{SCORE}.weight")
@@ -480,9 +510,12 @@ pub(crate) fn token_rows_name() -> String {
     format!("base_model.model.{TOKEN_ROWS}.trainable_tokens_delta")
 }
 
-/// PEFT's name of A or B of a module.
+/// PEFT's name of A or B of a module: those of an embedding are no linear layers there.
 pub(crate) fn tensor_name(module: &str, factor: char) -> String {
-    format!("base_model.model.{module}.lora_{factor}.weight")
+    match module == EMBEDDING {
+        true => format!("base_model.model.{module}.lora_embedding_{factor}"),
+        false => format!("base_model.model.{module}.lora_{factor}.weight"),
+    }
 }
 
 #[cfg(test)]
@@ -491,7 +524,8 @@ mod tests {
     use crate::targets::LinearSpec;
 
     fn target(name: &str, r: usize) -> Target {
-        let spec = LinearSpec { name: name.into(), in_features: 60, out_features: 50 };
+        let spec =
+            LinearSpec { name: name.into(), in_features: 60, out_features: 50, embedding: false };
         Target { spec, r, scale: 0.5 }
     }
 

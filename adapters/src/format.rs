@@ -1,4 +1,23 @@
 //! PEFT's adapter folder, in and out: `adapter_config.json` and `adapter_model.safetensors`.
+//!
+//! Names in the file, behind `base_model.model.`:
+//!
+//! | tensor | name | shape |
+//! |---|---|---|
+//! | factors of a linear layer | `<module>.lora_A.weight`, `<module>.lora_B.weight` | `(r, in)`, `(out, r)` |
+//! | factors of the embedding | `<module>.lora_embedding_A`, `<module>.lora_embedding_B` | `(r, vocab_size)`, `(hidden_size, r)` |
+//! | DoRA's magnitudes | `<module>.lora_magnitude_vector` | `(out)` |
+//! | whole modules | `lm_head.weight`, `model.embed_tokens.weight` | `(vocab_size, hidden_size)` |
+//! | token rows | `model.embed_tokens.token_adapter.trainable_tokens_delta` | `(tokens, hidden_size)` |
+//! | score head | `score.weight` | `(1, hidden_size)` |
+//!
+//! Beside an update of embedding or head PEFT also writes the base's own weight (`base_layer`): it is
+//! the base's, so it is held to its shape and otherwise left alone, and we do not write it.
+//!
+//! An update that holds some of its ranks as they began (see [`crate::initialize`]) is a plain one of
+//! all its ranks here, which is what PEFT's conversion of PiSSA and OLoRA writes. A folder that PEFT
+//! wrote without that conversion means a base changed by the initialization. Ours never changes, so
+//! such a folder is refused.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -10,8 +29,11 @@ use candle_core::{DType, Device, Tensor, Var};
 use safetensors::tensor::{Metadata, TensorInfo, TensorView, View};
 use safetensors::{Dtype, SafeTensors};
 
-use crate::config::{ConfigError, LoraConfig, Modules, SCORE};
-use crate::delta::{Adapter, Lora, score_name, tensor_name};
+use crate::config::{ConfigError, EMBEDDING, HEAD, InitLoraWeights, LoraConfig, Modules, SCORE};
+use crate::delta::{
+    Adapter, Lora, Magnitude, TokenRows, magnitude_name, saved_name, score_name, tensor_name,
+    token_rows_name,
+};
 use crate::targets::{LinearSpec, Resolved, Target, TargetError, Unmatched, resolve};
 
 /// PEFT's name of the config.
@@ -104,6 +126,10 @@ pub fn read_folder(
     device: &Device,
 ) -> Result<(Adapter, Vec<Unmatched>), FormatError> {
     let config = read_config(folder)?;
+    if let Some(problem) = changes_base(&config.init_lora_weights) {
+        let source = ConfigError::Keys(vec![problem]);
+        return Err(FormatError::Config { path: folder.join(CONFIG_FILE), source });
+    }
     let path = folder.join(TENSORS_FILE);
     if !path.exists() && folder.join("adapter_model.bin").exists() {
         return Err(FormatError::Pickle(folder.into()));
@@ -113,87 +139,213 @@ pub fn read_folder(
     if wanted.target_modules.is_none() {
         // PEFT chose by its table of model families; the file says what it chose.
         let tensors = deserialize(&bytes, &path)?;
-        let modules = tensors.names().into_iter().filter_map(|n| Some(parse_name(n)?.0.into()));
-        let modules: BTreeSet<String> = modules.collect();
+        let factors = tensors.names().into_iter().filter_map(|name| match parse_name(name)? {
+            (module, Part::A | Part::B) => Some(module.to_string()),
+            _ => None,
+        });
+        let modules: BTreeSet<String> = factors.collect();
         wanted.target_modules = Some(Modules::List(modules.into_iter().collect()));
     }
-    let Resolved { targets, unmatched } = resolve(&wanted, linears, head)
+    let resolved = resolve(&wanted, linears, head)
         .map_err(|source| FormatError::Targets { path: folder.join(CONFIG_FILE), source })?;
-    let adapter = from_bytes(&bytes, &path, name, config, &targets, device)?;
-    Ok((adapter, unmatched))
+    let adapter = from_bytes(&bytes, &path, name, config, &resolved, device)?;
+    Ok((adapter, resolved.unmatched))
 }
 
-/// An adapter from the bytes of an `adapter_model.safetensors`, or of a checkpoint that holds one;
-/// `path` is what errors name. `targets` are the modules, ranks and scales it must have.
+/// Why an adapter that began so and was not converted cannot be read.
+fn changes_base(init: &InitLoraWeights) -> Option<String> {
+    let why = match init {
+        InitLoraWeights::Pissa { .. } | InitLoraWeights::Olora => {
+            "PEFT takes the adapter's start off the base whenever it loads this, and the base is \
+             never changed here; needed a plain adapter, as save_pretrained writes it with \
+             path_initial_model_for_weight_conversion"
+        }
+        InitLoraWeights::Loftq => {
+            "its base is one that LoftQ quantized anew, not the one it names; needed a plain adapter \
+             (init_lora_weights true) and that base beside it"
+        }
+        _ => return None,
+    };
+    Some(format!("init_lora_weights: found \"{init}\": {why}"))
+}
+
+/// An adapter from the bytes of an `adapter_model.safetensors`; `path` is what errors name.
+/// `resolved` says which modules, ranks and scales it must have.
 pub fn from_bytes(
     bytes: &[u8],
     path: &Path,
     name: &str,
-    config: LoraConfig,
-    targets: &[Target],
+    mut config: LoraConfig,
+    resolved: &Resolved,
     device: &Device,
 ) -> Result<Adapter, FormatError> {
-    let tensors = deserialize(bytes, path)?;
-    let mut problems = Vec::new();
-    let mut found: BTreeMap<(&str, char), TensorView<'_>> = BTreeMap::new();
-    let has_score = config.modules_to_save.iter().any(|module| module == SCORE);
-    let mut score = None;
-    for (name, view) in tensors.iter() {
-        if has_score && name == score_name() {
-            score = Some(view);
-            continue;
-        }
-        match parse_name(name) {
-            Some((module, factor)) if targets.iter().any(|t| t.spec.name == module) => {
-                if found.insert((module, factor), view).is_some() {
-                    problems.push(format!("{name} is there twice, under two adapter names"));
-                }
-            }
-            _ => problems.push(format!("{name} is unexpected")),
-        }
-    }
-    problems.sort();
+    let mut tensors = Found::new(deserialize(bytes, path)?);
     let mut modules = BTreeMap::new();
-    for Target { spec, r, scale } in targets {
-        let mut read = |factor, needed: [usize; 2]| {
-            let view = found.get(&(spec.name.as_str(), factor));
-            let tensor = match view {
-                None => Err("is missing".to_string()),
-                Some(view) => read_tensor(view, needed),
-            };
-            tensor.map_err(|e| problems.push(format!("{} {e}", tensor_name(&spec.name, factor))))
+    for Target { spec, r, scale } in &resolved.targets {
+        let (of_in, out) = (spec.in_features, spec.out_features);
+        let a = tensors.take(&spec.name, Part::A, &[*r, of_in], device)?;
+        let b = tensors.take(&spec.name, Part::B, &[out, *r], device)?;
+        let magnitude = match config.use_dora {
+            true => tensors.take(&spec.name, Part::Magnitude, &[out], device)?,
+            false => None,
         };
-        let a = read('A', [*r, spec.in_features]);
-        let b = read('B', [spec.out_features, *r]);
-        if let (Ok(a), Ok(b)) = (a, b) {
-            let a = Var::from_vec(a, (*r, spec.in_features), device)?;
-            let b = Var::from_vec(b, (spec.out_features, *r), device)?;
-            modules.insert(spec.name.clone(), Lora::new(a, b, *scale));
+        if spec.embedding || spec.name == HEAD {
+            let shape = if spec.embedding { [of_in, out] } else { [out, of_in] };
+            tensors.skip(&spec.name, Part::Base, &shape);
+        }
+        if let (Some(a), Some(b)) = (a, b) {
+            let magnitude = magnitude.map(Magnitude::new);
+            modules.insert(spec.name.clone(), Lora { magnitude, ..Lora::new(a, b, *scale) });
         }
     }
-    let score = match score {
-        None if has_score => Err("is missing, though modules_to_save names it".to_string()),
-        None => Ok(None),
-        Some(view) => match view.shape() {
-            &[1, width] => read_tensor(&view, [1, width]).map(|values| Some((values, width))),
-            other => Err(format!("is {other:?}, needed [1, hidden_size]: one score a text")),
-        },
+    let mut saved = BTreeMap::new();
+    for spec in &resolved.saved {
+        let shape = match spec.embedding {
+            true => [spec.in_features, spec.out_features],
+            false => [spec.out_features, spec.in_features],
+        };
+        if let Some(weight) = tensors.take(&spec.name, Part::Whole, &shape, device)? {
+            saved.insert(spec.name.clone(), weight);
+        }
+    }
+    let tokens = match &resolved.tokens {
+        None => None,
+        Some(embedding) => {
+            let indices = &mut config.trainable_token_indices;
+            let shape = [indices.len(), embedding.out_features];
+            let rows = tensors.take(&embedding.name, Part::Tokens, &shape, device)?;
+            rows.map(|rows| in_order(indices, rows)).transpose()?
+        }
     };
-    let score = score.map_err(|e| problems.push(format!("{} {e}", score_name())));
+    let score = match config.has_score() {
+        true => tensors.take_score(device)?,
+        false => None,
+    };
+    let problems = tensors.problems();
     if !problems.is_empty() {
         let base = config.base_model_name_or_path;
         return Err(FormatError::Mismatch { path: path.into(), base, problems });
     }
-    let score = score.ok().flatten();
-    let score = score.map(|(values, width)| Var::from_vec(values, (1, width), device));
-    Ok(Adapter {
-        name: name.into(),
-        config,
-        modules,
-        score: score.transpose()?,
-        saved: BTreeMap::new(),
-        tokens: None,
-    })
+    Ok(Adapter { name: name.into(), config, modules, score, saved, tokens })
+}
+
+/// Token rows in the order of their tokens, which PEFT's need not be in.
+fn in_order(indices: &mut [u32], rows: Var) -> candle_core::Result<TokenRows> {
+    let mut order: Vec<u32> = (0..indices.len() as u32).collect();
+    order.sort_by_key(|&place| indices[place as usize]);
+    indices.sort_unstable();
+    let order = Tensor::from_vec(order, indices.len(), rows.device())?;
+    let rows = Var::from_tensor(&rows.as_detached_tensor().index_select(&order, 0)?)?;
+    Ok(TokenRows { indices: indices.to_vec(), rows })
+}
+
+/// What a tensor of a file is to its module.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Part {
+    A,
+    B,
+    Magnitude,
+    /// The base's own weight.
+    Base,
+    /// The module, trained whole.
+    Whole,
+    Tokens,
+}
+
+impl Part {
+    /// PEFT's name of the tensor.
+    fn name(self, module: &str) -> String {
+        match self {
+            Self::A => tensor_name(module, 'A'),
+            Self::B => tensor_name(module, 'B'),
+            Self::Magnitude => magnitude_name(module),
+            Self::Base => saved_name(&format!("{module}.base_layer")),
+            Self::Whole => saved_name(module),
+            Self::Tokens => token_rows_name(),
+        }
+    }
+}
+
+/// The tensors of a file that nobody has taken yet, and all that is wrong with those taken.
+struct Found<'a> {
+    tensors: BTreeMap<(String, Part), (String, TensorView<'a>)>,
+    unexpected: Vec<String>,
+    problems: Vec<String>,
+}
+
+impl<'a> Found<'a> {
+    fn new(file: SafeTensors<'a>) -> Self {
+        let mut found =
+            Self { tensors: BTreeMap::new(), unexpected: Vec::new(), problems: Vec::new() };
+        for (name, view) in file.tensors() {
+            let Some((module, part)) = parse_name(&name) else {
+                found.unexpected.push(format!("{name} is unexpected"));
+                continue;
+            };
+            let key = (module.to_string(), part);
+            if let Some((name, _)) = found.tensors.insert(key, (name, view)) {
+                let problem = format!("{name} is there twice, under two adapter names");
+                found.unexpected.push(problem);
+            }
+        }
+        found
+    }
+
+    /// The tensor as F32; `None`, then noted, where it is missing or of another shape.
+    fn take(
+        &mut self,
+        module: &str,
+        part: Part,
+        shape: &[usize],
+        device: &Device,
+    ) -> candle_core::Result<Option<Var>> {
+        let values = match self.tensors.remove(&(module.to_string(), part)) {
+            None => Err("is missing".to_string()),
+            Some((_, view)) => read_tensor(&view, shape),
+        };
+        match values {
+            Ok(values) => Var::from_vec(values, shape, device).map(Some),
+            Err(problem) => {
+                self.problems.push(format!("{} {problem}", part.name(module)));
+                Ok(None)
+            }
+        }
+    }
+
+    /// A tensor that may be there and is not read.
+    fn skip(&mut self, module: &str, part: Part, shape: &[usize]) {
+        if let Some((name, view)) = self.tensors.remove(&(module.to_string(), part))
+            && view.shape() != shape
+        {
+            self.problems.push(format!("{name} is {:?}, needed {shape:?}", view.shape()));
+        }
+    }
+
+    fn take_score(&mut self, device: &Device) -> candle_core::Result<Option<Var>> {
+        let score = self.tensors.get(&(SCORE.to_string(), Part::Whole));
+        let width = match score.map(|(_, view)| view.shape()) {
+            None => Err("is missing, though modules_to_save names it".to_string()),
+            Some(&[1, width]) => Ok(width),
+            Some(other) => Err(format!("is {other:?}, needed [1, hidden_size]: one score a text")),
+        };
+        match width {
+            Ok(width) => self.take(SCORE, Part::Whole, &[1, width], device),
+            Err(problem) => {
+                self.tensors.remove(&(SCORE.to_string(), Part::Whole));
+                self.problems.push(format!("{} {problem}", score_name()));
+                Ok(None)
+            }
+        }
+    }
+
+    /// Everything wrong: what nobody took first.
+    fn problems(self) -> Vec<String> {
+        let left = self.tensors.into_values().map(|(name, _)| format!("{name} is unexpected"));
+        let mut unexpected: Vec<String> = self.unexpected.into_iter().chain(left).collect();
+        unexpected.sort();
+        unexpected.extend(self.problems);
+        unexpected
+    }
 }
 
 /// Writes the adapter as a PEFT folder, which is created. Each file appears whole or not at all, and
@@ -290,22 +442,41 @@ fn deserialize<'a>(bytes: &'a [u8], path: &Path) -> Result<SafeTensors<'a>, Form
         .map_err(|e| FormatError::Broken { path: path.into(), reason: e.to_string() })
 }
 
-/// Module and factor of `base_model.model.<module>.lora_A.weight`, which inside a model also
-/// carries an adapter's name: `lora_A.default.weight`.
-fn parse_name(name: &str) -> Option<(&str, char)> {
-    let inner = name.strip_prefix("base_model.model.")?.strip_suffix(".weight")?;
-    for (mark, factor) in [(".lora_A", 'A'), (".lora_B", 'B')] {
+/// Module and part of `base_model.model.<module>.lora_A.weight` and its like, which inside a model
+/// also carry an adapter's name: `lora_A.default.weight`.
+fn parse_name(name: &str) -> Option<(&str, Part)> {
+    let inner = name.strip_prefix("base_model.model.")?;
+    let (inner, has_weight) = match inner.strip_suffix(".weight") {
+        Some(inner) => (inner, true),
+        None => (inner, false),
+    };
+    // What stands between the module and, but for an adapter's name, the end.
+    let marks = [
+        (".lora_A", Part::A, true),
+        (".lora_B", Part::B, true),
+        (".lora_embedding_A", Part::A, false),
+        (".lora_embedding_B", Part::B, false),
+        (".lora_magnitude_vector", Part::Magnitude, false),
+        (".token_adapter.trainable_tokens_delta", Part::Tokens, false),
+        (".modules_to_save", Part::Whole, true),
+    ];
+    for (mark, part, needs_weight) in marks {
         if let Some((module, adapter)) = inner.rsplit_once(mark)
             && (adapter.is_empty() || adapter.starts_with('.'))
         {
-            return Some((module, factor));
+            // The magnitudes of a model in memory are a layer of their own, with a weight.
+            let fits = has_weight == needs_weight || part == Part::Magnitude;
+            return fits.then_some((module, part));
         }
     }
-    None
+    if let Some(module) = inner.strip_suffix(".base_layer").filter(|_| has_weight) {
+        return Some((module, Part::Base));
+    }
+    (has_weight && [EMBEDDING, HEAD, SCORE].contains(&inner)).then_some((inner, Part::Whole))
 }
 
 /// The values as `f32`, or what is wrong with them.
-fn read_tensor(view: &TensorView<'_>, needed: [usize; 2]) -> Result<Vec<f32>, String> {
+fn read_tensor(view: &TensorView<'_>, needed: &[usize]) -> Result<Vec<f32>, String> {
     if view.shape() != needed {
         return Err(format!("is {:?}, needed {needed:?}", view.shape()));
     }
@@ -351,5 +522,159 @@ mod tests {
             write_tensors(&mut streamed, metadata.clone(), tensors()).unwrap();
             assert_eq!(streamed, safetensors::serialize(tensors(), metadata).unwrap());
         }
+    }
+
+    fn spec(name: &str, of_in: usize, out: usize) -> LinearSpec {
+        let embedding = name == EMBEDDING;
+        LinearSpec { name: name.into(), in_features: of_in, out_features: out, embedding }
+    }
+
+    /// A vocabulary of 7, hidden states of 4.
+    fn base() -> Vec<LinearSpec> {
+        vec![spec("q_proj", 4, 6), spec("v_proj", 4, 2), spec(EMBEDDING, 7, 4), spec(HEAD, 4, 7)]
+    }
+
+    /// An adapter with numbers of its own everywhere.
+    fn everything(targets: &[&str], saved: &[&str], tokens: &[u32], use_dora: bool) -> Adapter {
+        let names = |names: &[&str]| names.iter().map(|name| name.to_string()).collect();
+        let config = LoraConfig {
+            r: 3,
+            target_modules: Some(Modules::List(names(targets))),
+            modules_to_save: names(saved),
+            trainable_token_indices: tokens.to_vec(),
+            init_lora_weights: InitLoraWeights::Random,
+            ..LoraConfig::default()
+        };
+        let resolved = resolve(&config, &base(), Some(HEAD)).unwrap();
+        let targets = &resolved.targets;
+        let mut adapter = Adapter::new("test", config, targets, 1, &Device::Cpu).unwrap();
+        let var = |rows: usize, cols: usize| {
+            let values = (0..rows * cols).map(|i| i as f32 + 0.5).collect();
+            Var::from_vec(values, (rows, cols), &Device::Cpu).unwrap()
+        };
+        adapter.config.use_dora = use_dora;
+        for lora in adapter.modules.values_mut().filter(|_| use_dora) {
+            let vector = var(1, lora.out_features()).flatten_all().unwrap();
+            lora.magnitude = Some(Magnitude::new(Var::from_tensor(&vector).unwrap()));
+        }
+        for module in resolved.saved {
+            adapter.saved.insert(module.name, var(7, 4));
+        }
+        if !tokens.is_empty() {
+            adapter.tokens = Some(TokenRows { indices: tokens.into(), rows: var(tokens.len(), 4) });
+        }
+        if saved.contains(&SCORE) {
+            adapter.score = Some(var(1, 4));
+        }
+        adapter
+    }
+
+    #[test]
+    fn every_kind_of_tensor_is_read_again() {
+        let check = |targets: &[&str], saved: &[&str], tokens: &[u32], use_dora, names: &[&str]| {
+            let adapter = everything(targets, saved, tokens, use_dora);
+            let folder = tempfile::tempdir().unwrap();
+            write_folder(&adapter, folder.path()).unwrap();
+            let read = read_folder(folder.path(), "test", &base(), Some(HEAD), &Device::Cpu);
+            let (again, _) = read.unwrap();
+            assert_eq!(again.config, adapter.config);
+            let flat = |adapter: &Adapter| -> Vec<(String, Vec<usize>, Vec<f32>)> {
+                let parameters = adapter.parameters().into_iter();
+                let flat = parameters.map(|(name, var)| {
+                    let values = var.flatten_all().unwrap().to_vec1().unwrap();
+                    (name, var.dims().to_vec(), values)
+                });
+                flat.collect()
+            };
+            assert_eq!(flat(&again), flat(&adapter));
+            let found: Vec<_> = flat(&again).into_iter().map(|(name, ..)| name).collect();
+            for name in names {
+                assert!(found.contains(&format!("base_model.model.{name}")), "{name}: {found:?}");
+            }
+        };
+        check(&["q_proj", "v_proj"], &[], &[], true, &["v_proj.lora_magnitude_vector"]);
+        let embedding = "model.embed_tokens.lora_embedding_A";
+        let both = [embedding, "model.embed_tokens.lora_embedding_B", "lm_head.lora_B.weight"];
+        check(&["q_proj", "embed_tokens", "lm_head"], &[], &[], false, &both);
+        let whole = ["model.embed_tokens.weight", "lm_head.weight", "score.weight"];
+        check(&["q_proj"], &["score", "embed_tokens", "lm_head"], &[], false, &whole);
+        let rows = ["model.embed_tokens.token_adapter.trainable_tokens_delta", "lm_head.weight"];
+        check(&["v_proj"], &["lm_head"], &[1, 4, 5], true, &rows);
+    }
+
+    #[test]
+    fn token_rows_come_in_the_order_of_their_tokens() {
+        let mut adapter = everything(&["q_proj"], &[], &[1, 2, 5], false);
+        adapter.config.trainable_token_indices = vec![5, 1, 2]; // as a file of PEFT's may have them
+        let folder = tempfile::tempdir().unwrap();
+        write_folder(&adapter, folder.path()).unwrap();
+        let (again, _) =
+            read_folder(folder.path(), "test", &base(), Some(HEAD), &Device::Cpu).unwrap();
+        let tokens = again.tokens.unwrap();
+        assert_eq!(tokens.indices, [1, 2, 5]);
+        assert_eq!(again.config.trainable_token_indices, [1, 2, 5]);
+        let rows = tokens.rows.to_vec2::<f32>().unwrap();
+        assert_eq!([rows[0][0], rows[1][0], rows[2][0]], [4.5, 8.5, 0.5]);
+    }
+
+    #[test]
+    fn what_misfits_of_every_kind_is_named() {
+        let adapter = everything(&["q_proj"], &["lm_head"], &[1], true);
+        let check = |change: &dyn Fn(&mut Adapter), needed: &[&str]| {
+            let mut changed = adapter.copy("changed").unwrap();
+            change(&mut changed);
+            let folder = tempfile::tempdir().unwrap();
+            write_folder(&changed, folder.path()).unwrap();
+            let read = read_folder(folder.path(), "test", &base(), Some(HEAD), &Device::Cpu);
+            let error = read.unwrap_err().to_string();
+            for part in needed {
+                assert!(error.contains(part), "{error:?} should say {part:?}");
+            }
+        };
+        let bare = |adapter: &mut Adapter| {
+            adapter.tokens = None;
+            adapter.saved.clear();
+            adapter.modules.get_mut("q_proj").unwrap().magnitude = None;
+        };
+        check(
+            &bare,
+            &[
+                "q_proj.lora_magnitude_vector is missing",
+                "lm_head.weight is missing",
+                "trainable_tokens_delta is missing",
+            ],
+        );
+        check(
+            &|adapter| {
+                adapter.config.use_dora = false;
+                adapter.config.modules_to_save.clear();
+                adapter.config.trainable_token_indices.clear();
+            },
+            &[
+                "q_proj.lora_magnitude_vector is unexpected",
+                "lm_head.weight is unexpected",
+                "trainable_tokens_delta is unexpected",
+            ],
+        );
+        let two = |adapter: &mut Adapter| adapter.config.trainable_token_indices = vec![1, 2];
+        check(&two, &["trainable_tokens_delta is [1, 4], needed [2, 4]"]);
+        let far = |adapter: &mut Adapter| adapter.config.trainable_token_indices = vec![7];
+        check(&far, &["found 7, needed less than 7"]);
+        let targets = |names: [&'static str; 2]| {
+            move |adapter: &mut Adapter| {
+                let names = names.map(String::from).to_vec();
+                adapter.config.target_modules = Some(Modules::List(names));
+            }
+        };
+        check(&targets(["q_proj", "embed_tokens"]), &["use_dora with target model.embed_tokens"]);
+        check(&targets(["q_proj", "lm_head"]), &["use_dora with target lm_head"]);
+        check(
+            &|adapter| {
+                bare(adapter);
+                adapter.config.use_dora = false;
+                targets(["q_proj", "lm_head"])(adapter);
+            },
+            &["lm_head is a target and in modules_to_save too"],
+        );
     }
 }

@@ -2,14 +2,15 @@
 //!
 //! A list names modules by their whole path or by what follows a dot in it; a string is a regular
 //! expression over the whole path; `all-linear` is every linear layer but the output head.
-//! Only linear layers are offered here, so an expression that in PEFT would also hit, and fail on,
-//! other modules takes the linear ones.
+//! Only linear layers and the token embedding are offered here, so an expression that in PEFT would
+//! also hit, and fail on, other modules takes these.
 
 use fancy_regex::Regex;
 
-use crate::config::{LoraConfig, Modules};
+use crate::config::{EMBEDDING, LoraConfig, Modules};
 
-/// A linear layer of a base, `y (out_features) = W x (in_features)`.
+/// A linear layer of a base, `y (out_features) = W x (in_features)`, or its token embedding: that
+/// is one too, from a vocabulary's one-hot vectors, but its weight lies in memory transposed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LinearSpec {
     /// Its Hugging Face module path, like `model.layers.0.self_attn.q_proj`.
@@ -18,6 +19,8 @@ pub struct LinearSpec {
     pub in_features: usize,
     /// Rows of `W`.
     pub out_features: usize,
+    /// Whether it is the token embedding, whose base weight has `in_features` rows.
+    pub embedding: bool,
 }
 
 /// A linear layer that gets an update.
@@ -36,6 +39,10 @@ pub struct Target {
 pub struct Resolved {
     /// The targets, in the base's order; at least one.
     pub targets: Vec<Target>,
+    /// The modules trained whole, but for a score head.
+    pub saved: Vec<LinearSpec>,
+    /// The token embedding, if some of its rows are trained.
+    pub tokens: Option<LinearSpec>,
     /// Names and patterns that match nothing, although others do: to be warned of.
     pub unmatched: Vec<Unmatched>,
 }
@@ -83,6 +90,39 @@ pub enum TargetError {
         /// How many layers there were without it.
         matched: usize,
     },
+    /// A module of `modules_to_save` or `trainable_token_indices` that the base does not have.
+    #[error("{key} needs {module}, which this base does not have; it has {known}")]
+    NoModule {
+        /// The config's key.
+        key: &'static str,
+        /// The module's path.
+        module: String,
+        /// The last parts of the base's module paths.
+        known: String,
+    },
+    /// A module that is trained in two ways.
+    #[error("{module} is a target and in {key} too: needed one of them")]
+    Twice {
+        /// The config's key.
+        key: &'static str,
+        /// The module's path.
+        module: String,
+    },
+    /// DoRA on a module that cannot have it.
+    #[error(
+        "use_dora with target {0}: needed other targets, DoRA is for the layers' own linear modules"
+    )]
+    Dora(String),
+    /// A token that is none.
+    #[error(
+        "trainable_token_indices: found {token}, needed less than {vocab_size}, the size of the vocabulary"
+    )]
+    Token {
+        /// What was asked for.
+        token: u32,
+        /// How many tokens the embedding has.
+        vocab_size: usize,
+    },
     /// A regular expression that cannot be read, or takes too long.
     #[error("{key}: {pattern:?} is not a usable regular expression: {reason}")]
     Expression {
@@ -110,7 +150,7 @@ pub fn resolve(
     };
     let mut matched: Vec<&LinearSpec> = match wanted {
         Modules::Expression(e) if e.eq_ignore_ascii_case("all-linear") => {
-            linears.iter().filter(|l| Some(l.name.as_str()) != head).collect()
+            linears.iter().filter(|l| !l.embedding && Some(l.name.as_str()) != head).collect()
         }
         Modules::Expression(e) => {
             let expression = Pattern::whole("target_modules", e)?;
@@ -145,6 +185,33 @@ pub fn resolve(
         return Err(TargetError::AllExcluded { exclude: describe(exclude), matched: before });
     }
 
+    if config.use_dora
+        && let Some(spec) = matched.iter().find(|l| l.embedding || Some(l.name.as_str()) == head)
+    {
+        return Err(TargetError::Dora(spec.name.clone()));
+    }
+    let other = |key: &'static str, module: &str| {
+        if matched.iter().any(|l| l.name == module) {
+            return Err(TargetError::Twice { key, module: module.into() });
+        }
+        let found = linears.iter().find(|l| l.name == module).cloned();
+        let known = || known(linears);
+        found.ok_or_else(|| TargetError::NoModule { key, module: module.into(), known: known() })
+    };
+    let saved = config.saved_modules().map(|module| other("modules_to_save", module));
+    let saved = saved.collect::<Result<Vec<_>, _>>()?;
+    let tokens = match &config.trainable_token_indices[..] {
+        [] => None,
+        indices => {
+            let embedding = other("trainable_token_indices", EMBEDDING)?;
+            let vocab_size = embedding.in_features;
+            match indices.iter().find(|&&token| token as usize >= vocab_size) {
+                Some(&token) => return Err(TargetError::Token { token, vocab_size }),
+                None => Some(embedding),
+            }
+        }
+    };
+
     let ranks = Patterns::new("rank_pattern", &config.rank_pattern)?;
     let alphas = Patterns::new("alpha_pattern", &config.alpha_pattern)?;
     let mut targets = Vec::with_capacity(matched.len());
@@ -163,7 +230,7 @@ pub fn resolve(
     }
     unmatched.extend(ranks.unmatched(&targets)?);
     unmatched.extend(alphas.unmatched(&targets)?);
-    Ok(Resolved { targets, unmatched })
+    Ok(Resolved { targets, saved, tokens, unmatched })
 }
 
 /// `layers_to_transform` and `layers_pattern`.

@@ -10,6 +10,7 @@ use quantune_adapters::targets::LinearSpec;
 use super::adapters::{Adapters, Worn};
 use super::cache::{KvCache, StepBuffers};
 use super::config::Config;
+use super::ends::{EMBEDDING, HEAD};
 use super::layer::{Group, LayerPass};
 use super::observe::InputSquares;
 use crate::ops::attention::Heads;
@@ -277,15 +278,23 @@ impl Decoder {
         self.final_norm(&Tensor::from_vec(x, shape, &Device::Cpu)?)
     }
 
-    /// The linear layers an adapter can sit on, in the order of the forward pass.
+    /// The modules an adapter can sit on, in the order of the forward pass: the token embedding, the
+    /// linear layers, and the head.
     pub fn linears(&self) -> Vec<LinearSpec> {
-        let linears = self.layers.iter().flat_map(Layer::linears);
-        let spec = |linear: &Linear| LinearSpec {
-            name: linear.name.clone(),
-            in_features: linear.weight.cols(),
-            out_features: linear.weight.rows(),
+        let (vocab_size, hidden_size) = (self.config.vocab_size, self.config.hidden_size);
+        let spec = |name: &str, in_features, out_features| LinearSpec {
+            name: name.into(),
+            in_features,
+            out_features,
+            embedding: name == EMBEDDING,
         };
-        linears.map(spec).collect()
+        let layers = self.layers.iter().flat_map(Layer::linears);
+        let layers = layers.map(|l| spec(&l.name, l.weight.cols(), l.weight.rows()));
+        [spec(EMBEDDING, vocab_size, hidden_size)]
+            .into_iter()
+            .chain(layers)
+            .chain([spec(HEAD, hidden_size, vocab_size)])
+            .collect()
     }
 
     /// The lowest layer that a trainable adapter sits on, and where in it: nothing below needs a

@@ -7,6 +7,7 @@
 //! Dropout does not reach the ends.
 
 use candle_core::{Device, Result, Tensor, Var};
+pub use quantune_adapters::config::{EMBEDDING, HEAD};
 use quantune_adapters::delta::{Adapter, Lora, TOKEN_ROWS};
 use rayon::prelude::*;
 
@@ -18,11 +19,6 @@ use crate::ops::frozen_linear::{few_rows, frozen_rows, read_rows};
 use crate::ops::gemm::{Begin, Out, PackedRows, Panel, Product, Strided, Term, Weights, multiply};
 use crate::ops::linear_cross_entropy::{check_targets, chunk_rows, score};
 use crate::ops::{Compute, Values, frozen_linear, linear_log_probs};
-
-/// The module of token embeddings.
-pub const EMBEDDING: &str = "model.embed_tokens";
-/// The module of the output head.
-pub const HEAD: &str = "lm_head";
 
 /// Panels of the way up and of the way back.
 type Panels = (Panel, Panel);

@@ -24,6 +24,7 @@ fn matching_table() -> (Vec<LinearSpec>, Vec<Value>) {
         name: l[0].as_str().unwrap().into(),
         in_features: l[1].as_u64().unwrap() as usize,
         out_features: l[2].as_u64().unwrap() as usize,
+        embedding: false,
     });
     (linears.collect(), table["cases"].as_array().unwrap().clone())
 }
@@ -283,7 +284,16 @@ fn every_misfit_is_named_at_once() {
     );
     check(wide.path(), &linears(), &["is F64, needed F32, F16 or BF16"]);
     let dora = changed(|config| config["use_dora"] = true.into(), |bytes| bytes);
-    check(dora.path(), &linears(), &["adapter_config.json: use_dora: found true"]);
+    check(dora.path(), &linears(), &["q_proj.lora_magnitude_vector is missing"]);
+    for (init, needed) in [("pissa_niter_4", "never changed here"), ("loftq", "quantized anew")] {
+        let changes_base =
+            changed(|config| config["init_lora_weights"] = init.into(), |bytes| bytes);
+        let found = format!("adapter_config.json: init_lora_weights: found \"{init}\"");
+        check(changes_base.path(), &linears(), &[&found, needed]);
+    }
+    let tokens =
+        changed(|config| config["trainable_token_indices"] = vec![1].into(), |bytes| bytes);
+    check(tokens.path(), &linears(), &["needs model.embed_tokens, which this base does not have"]);
     let gpt2 = changed(|config| config["target_modules"] = vec!["c_attn"].into(), |bytes| bytes);
     check(
         gpt2.path(),
@@ -307,9 +317,9 @@ fn every_misfit_is_named_at_once() {
 fn broken_files_are_refused_without_panic() {
     let whole = fs::read(golden("saved_by_peft").join(format::TENSORS_FILE)).unwrap();
     let config = format::read_config(&golden("saved_by_peft")).unwrap();
-    let targets = resolve(&config, &linears(), Some("lm_head")).unwrap().targets;
+    let resolved = resolve(&config, &linears(), Some("lm_head")).unwrap();
     let read = |bytes: &[u8]| {
-        format::from_bytes(bytes, Path::new("f"), "test", config.clone(), &targets, &Device::Cpu)
+        format::from_bytes(bytes, Path::new("f"), "test", config.clone(), &resolved, &Device::Cpu)
     };
     assert!(read(&whole).is_ok());
     for length in (0..whole.len()).step_by(7) {

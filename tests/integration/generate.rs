@@ -254,7 +254,7 @@ fn adapters(decoder: &Decoder) -> [[Worn; 1]; 2] {
         init_lora_weights: InitLoraWeights::Random,
         ..Default::default()
     };
-    let targets = resolve(&config, &decoder.linears(), None).unwrap().targets;
+    let targets = resolve(&config, &decoder.linears(), Some("lm_head")).unwrap().targets;
     [1, 2].map(|seed| {
         let device = candle_core::Device::Cpu;
         let adapter = Adapter::new("a", config.clone(), &targets, seed, &device).unwrap();

@@ -245,7 +245,7 @@ fn chosen_tokens_have_the_bits_they_have_among_all() {
             init_lora_weights: InitLoraWeights::Random,
             ..LoraConfig::default()
         };
-        let targets = resolve(&config, &decoder.linears(), None).unwrap().targets;
+        let targets = resolve(&config, &decoder.linears(), Some("lm_head")).unwrap().targets;
         let adapter = Adapter::new("a", config, &targets, 3, &Device::Cpu).unwrap();
         let worn = [Worn::frozen(adapter.into())];
         let lists: [&[Worn]; 4] = [&worn, &[], &[], &worn];

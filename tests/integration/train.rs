@@ -428,7 +428,8 @@ fn gradients_agree_with_differences_through_quantized_bases() {
             ..Default::default()
         };
         let resolved =
-            quantune_adapters::targets::resolve(&config, &decoder.linears(), None).unwrap();
+            quantune_adapters::targets::resolve(&config, &decoder.linears(), Some("lm_head"))
+                .unwrap();
         let adapter = Adapter::new("default", config, &resolved.targets, 3, &Device::Cpu).unwrap();
         let vocabulary = decoder.config.vocab_size as u32;
         let run = Run::new(decoder, adapter);
