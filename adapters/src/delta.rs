@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use candle_core::{Device, Result, Tensor, Var};
 use rayon::prelude::*;
@@ -88,25 +88,27 @@ impl Lora {
     /// merged weight is made; the sums over ranks are `f64`.
     pub fn row_norms(&self, base: &dyn BaseRows) -> Result<Option<Arc<[f32]>>> {
         let Some(magnitude) = &self.magnitude else { return Ok(None) };
-        let mut norms = magnitude.norms.lock().unwrap_or_else(PoisonError::into_inner);
-        if norms.merged.is_none() {
-            let (r, cols) = (self.r(), self.in_features());
-            if (base.rows(), base.cols()) != (self.out_features(), cols) {
-                let found = (base.rows(), base.cols());
-                candle_core::bail!(
-                    "an update of {:?} on a weight of {found:?}",
-                    (self.out_features(), cols)
-                );
+        let known = {
+            let norms = magnitude.norms();
+            if norms.merged.is_some() {
+                return Ok(norms.merged.clone());
             }
-            let a = self.a.as_detached_tensor().flatten_all()?.to_vec1::<f32>()?;
-            let b = self.b.as_detached_tensor().flatten_all()?.to_vec1::<f32>()?;
-            let known = norms.base.clone();
-            let squares = merged_squares(base, (&a, &b, r), self.scale, known.as_deref());
-            let (of_base, merged): (Vec<f64>, Vec<f32>) =
-                squares.into_iter().map(|(w, all)| (w, all.max(0.0).sqrt() as f32)).unzip();
-            norms.base.get_or_insert_with(|| of_base.into());
-            norms.merged = Some(merged.into());
+            norms.base.clone()
+        };
+        let (r, needed) = (self.r(), (self.out_features(), self.in_features()));
+        if (base.rows(), base.cols()) != needed {
+            let found = (base.rows(), base.cols());
+            candle_core::bail!("an update of {needed:?} on a weight of {found:?}");
         }
+        let a = self.a.as_detached_tensor().flatten_all()?.to_vec1::<f32>()?;
+        let b = self.b.as_detached_tensor().flatten_all()?.to_vec1::<f32>()?;
+        // Unlocked: a thread that waits for its part may take up other work that asks for the same.
+        let squares = merged_squares(base, (&a, &b, r), self.scale, known.as_deref());
+        let (of_base, merged): (Vec<f64>, Vec<f32>) =
+            squares.into_iter().map(|(w, all)| (w, all.max(0.0).sqrt() as f32)).unzip();
+        let mut norms = magnitude.norms();
+        norms.base.get_or_insert_with(|| of_base.into());
+        norms.merged = Some(merged.into());
         Ok(norms.merged.clone())
     }
 
@@ -196,6 +198,10 @@ impl Magnitude {
     /// Magnitudes whose norms nobody has asked for yet.
     pub fn new(vector: Var) -> Self {
         Self { vector, norms: Arc::default() }
+    }
+
+    fn norms(&self) -> MutexGuard<'_, Norms> {
+        self.norms.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -436,10 +442,42 @@ impl Adapter {
         }
     }
 
+    /// A copy of what stays as it began, by module: the last rows of A and columns of B.
+    pub fn held(&self) -> Result<Vec<(String, [Tensor; 2])>> {
+        let held = self.modules.iter().filter(|(_, lora)| lora.held > 0);
+        let copy = |(module, lora): (&String, &Lora)| {
+            let first = lora.r() - lora.held;
+            let a = lora.a.as_detached_tensor().narrow(0, first, lora.held)?.copy()?;
+            let b = lora.b.as_detached_tensor().narrow(1, first, lora.held)?.copy()?;
+            Ok((module.clone(), [a, b]))
+        };
+        held.map(copy).collect()
+    }
+
+    /// Puts back what [`Self::held`] copied: weight decay does not spare it.
+    pub fn restore(&self, held: &[(String, [Tensor; 2])]) -> Result<()> {
+        for (module, [held_a, held_b]) in held {
+            let lora = &self.modules[module];
+            let trained = lora.r() - lora.held;
+            let a = lora.a.as_detached_tensor().narrow(0, 0, trained)?.copy()?;
+            let b = lora.b.as_detached_tensor().narrow(1, 0, trained)?.copy()?;
+            lora.a.set(&Tensor::cat(&[&a, held_a], 0)?)?;
+            lora.b.set(&Tensor::cat(&[&b, held_b], 1)?.contiguous()?)?;
+        }
+        Ok(())
+    }
+
+    /// Lets the same ranks stay as they began that stay in another adapter: what a file does not say.
+    pub fn hold_as(&mut self, other: &Adapter) {
+        for (module, lora) in &mut self.modules {
+            lora.held = other.modules.get(module).map_or(0, |other| other.held);
+        }
+    }
+
     /// Forgets what was made of the numbers before they changed: whoever sets them says so.
     pub fn changed(&self) {
         for magnitude in self.modules.values().filter_map(|lora| lora.magnitude.as_ref()) {
-            magnitude.norms.lock().unwrap_or_else(PoisonError::into_inner).merged = None;
+            magnitude.norms().merged = None;
         }
     }
 }

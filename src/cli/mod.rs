@@ -31,17 +31,16 @@ use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use candle_core::Device;
 use clap::{Parser, Subcommand};
-use quantune_adapters::format;
 use serde_json::{Value, json};
 
 use crate::export::lora;
 use crate::isa::Isa;
 use crate::model::{Decoder, Worn};
 use crate::text::{Tokenizer, first_second};
+use crate::train::path_and_weight;
 use crate::train::settings::{DpoFlags, GrpoFlags, PpoFlags, RewardFlags, SftFlags};
-use crate::weights::{Checkpoint, Gguf};
+use crate::weights::Checkpoint;
 
 /// LoRA fine-tuning straight on the quantized weights you already run.
 #[derive(Debug, Parser)]
@@ -195,14 +194,8 @@ impl std::str::FromStr for AdapterArg {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let (path, weight) = match text.rsplit_once('=').filter(|_| !Path::new(text).exists()) {
-            Some((path, weight)) => match weight.parse::<f64>() {
-                Ok(weight) if weight.is_finite() => (path, weight),
-                _ => return Err(format!("weight {weight:?} is no number, needed PATH=WEIGHT")),
-            },
-            None => (text, 1.0),
-        };
-        Ok(Self { path: PathBuf::from(path), weight })
+        let (path, weight) = path_and_weight(text)?;
+        Ok(Self { path, weight })
     }
 }
 
@@ -210,24 +203,7 @@ impl std::str::FromStr for AdapterArg {
 fn load_adapters(args: &[AdapterArg], decoder: &Decoder) -> Result<Vec<Worn>> {
     let load = |arg: &AdapterArg| -> Result<Worn> {
         let name = arg.path.display().to_string();
-        if arg.path.is_file() {
-            if arg.path.extension().is_none_or(|of| !of.eq_ignore_ascii_case("gguf")) {
-                anyhow::bail!(
-                    "{name}: a file, needed a PEFT folder (adapter_config.json and \
-                     adapter_model.safetensors) or a GGUF LoRA (.gguf)"
-                );
-            }
-            let (gguf, config) = (Gguf::open(&arg.path)?, &decoder.config);
-            let adapter = lora::read_gguf_lora(&gguf, &name, config, &decoder.linears())?;
-            return Ok(Worn { adapter: Arc::new(adapter), weight: arg.weight, trainable: false });
-        }
-        let (adapter, unmatched) = format::read_folder(
-            &arg.path,
-            &name,
-            &decoder.linears(),
-            Some("lm_head"),
-            &Device::Cpu,
-        )?;
+        let (adapter, unmatched) = lora::open_adapter(&arg.path, &name, decoder)?;
         for unmatched in unmatched {
             eprintln!("warning: {name}: {unmatched}");
         }

@@ -6,10 +6,12 @@ use std::path::Path;
 use candle_core::{Device, Tensor, Var};
 use quantune_adapters::config::{LoraConfig, Modules};
 use quantune_adapters::delta::{Adapter, Lora};
-use quantune_adapters::targets::LinearSpec;
+use quantune_adapters::format;
+use quantune_adapters::targets::{LinearSpec, Unmatched};
 
 use super::slab::interleave;
 use super::{Distance, ExportError, Written, WrittenTensor, verify};
+use crate::model::ends::{EMBEDDING, HEAD};
 use crate::model::{Config, Decoder, Worn, load};
 use crate::ops::Values;
 use crate::quant::{BlockType, FrozenMatrix, RowOrder};
@@ -38,6 +40,23 @@ pub fn write_gguf_lora(
     let name = &adapter.name;
     if adapter.score.is_some() {
         return Err(cannot(format!("{name:?} has a score head, as reward models do")));
+    }
+    if let Some(module) = adapter.saved.keys().next() {
+        return Err(cannot(format!("{name:?} has a whole {module} of its own: merge it instead")));
+    }
+    if adapter.tokens.is_some() {
+        return Err(cannot(format!("{name:?} has token rows of its own: merge it instead")));
+    }
+    if adapter.modules.values().any(|lora| lora.magnitude.is_some()) {
+        return Err(cannot(format!("{name:?} has DoRA's magnitudes: merge it instead")));
+    }
+    if adapter.modules.contains_key(EMBEDDING) {
+        let reason = "of the embedding, which llama.cpp stores transposed and by version";
+        return Err(cannot(format!("{name:?} has an update {reason}: merge it instead")));
+    }
+    if adapter.modules.contains_key(HEAD) && config.tie_word_embeddings {
+        let reason = "of the head, which is one with the embedding there";
+        return Err(cannot(format!("{name:?} has an update {reason}: merge it instead")));
     }
     if !matches!(dtype, BlockType::F32 | BlockType::F16) {
         return Err(ExportError::Types(format!("a GGUF LoRA is F32 or F16, not {dtype}")));
@@ -117,6 +136,31 @@ pub fn write_gguf_lora(
     Ok(Written { bytes: std::fs::metadata(out).map_err(io)?.len(), tensors })
 }
 
+/// Reads an adapter for a base, a PEFT folder or a GGUF LoRA; also what of a folder's config matched
+/// nothing, to be warned of.
+///
+/// # Errors
+/// If it is neither, or none for this base.
+pub fn open_adapter(
+    path: &Path,
+    name: &str,
+    decoder: &Decoder,
+) -> Result<(Adapter, Vec<Unmatched>), ExportError> {
+    let linears = decoder.linears();
+    if path.is_file() {
+        if path.extension().is_none_or(|of| !of.eq_ignore_ascii_case("gguf")) {
+            let needed = "a file, needed a PEFT folder (adapter_config.json and \
+                          adapter_model.safetensors) or a GGUF LoRA (.gguf)";
+            let (path, reason) = (path.into(), needed.into());
+            return Err(WeightsError::Format { path, reason }.into());
+        }
+        let gguf = Gguf::open(path)?;
+        let adapter = read_gguf_lora(&gguf, name, &decoder.config, &linears)?;
+        return Ok((adapter, Vec::new()));
+    }
+    Ok(format::read_folder(path, name, &linears, Some(HEAD), &Device::Cpu)?)
+}
+
 /// Reads a GGUF LoRA for a base of this config with these linear layers.
 ///
 /// # Errors
@@ -146,6 +190,7 @@ pub fn read_gguf_lora(
     let alpha = gguf.f64(ALPHA_KEY)?.ok_or_else(|| gguf.missing_key(ALPHA_KEY))?;
     let of_tensor: HashMap<String, &LinearSpec> = linears
         .iter()
+        .filter(|spec| !spec.embedding && (spec.name != HEAD || !config.tie_word_embeddings))
         .map(|spec| (load::gguf_name(&format!("{}.weight", spec.name)), spec))
         .collect();
     let mut faults = Vec::new();

@@ -4,10 +4,12 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use quantune_adapters::delta::Adapter;
+use quantune_adapters::BaseRows;
+use quantune_adapters::delta::{Adapter, Lora};
 use rayon::prelude::*;
 
 use super::ExportError;
+use crate::model::ends::{EMBEDDING, HEAD};
 use crate::model::{Config, ModelError, Worn, load};
 use crate::ops::Values;
 use crate::quant::{BlockType, FrozenMatrix, RowOrder};
@@ -40,8 +42,11 @@ pub struct SourceTensor<'a> {
     /// Outermost dimension first: one or two.
     pub shape: Vec<usize>,
     base: Base<'a>,
-    /// Adapters that have an update for it, each with its weight.
+    /// Adapters that change it, each with its weight.
     updates: Vec<(Arc<Adapter>, f64)>,
+    /// Whether rows that adapters have of tokens are among its own: it is the embedding, or a head
+    /// that was one with it.
+    token_rows: bool,
 }
 
 #[derive(Debug)]
@@ -58,12 +63,16 @@ enum Base<'a> {
 pub type Named<'a> = (&'a str, &'a [usize], &'a [f32]);
 
 impl<'a> Source<'a> {
-    /// The model of a checkpoint with adapters merged in: `W + Σ weight · scale · B · A`.
+    /// The model of a checkpoint with adapters merged in: `W + Σ weight · (W' - W)` with each
+    /// adapter's `W' = W + scale · B · A`, DoRA's magnitudes, or whole matrix. A head that is the
+    /// embedding becomes one of its own where an adapter changes one of the two.
     ///
     /// # Errors
     /// If the checkpoint is no decoder, or an adapter sits on what it has not.
     pub fn open(checkpoint: &'a Checkpoint, worn: &[Worn]) -> Result<Self, ExportError> {
-        let config = Config::read(checkpoint)?;
+        let mut config = Config::read(checkpoint)?;
+        let tied = config.tie_word_embeddings;
+        config.tie_word_embeddings = tied && !worn.iter().any(|worn| unties(&worn.adapter));
         if checkpoint.contains("score.weight") && !checkpoint.contains("lm_head.weight") {
             let path = checkpoint.path().display();
             let reason = format!("{path} is a sequence classifier, which has no logits");
@@ -72,10 +81,13 @@ impl<'a> Source<'a> {
         let mut tensors = Vec::new();
         let mut faults = Vec::new();
         for (name, shape) in load::tensors(&config) {
-            match stored(checkpoint, &config, &name, &shape) {
+            let head = name == head_name();
+            let of = if head && tied { &embedding_name() } else { &name };
+            match stored(checkpoint, &config, of, &shape) {
                 Ok(base) => {
-                    let updates = updates(&name, worn);
-                    tensors.push(SourceTensor { name, shape, base, updates });
+                    let token_rows = name == embedding_name() || head && tied;
+                    let updates = updates(&name, token_rows, worn);
+                    tensors.push(SourceTensor { name, shape, base, updates, token_rows });
                 }
                 Err(fault) => faults.push(fault),
             }
@@ -87,7 +99,7 @@ impl<'a> Source<'a> {
         }
         for worn in worn {
             let known = |module: &str| tensors.iter().any(|t| t.module() == Some(module));
-            let mut modules = worn.adapter.modules.keys();
+            let mut modules = worn.adapter.modules.keys().chain(worn.adapter.saved.keys());
             if let Some(module) = modules.find(|module| !known(module)) {
                 let reason = format!("adapter {:?} has an update for it", worn.adapter.name);
                 return Err(ExportError::tensor(module, format!("no such layer, but {reason}")));
@@ -127,7 +139,7 @@ impl<'a> Source<'a> {
                 return Err(ExportError::tensor(&name, reason));
             }
             let (base, updates) = (Base::Memory(values), Vec::new());
-            found.push(SourceTensor { name, shape, base, updates });
+            found.push(SourceTensor { name, shape, base, updates, token_rows: false });
         }
         if let Some(name) = given.keys().min() {
             return Err(ExportError::tensor(name, "is none of this model's"));
@@ -136,9 +148,27 @@ impl<'a> Source<'a> {
     }
 }
 
-fn updates(name: &str, worn: &[Worn]) -> Vec<(Arc<Adapter>, f64)> {
+fn embedding_name() -> String {
+    format!("{EMBEDDING}.weight")
+}
+
+fn head_name() -> String {
+    format!("{HEAD}.weight")
+}
+
+/// Whether the embedding and the head can be one no longer under an adapter.
+fn unties(adapter: &Adapter) -> bool {
+    let has = |module| adapter.modules.contains_key(module) || adapter.saved.contains_key(module);
+    has(EMBEDDING) || has(HEAD)
+}
+
+fn updates(name: &str, token_rows: bool, worn: &[Worn]) -> Vec<(Arc<Adapter>, f64)> {
     let module = name.strip_suffix(".weight").unwrap_or_default();
-    let has = |worn: &&Worn| worn.adapter.modules.contains_key(module);
+    let has = |worn: &&Worn| {
+        let adapter = &worn.adapter;
+        let whole = adapter.modules.contains_key(module) || adapter.saved.contains_key(module);
+        whole || token_rows && adapter.tokens.is_some()
+    };
     worn.iter().filter(has).map(|worn| (worn.adapter.clone(), worn.weight)).collect()
 }
 
@@ -207,41 +237,180 @@ impl SourceTensor<'_> {
     pub fn read(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), ExportError> {
         let cols = self.cols();
         assert_eq!(out.len(), rows.len() * cols);
-        match &self.base {
-            Base::Stored { matrix, .. } => matrix.read_tile(rows.clone(), 0..cols, out),
-            Base::Memory(values) => {
-                out.copy_from_slice(&values[rows.start * cols..rows.end * cols]);
-            }
-        }
+        self.read_base(rows.clone(), out);
         if self.updates.is_empty() {
             return Ok(());
         }
-        let module = self.module().expect("only layers have updates");
-        let loras = self.updates.iter().map(|(adapter, weight)| (&adapter.modules[module], weight));
-        let mut terms = Vec::new();
-        for (lora, weight) in loras {
-            let fits = (lora.out_features(), lora.in_features()) == (self.rows(), cols);
-            if !fits {
-                let (found, needed) = ([lora.out_features(), lora.in_features()], &self.shape);
-                let reason = format!("an adapter's update is {found:?}, needed {needed:?}");
-                return Err(ExportError::tensor(&self.name, reason));
-            }
-            let (a, b) = (Values::of(lora.a.as_tensor())?, Values::of(lora.b.as_tensor())?);
-            terms.push((a, b, lora.r(), weight * lora.scale));
+        let mut updates = Vec::new();
+        for (adapter, weight) in &self.updates {
+            updates.push(Held::new(self, adapter, *weight)?);
         }
-        let terms: Vec<(&[f32], &[f32], usize, f64)> =
-            terms.iter().map(|(a, b, r, scale)| (&**a, &**b, *r, *scale)).collect();
+        let updates: Vec<Update> = updates.iter().map(Held::borrowed).collect();
         out.par_chunks_exact_mut(cols).zip(rows).for_each(|(out, row)| {
-            let mut sum: Vec<f64> = out.iter().map(|v| f64::from(*v)).collect();
-            for &(a, b, r, scale) in &terms {
-                for (k, b) in b[row * r..(row + 1) * r].iter().enumerate() {
-                    let by = scale * f64::from(*b);
-                    let a = &a[k * cols..(k + 1) * cols];
-                    sum.iter_mut().zip(a).for_each(|(sum, a)| *sum += by * f64::from(*a));
-                }
+            let base: Vec<f64> = out.iter().map(|v| f64::from(*v)).collect();
+            let mut sum = base.clone();
+            for update in &updates {
+                let mut delta = vec![0f64; cols];
+                update.add(row, &base, &mut delta);
+                sum.iter_mut().zip(delta).for_each(|(sum, d)| *sum += update.weight * d);
             }
             out.iter_mut().zip(sum).for_each(|(out, sum)| *out = sum as f32);
         });
         Ok(())
+    }
+
+    fn read_base(&self, rows: Range<usize>, out: &mut [f32]) {
+        let cols = self.cols();
+        match &self.base {
+            Base::Stored { matrix, .. } => matrix.read_tile(rows, 0..cols, out),
+            Base::Memory(values) => {
+                out.copy_from_slice(&values[rows.start * cols..rows.end * cols]);
+            }
+        }
+    }
+}
+
+/// The weight before adapters change it.
+impl BaseRows for SourceTensor<'_> {
+    fn rows(&self) -> usize {
+        self.shape[0]
+    }
+
+    fn cols(&self) -> usize {
+        self.shape.get(1).copied().unwrap_or(1)
+    }
+
+    fn read(&self, rows: Range<usize>, out: &mut [f32]) {
+        self.read_base(rows, out);
+    }
+}
+
+/// What an adapter makes of a tensor, its numbers held.
+struct Held<'a> {
+    weight: f64,
+    low: Option<HeldLow<'a>>,
+    whole: Option<Values<'a>>,
+    tokens: Option<(&'a [u32], Values<'a>)>,
+}
+
+struct HeldLow<'a> {
+    a: Values<'a>,
+    b: Values<'a>,
+    lora: &'a Lora,
+    /// DoRA's `m / ‖·‖` of each row.
+    scales: Option<Vec<f32>>,
+    /// Whether rows are inputs: A and B change places.
+    embedding: bool,
+}
+
+impl<'a> Held<'a> {
+    fn new(tensor: &SourceTensor, adapter: &'a Adapter, weight: f64) -> Result<Self, ExportError> {
+        let (rows, cols) = (SourceTensor::rows(tensor), SourceTensor::cols(tensor));
+        let module = tensor.module().expect("only matrices have updates");
+        let fits = |found: [usize; 2], what: &str| match found == [rows, cols] {
+            true => Ok(()),
+            false => {
+                let reason = format!("an adapter's {what} is {found:?}, needed [{rows}, {cols}]");
+                Err(ExportError::tensor(&tensor.name, reason))
+            }
+        };
+        let low = match adapter.modules.get(module) {
+            Some(lora) => {
+                let embedding = module == EMBEDDING;
+                let (out, of_in) = (lora.out_features(), lora.in_features());
+                fits(if embedding { [of_in, out] } else { [out, of_in] }, "update")?;
+                let (a, b) = (Values::of(lora.a.as_tensor())?, Values::of(lora.b.as_tensor())?);
+                let scales = lora.row_scales(tensor)?;
+                Some(HeldLow { a, b, lora, scales, embedding })
+            }
+            None => None,
+        };
+        let whole = match adapter.saved.get(module) {
+            Some(own) => {
+                fits(own.dims2()?.into(), "matrix")?;
+                Some(Values::of(own.as_tensor())?)
+            }
+            None => None,
+        };
+        let tokens = match adapter.tokens.as_ref().filter(|_| tensor.token_rows) {
+            Some(own) => {
+                let width = own.rows.dim(1)?;
+                fits([rows, width], "token rows for a matrix that")?;
+                Some((&own.indices[..], Values::of(own.rows.as_tensor())?))
+            }
+            None => None,
+        };
+        Ok(Self { weight, low, whole, tokens })
+    }
+
+    fn borrowed(&self) -> Update<'_> {
+        let low = self.low.as_ref().map(|low| Low {
+            a: &low.a,
+            b: &low.b,
+            r: low.lora.r(),
+            scale: low.lora.scale,
+            scales: low.scales.as_deref(),
+            embedding: low.embedding,
+        });
+        let tokens = self.tokens.as_ref().map(|(indices, rows)| (*indices, &**rows));
+        Update { weight: self.weight, low, whole: self.whole.as_deref(), tokens }
+    }
+}
+
+/// [`Held`], for threads to share.
+struct Update<'a> {
+    weight: f64,
+    low: Option<Low<'a>>,
+    whole: Option<&'a [f32]>,
+    tokens: Option<(&'a [u32], &'a [f32])>,
+}
+
+struct Low<'a> {
+    a: &'a [f32],
+    b: &'a [f32],
+    r: usize,
+    scale: f64,
+    scales: Option<&'a [f32]>,
+    embedding: bool,
+}
+
+impl Update<'_> {
+    /// Adds what one row becomes, less the base's.
+    fn add(&self, row: usize, base: &[f64], delta: &mut [f64]) {
+        let cols = base.len();
+        if let Some(low) = &self.low {
+            let (a, b, r) = (low.a, low.b, low.r);
+            if low.embedding {
+                let rows = a.len() / r;
+                for (delta, b) in delta.iter_mut().zip(b.chunks_exact(r)) {
+                    let a = a[row..].iter().step_by(rows);
+                    let sum: f64 =
+                        b.iter().zip(a).map(|(b, a)| f64::from(*b) * f64::from(*a)).sum();
+                    *delta += low.scale * sum;
+                }
+            } else {
+                for (k, b) in b[row * r..(row + 1) * r].iter().enumerate() {
+                    let by = low.scale * f64::from(*b);
+                    let a = &a[k * cols..(k + 1) * cols];
+                    delta.iter_mut().zip(a).for_each(|(d, a)| *d += by * f64::from(*a));
+                }
+            }
+            if let Some(scales) = low.scales {
+                let s = f64::from(scales[row]);
+                delta.iter_mut().zip(base).for_each(|(d, w)| *d = s * (w + *d) - w);
+            }
+        }
+        let mut replace = |own: &[f32]| {
+            let both = own.iter().zip(base);
+            delta.iter_mut().zip(both).for_each(|(d, (own, w))| *d += f64::from(*own) - w);
+        };
+        if let Some(own) = self.whole {
+            replace(&own[row * cols..(row + 1) * cols]);
+        }
+        if let Some((indices, rows)) = self.tokens
+            && let Ok(at) = indices.binary_search(&(row as u32))
+        {
+            replace(&rows[at * cols..(at + 1) * cols]);
+        }
     }
 }

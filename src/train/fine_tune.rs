@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use quantune_adapters::delta::Adapter;
+use quantune_adapters::delta::{Adapter, Lora};
 use quantune_adapters::format;
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -15,7 +15,7 @@ use super::TrainError;
 use super::fingerprints::{base_fingerprint, same_fingerprints};
 use super::learner::Learner;
 use super::log::{Log, Numbers};
-use super::lora::{begin_adapter, read_adapter};
+use super::lora::{begin_adapter, path_and_weight, read_adapter, read_frozen};
 use super::policy::Rollouts;
 use super::progress::{Progress, Work};
 use super::run::{Course, LoopSettings, Outcome, take_steps};
@@ -91,10 +91,10 @@ impl FineTuning<'_> {
         state: &mut State,
         stop: &AtomicBool,
     ) -> Result<Option<Numbers>, TrainError> {
-        let (decoder, adapter) = (self.learner.decoder(), &self.learner.adapters[0]);
+        let (decoder, worn) = (self.learner.decoder(), &self.learner.worn_frozen(0));
         match &mut self.source {
-            Source::Supervised(source) => source.evaluate(decoder, adapter, stop),
-            Source::Rollouts(source) => source.evaluate(decoder, adapter, state, log, stop),
+            Source::Supervised(source) => source.evaluate(decoder, worn, stop),
+            Source::Rollouts(source) => source.evaluate(decoder, worn, state, log, stop),
         }
     }
 
@@ -176,13 +176,14 @@ pub fn train(
     let decoder = Decoder::load(&checkpoint, common.compute)?;
     let mut tokenizer = Tokenizer::open(&checkpoint)?;
     tokenizer.set_template_time(now);
+    let below = read_frozen(common, &decoder)?;
     let source = match &settings.task {
         Task::Sft(_) | Task::Reward(_) | Task::Dpo(_) => {
-            let loaded = Supervised::load(settings, &decoder, &tokenizer, stop);
+            let loaded = Supervised::load(settings, &decoder, &below, &tokenizer, stop);
             loaded.map(|source| Source::Supervised(source.into()))
         }
         Task::Ppo(_) | Task::Grpo(_) => {
-            let loaded = Rollouts::load(settings, &decoder, tokenizer, stop);
+            let loaded = Rollouts::load(settings, &decoder, &below, tokenizer, stop);
             loaded.map(|source| Source::Rollouts(source.into()))
         }
     };
@@ -191,6 +192,11 @@ pub fn train(
         source => source?,
     };
     let mut fingerprints = vec![("the base".to_string(), base_fingerprint(&common.base)?)];
+    for text in &common.frozen_adapter {
+        let (path, _) = path_and_weight(text).map_err(TrainError::Settings)?;
+        let what = format!("the frozen adapter {}", path.display());
+        fingerprints.push((what, base_fingerprint(&path)?));
+    }
     match &source {
         Source::Supervised(source) => fingerprints.extend(source.fingerprints()?),
         Source::Rollouts(source) => fingerprints.extend(source.fingerprints()?),
@@ -201,7 +207,9 @@ pub fn train(
         let mut adapters = begin_adapters(settings, &decoder)?;
         if let Some(folder) = &saved {
             for (name, adapter) in &mut adapters {
-                *adapter = read_adapter(&RunDir::adapter_folder(folder, name), &decoder)?;
+                let mut read = read_adapter(&RunDir::adapter_folder(folder, name), &decoder)?;
+                read.hold_as(adapter);
+                *adapter = read;
             }
         }
         (run, saved, adapters)
@@ -215,6 +223,7 @@ pub fn train(
     let dropout = (common.lora_dropout, common.seed);
     let adamw = optimizer_settings(common);
     let learner = Learner::new(&decoder, adapters.clone(), adamw, common.max_grad_norm, dropout)?;
+    let learner = learner.on_top_of(&below);
     let mut course = FineTuning { source, learner, names };
 
     // Where it stands.
@@ -355,7 +364,9 @@ fn kept_layers(
     }
     let budget = super::memory::parse_bytes(&settings.memory_budget)
         .unwrap_or_else(super::memory::default_budget);
-    let ranks = |adapter: &Arc<Adapter>| adapter.modules.values().map(|lora| lora.r()).sum();
+    // Magnitudes keep the base's product.
+    let kept = |lora: &Lora| lora.r() + lora.magnitude.as_ref().map_or(0, |_| lora.out_features());
+    let ranks = |adapter: &Arc<Adapter>| adapter.modules.values().map(kept).sum();
     let ranks: usize = adapters.iter().map(ranks).max().unwrap_or(0);
     let parameters = adapters.iter().map(|adapter| adapter.num_parameters()).sum();
     let ranks = ranks.div_ceil(layers.max(1));

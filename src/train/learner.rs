@@ -50,7 +50,7 @@ pub struct Learner<'a> {
     decoder: &'a Decoder,
     /// The adapters, the policy's or only one first.
     pub adapters: Vec<Arc<Adapter>>,
-    worn: Vec<[Worn; 1]>,
+    worn: Vec<Vec<Worn>>,
     parameters: Vec<Var>,
     /// Which parameters are of which adapter.
     ranges: Vec<Range<usize>>,
@@ -81,9 +81,10 @@ impl<'a> Learner<'a> {
             ranges.push(start..parameters.len());
         }
         let lengths: Vec<usize> = parameters.iter().map(|var| var.elem_count()).collect();
+        let top = adapters.iter().map(|adapter| vec![Worn::trainable(adapter.clone())]);
         Ok(Self {
             decoder,
-            worn: adapters.iter().map(|adapter| [Worn::trainable(adapter.clone())]).collect(),
+            worn: top.collect(),
             adapters,
             parameters,
             ranges,
@@ -96,6 +97,32 @@ impl<'a> Learner<'a> {
         })
     }
 
+    /// The same with the first adapter on top of others.
+    pub fn on_top_of(mut self, below: &[Worn]) -> Self {
+        if let Some(first) = self.worn.first_mut() {
+            first.splice(..0, below.iter().cloned());
+        }
+        self
+    }
+
+    /// The same with learning rates as LoRA+ has them (Hayou et al. 2024; PEFT's
+    /// `create_loraplus_optimizer`): B and magnitudes learn `ratio` times as fast, updates of the
+    /// embedding at `embedding` times the rate.
+    pub fn with_lora_plus(mut self, ratio: f64, embedding: f64) -> Self {
+        let names = self.adapters.iter().flat_map(|adapter| adapter.parameters());
+        let rate = |(name, var): (String, Var)| {
+            if name.contains("lora_embedding_") {
+                embedding
+            } else if name.contains("lora_B") || var.rank() == 1 {
+                ratio
+            } else {
+                1.0
+            }
+        };
+        self.optimizer = self.optimizer.with_rates(names.map(rate).collect());
+        self
+    }
+
     /// The frozen base.
     pub fn decoder(&self) -> &'a Decoder {
         self.decoder
@@ -104,6 +131,12 @@ impl<'a> Learner<'a> {
     /// What rows wear that `adapter` is trained on.
     pub fn worn(&self, adapter: usize) -> &[Worn] {
         &self.worn[adapter]
+    }
+
+    /// The same, not to be learned from.
+    pub fn worn_frozen(&self, adapter: usize) -> Vec<Worn> {
+        let frozen = |worn: &Worn| Worn { trainable: false, ..worn.clone() };
+        self.worn[adapter].iter().map(frozen).collect()
     }
 
     /// Takes a step.
@@ -137,6 +170,9 @@ impl<'a> Learner<'a> {
             stepped.stats.add(judged.stats);
             stepped.logps.extend(judged.logps);
         }
+        for (adapter, range) in self.adapters.iter().zip(&self.ranges) {
+            adapter.hold(&mut self.gradients[range.clone()]);
+        }
         stepped.grad_norm = global_norm(&self.gradients);
         let diverged = TrainError::Diverged { step: self.optimizer.step + 1, loss: stepped.loss };
         if !stepped.loss.is_finite() || !stepped.grad_norm.is_finite() {
@@ -144,8 +180,14 @@ impl<'a> Learner<'a> {
         }
         let most = self.max_grad_norm;
         let factor = if most > 0.0 { clip_factor(stepped.grad_norm, most) } else { 1.0 };
+        let held = self.adapters.iter().map(|adapter| adapter.held());
+        let held = held.collect::<candle_core::Result<Vec<_>>>()?;
         if !self.optimizer.step(&self.parameters, &self.gradients, factor, learning_rate)? {
             return Err(diverged);
+        }
+        for (adapter, held) in self.adapters.iter().zip(&held) {
+            adapter.restore(held)?;
+            adapter.changed();
         }
         Ok(stepped)
     }

@@ -1,15 +1,17 @@
 //! The adapter of a run: what its settings ask for, or what a folder holds.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use candle_core::Device;
 use quantune_adapters::config::{InitLoraWeights, LoraConfig, Modules};
 use quantune_adapters::delta::Adapter;
-use quantune_adapters::{format, targets};
+use quantune_adapters::targets;
 
 use super::TrainError;
 use super::settings::CommonSettings;
-use crate::model::Decoder;
+use crate::export::lora::open_adapter;
+use crate::model::{Decoder, Worn};
 
 /// The adapter that `settings` begin with: fresh, or the one they go on from.
 pub fn begin_adapter(settings: &CommonSettings, decoder: &Decoder) -> Result<Adapter, TrainError> {
@@ -28,15 +30,38 @@ pub fn begin_adapter(settings: &CommonSettings, decoder: &Decoder) -> Result<Ada
     Ok(Adapter::new("default", config, &resolved.targets, seed, &Device::Cpu)?)
 }
 
-/// The adapter of a folder, for this base.
-pub fn read_adapter(folder: &Path, decoder: &Decoder) -> Result<Adapter, TrainError> {
-    let linears = decoder.linears();
-    let (adapter, unmatched) =
-        format::read_folder(folder, "default", &linears, Some("lm_head"), &Device::Cpu)?;
+/// An adapter for this base, from a PEFT folder or a GGUF LoRA.
+pub fn read_adapter(path: &Path, decoder: &Decoder) -> Result<Adapter, TrainError> {
+    let (adapter, unmatched) = open_adapter(path, "default", decoder)?;
     for unmatched in unmatched {
-        eprintln!("warning: {}: {unmatched}", folder.display());
+        eprintln!("warning: {}: {unmatched}", path.display());
     }
     Ok(adapter)
+}
+
+/// The adapters that all training is on top of, as `PATH` or `PATH=WEIGHT`.
+pub fn read_frozen(settings: &CommonSettings, decoder: &Decoder) -> Result<Vec<Worn>, TrainError> {
+    let read = |text: &String| {
+        let (path, weight) = path_and_weight(text).map_err(TrainError::Settings)?;
+        let adapter = read_adapter(&path, decoder)?;
+        if adapter.score.is_some() {
+            let fault = "a reward model, needed an adapter that generates";
+            return Err(TrainError::Settings(format!("--frozen-adapter {text}: {fault}")));
+        }
+        Ok(Worn { adapter: Arc::new(adapter), weight, trainable: false })
+    };
+    settings.frozen_adapter.iter().map(read).collect()
+}
+
+/// What `PATH` or `PATH=WEIGHT` says.
+pub fn path_and_weight(text: &str) -> Result<(PathBuf, f64), String> {
+    match text.rsplit_once('=').filter(|_| !Path::new(text).exists()) {
+        Some((path, weight)) => match weight.parse::<f64>() {
+            Ok(weight) if weight.is_finite() => Ok((path.into(), weight)),
+            _ => Err(format!("weight {weight:?} is no number, needed PATH=WEIGHT")),
+        },
+        None => Ok((text.into(), 1.0)),
+    }
 }
 
 /// The adapter of a folder, which must have a score head for this base.

@@ -27,7 +27,7 @@ mod tensorboard;
 use std::path::PathBuf;
 
 pub use fine_tune::{Summary, train};
-pub use lora::read_scoring;
+pub use lora::{path_and_weight, read_scoring};
 pub use policy::RolloutState;
 pub use pretrain::{PretrainSummary, pretrain};
 pub use run::Outcome;

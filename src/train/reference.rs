@@ -13,12 +13,14 @@ use crate::data::Comparison;
 use crate::model::{Decoder, Worn};
 use crate::weights::write_atomically;
 
-/// What the reference wears: the adapter of a folder, or nothing if none is named.
-pub fn worn(folder: &Path, decoder: &Decoder) -> Result<Vec<Worn>, TrainError> {
-    if folder.as_os_str().is_empty() {
-        return Ok(Vec::new());
+/// What the reference wears: what the policy is put on top of, and the adapter at `path`, if one is
+/// named.
+pub fn worn(below: &[Worn], path: &Path, decoder: &Decoder) -> Result<Vec<Worn>, TrainError> {
+    let mut worn = below.to_vec();
+    if !path.as_os_str().is_empty() {
+        worn.push(Worn::frozen(Arc::new(read_adapter(path, decoder)?)));
     }
-    Ok(vec![Worn::frozen(Arc::new(read_adapter(folder, decoder)?))])
+    Ok(worn)
 }
 
 /// The numbers of a run's file, one a response of each row; computed and written if it is not there.

@@ -3,10 +3,8 @@
 
 use std::ops::Range;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use quantune_adapters::delta::Adapter;
 use serde_json::{Map, Value, json};
 
 use super::TrainError;
@@ -53,6 +51,8 @@ pub struct Supervised {
     held_out_lines: Option<Vec<u8>>,
     plan: EpochPlan,
     planned: u64,
+    /// What the trained adapter is put on top of.
+    below: Vec<Worn>,
     /// What the reference wears, if the loss has one.
     reference: Option<Vec<Worn>>,
     /// Summed log-probs under the reference, response by response.
@@ -65,6 +65,7 @@ impl Supervised {
     pub fn load(
         settings: &RunSettings,
         decoder: &Decoder,
+        below: &[Worn],
         tokenizer: &Tokenizer,
         stop: &AtomicBool,
     ) -> Result<Self, TrainError> {
@@ -98,6 +99,7 @@ impl Supervised {
             held_out_lines,
             plan: EpochPlan::default(),
             planned: 0,
+            below: below.to_vec(),
             reference: None,
             reference_logps: Vec::new(),
             held_out_reference: Vec::new(),
@@ -156,7 +158,7 @@ impl Supervised {
         let (Some(folder), Rows::Comparisons(data)) = (self.reference_folder(), &self.rows) else {
             return Ok(());
         };
-        let worn = reference::worn(folder, decoder)?;
+        let worn = reference::worn(&self.below, folder, decoder)?;
         let held_out = match &self.held_out {
             Some(Rows::Comparisons(held_out)) => &held_out.comparisons[..],
             _ => &[],
@@ -246,14 +248,13 @@ impl Supervised {
     pub fn evaluate(
         &self,
         decoder: &Decoder,
-        adapter: &Arc<Adapter>,
+        worn: &[Worn],
         stop: &AtomicBool,
     ) -> Result<Option<Numbers>, TrainError> {
-        let worn = [Worn::frozen(adapter.clone())];
         match (&self.held_out, &self.task) {
             (None, _) => Ok(Some(Vec::new())),
             (Some(Rows::Examples(data)), _) => {
-                let loss = evaluate(decoder, &worn, &data.examples, stop)?;
+                let loss = evaluate(decoder, worn, &data.examples, stop)?;
                 Ok(loss.map(|loss| {
                     vec![
                         ("eval_loss".into(), json!(loss.loss)),
@@ -263,14 +264,14 @@ impl Supervised {
             }
             (Some(Rows::Comparisons(data)), Task::Reward(own)) => {
                 let center = own.center_rewards_coefficient;
-                let judged = judge_rewards(decoder, &worn, &data.comparisons, center, stop)?;
+                let judged = judge_rewards(decoder, worn, &data.comparisons, center, stop)?;
                 Ok(judged.map(|judged| {
                     let numbers = judged.numbers().into_iter();
                     numbers.map(|(key, value)| (format!("eval_{key}"), value)).collect()
                 }))
             }
             (Some(Rows::Comparisons(data)), Task::Dpo(own)) => {
-                self.evaluate_preferences(decoder, &worn, own, &data.comparisons, stop)
+                self.evaluate_preferences(decoder, worn, own, &data.comparisons, stop)
             }
             (Some(Rows::Comparisons(_)), _) => unreachable!("only reward and dpo compare"),
         }

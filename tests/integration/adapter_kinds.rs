@@ -5,18 +5,21 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor, Var};
 use quantune::data::Batch;
+use quantune::export::{Bounds, FileType, Recipe, Source, verify, write_folder, write_gguf};
 use quantune::generate::{self, Request, Sampling, Settings};
 use quantune::model::{Adapters, CacheType, Decoder, Rows, Worn};
 use quantune::objectives::Objective;
 use quantune::ops::Compute;
 use quantune::optim::Gradients;
+use quantune::quant::BlockType;
 use quantune::train::step::{Buffers, StepSettings, accumulate};
+use quantune::weights::Checkpoint;
 use quantune_adapters::config::{InitLoraWeights, LoraConfig};
 use quantune_adapters::delta::{Adapter, Lora, Magnitude, TokenRows};
 use quantune_adapters::rng::Stream;
 use quantune_adapters::targets::Target;
 
-use crate::support::load;
+use crate::support::{load, model_path};
 use crate::train::rows;
 
 /// What an adapter of a test has beside plain updates.
@@ -271,5 +274,38 @@ fn rows_wear_what_they_wear_alone() {
     let together = go_on(&rows, &worn);
     for i in 0..rows.len() {
         assert_eq!(together[i], go_on(&rows[i..=i], &worn[i..=i])[0], "row {i}");
+    }
+}
+
+/// Merged into a folder and a GGUF, every kind says what it says beside the base, at other weights than
+/// one too, and an embedding that was the head is none any longer where one of them changed.
+#[test]
+fn every_kind_merges_exactly() {
+    for model in ["llama-tiny", "llama-untied", "qwen2-tiny", "llama-q8_0"] {
+        let decoder = load(model, Compute::F32);
+        let checkpoint = Checkpoint::open(model_path(model)).unwrap();
+        for kind in KINDS {
+            let one = Arc::new(adapter(&decoder, "one", kind));
+            let other = Arc::new(adapter(&decoder, "other", Kind::Dora));
+            let worn = [
+                Worn { adapter: one, weight: 1.0, trainable: false },
+                Worn { adapter: other, weight: 0.6, trainable: false },
+            ];
+            for worn in [&worn[..1], &worn[..]] {
+                let source = Source::open(&checkpoint, worn).unwrap();
+                let tied = decoder.config.tie_word_embeddings;
+                let apart = matches!(kind, Kind::Ends | Kind::Whole);
+                assert_eq!(source.config.tie_word_embeddings, tied && !apart, "{model} {kind:?}");
+                let out = tempfile::tempdir().unwrap();
+                let gguf = out.path().join("merged.gguf");
+                write_gguf(&source, &Recipe::new(FileType::F32), None, &gguf).unwrap();
+                verify(&checkpoint, worn, &gguf, Bounds::F32).unwrap();
+                if model != "llama-q8_0" {
+                    let folder = out.path().join("merged");
+                    write_folder(&source, BlockType::F32, &folder).unwrap();
+                    verify(&checkpoint, worn, &folder, Bounds::F32).unwrap();
+                }
+            }
+        }
     }
 }

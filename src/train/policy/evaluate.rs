@@ -1,9 +1,7 @@
 //! How the policy does on prompts it does not learn from.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use quantune_adapters::delta::Adapter;
 use serde_json::json;
 
 use super::super::TrainError;
@@ -26,7 +24,7 @@ impl Rollouts {
     pub fn evaluate(
         &mut self,
         decoder: &Decoder,
-        adapter: &Arc<Adapter>,
+        worn: &[Worn],
         state: &mut State,
         log: &Log,
         stop: &AtomicBool,
@@ -39,7 +37,6 @@ impl Rollouts {
         };
         let most = if most == 0 { held_out.prompts.len() } else { most };
         let prompts: Vec<Prompt> = held_out.prompts.iter().take(most).cloned().collect();
-        let worn = [Worn::frozen(adapter.clone())];
         let times = self.times;
         let (mut totals, mut judged, mut kls, mut replies) =
             (Vec::new(), Vec::new(), Vec::new(), Vec::new());

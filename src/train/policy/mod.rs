@@ -98,6 +98,7 @@ impl Rollouts {
     pub fn load(
         settings: &RunSettings,
         decoder: &Decoder,
+        below: &[Worn],
         tokenizer: Tokenizer,
         stop: &AtomicBool,
     ) -> Result<Self, TrainError> {
@@ -215,7 +216,7 @@ impl Rollouts {
             print(&mut prints, "the reference adapter", folder)?;
         }
         let reference = match wants_reference {
-            true => Some(reference::worn(folder, decoder)?),
+            true => Some(reference::worn(below, folder, decoder)?),
             false => None,
         };
         let chats = prompts.prompts.iter().any(|prompt| prompt.row["prompt"].is_array());

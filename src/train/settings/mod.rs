@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::TrainError;
+use super::lora::path_and_weight;
 use super::memory::parse_bytes;
 use crate::objectives::advantage::{KlEstimator, ScaleRewards};
 use crate::objectives::policy::LossForm;
@@ -112,6 +113,9 @@ settings! {
         out: PathBuf = PathBuf::new(),
         /// A PEFT adapter folder to continue from, instead of a fresh adapter
         adapter: PathBuf = PathBuf::new(),
+        /// An adapter that stays as it is and that the trained one is put on top of, and its reference
+        /// too, as PATH or PATH=WEIGHT; may be repeated
+        frozen_adapter: Vec<String> = Vec::new(),
 
         /// Rank of the update (lora_alpha / r) · B · A [default: 16]
         r: usize = 16,
@@ -597,6 +601,12 @@ impl RunSettings {
                 }
                 paths.extend([&mut own.reward_adapter, &mut own.reward_model, &mut own.ref_adapter])
             }
+        }
+        for text in &mut common.frozen_adapter {
+            let (path, weight) = path_and_weight(text).map_err(TrainError::Settings)?;
+            let made = std::path::absolute(&path);
+            let made = made.map_err(|source| TrainError::Io { path, source })?;
+            *text = format!("{}={weight}", made.display());
         }
         for path in paths.into_iter().filter(|path| !path.as_os_str().is_empty()) {
             let made = std::path::absolute(&*path);
