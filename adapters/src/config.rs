@@ -287,6 +287,33 @@ impl LoraConfig {
         [EMBEDDING, HEAD].into_iter().filter(is_meant)
     }
 
+    /// The config of an adapter that has begun by it: one like any other.
+    pub(crate) fn as_plain(&self) -> Self {
+        let init_lora_weights = match &self.init_lora_weights {
+            InitLoraWeights::Loftq => InitLoraWeights::KaimingUniform,
+            other => other.clone(),
+        };
+        Self { init_lora_weights, ..self.clone() }
+    }
+
+    /// The config of an adapter of twice the rank and the same scale, as PEFT's conversion of PiSSA
+    /// and OLoRA writes it.
+    pub(crate) fn doubled(&self) -> Result<Self, ConfigError> {
+        let factor = if self.use_rslora { std::f64::consts::SQRT_2 } else { 2.0 };
+        let ranks = self.rank_pattern.iter().map(|(key, r)| (key.clone(), 2 * r));
+        let alphas = self.alpha_pattern.iter().map(|(key, alpha)| (key.clone(), alpha * factor));
+        let doubled = Self {
+            init_lora_weights: InitLoraWeights::KaimingUniform,
+            r: 2 * self.r,
+            lora_alpha: self.lora_alpha * factor,
+            rank_pattern: ranks.collect(),
+            alpha_pattern: alphas.collect(),
+            ..self.clone()
+        };
+        doubled.validate()?;
+        Ok(doubled)
+    }
+
     /// Whether there is a score head.
     pub(crate) fn has_score(&self) -> bool {
         self.modules_to_save.iter().any(|module| module == SCORE)

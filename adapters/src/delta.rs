@@ -8,9 +8,9 @@ use candle_core::{Device, Result, Tensor, Var};
 use rayon::prelude::*;
 
 use crate::base::BaseRows;
-use crate::config::{EMBEDDING, InitLoraWeights, LoraConfig, SCORE};
+use crate::config::{ConfigError, EMBEDDING, InitLoraWeights, LoraConfig, SCORE};
 use crate::rng::Stream;
-use crate::targets::Target;
+use crate::targets::{Target, TargetError};
 
 /// The low-rank update of one linear layer: `ΔW = scale · B A`.
 #[derive(Debug, Clone)]
@@ -270,6 +270,18 @@ pub enum InitError {
     /// What is made of the base's weights, without them.
     #[error("{0} is made of the base's weights, which are not at hand here")]
     Base(String),
+    /// The config is not usable.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The config does not fit the base.
+    #[error(transparent)]
+    Targets(#[from] TargetError),
+    /// The base's weights are not as the initialization needs them.
+    #[error("{0}")]
+    Unfit(String),
+    /// A weight that cannot be decomposed.
+    #[error("{0}: the decomposition of its weight does not converge")]
+    Stuck(String),
     /// No memory on the device, or no such device.
     #[error("a new adapter's tensors: {0}")]
     Tensor(#[from] candle_core::Error),
@@ -306,7 +318,7 @@ pub struct TokenRows {
 
 impl Adapter {
     /// A fresh adapter over `targets`, begun as `config.init_lora_weights` says, of what needs no
-    /// weights of the base ([`Adapter::begin`] does with them).
+    /// weights of the base ([`crate::initialize::begin`] does with them).
     ///
     /// Each tensor's numbers are keyed by its module's path, so that another choice of modules
     /// leaves those of the others as they are.

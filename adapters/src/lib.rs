@@ -13,12 +13,18 @@
 //! - [`targets`]: which modules of a base a config means, with which rank and scale, as PEFT
 //!   matches names. Does not know tensors.
 //! - [`delta`]: the maths, and an [`Adapter`]: the updates by module. Does not know files.
+//! - [`base`]: a base's weight, read by rows, for what is made of it.
+//! - [`initialize`]: adapters that begin with numbers of the base's own.
+//! - [`combine`]: one adapter made of several.
 //! - [`format`]: PEFT's folder and its safetensors, in and out.
 
 pub mod base;
+pub mod combine;
 pub mod config;
+mod decompose;
 pub mod delta;
 pub mod format;
+pub mod initialize;
 pub mod rng;
 pub mod targets;
 

@@ -1,0 +1,731 @@
+//! One adapter made of several: PEFT's `add_weighted_adapter`, method by method.
+//!
+//! An adapter i has weight `w_i` and, on a module, `ΔW_i = s_i B_i A_i`. The methods are of three kinds:
+//!
+//! - `linear`, `ties`, `dare_linear`, `dare_ties` and `magnitude_prune` combine the A's and the B's
+//!   apart, each with `√|w_i s_i|` (the sign goes with A). That is cheap and rough: the product of two
+//!   sums is not the sum of the products. The ranks must be the same.
+//! - `cat` stacks the ranks: exactly `Σ w_i ΔW_i`, at the sum of the ranks.
+//! - `svd` and those ending in `_svd` combine the whole `ΔW_i` and keep the leading singular triples.
+//!   `svd` itself never makes a whole `ΔW`: it decomposes the stacked factors.
+//!
+//! TIES (Yadav et al. 2023) keeps each adapter's largest numbers and of those the ones of the elected
+//! sign; DARE (Yu et al. 2023) drops numbers at random and scales up what is left.
+//!
+//! In two things we are not PEFT. With one adapter it takes `linear`, whatever is asked for; here the
+//! method asked for is used. And it keeps the first adapter's `use_rslora`, under which the result is
+//! read `√r` times too large; here the result has a plain scale of 1.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::str::FromStr;
+
+use candle_core::{Device, Var};
+use faer::Mat;
+use rayon::prelude::*;
+
+use crate::config::{InitLoraWeights, LoraConfig, Modules};
+use crate::decompose::{Dense, Singular, leading_of_product};
+use crate::delta::{Adapter, Lora};
+use crate::rng::Stream;
+
+/// PEFT's `combination_type`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Method {
+    /// Sums of the A's and of the B's.
+    Linear,
+    /// The ranks of all, one after the other.
+    Cat,
+    /// The leading triples of the weighted sum.
+    Svd,
+    /// TIES on A's and B's.
+    Ties,
+    /// TIES on whole updates.
+    TiesSvd,
+    /// DARE and a sum, on A's and B's.
+    DareLinear,
+    /// DARE and a sum, on whole updates.
+    DareLinearSvd,
+    /// DARE and TIES' election, on A's and B's.
+    DareTies,
+    /// DARE and TIES' election, on whole updates.
+    DareTiesSvd,
+    /// The largest numbers and a sum, on A's and B's.
+    MagnitudePrune,
+    /// The largest numbers and a sum, on whole updates.
+    MagnitudePruneSvd,
+}
+
+impl Method {
+    /// All, under PEFT's names.
+    pub const ALL: [(&'static str, Self); 11] = [
+        ("linear", Self::Linear),
+        ("cat", Self::Cat),
+        ("svd", Self::Svd),
+        ("ties", Self::Ties),
+        ("ties_svd", Self::TiesSvd),
+        ("dare_linear", Self::DareLinear),
+        ("dare_linear_svd", Self::DareLinearSvd),
+        ("dare_ties", Self::DareTies),
+        ("dare_ties_svd", Self::DareTiesSvd),
+        ("magnitude_prune", Self::MagnitudePrune),
+        ("magnitude_prune_svd", Self::MagnitudePruneSvd),
+    ];
+
+    /// What becomes of each adapter's numbers first.
+    fn pruning(self) -> Pruning {
+        match self {
+            Self::Linear | Self::Cat | Self::Svd => Pruning::None,
+            Self::Ties | Self::TiesSvd | Self::MagnitudePrune | Self::MagnitudePruneSvd => {
+                Pruning::Magnitude
+            }
+            Self::DareLinear | Self::DareLinearSvd | Self::DareTies | Self::DareTiesSvd => {
+                Pruning::Random
+            }
+        }
+    }
+
+    /// Whether the numbers of an elected sign are taken, or all.
+    fn elects(self) -> bool {
+        matches!(self, Self::Ties | Self::TiesSvd | Self::DareTies | Self::DareTiesSvd)
+    }
+
+    /// Whether whole updates are combined.
+    fn is_svd(self) -> bool {
+        self.name().ends_with("svd")
+    }
+
+    /// PEFT's name.
+    pub fn name(self) -> &'static str {
+        let own = Self::ALL.iter().find(|(_, method)| *method == self);
+        own.map_or("", |(name, _)| name)
+    }
+}
+
+impl FromStr for Method {
+    type Err = CombineError;
+
+    fn from_str(name: &str) -> Result<Self, CombineError> {
+        let found = Self::ALL.iter().find(|(known, _)| *known == name);
+        found.map(|(_, method)| *method).ok_or_else(|| {
+            let known = Self::ALL.map(|(name, _)| name).join(", ");
+            CombineError::Settings(format!("combination_type {name:?}: needed one of {known}"))
+        })
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Pruning {
+    None,
+    Magnitude,
+    Random,
+}
+
+/// PEFT's `majority_sign_method`: whose sign is elected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MajoritySign {
+    /// That of the sum.
+    Total,
+    /// That of most numbers.
+    Frequency,
+}
+
+impl FromStr for MajoritySign {
+    type Err = CombineError;
+
+    fn from_str(name: &str) -> Result<Self, CombineError> {
+        match name {
+            "total" => Ok(Self::Total),
+            "frequency" => Ok(Self::Frequency),
+            other => Err(CombineError::Settings(format!(
+                "majority_sign_method {other:?}: needed total or frequency"
+            ))),
+        }
+    }
+}
+
+/// How adapters are combined. What a method has no use for is refused.
+#[derive(Clone, Copy)]
+pub struct Combination<'a> {
+    /// The method.
+    pub method: Method,
+    /// The share of numbers that pruning leaves; needed by TIES, DARE and magnitude pruning.
+    pub density: Option<f64>,
+    /// How TIES elects signs, by default [`MajoritySign::Total`].
+    pub majority_sign_method: Option<MajoritySign>,
+    /// Rank of the result of the svd kinds, by default the largest of the adapters.
+    pub svd_rank: Option<usize>,
+    /// DARE's masks.
+    pub masks: Masks<'a>,
+}
+
+/// Which numbers DARE keeps.
+#[derive(Clone, Copy)]
+pub enum Masks<'a> {
+    /// Drawn by this seed, keyed by module, adapter and matrix.
+    Seed(u64),
+    /// Made by the caller: as many as [`Draw::count`].
+    Given(&'a dyn Fn(&Draw<'_>) -> Vec<bool>),
+}
+
+/// One matrix that DARE draws a mask for.
+#[derive(Debug, Clone, Copy)]
+pub struct Draw<'a> {
+    /// The module's path.
+    pub module: &'a str,
+    /// Which adapter, by its place in the call.
+    pub adapter: usize,
+    /// Which matrix of it.
+    pub matrix: Matrix,
+    /// Its numbers, row by row.
+    pub count: usize,
+    /// The share to keep.
+    pub density: f64,
+}
+
+/// A matrix of an update.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Matrix {
+    /// `A (r, in)`.
+    A,
+    /// `B (out, r)`.
+    B,
+    /// `s B A (out, in)`.
+    Product,
+}
+
+/// Why adapters cannot be combined.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CombineError {
+    /// Settings that make no sense, or not with the method.
+    #[error("{0}")]
+    Settings(String),
+    /// No adapters.
+    #[error("no adapters to combine")]
+    Empty,
+    /// An adapter with more than factors.
+    #[error("adapter {name} has {what}, which cannot be combined with others: needed plain LoRA")]
+    NotPlain {
+        /// The adapter.
+        name: String,
+        /// What it has.
+        what: &'static str,
+    },
+    /// Updates of one module that are of different layers.
+    #[error("{module}: adapter {name} is for a layer of {found:?}, another for one of {needed:?}")]
+    Shape {
+        /// The module's path.
+        module: String,
+        /// The adapter.
+        name: String,
+        /// (out, in) of its update.
+        found: (usize, usize),
+        /// (out, in) of the first.
+        needed: (usize, usize),
+    },
+    /// Factors of different ranks, which cannot be summed.
+    #[error(
+        "{module}: adapters of rank {ranks:?}; {method} needs the same rank, cat and the svd kinds do not"
+    )]
+    Ranks {
+        /// The module's path.
+        module: String,
+        /// The ranks.
+        ranks: Vec<usize>,
+        /// The method.
+        method: &'static str,
+    },
+    /// A matrix that cannot be decomposed.
+    #[error(
+        "{0}: the decomposition of the sum does not converge; the adapters hold values that are not finite"
+    )]
+    Stuck(String),
+    /// candle could not make or read a tensor.
+    #[error("adapter tensors: {0}")]
+    Tensor(#[from] candle_core::Error),
+}
+
+/// Combines adapters, each with a weight, into a new one of scale 1.
+pub fn combine(
+    name: &str,
+    adapters: &[(&Adapter, f64)],
+    how: &Combination<'_>,
+) -> Result<Adapter, CombineError> {
+    let density = check(adapters, how)?;
+    let modules: BTreeSet<&String> = adapters.iter().flat_map(|(a, _)| a.modules.keys()).collect();
+    let ranks = adapters.iter().flat_map(|(a, _)| a.modules.values().map(Lora::r));
+    let svd_rank = how.svd_rank.unwrap_or_else(|| ranks.max().unwrap_or(1));
+    let mut made = BTreeMap::new();
+    for module in modules {
+        let updates = updates(module, adapters)?;
+        let factors = match how.method {
+            Method::Cat => stacked(&updates),
+            Method::Svd => {
+                let stacked = stacked(&updates);
+                let b = matrix(&stacked.b, stacked.out, stacked.r);
+                let a = matrix(&stacked.a, stacked.r, stacked.of_in);
+                let triples = leading_of_product(&b, &a, svd_rank);
+                cut(triples.map_err(|_| CombineError::Stuck(module.clone()))?, svd_rank)
+            }
+            _ if how.method.is_svd() => {
+                let products = updates.iter().map(Update::product).collect();
+                let weights: Vec<f32> = updates.iter().map(|u| u.weight as f32).collect();
+                let sum =
+                    merged(products, &weights, Matrix::Product, (module, &updates), how, density)?;
+                let (rows, cols) = (updates[0].out, updates[0].of_in);
+                let triples = Dense { values: &sum, rows, cols }.leading(svd_rank);
+                cut(triples.map_err(|_| CombineError::Stuck(module.clone()))?, svd_rank)
+            }
+            _ => apart(module, &updates, how, density)?,
+        };
+        made.insert(module.clone(), factors);
+    }
+    let r = made.values().map(|factors| factors.r).max().unwrap_or(1);
+    let modules = made.into_iter().map(|(module, factors)| {
+        let lora = factors.padded(r)?;
+        Ok((module, lora))
+    });
+    let modules: BTreeMap<String, Lora> = modules.collect::<candle_core::Result<_>>()?;
+    let config = config(adapters, &modules, r);
+    let name = name.into();
+    Ok(Adapter { name, config, modules, score: None, saved: BTreeMap::new(), tokens: None })
+}
+
+/// The density, once everything is known to make sense.
+fn check(adapters: &[(&Adapter, f64)], how: &Combination<'_>) -> Result<f64, CombineError> {
+    let method = how.method.name();
+    let refuse = |problem: String| Err(CombineError::Settings(problem));
+    if adapters.is_empty() {
+        return Err(CombineError::Empty);
+    }
+    for (adapter, weight) in adapters {
+        let has = [
+            ("DoRA magnitudes", adapter.modules.values().any(|lora| lora.magnitude.is_some())),
+            ("modules trained whole", !adapter.saved.is_empty()),
+            ("token rows", adapter.tokens.is_some()),
+            ("a score head", adapter.score.is_some()),
+        ];
+        if let Some((what, _)) = has.iter().find(|(_, has)| *has) {
+            return Err(CombineError::NotPlain { name: adapter.name.clone(), what });
+        }
+        if !weight.is_finite() {
+            return refuse(format!("weight {weight} of {}: needed a finite number", adapter.name));
+        }
+    }
+    if how.majority_sign_method.is_some() && !how.method.elects() {
+        return refuse(format!("majority_sign_method is for the ties kinds, found {method}"));
+    }
+    match how.svd_rank {
+        Some(_) if !how.method.is_svd() => {
+            return refuse(format!("svd_rank is for the svd kinds, found {method}"));
+        }
+        Some(0) => return refuse("svd_rank: found 0, needed 1 or more".into()),
+        _ => {}
+    }
+    match (how.method.pruning(), how.density) {
+        (Pruning::None, None) => Ok(1.0),
+        (Pruning::None, Some(_)) => {
+            refuse(format!("density is for methods that prune, found {method}"))
+        }
+        (_, None) => refuse(format!("{method} needs a density, the share of numbers to keep")),
+        (Pruning::Magnitude, Some(density)) if (0.0..=1.0).contains(&density) => Ok(density),
+        (Pruning::Random, Some(density)) if density > 0.0 && density <= 1.0 => Ok(density),
+        (Pruning::Magnitude, Some(density)) => {
+            refuse(format!("density: found {density}, needed 0 to 1"))
+        }
+        (Pruning::Random, Some(density)) => {
+            refuse(format!("density: found {density}, needed above 0, to 1"))
+        }
+    }
+}
+
+/// An adapter's update of the module at hand.
+struct Update {
+    /// The adapter's place in the call.
+    adapter: usize,
+    weight: f64,
+    scale: f64,
+    a: Vec<f32>,
+    b: Vec<f32>,
+    r: usize,
+    of_in: usize,
+    out: usize,
+}
+
+impl Update {
+    /// `s B A (out, in)`.
+    fn product(&self) -> Vec<f32> {
+        let mut product = vec![0f32; self.out * self.of_in];
+        let rows = product.par_chunks_mut(self.of_in).zip(self.b.par_chunks(self.r));
+        rows.for_each(|(row, b)| {
+            for (b, a) in b.iter().zip(self.a.chunks_exact(self.of_in)) {
+                row.iter_mut().zip(a).for_each(|(sum, a)| *sum += b * a);
+            }
+            row.iter_mut().for_each(|value| *value *= self.scale as f32);
+        });
+        product
+    }
+}
+
+/// Those adapters' updates that have the module.
+fn updates(module: &str, adapters: &[(&Adapter, f64)]) -> Result<Vec<Update>, CombineError> {
+    let mut updates: Vec<Update> = Vec::new();
+    for (adapter, (of, weight)) in adapters.iter().enumerate() {
+        let Some(lora) = of.modules.get(module) else { continue };
+        let update = Update {
+            adapter,
+            weight: *weight,
+            scale: lora.scale,
+            a: lora.a.as_detached_tensor().flatten_all()?.to_vec1()?,
+            b: lora.b.as_detached_tensor().flatten_all()?.to_vec1()?,
+            r: lora.r(),
+            of_in: lora.in_features(),
+            out: lora.out_features(),
+        };
+        if let Some(first) = updates.first()
+            && (first.out, first.of_in) != (update.out, update.of_in)
+        {
+            return Err(CombineError::Shape {
+                module: module.into(),
+                name: of.name.clone(),
+                found: (update.out, update.of_in),
+                needed: (first.out, first.of_in),
+            });
+        }
+        updates.push(update);
+    }
+    Ok(updates)
+}
+
+/// Factors of a combined update of scale 1.
+struct Factors {
+    /// `A (r, in)`.
+    a: Vec<f32>,
+    /// `B (out, r)`.
+    b: Vec<f32>,
+    r: usize,
+    of_in: usize,
+    out: usize,
+}
+
+impl Factors {
+    /// An update of rank r, those above its own nothing.
+    fn padded(mut self, r: usize) -> candle_core::Result<Lora> {
+        self.a.resize(r * self.of_in, 0.0);
+        let mut b = vec![0f32; self.out * r];
+        for (to, from) in b.chunks_exact_mut(r).zip(self.b.chunks_exact(self.r)) {
+            to[..self.r].copy_from_slice(from);
+        }
+        let a = Var::from_vec(self.a, (r, self.of_in), &Device::Cpu)?;
+        Ok(Lora::new(a, Var::from_vec(b, (self.out, r), &Device::Cpu)?, 1.0))
+    }
+}
+
+/// All ranks one after the other: exactly the weighted sum.
+fn stacked(updates: &[Update]) -> Factors {
+    let (r, out, of_in) = (updates.iter().map(|u| u.r).sum(), updates[0].out, updates[0].of_in);
+    let mut a = Vec::with_capacity(r * of_in);
+    let mut b = vec![0f32; out * r];
+    let mut first = 0;
+    for update in updates {
+        let factor = (update.weight * update.scale) as f32;
+        a.extend(update.a.iter().map(|value| value * factor));
+        for (to, from) in b.chunks_exact_mut(r).zip(update.b.chunks_exact(update.r)) {
+            to[first..first + update.r].copy_from_slice(from);
+        }
+        first += update.r;
+    }
+    Factors { a, b, r, of_in, out }
+}
+
+/// The A's and the B's, each by the method.
+fn apart(
+    module: &str,
+    updates: &[Update],
+    how: &Combination<'_>,
+    density: f64,
+) -> Result<Factors, CombineError> {
+    let ranks: Vec<usize> = updates.iter().map(|update| update.r).collect();
+    if ranks.iter().any(|r| *r != ranks[0]) {
+        let (module, method) = (module.into(), how.method.name());
+        return Err(CombineError::Ranks { module, ranks, method });
+    }
+    let roots = |with_sign: bool| -> Vec<f32> {
+        let root = |update: &Update| {
+            let weight = update.weight * update.scale;
+            weight.abs().sqrt() * if with_sign && weight < 0.0 { -1.0 } else { 1.0 }
+        };
+        updates.iter().map(|update| root(update) as f32).collect()
+    };
+    let of_a = updates.iter().map(|update| update.a.clone()).collect();
+    let of_b = updates.iter().map(|update| update.b.clone()).collect();
+    Ok(Factors {
+        a: merged(of_a, &roots(true), Matrix::A, (module, updates), how, density)?,
+        b: merged(of_b, &roots(false), Matrix::B, (module, updates), how, density)?,
+        r: ranks[0],
+        of_in: updates[0].of_in,
+        out: updates[0].out,
+    })
+}
+
+/// Matrices of all adapters, pruned, elected and summed.
+fn merged(
+    mut matrices: Vec<Vec<f32>>,
+    weights: &[f32],
+    matrix: Matrix,
+    (module, updates): (&str, &[Update]),
+    how: &Combination<'_>,
+    density: f64,
+) -> Result<Vec<f32>, CombineError> {
+    for (values, update) in matrices.iter_mut().zip(updates) {
+        match how.method.pruning() {
+            Pruning::Magnitude if density < 1.0 => keep_largest(values, density),
+            Pruning::Random if density < 1.0 => {
+                let (adapter, count) = (update.adapter, values.len());
+                let draw = Draw { module, adapter, matrix, count, density };
+                keep_drawn(values, &how.masks.of(&draw)?, density);
+            }
+            _ => {}
+        }
+    }
+    Ok(match how.method.elects() {
+        false => summed(&matrices, weights),
+        true => {
+            let sign = how.majority_sign_method.unwrap_or(MajoritySign::Total);
+            elected(&matrices, weights, sign)
+        }
+    })
+}
+
+impl Masks<'_> {
+    fn of(self, draw: &Draw<'_>) -> Result<Vec<bool>, CombineError> {
+        match self {
+            Self::Seed(seed) => {
+                let purpose = format!("dare {:?} {}", draw.matrix, draw.module);
+                let mut stream = Stream::new(seed, &purpose, &[draw.adapter as u64]);
+                Ok((0..draw.count).map(|_| stream.uniform_f64() < draw.density).collect())
+            }
+            Self::Given(make) => {
+                let mask = make(draw);
+                match mask.len() == draw.count {
+                    true => Ok(mask),
+                    false => Err(CombineError::Settings(format!(
+                        "{}: a mask of {}, needed {}",
+                        draw.module,
+                        mask.len(),
+                        draw.count
+                    ))),
+                }
+            }
+        }
+    }
+}
+
+/// Leaves the share of the largest numbers; of equals the first.
+fn keep_largest(values: &mut [f32], density: f64) {
+    let kept = (density * values.len() as f64) as usize;
+    let mut order: Vec<u32> = (0..values.len() as u32).collect();
+    if kept > 0 && kept < values.len() {
+        let size = |i: u32| values[i as usize].abs();
+        order.select_nth_unstable_by(kept, |&i, &j| size(j).total_cmp(&size(i)).then(i.cmp(&j)));
+    }
+    order[kept..].iter().for_each(|&i| values[i as usize] = 0.0);
+}
+
+/// Drops the numbers of the mask and scales up the others, so that the sum to be expected stays.
+fn keep_drawn(values: &mut [f32], mask: &[bool], density: f64) {
+    for (value, kept) in values.iter_mut().zip(mask) {
+        *value = if *kept { *value / density as f32 } else { 0.0 };
+    }
+}
+
+fn summed(matrices: &[Vec<f32>], weights: &[f32]) -> Vec<f32> {
+    let mut sum = vec![0f32; matrices[0].len()];
+    for (values, weight) in matrices.iter().zip(weights) {
+        sum.iter_mut().zip(values).for_each(|(sum, value)| *sum += value * weight);
+    }
+    sum
+}
+
+/// Per number the weighted mean of those of the elected sign, as TIES has it: over their count, not
+/// over their weights.
+fn elected(matrices: &[Vec<f32>], weights: &[f32], method: MajoritySign) -> Vec<f32> {
+    let at = |i: usize| {
+        let values = || matrices.iter().map(move |values| values[i]);
+        let vote = |value: f32| match method {
+            MajoritySign::Total => value,
+            MajoritySign::Frequency if value == 0.0 => 0.0,
+            MajoritySign::Frequency => value.signum(),
+        };
+        let is_positive = values().map(vote).sum::<f32>() >= 0.0;
+        let (mut sum, mut count) = (0f32, 0f32);
+        for (value, weight) in values().zip(weights) {
+            if value != 0.0 && (value > 0.0) == is_positive {
+                sum += value * weight;
+                count += 1.0;
+            }
+        }
+        sum / count.max(1.0)
+    };
+    (0..matrices[0].len()).map(at).collect()
+}
+
+/// `B = U diag(s)`, `A = Vᵀ`, of rank r; those above what there is are nothing.
+fn cut(triples: Singular, r: usize) -> Factors {
+    let (out, of_in, k) = (triples.u.nrows(), triples.v.nrows(), triples.s.len());
+    let mut a = vec![0f32; r * of_in];
+    let mut b = vec![0f32; out * r];
+    for rank in 0..k {
+        for col in 0..of_in {
+            a[rank * of_in + col] = triples.v[(col, rank)] as f32;
+        }
+        for row in 0..out {
+            b[row * r + rank] = (triples.u[(row, rank)] * triples.s[rank]) as f32;
+        }
+    }
+    Factors { a, b, r, of_in, out }
+}
+
+fn matrix(values: &[f32], rows: usize, cols: usize) -> Mat<f64> {
+    Mat::from_fn(rows, cols, |row, col| f64::from(values[row * cols + col]))
+}
+
+/// The first adapter's config, of rank and `lora_alpha` r. Where the adapters name their modules alike
+/// so does it; else by their paths.
+fn config(adapters: &[(&Adapter, f64)], modules: &BTreeMap<String, Lora>, r: usize) -> LoraConfig {
+    let first = &adapters[0].0.config;
+    let named = |config: &LoraConfig| {
+        let (targets, excluded) = (config.target_modules.clone(), config.exclude_modules.clone());
+        (targets, excluded, config.layers_to_transform.clone(), config.layers_pattern.clone())
+    };
+    let alike = adapters.iter().all(|(adapter, _)| named(&adapter.config) == named(first))
+        && adapters.iter().all(|(adapter, _)| adapter.modules.len() == modules.len());
+    let names = LoraConfig {
+        r,
+        lora_alpha: r as f64,
+        rank_pattern: Vec::new(),
+        alpha_pattern: Vec::new(),
+        use_rslora: false,
+        init_lora_weights: InitLoraWeights::KaimingUniform,
+        inference_mode: true,
+        ..first.clone()
+    };
+    match alike {
+        true => names,
+        false => LoraConfig {
+            target_modules: Some(Modules::List(modules.keys().cloned().collect())),
+            exclude_modules: None,
+            layers_to_transform: None,
+            layers_pattern: Vec::new(),
+            ..names
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn adapter(name: &str, modules: &[(&str, usize)]) -> Adapter {
+        let mut stream = Stream::new(9, name, &[]);
+        let mut var = |rows: usize, cols: usize| {
+            let values = (0..rows * cols).map(|_| stream.normal()).collect();
+            Var::from_vec(values, (rows, cols), &Device::Cpu).unwrap()
+        };
+        let modules: BTreeMap<_, _> = modules
+            .iter()
+            .map(|(module, r)| (module.to_string(), Lora::new(var(*r, 7), var(5, *r), 0.5)))
+            .collect();
+        let name = name.into();
+        let config = LoraConfig::default();
+        Adapter { name, config, modules, score: None, saved: BTreeMap::new(), tokens: None }
+    }
+
+    fn how(method: Method) -> Combination<'static> {
+        let density = (method.pruning() != Pruning::None).then_some(0.6);
+        let masks = Masks::Seed(1);
+        Combination { method, density, majority_sign_method: None, svd_rank: None, masks }
+    }
+
+    fn product(adapter: &Adapter, module: &str) -> Vec<f32> {
+        let lora = &adapter.modules[module];
+        let product = (lora.b.matmul(lora.a.as_tensor()).unwrap() * lora.scale).unwrap();
+        product.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    /// Largest distance between two lists.
+    fn apart(a: &[f32], b: &[f32]) -> f32 {
+        a.iter().zip(b).fold(0.0, |most, (a, b)| most.max((a - b).abs()))
+    }
+
+    #[test]
+    fn exact_methods_give_the_weighted_sum() {
+        let (one, two) = (adapter("one", &[("q", 2), ("k", 3)]), adapter("two", &[("q", 1)]));
+        let sum: Vec<f32> = (product(&one, "q").iter().zip(product(&two, "q")))
+            .map(|(a, b)| 0.7 * a - 1.5 * b)
+            .collect();
+        let k: Vec<f32> = product(&one, "k").iter().map(|value| 0.7 * value).collect();
+        for (method, r) in [(Method::Cat, 3), (Method::Svd, 3)] {
+            let made = combine("made", &[(&one, 0.7), (&two, -1.5)], &how(method)).unwrap();
+            assert!(apart(&product(&made, "q"), &sum) < 1e-5, "{method:?}");
+            assert!(apart(&product(&made, "k"), &k) < 1e-5, "{method:?}");
+            assert_eq!((made.config.r, made.config.lora_alpha), (r, r as f64));
+            let paths = Modules::List(vec!["k".into(), "q".into()]);
+            assert_eq!(made.config.target_modules, Some(paths));
+        }
+        let cut = Combination { svd_rank: Some(1), ..how(Method::Svd) };
+        let made = combine("made", &[(&one, 1.0)], &cut).unwrap();
+        assert_eq!(made.modules["q"].r(), 1);
+        assert!(apart(&product(&made, "q"), &product(&one, "q")) > 1e-2);
+    }
+
+    #[test]
+    fn masks_belong_to_module_adapter_and_matrix() {
+        let (one, two) = (adapter("one", &[("q", 2), ("k", 2)]), adapter("two", &[("q", 2)]));
+        let made = |method| combine("made", &[(&one, 1.0), (&two, 1.0)], &how(method)).unwrap();
+        let alone = combine("made", &[(&one, 1.0)], &how(Method::DareLinearSvd)).unwrap();
+        let all = made(Method::DareLinearSvd);
+        assert_eq!(product(&all, "k"), product(&alone, "k"));
+        assert_eq!(product(&all, "q"), product(&made(Method::DareLinearSvd), "q"));
+        assert_ne!(product(&all, "q"), product(&made(Method::DareTiesSvd), "q"));
+    }
+
+    #[test]
+    fn what_cannot_be_combined_is_refused() {
+        let one = adapter("one", &[("q", 2)]);
+        let check = |adapters: &[(&Adapter, f64)], how: &Combination<'_>, needed: &str| {
+            let error = combine("made", adapters, how).unwrap_err().to_string();
+            assert!(error.contains(needed), "{error:?} should say {needed:?}");
+        };
+        let both = |other| [(&one, 1.0), (other, 1.0)];
+        let other = adapter("other", &[("q", 3)]);
+        check(&both(&other), &how(Method::Ties), "q: adapters of rank [2, 3]; ties needs the same");
+        check(&[], &how(Method::Cat), "no adapters");
+        check(&[(&one, f64::NAN)], &how(Method::Cat), "weight NaN of one");
+        let mut changed = one.copy("changed").unwrap();
+        changed.score = Some(changed.modules["q"].a.clone());
+        check(&both(&changed), &how(Method::Cat), "adapter changed has a score head");
+        let settings = [
+            (Combination { density: Some(0.5), ..how(Method::Cat) }, "density is for methods that"),
+            (Combination { density: None, ..how(Method::Ties) }, "ties needs a density"),
+            (Combination { density: Some(1.5), ..how(Method::Ties) }, "found 1.5, needed 0 to 1"),
+            (Combination { density: Some(0.0), ..how(Method::DareTies) }, "needed above 0, to 1"),
+            (
+                Combination { svd_rank: Some(2), ..how(Method::Cat) },
+                "svd_rank is for the svd kinds",
+            ),
+            (Combination { svd_rank: Some(0), ..how(Method::Svd) }, "svd_rank: found 0"),
+            (
+                Combination {
+                    majority_sign_method: Some(MajoritySign::Total),
+                    ..how(Method::DareLinear)
+                },
+                "majority_sign_method is for the ties kinds",
+            ),
+        ];
+        for (settings, needed) in &settings {
+            check(&[(&one, 1.0)], settings, needed);
+        }
+        assert!("tie".parse::<Method>().unwrap_err().to_string().contains("magnitude_prune_svd"));
+    }
+}
