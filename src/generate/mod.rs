@@ -1,14 +1,14 @@
-//! Tokens from a decoder: sampling, batched decoding over a cache, stop strings.
+//! Tokens from a decoder: sampling, an engine that decodes whatever is submitted, stop strings.
 //!
 //! A row's tokens depend on its prompt, its key and the settings, never on its place in the batch
 //! or on its neighbours. Works in token ids; text comes in only where stop strings are looked for.
 
 pub mod decode;
+pub mod engine;
 pub mod sampling;
 pub mod stop;
 
-pub use decode::{
-    Finish, GenerateError, Generated, Generation, Request, Settings, Usage, generate,
-};
+pub use decode::{Generation, Request, Settings, generate};
+pub use engine::{Ended, Engine, Event, Finish, GenerateError, Generated, Job, Prefix, Usage};
 pub use sampling::{LogProbs, Sampling, SamplingError, log_probs_top_k};
 pub use stop::StopStrings;

@@ -28,6 +28,16 @@ impl Worn {
     pub fn trainable(adapter: Arc<Adapter>) -> Self {
         Self { adapter, weight: 1.0, trainable: true }
     }
+
+    /// Whether two rows wear the same adapters, not merely equal ones.
+    pub fn same(a: &[Self], b: &[Self]) -> bool {
+        let equal = |(a, b): (&Self, &Self)| {
+            Arc::ptr_eq(&a.adapter, &b.adapter)
+                && a.weight.to_bits() == b.weight.to_bits()
+                && a.trainable == b.trainable
+        };
+        std::ptr::eq(a, b) || a.len() == b.len() && a.iter().zip(b).all(equal)
+    }
 }
 
 /// The adapters of each row of a batch.
@@ -64,7 +74,7 @@ impl<'a> Adapters<'a> {
                 let rows = segments.iter().zip(*rows);
                 for (segment, &worn) in rows.filter(|(segment, _)| !segment.is_empty()) {
                     match runs.last_mut() {
-                        Some((tokens, last)) if std::ptr::eq(*last, worn) => {
+                        Some((tokens, last)) if Worn::same(last, worn) => {
                             tokens.end = segment.tokens.end;
                         }
                         _ => runs.push((segment.tokens.clone(), worn)),

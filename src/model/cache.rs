@@ -123,11 +123,17 @@ impl KvCache {
         (0..self.rows()).all(|row| self.len(row) == 0)
     }
 
-    /// Forgets the rows for which `keep`, one a row, is false; those behind them move up.
-    pub fn retain(&mut self, keep: &[bool]) {
+    /// Takes a row out, as a cache of its own; those behind it move up.
+    pub fn take(&mut self, row: usize) -> Self {
+        let layers = self.layers.iter_mut().map(|layer| vec![layer.remove(row)]).collect();
+        let (kv_heads, head_dim) = (self.kv_heads, self.head_dim);
+        Self { layers, kv_heads, head_dim, step: StepBuffers::default() }
+    }
+
+    /// Forgets all of a row's tokens but the first `tokens`.
+    pub fn truncate(&mut self, row: usize, tokens: usize) {
         for layer in &mut self.layers {
-            let mut keep = keep.iter();
-            layer.retain(|_| *keep.next().expect("keep has one entry a row"));
+            layer[row].heads_mut().into_iter().for_each(|head| head.truncate(tokens));
         }
     }
 
@@ -292,6 +298,9 @@ trait Append: Send {
 
     /// Takes in a token's key and value.
     fn append(&mut self, key: &[f32], value: &[f32]);
+
+    /// Forgets all but the first tokens.
+    fn truncate(&mut self, tokens: usize);
 }
 
 impl<B: Stored> HeadCache<B> {
@@ -331,6 +340,27 @@ impl<B: Stored> Append for HeadCache<B> {
             values[self.len] = value_scale;
         }
         self.len += 1;
+    }
+
+    fn truncate(&mut self, tokens: usize) {
+        if tokens >= self.len {
+            return;
+        }
+        let (panels, column) = (tokens.div_ceil(GROUP), tokens % GROUP);
+        self.keys.truncate(panels * GROUP * self.head_dim);
+        self.values.truncate(tokens * self.head_dim.next_multiple_of(GROUP));
+        if column > 0 {
+            // Columns without a key are zeros, as in a panel just begun.
+            let last = &mut self.keys[(panels - 1) * GROUP * self.head_dim..];
+            last.chunks_exact_mut(GROUP).for_each(|keys| keys[column..].fill(B::default()));
+        }
+        if let Some((keys, values)) = &mut self.scales {
+            for scales in [keys, values] {
+                scales.truncate(panels * GROUP);
+                scales[tokens..].fill(0.0);
+            }
+        }
+        self.len = tokens;
     }
 }
 
@@ -470,6 +500,34 @@ mod tests {
     }
 
     #[test]
+    fn what_is_forgotten_leaves_no_trace() {
+        let heads = Heads { heads: 4, kv_heads: 2, head_dim: 24 };
+        let buffer = buffer(80, heads);
+        let row = |range: Range<usize>| {
+            columns(&buffer[range.start * stride(heads)..range.end * stride(heads)], heads)
+        };
+        let isa = Isa::current();
+        for (kind, _) in KINDS {
+            for kept in [0, 7, 16, 33, 50] {
+                let feed = |cache: &mut KvCache, range: Range<usize>| {
+                    let mut out = vec![f32::NAN; range.len() * heads.heads * heads.head_dim];
+                    let segment = [Segment::whole(0..range.len())];
+                    cache.attend_slices(isa, 0, row(range), heads, &segment, None, &mut out);
+                    out
+                };
+                let (mut longer, mut plain) = (cache(1, heads, kind), cache(1, heads, kind));
+                feed(&mut longer, 0..kept);
+                feed(&mut longer, 60..80);
+                longer.truncate(0, kept);
+                assert_eq!(longer.len(0), kept);
+                feed(&mut plain, 0..kept);
+                let (ours, theirs) = (feed(&mut longer, kept..60), feed(&mut plain, kept..60));
+                assert_eq!(ours, theirs, "{kind:?}, {kept} kept");
+            }
+        }
+    }
+
+    #[test]
     fn rows_of_other_lengths_and_without_tokens_do_not_matter() {
         let heads = Heads { heads: 4, kv_heads: 2, head_dim: 16 };
         let width = heads.heads * heads.head_dim;
@@ -483,7 +541,7 @@ mod tests {
             let mut out = vec![0f32; 60 * width];
             let rows = [0..20, 20..20, 20..57].map(Segment::whole);
             batch.attend_slices(isa, 0, part(0..57), heads, &rows, None, &mut out[..57 * width]);
-            batch.retain(&[false, true, true]);
+            assert_eq!(batch.take(0).len(0), 20);
             assert_eq!((batch.rows(), batch.len(0), batch.len(1)), (2, 0, 37));
             let rows = [0..1, 1..3].map(Segment::whole);
             let new = &mut out[57 * width..];
