@@ -9,6 +9,7 @@ use rayon::prelude::*;
 
 use crate::base::BaseRows;
 use crate::config::{ConfigError, EMBEDDING, InitLoraWeights, LoraConfig, SCORE};
+use crate::decode::{DecodeForm, Forms, Stored};
 use crate::rng::Stream;
 use crate::targets::{Target, TargetError};
 
@@ -26,6 +27,7 @@ pub struct Lora {
     /// Of the r, how many, the last ones, stay as they began. An update that begins with numbers of
     /// the base's own (PiSSA, OLoRA) takes them off again in these, so that it begins as nothing.
     pub held: usize,
+    forms: Arc<Mutex<Forms>>,
 }
 
 /// What DoRA (Liu et al. 2024) makes of a merged weight: each of its rows gets a length of its own,
@@ -48,7 +50,7 @@ struct Norms {
 impl Lora {
     /// A plain update.
     pub fn new(a: Var, b: Var, scale: f64) -> Self {
-        Self { a, b, scale, magnitude: None, held: 0 }
+        Self { a, b, scale, magnitude: None, held: 0, forms: Arc::default() }
     }
 
     /// What the update adds to the layer's output: `scale · (mask ⊙ x) Aᵀ Bᵀ`.
@@ -120,6 +122,19 @@ impl Lora {
         };
         let m = magnitude.vector.as_detached_tensor().to_vec1::<f32>()?;
         Ok(Some(m.iter().zip(&*norms).map(|(m, norm)| m / norm).collect()))
+    }
+
+    /// The update as decoding reads it, on a base's weight. It is kept until [`Adapter::changed`].
+    pub fn decode_form<T: Stored>(&self, base: &dyn BaseRows) -> Result<Arc<DecodeForm<T>>> {
+        let mut forms = self.forms.lock().unwrap_or_else(PoisonError::into_inner);
+        let form = T::place(&mut forms);
+        match form {
+            Some(form) => Ok(form.clone()),
+            None => {
+                let made = DecodeForm::new(self, self.row_scales(base)?)?;
+                Ok(form.insert(Arc::new(made)).clone())
+            }
+        }
     }
 
     /// Rank of the update.
@@ -378,6 +393,7 @@ impl Adapter {
                 scale: lora.scale,
                 magnitude: magnitude.transpose()?,
                 held: lora.held,
+                forms: Arc::default(),
             };
             Ok((module.clone(), lora))
         };
@@ -488,6 +504,9 @@ impl Adapter {
 
     /// Forgets what was made of the numbers before they changed: whoever sets them says so.
     pub fn changed(&self) {
+        for lora in self.modules.values() {
+            *lora.forms.lock().unwrap_or_else(PoisonError::into_inner) = Forms::default();
+        }
         for magnitude in self.modules.values().filter_map(|lora| lora.magnitude.as_ref()) {
             magnitude.norms().merged = None;
         }

@@ -16,7 +16,9 @@
 //! - [`base`]: a base's weight, read by rows, for what is made of it.
 //! - [`initialize`]: adapters that begin with numbers of the base's own.
 //! - [`combine`]: one adapter made of several.
+//! - [`decode`]: an update as decoding reads it. Does not know the kernels that do.
 //! - [`format`]: PEFT's folder and its safetensors, in and out.
+//! - [`registry`]: named adapters for one base, swapped while others use them. Does not know files.
 
 pub mod base;
 pub mod combine;
@@ -25,6 +27,10 @@ mod decompose;
 pub mod delta;
 pub mod format;
 pub mod initialize;
+pub mod decode;
+pub mod delta;
+pub mod format;
+pub mod registry;
 pub mod rng;
 pub mod targets;
 
@@ -32,4 +38,5 @@ pub use base::BaseRows;
 pub use config::{ConfigError, InitLoraWeights, LoraConfig, Modules};
 pub use delta::{Adapter, Dropout, InitError, Lora, Magnitude, TokenKey, TokenRows};
 pub use format::FormatError;
+pub use registry::{Bounds, Registry, RegistryError};
 pub use targets::{LinearSpec, Resolved, Target, TargetError, Unmatched, resolve};

@@ -127,7 +127,7 @@ impl Generate {
                 if streams {
                     show(&piece);
                 }
-                if texts[row].stops.stopped() {
+                if texts[row].stopped() {
                     ControlFlow::Break(())
                 } else {
                     ControlFlow::Continue(())
@@ -236,20 +236,20 @@ impl Generate {
 }
 
 /// The text of a reply as its tokens come.
-struct Text<'a> {
+pub(super) struct Text<'a> {
     stream: DecodeStream<'a>,
     stops: StopStrings,
     text: String,
 }
 
 impl<'a> Text<'a> {
-    fn new(tokenizer: &'a Tokenizer, stops: &[String]) -> Self {
+    pub(super) fn new(tokenizer: &'a Tokenizer, stops: &[String]) -> Self {
         let stream = tokenizer.decode_stream(true);
         Self { stream, stops: StopStrings::new(stops), text: String::new() }
     }
 
     /// What a token adds that is certain to stay.
-    fn push(&mut self, token: u32) -> String {
+    pub(super) fn push(&mut self, token: u32) -> String {
         // An id the tokenizer lacks (padded vocabularies have some) has no text.
         let piece = self.stream.push(token).ok().flatten().unwrap_or_default();
         let piece = self.stops.push(&piece);
@@ -257,8 +257,13 @@ impl<'a> Text<'a> {
         piece
     }
 
+    /// Whether a stop text is complete.
+    pub(super) fn stopped(&self) -> bool {
+        self.stops.stopped()
+    }
+
     /// The whole text, and what of it was held back.
-    fn finish(mut self) -> Result<(String, String), TextError> {
+    pub(super) fn finish(mut self) -> Result<(String, String), TextError> {
         let held = self.stream.finish()?;
         let rest = self.stops.push(&held) + &self.stops.finish();
         self.text.push_str(&rest);
@@ -267,7 +272,7 @@ impl<'a> Text<'a> {
 }
 
 /// Shows a piece of text at once; where nobody reads on, ends.
-fn show(piece: &str) {
+pub(super) fn show(piece: &str) {
     let mut stdout = std::io::stdout();
     if stdout.write_all(piece.as_bytes()).and_then(|()| stdout.flush()).is_err() {
         std::process::exit(0);

@@ -15,6 +15,7 @@ macro_rules! say {
 use say;
 
 mod best_of;
+mod chat;
 mod eval;
 mod export;
 mod generate;
@@ -82,6 +83,8 @@ enum Command {
     Eval(Box<eval::Eval>),
     /// Answer a prompt
     Generate(Box<generate::Generate>),
+    /// Talk with a model, adapters swapped between replies
+    Chat(Box<chat::Chat>),
     /// Merge adapters into their base: a Hugging Face folder or a GGUF of any type
     Merge(Box<merge::Merge>),
     /// Write a base as a GGUF of another type
@@ -135,6 +138,7 @@ pub fn main() -> ExitCode {
         Command::Grpo(command) => command.run(crate::train::Command::Grpo, json),
         Command::Eval(command) => command.run(json),
         Command::Generate(command) => command.run(json),
+        Command::Chat(command) => command.run(json),
         Command::Merge(command) => command.run(json),
         Command::Quantize(command) => command.run(json),
         Command::Export(command) => command.run(json),

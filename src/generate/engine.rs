@@ -413,7 +413,8 @@ impl<'a> Engine<'a> {
         let mut chunk = next_chunk(&mut self.waiting);
         self.usage.count_prompts(&chunk);
         let (caches, hidden) = prefill(self.decoder, self.kind, &mut chunk)?;
-        let logits = self.decoder.logits(&hidden)?; // (groups, vocab_size)
+        let worn: Vec<&[Worn]> = chunk.iter().map(|group| &*group.rows[0].job.worn).collect();
+        let logits = self.decoder.logits(&hidden, Adapters::PerRow(&worn))?; // (groups, vocab_size)
         // All of a group choose from the same logits.
         let rows = chunk.iter_mut().zip(0..);
         let rows = rows.flat_map(|(group, line)| group.rows.iter_mut().map(move |row| (row, line)));
@@ -446,7 +447,8 @@ impl<'a> Engine<'a> {
         self.usage.steps += 1;
         self.usage.slot_steps += self.slots.max(batch.rows.len());
         self.usage.tokens += batch.rows.len();
-        let logits = self.decoder.logits(&hidden)?; // (running, vocab_size)
+        let worn: Vec<&[Worn]> = batch.rows.iter().map(|row| &*row.job.worn).collect();
+        let logits = self.decoder.logits(&hidden, Adapters::PerRow(&worn))?; // (running, vocab_size)
         let mut rows: Vec<(&mut Row, usize)> = batch.rows.iter_mut().zip(0..).collect();
         let mut index = 0;
         for fate in choose(&mut rows, &logits, events)? {

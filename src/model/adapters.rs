@@ -85,6 +85,18 @@ impl<'a> Adapters<'a> {
         }
     }
 
+    /// Tokens that wear the same, wherever their rows stand, with their list.
+    pub(super) fn wearers(&self, segments: &[Segment]) -> Vec<(&'a [Worn], Vec<usize>)> {
+        let mut wearers: Vec<(&'a [Worn], Vec<usize>)> = Vec::new();
+        for (tokens, worn) in self.runs(segments).into_iter().filter(|(_, worn)| !worn.is_empty()) {
+            match wearers.iter_mut().find(|(other, _)| Worn::same(other, worn)) {
+                Some((_, all)) => all.extend(tokens),
+                None => wearers.push((worn, tokens.collect())),
+            }
+        }
+        wearers
+    }
+
     /// All adapters, a row's list after the other.
     pub(super) fn iter(&self) -> impl Iterator<Item = &'a Worn> {
         let (same, rows): (&[Worn], &[&[Worn]]) = match *self {

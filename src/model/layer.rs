@@ -18,11 +18,12 @@ use rayon::prelude::*;
 use super::cache::KvCache;
 use super::config::Config;
 use super::decoder::{Layer, Linear, Pass};
-use crate::isa::{Isa, versions};
+use super::few;
+use crate::isa::Isa;
 use crate::ops::attention::{self, Attended, Heads, Qkv, QkvGrad};
 use crate::ops::gemm::{Begin, Out, PackedRows, Panel, Product, Strided, Term, Weights, multiply};
 use crate::ops::rope::Turn;
-use crate::ops::{Compute, Values, half_tape, rms_norm, row_dot, swiglu};
+use crate::ops::{Compute, Values, half_tape, rms_norm, swiglu};
 
 /// What a layer keeps for the way down. No product need be computed again from it.
 #[derive(Debug, Default)]
@@ -131,8 +132,7 @@ const CHUNK: usize = 1 << 14;
 pub struct Workspace {
     normed: Vec<f32>,
     attended: Vec<f32>,
-    few: Vec<f32>,
-    low: Vec<f32>,
+    pub(super) few: few::Buffers,
     gate: Vec<f32>,
     up: Vec<f32>,
     inner: Vec<f32>,
@@ -234,9 +234,9 @@ struct Trained<'a> {
 pub struct LayerPass<'a> {
     config: &'a Config,
     layer: &'a Layer,
-    pass: &'a Pass<'a>,
-    isa: Isa,
-    forward: Panel,
+    pub(super) pass: &'a Pass<'a>,
+    pub(super) isa: Isa,
+    pub(super) forward: Panel,
     backward: Panel,
     tokens: usize,
     /// Whether products read each weight where it lies, for a token a row. Only in decoding: what is
@@ -563,7 +563,8 @@ impl<'a> LayerPass<'a> {
         work: &mut Workspace,
     ) -> Result<()> {
         if self.decoding {
-            return self.project_few(outs, x, onto, work);
+            let outs = outs.map(|(linear, out, _)| (linear, out));
+            return few::project(self, outs, x, onto, work);
         }
         let (n, isa) = (self.tokens, self.isa);
         let width = outs[0].0.weight.cols();
@@ -701,58 +702,6 @@ impl<'a> LayerPass<'a> {
         unsafe { multiply(isa, &products) };
         drop(products);
         work.bases = bases;
-        Ok(())
-    }
-
-    /// [`Self::project`] for the few tokens of a decoding step.
-    fn project_few<const M: usize>(
-        &self,
-        mut outs: [(&Linear, &mut [f32], &mut Lows); M],
-        x: &[f32],
-        onto: Onto,
-        work: &mut Workspace,
-    ) -> Result<()> {
-        let updates = self.updates(outs.iter().map(|(linear, ..)| *linear), &mut work.masks)?;
-        // A product overwrites; what is added to the residual stream is computed beside it.
-        work.few.resize(self.tokens * outs[0].0.weight.rows(), 0.0);
-        let mut products: Vec<row_dot::Product> = match onto {
-            Onto::Nothing => {
-                outs.iter_mut().map(|(linear, out, _)| (&*linear.weight, &mut out[..])).collect()
-            }
-            Onto::Sum => vec![(&*outs[0].0.weight, &mut work.few[..])],
-        };
-        match self.forward {
-            Panel::F32 => row_dot::f32_many(self.isa, x, &mut products),
-            Panel::Int16 | Panel::Int8 => row_dot::int16_many(self.isa, x, &mut products),
-        }
-        drop(products);
-        for ((linear, out, _), updates) in outs.iter_mut().zip(&updates) {
-            let base = if onto == Onto::Sum { &mut work.few[..] } else { &mut **out };
-            scale_rows(base, linear.weight.rows(), &base_scales(updates));
-        }
-        if onto == Onto::Sum {
-            outs[0].1.iter_mut().zip(&work.few).for_each(|(out, y)| *out += y);
-        }
-        for ((linear, out, _), updates) in outs.iter_mut().zip(&updates) {
-            let (rows, cols) = (linear.weight.rows(), linear.weight.cols());
-            if let Some(bias) = &linear.bias {
-                let bias = Values::of(bias)?;
-                for row in out.chunks_exact_mut(rows) {
-                    row.iter_mut().zip(&*bias).for_each(|(out, b)| *out += b);
-                }
-            }
-            for update in updates {
-                let b = update.dora.as_ref().map_or(&*update.b, |dora| &dora.b);
-                for token in update.tokens.clone() {
-                    let x = &x[token * cols..(token + 1) * cols];
-                    let y = &mut out[token * rows..(token + 1) * rows];
-                    work.low.resize(update.r, 0.0);
-                    work.low.fill(0.0);
-                    add_product(self.isa, &update.a, x, 1.0, &mut work.low);
-                    add_product(self.isa, b, &work.low, update.scale, y);
-                }
-            }
-        }
         Ok(())
     }
 
@@ -979,7 +928,7 @@ fn qkv<'v>(heads: Heads, q: &'v [f32], k: &'v [f32], v: &'v [f32]) -> Qkv<'v> {
 
 /// What products are added to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Onto {
+pub(super) enum Onto {
     Nothing,
     /// What the buffer holds: the residual stream.
     Sum,
@@ -1052,23 +1001,6 @@ fn magnitude_gradient(
             *dm += all / dora.norms[row];
         }
     });
-}
-
-versions! {
-    /// `y += scale · W · x` for a row-major `W (y, x)`.
-    fn add_product(isa; w: &[f32], x: &[f32], scale: f32, y: &mut [f32]) {
-        for (y, w) in y.iter_mut().zip(w.chunks_exact(x.len())) {
-            let mut sums = [0f32; 16];
-            let ((w, w_rest), (x, x_rest)) = (w.as_chunks::<16>(), x.as_chunks::<16>());
-            for (w, x) in w.iter().zip(x) {
-                for i in 0..16 {
-                    sums[i] += w[i] * x[i];
-                }
-            }
-            let rest: f32 = w_rest.iter().zip(x_rest).map(|(w, x)| w * x).sum();
-            *y += scale * (sums.iter().sum::<f32>() + rest);
-        }
-    }
 }
 
 /// Packs each `(n, r)`, as many as there are.

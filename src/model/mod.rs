@@ -8,6 +8,7 @@ pub mod cache;
 pub mod config;
 pub mod decoder;
 pub mod ends;
+mod few;
 pub mod full;
 pub mod layer;
 pub mod load;

@@ -11,6 +11,7 @@ mod data;
 mod export;
 mod export_adapters;
 mod generate;
+mod hot_swap;
 mod model;
 mod objectives;
 mod pretrain;

@@ -48,26 +48,40 @@ pub(crate) type Product<'a> = (&'a FrozenMatrix, &'a mut [f32]);
 /// `y (m, rows) = x (m, cols) · Wᵀ`, all in `f32`. For small `m`: weights are decoded anew for
 /// every four rows of `x`.
 pub(crate) fn f32(isa: Isa, x: &[f32], w: &FrozenMatrix, y: &mut [f32]) {
-    f32_many(isa, x, &mut [(w, y)]);
+    f32_many(isa, x, &mut [(w, y)], Beside::NOTHING);
 }
 
 /// `y (m, rows) = x (m, cols) · Wᵀ` with `x` rounded to 15 bits per 32 values; matrices of floats
 /// are multiplied in `f32`. For small `m`, as [`f32`](fn@f32).
 pub(crate) fn int16(isa: Isa, x: &[f32], w: &FrozenMatrix, y: &mut [f32]) {
-    int16_many(isa, x, &mut [(w, y)]);
+    int16_many(isa, x, &mut [(w, y)], Beside::NOTHING);
+}
+
+/// Other work of the same parallel region: waking threads costs as much as a small product.
+#[derive(Clone, Copy)]
+pub(crate) struct Beside<'a> {
+    /// How many tasks.
+    pub tasks: usize,
+    /// Does one of them.
+    pub run: &'a (dyn Fn(usize) + Sync),
+}
+
+impl Beside<'_> {
+    /// No other work.
+    pub const NOTHING: Beside<'static> = Beside { tasks: 0, run: &|_| () };
 }
 
 /// [`f32`](fn@f32) for several matrices of the same width, in one parallel region.
-pub(crate) fn f32_many(isa: Isa, x: &[f32], products: &mut [Product]) {
-    many(isa, x, products, |block_type| match block_type {
+pub(crate) fn f32_many(isa: Isa, x: &[f32], products: &mut [Product], beside: Beside) {
+    many(isa, x, products, beside, |block_type| match block_type {
         BlockType::F32 | BlockType::F16 | BlockType::BF16 => Form::Floats,
         _ => Form::F32,
     });
 }
 
 /// [`int16`] for several matrices of the same width, in one parallel region.
-pub(crate) fn int16_many(isa: Isa, x: &[f32], products: &mut [Product]) {
-    many(isa, x, products, |block_type| match block_type {
+pub(crate) fn int16_many(isa: Isa, x: &[f32], products: &mut [Product], beside: Beside) {
+    many(isa, x, products, beside, |block_type| match block_type {
         BlockType::F32 | BlockType::F16 | BlockType::BF16 => Form::Floats,
         _ => Form::Int16,
     });
@@ -99,9 +113,16 @@ struct Task<'a> {
     y: Target,
 }
 
-fn many(isa: Isa, x: &[f32], products: &mut [Product], form_of: impl Fn(BlockType) -> Form) {
+fn many(
+    isa: Isa,
+    x: &[f32],
+    products: &mut [Product],
+    beside: Beside,
+    form_of: impl Fn(BlockType) -> Form,
+) {
     let Some(cols) = products.first().map(|(w, _)| w.cols()) else { return };
     if x.is_empty() || cols == 0 {
+        (0..beside.tasks).for_each(beside.run);
         products.iter_mut().for_each(|(_, y)| y.fill(0.0));
         return;
     }
@@ -127,10 +148,15 @@ fn many(isa: Isa, x: &[f32], products: &mut [Product], form_of: impl Fn(BlockTyp
         f32: needed(Form::F32).then(|| Activations::decoded(isa, x, cols)),
         int16: needed(Form::Int16).then(|| Activations::rounded(isa, x, cols)),
     };
+    let one = |task: usize| match tasks.get(task) {
+        Some(task) => run(isa, &input, task),
+        None => (beside.run)(task - tasks.len()),
+    };
+    let all = 0..tasks.len() + beside.tasks;
     if total <= ALONE_BYTES {
-        tasks.iter().for_each(|task| run(isa, &input, task));
+        all.into_iter().for_each(one);
     } else {
-        tasks.par_iter().for_each(|task| run(isa, &input, task));
+        all.into_par_iter().for_each(one);
     }
 }
 
@@ -308,7 +334,7 @@ mod tests {
             let mut ys = vec![vec![0.0; 2 * 330]; matrices.len()];
             let mut products: Vec<Product> =
                 matrices.iter().zip(&mut ys).map(|(w, y)| (w, &mut y[..])).collect();
-            pool.install(|| int16_many(Isa::current(), &x, &mut products));
+            pool.install(|| int16_many(Isa::current(), &x, &mut products, Beside::NOTHING));
             ys
         };
         let ys = run(1);

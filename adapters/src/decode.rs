@@ -1,0 +1,132 @@
+//! The form of an update that decoding reads: laid out for a token or so at a time, its scales
+//! folded in, in 16 bits where the rest of decoding is no more exact.
+
+use std::sync::Arc;
+
+use candle_core::Result;
+use half::f16;
+
+use crate::delta::Lora;
+
+/// Numbers of a group: rows of A are padded to whole groups.
+pub const GROUP: usize = 16;
+/// Rows of A that a kernel takes at a time: ranks are padded to whole blocks.
+pub const BLOCK: usize = 4;
+/// Outputs of a panel of B.
+pub const PANEL: usize = 64;
+
+/// The largest exponent that 16-bit numbers get: above it rounding may reach infinity, and the more
+/// there is below it, the smaller the numbers that keep all their bits.
+const TOP: i32 = 14;
+
+/// `B A` with everything it is multiplied by, for products with a few tokens:
+/// `y += weight · factor · B (A x)`.
+#[derive(Debug)]
+pub struct DecodeForm<T> {
+    /// Rank.
+    pub r: usize,
+    /// Columns of the layer's weight.
+    pub in_features: usize,
+    /// Rows of the layer's weight.
+    pub out_features: usize,
+    /// `A (r, in)`, r padded to whole blocks and in to whole groups, by zeros.
+    pub a: Vec<T>,
+    /// `B (out, r)` as `(panels, r, 64)`, the last panel filled up with zeros.
+    pub b: Vec<T>,
+    /// A power of two, which takes back what the numbers of 16 bits were moved by.
+    pub factor: f32,
+    /// DoRA's `s (out)`: `W x` becomes `(1 + Σ weight · (s − 1)) ⊙ W x`. In B it is already.
+    pub row_scales: Option<Vec<f32>>,
+}
+
+/// What a form's numbers are stored as.
+pub trait Stored: Copy + Default + Send + Sync + 'static {
+    /// The power of two that numbers up to `largest` are multiplied with to be stored.
+    fn shift(largest: f32) -> i32;
+
+    /// The nearest.
+    fn nearest(x: f64) -> Self;
+
+    /// Where an update keeps its form of such numbers.
+    fn place(forms: &mut Forms) -> &mut Option<Arc<DecodeForm<Self>>>;
+}
+
+impl Stored for f32 {
+    fn shift(_: f32) -> i32 {
+        0
+    }
+
+    fn nearest(x: f64) -> Self {
+        x as f32
+    }
+
+    fn place(forms: &mut Forms) -> &mut Option<Arc<DecodeForm<Self>>> {
+        &mut forms.whole
+    }
+}
+
+impl Stored for f16 {
+    fn shift(largest: f32) -> i32 {
+        // Zeros and what is not finite stay what they are.
+        let exponent = (largest.to_bits() >> 23) as i32 - 127;
+        if (-100..128).contains(&exponent) { TOP - exponent } else { 0 }
+    }
+
+    fn nearest(x: f64) -> Self {
+        Self::from_f64(x)
+    }
+
+    fn place(forms: &mut Forms) -> &mut Option<Arc<DecodeForm<Self>>> {
+        &mut forms.half
+    }
+}
+
+/// The forms of an update that have been asked for.
+#[derive(Debug, Default)]
+pub struct Forms {
+    half: Option<Arc<DecodeForm<f16>>>,
+    whole: Option<Arc<DecodeForm<f32>>>,
+}
+
+impl<T: Stored> DecodeForm<T> {
+    /// Of an update, and DoRA's `s (out)` if it has magnitudes.
+    pub fn new(lora: &Lora, row_scales: Option<Vec<f32>>) -> Result<Self> {
+        let (r, cols, rows) = (lora.r(), lora.in_features(), lora.out_features());
+        let a = lora.a.as_detached_tensor().flatten_all()?.to_vec1::<f32>()?;
+        let b = lora.b.as_detached_tensor().flatten_all()?.to_vec1::<f32>()?;
+        let scale = |row: usize| {
+            let s = row_scales.as_ref().map_or(1.0, |scales| f64::from(scales[row]));
+            lora.scale * s
+        };
+        let scaled = |row: usize, k: usize| f64::from(b[row * r + k]) * scale(row);
+        let of_b = (0..rows).flat_map(|row| (0..r).map(move |k| (row, k)));
+        let largest_of_b = largest(of_b.map(|(row, k)| scaled(row, k) as f32));
+        let (up_a, up_b) = (T::shift(largest(a.iter().copied())), T::shift(largest_of_b));
+
+        let padded = cols.next_multiple_of(GROUP);
+        let mut of_a = vec![T::default(); r.next_multiple_of(BLOCK) * padded];
+        let power = 2f64.powi(up_a);
+        for (to, from) in of_a.chunks_exact_mut(padded.max(1)).zip(a.chunks_exact(cols.max(1))) {
+            for (to, from) in to.iter_mut().zip(from) {
+                *to = T::nearest(f64::from(*from) * power);
+            }
+        }
+        let mut of_b = vec![T::default(); rows.div_ceil(PANEL) * r * PANEL];
+        let power = 2f64.powi(up_b);
+        for (panel, to) in of_b.chunks_exact_mut((r * PANEL).max(1)).enumerate() {
+            for (k, to) in to.chunks_exact_mut(PANEL).enumerate() {
+                for (row, to) in (panel * PANEL..rows).zip(to) {
+                    *to = T::nearest(scaled(row, k) * power);
+                }
+            }
+        }
+        let factor = 2f64.powi(-up_a - up_b) as f32;
+        Ok(Self { r, in_features: cols, out_features: rows, a: of_a, b: of_b, factor, row_scales })
+    }
+}
+
+/// The largest magnitude; NaN is above all.
+fn largest(values: impl Iterator<Item = f32>) -> f32 {
+    // Bits of magnitudes order as they do.
+    f32::from_bits(values.fold(0, |largest, x| largest.max(x.to_bits() & 0x7fff_ffff)))
+}

@@ -1,0 +1,221 @@
+//! Linear layers on the few tokens of a decoding step: the base's product, and the updates of
+//! whatever each token wears, at the speed of memory.
+//!
+//! Tokens that wear the same are taken together, wherever they stand in the batch; `A x` of all
+//! updates is computed in one parallel region with the base's products, `B (A x)` in a second one
+//! if that pays. A token's bits depend on its own list of adapters only.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use candle_core::Result;
+use half::f16;
+use quantune_adapters::decode::{DecodeForm, PANEL};
+use rayon::prelude::*;
+
+use super::adapters::Worn;
+use super::decoder::Linear;
+use super::layer::{LayerPass, Onto, Workspace};
+use crate::ops::gemm::Panel;
+use crate::ops::low_rank::{self, Number};
+use crate::ops::row_dot;
+use crate::ops::{Target, Values};
+
+/// Below this many bytes of B, waking threads costs more than they save.
+const ALONE_BYTES: usize = 64 * 1024;
+
+/// Buffers of [`project`], used again.
+#[derive(Debug, Default)]
+pub(super) struct Buffers {
+    /// The base's product, where it is added to what is there.
+    product: Vec<f32>,
+    /// Inputs filled up to whole groups.
+    x: Vec<f32>,
+    lows: Vec<f32>,
+}
+
+/// An adapter's update of one linear layer for the tokens that wear it.
+struct Update<T> {
+    form: Arc<DecodeForm<T>>,
+    weight: f32,
+    /// Where its `A x` lie.
+    lows: Range<usize>,
+}
+
+/// What tokens that wear the same add to one linear layer.
+struct Updates<'a, T> {
+    /// Which of the linear layers.
+    linear: usize,
+    tokens: &'a [usize],
+    /// In the order of the list.
+    updates: Vec<Update<T>>,
+}
+
+/// The products of linear layers that share the input `x (tokens, in)`, updates and biases included.
+pub(super) fn project<const M: usize>(
+    pass: &LayerPass,
+    outs: [(&Linear, &mut [f32]); M],
+    x: &[f32],
+    onto: Onto,
+    work: &mut Workspace,
+) -> Result<()> {
+    // Updates are as exact as the base's products: in 16 bits but where those are F32.
+    match pass.forward {
+        Panel::F32 => project_as::<f32, M>(pass, outs, x, onto, &mut work.few),
+        Panel::Int16 | Panel::Int8 => project_as::<f16, M>(pass, outs, x, onto, &mut work.few),
+    }
+}
+
+fn project_as<T: Number, const M: usize>(
+    pass: &LayerPass,
+    mut outs: [(&Linear, &mut [f32]); M],
+    x: &[f32],
+    onto: Onto,
+    buffers: &mut Buffers,
+) -> Result<()> {
+    let isa = pass.isa;
+    let Buffers { product, x: whole, lows } = buffers;
+    let wearers = pass.pass.adapters.wearers(&pass.pass.segments);
+    let all = updates::<T>(outs.each_ref().map(|(linear, _)| *linear), &wearers)?;
+
+    // All tokens' inputs in whole groups, for what reads them so.
+    let cols = outs[0].0.weight.cols();
+    let stride = cols.next_multiple_of(quantune_adapters::decode::GROUP);
+    let inputs = if all.is_empty() || stride == cols {
+        x
+    } else {
+        whole.clear();
+        whole.resize(x.len() / cols * stride, 0.0);
+        for (to, from) in whole.chunks_exact_mut(stride).zip(x.chunks_exact(cols)) {
+            to[..cols].copy_from_slice(from);
+        }
+        &whole[..]
+    };
+    let inputs_of = |tokens: &[usize]| -> Vec<&[f32]> {
+        tokens.iter().map(|token| &inputs[token * stride..(token + 1) * stride]).collect()
+    };
+    let last = all.iter().flat_map(|updates| &updates.updates).map(|update| update.lows.end);
+    lows.resize(last.max().unwrap_or(0), 0.0);
+
+    // The base's products, and beside them A x.
+    let mut shrinks = Vec::new();
+    for Updates { tokens, updates, .. } in &all {
+        for update in updates {
+            let (blocks, step) =
+                (low_rank::blocks(&update.form), low_rank::blocks_of_task(&update.form));
+            let tasks = (0..blocks).step_by(step).map(|first| first..blocks.min(first + step));
+            shrinks.extend(tasks.map(|blocks| (*tokens, update, blocks)));
+        }
+    }
+    let target = Target::new(lows);
+    let shrink = |task: usize| {
+        let (tokens, update, blocks) = &shrinks[task];
+        let factor = update.weight * update.form.factor;
+        let low = target.at(update.lows.start);
+        // SAFETY: the rung is this CPU's; no two tasks share a column of an update's lows.
+        unsafe {
+            low_rank::shrink(isa, &update.form, blocks.clone(), &inputs_of(tokens), factor, low);
+        }
+    };
+    let beside = row_dot::Beside { tasks: shrinks.len(), run: &shrink };
+    let mut products: Vec<row_dot::Product> = match onto {
+        Onto::Nothing => {
+            outs.iter_mut().map(|(linear, out)| (&*linear.weight, &mut out[..])).collect()
+        }
+        Onto::Sum => {
+            // A product overwrites; what is added to the residual stream is computed apart.
+            product.resize(outs[0].1.len(), 0.0);
+            vec![(&*outs[0].0.weight, &mut product[..])]
+        }
+    };
+    match pass.forward {
+        Panel::F32 => row_dot::f32_many(isa, x, &mut products, beside),
+        Panel::Int16 | Panel::Int8 => row_dot::int16_many(isa, x, &mut products, beside),
+    }
+    for updates in &all {
+        scale_rows(updates, products[updates.linear].1);
+    }
+    drop(products);
+    if onto == Onto::Sum {
+        outs[0].1.iter_mut().zip(&*product).for_each(|(out, y)| *out += y);
+    }
+    for (linear, out) in &mut outs {
+        if let Some(bias) = &linear.bias {
+            let bias = Values::of(bias)?;
+            for row in out.chunks_exact_mut(bias.len()) {
+                row.iter_mut().zip(&*bias).for_each(|(out, b)| *out += b);
+            }
+        }
+    }
+
+    // B (A x) on top.
+    let rows = outs.each_ref().map(|(linear, _)| linear.weight.rows());
+    let targets = outs.each_mut().map(|(_, out)| Target::new(out));
+    let mut expands = Vec::new();
+    let mut bytes = 0;
+    for updates in &all {
+        let panels = rows[updates.linear].div_ceil(PANEL);
+        let step = updates.updates.iter().map(|u| low_rank::panels_of_task(&u.form)).min();
+        let step = step.unwrap_or(panels).max(1);
+        let tasks = (0..panels).step_by(step).map(|first| first..panels.min(first + step));
+        expands.extend(tasks.map(|panels| (updates, panels)));
+        bytes += updates.updates.iter().map(|u| size_of_val(&u.form.b[..])).sum::<usize>();
+    }
+    let lows = &lows[..];
+    let expand = |(updates, panels): &(&Updates<T>, Range<usize>)| {
+        let (rows, out) = (rows[updates.linear], targets[updates.linear]);
+        let y: Vec<Target> = updates.tokens.iter().map(|token| out.at(token * rows)).collect();
+        for update in &updates.updates {
+            let low = &lows[update.lows.clone()];
+            // SAFETY: the rung is this CPU's; no two tasks share outputs of a token.
+            unsafe { low_rank::expand(isa, &update.form, panels.clone(), low, &y) };
+        }
+    };
+    if bytes <= ALONE_BYTES {
+        expands.iter().for_each(expand);
+    } else {
+        expands.par_iter().for_each(expand);
+    }
+    Ok(())
+}
+
+/// What each list of adapters does to each linear layer, where it does anything.
+fn updates<'w, T: Number>(
+    linears: impl IntoIterator<Item = &'w Linear>,
+    wearers: &'w [(&'w [Worn], Vec<usize>)],
+) -> Result<Vec<Updates<'w, T>>> {
+    let (mut all, mut end) = (Vec::new(), 0);
+    for (index, linear) in linears.into_iter().enumerate() {
+        for (worn, tokens) in wearers {
+            let mut updates = Vec::new();
+            for worn in *worn {
+                let Some(lora) = worn.adapter.modules.get(&linear.name) else { continue };
+                let form = lora.decode_form::<T>(&*linear.weight)?;
+                let lows = end..end + tokens.len() * low_rank::low_stride(&form);
+                end = lows.end;
+                updates.push(Update { form, weight: worn.weight as f32, lows });
+            }
+            if !updates.is_empty() {
+                all.push(Updates { linear: index, tokens, updates });
+            }
+        }
+    }
+    Ok(all)
+}
+
+/// `W x` as DoRA scales it: `(1 + Σ weight · (s − 1)) ⊙ W x`, of `y (.., out)` the tokens' rows.
+fn scale_rows<T>(updates: &Updates<T>, y: &mut [f32]) {
+    let scaled: Vec<(f32, &[f32])> = (updates.updates.iter())
+        .filter_map(|update| Some((update.weight, update.form.row_scales.as_deref()?)))
+        .collect();
+    let Some((_, first)) = scaled.first() else { return };
+    let rows = first.len();
+    let mut scales = vec![1f32; rows];
+    for (weight, s) in scaled {
+        scales.iter_mut().zip(s).for_each(|(scale, s)| *scale += weight * (s - 1.0));
+    }
+    for token in updates.tokens {
+        let y = &mut y[token * rows..(token + 1) * rows];
+        y.iter_mut().zip(&scales).for_each(|(y, scale)| *y *= scale);
+    }
+}

@@ -1,0 +1,321 @@
+//! Low-rank updates of a few tokens, as decoding has them: `y += B (A x)`, both factors read once
+//! where they lie.
+//!
+//! Sums are made in one fixed order for each token, whatever tokens are taken together and whatever
+//! thread does it.
+
+use std::ops::Range;
+
+use half::f16;
+use quantune_adapters::decode::{BLOCK, DecodeForm, GROUP, PANEL, Stored};
+
+use super::cpu::Target;
+use super::lanes::{Element, Lanes, rungs};
+
+/// Bytes of a factor in one task: as for the base's own weights.
+const TASK_BYTES: usize = 32 * 1024;
+
+/// Numbers that forms are stored as and kernels read.
+pub trait Number: Stored + Element {}
+impl Number for f32 {}
+impl Number for f16 {}
+
+/// Blocks of A that make a task.
+pub fn blocks_of_task<T>(form: &DecodeForm<T>) -> usize {
+    (TASK_BYTES / (BLOCK * padded(form) * size_of::<T>()).max(1)).max(1)
+}
+
+/// Panels of B that make a task.
+pub fn panels_of_task<T>(form: &DecodeForm<T>) -> usize {
+    (TASK_BYTES / (PANEL * form.r * size_of::<T>()).max(1)).max(1)
+}
+
+/// Blocks of A.
+pub fn blocks<T>(form: &DecodeForm<T>) -> usize {
+    form.r.div_ceil(BLOCK)
+}
+
+/// Columns of A as they are stored.
+pub fn padded<T>(form: &DecodeForm<T>) -> usize {
+    form.in_features.next_multiple_of(GROUP)
+}
+
+/// Numbers of a token between the factors.
+pub fn low_stride<T>(form: &DecodeForm<T>) -> usize {
+    blocks(form) * BLOCK
+}
+
+rungs! {
+    /// `low = factor · x Aᵀ` for some blocks of A's rows.
+    ///
+    /// Shapes: `x` are the tokens' inputs, each padded to whole groups of 16 →
+    /// `low (tokens, low_stride)`, of which the blocks' columns are written.
+    ///
+    /// # Safety
+    /// The CPU must have the rung, and no other thread may touch these columns of `low`.
+    pub unsafe fn shrink<T: Number>(form: &DecodeForm<T>, blocks: Range<usize>, x: &[&[f32]], factor: f32, low: Target) = shrink_body;
+    /// `y += low Bᵀ` for some panels of B's rows.
+    ///
+    /// Shapes: `low (tokens, low_stride)`; `y` are the places of the tokens' outputs, `out` numbers
+    /// each.
+    ///
+    /// # Safety
+    /// The CPU must have the rung, and no other thread may touch the outputs of these panels.
+    pub unsafe fn expand<T: Number>(form: &DecodeForm<T>, panels: Range<usize>, low: &[f32], y: &[Target]) = expand_body;
+}
+
+/// # Safety
+/// As [`shrink`]; to be compiled with the features of `S`.
+#[inline(always)]
+unsafe fn shrink_body<S: Lanes, T: Number>(
+    form: &DecodeForm<T>,
+    blocks: Range<usize>,
+    x: &[&[f32]],
+    factor: f32,
+    low: Target,
+) {
+    let (cols, stride) = (padded(form), low_stride(form));
+    let mut first = 0;
+    while first < x.len() {
+        let (x, low) = (&x[first..], low.at(first * stride));
+        // SAFETY: the caller's promises.
+        unsafe {
+            if let Some(x) = x.first_chunk::<4>() {
+                shrink_tokens::<S, T, 4>(&form.a, blocks.clone(), cols, x, factor, low, stride);
+                first += 4;
+            } else {
+                shrink_tokens::<S, T, 1>(
+                    &form.a,
+                    blocks.clone(),
+                    cols,
+                    &[x[0]],
+                    factor,
+                    low,
+                    stride,
+                );
+                first += 1;
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As [`shrink_body`].
+#[inline(always)]
+#[allow(clippy::needless_range_loop)] // indices run over several arrays at once, in registers
+unsafe fn shrink_tokens<S: Lanes, T: Number, const M: usize>(
+    a: &[T],
+    blocks: Range<usize>,
+    cols: usize,
+    x: &[&[f32]; M],
+    factor: f32,
+    low: Target,
+    stride: usize,
+) {
+    let mut xs = [std::ptr::null::<f32>(); M];
+    for i in 0..M {
+        xs[i] = x[i][..cols].as_ptr();
+    }
+    for block in blocks {
+        let rows = a[block * BLOCK * cols..][..BLOCK * cols].as_ptr();
+        // SAFETY: rows and inputs have `cols` numbers, whole groups; the rest is the caller's.
+        unsafe {
+            let mut sums = [[S::splat(0.0); M]; BLOCK];
+            for at in (0..cols).step_by(GROUP) {
+                let mut inputs = [S::splat(0.0); M];
+                for i in 0..M {
+                    inputs[i] = S::load(xs[i].add(at));
+                }
+                for k in 0..BLOCK {
+                    let w = T::load::<S>(rows.add(k * cols + at));
+                    for i in 0..M {
+                        sums[k][i] = w.mul_add(inputs[i], sums[k][i]);
+                    }
+                }
+            }
+            for i in 0..M {
+                let low = low.at(i * stride + block * BLOCK).slice(BLOCK);
+                for k in 0..BLOCK {
+                    low[k] = factor * sums[k][i].sum();
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As [`expand`]; to be compiled with the features of `S`.
+#[inline(always)]
+unsafe fn expand_body<S: Lanes, T: Number>(
+    form: &DecodeForm<T>,
+    panels: Range<usize>,
+    low: &[f32],
+    y: &[Target],
+) {
+    let stride = low_stride(form);
+    let mut first = 0;
+    while first < y.len() {
+        let (low, y) = (&low[first * stride..], &y[first..]);
+        // SAFETY: the caller's promises.
+        unsafe {
+            if let Some(y) = y.first_chunk::<4>() {
+                expand_tokens::<S, T, 4>(form, panels.clone(), low, stride, y);
+                first += 4;
+            } else {
+                expand_tokens::<S, T, 1>(form, panels.clone(), low, stride, &[y[0]]);
+                first += 1;
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As [`expand_body`].
+#[inline(always)]
+#[allow(clippy::needless_range_loop)] // as above
+unsafe fn expand_tokens<S: Lanes, T: Number, const M: usize>(
+    form: &DecodeForm<T>,
+    panels: Range<usize>,
+    low: &[f32],
+    stride: usize,
+    y: &[Target; M],
+) {
+    const GROUPS: usize = PANEL / GROUP;
+    for panel in panels {
+        let b = form.b[panel * form.r * PANEL..][..form.r * PANEL].as_ptr();
+        let (start, end) = (panel * PANEL, form.out_features.min((panel + 1) * PANEL));
+        // SAFETY: a panel has r times 64 numbers; the rest is the caller's.
+        unsafe {
+            let mut sums = [[S::splat(0.0); M]; GROUPS];
+            for k in 0..form.r {
+                let mut factors = [S::splat(0.0); M];
+                for i in 0..M {
+                    factors[i] = S::splat(low[i * stride + k]);
+                }
+                for g in 0..GROUPS {
+                    let w = T::load::<S>(b.add(k * PANEL + g * GROUP));
+                    for i in 0..M {
+                        sums[g][i] = w.mul_add(factors[i], sums[g][i]);
+                    }
+                }
+            }
+            for i in 0..M {
+                let y = y[i].at(start).slice(end - start);
+                let mut update = [0f32; PANEL];
+                for g in 0..GROUPS {
+                    sums[g][i].store(update.as_mut_ptr().add(g * GROUP));
+                }
+                for (y, update) in y.iter_mut().zip(&update) {
+                    *y += update;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Var};
+    use quantune_adapters::delta::Lora;
+    use quantune_adapters::rng::Stream;
+
+    use super::*;
+    use crate::isa::Isa;
+
+    fn update(r: usize, cols: usize, rows: usize, size: f32) -> Lora {
+        let mut stream = Stream::new(5, "low_rank", &[r as u64, cols as u64]);
+        let mut draw = |rows: usize, cols: usize, size: f32| {
+            let values: Vec<f32> = (0..rows * cols).map(|_| size * stream.normal()).collect();
+            Var::from_vec(values, (rows, cols), &Device::Cpu).unwrap()
+        };
+        Lora::new(draw(r, cols, 0.05), draw(rows, r, size), 2.0)
+    }
+
+    /// `y += weight · update(x)` by the kernels, a task at a time.
+    fn fast<T: Number>(isa: Isa, form: &DecodeForm<T>, weight: f32, x: &[f32], y: &mut [f32]) {
+        let n = x.len() / form.in_features;
+        let padded: Vec<Vec<f32>> = x
+            .chunks(form.in_features)
+            .map(|x| [x, &vec![0.0; padded(form) - x.len()]].concat())
+            .collect();
+        let x: Vec<&[f32]> = padded.iter().map(|x| &x[..]).collect();
+        let mut low = vec![f32::NAN; n * low_stride(form)];
+        let target = Target::new(&mut low);
+        let y = Target::new(y);
+        let ys: Vec<Target> = (0..n).map(|i| y.at(i * form.out_features)).collect();
+        // SAFETY: rungs are those of this CPU, and there is one thread.
+        unsafe {
+            for block in 0..blocks(form) {
+                shrink(isa, form, block..block + 1, &x, weight * form.factor, target);
+            }
+            for panel in 0..form.out_features.div_ceil(PANEL) {
+                expand(isa, form, panel..panel + 1, &low, &ys);
+            }
+        }
+    }
+
+    #[test]
+    fn updates_are_those_of_their_factors() {
+        fn check<T: Number>(lora: &Lora, scales: Option<&[f32]>, n: usize, tolerance: f64) {
+            let (r, cols, rows) = (lora.r(), lora.in_features(), lora.out_features());
+            let form = DecodeForm::<T>::new(lora, scales.map(<[f32]>::to_vec)).unwrap();
+            let values = |var: &Var| var.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let (a, b) = (values(&lora.a), values(&lora.b));
+            let mut stream = Stream::new(6, "x", &[]);
+            let x: Vec<f32> = (0..n * cols).map(|_| stream.normal()).collect();
+            let dot = |a: &[f32], b: &[f32]| -> f64 {
+                a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+            };
+            let mut exact = Vec::new();
+            for x in x.chunks(cols) {
+                let low: Vec<f32> = a.chunks(cols).map(|a| dot(a, x) as f32).collect();
+                for (row, b) in b.chunks(r).enumerate() {
+                    let s = scales.map_or(1.0, |scales| f64::from(scales[row]));
+                    exact.push(0.7 * lora.scale * s * dot(b, &low));
+                }
+            }
+            for &isa in Isa::ALL.iter().filter(|isa| isa.available()) {
+                let mut y = vec![0.0; n * rows];
+                fast(isa, &form, 0.7, &x, &mut y);
+                let of = |values: &mut dyn Iterator<Item = f64>| {
+                    values.map(|v| v * v).sum::<f64>().sqrt()
+                };
+                let off = of(&mut y.iter().zip(&exact).map(|(y, e)| f64::from(*y) - e));
+                let size = of(&mut exact.iter().copied());
+                let name = format!("r {r}, {cols} to {rows}, {n} tokens, {}", isa.name());
+                assert!(off <= tolerance * size, "{name}: off by {:e}", off / size);
+                // A token alone has the bits it has among others.
+                for (x, among) in x.chunks(cols).zip(y.chunks(rows)) {
+                    let mut alone = vec![0.0; rows];
+                    fast(isa, &form, 0.7, x, &mut alone);
+                    assert_eq!(alone, among, "{name}");
+                }
+            }
+        }
+        for (r, cols, rows) in [(1, 16, 64), (3, 60, 50), (4, 33, 130), (16, 576, 192)] {
+            let scales: Vec<f32> = (0..rows).map(|row| 0.5 + row as f32 / 100.0).collect();
+            // What 16 bits cannot write becomes what they can.
+            for size in [1.0, 1e-3, 1e-7, 1e6] {
+                let lora = update(r, cols, rows, size);
+                for scales in [None, Some(&scales[..])] {
+                    for n in [1, 2, 6] {
+                        check::<f16>(&lora, scales, n, 6e-4);
+                        check::<f32>(&lora, scales, n, 1e-6);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_is_hidden_by_rounding() {
+        let lora = update(4, 32, 70, 1.0);
+        let mut b = lora.b.to_vec2::<f32>().unwrap();
+        b[66][2] = f32::INFINITY;
+        lora.b.set(&candle_core::Tensor::new(b, &Device::Cpu).unwrap()).unwrap();
+        let form = DecodeForm::<f16>::new(&lora, None).unwrap();
+        let mut y = vec![0.0; 70];
+        fast(Isa::current(), &form, 1.0, &[1.0; 32], &mut y);
+        assert!(!y[66].is_finite() && y[65].is_finite());
+    }
+}

@@ -1,0 +1,329 @@
+//! Adapters swapped in a running engine: every request keeps the one it started with, a row's
+//! tokens are those it gets alone, and nothing is left of what was dropped.
+
+use std::collections::HashMap;
+use std::process::Command;
+use std::sync::{Arc, Weak};
+
+use quantune::generate::{Engine, Event, Finish, Generated, Job, Prefix, Sampling};
+use quantune::model::{CacheType, Decoder, Worn};
+use quantune::ops::Compute;
+use quantune_adapters::config::{InitLoraWeights, LoraConfig, Modules};
+use quantune_adapters::delta::Adapter;
+use quantune_adapters::registry::{Bounds, Registry};
+use quantune_adapters::targets::resolve;
+
+use crate::support::load;
+
+/// An adapter over all linear layers that changes what is generated.
+fn adapter(decoder: &Decoder, r: usize, seed: u64) -> Arc<Adapter> {
+    let config = LoraConfig {
+        r,
+        target_modules: Some(Modules::Expression("all-linear".into())),
+        init_lora_weights: InitLoraWeights::Random,
+        ..Default::default()
+    };
+    let targets = resolve(&config, &decoder.linears(), None).unwrap().targets;
+    let device = candle_core::Device::Cpu;
+    Arc::new(Adapter::new("a", config, &targets, seed, &device).unwrap())
+}
+
+fn worn(adapter: &Arc<Adapter>, weight: f64) -> Worn {
+    Worn { weight, ..Worn::frozen(adapter.clone()) }
+}
+
+fn prompt(decoder: &Decoder, index: usize, length: usize) -> Vec<u32> {
+    let vocab_size = decoder.config.vocab_size as u32;
+    (0..length as u32).map(|t| (t * 31 + index as u32 * 7 + 1) % vocab_size).collect()
+}
+
+fn job(prompt: Vec<u32>, worn: &[Worn], key: u64, max_tokens: usize) -> Job {
+    let sampling = Sampling { temperature: 1.5, seed: 8, ..Sampling::default() };
+    Job { worn: worn.into(), sampling, key, logprobs: Some(2), ..Job::new(prompt, max_tokens) }
+}
+
+/// What a row is, to the bit.
+fn bits(row: &Generated) -> (Vec<u32>, Finish, Vec<u32>) {
+    let logprobs = row.token_logprobs.iter().map(|x| x.to_bits()).collect();
+    (row.token_ids.clone(), row.finish, logprobs)
+}
+
+/// Steps until nothing is left to do; what ended, by number.
+fn drain(engine: &mut Engine) -> HashMap<usize, Generated> {
+    let mut rows = HashMap::new();
+    while !engine.is_idle() {
+        for event in engine.step().unwrap() {
+            if let Event::Finished { id, ended } = event {
+                assert!(rows.insert(id, ended.generated).is_none());
+            }
+        }
+    }
+    rows
+}
+
+fn alone(decoder: &Decoder, job: Job) -> Generated {
+    let mut engine = Engine::new(decoder, CacheType::F32, 1);
+    engine.submit(job).unwrap();
+    drain(&mut engine).remove(&0).unwrap()
+}
+
+fn resident_bytes() -> Option<usize> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmRSS:"))?;
+    Some(line.split_whitespace().nth(1)?.parse::<usize>().ok()? * 1024)
+}
+
+/// Set in the process that does [`a_thousand_swaps`]: other tests would be in its memory.
+const APART: &str = "QUANTUNE_TEST_SWAPS";
+
+#[test]
+fn a_thousand_swaps() {
+    if std::env::var_os(APART).is_none() {
+        let test = ["--exact", "hot_swap::a_thousand_swaps", "--nocapture"];
+        let mut apart = Command::new(std::env::current_exe().unwrap());
+        let output = apart.args(test).env(APART, "1").output().unwrap();
+        let stdout = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success(), "{stdout}{}", String::from_utf8_lossy(&output.stderr));
+        assert!(stdout.contains("1 passed"), "{stdout}");
+        print!("{stdout}");
+        return;
+    }
+    const KINDS: usize = 12;
+    const PROMPTS: usize = 7;
+    let decoder = load("llama-q4_0", Compute::Int16);
+    let kinds: Vec<Arc<Adapter>> =
+        (0..KINDS).map(|kind| adapter(&decoder, 1 + kind % 5, kind as u64)).collect();
+    let job_of = |adapter: &Arc<Adapter>, index: usize| {
+        let prompt = prompt(&decoder, index % PROMPTS, 4 + index % PROMPTS);
+        job(prompt, &[worn(adapter, 1.0)], (index % PROMPTS) as u64, 6)
+    };
+    let mut expected = HashMap::new();
+    for (kind, adapter) in kinds.iter().enumerate() {
+        for index in 0..PROMPTS {
+            let alone = alone(&decoder, job_of(adapter, index));
+            expected.insert((kind, index), bits(&alone));
+        }
+    }
+    let different: std::collections::HashSet<_> =
+        (0..KINDS).map(|kind| expected[&(kind, 0)].0.clone()).collect();
+    assert!(different.len() > KINDS / 2, "adapters change nothing");
+
+    let registry = Registry::new(&decoder.linears(), Bounds::default());
+    registry.insert("voice", Arc::new(kinds[0].copy("0").unwrap())).unwrap();
+    let mut engine = Engine::new(&decoder, CacheType::F32, 6);
+    let mut asked = HashMap::new();
+    let mut dropped: Vec<Weak<Adapter>> = Vec::new();
+    let (mut finished, mut warm) = (0, None);
+    for swap in 1..=1000usize {
+        let kind = swap * 5 % KINDS;
+        let fresh = Arc::new(kinds[kind].copy(&kind.to_string()).unwrap());
+        dropped.push(Arc::downgrade(&registry.replace("voice", fresh).unwrap()));
+        let adapter = registry.get("voice").unwrap();
+        let kind: usize = adapter.name.parse().unwrap();
+        let id = engine.submit(job_of(&adapter, swap)).unwrap();
+        asked.insert(id, (kind, swap % PROMPTS));
+        drop(adapter);
+        // About as many tokens are decoded as are asked for: the slots stay full.
+        for _ in 0..2 {
+            for event in engine.step().unwrap() {
+                if let Event::Finished { id, ended } = event {
+                    let key = asked.remove(&id).unwrap();
+                    assert_eq!(bits(&ended.generated), expected[&key], "request {id}");
+                    finished += 1;
+                }
+            }
+        }
+        let held = dropped.iter().filter(|adapter| adapter.strong_count() > 0).count();
+        assert!(held <= asked.len(), "{held} dropped adapters for {} requests", asked.len());
+        if swap == 300 {
+            warm = resident_bytes();
+        }
+        while asked.len() > 40 {
+            for event in engine.step().unwrap() {
+                if let Event::Finished { id, ended } = event {
+                    let key = asked.remove(&id).unwrap();
+                    assert_eq!(bits(&ended.generated), expected[&key], "request {id}");
+                    finished += 1;
+                }
+            }
+        }
+    }
+    let under_load = asked.len();
+    for (id, generated) in drain(&mut engine) {
+        assert_eq!(bits(&generated), expected[&asked.remove(&id).unwrap()], "request {id}");
+        finished += 1;
+    }
+    assert_eq!((finished, asked.len()), (1000, 0));
+    assert!(dropped.iter().all(|adapter| adapter.upgrade().is_none()));
+    if let (Some(warm), Some(end)) = (warm, resident_bytes()) {
+        println!("{warm} bytes after 300 swaps, {end} after 1000; {under_load} under way");
+        assert!(end < warm + (4 << 20), "memory grew from {warm} to {end} bytes");
+    }
+}
+
+/// Rows of other ranks and weights, of several adapters, of none: each as alone, to the bit,
+/// whenever it came in and whoever was cancelled beside it.
+#[test]
+fn rows_wear_what_they_like() {
+    for (compute, name) in [(Compute::F32, "llama-tiny"), (Compute::Int16, "llama-q4_0")] {
+        let decoder = load(name, compute);
+        let adapters: Vec<Arc<Adapter>> =
+            [1, 3, 8, 16].iter().map(|&r| adapter(&decoder, r, r as u64)).collect();
+        let lists: Vec<Vec<Worn>> = vec![
+            vec![],
+            vec![worn(&adapters[0], 1.0)],
+            vec![worn(&adapters[1], 0.7)],
+            vec![worn(&adapters[2], 1.0), worn(&adapters[3], -0.5)],
+            vec![worn(&adapters[3], 1.0)],
+            vec![worn(&adapters[3], 0.25), worn(&adapters[1], 1.0), worn(&adapters[0], 2.0)],
+        ];
+        let jobs: Vec<Job> = (0..30)
+            .map(|i| {
+                let prompt = prompt(&decoder, i / 2, 3 + (i / 2 * 23) % 57);
+                job(prompt, &lists[i * 7 / 2 % lists.len()], i as u64, 3 + i % 9)
+            })
+            .collect();
+        let alone: Vec<_> =
+            jobs.iter().map(|job| bits(&self::alone(&decoder, job.clone()))).collect();
+        let bare: Vec<_> = jobs
+            .iter()
+            .map(|job| bits(&self::alone(&decoder, Job { worn: Arc::new([]), ..job.clone() })))
+            .collect();
+        let changed = alone.iter().zip(&bare).filter(|(a, b)| a.0 != b.0).count();
+        assert!(changed > 15, "adapters change {changed} rows");
+
+        for slots in [1, 4, 0] {
+            let mut engine = Engine::new(&decoder, CacheType::F32, slots);
+            let (mut rows, mut cancelled) = (HashMap::new(), 0);
+            for (i, job) in jobs.iter().enumerate() {
+                assert_eq!(engine.submit(job.clone()).unwrap(), i);
+                for _ in 0..i % 3 {
+                    for event in engine.step().unwrap() {
+                        if let Event::Finished { id, ended } = event {
+                            rows.insert(id, ended.generated);
+                        }
+                    }
+                }
+                // What is cut off is the beginning of what it would have been.
+                if i % 6 == 5
+                    && let Some(ended) = engine.cancel(i - 2)
+                {
+                    cancelled += 1;
+                    assert_eq!(ended.generated.finish, Finish::Callback);
+                    let got = ended.generated.token_ids;
+                    assert_eq!(got, alone[i - 2].0[..got.len()], "{name}, row {}", i - 2);
+                    assert!(engine.cancel(i - 2).is_none());
+                }
+            }
+            rows.extend(drain(&mut engine));
+            assert_eq!(rows.len() + cancelled, jobs.len());
+            assert!(cancelled > 0 || slots == 0, "{slots} slots");
+            for (id, row) in rows {
+                assert_eq!(bits(&row), alone[id], "{name}, {slots} slots, row {id}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_that_fails_leaves_the_others() {
+    let decoder = load("llama-tiny", Compute::F32);
+    let broken = adapter(&decoder, 2, 1);
+    let b = &broken.modules.values().next().unwrap().b;
+    b.set(&(b.as_tensor() * f64::NAN).unwrap()).unwrap();
+    let good = job(prompt(&decoder, 1, 9), &[], 1, 8);
+    let bad = job(prompt(&decoder, 2, 9), &[worn(&broken, 1.0)], 2, 8);
+    let mut engine = Engine::new(&decoder, CacheType::F32, 0);
+    engine.submit(good.clone()).unwrap();
+    engine.submit(bad).unwrap();
+    let (mut ended, mut failed) = (Vec::new(), Vec::new());
+    while !engine.is_idle() {
+        for event in engine.step().unwrap() {
+            match event {
+                Event::Token { id, .. } => assert_eq!(id, 0),
+                Event::Finished { id, ended: row } => ended.push((id, row.generated)),
+                Event::Failed { id, error } => failed.push((id, error.to_string())),
+            }
+        }
+    }
+    assert_eq!(ended.len(), 1);
+    assert_eq!(bits(&ended[0].1), bits(&alone(&decoder, good)));
+    let [(1, error)] = &failed[..] else { panic!("{failed:?}") };
+    assert!(error.contains("row 1, position 9") && error.contains("broken"), "{error}");
+}
+
+/// A conversation goes on from what was read of it, under the same adapters only.
+#[test]
+fn a_prefix_is_not_read_again() {
+    let decoder = load("llama-tiny", Compute::F32);
+    let adapters = [adapter(&decoder, 4, 1), adapter(&decoder, 4, 2)];
+    let lists = [vec![], vec![worn(&adapters[0], 1.0)], vec![worn(&adapters[1], 1.0)]];
+    let keeping = |prompt: Vec<u32>, worn: &[Worn], prefix: Option<Prefix>| {
+        let job = job(prompt, worn, 0, 7);
+        Job { sampling: Sampling::greedy(), prefix, keeps: true, ..job }
+    };
+    for list in &lists {
+        let first = prompt(&decoder, 3, 30);
+        let mut engine = Engine::new(&decoder, CacheType::F32, 0);
+        let mut run = |job: Job| {
+            let before = engine.usage();
+            engine.submit(job).unwrap();
+            loop {
+                for event in engine.step().unwrap() {
+                    if let Event::Finished { ended, .. } = event {
+                        let usage = engine.usage();
+                        let read = usage.prompt_tokens - before.prompt_tokens;
+                        let kept = usage.kept_prompt_tokens - before.kept_prompt_tokens;
+                        return (ended, read, kept);
+                    }
+                }
+            }
+        };
+        let (ended, read, kept) = run(keeping(first.clone(), list, None));
+        assert_eq!((read, kept), (30, 0));
+        let prefix = ended.prefix.unwrap();
+        // The last of 7 new tokens has not been read.
+        let mut next = [&first[..], &ended.generated.token_ids].concat();
+        assert_eq!(prefix.covers(&next, list), 36);
+        next.extend(prompt(&decoder, 5, 8));
+        let (again, read, kept) = run(keeping(next.clone(), list, Some(prefix.clone())));
+        assert_eq!((read, kept), (9, 36));
+        let anew = alone(&decoder, keeping(next.clone(), list, None));
+        assert_eq!(again.generated.token_ids, anew.token_ids);
+        for (a, b) in again.generated.token_logprobs.iter().zip(&anew.token_logprobs) {
+            assert!((a - b).abs() < 1e-4, "{a} and {b}");
+        }
+        // The same prompt once more: all but its last token is there, and of the prompt to the bit.
+        let (same, read, kept) = run(keeping(first.clone(), list, Some(prefix.clone())));
+        assert_eq!((read, kept), (1, 29));
+        assert_eq!(bits(&same.generated), bits(&ended.generated));
+        for other in lists.iter().filter(|other| !Worn::same(other, list)) {
+            assert_eq!(prefix.covers(&next, other), 0);
+            let (ended, read, kept) = run(keeping(next.clone(), other, Some(prefix.clone())));
+            assert_eq!((read, kept), (next.len(), 0));
+            let anew = alone(&decoder, keeping(next.clone(), other, None));
+            assert_eq!(bits(&ended.generated), bits(&anew));
+        }
+    }
+}
+
+/// The numbers of an adapter that learns change between uses, and so do its decode forms.
+#[test]
+fn an_adapter_that_changed_is_read_again() {
+    for compute in [Compute::F32, Compute::Int16] {
+        let decoder = load("llama-q4_0", compute);
+        let learning = adapter(&decoder, 4, 1);
+        let other = adapter(&decoder, 4, 2);
+        let run = |adapter: &Arc<Adapter>| {
+            bits(&alone(&decoder, job(prompt(&decoder, 1, 9), &[worn(adapter, 1.0)], 1, 8)))
+        };
+        let before = run(&learning);
+        for (to, from) in learning.modules.values().zip(other.modules.values()) {
+            to.a.set(from.a.as_tensor()).unwrap();
+            to.b.set(from.b.as_tensor()).unwrap();
+        }
+        learning.changed();
+        assert_ne!(run(&learning), before);
+        assert_eq!(run(&learning), run(&other));
+    }
+}
