@@ -24,13 +24,6 @@ use crate::model::{CacheType, Decoder};
 use crate::ops::Compute;
 use crate::weights::Checkpoint;
 
-/// Talk with a model: adapters are swapped between replies, /help says how.
-///
-/// Lines are messages, and those that begin with a slash are commands. A line that ends in a
-/// backslash goes on with the next. Ctrl-C ends a reply, Ctrl-D the program. Where stdin is no
-/// terminal its lines are read as if they were typed, replies go to stdout, and the first fault ends
-/// the program. There is no --json here: a conversation has no one result, and /save writes it as a
-/// row of training data.
 #[derive(Debug, clap::Args)]
 pub struct Chat {
     /// The base: a GGUF file or a Hugging Face folder

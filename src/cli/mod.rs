@@ -84,6 +84,12 @@ enum Command {
     /// Answer a prompt
     Generate(Box<generate::Generate>),
     /// Talk with a model, adapters swapped between replies
+    ///
+    /// Lines are messages, and those that begin with a slash are commands: /help lists them. A line
+    /// that ends in a backslash goes on with the next. Ctrl-C ends a reply, Ctrl-D the program. Where
+    /// stdin is no terminal its lines are read as if they were typed, replies go to stdout, and the
+    /// first fault ends the program. There is no JSON result: a conversation has no one answer, and
+    /// /save writes it as a row of training data.
     Chat(Box<chat::Chat>),
     /// Merge adapters into their base: a Hugging Face folder or a GGUF of any type
     Merge(Box<merge::Merge>),

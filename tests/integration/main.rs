@@ -4,6 +4,7 @@ mod adapter_kinds;
 mod adapters;
 mod allocations;
 mod binary;
+mod chat;
 mod cli;
 mod comparisons;
 mod corpus;
