@@ -152,7 +152,10 @@ fn rounding(checkpoint: &Checkpoint, adapter: &Adapter) -> Result<()> {
         let copy = adapter.copy("rounded")?;
         for var in copy.modules.values().flat_map(|lora| [&lora.a, &lora.b]) {
             let values = var.flatten_all()?.to_vec1::<f32>()?.into_iter().map(round);
-            var.set(&Tensor::from_vec(values.collect(), var.shape(), &Device::Cpu)?.to_dtype(DType::F32)?)?;
+            var.set(
+                &Tensor::from_vec(values.collect(), var.shape(), &Device::Cpu)?
+                    .to_dtype(DType::F32)?,
+            )?;
         }
         Ok(copy)
     };

@@ -27,7 +27,7 @@ pub struct Lora {
     /// Of the r, how many, the last ones, stay as they began. An update that begins with numbers of
     /// the base's own (PiSSA, OLoRA) takes them off again in these, so that it begins as nothing.
     pub held: usize,
-    forms: Arc<Mutex<Forms>>,
+    pub(crate) forms: Arc<Mutex<Forms>>,
 }
 
 /// What DoRA (Liu et al. 2024) makes of a merged weight: each of its rows gets a length of its own,

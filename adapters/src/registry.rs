@@ -211,7 +211,7 @@ mod tests {
     use crate::targets::Target;
 
     fn spec(name: &str, rows: usize) -> LinearSpec {
-        LinearSpec { name: name.into(), in_features: 8, out_features: rows }
+        LinearSpec { name: name.into(), in_features: 8, out_features: rows, embedding: false }
     }
 
     /// An adapter of `r · (8 + rows)` numbers, whose name is its content.
