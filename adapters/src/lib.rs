@@ -23,13 +23,11 @@
 pub mod base;
 pub mod combine;
 pub mod config;
+pub mod decode;
 mod decompose;
 pub mod delta;
 pub mod format;
 pub mod initialize;
-pub mod decode;
-pub mod delta;
-pub mod format;
 pub mod registry;
 pub mod rng;
 pub mod targets;
