@@ -207,10 +207,14 @@ fn small_files(source: &Source, dtype: BlockType) -> Result<Vec<(String, String)
             let path = folder.join("config.json");
             let text = read(&path)?.unwrap_or_default();
             let mut json: Value = serde_json::from_str(&text).map_err(|e| bad(&path, &e))?;
-            // What says how the weights are stored; all else stays as it is.
+            // What says which weights there are and how they are stored; all else stays as it is.
             let name = config::dtype_name(dtype)?;
             let key = if json.get("dtype").is_some() { "dtype" } else { "torch_dtype" };
             json[key] = name.into();
+            if !source.config.tie_word_embeddings {
+                // An adapter may have parted the head from the embedding.
+                json["tie_word_embeddings"] = false.into();
+            }
             if let Some(object) = json.as_object_mut() {
                 object.shift_remove("quantization_config");
             }
