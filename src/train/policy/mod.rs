@@ -6,7 +6,7 @@ mod grpo;
 mod ppo;
 mod rounds;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
@@ -118,11 +118,11 @@ impl Rollouts {
         let load = |path: &Path| Prompts::load(path, &tokenizer, most - length, stop);
         let given = !common.eval_data.as_os_str().is_empty();
         let (prompts, held_out, held_out_lines) = if strategy(&common) == EvalStrategy::No {
-            (load(&common.data)?, None, None)
+            (load(common.data_file())?, None, None)
         } else if given {
-            (load(&common.data)?, Some(load(&common.eval_data)?), None)
+            (load(common.data_file())?, Some(load(&common.eval_data)?), None)
         } else {
-            let split = Prompts::load_split(&common.data, &tokenizer, most - length, stop)?;
+            let split = Prompts::load_split(common.data_file(), &tokenizer, most - length, stop)?;
             let lines = warned(&common, split.held_out.is_some(), split.held_out_lines);
             (split.train, split.held_out, lines)
         };
@@ -194,8 +194,9 @@ impl Rollouts {
                 unreachable!("they learn from rows as they are")
             }
         };
-        let held_out_file = if given { &common.eval_data } else { &common.data };
-        let files = [(&common.data, Some(&prompts)), (held_out_file, held_out.as_ref())];
+        let data_file = common.data_file();
+        let held_out_file = if given { &*common.eval_data } else { data_file };
+        let files = [(data_file, Some(&prompts)), (held_out_file, held_out.as_ref())];
         for (path, prompts) in files {
             for prompt in prompts.iter().flat_map(|prompts| &prompts.prompts) {
                 rewards.check(&prompt.row).map_err(|e| {
@@ -284,8 +285,8 @@ impl Rollouts {
         let longest = self.prompts.prompts.iter().map(|prompt| prompt.tokens.len()).max();
         let row = longest.unwrap_or(0) + response_length(&self.task);
         let size = self.common.per_device_train_batch_size;
-        let texts = self.ptx.iter().flat_map(|(data, _)| &data.examples);
-        let mut ptx: Vec<usize> = texts.map(|row| row.tokens.len()).collect();
+        let mut ptx: Vec<usize> =
+            self.ptx.iter().flat_map(|(data, _)| data.examples.lengths()).collect();
         ptx.sort_unstable_by_key(|&length| std::cmp::Reverse(length));
         (row * size).max(ptx.iter().take(size).sum())
     }
@@ -519,7 +520,7 @@ fn trusted(folder: &Path, least: f64) -> Result<(), TrainError> {
 /// response of `length` tokens.
 fn fits(
     model: &RewardModel,
-    files: &[(&PathBuf, Option<&Prompts>)],
+    files: &[(&Path, Option<&Prompts>)],
     length: usize,
 ) -> Result<(), TrainError> {
     let mut longest = (0, String::new());
