@@ -12,17 +12,18 @@ use sha2::{Digest, Sha256};
 /// What the system refused: what was tried, where, and its words.
 pub(super) type Refused = (&'static str, PathBuf, io::Error);
 
-/// The folder `name` of `cache`, which `make` fills if there is none yet.
+/// The folder `KIND-KEY` of `cache`, which `make` fills if there is none yet. Of each kind at most one
+/// is left half made by a killed run: the next to make one removes it.
 pub(super) fn folder<E: From<Refused>>(
     cache: &Path,
-    name: &str,
+    (kind, key): (&str, &str),
     make: impl FnOnce(&Path) -> Result<(), E>,
 ) -> Result<PathBuf, E> {
     let refused = |action, path: &Path| {
         let path = path.to_path_buf();
         move |error| E::from((action, path, error))
     };
-    let folder = cache.join(name);
+    let folder = cache.join(format!("{kind}-{key}"));
     if folder.exists() {
         return Ok(folder);
     }
@@ -34,7 +35,7 @@ pub(super) fn folder<E: From<Refused>>(
     if folder.exists() {
         return Ok(folder);
     }
-    let partial = cache.join(format!(".{name}.partial"));
+    let partial = cache.join(format!(".{kind}.partial"));
     if partial.exists() {
         // A killed run's.
         fs::remove_dir_all(&partial).map_err(refused("remove", &partial))?;

@@ -352,7 +352,7 @@ impl Loaded {
             split,
         };
         let key = hex(&Sha256::digest(serde_json::to_vec(&origin).expect("plain data")));
-        let folder = cache::folder(cache, &format!("rows-{}", &key[..16]), |folder| {
+        let folder = cache::folder(cache, ("rows", &key[..16]), |folder| {
             eprintln!(
                 "data: tokenizing {}, once for all runs with {}",
                 path.display(),

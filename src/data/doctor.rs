@@ -326,6 +326,13 @@ pub(super) fn normalized_comparison(row: &ComparisonRow) -> u64 {
     hasher.finish()
 }
 
+/// The same of a prompt.
+pub(super) fn normalized_prompt(text: &str) -> u64 {
+    let mut hasher = Normalized::default();
+    hasher.text(text);
+    hasher.finish()
+}
+
 #[derive(Default)]
 struct Normalized(Sha256);
 

@@ -36,6 +36,6 @@ pub use example::Example;
 pub use examples::Examples;
 pub use lines::first_dialect;
 pub use mixture::{DataFile, epoch_examples};
-pub use prompts::{Prompt, PromptSplit, Prompts};
+pub use prompts::{Prompt, PromptSettings, PromptSplit, Prompts};
 pub use rows::{AlpacaPrompt, Dialect, Message, Row};
 pub use split::is_held_out;

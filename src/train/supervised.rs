@@ -14,6 +14,7 @@ use super::fine_tune::{strategy, total_steps};
 use super::fingerprints::{base_fingerprint, comparisons_print};
 use super::learner::{Learner, MicroBatch};
 use super::log::{Log, Numbers};
+use super::memory::parse_bytes;
 use super::progress::{Progress, Work};
 use super::reference;
 use super::run_dir::{Fingerprint, RunDir, State};
@@ -33,8 +34,6 @@ use crate::quant::Bytes;
 use crate::text::Tokenizer;
 use crate::weights::write_atomically;
 
-/// Bytes of a file whose tokens are not held in memory.
-const LARGE_FILE: u64 = 64 << 20;
 /// Rows whose reference is asked for between two looks at whether to stop.
 const REFERENCE_ROWS: usize = 64;
 
@@ -99,13 +98,14 @@ impl Supervised {
             }
             Task::Sft(own) => {
                 let given = !own.cache.as_os_str().is_empty();
+                let from_bytes = parse_bytes(&own.cache_from).unwrap_or(u64::MAX);
                 let folder = if given { own.cache.clone() } else { common.out.join("rows") };
                 let settings = LoadSettings {
                     max_length,
                     alpaca: own.alpaca_prompt,
                     allow: common.allow.clone(),
                     model,
-                    cache: Some(Cache { folder, from_bytes: LARGE_FILE }),
+                    cache: Some(Cache { folder, from_bytes }),
                     looks_only: false,
                 };
                 load_examples(&common, tokenizer, &settings, &mut files, stop)?
@@ -581,7 +581,7 @@ fn load_comparisons(
 }
 
 /// Tells what is odd about rows, and refuses what would teach nothing or teach wrong.
-fn judge(diagnosis: &Diagnosis, path: &Path, allow: &[Check]) -> Result<(), TrainError> {
+pub(super) fn judge(diagnosis: &Diagnosis, path: &Path, allow: &[Check]) -> Result<(), TrainError> {
     warn(diagnosis, path, allow);
     Ok(diagnosis.judge(path, allow)?)
 }

@@ -24,8 +24,8 @@ use super::progress::{Progress, Work};
 use super::reference;
 use super::run_dir::{Fingerprint, RunDir, State, read_accuracy};
 use super::settings::{CommonSettings, EvalStrategy, RunSettings, SCHEMA_REWARD, Task};
-use super::supervised::warned;
-use crate::data::{Dataset, Prompt, Prompts};
+use super::supervised::{judge as judge_rows, warned};
+use crate::data::{Dataset, Prompt, PromptSettings, Prompts};
 use crate::generate::{Sampling, Settings as Generation};
 use crate::model::{CacheType, Decoder, Worn};
 use crate::objectives::advantage::{RunningMoments, kl_k1};
@@ -115,17 +115,19 @@ impl Rollouts {
             );
             return Err(TrainError::Settings(fault));
         }
-        let load = |path: &Path| Prompts::load(path, &tokenizer, most - length, stop);
+        let reading = PromptSettings { max_length: most - length, allow: common.allow.clone() };
+        let load = |path: &Path| Prompts::load(path, &tokenizer, reading.clone(), stop);
         let given = !common.eval_data.as_os_str().is_empty();
         let (prompts, held_out, held_out_lines) = if strategy(&common) == EvalStrategy::No {
             (load(common.data_file())?, None, None)
         } else if given {
             (load(common.data_file())?, Some(load(&common.eval_data)?), None)
         } else {
-            let split = Prompts::load_split(common.data_file(), &tokenizer, most - length, stop)?;
+            let split = Prompts::load_split(common.data_file(), &tokenizer, reading.clone(), stop)?;
             let lines = warned(&common, split.held_out.is_some(), split.held_out_lines);
             (split.train, split.held_out, lines)
         };
+        judge_rows(&prompts.diagnosis, common.data_file(), &common.allow)?;
         let (count, longest) = (prompts.prompts.len(), prompts.longest);
         eprintln!("data: {count} prompts, longest {longest} tokens");
 
@@ -152,6 +154,7 @@ impl Rollouts {
                 }
                 if !own.ptx_data.as_os_str().is_empty() {
                     let data = Dataset::load(&own.ptx_data, &tokenizer, most, stop)?;
+                    judge_rows(&data.diagnosis, &own.ptx_data, &common.allow)?;
                     prints.push(("the ptx data".into(), data.sha256.clone()));
                     let rounds = Rounds::new("ptx", common.seed, true, data.examples.len());
                     ptx = Some((data, rounds));

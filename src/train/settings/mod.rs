@@ -225,7 +225,10 @@ settings! {
         /// How `instruction`, `input` and `output` are laid out: chat (the first two are what the user
         /// says) or text (Alpaca's own prompt) [default: chat, or text where there is no chat template]
         alpaca_prompt: Option<AlpacaPrompt> = None,
-        /// Where the tokens of files above 64 MB are kept for the next run [default: DIR/rows]
+        /// Size of a file, as 64MB, from which its tokens are kept on disk and not in memory, made once
+        /// for all runs with the same tokenizer, template and lengths [default: 64MB]
+        cache_from: String = "64MB".into(),
+        /// Where they are kept; to clear it, remove it [default: DIR/rows]
         cache: PathBuf = PathBuf::new(),
     }
 }
@@ -652,6 +655,7 @@ pub const FREE_ON_RESUME: &[&str] = &[
     "export_type",
     "dtype",
     "cache",
+    "cache_from",
 ];
 
 trait Empty {
@@ -765,6 +769,9 @@ impl RunSettings {
         faults.check(mixes || plain(&self.common.data), fault.into());
         match &self.task {
             Task::Sft(own) => {
+                let size = &own.cache_from;
+                let fault = format!("cache_from is {size:?}, needed a size like 64MB or 1GiB");
+                faults.check(parse_bytes(size).is_some(), fault);
                 let steps = own.gradient_accumulation_steps as u64;
                 faults.counts([("gradient_accumulation_steps", steps)]);
             }
