@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value, json};
 
 use super::replies::Replies;
-use super::{AdapterArg, load_adapters, open_tokenizer, read_text, to_json};
+use super::{AdapterArg, TemplateFlags, load_adapters, open_tokenizer, read_text, to_json};
 use crate::data::{Comparison, ComparisonKind, Comparisons, Dataset, Limits, WhenTooLong};
 use crate::eval::{evaluate, perplexity};
 use crate::model::{Decoder, Worn};
@@ -51,6 +51,8 @@ pub struct Eval {
     /// Tokens of a chunk of --text [default: 512]
     #[arg(long, conflicts_with_all = ["data", "prompts"])]
     n_ctx: Option<usize>,
+    #[command(flatten)]
+    template: TemplateFlags,
     /// The day, YYYY-MM-DD, that a chat template with a date shows [default: today]
     #[arg(long, conflicts_with = "text")]
     template_date: Option<String>,
@@ -64,7 +66,8 @@ impl Eval {
     pub fn run(self, json: bool) -> Result<Value> {
         let checkpoint = Checkpoint::open(&self.base)?;
         let decoder = Decoder::load(&checkpoint, self.compute.unwrap_or_default())?;
-        let tokenizer = open_tokenizer(&checkpoint, self.template_date.as_deref())?;
+        let mut tokenizer = open_tokenizer(&checkpoint, self.template_date.as_deref())?;
+        self.template.change(&mut tokenizer)?;
         match (&self.reward, &self.data) {
             (Some(reward), _) if self.replies.asked() => {
                 return self.replies.run(&decoder, &tokenizer, &self.adapter, reward, json);

@@ -9,7 +9,7 @@ use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
 use super::best_of::{BestOf, Candidate, finish_reason};
-use super::{AdapterArg, load_adapters, open_tokenizer};
+use super::{AdapterArg, TemplateFlags, load_adapters, open_tokenizer};
 use crate::generate::{Request, Sampling, Settings, StopStrings, generate};
 use crate::model::{Adapters, CacheType, Decoder};
 use crate::ops::Compute;
@@ -64,6 +64,8 @@ pub struct Generate {
     /// f32 where --compute is f32 or portable]
     #[arg(long)]
     cache_type: Option<CacheType>,
+    #[command(flatten)]
+    template: TemplateFlags,
     /// The day, YYYY-MM-DD, that a chat template with a date shows [default: today]
     #[arg(long, conflicts_with = "raw")]
     template_date: Option<String>,
@@ -87,7 +89,8 @@ impl Generate {
         let replies = self.best_of.replies(sampling.temperature)?;
         let checkpoint = Checkpoint::open(&self.base)?;
         let decoder = Decoder::load(&checkpoint, self.compute.unwrap_or_default())?;
-        let tokenizer = open_tokenizer(&checkpoint, self.template_date.as_deref())?;
+        let mut tokenizer = open_tokenizer(&checkpoint, self.template_date.as_deref())?;
+        self.template.change(&mut tokenizer)?;
         let worn = load_adapters(&self.adapter, &decoder)?;
         let prompt = self.prompt_ids(&tokenizer)?;
 

@@ -16,6 +16,7 @@ use say;
 
 mod best_of;
 mod chat;
+mod data;
 mod eval;
 mod export;
 mod generate;
@@ -99,6 +100,8 @@ enum Command {
     Export(export::Export),
     /// List what a GGUF, safetensors or adapter file holds
     Inspect(inspect::Inspect),
+    /// Look at rows as a trainer would: what is learned of them, and what is wrong with them
+    Data(Box<data::Data>),
     /// Turn text into token ids
     #[command(subcommand)]
     Tokenizer(tokenizer::TokenizerCommand),
@@ -149,6 +152,7 @@ pub fn main() -> ExitCode {
         Command::Quantize(command) => command.run(json),
         Command::Export(command) => command.run(json),
         Command::Inspect(command) => command.run(json),
+        Command::Data(command) => command.run(json),
         Command::Tokenizer(command) => command.run(json),
     });
     match result {
@@ -220,6 +224,24 @@ fn load_adapters(args: &[AdapterArg], decoder: &Decoder) -> Result<Vec<Worn>> {
         Ok(Worn { adapter: Arc::new(adapter), weight: arg.weight, trainable: false })
     };
     args.iter().map(load).collect()
+}
+
+/// How the chat template differs from the model's own.
+#[derive(Debug, Clone, Default, clap::Args)]
+struct TemplateFlags {
+    /// A Jinja file in the place of the model's own chat template
+    #[arg(long, value_name = "FILE")]
+    chat_template: Option<PathBuf>,
+    /// A variable of the chat template, as KEY=JSON: enable_thinking=false; may be given again
+    #[arg(long, value_name = "KEY=JSON")]
+    chat_template_kwargs: Vec<String>,
+}
+
+impl TemplateFlags {
+    fn change(&self, tokenizer: &mut Tokenizer) -> Result<()> {
+        let file = self.chat_template.as_deref();
+        Ok(tokenizer.change_template(file, &self.chat_template_kwargs)?)
+    }
 }
 
 /// The tokenizer of a base, its template on a given day.

@@ -31,8 +31,13 @@ impl<F: clap::Args + Serialize> Train<F> {
     pub fn run(self, command: Command, json: bool) -> Result<Value> {
         let settings = self.settings(command)?;
         let common = &settings.common;
-        let needed = [("base", &common.base), ("data", &common.data), ("out", &common.out)];
-        if let Some((name, _)) = needed.iter().find(|(_, path)| path.as_os_str().is_empty()) {
+        let given = |path: &PathBuf| !path.as_os_str().is_empty();
+        let needed = [
+            ("base", given(&common.base)),
+            ("data", !common.data.is_empty()),
+            ("out", given(&common.out)),
+        ];
+        if let Some((name, _)) = needed.iter().find(|(_, given)| !given) {
             return Err(Usage(format!("--{name} is missing")).into());
         }
         let stop = stop_on_ctrl_c()?;

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use quantune_adapters::rng::Stream;
 
-use super::Example;
+use super::{Example, Examples};
 use crate::ops::Segment;
 
 /// What the order of an epoch depends on. Names are transformers' and TRL's.
@@ -44,8 +44,13 @@ impl EpochPlan {
 
     /// The same for rows of any kind that have these many tokens.
     pub fn over(lengths: &[usize], settings: &EpochSettings) -> Self {
+        Self::of((0..lengths.len()).collect(), lengths, settings)
+    }
+
+    /// The same where an epoch has these rows, some perhaps several times.
+    pub fn of(rows: Vec<usize>, lengths: &[usize], settings: &EpochSettings) -> Self {
         let &EpochSettings { seed, epoch, shuffle, packing, .. } = settings;
-        let mut order: Vec<usize> = (0..lengths.len()).collect();
+        let mut order = rows;
         if shuffle {
             Stream::new(seed, "shuffle", &[epoch]).shuffle(&mut order);
         }
@@ -140,6 +145,18 @@ impl Batch {
         let mut batch = Self::default();
         for example in bins.iter().flatten().map(|&i| &examples[i]) {
             batch.push(example);
+        }
+        batch
+    }
+
+    /// The same of examples that may lie on disk.
+    ///
+    /// # Panics
+    /// As [`Batch::new`].
+    pub fn gather(examples: &Examples, bins: &[Vec<usize>]) -> Self {
+        let mut batch = Self::default();
+        for &index in bins.iter().flatten() {
+            batch.push(&examples.get(index));
         }
         batch
     }

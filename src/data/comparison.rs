@@ -18,10 +18,11 @@ use std::sync::atomic::AtomicBool;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::lines::{Line, read, to_held_out};
+use super::doctor::{self, Check, Diagnosis, Finding, Seen};
+use super::lines::{Line, Unread, read_all, to_held_out};
 use super::rows::{ComparisonRow, Responses};
 use super::split::is_held_out_text;
-use super::{DataError, Message, RowError};
+use super::{DataError, Dialect, Message, ModelLimits, RowError};
 use crate::text::{Special, Tokenizer};
 
 /// A prompt and the responses to it that are compared.
@@ -97,6 +98,10 @@ pub struct Comparisons {
     pub report: ComparisonReport,
     /// SHA-256 of the whole file, in hex.
     pub sha256: String,
+    /// What is wrong with the rows of the whole file, held-out ones among them.
+    pub diagnosis: Diagnosis,
+    /// What all rows of the file say.
+    pub seen: Seen,
 }
 
 /// A file in two parts, no prompt in both.
@@ -161,22 +166,37 @@ impl fmt::Display for ComparisonReport {
 }
 
 impl Comparisons {
-    /// Reads and tokenizes all rows of a JSONL file. Ends early once `stop` is set.
+    /// Reads and tokenizes all rows of a JSONL or Parquet file. Ends early once `stop` is set.
     ///
     /// # Errors
-    /// All wrong rows, the first few with their lines; a file without rows, or in which nothing is
-    /// compared; [`DataError::Stopped`].
+    /// All wrong rows, the first few with their lines, but for those whose fault `limits` allows; a
+    /// file without rows, or in which nothing is compared; [`DataError::Stopped`].
     pub fn load(
         path: &Path,
         tokenizer: &Tokenizer,
-        limits: Limits,
+        limits: impl Into<ComparisonSettings>,
         kind: ComparisonKind,
         stop: &AtomicBool,
     ) -> Result<Self, DataError> {
-        let mut all = Part::default();
-        let parse = |bytes: &[u8]| tokenized(bytes, tokenizer, kind);
-        let sha256 = read(path, stop, parse, |line, (_, row)| all.add(line, row, limits))?;
-        all.finish(path, sha256, limits)
+        let settings = limits.into();
+        let loaded = Loaded::of(path, tokenizer, &settings, kind, false, stop)?;
+        loaded.diagnosis.unreadable(path, &settings.allow)?;
+        loaded.train.finish(path, settings.limits)?;
+        Ok(loaded.whole())
+    }
+
+    /// The same, whatever is wrong with the rows: what there is to compare, which may be nothing.
+    ///
+    /// # Errors
+    /// If the file cannot be read at all; [`DataError::Stopped`].
+    pub fn examine(
+        path: &Path,
+        tokenizer: &Tokenizer,
+        limits: impl Into<ComparisonSettings>,
+        kind: ComparisonKind,
+        stop: &AtomicBool,
+    ) -> Result<Self, DataError> {
+        Ok(Loaded::of(path, tokenizer, &limits.into(), kind, false, stop)?.whole())
     }
 
     /// The same in two parts: one row in ten is held out by its prompt, as
@@ -188,27 +208,161 @@ impl Comparisons {
     pub fn load_split(
         path: &Path,
         tokenizer: &Tokenizer,
-        limits: Limits,
+        limits: impl Into<ComparisonSettings>,
         kind: ComparisonKind,
         stop: &AtomicBool,
     ) -> Result<ComparisonSplit, DataError> {
-        let (mut train, mut held_out) = (Part::default(), Part::default());
-        let mut held_out_lines = Vec::new();
-        let parse = |bytes: &[u8]| tokenized(bytes, tokenizer, kind);
-        let sha256 = read(path, stop, parse, |line, (is_held_out, row)| {
-            if !is_held_out {
-                return train.add(line, row, limits);
-            }
-            to_held_out(&mut held_out_lines, line);
-            held_out.add(line, row, limits);
-        })?;
-        if train.report.rows == 0 && held_out.report.rows > 0 {
-            return Err(DataError::AllHeldOut { path: path.into(), rows: held_out.report.rows });
+        let settings = limits.into();
+        let mut loaded = Loaded::of(path, tokenizer, &settings, kind, true, stop)?;
+        loaded.diagnosis.unreadable(path, &settings.allow)?;
+        if loaded.train.report.rows == 0 && loaded.held_out.report.rows > 0 {
+            let rows = loaded.held_out.report.rows;
+            return Err(DataError::AllHeldOut { path: path.into(), rows });
         }
-        let train = train.finish(path, sha256.clone(), limits)?;
-        let held_out = held_out.finish(path, sha256, limits).ok();
-        Ok(ComparisonSplit { train, held_out, held_out_lines })
+        loaded.train.finish(path, settings.limits)?;
+        let part = std::mem::take(&mut loaded.held_out);
+        let sha256 = loaded.sha256.clone();
+        let held_out = (!part.comparisons.is_empty()).then(|| Self {
+            comparisons: part.comparisons,
+            report: part.report,
+            sha256,
+            diagnosis: Diagnosis::default(),
+            seen: Seen::default(),
+        });
+        let held_out_lines = std::mem::take(&mut loaded.held_out_lines);
+        Ok(ComparisonSplit { train: loaded.whole(), held_out, held_out_lines })
     }
+}
+
+/// How rows become comparisons.
+#[derive(Debug, Clone)]
+pub struct ComparisonSettings {
+    /// How long they may be.
+    pub limits: Limits,
+    /// What may be wrong with rows that cannot be read: those are left out.
+    pub allow: Vec<Check>,
+    /// Tokens the model can read at once, and ids it has.
+    pub model: Option<ModelLimits>,
+}
+
+impl From<Limits> for ComparisonSettings {
+    fn from(limits: Limits) -> Self {
+        Self { limits, allow: Vec::new(), model: None }
+    }
+}
+
+/// What a file's rows came to, in one part or two.
+#[derive(Default)]
+struct Loaded {
+    sha256: String,
+    diagnosis: Diagnosis,
+    seen: Seen,
+    train: Part,
+    held_out: Part,
+    held_out_lines: Vec<u8>,
+}
+
+impl Loaded {
+    fn of(
+        path: &Path,
+        tokenizer: &Tokenizer,
+        settings: &ComparisonSettings,
+        kind: ComparisonKind,
+        split: bool,
+        stop: &AtomicBool,
+    ) -> Result<Self, DataError> {
+        let mut loaded = Self::default();
+        let parse = |bytes: &[u8]| parse(bytes, tokenizer, kind, settings);
+        loaded.sha256 = read_all(path, stop, parse, |line, row| {
+            loaded.add(line, row, settings, split);
+            Ok(())
+        })?;
+        loaded.seen.finish(&mut loaded.diagnosis);
+        Ok(loaded)
+    }
+
+    fn add(
+        &mut self,
+        line: &Line,
+        row: Result<Parsed, Unread>,
+        settings: &ComparisonSettings,
+        split: bool,
+    ) {
+        let dialect = match &row {
+            Ok(parsed) => parsed.dialect,
+            Err(unread) => unread.dialect,
+        };
+        self.diagnosis.row(line.number, dialect);
+        let parsed = match row {
+            Ok(parsed) => parsed,
+            Err(Unread { error, .. }) => {
+                self.diagnosis.note(line.number, (Check::of(&error), error.to_string()));
+                return;
+            }
+        };
+        self.seen.add(parsed.hash, line.number);
+        let held_out = split && parsed.held_out;
+        let part = if held_out { &mut self.held_out } else { &mut self.train };
+        let longest = parsed.row.responses.iter().map(Vec::len).max().unwrap_or_default();
+        self.diagnosis.length(parsed.row.prompt.len() + longest);
+        let more = part.add(line, parsed.row, settings);
+        for finding in parsed.findings.into_iter().chain(more) {
+            self.diagnosis.note(line.number, finding);
+        }
+        if held_out {
+            to_held_out(&mut self.held_out_lines, line);
+        }
+    }
+
+    fn whole(self) -> Comparisons {
+        Comparisons {
+            comparisons: self.train.comparisons,
+            report: self.train.report,
+            sha256: self.sha256,
+            diagnosis: self.diagnosis,
+            seen: self.seen,
+        }
+    }
+}
+
+/// A row as it comes from a thread.
+struct Parsed {
+    dialect: Option<Dialect>,
+    held_out: bool,
+    hash: u64,
+    row: Tokenized,
+    findings: Vec<Finding>,
+}
+
+/// A line to its tokens, and what is odd about them.
+fn parse(
+    bytes: &[u8],
+    tokenizer: &Tokenizer,
+    kind: ComparisonKind,
+    settings: &ComparisonSettings,
+) -> Result<Parsed, Unread> {
+    let (dialect, row) = ComparisonRow::read(bytes, kind);
+    let unread = |error| Unread { dialect, error };
+    let row = row.map_err(unread)?;
+    let (hash, mut findings) = (doctor::normalized_comparison(&row), doctor::of_comparison(&row));
+    let (held_out, row) = tokenized(row, tokenizer, kind).map_err(unread)?;
+    let in_order = || row.prompt.iter().chain(row.responses.iter().flatten());
+    if let Some(limits) = settings.model
+        && let Some(index) = in_order().position(|&id| id as usize >= limits.vocab_size)
+    {
+        let token = in_order().nth(index).copied().unwrap_or_default();
+        let vocab_size = limits.vocab_size;
+        return Err(unread(RowError::OutOfVocabulary { index, token, vocab_size }));
+    }
+    let first = row.responses.first().map_or(&[][..], Vec::as_slice);
+    let begins: Vec<u32> = row.prompt.iter().chain(first).take(2).copied().collect();
+    findings.extend(doctor::doubled_bos(&begins, tokenizer));
+    let ends = |tokens: &Vec<u32>| tokens.iter().any(|&id| tokenizer.is_end_of_generation(id));
+    if let Some(response) = row.responses.iter().position(|response| !ends(response)) {
+        let sentence = format!("response {response} holds no token that ends generation");
+        findings.push((Check::UntrainedEnd, sentence));
+    }
+    Ok(Parsed { dialect, held_out, hash, row, findings })
 }
 
 /// A row as tokens, before anything is too long.
@@ -224,13 +378,12 @@ struct Tokenized {
     boundary_mismatch: bool,
 }
 
-/// Whether a line's row is held out, and its tokens.
+/// Whether a row is held out, and its tokens.
 fn tokenized(
-    bytes: &[u8],
+    row: ComparisonRow,
     tokenizer: &Tokenizer,
     kind: ComparisonKind,
 ) -> Result<(bool, Tokenized), RowError> {
-    let row = ComparisonRow::parse(bytes, kind)?;
     let held_out = is_held_out_text(row.responses.first_turn());
     let (own, joint) = match &row.responses {
         Responses::Texts { prompt, responses } => texts(prompt, responses, tokenizer)?,
@@ -309,17 +462,30 @@ struct Part {
 }
 
 impl Part {
-    fn add(&mut self, line: &Line, row: Tokenized, limits: Limits) {
+    /// Adds a row's responses; what is odd about them.
+    fn add(&mut self, line: &Line, row: Tokenized, settings: &ComparisonSettings) -> Vec<Finding> {
+        let limits = settings.limits;
+        let mut found = Vec::new();
         let Tokenized { prompt, responses, mut pairs, labels, unjudged, .. } = row;
         let report = &mut self.report;
         report.rows += 1;
         report.ties += row.ties;
-        report.boundary_mismatches += u64::from(row.boundary_mismatch);
-
+        if row.boundary_mismatch {
+            report.boundary_mismatches += 1;
+            let sentence = "a token reaches from the prompt into a response: the prompt alone ends in \
+                            other tokens (mostly, in a space)";
+            found.push((Check::BoundaryMismatch, sentence.into()));
+        }
         let mut kept = Vec::with_capacity(responses.len());
         let mut places = Vec::with_capacity(responses.len()); // of each response among the kept
         for mut response in responses {
             let length = prompt.len() + response.len();
+            if let Some(window) = settings.model.map(|limits| limits.window)
+                && length > window
+            {
+                let sentence = format!("has {length} tokens, the model reads {window} at once");
+                found.push((Check::OverWindow, sentence));
+            }
             report.longest = report.longest.max(length as u64);
             let room = limits.max_length.saturating_sub(prompt.len());
             let fits = match limits.when_long {
@@ -334,6 +500,12 @@ impl Part {
                     false
                 }
             };
+            if length > limits.max_length {
+                let fate = if fits { "cut to" } else { "left out, as it may have" };
+                let most = limits.max_length;
+                let sentence = format!("prompt and response have {length} tokens, {fate} {most}");
+                found.push((Check::Cut, sentence));
+            }
             places.push(fits.then_some(kept.len()));
             if fits {
                 response.shrink_to_fit();
@@ -345,6 +517,14 @@ impl Part {
             let place = |old: usize| places[old].expect("kept: the pair was");
             (pair.better, pair.worse) = (place(pair.better), place(pair.worse));
             report.identical += u64::from(kept[pair.better] == kept[pair.worse]);
+            if kept[pair.better] == kept[pair.worse] {
+                let sentence = "two responses that are compared are the same";
+                found.push((Check::IdenticalPairs, sentence.into()));
+            }
+            if pair.margin < 0.0 {
+                let sentence = format!("`margin` is {}: the rejected would be better", pair.margin);
+                found.push((Check::WrongMargins, sentence));
+            }
         }
 
         let comparison = |responses, pairs, label| Comparison {
@@ -370,26 +550,34 @@ impl Part {
                 self.comparisons.push(comparison(vec![response], Vec::new(), Some(label)));
             }
         }
-        report.nothing_to_compare += u64::from(self.comparisons.len() == before);
+        if self.comparisons.len() == before {
+            report.nothing_to_compare += 1;
+            let sentence = "nothing of it is compared or labelled, or nothing that is short enough";
+            found.push((Check::NothingToLearn, sentence.into()));
+        }
         for comparison in &self.comparisons[before..] {
             report.responses += comparison.responses.len() as u64;
             report.pairs += comparison.pairs.len() as u64;
             report.tokens += comparison.tokens() as u64;
         }
+        // A row counts once for a check, however many responses it is true of.
+        let mut told = HashSet::new();
+        found.retain(|(check, _)| told.insert(*check));
+        found
     }
 
-    fn finish(self, path: &Path, sha256: String, limits: Limits) -> Result<Comparisons, DataError> {
+    fn finish(&self, path: &Path, limits: Limits) -> Result<(), DataError> {
         let Self { comparisons, report } = self;
         let path = path.to_path_buf();
         if report.rows == 0 {
             return Err(DataError::Empty { path });
         }
         if comparisons.is_empty() {
-            let ComparisonReport { rows, dropped, .. } = report;
+            let &ComparisonReport { rows, dropped, .. } = report;
             let max_length = limits.max_length;
             return Err(DataError::NothingToCompare { path, rows, dropped, max_length });
         }
-        Ok(Comparisons { comparisons, report, sha256 })
+        Ok(())
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use super::Dialect;
+use super::cache::Refused;
 use crate::text::TextError;
 
 /// Why a file gave no examples.
@@ -22,11 +24,37 @@ pub enum DataError {
         /// The file.
         path: PathBuf,
         /// Lines, counted from 1, and what is wrong with them.
-        first: Vec<(u64, RowError)>,
+        first: Vec<(u64, String)>,
         /// All wrong rows.
         wrong: u64,
         /// All rows.
         rows: u64,
+    },
+    /// A Parquet file that cannot be used.
+    #[error("{}: {reason}", path.display())]
+    Parquet {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong and what was needed.
+        reason: String,
+    },
+    /// The system refused to write the tokens of a file, or to read what was written.
+    #[error("{}: cannot {action}: {source}", path.display())]
+    Cache {
+        /// What was tried.
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// Tokens that are not as they were written.
+    #[error("{}: {reason}; remove its folder to have the file tokenized again", path.display())]
+    Broken {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
     },
     /// The user asked to stop while the rows were read.
     #[error("stopped while the rows were read")]
@@ -69,6 +97,18 @@ pub enum DataError {
         /// Tokens prompt and response may have.
         max_length: usize,
     },
+    /// Rows that would teach nothing or teach wrong, unless a flag says that they may.
+    #[error(
+        "{}: rows that would teach nothing or teach wrong; mend them, or name what may be with \
+         --allow{told}",
+        path.display()
+    )]
+    Defects {
+        /// The file.
+        path: PathBuf,
+        /// The rows, a line each, the first few of each check.
+        told: String,
+    },
     /// The split leaves no row to train on.
     #[error(
         "{}: all {rows} rows fall into the held-out part (rows with one first prompt stay \
@@ -81,6 +121,12 @@ pub enum DataError {
         /// Rows read.
         rows: u64,
     },
+}
+
+impl From<Refused> for DataError {
+    fn from((action, path, source): Refused) -> Self {
+        Self::Cache { action, path, source }
+    }
 }
 
 /// What is wrong with one row.
@@ -118,12 +164,28 @@ pub enum RowError {
     /// Keys that make none of the known kinds.
     #[error(
         "unknown kind of row: found the keys {}, known are `input_ids` (+ `labels`), `messages` \
-         (+ `tools`), `prompt` + `completion`, and `text`",
+         (+ `tools`), `conversations`, `instruction` + `output`, `prompt` + `completion`, and `text`",
         quoted(keys)
     )]
     UnknownKind {
         /// The keys found.
         keys: Vec<String>,
+    },
+    /// Rows that another command learns from.
+    #[error("is a row of {}, which is for {}, not this command", dialect.name(), dialect.learned_by())]
+    OfOthers {
+        /// What kind of row it is.
+        dialect: Dialect,
+    },
+    /// A role that is none.
+    #[error("`{key}` is {found}, needs one of {known}")]
+    Role {
+        /// The path of the value in the row.
+        key: String,
+        /// What is there.
+        found: String,
+        /// Those there are.
+        known: String,
     },
     /// Keys that do not make what is asked for.
     #[error("unknown kind of row: found the keys {}, needs {needed}", quoted(keys))]
@@ -178,6 +240,9 @@ pub enum RowError {
         /// Tokens of the vocabulary.
         vocab_size: usize,
     },
+    /// More than Alpaca's prompt has words for.
+    #[error("`system` and `history` have no place in Alpaca's prompt text: needs a chat template")]
+    AlpacaTurns,
     /// Messages, but nothing to render them with.
     #[error("a row of messages needs a chat template, the tokenizer has none")]
     NoTemplate,
@@ -215,7 +280,7 @@ pub enum RowError {
 }
 
 /// One wrong row is a sentence of its own; several stand under each other, as compilers tell them.
-fn sentences(path: &Path, first: &[(u64, RowError)], wrong: u64, rows: u64) -> String {
+fn sentences(path: &Path, first: &[(u64, String)], wrong: u64, rows: u64) -> String {
     let path = path.display();
     if let (1, [(line, problem)]) = (wrong, first) {
         return format!("{path}:{line}: {problem}");

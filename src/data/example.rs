@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use serde_json::{Value, json};
 
-use super::{Message, Row, RowError};
+use super::{AlpacaPrompt, Message, Row, RowError};
 use crate::text::{ChatTemplate, Special, Tokenizer};
 
 /// The tokens of a row.
@@ -78,12 +78,29 @@ pub(super) fn pieces(
     pieces
 }
 
-pub(super) fn tokenize(row: &Row, tokenizer: &Tokenizer) -> Result<Tokenized, RowError> {
+/// The tokens of a row; one of Alpaca's is laid out by the chat template if there is one, unless
+/// `alpaca` says how.
+pub(super) fn tokenize(
+    row: &Row,
+    tokenizer: &Tokenizer,
+    alpaca: Option<AlpacaPrompt>,
+) -> Result<Tokenized, RowError> {
     let mut tokenized = match row {
         Row::Tokens { input_ids, learned } => ready(input_ids, learned, tokenizer)?,
         Row::Messages { messages, tools } => conversation(messages, tools.as_ref(), tokenizer)?,
         Row::PromptCompletion { prompt, completion } => {
             prompt_completion(prompt, completion, tokenizer)?
+        }
+        Row::Alpaca { messages, prompt, completion } => {
+            let by_template = match alpaca {
+                Some(style) => style == AlpacaPrompt::Chat,
+                None => tokenizer.chat_template().is_some(),
+            };
+            match prompt {
+                _ if by_template => conversation(messages, None, tokenizer)?,
+                Some(prompt) => prompt_completion(prompt, completion, tokenizer)?,
+                None => return Err(RowError::AlpacaTurns),
+            }
         }
         Row::Text(text) => {
             let bos = tokenizer.bos().filter(|_| tokenizer.adds_bos());

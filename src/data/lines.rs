@@ -1,4 +1,5 @@
-//! A file of rows, read line by line and parsed by all threads; wrong rows are told together.
+//! A file of rows, read line by line and parsed by all threads; wrong rows are told together. Rows of
+//! a Parquet file are the lines they would be in JSON, counted from 1.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
@@ -8,7 +9,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
-use super::{DataError, RowError};
+use super::cache::{file_sha256, hex};
+use super::parquet::ParquetRows;
+use super::{DataError, Dialect, Row, RowError};
 
 /// Lines tokenized at a time, by all threads, or as many as have this many bytes: what is held of
 /// the file's text.
@@ -17,7 +20,7 @@ const BYTES_AT_A_TIME: usize = 16 << 20;
 /// Bytes a line may have.
 const LONGEST_LINE: usize = 64 << 20;
 /// Wrong rows told one by one; the rest are counted.
-const FAULTS_TOLD: usize = 5;
+pub(super) const FAULTS_TOLD: usize = 5;
 
 /// Shows what `parse` makes of every row to `add`, in order; the file's SHA-256. After a wrong row,
 /// the rest of the file is read for further wrong ones only. Ends early once `stop` is set.
@@ -27,49 +30,146 @@ pub(super) fn read<T: Send>(
     parse: impl Fn(&[u8]) -> Result<T, RowError> + Sync,
     mut add: impl FnMut(&Line, T),
 ) -> Result<String, DataError> {
-    let io = |source| DataError::Io { path: path.into(), source };
-    let file = File::open(path).map_err(io)?;
-    let mut lines = Lines::new(BufReader::new(file), LONGEST_LINE);
-    let mut hasher = Sha256::new();
     let (mut first, mut wrong, mut rows) = (Vec::new(), 0, 0);
+    let sha256 = read_all(path, stop, parse, |line, row| {
+        rows += 1;
+        match row {
+            Ok(row) if wrong == 0 => add(line, row),
+            Ok(_) => {}
+            Err(problem) => {
+                wrong += 1;
+                if first.len() < FAULTS_TOLD {
+                    first.push((line.number, problem.to_string()));
+                }
+            }
+        }
+        Ok(())
+    })?;
+    if wrong > 0 {
+        return Err(DataError::Rows { path: path.into(), first, wrong, rows });
+    }
+    Ok(sha256)
+}
+
+/// The same, wrong rows among them.
+pub(super) fn read_all<T: Send, E: Send + From<RowError>>(
+    path: &Path,
+    stop: &AtomicBool,
+    parse: impl Fn(&[u8]) -> Result<T, E> + Sync,
+    mut add: impl FnMut(&Line, Result<T, E>) -> Result<(), DataError>,
+) -> Result<String, DataError> {
+    let go_on = || !stop.load(Ordering::Relaxed);
+    let mut source = Source::open(path, Some(&go_on))?;
     loop {
         let (mut chunk, mut bytes) = (Vec::new(), 0);
         while chunk.len() < LINES_AT_A_TIME
             && bytes < BYTES_AT_A_TIME
-            && let Some(line) = lines.next(|bytes| hasher.update(bytes)).map_err(io)?
+            && let Some(line) = source.next(path)?
         {
             bytes += line.bytes.len();
             chunk.push(line);
-            if stop.load(Ordering::Relaxed) {
+            if !go_on() {
                 return Err(DataError::Stopped);
             }
         }
         if chunk.is_empty() {
             break;
         }
-        rows += chunk.len() as u64;
         let parse = |line: &Line| match line.too_long {
-            true => Err(RowError::TooLong { most: LONGEST_LINE }),
+            true => Err(RowError::TooLong { most: LONGEST_LINE }.into()),
             false => parse(&line.bytes),
         };
         let parsed: Vec<_> = chunk.par_iter().map(parse).collect();
         for (line, row) in chunk.iter().zip(parsed) {
-            match row {
-                Ok(row) if wrong == 0 => add(line, row),
-                Ok(_) => {}
-                Err(problem) => {
-                    wrong += 1;
-                    if first.len() < FAULTS_TOLD {
-                        first.push((line.number, problem));
-                    }
-                }
+            add(line, row)?;
+        }
+    }
+    Ok(source.sha256())
+}
+
+/// Shows the first lines to `take`.
+pub(super) fn first_lines(
+    path: &Path,
+    most: usize,
+    mut take: impl FnMut(&Line) -> Result<(), DataError>,
+) -> Result<(), DataError> {
+    let mut source = Source::open(path, None)?;
+    for _ in 0..most {
+        match source.next(path)? {
+            Some(line) => take(&line)?,
+            None => break,
+        }
+    }
+    Ok(())
+}
+
+/// The kind of the first row that has one, among the first few.
+///
+/// # Errors
+/// If the file cannot be read.
+pub fn first_dialect(path: &Path) -> Result<Option<Dialect>, DataError> {
+    let mut found = None;
+    first_lines(path, LINES_AT_A_TIME, |line| {
+        found = found.or_else(|| Row::read(&line.bytes).0);
+        Ok(())
+    })?;
+    Ok(found)
+}
+
+/// Where lines come from.
+enum Source {
+    /// A file of them, hashed as it is read.
+    Jsonl { lines: Lines<BufReader<File>>, hasher: Sha256 },
+    /// A table.
+    Parquet { rows: ParquetRows, read: u64, sha256: String },
+}
+
+impl Source {
+    /// Without `go_on`, a table is not hashed.
+    fn open(path: &Path, go_on: Option<&dyn Fn() -> bool>) -> Result<Self, DataError> {
+        let io = |source| DataError::Io { path: path.into(), source };
+        if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("parquet")) {
+            let sha256 = match go_on {
+                Some(go_on) => file_sha256(path, go_on).map_err(io)?.ok_or(DataError::Stopped)?,
+                None => String::new(),
+            };
+            return Ok(Self::Parquet { rows: ParquetRows::open(path)?, read: 0, sha256 });
+        }
+        let lines = Lines::new(BufReader::new(File::open(path).map_err(io)?), LONGEST_LINE);
+        Ok(Self::Jsonl { lines, hasher: Sha256::new() })
+    }
+
+    fn next(&mut self, path: &Path) -> Result<Option<Line>, DataError> {
+        match self {
+            Self::Jsonl { lines, hasher } => lines
+                .next(|bytes| hasher.update(bytes))
+                .map_err(|source| DataError::Io { path: path.into(), source }),
+            Self::Parquet { rows, read, .. } => {
+                let Some(bytes) = rows.next()? else { return Ok(None) };
+                *read += 1;
+                Ok(Some(Line { row: *read - 1, number: *read, bytes, too_long: false }))
             }
         }
     }
-    if wrong > 0 {
-        return Err(DataError::Rows { path: path.into(), first, wrong, rows });
+
+    fn sha256(self) -> String {
+        match self {
+            Self::Jsonl { hasher, .. } => hex(&hasher.finalize()),
+            Self::Parquet { sha256, .. } => sha256,
+        }
     }
-    Ok(hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
+/// What a row would have been, and why it cannot be read.
+pub(super) struct Unread {
+    pub dialect: Option<Dialect>,
+    pub error: RowError,
+}
+
+impl From<RowError> for Unread {
+    fn from(error: RowError) -> Self {
+        Self { dialect: None, error }
+    }
 }
 
 /// A held-out row as the file has it, with a newline.

@@ -10,24 +10,32 @@
 //! This room does not know that there is a model.
 
 mod batch;
+mod cache;
 mod comparison;
 pub mod corpus;
 mod dataset;
+pub mod doctor;
 mod error;
 mod example;
+mod examples;
 mod lines;
+mod mixture;
+mod parquet;
 mod prompts;
 mod rows;
 mod split;
 
 pub use batch::{Batch, EpochPlan, EpochSettings};
 pub use comparison::{
-    Comparison, ComparisonKind, ComparisonReport, ComparisonSplit, Comparisons, Limits, Pair,
-    WhenTooLong,
+    Comparison, ComparisonKind, ComparisonReport, ComparisonSettings, ComparisonSplit, Comparisons,
+    Limits, Pair, WhenTooLong,
 };
-pub use dataset::{DataReport, Dataset, Split};
+pub use dataset::{Cache, DataReport, Dataset, LoadSettings, ModelLimits, Split};
 pub use error::{DataError, RowError};
 pub use example::Example;
-pub use prompts::{Prompt, PromptSplit, Prompts};
-pub use rows::{Message, Row};
+pub use examples::Examples;
+pub use lines::first_dialect;
+pub use mixture::{DataFile, epoch_examples};
+pub use prompts::{Prompt, PromptSettings, PromptSplit, Prompts};
+pub use rows::{AlpacaPrompt, Dialect, Message, Row};
 pub use split::is_held_out;

@@ -5,10 +5,11 @@ use std::sync::atomic::AtomicBool;
 
 use serde_json::{Map, Value};
 
-use super::lines::{Line, read, to_held_out};
+use super::doctor::{self, Check, Diagnosis, Seen};
+use super::lines::{Line, read_all, to_held_out};
 use super::rows::PromptRow;
 use super::split::is_held_out_text;
-use super::{DataError, RowError};
+use super::{DataError, Dialect, RowError};
 use crate::text::{Special, Tokenizer};
 
 /// A prompt, and the row it came in.
@@ -33,6 +34,23 @@ pub struct Prompts {
     pub longest: usize,
     /// SHA-256 of the whole file, in hex.
     pub sha256: String,
+    /// What is wrong with the rows of the whole file, held-out ones among them.
+    pub diagnosis: Diagnosis,
+}
+
+/// How prompts are read.
+#[derive(Debug, Clone, Default)]
+pub struct PromptSettings {
+    /// Tokens a prompt may have: cut, it would ask for something else.
+    pub max_length: usize,
+    /// What may be wrong with rows that cannot be read: those are left out.
+    pub allow: Vec<Check>,
+}
+
+impl From<usize> for PromptSettings {
+    fn from(max_length: usize) -> Self {
+        Self { max_length, allow: Vec::new() }
+    }
 }
 
 /// A file in two parts, no prompt in both.
@@ -47,24 +65,24 @@ pub struct PromptSplit {
 }
 
 impl Prompts {
-    /// Reads and tokenizes all rows of a JSONL file. A `prompt` that is a string is continued as it
-    /// stands; one that is a list of messages is answered, so the chat template asks for an answer
+    /// Reads and tokenizes all rows of a JSONL or Parquet file. A `prompt` that is a string is continued
+    /// as it stands; one that is a list of messages is answered, so the chat template asks for an answer
     /// (TRL's rule). Ends early once `stop` is set.
     ///
     /// # Errors
-    /// All wrong rows, the first few with their lines, and among them every prompt with more than
-    /// `max_prompt_length` tokens: cut, it would ask for something else. A file without rows;
-    /// [`DataError::Stopped`].
+    /// All wrong rows, the first few with their lines, and among them every prompt that is too long; a
+    /// file without rows; [`DataError::Stopped`].
     pub fn load(
         path: &Path,
         tokenizer: &Tokenizer,
-        max_prompt_length: usize,
+        settings: impl Into<PromptSettings>,
         stop: &AtomicBool,
     ) -> Result<Self, DataError> {
         let mut prompts = Vec::new();
-        let parse = |bytes: &[u8]| tokenized(bytes, tokenizer, max_prompt_length);
-        let sha256 = read(path, stop, parse, |line, row| prompts.push(row.prompt(line)))?;
-        Self::new(path, prompts, sha256)
+        let (sha256, diagnosis) = read(path, tokenizer, settings.into(), stop, |line, row| {
+            prompts.push(row.prompt(line));
+        })?;
+        Self::new(path, prompts, sha256, diagnosis)
     }
 
     /// The same in two parts: one row in ten is held out by its prompt, as
@@ -75,13 +93,12 @@ impl Prompts {
     pub fn load_split(
         path: &Path,
         tokenizer: &Tokenizer,
-        max_prompt_length: usize,
+        settings: impl Into<PromptSettings>,
         stop: &AtomicBool,
     ) -> Result<PromptSplit, DataError> {
         let (mut train, mut held_out) = (Vec::new(), Vec::new());
         let mut held_out_lines = Vec::new();
-        let parse = |bytes: &[u8]| tokenized(bytes, tokenizer, max_prompt_length);
-        let sha256 = read(path, stop, parse, |line, row| {
+        let (sha256, diagnosis) = read(path, tokenizer, settings.into(), stop, |line, row| {
             if !row.is_held_out {
                 return train.push(row.prompt(line));
             }
@@ -92,16 +109,51 @@ impl Prompts {
             let rows = held_out.len() as u64;
             return Err(DataError::AllHeldOut { path: path.into(), rows });
         }
-        let train = Self::new(path, train, sha256.clone())?;
-        let held_out = Self::new(path, held_out, sha256).ok();
+        let train = Self::new(path, train, sha256.clone(), diagnosis)?;
+        let held_out = Self::new(path, held_out, sha256, Diagnosis::default()).ok();
         Ok(PromptSplit { train, held_out, held_out_lines })
     }
 
-    fn new(path: &Path, prompts: Vec<Prompt>, sha256: String) -> Result<Self, DataError> {
+    fn new(
+        path: &Path,
+        prompts: Vec<Prompt>,
+        sha256: String,
+        diagnosis: Diagnosis,
+    ) -> Result<Self, DataError> {
         let longest = prompts.iter().map(|prompt| prompt.tokens.len()).max();
         let longest = longest.ok_or_else(|| DataError::Empty { path: path.into() })?;
-        Ok(Self { prompts, longest, sha256 })
+        Ok(Self { prompts, longest, sha256, diagnosis })
     }
+}
+
+/// Shows all rows that can be read to `add`; the file's SHA-256, and what is wrong with its rows.
+fn read(
+    path: &Path,
+    tokenizer: &Tokenizer,
+    settings: PromptSettings,
+    stop: &AtomicBool,
+    mut add: impl FnMut(&Line, Tokenized),
+) -> Result<(String, Diagnosis), DataError> {
+    let (mut diagnosis, mut seen) = (Diagnosis::default(), Seen::default());
+    let parse = |bytes: &[u8]| tokenized(bytes, tokenizer, settings.max_length);
+    let sha256 = read_all(path, stop, parse, |line, row| {
+        diagnosis.row(line.number, Some(Dialect::Prompt));
+        match row {
+            Ok(row) => {
+                diagnosis.length(row.tokens.len());
+                seen.add(doctor::normalized_prompt(&row.text), line.number);
+                if let Some(finding) = doctor::doubled_bos(&row.tokens, tokenizer) {
+                    diagnosis.note(line.number, finding);
+                }
+                add(line, row);
+            }
+            Err(error) => diagnosis.note(line.number, (Check::of(&error), error.to_string())),
+        }
+        Ok(())
+    })?;
+    seen.finish(&mut diagnosis);
+    diagnosis.unreadable(path, &settings.allow)?;
+    Ok((sha256, diagnosis))
 }
 
 struct Tokenized {

@@ -1,12 +1,105 @@
-//! JSON lines and the kinds of rows they hold, told apart by their keys as TRL does.
+//! JSON lines and the kinds of rows they hold, told apart by their keys as TRL does: its own, Alpaca's
+//! and ShareGPT's.
 
-use serde_json::{Map, Value};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
 
 use super::comparison::{ComparisonKind, Pair};
 use super::{RowError, split};
 
 /// Roles a message may have, as OpenAI's and Hugging Face's formats name them.
 const ROLES: [&str; 6] = ["system", "user", "assistant", "tool", "developer", "function"];
+/// What the same are called in ShareGPT's `from`, the first of each being the most common.
+const SPEAKERS: [(&str, &[&str]); 4] = [
+    ("user", &["human", "user"]),
+    ("assistant", &["gpt", "assistant", "function_call", "model", "chatgpt", "bing", "bard"]),
+    ("system", &["system"]),
+    ("tool", &["tool", "observation", "function_response"]),
+];
+
+/// A kind of row by its keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Dialect {
+    /// `input_ids` (+ `labels`).
+    Tokens,
+    /// `messages` (+ `tools`), TRL's and OpenAI's.
+    Messages,
+    /// `conversations`, ShareGPT's.
+    ShareGpt,
+    /// `instruction`, `input` and `output`, Alpaca's.
+    Alpaca,
+    /// `prompt` and `completion`, strings.
+    PromptCompletion,
+    /// The same as lists of messages.
+    PromptCompletionMessages,
+    /// `text`.
+    Text,
+    /// `chosen` and `rejected`, mostly with a `prompt`.
+    Compared,
+    /// Ranked `responses`.
+    Ranked,
+    /// `completion` and `label`, KTO's.
+    Labelled,
+    /// `prompt` alone.
+    Prompt,
+}
+
+impl Dialect {
+    /// Nothing if the keys make none.
+    fn of(row: &Map<String, Value>) -> Option<Self> {
+        let has = |key: &str| row.get(key).is_some_and(|value| !value.is_null());
+        let dialect = match () {
+            () if has("input_ids") => Self::Tokens,
+            () if has("chosen") && has("rejected") => Self::Compared,
+            () if has("responses") => Self::Ranked,
+            () if has("completion") && has("label") => Self::Labelled,
+            () if has("messages") => Self::Messages,
+            () if has("conversations") => Self::ShareGpt,
+            () if has("instruction") && has("output") => Self::Alpaca,
+            () if has("prompt") && has("completion") => match row["prompt"].is_array() {
+                true => Self::PromptCompletionMessages,
+                false => Self::PromptCompletion,
+            },
+            () if has("text") => Self::Text,
+            () if has("prompt") => Self::Prompt,
+            () => return None,
+        };
+        Some(dialect)
+    }
+
+    /// As people name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tokens => "`input_ids`",
+            Self::Messages => "`messages`",
+            Self::ShareGpt => "`conversations` (ShareGPT)",
+            Self::Alpaca => "`instruction`/`output` (Alpaca)",
+            Self::PromptCompletion => "`prompt`/`completion` as strings",
+            Self::PromptCompletionMessages => "`prompt`/`completion` as messages",
+            Self::Text => "`text`",
+            Self::Compared => "`chosen`/`rejected`",
+            Self::Ranked => "ranked `responses`",
+            Self::Labelled => "`completion`/`label` (KTO)",
+            Self::Prompt => "`prompt`",
+        }
+    }
+
+    /// Which commands learn from such rows.
+    pub fn learned_by(self) -> &'static str {
+        match self {
+            Self::Compared | Self::Ranked => "`reward` and `dpo`",
+            Self::Labelled => "`dpo --loss-type kto`",
+            Self::Prompt => "`ppo` and `grpo`",
+            _ => "`sft`",
+        }
+    }
+
+    /// Whether supervised fine-tuning does.
+    pub fn is_supervised(self) -> bool {
+        self.learned_by() == Self::Text.learned_by()
+    }
+}
 
 /// One row, checked but not yet tokenized.
 #[derive(Debug, Clone, PartialEq)]
@@ -33,8 +126,28 @@ pub enum Row {
         /// What is learned.
         completion: String,
     },
+    /// `instruction`, `input` and `output`: the output is learned.
+    Alpaca {
+        /// As a conversation.
+        messages: Vec<Message>,
+        /// The prompt as Alpaca wrote it, unless there are turns before it or a system message.
+        prompt: Option<String>,
+        /// What follows it.
+        completion: String,
+    },
     /// `text`: everything is learned.
     Text(String),
+}
+
+/// How a row of Alpaca's is laid out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "snake_case")]
+pub enum AlpacaPrompt {
+    /// By the chat template: the instruction, a newline and the input are what the user says
+    /// (LLaMA-Factory).
+    Chat,
+    /// As Alpaca's own prompt, "Below is an instruction ...", up to `### Response:` and a newline.
+    Text,
 }
 
 /// A message of a conversation.
@@ -52,7 +165,18 @@ pub struct Message {
 impl Row {
     /// Reads one line. A key whose value is null counts as absent, as tables are exported so.
     pub fn parse(line: &[u8]) -> Result<Self, RowError> {
-        let mut row = object(line)?;
+        Self::read(line).1
+    }
+
+    /// The same, with the row's dialect, which also a row has that is wrong in other ways.
+    pub(super) fn read(line: &[u8]) -> (Option<Dialect>, Result<Self, RowError>) {
+        match object(line) {
+            Ok(row) => (Dialect::of(&row), Self::of(row)),
+            Err(error) => (None, Err(error)),
+        }
+    }
+
+    fn of(mut row: Map<String, Value>) -> Result<Self, RowError> {
         row.retain(|_, value| !value.is_null());
         if row.contains_key("input_ids") {
             tokens(&row)
@@ -61,15 +185,94 @@ impl Row {
                 messages: message_list("messages", messages)?,
                 tools: tools(&row)?,
             })
+        } else if row.contains_key("conversations") && !row.contains_key("chosen") {
+            share_gpt(&row)
+        } else if row.contains_key("instruction") && row.contains_key("output") {
+            alpaca(&row)
         } else if let (Some(prompt), Some(completion)) = (row.get("prompt"), row.get("completion"))
         {
             prompt_completion(prompt, completion, &row)
         } else if let Some(text) = row.get("text") {
             Ok(Self::Text(string("text", text)?))
         } else {
-            Err(RowError::UnknownKind { keys: row.keys().cloned().collect() })
+            let keys = row.keys().cloned().collect();
+            match Dialect::of(&row).filter(|dialect| !dialect.is_supervised()) {
+                Some(dialect) => Err(RowError::OfOthers { dialect }),
+                None => Err(RowError::UnknownKind { keys }),
+            }
         }
     }
+}
+
+/// A conversation, its system message and tools beside it or in it.
+fn share_gpt(row: &Map<String, Value>) -> Result<Row, RowError> {
+    let mut messages = message_list("conversations", &row["conversations"])?;
+    if let Some(system) = row.get("system")
+        && messages[0].role != "system"
+    {
+        let system = string("system", system)?;
+        if !system.is_empty() {
+            messages.insert(0, plain_message("system", &system));
+        }
+    }
+    // Bare functions, as LLaMA-Factory has them, in the form that templates know.
+    let wrapped = |tool: Value| match tool.get("name").is_some() && tool.get("function").is_none() {
+        true => json!({ "type": "function", "function": tool }),
+        false => tool,
+    };
+    let tools = tools(row)?.map(|tools| match tools {
+        Value::Array(tools) => tools.into_iter().map(wrapped).collect(),
+        other => other,
+    });
+    Ok(Row::Messages { messages, tools: tools.filter(|tools| tools != &json!([])) })
+}
+
+/// Alpaca's keys, and LLaMA-Factory's `system` and `history` beside them.
+fn alpaca(row: &Map<String, Value>) -> Result<Row, RowError> {
+    let text = |key: &str| row.get(key).map_or(Ok(String::new()), |value| string(key, value));
+    let (instruction, input) = (text("instruction")?, text("input")?);
+    let (system, completion) = (text("system")?, text("output")?);
+    let mut messages = Vec::new();
+    if !system.is_empty() {
+        messages.push(plain_message("system", &system));
+    }
+    let history = row.get("history").map_or(Ok(&[][..]), |history| list("history", history))?;
+    for (i, turn) in history.iter().enumerate() {
+        let [Value::String(asked), Value::String(answer)] = &list("history", turn)?[..] else {
+            let needed = "a pair of what was asked and answered";
+            return Err(wrong(&format!("history[{i}]"), turn, needed));
+        };
+        messages.push(plain_message("user", asked));
+        messages.push(plain_message("assistant", answer));
+    }
+    let prompt = messages.is_empty().then(|| alpaca_prompt(&instruction, &input));
+    let asked = match input.is_empty() {
+        true => instruction,
+        false => format!("{instruction}\n{input}"),
+    };
+    messages.push(plain_message("user", &asked));
+    messages.push(plain_message("assistant", &completion));
+    Ok(Row::Alpaca { messages, prompt, completion })
+}
+
+/// Taori et al. 2023, with the newline behind it that most who serve such models write.
+fn alpaca_prompt(instruction: &str, input: &str) -> String {
+    let (more, input) = match input.is_empty() {
+        true => (String::new(), String::new()),
+        false => (
+            ", paired with an input that provides further context".into(),
+            format!("### Input:\n{input}\n\n"),
+        ),
+    };
+    format!(
+        "Below is an instruction that describes a task{more}. Write a response that appropriately \
+         completes the request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
+    )
+}
+
+fn plain_message(role: &str, content: &str) -> Message {
+    let value = json!({ "role": role, "content": content });
+    Message { role: role.into(), value, learned: role == "assistant" }
 }
 
 /// A row whose responses are compared or labelled, checked but not yet tokenized.
@@ -94,9 +297,16 @@ pub(super) enum Responses {
 }
 
 impl ComparisonRow {
-    /// Reads one line. A key whose value is null counts as absent.
-    pub fn parse(line: &[u8], kind: ComparisonKind) -> Result<Self, RowError> {
-        let mut row = object(line)?;
+    /// Reads one line, for its dialect whatever is wrong with the row. A key whose value is null
+    /// counts as absent.
+    pub fn read(line: &[u8], kind: ComparisonKind) -> (Option<Dialect>, Result<Self, RowError>) {
+        match object(line) {
+            Ok(row) => (Dialect::of(&row), Self::of(row, kind)),
+            Err(error) => (None, Err(error)),
+        }
+    }
+
+    fn of(mut row: Map<String, Value>, kind: ComparisonKind) -> Result<Self, RowError> {
         row.retain(|_, value| !value.is_null());
         let needed = match kind {
             ComparisonKind::Pairs => "`chosen` and `rejected`, or ranked `responses`",
@@ -172,19 +382,43 @@ fn responses(
     row: &Map<String, Value>,
 ) -> Result<Responses, RowError> {
     // A prompt says nothing about a text that is whole already.
-    let prompt = row.get("prompt").filter(|_| !matches!(keys[0].as_str(), "text" | "messages"));
-    let in_messages = prompt.unwrap_or(values[0]).is_array();
+    let whole = matches!(keys[0].as_str(), "text" | "messages");
+    let mut prompt = row.get("prompt").filter(|_| !whole);
+    if let (None, Some(turns), false) = (prompt, row.get("conversations"), whole) {
+        prompt = Some(turns); // ShareGPT's: the turns before the compared ones
+    } else if let (None, Some(asked), false) = (prompt, row.get("instruction"), whole) {
+        let input = row.get("input").map_or(Ok(String::new()), |input| string("input", input))?;
+        let asked = string("instruction", asked)?;
+        let asked = if input.is_empty() { asked } else { format!("{asked}\n{input}") };
+        let turn = |role: &str, text: &Value| json!([{ "role": role, "content": text }]);
+        let asked = turn("user", &asked.into());
+        let said: Vec<Value> = values.iter().map(|value| turn("assistant", value)).collect();
+        return message_responses(keys, &said.iter().collect::<Vec<_>>(), Some(&asked), row);
+    }
+    let in_messages = |value: &Value| value.is_array() || value.is_object();
+    let in_messages = in_messages(prompt.unwrap_or(values[0]));
     let named = || keys.iter().zip(values);
     if !in_messages {
         let prompt = prompt.map_or(Ok(String::new()), |prompt| string("prompt", prompt))?;
         let responses = named().map(|(key, value)| string(key, value)).collect::<Result<_, _>>()?;
         return Ok(Responses::Texts { prompt, responses });
     }
+    message_responses(keys, values, prompt, row)
+}
+
+fn message_responses(
+    keys: &[String],
+    values: &[&Value],
+    prompt: Option<&Value>,
+    row: &Map<String, Value>,
+) -> Result<Responses, RowError> {
     let read = |(key, value): (&String, &&Value)| match value {
         Value::Array(_) => message_list(key, value),
+        // A single message, as LLaMA-Factory's ShareGPT rows have it.
+        Value::Object(_) => Ok(vec![message(key, value)?]),
         other => Err(wrong(key, other, "a list of messages, as the rest of the row")),
     };
-    let mut responses = named().map(read).collect::<Result<Vec<_>, _>>()?;
+    let mut responses = keys.iter().zip(values).map(read).collect::<Result<Vec<_>, _>>()?;
     let tools = tools(row)?;
     let prompt = match prompt {
         Some(prompt) => message_list("prompt", prompt)?,
@@ -378,6 +612,9 @@ fn prompt_completion(
     completion: &Value,
     row: &Map<String, Value>,
 ) -> Result<Row, RowError> {
+    if row.get("label").is_some_and(|label| self::label(label).is_ok()) {
+        return Err(RowError::OfOthers { dialect: Dialect::Labelled });
+    }
     if !prompt.is_array() {
         let prompt = string("prompt", prompt)?;
         return Ok(Row::PromptCompletion { prompt, completion: string("completion", completion)? });
@@ -418,17 +655,23 @@ fn message(key: &str, value: &Value) -> Result<Message, RowError> {
         return Err(wrong(key, value, "a message with `role` and `content`"));
     };
     let mut fields = fields.clone();
-    let role_key = format!("{key}.role");
+    if fields.contains_key("from") && !fields.contains_key("role") {
+        from_share_gpt(key, &mut fields)?;
+    }
+    // As keys of a row: tables have a column for each key that any message has.
+    fields.retain(|key, value| key == "content" || !value.is_null());
     let role = match fields.get("role") {
         Some(Value::String(role)) if ROLES.contains(&role.as_str()) => role.clone(),
-        other => {
-            let needed = "one of system, user, assistant, tool, developer, function";
-            return Err(wrong(&role_key, other.unwrap_or(&Value::Null), needed));
-        }
+        other => return Err(unknown_role(&format!("{key}.role"), other, ROLES.join(", "))),
     };
     let assistant = role == "assistant";
     let learned = match fields.shift_remove("train") {
-        None | Some(Value::Null) => assistant,
+        None => match fields.shift_remove("weight").map(|weight| (weight.as_u64(), weight)) {
+            None => assistant,
+            // OpenAI's name for it.
+            Some((Some(weight @ (0 | 1)), _)) => assistant && weight == 1,
+            Some((_, weight)) => return Err(wrong(&format!("{key}.weight"), &weight, "0 or 1")),
+        },
         Some(Value::Bool(train)) if assistant || !train => assistant && train,
         Some(other) if assistant => {
             return Err(wrong(&format!("{key}.train"), &other, "true or false"));
@@ -439,6 +682,9 @@ fn message(key: &str, value: &Value) -> Result<Message, RowError> {
         }
     };
     let calls_tools = fields.get("tool_calls").is_some_and(Value::is_array);
+    if let Some(Value::Array(calls)) = fields.get_mut("tool_calls") {
+        calls.iter_mut().for_each(arguments_as_object);
+    }
     match fields.get("content") {
         // An assistant that only calls tools says nothing.
         None | Some(Value::Null) if assistant && calls_tools => {}
@@ -448,6 +694,55 @@ fn message(key: &str, value: &Value) -> Result<Message, RowError> {
         }
     }
     Ok(Message { role, value: Value::Object(fields), learned })
+}
+
+/// `from` and `value` as `role` and `content`; a `function_call` as `tool_calls`.
+fn from_share_gpt(key: &str, fields: &mut Map<String, Value>) -> Result<(), RowError> {
+    let from = fields.shift_remove("from");
+    let value = fields.shift_remove("value").unwrap_or(Value::Null);
+    let speaker = from.as_ref().and_then(Value::as_str).unwrap_or_default();
+    let role = SPEAKERS.iter().find(|(_, names)| names.contains(&speaker)).map(|(role, _)| *role);
+    let Some(role) = role else {
+        let known: Vec<&str> = SPEAKERS.iter().flat_map(|(_, names)| *names).copied().collect();
+        return Err(unknown_role(&format!("{key}.from"), from.as_ref(), known.join(", ")));
+    };
+    fields.insert("role".into(), role.into());
+    if speaker != "function_call" {
+        fields.insert("content".into(), value);
+        return Ok(());
+    }
+    let calls = value.as_str().and_then(|text| serde_json::from_str::<Value>(text).ok());
+    let calls = match calls.unwrap_or_else(|| value.clone()) {
+        Value::Array(calls) => calls,
+        call => vec![call],
+    };
+    if calls.is_empty() || calls.iter().any(|call| !call["name"].is_string()) {
+        let needed = "calls as {\"name\": ..., \"arguments\": {...}}, or the JSON text of them";
+        return Err(wrong(&format!("{key}.value"), &value, needed));
+    }
+    let call = |call: Value| json!({ "type": "function", "function": call });
+    fields.insert("content".into(), "".into());
+    fields.insert("tool_calls".into(), calls.into_iter().map(call).collect());
+    Ok(())
+}
+
+/// OpenAI writes the `arguments` of a call as JSON text, templates want the object (as in vLLM's
+/// server, so that what is learned is what a server will show the model). What is no object stays.
+fn arguments_as_object(call: &mut Value) {
+    let function = match call.get("function") {
+        Some(_) => &mut call["function"],
+        None => call,
+    };
+    if let Some(Value::String(text)) = function.get("arguments")
+        && let Ok(object @ Value::Object(_)) = serde_json::from_str::<Value>(text)
+    {
+        function["arguments"] = object;
+    }
+}
+
+fn unknown_role(key: &str, found: Option<&Value>, known: String) -> RowError {
+    let found = describe(found.unwrap_or(&Value::Null));
+    RowError::Role { key: key.into(), found, known }
 }
 
 fn content_text(key: &str, content: &Value) -> Result<String, RowError> {

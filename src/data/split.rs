@@ -37,7 +37,9 @@ fn digest(text: &str) -> [u8; 32] {
 
 fn first_user_turn(row: &Row) -> Cow<'_, str> {
     match row {
-        Row::Messages { messages, .. } => first_user_message(messages.iter()).into(),
+        Row::Messages { messages, .. } | Row::Alpaca { messages, .. } => {
+            first_user_message(messages.iter()).into()
+        }
         Row::PromptCompletion { prompt, .. } => prompt.into(),
         Row::Text(text) => beginning(text).into(),
         Row::Tokens { input_ids, .. } => {

@@ -5,7 +5,7 @@ pub mod diversity;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::data::{Batch, Example};
+use crate::data::{Batch, Examples};
 use crate::model::scoring::{log_probs_of, target_log_probs};
 use crate::model::{Decoder, Rows, Worn};
 pub use bigram::Bigram;
@@ -61,7 +61,7 @@ impl Loss {
 pub fn evaluate(
     decoder: &Decoder,
     worn: &[Worn],
-    examples: &[Example],
+    examples: &Examples,
     stop: &AtomicBool,
 ) -> Result<Option<Loss>, EvalError> {
     let (mut sum, mut tokens) = (0.0, 0);
@@ -73,12 +73,12 @@ pub fn evaluate(
         let first = next;
         let mut length = 0;
         while next < examples.len()
-            && (next == first || length + examples[next].tokens.len() <= TOKENS_AT_A_TIME)
+            && (next == first || length + examples.length(next) <= TOKENS_AT_A_TIME)
         {
-            length += examples[next].tokens.len();
+            length += examples.length(next);
             next += 1;
         }
-        let batch = Batch::new(examples, &[(first..next).collect()]);
+        let batch = Batch::gather(examples, &[(first..next).collect()]);
         let rows = Rows {
             tokens: batch.tokens,
             positions: batch.positions,
@@ -88,8 +88,7 @@ pub fn evaluate(
         sum -= logps.iter().map(|&logp| f64::from(logp)).sum::<f64>();
         tokens += batch.targets.len() as u64;
     }
-    let rows = examples.iter().filter(|example| example.start == 0).count() as u64;
-    Ok(Some(Loss { loss: sum / tokens.max(1) as f64, tokens, rows }))
+    Ok(Some(Loss { loss: sum / tokens.max(1) as f64, tokens, rows: examples.rows() }))
 }
 
 /// How well documents are predicted, whatever the tokens are.

@@ -6,6 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, UndefinedBehavior};
+use sha2::{Digest, Sha256};
 
 use super::{TextError, python};
 
@@ -28,9 +29,16 @@ type Spanned = (String, Vec<Range<usize>>);
 pub struct ChatTemplate {
     environment: Environment<'static>,
     special: Vec<(String, String)>,
+    /// What the user adds to the variables, and as it was given.
+    variables: Vec<(String, Value)>,
+    given: serde_json::Map<String, serde_json::Value>,
+    now: Option<u64>,
     has_tool_use: bool,
     has_generation: bool,
 }
+
+/// Variables that are the conversation's and no setting.
+const OWN_VARIABLES: [&str; 4] = ["messages", "tools", "documents", "add_generation_prompt"];
 
 impl ChatTemplate {
     /// From the template's text, another one used when there are tools, and the variables that
@@ -56,6 +64,9 @@ impl ChatTemplate {
         Ok(Self {
             environment,
             special: special.collect(),
+            variables: Vec::new(),
+            given: serde_json::Map::new(),
+            now: None,
             has_tool_use: tool_use.is_some(),
             has_generation,
         })
@@ -64,8 +75,55 @@ impl ChatTemplate {
     /// Pins what `strftime_now` shows, in seconds since 1970 UTC: a run resumed on another day
     /// must see the texts it began with.
     pub fn set_now(&mut self, now: u64) {
+        self.now = Some(now);
         self.environment
             .add_function("strftime_now", move |format: String| python::strftime(&format, now));
+    }
+
+    /// Further variables of the template (`chat_template_kwargs` of transformers and vLLM), such as
+    /// `enable_thinking`. One that holds a special token takes its place.
+    ///
+    /// # Errors
+    /// If one is the conversation's own.
+    pub fn set_variables(
+        &mut self,
+        variables: &serde_json::Map<String, serde_json::Value>,
+    ) -> Result<(), TextError> {
+        if let Some(name) = OWN_VARIABLES.iter().find(|&&name| variables.contains_key(name)) {
+            let reason = format!("{name:?} is made of the conversation, it cannot be set");
+            return Err(TextError::Template { line: 0, reason });
+        }
+        let values = variables.iter().map(|(name, value)| (name.clone(), from_json(value)));
+        self.variables = values.collect();
+        self.given = variables.clone();
+        Ok(())
+    }
+
+    /// Another template with the same special tokens.
+    ///
+    /// # Errors
+    /// If it does not parse.
+    pub fn with_text(&self, text: &str) -> Result<Self, TextError> {
+        let special: Vec<(&str, Option<&str>)> =
+            self.special.iter().map(|(name, token)| (&**name, Some(&**token))).collect();
+        let mut template = Self::new(text, None, &special)?;
+        if let Some(now) = self.now {
+            template.set_now(now);
+        }
+        Ok(template)
+    }
+
+    /// A hash of all that a rendered text depends on beside the conversation. A template that shows
+    /// the date of the day it is rendered on has no such thing unless the day is pinned.
+    pub fn fingerprint(&self) -> String {
+        let mut hasher = Sha256::new();
+        for name in [DEFAULT, TOOL_USE] {
+            let source = self.environment.get_template(name).map(|t| t.source().to_owned());
+            hasher.update(format!("{:?}", source.ok()));
+        }
+        let given = serde_json::Value::Object(self.given.clone());
+        hasher.update(format!("{:?} {given} {:?}", self.special, self.now));
+        hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
     /// The text of `messages`, a list of objects as the template wants them, with `tools` if there
@@ -122,6 +180,8 @@ impl ChatTemplate {
         ];
         let special = self.special.iter().map(|(name, token)| (&**name, Value::from(&**token)));
         variables.extend(special);
+        let given = self.variables.iter().map(|(name, value)| (&**name, value.clone()));
+        variables.extend(given);
         let template = self.environment.get_template(name).map_err(failed)?;
         template.render(Value::from_pairs(variables)).map_err(failed)
     }
@@ -340,6 +400,23 @@ mod tests {
     fn blocks_within_blocks_are_one_span() {
         let marked = format!("é{OPEN}a{OPEN}b{CLOSE}{CLOSE}{OPEN}{CLOSE}");
         assert_eq!(unmark(&marked), ("éab".to_owned(), vec![2..4, 4..4]));
+    }
+
+    #[test]
+    fn further_variables_reach_the_template_and_its_fingerprint() {
+        let source = "{{ bos_token }}{{ enable_thinking }}{{ effort | default('none') }}";
+        let mut template = ChatTemplate::new(source, None, &[("bos_token", Some("<s>"))]).unwrap();
+        let bare = template.fingerprint();
+        assert_eq!(template.render(&[], None, false).unwrap(), "<s>none");
+        let set = serde_json::json!({"enable_thinking": false, "bos_token": "!"});
+        template.set_variables(set.as_object().unwrap()).unwrap();
+        assert_eq!(template.render(&[], None, false).unwrap(), "!Falsenone");
+        assert_ne!(template.fingerprint(), bare);
+        let own = serde_json::json!({"tools": []});
+        let error = template.set_variables(own.as_object().unwrap()).unwrap_err().to_string();
+        assert!(error.contains("\"tools\" is made of the conversation"), "{error}");
+        let other = template.with_text("{{ bos_token }}other").unwrap();
+        assert_eq!(other.render(&[], None, false).unwrap(), "<s>other");
     }
 
     #[test]

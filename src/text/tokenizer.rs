@@ -256,6 +256,64 @@ impl Tokenizer {
         }
     }
 
+    /// Puts another chat template in the place of the model's own; its special tokens stay.
+    ///
+    /// # Errors
+    /// If it does not parse.
+    pub fn set_chat_template(&mut self, text: &str) -> Result<(), TextError> {
+        let template = match &self.template {
+            Some(template) => template.with_text(text)?,
+            None => {
+                let named = |id: Option<u32>| id.and_then(|id| self.token(id));
+                let Roles { bos, eos, pad, .. } = self.roles;
+                let (bos, eos, pad) = (named(bos), named(eos), named(pad));
+                let special = [
+                    ("bos_token", bos.as_deref()),
+                    ("eos_token", eos.as_deref()),
+                    ("pad_token", pad.as_deref()),
+                ];
+                ChatTemplate::new(text, None, &special)?
+            }
+        };
+        self.template = Some(template);
+        Ok(())
+    }
+
+    /// Changes the chat template as users ask: another one from a file, and further variables, each
+    /// as `KEY=JSON`.
+    ///
+    /// # Errors
+    /// If the file cannot be read or parsed; if a variable is no JSON, which a text without quotes and
+    /// Python's `False` are not; if there is no template to have variables.
+    pub fn change_template(
+        &mut self,
+        file: Option<&Path>,
+        variables: &[String],
+    ) -> Result<(), TextError> {
+        if let Some(path) = file {
+            let io = |source| TextError::Io { path: path.into(), source };
+            let text = std::fs::read_to_string(path).map_err(io)?;
+            let named = |error| TextError::format(path, format!("{error}"));
+            self.set_chat_template(&text).map_err(named)?;
+        }
+        if variables.is_empty() {
+            return Ok(());
+        }
+        let fault = |reason: String| TextError::Template { line: 0, reason };
+        let mut values = serde_json::Map::new();
+        for variable in variables {
+            let needed =
+                || fault(format!("{variable:?}, needed KEY=JSON as enable_thinking=false"));
+            let (key, value) = variable.split_once('=').ok_or_else(needed)?;
+            let value = serde_json::from_str(value).map_err(|_| needed())?;
+            values.insert(key.into(), value);
+        }
+        let Some(template) = &mut self.template else {
+            return Err(fault("there is none to have variables".into()));
+        };
+        template.set_variables(&values)
+    }
+
     /// The tokens that the chat template writes behind the one that ends an answer, mostly a newline;
     /// none without a template.
     pub fn after_turn(&self) -> Result<Vec<u32>, TextError> {

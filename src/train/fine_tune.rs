@@ -175,6 +175,8 @@ pub fn train(
     let checkpoint = Checkpoint::open(&common.base)?;
     let decoder = Decoder::load(&checkpoint, common.compute)?;
     let mut tokenizer = Tokenizer::open(&checkpoint)?;
+    let template = Some(&*common.chat_template).filter(|path| !path.as_os_str().is_empty());
+    tokenizer.change_template(template, &common.chat_template_kwargs)?;
     tokenizer.set_template_time(now);
     let below = read_frozen(common, &decoder)?;
     let source = match &settings.task {

@@ -6,21 +6,9 @@ use sha2::{Digest, Sha256};
 
 use super::TrainError;
 use super::run_dir::Fingerprint;
-use crate::data::{Comparisons, Dataset};
+use crate::data::Comparisons;
 
-/// What the tokenizer and chat template make of rows.
-pub fn tokens_print(data: &Dataset) -> String {
-    let mut hasher = Sha256::new();
-    for example in &data.examples {
-        hasher.update((example.tokens.len() as u64).to_le_bytes());
-        for (token, learned) in example.tokens.iter().zip(&example.learned) {
-            hasher.update((token << 1 | u32::from(*learned)).to_le_bytes());
-        }
-    }
-    hex(hasher)
-}
-
-/// The same of comparisons.
+/// What the tokenizer and chat template make of comparisons.
 pub fn comparisons_print(data: &Comparisons) -> String {
     let mut hasher = Sha256::new();
     for row in &data.comparisons {

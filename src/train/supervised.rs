@@ -3,22 +3,25 @@
 
 use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::{Map, Value, json};
 
 use super::TrainError;
 use super::fine_tune::{strategy, total_steps};
-use super::fingerprints::{base_fingerprint, comparisons_print, tokens_print};
+use super::fingerprints::{base_fingerprint, comparisons_print};
 use super::learner::{Learner, MicroBatch};
 use super::log::{Log, Numbers};
+use super::memory::parse_bytes;
 use super::progress::{Progress, Work};
 use super::reference;
 use super::run_dir::{Fingerprint, RunDir, State};
 use super::settings::{CommonSettings, DpoSettings, EvalStrategy, RunSettings, Task};
+use crate::data::doctor::{Check, Diagnosis};
 use crate::data::{
-    Batch, Comparison, ComparisonKind, Comparisons, DataError, Dataset, EpochPlan, EpochSettings,
-    Limits, WhenTooLong,
+    Batch, Cache, Comparison, ComparisonKind, ComparisonSettings, Comparisons, DataError, Dataset,
+    EpochPlan, EpochSettings, Limits, LoadSettings, ModelLimits, WhenTooLong, epoch_examples,
 };
 use crate::eval::evaluate;
 use crate::model::scoring::{row_scores, runs, target_log_probs};
@@ -26,6 +29,7 @@ use crate::model::{Decoder, Worn};
 use crate::objectives::preference::{PreferenceLoss, PreferenceSettings, kto_kl, kto_mismatched};
 use crate::objectives::reward::{Calibration, Pair, RewardStats, pair_losses, pair_weight};
 use crate::objectives::{Comparison as Compared, Labelled, Objective, Stats};
+use crate::quant::Bytes;
 use crate::text::Tokenizer;
 use crate::weights::write_atomically;
 
@@ -48,7 +52,11 @@ pub struct Supervised {
     rows: Rows,
     held_out: Option<Rows>,
     /// The held-out rows as the file has them, if they were split off here.
-    held_out_lines: Option<Vec<u8>>,
+    held_out_lines: Option<Bytes>,
+    /// Examples of each file, and how often they come in an epoch; of comparisons all, once.
+    files: Vec<(usize, f64)>,
+    /// Tokens of each example or comparison.
+    lengths: Vec<usize>,
     plan: EpochPlan,
     planned: u64,
     /// What the trained adapter is put on top of.
@@ -70,11 +78,17 @@ impl Supervised {
         stop: &AtomicBool,
     ) -> Result<Self, TrainError> {
         let common = settings.common.clone();
-        let max_length = common.max_length.min(decoder.config.max_position_embeddings);
+        let window = decoder.config.max_position_embeddings;
+        let max_length = common.max_length.min(window);
+        let model = Some(ModelLimits { window, vocab_size: decoder.config.vocab_size });
+        let mut files = Vec::new();
+        let comparisons =
+            |limits| ComparisonSettings { limits, allow: common.allow.clone(), model };
         let (rows, held_out, held_out_lines) = match &settings.task {
             Task::Reward(_) => {
                 let limits = Limits { max_length, when_long: WhenTooLong::Drop };
-                load_comparisons(&common, tokenizer, stop, limits, ComparisonKind::Pairs)?
+                let limits = comparisons(limits);
+                load_comparisons(&common, tokenizer, stop, &limits, ComparisonKind::Pairs)?
             }
             Task::Dpo(own) => {
                 let limits = Limits { max_length, when_long: WhenTooLong::Cut };
@@ -82,10 +96,31 @@ impl Supervised {
                     PreferenceLoss::Kto => ComparisonKind::Labels,
                     _ => ComparisonKind::Pairs,
                 };
-                load_comparisons(&common, tokenizer, stop, limits, kind)?
+                load_comparisons(&common, tokenizer, stop, &comparisons(limits), kind)?
             }
-            _ => load_examples(&common, tokenizer, max_length, stop)?,
+            Task::Sft(own) => {
+                let given = !own.cache.as_os_str().is_empty();
+                let from_bytes = parse_bytes(&own.cache_from).unwrap_or(u64::MAX);
+                let folder = if given { own.cache.clone() } else { common.out.join("rows") };
+                let settings = LoadSettings {
+                    max_length,
+                    alpaca: own.alpaca_prompt,
+                    allow: common.allow.clone(),
+                    model,
+                    cache: Some(Cache { folder, from_bytes }),
+                    looks_only: false,
+                };
+                load_examples(&common, tokenizer, &settings, &mut files, stop)?
+            }
+            Task::Ppo(_) | Task::Grpo(_) => unreachable!("they make their own rows"),
         };
+        let lengths = match &rows {
+            Rows::Examples(data) => data.examples.lengths(),
+            Rows::Comparisons(data) => data.comparisons.iter().map(Comparison::tokens).collect(),
+        };
+        if files.is_empty() {
+            files.push((lengths.len(), 1.0));
+        }
         match &rows {
             Rows::Examples(data) => eprintln!("data: {}", data.report),
             Rows::Comparisons(data) => eprintln!("data: {}", data.report),
@@ -97,6 +132,8 @@ impl Supervised {
             rows,
             held_out,
             held_out_lines,
+            files,
+            lengths,
             plan: EpochPlan::default(),
             planned: 0,
             below: below.to_vec(),
@@ -111,7 +148,7 @@ impl Supervised {
     /// Hashes of what was read.
     pub fn fingerprints(&self) -> Result<Vec<Fingerprint>, TrainError> {
         let (sha256, tokens) = match &self.rows {
-            Rows::Examples(data) => (&data.sha256, tokens_print(data)),
+            Rows::Examples(data) => (&data.sha256, data.tokens_sha256.clone()),
             Rows::Comparisons(data) => (&data.sha256, comparisons_print(data)),
         };
         let mut prints = vec![
@@ -183,12 +220,21 @@ impl Supervised {
 
     /// Steps of the run.
     pub fn total_steps(&self) -> u64 {
-        total_steps(&self.common, self.plan.steps() as u64)
+        let common = &self.common;
+        if common.max_steps > 0 || self.files.iter().all(|(_, weight)| weight.fract() == 0.0) {
+            return total_steps(common, self.plan.steps() as u64);
+        }
+        // With parts of files an epoch has other rows than the next, and may have other steps.
+        let steps = |epoch| self.plan_of(epoch).steps() as u64;
+        let whole = common.num_train_epochs.trunc() as u64;
+        let part = common.num_train_epochs.fract();
+        let last = if part > 0.0 { (part * steps(whole) as f64).ceil() as u64 } else { 0 };
+        (0..whole).map(steps).sum::<u64>() + last
     }
 
     /// Tokens of the largest micro-batch there can be: its bins full, or the longest rows together.
     pub fn largest_micro_batch(&self) -> usize {
-        let mut lengths = self.lengths();
+        let mut lengths = self.lengths.clone();
         lengths.sort_unstable_by_key(|&length| std::cmp::Reverse(length));
         let all: usize = lengths.iter().sum();
         let batch = self.common.per_device_train_batch_size;
@@ -305,13 +351,6 @@ impl Supervised {
         Ok(results)
     }
 
-    fn lengths(&self) -> Vec<usize> {
-        match &self.rows {
-            Rows::Examples(data) => data.examples.iter().map(|row| row.tokens.len()).collect(),
-            Rows::Comparisons(data) => data.comparisons.iter().map(Comparison::tokens).collect(),
-        }
-    }
-
     fn plan_of(&self, epoch: u64) -> EpochPlan {
         let (packing, gradient_accumulation_steps) = match &self.task {
             Task::Sft(own) => (own.packing, own.gradient_accumulation_steps),
@@ -319,8 +358,9 @@ impl Supervised {
             Task::Dpo(own) => (false, own.gradient_accumulation_steps),
             Task::Ppo(_) | Task::Grpo(_) => unreachable!("they make their own rows"),
         };
-        EpochPlan::over(
-            &self.lengths(),
+        EpochPlan::of(
+            epoch_examples(&self.files, self.common.seed, epoch),
+            &self.lengths,
             &EpochSettings {
                 seed: self.common.seed,
                 epoch,
@@ -351,7 +391,7 @@ impl Supervised {
         let parts: Vec<(Batch, Objective)>;
         let count = match (&self.rows, &self.task) {
             (Rows::Examples(data), _) => {
-                let batches = bins.iter().map(|bins| Batch::new(&data.examples, bins));
+                let batches = bins.iter().map(|bins| Batch::gather(&data.examples, bins));
                 parts = batches.map(|batch| (batch, Objective::LanguageModelling)).collect();
                 parts.iter().map(|(batch, _)| batch.count()).sum::<usize>() as f64
             }
@@ -471,51 +511,97 @@ impl Supervised {
 }
 
 /// Rows, held-out rows, and these as the file has them if they were split off here.
-type Loaded = (Rows, Option<Rows>, Option<Vec<u8>>);
+type Loaded = (Rows, Option<Rows>, Option<Bytes>);
 
 fn load_examples(
     common: &CommonSettings,
     tokenizer: &Tokenizer,
-    max_length: usize,
+    settings: &LoadSettings,
+    files: &mut Vec<(usize, f64)>,
     stop: &AtomicBool,
 ) -> Result<Loaded, TrainError> {
-    let load = |path: &Path| Dataset::load(path, tokenizer, max_length, stop);
-    if strategy(common) == EvalStrategy::No {
-        return Ok((Rows::Examples(load(&common.data)?), None, None));
+    let splits = strategy(common) != EvalStrategy::No && common.eval_data.as_os_str().is_empty();
+    let (mut all, mut held_out, mut lines) = (Vec::new(), Vec::new(), Vec::new());
+    for file in &common.data {
+        let path = &file.path;
+        let data = if splits {
+            let split = Dataset::load_split(path, tokenizer, settings.clone(), stop)?;
+            lines.push(split.held_out_lines);
+            held_out.extend(split.held_out);
+            split.train
+        } else {
+            Dataset::load(path, tokenizer, settings.clone(), stop)?
+        };
+        judge(&data.diagnosis, path, &common.allow)?;
+        files.push((data.examples.len(), file.weight));
+        all.push(data);
     }
-    if !common.eval_data.as_os_str().is_empty() {
-        let (train, held_out) = (load(&common.data)?, load(&common.eval_data)?);
-        return Ok((Rows::Examples(train), Some(Rows::Examples(held_out)), None));
+    if strategy(common) != EvalStrategy::No && !splits {
+        let mut data = Dataset::load(&common.eval_data, tokenizer, settings.clone(), stop)?;
+        for (file, trained) in common.data.iter().zip(&all) {
+            trained.seen.again(&file.path, &data.seen, &mut data.diagnosis);
+        }
+        warn(&data.diagnosis, &common.eval_data, &common.allow);
+        held_out.push(data);
     }
-    let split = Dataset::load_split(&common.data, tokenizer, max_length, stop)?;
-    let lines = warned(common, split.held_out.is_some(), split.held_out_lines);
-    Ok((Rows::Examples(split.train), split.held_out.map(Rows::Examples), lines))
+    let lines = match lines.len() {
+        1 => lines.pop(),
+        0 => None,
+        _ => Some(Bytes::new(Arc::new(
+            lines.iter().flat_map(|lines| lines.to_vec()).collect::<Vec<_>>(),
+        ))),
+    };
+    let lines = lines.and_then(|lines| warned(common, !held_out.is_empty(), lines));
+    let held_out = (!held_out.is_empty()).then(|| Rows::Examples(Dataset::join(held_out)));
+    Ok((Rows::Examples(Dataset::join(all)), held_out, lines))
 }
 
 fn load_comparisons(
     common: &CommonSettings,
     tokenizer: &Tokenizer,
     stop: &AtomicBool,
-    limits: Limits,
+    settings: &ComparisonSettings,
     kind: ComparisonKind,
 ) -> Result<Loaded, TrainError> {
-    let load = |path: &Path| Comparisons::load(path, tokenizer, limits, kind, stop);
-    if strategy(common) == EvalStrategy::No {
-        return Ok((Rows::Comparisons(load(&common.data)?), None, None));
+    let path = common.data_file();
+    let load = |path: &Path| Comparisons::load(path, tokenizer, settings.clone(), kind, stop);
+    let (train, held_out, lines) = if strategy(common) == EvalStrategy::No {
+        (load(path)?, None, None)
+    } else if !common.eval_data.as_os_str().is_empty() {
+        let (train, mut held_out) = (load(path)?, load(&common.eval_data)?);
+        train.seen.again(path, &held_out.seen, &mut held_out.diagnosis);
+        warn(&held_out.diagnosis, &common.eval_data, &common.allow);
+        (train, Some(held_out), None)
+    } else {
+        let split = Comparisons::load_split(path, tokenizer, settings.clone(), kind, stop)?;
+        let lines = Bytes::new(Arc::new(split.held_out_lines));
+        let lines = warned(common, split.held_out.is_some(), lines);
+        (split.train, split.held_out, lines)
+    };
+    judge(&train.diagnosis, path, &common.allow)?;
+    Ok((Rows::Comparisons(train), held_out.map(Rows::Comparisons), lines))
+}
+
+/// Tells what is odd about rows, and refuses what would teach nothing or teach wrong.
+pub(super) fn judge(diagnosis: &Diagnosis, path: &Path, allow: &[Check]) -> Result<(), TrainError> {
+    warn(diagnosis, path, allow);
+    Ok(diagnosis.judge(path, allow)?)
+}
+
+fn warn(diagnosis: &Diagnosis, path: &Path, allow: &[Check]) {
+    if let Some(dialect) = diagnosis.dialect {
+        eprintln!("{}: rows of {}", path.display(), dialect.name());
     }
-    if !common.eval_data.as_os_str().is_empty() {
-        let (train, held_out) = (load(&common.data)?, load(&common.eval_data)?);
-        return Ok((Rows::Comparisons(train), Some(Rows::Comparisons(held_out)), None));
+    for warning in diagnosis.warnings(path, allow) {
+        eprintln!("warning: {warning}");
     }
-    let split = Comparisons::load_split(&common.data, tokenizer, limits, kind, stop)?;
-    let lines = warned(common, split.held_out.is_some(), split.held_out_lines);
-    Ok((Rows::Comparisons(split.train), split.held_out.map(Rows::Comparisons), lines))
 }
 
 /// The held-out lines, if there are any; else a warning.
-pub(super) fn warned(common: &CommonSettings, held_out: bool, lines: Vec<u8>) -> Option<Vec<u8>> {
+pub(super) fn warned<T>(common: &CommonSettings, held_out: bool, lines: T) -> Option<T> {
     if !held_out {
-        eprintln!("warning: no row of {} falls into the held-out tenth", common.data.display());
+        let files: Vec<String> = common.data.iter().map(ToString::to_string).collect();
+        eprintln!("warning: no row of {} falls into the held-out tenth", files.join(", "));
     }
     held_out.then_some(lines)
 }

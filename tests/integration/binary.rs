@@ -47,6 +47,8 @@ pub struct Lab {
 impl Lab {
     pub fn new() -> Self {
         let lab = Self { folder: tempfile::tempdir().unwrap() };
+        let alpaca = |i: usize| format!(r#"{{"instruction": "Say {i}", "output": "{i}."}}"#);
+        lab.write("alpaca.jsonl", &(0..40).map(alpaca).collect::<Vec<_>>().join("\n"));
         let row = |i: usize| {
             let question = format!("question {i} about {}", "words ".repeat(i % 7));
             format!(
@@ -92,10 +94,11 @@ impl Lab {
     /// The tiny Llama with a date in its chat template.
     pub fn dated_base(&self) -> String {
         let folder = self.copied_base("dated");
-        let template = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}<|im_start|>{{ m.role }}\n\
+        let template = "{{ strftime_now('%d %b %Y') }}{{ mood | default('') }}{% for m in messages %}<|im_start|>{{ m.role }}\n\
                         {{ m.content }}<|im_end|>\n{% endfor %}\
                         {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
         fs::write(folder.join("chat_template.jinja"), template).unwrap();
+        self.write("shout.jinja", &template.replace("m.content", "m.content | upper"));
         folder.display().to_string()
     }
 
@@ -277,6 +280,8 @@ pub fn common_rows<'a>(
     adapter: &'a str,
     dated: &'a str,
 ) -> Vec<Vec<(&'a str, &'a str)>> {
+    // Written beside the dated base.
+    let shout: &'a str = Box::leak(format!("{dated}/../shout.jinja").into_boxed_str());
     let rows: &[&[(&'a str, &'a str)]] = &[
         &[("--data", held_out)],
         &[("--out", "OUT/elsewhere")], // the traces name the files from OUT on
@@ -315,6 +320,8 @@ pub fn common_rows<'a>(
         &[("--max-grad-norm", "0.001")],
         &[("--per-device-train-batch-size", "2")],
         &[("--base", dated), ("--template-date", "2020-01-01")],
+        &[("--base", dated), ("--chat-template-kwargs", "mood=\"glad\"")],
+        &[("--chat-template", shout)],
         &[("--no-shuffle", "")],
         &[("--gradient-checkpointing", "true")],
         &[("--memory-budget", "1MB")],

@@ -22,6 +22,7 @@ fn every_flag_of_sft_changes_something() {
     let (rows, held_out, settings) =
         (lab.path("rows.jsonl"), lab.path("held_out.jsonl"), lab.path("settings.toml"));
     let (base, adapter, dated) = (base(), adapter(), lab.dated_base());
+    let alpaca = lab.path("alpaca.jsonl");
     let base_args: &[(&str, &str)] = &[
         ("--base", &base),
         ("--data", &rows),
@@ -38,9 +39,163 @@ fn every_flag_of_sft_changes_something() {
         vec![("--max-length", "48")],
         vec![("--gradient-accumulation-steps", "2")],
         vec![("--packing", "false")],
+        vec![("--data", &*alpaca), ("--alpaca-prompt", "text")],
+        vec![("--cache-from", "1")],
+        vec![("--cache-from", "1"), ("--cache", "OUT/elsewhere")],
     ]);
-    let tested_apart = &["--resume"]; // resume_goes_on_with_the_next_step
+    // resume_goes_on_with_the_next_step, rows_that_teach_wrong_stop_a_run_unless_they_may
+    let tested_apart = &["--resume", "--allow"];
     every_flag(&["sft"], base_args, &table, tested_apart, &lab);
+}
+
+#[test]
+fn every_flag_of_data_changes_something() {
+    let lab = Lab::new();
+    let (rows, held_out, alpaca) =
+        (lab.path("rows.jsonl"), lab.path("held_out.jsonl"), lab.path("alpaca.jsonl"));
+    let (base, dated) = (base(), lab.dated_base());
+    let other_base = model_path("qwen2-tiny").display().to_string();
+    let shout = lab.path("shout.jinja");
+    let base_args: &[(&str, &str)] =
+        &[("--base", &base), ("--data", &rows), ("--threads", "1"), ("--json", "")];
+    let table: &[&[(&str, &str)]] = &[
+        &[("--base", &other_base)],
+        &[("--data", &held_out)],
+        &[("--eval-data", &held_out)],
+        &[("--max-length", "32")],
+        &[("--data", &alpaca), ("--alpaca-prompt", "text")],
+        &[("--chat-template", &shout)],
+        &[("--base", &dated), ("--chat-template-kwargs", "mood=\"glad\"")],
+        &[("--base", &dated), ("--template-date", "2020-01-01")],
+        &[("--threads", "2")],
+        &[("--json", "-")],
+    ];
+    // rows_that_teach_wrong_stop_a_run_unless_they_may, masks_are_shown_in_brackets_or_colours
+    every_flag(&["data"], base_args, table, &["--allow", "--show-masks"], &lab);
+}
+
+#[test]
+fn masks_are_shown_in_brackets_or_colours() {
+    let lab = Lab::new();
+    let args = strings(&["data", "--base", &base(), "--data", &lab.path("rows.jsonl")]);
+    let shown = quantune(&[args, strings(&["--show-masks", "2"])].concat());
+    let shown = String::from_utf8(shown.stdout).unwrap();
+    let learned: Vec<&str> =
+        shown.split("[[").skip(1).filter_map(|rest| Some(rest.split_once("]]")?.0)).collect();
+    assert_eq!(learned, ["answer 0<|im_end|>", "answer 1<|im_end|>"], "{shown}");
+    assert!(shown.contains("rows.jsonl:2:\n"), "{shown}");
+}
+
+/// A run is stopped before anything is written, each row with its file and line; a flag lets it go on.
+#[test]
+fn rows_that_teach_wrong_stop_a_run_unless_they_may() {
+    let lab = Lab::new();
+    let row = |roles: &[&str]| {
+        let message =
+            |role: &&str| serde_json::json!({"role": role, "content": format!("a {role}")});
+        format!(
+            "{}\n",
+            serde_json::json!({ "messages": roles.iter().map(message).collect::<Vec<_>>() })
+        )
+    };
+    let good = row(&["user", "assistant"]);
+    let odd = [row(&["user", "assistant", "user"]), row(&["user"]), row(&["user", "robot"])];
+    lab.write("odd.jsonl", &(good.clone() + &odd.concat() + "\n{\"text\": \"other\"}\n" + &good));
+    let odd = lab.path("odd.jsonl");
+    let out = lab.path("run");
+    let run = |allow: &str| {
+        let mut args = strings(&["sft", "--base", &base(), "--data", &odd, "--out", &out]);
+        args.extend(strings(&["--max-steps", "1", "--allow", allow, "--json"]));
+        quantune(&args)
+    };
+    let told = |output: &std::process::Output| String::from_utf8(output.stderr.clone()).unwrap();
+    let at = |line: u64, words: &str| format!("{odd}:{line}: {words}");
+    let role = at(4, "`messages[1].role` is \"robot\", needs one of system");
+    let refused = run("duplicates");
+    assert!(told(&refused).contains(&role) && refused.status.code() == Some(1), "{refused:?}");
+    let refused = run("unknown-roles");
+    let words = told(&refused);
+    for needed in [
+        at(2, "message 2 is the user's and the last: nothing answers it"),
+        at(3, "no token of it is learned"),
+        at(6, "is a row of `text`, the file began with `messages`"),
+    ] {
+        assert!(words.contains(&needed), "{words} says nothing of {needed}");
+    }
+    assert!(words.contains("warning: duplicates: 1 of 6 rows, first"), "{words}");
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(!Path::new(&out).exists());
+    let all = "unknown-roles,trailing-user,nothing-to-learn,mixed-dialects,duplicates";
+    let done = run(all);
+    assert!(!told(&done).contains("warning"), "{done:?}");
+    assert_eq!(last_json(&done)["data"]["rows"], 5);
+
+    let look = |allow: &str| {
+        let args =
+            strings(&["data", "--base", &base(), "--data", &odd, "--json", "--allow", allow]);
+        quantune(&args)
+    };
+    let found = look("duplicates");
+    assert_eq!(found.status.code(), Some(1));
+    let stdout = String::from_utf8(found.stdout).unwrap();
+    let value: Value = serde_json::from_str(stdout.lines().last().unwrap()).unwrap();
+    let findings = value["files"][0]["findings"].as_object().unwrap();
+    let names: Vec<&String> = findings.keys().collect();
+    let needed =
+        ["unknown-roles", "mixed-dialects", "nothing-to-learn", "trailing-user", "duplicates"];
+    assert_eq!(names, needed);
+    assert_eq!(findings["unknown-roles"]["first"][0][0], 4);
+    assert_eq!(last_json(&look(all))["defects"], 0);
+}
+
+/// Two files, one of them with half its rows an epoch, from their tokens on disk: stopped after any
+/// step and resumed, the same bytes as of tokens in memory.
+#[test]
+fn a_mixture_resumes_to_the_same_bytes_from_memory_and_disk() {
+    let lab = Lab::new();
+    let text =
+        |i: usize| format!("{{\"text\": \"{}\"}}\n", format!("text {i} goes. ").repeat(1 + i % 9));
+    lab.write("texts.jsonl", &(0..30).map(text).collect::<String>());
+    let run = |out: &str, cache_from: &str, epochs: &str| {
+        let texts = format!("{}=0.5", lab.path("texts.jsonl"));
+        let mut args = strings(&["sft", "--base", &base(), "--data", &lab.path("rows.jsonl")]);
+        args.extend(strings(&["--data", &texts, "--out", &lab.path(out), "--r", "2", "--json"]));
+        args.extend(strings(&[
+            "--num-train-epochs",
+            epochs,
+            "--max-length",
+            "48",
+            "--threads",
+            "1",
+        ]));
+        args.extend(strings(&["--save-steps", "1", "--save-total-limit", "0"]));
+        args.extend(strings(&["--cache-from", cache_from, "--lora-dropout", "0.1"]));
+        args.extend(strings(&["--cache", &lab.path("cache")]));
+        last_json(&quantune(&args))
+    };
+    let whole = run("whole", "1GB", "3");
+    let on_disk = run("on_disk", "1", "3");
+    assert_eq!(on_disk["loss_last"], whole["loss_last"]);
+    let folders = |path: &str| {
+        let entries = fs::read_dir(lab.path(path)).unwrap();
+        entries.filter(|entry| entry.as_ref().unwrap().path().is_dir()).count()
+    };
+    assert_eq!(folders("cache"), 2);
+    let weights = |out: &str| {
+        fs::read(Path::new(&lab.path(out)).join("adapter/adapter_model.safetensors")).unwrap()
+    };
+    assert!(weights("whole") == weights("on_disk"));
+    let steps = whole["steps"].as_u64().unwrap();
+    for step in [1, steps / 2, steps - 1] {
+        for later in step + 1..=steps {
+            let _ = fs::remove_dir_all(format!("{}/checkpoints/step-{later}", lab.path("on_disk")));
+        }
+        let resumed =
+            quantune(&strings(&["sft", "--out", &lab.path("on_disk"), "--resume", "--json"]));
+        assert_eq!(last_json(&resumed)["resumed_at"], step);
+        assert!(weights("whole") == weights("on_disk"), "from step {step}");
+    }
+    assert_eq!(folders("cache"), 2, "tokenized once");
 }
 
 /// A run whose last checkpoint is that of step 2 does steps 3 and 4, to the same bytes; here on
@@ -111,6 +266,7 @@ fn every_flag_of_eval_changes_something() {
     let other_base = model_path("qwen2-tiny").display().to_string();
     let [reward, other_reward] = reward_adapters();
     let prompts = lab.path("held_out_prompts.jsonl");
+    let shout = lab.path("shout.jinja");
     let asked = [("--data", "-"), ("--prompts", &*prompts), ("--reward", &*reward)];
     let mut table: Vec<Vec<(&str, &str)>> = vec![
         vec![("--base", &other_base)],
@@ -120,6 +276,8 @@ fn every_flag_of_eval_changes_something() {
         vec![("--adapter", &adapter)],
         vec![("--max-length", "32")],
         vec![("--base", &dated), ("--template-date", "2020-01-01")],
+        vec![("--base", &dated), ("--chat-template-kwargs", "mood=\"glad\"")],
+        vec![("--chat-template", &*shout)],
         vec![("--compute", "portable")],
     ];
     let of_replies = [
@@ -179,6 +337,7 @@ fn every_flag_of_generate_changes_something() {
     let reward_adapter = golden("rl/reward/final").display().to_string();
     let reward_model = lab.reward_model();
     let (base, adapter, dated) = (base(), adapter(), lab.dated_base());
+    let shout = lab.path("shout.jinja");
     let base_args: &[(&str, &str)] = &[
         ("--base", &base),
         ("--prompt", "one two three"),
@@ -210,6 +369,8 @@ fn every_flag_of_generate_changes_something() {
         &[("--logprobs", "2")],
         &[("--logprobs", "2"), ("--cache-type", "q8")],
         &[("--base", &dated), ("--template-date", "2020-01-01")],
+        &[("--base", &dated), ("--chat-template-kwargs", "mood=\"glad\"")],
+        &[("--chat-template", &shout)],
         &[("--compute", "portable")],
         &[("--best-of", "4")],
         &[("--best-of", "4"), ("--reward", "length:3:characters")],

@@ -5,8 +5,11 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use proptest::prelude::*;
+use quantune::data::doctor::Check;
 use quantune::data::{
-    Batch, DataError, Dataset, EpochPlan, EpochSettings, Example, Row, is_held_out,
+    AlpacaPrompt, Batch, Cache, ComparisonKind, ComparisonSettings, Comparisons, DataError,
+    DataReport, Dataset, EpochPlan, EpochSettings, Example, Limits, LoadSettings, ModelLimits, Row,
+    WhenTooLong, is_held_out,
 };
 use quantune::ops::Segment;
 use quantune::text::{Special, Tokenizer};
@@ -21,12 +24,19 @@ fn tokenizer(name: &str) -> Tokenizer {
 /// Nobody asks to stop.
 static GOES_ON: AtomicBool = AtomicBool::new(false);
 
-/// The dataset of a file with these bytes, called rows.jsonl in its errors.
-fn load(bytes: &[u8], tokenizer: &Tokenizer, max_length: usize) -> Result<Dataset, String> {
+/// What was made of a file.
+struct Loaded {
+    examples: Vec<Example>,
+    report: DataReport,
+}
+
+/// That of a file with these bytes, called rows.jsonl in its errors.
+fn load(bytes: &[u8], tokenizer: &Tokenizer, max_length: usize) -> Result<Loaded, String> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("rows.jsonl");
     std::fs::write(&path, bytes).unwrap();
     Dataset::load(&path, tokenizer, max_length, &GOES_ON)
+        .map(|data| Loaded { examples: data.examples.iter().collect(), report: data.report })
         .map_err(|error| error.to_string().replace(&format!("{}/", folder.path().display()), ""))
 }
 
@@ -58,14 +68,14 @@ fn tokens_and_labels_are_trls() {
     }
     assert!(rows > 60, "{rows} rows");
 
-    fn check(case: &Value, name: &Value, row: &Value, found: Result<Dataset, String>) {
+    fn check(case: &Value, name: &Value, row: &Value, found: Result<Loaded, String>) {
         let what = format!("{} with {name}: {}", case["kind"], row["row"]);
         let ints = |key: &str| -> Vec<i64> {
             row[key].as_array().unwrap().iter().map(|v| v.as_i64().unwrap()).collect()
         };
         // A row TRL drops, or one whose only label is that of its first token, which nothing predicts.
         if row["input_ids"].is_null() || ints("labels")[1..].iter().all(|&l| l == -100) {
-            let error = found.expect_err(&what);
+            let error = found.map(|_| ()).expect_err(&what);
             assert!(error.contains("nothing to learn in any of 1 rows"), "{what}: {error}");
             return;
         }
@@ -89,13 +99,13 @@ fn a_bad_row_is_one_sentence_with_its_line() {
     fn check(tokenizer: &Tokenizer, row: &[u8], expected: &str) {
         // Behind a good row and a blank line, so that rows and lines differ.
         let file = [b"{\"text\": \"good\"}\n\n".as_slice(), row].concat();
-        let error = load(&file, tokenizer, 100).expect_err(expected);
+        let error = load(&file, tokenizer, 100).map(|_| ()).expect_err(expected);
         assert_eq!(error, format!("rows.jsonl:3: {expected}"));
     }
     let chatml = tokenizer("chatml");
     let roles = "needs one of system, user, assistant, tool, developer, function";
     let kinds = "known are `input_ids` (+ `labels`), `messages` (+ `tools`), \
-                 `prompt` + `completion`, and `text`";
+                 `conversations`, `instruction` + `output`, `prompt` + `completion`, and `text`";
     let vocab_size = chatml.vocab_size();
     let text: [(&str, &str); 25] = [
         ("{\"text\": \"a\"", "is not JSON (EOF while parsing an object at column 12)"),
@@ -103,11 +113,11 @@ fn a_bad_row_is_one_sentence_with_its_line() {
         ("{}", &format!("unknown kind of row: found the keys (none), {kinds}")),
         (
             r#"{"prompt": "a", "chosen": "b", "rejected": "c", "text": null}"#,
-            &format!("unknown kind of row: found the keys `prompt`, `chosen`, `rejected`, {kinds}"),
+            "is a row of `chosen`/`rejected`, which is for `reward` and `dpo`, not this command",
         ),
         (
-            r#"{"conversations": [], "id": 7}"#,
-            &format!("unknown kind of row: found the keys `conversations`, `id`, {kinds}"),
+            r#"{"conversation": [], "id": 7}"#,
+            &format!("unknown kind of row: found the keys `conversation`, `id`, {kinds}"),
         ),
         (
             r#"{"a": 1, "b": 1, "c": 1, "d": 1, "e": 1, "f": 1, "g": 1, "a key of more than forty characters, all of them": 1, "i": 1, "j": 1}"#,
@@ -188,7 +198,8 @@ fn wrong_rows_are_told_together() {
         let row =
             |i: usize| format!("{}\n{{\"text\": {i}}}\n", "{\"text\": \"good\"}\n".repeat(700));
         let file: String = (0..wrong).map(row).collect();
-        let error = load(file.as_bytes(), &tokenizer("chatml"), 100).expect_err(expected);
+        let error =
+            load(file.as_bytes(), &tokenizer("chatml"), 100).map(|_| ()).expect_err(expected);
         assert_eq!(error, expected);
     }
     let told = |count: usize| -> String {
@@ -205,7 +216,9 @@ fn wrong_rows_are_told_together() {
 fn a_file_without_anything_to_learn_is_an_error() {
     #[track_caller]
     fn check(file: &str, max_length: usize, expected: &str) {
-        let error = load(file.as_bytes(), &tokenizer("chatml"), max_length).expect_err(expected);
+        let error = load(file.as_bytes(), &tokenizer("chatml"), max_length)
+            .map(|_| ())
+            .expect_err(expected);
         assert_eq!(error, format!("rows.jsonl: {expected}"));
     }
     let needs = "needs at least one learned token after a row's first";
@@ -250,6 +263,7 @@ fn a_conversation_needs_a_template_that_tells_what_is_said() {
     ]});
     let check = |template: Option<&str>, expected: &str| {
         let error = load(&lines(std::slice::from_ref(&talk)), &with_template(template), 100)
+            .map(|_| ())
             .expect_err(expected);
         assert!(error.starts_with("rows.jsonl:1: ") && error.contains(expected), "{error}");
     };
@@ -305,7 +319,7 @@ fn a_conversation_may_begin_with_the_assistant() {
 
     let bare =
         with_template(Some("{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"));
-    let refused = load(&lines(&[talk]), &bare, 100).unwrap_err();
+    let refused = load(&lines(&[talk]), &bare, 100).map(|_| ()).unwrap_err();
     assert!(
         refused.starts_with("rows.jsonl:1: `messages[0]` is the assistant's, and"),
         "{refused}"
@@ -314,7 +328,7 @@ fn a_conversation_may_begin_with_the_assistant() {
     let strict =
         "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}";
     let talk = json!({"messages": [said("one")]});
-    let refused = load(&lines(&[talk]), &with_template(Some(strict)), 100).unwrap_err();
+    let refused = load(&lines(&[talk]), &with_template(Some(strict)), 100).map(|_| ()).unwrap_err();
     assert_eq!(refused, "rows.jsonl:1: chat template, line 1: user first");
 }
 
@@ -341,6 +355,311 @@ fn what_is_learned_of_a_row() {
     let (a, b) = (ids("a")[0], ids("b")[0]);
     let row = json!({"input_ids": [a, b, a, b, a], "labels": [a, -100, a, b, -100]});
     check_learned(&tokenizer("chatml"), row, &["ab"]);
+}
+
+/// Rows as each peer writes them, and what is learned of them.
+#[test]
+fn all_dialects_are_learned() {
+    let bos = &tokenizer("bos");
+    let chat = &tokenizer("chatml");
+    let turns = json!([
+        {"from": "system", "value": "s"}, {"from": "human", "value": "u"},
+        {"from": "gpt", "value": "one"}, {"role": "user", "content": "v"},
+        {"from": "gpt", "value": "two", "weight": 0}, {"from": "user", "value": "w"},
+        {"from": "assistant", "value": "three"}
+    ]);
+    for t in [bos, chat] {
+        let learned = ["one<|im_end|>", "three<|im_end|>"];
+        check_learned(t, json!({"conversations": turns, "id": 3}), &learned);
+        let row = json!({"instruction": "i", "input": "x", "output": "o"});
+        check_learned(t, row, &["o<|im_end|>"]);
+        let history = json!([["a", "b"]]);
+        let row = json!({"instruction": "i", "output": "o", "history": history, "system": "s"});
+        check_learned(t, row, &["b<|im_end|>", "o<|im_end|>"]);
+    }
+
+    /// The whole text of a row.
+    #[track_caller]
+    fn check_text(row: Value, alpaca: Option<AlpacaPrompt>, template: Option<&str>, text: &str) {
+        let tokenizer = with_template(template);
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("rows.jsonl");
+        std::fs::write(&path, row.to_string()).unwrap();
+        let settings = LoadSettings { alpaca, ..LoadSettings::from(1000) };
+        let data = Dataset::load(&path, &tokenizer, settings, &GOES_ON).unwrap();
+        assert_eq!(tokenizer.decode(&data.examples.get(0).tokens, false).unwrap(), text);
+    }
+    let template = "{% for m in messages %}<|im_start|>{{ m.role }}:{{ m.content }}\
+                    {% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}<|im_end|>{% endfor %}\
+                    {% if add_generation_prompt %}<|im_start|>assistant:{% endif %}\
+                    {% if tools %}{{ tools | tojson }}{% endif %}";
+    let some = Some(template);
+    let row = json!({"instruction": "i", "input": "x", "output": "o"});
+    let chat = "<|im_start|>user:i\nx<|im_end|><|im_start|>assistant:o<|im_end|>";
+    let text = "Below is an instruction that describes a task, paired with an input that provides \
+                further context. Write a response that appropriately completes the request.\n\n\
+                ### Instruction:\ni\n\n### Input:\nx\n\n### Response:\no<|im_end|>";
+    check_text(row.clone(), None, some, chat);
+    check_text(row.clone(), Some(AlpacaPrompt::Chat), some, chat);
+    check_text(row.clone(), Some(AlpacaPrompt::Text), some, text);
+    check_text(row, None, None, text);
+    let bare = "Below is an instruction that describes a task. Write a response that appropriately \
+                completes the request.\n\n### Instruction:\ni\n\n### Response:\no<|im_end|>";
+    check_text(json!({"instruction": "i", "input": "", "output": "o"}), None, None, bare);
+    // Arguments as JSON text become what templates want; a bare function the form they know.
+    let call = json!({"name": "f", "arguments": "{\"a\": 1}"});
+    let tools = json!([{"name": "f", "parameters": {}}]).to_string();
+    let turns = json!([
+        {"from": "human", "value": "u"}, {"from": "function_call", "value": call.to_string()},
+        {"from": "observation", "value": "r"}, {"from": "gpt", "value": "g"}
+    ]);
+    check_text(
+        json!({"conversations": turns, "tools": tools}),
+        None,
+        some,
+        "<|im_start|>user:u<|im_end|><|im_start|>assistant:{\"name\": \"f\", \"arguments\": {\"a\": 1}}\
+         <|im_end|><|im_start|>tool:r<|im_end|><|im_start|>assistant:g<|im_end|>\
+         [{\"type\": \"function\", \"function\": {\"name\": \"f\", \"parameters\": {}}}]",
+    );
+}
+
+/// What pyarrow writes is what JSON lines of it are.
+#[test]
+fn parquet_is_read_as_json_lines() {
+    let chatml = tokenizer("chatml");
+    let load = |name: &str| {
+        let path = golden(&format!("data/{name}"));
+        Dataset::load_split(&path, &chatml, 1000, &GOES_ON).unwrap()
+    };
+    let (lines, table) = (load("rows.jsonl"), load("rows.parquet"));
+    assert!(lines.train.examples.iter().eq(table.train.examples.iter()));
+    assert_eq!(lines.train.examples.len() + lines.held_out.unwrap().examples.len(), 40);
+    assert_eq!(lines.train.diagnosis, table.train.diagnosis);
+    let rows = |bytes: &[u8]| -> Vec<Value> {
+        let lines = std::str::from_utf8(bytes).unwrap().lines();
+        let mut rows: Vec<Value> = lines.map(|line| serde_json::from_str(line).unwrap()).collect();
+        rows.iter_mut().for_each(Value::sort_all_objects);
+        rows
+    };
+    let held_out = rows(&table.held_out_lines);
+    assert!(!held_out.is_empty());
+    assert_eq!(held_out, rows(&lines.held_out_lines));
+}
+
+/// Tokens kept on disk are those in memory; what is wrong with rows is kept with them.
+#[test]
+fn tokens_are_kept_on_disk_and_found_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = golden("data/rows.jsonl");
+    let cache = Cache { folder: folder.path().join("cache"), from_bytes: 1 };
+    let settings = LoadSettings { cache: Some(cache.clone()), ..LoadSettings::from(40) };
+    let chatml = tokenizer("chatml");
+    let folders = || {
+        let entries = std::fs::read_dir(&cache.folder).unwrap().map(|entry| entry.unwrap().path());
+        entries.filter(|path| path.is_dir()).collect::<Vec<_>>()
+    };
+    for time in 0..2 {
+        for (in_memory, on_disk) in [
+            (
+                Dataset::load(&path, &chatml, 40, &GOES_ON).unwrap(),
+                Dataset::load(&path, &chatml, settings.clone(), &GOES_ON).unwrap(),
+            ),
+            (
+                Dataset::load_split(&path, &chatml, 40, &GOES_ON).unwrap().train,
+                Dataset::load_split(&path, &chatml, settings.clone(), &GOES_ON).unwrap().train,
+            ),
+        ] {
+            assert!(in_memory.examples.iter().eq(on_disk.examples.iter()), "{time}");
+            assert_eq!(in_memory.report, on_disk.report);
+            assert_eq!(in_memory.diagnosis, on_disk.diagnosis);
+            assert!(in_memory.diagnosis.findings.contains_key(&Check::Cut));
+            assert_eq!(in_memory.sha256, on_disk.sha256);
+            assert_eq!(in_memory.tokens_sha256, on_disk.tokens_sha256);
+        }
+        assert_eq!(folders().len(), 2);
+    }
+    let (in_memory, on_disk) = (
+        Dataset::load_split(&path, &chatml, 40, &GOES_ON).unwrap(),
+        Dataset::load_split(&path, &chatml, settings.clone(), &GOES_ON).unwrap(),
+    );
+    assert_eq!(&*in_memory.held_out_lines, &*on_disk.held_out_lines);
+    let examples = |data: Option<Dataset>| data.unwrap().examples.iter().collect::<Vec<_>>();
+    assert_eq!(examples(in_memory.held_out), examples(on_disk.held_out));
+    // Other settings, templates and tokenizers make other folders.
+    let other = LoadSettings { max_length: 41, ..settings.clone() };
+    Dataset::load(&path, &chatml, other, &GOES_ON).unwrap();
+    let bos = &tokenizer("bos");
+    Dataset::load(&path, bos, settings.clone(), &GOES_ON).unwrap();
+    assert_eq!(folders().len(), 4);
+
+    for folder in folders() {
+        let words = folder.join("train.words");
+        let mut bytes = std::fs::read(&words).unwrap();
+        bytes[9] ^= 1;
+        std::fs::write(&words, bytes).unwrap();
+    }
+    let error = Dataset::load(&path, &chatml, settings, &GOES_ON).unwrap_err().to_string();
+    assert!(error.contains("train.words: is not as it was written; remove its folder"), "{error}");
+}
+
+/// One of each defect, some in good company: exactly those are found, each at its line.
+#[test]
+fn the_doctor_finds_each_defect_and_nothing_else() {
+    /// Rows, and what is to be found in them.
+    fn check(tokenizer: &Tokenizer, rows: &[(Value, &[Check])]) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("rows.jsonl");
+        let values: Vec<Value> = rows.iter().map(|(row, _)| row.clone()).collect();
+        std::fs::write(&path, lines(&values)).unwrap();
+        let compared = rows[0].0.get("chosen").is_some();
+        let model = Some(ModelLimits { window: 90, vocab_size: tokenizer.vocab_size() - 1 });
+        let found = if compared {
+            let limits = Limits { max_length: 60, when_long: WhenTooLong::Cut };
+            let settings = ComparisonSettings { model, ..limits.into() };
+            let kind = ComparisonKind::Pairs;
+            Comparisons::examine(&path, tokenizer, settings, kind, &GOES_ON).unwrap().diagnosis
+        } else {
+            let settings = LoadSettings { model, ..LoadSettings::from(60) };
+            Dataset::examine(&path, tokenizer, &settings, &GOES_ON).unwrap().diagnosis
+        };
+        let mut expected: Vec<(Check, u64)> = Vec::new();
+        for (line, (_, checks)) in (1..).zip(rows) {
+            expected.extend(checks.iter().map(|check| (*check, line)));
+        }
+        expected.sort();
+        let lines = found.findings.iter().flat_map(|(check, found)| {
+            assert_eq!(found.rows as usize, found.first.len());
+            found.first.iter().map(|(line, _)| (*check, *line))
+        });
+        assert_eq!(lines.collect::<Vec<_>>(), expected, "{:#?}", found.findings);
+        let stops: Vec<Check> =
+            expected.iter().map(|(check, _)| *check).filter(|check| check.stops()).collect();
+        assert_eq!(found.judge(&path, &[]).is_err(), !stops.is_empty());
+        found.judge(&path, &stops).unwrap();
+        // All of them, with file and line.
+        let wrong = found.judge(&path, &[]).err().map_or(String::new(), |error| error.to_string());
+        for (check, line) in &expected {
+            let place = format!("rows.jsonl:{line}: ");
+            let warned = found.warnings(&path, &[]).join("\n");
+            let first = expected.iter().find(|(other, _)| other == check).unwrap();
+            let left_out = expected.iter().any(|(check, _)| check.leaves_out());
+            match check.stops() {
+                true => assert!(left_out || wrong.contains(&place), "{wrong}: {place}"),
+                false => assert!(warned.contains(&place) || first.1 != *line, "{warned}: {place}"),
+            }
+        }
+    }
+    let chatml = &tokenizer("chatml");
+    let user = |text: &str| json!({"role": "user", "content": text});
+    let said = |text: &str| json!({"role": "assistant", "content": text});
+    let system = json!({"role": "system", "content": "s"});
+    let talk = |messages: &[Value]| json!({ "messages": messages });
+    let silent = json!({"role": "assistant", "content": "b", "train": false});
+    let calls =
+        json!({"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]});
+    let long = "word after word ".repeat(12);
+    let longer = "word after word ".repeat(30);
+    use Check::*;
+    check(
+        chatml,
+        &[
+            (talk(&[system.clone(), user("a"), said("b"), user("c"), said("d")]), &[]),
+            (talk(&[user("a"), calls, json!({"role": "tool", "content": "r"}), said("b")]), &[]),
+            (talk(&[user("nobody answers")]), &[NothingToLearn]),
+            (talk(&[user("e"), silent]), &[NothingToLearn]),
+            (talk(&[user("f"), said(" ")]), &[EmptyAnswers]),
+            (talk(&[said("g"), user("h"), said("i")]), &[AssistantFirst]),
+            (talk(&[user("j"), said("k"), said("l")]), &[RepeatedAssistant]),
+            (talk(&[user("m"), said("n"), system.clone(), user("o"), said("p")]), &[LateSystem]),
+            (talk(&[user("q"), said("r"), user("s")]), &[TrailingUser]),
+            (talk(&[system.clone(), user("A "), said("B"), user("c"), said("d")]), &[]),
+            (talk(&[system, user(" a"), said("B"), user("c"), said("D")]), &[Duplicates]),
+            (talk(&[user(&long), said("b")]), &[NothingToLearn, Cut]),
+            (talk(&[user("a"), said(&longer)]), &[Cut, OverWindow]),
+            (talk(&[user("a"), json!({"role": "bot", "content": "b"})]), &[UnknownRoles]),
+            (
+                json!({"conversations": [{"from": "narrator", "value": "x"}]}),
+                &[UnknownRoles, MixedDialects],
+            ),
+            (json!({"text": "a text among conversations"}), &[MixedDialects]),
+            (json!([1]), &[WrongRows]),
+        ],
+    );
+    let of = |prompt: &str, completion: &str| json!({"prompt": prompt, "completion": completion});
+    check(
+        chatml,
+        &[
+            (of("a", " b"), &[]),
+            (of("the rive", "r"), &[BoundaryMismatch]),
+            (of("a", " "), &[EmptyAnswers]),
+            (
+                json!({"prompt": "a", "completion": " c", "label": true}),
+                &[WrongRows, MixedDialects],
+            ),
+        ],
+    );
+    let bos = &tokenizer("bos");
+    let begin = bos.token(bos.bos().unwrap()).unwrap();
+    check(bos, &[(of("a", " b"), &[]), (of(&format!("{begin}{begin}a"), " c"), &[DoubledBos])]);
+    let eos = chatml.eos().unwrap();
+    let highest = chatml.vocab_size() - 1;
+    check(
+        chatml,
+        &[
+            (json!({"input_ids": [5, 6, 7, eos]}), &[]),
+            (json!({"input_ids": [5, 6, 8]}), &[]),
+            (json!({"input_ids": [5, 6, eos], "labels": [-100, -100, -100]}), &[NothingToLearn]),
+            (json!({"input_ids": [5, 9, eos], "labels": [-100, 9, -100]}), &[UntrainedEnd]),
+            (json!({"input_ids": [5, highest]}), &[OutOfVocabulary]),
+            (json!({"input_ids": [5, 1 << 20]}), &[OutOfVocabulary]),
+        ],
+    );
+    // A template whose answers never end, and one that rewrites what was said.
+    let endless = with_template(Some(
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}\
+         {% if add_generation_prompt %}[assistant]{% endif %}",
+    ));
+    check(&endless, &[(talk(&[user("a"), said("b")]), &[UntrainedEnd])]);
+    let counts = with_template(Some(
+        "{{ messages | length }}{% for m in messages %}{{ m.content }}\n{% endfor %}",
+    ));
+    check(&counts, &[(talk(&[user("a"), said("b"), user("c"), said("d")]), &[TemplatePrefix])]);
+    let pair = |chosen: &str, rejected: &str, margin: f64| json!({"prompt": "a", "chosen": chosen, "rejected": rejected, "margin": margin});
+    check(
+        chatml,
+        &[
+            (pair(" b", " c", 1.0), &[]),
+            (pair(" d", " d", 0.0), &[IdenticalPairs]),
+            (pair(" e", " f", -1.0), &[WrongMargins]),
+            (pair(" ", " g", 1.0), &[EmptyAnswers]),
+            (pair(" B", " C", 1.0), &[Duplicates]),
+            (json!({"prompt": "the rive", "chosen": "r", "rejected": "rs"}), &[BoundaryMismatch]),
+            (pair(&long, " h", 1.0), &[Cut]),
+            (json!({"text": "b"}), &[WrongRows, MixedDialects]),
+        ],
+    );
+}
+
+/// Rows of a held-out file that are trained on too.
+#[test]
+fn held_out_rows_that_are_trained_on_are_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str, texts: &[&str]| {
+        let path = folder.path().join(name);
+        let rows: Vec<Value> = texts.iter().map(|text| json!({ "text": text })).collect();
+        std::fs::write(&path, lines(&rows)).unwrap();
+        Dataset::load(&path, &tokenizer("chatml"), 100, &GOES_ON).unwrap()
+    };
+    let train = file("train.jsonl", &["one text", "another text", "a third"]);
+    let mut held_out = file("held_out.jsonl", &["a new one", "A  third", "One Text"]);
+    let path = Path::new("train.jsonl");
+    train.seen.again(path, &held_out.seen, &mut held_out.diagnosis);
+    let found = &held_out.diagnosis.findings[&Check::HeldOutDuplicates];
+    let needed = [
+        (2, "is trained on: train.jsonl:3".to_string()),
+        (3, "is trained on: train.jsonl:1".into()),
+    ];
+    assert_eq!(found.first, needed);
 }
 
 #[test]
@@ -450,14 +769,14 @@ fn a_prompt_is_in_one_part_and_stays_there() {
     std::fs::write(&path, file.trim_end()).unwrap();
     let split = Dataset::load_split(&path, &tokenizer("chatml"), 100, &GOES_ON).unwrap();
     let held_out = split.held_out.unwrap();
-    let row_of = |e: &Example| e.row as usize;
+    let row_of = |e: Example| e.row as usize;
     assert!(split.train.examples.iter().map(row_of).all(|row| !held[row]));
     assert!(held_out.examples.iter().map(row_of).all(|row| held[row]));
     assert_eq!(held_out.report.rows as usize, held.iter().filter(|&&h| h).count());
     assert_eq!(split.train.report.rows + held_out.report.rows, 400);
     let expected: String =
         file.split_inclusive('\n').zip(&held).filter(|(_, h)| **h).map(|(l, _)| l).collect();
-    assert_eq!(String::from_utf8(split.held_out_lines).unwrap(), expected);
+    assert_eq!(String::from_utf8(split.held_out_lines.to_vec()).unwrap(), expected);
     let whole = Dataset::load(&path, &tokenizer("chatml"), 100, &GOES_ON).unwrap();
     assert_eq!((&whole.sha256, &whole.sha256), (&split.train.sha256, &held_out.sha256));
 

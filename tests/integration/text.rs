@@ -3,9 +3,13 @@
 use std::fs;
 use std::path::Path;
 
-use quantune::text::{ChatTemplate, DecodeStream, Encoding, Special, TextError, Tokenizer};
+use quantune::data::Row;
+use quantune::text::{
+    ChatTemplate, DecodeStream, Encoding, Special, TextError, Tokenizer, first_second,
+};
 use quantune::weights::{Checkpoint, Gguf, OwnedValue, ValueType, write_gguf};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
 use crate::support::{golden, golden_json, ids, model_path};
 
@@ -264,6 +268,50 @@ fn templates_render_as_transformers_renders_them() {
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// Templates that people use, over rows as people write them: from the line to the text.
+#[test]
+fn real_templates_render_as_transformers_renders_them() {
+    let golden = golden_json("text/real_templates.json");
+    let special: Vec<(&str, Option<&str>)> = golden["special"]
+        .as_object()
+        .unwrap()
+        .iter()
+        .map(|(name, token)| (&**name, token.as_str()))
+        .collect();
+    let (mut wrong, mut whole) = (Vec::new(), 0);
+    for case in golden["cases"].as_array().unwrap() {
+        let name = case["template"].as_str().unwrap();
+        let source = golden["templates"][name]["text"].as_str().unwrap();
+        let mut template = ChatTemplate::new(source, None, &special).unwrap();
+        template.set_now(first_second(golden["today"].as_str().unwrap()).unwrap());
+        if let Some(variables) = case.get("variables") {
+            template.set_variables(variables.as_object().unwrap()).unwrap();
+        }
+        let number = case["row"].as_u64().unwrap() as usize;
+        let row = Row::parse(golden["rows"][number].to_string().as_bytes()).unwrap();
+        let Row::Messages { messages, tools } = row else { panic!("row {number}") };
+        let messages: Vec<Value> = messages.into_iter().map(|message| message.value).collect();
+        let prompt = case["add_generation_prompt"].as_bool().unwrap();
+        let found = template.render(&messages, tools.as_ref(), prompt);
+        let same = match &found {
+            Ok(text) => {
+                let sha256: String =
+                    Sha256::digest(text).iter().take(8).map(|b| format!("{b:02x}")).collect();
+                whole += u64::from(case["text"].is_string());
+                let of_whole = case["text"].as_str().is_none_or(|needed| needed == text);
+                of_whole && case["bytes"] == text.len() && case["sha256"] == *sha256
+            }
+            Err(TextError::Template { reason, .. }) => case["error"] == **reason,
+            Err(_) => false,
+        };
+        if !same {
+            wrong.push(format!("{name}, row {number}: found {found:?}, needed {case}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{} wrong: {}", wrong.len(), wrong[0]);
+    assert!(whole > 70, "{whole} texts are there whole");
 }
 
 #[test]

@@ -5,18 +5,16 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
-use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use parquet::column::reader::ColumnReader;
-use parquet::errors::ParquetError;
-use parquet::file::reader::{FileReader, SerializedFileReader};
+use ::parquet::column::reader::ColumnReader;
+use ::parquet::file::reader::FileReader;
 
 use super::CorpusError;
+use crate::data::parquet::{self, guarded};
 use crate::data::{DataError, Message, Row, example, lines, rows};
 use crate::text::Tokenizer;
-use crate::weights::without_panic;
 
 /// The line that parts the documents of a text file.
 const BORDER: &[u8] = b"<|endoftext|>";
@@ -57,9 +55,9 @@ impl Chat {
     /// Its tokens as the template lays them out, without the BOS that each document gets.
     pub(super) fn tokens(&self, tokenizer: &Tokenizer) -> Result<Vec<u32>, DataError> {
         let tokenized =
-            example::tokenize(&self.row, tokenizer).map_err(|fault| DataError::Rows {
+            example::tokenize(&self.row, tokenizer, None).map_err(|fault| DataError::Rows {
                 path: self.path.clone(),
-                first: vec![(self.line, fault)],
+                first: vec![(self.line, fault.to_string())],
                 wrong: 1,
                 rows: self.line,
             })?;
@@ -92,7 +90,7 @@ pub fn read_documents(
     for path in files {
         match path.extension().and_then(|extension| extension.to_str()) {
             Some("jsonl" | "ndjson") => jsonl(path, &mut chunks)?,
-            Some("parquet") => parquet(path, &mut chunks)?,
+            Some("parquet") => column(path, &mut chunks)?,
             _ => text(path, &mut chunks)?,
         }
     }
@@ -271,20 +269,21 @@ fn jsonl(path: &Path, chunks: &mut Chunks<'_>) -> Result<(), CorpusError> {
                 chunks.chat(messages, chat)
             }
             Row::Text(text) => chunks.document(text),
-            Row::Tokens { .. } | Row::PromptCompletion { .. } => unreachable!("no document"),
+            Row::Tokens { .. } | Row::PromptCompletion { .. } | Row::Alpaca { .. } => {
+                unreachable!("no document")
+            }
         };
     })?;
     handed_over
 }
 
-fn parquet(path: &Path, chunks: &mut Chunks<'_>) -> Result<(), CorpusError> {
-    let file = File::open(path).map_err(|source| DataError::Io { path: path.into(), source })?;
-    let reader = guarded(path, || SerializedFileReader::new(file))?;
+fn column(path: &Path, chunks: &mut Chunks<'_>) -> Result<(), CorpusError> {
+    let reader = parquet::open(path)?;
     let schema = reader.metadata().file_metadata().schema_descr_ptr();
     let names: Vec<String> = schema.columns().iter().map(|column| column.path().string()).collect();
     let Some(column) = names.iter().position(|name| name == TEXT) else {
         let reason = format!("no column {TEXT:?}, found {}", names.join(", "));
-        return Err(CorpusError::parquet(path, reason));
+        return Err(parquet::fault(path, reason).into());
     };
     // A value that is there has the highest level, a null a lower one.
     let highest = schema.column(column).max_def_level();
@@ -295,7 +294,7 @@ fn parquet(path: &Path, chunks: &mut Chunks<'_>) -> Result<(), CorpusError> {
         let ColumnReader::ByteArrayColumnReader(mut reader) = column_reader else {
             let found = schema.column(column).physical_type();
             let reason = format!("column {TEXT:?} is of {found}, needed strings");
-            return Err(CorpusError::parquet(path, reason));
+            return Err(parquet::fault(path, reason).into());
         };
         loop {
             let (mut levels, mut values) = (Vec::new(), Vec::new());
@@ -315,24 +314,13 @@ fn parquet(path: &Path, chunks: &mut Chunks<'_>) -> Result<(), CorpusError> {
                 let text = std::str::from_utf8(value.data()).map_err(|error| {
                     let byte = error.valid_up_to();
                     let reason = format!("row {row}, column {TEXT:?}: byte {byte} is not UTF-8");
-                    CorpusError::parquet(path, reason)
+                    parquet::fault(path, reason)
                 })?;
                 chunks.document(text)?;
             }
         }
     }
     Ok(())
-}
-
-/// What the crate reads; it panics on some damaged files.
-fn guarded<T>(
-    path: &Path,
-    read: impl FnOnce() -> Result<T, ParquetError>,
-) -> Result<T, CorpusError> {
-    match without_panic(AssertUnwindSafe(read)) {
-        Some(read) => read.map_err(|error| CorpusError::parquet(path, error)),
-        None => Err(CorpusError::parquet(path, "is damaged, its pages cannot be decoded")),
-    }
 }
 
 #[cfg(test)]

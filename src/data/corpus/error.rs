@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::data::DataError;
+use crate::data::cache::Refused;
 use crate::text::TextError;
 
 /// Why sources gave no corpus.
@@ -36,14 +37,6 @@ pub enum CorpusError {
         path: PathBuf,
         /// The byte, counted from 0.
         offset: u64,
-    },
-    /// A Parquet file that cannot be used.
-    #[error("{}: {reason}", path.display())]
-    Parquet {
-        /// The file.
-        path: PathBuf,
-        /// What is wrong and what was needed.
-        reason: String,
     },
     /// Files without any text.
     #[error("source {name:?}: no text in its {files} files, needed a document at least")]
@@ -105,8 +98,10 @@ impl CorpusError {
     pub(super) fn io(action: &'static str, path: &Path) -> impl Fn(std::io::Error) -> Self {
         move |source| Self::Io { action, path: path.into(), source }
     }
+}
 
-    pub(super) fn parquet(path: &Path, reason: impl ToString) -> Self {
-        Self::Parquet { path: path.into(), reason: reason.to_string() }
+impl From<Refused> for CorpusError {
+    fn from((action, path, source): Refused) -> Self {
+        Self::Io { action, path, source }
     }
 }

@@ -28,6 +28,7 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use super::Batch;
+use super::cache::hex;
 use crate::text::Tokenizer;
 use mixture::{Mixture, Permutation};
 use shard::{Borders, Part, Shard};
@@ -168,7 +169,7 @@ impl Corpus {
             borders,
             byte_lengths: tokenizer.byte_lengths(),
             settings: settings.clone(),
-            fingerprint: shard::hex(hasher.finalize().as_slice()),
+            fingerprint: hex(&hasher.finalize()),
         })
     }
 

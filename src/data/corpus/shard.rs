@@ -5,8 +5,7 @@
 //! both parts document follows document, each with its end-of-text token behind it, which text never
 //! is: so these tokens are the index of borders, and there is no other that could contradict them.
 //!
-//! The folder is written under another name and renamed, so what is there is whole. Shards that are
-//! no longer used are left alone: another run may have them mapped.
+//! The folder is the cache's ([`super::super::cache`]): what is there is whole.
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
@@ -20,6 +19,7 @@ use sha2::{Digest, Sha256};
 
 use super::documents::{Piece, read_documents};
 use super::{CorpusError, SourceSpec, Tokenizing, matching_files};
+use crate::data::cache::{self, hex};
 use crate::data::split;
 use crate::quant::Bytes;
 use crate::text::{Special, TextError, Tokenizer};
@@ -150,7 +150,7 @@ impl Part {
             return Ok(Self { totals, width, map: None });
         }
         let map = map_file(&path).map_err(|error| bad(error.to_string()))?;
-        if hex(Sha256::digest(&*map).as_slice()) != totals.sha256 {
+        if hex(&Sha256::digest(&*map)) != totals.sha256 {
             return Err(bad("is not as it was written".into()));
         }
         Ok(Self { totals, width, map: Some(map) })
@@ -176,18 +176,10 @@ pub(super) fn open(
         validation_split,
         files: files.iter().map(|path| file_print(path)).collect::<Result<_, _>>()?,
     };
-    let key = hex(Sha256::digest(serde_json::to_vec(&origin).expect("plain data")).as_slice());
-    let folder = cache.join(format!("{}-{}", spec.name, &key[..16]));
-    if !folder.exists() {
-        fs::create_dir_all(cache).map_err(CorpusError::io("make the folder", cache))?;
-        // Of two runs with one cache the second waits for the first; the system frees a killed one's.
-        let lock = cache.join(".lock");
-        let locked = File::create(&lock).and_then(|file| file.lock().map(|()| file));
-        let _locked = locked.map_err(CorpusError::io("lock", &lock))?;
-        if !folder.exists() {
-            make(spec, tokenizer, &origin, &files, &folder, stop, told)?;
-        }
-    }
+    let key = hex(&Sha256::digest(serde_json::to_vec(&origin).expect("plain data")));
+    let folder = cache::folder(cache, (&spec.name, &key[..16]), |folder| {
+        tokenize(spec, tokenizer, &origin, &files, folder, stop, told)
+    })?;
     let path = folder.join(HEADER);
     let bad = |reason: String| CorpusError::Shard { path: path.clone(), reason };
     let text = fs::read_to_string(&path).map_err(|error| bad(error.to_string()))?;
@@ -210,31 +202,7 @@ fn file_print(path: &Path) -> Result<FilePrint, CorpusError> {
     Ok(FilePrint { path: path.into(), bytes: about.len(), modified })
 }
 
-/// Tokenizes a source beside its place and renames it; after an error nothing is left.
-fn make(
-    spec: &SourceSpec,
-    tokenizer: &Tokenizer,
-    origin: &Origin,
-    files: &[PathBuf],
-    folder: &Path,
-    stop: &AtomicBool,
-    told: &mut dyn FnMut(Tokenizing<'_>),
-) -> Result<(), CorpusError> {
-    let partial = folder.with_file_name(format!(".{}.partial", spec.name));
-    if partial.exists() {
-        // A killed run's.
-        fs::remove_dir_all(&partial).map_err(CorpusError::io("remove", &partial))?;
-    }
-    fs::create_dir(&partial).map_err(CorpusError::io("make the folder", &partial))?;
-    let made = tokenize(spec, tokenizer, origin, files, &partial, stop, told).and_then(|()| {
-        fs::rename(&partial, folder).map_err(CorpusError::io("make the folder", folder))
-    });
-    if made.is_err() {
-        let _ = fs::remove_dir_all(&partial); // The first error is the one to tell.
-    }
-    made
-}
-
+/// Tokenizes a source into a folder.
 fn tokenize(
     spec: &SourceSpec,
     tokenizer: &Tokenizer,
@@ -322,13 +290,9 @@ impl PartWriter {
 
     fn finish(self) -> Result<Totals, CorpusError> {
         let Self { path, file, hasher, mut totals, .. } = self;
-        totals.sha256 = hex(hasher.finalize().as_slice());
+        totals.sha256 = hex(&hasher.finalize());
         let file = file.into_inner().map_err(|error| error.into_error());
         file.and_then(|file| file.sync_all()).map_err(CorpusError::io("write", &path))?;
         Ok(totals)
     }
-}
-
-pub(super) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

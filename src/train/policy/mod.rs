@@ -6,7 +6,7 @@ mod grpo;
 mod ppo;
 mod rounds;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
@@ -24,8 +24,8 @@ use super::progress::{Progress, Work};
 use super::reference;
 use super::run_dir::{Fingerprint, RunDir, State, read_accuracy};
 use super::settings::{CommonSettings, EvalStrategy, RunSettings, SCHEMA_REWARD, Task};
-use super::supervised::warned;
-use crate::data::{Dataset, Prompt, Prompts};
+use super::supervised::{judge as judge_rows, warned};
+use crate::data::{Dataset, Prompt, PromptSettings, Prompts};
 use crate::generate::{Sampling, Settings as Generation};
 use crate::model::{CacheType, Decoder, Worn};
 use crate::objectives::advantage::{RunningMoments, kl_k1};
@@ -116,17 +116,19 @@ impl Rollouts {
             );
             return Err(TrainError::Settings(fault));
         }
-        let load = |path: &Path| Prompts::load(path, &tokenizer, most - length, stop);
+        let reading = PromptSettings { max_length: most - length, allow: common.allow.clone() };
+        let load = |path: &Path| Prompts::load(path, &tokenizer, reading.clone(), stop);
         let given = !common.eval_data.as_os_str().is_empty();
         let (prompts, held_out, held_out_lines) = if strategy(&common) == EvalStrategy::No {
-            (load(&common.data)?, None, None)
+            (load(common.data_file())?, None, None)
         } else if given {
-            (load(&common.data)?, Some(load(&common.eval_data)?), None)
+            (load(common.data_file())?, Some(load(&common.eval_data)?), None)
         } else {
-            let split = Prompts::load_split(&common.data, &tokenizer, most - length, stop)?;
+            let split = Prompts::load_split(common.data_file(), &tokenizer, reading.clone(), stop)?;
             let lines = warned(&common, split.held_out.is_some(), split.held_out_lines);
             (split.train, split.held_out, lines)
         };
+        judge_rows(&prompts.diagnosis, common.data_file(), &common.allow)?;
         let (count, longest) = (prompts.prompts.len(), prompts.longest);
         eprintln!("data: {count} prompts, longest {longest} tokens");
 
@@ -153,6 +155,7 @@ impl Rollouts {
                 }
                 if !own.ptx_data.as_os_str().is_empty() {
                     let data = Dataset::load(&own.ptx_data, &tokenizer, most, stop)?;
+                    judge_rows(&data.diagnosis, &own.ptx_data, &common.allow)?;
                     prints.push(("the ptx data".into(), data.sha256.clone()));
                     let rounds = Rounds::new("ptx", common.seed, true, data.examples.len());
                     ptx = Some((data, rounds));
@@ -195,8 +198,9 @@ impl Rollouts {
                 unreachable!("they learn from rows as they are")
             }
         };
-        let held_out_file = if given { &common.eval_data } else { &common.data };
-        let files = [(&common.data, Some(&prompts)), (held_out_file, held_out.as_ref())];
+        let data_file = common.data_file();
+        let held_out_file = if given { &*common.eval_data } else { data_file };
+        let files = [(data_file, Some(&prompts)), (held_out_file, held_out.as_ref())];
         for (path, prompts) in files {
             for prompt in prompts.iter().flat_map(|prompts| &prompts.prompts) {
                 rewards.check(&prompt.row).map_err(|e| {
@@ -285,8 +289,8 @@ impl Rollouts {
         let longest = self.prompts.prompts.iter().map(|prompt| prompt.tokens.len()).max();
         let row = longest.unwrap_or(0) + response_length(&self.task);
         let size = self.common.per_device_train_batch_size;
-        let texts = self.ptx.iter().flat_map(|(data, _)| &data.examples);
-        let mut ptx: Vec<usize> = texts.map(|row| row.tokens.len()).collect();
+        let mut ptx: Vec<usize> =
+            self.ptx.iter().flat_map(|(data, _)| data.examples.lengths()).collect();
         ptx.sort_unstable_by_key(|&length| std::cmp::Reverse(length));
         (row * size).max(ptx.iter().take(size).sum())
     }
@@ -520,7 +524,7 @@ fn trusted(folder: &Path, least: f64) -> Result<(), TrainError> {
 /// response of `length` tokens.
 fn fits(
     model: &RewardModel,
-    files: &[(&PathBuf, Option<&Prompts>)],
+    files: &[(&Path, Option<&Prompts>)],
     length: usize,
 ) -> Result<(), TrainError> {
     let mut longest = (0, String::new());

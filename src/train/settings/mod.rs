@@ -4,13 +4,15 @@
 //! What all commands share is [`CommonSettings`]; each command adds its own. In a file they are one
 //! flat table.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use super::TrainError;
 use super::lora::path_and_weight;
 use super::memory::parse_bytes;
+use crate::data::doctor::Check;
+use crate::data::{AlpacaPrompt, DataFile};
 use crate::objectives::advantage::{KlEstimator, ScaleRewards};
 use crate::objectives::policy::LossForm;
 use crate::objectives::preference::PreferenceLoss;
@@ -104,9 +106,12 @@ settings! {
     CommonSettings, CommonFlags {
         /// The base: a GGUF file or a Hugging Face folder
         base: PathBuf = PathBuf::new(),
-        /// JSONL rows: sft learns `messages`, `prompt`/`completion`, `text` or `input_ids`; reward and
-        /// dpo compare `chosen`/`rejected` or ranked `responses`; ppo and grpo answer `prompt`s
-        data: PathBuf = PathBuf::new(),
+        /// Rows, JSONL or Parquet: sft learns `messages`, `conversations` (ShareGPT),
+        /// `instruction`/`output` (Alpaca), `prompt`/`completion`, `text` or `input_ids`; reward and dpo
+        /// compare `chosen`/`rejected` or ranked `responses`; ppo and grpo answer `prompt`s. sft takes
+        /// several files, PATH=WEIGHT for rows that come WEIGHT times in an epoch
+        #[arg(value_name = "PATH[=WEIGHT]")]
+        data: Vec<DataFile> = Vec::new(),
         /// Held-out rows; without, 1 in 10 of --data is held out when --eval-strategy asks
         eval_data: PathBuf = PathBuf::new(),
         /// The run directory
@@ -176,8 +181,17 @@ settings! {
         /// `messages`, `prompt`/`completion`, `input_ids` rows and dpo's responses are cut at their end;
         /// comparisons of reward that are longer are left out, prompts of ppo and grpo refused [default: 1024]
         max_length: usize = 1024,
+        /// A Jinja file in the place of the model's own chat template
+        chat_template: PathBuf = PathBuf::new(),
+        /// A variable of the chat template, as KEY=JSON: enable_thinking=false; may be given again
+        #[arg(value_name = "KEY=JSON")]
+        chat_template_kwargs: Vec<String> = Vec::new(),
         /// The day, YYYY-MM-DD, that a chat template with a date shows [default: the day the run begins]
         template_date: String = String::new(),
+        /// What may be wrong with rows, which `quantune data` names: it neither stops the run nor is
+        /// told; rows that cannot be read are left out
+        #[arg(value_delimiter = ',', value_name = "CHECK")]
+        allow: Vec<Check> = Vec::new(),
         /// Rows in the order of the file [default: false]
         #[arg(num_args = 0..=1, default_missing_value = "true")]
         no_shuffle: bool = false,
@@ -212,6 +226,14 @@ settings! {
         /// Whether several rows share a bin of max_length tokens [default: true]
         #[arg(num_args = 0..=1, default_missing_value = "true")]
         packing: bool = true,
+        /// How `instruction`, `input` and `output` are laid out: chat (the first two are what the user
+        /// says) or text (Alpaca's own prompt) [default: chat, or text where there is no chat template]
+        alpaca_prompt: Option<AlpacaPrompt> = None,
+        /// Size of a file, as 64MB, from which its tokens are kept on disk and not in memory, made once
+        /// for all runs with the same tokenizer, template and lengths [default: 64MB]
+        cache_from: String = "64MB".into(),
+        /// Where they are kept; to clear it, remove it [default: DIR/rows]
+        cache: PathBuf = PathBuf::new(),
     }
 }
 
@@ -510,6 +532,13 @@ impl RunSettings {
         for part in [toml::Table::try_from(&self.common), own] {
             table.extend(part.map_err(|e| TrainError::Settings(e.to_string()))?);
         }
+        // One file is a text, several are a list.
+        if let Some(toml::Value::Array(files)) = table.get("data")
+            && let [file] = &files[..]
+        {
+            let file = file.clone();
+            table.insert("data".into(), file);
+        }
         Ok(table)
     }
 
@@ -537,6 +566,9 @@ impl RunSettings {
         }
         all.extend(table);
         all.remove(Self::COMMAND);
+        if let Some(file @ toml::Value::String(_)) = all.get("data").cloned() {
+            all.insert("data".into(), toml::Value::Array(vec![file]));
+        }
         let is_common = |key: &String| CommonSettings::KEYS.contains(&key.as_str());
         let (common, own): (toml::Table, toml::Table) =
             all.into_iter().partition(|(key, _)| is_common(key));
@@ -575,13 +607,15 @@ impl RunSettings {
         let common = &mut settings.common;
         let mut paths = vec![
             &mut common.base,
-            &mut common.data,
             &mut common.eval_data,
             &mut common.adapter,
             &mut common.out,
+            &mut common.chat_template,
         ];
+        paths.extend(common.data.iter_mut().map(|file| &mut file.path));
         match &mut settings.task {
-            Task::Sft(_) | Task::Reward(_) => {}
+            Task::Sft(own) => paths.push(&mut own.cache),
+            Task::Reward(_) => {}
             Task::Dpo(own) => paths.push(&mut own.ref_adapter),
             Task::Ppo(own) => paths.extend([
                 &mut own.reward_adapter,
@@ -631,6 +665,7 @@ pub const FREE_ON_RESUME: &[&str] = &[
     "export_type",
     "dtype",
     "cache",
+    "cache_from",
 ];
 
 trait Empty {
@@ -658,6 +693,9 @@ empty! {
     Vec<String> => |list| list.is_empty();
     Vec<usize> => |list| list.is_empty();
     Vec<f64> => |list| list.is_empty();
+    Vec<DataFile> => |list| list.is_empty();
+    Vec<Check> => |list| list.is_empty();
+    Option<AlpacaPrompt> => |option| option.is_none();
     Option<EvalStrategy> => |option| option.is_none();
     Option<bool> => |option| option.is_none();
     String => |text| text.is_empty();
@@ -735,8 +773,15 @@ impl RunSettings {
     pub fn fault(&self) -> Option<String> {
         let mut faults = Faults::default();
         self.common.faults(&mut faults);
+        let plain = |files: &[DataFile]| files.len() < 2 && files.iter().all(|f| f.weight == 1.0);
+        let fault = "several --data, and weights of them, are of sft: needed one file";
+        let mixes = matches!(self.task, Task::Sft(_));
+        faults.check(mixes || plain(&self.common.data), fault.into());
         match &self.task {
             Task::Sft(own) => {
+                let size = &own.cache_from;
+                let fault = format!("cache_from is {size:?}, needed a size like 64MB or 1GiB");
+                faults.check(parse_bytes(size).is_some(), fault);
                 let steps = own.gradient_accumulation_steps as u64;
                 faults.counts([("gradient_accumulation_steps", steps)]);
             }
@@ -898,9 +943,15 @@ impl GrpoSettings {
 }
 
 impl CommonSettings {
+    /// The file of a command that takes one.
+    pub fn data_file(&self) -> &Path {
+        self.data.first().map_or(Path::new(""), |file| &file.path)
+    }
+
     fn faults(&self, faults: &mut Faults) {
-        for (name, path) in [("base", &self.base), ("data", &self.data), ("out", &self.out)] {
-            faults.check(!path.empty(), format!("--{name} is missing"));
+        let given = [("base", !self.base.empty()), ("data", !self.data.empty())];
+        for (name, given) in given.into_iter().chain([("out", !self.out.empty())]) {
+            faults.check(given, format!("--{name} is missing"));
         }
         faults.rates([
             ("learning_rate", self.learning_rate, f64::MAX),
@@ -965,7 +1016,7 @@ mod tests {
     fn settings_survive_the_file() {
         for command in Command::ALL {
             let mut settings = RunSettings::new(command);
-            settings.common.data = "a.jsonl".into();
+            settings.common.data = vec!["a.jsonl".into()];
             settings.common.target_modules = vec!["q_proj".into()];
             settings.common.eval_strategy = Some(EvalStrategy::Steps);
             settings.common.learning_rate = 3e-7;
@@ -973,6 +1024,14 @@ mod tests {
             let table: toml::Table = toml::from_str(&text).unwrap();
             assert_eq!(RunSettings::command_of(&table), Some(command));
             assert_eq!(RunSettings::from_table(command, table).unwrap(), settings);
+            assert!(text.contains("data = \"a.jsonl\""), "{text}");
+            settings.common.data.push("b.jsonl=0.5".parse().unwrap());
+            let table = toml::from_str(&toml::to_string(&settings.to_table().unwrap()).unwrap());
+            assert_eq!(RunSettings::from_table(command, table.unwrap()).unwrap(), settings);
+            assert_eq!(
+                settings.fault().unwrap().contains("several --data"),
+                command != Command::Sft
+            );
             assert!(!text.contains("exclude_modules"), "{text}");
         }
     }

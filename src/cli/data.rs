@@ -1,0 +1,200 @@
+//! `quantune data`: what a trainer would make of rows, before it does.
+
+use std::io::IsTerminal;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicBool;
+
+use anyhow::{Result, bail};
+use serde_json::{Map, Value, json};
+
+use super::{TemplateFlags, open_tokenizer, to_json};
+use crate::data::doctor::{Check, Diagnosis, Seen};
+use crate::data::{
+    AlpacaPrompt, ComparisonKind, ComparisonSettings, Comparisons, DataFile, Dataset, Dialect,
+    Example, Limits, LoadSettings, ModelLimits, WhenTooLong, first_dialect,
+};
+use crate::model::Config;
+use crate::text::Tokenizer;
+use crate::weights::Checkpoint;
+
+#[derive(Debug, clap::Args)]
+pub struct Data {
+    /// The base: a GGUF file or a Hugging Face folder; only its tokenizer and shape are read
+    #[arg(long)]
+    base: PathBuf,
+    /// Rows, JSONL or Parquet, of any kind that a trainer learns from; may be given again
+    #[arg(long, required = true, value_name = "PATH[=WEIGHT]")]
+    data: Vec<DataFile>,
+    /// Held-out rows, looked for among the others
+    #[arg(long)]
+    eval_data: Option<PathBuf>,
+    /// Tokens of an example, as the trainers' [default: 1024]
+    #[arg(long)]
+    max_length: Option<usize>,
+    /// How `instruction`, `input` and `output` are laid out: chat (the first two are what the user
+    /// says) or text (Alpaca's own prompt) [default: chat, or text where there is no chat template]
+    #[arg(long)]
+    alpaca_prompt: Option<AlpacaPrompt>,
+    #[command(flatten)]
+    template: TemplateFlags,
+    /// The day, YYYY-MM-DD, that a chat template with a date shows [default: today]
+    #[arg(long)]
+    template_date: Option<String>,
+    /// What may be wrong with rows, by the names that are told: no failure, and not told
+    #[arg(long, value_delimiter = ',', value_name = "CHECK")]
+    allow: Vec<Check>,
+    /// Show the first N rows as tokens, the learned ones coloured, or in brackets where there are no
+    /// colours
+    #[arg(long, value_name = "N")]
+    show_masks: Option<usize>,
+}
+
+/// What was found in a file.
+struct Looked {
+    path: PathBuf,
+    diagnosis: Diagnosis,
+    seen: Seen,
+    report: Value,
+    counts: String,
+}
+
+impl Data {
+    pub fn run(self, json: bool) -> Result<Value> {
+        let checkpoint = Checkpoint::open(&self.base)?;
+        let config = Config::read(&checkpoint)?;
+        let mut tokenizer = open_tokenizer(&checkpoint, self.template_date.as_deref())?;
+        self.template.change(&mut tokenizer)?;
+        let window = config.max_position_embeddings;
+        let limits = ModelLimits { window, vocab_size: config.vocab_size };
+
+        let files: Vec<&Path> = self.data.iter().map(|file| &*file.path).collect();
+        let mut looked = Vec::new();
+        for path in &files {
+            looked.push(self.look(path, &tokenizer, limits)?);
+            if let Some(count) = self.show_masks.filter(|_| !json) {
+                self.show(path, &tokenizer, limits, count)?;
+            }
+        }
+        if let Some(path) = &self.eval_data {
+            let mut held_out = self.look(path, &tokenizer, limits)?;
+            for file in &looked {
+                file.seen.again(&file.path, &held_out.seen, &mut held_out.diagnosis);
+            }
+            looked.push(held_out);
+        }
+        let mut faults = Vec::new();
+        for Looked { path, diagnosis, counts, .. } in &looked {
+            if !json {
+                crate::cli::say!("{}: {diagnosis}\n  {counts}", path.display());
+            }
+            diagnosis.warnings(path, &self.allow).iter().for_each(|w| eprintln!("warning: {w}"));
+            faults.extend(diagnosis.judge(path, &self.allow).err());
+        }
+        if json {
+            // What is wrong is told in the object too: it comes before the failure.
+            let files: Vec<Value> = looked.iter().map(Looked::json).collect::<Result<_>>()?;
+            let value = json!({ "files": files, "defects": faults.len() });
+            if !faults.is_empty() {
+                crate::cli::say!("{value}");
+            }
+            self.fail(faults)?;
+            return Ok(value);
+        }
+        self.fail(faults)?;
+        Ok(Value::Null)
+    }
+
+    fn fail(&self, faults: Vec<crate::data::DataError>) -> Result<()> {
+        let told: Vec<String> = faults.iter().map(ToString::to_string).collect();
+        if told.is_empty() { Ok(()) } else { bail!("{}", told.join("\n")) }
+    }
+
+    fn look(&self, path: &Path, tokenizer: &Tokenizer, model: ModelLimits) -> Result<Looked> {
+        let never = AtomicBool::new(false); // nothing is lost: Ctrl-C ends the process
+        let max_length = self.max_length.unwrap_or(1024).min(model.window);
+        let kind = match first_dialect(path)? {
+            Some(Dialect::Compared | Dialect::Ranked) => Some(ComparisonKind::Pairs),
+            Some(Dialect::Labelled) => Some(ComparisonKind::Labels),
+            Some(Dialect::Prompt) => bail!(
+                "{}: prompts alone have nothing to learn before they are answered; `ppo` and `grpo` \
+                 say what is wrong with them",
+                path.display()
+            ),
+            _ => None,
+        };
+        let path = path.to_path_buf();
+        if let Some(kind) = kind {
+            let settings = ComparisonSettings {
+                limits: Limits { max_length, when_long: WhenTooLong::Cut },
+                allow: self.allow.clone(),
+                model: Some(model),
+            };
+            let data = Comparisons::examine(&path, tokenizer, settings, kind, &never)?;
+            let (report, counts) = (to_json(&data.report)?, data.report.to_string());
+            let (diagnosis, seen) = (data.diagnosis, data.seen);
+            return Ok(Looked { path, diagnosis, seen, report, counts });
+        }
+        let settings = self.settings(max_length, model);
+        let data = Dataset::examine(&path, tokenizer, &settings, &never)?;
+        let (report, counts) = (to_json(&data.report)?, data.report.to_string());
+        Ok(Looked { path, diagnosis: data.diagnosis, seen: data.seen, report, counts })
+    }
+
+    fn settings(&self, max_length: usize, model: ModelLimits) -> LoadSettings {
+        LoadSettings {
+            max_length,
+            alpaca: self.alpaca_prompt,
+            allow: self.allow.clone(),
+            model: Some(model),
+            cache: None,
+            looks_only: true,
+        }
+    }
+
+    /// Shows the first rows as the trainer sees them.
+    fn show(
+        &self,
+        path: &Path,
+        tokenizer: &Tokenizer,
+        model: ModelLimits,
+        count: usize,
+    ) -> Result<()> {
+        let max_length = self.max_length.unwrap_or(1024).min(model.window);
+        let colours = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+        let settings = self.settings(max_length, model);
+        for example in Dataset::first(path, tokenizer, &settings, count)? {
+            crate::cli::say!("{}:{}:", path.display(), example.line);
+            crate::cli::say!("{}", painted(&example, tokenizer, colours)?);
+        }
+        Ok(())
+    }
+}
+
+impl Looked {
+    fn json(&self) -> Result<Value> {
+        let mut value = Map::new();
+        value.insert("path".into(), json!(self.path));
+        value.insert("report".into(), self.report.clone());
+        let Value::Object(diagnosis) = to_json(&self.diagnosis)? else { bail!("no object") };
+        value.extend(diagnosis);
+        Ok(Value::Object(value))
+    }
+}
+
+/// The text of a row, its learned stretches green or in brackets.
+fn painted(example: &Example, tokenizer: &Tokenizer, colours: bool) -> Result<String> {
+    let (open, close) = if colours { ("\u{1b}[32m", "\u{1b}[0m") } else { ("[[", "]]") };
+    let mut text = String::new();
+    let mut start = 0;
+    for stretch in example.learned.chunk_by(|a, b| a == b) {
+        let tokens = &example.tokens[start..start + stretch.len()];
+        start += stretch.len();
+        let piece = tokenizer.decode(tokens, false)?;
+        if stretch[0] {
+            text.extend([open, &piece, close]);
+        } else {
+            text.push_str(&piece);
+        }
+    }
+    Ok(text)
+}
