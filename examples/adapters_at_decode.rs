@@ -78,7 +78,7 @@ fn adapter(decoder: &Decoder, r: usize, seed: u64) -> Result<Adapter> {
         init_lora_weights: InitLoraWeights::Random,
         ..Default::default()
     };
-    let targets = resolve(&config, &decoder.linears(), None)?.targets;
+    let targets = resolve(&config, &decoder.linears(), Some("lm_head"))?.targets;
     let adapter = Adapter::new("a", config, &targets, seed, &Device::Cpu)?;
     for lora in adapter.modules.values() {
         lora.b.set(&(lora.b.as_tensor() * 0.1)?)?;

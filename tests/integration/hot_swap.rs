@@ -23,7 +23,7 @@ fn adapter(decoder: &Decoder, r: usize, seed: u64) -> Arc<Adapter> {
         init_lora_weights: InitLoraWeights::Random,
         ..Default::default()
     };
-    let targets = resolve(&config, &decoder.linears(), None).unwrap().targets;
+    let targets = resolve(&config, &decoder.linears(), Some("lm_head")).unwrap().targets;
     let device = candle_core::Device::Cpu;
     Arc::new(Adapter::new("a", config, &targets, seed, &device).unwrap())
 }
