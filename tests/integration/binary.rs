@@ -294,6 +294,7 @@ pub fn common_rows<'a>(
         &[("--eval-strategy", "epoch")],
         &[("--eval-data", held_out), ("--eval-strategy", "steps"), ("--eval-steps", "1")],
         &[("--adapter", adapter)],
+        &[("--frozen-adapter", adapter)],
         &[("--lora-alpha", "4")],
         &[("--lora-dropout", "0.5")],
         &[("--target-modules", "q_proj,v_proj")],
