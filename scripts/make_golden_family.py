@@ -38,8 +38,13 @@ def base(name, dtype=torch.float32):
 
 
 def lora_model(name, dtype=torch.float32, **config):
-    config = {"task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 5, "target_modules": LINEARS, **config}
+    config = {k: v for k, v in whole(config).items() if k != "peft_type"}
     return peft.get_peft_model(base(name, dtype), peft.LoraConfig(**config), autocast_adapter_dtype=False)
+
+
+def whole(config):
+    """The config with what lora_model adds, as ours reads it."""
+    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 5, "target_modules": LINEARS, **config}
 
 
 def randomize(model, seed):
@@ -149,7 +154,7 @@ def ten_steps(run, seed):
     noise = max(abs(a["loss"] - b["loss"]) for a, b in zip(steps, train(exact, args)))
     print(f"{run}: loss {steps[0]['loss']:.4f} -> {steps[-1]['loss']:.4f}, float32 noise {noise:.1e}")
     assert noise < 1e-5, run
-    record = {"base": name, "config": config, **args, "steps": steps}
+    record = {"base": name, "config": whole(config), **args, "steps": steps}
     if "modules_to_save" in config:
         record["squares"] = sums
     golden.write_json(folder / "run.json", record)

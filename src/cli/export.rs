@@ -58,14 +58,10 @@ impl Export {
     }
 
     /// Writes the adapter, reads it again, and compares what the base makes of both.
-    fn adapter(
-        &self,
-        base: &Checkpoint,
-        out: &Path,
-        json: bool,
-    ) -> Result<Value> {
+    fn adapter(&self, base: &Checkpoint, out: &Path, json: bool) -> Result<Value> {
         if self.adapter.len() > 1 && self.combining.combination_type.is_none() {
-            let text = "--adapter is given several times, needed --combination-type to make one of them";
+            let text =
+                "--adapter is given several times, needed --combination-type to make one of them";
             return Err(Usage(text.into()).into());
         }
         let decoder = Decoder::load(base, Compute::F32)?;

@@ -33,9 +33,7 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
-use quantune_adapters::combine::{
-    Combination, CombineError, MajoritySign, Masks, Method, combine,
-};
+use quantune_adapters::combine::{Combination, CombineError, MajoritySign, Masks, Method, combine};
 use serde_json::{Value, json};
 
 use crate::export::lora;

@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::Device;
 use quantune_adapters::base::BaseRows;
 use quantune_adapters::config::{HEAD, InitLoraWeights, LoraConfig, Modules};
 use quantune_adapters::delta::Adapter;
@@ -39,22 +38,6 @@ pub fn begin_adapter(settings: &CommonSettings, decoder: &Decoder) -> Result<Ada
         initialize::begin("default", config, &linears, Some(HEAD), bases, seed)?;
     for unmatched in &unmatched {
         eprintln!("warning: {unmatched}");
-    }
-    Ok(adapter)
-}
-
-/// The adapter of a checkpoint, as the one that `settings` began: a file does not tell which ranks are
-/// held.
-pub fn resume_adapter(
-    settings: &CommonSettings,
-    folder: &Path,
-    decoder: &Decoder,
-) -> Result<Adapter, TrainError> {
-    let mut adapter = read_adapter(folder, decoder)?;
-    let init = InitLoraWeights::from_name(&settings.init_lora_weights);
-    let holds = matches!(init, Some(InitLoraWeights::Pissa { .. } | InitLoraWeights::Olora));
-    for lora in adapter.modules.values_mut().filter(|_| holds) {
-        lora.held = lora.r() / 2;
     }
     Ok(adapter)
 }
@@ -149,7 +132,8 @@ fn lora_config(settings: &CommonSettings) -> Result<LoraConfig, TrainError> {
     }
     let scores = |name: &&String| matches!(name.as_str(), "score" | "classifier");
     if let Some(name) = settings.modules_to_save.iter().find(scores) {
-        let fault = format!("modules_to_save {name:?}: needed embed_tokens or lm_head; reward makes");
+        let fault =
+            format!("modules_to_save {name:?}: needed embed_tokens or lm_head; reward makes");
         return Err(TrainError::Settings(format!("{fault} a score head by itself")));
     }
     let layers = &settings.layers_to_transform;

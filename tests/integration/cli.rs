@@ -39,7 +39,7 @@ fn every_flag_of_sft_changes_something() {
         vec![("--gradient-accumulation-steps", "2")],
         vec![("--packing", "false")],
     ]);
-    let tested_apart = &["--resume"]; // resume_goes_on_with_the_next_step
+    let tested_apart = &["--loftq-base", "--resume"]; // resume_goes_on_with_the_next_step
     every_flag(&["sft"], base_args, &table, tested_apart, &lab);
 }
 

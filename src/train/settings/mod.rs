@@ -673,6 +673,7 @@ empty! {
     PathBuf => |path| path.as_os_str().is_empty();
     Vec<String> => |list| list.is_empty();
     Vec<usize> => |list| list.is_empty();
+    Vec<u32> => |list| list.is_empty();
     Vec<f64> => |list| list.is_empty();
     Option<EvalStrategy> => |option| option.is_none();
     Option<bool> => |option| option.is_none();
