@@ -1,6 +1,7 @@
 //! The weight that an update sits on, read a few rows at a time: what the family needs of a base.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 /// A frozen weight `W (rows, cols)`, `y = W x`, in whatever type it lies.
 pub trait BaseRows: Sync {
@@ -15,4 +16,18 @@ pub trait BaseRows: Sync {
     /// # Panics
     /// If the rows leave the weight or `out` has another size.
     fn read(&self, rows: Range<usize>, out: &mut [f32]);
+}
+
+impl<T: BaseRows + Send> BaseRows for Arc<T> {
+    fn rows(&self) -> usize {
+        (**self).rows()
+    }
+
+    fn cols(&self) -> usize {
+        (**self).cols()
+    }
+
+    fn read(&self, rows: Range<usize>, out: &mut [f32]) {
+        (**self).read(rows, out);
+    }
 }

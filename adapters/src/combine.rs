@@ -89,6 +89,11 @@ impl Method {
         matches!(self, Self::Ties | Self::TiesSvd | Self::DareTies | Self::DareTiesSvd)
     }
 
+    /// Whether numbers are dropped at random.
+    pub fn is_random(self) -> bool {
+        self.pruning() == Pruning::Random
+    }
+
     /// Whether whole updates are combined.
     fn is_svd(self) -> bool {
         self.name().ends_with("svd")

@@ -87,7 +87,7 @@ pub struct LoraConfig {
 /// The head of a sequence classifier, in transformers' models for most families.
 pub const SCORE: &str = "score";
 /// What PEFT lists beside it for every sequence classifier.
-const CLASSIFIER: &str = "classifier";
+pub(crate) const CLASSIFIER: &str = "classifier";
 /// The token embedding's module path.
 pub const EMBEDDING: &str = "model.embed_tokens";
 /// The output head's module path.

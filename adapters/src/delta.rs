@@ -8,7 +8,7 @@ use candle_core::{Device, Result, Tensor, Var};
 use rayon::prelude::*;
 
 use crate::base::BaseRows;
-use crate::config::{ConfigError, EMBEDDING, InitLoraWeights, LoraConfig, SCORE};
+use crate::config::{CLASSIFIER, ConfigError, EMBEDDING, InitLoraWeights, LoraConfig, SCORE};
 use crate::decode::{DecodeForm, Forms, Stored};
 use crate::rng::Stream;
 use crate::targets::{Target, TargetError};
@@ -371,7 +371,8 @@ impl Adapter {
         let values: Vec<f32> = (0..hidden_size).map(|_| stream.normal() * deviation).collect();
         self.score = Some(Var::from_vec(values, (1, hidden_size), &Device::Cpu)?);
         self.config.task_type = Some("SEQ_CLS".into());
-        self.config.modules_to_save = vec![SCORE.into()];
+        self.config.modules_to_save.retain(|module| ![SCORE, CLASSIFIER].contains(&&**module));
+        self.config.modules_to_save.push(SCORE.into());
         Ok(())
     }
 
@@ -379,7 +380,7 @@ impl Adapter {
     pub fn remove_score(&mut self) {
         self.score = None;
         self.config.task_type = Some("CAUSAL_LM".into());
-        self.config.modules_to_save.clear();
+        self.config.modules_to_save.retain(|module| ![SCORE, CLASSIFIER].contains(&&**module));
     }
 
     /// The same numbers in tensors of its own: a start for another adapter.

@@ -216,6 +216,11 @@ impl Start<'_, '_> {
                 let (rows, cols) = (base.rows(), base.cols());
                 let made = Dense { values: &lost, rows, cols }.leading(*r);
                 let mut made = made.map_err(|_| InitError::Stuck(spec.name.clone()))?;
+                if made.s.iter().all(|s| *s == 0.0) {
+                    // Nothing was lost, and factors of zeros would never learn.
+                    let init = &InitLoraWeights::KaimingUniform;
+                    return Ok((spec.name.clone(), drawn(init, target, self.seed, &Device::Cpu)?));
+                }
                 if spec.embedding {
                     std::mem::swap(&mut made.u, &mut made.v);
                 }

@@ -7,6 +7,7 @@ use anyhow::{Result, bail};
 use quantune_adapters::format;
 use serde_json::{Value, json};
 
+use super::combining::Combining;
 use super::{AdapterArg, Usage, load_adapters, open_tokenizer, to_json};
 use crate::export::{lora, modelfile, types, verify};
 use crate::model::{Decoder, Worn};
@@ -19,9 +20,11 @@ pub struct Export {
     /// The base: a GGUF file or a Hugging Face folder
     #[arg(long)]
     base: PathBuf,
-    /// The adapter: a PEFT folder or a GGUF LoRA, PATH or PATH=WEIGHT
+    /// The adapter: a PEFT folder or a GGUF LoRA, PATH or PATH=WEIGHT; several with --combination-type
     #[arg(long, requires = "out")]
-    adapter: Option<AdapterArg>,
+    adapter: Vec<AdapterArg>,
+    #[command(flatten)]
+    combining: Combining,
     /// What to write of it: a file that ends in .gguf for llama.cpp and Ollama, or a PEFT folder
     #[arg(long, requires = "adapter", required_unless_present = "modelfile")]
     out: Option<PathBuf>,
@@ -37,8 +40,8 @@ impl Export {
     pub fn run(self, json: bool) -> Result<Value> {
         let base = Checkpoint::open(&self.base)?;
         let mut value = json!({});
-        if let (Some(adapter), Some(out)) = (&self.adapter, &self.out) {
-            value = self.adapter(&base, adapter, out, json)?;
+        if let Some(out) = &self.out {
+            value = self.adapter(&base, out, json)?;
         }
         if let Some(path) = &self.modelfile {
             let tokenizer = open_tokenizer(&base, None)?;
@@ -56,15 +59,14 @@ impl Export {
     }
 
     /// Writes the adapter, reads it again, and compares what the base makes of both.
-    fn adapter(
-        &self,
-        base: &Checkpoint,
-        adapter: &AdapterArg,
-        out: &Path,
-        json: bool,
-    ) -> Result<Value> {
+    fn adapter(&self, base: &Checkpoint, out: &Path, json: bool) -> Result<Value> {
+        if self.adapter.len() > 1 && self.combining.combination_type.is_none() {
+            let text =
+                "--adapter is given several times, needed --combination-type to make one of them";
+            return Err(Usage(text.into()).into());
+        }
         let decoder = Decoder::load(base, Compute::F32)?;
-        let worn = load_adapters(std::slice::from_ref(adapter), &decoder)?;
+        let worn = self.combining.combine(load_adapters(&self.adapter, &decoder)?)?;
         let is_gguf = out.extension().is_some_and(|of| of.eq_ignore_ascii_case("gguf"));
         let dtype = self.dtype.unwrap_or(BlockType::F32);
         let bytes = if is_gguf {
@@ -75,8 +77,8 @@ impl Export {
                 let text = "--type is for a GGUF LoRA, and --out is a folder, which holds F32";
                 return Err(Usage(text.into()).into());
             }
-            if adapter.weight != 1.0 {
-                bail!("a PEFT folder has no place for the weight {}", adapter.weight);
+            if worn[0].weight != 1.0 {
+                bail!("a PEFT folder has no place for the weight {}", worn[0].weight);
             }
             format::write_folder(&worn[0].adapter, out)?;
             std::fs::metadata(out.join(format::TENSORS_FILE))?.len()

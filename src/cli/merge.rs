@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
+use super::combining::Combining;
 use super::{AdapterArg, Usage, load_adapters, open_tokenizer, read_text, to_json};
 use crate::export::{
     Bounds, FileType, Importance, Recipe, Source, Written, bill, imatrix, types, verify,
@@ -24,6 +25,8 @@ pub struct Merge {
     /// A PEFT adapter folder or a GGUF LoRA, PATH or PATH=WEIGHT; may be given again
     #[arg(long, required = true)]
     adapter: Vec<AdapterArg>,
+    #[command(flatten)]
+    combining: Combining,
     /// What to write: a file that ends in .gguf, or a Hugging Face folder
     #[arg(long)]
     out: PathBuf,
@@ -155,7 +158,7 @@ impl Merge {
     pub fn run(self, json: bool) -> Result<Value> {
         let base = Checkpoint::open(&self.base)?;
         let decoder = Decoder::load(&base, Compute::F32)?;
-        let worn = load_adapters(&self.adapter, &decoder)?;
+        let worn = self.combining.combine(load_adapters(&self.adapter, &decoder)?)?;
         drop(decoder);
         let source = Source::open(&base, &worn)?;
         let file_type = self.file_type.unwrap_or_else(|| own_type(&source));

@@ -16,6 +16,7 @@ use say;
 
 mod best_of;
 mod chat;
+mod combining;
 mod data;
 mod eval;
 mod export;

@@ -297,6 +297,18 @@ impl Decoder {
             .collect()
     }
 
+    /// The frozen weight of a module of [`Decoder::linears`]; a head that is the embedding has its.
+    pub fn linear_weight(&self, module: &str) -> Option<Arc<FrozenMatrix>> {
+        match module {
+            EMBEDDING => Some(self.embedding.clone()),
+            HEAD => Some(self.head.clone()),
+            _ => {
+                let mut linears = self.layers.iter().flat_map(Layer::linears);
+                linears.find(|linear| linear.name == module).map(|linear| linear.weight.clone())
+            }
+        }
+    }
+
     /// The lowest layer that a trainable adapter sits on, and where in it: nothing below needs a
     /// gradient.
     pub fn lowest_trainable(&self, adapters: Adapters) -> Option<(usize, Group)> {

@@ -225,7 +225,11 @@ pub fn train(
     let dropout = (common.lora_dropout, common.seed);
     let adamw = optimizer_settings(common);
     let learner = Learner::new(&decoder, adapters.clone(), adamw, common.max_grad_norm, dropout)?;
-    let learner = learner.on_top_of(&below);
+    let mut learner = learner.on_top_of(&below);
+    if common.loraplus_lr_ratio != 1.0 {
+        let of_embedding = common.loraplus_lr_embedding / common.learning_rate;
+        learner = learner.with_lora_plus(common.loraplus_lr_ratio, of_embedding);
+    }
     let mut course = FineTuning { source, learner, names };
 
     // Where it stands.

@@ -3,15 +3,17 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::Device;
-use quantune_adapters::config::{InitLoraWeights, LoraConfig, Modules};
+use quantune_adapters::base::BaseRows;
+use quantune_adapters::config::{HEAD, InitLoraWeights, LoraConfig, Modules};
 use quantune_adapters::delta::Adapter;
-use quantune_adapters::targets;
+use quantune_adapters::initialize::{self, Bases};
 
 use super::TrainError;
 use super::settings::CommonSettings;
 use crate::export::lora::open_adapter;
 use crate::model::{Decoder, Worn};
+use crate::ops::Compute;
+use crate::weights::Checkpoint;
 
 /// The adapter that `settings` begin with: fresh, or the one they go on from.
 pub fn begin_adapter(settings: &CommonSettings, decoder: &Decoder) -> Result<Adapter, TrainError> {
@@ -21,13 +23,23 @@ pub fn begin_adapter(settings: &CommonSettings, decoder: &Decoder) -> Result<Ada
         return Ok(adapter);
     }
     let config = lora_config(settings)?;
-    config.validate()?;
-    let resolved = targets::resolve(&config, &decoder.linears(), Some("lm_head"))?;
-    for unmatched in &resolved.unmatched {
+    let original = match settings.loftq_base.as_os_str().is_empty() {
+        true => None,
+        false => Some(Decoder::load(&Checkpoint::open(&settings.loftq_base)?, Compute::F32)?),
+    };
+    let weights = |decoder: &Decoder, module: &str| -> Option<Box<dyn BaseRows>> {
+        decoder.linear_weight(module).map(|weight| Box::new(weight) as Box<dyn BaseRows>)
+    };
+    let base = |module: &str| weights(decoder, module);
+    let of_original = |module: &str| original.as_ref().and_then(|of| weights(of, module));
+    let bases = Bases { base: &base, original: original.is_some().then_some(&of_original as _) };
+    let (linears, seed) = (decoder.linears(), settings.seed);
+    let (adapter, unmatched) =
+        initialize::begin("default", config, &linears, Some(HEAD), bases, seed)?;
+    for unmatched in &unmatched {
         eprintln!("warning: {unmatched}");
     }
-    let seed = settings.seed;
-    Ok(Adapter::new("default", config, &resolved.targets, seed, &Device::Cpu)?)
+    Ok(adapter)
 }
 
 /// An adapter for this base, from a PEFT folder or a GGUF LoRA.
@@ -104,15 +116,26 @@ fn lora_config(settings: &CommonSettings) -> Result<LoraConfig, TrainError> {
         let fault = format!("rank_pattern {pattern:?} is {r}, needed a whole number above 0");
         return Err(TrainError::Settings(fault));
     }
-    let init_lora_weights = match settings.init_lora_weights.as_str() {
-        "true" => InitLoraWeights::KaimingUniform,
-        "false" => InitLoraWeights::Random,
-        "gaussian" => InitLoraWeights::Gaussian,
-        other => {
-            let fault = format!("init_lora_weights is {other:?}, needed true, false or gaussian");
-            return Err(TrainError::Settings(fault));
-        }
+    let asked = &settings.init_lora_weights;
+    let Some(init_lora_weights) = InitLoraWeights::from_name(asked) else {
+        let needed = "true, false, gaussian, pissa, pissa_niter_N, olora or loftq";
+        let fault = format!("init_lora_weights is {asked:?}, needed {needed}");
+        return Err(TrainError::Settings(fault));
     };
+    let is_loftq = init_lora_weights == InitLoraWeights::Loftq;
+    if is_loftq == settings.loftq_base.as_os_str().is_empty() {
+        let fault = match is_loftq {
+            true => "init_lora_weights loftq needs loftq_base, the base before its quantization",
+            false => "loftq_base is for init_lora_weights loftq",
+        };
+        return Err(TrainError::Settings(fault.into()));
+    }
+    let scores = |name: &&String| matches!(name.as_str(), "score" | "classifier");
+    if let Some(name) = settings.modules_to_save.iter().find(scores) {
+        let fault =
+            format!("modules_to_save {name:?}: needed embed_tokens or lm_head; reward makes");
+        return Err(TrainError::Settings(format!("{fault} a score head by itself")));
+    }
     let layers = &settings.layers_to_transform;
     Ok(LoraConfig {
         task_type: Some("CAUSAL_LM".into()),
@@ -127,6 +150,9 @@ fn lora_config(settings: &CommonSettings) -> Result<LoraConfig, TrainError> {
         layers_to_transform: (!layers.is_empty()).then(|| layers.clone()),
         layers_pattern: settings.layers_pattern.clone(),
         use_rslora: settings.use_rslora,
+        use_dora: settings.use_dora,
+        modules_to_save: settings.modules_to_save.clone(),
+        trainable_token_indices: settings.trainable_token_indices.clone(),
         init_lora_weights,
         inference_mode: true, // PEFT loads what is finished as frozen unless told otherwise
         ..LoraConfig::default()

@@ -44,7 +44,7 @@ fn every_flag_of_sft_changes_something() {
         vec![("--cache-from", "1"), ("--cache", "OUT/elsewhere")],
     ]);
     // resume_goes_on_with_the_next_step, rows_that_teach_wrong_stop_a_run_unless_they_may
-    let tested_apart = &["--resume", "--allow"];
+    let tested_apart = &["--resume", "--allow", "--loftq-base"];
     every_flag(&["sft"], base_args, &table, tested_apart, &lab);
 }
 

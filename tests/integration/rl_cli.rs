@@ -96,7 +96,7 @@ fn every_flag_of_reward_changes_something() {
         vec![("--gradient-accumulation-steps", "3")],
         vec![("--center-rewards-coefficient", "0.1")],
     ]);
-    let tested_apart = &["--resume", "--allow"]; // killed_runs_go_on_to_the_same_bytes
+    let tested_apart = &["--resume", "--allow", "--loftq-base"]; // killed_runs_go_on_to_the_same_bytes
     every_flag(&["reward"], base_args, &table, tested_apart, &lab);
 }
 
@@ -131,7 +131,7 @@ fn every_flag_of_dpo_changes_something() {
         [&kto[..], &[("--desirable-weight", "2")]].concat(),
         [&kto[..], &[("--undesirable-weight", "2")]].concat(),
     ]);
-    let tested_apart = &["--resume", "--allow"]; // killed_runs_go_on_to_the_same_bytes
+    let tested_apart = &["--resume", "--allow", "--loftq-base"]; // killed_runs_go_on_to_the_same_bytes
     every_flag(&["dpo"], base_args, &table, tested_apart, &lab);
 }
 

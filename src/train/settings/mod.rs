@@ -149,8 +149,24 @@ settings! {
         /// Scale by lora_alpha / sqrt(r) (rsLoRA) [default: false]
         #[arg(num_args = 0..=1, default_missing_value = "true")]
         use_rslora: bool = false,
-        /// How the adapter begins: true (A random, B zero), false (both random) or gaussian [default: true]
+        /// Give each row of a merged weight a length of its own (DoRA) [default: false]
+        #[arg(num_args = 0..=1, default_missing_value = "true")]
+        use_dora: bool = false,
+        /// How the adapter begins: true (A random, B zero), false (both random), gaussian, or of the
+        /// base: pissa, pissa_niter_N, olora, loftq [default: true]
         init_lora_weights: String = "true".into(),
+        /// The base before its quantization, which loftq begins from
+        loftq_base: PathBuf = PathBuf::new(),
+        /// Modules trained whole beside the updates: embed_tokens, lm_head
+        #[arg(value_delimiter = ',', num_args = 1..)]
+        modules_to_save: Vec<String> = Vec::new(),
+        /// Tokens whose embeddings are trained
+        #[arg(value_delimiter = ',', num_args = 1..)]
+        trainable_token_indices: Vec<u32> = Vec::new(),
+        /// What B learns faster than A (LoRA+); 1 is as fast [default: 1]
+        loraplus_lr_ratio: f64 = 1.0,
+        /// Learning rate of updates of the embedding, with loraplus_lr_ratio [default: 1e-6]
+        loraplus_lr_embedding: f64 = 1e-6,
 
         /// Highest learning rate [default: sft 2e-4, reward 1e-4, dpo 2e-5, ppo and grpo 1e-5]
         learning_rate: f64 = 2e-4,
@@ -692,6 +708,7 @@ empty! {
     PathBuf => |path| path.as_os_str().is_empty();
     Vec<String> => |list| list.is_empty();
     Vec<usize> => |list| list.is_empty();
+    Vec<u32> => |list| list.is_empty();
     Vec<f64> => |list| list.is_empty();
     Vec<DataFile> => |list| list.is_empty();
     Vec<Check> => |list| list.is_empty();
@@ -961,6 +978,13 @@ impl CommonSettings {
             ("num_train_epochs", self.num_train_epochs, 1e5),
             ("warmup_ratio", self.warmup_ratio, 1.0),
         ]);
+        let ratio = self.loraplus_lr_ratio;
+        let fine = ratio.is_finite() && ratio > 0.0;
+        faults.check(fine, format!("loraplus_lr_ratio is {ratio}, needed more than 0"));
+        faults.rates([("loraplus_lr_embedding", self.loraplus_lr_embedding, f64::MAX)]);
+        let own = self.loraplus_lr_embedding != Self::default().loraplus_lr_embedding;
+        let fault = "loraplus_lr_embedding is given, but loraplus_lr_ratio is 1: no LoRA+".into();
+        faults.check(!own || ratio != 1.0, fault);
         for (name, beta) in [("adam_beta1", self.adam_beta1), ("adam_beta2", self.adam_beta2)] {
             faults.check((0.0..1.0).contains(&beta), format!("{name} is {beta}, needed in [0, 1)"));
         }
@@ -987,7 +1011,14 @@ impl CommonSettings {
                 ("layers_to_transform", self.layers_to_transform != plain.layers_to_transform),
                 ("layers_pattern", self.layers_pattern != plain.layers_pattern),
                 ("use_rslora", self.use_rslora != plain.use_rslora),
+                ("use_dora", self.use_dora != plain.use_dora),
                 ("init_lora_weights", self.init_lora_weights != plain.init_lora_weights),
+                ("loftq_base", self.loftq_base != plain.loftq_base),
+                ("modules_to_save", self.modules_to_save != plain.modules_to_save),
+                (
+                    "trainable_token_indices",
+                    self.trainable_token_indices != plain.trainable_token_indices,
+                ),
             ];
             for (name, _) in own.iter().filter(|(_, set)| *set) {
                 faults.check(
