@@ -199,7 +199,7 @@ fn every_flag_changes_something() {
 #[test]
 fn faults_are_sentences() {
     let lab = Lab::new();
-    let (base, other) = (base(), model_path("qwen2-tiny").display().to_string());
+    let (base, other) = (base(), model_path("llama-k").display().to_string());
     let named = format!("voice={}", adapter());
     let nowhere = lab.path("nowhere");
     let load = format!("/load a={nowhere}");
