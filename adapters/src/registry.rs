@@ -6,6 +6,8 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
+use candle_core::Var;
+
 use crate::delta::Adapter;
 use crate::targets::LinearSpec;
 
@@ -66,6 +68,14 @@ pub enum RegistryError {
         name: String,
         /// The first module that does not fit.
         reason: String,
+    },
+    /// An adapter that would make nonsense of every row it is worn on.
+    #[error("adapter {name:?} has numbers that are not finite, in {module}: it is broken")]
+    Broken {
+        /// The adapter.
+        name: String,
+        /// The first such module.
+        module: String,
     },
     /// A bound would be passed.
     #[error("adapter {name:?} does not fit: {needed} {what} with it, the registry holds {most}")]
@@ -154,6 +164,13 @@ impl Registry {
             return Err(RegistryError::Name(name.into()));
         }
         self.check_base(name, &adapter)?;
+        let broken = adapter
+            .modules
+            .iter()
+            .find(|(_, lora)| ![&lora.a, &lora.b].into_iter().all(|var| is_finite(var)));
+        if let Some((module, _)) = broken {
+            return Err(RegistryError::Broken { name: name.into(), module: module.clone() });
+        }
         let mut adapters = self.adapters.write().unwrap_or_else(PoisonError::into_inner);
         may(&adapters)?;
         let others = || adapters.iter().filter(|(other, _)| *other != name);
@@ -192,6 +209,12 @@ impl Registry {
 
 fn unknown(name: &str, adapters: &BTreeMap<String, Arc<Adapter>>) -> RegistryError {
     RegistryError::Unknown { name: name.into(), known: adapters.keys().cloned().collect() }
+}
+
+/// Whether all numbers are there and none is NaN or infinite.
+fn is_finite(var: &Var) -> bool {
+    let values = var.as_detached_tensor().flatten_all().and_then(|t| t.to_vec1::<f32>());
+    values.is_ok_and(|values| values.iter().all(|x| x.is_finite()))
 }
 
 /// Bytes of an adapter's numbers, which are F32.
@@ -278,6 +301,13 @@ mod tests {
         check(
             registry.replace("a", adapter("other", "q", 9, 1)).map(|_| ()),
             "adapter \"a\" is for another base: q is (9, 8), needed (8, 8)",
+        );
+        let broken = adapter("broken", "q", 8, 1);
+        let b = &broken.modules["q"].b;
+        b.set(&(b.ones_like().unwrap() / 0.0).unwrap()).unwrap();
+        check(
+            registry.replace("a", broken).map(|_| ()),
+            "adapter \"a\" has numbers that are not finite, in q: it is broken",
         );
         for name in ["", "a b", "a=b", "off"] {
             let refused = registry.insert(name, one());

@@ -256,8 +256,9 @@ pub enum GenerateError {
 /// submitted one after the other are a group, whose prompt is read once.
 ///
 /// What a row gets depends on its own job, never on `slots` or on the other rows; only a prefix that
-/// is taken over was rounded otherwise in the integer modes than a prompt that is read. A job holds
-/// its adapters until it ends. Memory: the caches of at most `slots` rows and of waiting prompts of
+/// is taken over was rounded otherwise in the integer modes than a prompt that is read, and an
+/// adapter with numbers that are not finite spoils the prompts that are read with its own (a registry
+/// refuses such adapters). A job holds its adapters until it ends. Memory: the caches of at most `slots` rows and of waiting prompts of
 /// 512 tokens (or a longer one), a row of logits for each, and the activations of at most 512 tokens
 /// (or of one a row). Nothing is learned from: adapters count alike, trainable or not.
 #[derive(Debug)]

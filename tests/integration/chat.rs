@@ -9,7 +9,6 @@ use std::process::{Command, Output, Stdio};
 use serde_json::{Value, json};
 
 use crate::binary::{Lab, adapter, base, error, quantune, strings};
-use crate::support::model_path;
 
 /// Runs a chat over some lines.
 fn chat(args: &[&str], lines: &[&str]) -> Output {
@@ -199,7 +198,12 @@ fn every_flag_changes_something() {
 #[test]
 fn faults_are_sentences() {
     let lab = Lab::new();
-    let (base, other) = (base(), model_path("llama-k").display().to_string());
+    // Another base, with one layer less than the adapter sits on.
+    let (base, other) = (base(), lab.dated_base());
+    let config = Path::new(&other).join("config.json");
+    let mut value: Value = serde_json::from_slice(&fs::read(&config).unwrap()).unwrap();
+    value["num_hidden_layers"] = json!(1);
+    fs::write(&config, value.to_string()).unwrap();
     let named = format!("voice={}", adapter());
     let nowhere = lab.path("nowhere");
     let load = format!("/load a={nowhere}");
@@ -229,7 +233,7 @@ fn faults_are_sentences() {
     worn(&["/adapter other"], "no adapter is called \"other\", loaded are voice");
     let again = format!("/load {named}");
     worn(&[&again], "an adapter is called \"voice\" already");
-    check(&["--base", &other, "--adapter", &named], &[], "voice");
+    check(&["--base", &other, "--adapter", &named], &[], "does not fit this base");
     check(&["--base", &base, "--adapter", &adapter()], &[], "NAME=PATH");
     check(&["--base", &base, "--raw"], &["/system a"], "no system message");
     check(&["--base", &base, "--raw"], &[""], "no text to go on from");
