@@ -23,8 +23,8 @@
 //! - [`ops`]: differentiable operations, a file each. Do not know that there is a model.
 //! - [`weights`]: GGUF and safetensors files to named tensors. Does not know what a name means.
 //! - [`text`]: tokenizer and chat template. Does not know what is learned.
-//! - [`data`]: rows to tokens, loss masks and batches; mixtures of texts to shards and rows. Does not
-//!   know that there is a model.
+//! - [`data`]: rows to tokens, loss masks and batches, and what is wrong with them; mixtures of texts to
+//!   shards and rows. Does not know that there is a model.
 //! - [`model`]: the decoder, its config, KV cache and loading; the same decoder with weights that all
 //!   train. Does not know about objectives.
 //! - [`generate`]: sampling and decoding. Does not know about training.

@@ -18,7 +18,7 @@ use serde_json::Value;
 use self::command::Command;
 use self::input::{Input, Line};
 use self::session::Session;
-use super::{AdapterArg, open_tokenizer};
+use super::{AdapterArg, TemplateFlags, open_tokenizer};
 use crate::generate::Sampling;
 use crate::model::{CacheType, Decoder};
 use crate::ops::Compute;
@@ -68,6 +68,8 @@ pub struct Chat {
     /// f32 where --compute is f32 or portable]
     #[arg(long)]
     cache_type: Option<CacheType>,
+    #[command(flatten)]
+    template: TemplateFlags,
     /// The day, YYYY-MM-DD, that a chat template with a date shows [default: today]
     #[arg(long, conflicts_with = "raw")]
     template_date: Option<String>,
@@ -119,7 +121,8 @@ impl Chat {
         sampling.check()?;
         let checkpoint = Checkpoint::open(&self.base)?;
         let decoder = Decoder::load(&checkpoint, self.compute.unwrap_or_default())?;
-        let tokenizer = open_tokenizer(&checkpoint, self.template_date.as_deref())?;
+        let mut tokenizer = open_tokenizer(&checkpoint, self.template_date.as_deref())?;
+        self.template.change(&mut tokenizer)?;
         if !self.raw && tokenizer.chat_template().is_none() {
             bail!(
                 "{}: this base has no chat template; with --raw it goes on from what is typed",

@@ -347,9 +347,12 @@ impl Normalized {
 
     fn messages(&mut self, messages: &[Message]) {
         for message in messages {
-            self.text(&message.value.to_string());
-            // A text that is all escapes away from another is another.
+            self.text(&message.role);
             self.text(message.value["content"].as_str().unwrap_or_default());
+            let fields = message.value.as_object().into_iter().flatten();
+            for (key, value) in fields.filter(|(key, _)| *key != "role" && *key != "content") {
+                self.text(&format!("{key}: {value}"));
+            }
         }
     }
 

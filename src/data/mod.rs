@@ -1,13 +1,17 @@
 //! Rows to tokens, loss masks and batches.
 //!
-//! A file is read line by line ([`Row`]), each row becomes tokens of which some are learned
-//! ([`Example`]), and an epoch is an order of bins of examples ([`EpochPlan`]) that a step lays end
-//! to end ([`Batch`]). Nothing is padded. Rows of preference and reinforcement learning are
-//! [`Comparisons`] of responses and [`Prompts`]. What comes out depends on the file, the tokenizer, the
-//! settings, the seed and the epoch alone, so (epoch, step) is the whole cursor of a run. What a model
-//! is pretrained on is too large to be held: [`corpus`] keeps it on disk.
+//! A file, JSONL or Parquet, is read line by line ([`Row`], of one [`Dialect`] a file), and each row
+//! becomes tokens of which some are learned ([`Example`]); what would teach nothing or teach wrong is
+//! found on the way ([`doctor`]). [`Examples`] lie in memory, those of a large file on disk, made once.
+//! Several files with weights are a mixture ([`epoch_examples`]). An epoch is an order of bins of
+//! examples ([`EpochPlan`]) that a step lays end to end ([`Batch`]); nothing is padded. Rows of
+//! preference and reinforcement learning are [`Comparisons`] of responses and [`Prompts`]. What comes
+//! out depends on the files, the tokenizer, the settings, the seed and the epoch alone, so (epoch, step)
+//! is the whole cursor of a run. What a model is pretrained on is too large to be held: [`corpus`] keeps
+//! it on disk.
 //!
-//! This room does not know that there is a model.
+//! This room does not know that there is a model, but for two numbers that limit rows
+//! ([`ModelLimits`]).
 
 mod batch;
 mod cache;

@@ -512,14 +512,14 @@ fn the_doctor_finds_each_defect_and_nothing_else() {
         let values: Vec<Value> = rows.iter().map(|(row, _)| row.clone()).collect();
         std::fs::write(&path, lines(&values)).unwrap();
         let compared = rows[0].0.get("chosen").is_some();
-        let model = Some(ModelLimits { window: 90, vocab_size: tokenizer.vocab_size() - 1 });
+        let model = Some(ModelLimits { window: 400, vocab_size: tokenizer.vocab_size() - 1 });
         let found = if compared {
-            let limits = Limits { max_length: 60, when_long: WhenTooLong::Cut };
+            let limits = Limits { max_length: 100, when_long: WhenTooLong::Cut };
             let settings = ComparisonSettings { model, ..limits.into() };
             let kind = ComparisonKind::Pairs;
             Comparisons::examine(&path, tokenizer, settings, kind, &GOES_ON).unwrap().diagnosis
         } else {
-            let settings = LoadSettings { model, ..LoadSettings::from(60) };
+            let settings = LoadSettings { model, ..LoadSettings::from(100) };
             Dataset::examine(&path, tokenizer, &settings, &GOES_ON).unwrap().diagnosis
         };
         let mut expected: Vec<(Check, u64)> = Vec::new();
@@ -557,8 +557,8 @@ fn the_doctor_finds_each_defect_and_nothing_else() {
     let silent = json!({"role": "assistant", "content": "b", "train": false});
     let calls =
         json!({"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]});
-    let long = "word after word ".repeat(12);
-    let longer = "word after word ".repeat(30);
+    let long = "word after word ".repeat(23);
+    let longer = "word after word ".repeat(99);
     use Check::*;
     check(
         chatml,
@@ -572,8 +572,8 @@ fn the_doctor_finds_each_defect_and_nothing_else() {
             (talk(&[user("j"), said("k"), said("l")]), &[RepeatedAssistant]),
             (talk(&[user("m"), said("n"), system.clone(), user("o"), said("p")]), &[LateSystem]),
             (talk(&[user("q"), said("r"), user("s")]), &[TrailingUser]),
-            (talk(&[system.clone(), user("A "), said("B"), user("c"), said("d")]), &[]),
-            (talk(&[system, user(" a"), said("B"), user("c"), said("D")]), &[Duplicates]),
+            (talk(&[system.clone(), user("T "), said("B"), user("c"), said("d")]), &[]),
+            (talk(&[system, user(" t"), said("B"), user("c"), said("D")]), &[Duplicates]),
             (talk(&[user(&long), said("b")]), &[NothingToLearn, Cut]),
             (talk(&[user("a"), said(&longer)]), &[Cut, OverWindow]),
             (talk(&[user("a"), json!({"role": "bot", "content": "b"})]), &[UnknownRoles]),
