@@ -125,9 +125,9 @@ impl FromStr for FileType {
 
 /// A tensor type by its name in any case.
 pub fn block_type(text: &str) -> Result<BlockType, String> {
-    let found = BlockType::ALL.iter().find(|of| of.to_string() == text.to_uppercase());
+    let found = BlockType::WRITTEN.iter().find(|of| of.to_string() == text.to_uppercase());
     found.copied().ok_or_else(|| {
-        let all: Vec<String> = BlockType::ALL.iter().map(BlockType::to_string).collect();
+        let all: Vec<String> = BlockType::WRITTEN.iter().map(BlockType::to_string).collect();
         format!("{text:?} is no tensor type, needed one of {}", all.join(", "))
     })
 }
@@ -189,7 +189,9 @@ impl Recipe {
         let tensors = load::tensors(config);
         let named: Vec<(String, usize)> = tensors
             .iter()
-            .map(|(name, shape)| (load::gguf_name(name), shape.get(1).copied().unwrap_or(0)))
+            .map(|(name, shape)| {
+                (load::gguf_name(config.family, name), shape.get(1).copied().unwrap_or(0))
+            })
             .collect();
         // llama.cpp goes through a file layer by layer; what counts layers sees them in order.
         let mut seen = Seen::default();
