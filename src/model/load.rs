@@ -8,7 +8,7 @@ use super::config::{Family, Norms, QkNorm};
 use super::decoder::{Layer, Linear, Shared};
 use super::{Config, Decoder, ModelError};
 use crate::ops::Compute;
-use crate::quant::{FrozenMatrix, RowOrder};
+use crate::quant::{BlockType, FrozenMatrix, RowOrder};
 use crate::weights::{Checkpoint, WeightsError};
 
 /// Faults after which a file is given up.
@@ -19,8 +19,28 @@ impl Decoder {
     ///
     /// Missing tensors and wrong shapes are reported all at once.
     pub fn load(checkpoint: &Checkpoint, compute: Compute) -> Result<Self, ModelError> {
+        Self::load_as(checkpoint, compute, None)
+    }
+
+    /// [`Self::load`] of a folder with its matrices quantized, one after the other, to `load_type`:
+    /// memory holds little more than what they become. As llama-quantize does, a head, or the
+    /// embedding that is one, gets no fewer than 6 bits, and rows that are no whole blocks another
+    /// type.
+    ///
+    /// # Errors
+    /// As [`Self::load`], and if a GGUF, which has types of its own, is to be quantized.
+    pub fn load_as(
+        checkpoint: &Checkpoint,
+        compute: Compute,
+        load_type: Option<BlockType>,
+    ) -> Result<Self, ModelError> {
         let config = Config::read(checkpoint)?;
-        let mut loader = Loader { checkpoint, config: &config, faults: Vec::new() };
+        if let (Checkpoint::Gguf(gguf), Some(of)) = (checkpoint, load_type) {
+            let path = gguf.path().display().to_string();
+            let reason = format!("a GGUF keeps its types; only a folder is loaded as {of}");
+            return Err(ModelError::Tensors { path, reason });
+        }
+        let mut loader = Loader { checkpoint, config: &config, load_type, faults: Vec::new() };
         let embedding = loader.embedding();
         let mut layers: Vec<Option<Layer>> = Vec::new();
         for index in 0..config.num_hidden_layers {
@@ -51,6 +71,7 @@ impl Decoder {
 struct Loader<'a> {
     checkpoint: &'a Checkpoint,
     config: &'a Config,
+    load_type: Option<BlockType>,
     faults: Vec<String>,
 }
 
@@ -159,9 +180,29 @@ impl Loader<'_> {
                 return Err(format!("{stored} is {:?}, needed [{rows}, {cols}]", tensor.shape));
             }
             let matrix = tensor.matrix().map_err(|e| e.to_string())?;
-            matrix.with_order(self.order(name)).map_err(|e| format!("{stored}: {e}"))
+            let matrix = matrix.with_order(self.order(name));
+            let matrix = match self.type_of(name, cols) {
+                Some(of) => matrix.and_then(|matrix| matrix.quantized(of)),
+                None => matrix,
+            };
+            matrix.map_err(|e| format!("{stored}: {e}"))
         };
         self.note(read()).map(Arc::new)
+    }
+
+    /// The type a matrix is to be quantized to, if to any.
+    fn type_of(&self, name: &str, cols: usize) -> Option<BlockType> {
+        use BlockType::{Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K};
+        let tied = self.config.tie_word_embeddings && name.starts_with("model.embed_tokens.");
+        let wanted = match self.load_type? {
+            Q2_K | Q3_K | Q4_0 | Q4_1 | Q4_K | Q5_0 | Q5_1 | Q5_K
+                if tied || name.starts_with("lm_head.") =>
+            {
+                Q6_K
+            }
+            of => of,
+        };
+        Some(wanted.for_rows_of(cols))
     }
 
     fn vector(&mut self, name: &str, len: usize) -> Option<Tensor> {

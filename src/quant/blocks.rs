@@ -143,6 +143,37 @@ impl BlockType {
         (values / len).checked_mul(self.block_bytes())
     }
 
+    /// This type, or if rows of `cols` values are no whole blocks of it, the one that llama.cpp
+    /// quantizes them to instead.
+    pub fn for_rows_of(self, cols: usize) -> Self {
+        if cols.is_multiple_of(self.block_len()) {
+            return self;
+        }
+        let smaller = match self {
+            Self::Q2_K | Self::Q3_K => Self::Q4_0,
+            Self::Q4_K => Self::Q5_0,
+            Self::Q5_K => Self::Q5_1,
+            Self::Q6_K => Self::Q8_0,
+            other => other,
+        };
+        match cols.is_multiple_of(smaller.block_len()) {
+            true => smaller,
+            false => Self::F16,
+        }
+    }
+
+    /// A type that we write, by its name in any case.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn written(name: &str) -> Result<Self, String> {
+        let found = Self::WRITTEN.iter().find(|of| of.to_string() == name.to_uppercase());
+        found.copied().ok_or_else(|| {
+            let all: Vec<String> = Self::WRITTEN.iter().map(Self::to_string).collect();
+            format!("{name:?} is no tensor type, needed one of {}", all.join(", "))
+        })
+    }
+
     /// Reads the values of whole blocks, with the arithmetic of `dequantize_row_*` in ggml.
     /// Bytes need no alignment.
     pub fn dequantize(self, bytes: &[u8], out: &mut [f32]) {

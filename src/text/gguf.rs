@@ -103,11 +103,14 @@ pub(super) struct Defaults {
 /// What cuts words, if the file's tokenizer is one we know.
 pub(super) fn kind(file: &Gguf) -> Result<&'static PreTokenizer, TextError> {
     let model = required(file, "tokenizer.ggml.model")?;
+    if model == "llama" {
+        let reason = "tokenizer.ggml.model is \"llama\": SentencePiece is read here, but not turned \
+                      into a folder's tokenizer.json";
+        return Err(bad(file, reason));
+    }
     if model != "gpt2" {
-        return Err(bad(
-            file,
-            format!("tokenizer.ggml.model is {model:?}, needed \"gpt2\" (byte-level BPE)"),
-        ));
+        let needed = "\"gpt2\" (byte-level BPE) or \"llama\" (SentencePiece)";
+        return Err(bad(file, format!("tokenizer.ggml.model is {model:?}, needed {needed}")));
     }
     let known = pre_tokenizer::known;
     let Some(name) = file.str("tokenizer.ggml.pre")? else {

@@ -10,6 +10,7 @@ use quantune::model::{Adapters, CacheType, Decoder, FullModel, KvCache, Rows, Wo
 use quantune::objectives::Objective;
 use quantune::ops::Compute;
 use quantune::optim::Gradients;
+use quantune::quant::BlockType;
 use quantune::train::step::{Buffers, StepSettings, accumulate};
 use quantune::weights::Checkpoint;
 use quantune_adapters::delta::Adapter;
@@ -284,4 +285,26 @@ fn a_split_gguf_is_the_whole() {
     copy("split-00002-of-00003.gguf");
     let twice = open(folder.path().join(first));
     assert!(twice.contains("does not say that it is file 2 of 3"), "{twice}");
+}
+
+/// A folder quantized on load: the head has no fewer than 6 bits, and rows that are no whole blocks of a
+/// type get another.
+#[test]
+fn a_folder_is_quantized_on_load() {
+    let checkpoint = Checkpoint::open(golden("families/qwen3")).unwrap();
+    for (of, types, bound) in [
+        (BlockType::Q8_0, &["F16", "Q8_0"][..], 1.0),
+        (BlockType::Q4_K, &["F16", "Q5_0", "Q8_0"][..], 10.0),
+        (BlockType::F16, &["F16"][..], 1e-3),
+    ] {
+        let decoder = Decoder::load_as(&checkpoint, Compute::F32, Some(of)).unwrap();
+        let found: Vec<String> = decoder.kernels().into_keys().collect();
+        assert_eq!(found, types);
+        let off = worst("qwen3", &decoder, usize::MAX);
+        assert!(off < bound, "{of}: off by {off}");
+        assert!((off > 1e-3) == (of != BlockType::F16), "{of} changed nothing");
+    }
+    let gguf = Checkpoint::open(golden("families/qwen3.gguf")).unwrap();
+    let error = Decoder::load_as(&gguf, Compute::F32, Some(BlockType::Q8_0)).unwrap_err();
+    assert!(error.to_string().contains("a GGUF keeps its types"), "{error}");
 }

@@ -366,7 +366,8 @@ fn what_is_no_tokenizer_is_refused_in_one_sentence() {
     };
     let string = |text: &str| OwnedValue::String(text.into());
     let without = |key: &'static str| changed_gguf(|metadata| metadata.retain(|(k, _)| k != key));
-    refused(gguf("tokenizer.ggml.model", string("llama")), "\"llama\", needed \"gpt2\"");
+    refused(gguf("tokenizer.ggml.model", string("bert")), "\"bert\", needed \"gpt2\"");
+    refused(gguf("tokenizer.ggml.model", string("llama")), "tokenizer.ggml.scores");
     refused(gguf("tokenizer.ggml.pre", string("mystery")), "\"mystery\", needed one of gpt-2,");
     refused(without("tokenizer.ggml.pre"), "no tokenizer.ggml.pre");
     refused(without("tokenizer.ggml.model"), "tokenizer.ggml.model");
