@@ -16,6 +16,7 @@ ROWS, COLS = 2, 256
 SCALES = {
     T.Q4_0: [0], T.Q4_1: [0, 2], T.Q5_0: [0], T.Q5_1: [0, 2], T.Q8_0: [0],
     T.Q2_K: [80, 82], T.Q3_K: [108], T.Q4_K: [0, 2], T.Q5_K: [0, 2], T.Q6_K: [208],
+    T.IQ4_NL: [0], T.IQ4_XS: [0], T.MXFP4: [],
 }
 
 
@@ -31,6 +32,9 @@ def random_blocks(rng: np.random.Generator, kind: T) -> np.ndarray:
     for at in SCALES[kind]:
         scales = (0.01 * rng.standard_normal(blocks.shape[:2])).astype(np.float16)
         blocks[:, :, at : at + 2] = scales[..., None].view(np.uint8)
+    if kind == T.MXFP4:
+        # A scale that is a power of two; 0 and 1 are subnormal.
+        blocks[:, :, 0] = np.where(blocks[:, :, 0] < 64, blocks[:, :, 0] % 2, 110 + blocks[:, :, 0] % 16)
     return blocks.reshape(ROWS, -1)
 
 

@@ -22,6 +22,7 @@ use super::{AdapterArg, TemplateFlags, open_tokenizer};
 use crate::generate::Sampling;
 use crate::model::{CacheType, Decoder};
 use crate::ops::Compute;
+use crate::quant::BlockType;
 use crate::weights::Checkpoint;
 
 #[derive(Debug, clap::Args)]
@@ -77,6 +78,10 @@ pub struct Chat {
     /// still, rougher), f32 (exact), or portable (the slow reference form) [default: int16]
     #[arg(long)]
     compute: Option<Compute>,
+    /// Quantize the matrices of a --base folder on load, one after the other, to a GGUF's type as
+    /// Q8_0 or Q4_K [default: they stay as they are stored]
+    #[arg(long, value_name = "TYPE", value_parser = BlockType::written)]
+    load_type: Option<BlockType>,
     /// Keep what is typed at the terminal in this file, for the next time
     #[arg(long, value_name = "FILE")]
     history: Option<PathBuf>,
@@ -120,7 +125,8 @@ impl Chat {
         let sampling = self.sampling();
         sampling.check()?;
         let checkpoint = Checkpoint::open(&self.base)?;
-        let decoder = Decoder::load(&checkpoint, self.compute.unwrap_or_default())?;
+        let decoder =
+            Decoder::load_as(&checkpoint, self.compute.unwrap_or_default(), self.load_type)?;
         let mut tokenizer = open_tokenizer(&checkpoint, self.template_date.as_deref())?;
         self.template.change(&mut tokenizer)?;
         if !self.raw && tokenizer.chat_template().is_none() {

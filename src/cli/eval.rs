@@ -15,6 +15,7 @@ use crate::eval::{evaluate, perplexity};
 use crate::model::{Decoder, Worn};
 use crate::objectives::reward::CalibrationBin;
 use crate::ops::Compute;
+use crate::quant::BlockType;
 use crate::text::{Special, Tokenizer};
 use crate::train::read_scoring;
 use crate::train::supervised::judge_rewards;
@@ -60,12 +61,17 @@ pub struct Eval {
     /// still, rougher), f32 (exact), or portable (the slow reference form) [default: int16]
     #[arg(long)]
     compute: Option<Compute>,
+    /// Quantize the matrices of a --base folder on load, one after the other, to a GGUF's type as
+    /// Q8_0 or Q4_K [default: they stay as they are stored]
+    #[arg(long, value_name = "TYPE", value_parser = BlockType::written)]
+    load_type: Option<BlockType>,
 }
 
 impl Eval {
     pub fn run(self, json: bool) -> Result<Value> {
         let checkpoint = Checkpoint::open(&self.base)?;
-        let decoder = Decoder::load(&checkpoint, self.compute.unwrap_or_default())?;
+        let decoder =
+            Decoder::load_as(&checkpoint, self.compute.unwrap_or_default(), self.load_type)?;
         let mut tokenizer = open_tokenizer(&checkpoint, self.template_date.as_deref())?;
         self.template.change(&mut tokenizer)?;
         match (&self.reward, &self.data) {

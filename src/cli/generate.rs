@@ -13,6 +13,7 @@ use super::{AdapterArg, TemplateFlags, load_adapters, open_tokenizer};
 use crate::generate::{Request, Sampling, Settings, StopStrings, generate};
 use crate::model::{Adapters, CacheType, Decoder};
 use crate::ops::Compute;
+use crate::quant::BlockType;
 use crate::text::{DecodeStream, Special, TextError, Tokenizer, first_second};
 use crate::weights::Checkpoint;
 
@@ -73,6 +74,10 @@ pub struct Generate {
     /// still, rougher), f32 (exact), or portable (the slow reference form) [default: int16]
     #[arg(long)]
     compute: Option<Compute>,
+    /// Quantize the matrices of a --base folder on load, one after the other, to a GGUF's type as
+    /// Q8_0 or Q4_K [default: they stay as they are stored]
+    #[arg(long, value_name = "TYPE", value_parser = BlockType::written)]
+    load_type: Option<BlockType>,
     #[command(flatten)]
     best_of: BestOf,
 }
@@ -88,7 +93,8 @@ impl Generate {
         let sampling = self.sampling();
         let replies = self.best_of.replies(sampling.temperature)?;
         let checkpoint = Checkpoint::open(&self.base)?;
-        let decoder = Decoder::load(&checkpoint, self.compute.unwrap_or_default())?;
+        let decoder =
+            Decoder::load_as(&checkpoint, self.compute.unwrap_or_default(), self.load_type)?;
         let mut tokenizer = open_tokenizer(&checkpoint, self.template_date.as_deref())?;
         self.template.change(&mut tokenizer)?;
         let worn = load_adapters(&self.adapter, &decoder)?;

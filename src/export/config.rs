@@ -37,6 +37,9 @@ pub(super) fn to_json(
     let c = config;
     let cannot = |reason: String| ExportError::Inexpressible { form: "a config.json", reason };
     let model_type = c.family.model_type;
+    if let Some(what) = c.beyond_llama() {
+        return Err(cannot(format!("{what} keeps the form it came in: folder or GGUF")));
+    }
     // q, k and v of some families always have a bias, and o never; in the others all four or none.
     if !c.family.qkv_bias && c.qkv_bias != c.o_bias {
         let reason = format!("a {model_type} has a bias on q, k, v and o, or on none of them");
@@ -49,6 +52,22 @@ pub(super) fn to_json(
         RopeScaling::None => Value::Null,
         RopeScaling::Linear { factor } => json!({ "rope_type": "linear", "factor": factor }),
         RopeScaling::Llama3 { .. } => llama3(&c.rope_scaling),
+        RopeScaling::Yarn {
+            factor,
+            original_max_position_embeddings: original,
+            beta_fast,
+            beta_slow,
+            truncate,
+            attention_factor,
+        } => json!({
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": *original as u64,
+            "beta_fast": beta_fast,
+            "beta_slow": beta_slow,
+            "truncate": truncate,
+            "attention_factor": attention_factor,
+        }),
         RopeScaling::Factors(factors) if factors.iter().all(|f| *f == 1.0) => Value::Null,
         RopeScaling::Factors(factors) => llama3(
             &as_llama3(config, factors)

@@ -31,7 +31,7 @@ pub fn write_gguf(
     let metadata = metadata(source, recipe, out)?;
 
     let plan = |(tensor, of): (&super::SourceTensor, &BlockType)| TensorPlan {
-        name: load::gguf_name(&tensor.name),
+        name: load::gguf_name(config.family, &tensor.name),
         shape: tensor.shape.clone(),
         block_type: *of,
     };
@@ -110,6 +110,13 @@ fn metadata(
             Ok(keys)
         }
         Origin::Folder(folder) | Origin::Fresh(folder) => {
+            let cannot = |reason| ExportError::Inexpressible { form: "a GGUF of ours", reason };
+            if let Some(what) = source.config.beyond_llama() {
+                return Err(cannot(format!("{what} keeps the form it came in: folder or GGUF")));
+            }
+            if let RopeScaling::Yarn { .. } = source.config.rope_scaling {
+                return Err(cannot("rope scaling \"yarn\" keeps the form it came in".into()));
+            }
             let mut keys = of_config(&source.config, out);
             keys.extend(kind.map(|(key, value)| (key.to_string(), value)));
             keys.extend(convert::to_gguf(folder, source.config.vocab_size)?);

@@ -118,5 +118,9 @@ pub fn measure(
         decoder.observe(&Rows::new(&[chunk]), Adapters::Same(worn), &squares)?;
     }
     let means = squares.means().into_iter();
-    Ok(means.map(|(name, means)| (load::gguf_name(&format!("{name}.weight")), means)).collect())
+    Ok(means
+        .map(|(name, means)| {
+            (load::gguf_name(decoder.config.family, &format!("{name}.weight")), means)
+        })
+        .collect())
 }

@@ -92,7 +92,7 @@ pub fn write_gguf_lora(
                 turned
             }
         };
-        let stored = load::gguf_name(&tensor);
+        let stored = load::gguf_name(config.family, &tensor);
         for (factor, shape, found) in [
             ("a", vec![lora.r(), lora.in_features()], a.to_vec()),
             ("b", vec![lora.out_features(), lora.r()], b),
@@ -191,7 +191,7 @@ pub fn read_gguf_lora(
     let of_tensor: HashMap<String, &LinearSpec> = linears
         .iter()
         .filter(|spec| !spec.embedding && (spec.name != HEAD || !config.tie_word_embeddings))
-        .map(|spec| (load::gguf_name(&format!("{}.weight", spec.name)), spec))
+        .map(|spec| (load::gguf_name(config.family, &format!("{}.weight", spec.name)), spec))
         .collect();
     let mut faults = Vec::new();
     let mut modules = BTreeMap::new();

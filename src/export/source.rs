@@ -179,7 +179,7 @@ fn stored<'a>(
     name: &str,
     shape: &[usize],
 ) -> Result<Base<'a>, String> {
-    let stored = load::stored_name(checkpoint, name);
+    let stored = load::stored_name(checkpoint, config, name);
     let tensor = checkpoint.tensor(&stored).map_err(|e| match e {
         WeightsError::MissingTensor { .. } => format!("no tensor {stored:?}"),
         other => other.to_string(),

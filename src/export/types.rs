@@ -125,11 +125,7 @@ impl FromStr for FileType {
 
 /// A tensor type by its name in any case.
 pub fn block_type(text: &str) -> Result<BlockType, String> {
-    let found = BlockType::ALL.iter().find(|of| of.to_string() == text.to_uppercase());
-    found.copied().ok_or_else(|| {
-        let all: Vec<String> = BlockType::ALL.iter().map(BlockType::to_string).collect();
-        format!("{text:?} is no tensor type, needed one of {}", all.join(", "))
-    })
+    BlockType::written(text)
 }
 
 /// A type for the tensors whose name in a GGUF an expression is found in: `PATTERN=TYPE`.
@@ -189,7 +185,9 @@ impl Recipe {
         let tensors = load::tensors(config);
         let named: Vec<(String, usize)> = tensors
             .iter()
-            .map(|(name, shape)| (load::gguf_name(name), shape.get(1).copied().unwrap_or(0)))
+            .map(|(name, shape)| {
+                (load::gguf_name(config.family, name), shape.get(1).copied().unwrap_or(0))
+            })
             .collect();
         // llama.cpp goes through a file layer by layer; what counts layers sees them in order.
         let mut seen = Seen::default();
@@ -245,7 +243,7 @@ impl Recipe {
             None if embedding => plain,
             None => self.of_layer(name, config, importance, seen),
         };
-        Ok(fallback(wanted, cols))
+        Ok(wanted.for_rows_of(cols))
     }
 
     /// The mixes: more bits where errors hurt most.
@@ -317,22 +315,4 @@ impl Recipe {
 struct Seen {
     attn_v: usize,
     ffn_down: usize,
-}
-
-/// The type for rows that are no whole blocks of another.
-fn fallback(of: BlockType, cols: usize) -> BlockType {
-    if cols.is_multiple_of(of.block_len()) {
-        return of;
-    }
-    let smaller = match of {
-        BlockType::Q2_K | BlockType::Q3_K => BlockType::Q4_0,
-        BlockType::Q4_K => BlockType::Q5_0,
-        BlockType::Q5_K => BlockType::Q5_1,
-        BlockType::Q6_K => BlockType::Q8_0,
-        other => other,
-    };
-    match cols.is_multiple_of(smaller.block_len()) {
-        true => smaller,
-        false => BlockType::F16,
-    }
 }

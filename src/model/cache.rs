@@ -9,7 +9,7 @@ use half::slice::HalfFloatSliceExt;
 use super::Config;
 use super::layer::{Tape, Workspace};
 use crate::isa::Isa;
-use crate::ops::attention::{CachedQueries, Heads, KeyBlock, Keys, Qkv, Strided, each};
+use crate::ops::attention::{CachedQueries, Heads, KeyBlock, Keys, Qkv, Scores, Strided, each};
 use crate::ops::lanes::{Element, GROUP};
 use crate::ops::{Compute, Segment};
 
@@ -162,7 +162,7 @@ impl KvCache {
         caches
     }
 
-    /// [`Self::attend_slices`] on contiguous tensors, without a window.
+    /// [`Self::attend_slices`] on contiguous tensors.
     pub(super) fn attend(
         &mut self,
         layer: usize,
@@ -170,6 +170,7 @@ impl KvCache {
         (k, v): (&Tensor, &Tensor),
         heads: Heads,
         segments: &[Segment],
+        scores: Scores,
     ) -> Result<Tensor> {
         let values = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
         let (q_values, k, v) = (values(q)?, values(k)?, values(v)?);
@@ -180,12 +181,13 @@ impl KvCache {
             v: Strided { values: &v, stride: kv_width },
         };
         let mut out = vec![0f32; q_values.len()];
-        self.attend_slices(Isa::current(), layer, qkv, heads, segments, None, &mut out);
+        self.attend_slices(Isa::current(), layer, qkv, heads, segments, scores, &mut out);
         Tensor::from_vec(out, q.shape(), q.device())
     }
 
-    /// Appends the new tokens' keys and values and attends to all there are, or to the last
-    /// `window` of them. Queries see their own keys as the cache keeps them.
+    /// Appends the new tokens' keys and values and attends to all there are, or to those in the
+    /// window of `scores`: older ones are kept too. Queries see their own keys as the cache keeps
+    /// them.
     ///
     /// Shapes: q `(N, heads · head_dim)`, k and v `(N, kv_heads · head_dim)`, `segments` the new
     /// tokens of each row, without prefixes → `out` as q, contiguous.
@@ -197,7 +199,7 @@ impl KvCache {
         qkv: Qkv,
         heads: Heads,
         segments: &[Segment],
-        window: Option<usize>,
+        scores: impl Into<Scores>,
         out: &mut [f32],
     ) {
         assert_eq!((heads.kv_heads, heads.head_dim), (self.kv_heads, self.head_dim));
@@ -222,7 +224,7 @@ impl KvCache {
             }
         });
 
-        let queries = CachedQueries { q: qkv.q, heads, segments, window };
+        let queries = CachedQueries { q: qkv.q, heads, segments, scores: scores.into() };
         let lengths: Vec<usize> = rows.iter().map(RowCache::len).collect();
         queries.attend(isa, &lengths, out, |row, head, task| match &rows[row] {
             RowCache::F32(heads) => task.run(&heads[head]),
@@ -422,14 +424,14 @@ mod tests {
     }
 
     /// What the portable form gives for one row.
-    fn portable(buffer: &[f32], heads: Heads, window: Option<usize>) -> Vec<f32> {
+    fn portable(buffer: &[f32], heads: Heads, scores: Scores) -> Vec<f32> {
         let n = buffer.len() / stride(heads);
         let all = Tensor::from_slice(buffer, (n, stride(heads)), &Device::Cpu).unwrap();
         let (q, kv) = (heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim);
         let part = |start, width| all.narrow(1, start, width).unwrap().contiguous().unwrap();
         let (q, k, v) = (part(0, q), part(q, kv), part(q + kv, kv));
         let rows = [Segment::whole(0..n)].into();
-        let y = causal_attention(&q, &k, &v, heads, &rows, window, Compute::Portable).unwrap();
+        let y = causal_attention(&q, &k, &v, heads, &rows, scores, Compute::Portable).unwrap();
         y.flatten_all().unwrap().to_vec1().unwrap()
     }
 
@@ -445,7 +447,7 @@ mod tests {
         kind: CacheType,
         buffer: &[f32],
         heads: Heads,
-        window: Option<usize>,
+        scores: Scores,
         pieces: &[usize],
     ) -> Vec<f32> {
         let (mut cache, mut done, mut all) = (cache(1, heads, kind), 0, Vec::new());
@@ -454,7 +456,7 @@ mod tests {
             let mut out = vec![f32::NAN; piece * heads.heads * heads.head_dim];
             let rows = [Segment::whole(0..piece)];
             let qkv = columns(new, heads);
-            cache.attend_slices(isa, 0, qkv, heads, &rows, window, &mut out);
+            cache.attend_slices(isa, 0, qkv, heads, &rows, scores, &mut out);
             all.extend(out);
             done += piece;
         }
@@ -465,17 +467,21 @@ mod tests {
     #[test]
     fn every_type_is_as_exact_as_it_says_and_pieces_do_not_matter() {
         let cases = [
-            (Heads { heads: 6, kv_heads: 2, head_dim: 16 }, None),
-            (Heads { heads: 2, kv_heads: 2, head_dim: 12 }, None),
-            (Heads { heads: 8, kv_heads: 1, head_dim: 40 }, Some(37)),
+            (Heads { heads: 6, kv_heads: 2, head_dim: 16 }, Scores::default()),
+            (Heads { heads: 2, kv_heads: 2, head_dim: 12 }, Scores::default()),
+            (Heads { heads: 8, kv_heads: 1, head_dim: 40 }, Some(37).into()),
+            (
+                Heads { heads: 4, kv_heads: 2, head_dim: 20 },
+                Scores { window: Some(50), scale: Some(0.4), cap: Some(2.0) },
+            ),
         ];
         for isa in Isa::ALL.iter().copied().filter(|isa| isa.available()) {
-            for (heads, window) in cases {
+            for (heads, scores) in cases {
                 let buffer = buffer(230, heads);
-                let expected = portable(&buffer, heads, window);
+                let expected = portable(&buffer, heads, scores);
                 for (kind, tolerance) in KINDS {
                     let run =
-                        |pieces: &[usize]| in_pieces(isa, kind, &buffer, heads, window, pieces);
+                        |pieces: &[usize]| in_pieces(isa, kind, &buffer, heads, scores, pieces);
                     let once = run(&[230]);
                     let error = error(&once, &expected);
                     assert!(error < tolerance, "{isa:?} {kind:?} {heads:?} is off by {error:e}");
@@ -495,7 +501,7 @@ mod tests {
         let qkv = columns(&buffer, heads);
         let row = [Segment::whole(0..150)];
         crate::ops::attention::forward(isa, qkv, heads, &row, None, &mut out, &mut lse);
-        let cached = in_pieces(isa, CacheType::F32, &buffer, heads, None, &[100, 1, 49]);
+        let cached = in_pieces(isa, CacheType::F32, &buffer, heads, None.into(), &[100, 1, 49]);
         assert_eq!(cached, out);
     }
 

@@ -1,41 +1,15 @@
-//! What a decoder is, read from the checkpoint: a row of properties per family.
+//! What a decoder is, read from the checkpoint: a row of properties per family, and its sizes.
 
-use std::fs;
+mod family;
+mod gguf;
+mod json;
+
 use std::path::Path;
 
-use serde_json::Value;
-
 use super::ModelError;
-use crate::weights::{Checkpoint, Gguf};
-
-/// What tells one family from another.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Family {
-    /// `model_type` in a `config.json`.
-    pub model_type: &'static str,
-    /// `general.architecture` in a GGUF.
-    pub architecture: &'static str,
-    /// Whether q, k and v always have a bias. Without, the checkpoint says.
-    pub qkv_bias: bool,
-    /// Whether llama.cpp's converter interleaves the rows of q and k of each head.
-    pub interleaved_in_gguf: bool,
-}
-
-/// The families that run.
-pub const FAMILIES: &[Family] = &[
-    Family {
-        model_type: "llama",
-        architecture: "llama",
-        qkv_bias: false,
-        interleaved_in_gguf: true,
-    },
-    Family {
-        model_type: "qwen2",
-        architecture: "qwen2",
-        qkv_bias: true,
-        interleaved_in_gguf: false,
-    },
-];
+use crate::ops::{LogitCap, Scores};
+use crate::weights::Checkpoint;
+pub use family::{FAMILIES, Family, Norms, QkNorm, Windows};
 
 /// How rotary frequencies differ from `theta^(-2i / head_dim)`.
 #[derive(Debug, Clone, PartialEq)]
@@ -57,6 +31,22 @@ pub enum RopeScaling {
         high_freq_factor: f64,
         /// The context the model was first trained with.
         original_max_position_embeddings: f64,
+    },
+    /// Fast pairs kept, slow ones divided by `factor`, a ramp over pairs between, and queries and keys
+    /// grown (YaRN, Peng et al. 2023).
+    Yarn {
+        /// By how much the context grew.
+        factor: f64,
+        /// The context the model was first trained with.
+        original_max_position_embeddings: f64,
+        /// Pairs that turn more often than this in it are kept.
+        beta_fast: f64,
+        /// Pairs that turn less often than this in it are divided.
+        beta_slow: f64,
+        /// Whether the ramp begins and ends at whole pairs.
+        truncate: bool,
+        /// By how much cosines and sines grow.
+        attention_factor: f64,
     },
     /// Each divided by its own factor: a GGUF's `rope_freqs.weight`, `head_dim / 2` values.
     Factors(Vec<f32>),
@@ -97,6 +87,62 @@ pub struct Config {
     pub o_bias: bool,
     /// Whether gate, up and down have a bias.
     pub mlp_bias: bool,
+    /// What only some families have.
+    pub variation: Variation,
+}
+
+/// What only some families have, none of it by default.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Variation {
+    /// What embeddings are multiplied by.
+    pub embedding_multiplier: f64,
+    /// What the results of attention and feed-forward layer are multiplied by before they join the
+    /// residual stream.
+    pub residual_multiplier: f64,
+    /// What logits are multiplied by.
+    pub logits_multiplier: f64,
+    /// What attention's scores are multiplied by, instead of `1 / sqrt(head_dim)`.
+    pub attention_scale: Option<f64>,
+    /// The cap on attention's scores: `cap · tanh(score / cap)`.
+    pub attn_logit_softcapping: Option<f64>,
+    /// The cap on logits.
+    pub final_logit_softcapping: Option<f64>,
+    /// The last positions that a layer with a window sees.
+    pub sliding_window: Option<usize>,
+    /// Whether each layer has that window; empty if none has.
+    pub windowed: Vec<bool>,
+    /// Whether each layer rotates; empty if all do.
+    pub rotated: Vec<bool>,
+    /// Base of the rotary frequencies, unscaled, of layers with a window, if they have another.
+    pub local_rope_theta: Option<f64>,
+}
+
+impl Default for Variation {
+    fn default() -> Self {
+        Self {
+            embedding_multiplier: 1.0,
+            residual_multiplier: 1.0,
+            logits_multiplier: 1.0,
+            attention_scale: None,
+            attn_logit_softcapping: None,
+            final_logit_softcapping: None,
+            sliding_window: None,
+            windowed: Vec::new(),
+            rotated: Vec::new(),
+            local_rope_theta: None,
+        }
+    }
+}
+
+/// By which frequencies a layer rotates queries and keys.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LayerRope {
+    /// The model's.
+    Global,
+    /// Those of layers with a window.
+    Local,
+    /// It does not.
+    None,
 }
 
 impl Config {
@@ -104,9 +150,9 @@ impl Config {
     pub fn read(checkpoint: &Checkpoint) -> Result<Self, ModelError> {
         let mut faults = Vec::new();
         let config = match checkpoint {
-            Checkpoint::Gguf(gguf) => from_gguf(gguf, &mut faults)?,
+            Checkpoint::Gguf(gguf) => gguf::config(gguf, &mut faults)?,
             Checkpoint::HuggingFace(folder) => {
-                from_json(&read_json(&folder.config_path())?, &mut faults)
+                json::config(&json::read(&folder.config_path())?, &mut faults)
             }
         };
         let path = checkpoint.path().display().to_string();
@@ -119,7 +165,7 @@ impl Config {
     /// Reads a `config.json`.
     pub fn from_file(path: &Path) -> Result<Self, ModelError> {
         let mut faults = Vec::new();
-        let config = from_json(&read_json(path)?, &mut faults);
+        let config = json::config(&json::read(path)?, &mut faults);
         let path = path.display().to_string();
         match config {
             Some(config) if faults.is_empty() => config.checked(path),
@@ -135,6 +181,30 @@ impl Config {
             RopeScaling::None => plain(i),
             RopeScaling::Linear { factor } => plain(i) / factor,
             RopeScaling::Factors(factors) => plain(i) / f64::from(factors[i]),
+            RopeScaling::Yarn {
+                factor,
+                original_max_position_embeddings: original,
+                beta_fast,
+                beta_slow,
+                truncate,
+                ..
+            } => {
+                // The pair that turns so often in the original context.
+                let pair = |turns: f64| {
+                    let positions = original / (turns * std::f64::consts::TAU);
+                    self.head_dim as f64 * positions.ln() / (2.0 * self.rope_theta.ln())
+                };
+                let (mut low, mut high) = (pair(*beta_fast), pair(*beta_slow));
+                if *truncate {
+                    (low, high) = (low.floor(), high.ceil());
+                }
+                (low, high) = (low.max(0.0), high.min(self.head_dim as f64 - 1.0));
+                if low == high {
+                    high += 0.001; // as transformers does
+                }
+                let divided = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
+                plain(i) * (1.0 - divided + divided / factor)
+            }
             RopeScaling::Llama3 {
                 factor,
                 low_freq_factor,
@@ -150,11 +220,69 @@ impl Config {
         (0..pairs).map(|i| scaled(i) as f32).collect()
     }
 
+    /// [`Self::inv_freq`] of layers with a window, where they have a base to themselves.
+    pub fn local_inv_freq(&self) -> Option<Vec<f32>> {
+        let theta = self.variation.local_rope_theta?;
+        let of = |i: usize| theta.powf(-2.0 * i as f64 / self.head_dim as f64) as f32;
+        Some((0..self.head_dim / 2).map(of).collect())
+    }
+
+    /// By how much rotating by [`Self::inv_freq`] makes queries and keys grow.
+    pub fn rope_growth(&self) -> f32 {
+        match self.rope_scaling {
+            RopeScaling::Yarn { attention_factor, .. } => attention_factor as f32,
+            _ => 1.0,
+        }
+    }
+
+    /// By which frequencies a layer rotates.
+    pub fn rope_of(&self, layer: usize) -> LayerRope {
+        let Variation { rotated, windowed, local_rope_theta, .. } = &self.variation;
+        if rotated.get(layer) == Some(&false) {
+            return LayerRope::None;
+        }
+        match local_rope_theta {
+            Some(_) if windowed.get(layer) == Some(&true) => LayerRope::Local,
+            _ => LayerRope::Global,
+        }
+    }
+
+    /// What a query of a layer makes of keys.
+    pub fn scores(&self, layer: usize) -> Scores {
+        let Variation { windowed, sliding_window, .. } = &self.variation;
+        Scores {
+            window: sliding_window.filter(|_| windowed.get(layer) == Some(&true)),
+            scale: self.variation.attention_scale.map(|scale| scale as f32),
+            cap: self.variation.attn_logit_softcapping.map(|cap| cap as f32),
+        }
+    }
+
+    /// The cap on logits that are divided by `temperature`, if there is one.
+    pub fn logit_cap(&self, temperature: f64) -> Option<LogitCap> {
+        let cap = self.variation.final_logit_softcapping? as f32;
+        Some(LogitCap { cap, temperature: temperature as f32 })
+    }
+
+    /// What this decoder has that Llama has not, beside its sizes and the scaling of its rotation; for
+    /// forms that can say or compute only Llama's. `None` if nothing.
+    pub fn beyond_llama(&self) -> Option<String> {
+        let (family, plain) = (self.family, Variation::default());
+        let Variation { windowed, rotated, .. } = &self.variation;
+        let differs = family.norms != Norms::Before
+            || family.qk_norm != QkNorm::None
+            || family.gate != crate::ops::Gate::Silu
+            || family.fused
+            || (windowed, rotated) != (&plain.windowed, &plain.rotated)
+            || Variation { windowed: Vec::new(), rotated: Vec::new(), ..self.variation.clone() }
+                != Variation { sliding_window: self.variation.sliding_window, ..plain };
+        differs.then(|| format!("a {}", family.model_type))
+    }
+
     /// What each frequency is divided by, `head_dim / 2` values, where they are neither all kept nor
     /// all divided alike: a GGUF's `rope_freqs.weight`.
     pub fn rope_factors(&self) -> Option<Vec<f32>> {
         match &self.rope_scaling {
-            RopeScaling::None | RopeScaling::Linear { .. } => None,
+            RopeScaling::None | RopeScaling::Linear { .. } | RopeScaling::Yarn { .. } => None,
             RopeScaling::Factors(factors) => Some(factors.clone()),
             RopeScaling::Llama3 {
                 factor,
@@ -214,10 +342,45 @@ impl Config {
                 high_freq_factor: high,
                 original_max_position_embeddings: original,
             } => [factor, low, high, original].iter().all(|v| positive(**v)) && high > low,
+            RopeScaling::Yarn {
+                factor,
+                original_max_position_embeddings: original,
+                beta_fast: fast,
+                beta_slow: slow,
+                attention_factor: grown,
+                ..
+            } => {
+                let all = [factor, original, fast, slow, grown].iter().all(|v| positive(**v));
+                all && fast > slow && self.rope_theta > 1.0
+            }
             RopeScaling::Factors(factors) => factors.iter().all(|&f| positive(f64::from(f))),
         };
         if !sound {
             faults.push(format!("rope scaling {:?} makes no sense", self.rope_scaling));
+        }
+        let v = &self.variation;
+        let numbers = [
+            ("the multiplier of embeddings", Some(v.embedding_multiplier)),
+            ("the multiplier of residuals", Some(v.residual_multiplier)),
+            ("the multiplier of logits", Some(v.logits_multiplier)),
+            ("the scale of attention", v.attention_scale),
+            ("attn_logit_softcapping", v.attn_logit_softcapping),
+            ("final_logit_softcapping", v.final_logit_softcapping),
+            ("the rope_theta of layers with a window", v.local_rope_theta),
+        ];
+        for (name, value) in numbers {
+            if let Some(value) = value.filter(|&value| !positive(value)) {
+                faults.push(format!("{name} is {value}"));
+            }
+        }
+        if v.sliding_window == Some(0) {
+            faults.push("sliding_window is 0".into());
+        }
+        for (name, layers) in [("layer_types", &v.windowed), ("no_rope_layers", &v.rotated)] {
+            if !layers.is_empty() && layers.len() != self.num_hidden_layers {
+                let (found, needed) = (layers.len(), self.num_hidden_layers);
+                faults.push(format!("{name} names {found} layers, needed {needed}"));
+            }
         }
         if self.max_position_embeddings < 2 {
             faults.push(format!("max_position_embeddings is {}", self.max_position_embeddings));
@@ -236,228 +399,13 @@ impl Config {
     }
 }
 
-fn read_json(path: &Path) -> Result<Value, ModelError> {
-    let fail = |reason: String| ModelError::Config { path: path.display().to_string(), reason };
-    let text = fs::read_to_string(path).map_err(|e| fail(e.to_string()))?;
-    serde_json::from_str(&text).map_err(|e| fail(e.to_string()))
-}
-
 fn known<T: std::fmt::Display>(name: impl Fn(&'static Family) -> T) -> String {
-    FAMILIES.iter().map(|f| name(f).to_string()).collect::<Vec<_>>().join(", ")
+    let mut names: Vec<String> = FAMILIES.iter().map(|f| name(f).to_string()).collect();
+    names.dedup();
+    names.join(", ")
 }
 
-fn from_json(json: &Value, faults: &mut Vec<String>) -> Option<Config> {
-    let model_type = json["model_type"].as_str().unwrap_or_default();
-    let Some(family) = FAMILIES.iter().find(|f| f.model_type == model_type) else {
-        let known = known(|f| f.model_type);
-        faults.push(format!("model_type {model_type:?} is not one that runs here ({known})"));
-        return None;
-    };
-    let number = |at: &Value, key: &str| at[key].as_f64();
-    let mut size = |key: &str, default: Option<usize>| {
-        let found = json[key].as_u64().map(|n| n as usize);
-        found.or(default.filter(|_| json[key].is_null())).unwrap_or_else(|| {
-            faults.push(format!("{key} is {}, needed a whole number", json[key]));
-            0
-        })
-    };
-    let hidden_size = size("hidden_size", None);
-    let heads = size("num_attention_heads", None);
-    let sizes = (
-        size("num_hidden_layers", None),
-        size("num_key_value_heads", Some(heads)),
-        size("head_dim", Some(hidden_size / heads.max(1))),
-        size("intermediate_size", None),
-        size("vocab_size", None),
-        size("max_position_embeddings", Some(2048)),
-    );
-    let (layers, kv_heads, head_dim, intermediate_size, vocab_size, max_positions) = sizes;
-
-    if let Some(act) = json["hidden_act"].as_str().filter(|act| *act != "silu") {
-        faults.push(format!("hidden_act is {act:?}, needed \"silu\""));
-    }
-    if json["use_sliding_window"].as_bool() == Some(true) {
-        faults.push("use_sliding_window is true, and sliding windows do not run here".into());
-    }
-    // transformers 5 gathers what 4 spread over rope_theta and rope_scaling.
-    let rope = if json["rope_parameters"].is_object() {
-        &json["rope_parameters"]
-    } else {
-        &json["rope_scaling"]
-    };
-    let rope_theta = number(rope, "rope_theta").or(number(json, "rope_theta"));
-    let flag = |key: &str| json[key].as_bool().unwrap_or(false);
-    Some(Config {
-        family,
-        hidden_size,
-        num_hidden_layers: layers,
-        num_attention_heads: heads,
-        num_key_value_heads: kv_heads,
-        head_dim,
-        intermediate_size,
-        vocab_size,
-        max_position_embeddings: max_positions,
-        rms_norm_eps: number(json, "rms_norm_eps").unwrap_or(1e-6),
-        rope_theta: rope_theta.unwrap_or(10_000.0),
-        rope_scaling: rope_scaling(rope, faults),
-        tie_word_embeddings: flag("tie_word_embeddings"),
-        qkv_bias: family.qkv_bias || flag("attention_bias"),
-        o_bias: !family.qkv_bias && flag("attention_bias"),
-        mlp_bias: flag("mlp_bias"),
-    })
-}
-
-fn rope_scaling(rope: &Value, faults: &mut Vec<String>) -> RopeScaling {
-    let kind = rope["rope_type"].as_str().or(rope["type"].as_str()).unwrap_or("default");
-    let mut need = |key: &str| {
-        rope[key].as_f64().unwrap_or_else(|| {
-            faults.push(format!("rope scaling {kind:?} has no {key}"));
-            1.0
-        })
-    };
-    match kind {
-        "default" => RopeScaling::None,
-        "linear" => RopeScaling::Linear { factor: need("factor") },
-        "llama3" => RopeScaling::Llama3 {
-            factor: need("factor"),
-            low_freq_factor: need("low_freq_factor"),
-            high_freq_factor: need("high_freq_factor"),
-            original_max_position_embeddings: need("original_max_position_embeddings"),
-        },
-        other => {
-            faults.push(format!(
-                "rope scaling {other:?} does not run here (default, linear, llama3 do)"
-            ));
-            RopeScaling::None
-        }
-    }
-}
-
-fn from_gguf(gguf: &Gguf, faults: &mut Vec<String>) -> Result<Option<Config>, ModelError> {
-    let architecture = gguf.str("general.architecture")?.unwrap_or_default().to_string();
-    let Some(family) = FAMILIES.iter().find(|f| f.architecture == architecture) else {
-        let known = known(|f| f.architecture);
-        faults.push(format!(
-            "general.architecture {architecture:?} is not one that runs here ({known})"
-        ));
-        return Ok(None);
-    };
-    let key = |name: &str| format!("{architecture}.{name}");
-    let mut size = |name: &str, default: Option<usize>| -> Result<usize, ModelError> {
-        let found = gguf.u64(&key(name))?.map(|n| n as usize).or(default);
-        Ok(found.unwrap_or_else(|| {
-            faults.push(format!("no metadata key {:?}", key(name)));
-            0
-        }))
-    };
-    let hidden_size = size("embedding_length", None)?;
-    let heads = size("attention.head_count", None)?;
-    let head_dim = size("attention.key_length", Some(hidden_size / heads.max(1)))?;
-    let value_dim = size("attention.value_length", Some(head_dim))?;
-    let rotated = size("rope.dimension_count", Some(head_dim))?;
-    let layers = size("block_count", None)?;
-    let kv_heads = size("attention.head_count_kv", Some(heads))?;
-    let intermediate_size = size("feed_forward_length", None)?;
-    let max_positions = size("context_length", None)?;
-    if value_dim != head_dim || rotated != head_dim {
-        faults.push(format!(
-            "heads are {head_dim} wide with {rotated} rotated and values of {value_dim}; \
-             only equal widths run here"
-        ));
-    }
-    // The embedding knows the size of the vocabulary; a metadata key for it is optional.
-    let vocab_size = match gguf.tensor_info("token_embd.weight") {
-        Some(embedding) => *embedding.shape.first().unwrap_or(&0),
-        None => {
-            faults.push("no tensor \"token_embd.weight\"".into());
-            0
-        }
-    };
-    let rms_norm_eps = gguf.f64(&key("attention.layer_norm_rms_epsilon"))?.unwrap_or_else(|| {
-        faults.push(format!("no metadata key {:?}", key("attention.layer_norm_rms_epsilon")));
-        1e-5
-    });
-    let rope_scaling = if gguf.tensor_info("rope_freqs.weight").is_some() {
-        RopeScaling::Factors(gguf.tensor("rope_freqs.weight")?.vector()?)
-    } else {
-        // As llama.cpp: linear unless named otherwise, an older key for the factor, 0 for none.
-        let factor = match gguf.f64(&key("rope.scaling.factor"))? {
-            None => gguf.f64(&key("rope.scale_linear"))?.unwrap_or(0.0),
-            Some(factor) => factor,
-        };
-        match gguf.str(&key("rope.scaling.type"))? {
-            Some("none") => RopeScaling::None,
-            None | Some("linear") if factor == 0.0 => RopeScaling::None,
-            None | Some("linear") => RopeScaling::Linear { factor },
-            Some(other) => {
-                faults.push(format!("rope scaling {other:?} does not run here"));
-                RopeScaling::None
-            }
-        }
-    };
-    Ok(Some(Config {
-        family,
-        hidden_size,
-        num_hidden_layers: layers,
-        num_attention_heads: heads,
-        num_key_value_heads: kv_heads,
-        head_dim,
-        intermediate_size,
-        vocab_size,
-        max_position_embeddings: max_positions,
-        rms_norm_eps,
-        rope_theta: gguf.f64(&key("rope.freq_base"))?.unwrap_or(10_000.0),
-        rope_scaling,
-        tie_word_embeddings: gguf.tensor_info("output.weight").is_none(),
-        qkv_bias: family.qkv_bias || gguf.tensor_info("blk.0.attn_q.bias").is_some(),
-        o_bias: gguf.tensor_info("blk.0.attn_output.bias").is_some(),
-        mlp_bias: gguf.tensor_info("blk.0.ffn_up.bias").is_some(),
-    }))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn config(json: &str) -> Result<Config, Vec<String>> {
-        let mut faults = Vec::new();
-        let config = from_json(&serde_json::from_str(json).unwrap(), &mut faults);
-        config.filter(|_| faults.is_empty()).ok_or(faults)
-    }
-
-    const LLAMA: &str = r#"{"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4,
-        "num_hidden_layers": 2, "intermediate_size": 96, "vocab_size": 300, "rms_norm_eps": 1e-05,
-        "rope_theta": 500000.0"#;
-
-    #[test]
-    fn both_spellings_of_rope_are_read() {
-        let old = format!(
-            r#"{LLAMA}, "rope_scaling": {{"rope_type": "llama3", "factor": 8.0,
-            "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64}}}}"#
-        );
-        let new = old.replace("rope_scaling", "rope_parameters");
-        let (old, new) = (config(&old).unwrap(), config(&new).unwrap());
-        assert_eq!(old, new);
-        assert_eq!(old.rope_theta, 500_000.0);
-        let plain = config(&format!("{LLAMA}}}")).unwrap();
-        let (scaled, plain) = (old.inv_freq(), plain.inv_freq());
-        assert_eq!(scaled[0], plain[0]); // the highest frequency is kept
-        assert!((plain[7] / scaled[7] - 8.0).abs() < 1e-4); // the lowest is divided
-    }
-
-    #[test]
-    fn what_does_not_run_is_refused_by_name() {
-        let cases = [
-            (r#"{"model_type": "mamba"}"#.to_string(), "\"mamba\""),
-            (format!(r#"{LLAMA}, "hidden_act": "gelu"}}"#), "gelu"),
-            (format!(r#"{LLAMA}, "rope_scaling": {{"rope_type": "yarn"}}}}"#), "yarn"),
-            (format!(r#"{LLAMA}, "use_sliding_window": true}}"#), "use_sliding_window"),
-            (LLAMA.replace("\"hidden_size\": 64", "\"hidden_size\": \"x\"") + "}", "hidden_size"),
-        ];
-        for (json, words) in cases {
-            let faults = config(&json).unwrap_err().join("; ");
-            assert!(faults.contains(words), "{faults}");
-        }
-    }
+/// YaRN's growth of queries and keys where nothing else is said.
+fn yarn_growth(factor: f64) -> f64 {
+    if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 }
 }

@@ -1,22 +1,23 @@
 //! The forward pass: embedding, layers, final norm. The head is read by whoever needs what of it.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{D, DType, Device, Result, Tensor};
 use quantune_adapters::delta::Dropout;
 use quantune_adapters::targets::LinearSpec;
 
 use super::adapters::{Adapters, Worn};
 use super::cache::{KvCache, StepBuffers};
-use super::config::Config;
+use super::config::{Config, LayerRope};
 use super::ends::{EMBEDDING, HEAD};
 use super::layer::{Group, LayerPass};
 use super::observe::InputSquares;
 use crate::ops::attention::Heads;
 use crate::ops::rope::Rotation;
 use crate::ops::{
-    Compute, Segment, causal_attention, frozen_linear, rms_norm, rope, segment, swiglu,
+    Compute, Scores, Segment, causal_attention, frozen_linear, gated, rms_norm, rope, segment,
 };
 use crate::quant::FrozenMatrix;
 
@@ -36,20 +37,47 @@ pub struct Decoder {
 
 #[derive(Debug)]
 pub(super) struct Layer {
-    pub input_norm: Tensor,
-    pub q: Linear,
-    pub k: Linear,
-    pub v: Linear,
+    /// Before attention.
+    pub input_norm: Option<Tensor>,
+    pub qkv: Shared<3>,
+    /// Of queries and keys, `(head_dim)` or of all heads together.
+    pub q_norm: Option<Tensor>,
+    pub k_norm: Option<Tensor>,
     pub o: Linear,
-    pub post_attention_norm: Tensor,
-    pub gate: Linear,
-    pub up: Linear,
+    /// Behind attention, before it joins the residual stream.
+    pub post_attention_norm: Option<Tensor>,
+    /// Before the feed-forward layer.
+    pub pre_feedforward_norm: Option<Tensor>,
+    pub gate_up: Shared<2>,
     pub down: Linear,
+    /// Behind the feed-forward layer.
+    pub post_feedforward_norm: Option<Tensor>,
+    pub scores: Scores,
+    pub rope: LayerRope,
 }
 
 impl Layer {
-    fn linears(&self) -> [&Linear; 7] {
-        [&self.q, &self.k, &self.v, &self.o, &self.gate, &self.up, &self.down]
+    fn linears(&self) -> impl Iterator<Item = &Linear> {
+        let (qkv, gate_up) = (self.qkv.linears(), self.gate_up.linears());
+        qkv.iter().chain([&self.o]).chain(gate_up).chain([&self.down])
+    }
+}
+
+/// `M` linear layers that share their input.
+#[derive(Debug)]
+pub(super) enum Shared<const M: usize> {
+    /// Modules of their own.
+    Apart([Linear; M]),
+    /// One module, whose outputs lie side by side (Phi-3).
+    Whole(Linear),
+}
+
+impl<const M: usize> Shared<M> {
+    pub fn linears(&self) -> &[Linear] {
+        match self {
+            Self::Apart(linears) => linears,
+            Self::Whole(linear) => std::slice::from_ref(linear),
+        }
     }
 }
 
@@ -94,16 +122,43 @@ impl Rows {
 #[derive(Debug)]
 pub struct Pass<'a> {
     pub(super) segments: Arc<[Segment]>,
-    pub(super) rotation: Rotation,
+    pub(super) rotations: Rotations,
     pub(super) adapters: Adapters<'a>,
     pub(super) dropout: Option<&'a Dropout>,
     /// Where inputs of linear layers are summed up, in passes that nothing is learned from.
     pub(super) squares: Option<&'a InputSquares>,
 }
 
+/// The rotations of a batch's tokens.
+#[derive(Debug)]
+pub(super) struct Rotations {
+    global: Rotation,
+    /// Of layers with a window, if they have their own.
+    local: Option<Rotation>,
+}
+
+impl Rotations {
+    fn new(config: &Config, inv_freq: &[f32], positions: &[u32]) -> Self {
+        let local = config.local_inv_freq();
+        Self {
+            global: Rotation::new(positions, inv_freq).grown(config.rope_growth()),
+            local: local.map(|inv_freq| Rotation::new(positions, &inv_freq)),
+        }
+    }
+
+    /// That of a layer, if it rotates.
+    pub fn of(&self, layer: &Layer) -> Option<&Rotation> {
+        match layer.rope {
+            LayerRope::None => None,
+            LayerRope::Global => Some(&self.global),
+            LayerRope::Local => Some(self.local.as_ref().unwrap_or(&self.global)),
+        }
+    }
+}
+
 impl<'a> Pass<'a> {
     /// The pass that goes on with some of the tokens, rising, once all are attended to.
-    fn narrowed(&self, chosen: &[u32], inv_freq: &[f32]) -> Self {
+    fn narrowed(&self, chosen: &[u32], decoder: &Decoder) -> Self {
         let mut end = 0;
         let part = |segment: &Segment| {
             let start = end;
@@ -111,8 +166,8 @@ impl<'a> Pass<'a> {
             Segment::whole(start..end)
         };
         let segments = self.segments.iter().map(part).collect();
-        let rotation = Rotation::new(&[], inv_freq);
-        Pass { segments, rotation, adapters: self.adapters, dropout: None, squares: None }
+        let rotations = Rotations::new(&decoder.config, &decoder.inv_freq, &[]);
+        Pass { segments, rotations, adapters: self.adapters, dropout: None, squares: None }
     }
 }
 
@@ -130,8 +185,8 @@ impl Decoder {
     ) -> Pass<'a> {
         assert_eq!(segment::fault(&rows.segments, rows.tokens.len()), None);
         assert_eq!(rows.tokens.len(), rows.positions.len());
-        let rotation = Rotation::new(&rows.positions, &self.inv_freq);
-        Pass { segments: rows.segments.clone(), rotation, adapters, dropout, squares: None }
+        let rotations = Rotations::new(&self.config, &self.inv_freq, &rows.positions);
+        Pass { segments: rows.segments.clone(), rotations, adapters, dropout, squares: None }
     }
 
     /// One layer by its fast form, or `None` where the portable one runs.
@@ -251,7 +306,7 @@ impl Decoder {
         rising.sort_unstable();
         rising.dedup();
         let pass = self.pass(rows, adapters, None);
-        let narrow = pass.narrowed(&rising, &self.inv_freq);
+        let narrow = pass.narrowed(&rising, self);
         let StepBuffers { mut tape, mut work } = StepBuffers::default();
         let mut x = Vec::new();
         self.embed_into(&rows.tokens, &pass, &mut x)?;
@@ -317,13 +372,13 @@ impl Decoder {
             trainable.any(|worn| worn.adapter.modules.contains_key(&linear.name))
         };
         self.layers.iter().enumerate().find_map(|(index, layer)| {
-            let groups: [(Group, &[&Linear]); 4] = [
-                (Group::Attention, &[&layer.q, &layer.k, &layer.v]),
-                (Group::Output, &[&layer.o]),
-                (Group::GateUp, &[&layer.gate, &layer.up]),
-                (Group::Down, &[&layer.down]),
+            let groups: [(Group, &[Linear]); 4] = [
+                (Group::Attention, layer.qkv.linears()),
+                (Group::Output, std::slice::from_ref(&layer.o)),
+                (Group::GateUp, layer.gate_up.linears()),
+                (Group::Down, std::slice::from_ref(&layer.down)),
             ];
-            let wears = |(_, linears): &&(Group, &[&Linear])| linears.iter().any(|l| trained(l));
+            let wears = |(_, linears): &&(Group, &[Linear])| linears.iter().any(trained);
             groups.iter().find(wears).map(|(group, _)| (index, *group))
         })
     }
@@ -368,21 +423,72 @@ impl Decoder {
             head_dim: self.config.head_dim,
         };
 
-        let h = rms_norm(x, &layer.input_norm, eps, self.compute)?;
-        let q = rope(&self.linear(&layer.q, &h, pass)?, &pass.rotation, self.compute)?;
-        let k = rope(&self.linear(&layer.k, &h, pass)?, &pass.rotation, self.compute)?;
-        let v = self.linear(&layer.v, &h, pass)?;
-        let attended = match cache {
-            Some(cache) => cache.attend(index, &q, (&k, &v), heads, &pass.segments)?,
-            None => causal_attention(&q, &k, &v, heads, &pass.segments, None, self.compute)?,
+        let normed = |x: &Tensor, norm: &Option<Tensor>| match norm {
+            Some(norm) => rms_norm(x, norm, eps, self.compute),
+            None => Ok(x.clone()),
         };
-        let x = (x + self.linear(&layer.o, &attended, pass)?)?;
+        // Of whole heads, or of all heads of a token together.
+        let normed_heads = |x: Tensor, norm: &Option<Tensor>| match norm {
+            Some(w) => {
+                rms_norm(&x.reshape(((), w.dim(0)?))?, w, eps, self.compute)?.reshape(x.shape())
+            }
+            None => Ok(x),
+        };
+        let rotated = |x: Tensor| match pass.rotations.of(layer) {
+            Some(rotation) => rope(&x, rotation, self.compute),
+            None => Ok(x),
+        };
+        let by = self.config.variation.residual_multiplier;
+        let joined = |x: &Tensor, branch: Tensor, norm: &Option<Tensor>| {
+            let branch = normed(&branch, norm)?;
+            x + if by == 1.0 { branch } else { (branch * by)? }
+        };
 
-        let h = rms_norm(&x, &layer.post_attention_norm, eps, self.compute)?;
-        let gate = self.linear(&layer.gate, &h, pass)?;
-        let up = self.linear(&layer.up, &h, pass)?;
-        let inner = swiglu(&gate, &up, self.compute)?; // (N, intermediate_size)
-        x + self.linear(&layer.down, &inner, pass)?
+        let h = normed(x, &layer.input_norm)?;
+        let kv_width = heads.kv_heads * heads.head_dim;
+        let widths = [heads.heads * heads.head_dim, kv_width, kv_width];
+        let [q, k, v] = self.shared(&layer.qkv, widths, &h, pass)?;
+        let q = rotated(normed_heads(q, &layer.q_norm)?)?;
+        let k = rotated(normed_heads(k, &layer.k_norm)?)?;
+        let (segments, scores) = (&pass.segments, layer.scores);
+        let attended = match cache {
+            Some(cache) => cache.attend(index, &q, (&k, &v), heads, segments, scores)?,
+            None => causal_attention(&q, &k, &v, heads, segments, scores, self.compute)?,
+        };
+        let branch = self.linear(&layer.o, &attended, pass)?;
+        let x = joined(x, branch, &layer.post_attention_norm)?;
+
+        let h = normed(&x, &layer.pre_feedforward_norm)?;
+        let widths = [self.config.intermediate_size; 2];
+        let [gate, up] = self.shared(&layer.gate_up, widths, &h, pass)?;
+        let inner = gated(self.config.family.gate, &gate, &up, self.compute)?; // (N, inner)
+        let branch = self.linear(&layer.down, &inner, pass)?;
+        joined(&x, branch, &layer.post_feedforward_norm)
+    }
+
+    /// What linear layers of these `widths` that share their input make of it.
+    fn shared<const M: usize>(
+        &self,
+        shared: &Shared<M>,
+        widths: [usize; M],
+        x: &Tensor,
+        pass: &Pass,
+    ) -> Result<[Tensor; M]> {
+        let outs: Vec<Tensor> = match shared {
+            Shared::Apart(linears) => {
+                linears.iter().map(|linear| self.linear(linear, x, pass)).collect::<Result<_>>()?
+            }
+            Shared::Whole(linear) => {
+                let whole = self.linear(linear, x, pass)?;
+                let mut start = 0;
+                let parts = widths.iter().map(|&width| {
+                    start += width;
+                    whole.narrow(1, start - width, width)?.contiguous()
+                });
+                parts.collect::<Result<_>>()?
+            }
+        };
+        Ok(outs.try_into().expect("as many as there are widths"))
     }
 
     /// The frozen product, and on it the updates of the adapters that each run of rows wears.

@@ -14,11 +14,12 @@ use rayon::prelude::*;
 use super::adapters::{Adapters, Worn};
 use super::decoder::{Decoder, Pass};
 use super::layer::AdapterGradients;
+use super::scoring::heated;
 use crate::isa::Isa;
 use crate::ops::frozen_linear::{few_rows, frozen_rows, read_rows};
 use crate::ops::gemm::{Begin, Out, PackedRows, Panel, Product, Strided, Term, Weights, multiply};
 use crate::ops::linear_cross_entropy::{check_targets, chunk_rows, score};
-use crate::ops::{Compute, Values, frozen_linear, linear_log_probs};
+use crate::ops::{Compute, Values, capped_log_probs, frozen_linear};
 
 /// Panels of the way up and of the way back.
 type Panels = (Panel, Panel);
@@ -49,7 +50,7 @@ impl Decoder {
     pub fn embed(&self, tokens: &[u32], pass: &Pass) -> Result<Tensor> {
         let x = frozen_rows(&self.embedding, tokens, &Device::Cpu)?;
         if !pass.adapters.iter().any(|worn| embeds(&worn.adapter)) {
-            return Ok(x);
+            return self.embedded(x);
         }
         let runs = pass.adapters.runs(&pass.segments).into_iter();
         let parts = runs.map(|(range, worn)| {
@@ -62,13 +63,28 @@ impl Decoder {
             }
             Ok(x)
         });
-        Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)
+        self.embedded(Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)?)
+    }
+
+    /// What the layers take of the embeddings of tokens.
+    fn embedded(&self, x: Tensor) -> Result<Tensor> {
+        let by = self.config.variation.embedding_multiplier;
+        if by == 1.0 { Ok(x) } else { x * by }
+    }
+
+    /// [`Self::embedded`] in place, which is also the way back.
+    fn embedded_in_place(&self, x: &mut [f32]) {
+        let by = self.config.variation.embedding_multiplier as f32;
+        if by != 1.0 {
+            x.iter_mut().for_each(|x| *x *= by);
+        }
     }
 
     /// [`Self::embed`] into a buffer, which is overwritten; off the tape.
     pub fn embed_into(&self, tokens: &[u32], pass: &Pass, x: &mut Vec<f32>) -> Result<()> {
         read_rows(&self.embedding, tokens, x)?;
         if !pass.adapters.iter().any(|worn| embeds(&worn.adapter)) {
+            self.embedded_in_place(x);
             return Ok(());
         }
         let width = self.config.hidden_size;
@@ -114,14 +130,16 @@ impl Decoder {
     }
 
     /// The way back from `dx (N, hidden_size)`, the gradient of what [`Self::embed_into`] gave, to
-    /// the parts of the trainable adapter, which all rows wear.
+    /// the parts of the trainable adapter, which all rows wear. `dx` is used up.
     pub(crate) fn embed_back(
         &self,
         tokens: &[u32],
         pass: &Pass,
-        dx: &[f32],
+        dx: &mut [f32],
         sink: &mut AdapterGradients,
     ) -> Result<()> {
+        self.embedded_in_place(dx);
+        let dx = &*dx;
         let width = self.config.hidden_size;
         for worn in pass.adapters.iter().filter(|worn| worn.trainable) {
             let weight = worn.weight as f32;
@@ -169,8 +187,9 @@ impl Decoder {
     /// Logits `(M, vocab_size)` of hidden states `(M, hidden_size)`, each row under what it wears: for
     /// few rows only. A row gets the same bits among any others.
     pub fn logits(&self, hidden: &Tensor, adapters: Adapters) -> Result<Tensor> {
+        let hidden = &self.to_head(hidden)?;
         if !adapters.iter().any(|worn| self.heads(&worn.adapter)) {
-            return few_rows(hidden, &self.head, self.compute);
+            return self.capped(few_rows(hidden, &self.head, self.compute)?);
         }
         let base = few_rows(hidden, &self.head, self.compute)?;
         let (rows, vocabulary) = base.dims2()?;
@@ -192,8 +211,23 @@ impl Decoder {
     /// Log-probabilities of `targets`, one per row of `hidden (M, hidden_size)` → `(M)`, of rows that
     /// all wear the same. In the portable form trainable adapters are on the tape.
     pub fn log_probs(&self, hidden: &Tensor, targets: &[u32], worn: &[Worn]) -> Result<Tensor> {
+        self.heated_log_probs(hidden, targets, 1.0, worn)
+    }
+
+    /// [`Self::log_probs`] of logits divided by `temperature`.
+    pub fn heated_log_probs(
+        &self,
+        hidden: &Tensor,
+        targets: &[u32],
+        temperature: f64,
+        worn: &[Worn],
+    ) -> Result<Tensor> {
+        let cap = self.config.logit_cap(temperature);
+        let hidden = self.to_head(hidden)?;
+        // Without a cap hidden states may as well be divided; with one, logits are, behind it.
+        let hidden = &if cap.is_some() { hidden } else { heated(hidden, temperature)? };
         let Some(head) = self.worn_head(worn)? else {
-            return linear_log_probs(hidden, &self.head, targets, self.compute);
+            return capped_log_probs(hidden, &self.head, targets, cap, self.compute);
         };
         check_targets(targets, &self.head)?;
         let Some(panels) = self.compute.forward_panel().zip(self.compute.backward_panel()) else {
@@ -243,10 +277,33 @@ impl Decoder {
         Ok(logits)
     }
 
+    /// What the head multiplies of hidden states.
+    fn to_head(&self, hidden: &Tensor) -> Result<Tensor> {
+        let by = self.config.variation.logits_multiplier;
+        if by == 1.0 { Ok(hidden.clone()) } else { hidden * by }
+    }
+
+    /// Logits under the cap, if there is one.
+    fn capped(&self, logits: Tensor) -> Result<Tensor> {
+        match self.config.variation.final_logit_softcapping {
+            Some(cap) => (logits / cap)?.tanh()? * cap,
+            None => Ok(logits),
+        }
+    }
+
     /// What adapters make of the head; nothing where they have no part in it.
+    ///
+    /// # Errors
+    /// If the logits have a cap, which what adapters add to the head does not go through here.
     pub(crate) fn worn_head<'a>(&'a self, worn: &'a [Worn]) -> Result<Option<WornHead<'a>>> {
         if !worn.iter().any(|worn| self.heads(&worn.adapter)) {
             return Ok(None);
+        }
+        if self.config.variation.final_logit_softcapping.is_some() {
+            candle_core::bail!(
+                "an adapter has a part in the head (or trains tokens of a tied one), and this \
+                 model's logits have a cap: that does not run here"
+            );
         }
         let mut head = WornHead { decoder: self, base: 1.0, parts: Vec::new() };
         for worn in worn {

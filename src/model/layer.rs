@@ -11,13 +11,13 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::Result;
+use candle_core::{Result, Tensor};
 use half::f16;
 use rayon::prelude::*;
 
 use super::cache::KvCache;
-use super::config::Config;
-use super::decoder::{Layer, Linear, Pass};
+use super::config::{Config, Norms, QkNorm};
+use super::decoder::{Layer, Linear, Pass, Shared};
 use super::few;
 use crate::isa::Isa;
 use crate::ops::attention::{self, Attended, Heads, Qkv, QkvGrad};
@@ -35,8 +35,14 @@ pub struct Tape {
     v: Vec<f32>,
     attended: Kept,
     lse: Vec<f32>,
+    /// Queries and keys before their norms, where they have some.
+    raw_q: Vec<f32>,
+    raw_k: Vec<f32>,
     /// The residual stream between attention and feed-forward layer.
     middle: Vec<f32>,
+    /// What o and down gave, before the norms behind them, where there are some.
+    attention_branch: Vec<f32>,
+    inner_branch: Vec<f32>,
     gate: Kept,
     up: Kept,
     lows: [Lows; 7],
@@ -119,7 +125,13 @@ impl Tape {
             Some(Panel::Int16 | Panel::Int8) => kept / 2,
             Some(Panel::F32) | None => kept,
         };
-        let width = 2 * config.hidden_size + q + 2 * kv + kept;
+        let mut width = 2 * config.hidden_size + q + 2 * kv + kept;
+        if config.family.qk_norm != QkNorm::None {
+            width += q + kv;
+        }
+        if config.family.norms != Norms::Before {
+            width += 2 * config.hidden_size;
+        }
         (width + config.num_attention_heads + ranks) * tokens * size_of::<f32>()
     }
 }
@@ -158,6 +170,13 @@ pub struct Workspace {
     dq: Vec<f32>,
     dk: Vec<f32>,
     dv: Vec<f32>,
+    /// Gradients of queries, keys or a branch before a norm.
+    draw: Vec<f32>,
+    /// Outputs of linear layers side by side, where they are one module, and their gradient.
+    side_by_side: Vec<f32>,
+    /// What o or down gave, and its gradient.
+    branch: Vec<f32>,
+    dbranch: Vec<f32>,
 }
 
 /// The linear layers that share an input, from the bottom of a layer to its top.
@@ -313,7 +332,7 @@ impl<'a> LayerPass<'a> {
         let (c, layer, n, isa) = (self.config, self.layer, self.tokens, self.isa);
         let heads = self.heads();
         let (q_width, kv_width) = (heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim);
-        let Tape { q, k, v, lse, lows, .. } = tape;
+        let Tape { q, k, v, raw_q, raw_k, lse, lows, .. } = tape;
         let [low_q, low_k, low_v, ..] = lows;
         for (buffer, width) in [
             (&mut *q, q_width),
@@ -327,24 +346,30 @@ impl<'a> LayerPass<'a> {
         }
 
         let mut normed = std::mem::take(&mut work.normed);
-        let norm = Values::of(&layer.input_norm)?;
-        rms_norm::forward(isa, x, &norm, c.rms_norm_eps as f32, &mut normed);
-        let outs = [
-            (&layer.q, &mut q[..], low_q),
-            (&layer.k, &mut k[..], low_k),
-            (&layer.v, &mut v[..], low_v),
-        ];
-        self.project(outs, &normed, Onto::Nothing, work)?;
+        self.norm(&layer.input_norm, x, &mut normed)?;
+        let outs = [(&mut q[..], low_q), (&mut k[..], low_k), (&mut v[..], low_v)];
+        self.project_shared(&layer.qkv, outs, &normed, work)?;
         work.normed = normed;
-        self.pass.rotation.rotate(isa, Turn::Forward, q, q_width, q_width);
-        self.pass.rotation.rotate(isa, Turn::Forward, k, kv_width, kv_width);
+        for (norm, heads, raw) in [(&layer.q_norm, &mut *q, raw_q), (&layer.k_norm, &mut *k, raw_k)]
+        {
+            if norm.is_some() {
+                raw.resize(heads.len(), 0.0);
+                std::mem::swap(raw, heads);
+                self.norm(norm, raw, heads)?;
+            }
+        }
+        if let Some(rotation) = self.pass.rotations.of(layer) {
+            rotation.rotate(isa, Turn::Forward, q, q_width, q_width);
+            rotation.rotate(isa, Turn::Forward, k, kv_width, kv_width);
+        }
         let mut out = std::mem::take(&mut work.attended);
         let (qkv, segments) = (qkv(heads, q, k, v), &self.pass.segments);
+        let scores = layer.scores;
         match cache {
             Some((cache, index)) => {
-                cache.attend_slices(isa, index, qkv, heads, segments, None, &mut out);
+                cache.attend_slices(isa, index, qkv, heads, segments, scores, &mut out);
             }
-            None => attention::forward(isa, qkv, heads, segments, None, &mut out, lse),
+            None => attention::forward(isa, qkv, heads, segments, scores, &mut out, lse),
         }
         work.attended = out;
         Ok(())
@@ -359,7 +384,7 @@ impl<'a> LayerPass<'a> {
         work: &mut Workspace,
     ) -> Result<()> {
         let (c, layer, n, isa) = (self.config, self.layer, self.tokens, self.isa);
-        let Tape { attended, middle, gate, up, lows, .. } = tape;
+        let Tape { attended, middle, gate, up, attention_branch, inner_branch, lows, .. } = tape;
         let [.., low_o, low_gate, low_up, low_down] = lows;
         for (buffer, width) in [
             (&mut work.gate, c.intermediate_size),
@@ -371,7 +396,8 @@ impl<'a> LayerPass<'a> {
         }
 
         let mut out = std::mem::take(&mut work.attended);
-        self.project([(&layer.o, &mut x[..], low_o)], &out, Onto::Sum, work)?;
+        let norm = &layer.post_attention_norm;
+        self.join((&layer.o, low_o), &out, norm, x, attention_branch, work)?;
         if taped {
             attended.keep(self.forward, &mut out);
         }
@@ -380,22 +406,186 @@ impl<'a> LayerPass<'a> {
         middle.clear();
         middle.extend_from_slice(x);
         let mut normed = std::mem::take(&mut work.normed);
-        let norm = Values::of(&layer.post_attention_norm)?;
-        rms_norm::forward(isa, x, &norm, c.rms_norm_eps as f32, &mut normed);
+        self.norm(&layer.pre_feedforward_norm, x, &mut normed)?;
         let (mut gates, mut ups) = (std::mem::take(&mut work.gate), std::mem::take(&mut work.up));
-        let outs = [(&layer.gate, &mut gates[..], low_gate), (&layer.up, &mut ups[..], low_up)];
-        self.project(outs, &normed, Onto::Nothing, work)?;
+        let outs = [(&mut gates[..], low_gate), (&mut ups[..], low_up)];
+        self.project_shared(&layer.gate_up, outs, &normed, work)?;
         work.normed = normed;
         let mut inner = std::mem::take(&mut work.inner);
-        swiglu::forward(isa, &gates, &ups, &mut inner);
+        swiglu::forward(isa, c.family.gate, &gates, &ups, &mut inner);
         if taped {
             gate.keep(self.forward, &mut gates);
             up.keep(self.forward, &mut ups);
         }
         (work.gate, work.up) = (gates, ups);
-        self.project([(&layer.down, x, low_down)], &inner, Onto::Sum, work)?;
+        let norm = &layer.post_feedforward_norm;
+        self.join((&layer.down, low_down), &inner, norm, x, inner_branch, work)?;
         work.inner = inner;
         Ok(())
+    }
+
+    /// `y = norm(x)`, or a copy where there is none. `x` is rows of the norm's width end to end.
+    fn norm(&self, norm: &Option<Tensor>, x: &[f32], y: &mut [f32]) -> Result<()> {
+        match norm {
+            Some(norm) => {
+                let eps = self.config.rms_norm_eps as f32;
+                rms_norm::forward(self.isa, x, &*Values::of(norm)?, eps, y);
+            }
+            None => y.copy_from_slice(x),
+        }
+        Ok(())
+    }
+
+    /// The way back through [`Self::norm`]: adds the gradient of `x` to `dx`.
+    fn norm_back(
+        &self,
+        norm: &Option<Tensor>,
+        x: &[f32],
+        dy: &[f32],
+        dx: &mut [f32],
+    ) -> Result<()> {
+        match norm {
+            Some(norm) => {
+                let eps = self.config.rms_norm_eps as f32;
+                rms_norm::backward(self.isa, x, &*Values::of(norm)?, eps, dy, dx);
+            }
+            None => add(dx, dy, 1.0),
+        }
+        Ok(())
+    }
+
+    /// [`Self::project`] of layers that share their input, which may be one module.
+    fn project_shared<const M: usize>(
+        &self,
+        shared: &Shared<M>,
+        outs: [(&mut [f32], &mut Lows); M],
+        x: &[f32],
+        work: &mut Workspace,
+    ) -> Result<()> {
+        match shared {
+            Shared::Apart(linears) => {
+                let mut linears = linears.iter();
+                let outs = outs.map(|(out, low)| {
+                    (linears.next().expect("as many as there are outputs"), out, low)
+                });
+                self.project(outs, x, Onto::Nothing, work)
+            }
+            Shared::Whole(linear) => {
+                let width = linear.weight.rows();
+                let mut whole = std::mem::take(&mut work.side_by_side);
+                whole.resize(self.tokens * width, 0.0);
+                let mut parts = Vec::new();
+                let mut lows = Vec::new();
+                for (out, low) in outs {
+                    parts.push(out);
+                    lows.push(low);
+                }
+                // The first keeps what the module has to.
+                let low = lows.swap_remove(0);
+                self.project([(linear, &mut whole[..], low)], x, Onto::Nothing, work)?;
+                let mut start = 0;
+                for part in parts {
+                    let of = part.len() / self.tokens.max(1);
+                    for (to, from) in
+                        part.chunks_exact_mut(of.max(1)).zip(whole.chunks_exact(width))
+                    {
+                        to.copy_from_slice(&from[start..start + of]);
+                    }
+                    start += of;
+                }
+                work.side_by_side = whole;
+                Ok(())
+            }
+        }
+    }
+
+    /// [`Self::project_back`] through [`Self::project_shared`].
+    fn project_shared_back<const M: usize>(
+        &self,
+        shared: &Shared<M>,
+        dys: [(&[f32], &Lows); M],
+        x: &[f32],
+        dx: Option<&mut [f32]>,
+        gradients: &mut AdapterGradients,
+        work: &mut Workspace,
+    ) -> Result<()> {
+        match shared {
+            Shared::Apart(linears) => {
+                let mut linears = linears.iter();
+                let dys = dys.map(|(dy, low)| {
+                    (linears.next().expect("as many as there are outputs"), dy, low)
+                });
+                self.project_back(dys, x, dx, gradients, work)
+            }
+            Shared::Whole(linear) => {
+                let width = linear.weight.rows();
+                let mut whole = std::mem::take(&mut work.side_by_side);
+                whole.resize(self.tokens * width, 0.0);
+                let mut start = 0;
+                for (dy, _) in dys {
+                    let of = dy.len() / self.tokens.max(1);
+                    for (to, from) in whole.chunks_exact_mut(width).zip(dy.chunks_exact(of.max(1)))
+                    {
+                        to[start..start + of].copy_from_slice(from);
+                    }
+                    start += of;
+                }
+                let dy = [(linear, &whole[..], dys[0].1)];
+                let result = self.project_back(dy, x, dx, gradients, work);
+                work.side_by_side = whole;
+                result
+            }
+        }
+    }
+
+    /// Adds to the residual stream what `linear` makes of `inner`, behind the norm and the multiplier
+    /// that a family may have there. With a norm, what is before it stays in `branch`.
+    fn join(
+        &self,
+        (linear, low): (&Linear, &mut Lows),
+        inner: &[f32],
+        norm: &Option<Tensor>,
+        x: &mut [f32],
+        branch: &mut Vec<f32>,
+        work: &mut Workspace,
+    ) -> Result<()> {
+        let by = self.config.variation.residual_multiplier as f32;
+        if norm.is_none() && by == 1.0 {
+            return self.project([(linear, x, low)], inner, Onto::Sum, work);
+        }
+        branch.resize(x.len(), 0.0);
+        self.project([(linear, &mut branch[..], low)], inner, Onto::Nothing, work)?;
+        let mut normed = std::mem::take(&mut work.branch);
+        normed.resize(x.len(), 0.0);
+        self.norm(norm, branch, &mut normed)?;
+        add(x, &normed, by);
+        work.branch = normed;
+        Ok(())
+    }
+
+    /// The way back through [`Self::join`]: the gradient of what `linear` gave, put into `work`, or
+    /// `dx` itself.
+    fn join_back<'d>(
+        &self,
+        norm: &Option<Tensor>,
+        branch: &[f32],
+        dx: &'d [f32],
+        (scaled, dbranch): (&'d mut Vec<f32>, &'d mut Vec<f32>),
+    ) -> Result<&'d [f32]> {
+        let by = self.config.variation.residual_multiplier as f32;
+        if norm.is_none() && by == 1.0 {
+            return Ok(dx);
+        }
+        scaled.clear();
+        scaled.resize(dx.len(), 0.0);
+        add(scaled, dx, by);
+        if norm.is_none() {
+            return Ok(scaled);
+        }
+        dbranch.clear();
+        dbranch.resize(dx.len(), 0.0);
+        self.norm_back(norm, branch, scaled, dbranch)?;
+        Ok(dbranch)
     }
 
     /// Turns `dx`, the gradient of the layer's output, into that of its input, and adds up the
@@ -413,8 +603,9 @@ impl<'a> LayerPass<'a> {
         let (c, layer, n, isa) = (self.config, self.layer, self.tokens, self.isa);
         let heads = self.heads();
         let (q_width, kv_width) = (heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim);
-        let eps = c.rms_norm_eps as f32;
-        let Tape { x, q, k, v, attended, lse, middle, gate, up, lows } = tape;
+        let Tape { x, q, k, v, raw_q, raw_k, attended, lse, middle, gate, up, .. } = tape;
+        let (attention_branch, inner_branch) = (&tape.attention_branch, &tape.inner_branch);
+        let lows = &tape.lows;
         let [low_q, low_k, low_v, low_o, low_gate, low_up, low_down] = lows;
         let take = |buffer: &mut Vec<f32>, width: usize| {
             let mut buffer = std::mem::take(buffer);
@@ -436,29 +627,36 @@ impl<'a> LayerPass<'a> {
             take(&mut work.dk, kv_width),
             take(&mut work.dv, kv_width),
         );
+        let (mut scaled, mut dbranch) =
+            (std::mem::take(&mut work.branch), std::mem::take(&mut work.dbranch));
         let wanted = |group| lowest.is_none_or(|lowest| lowest < group);
 
         'down: {
-            swiglu::forward(isa, &gates, &ups, &mut inner);
-            let down = [(&layer.down, &*dx, &*low_down)];
+            swiglu::forward(isa, c.family.gate, &gates, &ups, &mut inner);
+            let room = (&mut scaled, &mut dbranch);
+            let dy = self.join_back(&layer.post_feedforward_norm, inner_branch, dx, room)?;
+            let down = [(&layer.down, dy, &*low_down)];
             let dinner_wanted = wanted(Group::Down).then_some(&mut dinner[..]);
             self.project_back(down, &inner, dinner_wanted, gradients, work)?;
             if !wanted(Group::Down) {
                 break 'down;
             }
 
-            swiglu::backward(isa, &mut gates, &mut ups, &dinner);
-            let norm = Values::of(&layer.post_attention_norm)?;
-            rms_norm::forward(isa, middle, &norm, eps, &mut normed);
-            let both = [(&layer.gate, &gates[..], &*low_gate), (&layer.up, &ups[..], &*low_up)];
+            swiglu::backward(isa, c.family.gate, &mut gates, &mut ups, &dinner);
+            let norm = &layer.pre_feedforward_norm;
+            self.norm(norm, middle, &mut normed)?;
+            let both = [(&gates[..], low_gate), (&ups[..], low_up)];
             let dnormed_wanted = wanted(Group::GateUp).then_some(&mut dnormed[..]);
-            self.project_back(both, &normed, dnormed_wanted, gradients, work)?;
+            let shared = &layer.gate_up;
+            self.project_shared_back(shared, both, &normed, dnormed_wanted, gradients, work)?;
             if !wanted(Group::GateUp) {
                 break 'down;
             }
-            rms_norm::backward(isa, middle, &norm, eps, &dnormed, dx);
+            self.norm_back(norm, middle, &dnormed, dx)?;
 
-            let o = [(&layer.o, &*dx, &*low_o)];
+            let room = (&mut scaled, &mut dbranch);
+            let dy = self.join_back(&layer.post_attention_norm, attention_branch, dx, room)?;
+            let o = [(&layer.o, dy, &*low_o)];
             let dattended_wanted = wanted(Group::Output).then_some(&mut dattended[..]);
             self.project_back(o, &out, dattended_wanted, gradients, work)?;
             if !wanted(Group::Output) {
@@ -467,27 +665,37 @@ impl<'a> LayerPass<'a> {
             let left = Attended { out: &out, lse };
             let grad = QkvGrad::apart((&mut dq, q_width), (&mut dk, kv_width), (&mut dv, kv_width));
             let (qkv, segments) = (qkv(heads, q, k, v), &self.pass.segments);
-            attention::backward(isa, qkv, heads, segments, None, left, &dattended, grad);
-            self.pass.rotation.rotate(isa, Turn::Back, &mut dq, q_width, q_width);
-            self.pass.rotation.rotate(isa, Turn::Back, &mut dk, kv_width, kv_width);
+            let scores = layer.scores;
+            attention::backward(isa, qkv, heads, segments, scores, left, &dattended, grad);
+            if let Some(rotation) = self.pass.rotations.of(layer) {
+                rotation.rotate(isa, Turn::Back, &mut dq, q_width, q_width);
+                rotation.rotate(isa, Turn::Back, &mut dk, kv_width, kv_width);
+            }
+            for (norm, raw, d) in
+                [(&layer.q_norm, &*raw_q, &mut dq), (&layer.k_norm, &*raw_k, &mut dk)]
+            {
+                if norm.is_some() {
+                    work.draw.clear();
+                    work.draw.resize(d.len(), 0.0);
+                    self.norm_back(norm, raw, d, &mut work.draw)?;
+                    std::mem::swap(d, &mut work.draw);
+                }
+            }
 
-            let norm = Values::of(&layer.input_norm)?;
-            rms_norm::forward(isa, x, &norm, eps, &mut normed);
-            let all = [
-                (&layer.q, &dq[..], &*low_q),
-                (&layer.k, &dk[..], &*low_k),
-                (&layer.v, &dv[..], &*low_v),
-            ];
+            self.norm(&layer.input_norm, x, &mut normed)?;
+            let all = [(&dq[..], low_q), (&dk[..], low_k), (&dv[..], low_v)];
             let dnormed_wanted = wanted(Group::Attention).then_some(&mut dnormed[..]);
-            self.project_back(all, &normed, dnormed_wanted, gradients, work)?;
+            let shared = &layer.qkv;
+            self.project_shared_back(shared, all, &normed, dnormed_wanted, gradients, work)?;
             if wanted(Group::Attention) {
-                rms_norm::backward(isa, x, &norm, eps, &dnormed, dx);
+                self.norm_back(&layer.input_norm, x, &dnormed, dx)?;
             }
         }
 
         (work.normed, work.dnormed, work.inner, work.dinner) = (normed, dnormed, inner, dinner);
         (work.gate, work.up, work.attended) = (gates, ups, out);
         (work.dattended, work.dq, work.dk, work.dv) = (dattended, dq, dk, dv);
+        (work.branch, work.dbranch) = (scaled, dbranch);
         Ok(())
     }
 
@@ -1017,6 +1225,12 @@ fn pack_all<'v>(
         }
         packed[i].pack(isa, panel, Strided { values, stride }, n, stride);
     }
+}
+
+/// `a += by · b`.
+fn add(a: &mut [f32], b: &[f32], by: f32) {
+    let chunks = a.par_chunks_mut(CHUNK).zip(b.par_chunks(CHUNK));
+    chunks.for_each(|(a, b)| a.iter_mut().zip(b).for_each(|(a, b)| *a += by * b));
 }
 
 /// `a *= b`.

@@ -4,10 +4,11 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 
-use super::decoder::{Layer, Linear};
+use super::config::{Family, Norms, QkNorm};
+use super::decoder::{Layer, Linear, Shared};
 use super::{Config, Decoder, ModelError};
 use crate::ops::Compute;
-use crate::quant::{FrozenMatrix, RowOrder};
+use crate::quant::{BlockType, FrozenMatrix, RowOrder};
 use crate::weights::{Checkpoint, WeightsError};
 
 /// Faults after which a file is given up.
@@ -18,8 +19,28 @@ impl Decoder {
     ///
     /// Missing tensors and wrong shapes are reported all at once.
     pub fn load(checkpoint: &Checkpoint, compute: Compute) -> Result<Self, ModelError> {
+        Self::load_as(checkpoint, compute, None)
+    }
+
+    /// [`Self::load`] of a folder with its matrices quantized, one after the other, to `load_type`:
+    /// memory holds little more than what they become. As llama-quantize does, a head, or the
+    /// embedding that is one, gets no fewer than 6 bits, and rows that are no whole blocks another
+    /// type.
+    ///
+    /// # Errors
+    /// As [`Self::load`], and if a GGUF, which has types of its own, is to be quantized.
+    pub fn load_as(
+        checkpoint: &Checkpoint,
+        compute: Compute,
+        load_type: Option<BlockType>,
+    ) -> Result<Self, ModelError> {
         let config = Config::read(checkpoint)?;
-        let mut loader = Loader { checkpoint, config: &config, faults: Vec::new() };
+        if let (Checkpoint::Gguf(gguf), Some(of)) = (checkpoint, load_type) {
+            let path = gguf.path().display().to_string();
+            let reason = format!("a GGUF keeps its types; only a folder is loaded as {of}");
+            return Err(ModelError::Tensors { path, reason });
+        }
+        let mut loader = Loader { checkpoint, config: &config, load_type, faults: Vec::new() };
         let embedding = loader.embedding();
         let mut layers: Vec<Option<Layer>> = Vec::new();
         for index in 0..config.num_hidden_layers {
@@ -29,7 +50,7 @@ impl Decoder {
                 break;
             }
         }
-        let norm = loader.vector("model.norm.weight", config.hidden_size);
+        let norm = loader.norm(Some("model.norm".into()), config.hidden_size).flatten();
         let head = match config.tie_word_embeddings {
             true => embedding.clone(),
             // A sequence classifier has no logits; whoever loads one reads its score.
@@ -50,6 +71,7 @@ impl Decoder {
 struct Loader<'a> {
     checkpoint: &'a Checkpoint,
     config: &'a Config,
+    load_type: Option<BlockType>,
     faults: Vec<String>,
 }
 
@@ -70,28 +92,69 @@ impl Loader<'_> {
         let q_width = c.num_attention_heads * c.head_dim;
         let kv_width = c.num_key_value_heads * c.head_dim;
         let path = |name: &str| format!("model.layers.{index}.{name}");
-        let norm = |name: &str| path(&format!("{name}.weight"));
-        // All are tried, so that all faults are told.
-        let input_norm = self.vector(&norm("input_layernorm"), hidden);
-        let q = self.linear(path("self_attn.q_proj"), q_width, hidden, c.qkv_bias);
-        let k = self.linear(path("self_attn.k_proj"), kv_width, hidden, c.qkv_bias);
-        let v = self.linear(path("self_attn.v_proj"), kv_width, hidden, c.qkv_bias);
+        // All are tried, so that all faults are told. A norm is `Some(None)` if the family has none.
+        let [before_attention, behind_attention, before_inner, behind_inner] =
+            norm_names(c.family).map(|name| self.norm(name.map(path), hidden));
+        let (q_norm, k_norm) = match c.family.qk_norm {
+            QkNorm::None => (Some(None), Some(None)),
+            of => {
+                let width = |all: usize| if of == QkNorm::Head { c.head_dim } else { all };
+                let q_norm = self.norm(Some(path("self_attn.q_norm")), width(q_width));
+                (q_norm, self.norm(Some(path("self_attn.k_norm")), width(kv_width)))
+            }
+        };
+        let [all_qkv, all_gate_up] = ["self_attn.qkv_proj", "mlp.gate_up_proj"].map(path);
+        let qkv = [("q_proj", q_width), ("k_proj", kv_width), ("v_proj", kv_width)];
+        let qkv = qkv.map(|(name, rows)| (path(&format!("self_attn.{name}")), rows));
+        let qkv = self.shared(all_qkv, qkv, hidden, c.qkv_bias);
+        let gate_up = ["mlp.gate_proj", "mlp.up_proj"].map(|name| (path(name), inner));
+        let gate_up = self.shared(all_gate_up, gate_up, hidden, c.mlp_bias);
         let o = self.linear(path("self_attn.o_proj"), hidden, q_width, c.o_bias);
-        let post_attention_norm = self.vector(&norm("post_attention_layernorm"), hidden);
-        let gate = self.linear(path("mlp.gate_proj"), inner, hidden, c.mlp_bias);
-        let up = self.linear(path("mlp.up_proj"), inner, hidden, c.mlp_bias);
         let down = self.linear(path("mlp.down_proj"), hidden, inner, c.mlp_bias);
         Some(Layer {
-            input_norm: input_norm?,
-            q: q?,
-            k: k?,
-            v: v?,
+            input_norm: before_attention?,
+            qkv: qkv?,
+            q_norm: q_norm?,
+            k_norm: k_norm?,
             o: o?,
-            post_attention_norm: post_attention_norm?,
-            gate: gate?,
-            up: up?,
+            post_attention_norm: behind_attention?,
+            pre_feedforward_norm: before_inner?,
+            gate_up: gate_up?,
             down: down?,
+            post_feedforward_norm: behind_inner?,
+            scores: c.scores(index),
+            rope: c.rope_of(index),
         })
+    }
+
+    /// A norm's weight as it multiplies, `Some(None)` if there is none of that name to be.
+    fn norm(&mut self, name: Option<String>, len: usize) -> Option<Option<Tensor>> {
+        let Some(name) = name else { return Some(None) };
+        let less_one = match self.checkpoint {
+            Checkpoint::HuggingFace(_) => self.config.family.norm_less_one,
+            Checkpoint::Gguf(_) => false,
+        };
+        let norm = self.vector(&format!("{name}.weight"), len)?;
+        let norm = if less_one { (norm + 1.0).map_err(|e| e.to_string()) } else { Ok(norm) };
+        self.note(norm).map(Some)
+    }
+
+    /// Linear layers of these names and rows that share their input, or the one that is all of them.
+    fn shared<const M: usize>(
+        &mut self,
+        whole: String,
+        apart: [(String, usize); M],
+        cols: usize,
+        bias: bool,
+    ) -> Option<Shared<M>> {
+        if self.config.family.fused {
+            let rows = apart.iter().map(|(_, rows)| rows).sum();
+            return self.linear(whole, rows, cols, bias).map(Shared::Whole);
+        }
+        // All are tried, so that all faults are told.
+        let linears = apart.map(|(name, rows)| self.linear(name, rows, cols, bias));
+        let linears: Option<Vec<Linear>> = linears.into_iter().collect();
+        Some(Shared::Apart(linears?.try_into().expect("as many as there are names")))
     }
 
     fn linear(&mut self, name: String, rows: usize, cols: usize, bias: bool) -> Option<Linear> {
@@ -117,9 +180,29 @@ impl Loader<'_> {
                 return Err(format!("{stored} is {:?}, needed [{rows}, {cols}]", tensor.shape));
             }
             let matrix = tensor.matrix().map_err(|e| e.to_string())?;
-            matrix.with_order(self.order(name)).map_err(|e| format!("{stored}: {e}"))
+            let matrix = matrix.with_order(self.order(name));
+            let matrix = match self.type_of(name, cols) {
+                Some(of) => matrix.and_then(|matrix| matrix.quantized(of)),
+                None => matrix,
+            };
+            matrix.map_err(|e| format!("{stored}: {e}"))
         };
         self.note(read()).map(Arc::new)
+    }
+
+    /// The type a matrix is to be quantized to, if to any.
+    fn type_of(&self, name: &str, cols: usize) -> Option<BlockType> {
+        use BlockType::{Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K};
+        let tied = self.config.tie_word_embeddings && name.starts_with("model.embed_tokens.");
+        let wanted = match self.load_type? {
+            Q2_K | Q3_K | Q4_0 | Q4_1 | Q4_K | Q5_0 | Q5_1 | Q5_K
+                if tied || name.starts_with("lm_head.") =>
+            {
+                Q6_K
+            }
+            of => of,
+        };
+        Some(wanted.for_rows_of(cols))
     }
 
     fn vector(&mut self, name: &str, len: usize) -> Option<Tensor> {
@@ -146,7 +229,7 @@ impl Loader<'_> {
 
     /// What a tensor is called in this checkpoint.
     fn stored_name(&self, name: &str) -> String {
-        stored_name(self.checkpoint, name)
+        stored_name(self.checkpoint, self.config, name)
     }
 
     /// Errors name the file; in a list of them once is enough.
@@ -172,9 +255,9 @@ impl Loader<'_> {
 }
 
 /// What a checkpoint calls the tensor that Hugging Face calls `name`.
-pub fn stored_name(checkpoint: &Checkpoint, name: &str) -> String {
+pub fn stored_name(checkpoint: &Checkpoint, config: &Config, name: &str) -> String {
     match checkpoint {
-        Checkpoint::Gguf(_) => gguf_name(name),
+        Checkpoint::Gguf(_) => gguf_name(config.family, name),
         Checkpoint::HuggingFace(_) => name.to_string(),
     }
 }
@@ -204,20 +287,39 @@ pub fn tensors(config: &Config) -> Vec<(String, Vec<usize>)> {
     let (q, kv) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
     let mut tensors = vec![("model.embed_tokens.weight".to_string(), vec![c.vocab_size, hidden])];
     for index in 0..c.num_hidden_layers {
-        let linears = [
-            ("self_attn.q_proj", q, hidden, c.qkv_bias),
-            ("self_attn.k_proj", kv, hidden, c.qkv_bias),
-            ("self_attn.v_proj", kv, hidden, c.qkv_bias),
-            ("self_attn.o_proj", hidden, q, c.o_bias),
-            ("mlp.gate_proj", inner, hidden, c.mlp_bias),
-            ("mlp.up_proj", inner, hidden, c.mlp_bias),
-            ("mlp.down_proj", hidden, inner, c.mlp_bias),
-        ];
+        let qkv: &[_] = match c.family.fused {
+            true => &[("self_attn.qkv_proj", q + 2 * kv, hidden, c.qkv_bias)],
+            false => &[
+                ("self_attn.q_proj", q, hidden, c.qkv_bias),
+                ("self_attn.k_proj", kv, hidden, c.qkv_bias),
+                ("self_attn.v_proj", kv, hidden, c.qkv_bias),
+            ],
+        };
+        let gate_up: &[_] = match c.family.fused {
+            true => &[("mlp.gate_up_proj", 2 * inner, hidden, c.mlp_bias)],
+            false => &[
+                ("mlp.gate_proj", inner, hidden, c.mlp_bias),
+                ("mlp.up_proj", inner, hidden, c.mlp_bias),
+            ],
+        };
+        let o = [("self_attn.o_proj", hidden, q, c.o_bias)];
+        let down = [("mlp.down_proj", hidden, inner, c.mlp_bias)];
+        let linears = qkv.iter().chain(&o).chain(gate_up).chain(&down).copied();
         let mut put = |name: String, shape: Vec<usize>| {
             tensors.push((format!("model.layers.{index}.{name}"), shape));
         };
-        put("input_layernorm.weight".into(), vec![hidden]);
-        put("post_attention_layernorm.weight".into(), vec![hidden]);
+        for name in norm_names(c.family).into_iter().flatten() {
+            put(format!("{name}.weight"), vec![hidden]);
+        }
+        let of_heads = match c.family.qk_norm {
+            QkNorm::None => None,
+            QkNorm::Head => Some((c.head_dim, c.head_dim)),
+            QkNorm::Width => Some((q, kv)),
+        };
+        if let Some((q, k)) = of_heads {
+            put("self_attn.q_norm.weight".into(), vec![q]);
+            put("self_attn.k_norm.weight".into(), vec![k]);
+        }
         for (name, rows, cols, bias) in linears {
             put(format!("{name}.weight"), vec![rows, cols]);
             if bias {
@@ -232,8 +334,25 @@ pub fn tensors(config: &Config) -> Vec<(String, Vec<usize>)> {
     tensors
 }
 
+/// What Hugging Face calls the norms of a layer: before and behind attention, before and behind the
+/// feed-forward layer.
+fn norm_names(family: &Family) -> [Option<&'static str>; 4] {
+    const AFTER: &str = "post_attention_layernorm";
+    match family.norms {
+        // "After attention" is here before the feed-forward layer.
+        Norms::Before => [Some("input_layernorm"), None, Some(AFTER), None],
+        Norms::Around => [
+            Some("input_layernorm"),
+            Some(AFTER),
+            Some("pre_feedforward_layernorm"),
+            Some("post_feedforward_layernorm"),
+        ],
+        Norms::Behind => [None, Some(AFTER), None, Some("post_feedforward_layernorm")],
+    }
+}
+
 /// llama.cpp's name of a tensor that Hugging Face calls `name` (its `gguf-py` tensor mapping).
-pub fn gguf_name(name: &str) -> String {
+pub fn gguf_name(family: &Family, name: &str) -> String {
     const PARTS: &[(&str, &str)] = &[
         ("self_attn.q_proj", "attn_q"),
         ("self_attn.k_proj", "attn_k"),
@@ -242,8 +361,13 @@ pub fn gguf_name(name: &str) -> String {
         ("mlp.gate_proj", "ffn_gate"),
         ("mlp.up_proj", "ffn_up"),
         ("mlp.down_proj", "ffn_down"),
+        ("self_attn.qkv_proj", "attn_qkv"),
+        ("mlp.gate_up_proj", "ffn_up"),
+        ("self_attn.q_norm", "attn_q_norm"),
+        ("self_attn.k_norm", "attn_k_norm"),
         ("input_layernorm", "attn_norm"),
-        ("post_attention_layernorm", "ffn_norm"),
+        ("pre_feedforward_layernorm", "ffn_norm"),
+        ("post_feedforward_layernorm", "post_ffw_norm"),
     ];
     let Some(name) = name.strip_prefix("model.layers.") else {
         return match name {
@@ -253,8 +377,12 @@ pub fn gguf_name(name: &str) -> String {
             other => other.into(),
         };
     };
+    let after_attention = match family.norms {
+        Norms::Before => "ffn_norm",
+        Norms::Around | Norms::Behind => "post_attention_norm",
+    };
     let mut name = format!("blk.{name}");
-    for (from, to) in PARTS {
+    for (from, to) in PARTS.iter().chain(&[("post_attention_layernorm", after_attention)]) {
         name = name.replace(&format!(".{from}."), &format!(".{to}."));
     }
     name

@@ -60,7 +60,7 @@ impl Decoder {
         reading.targets.extend(targets.iter().map(|&(_, token)| token));
         linear_cross_entropy::check_targets(&reading.targets, &self.head)?;
         self.gather(x, targets.iter().map(|&(row, _)| row), reading)?;
-        scale(&mut reading.normed, temperature);
+        scale(&mut reading.normed, self.divided_before_head(temperature));
         let Reading { normed, dnormed, targets, logps, entropies, .. } = reading;
         logps.resize(targets.len(), 0.0);
         entropies.resize(targets.len(), 0.0);
@@ -71,7 +71,10 @@ impl Decoder {
         }
         let (panels, head) = (self.panels(), &self.head);
         let gradient = to_learn.then_some(&mut dnormed[..]);
-        linear_cross_entropy::forward(panels, normed, head, targets, logps, entropies, gradient);
+        let cap = self.config.logit_cap(temperature);
+        linear_cross_entropy::forward(
+            panels, normed, head, targets, cap, logps, entropies, gradient,
+        );
         Ok(&reading.logps)
     }
 
@@ -95,7 +98,7 @@ impl Decoder {
             let rows = reading.dnormed.par_chunks_exact_mut(width).zip(dlogps);
             rows.for_each(|(row, d)| row.iter_mut().for_each(|x| *x *= d));
         }
-        scale(&mut reading.dnormed, temperature);
+        scale(&mut reading.dnormed, self.divided_before_head(temperature));
         self.scatter(reading, dx)
     }
 
@@ -143,6 +146,13 @@ impl Decoder {
         panels.expect("not the portable form")
     }
 
+    /// What hidden states are divided by before the head, for logits divided by `temperature`: where
+    /// there is a cap, that comes behind it.
+    fn divided_before_head(&self, temperature: f64) -> f64 {
+        let heat = if self.config.logit_cap(temperature).is_some() { 1.0 } else { temperature };
+        heat / self.config.variation.logits_multiplier
+    }
+
     /// Takes rows of `x` and norms them.
     fn gather(
         &self,
@@ -179,7 +189,7 @@ impl Decoder {
     }
 }
 
-/// Divides by a temperature.
+/// Divides by what hidden states are divided by.
 fn scale(values: &mut [f32], temperature: f64) {
     if temperature != 1.0 {
         let factor = (1.0 / temperature) as f32;

@@ -61,8 +61,8 @@ pub fn log_probs_of(
         return Ok(Vec::new());
     }
     let (places, targets): (Vec<u32>, Vec<u32>) = targets.iter().copied().unzip();
-    let hidden = heated(decoder.hidden_of(rows, Adapters::Same(worn), &places)?, temperature)?;
-    decoder.log_probs(&hidden, &targets, worn)?.to_vec1()
+    let hidden = decoder.hidden_of(rows, Adapters::Same(worn), &places)?;
+    decoder.heated_log_probs(&hidden, &targets, temperature, worn)?.to_vec1()
 }
 
 /// The scores that a head `(1, hidden_size)` reads from chosen rows, of the N of a batch.
@@ -104,9 +104,7 @@ pub fn log_probs_and_scores(
     };
     let logps = match targets.is_empty() {
         true => Vec::new(),
-        false => {
-            decoder.log_probs(&heated(of(&places)?, temperature)?, &targets, worn)?.to_vec1()?
-        }
+        false => decoder.heated_log_probs(&of(&places)?, &targets, temperature, worn)?.to_vec1()?,
     };
     let found = match scored.is_empty() {
         true => Vec::new(),

@@ -20,7 +20,7 @@ use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::Compute;
-use super::cpu::{Target, Values, values};
+use super::cpu::{Target, Values, tanh, values};
 use super::lanes::{
     Element, GROUP, Lanes, Left, MOST_ROWS, Right, Scratch, exp2, panel, product, rungs, tile_rows,
 };
@@ -72,13 +72,32 @@ impl Heads {
         self.kv_heads * self.head_dim
     }
 
-    fn scale(&self) -> f32 {
-        1.0 / (self.head_dim as f32).sqrt()
-    }
-
     /// Width of a head in scratch: whole groups of lanes.
     fn padded(&self) -> usize {
         self.head_dim.next_multiple_of(GROUP)
+    }
+}
+
+/// What a query makes of keys, where that is not all of them by `q · k / sqrt(head_dim)`.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Scores {
+    /// A token sees only the last so many positions up to itself.
+    pub window: Option<usize>,
+    /// What `q · k` is multiplied by, instead of `1 / sqrt(head_dim)`.
+    pub scale: Option<f32>,
+    /// Scores become `cap · tanh(score / cap)` before the softmax (Gemma 2).
+    pub cap: Option<f32>,
+}
+
+impl From<Option<usize>> for Scores {
+    fn from(window: Option<usize>) -> Self {
+        Self { window, ..Self::default() }
+    }
+}
+
+impl Scores {
+    fn scale(&self, heads: Heads) -> f32 {
+        self.scale.unwrap_or_else(|| 1.0 / (heads.head_dim as f32).sqrt())
     }
 }
 
@@ -90,7 +109,7 @@ fn seen(position: usize, window: Option<usize>) -> Range<usize> {
 }
 
 /// `softmax(q · kᵀ / sqrt(head_dim)) · v` per head, each token over those of its row up to itself,
-/// prefix first, or with `window` over the last so many of them.
+/// prefix first; `scores` (or a window alone) says what differs.
 ///
 /// Shapes: `q (N, heads · head_dim)`, `k`, `v (N, kv_heads · head_dim)`, F32 → as `q`. `segments`
 /// are the rows of the batch, end to end from 0 to N.
@@ -100,17 +119,18 @@ pub fn causal_attention(
     v: &Tensor,
     heads: Heads,
     segments: &Arc<[Segment]>,
-    window: Option<usize>,
+    scores: impl Into<Scores>,
     compute: Compute,
 ) -> Result<Tensor> {
-    check(q, k, v, heads, segments, window)?;
+    let scores = scores.into();
+    check(q, k, v, heads, segments, scores)?;
     match compute {
         Compute::F32 | Compute::Int16 | Compute::Int8 => {
             let (isa, segments) = (Isa::current(), segments.clone());
-            let op = CausalAttention { isa, heads, segments, window, lse: OnceLock::new() };
+            let op = CausalAttention { isa, heads, segments, scores, lse: OnceLock::new() };
             q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
         }
-        Compute::Portable => portable(q, k, v, heads, segments, window),
+        Compute::Portable => portable(q, k, v, heads, segments, scores),
     }
 }
 
@@ -120,13 +140,13 @@ fn check(
     v: &Tensor,
     heads: Heads,
     rows: &[Segment],
-    window: Option<usize>,
+    scores: Scores,
 ) -> Result<()> {
     let (n, width) = q.dims2()?;
     if let Some(fault) = segment::fault(rows, n) {
         candle_core::bail!("attention over {n} tokens: {fault}");
     }
-    if window == Some(0) {
+    if scores.window == Some(0) {
         candle_core::bail!("a window of 0: a token sees at least itself");
     }
     let kv = [n, heads.kv_width()];
@@ -143,7 +163,7 @@ fn portable(
     v: &Tensor,
     heads: Heads,
     segments: &[Segment],
-    window: Option<usize>,
+    scoring: Scores,
 ) -> Result<Tensor> {
     let Heads { heads: q_heads, kv_heads, head_dim } = heads;
     let rows = segments.iter().filter(|row| !row.is_empty()).map(|row| {
@@ -163,9 +183,12 @@ fn portable(
         };
         let q = by_head(part(q, &row.tokens)?, q_heads)?; // (heads, T, head_dim)
         let (k, v) = (whole(k)?, whole(v)?); // (heads, all, head_dim)
-        let scores = (q.matmul(&k.t()?)? * f64::from(heads.scale()))?; // (heads, T, all)
+        let mut scores = (q.matmul(&k.t()?)? * f64::from(scoring.scale(heads)))?; // (heads, T, all)
+        if let Some(cap) = scoring.cap.map(f64::from) {
+            scores = ((scores / cap)?.tanh()? * cap)?;
+        }
         let mask = (0..t * all).map(|i| {
-            let seen = seen(before + i / all, window);
+            let seen = seen(before + i / all, scoring.window);
             if seen.contains(&(i % all)) { 0.0 } else { f32::NEG_INFINITY }
         });
         let mask: Vec<f32> = mask.collect();
@@ -180,7 +203,7 @@ struct CausalAttention {
     isa: Isa,
     heads: Heads,
     segments: Arc<[Segment]>,
-    window: Option<usize>,
+    scores: Scores,
     /// Log-sum-exp of each query's scores, `(N, heads)`, left by the forward pass.
     lse: OnceLock<Vec<f32>>,
 }
@@ -214,7 +237,7 @@ impl CustomOp3 for CausalAttention {
         let mut out = vec![0f32; q.len()];
         let mut lse = vec![0f32; q.len() / self.heads.head_dim];
         let qkv = self.qkv(q, k, v);
-        forward(self.isa, qkv, self.heads, &self.segments, self.window, &mut out, &mut lse);
+        forward(self.isa, qkv, self.heads, &self.segments, self.scores, &mut out, &mut lse);
         // A tape runs an op's forward once; were it run again, the values would be the same.
         let _ = self.lse.set(lse);
         Ok((CpuStorage::F32(out), q_layout.shape().clone()))
@@ -238,7 +261,7 @@ impl CustomOp3 for CausalAttention {
         let grad = QkvGrad::apart((&mut dq, q_width), (&mut dk, kv_width), (&mut dv, kv_width));
         let qkv = self.qkv(&qs, &ks, &vs);
         let result = Attended { out: &outs, lse };
-        backward(self.isa, qkv, self.heads, &self.segments, self.window, result, &douts, grad);
+        backward(self.isa, qkv, self.heads, &self.segments, self.scores, result, &douts, grad);
         let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device());
         Ok((Some(tensor(dq, q)?), Some(tensor(dk, k)?), Some(tensor(dv, v)?)))
     }
@@ -330,10 +353,11 @@ pub(crate) fn forward(
     qkv: Qkv,
     heads: Heads,
     segments: &[Segment],
-    window: Option<usize>,
+    scores: impl Into<Scores>,
     out: &mut [f32],
     lse: &mut [f32],
 ) {
+    let scores = scores.into();
     let tokens = segments.last().map_or(0, |segment| segment.tokens.end);
     let (width, head_dim) = (heads.q_width(), heads.head_dim);
     assert!(out.len() >= tokens * width && lse.len() >= tokens * heads.heads);
@@ -360,7 +384,7 @@ pub(crate) fn forward(
             row: segment,
             head_dim,
         };
-        attend(isa, &queries, &keys, heads, window, |token, head, row, value| {
+        attend(isa, &queries, &keys, heads, scores, |token, head, row, value| {
             // SAFETY: each task writes its own heads of its own tokens.
             unsafe {
                 out.at(token * width + head * head_dim).slice(head_dim).copy_from_slice(row);
@@ -376,7 +400,7 @@ pub(crate) struct CachedQueries<'a> {
     pub q: Strided<'a>,
     pub heads: Heads,
     pub segments: &'a [Segment],
-    pub window: Option<usize>,
+    pub scores: Scores,
 }
 
 /// Some queries of one key head, to be run over its keys.
@@ -384,7 +408,7 @@ pub(crate) struct CachedTask<'a> {
     isa: Isa,
     queries: Queries<'a>,
     heads: Heads,
-    window: Option<usize>,
+    scores: Scores,
     out: Target,
 }
 
@@ -398,7 +422,7 @@ impl CachedQueries<'_> {
         out: &mut [f32],
         run: impl Fn(usize, usize, CachedTask) + Sync + Send,
     ) {
-        let Self { q, heads, segments, window } = *self;
+        let Self { q, heads, segments, scores } = *self;
         let tokens = segments.iter().map(|segment| segment.tokens.end).max().unwrap_or(0);
         assert!(out.len() >= tokens * heads.q_width());
         let out = Target::new(out);
@@ -421,7 +445,7 @@ impl CachedQueries<'_> {
                 position: before + start - segment.tokens.start,
                 heads: kv_head * heads.group()..(kv_head + 1) * heads.group(),
             };
-            run(row, kv_head, CachedTask { isa, queries, heads, window, out });
+            run(row, kv_head, CachedTask { isa, queries, heads, scores, out });
         });
     }
 }
@@ -430,7 +454,7 @@ impl CachedTask<'_> {
     /// Attends to these keys.
     pub fn run<K: Keys>(&self, keys: &K) {
         let (width, head_dim) = (self.heads.q_width(), self.heads.head_dim);
-        attend(self.isa, &self.queries, keys, self.heads, self.window, |token, head, row, _| {
+        attend(self.isa, &self.queries, keys, self.heads, self.scores, |token, head, row, _| {
             // SAFETY: each task writes its own heads of its own tokens, while `out` is borrowed.
             unsafe {
                 let out = self.out.at(token * width + head * head_dim);
@@ -514,6 +538,32 @@ versions! {
             }
             to[width..].fill(0.0);
         }
+    }
+
+    /// Scores `s` in powers of two, each of them times the factor of its key, become
+    /// `c · tanh(s / c)`, `cap` being `c` in nats.
+    fn cap_scores(isa; scores: &mut [f32], keys: Option<&[f32]>, cap: f32) {
+        if let Some(keys) = keys {
+            scores.iter_mut().zip(keys).for_each(|(score, key)| *score *= key);
+        }
+        let (below, above) = (std::f32::consts::LN_2 / cap, cap * std::f32::consts::LOG2_E);
+        for score in scores {
+            *score = above * tanh(*score * below);
+        }
+    }
+
+    /// [`cap_scores`], and how steep it is at each score.
+    fn cap_scores_and_slopes(isa; scores: &mut [f32], slopes: &mut [f32], cap: f32) {
+        let (below, above) = (std::f32::consts::LN_2 / cap, cap * std::f32::consts::LOG2_E);
+        for (score, slope) in scores.iter_mut().zip(slopes) {
+            let t = tanh(*score * below);
+            (*score, *slope) = (above * t, 1.0 - t * t);
+        }
+    }
+
+    /// `a *= b`.
+    fn times(isa; a: &mut [f32], b: &[f32]) {
+        a.iter_mut().zip(b).for_each(|(a, b)| *a *= b);
     }
 
     /// `Σ a · b`, by lane so that it vectorizes.
@@ -630,11 +680,12 @@ pub(crate) fn attend<K: Keys>(
     queries: &Queries,
     keys: &K,
     heads: Heads,
-    window: Option<usize>,
+    scoring: Scores,
     mut emit: impl FnMut(usize, usize, &[f32], f32),
 ) {
     let (head_dim, padded, rows) = (heads.head_dim, heads.padded(), queries.rows());
-    let scale = heads.scale() * std::f32::consts::LOG2_E; // scores are powers of two
+    let window = scoring.window;
+    let scale = scoring.scale(heads) * std::f32::consts::LOG2_E; // scores are powers of two
     Scratch::with(&SCRATCH, |scratch| {
         let [q, out, max, sum, scores, key_scratch, value_scratch] = scratch.split([
             rows * padded,
@@ -671,11 +722,20 @@ pub(crate) fn attend<K: Keys>(
                 };
                 let size = (tile.len(), groups.len(), head_dim);
                 product(isa, size, left, right, &mut scores[from..], KEYS, false);
+                let mut scales = block.scales;
+                if let Some(cap) = scoring.cap {
+                    // A cap comes behind the keys' factors, which are then done with.
+                    let keys = scales.map(|(keys, _)| &keys[from..groups.end * GROUP]);
+                    for row in scores.chunks_exact_mut(KEYS).take(tile.len()) {
+                        cap_scores(isa, &mut row[from..groups.end * GROUP], keys, cap);
+                    }
+                    scales = scales.map(|(_, values)| (&[1.0; KEYS][..], values));
+                }
                 soften(
                     isa,
                     Tile { rows: tile.len(), groups, limits: &limits },
                     scores,
-                    block.scales,
+                    scales,
                     &mut max[tile.clone()],
                     &mut sum[tile.start * GROUP..tile.end * GROUP],
                     &mut out[tile.start * padded..tile.end * padded],
@@ -876,11 +936,12 @@ pub(crate) fn backward(
     qkv: Qkv,
     heads: Heads,
     segments: &[Segment],
-    window: Option<usize>,
+    scores: impl Into<Scores>,
     attended: Attended,
     dout: &[f32],
     grad: QkvGrad,
 ) {
+    let scores = scores.into();
     let (width, group, head_dim) = (heads.q_width(), heads.group(), heads.head_dim);
     let (mut rows, mut work, mut in_parts) = (Vec::new(), 0, 0);
     for segment in segments.iter().filter(|segment| !segment.is_empty()) {
@@ -930,7 +991,7 @@ pub(crate) fn backward(
                 k: qkv.k.column(column),
                 v: qkv.v.column(column),
                 row: row.segment,
-                window,
+                scores,
                 heads,
                 attended,
                 dout: Strided { values: dout, stride: width },
@@ -1047,7 +1108,7 @@ struct Backward<'a> {
     k: Strided<'a>,
     v: Strided<'a>,
     row: &'a Segment,
-    window: Option<usize>,
+    scores: Scores,
     heads: Heads,
     attended: Attended<'a>,
     dout: Strided<'a>,
@@ -1060,12 +1121,12 @@ impl Backward<'_> {
     /// # Safety
     /// No other thread may touch the heads of the row in `dq`, `dk` and `dv`.
     unsafe fn run(&self, isa: Isa) {
-        let Self { queries, row: segment, window, heads, .. } = self;
+        let Self { queries, row: segment, scores, heads, .. } = self;
         let (head_dim, padded, rows) = (heads.head_dim, heads.padded(), queries.rows());
         let (length, per_token) = (segment.positions(), queries.heads.len());
-        let scale = heads.scale() * std::f32::consts::LOG2_E; // scores are powers of two
+        let scale = scores.scale(*heads) * std::f32::consts::LOG2_E; // scores are powers of two
         Scratch::with(&SCRATCH, |scratch| {
-            let [q, dout, dq, lse, delta, kt, vt, k, dk, dv, p, ds] = scratch.split([
+            let [q, dout, dq, lse, delta, kt, vt, k, dk, dv, p, ds, slopes] = scratch.split([
                 rows * padded,
                 rows * padded,
                 rows * padded,
@@ -1078,6 +1139,7 @@ impl Backward<'_> {
                 KEYS * padded,
                 KEYS * KEYS,
                 KEYS * KEYS,
+                scores.cap.map_or(0, |_| MOST_ROWS * KEYS),
             ]);
             queries.gather(isa, queries.q, head_dim, scale, q);
             queries.gather(isa, self.dout, head_dim, 1.0, dout);
@@ -1095,7 +1157,7 @@ impl Backward<'_> {
                     let taken = first..viewers.end.min(first + KEYS);
                     for row in taken.clone().step_by(tile_rows(isa)) {
                         let tile = row..taken.end.min(row + tile_rows(isa));
-                        let limits = queries.limits(&tile, &block, *window);
+                        let limits = queries.limits(&tile, &block, scores.window);
                         let (low, high) = limits.any;
                         if low == high {
                             continue;
@@ -1114,6 +1176,15 @@ impl Backward<'_> {
                             };
                             product(isa, size, left, right, &mut to[at + from..], KEYS, false);
                         }
+                        let known = from..groups.end * GROUP;
+                        if let Some(cap) = scores.cap {
+                            let rows = p[at..].chunks_exact_mut(KEYS).take(tile.len());
+                            for (p, slopes) in rows.zip(slopes.chunks_exact_mut(KEYS)) {
+                                let (p, slopes) =
+                                    (&mut p[known.clone()], &mut slopes[known.clone()]);
+                                cap_scores_and_slopes(isa, p, slopes, cap);
+                            }
+                        }
                         weigh(
                             isa,
                             Tile { rows: tile.len(), groups, limits: &limits },
@@ -1121,6 +1192,12 @@ impl Backward<'_> {
                             (&mut p[at..], &mut ds[at..]),
                             (&lse[tile.clone()], &delta[tile.clone()]),
                         );
+                        if scores.cap.is_some() {
+                            let rows = ds[at..].chunks_exact_mut(KEYS).take(tile.len());
+                            for (ds, slopes) in rows.zip(slopes.chunks_exact(KEYS)) {
+                                times(isa, &mut ds[known.clone()], &slopes[known.clone()]);
+                            }
+                        }
                         let left = &ds[at + low..];
                         let left = Left { values: left, stride: KEYS, transposed: false };
                         let right = rows_of(&k[low * padded..], padded);
@@ -1157,7 +1234,7 @@ impl Backward<'_> {
                 for (head, dq) in queries.heads.clone().zip(dq.chunks_exact(padded)) {
                     // SAFETY: the caller's.
                     let to = unsafe { self.dq.at(token, head * head_dim, head_dim) };
-                    to.iter_mut().zip(dq).for_each(|(to, x)| *to = x * heads.scale());
+                    to.iter_mut().zip(dq).for_each(|(to, x)| *to = x * scores.scale(*heads));
                 }
             }
         });
@@ -1166,8 +1243,10 @@ impl Backward<'_> {
     /// The rows that see some of these keys.
     fn viewers(&self, keys: &Range<usize>) -> Range<usize> {
         let (length, before) = (self.row.positions(), self.row.prefix.len());
-        let end =
-            self.window.map_or(length, |window| length.min((keys.end - 1).saturating_add(window)));
+        let end = self
+            .scores
+            .window
+            .map_or(length, |window| length.min((keys.end - 1).saturating_add(window)));
         let [start, end] = [keys.start, end].map(|position| position.saturating_sub(before));
         start * self.queries.heads.len()..end * self.queries.heads.len()
     }
@@ -1268,11 +1347,16 @@ mod tests {
         t: &[Tensor],
         heads: Heads,
         segments: &Arc<[Segment]>,
-        window: Option<usize>,
+        scores: impl Into<Scores>,
     ) -> Result<Tensor> {
-        let segments = segments.clone();
-        let op = CausalAttention { isa, heads, segments, window, lse: OnceLock::new() };
+        let (segments, scores) = (segments.clone(), scores.into());
+        let op = CausalAttention { isa, heads, segments, scores, lse: OnceLock::new() };
         t[0].apply_op3(&t[1], &t[2], op)
+    }
+
+    /// Scores that a cap bends well, at another scale than usual.
+    fn capped(window: Option<usize>) -> Scores {
+        Scores { window, scale: Some(0.6), cap: Some(1.5) }
     }
 
     fn rungs_here() -> impl Iterator<Item = Isa> {
@@ -1320,14 +1404,16 @@ mod tests {
         for (heads, lengths) in cases {
             let segments = rows(lengths);
             let inputs = inputs(tokens(&segments), heads);
-            for window in [None, Some(2), Some(20), Some(70)] {
+            let windows = [None, Some(2), Some(20), Some(70)].map(Scores::from);
+            let capped = [None, Some(20)].map(capped);
+            for scores in windows.into_iter().chain(capped) {
                 for isa in rungs_here() {
                     parity(
                         &inputs,
-                        |t| fast(isa, t, heads, &segments, window),
+                        |t| fast(isa, t, heads, &segments, scores),
                         |t| {
                             let [q, k, v] = [&t[0], &t[1], &t[2]];
-                            causal_attention(q, k, v, heads, &segments, window, Compute::Portable)
+                            causal_attention(q, k, v, heads, &segments, scores, Compute::Portable)
                         },
                     );
                 }
@@ -1340,8 +1426,9 @@ mod tests {
         let heads = Heads { heads: 4, kv_heads: 2, head_dim: 8 };
         for lengths in [&[(7, None), (13, None)][..], &[(6, None), (5, Some(0)), (9, Some(0))]] {
             let segments = rows(lengths);
-            for (isa, window) in rungs_here().flat_map(|isa| [(isa, None), (isa, Some(4))]) {
-                finite_differences(&inputs(20, heads), |t| fast(isa, t, heads, &segments, window));
+            let scores = [None.into(), Some(4).into(), capped(Some(4))];
+            for (isa, scores) in rungs_here().flat_map(|isa| scores.map(|scores| (isa, scores))) {
+                finite_differences(&inputs(20, heads), |t| fast(isa, t, heads, &segments, scores));
             }
         }
     }

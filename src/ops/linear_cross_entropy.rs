@@ -8,7 +8,7 @@ use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::Compute;
-use super::cpu::{Values, exp, values};
+use super::cpu::{Values, exp, tanh, values};
 use super::frozen_linear::{matmul, matmul_transposed};
 use super::gemm::{Begin, Out, PackedRows, Panel, Product, Strided, Term, Weights, multiply};
 use crate::isa::{Isa, versions};
@@ -17,6 +17,16 @@ use crate::quant::FrozenMatrix;
 /// Logits held at a time, in values: 32 MB. Each chunk packs the head anew, so that smaller ones
 /// cost time.
 const CHUNK_LOGITS: usize = 8 << 20;
+
+/// A cap on logits (Gemma 2): they become `cap · tanh(logit / cap) / temperature`. A temperature comes
+/// behind the cap, where without one it may as well divide the hidden states.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LogitCap {
+    /// No logit is larger than this.
+    pub cap: f32,
+    /// What capped logits are divided by.
+    pub temperature: f32,
+}
 
 /// `log softmax(x · Wᵀ)[target]` per row, differentiable in `x`; `W` is the frozen head.
 ///
@@ -29,6 +39,17 @@ pub fn linear_log_probs(
     targets: &[u32],
     compute: Compute,
 ) -> Result<Tensor> {
+    capped_log_probs(x, head, targets, None, compute)
+}
+
+/// [`linear_log_probs`] of logits with a cap, if there is one.
+pub fn capped_log_probs(
+    x: &Tensor,
+    head: &Arc<FrozenMatrix>,
+    targets: &[u32],
+    cap: Option<LogitCap>,
+    compute: Compute,
+) -> Result<Tensor> {
     let rows = x.dim(0)?;
     if rows != targets.len() {
         candle_core::bail!("{rows} rows of hidden states for {} targets", targets.len());
@@ -38,12 +59,17 @@ pub fn linear_log_probs(
         (Some(forward), Some(backward)) => x.contiguous()?.apply_op1(LinearLogProbs {
             head: head.clone(),
             targets: targets.into(),
+            cap,
             panels: (forward, backward),
             with_gradient: x.track_op(),
             gradient: OnceLock::new(),
         }),
         _ => {
-            let logits = super::frozen_linear(x, head, compute)?; // (M, V)
+            let mut logits = super::frozen_linear(x, head, compute)?; // (M, V)
+            if let Some(LogitCap { cap, temperature }) = cap {
+                let (cap, temperature) = (f64::from(cap), f64::from(temperature));
+                logits = ((logits / cap)?.tanh()? * (cap / temperature))?;
+            }
             let targets = Tensor::from_slice(targets, (rows, 1), x.device())?;
             let logps = candle_nn::ops::log_softmax(&logits, D::Minus1)?;
             logps.gather(&targets, 1)?.squeeze(1)
@@ -64,6 +90,8 @@ pub(crate) fn check_targets(targets: &[u32], head: &FrozenMatrix) -> Result<()> 
 #[derive(Default)]
 struct Scratch {
     logits: Vec<f32>,
+    /// How steep the cap is at each logit, if there is one.
+    slopes: Vec<f32>,
     packed: PackedRows,
     turned: PackedRows,
     logps: Vec<f32>,
@@ -84,11 +112,13 @@ pub fn working_bytes(rows: usize, vocabulary: usize) -> usize {
 /// Log-probs `logps (M)` of `targets` from hidden states `x (M, H)`, the `entropies (M)` in nats of the
 /// distributions they are of, and, if there is room for it, the log-probs' `gradient (M, H)` to `x`.
 /// `panels` are those of the way up and of the way back.
+#[allow(clippy::too_many_arguments)] // two sides, what bends them, three results
 pub(crate) fn forward(
     panels: (Panel, Panel),
     x: &[f32],
     head: &FrozenMatrix,
     targets: &[u32],
+    cap: Option<LogitCap>,
     logps: &mut [f32],
     entropies: &mut [f32],
     mut gradient: Option<&mut [f32]>,
@@ -96,13 +126,18 @@ pub(crate) fn forward(
     let (vocabulary, width) = (head.rows(), head.cols());
     let chunk = chunk_rows(targets.len(), vocabulary);
     let (isa, with_gradient) = (Isa::current(), gradient.is_some());
-    let Scratch { mut logits, mut packed, turned, logps: kept } = SCRATCH.take();
+    let Scratch { mut logits, mut slopes, mut packed, turned, logps: kept } = SCRATCH.take();
     logits.resize((chunk * vocabulary).max(logits.len()), 0.0);
     for (i, targets) in targets.chunks(chunk).enumerate() {
         let first = i * chunk;
         let rows = first * width..(first + targets.len()) * width;
         let logits = &mut logits[..targets.len() * vocabulary];
         matmul_transposed(panels.0, &x[rows.clone()], head, logits, &mut packed);
+        if let Some(cap) = cap {
+            slopes.resize(logits.len().max(slopes.len()), 0.0);
+            let pairs = logits.par_chunks_mut(vocabulary).zip(slopes.par_chunks_mut(vocabulary));
+            pairs.for_each(|(logits, slopes)| bend(isa, logits, slopes, cap));
+        }
         let logps = &mut logps[first..first + targets.len()];
         let entropies = &mut entropies[first..first + targets.len()];
         let found = logps.par_iter_mut().zip(entropies).zip(targets);
@@ -110,11 +145,15 @@ pub(crate) fn forward(
         per_row.for_each(|(logits, ((logp, entropy), &target))| {
             (*logp, *entropy) = score(isa, logits, target as usize, with_gradient.then_some(1.0));
         });
+        if cap.is_some() && with_gradient {
+            let pairs = logits.par_chunks_mut(vocabulary).zip(slopes.par_chunks(vocabulary));
+            pairs.for_each(|(d, slopes)| d.iter_mut().zip(slopes).for_each(|(d, s)| *d *= s));
+        }
         if let Some(gradient) = &mut gradient {
             matmul(panels.1, logits, head, &mut gradient[rows], &mut packed);
         }
     }
-    SCRATCH.set(Scratch { logits, packed, turned, logps: kept });
+    SCRATCH.set(Scratch { logits, slopes, packed, turned, logps: kept });
 }
 
 /// Where the gradients of [`learn`] go.
@@ -145,7 +184,7 @@ pub(crate) fn learn(
     let chunk = chunk_rows(targets.len(), vocabulary);
     let (isa, (forward, backward)) = (Isa::current(), panels);
     let dense = |values| Weights::Dense { values, cols: width, scale: 1.0 };
-    let Scratch { mut logits, mut packed, mut turned, mut logps } = SCRATCH.take();
+    let Scratch { mut logits, slopes, mut packed, mut turned, mut logps } = SCRATCH.take();
     logits.resize((chunk * vocabulary).max(logits.len()), 0.0);
     logps.resize(chunk.max(logps.len()), 0.0);
     let mut loss = 0.0;
@@ -180,13 +219,14 @@ pub(crate) fn learn(
         // SAFETY: each product has a buffer to itself.
         unsafe { multiply(isa, &[to_x, to_head]) };
     }
-    SCRATCH.set(Scratch { logits, packed, turned, logps });
+    SCRATCH.set(Scratch { logits, slopes, packed, turned, logps });
     loss
 }
 
 struct LinearLogProbs {
     head: Arc<FrozenMatrix>,
     targets: Vec<u32>,
+    cap: Option<LogitCap>,
     /// Forward and backward.
     panels: (Panel, Panel),
     with_gradient: bool,
@@ -205,7 +245,8 @@ impl CustomOp1 for LinearLogProbs {
         let mut gradient = vec![0f32; if self.with_gradient { x.len() } else { 0 }];
         let to = self.with_gradient.then_some(&mut gradient[..]);
         let mut entropies = vec![0f32; self.targets.len()];
-        forward(self.panels, x, &self.head, &self.targets, &mut logps, &mut entropies, to);
+        let (head, targets) = (&self.head, &self.targets);
+        forward(self.panels, x, head, targets, self.cap, &mut logps, &mut entropies, to);
         // A tape runs an op's forward once; were it run again, the values would be the same.
         let _ = self.gradient.set(gradient);
         Ok((CpuStorage::F32(logps), self.targets.len().into()))
@@ -222,6 +263,15 @@ impl CustomOp1 for LinearLogProbs {
 }
 
 versions! {
+    /// Caps logits, and says how steep that is at each.
+    fn bend(isa; logits: &mut [f32], slopes: &mut [f32], cap: LogitCap) {
+        let LogitCap { cap, temperature } = cap;
+        for (logit, slope) in logits.iter_mut().zip(slopes) {
+            let t = tanh(*logit / cap);
+            (*logit, *slope) = (cap / temperature * t, (1.0 - t * t) / temperature);
+        }
+    }
+
     /// The target's log-probability, and the entropy of all; the logits become `factor` times the
     /// log-probability's gradient, `onehot - p`, if there is one.
     pub(crate) fn score(isa; logits: &mut [f32], target: usize, factor: Option<f32>) -> (f32, f32) {
@@ -282,12 +332,14 @@ mod tests {
         let head = head(301, 24);
         let targets: Vec<u32> = (0..40).map(|i| i * 7 % 301).collect();
         let inputs = [normal(1, &[40, 24])];
-        let run = |compute| {
-            let (head, targets) = (head.clone(), targets.clone());
-            move |t: &[Tensor]| linear_log_probs(&t[0], &head, &targets, compute)
-        };
-        parity(&inputs, run(Compute::F32), run(Compute::Portable));
-        finite_differences(&inputs, run(Compute::F32));
+        for cap in [None, Some(LogitCap { cap: 3.0, temperature: 0.7 })] {
+            let run = |compute| {
+                let (head, targets) = (head.clone(), targets.clone());
+                move |t: &[Tensor]| capped_log_probs(&t[0], &head, &targets, cap, compute)
+            };
+            parity(&inputs, run(Compute::F32), run(Compute::Portable));
+            finite_differences(&inputs, run(Compute::F32));
+        }
     }
 
     #[test]
@@ -299,7 +351,7 @@ mod tests {
         let x = x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let (mut found, mut entropies) = ([0f32; 5], [0f32; 5]);
         let panels = (Panel::F32, Panel::F32);
-        forward(panels, &x, &head, &[0, 1, 2, 3, 4], &mut found, &mut entropies, None);
+        forward(panels, &x, &head, &[0, 1, 2, 3, 4], None, &mut found, &mut entropies, None);
         for (row, entropy) in logps.unwrap().iter().zip(entropies) {
             let needed: f64 = row.iter().map(|&l| -f64::from(l) * f64::from(l).exp()).sum();
             assert!((needed - f64::from(entropy)).abs() < 1e-4, "{entropy}, not {needed}");

@@ -29,15 +29,15 @@ use serde::{Deserialize, Serialize};
 
 use crate::isa::Isa;
 use crate::quant::BlockType;
-pub use attention::causal_attention;
+pub use attention::{Scores, causal_attention};
 pub(crate) use cpu::{Target, Values, exp};
 pub use frozen_linear::frozen_linear;
 use gemm::Panel;
-pub use linear_cross_entropy::linear_log_probs;
+pub use linear_cross_entropy::{LogitCap, capped_log_probs, linear_log_probs};
 pub use rms_norm::rms_norm;
 pub use rope::rope;
 pub use segment::Segment;
-pub use swiglu::swiglu;
+pub use swiglu::{Gate, gated, swiglu};
 
 /// Which form of the operations runs.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]

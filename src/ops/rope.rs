@@ -41,6 +41,16 @@ impl Rotation {
         Self { cos, sin, half }
     }
 
+    /// With cosines and sines times `factor`, so that queries and keys grow by it (YaRN). The way back
+    /// is then no rotation's inverse any more, but still its transpose: the gradient.
+    pub fn grown(self, factor: f32) -> Self {
+        if factor == 1.0 {
+            return self;
+        }
+        let grown = |values: &[f32]| Arc::new(values.iter().map(|value| value * factor).collect());
+        Self { cos: grown(&self.cos), sin: grown(&self.sin), half: self.half }
+    }
+
     fn tokens(&self) -> usize {
         self.cos.len() / self.half
     }
@@ -148,14 +158,16 @@ mod tests {
     #[test]
     fn parity_and_differences() {
         let inv_freq: Vec<f32> = (0..4).map(|i| 10f32.powi(-i)).collect();
-        let rotation = Rotation::new(&[0, 1, 2, 0, 1, 900], &inv_freq);
-        let inputs = [normal(1, &[6, 24])];
-        let run = |compute| {
-            let rotation = rotation.clone();
-            move |t: &[Tensor]| rope(&t[0], &rotation, compute)
-        };
-        parity(&inputs, run(Compute::F32), run(Compute::Portable));
-        finite_differences(&inputs, run(Compute::F32));
+        for factor in [1.0, 1.3] {
+            let rotation = Rotation::new(&[0, 1, 2, 0, 1, 900], &inv_freq).grown(factor);
+            let inputs = [normal(1, &[6, 24])];
+            let run = |compute| {
+                let rotation = rotation.clone();
+                move |t: &[Tensor]| rope(&t[0], &rotation, compute)
+            };
+            parity(&inputs, run(Compute::F32), run(Compute::Portable));
+            finite_differences(&inputs, run(Compute::F32));
+        }
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The gated activation of Llama's feed-forward layer (Shazeer 2020).
+//! The gated activations of feed-forward layers (Shazeer 2020): Llama's, and Gemma's.
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
@@ -10,34 +10,62 @@ use crate::isa::{Isa, versions};
 /// Values a thread takes at a time.
 const CHUNK: usize = 1 << 14;
 
-/// `silu(gate) · up`, element by element, with `silu(g) = g / (1 + e⁻ᵍ)`.
+/// What becomes of the gate.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Gate {
+    /// `silu(g) = g / (1 + e⁻ᵍ)`.
+    #[default]
+    Silu,
+    /// `gelu(g) = g / 2 · (1 + tanh(sqrt(2 / π) (g + 0.044715 g³)))`, GELU by its approximation
+    /// (Hendrycks and Gimpel 2016).
+    GeluTanh,
+}
+
+/// `silu(gate) · up`, element by element.
 ///
 /// Shapes: `gate` and `up` the same, F32 → the same shape.
 pub fn swiglu(gate: &Tensor, up: &Tensor, compute: Compute) -> Result<Tensor> {
+    gated(Gate::Silu, gate, up, compute)
+}
+
+/// `kind(gate) · up`, element by element.
+///
+/// Shapes: `gate` and `up` the same, F32 → the same shape.
+pub fn gated(kind: Gate, gate: &Tensor, up: &Tensor, compute: Compute) -> Result<Tensor> {
     match compute {
         Compute::F32 | Compute::Int16 | Compute::Int8 => {
-            gate.contiguous()?.apply_op2(&up.contiguous()?, SwiGlu)
+            gate.contiguous()?.apply_op2(&up.contiguous()?, Gated { kind })
         }
-        Compute::Portable => gate.silu()?.mul(up),
+        Compute::Portable => match kind {
+            Gate::Silu => gate.silu()?.mul(up),
+            Gate::GeluTanh => gate.gelu()?.mul(up),
+        },
     }
 }
 
-/// `y = silu(gate) · up`, all of one length.
-pub(crate) fn forward(isa: Isa, gate: &[f32], up: &[f32], y: &mut [f32]) {
+/// `y = kind(gate) · up`, all of one length.
+pub(crate) fn forward(isa: Isa, kind: Gate, gate: &[f32], up: &[f32], y: &mut [f32]) {
     let inputs = gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK));
     let chunks = y.par_chunks_mut(CHUNK).zip(inputs);
-    chunks.for_each(|(y, (gate, up))| forward_chunk(isa, gate, up, y));
+    chunks.for_each(|(y, (gate, up))| match kind {
+        Gate::Silu => forward_chunk(isa, gate, up, y),
+        Gate::GeluTanh => gelu_forward_chunk(isa, gate, up, y),
+    });
 }
 
-/// Turns `gate` and `up` into their gradients. With `s = sigmoid(g)`:
-/// `dg = dy · u · s (1 + g (1 - s))`, `du = dy · g s`.
-pub(crate) fn backward(isa: Isa, gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
+/// Turns `gate` and `up` into their gradients. With `s = sigmoid(z)`, and `z = g` for silu or
+/// `z = 2 sqrt(2 / π) (g + 0.044715 g³)` for gelu:
+/// `dg = dy · u · s (1 + g z' (1 - s))`, `du = dy · g s`.
+pub(crate) fn backward(isa: Isa, kind: Gate, gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
     let both = gate.par_chunks_mut(CHUNK).zip(up.par_chunks_mut(CHUNK));
     let chunks = both.zip(dy.par_chunks(CHUNK));
-    chunks.for_each(|((gate, up), dy)| backward_chunk(isa, gate, up, dy));
+    chunks.for_each(|((gate, up), dy)| match kind {
+        Gate::Silu => backward_chunk(isa, gate, up, dy),
+        Gate::GeluTanh => gelu_backward_chunk(isa, gate, up, dy),
+    });
 }
 
-/// [`backward`] where the output was not kept: turns `dy` into it.
+/// [`backward`] of silu where the output was not kept: turns `dy` into it.
 pub(crate) fn backward_again(isa: Isa, gate: &mut [f32], up: &mut [f32], dy: &mut [f32]) {
     let both = gate.par_chunks_mut(CHUNK).zip(up.par_chunks_mut(CHUNK));
     let chunks = both.zip(dy.par_chunks_mut(CHUNK));
@@ -60,6 +88,22 @@ versions! {
         }
     }
 
+    fn gelu_forward_chunk(isa; gate: &[f32], up: &[f32], y: &mut [f32]) {
+        for ((y, g), u) in y.iter_mut().zip(gate).zip(up) {
+            *y = g * sigmoid(gelu_inner(*g).0) * u;
+        }
+    }
+
+    fn gelu_backward_chunk(isa; gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
+        for ((g, u), dy) in gate.iter_mut().zip(up).zip(dy) {
+            let (z, slope) = gelu_inner(*g);
+            let s = sigmoid(z);
+            let du = dy * *g * s;
+            *g = dy * *u * s * (1.0 + *g * slope * (1.0 - s));
+            *u = du;
+        }
+    }
+
     fn backward_again_chunk(isa; gate: &mut [f32], up: &mut [f32], dy: &mut [f32]) {
         for ((g, u), dy) in gate.iter_mut().zip(up).zip(dy) {
             let s = sigmoid(*g);
@@ -77,11 +121,21 @@ fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
-struct SwiGlu;
+/// `2 sqrt(2 / π) (g + 0.044715 g³)` and its derivative: `(1 + tanh(x)) / 2 = sigmoid(2x)`.
+#[inline(always)]
+fn gelu_inner(g: f32) -> (f32, f32) {
+    const LINEAR: f32 = 1.595_769_1;
+    const CUBIC: f32 = 0.044_715 * LINEAR;
+    (g * (LINEAR + CUBIC * g * g), LINEAR + 3.0 * CUBIC * g * g)
+}
 
-impl CustomOp2 for SwiGlu {
+struct Gated {
+    kind: Gate,
+}
+
+impl CustomOp2 for Gated {
     fn name(&self) -> &'static str {
-        "swiglu"
+        "gated"
     }
 
     fn cpu_fwd(
@@ -94,10 +148,10 @@ impl CustomOp2 for SwiGlu {
         let (gate, up) = (values(gate, gate_layout)?, values(up, up_layout)?);
         if gate_layout.dims() != up_layout.dims() {
             let (gate, up) = (gate_layout.dims(), up_layout.dims());
-            candle_core::bail!("swiglu: gate is {gate:?}, up is {up:?}");
+            candle_core::bail!("a gated product: gate is {gate:?}, up is {up:?}");
         }
         let mut y = vec![0f32; gate.len()];
-        forward(Isa::current(), gate, up, &mut y);
+        forward(Isa::current(), self.kind, gate, up, &mut y);
         Ok((CpuStorage::F32(y), gate_layout.shape().clone()))
     }
 
@@ -110,7 +164,7 @@ impl CustomOp2 for SwiGlu {
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let dy = dy.contiguous()?;
         let (mut dg, mut du) = (Values::of(gate)?.to_vec(), Values::of(up)?.to_vec());
-        backward(Isa::current(), &mut dg, &mut du, &Values::of(&dy)?);
+        backward(Isa::current(), self.kind, &mut dg, &mut du, &Values::of(&dy)?);
         let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device());
         Ok((Some(tensor(dg, gate)?), Some(tensor(du, up)?)))
     }
@@ -124,9 +178,11 @@ mod tests {
     #[test]
     fn parity_and_differences() {
         let inputs = [(normal(1, &[7, 50]) * 4.0).unwrap(), normal(2, &[7, 50])];
-        let run = |compute| move |t: &[Tensor]| swiglu(&t[0], &t[1], compute);
-        parity(&inputs, run(Compute::F32), run(Compute::Portable));
-        finite_differences(&inputs, run(Compute::F32));
+        for kind in [Gate::Silu, Gate::GeluTanh] {
+            let run = |compute| move |t: &[Tensor]| gated(kind, &t[0], &t[1], compute);
+            parity(&inputs, run(Compute::F32), run(Compute::Portable));
+            finite_differences(&inputs, run(Compute::F32));
+        }
     }
 
     #[test]
@@ -135,9 +191,9 @@ mod tests {
         let (gate, up, dy) = (values(1), values(2), values(3));
         for &isa in Isa::ALL.iter().filter(|isa| isa.available()) {
             let mut y = vec![0.0; gate.len()];
-            forward(isa, &gate, &up, &mut y);
+            forward(isa, Gate::Silu, &gate, &up, &mut y);
             let (mut dg, mut du) = (gate.clone(), up.clone());
-            backward(isa, &mut dg, &mut du, &dy);
+            backward(isa, Gate::Silu, &mut dg, &mut du, &dy);
             let (mut again_g, mut again_u, mut again_y) = (gate.clone(), up.clone(), dy.clone());
             backward_again(isa, &mut again_g, &mut again_u, &mut again_y);
             for (found, needed) in [(again_y, y), (again_g, dg), (again_u, du)] {

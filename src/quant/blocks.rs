@@ -19,11 +19,34 @@ pub enum BlockType {
     Q4_K,
     Q5_K,
     Q6_K,
+    IQ4_NL,
+    IQ4_XS,
+    MXFP4,
 }
 
 impl BlockType {
     /// Every type there is.
     pub const ALL: &[Self] = &[
+        Self::F32,
+        Self::F16,
+        Self::BF16,
+        Self::Q4_0,
+        Self::Q4_1,
+        Self::Q5_0,
+        Self::Q5_1,
+        Self::Q8_0,
+        Self::Q2_K,
+        Self::Q3_K,
+        Self::Q4_K,
+        Self::Q5_K,
+        Self::Q6_K,
+        Self::IQ4_NL,
+        Self::IQ4_XS,
+        Self::MXFP4,
+    ];
+
+    /// Those that we also write.
+    pub const WRITTEN: &[Self] = &[
         Self::F32,
         Self::F16,
         Self::BF16,
@@ -59,7 +82,10 @@ impl BlockType {
             Self::Q4_K => 12,
             Self::Q5_K => 13,
             Self::Q6_K => 14,
+            Self::IQ4_NL => 20,
+            Self::IQ4_XS => 23,
             Self::BF16 => 30,
+            Self::MXFP4 => 39,
         }
     }
 
@@ -67,8 +93,8 @@ impl BlockType {
     #[cfg(test)]
     pub(crate) fn scale_offsets(self) -> &'static [usize] {
         match self {
-            Self::F32 | Self::F16 | Self::BF16 => &[],
-            Self::Q4_0 | Self::Q5_0 | Self::Q8_0 => &[0],
+            Self::F32 | Self::F16 | Self::BF16 | Self::MXFP4 => &[],
+            Self::Q4_0 | Self::Q5_0 | Self::Q8_0 | Self::IQ4_NL | Self::IQ4_XS => &[0],
             Self::Q4_1 | Self::Q5_1 | Self::Q4_K | Self::Q5_K => &[0, 2],
             Self::Q2_K => &[80, 82],
             Self::Q3_K => &[108],
@@ -81,7 +107,9 @@ impl BlockType {
         match self {
             Self::F32 | Self::F16 | Self::BF16 => 1,
             Self::Q4_0 | Self::Q4_1 | Self::Q5_0 | Self::Q5_1 | Self::Q8_0 => 32,
+            Self::IQ4_NL | Self::MXFP4 => 32,
             Self::Q2_K | Self::Q3_K | Self::Q4_K | Self::Q5_K | Self::Q6_K => 256,
+            Self::IQ4_XS => 256,
         }
     }
 
@@ -100,6 +128,9 @@ impl BlockType {
             Self::Q4_K => 144,
             Self::Q5_K => 176,
             Self::Q6_K => 210,
+            Self::IQ4_NL => 18,
+            Self::IQ4_XS => 136,
+            Self::MXFP4 => 17,
         }
     }
 
@@ -110,6 +141,37 @@ impl BlockType {
             return None;
         }
         (values / len).checked_mul(self.block_bytes())
+    }
+
+    /// This type, or if rows of `cols` values are no whole blocks of it, the one that llama.cpp
+    /// quantizes them to instead.
+    pub fn for_rows_of(self, cols: usize) -> Self {
+        if cols.is_multiple_of(self.block_len()) {
+            return self;
+        }
+        let smaller = match self {
+            Self::Q2_K | Self::Q3_K => Self::Q4_0,
+            Self::Q4_K => Self::Q5_0,
+            Self::Q5_K => Self::Q5_1,
+            Self::Q6_K => Self::Q8_0,
+            other => other,
+        };
+        match cols.is_multiple_of(smaller.block_len()) {
+            true => smaller,
+            false => Self::F16,
+        }
+    }
+
+    /// A type that we write, by its name in any case.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn written(name: &str) -> Result<Self, String> {
+        let found = Self::WRITTEN.iter().find(|of| of.to_string() == name.to_uppercase());
+        found.copied().ok_or_else(|| {
+            let all: Vec<String> = Self::WRITTEN.iter().map(Self::to_string).collect();
+            format!("{name:?} is no tensor type, needed one of {}", all.join(", "))
+        })
     }
 
     /// Reads the values of whole blocks, with the arithmetic of `dequantize_row_*` in ggml.
@@ -145,6 +207,9 @@ versions! {
             BlockType::Q4_K => each!(q4_k, bytes, out),
             BlockType::Q5_K => each!(q5_k, bytes, out),
             BlockType::Q6_K => each!(q6_k, bytes, out),
+            BlockType::IQ4_NL => each!(iq4_nl, bytes, out),
+            BlockType::IQ4_XS => each!(iq4_xs, bytes, out),
+            BlockType::MXFP4 => each!(mxfp4, bytes, out),
         }
     }
 }
@@ -334,6 +399,64 @@ fn q6_k(b: &[u8; 210], y: &mut [f32; 256]) {
     }
 }
 
+/// What the nibbles of `IQ4_NL` and `IQ4_XS` stand for.
+pub(crate) const NON_LINEAR: [i8; 16] =
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+
+/// Twice what the nibbles of `MXFP4` stand for: E2M1, a sign, two bits of exponent, one of mantissa.
+pub(crate) const E2M1_TWICE: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
+
+/// `2^(e - 128)`: half an E8M0 scale, as ggml keeps E2M1 values doubled.
+#[inline(always)]
+pub(crate) fn half_e8m0(e: u8) -> f32 {
+    // Below 2 it is subnormal.
+    f32::from_bits(if e < 2 { 0x0020_0000 << e } else { (u32::from(e) - 1) << 23 })
+}
+
+/// `f16` scale, 32 nibbles, each of them a value of a table.
+#[inline(always)]
+fn iq4_nl(b: &[u8; 18], y: &mut [f32; 32]) {
+    let d = half(b, 0);
+    for j in 0..16 {
+        let q = b[2 + j];
+        y[j] = d * f32::from(NON_LINEAR[usize::from(q & 15)]);
+        y[j + 16] = d * f32::from(NON_LINEAR[usize::from(q >> 4)]);
+    }
+}
+
+/// `f16` scale, 8 scales of 6 bits (high 2 bits, then low 4), 256 nibbles as in `IQ4_NL`.
+#[inline(always)]
+fn iq4_xs(b: &[u8; 136], y: &mut [f32; 256]) {
+    let d = half(b, 0);
+    for (i, y) in y.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+        let dl = d * iq4_xs_scale(b, i);
+        let q = &b[8 + 16 * i..][..16];
+        for j in 0..16 {
+            y[j] = dl * f32::from(NON_LINEAR[usize::from(q[j] & 15)]);
+            y[j + 16] = dl * f32::from(NON_LINEAR[usize::from(q[j] >> 4)]);
+        }
+    }
+}
+
+/// The `i`-th scale of an `IQ4_XS` block.
+#[inline(always)]
+pub(crate) fn iq4_xs_scale(b: &[u8], i: usize) -> f32 {
+    let high = u16::from_le_bytes([b[2], b[3]]) >> (2 * i) & 3;
+    let low = b[4 + i / 2] >> (4 * (i % 2)) & 15;
+    f32::from(u16::from(low) | high << 4) - 32.0
+}
+
+/// E8M0 scale, 32 nibbles of E2M1 (the OCP microscaling formats).
+#[inline(always)]
+fn mxfp4(b: &[u8; 17], y: &mut [f32; 32]) {
+    let d = half_e8m0(b[0]);
+    for j in 0..16 {
+        let q = b[1 + j];
+        y[j] = d * f32::from(E2M1_TWICE[usize::from(q & 15)]);
+        y[j + 16] = d * f32::from(E2M1_TWICE[usize::from(q >> 4)]);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use candle_core::quantized::k_quants::*;
@@ -362,7 +485,7 @@ mod tests {
     #[test]
     fn every_type_reads_as_candle_reads_it() {
         let values = 256 * 37;
-        for &block_type in BlockType::ALL {
+        for &block_type in BlockType::WRITTEN {
             let bytes = random_blocks(block_type, values, 7);
             let theirs = match block_type {
                 BlockType::F32 => candle_values::<f32>(&bytes, values),
@@ -378,6 +501,9 @@ mod tests {
                 BlockType::Q4_K => candle_values::<BlockQ4K>(&bytes, values),
                 BlockType::Q5_K => candle_values::<BlockQ5K>(&bytes, values),
                 BlockType::Q6_K => candle_values::<BlockQ6K>(&bytes, values),
+                BlockType::IQ4_NL | BlockType::IQ4_XS | BlockType::MXFP4 => {
+                    unreachable!("candle does not know it")
+                }
             };
             // One byte off any alignment: maps give no more than a byte's.
             let shifted = [&[0], &bytes[..]].concat();

@@ -58,8 +58,8 @@ pub enum RowOrder {
     },
 }
 
-/// Why bytes cannot be read as a matrix.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+/// Why bytes cannot be read, or values not quantized, as a matrix.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum MatrixError {
     /// The row is not a whole number of blocks.
@@ -85,6 +85,14 @@ pub enum MatrixError {
         needed: usize,
         /// Bytes there are.
         found: usize,
+    },
+    /// A value that no block can hold.
+    #[error("row {row} holds {value}, which cannot be quantized")]
+    NotFinite {
+        /// Its row.
+        row: usize,
+        /// Infinite, or no number.
+        value: f32,
     },
     /// An interleaved order over rows that are no whole heads of even size.
     #[error("{rows} rows cannot be interleaved heads of {head_dim}")]
@@ -130,6 +138,34 @@ impl FrozenMatrix {
     pub fn from_f32(values: &[f32], rows: usize, cols: usize) -> Result<Self, MatrixError> {
         let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
         Self::new(Bytes::new(Arc::new(bytes)), BlockType::F32, rows, cols)
+    }
+
+    /// A copy on the heap in another type, whole rows at a time, in their order as they are read.
+    ///
+    /// # Errors
+    /// If its rows are no whole blocks of that type, or a value is not finite.
+    ///
+    /// # Panics
+    /// If `of` is none of [`BlockType::WRITTEN`]: a caller's bug.
+    pub fn quantized(&self, of: BlockType) -> Result<Self, MatrixError> {
+        const VALUES: usize = 1 << 20;
+        let (rows, cols) = (self.rows, self.cols);
+        let block_len = of.block_len();
+        let row_bytes =
+            of.bytes_for(cols).ok_or(MatrixError::Row { cols, block_type: of, block_len })?;
+        let mut bytes = vec![0; rows * row_bytes];
+        let step = (VALUES / cols.max(1)).clamp(1, rows.max(1));
+        let mut values = vec![0f32; step * cols];
+        for (first, bytes) in (0..rows).step_by(step).zip(bytes.chunks_mut(step * row_bytes)) {
+            let taken = first..rows.min(first + step);
+            let values = &mut values[..taken.len() * cols];
+            self.read_tile(taken.clone(), 0..cols, values);
+            if let Some(at) = values.iter().position(|value| !value.is_finite()) {
+                return Err(MatrixError::NotFinite { row: first + at / cols, value: values[at] });
+            }
+            of.quantize(values, cols, None, bytes);
+        }
+        Self::new(Bytes::new(Arc::new(bytes)), of, rows, cols)
     }
 
     /// The same bytes read in another row order.

@@ -22,6 +22,7 @@ pub fn random_blocks(block_type: BlockType, values: usize, seed: u64) -> Vec<u8>
             BlockType::BF16 => {
                 block.copy_from_slice(&half::bf16::from_f32(stream.normal()).to_le_bytes());
             }
+            BlockType::MXFP4 => block[0] = 118 + block[0] % 8,
             _ => (),
         }
     }

@@ -171,7 +171,8 @@ pub fn to_folder(file: &Gguf) -> Result<Vec<(&'static str, String)>, TextError> 
     let tokens = gguf::tokens(file)?;
     let ids = gguf::ids(file, &tokens)?;
     let merges = gguf::merges(file, &ids)?;
-    let roles = gguf::roles(file, pre, &tokens, &ids)?;
+    let defaults = gguf::Defaults { bos: None, eos: None, adds_bos: pre.adds_bos };
+    let roles = gguf::roles(file, defaults, &tokens, &ids)?;
     let marks = gguf::marks(file, &tokens, &roles)?;
     let types = file.i32s("tokenizer.ggml.token_type")?.unwrap_or_default();
 

@@ -1,4 +1,5 @@
-//! The tokenizer inside a GGUF: byte-level BPE, as llama.cpp reads it (`src/llama-vocab.cpp`).
+//! The tokenizer inside a GGUF, as llama.cpp reads it (`src/llama-vocab.cpp`): byte-level BPE here, and
+//! what it shares with SentencePiece's.
 
 use std::collections::{HashMap, HashSet};
 
@@ -9,7 +10,7 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use super::marks::{Mark, Marks};
 use super::pre_tokenizer::{self, PreTokenizer};
 use super::tokenizer::{ENDS, Roles, ends_by_text};
-use super::{ChatTemplate, TextError, Tokenizer};
+use super::{ChatTemplate, TextError, Tokenizer, sentencepiece};
 use crate::weights::Gguf;
 
 /// `enum llama_token_type`.
@@ -58,6 +59,9 @@ const FIM_ENDS: &[(&str, &[&str])] = &[
 const TEXT: &[&str] = &["<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"];
 
 pub(super) fn read(file: &Gguf) -> Result<Tokenizer, TextError> {
+    if file.str("tokenizer.ggml.model")? == Some("llama") {
+        return sentencepiece::read(file);
+    }
     let pre = kind(file)?;
     let tokens = tokens(file)?;
     let ids = ids(file, &tokens)?;
@@ -68,30 +72,45 @@ pub(super) fn read(file: &Gguf) -> Result<Tokenizer, TextError> {
     let broken = |error: tokenizers::Error| bad(file, error.to_string());
     inner.with_pre_tokenizer(Some(pre.build(|c| ids.contains_key(c)).map_err(broken)?));
     inner.with_decoder(Some(ByteLevel::default()));
-    let roles = roles(file, pre, &tokens, &ids)?;
+    let defaults = Defaults { bos: None, eos: None, adds_bos: pre.adds_bos };
+    let roles = roles(file, defaults, &tokens, &ids)?;
     let marks = marks(file, &tokens, &roles)?;
     let added =
         marks.iter().map(|mark| AddedToken::from(&*mark.text, mark.special).normalized(false));
     inner.add_tokens(added).map_err(broken)?;
 
-    let text = |id: Option<u32>| id.map(|id| &*tokens[id as usize]);
-    let special = [
-        ("bos_token", text(roles.bos)),
-        ("eos_token", text(roles.eos)),
-        ("pad_token", text(roles.pad)),
-    ];
-    let template = template(file, &special)?;
+    let template = template(file, &special_tokens(&tokens, &roles))?;
     Ok(Tokenizer::new(inner, Marks::new(marks), roles, tokens.len(), template))
+}
+
+/// What a chat template may call its special tokens.
+pub(super) fn special_tokens<'t>(
+    tokens: &'t [String],
+    roles: &Roles,
+) -> [(&'static str, Option<&'t str>); 3] {
+    let text = |id: Option<u32>| id.map(|id| &*tokens[id as usize]);
+    [("bos_token", text(roles.bos)), ("eos_token", text(roles.eos)), ("pad_token", text(roles.pad))]
+}
+
+/// What a kind of tokenizer has where a file does not say.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Defaults {
+    pub bos: Option<u32>,
+    pub eos: Option<u32>,
+    pub adds_bos: bool,
 }
 
 /// What cuts words, if the file's tokenizer is one we know.
 pub(super) fn kind(file: &Gguf) -> Result<&'static PreTokenizer, TextError> {
     let model = required(file, "tokenizer.ggml.model")?;
+    if model == "llama" {
+        let reason = "tokenizer.ggml.model is \"llama\": SentencePiece is read here, but not turned \
+                      into a folder's tokenizer.json";
+        return Err(bad(file, reason));
+    }
     if model != "gpt2" {
-        return Err(bad(
-            file,
-            format!("tokenizer.ggml.model is {model:?}, needed \"gpt2\" (byte-level BPE)"),
-        ));
+        let needed = "\"gpt2\" (byte-level BPE) or \"llama\" (SentencePiece)";
+        return Err(bad(file, format!("tokenizer.ggml.model is {model:?}, needed {needed}")));
     }
     let known = pre_tokenizer::known;
     let Some(name) = file.str("tokenizer.ggml.pre")? else {
@@ -175,13 +194,16 @@ pub(super) fn merges(
 }
 
 /// The vocabulary in the map `BPE::new` takes, whose type the crate does not let us name.
-fn collected<V: FromIterator<(String, u32)>, M>(_: fn(V, M) -> BPE, tokens: &[String]) -> V {
+pub(super) fn collected<V: FromIterator<(String, u32)>, M>(
+    _: fn(V, M) -> BPE,
+    tokens: &[String],
+) -> V {
     tokens.iter().cloned().zip(0..).collect()
 }
 
 pub(super) fn roles(
     file: &Gguf,
-    pre: &PreTokenizer,
+    defaults: Defaults,
     tokens: &[String],
     ids: &HashMap<&str, u32>,
 ) -> Result<Roles, TextError> {
@@ -194,8 +216,10 @@ pub(super) fn roles(
         }
     };
     let id_of = |token: &str| ids.get(token).copied();
-    let (bos, eos, pad) = (role("bos")?, role("eos")?, role("padding")?);
-    let adds_bos = file.bool("tokenizer.ggml.add_bos_token")?.unwrap_or(pre.adds_bos);
+    let known = |id: Option<u32>| id.filter(|&id| (id as usize) < tokens.len());
+    let bos = role("bos")?.or(known(defaults.bos));
+    let (eos, pad) = (role("eos")?.or(known(defaults.eos)), role("padding")?);
+    let adds_bos = file.bool("tokenizer.ggml.add_bos_token")?.unwrap_or(defaults.adds_bos);
     let mut ends = ends_by_text(id_of);
     ends.extend(eos);
     ends.extend(role("eot")?);
@@ -233,7 +257,7 @@ pub(super) fn marks(file: &Gguf, tokens: &[String], roles: &Roles) -> Result<Vec
     Ok(marks)
 }
 
-fn template(
+pub(super) fn template(
     file: &Gguf,
     special: &[(&str, Option<&str>)],
 ) -> Result<Option<ChatTemplate>, TextError> {

@@ -11,6 +11,7 @@ mod gguf;
 mod marks;
 mod pre_tokenizer;
 mod python;
+mod sentencepiece;
 mod stream;
 mod template;
 mod tokenizer;

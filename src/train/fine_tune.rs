@@ -25,6 +25,7 @@ use super::supervised::Supervised;
 use crate::data::DataError;
 use crate::model::Decoder;
 use crate::optim::{AdamWSettings, Schedule};
+use crate::quant::BlockType;
 use crate::text::{Tokenizer, first_second, today};
 use crate::weights::Checkpoint;
 
@@ -162,6 +163,13 @@ pub fn train(
         let fault = format!("template_date is {:?}, needed YYYY-MM-DD", common.template_date);
         return Err(TrainError::Settings(fault));
     };
+    let load_type = match &*common.load_type {
+        "" => None,
+        name => Some(
+            BlockType::written(name)
+                .map_err(|e| TrainError::Settings(format!("load_type: {e}")))?,
+        ),
+    };
     // Told before anything is read: what is in the way of the run.
     let resumed = if resume {
         let saved = RunDir::settings(settings.command(), &common.out)?.to_table()?;
@@ -173,7 +181,7 @@ pub fn train(
 
     // What is trained, on what.
     let checkpoint = Checkpoint::open(&common.base)?;
-    let decoder = Decoder::load(&checkpoint, common.compute)?;
+    let decoder = Decoder::load_as(&checkpoint, common.compute, load_type)?;
     let mut tokenizer = Tokenizer::open(&checkpoint)?;
     let template = Some(&*common.chat_template).filter(|path| !path.as_os_str().is_empty());
     tokenizer.change_template(template, &common.chat_template_kwargs)?;

@@ -14,7 +14,7 @@ use quantune_adapters::delta::{Dropout, TokenKey};
 
 use crate::data::Batch;
 use crate::model::layer::{AdapterGradients, Tape, Workspace};
-use crate::model::scoring::{heated, scores};
+use crate::model::scoring::scores;
 use crate::model::{Adapters, Decoder, Pass, Reading, Rows, Worn};
 use crate::objectives::{Judged, Objective};
 use crate::ops::Compute;
@@ -217,8 +217,8 @@ fn read(
     let logps = match objective.reads_log_probs() {
         true => {
             let (positions, targets): (Vec<u32>, Vec<u32>) = batch.targets.iter().copied().unzip();
-            let read = heated(rows(positions)?, settings.temperature)?;
-            Some(decoder.log_probs(&read, &targets, settings.worn)?) // (M)
+            let (read, heat) = (rows(positions)?, settings.temperature);
+            Some(decoder.heated_log_probs(&read, &targets, heat, settings.worn)?) // (M)
         }
         false => None,
     };

@@ -1,7 +1,8 @@
 //! Our own checked reader of GGUF, versions 2 and 3, little endian.
 //!
 //! The layout is that of ggml's `docs/gguf.md`; what is refused follows `gguf.cpp`, but for
-//! tensors of types we do not know: they are listed, and fail when used.
+//! tensors of types we do not know: they are listed, and fail when used. Of a model that llama.cpp's
+//! `gguf-split` cut into files, the first is opened, and brings the others.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -33,6 +34,8 @@ pub struct Gguf {
     keys: HashMap<Box<str>, usize>,
     tensors: Vec<TensorInfo>,
     names: HashMap<Box<str>, usize>,
+    /// Of a model in several files, the others, and which tensors are the first that each has.
+    others: Vec<(usize, Bytes)>,
 }
 
 /// A metadata key and where its value lies.
@@ -73,7 +76,73 @@ impl Gguf {
     /// itself: one sentence with the place, and all faults of its tensors at once.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, WeightsError> {
         let path = path.as_ref();
-        Self::read(path, map_file(path)?)
+        let mut gguf = Self::read(path, map_file(path)?)?;
+        gguf.open_others()?;
+        Ok(gguf)
+    }
+
+    /// Opens the other files of a model that was split, whose names count them.
+    fn open_others(&mut self) -> Result<(), WeightsError> {
+        let Some((0, count)) = self.place_in_split()? else { return Ok(()) };
+        let bad = |reason: String| WeightsError::format(&self.path, reason);
+        let name = self.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let of_part = |part: u64| format!("-{:05}-of-{count:05}.gguf", part + 1);
+        let Some(stem) = name.strip_suffix(&of_part(0)) else {
+            let needed = of_part(0);
+            return Err(bad(format!(
+                "the first of {count} files, whose name must end in {needed:?}"
+            )));
+        };
+        for part in 1..count {
+            let path = self.path.with_file_name(format!("{stem}{}", of_part(part)));
+            let other = Self::read(&path, map_file(&path)?)?;
+            if other.place_in_split_as_it_says()? != Some((part, count)) {
+                let reason = format!("it does not say that it is file {} of {count}", part + 1);
+                return Err(WeightsError::format(&path, reason));
+            }
+            self.others.push((self.tensors.len(), other.map));
+            for tensor in other.tensors {
+                if self.names.insert(tensor.name.as_str().into(), self.tensors.len()).is_some() {
+                    let name = tensor.name;
+                    return Err(WeightsError::format(
+                        &path,
+                        format!("tensor {name:?} appears twice"),
+                    ));
+                }
+                self.tensors.push(tensor);
+            }
+        }
+        let needed = self.u64("split.tensors.count")?;
+        match needed.filter(|&needed| needed != self.tensors.len() as u64) {
+            Some(needed) => {
+                let (path, found) = (&self.path, self.tensors.len());
+                let reason = format!("{found} tensors in all {count} files, needed {needed}");
+                Err(WeightsError::format(path, reason))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Which of how many files this is the beginning of; an error if it is a later one.
+    fn place_in_split(&self) -> Result<Option<(u64, u64)>, WeightsError> {
+        match self.place_in_split_as_it_says()? {
+            Some((part, count)) if part > 0 => {
+                let part = part + 1;
+                let reason = format!("file {part} of {count} of a split model, needed the first");
+                Err(WeightsError::format(&self.path, reason))
+            }
+            place => Ok(place),
+        }
+    }
+
+    fn place_in_split_as_it_says(&self) -> Result<Option<(u64, u64)>, WeightsError> {
+        let Some(count) = self.u64("split.count")?.filter(|&count| count > 1) else {
+            return Ok(None);
+        };
+        if count > 99_999 {
+            return Err(WeightsError::format(&self.path, format!("split.count is {count}")));
+        }
+        Ok(Some((self.u64("split.no")?.unwrap_or(0), count)))
     }
 
     fn read(path: &Path, map: Bytes) -> Result<Self, WeightsError> {
@@ -120,6 +189,7 @@ impl Gguf {
             keys,
             tensors,
             names: HashMap::new(),
+            others: Vec::new(),
             map: map.clone(),
         };
         gguf.alignment = gguf.read_alignment()?;
@@ -286,6 +356,12 @@ impl Gguf {
         Some(&self.tensors[*self.names.get(name)?])
     }
 
+    /// The map that a tensor lies in.
+    fn map_of(&self, index: usize) -> &Bytes {
+        let other = self.others.iter().rev().find(|(first, _)| *first <= index);
+        other.map_or(&self.map, |(_, map)| map)
+    }
+
     /// A tensor, in the map.
     ///
     /// # Errors
@@ -302,7 +378,8 @@ impl Gguf {
             found: type_name(info.type_id),
             needed: readable_types(),
         })?;
-        let bytes = self.map.slice(range).expect("the range was checked on opening");
+        let map = self.map_of(self.names[name]);
+        let bytes = map.slice(range).expect("the range was checked on opening");
         Ok(StoredTensor { name: name.into(), shape: info.shape.clone(), block_type, bytes })
     }
 }
@@ -449,10 +526,8 @@ pub fn type_name(type_id: u32) -> String {
         17 => "IQ2_XS",
         18 => "IQ3_XXS",
         19 => "IQ1_S",
-        20 => "IQ4_NL",
         21 => "IQ3_S",
         22 => "IQ2_S",
-        23 => "IQ4_XS",
         24 => "I8",
         25 => "I16",
         26 => "I32",
@@ -461,7 +536,6 @@ pub fn type_name(type_id: u32) -> String {
         29 => "IQ1_M",
         34 => "TQ1_0",
         35 => "TQ2_0",
-        39 => "MXFP4",
         40 => "NVFP4",
         41 => "Q1_0",
         42 => "Q2_0",

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use candle_core::Device;
 use quantune::export::{Bounds, FileType, Recipe, Source, types, verify, write_folder, write_gguf};
-use quantune::model::config::{FAMILIES, RopeScaling};
+use quantune::model::config::{FAMILIES, RopeScaling, Variation};
 use quantune::model::{Config, Decoder, Worn, load};
 use quantune::ops::Compute;
 use quantune::quant::BlockType;
@@ -263,6 +263,7 @@ fn quantized_config(model: &serde_json::Value) -> Config {
         qkv_bias: false,
         o_bias: false,
         mlp_bias: false,
+        variation: Variation::default(),
     }
 }
 
@@ -293,7 +294,7 @@ fn types_are_those_of_llama_quantize() {
         let found = recipe.types(&config, importance).unwrap();
         let mut of_kind: HashMap<String, Vec<String>> = HashMap::new();
         for ((name, shape), of) in load::tensors(&config).iter().zip(found) {
-            let name = load::gguf_name(name);
+            let name = load::gguf_name(config.family, name);
             let parts: Vec<&str> = name.split('.').collect();
             let kind = if parts[0] == "blk" { parts[2] } else { parts[0] };
             match shape.len() {

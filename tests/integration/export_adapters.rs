@@ -128,7 +128,10 @@ fn importance_is_the_mean_square_of_what_goes_in() {
     linears.retain(|spec| spec.name.starts_with("model.layers"));
     assert_eq!(found.len(), linears.len());
     for spec in &linears {
-        let gguf = quantune::model::load::gguf_name(&format!("{}.weight", spec.name));
+        let gguf = quantune::model::load::gguf_name(
+            decoder.config.family,
+            &format!("{}.weight", spec.name),
+        );
         let means = &found[&gguf];
         assert_eq!(means.len(), spec.in_features);
         assert!(means.iter().all(|m| m.is_finite() && *m >= 0.0) && means.iter().any(|m| *m > 0.0));
@@ -250,7 +253,7 @@ fn fewer_bits_cost_more_and_importance_lowers_what_it_weighs() {
         off.zip(weights).map(|(off, w)| off * f64::from(*w)).sum::<f64>()
     };
     for tensor in &source.tensors {
-        let gguf = quantune::model::load::gguf_name(&tensor.name);
+        let gguf = quantune::model::load::gguf_name(source.config.family, &tensor.name);
         let Some(weights) = importance.get(&gguf) else { continue };
         let (plain, weighted) =
             (error("q4.gguf", tensor, weights), error("q4i.gguf", tensor, weights));

@@ -11,6 +11,7 @@ mod corpus;
 mod data;
 mod export;
 mod export_adapters;
+mod families;
 mod family;
 mod generate;
 mod hot_swap;

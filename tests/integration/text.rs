@@ -366,7 +366,8 @@ fn what_is_no_tokenizer_is_refused_in_one_sentence() {
     };
     let string = |text: &str| OwnedValue::String(text.into());
     let without = |key: &'static str| changed_gguf(|metadata| metadata.retain(|(k, _)| k != key));
-    refused(gguf("tokenizer.ggml.model", string("llama")), "\"llama\", needed \"gpt2\"");
+    refused(gguf("tokenizer.ggml.model", string("bert")), "\"bert\", needed \"gpt2\"");
+    refused(gguf("tokenizer.ggml.model", string("llama")), "tokenizer.ggml.scores");
     refused(gguf("tokenizer.ggml.pre", string("mystery")), "\"mystery\", needed one of gpt-2,");
     refused(without("tokenizer.ggml.pre"), "no tokenizer.ggml.pre");
     refused(without("tokenizer.ggml.model"), "tokenizer.ggml.model");
@@ -379,4 +380,35 @@ fn what_is_no_tokenizer_is_refused_in_one_sentence() {
     refused(folder_with(&[("tokenizer_config.json", r#"{"eos_token": 2}"#)]), "eos_token is 2");
     refused(folder_with(&[("config.json", r#"{"eos_token_id": "x"}"#)]), "needed ids");
     refused(Tokenizer::from_folder(Path::new("/nowhere")), "no tokenizer.json");
+}
+
+/// SentencePiece vocabularies in GGUFs: 500 texts id for id as llama.cpp has them, and back to text.
+#[test]
+fn sentencepiece_ids_are_llama_cpps() {
+    let shared = golden_json("text/sentencepiece/prefixed.json");
+    let texts: Vec<&str> =
+        shared["texts"].as_array().unwrap().iter().map(|text| text.as_str().unwrap()).collect();
+    assert_eq!(texts.len(), 500);
+    for name in ["prefixed", "plain"] {
+        let file = Gguf::open(golden(&format!("text/sentencepiece/{name}.gguf"))).unwrap();
+        let tokenizer = Tokenizer::from_gguf(&file).unwrap();
+        assert_eq!(
+            (tokenizer.bos(), tokenizer.eos(), tokenizer.adds_bos()),
+            (Some(1), Some(2), true)
+        );
+        let json = golden_json(&format!("text/sentencepiece/{name}.json"));
+        let (parsed, as_text) = (&json["ids"], &json["as_text"]);
+        for (i, text) in texts.iter().enumerate() {
+            let needed = ids(&parsed[i]);
+            let found = tokenizer.encode(text, Special::Parse).unwrap();
+            assert_eq!(found, needed, "{name} {i}: {text:?}");
+            let needed = if as_text[i].is_null() { needed } else { ids(&as_text[i]) };
+            let found = tokenizer.encode(text, Special::AsText).unwrap();
+            assert_eq!(found, needed, "{name} {i} as text: {text:?}");
+            // Unknown characters come back through their bytes. A space that stands for itself does not.
+            if !text.contains(['<', '\u{2581}']) {
+                assert_eq!(&tokenizer.decode(&found, false).unwrap(), text, "{name} {i}");
+            }
+        }
+    }
 }

@@ -443,7 +443,7 @@ fn malformed_ggufs_are_refused_in_one_sentence() {
 
 #[test]
 fn a_tensor_of_an_unknown_type_fails_when_used() {
-    let raw = Raw::new(3, 0).tensor("known", &[2], 0, 0).tensor("iq4", &[256], 23, 32).tensor(
+    let raw = Raw::new(3, 0).tensor("known", &[2], 0, 0).tensor("iq2", &[256], 22, 32).tensor(
         "new",
         &[256],
         4_000_000_000,
@@ -453,9 +453,9 @@ fn a_tensor_of_an_unknown_type_fails_when_used() {
     let path = file(&folder, "types.gguf", &raw.data(128));
     let gguf = Gguf::open(&path).unwrap();
     assert_eq!(gguf.tensor("known").unwrap().vector().unwrap(), [0.0, 0.0]);
-    let message = gguf.tensor("iq4").unwrap_err().to_string();
+    let message = gguf.tensor("iq2").unwrap_err().to_string();
     assert!(
-        message.contains("tensor \"iq4\" is stored as IQ4_XS, needed one of F32, F16"),
+        message.contains("tensor \"iq2\" is stored as IQ2_S, needed one of F32, F16"),
         "{message}"
     );
     let message = gguf.tensor("new").unwrap_err().to_string();
@@ -465,8 +465,8 @@ fn a_tensor_of_an_unknown_type_fails_when_used() {
     assert!(listed.summary.is_none());
     assert_eq!(listed.tensors[1].bytes, None);
     let types: Vec<_> = listed.types.iter().map(|total| (&*total.r#type, total.tensors)).collect();
-    assert_eq!(types, [("F32", 1), ("IQ4_XS", 1), ("type 4000000000", 1)]);
-    assert!(listed.to_string().contains("iq4    IQ4_XS"), "{listed}");
+    assert_eq!(types, [("F32", 1), ("IQ2_S", 1), ("type 4000000000", 1)]);
+    assert!(listed.to_string().contains("iq2    IQ2_S"), "{listed}");
 }
 
 /// One change a hostile hand may make to a file.

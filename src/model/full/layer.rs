@@ -10,7 +10,7 @@ use crate::model::Config;
 use crate::ops::attention::{self, Attended, Heads, Qkv, QkvGrad};
 use crate::ops::gemm::{Begin, Out, PackedRows, Panel, Product, Strided, Term, Weights, multiply};
 use crate::ops::rope::{Rotation, Turn};
-use crate::ops::{Segment, rms_norm, swiglu};
+use crate::ops::{Gate, Segment, rms_norm, swiglu};
 
 use rayon::prelude::*;
 
@@ -134,7 +134,7 @@ impl LayerPass<'_> {
             None,
             packed,
         );
-        swiglu::forward(isa, gate, up, inner);
+        swiglu::forward(isa, Gate::Silu, gate, up, inner);
         self.project([(&layer.down, &mut out[..])], inner, Some(middle), packed);
     }
 

@@ -16,7 +16,7 @@ use candle_core::{Device, Result, Tensor, Var};
 use quantune_adapters::rng::Stream;
 use rayon::prelude::*;
 
-use super::decoder::{self, Decoder};
+use super::decoder::{self, Decoder, Shared};
 use super::{Config, ModelError};
 use crate::data::Batch;
 use crate::isa::Isa;
@@ -203,15 +203,16 @@ impl FullModel {
             Matrix(&'a FrozenMatrix),
             Vector(&'a Tensor),
         }
+        Self::check_config(&decoder.config)?;
         let mut sources = vec![Source::Matrix(&decoder.embedding)];
         for layer in &decoder.layers {
             let groups = [
-                (&layer.input_norm, &[&layer.q, &layer.k, &layer.v, &layer.o][..]),
-                (&layer.post_attention_norm, &[&layer.gate, &layer.up, &layer.down]),
+                (&layer.input_norm, layer.qkv.linears(), &layer.o),
+                (&layer.pre_feedforward_norm, layer.gate_up.linears(), &layer.down),
             ];
-            for (norm, linears) in groups {
-                sources.push(Source::Vector(norm));
-                for linear in linears {
+            for (norm, linears, last) in groups {
+                sources.extend(norm.as_ref().map(Source::Vector));
+                for linear in linears.iter().chain([last]) {
                     sources.push(Source::Matrix(&linear.weight));
                     sources.extend(linear.bias.as_ref().map(Source::Vector));
                 }
@@ -240,6 +241,7 @@ impl FullModel {
         compute: Compute,
         mut values: impl FnMut(&str, &[usize]) -> Vec<f32>,
     ) -> Result<Self> {
+        Self::check_config(&config)?;
         let (plan, places) = Plan::of(&config);
         let (mut names, mut parameters) = (Vec::new(), Vec::new());
         for (name, shape) in plan.shapes {
@@ -247,6 +249,19 @@ impl FullModel {
             names.push(name);
         }
         Ok(Self { config, compute, names, parameters, places })
+    }
+
+    /// Whether all weights of such a decoder can train.
+    ///
+    /// # Errors
+    /// What it has that is computed for frozen weights only.
+    pub fn check_config(config: &Config) -> Result<()> {
+        match config.beyond_llama() {
+            Some(what) => candle_core::bail!(
+                "all weights of {what} cannot train here, those of Llama-like decoders can;                  adapters on it can"
+            ),
+            None => Ok(()),
+        }
     }
 
     /// Whether each parameter decays: matrices do, norms and biases do not, as in transformers'
@@ -281,17 +296,20 @@ impl FullModel {
             let bias = linear.bias.map(vector).transpose()?;
             Ok(decoder::Linear { name, weight: matrix(linear.weight)?, bias })
         };
-        let layer = |layer: &Layer| -> Result<decoder::Layer> {
+        let layer = |(index, layer): (usize, &Layer)| -> Result<decoder::Layer> {
             Ok(decoder::Layer {
-                input_norm: vector(layer.input_norm)?,
-                q: linear(&layer.q)?,
-                k: linear(&layer.k)?,
-                v: linear(&layer.v)?,
+                input_norm: Some(vector(layer.input_norm)?),
+                qkv: Shared::Apart([linear(&layer.q)?, linear(&layer.k)?, linear(&layer.v)?]),
+                q_norm: None,
+                k_norm: None,
                 o: linear(&layer.o)?,
-                post_attention_norm: vector(layer.post_attention_norm)?,
-                gate: linear(&layer.gate)?,
-                up: linear(&layer.up)?,
+                post_attention_norm: None,
+                pre_feedforward_norm: Some(vector(layer.post_attention_norm)?),
+                gate_up: Shared::Apart([linear(&layer.gate)?, linear(&layer.up)?]),
                 down: linear(&layer.down)?,
+                post_feedforward_norm: None,
+                scores: self.config.scores(index),
+                rope: self.config.rope_of(index),
             })
         };
         let embedding = matrix(EMBEDDING)?;
@@ -303,7 +321,7 @@ impl FullModel {
             config: self.config.clone(),
             compute,
             embedding,
-            layers: self.places.layers.iter().map(layer).collect::<Result<_>>()?,
+            layers: self.places.layers.iter().enumerate().map(layer).collect::<Result<_>>()?,
             norm: vector(self.places.norm)?,
             head,
             inv_freq: self.config.inv_freq(),
@@ -338,6 +356,7 @@ impl FullModel {
             self.parameters.iter().map(|var| Values::of(var)).collect::<Result<_>>()?;
         let values: Vec<&[f32]> = values.iter().map(|values| &**values).collect();
         let rotation = Rotation::new(&batch.positions, &self.config.inv_freq());
+        let rotation = rotation.grown(self.config.rope_growth());
         let segments = &batch.segments[..];
         let layers = &self.places.layers;
         let pass = |index: usize| LayerPass {

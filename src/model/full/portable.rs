@@ -19,6 +19,7 @@ impl FullModel {
         gradients: &mut [Vec<f32>],
     ) -> Result<f64> {
         let rotation = Rotation::new(&batch.positions, &self.config.inv_freq());
+        let rotation = rotation.grown(self.config.rope_growth());
         let segments: Arc<[Segment]> = batch.segments.clone().into();
         let embedding = self.parameter(EMBEDDING);
         let tokens = Tensor::new(&batch.tokens[..], embedding.device())?;

@@ -8,6 +8,7 @@
 
 use super::activations::LANES;
 use super::words::Words;
+use crate::quant::{E2M1_TWICE, NON_LINEAR, half_e8m0, iq4_xs_scale};
 
 /// A block type of integers.
 pub(super) trait Format {
@@ -43,6 +44,9 @@ pub(super) struct Q3_K;
 pub(super) struct Q4_K;
 pub(super) struct Q5_K;
 pub(super) struct Q6_K;
+pub(super) struct IQ4_NL;
+pub(super) struct IQ4_XS;
+pub(super) struct MXFP4;
 
 impl Format for Q4_0 {
     const GROUPS: usize = 1;
@@ -258,6 +262,80 @@ impl Format for Q6_K {
             low.or(W::bits(at(block, 128 + 32 * of_half), 2 * k, 3).times(16))
         }
     }
+}
+
+impl Format for IQ4_NL {
+    const GROUPS: usize = 1;
+    const BYTES: usize = 18;
+    const MINIMA: bool = false;
+
+    #[inline(always)]
+    unsafe fn scales<W: Words>(blocks: &[u8]) -> ([f32; LANES], [f32; LANES]) {
+        // SAFETY: the caller's promise.
+        let scales = unsafe { halves::<W, 18>(blocks, 0) };
+        (times(1.0 / 256.0, scales), [0.0; LANES])
+    }
+
+    #[inline(always)]
+    unsafe fn words<W: Words>(block: &[u8], _i: usize) -> W {
+        // SAFETY: the caller's promise.
+        unsafe { W::signed_times_256(&looked_up(at(block, 2), &NON_LINEAR)) }
+    }
+}
+
+impl Format for IQ4_XS {
+    const GROUPS: usize = 8;
+    const BYTES: usize = 136;
+    const MINIMA: bool = false;
+
+    #[inline(always)]
+    unsafe fn scales<W: Words>(block: &[u8]) -> ([f32; LANES], [f32; LANES]) {
+        // SAFETY: the caller's promise.
+        let d = unsafe { half::<W>(block, 0) };
+        let mut scales = [0.0; LANES];
+        for i in 0..8 {
+            scales[i] = d * iq4_xs_scale(block, i) * (1.0 / 256.0);
+        }
+        (scales, [0.0; LANES])
+    }
+
+    #[inline(always)]
+    unsafe fn words<W: Words>(block: &[u8], i: usize) -> W {
+        // SAFETY: the caller's promise.
+        unsafe { W::signed_times_256(&looked_up(at(block, 8 + 16 * i), &NON_LINEAR)) }
+    }
+}
+
+impl Format for MXFP4 {
+    const GROUPS: usize = 1;
+    const BYTES: usize = 17;
+    const MINIMA: bool = false;
+
+    #[inline(always)]
+    unsafe fn scales<W: Words>(blocks: &[u8]) -> ([f32; LANES], [f32; LANES]) {
+        let mut scales = [0.0; LANES];
+        for (scale, block) in scales.iter_mut().zip(blocks.as_chunks::<17>().0) {
+            *scale = half_e8m0(block[0]) * (1.0 / 256.0);
+        }
+        (scales, [0.0; LANES])
+    }
+
+    #[inline(always)]
+    unsafe fn words<W: Words>(block: &[u8], _i: usize) -> W {
+        // SAFETY: the caller's promise.
+        unsafe { W::signed_times_256(&looked_up(at(block, 1), &E2M1_TWICE)) }
+    }
+}
+
+/// What the low nibbles of 16 bytes, then their high ones, stand for, as bytes.
+#[inline(always)]
+fn looked_up(nibbles: &[u8; 16], table: &[i8; 16]) -> [u8; 32] {
+    let mut values = [0; 32];
+    for j in 0..16 {
+        values[j] = table[usize::from(nibbles[j] & 15)] as u8;
+        values[j + 16] = table[usize::from(nibbles[j] >> 4)] as u8;
+    }
+    values
 }
 
 /// A multiple of all scales. (`array::map` is not always inlined, and then not vectorized.)

@@ -63,6 +63,9 @@ pub(super) unsafe fn block_rows<W: Words, T: Value>(
             BlockType::Q4_K => inputs::<W, Q4_K, T>(bytes, x, output),
             BlockType::Q5_K => inputs::<W, Q5_K, T>(bytes, x, output),
             BlockType::Q6_K => inputs::<W, Q6_K, T>(bytes, x, output),
+            BlockType::IQ4_NL => inputs::<W, IQ4_NL, T>(bytes, x, output),
+            BlockType::IQ4_XS => inputs::<W, IQ4_XS, T>(bytes, x, output),
+            BlockType::MXFP4 => inputs::<W, MXFP4, T>(bytes, x, output),
             BlockType::F32 | BlockType::F16 | BlockType::BF16 => unreachable!("not in blocks"),
         }
     }

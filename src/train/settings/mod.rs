@@ -222,6 +222,10 @@ settings! {
         /// How products are computed: int16 (block-floating, nearly twice f32's speed), int8 (faster
         /// still, and too rough to train with), f32 (exact), or portable (the slow reference form) [default: int16]
         compute: Compute = Compute::Int16,
+        /// Quantize the matrices of a --base folder on load, one after the other, to a GGUF's type as
+        /// Q8_0 or Q4_K [default: they stay as they are stored]
+        #[arg(value_name = "TYPE")]
+        load_type: String = String::new(),
 
         /// When held-out rows are evaluated; by default epoch with --eval-data, else no
         eval_strategy: Option<EvalStrategy> = None,

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::super::TrainError;
 use super::{Empty, Faults, is_empty};
 use crate::data::corpus::{CorpusSettings, SourceSpec};
+use crate::model::config::Variation;
 use crate::model::{Config, FAMILIES, ModelError, RopeScaling};
 use crate::ops::Compute;
 use crate::optim::ScheduleKind;
@@ -302,6 +303,7 @@ impl PretrainSettings {
             qkv_bias: false,
             o_bias: false,
             mlp_bias: false,
+            variation: Variation::default(),
         };
         config.checked("the model's shape".into())
     }

@@ -1,0 +1,192 @@
+//! The families: what each does differently from Llama whatever its size, a row each.
+
+use crate::ops::Gate;
+
+/// What tells one family from another.
+#[derive(Debug, PartialEq)]
+pub struct Family {
+    /// `model_type` in a `config.json`.
+    pub model_type: &'static str,
+    /// `general.architecture` in a GGUF.
+    pub architecture: &'static str,
+    /// Whether q, k and v always have a bias. Without, the checkpoint says.
+    pub qkv_bias: bool,
+    /// Whether llama.cpp's converter interleaves the rows of q and k of each head.
+    pub interleaved_in_gguf: bool,
+    /// Where norms stand in a layer.
+    pub norms: Norms,
+    /// What queries and keys are normed over before they are rotated.
+    pub qk_norm: QkNorm,
+    /// Whether a folder holds norm weights less 1. A GGUF holds them as they multiply.
+    pub norm_less_one: bool,
+    /// What becomes of the gate.
+    pub gate: Gate,
+    /// Whether q, k and v are one matrix in files, and gate and up another.
+    pub fused: bool,
+    /// Whether embeddings are multiplied by `sqrt(hidden_size)`.
+    pub embedding_scaled: bool,
+    /// Which layers see a window only.
+    pub windows: Windows,
+    /// The window, if neither form of file says.
+    pub sliding_window: Option<usize>,
+    /// Every so many layers, one does not rotate, if a `config.json` does not say which.
+    pub no_rope_layer_interval: Option<usize>,
+    /// Whether the scale of scores is `query_pre_attn_scalar^-1/2`.
+    pub query_pre_attn_scalar: bool,
+    /// Layers from which on a GGUF's scores have the scale of `hidden_size / heads` instead of
+    /// `head_dim`: it has no key for it, and llama.cpp knows the 27B models by their depth.
+    pub scale_by_hidden_size_at: Option<usize>,
+    /// The caps on attention's scores and on logits, if neither form of file says.
+    pub caps: (Option<f64>, Option<f64>),
+    /// Whether embeddings, residuals, scores and logits have multipliers of their own.
+    pub multipliers: bool,
+    /// Whether the head is the embedding, if a `config.json` does not say.
+    pub tied: bool,
+    /// Width of a head, if a `config.json` does not say and it is not `hidden_size / heads`.
+    pub head_dim: Option<usize>,
+    /// Base of the rotary frequencies, if neither form of file says.
+    pub rope_theta: f64,
+    /// Of layers with a window, where they have a base to themselves.
+    pub local_rope_theta: Option<f64>,
+}
+
+/// Where norms stand in a layer, before or behind attention and feed-forward layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Norms {
+    /// Before each.
+    Before,
+    /// Before and behind each, there before it joins the residual stream.
+    Around,
+    /// Behind each only.
+    Behind,
+}
+
+/// What queries and keys are normed over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QkNorm {
+    /// They are not.
+    None,
+    /// Each head.
+    Head,
+    /// All heads of a token together.
+    Width,
+}
+
+/// Which layers see a window only, where there is one. `layer_types` of a `config.json` comes first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Windows {
+    /// None.
+    Never,
+    /// All.
+    All,
+    /// From layer `max_window_layers` on, if `use_sliding_window`.
+    Upper,
+    /// Those that do not rotate, if `use_sliding_window`.
+    Unrotated,
+    /// All but the last of every so many (`sliding_window_pattern`).
+    AllBut(usize),
+}
+
+const LLAMA: Family = Family {
+    model_type: "llama",
+    architecture: "llama",
+    qkv_bias: false,
+    interleaved_in_gguf: true,
+    norms: Norms::Before,
+    qk_norm: QkNorm::None,
+    norm_less_one: false,
+    gate: Gate::Silu,
+    fused: false,
+    embedding_scaled: false,
+    windows: Windows::Never,
+    sliding_window: None,
+    no_rope_layer_interval: None,
+    query_pre_attn_scalar: false,
+    scale_by_hidden_size_at: None,
+    caps: (None, None),
+    multipliers: false,
+    tied: false,
+    head_dim: None,
+    rope_theta: 10_000.0,
+    local_rope_theta: None,
+};
+
+const QWEN2: Family = Family {
+    model_type: "qwen2",
+    architecture: "qwen2",
+    qkv_bias: true,
+    interleaved_in_gguf: false,
+    windows: Windows::Upper,
+    ..LLAMA
+};
+
+const GEMMA2: Family = Family {
+    model_type: "gemma2",
+    architecture: "gemma2",
+    interleaved_in_gguf: false,
+    norms: Norms::Around,
+    norm_less_one: true,
+    gate: Gate::GeluTanh,
+    embedding_scaled: true,
+    windows: Windows::AllBut(2),
+    sliding_window: Some(4096),
+    query_pre_attn_scalar: true,
+    scale_by_hidden_size_at: Some(46),
+    caps: (Some(50.0), Some(30.0)),
+    tied: true,
+    head_dim: Some(256),
+    ..LLAMA
+};
+
+/// The families that run. Of those that share an architecture, a GGUF names the first.
+pub const FAMILIES: &[Family] = &[
+    LLAMA,
+    QWEN2,
+    Family { model_type: "mistral", windows: Windows::All, ..LLAMA },
+    Family {
+        model_type: "qwen3",
+        architecture: "qwen3",
+        qkv_bias: false,
+        qk_norm: QkNorm::Head,
+        head_dim: Some(128),
+        ..QWEN2
+    },
+    GEMMA2,
+    Family {
+        model_type: "gemma3_text",
+        architecture: "gemma3",
+        qk_norm: QkNorm::Head,
+        windows: Windows::AllBut(6),
+        scale_by_hidden_size_at: Some(62),
+        caps: (None, None),
+        rope_theta: 1_000_000.0,
+        local_rope_theta: Some(10_000.0),
+        ..GEMMA2
+    },
+    Family {
+        model_type: "phi3",
+        architecture: "phi3",
+        interleaved_in_gguf: false,
+        fused: true,
+        windows: Windows::All,
+        ..LLAMA
+    },
+    Family {
+        model_type: "smollm3",
+        architecture: "smollm3",
+        windows: Windows::Unrotated,
+        no_rope_layer_interval: Some(4),
+        tied: true,
+        rope_theta: 2_000_000.0,
+        ..LLAMA
+    },
+    Family {
+        model_type: "olmo2",
+        architecture: "olmo2",
+        interleaved_in_gguf: false,
+        norms: Norms::Behind,
+        qk_norm: QkNorm::Width,
+        ..LLAMA
+    },
+    Family { model_type: "granite", architecture: "granite", multipliers: true, ..LLAMA },
+];
