@@ -18,7 +18,7 @@ use super::scoring::heated;
 use crate::isa::Isa;
 use crate::ops::frozen_linear::{few_rows, frozen_rows, read_rows};
 use crate::ops::gemm::{Begin, Out, PackedRows, Panel, Product, Strided, Term, Weights, multiply};
-use crate::ops::linear_cross_entropy::{check_targets, chunk_rows, score};
+use crate::ops::linear_cross_entropy::{Found, check_targets, chunk_rows, score};
 use crate::ops::{Compute, Values, capped_log_probs, frozen_linear};
 
 /// Panels of the way up and of the way back.
@@ -238,7 +238,10 @@ impl Decoder {
         };
         let hidden = hidden.contiguous()?;
         let (mut logps, mut entropies) = (vec![0.0; targets.len()], vec![0.0; targets.len()]);
-        head.forward(panels, &Values::of(&hidden)?, targets, &mut logps, &mut entropies);
+        let mut likeliest = vec![false; targets.len()];
+        let found =
+            Found { logps: &mut logps, entropies: &mut entropies, likeliest: &mut likeliest };
+        head.forward(panels, &Values::of(&hidden)?, targets, found);
         Tensor::from_vec(logps, targets.len(), hidden.device())
     }
 
@@ -435,28 +438,14 @@ impl WornHead<'_> {
         logits
     }
 
-    /// Log-probs `(M)` of targets and entropies `(M)` from `x (M, H)`, a chunk of rows at a time.
-    pub fn forward(
-        &self,
-        panels: Panels,
-        x: &[f32],
-        targets: &[u32],
-        logps: &mut [f32],
-        entropies: &mut [f32],
-    ) {
+    /// What there is to find of targets `(M)` from `x (M, H)`, a chunk of rows at a time.
+    pub fn forward(&self, panels: Panels, x: &[f32], targets: &[u32], mut found: Found) {
         let (width, vocabulary) = (self.width(), self.decoder.config.vocab_size);
         let (isa, rows) = (Isa::current(), chunk_rows(targets.len(), vocabulary));
         let mut chunk = Chunk::default();
-        let found = logps.chunks_mut(rows).zip(entropies.chunks_mut(rows));
-        for ((x, targets), (logps, entropies)) in
-            x.chunks(rows * width).zip(targets.chunks(rows)).zip(found)
-        {
+        for (i, (x, targets)) in x.chunks(rows * width).zip(targets.chunks(rows)).enumerate() {
             self.logits(panels.0, x, &mut chunk);
-            let per_row = chunk.logits.par_chunks_exact_mut(vocabulary).zip(targets);
-            let found = logps.par_iter_mut().zip(entropies);
-            per_row.zip(found).for_each(|((logits, &target), (logp, entropy))| {
-                (*logp, *entropy) = score(isa, logits, target as usize, None);
-            });
+            found.take(isa, &mut chunk.logits, i * rows, targets, None);
         }
     }
 

@@ -12,6 +12,7 @@ use super::decoder::Decoder;
 use super::layer::AdapterGradients;
 use crate::isa::Isa;
 use crate::ops::gemm::Panel;
+use crate::ops::linear_cross_entropy::{Distributions, Found};
 use crate::ops::{Values, linear_cross_entropy, rms_norm};
 
 /// Rows of hidden states on their way to a head. Its buffers are used again by the next reading.
@@ -28,12 +29,13 @@ pub struct Reading {
     targets: Vec<u32>,
     logps: Vec<f32>,
     entropies: Vec<f32>,
+    likeliest: Vec<bool>,
 }
 
 impl Reading {
-    /// The entropies, in nats, of the distributions whose log-probs were read last: `(M)`.
-    pub fn entropies(&self) -> &[f32] {
-        &self.entropies
+    /// The distributions whose log-probs were read last.
+    pub fn distributions(&self) -> Distributions<'_> {
+        Distributions { entropies: &self.entropies, likeliest: &self.likeliest }
     }
 }
 
@@ -61,20 +63,20 @@ impl Decoder {
         linear_cross_entropy::check_targets(&reading.targets, &self.head)?;
         self.gather(x, targets.iter().map(|&(row, _)| row), reading)?;
         scale(&mut reading.normed, self.divided_before_head(temperature));
-        let Reading { normed, dnormed, targets, logps, entropies, .. } = reading;
+        let Reading { normed, dnormed, targets, logps, entropies, likeliest, .. } = reading;
         logps.resize(targets.len(), 0.0);
         entropies.resize(targets.len(), 0.0);
+        likeliest.resize(targets.len(), false);
+        let found = Found { logps, entropies, likeliest };
         dnormed.resize(normed.len(), 0.0);
         if let Some(head) = self.worn_head(worn)? {
-            head.forward(self.panels(), normed, targets, logps, entropies);
+            head.forward(self.panels(), normed, targets, found);
             return Ok(&reading.logps);
         }
         let (panels, head) = (self.panels(), &self.head);
         let gradient = to_learn.then_some(&mut dnormed[..]);
         let cap = self.config.logit_cap(temperature);
-        linear_cross_entropy::forward(
-            panels, normed, head, targets, cap, logps, entropies, gradient,
-        );
+        linear_cross_entropy::forward(panels, normed, head, targets, cap, found, gradient);
         Ok(&reading.logps)
     }
 

@@ -9,6 +9,7 @@ pub mod reward;
 
 use candle_core::{Result, Tensor};
 
+use crate::ops::linear_cross_entropy::Distributions;
 use policy::{
     GrpoSettings, GrpoStats, PpoPolicyStats, PpoValueStats, Sampled, grpo_loss, ppo_policy_loss,
     ppo_value_loss, row_sums,
@@ -153,6 +154,41 @@ pub struct Stats {
     pub value: Option<PpoValueStats>,
     /// Of GRPO.
     pub grpo: Option<GrpoStats>,
+    /// Of language modelling.
+    pub tokens: Option<TokenStats>,
+}
+
+/// What language modelling counts of learned tokens.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct TokenStats {
+    /// How many they are.
+    pub count: u64,
+    /// How many are the likeliest there.
+    pub likeliest: u64,
+    /// The entropies of the distributions they are of, summed, in nats.
+    pub entropy: f64,
+}
+
+impl TokenStats {
+    fn new(known: Distributions) -> Self {
+        Self {
+            count: known.likeliest.len() as u64,
+            likeliest: known.likeliest.iter().filter(|likeliest| **likeliest).count() as u64,
+            entropy: known.entropies.iter().map(|&entropy| f64::from(entropy)).sum(),
+        }
+    }
+
+    fn add(&mut self, other: &Self) {
+        self.count += other.count;
+        self.likeliest += other.likeliest;
+        self.entropy += other.entropy;
+    }
+
+    /// Means, under TRL's names.
+    pub fn metrics(&self) -> [(&'static str, f64); 2] {
+        let of = |sum: f64| sum / self.count.max(1) as f64;
+        [("mean_token_accuracy", of(self.likeliest as f64)), ("entropy", of(self.entropy))]
+    }
 }
 
 impl Stats {
@@ -170,6 +206,7 @@ impl Stats {
         merge(&mut self.policy, other.policy, PpoPolicyStats::add);
         merge(&mut self.value, other.value, PpoValueStats::add);
         merge(&mut self.grpo, other.grpo, GrpoStats::add);
+        merge(&mut self.tokens, other.tokens, TokenStats::add);
     }
 }
 
@@ -195,7 +232,7 @@ impl Objective {
     /// The loss summed over what is counted: a scalar, differentiable in what was read.
     ///
     /// `logps (M)` F32 are the log-probabilities of the M targets, in nats, `scores (S)` F32 those of
-    /// [`Self::score_rows`]. `entropies (M)` of the distributions, where they are known, are counted.
+    /// [`Self::score_rows`]. What is known of the M distributions is counted.
     ///
     /// # Errors
     /// If something is not there that the objective reads, or counts differ.
@@ -203,8 +240,9 @@ impl Objective {
         &self,
         logps: Option<&Tensor>,
         scores: Option<&Tensor>,
-        entropies: Option<&[f32]>,
+        distributions: Option<Distributions>,
     ) -> Result<(Tensor, Judged)> {
+        let entropies = distributions.map(|known| known.entropies);
         let needed = |read: Option<&Tensor>, what: &str| match read {
             Some(read) => Ok(read.clone()),
             None => candle_core::bail!("this objective reads {what}, and there are none"),
@@ -216,7 +254,9 @@ impl Objective {
                 let values = logps.to_vec1::<f32>()?;
                 // The tape adds up in f32; what is reported is the sum of the same terms in f64.
                 let loss = -values.iter().map(|&logp| f64::from(logp)).sum::<f64>();
-                Ok((logps.sum_all()?.neg()?, Judged { loss, ..Judged::default() }))
+                let tokens = distributions.map(TokenStats::new);
+                let stats = Stats { tokens, ..Stats::default() };
+                Ok((logps.sum_all()?.neg()?, Judged { loss, stats, ..Judged::default() }))
             }
             Self::Reward { pairs, center_rewards_coefficient, .. } => {
                 let scores = needed(scores, "scores")?;

@@ -109,18 +109,56 @@ pub fn working_bytes(rows: usize, vocabulary: usize) -> usize {
     2 * chunk_rows(rows, vocabulary) * vocabulary * size_of::<f32>()
 }
 
-/// Log-probs `logps (M)` of `targets` from hidden states `x (M, H)`, the `entropies (M)` in nats of the
-/// distributions they are of, and, if there is room for it, the log-probs' `gradient (M, H)` to `x`.
-/// `panels` are those of the way up and of the way back.
-#[allow(clippy::too_many_arguments)] // two sides, what bends them, three results
+/// What is known of M distributions in which a target's log-prob was read.
+#[derive(Debug, Clone, Copy)]
+pub struct Distributions<'a> {
+    /// Their entropies, in nats.
+    pub entropies: &'a [f32],
+    /// Whether no token is likelier than the target.
+    pub likeliest: &'a [bool],
+}
+
+/// What is read of M distributions and a target in each.
+pub(crate) struct Found<'a> {
+    /// The targets' log-probabilities, in nats.
+    pub logps: &'a mut [f32],
+    /// The distributions' entropies, in nats.
+    pub entropies: &'a mut [f32],
+    /// Whether no token is likelier than the target.
+    pub likeliest: &'a mut [bool],
+}
+
+impl Found<'_> {
+    /// Takes in what logits of some rows say of their targets; they become what [`score`] makes of
+    /// them.
+    pub fn take(
+        &mut self,
+        isa: Isa,
+        logits: &mut [f32],
+        first: usize,
+        targets: &[u32],
+        factor: Option<f32>,
+    ) {
+        let rows = first..first + targets.len();
+        let found = self.logps[rows.clone()].par_iter_mut().zip(&mut self.entropies[rows.clone()]);
+        let found = found.zip(&mut self.likeliest[rows]).zip(targets);
+        let per_row = logits.par_chunks_exact_mut(logits.len() / targets.len().max(1));
+        per_row.zip(found).for_each(|(logits, (((logp, entropy), likeliest), &target))| {
+            let scored = score(isa, logits, target as usize, factor);
+            (*logp, *entropy, *likeliest) = (scored.logp, scored.entropy, scored.likeliest);
+        });
+    }
+}
+
+/// What there is to find of `targets (M)` from hidden states `x (M, H)`, and, if there is room for it,
+/// the log-probs' `gradient (M, H)` to `x`. `panels` are those of the way up and of the way back.
 pub(crate) fn forward(
     panels: (Panel, Panel),
     x: &[f32],
     head: &FrozenMatrix,
     targets: &[u32],
     cap: Option<LogitCap>,
-    logps: &mut [f32],
-    entropies: &mut [f32],
+    mut found: Found,
     mut gradient: Option<&mut [f32]>,
 ) {
     let (vocabulary, width) = (head.rows(), head.cols());
@@ -138,13 +176,7 @@ pub(crate) fn forward(
             let pairs = logits.par_chunks_mut(vocabulary).zip(slopes.par_chunks_mut(vocabulary));
             pairs.for_each(|(logits, slopes)| bend(isa, logits, slopes, cap));
         }
-        let logps = &mut logps[first..first + targets.len()];
-        let entropies = &mut entropies[first..first + targets.len()];
-        let found = logps.par_iter_mut().zip(entropies).zip(targets);
-        let per_row = logits.par_chunks_exact_mut(vocabulary).zip(found);
-        per_row.for_each(|(logits, ((logp, entropy), &target))| {
-            (*logp, *entropy) = score(isa, logits, target as usize, with_gradient.then_some(1.0));
-        });
+        found.take(isa, logits, first, targets, with_gradient.then_some(1.0));
         if cap.is_some() && with_gradient {
             let pairs = logits.par_chunks_mut(vocabulary).zip(slopes.par_chunks(vocabulary));
             pairs.for_each(|(d, slopes)| d.iter_mut().zip(slopes).for_each(|(d, s)| *d *= s));
@@ -199,7 +231,7 @@ pub(crate) fn learn(
         unsafe { multiply(isa, &[Product { terms, begin: Begin::Zero, out }]) };
         let per_row = logits.par_chunks_exact_mut(vocabulary).zip(&mut logps).zip(targets);
         per_row.for_each(|((logits, logp), &target)| {
-            *logp = score(isa, logits, target as usize, Some(-scale)).0;
+            *logp = score(isa, logits, target as usize, Some(-scale)).logp;
         });
         loss -= logps[..rows].iter().map(|&logp| f64::from(logp)).sum::<f64>();
 
@@ -246,7 +278,10 @@ impl CustomOp1 for LinearLogProbs {
         let to = self.with_gradient.then_some(&mut gradient[..]);
         let mut entropies = vec![0f32; self.targets.len()];
         let (head, targets) = (&self.head, &self.targets);
-        forward(self.panels, x, head, targets, self.cap, &mut logps, &mut entropies, to);
+        let mut likeliest = vec![false; targets.len()];
+        let found =
+            Found { logps: &mut logps, entropies: &mut entropies, likeliest: &mut likeliest };
+        forward(self.panels, x, head, targets, self.cap, found, to);
         // A tape runs an op's forward once; were it run again, the values would be the same.
         let _ = self.gradient.set(gradient);
         Ok((CpuStorage::F32(logps), self.targets.len().into()))
@@ -262,6 +297,16 @@ impl CustomOp1 for LinearLogProbs {
     }
 }
 
+/// What logits say of a target.
+pub(crate) struct Scored {
+    /// Its log-probability, in nats.
+    pub logp: f32,
+    /// The entropy of all, in nats.
+    pub entropy: f32,
+    /// Whether none is likelier.
+    pub likeliest: bool,
+}
+
 versions! {
     /// Caps logits, and says how steep that is at each.
     fn bend(isa; logits: &mut [f32], slopes: &mut [f32], cap: LogitCap) {
@@ -274,7 +319,7 @@ versions! {
 
     /// The target's log-probability, and the entropy of all; the logits become `factor` times the
     /// log-probability's gradient, `onehot - p`, if there is one.
-    pub(crate) fn score(isa; logits: &mut [f32], target: usize, factor: Option<f32>) -> (f32, f32) {
+    pub(crate) fn score(isa; logits: &mut [f32], target: usize, factor: Option<f32>) -> Scored {
         let mut most = [f32::NEG_INFINITY; 16];
         let (wide, rest) = logits.as_chunks::<16>();
         for l in wide {
@@ -313,7 +358,8 @@ versions! {
             logits[target] += factor;
         }
         let logp = f64::from(target_logit - max) - sum.ln();
-        (logp as f32, (sum.ln() - mean / sum) as f32)
+        let (logp, entropy) = (logp as f32, (sum.ln() - mean / sum) as f32);
+        Scored { logp, entropy, likeliest: target_logit >= max }
     }
 }
 
@@ -351,7 +397,9 @@ mod tests {
         let x = x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let (mut found, mut entropies) = ([0f32; 5], [0f32; 5]);
         let panels = (Panel::F32, Panel::F32);
-        forward(panels, &x, &head, &[0, 1, 2, 3, 4], None, &mut found, &mut entropies, None);
+        let mut likeliest = [false; 5];
+        let all = Found { logps: &mut found, entropies: &mut entropies, likeliest: &mut likeliest };
+        forward(panels, &x, &head, &[0, 1, 2, 3, 4], None, all, None);
         for (row, entropy) in logps.unwrap().iter().zip(entropies) {
             let needed: f64 = row.iter().map(|&l| -f64::from(l) * f64::from(l).exp()).sum();
             assert!((needed - f64::from(entropy)).abs() < 1e-4, "{entropy}, not {needed}");

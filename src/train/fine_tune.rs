@@ -238,6 +238,9 @@ pub fn train(
         let of_embedding = common.loraplus_lr_embedding / common.learning_rate;
         learner = learner.with_lora_plus(common.loraplus_lr_ratio, of_embedding);
     }
+    if let Task::Sft(own) = &settings.task {
+        learner.noise_alpha = own.neftune_noise_alpha;
+    }
     let mut course = FineTuning { source, learner, names };
 
     // Where it stands.
@@ -280,6 +283,7 @@ pub fn train(
         eval_steps: common.eval_steps,
         save_steps: common.save_steps,
         save_total_limit: common.save_total_limit,
+        best: common.seeks_best().then(|| common.best()),
     };
     let mut course = Course::FineTuning(Box::new(course));
     let ended = take_steps(&mut course, &run, (&mut state, saved), &steps, stop)?;
@@ -287,11 +291,21 @@ pub fn train(
         return Ok(Outcome::Interrupted { step: state.step, total_steps });
     };
 
-    let results = course.results(&state, &log, &progress)?;
+    let mut results = course.results(&state, &log, &progress)?;
+    if let Some(best) = &state.best {
+        results.insert("best_step".into(), best.step.into());
+        results.insert("best_metric".into(), serde_json::json!(best.value));
+    }
     let shared_head =
         matches!(&settings.task, Task::Ppo(own) if own.value_model == ValueModel::Policy);
     for (name, adapter) in course.named() {
         let folder = run.file(name);
+        let mut taken = None;
+        if let Some(best) = state.best.as_ref().filter(|_| common.load_best_model_at_end) {
+            let checkpoint = RunDir::adapter_folder(&run.checkpoint(best.step), name);
+            taken = Some(read_adapter(&checkpoint, &decoder)?);
+        }
+        let adapter = taken.as_ref().unwrap_or(adapter);
         if shared_head {
             // The policy is to generate; its values stay in the checkpoints.
             let mut policy = adapter.copy("default")?;

@@ -8,7 +8,7 @@ use candle_core::Var;
 use quantune_adapters::delta::Adapter;
 
 use super::TrainError;
-use super::step::{Buffers, StepSettings, accumulate, dropout};
+use super::step::{Buffers, Noise, StepSettings, accumulate, dropout};
 use crate::data::Batch;
 use crate::model::{Decoder, Worn};
 use crate::objectives::{Objective, Stats};
@@ -63,6 +63,8 @@ pub struct Learner<'a> {
     max_grad_norm: f64,
     /// Of dropout: its probability and seed.
     dropout: (f64, u64),
+    /// Of NEFTune's noise; 0 is none.
+    pub noise_alpha: f64,
 }
 
 impl<'a> Learner<'a> {
@@ -94,6 +96,7 @@ impl<'a> Learner<'a> {
             kept_layers: 0,
             max_grad_norm,
             dropout,
+            noise_alpha: 0.0,
         })
     }
 
@@ -162,6 +165,11 @@ impl<'a> Learner<'a> {
                 worn: &self.worn[part.adapter],
                 parameters: &self.parameters[self.ranges[part.adapter].clone()],
                 dropout: dropout.as_ref(),
+                noise: (self.noise_alpha > 0.0).then_some(Noise {
+                    alpha: self.noise_alpha,
+                    seed,
+                    epoch: part.epoch,
+                }),
             };
             let gradients = &mut self.gradients[self.ranges[part.adapter].clone()];
             let judged =

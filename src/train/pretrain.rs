@@ -192,6 +192,7 @@ pub fn pretrain(
     eprintln!("training {parameters} parameters, {total_steps} steps from step {}", state.step);
     let steps = LoopSettings {
         schedule: schedule(&settings, total_steps),
+        best: None,
         eval_strategy: match settings.evaluates() {
             true => EvalStrategy::Steps,
             false => EvalStrategy::No,

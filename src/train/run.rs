@@ -10,7 +10,7 @@ use super::fine_tune::FineTuning;
 use super::log::{Log, Numbers};
 use super::pretrain::Pretraining;
 use super::progress::{Progress, Work};
-use super::run_dir::{RunDir, State, write_state};
+use super::run_dir::{Best, RunDir, State, write_state};
 use super::settings::EvalStrategy;
 use crate::optim::Schedule;
 
@@ -98,6 +98,52 @@ pub struct LoopSettings {
     pub save_steps: u64,
     /// Checkpoints kept; 0 keeps all.
     pub save_total_limit: usize,
+    /// How the best evaluation is found, if one is looked for.
+    pub best: Option<BestSettings>,
+}
+
+/// How evaluations are compared.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BestSettings {
+    /// The number that is compared, as the evaluation calls it.
+    pub metric: String,
+    /// Whether more of it is better.
+    pub greater: bool,
+    /// By how much it must be better.
+    pub threshold: f64,
+    /// Evaluations without a better one that end the run; 0 never does.
+    pub patience: u64,
+}
+
+impl BestSettings {
+    /// Takes up an evaluation after `step`.
+    fn compare(&self, state: &mut State, numbers: &Numbers) -> Result<(), TrainError> {
+        let found = numbers.iter().find(|(key, _)| *key == self.metric);
+        let Some(value) = found.and_then(|(_, value)| value.as_f64()) else {
+            let known = numbers.iter().filter(|(_, value)| value.is_number());
+            let known: Vec<&str> = known.map(|(key, _)| &key[..]).collect();
+            return Err(TrainError::Settings(format!(
+                "metric_for_best_model is {:?}, needed one of {}",
+                self.metric,
+                known.join(", ")
+            )));
+        };
+        let better = state.best.as_ref().is_none_or(|best| {
+            let gain = if self.greater { value - best.value } else { best.value - value };
+            gain > self.threshold
+        });
+        match &mut state.best {
+            Some(best) if !better => best.worse += 1,
+            best => *best = Some(Best { step: state.step, value, worse: 0 }),
+        }
+        Ok(())
+    }
+
+    /// Whether enough evaluations were no better.
+    fn gives_up(&self, state: &State) -> bool {
+        let worse = state.best.as_ref().map_or(0, |best| best.worse);
+        self.patience > 0 && worse >= self.patience
+    }
 }
 
 /// Takes the steps from `state` on, which `saved` is the checkpoint of. `stop` is looked at between
@@ -125,6 +171,10 @@ pub fn take_steps(
     let evaluate =
         |course: &mut Course, log: &mut Log, state: &mut State| -> Result<bool, TrainError> {
             let Some(numbers) = course.evaluate(log, state, stop)? else { return Ok(false) };
+            // Before the first step there is no checkpoint to come back to.
+            if let Some(best) = settings.best.as_ref().filter(|_| state.step > 0) {
+                best.compare(state, &numbers)?;
+            }
             if !numbers.is_empty() {
                 log.push(state.step, numbers)?;
             }
@@ -148,7 +198,8 @@ pub fn take_steps(
         progress.finish();
         return Ok(None);
     }
-    while state.step < total_steps {
+    let given_up = |state: &State| settings.best.as_ref().is_some_and(|best| best.gives_up(state));
+    while state.step < total_steps && !given_up(state) {
         let began = Instant::now();
         let stepped = course.step(state, settings.schedule.at(state.step));
         // What judges has failed, before anything was learned: the steps so far are kept.
@@ -169,7 +220,9 @@ pub fn take_steps(
             false => Ok(true),
         };
         let stopped = stop.load(Ordering::Relaxed);
-        if last || stopped || evaluated.is_err() || state.step.is_multiple_of(settings.save_steps) {
+        let best = state.best.as_ref().is_some_and(|best| best.step == state.step);
+        let due = last || given_up(state) || state.step.is_multiple_of(settings.save_steps);
+        if due || best || stopped || evaluated.is_err() {
             save(&log, state, course)?;
         }
         let complete = evaluated?;

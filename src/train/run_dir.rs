@@ -37,9 +37,23 @@ pub struct State {
     pub step_in_epoch: u64,
     /// Bytes of `metrics.jsonl` that belong to these steps.
     pub metrics_bytes: u64,
+    /// The best evaluation so far, where one is looked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub best: Option<Best>,
     /// What only reinforcement learning has.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rollouts: Option<RolloutState>,
+}
+
+/// The best evaluation of a run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Best {
+    /// The step it came after.
+    pub step: u64,
+    /// Its metric.
+    pub value: f64,
+    /// Evaluations since, none of them better.
+    pub worse: u64,
 }
 
 /// Where the settings of a run are.
@@ -176,7 +190,7 @@ impl RunDir {
         if name == FIRST { checkpoint.into() } else { checkpoint.join(name) }
     }
 
-    /// Writes a checkpoint and drops the oldest beyond `keep` (0 keeps all). `write` puts what is
+    /// Writes a checkpoint and drops the oldest beyond `keep` (0 keeps all), but for the best. `write` puts what is
     /// trained into the folder; its parameters are in the order of the optimizer.
     pub fn save(
         &self,
@@ -202,7 +216,8 @@ impl RunDir {
         fs::rename(&partial, &whole).map_err(|e| at(&whole, e))?;
         sync_folder(&folder).map_err(|e| at(&folder, e))?;
         if keep > 0 {
-            let steps = self.steps()?;
+            let mut steps = self.steps()?;
+            steps.retain(|&step| state.best.as_ref().is_none_or(|best| best.step != step));
             for &step in &steps[..steps.len().saturating_sub(keep)] {
                 // Under another name first: a checkpoint is there whole or not at all.
                 let old = folder.join(format!(".step-{step}.partial"));
@@ -262,7 +277,8 @@ impl RunDir {
         self.path.join("checkpoints")
     }
 
-    fn checkpoint(&self, step: u64) -> PathBuf {
+    /// The checkpoint after a step.
+    pub fn checkpoint(&self, step: u64) -> PathBuf {
         self.checkpoints().join(format!("step-{step}"))
     }
 

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use candle_core::backprop::GradStore;
 use candle_core::{Device, Result, Tensor, Var};
 use quantune_adapters::delta::{Dropout, TokenKey};
+use quantune_adapters::rng::Stream;
 
 use crate::data::Batch;
 use crate::model::layer::{AdapterGradients, Tape, Workspace};
@@ -18,6 +19,7 @@ use crate::model::scoring::scores;
 use crate::model::{Adapters, Decoder, Pass, Reading, Rows, Worn};
 use crate::objectives::{Judged, Objective};
 use crate::ops::Compute;
+use crate::ops::linear_cross_entropy::Distributions;
 
 /// What a micro-batch is taken with.
 #[derive(Debug)]
@@ -37,6 +39,38 @@ pub struct StepSettings<'a> {
     pub parameters: &'a [Var],
     /// Dropout before A of the trainable adapter.
     pub dropout: Option<&'a Dropout>,
+    /// Noise on the embeddings.
+    pub noise: Option<Noise>,
+}
+
+/// NEFTune's noise (Jain et al. 2023): uniform in `±alpha / sqrt(L · hidden_size)` for a row of L
+/// tokens, drawn anew for each token and epoch, but always the same for the same one.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Noise {
+    /// Its size.
+    pub alpha: f64,
+    /// The run's seed.
+    pub seed: u64,
+    /// The pass over the data.
+    pub epoch: u64,
+}
+
+impl Noise {
+    /// Adds it to embeddings `x (N, hidden_size)`.
+    fn add(&self, batch: &Batch, x: &mut [f32]) {
+        let width = x.len() / batch.tokens.len().max(1);
+        for segment in &batch.segments {
+            let most = self.alpha / ((segment.tokens.len() * width) as f64).sqrt();
+            for token in segment.tokens.clone() {
+                let (row, position) = batch.keys[token];
+                let key = [self.epoch, row, position.into()];
+                let mut stream = Stream::new(self.seed, "neftune", &key);
+                for x in &mut x[token * width..(token + 1) * width] {
+                    *x += (most * (2.0 * stream.uniform_f64() - 1.0)) as f32;
+                }
+            }
+        }
+    }
 }
 
 /// Buffers of a step, used again by the next.
@@ -101,6 +135,9 @@ fn fast(
 
     // Up.
     decoder.embed_into(&batch.tokens, pass, x)?;
+    if let Some(noise) = settings.noise {
+        noise.add(batch, x);
+    }
     tapes.resize_with(layers, Tape::default);
     for (index, tape) in tapes.iter_mut().enumerate() {
         if index >= first {
@@ -136,9 +173,9 @@ fn fast(
     };
 
     // Judge.
-    let entropies = read_logps.as_ref().map(|_| logps.entropies());
+    let distributions = read_logps.as_ref().map(|_| logps.distributions());
     let (judged, mut store) =
-        judge(read_logps.as_deref(), read_scores.as_deref(), entropies, settings)?;
+        judge(read_logps.as_deref(), read_scores.as_deref(), distributions, settings)?;
     dx.clear();
     dx.resize(x.len(), 0.0);
     if let Some(read) = read_logps
@@ -191,10 +228,10 @@ impl StepSettings<'_> {
 fn judge(
     logps: Option<&Tensor>,
     scores: Option<&Tensor>,
-    entropies: Option<&[f32]>,
+    distributions: Option<Distributions>,
     settings: &StepSettings,
 ) -> Result<(Judged, GradStore)> {
-    let (sum, judged) = settings.objective.judge(logps, scores, entropies)?;
+    let (sum, judged) = settings.objective.judge(logps, scores, distributions)?;
     Ok((judged, (&sum * settings.scale)?.backward()?))
 }
 
@@ -247,6 +284,11 @@ fn portable(
     // Up.
     let embedded = decoder.embed(&batch.tokens, pass)?; // (N, H)
     let mut x = embedded.detach();
+    if let Some(noise) = settings.noise {
+        let mut values = x.flatten_all()?.to_vec1()?;
+        noise.add(batch, &mut values);
+        x = Tensor::from_vec(values, x.shape(), x.device())?;
+    }
     let mut kept = Vec::new();
     for index in 0..layers {
         if index < first {

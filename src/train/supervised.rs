@@ -841,5 +841,8 @@ pub fn metrics(stats: &Stats) -> Numbers {
     if let Some(grpo) = &stats.grpo {
         found.extend(grpo.metrics());
     }
+    if let Some(tokens) = &stats.tokens {
+        found.extend(tokens.metrics());
+    }
     found.into_iter().map(|(key, value)| (key.to_string(), json!(value))).collect()
 }

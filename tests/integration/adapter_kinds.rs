@@ -131,6 +131,7 @@ impl Step {
             worn: &self.worn,
             parameters: &vars,
             dropout: None,
+            noise: None,
         };
         let buffers = &mut Buffers::default();
         let judged = accumulate(&self.decoder, &batch, &settings, &mut gradients, buffers).unwrap();

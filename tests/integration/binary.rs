@@ -295,6 +295,13 @@ pub fn common_rows<'a>(
         &[("--eval-data", held_out), ("--eval-strategy", "steps"), ("--eval-steps", "1")],
         &[("--adapter", adapter)],
         &[("--frozen-adapter", adapter)],
+        &[
+            ("--eval-data", held_out),
+            ("--eval-strategy", "steps"),
+            ("--eval-steps", "1"),
+            ("--learning-rate", "1.0"),
+            ("--early-stopping-patience", "1"),
+        ],
         &[("--lora-alpha", "4")],
         &[("--lora-dropout", "0.5")],
         &[("--target-modules", "q_proj,v_proj")],

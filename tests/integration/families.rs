@@ -132,6 +132,7 @@ fn step(
         worn: &[Worn::trainable(adapter.clone())],
         parameters: &parameters,
         dropout: None,
+        noise: None,
     };
     let buffers = &mut Buffers::default();
     let judged = accumulate(decoder, &batch, &settings, &mut gradients, buffers).unwrap();

@@ -121,6 +121,7 @@ impl Run {
                 worn: &worn,
                 parameters: &self.parameters,
                 dropout: dropout.as_ref(),
+                noise: None,
             };
             let judged =
                 accumulate(&self.decoder, batch, &settings, &mut gradients, buffers).unwrap();

@@ -9,8 +9,10 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::TrainError;
+use super::log::EVAL;
 use super::lora::path_and_weight;
 use super::memory::parse_bytes;
+use super::run::BestSettings;
 use crate::data::doctor::Check;
 use crate::data::{AlpacaPrompt, DataFile};
 use crate::objectives::advantage::{KlEstimator, ScaleRewards};
@@ -233,8 +235,19 @@ settings! {
         eval_steps: u64 = 100,
         /// Steps between checkpoints [default: 100]
         save_steps: u64 = 100,
-        /// Checkpoints kept; 0 keeps all [default: 2]
+        /// Checkpoints kept, the best besides where it is looked for; 0 keeps all [default: 2]
         save_total_limit: usize = 2,
+        /// Evaluations without a better one after which the run ends; 0 never ends it [default: 0]
+        early_stopping_patience: u64 = 0,
+        /// By how much the metric must be better to count [default: 0]
+        early_stopping_threshold: f64 = 0.0,
+        /// What says which evaluation is better, with or without its eval_ [default: loss]
+        metric_for_best_model: String = "loss".into(),
+        /// Whether more of it is better [default: unless its name ends in loss]
+        greater_is_better: Option<bool> = None,
+        /// At the end take the adapter of the best evaluation, not the last [default: false]
+        #[arg(num_args = 0..=1, default_missing_value = "true")]
+        load_best_model_at_end: bool = false,
     }
 }
 
@@ -246,6 +259,8 @@ settings! {
         /// Whether several rows share a bin of max_length tokens [default: true]
         #[arg(num_args = 0..=1, default_missing_value = "true")]
         packing: bool = true,
+        /// Size of NEFTune's noise on the embeddings, 5 to 15; 0 is none [default: 0]
+        neftune_noise_alpha: f64 = 0.0,
         /// How `instruction`, `input` and `output` are laid out: chat (the first two are what the user
         /// says) or text (Alpaca's own prompt) [default: chat, or text where there is no chat template]
         alpaca_prompt: Option<AlpacaPrompt> = None,
@@ -805,6 +820,7 @@ impl RunSettings {
                 faults.check(parse_bytes(size).is_some(), fault);
                 let steps = own.gradient_accumulation_steps as u64;
                 faults.counts([("gradient_accumulation_steps", steps)]);
+                faults.rates([("neftune_noise_alpha", own.neftune_noise_alpha, f64::MAX)]);
             }
             Task::Reward(own) => {
                 let steps = own.gradient_accumulation_steps as u64;
@@ -964,6 +980,23 @@ impl GrpoSettings {
 }
 
 impl CommonSettings {
+    /// Whether evaluations are compared.
+    pub fn seeks_best(&self) -> bool {
+        self.early_stopping_patience > 0 || self.load_best_model_at_end
+    }
+
+    /// How they are, as transformers does it.
+    pub fn best(&self) -> BestSettings {
+        let name = &self.metric_for_best_model;
+        let metric = if name.starts_with(EVAL) { name.clone() } else { format!("{EVAL}{name}") };
+        BestSettings {
+            greater: self.greater_is_better.unwrap_or(!metric.ends_with("loss")),
+            metric,
+            threshold: self.early_stopping_threshold,
+            patience: self.early_stopping_patience,
+        }
+    }
+
     /// The file of a command that takes one.
     pub fn data_file(&self) -> &Path {
         self.data.first().map_or(Path::new(""), |file| &file.path)
@@ -997,6 +1030,23 @@ impl CommonSettings {
             ("eval_steps", self.eval_steps),
             ("save_steps", self.save_steps),
         ]);
+        faults.rates([("early_stopping_threshold", self.early_stopping_threshold, f64::MAX)]);
+        let evaluates = match self.eval_strategy {
+            Some(strategy) => strategy != EvalStrategy::No,
+            None => !self.eval_data.empty(),
+        };
+        let fault = "early_stopping_patience and load_best_model_at_end compare evaluations: \
+                     needed --eval-data or --eval-strategy";
+        faults.check(!self.seeks_best() || evaluates, fault.into());
+        let plain = Self::default();
+        for (key, set) in [
+            ("early_stopping_threshold", self.early_stopping_threshold != 0.0),
+            ("metric_for_best_model", self.metric_for_best_model != plain.metric_for_best_model),
+            ("greater_is_better", self.greater_is_better.is_some()),
+        ] {
+            let fault = "needs early_stopping_patience or load_best_model_at_end";
+            faults.check(!set || self.seeks_best(), format!("{key} {fault}"));
+        }
         faults.check(self.adam_epsilon as f32 > 0.0, "adam_epsilon is no positive f32".into());
         faults.memory(&self.memory_budget);
         let p = self.lora_dropout;
