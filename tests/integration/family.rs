@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{Device, Tensor};
 use quantune::data::Batch;
 use quantune::model::Decoder;
 use quantune::objectives::Objective;
