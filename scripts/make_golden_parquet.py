@@ -34,4 +34,6 @@ rows = [row(number) for number in range(40)]
 with open(OUT / "rows.jsonl", "w", newline="\n") as file:
     for line in rows:
         file.write(json.dumps(line, ensure_ascii=False) + "\n")
-pq.write_table(pa.Table.from_pylist(rows), OUT / "rows.parquet", compression="snappy", row_group_size=17)
+# pyarrow takes the columns of the first row.
+table = pa.Table.from_pylist([{"tools": None} | line for line in rows])
+pq.write_table(table, OUT / "rows.parquet", compression="snappy", row_group_size=17)

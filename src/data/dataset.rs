@@ -661,7 +661,8 @@ impl PartWriter {
                 report.truncated += 1;
                 tokens.truncate(max_length);
                 learned.truncate(max_length);
-                let sentence = format!("has {length} tokens, cut to {max_length}");
+                let left = if learned.contains(&true) { "" } else { ", of which none is learned" };
+                let sentence = format!("has {length} tokens, cut to {max_length}{left}");
                 found.push((Check::Cut, sentence));
                 vec![(tokens, learned)]
             }
@@ -681,12 +682,10 @@ impl PartWriter {
                 }
             }
         }
-        if kept == 0 {
-            let sentence = match any {
-                true => format!("nothing is learned of the first {max_length} tokens"),
-                false => "no token of it is learned: the loss would be of nothing".into(),
-            };
-            found.push((Check::NothingToLearn, sentence));
+        // Where the cut has taken it, that is told as the cut.
+        if kept == 0 && !any {
+            let sentence = "no token of it is learned: the loss would be of nothing";
+            found.push((Check::NothingToLearn, sentence.into()));
         }
         Ok(found)
     }

@@ -46,7 +46,7 @@ pub enum Check {
     OutOfVocabulary,
     /// A conversation whose learned part cannot be told from the template's text.
     TemplatePrefix,
-    /// Rows without a learned token, or none left after the cut; responses of which none are compared.
+    /// Rows without a learned token; responses of which none are compared.
     NothingToLearn,
     /// Two tokens that begin a sequence.
     DoubledBos,
@@ -72,7 +72,7 @@ pub enum Check {
     Duplicates,
     /// Held-out rows that are trained on.
     HeldOutDuplicates,
-    /// Rows longer than `max_length`, cut at their end or left out.
+    /// Rows longer than `max_length`, cut at their end, or left out where nothing to learn is left.
     Cut,
     /// Rows longer than the model's window.
     OverWindow,

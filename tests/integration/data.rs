@@ -389,10 +389,10 @@ fn all_dialects_are_learned() {
         let data = Dataset::load(&path, &tokenizer, settings, &GOES_ON).unwrap();
         assert_eq!(tokenizer.decode(&data.examples.get(0).tokens, false).unwrap(), text);
     }
-    let template = "{% for m in messages %}<|im_start|>{{ m.role }}:{{ m.content }}\
+    let template = "{% if tools %}{{ tools | tojson }}{% endif %}\
+                    {% for m in messages %}<|im_start|>{{ m.role }}:{{ m.content }}\
                     {% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}<|im_end|>{% endfor %}\
-                    {% if add_generation_prompt %}<|im_start|>assistant:{% endif %}\
-                    {% if tools %}{{ tools | tojson }}{% endif %}";
+                    {% if add_generation_prompt %}<|im_start|>assistant:{% endif %}";
     let some = Some(template);
     let row = json!({"instruction": "i", "input": "x", "output": "o"});
     let chat = "<|im_start|>user:i\nx<|im_end|><|im_start|>assistant:o<|im_end|>";
@@ -417,9 +417,9 @@ fn all_dialects_are_learned() {
         json!({"conversations": turns, "tools": tools}),
         None,
         some,
-        "<|im_start|>user:u<|im_end|><|im_start|>assistant:{\"name\": \"f\", \"arguments\": {\"a\": 1}}\
-         <|im_end|><|im_start|>tool:r<|im_end|><|im_start|>assistant:g<|im_end|>\
-         [{\"type\": \"function\", \"function\": {\"name\": \"f\", \"parameters\": {}}}]",
+        "[{\"type\": \"function\", \"function\": {\"name\": \"f\", \"parameters\": {}}}]\
+         <|im_start|>user:u<|im_end|><|im_start|>assistant:{\"name\": \"f\", \"arguments\": {\"a\": 1}}\
+         <|im_end|><|im_start|>tool:r<|im_end|><|im_start|>assistant:g<|im_end|>",
     );
 }
 
@@ -452,7 +452,7 @@ fn tokens_are_kept_on_disk_and_found_again() {
     let folder = tempfile::tempdir().unwrap();
     let path = golden("data/rows.jsonl");
     let cache = Cache { folder: folder.path().join("cache"), from_bytes: 1 };
-    let settings = LoadSettings { cache: Some(cache.clone()), ..LoadSettings::from(40) };
+    let settings = LoadSettings { cache: Some(cache.clone()), ..LoadSettings::from(90) };
     let chatml = tokenizer("chatml");
     let folders = || {
         let entries = std::fs::read_dir(&cache.folder).unwrap().map(|entry| entry.unwrap().path());
@@ -461,11 +461,11 @@ fn tokens_are_kept_on_disk_and_found_again() {
     for time in 0..2 {
         for (in_memory, on_disk) in [
             (
-                Dataset::load(&path, &chatml, 40, &GOES_ON).unwrap(),
+                Dataset::load(&path, &chatml, 90, &GOES_ON).unwrap(),
                 Dataset::load(&path, &chatml, settings.clone(), &GOES_ON).unwrap(),
             ),
             (
-                Dataset::load_split(&path, &chatml, 40, &GOES_ON).unwrap().train,
+                Dataset::load_split(&path, &chatml, 90, &GOES_ON).unwrap().train,
                 Dataset::load_split(&path, &chatml, settings.clone(), &GOES_ON).unwrap().train,
             ),
         ] {
@@ -479,14 +479,14 @@ fn tokens_are_kept_on_disk_and_found_again() {
         assert_eq!(folders().len(), 2);
     }
     let (in_memory, on_disk) = (
-        Dataset::load_split(&path, &chatml, 40, &GOES_ON).unwrap(),
+        Dataset::load_split(&path, &chatml, 90, &GOES_ON).unwrap(),
         Dataset::load_split(&path, &chatml, settings.clone(), &GOES_ON).unwrap(),
     );
     assert_eq!(&*in_memory.held_out_lines, &*on_disk.held_out_lines);
     let examples = |data: Option<Dataset>| data.unwrap().examples.iter().collect::<Vec<_>>();
     assert_eq!(examples(in_memory.held_out), examples(on_disk.held_out));
     // Other settings, templates and tokenizers make other folders.
-    let other = LoadSettings { max_length: 41, ..settings.clone() };
+    let other = LoadSettings { max_length: 91, ..settings.clone() };
     Dataset::load(&path, &chatml, other, &GOES_ON).unwrap();
     let bos = &tokenizer("bos");
     Dataset::load(&path, bos, settings.clone(), &GOES_ON).unwrap();
@@ -574,7 +574,7 @@ fn the_doctor_finds_each_defect_and_nothing_else() {
             (talk(&[user("q"), said("r"), user("s")]), &[TrailingUser]),
             (talk(&[system.clone(), user("T "), said("B"), user("c"), said("d")]), &[]),
             (talk(&[system, user(" t"), said("B"), user("c"), said("D")]), &[Duplicates]),
-            (talk(&[user(&long), said("b")]), &[NothingToLearn, Cut]),
+            (talk(&[user(&long), said("b")]), &[Cut]),
             (talk(&[user("a"), said(&longer)]), &[Cut, OverWindow]),
             (talk(&[user("a"), json!({"role": "bot", "content": "b"})]), &[UnknownRoles]),
             (
