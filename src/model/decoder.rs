@@ -1,10 +1,9 @@
 //! The forward pass: embedding, layers, final norm. The head is read by whoever needs what of it.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::{D, DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor};
 use quantune_adapters::delta::Dropout;
 use quantune_adapters::targets::LinearSpec;
 
