@@ -146,7 +146,7 @@ fn rounding(checkpoint: &Checkpoint, adapter: &Adapter) -> Result<()> {
         let worn: Vec<Worn> = adapter.map(|a| Worn::frozen(Arc::new(a))).into_iter().collect();
         let hidden = decoder.hidden(&Rows::new(&[&row]), Adapters::Same(&worn))?;
         let hidden = hidden.narrow(0, 0, row.len() - 1)?;
-        Ok(decoder.log_probs(&hidden, &row[1..])?.to_vec1()?)
+        Ok(decoder.log_probs(&hidden, &row[1..], &worn)?.to_vec1()?)
     };
     let rounded = |round: &dyn Fn(f32) -> f32| -> Result<Adapter> {
         let copy = adapter.copy("rounded")?;
