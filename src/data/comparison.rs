@@ -552,8 +552,11 @@ impl Part {
         }
         if self.comparisons.len() == before {
             report.nothing_to_compare += 1;
-            let sentence = "nothing of it is compared or labelled, or nothing that is short enough";
-            found.push((Check::NothingToLearn, sentence.into()));
+            // Where it is the lengths that leave nothing, that is told as the cut.
+            if found.iter().all(|(check, _)| *check != Check::Cut) {
+                let sentence = "nothing of it is compared or labelled";
+                found.push((Check::NothingToLearn, sentence.into()));
+            }
         }
         for comparison in &self.comparisons[before..] {
             report.responses += comparison.responses.len() as u64;
