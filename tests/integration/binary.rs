@@ -287,6 +287,7 @@ pub fn common_rows<'a>(
         &[("--out", "OUT/elsewhere")], // the traces name the files from OUT on
         &[("--max-steps", "2")],
         &[("--max-steps", "0"), ("--num-train-epochs", "2")],
+        &[("--load-type", "Q8_0")],
         &[("--r", "3")],
         &[("--threads", "2")],
         &[("--json", "-")],

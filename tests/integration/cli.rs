@@ -270,6 +270,7 @@ fn every_flag_of_eval_changes_something() {
     let asked = [("--data", "-"), ("--prompts", &*prompts), ("--reward", &*reward)];
     let mut table: Vec<Vec<(&str, &str)>> = vec![
         vec![("--base", &other_base)],
+        vec![("--load-type", "Q8_0")],
         vec![("--data", &held_out)],
         vec![("--threads", "2")],
         vec![("--json", "-")],
@@ -352,6 +353,7 @@ fn every_flag_of_generate_changes_something() {
     let other_base = model_path("qwen2-tiny").display().to_string();
     let table: &[&[(&str, &str)]] = &[
         &[("--base", &other_base)],
+        &[("--logprobs", "2"), ("--load-type", "Q8_0")],
         &[("--prompt", "four")],
         &[("--max-tokens", "5")],
         &[("--temperature", "0")],
