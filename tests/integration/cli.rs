@@ -778,7 +778,7 @@ fn an_interrupt_while_rows_are_read_leaves_no_trace() {
 fn an_interrupted_evaluation_is_taken_again() {
     let lab = Lab::new();
     let held_out = fs::read_to_string(lab.path("held_out.jsonl")).unwrap() + "\n";
-    lab.write("long.jsonl", &held_out.repeat(100));
+    lab.write("long.jsonl", &held_out.repeat(300));
     let start = |out: &str, resume: bool| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_quantune"));
         command.args(["sft", "--out", out]);

@@ -241,7 +241,7 @@ settings! {
         early_stopping_patience: u64 = 0,
         /// By how much the metric must be better to count [default: 0]
         early_stopping_threshold: f64 = 0.0,
-        /// What says which evaluation is better, with or without its eval_ [default: loss]
+        /// What says which evaluation is better, with or without its eval_ [default: loss; ppo and grpo reward]
         metric_for_best_model: String = "loss".into(),
         /// Whether more of it is better [default: unless its name ends in loss]
         greater_is_better: Option<bool> = None,
@@ -533,6 +533,7 @@ impl RunSettings {
                 common.per_device_train_batch_size = 8;
                 common.lr_scheduler_type = ScheduleKind::Linear;
                 common.warmup_ratio = 0.0;
+                common.metric_for_best_model = "reward".into();
                 match command {
                     Command::Ppo => Task::Ppo(Default::default()),
                     _ => Task::Grpo(Default::default()),
@@ -1038,10 +1039,8 @@ impl CommonSettings {
         let fault = "early_stopping_patience and load_best_model_at_end compare evaluations: \
                      needed --eval-data or --eval-strategy";
         faults.check(!self.seeks_best() || evaluates, fault.into());
-        let plain = Self::default();
         for (key, set) in [
             ("early_stopping_threshold", self.early_stopping_threshold != 0.0),
-            ("metric_for_best_model", self.metric_for_best_model != plain.metric_for_best_model),
             ("greater_is_better", self.greater_is_better.is_some()),
         ] {
             let fault = "needs early_stopping_patience or load_best_model_at_end";
