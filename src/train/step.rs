@@ -265,7 +265,7 @@ fn read(
     };
     let (judged, mut store) = judge(logps.as_ref(), read_scores.as_ref(), None, settings)?;
     take_gradients(&mut store, settings.parameters, gradients)?;
-    Ok((judged, store.remove(&top)))
+    Ok((judged, store.remove(&top).map(|dx| dx.detach())))
 }
 
 /// By the layers' portable form, on candle's tape.
@@ -314,7 +314,9 @@ fn portable(
             None => decoder.layer(index, &input, pass)?,
         };
         let mut store = (output * dy)?.sum_all()?.backward()?;
-        dx = store.remove(&input);
+        // candle's gradient of a leaf hangs on the tape of what it was multiplied with: A, where a layer's
+        // input meets it without a norm between, whose gradient the next layer would add again.
+        dx = store.remove(&input).map(|dx| dx.detach());
         take_gradients(&mut store, settings.parameters, gradients)?;
     }
     if let Some(dx) = dx.filter(|_| to_embedding) {
