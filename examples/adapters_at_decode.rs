@@ -57,7 +57,7 @@ fn measure(base: &str, rounds: usize, tokens: usize, r: usize) -> Result<()> {
         let each = lists.iter().map(|list| seconds(&decoder, std::slice::from_ref(list), tokens));
         Ok(each.collect::<Result<Vec<f64>>>()?.iter().sum())
     };
-    let no_adapters: Vec<Arc<[Worn]>> = vec![Arc::new([]); 8];
+    let no_adapters: Vec<Arc<[Worn]>> = (0..8).map(|_| Arc::from([])).collect();
     let eight_bare = || seconds(&decoder, &no_adapters, tokens);
     let [together, in_turn, eight_bare] =
         take_turns(rounds.div_ceil(2), [&together, &in_turn, &eight_bare])?;

@@ -164,10 +164,8 @@ impl Registry {
             return Err(RegistryError::Name(name.into()));
         }
         self.check_base(name, &adapter)?;
-        let broken = adapter
-            .modules
-            .iter()
-            .find(|(_, lora)| ![&lora.a, &lora.b].into_iter().all(|var| is_finite(var)));
+        let broken =
+            adapter.modules.iter().find(|(_, lora)| ![&lora.a, &lora.b].into_iter().all(is_finite));
         if let Some((module, _)) = broken {
             return Err(RegistryError::Broken { name: name.into(), module: module.clone() });
         }

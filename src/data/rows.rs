@@ -238,7 +238,7 @@ fn alpaca(row: &Map<String, Value>) -> Result<Row, RowError> {
     }
     let history = row.get("history").map_or(Ok(&[][..]), |history| list("history", history))?;
     for (i, turn) in history.iter().enumerate() {
-        let [Value::String(asked), Value::String(answer)] = &list("history", turn)?[..] else {
+        let [Value::String(asked), Value::String(answer)] = list("history", turn)? else {
             let needed = "a pair of what was asked and answered";
             return Err(wrong(&format!("history[{i}]"), turn, needed));
         };

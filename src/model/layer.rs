@@ -429,7 +429,7 @@ impl<'a> LayerPass<'a> {
         match norm {
             Some(norm) => {
                 let eps = self.config.rms_norm_eps as f32;
-                rms_norm::forward(self.isa, x, &*Values::of(norm)?, eps, y);
+                rms_norm::forward(self.isa, x, &Values::of(norm)?, eps, y);
             }
             None => y.copy_from_slice(x),
         }
@@ -447,7 +447,7 @@ impl<'a> LayerPass<'a> {
         match norm {
             Some(norm) => {
                 let eps = self.config.rms_norm_eps as f32;
-                rms_norm::backward(self.isa, x, &*Values::of(norm)?, eps, dy, dx);
+                rms_norm::backward(self.isa, x, &Values::of(norm)?, eps, dy, dx);
             }
             None => add(dx, dy, 1.0),
         }
@@ -635,7 +635,7 @@ impl<'a> LayerPass<'a> {
             swiglu::forward(isa, c.family.gate, &gates, &ups, &mut inner);
             let room = (&mut scaled, &mut dbranch);
             let dy = self.join_back(&layer.post_feedforward_norm, inner_branch, dx, room)?;
-            let down = [(&layer.down, dy, &*low_down)];
+            let down = [(&layer.down, dy, low_down)];
             let dinner_wanted = wanted(Group::Down).then_some(&mut dinner[..]);
             self.project_back(down, &inner, dinner_wanted, gradients, work)?;
             if !wanted(Group::Down) {
@@ -656,7 +656,7 @@ impl<'a> LayerPass<'a> {
 
             let room = (&mut scaled, &mut dbranch);
             let dy = self.join_back(&layer.post_attention_norm, attention_branch, dx, room)?;
-            let o = [(&layer.o, dy, &*low_o)];
+            let o = [(&layer.o, dy, low_o)];
             let dattended_wanted = wanted(Group::Output).then_some(&mut dattended[..]);
             self.project_back(o, &out, dattended_wanted, gradients, work)?;
             if !wanted(Group::Output) {

@@ -124,7 +124,7 @@ fn sigmoid(x: f32) -> f32 {
 /// `2 sqrt(2 / π) (g + 0.044715 g³)` and its derivative: `(1 + tanh(x)) / 2 = sigmoid(2x)`.
 #[inline(always)]
 fn gelu_inner(g: f32) -> (f32, f32) {
-    const LINEAR: f32 = 1.595_769_1;
+    const LINEAR: f32 = 1.595_769;
     const CUBIC: f32 = 0.044_715 * LINEAR;
     (g * (LINEAR + CUBIC * g * g), LINEAR + 3.0 * CUBIC * g * g)
 }

@@ -293,8 +293,8 @@ impl Format for IQ4_XS {
         // SAFETY: the caller's promise.
         let d = unsafe { half::<W>(block, 0) };
         let mut scales = [0.0; LANES];
-        for i in 0..8 {
-            scales[i] = d * iq4_xs_scale(block, i) * (1.0 / 256.0);
+        for (i, scale) in scales.iter_mut().take(8).enumerate() {
+            *scale = d * iq4_xs_scale(block, i) * (1.0 / 256.0);
         }
         (scales, [0.0; LANES])
     }

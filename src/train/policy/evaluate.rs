@@ -47,9 +47,9 @@ impl Rollouts {
                 return Ok(None);
             }
             let key = EVAL_KEYS + 64 * first as u64;
-            let scored = self.collect(decoder, &worn, prompts, 1, key)?;
+            let scored = self.collect(decoder, worn, prompts, 1, key)?;
             let temperature = temperature(&self.task);
-            let logps = respond::log_probs(decoder, &worn, &scored.responses, temperature)?;
+            let logps = respond::log_probs(decoder, worn, &scored.responses, temperature)?;
             surprise -= logps.iter().flatten().map(|&logp| f64::from(logp)).sum::<f64>();
             if let Some(reference) = &self.reference {
                 let reference =
