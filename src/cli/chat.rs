@@ -147,10 +147,11 @@ impl Chat {
             session.wear(&[(first.name.clone(), None)])?;
         }
         ctrlc::set_handler(|| {
-            INTERRUPTED.store(true, Ordering::Relaxed);
-            if !REPLYING.load(Ordering::Relaxed) {
+            // Looked at first: a reply may end as soon as it is told to.
+            if !REPLYING.load(Ordering::SeqCst) {
                 std::process::exit(130);
             }
+            INTERRUPTED.store(true, Ordering::SeqCst);
         })
         .context("cannot listen for Ctrl-C")?;
 
