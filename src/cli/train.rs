@@ -10,7 +10,9 @@ use serde_json::{Map, Value};
 
 use super::{Usage, to_json};
 use crate::train::settings::CommonFlags;
-use crate::train::{Command, Outcome, RunDir, RunSettings, Summary, train};
+use crate::train::{
+    Command, Forecast, Outcome, RunDir, RunSettings, Summary, dry_run, of_process, train,
+};
 
 /// A training command with flags of its own.
 #[derive(Debug, clap::Args)]
@@ -25,6 +27,10 @@ pub struct Train<F: clap::Args> {
     /// Go on with the run in --out; its settings need not be given again
     #[arg(long)]
     resume: bool,
+    /// Say what the run would be, and write nothing: trainable parameters, steps, memory and time, by
+    /// its first step or two
+    #[arg(long, conflicts_with = "resume")]
+    dry_run: bool,
 }
 
 impl<F: clap::Args + Serialize> Train<F> {
@@ -41,6 +47,15 @@ impl<F: clap::Args + Serialize> Train<F> {
             return Err(Usage(format!("--{name} is missing")).into());
         }
         let stop = stop_on_ctrl_c()?;
+        if self.dry_run {
+            let Outcome::Done(forecast) = dry_run(&settings, &stop)? else {
+                bail!("stopped before anything was said; nothing was written")
+            };
+            if !json {
+                say_forecast(&forecast);
+            }
+            return to_json(&forecast);
+        }
         let (name, out) = (command.name(), common.out.display());
         let go_on = format!("go on with: quantune {name} --out {out} --resume");
         match train(&settings, self.resume, &stop)? {
@@ -136,5 +151,71 @@ fn say_summary(summary: &Summary) {
             crate::cli::say!("{name} {first:.3} in the first step, {last:.3} in the last");
         }
     }
+    let megabytes = |bytes: Option<usize>| match bytes {
+        Some(bytes) => format!("{:.0} MB", bytes as f64 / 1e6),
+        None => "-".into(),
+    };
+    crate::cli::say!(
+        "peak memory {}, predicted {}",
+        megabytes(of_process("VmHWM:")),
+        megabytes(summary.predicted_peak_rss_bytes)
+    );
+    if let Some(predicted) = summary.predicted_seconds {
+        let seconds = summary.seconds;
+        crate::cli::say!("{seconds:.1} s in steps, {predicted:.1} s predicted after two of them");
+    }
     crate::cli::say!("adapter: {}", summary.adapter.display());
+}
+
+fn say_forecast(forecast: &Forecast) {
+    let Forecast { trainable_parameters, modules, steps, epochs, steps_per_epoch, .. } = forecast;
+    crate::cli::say!("{trainable_parameters} trainable parameters in {modules} modules");
+    let tokens = match forecast.tokens_per_epoch {
+        Some(tokens) => format!(", {tokens} tokens"),
+        None => String::new(),
+    };
+    crate::cli::say!(
+        "{steps} steps, {epochs:.2} epochs; an epoch: {steps_per_epoch} steps{tokens}"
+    );
+    let recomputed = match forecast.recomputed_layers {
+        0 => "all layers keep their tapes".to_string(),
+        layers => format!("{layers} layers are recomputed"),
+    };
+    let largest = forecast.largest_micro_batch;
+    crate::cli::say!("micro-batches of up to {largest} tokens; {recomputed}");
+    if let (Some(memory), Some(all)) = (&forecast.memory, forecast.predicted_peak_rss_bytes) {
+        for (name, bytes) in memory.components().into_iter().filter(|(_, bytes)| *bytes > 0) {
+            crate::cli::say!("{:>10.1} MB  {name}", bytes as f64 / 1e6);
+        }
+        crate::cli::say!("{:>10.1} MB  predicted peak memory", all as f64 / 1e6);
+    } else {
+        crate::cli::say!("memory: not predicted of the portable form, whose tapes are candle's");
+    }
+    match (forecast.seconds_per_step, forecast.predicted_seconds) {
+        (Some(step), Some(all)) if forecast.time_depends_on_replies => crate::cli::say!(
+            "the first update took {step:.1} s, {} such take {}; how long an update really takes \
+             depends on how long replies get",
+            forecast.steps,
+            duration(all)
+        ),
+        (Some(step), Some(all)) => {
+            let before = match forecast.reference_seconds {
+                0.0 => String::new(),
+                seconds => format!(", {} of them for the reference", duration(seconds)),
+            };
+            let all = duration(all);
+            crate::cli::say!("{step:.2} s a step: {all} in all{before}, without evaluations");
+        }
+        _ => crate::cli::say!("time: not measured, so much memory is not free"),
+    }
+    crate::cli::say!("dry run: nothing was written");
+}
+
+/// `37 s`, `12 min` or `3.4 h`.
+fn duration(seconds: f64) -> String {
+    match seconds {
+        s if s < 120.0 => format!("{s:.0} s"),
+        s if s < 7200.0 => format!("{:.0} min", s / 60.0),
+        s => format!("{:.1} h", s / 3600.0),
+    }
 }

@@ -47,6 +47,13 @@ impl Comparison {
     pub fn tokens(&self) -> usize {
         self.prompt.len() + self.responses.iter().map(Vec::len).sum::<usize>()
     }
+
+    /// Bytes it takes.
+    pub fn bytes(&self) -> usize {
+        let lists = self.responses.len() * size_of::<Vec<u32>>();
+        let pairs = self.pairs.len() * size_of::<Pair>();
+        size_of::<Self>() + lists + pairs + self.tokens() * size_of::<u32>()
+    }
 }
 
 /// Two responses by their places.

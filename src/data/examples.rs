@@ -100,6 +100,11 @@ impl Examples {
         }
     }
 
+    /// Bytes they take, in memory or mapped.
+    pub fn bytes(&self) -> usize {
+        self.shelves.iter().map(|shelf| shelf.words.len() + shelf.places.len()).sum()
+    }
+
     /// All of them, one at a time.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = Example> + '_ {
         (0..self.len()).map(|index| self.get(index))

@@ -25,6 +25,14 @@ pub struct Prompt {
     pub line: u64,
 }
 
+impl Prompt {
+    /// Bytes it takes, about: its row is parsed.
+    pub fn bytes(&self) -> usize {
+        let row = serde_json::to_string(&self.row).map_or(0, |row| row.len());
+        size_of::<Self>() + self.tokens.len() * size_of::<u32>() + self.text.len() + 2 * row
+    }
+}
+
 /// The prompts of a file, in its order.
 #[derive(Debug, Clone)]
 pub struct Prompts {

@@ -107,20 +107,42 @@ struct Lows {
 
 impl Tape {
     /// Bytes of the buffers that all layers share, beside the tapes.
-    pub fn shared_bytes(config: &Config, tokens: usize) -> usize {
+    pub fn shared_bytes(config: &Config, compute: Compute, tokens: usize, sizes: &Sizes) -> usize {
+        let (h, i) = (config.hidden_size, config.intermediate_size);
         let q = config.num_attention_heads * config.head_dim;
         let kv = config.num_key_value_heads * config.head_dim;
-        // The stream and its gradient, norms and theirs, q to v and theirs, gate to inner and
-        // theirs, and panels of the widest.
-        let width = 6 * config.hidden_size + 4 * q + 4 * kv + 6 * config.intermediate_size;
-        width * tokens * size_of::<f32>()
+        // The stream and what a norm makes of it, what attention and gate give and what goes into o
+        // and down, and the gradients of all.
+        let mut floats = 4 * h + 3 * q + 2 * kv + 4 * i;
+        if config.family.norms != Norms::Before {
+            floats += 2 * h;
+        }
+        // Packed are the widest input, and the gradients of outputs that share one.
+        let input = h.max(q).max(i);
+        let outputs = q.max(h).max(i) + kv.max(i) + kv;
+        let mut packed = input + outputs;
+        if sizes.magnitudes > 0 {
+            floats += outputs + q.max(h).max(i);
+            packed += outputs;
+        }
+        if sizes.dropout {
+            floats += input + 2 * h + input;
+            packed += input;
+        }
+        let packed = match compute.backward_panel() {
+            Some(Panel::Int16 | Panel::Int8) => packed / 2,
+            Some(Panel::F32) | None => packed,
+        };
+        // Of the layers that share an input, most of a layer's updates; as they are, packed, and
+        // their gradients.
+        (floats + packed + 2 * sizes.ranks) * tokens * size_of::<f32>()
     }
 
-    /// Bytes a tape of `tokens` tokens takes that wear adapters of `ranks` in sum.
-    pub fn bytes(config: &Config, compute: Compute, tokens: usize, ranks: usize) -> usize {
+    /// Bytes a tape of `tokens` tokens takes.
+    pub fn bytes(config: &Config, compute: Compute, tokens: usize, sizes: &Sizes) -> usize {
         let q = config.num_attention_heads * config.head_dim;
         let kv = config.num_key_value_heads * config.head_dim;
-        let kept = q + 2 * config.intermediate_size;
+        let kept = q + 2 * config.intermediate_size + sizes.magnitudes;
         let kept = match compute.forward_panel() {
             Some(Panel::Int16 | Panel::Int8) => kept / 2,
             Some(Panel::F32) | None => kept,
@@ -132,8 +154,19 @@ impl Tape {
         if config.family.norms != Norms::Before {
             width += 2 * config.hidden_size;
         }
-        (width + config.num_attention_heads + ranks) * tokens * size_of::<f32>()
+        (width + config.num_attention_heads + sizes.ranks) * tokens * size_of::<f32>()
     }
+}
+
+/// How large the updates are that a layer wears: what its tape and its buffers depend on.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Sizes {
+    /// Ranks of all its updates together.
+    pub ranks: usize,
+    /// Outputs of its linear layers that have magnitudes (DoRA), all together.
+    pub magnitudes: usize,
+    /// Whether dropout draws masks.
+    pub dropout: bool,
 }
 
 /// Values, or rows of an update, that a thread takes at a time.

@@ -105,8 +105,13 @@ pub(crate) fn chunk_rows(rows: usize, vocabulary: usize) -> usize {
 }
 
 /// Bytes that a call over `rows` rows works with: logits, and their panels on the way back.
-pub fn working_bytes(rows: usize, vocabulary: usize) -> usize {
-    2 * chunk_rows(rows, vocabulary) * vocabulary * size_of::<f32>()
+pub fn working_bytes(rows: usize, vocabulary: usize, compute: Compute) -> usize {
+    let logits = chunk_rows(rows, vocabulary) * vocabulary * size_of::<f32>();
+    let panels = match compute.backward_panel() {
+        Some(Panel::Int16 | Panel::Int8) => logits / 2,
+        Some(Panel::F32) | None => logits,
+    };
+    logits + panels
 }
 
 /// What is known of M distributions in which a target's log-prob was read.

@@ -62,6 +62,11 @@ pub struct RewardModel {
 }
 
 impl RewardModel {
+    /// Bytes of its matrices, where they lie.
+    pub fn weight_bytes(&self) -> usize {
+        self.decoder.weight_bytes()
+    }
+
     /// Loads a folder that transformers' `AutoModelForSequenceClassification` reads.
     ///
     /// Its template shows the day of `now`, seconds since 1970, if it shows one.

@@ -16,6 +16,7 @@ use super::fingerprints::{base_fingerprint, same_fingerprints};
 use super::learner::Learner;
 use super::log::{Log, Numbers};
 use super::lora::{begin_adapter, path_and_weight, read_adapter, read_frozen};
+use super::memory::{Demand, Memory, of_process};
 use super::policy::Rollouts;
 use super::progress::{Progress, Work};
 use super::run::{Course, LoopSettings, Outcome, take_steps};
@@ -23,11 +24,16 @@ use super::run_dir::{RunDir, State, adapter_parameters, read_optimizer, read_sta
 use super::settings::{CommonSettings, EvalStrategy, RunSettings, Task, ValueModel};
 use super::supervised::Supervised;
 use crate::data::DataError;
-use crate::model::Decoder;
+use crate::model::layer::Sizes;
+use crate::model::{Decoder, Worn};
+use crate::ops::Compute;
 use crate::optim::{AdamWSettings, Schedule};
 use crate::quant::BlockType;
 use crate::text::{Tokenizer, first_second, today};
 use crate::weights::Checkpoint;
+
+/// Of the process, where the system does not tell.
+const UNKNOWN_PROCESS: usize = 32 << 20;
 
 /// What a finished run says of itself; with `results`, the `--json` line of its command.
 #[derive(Debug, Clone, Serialize)]
@@ -48,6 +54,13 @@ pub struct Summary {
     pub kernels: BTreeMap<String, String>,
     /// Layers whose tape is rebuilt on the way down, as the memory budget asks.
     pub recomputed_layers: usize,
+    /// What was said before the first step of the most memory it would take; nothing of the
+    /// portable form, whose memory is candle's.
+    pub predicted_peak_rss_bytes: Option<usize>,
+    /// Seconds in steps.
+    pub seconds: f64,
+    /// What they were going to be after the first two steps.
+    pub predicted_seconds: Option<f64>,
     /// The step this process took up, if it resumed.
     pub resumed_at: Option<u64>,
     /// What the command adds: what the data came to, evaluations, rates.
@@ -56,7 +69,7 @@ pub struct Summary {
 }
 
 /// Where a step's micro-batches come from.
-enum Source {
+pub(super) enum Source {
     /// Rows of a file, epoch by epoch.
     Supervised(Box<Supervised>),
     /// Responses of the policy itself to the prompts of a file.
@@ -65,11 +78,12 @@ enum Source {
 
 /// A run of fine-tuning, ready for its steps.
 pub struct FineTuning<'a> {
-    source: Source,
+    /// What makes its steps.
+    pub(super) source: Source,
     /// What trains.
     pub learner: Learner<'a>,
     /// What the run calls the adapters, in the learner's order.
-    names: Vec<&'static str>,
+    pub(super) names: Vec<&'static str>,
 }
 
 impl FineTuning<'_> {
@@ -123,7 +137,8 @@ impl FineTuning<'_> {
         self.names.iter().zip(adapters).map(|(&name, adapter)| (name, adapter.as_ref()))
     }
 
-    fn total_steps(&self) -> u64 {
+    /// Steps of the run.
+    pub(super) fn total_steps(&self) -> u64 {
         match &self.source {
             Source::Supervised(source) => source.total_steps(),
             Source::Rollouts(source) => source.total_steps(),
@@ -143,21 +158,23 @@ impl FineTuning<'_> {
     }
 }
 
-/// Trains. With `resume`, goes on with the run in `settings.common.out`. `stop` is looked at while
-/// rows are read, between the batches of an evaluation, and after each step.
-pub fn train(
+/// What a run is made on, read before there is a run.
+pub(super) struct Loaded {
+    /// The base.
+    pub decoder: Decoder,
+    /// Frozen adapters under the trained one.
+    pub below: Vec<Worn>,
+    /// The rows or prompts.
+    pub source: Source,
+    /// Bytes of the process with all of that, but for mapped weights.
+    process: usize,
+}
+
+/// Reads what a run is made on; nothing if a stop cut it short.
+pub(super) fn load(
     settings: &RunSettings,
-    resume: bool,
     stop: &AtomicBool,
-) -> Result<Outcome<Summary>, TrainError> {
-    if let Some(fault) = settings.fault() {
-        return Err(TrainError::Settings(fault));
-    }
-    let mut settings = settings.absolute()?;
-    if settings.common.template_date.is_empty() {
-        settings.common.template_date = today();
-    }
-    let settings = &settings;
+) -> Result<Option<Loaded>, TrainError> {
     let common = &settings.common;
     let Some(now) = first_second(&common.template_date) else {
         let fault = format!("template_date is {:?}, needed YYYY-MM-DD", common.template_date);
@@ -170,16 +187,8 @@ pub fn train(
                 .map_err(|e| TrainError::Settings(format!("load_type: {e}")))?,
         ),
     };
-    // Told before anything is read: what is in the way of the run.
-    let resumed = if resume {
-        let saved = RunDir::settings(settings.command(), &common.out)?.to_table()?;
-        Some(RunDir::resume(&common.out, &saved, &settings.to_table()?)?)
-    } else {
-        RunDir::vacant(&common.out)?;
-        None
-    };
-
-    // What is trained, on what.
+    // The program as it lies in memory.
+    let program = of_process("RssFile:").unwrap_or(0);
     let checkpoint = Checkpoint::open(&common.base)?;
     let decoder = Decoder::load_as(&checkpoint, common.compute, load_type)?;
     let mut tokenizer = Tokenizer::open(&checkpoint)?;
@@ -198,42 +207,66 @@ pub fn train(
         }
     };
     let source = match source {
-        Err(TrainError::Data(DataError::Stopped)) => return Ok(Outcome::NotBegun),
+        Err(TrainError::Data(DataError::Stopped)) => return Ok(None),
         source => source?,
     };
-    let mut fingerprints = vec![("the base".to_string(), base_fingerprint(&common.base)?)];
-    for text in &common.frozen_adapter {
-        let (path, _) = path_and_weight(text).map_err(TrainError::Settings)?;
-        let what = format!("the frozen adapter {}", path.display());
-        fingerprints.push((what, base_fingerprint(&path)?));
+    let mut process = program + of_process("RssAnon:").unwrap_or(UNKNOWN_PROCESS);
+    if load_type.is_some() {
+        process = process.saturating_sub(decoder.weight_bytes()); // they are told apart
     }
-    match &source {
-        Source::Supervised(source) => fingerprints.extend(source.fingerprints()?),
-        Source::Rollouts(source) => fingerprints.extend(source.fingerprints()?),
-    }
-    let (run, saved, adapters) = if let Some(run) = resumed {
-        same_fingerprints(&common.out, &run.fingerprints()?, &fingerprints)?;
-        let saved = run.last_checkpoint()?;
-        let mut adapters = begin_adapters(settings, &decoder)?;
-        if let Some(folder) = &saved {
-            for (name, adapter) in &mut adapters {
-                let mut read = read_adapter(&RunDir::adapter_folder(folder, name), &decoder)?;
-                read.hold_as(adapter);
-                *adapter = read;
+    Ok(Some(Loaded { decoder, below, source, process }))
+}
+
+impl Loaded {
+    /// What decides how much memory the run takes.
+    pub(super) fn demand(&self, common: &CommonSettings, adapters: &[Arc<Adapter>]) -> Demand<'_> {
+        let (tokens, passed) = match &self.source {
+            Source::Supervised(source) => (source.largest_micro_batch(), &adapters[..1]),
+            Source::Rollouts(source) => (source.largest_micro_batch(), adapters),
+        };
+        let (token_data, reference, rollouts) = match &self.source {
+            Source::Supervised(source) => (source.data_bytes(), source.reference_bytes(), 0),
+            Source::Rollouts(source) => {
+                (source.data_bytes(), 0, source.rollout_bytes(&self.decoder))
             }
+        };
+        let layers = super::memory::passed_layers(&self.decoder, passed);
+        let mean = |of: &dyn Fn(&Lora) -> usize| {
+            let all = |adapter: &Arc<Adapter>| adapter.modules.values().map(of).sum::<usize>();
+            let most = adapters.iter().map(all).max().unwrap_or(0);
+            most.div_ceil(layers.max(1))
+        };
+        let magnitudes = |lora: &Lora| lora.magnitude.as_ref().map_or(0, |_| lora.out_features());
+        Demand {
+            decoder: &self.decoder,
+            layers,
+            tokens,
+            parameters: adapters.iter().map(|adapter| adapter.num_parameters()).sum(),
+            sizes: Sizes {
+                ranks: mean(&Lora::r),
+                magnitudes: mean(&magnitudes),
+                dropout: common.lora_dropout > 0.0,
+            },
+            token_data,
+            reference,
+            rollouts,
+            process: self.process.saturating_sub(token_data),
         }
-        (run, saved, adapters)
-    } else {
-        let adapters = begin_adapters(settings, &decoder)?; // may fail: before anything is written
-        let table = settings.to_table()?;
-        (RunDir::create(&common.out, &table, &fingerprints)?, None, adapters)
-    };
-    let (names, adapters): (Vec<&str>, Vec<Adapter>) = adapters.into_iter().unzip();
-    let adapters: Vec<Arc<Adapter>> = adapters.into_iter().map(Arc::new).collect();
+    }
+}
+
+/// What trains, before its first step.
+pub(super) fn learner<'a>(
+    settings: &RunSettings,
+    loaded: (&'a Decoder, &[Worn]),
+    adapters: &[Arc<Adapter>],
+) -> Result<Learner<'a>, TrainError> {
+    let common = &settings.common;
+    let (decoder, below) = loaded;
     let dropout = (common.lora_dropout, common.seed);
     let adamw = optimizer_settings(common);
-    let learner = Learner::new(&decoder, adapters.clone(), adamw, common.max_grad_norm, dropout)?;
-    let mut learner = learner.on_top_of(&below);
+    let learner = Learner::new(decoder, adapters.to_vec(), adamw, common.max_grad_norm, dropout)?;
+    let mut learner = learner.on_top_of(below);
     if common.loraplus_lr_ratio != 1.0 {
         let of_embedding = common.loraplus_lr_embedding / common.learning_rate;
         learner = learner.with_lora_plus(common.loraplus_lr_ratio, of_embedding);
@@ -241,6 +274,78 @@ pub fn train(
     if let Task::Sft(own) = &settings.task {
         learner.noise_alpha = own.neftune_noise_alpha;
     }
+    Ok(learner)
+}
+
+/// The settings as a run has them, with nothing left to the day or the folder it is begun in.
+pub(super) fn settled(settings: &RunSettings) -> Result<RunSettings, TrainError> {
+    if let Some(fault) = settings.fault() {
+        return Err(TrainError::Settings(fault));
+    }
+    let mut settings = settings.absolute()?;
+    if settings.common.template_date.is_empty() {
+        settings.common.template_date = today();
+    }
+    Ok(settings)
+}
+
+/// Trains. With `resume`, goes on with the run in `settings.common.out`. `stop` is looked at while
+/// rows are read, between the batches of an evaluation, and after each step.
+pub fn train(
+    settings: &RunSettings,
+    resume: bool,
+    stop: &AtomicBool,
+) -> Result<Outcome<Summary>, TrainError> {
+    let settings = &settled(settings)?;
+    let common = &settings.common;
+    // Told before anything is read: what is in the way of the run.
+    let resumed = if resume {
+        let saved = RunDir::settings(settings.command(), &common.out)?.to_table()?;
+        Some(RunDir::resume(&common.out, &saved, &settings.to_table()?)?)
+    } else {
+        RunDir::vacant(&common.out)?;
+        None
+    };
+
+    // What is trained, on what.
+    let Some(loaded) = load(settings, stop)? else { return Ok(Outcome::NotBegun) };
+    let (decoder, source) = (&loaded.decoder, &loaded.source);
+    let mut fingerprints = vec![("the base".to_string(), base_fingerprint(&common.base)?)];
+    for text in &common.frozen_adapter {
+        let (path, _) = path_and_weight(text).map_err(TrainError::Settings)?;
+        let what = format!("the frozen adapter {}", path.display());
+        fingerprints.push((what, base_fingerprint(&path)?));
+    }
+    match source {
+        Source::Supervised(source) => fingerprints.extend(source.fingerprints()?),
+        Source::Rollouts(source) => fingerprints.extend(source.fingerprints()?),
+    }
+    let (run, saved, adapters) = if let Some(run) = resumed {
+        same_fingerprints(&common.out, &run.fingerprints()?, &fingerprints)?;
+        let saved = run.last_checkpoint()?;
+        let mut adapters = begin_adapters(settings, decoder)?;
+        if let Some(folder) = &saved {
+            for (name, adapter) in &mut adapters {
+                let mut read = read_adapter(&RunDir::adapter_folder(folder, name), decoder)?;
+                read.hold_as(adapter);
+                *adapter = read;
+            }
+        }
+        (run, saved, adapters)
+    } else {
+        let adapters = begin_adapters(settings, decoder)?; // may fail: before anything is written
+        let table = settings.to_table()?;
+        (RunDir::create(&common.out, &table, &fingerprints)?, None, adapters)
+    };
+    let (names, adapters): (Vec<&str>, Vec<Adapter>) = adapters.into_iter().unzip();
+    let adapters: Vec<Arc<Adapter>> = adapters.into_iter().map(Arc::new).collect();
+    let demand = loaded.demand(common, &adapters);
+    let kept_layers = kept_layers(common, &demand);
+    let (layers, parameters) = (demand.layers, demand.parameters);
+    let predicted_peak_rss_bytes = predicted(&demand, kept_layers);
+    let Loaded { decoder, below, source, .. } = loaded;
+    let mut learner = learner(settings, (&decoder, &below), &adapters)?;
+    learner.kept_layers = kept_layers;
     let mut course = FineTuning { source, learner, names };
 
     // Where it stands.
@@ -263,14 +368,6 @@ pub fn train(
         }
         begun => begun?,
     }
-    let (tokens, passed) = match &course.source {
-        Source::Supervised(source) => (source.largest_micro_batch(), &adapters[..1]),
-        Source::Rollouts(source) => (source.largest_micro_batch(), &adapters[..]),
-    };
-    let layers = super::memory::passed_layers(&decoder, passed);
-    let kept_layers = kept_layers(common, &decoder, layers, tokens, &adapters);
-    course.learner.kept_layers = kept_layers;
-    let parameters: usize = adapters.iter().map(|adapter| adapter.num_parameters()).sum();
     eprintln!(
         "training {parameters} parameters of {} modules, {total_steps} steps from step {}",
         adapters.iter().map(|adapter| adapter.modules.len()).sum::<usize>(),
@@ -328,13 +425,16 @@ pub fn train(
         adapter: run.file(course.names[0]),
         kernels: decoder.kernels(),
         recomputed_layers: layers - kept_layers,
+        predicted_peak_rss_bytes,
+        seconds: progress.seconds(),
+        predicted_seconds: progress.predicted_seconds(),
         resumed_at,
         results,
     })))
 }
 
 /// The adapters a run trains, with the names of their folders.
-fn begin_adapters(
+pub(super) fn begin_adapters(
     settings: &RunSettings,
     decoder: &Decoder,
 ) -> Result<Vec<(&'static str, Adapter)>, TrainError> {
@@ -378,27 +478,22 @@ fn no_score(adapter: &Adapter, common: &CommonSettings) -> Result<(), TrainError
     }
 }
 
-/// Of `layers` layers that gradients pass, how many keep their tapes while micro-batches of
-/// `tokens` tokens pass them.
-fn kept_layers(
-    settings: &CommonSettings,
-    decoder: &Decoder,
-    layers: usize,
-    tokens: usize,
-    adapters: &[Arc<Adapter>],
-) -> usize {
+/// How many of the layers that gradients pass keep their tapes.
+pub(super) fn kept_layers(settings: &CommonSettings, demand: &Demand) -> usize {
     if let Some(all) = settings.gradient_checkpointing {
-        return if all { 0 } else { layers };
+        return if all { 0 } else { demand.layers };
     }
     let budget = super::memory::parse_bytes(&settings.memory_budget)
         .unwrap_or_else(super::memory::default_budget);
-    // Magnitudes keep the base's product.
-    let kept = |lora: &Lora| lora.r() + lora.magnitude.as_ref().map_or(0, |_| lora.out_features());
-    let ranks = |adapter: &Arc<Adapter>| adapter.modules.values().map(kept).sum();
-    let ranks: usize = adapters.iter().map(ranks).max().unwrap_or(0);
-    let parameters = adapters.iter().map(|adapter| adapter.num_parameters()).sum();
-    let ranks = ranks.div_ceil(layers.max(1));
-    super::memory::kept_layers(decoder, layers, tokens, parameters, ranks, budget)
+    super::memory::kept_layers(demand, budget)
+}
+
+/// The most memory the run will take, with what reading has taken already; nothing of the portable
+/// form, whose memory is candle's.
+pub(super) fn predicted(demand: &Demand, kept_layers: usize) -> Option<usize> {
+    let so_far = of_process("VmHWM:")?;
+    let fast = demand.decoder.compute != Compute::Portable;
+    fast.then(|| Memory::of(demand, kept_layers).sum().max(so_far))
 }
 
 /// When held-out rows are evaluated.
@@ -430,7 +525,7 @@ pub fn total_steps(settings: &CommonSettings, steps_of_epoch: u64) -> u64 {
     whole * steps_of_epoch + (part * steps_of_epoch as f64).ceil() as u64
 }
 
-fn schedule(settings: &CommonSettings, total_steps: u64) -> Schedule {
+pub(super) fn schedule(settings: &CommonSettings, total_steps: u64) -> Schedule {
     let warmup_steps = match settings.warmup_steps {
         0 => (settings.warmup_ratio * total_steps as f64).ceil() as u64,
         steps => steps,

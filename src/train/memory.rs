@@ -1,12 +1,14 @@
-//! How many layers keep their tapes within a memory budget, and how a budget is written.
+//! What memory a run takes, how many layers keep their tapes within a budget of it, and how a budget
+//! is written.
 //!
 //! Keeping or recomputing a tape gives the same bits; the budget buys time, nothing else.
 
 use std::sync::Arc;
 
 use quantune_adapters::delta::Adapter;
+use serde::Serialize;
 
-use crate::model::layer::Tape;
+use crate::model::layer::{Sizes, Tape};
 use crate::model::{Adapters, Decoder, Worn};
 use crate::ops::linear_cross_entropy;
 
@@ -34,8 +36,13 @@ pub fn parse_bytes(text: &str) -> Option<u64> {
     (bytes.is_finite() && bytes >= 0.0).then_some(bytes as u64)
 }
 
-/// The budget of a run that names none: most of what is free now (Linux tells).
+/// The budget of a run that names none: most of what is free now.
 pub fn default_budget() -> u64 {
+    free().map_or(FALLBACK, |bytes| (bytes as f64 * DEFAULT_SHARE) as u64)
+}
+
+/// Memory that is free now (Linux tells).
+pub fn free() -> Option<u64> {
     let available = || {
         let text = std::fs::read_to_string("/proc/meminfo").ok()?;
         let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
@@ -46,8 +53,7 @@ pub fn default_budget() -> u64 {
     let limit = number("/sys/fs/cgroup/memory.max").map(|most| {
         most.saturating_sub(number("/sys/fs/cgroup/memory.current").unwrap_or_default())
     });
-    let free = available().map(|bytes| bytes.min(limit.unwrap_or(u64::MAX)));
-    free.map_or(FALLBACK, |bytes| (bytes as f64 * DEFAULT_SHARE) as u64)
+    available().map(|bytes| bytes.min(limit.unwrap_or(u64::MAX)))
 }
 
 /// Layers that gradients pass: those from the lowest that a trained adapter sits on up.
@@ -64,35 +70,114 @@ pub fn passed_layers(decoder: &Decoder, adapters: &[Arc<Adapter>]) -> usize {
     adapters.iter().map(passed).max().unwrap_or(0)
 }
 
-/// Of `layers` layers that gradients pass, how many, from the top, can keep their tapes while
-/// micro-batches of `tokens` tokens and adapters of `parameters` numbers, `ranks` of them per token
-/// and layer, are trained in `budget` bytes. Everything else a step needs is counted first; it
-/// cannot be had for less.
-pub fn kept_layers(
-    decoder: &Decoder,
-    layers: usize,
-    tokens: usize,
-    parameters: usize,
-    ranks: usize,
-    budget: u64,
-) -> usize {
-    let config = &decoder.config;
-    let tape = Tape::bytes(config, decoder.compute, tokens, ranks) as u64;
-    let float = size_of::<f32>();
-    let inputs = layers * tokens * config.hidden_size * float;
-    // Values, gradients and two moments.
-    let adapter = 4 * parameters * float;
-    let fixed = decoder.weight_bytes()
-        + inputs
-        + adapter
-        + linear_cross_entropy::working_bytes(tokens, config.vocab_size)
-        + Tape::shared_bytes(config, tokens);
-    let room = budget.saturating_sub(fixed as u64);
-    if room >= tape * layers as u64 {
-        return layers;
+/// What decides how much memory a run takes, beside how many layers keep their tapes.
+#[derive(Debug)]
+pub struct Demand<'a> {
+    /// The base.
+    pub decoder: &'a Decoder,
+    /// Its layers that gradients pass.
+    pub layers: usize,
+    /// Tokens of the largest micro-batch.
+    pub tokens: usize,
+    /// Numbers that train.
+    pub parameters: usize,
+    /// The updates of a layer.
+    pub sizes: Sizes,
+    /// Bytes of rows or prompts.
+    pub token_data: usize,
+    /// Bytes of what the reference says of all rows.
+    pub reference: usize,
+    /// What decoding responses takes.
+    pub rollouts: usize,
+    /// Bytes of the process with all that is read, but for rows and frozen weights.
+    pub process: usize,
+}
+
+/// Bytes of a run's memory at its peak, by what they are for.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Memory {
+    /// The base's matrices, where they are mapped; the system may take their pages back.
+    pub frozen_weights: usize,
+    /// What trains: values, gradients and both moments.
+    pub adapter: usize,
+    /// Tapes of layers that keep them, and the one that the others share.
+    pub kept_tapes: usize,
+    /// Inputs of the layers that are recomputed.
+    pub layer_inputs: usize,
+    /// Buffers that all layers share.
+    pub shared_buffers: usize,
+    /// Logits, and the rows they are made of.
+    pub logits: usize,
+    /// The cache of responses that are decoded at once, and what scoring them takes.
+    pub rollouts: usize,
+    /// Log-probs under the reference.
+    pub reference: usize,
+    /// Rows or prompts.
+    pub token_data: usize,
+    /// The process itself: program, tokenizer, frozen adapters.
+    pub process: usize,
+}
+
+impl Memory {
+    /// Of a run in which the upper `kept` layers keep their tapes. This is the one sum: the budget is
+    /// kept by it and the prediction is it.
+    pub fn of(demand: &Demand, kept: usize) -> Self {
+        let Demand { decoder, layers, tokens, sizes, .. } = *demand;
+        let (config, compute) = (&decoder.config, decoder.compute);
+        let tape = Tape::bytes(config, compute, tokens, &sizes);
+        let kept = kept.min(layers);
+        let width = config.hidden_size * size_of::<f32>();
+        // Read rows, behind the norm, and both gradients.
+        let read = 4 * tokens * width;
+        let vocabulary = config.vocab_size;
+        Self {
+            frozen_weights: decoder.weight_bytes(),
+            adapter: 4 * demand.parameters * size_of::<f32>(),
+            kept_tapes: tape * (kept + usize::from(kept < config.num_hidden_layers)),
+            layer_inputs: (layers - kept) * tokens * width,
+            shared_buffers: Tape::shared_bytes(config, compute, tokens, &sizes),
+            logits: linear_cross_entropy::working_bytes(tokens, vocabulary, compute) + read,
+            rollouts: demand.rollouts,
+            reference: demand.reference,
+            token_data: demand.token_data,
+            process: demand.process,
+        }
     }
-    // Layers that are recomputed share a tape of their own.
-    (room.saturating_sub(tape) / tape.max(1)).min(layers as u64) as usize
+
+    /// Each with its name.
+    pub fn components(&self) -> [(&'static str, usize); 10] {
+        [
+            ("frozen weights, mapped", self.frozen_weights),
+            ("adapter, gradients, moments", self.adapter),
+            ("kept tapes", self.kept_tapes),
+            ("inputs of recomputed layers", self.layer_inputs),
+            ("shared buffers", self.shared_buffers),
+            ("logits", self.logits),
+            ("decoding of responses", self.rollouts),
+            ("reference log-probs", self.reference),
+            ("token data", self.token_data),
+            ("the process itself", self.process),
+        ]
+    }
+
+    /// All of it.
+    pub fn sum(&self) -> usize {
+        self.components().iter().map(|(_, bytes)| bytes).sum()
+    }
+}
+
+/// How many of the layers that gradients pass, from the top, can keep their tapes in `budget` bytes.
+/// Everything else a step needs cannot be had for less.
+pub fn kept_layers(demand: &Demand, budget: u64) -> usize {
+    let fits = |&kept: &usize| Memory::of(demand, kept).sum() as u64 <= budget;
+    (0..=demand.layers).rev().find(fits).unwrap_or(0)
+}
+
+/// Memory of this process by one of the lines of `/proc/self/status`, where the system has that.
+pub fn of_process(line: &str) -> Option<usize> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|found| found.starts_with(line))?;
+    Some(line.split_whitespace().nth(1)?.parse::<usize>().ok()? * 1024)
 }
 
 #[cfg(test)]

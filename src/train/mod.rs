@@ -7,6 +7,7 @@
 //! the optimizer's moments, and a run killed at any moment goes on to the same bytes. Does not know
 //! the command line.
 
+mod dry_run;
 mod fine_tune;
 mod fingerprints;
 pub mod learner;
@@ -26,8 +27,10 @@ mod tensorboard;
 
 use std::path::PathBuf;
 
+pub use dry_run::{Forecast, dry_run};
 pub use fine_tune::{Summary, train};
 pub use lora::{path_and_weight, read_scoring};
+pub use memory::{Memory, of_process};
 pub use policy::RolloutState;
 pub use pretrain::{PretrainSummary, pretrain};
 pub use run::Outcome;

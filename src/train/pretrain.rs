@@ -518,7 +518,8 @@ fn kept_layers(settings: &PretrainSettings, model: &FullModel, budget: u64) -> u
     let tokens = settings.per_device_train_batch_size * settings.max_length;
     // Weights, gradients and both moments; and the copy that an evaluation or a sample reads.
     let state = 5 * size_of::<f32>() * model.parameter_count();
-    let state = state + linear_cross_entropy::working_bytes(tokens, model.config.vocab_size);
+    let (vocabulary, compute) = (model.config.vocab_size, settings.compute);
+    let state = state + linear_cross_entropy::working_bytes(tokens, vocabulary, compute);
     let fits = |kept: &usize| {
         let needed = state + working_bytes(&model.config, tokens, *kept);
         needed as u64 <= budget

@@ -33,7 +33,12 @@ pub struct Progress {
     samples: u64,
     /// Time in steps: evaluations, samples and checkpoints are not counted.
     spent: Duration,
+    /// Of it, that of the first two steps.
+    spent_early: Option<Duration>,
 }
+
+/// Steps by which the time of all is predicted.
+pub const EARLY_STEPS: u64 = 2;
 
 impl Progress {
     /// Begins at `step` of `total_steps`.
@@ -56,7 +61,19 @@ impl Progress {
             tokens: 0,
             samples: 0,
             spent: Duration::ZERO,
+            spent_early: None,
         }
+    }
+
+    /// Seconds in steps.
+    pub fn seconds(&self) -> f64 {
+        self.spent.as_secs_f64()
+    }
+
+    /// What they were going to be, as the first two steps had it.
+    pub fn predicted_seconds(&self) -> Option<f64> {
+        let steps = (self.total_steps - self.first_step) as f64;
+        self.spent_early.map(|early| early.as_secs_f64() / EARLY_STEPS as f64 * steps)
     }
 
     /// Real tokens per second of the steps so far.
@@ -75,6 +92,9 @@ impl Progress {
         self.tokens += work.tokens;
         self.samples += work.samples;
         self.spent += spent.saturating_sub(work.aside);
+        if step == self.first_step + EARLY_STEPS && step < self.total_steps {
+            self.spent_early = Some(self.spent);
+        }
         let rate = self.tokens_per_second();
         if let Some(bar) = &self.bar {
             bar.set_position(step);

@@ -245,6 +245,64 @@ impl Supervised {
         }
     }
 
+    /// Bytes of the rows, held-out ones too, that are held in memory or mapped.
+    pub fn data_bytes(&self) -> usize {
+        let of = |rows: &Rows| match rows {
+            Rows::Examples(data) => data.examples.bytes(),
+            Rows::Comparisons(data) => data.comparisons.iter().map(Comparison::bytes).sum(),
+        };
+        let lines = self.held_out_lines.as_ref().map_or(0, |lines| lines.len());
+        of(&self.rows) + self.held_out.as_ref().map_or(0, of) + lines
+    }
+
+    /// Bytes of what the reference is going to say of all rows.
+    pub fn reference_bytes(&self) -> usize {
+        let held_out = self.held_out.as_ref();
+        let responses = |rows: &Rows| match rows {
+            Rows::Examples(_) => 0,
+            Rows::Comparisons(data) => data.comparisons.iter().map(|row| row.responses.len()).sum(),
+        };
+        let all = responses(&self.rows) + held_out.map_or(0, responses);
+        match self.reference_folder() {
+            Some(_) => all * (size_of::<f32>() + size_of::<Vec<f32>>()),
+            None => 0,
+        }
+    }
+
+    /// Steps of the first epoch, and tokens.
+    pub fn epoch(&self) -> (u64, u64) {
+        let steps = 0..self.plan.steps();
+        let rows = steps.flat_map(|step| self.plan.step(step)).flatten().flatten();
+        let tokens: usize = rows.map(|&row| self.lengths[row]).sum();
+        (self.plan.steps() as u64, tokens as u64)
+    }
+
+    /// Takes up the run as far as its first `steps` steps need, and writes nothing. What share of the
+    /// reference's work that was: 0 where there is none.
+    pub fn begin_trial(&mut self, decoder: &Decoder, steps: usize) -> Result<f64, TrainError> {
+        let (Some(folder), Rows::Comparisons(data)) = (self.reference_folder(), &self.rows) else {
+            return Ok(0.0);
+        };
+        let worn = reference::worn(&self.below, folder, decoder)?;
+        let mut logps = vec![Vec::new(); data.comparisons.len()];
+        let (mut asked, mut all) = (0, self.lengths.iter().sum::<usize>());
+        if let Some(Rows::Comparisons(held_out)) = &self.held_out {
+            all += held_out.comparisons.iter().map(Comparison::tokens).sum::<usize>();
+        }
+        for step in 0..steps.min(self.plan.steps()) {
+            let rows: Vec<usize> =
+                self.plan.step(step).iter().flatten().flatten().copied().collect();
+            let of: Vec<&Comparison> = rows.iter().map(|&row| &data.comparisons[row]).collect();
+            asked += of.iter().map(|row| row.tokens()).sum::<usize>();
+            for (row, found) in rows.iter().zip(response_log_probs(decoder, &worn, &of)?) {
+                logps[*row] = found;
+            }
+        }
+        self.reference_logps = logps;
+        self.reference = Some(worn);
+        Ok(asked as f64 / all.max(1) as f64)
+    }
+
     /// Whether the steps so far end an epoch.
     pub fn epoch_ends(&self, state: &State) -> bool {
         state.step_in_epoch == self.plan.steps() as u64

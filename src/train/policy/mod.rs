@@ -295,6 +295,48 @@ impl Rollouts {
         (row * size).max(ptx.iter().take(size).sum())
     }
 
+    /// Prompts, and those of an update.
+    pub fn prompts_and_batch(&self) -> (usize, usize) {
+        (self.prompts.prompts.len(), self.batch_size())
+    }
+
+    /// Bytes of the prompts and of text to keep predicting.
+    pub fn data_bytes(&self) -> usize {
+        let held_out = self.held_out.iter().flat_map(|prompts| &prompts.prompts);
+        let prompts: usize = self.prompts.prompts.iter().chain(held_out).map(Prompt::bytes).sum();
+        let lines = self.held_out_lines.as_ref().map_or(0, Vec::len);
+        prompts + lines + self.ptx.as_ref().map_or(0, |(data, _)| data.examples.bytes())
+    }
+
+    /// Bytes that decoding takes: keys and values of all rows that are decoded at once, each as long
+    /// as it can get, and their logits.
+    pub fn rollout_bytes(&self, decoder: &Decoder) -> usize {
+        let config = &decoder.config;
+        let settings = generation(&self.task, self.compute, self.common.seed);
+        let per_prompt = match &self.task {
+            Task::Grpo(own) => own.num_generations,
+            _ => 1,
+        };
+        let rows = settings.slots.min(self.batch_size() * per_prompt);
+        let tokens = self.prompts.longest + settings.max_tokens;
+        let number = match settings.cache {
+            CacheType::F32 => size_of::<f32>(),
+            CacheType::F16 => size_of::<f32>() / 2,
+            CacheType::Q8 => 1,
+        };
+        let keys = config.num_key_value_heads * config.head_dim * config.num_hidden_layers;
+        let judge = self.scorer.model.as_ref().map_or(0, RewardModel::weight_bytes);
+        rows * (2 * keys * tokens * number + config.vocab_size * size_of::<f32>()) + judge
+    }
+
+    /// Takes up the run as far as an update needs, and writes nothing.
+    pub fn begin_trial(&self, state: &mut State) {
+        let rollouts = state.rollouts.get_or_insert_default();
+        if let Task::Ppo(own) = &self.task {
+            rollouts.kl_coef.get_or_insert(own.kl_coef);
+        }
+    }
+
     /// Whether the updates so far have been through all prompts again.
     pub fn epoch_ends(&self, state: &State) -> bool {
         let (batch, all) = (self.batch_size() as u64, self.prompts.prompts.len() as u64);

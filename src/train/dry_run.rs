@@ -1,0 +1,164 @@
+//! What a run would be, before there is one: everything is read, the doctor looks at the rows, the
+//! adapter begins, and a step or two are taken by a learner that is thrown away. Nothing is written.
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Instant;
+
+use quantune_adapters::delta::Adapter;
+use serde::Serialize;
+
+use super::TrainError;
+use super::fine_tune::{
+    FineTuning, Source, begin_adapters, kept_layers, learner, load, predicted, schedule, settled,
+};
+use super::memory::{Memory, free};
+use super::progress::EARLY_STEPS;
+use super::run::Outcome;
+use super::run_dir::{RunDir, State};
+use super::settings::{RunSettings, Task};
+
+/// What a run would be.
+#[derive(Debug, Clone, Serialize)]
+pub struct Forecast {
+    /// Trainable numbers.
+    pub trainable_parameters: usize,
+    /// Modules they are in.
+    pub modules: usize,
+    /// Optimizer steps; of ppo and grpo updates.
+    pub steps: u64,
+    /// Passes over the data that these are.
+    pub epochs: f64,
+    /// Steps of the first pass.
+    pub steps_per_epoch: u64,
+    /// Its tokens; nothing of ppo and grpo, whose responses are not there yet.
+    pub tokens_per_epoch: Option<u64>,
+    /// Tokens of the largest micro-batch.
+    pub largest_micro_batch: usize,
+    /// Layers whose tape would be rebuilt on the way down.
+    pub recomputed_layers: usize,
+    /// Bytes by what they are for; nothing of the portable form.
+    pub memory: Option<Memory>,
+    /// Their sum, or what reading alone has taken, if that is more.
+    pub predicted_peak_rss_bytes: Option<usize>,
+    /// Steps that were really taken; none where memory would not do.
+    pub timed_steps: u64,
+    /// Seconds that a step of a mean number of tokens takes, or that the first update took.
+    pub seconds_per_step: Option<f64>,
+    /// Seconds before the first step: what the reference says of all rows.
+    pub reference_seconds: f64,
+    /// Seconds of all steps and of the reference; evaluations come on top. Of ppo and grpo that is
+    /// only as long as replies stay as long as those of the first update.
+    pub predicted_seconds: Option<f64>,
+    /// Whether the time depends on how long replies get.
+    pub time_depends_on_replies: bool,
+}
+
+/// Says what a run would be. `stop` is looked at while rows are read.
+pub fn dry_run(settings: &RunSettings, stop: &AtomicBool) -> Result<Outcome<Forecast>, TrainError> {
+    let mut settings = settled(settings)?;
+    RunDir::vacant(&settings.common.out)?;
+    if let Task::Sft(own) = &mut settings.task {
+        own.cache_from = String::new(); // tokens of the largest file too stay off the disk
+    }
+    let (settings, common) = (&settings, &settings.common);
+    let Some(loaded) = load(settings, stop)? else { return Ok(Outcome::NotBegun) };
+    let (names, adapters): (Vec<&str>, Vec<Adapter>) =
+        begin_adapters(settings, &loaded.decoder)?.into_iter().unzip();
+    let adapters: Vec<Arc<Adapter>> = adapters.into_iter().map(Arc::new).collect();
+    let demand = loaded.demand(common, &adapters);
+    let kept = kept_layers(common, &demand);
+    let predicted_peak_rss_bytes = predicted(&demand, kept);
+    let memory = predicted_peak_rss_bytes.map(|_| Memory::of(&demand, kept));
+    let (layers, tokens, parameters) = (demand.layers, demand.tokens, demand.parameters);
+    let decoder = &loaded.decoder;
+    let mut trainee = learner(settings, (decoder, &loaded.below), &adapters)?;
+    trainee.kept_layers = kept;
+    let mut course = FineTuning { source: loaded.source, learner: trainee, names };
+    let steps = course.total_steps();
+    let (steps_per_epoch, tokens_per_epoch, epochs) = match &course.source {
+        Source::Supervised(source) => {
+            let (of_epoch, tokens) = source.epoch();
+            (of_epoch, Some(tokens), steps as f64 / of_epoch.max(1) as f64)
+        }
+        Source::Rollouts(source) => {
+            let (prompts, batch) = source.prompts_and_batch();
+            let of_epoch = prompts.div_ceil(batch.max(1)) as u64;
+            (of_epoch, None, steps as f64 * batch as f64 / prompts.max(1) as f64)
+        }
+    };
+    let mut forecast = Forecast {
+        trainable_parameters: parameters,
+        modules: adapters.iter().map(|adapter| adapter.modules.len()).sum(),
+        steps,
+        epochs,
+        steps_per_epoch,
+        tokens_per_epoch,
+        largest_micro_batch: tokens,
+        recomputed_layers: layers - kept,
+        memory,
+        predicted_peak_rss_bytes,
+        timed_steps: 0,
+        seconds_per_step: None,
+        reference_seconds: 0.0,
+        predicted_seconds: None,
+        time_depends_on_replies: matches!(course.source, Source::Rollouts(_)),
+    };
+    // Swapping would tell nothing of a run, and a full machine might end this one.
+    let fits = predicted_peak_rss_bytes.zip(free()).is_none_or(|(needed, free)| {
+        let mapped = forecast.memory.as_ref().map_or(0, |memory| memory.frozen_weights);
+        needed.saturating_sub(mapped) as u64 <= free
+    });
+    if fits {
+        take_time(&mut course, settings, &mut forecast)?;
+    }
+    Ok(Outcome::Done(Box::new(forecast)))
+}
+
+/// Takes the first steps of the run, and reckons from their time and tokens what all will take.
+fn take_time(
+    course: &mut FineTuning,
+    settings: &RunSettings,
+    forecast: &mut Forecast,
+) -> Result<(), TrainError> {
+    let schedule = schedule(&settings.common, forecast.steps);
+    let mut state = State::default();
+    let began = Instant::now();
+    let trial = match &mut course.source {
+        Source::Supervised(source) => {
+            let trial = EARLY_STEPS.min(forecast.steps);
+            let decoder = course.learner.decoder();
+            let share = source.begin_trial(decoder, trial as usize)?;
+            if share > 0.0 {
+                forecast.reference_seconds = began.elapsed().as_secs_f64() / share;
+            }
+            trial
+        }
+        Source::Rollouts(source) => {
+            source.begin_trial(&mut state);
+            1
+        }
+    };
+    let (mut seconds, mut tokens) = (0.0, 0);
+    for step in 0..trial {
+        let began = Instant::now();
+        let (_, work) = course.step(&mut state, schedule.at(step))?;
+        state.step += 1;
+        state.optimizer_steps = course.learner.optimizer.step;
+        // The first step meets cold pages and buffers that are not there yet: where there is a second,
+        // that is the measure.
+        (seconds, tokens) = (began.elapsed().as_secs_f64(), work.tokens);
+    }
+    forecast.timed_steps = trial;
+    let per_step = match forecast.tokens_per_epoch {
+        Some(of_epoch) => {
+            let mean = of_epoch as f64 / forecast.steps_per_epoch.max(1) as f64;
+            seconds / tokens.max(1) as f64 * mean
+        }
+        None => seconds,
+    };
+    forecast.seconds_per_step = Some(per_step);
+    forecast.predicted_seconds =
+        Some(per_step * forecast.steps as f64 + forecast.reference_seconds);
+    Ok(())
+}
