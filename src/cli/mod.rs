@@ -17,8 +17,10 @@ use say;
 mod best_of;
 mod chat;
 mod combining;
+mod completions;
 mod data;
 mod eval;
+mod examples;
 mod export;
 mod generate;
 mod inspect;
@@ -41,13 +43,13 @@ use crate::export::lora;
 use crate::isa::Isa;
 use crate::model::{Decoder, Worn};
 use crate::text::{Tokenizer, first_second};
-use crate::train::path_and_weight;
 use crate::train::settings::{DpoFlags, GrpoFlags, PpoFlags, RewardFlags, SftFlags};
+use crate::train::{of_process, path_and_weight};
 use crate::weights::Checkpoint;
 
 /// LoRA fine-tuning straight on the quantized weights you already run.
 #[derive(Debug, Parser)]
-#[command(name = "quantune", version, about)]
+#[command(name = "quantune", version, about, after_help = examples::PATH)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -68,22 +70,31 @@ struct Common {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// The whole life of a small model in a few minutes, from random weights to PPO
+    #[command(after_help = examples::QUICKSTART)]
     Quickstart(quickstart::Quickstart),
     /// Train a base from random weights, or another base's every weight, on a mixture of texts
+    #[command(after_help = examples::PRETRAIN)]
     Pretrain(Box<pretrain::Pretrain>),
     /// Fine-tune: train a LoRA adapter on chats, prompts or text
+    #[command(after_help = examples::SFT)]
     Sft(Box<train::Train<SftFlags>>),
     /// Train a reward model: a score of responses, from comparisons
+    #[command(after_help = examples::REWARD)]
     Reward(Box<train::Train<RewardFlags>>),
     /// Learn from comparisons without a reward model (DPO, IPO, ORPO, SimPO, KTO)
+    #[command(after_help = examples::DPO)]
     Dpo(Box<train::Train<DpoFlags>>),
     /// Learn from a reward model by reinforcement (PPO)
+    #[command(after_help = examples::PPO)]
     Ppo(Box<train::Train<PpoFlags>>),
     /// Learn from rewards of any kind by comparing responses to a prompt (GRPO, RLOO)
+    #[command(after_help = examples::GRPO)]
     Grpo(Box<train::Train<GrpoFlags>>),
     /// Loss on rows, perplexity of a text, scores by a reward model, or replies judged and compared
+    #[command(after_help = examples::EVAL)]
     Eval(Box<eval::Eval>),
     /// Answer a prompt
+    #[command(after_help = examples::GENERATE)]
     Generate(Box<generate::Generate>),
     /// Talk with a model, adapters swapped between replies
     ///
@@ -92,20 +103,29 @@ enum Command {
     /// stdin is no terminal its lines are read as if they were typed, replies go to stdout, and the
     /// first fault ends the program. There is no JSON result: a conversation has no one answer, and
     /// /save writes it as a row of training data.
+    #[command(after_help = examples::CHAT)]
     Chat(Box<chat::Chat>),
     /// Merge adapters into their base: a Hugging Face folder or a GGUF of any type
+    #[command(after_help = examples::MERGE)]
     Merge(Box<merge::Merge>),
     /// Write a base as a GGUF of another type
+    #[command(after_help = examples::QUANTIZE)]
     Quantize(Box<merge::Quantize>),
     /// Write an adapter as a GGUF LoRA or a PEFT folder, or a Modelfile for Ollama
+    #[command(after_help = examples::EXPORT)]
     Export(export::Export),
     /// List what a GGUF, safetensors or adapter file holds
+    #[command(after_help = examples::INSPECT)]
     Inspect(inspect::Inspect),
     /// Look at rows as a trainer would: what is learned of them, and what is wrong with them
+    #[command(after_help = examples::DATA)]
     Data(Box<data::Data>),
     /// Turn text into token ids
     #[command(subcommand)]
     Tokenizer(tokenizer::TokenizerCommand),
+    /// Print what a shell needs to complete commands and flags
+    #[command(after_help = examples::COMPLETIONS)]
+    Completions(completions::Completions),
 }
 
 /// Stack of a thread: candle walks the portable form's graphs recursively.
@@ -155,13 +175,14 @@ pub fn main() -> ExitCode {
         Command::Inspect(command) => command.run(json),
         Command::Data(command) => command.run(json),
         Command::Tokenizer(command) => command.run(json),
+        Command::Completions(command) => command.run(json),
     });
     match result {
         Ok(mut value) => {
             if json {
                 if let Some(object) = value.as_object_mut() {
                     object.insert("threads".into(), json!(threads));
-                    object.insert("peak_rss_bytes".into(), json!(peak_rss_bytes()));
+                    object.insert("peak_rss_bytes".into(), json!(of_process("VmHWM:")));
                 }
                 crate::cli::say!("{value}");
             }
@@ -190,13 +211,6 @@ fn sentence(error: &anyhow::Error) -> String {
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 struct Usage(String);
-
-/// The most memory this process has had resident, where the system tells (Linux).
-fn peak_rss_bytes() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
-    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
-}
 
 /// An adapter on the command line: `PATH` or `PATH=WEIGHT`.
 #[derive(Debug, Clone, PartialEq)]
@@ -278,6 +292,60 @@ mod tests {
     #[test]
     fn the_flags_are_consistent() {
         Cli::command().debug_assert();
+    }
+
+    /// The words of a line as a shell has them, with only single quotes and no redirection.
+    fn words(line: &str) -> Vec<String> {
+        let line = line.split(" > ").next().unwrap();
+        let mut words = vec![String::new()];
+        for (i, part) in line.split('\'').enumerate() {
+            if i % 2 == 1 {
+                words.last_mut().unwrap().push_str(part);
+                continue;
+            }
+            for (i, piece) in part.split(' ').enumerate() {
+                if i > 0 {
+                    words.push(String::new());
+                }
+                words.last_mut().unwrap().push_str(piece);
+            }
+        }
+        words.retain(|word| !word.is_empty());
+        words
+    }
+
+    /// Every command's help has examples, and each of them parses: as one of that command, of the
+    /// whole's help as one of any.
+    #[test]
+    fn examples_in_help_parse() {
+        fn check(command: &clap::Command, path: &[&str]) {
+            let path = [path, &[command.get_name()]].concat();
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            let lines: Vec<&str> =
+                help.lines().map(str::trim).filter(|line| line.starts_with("quantune ")).collect();
+            let lines: Vec<&str> =
+                lines.into_iter().filter(|line| !line.contains("COMMAND")).collect();
+            let leaf = !command.has_subcommands();
+            assert!(lines.len() >= if leaf { 2 } else { 0 }, "{path:?} has {}", lines.len());
+            for line in lines {
+                let words = words(line);
+                assert!(!leaf || path.iter().zip(&words).all(|(a, b)| a == b), "{path:?}: {line}");
+                if let Err(e) = Cli::try_parse_from(&words) {
+                    panic!("{line}: {e}");
+                }
+            }
+            command.get_subcommands().for_each(|inner| check(inner, &path));
+        }
+        check(&Cli::command(), &[]);
+    }
+
+    /// What leads to a model to talk with stands in the order it is done in.
+    #[test]
+    fn help_shows_the_way() {
+        let help = Cli::command().render_help().to_string();
+        let way = ["pretrain", "data", "sft", "reward", "ppo", "merge", "chat"];
+        let places = way.map(|name| help.find(&format!("\n  quantune {name} ")).expect(name));
+        assert!(places.is_sorted(), "{help}");
     }
 
     #[test]

@@ -18,8 +18,10 @@ const TELL_EVERY: Duration = Duration::from_secs(5);
 #[derive(Debug, clap::Subcommand)]
 pub enum TokenizerCommand {
     /// The token ids of a text, without any added
+    #[command(after_help = super::examples::ENCODE)]
     Encode(Encode),
     /// Learn a tokenizer from text: byte-level BPE, with the marks of documents and chats
+    #[command(after_help = super::examples::TOKENIZER_TRAIN)]
     Train(Train),
 }
 

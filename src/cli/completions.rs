@@ -1,0 +1,26 @@
+//! `quantune completions`: what a shell has to know to complete commands and flags.
+
+use anyhow::{Context, Result};
+use clap::CommandFactory;
+use clap_complete::Shell;
+use serde_json::{Value, json};
+
+use super::Cli;
+
+#[derive(Debug, clap::Args)]
+pub struct Completions {
+    /// The shell
+    shell: Shell,
+}
+
+impl Completions {
+    pub fn run(self, json: bool) -> Result<Value> {
+        let mut script = Vec::new();
+        clap_complete::generate(self.shell, &mut Cli::command(), "quantune", &mut script);
+        let script = String::from_utf8(script).context("a script that is no UTF-8")?;
+        if !json {
+            crate::cli::say!("{}", script.trim_end());
+        }
+        Ok(json!({ "shell": self.shell.to_string(), "script": script }))
+    }
+}
