@@ -180,6 +180,7 @@ fn traces(output: &Output, out: Option<&Path>) -> String {
                 let volatile = |key: &str| {
                     key.ends_with("_per_second")
                         || key.starts_with("share_")
+                        || key.starts_with("predicted_")
                         || ["peak_rss_bytes", "adapter", "model", "export", "seconds", "tokenizer"]
                             .contains(&key)
                 };
@@ -273,9 +274,9 @@ pub fn every_flag<'a>(
 }
 
 /// Rows of [`every_flag`] for what all training commands have, but for those that depend on the kind
-/// of data. `held_out` are other rows of that kind.
+/// of data. `held_out` are other rows of that kind, `metric` what their evaluations are compared by.
 pub fn common_rows<'a>(
-    held_out: &'a str,
+    (held_out, metric): (&'a str, &'a str),
     settings: &'a str,
     adapter: &'a str,
     dated: &'a str,
@@ -296,13 +297,6 @@ pub fn common_rows<'a>(
         &[("--eval-data", held_out), ("--eval-strategy", "steps"), ("--eval-steps", "1")],
         &[("--adapter", adapter)],
         &[("--frozen-adapter", adapter)],
-        &[
-            ("--eval-data", held_out),
-            ("--eval-strategy", "steps"),
-            ("--eval-steps", "1"),
-            ("--learning-rate", "1.0"),
-            ("--early-stopping-patience", "1"),
-        ],
         &[("--lora-alpha", "4")],
         &[("--lora-dropout", "0.5")],
         &[("--target-modules", "q_proj,v_proj")],
@@ -345,11 +339,29 @@ pub fn common_rows<'a>(
         &[("--memory-budget", "1MB")],
         &[("--seed", "7")],
         &[("--compute", "portable")],
+        &[("--load-type", "Q8_0")],
         &[("--save-steps", "1")],
         &[("--save-steps", "1"), ("--save-total-limit", "1")],
         &[("--config", settings)],
     ];
-    rows.iter().map(|row| row.to_vec()).collect()
+    let mut rows: Vec<Vec<(&str, &str)>> = rows.iter().map(|row| row.to_vec()).collect();
+    // Evaluations after every step; by a threshold that none meets the first one stays the best.
+    let evaluated =
+        [("--eval-data", held_out), ("--eval-strategy", "steps"), ("--eval-steps", "1")];
+    let named = [&evaluated[..], &[("--metric-for-best-model", metric)]].concat();
+    let (best, patience) =
+        (("--load-best-model-at-end", "true"), ("--early-stopping-patience", "1"));
+    let threshold = ("--early-stopping-threshold", "1000");
+    let other_way = if metric == "loss" { "true" } else { "false" };
+    for last in [
+        &[best, threshold, patience][..],
+        &[("--max-steps", "5"), best, threshold],
+        &[("--early-stopping-patience", "9"), threshold, best],
+        &[best, ("--greater-is-better", other_way)],
+    ] {
+        rows.push([&named[..], last].concat());
+    }
+    rows
 }
 
 /// SIGKILL from `moment` on, as soon as `ready`; whether the run was still going.

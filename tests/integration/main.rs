@@ -14,6 +14,7 @@ mod export_adapters;
 mod families;
 mod family;
 mod generate;
+mod habits;
 mod hot_swap;
 mod model;
 mod objectives;

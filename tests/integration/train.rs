@@ -12,7 +12,7 @@ use quantune::ops::{Compute, Segment};
 use quantune::optim::{
     AdamW, AdamWSettings, Gradients, Schedule, ScheduleKind, clip_factor, global_norm,
 };
-use quantune::train::step::{Buffers, StepSettings, accumulate, dropout};
+use quantune::train::step::{Buffers, Noise, StepSettings, accumulate, dropout};
 use quantune_adapters::delta::Adapter;
 use quantune_adapters::format;
 use serde_json::Value;
@@ -71,13 +71,15 @@ pub struct Run {
     below: Vec<Worn>,
     /// Layers that keep their tapes, if neither all nor none.
     kept_layers: Option<usize>,
+    /// NEFTune's.
+    noise: Option<Noise>,
 }
 
 impl Run {
     pub fn new(decoder: Decoder, adapter: Adapter) -> Self {
         let adapter = Arc::new(adapter);
         let parameters = adapter.parameters().into_iter().map(|(_, var)| var).collect();
-        Self { decoder, adapter, parameters, below: Vec::new(), kept_layers: None }
+        Self { decoder, adapter, parameters, below: Vec::new(), kept_layers: None, noise: None }
     }
 
     /// Loss and gradients of one step over `rows`.
@@ -121,7 +123,7 @@ impl Run {
                 worn: &worn,
                 parameters: &self.parameters,
                 dropout: dropout.as_ref(),
-                noise: None,
+                noise: self.noise,
             };
             let judged =
                 accumulate(&self.decoder, batch, &settings, &mut gradients, buffers).unwrap();
@@ -255,6 +257,31 @@ fn dropout_does_not_see_how_rows_are_laid_out() {
         for (a, b) in gradients.iter().zip(&other_gradients) {
             assert!(relative(a, b) < 1e-4);
         }
+    }
+}
+
+#[test]
+fn noise_does_not_see_how_rows_are_laid_out() {
+    let name = "llama-tiny";
+    for compute in [Compute::F32, Compute::Portable] {
+        let decoder = load(name, compute);
+        let initial = adapter(name, "initial", &decoder);
+        let mut run = Run::new(decoder, initial);
+        let rows = &rows(name)[..4];
+        let layout = |micro, recompute| Layout { micro, recompute, dropout: 0.0 };
+        let (without, _) = run.step(rows, SINGLE);
+        run.noise = Some(Noise { alpha: 10.0, seed: 7, epoch: 0 });
+        let (loss, gradients) = run.step(rows, layout(1, false));
+        assert!((loss - without).abs() > 1e-4, "noise changes nothing");
+        for other in [layout(4, true), layout(3, false), layout(2, true)] {
+            let (other_loss, other_gradients) = run.step(rows, other);
+            assert!((loss - other_loss).abs() < 1e-6, "{compute:?}: {loss} {other_loss}");
+            for (a, b) in gradients.iter().zip(&other_gradients) {
+                assert!(relative(a, b) < 1e-4);
+            }
+        }
+        run.noise = Some(Noise { alpha: 10.0, seed: 7, epoch: 1 });
+        assert_ne!(run.step(rows, SINGLE).0, loss, "another epoch draws anew");
     }
 }
 

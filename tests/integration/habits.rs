@@ -1,0 +1,247 @@
+//! What makes training a habit: dry runs, recipes, completions, runs that end when they get no better.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use quantune::train::settings::{PretrainSettings, Task};
+use quantune::train::{Command, RunSettings};
+use serde_json::Value;
+
+use crate::binary::{Lab, base, error, last_json, quantune, reward_adapters, strings, tree, walk};
+
+/// What a command needs beside the common flags, on data of a lab.
+fn needs(lab: &Lab, command: &str) -> Vec<String> {
+    let [reward, _] = reward_adapters();
+    let base = ["--base".to_string(), base()];
+    let own: Vec<String> = match command {
+        "sft" => vec!["--data".into(), lab.path("rows.jsonl")],
+        "reward" | "dpo" => vec!["--data".into(), lab.path("pairs.jsonl")],
+        "ppo" => {
+            vec!["--data".into(), lab.path("prompts.jsonl"), "--reward-adapter".into(), reward]
+        }
+        "grpo" => {
+            let reward = ["--reward", "length:20:characters"].map(String::from);
+            [vec!["--data".into(), lab.path("prompts.jsonl")], reward.to_vec()].concat()
+        }
+        other => panic!("{other}"),
+    };
+    [&base[..], &own].concat()
+}
+
+/// Sizes that keep replies of the tiny models short.
+fn short(command: &str) -> Vec<String> {
+    strings(match command {
+        "ppo" => &["--batch-size", "8", "--response-length", "8"],
+        "grpo" => &["--batch-size", "4", "--max-completion-length", "8"],
+        _ => &[],
+    })
+}
+
+/// A dry run of every command: all is said, nothing is written, and the run then is what it said.
+#[test]
+fn a_dry_run_says_what_the_run_is_and_writes_nothing() {
+    let lab = Lab::with_comparisons();
+    let files = || {
+        let mut files = Vec::new();
+        walk(lab.folder.path(), &mut files);
+        files.sort();
+        files
+    };
+    let before = files();
+    for command in ["sft", "reward", "dpo", "ppo", "grpo"] {
+        let out = lab.path(command);
+        let mut args = strings(&[command, "--out", &out, "--threads", "1"]);
+        args.extend([needs(&lab, command), short(command)].concat());
+        if command == "sft" {
+            args.extend(strings(&["--cache-from", "1"])); // would be kept on disk
+        } else {
+            args.extend(strings(&["--max-steps", "3"]));
+        }
+        let dry = |more: &[&str]| quantune(&[&args[..], &strings(more)].concat());
+        let told = last_json(&dry(&["--dry-run", "--json"]));
+        let shown = String::from_utf8(dry(&["--dry-run"]).stdout).unwrap();
+        assert!(shown.ends_with("dry run: nothing was written\n"), "{shown}");
+        assert_eq!(files(), before, "{command}");
+        assert_eq!(dry(&["--dry-run", "--resume"]).status.code(), Some(2));
+
+        let number = |key: &str| told[key].as_f64().unwrap_or_else(|| panic!("{key}: {told}"));
+        let parts = told["memory"].as_object().unwrap().values();
+        let sum: f64 = parts.map(|bytes| bytes.as_f64().unwrap()).sum();
+        assert!(sum > 0.0 && number("predicted_peak_rss_bytes") >= sum, "{told}");
+        assert!(number("predicted_seconds") >= number("reference_seconds"), "{told}");
+        assert_eq!(number("reference_seconds") > 0.0, command == "dpo", "{told}");
+        assert_eq!(told["time_depends_on_replies"], ["ppo", "grpo"].contains(&command));
+        assert_eq!(told["tokens_per_epoch"].is_null(), ["ppo", "grpo"].contains(&command));
+        for line in ["trainable parameters", "steps,", "predicted peak memory", "kept tapes"] {
+            assert!(shown.contains(line), "{command}: {shown}");
+        }
+
+        let done = last_json(&dry(&["--json"]));
+        for key in ["trainable_parameters", "steps", "recomputed_layers"] {
+            assert_eq!(told[key], done[key], "{command}: {key}");
+        }
+        assert!(done["predicted_peak_rss_bytes"].as_u64() > Some(0), "{done}");
+        assert!(error(&dry(&["--dry-run"])).contains("holds a run already"));
+        fs::remove_dir_all(&out).unwrap();
+    }
+}
+
+/// What stops a run stops a dry one.
+#[test]
+fn a_dry_run_has_the_rows_looked_at() {
+    let lab = Lab::new();
+    lab.write("odd.jsonl", "{\"messages\": [{\"role\": \"robot\", \"content\": \"x\"}]}\n");
+    let (odd, out) = (lab.path("odd.jsonl"), lab.path("run"));
+    let args = ["sft", "--base", &base(), "--data", &odd, "--out", &out, "--dry-run"];
+    let output = quantune(&strings(&args));
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("`messages[0].role` is \"robot\""));
+    assert!(!Path::new(&out).exists());
+}
+
+/// The recipes with the commands they are of.
+const RECIPES: &[(&str, &str)] = &[
+    ("dpo.toml", "dpo"),
+    ("grpo.toml", "grpo"),
+    ("ppo.toml", "ppo"),
+    ("pretrain.toml", "pretrain"),
+    ("reward.toml", "reward"),
+    ("sft-chat.toml", "sft"),
+    ("sft-dora.toml", "sft"),
+];
+
+fn recipes() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/recipes")
+}
+
+#[test]
+fn recipes_have_no_unknown_keys_and_no_faults() {
+    let mut found: Vec<String> = fs::read_dir(recipes())
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    found.sort();
+    assert_eq!(found, RECIPES.iter().map(|(file, _)| *file).collect::<Vec<_>>());
+    for (file, name) in RECIPES {
+        let text = fs::read_to_string(recipes().join(file)).unwrap();
+        assert!(
+            text.contains(&format!("quantune {name} --config scripts/recipes/{file}")),
+            "{file}"
+        );
+        let table: toml::Table = toml::from_str(&text).unwrap();
+        let Some(command) = Command::ALL.into_iter().find(|command| command.name() == *name) else {
+            PretrainSettings::from_table(table).unwrap();
+            continue;
+        };
+        let mut settings = RunSettings::from_table(command, table).unwrap();
+        let common = &mut settings.common;
+        (common.base, common.out) = ("base".into(), "out".into());
+        common.data = vec!["data.jsonl".into()];
+        match &mut settings.task {
+            Task::Ppo(own) => own.reward_adapter = "reward".into(),
+            Task::Grpo(own) => own.reward = vec!["numeric:answer".into()],
+            _ => {}
+        }
+        assert_eq!(settings.fault(), None, "{file}");
+    }
+}
+
+#[test]
+fn recipes_run() {
+    let lab = Lab::with_comparisons();
+    for (file, command) in RECIPES {
+        let recipe = recipes().join(file).display().to_string();
+        let mut args = strings(&[command, "--config", &recipe, "--out", &lab.path(file), "--json"]);
+        args.extend(strings(&["--max-steps", "2", "--threads", "1"]));
+        if *command == "pretrain" {
+            let source = format!("text=1:{}", lab.path("rows.jsonl"));
+            let small = ["--preset", "micro", "--max-length", "32", "--validation-split", "0.2"];
+            args.extend(strings(&["--source", &source, "--tokenizer", &base()]));
+            args.extend(strings(&small));
+        } else {
+            args.extend([needs(&lab, command), short(command)].concat());
+        }
+        assert_eq!(last_json(&quantune(&args))["steps"], 2, "{file}");
+    }
+}
+
+/// Each shell hears of all commands.
+#[test]
+fn completions_name_every_command() {
+    let help = String::from_utf8(quantune(&strings(&["--help"])).stdout).unwrap();
+    let listed = help.split("Commands:\n").nth(1).unwrap().split("\n\n").next().unwrap();
+    let names: Vec<&str> =
+        listed.lines().filter_map(|line| line.split_whitespace().next()).collect();
+    assert!(names.contains(&"sft") && names.contains(&"completions"), "{names:?}");
+    for shell in ["bash", "zsh", "fish", "powershell", "elvish"] {
+        let output = quantune(&strings(&["completions", shell]));
+        assert!(output.status.success(), "{shell}");
+        let script = String::from_utf8(output.stdout).unwrap();
+        for name in names.iter().chain(&["--dry-run", "--gradient-checkpointing"]) {
+            assert!(script.contains(name.trim_start_matches('-')), "{shell}: no {name}");
+        }
+        let json = last_json(&quantune(&strings(&["completions", shell, "--json"])));
+        assert_eq!(json["script"].as_str().unwrap().trim_end(), script.trim_end());
+    }
+    assert_eq!(quantune(&strings(&["completions", "command.com"])).status.code(), Some(2));
+}
+
+/// A run of sft whose rate is so high that it soon gets no better.
+fn overheated(lab: &Lab, out: &str, more: &[&str]) -> Vec<String> {
+    let mut args = strings(&["sft", "--base", &base(), "--data", &lab.path("rows.jsonl")]);
+    args.extend(strings(&["--eval-data", &lab.path("held_out.jsonl"), "--out", out, "--json"]));
+    args.extend(strings(&["--eval-strategy", "steps", "--eval-steps", "1", "--max-steps", "8"]));
+    args.extend(strings(&["--learning-rate", "1.0", "--r", "2", "--save-steps", "1"]));
+    args.extend(strings(&["--threads", "1", "--max-length", "96"]));
+    args.extend(strings(more));
+    args
+}
+
+/// Patience ends a run before its last step, wherever it was taken up, with the same bytes.
+#[test]
+fn patience_ends_a_run_and_resumes_to_the_same_bytes() {
+    let lab = Lab::new();
+    let out = lab.path("run");
+    let flags = ["--early-stopping-patience", "2", "--save-total-limit", "0"];
+    let whole = last_json(&quantune(&overheated(&lab, &out, &flags)));
+    let steps = whole["steps"].as_u64().unwrap();
+    assert!((3..8).contains(&steps), "{whole}");
+    assert_eq!(whole["best_step"], steps - 2);
+    let before = tree(&out);
+    for step in 1..steps {
+        fs::remove_dir_all(Path::new(&out).join("adapter")).unwrap();
+        for later in step + 1..=steps {
+            fs::remove_dir_all(Path::new(&out).join(format!("checkpoints/step-{later}"))).unwrap();
+        }
+        let resumed = last_json(&quantune(&strings(&["sft", "--out", &out, "--resume", "--json"])));
+        assert_eq!(resumed["resumed_at"], step);
+        assert!(tree(&out) == before, "from step {step}");
+    }
+}
+
+/// The best checkpoint outlives the rotation, and its adapter is the run's.
+#[test]
+fn the_best_checkpoint_is_kept_and_taken() {
+    let lab = Lab::new();
+    let out = lab.path("run");
+    let flags = ["--load-best-model-at-end", "true", "--save-total-limit", "1"];
+    let done = last_json(&quantune(&overheated(&lab, &out, &flags)));
+    let best = done["best_step"].as_u64().unwrap();
+    assert!(best < 8 && done["steps"] == Value::from(8), "{done}");
+    let evaluated: Vec<f64> = fs::read_to_string(Path::new(&out).join("metrics.jsonl"))
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str::<Value>(line).unwrap())
+        .filter(|line| line["step"] != 0)
+        .filter_map(|line| line.get("eval_loss")?.as_f64())
+        .collect();
+    let least = evaluated.iter().copied().fold(f64::INFINITY, f64::min);
+    assert_eq!(done["best_metric"].as_f64(), Some(least));
+    assert_eq!(evaluated[best as usize - 1], least);
+    let weights = |folder: &str| {
+        fs::read(Path::new(&out).join(folder).join("adapter_model.safetensors")).unwrap()
+    };
+    assert!(weights("adapter") == weights(&format!("checkpoints/step-{best}")));
+    assert!(weights("adapter") != weights("checkpoints/step-8"));
+    assert_eq!(fs::read_dir(Path::new(&out).join("checkpoints")).unwrap().count(), 2);
+}
