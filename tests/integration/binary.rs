@@ -274,9 +274,11 @@ pub fn every_flag<'a>(
 }
 
 /// Rows of [`every_flag`] for what all training commands have, but for those that depend on the kind
-/// of data. `held_out` are other rows of that kind, `metric` what their evaluations are compared by.
+/// of data. `held_out` are other rows of that kind; `metric` and `greater_is_better` compare their
+/// evaluations in other ways than the default.
 pub fn common_rows<'a>(
-    (held_out, metric): (&'a str, &'a str),
+    held_out: &'a str,
+    (metric, greater_is_better): (&'a str, &'a str),
     settings: &'a str,
     adapter: &'a str,
     dated: &'a str,
@@ -339,7 +341,6 @@ pub fn common_rows<'a>(
         &[("--memory-budget", "1MB")],
         &[("--seed", "7")],
         &[("--compute", "portable")],
-        &[("--load-type", "Q8_0")],
         &[("--save-steps", "1")],
         &[("--save-steps", "1"), ("--save-total-limit", "1")],
         &[("--config", settings)],
@@ -348,18 +349,17 @@ pub fn common_rows<'a>(
     // Evaluations after every step; by a threshold that none meets the first one stays the best.
     let evaluated =
         [("--eval-data", held_out), ("--eval-strategy", "steps"), ("--eval-steps", "1")];
-    let named = [&evaluated[..], &[("--metric-for-best-model", metric)]].concat();
     let (best, patience) =
         (("--load-best-model-at-end", "true"), ("--early-stopping-patience", "1"));
     let threshold = ("--early-stopping-threshold", "1000");
-    let other_way = if metric == "loss" { "true" } else { "false" };
     for last in [
         &[best, threshold, patience][..],
         &[("--max-steps", "5"), best, threshold],
         &[("--early-stopping-patience", "9"), threshold, best],
-        &[best, ("--greater-is-better", other_way)],
+        &[best, ("--metric-for-best-model", metric)],
+        &[best, ("--greater-is-better", greater_is_better)],
     ] {
-        rows.push([&named[..], last].concat());
+        rows.push([&evaluated[..], last].concat());
     }
     rows
 }

@@ -33,18 +33,13 @@ fn every_flag_of_sft_changes_something() {
         ("--json", ""),
     ];
     let other_base = model_path("qwen2-tiny").display().to_string();
-    let mut table = common_rows((&held_out, "loss"), &settings, &adapter, &dated);
+    let mut table = common_rows(&held_out, ("tokens", "true"), &settings, &adapter, &dated);
     table.extend([
         vec![("--base", &*other_base)],
         vec![("--max-length", "48")],
         vec![("--gradient-accumulation-steps", "2")],
         vec![("--packing", "false")],
         vec![("--neftune-noise-alpha", "10")],
-        vec![
-            ("--eval-data", &*held_out),
-            ("--load-best-model-at-end", "true"),
-            ("--metric-for-best-model", "tokens"),
-        ],
         vec![("--data", &*alpaca), ("--alpaca-prompt", "text")],
         vec![("--cache-from", "1")],
         vec![("--cache-from", "1"), ("--cache", "OUT/elsewhere")],

@@ -90,17 +90,12 @@ fn every_flag_of_reward_changes_something() {
         ("--threads", "1"),
         ("--json", ""),
     ];
-    let mut table = common_rows((&held_out, "loss"), &settings, &adapter, &dated);
+    let mut table = common_rows(&held_out, ("accuracy", "true"), &settings, &adapter, &dated);
     table.extend([
         vec![("--base", &*other_base)],
         vec![("--max-length", "45")],
         vec![("--gradient-accumulation-steps", "3")],
         vec![("--center-rewards-coefficient", "0.1")],
-        vec![
-            ("--eval-data", &*held_out),
-            ("--load-best-model-at-end", "true"),
-            ("--metric-for-best-model", "accuracy"),
-        ],
     ]);
     // killed_runs_go_on_to_the_same_bytes, a_dry_run_says_what_the_run_is_and_writes_nothing
     let tested_apart = &["--resume", "--allow", "--loftq-base", "--dry-run"];
@@ -124,7 +119,8 @@ fn every_flag_of_dpo_changes_something() {
         ("--json", ""),
     ];
     let kto = [("--data", &*labels), ("--loss-type", "kto")];
-    let mut table = common_rows((&held_out, "loss"), &settings, &adapter, &dated);
+    let mut table =
+        common_rows(&held_out, ("rewards/accuracies", "true"), &settings, &adapter, &dated);
     table.extend([
         vec![("--base", &*other_base)],
         vec![("--max-length", "40")],
@@ -137,11 +133,6 @@ fn every_flag_of_dpo_changes_something() {
         vec![("--loss-type", "simpo"), ("--simpo-gamma", "2")],
         [&kto[..], &[("--desirable-weight", "2")]].concat(),
         [&kto[..], &[("--undesirable-weight", "2")]].concat(),
-        vec![
-            ("--eval-data", &*held_out),
-            ("--load-best-model-at-end", "true"),
-            ("--metric-for-best-model", "rewards/accuracies"),
-        ],
     ]);
     // killed_runs_go_on_to_the_same_bytes, a_dry_run_says_what_the_run_is_and_writes_nothing
     let tested_apart = &["--resume", "--allow", "--loftq-base", "--dry-run"];
@@ -169,7 +160,7 @@ fn every_flag_of_ppo_changes_something() {
         ("--threads", "1"),
         ("--json", ""),
     ];
-    let mut table = common_rows((&held_out, "reward"), &settings, &adapter, &dated);
+    let mut table = common_rows(&held_out, ("length", "false"), &settings, &adapter, &dated);
     table.extend([
         vec![("--base", &*other_base)],
         vec![("--reward-adapter", &*other_reward)],
@@ -206,12 +197,11 @@ fn every_flag_of_ppo_changes_something() {
         vec![("--sample-steps", "1"), ("--num-samples", "2")],
     ]);
     let tested_apart = &[
-        "--resume",                // killed_runs_go_on_to_the_same_bytes
-        "--dry-run",               // a_dry_run_says_what_the_run_is_and_writes_nothing
-        "--metric-for-best-model", // rows of others have it: evaluations have no loss
-        "--allow",                 // rows_that_teach_wrong_stop_a_run_unless_they_may
-        "--rollout-slots",         // the same, with another number: it must not change anything
-        "--min-reward-accuracy",   // a_reward_model_of_coin_flips_is_refused
+        "--resume",              // killed_runs_go_on_to_the_same_bytes
+        "--dry-run",             // a_dry_run_says_what_the_run_is_and_writes_nothing
+        "--allow",               // rows_that_teach_wrong_stop_a_run_unless_they_may
+        "--rollout-slots",       // the same, with another number: it must not change anything
+        "--min-reward-accuracy", // a_reward_model_of_coin_flips_is_refused
     ];
     every_flag(&["ppo"], base_args, &table, tested_apart, &lab);
 }
@@ -240,7 +230,7 @@ fn every_flag_of_grpo_changes_something() {
     ];
     let ends = ("--adapter", &*ending);
     let again = ("--num-iterations", "2");
-    let mut table = common_rows((&held_out, "reward"), &settings, &adapter, &dated);
+    let mut table = common_rows(&held_out, ("length", "false"), &settings, &adapter, &dated);
     table.extend([
         vec![("--base", &*other_base)],
         vec![("--reward", "length:40:characters")],
@@ -270,14 +260,13 @@ fn every_flag_of_grpo_changes_something() {
         vec![("--sample-steps", "1"), ("--num-samples", "2")],
     ]);
     let tested_apart = &[
-        "--resume",                // killed_runs_go_on_to_the_same_bytes
-        "--dry-run",               // a_dry_run_says_what_the_run_is_and_writes_nothing
-        "--metric-for-best-model", // rows of others have it: evaluations have no loss
-        "--allow",                 // rows_that_teach_wrong_stop_a_run_unless_they_may
-        "--rollout-slots",         // the same, with another number: it must not change anything
-        "--min-reward-accuracy",   // a_reward_model_of_coin_flips_is_refused
-        "--max-length",            // what_is_wrong_with_rollouts_is_told
-        "--reward-timeout",        // what_is_wrong_with_rollouts_is_told
+        "--resume",              // killed_runs_go_on_to_the_same_bytes
+        "--dry-run",             // a_dry_run_says_what_the_run_is_and_writes_nothing
+        "--allow",               // rows_that_teach_wrong_stop_a_run_unless_they_may
+        "--rollout-slots",       // the same, with another number: it must not change anything
+        "--min-reward-accuracy", // a_reward_model_of_coin_flips_is_refused
+        "--max-length",          // what_is_wrong_with_rollouts_is_told
+        "--reward-timeout",      // what_is_wrong_with_rollouts_is_told
     ];
     every_flag(&["grpo"], base_args, &table, tested_apart, &lab);
 }
