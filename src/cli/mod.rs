@@ -22,6 +22,7 @@ mod eval;
 mod export;
 mod generate;
 mod inspect;
+mod loading;
 mod merge;
 mod pretrain;
 mod quickstart;

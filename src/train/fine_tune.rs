@@ -24,6 +24,7 @@ use super::settings::{CommonSettings, EvalStrategy, RunSettings, Task, ValueMode
 use super::supervised::Supervised;
 use crate::data::DataError;
 use crate::model::Decoder;
+use crate::ops::DeviceName;
 use crate::optim::{AdamWSettings, Schedule};
 use crate::quant::BlockType;
 use crate::text::{Tokenizer, first_second, today};
@@ -171,6 +172,7 @@ pub fn train(
         ),
     };
     // Told before anything is read: what is in the way of the run.
+    let device = common.device.open().map_err(|e| TrainError::Settings(e.to_string()))?;
     let resumed = if resume {
         let saved = RunDir::settings(settings.command(), &common.out)?.to_table()?;
         Some(RunDir::resume(&common.out, &saved, &settings.to_table()?)?)
@@ -181,7 +183,10 @@ pub fn train(
 
     // What is trained, on what.
     let checkpoint = Checkpoint::open(&common.base)?;
-    let decoder = Decoder::load_as(&checkpoint, common.compute, load_type)?;
+    let mut decoder = Decoder::load_as(&checkpoint, common.compute, load_type)?;
+    if common.device != DeviceName::Cpu {
+        decoder = decoder.on(&device)?;
+    }
     let mut tokenizer = Tokenizer::open(&checkpoint)?;
     let template = Some(&*common.chat_template).filter(|path| !path.as_os_str().is_empty());
     tokenizer.change_template(template, &common.chat_template_kwargs)?;
@@ -389,6 +394,9 @@ fn kept_layers(
 ) -> usize {
     if let Some(all) = settings.gradient_checkpointing {
         return if all { 0 } else { layers };
+    }
+    if settings.device != DeviceName::Cpu && settings.memory_budget.is_empty() {
+        return 0; // nobody tells how much memory is free there
     }
     let budget = super::memory::parse_bytes(&settings.memory_budget)
         .unwrap_or_else(super::memory::default_budget);

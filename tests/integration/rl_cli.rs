@@ -97,7 +97,7 @@ fn every_flag_of_reward_changes_something() {
         vec![("--gradient-accumulation-steps", "3")],
         vec![("--center-rewards-coefficient", "0.1")],
     ]);
-    let tested_apart = &["--resume", "--allow", "--loftq-base"]; // killed_runs_go_on_to_the_same_bytes
+    let tested_apart = &["--resume", "--allow", "--loftq-base", "--device"]; // killed_runs_go_on_to_the_same_bytes
     every_flag(&["reward"], base_args, &table, tested_apart, &lab);
 }
 
@@ -132,7 +132,7 @@ fn every_flag_of_dpo_changes_something() {
         [&kto[..], &[("--desirable-weight", "2")]].concat(),
         [&kto[..], &[("--undesirable-weight", "2")]].concat(),
     ]);
-    let tested_apart = &["--resume", "--allow", "--loftq-base"]; // killed_runs_go_on_to_the_same_bytes
+    let tested_apart = &["--resume", "--allow", "--loftq-base", "--device"]; // killed_runs_go_on_to_the_same_bytes
     every_flag(&["dpo"], base_args, &table, tested_apart, &lab);
 }
 
@@ -198,6 +198,7 @@ fn every_flag_of_ppo_changes_something() {
         "--allow",               // rows_that_teach_wrong_stop_a_run_unless_they_may
         "--rollout-slots",       // the same, with another number: it must not change anything
         "--min-reward-accuracy", // a_reward_model_of_coin_flips_is_refused
+        "--device",              // a_device_that_cannot_be_had_is_told
     ];
     every_flag(&["ppo"], base_args, &table, tested_apart, &lab);
 }
@@ -260,6 +261,7 @@ fn every_flag_of_grpo_changes_something() {
         "--allow",               // rows_that_teach_wrong_stop_a_run_unless_they_may
         "--rollout-slots",       // the same, with another number: it must not change anything
         "--min-reward-accuracy", // a_reward_model_of_coin_flips_is_refused
+        "--device",              // a_device_that_cannot_be_had_is_told
         "--max-length",          // what_is_wrong_with_rollouts_is_told
         "--reward-timeout",      // what_is_wrong_with_rollouts_is_told
     ];
