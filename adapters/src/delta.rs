@@ -57,13 +57,14 @@ impl Lora {
     ///
     /// Shapes: `x (N, in)` F32, `mask (N, in)` F32 as [`Dropout::mask`] draws it → `(N, out)` F32.
     /// With `trainable` the result depends on A and B on the tape; without, it records nothing
-    /// that `x` does not record itself.
+    /// that `x` does not record itself. It is computed on the device of `x`, wherever A and B are.
     pub fn delta(&self, x: &Tensor, mask: Option<&Tensor>, trainable: bool) -> Result<Tensor> {
         let (a, b) = if trainable {
             (self.a.as_tensor().clone(), self.b.as_tensor().clone())
         } else {
             (self.a.as_detached_tensor(), self.b.as_detached_tensor())
         };
+        let (a, b) = (a.to_device(x.device())?, b.to_device(x.device())?);
         let low = match mask {
             Some(mask) => (x * mask)?.matmul(&a.t()?)?, // (N, r)
             None => x.matmul(&a.t()?)?,
@@ -73,7 +74,8 @@ impl Lora {
 
     /// DoRA's `m / ‖·‖ ⊙ y` of what the merged weight without magnitudes makes of the layer's input.
     ///
-    /// Shapes: `y (N, out)` F32, `norms (out)` F32 as [`Self::row_norms`] gives them → `(N, out)`. With
+    /// Shapes: `y (N, out)` F32, `norms (out)` F32 on its device, as [`Self::row_norms`] gives them →
+    /// `(N, out)`. With
     /// `trainable` the magnitudes are on the tape; the norms never are. Without magnitudes it is y.
     pub fn scaled(&self, y: &Tensor, norms: &Tensor, trainable: bool) -> Result<Tensor> {
         let Some(magnitude) = &self.magnitude else { return Ok(y.clone()) };
@@ -81,7 +83,7 @@ impl Lora {
             true => magnitude.vector.as_tensor().clone(),
             false => magnitude.vector.as_detached_tensor(),
         };
-        y.broadcast_mul(&m.div(norms)?)
+        y.broadcast_mul(&m.to_device(y.device())?.div(norms)?)
     }
 
     /// DoRA's `‖W + scale · B A‖` of each row, `(out)`; nothing without magnitudes.

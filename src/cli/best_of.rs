@@ -121,7 +121,7 @@ impl BestOf {
             sources.push(RewardSource::Model { name: "reward_adapter".into() });
         }
         if let Some(path) = &self.reward_model {
-            model = Some(RewardModel::load(path, decoder.compute, now)?);
+            model = Some(RewardModel::load(path, decoder, now)?);
             sources.push(RewardSource::Model { name: "reward_model".into() });
         }
         if self.by_logprobs() {

@@ -18,11 +18,10 @@ use serde_json::Value;
 use self::command::Command;
 use self::input::{Input, Line};
 use self::session::Session;
+use super::loading::Loading;
 use super::{AdapterArg, TemplateFlags, open_tokenizer};
 use crate::generate::Sampling;
-use crate::model::{CacheType, Decoder};
-use crate::ops::Compute;
-use crate::quant::BlockType;
+use crate::model::CacheType;
 use crate::weights::Checkpoint;
 
 #[derive(Debug, clap::Args)]
@@ -74,14 +73,8 @@ pub struct Chat {
     /// The day, YYYY-MM-DD, that a chat template with a date shows [default: today]
     #[arg(long, conflicts_with = "raw")]
     template_date: Option<String>,
-    /// How products are computed: int16 (block-floating, nearly twice f32's speed), int8 (faster
-    /// still, rougher), f32 (exact), or portable (the slow reference form) [default: int16]
-    #[arg(long)]
-    compute: Option<Compute>,
-    /// Quantize the matrices of a --base folder on load, one after the other, to a GGUF's type as
-    /// Q8_0 or Q4_K [default: they stay as they are stored]
-    #[arg(long, value_name = "TYPE", value_parser = BlockType::written)]
-    load_type: Option<BlockType>,
+    #[command(flatten)]
+    loading: Loading,
     /// Keep what is typed at the terminal in this file, for the next time
     #[arg(long, value_name = "FILE")]
     history: Option<PathBuf>,
@@ -125,8 +118,7 @@ impl Chat {
         let sampling = self.sampling();
         sampling.check()?;
         let checkpoint = Checkpoint::open(&self.base)?;
-        let decoder =
-            Decoder::load_as(&checkpoint, self.compute.unwrap_or_default(), self.load_type)?;
+        let decoder = self.loading.decoder(&checkpoint)?;
         let mut tokenizer = open_tokenizer(&checkpoint, self.template_date.as_deref())?;
         self.template.change(&mut tokenizer)?;
         if !self.raw && tokenizer.chat_template().is_none() {

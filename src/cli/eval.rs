@@ -8,14 +8,13 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value, json};
 
+use super::loading::Loading;
 use super::replies::Replies;
 use super::{AdapterArg, TemplateFlags, load_adapters, open_tokenizer, read_text, to_json};
 use crate::data::{Comparison, ComparisonKind, Comparisons, Dataset, Limits, WhenTooLong};
 use crate::eval::{evaluate, perplexity};
 use crate::model::{Decoder, Worn};
 use crate::objectives::reward::CalibrationBin;
-use crate::ops::Compute;
-use crate::quant::BlockType;
 use crate::text::{Special, Tokenizer};
 use crate::train::read_scoring;
 use crate::train::supervised::judge_rewards;
@@ -57,21 +56,14 @@ pub struct Eval {
     /// The day, YYYY-MM-DD, that a chat template with a date shows [default: today]
     #[arg(long, conflicts_with = "text")]
     template_date: Option<String>,
-    /// How products are computed: int16 (block-floating, nearly twice f32's speed), int8 (faster
-    /// still, rougher), f32 (exact), or portable (the slow reference form) [default: int16]
-    #[arg(long)]
-    compute: Option<Compute>,
-    /// Quantize the matrices of a --base folder on load, one after the other, to a GGUF's type as
-    /// Q8_0 or Q4_K [default: they stay as they are stored]
-    #[arg(long, value_name = "TYPE", value_parser = BlockType::written)]
-    load_type: Option<BlockType>,
+    #[command(flatten)]
+    loading: Loading,
 }
 
 impl Eval {
     pub fn run(self, json: bool) -> Result<Value> {
         let checkpoint = Checkpoint::open(&self.base)?;
-        let decoder =
-            Decoder::load_as(&checkpoint, self.compute.unwrap_or_default(), self.load_type)?;
+        let decoder = self.loading.decoder(&checkpoint)?;
         let mut tokenizer = open_tokenizer(&checkpoint, self.template_date.as_deref())?;
         self.template.change(&mut tokenizer)?;
         match (&self.reward, &self.data) {

@@ -9,11 +9,10 @@ use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
 use super::best_of::{BestOf, Candidate, finish_reason};
+use super::loading::Loading;
 use super::{AdapterArg, TemplateFlags, load_adapters, open_tokenizer};
 use crate::generate::{Request, Sampling, Settings, StopStrings, generate};
-use crate::model::{Adapters, CacheType, Decoder};
-use crate::ops::Compute;
-use crate::quant::BlockType;
+use crate::model::{Adapters, CacheType};
 use crate::text::{DecodeStream, Special, TextError, Tokenizer, first_second};
 use crate::weights::Checkpoint;
 
@@ -70,14 +69,8 @@ pub struct Generate {
     /// The day, YYYY-MM-DD, that a chat template with a date shows [default: today]
     #[arg(long, conflicts_with = "raw")]
     template_date: Option<String>,
-    /// How products are computed: int16 (block-floating, nearly twice f32's speed), int8 (faster
-    /// still, rougher), f32 (exact), or portable (the slow reference form) [default: int16]
-    #[arg(long)]
-    compute: Option<Compute>,
-    /// Quantize the matrices of a --base folder on load, one after the other, to a GGUF's type as
-    /// Q8_0 or Q4_K [default: they stay as they are stored]
-    #[arg(long, value_name = "TYPE", value_parser = BlockType::written)]
-    load_type: Option<BlockType>,
+    #[command(flatten)]
+    loading: Loading,
     #[command(flatten)]
     best_of: BestOf,
 }
@@ -93,8 +86,7 @@ impl Generate {
         let sampling = self.sampling();
         let replies = self.best_of.replies(sampling.temperature)?;
         let checkpoint = Checkpoint::open(&self.base)?;
-        let decoder =
-            Decoder::load_as(&checkpoint, self.compute.unwrap_or_default(), self.load_type)?;
+        let decoder = self.loading.decoder(&checkpoint)?;
         let mut tokenizer = open_tokenizer(&checkpoint, self.template_date.as_deref())?;
         self.template.change(&mut tokenizer)?;
         let worn = load_adapters(&self.adapter, &decoder)?;

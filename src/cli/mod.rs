@@ -24,6 +24,7 @@ mod examples;
 mod export;
 mod generate;
 mod inspect;
+mod loading;
 mod merge;
 mod pretrain;
 mod quickstart;

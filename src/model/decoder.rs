@@ -16,7 +16,8 @@ use super::observe::InputSquares;
 use crate::ops::attention::Heads;
 use crate::ops::rope::Rotation;
 use crate::ops::{
-    Compute, Scores, Segment, causal_attention, frozen_linear, gated, rms_norm, rope, segment,
+    Compute, DeviceMatrix, Scores, Segment, causal_attention, frozen_linear, gated, rms_norm, rope,
+    segment,
 };
 use crate::quant::FrozenMatrix;
 
@@ -27,10 +28,13 @@ pub struct Decoder {
     pub config: Config,
     /// Which form of the operations runs.
     pub compute: Compute,
+    pub(super) device: Device,
     pub(super) embedding: Arc<FrozenMatrix>,
     pub(super) layers: Vec<Layer>,
     pub(super) norm: Tensor,
     pub(super) head: Arc<FrozenMatrix>,
+    /// The head on another device.
+    pub(super) uploaded_head: Option<Arc<DeviceMatrix>>,
     pub(super) inv_freq: Vec<f32>,
 }
 
@@ -60,6 +64,29 @@ impl Layer {
         let (qkv, gate_up) = (self.qkv.linears(), self.gate_up.linears());
         qkv.iter().chain([&self.o]).chain(gate_up).chain([&self.down])
     }
+
+    /// Brings all a pass reads to a device.
+    fn upload(&mut self, device: &Device) -> Result<()> {
+        let (qkv, gate_up) = (self.qkv.linears_mut(), self.gate_up.linears_mut());
+        for linear in qkv.iter_mut().chain([&mut self.o]).chain(gate_up).chain([&mut self.down]) {
+            linear.uploaded = Some(Arc::new(DeviceMatrix::upload(&linear.weight, device)?));
+            if let Some(bias) = &mut linear.bias {
+                *bias = bias.to_device(device)?;
+            }
+        }
+        let norms = [
+            &mut self.input_norm,
+            &mut self.q_norm,
+            &mut self.k_norm,
+            &mut self.post_attention_norm,
+            &mut self.pre_feedforward_norm,
+            &mut self.post_feedforward_norm,
+        ];
+        for norm in norms.into_iter().flatten() {
+            *norm = norm.to_device(device)?;
+        }
+        Ok(())
+    }
 }
 
 /// `M` linear layers that share their input.
@@ -78,6 +105,13 @@ impl<const M: usize> Shared<M> {
             Self::Whole(linear) => std::slice::from_ref(linear),
         }
     }
+
+    fn linears_mut(&mut self) -> &mut [Linear] {
+        match self {
+            Self::Apart(linears) => linears,
+            Self::Whole(linear) => std::slice::from_mut(linear),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -85,6 +119,8 @@ pub(super) struct Linear {
     /// The Hugging Face module path, which adapters know it by.
     pub name: String,
     pub weight: Arc<FrozenMatrix>,
+    /// The weight on another device.
+    pub uploaded: Option<Arc<DeviceMatrix>>,
     pub bias: Option<Tensor>,
 }
 
@@ -171,6 +207,31 @@ impl<'a> Pass<'a> {
 }
 
 impl Decoder {
+    /// The same decoder with its weights on a device, where its passes then compute. The embedding
+    /// stays in the map, as only rows of it are read; so do adapters on the CPU, which are small and
+    /// go up with each use: what trains, saves and merges them is the same on every device. So does a
+    /// cache of keys and values.
+    ///
+    /// # Errors
+    /// If the form is not the portable one, or the device has too little memory.
+    pub fn on(mut self, device: &Device) -> Result<Self> {
+        if self.compute != Compute::Portable {
+            candle_core::bail!("compute is {}, needed portable on a device", self.compute);
+        }
+        for layer in &mut self.layers {
+            layer.upload(device)?;
+        }
+        self.norm = self.norm.to_device(device)?;
+        self.uploaded_head = Some(Arc::new(DeviceMatrix::upload(&self.head, device)?));
+        self.device = device.clone();
+        Ok(self)
+    }
+
+    /// Where its passes compute.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// Begins a pass over `rows`. `dropout` falls on the inputs of trainable adapters only.
     ///
     /// # Panics
@@ -404,7 +465,14 @@ impl Decoder {
 
     fn kernels_by(&self, name: impl Fn(&FrozenMatrix) -> String) -> BTreeMap<String, String> {
         let linears = self.layers.iter().flat_map(Layer::linears).map(|linear| &linear.weight);
-        let kernel = |weight: &Arc<FrozenMatrix>| (weight.block_type().to_string(), name(weight));
+        let at = match self.device {
+            Device::Cpu => "",
+            Device::Cuda(_) => " on cuda",
+            Device::Metal(_) => " on metal",
+        };
+        let kernel = |weight: &Arc<FrozenMatrix>| {
+            (weight.block_type().to_string(), format!("{}{at}", name(weight)))
+        };
         linears.chain([&self.head]).map(kernel).collect()
     }
 
@@ -495,7 +563,10 @@ impl Decoder {
         if let Some(squares) = pass.squares {
             squares.add(&linear.name, x)?;
         }
-        let base = frozen_linear(x, &linear.weight, self.compute)?;
+        let base = match &linear.uploaded {
+            Some(weight) => weight.linear(x)?,
+            None => frozen_linear(x, &linear.weight, self.compute)?,
+        };
         let mask = match pass.dropout {
             Some(dropout) => Some(dropout.mask(&linear.name, linear.weight.cols(), x.device())?),
             None => None,

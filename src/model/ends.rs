@@ -18,7 +18,9 @@ use super::scoring::heated;
 use crate::isa::Isa;
 use crate::ops::frozen_linear::{few_rows, frozen_rows, read_rows};
 use crate::ops::gemm::{Begin, Out, PackedRows, Panel, Product, Strided, Term, Weights, multiply};
-use crate::ops::linear_cross_entropy::{Found, check_targets, chunk_rows, score};
+use crate::ops::linear_cross_entropy::{
+    Found, check_targets, chunk_rows, log_probs_of_logits, score,
+};
 use crate::ops::{Compute, Values, capped_log_probs, frozen_linear};
 
 /// Panels of the way up and of the way back.
@@ -48,7 +50,7 @@ impl Decoder {
     /// # Errors
     /// If a token is out of vocabulary.
     pub fn embed(&self, tokens: &[u32], pass: &Pass) -> Result<Tensor> {
-        let x = frozen_rows(&self.embedding, tokens, &Device::Cpu)?;
+        let x = frozen_rows(&self.embedding, tokens, &self.device)?;
         if !pass.adapters.iter().any(|worn| embeds(&worn.adapter)) {
             return self.embedded(x);
         }
@@ -185,16 +187,20 @@ impl Decoder {
     }
 
     /// Logits `(M, vocab_size)` of hidden states `(M, hidden_size)`, each row under what it wears: for
-    /// few rows only. A row gets the same bits among any others.
+    /// few rows only. A row gets the same bits among any others. They are on the CPU, where tokens are
+    /// chosen.
     pub fn logits(&self, hidden: &Tensor, adapters: Adapters) -> Result<Tensor> {
         let hidden = &self.to_head(hidden)?;
+        let base = match &self.uploaded_head {
+            Some(head) => head.linear(&hidden.detach())?.to_device(&Device::Cpu)?,
+            None => few_rows(hidden, &self.head, self.compute)?,
+        };
         if !adapters.iter().any(|worn| self.heads(&worn.adapter)) {
-            return self.capped(few_rows(hidden, &self.head, self.compute)?);
+            return self.capped(base);
         }
-        let base = few_rows(hidden, &self.head, self.compute)?;
         let (rows, vocabulary) = base.dims2()?;
         let base = base.flatten_all()?.to_vec1::<f32>()?;
-        let hidden = hidden.contiguous()?;
+        let hidden = hidden.contiguous()?.to_device(&Device::Cpu)?;
         let hidden_values = Values::of(&hidden)?;
         let mut logits = Vec::with_capacity(base.len());
         for row in 0..rows {
@@ -205,7 +211,7 @@ impl Decoder {
                 None => logits.extend_from_slice(base),
             }
         }
-        Tensor::from_vec(logits, (rows, vocabulary), hidden.device())
+        Tensor::from_vec(logits, (rows, vocabulary), &Device::Cpu)
     }
 
     /// Log-probabilities of `targets`, one per row of `hidden (M, hidden_size)` → `(M)`, of rows that
@@ -227,14 +233,16 @@ impl Decoder {
         // Without a cap hidden states may as well be divided; with one, logits are, behind it.
         let hidden = &if cap.is_some() { hidden } else { heated(hidden, temperature)? };
         let Some(head) = self.worn_head(worn)? else {
-            return capped_log_probs(hidden, &self.head, targets, cap, self.compute);
+            let Some(head) = &self.uploaded_head else {
+                return capped_log_probs(hidden, &self.head, targets, cap, self.compute);
+            };
+            check_targets(targets, &self.head)?;
+            return log_probs_of_logits(head.linear(hidden)?, targets, cap);
         };
         check_targets(targets, &self.head)?;
         let Some(panels) = self.compute.forward_panel().zip(self.compute.backward_panel()) else {
             let logits = self.worn_logits(hidden, worn)?; // (M, V)
-            let targets = Tensor::from_slice(targets, (targets.len(), 1), hidden.device())?;
-            let logps = candle_nn::ops::log_softmax(&logits, 1)?;
-            return logps.gather(&targets, 1)?.squeeze(1);
+            return log_probs_of_logits(logits, targets, None);
         };
         let hidden = hidden.contiguous()?;
         let (mut logps, mut entropies) = (vec![0.0; targets.len()], vec![0.0; targets.len()]);
@@ -247,19 +255,19 @@ impl Decoder {
 
     /// Logits `(M, vocab_size)` composed of candle's operations: the portable form.
     fn worn_logits(&self, hidden: &Tensor, worn: &[Worn]) -> Result<Tensor> {
-        let base = frozen_linear(hidden, &self.head, Compute::Portable)?;
+        let base = match &self.uploaded_head {
+            Some(head) => head.linear(hidden)?,
+            None => frozen_linear(hidden, &self.head, Compute::Portable)?,
+        };
         let mut logits = base.clone();
         for worn in worn {
-            let on_tape = |var: &Var| match worn.trainable {
-                true => var.as_tensor().clone(),
-                false => var.as_detached_tensor(),
-            };
+            let on_tape = |var: &Var| on_tape(worn, var, &self.device);
             if let Some(lora) = worn.adapter.modules.get(HEAD) {
                 let delta = lora.delta(hidden, None, worn.trainable)?;
                 logits = (logits + (delta * worn.weight)?)?;
             }
             if let Some(own) = worn.adapter.saved.get(HEAD) {
-                let delta = (hidden.matmul(&on_tape(own).t()?)? - &base)?;
+                let delta = (hidden.matmul(&on_tape(own)?.t()?)? - &base)?;
                 logits = (logits + (delta * worn.weight)?)?;
             }
             if let Some(own) =
@@ -273,7 +281,7 @@ impl Decoder {
                 }
                 let places = Tensor::from_vec(places, (n, vocabulary), hidden.device())?;
                 let rows = frozen_rows(&self.head, &own.indices, hidden.device())?;
-                let delta = hidden.matmul(&(on_tape(&own.rows) - rows)?.t()?)?.matmul(&places)?;
+                let delta = hidden.matmul(&(on_tape(&own.rows)? - rows)?.t()?)?.matmul(&places)?;
                 logits = (logits + (delta * worn.weight)?)?;
             }
         }
@@ -334,16 +342,21 @@ impl Decoder {
     }
 }
 
+/// A parameter of an adapter on a device, on the tape if the adapter trains.
+fn on_tape(worn: &Worn, parameter: &Var, device: &Device) -> Result<Tensor> {
+    match worn.trainable {
+        true => parameter.as_tensor().to_device(device),
+        false => parameter.as_detached_tensor().to_device(device),
+    }
+}
+
 /// What an adapter adds to the embeddings of tokens, `(N, hidden_size)` each, on its tape.
 fn embedding_deltas(tokens: &[u32], base: &Tensor, worn: &Worn) -> Result<Vec<Tensor>> {
-    let on_tape = |var: &Var| match worn.trainable {
-        true => var.as_tensor().clone(),
-        false => var.as_detached_tensor(),
-    };
+    let on_tape = |var: &Var| on_tape(worn, var, base.device());
     let ids = Tensor::new(tokens, base.device())?;
     let mut deltas = Vec::new();
     if let Some(own) = worn.adapter.saved.get(EMBEDDING) {
-        deltas.push((on_tape(own).index_select(&ids, 0)? - base)?);
+        deltas.push((on_tape(own)?.index_select(&ids, 0)? - base)?);
     }
     if let Some(own) = &worn.adapter.tokens {
         // Which row of its own each token has, `(N, n)`.
@@ -355,11 +368,11 @@ fn embedding_deltas(tokens: &[u32], base: &Tensor, worn: &Worn) -> Result<Vec<Te
         }
         let places = Tensor::from_vec(places, (tokens.len(), own.indices.len()), base.device())?;
         let has = places.sum_keepdim(1)?; // (N, 1)
-        deltas.push((places.matmul(&on_tape(&own.rows))? - base.broadcast_mul(&has)?)?);
+        deltas.push((places.matmul(&on_tape(&own.rows)?)? - base.broadcast_mul(&has)?)?);
     }
     if let Some(lora) = worn.adapter.modules.get(EMBEDDING) {
-        let a = on_tape(&lora.a).t()?.contiguous()?.index_select(&ids, 0)?; // (N, r)
-        deltas.push((a.matmul(&on_tape(&lora.b).t()?)? * lora.scale)?);
+        let a = on_tape(&lora.a)?.t()?.contiguous()?.index_select(&ids, 0)?; // (N, r)
+        deltas.push((a.matmul(&on_tape(&lora.b)?.t()?)? * lora.scale)?);
     }
     Ok(deltas)
 }

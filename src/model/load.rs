@@ -61,9 +61,34 @@ impl Decoder {
         match (embedding, layers, norm, head) {
             (Some(embedding), Some(layers), Some(norm), Some(head)) if loader.faults.is_empty() => {
                 let inv_freq = config.inv_freq();
-                Ok(Self { config, compute, embedding, layers, norm, head, inv_freq })
+                let (device, uploaded_head) = (Device::Cpu, None);
+                Ok(Self {
+                    config,
+                    compute,
+                    device,
+                    embedding,
+                    layers,
+                    norm,
+                    head,
+                    uploaded_head,
+                    inv_freq,
+                })
             }
             _ => Err(loader.failed()),
+        }
+    }
+}
+
+impl Decoder {
+    /// Loads another decoder, to run as this one does: in the same form, on the same device.
+    pub fn load_beside(&self, checkpoint: &Checkpoint) -> Result<Self, ModelError> {
+        let decoder = Self::load(checkpoint, self.compute)?;
+        match self.uploaded_head {
+            Some(_) => decoder.on(&self.device).map_err(|e| ModelError::Tensors {
+                path: checkpoint.path().display().to_string(),
+                reason: e.to_string(),
+            }),
+            None => Ok(decoder),
         }
     }
 }
@@ -169,7 +194,7 @@ impl Loader<'_> {
             }
             false => None,
         };
-        Some(Linear { name, weight: weight?, bias })
+        Some(Linear { name, weight: weight?, uploaded: None, bias })
     }
 
     fn matrix(&mut self, name: &str, rows: usize, cols: usize) -> Option<Arc<FrozenMatrix>> {

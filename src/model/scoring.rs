@@ -118,9 +118,10 @@ pub fn heated(hidden: Tensor, temperature: f64) -> Result<Tensor> {
     if temperature == 1.0 { Ok(hidden) } else { hidden * (1.0 / temperature) }
 }
 
-/// The scores of hidden states `(M, hidden_size)` by a head `(1, hidden_size)` → `(M)`.
+/// The scores of hidden states `(M, hidden_size)` by a head `(1, hidden_size)`, wherever it is → `(M)`
+/// on their device.
 pub fn scores(hidden: &Tensor, head: &Tensor) -> Result<Tensor> {
-    hidden.matmul(&head.t()?)?.squeeze(1)
+    hidden.matmul(&head.to_device(hidden.device())?.t()?)?.squeeze(1)
 }
 
 #[cfg(test)]

@@ -65,16 +65,26 @@ pub fn capped_log_probs(
             gradient: OnceLock::new(),
         }),
         _ => {
-            let mut logits = super::frozen_linear(x, head, compute)?; // (M, V)
-            if let Some(LogitCap { cap, temperature }) = cap {
-                let (cap, temperature) = (f64::from(cap), f64::from(temperature));
-                logits = ((logits / cap)?.tanh()? * (cap / temperature))?;
-            }
-            let targets = Tensor::from_slice(targets, (rows, 1), x.device())?;
-            let logps = candle_nn::ops::log_softmax(&logits, D::Minus1)?;
-            logps.gather(&targets, 1)?.squeeze(1)
+            let logits = super::frozen_linear(x, head, compute)?; // (M, V)
+            log_probs_of_logits(logits, targets, cap)
         }
     }
+}
+
+/// The portable form behind the head: `logits (M, V)`, before the cap, and M targets → `(M)`, on the
+/// tape and device of the logits.
+pub(crate) fn log_probs_of_logits(
+    mut logits: Tensor,
+    targets: &[u32],
+    cap: Option<LogitCap>,
+) -> Result<Tensor> {
+    if let Some(LogitCap { cap, temperature }) = cap {
+        let (cap, temperature) = (f64::from(cap), f64::from(temperature));
+        logits = ((logits / cap)?.tanh()? * (cap / temperature))?;
+    }
+    let targets = Tensor::from_slice(targets, (targets.len(), 1), logits.device())?;
+    let logps = candle_nn::ops::log_softmax(&logits, D::Minus1)?;
+    logps.gather(&targets, 1)?.squeeze(1)
 }
 
 /// Fails if a target is no row of the head.

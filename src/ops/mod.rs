@@ -13,6 +13,8 @@
 
 pub mod attention;
 mod cpu;
+pub mod device;
+pub mod device_matrix;
 pub mod frozen_linear;
 pub(crate) mod gemm;
 pub(crate) mod half_tape;
@@ -31,6 +33,8 @@ use crate::isa::Isa;
 use crate::quant::BlockType;
 pub use attention::{Scores, causal_attention};
 pub(crate) use cpu::{Target, Values, exp};
+pub use device::{DeviceError, DeviceName};
+pub use device_matrix::DeviceMatrix;
 pub use frozen_linear::frozen_linear;
 use gemm::Panel;
 pub use linear_cross_entropy::{LogitCap, capped_log_probs, linear_log_probs};
@@ -55,6 +59,17 @@ pub enum Compute {
     Int8,
     /// The portable form in plain candle ops: slow, and the definition of the answer.
     Portable,
+}
+
+impl std::fmt::Display for Compute {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::Int16 => "int16",
+            Self::Int8 => "int8",
+            Self::Portable => "portable",
+        })
+    }
 }
 
 impl Compute {

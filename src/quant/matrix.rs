@@ -1,5 +1,6 @@
 //! A frozen matrix: rows of blocks that stay where they are, read a tile at a time.
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -228,6 +229,18 @@ impl FrozenMatrix {
     /// reads that wants memory in order.
     pub(crate) fn stored_bytes(&self, rows: Range<usize>) -> &[u8] {
         &self.bytes[rows.start * self.row_bytes..rows.end * self.row_bytes]
+    }
+
+    /// The bytes of all rows in their logical order, copied where they are stored in another.
+    pub(crate) fn bytes_in_order(&self) -> Cow<'_, [u8]> {
+        match self.order {
+            RowOrder::Straight => Cow::Borrowed(&self.bytes),
+            RowOrder::Interleaved { .. } => {
+                let stored = |row| self.stored_row(row)..self.stored_row(row) + 1;
+                let rows = (0..self.rows).flat_map(|row| self.stored_bytes(stored(row)));
+                Cow::Owned(rows.copied().collect())
+            }
+        }
     }
 
     /// Bytes of one row.

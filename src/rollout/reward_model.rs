@@ -9,7 +9,6 @@ use super::Sample;
 use crate::data::{Batch, Prompt};
 use crate::model::scoring::{row_scores, runs};
 use crate::model::{Decoder, ModelError};
-use crate::ops::Compute;
 use crate::text::{Special, TextError, Tokenizer};
 use crate::weights::{Checkpoint, WeightsError};
 
@@ -69,10 +68,11 @@ impl RewardModel {
 
     /// Loads a folder that transformers' `AutoModelForSequenceClassification` reads.
     ///
-    /// Its template shows the day of `now`, seconds since 1970, if it shows one.
-    pub fn load(path: &Path, compute: Compute, now: Option<u64>) -> Result<Self, RewardModelError> {
+    /// It runs as `policy` does. Its template shows the day of `now`, seconds since 1970, if it shows
+    /// one.
+    pub fn load(path: &Path, policy: &Decoder, now: Option<u64>) -> Result<Self, RewardModelError> {
         let checkpoint = Checkpoint::open(path)?;
-        let decoder = Decoder::load(&checkpoint, compute)?;
+        let decoder = policy.load_beside(&checkpoint)?;
         let hidden_size = decoder.config.hidden_size;
         let head = |fault: String| RewardModelError::Head {
             path: path.display().to_string(),

@@ -26,7 +26,7 @@ use super::supervised::Supervised;
 use crate::data::DataError;
 use crate::model::layer::Sizes;
 use crate::model::{Decoder, Worn};
-use crate::ops::Compute;
+use crate::ops::{Compute, DeviceName};
 use crate::optim::{AdamWSettings, Schedule};
 use crate::quant::BlockType;
 use crate::text::{Tokenizer, first_second, today};
@@ -187,10 +187,14 @@ pub(super) fn load(
                 .map_err(|e| TrainError::Settings(format!("load_type: {e}")))?,
         ),
     };
+    let device = common.device.open().map_err(|e| TrainError::Settings(e.to_string()))?;
     // The program as it lies in memory.
     let program = of_process("RssFile:").unwrap_or(0);
     let checkpoint = Checkpoint::open(&common.base)?;
-    let decoder = Decoder::load_as(&checkpoint, common.compute, load_type)?;
+    let mut decoder = Decoder::load_as(&checkpoint, common.compute, load_type)?;
+    if common.device != DeviceName::Cpu {
+        decoder = decoder.on(&device)?;
+    }
     let mut tokenizer = Tokenizer::open(&checkpoint)?;
     let template = Some(&*common.chat_template).filter(|path| !path.as_os_str().is_empty());
     tokenizer.change_template(template, &common.chat_template_kwargs)?;
@@ -482,6 +486,9 @@ fn no_score(adapter: &Adapter, common: &CommonSettings) -> Result<(), TrainError
 pub(super) fn kept_layers(settings: &CommonSettings, demand: &Demand) -> usize {
     if let Some(all) = settings.gradient_checkpointing {
         return if all { 0 } else { demand.layers };
+    }
+    if settings.device != DeviceName::Cpu && settings.memory_budget.is_empty() {
+        return 0; // nobody tells how much memory is free there
     }
     let budget = super::memory::parse_bytes(&settings.memory_budget)
         .unwrap_or_else(super::memory::default_budget);

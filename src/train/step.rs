@@ -255,12 +255,16 @@ fn read(
         true => {
             let (positions, targets): (Vec<u32>, Vec<u32>) = batch.targets.iter().copied().unzip();
             let (read, heat) = (rows(positions)?, settings.temperature);
-            Some(decoder.heated_log_probs(&read, &targets, heat, settings.worn)?) // (M)
+            let logps = decoder.heated_log_probs(&read, &targets, heat, settings.worn)?; // (M)
+            Some(logps.to_device(&Device::Cpu)?) // few numbers: what judges them needs no device
         }
         false => None,
     };
     let read_scores = match objective.score_rows() {
-        Some(positions) => Some(scores(&rows(positions.to_vec())?, settings.head()?)?), // (S)
+        Some(positions) => {
+            let scores = scores(&rows(positions.to_vec())?, settings.head()?)?; // (S)
+            Some(scores.to_device(&Device::Cpu)?)
+        }
         None => None,
     };
     let (judged, mut store) = judge(logps.as_ref(), read_scores.as_ref(), None, settings)?;

@@ -19,7 +19,7 @@ use quantune_adapters::delta::{Adapter, Lora, Magnitude, TokenRows};
 use quantune_adapters::rng::Stream;
 use quantune_adapters::targets::Target;
 
-use crate::support::{load, model_path};
+use crate::support::{load, load_uploaded, model_path};
 use crate::train::rows;
 
 /// What an adapter of a test has beside plain updates.
@@ -172,6 +172,31 @@ fn every_kind_trains_as_its_portable_form() {
     }
 }
 
+/// Over weights brought to a device (here the CPU) loss and gradients are those of the portable form.
+#[test]
+fn every_kind_trains_over_uploaded_weights() {
+    for (model, recomputed) in [("llama-untied", false), ("qwen2-mix", true), ("llama-q4_0", true)]
+    {
+        for kind in KINDS {
+            let below = [(Kind::Dora, 0.6), (Kind::Ends, 1.0), (Kind::Whole, 0.3)];
+            let step = Step::new(model, Compute::Portable, &below, kind);
+            let (exact_loss, exact) = step.run(recomputed);
+            let decoder = step.decoder.on(&candle_core::Device::Cpu).unwrap();
+            let (loss, gradients) = Step { decoder, ..step }.run(recomputed);
+            let at = format!("{model} {kind:?}");
+            assert!((loss - exact_loss).abs() < 1e-6 * exact_loss, "{at}: {loss} {exact_loss}");
+            for (i, (ours, exact)) in gradients.iter().zip(&exact).enumerate() {
+                let difference: Vec<f32> = ours.iter().zip(exact).map(|(a, b)| a - b).collect();
+                let (error, size) = (norm(&difference), norm(exact));
+                assert!(
+                    error < 1e-5 * size + 1e-8,
+                    "{at}: gradient {i} is {error:e} of {size:e} off"
+                );
+            }
+        }
+    }
+}
+
 /// Along a random direction of each parameter, central differences of the loss are the gradient's.
 #[test]
 fn gradients_are_those_of_finite_differences() {
@@ -236,6 +261,10 @@ fn rows_wear_what_they_wear_alone() {
     let rows: Vec<&[u32]> = texts.iter().map(|row| &row[..]).collect();
     let together = logits(&decoder, &rows, &worn);
     let portable = logits(&load("llama-untied", Compute::Portable), &rows, &worn);
+    let uploaded = logits(&load_uploaded("llama-untied"), &rows, &worn);
+    for (ours, exact) in uploaded.iter().flatten().zip(portable.iter().flatten()) {
+        assert!((ours - exact).abs() < 1e-4, "{ours}, before the upload {exact}");
+    }
     for (i, row) in together.iter().enumerate() {
         let alone = &logits(&decoder, &rows[i..=i], &worn[i..=i])[0];
         let close =

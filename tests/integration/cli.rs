@@ -45,7 +45,7 @@ fn every_flag_of_sft_changes_something() {
         vec![("--cache-from", "1"), ("--cache", "OUT/elsewhere")],
     ]);
     // resume_goes_on_with_the_next_step, rows_that_teach_wrong_stop_a_run_unless_they_may
-    let tested_apart = &["--resume", "--allow", "--loftq-base", "--dry-run"];
+    let tested_apart = &["--resume", "--allow", "--loftq-base", "--dry-run", "--device"];
     every_flag(&["sft"], base_args, &table, tested_apart, &lab);
 }
 
@@ -291,7 +291,8 @@ fn every_flag_of_eval_changes_something() {
     ];
     table.extend(of_replies.map(|flag| [&asked[..], &[flag]].concat()));
     // They exclude --data, or need one another; or write a file.
-    let tested_apart = &["--text", "--n-ctx", "--prompts", "--reward", "--scores", "--replies"];
+    let tested_apart =
+        &["--text", "--n-ctx", "--prompts", "--reward", "--scores", "--replies", "--device"];
     every_flag(&["eval"], base_args, &table, tested_apart, &lab);
 
     let (pairs, file) = (lab.path("pairs.jsonl"), lab.path("file.jsonl"));
@@ -382,8 +383,51 @@ fn every_flag_of_generate_changes_something() {
         &[("--best-of", "4"), ("--reward-model", &reward_model)],
         &[("--best-of", "4"), ("--reward", "length:3"), ("--reward-weights", "-2")],
     ];
-    let tested_apart = &["--reward-timeout"];
+    let tested_apart = &["--reward-timeout", "--device"];
     every_flag(&["generate"], base_args, table, tested_apart, &lab);
+}
+
+/// Every command that computes refuses a device it cannot have, and a form the device cannot.
+#[test]
+fn a_device_that_cannot_be_had_is_told() {
+    let lab = Lab::with_comparisons();
+    let (base, rows, pairs) = (base(), lab.path("rows.jsonl"), lab.path("pairs.jsonl"));
+    let (prompts, out) = (lab.path("held_out_prompts.jsonl"), lab.path("out"));
+    let [reward, _] = reward_adapters();
+    let mut commands: Vec<Vec<&str>> = Vec::new();
+    for (command, data) in [("sft", &*rows), ("reward", &*pairs), ("dpo", &*pairs)] {
+        commands.push(vec![command, "--data", data, "--out", &*out]);
+    }
+    let data = ["--data", &*prompts, "--out", &*out];
+    commands.push([&["ppo"], &data[..], &["--reward-adapter", &*reward]].concat());
+    commands.push([&["grpo"], &data[..], &["--reward", "length:3"]].concat());
+    commands.push(vec!["eval", "--data", &*rows]);
+    commands.push(vec!["generate", "--prompt", "one"]);
+    commands.push(vec!["chat"]);
+    let check = |command: &[&str], flags: &[&str], needed: &str| {
+        let args = [command, &["--base", &*base], flags].concat();
+        let output = quantune(&strings(&args));
+        assert!(!output.status.success(), "{args:?}");
+        let told = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(told.contains(needed) && !told.contains("panicked"), "{args:?}: {told}");
+        assert!(!std::path::Path::new(&out).exists(), "{args:?} left something behind");
+    };
+    for command in &commands {
+        if !cfg!(feature = "cuda") {
+            let needed = "`cargo build --release --features cuda`";
+            check(command, &["--device", "cuda"], needed);
+            check(command, &["--device", "cuda:1", "--compute", "portable"], needed);
+        }
+        let needed = "compute is int16, which only the CPU has: needed portable on device metal";
+        check(command, &["--device", "metal", "--compute", "int16"], needed);
+        check(command, &["--device", "gpu"], "\"gpu\" is no device, needed cpu, cuda");
+    }
+    // The CPU by its name is the CPU, in its own form.
+    let of = |flags: &[&str]| {
+        let args = [&["eval", "--base", &*base, "--data", &*rows, "--json"], flags].concat();
+        last_json(&quantune(&strings(&args)))
+    };
+    assert_eq!(of(&["--device", "cpu"]), of(&[]));
 }
 
 /// The best of several replies is one of them, the first the reply there is without a choice.

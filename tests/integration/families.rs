@@ -78,6 +78,9 @@ fn log_probs_are_transformers() {
                 let worst = worst(name, &load(&file, compute), positions);
                 assert!(worst < 1e-3, "{file} {compute:?}: off by {worst}");
             }
+            let uploaded = load(&file, Compute::Portable).on(&Device::Cpu).unwrap();
+            let of_uploaded = worst(name, &uploaded, positions);
+            assert!(of_uploaded < 1e-3, "{file}, brought to a device: off by {of_uploaded}");
             let int16 = worst(name, &load(&file, Compute::Int16), positions);
             assert!(int16 < 3e-2, "{file}: int16 is off by {int16}");
         }

@@ -11,7 +11,7 @@ use quantune_adapters::config::{InitLoraWeights, LoraConfig, Modules};
 use quantune_adapters::delta::Adapter;
 use quantune_adapters::targets::resolve;
 
-use crate::support::{golden, golden_json, ids, load, log_softmax, model_path};
+use crate::support::{golden, golden_json, ids, load, load_uploaded, log_softmax, model_path};
 
 const MODELS: &[&str] = &[
     "llama-tiny",
@@ -58,6 +58,8 @@ fn log_probs_are_transformers() {
             let worst = worst(name, &load(name, compute));
             assert!(worst < 1e-3, "{name} {compute:?}: off by {worst}");
         }
+        let worst = worst(name, &load_uploaded(name));
+        assert!(worst < 1e-3, "{name}, brought to a device: off by {worst}");
     }
 }
 
@@ -100,8 +102,8 @@ fn one_percent_of_rope_theta_is_seen() {
 
 #[test]
 fn greedy_tokens_through_the_cache_are_transformers() {
-    for name in MODELS {
-        let decoder = load(name, Compute::F32);
+    let fast = MODELS.iter().map(|name| (name, load(name, Compute::F32)));
+    for (name, decoder) in fast.chain([(&"llama-q4_0", load_uploaded("llama-q4_0"))]) {
         let golden = golden_json(&format!("model/{name}.json"));
         let rows: Vec<Vec<u32>> = golden["input_ids"].as_array().unwrap().iter().map(ids).collect();
         let theirs: Vec<Vec<u32>> = golden["greedy"].as_array().unwrap().iter().map(ids).collect();

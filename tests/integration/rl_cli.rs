@@ -98,7 +98,7 @@ fn every_flag_of_reward_changes_something() {
         vec![("--center-rewards-coefficient", "0.1")],
     ]);
     // killed_runs_go_on_to_the_same_bytes, a_dry_run_says_what_the_run_is_and_writes_nothing
-    let tested_apart = &["--resume", "--allow", "--loftq-base", "--dry-run"];
+    let tested_apart = &["--resume", "--allow", "--loftq-base", "--dry-run", "--device"];
     every_flag(&["reward"], base_args, &table, tested_apart, &lab);
 }
 
@@ -135,7 +135,7 @@ fn every_flag_of_dpo_changes_something() {
         [&kto[..], &[("--undesirable-weight", "2")]].concat(),
     ]);
     // killed_runs_go_on_to_the_same_bytes, a_dry_run_says_what_the_run_is_and_writes_nothing
-    let tested_apart = &["--resume", "--allow", "--loftq-base", "--dry-run"];
+    let tested_apart = &["--resume", "--allow", "--loftq-base", "--dry-run", "--device"];
     every_flag(&["dpo"], base_args, &table, tested_apart, &lab);
 }
 
@@ -202,6 +202,7 @@ fn every_flag_of_ppo_changes_something() {
         "--allow",               // rows_that_teach_wrong_stop_a_run_unless_they_may
         "--rollout-slots",       // the same, with another number: it must not change anything
         "--min-reward-accuracy", // a_reward_model_of_coin_flips_is_refused
+        "--device",              // a_device_that_cannot_be_had_is_told
     ];
     every_flag(&["ppo"], base_args, &table, tested_apart, &lab);
 }
@@ -265,6 +266,7 @@ fn every_flag_of_grpo_changes_something() {
         "--allow",               // rows_that_teach_wrong_stop_a_run_unless_they_may
         "--rollout-slots",       // the same, with another number: it must not change anything
         "--min-reward-accuracy", // a_reward_model_of_coin_flips_is_refused
+        "--device",              // a_device_that_cannot_be_had_is_told
         "--max-length",          // what_is_wrong_with_rollouts_is_told
         "--reward-timeout",      // what_is_wrong_with_rollouts_is_told
     ];

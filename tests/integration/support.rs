@@ -27,6 +27,11 @@ pub fn load(name: &str, compute: Compute) -> Decoder {
     Decoder::load(&Checkpoint::open(model_path(name)).unwrap(), compute).unwrap()
 }
 
+/// The portable form over weights that were brought to a device, with the CPU as that device.
+pub fn load_uploaded(name: &str) -> Decoder {
+    load(name, Compute::Portable).on(&candle_core::Device::Cpu).unwrap()
+}
+
 /// Log-softmax of each row of `logits (M, V)`, in f64.
 pub fn log_softmax(logits: &Tensor) -> Vec<Vec<f64>> {
     let row = |row: Vec<f32>| {

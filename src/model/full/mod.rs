@@ -294,7 +294,7 @@ impl FullModel {
         let linear = |linear: &Linear| -> Result<decoder::Linear> {
             let name = self.names[linear.weight].trim_end_matches(".weight").to_string();
             let bias = linear.bias.map(vector).transpose()?;
-            Ok(decoder::Linear { name, weight: matrix(linear.weight)?, bias })
+            Ok(decoder::Linear { name, weight: matrix(linear.weight)?, uploaded: None, bias })
         };
         let layer = |(index, layer): (usize, &Layer)| -> Result<decoder::Layer> {
             Ok(decoder::Layer {
@@ -320,10 +320,12 @@ impl FullModel {
         Ok(Decoder {
             config: self.config.clone(),
             compute,
+            device: Device::Cpu,
             embedding,
             layers: self.places.layers.iter().enumerate().map(layer).collect::<Result<_>>()?,
             norm: vector(self.places.norm)?,
             head,
+            uploaded_head: None,
             inv_freq: self.config.inv_freq(),
         })
     }

@@ -185,8 +185,7 @@ impl Rollouts {
                 }
                 if !own.reward_model.as_os_str().is_empty() {
                     print(&mut prints, "the reward model", &own.reward_model)?;
-                    reward_model =
-                        Some(RewardModel::load(&own.reward_model, decoder.compute, now)?);
+                    reward_model = Some(RewardModel::load(&own.reward_model, decoder, now)?);
                     sources.push(RewardSource::Model { name: "reward_model".into() });
                 }
                 let weights = &own.reward_weights;

@@ -18,7 +18,7 @@ use crate::data::{AlpacaPrompt, DataFile};
 use crate::objectives::advantage::{KlEstimator, ScaleRewards};
 use crate::objectives::policy::LossForm;
 use crate::objectives::preference::PreferenceLoss;
-use crate::ops::Compute;
+use crate::ops::{Compute, DeviceName};
 use crate::optim::ScheduleKind;
 
 /// When held-out loss is taken.
@@ -222,8 +222,12 @@ settings! {
         /// Seed of initialization, order and dropout [default: 42]
         seed: u64 = 42,
         /// How products are computed: int16 (block-floating, nearly twice f32's speed), int8 (faster
-        /// still, and too rough to train with), f32 (exact), or portable (the slow reference form) [default: int16]
+        /// still, and too rough to train with), f32 (exact), or portable (the slow reference form, and
+        /// the only one of other devices than the CPU) [default: int16; portable on another device]
         compute: Compute = Compute::Int16,
+        /// Where products are computed: cpu, cuda, cuda:N or metal; the others than cpu are of builds
+        /// with the feature of that name [default: cpu]
+        device: DeviceName = DeviceName::Cpu,
         /// Quantize the matrices of a --base folder on load, one after the other, to a GGUF's type as
         /// Q8_0 or Q4_K [default: they stay as they are stored]
         #[arg(value_name = "TYPE")]
@@ -600,6 +604,11 @@ impl RunSettings {
             let fault = format!("unknown {} of {}", unknown.join(", "), command.name());
             return Err(TrainError::Settings(fault));
         }
+        // The default of one depends on the other.
+        let device = table.get("device").and_then(toml::Value::as_str);
+        if let Some(device) = device.and_then(|name| name.parse::<DeviceName>().ok()) {
+            all.insert("compute".into(), device.default_compute().to_string().into());
+        }
         all.extend(table);
         all.remove(Self::COMMAND);
         if let Some(file @ toml::Value::String(_)) = all.get("data").cloned() {
@@ -742,6 +751,7 @@ empty! {
     bool => |_| false;
     ScheduleKind => |_| false;
     Compute => |_| false;
+    DeviceName => |_| false;
     PreferenceLoss => |_| false;
     ValueModel => |_| false;
     KlEstimator => |_| false;
@@ -1048,6 +1058,9 @@ impl CommonSettings {
         }
         faults.check(self.adam_epsilon as f32 > 0.0, "adam_epsilon is no positive f32".into());
         faults.memory(&self.memory_budget);
+        if let Err(fault) = self.device.check(self.compute) {
+            faults.0.push(fault.to_string());
+        }
         let p = self.lora_dropout;
         faults.check((0.0..1.0).contains(&p), format!("lora_dropout is {p}, needed in [0, 1)"));
         let seed = self.seed;

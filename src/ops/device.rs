@@ -1,0 +1,194 @@
+//! Where the portable form computes: the CPU, or a GPU that candle has a back end for.
+
+use std::fmt;
+use std::str::FromStr;
+
+use candle_core::Device;
+use serde::{Deserialize, Serialize};
+
+use super::Compute;
+
+/// A device by its name on the command line: `cpu`, `cuda`, `cuda:N` or `metal`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum DeviceName {
+    /// The CPU, the only one with fast forms.
+    #[default]
+    Cpu,
+    /// An NVIDIA GPU, counted from 0.
+    Cuda(usize),
+    /// The GPU of an Apple machine.
+    Metal,
+}
+
+/// Why a device cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum DeviceError {
+    /// A build without its back end.
+    #[error(
+        "device {device}: this build has no {feature} back end, needed one made by `cargo build \
+         --release --features {feature}`"
+    )]
+    Feature {
+        /// The device asked for.
+        device: DeviceName,
+        /// The feature of the crate that it needs.
+        feature: &'static str,
+    },
+    /// No such device, or no driver for it.
+    #[error("device {device} is not there: {reason}")]
+    Absent {
+        /// The device asked for.
+        device: DeviceName,
+        /// What the driver says.
+        reason: String,
+    },
+    /// A form of the operations that only the CPU has.
+    #[error("compute is {compute}, which only the CPU has: needed portable on device {device}")]
+    Form {
+        /// The device asked for.
+        device: DeviceName,
+        /// The form asked for.
+        compute: Compute,
+    },
+}
+
+impl DeviceName {
+    /// The form of the operations that runs there if none is asked for.
+    pub fn default_compute(self) -> Compute {
+        match self {
+            Self::Cpu => Compute::default(),
+            Self::Cuda(_) | Self::Metal => Compute::Portable,
+        }
+    }
+
+    /// Whether the device has this form of the operations.
+    ///
+    /// # Errors
+    /// If it has not.
+    pub fn check(self, compute: Compute) -> Result<(), DeviceError> {
+        match self {
+            Self::Cuda(_) | Self::Metal if compute != Compute::Portable => {
+                Err(DeviceError::Form { device: self, compute })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Opens the device.
+    ///
+    /// # Errors
+    /// If this build has no back end for it, or it is not there.
+    pub fn open(self) -> Result<Device, DeviceError> {
+        let feature = |feature| DeviceError::Feature { device: self, feature };
+        let found = match self {
+            Self::Cpu => return Ok(Device::Cpu),
+            Self::Cuda(_) if !cfg!(feature = "cuda") => return Err(feature("cuda")),
+            Self::Metal if !cfg!(feature = "metal") => return Err(feature("metal")),
+            Self::Cuda(index) => Device::new_cuda(index),
+            Self::Metal => Device::new_metal(0),
+        };
+        found.map_err(|e| DeviceError::Absent { device: self, reason: e.to_string() })
+    }
+}
+
+impl FromStr for DeviceName {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            None if text == "cpu" => Ok(Self::Cpu),
+            None if text == "cuda" => Ok(Self::Cuda(0)),
+            None if text == "metal" => Ok(Self::Metal),
+            Some(("cuda", index)) if index.bytes().all(|b| b.is_ascii_digit()) => {
+                index.parse().map(Self::Cuda).map_err(|_| unknown(text))
+            }
+            _ => Err(unknown(text)),
+        }
+    }
+}
+
+fn unknown(text: &str) -> String {
+    format!("{text:?} is no device, needed cpu, cuda, cuda:N or metal")
+}
+
+impl fmt::Display for DeviceName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Cpu => f.write_str("cpu"),
+            Self::Cuda(index) => write!(f, "cuda:{index}"),
+            Self::Metal => f.write_str("metal"),
+        }
+    }
+}
+
+impl TryFrom<String> for DeviceName {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<DeviceName> for String {
+    fn from(device: DeviceName) -> Self {
+        device.to_string()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read() {
+        for (text, device) in [
+            ("cpu", Some(DeviceName::Cpu)),
+            ("cuda", Some(DeviceName::Cuda(0))),
+            ("cuda:3", Some(DeviceName::Cuda(3))),
+            ("metal", Some(DeviceName::Metal)),
+            ("cuda:", None),
+            ("cuda:+1", None),
+            ("cuda:99999999999999999999", None),
+            ("cpu:0", None),
+            ("gpu", None),
+            ("", None),
+        ] {
+            assert_eq!(text.parse().ok(), device, "{text:?}");
+        }
+        assert_eq!(DeviceName::Cuda(1).to_string().parse(), Ok(DeviceName::Cuda(1)));
+    }
+
+    #[test]
+    fn the_fast_forms_are_the_cpus() {
+        let check = |device: DeviceName, compute, fine| {
+            assert_eq!(device.check(compute).is_ok(), fine, "{device} {compute:?}");
+        };
+        check(DeviceName::Cpu, Compute::Int16, true);
+        check(DeviceName::Cpu, Compute::Portable, true);
+        check(DeviceName::Cuda(0), Compute::Portable, true);
+        check(DeviceName::Metal, Compute::F32, false);
+        let error = DeviceName::Cuda(1).check(Compute::Int8).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "compute is int8, which only the CPU has: needed portable on device cuda:1"
+        );
+    }
+
+    /// Where a feature is compiled in, whether its device is there is the machine's affair.
+    #[test]
+    fn what_is_not_compiled_in_is_told() {
+        assert!(DeviceName::Cpu.open().unwrap().is_cpu());
+        for (device, feature, compiled) in [
+            (DeviceName::Cuda(0), "cuda", cfg!(feature = "cuda")),
+            (DeviceName::Metal, "metal", cfg!(feature = "metal")),
+        ] {
+            if !compiled {
+                let error = device.open().unwrap_err().to_string();
+                let command = format!("`cargo build --release --features {feature}`");
+                assert!(error.contains(&command), "{error}");
+            }
+        }
+    }
+}

@@ -1,0 +1,219 @@
+//! A frozen matrix that was brought to a device, and the product with it, in plain candle ops.
+//!
+//! Blocks that candle knows go up as they are quantized and are dequantized there for each product,
+//! so that a device holds little more than the file. What is not candle's (IQ4_NL, IQ4_XS, MXFP4)
+//! goes up as `f32`: exact, at the memory of it.
+
+use std::sync::Arc;
+
+use candle_core::backend::BackendStorage;
+use candle_core::quantized::{GgmlDType, QStorage, QTensor};
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp2, DType, Device, Layout, MetalStorage, Result, Shape, Tensor,
+};
+
+use super::frozen_linear::dequantize;
+use crate::quant::{BlockType, FrozenMatrix};
+
+/// A frozen `(rows, cols)` matrix on a device, its rows in their logical order.
+#[derive(Debug)]
+pub struct DeviceMatrix {
+    kept: Kept,
+    cols: usize,
+}
+
+#[derive(Debug)]
+enum Kept {
+    /// As they are quantized.
+    Blocks(QTensor),
+    /// F32, F16 or BF16.
+    Values(Tensor),
+}
+
+impl DeviceMatrix {
+    /// Brings a matrix to a device, from where it lies.
+    pub fn upload(weight: &FrozenMatrix, device: &Device) -> Result<Self> {
+        let shape = (weight.rows(), weight.cols());
+        let values = |dtype| {
+            let bytes = weight.bytes_in_order();
+            Tensor::from_raw_buffer(&bytes, dtype, &[weight.rows(), weight.cols()], device)
+        };
+        let kept = match kept_as(weight.block_type()) {
+            As::Values(dtype) => Kept::Values(values(dtype)?),
+            As::Blocks(dtype) => {
+                let mut bytes = weight.bytes_in_order();
+                // candle looks at blocks as they are declared: at an even address.
+                if !bytes.as_ptr().addr().is_multiple_of(align_of::<u16>()) {
+                    bytes = bytes.into_owned().into();
+                }
+                let storage = QStorage::from_data(bytes, device, dtype)?;
+                Kept::Blocks(QTensor::new(storage, shape)?)
+            }
+            As::Dequantized => Kept::Values(dequantize(weight, device)?),
+        };
+        Ok(Self { kept, cols: weight.cols() })
+    }
+
+    /// `y = x · Wᵀ`, differentiable in `x` only.
+    ///
+    /// Shapes: `x (.., in)` F32, `W (out, in)` → `y (.., out)` F32. Backward: `dx = dy · W`. What is
+    /// dequantized is given back behind each of both products.
+    pub fn linear(self: &Arc<Self>, x: &Tensor) -> Result<Tensor> {
+        let mut dims = x.dims().to_vec();
+        let x = x.reshape(((), self.cols))?; // (m, in)
+        let y = x.detach().matmul(&self.values()?.t()?)?; // (m, out)
+        *dims.last_mut().expect("x has a last dimension") = y.dim(1)?;
+        x.apply_op2(&y, Graft(self.clone()))?.reshape(dims)
+    }
+
+    /// All of it, `(out, in)` F32.
+    fn values(&self) -> Result<Tensor> {
+        match &self.kept {
+            Kept::Blocks(blocks) => blocks.dequantize(&blocks.device()),
+            Kept::Values(values) => values.to_dtype(DType::F32),
+        }
+    }
+}
+
+/// How a device keeps a block type.
+enum As {
+    Values(DType),
+    Blocks(GgmlDType),
+    Dequantized,
+}
+
+fn kept_as(block_type: BlockType) -> As {
+    match block_type {
+        BlockType::F32 => As::Values(DType::F32),
+        BlockType::F16 => As::Values(DType::F16),
+        BlockType::BF16 => As::Values(DType::BF16),
+        BlockType::Q4_0 => As::Blocks(GgmlDType::Q4_0),
+        BlockType::Q4_1 => As::Blocks(GgmlDType::Q4_1),
+        BlockType::Q5_0 => As::Blocks(GgmlDType::Q5_0),
+        BlockType::Q5_1 => As::Blocks(GgmlDType::Q5_1),
+        BlockType::Q8_0 => As::Blocks(GgmlDType::Q8_0),
+        BlockType::Q2_K => As::Blocks(GgmlDType::Q2K),
+        BlockType::Q3_K => As::Blocks(GgmlDType::Q3K),
+        BlockType::Q4_K => As::Blocks(GgmlDType::Q4K),
+        BlockType::Q5_K => As::Blocks(GgmlDType::Q5K),
+        BlockType::Q6_K => As::Blocks(GgmlDType::Q6K),
+        BlockType::IQ4_NL | BlockType::IQ4_XS | BlockType::MXFP4 => As::Dequantized,
+    }
+}
+
+/// Puts `y`, computed off the tape, behind `x` on it. candle's own product would keep the
+/// dequantized weight for the way back and compute a gradient to it.
+struct Graft(Arc<DeviceMatrix>);
+
+impl Graft {
+    /// `y` again: a tensor of its own, whole and contiguous.
+    fn copy<S: BackendStorage>(y: &S, layout: &Layout) -> Result<(S, Shape)> {
+        Ok((y.try_clone(layout)?, layout.shape().clone()))
+    }
+}
+
+impl CustomOp2 for Graft {
+    fn name(&self) -> &'static str {
+        "device_linear"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _x: &CpuStorage,
+        _: &Layout,
+        y: &CpuStorage,
+        layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        Self::copy(y, layout)
+    }
+
+    fn cuda_fwd(
+        &self,
+        _x: &CudaStorage,
+        _: &Layout,
+        y: &CudaStorage,
+        layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        Self::copy(y, layout)
+    }
+
+    fn metal_fwd(
+        &self,
+        _x: &MetalStorage,
+        _: &Layout,
+        y: &MetalStorage,
+        layout: &Layout,
+    ) -> Result<(MetalStorage, Shape)> {
+        Self::copy(y, layout)
+    }
+
+    fn bwd(
+        &self,
+        _x: &Tensor,
+        _y: &Tensor,
+        _: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        Ok((Some(dy.contiguous()?.matmul(&self.0.values()?)?), None)) // (m, in)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::{normal, parity};
+    use super::super::{Compute, frozen_linear};
+    use super::*;
+    use crate::quant::testing::random_blocks;
+    use crate::quant::{Bytes, RowOrder};
+
+    /// What goes up to a device, with the CPU as that device, against the portable form.
+    #[test]
+    fn parity_over_every_block_type() {
+        let check = |block_type, order, shape: &[usize], rows| {
+            let cols = *shape.last().unwrap();
+            let bytes = Bytes::new(Arc::new(random_blocks(block_type, rows * cols, 5)));
+            let w = FrozenMatrix::new(bytes, block_type, rows, cols).unwrap();
+            let w = Arc::new(w.with_order(order).unwrap());
+            let uploaded = Arc::new(DeviceMatrix::upload(&w, &Device::Cpu).unwrap());
+            let blocks = matches!(uploaded.kept, Kept::Blocks(_));
+            assert_eq!(blocks, matches!(kept_as(block_type), As::Blocks(_)));
+            parity(
+                &[normal(1, shape)],
+                |x| uploaded.linear(&x[0]),
+                |x| frozen_linear(&x[0], &w, Compute::Portable),
+            );
+        };
+        for &block_type in BlockType::ALL {
+            check(block_type, RowOrder::Straight, &[7, 512], 40);
+            let order = RowOrder::Interleaved { head_dim: 8 };
+            check(block_type, order, &[2, 3, 256], 24);
+        }
+    }
+
+    /// An odd address, which a file may have and candle would panic at.
+    #[test]
+    fn blocks_may_lie_anywhere() {
+        let blocks = random_blocks(BlockType::Q8_0, 4 * 32, 3);
+        let at = |pad: usize| {
+            let all: Vec<u8> = vec![0; pad].into_iter().chain(blocks.iter().copied()).collect();
+            let bytes = Bytes::new(Arc::new(all)).slice(pad..pad + blocks.len()).unwrap();
+            let w = FrozenMatrix::new(bytes, BlockType::Q8_0, 4, 32).unwrap();
+            let w = DeviceMatrix::upload(&w, &Device::Cpu).unwrap();
+            w.values().unwrap().to_vec2::<f32>().unwrap()
+        };
+        assert_eq!(at(0), at(1));
+    }
+
+    #[test]
+    fn nothing_of_the_weight_is_kept_on_the_tape() {
+        let w = FrozenMatrix::from_f32(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 3, 2).unwrap();
+        let w = Arc::new(DeviceMatrix::upload(&w, &Device::Cpu).unwrap());
+        let x = candle_core::Var::new(&[[1f32, 1.0]], &Device::Cpu).unwrap();
+        let y = w.linear(&x).unwrap();
+        assert_eq!(y.to_vec2::<f32>().unwrap(), [[3.0, 7.0, 11.0]]);
+        let grads = y.sum_all().unwrap().backward().unwrap();
+        assert_eq!(grads.get(&x).unwrap().to_vec2::<f32>().unwrap(), [[9.0, 12.0]]);
+        assert!(!w.linear(&x.as_detached_tensor()).unwrap().track_op());
+        assert!(w.linear(&normal(1, &[1, 3])).is_err());
+    }
+}
