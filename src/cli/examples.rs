@@ -57,7 +57,7 @@ pub const GRPO: &str = "\
 Examples:
   quantune grpo --base base.gguf --data sums.jsonl --reward numeric:answer --out runs/grpo
   quantune grpo --base base.gguf --data tasks.jsonl --reward-command 'python3 judge.py' --num-generations 4 --out runs/grpo
-  quantune grpo --config scripts/recipes/grpo.toml --base base.gguf --data sums.jsonl --reward numeric:answer --reward length:1-200 --reward-weights 1,0.1 --out runs/grpo";
+  quantune grpo --config scripts/recipes/grpo.toml --base base.gguf --data sums.jsonl --out runs/grpo --reward numeric:answer --reward length:1-200 --reward-weights 1,0.1";
 
 pub const EVAL: &str = "\
 Examples:

@@ -268,22 +268,31 @@ fn ctrl_c_ends_a_reply() {
     value["max_position_embeddings"] = json!(200_000);
     fs::write(&config, value.to_string()).unwrap();
     let path = lab.path("saved.jsonl");
-    let mut child = Command::new(env!("CARGO_BIN_EXE_quantune"))
-        .args(["chat", "--base", &base, "--max-tokens", "150000", "--temperature", "0"])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    let (mut stdin, mut stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
-    writeln!(stdin, "hello there").unwrap();
-    stdout.read_exact(&mut [0; 1]).unwrap(); // a reply has begun
-    let pid = child.id().to_string();
-    assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
-    writeln!(stdin, "/set max_tokens 3\nand again\n/save {path}").unwrap();
-    drop(stdin);
-    std::io::copy(&mut stdout, &mut std::io::sink()).unwrap();
-    assert!(child.wait().unwrap().success());
+    let talk = |date: &str| {
+        let mut child = Command::new(env!("CARGO_BIN_EXE_quantune"))
+            .args(["chat", "--base", &base, "--max-tokens", "150000", "--temperature", "0"])
+            .args(["--template-date", date])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (mut stdin, mut stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        writeln!(stdin, "hello there").unwrap();
+        stdout.read_exact(&mut [0; 1]).unwrap(); // a reply has begun
+        let pid = child.id().to_string();
+        assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
+        // Nobody reads this where the program has ended.
+        let _ = writeln!(stdin, "/set max_tokens 3\nand again\n/save {path}");
+        drop(stdin);
+        std::io::copy(&mut stdout, &mut std::io::sink()).unwrap();
+        child.wait_with_output().unwrap()
+    };
+    // A reply may end by itself before it is told to; then Ctrl-C ends the program, with 130.
+    let dates = ["2020-01-01", "2021-02-02", "2022-03-03", "2023-04-04", "2024-05-05"];
+    let talks = dates.iter().map(|date| talk(date));
+    let ended = talks.into_iter().find(|ended| ended.status.code() != Some(130)).unwrap();
+    assert!(ended.status.success(), "{ended:?}");
     let row: Value = serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap();
     let messages = row["messages"].as_array().unwrap();
     assert_eq!(messages.len(), 4, "{row}");

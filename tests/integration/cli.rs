@@ -425,7 +425,7 @@ fn a_device_that_cannot_be_had_is_told() {
     // The CPU by its name is the CPU, in its own form.
     let of = |flags: &[&str]| {
         let args = [&["eval", "--base", &*base, "--data", &*rows, "--json"], flags].concat();
-        last_json(&quantune(&strings(&args)))
+        last_json(&quantune(&strings(&args)))["loss"].clone()
     };
     assert_eq!(of(&["--device", "cpu"]), of(&[]));
 }
@@ -723,6 +723,7 @@ fn one_run_is_one_process_at_a_time() {
     }
     let pid = first.id().to_string();
     assert!(Command::new("kill").args(["-STOP", &pid]).status().unwrap().success());
+    std::thread::sleep(Duration::from_millis(200)); // a write under way may still end
     let before = fs::read(&metrics).unwrap();
     for args in [&fresh, &resumed] {
         let output = quantune(args);

@@ -219,15 +219,23 @@ fn patience_ends_a_run_and_resumes_to_the_same_bytes() {
     }
 }
 
-/// The best checkpoint outlives the rotation, and its adapter is the run's.
+/// The best checkpoint outlives the rotation, and its adapter is the run's. That the highest loss is
+/// the best here puts it among the first.
 #[test]
 fn the_best_checkpoint_is_kept_and_taken() {
     let lab = Lab::new();
     let out = lab.path("run");
-    let flags = ["--load-best-model-at-end", "true", "--save-total-limit", "1"];
+    let flags = [
+        "--load-best-model-at-end",
+        "true",
+        "--greater-is-better",
+        "true",
+        "--save-total-limit",
+        "1",
+    ];
     let done = last_json(&quantune(&overheated(&lab, &out, &flags)));
     let best = done["best_step"].as_u64().unwrap();
-    assert!(best < 8 && done["steps"] == Value::from(8), "{done}");
+    assert!(best < 8 && done["steps"] == 8, "{done}");
     let evaluated: Vec<f64> = fs::read_to_string(Path::new(&out).join("metrics.jsonl"))
         .unwrap()
         .lines()
@@ -235,9 +243,9 @@ fn the_best_checkpoint_is_kept_and_taken() {
         .filter(|line| line["step"] != 0)
         .filter_map(|line| line.get("eval_loss")?.as_f64())
         .collect();
-    let least = evaluated.iter().copied().fold(f64::INFINITY, f64::min);
-    assert_eq!(done["best_metric"].as_f64(), Some(least));
-    assert_eq!(evaluated[best as usize - 1], least);
+    let most = evaluated.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    assert_eq!(done["best_metric"].as_f64(), Some(most));
+    assert_eq!(evaluated[best as usize - 1], most);
     let weights = |folder: &str| {
         fs::read(Path::new(&out).join(folder).join("adapter_model.safetensors")).unwrap()
     };

@@ -203,6 +203,7 @@ fn every_flag_of_ppo_changes_something() {
         "--rollout-slots",       // the same, with another number: it must not change anything
         "--min-reward-accuracy", // a_reward_model_of_coin_flips_is_refused
         "--device",              // a_device_that_cannot_be_had_is_told
+        "--loftq-base",          // runs_begin_as_the_base_whatever_they_begin_with
     ];
     every_flag(&["ppo"], base_args, &table, tested_apart, &lab);
 }
@@ -267,6 +268,7 @@ fn every_flag_of_grpo_changes_something() {
         "--rollout-slots",       // the same, with another number: it must not change anything
         "--min-reward-accuracy", // a_reward_model_of_coin_flips_is_refused
         "--device",              // a_device_that_cannot_be_had_is_told
+        "--loftq-base",          // runs_begin_as_the_base_whatever_they_begin_with
         "--max-length",          // what_is_wrong_with_rollouts_is_told
         "--reward-timeout",      // what_is_wrong_with_rollouts_is_told
     ];
