@@ -55,4 +55,6 @@ export CUDA_COMPUTE_CAP="${CUDA_COMPUTE_CAP:-80}"
 "$NVCC" --version | tail -n 2
 echo "+ ${command[*]}"
 "${command[@]}"
-echo "compiled. Without a driver, run it with LD_LIBRARY_PATH=$driver:$toolkit/lib"
+if [[ "${command[1]}" == build ]]; then
+    echo "Without a driver, run it with LD_LIBRARY_PATH=$driver:$toolkit/lib"
+fi
