@@ -19,8 +19,8 @@ use self::command::Command;
 use self::input::{Input, Line};
 use self::session::Session;
 use super::loading::Loading;
+use super::sampling::SamplingFlags;
 use super::{AdapterArg, TemplateFlags, open_tokenizer};
-use crate::generate::Sampling;
 use crate::model::CacheType;
 use crate::weights::Checkpoint;
 
@@ -43,24 +43,8 @@ pub struct Chat {
     /// Tokens of a reply at most [default: 1024; with --raw 256]
     #[arg(long)]
     max_tokens: Option<usize>,
-    /// 0 takes the likeliest token, more is bolder [default: 0.8]
-    #[arg(long)]
-    temperature: Option<f64>,
-    /// Only the k likeliest tokens; 0 is off [default: 40]
-    #[arg(long)]
-    top_k: Option<usize>,
-    /// Only the likeliest tokens that together have this probability [default: 0.95]
-    #[arg(long)]
-    top_p: Option<f64>,
-    /// Only tokens with this share of the likeliest one's probability [default: 0.05]
-    #[arg(long)]
-    min_p: Option<f64>,
-    /// Logits of tokens already there are divided by this; 1 is off [default: 1]
-    #[arg(long)]
-    repetition_penalty: Option<f64>,
-    /// Seed of the choice [default: 42]
-    #[arg(long)]
-    seed: Option<u64>,
+    #[command(flatten)]
+    sampling: SamplingFlags,
     /// End a reply before this text; may be given again. \n is a line's end
     #[arg(long)]
     stop: Vec<String>,
@@ -115,7 +99,7 @@ impl Chat {
         if self.history.is_some() && !terminal {
             bail!("--history keeps what is typed at a terminal, and stdin is none");
         }
-        let sampling = self.sampling();
+        let sampling = self.sampling.sampling();
         sampling.check()?;
         let checkpoint = Checkpoint::open(&self.base)?;
         let decoder = self.loading.decoder(&checkpoint)?;
@@ -173,17 +157,6 @@ impl Chat {
                 Err(error) if terminal => eprintln!("error: {}", super::sentence(&error)),
                 told => told?,
             }
-        }
-    }
-
-    fn sampling(&self) -> Sampling {
-        Sampling {
-            temperature: self.temperature.unwrap_or(0.8),
-            top_k: self.top_k.unwrap_or(40),
-            top_p: self.top_p.unwrap_or(0.95),
-            min_p: self.min_p.unwrap_or(0.05),
-            repetition_penalty: self.repetition_penalty.unwrap_or(1.0),
-            seed: self.seed.unwrap_or(42),
         }
     }
 }

@@ -10,8 +10,9 @@ use serde_json::{Value, json};
 
 use super::best_of::{BestOf, Candidate, finish_reason};
 use super::loading::Loading;
+use super::sampling::SamplingFlags;
 use super::{AdapterArg, TemplateFlags, load_adapters, open_tokenizer};
-use crate::generate::{Request, Sampling, Settings, StopStrings, generate};
+use crate::generate::{Request, Settings, StopStrings, generate};
 use crate::model::{Adapters, CacheType};
 use crate::text::{DecodeStream, Special, TextError, Tokenizer, first_second};
 use crate::weights::Checkpoint;
@@ -36,24 +37,8 @@ pub struct Generate {
     /// Tokens at most [default: 256]
     #[arg(long)]
     max_tokens: Option<usize>,
-    /// 0 takes the likeliest token, more is bolder [default: 0.8]
-    #[arg(long)]
-    temperature: Option<f64>,
-    /// Only the k likeliest tokens; 0 is off [default: 40]
-    #[arg(long)]
-    top_k: Option<usize>,
-    /// Only the likeliest tokens that together have this probability [default: 0.95]
-    #[arg(long)]
-    top_p: Option<f64>,
-    /// Only tokens with this share of the likeliest one's probability [default: 0.05]
-    #[arg(long)]
-    min_p: Option<f64>,
-    /// Logits of tokens already there are divided by this; 1 is off [default: 1]
-    #[arg(long)]
-    repetition_penalty: Option<f64>,
-    /// Seed of the choice [default: 42]
-    #[arg(long)]
-    seed: Option<u64>,
+    #[command(flatten)]
+    sampling: SamplingFlags,
     /// End before this text; may be given again
     #[arg(long)]
     stop: Vec<String>,
@@ -83,7 +68,7 @@ impl Generate {
         if self.logprobs.is_some() && !json {
             bail!("--logprobs shows in the JSON object only, needed --json with it");
         }
-        let sampling = self.sampling();
+        let sampling = self.sampling.sampling();
         let replies = self.best_of.replies(sampling.temperature)?;
         let checkpoint = Checkpoint::open(&self.base)?;
         let decoder = self.loading.decoder(&checkpoint)?;
@@ -199,17 +184,6 @@ impl Generate {
             value["logprobs"] = generated.logprobs.into_iter().map(list).collect();
         }
         Ok(value)
-    }
-
-    fn sampling(&self) -> Sampling {
-        Sampling {
-            temperature: self.temperature.unwrap_or(0.8),
-            top_k: self.top_k.unwrap_or(40),
-            top_p: self.top_p.unwrap_or(0.95),
-            min_p: self.min_p.unwrap_or(0.05),
-            repetition_penalty: self.repetition_penalty.unwrap_or(1.0),
-            seed: self.seed.unwrap_or(42),
-        }
     }
 
     /// The conversation that asks for an answer.

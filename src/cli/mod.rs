@@ -29,6 +29,7 @@ mod merge;
 mod pretrain;
 mod quickstart;
 mod replies;
+mod sampling;
 mod tokenizer;
 mod train;
 

@@ -16,6 +16,7 @@ use super::decoder::{Decoder, Pass};
 use super::layer::AdapterGradients;
 use super::scoring::heated;
 use crate::isa::Isa;
+use crate::ops::attention::dot;
 use crate::ops::frozen_linear::{few_rows, frozen_rows, read_rows};
 use crate::ops::gemm::{Begin, Out, PackedRows, Panel, Product, Strided, Term, Weights, multiply};
 use crate::ops::linear_cross_entropy::{
@@ -426,24 +427,24 @@ impl WornHead<'_> {
 
     /// The logits of one hidden state, given the base's.
     fn one_row(&self, x: &[f32], base: &[f32]) -> Vec<f32> {
-        let width = self.width();
+        let (width, isa) = (self.width(), Isa::current());
         let mut logits: Vec<f32> = base.iter().map(|y| self.base * y).collect();
         for part in &self.parts {
             match &part.kind {
                 Kind::Update { a, b, r, scale } => {
-                    let low: Vec<f32> = a.chunks_exact(width).map(|a| dot(a, x)).collect();
+                    let low: Vec<f32> = a.chunks_exact(width).map(|a| dot(isa, a, x)).collect();
                     let (b, scale) = (&**b, scale * part.weight);
                     let rows = logits.par_iter_mut().zip(b.par_chunks_exact(*r));
-                    rows.for_each(|(y, b)| *y += scale * dot(b, &low));
+                    rows.for_each(|(y, b)| *y += scale * dot(isa, b, &low));
                 }
                 Kind::Whole(own) => {
                     let (own, weight) = (&**own, part.weight);
                     let rows = logits.par_iter_mut().zip(own.par_chunks_exact(width));
-                    rows.for_each(|(y, own)| *y += weight * dot(own, x));
+                    rows.for_each(|(y, own)| *y += weight * dot(isa, own, x));
                 }
                 Kind::Tokens { indices, difference } => {
                     for (&token, row) in indices.iter().zip(difference.chunks_exact(width)) {
-                        logits[token as usize] += part.weight * dot(row, x);
+                        logits[token as usize] += part.weight * dot(isa, row, x);
                     }
                 }
             }
@@ -541,7 +542,7 @@ impl WornHead<'_> {
             let lines = logits.par_chunks_exact_mut(vocabulary).zip(x.par_chunks_exact(width));
             lines.for_each(|(logits, x)| {
                 for (&token, row) in indices.iter().zip(difference.chunks_exact(width)) {
-                    logits[token as usize] += weight * dot(row, x);
+                    logits[token as usize] += weight * dot(isa, row, x);
                 }
             });
         }
@@ -647,16 +648,4 @@ fn scale(values: &mut [f32], factor: f32) {
     if factor != 1.0 {
         values.par_iter_mut().for_each(|value| *value *= factor);
     }
-}
-
-fn dot(x: &[f32], y: &[f32]) -> f32 {
-    let mut sums = [0f32; 16];
-    let ((x, x_rest), (y, y_rest)) = (x.as_chunks::<16>(), y.as_chunks::<16>());
-    for (x, y) in x.iter().zip(y) {
-        for i in 0..16 {
-            sums[i] += x[i] * y[i];
-        }
-    }
-    let rest: f32 = x_rest.iter().zip(y_rest).map(|(x, y)| x * y).sum();
-    sums.iter().sum::<f32>() + rest
 }

@@ -567,7 +567,7 @@ versions! {
     }
 
     /// `Σ a · b`, by lane so that it vectorizes.
-    fn dot(isa; a: &[f32], b: &[f32]) -> f32 {
+    pub(crate) fn dot(isa; a: &[f32], b: &[f32]) -> f32 {
         let mut lanes = [0f32; GROUP];
         let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<GROUP>(), b.as_chunks::<GROUP>());
         for (a, b) in a.iter().zip(b) {

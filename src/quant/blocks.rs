@@ -45,22 +45,8 @@ impl BlockType {
         Self::MXFP4,
     ];
 
-    /// Those that we also write.
-    pub const WRITTEN: &[Self] = &[
-        Self::F32,
-        Self::F16,
-        Self::BF16,
-        Self::Q4_0,
-        Self::Q4_1,
-        Self::Q5_0,
-        Self::Q5_1,
-        Self::Q8_0,
-        Self::Q2_K,
-        Self::Q3_K,
-        Self::Q4_K,
-        Self::Q5_K,
-        Self::Q6_K,
-    ];
+    /// Those that we also write: all but the last three.
+    pub const WRITTEN: &[Self] = Self::ALL.split_at(Self::ALL.len() - 3).0;
 
     /// The type with this number in `enum ggml_type`, if we can read it.
     pub fn from_ggml(id: u32) -> Option<Self> {

@@ -219,37 +219,40 @@ fn patience_ends_a_run_and_resumes_to_the_same_bytes() {
     }
 }
 
-/// The best checkpoint outlives the rotation, and its adapter is the run's. That the highest loss is
-/// the best here puts it among the first.
+/// The best checkpoint outlives the rotation, and its adapter is the run's. Where the highest loss is
+/// the best it is among the first; where the lowest is, it may be any.
 #[test]
 fn the_best_checkpoint_is_kept_and_taken() {
-    let lab = Lab::new();
-    let out = lab.path("run");
-    let flags = [
-        "--load-best-model-at-end",
-        "true",
-        "--greater-is-better",
-        "true",
-        "--save-total-limit",
-        "1",
-    ];
-    let done = last_json(&quantune(&overheated(&lab, &out, &flags)));
-    let best = done["best_step"].as_u64().unwrap();
-    assert!(best < 8 && done["steps"] == 8, "{done}");
-    let evaluated: Vec<f64> = fs::read_to_string(Path::new(&out).join("metrics.jsonl"))
-        .unwrap()
-        .lines()
-        .map(|line| serde_json::from_str::<Value>(line).unwrap())
-        .filter(|line| line["step"] != 0)
-        .filter_map(|line| line.get("eval_loss")?.as_f64())
-        .collect();
-    let most = evaluated.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    assert_eq!(done["best_metric"].as_f64(), Some(most));
-    assert_eq!(evaluated[best as usize - 1], most);
-    let weights = |folder: &str| {
-        fs::read(Path::new(&out).join(folder).join("adapter_model.safetensors")).unwrap()
-    };
-    assert!(weights("adapter") == weights(&format!("checkpoints/step-{best}")));
-    assert!(weights("adapter") != weights("checkpoints/step-8"));
-    assert_eq!(fs::read_dir(Path::new(&out).join("checkpoints")).unwrap().count(), 2);
+    for greater in [true, false] {
+        let lab = Lab::new();
+        let out = lab.path("run");
+        let greater_flag = greater.to_string();
+        let mut flags = vec!["--load-best-model-at-end", "true", "--save-total-limit", "1"];
+        if greater {
+            flags.extend(["--greater-is-better", &greater_flag]);
+        }
+        let done = last_json(&quantune(&overheated(&lab, &out, &flags)));
+        let best = done["best_step"].as_u64().unwrap();
+        assert!((best < 8 || !greater) && done["steps"] == 8, "{done}");
+        let evaluated: Vec<f64> = fs::read_to_string(Path::new(&out).join("metrics.jsonl"))
+            .unwrap()
+            .lines()
+            .map(|line| serde_json::from_str::<Value>(line).unwrap())
+            .filter(|line| line["step"] != 0)
+            .filter_map(|line| line.get("eval_loss")?.as_f64())
+            .collect();
+        let sign = if greater { 1.0 } else { -1.0 };
+        let most = evaluated.iter().map(|loss| sign * loss).fold(f64::NEG_INFINITY, f64::max);
+        assert_eq!(done["best_metric"].as_f64(), Some(sign * most));
+        assert_eq!(evaluated[best as usize - 1], sign * most);
+        let weights = |folder: &str| {
+            fs::read(Path::new(&out).join(folder).join("adapter_model.safetensors")).unwrap()
+        };
+        assert!(weights("adapter") == weights(&format!("checkpoints/step-{best}")));
+        if best < 8 {
+            assert!(weights("adapter") != weights("checkpoints/step-8"));
+        }
+        let kept = fs::read_dir(Path::new(&out).join("checkpoints")).unwrap().count();
+        assert_eq!(kept, 2); // the best, and the last of the others
+    }
 }

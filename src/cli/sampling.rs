@@ -1,0 +1,40 @@
+//! How tokens are chosen, by flags that `generate` and `chat` share.
+
+use crate::generate::Sampling;
+
+/// How tokens are chosen.
+#[derive(Debug, Clone, clap::Args)]
+pub struct SamplingFlags {
+    /// 0 takes the likeliest token, more is bolder [default: 0.8]
+    #[arg(long)]
+    temperature: Option<f64>,
+    /// Only the k likeliest tokens; 0 is off [default: 40]
+    #[arg(long)]
+    top_k: Option<usize>,
+    /// Only the likeliest tokens that together have this probability [default: 0.95]
+    #[arg(long)]
+    top_p: Option<f64>,
+    /// Only tokens with this share of the likeliest one's probability [default: 0.05]
+    #[arg(long)]
+    min_p: Option<f64>,
+    /// Logits of tokens already there are divided by this; 1 is off [default: 1]
+    #[arg(long)]
+    repetition_penalty: Option<f64>,
+    /// Seed of the choice [default: 42]
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
+impl SamplingFlags {
+    /// What is given, and defaults for the rest.
+    pub fn sampling(&self) -> Sampling {
+        Sampling {
+            temperature: self.temperature.unwrap_or(0.8),
+            top_k: self.top_k.unwrap_or(40),
+            top_p: self.top_p.unwrap_or(0.95),
+            min_p: self.min_p.unwrap_or(0.05),
+            repetition_penalty: self.repetition_penalty.unwrap_or(1.0),
+            seed: self.seed.unwrap_or(42),
+        }
+    }
+}
