@@ -13,7 +13,7 @@ pub const GROUP: usize = 16;
 /// Rows of A that a kernel takes at a time: ranks are padded to whole blocks.
 pub const BLOCK: usize = 4;
 /// Outputs of a panel of B.
-pub const PANEL: usize = 64;
+pub const PANEL: usize = 16;
 
 /// The largest exponent that 16-bit numbers get: above it rounding may reach infinity, and the more
 /// there is below it, the smaller the numbers that keep all their bits.
@@ -31,7 +31,7 @@ pub struct DecodeForm<T> {
     pub out_features: usize,
     /// `A (r, in)`, r padded to whole blocks and in to whole groups, by zeros.
     pub a: Vec<T>,
-    /// `B (out, r)` as `(panels, r, 64)`, the last panel filled up with zeros.
+    /// `B (out, r)` as `(panels, r, 16)`, the last panel filled up with zeros.
     pub b: Vec<T>,
     /// A power of two, which takes back what the numbers of 16 bits were moved by.
     pub factor: f32,

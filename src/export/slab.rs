@@ -36,10 +36,7 @@ pub(super) fn write(
     };
     let (rows, cols) = (tensor.rows(), tensor.cols());
     // Whole heads, whose rows change places.
-    let step = match order {
-        RowOrder::Straight => 1,
-        RowOrder::Interleaved { head_dim } => head_dim,
-    };
+    let step = order.stretch();
     let slab = (VALUES / cols / step).max(1) * step;
     let row_bytes = block_type.bytes_for(cols).ok_or_else(|| {
         let reason = format!("rows of {cols} values are no whole {block_type} blocks");

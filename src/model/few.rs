@@ -2,16 +2,16 @@
 //! whatever each token wears, at the speed of memory.
 //!
 //! Tokens that wear the same are taken together, wherever they stand in the batch; `A x` of all
-//! updates is computed in one parallel region with the base's products, `B (A x)` in a second one
-//! if that pays. A token's bits depend on its own list of adapters only.
+//! updates is computed in one parallel region with the base's products, and `B (A x)` is added to a
+//! product's rows by the thread that computed them. A token's bits depend on its own list of
+//! adapters only.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::Result;
 use half::f16;
-use quantune_adapters::decode::{DecodeForm, PANEL};
-use rayon::prelude::*;
+use quantune_adapters::decode::DecodeForm;
 
 use super::adapters::Worn;
 use super::decoder::Linear;
@@ -20,9 +20,6 @@ use crate::ops::gemm::Panel;
 use crate::ops::low_rank::{self, Number};
 use crate::ops::row_dot;
 use crate::ops::{Target, Values};
-
-/// Below this many bytes of B, waking threads costs more than they save.
-const ALONE_BYTES: usize = 64 * 1024;
 
 /// Buffers of [`project`], used again.
 #[derive(Debug, Default)]
@@ -49,6 +46,8 @@ struct Updates<'a, T> {
     tokens: &'a [usize],
     /// In the order of the list.
     updates: Vec<Update<T>>,
+    /// DoRA's: `W x` becomes `scales ⊙ W x`, of `(out)`, `1 + Σ weight · (s − 1)`.
+    scales: Option<Vec<f32>>,
 }
 
 /// The products of linear layers that share the input `x (tokens, in)`, updates and biases included.
@@ -117,7 +116,6 @@ fn project_as<T: Number, const M: usize>(
             low_rank::shrink(isa, &update.form, blocks.clone(), &inputs_of(tokens), factor, low);
         }
     };
-    let beside = row_dot::Beside { tasks: shrinks.len(), run: &shrink };
     let mut products: Vec<row_dot::Product> = match onto {
         Onto::Nothing => {
             outs.iter_mut().map(|(linear, out)| (&*linear.weight, &mut out[..])).collect()
@@ -128,12 +126,35 @@ fn project_as<T: Number, const M: usize>(
             vec![(&*outs[0].0.weight, &mut product[..])]
         }
     };
+    let places: Vec<(usize, Target)> =
+        products.iter_mut().map(|(weight, y)| (weight.rows(), Target::new(y))).collect();
+    let low_of = |update: &Update<T>| {
+        // SAFETY: the tasks beside, which wrote it, are done, and none writes to it again.
+        unsafe { &*target.at(update.lows.start).slice(update.lows.len()) }
+    };
+    let add_updates = |linear: usize, rows: Range<usize>| {
+        let (out_features, y) = places[linear];
+        for Updates { tokens, updates, scales, .. } in all.iter().filter(|u| u.linear == linear) {
+            let y: Vec<Target> = tokens.iter().map(|token| y.at(token * out_features)).collect();
+            if let Some(scales) = scales {
+                for y in &y {
+                    // SAFETY: no other thread is given these rows.
+                    let y = unsafe { y.at(rows.start).slice(rows.len()) };
+                    y.iter_mut().zip(&scales[rows.clone()]).for_each(|(y, scale)| *y *= scale);
+                }
+            }
+            for update in updates {
+                // SAFETY: the rung is this CPU's; no other thread is given these rows.
+                unsafe {
+                    low_rank::expand(isa, &update.form, rows.clone(), low_of(update), &y);
+                }
+            }
+        }
+    };
+    let beside = row_dot::Beside { tasks: shrinks.len(), run: &shrink, then: &add_updates };
     match pass.forward {
         Panel::F32 => row_dot::f32_many(isa, x, &mut products, beside),
         Panel::Int16 | Panel::Int8 => row_dot::int16_many(isa, x, &mut products, beside),
-    }
-    for updates in &all {
-        scale_rows(updates, products[updates.linear].1);
     }
     drop(products);
     if onto == Onto::Sum {
@@ -146,35 +167,6 @@ fn project_as<T: Number, const M: usize>(
                 row.iter_mut().zip(&*bias).for_each(|(out, b)| *out += b);
             }
         }
-    }
-
-    // B (A x) on top.
-    let rows = outs.each_ref().map(|(linear, _)| linear.weight.rows());
-    let targets = outs.each_mut().map(|(_, out)| Target::new(out));
-    let mut expands = Vec::new();
-    let mut bytes = 0;
-    for updates in &all {
-        let panels = rows[updates.linear].div_ceil(PANEL);
-        let step = updates.updates.iter().map(|u| low_rank::panels_of_task(&u.form)).min();
-        let step = step.unwrap_or(panels).max(1);
-        let tasks = (0..panels).step_by(step).map(|first| first..panels.min(first + step));
-        expands.extend(tasks.map(|panels| (updates, panels)));
-        bytes += updates.updates.iter().map(|u| size_of_val(&u.form.b[..])).sum::<usize>();
-    }
-    let lows = &lows[..];
-    let expand = |(updates, panels): &(&Updates<T>, Range<usize>)| {
-        let (rows, out) = (rows[updates.linear], targets[updates.linear]);
-        let y: Vec<Target> = updates.tokens.iter().map(|token| out.at(token * rows)).collect();
-        for update in &updates.updates {
-            let low = &lows[update.lows.clone()];
-            // SAFETY: the rung is this CPU's; no two tasks share outputs of a token.
-            unsafe { low_rank::expand(isa, &update.form, panels.clone(), low, &y) };
-        }
-    };
-    if bytes <= ALONE_BYTES {
-        expands.iter().for_each(expand);
-    } else {
-        expands.par_iter().for_each(expand);
     }
     Ok(())
 }
@@ -196,26 +188,21 @@ fn updates<'w, T: Number>(
                 updates.push(Update { form, weight: worn.weight as f32, lows });
             }
             if !updates.is_empty() {
-                all.push(Updates { linear: index, tokens, updates });
+                let scales = row_scales(&updates);
+                all.push(Updates { linear: index, tokens, updates, scales });
             }
         }
     }
     Ok(all)
 }
 
-/// `W x` as DoRA scales it: `(1 + Σ weight · (s − 1)) ⊙ W x`, of `y (.., out)` the tokens' rows.
-fn scale_rows<T>(updates: &Updates<T>, y: &mut [f32]) {
-    let scaled: Vec<(f32, &[f32])> = (updates.updates.iter())
-        .filter_map(|update| Some((update.weight, update.form.row_scales.as_deref()?)))
-        .collect();
-    let Some((_, first)) = scaled.first() else { return };
-    let rows = first.len();
-    let mut scales = vec![1f32; rows];
-    for (weight, s) in scaled {
-        scales.iter_mut().zip(s).for_each(|(scale, s)| *scale += weight * (s - 1.0));
+/// What DoRA makes of `W x`, if any of these is one.
+fn row_scales<T>(updates: &[Update<T>]) -> Option<Vec<f32>> {
+    let mut scales: Option<Vec<f32>> = None;
+    for update in updates {
+        let Some(s) = &update.form.row_scales else { continue };
+        let scales = scales.get_or_insert_with(|| vec![1.0; s.len()]);
+        scales.iter_mut().zip(s).for_each(|(scale, s)| *scale += update.weight * (s - 1.0));
     }
-    for token in updates.tokens {
-        let y = &mut y[token * rows..(token + 1) * rows];
-        y.iter_mut().zip(&scales).for_each(|(y, scale)| *y *= scale);
-    }
+    scales
 }

@@ -25,11 +25,6 @@ pub fn blocks_of_task<T>(form: &DecodeForm<T>) -> usize {
     (TASK_BYTES / (BLOCK * padded(form) * size_of::<T>()).max(1)).max(1)
 }
 
-/// Panels of B that make a task.
-pub fn panels_of_task<T>(form: &DecodeForm<T>) -> usize {
-    (TASK_BYTES / (PANEL * form.r * size_of::<T>()).max(1)).max(1)
-}
-
 /// Blocks of A.
 pub fn blocks<T>(form: &DecodeForm<T>) -> usize {
     form.r.div_ceil(BLOCK)
@@ -54,14 +49,14 @@ rungs! {
     /// # Safety
     /// The CPU must have the rung, and no other thread may touch these columns of `low`.
     pub unsafe fn shrink<T: Number>(form: &DecodeForm<T>, blocks: Range<usize>, x: &[&[f32]], factor: f32, low: Target) = shrink_body;
-    /// `y += low Bᵀ` for some panels of B's rows.
+    /// `y += low Bᵀ` for some of B's rows: whole panels of 16, the last one aside.
     ///
     /// Shapes: `low (tokens, low_stride)`; `y` are the places of the tokens' outputs, `out` numbers
     /// each.
     ///
     /// # Safety
-    /// The CPU must have the rung, and no other thread may touch the outputs of these panels.
-    pub unsafe fn expand<T: Number>(form: &DecodeForm<T>, panels: Range<usize>, low: &[f32], y: &[Target]) = expand_body;
+    /// The CPU must have the rung, and no other thread may touch these outputs.
+    pub unsafe fn expand<T: Number>(form: &DecodeForm<T>, rows: Range<usize>, low: &[f32], y: &[Target]) = expand_body;
 }
 
 /// # Safety
@@ -148,11 +143,13 @@ unsafe fn shrink_tokens<S: Lanes, T: Number, const M: usize>(
 #[inline(always)]
 unsafe fn expand_body<S: Lanes, T: Number>(
     form: &DecodeForm<T>,
-    panels: Range<usize>,
+    rows: Range<usize>,
     low: &[f32],
     y: &[Target],
 ) {
+    assert!(rows.start % PANEL == 0 && (rows.end % PANEL == 0 || rows.end == form.out_features));
     let stride = low_stride(form);
+    let panels = rows.start / PANEL..rows.end.div_ceil(PANEL);
     let mut first = 0;
     while first < y.len() {
         let (low, y) = (&low[first * stride..], &y[first..]);
@@ -169,10 +166,11 @@ unsafe fn expand_body<S: Lanes, T: Number>(
     }
 }
 
+/// Panels four at a time, whose sums do not wait for each other, then one at a time.
+///
 /// # Safety
 /// As [`expand_body`].
 #[inline(always)]
-#[allow(clippy::needless_range_loop)] // as above
 unsafe fn expand_tokens<S: Lanes, T: Number, const M: usize>(
     form: &DecodeForm<T>,
     panels: Range<usize>,
@@ -180,31 +178,56 @@ unsafe fn expand_tokens<S: Lanes, T: Number, const M: usize>(
     stride: usize,
     y: &[Target; M],
 ) {
-    const GROUPS: usize = PANEL / GROUP;
-    for panel in panels {
-        let b = form.b[panel * form.r * PANEL..][..form.r * PANEL].as_ptr();
-        let (start, end) = (panel * PANEL, form.out_features.min((panel + 1) * PANEL));
-        // SAFETY: a panel has r times 64 numbers; the rest is the caller's.
+    let mut panel = panels.start;
+    while panel < panels.end {
+        // SAFETY: the caller's promises.
         unsafe {
-            let mut sums = [[S::splat(0.0); M]; GROUPS];
-            for k in 0..form.r {
-                let mut factors = [S::splat(0.0); M];
+            if panel + 4 <= panels.end {
+                expand_panels::<S, T, M, 4>(form, panel, low, stride, y);
+                panel += 4;
+            } else {
+                expand_panels::<S, T, M, 1>(form, panel, low, stride, y);
+                panel += 1;
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As [`expand_body`].
+#[inline(always)]
+#[allow(clippy::needless_range_loop)] // as above
+unsafe fn expand_panels<S: Lanes, T: Number, const M: usize, const PANELS: usize>(
+    form: &DecodeForm<T>,
+    panel: usize,
+    low: &[f32],
+    stride: usize,
+    y: &[Target; M],
+) {
+    let size = form.r * PANEL;
+    let b = form.b[panel * size..][..PANELS * size].as_ptr();
+    // SAFETY: a panel has r times 16 numbers; the rest is the caller's.
+    unsafe {
+        let mut sums = [[S::splat(0.0); M]; PANELS];
+        for k in 0..form.r {
+            let mut factors = [S::splat(0.0); M];
+            for i in 0..M {
+                factors[i] = S::splat(low[i * stride + k]);
+            }
+            for p in 0..PANELS {
+                let w = T::load::<S>(b.add(p * size + k * PANEL));
                 for i in 0..M {
-                    factors[i] = S::splat(low[i * stride + k]);
-                }
-                for g in 0..GROUPS {
-                    let w = T::load::<S>(b.add(k * PANEL + g * GROUP));
-                    for i in 0..M {
-                        sums[g][i] = w.mul_add(factors[i], sums[g][i]);
-                    }
+                    sums[p][i] = w.mul_add(factors[i], sums[p][i]);
                 }
             }
+        }
+        for p in 0..PANELS {
+            let start = (panel + p) * PANEL;
+            let len = PANEL.min(form.out_features - start);
             for i in 0..M {
-                let y = y[i].at(start).slice(end - start);
                 let mut update = [0f32; PANEL];
-                for g in 0..GROUPS {
-                    sums[g][i].store(update.as_mut_ptr().add(g * GROUP));
-                }
+                sums[p][i].store(update.as_mut_ptr());
+                let y = y[i].at(start).slice(len);
                 for (y, update) in y.iter_mut().zip(&update) {
                     *y += update;
                 }
@@ -248,9 +271,10 @@ mod tests {
             for block in 0..blocks(form) {
                 shrink(isa, form, block..block + 1, &x, weight * form.factor, target);
             }
-            for panel in 0..form.out_features.div_ceil(PANEL) {
-                expand(isa, form, panel..panel + 1, &low, &ys);
-            }
+            let rows = form.out_features;
+            let border = rows / 2 / PANEL * PANEL;
+            expand(isa, form, 0..border, &low, &ys);
+            expand(isa, form, border..rows, &low, &ys);
         }
     }
 

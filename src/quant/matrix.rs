@@ -59,6 +59,16 @@ pub enum RowOrder {
     },
 }
 
+impl RowOrder {
+    /// Rows change places only within stretches of this many.
+    pub(crate) fn stretch(self) -> usize {
+        match self {
+            Self::Straight => 1,
+            Self::Interleaved { head_dim } => head_dim,
+        }
+    }
+}
+
 /// Why bytes cannot be read, or values not quantized, as a matrix.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
@@ -246,6 +256,11 @@ impl FrozenMatrix {
     /// Bytes of one row.
     pub(crate) fn row_bytes(&self) -> usize {
         self.row_bytes
+    }
+
+    /// How the rows lie in the bytes.
+    pub(crate) fn order(&self) -> RowOrder {
+        self.order
     }
 
     /// The row that is stored as the `stored`-th.

@@ -1,6 +1,9 @@
 //! The input of a product, in the order in which blocks are decoded, with what scales and minima
 //! of blocks are multiplied by.
 
+#[cfg(target_arch = "x86_64")]
+use std::ops::Range;
+
 use crate::isa::{Isa, versions};
 
 /// Values of a group: the smallest block, and a sub-block of the larger ones.
@@ -87,6 +90,90 @@ impl Activations<i16> {
     /// A group with a value that is not finite has the scale NaN, so that nothing is hidden.
     pub fn rounded(isa: Isa, x: &[f32], cols: usize) -> Self {
         Self::of(isa, x, cols, round)
+    }
+}
+
+/// Rows of input in batches of 8, 4, 2 and 1. What a kernel needs of all rows of a batch for a group
+/// lies together.
+#[cfg(target_arch = "x86_64")]
+pub(super) struct Batches {
+    values: Vec<Group<i16>>, // of a batch (groups, rows)
+    /// Of a batch `(parts, 2, rows)`: scales, then scaled sums; one or two parts to a group.
+    factors: [Vec<f32>; 2],
+    groups: usize,
+    m: usize,
+}
+
+/// Rows of input that are multiplied at once.
+#[cfg(target_arch = "x86_64")]
+pub(super) struct Batch<'a> {
+    pub rows: Range<usize>,
+    /// Groups of a row.
+    pub groups: usize,
+    values: &'a [Group<i16>],
+    factors: [&'a [f32]; 2],
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Batches {
+    pub fn new(x: &Activations<i16>) -> Self {
+        let (m, groups) = (x.m, x.groups);
+        let mut values = vec![Group([0; GROUP]); m * groups];
+        let mut factors = [1, 2].map(|parts| vec![0f32; 2 * parts * m * groups]);
+        for rows in batches_of(m) {
+            let many = rows.len();
+            for (i, row) in rows.clone().enumerate() {
+                let places = values[rows.start * groups + i..].iter_mut().step_by(many);
+                places.zip(x.row(row)).for_each(|(place, group)| *place = *group);
+                for (parts, (factors, from)) in (1..).zip(factors.iter_mut().zip(&x.factors)) {
+                    let at = row * from.stride..row * from.stride + parts * groups;
+                    let start = 2 * parts * groups * rows.start;
+                    let scales = factors[start + i..].iter_mut().step_by(2 * many);
+                    scales.zip(&from.scales[at.clone()]).for_each(|(place, scale)| *place = *scale);
+                    let sums = factors[start + many + i..].iter_mut().step_by(2 * many);
+                    sums.zip(&from.sums[at]).for_each(|(place, sum)| *place = *sum);
+                }
+            }
+        }
+        Self { values, factors, groups, m }
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = Batch<'_>> {
+        batches_of(self.m).map(|rows| {
+            let of = |size: usize| rows.start * size * self.groups..rows.end * size * self.groups;
+            Batch {
+                rows: rows.clone(),
+                groups: self.groups,
+                values: &self.values[of(1)],
+                factors: [&self.factors[0][of(2)], &self.factors[1][of(4)]],
+            }
+        })
+    }
+}
+
+/// `m` rows by 8, 4, 2 and 1.
+#[cfg(target_arch = "x86_64")]
+fn batches_of(m: usize) -> impl Iterator<Item = Range<usize>> {
+    let mut first = 0;
+    std::iter::from_fn(move || {
+        let size = [8, 4, 2, 1].into_iter().find(|size| first + size <= m)?;
+        first += size;
+        Some(first - size..first)
+    })
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Batch<'_> {
+    /// The values of a group, row after row: for each, 16 pairs.
+    #[inline(always)]
+    pub fn values(&self, group: usize) -> *const i32 {
+        self.values[group * self.rows.len()..].as_ptr().cast()
+    }
+
+    /// The scales of all rows for a part, then their scaled sums; there are `parts` to a group.
+    #[inline(always)]
+    pub fn factors(&self, parts: usize, part: usize) -> *const f32 {
+        self.factors[parts - 1][2 * part * self.rows.len()..].as_ptr()
     }
 }
 

@@ -7,9 +7,9 @@
 //! of other input rows, so a row alone gives the same bits as among others.
 //!
 //! The kernels are generic over the vectors of a rung ([`words`]), the block type ([`formats`])
-//! and the form of the input ([`activations`]); [`kernel`] is the loop. With AVX-512 the 4-bit
-//! types go sixteen rows at a time (`tile`): for one row of input that is as fast as weights stored
-//! so beforehand, and needs no copy.
+//! and the form of the input ([`activations`]); [`kernel`] is the loop. With AVX-512 most types
+//! go sixteen rows at a time (`tile`), up to eight rows of input at once: for one that is as fast as
+//! weights stored so beforehand, and needs no copy.
 //!
 //! A call from outside rayon's threads pays for the way in and out: generate inside
 //! `ThreadPool::install` or `rayon::scope`.
@@ -24,10 +24,13 @@ mod words;
 mod x86;
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rayon::prelude::*;
 
 use self::activations::Activations;
+#[cfg(target_arch = "x86_64")]
+use self::activations::Batches;
 use self::kernel::Output;
 use self::words::{Portable, Words};
 use super::cpu::Target;
@@ -35,7 +38,7 @@ use crate::isa::Isa;
 use crate::quant::{BlockType, FrozenMatrix};
 
 /// Bytes of weights in one task: enough to hide the cost of handing it out, little enough for the
-/// second-level cache, from which more than four rows of input read it again.
+/// second-level cache, from which more rows of input than a kernel takes read it again.
 const TASK_BYTES: usize = 32 * 1024;
 /// Kernels take rows in pairs or by 16.
 const TILE_ROWS: usize = 16;
@@ -46,7 +49,7 @@ const ALONE_BYTES: usize = 96 * 1024;
 pub(crate) type Product<'a> = (&'a FrozenMatrix, &'a mut [f32]);
 
 /// `y (m, rows) = x (m, cols) · Wᵀ`, all in `f32`. For small `m`: weights are decoded anew for
-/// every four rows of `x`.
+/// every four or eight rows of `x`.
 pub(crate) fn f32(isa: Isa, x: &[f32], w: &FrozenMatrix, y: &mut [f32]) {
     f32_many(isa, x, &mut [(w, y)], Beside::NOTHING);
 }
@@ -64,11 +67,14 @@ pub(crate) struct Beside<'a> {
     pub tasks: usize,
     /// Does one of them.
     pub run: &'a (dyn Fn(usize) + Sync),
+    /// What is done with some rows of a product, told by its index, when they and all tasks are there:
+    /// whole blocks of 16 rows, the last one aside.
+    pub then: &'a (dyn Fn(usize, Range<usize>) + Sync),
 }
 
 impl Beside<'_> {
     /// No other work.
-    pub const NOTHING: Beside<'static> = Beside { tasks: 0, run: &|_| () };
+    pub const NOTHING: Beside<'static> = Beside { tasks: 0, run: &|_| (), then: &|_, _| () };
 }
 
 /// [`f32`](fn@f32) for several matrices of the same width, in one parallel region.
@@ -103,12 +109,17 @@ struct Input {
     floats: Option<Activations<f32>>,
     f32: Option<Activations<f32>>,
     int16: Option<Activations<i16>>,
+    /// The same, as tiles take it.
+    #[cfg(target_arch = "x86_64")]
+    batches: Option<Batches>,
 }
 
 /// A stretch of stored rows of one product.
 struct Task<'a> {
+    product: usize,
     matrix: &'a FrozenMatrix,
     form: Form,
+    /// Rows as they are stored, which are the same ones in their own order.
     rows: Range<usize>,
     y: Target,
 }
@@ -123,40 +134,73 @@ fn many(
     let Some(cols) = products.first().map(|(w, _)| w.cols()) else { return };
     if x.is_empty() || cols == 0 {
         (0..beside.tasks).for_each(beside.run);
-        products.iter_mut().for_each(|(_, y)| y.fill(0.0));
+        for (product, (matrix, y)) in products.iter_mut().enumerate() {
+            y.fill(0.0);
+            (beside.then)(product, 0..matrix.rows());
+        }
         return;
     }
     let m = x.len() / cols;
     assert_eq!(x.len(), m * cols);
     let mut tasks = Vec::new();
     let mut total = 0;
-    for (matrix, y) in products.iter_mut() {
+    for (product, (matrix, y)) in products.iter_mut().enumerate() {
         assert_eq!(matrix.cols(), cols);
         assert_eq!(y.len(), m * matrix.rows());
-        // Whole tiles of rows, whatever the kernel.
-        let step = (TASK_BYTES / matrix.row_bytes()).max(1).next_multiple_of(TILE_ROWS);
+        // Whole tiles of rows, whatever the kernel, and whole stretches of rows out of order.
+        let mut step = (TASK_BYTES / matrix.row_bytes()).max(1).next_multiple_of(TILE_ROWS);
+        while step % matrix.order().stretch() != 0 {
+            step += TILE_ROWS;
+        }
         let (form, y) = (form_of(matrix.block_type()), Target::new(y));
         for start in (0..matrix.rows()).step_by(step) {
             let rows = start..matrix.rows().min(start + step);
-            tasks.push(Task { matrix, form, rows, y });
+            tasks.push(Task { product, matrix, form, rows, y });
         }
         total += matrix.rows() * matrix.row_bytes();
     }
     let needed = |form| tasks.iter().any(|task| task.form == form);
+    let int16 = needed(Form::Int16).then(|| Activations::rounded(isa, x, cols));
     let input = Input {
+        #[cfg(target_arch = "x86_64")]
+        batches: int16.as_ref().filter(|_| isa == Isa::Avx512Vnni).map(Batches::new),
         floats: needed(Form::Floats).then(|| Activations::straight(isa, x, cols)),
         f32: needed(Form::F32).then(|| Activations::decoded(isa, x, cols)),
-        int16: needed(Form::Int16).then(|| Activations::rounded(isa, x, cols)),
+        int16,
     };
-    let one = |task: usize| match tasks.get(task) {
-        Some(task) => run(isa, &input, task),
-        None => (beside.run)(task - tasks.len()),
+    let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let one = |task: &Task| {
+        // Whoever comes first does what is beside; what is left when all are taken is running.
+        loop {
+            let taken = next.fetch_add(1, Ordering::Relaxed);
+            if taken >= beside.tasks {
+                break;
+            }
+            (beside.run)(taken);
+            done.fetch_add(1, Ordering::Release);
+        }
+        run(isa, &input, task);
+        wait(|| done.load(Ordering::Acquire) == beside.tasks);
+        (beside.then)(task.product, task.rows.clone());
     };
-    let all = 0..tasks.len() + beside.tasks;
     if total <= ALONE_BYTES {
-        all.into_iter().for_each(one);
+        tasks.iter().for_each(one);
     } else {
-        all.into_par_iter().for_each(one);
+        tasks.par_iter().for_each(one);
+    }
+}
+
+/// Waits for what another thread is about to do.
+fn wait(ready: impl Fn() -> bool) {
+    for turn in 0usize.. {
+        if ready() {
+            return;
+        }
+        // It may not be running: threads can be more than cores.
+        match turn < 1000 {
+            true => std::hint::spin_loop(),
+            false => std::thread::yield_now(),
+        }
     }
 }
 
@@ -169,7 +213,8 @@ fn run(isa: Isa, input: &Input, task: &Task) {
         match (isa, task.form) {
             #[cfg(target_arch = "x86_64")]
             (Isa::Avx512Vnni, Form::Int16) => {
-                tile::block_rows(bytes, input.int16.as_ref().expect(NEEDED), &output);
+                let (int16, batches) = (input.int16.as_ref(), input.batches.as_ref());
+                tile::block_rows(bytes, int16.expect(NEEDED), batches.expect(NEEDED), &output);
             }
             #[cfg(target_arch = "x86_64")]
             (Isa::Avx512Vnni, form) => run_on::<x86::Avx512>(bytes, form, input, &output),
@@ -309,10 +354,10 @@ mod tests {
     fn a_row_alone_and_among_others_has_the_same_bits() {
         for &block_type in BlockType::ALL {
             let w = matrix(block_type, 21, 768);
-            let x = input(7, 768);
+            let x = input(13, 768);
             for &isa in Isa::ALL.iter().filter(|isa| isa.available()) {
                 for form in [f32, int16] {
-                    let mut among = vec![0.0; 7 * 21];
+                    let mut among = vec![0.0; 13 * 21];
                     form(isa, &x, &w, &mut among);
                     for (x, among) in x.chunks_exact(768).zip(among.chunks_exact(21)) {
                         let mut alone = vec![0.0; 21];
