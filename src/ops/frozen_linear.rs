@@ -25,7 +25,7 @@ pub fn frozen_linear(x: &Tensor, weight: &Arc<FrozenMatrix>, compute: Compute) -
 }
 
 /// [`frozen_linear`] without a gradient, for few rows `x (m, in)`: weights are read where they lie,
-/// once for every four rows. A row gets the same bits among any others.
+/// once for every four or eight rows. A row gets the same bits among any others.
 pub fn few_rows(x: &Tensor, weight: &Arc<FrozenMatrix>, compute: Compute) -> Result<Tensor> {
     let (rows, width) = x.dims2()?;
     let Some(panel) = compute.forward_panel().filter(|_| width == weight.cols()) else {

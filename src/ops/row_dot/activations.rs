@@ -98,8 +98,7 @@ impl Activations<i16> {
 #[cfg(target_arch = "x86_64")]
 pub(super) struct Batches {
     values: Vec<Group<i16>>, // of a batch (groups, rows)
-    /// Of a batch `(parts, 2, rows)`: scales, then scaled sums; one or two parts to a group.
-    factors: [Vec<f32>; 2],
+    factors: Vec<f32>,       // of a batch (groups, 2, rows): scales, then scaled sums
     groups: usize,
     m: usize,
 }
@@ -111,7 +110,7 @@ pub(super) struct Batch<'a> {
     /// Groups of a row.
     pub groups: usize,
     values: &'a [Group<i16>],
-    factors: [&'a [f32]; 2],
+    factors: &'a [f32],
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -119,20 +118,20 @@ impl Batches {
     pub fn new(x: &Activations<i16>) -> Self {
         let (m, groups) = (x.m, x.groups);
         let mut values = vec![Group([0; GROUP]); m * groups];
-        let mut factors = [1, 2].map(|parts| vec![0f32; 2 * parts * m * groups]);
+        let mut factors = vec![0f32; 2 * m * groups];
+        let [from, _] = &x.factors;
         for rows in batches_of(m) {
             let many = rows.len();
-            for (i, row) in rows.clone().enumerate() {
-                let places = values[rows.start * groups + i..].iter_mut().step_by(many);
+            let values = &mut values[rows.start * groups..];
+            let factors = &mut factors[2 * rows.start * groups..];
+            for (i, row) in rows.enumerate() {
+                let places = values[i..].iter_mut().step_by(many);
                 places.zip(x.row(row)).for_each(|(place, group)| *place = *group);
-                for (parts, (factors, from)) in (1..).zip(factors.iter_mut().zip(&x.factors)) {
-                    let at = row * from.stride..row * from.stride + parts * groups;
-                    let start = 2 * parts * groups * rows.start;
-                    let scales = factors[start + i..].iter_mut().step_by(2 * many);
-                    scales.zip(&from.scales[at.clone()]).for_each(|(place, scale)| *place = *scale);
-                    let sums = factors[start + many + i..].iter_mut().step_by(2 * many);
-                    sums.zip(&from.sums[at]).for_each(|(place, sum)| *place = *sum);
-                }
+                let at = row * from.stride..row * from.stride + groups;
+                let scales = factors[i..].iter_mut().step_by(2 * many);
+                scales.zip(&from.scales[at.clone()]).for_each(|(place, scale)| *place = *scale);
+                let sums = factors[many + i..].iter_mut().step_by(2 * many);
+                sums.zip(&from.sums[at]).for_each(|(place, sum)| *place = *sum);
             }
         }
         Self { values, factors, groups, m }
@@ -145,7 +144,7 @@ impl Batches {
                 rows: rows.clone(),
                 groups: self.groups,
                 values: &self.values[of(1)],
-                factors: [&self.factors[0][of(2)], &self.factors[1][of(4)]],
+                factors: &self.factors[of(2)],
             }
         })
     }
@@ -170,10 +169,10 @@ impl Batch<'_> {
         self.values[group * self.rows.len()..].as_ptr().cast()
     }
 
-    /// The scales of all rows for a part, then their scaled sums; there are `parts` to a group.
+    /// The scales of all rows for a group, then their scaled sums.
     #[inline(always)]
-    pub fn factors(&self, parts: usize, part: usize) -> *const f32 {
-        self.factors[parts - 1][2 * part * self.rows.len()..].as_ptr()
+    pub fn factors(&self, group: usize) -> *const f32 {
+        self.factors[2 * group * self.rows.len()..].as_ptr()
     }
 }
 

@@ -12,7 +12,7 @@ use crate::quant::{BlockType, FrozenMatrix};
 /// How far ahead of its use memory is asked for: the same place of a pair of rows to come, at least
 /// a page away.
 #[inline(always)]
-fn ahead(row_bytes: usize) -> usize {
+pub(super) fn ahead(row_bytes: usize) -> usize {
     4096usize.next_multiple_of(2 * row_bytes)
 }
 
