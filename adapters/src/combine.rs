@@ -644,7 +644,8 @@ mod tests {
             .collect();
         let name = name.into();
         let config = LoraConfig::default();
-        Adapter { name, config, modules, score: None, saved: BTreeMap::new(), tokens: None }
+        let saved = BTreeMap::new();
+        Adapter { name, config, modules, score: None, saved, tokens: None, head_tokens: None }
     }
 
     fn how(method: Method) -> Combination<'static> {
