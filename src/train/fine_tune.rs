@@ -481,6 +481,9 @@ pub(super) fn begin_adapters(
     match &settings.task {
         Task::Sft(_) | Task::Dpo(_) | Task::Grpo(_) => no_score(&first, common)?,
         Task::Reward(_) => {
+            // It has no logits, nor has PEFT's a head to put rows on.
+            first.head_tokens = None;
+            first.config.head_token_indices.clear();
             if first.score.is_none() {
                 first.add_score(hidden_size, false, common.seed)?;
             }

@@ -91,23 +91,23 @@ fn begin_rows(adapter: &Adapter, decoder: &Decoder, added: &[u32]) -> Result<(),
     }
     for (module, rows) in [(EMBEDDING, &adapter.tokens), (HEAD, &adapter.head_tokens)] {
         let Some(base) = decoder.linear_weight(module) else { continue };
-        let idle = |token: &u32| added.contains(token) && (*token as usize) < base.own_rows();
-        let places = rows.iter().flat_map(|own| {
-            own.indices.iter().enumerate().map(move |(at, token)| (at, token, &own.rows))
-        });
-        let whole = adapter.saved.get(module);
-        let whole = whole
-            .iter()
-            .flat_map(|own| added.iter().map(move |token| (*token as usize, token, *own)));
-        let changed: Vec<(usize, &Var)> = places
-            .chain(whole)
-            .filter(|(_, token, _)| idle(token))
-            .map(|(at, _, var)| (at, var))
-            .collect();
-        let Some((_, var)) = changed.first() else { continue };
+        let own_rows = base.own_rows();
+        let idle = added.iter().filter(|token| (**token as usize) < own_rows);
+        // Where they lie in what trains.
+        let (var, places): (&Var, Vec<usize>) = match (rows, adapter.saved.get(module)) {
+            (Some(own), _) => {
+                let place = |token: &u32| own.indices.binary_search(token).ok();
+                (&own.rows, idle.filter_map(place).collect())
+            }
+            (None, Some(whole)) => (whole, idle.map(|token| *token as usize).collect()),
+            (None, None) => continue,
+        };
+        if places.is_empty() {
+            continue;
+        }
         let mean = base.mean_row();
         let mut values = var.flatten_all()?.to_vec1::<f32>()?;
-        for (at, _) in &changed {
+        for at in places {
             values[at * mean.len()..][..mean.len()].copy_from_slice(&mean);
         }
         var.set(&Tensor::from_vec(values, var.shape(), var.device())?)?;

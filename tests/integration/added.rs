@@ -175,7 +175,10 @@ const NAMED: [&str; 4] = ["--add-tokens", "ferry,question", "--add-special-token
 fn sft(lab: &Lab, base: &str, out: &str, more: &[&str]) -> Vec<String> {
     let (rows, out) = (lab.path("rows.jsonl"), lab.path(out));
     let mut args = strings(&["sft", "--base", base, "--data", &rows, "--out", &out, "--json"]);
-    args.extend(strings(&["--r", "2", "--learning-rate", "1e-2", "--compute", "f32"]));
+    args.extend(strings(&["--learning-rate", "1e-2", "--compute", "f32"]));
+    if !more.contains(&"--adapter") {
+        args.extend(strings(&["--r", "2"]));
+    }
     args.extend(strings(&["--max-steps", "2", "--lr-scheduler-type", "constant"]));
     args.extend(strings(more));
     args
