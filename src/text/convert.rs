@@ -132,7 +132,8 @@ fn put_added(json: &mut Value, tokenizer: &Tokenizer) {
             "normalized": !special,
             "special": special,
         });
-        let Some(tokens) = json["added_tokens"].as_array_mut() else {
+        let tokens = json.get_mut("added_tokens").and_then(Value::as_array_mut);
+        let Some(tokens) = tokens else {
             json["added_tokens"] = json!([token]);
             continue;
         };
@@ -145,7 +146,8 @@ fn put_added(json: &mut Value, tokenizer: &Tokenizer) {
 
 /// The same for the list of a `tokenizer_config.json`, where it has one.
 fn put_decoder(config: &mut Value, tokenizer: &Tokenizer) {
-    let Some(decoder) = config["added_tokens_decoder"].as_object_mut() else { return };
+    let decoder = config.get_mut("added_tokens_decoder").and_then(Value::as_object_mut);
+    let Some(decoder) = decoder else { return };
     for Added { text, special } in tokenizer.added() {
         let Some(id) = tokenizer.id_of(text) else { continue };
         let token = json!({

@@ -47,7 +47,9 @@ fn ids_are_those_of_transformers() {
     check(&grown);
     // What is written beside an adapter, read by whoever reads a folder.
     let folder = tempfile::tempdir().unwrap();
-    write(&convert::beside(&base, &grown).unwrap(), folder.path());
+    let files = convert::beside(&base, &grown).unwrap();
+    assert!(!files.iter().any(|(_, text)| text.contains("_decoder\": null")));
+    write(&files, folder.path());
     check(&Tokenizer::from_folder(folder.path()).unwrap());
     check(&Tokenizer::open_beside(&base, &[folder.path()]).unwrap());
     assert!(grown.missing(folder.path()).unwrap().is_empty());
@@ -318,4 +320,53 @@ fn what_cannot_be_added_is_told() {
         &["--adapter", &adapter],
         "token 0 is \"<|begin|>\", needed the base's \"<|endoftext|>\"",
     );
+}
+
+/// A base with a row that no token has: the first token that is added takes it, beginning as the mean
+/// too, and only the second is one more row; of a folder and of a GGUF, whose filler it is.
+#[test]
+fn idle_rows_are_taken_first() {
+    let lab = Lab::new();
+    let folder = lab.folder.path().join("idle");
+    fs::create_dir_all(&folder).unwrap();
+    for file in fs::read_dir(model_path("llama-untied")).unwrap() {
+        let file = file.unwrap().path();
+        fs::copy(&file, folder.join(file.file_name().unwrap())).unwrap();
+    }
+    let path = folder.join("tokenizer.json");
+    let mut json: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    let vocab = json["model"]["vocab"].as_object_mut().unwrap();
+    vocab.retain(|_, id| *id != 511);
+    json["model"]["merges"].as_array_mut().unwrap().pop(); // what made it
+    fs::write(&path, json.to_string()).unwrap();
+    let (base, gguf) = (folder.display().to_string(), lab.path("idle.gguf"));
+    let quantize = ["quantize", "--base", &base, "--out", &gguf, "--type", "Q8_0", "--json"];
+    last_json(&quantune(&strings(&quantize)));
+
+    for (name, base) in [("folder", &base), ("gguf", &gguf)] {
+        let more = ["--add-special-tokens", "<|a|>,<|b|>", "--weight-decay", "0"];
+        let mut args = sft(&lab, base, name, &more);
+        let rate = args.iter().position(|arg| arg == "--learning-rate").unwrap();
+        args[rate + 1] = "0".into();
+        last_json(&quantune(&args));
+        let decoder = Decoder::load(&Checkpoint::open(base).unwrap(), Compute::F32).unwrap();
+        let decoder = decoder.with_vocabulary(513).unwrap();
+        let adapter = read(&lab.folder.path().join(name).join("adapter"), &decoder.linears());
+        let ends = [("model.embed_tokens", adapter.tokens), ("lm_head", adapter.head_tokens)];
+        for (module, own) in ends {
+            let (own, mean) = (own.unwrap(), decoder.linear_weight(module).unwrap().mean_row());
+            assert_eq!(own.indices, [511, 512], "{name} {module}");
+            assert_eq!(own.rows.to_vec2::<f32>().unwrap(), [mean.clone(), mean], "{name} {module}");
+        }
+        let adapter = lab.path(&format!("{name}/adapter"));
+        for form in [format!("{name}.merged.gguf"), format!("{name}-merged")] {
+            let out = lab.path(&form);
+            let args = ["merge", "--base", base, "--adapter", &adapter, "--out", &out, "--json"];
+            last_json(&quantune(&strings(&args)));
+            let merged = Checkpoint::open(&out).unwrap();
+            let tokenizer = Tokenizer::open(&merged).unwrap();
+            assert_eq!((tokenizer.len(), tokenizer.id_of("<|b|>")), (513, Some(512)), "{form}");
+            assert_eq!(tokenizer.encode("a<|a|>", Special::Parse).unwrap()[1], 511, "{form}");
+        }
+    }
 }
