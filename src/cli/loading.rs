@@ -28,14 +28,14 @@ pub struct Loading {
 }
 
 impl Loading {
-    /// Loads the decoder of a checkpoint, with rows for all tokens of `tokenizer`.
+    /// Loads the decoder of a checkpoint, with rows for tokens that were added.
     pub fn decoder(&self, checkpoint: &Checkpoint, tokenizer: &Tokenizer) -> Result<Decoder> {
         let device = self.device.unwrap_or_default();
         let compute = self.compute.unwrap_or(device.default_compute());
         device.check(compute).map_err(|e| Usage(e.to_string()))?;
         let opened = device.open()?; // told before anything is read
         let decoder = Decoder::load_as(checkpoint, compute, self.load_type)?;
-        let decoder = decoder.with_vocabulary(tokenizer.len())?;
+        let decoder = decoder.with_vocabulary(tokenizer.rows_needed())?;
         match device {
             DeviceName::Cpu => Ok(decoder),
             DeviceName::Cuda(_) | DeviceName::Metal => Ok(decoder.on(&opened)?),

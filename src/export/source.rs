@@ -106,8 +106,8 @@ impl<'a> Source<'a> {
     ) -> Result<Self, ExportError> {
         let mut config = Config::read(checkpoint)?;
         if !added.is_empty() {
-            let tokens = Tokenizer::open_with(checkpoint, added)?.len();
-            config.vocab_size = config.vocab_size.max(tokens);
+            let needed = Tokenizer::open_with(checkpoint, added)?.rows_needed();
+            config.vocab_size = config.vocab_size.max(needed);
         }
         let tied = config.tie_word_embeddings;
         config.tie_word_embeddings = tied && !worn.iter().any(|worn| unties(&worn.adapter));

@@ -155,8 +155,12 @@ pub fn verify_grown(
 pub fn load_grown(base: &Checkpoint, added: &[Added]) -> Result<Decoder, ExportError> {
     let decoder = Decoder::load(base, Compute::F32)?;
     match added {
+        // A base that nothing was added to need not have a tokenizer that is read here.
         [] => Ok(decoder),
-        added => Ok(decoder.with_vocabulary(Tokenizer::open_with(base, added)?.len())?),
+        added => {
+            let tokenizer = Tokenizer::open_with(base, added)?;
+            Ok(decoder.with_vocabulary(tokenizer.rows_needed())?)
+        }
     }
 }
 

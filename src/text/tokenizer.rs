@@ -249,6 +249,12 @@ impl Tokenizer {
         self.len
     }
 
+    /// Rows of embedding and head that a model must have for the tokens that were added; none where
+    /// nothing was. A base whose files have more tokens than rows stays as it is.
+    pub fn rows_needed(&self) -> usize {
+        if self.added.is_empty() { 0 } else { self.len }
+    }
+
     /// The tokenizer as a `tokenizer.json`.
     pub(super) fn to_json(&self) -> Result<String, TextError> {
         self.inner.to_string(true).map_err(failed)

@@ -223,7 +223,7 @@ pub(super) fn load(
         _ => convert::beside(&checkpoint, &tokenizer)?,
     };
     let decoder = Decoder::load_as(&checkpoint, common.compute, load_type)?;
-    let mut decoder = decoder.with_vocabulary(tokenizer.len())?;
+    let mut decoder = decoder.with_vocabulary(tokenizer.rows_needed())?;
     if common.device != DeviceName::Cpu {
         decoder = decoder.on(&device)?;
     }

@@ -11,7 +11,7 @@ use quantune::export::lora::open_adapter;
 use quantune::model::Decoder;
 use quantune::ops::Compute;
 use quantune::text::{Added, Special, Tokenizer, convert};
-use quantune::weights::Checkpoint;
+use quantune::weights::{Checkpoint, Gguf, OwnedValue, stream_gguf};
 use quantune_adapters::LoraConfig;
 use serde_json::Value;
 
@@ -89,6 +89,22 @@ fn files_beside_an_adapter_bring_its_tokens() {
                 assert_eq!(again.encode(text, special).unwrap(), needed, "{name} {text:?}");
                 assert_eq!(read.encode(text, special).unwrap(), needed, "{name} {text:?}");
             }
+        }
+        // A GGUF with these tokens among its own, and fillers behind them.
+        let gguf = Gguf::open(golden(&name)).unwrap();
+        let rows = grown.len() + 2;
+        let keys = convert::grown_keys(&gguf, rows, &added).unwrap();
+        let own = gguf.metadata().map(|(key, value)| (key.to_string(), value.to_owned()));
+        let own = own.filter(|(key, _)| !keys.iter().any(|(other, _)| other == key));
+        let new = keys.iter().map(|(key, value)| (key.to_string(), value.clone()));
+        let metadata: Vec<(String, OwnedValue)> = own.chain(new).collect();
+        let path = folder.path().join("grown.gguf");
+        stream_gguf(&path, &metadata, &[], |_, _| Ok(())).unwrap();
+        let written = Tokenizer::from_gguf(&Gguf::open(&path).unwrap()).unwrap();
+        assert_eq!((written.len(), written.vocab_size()), (grown.len(), rows), "{name}");
+        for text in ["ferry<|tool|>x lo world", "<|im_end|>ferryman"] {
+            let needed = grown.encode(text, Special::Parse).unwrap();
+            assert_eq!(written.encode(text, Special::Parse).unwrap(), needed, "{name} {text:?}");
         }
         let about = |t: &Tokenizer| {
             let ends: Vec<u32> =

@@ -152,7 +152,8 @@ impl<'a> Session<'a> {
     /// Reads an adapter.
     pub fn load(&mut self, name: &str, file: &AdapterArg) -> Result<()> {
         if file.path.join("tokenizer.json").is_file() {
-            let missing = self.tokenizer.missing(&file.path)?;
+            let mut missing = self.tokenizer.missing(&file.path)?;
+            missing.retain(|token| self.tokenizer.id_of(&token.text).is_none());
             if let Some(token) = missing.first() {
                 bail!(
                     "{}: comes with {} tokens that this chat was begun without, as {:?}; needed a chat \
