@@ -293,7 +293,8 @@ pub fn combine(
     let modules: BTreeMap<String, Lora> = modules.collect::<candle_core::Result<_>>()?;
     let config = config(adapters, &modules, r);
     let name = name.into();
-    Ok(Adapter { name, config, modules, score: None, saved: BTreeMap::new(), tokens: None })
+    let saved = BTreeMap::new();
+    Ok(Adapter { name, config, modules, score: None, saved, tokens: None, head_tokens: None })
 }
 
 /// The density, once everything is known to make sense.
@@ -307,7 +308,7 @@ fn check(adapters: &[(&Adapter, f64)], how: &Combination<'_>) -> Result<f64, Com
         let has = [
             ("DoRA magnitudes", adapter.modules.values().any(|lora| lora.magnitude.is_some())),
             ("modules trained whole", !adapter.saved.is_empty()),
-            ("token rows", adapter.tokens.is_some()),
+            ("token rows", adapter.tokens.is_some() || adapter.head_tokens.is_some()),
             ("a score head", adapter.score.is_some()),
         ];
         if let Some((what, _)) = has.iter().find(|(_, has)| *has) {
@@ -643,7 +644,8 @@ mod tests {
             .collect();
         let name = name.into();
         let config = LoraConfig::default();
-        Adapter { name, config, modules, score: None, saved: BTreeMap::new(), tokens: None }
+        let saved = BTreeMap::new();
+        Adapter { name, config, modules, score: None, saved, tokens: None, head_tokens: None }
     }
 
     fn how(method: Method) -> Combination<'static> {

@@ -4,7 +4,7 @@
 //! Keys we do not know are tolerated, as PEFT's own files gain keys with each version. Keys that
 //! would make PEFT compute something else than this crate does are refused by name.
 
-use serde_json::{Map, Number, Value};
+use serde_json::{Map, Number, Value, json};
 
 /// Which modules, as `target_modules` and `exclude_modules` say it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -78,8 +78,12 @@ pub struct LoraConfig {
     /// Modules trained whole and stored beside the updates, by path or its end: [`SCORE`],
     /// [`EMBEDDING`], [`HEAD`]; PEFT also lists `classifier` beside `score`, whichever the model has.
     pub modules_to_save: Vec<String>,
-    /// Tokens whose embeddings are trained, in the order of the file's rows.
+    /// Tokens whose embeddings are trained, in the order of the file's rows; of a head that is the
+    /// embedding, its rows too.
     pub trainable_token_indices: Vec<u32>,
+    /// Tokens whose rows of the head are trained for themselves: the `lm_head` of PEFT's
+    /// `{"embed_tokens": [...], "lm_head": [...]}`.
+    pub head_token_indices: Vec<u32>,
     /// Whether PEFT shall load the adapter frozen.
     pub inference_mode: bool,
 }
@@ -114,6 +118,7 @@ impl Default for LoraConfig {
             init_lora_weights: InitLoraWeights::KaimingUniform,
             modules_to_save: Vec::new(),
             trainable_token_indices: Vec::new(),
+            head_token_indices: Vec::new(),
             inference_mode: false,
         }
     }
@@ -177,6 +182,8 @@ impl LoraConfig {
         }
         let default = Self::default();
         let read = |v: &Value| v.as_str().map(String::from);
+        let [trainable_token_indices, head_token_indices] =
+            keys.read("trainable_token_indices", TOKENS_NEEDED, token_indices).unwrap_or_default();
         let config = Self {
             task_type: keys.read("task_type", "a string", read),
             base_model_name_or_path: keys.read("base_model_name_or_path", "a string", read),
@@ -220,9 +227,8 @@ impl LoraConfig {
                     names.iter().all(|name| is_savable(name)).then_some(names)
                 })
                 .unwrap_or_default(),
-            trainable_token_indices: keys
-                .read("trainable_token_indices", TOKENS_NEEDED, token_indices)
-                .unwrap_or_default(),
+            trainable_token_indices,
+            head_token_indices,
             inference_mode: keys
                 .read("inference_mode", "true or false", Value::as_bool)
                 .unwrap_or(false),
@@ -258,16 +264,20 @@ impl LoraConfig {
             let problem = format!("modules_to_save: found {name:?}, needed {SAVED_NEEDED}");
             need(is_savable(name), problem);
         }
-        let tokens = &self.trainable_token_indices;
-        let mut rising = tokens.clone();
-        rising.sort_unstable();
-        if let Some(twice) = rising.windows(2).find(|pair| pair[0] == pair[1]) {
-            need(false, format!("trainable_token_indices: token {} is there twice", twice[0]));
+        let lists = [(&self.trainable_token_indices, EMBEDDING), (&self.head_token_indices, HEAD)];
+        for (tokens, module) in lists {
+            let mut rising = tokens.clone();
+            rising.sort_unstable();
+            if let Some(twice) = rising.windows(2).find(|pair| pair[0] == pair[1]) {
+                need(false, format!("trainable_token_indices: token {} is there twice", twice[0]));
+            }
+            let holds = tokens.is_empty() || !self.saved_modules().any(|saved| saved == module);
+            let name = module.rsplit('.').next().unwrap_or(module);
+            let problem = format!(
+                "trainable_token_indices beside modules_to_save {name}: needed one of them"
+            );
+            need(holds, problem);
         }
-        let holds = tokens.is_empty() || !self.saved_modules().any(|module| module == EMBEDDING);
-        let problem =
-            "trainable_token_indices beside modules_to_save embed_tokens: needed one of them";
-        need(holds, problem.into());
         let p = self.lora_dropout;
         need((0.0..1.0).contains(&p), format!("lora_dropout: found {p}, needed 0 <= p < 1"));
         if let Some(Modules::Expression(_)) = self.target_modules {
@@ -370,8 +380,14 @@ impl LoraConfig {
         put("revision", text(&self.revision));
         put("target_modules", modules(&self.target_modules));
         put("task_type", text(&self.task_type));
-        let tokens = &self.trainable_token_indices;
-        put("trainable_token_indices", (!tokens.is_empty()).then(|| tokens.clone()).into());
+        let (tokens, of_head) = (&self.trainable_token_indices, &self.head_token_indices);
+        let indices = match (tokens.is_empty(), of_head.is_empty()) {
+            (true, true) => Value::Null,
+            (false, true) => tokens.clone().into(),
+            (true, false) => json!({ "lm_head": of_head }),
+            (false, false) => json!({ "embed_tokens": tokens, "lm_head": of_head }),
+        };
+        put("trainable_token_indices", indices);
         put("use_dora", self.use_dora.into());
         put("use_rslora", self.use_rslora.into());
         format!("{:#}\n", Value::Object(map))
@@ -447,7 +463,8 @@ fn pattern<T>(value: &Value, convert: fn(&Value) -> Option<T>) -> Option<Vec<(St
 
 const INIT_NEEDED: &str = "true, false, \"gaussian\", \"pissa\", \"pissa_niter_N\", \"olora\" or \"loftq\": others are not supported";
 const SAVED_NEEDED: &str = "score, embed_tokens or lm_head: no other module is supported";
-const TOKENS_NEEDED: &str = "a list of token ids, or an object {\"embed_tokens\": [...]}, lm_head beside it only with the same ids";
+const TOKENS_NEEDED: &str =
+    "a list of token ids, or such lists in an object {\"embed_tokens\": [...], \"lm_head\": [...]}";
 const TYING: &str = "ensure_weight_tying: found true, needed false: embedding and head are trained apart, or by trainable_token_indices together";
 
 /// The name PEFT has for it.
@@ -507,24 +524,19 @@ fn is_end(path: &str, name: &str) -> bool {
     path == name || path.strip_suffix(name).is_some_and(|start| start.ends_with('.'))
 }
 
-/// A list of tokens, or such lists by module: the embedding's, and the head's if it is the same.
-fn token_indices(value: &Value) -> Option<Vec<u32>> {
+/// A list of tokens, or such lists by module: those of the embedding, and those of the head for itself.
+fn token_indices(value: &Value) -> Option<[Vec<u32>; 2]> {
     let list = |value: &Value| -> Option<Vec<u32>> {
         let token = |item: &Value| u32::try_from(item.as_u64()?).ok();
         value.as_array()?.iter().map(token).collect()
     };
-    let Value::Object(modules) = value else { return list(value) };
-    let mut tokens = None;
+    let Value::Object(modules) = value else { return Some([list(value)?, Vec::new()]) };
+    let mut tokens = [Vec::new(), Vec::new()];
     for (name, value) in modules {
-        let of_module = list(value)?;
-        let known = [EMBEDDING, HEAD].iter().any(|path| is_end(path, name));
-        if !known || tokens.as_ref().is_some_and(|tokens| *tokens != of_module) {
-            return None;
-        }
-        tokens = Some(of_module);
+        let of = [EMBEDDING, HEAD].iter().position(|path| is_end(path, name))?;
+        tokens[of] = list(value)?;
     }
-    let embedding = modules.keys().any(|name| is_end(EMBEDDING, name));
-    (embedding || modules.is_empty()).then(|| tokens.unwrap_or_default())
+    Some(tokens)
 }
 
 fn is_true(value: Option<&Value>) -> bool {
@@ -565,11 +577,14 @@ mod tests {
             inference_mode: true,
             modules_to_save: vec!["score".into(), "lm_head".into()],
             trainable_token_indices: vec![7, 2],
+            head_token_indices: Vec::new(),
         };
+        let of_head = LoraConfig { head_token_indices: vec![3], ..LoraConfig::default() };
+        let apart = LoraConfig { trainable_token_indices: vec![3, 4], ..of_head.clone() };
         let begun = |init_lora_weights| LoraConfig { init_lora_weights, ..LoraConfig::default() };
         let pissa = |niter| begun(InitLoraWeights::Pissa { niter });
         let named = [begun(InitLoraWeights::Olora), begun(InitLoraWeights::Loftq)];
-        let written = [LoraConfig::default(), full, pissa(None), pissa(Some(16))];
+        let written = [LoraConfig::default(), full, pissa(None), pissa(Some(16)), of_head, apart];
         for config in written.into_iter().chain(named) {
             assert_eq!(LoraConfig::from_json(&config.to_json()).unwrap(), config);
         }
@@ -643,19 +658,24 @@ mod tests {
 
     #[test]
     fn modules_and_tokens_are_named_as_peft_names_them() {
-        let check = |text: &str, saved: &[&str], tokens: &[u32]| {
+        let check = |text: &str, saved: &[&str], tokens: &[u32], of_head: &[u32]| {
             let text = format!(r#"{{"peft_type": "LORA", {text}}}"#);
             let config = LoraConfig::from_json(&text).unwrap();
             assert_eq!(config.saved_modules().collect::<Vec<_>>(), saved, "{text}");
             assert_eq!(config.trainable_token_indices, tokens, "{text}");
+            assert_eq!(config.head_token_indices, of_head, "{text}");
         };
-        check(r#""modules_to_save": ["lm_head", "model.embed_tokens"]"#, &[EMBEDDING, HEAD], &[]);
-        check(r#""modules_to_save": ["score", "classifier", "embed_tokens"]"#, &[EMBEDDING], &[]);
-        check(r#""trainable_token_indices": [5, 1]"#, &[], &[5, 1]);
-        check(r#""trainable_token_indices": {"embed_tokens": [1, 2]}"#, &[], &[1, 2]);
-        check(r#""trainable_token_indices": {"lm_head": [4], "embed_tokens": [4]}"#, &[], &[4]);
-        check(r#""trainable_token_indices": {}, "ensure_weight_tying": true"#, &[], &[]);
-        for refused in [r#"{"lm_head": [4]}"#, r#"{"embed_tokens": [1], "lm_head": [2]}"#, "7"] {
+        let both = r#""modules_to_save": ["lm_head", "model.embed_tokens"]"#;
+        check(both, &[EMBEDDING, HEAD], &[], &[]);
+        let scored = r#""modules_to_save": ["score", "classifier", "embed_tokens"]"#;
+        check(scored, &[EMBEDDING], &[], &[]);
+        check(r#""trainable_token_indices": [5, 1]"#, &[], &[5, 1], &[]);
+        check(r#""trainable_token_indices": {"embed_tokens": [1, 2]}"#, &[], &[1, 2], &[]);
+        let apart = r#""trainable_token_indices": {"lm_head": [4], "embed_tokens": [3, 4]}"#;
+        check(apart, &[], &[3, 4], &[4]);
+        check(r#""trainable_token_indices": {"lm_head": [4]}"#, &[], &[], &[4]);
+        check(r#""trainable_token_indices": {}, "ensure_weight_tying": true"#, &[], &[], &[]);
+        for refused in [r#"{"norm": [4]}"#, r#"{"embed_tokens": [1], "lm_head": 2}"#, "7"] {
             let text = format!(r#"{{"peft_type": "LORA", "trainable_token_indices": {refused}}}"#);
             let error = LoraConfig::from_json(&text).unwrap_err().to_string();
             assert!(error.contains("trainable_token_indices: found"), "{error}");

@@ -321,16 +321,25 @@ pub struct Adapter {
     pub saved: BTreeMap<String, Var>,
     /// Token embeddings of its own.
     pub tokens: Option<TokenRows>,
+    /// Rows of the head of its own.
+    pub head_tokens: Option<TokenRows>,
 }
 
-/// Rows of the token embedding that an adapter has in place of the base's; where the head is the
-/// embedding, of the head too. PEFT's `trainable_token_indices`.
+/// Rows of the token embedding, or of the head, that an adapter has in place of the base's. PEFT's
+/// `trainable_token_indices`.
 #[derive(Debug, Clone)]
 pub struct TokenRows {
     /// The tokens, rising.
     pub indices: Vec<u32>,
-    /// Their embeddings `(indices, hidden_size)` F32.
+    /// Their rows `(indices, hidden_size)` F32.
     pub rows: Var,
+}
+
+impl TokenRows {
+    fn copy(&self) -> Result<Self> {
+        let rows = Var::from_tensor(&self.rows.as_detached_tensor().copy()?)?;
+        Ok(Self { indices: self.indices.clone(), rows })
+    }
 }
 
 impl Adapter {
@@ -361,7 +370,18 @@ impl Adapter {
             score: None,
             saved: BTreeMap::new(),
             tokens: None,
+            head_tokens: None,
         })
+    }
+
+    /// The rows of the head that the adapter has of its own: those it has of the head, else, where the
+    /// head is the embedding (`tied`), those it has of that; with the name of their gradients.
+    pub fn head_rows(&self, tied: bool) -> Option<(&TokenRows, &'static str)> {
+        match (&self.head_tokens, &self.tokens) {
+            (Some(rows), _) => Some((rows, HEAD_TOKEN_ROWS)),
+            (None, Some(rows)) if tied => Some((rows, TOKEN_ROWS)),
+            (None, _) => None,
+        }
     }
 
     /// Gives the adapter a score head for hidden states of `hidden_size` numbers, and marks it as
@@ -410,12 +430,8 @@ impl Adapter {
                 .iter()
                 .map(|(module, weight)| var(weight).map(|weight| (module.clone(), weight)))
                 .collect::<Result<_>>()?,
-            tokens: match &self.tokens {
-                Some(TokenRows { indices, rows }) => {
-                    Some(TokenRows { indices: indices.clone(), rows: var(rows)? })
-                }
-                None => None,
-            },
+            tokens: self.tokens.as_ref().map(TokenRows::copy).transpose()?,
+            head_tokens: self.head_tokens.as_ref().map(TokenRows::copy).transpose()?,
         })
     }
 
@@ -431,7 +447,9 @@ impl Adapter {
             }
         }
         all.extend(self.saved.iter().map(|(module, var)| (saved_name(module), var.clone())));
-        all.extend(self.tokens.iter().map(|tokens| (token_rows_name(), tokens.rows.clone())));
+        for (rows, module) in [(&self.tokens, TOKEN_ROWS), (&self.head_tokens, HEAD_TOKEN_ROWS)] {
+            all.extend(rows.iter().map(|own| (token_rows_name(module), own.rows.clone())));
+        }
         all.extend(self.score.iter().map(|score| (score_name(), score.clone())));
         all
     }
@@ -444,14 +462,16 @@ impl Adapter {
     }
 
     /// Where the gradient of A of each module is among those of [`Self::parameters`] (B's is the next,
-    /// that of magnitudes the one after), that of each whole module, and of [`TOKEN_ROWS`].
+    /// that of magnitudes the one after), that of each whole module, and of [`TOKEN_ROWS`] and
+    /// [`HEAD_TOKEN_ROWS`].
     pub fn places(&self) -> HashMap<String, usize> {
         let updates = self.modules.iter();
         let updates =
             updates.map(|(module, lora)| (module, if lora.magnitude.is_some() { 3 } else { 2 }));
         let wholes = self.saved.keys().map(|module| (module, 1));
-        let tokens = TOKEN_ROWS.to_string();
-        let tokens = self.tokens.iter().map(|_| (&tokens, 1));
+        let names = [TOKEN_ROWS, HEAD_TOKEN_ROWS].map(String::from);
+        let tokens = self.tokens.iter().map(|_| (&names[0], 1));
+        let tokens = tokens.chain(self.head_tokens.iter().map(|_| (&names[1], 1)));
         let mut at = 0;
         let place = |(module, parameters): (&String, usize)| {
             let place = at;
@@ -576,10 +596,12 @@ pub(crate) fn saved_name(module: &str) -> String {
 
 /// PEFT's module of token rows.
 pub const TOKEN_ROWS: &str = "model.embed_tokens.token_adapter";
+/// The same of the head's own.
+pub const HEAD_TOKEN_ROWS: &str = "lm_head.token_adapter";
 
 /// PEFT's name of token rows.
-pub(crate) fn token_rows_name() -> String {
-    format!("base_model.model.{TOKEN_ROWS}.trainable_tokens_delta")
+pub(crate) fn token_rows_name(module: &str) -> String {
+    format!("base_model.model.{module}.trainable_tokens_delta")
 }
 
 /// PEFT's name of A or B of a module: those of an embedding are no linear layers there.

@@ -8,11 +8,16 @@
 //! | factors of the embedding | `<module>.lora_embedding_A`, `<module>.lora_embedding_B` | `(r, vocab_size)`, `(hidden_size, r)` |
 //! | DoRA's magnitudes | `<module>.lora_magnitude_vector` | `(out)` |
 //! | whole modules | `lm_head.weight`, `model.embed_tokens.weight` | `(vocab_size, hidden_size)` |
-//! | token rows | `model.embed_tokens.token_adapter.trainable_tokens_delta` | `(tokens, hidden_size)` |
+//! | token rows | `model.embed_tokens.token_adapter.trainable_tokens_delta`, the same of `lm_head` | `(tokens, hidden_size)` |
 //! | score head | `score.weight` | `(1, hidden_size)` |
 //!
 //! Beside an update of embedding or head PEFT also writes the base's own weight (`base_layer`): it is
 //! the base's, so it is held to its shape and otherwise left alone, and we do not write it.
+//!
+//! Over a vocabulary that was resized PEFT writes the whole embedding and head as well, whatever trains
+//! of them: beside token rows as `token_adapter.base_layer`, beside whole modules under three names, and
+//! where nothing of them trains openly: that is then a whole module, as PEFT loads it. Where the head
+//! is the embedding, the head's token rows are the embedding's, written again.
 //!
 //! An update that holds some of its ranks as they began (see [`crate::initialize`]) is a plain one of
 //! all its ranks here, which is what PEFT's conversion of PiSSA and OLoRA writes. A folder that PEFT
@@ -135,10 +140,17 @@ pub fn read_folder(
         return Err(FormatError::Pickle(folder.into()));
     }
     let bytes = fs::read(&path).map_err(|e| at(&path, e))?;
+    let tensors = deserialize(&bytes, &path)?;
+    let mut config = config;
+    for module in [EMBEDDING, HEAD] {
+        let openly = tensors.names().contains(&&*saved_name(module));
+        if openly && !config.saved_modules().any(|saved| saved == module) {
+            config.modules_to_save.push(module.into());
+        }
+    }
     let mut wanted = config.clone();
     if wanted.target_modules.is_none() {
         // PEFT chose by its table of model families; the file says what it chose.
-        let tensors = deserialize(&bytes, &path)?;
         let factors = tensors.names().into_iter().filter_map(|name| match parse_name(name)? {
             (module, Part::A | Part::B) => Some(module.to_string()),
             _ => None,
@@ -207,16 +219,31 @@ pub fn from_bytes(
         if let Some(weight) = tensors.take(&spec.name, Part::Whole, &shape, device)? {
             saved.insert(spec.name.clone(), weight);
         }
+        tensors.skip(&spec.name, Part::Base, &shape);
     }
-    let tokens = match &resolved.tokens {
-        None => None,
-        Some(embedding) => {
-            let indices = &mut config.trainable_token_indices;
-            let shape = [indices.len(), embedding.out_features];
-            let rows = tensors.take(&embedding.name, Part::Tokens, &shape, device)?;
-            rows.map(|rows| in_order(indices, rows)).transpose()?
+    // One list for both, and of the head nothing else: the two are one matrix.
+    let tied = config.trainable_token_indices == config.head_token_indices
+        && tensors.same(Part::Tokens, [EMBEDDING, HEAD]);
+    if tied {
+        config.head_token_indices.clear();
+    }
+    let mut rows_of = |spec: &Option<LinearSpec>, indices: &mut Vec<u32>| match spec {
+        Some(spec) if !indices.is_empty() => {
+            let width = if spec.embedding { spec.out_features } else { spec.in_features };
+            let shape = [indices.len(), width];
+            let rows = tensors.take(&spec.name, Part::Tokens, &shape, device)?;
+            rows.map(|rows| in_order(indices, rows)).transpose()
         }
+        _ => Ok(None),
     };
+    let tokens = rows_of(&resolved.tokens, &mut config.trainable_token_indices)?;
+    let head_tokens = rows_of(&resolved.head_tokens, &mut config.head_token_indices)?;
+    if head_tokens.is_none() && tokens.is_some() {
+        tensors.drop_copy(Part::Tokens, HEAD);
+    }
+    for module in [EMBEDDING, HEAD] {
+        tensors.drop_copy(Part::Base, &format!("{module}.token_adapter"));
+    }
     let score = match config.has_score() {
         true => tensors.take_score(device)?,
         false => None,
@@ -226,7 +253,7 @@ pub fn from_bytes(
         let base = config.base_model_name_or_path;
         return Err(FormatError::Mismatch { path: path.into(), base, problems });
     }
-    Ok(Adapter { name: name.into(), config, modules, score, saved, tokens })
+    Ok(Adapter { name: name.into(), config, modules, score, saved, tokens, head_tokens })
 }
 
 /// Token rows in the order of their tokens, which PEFT's need not be in.
@@ -261,7 +288,7 @@ impl Part {
             Self::Magnitude => magnitude_name(module),
             Self::Base => saved_name(&format!("{module}.base_layer")),
             Self::Whole => saved_name(module),
-            Self::Tokens => token_rows_name(),
+            Self::Tokens => token_rows_name(&format!("{module}.token_adapter")),
         }
     }
 }
@@ -283,7 +310,18 @@ impl<'a> Found<'a> {
                 continue;
             };
             let key = (module.to_string(), part);
-            if let Some((name, _)) = found.tensors.insert(key, (name, view)) {
+            let trained = name.contains(".modules_to_save.");
+            if let Some((other, view)) = found.tensors.insert(key.clone(), (name, view)) {
+                // Whole modules are also written openly.
+                match (part, trained, other.contains(".modules_to_save.")) {
+                    (Part::Whole, true, false) => continue,
+                    (Part::Whole, false, true) => {
+                        found.tensors.insert(key, (other, view));
+                        continue;
+                    }
+                    _ => {}
+                }
+                let name = other;
                 let problem = format!("{name} is there twice, under two adapter names");
                 found.unexpected.push(problem);
             }
@@ -310,6 +348,21 @@ impl<'a> Found<'a> {
                 Ok(None)
             }
         }
+    }
+
+    /// Whether the second of two modules has the first's numbers again, or has none.
+    fn same(&self, part: Part, [one, other]: [&str; 2]) -> bool {
+        let of = |module: &str| self.tensors.get(&(module.to_string(), part)).map(|(_, v)| v);
+        match (of(one), of(other)) {
+            (Some(one), Some(other)) => one.data() == other.data(),
+            (one, None) => one.is_some(),
+            (None, Some(_)) => false,
+        }
+    }
+
+    /// A tensor that is written twice, and is known by its other name.
+    fn drop_copy(&mut self, part: Part, module: &str) {
+        self.tensors.remove(&(module.to_string(), part));
     }
 
     /// A tensor that may be there and is not read.
@@ -469,8 +522,10 @@ fn parse_name(name: &str) -> Option<(&str, Part)> {
             return fits.then_some((module, part));
         }
     }
-    if let Some(module) = inner.strip_suffix(".base_layer").filter(|_| has_weight) {
-        return Some((module, Part::Base));
+    for base in [".base_layer", ".original_module"] {
+        if let Some(module) = inner.strip_suffix(base).filter(|_| has_weight) {
+            return Some((module, Part::Base));
+        }
     }
     (has_weight && [EMBEDDING, HEAD, SCORE].contains(&inner)).then_some((inner, Part::Whole))
 }
@@ -562,6 +617,11 @@ mod tests {
         }
         if !tokens.is_empty() {
             adapter.tokens = Some(TokenRows { indices: tokens.into(), rows: var(tokens.len(), 4) });
+            if !saved.contains(&HEAD) {
+                let rows = Var::from_tensor(&(var(2, 4).as_tensor() * 2.0).unwrap()).unwrap();
+                adapter.head_tokens = Some(TokenRows { indices: vec![1, 6], rows });
+                adapter.config.head_token_indices = vec![1, 6];
+            }
         }
         if saved.contains(&SCORE) {
             adapter.score = Some(var(1, 4));
@@ -600,6 +660,8 @@ mod tests {
         check(&["q_proj"], &["score", "embed_tokens", "lm_head"], &[], false, &whole);
         let rows = ["model.embed_tokens.token_adapter.trainable_tokens_delta", "lm_head.weight"];
         check(&["v_proj"], &["lm_head"], &[1, 4, 5], true, &rows);
+        let rows = [rows[0], "lm_head.token_adapter.trainable_tokens_delta"];
+        check(&["v_proj"], &[], &[1, 4, 5], false, &rows);
     }
 
     #[test]
@@ -650,11 +712,7 @@ mod tests {
                 adapter.config.modules_to_save.clear();
                 adapter.config.trainable_token_indices.clear();
             },
-            &[
-                "q_proj.lora_magnitude_vector is unexpected",
-                "lm_head.weight is unexpected",
-                "trainable_tokens_delta is unexpected",
-            ],
+            &["q_proj.lora_magnitude_vector is unexpected", "trainable_tokens_delta is unexpected"],
         );
         let two = |adapter: &mut Adapter| adapter.config.trainable_token_indices = vec![1, 2];
         check(&two, &["trainable_tokens_delta is [1, 4], needed [2, 4]"]);

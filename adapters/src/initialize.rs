@@ -64,6 +64,7 @@ pub fn begin(
 ) -> Result<(Adapter, Vec<Unmatched>), InitError> {
     config.validate()?;
     config.trainable_token_indices.sort_unstable();
+    config.head_token_indices.sort_unstable();
     let holds =
         matches!(config.init_lora_weights, InitLoraWeights::Pissa { .. } | InitLoraWeights::Olora);
     if holds && config.lora_dropout > 0.0 {
@@ -100,15 +101,17 @@ pub fn begin(
         let shape = (base.rows(), base.cols());
         saved.insert(spec.name.clone(), Var::from_vec(values, shape, &Device::Cpu)?);
     }
-    let tokens = match &resolved.tokens {
-        None => None,
+    let rows_of = |spec: &Option<LinearSpec>, indices: &[u32]| match spec {
+        None => Ok(None),
         Some(spec) => {
             let base = start.weight(&spec.name, bases.base)?;
-            Some(token_rows(&config.trainable_token_indices, base.as_ref())?)
+            token_rows(indices, base.as_ref()).map(Some)
         }
     };
+    let tokens = rows_of(&resolved.tokens, &config.trainable_token_indices)?;
+    let head_tokens = rows_of(&resolved.head_tokens, &config.head_token_indices)?;
     let name = name.into();
-    let adapter = Adapter { name, config: begun, modules, score: None, saved, tokens };
+    let adapter = Adapter { name, config: begun, modules, score: None, saved, tokens, head_tokens };
     Ok((adapter, resolved.unmatched))
 }
 

@@ -7,7 +7,7 @@
 
 use fancy_regex::Regex;
 
-use crate::config::{EMBEDDING, LoraConfig, Modules};
+use crate::config::{EMBEDDING, HEAD, LoraConfig, Modules};
 
 /// A linear layer of a base, `y (out_features) = W x (in_features)`, or its token embedding: that
 /// is one too, from a vocabulary's one-hot vectors, but its weight lies in memory transposed.
@@ -43,6 +43,8 @@ pub struct Resolved {
     pub saved: Vec<LinearSpec>,
     /// The token embedding, if some of its rows are trained.
     pub tokens: Option<LinearSpec>,
+    /// The head, if some of its rows are trained for themselves.
+    pub head_tokens: Option<LinearSpec>,
     /// Names and patterns that match nothing, although others do: to be warned of.
     pub unmatched: Vec<Unmatched>,
 }
@@ -115,7 +117,7 @@ pub enum TargetError {
     Dora(String),
     /// A token that is none.
     #[error(
-        "trainable_token_indices: found {token}, needed less than {vocab_size}, the size of the vocabulary"
+        "trainable_token_indices: found {token}, needed less than {vocab_size}, the size of the vocabulary (tokens that were added are there where the base is loaded with the adapter and its tokenizer.json)"
     )]
     Token {
         /// What was asked for.
@@ -200,17 +202,19 @@ pub fn resolve(
     };
     let saved = config.saved_modules().map(|module| other("modules_to_save", module));
     let saved = saved.collect::<Result<Vec<_>, _>>()?;
-    let tokens = match &config.trainable_token_indices[..] {
-        [] => None,
-        indices => {
-            let embedding = other("trainable_token_indices", EMBEDDING)?;
-            let vocab_size = embedding.in_features;
-            match indices.iter().find(|&&token| token as usize >= vocab_size) {
-                Some(&token) => return Err(TargetError::Token { token, vocab_size }),
-                None => Some(embedding),
-            }
+    let rows_of = |indices: &[u32], module: &str| {
+        if indices.is_empty() {
+            return Ok(None);
+        }
+        let spec = other("trainable_token_indices", module)?;
+        let vocab_size = if spec.embedding { spec.in_features } else { spec.out_features };
+        match indices.iter().find(|&&token| token as usize >= vocab_size) {
+            Some(&token) => Err(TargetError::Token { token, vocab_size }),
+            None => Ok(Some(spec)),
         }
     };
+    let tokens = rows_of(&config.trainable_token_indices, EMBEDDING)?;
+    let head_tokens = rows_of(&config.head_token_indices, HEAD)?;
 
     let ranks = Patterns::new("rank_pattern", &config.rank_pattern)?;
     let alphas = Patterns::new("alpha_pattern", &config.alpha_pattern)?;
@@ -230,7 +234,7 @@ pub fn resolve(
     }
     unmatched.extend(ranks.unmatched(&targets)?);
     unmatched.extend(alphas.unmatched(&targets)?);
-    Ok(Resolved { targets, saved, tokens, unmatched })
+    Ok(Resolved { targets, saved, tokens, head_tokens, unmatched })
 }
 
 /// `layers_to_transform` and `layers_pattern`.

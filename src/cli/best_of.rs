@@ -1,6 +1,6 @@
 //! Which of several replies is kept.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -82,6 +82,11 @@ impl BestOf {
             }
             replies => Ok(replies.unwrap_or(1)),
         }
+    }
+
+    /// The reward model that is an adapter.
+    pub fn adapter(&self) -> Option<&Path> {
+        self.reward_adapter.as_deref()
     }
 
     /// Whether there is a choice to be shown.

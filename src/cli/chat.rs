@@ -8,7 +8,7 @@ mod input;
 mod session;
 
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -102,8 +102,9 @@ impl Chat {
         let sampling = self.sampling.sampling();
         sampling.check()?;
         let checkpoint = Checkpoint::open(&self.base)?;
-        let decoder = self.loading.decoder(&checkpoint)?;
-        let mut tokenizer = open_tokenizer(&checkpoint, self.template_date.as_deref())?;
+        let adapters: Vec<&Path> = self.adapter.iter().map(|named| &*named.file.path).collect();
+        let mut tokenizer = open_tokenizer(&checkpoint, &adapters, self.template_date.as_deref())?;
+        let decoder = self.loading.decoder(&checkpoint, &tokenizer)?;
         self.template.change(&mut tokenizer)?;
         if !self.raw && tokenizer.chat_template().is_none() {
             bail!(

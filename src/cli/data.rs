@@ -62,7 +62,7 @@ impl Data {
     pub fn run(self, json: bool) -> Result<Value> {
         let checkpoint = Checkpoint::open(&self.base)?;
         let config = Config::read(&checkpoint)?;
-        let mut tokenizer = open_tokenizer(&checkpoint, self.template_date.as_deref())?;
+        let mut tokenizer = open_tokenizer(&checkpoint, &[], self.template_date.as_deref())?;
         self.template.change(&mut tokenizer)?;
         let window = config.max_position_embeddings;
         let limits = ModelLimits { window, vocab_size: config.vocab_size };

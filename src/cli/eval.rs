@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 
 use super::loading::Loading;
 use super::replies::Replies;
-use super::{AdapterArg, TemplateFlags, load_adapters, open_tokenizer, read_text, to_json};
+use super::{AdapterArg, TemplateFlags, load_adapters, open_tokenizer, paths, read_text, to_json};
 use crate::data::{Comparison, ComparisonKind, Comparisons, Dataset, Limits, WhenTooLong};
 use crate::eval::{evaluate, perplexity};
 use crate::model::{Decoder, Worn};
@@ -63,8 +63,12 @@ pub struct Eval {
 impl Eval {
     pub fn run(self, json: bool) -> Result<Value> {
         let checkpoint = Checkpoint::open(&self.base)?;
-        let decoder = self.loading.decoder(&checkpoint)?;
-        let mut tokenizer = open_tokenizer(&checkpoint, self.template_date.as_deref())?;
+        let mut adapters = paths(&self.adapter);
+        adapters.extend(self.reward.as_deref().map(Path::new));
+        let against = self.replies.against()?;
+        adapters.extend(against.as_ref().map(|other| &*other.path));
+        let mut tokenizer = open_tokenizer(&checkpoint, &adapters, self.template_date.as_deref())?;
+        let decoder = self.loading.decoder(&checkpoint, &tokenizer)?;
         self.template.change(&mut tokenizer)?;
         match (&self.reward, &self.data) {
             (Some(reward), _) if self.replies.asked() => {

@@ -34,6 +34,7 @@ Examples:
   quantune sft --base base.gguf --data chats.jsonl --out runs/sft --dry-run
   quantune sft --base base.gguf --data chats.jsonl --out runs/sft --eval-strategy epoch --num-train-epochs 3
   quantune sft --config scripts/recipes/sft-chat.toml --base base.gguf --data chats.jsonl --data more.jsonl=0.5 --out runs/sft
+  quantune sft --base base.gguf --data chats.jsonl --out runs/tools --add-special-tokens '<|tool|>,<|/tool|>'
   quantune sft --out runs/sft --resume";
 
 pub const REWARD: &str = "\

@@ -8,11 +8,11 @@ use quantune_adapters::format;
 use serde_json::{Value, json};
 
 use super::combining::Combining;
-use super::{AdapterArg, Usage, load_adapters, open_tokenizer, to_json};
-use crate::export::{lora, modelfile, types, verify};
+use super::{AdapterArg, Usage, load_adapters, open_tokenizer, paths, to_json};
+use crate::export::{load_grown, lora, modelfile, types, verify};
 use crate::model::{Decoder, Worn};
-use crate::ops::Compute;
 use crate::quant::BlockType;
+use crate::text::{Tokenizer, added_beside, convert};
 use crate::weights::{Checkpoint, write_atomically};
 
 #[derive(Debug, clap::Args)]
@@ -44,7 +44,7 @@ impl Export {
             value = self.adapter(&base, out, json)?;
         }
         if let Some(path) = &self.modelfile {
-            let tokenizer = open_tokenizer(&base, None)?;
+            let tokenizer = open_tokenizer(&base, &[], None)?;
             let beside = path.parent().unwrap_or(Path::new(""));
             let from = relative(&self.base, beside);
             let adapter = self.out.as_ref().map(|out| relative(out, beside));
@@ -65,7 +65,8 @@ impl Export {
                 "--adapter is given several times, needed --combination-type to make one of them";
             return Err(Usage(text.into()).into());
         }
-        let decoder = Decoder::load(base, Compute::F32)?;
+        let added = added_beside(base, &paths(&self.adapter))?;
+        let decoder = load_grown(base, &added)?;
         let worn = self.combining.combine(load_adapters(&self.adapter, &decoder)?)?;
         let is_gguf = out.extension().is_some_and(|of| of.eq_ignore_ascii_case("gguf"));
         let dtype = self.dtype.unwrap_or(BlockType::F32);
@@ -81,6 +82,14 @@ impl Export {
                 bail!("a PEFT folder has no place for the weight {}", worn[0].weight);
             }
             format::write_folder(&worn[0].adapter, out)?;
+            if !added.is_empty() {
+                let tokenizer = Tokenizer::open_with(base, &added)?;
+                for (name, text) in convert::beside(base, &tokenizer)? {
+                    let path = out.join(name);
+                    std::fs::create_dir_all(path.parent().unwrap_or(out))?;
+                    write_atomically(&path, |file| file.write_all(text.as_bytes()))?;
+                }
+            }
             std::fs::metadata(out.join(format::TENSORS_FILE))?.len()
         };
         let again = AdapterArg { path: out.into(), weight: 1.0 };

@@ -6,6 +6,7 @@ use super::Usage;
 use crate::model::Decoder;
 use crate::ops::{Compute, DeviceName};
 use crate::quant::BlockType;
+use crate::text::Tokenizer;
 use crate::weights::Checkpoint;
 
 /// How and where a base computes.
@@ -27,13 +28,14 @@ pub struct Loading {
 }
 
 impl Loading {
-    /// Loads the decoder of a checkpoint.
-    pub fn decoder(&self, checkpoint: &Checkpoint) -> Result<Decoder> {
+    /// Loads the decoder of a checkpoint, with rows for tokens that were added.
+    pub fn decoder(&self, checkpoint: &Checkpoint, tokenizer: &Tokenizer) -> Result<Decoder> {
         let device = self.device.unwrap_or_default();
         let compute = self.compute.unwrap_or(device.default_compute());
         device.check(compute).map_err(|e| Usage(e.to_string()))?;
         let opened = device.open()?; // told before anything is read
         let decoder = Decoder::load_as(checkpoint, compute, self.load_type)?;
+        let decoder = decoder.with_vocabulary(tokenizer.rows_needed())?;
         match device {
             DeviceName::Cpu => Ok(decoder),
             DeviceName::Cuda(_) | DeviceName::Metal => Ok(decoder.on(&opened)?),

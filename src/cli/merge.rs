@@ -6,15 +6,15 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use super::combining::Combining;
-use super::{AdapterArg, Usage, load_adapters, open_tokenizer, read_text, to_json};
+use super::{AdapterArg, Usage, load_adapters, open_tokenizer, paths, read_text, to_json};
 use crate::export::{
-    Bounds, FileType, Importance, Recipe, Source, Written, bill, imatrix, types, verify,
-    write_folder, write_gguf,
+    Bounds, FileType, Importance, Recipe, Source, Written, bill, imatrix, load_grown, types,
+    verify_grown, write_folder, write_gguf,
 };
 use crate::model::{Decoder, Worn};
 use crate::ops::Compute;
 use crate::quant::BlockType;
-use crate::text::Special;
+use crate::text::{Added, Special, added_beside};
 use crate::weights::Checkpoint;
 
 #[derive(Debug, clap::Args)]
@@ -111,12 +111,17 @@ impl How {
         flags.iter().find(|(_, given)| *given).map(|(flag, _)| *flag)
     }
 
-    fn importance(&self, base: &Checkpoint, worn: &[Worn]) -> Result<Option<Importance>> {
+    fn importance(
+        &self,
+        base: &Checkpoint,
+        added: &[Added],
+        worn: &[Worn],
+    ) -> Result<Option<Importance>> {
         if let Some(path) = &self.imatrix {
             return Ok(Some(imatrix::read(path)?));
         }
         let Some(text) = &self.imatrix_data else { return Ok(None) };
-        let decoder = Decoder::load(base, Compute::F32)?;
+        let decoder = load_grown(base, added)?;
         let tokens = tokens(base, text)?;
         let bos = bos(base)?;
         let n_ctx = self.n_ctx(&decoder);
@@ -131,13 +136,13 @@ impl How {
 }
 
 fn tokens(base: &Checkpoint, text: &Path) -> Result<Vec<u32>> {
-    let tokenizer = open_tokenizer(base, None)?;
+    let tokenizer = open_tokenizer(base, &[], None)?;
     let ids = tokenizer.encode(&read_text(text)?, Special::AsText)?;
     Ok(tokenizer.with_bos(ids))
 }
 
 fn bos(base: &Checkpoint) -> Result<Option<u32>> {
-    let tokenizer = open_tokenizer(base, None)?;
+    let tokenizer = open_tokenizer(base, &[], None)?;
     Ok(tokenizer.bos().filter(|_| tokenizer.adds_bos()))
 }
 
@@ -157,14 +162,16 @@ fn own_type(source: &Source) -> FileType {
 impl Merge {
     pub fn run(self, json: bool) -> Result<Value> {
         let base = Checkpoint::open(&self.base)?;
-        let decoder = Decoder::load(&base, Compute::F32)?;
+        let added = added_beside(&base, &paths(&self.adapter))?;
+        let decoder = load_grown(&base, &added)?;
         let worn = self.combining.combine(load_adapters(&self.adapter, &decoder)?)?;
         drop(decoder);
-        let source = Source::open(&base, &worn)?;
+        let source = Source::open_grown(&base, &added, &worn)?;
         let file_type = self.file_type.unwrap_or_else(|| own_type(&source));
         let sizes = self.adapter.iter().map(|adapter| bytes_of(&adapter.path));
         let adapter_bytes = sizes.sum();
-        let job = Job { base: &base, worn: &worn, source, out: &self.out, how: &self.how };
+        let (base, worn) = (&base, &worn[..]);
+        let job = Job { base, added, worn, source, out: &self.out, how: &self.how };
         job.run(file_type, adapter_bytes, json)
     }
 }
@@ -177,7 +184,8 @@ impl Quantize {
         }
         let base = Checkpoint::open(&self.base)?;
         let source = Source::open(&base, &[])?;
-        let job = Job { base: &base, worn: &[], source, out: &self.out, how: &self.how };
+        let (base, added, worn) = (&base, Vec::new(), &[][..]);
+        let job = Job { base, added, worn, source, out: &self.out, how: &self.how };
         job.run(self.file_type, 0, json)
     }
 }
@@ -185,6 +193,8 @@ impl Quantize {
 /// One export with all that belongs to it.
 struct Job<'a> {
     base: &'a Checkpoint,
+    /// Tokens that adapters brought.
+    added: Vec<Added>,
     worn: &'a [Worn],
     source: Source<'a>,
     out: &'a Path,
@@ -210,12 +220,12 @@ impl Job<'_> {
             _ => Bounds::QUANTIZED,
         };
         let bounds = if how.of_gguf_only().is_some() { Bounds::QUANTIZED } else { bounds };
-        let importance = how.importance(self.base, self.worn)?;
+        let importance = how.importance(self.base, &self.added, self.worn)?;
         let written = match is_gguf(out) {
             true => self.gguf(file_type, importance.as_ref(), out)?,
             false => write_folder(&self.source, file_type.block_type(), out)?,
         };
-        let distance = verify(self.base, self.worn, out, bounds)?;
+        let distance = verify_grown(self.base, &self.added, self.worn, out, bounds)?;
         let values: usize = written.tensors.iter().map(|t| t.shape.iter().product::<usize>()).sum();
         let bits = written.bytes as f64 * 8.0 / values.max(1) as f64;
         let lines = match &how.report {
@@ -271,8 +281,8 @@ impl Job<'_> {
             Some(path) => Checkpoint::open(path)?,
             None => self.base.clone(),
         };
-        let exact = Decoder::load(&reference, Compute::F32)?;
-        let beside = Decoder::load(self.base, Compute::F32)?;
+        let exact = load_grown(&reference, &self.added)?;
+        let beside = load_grown(self.base, &self.added)?;
         if exact.config.vocab_size != beside.config.vocab_size {
             let (found, needed) = (exact.config.vocab_size, beside.config.vocab_size);
             bail!("--reference has a vocabulary of {found}, needed the base's {needed}");

@@ -230,6 +230,11 @@ impl std::str::FromStr for AdapterArg {
     }
 }
 
+/// Where adapters are.
+fn paths(args: &[AdapterArg]) -> Vec<&Path> {
+    args.iter().map(|arg| &*arg.path).collect()
+}
+
 /// Loads the adapters of a command for its base.
 fn load_adapters(args: &[AdapterArg], decoder: &Decoder) -> Result<Vec<Worn>> {
     let load = |arg: &AdapterArg| -> Result<Worn> {
@@ -261,9 +266,13 @@ impl TemplateFlags {
     }
 }
 
-/// The tokenizer of a base, its template on a given day.
-fn open_tokenizer(checkpoint: &Checkpoint, date: Option<&str>) -> Result<Tokenizer> {
-    let mut tokenizer = Tokenizer::open(checkpoint)?;
+/// The tokenizer of a base with the tokens that its adapters came with, its template on a given day.
+fn open_tokenizer(
+    checkpoint: &Checkpoint,
+    adapters: &[&Path],
+    date: Option<&str>,
+) -> Result<Tokenizer> {
+    let mut tokenizer = Tokenizer::open_beside(checkpoint, adapters)?;
     if let Some(date) = date {
         let Some(now) = first_second(date) else {
             anyhow::bail!("--template-date is {date:?}, needed YYYY-MM-DD")

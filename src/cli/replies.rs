@@ -62,6 +62,14 @@ impl Replies {
         self.prompts.is_some()
     }
 
+    /// The adapter whose replies are compared with, if it is one.
+    pub fn against(&self) -> Result<Option<AdapterArg>> {
+        match self.against.as_deref() {
+            None | Some("base") => Ok(None),
+            Some(text) => text.parse().map(Some).map_err(anyhow::Error::msg),
+        }
+    }
+
     /// Answers and judges.
     pub fn run(
         &self,
@@ -89,13 +97,10 @@ impl Replies {
         let prompts = Prompts::load(path, tokenizer, window - most, &never)?.prompts;
         let mut scorer = scorer(reward, decoder, tokenizer, path, &prompts)?;
         let worn = load_adapters(adapters, decoder)?;
-        let other = match self.against.as_deref() {
-            None => None,
-            Some("base") => Some(Vec::new()),
-            Some(text) => {
-                let arg = text.parse::<AdapterArg>().map_err(anyhow::Error::msg)?;
-                Some(load_adapters(&[arg], decoder)?)
-            }
+        let other = match (self.against.as_deref(), self.against()?) {
+            (None, _) => None,
+            (Some(_), None) => Some(Vec::new()),
+            (Some(_), Some(arg)) => Some(load_adapters(&[arg], decoder)?),
         };
         let mut answer = |worn: &[Worn]| -> Result<Judged> {
             let tokens: Vec<Arc<[u32]>> =

@@ -192,10 +192,12 @@ fn small_files(source: &Source, dtype: BlockType) -> Result<Vec<(String, String)
     let owned = |(name, text): (&str, String)| (name.to_string(), text);
     let generation = "generation_config.json";
     let mut files: Vec<(String, String)> = match &source.origin {
-        Origin::Gguf(gguf) => convert::to_folder(gguf)?.into_iter().map(owned).collect(),
+        Origin::Gguf(gguf) => {
+            convert::to_folder(gguf, &source.added)?.into_iter().map(owned).collect()
+        }
         Origin::Folder(folder) | Origin::Fresh(folder) => {
             let mut files: Vec<(String, String)> =
-                convert::files(folder)?.into_iter().map(owned).collect();
+                convert::grown_files(folder, &source.added)?.into_iter().map(owned).collect();
             if let Some(text) = read(&folder.join(generation))? {
                 files.push((generation.into(), text));
             }
@@ -211,6 +213,13 @@ fn small_files(source: &Source, dtype: BlockType) -> Result<Vec<(String, String)
             let name = config::dtype_name(dtype)?;
             let key = if json.get("dtype").is_some() { "dtype" } else { "torch_dtype" };
             json[key] = name.into();
+            if !source.added.is_empty() {
+                let holder = match json["text_config"].get("vocab_size") {
+                    Some(_) => &mut json["text_config"],
+                    None => &mut json,
+                };
+                holder["vocab_size"] = source.config.vocab_size.into();
+            }
             if !source.config.tie_word_embeddings {
                 // An adapter may have parted the head from the embedding.
                 json["tie_word_embeddings"] = false.into();

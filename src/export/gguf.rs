@@ -105,6 +105,19 @@ fn metadata(
             let kept = gguf.metadata().filter(|(key, _)| !dropped(key));
             let mut keys: Vec<(String, OwnedValue)> =
                 kept.map(|(key, value)| (key.to_string(), value.to_owned())).collect();
+            if !source.added.is_empty() {
+                let rows = source.config.vocab_size;
+                for (key, value) in convert::grown_keys(gguf, rows, &source.added)? {
+                    match keys.iter_mut().find(|(known, _)| known == key) {
+                        Some((_, known)) => *known = value,
+                        None => keys.push((key.into(), value)),
+                    }
+                }
+                let key = format!("{}.vocab_size", source.config.family.architecture);
+                if let Some((_, known)) = keys.iter_mut().find(|(known, _)| *known == key) {
+                    *known = OwnedValue::U32(rows as u32);
+                }
+            }
             let at = keys.len().min(1);
             keys.splice(at..at, kind.map(|(key, value)| (key.to_string(), value)));
             Ok(keys)
@@ -119,7 +132,7 @@ fn metadata(
             }
             let mut keys = of_config(&source.config, out);
             keys.extend(kind.map(|(key, value)| (key.to_string(), value)));
-            keys.extend(convert::to_gguf(folder, source.config.vocab_size)?);
+            keys.extend(convert::to_gguf(folder, source.config.vocab_size, &source.added)?);
             Ok(keys)
         }
     }

@@ -44,7 +44,7 @@ pub fn write_gguf_lora(
     if let Some(module) = adapter.saved.keys().next() {
         return Err(cannot(format!("{name:?} has a whole {module} of its own: merge it instead")));
     }
-    if adapter.tokens.is_some() {
+    if adapter.tokens.is_some() || adapter.head_tokens.is_some() {
         return Err(cannot(format!("{name:?} has token rows of its own: merge it instead")));
     }
     if adapter.modules.values().any(|lora| lora.magnitude.is_some()) {
@@ -230,8 +230,15 @@ pub fn read_gguf_lora(
         target_modules: Some(Modules::List(modules.keys().cloned().collect())),
         ..LoraConfig::default()
     };
-    let name = name.into();
-    Ok(Adapter { name, config, modules, score: None, saved: BTreeMap::new(), tokens: None })
+    Ok(Adapter {
+        name: name.into(),
+        config,
+        modules,
+        score: None,
+        saved: BTreeMap::new(),
+        tokens: None,
+        head_tokens: None,
+    })
 }
 
 fn read_lora(

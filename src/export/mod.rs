@@ -24,7 +24,7 @@ pub use folder::write_folder;
 pub use gguf::write_gguf;
 pub use source::{Named, Source, SourceTensor};
 pub use types::{FileType, Recipe};
-pub use verify::{Bounds, Distance, verify};
+pub use verify::{Bounds, Distance, load_grown, verify, verify_grown};
 
 use crate::quant::BlockType;
 

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use quantune_adapters::BaseRows;
-use quantune_adapters::delta::{Adapter, Lora};
+use quantune_adapters::delta::{Adapter, Lora, TokenRows};
 use rayon::prelude::*;
 
 use super::ExportError;
@@ -13,6 +13,7 @@ use crate::model::ends::{EMBEDDING, HEAD};
 use crate::model::{Config, ModelError, Worn, load};
 use crate::ops::Values;
 use crate::quant::{BlockType, FrozenMatrix, RowOrder};
+use crate::text::{Added, Tokenizer};
 use crate::weights::{Checkpoint, Gguf, WeightsError};
 
 /// A model on its way out.
@@ -23,6 +24,8 @@ pub struct Source<'a> {
     /// Its tensors, in the order of the forward pass.
     pub tensors: Vec<SourceTensor<'a>>,
     pub(super) origin: Origin<'a>,
+    /// Tokens that were added to those of its origin.
+    pub(super) added: Vec<Added>,
 }
 
 /// Where a model came from, and with it its tokenizer and what else is known of it.
@@ -44,9 +47,27 @@ pub struct SourceTensor<'a> {
     base: Base<'a>,
     /// Adapters that change it, each with its weight.
     updates: Vec<(Arc<Adapter>, f64)>,
-    /// Whether rows that adapters have of tokens are among its own: it is the embedding, or a head
-    /// that was one with it.
-    token_rows: bool,
+    /// Which rows that adapters have of tokens are among its own.
+    end: Option<End>,
+}
+
+/// One of the model's ends, whose rows are tokens'.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    Embedding,
+    Head {
+        /// Whether it was one with the embedding.
+        was_tied: bool,
+    },
+}
+
+impl End {
+    fn rows(self, adapter: &Adapter) -> Option<&TokenRows> {
+        match self {
+            Self::Embedding => adapter.tokens.as_ref(),
+            Self::Head { was_tied } => adapter.head_rows(was_tied).map(|(rows, _)| rows),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -70,7 +91,24 @@ impl<'a> Source<'a> {
     /// # Errors
     /// If the checkpoint is no decoder, or an adapter sits on what it has not.
     pub fn open(checkpoint: &'a Checkpoint, worn: &[Worn]) -> Result<Self, ExportError> {
+        Self::open_grown(checkpoint, &[], worn)
+    }
+
+    /// [`Self::open`] with tokens added: rows that the checkpoint has not begin as the mean of those it
+    /// has.
+    ///
+    /// # Errors
+    /// As [`Self::open`], and if the tokenizer cannot be read.
+    pub fn open_grown(
+        checkpoint: &'a Checkpoint,
+        added: &[Added],
+        worn: &[Worn],
+    ) -> Result<Self, ExportError> {
         let mut config = Config::read(checkpoint)?;
+        if !added.is_empty() {
+            let needed = Tokenizer::open_with(checkpoint, added)?.rows_needed();
+            config.vocab_size = config.vocab_size.max(needed);
+        }
         let tied = config.tie_word_embeddings;
         config.tie_word_embeddings = tied && !worn.iter().any(|worn| unties(&worn.adapter));
         if checkpoint.contains("score.weight") && !checkpoint.contains("lm_head.weight") {
@@ -83,11 +121,14 @@ impl<'a> Source<'a> {
         for (name, shape) in load::tensors(&config) {
             let head = name == head_name();
             let of = if head && tied { &embedding_name() } else { &name };
-            match stored(checkpoint, &config, of, &shape) {
+            let end = match head {
+                true => Some(End::Head { was_tied: tied }),
+                false => (name == embedding_name()).then_some(End::Embedding),
+            };
+            match stored(checkpoint, &config, of, &shape, end.is_some()) {
                 Ok(base) => {
-                    let token_rows = name == embedding_name() || head && tied;
-                    let updates = updates(&name, token_rows, worn);
-                    tensors.push(SourceTensor { name, shape, base, updates, token_rows });
+                    let updates = updates(&name, end, worn);
+                    tensors.push(SourceTensor { name, shape, base, updates, end });
                 }
                 Err(fault) => faults.push(fault),
             }
@@ -114,7 +155,7 @@ impl<'a> Source<'a> {
             Checkpoint::Gguf(gguf) => Origin::Gguf(gguf),
             Checkpoint::HuggingFace(folder) => Origin::Folder(folder.path().into()),
         };
-        Ok(Self { config, tensors, origin })
+        Ok(Self { config, tensors, origin, added: added.to_vec() })
     }
 
     /// A model in memory, with the folder of its tokenizer.
@@ -139,12 +180,13 @@ impl<'a> Source<'a> {
                 return Err(ExportError::tensor(&name, reason));
             }
             let (base, updates) = (Base::Memory(values), Vec::new());
-            found.push(SourceTensor { name, shape, base, updates, token_rows: false });
+            found.push(SourceTensor { name, shape, base, updates, end: None });
         }
         if let Some(name) = given.keys().min() {
             return Err(ExportError::tensor(name, "is none of this model's"));
         }
-        Ok(Self { config, tensors: found, origin: Origin::Fresh(tokenizer.into()) })
+        let (origin, added) = (Origin::Fresh(tokenizer.into()), Vec::new());
+        Ok(Self { config, tensors: found, origin, added })
     }
 }
 
@@ -159,15 +201,15 @@ fn head_name() -> String {
 /// Whether the embedding and the head can be one no longer under an adapter.
 fn unties(adapter: &Adapter) -> bool {
     let has = |module| adapter.modules.contains_key(module) || adapter.saved.contains_key(module);
-    has(EMBEDDING) || has(HEAD)
+    has(EMBEDDING) || has(HEAD) || adapter.head_tokens.is_some()
 }
 
-fn updates(name: &str, token_rows: bool, worn: &[Worn]) -> Vec<(Arc<Adapter>, f64)> {
+fn updates(name: &str, end: Option<End>, worn: &[Worn]) -> Vec<(Arc<Adapter>, f64)> {
     let module = name.strip_suffix(".weight").unwrap_or_default();
     let has = |worn: &&Worn| {
         let adapter = &worn.adapter;
         let whole = adapter.modules.contains_key(module) || adapter.saved.contains_key(module);
-        whole || token_rows && adapter.tokens.is_some()
+        whole || end.is_some_and(|end| end.rows(adapter).is_some())
     };
     worn.iter().filter(has).map(|worn| (worn.adapter.clone(), worn.weight)).collect()
 }
@@ -178,19 +220,28 @@ fn stored<'a>(
     config: &Config,
     name: &str,
     shape: &[usize],
+    may_grow: bool,
 ) -> Result<Base<'a>, String> {
     let stored = load::stored_name(checkpoint, config, name);
     let tensor = checkpoint.tensor(&stored).map_err(|e| match e {
         WeightsError::MissingTensor { .. } => format!("no tensor {stored:?}"),
         other => other.to_string(),
     })?;
-    if tensor.shape != shape {
+    let more = match (may_grow, &tensor.shape[..], shape) {
+        (true, [own, width], [rows, cols]) if own < rows && width == cols => rows - own,
+        _ => 0,
+    };
+    if more == 0 && tensor.shape != shape {
         return Err(format!("{stored} is {:?}, needed {shape:?}", tensor.shape));
     }
-    let (rows, cols) = (shape[0], shape.get(1).copied().unwrap_or(1));
+    let (rows, cols) = (shape[0] - more, shape.get(1).copied().unwrap_or(1));
     let order = load::stored_order(checkpoint, config, name);
     let matrix = FrozenMatrix::new(tensor.bytes, tensor.block_type, rows, cols);
     let matrix = matrix.and_then(|matrix| matrix.with_order(order));
+    let matrix = matrix.and_then(|matrix| match more {
+        0 => Ok(matrix),
+        more => matrix.grown(more, &matrix.mean_row()),
+    });
     let matrix = matrix.map_err(|e| format!("{stored}: {e}"))?;
     Ok(Base::Stored { matrix, order })
 }
@@ -223,7 +274,8 @@ impl SourceTensor<'_> {
     pub(super) fn verbatim(&self, of: BlockType, in_order: RowOrder) -> Option<&[u8]> {
         match &self.base {
             Base::Stored { matrix, order } => {
-                let same = matrix.block_type() == of && *order == in_order;
+                let grown = matrix.more_rows().is_some();
+                let same = matrix.block_type() == of && *order == in_order && !grown;
                 (same && self.updates.is_empty()).then(|| matrix.bytes())
             }
             Base::Memory(_) => None,
@@ -332,7 +384,7 @@ impl<'a> Held<'a> {
             }
             None => None,
         };
-        let tokens = match adapter.tokens.as_ref().filter(|_| tensor.token_rows) {
+        let tokens = match tensor.end.and_then(|end| end.rows(adapter)) {
             Some(own) => {
                 let width = own.rows.dim(1)?;
                 fits([rows, width], "token rows for a matrix that")?;

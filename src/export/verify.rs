@@ -7,7 +7,7 @@ use quantune_adapters::rng::Stream;
 use super::ExportError;
 use crate::model::{Adapters, Config, Decoder, Rows, Worn};
 use crate::ops::Compute;
-use crate::text::{Special, Tokenizer};
+use crate::text::{Added, Special, Tokenizer};
 use crate::weights::Checkpoint;
 
 /// A text with a bit of everything.
@@ -123,8 +123,22 @@ pub fn verify(
     written: &Path,
     bounds: Bounds,
 ) -> Result<Distance, ExportError> {
-    let source = Decoder::load(base, Compute::F32)?;
-    compare(&source, base, worn, written, bounds).map_err(|reason| {
+    verify_grown(base, &[], worn, written, bounds)
+}
+
+/// [`verify`] of a base that tokens were added to: those too must be what they are.
+///
+/// # Errors
+/// As [`verify`].
+pub fn verify_grown(
+    base: &Checkpoint,
+    added: &[Added],
+    worn: &[Worn],
+    written: &Path,
+    bounds: Bounds,
+) -> Result<Distance, ExportError> {
+    let source = load_grown(base, added)?;
+    compare(&source, (base, added), worn, written, bounds).map_err(|reason| {
         let path = written.to_path_buf();
         let _ = match path.is_dir() {
             true => std::fs::remove_dir_all(&path),
@@ -134,9 +148,25 @@ pub fn verify(
     })
 }
 
+/// The decoder of a base, exact, with rows for the tokens that were added.
+///
+/// # Errors
+/// If it cannot be loaded, or the tokenizer not be read.
+pub fn load_grown(base: &Checkpoint, added: &[Added]) -> Result<Decoder, ExportError> {
+    let decoder = Decoder::load(base, Compute::F32)?;
+    match added {
+        // A base that nothing was added to need not have a tokenizer that is read here.
+        [] => Ok(decoder),
+        added => {
+            let tokenizer = Tokenizer::open_with(base, added)?;
+            Ok(decoder.with_vocabulary(tokenizer.rows_needed())?)
+        }
+    }
+}
+
 fn compare(
     source: &Decoder,
-    base: &Checkpoint,
+    (base, added): (&Checkpoint, &[Added]),
     worn: &[Worn],
     written: &Path,
     bounds: Bounds,
@@ -144,15 +174,22 @@ fn compare(
     let text = |e: &dyn std::fmt::Display| e.to_string();
     let checkpoint = Checkpoint::open(written).map_err(|e| text(&e))?;
     let decoder = Decoder::load(&checkpoint, Compute::F32).map_err(|e| text(&e))?;
-    if let Ok(theirs) = Tokenizer::open(base) {
-        let theirs = theirs.encode(TEXT, Special::AsText).map_err(|e| text(&e))?;
+    if let Ok(theirs) = Tokenizer::open_with(base, added) {
         let ours = Tokenizer::open(&checkpoint).map_err(|e| text(&e))?;
-        let ours = ours.encode(TEXT, Special::AsText).map_err(|e| text(&e))?;
-        if ours != theirs {
-            return Err("its tokenizer cuts text differently".into());
+        let between: String = added.iter().map(|token| format!(" a{}b", token.text)).collect();
+        for (sample, special) in [(TEXT, Special::AsText), (&*between, Special::Parse)] {
+            let theirs = theirs.encode(sample, special).map_err(|e| text(&e))?;
+            if ours.encode(sample, special).map_err(|e| text(&e))? != theirs {
+                return Err("its tokenizer cuts text differently".into());
+            }
         }
     }
-    let tokens = tokens(base, &source.config).map_err(|e| text(&e))?;
+    let mut tokens = tokens(base, &source.config).map_err(|e| text(&e))?;
+    if let (false, Ok(tokenizer)) = (added.is_empty(), Tokenizer::open_with(base, added)) {
+        let ids = added.iter().filter_map(|token| tokenizer.id_of(&token.text));
+        let room = source.config.max_position_embeddings.saturating_sub(tokens.len());
+        tokens.extend(ids.take(room.min(TOKENS)));
+    }
     let found = distance((source, worn), &decoder, &[], &tokens).map_err(|e| text(&e))?;
     bounds.check(found).map(|()| found)
 }

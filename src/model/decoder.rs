@@ -227,6 +227,31 @@ impl Decoder {
         Ok(self)
     }
 
+    /// The same decoder with rows of embedding and head for `vocab_size` tokens, if it has fewer; those
+    /// it has stay where they are. The others begin as the mean of those, which is the mean that
+    /// transformers' `mean_resizing` draws them around (Hewitt 2021, "Initializing new word
+    /// embeddings"), without the drawing.
+    ///
+    /// # Errors
+    /// If its weights are on a device already.
+    pub fn with_vocabulary(mut self, vocab_size: usize) -> Result<Self> {
+        let more = vocab_size.saturating_sub(self.config.vocab_size);
+        if more == 0 {
+            return Ok(self);
+        }
+        if self.uploaded_head.is_some() {
+            candle_core::bail!("a vocabulary grows before its weights are on a device");
+        }
+        let grown = |matrix: &FrozenMatrix| {
+            matrix.grown(more, &matrix.mean_row()).map(Arc::new).map_err(candle_core::Error::wrap)
+        };
+        let one = Arc::ptr_eq(&self.embedding, &self.head);
+        self.embedding = grown(&self.embedding)?;
+        self.head = if one { self.embedding.clone() } else { grown(&self.head)? };
+        self.config.vocab_size = vocab_size;
+        Ok(self)
+    }
+
     /// Where its passes compute.
     pub fn device(&self) -> &Device {
         &self.device

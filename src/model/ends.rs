@@ -37,7 +37,7 @@ impl Decoder {
     /// Whether an adapter has a part in the head.
     fn heads(&self, adapter: &Adapter) -> bool {
         let whole = adapter.modules.contains_key(HEAD) || adapter.saved.contains_key(HEAD);
-        whole || adapter.tokens.is_some() && self.config.tie_word_embeddings
+        whole || adapter.head_rows(self.config.tie_word_embeddings).is_some()
     }
 
     /// Whether a trainable adapter has a part in the embedding, so that gradients must come all the
@@ -271,9 +271,7 @@ impl Decoder {
                 let delta = (hidden.matmul(&on_tape(own)?.t()?)? - &base)?;
                 logits = (logits + (delta * worn.weight)?)?;
             }
-            if let Some(own) =
-                worn.adapter.tokens.as_ref().filter(|_| self.config.tie_word_embeddings)
-            {
+            if let Some((own, _)) = worn.adapter.head_rows(self.config.tie_word_embeddings) {
                 // Which logit each row of its own is added to, `(n, V)`.
                 let (n, vocabulary) = (own.indices.len(), self.config.vocab_size);
                 let mut places = vec![0f32; n * vocabulary];
@@ -329,14 +327,13 @@ impl Decoder {
                 part(Kind::Whole(Values::of(own.as_tensor())?));
                 head.base -= weight;
             }
-            let tied = self.config.tie_word_embeddings;
-            if let Some(own) = adapter.tokens.as_ref().filter(|_| tied) {
+            if let Some((own, gradients)) = adapter.head_rows(self.config.tie_word_embeddings) {
                 let mut difference = Vec::new();
                 read_rows(&self.head, &own.indices, &mut difference)?;
                 let values = Values::of(own.rows.as_tensor())?;
                 difference.iter_mut().zip(&*values).for_each(|(d, own)| *d = own - *d);
                 let mut part = |kind| head.parts.push(Part { kind, weight, trainable: *trainable });
-                part(Kind::Tokens { indices: &own.indices, difference });
+                part(Kind::Tokens { indices: &own.indices, difference, gradients });
             }
         }
         Ok(Some(head))
@@ -398,8 +395,8 @@ enum Kind<'a> {
     Update { a: Values<'a>, b: Values<'a>, r: usize, scale: f32 },
     /// `(V, H)`.
     Whole(Values<'a>),
-    /// Own rows less the base's, `(n, H)`.
-    Tokens { indices: &'a [u32], difference: Vec<f32> },
+    /// Own rows less the base's, `(n, H)`, and the name of their gradients.
+    Tokens { indices: &'a [u32], difference: Vec<f32>, gradients: &'static str },
 }
 
 impl<'a> Kind<'a> {
@@ -442,7 +439,7 @@ impl WornHead<'_> {
                     let rows = logits.par_iter_mut().zip(own.par_chunks_exact(width));
                     rows.for_each(|(y, own)| *y += weight * dot(isa, own, x));
                 }
-                Kind::Tokens { indices, difference } => {
+                Kind::Tokens { indices, difference, .. } => {
                     for (&token, row) in indices.iter().zip(difference.chunks_exact(width)) {
                         logits[token as usize] += part.weight * dot(isa, row, x);
                     }
@@ -537,7 +534,7 @@ impl WornHead<'_> {
             add_product(isa, terms, logits, vocabulary);
         }
         for part in &self.parts {
-            let Kind::Tokens { indices, difference } = &part.kind else { continue };
+            let Kind::Tokens { indices, difference, .. } = &part.kind else { continue };
             let (indices, difference, weight) = (*indices, &difference[..], part.weight);
             let lines = logits.par_chunks_exact_mut(vocabulary).zip(x.par_chunks_exact(width));
             lines.for_each(|(logits, x)| {
@@ -610,7 +607,7 @@ impl WornHead<'_> {
                         add_product(isa, terms, sink.of(HEAD, 0), width);
                     }
                 }
-                Kind::Tokens { indices, difference } => {
+                Kind::Tokens { indices, difference, gradients } => {
                     let rows = chunk.logits.chunks_exact(vocabulary).zip(x.chunks_exact(width));
                     for ((dlogits, x), dx) in rows.zip(dx.chunks_exact_mut(width)) {
                         for (i, &token) in indices.iter().enumerate() {
@@ -619,7 +616,7 @@ impl WornHead<'_> {
                             let from = &difference[row.clone()];
                             dx.iter_mut().zip(from).for_each(|(dx, w)| *dx += d * w);
                             if part.trainable {
-                                let sums = &mut sink.of(TOKEN_ROWS, 0)[row];
+                                let sums = &mut sink.of(gradients, 0)[row];
                                 sums.iter_mut().zip(x).for_each(|(sum, x)| *sum += d * x);
                             }
                         }

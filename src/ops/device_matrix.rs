@@ -19,6 +19,8 @@ use crate::quant::{BlockType, FrozenMatrix};
 #[derive(Debug)]
 pub struct DeviceMatrix {
     kept: Kept,
+    /// Rows behind those, F32.
+    more: Option<Tensor>,
     cols: usize,
 }
 
@@ -33,10 +35,10 @@ enum Kept {
 impl DeviceMatrix {
     /// Brings a matrix to a device, from where it lies.
     pub fn upload(weight: &FrozenMatrix, device: &Device) -> Result<Self> {
-        let shape = (weight.rows(), weight.cols());
+        let shape = (weight.own_rows(), weight.cols());
         let values = |dtype| {
             let bytes = weight.bytes_in_order();
-            Tensor::from_raw_buffer(&bytes, dtype, &[weight.rows(), weight.cols()], device)
+            Tensor::from_raw_buffer(&bytes, dtype, &[weight.own_rows(), weight.cols()], device)
         };
         let kept = match kept_as(weight.block_type()) {
             As::Values(dtype) => Kept::Values(values(dtype)?),
@@ -49,9 +51,13 @@ impl DeviceMatrix {
                 let storage = QStorage::from_data(bytes, device, dtype)?;
                 Kept::Blocks(QTensor::new(storage, shape)?)
             }
-            As::Dequantized => Kept::Values(dequantize(weight, device)?),
+            As::Dequantized => {
+                let own = dequantize(weight, device)?;
+                Kept::Values(own.narrow(0, 0, weight.own_rows())?)
+            }
         };
-        Ok(Self { kept, cols: weight.cols() })
+        let more = weight.more_rows().map(|more| dequantize(more, device)).transpose()?;
+        Ok(Self { kept, more, cols: weight.cols() })
     }
 
     /// `y = x · Wᵀ`, differentiable in `x` only.
@@ -68,9 +74,13 @@ impl DeviceMatrix {
 
     /// All of it, `(out, in)` F32.
     fn values(&self) -> Result<Tensor> {
-        match &self.kept {
-            Kept::Blocks(blocks) => blocks.dequantize(&blocks.device()),
-            Kept::Values(values) => values.to_dtype(DType::F32),
+        let own = match &self.kept {
+            Kept::Blocks(blocks) => blocks.dequantize(&blocks.device())?,
+            Kept::Values(values) => values.to_dtype(DType::F32)?,
+        };
+        match &self.more {
+            Some(more) => Tensor::cat(&[&own, more], 0),
+            None => Ok(own),
         }
     }
 }
@@ -183,6 +193,20 @@ mod tests {
                 |x| frozen_linear(&x[0], &w, Compute::Portable),
             );
         };
+        let w = FrozenMatrix::new(
+            Bytes::new(Arc::new(random_blocks(BlockType::Q4_0, 40 * 64, 5))),
+            BlockType::Q4_0,
+            40,
+            64,
+        );
+        let w = w.unwrap();
+        let grown = Arc::new(w.grown(2, &w.mean_row()).unwrap());
+        let uploaded = Arc::new(DeviceMatrix::upload(&grown, &Device::Cpu).unwrap());
+        parity(
+            &[normal(1, &[3, 64])],
+            |x| uploaded.linear(&x[0]),
+            |x| frozen_linear(&x[0], &grown, Compute::Portable),
+        );
         for &block_type in BlockType::ALL {
             check(block_type, RowOrder::Straight, &[7, 512], 40);
             let order = RowOrder::Interleaved { head_dim: 8 };

@@ -5,6 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use quantune_adapters::BaseRows;
+use rayon::prelude::*;
 
 use super::BlockType;
 
@@ -124,7 +125,12 @@ pub struct FrozenMatrix {
     cols: usize,
     row_bytes: usize,
     order: RowOrder,
+    /// Further rows behind those, F32 on the heap: a vocabulary that grew.
+    more: Option<Arc<FrozenMatrix>>,
 }
+
+/// Rows whose mean is summed up at a time: the sums are the same on any number of threads.
+const MEAN_ROWS: usize = 1024;
 
 impl FrozenMatrix {
     /// Checks once that `bytes` are exactly `rows x cols` values of `block_type`.
@@ -142,13 +148,55 @@ impl FrozenMatrix {
             let found = bytes.len();
             return Err(MatrixError::Size { rows, cols, block_type, needed, found });
         }
-        Ok(Self { bytes, block_type, rows, cols, row_bytes, order: RowOrder::Straight })
+        let order = RowOrder::Straight;
+        Ok(Self { bytes, block_type, rows, cols, row_bytes, order, more: None })
     }
 
     /// The matrix of `f32` values on the heap, for tests and small weights.
     pub fn from_f32(values: &[f32], rows: usize, cols: usize) -> Result<Self, MatrixError> {
         let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
         Self::new(Bytes::new(Arc::new(bytes)), BlockType::F32, rows, cols)
+    }
+
+    /// The same matrix with `n` rows of F32 behind its own, all of them `row (cols)`. Its own stay where
+    /// they are.
+    ///
+    /// # Errors
+    /// If the row is of another width.
+    pub fn grown(&self, n: usize, row: &[f32]) -> Result<Self, MatrixError> {
+        let mut values = match &self.more {
+            Some(more) => {
+                let mut values = vec![0f32; more.rows * more.cols];
+                more.read_tile(0..more.rows, 0..more.cols, &mut values);
+                values
+            }
+            None => Vec::new(),
+        };
+        let before = values.len() / self.cols.max(1);
+        values.extend((0..n).flat_map(|_| row));
+        let more = Self::from_f32(&values, before + n, self.cols)?;
+        Ok(Self { more: Some(Arc::new(more)), ..self.clone() })
+    }
+
+    /// The mean of its own rows, `(cols)`: what a row begins as that nobody has trained. Their sum is
+    /// `f64`, a stretch of rows at a time.
+    pub fn mean_row(&self) -> Vec<f32> {
+        let (rows, cols) = (self.rows, self.cols);
+        let firsts: Vec<usize> = (0..rows).step_by(MEAN_ROWS).collect();
+        let stretch = |first: usize| -> Vec<f64> {
+            let (mut sum, mut values) = (vec![0f64; cols], vec![0f32; cols]);
+            for row in first..rows.min(first + MEAN_ROWS) {
+                self.read_row(row, &mut values);
+                sum.iter_mut().zip(&values).for_each(|(sum, v)| *sum += f64::from(*v));
+            }
+            sum
+        };
+        let sums: Vec<Vec<f64>> = firsts.into_par_iter().map(stretch).collect();
+        let mut mean = vec![0f64; cols];
+        for sum in sums {
+            mean.iter_mut().zip(sum).for_each(|(mean, sum)| *mean += sum);
+        }
+        mean.into_iter().map(|sum| (sum / rows.max(1) as f64) as f32).collect()
     }
 
     /// A copy on the heap in another type, whole rows at a time, in their order as they are read.
@@ -160,7 +208,7 @@ impl FrozenMatrix {
     /// If `of` is none of [`BlockType::WRITTEN`]: a caller's bug.
     pub fn quantized(&self, of: BlockType) -> Result<Self, MatrixError> {
         const VALUES: usize = 1 << 20;
-        let (rows, cols) = (self.rows, self.cols);
+        let (rows, cols) = (self.rows(), self.cols);
         let block_len = of.block_len();
         let row_bytes =
             of.bytes_for(cols).ok_or(MatrixError::Row { cols, block_type: of, block_len })?;
@@ -191,7 +239,17 @@ impl FrozenMatrix {
 
     /// Rows: the layer's output features.
     pub fn rows(&self) -> usize {
+        self.rows + self.more.as_ref().map_or(0, |more| more.rows)
+    }
+
+    /// Rows of its own block type.
+    pub fn own_rows(&self) -> usize {
         self.rows
+    }
+
+    /// The rows behind its own, a matrix for themselves.
+    pub fn more_rows(&self) -> Option<&FrozenMatrix> {
+        self.more.as_deref()
     }
 
     /// Columns: the layer's input features.
@@ -199,12 +257,12 @@ impl FrozenMatrix {
         self.cols
     }
 
-    /// The type its blocks are stored in.
+    /// The type its own blocks are stored in.
     pub fn block_type(&self) -> BlockType {
         self.block_type
     }
 
-    /// Its bytes, where they lie.
+    /// The bytes of its own rows, where they lie.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
@@ -215,7 +273,7 @@ impl FrozenMatrix {
     /// If a range leaves the matrix, cuts a block, or `out` has another size: a caller's bug.
     pub fn read_tile(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
         let block_len = self.block_type.block_len();
-        assert!(rows.end <= self.rows && cols.end <= self.cols);
+        assert!(rows.end <= self.rows() && cols.end <= self.cols);
         assert!(cols.start.is_multiple_of(block_len) && cols.end.is_multiple_of(block_len));
         assert_eq!(out.len(), rows.len() * cols.len());
         if out.is_empty() {
@@ -225,6 +283,10 @@ impl FrozenMatrix {
         let first = cols.start / block_len * block_bytes;
         let last = cols.end / block_len * block_bytes;
         for (row, out) in rows.zip(out.chunks_exact_mut(cols.len())) {
+            if let Some(more) = self.more.as_ref().filter(|_| row >= self.rows) {
+                more.read_tile(row - self.rows..row - self.rows + 1, cols.clone(), out);
+                continue;
+            }
             let at = self.stored_row(row) * self.row_bytes;
             self.block_type.dequantize(&self.bytes[at + first..at + last], out);
         }
@@ -235,13 +297,13 @@ impl FrozenMatrix {
         self.read_tile(row..row + 1, 0..self.cols, out);
     }
 
-    /// The bytes of rows as they are stored, which is [`Self::logical_row`] of each: what a kernel
+    /// The bytes of own rows as they are stored, which is [`Self::logical_row`] of each: what a kernel
     /// reads that wants memory in order.
     pub(crate) fn stored_bytes(&self, rows: Range<usize>) -> &[u8] {
         &self.bytes[rows.start * self.row_bytes..rows.end * self.row_bytes]
     }
 
-    /// The bytes of all rows in their logical order, copied where they are stored in another.
+    /// The bytes of all own rows in their logical order, copied where they are stored in another.
     pub(crate) fn bytes_in_order(&self) -> Cow<'_, [u8]> {
         match self.order {
             RowOrder::Straight => Cow::Borrowed(&self.bytes),
@@ -288,7 +350,7 @@ impl FrozenMatrix {
 
 impl BaseRows for FrozenMatrix {
     fn rows(&self) -> usize {
-        self.rows
+        FrozenMatrix::rows(self)
     }
 
     fn cols(&self) -> usize {
@@ -316,6 +378,30 @@ mod tests {
         for stored in 0..4 {
             assert_eq!(matrix.stored_row(matrix.logical_row(stored)), stored);
         }
+    }
+
+    #[test]
+    fn a_grown_matrix_is_its_own_rows_and_more() {
+        let bytes = crate::quant::testing::random_blocks(BlockType::Q4_0, 3000 * 64, 5);
+        let bytes = Bytes::new(Arc::new(bytes));
+        let matrix = FrozenMatrix::new(bytes, BlockType::Q4_0, 3000, 64).unwrap();
+        let mut own = vec![0.0; 3000 * 64];
+        matrix.read_tile(0..3000, 0..64, &mut own);
+        let mean = matrix.mean_row();
+        for (col, mean) in mean.iter().enumerate() {
+            let exact = own.iter().skip(col).step_by(64).map(|v| f64::from(*v)).sum::<f64>() / 3e3;
+            assert!((f64::from(*mean) - exact).abs() < 1e-6);
+        }
+        let grown = matrix.grown(2, &mean).unwrap().grown(1, &own[..64]).unwrap();
+        assert_eq!((grown.rows(), grown.own_rows()), (3003, 3000));
+        assert_eq!(grown.mean_row(), mean);
+        let mut found = vec![0.0; 5 * 32];
+        grown.read_tile(2998..3003, 32..64, &mut found);
+        let needed = [&own[2998 * 64..][..64], &own[2999 * 64..], &mean, &mean, &own[..64]];
+        for (found, needed) in found.chunks(32).zip(needed) {
+            assert_eq!(found, &needed[32..]);
+        }
+        assert!(matrix.grown(2, &mean[1..]).is_err());
     }
 
     #[test]

@@ -8,8 +8,8 @@ use serde_json::{Map, Value, json};
 
 use super::folder::{object, template_texts, text, token_text};
 use super::gguf::{CONTROL, NORMAL, UNUSED, USER_DEFINED};
-use super::{TextError, Tokenizer, gguf, pre_tokenizer};
-use crate::weights::{Gguf, OwnedValue, ValueType};
+use super::{Added, TextError, Tokenizer, gguf, pre_tokenizer};
+use crate::weights::{Checkpoint, Gguf, OwnedValue, ValueType};
 
 /// Files beside the weights of a folder that say how text becomes tokens and messages text.
 pub const FILES: &[&str] = &[
@@ -20,17 +20,22 @@ pub const FILES: &[&str] = &[
     "additional_chat_templates/tool_use.jinja",
 ];
 
-/// The `tokenizer.*` keys for a folder's tokenizer, as llama.cpp's converter writes them; ids up to
-/// `vocab_size` that no token has are marked unused.
+/// The `tokenizer.*` keys for a folder's tokenizer with the tokens that were added, as llama.cpp's
+/// converter writes them; ids up to `vocab_size` that no token has are marked unused.
 ///
 /// # Errors
 /// If it is no byte-level BPE, does what no key says, or is malformed.
-pub fn to_gguf(folder: &Path, vocab_size: usize) -> Result<Vec<(String, OwnedValue)>, TextError> {
+pub fn to_gguf(
+    folder: &Path,
+    vocab_size: usize,
+    added: &[Added],
+) -> Result<Vec<(String, OwnedValue)>, TextError> {
     let path = folder.join("tokenizer.json");
     let bad = |reason: String| TextError::format(&path, reason);
     // Reads and checks all files.
-    let tokenizer = Tokenizer::from_folder(folder)?;
-    let json = object(&path)?;
+    let tokenizer = super::folder::read(folder, added)?;
+    let mut json = object(&path)?;
+    put_added(&mut json, &tokenizer);
     let model = &json["model"];
     if let Some(fault) = inexpressible(&json) {
         return Err(bad(format!("{fault}, which no GGUF key says")));
@@ -114,6 +119,140 @@ pub fn to_gguf(folder: &Path, vocab_size: usize) -> Result<Vec<(String, OwnedVal
     Ok(keys)
 }
 
+/// Puts the tokens that were added to a tokenizer into the `tokenizer.json` of its own.
+fn put_added(json: &mut Value, tokenizer: &Tokenizer) {
+    for Added { text, special } in tokenizer.added() {
+        let Some(id) = tokenizer.id_of(text) else { continue };
+        let token = json!({
+            "id": id,
+            "content": text,
+            "single_word": false,
+            "lstrip": false,
+            "rstrip": false,
+            "normalized": !special,
+            "special": special,
+        });
+        let tokens = json.get_mut("added_tokens").and_then(Value::as_array_mut);
+        let Some(tokens) = tokens else {
+            json["added_tokens"] = json!([token]);
+            continue;
+        };
+        match tokens.iter_mut().find(|known| known["id"] == id) {
+            Some(known) => *known = token,
+            None => tokens.push(token),
+        }
+    }
+}
+
+/// The same for the list of a `tokenizer_config.json`, where it has one.
+fn put_decoder(config: &mut Value, tokenizer: &Tokenizer) {
+    let decoder = config.get_mut("added_tokens_decoder").and_then(Value::as_object_mut);
+    let Some(decoder) = decoder else { return };
+    for Added { text, special } in tokenizer.added() {
+        let Some(id) = tokenizer.id_of(text) else { continue };
+        let token = json!({
+            "content": text,
+            "lstrip": false,
+            "normalized": !special,
+            "rstrip": false,
+            "single_word": false,
+            "special": special,
+        });
+        decoder.insert(id.to_string(), token);
+    }
+}
+
+/// The score that llama.cpp's converter gives tokens that were added.
+const ADDED_SCORE: f32 = -1000.0;
+
+/// The keys of a GGUF's tokenizer that are others once tokens were added, up to the model's `rows`.
+///
+/// # Errors
+/// If its tokenizer cannot be read.
+pub fn grown_keys(
+    file: &Gguf,
+    rows: usize,
+    added: &[Added],
+) -> Result<Vec<(&'static str, OwnedValue)>, TextError> {
+    let own = gguf::tokens(file)?.len();
+    let (mut tokens, len) = gguf::tokens_with(file, added)?;
+    tokens.extend((tokens.len()..rows).map(|id| format!("[PAD{id}]")));
+    let mut types = file.i32s("tokenizer.ggml.token_type")?.unwrap_or_else(|| vec![NORMAL; own]);
+    types.resize(tokens.len(), NORMAL);
+    types[len..].fill(UNUSED);
+    for (token, of) in tokens.iter().zip(&mut types) {
+        if let Some(added) = added.iter().find(|added| added.text == *token) {
+            *of = if added.special { CONTROL } else { USER_DEFINED };
+        }
+    }
+    let mut keys = vec![("tokenizer.ggml.tokens", OwnedValue::strings(&tokens))];
+    let types = types.into_iter().map(OwnedValue::I32).collect();
+    keys.push(("tokenizer.ggml.token_type", OwnedValue::Array(ValueType::I32, types)));
+    if let Some(mut scores) = file.f32s("tokenizer.ggml.scores")? {
+        scores.resize(tokens.len(), ADDED_SCORE);
+        let scores = scores.into_iter().map(OwnedValue::F32).collect();
+        keys.push(("tokenizer.ggml.scores", OwnedValue::Array(ValueType::F32, scores)));
+    }
+    Ok(keys)
+}
+
+/// The files of a tokenizer with the tokens that were added to those of its base: what stands beside an
+/// adapter.
+///
+/// # Errors
+/// If the base's own cannot be read, or not be said in files.
+pub fn beside(
+    checkpoint: &Checkpoint,
+    tokenizer: &Tokenizer,
+) -> Result<Vec<(&'static str, String)>, TextError> {
+    let mut files = match checkpoint {
+        Checkpoint::HuggingFace(folder) => grown_files(folder.path(), tokenizer.added())?,
+        Checkpoint::Gguf(gguf) if gguf.str("tokenizer.ggml.model")? == Some("llama") => {
+            let named = |id: Option<u32>| id.and_then(|id| tokenizer.token(id));
+            let config = json!({
+                "add_bos_token": tokenizer.adds_bos(),
+                "bos_token": named(tokenizer.bos()),
+                "eos_token": named(tokenizer.eos()),
+                "pad_token": named(tokenizer.pad()),
+                "clean_up_tokenization_spaces": false,
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "chat_template": gguf.str("tokenizer.chat_template")?,
+            });
+            let config = format!("{config:#}\n");
+            vec![("tokenizer.json", tokenizer.to_json()?), ("tokenizer_config.json", config)]
+        }
+        Checkpoint::Gguf(gguf) => to_folder(gguf, tokenizer.added())?,
+    };
+    files.retain(|(name, _)| FILES.contains(name));
+    Ok(files)
+}
+
+/// [`files`] of a folder with the tokens that were added.
+///
+/// # Errors
+/// If one of them cannot be read.
+pub fn grown_files(
+    folder: &Path,
+    added: &[Added],
+) -> Result<Vec<(&'static str, String)>, TextError> {
+    let mut files = files(folder)?;
+    if added.is_empty() {
+        return Ok(files);
+    }
+    let tokenizer = super::folder::read(folder, added)?;
+    for (name, text) in &mut files {
+        let put: fn(&mut Value, &Tokenizer) = match *name {
+            "tokenizer.json" => put_added,
+            "tokenizer_config.json" => put_decoder,
+            _ => continue,
+        };
+        let mut json = object(&folder.join(&**name))?;
+        put(&mut json, &tokenizer);
+        *text = format!("{json:#}\n");
+    }
+    Ok(files)
+}
+
 /// What a `tokenizer.json` does that a GGUF of byte-level BPE cannot say.
 fn inexpressible(json: &Value) -> Option<String> {
     let model = &json["model"];
@@ -156,24 +295,24 @@ fn merges(merges: &Value) -> Option<Vec<String>> {
     merges.as_array()?.iter().map(line).collect()
 }
 
-/// The files of a folder for a GGUF's tokenizer: names and texts.
+/// The files of a folder for a GGUF's tokenizer with the tokens that were added: names and texts.
 ///
 /// # Errors
 /// If its tokenizer cannot be read, or cuts words by expressions that other implementations of
 /// `tokenizer.json` do not read.
-pub fn to_folder(file: &Gguf) -> Result<Vec<(&'static str, String)>, TextError> {
+pub fn to_folder(file: &Gguf, added: &[Added]) -> Result<Vec<(&'static str, String)>, TextError> {
     let bad = |reason: String| TextError::format(file.path(), reason);
-    let tokenizer = Tokenizer::from_gguf(file)?;
+    let tokenizer = gguf::read(file, added)?;
     let pre = gguf::kind(file)?;
     let pre_json = pre.to_json().ok_or_else(|| {
         bad("its tokenizer.ggml.pre cuts words as no portable tokenizer.json can".into())
     })?;
-    let tokens = gguf::tokens(file)?;
+    let (tokens, _) = gguf::tokens_with(file, added)?;
     let ids = gguf::ids(file, &tokens)?;
     let merges = gguf::merges(file, &ids)?;
     let defaults = gguf::Defaults { bos: None, eos: None, adds_bos: pre.adds_bos };
     let roles = gguf::roles(file, defaults, &tokens, &ids)?;
-    let marks = gguf::marks(file, &tokens, &roles)?;
+    let marks = gguf::marks(file, &tokens, &roles, added)?;
     let types = file.i32s("tokenizer.ggml.token_type")?.unwrap_or_default();
 
     let filler =

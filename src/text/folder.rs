@@ -6,12 +6,13 @@ use std::io::ErrorKind;
 use std::path::Path;
 
 use serde_json::Value;
+use tokenizers::AddedToken;
 
 use super::marks::Marks;
 use super::tokenizer::{Roles, ends_by_text};
-use super::{ChatTemplate, TextError, Tokenizer};
+use super::{Added, ChatTemplate, TextError, Tokenizer};
 
-pub(super) fn read(folder: &Path) -> Result<Tokenizer, TextError> {
+pub(super) fn read(folder: &Path, added: &[Added]) -> Result<Tokenizer, TextError> {
     let path = folder.join("tokenizer.json");
     let Some(json) = text(&path)? else {
         return Err(TextError::format(folder, "no tokenizer.json in this folder"));
@@ -21,6 +22,9 @@ pub(super) fn read(folder: &Path) -> Result<Tokenizer, TextError> {
     // Rows are cut and filled by `data`, by rules of its own.
     inner.with_truncation(None).map_err(bad)?;
     inner.with_padding(None);
+    // As transformers adds them: what is no mark is looked for in the normalized text.
+    let token = |token: &Added| AddedToken::from(token.text.clone(), token.special);
+    inner.add_tokens(added.iter().map(token)).map_err(bad)?;
 
     let config_path = folder.join("tokenizer_config.json");
     let config = object(&config_path)?;
@@ -58,7 +62,8 @@ pub(super) fn read(folder: &Path) -> Result<Tokenizer, TextError> {
     let vocab_size = highest.map_or(0, |id| id as usize + 1);
     // transformers takes of overlapping tokens the leftmost, as the crate does by itself.
     let marks = Marks::default();
-    Ok(Tokenizer::new(inner, marks, roles, vocab_size, template))
+    let tokenizer = Tokenizer::new(inner, marks, roles, vocab_size, template);
+    Ok(tokenizer.of_tokens(vocab_size, added))
 }
 
 /// EOS by all files that name one, and what ends generation by its text.

@@ -10,7 +10,7 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use super::marks::{Mark, Marks};
 use super::pre_tokenizer::{self, PreTokenizer};
 use super::tokenizer::{ENDS, Roles, ends_by_text};
-use super::{ChatTemplate, TextError, Tokenizer, sentencepiece};
+use super::{Added, ChatTemplate, TextError, Tokenizer, sentencepiece};
 use crate::weights::Gguf;
 
 /// `enum llama_token_type`.
@@ -58,12 +58,12 @@ const FIM_ENDS: &[(&str, &[&str])] = &[
 /// Text wherever it stands, whatever the file says (the channels of gpt-oss).
 const TEXT: &[&str] = &["<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"];
 
-pub(super) fn read(file: &Gguf) -> Result<Tokenizer, TextError> {
+pub(super) fn read(file: &Gguf, added: &[Added]) -> Result<Tokenizer, TextError> {
     if file.str("tokenizer.ggml.model")? == Some("llama") {
-        return sentencepiece::read(file);
+        return sentencepiece::read(file, added);
     }
     let pre = kind(file)?;
-    let tokens = tokens(file)?;
+    let (tokens, len) = tokens_with(file, added)?;
     let ids = ids(file, &tokens)?;
     let mut bpe = BPE::new(collected(BPE::new, &tokens), merges(file, &ids)?);
     bpe.ignore_merges = pre.ignore_merges;
@@ -74,13 +74,14 @@ pub(super) fn read(file: &Gguf) -> Result<Tokenizer, TextError> {
     inner.with_decoder(Some(ByteLevel::default()));
     let defaults = Defaults { bos: None, eos: None, adds_bos: pre.adds_bos };
     let roles = roles(file, defaults, &tokens, &ids)?;
-    let marks = marks(file, &tokens, &roles)?;
-    let added =
+    let marks = marks(file, &tokens, &roles, added)?;
+    let found =
         marks.iter().map(|mark| AddedToken::from(&*mark.text, mark.special).normalized(false));
-    inner.add_tokens(added).map_err(broken)?;
+    inner.add_tokens(found).map_err(broken)?;
 
     let template = template(file, &special_tokens(&tokens, &roles))?;
-    Ok(Tokenizer::new(inner, Marks::new(marks), roles, tokens.len(), template))
+    let tokenizer = Tokenizer::new(inner, Marks::new(marks), roles, tokens.len(), template);
+    Ok(tokenizer.of_tokens(len, added))
 }
 
 /// What a chat template may call its special tokens.
@@ -137,6 +138,25 @@ pub(super) fn tokens(file: &Gguf) -> Result<Vec<String>, TextError> {
         0 => Err(bad(file, format!("{key} is empty"))),
         _ => Ok(tokens),
     }
+}
+
+/// The file's tokens with those that were added, which take the place of fillers at the end; and how
+/// many are no such fillers.
+pub(super) fn tokens_with(file: &Gguf, added: &[Added]) -> Result<(Vec<String>, usize), TextError> {
+    let mut tokens = tokens(file)?;
+    let types = file.i32s("tokenizer.ggml.token_type")?.unwrap_or_default();
+    let filler = |id: usize| types.get(id) == Some(&UNUSED) && tokens[id] == format!("[PAD{id}]");
+    let len = (0..tokens.len()).rev().find(|id| !filler(*id)).map_or(0, |last| last + 1);
+    let known: HashSet<&str> = tokens.iter().map(|token| &**token).collect();
+    let new = added.iter().map(|token| token.text.clone());
+    let new: Vec<String> = new.filter(|text| !known.contains(&**text)).collect();
+    if new.is_empty() {
+        return Ok((tokens, len));
+    }
+    tokens.truncate(len);
+    tokens.extend(new);
+    let len = tokens.len();
+    Ok((tokens, len))
 }
 
 /// The id of each token.
@@ -231,17 +251,27 @@ pub(super) fn roles(
 }
 
 /// The tokens found in a text before it is cut into words.
-pub(super) fn marks(file: &Gguf, tokens: &[String], roles: &Roles) -> Result<Vec<Mark>, TextError> {
+pub(super) fn marks(
+    file: &Gguf,
+    tokens: &[String],
+    roles: &Roles,
+    added: &[Added],
+) -> Result<Vec<Mark>, TextError> {
     let key = "tokenizer.ggml.token_type";
     let types = file.i32s(key)?;
+    let added: HashMap<&str, bool> = added.iter().map(|t| (&*t.text, t.special)).collect();
     if let Some(types) = &types
-        && types.len() < tokens.len()
+        && let Some(id) = (types.len()..tokens.len()).find(|&id| !added.contains_key(&*tokens[id]))
     {
-        let (found, needed) = (types.len(), tokens.len());
+        let (found, needed) = (types.len(), id + 1);
         return Err(bad(file, format!("{key} has {found} items, needed {needed}")));
     }
     let mut marks = Vec::new();
     for (id, token) in (0..).zip(tokens) {
+        if let Some(&special) = added.get(&**token) {
+            marks.push(Mark { text: token.clone(), id, special });
+            continue;
+        }
         let is_mark = ENDS.contains(&&**token) && roles.ends.contains(&id)
             || MARKS.contains(&&**token)
             || FIM_ENDS.iter().any(|(_, names)| names.contains(&&**token));

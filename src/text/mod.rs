@@ -4,6 +4,7 @@
 //! A GGUF's byte-level BPE gives llama.cpp's ids, a folder's `tokenizer.json` those of the
 //! `tokenizers` crate. Encoding never adds BOS or EOS: whoever wants BOS asks for it once.
 
+mod added;
 pub mod convert;
 mod error;
 mod folder;
@@ -17,6 +18,7 @@ mod template;
 mod tokenizer;
 mod train;
 
+pub use added::{Added, added_beside};
 pub use error::TextError;
 pub use stream::DecodeStream;
 pub use template::{ChatTemplate, first_second, today};

@@ -20,7 +20,7 @@ use tokenizers::normalizers::{Prepend, Sequence as Normalizers};
 
 use super::gguf::{self, Defaults, NORMAL, UNUSED, USER_DEFINED};
 use super::marks::Marks;
-use super::{TextError, Tokenizer};
+use super::{Added, TextError, Tokenizer};
 use crate::weights::Gguf;
 
 /// What stands for a space.
@@ -29,12 +29,14 @@ const SPACE: &str = "\u{2581}";
 /// Ids of roles that a file does not name, and whether texts begin with BOS.
 const DEFAULTS: Defaults = Defaults { bos: Some(1), eos: Some(2), adds_bos: true };
 
-pub(super) fn read(file: &Gguf) -> Result<Tokenizer, TextError> {
+pub(super) fn read(file: &Gguf, added: &[Added]) -> Result<Tokenizer, TextError> {
     let bad = |reason: String| TextError::format(file.path(), reason);
     let broken = |error: tokenizers::Error| bad(error.to_string());
-    let tokens = gguf::tokens(file)?;
+    let (tokens, len) = gguf::tokens_with(file, added)?;
     let ids = gguf::ids(file, &tokens)?;
-    let mut bpe = BPE::new(gguf::collected(BPE::new, &tokens), merges(file, &tokens, &ids)?);
+    let own = gguf::tokens(file)?; // no joint token is one that was added
+    let merges = merges(file, &own, &gguf::ids(file, &own)?)?;
+    let mut bpe = BPE::new(gguf::collected(BPE::new, &tokens), merges);
     bpe.byte_fallback = true;
     bpe.fuse_unk = true;
     let unknown = file.u64("tokenizer.ggml.unknown_token_id")?.unwrap_or(0);
@@ -57,12 +59,13 @@ pub(super) fn read(file: &Gguf) -> Result<Tokenizer, TextError> {
     }
     inner.with_decoder(Some(Decoders::new(decoders)));
     let roles = gguf::roles(file, DEFAULTS, &tokens, &ids)?;
-    let marks = gguf::marks(file, &tokens, &roles)?;
-    let added =
+    let marks = gguf::marks(file, &tokens, &roles, added)?;
+    let found =
         marks.iter().map(|mark| AddedToken::from(&*mark.text, mark.special).normalized(false));
-    inner.add_tokens(added).map_err(broken)?;
+    inner.add_tokens(found).map_err(broken)?;
     let template = gguf::template(file, &gguf::special_tokens(&tokens, &roles))?;
-    Ok(Tokenizer::new(inner, Marks::new(marks), roles, tokens.len(), template))
+    let tokenizer = Tokenizer::new(inner, Marks::new(marks), roles, tokens.len(), template);
+    Ok(tokenizer.of_tokens(len, added))
 }
 
 /// Every way to part a token of text into two tokens: those of the highest score first, and for one

@@ -9,7 +9,7 @@ use sha2::{Digest, Sha256};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 
 use super::marks::{Marks, Part};
-use super::{ChatTemplate, DecodeStream, TextError, folder, gguf, pre_tokenizer};
+use super::{Added, ChatTemplate, DecodeStream, TextError, folder, gguf, pre_tokenizer};
 use crate::weights::{Checkpoint, Gguf};
 
 /// What the names of special tokens are when they stand in the text.
@@ -41,6 +41,10 @@ pub struct Tokenizer {
     marks: Marks,
     roles: Roles,
     vocab_size: usize,
+    /// One more than the highest id that is no filler's.
+    len: usize,
+    /// What was added to the tokens of its files.
+    added: Vec<Added>,
     template: Option<ChatTemplate>,
 }
 
@@ -61,9 +65,17 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::from_gguf`] and [`Tokenizer::from_folder`].
     pub fn open(checkpoint: &Checkpoint) -> Result<Self, TextError> {
+        Self::open_with(checkpoint, &[])
+    }
+
+    /// [`Tokenizer::open`] with tokens added behind those of the files.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::open`].
+    pub fn open_with(checkpoint: &Checkpoint, added: &[Added]) -> Result<Self, TextError> {
         match checkpoint {
-            Checkpoint::Gguf(gguf) => Self::from_gguf(gguf),
-            Checkpoint::HuggingFace(folder) => Self::from_folder(folder.path()),
+            Checkpoint::Gguf(gguf) => gguf::read(gguf, added),
+            Checkpoint::HuggingFace(folder) => folder::read(folder.path(), added),
         }
     }
 
@@ -73,7 +85,7 @@ impl Tokenizer {
     /// If the file's tokenizer is of another kind, cuts words in a way we do not know, or
     /// contradicts itself; if its chat template does not parse.
     pub fn from_gguf(file: &Gguf) -> Result<Self, TextError> {
-        gguf::read(file)
+        gguf::read(file, &[])
     }
 
     /// `tokenizer.json` of a Hugging Face folder, with what `tokenizer_config.json`,
@@ -82,7 +94,7 @@ impl Tokenizer {
     /// # Errors
     /// If `tokenizer.json` is missing, or any of them is malformed.
     pub fn from_folder(path: impl AsRef<Path>) -> Result<Self, TextError> {
-        folder::read(path.as_ref())
+        folder::read(path.as_ref(), &[])
     }
 
     pub(super) fn new(
@@ -92,7 +104,13 @@ impl Tokenizer {
         vocab_size: usize,
         template: Option<ChatTemplate>,
     ) -> Self {
-        Self { inner, as_text: OnceLock::new(), marks, roles, vocab_size, template }
+        let (as_text, len, added) = (OnceLock::new(), vocab_size, Vec::new());
+        Self { inner, as_text, marks, roles, vocab_size, len, added, template }
+    }
+
+    /// What else is known of its tokens: how many are no fillers, and what was added.
+    pub(super) fn of_tokens(self, len: usize, added: &[Added]) -> Self {
+        Self { len, added: added.to_vec(), ..self }
     }
 
     /// The ids of a text. Neither BOS nor EOS is ever added: see [`Tokenizer::with_bos`].
@@ -192,6 +210,18 @@ impl Tokenizer {
         added.get(&id).is_some_and(|token| token.special)
     }
 
+    /// Whether a token that is found in a text before words are is special; `None` if it is no such.
+    pub(super) fn added_as(&self, token: &str) -> Option<bool> {
+        let vocabulary = self.inner.get_added_vocabulary();
+        let id = self.inner.token_to_id(token)?;
+        vocabulary.get_added_tokens_decoder().get(&id).map(|token| token.special)
+    }
+
+    /// What was added to the tokens of its files.
+    pub fn added(&self) -> &[Added] {
+        &self.added
+    }
+
     /// Whether nothing more is generated after this token: EOS, the end of a turn and their like.
     pub fn is_end_of_generation(&self, id: u32) -> bool {
         self.roles.ends.contains(&id)
@@ -210,6 +240,24 @@ impl Tokenizer {
     /// One more than the highest id.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
+    }
+
+    /// One more than the highest id but for fillers at the end: transformers' `len(tokenizer)`, and the
+    /// id of the next token that is added.
+    #[expect(clippy::len_without_is_empty, reason = "a tokenizer without tokens is none")]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Rows of embedding and head that a model must have for the tokens that were added; none where
+    /// nothing was. A base whose files have more tokens than rows stays as it is.
+    pub fn rows_needed(&self) -> usize {
+        if self.added.is_empty() { 0 } else { self.len }
+    }
+
+    /// The tokenizer as a `tokenizer.json`.
+    pub(super) fn to_json(&self) -> Result<String, TextError> {
+        self.inner.to_string(true).map_err(failed)
     }
 
     /// For each id the bytes of text it stands for, none for special tokens: what a text's bits are

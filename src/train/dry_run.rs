@@ -64,7 +64,7 @@ pub fn dry_run(settings: &RunSettings, stop: &AtomicBool) -> Result<Outcome<Fore
     let (settings, common) = (&settings, &settings.common);
     let Some(loaded) = load(settings, stop)? else { return Ok(Outcome::NotBegun) };
     let (names, adapters): (Vec<&str>, Vec<Adapter>) =
-        begin_adapters(settings, &loaded.decoder)?.into_iter().unzip();
+        begin_adapters(settings, &loaded.decoder, &loaded.added)?.into_iter().unzip();
     let adapters: Vec<Arc<Adapter>> = adapters.into_iter().map(Arc::new).collect();
     let demand = loaded.demand(common, &adapters);
     let kept = kept_layers(common, &demand);
@@ -74,7 +74,8 @@ pub fn dry_run(settings: &RunSettings, stop: &AtomicBool) -> Result<Outcome<Fore
     let decoder = &loaded.decoder;
     let mut trainee = learner(settings, (decoder, &loaded.below), &adapters)?;
     trainee.kept_layers = kept;
-    let mut course = FineTuning { source: loaded.source, learner: trainee, names };
+    let tokenizer = Vec::new(); // nothing is written
+    let mut course = FineTuning { source: loaded.source, learner: trainee, names, tokenizer };
     let steps = course.total_steps();
     let (steps_per_epoch, tokens_per_epoch, epochs) = match &course.source {
         Source::Supervised(source) => {

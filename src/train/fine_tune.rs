@@ -2,7 +2,8 @@
 //! step, and what is written after the last; the steps themselves are [`super::run`]'s.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
@@ -29,8 +30,8 @@ use crate::model::{Decoder, Worn};
 use crate::ops::{Compute, DeviceName};
 use crate::optim::{AdamWSettings, Schedule};
 use crate::quant::BlockType;
-use crate::text::{Tokenizer, first_second, today};
-use crate::weights::Checkpoint;
+use crate::text::{Tokenizer, convert, first_second, today};
+use crate::weights::{Checkpoint, write_atomically};
 
 /// Of the process, where the system does not tell.
 const UNKNOWN_PROCESS: usize = 32 << 20;
@@ -84,6 +85,8 @@ pub struct FineTuning<'a> {
     pub learner: Learner<'a>,
     /// What the run calls the adapters, in the learner's order.
     pub(super) names: Vec<&'static str>,
+    /// The tokenizer as it stands beside adapters, if tokens were added to the base's.
+    pub(super) tokenizer: Vec<(&'static str, String)>,
 }
 
 impl FineTuning<'_> {
@@ -126,10 +129,24 @@ impl FineTuning<'_> {
         let parameters = adapter_parameters(self.named());
         run.save(state, &parameters, &self.learner.optimizer, keep, |folder| {
             for (name, adapter) in self.named() {
-                format::write_folder(adapter, &RunDir::adapter_folder(folder, name))?;
+                self.write(adapter, &RunDir::adapter_folder(folder, name))?;
             }
             Ok(())
         })
+    }
+
+    /// Writes an adapter, and beside it the tokenizer that it needs.
+    fn write(&self, adapter: &Adapter, folder: &Path) -> Result<(), TrainError> {
+        format::write_folder(adapter, folder)?;
+        for (name, text) in &self.tokenizer {
+            let path = folder.join(name);
+            if let Some(parent) = path.parent() {
+                let io = |source| TrainError::Io { path: parent.into(), source };
+                std::fs::create_dir_all(parent).map_err(io)?;
+            }
+            write_atomically(&path, |file| file.write_all(text.as_bytes()))?;
+        }
+        Ok(())
     }
 
     fn named(&self) -> impl Iterator<Item = (&str, &Adapter)> + Clone {
@@ -164,6 +181,10 @@ pub(super) struct Loaded {
     pub decoder: Decoder,
     /// Frozen adapters under the trained one.
     pub below: Vec<Worn>,
+    /// Tokens that are in the vocabulary for this run only.
+    pub added: Vec<u32>,
+    /// As in [`FineTuning`].
+    pub tokenizer: Vec<(&'static str, String)>,
     /// The rows or prompts.
     pub source: Source,
     /// Bytes of the process with all of that, but for mapped weights.
@@ -191,11 +212,21 @@ pub(super) fn load(
     // The program as it lies in memory.
     let program = of_process("RssFile:").unwrap_or(0);
     let checkpoint = Checkpoint::open(&common.base)?;
-    let mut decoder = Decoder::load_as(&checkpoint, common.compute, load_type)?;
+    let adapters = settings.adapters()?;
+    let folders: Vec<&Path> = adapters.iter().map(PathBuf::as_path).collect();
+    let tokenizer = Tokenizer::open_beside(&checkpoint, &folders)?;
+    let known = tokenizer.len() as u32;
+    let mut tokenizer = tokenizer.with_added(&checkpoint, &common.added()?)?;
+    let added: Vec<u32> = (known..tokenizer.len() as u32).collect();
+    let beside = match tokenizer.added() {
+        [] => Vec::new(),
+        _ => convert::beside(&checkpoint, &tokenizer)?,
+    };
+    let decoder = Decoder::load_as(&checkpoint, common.compute, load_type)?;
+    let mut decoder = decoder.with_vocabulary(tokenizer.rows_needed())?;
     if common.device != DeviceName::Cpu {
         decoder = decoder.on(&device)?;
     }
-    let mut tokenizer = Tokenizer::open(&checkpoint)?;
     let template = Some(&*common.chat_template).filter(|path| !path.as_os_str().is_empty());
     tokenizer.change_template(template, &common.chat_template_kwargs)?;
     tokenizer.set_template_time(now);
@@ -218,7 +249,7 @@ pub(super) fn load(
     if load_type.is_some() {
         process = process.saturating_sub(decoder.weight_bytes()); // they are told apart
     }
-    Ok(Some(Loaded { decoder, below, source, process }))
+    Ok(Some(Loaded { decoder, below, added, tokenizer: beside, source, process }))
 }
 
 impl Loaded {
@@ -313,7 +344,7 @@ pub fn train(
 
     // What is trained, on what.
     let Some(loaded) = load(settings, stop)? else { return Ok(Outcome::NotBegun) };
-    let (decoder, source) = (&loaded.decoder, &loaded.source);
+    let (decoder, source, added) = (&loaded.decoder, &loaded.source, &loaded.added);
     let mut fingerprints = vec![("the base".to_string(), base_fingerprint(&common.base)?)];
     for text in &common.frozen_adapter {
         let (path, _) = path_and_weight(text).map_err(TrainError::Settings)?;
@@ -327,7 +358,7 @@ pub fn train(
     let (run, saved, adapters) = if let Some(run) = resumed {
         same_fingerprints(&common.out, &run.fingerprints()?, &fingerprints)?;
         let saved = run.last_checkpoint()?;
-        let mut adapters = begin_adapters(settings, decoder)?;
+        let mut adapters = begin_adapters(settings, decoder, added)?;
         if let Some(folder) = &saved {
             for (name, adapter) in &mut adapters {
                 let mut read = read_adapter(&RunDir::adapter_folder(folder, name), decoder)?;
@@ -337,7 +368,7 @@ pub fn train(
         }
         (run, saved, adapters)
     } else {
-        let adapters = begin_adapters(settings, decoder)?; // may fail: before anything is written
+        let adapters = begin_adapters(settings, decoder, added)?; // may fail: before anything is written
         let table = settings.to_table()?;
         (RunDir::create(&common.out, &table, &fingerprints)?, None, adapters)
     };
@@ -347,10 +378,10 @@ pub fn train(
     let kept_layers = kept_layers(common, &demand);
     let (layers, parameters) = (demand.layers, demand.parameters);
     let predicted_peak_rss_bytes = predicted(&demand, kept_layers);
-    let Loaded { decoder, below, source, .. } = loaded;
+    let Loaded { decoder, below, source, tokenizer, .. } = loaded;
     let mut learner = learner(settings, (&decoder, &below), &adapters)?;
     learner.kept_layers = kept_layers;
-    let mut course = FineTuning { source, learner, names };
+    let mut course = FineTuning { source, learner, names, tokenizer };
 
     // Where it stands.
     let mut state = State::default();
@@ -411,9 +442,9 @@ pub fn train(
             // The policy is to generate; its values stay in the checkpoints.
             let mut policy = adapter.copy("default")?;
             policy.remove_score();
-            format::write_folder(&policy, &folder)?;
+            course.write(&policy, &folder)?;
         } else {
-            format::write_folder(adapter, &folder)?;
+            course.write(adapter, &folder)?;
         }
     }
     if let (Task::Reward(_), Some(accuracy)) = (&settings.task, results.get("eval_accuracy")) {
@@ -441,14 +472,18 @@ pub fn train(
 pub(super) fn begin_adapters(
     settings: &RunSettings,
     decoder: &Decoder,
+    added: &[u32],
 ) -> Result<Vec<(&'static str, Adapter)>, TrainError> {
     let common = &settings.common;
     let hidden_size = decoder.config.hidden_size;
-    let mut first = begin_adapter(common, decoder)?;
+    let mut first = begin_adapter(common, decoder, added)?;
     let mut adapters = Vec::new();
     match &settings.task {
         Task::Sft(_) | Task::Dpo(_) | Task::Grpo(_) => no_score(&first, common)?,
         Task::Reward(_) => {
+            // It has no logits, nor has PEFT's a head to put rows on.
+            first.head_tokens = None;
+            first.config.head_token_indices.clear();
             if first.score.is_none() {
                 first.add_score(hidden_size, false, common.seed)?;
             }

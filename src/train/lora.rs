@@ -3,10 +3,12 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use candle_core::{Tensor, Var};
 use quantune_adapters::base::BaseRows;
-use quantune_adapters::config::{HEAD, InitLoraWeights, LoraConfig, Modules};
+use quantune_adapters::config::{EMBEDDING, HEAD, InitLoraWeights, LoraConfig, Modules};
 use quantune_adapters::delta::Adapter;
 use quantune_adapters::initialize::{self, Bases};
+use quantune_adapters::targets::resolve;
 
 use super::TrainError;
 use super::settings::CommonSettings;
@@ -15,14 +17,28 @@ use crate::model::{Decoder, Worn};
 use crate::ops::Compute;
 use crate::weights::Checkpoint;
 
-/// The adapter that `settings` begin with: fresh, or the one they go on from.
-pub fn begin_adapter(settings: &CommonSettings, decoder: &Decoder) -> Result<Adapter, TrainError> {
+/// The adapter that `settings` begin with: fresh, or the one they go on from. `added` are the tokens
+/// that the vocabulary has for this run only.
+pub fn begin_adapter(
+    settings: &CommonSettings,
+    decoder: &Decoder,
+    added: &[u32],
+) -> Result<Adapter, TrainError> {
     if !settings.adapter.as_os_str().is_empty() {
+        if !added.is_empty() {
+            let path = settings.adapter.display();
+            return Err(TrainError::Settings(format!(
+                "add_tokens and add_special_tokens name {} tokens that the adapter {path} has no rows \
+                 for, needed a fresh adapter: without --adapter, or with --frozen-adapter",
+                added.len()
+            )));
+        }
         let mut adapter = read_adapter(&settings.adapter, decoder)?;
         adapter.config.lora_dropout = settings.lora_dropout;
         return Ok(adapter);
     }
-    let config = lora_config(settings)?;
+    let mut config = lora_config(settings)?;
+    train_rows(&mut config, decoder, added)?;
     let original = match settings.loftq_base.as_os_str().is_empty() {
         true => None,
         false => Some(Decoder::load(&Checkpoint::open(&settings.loftq_base)?, Compute::F32)?),
@@ -39,7 +55,64 @@ pub fn begin_adapter(settings: &CommonSettings, decoder: &Decoder) -> Result<Ada
     for unmatched in &unmatched {
         eprintln!("warning: {unmatched}");
     }
+    begin_rows(&adapter, decoder, added)?;
     Ok(adapter)
+}
+
+/// Lets the rows of added tokens train, where embedding and head do not train as a whole or in an
+/// update; those of a head that is the embedding are the embedding's.
+fn train_rows(config: &mut LoraConfig, decoder: &Decoder, added: &[u32]) -> Result<(), TrainError> {
+    if added.is_empty() {
+        return Ok(());
+    }
+    let trains: Vec<String> = {
+        let resolved = resolve(config, &decoder.linears(), Some(HEAD))?;
+        let targets = resolved.targets.into_iter().map(|target| target.spec.name);
+        targets.chain(config.saved_modules().map(String::from)).collect()
+    };
+    let trains = |module: &str| trains.iter().any(|name| name == module);
+    if !trains(EMBEDDING) {
+        let known = &mut config.trainable_token_indices;
+        let new = added.iter().filter(|token| !known.contains(token)).copied();
+        let new: Vec<u32> = new.collect();
+        known.extend(new);
+    }
+    if !decoder.config.tie_word_embeddings && !trains(HEAD) {
+        config.head_token_indices = added.to_vec();
+    }
+    Ok(())
+}
+
+/// Lets rows of added tokens begin as the mean of the base's: rows that a base has without a token for
+/// them are near zero, or random. Those that the base has not are the mean already.
+fn begin_rows(adapter: &Adapter, decoder: &Decoder, added: &[u32]) -> Result<(), TrainError> {
+    if added.is_empty() {
+        return Ok(());
+    }
+    for (module, rows) in [(EMBEDDING, &adapter.tokens), (HEAD, &adapter.head_tokens)] {
+        let Some(base) = decoder.linear_weight(module) else { continue };
+        let own_rows = base.own_rows();
+        let idle = added.iter().filter(|token| (**token as usize) < own_rows);
+        // Where they lie in what trains.
+        let (var, places): (&Var, Vec<usize>) = match (rows, adapter.saved.get(module)) {
+            (Some(own), _) => {
+                let place = |token: &u32| own.indices.binary_search(token).ok();
+                (&own.rows, idle.filter_map(place).collect())
+            }
+            (None, Some(whole)) => (whole, idle.map(|token| *token as usize).collect()),
+            (None, None) => continue,
+        };
+        if places.is_empty() {
+            continue;
+        }
+        let mean = base.mean_row();
+        let mut values = var.flatten_all()?.to_vec1::<f32>()?;
+        for at in places {
+            values[at * mean.len()..][..mean.len()].copy_from_slice(&mean);
+        }
+        var.set(&Tensor::from_vec(values, var.shape(), var.device())?)?;
+    }
+    Ok(())
 }
 
 /// An adapter for this base, from a PEFT folder or a GGUF LoRA.

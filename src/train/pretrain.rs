@@ -140,7 +140,7 @@ pub fn pretrain(
     };
     let tokenizer_files = match &base {
         Some(Checkpoint::Gguf(gguf)) if settings.tokenizer.as_os_str().is_empty() => {
-            Some(convert::to_folder(gguf)?)
+            Some(convert::to_folder(gguf, &[])?)
         }
         _ => None,
     };
@@ -472,7 +472,7 @@ fn check_writable(
         return Err(TrainError::Settings(fault));
     }
     if !converted {
-        convert::to_gguf(own_tokenizer(settings), model.config.vocab_size)?;
+        convert::to_gguf(own_tokenizer(settings), model.config.vocab_size, &[])?;
     }
     Ok(())
 }

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor, Var};
-use quantune::data::Batch;
+use quantune::data::{Batch, Example};
 use quantune::export::{Bounds, FileType, Recipe, Source, verify, write_folder, write_gguf};
 use quantune::generate::{self, Request, Sampling, Settings};
 use quantune::model::{Adapters, CacheType, Decoder, Rows, Worn};
@@ -33,9 +33,12 @@ enum Kind {
     Whole,
     /// Rows of some tokens.
     Tokens,
+    /// The same, and others of the head for itself.
+    Apart,
 }
 
-const KINDS: [Kind; 5] = [Kind::Plain, Kind::Dora, Kind::Ends, Kind::Whole, Kind::Tokens];
+const KINDS: [Kind; 6] =
+    [Kind::Plain, Kind::Dora, Kind::Ends, Kind::Whole, Kind::Tokens, Kind::Apart];
 
 fn random(key: &str, shape: (usize, usize), deviation: f32) -> Vec<f32> {
     let mut stream = Stream::new(11, key, &[]);
@@ -86,17 +89,25 @@ fn adapter(decoder: &Decoder, name: &str, kind: Kind) -> Adapter {
                 adapter.saved.insert(module.into(), var(whole, (vocabulary, width)));
             }
         }
-        Kind::Tokens => {
-            let indices: Vec<u32> = (0..vocabulary as u32).step_by(3).collect();
-            let rows = random(name, (indices.len(), width), 0.2);
-            let rows = var(rows, (indices.len(), width));
-            adapter.tokens = Some(TokenRows { indices, rows });
+        Kind::Tokens | Kind::Apart => {
+            let rows = |key: &str, step| {
+                let indices: Vec<u32> = (0..vocabulary as u32).rev().step_by(step).collect();
+                let indices: Vec<u32> = indices.into_iter().rev().collect();
+                let rows = random(&format!("{name}{key}"), (indices.len(), width), 0.2);
+                let rows = var(rows, (indices.len(), width));
+                Some(TokenRows { indices, rows })
+            };
+            adapter.tokens = rows("", 3);
+            if kind == Kind::Apart {
+                adapter.head_tokens = rows(" head", 4);
+            }
         }
     }
     adapter
 }
 
 struct Step {
+    rows: Vec<Example>,
     decoder: Decoder,
     /// The trainable adapter last.
     worn: Vec<Worn>,
@@ -105,7 +116,10 @@ struct Step {
 
 impl Step {
     fn new(model: &str, compute: Compute, below: &[(Kind, f64)], kind: Kind) -> Self {
-        let decoder = load(model, compute);
+        Self::over(load(model, compute), below, kind)
+    }
+
+    fn over(decoder: Decoder, below: &[(Kind, f64)], kind: Kind) -> Self {
         let mut worn = Vec::new();
         for (i, &(kind, weight)) in below.iter().enumerate() {
             let adapter = Arc::new(adapter(&decoder, &format!("below{i}"), kind));
@@ -114,12 +128,14 @@ impl Step {
         let trained = Arc::new(adapter(&decoder, "trained", kind));
         let parameters = trained.parameters();
         worn.push(Worn::trainable(trained));
-        Self { decoder, worn, parameters }
+        let mut rows = rows("llama-tiny");
+        rows.truncate(3);
+        Self { rows, decoder, worn, parameters }
     }
 
     /// The loss over a few rows, and the gradients.
     fn run(&self, recomputed: bool) -> (f64, Gradients) {
-        let rows = &rows("llama-tiny")[..3];
+        let rows = &self.rows;
         let batch = Batch::new(rows, &[(0..rows.len()).collect()]);
         let vars: Vec<Var> = self.parameters.iter().map(|(_, var)| var.clone()).collect();
         let mut gradients: Gradients = vars.iter().map(|var| vec![0.0; var.elem_count()]).collect();
@@ -192,6 +208,52 @@ fn every_kind_trains_over_uploaded_weights() {
                     error < 1e-5 * size + 1e-8,
                     "{at}: gradient {i} is {error:e} of {size:e} off"
                 );
+            }
+        }
+    }
+}
+
+/// Over a vocabulary that grew the fast form, the portable one and uploaded weights agree, in rows and
+/// loss of the tokens that were added too; nothing of the other tokens is another.
+#[test]
+fn kinds_train_over_a_grown_vocabulary() {
+    for model in ["llama-tiny", "llama-untied", "llama-q4_0"] {
+        let grown = |compute| load(model, compute).with_vocabulary(515).unwrap();
+        for kind in [Kind::Whole, Kind::Tokens, Kind::Apart] {
+            let run = |decoder| {
+                let mut step = Step::over(decoder, &[(Kind::Ends, 0.5)], kind);
+                for token in step.rows.iter_mut().flat_map(|row| &mut row.tokens) {
+                    *token = if *token % 5 == 0 { 512 + *token / 5 % 3 } else { *token };
+                }
+                step.run(false)
+            };
+            let (exact_loss, exact) = run(grown(Compute::Portable));
+            let uploaded = grown(Compute::Portable).on(&Device::Cpu).unwrap();
+            for (loss, gradients) in [run(grown(Compute::F32)), run(uploaded)] {
+                let at = format!("{model} {kind:?}");
+                assert!((loss - exact_loss).abs() < 2e-6 * exact_loss, "{at}: {loss} {exact_loss}");
+                for (i, (ours, exact)) in gradients.iter().zip(&exact).enumerate() {
+                    let difference: Vec<f32> = ours.iter().zip(exact).map(|(a, b)| a - b).collect();
+                    let (error, size) = (norm(&difference), norm(exact));
+                    assert!(
+                        error < 1e-4 * size + 1e-8,
+                        "{at}: gradient {i}: {error:e} of {size:e}"
+                    );
+                }
+            }
+        }
+        for compute in [Compute::F32, Compute::Int16] {
+            let hidden = Tensor::from_vec(random("hidden", (3, 64), 1.0), (3, 64), &Device::Cpu);
+            let hidden = hidden.unwrap();
+            let logits = |decoder: &Decoder| {
+                let logits = decoder.logits(&hidden, Adapters::NONE).unwrap();
+                logits.to_vec2::<f32>().unwrap()
+            };
+            let decoder = grown(compute);
+            for (ours, own) in logits(&decoder).iter().zip(logits(&load(model, compute))) {
+                assert_eq!(ours[..512], own, "{model} {compute}");
+                let mean = own.iter().sum::<f32>() / 512.0;
+                assert!(ours[512..].iter().all(|logit| (logit - mean).abs() < 1e-3), "{model}");
             }
         }
     }
@@ -324,7 +386,7 @@ fn every_kind_merges_exactly() {
             for worn in [&worn[..1], &worn[..]] {
                 let source = Source::open(&checkpoint, worn).unwrap();
                 let tied = decoder.config.tie_word_embeddings;
-                let apart = matches!(kind, Kind::Ends | Kind::Whole);
+                let apart = matches!(kind, Kind::Ends | Kind::Whole | Kind::Apart);
                 assert_eq!(source.config.tie_word_embeddings, tied && !apart, "{model} {kind:?}");
                 let out = tempfile::tempdir().unwrap();
                 let gguf = out.path().join("merged.gguf");

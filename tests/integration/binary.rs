@@ -317,6 +317,8 @@ pub fn common_rows<'a>(
         &[("--use-dora", "true")],
         &[("--modules-to-save", "lm_head")],
         &[("--trainable-token-indices", "5,300")],
+        &[("--add-tokens", "ferry,question")],
+        &[("--add-special-tokens", "<|tool|>")],
         &[("--loraplus-lr-ratio", "4")],
         &[
             ("--target-modules", "q_proj,embed_tokens"),

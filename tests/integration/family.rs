@@ -7,7 +7,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
-use quantune::data::Batch;
+use quantune::data::{Batch, Example};
 use quantune::model::Decoder;
 use quantune::objectives::Objective;
 use quantune::ops::Compute;
@@ -26,7 +26,7 @@ use crate::binary::{Lab, adapter as trained, base, error, last_json, quantune, s
 use crate::support::{golden, golden_json, load};
 use crate::train::rows;
 
-fn tensors(path: &Path) -> HashMap<String, Tensor> {
+pub fn tensors(path: &Path) -> HashMap<String, Tensor> {
     candle_core::safetensors::load(path, &Device::Cpu).unwrap()
 }
 
@@ -35,7 +35,7 @@ fn flat(tensor: &Tensor) -> Vec<f32> {
 }
 
 /// Largest distance between two tensors.
-fn apart(a: &Tensor, b: &Tensor) -> f32 {
+pub fn apart(a: &Tensor, b: &Tensor) -> f32 {
     assert_eq!(a.dims(), b.dims());
     flat(&(a - b).unwrap().abs().unwrap()).into_iter().fold(0.0, f32::max)
 }
@@ -61,7 +61,7 @@ fn merged(lora: &Lora, base: &dyn BaseRows) -> Tensor {
     }
 }
 
-fn read(folder: &Path, linears: &[LinearSpec]) -> Adapter {
+pub fn read(folder: &Path, linears: &[LinearSpec]) -> Adapter {
     let read = format::read_folder(folder, "default", linears, Some("lm_head"), &Device::Cpu);
     read.unwrap().0
 }
@@ -94,6 +94,27 @@ fn ten_steps(run: &str, compute: Compute) {
     let theirs = golden_json(&format!("family/{run}/run.json"));
     let decoder = load(theirs["base"].as_str().unwrap(), compute);
     let adapter = Arc::new(begun(run, &theirs["config"], &decoder));
+    take_steps(run, &theirs, &decoder, &adapter, &rows("llama-tiny"));
+    let folder = golden(&format!("family/{run}/final"));
+    if folder.exists() {
+        same_adapter(run, &adapter, &read(&folder, &decoder.linears()));
+    }
+    for (module, square) in theirs["squares"].as_object().into_iter().flatten() {
+        let weight = flat(&adapter.saved[module.trim_end_matches(".weight")]);
+        let ours: f64 = weight.iter().map(|w| f64::from(*w).powi(2)).sum();
+        let theirs = square.as_f64().unwrap();
+        assert!((ours / theirs - 1.0).abs() < 1e-6, "{run} {module}: {ours}, PEFT {theirs}");
+    }
+}
+
+/// Steps over rows, four at a time, with the losses and gradient norms of `theirs`.
+pub fn take_steps(
+    run: &str,
+    theirs: &Value,
+    decoder: &Decoder,
+    adapter: &Arc<Adapter>,
+    rows: &[Example],
+) {
     let number = |key: &str| theirs[key].as_f64().unwrap();
     let settings = AdamWSettings {
         adam_beta1: number("adam_beta1"),
@@ -112,8 +133,7 @@ fn ten_steps(run: &str, compute: Compute) {
     };
     let most = number("max_grad_norm");
     let mut learner =
-        Learner::new(&decoder, vec![adapter.clone()], settings, most, (0.0, 1)).unwrap();
-    let rows = rows("llama-tiny");
+        Learner::new(decoder, vec![adapter.clone()], settings, most, (0.0, 1)).unwrap();
     for (i, (theirs, rows)) in steps.iter().zip(rows.chunks(4)).enumerate() {
         let batch = Batch::new(rows, &[(0..rows.len()).collect()]);
         let part = MicroBatch {
@@ -133,20 +153,10 @@ fn ten_steps(run: &str, compute: Compute) {
         close("loss", stepped.loss, 2e-5);
         close("grad_norm", stepped.grad_norm, 1e-4);
     }
-    let folder = golden(&format!("family/{run}/final"));
-    if folder.exists() {
-        same_adapter(run, &adapter, &read(&folder, &decoder.linears()));
-    }
-    for (module, square) in theirs["squares"].as_object().into_iter().flatten() {
-        let weight = flat(&adapter.saved[module.trim_end_matches(".weight")]);
-        let ours: f64 = weight.iter().map(|w| f64::from(*w).powi(2)).sum();
-        let theirs = square.as_f64().unwrap();
-        assert!((ours / theirs - 1.0).abs() < 1e-6, "{run} {module}: {ours}, PEFT {theirs}");
-    }
 }
 
 /// Products where a decomposition left the signs open, else every tensor.
-fn same_adapter(run: &str, ours: &Adapter, theirs: &Adapter) {
+pub fn same_adapter(run: &str, ours: &Adapter, theirs: &Adapter) {
     assert_eq!(ours.modules.len(), theirs.modules.len());
     for (module, lora) in &ours.modules {
         let other = &theirs.modules[module];
@@ -199,8 +209,8 @@ fn merged_weights_are_pefts() {
     }
 }
 
-/// The Llama of the goldens' files: 8 numbers a token, one layer, a vocabulary of 16.
-fn small_linears() -> Vec<LinearSpec> {
+/// The Llama of the goldens' files: 8 numbers a token, one layer, its own vocabulary 16.
+pub fn small_linears(vocabulary: usize) -> Vec<LinearSpec> {
     let spec = |name: &str, in_features, out_features| LinearSpec {
         name: name.into(),
         in_features,
@@ -209,7 +219,7 @@ fn small_linears() -> Vec<LinearSpec> {
     };
     let layer = [("self_attn.q_proj", 8, 8), ("self_attn.v_proj", 8, 4), ("mlp.up_proj", 8, 12)];
     let layer = layer.map(|(name, of_in, out)| spec(&format!("model.layers.0.{name}"), of_in, out));
-    let ends = [spec("model.embed_tokens", 16, 8), spec("lm_head", 8, 16)];
+    let ends = [spec("model.embed_tokens", vocabulary, 8), spec("lm_head", 8, vocabulary)];
     layer.into_iter().chain(ends).collect()
 }
 
@@ -233,7 +243,7 @@ impl BaseRows for Weight {
 fn pefts_files_of_embeddings_and_heads_are_what_peft_makes_of_them() {
     for name in ["embeddings", "tokens", "whole"] {
         let folder = golden(&format!("family/files/{name}"));
-        let adapter = read(&folder, &small_linears());
+        let adapter = read(&folder, &small_linears(16));
         let theirs = tensors(&folder.join("merged.safetensors"));
         let mut changed = 0;
         for (key, needed) in theirs.iter().filter(|(key, _)| key.starts_with("merged.")) {
@@ -269,7 +279,7 @@ fn pefts_files_of_embeddings_and_heads_are_what_peft_makes_of_them() {
 fn combinations_are_pefts() {
     let cases = golden_json("family/combine/cases.json");
     let known = tensors(&golden("family/combine/combined.safetensors"));
-    let linears = small_linears();
+    let linears = small_linears(16);
     for (i, case) in cases.as_array().unwrap().iter().enumerate() {
         let names = case["adapters"].as_array().unwrap().iter();
         let adapters = names.map(|name| {

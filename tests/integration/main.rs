@@ -2,6 +2,7 @@
 
 mod adapter_kinds;
 mod adapters;
+mod added;
 mod allocations;
 mod binary;
 mod chat;

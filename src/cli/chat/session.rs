@@ -151,6 +151,19 @@ impl<'a> Session<'a> {
 
     /// Reads an adapter.
     pub fn load(&mut self, name: &str, file: &AdapterArg) -> Result<()> {
+        if file.path.join("tokenizer.json").is_file() {
+            let mut missing = self.tokenizer.missing(&file.path)?;
+            missing.retain(|token| self.tokenizer.id_of(&token.text).is_none());
+            if let Some(token) = missing.first() {
+                bail!(
+                    "{}: comes with {} tokens that this chat was begun without, as {:?}; needed a chat \
+                     begun with --adapter {name}={0}",
+                    file.path.display(),
+                    missing.len(),
+                    token.text
+                );
+            }
+        }
         let [Worn { adapter, weight, .. }] =
             &load_adapters(std::slice::from_ref(file), self.decoder)?[..]
         else {

@@ -21,7 +21,9 @@ pub(super) struct Output<'a> {
     pub matrix: &'a FrozenMatrix,
     /// The stored row that the bytes at hand begin with.
     pub first_row: usize,
-    pub y: Target, // (m, rows)
+    pub y: Target, // (m, stride)
+    /// Outputs of a row of input: those of the matrix, and of others beside it.
+    pub stride: usize,
 }
 
 impl Output<'_> {
@@ -33,7 +35,7 @@ impl Output<'_> {
     pub unsafe fn put(&self, row: usize, first: usize, values: &[f32]) {
         let row = self.matrix.logical_row(self.first_row + row);
         for (i, value) in values.iter().enumerate() {
-            let at = (first + i) * self.matrix.rows() + row;
+            let at = (first + i) * self.stride + row;
             // SAFETY: the caller's promise.
             unsafe { self.y.at(at).slice(1)[0] = *value };
         }

@@ -68,7 +68,7 @@ pub(crate) struct Beside<'a> {
     /// Does one of them.
     pub run: &'a (dyn Fn(usize) + Sync),
     /// What is done with some rows of a product, told by its index, when they and all tasks are there:
-    /// whole blocks of 16 rows, the last one aside.
+    /// whole blocks of 16 rows, the last one of a matrix aside.
     pub then: &'a (dyn Fn(usize, Range<usize>) + Sync),
 }
 
@@ -117,11 +117,16 @@ struct Input {
 /// A stretch of stored rows of one product.
 struct Task<'a> {
     product: usize,
+    /// Rows of the product before those of the matrix.
+    before: usize,
     matrix: &'a FrozenMatrix,
     form: Form,
     /// Rows as they are stored, which are the same ones in their own order.
     rows: Range<usize>,
+    /// Where the product of the matrix's first row goes.
     y: Target,
+    /// Rows of the product that the matrix belongs to.
+    stride: usize,
 }
 
 fn many(
@@ -147,17 +152,22 @@ fn many(
     for (product, (matrix, y)) in products.iter_mut().enumerate() {
         assert_eq!(matrix.cols(), cols);
         assert_eq!(y.len(), m * matrix.rows());
-        // Whole tiles of rows, whatever the kernel, and whole stretches of rows out of order.
-        let mut step = (TASK_BYTES / matrix.row_bytes()).max(1).next_multiple_of(TILE_ROWS);
-        while step % matrix.order().stretch() != 0 {
-            step += TILE_ROWS;
+        let (stride, y) = (matrix.rows(), Target::new(y));
+        // A matrix that grew is two, side by side.
+        let more = matrix.more_rows().map(|more| (more, matrix.own_rows()));
+        for (matrix, before) in [(*matrix, 0)].into_iter().chain(more) {
+            // Whole tiles of rows, whatever the kernel, and whole stretches of rows out of order.
+            let mut step = (TASK_BYTES / matrix.row_bytes()).max(1).next_multiple_of(TILE_ROWS);
+            while step % matrix.order().stretch() != 0 {
+                step += TILE_ROWS;
+            }
+            let (form, y) = (form_of(matrix.block_type()), y.at(before));
+            for start in (0..matrix.own_rows()).step_by(step) {
+                let rows = start..matrix.own_rows().min(start + step);
+                tasks.push(Task { product, before, matrix, form, rows, y, stride });
+            }
+            total += matrix.own_rows() * matrix.row_bytes();
         }
-        let (form, y) = (form_of(matrix.block_type()), Target::new(y));
-        for start in (0..matrix.rows()).step_by(step) {
-            let rows = start..matrix.rows().min(start + step);
-            tasks.push(Task { product, matrix, form, rows, y });
-        }
-        total += matrix.rows() * matrix.row_bytes();
     }
     let needed = |form| tasks.iter().any(|task| task.form == form);
     let int16 = needed(Form::Int16).then(|| Activations::rounded(isa, x, cols));
@@ -181,7 +191,7 @@ fn many(
         }
         run(isa, &input, task);
         wait(|| done.load(Ordering::Acquire) == beside.tasks);
-        (beside.then)(task.product, task.rows.clone());
+        (beside.then)(task.product, task.before + task.rows.start..task.before + task.rows.end);
     };
     if total <= ALONE_BYTES {
         tasks.iter().for_each(one);
@@ -207,7 +217,7 @@ fn wait(ready: impl Fn() -> bool) {
 fn run(isa: Isa, input: &Input, task: &Task) {
     let (matrix, rows, y) = (task.matrix, task.rows.clone(), task.y);
     let bytes = matrix.stored_bytes(rows.clone());
-    let output = Output { matrix, first_row: rows.start, y };
+    let output = Output { matrix, first_row: rows.start, y, stride: task.stride };
     // SAFETY: a rung is only ever chosen if the CPU has it; no two tasks share a row of a product.
     unsafe {
         match (isa, task.form) {
@@ -347,6 +357,25 @@ mod tests {
         for block_type in [BlockType::F16, BlockType::Q4_0, BlockType::Q6_K] {
             let w = matrix(block_type, 48, 512);
             check(&w.with_order(RowOrder::Interleaved { head_dim: 8 }).unwrap(), 3);
+        }
+    }
+
+    #[test]
+    fn a_grown_matrix_is_two_side_by_side() {
+        for block_type in [BlockType::Q4_1, BlockType::Q6_K, BlockType::F16] {
+            let w = matrix(block_type, 37, 768);
+            let row = input(1, 768);
+            let grown = w.grown(3, &row).unwrap();
+            check(&grown, 3);
+            for form in [f32, int16] {
+                let x = input(5, 768);
+                let (mut all, mut own) = (vec![0.0; 5 * 40], vec![0.0; 5 * 37]);
+                form(Isa::current(), &x, &grown, &mut all);
+                form(Isa::current(), &x, &w, &mut own);
+                for (all, own) in all.chunks_exact(40).zip(own.chunks_exact(37)) {
+                    assert_eq!(&all[..37], own, "{block_type}");
+                }
+            }
         }
     }
 

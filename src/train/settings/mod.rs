@@ -20,6 +20,7 @@ use crate::objectives::policy::LossForm;
 use crate::objectives::preference::PreferenceLoss;
 use crate::ops::{Compute, DeviceName};
 use crate::optim::ScheduleKind;
+use crate::text::{Added, TextError};
 
 /// When held-out loss is taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -165,6 +166,13 @@ settings! {
         /// Tokens whose embeddings are trained
         #[arg(value_delimiter = ',', num_args = 1..)]
         trainable_token_indices: Vec<u32> = Vec::new(),
+        /// Tokens to add to the vocabulary, text as any other: each is found in a text before that is
+        /// cut into words. Their rows of embedding and head begin as the mean of the base's and train
+        #[arg(value_delimiter = ',', num_args = 1.., value_name = "TOKEN")]
+        add_tokens: Vec<String> = Vec::new(),
+        /// The same for marks as <|tool|>, which are no text
+        #[arg(value_delimiter = ',', num_args = 1.., value_name = "TOKEN")]
+        add_special_tokens: Vec<String> = Vec::new(),
         /// What B learns faster than A (LoRA+); 1 is as fast [default: 1]
         loraplus_lr_ratio: f64 = 1.0,
         /// Learning rate of updates of the embedding, with loraplus_lr_ratio [default: 1e-6]
@@ -640,6 +648,29 @@ impl RunSettings {
         }
     }
 
+    /// The folders of all adapters that the run reads, and what they are put on.
+    pub fn adapters(&self) -> Result<Vec<PathBuf>, TrainError> {
+        let mut folders = vec![self.common.adapter.clone()];
+        for text in &self.common.frozen_adapter {
+            folders.push(path_and_weight(text).map_err(TrainError::Settings)?.0);
+        }
+        match &self.task {
+            Task::Sft(_) | Task::Reward(_) => {}
+            Task::Dpo(own) => folders.push(own.ref_adapter.clone()),
+            Task::Ppo(own) => folders.extend([
+                own.ref_adapter.clone(),
+                own.reward_adapter.clone(),
+                own.value_adapter.clone(),
+                own.judge_adapter.clone(),
+            ]),
+            Task::Grpo(own) => {
+                folders.extend([own.ref_adapter.clone(), own.reward_adapter.clone()]);
+            }
+        }
+        folders.retain(|folder| !folder.as_os_str().is_empty());
+        Ok(folders)
+    }
+
     /// The command that a run's table names.
     pub fn command_of(table: &toml::Table) -> Option<Command> {
         let name = table.get(Self::COMMAND)?.as_str()?;
@@ -991,6 +1022,11 @@ impl GrpoSettings {
 }
 
 impl CommonSettings {
+    /// The tokens that are added to the vocabulary.
+    pub fn added(&self) -> Result<Vec<Added>, TextError> {
+        Added::list(&self.add_tokens, &self.add_special_tokens)
+    }
+
     /// Whether evaluations are compared.
     pub fn seeks_best(&self) -> bool {
         self.early_stopping_patience > 0 || self.load_best_model_at_end
@@ -1059,6 +1095,9 @@ impl CommonSettings {
         faults.check(self.adam_epsilon as f32 > 0.0, "adam_epsilon is no positive f32".into());
         faults.memory(&self.memory_budget);
         if let Err(fault) = self.device.check(self.compute) {
+            faults.0.push(fault.to_string());
+        }
+        if let Err(fault) = self.added() {
             faults.0.push(fault.to_string());
         }
         let p = self.lora_dropout;

@@ -1,0 +1,136 @@
+//! Tokens that were added to a vocabulary, behind its own: what a base's files do not have and a run,
+//! or the folder of an adapter, brings.
+//!
+//! Ids follow on from the tokenizer's own, as transformers gives them (`add_tokens`). A token that is
+//! there keeps its id, and is from then on found in a text before the text is cut into words. Fillers
+//! that a GGUF has up to the rows of its embedding (`[PAD151665]`) are no tokens: new ones take their
+//! ids.
+
+use std::collections::HashSet;
+use std::path::Path;
+
+use super::{TextError, Tokenizer, folder};
+use crate::weights::Checkpoint;
+
+/// The file that says which tokens there are.
+const FILE: &str = "tokenizer.json";
+
+/// A token that was added.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Added {
+    /// How it is written.
+    pub text: String,
+    /// Whether it is a mark, as `<|im_end|>` is: left out of text for people, and no token where marks
+    /// are taken as text ([`super::Special::AsText`]).
+    pub special: bool,
+}
+
+impl Added {
+    /// Tokens as a user names them, the special ones last.
+    ///
+    /// # Errors
+    /// If one is empty, or named twice.
+    pub fn list(tokens: &[String], special_tokens: &[String]) -> Result<Vec<Self>, TextError> {
+        let fault = |reason: String| Err(TextError::Tokenizer(reason));
+        let added = |special| move |text: &String| Self { text: text.clone(), special };
+        let plain = tokens.iter().map(added(false));
+        let all: Vec<Self> = plain.chain(special_tokens.iter().map(added(true))).collect();
+        let mut seen = HashSet::new();
+        for token in &all {
+            if token.text.is_empty() {
+                return fault("an added token is empty, needed at least a character".into());
+            }
+            if !seen.insert(&token.text) {
+                return fault(format!("the added token {:?} is named twice", token.text));
+            }
+        }
+        Ok(all)
+    }
+}
+
+impl Tokenizer {
+    /// The tokenizer of a base with the tokens that adapters in these folders came with: those of a
+    /// `tokenizer.json` there beyond the base's own.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::open`], and if such a file says otherwise of a token that both have.
+    pub fn open_beside(checkpoint: &Checkpoint, folders: &[&Path]) -> Result<Self, TextError> {
+        let mut tokenizer = Self::open(checkpoint)?;
+        for folder in folders.iter().filter(|folder| folder.join(FILE).is_file()) {
+            let more = tokenizer.missing(folder)?;
+            tokenizer = tokenizer.with_added(checkpoint, &more)?;
+        }
+        Ok(tokenizer)
+    }
+
+    /// The same tokenizer with further tokens; `checkpoint` is the one it is of.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::open`].
+    pub fn with_added(self, checkpoint: &Checkpoint, more: &[Added]) -> Result<Self, TextError> {
+        let is_there = |token: &&Added| {
+            self.added_as(&token.text).is_some_and(|special| special || !token.special)
+        };
+        let more: Vec<Added> = more.iter().filter(|token| !is_there(token)).cloned().collect();
+        if more.is_empty() {
+            return Ok(self);
+        }
+        Self::open_with(checkpoint, &[self.added(), &more].concat())
+    }
+
+    /// The tokens that the tokenizer in a folder has and this one has not, or not as ones that are found
+    /// before words are; none if it has fewer.
+    ///
+    /// # Errors
+    /// If the folder's cannot be read, skips an id, or has another token where both have one.
+    pub fn missing(&self, folder: &Path) -> Result<Vec<Added>, TextError> {
+        let theirs = folder::read(folder, &[])?;
+        let fault = |reason: String| Err(TextError::format(&folder.join(FILE), reason));
+        if theirs.len() < self.len() {
+            return Ok(Vec::new());
+        }
+        let (mut missing, mut beyond) = (Vec::new(), Vec::new());
+        for id in 0..theirs.len() as u32 {
+            let own = self.token(id).filter(|_| (id as usize) < self.len());
+            let Some(text) = theirs.token(id) else {
+                if id as usize >= self.len() {
+                    return fault(format!("has no token {id}, but {} in all", theirs.len()));
+                }
+                continue;
+            };
+            let special = theirs.added_as(&text);
+            match own {
+                None if id as usize >= self.len() => {
+                    beyond.push(Added { text, special: special == Some(true) });
+                }
+                Some(own) if own == text => {
+                    let less = self.added_as(&text);
+                    if special > less {
+                        missing.push(Added { text, special: special == Some(true) });
+                    }
+                }
+                Some(own) if theirs.len() > self.len() => {
+                    return fault(format!(
+                        "token {id} is {text:?}, needed the base's {own:?}: the adapter is of \
+                         another base, or other tokens were added to it"
+                    ));
+                }
+                _ => {}
+            }
+        }
+        missing.extend(beyond);
+        Ok(missing)
+    }
+}
+
+/// The tokens that adapters in these folders came with and a base lacks. The base's tokenizer, which
+/// may be of a kind that is not read here, is asked for only if a folder has one.
+///
+/// # Errors
+/// As [`Tokenizer::open_beside`].
+pub fn added_beside(checkpoint: &Checkpoint, folders: &[&Path]) -> Result<Vec<Added>, TextError> {
+    match folders.iter().any(|folder| folder.join(FILE).is_file()) {
+        true => Ok(Tokenizer::open_beside(checkpoint, folders)?.added().to_vec()),
+        false => Ok(Vec::new()),
+    }
+}

@@ -1,0 +1,388 @@
+//! Tokens added to a vocabulary, against transformers and PEFT: ids, ten steps, files; and the command
+//! line of it, from a base that has not got them to a merged model that has.
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use candle_core::Tensor;
+use quantune::data::Example;
+use quantune::export::lora::open_adapter;
+use quantune::model::Decoder;
+use quantune::ops::Compute;
+use quantune::text::{Added, Special, Tokenizer, convert};
+use quantune::weights::{Checkpoint, Gguf, OwnedValue, stream_gguf};
+use quantune_adapters::LoraConfig;
+use serde_json::Value;
+
+use crate::binary::{Lab, base, error, last_json, quantune, strings};
+use crate::family::{apart, read, same_adapter, small_linears, take_steps, tensors};
+use crate::support::{golden, golden_json, ids, load, model_path};
+use crate::train::rows;
+
+fn texts(value: &Value) -> Vec<String> {
+    value.as_array().unwrap().iter().map(|text| text.as_str().unwrap().to_string()).collect()
+}
+
+#[test]
+fn ids_are_those_of_transformers() {
+    let theirs = golden_json("added/tokens.json");
+    let named = (texts(&theirs["add_tokens"]), texts(&theirs["add_special_tokens"]));
+    let added = Added::list(&named.0, &named.1).unwrap();
+    let check = |tokenizer: &Tokenizer| {
+        assert_eq!(tokenizer.len() as u64, theirs["length"].as_u64().unwrap());
+        for (token, id) in theirs["ids"].as_object().unwrap() {
+            assert_eq!(tokenizer.id_of(token).map(u64::from), id.as_u64(), "{token:?}");
+        }
+        for row in theirs["texts"].as_array().unwrap() {
+            let text = row["text"].as_str().unwrap();
+            let found = tokenizer.encode(text, Special::Parse).unwrap();
+            assert_eq!(found, ids(&row["ids"]), "{text:?}");
+            assert_eq!(tokenizer.decode(&found, false).unwrap(), text);
+            assert_eq!(tokenizer.decode(&found, true).unwrap(), row["plain"].as_str().unwrap());
+        }
+    };
+    let base = Checkpoint::open(model_path("llama-tiny")).unwrap();
+    let grown = Tokenizer::open(&base).unwrap().with_added(&base, &added).unwrap();
+    check(&grown);
+    // What is written beside an adapter, read by whoever reads a folder.
+    let folder = tempfile::tempdir().unwrap();
+    let files = convert::beside(&base, &grown).unwrap();
+    assert!(!files.iter().any(|(_, text)| text.contains("_decoder\": null")));
+    write(&files, folder.path());
+    check(&Tokenizer::from_folder(folder.path()).unwrap());
+    check(&Tokenizer::open_beside(&base, &[folder.path()]).unwrap());
+    assert!(grown.missing(folder.path()).unwrap().is_empty());
+}
+
+fn write(files: &[(&str, String)], folder: &Path) {
+    for (name, text) in files {
+        fs::write(folder.join(name), text).unwrap();
+    }
+}
+
+/// Of every kind of tokenizer in a GGUF the files beside an adapter say the same, and bring the same
+/// tokens to the base again.
+#[test]
+fn files_beside_an_adapter_bring_its_tokens() {
+    let added = Added::list(
+        &["ferry".into(), "lo wo".into()],
+        &["<|tool|>".into(), "<|im_end|>".into(), "<|tool|><".into()],
+    );
+    let added = added.unwrap();
+    let files = ["model/llama-q8_0.gguf", "model/qwen2-mix.gguf"];
+    let sentencepiece = ["plain", "prefixed"].map(|name| format!("text/sentencepiece/{name}.gguf"));
+    for name in files.map(String::from).into_iter().chain(sentencepiece) {
+        let base = Checkpoint::open(golden(&name)).unwrap();
+        let own = Tokenizer::open(&base).unwrap();
+        let (before, grown) = (own.len(), own.with_added(&base, &added).unwrap());
+        let new = grown.len() - before;
+        assert!((4..=5).contains(&new), "{name}: {new}");
+        assert_eq!(grown.id_of("ferry"), Some(before as u32), "{name}");
+        let folder = tempfile::tempdir().unwrap();
+        write(&convert::beside(&base, &grown).unwrap(), folder.path());
+        let again = Tokenizer::open_beside(&base, &[folder.path()]).unwrap();
+        let read = Tokenizer::from_folder(folder.path()).unwrap();
+        for text in ["ferry<|tool|>x lo world hello", "<|im_end|>ferryman", "hello world"] {
+            for special in [Special::Parse, Special::AsText] {
+                let needed = grown.encode(text, special).unwrap();
+                assert_eq!(again.encode(text, special).unwrap(), needed, "{name} {text:?}");
+                assert_eq!(read.encode(text, special).unwrap(), needed, "{name} {text:?}");
+            }
+        }
+        // A GGUF with these tokens among its own, and fillers behind them.
+        let gguf = Gguf::open(golden(&name)).unwrap();
+        let rows = grown.len() + 2;
+        let keys = convert::grown_keys(&gguf, rows, &added).unwrap();
+        let own = gguf.metadata().map(|(key, value)| (key.to_string(), value.to_owned()));
+        let own = own.filter(|(key, _)| !keys.iter().any(|(other, _)| other == key));
+        let new = keys.iter().map(|(key, value)| (key.to_string(), value.clone()));
+        let metadata: Vec<(String, OwnedValue)> = own.chain(new).collect();
+        let path = folder.path().join("grown.gguf");
+        stream_gguf(&path, &metadata, &[], |_, _| Ok(())).unwrap();
+        let written = Tokenizer::from_gguf(&Gguf::open(&path).unwrap()).unwrap();
+        assert_eq!((written.len(), written.vocab_size()), (grown.len(), rows), "{name}");
+        for text in ["ferry<|tool|>x lo world", "<|im_end|>ferryman"] {
+            let needed = grown.encode(text, Special::Parse).unwrap();
+            assert_eq!(written.encode(text, Special::Parse).unwrap(), needed, "{name} {text:?}");
+        }
+        let about = |t: &Tokenizer| {
+            let ends: Vec<u32> =
+                (0..t.len() as u32).filter(|id| t.is_end_of_generation(*id)).collect();
+            (t.len(), t.bos(), t.eos(), t.adds_bos(), ends)
+        };
+        assert_eq!(about(&again), about(&grown), "{name}");
+    }
+}
+
+#[test]
+fn tokens_that_cannot_be_added_are_told() {
+    let list = |tokens: &[&str], special: &[&str]| {
+        Added::list(&strings(tokens), &strings(special)).unwrap_err().to_string()
+    };
+    assert!(list(&["a", ""], &[]).contains("is empty"));
+    assert!(list(&["a"], &["b", "a"]).contains("\"a\" is named twice"));
+}
+
+/// The rows of a run with every fifth token one that was added.
+fn rows_with_added() -> Vec<Example> {
+    let mut rows = rows("llama-tiny");
+    for token in rows.iter_mut().flat_map(|row| &mut row.tokens) {
+        if *token > 2 && *token % 5 == 0 {
+            *token = 512 + *token / 5 % 2;
+        }
+    }
+    rows
+}
+
+#[test]
+fn ten_steps_with_added_tokens_are_pefts() {
+    for run in ["tied", "untied"] {
+        let theirs = golden_json(&format!("added/{run}/run.json"));
+        let decoder = load(theirs["base"].as_str().unwrap(), Compute::F32);
+        let decoder = decoder.with_vocabulary(514).unwrap();
+        let folder = |name: &str| golden(&format!("added/{run}/{name}"));
+        let adapter = Arc::new(read(&folder("initial"), &decoder.linears()));
+        take_steps(run, &theirs, &decoder, &adapter, &rows_with_added());
+        let last = read(&folder("final"), &decoder.linears());
+        same_adapter(run, &adapter, &last);
+        assert_eq!(adapter.head_tokens.is_some(), run == "untied");
+        // And what we write of it is what they wrote.
+        let config = LoraConfig::from_json(&last.config.to_json()).unwrap();
+        assert_eq!(config, last.config);
+    }
+}
+
+/// PEFT's folders over a resized vocabulary, whole matrices and copies included.
+#[test]
+fn pefts_files_of_resized_vocabularies_are_what_peft_makes_of_them() {
+    let cases = [
+        ("tokens", false),
+        ("tokens-tied", true),
+        ("both", false),
+        ("both-tied", true),
+        ("whole", false),
+    ];
+    for (name, tied) in cases {
+        let folder = golden(&format!("added/files/{name}"));
+        let adapter = read(&folder, &small_linears(18));
+        let ends = tensors(&folder.join("ends.safetensors"));
+        assert_eq!(adapter.head_tokens.is_some(), name == "both", "{name}");
+        for (module, needed) in &ends {
+            let rows = match module.as_str() {
+                "lm_head" => adapter.head_rows(tied).map(|(rows, _)| rows),
+                _ => adapter.tokens.as_ref(),
+            };
+            let (ours, needed): (Tensor, Tensor) = match (adapter.saved.get(module), rows) {
+                (Some(whole), _) => (whole.as_detached_tensor(), needed.clone()),
+                (None, Some(own)) => {
+                    let places = Tensor::new(&own.indices[..], needed.device()).unwrap();
+                    let needed = needed.index_select(&places, 0).unwrap();
+                    (own.rows.as_detached_tensor(), needed)
+                }
+                (None, None) => panic!("{name}: nothing of {module}"),
+            };
+            let distance = apart(&ours, &needed);
+            assert!(distance < 1e-6, "{name} {module}: {distance:e} from PEFT's");
+        }
+    }
+}
+
+const NAMED: [&str; 4] = ["--add-tokens", "ferry,question", "--add-special-tokens", "<|tool|>"];
+
+fn sft(lab: &Lab, base: &str, out: &str, more: &[&str]) -> Vec<String> {
+    let (rows, out) = (lab.path("rows.jsonl"), lab.path(out));
+    let mut args = strings(&["sft", "--base", base, "--data", &rows, "--out", &out, "--json"]);
+    args.extend(strings(&["--learning-rate", "1e-2", "--compute", "f32"]));
+    if !more.contains(&"--adapter") {
+        args.extend(strings(&["--r", "2"]));
+    }
+    args.extend(strings(&["--max-steps", "2", "--lr-scheduler-type", "constant"]));
+    args.extend(strings(more));
+    args
+}
+
+/// A run over a base without the tokens, then all that reads its adapter: what each says of held-out
+/// rows is the same.
+#[test]
+fn an_adapter_with_added_tokens_goes_all_the_way() {
+    let lab = Lab::new();
+    for name in ["llama-tiny", "llama-untied", "llama-q8_0"] {
+        let base = model_path(name).display().to_string();
+        last_json(&quantune(&sft(&lab, &base, name, &NAMED)));
+        let adapter = lab.path(&format!("{name}/adapter"));
+        let config = fs::read_to_string(format!("{adapter}/adapter_config.json")).unwrap();
+        let config = LoraConfig::from_json(&config).unwrap();
+        assert_eq!(config.trainable_token_indices, [512, 513, 514]);
+        let of_head: &[u32] = if name == "llama-untied" { &[512, 513, 514] } else { &[] };
+        assert_eq!(config.head_token_indices, of_head);
+        assert!(Path::new(&adapter).join("tokenizer.json").exists());
+
+        let loss = |base: &str, more: &[&str]| -> f64 {
+            let data = lab.path("held_out.jsonl");
+            let mut args = strings(&["eval", "--base", base, "--data", &data, "--json"]);
+            args.extend(strings(&["--compute", "f32"]));
+            args.extend(strings(more));
+            last_json(&quantune(&args))["loss"].as_f64().unwrap()
+        };
+        let beside = loss(&base, &["--adapter", &adapter]);
+        let export = |command: &str, out: &str, more: &[&str]| {
+            let out = lab.path(out);
+            let mut args = strings(&[command, "--base", &base, "--adapter", &adapter]);
+            args.extend(strings(&["--out", &out, "--json"]));
+            args.extend(strings(more));
+            (quantune(&args), out)
+        };
+        let again = format!("{name}-again");
+        last_json(&export("export", &again, &[]).0);
+        let again = loss(&base, &["--adapter", &lab.path(&again)]);
+        assert_eq!(again, beside, "{name} exported");
+        for form in [format!("{name}.gguf"), format!("{name}-merged")] {
+            if form == "llama-q8_0-merged" {
+                continue;
+            }
+            let (output, out) = export("merge", &form, &["--type", "F32"]);
+            last_json(&output);
+            let merged = loss(&out, &[]);
+            assert!((merged - beside).abs() < 1e-5, "{form}: {merged}, beside the base {beside}");
+            let checkpoint = Checkpoint::open(&out).unwrap();
+            let tokenizer = Tokenizer::open(&checkpoint).unwrap();
+            assert_eq!(tokenizer.encode("<|tool|>ferry", Special::Parse).unwrap(), [514, 512]);
+            assert!(tokenizer.is_special(514) && !tokenizer.is_special(512), "{form}");
+            let decoder = Decoder::load(&checkpoint, Compute::F32).unwrap();
+            assert_eq!(decoder.config.vocab_size, 515, "{form}");
+        }
+        let (output, _) = export("export", "lora.gguf", &[]);
+        assert!(error(&output).contains("token rows of its own: merge it instead"));
+        let prompt = ["generate", "--base", &base, "--adapter", &adapter, "--prompt", "<|tool|>"];
+        let mut args = strings(&prompt);
+        args.extend(strings(&["--raw", "--max-tokens", "3", "--json"]));
+        last_json(&quantune(&args));
+        // Worn by a decoder that was loaded without it.
+        let error = open_adapter(Path::new(&adapter), "hot", &load(name, Compute::F32));
+        let error = error.unwrap_err().to_string();
+        assert!(
+            error.contains("needed less than 512") && error.contains("tokenizer.json"),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn a_run_with_added_tokens_goes_on_to_the_same_bytes() {
+    let lab = Lab::new();
+    let more = ["--max-steps", "3", "--save-steps", "1", "--save-total-limit", "0"];
+    let named = [&NAMED[..], &more[2..]].concat();
+    let mut args = sft(&lab, &base(), "run", &named);
+    let steps = args.iter().position(|arg| arg == "--max-steps").unwrap();
+    args[steps + 1] = more[1].into();
+    last_json(&quantune(&args));
+    let run = lab.folder.path().join("run");
+    let files = ["adapter_model.safetensors", "tokenizer.json"];
+    let bytes = || files.map(|file| fs::read(run.join("adapter").join(file)).unwrap());
+    let before = bytes();
+    for gone in ["adapter", "checkpoints/step-3", "checkpoints/step-2"] {
+        fs::remove_dir_all(run.join(gone)).unwrap();
+    }
+    let out = run.display().to_string();
+    let resume = |more: &[&str]| {
+        let mut args = strings(&["sft", "--out", &out, "--resume", "--json"]);
+        args.extend(strings(more));
+        quantune(&args)
+    };
+    let other = error(&resume(&["--add-tokens", "ferry"]));
+    assert!(other.contains("add_tokens was [\"ferry\", \"question\"], is [\"ferry\"]"), "{other}");
+    assert_eq!(last_json(&resume(&[]))["resumed_at"], 1);
+    assert!(bytes() == before);
+}
+
+#[test]
+fn what_cannot_be_added_is_told() {
+    let lab = Lab::new();
+    let check = |more: &[&str], needed: &str| {
+        let found = error(&quantune(&sft(&lab, &base(), "none", more)));
+        assert!(found.contains(needed), "{more:?}: {found:?} should say {needed:?}");
+    };
+    check(&["--add-tokens", "a,,b"], "an added token is empty");
+    check(&["--add-tokens", "a", "--add-special-tokens", "a"], "\"a\" is named twice");
+    last_json(&quantune(&sft(&lab, &base(), "run", &NAMED)));
+    let adapter = lab.path("run/adapter");
+    check(
+        &["--adapter", &adapter, "--add-tokens", "new"],
+        "has no rows for, needed a fresh adapter",
+    );
+    // What it has already is nothing new; on top of it there may be more.
+    last_json(&quantune(&sft(
+        &lab,
+        &base(),
+        "on",
+        &["--add-tokens", "ferry", "--frozen-adapter", &adapter],
+    )));
+    last_json(&quantune(&sft(
+        &lab,
+        &base(),
+        "top",
+        &["--add-tokens", "new", "--frozen-adapter", &adapter],
+    )));
+    let top = fs::read_to_string(lab.path("top/adapter/adapter_config.json")).unwrap();
+    assert_eq!(LoraConfig::from_json(&top).unwrap().trainable_token_indices, [515]);
+    // An adapter of another base.
+    let path = format!("{adapter}/tokenizer.json");
+    let text = fs::read_to_string(&path).unwrap();
+    let changed = text.replace("\"<|endoftext|>\"", "\"<|begin|>\"");
+    assert_ne!(text, changed);
+    fs::write(&path, changed).unwrap();
+    check(
+        &["--adapter", &adapter],
+        "token 0 is \"<|begin|>\", needed the base's \"<|endoftext|>\"",
+    );
+}
+
+/// A base with a row that no token has: the first token that is added takes it, beginning as the mean
+/// too, and only the second is one more row; of a folder and of a GGUF, whose filler it is.
+#[test]
+fn idle_rows_are_taken_first() {
+    let lab = Lab::new();
+    let folder = lab.folder.path().join("idle");
+    fs::create_dir_all(&folder).unwrap();
+    for file in fs::read_dir(model_path("llama-untied")).unwrap() {
+        let file = file.unwrap().path();
+        fs::copy(&file, folder.join(file.file_name().unwrap())).unwrap();
+    }
+    let path = folder.join("tokenizer.json");
+    let mut json: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    let vocab = json["model"]["vocab"].as_object_mut().unwrap();
+    vocab.retain(|_, id| *id != 511);
+    json["model"]["merges"].as_array_mut().unwrap().pop(); // what made it
+    fs::write(&path, json.to_string()).unwrap();
+    let (base, gguf) = (folder.display().to_string(), lab.path("idle.gguf"));
+    let quantize = ["quantize", "--base", &base, "--out", &gguf, "--type", "Q8_0", "--json"];
+    last_json(&quantune(&strings(&quantize)));
+
+    for (name, base) in [("folder", &base), ("gguf", &gguf)] {
+        let more = ["--add-special-tokens", "<|a|>,<|b|>", "--weight-decay", "0"];
+        let mut args = sft(&lab, base, name, &more);
+        let rate = args.iter().position(|arg| arg == "--learning-rate").unwrap();
+        args[rate + 1] = "0".into();
+        last_json(&quantune(&args));
+        let decoder = Decoder::load(&Checkpoint::open(base).unwrap(), Compute::F32).unwrap();
+        let decoder = decoder.with_vocabulary(513).unwrap();
+        let adapter = read(&lab.folder.path().join(name).join("adapter"), &decoder.linears());
+        let ends = [("model.embed_tokens", adapter.tokens), ("lm_head", adapter.head_tokens)];
+        for (module, own) in ends {
+            let (own, mean) = (own.unwrap(), decoder.linear_weight(module).unwrap().mean_row());
+            assert_eq!(own.indices, [511, 512], "{name} {module}");
+            assert_eq!(own.rows.to_vec2::<f32>().unwrap(), [mean.clone(), mean], "{name} {module}");
+        }
+        let adapter = lab.path(&format!("{name}/adapter"));
+        for form in [format!("{name}.merged.gguf"), format!("{name}-merged")] {
+            let out = lab.path(&form);
+            let args = ["merge", "--base", base, "--adapter", &adapter, "--out", &out, "--json"];
+            last_json(&quantune(&strings(&args)));
+            let merged = Checkpoint::open(&out).unwrap();
+            let tokenizer = Tokenizer::open(&merged).unwrap();
+            assert_eq!((tokenizer.len(), tokenizer.id_of("<|b|>")), (513, Some(512)), "{form}");
+            assert_eq!(tokenizer.encode("a<|a|>", Special::Parse).unwrap()[1], 511, "{form}");
+        }
+    }
+}
