@@ -524,9 +524,9 @@ def train_rows(vocab_size, seed):
     return rows
 
 
-def write_adapter(folder, model, base):
+def write_adapter(folder, model, base, **kw):
     """As save_pretrained writes it; sets become sorted lists, the model card goes."""
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, **kw)
     (folder / "README.md").unlink(missing_ok=True)
     path = folder / "adapter_config.json"
     conf = json.loads(path.read_text())

@@ -54,6 +54,13 @@ def rope(theta, kind="default", **kw):
 
 
 YARN = rope(10000.0, "yarn", factor=4.0, original_max_position_embeddings=16)
+LONGROPE = rope(
+    10000.0,
+    "longrope",
+    partial_rotary_factor=0.75,
+    short_factor=[1.0, 1.3, 1.5],
+    long_factor=[1.1, 2.5, 4.0],
+)
 GEMMA_SCALED = {
     "full_attention": rope(1000000.0, "linear", factor=8.0),
     "sliding_attention": rope(10000.0),
@@ -138,7 +145,7 @@ MODELS = {
         None,
     ),
 }
-# The same weights under other settings, which a GGUF cannot say: name -> model, settings.
+# The same weights under other settings, which a GGUF cannot say but for longrope: name -> model, settings.
 VARIANTS = {
     "llama-linear": ("llama-yarn", dict(rope_parameters=rope(10000.0, "linear", factor=3.0))),
     "llama-yarn-all": (
@@ -151,6 +158,16 @@ VARIANTS = {
         "smollm3",
         dict(use_sliding_window=True, sliding_window=10, no_rope_layers=[0, 1, 1, 0], layer_types=None),
     ),
+    "phi3-long": (
+        "phi3",
+        dict(sliding_window=None, original_max_position_embeddings=24, rope_parameters=LONGROPE),
+    ),
+}
+# Further adapters: name -> model, their config.
+ADAPTERS = {
+    "phi3-dora": ("phi3", dict(use_dora=True, target_modules=["qkv_proj", "gate_up_proj"])),
+    "gemma2-head": ("gemma2", dict(target_modules=["lm_head"])),
+    "gemma2-tokens": ("gemma2", dict(target_modules=["v_proj"], trainable_token_indices=[3, 17, 41])),
 }
 
 
@@ -208,17 +225,19 @@ def convert(folder, path, **split):
     model(folder, gguf.LlamaFileType.MOSTLY_F16, path, **split).write()
 
 
-def adapted(cfg, weights, seed, dtype):
+def adapted(cfg, weights, seed, dtype, **settings):
     modules = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
     if cfg.model_type != "phi3":
         modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    conf = peft.LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=4, lora_dropout=0.0, target_modules=modules)
+    settings = {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "target_modules": modules, **settings}
+    conf = peft.LoraConfig(task_type="CAUSAL_LM", **settings)
     model = peft.get_peft_model(make_model(cfg, weights, dtype), conf, autocast_adapter_dtype=False)
     rng = np.random.default_rng(seed)
     with torch.no_grad():
-        for _, p in model.named_parameters():
+        for name, p in model.named_parameters():
             if p.requires_grad:
-                p.copy_(torch.from_numpy((rng.standard_normal(p.shape) * 0.1).astype(np.float32)))
+                noise = torch.from_numpy((rng.standard_normal(p.shape) * 0.1).astype(np.float32)).to(dtype)
+                p.copy_(noise if "lora_A" in name or "lora_B" in name else p * (1 + noise))
     return model
 
 
@@ -230,8 +249,12 @@ def gradients(model, rows):
         loss = loss + torch.nn.functional.cross_entropy(logits, torch.tensor(row[1:]), reduction="sum")
     loss = loss / sum(len(row) - 1 for row in rows)
     loss.backward()
-    named = ((n.replace(".default", ""), p.grad) for n, p in model.named_parameters() if p.requires_grad)
+    named = ((as_saved(n), p.grad) for n, p in model.named_parameters() if p.requires_grad)
     return loss.item(), dict(sorted((n, g.clone()) for n, g in named))
+
+
+def as_saved(name):
+    return name.replace(".default", "").replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
 
 
 def make(name, seed):
@@ -290,7 +313,30 @@ def make_variant(name, base, settings, weights):
     with tempfile.TemporaryDirectory() as made:
         cfg.save_pretrained(made)
         config = json.loads((Path(made) / "config.json").read_text())
-    write_json(OUT / f"{name}.json", {"base": base, "input_ids": rows, "config": config})
+        record = {"base": base, "input_ids": rows, "config": config}
+        if name == "phi3-long":
+            # What the converter says of it beside the weights.
+            shutil.copy(OUT / base / "model.safetensors", made)
+            convert(Path(made), Path(made) / "made.gguf")
+            made_of = gguf.GGUFReader(Path(made) / "made.gguf")
+            record["keys"] = {k: f.contents() for k, f in made_of.fields.items() if k.startswith("phi3.")}
+            ropes = [t for t in made_of.tensors if t.name.startswith("rope")]
+            record["tensors"] = {t.name: t.data.tolist() for t in ropes}
+    write_json(OUT / f"{name}.json", record)
+
+
+def make_adapter(name, base, settings, weights, seed):
+    family, of_base, _, _ = MODELS[base]
+    cfg = make_config(family, of_base)
+    rows = json.loads((OUT / f"{base}.json").read_text())["input_ids"]
+    model = adapted(cfg, weights, seed, torch.float32, **settings)
+    write_adapter(OUT / f"{name}-adapter", model, base, save_embedding_layers=False)
+    loss, grads = gradients(model, rows)
+    exact_loss, exact = gradients(adapted(cfg, weights, seed, torch.float64, **settings), rows)
+    noise = max(((grads[n] - g).norm() / g.norm()).item() for n, g in exact.items())
+    assert abs(loss - exact_loss) < 1e-5 and noise < 1e-4, (name, noise)
+    safetensors.torch.save_file(grads, OUT / f"{name}.safetensors")
+    write_json(OUT / f"{name}.json", {"base": base, "input_ids": rows, "loss": loss})
 
 
 def main():
@@ -302,6 +348,8 @@ def main():
     weights = {name: make(name, 100 + i) for i, name in enumerate(MODELS)}
     for name, (base, settings) in VARIANTS.items():
         make_variant(name, base, settings, weights[base])
+    for i, (name, (base, settings)) in enumerate(ADAPTERS.items()):
+        make_adapter(name, base, settings, weights[base], 200 + i)
     for path in OUT.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)
 

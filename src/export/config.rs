@@ -4,7 +4,8 @@ use serde_json::{Map, Value, json};
 
 use super::ExportError;
 use crate::model::Config;
-use crate::model::config::RopeScaling;
+use crate::model::config::{RopeScaling, Windows};
+use crate::ops::Gate;
 use crate::quant::BlockType;
 
 /// The name of a type in a `config.json`.
@@ -36,10 +37,8 @@ pub(super) fn to_json(
 ) -> Result<Value, ExportError> {
     let c = config;
     let cannot = |reason: String| ExportError::Inexpressible { form: "a config.json", reason };
-    let model_type = c.family.model_type;
-    if let Some(what) = c.beyond_llama() {
-        return Err(cannot(format!("{what} keeps the form it came in: folder or GGUF")));
-    }
+    let (family, v) = (c.hf_family(), &c.variation);
+    let model_type = family.model_type;
     // q, k and v of some families always have a bias, and o never; in the others all four or none.
     if !c.family.qkv_bias && c.qkv_bias != c.o_bias {
         let reason = format!("a {model_type} has a bias on q, k, v and o, or on none of them");
@@ -68,6 +67,18 @@ pub(super) fn to_json(
             "truncate": truncate,
             "attention_factor": attention_factor,
         }),
+        RopeScaling::LongRope { short_factor, long_factor, attention_factor, .. } => {
+            let numbers = |of: &[f32]| -> Vec<Value> {
+                of.iter().map(|factor| tidy(f64::from(*factor))).collect()
+            };
+            json!({
+                "type": "longrope",
+                "rope_type": "longrope",
+                "short_factor": numbers(short_factor),
+                "long_factor": numbers(long_factor),
+                "attention_factor": tidy(*attention_factor),
+            })
+        }
         RopeScaling::Factors(factors) if factors.iter().all(|f| *f == 1.0) => Value::Null,
         RopeScaling::Factors(factors) => llama3(
             &as_llama3(config, factors)
@@ -76,8 +87,7 @@ pub(super) fn to_json(
     };
     let mut json = Map::new();
     let mut put = |key: &str, value: Value| drop(json.insert(key.into(), value));
-    let class: String = model_type[..1].to_uppercase() + &model_type[1..] + "ForCausalLM";
-    put("architectures", json!([class]));
+    put("architectures", json!([family.class]));
     put("model_type", model_type.into());
     put("hidden_size", c.hidden_size.into());
     put("intermediate_size", c.intermediate_size.into());
@@ -87,32 +97,92 @@ pub(super) fn to_json(
     put("head_dim", c.head_dim.into());
     put("vocab_size", c.vocab_size.into());
     put("max_position_embeddings", c.max_position_embeddings.into());
-    put("hidden_act", "silu".into());
-    put("rms_norm_eps", shortest(c.rms_norm_eps));
-    put("rope_theta", shortest(c.rope_theta));
+    match family.gate {
+        Gate::Silu => put("hidden_act", "silu".into()),
+        Gate::GeluTanh => put("hidden_activation", "gelu_pytorch_tanh".into()),
+    }
+    put("rms_norm_eps", tidy(c.rms_norm_eps));
+    put("rope_theta", tidy(c.rope_theta));
     put("rope_scaling", rope_scaling);
+    if let Some(theta) = v.local_rope_theta {
+        put("rope_local_base_freq", tidy(theta));
+    }
+    if let RopeScaling::LongRope { original_max_position_embeddings: original, .. } = c.rope_scaling
+    {
+        put("original_max_position_embeddings", original.into());
+    }
+    if let Some(width) = v.rotary_dim {
+        put("partial_rotary_factor", json!(width as f64 / c.head_dim as f64));
+    }
     put("tie_word_embeddings", c.tie_word_embeddings.into());
-    if !c.family.qkv_bias {
+    if !family.qkv_bias && !family.fused {
         put("attention_bias", c.qkv_bias.into());
         put("mlp_bias", c.mlp_bias.into());
+    }
+    for (key, value) in of_variation(c) {
+        put(key, value);
     }
     put("attention_dropout", json!(0.0));
     put("use_cache", true.into());
     for key in ["bos_token_id", "eos_token_id", "pad_token_id"] {
-        if let Some(id) = ids.get(key) {
-            put(key, id.clone());
+        match ids.get(key) {
+            Some(id) => put(key, id.clone()),
+            // Some classes would take an id of their own, beyond a small vocabulary.
+            None if key == "pad_token_id" => put(key, Value::Null),
+            None => {}
         }
     }
     put("torch_dtype", dtype_name(dtype)?.into());
     Ok(json.into())
 }
 
+/// The keys of what only some families have.
+fn of_variation(c: &Config) -> Vec<(&'static str, Value)> {
+    let (family, v) = (c.hf_family(), &c.variation);
+    let mut keys = Vec::new();
+    let maybe = |value: Option<f64>| value.map_or(Value::Null, tidy);
+    let windowed = !v.windowed.is_empty();
+    let used = matches!(family.windows, Windows::Upper | Windows::Unrotated);
+    if used && windowed {
+        keys.push(("use_sliding_window", true.into()));
+    }
+    if windowed || matches!(family.windows, Windows::All | Windows::AllBut(_)) {
+        keys.push(("sliding_window", v.sliding_window.map_or(Value::Null, Into::into)));
+    }
+    if windowed && (used || matches!(family.windows, Windows::AllBut(_))) {
+        let of = |windowed: &bool| if *windowed { "sliding_attention" } else { "full_attention" };
+        keys.push(("layer_types", v.windowed.iter().map(of).collect()));
+    }
+    if family.no_rope_layer_interval.is_some() {
+        keys.push(("no_rope_layers", v.rotated.iter().map(|rotates| u8::from(*rotates)).collect()));
+    }
+    let usual = (c.head_dim as f64).powf(-0.5);
+    let scale = v.attention_scale.unwrap_or(usual);
+    if family.query_pre_attn_scalar {
+        let scalar = scale.powi(-2);
+        let scalar = match (scalar - scalar.round()).abs() < 1e-6 {
+            true => json!(scalar.round() as u64),
+            false => json!(scalar),
+        };
+        keys.push(("query_pre_attn_scalar", scalar));
+        keys.push(("attn_logit_softcapping", maybe(v.attn_logit_softcapping)));
+        keys.push(("final_logit_softcapping", maybe(v.final_logit_softcapping)));
+    }
+    if family.multipliers {
+        keys.push(("embedding_multiplier", tidy(v.embedding_multiplier)));
+        keys.push(("residual_multiplier", tidy(v.residual_multiplier)));
+        keys.push(("attention_multiplier", tidy(scale)));
+        keys.push(("logits_scaling", tidy(1.0 / v.logits_multiplier)));
+    }
+    keys
+}
+
 /// A number that a GGUF holds in 32 bits as people write it: 1e-5, not 9.999999747378752e-6.
-fn shortest(value: f64) -> Value {
+fn tidy(value: f64) -> Value {
     let narrow = value as f32;
-    let text = narrow.to_string();
-    match text.parse::<f64>() {
-        Ok(short) if f64::from(narrow) == value => json!(short),
+    let same = (f64::from(narrow) - value).abs() <= 1e-12 * value.abs();
+    match narrow.to_string().parse::<f64>() {
+        Ok(short) if same => json!(short),
         _ => json!(value),
     }
 }

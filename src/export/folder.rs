@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
+use super::slab::Form;
 use super::source::Origin;
 use super::{ExportError, Source, SourceTensor, Written, config, slab};
 use crate::quant::{BlockType, RowOrder};
@@ -137,9 +138,9 @@ fn write_into(
         // transformers looks for this key.
         let about = HashMap::from([("format".to_string(), "pt".to_string())]);
         let done = stream_safetensors(&path, about, &plans, |t, file| {
-            let (tensor, order) = (shard[t], RowOrder::Straight);
-            let name = &tensor.name;
-            tensors.push(slab::write(tensor, name, dtype, order, None, file, &mut failed)?);
+            let form = Form { block_type: dtype, order: RowOrder::Straight, offset: 0.0 };
+            let tensor = shard[t];
+            tensors.push(slab::write(tensor, &tensor.name, form, None, file, &mut failed)?);
             Ok(())
         });
         match (done, failed) {

@@ -2,13 +2,14 @@
 
 use std::path::Path;
 
+use super::slab::Form;
 use super::source::Origin;
 use super::{ExportError, Importance, Recipe, Source, Written, slab};
-use crate::model::config::RopeScaling;
+use crate::model::config::{RopeScaling, Windows, yarn_growth};
 use crate::model::{Config, load};
 use crate::quant::BlockType;
 use crate::text::convert;
-use crate::weights::{OwnedValue, TensorPlan, stream_gguf};
+use crate::weights::{OwnedValue, TensorPlan, ValueType, stream_gguf};
 
 /// ggml's `GGML_QNT_VERSION`.
 const QUANTIZATION_VERSION: u32 = 2;
@@ -52,9 +53,9 @@ pub fn write_gguf(
             return Err(ExportError::tensor(&plan.name, reason));
         }
     }
-    let factors = config.rope_factors();
-    if let Some(factors) = &factors {
-        let (name, shape) = ("rope_freqs.weight".into(), vec![factors.len()]);
+    let factors = load::rope_tensors(config);
+    for (name, factors) in &factors {
+        let (name, shape) = (name.to_string(), vec![factors.len()]);
         plans.push(TensorPlan { name, shape, block_type: BlockType::F32 });
     }
 
@@ -63,14 +64,18 @@ pub fn write_gguf(
     let written = stream_gguf(out, &metadata, &plans, |i, file| {
         let plan = &plans[i];
         let Some(tensor) = source.tensors.get(i) else {
-            let values = factors.iter().flatten().flat_map(|v| v.to_le_bytes());
+            let (_, factors) = &factors[i - source.tensors.len()];
+            let values = factors.iter().flat_map(|v| v.to_le_bytes());
             return file.write_all(&values.collect::<Vec<u8>>());
         };
         let weights = importance.and_then(|importance| importance.get(&plan.name));
-        let order = load::gguf_order(config, &tensor.name);
         let weights = weights.map(|weights| &weights[..]);
-        let of = plan.block_type;
-        tensors.push(slab::write(tensor, &plan.name, of, order, weights, file, &mut failed)?);
+        let form = Form {
+            block_type: plan.block_type,
+            order: load::gguf_order(config, &tensor.name),
+            offset: load::gguf_offset(config, &tensor.name),
+        };
+        tensors.push(slab::write(tensor, &plan.name, form, weights, file, &mut failed)?);
         Ok(())
     });
     match (written, failed) {
@@ -123,12 +128,8 @@ fn metadata(
             Ok(keys)
         }
         Origin::Folder(folder) | Origin::Fresh(folder) => {
-            let cannot = |reason| ExportError::Inexpressible { form: "a GGUF of ours", reason };
-            if let Some(what) = source.config.beyond_llama() {
-                return Err(cannot(format!("{what} keeps the form it came in: folder or GGUF")));
-            }
-            if let RopeScaling::Yarn { .. } = source.config.rope_scaling {
-                return Err(cannot("rope scaling \"yarn\" keeps the form it came in".into()));
+            if let Some(reason) = unsaid(&source.config) {
+                return Err(ExportError::Inexpressible { form: "a GGUF", reason });
             }
             let mut keys = of_config(&source.config, out);
             keys.extend(kind.map(|(key, value)| (key.to_string(), value)));
@@ -162,10 +163,119 @@ fn of_config(config: &Config, out: &Path) -> Vec<(String, OwnedValue)> {
     put("attention.key_length", size(c.head_dim));
     put("attention.value_length", size(c.head_dim));
     put("vocab_size", size(c.vocab_size));
-    put("rope.dimension_count", size(c.head_dim));
-    if let RopeScaling::Linear { factor } = c.rope_scaling {
-        put("rope.scaling.type", "linear".into());
-        put("rope.scaling.factor", OwnedValue::F32(factor as f32));
+    put("rope.dimension_count", size(c.rotary_dim()));
+    let number = |value: f64| OwnedValue::F32(value as f32);
+    match &c.rope_scaling {
+        // What keys do not say is in tensors.
+        RopeScaling::None | RopeScaling::Llama3 { .. } | RopeScaling::Factors(_) => {}
+        RopeScaling::Linear { factor } => {
+            put("rope.scaling.type", "linear".into());
+            put("rope.scaling.factor", number(*factor));
+        }
+        RopeScaling::Yarn {
+            factor,
+            original_max_position_embeddings: original,
+            beta_fast,
+            beta_slow,
+            attention_factor,
+            truncate: _,
+        } => {
+            put("rope.scaling.type", "yarn".into());
+            put("rope.scaling.factor", number(*factor));
+            put("rope.scaling.original_context_length", size(*original as usize));
+            if (*beta_fast, *beta_slow) != (32.0, 1.0) {
+                put("rope.scaling.yarn_beta_fast", number(*beta_fast));
+                put("rope.scaling.yarn_beta_slow", number(*beta_slow));
+            }
+            let grown = attention_factor / yarn_growth(*factor);
+            if grown != 1.0 {
+                // The converter writes the first; what llama.cpp multiplies by is the second.
+                put("rope.scaling.yarn_attn_factor", number(*attention_factor));
+                put("rope.scaling.attn_factor", number(grown));
+            }
+        }
+        RopeScaling::LongRope {
+            original_max_position_embeddings: original,
+            attention_factor,
+            ..
+        } => {
+            put("rope.scaling.original_context_length", size(*original));
+            put("rope.scaling.attn_factor", number(*attention_factor));
+        }
+    }
+    let v = &c.variation;
+    if let Some(window) = v.sliding_window {
+        put("attention.sliding_window", size(window));
+    }
+    if let Some(theta) = v.local_rope_theta {
+        put("rope.freq_base_swa", number(theta));
+    }
+    if let Windows::AllBut(nth) = c.family.windows
+        && !v.windowed.is_empty()
+        && v.windowed != every_but_the_last_of(nth, c.num_hidden_layers)
+    {
+        let flags = v.windowed.iter().map(|windowed| OwnedValue::Bool(*windowed)).collect();
+        put("attention.sliding_window_pattern", OwnedValue::Array(ValueType::Bool, flags));
+    }
+    if let Some(cap) = v.attn_logit_softcapping {
+        put("attn_logit_softcapping", number(cap));
+    }
+    if let Some(cap) = v.final_logit_softcapping {
+        put("final_logit_softcapping", number(cap));
+    }
+    if c.family.multipliers {
+        if let Some(scale) = v.attention_scale {
+            put("attention.scale", number(scale));
+        }
+        put("embedding_scale", number(v.embedding_multiplier));
+        put("residual_scale", number(v.residual_multiplier));
+        put("logit_scale", number(1.0 / v.logits_multiplier));
     }
     keys
+}
+
+/// What of a decoder neither keys nor tensors of a GGUF say, if there is something: llama.cpp knows it by
+/// the architecture, or does not compute it.
+fn unsaid(c: &Config) -> Option<String> {
+    let (family, v) = (c.family, &c.variation);
+    let of = |what: &str| Some(format!("a {} with {what}", family.architecture));
+    if matches!(c.rope_scaling, RopeScaling::Yarn { truncate: false, .. }) {
+        return of("a yarn ramp between parts of pairs (truncate is false)");
+    }
+    if matches!(family.windows, Windows::Upper | Windows::Unrotated) && !v.windowed.is_empty() {
+        return of("layers that see a window only");
+    }
+    if let Some(interval) = family.no_rope_layer_interval
+        && v.rotated != every_but_the_last_of(interval, c.num_hidden_layers)
+    {
+        return of("other layers that do not rotate than every fourth");
+    }
+    if family.query_pre_attn_scalar {
+        let width = match family.scale_by_hidden_size_at {
+            Some(depth) if depth == c.num_hidden_layers => c.hidden_size / c.num_attention_heads,
+            _ => c.head_dim,
+        };
+        let usual = (width as f64).powf(-0.5);
+        if v.attention_scale.is_some_and(|scale| (scale / usual - 1.0).abs() > 1e-6) {
+            return of(&format!("a query_pre_attn_scalar that is not {width}"));
+        }
+        let (attention_cap, logit_cap) = family.caps;
+        if attention_cap.is_some() != v.attn_logit_softcapping.is_some()
+            || logit_cap.is_some() && v.final_logit_softcapping.is_none()
+        {
+            return of("other caps than its family has");
+        }
+        if v.sliding_window.is_none() && family.caps.0.is_some() {
+            return of("no windows");
+        }
+    }
+    if family.tied_in_gguf && !c.tie_word_embeddings {
+        return of("a head beside its embedding");
+    }
+    None
+}
+
+/// Whether each layer is not the last of so many.
+fn every_but_the_last_of(nth: usize, layers: usize) -> Vec<bool> {
+    (0..layers).map(|layer| !(layer + 1).is_multiple_of(nth)).collect()
 }

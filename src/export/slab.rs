@@ -8,24 +8,33 @@ use crate::quant::{BlockType, RowOrder};
 /// Values of a slab, about.
 const VALUES: usize = 1 << 21;
 
-/// Puts a tensor in a type and row order, and says how far it is off. What fails is in `failed`, as
-/// a writer's errors are the system's.
+/// How a tensor lies in a file.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Form {
+    pub block_type: BlockType,
+    pub order: RowOrder,
+    /// How far values lie above Hugging Face's.
+    pub offset: f32,
+}
+
+/// Puts a tensor in a form, and says how far it is off. What fails is in `failed`, as a writer's
+/// errors are the system's.
 pub(super) fn write(
     tensor: &SourceTensor,
     name: &str,
-    block_type: BlockType,
-    order: RowOrder,
+    form: Form,
     importance: Option<&[f32]>,
     file: &mut dyn Write,
     failed: &mut Option<ExportError>,
 ) -> io::Result<WrittenTensor> {
+    let Form { block_type, order, offset } = form;
     let written = |relative_error| WrittenTensor {
         name: name.into(),
         shape: tensor.shape.clone(),
         block_type,
         relative_error,
     };
-    if let Some(bytes) = tensor.verbatim(block_type, order) {
+    if let Some(bytes) = tensor.verbatim(&form) {
         file.write_all(bytes)?;
         return Ok(written(0.0));
     }
@@ -51,6 +60,10 @@ pub(super) fn write(
         let many = slab.min(rows - first);
         let values = &mut values[..many * cols];
         tensor.read(first..first + many, values).map_err(&mut fail)?;
+        let short = offset - tensor.offset();
+        if short != 0.0 {
+            values.iter_mut().for_each(|value| *value += short);
+        }
         if let Some(at) = values.iter().position(|v| !v.is_finite()) {
             let (row, col, v) = (first + at / cols, at % cols, values[at]);
             let reason = format!("row {row}, column {col} is {v}, needed finite numbers");

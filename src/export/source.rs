@@ -9,6 +9,7 @@ use quantune_adapters::delta::{Adapter, Lora, TokenRows};
 use rayon::prelude::*;
 
 use super::ExportError;
+use super::slab::Form;
 use crate::model::ends::{EMBEDDING, HEAD};
 use crate::model::{Config, ModelError, Worn, load};
 use crate::ops::Values;
@@ -72,10 +73,11 @@ impl End {
 
 #[derive(Debug)]
 enum Base<'a> {
-    /// Rows in Hugging Face's order; a vector is a column.
+    /// Rows in Hugging Face's order; a vector is a column. Values lie `offset` above Hugging Face's.
     Stored {
         matrix: FrozenMatrix,
         order: RowOrder,
+        offset: f32,
     },
     Memory(&'a [f32]),
 }
@@ -243,7 +245,8 @@ fn stored<'a>(
         more => matrix.grown(more, &matrix.mean_row()),
     });
     let matrix = matrix.map_err(|e| format!("{stored}: {e}"))?;
-    Ok(Base::Stored { matrix, order })
+    let offset = load::stored_offset(checkpoint, config, name);
+    Ok(Base::Stored { matrix, order, offset })
 }
 
 impl SourceTensor<'_> {
@@ -270,15 +273,24 @@ impl SourceTensor<'_> {
         }
     }
 
-    /// Its bytes as the checkpoint has them in this row order, where no adapter changes it.
-    pub(super) fn verbatim(&self, of: BlockType, in_order: RowOrder) -> Option<&[u8]> {
+    /// Its bytes as the checkpoint has them, if that is how it is wanted and no adapter changes it.
+    pub(super) fn verbatim(&self, wanted: &Form) -> Option<&[u8]> {
         match &self.base {
-            Base::Stored { matrix, order } => {
-                let grown = matrix.more_rows().is_some();
-                let same = matrix.block_type() == of && *order == in_order && !grown;
+            Base::Stored { matrix, order, offset } => {
+                let block_type = matrix.block_type();
+                let form = Form { block_type, order: *order, offset: *offset };
+                let same = form == *wanted && matrix.more_rows().is_none();
                 (same && self.updates.is_empty()).then(|| matrix.bytes())
             }
             Base::Memory(_) => None,
+        }
+    }
+
+    /// How far what [`Self::read`] gives lies above Hugging Face's values.
+    pub(super) fn offset(&self) -> f32 {
+        match &self.base {
+            Base::Stored { offset, .. } => *offset,
+            Base::Memory(_) => 0.0,
         }
     }
 

@@ -298,6 +298,14 @@ impl Recipe {
                 _ => plain,
             };
         }
+        if name.contains("attn_qkv.weight") {
+            return match self.file_type {
+                F::Q3_K_M | F::Q3_K_L => Q4_K,
+                F::Q4_K_M => Q5_K,
+                F::Q5_K_M => Q6_K,
+                _ => plain,
+            };
+        }
         if name.contains("attn_output") {
             return match self.file_type {
                 F::Q2_K => Q3_K,

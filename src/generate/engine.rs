@@ -73,11 +73,13 @@ impl Prefix {
     /// How many tokens of a prompt need not be read again under `worn`: never all, for the last one's
     /// hidden state is needed.
     pub fn covers(&self, prompt: &[u32], worn: &[Worn]) -> usize {
-        if !Worn::same(&self.worn, worn) {
+        if !Worn::same(&self.worn, worn) || !self.cache.turns_alike(self.tokens.len(), prompt.len())
+        {
             return 0;
         }
         let both = self.tokens.iter().zip(prompt).take_while(|(a, b)| a == b);
-        both.count().min(prompt.len().saturating_sub(1))
+        let both = both.count().min(prompt.len().saturating_sub(1));
+        if self.cache.turns_alike(both, prompt.len()) { both } else { 0 }
     }
 }
 
@@ -380,6 +382,7 @@ impl<'a> Engine<'a> {
         {
             self.running.admit(row, cache);
         }
+        self.reread();
         let mut events = std::mem::take(&mut self.told);
         if self.has_slot() && !self.waiting.is_empty() {
             self.read_prompts(&mut events)?;
@@ -387,6 +390,21 @@ impl<'a> Engine<'a> {
             self.decode(&mut events)?;
         }
         Ok(events)
+    }
+
+    /// Gives up what has been read of running rows that are about to grow so long that they rotate
+    /// otherwise: they wait, to be read anew.
+    fn reread(&mut self) {
+        let Batch { rows, cache } = &self.running;
+        let turns = |index: &usize| {
+            let read = cache.len(*index);
+            !cache.turns_alike(read, rows[*index].tokens.len())
+        };
+        let turning: Vec<usize> = (0..rows.len()).rev().filter(turns).collect();
+        for index in turning {
+            let (row, _) = self.running.remove(index);
+            self.waiting.push_front(Group { rows: vec![row], prefix: None });
+        }
     }
 
     fn has_slot(&self) -> bool {
@@ -679,12 +697,15 @@ fn prefill(
     let prompts = groups.iter().enumerate();
     let mut todo: Vec<&[u32]> =
         prompts.map(|(row, group)| &group.tokens()[cache.len(row)..]).collect();
+    // A row that rotates by its length cannot be read in pieces of which the first are shorter.
+    let whole = |row: usize, rest: &[u32]| !cache.turns_alike(1, cache.len(row) + rest.len());
+    let whole: Vec<bool> = todo.iter().enumerate().map(|(row, rest)| whole(row, rest)).collect();
     let mut last = Vec::new();
     while todo.iter().any(|rest| !rest.is_empty()) {
         let mut room = PREFILL_TOKENS;
-        let split = todo.iter().map(|rest| {
-            let new = rest.len().min(room);
-            room -= new;
+        let split = todo.iter().zip(&whole).map(|(rest, whole)| {
+            let new = if *whole && room > 0 { rest.len() } else { rest.len().min(room) };
+            room = room.saturating_sub(new);
             rest.split_at(new)
         });
         let (new, rest): (Vec<&[u32]>, Vec<&[u32]>) = split.unzip();

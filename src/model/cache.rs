@@ -41,6 +41,9 @@ pub struct KvCache {
     layers: Vec<Vec<RowCache>>,
     kv_heads: usize,
     head_dim: usize,
+    /// Rows of more tokens than this rotate otherwise, so that what is kept of one is of no use to it
+    /// once it grows beyond (longrope).
+    long_beyond: Option<usize>,
     pub(super) step: StepBuffers,
 }
 
@@ -105,7 +108,14 @@ impl KvCache {
         let (kv_heads, head_dim) = (config.num_key_value_heads, config.head_dim);
         let layer = vec![RowCache::new(kind, kv_heads, head_dim); rows];
         let layers = vec![layer; config.num_hidden_layers];
-        Self { layers, kv_heads, head_dim, step: StepBuffers::default() }
+        let long_beyond = config.long_inv_freq().map(|(original, _)| original);
+        Self { layers, kv_heads, head_dim, long_beyond, step: StepBuffers::default() }
+    }
+
+    /// Whether a row of `from` tokens and one of `to` rotate alike, so that what is kept of the one can
+    /// be of use to the other.
+    pub fn turns_alike(&self, from: usize, to: usize) -> bool {
+        self.long_beyond.is_none_or(|most| (from > most) == (to > most))
     }
 
     /// Rows.
@@ -126,8 +136,7 @@ impl KvCache {
     /// Takes a row out, as a cache of its own; those behind it move up.
     pub fn take(&mut self, row: usize) -> Self {
         let layers = self.layers.iter_mut().map(|layer| vec![layer.remove(row)]).collect();
-        let (kv_heads, head_dim) = (self.kv_heads, self.head_dim);
-        Self { layers, kv_heads, head_dim, step: StepBuffers::default() }
+        Self { layers, step: StepBuffers::default(), ..*self }
     }
 
     /// Forgets all of a row's tokens but the first `tokens`.
@@ -148,10 +157,11 @@ impl KvCache {
 
     /// Each row as a cache of its own.
     pub fn into_rows(self) -> Vec<Self> {
-        let (kv_heads, head_dim, depth) = (self.kv_heads, self.head_dim, self.layers.len());
+        let Self { kv_heads, head_dim, long_beyond, .. } = self;
+        let depth = self.layers.len();
         let empty = || {
             let (layers, step) = (Vec::with_capacity(depth), StepBuffers::default());
-            Self { layers, kv_heads, head_dim, step }
+            Self { layers, kv_heads, head_dim, long_beyond, step }
         };
         let mut caches: Vec<Self> = (0..self.rows()).map(|_| empty()).collect();
         for layer in self.layers {
@@ -402,6 +412,7 @@ mod tests {
             layers: vec![vec![RowCache::new(kind, kv_heads, head_dim); rows]],
             kv_heads,
             head_dim,
+            long_beyond: None,
             step: StepBuffers::default(),
         }
     }

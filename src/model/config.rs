@@ -50,6 +50,18 @@ pub enum RopeScaling {
     },
     /// Each divided by its own factor: a GGUF's `rope_freqs.weight`, `head_dim / 2` values.
     Factors(Vec<f32>),
+    /// Each divided by its own factor, another in long rows than in short ones, and queries and keys
+    /// grown (Ding et al. 2024).
+    LongRope {
+        /// The factors of rows of at most `original_max_position_embeddings` tokens.
+        short_factor: Vec<f32>,
+        /// Those of longer rows.
+        long_factor: Vec<f32>,
+        /// The context the model was first trained with.
+        original_max_position_embeddings: usize,
+        /// By how much cosines and sines grow.
+        attention_factor: f64,
+    },
 }
 
 /// The properties of one decoder. Names are those of `config.json`.
@@ -115,6 +127,8 @@ pub struct Variation {
     pub rotated: Vec<bool>,
     /// Base of the rotary frequencies, unscaled, of layers with a window, if they have another.
     pub local_rope_theta: Option<f64>,
+    /// How many numbers of a head rotate, the first, if not all.
+    pub rotary_dim: Option<usize>,
 }
 
 impl Default for Variation {
@@ -130,6 +144,7 @@ impl Default for Variation {
             windowed: Vec::new(),
             rotated: Vec::new(),
             local_rope_theta: None,
+            rotary_dim: None,
         }
     }
 }
@@ -173,14 +188,22 @@ impl Config {
         }
     }
 
-    /// Radians per position of each pair of a head, `head_dim / 2` values.
+    /// How many numbers of a head rotate.
+    pub fn rotary_dim(&self) -> usize {
+        self.variation.rotary_dim.unwrap_or(self.head_dim)
+    }
+
+    /// Radians per position of each pair of a head, `rotary_dim / 2` values; of short rows, where those
+    /// of long ones are others.
     pub fn inv_freq(&self) -> Vec<f32> {
-        let pairs = self.head_dim / 2;
-        let plain = |i: usize| self.rope_theta.powf(-2.0 * i as f64 / self.head_dim as f64);
+        let width = self.rotary_dim();
+        let plain = |i: usize| self.rope_theta.powf(-2.0 * i as f64 / width as f64);
         let scaled = |i: usize| match &self.rope_scaling {
             RopeScaling::None => plain(i),
             RopeScaling::Linear { factor } => plain(i) / factor,
-            RopeScaling::Factors(factors) => plain(i) / f64::from(factors[i]),
+            RopeScaling::Factors(factors) | RopeScaling::LongRope { short_factor: factors, .. } => {
+                plain(i) / f64::from(factors[i])
+            }
             RopeScaling::Yarn {
                 factor,
                 original_max_position_embeddings: original,
@@ -192,13 +215,13 @@ impl Config {
                 // The pair that turns so often in the original context.
                 let pair = |turns: f64| {
                     let positions = original / (turns * std::f64::consts::TAU);
-                    self.head_dim as f64 * positions.ln() / (2.0 * self.rope_theta.ln())
+                    width as f64 * positions.ln() / (2.0 * self.rope_theta.ln())
                 };
                 let (mut low, mut high) = (pair(*beta_fast), pair(*beta_slow));
                 if *truncate {
                     (low, high) = (low.floor(), high.ceil());
                 }
-                (low, high) = (low.max(0.0), high.min(self.head_dim as f64 - 1.0));
+                (low, high) = (low.max(0.0), high.min(width as f64 - 1.0));
                 if low == high {
                     high += 0.001; // as transformers does
                 }
@@ -217,20 +240,35 @@ impl Config {
                 plain(i) * (kept + (1.0 - kept) / factor)
             }
         };
-        (0..pairs).map(|i| scaled(i) as f32).collect()
+        (0..width / 2).map(|i| scaled(i) as f32).collect()
+    }
+
+    /// [`Self::inv_freq`] of rows of more tokens than the number that comes with it, where they have
+    /// others.
+    pub fn long_inv_freq(&self) -> Option<(usize, Vec<f32>)> {
+        let RopeScaling::LongRope {
+            long_factor, original_max_position_embeddings: original, ..
+        } = &self.rope_scaling
+        else {
+            return None;
+        };
+        let scaled =
+            Self { rope_scaling: RopeScaling::Factors(long_factor.clone()), ..self.clone() };
+        Some((*original, scaled.inv_freq()))
     }
 
     /// [`Self::inv_freq`] of layers with a window, where they have a base to themselves.
     pub fn local_inv_freq(&self) -> Option<Vec<f32>> {
-        let theta = self.variation.local_rope_theta?;
-        let of = |i: usize| theta.powf(-2.0 * i as f64 / self.head_dim as f64) as f32;
-        Some((0..self.head_dim / 2).map(of).collect())
+        let (theta, width) = (self.variation.local_rope_theta?, self.rotary_dim());
+        let of = |i: usize| theta.powf(-2.0 * i as f64 / width as f64) as f32;
+        Some((0..width / 2).map(of).collect())
     }
 
     /// By how much rotating by [`Self::inv_freq`] makes queries and keys grow.
     pub fn rope_growth(&self) -> f32 {
         match self.rope_scaling {
-            RopeScaling::Yarn { attention_factor, .. } => attention_factor as f32,
+            RopeScaling::Yarn { attention_factor, .. }
+            | RopeScaling::LongRope { attention_factor, .. } => attention_factor as f32,
             _ => 1.0,
         }
     }
@@ -263,8 +301,21 @@ impl Config {
         Some(LogitCap { cap, temperature: temperature as f32 })
     }
 
+    /// The family that a `config.json` of this decoder names: of those that a GGUF does not tell apart,
+    /// the first that can have its windows.
+    pub fn hf_family(&self) -> &'static Family {
+        let (of, windowed) = (self.family, !self.variation.windowed.is_empty());
+        let fits = |f: &&Family| {
+            f.architecture == of.architecture && !(windowed && f.windows == Windows::Never)
+        };
+        if of.windows != Windows::Never || !windowed {
+            return of;
+        }
+        FAMILIES.iter().find(fits).unwrap_or(of)
+    }
+
     /// What this decoder has that Llama has not, beside its sizes and the scaling of its rotation; for
-    /// forms that can say or compute only Llama's. `None` if nothing.
+    /// what computes only Llama's. `None` if nothing.
     pub fn beyond_llama(&self) -> Option<String> {
         let (family, plain) = (self.family, Variation::default());
         let Variation { windowed, rotated, .. } = &self.variation;
@@ -272,6 +323,7 @@ impl Config {
             || family.qk_norm != QkNorm::None
             || family.gate != crate::ops::Gate::Silu
             || family.fused
+            || matches!(self.rope_scaling, RopeScaling::LongRope { .. })
             || (windowed, rotated) != (&plain.windowed, &plain.rotated)
             || Variation { windowed: Vec::new(), rotated: Vec::new(), ..self.variation.clone() }
                 != Variation { sliding_window: self.variation.sliding_window, ..plain };
@@ -282,7 +334,10 @@ impl Config {
     /// all divided alike: a GGUF's `rope_freqs.weight`.
     pub fn rope_factors(&self) -> Option<Vec<f32>> {
         match &self.rope_scaling {
-            RopeScaling::None | RopeScaling::Linear { .. } | RopeScaling::Yarn { .. } => None,
+            RopeScaling::None
+            | RopeScaling::Linear { .. }
+            | RopeScaling::Yarn { .. }
+            | RopeScaling::LongRope { .. } => None,
             RopeScaling::Factors(factors) => Some(factors.clone()),
             RopeScaling::Llama3 {
                 factor,
@@ -354,6 +409,16 @@ impl Config {
                 all && fast > slow && self.rope_theta > 1.0
             }
             RopeScaling::Factors(factors) => factors.iter().all(|&f| positive(f64::from(f))),
+            RopeScaling::LongRope {
+                short_factor,
+                long_factor,
+                original_max_position_embeddings: original,
+                attention_factor,
+            } => {
+                let factors = short_factor.iter().chain(long_factor);
+                let all = factors.copied().all(|f| positive(f64::from(f)));
+                all && *original > 0 && positive(*attention_factor)
+            }
         };
         if !sound {
             faults.push(format!("rope scaling {:?} makes no sense", self.rope_scaling));
@@ -385,11 +450,24 @@ impl Config {
         if self.max_position_embeddings < 2 {
             faults.push(format!("max_position_embeddings is {}", self.max_position_embeddings));
         }
-        if let RopeScaling::Factors(factors) = &self.rope_scaling
-            && factors.len() != self.head_dim / 2
-        {
-            let (found, needed) = (factors.len(), self.head_dim / 2);
-            faults.push(format!("rope_freqs.weight has {found} values, needed {needed}"));
+        let rotary = self.rotary_dim();
+        if !rotary.is_multiple_of(2) || rotary == 0 || rotary > self.head_dim {
+            let width = self.head_dim;
+            faults
+                .push(format!("{rotary} numbers of heads of {width} rotate, needed pairs of them"));
+        }
+        let factors: &[(&str, &Vec<f32>)] = match &self.rope_scaling {
+            RopeScaling::Factors(factors) => &[("rope_freqs.weight", factors)],
+            RopeScaling::LongRope { short_factor, long_factor, .. } => {
+                &[("short_factor", short_factor), ("long_factor", long_factor)]
+            }
+            _ => &[],
+        };
+        for (name, factors) in factors {
+            let (found, needed) = (factors.len(), rotary / 2);
+            if found != needed {
+                faults.push(format!("{name} has {found} values, needed {needed}"));
+            }
         }
         if faults.is_empty() {
             Ok(self)
@@ -406,6 +484,11 @@ fn known<T: std::fmt::Display>(name: impl Fn(&'static Family) -> T) -> String {
 }
 
 /// YaRN's growth of queries and keys where nothing else is said.
-fn yarn_growth(factor: f64) -> f64 {
+pub fn yarn_growth(factor: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 }
+}
+
+/// Longrope's, by how much the context grew from `original` tokens.
+pub fn longrope_growth(factor: f64, original: f64) -> f64 {
+    if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / original.ln()).sqrt() }
 }

@@ -1,6 +1,6 @@
 //! The forward pass: embedding, layers, final norm. The head is read by whoever needs what of it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor};
@@ -173,11 +173,19 @@ pub(super) struct Rotations {
 }
 
 impl Rotations {
-    fn new(config: &Config, inv_freq: &[f32], positions: &[u32]) -> Self {
+    fn new(config: &Config, inv_freq: &[f32], positions: &[u32], segments: &[Segment]) -> Self {
+        let global = match config.long_inv_freq() {
+            Some((original, long)) => {
+                let long = (original, &long[..]);
+                by_length(positions, segments, inv_freq, long)
+            }
+            None => Rotation::new(positions, inv_freq),
+        };
+        let heads = |rotation: Rotation| rotation.in_heads_of(config.head_dim);
         let local = config.local_inv_freq();
         Self {
-            global: Rotation::new(positions, inv_freq).grown(config.rope_growth()),
-            local: local.map(|inv_freq| Rotation::new(positions, &inv_freq)),
+            global: heads(global).grown(config.rope_growth()),
+            local: local.map(|inv_freq| heads(Rotation::new(positions, &inv_freq))),
         }
     }
 
@@ -191,6 +199,50 @@ impl Rotations {
     }
 }
 
+/// Fails if a row that goes on grows so long that it rotates otherwise than what is cached of it.
+fn check_growth(rows: &Rows, cache: Option<&KvCache>) -> Result<()> {
+    let Some(cache) = cache else { return Ok(()) };
+    for row in rows.segments.iter().filter(|row| !row.is_empty()) {
+        let (seen, now) = (rows.positions[row.tokens.start] as usize, row.len());
+        if seen > 0 && !cache.turns_alike(seen, seen + now) {
+            candle_core::bail!(
+                "a row of {seen} cached tokens and {now} new ones: rows of that length rotate \
+                 otherwise here, needed all of its tokens anew"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// The rotation of rows that turn by other frequencies where they have more than so many tokens. Rows
+/// that share a prefix are as long as the longest of them.
+fn by_length(
+    positions: &[u32],
+    segments: &[Segment],
+    short: &[f32],
+    (original, long): (usize, &[f32]),
+) -> Rotation {
+    let is_long = |row: &Segment| {
+        let last = row.tokens.clone().last().map(|token| positions[token] as usize);
+        last.is_some_and(|last| last >= original)
+    };
+    let beginning = |row: &Segment| match row.prefix.is_empty() {
+        true => row.tokens.start,
+        false => row.prefix.start,
+    };
+    let long_rows = segments.iter().filter(|row| is_long(row)).map(beginning);
+    let long_rows: HashSet<usize> = long_rows.collect();
+    let parts = segments.iter().filter(|row| !row.is_empty()).map(|row| {
+        let inv_freq = if long_rows.contains(&beginning(row)) { long } else { short };
+        Rotation::new(&positions[row.tokens.clone()], inv_freq)
+    });
+    let parts: Vec<Rotation> = parts.collect();
+    match parts.is_empty() {
+        true => Rotation::new(&[], short),
+        false => Rotation::joined(&parts),
+    }
+}
+
 impl<'a> Pass<'a> {
     /// The pass that goes on with some of the tokens, rising, once all are attended to.
     fn narrowed(&self, chosen: &[u32], decoder: &Decoder) -> Self {
@@ -201,7 +253,7 @@ impl<'a> Pass<'a> {
             Segment::whole(start..end)
         };
         let segments = self.segments.iter().map(part).collect();
-        let rotations = Rotations::new(&decoder.config, &decoder.inv_freq, &[]);
+        let rotations = Rotations::new(&decoder.config, &decoder.inv_freq, &[], &[]);
         Pass { segments, rotations, adapters: self.adapters, dropout: None, squares: None }
     }
 }
@@ -270,7 +322,8 @@ impl Decoder {
     ) -> Pass<'a> {
         assert_eq!(segment::fault(&rows.segments, rows.tokens.len()), None);
         assert_eq!(rows.tokens.len(), rows.positions.len());
-        let rotations = Rotations::new(&self.config, &self.inv_freq, &rows.positions);
+        let (config, segments) = (&self.config, &rows.segments);
+        let rotations = Rotations::new(config, &self.inv_freq, &rows.positions, segments);
         Pass { segments: rows.segments.clone(), rotations, adapters, dropout, squares: None }
     }
 
@@ -343,6 +396,7 @@ impl Decoder {
         mut cache: Option<&mut KvCache>,
         decoding: bool,
     ) -> Result<Tensor> {
+        check_growth(rows, cache.as_deref())?;
         let pass = self.pass(rows, adapters, None);
         if self.compute == Compute::Portable {
             let mut x = self.embed(&rows.tokens, &pass)?;
@@ -387,6 +441,7 @@ impl Decoder {
         if self.compute == Compute::Portable {
             return picked(self.hidden_with(rows, adapters, cache, false)?, chosen.to_vec());
         }
+        check_growth(rows, cache.as_deref())?;
         let mut rising = chosen.to_vec();
         rising.sort_unstable();
         rising.dedup();

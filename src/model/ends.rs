@@ -20,9 +20,9 @@ use crate::ops::attention::dot;
 use crate::ops::frozen_linear::{few_rows, frozen_rows, read_rows};
 use crate::ops::gemm::{Begin, Out, PackedRows, Panel, Product, Strided, Term, Weights, multiply};
 use crate::ops::linear_cross_entropy::{
-    Found, check_targets, chunk_rows, log_probs_of_logits, score,
+    Found, bend, check_targets, chunk_rows, log_probs_of_logits, score,
 };
-use crate::ops::{Compute, Values, capped_log_probs, frozen_linear};
+use crate::ops::{Compute, LogitCap, Values, capped_log_probs, frozen_linear};
 
 /// Panels of the way up and of the way back.
 type Panels = (Panel, Panel);
@@ -212,7 +212,7 @@ impl Decoder {
                 None => logits.extend_from_slice(base),
             }
         }
-        Tensor::from_vec(logits, (rows, vocabulary), &Device::Cpu)
+        self.capped(Tensor::from_vec(logits, (rows, vocabulary), &Device::Cpu)?)
     }
 
     /// Log-probabilities of `targets`, one per row of `hidden (M, hidden_size)` → `(M)`, of rows that
@@ -243,14 +243,14 @@ impl Decoder {
         check_targets(targets, &self.head)?;
         let Some(panels) = self.compute.forward_panel().zip(self.compute.backward_panel()) else {
             let logits = self.worn_logits(hidden, worn)?; // (M, V)
-            return log_probs_of_logits(logits, targets, None);
+            return log_probs_of_logits(logits, targets, cap);
         };
         let hidden = hidden.contiguous()?;
         let (mut logps, mut entropies) = (vec![0.0; targets.len()], vec![0.0; targets.len()]);
         let mut likeliest = vec![false; targets.len()];
         let found =
             Found { logps: &mut logps, entropies: &mut entropies, likeliest: &mut likeliest };
-        head.forward(panels, &Values::of(&hidden)?, targets, found);
+        head.forward(panels, &Values::of(&hidden)?, (targets, cap), found);
         Tensor::from_vec(logps, targets.len(), hidden.device())
     }
 
@@ -302,18 +302,9 @@ impl Decoder {
     }
 
     /// What adapters make of the head; nothing where they have no part in it.
-    ///
-    /// # Errors
-    /// If the logits have a cap, which what adapters add to the head does not go through here.
     pub(crate) fn worn_head<'a>(&'a self, worn: &'a [Worn]) -> Result<Option<WornHead<'a>>> {
         if !worn.iter().any(|worn| self.heads(&worn.adapter)) {
             return Ok(None);
-        }
-        if self.config.variation.final_logit_softcapping.is_some() {
-            candle_core::bail!(
-                "an adapter has a part in the head (or trains tokens of a tied one), and this \
-                 model's logits have a cap: that does not run here"
-            );
         }
         let mut head = WornHead { decoder: self, base: 1.0, parts: Vec::new() };
         for worn in worn {
@@ -410,11 +401,24 @@ impl<'a> Kind<'a> {
 #[derive(Default)]
 struct Chunk {
     logits: Vec<f32>,
+    /// How steep the cap is at each logit, if there is one.
+    slopes: Vec<f32>,
     x: PackedRows,
     /// The same for dense weights, where bytes would be too coarse.
     x_of_parts: PackedRows,
     lows: Vec<Vec<f32>>,
     packed: Vec<PackedRows>,
+}
+
+impl Chunk {
+    /// Caps the logits, and keeps how steep that is at each.
+    fn bend(&mut self, isa: Isa, vocabulary: usize, cap: LogitCap) {
+        let Self { logits, slopes, .. } = self;
+        slopes.resize(logits.len(), 0.0);
+        let rows = logits.par_chunks_exact_mut(vocabulary);
+        let rows = rows.zip(slopes.par_chunks_exact_mut(vocabulary));
+        rows.for_each(|(logits, slopes)| bend(isa, logits, slopes, cap));
+    }
 }
 
 impl WornHead<'_> {
@@ -449,13 +453,23 @@ impl WornHead<'_> {
         logits
     }
 
-    /// What there is to find of targets `(M)` from `x (M, H)`, a chunk of rows at a time.
-    pub fn forward(&self, panels: Panels, x: &[f32], targets: &[u32], mut found: Found) {
+    /// What there is to find of targets `(M)` from `x (M, H)`, a chunk of rows at a time. A cap comes
+    /// behind all parts.
+    pub fn forward(
+        &self,
+        panels: Panels,
+        x: &[f32],
+        (targets, cap): (&[u32], Option<LogitCap>),
+        mut found: Found,
+    ) {
         let (width, vocabulary) = (self.width(), self.decoder.config.vocab_size);
         let (isa, rows) = (Isa::current(), chunk_rows(targets.len(), vocabulary));
         let mut chunk = Chunk::default();
         for (i, (x, targets)) in x.chunks(rows * width).zip(targets.chunks(rows)).enumerate() {
             self.logits(panels.0, x, &mut chunk);
+            if let Some(cap) = cap {
+                chunk.bend(isa, vocabulary, cap);
+            }
             found.take(isa, &mut chunk.logits, i * rows, targets, None);
         }
     }
@@ -466,7 +480,7 @@ impl WornHead<'_> {
         &self,
         panels: Panels,
         x: &[f32],
-        (targets, dlogps): (&[u32], &[f32]),
+        (targets, dlogps, cap): (&[u32], &[f32], Option<LogitCap>),
         dx: &mut [f32],
         sink: &mut AdapterGradients,
     ) {
@@ -476,10 +490,17 @@ impl WornHead<'_> {
         let all = x.chunks(rows * width).zip(dx.chunks_mut(rows * width));
         for ((x, dx), (targets, dlogps)) in all.zip(targets.chunks(rows).zip(dlogps.chunks(rows))) {
             self.logits(panels.0, x, &mut chunk);
+            if let Some(cap) = cap {
+                chunk.bend(isa, vocabulary, cap);
+            }
             let per_row = chunk.logits.par_chunks_exact_mut(vocabulary).zip(targets).zip(dlogps);
             per_row.for_each(|((logits, &target), &d)| {
                 score(isa, logits, target as usize, Some(d));
             });
+            if cap.is_some() {
+                let both = chunk.logits.par_iter_mut().zip(&chunk.slopes);
+                both.for_each(|(d, slope)| *d *= slope);
+            }
             self.back(panels.1, x, dx, &mut chunk, sink);
         }
     }
@@ -488,7 +509,7 @@ impl WornHead<'_> {
     fn logits(&self, panel: Panel, x: &[f32], chunk: &mut Chunk) {
         let (width, vocabulary) = (self.width(), self.decoder.config.vocab_size);
         let (isa, rows) = (Isa::current(), x.len() / width);
-        let Chunk { logits, x: packed_x, x_of_parts, lows, packed } = chunk;
+        let Chunk { logits, x: packed_x, x_of_parts, lows, packed, .. } = chunk;
         let values = Strided { values: x, stride: width };
         packed_x.pack(isa, panel, values, rows, width);
         let x_of_parts = match panel {

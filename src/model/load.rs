@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 
-use super::config::{Family, Norms, QkNorm};
+use super::config::{Family, Norms, QkNorm, RopeScaling};
 use super::decoder::{Layer, Linear, Shared};
 use super::{Config, Decoder, ModelError};
 use crate::ops::Compute;
@@ -155,12 +155,11 @@ impl Loader<'_> {
     /// A norm's weight as it multiplies, `Some(None)` if there is none of that name to be.
     fn norm(&mut self, name: Option<String>, len: usize) -> Option<Option<Tensor>> {
         let Some(name) = name else { return Some(None) };
-        let less_one = match self.checkpoint {
-            Checkpoint::HuggingFace(_) => self.config.family.norm_less_one,
-            Checkpoint::Gguf(_) => false,
-        };
-        let norm = self.vector(&format!("{name}.weight"), len)?;
-        let norm = if less_one { (norm + 1.0).map_err(|e| e.to_string()) } else { Ok(norm) };
+        let name = format!("{name}.weight");
+        let norm = self.vector(&name, len)?;
+        let above = gguf_offset(self.config, &name);
+        let short = f64::from(above - stored_offset(self.checkpoint, self.config, &name));
+        let norm = if short == 0.0 { Ok(norm) } else { (norm + short).map_err(|e| e.to_string()) };
         self.note(norm).map(Some)
     }
 
@@ -304,6 +303,21 @@ pub fn gguf_order(config: &Config, name: &str) -> RowOrder {
     }
 }
 
+/// How far a checkpoint's values of the tensor that Hugging Face calls `name` lie above Hugging Face's.
+pub fn stored_offset(checkpoint: &Checkpoint, config: &Config, name: &str) -> f32 {
+    match checkpoint {
+        Checkpoint::Gguf(_) => gguf_offset(config, name),
+        Checkpoint::HuggingFace(_) => 0.0,
+    }
+}
+
+/// How far a GGUF's values of the tensor that Hugging Face calls `name` lie above Hugging Face's: norms
+/// are there as they multiply, and some families' folders have them less 1.
+pub fn gguf_offset(config: &Config, name: &str) -> f32 {
+    let is_norm = name.ends_with("norm.weight");
+    if is_norm && config.family.norm_less_one { 1.0 } else { 0.0 }
+}
+
 /// A decoder's tensors by Hugging Face's names, with their shapes: what [`Decoder::load`] reads, in
 /// the order of the forward pass.
 pub fn tensors(config: &Config) -> Vec<(String, Vec<usize>)> {
@@ -357,6 +371,17 @@ pub fn tensors(config: &Config) -> Vec<(String, Vec<usize>)> {
         tensors.push(("lm_head.weight".into(), vec![c.vocab_size, hidden]));
     }
     tensors
+}
+
+/// A GGUF's tensors that say how frequencies are scaled, where keys do not.
+pub fn rope_tensors(config: &Config) -> Vec<(&'static str, Vec<f32>)> {
+    match &config.rope_scaling {
+        RopeScaling::LongRope { short_factor, long_factor, .. } => vec![
+            ("rope_factors_long.weight", long_factor.clone()),
+            ("rope_factors_short.weight", short_factor.clone()),
+        ],
+        _ => config.rope_factors().map(|of| ("rope_freqs.weight", of)).into_iter().collect(),
+    }
 }
 
 /// What Hugging Face calls the norms of a layer: before and behind attention, before and behind the

@@ -69,13 +69,13 @@ impl Decoder {
         likeliest.resize(targets.len(), false);
         let found = Found { logps, entropies, likeliest };
         dnormed.resize(normed.len(), 0.0);
+        let cap = self.config.logit_cap(temperature);
         if let Some(head) = self.worn_head(worn)? {
-            head.forward(self.panels(), normed, targets, found);
+            head.forward(self.panels(), normed, (targets, cap), found);
             return Ok(&reading.logps);
         }
         let (panels, head) = (self.panels(), &self.head);
         let gradient = to_learn.then_some(&mut dnormed[..]);
-        let cap = self.config.logit_cap(temperature);
         linear_cross_entropy::forward(panels, normed, head, targets, cap, found, gradient);
         Ok(&reading.logps)
     }
@@ -95,7 +95,8 @@ impl Decoder {
         let width = self.config.hidden_size;
         if let Some(head) = self.worn_head(worn)? {
             let Reading { normed, dnormed, targets, .. } = reading;
-            head.backward(self.panels(), normed, (targets, dlogps), dnormed, sink);
+            let cap = self.config.logit_cap(temperature);
+            head.backward(self.panels(), normed, (targets, dlogps, cap), dnormed, sink);
         } else {
             let rows = reading.dnormed.par_chunks_exact_mut(width).zip(dlogps);
             rows.for_each(|(row, d)| row.iter_mut().for_each(|x| *x *= d));

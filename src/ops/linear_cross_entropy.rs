@@ -324,7 +324,7 @@ pub(crate) struct Scored {
 
 versions! {
     /// Caps logits, and says how steep that is at each.
-    fn bend(isa; logits: &mut [f32], slopes: &mut [f32], cap: LogitCap) {
+    pub(crate) fn bend(isa; logits: &mut [f32], slopes: &mut [f32], cap: LogitCap) {
         let LogitCap { cap, temperature } = cap;
         for (logit, slope) in logits.iter_mut().zip(slopes) {
             let t = tanh(*logit / cap);

@@ -1,5 +1,6 @@
 //! Rotary position embedding (Su et al. 2021), the half-split form of Hugging Face checkpoints:
-//! element `i` of a head is paired with element `i + head_dim / 2`.
+//! element `i` of a head is paired with element `i + rotary_dim / 2`. Mostly all of a head rotates; else
+//! its first `rotary_dim` elements do.
 
 use std::sync::Arc;
 
@@ -12,17 +13,20 @@ use crate::isa::{Isa, versions};
 
 /// Cosines and sines for the tokens of one batch.
 ///
-/// Shapes: `cos`, `sin` each `(N, head_dim / 2)`. Angles are computed in `f64` from the `f32`
+/// Shapes: `cos`, `sin` each `(N, rotary_dim / 2)`. Angles are computed in `f64` from the `f32`
 /// frequencies, then rounded.
 #[derive(Debug, Clone)]
 pub struct Rotation {
     cos: Arc<Vec<f32>>,
     sin: Arc<Vec<f32>>,
+    /// Pairs of a head.
     half: usize,
+    head_dim: usize,
 }
 
 impl Rotation {
-    /// The rotation of tokens at `positions` by `inv_freq` (`head_dim / 2` radians per position).
+    /// The rotation of tokens at `positions` by `inv_freq` (`rotary_dim / 2` radians per position), of
+    /// whole heads.
     pub fn new(positions: &[u32], inv_freq: &[f32]) -> Self {
         let half = inv_freq.len();
         let angle = |p: u32, f: f32| f64::from(p) * f64::from(f);
@@ -38,7 +42,25 @@ impl Rotation {
             rows.copied().collect()
         };
         let (cos, sin) = (Arc::new(all(f64::cos)), Arc::new(all(f64::sin)));
-        Self { cos, sin, half }
+        Self { cos, sin, half, head_dim: 2 * half }
+    }
+
+    /// Of heads of `head_dim`, of which what is beyond the pairs stays as it is.
+    pub fn in_heads_of(self, head_dim: usize) -> Self {
+        debug_assert!(2 * self.half <= head_dim);
+        Self { head_dim, ..self }
+    }
+
+    /// The rotations of tokens one after the other, of heads alike.
+    ///
+    /// # Panics
+    /// If there are none.
+    pub fn joined(parts: &[Self]) -> Self {
+        let all = |of: fn(&Self) -> &Arc<Vec<f32>>| {
+            Arc::new(parts.iter().flat_map(|part| of(part).iter().copied()).collect())
+        };
+        let Self { half, head_dim, .. } = parts[0];
+        Self { cos: all(|part| &part.cos), sin: all(|part| &part.sin), half, head_dim }
     }
 
     /// With cosines and sines times `factor`, so that queries and keys grow by it (YaRN). The way back
@@ -48,7 +70,7 @@ impl Rotation {
             return self;
         }
         let grown = |values: &[f32]| Arc::new(values.iter().map(|value| value * factor).collect());
-        Self { cos: grown(&self.cos), sin: grown(&self.sin), half: self.half }
+        Self { cos: grown(&self.cos), sin: grown(&self.sin), ..self }
     }
 
     fn tokens(&self) -> usize {
@@ -59,7 +81,7 @@ impl Rotation {
 /// Rotates every head of every token: `x (N, heads · head_dim)` F32 → the same shape.
 pub fn rope(x: &Tensor, rotation: &Rotation, compute: Compute) -> Result<Tensor> {
     let (tokens, width) = x.dims2()?;
-    let head_dim = 2 * rotation.half;
+    let head_dim = rotation.head_dim;
     if tokens != rotation.tokens() || width % head_dim != 0 {
         candle_core::bail!(
             "cannot rotate {:?}: positions of {} tokens, heads of {head_dim}",
@@ -77,14 +99,18 @@ pub fn rope(x: &Tensor, rotation: &Rotation, compute: Compute) -> Result<Tensor>
 
 fn portable(x: &Tensor, rotation: &Rotation, device: &Device) -> Result<Tensor> {
     let (tokens, width) = x.dims2()?;
-    let half = rotation.half;
+    let (half, head_dim) = (rotation.half, rotation.head_dim);
     let table = |values: &[f32]| Tensor::from_slice(values, (tokens, 1, half), device);
     let (cos, sin) = (table(&rotation.cos)?, table(&rotation.sin)?);
-    let x = x.reshape((tokens, width / (2 * half), 2 * half))?; // (N, heads, head_dim)
+    let x = x.reshape((tokens, width / head_dim, head_dim))?; // (N, heads, head_dim)
     let (a, b) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?);
     let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
     let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
-    Tensor::cat(&[first, second], 2)?.reshape((tokens, width))
+    let mut parts = vec![first, second];
+    if 2 * half < head_dim {
+        parts.push(x.narrow(2, 2 * half, head_dim - 2 * half)?);
+    }
+    Tensor::cat(&parts, 2)?.reshape((tokens, width))
 }
 
 struct Rope {
@@ -125,22 +151,22 @@ impl Rotation {
     /// Rotates the first `width` values of each of the rows of `x`, `stride` apart.
     pub(crate) fn rotate(&self, isa: Isa, turn: Turn, x: &mut [f32], stride: usize, width: usize) {
         const ROWS: usize = 16;
-        let Rotation { cos, sin, half } = self;
+        let Rotation { cos, sin, half, head_dim } = self;
         let angles = cos.par_chunks(ROWS * half).zip(sin.par_chunks(ROWS * half));
         x.par_chunks_mut(ROWS * stride).zip(angles).for_each(|(x, (cos, sin))| {
             let rows = cos.chunks_exact(*half).zip(sin.chunks_exact(*half));
             for (x, (cos, sin)) in x.chunks_mut(stride).zip(rows) {
-                rotate_row(isa, turn, &mut x[..width], cos, sin);
+                rotate_row(isa, turn, &mut x[..width], *head_dim, cos, sin);
             }
         });
     }
 }
 
 versions! {
-    fn rotate_row(isa; turn: Turn, x: &mut [f32], cos: &[f32], sin: &[f32]) {
+    fn rotate_row(isa; turn: Turn, x: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32]) {
         let direction = if turn == Turn::Forward { 1.0 } else { -1.0 };
-        for head in x.chunks_exact_mut(2 * cos.len()) {
-            let (a, b) = head.split_at_mut(cos.len());
+        for head in x.chunks_exact_mut(head_dim) {
+            let (a, b) = head.split_at_mut(cos.len()); // pairs end with the cosines
             for (((a, b), cos), sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {
                 let (x, y, sin) = (*a, *b, sin * direction);
                 *a = x * cos - y * sin;
@@ -158,8 +184,10 @@ mod tests {
     #[test]
     fn parity_and_differences() {
         let inv_freq: Vec<f32> = (0..4).map(|i| 10f32.powi(-i)).collect();
-        for factor in [1.0, 1.3] {
-            let rotation = Rotation::new(&[0, 1, 2, 0, 1, 900], &inv_freq).grown(factor);
+        for (factor, head_dim) in [(1.0, 8), (1.3, 8), (1.3, 12)] {
+            let parts: [&[u32]; 2] = [&[0, 1, 2], &[0, 1, 900]];
+            let parts = parts.map(|positions| Rotation::new(positions, &inv_freq));
+            let rotation = Rotation::joined(&parts).in_heads_of(head_dim).grown(factor);
             let inputs = [normal(1, &[6, 24])];
             let run = |compute| {
                 let rotation = rotation.clone();

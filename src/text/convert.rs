@@ -2,13 +2,14 @@
 //!
 //! What the other form cannot say is refused in a sentence.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
 use super::folder::{object, template_texts, text, token_text};
-use super::gguf::{CONTROL, NORMAL, UNUSED, USER_DEFINED};
-use super::{Added, TextError, Tokenizer, gguf, pre_tokenizer};
+use super::gguf::{BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED};
+use super::{Added, TextError, Tokenizer, gguf, pre_tokenizer, sentencepiece};
 use crate::weights::{Checkpoint, Gguf, OwnedValue, ValueType};
 
 /// Files beside the weights of a folder that say how text becomes tokens and messages text.
@@ -23,8 +24,13 @@ pub const FILES: &[&str] = &[
 /// The `tokenizer.*` keys for a folder's tokenizer with the tokens that were added, as llama.cpp's
 /// converter writes them; ids up to `vocab_size` that no token has are marked unused.
 ///
+/// A SentencePiece vocabulary's scores are by the ranks of its merges, as `tokenizer.json` has no others:
+/// which pair is joined first is the same. Where that puts a space in front of a text only, llama.cpp
+/// puts one behind every mark too.
+///
 /// # Errors
-/// If it is no byte-level BPE, does what no key says, or is malformed.
+/// If it is neither byte-level BPE nor SentencePiece's with byte fallback, does what no key says, or is
+/// malformed.
 pub fn to_gguf(
     folder: &Path,
     vocab_size: usize,
@@ -37,15 +43,23 @@ pub fn to_gguf(
     let mut json = object(&path)?;
     put_added(&mut json, &tokenizer);
     let model = &json["model"];
-    if let Some(fault) = inexpressible(&json) {
-        return Err(bad(format!("{fault}, which no GGUF key says")));
-    }
-    let ignore_merges = model["ignore_merges"] == true;
-    let Some(pre) = tokenizer.pre_tokenizer_name(ignore_merges) else {
-        let known = pre_tokenizer::known();
-        return Err(bad(format!(
-            "words are cut as under none of the names that llama.cpp has for it ({known})"
-        )));
+    let of_sentencepiece = sentencepiece::is_model(&json);
+    let unsaid = |fault: String| bad(format!("{fault}, which no GGUF key says"));
+    let (kind, pre, in_front) = if of_sentencepiece {
+        let in_front = sentencepiece::space_in_front(&json).map_err(unsaid)?;
+        ("llama", "default", Some(in_front))
+    } else {
+        if let Some(fault) = inexpressible(&json) {
+            return Err(unsaid(fault));
+        }
+        let ignore_merges = model["ignore_merges"] == true;
+        let Some(pre) = tokenizer.pre_tokenizer_name(ignore_merges) else {
+            let known = pre_tokenizer::known();
+            return Err(bad(format!(
+                "words are cut as under none of the names that llama.cpp has for it ({known})"
+            )));
+        };
+        ("gpt2", pre, None)
     };
 
     if tokenizer.vocab_size() > vocab_size {
@@ -57,26 +71,58 @@ pub fn to_gguf(
     let whole = |id: &Value| id.as_u64().map(|id| id as usize).filter(|id| *id < vocab_size);
     for (token, id) in model["vocab"].as_object().into_iter().flatten() {
         let id = whole(id).ok_or_else(|| bad(format!("token {token:?} has the id {id}")))?;
-        tokens[id] = (token.clone(), NORMAL);
+        let of = match of_sentencepiece {
+            true if model["unk_token"] == **token => UNKNOWN,
+            true if is_byte(token) => BYTE,
+            _ => NORMAL,
+        };
+        tokens[id] = (token.clone(), of);
     }
+    let merges = merges(&model["merges"]).ok_or_else(|| bad("merges are no pairs".into()))?;
+    let scores = match of_sentencepiece {
+        true => {
+            let ids: HashMap<&str, u32> =
+                tokens.iter().map(|(token, _)| token.as_str()).zip(0..).collect();
+            Some(sentencepiece::scores(&merges, &ids))
+        }
+        false => None,
+    };
     for added in json["added_tokens"].as_array().into_iter().flatten() {
         let (content, id) = (added["content"].as_str(), whole(&added["id"]));
         let (Some(token), Some(id)) = (content, id) else {
             return Err(bad(format!("an added token is {added}")));
         };
-        let special = added["special"] == true || looks_special(token);
-        tokens[id] = (token.to_owned(), if special { CONTROL } else { USER_DEFINED });
+        let of = match added["special"] == true || looks_special(token) {
+            true if tokens[id].1 == UNKNOWN => UNKNOWN,
+            true => CONTROL,
+            false => USER_DEFINED,
+        };
+        // Such tokens are found before spaces are marked.
+        let spaced = of_sentencepiece && of == USER_DEFINED;
+        let token = if spaced { token.replace('\u{2581}', " ") } else { token.to_owned() };
+        tokens[id] = (token, of);
     }
-    let merges = merges(&model["merges"]).ok_or_else(|| bad("merges are no pairs".into()))?;
 
     let mut keys: Vec<(String, OwnedValue)> = Vec::new();
     let mut put = |key: &str, value: OwnedValue| keys.push((format!("tokenizer.{key}"), value));
-    put("ggml.model", "gpt2".into());
+    put("ggml.model", kind.into());
     put("ggml.pre", pre.into());
     put("ggml.tokens", OwnedValue::strings(tokens.iter().map(|(token, _)| token)));
     let types = tokens.iter().map(|(_, of)| OwnedValue::I32(*of)).collect();
     put("ggml.token_type", OwnedValue::Array(ValueType::I32, types));
-    put("ggml.merges", OwnedValue::strings(merges));
+    match scores {
+        Some(scores) => {
+            let scores = scores.into_iter().map(OwnedValue::F32).collect();
+            put("ggml.scores", OwnedValue::Array(ValueType::F32, scores));
+        }
+        None => {
+            let lines = merges.iter().map(|(left, right)| format!("{left} {right}"));
+            put("ggml.merges", OwnedValue::strings(lines));
+        }
+    }
+    if let Some(in_front) = in_front {
+        put("ggml.add_space_prefix", OwnedValue::Bool(in_front));
+    }
     let (config_path, config) =
         (folder.join("tokenizer_config.json"), object(&folder.join("tokenizer_config.json"))?);
     let unk = token_text(&config["unk_token"]).flatten();
@@ -282,17 +328,27 @@ fn looks_special(token: &str) -> bool {
     within("<|", "|>") || within("<｜", "｜>") || ["<pad>", "<mask>"].contains(&token)
 }
 
-/// Merges as lines, from lines or pairs.
-fn merges(merges: &Value) -> Option<Vec<String>> {
-    let line = |merge: &Value| match merge {
-        Value::String(line) => Some(line.clone()),
+/// Whether a token of a SentencePiece vocabulary stands for a byte.
+fn is_byte(token: &str) -> bool {
+    let digits = token.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>'));
+    digits.is_some_and(|digits| digits.len() == 2 && u8::from_str_radix(digits, 16).is_ok())
+}
+
+/// Merges, from lines or pairs.
+fn merges(merges: &Value) -> Option<Vec<(String, String)>> {
+    let pair = |merge: &Value| match merge {
+        Value::String(line) => {
+            // A first part may itself start with a space.
+            let (at, _) = line.char_indices().skip(1).find(|&(_, c)| c == ' ')?;
+            Some((line[..at].to_string(), line[at + 1..].to_string()))
+        }
         Value::Array(pair) => match &pair[..] {
-            [Value::String(left), Value::String(right)] => Some(format!("{left} {right}")),
+            [Value::String(left), Value::String(right)] => Some((left.clone(), right.clone())),
             _ => None,
         },
         _ => None,
     };
-    merges.as_array()?.iter().map(line).collect()
+    merges.as_array()?.iter().map(pair).collect()
 }
 
 /// The files of a folder for a GGUF's tokenizer with the tokens that were added: names and texts.
@@ -303,14 +359,37 @@ fn merges(merges: &Value) -> Option<Vec<String>> {
 pub fn to_folder(file: &Gguf, added: &[Added]) -> Result<Vec<(&'static str, String)>, TextError> {
     let bad = |reason: String| TextError::format(file.path(), reason);
     let tokenizer = gguf::read(file, added)?;
-    let pre = gguf::kind(file)?;
-    let pre_json = pre.to_json().ok_or_else(|| {
-        bad("its tokenizer.ggml.pre cuts words as no portable tokenizer.json can".into())
-    })?;
     let (tokens, _) = gguf::tokens_with(file, added)?;
     let ids = gguf::ids(file, &tokens)?;
-    let merges = gguf::merges(file, &ids)?;
-    let defaults = gguf::Defaults { bos: None, eos: None, adds_bos: pre.adds_bos };
+    let (normalizer, pre_json, decoder, mut model, defaults) = if gguf::is_sentencepiece(file)? {
+        let sentencepiece::Parts { normalizer, decoder, model } = sentencepiece::to_json(file)?;
+        (normalizer, Value::Null, decoder, model, sentencepiece::DEFAULTS)
+    } else {
+        let pre = gguf::kind(file)?;
+        let pre_json = pre.to_json().ok_or_else(|| {
+            bad("its tokenizer.ggml.pre cuts words as no portable tokenizer.json can".into())
+        })?;
+        let decoder = json!({
+            "type": "ByteLevel",
+            "add_prefix_space": false,
+            "trim_offsets": false,
+            "use_regex": false,
+        });
+        let model = json!({
+            "type": "BPE",
+            "dropout": null,
+            "unk_token": null,
+            "continuing_subword_prefix": null,
+            "end_of_word_suffix": null,
+            "fuse_unk": false,
+            "byte_fallback": false,
+            "ignore_merges": pre.ignore_merges,
+            "merges": gguf::merges(file, &ids)?,
+        });
+        let model = model.as_object().cloned().unwrap_or_default();
+        let defaults = gguf::Defaults { bos: None, eos: None, adds_bos: pre.adds_bos };
+        (Value::Null, pre_json, decoder, model, defaults)
+    };
     let roles = gguf::roles(file, defaults, &tokens, &ids)?;
     let marks = gguf::marks(file, &tokens, &roles, added)?;
     let types = file.i32s("tokenizer.ggml.token_type")?.unwrap_or_default();
@@ -319,6 +398,7 @@ pub fn to_folder(file: &Gguf, added: &[Added]) -> Result<Vec<(&'static str, Stri
         |id: usize, token: &str| types.get(id) == Some(&UNUSED) && token == format!("[PAD{id}]");
     let vocab = tokens.iter().enumerate().filter(|(id, token)| !filler(*id, token));
     let vocab: Map<String, Value> = vocab.map(|(id, token)| (token.clone(), id.into())).collect();
+    model.insert("vocab".into(), vocab.into());
     let added = marks.iter().map(|mark| {
         json!({
             "id": mark.id,
@@ -349,27 +429,11 @@ pub fn to_folder(file: &Gguf, added: &[Added]) -> Result<Vec<(&'static str, Stri
         "truncation": null,
         "padding": null,
         "added_tokens": added.collect::<Vec<_>>(),
-        "normalizer": null,
+        "normalizer": normalizer,
         "pre_tokenizer": pre_json,
         "post_processor": post_processor,
-        "decoder": {
-            "type": "ByteLevel",
-            "add_prefix_space": false,
-            "trim_offsets": false,
-            "use_regex": false,
-        },
-        "model": {
-            "type": "BPE",
-            "dropout": null,
-            "unk_token": null,
-            "continuing_subword_prefix": null,
-            "end_of_word_suffix": null,
-            "fuse_unk": false,
-            "byte_fallback": false,
-            "ignore_merges": pre.ignore_merges,
-            "vocab": vocab,
-            "merges": merges,
-        },
+        "decoder": decoder,
+        "model": model,
     });
 
     let mut config = Map::new();

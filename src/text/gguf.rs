@@ -15,10 +15,11 @@ use crate::weights::Gguf;
 
 /// `enum llama_token_type`.
 pub(super) const NORMAL: i32 = 1;
-const UNKNOWN: i32 = 2;
+pub(super) const UNKNOWN: i32 = 2;
 pub(super) const CONTROL: i32 = 3;
 pub(super) const USER_DEFINED: i32 = 4;
 pub(super) const UNUSED: i32 = 5;
+pub(super) const BYTE: i32 = 6;
 
 /// Further tokens that are marks although some files call them text.
 const MARKS: &[&str] = &[
@@ -59,7 +60,7 @@ const FIM_ENDS: &[(&str, &[&str])] = &[
 const TEXT: &[&str] = &["<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"];
 
 pub(super) fn read(file: &Gguf, added: &[Added]) -> Result<Tokenizer, TextError> {
-    if file.str("tokenizer.ggml.model")? == Some("llama") {
+    if is_sentencepiece(file)? {
         return sentencepiece::read(file, added);
     }
     let pre = kind(file)?;
@@ -84,6 +85,11 @@ pub(super) fn read(file: &Gguf, added: &[Added]) -> Result<Tokenizer, TextError>
     Ok(tokenizer.of_tokens(len, added))
 }
 
+/// Whether its tokenizer is SentencePiece's.
+pub(super) fn is_sentencepiece(file: &Gguf) -> Result<bool, TextError> {
+    Ok(file.str("tokenizer.ggml.model")? == Some("llama"))
+}
+
 /// What a chat template may call its special tokens.
 pub(super) fn special_tokens<'t>(
     tokens: &'t [String],
@@ -104,11 +110,6 @@ pub(super) struct Defaults {
 /// What cuts words, if the file's tokenizer is one we know.
 pub(super) fn kind(file: &Gguf) -> Result<&'static PreTokenizer, TextError> {
     let model = required(file, "tokenizer.ggml.model")?;
-    if model == "llama" {
-        let reason = "tokenizer.ggml.model is \"llama\": SentencePiece is read here, but not turned \
-                      into a folder's tokenizer.json";
-        return Err(bad(file, reason));
-    }
     if model != "gpt2" {
         let needed = "\"gpt2\" (byte-level BPE) or \"llama\" (SentencePiece)";
         return Err(bad(file, format!("tokenizer.ggml.model is {model:?}, needed {needed}")));

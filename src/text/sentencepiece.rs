@@ -9,6 +9,7 @@
 use std::cmp::Ordering;
 use std::collections::HashMap;
 
+use serde_json::{Map, Value, json};
 use tokenizers::AddedToken;
 use tokenizers::decoders::byte_fallback::ByteFallback;
 use tokenizers::decoders::fuse::Fuse;
@@ -27,7 +28,7 @@ use crate::weights::Gguf;
 const SPACE: &str = "\u{2581}";
 
 /// Ids of roles that a file does not name, and whether texts begin with BOS.
-const DEFAULTS: Defaults = Defaults { bos: Some(1), eos: Some(2), adds_bos: true };
+pub(super) const DEFAULTS: Defaults = Defaults { bos: Some(1), eos: Some(2), adds_bos: true };
 
 pub(super) fn read(file: &Gguf, added: &[Added]) -> Result<Tokenizer, TextError> {
     let bad = |reason: String| TextError::format(file.path(), reason);
@@ -45,7 +46,7 @@ pub(super) fn read(file: &Gguf, added: &[Added]) -> Result<Tokenizer, TextError>
     let mut inner = tokenizers::Tokenizer::new(bpe);
     let spaces = |from: &str, to: &str| Replace::new(from, to).map_err(broken);
     // A space in front of every text, and behind every mark in it.
-    let in_front = file.bool("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
+    let in_front = in_front(file)?;
     let mut normalizers = Vec::new();
     if in_front {
         normalizers.push(Prepend::new(SPACE.into()).into());
@@ -68,6 +69,126 @@ pub(super) fn read(file: &Gguf, added: &[Added]) -> Result<Tokenizer, TextError>
     Ok(tokenizer.of_tokens(len, added))
 }
 
+/// The parts of a `tokenizer.json` that say how a GGUF's vocabulary joins.
+pub(super) struct Parts {
+    pub normalizer: Value,
+    pub decoder: Value,
+    /// The model, but for its vocabulary.
+    pub model: Map<String, Value>,
+}
+
+/// What transformers makes of such a vocabulary when it turns SentencePiece's own file into a
+/// `tokenizer.json`: a BPE with byte fallback, whose merges lie by the scores of what they give.
+pub(super) fn to_json(file: &Gguf) -> Result<Parts, TextError> {
+    let tokens = gguf::tokens(file)?; // no joint token is one that was added
+    let mut pairs = pairs(file, &tokens, &gguf::ids(file, &tokens)?)?;
+    let length = |id: u32| tokens[id as usize].chars().count();
+    pairs.sort_by(|a, b| {
+        let scores = b.0.partial_cmp(&a.0).unwrap_or(Ordering::Equal);
+        scores.then(length(b.1).cmp(&length(a.1))).then(length(b.2).cmp(&length(a.2)))
+    });
+    let text = |id: u32| &tokens[id as usize];
+    let merges: Value = pairs.iter().map(|pair| json!([text(pair.1), text(pair.2)])).collect();
+    let unknown = file.u64("tokenizer.ggml.unknown_token_id")?.unwrap_or(0);
+    let replace = |from: &str, to: &str| json!({ "type": "Replace", "pattern": { "String": from }, "content": to });
+    let (mut normalizers, mut decoders) = (Vec::new(), vec![replace(SPACE, " ")]);
+    decoders.extend([json!({ "type": "ByteFallback" }), json!({ "type": "Fuse" })]);
+    if in_front(file)? {
+        normalizers.push(json!({ "type": "Prepend", "prepend": SPACE }));
+        decoders.push(json!({ "type": "Strip", "content": " ", "start": 1, "stop": 0 }));
+    }
+    normalizers.push(replace(" ", SPACE));
+    let model = json!({
+        "type": "BPE",
+        "dropout": null,
+        "unk_token": tokens.get(unknown as usize),
+        "continuing_subword_prefix": null,
+        "end_of_word_suffix": null,
+        "fuse_unk": true,
+        "byte_fallback": true,
+        "ignore_merges": false,
+        "merges": merges,
+    });
+    Ok(Parts {
+        normalizer: json!({ "type": "Sequence", "normalizers": normalizers }),
+        decoder: json!({ "type": "Sequence", "decoders": decoders }),
+        model: model.as_object().cloned().unwrap_or_default(),
+    })
+}
+
+/// Whether a space is put in front of texts.
+fn in_front(file: &Gguf) -> Result<bool, TextError> {
+    Ok(file.bool("tokenizer.ggml.add_space_prefix")?.unwrap_or(true))
+}
+
+/// Whether a `tokenizer.json`'s model is one of SentencePiece's.
+pub(super) fn is_model(json: &Value) -> bool {
+    json["model"]["type"].as_str().unwrap_or("BPE") == "BPE"
+        && json["model"]["byte_fallback"] == true
+}
+
+/// Whether a space is put in front of texts by a `tokenizer.json` of a SentencePiece vocabulary.
+///
+/// # Errors
+/// A clause about what it does that llama.cpp does not.
+pub(super) fn space_in_front(json: &Value) -> Result<bool, String> {
+    let mut in_front = false;
+    let (mut spaces_are_marked, own) = (false, &json["normalizer"]);
+    let steps: Vec<&Value> = match own["type"].as_str() {
+        None => Vec::new(),
+        Some("Sequence") => own["normalizers"].as_array().into_iter().flatten().collect(),
+        Some(_) => vec![own],
+    };
+    for step in steps {
+        match step["type"].as_str() {
+            Some("Prepend") if step["prepend"] == SPACE => in_front = true,
+            Some("Replace") if step["pattern"]["String"] == " " && step["content"] == SPACE => {
+                spaces_are_marked = true;
+            }
+            _ => return Err(format!("the normalizer does {step}")),
+        }
+    }
+    let words = &json["pre_tokenizer"];
+    match words["type"].as_str() {
+        None => {}
+        // Finds nothing where spaces are marked before.
+        Some("Split") if spaces_are_marked && words["pattern"]["String"] == " " => {}
+        Some("Metaspace") if words["replacement"] == SPACE && words["split"] == false => {
+            spaces_are_marked = true;
+            in_front |= words["prepend_scheme"] != "never";
+        }
+        Some(_) => return Err(format!("words are cut by {words}")),
+    }
+    match spaces_are_marked {
+        true => Ok(in_front),
+        false => Err(format!("spaces do not become {SPACE:?}")),
+    }
+}
+
+/// Scores of tokens by a `tokenizer.json`'s merges: those that come first have the highest. Tokens whose
+/// merges lie among each other's have the same; those that no merge gives have the lowest.
+pub(super) fn scores(merges: &[(String, String)], ids: &HashMap<&str, u32>) -> Vec<f32> {
+    // Of each token the first and last merge that gives it.
+    let mut spans: HashMap<u32, (usize, usize)> = HashMap::new();
+    let mut given = Vec::new();
+    for (rank, (left, right)) in merges.iter().enumerate() {
+        let Some(&id) = ids.get(format!("{left}{right}").as_str()) else { continue };
+        spans.entry(id).or_insert((rank, rank)).1 = rank;
+        given.push((rank, id));
+    }
+    let lowest = -(merges.len() as f32) - 1.0;
+    let mut scores = vec![lowest; ids.len()];
+    let (mut group, mut end) = (0usize, 0usize);
+    for (rank, id) in given {
+        if rank > end {
+            group += 1;
+        }
+        end = end.max(spans[&id].1);
+        scores[id as usize] = -(group as f32);
+    }
+    scores
+}
+
 /// Every way to part a token of text into two tokens: those of the highest score first, and for one
 /// token those whose parts have the lowest ids.
 fn merges(
@@ -75,6 +196,21 @@ fn merges(
     tokens: &[String],
     ids: &HashMap<&str, u32>,
 ) -> Result<Vec<(String, String)>, TextError> {
+    let mut pairs = pairs(file, tokens, ids)?;
+    pairs.sort_by(|a, b| {
+        b.0.partial_cmp(&a.0).unwrap_or(Ordering::Equal).then((a.1, a.2).cmp(&(b.1, b.2)))
+    });
+    let text = |id: u32| tokens[id as usize].clone();
+    Ok(pairs.into_iter().map(|(_, left, right)| (text(left), text(right))).collect())
+}
+
+/// Every way to part a token of text into two tokens, with its score: by ids, and of one token by where
+/// it is parted.
+fn pairs(
+    file: &Gguf,
+    tokens: &[String],
+    ids: &HashMap<&str, u32>,
+) -> Result<Vec<(f32, u32, u32)>, TextError> {
     let counted = |key: &str, found: usize| match found == tokens.len() {
         true => Ok(()),
         false => Err(TextError::format(
@@ -103,9 +239,5 @@ fn merges(
             }
         }
     }
-    pairs.sort_by(|a, b| {
-        b.0.partial_cmp(&a.0).unwrap_or(Ordering::Equal).then((a.1, a.2).cmp(&(b.1, b.2)))
-    });
-    let text = |id: u32| tokens[id as usize].clone();
-    Ok(pairs.into_iter().map(|(_, left, right)| (text(left), text(right))).collect())
+    Ok(pairs)
 }

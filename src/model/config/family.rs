@@ -7,6 +7,8 @@ use crate::ops::Gate;
 pub struct Family {
     /// `model_type` in a `config.json`.
     pub model_type: &'static str,
+    /// The class in transformers, in a `config.json`'s `architectures`.
+    pub class: &'static str,
     /// `general.architecture` in a GGUF.
     pub architecture: &'static str,
     /// Whether q, k and v always have a bias. Without, the checkpoint says.
@@ -42,6 +44,12 @@ pub struct Family {
     pub multipliers: bool,
     /// Whether the head is the embedding, if a `config.json` does not say.
     pub tied: bool,
+    /// Whether llama.cpp has no place for a head beside the embedding.
+    pub tied_in_gguf: bool,
+    /// Whether rope scaling "yarn" in a `config.json` means longrope, as early ones have it.
+    pub yarn_is_longrope: bool,
+    /// The context that a model with longrope was first trained with, if a `config.json` does not say.
+    pub original_positions: Option<usize>,
     /// Width of a head, if a `config.json` does not say and it is not `hidden_size / heads`.
     pub head_dim: Option<usize>,
     /// Base of the rotary frequencies, if neither form of file says.
@@ -89,6 +97,7 @@ pub enum Windows {
 
 const LLAMA: Family = Family {
     model_type: "llama",
+    class: "LlamaForCausalLM",
     architecture: "llama",
     qkv_bias: false,
     interleaved_in_gguf: true,
@@ -106,6 +115,9 @@ const LLAMA: Family = Family {
     caps: (None, None),
     multipliers: false,
     tied: false,
+    tied_in_gguf: false,
+    yarn_is_longrope: false,
+    original_positions: None,
     head_dim: None,
     rope_theta: 10_000.0,
     local_rope_theta: None,
@@ -113,6 +125,7 @@ const LLAMA: Family = Family {
 
 const QWEN2: Family = Family {
     model_type: "qwen2",
+    class: "Qwen2ForCausalLM",
     architecture: "qwen2",
     qkv_bias: true,
     interleaved_in_gguf: false,
@@ -122,6 +135,7 @@ const QWEN2: Family = Family {
 
 const GEMMA2: Family = Family {
     model_type: "gemma2",
+    class: "Gemma2ForCausalLM",
     architecture: "gemma2",
     interleaved_in_gguf: false,
     norms: Norms::Around,
@@ -134,6 +148,7 @@ const GEMMA2: Family = Family {
     scale_by_hidden_size_at: Some(46),
     caps: (Some(50.0), Some(30.0)),
     tied: true,
+    tied_in_gguf: true,
     head_dim: Some(256),
     ..LLAMA
 };
@@ -142,9 +157,10 @@ const GEMMA2: Family = Family {
 pub const FAMILIES: &[Family] = &[
     LLAMA,
     QWEN2,
-    Family { model_type: "mistral", windows: Windows::All, ..LLAMA },
+    Family { model_type: "mistral", class: "MistralForCausalLM", windows: Windows::All, ..LLAMA },
     Family {
         model_type: "qwen3",
+        class: "Qwen3ForCausalLM",
         architecture: "qwen3",
         qkv_bias: false,
         qk_norm: QkNorm::Head,
@@ -154,25 +170,31 @@ pub const FAMILIES: &[Family] = &[
     GEMMA2,
     Family {
         model_type: "gemma3_text",
+        class: "Gemma3ForCausalLM",
         architecture: "gemma3",
         qk_norm: QkNorm::Head,
         windows: Windows::AllBut(6),
         scale_by_hidden_size_at: Some(62),
         caps: (None, None),
+        tied_in_gguf: false,
         rope_theta: 1_000_000.0,
         local_rope_theta: Some(10_000.0),
         ..GEMMA2
     },
     Family {
         model_type: "phi3",
+        class: "Phi3ForCausalLM",
         architecture: "phi3",
         interleaved_in_gguf: false,
         fused: true,
         windows: Windows::All,
+        yarn_is_longrope: true,
+        original_positions: Some(4096),
         ..LLAMA
     },
     Family {
         model_type: "smollm3",
+        class: "SmolLM3ForCausalLM",
         architecture: "smollm3",
         windows: Windows::Unrotated,
         no_rope_layer_interval: Some(4),
@@ -182,11 +204,18 @@ pub const FAMILIES: &[Family] = &[
     },
     Family {
         model_type: "olmo2",
+        class: "Olmo2ForCausalLM",
         architecture: "olmo2",
         interleaved_in_gguf: false,
         norms: Norms::Behind,
         qk_norm: QkNorm::Width,
         ..LLAMA
     },
-    Family { model_type: "granite", architecture: "granite", multipliers: true, ..LLAMA },
+    Family {
+        model_type: "granite",
+        class: "GraniteForCausalLM",
+        architecture: "granite",
+        multipliers: true,
+        ..LLAMA
+    },
 ];

@@ -30,10 +30,9 @@ pub(super) fn config(gguf: &Gguf, faults: &mut Vec<String>) -> Result<Option<Con
     let kv_heads = size("attention.head_count_kv", Some(heads))?;
     let intermediate_size = size("feed_forward_length", None)?;
     let max_positions = size("context_length", None)?;
-    if value_dim != head_dim || rotated != head_dim {
+    if value_dim != head_dim {
         faults.push(format!(
-            "heads are {head_dim} wide with {rotated} rotated and values of {value_dim}; \
-             only equal widths run here"
+            "heads are {head_dim} wide with values of {value_dim}; only equal widths run here"
         ));
     }
     if let Some(experts) = gguf.u64(&key("expert_count"))?.filter(|&experts| experts > 0) {
@@ -52,7 +51,8 @@ pub(super) fn config(gguf: &Gguf, faults: &mut Vec<String>) -> Result<Option<Con
         1e-5
     });
     let shape = (layers, heads, hidden_size, head_dim);
-    let variation = variation(gguf, family, shape)?;
+    let mut variation = variation(gguf, family, shape)?;
+    variation.rotary_dim = Some(rotated).filter(|&rotated| rotated != head_dim);
     let rope_scaling = rope_scaling(gguf, family, max_positions, faults)?;
     Ok(Some(Config {
         family,
@@ -147,9 +147,16 @@ fn rope_scaling(
     faults: &mut Vec<String>,
 ) -> Result<RopeScaling, ModelError> {
     let number = |name: &str| gguf.f64(&format!("{}.rope.{name}", family.architecture));
+    let original = format!("{}.rope.scaling.original_context_length", family.architecture);
+    let original = gguf.u64(&original)?.map_or(max_positions, |original| original as usize);
+    let grown = number("scaling.attn_factor")?;
     if gguf.tensor_info("rope_factors_long.weight").is_some() {
-        faults.push("rope scaling \"longrope\" does not run here".into());
-        return Ok(RopeScaling::None);
+        return Ok(RopeScaling::LongRope {
+            short_factor: gguf.tensor("rope_factors_short.weight")?.vector()?,
+            long_factor: gguf.tensor("rope_factors_long.weight")?.vector()?,
+            original_max_position_embeddings: original,
+            attention_factor: grown.unwrap_or(1.0),
+        });
     }
     if gguf.tensor_info("rope_freqs.weight").is_some() {
         return Ok(RopeScaling::Factors(gguf.tensor("rope_freqs.weight")?.vector()?));
@@ -164,19 +171,20 @@ fn rope_scaling(
         None | Some("linear" | "yarn") if factor == 0.0 => RopeScaling::None,
         None | Some("linear") => RopeScaling::Linear { factor },
         Some("yarn") => {
-            let original = format!("{}.rope.scaling.original_context_length", family.architecture);
-            let original = gguf.u64(&original)?;
             if number("scaling.yarn_log_multiplier")?.is_some_and(|by| by != 0.0) {
                 faults.push("rope scaling \"yarn\" with a log multiplier does not run here".into());
             }
             RopeScaling::Yarn {
                 factor,
-                original_max_position_embeddings: original.unwrap_or(max_positions as u64) as f64,
+                original_max_position_embeddings: original as f64,
                 beta_fast: number("scaling.yarn_beta_fast")?.unwrap_or(32.0),
                 beta_slow: number("scaling.yarn_beta_slow")?.unwrap_or(1.0),
                 truncate: true,
-                attention_factor: number("scaling.yarn_attn_factor")?
-                    .unwrap_or(yarn_growth(factor)),
+                // llama.cpp's programs read the one, its converter writes the other.
+                attention_factor: match grown {
+                    Some(grown) => grown * yarn_growth(factor),
+                    None => number("scaling.yarn_attn_factor")?.unwrap_or(yarn_growth(factor)),
+                },
             }
         }
         Some(other) => {

@@ -5,7 +5,9 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::{Config, FAMILIES, Family, RopeScaling, Variation, Windows, known, yarn_growth};
+use super::{
+    Config, FAMILIES, Family, RopeScaling, Variation, Windows, known, longrope_growth, yarn_growth,
+};
 use crate::model::ModelError;
 use crate::ops::Gate;
 
@@ -66,18 +68,16 @@ pub(super) fn config(json: &Value, faults: &mut Vec<String>) -> Option<Config> {
     if let Some(kind) = local_rope["rope_type"].as_str().filter(|kind| *kind != "default") {
         faults.push(format!("layers with a window have rope_type {kind:?}, needed \"default\""));
     }
-    for at in [json, rope] {
-        if let Some(part) = at["partial_rotary_factor"].as_f64().filter(|part| *part != 1.0) {
-            faults.push(format!("partial_rotary_factor is {part}; only whole heads rotate here"));
-        }
-    }
+    let parts = [rope, json].map(|at| at["partial_rotary_factor"].as_f64());
+    let part = parts.into_iter().flatten().next().filter(|part| *part != 1.0);
     let number = |at: &Value, key: &str| at[key].as_f64();
     let rope_theta = number(rope, "rope_theta").or(number(json, "rope_theta"));
     let local = number(local_rope, "rope_theta").or(number(json, "rope_local_base_freq"));
     let flag = |key: &str| json[key].as_bool().unwrap_or(false);
-    let rope_scaling = rope_scaling(rope, json, faults);
+    let rope_scaling = rope_scaling(rope, json, (family, max_positions), faults);
     let mut variation = variation(json, family, (layers, hidden_size), faults);
     variation.local_rope_theta = family.local_rope_theta.map(|theta| local.unwrap_or(theta));
+    variation.rotary_dim = part.map(|part| (head_dim as f64 * part) as usize);
     Some(Config {
         family,
         hidden_size,
@@ -189,9 +189,44 @@ fn variation(
     of
 }
 
-fn rope_scaling(rope: &Value, json: &Value, faults: &mut Vec<String>) -> RopeScaling {
+fn rope_scaling(
+    rope: &Value,
+    json: &Value,
+    (family, max_positions): (&Family, usize),
+    faults: &mut Vec<String>,
+) -> RopeScaling {
     let kind = rope["rope_type"].as_str().or(rope["type"].as_str()).unwrap_or("default");
+    let kind = match kind {
+        "su" => "longrope",
+        "yarn" if family.yarn_is_longrope => "longrope",
+        other => other,
+    };
     let number = |key: &str| rope[key].as_f64();
+    if kind == "longrope" {
+        let key = "original_max_position_embeddings";
+        // The one outside comes first, as in transformers.
+        let original = [&json[key], &rope[key]].into_iter().find_map(Value::as_u64);
+        let original = original.map(|original| original as usize).or(family.original_positions);
+        let original = original.unwrap_or(max_positions);
+        let mut factors = |key: &str| -> Vec<f32> {
+            let found = rope[key].as_array().map(|all| all.iter().map(Value::as_f64).collect());
+            let found: Option<Vec<f64>> = found.unwrap_or_default();
+            let found = found.unwrap_or_else(|| {
+                faults.push(format!("rope scaling \"longrope\" has no {key}, needed numbers"));
+                Vec::new()
+            });
+            found.into_iter().map(|factor| factor as f32).collect()
+        };
+        let (short_factor, long_factor) = (factors("short_factor"), factors("long_factor"));
+        let factor = number("factor").unwrap_or(max_positions as f64 / original as f64);
+        return RopeScaling::LongRope {
+            short_factor,
+            long_factor,
+            original_max_position_embeddings: original,
+            attention_factor: number("attention_factor")
+                .unwrap_or(longrope_growth(factor, original as f64)),
+        };
+    }
     let mut need = |key: &str| {
         number(key).unwrap_or_else(|| {
             faults.push(format!("rope scaling {kind:?} has no {key}"));
@@ -229,7 +264,7 @@ fn rope_scaling(rope: &Value, json: &Value, faults: &mut Vec<String>) -> RopeSca
         }
         other => {
             faults.push(format!(
-                "rope scaling {other:?} does not run here (default, linear, llama3, yarn do)"
+                "rope scaling {other:?} does not run here (default, linear, llama3, longrope, yarn do)"
             ));
             RopeScaling::None
         }
@@ -272,16 +307,41 @@ mod tests {
         let cases = [
             (r#"{"model_type": "mamba"}"#.to_string(), "\"mamba\""),
             (format!(r#"{LLAMA}, "hidden_act": "gelu"}}"#), "gelu"),
-            (format!(r#"{LLAMA}, "rope_scaling": {{"rope_type": "longrope"}}}}"#), "longrope"),
+            (
+                format!(r#"{LLAMA}, "rope_scaling": {{"rope_type": "longrope"}}}}"#),
+                "no long_factor",
+            ),
+            (format!(r#"{LLAMA}, "rope_scaling": {{"rope_type": "dynamic"}}}}"#), "dynamic"),
             (format!(r#"{LLAMA}, "rope_scaling": {{"rope_type": "yarn"}}}}"#), "no factor"),
             (format!(r#"{LLAMA}, "use_sliding_window": true}}"#), "use_sliding_window"),
-            (format!(r#"{LLAMA}, "partial_rotary_factor": 0.5}}"#), "partial_rotary_factor"),
             (LLAMA.replace("\"hidden_size\": 64", "\"hidden_size\": \"x\"") + "}", "hidden_size"),
         ];
         for (json, words) in cases {
             let faults = read(&json).unwrap_err().join("; ");
             assert!(faults.contains(words), "{faults}");
         }
+    }
+
+    /// The spelling of early Phi-3s, and of Phi-4-mini, a part of whose heads rotates.
+    #[test]
+    fn longrope_is_read_in_all_spellings() {
+        let json = LLAMA.replace("llama", "phi3");
+        let of = |kind: &str, more: &str| {
+            let json = format!(
+                r#"{json}, "max_position_embeddings": 64, "partial_rotary_factor": 0.75,
+                "rope_scaling": {{"type": "{kind}", "short_factor": [1, 1.5, 2, 2, 3, 4],
+                "long_factor": [1, 2, 4, 8, 16, 32]}}{more}}}"#
+            );
+            read(&json).unwrap()
+        };
+        let long = of("longrope", r#", "original_max_position_embeddings": 16"#);
+        assert_eq!(long, of("su", r#", "original_max_position_embeddings": 16"#));
+        assert_eq!((long.rotary_dim(), long.inv_freq().len()), (12, 6));
+        let (original, freqs) = long.long_inv_freq().unwrap();
+        assert_eq!((original, freqs[5] * 8.0), (16, long.inv_freq()[5]));
+        assert!((long.rope_growth() - 1.5f32.sqrt()).abs() < 1e-6);
+        // The default of the family is beyond these positions: nothing grows.
+        assert_eq!(of("yarn", "").rope_growth(), 1.0);
     }
 
     /// What Gemma 3's configs on disks leave to their readers, and how older ones spell the rest.
