@@ -317,6 +317,8 @@ def make_variant(name, base, settings, weights):
         if name == "phi3-long":
             # What the converter says of it beside the weights.
             shutil.copy(OUT / base / "model.safetensors", made)
+            architectures = json.loads((OUT / base / "config.json").read_text())["architectures"]
+            write_json(Path(made) / "config.json", {**config, "architectures": architectures})
             convert(Path(made), Path(made) / "made.gguf")
             made_of = gguf.GGUFReader(Path(made) / "made.gguf")
             record["keys"] = {k: f.contents() for k, f in made_of.fields.items() if k.startswith("phi3.")}

@@ -28,6 +28,9 @@ pub fn write_gguf(
     out: &Path,
 ) -> Result<Written, ExportError> {
     let config = &source.config;
+    if let Some(reason) = unsaid(config, &source.origin) {
+        return Err(ExportError::Inexpressible { form: "a GGUF", reason });
+    }
     let types = recipe.types(config, importance.is_some())?;
     let metadata = metadata(source, recipe, out)?;
 
@@ -128,9 +131,6 @@ fn metadata(
             Ok(keys)
         }
         Origin::Folder(folder) | Origin::Fresh(folder) => {
-            if let Some(reason) = unsaid(&source.config) {
-                return Err(ExportError::Inexpressible { form: "a GGUF", reason });
-            }
             let mut keys = of_config(&source.config, out);
             keys.extend(kind.map(|(key, value)| (key.to_string(), value)));
             keys.extend(convert::to_gguf(folder, source.config.vocab_size, &source.added)?);
@@ -204,8 +204,12 @@ fn of_config(config: &Config, out: &Path) -> Vec<(String, OwnedValue)> {
         }
     }
     let v = &c.variation;
-    if let Some(window) = v.sliding_window {
-        put("attention.sliding_window", size(window));
+    match v.sliding_window {
+        // llama.cpp's Llamas have no windows; we read a Mistral's here.
+        Some(window) => put("attention.sliding_window", size(window)),
+        // llama.cpp knows Phi-4s by it.
+        None if c.family.fused => put("attention.sliding_window", size(0)),
+        None => {}
     }
     if let Some(theta) = v.local_rope_theta {
         put("rope.freq_base_swa", number(theta));
@@ -236,9 +240,15 @@ fn of_config(config: &Config, out: &Path) -> Vec<(String, OwnedValue)> {
 
 /// What of a decoder neither keys nor tensors of a GGUF say, if there is something: llama.cpp knows it by
 /// the architecture, or does not compute it.
-fn unsaid(c: &Config) -> Option<String> {
+fn unsaid(c: &Config, origin: &Origin) -> Option<String> {
     let (family, v) = (c.family, &c.variation);
     let of = |what: &str| Some(format!("a {} with {what}", family.architecture));
+    if family.tied_in_gguf && !c.tie_word_embeddings {
+        return of("a head beside its embedding");
+    }
+    if let Origin::Gguf(_) = origin {
+        return None; // all else is as it was
+    }
     if matches!(c.rope_scaling, RopeScaling::Yarn { truncate: false, .. }) {
         return of("a yarn ramp between parts of pairs (truncate is false)");
     }
@@ -268,9 +278,6 @@ fn unsaid(c: &Config) -> Option<String> {
         if v.sliding_window.is_none() && family.caps.0.is_some() {
             return of("no windows");
         }
-    }
-    if family.tied_in_gguf && !c.tie_word_embeddings {
-        return of("a head beside its embedding");
     }
     None
 }

@@ -492,3 +492,101 @@ pub fn files(folder: &Path) -> Result<Vec<(&'static str, String)>, TextError> {
     let read = |name: &&'static str| Ok(text(&folder.join(name))?.map(|text| (*name, text)));
     FILES.iter().map(read).filter_map(Result::transpose).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::text::Special;
+    use crate::weights::write_gguf;
+
+    fn golden(name: &str) -> std::path::PathBuf {
+        let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/text/sentencepiece");
+        tests.join(name)
+    }
+
+    fn read_json(name: &str) -> Value {
+        serde_json::from_str(&std::fs::read_to_string(golden(name)).unwrap()).unwrap()
+    }
+
+    /// That a tokenizer gives llama.cpp's ids for all texts.
+    fn gives_llama_cpps_ids(tokenizer: &Tokenizer, name: &str) {
+        let (texts, golden) = (read_json("prefixed.json"), read_json(&format!("{name}.json")));
+        for (i, text) in texts["texts"].as_array().unwrap().iter().enumerate() {
+            let text = text.as_str().unwrap();
+            let (parsed, as_text) = (&golden["ids"][i], &golden["as_text"][i]);
+            let as_text = if as_text.is_null() { parsed } else { as_text };
+            for (special, needed) in [(Special::Parse, parsed), (Special::AsText, as_text)] {
+                let found = tokenizer.encode(text, special).unwrap();
+                assert_eq!(&json!(found), needed, "{name} {i}: {text:?} {special:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn sentencepiece_vocabularies_go_to_the_other_form_and_back() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["prefixed", "plain"] {
+            let file = Gguf::open(golden(&format!("{name}.gguf"))).unwrap();
+            for (name, text) in to_folder(&file).unwrap() {
+                std::fs::write(folder.path().join(name), text).unwrap();
+            }
+            let tokenizer = Tokenizer::from_folder(folder.path()).unwrap();
+            gives_llama_cpps_ids(&tokenizer, name);
+
+            let keys = to_gguf(folder.path(), tokenizer.vocab_size()).unwrap();
+            let path = folder.path().join("again.gguf");
+            write_gguf(&path, &keys, &[]).unwrap();
+            let again = Gguf::open(&path).unwrap();
+            gives_llama_cpps_ids(&Tokenizer::from_gguf(&again).unwrap(), name);
+            for key in ["tokens", "token_type"] {
+                let key = format!("tokenizer.ggml.{key}");
+                let values = |file: &Gguf| file.get(&key).map(|value| value.to_owned());
+                assert_eq!(values(&again), values(&file), "{name}: {key}");
+            }
+            // Scores have the same order, where a merge gives the token.
+            let scores = |file: &Gguf| file.f32s("tokenizer.ggml.scores").unwrap().unwrap();
+            let (old, new) = (scores(&file), scores(&again));
+            let lowest = new.iter().copied().fold(0f32, f32::min);
+            let mut both: Vec<(f32, f32)> = new.into_iter().zip(old).collect();
+            both.retain(|(new, _)| *new > lowest);
+            both.sort_by(|a, b| b.0.total_cmp(&a.0));
+            assert!(both.len() > 100 && both.is_sorted_by(|a, b| a.1 >= b.1), "{name}");
+        }
+    }
+
+    #[test]
+    fn what_llama_cpps_sentencepiece_does_not_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = Gguf::open(golden("prefixed.gguf")).unwrap();
+        let files = to_folder(&file).unwrap();
+        let path = folder.path().join("tokenizer.json");
+        let json: Value = serde_json::from_str(&files[0].1).unwrap();
+        let metaspace = |split: bool, scheme: &str| json!({ "type": "Metaspace", "replacement": "\u{2581}", "prepend_scheme": scheme, "split": split });
+        for (normalizer, words, needed) in [
+            (Value::Null, metaspace(false, "first"), Ok(true)),
+            (Value::Null, metaspace(false, "never"), Ok(false)),
+            (Value::Null, metaspace(true, "first"), Err("words are cut by")),
+            (json!({ "type": "NFKC" }), Value::Null, Err("the normalizer does")),
+            (Value::Null, Value::Null, Err("spaces do not become")),
+        ] {
+            let mut json = json.clone();
+            (json["normalizer"], json["pre_tokenizer"]) = (normalizer, words);
+            std::fs::write(&path, json.to_string()).unwrap();
+            let found = to_gguf(folder.path(), 700);
+            match needed {
+                Ok(in_front) => {
+                    let in_front = ("tokenizer.ggml.add_space_prefix", OwnedValue::Bool(in_front));
+                    let keys = found.unwrap();
+                    assert!(
+                        keys.iter()
+                            .any(|(key, value)| (&**key, value) == (in_front.0, &in_front.1))
+                    );
+                }
+                Err(words) => {
+                    let error = found.unwrap_err().to_string();
+                    assert!(error.contains(words), "{error}");
+                }
+            }
+        }
+    }
+}

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 use quantune::data::{Batch, Example};
+use quantune::generate::engine::{Engine, Event, Job};
 use quantune::model::{Adapters, CacheType, Decoder, FullModel, KvCache, Rows, Worn};
 use quantune::objectives::Objective;
 use quantune::ops::Compute;
@@ -18,19 +19,30 @@ use quantune_adapters::format;
 
 use crate::support::{golden, golden_json, ids, log_softmax};
 
-const MODELS: &[&str] =
+pub const MODELS: &[&str] =
     &["llama-yarn", "mistral", "qwen3", "gemma2", "gemma3", "phi3", "smollm3", "olmo2", "granite"];
 
 /// The same weights under other settings.
-const VARIANTS: &[&str] =
-    &["llama-linear", "llama-yarn-all", "qwen3-window", "gemma2-scalar", "smollm3-window"];
+const VARIANTS: &[&str] = &[
+    "llama-linear",
+    "llama-yarn-all",
+    "qwen3-window",
+    "gemma2-scalar",
+    "smollm3-window",
+    "phi3-long",
+];
+
+/// Further adapters, and the model they are for: DoRA on fused modules, and parts of a head whose logits
+/// have a cap.
+const ADAPTERS: &[(&str, &str)] =
+    &[("phi3-dora", "phi3"), ("gemma2-head", "gemma2"), ("gemma2-tokens", "gemma2")];
 
 fn load(file: &str, compute: Compute) -> Decoder {
     let checkpoint = Checkpoint::open(golden(&format!("families/{file}"))).unwrap();
     Decoder::load(&checkpoint, compute).unwrap()
 }
 
-fn rows(name: &str) -> Vec<Vec<u32>> {
+pub fn rows(name: &str) -> Vec<Vec<u32>> {
     let golden = golden_json(&format!("families/{name}.json"));
     golden["input_ids"].as_array().unwrap().iter().map(ids).collect()
 }
@@ -40,7 +52,7 @@ fn theirs(name: &str) -> HashMap<String, Tensor> {
     candle_core::safetensors::load(path, &Device::Cpu).unwrap()
 }
 
-fn adapter(name: &str, decoder: &Decoder) -> Adapter {
+pub fn adapter(name: &str, decoder: &Decoder) -> Adapter {
     let folder = golden(&format!("families/{name}-adapter"));
     let linears = decoder.linears();
     format::read_folder(&folder, "default", &linears, Some("lm_head"), &Device::Cpu).unwrap().0
@@ -48,7 +60,7 @@ fn adapter(name: &str, decoder: &Decoder) -> Adapter {
 
 /// The largest difference to transformers' log-probs, over the first `positions` of both rows, which
 /// run packed in one pass.
-fn worst(name: &str, decoder: &Decoder, positions: usize) -> f64 {
+pub fn worst(name: &str, decoder: &Decoder, positions: usize) -> f64 {
     let (rows, theirs) = (rows(name), theirs(name));
     let hidden = decoder.hidden(&Rows::new(&rows), Adapters::NONE).unwrap();
     let mut ours = log_softmax(&decoder.logits(&hidden, Adapters::NONE).unwrap()).into_iter();
@@ -87,17 +99,23 @@ fn log_probs_are_transformers() {
     }
 }
 
+/// The folder of a variant.
+pub fn variant(name: &str) -> (tempfile::TempDir, Checkpoint) {
+    let golden_run = golden_json(&format!("families/{name}.json"));
+    let base = golden(&format!("families/{}", golden_run["base"].as_str().unwrap()));
+    let folder = tempfile::tempdir().unwrap();
+    let weights = "model.safetensors";
+    std::fs::copy(base.join(weights), folder.path().join(weights)).unwrap();
+    let config = golden_run["config"].to_string();
+    std::fs::write(folder.path().join("config.json"), config).unwrap();
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    (folder, checkpoint)
+}
+
 #[test]
 fn other_settings_of_the_same_weights_are_read() {
     for name in VARIANTS {
-        let golden_run = golden_json(&format!("families/{name}.json"));
-        let base = golden(&format!("families/{}", golden_run["base"].as_str().unwrap()));
-        let folder = tempfile::tempdir().unwrap();
-        let weights = "model.safetensors";
-        std::fs::copy(base.join(weights), folder.path().join(weights)).unwrap();
-        let config = golden_run["config"].to_string();
-        std::fs::write(folder.path().join("config.json"), config).unwrap();
-        let checkpoint = Checkpoint::open(folder.path()).unwrap();
+        let (_folder, checkpoint) = variant(name);
         for compute in [Compute::F32, Compute::Portable] {
             let decoder = Decoder::load(&checkpoint, compute).unwrap();
             let worst = worst(name, &decoder, usize::MAX);
@@ -153,10 +171,12 @@ fn relative(a: &[f32], b: &[f32]) -> f64 {
 #[test]
 fn gradients_are_pefts() {
     let mut wrong: Vec<String> = Vec::new();
-    for name in MODELS {
+    for (name, base) in
+        MODELS.iter().map(|name| (name, name)).chain(ADAPTERS.iter().map(|(a, b)| (a, b)))
+    {
         let golden_run = golden_json(&format!("families/{name}.json"));
         let theirs = theirs(name);
-        let mut files = vec![name.to_string(), format!("{name}.gguf")];
+        let mut files = vec![base.to_string(), format!("{base}.gguf")];
         if golden_run["gguf_positions"].is_u64() {
             files.pop(); // its keys do not say all
         }
@@ -171,7 +191,8 @@ fn gradients_are_pefts() {
                     let (loss, names, ours) = step(&decoder, adapter, &rows(name), (kept, 1.0));
                     let error = (loss - golden_run["loss"].as_f64().unwrap()).abs();
                     assert!(error < bound.max(2e-5), "{file} {compute:?}: loss {error:e} off");
-                    assert_eq!(names.len() + rows(name).len(), theirs.len());
+                    let gradients = theirs.keys().filter(|name| !name.starts_with("log_probs."));
+                    assert_eq!(names.len(), gradients.count());
                     for (name, ours) in names.iter().zip(&ours) {
                         let theirs = theirs[name].flatten_all().unwrap().to_vec1().unwrap();
                         let error = relative(ours, &theirs);
@@ -193,9 +214,14 @@ fn gradients_are_pefts() {
 /// Log-probs at a temperature, and their gradients: a cap on logits comes before it.
 #[test]
 fn temperatures_agree_in_both_forms() {
-    for name in ["gemma2", "granite"] {
+    for (name, base) in [
+        ("gemma2", "gemma2"),
+        ("granite", "granite"),
+        ("gemma2-head", "gemma2"),
+        ("gemma2-tokens", "gemma2"),
+    ] {
         let run = |compute| {
-            let decoder = load(name, compute);
+            let decoder = load(base, compute);
             let adapter = adapter(name, &decoder);
             step(&decoder, adapter, &rows(name), (99, 0.6))
         };
@@ -207,12 +233,14 @@ fn temperatures_agree_in_both_forms() {
         }
 
         // And both are those of the logits that are sampled from.
-        let (decoder, rows) = (load(name, Compute::F32), rows(name));
-        let hidden = decoder.hidden(&Rows::new(&rows[..1]), Adapters::NONE).unwrap();
-        let logits = (decoder.logits(&hidden, Adapters::NONE).unwrap() / 0.6).unwrap();
+        let (decoder, rows) = (load(base, Compute::F32), rows(name));
+        let adapter = Arc::new(adapter(name, &decoder));
+        let worn = [Worn { adapter, weight: 0.8, trainable: false }];
+        let hidden = decoder.hidden(&Rows::new(&rows[..1]), Adapters::Same(&worn)).unwrap();
+        let logits = (decoder.logits(&hidden, Adapters::Same(&worn)).unwrap() / 0.6).unwrap();
         let needed = log_softmax(&logits);
         let targets: Vec<u32> = (0..rows[0].len() as u32).collect();
-        let found = decoder.heated_log_probs(&hidden, &targets, 0.6, &[]).unwrap();
+        let found = decoder.heated_log_probs(&hidden, &targets, 0.6, &worn).unwrap();
         let found = found.to_vec1::<f32>().unwrap();
         for ((row, &target), found) in needed.iter().zip(&targets).zip(found) {
             assert!((row[target as usize] - f64::from(found)).abs() < 1e-4, "{name}");
@@ -255,6 +283,62 @@ fn the_cache_gives_what_one_pass_gives() {
                 assert!(relative(&some[i * width..][..width], needed) < 1e-5, "{name} {token}");
             }
         }
+    }
+}
+
+/// A row that grows beyond the positions from which on it rotates otherwise is read anew, and so is one
+/// that goes on from a shorter one.
+#[test]
+fn rows_grow_across_longropes_border() {
+    let (_folder, checkpoint) = variant("phi3-long");
+    for compute in [Compute::F32, Compute::Portable] {
+        let decoder = Decoder::load(&checkpoint, compute).unwrap();
+        let row = &rows("phi3-long")[0];
+        let likeliest = |tokens: &[u32]| -> u32 {
+            let last = tokens.len() as u32 - 1;
+            let rows = Rows::new(&[tokens]);
+            let hidden = decoder.hidden_of(&rows, Adapters::NONE, &[last]).unwrap();
+            let logits = decoder.logits(&hidden, Adapters::NONE).unwrap().to_vec2::<f32>().unwrap();
+            (0..64u32)
+                .max_by(|a, b| logits[0][*a as usize].total_cmp(&logits[0][*b as usize]))
+                .unwrap()
+        };
+        // Prompts before, on and beyond the border of 24, with one engine.
+        let mut engine = Engine::new(&decoder, CacheType::F32, 2);
+        let prompts = [&row[..18], &row[..24], &row[..25], &row[..38]];
+        for prompt in prompts {
+            engine.submit(Job::new(prompt.to_vec(), 12)).unwrap();
+        }
+        let mut found = vec![Vec::new(); prompts.len()];
+        while !engine.is_idle() {
+            for event in engine.step().unwrap() {
+                if let Event::Finished { id, ended } = event {
+                    found[id] = ended.generated.token_ids;
+                }
+            }
+        }
+        for (prompt, found) in prompts.iter().zip(found) {
+            let mut tokens = prompt.to_vec();
+            for _ in 0..12 {
+                tokens.push(likeliest(&tokens));
+            }
+            assert_eq!(found, tokens[prompt.len()..], "{compute:?}, a prompt of {}", prompt.len());
+        }
+
+        let mut cache = KvCache::with_type(&decoder.config, 1, CacheType::F32);
+        let next = |from: usize, to: usize| Rows::after([(&row[from..to], from)].into_iter());
+        decoder.hidden_cached(&next(0, 20), Adapters::NONE, &mut cache).unwrap();
+        let error = decoder.hidden_cached(&next(20, 30), Adapters::NONE, &mut cache);
+        assert!(error.unwrap_err().to_string().contains("all of its tokens anew"));
+
+        // Packed rows turn each by its own length, whatever stands beside them.
+        let of = |rows: &[&[u32]]| {
+            let hidden = decoder.hidden(&Rows::new(rows), Adapters::NONE).unwrap();
+            hidden.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        };
+        let (long, short) = (&row[..30], &row[..20]);
+        let both = of(&[short, long, short]);
+        assert!(relative(&both, &[of(&[short]), of(&[long]), of(&[short])].concat()) < 1e-5);
     }
 }
 

@@ -13,6 +13,7 @@ mod data;
 mod export;
 mod export_adapters;
 mod families;
+mod families_export;
 mod family;
 mod generate;
 mod habits;
