@@ -33,6 +33,7 @@ MODELS = {
     "qwen2-288": dict(arch="qwen2", layers=8, heads=6, kv=3, hidden=288, inner=768, tied=True),
     "llama-80": dict(arch="llama", layers=3, heads=5, kv=1, hidden=80, inner=256, tied=False),
     "llama-80-layers": dict(arch="llama", layers=80, heads=4, kv=2, hidden=256, inner=256, tied=False),
+    "phi3-256": dict(arch="phi3", layers=9, heads=4, kv=2, hidden=256, inner=512, tied=False),
     "qwen2-80-layers": dict(arch="qwen2", layers=80, heads=2, kv=2, hidden=256, inner=256, tied=False),
 }
 VOCAB = 64
@@ -59,6 +60,9 @@ def shapes(m):
         "ffn_up": (m["inner"], m["hidden"]),
         "ffn_down": (m["hidden"], m["inner"]),
     }
+    if m["arch"] == "phi3":
+        fused = {"attn_qkv": (m["hidden"] + 2 * kv, m["hidden"]), "ffn_up": (2 * m["inner"], m["hidden"])}
+        layer = {name: layer[name] for name in ("attn_output", "ffn_down")} | fused
     found = {"token_embd.weight": (VOCAB, m["hidden"])}
     for i in range(m["layers"]):
         found |= {f"blk.{i}.{name}.weight": shape for name, shape in layer.items()}

@@ -112,7 +112,10 @@ pub(super) fn to_json(
         put("original_max_position_embeddings", original.into());
     }
     if let Some(width) = v.rotary_dim {
-        put("partial_rotary_factor", json!(width as f64 / c.head_dim as f64));
+        let part = width as f64 / c.head_dim as f64;
+        // Its product with the width of a head is cut to a whole number.
+        let falls_short = ((c.head_dim as f64 * part) as usize) < width;
+        put("partial_rotary_factor", json!(if falls_short { part.next_up() } else { part }));
     }
     put("tie_word_embeddings", c.tie_word_embeddings.into());
     if !family.qkv_bias && !family.fused {

@@ -262,7 +262,7 @@ impl Recipe {
         let (first, last) = (layers / 8, 7 * layers / 8);
         let more_bits = |layer: usize| layer < first || layer >= last || (layer - first) % 3 == 2;
         let gqa = config.num_attention_heads / config.num_key_value_heads;
-        if name.contains("attn_v.weight") {
+        if name.contains("attn_v.weight") || name.contains("attn_qkv.weight") {
             let layer = seen.attn_v;
             seen.attn_v += 1;
             let of = match self.file_type {
@@ -295,14 +295,6 @@ impl Recipe {
                 F::Q4_K_S if layer < first => Q5_K,
                 F::Q4_0 if importance && layer < first => Q4_1,
                 F::Q5_0 if importance && layer < first => Q5_1,
-                _ => plain,
-            };
-        }
-        if name.contains("attn_qkv.weight") {
-            return match self.file_type {
-                F::Q3_K_M | F::Q3_K_L => Q4_K,
-                F::Q4_K_M => Q5_K,
-                F::Q5_K_M => Q6_K,
                 _ => plain,
             };
         }

@@ -129,6 +129,7 @@ impl Decoder {
                 }
             }
         }
+        self.embedded_in_place(x);
         Ok(())
     }
 

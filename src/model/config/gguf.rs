@@ -35,6 +35,11 @@ pub(super) fn config(gguf: &Gguf, faults: &mut Vec<String>) -> Result<Option<Con
             "heads are {head_dim} wide with values of {value_dim}; only equal widths run here"
         ));
     }
+    if rotated != head_dim && family.interleaved_in_gguf {
+        faults.push(format!(
+            "{rotated} numbers of heads of {head_dim} rotate; in a {architecture} only whole heads do"
+        ));
+    }
     if let Some(experts) = gguf.u64(&key("expert_count"))?.filter(|&experts| experts > 0) {
         faults.push(format!("it has {experts} experts, and mixtures of experts do not run here"));
     }
