@@ -3,7 +3,8 @@
 //! A [`Source`] is a list of tensors that are read a few rows at a time: those of a checkpoint with
 //! adapters merged into them, or those a training run holds in memory. Writers go through it tensor
 //! by tensor, so that memory holds a slab of one tensor and never a model. What was written is
-//! opened again and compared before it counts.
+//! opened again and compared before it counts. A folder becomes the GGUF that llama.cpp's converter
+//! makes of it, and back; what the other form has no word for is refused by what it is.
 
 pub mod bill;
 mod config;

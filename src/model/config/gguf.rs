@@ -119,7 +119,8 @@ fn variation(
     match (family.windows, window) {
         // Qwens name a window that they do not use.
         (_, None) | (Windows::Upper | Windows::Unrotated, _) => {}
-        // A Mistral is written as a Llama.
+        // A Mistral is written as a Llama. llama.cpp's converter leaves its window out and its programs
+        // attend to all there is, so of such a file we do too; what we write ourselves has the window.
         (Windows::Never | Windows::All, Some(window)) => {
             of.sliding_window = Some(window);
             of.windowed = vec![true; layers];
