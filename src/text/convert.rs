@@ -126,6 +126,7 @@ pub fn to_gguf(
     let (config_path, config) =
         (folder.join("tokenizer_config.json"), object(&folder.join("tokenizer_config.json"))?);
     let unk = token_text(&config["unk_token"]).flatten();
+    let unk = unk.or_else(|| model["unk_token"].as_str().map(str::to_owned));
     let unk = unk.and_then(|token| tokenizer.id_of(&token));
     // llama.cpp takes ids of its own for roles that a file does not name.
     let of_model = |key: &str| -> Result<Option<u32>, TextError> {
@@ -528,13 +529,13 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         for name in ["prefixed", "plain"] {
             let file = Gguf::open(golden(&format!("{name}.gguf"))).unwrap();
-            for (name, text) in to_folder(&file).unwrap() {
+            for (name, text) in to_folder(&file, &[]).unwrap() {
                 std::fs::write(folder.path().join(name), text).unwrap();
             }
             let tokenizer = Tokenizer::from_folder(folder.path()).unwrap();
             gives_llama_cpps_ids(&tokenizer, name, true);
 
-            let keys = to_gguf(folder.path(), tokenizer.vocab_size()).unwrap();
+            let keys = to_gguf(folder.path(), tokenizer.vocab_size(), &[]).unwrap();
             let path = folder.path().join("again.gguf");
             write_gguf(&path, &keys, &[]).unwrap();
             let again = Gguf::open(&path).unwrap();
@@ -564,7 +565,7 @@ mod tests {
     fn what_llama_cpps_sentencepiece_does_not_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let file = Gguf::open(golden("prefixed.gguf")).unwrap();
-        let files = to_folder(&file).unwrap();
+        let files = to_folder(&file, &[]).unwrap();
         let path = folder.path().join("tokenizer.json");
         let json: Value = serde_json::from_str(&files[0].1).unwrap();
         let metaspace = |split: bool, scheme: &str| json!({ "type": "Metaspace", "replacement": "\u{2581}", "prepend_scheme": scheme, "split": split });
@@ -578,7 +579,7 @@ mod tests {
             let mut json = json.clone();
             (json["normalizer"], json["pre_tokenizer"]) = (normalizer, words);
             std::fs::write(&path, json.to_string()).unwrap();
-            let found = to_gguf(folder.path(), 700);
+            let found = to_gguf(folder.path(), 700, &[]);
             match needed {
                 Ok(in_front) => {
                     let in_front = ("tokenizer.ggml.add_space_prefix", OwnedValue::Bool(in_front));
