@@ -74,9 +74,9 @@ for i in "${!configurations[@]}"; do
     [[ "$command" != ppo ]] || flags+=(--reward-adapter "$(reward_of "$model")")
     run=("$quantune" "${flags[@]}" --base "$model" --data "$work/${rows[$command]}.jsonl" --out "$work/run-$i"
         --max-steps "${STEPS:-3}" --threads "${THREADS:-2}" --json)
-    "${run[@]}" --dry-run 2>/dev/null | tail -n 1 >"$work/predicted.json"
+    "${run[@]}" --dry-run 2>"$work/log" | tail -n 1 >"$work/predicted.json" || { cat "$work/log" >&2; exit 1; }
     [[ ! -e "$work/run-$i" ]] || { echo "a dry run wrote $work/run-$i" >&2; exit 1; }
-    "${run[@]}" 2>/dev/null | tail -n 1 >"$work/measured.json"
+    "${run[@]}" 2>"$work/log" | tail -n 1 >"$work/measured.json" || { cat "$work/log" >&2; exit 1; }
     rm -rf "$work/run-$i"
     echo "${configurations[$i]} ($(basename "$model"))"
     python3 - "$work" <<'PY' || worst=1

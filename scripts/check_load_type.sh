@@ -3,7 +3,7 @@
 #
 #   scripts/check_load_type.sh FOLDER...
 #
-# Each folder is loaded to Q8_0, Q4_K and Q4_0 and answers with one token. Tells the private memory (RssAnon of
+# Each folder is loaded to Q8_0, Q4_K and Q4_0 and scores a few words. Tells the private memory (RssAnon of
 # /proc/PID/status) and all of it (RssAnon + RssFile) at their highest, above what the same command takes of the folder as it
 # is stored, and ends with 1 where either is more than the quantized matrices, a tenth of them and the largest matrix in F32.
 # TYPES and QUANTUNE (the binary) may be set.
@@ -22,7 +22,7 @@ pathlib.Path(f"{work}/rows.jsonl").write_text('{"text": "a few words"}\n')
 
 def peaks(folder, *more):
     """The most private memory and the most of all, in bytes. What is mapped counts only as far as it is resident."""
-    command = [quantune, "generate", "--base", folder, "--raw", "--prompt", "hello", "--max-tokens", "1", *more]
+    command = [quantune, "eval", "--base", folder, "--data", f"{work}/rows.jsonl", *more]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     private = whole = 0
     while process.poll() is None:

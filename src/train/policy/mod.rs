@@ -360,7 +360,9 @@ impl Rollouts {
             return decoding + judge;
         }
         let together = (TOKENS_AT_A_TIME / tokens).clamp(1, self.batch_size() * per_prompt);
-        let (tokens, compute) = (together * tokens, decoder.compute);
+        let prompts = together.div_ceil(per_prompt);
+        let prompts = prompts * self.prompts.report.longest as usize;
+        let (tokens, compute) = (prompts + together * settings.max_tokens, decoder.compute);
         let states = 2 * tokens * config.hidden_size * size_of::<f32>();
         let forward = Tape::bytes(config, compute, tokens, sizes)
             + Tape::shared_bytes(config, compute, tokens, sizes)
