@@ -371,7 +371,8 @@ impl Rollouts {
             true => linear_cross_entropy::working_bytes(tokens, config.vocab_size, compute),
             false => 0,
         };
-        decoding + judge + forward + logits
+        // What decoding took is free again before anything is scored.
+        judge + decoding.max(forward + logits)
     }
 
     /// Takes up the run as far as an update needs, and writes nothing.
