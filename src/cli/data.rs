@@ -11,7 +11,8 @@ use super::{TemplateFlags, open_tokenizer, to_json};
 use crate::data::doctor::{Check, Diagnosis, Seen};
 use crate::data::{
     AlpacaPrompt, ComparisonKind, ComparisonSettings, Comparisons, DataFile, Dataset, Dialect,
-    Example, Limits, LoadSettings, ModelLimits, WhenTooLong, first_dialect,
+    FileRows, Limits, LoadSettings, ModelLimits, PromptSettings, Prompts, WhenTooLong,
+    first_dialect,
 };
 use crate::model::Config;
 use crate::text::Tokenizer;
@@ -22,13 +23,14 @@ pub struct Data {
     /// The base: a GGUF file or a Hugging Face folder; only its tokenizer and shape are read
     #[arg(long)]
     base: PathBuf,
-    /// Rows, JSONL or Parquet, of any kind that a trainer learns from; may be given again
+    /// Rows, JSONL or Parquet, of any kind that a trainer reads; may be given again
     #[arg(long, required = true, value_name = "PATH[=WEIGHT]")]
     data: Vec<DataFile>,
     /// Held-out rows, looked for among the others
     #[arg(long)]
     eval_data: Option<PathBuf>,
-    /// Tokens of an example, as the trainers' [default: 1024]
+    /// Tokens of an example, as the trainers' [default: 1024]; of `prompt`s, whose responses need room
+    /// in it too, the most one may have
     #[arg(long)]
     max_length: Option<usize>,
     /// How `instruction`, `input` and `output` are laid out: chat (the first two are what the user
@@ -44,7 +46,7 @@ pub struct Data {
     #[arg(long, value_delimiter = ',', value_name = "CHECK")]
     allow: Vec<Check>,
     /// Show the first N rows as tokens, the learned ones coloured, or in brackets where there are no
-    /// colours
+    /// colours; of `prompt`s where the reply begins
     #[arg(long, value_name = "N")]
     show_masks: Option<usize>,
 }
@@ -111,44 +113,37 @@ impl Data {
 
     fn look(&self, path: &Path, tokenizer: &Tokenizer, model: ModelLimits) -> Result<Looked> {
         let never = AtomicBool::new(false); // nothing is lost: Ctrl-C ends the process
-        let max_length = self.max_length.unwrap_or(1024).min(model.window);
-        let kind = match first_dialect(path)? {
-            Some(Dialect::Compared | Dialect::Ranked) => Some(ComparisonKind::Pairs),
-            Some(Dialect::Labelled) => Some(ComparisonKind::Labels),
-            Some(Dialect::Prompt) => bail!(
-                "{}: prompts alone have nothing to learn before they are answered; `ppo` and `grpo` \
-                 say what is wrong with them",
-                path.display()
-            ),
-            _ => None,
-        };
-        let path = path.to_path_buf();
-        if let Some(kind) = kind {
-            let settings = ComparisonSettings {
-                limits: Limits { max_length, when_long: WhenTooLong::Cut },
-                allow: self.allow.clone(),
-                model: Some(model),
-            };
-            let data = Comparisons::examine(&path, tokenizer, settings, kind, &never)?;
-            let (report, counts) = (to_json(&data.report)?, data.report.to_string());
-            let (diagnosis, seen) = (data.diagnosis, data.seen);
-            return Ok(Looked { path, diagnosis, seen, report, counts });
+        match self.kind(path, model)? {
+            Kind::Examples(settings) => {
+                Looked::of(path, Dataset::examine(path, tokenizer, &settings, &never)?)
+            }
+            Kind::Comparisons(settings, kind) => {
+                Looked::of(path, Comparisons::examine(path, tokenizer, &settings, kind, &never)?)
+            }
+            Kind::Prompts(settings) => {
+                Looked::of(path, Prompts::examine(path, tokenizer, &settings, &never)?)
+            }
         }
-        let settings = self.settings(max_length, model);
-        let data = Dataset::examine(&path, tokenizer, &settings, &never)?;
-        let (report, counts) = (to_json(&data.report)?, data.report.to_string());
-        Ok(Looked { path, diagnosis: data.diagnosis, seen: data.seen, report, counts })
     }
 
-    fn settings(&self, max_length: usize, model: ModelLimits) -> LoadSettings {
-        LoadSettings {
-            max_length,
-            alpaca: self.alpaca_prompt,
-            allow: self.allow.clone(),
-            model: Some(model),
-            cache: None,
-            looks_only: true,
-        }
+    /// What rows of a file are read as, by the first of them.
+    fn kind(&self, path: &Path, model: ModelLimits) -> Result<Kind> {
+        let max_length = self.max_length.unwrap_or(1024).min(model.window);
+        let (allow, alpaca, model) = (self.allow.clone(), self.alpaca_prompt, Some(model));
+        let limits = Limits { max_length, when_long: WhenTooLong::Cut };
+        let kind = match first_dialect(path)? {
+            Some(Dialect::Compared | Dialect::Ranked) => ComparisonKind::Pairs,
+            Some(Dialect::Labelled) => ComparisonKind::Labels,
+            Some(Dialect::Prompt) => {
+                return Ok(Kind::Prompts(PromptSettings { max_length, allow, cache: None }));
+            }
+            _ => {
+                let cache = None;
+                let settings = LoadSettings { max_length, alpaca, allow, model, cache };
+                return Ok(Kind::Examples(settings));
+            }
+        };
+        Ok(Kind::Comparisons(ComparisonSettings { limits, allow, model, cache: None }, kind))
     }
 
     /// Shows the first rows as the trainer sees them.
@@ -159,18 +154,60 @@ impl Data {
         model: ModelLimits,
         count: usize,
     ) -> Result<()> {
-        let max_length = self.max_length.unwrap_or(1024).min(model.window);
         let colours = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-        let settings = self.settings(max_length, model);
-        for example in Dataset::first(path, tokenizer, &settings, count)? {
-            crate::cli::say!("{}:{}:", path.display(), example.line);
-            crate::cli::say!("{}", painted(&example, tokenizer, colours)?);
+        let show = |line: u64, tokens: &[u32], learned: &[bool], ends: bool| -> Result<()> {
+            crate::cli::say!("{}:{line}:", path.display());
+            let mut text = painted((tokens, learned), tokenizer, colours)?;
+            if ends {
+                text.push_str(&marked("…", colours)); // what the policy will say
+            }
+            crate::cli::say!("{text}");
+            Ok(())
+        };
+        match self.kind(path, model)? {
+            Kind::Examples(settings) => {
+                for example in Dataset::first(path, tokenizer, &settings, count)? {
+                    show(example.line, &example.tokens, &example.learned, false)?;
+                }
+            }
+            Kind::Comparisons(settings, kind) => {
+                for row in Comparisons::first(path, tokenizer, &settings, kind, count)? {
+                    for response in &row.responses {
+                        let given = row.prompt.len();
+                        let tokens = [&row.prompt[..], response].concat();
+                        let learned: Vec<bool> = (0..tokens.len()).map(|i| i >= given).collect();
+                        show(row.line, &tokens, &learned, false)?;
+                    }
+                }
+            }
+            Kind::Prompts(settings) => {
+                for prompt in Prompts::first(path, tokenizer, &settings, count)? {
+                    let learned = vec![false; prompt.tokens.len()];
+                    show(prompt.line, &prompt.tokens, &learned, true)?;
+                }
+            }
         }
         Ok(())
     }
 }
 
+/// What rows are read as.
+enum Kind {
+    Examples(LoadSettings),
+    Comparisons(ComparisonSettings, ComparisonKind),
+    Prompts(PromptSettings),
+}
+
 impl Looked {
+    fn of<T, R: serde::Serialize + std::fmt::Display>(
+        path: &Path,
+        data: FileRows<T, R>,
+    ) -> Result<Self> {
+        let (report, counts) = (to_json(&data.report)?, data.report.to_string());
+        let FileRows { diagnosis, seen, .. } = data;
+        Ok(Self { path: path.to_path_buf(), diagnosis, seen, report, counts })
+    }
+
     fn json(&self) -> Result<Value> {
         let mut value = Map::new();
         value.insert("path".into(), json!(self.path));
@@ -182,19 +219,25 @@ impl Looked {
 }
 
 /// The text of a row, its learned stretches green or in brackets.
-fn painted(example: &Example, tokenizer: &Tokenizer, colours: bool) -> Result<String> {
-    let (open, close) = if colours { ("\u{1b}[32m", "\u{1b}[0m") } else { ("[[", "]]") };
+fn painted(
+    (tokens, learned): (&[u32], &[bool]),
+    tokenizer: &Tokenizer,
+    colours: bool,
+) -> Result<String> {
     let mut text = String::new();
     let mut start = 0;
-    for stretch in example.learned.chunk_by(|a, b| a == b) {
-        let tokens = &example.tokens[start..start + stretch.len()];
+    for stretch in learned.chunk_by(|a, b| a == b) {
+        let piece = tokenizer.decode(&tokens[start..start + stretch.len()], false)?;
         start += stretch.len();
-        let piece = tokenizer.decode(tokens, false)?;
-        if stretch[0] {
-            text.extend([open, &piece, close]);
-        } else {
-            text.push_str(&piece);
+        match stretch[0] {
+            true => text.push_str(&marked(&piece, colours)),
+            false => text.push_str(&piece),
         }
     }
     Ok(text)
+}
+
+fn marked(piece: &str, colours: bool) -> String {
+    let (open, close) = if colours { ("\u{1b}[32m", "\u{1b}[0m") } else { ("[[", "]]") };
+    format!("{open}{piece}{close}")
 }

@@ -87,7 +87,7 @@ impl Eval {
                 let never = AtomicBool::new(false); // nothing is lost: Ctrl-C ends the process
                 let data = Dataset::load(data, &tokenizer, max_length, &never)?;
                 eprintln!("data: {}", data.report);
-                let loss = evaluate(&decoder, &worn, &data.examples, &never)?;
+                let loss = evaluate(&decoder, &worn, &data.rows, &never)?;
                 (loss.context("stopped")?, Some(data.report))
             }
             (None, Some(text)) => {
@@ -134,17 +134,17 @@ impl Eval {
         let never = AtomicBool::new(false); // nothing is lost: Ctrl-C ends the process
         let data = Comparisons::load(data, tokenizer, limits, ComparisonKind::Any, &never)?;
         eprintln!("data: {}", data.report);
-        let judged = judge_rewards(decoder, &worn, &data.comparisons, 0.0, &never)?;
+        let judged = judge_rewards(decoder, &worn, &data.rows, 0.0, &never)?;
         let judged = judged.context("stopped")?;
         if let Some(path) = &self.scores {
-            let line = |(row, scores): (&Comparison, &Vec<f32>)| {
+            let line = |(row, scores): (Comparison, &Vec<f32>)| {
                 format!("{}\n", json!({ "line": row.line, "scores": scores }))
             };
-            let lines: String = data.comparisons.iter().zip(&judged.scores).map(line).collect();
+            let lines: String = data.rows.iter().zip(&judged.scores).map(line).collect();
             write_atomically(path, |file| file.write_all(lines.as_bytes()))?;
         }
         let mut value = Map::new();
-        value.insert("rows".into(), json!(data.comparisons.len()));
+        value.insert("rows".into(), json!(data.rows.len()));
         let paired = judged.stats.pairs > 0;
         let of_pairs = ["loss", "accuracy", "margin", "pairs", "calibration_error", "brier"];
         let numbers = judged.numbers().into_iter();

@@ -94,7 +94,8 @@ impl Replies {
         }
         let temperature = self.temperature.unwrap_or(0.7);
         let never = AtomicBool::new(false); // nothing is lost: Ctrl-C ends the process
-        let prompts = Prompts::load(path, tokenizer, window - most, &never)?.prompts;
+        let prompts = Prompts::load(path, tokenizer, window - most, &never)?;
+        let prompts: Vec<Prompt> = prompts.rows.iter().collect();
         let mut scorer = scorer(reward, decoder, tokenizer, path, &prompts)?;
         let worn = load_adapters(adapters, decoder)?;
         let other = match (self.against.as_deref(), self.against()?) {

@@ -27,91 +27,157 @@ pub struct EpochSettings {
     pub gradient_accumulation_steps: usize,
 }
 
-/// The order of one epoch: micro-batches of bins of examples, by their indices.
+/// The order of one epoch: micro-batches of bins of rows, by their indices. Eight bytes a row at most:
+/// a file may have many.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct EpochPlan {
-    /// A micro-batch is a list of bins, a bin a list of examples.
-    pub micro_batches: Vec<Vec<Vec<usize>>>,
+    /// The rows of all bins, bin after bin.
+    rows: Vec<u32>,
+    /// Where each bin ends among them; nothing where each row is a bin.
+    ends: Option<Vec<u32>>,
+    batch_size: usize,
     gradient_accumulation_steps: usize,
 }
 
 impl EpochPlan {
     /// Orders `examples` for one epoch; every one is in exactly one bin.
     pub fn new(examples: &[Example], settings: &EpochSettings) -> Self {
-        let lengths: Vec<usize> = examples.iter().map(|example| example.tokens.len()).collect();
-        Self::over(&lengths, settings)
+        let rows = (0..examples.len() as u32).collect();
+        Self::of(rows, |index| examples[index].tokens.len(), settings)
     }
 
-    /// The same for rows of any kind that have these many tokens.
-    pub fn over(lengths: &[usize], settings: &EpochSettings) -> Self {
-        Self::of((0..lengths.len()).collect(), lengths, settings)
-    }
-
-    /// The same where an epoch has these rows, some perhaps several times.
-    pub fn of(rows: Vec<usize>, lengths: &[usize], settings: &EpochSettings) -> Self {
+    /// The same where an epoch has these rows, some perhaps several times, each of `length` tokens.
+    pub fn of(rows: Vec<u32>, length: impl Fn(usize) -> usize, settings: &EpochSettings) -> Self {
         let &EpochSettings { seed, epoch, shuffle, packing, .. } = settings;
         let mut order = rows;
         if shuffle {
             Stream::new(seed, "shuffle", &[epoch]).shuffle(&mut order);
         }
-        let bins = if packing {
-            let mut bins = pack(&order, settings.max_length, |i| lengths[i]);
-            if shuffle {
-                Stream::new(seed, "pack", &[epoch]).shuffle(&mut bins);
+        let (rows, ends) = match packing {
+            true => {
+                let length = |row: u32| length(row as usize);
+                let shuffled = shuffle.then(|| Stream::new(seed, "pack", &[epoch]));
+                let (rows, ends) = pack(&order, settings.max_length, length, shuffled);
+                (rows, Some(ends))
             }
-            bins
-        } else {
-            order.into_iter().map(|i| vec![i]).collect()
+            false => (order, None),
         };
         Self {
-            micro_batches: bins.chunks(settings.batch_size.max(1)).map(<[_]>::to_vec).collect(),
+            rows,
+            ends,
+            batch_size: settings.batch_size.max(1),
             gradient_accumulation_steps: settings.gradient_accumulation_steps.max(1),
         }
+    }
+
+    /// How many bins there are.
+    pub fn bins(&self) -> usize {
+        self.ends.as_ref().map_or(self.rows.len(), Vec::len)
+    }
+
+    /// The rows of a bin.
+    ///
+    /// # Panics
+    /// If there is no such bin.
+    pub fn bin(&self, bin: usize) -> Vec<usize> {
+        let rows = match &self.ends {
+            Some(ends) => {
+                let start = bin.checked_sub(1).map_or(0, |before| ends[before]);
+                &self.rows[start as usize..ends[bin] as usize]
+            }
+            None => &self.rows[bin..bin + 1],
+        };
+        rows.iter().map(|&row| row as usize).collect()
+    }
+
+    /// How many micro-batches there are.
+    pub fn micro_batches(&self) -> usize {
+        self.bins().div_ceil(self.batch_size.max(1))
     }
 
     /// Optimizer steps of the epoch. As in transformers, a last one over fewer micro-batches counts.
     ///
     /// The same for every epoch and seed: bins are counted by lengths alone.
     pub fn steps(&self) -> usize {
-        self.micro_batches.len().div_ceil(self.gradient_accumulation_steps.max(1))
+        self.micro_batches().div_ceil(self.gradient_accumulation_steps.max(1))
     }
 
-    /// The micro-batches of one step, or none past the last.
-    pub fn step(&self, step: usize) -> &[Vec<Vec<usize>>] {
-        self.micro_batches
-            .chunks(self.gradient_accumulation_steps.max(1))
-            .nth(step)
-            .unwrap_or_default()
+    /// The micro-batches of one step, each a list of bins; none past the last.
+    pub fn step(&self, step: usize) -> Vec<Vec<Vec<usize>>> {
+        let first = step * self.gradient_accumulation_steps;
+        let last = self.micro_batches().min(first + self.gradient_accumulation_steps);
+        let bins = |micro: usize| {
+            let first = micro * self.batch_size;
+            (first..self.bins().min(first + self.batch_size)).map(|bin| self.bin(bin)).collect()
+        };
+        (first..last).map(bins).collect()
     }
 }
 
 /// Best fit decreasing: the longest first, each into the fullest bin that still holds it. Equal
-/// lengths go in the given order, so another order packs otherwise. Within a bin, and between bins
-/// by their first example, the given order is kept.
+/// lengths go in the given order, so another order packs otherwise. Within a bin the given order is
+/// kept, and between bins, by their first row, if they are not `shuffled`. Rows bin by bin, and where
+/// each bin ends.
 ///
-/// The number of bins is that of every other order: what is free in the bins after each example
+/// The number of bins is that of every other order: what is free in the bins after each row
 /// follows from the lengths so far, and these come longest first whatever the order.
-fn pack(order: &[usize], max_length: usize, length: impl Fn(usize) -> usize) -> Vec<Vec<usize>> {
-    let mut by_length: Vec<usize> = (0..order.len()).collect(); // places in `order`
-    by_length.sort_by_key(|&place| std::cmp::Reverse(length(order[place])));
-    let mut bins: Vec<Vec<usize>> = Vec::new();
-    let mut free: BTreeSet<(usize, usize)> = BTreeSet::new(); // (tokens left, bin)
+fn pack(
+    order: &[u32],
+    max_length: usize,
+    length: impl Fn(u32) -> usize,
+    shuffled: Option<Stream>,
+) -> (Vec<u32>, Vec<u32>) {
+    let mut by_length: Vec<u32> = (0..order.len() as u32).collect(); // places in `order`
+    by_length.sort_by_cached_key(|&place| std::cmp::Reverse(length(order[place as usize]) as u32));
+    let mut bin_of = vec![0; order.len()]; // of each place
+    let mut bins: u32 = 0;
+    let mut free: BTreeSet<(u32, u32)> = BTreeSet::new(); // (tokens left, bin)
     for place in by_length {
-        let needed = length(order[place]);
+        let needed = length(order[place as usize]) as u32;
         let best = free.range((needed, 0)..).next().copied();
         let (left, bin) = best.unwrap_or_else(|| {
-            bins.push(Vec::new());
-            (max_length.max(needed), bins.len() - 1)
+            bins += 1;
+            (needed.max(max_length.try_into().unwrap_or(u32::MAX)), bins - 1)
         });
         free.remove(&(left, bin));
-        bins[bin].push(place);
+        bin_of[place as usize] = bin;
         if left > needed {
             free.insert((left - needed, bin));
         }
     }
-    bins.iter_mut().for_each(|bin| bin.sort_unstable());
-    bins.sort_unstable_by_key(|bin| bin[0]);
-    bins.iter().map(|bin| bin.iter().map(|&place| order[place]).collect()).collect()
+    drop(free);
+
+    // Bins by their first place.
+    const NONE: u32 = u32::MAX;
+    let mut found = Vec::with_capacity(bins as usize);
+    let mut rank = vec![NONE; bins as usize];
+    for &bin in &bin_of {
+        if rank[bin as usize] == NONE {
+            rank[bin as usize] = found.len() as u32;
+            found.push(bin);
+        }
+    }
+    if let Some(mut stream) = shuffled {
+        stream.shuffle(&mut found);
+    }
+    for (place, &bin) in (0..).zip(&found) {
+        rank[bin as usize] = place;
+    }
+    drop(found);
+    // Counted, added up, and laid in their order.
+    let mut ends = vec![0u32; bins as usize];
+    bin_of.iter().for_each(|&bin| ends[rank[bin as usize] as usize] += 1);
+    let mut sum = 0;
+    for end in &mut ends {
+        (*end, sum) = (sum, sum + *end);
+    }
+    let mut rows = vec![0; order.len()];
+    for (&bin, &row) in bin_of.iter().zip(order) {
+        let end = &mut ends[rank[bin as usize] as usize];
+        rows[*end as usize] = row;
+        *end += 1;
+    }
+    (rows, ends)
 }
 
 /// Examples laid end to end: N tokens, none of them padding.

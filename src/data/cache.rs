@@ -6,8 +6,13 @@
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use rayon::slice::ParallelSliceMut;
 use sha2::{Digest, Sha256};
+
+use crate::quant::Bytes;
+use crate::weights::map_file;
 
 /// What the system refused: what was tried, where, and its words.
 pub(super) type Refused = (&'static str, PathBuf, io::Error);
@@ -66,4 +71,26 @@ pub(super) fn file_sha256(path: &Path, go_on: &dyn Fn() -> bool) -> io::Result<O
 
 pub(super) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Puts the records of a file in order, where they lie: a map of it, whose pages are the system's to
+/// take back, and not a list in memory.
+pub(super) fn sort_records<const SIZE: usize>(path: &Path) -> io::Result<()> {
+    let file = File::options().read(true).write(true).open(path)?;
+    if file.metadata()?.len() == 0 {
+        return Ok(()); // nothing of it can be mapped
+    }
+    // SAFETY: the file lies in a folder that is not yet under its name and whose lock is held here:
+    // nobody else has it open.
+    let mut map = unsafe { memmap2::MmapMut::map_mut(&file) }?;
+    map.as_chunks_mut::<SIZE>().0.par_sort_unstable();
+    map.flush()
+}
+
+/// A file's bytes as they lie on disk; of an empty one there is nothing to map.
+pub(super) fn map_or_empty(path: &Path) -> io::Result<Bytes> {
+    match fs::metadata(path)?.len() {
+        0 => Ok(Bytes::new(Arc::new(Vec::new()))),
+        _ => map_file(path).map_err(|error| io::Error::other(error.to_string())),
+    }
 }

@@ -12,17 +12,21 @@
 
 use std::collections::HashSet;
 use std::fmt;
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use serde::Serialize;
-use serde_json::Value;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use sha2::Sha256;
 
-use super::doctor::{self, Check, Diagnosis, Finding, Seen};
-use super::lines::{Line, Unread, read_all, to_held_out};
+use super::doctor::{self, Check, Finding};
+use super::lines::{Line, Unread};
+use super::reading::{Cache, FileRows, FileSplit, Parsed, Part, Reader, Report};
 use super::rows::{ComparisonRow, Responses};
+use super::shelves::{Place, Shelved, Words, hash_tokens, lay_words};
 use super::split::is_held_out_text;
-use super::{DataError, Dialect, Message, ModelLimits, RowError};
+use super::{DataError, Message, ModelLimits, RowError};
 use crate::text::{Special, Tokenizer};
 
 /// A prompt and the responses to it that are compared.
@@ -48,11 +52,58 @@ impl Comparison {
         self.prompt.len() + self.responses.iter().map(Vec::len).sum::<usize>()
     }
 
-    /// Bytes it takes.
-    pub fn bytes(&self) -> usize {
-        let lists = self.responses.len() * size_of::<Vec<u32>>();
-        let pairs = self.pairs.len() * size_of::<Pair>();
-        size_of::<Self>() + lists + pairs + self.tokens() * size_of::<u32>()
+    /// How many responses there are in what was laid.
+    pub(super) fn responses_in(bytes: &[u8]) -> usize {
+        Words::of(bytes).next() as usize
+    }
+}
+
+/// What a label is written as: none, bad or good.
+const LABELS: [Option<bool>; 3] = [None, Some(false), Some(true)];
+
+impl Shelved for Comparison {
+    /// Counts of responses and pairs, the label, the lengths of all responses, the pairs, and all
+    /// tokens: what is left in front of the responses' is the prompt.
+    fn lay(&self, bytes: &mut Vec<u8>) {
+        let label = LABELS.iter().position(|label| *label == self.label).unwrap_or_default();
+        let counts = [self.responses.len(), self.pairs.len(), label];
+        let lengths = self.responses.iter().map(Vec::len);
+        lay_words(counts.into_iter().chain(lengths).map(|count| count as u32), bytes);
+        for Pair { better, worse, margin } in &self.pairs {
+            lay_words([*better as u32, *worse as u32, margin.to_bits()], bytes);
+        }
+        let tokens = self.prompt.iter().chain(self.responses.iter().flatten());
+        lay_words(tokens.copied(), bytes);
+    }
+
+    fn mark(&self) -> u64 {
+        self.tokens() as u64
+    }
+
+    fn take(bytes: &[u8], Place { row, line, mark }: Place) -> Self {
+        let mut words = Words::of(bytes);
+        let (responses, pairs, label) = (words.next(), words.next(), words.next());
+        let lengths: Vec<usize> =
+            words.take(responses as usize).map(|length| length as usize).collect();
+        let mut pair = || Pair {
+            better: words.next() as usize,
+            worse: words.next() as usize,
+            margin: f32::from_bits(words.next()),
+        };
+        let pairs = (0..pairs).map(|_| pair()).collect();
+        let prompt = words.take(mark as usize - lengths.iter().sum::<usize>()).collect();
+        let responses = lengths.into_iter().map(|length| words.take(length).collect()).collect();
+        let label = LABELS.get(label as usize).copied().flatten();
+        Self { prompt, responses, pairs, label, row, line }
+    }
+
+    fn tokens_in(_bytes: &[u8], mark: u64) -> usize {
+        mark as usize
+    }
+
+    fn hash(&self, hasher: &mut Sha256) {
+        let lists = std::iter::once(&self.prompt).chain(&self.responses);
+        lists.for_each(|tokens| hash_tokens(tokens, hasher));
     }
 }
 
@@ -68,7 +119,7 @@ pub struct Pair {
 }
 
 /// What is wanted of rows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub enum ComparisonKind {
     /// Responses compared with each other: `chosen`/`rejected` or ranked `responses`.
     Pairs,
@@ -79,7 +130,7 @@ pub enum ComparisonKind {
 }
 
 /// How long prompt and response may be together.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct Limits {
     /// Tokens, at most.
     pub max_length: usize,
@@ -88,7 +139,7 @@ pub struct Limits {
 }
 
 /// What becomes of a response too long for its prompt.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub enum WhenTooLong {
     /// It is left out with its pairs: a score is of a whole text (TRL's RewardTrainer).
     Drop,
@@ -97,33 +148,14 @@ pub enum WhenTooLong {
 }
 
 /// The comparisons of a file, in its order.
-#[derive(Debug, Clone)]
-pub struct Comparisons {
-    /// Rows with something to learn.
-    pub comparisons: Vec<Comparison>,
-    /// What was counted on the way.
-    pub report: ComparisonReport,
-    /// SHA-256 of the whole file, in hex.
-    pub sha256: String,
-    /// What is wrong with the rows of the whole file, held-out ones among them.
-    pub diagnosis: Diagnosis,
-    /// What all rows of the file say.
-    pub seen: Seen,
-}
+pub type Comparisons = FileRows<Comparison, ComparisonReport>;
 
-/// A file in two parts, no prompt in both.
-#[derive(Debug, Clone)]
-pub struct ComparisonSplit {
-    /// What is trained on.
-    pub train: Comparisons,
-    /// What is held out; small files may leave nothing to it.
-    pub held_out: Option<Comparisons>,
-    /// The held-out rows as the file has them, byte for byte, each with a newline.
-    pub held_out_lines: Vec<u8>,
-}
+/// The same in two parts. Rows that compare whole texts are held out by the best of them, which may
+/// come again as the worse one of a row in the other part.
+pub type ComparisonSplit = FileSplit<Comparison, ComparisonReport>;
 
 /// What a file's rows came to.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ComparisonReport {
     /// Rows read, those with nothing to compare included.
     pub rows: u64,
@@ -172,72 +204,73 @@ impl fmt::Display for ComparisonReport {
     }
 }
 
+impl Report for ComparisonReport {
+    fn rows(&self) -> u64 {
+        self.rows
+    }
+}
+
 impl Comparisons {
     /// Reads and tokenizes all rows of a JSONL or Parquet file. Ends early once `stop` is set.
     ///
     /// # Errors
-    /// All wrong rows, the first few with their lines, but for those whose fault `limits` allows; a
+    /// All wrong rows, the first few with their lines, but for those whose fault the settings allow; a
     /// file without rows, or in which nothing is compared; [`DataError::Stopped`].
     pub fn load(
         path: &Path,
         tokenizer: &Tokenizer,
-        limits: impl Into<ComparisonSettings>,
+        settings: impl Into<ComparisonSettings>,
         kind: ComparisonKind,
         stop: &AtomicBool,
     ) -> Result<Self, DataError> {
-        let settings = limits.into();
-        let loaded = Loaded::of(path, tokenizer, &settings, kind, false, stop)?;
-        loaded.diagnosis.unreadable(path, &settings.allow)?;
-        loaded.train.finish(path, settings.limits)?;
-        Ok(loaded.whole())
+        let settings = &settings.into();
+        let reader = ComparisonReader { tokenizer, settings, kind };
+        reader.load(path, settings.cache.as_ref(), stop)
     }
 
-    /// The same, whatever is wrong with the rows: what there is to compare, which may be nothing.
+    /// What is wrong with the rows, and what they come to. No comparison is kept.
     ///
     /// # Errors
     /// If the file cannot be read at all; [`DataError::Stopped`].
     pub fn examine(
         path: &Path,
         tokenizer: &Tokenizer,
-        limits: impl Into<ComparisonSettings>,
+        settings: &ComparisonSettings,
         kind: ComparisonKind,
         stop: &AtomicBool,
     ) -> Result<Self, DataError> {
-        Ok(Loaded::of(path, tokenizer, &limits.into(), kind, false, stop)?.whole())
+        ComparisonReader { tokenizer, settings, kind }.examine(path, stop)
     }
 
-    /// The same in two parts: one row in ten is held out by its prompt, as
-    /// [`is_held_out`](super::is_held_out) says; rows that compare whole texts by the best of them,
-    /// which may come again as the worse one of a row in the other part.
+    /// What the first rows come to, as many as can be read, whatever is wrong with others.
+    ///
+    /// # Errors
+    /// If the file cannot be read at all.
+    pub fn first(
+        path: &Path,
+        tokenizer: &Tokenizer,
+        settings: &ComparisonSettings,
+        kind: ComparisonKind,
+        rows: usize,
+    ) -> Result<Vec<Comparison>, DataError> {
+        ComparisonReader { tokenizer, settings, kind }.first(path, rows)
+    }
+
+    /// The same as [`Comparisons::load`] in two parts: one row in ten is held out by its prompt, as
+    /// [`is_held_out`](super::is_held_out) says.
     ///
     /// # Errors
     /// As [`Comparisons::load`], and if no row is left to train on.
     pub fn load_split(
         path: &Path,
         tokenizer: &Tokenizer,
-        limits: impl Into<ComparisonSettings>,
+        settings: impl Into<ComparisonSettings>,
         kind: ComparisonKind,
         stop: &AtomicBool,
     ) -> Result<ComparisonSplit, DataError> {
-        let settings = limits.into();
-        let mut loaded = Loaded::of(path, tokenizer, &settings, kind, true, stop)?;
-        loaded.diagnosis.unreadable(path, &settings.allow)?;
-        if loaded.train.report.rows == 0 && loaded.held_out.report.rows > 0 {
-            let rows = loaded.held_out.report.rows;
-            return Err(DataError::AllHeldOut { path: path.into(), rows });
-        }
-        loaded.train.finish(path, settings.limits)?;
-        let part = std::mem::take(&mut loaded.held_out);
-        let sha256 = loaded.sha256.clone();
-        let held_out = (!part.comparisons.is_empty()).then(|| Self {
-            comparisons: part.comparisons,
-            report: part.report,
-            sha256,
-            diagnosis: Diagnosis::default(),
-            seen: Seen::default(),
-        });
-        let held_out_lines = std::mem::take(&mut loaded.held_out_lines);
-        Ok(ComparisonSplit { train: loaded.whole(), held_out, held_out_lines })
+        let settings = &settings.into();
+        let reader = ComparisonReader { tokenizer, settings, kind };
+        reader.load_split(path, settings.cache.as_ref(), stop)
     }
 }
 
@@ -250,126 +283,190 @@ pub struct ComparisonSettings {
     pub allow: Vec<Check>,
     /// Tokens the model can read at once, and ids it has.
     pub model: Option<ModelLimits>,
+    /// Where tokens of large files are kept; without, all are held in memory.
+    pub cache: Option<Cache>,
 }
 
 impl From<Limits> for ComparisonSettings {
     fn from(limits: Limits) -> Self {
-        Self { limits, allow: Vec::new(), model: None }
+        Self { limits, allow: Vec::new(), model: None, cache: None }
     }
 }
 
-/// What a file's rows came to, in one part or two.
-#[derive(Default)]
-struct Loaded {
-    sha256: String,
-    diagnosis: Diagnosis,
-    seen: Seen,
-    train: Part,
-    held_out: Part,
-    held_out_lines: Vec<u8>,
+/// Lines to comparisons.
+struct ComparisonReader<'a> {
+    tokenizer: &'a Tokenizer,
+    settings: &'a ComparisonSettings,
+    kind: ComparisonKind,
 }
 
-impl Loaded {
-    fn of(
-        path: &Path,
-        tokenizer: &Tokenizer,
-        settings: &ComparisonSettings,
-        kind: ComparisonKind,
-        split: bool,
-        stop: &AtomicBool,
-    ) -> Result<Self, DataError> {
-        let mut loaded = Self::default();
-        let parse = |bytes: &[u8]| parse(bytes, tokenizer, kind, settings);
-        loaded.sha256 = read_all(path, stop, parse, |line, row| {
-            loaded.add(line, row, settings, split);
-            Ok(())
-        })?;
-        loaded.seen.finish(&mut loaded.diagnosis);
-        Ok(loaded)
+impl Reader for ComparisonReader<'_> {
+    type Tokenized = Tokenized;
+    type Row = Comparison;
+    type Report = ComparisonReport;
+
+    fn kind(&self) -> &'static str {
+        "comparisons"
+    }
+
+    fn tokenizer(&self) -> &Tokenizer {
+        self.tokenizer
+    }
+
+    fn settings(&self) -> Value {
+        let ComparisonSettings { limits, model, .. } = self.settings;
+        json!({ "limits": limits, "model": model, "kind": self.kind })
+    }
+
+    fn allow(&self) -> &[Check] {
+        &self.settings.allow
+    }
+
+    fn parse(&self, line: &[u8]) -> Result<Parsed<Tokenized>, Unread> {
+        let Self { tokenizer, settings, kind } = *self;
+        let (dialect, row) = ComparisonRow::read(line, kind);
+        let unread = |error| Unread { dialect, error };
+        let row = row.map_err(unread)?;
+        let hash = doctor::normalized_comparison(&row);
+        let mut findings = doctor::of_comparison(&row);
+        let (held_out, row) = tokenized(row, tokenizer, kind).map_err(unread)?;
+        let in_order = || row.prompt.iter().chain(row.responses.iter().flatten());
+        if let Some(limits) = settings.model
+            && let Some(index) = in_order().position(|&id| id as usize >= limits.vocab_size)
+        {
+            let token = in_order().nth(index).copied().unwrap_or_default();
+            let vocab_size = limits.vocab_size;
+            return Err(unread(RowError::OutOfVocabulary { index, token, vocab_size }));
+        }
+        let first = row.responses.first().map_or(&[][..], Vec::as_slice);
+        let begins: Vec<u32> = row.prompt.iter().chain(first).take(2).copied().collect();
+        findings.extend(doctor::doubled_bos(&begins, tokenizer));
+        let ends = |tokens: &Vec<u32>| tokens.iter().any(|&id| tokenizer.is_end_of_generation(id));
+        if let Some(response) = row.responses.iter().position(|response| !ends(response)) {
+            let sentence = format!("response {response} holds no token that ends generation");
+            findings.push((Check::UntrainedEnd, sentence));
+        }
+        let longest = row.responses.iter().map(Vec::len).max().unwrap_or_default();
+        let length = row.prompt.len() + longest;
+        Ok(Parsed { dialect, held_out, hash, length, findings, tokenized: row })
     }
 
     fn add(
-        &mut self,
+        &self,
         line: &Line,
-        row: Result<Parsed, Unread>,
-        settings: &ComparisonSettings,
-        split: bool,
-    ) {
-        let dialect = match &row {
-            Ok(parsed) => parsed.dialect,
-            Err(unread) => unread.dialect,
-        };
-        self.diagnosis.row(line.number, dialect);
-        let parsed = match row {
-            Ok(parsed) => parsed,
-            Err(Unread { error, .. }) => {
-                self.diagnosis.note(line.number, (Check::of(&error), error.to_string()));
-                return;
+        row: Tokenized,
+        part: &mut Part<Comparison, ComparisonReport>,
+    ) -> io::Result<Vec<Finding>> {
+        let &ComparisonSettings { limits, model, .. } = self.settings;
+        let mut found = Vec::new();
+        let Tokenized { prompt, responses, mut pairs, labels, unjudged, .. } = row;
+        let report = &mut part.report;
+        report.rows += 1;
+        report.ties += row.ties;
+        if row.boundary_mismatch {
+            report.boundary_mismatches += 1;
+            let sentence = "a token reaches from the prompt into a response: the prompt alone ends in \
+                            other tokens (mostly, in a space)";
+            found.push((Check::BoundaryMismatch, sentence.into()));
+        }
+        let mut kept = Vec::with_capacity(responses.len());
+        let mut places = Vec::with_capacity(responses.len()); // of each response among the kept
+        for mut response in responses {
+            let length = prompt.len() + response.len();
+            if let Some(window) = model.map(|limits| limits.window)
+                && length > window
+            {
+                let sentence = format!("has {length} tokens, the model reads {window} at once");
+                found.push((Check::OverWindow, sentence));
             }
+            report.longest = report.longest.max(length as u64);
+            let room = limits.max_length.saturating_sub(prompt.len());
+            let fits = match limits.when_long {
+                _ if length <= limits.max_length => true,
+                WhenTooLong::Cut if room > 0 => {
+                    report.truncated += 1;
+                    response.truncate(room);
+                    true
+                }
+                WhenTooLong::Cut | WhenTooLong::Drop => {
+                    report.dropped += 1;
+                    false
+                }
+            };
+            if length > limits.max_length {
+                let fate = if fits { "cut to" } else { "left out, as it may have" };
+                let most = limits.max_length;
+                let sentence = format!("prompt and response have {length} tokens, {fate} {most}");
+                found.push((Check::Cut, sentence));
+            }
+            places.push(fits.then_some(kept.len()));
+            if fits {
+                kept.push(response);
+            }
+        }
+        pairs.retain(|pair| places[pair.better].is_some() && places[pair.worse].is_some());
+        for pair in &mut pairs {
+            let place = |old: usize| places[old].expect("kept: the pair was");
+            (pair.better, pair.worse) = (place(pair.better), place(pair.worse));
+            report.identical += u64::from(kept[pair.better] == kept[pair.worse]);
+            if kept[pair.better] == kept[pair.worse] {
+                let sentence = "two responses that are compared are the same";
+                found.push((Check::IdenticalPairs, sentence.into()));
+            }
+            if pair.margin < 0.0 {
+                let sentence = format!("`margin` is {}: the rejected would be better", pair.margin);
+                found.push((Check::WrongMargins, sentence));
+            }
+        }
+
+        let comparison = |responses, pairs, label| Comparison {
+            prompt: prompt.clone(),
+            responses,
+            pairs,
+            label,
+            row: line.row,
+            line: line.number,
         };
-        self.seen.add(parsed.hash, line.number);
-        let held_out = split && parsed.held_out;
-        let part = if held_out { &mut self.held_out } else { &mut self.train };
-        let longest = parsed.row.responses.iter().map(Vec::len).max().unwrap_or_default();
-        self.diagnosis.length(parsed.row.prompt.len() + longest);
-        let more = part.add(line, parsed.row, settings);
-        for finding in parsed.findings.into_iter().chain(more) {
-            self.diagnosis.note(line.number, finding);
+        let mut compared = Vec::new();
+        if labels.is_empty() {
+            // A response in no pair would be computed for nothing.
+            let (responses, pairs) =
+                if unjudged { (kept, pairs) } else { only_paired(kept, pairs) };
+            if !responses.is_empty() {
+                compared.push(comparison(responses, pairs, None));
+            }
+        } else {
+            let kept_labels = labels.iter().zip(&places).filter(|(_, place)| place.is_some());
+            for ((&label, _), response) in kept_labels.zip(kept) {
+                *if label { &mut report.desirable } else { &mut report.undesirable } += 1;
+                compared.push(comparison(vec![response], Vec::new(), Some(label)));
+            }
         }
-        if held_out {
-            to_held_out(&mut self.held_out_lines, line);
+        if compared.is_empty() {
+            report.nothing_to_compare += 1;
+            // Where it is the lengths that leave nothing, that is told as the cut.
+            if found.iter().all(|(check, _)| *check != Check::Cut) {
+                let sentence = "nothing of it is compared or labelled";
+                found.push((Check::NothingToLearn, sentence.into()));
+            }
         }
+        for comparison in &compared {
+            part.rows.push(comparison, line.row, line.number)?;
+            report.responses += comparison.responses.len() as u64;
+            report.pairs += comparison.pairs.len() as u64;
+            report.tokens += comparison.tokens() as u64;
+        }
+        // A row counts once for a check, however many responses it is true of.
+        let mut told = HashSet::new();
+        found.retain(|(check, _)| told.insert(*check));
+        Ok(found)
     }
 
-    fn whole(self) -> Comparisons {
-        Comparisons {
-            comparisons: self.train.comparisons,
-            report: self.train.report,
-            sha256: self.sha256,
-            diagnosis: self.diagnosis,
-            seen: self.seen,
-        }
+    fn nothing(&self, path: PathBuf, report: &ComparisonReport) -> DataError {
+        let &ComparisonReport { rows, dropped, .. } = report;
+        let max_length = self.settings.limits.max_length;
+        DataError::NothingToCompare { path, rows, dropped, max_length }
     }
-}
-
-/// A row as it comes from a thread.
-struct Parsed {
-    dialect: Option<Dialect>,
-    held_out: bool,
-    hash: u64,
-    row: Tokenized,
-    findings: Vec<Finding>,
-}
-
-/// A line to its tokens, and what is odd about them.
-fn parse(
-    bytes: &[u8],
-    tokenizer: &Tokenizer,
-    kind: ComparisonKind,
-    settings: &ComparisonSettings,
-) -> Result<Parsed, Unread> {
-    let (dialect, row) = ComparisonRow::read(bytes, kind);
-    let unread = |error| Unread { dialect, error };
-    let row = row.map_err(unread)?;
-    let (hash, mut findings) = (doctor::normalized_comparison(&row), doctor::of_comparison(&row));
-    let (held_out, row) = tokenized(row, tokenizer, kind).map_err(unread)?;
-    let in_order = || row.prompt.iter().chain(row.responses.iter().flatten());
-    if let Some(limits) = settings.model
-        && let Some(index) = in_order().position(|&id| id as usize >= limits.vocab_size)
-    {
-        let token = in_order().nth(index).copied().unwrap_or_default();
-        let vocab_size = limits.vocab_size;
-        return Err(unread(RowError::OutOfVocabulary { index, token, vocab_size }));
-    }
-    let first = row.responses.first().map_or(&[][..], Vec::as_slice);
-    let begins: Vec<u32> = row.prompt.iter().chain(first).take(2).copied().collect();
-    findings.extend(doctor::doubled_bos(&begins, tokenizer));
-    let ends = |tokens: &Vec<u32>| tokens.iter().any(|&id| tokenizer.is_end_of_generation(id));
-    if let Some(response) = row.responses.iter().position(|response| !ends(response)) {
-        let sentence = format!("response {response} holds no token that ends generation");
-        findings.push((Check::UntrainedEnd, sentence));
-    }
-    Ok(Parsed { dialect, held_out, hash, row, findings })
 }
 
 /// A row as tokens, before anything is too long.
@@ -460,135 +557,6 @@ fn conversations(
         encode(&whole, false)
     });
     Ok((own, joint.collect::<Result<_, _>>()?))
-}
-
-#[derive(Default)]
-struct Part {
-    comparisons: Vec<Comparison>,
-    report: ComparisonReport,
-}
-
-impl Part {
-    /// Adds a row's responses; what is odd about them.
-    fn add(&mut self, line: &Line, row: Tokenized, settings: &ComparisonSettings) -> Vec<Finding> {
-        let limits = settings.limits;
-        let mut found = Vec::new();
-        let Tokenized { prompt, responses, mut pairs, labels, unjudged, .. } = row;
-        let report = &mut self.report;
-        report.rows += 1;
-        report.ties += row.ties;
-        if row.boundary_mismatch {
-            report.boundary_mismatches += 1;
-            let sentence = "a token reaches from the prompt into a response: the prompt alone ends in \
-                            other tokens (mostly, in a space)";
-            found.push((Check::BoundaryMismatch, sentence.into()));
-        }
-        let mut kept = Vec::with_capacity(responses.len());
-        let mut places = Vec::with_capacity(responses.len()); // of each response among the kept
-        for mut response in responses {
-            let length = prompt.len() + response.len();
-            if let Some(window) = settings.model.map(|limits| limits.window)
-                && length > window
-            {
-                let sentence = format!("has {length} tokens, the model reads {window} at once");
-                found.push((Check::OverWindow, sentence));
-            }
-            report.longest = report.longest.max(length as u64);
-            let room = limits.max_length.saturating_sub(prompt.len());
-            let fits = match limits.when_long {
-                _ if length <= limits.max_length => true,
-                WhenTooLong::Cut if room > 0 => {
-                    report.truncated += 1;
-                    response.truncate(room);
-                    true
-                }
-                WhenTooLong::Cut | WhenTooLong::Drop => {
-                    report.dropped += 1;
-                    false
-                }
-            };
-            if length > limits.max_length {
-                let fate = if fits { "cut to" } else { "left out, as it may have" };
-                let most = limits.max_length;
-                let sentence = format!("prompt and response have {length} tokens, {fate} {most}");
-                found.push((Check::Cut, sentence));
-            }
-            places.push(fits.then_some(kept.len()));
-            if fits {
-                response.shrink_to_fit();
-                kept.push(response);
-            }
-        }
-        pairs.retain(|pair| places[pair.better].is_some() && places[pair.worse].is_some());
-        for pair in &mut pairs {
-            let place = |old: usize| places[old].expect("kept: the pair was");
-            (pair.better, pair.worse) = (place(pair.better), place(pair.worse));
-            report.identical += u64::from(kept[pair.better] == kept[pair.worse]);
-            if kept[pair.better] == kept[pair.worse] {
-                let sentence = "two responses that are compared are the same";
-                found.push((Check::IdenticalPairs, sentence.into()));
-            }
-            if pair.margin < 0.0 {
-                let sentence = format!("`margin` is {}: the rejected would be better", pair.margin);
-                found.push((Check::WrongMargins, sentence));
-            }
-        }
-
-        let comparison = |responses, pairs, label| Comparison {
-            prompt: prompt.clone(),
-            responses,
-            pairs,
-            label,
-            row: line.row,
-            line: line.number,
-        };
-        let before = self.comparisons.len();
-        if labels.is_empty() {
-            // A response in no pair would be computed for nothing.
-            let (responses, pairs) =
-                if unjudged { (kept, pairs) } else { only_paired(kept, pairs) };
-            if !responses.is_empty() {
-                self.comparisons.push(comparison(responses, pairs, None));
-            }
-        } else {
-            let kept_labels = labels.iter().zip(&places).filter(|(_, place)| place.is_some());
-            for ((&label, _), response) in kept_labels.zip(kept) {
-                *if label { &mut report.desirable } else { &mut report.undesirable } += 1;
-                self.comparisons.push(comparison(vec![response], Vec::new(), Some(label)));
-            }
-        }
-        if self.comparisons.len() == before {
-            report.nothing_to_compare += 1;
-            // Where it is the lengths that leave nothing, that is told as the cut.
-            if found.iter().all(|(check, _)| *check != Check::Cut) {
-                let sentence = "nothing of it is compared or labelled";
-                found.push((Check::NothingToLearn, sentence.into()));
-            }
-        }
-        for comparison in &self.comparisons[before..] {
-            report.responses += comparison.responses.len() as u64;
-            report.pairs += comparison.pairs.len() as u64;
-            report.tokens += comparison.tokens() as u64;
-        }
-        // A row counts once for a check, however many responses it is true of.
-        let mut told = HashSet::new();
-        found.retain(|(check, _)| told.insert(*check));
-        found
-    }
-
-    fn finish(&self, path: &Path, limits: Limits) -> Result<(), DataError> {
-        let Self { comparisons, report } = self;
-        let path = path.to_path_buf();
-        if report.rows == 0 {
-            return Err(DataError::Empty { path });
-        }
-        if comparisons.is_empty() {
-            let &ComparisonReport { rows, dropped, .. } = report;
-            let max_length = limits.max_length;
-            return Err(DataError::NothingToCompare { path, rows, dropped, max_length });
-        }
-        Ok(())
-    }
 }
 
 /// The responses that are in a pair, in their order, and the pairs by their new places.

@@ -5,16 +5,21 @@
 //! A row that cannot be read is left out; whether the run may go on without it is the user's to say,
 //! as of all checks, by their names.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
-use std::path::Path;
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use super::cache::{map_or_empty, sort_records};
 use super::lines::FAULTS_TOLD;
 use super::rows::{ComparisonRow, Responses};
 use super::{DataError, Dialect, Message, Row, RowError};
+use crate::quant::Bytes;
 use crate::text::Tokenizer;
 
 /// Lines kept of each check.
@@ -234,61 +239,138 @@ impl fmt::Display for Diagnosis {
     }
 }
 
-/// Hashes of normalized rows with their lines: eight bytes each.
-#[derive(Debug, Clone, Default)]
-pub struct Seen(Vec<(u64, u64)>);
+/// What all rows of a file say: sorted records of a hash and a line, in memory or mapped.
+#[derive(Debug, Clone)]
+pub struct Seen(Bytes);
+
+/// A hash of a normalized row and its line, both big-endian: their order is that of the bytes.
+type Record = [u8; 16];
+
+fn record(hash: u64, line: u64) -> Record {
+    (u128::from(hash) << 64 | u128::from(line)).to_be_bytes()
+}
+
+fn hash_and_line(record: &Record) -> (u64, u64) {
+    let both = u128::from_be_bytes(*record);
+    ((both >> 64) as u64, both as u64)
+}
+
+impl Default for Seen {
+    fn default() -> Self {
+        Self::new(Bytes::new(Arc::new(Vec::new())))
+    }
+}
 
 impl Seen {
-    pub(super) fn add(&mut self, hash: u64, line: u64) {
-        self.0.push((hash, line));
+    /// Of records that are sorted.
+    pub(super) fn new(records: Bytes) -> Self {
+        Self(records)
     }
 
-    /// Sorts them and tells the rows that were there before.
-    pub(super) fn finish(&mut self, diagnosis: &mut Diagnosis) {
-        self.0.sort_unstable();
-        let mut again: Vec<(u64, u64)> = Vec::new(); // line, that of the first
-        let mut first = 0;
-        for i in 1..self.0.len() {
-            match self.0[i].0 == self.0[first].0 {
-                true => again.push((self.0[i].1, self.0[first].1)),
-                false => first = i,
-            }
+    fn records(&self) -> &[Record] {
+        self.0.as_chunks().0
+    }
+
+    /// Tells the rows that were there before.
+    pub(super) fn tell(&self, diagnosis: &mut Diagnosis) {
+        let mut again = Again::default();
+        for same in self.records().chunk_by(|a, b| a[..8] == b[..8]) {
+            let (_, first) = hash_and_line(&same[0]);
+            same[1..].iter().for_each(|record| again.add(hash_and_line(record).1, first));
         }
-        again.sort_unstable();
-        for (line, first) in again {
-            diagnosis.note(line, (Check::Duplicates, format!("is the row of line {first} again")));
-        }
-        self.0.shrink_to_fit();
+        again.tell(Check::Duplicates, diagnosis, |first| {
+            format!("is the row of line {first} again")
+        });
     }
 
     /// Tells the rows of a held-out file that are here too.
     pub fn again(&self, path: &Path, held_out: &Self, diagnosis: &mut Diagnosis) {
-        let mut again: Vec<(u64, u64)> = Vec::new();
-        for &(hash, line) in &held_out.0 {
-            let at = self.0.partition_point(|&(other, _)| other < hash);
-            if let Some((_, here)) = self.0.get(at).filter(|(other, _)| *other == hash) {
-                again.push((line, *here));
+        let mut again = Again::default();
+        let here = self.records();
+        for (hash, line) in held_out.records().iter().map(hash_and_line) {
+            let at = here.partition_point(|other| hash_and_line(other).0 < hash);
+            let found = here.get(at).map(hash_and_line).filter(|(other, _)| *other == hash);
+            if let Some((_, here)) = found {
+                again.add(line, here);
             }
         }
-        again.sort_unstable();
-        for (line, here) in again {
-            let sentence = format!("is trained on: {}:{here}", path.display());
-            diagnosis.note(line, (Check::HeldOutDuplicates, sentence));
+        let path = path.display();
+        again.tell(Check::HeldOutDuplicates, diagnosis, |line| {
+            format!("is trained on: {path}:{line}")
+        });
+    }
+}
+
+/// Collects what rows say.
+pub(super) enum SeenWriter {
+    Memory(Vec<Record>),
+    File(PathBuf, BufWriter<File>),
+}
+
+impl SeenWriter {
+    /// Into a file, or memory.
+    pub fn new(path: Option<PathBuf>) -> io::Result<Self> {
+        Ok(match path {
+            None => Self::Memory(Vec::new()),
+            Some(path) => {
+                let file = BufWriter::new(File::create(&path)?);
+                Self::File(path, file)
+            }
+        })
+    }
+
+    pub fn add(&mut self, hash: u64, line: u64) -> io::Result<()> {
+        match self {
+            Self::Memory(records) => {
+                records.push(record(hash, line));
+                Ok(())
+            }
+            Self::File(_, file) => file.write_all(&record(hash, line)),
         }
     }
 
-    pub(super) fn to_bytes(&self) -> Vec<u8> {
-        self.0
-            .iter()
-            .flat_map(|(hash, line)| [hash.to_le_bytes(), line.to_le_bytes()])
-            .flatten()
-            .collect()
+    /// Sorted.
+    pub fn finish(self) -> io::Result<Seen> {
+        match self {
+            Self::Memory(mut records) => {
+                records.sort_unstable();
+                Ok(Seen::new(Bytes::new(Arc::new(records.as_flattened().to_vec()))))
+            }
+            Self::File(path, file) => {
+                file.into_inner().map_err(io::IntoInnerError::into_error)?;
+                sort_records::<{ size_of::<Record>() }>(&path)?;
+                Ok(Seen::new(map_or_empty(&path)?))
+            }
+        }
+    }
+}
+
+/// Lines that say what another says: all are counted, the first are kept.
+#[derive(Default)]
+struct Again {
+    rows: u64,
+    /// The line and that of the other.
+    first: BTreeSet<(u64, u64)>,
+}
+
+impl Again {
+    fn add(&mut self, line: u64, other: u64) {
+        self.rows += 1;
+        self.first.insert((line, other));
+        if self.first.len() > KEPT {
+            self.first.pop_last();
+        }
     }
 
-    pub(super) fn from_bytes(bytes: &[u8]) -> Self {
-        let (numbers, _) = bytes.as_chunks();
-        let number = |at: usize| u64::from_le_bytes(numbers[at]);
-        Self((0..numbers.len() / 2).map(|i| (number(2 * i), number(2 * i + 1))).collect())
+    fn tell(self, check: Check, diagnosis: &mut Diagnosis, sentence: impl Fn(u64) -> String) {
+        if self.rows == 0 {
+            return;
+        }
+        for &(line, other) in &self.first {
+            diagnosis.note(line, (check, sentence(other)));
+        }
+        let found = diagnosis.findings.entry(check).or_default();
+        found.rows += self.rows - self.first.len() as u64;
     }
 }
 

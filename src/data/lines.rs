@@ -172,14 +172,6 @@ impl From<RowError> for Unread {
     }
 }
 
-/// A held-out row as the file has it, with a newline.
-pub(super) fn to_held_out(lines: &mut Vec<u8>, line: &Line) {
-    lines.extend_from_slice(&line.bytes);
-    if !line.bytes.ends_with(b"\n") {
-        lines.push(b'\n');
-    }
-}
-
 /// A line that is not blank.
 pub(super) struct Line {
     /// Its row: blank lines are not counted, the first is 0.

@@ -76,9 +76,11 @@ impl fmt::Display for DataFile {
 /// A file's examples come in passes, all of them in each, in another order each pass. An epoch takes
 /// `count · weight` of them, rounded, from where the epoch before it ended: so with weight 0.5 two epochs
 /// have each once, with 2.5 each twice and the half of them that the next epoch has not a third time.
-pub fn epoch_examples(files: &[(usize, f64)], seed: u64, epoch: u64) -> Vec<usize> {
+///
+/// Places are of 32 bits, four billion rows: a plan is kept for all of them.
+pub fn epoch_examples(files: &[(usize, f64)], seed: u64, epoch: u64) -> Vec<u32> {
     let mut all = Vec::new();
-    let mut first = 0;
+    let mut first: u32 = 0;
     for (file, &(count, weight)) in (0u64..).zip(files) {
         let until = |epochs: u64| (count as f64 * weight * epochs as f64).round() as u64;
         let (mut at, end) = (until(epoch), until(epoch + 1));
@@ -86,9 +88,9 @@ pub fn epoch_examples(files: &[(usize, f64)], seed: u64, epoch: u64) -> Vec<usiz
             let (pass, skip) = (at / count as u64, (at % count as u64) as usize);
             let take = (count - skip).min((end - at) as usize);
             if take == count {
-                all.extend(first..first + count);
+                all.extend(first..first + count as u32);
             } else {
-                let mut order: Vec<usize> = (0..count).collect();
+                let mut order: Vec<u32> = (0..count as u32).collect();
                 Stream::new(seed, "mixture", &[file, pass]).shuffle(&mut order);
                 let mut part = order[skip..skip + take].to_vec();
                 part.sort_unstable();
@@ -96,7 +98,7 @@ pub fn epoch_examples(files: &[(usize, f64)], seed: u64, epoch: u64) -> Vec<usiz
             }
             at += take as u64;
         }
-        first += count;
+        first += count as u32;
     }
     all
 }
@@ -128,7 +130,7 @@ mod tests {
         for epoch in 0..20 {
             let rows = epoch_examples(&files, 3, epoch);
             assert_eq!(rows, epoch_examples(&files, 3, epoch));
-            rows.iter().for_each(|&row| counts[row] += 1);
+            rows.iter().for_each(|&row| counts[row as usize] += 1);
             let most = |range: std::ops::Range<usize>| counts[range].iter().max().copied().unwrap();
             let least =
                 |range: std::ops::Range<usize>| counts[range].iter().min().copied().unwrap();

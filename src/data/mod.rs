@@ -1,11 +1,11 @@
 //! Rows to tokens, loss masks and batches.
 //!
 //! A file, JSONL or Parquet, is read line by line ([`Row`], of one [`Dialect`] a file), and each row
-//! becomes tokens of which some are learned ([`Example`]); what would teach nothing or teach wrong is
-//! found on the way ([`doctor`]). [`Examples`] lie in memory, those of a large file on disk, made once.
+//! becomes tokens: an [`Example`], of which some are learned, a [`Comparison`] of responses, or a
+//! [`Prompt`] to be answered. What would teach nothing or teach wrong is found on the way ([`doctor`]).
+//! Rows lie on [`Shelves`], in memory, or of a large file on disk, made once.
 //! Several files with weights are a mixture ([`epoch_examples`]). An epoch is an order of bins of
-//! examples ([`EpochPlan`]) that a step lays end to end ([`Batch`]); nothing is padded. Rows of
-//! preference and reinforcement learning are [`Comparisons`] of responses and [`Prompts`]. What comes
+//! rows ([`EpochPlan`]) that a step lays end to end ([`Batch`]); nothing is padded. What comes
 //! out depends on the files, the tokenizer, the settings, the seed and the epoch alone, so (epoch, step)
 //! is the whole cursor of a run. What a model is pretrained on is too large to be held: [`corpus`] keeps
 //! it on disk.
@@ -21,12 +21,13 @@ mod dataset;
 pub mod doctor;
 mod error;
 mod example;
-mod examples;
 mod lines;
 mod mixture;
 mod parquet;
 mod prompts;
+mod reading;
 mod rows;
+mod shelves;
 mod split;
 
 pub use batch::{Batch, EpochPlan, EpochSettings};
@@ -34,12 +35,13 @@ pub use comparison::{
     Comparison, ComparisonKind, ComparisonReport, ComparisonSettings, ComparisonSplit, Comparisons,
     Limits, Pair, WhenTooLong,
 };
-pub use dataset::{Cache, DataReport, Dataset, LoadSettings, ModelLimits, Split};
+pub use dataset::{DataReport, Dataset, LoadSettings, ModelLimits, Split};
 pub use error::{DataError, RowError};
 pub use example::Example;
-pub use examples::Examples;
 pub use lines::first_dialect;
 pub use mixture::{DataFile, epoch_examples};
-pub use prompts::{Prompt, PromptSettings, PromptSplit, Prompts};
+pub use prompts::{Prompt, PromptReport, PromptSettings, PromptSplit, Prompts};
+pub use reading::{Cache, FileRows, FileSplit};
 pub use rows::{AlpacaPrompt, Dialect, Message, Row};
+pub use shelves::{Examples, Place, Shelved, Shelves};
 pub use split::is_held_out;

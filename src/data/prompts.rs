@@ -1,13 +1,19 @@
 //! Prompts to be answered: rows of reinforcement learning.
 
-use std::path::Path;
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 
-use serde_json::{Map, Value};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+use sha2::Sha256;
 
-use super::doctor::{self, Check, Diagnosis, Seen};
-use super::lines::{Line, read_all, to_held_out};
+use super::doctor::{self, Check, Finding};
+use super::lines::{Line, Unread};
+use super::reading::{Cache, FileRows, FileSplit, Parsed, Part, Reader, Report};
 use super::rows::PromptRow;
+use super::shelves::{Place, Shelved, Words, hash_tokens, lay_words};
 use super::split::is_held_out_text;
 use super::{DataError, Dialect, RowError};
 use crate::text::{Special, Tokenizer};
@@ -25,26 +31,46 @@ pub struct Prompt {
     pub line: u64,
 }
 
-impl Prompt {
-    /// Bytes it takes, about: its row is parsed.
-    pub fn bytes(&self) -> usize {
-        let row = serde_json::to_string(&self.row).map_or(0, |row| row.len());
-        size_of::<Self>() + self.tokens.len() * size_of::<u32>() + self.text.len() + 2 * row
+impl Shelved for Prompt {
+    /// Its tokens, the bytes of its text, how many they are, and the row as JSON.
+    fn lay(&self, bytes: &mut Vec<u8>) {
+        lay_words(self.tokens.iter().copied(), bytes);
+        lay_words([self.text.len() as u32], bytes);
+        bytes.extend_from_slice(self.text.as_bytes());
+        serde_json::to_writer(bytes, &self.row).expect("what was JSON is JSON");
+    }
+
+    fn mark(&self) -> u64 {
+        self.tokens.len() as u64
+    }
+
+    fn take(bytes: &[u8], Place { line, mark, .. }: Place) -> Self {
+        let (words, rest) = bytes.split_at((mark as usize + 1) * size_of::<u32>());
+        let mut words = Words::of(words);
+        let tokens = words.take(mark as usize).collect();
+        let (text, row) = rest.split_at(words.next() as usize);
+        Self {
+            tokens,
+            text: String::from_utf8_lossy(text).into_owned(),
+            row: serde_json::from_slice(row).unwrap_or_default(),
+            line,
+        }
+    }
+
+    fn tokens_in(_bytes: &[u8], mark: u64) -> usize {
+        mark as usize
+    }
+
+    fn hash(&self, hasher: &mut Sha256) {
+        hash_tokens(&self.tokens, hasher);
     }
 }
 
 /// The prompts of a file, in its order.
-#[derive(Debug, Clone)]
-pub struct Prompts {
-    /// At least one.
-    pub prompts: Vec<Prompt>,
-    /// Tokens of the longest.
-    pub longest: usize,
-    /// SHA-256 of the whole file, in hex.
-    pub sha256: String,
-    /// What is wrong with the rows of the whole file, held-out ones among them.
-    pub diagnosis: Diagnosis,
-}
+pub type Prompts = FileRows<Prompt, PromptReport>;
+
+/// The same in two parts.
+pub type PromptSplit = FileSplit<Prompt, PromptReport>;
 
 /// How prompts are read.
 #[derive(Debug, Clone, Default)]
@@ -53,23 +79,44 @@ pub struct PromptSettings {
     pub max_length: usize,
     /// What may be wrong with rows that cannot be read: those are left out.
     pub allow: Vec<Check>,
+    /// Where tokens of large files are kept; without, all are held in memory.
+    pub cache: Option<Cache>,
 }
 
 impl From<usize> for PromptSettings {
     fn from(max_length: usize) -> Self {
-        Self { max_length, allow: Vec::new() }
+        Self { max_length, ..Self::default() }
     }
 }
 
-/// A file in two parts, no prompt in both.
-#[derive(Debug, Clone)]
-pub struct PromptSplit {
-    /// What is trained on.
-    pub train: Prompts,
-    /// What is held out; small files may leave nothing to it.
-    pub held_out: Option<Prompts>,
-    /// The held-out rows as the file has them, byte for byte, each with a newline.
-    pub held_out_lines: Vec<u8>,
+/// What a file's rows came to.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PromptReport {
+    /// Prompts.
+    pub prompts: u64,
+    /// Those of them that are conversations.
+    pub conversations: u64,
+    /// Tokens of all.
+    pub tokens: u64,
+    /// Tokens of the longest.
+    pub longest: u64,
+}
+
+impl fmt::Display for PromptReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { prompts, conversations, tokens, longest } = self;
+        write!(
+            f,
+            "{prompts} prompts, {conversations} of them conversations, {tokens} tokens, longest \
+             {longest} tokens"
+        )
+    }
+}
+
+impl Report for PromptReport {
+    fn rows(&self) -> u64 {
+        self.prompts
+    }
 }
 
 impl Prompts {
@@ -86,14 +133,37 @@ impl Prompts {
         settings: impl Into<PromptSettings>,
         stop: &AtomicBool,
     ) -> Result<Self, DataError> {
-        let mut prompts = Vec::new();
-        let (sha256, diagnosis) = read(path, tokenizer, settings.into(), stop, |line, row| {
-            prompts.push(row.prompt(line));
-        })?;
-        Self::new(path, prompts, sha256, diagnosis)
+        let settings = &settings.into();
+        PromptReader { tokenizer, settings }.load(path, settings.cache.as_ref(), stop)
     }
 
-    /// The same in two parts: one row in ten is held out by its prompt, as
+    /// What is wrong with the rows, and what they come to. No prompt is kept.
+    ///
+    /// # Errors
+    /// If the file cannot be read at all; [`DataError::Stopped`].
+    pub fn examine(
+        path: &Path,
+        tokenizer: &Tokenizer,
+        settings: &PromptSettings,
+        stop: &AtomicBool,
+    ) -> Result<Self, DataError> {
+        PromptReader { tokenizer, settings }.examine(path, stop)
+    }
+
+    /// The prompts of the first rows, as many as can be read, whatever is wrong with others.
+    ///
+    /// # Errors
+    /// If the file cannot be read at all.
+    pub fn first(
+        path: &Path,
+        tokenizer: &Tokenizer,
+        settings: &PromptSettings,
+        rows: usize,
+    ) -> Result<Vec<Prompt>, DataError> {
+        PromptReader { tokenizer, settings }.first(path, rows)
+    }
+
+    /// The same as [`Prompts::load`] in two parts: one row in ten is held out by its prompt, as
     /// [`is_held_out`](super::is_held_out) says.
     ///
     /// # Errors
@@ -104,83 +174,89 @@ impl Prompts {
         settings: impl Into<PromptSettings>,
         stop: &AtomicBool,
     ) -> Result<PromptSplit, DataError> {
-        let (mut train, mut held_out) = (Vec::new(), Vec::new());
-        let mut held_out_lines = Vec::new();
-        let (sha256, diagnosis) = read(path, tokenizer, settings.into(), stop, |line, row| {
-            if !row.is_held_out {
-                return train.push(row.prompt(line));
-            }
-            to_held_out(&mut held_out_lines, line);
-            held_out.push(row.prompt(line));
-        })?;
-        if train.is_empty() && !held_out.is_empty() {
-            let rows = held_out.len() as u64;
-            return Err(DataError::AllHeldOut { path: path.into(), rows });
-        }
-        let train = Self::new(path, train, sha256.clone(), diagnosis)?;
-        let held_out = Self::new(path, held_out, sha256, Diagnosis::default()).ok();
-        Ok(PromptSplit { train, held_out, held_out_lines })
-    }
-
-    fn new(
-        path: &Path,
-        prompts: Vec<Prompt>,
-        sha256: String,
-        diagnosis: Diagnosis,
-    ) -> Result<Self, DataError> {
-        let longest = prompts.iter().map(|prompt| prompt.tokens.len()).max();
-        let longest = longest.ok_or_else(|| DataError::Empty { path: path.into() })?;
-        Ok(Self { prompts, longest, sha256, diagnosis })
+        let settings = &settings.into();
+        PromptReader { tokenizer, settings }.load_split(path, settings.cache.as_ref(), stop)
     }
 }
 
-/// Shows all rows that can be read to `add`; the file's SHA-256, and what is wrong with its rows.
-fn read(
-    path: &Path,
-    tokenizer: &Tokenizer,
-    settings: PromptSettings,
-    stop: &AtomicBool,
-    mut add: impl FnMut(&Line, Tokenized),
-) -> Result<(String, Diagnosis), DataError> {
-    let (mut diagnosis, mut seen) = (Diagnosis::default(), Seen::default());
-    let parse = |bytes: &[u8]| tokenized(bytes, tokenizer, settings.max_length);
-    let sha256 = read_all(path, stop, parse, |line, row| {
-        diagnosis.row(line.number, Some(Dialect::Prompt));
-        match row {
-            Ok(row) => {
-                diagnosis.length(row.tokens.len());
-                seen.add(doctor::normalized_prompt(&row.text), line.number);
-                if let Some(finding) = doctor::doubled_bos(&row.tokens, tokenizer) {
-                    diagnosis.note(line.number, finding);
-                }
-                add(line, row);
-            }
-            Err(error) => diagnosis.note(line.number, (Check::of(&error), error.to_string())),
-        }
-        Ok(())
-    })?;
-    seen.finish(&mut diagnosis);
-    diagnosis.unreadable(path, &settings.allow)?;
-    Ok((sha256, diagnosis))
+/// Lines to prompts.
+struct PromptReader<'a> {
+    tokenizer: &'a Tokenizer,
+    settings: &'a PromptSettings,
 }
 
+/// A row as it comes from a thread.
 struct Tokenized {
-    is_held_out: bool,
     tokens: Vec<u32>,
     text: String,
     row: Map<String, Value>,
 }
 
-impl Tokenized {
-    fn prompt(self, line: &Line) -> Prompt {
-        let Self { tokens, text, row, .. } = self;
-        Prompt { tokens, text, row, line: line.number }
+impl Reader for PromptReader<'_> {
+    type Tokenized = Tokenized;
+    type Row = Prompt;
+    type Report = PromptReport;
+
+    fn kind(&self) -> &'static str {
+        "prompts"
+    }
+
+    fn tokenizer(&self) -> &Tokenizer {
+        self.tokenizer
+    }
+
+    fn settings(&self) -> Value {
+        json!({ "max_length": self.settings.max_length })
+    }
+
+    fn allow(&self) -> &[Check] {
+        &self.settings.allow
+    }
+
+    fn parse(&self, line: &[u8]) -> Result<Parsed<Tokenized>, Unread> {
+        let dialect = Some(Dialect::Prompt); // whatever other keys the row has
+        let (held_out, tokenized) = tokenized(line, self.tokenizer, self.settings.max_length)
+            .map_err(|error| Unread { dialect, error })?;
+        Ok(Parsed {
+            dialect,
+            held_out,
+            hash: doctor::normalized_prompt(&tokenized.text),
+            length: tokenized.tokens.len(),
+            findings: doctor::doubled_bos(&tokenized.tokens, self.tokenizer).into_iter().collect(),
+            tokenized,
+        })
+    }
+
+    fn add(
+        &self,
+        line: &Line,
+        row: Tokenized,
+        part: &mut Part<Prompt, PromptReport>,
+    ) -> io::Result<Vec<Finding>> {
+        let Tokenized { tokens, text, row } = row;
+        let report = &mut part.report;
+        report.prompts += 1;
+        report.conversations += u64::from(row["prompt"].is_array());
+        report.tokens += tokens.len() as u64;
+        report.longest = report.longest.max(tokens.len() as u64);
+        let prompt = Prompt { tokens, text, row, line: line.number };
+        part.rows.push(&prompt, line.row, line.number)?;
+        Ok(Vec::new())
+    }
+
+    fn nothing(&self, path: PathBuf, _report: &PromptReport) -> DataError {
+        DataError::Empty { path }
     }
 }
 
-fn tokenized(bytes: &[u8], tokenizer: &Tokenizer, most: usize) -> Result<Tokenized, RowError> {
-    let prompt = PromptRow::parse(bytes)?;
-    let is_held_out = is_held_out_text(prompt.first_turn());
+/// Whether a row is held out, and its tokens.
+fn tokenized(
+    line: &[u8],
+    tokenizer: &Tokenizer,
+    most: usize,
+) -> Result<(bool, Tokenized), RowError> {
+    let prompt = PromptRow::parse(line)?;
+    let held_out = is_held_out_text(prompt.first_turn());
     let (text, row) = match prompt {
         PromptRow::Text { prompt, row } => (prompt, row),
         PromptRow::Messages { prompt, tools, row } => {
@@ -193,6 +269,6 @@ fn tokenized(bytes: &[u8], tokenizer: &Tokenizer, most: usize) -> Result<Tokeniz
     match tokens.len() {
         0 => Err(RowError::NoTokens { key: "prompt".into() }),
         found if found > most => Err(RowError::PromptTooLong { found, most }),
-        _ => Ok(Tokenized { is_held_out, tokens, text, row }),
+        _ => Ok((held_out, Tokenized { tokens, text, row })),
     }
 }

@@ -206,7 +206,11 @@ impl Loader<'_> {
             let matrix = tensor.matrix().map_err(|e| e.to_string())?;
             let matrix = matrix.with_order(self.order(name));
             let matrix = match self.type_of(name, cols) {
-                Some(of) => matrix.and_then(|matrix| matrix.quantized(of)),
+                Some(of) => matrix.and_then(|matrix| {
+                    let quantized = matrix.quantized(of);
+                    matrix.forget(); // only the small one is read from here on
+                    quantized
+                }),
                 None => matrix,
             };
             matrix.map_err(|e| format!("{stored}: {e}"))

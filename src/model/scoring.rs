@@ -9,7 +9,7 @@ use super::{Adapters, Decoder, Rows, Worn};
 use crate::data::Batch;
 
 /// Tokens that go through the model at once, where rows are as long as that together.
-const TOKENS_AT_A_TIME: usize = 2048;
+pub const TOKENS_AT_A_TIME: usize = 2048;
 
 /// Cuts rows of these lengths into runs of [`TOKENS_AT_A_TIME`] tokens or one row.
 pub fn runs(lengths: impl Iterator<Item = usize>) -> Vec<Range<usize>> {

@@ -9,16 +9,27 @@ use rayon::prelude::*;
 
 use super::BlockType;
 
+/// Who keeps bytes alive.
+pub trait Owner: AsRef<[u8]> + Send + Sync {
+    /// Is told that the bytes at `range` will hardly be read again: of a map, the system gets their
+    /// pages back.
+    fn forget(&self, range: Range<usize>) {
+        let _ = range;
+    }
+}
+
+impl Owner for Vec<u8> {}
+
 /// A window into bytes that somebody keeps alive: a memory map, or a buffer on the heap.
 #[derive(Clone)]
 pub struct Bytes {
-    owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    owner: Arc<dyn Owner>,
     range: Range<usize>,
 }
 
 impl Bytes {
     /// All bytes of `owner`.
-    pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Self {
+    pub fn new(owner: Arc<dyn Owner>) -> Self {
         let range = 0..(*owner).as_ref().len();
         Self { owner, range }
     }
@@ -29,6 +40,11 @@ impl Bytes {
         let end = self.range.start.checked_add(range.end)?;
         (start <= end && end <= self.range.end)
             .then(|| Self { owner: self.owner.clone(), range: start..end })
+    }
+
+    /// Says that they will hardly be read again.
+    pub fn forget(&self) {
+        self.owner.forget(self.range.clone());
     }
 }
 
@@ -225,6 +241,11 @@ impl FrozenMatrix {
             of.quantize(values, cols, None, bytes);
         }
         Self::new(Bytes::new(Arc::new(bytes)), of, rows, cols)
+    }
+
+    /// Says that it will hardly be read again: what is mapped of it leaves memory.
+    pub fn forget(&self) {
+        self.bytes.forget();
     }
 
     /// The same bytes read in another row order.

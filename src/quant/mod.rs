@@ -11,4 +11,4 @@ pub(crate) mod testing;
 
 pub use blocks::BlockType;
 pub(crate) use blocks::{E2M1_TWICE, NON_LINEAR, half_e8m0, iq4_xs_scale};
-pub use matrix::{Bytes, FrozenMatrix, MatrixError, RowOrder};
+pub use matrix::{Bytes, FrozenMatrix, MatrixError, Owner, RowOrder};

@@ -1,6 +1,8 @@
 //! What a run would be, before there is one: everything is read, the doctor looks at the rows, the
-//! adapter begins, and a step or two are taken by a learner that is thrown away. Nothing is written.
+//! adapter begins, and a step or two are taken by a learner that is thrown away. Nothing is left
+//! behind: tokens of large files are in a cache that is there already, or are removed again.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
@@ -10,13 +12,14 @@ use serde::Serialize;
 
 use super::TrainError;
 use super::fine_tune::{
-    FineTuning, Source, begin_adapters, kept_layers, learner, load, predicted, schedule, settled,
+    FineTuning, Source, begin_adapters, check_memory, kept_layers, learner, load, predicted,
+    schedule, settled,
 };
 use super::memory::{Memory, free};
 use super::progress::EARLY_STEPS;
 use super::run::Outcome;
 use super::run_dir::{RunDir, State};
-use super::settings::{RunSettings, Task};
+use super::settings::RunSettings;
 
 /// What a run would be.
 #[derive(Debug, Clone, Serialize)]
@@ -58,8 +61,9 @@ pub struct Forecast {
 pub fn dry_run(settings: &RunSettings, stop: &AtomicBool) -> Result<Outcome<Forecast>, TrainError> {
     let mut settings = settled(settings)?;
     RunDir::vacant(&settings.common.out)?;
-    if let Task::Sft(own) = &mut settings.task {
-        own.cache_from = String::new(); // tokens of the largest file too stay off the disk
+    let scratch = Scratch(temporary_folder());
+    if !settings.common.cache.exists() {
+        settings.common.cache = scratch.0.clone();
     }
     let (settings, common) = (&settings, &settings.common);
     let Some(loaded) = load(settings, stop)? else { return Ok(Outcome::NotBegun) };
@@ -68,6 +72,7 @@ pub fn dry_run(settings: &RunSettings, stop: &AtomicBool) -> Result<Outcome<Fore
     let adapters: Vec<Arc<Adapter>> = adapters.into_iter().map(Arc::new).collect();
     let demand = loaded.demand(common, &adapters);
     let kept = kept_layers(common, &demand);
+    check_memory(common, &demand, kept)?;
     let predicted_peak_rss_bytes = predicted(&demand, kept);
     let memory = predicted_peak_rss_bytes.map(|_| Memory::of(&demand, kept));
     let (layers, tokens, parameters) = (demand.layers, demand.tokens, demand.parameters);
@@ -114,6 +119,19 @@ pub fn dry_run(settings: &RunSettings, stop: &AtomicBool) -> Result<Outcome<Fore
         take_time(&mut course, settings, &mut forecast)?;
     }
     Ok(Outcome::Done(Box::new(forecast)))
+}
+
+/// A folder of this dry run alone, which is gone with it.
+struct Scratch(PathBuf);
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0); // without a large file there is none
+    }
+}
+
+fn temporary_folder() -> PathBuf {
+    std::env::temp_dir().join(format!("quantune-dry-run-{}", std::process::id()))
 }
 
 /// Takes the first steps of the run, and reckons from their time and tokens what all will take.

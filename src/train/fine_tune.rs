@@ -259,12 +259,6 @@ impl Loaded {
             Source::Supervised(source) => (source.largest_micro_batch(), &adapters[..1]),
             Source::Rollouts(source) => (source.largest_micro_batch(), adapters),
         };
-        let (token_data, reference, rollouts) = match &self.source {
-            Source::Supervised(source) => (source.data_bytes(), source.reference_bytes(), 0),
-            Source::Rollouts(source) => {
-                (source.data_bytes(), 0, source.rollout_bytes(&self.decoder))
-            }
-        };
         let layers = super::memory::passed_layers(&self.decoder, passed);
         let mean = |of: &dyn Fn(&Lora) -> usize| {
             let all = |adapter: &Arc<Adapter>| adapter.modules.values().map(of).sum::<usize>();
@@ -272,20 +266,31 @@ impl Loaded {
             most.div_ceil(layers.max(1))
         };
         let magnitudes = |lora: &Lora| lora.magnitude.as_ref().map_or(0, |_| lora.out_features());
+        let sizes = Sizes {
+            ranks: mean(&Lora::r),
+            magnitudes: mean(&magnitudes),
+            dropout: common.lora_dropout > 0.0,
+        };
+        let ([held, mapped], reference, rollouts) = match &self.source {
+            Source::Supervised(source) => (source.data_bytes(), source.reference_bytes(), 0),
+            Source::Rollouts(source) => {
+                (source.data_bytes(), 0, source.rollout_bytes(&self.decoder, &sizes))
+            }
+        };
         Demand {
             decoder: &self.decoder,
             layers,
             tokens,
-            parameters: adapters.iter().map(|adapter| adapter.num_parameters()).sum(),
-            sizes: Sizes {
-                ranks: mean(&Lora::r),
-                magnitudes: mean(&magnitudes),
-                dropout: common.lora_dropout > 0.0,
+            logits: match &self.source {
+                Source::Supervised(source) => source.reads_logits(),
+                Source::Rollouts(_) => true,
             },
-            token_data,
+            parameters: adapters.iter().map(|adapter| adapter.num_parameters()).sum(),
+            sizes,
+            token_data: held + mapped,
             reference,
             rollouts,
-            process: self.process.saturating_sub(token_data),
+            process: self.process.saturating_sub(held),
         }
     }
 }
@@ -355,27 +360,28 @@ pub fn train(
         Source::Supervised(source) => fingerprints.extend(source.fingerprints()?),
         Source::Rollouts(source) => fingerprints.extend(source.fingerprints()?),
     }
-    let (run, saved, adapters) = if let Some(run) = resumed {
+    let mut adapters = begin_adapters(settings, decoder, added)?;
+    let mut saved = None;
+    if let Some(run) = &resumed {
         same_fingerprints(&common.out, &run.fingerprints()?, &fingerprints)?;
-        let saved = run.last_checkpoint()?;
-        let mut adapters = begin_adapters(settings, decoder, added)?;
-        if let Some(folder) = &saved {
-            for (name, adapter) in &mut adapters {
-                let mut read = read_adapter(&RunDir::adapter_folder(folder, name), decoder)?;
-                read.hold_as(adapter);
-                *adapter = read;
-            }
+        saved = run.last_checkpoint()?;
+        for (name, adapter) in adapters.iter_mut().filter(|_| saved.is_some()) {
+            let folder = RunDir::adapter_folder(saved.as_deref().unwrap_or(&common.out), name);
+            let mut read = read_adapter(&folder, decoder)?;
+            read.hold_as(adapter);
+            *adapter = read;
         }
-        (run, saved, adapters)
-    } else {
-        let adapters = begin_adapters(settings, decoder, added)?; // may fail: before anything is written
-        let table = settings.to_table()?;
-        (RunDir::create(&common.out, &table, &fingerprints)?, None, adapters)
-    };
+    }
     let (names, adapters): (Vec<&str>, Vec<Adapter>) = adapters.into_iter().unzip();
     let adapters: Vec<Arc<Adapter>> = adapters.into_iter().map(Arc::new).collect();
     let demand = loaded.demand(common, &adapters);
     let kept_layers = kept_layers(common, &demand);
+    check_memory(common, &demand, kept_layers)?;
+    // All that may be refused has been: now there is something to write.
+    let run = match resumed {
+        Some(run) => run,
+        None => RunDir::create(&common.out, &settings.to_table()?, &fingerprints)?,
+    };
     let (layers, parameters) = (demand.layers, demand.parameters);
     let predicted_peak_rss_bytes = predicted(&demand, kept_layers);
     let Loaded { decoder, below, source, tokenizer, .. } = loaded;
@@ -528,6 +534,53 @@ pub(super) fn kept_layers(settings: &CommonSettings, demand: &Demand) -> usize {
     let budget = super::memory::parse_bytes(&settings.memory_budget)
         .unwrap_or_else(super::memory::default_budget);
     super::memory::kept_layers(demand, budget)
+}
+
+/// Refuses a budget that not even recomputing every layer would keep; without one, warns of memory
+/// that is not free.
+pub(super) fn check_memory(
+    settings: &CommonSettings,
+    demand: &Demand,
+    kept_layers: usize,
+) -> Result<(), TrainError> {
+    if demand.decoder.compute == Compute::Portable {
+        return Ok(()); // nobody knows what candle will take
+    }
+    let megabytes = |bytes: u64| format!("{:.0} MB", (bytes as f64 / 1e6).ceil());
+    let budget = super::memory::parse_bytes(&settings.memory_budget);
+    if let (Some(budget), None) = (budget, settings.gradient_checkpointing) {
+        let memory = Memory::of(demand, 0);
+        let needed = memory.sum() as u64;
+        if needed <= budget {
+            return Ok(());
+        }
+        let mut parts = memory.components();
+        parts.sort_unstable_by_key(|(_, bytes)| std::cmp::Reverse(*bytes));
+        let parts = parts.iter().filter(|(_, bytes)| *bytes > 0);
+        let parts = parts.map(|(name, bytes)| format!("{name} {}", megabytes(*bytes as u64)));
+        return Err(TrainError::Settings(format!(
+            "memory_budget is {} and cannot be kept: with every layer recomputed the run takes {} \
+             ({}), needed that much, or fewer than {} tokens in a micro-batch (max_length, \
+             per_device_train_batch_size)",
+            settings.memory_budget,
+            megabytes(needed),
+            parts.collect::<Vec<_>>().join(", "),
+            demand.tokens,
+        )));
+    }
+    let memory = Memory::of(demand, kept_layers);
+    let needed = memory.sum().saturating_sub(memory.frozen_weights + memory.process) as u64;
+    if let Some(free) = super::memory::free().filter(|&free| needed > free) {
+        eprintln!(
+            "warning: the run takes {} more than it has now, and {} are free: the system may end it; \
+             fewer tokens in a micro-batch than {} take less (max_length, \
+             per_device_train_batch_size)",
+            megabytes(needed),
+            megabytes(free),
+            demand.tokens,
+        );
+    }
+    Ok(())
 }
 
 /// The most memory the run will take, with what reading has taken already; nothing of the portable

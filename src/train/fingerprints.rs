@@ -6,19 +6,6 @@ use sha2::{Digest, Sha256};
 
 use super::TrainError;
 use super::run_dir::Fingerprint;
-use crate::data::Comparisons;
-
-/// What the tokenizer and chat template make of comparisons.
-pub fn comparisons_print(data: &Comparisons) -> String {
-    let mut hasher = Sha256::new();
-    for row in &data.comparisons {
-        for tokens in std::iter::once(&row.prompt).chain(&row.responses) {
-            hasher.update((tokens.len() as u64).to_le_bytes());
-            tokens.iter().for_each(|token| hasher.update(token.to_le_bytes()));
-        }
-    }
-    hex(hasher)
-}
 
 fn hex(hasher: Sha256) -> String {
     hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()

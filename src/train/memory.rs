@@ -79,6 +79,8 @@ pub struct Demand<'a> {
     pub layers: usize,
     /// Tokens of the largest micro-batch.
     pub tokens: usize,
+    /// Whether its head is read: a reward model has one of its own, which is a row.
+    pub logits: bool,
     /// Numbers that train.
     pub parameters: usize,
     /// The updates of a layer.
@@ -129,7 +131,7 @@ impl Memory {
         let width = config.hidden_size * size_of::<f32>();
         // Read rows, behind the norm, and both gradients.
         let read = 4 * tokens * width;
-        let vocabulary = config.vocab_size;
+        let vocabulary = if demand.logits { config.vocab_size } else { 1 };
         Self {
             frozen_weights: decoder.weight_bytes(),
             adapter: 4 * demand.parameters * size_of::<f32>(),

@@ -9,7 +9,6 @@ use safetensors::tensor::{Dtype, TensorView};
 
 use super::TrainError;
 use super::lora::read_adapter;
-use crate::data::Comparison;
 use crate::model::{Decoder, Worn};
 use crate::weights::write_atomically;
 
@@ -23,13 +22,50 @@ pub fn worn(below: &[Worn], path: &Path, decoder: &Decoder) -> Result<Vec<Worn>,
     Ok(worn)
 }
 
+/// Summed log-probs under the reference, of the responses of each row.
+#[derive(Debug, Default)]
+pub struct ReferenceLogps {
+    values: Vec<f32>,
+    /// Where those of each row begin.
+    starts: Vec<u32>,
+}
+
+impl ReferenceLogps {
+    /// Zeros for rows of so many responses.
+    pub fn new(responses: impl Iterator<Item = usize>) -> Self {
+        let (mut all, mut starts) = (0, Vec::new());
+        for count in responses {
+            starts.push(all);
+            all += count as u32;
+        }
+        Self { values: vec![0.0; all as usize], starts }
+    }
+
+    /// Those of a row.
+    pub fn of(&self, row: usize) -> &[f32] {
+        let end = self.starts.get(row + 1).map_or(self.values.len(), |&end| end as usize);
+        &self.values[self.starts[row] as usize..end]
+    }
+
+    /// The same, to be written.
+    pub fn of_mut(&mut self, row: usize) -> &mut [f32] {
+        let end = self.starts.get(row + 1).map_or(self.values.len(), |&end| end as usize);
+        &mut self.values[self.starts[row] as usize..end]
+    }
+
+    /// Bytes they take.
+    pub fn bytes(responses: usize, rows: usize) -> usize {
+        responses * size_of::<f32>() + rows * size_of::<u32>()
+    }
+}
+
 /// The numbers of a run's file, one a response of each row; computed and written if it is not there.
 /// The run's fingerprints vouch that base, rows and settings are those it was made of.
 pub fn cached(
     path: &Path,
-    rows: &[&Comparison],
-    compute: impl FnOnce() -> Result<Vec<Vec<f32>>, TrainError>,
-) -> Result<Vec<Vec<f32>>, TrainError> {
+    logps: &mut ReferenceLogps,
+    compute: impl FnOnce(&mut ReferenceLogps) -> Result<(), TrainError>,
+) -> Result<(), TrainError> {
     const NAME: &str = "logps";
     let broken = |reason: String| TrainError::Broken { path: path.to_path_buf(), reason };
     if path.exists() {
@@ -37,20 +73,21 @@ pub fn cached(
         let bytes = fs::read(path).map_err(io)?;
         let tensors = SafeTensors::deserialize(&bytes).map_err(|e| broken(e.to_string()))?;
         let tensor = tensors.tensor(NAME).map_err(|e| broken(e.to_string()))?;
-        let responses: usize = rows.iter().map(|row| row.responses.len()).sum();
+        let responses = logps.values.len();
         if tensor.dtype() != Dtype::F32 || tensor.shape() != [responses] {
             return Err(broken(format!("does not hold {responses} log-probs")));
         }
         let (values, _) = tensor.data().as_chunks::<4>();
-        let mut values = values.iter().map(|bytes| f32::from_le_bytes(*bytes));
-        let take = |row: &&Comparison| values.by_ref().take(row.responses.len()).collect();
-        return Ok(rows.iter().map(take).collect());
+        for (value, bytes) in logps.values.iter_mut().zip(values) {
+            *value = f32::from_le_bytes(*bytes);
+        }
+        return Ok(());
     }
-    let logps = compute()?;
-    let values: Vec<u8> = logps.iter().flatten().flat_map(|v: &f32| v.to_le_bytes()).collect();
+    compute(logps)?;
+    let values: Vec<u8> = logps.values.iter().flat_map(|v: &f32| v.to_le_bytes()).collect();
     let view = TensorView::new(Dtype::F32, vec![values.len() / 4], &values);
     let view = view.map_err(|e| broken(e.to_string()))?;
     let bytes = safetensors::serialize([(NAME, view)], None).map_err(|e| broken(e.to_string()))?;
     write_atomically(path, |file| std::io::Write::write_all(file, &bytes))?;
-    Ok(logps)
+    Ok(())
 }

@@ -76,6 +76,8 @@ impl Noise {
 /// Buffers of a step, used again by the next.
 #[derive(Debug, Default)]
 pub struct Buffers {
+    /// Tokens of the largest batch so far.
+    tokens: usize,
     work: Workspace,
     /// By layer; of recomputed ones only the input is in use.
     tapes: Vec<Tape>,
@@ -121,7 +123,12 @@ fn fast(
     gradients: &mut [Vec<f32>],
     buffers: &mut Buffers,
 ) -> Result<Judged> {
-    let Buffers { work, tapes, scratch, x, dx, logps, scores } = buffers;
+    // Hundreds of buffers that grow one after another leave as many holes of their old sizes, up to
+    // twice the memory: for a batch larger than all before they are made anew.
+    if batch.tokens.len() > buffers.tokens {
+        *buffers = Buffers { tokens: batch.tokens.len(), ..Buffers::default() };
+    }
+    let Buffers { work, tapes, scratch, x, dx, logps, scores, .. } = buffers;
     let layers = decoder.config.num_hidden_layers;
     let lowest = decoder.lowest_trainable(Adapters::Same(settings.worn));
     let to_embedding = decoder.trains_embedding(Adapters::Same(settings.worn));

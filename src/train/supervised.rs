@@ -3,25 +3,25 @@
 
 use std::ops::Range;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::{Map, Value, json};
 
 use super::TrainError;
 use super::fine_tune::{strategy, total_steps};
-use super::fingerprints::{base_fingerprint, comparisons_print};
+use super::fingerprints::base_fingerprint;
 use super::learner::{Learner, MicroBatch};
 use super::log::{Log, Numbers};
 use super::memory::parse_bytes;
 use super::progress::{Progress, Work};
-use super::reference;
+use super::reference::{self, ReferenceLogps};
 use super::run_dir::{Fingerprint, RunDir, State};
 use super::settings::{CommonSettings, DpoSettings, EvalStrategy, RunSettings, Task};
 use crate::data::doctor::{Check, Diagnosis};
 use crate::data::{
     Batch, Cache, Comparison, ComparisonKind, ComparisonSettings, Comparisons, DataError, Dataset,
-    EpochPlan, EpochSettings, Limits, LoadSettings, ModelLimits, WhenTooLong, epoch_examples,
+    EpochPlan, EpochSettings, Limits, LoadSettings, ModelLimits, Shelves, WhenTooLong,
+    epoch_examples,
 };
 use crate::eval::evaluate;
 use crate::model::scoring::{row_scores, runs, target_log_probs};
@@ -51,21 +51,58 @@ pub struct Supervised {
     max_length: usize,
     rows: Rows,
     held_out: Option<Rows>,
-    /// The held-out rows as the file has them, if they were split off here.
-    held_out_lines: Option<Bytes>,
+    /// The held-out rows as the files have them, if they were split off here.
+    held_out_lines: Vec<Bytes>,
     /// Examples of each file, and how often they come in an epoch; of comparisons all, once.
     files: Vec<(usize, f64)>,
-    /// Tokens of each example or comparison.
-    lengths: Vec<usize>,
     plan: EpochPlan,
     planned: u64,
     /// What the trained adapter is put on top of.
     below: Vec<Worn>,
     /// What the reference wears, if the loss has one.
     reference: Option<Vec<Worn>>,
-    /// Summed log-probs under the reference, response by response.
-    reference_logps: Vec<Vec<f32>>,
-    held_out_reference: Vec<Vec<f32>>,
+    /// Summed log-probs under the reference, of the held-out rows behind the others.
+    reference_logps: ReferenceLogps,
+}
+
+impl Rows {
+    fn len(&self) -> usize {
+        match self {
+            Self::Examples(data) => data.rows.len(),
+            Self::Comparisons(data) => data.rows.len(),
+        }
+    }
+
+    /// The tokens of an example or comparison.
+    fn length(&self, index: usize) -> usize {
+        match self {
+            Self::Examples(data) => data.rows.length(index),
+            Self::Comparisons(data) => data.rows.length(index),
+        }
+    }
+
+    /// The same of all.
+    fn lengths(&self) -> impl Iterator<Item = usize> + '_ {
+        (0..self.len()).map(|index| self.length(index))
+    }
+
+    /// Bytes in memory, and mapped ones that were looked at once so many rows were taken.
+    fn bytes(&self, taken: usize) -> [usize; 2] {
+        match self {
+            Self::Examples(data) => data.rows.bytes(taken),
+            Self::Comparisons(data) => data.rows.bytes(taken),
+        }
+    }
+
+    /// The responses of each row that a reference is asked about.
+    fn responses(&self) -> Box<dyn Iterator<Item = usize> + '_> {
+        match self {
+            Self::Examples(_) => Box::new(std::iter::empty()),
+            Self::Comparisons(Comparisons { rows, .. }) => {
+                Box::new((0..rows.len()).map(|row| rows.responses(row)))
+            }
+        }
+    }
 }
 
 impl Supervised {
@@ -82,8 +119,11 @@ impl Supervised {
         let max_length = common.max_length.min(window);
         let model = Some(ModelLimits { window, vocab_size: decoder.config.vocab_size });
         let mut files = Vec::new();
-        let comparisons =
-            |limits| ComparisonSettings { limits, allow: common.allow.clone(), model };
+        let cache = Some(row_cache(&common));
+        let comparisons = |limits| {
+            let (allow, cache) = (common.allow.clone(), cache.clone());
+            ComparisonSettings { limits, allow, model, cache }
+        };
         let (rows, held_out, held_out_lines) = match &settings.task {
             Task::Reward(_) => {
                 let limits = Limits { max_length, when_long: WhenTooLong::Drop };
@@ -99,27 +139,14 @@ impl Supervised {
                 load_comparisons(&common, tokenizer, stop, &comparisons(limits), kind)?
             }
             Task::Sft(own) => {
-                let given = !own.cache.as_os_str().is_empty();
-                let from_bytes = parse_bytes(&own.cache_from).unwrap_or(u64::MAX);
-                let folder = if given { own.cache.clone() } else { common.out.join("rows") };
-                let settings = LoadSettings {
-                    max_length,
-                    alpaca: own.alpaca_prompt,
-                    allow: common.allow.clone(),
-                    model,
-                    cache: Some(Cache { folder, from_bytes }),
-                    looks_only: false,
-                };
+                let (allow, alpaca) = (common.allow.clone(), own.alpaca_prompt);
+                let settings = LoadSettings { max_length, alpaca, allow, model, cache };
                 load_examples(&common, tokenizer, &settings, &mut files, stop)?
             }
             Task::Ppo(_) | Task::Grpo(_) => unreachable!("they make their own rows"),
         };
-        let lengths = match &rows {
-            Rows::Examples(data) => data.examples.lengths(),
-            Rows::Comparisons(data) => data.comparisons.iter().map(Comparison::tokens).collect(),
-        };
         if files.is_empty() {
-            files.push((lengths.len(), 1.0));
+            files.push((rows.len(), 1.0));
         }
         match &rows {
             Rows::Examples(data) => eprintln!("data: {}", data.report),
@@ -133,13 +160,11 @@ impl Supervised {
             held_out,
             held_out_lines,
             files,
-            lengths,
             plan: EpochPlan::default(),
             planned: 0,
             below: below.to_vec(),
             reference: None,
-            reference_logps: Vec::new(),
-            held_out_reference: Vec::new(),
+            reference_logps: ReferenceLogps::default(),
         };
         source.plan = source.plan_of(0);
         Ok(source)
@@ -149,7 +174,7 @@ impl Supervised {
     pub fn fingerprints(&self) -> Result<Vec<Fingerprint>, TrainError> {
         let (sha256, tokens) = match &self.rows {
             Rows::Examples(data) => (&data.sha256, data.tokens_sha256.clone()),
-            Rows::Comparisons(data) => (&data.sha256, comparisons_print(data)),
+            Rows::Comparisons(data) => (&data.sha256, data.tokens_sha256.clone()),
         };
         let mut prints = vec![
             ("the data".to_string(), sha256.clone()),
@@ -185,9 +210,11 @@ impl Supervised {
         state: &State,
         stop: &AtomicBool,
     ) -> Result<(), TrainError> {
-        if let Some(lines) = &self.held_out_lines {
+        if !self.held_out_lines.is_empty() {
             write_atomically(run.file("held_out.jsonl"), |file| {
-                std::io::Write::write_all(file, lines)
+                self.held_out_lines
+                    .iter()
+                    .try_for_each(|lines| std::io::Write::write_all(file, lines))
             })?;
         }
         self.planned = state.epoch;
@@ -196,26 +223,39 @@ impl Supervised {
             return Ok(());
         };
         let worn = reference::worn(&self.below, folder, decoder)?;
+        let mut logps = self.no_reference_logps();
         let held_out = match &self.held_out {
-            Some(Rows::Comparisons(held_out)) => &held_out.comparisons[..],
-            _ => &[],
+            Some(Rows::Comparisons(held_out)) => Some(&held_out.rows),
+            _ => None,
         };
-        let all: Vec<&Comparison> = data.comparisons.iter().chain(held_out).collect();
-        let mut logps = reference::cached(&run.file("reference.safetensors"), &all, || {
-            eprintln!("reference: log-probs of {} rows", all.len());
-            let mut logps = Vec::with_capacity(all.len());
-            for rows in all.chunks(REFERENCE_ROWS) {
-                if stop.load(Ordering::Relaxed) {
-                    return Err(DataError::Stopped.into());
+        let parts =
+            [(0, &data.rows)].into_iter().chain(held_out.map(|rows| (data.rows.len(), rows)));
+        reference::cached(&run.file("reference.safetensors"), &mut logps, |logps| {
+            let all: usize = parts.clone().map(|(_, rows)| rows.len()).sum();
+            eprintln!("reference: log-probs of {all} rows");
+            for (first, rows) in parts {
+                for start in (0..rows.len()).step_by(REFERENCE_ROWS) {
+                    if stop.load(Ordering::Relaxed) {
+                        return Err(DataError::Stopped.into());
+                    }
+                    let range = start..rows.len().min(start + REFERENCE_ROWS);
+                    let found = asked(decoder, &worn, rows, range.clone())?;
+                    for (row, found) in range.zip(found) {
+                        logps.of_mut(first + row).copy_from_slice(&found);
+                    }
                 }
-                logps.extend(response_log_probs(decoder, &worn, rows)?);
             }
-            Ok(logps)
+            Ok(())
         })?;
-        self.held_out_reference = logps.split_off(data.comparisons.len());
         self.reference_logps = logps;
         self.reference = Some(worn);
         Ok(())
+    }
+
+    /// Room for what the reference says of all rows, those held out too.
+    fn no_reference_logps(&self) -> ReferenceLogps {
+        let held_out = self.held_out.iter().flat_map(Rows::responses);
+        ReferenceLogps::new(self.rows.responses().chain(held_out))
     }
 
     /// Steps of the run.
@@ -234,46 +274,46 @@ impl Supervised {
 
     /// Tokens of the largest micro-batch there can be: its bins full, or the longest rows together.
     pub fn largest_micro_batch(&self) -> usize {
-        let mut lengths = self.lengths.clone();
-        lengths.sort_unstable_by_key(|&length| std::cmp::Reverse(length));
-        let all: usize = lengths.iter().sum();
         let batch = self.common.per_device_train_batch_size;
-        let longest: usize = lengths.iter().take(batch).sum();
+        let longest = longest_together(self.rows.lengths(), batch);
         match &self.task {
-            Task::Sft(own) if own.packing => (batch * self.max_length).max(longest).min(all),
+            Task::Sft(own) if own.packing => {
+                let all: usize = self.rows.lengths().sum();
+                (batch * self.max_length).max(longest).min(all)
+            }
             _ => longest,
         }
     }
 
-    /// Bytes of the rows, held-out ones too, that are held in memory or mapped.
-    pub fn data_bytes(&self) -> usize {
-        let of = |rows: &Rows| match rows {
-            Rows::Examples(data) => data.examples.bytes(),
-            Rows::Comparisons(data) => data.comparisons.iter().map(Comparison::bytes).sum(),
-        };
-        let lines = self.held_out_lines.as_ref().map_or(0, |lines| lines.len());
-        of(&self.rows) + self.held_out.as_ref().map_or(0, of) + lines
+    /// Whether what is learned is read from the base's head.
+    pub fn reads_logits(&self) -> bool {
+        !matches!(self.task, Task::Reward(_))
+    }
+
+    /// Bytes of the rows, held-out ones too: in memory, and mapped ones that the run looks at.
+    pub fn data_bytes(&self) -> [usize; 2] {
+        let steps = self.total_steps() as f64 / self.plan.steps().max(1) as f64;
+        let taken = (steps * self.rows.len() as f64).ceil() as usize;
+        let [held, mapped] = self.rows.bytes(taken);
+        let of_held_out = self.held_out.as_ref().map(|rows| rows.bytes(usize::MAX));
+        let [more, others] = of_held_out.unwrap_or_default();
+        [held + more, mapped + others]
     }
 
     /// Bytes of what the reference is going to say of all rows.
     pub fn reference_bytes(&self) -> usize {
-        let held_out = self.held_out.as_ref();
-        let responses = |rows: &Rows| match rows {
-            Rows::Examples(_) => 0,
-            Rows::Comparisons(data) => data.comparisons.iter().map(|row| row.responses.len()).sum(),
-        };
-        let all = responses(&self.rows) + held_out.map_or(0, responses);
-        match self.reference_folder() {
-            Some(_) => all * (size_of::<f32>() + size_of::<Vec<f32>>()),
-            None => 0,
+        if self.reference_folder().is_none() {
+            return 0;
         }
+        let parts = [Some(&self.rows), self.held_out.as_ref()];
+        let parts = parts.into_iter().flatten();
+        parts.map(|rows| ReferenceLogps::bytes(rows.responses().sum(), rows.len())).sum()
     }
 
     /// Steps of the first epoch, and tokens.
     pub fn epoch(&self) -> (u64, u64) {
-        let steps = 0..self.plan.steps();
-        let rows = steps.flat_map(|step| self.plan.step(step)).flatten().flatten();
-        let tokens: usize = rows.map(|&row| self.lengths[row]).sum();
+        let bins = (0..self.plan.bins()).flat_map(|bin| self.plan.bin(bin));
+        let tokens: usize = bins.map(|row| self.rows.length(row)).sum();
         (self.plan.steps() as u64, tokens as u64)
     }
 
@@ -284,23 +324,21 @@ impl Supervised {
             return Ok(0.0);
         };
         let worn = reference::worn(&self.below, folder, decoder)?;
-        let mut logps = vec![Vec::new(); data.comparisons.len()];
-        let (mut asked, mut all) = (0, self.lengths.iter().sum::<usize>());
-        if let Some(Rows::Comparisons(held_out)) = &self.held_out {
-            all += held_out.comparisons.iter().map(Comparison::tokens).sum::<usize>();
-        }
+        let mut logps = self.no_reference_logps();
+        let held_out = self.held_out.iter().flat_map(Rows::lengths);
+        let all: usize = self.rows.lengths().chain(held_out).sum();
+        let mut tokens = 0;
         for step in 0..steps.min(self.plan.steps()) {
-            let rows: Vec<usize> =
-                self.plan.step(step).iter().flatten().flatten().copied().collect();
-            let of: Vec<&Comparison> = rows.iter().map(|&row| &data.comparisons[row]).collect();
-            asked += of.iter().map(|row| row.tokens()).sum::<usize>();
-            for (row, found) in rows.iter().zip(response_log_probs(decoder, &worn, &of)?) {
-                logps[*row] = found;
+            let rows: Vec<usize> = self.plan.step(step).into_iter().flatten().flatten().collect();
+            tokens += rows.iter().map(|&row| data.rows.length(row)).sum::<usize>();
+            let found = asked(decoder, &worn, &data.rows, rows.iter().copied())?;
+            for (row, found) in rows.into_iter().zip(found) {
+                logps.of_mut(row).copy_from_slice(&found);
             }
         }
         self.reference_logps = logps;
         self.reference = Some(worn);
-        Ok(asked as f64 / all.max(1) as f64)
+        Ok(tokens as f64 / all.max(1) as f64)
     }
 
     /// Whether the steps so far end an epoch.
@@ -323,7 +361,7 @@ impl Supervised {
             self.planned = state.epoch;
             self.plan = self.plan_of(state.epoch);
         }
-        let bins = self.plan.step(state.step_in_epoch as usize).to_vec();
+        let bins = self.plan.step(state.step_in_epoch as usize);
         let (parts, count) = self.micro_batches(&bins, state.epoch, learner)?;
         let stepped = learner.step(&parts, learning_rate)?;
         state.step_in_epoch += 1;
@@ -358,7 +396,7 @@ impl Supervised {
         match (&self.held_out, &self.task) {
             (None, _) => Ok(Some(Vec::new())),
             (Some(Rows::Examples(data)), _) => {
-                let loss = evaluate(decoder, worn, &data.examples, stop)?;
+                let loss = evaluate(decoder, worn, &data.rows, stop)?;
                 Ok(loss.map(|loss| {
                     vec![
                         ("eval_loss".into(), json!(loss.loss)),
@@ -368,14 +406,14 @@ impl Supervised {
             }
             (Some(Rows::Comparisons(data)), Task::Reward(own)) => {
                 let center = own.center_rewards_coefficient;
-                let judged = judge_rewards(decoder, worn, &data.comparisons, center, stop)?;
+                let judged = judge_rewards(decoder, worn, &data.rows, center, stop)?;
                 Ok(judged.map(|judged| {
                     let numbers = judged.numbers().into_iter();
                     numbers.map(|(key, value)| (format!("eval_{key}"), value)).collect()
                 }))
             }
             (Some(Rows::Comparisons(data)), Task::Dpo(own)) => {
-                self.evaluate_preferences(decoder, worn, own, &data.comparisons, stop)
+                self.evaluate_preferences(decoder, worn, own, &data.rows, stop)
             }
             (Some(Rows::Comparisons(_)), _) => unreachable!("only reward and dpo compare"),
         }
@@ -418,7 +456,7 @@ impl Supervised {
         };
         EpochPlan::of(
             epoch_examples(&self.files, self.common.seed, epoch),
-            &self.lengths,
+            |row| self.rows.length(row),
             &EpochSettings {
                 seed: self.common.seed,
                 epoch,
@@ -449,17 +487,17 @@ impl Supervised {
         let parts: Vec<(Batch, Objective)>;
         let count = match (&self.rows, &self.task) {
             (Rows::Examples(data), _) => {
-                let batches = bins.iter().map(|bins| Batch::gather(&data.examples, bins));
+                let batches = bins.iter().map(|bins| Batch::gather(&data.rows, bins));
                 parts = batches.map(|batch| (batch, Objective::LanguageModelling)).collect();
                 parts.iter().map(|(batch, _)| batch.count()).sum::<usize>() as f64
             }
             (Rows::Comparisons(data), Task::Reward(own)) => {
-                let pick = |bins: &Vec<Vec<usize>>| -> Vec<&Comparison> {
-                    bins.iter().flatten().map(|&i| &data.comparisons[i]).collect()
-                };
-                let rows: Vec<Vec<&Comparison>> = bins.iter().map(pick).collect();
                 let center = own.center_rewards_coefficient;
-                parts = rows.iter().map(|rows| reward_part(rows, center)).collect();
+                let part = |bins: &Vec<Vec<usize>>| {
+                    let rows = taken(&data.rows, bins.iter().flatten().copied());
+                    reward_part(&refs(&rows), center)
+                };
+                parts = bins.iter().map(part).collect();
                 let weights = parts.iter().map(|(_, objective)| match objective {
                     Objective::Reward { pairs, .. } => {
                         pairs.iter().map(|p| f64::from(p.weight)).sum()
@@ -495,31 +533,31 @@ impl Supervised {
         data: &Comparisons,
         indices: &[Vec<usize>],
     ) -> Result<Vec<(Batch, Objective)>, TrainError> {
-        let all = &data.comparisons;
-        let reference = |rows: &[usize]| -> Option<Vec<f32>> {
-            self.reference.as_ref()?;
-            Some(rows.iter().flat_map(|&row| self.reference_logps[row].iter().copied()).collect())
-        };
+        let rows_of = |indices: &Vec<usize>| taken(&data.rows, indices.iter().copied());
+        let rows: Vec<Vec<Comparison>> = indices.iter().map(rows_of).collect();
+        let reference = |rows: &[usize]| self.reference_of(rows.iter().copied());
         if own.loss_type == PreferenceLoss::Kto {
-            let rows: Vec<&Comparison> = indices.iter().flatten().map(|&i| &all[i]).collect();
+            let all: Vec<&Comparison> = rows.iter().flatten().collect();
             let reference_worn = self.reference.as_deref().unwrap_or_default();
-            let kl = kto_reference_point(decoder, worn, reference_worn, &rows)?;
-            let parts = indices.iter().map(|indices| {
-                let rows: Vec<&Comparison> = indices.iter().map(|&i| &all[i]).collect();
-                labelled_part(&rows, own, reference(indices).unwrap_or_default(), kl)
+            let kl = kto_reference_point(decoder, worn, reference_worn, &all)?;
+            let parts = rows.iter().zip(indices).map(|(rows, indices)| {
+                labelled_part(&refs(rows), own, reference(indices).unwrap_or_default(), kl)
             });
             return Ok(parts.collect());
         }
-        let mut parts: Vec<(Batch, Compared)> = indices
-            .iter()
-            .map(|indices| {
-                let rows: Vec<&Comparison> = indices.iter().map(|&i| &all[i]).collect();
-                compared_part(&rows, own, reference(indices))
-            })
+        let parts = rows.iter().zip(indices);
+        let mut parts: Vec<(Batch, Compared)> = parts
+            .map(|(rows, indices)| compared_part(&refs(rows), own, reference(indices)))
             .collect();
         weigh_likelihood(&mut parts);
         let parts = parts.into_iter();
         Ok(parts.map(|(batch, part)| (batch, Objective::Preference(part.into()))).collect())
+    }
+
+    /// What the reference says of the responses of rows, one after another, if there is one.
+    fn reference_of(&self, rows: impl Iterator<Item = usize>) -> Option<Vec<f32>> {
+        self.reference.as_ref()?;
+        Some(rows.flat_map(|row| self.reference_logps.of(row).iter().copied()).collect())
     }
 
     fn evaluate_preferences(
@@ -527,20 +565,20 @@ impl Supervised {
         decoder: &Decoder,
         worn: &[Worn],
         own: &DpoSettings,
-        rows: &[Comparison],
+        held_out: &Shelves<Comparison>,
         stop: &AtomicBool,
     ) -> Result<Option<Numbers>, TrainError> {
         let (mut loss, mut count, mut stats) = (0.0, 0, Stats::default());
         let size = self.common.per_device_train_batch_size;
-        for (first, rows) in rows.chunks(size).enumerate() {
+        for first in (0..held_out.len()).step_by(size) {
             if stop.load(Ordering::Relaxed) {
                 return Ok(None);
             }
-            let rows: Vec<&Comparison> = rows.iter().collect();
-            let range = first * size..first * size + rows.len();
-            let reference = self.reference.is_some().then(|| {
-                self.held_out_reference[range].iter().flatten().copied().collect::<Vec<f32>>()
-            });
+            let range = first..held_out.len().min(first + size);
+            let rows = taken(held_out, range.clone());
+            let rows = refs(&rows);
+            // They stand behind those that are trained on.
+            let reference = self.reference_of(range.map(|row| self.rows.len() + row));
             let (batch, objective) = if own.loss_type == PreferenceLoss::Kto {
                 let reference_worn = self.reference.as_deref().unwrap_or_default();
                 let kl = kto_reference_point(decoder, worn, reference_worn, &rows)?;
@@ -568,8 +606,46 @@ impl Supervised {
     }
 }
 
-/// Rows, held-out rows, and these as the file has them if they were split off here.
-type Loaded = (Rows, Option<Rows>, Option<Bytes>);
+/// Where the tokens of large files are kept.
+pub(super) fn row_cache(common: &CommonSettings) -> Cache {
+    let given = !common.cache.as_os_str().is_empty();
+    let folder = if given { common.cache.clone() } else { common.out.join("rows") };
+    Cache { folder, from_bytes: parse_bytes(&common.cache_from).unwrap_or(u64::MAX) }
+}
+
+/// The tokens of the longest rows, `count` of them together.
+pub(super) fn longest_together(lengths: impl Iterator<Item = usize>, count: usize) -> usize {
+    let mut longest = std::collections::BinaryHeap::new();
+    for length in lengths {
+        longest.push(std::cmp::Reverse(length));
+        if longest.len() > count {
+            longest.pop();
+        }
+    }
+    longest.into_iter().map(|length| length.0).sum()
+}
+
+/// Some of the rows, read anew.
+fn taken(rows: &Shelves<Comparison>, which: impl Iterator<Item = usize>) -> Vec<Comparison> {
+    which.map(|row| rows.get(row)).collect()
+}
+
+fn refs(rows: &[Comparison]) -> Vec<&Comparison> {
+    rows.iter().collect()
+}
+
+/// The summed log-probs of each response of some of the rows.
+fn asked(
+    decoder: &Decoder,
+    worn: &[Worn],
+    rows: &Shelves<Comparison>,
+    which: impl Iterator<Item = usize>,
+) -> Result<Vec<Vec<f32>>, TrainError> {
+    response_log_probs(decoder, worn, &refs(&taken(rows, which)))
+}
+
+/// Rows, held-out rows, and these as the files have them if they were split off here.
+type Loaded = (Rows, Option<Rows>, Vec<Bytes>);
 
 fn load_examples(
     common: &CommonSettings,
@@ -591,7 +667,7 @@ fn load_examples(
             Dataset::load(path, tokenizer, settings.clone(), stop)?
         };
         judge(&data.diagnosis, path, &common.allow)?;
-        files.push((data.examples.len(), file.weight));
+        files.push((data.rows.len(), file.weight));
         all.push(data);
     }
     if strategy(common) != EvalStrategy::No && !splits {
@@ -602,14 +678,10 @@ fn load_examples(
         warn(&data.diagnosis, &common.eval_data, &common.allow);
         held_out.push(data);
     }
-    let lines = match lines.len() {
-        1 => lines.pop(),
-        0 => None,
-        _ => Some(Bytes::new(Arc::new(
-            lines.iter().flat_map(|lines| lines.to_vec()).collect::<Vec<_>>(),
-        ))),
-    };
-    let lines = lines.and_then(|lines| warned(common, !held_out.is_empty(), lines));
+    if splits && held_out.is_empty() {
+        warn_of_none_held_out(common);
+        lines.clear();
+    }
     let held_out = (!held_out.is_empty()).then(|| Rows::Examples(Dataset::join(held_out)));
     Ok((Rows::Examples(Dataset::join(all)), held_out, lines))
 }
@@ -624,17 +696,19 @@ fn load_comparisons(
     let path = common.data_file();
     let load = |path: &Path| Comparisons::load(path, tokenizer, settings.clone(), kind, stop);
     let (train, held_out, lines) = if strategy(common) == EvalStrategy::No {
-        (load(path)?, None, None)
+        (load(path)?, None, Vec::new())
     } else if !common.eval_data.as_os_str().is_empty() {
         let (train, mut held_out) = (load(path)?, load(&common.eval_data)?);
         train.seen.again(path, &held_out.seen, &mut held_out.diagnosis);
         warn(&held_out.diagnosis, &common.eval_data, &common.allow);
-        (train, Some(held_out), None)
+        (train, Some(held_out), Vec::new())
     } else {
         let split = Comparisons::load_split(path, tokenizer, settings.clone(), kind, stop)?;
-        let lines = Bytes::new(Arc::new(split.held_out_lines));
-        let lines = warned(common, split.held_out.is_some(), lines);
-        (split.train, split.held_out, lines)
+        let lines = split.held_out.is_some().then_some(split.held_out_lines);
+        if lines.is_none() {
+            warn_of_none_held_out(common);
+        }
+        (split.train, split.held_out, lines.into_iter().collect())
     };
     judge(&train.diagnosis, path, &common.allow)?;
     Ok((Rows::Comparisons(train), held_out.map(Rows::Comparisons), lines))
@@ -655,13 +729,10 @@ fn warn(diagnosis: &Diagnosis, path: &Path, allow: &[Check]) {
     }
 }
 
-/// The held-out lines, if there are any; else a warning.
-pub(super) fn warned<T>(common: &CommonSettings, held_out: bool, lines: T) -> Option<T> {
-    if !held_out {
-        let files: Vec<String> = common.data.iter().map(ToString::to_string).collect();
-        eprintln!("warning: no row of {} falls into the held-out tenth", files.join(", "));
-    }
-    held_out.then_some(lines)
+/// Tells that held-out rows were asked for and there are none.
+pub(super) fn warn_of_none_held_out(common: &CommonSettings) {
+    let files: Vec<String> = common.data.iter().map(ToString::to_string).collect();
+    eprintln!("warning: no row of {} falls into the held-out tenth", files.join(", "));
 }
 
 /// Comparisons laid out, each prompt once.
@@ -854,7 +925,7 @@ impl RewardJudgement {
 pub fn judge_rewards(
     decoder: &Decoder,
     worn: &[Worn],
-    rows: &[Comparison],
+    rows: &Shelves<Comparison>,
     center_rewards_coefficient: f64,
     stop: &AtomicBool,
 ) -> Result<Option<RewardJudgement>, TrainError> {
@@ -863,11 +934,12 @@ pub fn judge_rewards(
     let Some(head) = head else {
         return Err(TrainError::Settings("no adapter has a score head".into()));
     };
-    for run in runs(rows.iter().map(Comparison::tokens)) {
+    for run in runs(rows.lengths()) {
         if stop.load(Ordering::Relaxed) {
             return Ok(None);
         }
-        let rows: Vec<&Comparison> = rows[run].iter().collect();
+        let rows = taken(rows, run);
+        let rows = refs(&rows);
         let batch = lay_out(&rows);
         let scores = row_scores(decoder, worn, head, &batch, batch.ends.clone())?;
         let pairs = weighted_pairs(&rows);

@@ -26,10 +26,12 @@ pub use value::{Array, OwnedValue, Value, ValueType};
 pub use write::{NewTensor, TensorPlan, stream_gguf, stream_safetensors, write_gguf};
 
 use std::fs::File;
+#[cfg(unix)]
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use crate::quant::Bytes;
+use crate::quant::{Bytes, Owner};
 
 /// Maps a regular file.
 pub(crate) fn map_file(path: &Path) -> Result<Bytes, WeightsError> {
@@ -46,5 +48,27 @@ pub(crate) fn map_file(path: &Path) -> Result<Bytes, WeightsError> {
     // cannot be checked; everything that maps model files lives with that, and our own writers
     // replace files by renaming, which leaves the mapped one whole.
     let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io)?;
-    Ok(Bytes::new(Arc::new(map)))
+    Ok(Bytes::new(Arc::new(Mapped(map))))
+}
+
+/// A file that is only read.
+struct Mapped(memmap2::Mmap);
+
+impl AsRef<[u8]> for Mapped {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl Owner for Mapped {
+    #[cfg(unix)]
+    fn forget(&self, range: Range<usize>) {
+        // SAFETY: nothing is ever written into the map, so its pages come back from the file as they
+        // were, to whoever reads them again.
+        let told = unsafe {
+            let advice = memmap2::UncheckedAdvice::DontNeed;
+            self.0.unchecked_advise_range(advice, range.start, range.len())
+        };
+        drop(told); // a system that will not listen keeps its pages
+    }
 }

@@ -41,11 +41,10 @@ fn every_flag_of_sft_changes_something() {
         vec![("--packing", "false")],
         vec![("--neftune-noise-alpha", "10")],
         vec![("--data", &*alpaca), ("--alpaca-prompt", "text")],
-        vec![("--cache-from", "1")],
-        vec![("--cache-from", "1"), ("--cache", "OUT/elsewhere")],
     ]);
     // resume_goes_on_with_the_next_step, rows_that_teach_wrong_stop_a_run_unless_they_may
-    let tested_apart = &["--resume", "--allow", "--loftq-base", "--dry-run", "--device"];
+    let tested_apart =
+        &["--resume", "--allow", "--loftq-base", "--dry-run", "--device", "--memory-budget"];
     every_flag(&["sft"], base_args, &table, tested_apart, &lab);
 }
 
@@ -85,6 +84,49 @@ fn masks_are_shown_in_brackets_or_colours() {
         shown.split("[[").skip(1).filter_map(|rest| Some(rest.split_once("]]")?.0)).collect();
     assert_eq!(learned, ["answer 0<|im_end|>", "answer 1<|im_end|>"], "{shown}");
     assert!(shown.contains("rows.jsonl:2:\n"), "{shown}");
+}
+
+/// Prompts are looked at as `ppo` and `grpo` read them, and where a reply would begin is shown.
+#[test]
+fn prompts_are_looked_at() {
+    let lab = Lab::new();
+    let long = "word ".repeat(200);
+    let rows = [
+        r#"{"prompt": "The river", "answer": "is long"}"#.to_string(),
+        r#"{"prompt": [{"role": "user", "content": "Why?"}]}"#.into(),
+        r#"{"prompt": "the  RIVER"}"#.into(),
+        format!(r#"{{"prompt": "{long}"}}"#),
+        r#"{"prompt": [{"role": "alien", "content": "Why?"}]}"#.into(),
+        r#"{"prompt": ""}"#.into(),
+    ];
+    lab.write("asked.jsonl", &rows.join("\n"));
+    let data = lab.path("asked.jsonl");
+    let look = |flags: &[&str]| {
+        let args = ["data", "--base", &base(), "--data", &data, "--max-length", "100"];
+        quantune(&strings(&[&args, flags].concat()))
+    };
+    let found = look(&["--json"]);
+    assert_eq!(found.status.code(), Some(1));
+    let stdout = String::from_utf8(found.stdout).unwrap();
+    let value: Value = serde_json::from_str(stdout.lines().last().unwrap()).unwrap();
+    let file = &value["files"][0];
+    assert_eq!((&file["dialect"], &file["rows"]), (&Value::from("prompt"), &Value::from(6)));
+    let report = &file["report"];
+    assert_eq!((&report["prompts"], &report["conversations"]), (&Value::from(3), &Value::from(1)));
+    let lines = |check: &str| {
+        let first = file["findings"][check]["first"].as_array().unwrap();
+        first.iter().map(|line| line[0].as_u64().unwrap()).collect::<Vec<_>>()
+    };
+    assert_eq!(lines("wrong-rows"), [4, 6]); // too long, and empty
+    assert_eq!(lines("unknown-roles"), [5]);
+    assert_eq!(lines("duplicates"), [3]);
+
+    let shown = look(&["--allow", "wrong-rows,unknown-roles,duplicates", "--show-masks", "2"]);
+    assert!(shown.status.success(), "{shown:?}");
+    let shown = String::from_utf8(shown.stdout).unwrap();
+    assert!(shown.contains(":1:\nThe river[[…]]\n"), "{shown}");
+    assert!(shown.contains("<|im_start|>assistant\n[[…]]\n"), "{shown}");
+    assert!(shown.contains("3 prompts, 1 of them conversations"), "{shown}");
 }
 
 /// A run is stopped before anything is written, each row with its file and line; a flag lets it go on.

@@ -5,7 +5,8 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use quantune::data::{
-    Comparison, ComparisonKind, Comparisons, DataError, Limits, Pair, Prompts, WhenTooLong,
+    Cache, Comparison, ComparisonKind, ComparisonSettings, Comparisons, DataError, Limits, Pair,
+    PromptSettings, Prompts, WhenTooLong,
 };
 use quantune::text::{Special, Tokenizer};
 use serde_json::{Value, json};
@@ -59,7 +60,7 @@ fn tokens_are_trls() {
         let rows = [case["row"].clone()];
         let load = |when_long, kind| {
             load(&rows, &tokenizer, Limits { max_length, when_long }, kind)
-                .map(|found| found.comparisons[0].clone())
+                .map(|found| found.rows.get(0))
         };
         let found = match case["maker"].as_str().unwrap() {
             "reward" => load(WhenTooLong::Drop, ComparisonKind::Pairs),
@@ -69,7 +70,7 @@ fn tokens_are_trls() {
                 in_file(&lines(&rows), |path| Prompts::load(path, &tokenizer, max_length, &GOES_ON))
                     .map(|found| Comparison {
                         prompt: Vec::new(),
-                        responses: vec![found.prompts[0].tokens.clone()],
+                        responses: vec![found.rows.get(0).tokens],
                         pairs: Vec::new(),
                         label: None,
                         row: 0,
@@ -109,7 +110,7 @@ fn which_responses_are_pairs() {
         let mut row = json!({"prompt": "p", "responses": [" a", " b", " c", " d"]});
         row.as_object_mut().unwrap().extend(rest.as_object().unwrap().clone());
         let found = load(&[row.clone()], &chatml, ALL, ComparisonKind::Pairs).unwrap();
-        let pairs = &found.comparisons[0].pairs;
+        let pairs = &found.rows.get(0).pairs;
         let places: Vec<_> = pairs.iter().map(|pair| (pair.better, pair.worse)).collect();
         assert_eq!(places, expected, "{row}");
         assert_eq!((found.report.pairs, found.report.ties), (expected.len() as u64, ties), "{row}");
@@ -122,12 +123,12 @@ fn which_responses_are_pairs() {
 
     let margin = json!({"prompt": "p", "chosen": " a", "rejected": " b", "margin": 1.5, "id": 7});
     let found = load(&[margin], &chatml, ALL, ComparisonKind::Pairs).unwrap();
-    assert_eq!(found.comparisons[0].pairs, [Pair { better: 0, worse: 1, margin: 1.5 }]);
+    assert_eq!(found.rows.get(0).pairs, [Pair { better: 0, worse: 1, margin: 1.5 }]);
 
     // KTO takes a pair apart; what is only scored needs neither pairs nor labels.
     let pair = json!({"prompt": "p", "chosen": " a", "rejected": " b"});
     let found = load(&[pair], &chatml, ALL, ComparisonKind::Labels).unwrap();
-    let labels: Vec<_> = found.comparisons.iter().map(|c| (c.row, c.label)).collect();
+    let labels: Vec<_> = found.rows.iter().map(|c| (c.row, c.label)).collect();
     assert_eq!(labels, [(0, Some(true)), (0, Some(false))]);
     assert_eq!((found.report.desirable, found.report.undesirable), (1, 1));
     let said = json!([{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]);
@@ -139,7 +140,7 @@ fn which_responses_are_pairs() {
     let found = load(&rows, &chatml, ALL, ComparisonKind::Any).unwrap();
     assert_eq!((found.report.responses, found.report.pairs), (3, 0));
     let asked = "<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n";
-    assert_eq!(found.comparisons[2].prompt, chatml.encode(asked, Special::Parse).unwrap());
+    assert_eq!(found.rows.get(2).prompt, chatml.encode(asked, Special::Parse).unwrap());
 }
 
 #[test]
@@ -153,8 +154,8 @@ fn what_is_too_long_is_left_out_with_its_pairs() {
     let limits = |when_long| Limits { max_length: 20, when_long };
 
     let found = load(&rows, &chatml, limits(WhenTooLong::Drop), ComparisonKind::Pairs).unwrap();
-    assert_eq!(found.comparisons.len(), 1);
-    let kept = &found.comparisons[0];
+    assert_eq!(found.rows.len(), 1);
+    let kept = &found.rows.get(0);
     assert_eq!((kept.responses.len(), kept.row, kept.line), (2, 0, 1));
     assert_eq!(kept.pairs, [Pair { better: 0, worse: 1, margin: 0.0 }]);
     let report = &found.report;
@@ -162,10 +163,10 @@ fn what_is_too_long_is_left_out_with_its_pairs() {
     assert_eq!((report.ties, report.tokens), (1, kept.tokens() as u64));
 
     let found = load(&rows, &chatml, limits(WhenTooLong::Cut), ComparisonKind::Pairs).unwrap();
-    assert_eq!(found.comparisons.len(), 2);
-    assert_eq!(found.comparisons[0].pairs.len(), 6);
-    for comparison in &found.comparisons {
-        let most = sequences(comparison).iter().map(Vec::len).max();
+    assert_eq!(found.rows.len(), 2);
+    assert_eq!(found.rows.get(0).pairs.len(), 6);
+    for comparison in found.rows.iter() {
+        let most = sequences(&comparison).iter().map(Vec::len).max();
         assert_eq!(most, Some(20));
     }
     let report = &found.report;
@@ -191,12 +192,12 @@ fn a_token_over_the_border_belongs_to_the_responses() {
     let chatml = tokenizer("chatml");
     let row = json!({"prompt": "the rive", "chosen": "r", "rejected": "t"});
     let found = load(&[row], &chatml, ALL, ComparisonKind::Pairs).unwrap();
-    let comparison = &found.comparisons[0];
+    let comparison = &found.rows.get(0);
     assert_eq!(found.report.boundary_mismatches, 1);
     let own = chatml.encode("the rive", Special::Parse).unwrap();
     assert!(comparison.prompt.len() < own.len() && own.starts_with(&comparison.prompt));
     let texts: Vec<_> =
-        sequences(comparison).iter().map(|ids| chatml.decode(ids, true).unwrap()).collect();
+        sequences(&comparison).iter().map(|ids| chatml.decode(ids, true).unwrap()).collect();
     assert_eq!(texts, ["the river", "the rivet"]);
 }
 
@@ -310,14 +311,14 @@ fn prompts_keep_their_rows() {
     let found =
         in_file(&lines(&[row.clone(), chat]), |path| Prompts::load(path, &bos, 50, &GOES_ON))
             .unwrap();
-    let first = &found.prompts[0];
+    let first = &found.rows.get(0);
     assert_eq!(Value::Object(first.row.clone()), row, "the whole row");
     assert_eq!(first.tokens[0], bos.bos().unwrap());
     assert_eq!((first.text.as_str(), first.line), ("the river", 1));
-    let second = &found.prompts[1];
+    let second = &found.rows.get(1);
     let asked = "<|endoftext|><|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n";
     assert_eq!((second.text.as_str(), second.line), (asked, 2));
-    assert_eq!(found.longest, second.tokens.len());
+    assert_eq!(found.report.longest as usize, second.tokens.len());
 
     let check = |row: &str, most: usize, expected: &str| {
         let file = format!("{{\"prompt\": \"a\"}}\n\n{row}\n");
@@ -358,28 +359,70 @@ fn a_split_keeps_prompts_apart() {
     assert_eq!(split.train.report.rows + held_out.report.rows, 600);
     assert!((30..120).contains(&held_out.report.rows), "{}", held_out.report);
     let numbers = |part: &Comparisons| -> Vec<u64> {
-        part.comparisons.iter().map(|comparison| comparison.row / 2).collect()
+        part.rows.iter().map(|comparison| comparison.row / 2).collect()
     };
     let (train, held) = (numbers(&split.train), numbers(&held_out));
     assert!(train.iter().all(|number| !held.contains(number)));
-    let written = String::from_utf8(split.held_out_lines).unwrap();
+    let written = String::from_utf8(split.held_out_lines.to_vec()).unwrap();
     let expected: String =
-        held_out.comparisons.iter().map(|c| format!("{}\n", rows[c.row as usize])).collect();
+        held_out.rows.iter().map(|c| format!("{}\n", rows[c.row as usize])).collect();
     assert_eq!(written, expected);
 
     // The same prompts as prompts are split the same way.
     let split =
         in_file(&lines(&rows), |path| Prompts::load_split(path, &chatml, 50, &GOES_ON)).unwrap();
-    let prompts: Vec<u64> =
-        split.held_out.unwrap().prompts.iter().map(|p| (p.line - 1) / 2).collect();
+    let prompts: Vec<u64> = split.held_out.unwrap().rows.iter().map(|p| (p.line - 1) / 2).collect();
     assert_eq!(prompts, held);
-    assert_eq!(String::from_utf8(split.held_out_lines).unwrap(), expected);
+    assert_eq!(String::from_utf8(split.held_out_lines.to_vec()).unwrap(), expected);
 
     // All rows under one prompt that is held out.
-    let one = rows[held_out.comparisons[0].row as usize].clone();
+    let one = rows[held_out.rows.get(0).row as usize].clone();
     let error = in_file(&lines(&[one.clone(), one]), |path| {
         Comparisons::load_split(path, &chatml, ALL, ComparisonKind::Pairs, &GOES_ON).map(|_| ())
     })
     .unwrap_err();
     assert!(error.contains("all 2 rows fall into the held-out part"), "{error}");
+}
+
+/// What is kept on disk is what would be in memory, whole rows and what is wrong with them too.
+#[test]
+fn comparisons_and_prompts_are_kept_on_disk_and_found_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let chatml = tokenizer("chatml");
+    let row = |i: usize| {
+        let (margin, number) = (i as f64 / 3.0, (i as f64 * 1e-3).sqrt());
+        json!({"prompt": format!("Question {}?", i / 2), "chosen": " yes ".repeat(i % 5 + 1),
+               "rejected": " no", "margin": margin, "z": null, "number": number, "a": [i]})
+    };
+    let path = folder.path().join("rows.jsonl");
+    std::fs::write(&path, lines(&(0..60).map(row).collect::<Vec<_>>())).unwrap();
+    let cache = Some(Cache { folder: folder.path().join("cache"), from_bytes: 1 });
+    for time in 0..2 {
+        for kind in [ComparisonKind::Pairs, ComparisonKind::Labels] {
+            let limits = Limits { max_length: 8, when_long: WhenTooLong::Drop };
+            let in_memory = ComparisonSettings::from(limits);
+            let on_disk = ComparisonSettings { cache: cache.clone(), ..in_memory.clone() };
+            let load = |settings: ComparisonSettings| {
+                Comparisons::load_split(&path, &chatml, settings, kind, &GOES_ON).unwrap()
+            };
+            let (in_memory, on_disk) = (load(in_memory), load(on_disk));
+            let (held_out, same) = (in_memory.held_out.unwrap(), on_disk.held_out.unwrap());
+            for (a, b) in [(&in_memory.train, &on_disk.train), (&held_out, &same)] {
+                assert!(!a.rows.is_empty() && a.rows.iter().eq(b.rows.iter()), "{kind:?} {time}");
+                assert_eq!((&a.report, &a.diagnosis), (&b.report, &b.diagnosis));
+                assert_eq!((&a.sha256, &a.tokens_sha256), (&b.sha256, &b.tokens_sha256));
+                assert_eq!([a.rows.bytes(60)[1], b.rows.bytes(60)[0]], [0, 0]);
+            }
+            assert_eq!(*in_memory.held_out_lines, *on_disk.held_out_lines);
+        }
+        let in_memory = PromptSettings::from(20);
+        let on_disk = PromptSettings { cache: cache.clone(), ..in_memory.clone() };
+        let load = |settings| Prompts::load(&path, &chatml, settings, &GOES_ON).unwrap();
+        let (in_memory, on_disk) = (load(in_memory), load(on_disk));
+        assert!(in_memory.rows.iter().eq(on_disk.rows.iter()), "{time}");
+        assert_eq!(Value::Object(on_disk.rows.get(7).row), row(7));
+        assert_eq!((&in_memory.report, in_memory.diagnosis), (&on_disk.report, on_disk.diagnosis));
+        let folders = std::fs::read_dir(folder.path().join("cache")).unwrap();
+        assert_eq!(folders.filter(|e| e.as_ref().unwrap().path().is_dir()).count(), 3);
+    }
 }

@@ -36,7 +36,7 @@ fn load(bytes: &[u8], tokenizer: &Tokenizer, max_length: usize) -> Result<Loaded
     let path = folder.path().join("rows.jsonl");
     std::fs::write(&path, bytes).unwrap();
     Dataset::load(&path, tokenizer, max_length, &GOES_ON)
-        .map(|data| Loaded { examples: data.examples.iter().collect(), report: data.report })
+        .map(|data| Loaded { examples: data.rows.iter().collect(), report: data.report })
         .map_err(|error| error.to_string().replace(&format!("{}/", folder.path().display()), ""))
 }
 
@@ -387,7 +387,7 @@ fn all_dialects_are_learned() {
         std::fs::write(&path, row.to_string()).unwrap();
         let settings = LoadSettings { alpaca, ..LoadSettings::from(1000) };
         let data = Dataset::load(&path, &tokenizer, settings, &GOES_ON).unwrap();
-        assert_eq!(tokenizer.decode(&data.examples.get(0).tokens, false).unwrap(), text);
+        assert_eq!(tokenizer.decode(&data.rows.get(0).tokens, false).unwrap(), text);
     }
     let template = "{% if tools %}{{ tools | tojson }}{% endif %}\
                     {% for m in messages %}<|im_start|>{{ m.role }}:{{ m.content }}\
@@ -432,8 +432,8 @@ fn parquet_is_read_as_json_lines() {
         Dataset::load_split(&path, &chatml, 1000, &GOES_ON).unwrap()
     };
     let (lines, table) = (load("rows.jsonl"), load("rows.parquet"));
-    assert!(lines.train.examples.iter().eq(table.train.examples.iter()));
-    assert_eq!(lines.train.examples.len() + lines.held_out.unwrap().examples.len(), 40);
+    assert!(lines.train.rows.iter().eq(table.train.rows.iter()));
+    assert_eq!(lines.train.rows.len() + lines.held_out.unwrap().rows.len(), 40);
     assert_eq!(lines.train.diagnosis, table.train.diagnosis);
     let rows = |bytes: &[u8]| -> Vec<Value> {
         let lines = std::str::from_utf8(bytes).unwrap().lines();
@@ -469,7 +469,7 @@ fn tokens_are_kept_on_disk_and_found_again() {
                 Dataset::load_split(&path, &chatml, settings.clone(), &GOES_ON).unwrap().train,
             ),
         ] {
-            assert!(in_memory.examples.iter().eq(on_disk.examples.iter()), "{time}");
+            assert!(in_memory.rows.iter().eq(on_disk.rows.iter()), "{time}");
             assert_eq!(in_memory.report, on_disk.report);
             assert_eq!(in_memory.diagnosis, on_disk.diagnosis);
             assert!(in_memory.diagnosis.findings.contains_key(&Check::Cut));
@@ -483,7 +483,7 @@ fn tokens_are_kept_on_disk_and_found_again() {
         Dataset::load_split(&path, &chatml, settings.clone(), &GOES_ON).unwrap(),
     );
     assert_eq!(&*in_memory.held_out_lines, &*on_disk.held_out_lines);
-    let examples = |data: Option<Dataset>| data.unwrap().examples.iter().collect::<Vec<_>>();
+    let examples = |data: Option<Dataset>| data.unwrap().rows.iter().collect::<Vec<_>>();
     assert_eq!(examples(in_memory.held_out), examples(on_disk.held_out));
     // Other settings, templates and tokenizers make other folders.
     let other = LoadSettings { max_length: 91, ..settings.clone() };
@@ -493,13 +493,13 @@ fn tokens_are_kept_on_disk_and_found_again() {
     assert_eq!(folders().len(), 4);
 
     for folder in folders() {
-        let words = folder.join("train.words");
-        let mut bytes = std::fs::read(&words).unwrap();
+        let rows = folder.join("train.rows");
+        let mut bytes = std::fs::read(&rows).unwrap();
         bytes[9] ^= 1;
-        std::fs::write(&words, bytes).unwrap();
+        std::fs::write(&rows, bytes).unwrap();
     }
     let error = Dataset::load(&path, &chatml, settings, &GOES_ON).unwrap_err().to_string();
-    assert!(error.contains("train.words: is not as it was written; remove its folder"), "{error}");
+    assert!(error.contains("train.rows: is not as it was written; remove its folder"), "{error}");
 }
 
 /// One of each defect, some in good company: exactly those are found, each at its line.
@@ -517,7 +517,7 @@ fn the_doctor_finds_each_defect_and_nothing_else() {
             let limits = Limits { max_length: 100, when_long: WhenTooLong::Cut };
             let settings = ComparisonSettings { model, ..limits.into() };
             let kind = ComparisonKind::Pairs;
-            Comparisons::examine(&path, tokenizer, settings, kind, &GOES_ON).unwrap().diagnosis
+            Comparisons::examine(&path, tokenizer, &settings, kind, &GOES_ON).unwrap().diagnosis
         } else {
             let settings = LoadSettings { model, ..LoadSettings::from(100) };
             Dataset::examine(&path, tokenizer, &settings, &GOES_ON).unwrap().diagnosis
@@ -770,8 +770,8 @@ fn a_prompt_is_in_one_part_and_stays_there() {
     let split = Dataset::load_split(&path, &tokenizer("chatml"), 100, &GOES_ON).unwrap();
     let held_out = split.held_out.unwrap();
     let row_of = |e: Example| e.row as usize;
-    assert!(split.train.examples.iter().map(row_of).all(|row| !held[row]));
-    assert!(held_out.examples.iter().map(row_of).all(|row| held[row]));
+    assert!(split.train.rows.iter().map(row_of).all(|row| !held[row]));
+    assert!(held_out.rows.iter().map(row_of).all(|row| held[row]));
     assert_eq!(held_out.report.rows as usize, held.iter().filter(|&&h| h).count());
     assert_eq!(split.train.report.rows + held_out.report.rows, 400);
     let expected: String =
@@ -798,7 +798,7 @@ fn examples(lengths: &[usize]) -> Vec<Example> {
 }
 
 fn bins(plan: &EpochPlan) -> Vec<Vec<usize>> {
-    plan.micro_batches.concat()
+    (0..plan.bins()).map(|bin| plan.bin(bin)).collect()
 }
 
 proptest! {
@@ -836,13 +836,14 @@ proptest! {
         }
 
         let micro = bins.len().div_ceil(batch_size);
-        prop_assert_eq!(plan.micro_batches.len(), micro);
+        prop_assert_eq!(plan.micro_batches(), micro);
         // len_dataloader // steps + int(len_dataloader % steps > 0), as transformers counts.
         let steps = micro / gradient_accumulation_steps
             + usize::from(micro % gradient_accumulation_steps > 0);
         prop_assert_eq!(plan.steps(), steps);
-        let by_step: Vec<_> = (0..steps).flat_map(|step| plan.step(step).to_vec()).collect();
-        prop_assert_eq!(&by_step, &plan.micro_batches);
+        let by_step: Vec<_> = (0..steps).flat_map(|step| plan.step(step)).collect();
+        let chunks: Vec<_> = bins.chunks(batch_size).map(<[_]>::to_vec).collect();
+        prop_assert_eq!(&by_step, &chunks);
         prop_assert!(plan.step(steps).is_empty());
 
         // Another epoch, seed or order of the file has as many steps: a run counts them once.

@@ -86,6 +86,63 @@ fn a_dry_run_says_what_the_run_is_and_writes_nothing() {
     }
 }
 
+/// A budget between what a run takes with all tapes and with none is kept by recomputing layers; one
+/// that cannot be kept is refused, with what is needed, before anything is written.
+#[test]
+fn a_memory_budget_is_kept_or_refused() {
+    let lab = Lab::new();
+    let text = |i: usize| format!("{{\"text\": \"{}\"}}\n", "so it goes on ".repeat(300 + i));
+    lab.write("texts.jsonl", &(0..8).map(text).collect::<String>());
+    let out = lab.path("run");
+    let run = |flags: &[&str]| {
+        let mut args = strings(&["sft", "--base", &base(), "--data", &lab.path("texts.jsonl")]);
+        args.extend(strings(&["--out", &out, "--max-steps", "1", "--max-length", "512"]));
+        args.extend(strings(&["--per-device-train-batch-size", "4", "--json"]));
+        quantune(&[&args[..], &strings(flags)].concat())
+    };
+    let bytes = |recomputed: &str| {
+        let told = last_json(&run(&["--gradient-checkpointing", recomputed, "--dry-run"]));
+        let parts = told["memory"].as_object().unwrap().values();
+        parts.map(|bytes| bytes.as_u64().unwrap()).sum::<u64>()
+    };
+    let (least, most) = (bytes("true"), bytes("false"));
+    for dry in [&["--dry-run"][..], &[]] {
+        let refused = run(&[&["--memory-budget", "2MB"], dry].concat());
+        let sentence = error(&refused);
+        let needed =
+            "memory_budget is 2MB and cannot be kept: with every layer recomputed the run takes";
+        assert!(sentence.contains(needed) && sentence.contains("2048 tokens"), "{sentence}");
+        assert!(!Path::new(&out).exists());
+    }
+    assert!(most > least + (2 << 20), "{least} {most}: too near to tell");
+    let budget = ((least + most) / 2).to_string();
+    let done = last_json(&run(&["--memory-budget", &budget]));
+    assert!(done["recomputed_layers"].as_u64() > Some(0), "{done}");
+}
+
+/// A folder quantized on load trains, and its adapter is as good wherever it is loaded so: what the
+/// run measured of held-out rows `eval` measures too, and of the unquantized base it does not.
+#[test]
+fn an_adapter_of_a_folder_quantized_on_load_evaluates_the_same() {
+    let lab = Lab::new();
+    let (out, held_out) = (lab.path("run"), lab.path("held_out.jsonl"));
+    let mut args = strings(&["sft", "--base", &base(), "--data", &lab.path("rows.jsonl")]);
+    args.extend(strings(&["--load-type", "Q4_0", "--out", &out, "--max-steps", "4", "--json"]));
+    args.extend(strings(&["--eval-data", &held_out, "--learning-rate", "0.005", "--r", "4"]));
+    let done = last_json(&quantune(&args));
+    assert!(done["loss_last"].as_f64() < done["loss_first"].as_f64(), "{done}");
+    let adapter = format!("{out}/adapter");
+    let scored = |flags: &[&str]| {
+        let args = ["eval", "--base", &base(), "--data", &held_out, "--json"];
+        let scored = last_json(&quantune(&strings(&[&args, flags].concat())));
+        scored["loss"].as_f64().unwrap()
+    };
+    let quantized = scored(&["--adapter", &adapter, "--load-type", "Q4_0"]);
+    assert_eq!(Some(quantized), done["eval_loss_last"].as_f64());
+    assert_ne!(quantized, scored(&["--adapter", &adapter]));
+    assert!(quantized < scored(&["--load-type", "Q4_0"]));
+}
+
 /// What stops a run stops a dry one.
 #[test]
 fn a_dry_run_has_the_rows_looked_at() {

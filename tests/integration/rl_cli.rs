@@ -98,7 +98,8 @@ fn every_flag_of_reward_changes_something() {
         vec![("--center-rewards-coefficient", "0.1")],
     ]);
     // killed_runs_go_on_to_the_same_bytes, a_dry_run_says_what_the_run_is_and_writes_nothing
-    let tested_apart = &["--resume", "--allow", "--loftq-base", "--dry-run", "--device"];
+    let tested_apart =
+        &["--resume", "--allow", "--loftq-base", "--dry-run", "--device", "--memory-budget"];
     every_flag(&["reward"], base_args, &table, tested_apart, &lab);
 }
 
@@ -135,7 +136,8 @@ fn every_flag_of_dpo_changes_something() {
         [&kto[..], &[("--undesirable-weight", "2")]].concat(),
     ]);
     // killed_runs_go_on_to_the_same_bytes, a_dry_run_says_what_the_run_is_and_writes_nothing
-    let tested_apart = &["--resume", "--allow", "--loftq-base", "--dry-run", "--device"];
+    let tested_apart =
+        &["--resume", "--allow", "--loftq-base", "--dry-run", "--device", "--memory-budget"];
     every_flag(&["dpo"], base_args, &table, tested_apart, &lab);
 }
 
@@ -204,6 +206,7 @@ fn every_flag_of_ppo_changes_something() {
         "--min-reward-accuracy", // a_reward_model_of_coin_flips_is_refused
         "--device",              // a_device_that_cannot_be_had_is_told
         "--loftq-base",          // runs_begin_as_the_base_whatever_they_begin_with
+        "--memory-budget",       // a_memory_budget_is_kept_or_refused
     ];
     every_flag(&["ppo"], base_args, &table, tested_apart, &lab);
 }
@@ -269,6 +272,7 @@ fn every_flag_of_grpo_changes_something() {
         "--min-reward-accuracy", // a_reward_model_of_coin_flips_is_refused
         "--device",              // a_device_that_cannot_be_had_is_told
         "--loftq-base",          // runs_begin_as_the_base_whatever_they_begin_with
+        "--memory-budget",       // a_memory_budget_is_kept_or_refused
         "--max-length",          // what_is_wrong_with_rollouts_is_told
         "--reward-timeout",      // what_is_wrong_with_rollouts_is_told
     ];
@@ -392,6 +396,74 @@ fn killed_runs_go_on_to_the_same_bytes() {
     let fresh = [&common[..], &own].concat();
     killed_runs_go_on("dpo", &lab, &fresh, &resumed, 3);
     killed_runs_go_on("reward", &lab, &fresh, &resumed, 2);
+}
+
+/// Comparisons and prompts kept on disk train the same bytes as those in memory, held-out ones and
+/// fields that rewards read among them; they are tokenized once, also for a run that goes on.
+#[test]
+fn runs_from_disk_are_runs_from_memory() {
+    let lab = Lab::with_comparisons();
+    let base = base();
+    let [reward, _] = reward_adapters();
+    let answered = |i: usize| {
+        let (prompt, wanted) = (format!("question {i}"), ["e", "a"][i % 2]);
+        json!({"prompt": prompt, "wanted": wanted, "number": 0.1 * i as f64})
+    };
+    let lines = (0..40).map(|i| format!("{}\n", answered(i)));
+    lab.write("answered.jsonl", &lines.collect::<String>());
+    let check = |name: &str, command: &str, data: &str, own: &[(&str, &str)]| {
+        let (data, cache) = (lab.path(data), lab.path(&format!("{name}-cache")));
+        let folders = || {
+            let entries = fs::read_dir(&cache).unwrap();
+            entries.filter(|entry| entry.as_ref().unwrap().path().is_dir()).count()
+        };
+        let train = |from: &str| {
+            let out = lab.path(&format!("{name}-{from}"));
+            let common = [
+                ("--base", &*base),
+                ("--data", &data),
+                ("--cache-from", from),
+                ("--cache", &cache),
+                ("--max-steps", "3"),
+                ("--save-steps", "1"),
+                ("--save-total-limit", "0"),
+                ("--learning-rate", "0.003"),
+                ("--eval-strategy", "epoch"),
+                ("--threads", "1"),
+            ];
+            run(command, &[&common[..], own].concat(), &out);
+            out
+        };
+        let (in_memory, on_disk) = (train("1GB"), train("1"));
+        assert_eq!(folders(), 1, "{name}");
+        let weights =
+            |out: &str| fs::read(Path::new(out).join("adapter/adapter_model.safetensors")).unwrap();
+        let held_out = |out: &str| fs::read(Path::new(out).join("held_out.jsonl")).unwrap();
+        assert!(weights(&in_memory) == weights(&on_disk), "{name}");
+        assert!(!held_out(&in_memory).is_empty(), "{name}");
+        assert!(held_out(&in_memory) == held_out(&on_disk), "{name}");
+        assert_eq!(series(&in_memory, "eval_loss"), series(&on_disk, "eval_loss"), "{name}");
+        assert_eq!(series(&in_memory, "eval_reward"), series(&on_disk, "eval_reward"), "{name}");
+        for step in ["step-2", "step-3"] {
+            fs::remove_dir_all(Path::new(&on_disk).join("checkpoints").join(step)).unwrap();
+        }
+        let resumed = run(command, &[("--resume", "")], &on_disk);
+        assert_eq!(resumed["resumed_at"], 1, "{name}");
+        assert!(weights(&in_memory) == weights(&on_disk), "{name}, resumed");
+        assert_eq!(folders(), 1, "{name}: tokenized once");
+    };
+    check("reward", "reward", "pairs.jsonl", &[]);
+    check("dpo", "dpo", "pairs.jsonl", &[]);
+    check("kto", "dpo", "labels.jsonl", &[("--loss-type", "kto")]);
+    let own = [("--reward-adapter", &*reward), ("--batch-size", "4"), ("--response-length", "6")];
+    check("ppo", "ppo", "answered.jsonl", &own);
+    let own = [
+        ("--reward", "contains:wanted"),
+        ("--batch-size", "4"),
+        ("--num-generations", "4"),
+        ("--max-completion-length", "6"),
+    ];
+    check("grpo", "grpo", "answered.jsonl", &own);
 }
 
 #[cfg(unix)]

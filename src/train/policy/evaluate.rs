@@ -35,8 +35,9 @@ impl Rollouts {
             Task::Grpo(own) => own.eval_prompts,
             _ => 0,
         };
-        let most = if most == 0 { held_out.prompts.len() } else { most };
-        let prompts: Vec<Prompt> = held_out.prompts.iter().take(most).cloned().collect();
+        let all = held_out.rows.len();
+        let most = if most == 0 { all } else { most.min(all) };
+        let prompts: Vec<Prompt> = (0..most).map(|row| held_out.rows.get(row)).collect();
         let times = self.times;
         let (mut totals, mut judged, mut kls, mut replies) =
             (Vec::new(), Vec::new(), Vec::new(), Vec::new());

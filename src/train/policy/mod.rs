@@ -24,12 +24,15 @@ use super::progress::{Progress, Work};
 use super::reference;
 use super::run_dir::{Fingerprint, RunDir, State, read_accuracy};
 use super::settings::{CommonSettings, EvalStrategy, RunSettings, SCHEMA_REWARD, Task};
-use super::supervised::{judge as judge_rows, warned};
-use crate::data::{Dataset, Prompt, PromptSettings, Prompts};
+use super::supervised::{judge as judge_rows, longest_together, row_cache, warn_of_none_held_out};
+use crate::data::{Dataset, LoadSettings, Prompt, PromptSettings, Prompts};
 use crate::generate::{Sampling, Settings as Generation};
+use crate::model::layer::{Sizes, Tape};
+use crate::model::scoring::TOKENS_AT_A_TIME;
 use crate::model::{CacheType, Decoder, Worn};
 use crate::objectives::advantage::{RunningMoments, kl_k1};
-use crate::ops::Compute;
+use crate::ops::{Compute, linear_cross_entropy};
+use crate::quant::Bytes;
 use crate::rollout::{
     FirstStep, Response, RewardCommand, RewardModel, RewardSource, Rewards, SampleLog, SampleRow,
     Scorer, Scores, diagnose_update, respond, table,
@@ -69,7 +72,7 @@ pub struct Rollouts {
     prompts: Prompts,
     prompt_rounds: Rounds,
     held_out: Option<Prompts>,
-    held_out_lines: Option<Vec<u8>>,
+    held_out_lines: Option<Bytes>,
     /// Text to keep predicting.
     ptx: Option<(Dataset, Rounds)>,
     /// What the reference wears, if one is asked for.
@@ -116,7 +119,12 @@ impl Rollouts {
             );
             return Err(TrainError::Settings(fault));
         }
-        let reading = PromptSettings { max_length: most - length, allow: common.allow.clone() };
+        let cache = Some(row_cache(&common));
+        let reading = PromptSettings {
+            max_length: most - length,
+            allow: common.allow.clone(),
+            cache: cache.clone(),
+        };
         let load = |path: &Path| Prompts::load(path, &tokenizer, reading.clone(), stop);
         let given = !common.eval_data.as_os_str().is_empty();
         let (prompts, held_out, held_out_lines) = if strategy(&common) == EvalStrategy::No {
@@ -125,12 +133,14 @@ impl Rollouts {
             (load(common.data_file())?, Some(load(&common.eval_data)?), None)
         } else {
             let split = Prompts::load_split(common.data_file(), &tokenizer, reading.clone(), stop)?;
-            let lines = warned(&common, split.held_out.is_some(), split.held_out_lines);
+            let lines = split.held_out.is_some().then_some(split.held_out_lines);
+            if lines.is_none() {
+                warn_of_none_held_out(&common);
+            }
             (split.train, split.held_out, lines)
         };
         judge_rows(&prompts.diagnosis, common.data_file(), &common.allow)?;
-        let (count, longest) = (prompts.prompts.len(), prompts.longest);
-        eprintln!("data: {count} prompts, longest {longest} tokens");
+        eprintln!("data: {}", prompts.report);
 
         let mut prints: Vec<Fingerprint> = Vec::new();
         let print = |prints: &mut Vec<Fingerprint>, what: &str, folder: &Path| {
@@ -154,10 +164,11 @@ impl Rollouts {
                     judge = Some(scoring(&own.judge_adapter, 0.0)?);
                 }
                 if !own.ptx_data.as_os_str().is_empty() {
-                    let data = Dataset::load(&own.ptx_data, &tokenizer, most, stop)?;
+                    let reading = LoadSettings { cache, ..LoadSettings::from(most) };
+                    let data = Dataset::load(&own.ptx_data, &tokenizer, reading, stop)?;
                     judge_rows(&data.diagnosis, &own.ptx_data, &common.allow)?;
                     prints.push(("the ptx data".into(), data.sha256.clone()));
-                    let rounds = Rounds::new("ptx", common.seed, true, data.examples.len());
+                    let rounds = Rounds::new("ptx", common.seed, true, data.rows.len());
                     ptx = Some((data, rounds));
                 }
                 let source = RewardSource::Model { name: "reward_adapter".into() };
@@ -201,7 +212,7 @@ impl Rollouts {
         let held_out_file = if given { &*common.eval_data } else { data_file };
         let files = [(data_file, Some(&prompts)), (held_out_file, held_out.as_ref())];
         for (path, prompts) in files {
-            for prompt in prompts.iter().flat_map(|prompts| &prompts.prompts) {
+            for prompt in prompts.iter().flat_map(|prompts| prompts.rows.iter()) {
                 rewards.check(&prompt.row).map_err(|e| {
                     let (path, line) = (path.display(), prompt.line);
                     TrainError::Settings(format!("{path}:{line}: {e}"))
@@ -222,7 +233,7 @@ impl Rollouts {
             true => Some(reference::worn(below, folder, decoder)?),
             false => None,
         };
-        let chats = prompts.prompts.iter().any(|prompt| prompt.row["prompt"].is_array());
+        let chats = prompts.report.conversations > 0;
         let scorer = Scorer {
             rewards,
             adapter,
@@ -231,7 +242,7 @@ impl Rollouts {
             after: if chats { tokenizer.after_turn()? } else { Vec::new() },
         };
         let shuffled = !common.no_shuffle;
-        let prompt_rounds = Rounds::new("prompts", common.seed, shuffled, prompts.prompts.len());
+        let prompt_rounds = Rounds::new("prompts", common.seed, shuffled, prompts.rows.len());
         Ok(Self {
             task: settings.task.clone(),
             common,
@@ -279,37 +290,50 @@ impl Rollouts {
 
     /// Updates of the run.
     pub fn total_steps(&self) -> u64 {
-        let prompts = self.prompts.prompts.len() as u64;
+        let prompts = self.prompts.rows.len() as u64;
         total_steps(&self.common, prompts.div_ceil(self.batch_size() as u64))
     }
 
     /// Tokens of the largest micro-batch there can be.
     pub fn largest_micro_batch(&self) -> usize {
-        let longest = self.prompts.prompts.iter().map(|prompt| prompt.tokens.len()).max();
-        let row = longest.unwrap_or(0) + response_length(&self.task);
         let size = self.common.per_device_train_batch_size;
-        let mut ptx: Vec<usize> =
-            self.ptx.iter().flat_map(|(data, _)| data.examples.lengths()).collect();
-        ptx.sort_unstable_by_key(|&length| std::cmp::Reverse(length));
-        (row * size).max(ptx.iter().take(size).sum())
+        // Responses of a group lie behind one prompt; where groups and micro-batches do not go into
+        // each other, a group may begin or end anywhere in one.
+        let prompts = match &self.task {
+            Task::Grpo(own) => {
+                let n = own.num_generations;
+                let aligned = size.is_multiple_of(n) || n.is_multiple_of(size);
+                if aligned { size.div_ceil(n) } else { (size - 2) / n + 2 }
+            }
+            _ => size,
+        };
+        let longest = self.prompts.report.longest as usize;
+        let rows = prompts * longest + size * response_length(&self.task);
+        let ptx = self.ptx.iter().flat_map(|(data, _)| data.rows.lengths());
+        rows.max(longest_together(ptx, size))
     }
 
     /// Prompts, and those of an update.
     pub fn prompts_and_batch(&self) -> (usize, usize) {
-        (self.prompts.prompts.len(), self.batch_size())
+        (self.prompts.rows.len(), self.batch_size())
     }
 
-    /// Bytes of the prompts and of text to keep predicting.
-    pub fn data_bytes(&self) -> usize {
-        let held_out = self.held_out.iter().flat_map(|prompts| &prompts.prompts);
-        let prompts: usize = self.prompts.prompts.iter().chain(held_out).map(Prompt::bytes).sum();
-        let lines = self.held_out_lines.as_ref().map_or(0, Vec::len);
-        prompts + lines + self.ptx.as_ref().map_or(0, |(data, _)| data.examples.bytes())
+    /// Bytes of the prompts and of text to keep predicting: in memory, and mapped ones that the run
+    /// looks at. All prompts are: whether the rewards can read them is seen before the first step.
+    pub fn data_bytes(&self) -> [usize; 2] {
+        let prompts = [Some(&self.prompts), self.held_out.as_ref()];
+        let prompts = prompts.into_iter().flatten().map(|prompts| prompts.rows.bytes(usize::MAX));
+        let ptx = self.ptx.iter().map(|(data, _)| data.rows.bytes(usize::MAX));
+        prompts
+            .chain(ptx)
+            .fold([0, 0], |[held, mapped], [more, others]| [held + more, mapped + others])
     }
 
-    /// Bytes that decoding takes: keys and values of all rows that are decoded at once, each as long
-    /// as it can get, and their logits.
-    pub fn rollout_bytes(&self, decoder: &Decoder) -> usize {
+    /// Bytes that responses take before they are learned from. Decoding: keys and values of all rows
+    /// that are decoded at once, each as long as it can get, and their logits. Scoring, if there is
+    /// any: what a forward pass of as many of them as go through the model together works with, beside
+    /// the buffers of the steps, which are kept.
+    pub fn rollout_bytes(&self, decoder: &Decoder, sizes: &Sizes) -> usize {
         let config = &decoder.config;
         let settings = generation(&self.task, self.compute, self.common.seed);
         let per_prompt = match &self.task {
@@ -317,7 +341,7 @@ impl Rollouts {
             _ => 1,
         };
         let rows = settings.slots.min(self.batch_size() * per_prompt);
-        let tokens = self.prompts.longest + settings.max_tokens;
+        let tokens = self.prompts.report.longest as usize + settings.max_tokens;
         let number = match settings.cache {
             CacheType::F32 => size_of::<f32>(),
             CacheType::F16 => size_of::<f32>() / 2,
@@ -325,7 +349,30 @@ impl Rollouts {
         };
         let keys = config.num_key_value_heads * config.head_dim * config.num_hidden_layers;
         let judge = self.scorer.model.as_ref().map_or(0, RewardModel::weight_bytes);
-        rows * (2 * keys * tokens * number + config.vocab_size * size_of::<f32>()) + judge
+        let decoding = rows * (2 * keys * tokens * number + config.vocab_size * size_of::<f32>());
+        let log_probs = match &self.task {
+            Task::Grpo(own) => {
+                self.reference.is_some() || own.num_iterations > 1 || own.num_mini_batches > 1
+            }
+            _ => true,
+        };
+        if !log_probs && self.scorer.adapter.is_none() {
+            return decoding + judge;
+        }
+        let together = (TOKENS_AT_A_TIME / tokens).clamp(1, self.batch_size() * per_prompt);
+        let prompts = together.div_ceil(per_prompt);
+        let prompts = prompts * self.prompts.report.longest as usize;
+        let (tokens, compute) = (prompts + together * settings.max_tokens, decoder.compute);
+        let states = 2 * tokens * config.hidden_size * size_of::<f32>();
+        let forward = Tape::bytes(config, compute, tokens, sizes)
+            + Tape::shared_bytes(config, compute, tokens, sizes)
+            + states;
+        let logits = match log_probs {
+            true => linear_cross_entropy::working_bytes(tokens, config.vocab_size, compute),
+            false => 0,
+        };
+        // What decoding took is free again before anything is scored.
+        judge + decoding.max(forward + logits)
     }
 
     /// Takes up the run as far as an update needs, and writes nothing.
@@ -338,7 +385,7 @@ impl Rollouts {
 
     /// Whether the updates so far have been through all prompts again.
     pub fn epoch_ends(&self, state: &State) -> bool {
-        let (batch, all) = (self.batch_size() as u64, self.prompts.prompts.len() as u64);
+        let (batch, all) = (self.batch_size() as u64, self.prompts.rows.len() as u64);
         let epoch = |step: u64| step * batch / all.max(1);
         state.step > 0 && epoch(state.step) != epoch(state.step - 1)
     }
@@ -365,9 +412,7 @@ impl Rollouts {
         progress: &Progress,
     ) -> Result<Map<String, Value>, TrainError> {
         let mut results = Map::new();
-        let prompts =
-            json!({ "prompts": self.prompts.prompts.len(), "longest": self.prompts.longest });
-        results.insert("data".into(), prompts);
+        results.insert("data".into(), json!(self.prompts.report));
         results.insert("samples_per_second".into(), json!(progress.samples_per_second()));
         let Times { generation, scoring, learning } = self.times;
         let all = (generation + scoring + learning).as_secs_f64().max(1e-9);
@@ -401,7 +446,7 @@ impl Rollouts {
     /// The prompts of an update: all of them in turn, in another order each time around.
     fn prompts_of(&mut self, update: u64) -> Vec<Prompt> {
         let batch = self.batch_size() as u64;
-        let prompt = |place| self.prompts.prompts[self.prompt_rounds.at(place)].clone();
+        let prompt = |place| self.prompts.rows.get(self.prompt_rounds.at(place));
         (update * batch..(update + 1) * batch).map(prompt).collect()
     }
 
@@ -570,8 +615,8 @@ fn fits(
 ) -> Result<(), TrainError> {
     let mut longest = (0, String::new());
     for (path, prompts) in files {
-        for prompt in prompts.iter().flat_map(|prompts| &prompts.prompts) {
-            let tokens = model.prompt_tokens(prompt)?;
+        for prompt in prompts.iter().flat_map(|prompts| prompts.rows.iter()) {
+            let tokens = model.prompt_tokens(&prompt)?;
             if tokens > longest.0 {
                 longest = (tokens, format!("{}:{}", path.display(), prompt.line));
             }

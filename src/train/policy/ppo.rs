@@ -196,7 +196,7 @@ impl Rollouts {
         let size = self.common.per_device_train_batch_size as u64;
         let places = optimizer_step * size..(optimizer_step + 1) * size;
         let rows: Vec<usize> = places.map(|place| rounds.at(place)).collect();
-        let batch = Batch::gather(&data.examples, &[rows]);
+        let batch = Batch::gather(&data.rows, &[rows]);
         let scale = own.ptx_coef / batch.count().max(1) as f64;
         Some(MicroBatch {
             batch,

@@ -11,7 +11,7 @@ pub struct Rounds {
     shuffled: bool,
     count: usize,
     /// The last round that was asked for, and its order.
-    round: Option<(u64, Vec<usize>)>,
+    round: Option<(u64, Vec<u32>)>,
 }
 
 impl Rounds {
@@ -26,7 +26,7 @@ impl Rounds {
         let order = match self.round.take() {
             Some((last, order)) if last == round => order,
             _ => {
-                let mut order: Vec<usize> = (0..self.count).collect();
+                let mut order: Vec<u32> = (0..self.count as u32).collect();
                 if self.shuffled {
                     Stream::new(self.seed, self.purpose, &[round]).shuffle(&mut order);
                 }
@@ -35,7 +35,7 @@ impl Rounds {
         };
         let row = order[place as usize];
         self.round = Some((round, order));
-        row
+        row as usize
     }
 }
 

@@ -218,6 +218,11 @@ settings! {
         /// told; rows that cannot be read are left out
         #[arg(value_delimiter = ',', value_name = "CHECK")]
         allow: Vec<Check> = Vec::new(),
+        /// Size of a file, as 64MB, from which its tokens are kept on disk and not in memory, made once
+        /// for all runs with the same tokenizer, template and lengths [default: 64MB]
+        cache_from: String = "64MB".into(),
+        /// Where they are kept; to clear it, remove it [default: DIR/rows]
+        cache: PathBuf = PathBuf::new(),
         /// Rows in the order of the file [default: false]
         #[arg(num_args = 0..=1, default_missing_value = "true")]
         no_shuffle: bool = false,
@@ -276,11 +281,6 @@ settings! {
         /// How `instruction`, `input` and `output` are laid out: chat (the first two are what the user
         /// says) or text (Alpaca's own prompt) [default: chat, or text where there is no chat template]
         alpaca_prompt: Option<AlpacaPrompt> = None,
-        /// Size of a file, as 64MB, from which its tokens are kept on disk and not in memory, made once
-        /// for all runs with the same tokenizer, template and lengths [default: 64MB]
-        cache_from: String = "64MB".into(),
-        /// Where they are kept; to clear it, remove it [default: DIR/rows]
-        cache: PathBuf = PathBuf::new(),
     }
 }
 
@@ -687,11 +687,11 @@ impl RunSettings {
             &mut common.adapter,
             &mut common.out,
             &mut common.chat_template,
+            &mut common.cache,
         ];
         paths.extend(common.data.iter_mut().map(|file| &mut file.path));
         match &mut settings.task {
-            Task::Sft(own) => paths.push(&mut own.cache),
-            Task::Reward(_) => {}
+            Task::Sft(_) | Task::Reward(_) => {}
             Task::Dpo(own) => paths.push(&mut own.ref_adapter),
             Task::Ppo(own) => paths.extend([
                 &mut own.reward_adapter,
@@ -855,11 +855,11 @@ impl RunSettings {
         let fault = "several --data, and weights of them, are of sft: needed one file";
         let mixes = matches!(self.task, Task::Sft(_));
         faults.check(mixes || plain(&self.common.data), fault.into());
+        let size = &self.common.cache_from;
+        let fault = format!("cache_from is {size:?}, needed a size like 64MB or 1GiB");
+        faults.check(parse_bytes(size).is_some(), fault);
         match &self.task {
             Task::Sft(own) => {
-                let size = &own.cache_from;
-                let fault = format!("cache_from is {size:?}, needed a size like 64MB or 1GiB");
-                faults.check(parse_bytes(size).is_some(), fault);
                 let steps = own.gradient_accumulation_steps as u64;
                 faults.counts([("gradient_accumulation_steps", steps)]);
                 faults.rates([("neftune_noise_alpha", own.neftune_noise_alpha, f64::MAX)]);

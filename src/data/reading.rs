@@ -1,0 +1,555 @@
+//! A file of rows as the shelves of their kind, whole or with a held-out part: in memory, or of a
+//! large file in a folder of its own, made once and mapped from then on.
+//!
+//! What a line becomes is its [`Reader`]'s; that what is wrong with it is noted, that one row in ten may
+//! be held out, and where all of it is kept, is the same for every kind and is here.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+use super::cache::{self, file_sha256, hex, map_or_empty};
+use super::doctor::{Check, Diagnosis, Finding, Seen, SeenWriter};
+use super::lines::{Line, Unread, first_lines, read_all};
+use super::shelves::{ShelfWriter, Shelved, Shelves, Sink, names};
+use super::{DataError, Dialect};
+use crate::quant::Bytes;
+use crate::text::Tokenizer;
+use crate::weights::write_atomically;
+
+/// Another number, other folders: to be raised whenever the same file would give other tokens or
+/// another diagnosis.
+const FORMAT: u32 = 2;
+const HEADER: &str = "rows.json";
+const SEEN: &str = "rows.seen";
+const HELD_OUT: &str = "held_out.jsonl";
+
+/// Where tokens of large files are kept.
+#[derive(Debug, Clone)]
+pub struct Cache {
+    /// The folder; several runs may share one, and removing it clears it.
+    pub folder: PathBuf,
+    /// Bytes from which a file is large.
+    pub from_bytes: u64,
+}
+
+/// The rows of a file, in its order.
+#[derive(Debug, Clone)]
+pub struct FileRows<T, R> {
+    /// Those with something to learn.
+    pub rows: Shelves<T>,
+    /// What was counted on the way.
+    pub report: R,
+    /// SHA-256 of the whole file, in hex.
+    pub sha256: String,
+    /// The same of all tokens.
+    pub tokens_sha256: String,
+    /// What is wrong with the rows of the whole file, held-out ones among them.
+    pub diagnosis: Diagnosis,
+    /// What all rows of the file say.
+    pub seen: Seen,
+}
+
+/// A file in two parts, no prompt in both.
+#[derive(Debug, Clone)]
+pub struct FileSplit<T, R> {
+    /// What is trained on.
+    pub train: FileRows<T, R>,
+    /// What is held out; small files may leave nothing to it.
+    pub held_out: Option<FileRows<T, R>>,
+    /// The held-out rows as the file has them, byte for byte, each with a newline; of a Parquet file
+    /// as JSON.
+    pub held_out_lines: Bytes,
+}
+
+/// What is counted of rows.
+pub(super) trait Report: Clone + Default + Serialize + DeserializeOwned {
+    /// Rows read.
+    fn rows(&self) -> u64;
+}
+
+/// A row as it comes from a thread.
+pub(super) struct Parsed<T> {
+    pub dialect: Option<Dialect>,
+    /// Whether it is one of the one in ten.
+    pub held_out: bool,
+    /// What it says, whatever its case and spacing.
+    pub hash: u64,
+    /// Its tokens, before any cut.
+    pub length: usize,
+    pub findings: Vec<Finding>,
+    pub tokenized: T,
+}
+
+/// Rows of one part on their way.
+pub(super) struct Part<T, R> {
+    pub rows: ShelfWriter<T>,
+    pub report: R,
+}
+
+/// How the lines of a file become rows of a kind.
+pub(super) trait Reader: Sized + Sync {
+    /// A line's tokens.
+    type Tokenized: Send;
+    /// What is kept of it.
+    type Row: Shelved;
+    /// What is counted.
+    type Report: Report;
+
+    /// What a folder of such rows is called.
+    fn kind(&self) -> &'static str;
+
+    /// What makes its tokens.
+    fn tokenizer(&self) -> &Tokenizer;
+
+    /// What rows depend on beside the file and the tokenizer.
+    fn settings(&self) -> Value;
+
+    /// What may be wrong with rows that cannot be read.
+    fn allow(&self) -> &[Check];
+
+    /// A line to its tokens, and what is odd about them.
+    fn parse(&self, line: &[u8]) -> Result<Parsed<Self::Tokenized>, Unread>;
+
+    /// Adds what there is to learn of a row; what is odd about its lengths.
+    fn add(
+        &self,
+        line: &Line,
+        row: Self::Tokenized,
+        part: &mut Part<Self::Row, Self::Report>,
+    ) -> io::Result<Vec<Finding>>;
+
+    /// That nothing of the rows that were counted is kept.
+    fn nothing(&self, path: PathBuf, report: &Self::Report) -> DataError;
+
+    /// Reads all rows of a file.
+    fn load(
+        &self,
+        path: &Path,
+        cache: Option<&Cache>,
+        stop: &AtomicBool,
+    ) -> Result<FileRows<Self::Row, Self::Report>, DataError> {
+        let loaded = Loaded::of(path, self, cache, false, stop)?;
+        loaded.diagnosis.unreadable(path, self.allow())?;
+        loaded.check(path, self)?;
+        Ok(loaded.train())
+    }
+
+    /// The same in two parts.
+    fn load_split(
+        &self,
+        path: &Path,
+        cache: Option<&Cache>,
+        stop: &AtomicBool,
+    ) -> Result<FileSplit<Self::Row, Self::Report>, DataError> {
+        let loaded = Loaded::of(path, self, cache, true, stop)?;
+        loaded.diagnosis.unreadable(path, self.allow())?;
+        let [train, held_out] = &loaded.parts;
+        let rows = held_out.report.rows();
+        if train.report.rows() == 0 && rows > 0 {
+            return Err(DataError::AllHeldOut { path: path.into(), rows });
+        }
+        loaded.check(path, self)?;
+        let held_out_lines = loaded.held_out_lines.clone();
+        // Held-out rows with nothing to learn cannot be scored: then there is no held-out part.
+        let held_out = (!held_out.rows.is_empty()).then(|| {
+            let Kept { rows, report, tokens_sha256 } = held_out.clone();
+            let (diagnosis, seen) = (Diagnosis::default(), Seen::default());
+            let sha256 = loaded.sha256.clone();
+            FileRows { rows, report, sha256, tokens_sha256, diagnosis, seen }
+        });
+        Ok(FileSplit { train: loaded.train(), held_out, held_out_lines })
+    }
+
+    /// What is wrong with rows, and what they come to. None of them is kept.
+    fn examine(
+        &self,
+        path: &Path,
+        stop: &AtomicBool,
+    ) -> Result<FileRows<Self::Row, Self::Report>, DataError> {
+        Ok(Reading::new(path, self, false, Place::Nowhere)?.run(stop)?.train())
+    }
+
+    /// What the first rows of a file come to, as many as can be read, whatever is wrong with others.
+    fn first(&self, path: &Path, rows: usize) -> Result<Vec<Self::Row>, DataError> {
+        let mut reading = Reading::new(path, self, false, Place::Memory)?;
+        first_lines(path, rows, |line| {
+            let row = self.parse(&line.bytes);
+            reading.add(line, row).map_err(|error| reading.refused(error))
+        })?;
+        let [train, _] = reading.finish(String::new())?.parts;
+        Ok(train.rows.iter().collect())
+    }
+}
+
+/// Several files as one, in their order. What is wrong with each is to be told before.
+///
+/// # Panics
+/// If there are none.
+pub(super) fn join<T: Shelved, R: Report>(
+    files: Vec<FileRows<T, R>>,
+    add: impl Fn(&mut R, &R),
+) -> FileRows<T, R> {
+    let single = |hashes: Vec<&str>| match &hashes[..] {
+        [only] => String::from(*only),
+        several => hex(&Sha256::digest(several.join(" "))),
+    };
+    let sha256 = single(files.iter().map(|file| &*file.sha256).collect());
+    let tokens_sha256 = single(files.iter().map(|file| &*file.tokens_sha256).collect());
+    let mut files = files.into_iter();
+    let mut all = FileRows { sha256, tokens_sha256, ..files.next().expect("a file at least") };
+    for file in files {
+        all.rows.append(file.rows, all.report.rows());
+        add(&mut all.report, &file.report);
+    }
+    all
+}
+
+/// What a file's rows came to, in one part or two.
+struct Loaded<T, R> {
+    sha256: String,
+    diagnosis: Diagnosis,
+    seen: Seen,
+    /// What is trained on, and what is held out.
+    parts: [Kept<T, R>; 2],
+    held_out_lines: Bytes,
+}
+
+/// The rows of one part.
+#[derive(Clone)]
+struct Kept<T, R> {
+    rows: Shelves<T>,
+    report: R,
+    tokens_sha256: String,
+}
+
+/// What the folder of a file depends on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+struct Origin {
+    format: u32,
+    kind: String,
+    file: String,
+    tokenizer: String,
+    template: Option<String>,
+    settings: Value,
+    split: bool,
+}
+
+/// What is said of a folder: what it depends on, and all that is not rows.
+#[derive(Debug, Serialize, Deserialize)]
+struct Header<R> {
+    origin: Origin,
+    diagnosis: Diagnosis,
+    reports: [R; 2],
+    tokens_sha256: [String; 2],
+    /// Of each other file, by its name.
+    sha256: BTreeMap<String, String>,
+}
+
+impl<T: Shelved, R: Report> Loaded<T, R> {
+    fn of(
+        path: &Path,
+        reader: &impl Reader<Row = T, Report = R>,
+        cache: Option<&Cache>,
+        split: bool,
+        stop: &AtomicBool,
+    ) -> Result<Self, DataError> {
+        let bytes = fs::metadata(path).map_or(0, |about| about.len());
+        match cache {
+            Some(cache) if bytes >= cache.from_bytes => {
+                Self::cached(path, reader, &cache.folder, split, stop)
+            }
+            _ => Reading::new(path, reader, split, Place::Memory)?.run(stop),
+        }
+    }
+
+    /// From the folder of the file, which is made if there is none yet.
+    fn cached(
+        path: &Path,
+        reader: &impl Reader<Row = T, Report = R>,
+        cache: &Path,
+        split: bool,
+        stop: &AtomicBool,
+    ) -> Result<Self, DataError> {
+        let go_on = || !stop.load(Ordering::Relaxed);
+        let io = |source| DataError::Io { path: path.into(), source };
+        let file = file_sha256(path, &go_on).map_err(io)?.ok_or(DataError::Stopped)?;
+        let tokenizer = reader.tokenizer();
+        let fingerprint = tokenizer.fingerprint();
+        let origin = Origin {
+            format: FORMAT,
+            kind: reader.kind().into(),
+            file: file.clone(),
+            tokenizer: fingerprint.map_err(|e| io(io::Error::other(e.to_string())))?,
+            template: tokenizer.chat_template().map(|template| template.fingerprint()),
+            settings: reader.settings(),
+            split,
+        };
+        let key = hex(&Sha256::digest(serde_json::to_vec(&origin).expect("plain data")));
+        let folder = cache::folder(cache, (reader.kind(), &key[..16]), |folder| {
+            eprintln!(
+                "data: tokenizing {}, once for all runs with {}",
+                path.display(),
+                cache.display()
+            );
+            let loaded = Reading::new(path, reader, split, Place::Folder(folder))?.run(stop)?;
+            if loaded.sha256 != file {
+                let reason = "changed while it was read".into();
+                return Err(DataError::Broken { path: path.into(), reason });
+            }
+            loaded.write(folder, origin.clone())
+        })?;
+        Self::open(&folder, &origin)
+    }
+
+    /// Writes what the readers of the rows have not.
+    fn write(self, folder: &Path, origin: Origin) -> Result<(), DataError> {
+        let failed = |action: &'static str, path: PathBuf| {
+            move |error: &dyn fmt::Display| {
+                DataError::from((action, path, io::Error::other(error.to_string())))
+            }
+        };
+        let mut sha256 = BTreeMap::new();
+        for name in files(origin.split) {
+            let path = folder.join(&name);
+            let hash = file_sha256(&path, &|| true);
+            let hash = hash.map_err(|error| failed("read", path)(&error))?;
+            sha256.insert(name, hash.expect("nobody stops it"));
+        }
+        let [train, held_out] = self.parts;
+        let header = Header {
+            origin,
+            diagnosis: self.diagnosis,
+            reports: [train.report, held_out.report],
+            tokens_sha256: [train.tokens_sha256, held_out.tokens_sha256],
+            sha256,
+        };
+        let json = serde_json::to_vec_pretty(&header).expect("plain data");
+        let path = folder.join(HEADER);
+        write_atomically(&path, |file| io::Write::write_all(file, &json))
+            .map_err(|error| failed("write", path)(&error))
+    }
+
+    fn open(folder: &Path, origin: &Origin) -> Result<Self, DataError> {
+        let broken = |path: &Path, reason: String| DataError::Broken { path: path.into(), reason };
+        let path = folder.join(HEADER);
+        let text = fs::read(&path).map_err(|error| broken(&path, error.to_string()))?;
+        let header: Header<R> =
+            serde_json::from_slice(&text).map_err(|error| broken(&path, error.to_string()))?;
+        if header.origin != *origin {
+            return Err(broken(&path, "is of another file or another tokenizer".into()));
+        }
+        for name in files(origin.split) {
+            let path = folder.join(&name);
+            // Read and not mapped: what is only looked over once need not stay in memory.
+            let found = file_sha256(&path, &|| true);
+            let found = found.map_err(|error| broken(&path, error.to_string()))?;
+            if found.as_ref() != header.sha256.get(&name) {
+                return Err(broken(&path, "is not as it was written".into()));
+            }
+        }
+        let map = |name: &str| {
+            let path = folder.join(name);
+            map_or_empty(&path).map_err(|error| broken(&path, error.to_string()))
+        };
+        let [report, held_out_report] = header.reports;
+        let [tokens_sha256, held_out_sha256] = header.tokens_sha256;
+        let part = |name: &str, report, tokens_sha256| -> Result<Kept<T, R>, DataError> {
+            let [rows, places] = names(name);
+            let rows = Shelves::new([map(&rows)?, map(&places)?], true)
+                .ok_or_else(|| broken(&folder.join(&rows), "is not as its places say".into()))?;
+            Ok(Kept { rows, report, tokens_sha256 })
+        };
+        let nothing = || Kept {
+            rows: Shelves::default(),
+            report: R::default(),
+            tokens_sha256: String::new(),
+        };
+        Ok(Self {
+            sha256: origin.file.clone(),
+            diagnosis: header.diagnosis,
+            seen: Seen::new(map(SEEN)?),
+            parts: [
+                part("train", report, tokens_sha256)?,
+                match origin.split {
+                    true => part("held_out", held_out_report, held_out_sha256)?,
+                    false => nothing(),
+                },
+            ],
+            held_out_lines: match origin.split {
+                true => map(HELD_OUT)?,
+                false => Bytes::new(Arc::new(Vec::new())),
+            },
+        })
+    }
+
+    /// That there is something to train on.
+    fn check(
+        &self,
+        path: &Path,
+        reader: &impl Reader<Row = T, Report = R>,
+    ) -> Result<(), DataError> {
+        let [Kept { rows, report, .. }, _] = &self.parts;
+        match (report.rows(), rows.len()) {
+            (0, _) => Err(DataError::Empty { path: path.into() }),
+            (_, 0) => Err(reader.nothing(path.into(), report)),
+            _ => Ok(()),
+        }
+    }
+
+    fn train(self) -> FileRows<T, R> {
+        let [Kept { rows, report, tokens_sha256 }, _] = self.parts;
+        let Self { sha256, diagnosis, seen, .. } = self;
+        FileRows { rows, report, sha256, tokens_sha256, diagnosis, seen }
+    }
+}
+
+/// The files of a folder beside what is said of them.
+fn files(split: bool) -> Vec<String> {
+    let mut files = vec![SEEN.to_string()];
+    files.extend(names("train"));
+    if split {
+        files.extend(names("held_out"));
+        files.push(HELD_OUT.into());
+    }
+    files
+}
+
+/// Where rows are put.
+#[derive(Clone, Copy)]
+enum Place<'a> {
+    Nowhere,
+    Memory,
+    Folder(&'a Path),
+}
+
+/// A file that is being read.
+struct Reading<'a, R: Reader> {
+    path: &'a Path,
+    reader: &'a R,
+    split: bool,
+    place: Place<'a>,
+    diagnosis: Diagnosis,
+    seen: SeenWriter,
+    parts: [Part<R::Row, R::Report>; 2],
+    held_out_lines: Sink,
+}
+
+impl<'a, R: Reader> Reading<'a, R> {
+    fn new(
+        path: &'a Path,
+        reader: &'a R,
+        split: bool,
+        place: Place<'a>,
+    ) -> Result<Self, DataError> {
+        let folder = match place {
+            Place::Folder(folder) => Some(folder),
+            Place::Nowhere | Place::Memory => None,
+        };
+        let part = |name: &str, folder| -> io::Result<Part<R::Row, R::Report>> {
+            let rows = match place {
+                Place::Nowhere => ShelfWriter::nowhere(),
+                _ => ShelfWriter::new(folder, name)?,
+            };
+            Ok(Part { rows, report: R::Report::default() })
+        };
+        let of_held_out = folder.filter(|_| split);
+        let begin = || -> io::Result<Self> {
+            Ok(Self {
+                path,
+                reader,
+                split,
+                place,
+                diagnosis: Diagnosis::default(),
+                seen: SeenWriter::new(folder.map(|folder| folder.join(SEEN)))?,
+                parts: [part("train", folder)?, part("held_out", of_held_out)?],
+                held_out_lines: Sink::new(of_held_out, HELD_OUT)?,
+            })
+        };
+        begin().map_err(|error| refused(place, path, error))
+    }
+
+    fn refused(&self, error: io::Error) -> DataError {
+        refused(self.place, self.path, error)
+    }
+
+    fn run(mut self, stop: &AtomicBool) -> Result<Loaded<R::Row, R::Report>, DataError> {
+        let (path, reader) = (self.path, self.reader);
+        let sha256 = read_all(
+            path,
+            stop,
+            |line: &[u8]| reader.parse(line),
+            |line, row| self.add(line, row).map_err(|error| self.refused(error)),
+        )?;
+        self.finish(sha256)
+    }
+
+    fn add(&mut self, line: &Line, row: Result<Parsed<R::Tokenized>, Unread>) -> io::Result<()> {
+        let dialect = match &row {
+            Ok(parsed) => parsed.dialect,
+            Err(unread) => unread.dialect,
+        };
+        self.diagnosis.row(line.number, dialect);
+        let parsed = match row.map_err(|unread| unread.error) {
+            Ok(parsed) => parsed,
+            Err(error) => {
+                self.diagnosis.note(line.number, (Check::of(&error), error.to_string()));
+                return Ok(());
+            }
+        };
+        let held_out = self.split && parsed.held_out;
+        self.diagnosis.length(parsed.length);
+        self.seen.add(parsed.hash, line.number)?;
+        let part = &mut self.parts[usize::from(held_out)];
+        let more = self.reader.add(line, parsed.tokenized, part)?;
+        for finding in parsed.findings.into_iter().chain(more) {
+            self.diagnosis.note(line.number, finding);
+        }
+        if held_out {
+            self.held_out_lines.write(&line.bytes)?;
+            if !line.bytes.ends_with(b"\n") {
+                self.held_out_lines.write(b"\n")?;
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(mut self, sha256: String) -> Result<Loaded<R::Row, R::Report>, DataError> {
+        let (path, place) = (self.path, self.place);
+        let kept = |part: Part<R::Row, R::Report>| -> io::Result<Kept<R::Row, R::Report>> {
+            let (rows, tokens_sha256) = part.rows.finish()?;
+            Ok(Kept { rows, report: part.report, tokens_sha256 })
+        };
+        let finish = || -> io::Result<Loaded<R::Row, R::Report>> {
+            let seen = self.seen.finish()?;
+            seen.tell(&mut self.diagnosis);
+            let lines = self.held_out_lines.finish()?;
+            let [train, held_out] = self.parts;
+            Ok(Loaded {
+                sha256,
+                diagnosis: self.diagnosis,
+                seen,
+                parts: [kept(train)?, kept(held_out)?],
+                held_out_lines: Bytes::new(Arc::new(lines)),
+            })
+        };
+        finish().map_err(|error| refused(place, path, error))
+    }
+}
+
+fn refused(place: Place, path: &Path, error: io::Error) -> DataError {
+    let path = match place {
+        Place::Folder(folder) => folder,
+        Place::Nowhere | Place::Memory => path,
+    };
+    DataError::from(("write", path.to_path_buf(), error))
+}

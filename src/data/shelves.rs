@@ -1,0 +1,449 @@
+//! Rows as two arrays of bytes, in memory or mapped from the files of a cache: of the largest file no
+//! more is held than what is looked at.
+//!
+//! `rows`: what each kind of row says of itself ([`Shelved`]), one after another. `places`: for each
+//! row four u64, where its bytes end, its row in the file, its line, and a number that its kind keeps
+//! beside it. All numbers are little-endian.
+
+use std::fs::File;
+use std::io::{self, BufWriter, Write};
+use std::marker::PhantomData;
+use std::path::Path;
+use std::sync::Arc;
+
+use sha2::{Digest, Sha256};
+
+use super::cache::hex;
+use super::{Comparison, Example};
+use crate::quant::Bytes;
+
+/// Bytes of a place.
+const PLACE: usize = 32;
+
+/// Examples of tokens to learn.
+pub type Examples = Shelves<Example>;
+
+/// Where a row is from.
+#[derive(Debug, Clone, Copy)]
+pub struct Place {
+    /// The row in its file, counted from 0 over lines that are not blank.
+    pub row: u64,
+    /// Its line, counted from 1.
+    pub line: u64,
+    /// What [`Shelved::mark`] said.
+    pub mark: u64,
+}
+
+/// A kind of row that is kept as bytes.
+pub trait Shelved: Sized + Clone {
+    /// Puts it behind `bytes`.
+    fn lay(&self, bytes: &mut Vec<u8>);
+
+    /// A number kept beside it.
+    fn mark(&self) -> u64;
+
+    /// Takes it up again, from bytes that [`Shelved::lay`] wrote.
+    fn take(bytes: &[u8], place: Place) -> Self;
+
+    /// How many tokens such a row has.
+    fn tokens_in(bytes: &[u8], mark: u64) -> usize;
+
+    /// What of its tokens a fingerprint is made of.
+    fn hash(&self, hasher: &mut Sha256);
+}
+
+/// The rows of one or several files, in their order.
+#[derive(Debug, Clone)]
+pub struct Shelves<T> {
+    shelves: Vec<Shelf>,
+    /// Rows before each shelf, and all of them.
+    starts: Vec<usize>,
+    kind: PhantomData<T>,
+}
+
+/// Those of one file.
+#[derive(Debug, Clone)]
+struct Shelf {
+    rows: Bytes,
+    places: Bytes,
+    /// Whether they lie on disk.
+    mapped: bool,
+    /// Rows of the files before this one: rows are told apart across files.
+    first_row: u64,
+}
+
+impl Shelf {
+    /// The four numbers of a row.
+    fn place(&self, index: usize) -> [u64; 4] {
+        let bytes = &self.places[index * PLACE..(index + 1) * PLACE];
+        let (numbers, _) = bytes.as_chunks();
+        std::array::from_fn(|i| u64::from_le_bytes(numbers[i]))
+    }
+
+    /// The bytes of a row.
+    fn bytes(&self, index: usize) -> &[u8] {
+        let start = index.checked_sub(1).map_or(0, |before| self.place(before)[0]);
+        &self.rows[start as usize..self.place(index)[0] as usize]
+    }
+}
+
+impl<T> Default for Shelves<T> {
+    fn default() -> Self {
+        Self { shelves: Vec::new(), starts: Vec::new(), kind: PhantomData }
+    }
+}
+
+impl<T: Shelved> Shelves<T> {
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.starts.last().copied().unwrap_or_default()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    fn find(&self, index: usize) -> (&Shelf, usize) {
+        let shelf = self.starts.partition_point(|&start| start <= index) - 1;
+        (&self.shelves[shelf], index - self.starts[shelf])
+    }
+
+    /// The tokens of a row.
+    ///
+    /// # Panics
+    /// If there is no such row, here as below.
+    pub fn length(&self, index: usize) -> usize {
+        let (shelf, index) = self.find(index);
+        T::tokens_in(shelf.bytes(index), shelf.place(index)[3])
+    }
+
+    /// The same of all.
+    pub fn lengths(&self) -> impl ExactSizeIterator<Item = usize> + '_ {
+        (0..self.len()).map(|index| self.length(index))
+    }
+
+    /// A row, read anew.
+    pub fn get(&self, index: usize) -> T {
+        let (shelf, index) = self.find(index);
+        let [_, row, line, mark] = shelf.place(index);
+        T::take(shelf.bytes(index), Place { row: shelf.first_row + row, line, mark })
+    }
+
+    /// All of them, one at a time.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = T> + '_ {
+        (0..self.len()).map(|index| self.get(index))
+    }
+
+    /// Bytes they take in memory, and of what is mapped those that have been looked at once `taken`
+    /// rows were read: all places, and around each row as many pages as a system reads at once.
+    pub fn bytes(&self, taken: usize) -> [usize; 2] {
+        const READ_AT_ONCE: usize = 64 << 10;
+        let (mapped, held): (Vec<&Shelf>, Vec<&Shelf>) =
+            self.shelves.iter().partition(|shelf| shelf.mapped);
+        let rows = |shelves: &[&Shelf]| shelves.iter().map(|shelf| shelf.rows.len()).sum::<usize>();
+        let places =
+            |shelves: &[&Shelf]| shelves.iter().map(|shelf| shelf.places.len()).sum::<usize>();
+        let looked_at = rows(&mapped).min(taken.saturating_mul(READ_AT_ONCE));
+        [rows(&held) + places(&held), looked_at + places(&mapped)]
+    }
+
+    /// Puts those of another file behind these, which are of `rows` rows.
+    pub(super) fn append(&mut self, other: Self, rows: u64) {
+        let before = self.len();
+        if self.starts.is_empty() {
+            self.starts.push(0);
+        }
+        self.starts.extend(other.starts.iter().skip(1).map(|start| before + start));
+        let shelves = other.shelves.into_iter();
+        self.shelves
+            .extend(shelves.map(|shelf| Shelf { first_row: shelf.first_row + rows, ..shelf }));
+    }
+
+    /// From the two arrays, if they belong together.
+    pub(super) fn new([rows, places]: [Bytes; 2], mapped: bool) -> Option<Self> {
+        let count = places.len() / PLACE;
+        let shelf = Shelf { rows, places, mapped, first_row: 0 };
+        let end = count.checked_sub(1).map_or(0, |last| shelf.place(last)[0]);
+        let whole = shelf.places.len() == count * PLACE && shelf.rows.len() as u64 == end;
+        whole.then(|| Self { shelves: vec![shelf], starts: vec![0, count], kind: PhantomData })
+    }
+}
+
+impl Shelves<Example> {
+    /// Rows that have examples here.
+    pub fn rows(&self) -> u64 {
+        let first = |shelf: &Shelf, index| shelf.place(index)[3] == 0;
+        let count = |shelf: &Shelf| {
+            (0..shelf.places.len() / PLACE).filter(|&index| first(shelf, index)).count()
+        };
+        self.shelves.iter().map(count).sum::<usize>() as u64
+    }
+}
+
+impl Shelves<Comparison> {
+    /// How many responses a row has.
+    pub fn responses(&self, index: usize) -> usize {
+        let (shelf, index) = self.find(index);
+        Comparison::responses_in(shelf.bytes(index))
+    }
+}
+
+/// Numbers of 32 bits, one after another.
+pub(super) struct Words<'a>(&'a [[u8; 4]]);
+
+impl<'a> Words<'a> {
+    pub fn of(bytes: &'a [u8]) -> Self {
+        Self(bytes.as_chunks().0)
+    }
+
+    /// The next ones.
+    pub fn take(&mut self, count: usize) -> impl Iterator<Item = u32> + use<'a> {
+        let (taken, rest) = self.0.split_at(count);
+        self.0 = rest;
+        taken.iter().map(|word| u32::from_le_bytes(*word))
+    }
+
+    /// The next one.
+    pub fn next(&mut self) -> u32 {
+        self.take(1).next().unwrap_or_default()
+    }
+
+    /// All that are left.
+    pub fn rest(&mut self) -> impl Iterator<Item = u32> + use<'a> {
+        self.take(self.0.len())
+    }
+}
+
+/// Puts numbers behind `bytes`.
+pub(super) fn lay_words(words: impl IntoIterator<Item = u32>, bytes: &mut Vec<u8>) {
+    words.into_iter().for_each(|word| bytes.extend_from_slice(&word.to_le_bytes()));
+}
+
+/// Makes shelves, one row after another.
+pub(super) struct ShelfWriter<T> {
+    rows: Sink,
+    places: Sink,
+    end: u64,
+    hasher: Sha256,
+    row: Vec<u8>,
+    kind: PhantomData<T>,
+}
+
+/// Where bytes go.
+pub(super) enum Sink {
+    Nowhere,
+    Memory(Vec<u8>),
+    File(BufWriter<File>),
+}
+
+impl Sink {
+    /// A file of a folder, or memory without one.
+    pub fn new(folder: Option<&Path>, name: &str) -> io::Result<Self> {
+        Ok(match folder {
+            Some(folder) => Self::File(BufWriter::new(File::create(folder.join(name))?)),
+            None => Self::Memory(Vec::new()),
+        })
+    }
+
+    pub fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        match self {
+            Self::Nowhere => Ok(()),
+            Self::Memory(memory) => {
+                memory.extend_from_slice(bytes);
+                Ok(())
+            }
+            Self::File(file) => file.write_all(bytes),
+        }
+    }
+
+    /// What was kept in memory; a file is on disk when this returns.
+    pub fn finish(self) -> io::Result<Vec<u8>> {
+        match self {
+            Self::Nowhere => Ok(Vec::new()),
+            Self::Memory(mut memory) => {
+                memory.shrink_to_fit();
+                Ok(memory)
+            }
+            Self::File(file) => {
+                file.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()?;
+                Ok(Vec::new())
+            }
+        }
+    }
+}
+
+/// The names of the two arrays in a folder.
+pub(super) fn names(part: &str) -> [String; 2] {
+    [format!("{part}.rows"), format!("{part}.places")]
+}
+
+impl<T: Shelved> ShelfWriter<T> {
+    /// Into files of a folder, or memory.
+    pub fn new(folder: Option<&Path>, part: &str) -> io::Result<Self> {
+        let [rows, places] = names(part);
+        Ok(Self::into(Sink::new(folder, &rows)?, Sink::new(folder, &places)?))
+    }
+
+    /// Keeps nothing.
+    pub fn nowhere() -> Self {
+        Self::into(Sink::Nowhere, Sink::Nowhere)
+    }
+
+    fn into(rows: Sink, places: Sink) -> Self {
+        let (hasher, row) = (Sha256::new(), Vec::new());
+        Self { rows, places, end: 0, hasher, row, kind: PhantomData }
+    }
+
+    /// Adds what the row of a line has become.
+    pub fn push(&mut self, kept: &T, row: u64, line: u64) -> io::Result<()> {
+        self.row.clear();
+        kept.lay(&mut self.row);
+        kept.hash(&mut self.hasher);
+        self.rows.write(&self.row)?;
+        self.end += self.row.len() as u64;
+        let place = [self.end, row, line, kept.mark()];
+        self.places.write(place.map(u64::to_le_bytes).as_flattened())
+    }
+
+    /// What was kept in memory, and a hash of all tokens.
+    pub fn finish(self) -> io::Result<(Shelves<T>, String)> {
+        let sha256 = hex(&self.hasher.finalize());
+        let in_memory = |bytes| Bytes::new(Arc::new(bytes));
+        let arrays = [self.rows.finish()?, self.places.finish()?].map(in_memory);
+        Ok((Shelves::new(arrays, false).expect("both were written here"), sha256))
+    }
+}
+
+impl Shelved for Example {
+    /// For each token its id above the lowest bit, which says whether it is learned.
+    fn lay(&self, bytes: &mut Vec<u8>) {
+        let tokens = self.tokens.iter().zip(&self.learned);
+        lay_words(tokens.map(|(token, learned)| token << 1 | u32::from(*learned)), bytes);
+    }
+
+    fn mark(&self) -> u64 {
+        self.start.into()
+    }
+
+    fn take(bytes: &[u8], Place { row, line, mark }: Place) -> Self {
+        Self {
+            tokens: Words::of(bytes).rest().map(|word| word >> 1).collect(),
+            learned: Words::of(bytes).rest().map(|word| word & 1 == 1).collect(),
+            row,
+            line,
+            start: mark as u32,
+        }
+    }
+
+    fn tokens_in(bytes: &[u8], _mark: u64) -> usize {
+        bytes.len() / size_of::<u32>()
+    }
+
+    fn hash(&self, hasher: &mut Sha256) {
+        let mut bytes = Vec::with_capacity(self.tokens.len() * size_of::<u32>());
+        self.lay(&mut bytes);
+        hasher.update((self.tokens.len() as u64).to_le_bytes());
+        hasher.update(bytes);
+    }
+}
+
+/// Adds a list of tokens to a fingerprint.
+pub(super) fn hash_tokens(tokens: &[u32], hasher: &mut Sha256) {
+    let mut bytes = Vec::with_capacity(size_of_val(tokens));
+    lay_words(tokens.iter().copied(), &mut bytes);
+    hasher.update((tokens.len() as u64).to_le_bytes());
+    hasher.update(bytes);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Pair, Prompt};
+    use super::*;
+
+    /// What comes back of rows, from memory and from files.
+    fn check<T: Shelved + PartialEq + std::fmt::Debug>(all: &[T], lengths: &[usize]) -> Shelves<T> {
+        let folder = tempfile::tempdir().unwrap();
+        let mut in_memory = ShelfWriter::new(None, "x").unwrap();
+        let mut on_disk = ShelfWriter::new(Some(folder.path()), "x").unwrap();
+        // Rows 3, 4 and so on, lines 10, 11 and so on.
+        for (i, kept) in (0..).zip(all) {
+            in_memory.push(kept, 3 + i, 10 + i).unwrap();
+            on_disk.push(kept, 3 + i, 10 + i).unwrap();
+        }
+        let (shelves, sha256) = in_memory.finish().unwrap();
+        assert_eq!(on_disk.finish().unwrap().1, sha256);
+        let arrays = names("x")
+            .map(|name| Bytes::new(Arc::new(std::fs::read(folder.path().join(name)).unwrap())));
+        let mapped = Shelves::new(arrays.clone(), true).unwrap();
+        let [rows, places] = arrays;
+        assert!(Shelves::<T>::new([rows.slice(1..rows.len()).unwrap(), places], true).is_none());
+        for found in [&shelves, &mapped] {
+            assert_eq!(found.iter().collect::<Vec<_>>(), all);
+            assert!(found.lengths().eq(lengths.iter().copied()));
+        }
+        let everything = usize::MAX;
+        assert_eq!([shelves.bytes(everything)[1], mapped.bytes(everything)[0]], [0, 0]);
+        assert_eq!(shelves.bytes(0)[0], mapped.bytes(everything)[1]);
+        assert_eq!(mapped.bytes(0)[1], all.len() * PLACE);
+        shelves
+    }
+
+    #[test]
+    fn examples_come_back_and_are_told_apart_across_files() {
+        let example = |row: u64, start, tokens: Vec<u32>| Example {
+            learned: tokens.iter().map(|token| token % 2 == 1).collect(),
+            tokens,
+            row,
+            line: row + 7,
+            start,
+        };
+        let all = [
+            example(3, 0, vec![5, 6, (1 << 31) - 1]),
+            example(4, 3, vec![8]),
+            example(5, 0, vec![]),
+            example(6, 0, vec![1, 2, 3, 4]),
+        ];
+        let mut examples = check(&all, &[3, 1, 0, 4]);
+        assert_eq!(examples.rows(), 3);
+        examples.append(examples.clone(), 10);
+        assert_eq!((examples.len(), examples.get(5)), (8, Example { row: 14, ..all[1].clone() }));
+        assert_eq!(examples.get(7).row, 16);
+        let mut empty = Examples::default();
+        empty.append(examples.clone(), 0);
+        assert!(empty.iter().eq(examples.iter()));
+    }
+
+    #[test]
+    fn comparisons_come_back() {
+        let pair = |better, worse, margin| Pair { better, worse, margin };
+        let comparison = |row: u64, responses: &[&[u32]], pairs, label| Comparison {
+            prompt: (0..row as u32).collect(),
+            responses: responses.iter().map(|response| response.to_vec()).collect(),
+            pairs,
+            label,
+            row,
+            line: row + 7,
+        };
+        let all = [
+            comparison(3, &[&[5], &[u32::MAX, 7]], vec![pair(1, 0, -1.5)], None),
+            comparison(4, &[&[8, 9]], vec![], Some(true)),
+            comparison(5, &[&[]], vec![], Some(false)),
+            comparison(6, &[&[1], &[2], &[3]], vec![pair(0, 1, 0.0), pair(0, 2, 0.1)], None),
+        ];
+        let comparisons = check(&all, &[6, 6, 5, 9]);
+        assert!((0..4).map(|row| comparisons.responses(row)).eq([2, 1, 1, 3]));
+    }
+
+    #[test]
+    fn prompts_come_back() {
+        let row = r#"{"prompt": "ü?", "answer": [3.50, null, {"b": 1, "a": 1e300}], "price": 0.1}"#;
+        let prompt = |line, tokens: &[u32], row: &str| Prompt {
+            tokens: tokens.to_vec(),
+            text: "ü?".repeat(tokens.len()),
+            row: serde_json::from_str(row).unwrap(),
+            line,
+        };
+        check(&[prompt(10, &[1, 2, 3], row), prompt(11, &[], "{}")], &[3, 0]);
+    }
+}
