@@ -125,8 +125,9 @@ impl How {
         let tokens = tokens(base, text)?;
         let bos = bos(base)?;
         let n_ctx = self.n_ctx(&decoder);
-        let importance = imatrix::measure(&decoder, worn, &tokens, n_ctx, bos)
+        let mut importance = imatrix::measure(&decoder, worn, &tokens, n_ctx, bos)
             .with_context(|| text.display().to_string())?;
+        importance.dataset = Some(text.display().to_string());
         Ok(Some(importance))
     }
 

@@ -32,7 +32,8 @@ pub fn write_gguf(
         return Err(ExportError::Inexpressible { form: "a GGUF", reason });
     }
     let types = recipe.types(config, importance.is_some())?;
-    let metadata = metadata(source, recipe, out)?;
+    let mut metadata = metadata(source, recipe, out)?;
+    metadata.extend(importance.into_iter().flat_map(importance_keys));
 
     let plan = |(tensor, of): (&super::SourceTensor, &BlockType)| TensorPlan {
         name: load::gguf_name(config.family, &tensor.name),
@@ -41,13 +42,13 @@ pub fn write_gguf(
     };
     let mut plans: Vec<TensorPlan> = source.tensors.iter().zip(&types).map(plan).collect();
     if let Some(importance) = importance
-        && !plans.iter().any(|plan| importance.contains_key(&plan.name))
+        && !plans.iter().any(|plan| importance.columns.contains_key(&plan.name))
     {
         let reason = "the importance matrix names none of this model's tensors".to_string();
         return Err(ExportError::Types(reason));
     }
     for plan in &plans {
-        let weights = importance.and_then(|importance| importance.get(&plan.name));
+        let weights = importance.and_then(|importance| importance.columns.get(&plan.name));
         if let (Some(weights), [_, cols]) = (weights, &plan.shape[..])
             && weights.len() != *cols
         {
@@ -71,7 +72,7 @@ pub fn write_gguf(
             let values = factors.iter().flat_map(|v| v.to_le_bytes());
             return file.write_all(&values.collect::<Vec<u8>>());
         };
-        let weights = importance.and_then(|importance| importance.get(&plan.name));
+        let weights = importance.and_then(|importance| importance.columns.get(&plan.name));
         let weights = weights.map(|weights| &weights[..]);
         let form = Form {
             block_type: plan.block_type,
@@ -90,6 +91,23 @@ pub fn write_gguf(
             Ok(Written { bytes, tensors })
         }
     }
+}
+
+/// What llama-quantize tells of the importance matrix.
+fn importance_keys(importance: &Importance) -> Vec<(String, OwnedValue)> {
+    let text = |key: &str, text: &Option<String>| {
+        text.as_ref().map(|text| (format!("quantize.imatrix.{key}"), OwnedValue::from(&text[..])))
+    };
+    let count = |key: &str, count: Option<u32>| {
+        count.map(|count| (format!("quantize.imatrix.{key}"), OwnedValue::U32(count)))
+    };
+    let all = [
+        text("file", &importance.file),
+        text("dataset", &importance.dataset),
+        count("entries_count", Some(importance.columns.len() as u32)),
+        count("chunks_count", importance.chunks),
+    ];
+    all.into_iter().flatten().collect()
 }
 
 fn metadata(

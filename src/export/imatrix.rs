@@ -15,17 +15,18 @@ use crate::weights::{Gguf, WeightsError};
 pub fn read(path: &Path) -> Result<Importance, ExportError> {
     let io = |source| WeightsError::Io { action: "open", path: path.into(), source };
     let bytes = std::fs::read(path).map_err(io)?;
-    let found = match bytes.starts_with(b"GGUF") {
+    let mut found = match bytes.starts_with(b"GGUF") {
         true => read_gguf(&Gguf::open(path)?)?,
         false => read_dat(&bytes).map_err(|reason| bad(path, reason))?,
     };
-    for (name, weights) in &found {
+    for (name, weights) in &found.columns {
         if let Some(at) = weights.iter().position(|w| !w.is_finite() || *w < 0.0) {
             let w = weights[at];
             return Err(bad(path, format!("column {at} of {name:?} has the importance {w}")));
         }
     }
-    match found.is_empty() {
+    found.file = Some(path.display().to_string());
+    match found.columns.is_empty() {
         true => Err(bad(path, "no importance of any tensor".into())),
         false => Ok(found),
     }
@@ -38,7 +39,12 @@ fn bad(path: &Path, reason: String) -> ExportError {
 
 /// `NAME.in_sum2`, sums of squares, and `NAME.counts`, of how many inputs.
 fn read_gguf(gguf: &Gguf) -> Result<Importance, ExportError> {
-    let mut found = Importance::new();
+    // Where there are several, llama-quantize tells the first.
+    let datasets = gguf.strings("imatrix.datasets")?;
+    let first = datasets.and_then(|mut all| all.next());
+    let dataset = first.map(|name| String::from_utf8_lossy(name).into_owned());
+    let chunks = gguf.u64("imatrix.chunk_count")?.and_then(|n| u32::try_from(n).ok());
+    let mut found = Importance { dataset, chunks, ..Default::default() };
     for info in gguf.tensors() {
         let Some(name) = info.name.strip_suffix(".in_sum2") else { continue };
         let read = |name: &str| -> Result<Vec<f32>, ExportError> {
@@ -53,12 +59,13 @@ fn read_gguf(gguf: &Gguf) -> Result<Importance, ExportError> {
             return Err(bad(gguf.path(), format!("{name:?} has {n} counts, needed one")));
         };
         let count = if count > 0.0 { count } else { 1.0 };
-        found.insert(name.into(), sums.iter().map(|sum| sum / count).collect());
+        found.columns.insert(name.into(), sums.iter().map(|sum| sum / count).collect());
     }
     Ok(found)
 }
 
-/// Entries of: length and name, calls, length and values that are sums over calls.
+/// Entries of: length and name, calls, length and values that are sums over calls. Newer files end
+/// with the number of chunks, and length and name of the text.
 fn read_dat(bytes: &[u8]) -> Result<Importance, String> {
     let mut left = bytes;
     let mut take = |n: usize| -> Result<&[u8], String> {
@@ -68,7 +75,7 @@ fn read_dat(bytes: &[u8]) -> Result<Importance, String> {
         left = rest;
         Ok(taken)
     };
-    let mut found = Importance::new();
+    let mut found = Importance::default();
     let int = |bytes: &[u8]| i32::from_le_bytes(bytes.try_into().expect("four bytes"));
     let entries = int(take(4)?);
     if !(1..=1 << 20).contains(&entries) {
@@ -84,7 +91,13 @@ fn read_dat(bytes: &[u8]) -> Result<Importance, String> {
         let values = take(count.checked_mul(4).ok_or("a count overflows")?)?;
         let by = if calls > 0 { calls as f32 } else { 1.0 };
         let value = |b: &[u8; 4]| f32::from_le_bytes(*b) / by;
-        found.insert(name, values.as_chunks().0.iter().map(value).collect());
+        found.columns.insert(name, values.as_chunks().0.iter().map(value).collect());
+    }
+    if let Ok(chunks) = take(4) {
+        found.chunks = u32::try_from(int(chunks)).ok().filter(|chunks| *chunks > 0);
+        let len = take(4).ok().and_then(|len| usize::try_from(int(len)).ok());
+        let name = len.and_then(|len| take(len).ok());
+        found.dataset = name.and_then(|name| Some(str::from_utf8(name).ok()?.to_string()));
     }
     Ok(found)
 }
@@ -117,10 +130,12 @@ pub fn measure(
         }
         decoder.observe(&Rows::new(&[chunk]), Adapters::Same(worn), &squares)?;
     }
-    let means = squares.means().into_iter();
-    Ok(means
-        .map(|(name, means)| {
-            (load::gguf_name(decoder.config.family, &format!("{name}.weight")), means)
-        })
-        .collect())
+    let named = |(name, means): (String, Vec<f32>)| {
+        (load::gguf_name(decoder.config.family, &format!("{name}.weight")), means)
+    };
+    Ok(Importance {
+        columns: squares.means().into_iter().map(named).collect(),
+        chunks: Some((tokens.len() / n_ctx) as u32),
+        ..Default::default()
+    })
 }

@@ -29,9 +29,18 @@ pub use verify::{Bounds, Distance, load_grown, verify, verify_grown};
 
 use crate::quant::BlockType;
 
-/// Importance of columns by llama.cpp's tensor names: the mean square of each input of a linear
-/// layer over some text.
-pub type Importance = std::collections::HashMap<String, Vec<f32>>;
+/// An importance matrix.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Importance {
+    /// By llama.cpp's tensor names: the mean square of each input of a linear layer over some text.
+    pub columns: std::collections::HashMap<String, Vec<f32>>,
+    /// The file it was read from.
+    pub file: Option<String>,
+    /// The text it was measured on.
+    pub dataset: Option<String>,
+    /// Chunks of that text.
+    pub chunks: Option<u32>,
+}
 
 /// What became of a tensor.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]

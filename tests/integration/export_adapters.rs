@@ -126,23 +126,24 @@ fn importance_is_the_mean_square_of_what_goes_in() {
     let found = importance(name);
     let mut linears = decoder.linears();
     linears.retain(|spec| spec.name.starts_with("model.layers"));
-    assert_eq!(found.len(), linears.len());
+    assert_eq!(found.columns.len(), linears.len());
+    assert_eq!(found.chunks, Some((tokens(name).len() / 37) as u32));
     for spec in &linears {
         let gguf = quantune::model::load::gguf_name(
             decoder.config.family,
             &format!("{}.weight", spec.name),
         );
-        let means = &found[&gguf];
+        let means = &found.columns[&gguf];
         assert_eq!(means.len(), spec.in_features);
         assert!(means.iter().all(|m| m.is_finite() && *m >= 0.0) && means.iter().any(|m| *m > 0.0));
     }
     // One input for three; the norm makes its mean square that of the norm's weights, about.
-    assert_eq!(found["blk.0.attn_q.weight"], found["blk.0.attn_v.weight"]);
-    assert_ne!(found["blk.0.attn_q.weight"], found["blk.0.ffn_up.weight"]);
+    assert_eq!(found.columns["blk.0.attn_q.weight"], found.columns["blk.0.attn_v.weight"]);
+    assert_ne!(found.columns["blk.0.attn_q.weight"], found.columns["blk.0.ffn_up.weight"]);
     let portable = load(name, Compute::Portable);
     let theirs = imatrix::measure(&portable, &[], &tokens(name), 37, None).unwrap();
-    for (tensor, means) in &found {
-        for (a, b) in means.iter().zip(&theirs[tensor]) {
+    for (tensor, means) in &found.columns {
+        for (a, b) in means.iter().zip(&theirs.columns[tensor]) {
             assert!((a - b).abs() < 1e-3 * (1e-3 + b), "{tensor}: {a} and {b}");
         }
     }
@@ -167,8 +168,12 @@ fn importance_matrices_of_both_forms_are_read() {
     dat.extend(b"text");
     std::fs::write(&path, &dat).unwrap();
     let check = |found: Importance| {
-        assert_eq!(found.len(), 2);
-        values.iter().for_each(|(name, values)| assert_eq!(&found[*name], values, "{name}"));
+        assert_eq!(found.columns.len(), 2);
+        for (name, values) in &values {
+            assert_eq!(&found.columns[*name], values, "{name}");
+        }
+        assert_eq!(found.file, Some(path.display().to_string()));
+        assert_eq!((found.dataset.as_deref(), found.chunks), (Some("text"), Some(2)));
     };
     check(imatrix::read(&path).unwrap());
     let fault = |bytes: &[u8]| {
@@ -194,7 +199,11 @@ fn importance_matrices_of_both_forms_are_read() {
         .iter()
         .map(|(name, shape, bytes)| NewTensor { name, shape, block_type: BlockType::F32, bytes })
         .collect();
-    let keys = [("general.type".to_string(), OwnedValue::from("imatrix"))];
+    let keys = [
+        ("general.type".to_string(), OwnedValue::from("imatrix")),
+        ("imatrix.datasets".to_string(), OwnedValue::strings(["text", "other"])),
+        ("imatrix.chunk_count".to_string(), OwnedValue::U32(2)),
+    ];
     write_plain(&path, &keys, &tensors).unwrap();
     check(imatrix::read(&path).unwrap());
 }
@@ -211,6 +220,9 @@ fn fewer_bits_cost_more_and_importance_lowers_what_it_weighs() {
         recipe.pure = true;
         write_gguf(&source, &recipe, importance, &out).unwrap();
         verify(&base, &[], &out, Bounds::QUANTIZED).unwrap();
+        let written = Gguf::open(&out).unwrap();
+        let entries = written.u64("quantize.imatrix.entries_count").unwrap();
+        assert_eq!(entries, importance.map(|importance| importance.columns.len() as u64));
         out
     };
     let importance = importance(name);
