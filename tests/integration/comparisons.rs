@@ -399,7 +399,7 @@ fn comparisons_and_prompts_are_kept_on_disk_and_found_again() {
     let cache = Some(Cache { folder: folder.path().join("cache"), from_bytes: 1 });
     for time in 0..2 {
         for kind in [ComparisonKind::Pairs, ComparisonKind::Labels] {
-            let limits = Limits { max_length: 8, when_long: WhenTooLong::Drop };
+            let limits = Limits { max_length: 30, when_long: WhenTooLong::Drop };
             let in_memory = ComparisonSettings::from(limits);
             let on_disk = ComparisonSettings { cache: cache.clone(), ..in_memory.clone() };
             let load = |settings: ComparisonSettings| {
@@ -415,7 +415,7 @@ fn comparisons_and_prompts_are_kept_on_disk_and_found_again() {
             }
             assert_eq!(*in_memory.held_out_lines, *on_disk.held_out_lines);
         }
-        let in_memory = PromptSettings::from(20);
+        let in_memory = PromptSettings::from(100);
         let on_disk = PromptSettings { cache: cache.clone(), ..in_memory.clone() };
         let load = |settings| Prompts::load(&path, &chatml, settings, &GOES_ON).unwrap();
         let (in_memory, on_disk) = (load(in_memory), load(on_disk));
