@@ -147,7 +147,8 @@ unsafe fn expand_body<S: Lanes, T: Number>(
     low: &[f32],
     y: &[Target],
 ) {
-    assert!(rows.start % PANEL == 0 && (rows.end % PANEL == 0 || rows.end == form.out_features));
+    let whole = rows.end.is_multiple_of(PANEL) || rows.end == form.out_features;
+    assert!(rows.start.is_multiple_of(PANEL) && whole);
     let stride = low_stride(form);
     let panels = rows.start / PANEL..rows.end.div_ceil(PANEL);
     let mut first = 0;

@@ -197,7 +197,7 @@ fn a_token_over_the_border_belongs_to_the_responses() {
     let own = chatml.encode("the rive", Special::Parse).unwrap();
     assert!(comparison.prompt.len() < own.len() && own.starts_with(&comparison.prompt));
     let texts: Vec<_> =
-        sequences(&comparison).iter().map(|ids| chatml.decode(ids, true).unwrap()).collect();
+        sequences(comparison).iter().map(|ids| chatml.decode(ids, true).unwrap()).collect();
     assert_eq!(texts, ["the river", "the rivet"]);
 }
 

@@ -266,7 +266,7 @@ fn fewer_bits_cost_more_and_importance_lowers_what_it_weighs() {
     };
     for tensor in &source.tensors {
         let gguf = quantune::model::load::gguf_name(source.config.family, &tensor.name);
-        let Some(weights) = importance.get(&gguf) else { continue };
+        let Some(weights) = importance.columns.get(&gguf) else { continue };
         let (plain, weighted) =
             (error("q4.gguf", tensor, weights), error("q4i.gguf", tensor, weights));
         assert!(weighted < plain, "{gguf}: {weighted:e} after {plain:e}");
@@ -274,7 +274,7 @@ fn fewer_bits_cost_more_and_importance_lowers_what_it_weighs() {
 
     // An importance of another model.
     let mut wrong = importance.clone();
-    wrong.insert("blk.0.attn_q.weight".into(), vec![1.0; 7]);
+    wrong.columns.insert("blk.0.attn_q.weight".into(), vec![1.0; 7]);
     let out = folder.path().join("wrong.gguf");
     let error = write_gguf(&source, &Recipe::new(FileType::Q4_0), Some(&wrong), &out);
     assert!(error.unwrap_err().to_string().contains("7 columns"));

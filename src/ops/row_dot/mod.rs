@@ -158,7 +158,7 @@ fn many(
         for (matrix, before) in [(*matrix, 0)].into_iter().chain(more) {
             // Whole tiles of rows, whatever the kernel, and whole stretches of rows out of order.
             let mut step = (TASK_BYTES / matrix.row_bytes()).max(1).next_multiple_of(TILE_ROWS);
-            while step % matrix.order().stretch() != 0 {
+            while !step.is_multiple_of(matrix.order().stretch()) {
                 step += TILE_ROWS;
             }
             let (form, y) = (form_of(matrix.block_type()), y.at(before));
