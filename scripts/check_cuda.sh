@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Type-checks the cuda feature where there is neither a GPU nor a CUDA toolkit: candle's build scripts get
-# a stand-in for nvcc that answers their questions and writes empty files. What they make must never be
+# a stand-in for nvcc that answers their questions and writes empty files. What they make must be
 # linked, so it has a target directory of its own. Arguments are cargo's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
