@@ -14,7 +14,7 @@ use crate::export::{
 use crate::model::{Decoder, Worn};
 use crate::ops::Compute;
 use crate::quant::BlockType;
-use crate::text::{Added, Special, added_beside};
+use crate::text::{Added, Special, Tokenizer, added_beside};
 use crate::weights::Checkpoint;
 
 #[derive(Debug, clap::Args)]
@@ -122,7 +122,9 @@ impl How {
         }
         let Some(text) = &self.imatrix_data else { return Ok(None) };
         let decoder = load_grown(base, added)?;
-        let tokens = tokens(base, text)?;
+        let tokenizer = Tokenizer::open_with(base, added)?;
+        let tokens = tokenizer.encode(&read_text(text)?, Special::AsText)?;
+        let tokens = tokenizer.with_bos(tokens);
         let bos = bos(base)?;
         let n_ctx = self.n_ctx(&decoder);
         let mut importance = imatrix::measure(&decoder, worn, &tokens, n_ctx, bos)

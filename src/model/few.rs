@@ -130,7 +130,7 @@ fn project_as<T: Number, const M: usize>(
         products.iter_mut().map(|(weight, y)| (weight.rows(), Target::new(y))).collect();
     let low_of = |update: &Update<T>| {
         // SAFETY: the tasks beside, which wrote it, are done, and none writes to it again.
-        unsafe { &*target.at(update.lows.start).slice(update.lows.len()) }
+        unsafe { target.at(update.lows.start).read(update.lows.len()) }
     };
     let add_updates = |linear: usize, rows: Range<usize>| {
         let (out_features, y) = places[linear];

@@ -82,6 +82,16 @@ impl Target {
         self.start
     }
 
+    /// A run of `len` elements, to read.
+    ///
+    /// # Safety
+    /// As [`Self::slice`], but for threads that read them too.
+    pub unsafe fn read<'a>(self, len: usize) -> &'a [f32] {
+        assert!(len <= self.len);
+        // SAFETY: in bounds by the assertion; written by nobody by the caller's promise.
+        unsafe { std::slice::from_raw_parts(self.start, len) }
+    }
+
     /// A run of `len` elements.
     ///
     /// # Safety

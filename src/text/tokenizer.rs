@@ -288,7 +288,8 @@ impl Tokenizer {
     /// If the crate cannot write the tokenizer down.
     pub fn fingerprint(&self) -> Result<String, TextError> {
         let json = self.inner.to_string(false).map_err(failed)?;
-        let digest = Sha256::new().chain_update(json).chain_update(format!("{:?}", self.marks));
+        let beside = format!("{:?} {:?}", self.marks, self.roles);
+        let digest = Sha256::new().chain_update(json).chain_update(beside);
         Ok(digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
 

@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use candle_core::{Tensor, Var};
 use quantune_adapters::base::BaseRows;
 use quantune_adapters::config::{EMBEDDING, HEAD, InitLoraWeights, LoraConfig, Modules};
 use quantune_adapters::delta::Adapter;
@@ -55,7 +54,6 @@ pub fn begin_adapter(
     for unmatched in &unmatched {
         eprintln!("warning: {unmatched}");
     }
-    begin_rows(&adapter, decoder, added)?;
     Ok(adapter)
 }
 
@@ -79,38 +77,6 @@ fn train_rows(config: &mut LoraConfig, decoder: &Decoder, added: &[u32]) -> Resu
     }
     if !decoder.config.tie_word_embeddings && !trains(HEAD) {
         config.head_token_indices = added.to_vec();
-    }
-    Ok(())
-}
-
-/// Lets rows of added tokens begin as the mean of the base's: rows that a base has without a token for
-/// them are near zero, or random. Those that the base has not are the mean already.
-fn begin_rows(adapter: &Adapter, decoder: &Decoder, added: &[u32]) -> Result<(), TrainError> {
-    if added.is_empty() {
-        return Ok(());
-    }
-    for (module, rows) in [(EMBEDDING, &adapter.tokens), (HEAD, &adapter.head_tokens)] {
-        let Some(base) = decoder.linear_weight(module) else { continue };
-        let own_rows = base.own_rows();
-        let idle = added.iter().filter(|token| (**token as usize) < own_rows);
-        // Where they lie in what trains.
-        let (var, places): (&Var, Vec<usize>) = match (rows, adapter.saved.get(module)) {
-            (Some(own), _) => {
-                let place = |token: &u32| own.indices.binary_search(token).ok();
-                (&own.rows, idle.filter_map(place).collect())
-            }
-            (None, Some(whole)) => (whole, idle.map(|token| *token as usize).collect()),
-            (None, None) => continue,
-        };
-        if places.is_empty() {
-            continue;
-        }
-        let mean = base.mean_row();
-        let mut values = var.flatten_all()?.to_vec1::<f32>()?;
-        for at in places {
-            values[at * mean.len()..][..mean.len()].copy_from_slice(&mean);
-        }
-        var.set(&Tensor::from_vec(values, var.shape(), var.device())?)?;
     }
     Ok(())
 }

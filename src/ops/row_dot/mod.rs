@@ -68,7 +68,7 @@ pub(crate) struct Beside<'a> {
     /// Does one of them.
     pub run: &'a (dyn Fn(usize) + Sync),
     /// What is done with some rows of a product, told by its index, when they and all tasks are there:
-    /// whole blocks of 16 rows, the last one of a matrix aside.
+    /// whole blocks of 16 rows, the last one aside, if the matrix did not grow.
     pub then: &'a (dyn Fn(usize, Range<usize>) + Sync),
 }
 
@@ -186,8 +186,8 @@ fn many(
             if taken >= beside.tasks {
                 break;
             }
+            let _counted = Counted(&done);
             (beside.run)(taken);
-            done.fetch_add(1, Ordering::Release);
         }
         run(isa, &input, task);
         wait(|| done.load(Ordering::Acquire) == beside.tasks);
@@ -197,6 +197,15 @@ fn many(
         tasks.iter().for_each(one);
     } else {
         tasks.par_iter().for_each(one);
+    }
+}
+
+/// Counts a task when it is over, in panic too: nobody waits for ever.
+struct Counted<'a>(&'a AtomicUsize);
+
+impl Drop for Counted<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_add(1, Ordering::Release);
     }
 }
 

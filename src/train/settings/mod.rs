@@ -167,7 +167,8 @@ settings! {
         #[arg(value_delimiter = ',', num_args = 1..)]
         trainable_token_indices: Vec<u32> = Vec::new(),
         /// Tokens to add to the vocabulary, text as any other: each is found in a text before that is
-        /// cut into words. Their rows of embedding and head begin as the mean of the base's and train
+        /// cut into words. Rows of embedding and head that the base has without a token are taken first;
+        /// further ones begin as the mean of the base's. They train
         #[arg(value_delimiter = ',', num_args = 1.., value_name = "TOKEN")]
         add_tokens: Vec<String> = Vec::new(),
         /// The same for marks as <|tool|>, which are no text
@@ -218,8 +219,8 @@ settings! {
         /// told; rows that cannot be read are left out
         #[arg(value_delimiter = ',', value_name = "CHECK")]
         allow: Vec<Check> = Vec::new(),
-        /// Size of a file, as 64MB, from which its tokens are kept on disk and not in memory, made once
-        /// for all runs with the same tokenizer, template and lengths [default: 64MB]
+        /// Size of a file, as 64MB, from which its tokens are kept on disk and not in memory; runs that
+        /// share a cache make them once for the same tokenizer, template, day and lengths [default: 64MB]
         cache_from: String = "64MB".into(),
         /// Where they are kept; to clear it, remove it [default: DIR/rows]
         cache: PathBuf = PathBuf::new(),
