@@ -126,7 +126,8 @@ pub fn to_gguf(
     let (config_path, config) =
         (folder.join("tokenizer_config.json"), object(&folder.join("tokenizer_config.json"))?);
     let unk = token_text(&config["unk_token"]).flatten();
-    let unk = unk.or_else(|| model["unk_token"].as_str().map(str::to_owned));
+    let unknown = model["unk_token"].as_str().filter(|_| of_sentencepiece);
+    let unk = unk.or_else(|| unknown.map(str::to_owned));
     let unk = unk.and_then(|token| tokenizer.id_of(&token));
     // llama.cpp takes ids of its own for roles that a file does not name.
     let of_model = |key: &str| -> Result<Option<u32>, TextError> {
