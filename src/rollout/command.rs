@@ -348,12 +348,10 @@ mod tests {
             assert_eq!(error, format!("reward command {command:?} {sentence}"));
             assert!(started.elapsed() < Duration::from_secs(10), "{command} took too long");
         };
-        // A loaded machine may take its time to start a shell: only what hangs meets a short limit.
+        // A loaded machine may take its time to start a shell: only what answers nothing at all gets a
+        // short limit.
         let check = |command: &str, batches: &[usize], sentence: &str| {
             check_within(8000, command, batches, sentence);
-        };
-        let hangs = |command: &str, batches: &[usize], sentence: &str| {
-            check_within(600, command, batches, sentence);
         };
         let needed = "needed {\"reward\": NUMBER}, a bare number or null";
         let each = "needed one for each until its input ends";
@@ -384,14 +382,12 @@ mod tests {
             &[2],
             &format!("closed its output after 1 of 2 answers, {each}"),
         );
-        let late = "within 0.6 s, needed a line for each, not kept back in a buffer";
-        hangs("sleep 100", &[4], &format!("has not answered sample 1 of 4 {late}"));
-        hangs("sleep 100 & wait", &[4000], &format!("has not answered sample 1 of 4000 {late}"));
-        hangs(
-            "read -r l; echo 1; cat > /dev/null",
-            &[2],
-            &format!("has not answered sample 2 of 2 {late}"),
-        );
+        let late = "s, needed a line for each, not kept back in a buffer";
+        let never = |of: usize| format!("has not answered sample 1 of {of} within 0.6 {late}");
+        check_within(600, "sleep 100", &[4], &never(4));
+        check_within(600, "sleep 100 & wait", &[4000], &never(4000));
+        let second = format!("has not answered sample 2 of 2 within 4 {late}");
+        check_within(4000, "read -r l; echo 1; cat > /dev/null", &[2], &second);
         let rubbish = |found: &str| format!("answered sample 1 of 1 with {found}, {needed}");
         check("read -r l; echo good", &[1], &rubbish("\"good\""));
         check("read -r l; echo NaN", &[1], &rubbish("\"NaN\""));
@@ -414,7 +410,8 @@ mod tests {
                 cut(r#"{"prompt":0,"completion":"reply 0\n\"0\"","answer":0}"#)
             )),
         );
-        check("yes 1", &[1, 1], "wrote \"1\" unasked, needed one line a sample");
+        // A line too many is seen once it has been read, which may be a batch later.
+        check("yes 1", &[1; 1000], "wrote \"1\" unasked, needed one line a sample");
         check("read -r l; yes", &[1], &rubbish("\"y\""));
     }
 
@@ -425,7 +422,7 @@ mod tests {
             let file = folder.path().join("pids");
             let noted =
                 format!("echo $$ >> {0}; sleep 300 & echo $! >> {0}; {command}", file.display());
-            let _ = run(&noted, Duration::from_millis(500), &[samples]);
+            let _ = run(&noted, Duration::from_secs(3), &[samples]);
             let pids = std::fs::read_to_string(&file).unwrap();
             let alive = |pid: &&str| {
                 let status = std::fs::read_to_string(format!("/proc/{pid}/stat"));
