@@ -9,9 +9,9 @@ use half::slice::HalfFloatSliceExt;
 use super::Config;
 use super::layer::{Tape, Workspace};
 use crate::isa::Isa;
-use crate::ops::attention::{CachedQueries, Heads, KeyBlock, Keys, Qkv, Scores, Strided, each};
+use crate::ops::attention::{CachedQueries, Heads, KeyBlock, Keys, Qkv, Scores, Strided};
 use crate::ops::lanes::{Element, GROUP};
-use crate::ops::{Compute, Segment};
+use crate::ops::{Compute, Segment, each};
 
 /// How keys and values are kept.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]

@@ -17,10 +17,9 @@ use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
-use rayon::prelude::*;
 
 use super::Compute;
-use super::cpu::{Target, Values, tanh, values};
+use super::cpu::{Target, Values, each, tanh, values};
 use super::lanes::{
     Element, GROUP, Lanes, Left, MOST_ROWS, Right, Scratch, exp2, panel, product, rungs, tile_rows,
 };
@@ -39,9 +38,6 @@ const LONG: usize = 256;
 
 /// How far, in powers of two, a score may lie above the maximum that weights are relative to.
 const SLACK: f32 = 8.0;
-
-/// Below so many multiply-adds another thread costs more than it gives.
-const TINY: usize = 50_000;
 
 thread_local! {
     static SCRATCH: Cell<Scratch> = const { Cell::new(Scratch::new()) };
@@ -467,15 +463,6 @@ impl CachedTask<'_> {
 /// Tokens whose queries share a packed block of keys.
 fn queries_at_a_time(heads: Heads) -> usize {
     (ROWS / heads.group()).clamp(MOST_ROWS, ROWS)
-}
-
-/// Runs the tasks, on several threads if they have more than [`TINY`] `work`.
-pub(crate) fn each<T: Send>(tasks: Vec<T>, work: usize, run: impl Fn(T) + Sync + Send) {
-    if tasks.len() > 1 && work > TINY {
-        tasks.into_par_iter().for_each(run);
-    } else {
-        tasks.into_iter().for_each(run);
-    }
 }
 
 /// Queries of heads that share a key head, as the rows of one matrix: row `r` is head

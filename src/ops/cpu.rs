@@ -1,9 +1,10 @@
-//! What the CPU kernels share: views of tensors as slices, targets that threads divide among
+//! What the CPU kernels share: views of tensors as slices, tasks and targets that threads divide among
 //! themselves, a vectorizable `exp` and what is made of it.
 
 use std::ops::{Deref, Range};
 
 use candle_core::{CpuStorage, DType, Error, Layout, Result, Storage, Tensor};
+use rayon::prelude::*;
 
 /// The values of a contiguous `f32` tensor on the CPU, borrowed.
 pub struct Values<'a> {
@@ -45,6 +46,18 @@ pub fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]>
         candle_core::bail!("expected a contiguous tensor, found strides {:?}", layout.stride())
     };
     Ok(&storage.as_slice::<f32>()?[start..end])
+}
+
+/// Below so many multiply-adds another thread costs more than it gives.
+const TINY: usize = 50_000;
+
+/// Runs the tasks, on several threads if they have more than [`TINY`] `work`.
+pub fn each<T: Send>(tasks: Vec<T>, work: usize, run: impl Fn(T) + Sync + Send) {
+    if tasks.len() > 1 && work > TINY {
+        tasks.into_par_iter().for_each(run);
+    } else {
+        tasks.into_iter().for_each(run);
+    }
 }
 
 /// Somewhere several threads write to, each to elements of its own.

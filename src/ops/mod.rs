@@ -32,7 +32,7 @@ use serde::{Deserialize, Serialize};
 use crate::isa::Isa;
 use crate::quant::BlockType;
 pub use attention::{Scores, causal_attention};
-pub(crate) use cpu::{Target, Values, exp};
+pub(crate) use cpu::{Target, Values, each, exp};
 pub use device::{DeviceError, DeviceName};
 pub use device_matrix::DeviceMatrix;
 pub use frozen_linear::frozen_linear;

@@ -8,7 +8,7 @@ use super::cpu::{Values, exp, values};
 use crate::isa::{Isa, versions};
 
 /// Values a thread takes at a time.
-const CHUNK: usize = 1 << 14;
+const CHUNK: usize = 1 << 12;
 
 /// What becomes of the gate.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

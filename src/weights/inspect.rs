@@ -9,7 +9,7 @@ use std::thread;
 
 use serde::Serialize;
 
-use super::gguf::{Gguf, type_name};
+use super::gguf::{Gguf, file_type_name, type_name};
 use super::value::short_text;
 use super::{HfFolder, Safetensors, WeightsError};
 
@@ -141,6 +141,9 @@ fn gguf_rs_summary(gguf: &Gguf) -> Option<Summary> {
     {
         return None;
     }
+    // Its list of file types is not llama.cpp's: it takes Q4_K_M for IQ2_XXS.
+    let file_type = gguf.u64("general.file_type").ok()?;
+    let file_type = file_type.map_or("of no file type".into(), file_type_name);
     let path = gguf.path().to_str()?;
     // It cuts the tokenizer's arrays to three items, which spares their memory.
     let read = || {
@@ -148,7 +151,7 @@ fn gguf_rs_summary(gguf: &Gguf) -> Option<Summary> {
         Some(Summary {
             family: model.model_family(),
             parameters: model.model_parameters(),
-            file_type: model.file_type(),
+            file_type: file_type.clone(),
         })
     };
     without_panic(read).flatten()

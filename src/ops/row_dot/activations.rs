@@ -5,6 +5,7 @@
 use std::ops::Range;
 
 use crate::isa::{Isa, versions};
+use crate::ops::each;
 
 /// Values of a group: the smallest block, and a sub-block of the larger ones.
 pub(super) const GROUP: usize = 32;
@@ -13,6 +14,8 @@ pub(super) const LANES: usize = 16;
 /// The largest rounded value: four products with the largest words, `-128 · 256`, fit an `i32`, and
 /// so do 32 with nibbles; all these sums are exact in `f32`.
 const LEVELS: f32 = 16383.0;
+/// What a value takes to be rounded, as a number of multiply-adds.
+const WORK: usize = 8;
 
 /// 32 values on a cache line's border.
 #[derive(Debug, Clone, Copy)]
@@ -182,29 +185,34 @@ impl<T: Copy + Default> Activations<T> {
         isa: Isa,
         x: &[f32],
         cols: usize,
-        fill: impl Fn(Isa, &[f32], &mut [Group<T>], &mut [[(f32, f32); 2]]),
-    ) -> Self {
+        fill: impl Fn(Isa, &[f32], &mut [Group<T>], &mut [[(f32, f32); 2]]) + Sync + Send,
+    ) -> Self
+    where
+        T: Send,
+    {
         let (m, groups) = (x.len() / cols, cols.div_ceil(GROUP));
-        let mut values = vec![Group([T::default(); GROUP]); m * groups];
+        let values = vec![Group([T::default(); GROUP]); m * groups];
         let factors = [1, 2].map(|parts| {
             let stride = parts * groups.next_multiple_of(LANES) + LANES;
             Factors { scales: vec![0.0; m * stride], sums: vec![0.0; m * stride], stride }
         });
-        let mut activations = Self { values: Vec::new(), factors, groups, m };
-        let mut halves = vec![[(0.0, 0.0); 2]; groups];
-        for (row, x) in x.chunks_exact(cols).enumerate() {
-            fill(isa, x, &mut values[row * groups..(row + 1) * groups], &mut halves);
-            let [whole, half] = &mut activations.factors;
-            for (group, [a, b]) in halves.iter().enumerate() {
-                let at = row * whole.stride + group;
-                whole.scales[at] = a.0;
-                whole.sums[at] = a.1 + b.1;
-                let at = row * half.stride + 2 * group;
-                (half.scales[at], half.scales[at + 1]) = (a.0, b.0);
-                (half.sums[at], half.sums[at + 1]) = (a.1, b.1);
+        let mut all = Self { values, factors, groups, m };
+        let [whole, half] = &mut all.factors;
+        let wholes = whole.scales.chunks_mut(whole.stride).zip(whole.sums.chunks_mut(whole.stride));
+        let halves = half.scales.chunks_mut(half.stride).zip(half.sums.chunks_mut(half.stride));
+        let values = all.values.chunks_mut(groups.max(1));
+        let rows = x.chunks_exact(cols).zip(values).zip(wholes.zip(halves));
+        each(rows.collect(), WORK * x.len(), |((x, values), (whole, half))| {
+            let mut factors = vec![[(0.0, 0.0); 2]; groups];
+            fill(isa, x, values, &mut factors);
+            for (group, [a, b]) in factors.iter().enumerate() {
+                whole.0[group] = a.0;
+                whole.1[group] = a.1 + b.1;
+                (half.0[2 * group], half.0[2 * group + 1]) = (a.0, b.0);
+                (half.1[2 * group], half.1[2 * group + 1]) = (a.1, b.1);
             }
-        }
-        Self { values, ..activations }
+        });
+        all
     }
 }
 

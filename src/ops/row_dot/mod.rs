@@ -8,13 +8,15 @@
 //!
 //! The kernels are generic over the vectors of a rung ([`words`]), the block type ([`formats`])
 //! and the form of the input ([`activations`]); [`kernel`] is the loop. With AVX-512 most types
-//! go sixteen rows at a time (`tile`), up to eight rows of input at once: for one that is as fast as
-//! weights stored so beforehand, and needs no copy.
+//! go sixteen rows at a time (`tile`, `bytes`), up to eight rows of input at once: for one that is as
+//! fast as weights stored so beforehand, and needs no copy.
 //!
 //! A call from outside rayon's threads pays for the way in and out: generate inside
 //! `ThreadPool::install` or `rayon::scope`.
 
 mod activations;
+#[cfg(target_arch = "x86_64")]
+mod bytes;
 mod formats;
 mod kernel;
 #[cfg(target_arch = "x86_64")]
@@ -112,6 +114,9 @@ struct Input {
     /// The same, as tiles take it.
     #[cfg(target_arch = "x86_64")]
     batches: Option<Batches>,
+    /// The same, as weights in bytes take it.
+    #[cfg(target_arch = "x86_64")]
+    bytes: Option<bytes::Bytes>,
 }
 
 /// A stretch of stored rows of one product.
@@ -171,7 +176,18 @@ fn many(
     }
     let needed = |form| tasks.iter().any(|task| task.form == form);
     let int16 = needed(Form::Int16).then(|| Activations::rounded(isa, x, cols));
+    #[cfg(target_arch = "x86_64")]
+    let in_bytes = |task: &Task| {
+        let (matrix, rows) = (task.matrix, task.rows.len());
+        task.form == Form::Int16 && bytes::has(matrix.block_type()) && bytes::needs(m, rows)
+    };
     let input = Input {
+        #[cfg(target_arch = "x86_64")]
+        bytes: int16
+            .as_ref()
+            .filter(|_| isa == Isa::Avx512Vnni && tasks.iter().any(in_bytes))
+            // SAFETY: a rung is only ever chosen if the CPU has it.
+            .map(|x| unsafe { bytes::Bytes::new(x) }),
         #[cfg(target_arch = "x86_64")]
         batches: int16.as_ref().filter(|_| isa == Isa::Avx512Vnni).map(Batches::new),
         floats: needed(Form::Floats).then(|| Activations::straight(isa, x, cols)),
@@ -225,21 +241,27 @@ fn wait(ready: impl Fn() -> bool) {
 
 fn run(isa: Isa, input: &Input, task: &Task) {
     let (matrix, rows, y) = (task.matrix, task.rows.clone(), task.y);
-    let bytes = matrix.stored_bytes(rows.clone());
+    let weights = matrix.stored_bytes(rows.clone());
     let output = Output { matrix, first_row: rows.start, y, stride: task.stride };
     // SAFETY: a rung is only ever chosen if the CPU has it; no two tasks share a row of a product.
     unsafe {
         match (isa, task.form) {
             #[cfg(target_arch = "x86_64")]
             (Isa::Avx512Vnni, Form::Int16) => {
-                let (int16, batches) = (input.int16.as_ref(), input.batches.as_ref());
-                tile::block_rows(bytes, int16.expect(NEEDED), batches.expect(NEEDED), &output);
+                let int16 = input.int16.as_ref().expect(NEEDED);
+                let batches = input.batches.as_ref().expect(NEEDED);
+                if bytes::has(matrix.block_type()) {
+                    let input = (batches, input.bytes.as_ref());
+                    bytes::block_rows(weights, int16, input, &output);
+                } else {
+                    tile::block_rows(weights, int16, batches, &output);
+                }
             }
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512Vnni, form) => run_on::<x86::Avx512>(bytes, form, input, &output),
+            (Isa::Avx512Vnni, form) => run_on::<x86::Avx512>(weights, form, input, &output),
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx2 | Isa::AvxVnni, form) => run_on::<x86::Avx2>(bytes, form, input, &output),
-            (_, form) => run_on::<Portable>(bytes, form, input, &output),
+            (Isa::Avx2 | Isa::AvxVnni, form) => run_on::<x86::Avx2>(weights, form, input, &output),
+            (_, form) => run_on::<Portable>(weights, form, input, &output),
         }
     }
 }
@@ -390,15 +412,20 @@ mod tests {
 
     #[test]
     fn a_row_alone_and_among_others_has_the_same_bits() {
-        for &block_type in BlockType::ALL {
-            let w = matrix(block_type, 21, 768);
-            let x = input(13, 768);
+        let types = BlockType::ALL.iter().flat_map(|block_type| {
+            // Whole runs of sixteen groups and a half, or an odd group more.
+            let widths = if block_type.block_len() <= 32 { &[768, 544][..] } else { &[768] };
+            widths.iter().map(move |cols| (*block_type, *cols))
+        });
+        for (block_type, cols) in types {
+            let w = matrix(block_type, 37, cols);
+            let x = input(15, cols);
             for &isa in Isa::ALL.iter().filter(|isa| isa.available()) {
                 for form in [f32, int16] {
-                    let mut among = vec![0.0; 13 * 21];
+                    let mut among = vec![0.0; 15 * 37];
                     form(isa, &x, &w, &mut among);
-                    for (x, among) in x.chunks_exact(768).zip(among.chunks_exact(21)) {
-                        let mut alone = vec![0.0; 21];
+                    for (x, among) in x.chunks_exact(cols).zip(among.chunks_exact(37)) {
+                        let mut alone = vec![0.0; 37];
                         form(isa, x, &w, &mut alone);
                         assert_eq!(alone, among, "{block_type} {}", isa.name());
                     }

@@ -2,9 +2,9 @@
 //! registers, so that a lane belongs to a row, and scales and conversions are shared by sixteen.
 //!
 //! What a lane of the row kernels does with 2 products, one here does with 32, and eight rows of input
-//! share what blocks are taken apart for: they take 60 to 70 % of the time of the row kernels. `Q6_K`
-//! and `Q8_0` stay with those: a row of input alone, for which memory is all that counts, is a fifth
-//! slower where sixteen rows are read at once.
+//! share what blocks are taken apart for: they take 60 to 70 % of the time of the row kernels. For
+//! `Q6_K` and `Q8_0` see `bytes`: a row of input alone, for which memory is all that counts, is a fifth
+//! slower there where sixteen rows are read at once.
 
 #![allow(clippy::needless_range_loop)] // indices run over several arrays at once, in registers
 
@@ -129,9 +129,9 @@ struct Sums<const M: usize> {
 
 /// The same block of sixteen rows.
 #[derive(Clone, Copy)]
-struct Blocks {
-    start: *const u8,
-    row_bytes: usize,
+pub(super) struct Blocks {
+    pub start: *const u8,
+    pub row_bytes: usize,
 }
 
 /// A type of blocks.
@@ -314,7 +314,7 @@ impl<const FIFTH: bool> Block for Large<FIFTH> {
 /// # Safety
 /// The CPU must have the instructions, and `pairs` be `M` groups.
 #[inline(always)]
-unsafe fn multiply<const M: usize, const CHAINS: usize>(
+pub(super) unsafe fn multiply<const M: usize, const CHAINS: usize>(
     products: &mut [[__m512i; CHAINS]; M],
     words: __m512i,
     pairs: *const i32,
@@ -381,7 +381,7 @@ unsafe fn add_scaled<const M: usize, const CHAINS: usize>(
 /// # Safety
 /// The CPU must have the instructions.
 #[inline(always)]
-unsafe fn lower_halves(dwords: __m512i) -> __m512 {
+pub(super) unsafe fn lower_halves(dwords: __m512i) -> __m512 {
     // SAFETY: the caller's promise.
     unsafe { _mm512_cvtph_ps(_mm512_cvtepi32_epi16(dwords)) }
 }
@@ -439,7 +439,7 @@ impl Blocks {
     /// # Safety
     /// The CPU must have the instructions, and the blocks be readable.
     #[inline(always)]
-    unsafe fn dwords(self, offset: usize) -> [__m512i; 4] {
+    pub unsafe fn dwords(self, offset: usize) -> [__m512i; 4] {
         // SAFETY: the caller's promises.
         unsafe {
             let mut quarters = [_mm512_setzero_si512(); 4];
