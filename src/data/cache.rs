@@ -1,7 +1,8 @@
 //! Folders of tokens that are made once and found again by a name that says all they depend on.
 //!
-//! A folder is written beside its place and renamed, so what is there is whole. Folders that are no
-//! longer used are left alone, another run may have them mapped: to clear a cache, remove it.
+//! A folder is written beside its place and renamed, so what is there is whole. What a killed run left
+//! half made goes when the next one opens the cache. Whole folders stay, of files that have changed
+//! too, since another run may have them mapped: to clear a cache, remove it.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -17,8 +18,10 @@ use crate::weights::map_file;
 /// What the system refused: what was tried, where, and its words.
 pub(super) type Refused = (&'static str, PathBuf, io::Error);
 
-/// The folder `KIND-KEY` of `cache`, which `make` fills if there is none yet. Of each kind at most one
-/// is left half made by a killed run: the next to make one removes it.
+/// A folder that is being made, one at a time.
+const PARTIAL: &str = ".partial";
+
+/// The folder `KIND-KEY` of `cache`, which `make` fills if there is none yet.
 pub(super) fn folder<E: From<Refused>>(
     cache: &Path,
     (kind, key): (&str, &str),
@@ -29,18 +32,25 @@ pub(super) fn folder<E: From<Refused>>(
         move |error| E::from((action, path, error))
     };
     let folder = cache.join(format!("{kind}-{key}"));
+    let (partial, lock) = (cache.join(PARTIAL), cache.join(".lock"));
     if folder.exists() {
+        // What lies half made while nobody makes it is a killed run's. One that may only read the
+        // cache leaves it.
+        if partial.exists()
+            && let Ok(file) = File::create(&lock)
+            && file.try_lock().is_ok()
+        {
+            let _ = fs::remove_dir_all(&partial);
+        }
         return Ok(folder);
     }
     fs::create_dir_all(cache).map_err(refused("make the folder", cache))?;
     // Of two runs with one cache the second waits for the first; the system frees a killed one's.
-    let lock = cache.join(".lock");
     let locked = File::create(&lock).and_then(|file| file.lock().map(|()| file));
     let _locked = locked.map_err(refused("lock", &lock))?;
     if folder.exists() {
         return Ok(folder);
     }
-    let partial = cache.join(format!(".{kind}.partial"));
     if partial.exists() {
         // A killed run's.
         fs::remove_dir_all(&partial).map_err(refused("remove", &partial))?;
@@ -52,6 +62,17 @@ pub(super) fn folder<E: From<Refused>>(
         let _ = fs::remove_dir_all(&partial); // The first error is the one to tell.
     }
     made.map(|()| folder)
+}
+
+/// How many whole folders a cache has, each with a file `header`, and their bytes.
+pub(super) fn holdings(cache: &Path, header: &str) -> (usize, u64) {
+    let inside = |folder: &Path| fs::read_dir(folder).into_iter().flatten().flatten();
+    let folders = inside(cache).map(|entry| entry.path());
+    let whole = folders.filter(|folder| folder.join(header).exists() && !folder.ends_with(PARTIAL));
+    let bytes = |folder: &Path| -> u64 {
+        inside(folder).filter_map(|entry| Some(entry.metadata().ok()?.len())).sum()
+    };
+    whole.fold((0, 0), |(count, sum), folder| (count + 1, sum + bytes(&folder)))
 }
 
 /// SHA-256 of a file that is read once from end to end; nothing of it is kept. `go_on` is asked now
@@ -92,5 +113,26 @@ pub(super) fn map_or_empty(path: &Path) -> io::Result<Bytes> {
     match fs::metadata(path)?.len() {
         0 => Ok(Bytes::new(Arc::new(Vec::new()))),
         _ => map_file(path).map_err(|error| io::Error::other(error.to_string())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_cache_holds_is_counted() {
+        let room = tempfile::tempdir().unwrap();
+        let cache = room.path().join("cache");
+        assert_eq!(holdings(&cache, "rows.json"), (0, 0));
+        for (key, header) in [("a", "rows.json"), ("b", "rows.json"), ("c", "shard.json")] {
+            let made = folder(&cache, ("kind", key), |folder| -> Result<(), Refused> {
+                fs::write(folder.join(header), "12").unwrap();
+                fs::write(folder.join("rows"), "345").unwrap();
+                Ok(())
+            });
+            assert_eq!(made.unwrap(), cache.join(format!("kind-{key}")));
+        }
+        assert_eq!(holdings(&cache, "rows.json"), (2, 10));
     }
 }

@@ -388,12 +388,20 @@ fn sources_are_tokenized_once() {
     std::thread::sleep(std::time::Duration::from_millis(20));
     room.write("b.txt", text_file(&documents(10)));
     assert_eq!(open(&room, &other), (print.clone(), 1, 3));
-    // What a killed run left is no shard, and goes.
-    room.write("cache/.b.partial/train.tokens", "half");
+    // What a killed run left is no shard, and goes, whether or not there is something to make.
+    room.write("cache/.partial/train.tokens", "half");
+    assert_eq!(open(&room, &other), (print.clone(), 0, 3));
+    room.write("cache/.partial/train.tokens", "half");
     room.write("b.txt", text_file(&documents(11)));
     let (changed, told, folders) = open(&room, &other);
     assert!(changed != print && (told, folders) == (1, 4));
-    assert!(!room.path("cache/.b.partial").exists());
+    // What another run is making now stays.
+    room.write("cache/.partial/train.tokens", "half");
+    let lock = fs::File::open(room.path("cache/.lock")).unwrap();
+    lock.lock().unwrap();
+    assert_eq!(open(&room, &other), (changed.clone(), 0, 5));
+    drop(lock);
+    assert_eq!(open(&room, &other), (changed.clone(), 0, 4));
     let (split, told, _) = open(&room, &CorpusSettings { validation_split: 0.2, ..other.clone() });
     assert!(split != changed && told == 2);
     room.tokenizer = Tokenizer::from_folder(golden("model/qwen2-tiny")).unwrap();
