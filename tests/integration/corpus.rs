@@ -409,6 +409,31 @@ fn sources_are_tokenized_once() {
     assert!(retokenized != changed && told == 2);
 }
 
+/// Another chat template makes other tokens of conversations, and the same of everything else.
+#[test]
+fn conversations_are_tokenized_again_under_another_template() {
+    let mut room = Room::new();
+    room.write("a.txt", text_file(&documents(9)));
+    let turn = |role: &str| json!({ "role": role, "content": "goes on" });
+    let row = json!({ "messages": [turn("user"), turn("assistant")] });
+    room.write("b.jsonl", format!("{row}\n"));
+    let mut open = |end: &str| {
+        let text = "{% for m in messages %}{{ m.role + ' ' + m.content }}END{% endfor %}";
+        room.tokenizer.set_chat_template(&text.replace("END", end)).unwrap();
+        let of = |source: &str| {
+            let (corpus, told) = room.try_open(&[source], &room.settings(16)).unwrap();
+            (corpus.fingerprint().to_owned(), told)
+        };
+        (of("a=1:a.txt"), of("b=1:b.jsonl"))
+    };
+    let (text, chat) = open(".");
+    assert_eq!((text.1, chat.1), (1, 1));
+    assert_eq!(open("."), ((text.0.clone(), 0), (chat.0.clone(), 0)));
+    let (text_then, chat_then) = open("!");
+    assert_eq!(text_then, (text.0, 0));
+    assert!(chat_then.0 != chat.0 && chat_then.1 == 1);
+}
+
 #[test]
 fn a_changed_shard_is_refused() {
     let check = |change: &dyn Fn(&Path), words: &str| {
