@@ -268,6 +268,39 @@ fn an_adapter_with_added_tokens_goes_all_the_way() {
     }
 }
 
+/// A token that ends turns and came with the adapter stops Ollama; a text with added tokens is measured
+/// as `eval` measures it.
+#[test]
+fn modelfiles_and_bills_are_of_the_grown_tokenizer() {
+    let lab = Lab::new();
+    let base = lab.copied_base("turns");
+    let template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|eot_id|>\n\
+                    {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+    fs::write(base.join("chat_template.jinja"), template).unwrap();
+    let base = base.display().to_string();
+    let named = ["--add-tokens", "several,again", "--add-special-tokens", "<|eot_id|>"];
+    last_json(&quantune(&sft(&lab, &base, "run", &named)));
+    let adapter = lab.path("run/adapter");
+    let (out, modelfile) = (lab.path("exported"), lab.path("Modelfile"));
+    let common = ["--base", &base, "--adapter", &adapter, "--json"];
+    let args = [&["export"], &common[..], &["--out", &out, "--modelfile", &modelfile]].concat();
+    last_json(&quantune(&strings(&args)));
+    let text = fs::read_to_string(modelfile).unwrap();
+    assert!(text.contains("PARAMETER stop \"<|eot_id|>\""), "{text}");
+
+    let text = ["--n-ctx", "32", "--threads", "1"];
+    let (out, words) = (lab.path("merged.gguf"), lab.path("text.txt"));
+    let of_merge = ["--type", "F32", "--out", &out, "--report", &words];
+    let merge = [&["merge"], &common[..], &text, &of_merge].concat();
+    let lines = last_json(&quantune(&strings(&merge)))["report"].clone();
+    let eval = [&["eval"], &common[..], &text, &["--text", &words, "--compute", "f32"]].concat();
+    let needed = last_json(&quantune(&strings(&eval)))["perplexity"].as_f64().unwrap();
+    for line in lines.as_array().unwrap().iter().filter(|line| line["name"] != "merged, F16") {
+        let found = line["perplexity"].as_f64().unwrap();
+        assert!((found / needed - 1.0).abs() < 1e-4, "{line}: eval has {needed}");
+    }
+}
+
 #[test]
 fn a_run_with_added_tokens_goes_on_to_the_same_bytes() {
     let lab = Lab::new();
