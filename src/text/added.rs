@@ -23,6 +23,9 @@ pub struct Added {
     /// Whether it is a mark, as `<|im_end|>` is: left out of text for people, and no token where marks
     /// are taken as text ([`super::Special::AsText`]).
     pub special: bool,
+    /// Whether a `tokenizer.json` looks for it in the text that its normalizer leaves, not in the text as
+    /// it stands.
+    pub normalized: bool,
 }
 
 impl Added {
@@ -32,7 +35,10 @@ impl Added {
     /// If one is empty, or named twice.
     pub fn list(tokens: &[String], special_tokens: &[String]) -> Result<Vec<Self>, TextError> {
         let fault = |reason: String| Err(TextError::Tokenizer(reason));
-        let added = |special| move |text: &String| Self { text: text.clone(), special };
+        // As transformers adds them.
+        let added = |special: bool| {
+            move |text: &String| Self { text: text.clone(), special, normalized: !special }
+        };
         let plain = tokens.iter().map(added(false));
         let all: Vec<Self> = plain.chain(special_tokens.iter().map(added(true))).collect();
         let mut seen = HashSet::new();
@@ -58,16 +64,30 @@ impl Tokenizer {
         let mut tokenizer = Self::open(checkpoint)?;
         for folder in folders.iter().filter(|folder| folder.join(FILE).is_file()) {
             let more = tokenizer.missing(folder)?;
-            tokenizer = tokenizer.with_added(checkpoint, &more)?;
+            tokenizer = tokenizer.grown(checkpoint, &more)?;
         }
         Ok(tokenizer)
     }
 
-    /// The same tokenizer with further tokens; `checkpoint` is the one it is of.
+    /// The same tokenizer with further tokens, which are found wherever they stand; `checkpoint` is the
+    /// one it is of.
+    ///
+    /// A normalizer that puts something in front of a text does so to a token too, when that is to be
+    /// found in normalized text: transformers finds it behind a space and at the beginning only. Such
+    /// tokens are looked for in the text as it stands, as in a GGUF.
     ///
     /// # Errors
     /// As [`Tokenizer::open`].
     pub fn with_added(self, checkpoint: &Checkpoint, more: &[Added]) -> Result<Self, TextError> {
+        let mut more = more.to_vec();
+        for token in &mut more {
+            token.normalized &= self.written_alone(&token.text)?.is_none();
+        }
+        self.grown(checkpoint, &more)
+    }
+
+    /// With tokens as they are given.
+    fn grown(self, checkpoint: &Checkpoint, more: &[Added]) -> Result<Self, TextError> {
         let is_there = |token: &&Added| {
             self.added_as(&token.text).is_some_and(|special| special || !token.special)
         };
@@ -86,6 +106,12 @@ impl Tokenizer {
     pub fn missing(&self, folder: &Path) -> Result<Vec<Added>, TextError> {
         let theirs = folder::read(folder, &[])?;
         let fault = |reason: String| Err(TextError::format(&folder.join(FILE), reason));
+        let found = |text: String| {
+            let token = theirs.added_token(&text);
+            let special = token.is_some_and(|token| token.special);
+            let normalized = token.is_some_and(|token| token.normalized);
+            Added { text, special, normalized }
+        };
         if theirs.len() < self.len() {
             return Ok(Vec::new());
         }
@@ -98,15 +124,11 @@ impl Tokenizer {
                 }
                 continue;
             };
-            let special = theirs.added_as(&text);
             match own {
-                None if id as usize >= self.len() => {
-                    beyond.push(Added { text, special: special == Some(true) });
-                }
+                None if id as usize >= self.len() => beyond.push(found(text)),
                 Some(own) if own == text => {
-                    let less = self.added_as(&text);
-                    if special > less {
-                        missing.push(Added { text, special: special == Some(true) });
+                    if theirs.added_as(&text) > self.added_as(&text) {
+                        missing.push(found(text));
                     }
                 }
                 Some(own) if theirs.len() > self.len() => {

@@ -115,6 +115,50 @@ fn files_beside_an_adapter_bring_its_tokens() {
     }
 }
 
+/// Under a normalizer that puts a space in front of texts a plain token is found wherever it stands, in
+/// a folder as in a GGUF. One that transformers added, which it finds behind spaces only, stays what it
+/// is, and is refused where a GGUF's keys are made.
+#[test]
+fn plain_tokens_are_found_behind_any_character() {
+    let lab = Lab::new();
+    let folder = lab.copied_base("spaced");
+    let own = Gguf::open(golden("text/sentencepiece/prefixed.gguf")).unwrap();
+    write(&convert::to_folder(&own, &[]).unwrap(), &folder);
+    let base = Checkpoint::open(&folder).unwrap();
+    let named = Added::list(&["ferry".into()], &["<|tool|>".into()]).unwrap();
+    let grown = Tokenizer::open(&base).unwrap().with_added(&base, &named).unwrap();
+    let id = grown.id_of("ferry").unwrap();
+    let found = |tokenizer: &Tokenizer, text: &str| {
+        tokenizer.encode(text, Special::Parse).unwrap().contains(&id)
+    };
+    let texts = ["ferry", "a ferry", "aferryb", "<|tool|>ferry <|tool|>a"];
+    assert!(texts.iter().all(|text| found(&grown, text)));
+    let beside = tempfile::tempdir().unwrap();
+    write(&convert::beside(&base, &grown).unwrap(), beside.path());
+    let again = Tokenizer::open_beside(&base, &[beside.path()]).unwrap();
+    let keys = convert::to_gguf(&folder, grown.vocab_size(), again.added()).unwrap();
+    let path = beside.path().join("grown.gguf");
+    stream_gguf(&path, &keys, &[], |_, _| Ok(())).unwrap();
+    let written = Tokenizer::from_gguf(&Gguf::open(&path).unwrap()).unwrap();
+    for text in texts {
+        let needed = grown.encode(text, Special::Parse).unwrap();
+        assert_eq!(again.encode(text, Special::Parse).unwrap(), needed, "{text:?}");
+        assert_eq!(written.encode(text, Special::Parse).unwrap(), needed, "{text:?}");
+    }
+
+    let path = beside.path().join("tokenizer.json");
+    let mut json: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    let tokens = json["added_tokens"].as_array_mut().unwrap();
+    let token = tokens.iter_mut().find(|token| token["content"] == "ferry").unwrap();
+    token["normalized"] = true.into();
+    fs::write(&path, json.to_string()).unwrap();
+    let theirs = Tokenizer::open_beside(&base, &[beside.path()]).unwrap();
+    assert!(found(&theirs, "a ferry") && !found(&theirs, "aferryb"));
+    let error = convert::to_gguf(&folder, grown.vocab_size(), theirs.added()).unwrap_err();
+    let error = error.to_string();
+    assert!(error.contains("the added token \"ferry\" is looked for as"), "{error}");
+}
+
 #[test]
 fn tokens_that_cannot_be_added_are_told() {
     let list = |tokens: &[&str], special: &[&str]| {
