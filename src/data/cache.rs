@@ -8,12 +8,16 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
 
 use rayon::slice::ParallelSliceMut;
 use sha2::{Digest, Sha256};
 
+use super::DataError;
 use crate::quant::Bytes;
-use crate::weights::map_file;
+use crate::weights::{Lock, NotLocked, map_file};
 
 /// What the system refused: what was tried, where, and its words.
 pub(super) type Refused = (&'static str, PathBuf, io::Error);
@@ -21,10 +25,15 @@ pub(super) type Refused = (&'static str, PathBuf, io::Error);
 /// A folder that is being made, one at a time.
 const PARTIAL: &str = ".partial";
 
-/// The folder `KIND-KEY` of `cache`, which `make` fills if there is none yet.
-pub(super) fn folder<E: From<Refused>>(
+/// How often a run that waits looks whether it still has to.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+
+/// The folder `KIND-KEY` of `cache`, which `make` fills if there is none yet. While another run makes
+/// one it waits, until `stop` is set.
+pub(super) fn folder<E: From<Refused> + From<DataError>>(
     cache: &Path,
     (kind, key): (&str, &str),
+    stop: &AtomicBool,
     make: impl FnOnce(&Path) -> Result<(), E>,
 ) -> Result<PathBuf, E> {
     let refused = |action, path: &Path| {
@@ -37,8 +46,7 @@ pub(super) fn folder<E: From<Refused>>(
         // What lies half made while nobody makes it is a killed run's. One that may only read the
         // cache leaves it.
         if partial.exists()
-            && let Ok(file) = File::create(&lock)
-            && file.try_lock().is_ok()
+            && let Ok(_locked) = Lock::take(&lock)
         {
             let _ = fs::remove_dir_all(&partial);
         }
@@ -46,8 +54,24 @@ pub(super) fn folder<E: From<Refused>>(
     }
     fs::create_dir_all(cache).map_err(refused("make the folder", cache))?;
     // Of two runs with one cache the second waits for the first; the system frees a killed one's.
-    let locked = File::create(&lock).and_then(|file| file.lock().map(|()| file));
-    let _locked = locked.map_err(refused("lock", &lock))?;
+    let mut told = false;
+    let _locked = loop {
+        match Lock::take(&lock) {
+            Ok(locked) => break locked,
+            Err(NotLocked::Held(_)) if stop.load(Ordering::Relaxed) => {
+                return Err(DataError::Stopped.into());
+            }
+            Err(NotLocked::Held(holder)) => {
+                if !told {
+                    let cache = cache.display();
+                    eprintln!("data: waiting for {holder}, which is tokenizing into {cache}");
+                    told = true;
+                }
+                thread::sleep(LOOK_AGAIN);
+            }
+            Err(NotLocked::NoLocks(e) | NotLocked::Io(e)) => return Err(refused("lock", &lock)(e)),
+        }
+    };
     if folder.exists() {
         return Ok(folder);
     }
@@ -120,19 +144,42 @@ pub(super) fn map_or_empty(path: &Path) -> io::Result<Bytes> {
 mod tests {
     use super::*;
 
+    static GOES_ON: AtomicBool = AtomicBool::new(false);
+
+    /// Makes a folder with a file `header`.
+    fn made(cache: &Path, key: &str, header: &str, stop: &AtomicBool) -> Result<(), DataError> {
+        let found = folder(cache, ("kind", key), stop, |folder| -> Result<(), DataError> {
+            fs::write(folder.join(header), "12").unwrap();
+            fs::write(folder.join("rows"), "345").unwrap();
+            Ok(())
+        });
+        found.map(|found| assert_eq!(found, cache.join(format!("kind-{key}"))))
+    }
+
     #[test]
     fn what_a_cache_holds_is_counted() {
         let room = tempfile::tempdir().unwrap();
         let cache = room.path().join("cache");
         assert_eq!(holdings(&cache, "rows.json"), (0, 0));
         for (key, header) in [("a", "rows.json"), ("b", "rows.json"), ("c", "shard.json")] {
-            let made = folder(&cache, ("kind", key), |folder| -> Result<(), Refused> {
-                fs::write(folder.join(header), "12").unwrap();
-                fs::write(folder.join("rows"), "345").unwrap();
-                Ok(())
-            });
-            assert_eq!(made.unwrap(), cache.join(format!("kind-{key}")));
+            made(&cache, key, header, &GOES_ON).unwrap();
         }
         assert_eq!(holdings(&cache, "rows.json"), (2, 10));
+    }
+
+    #[test]
+    fn who_waits_for_another_can_be_stopped_or_goes_on() {
+        let room = tempfile::tempdir().unwrap();
+        let cache = room.path();
+        let lock = Lock::take(&cache.join(".lock")).unwrap();
+        let stopped = made(cache, "a", "rows.json", &AtomicBool::new(true));
+        assert!(matches!(stopped, Err(DataError::Stopped)), "{stopped:?}");
+        assert_eq!(holdings(cache, "rows.json").0, 0);
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| made(cache, "a", "rows.json", &GOES_ON));
+            drop(lock);
+            waiting.join().unwrap().unwrap();
+        });
+        assert_eq!(holdings(cache, "rows.json").0, 1);
     }
 }

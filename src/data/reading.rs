@@ -295,7 +295,7 @@ impl<T: Shelved, R: Report> Loaded<T, R> {
             split,
         };
         let key = hex(&Sha256::digest(serde_json::to_vec(&origin).expect("plain data")));
-        let folder = cache::folder(cache, (reader.kind(), &key[..16]), |folder| {
+        let folder = cache::folder(cache, (reader.kind(), &key[..16]), stop, |folder| {
             eprintln!("data: tokenizing {}, {}", path.display(), shared(cache));
             let loaded = Reading::new(path, reader, split, Place::Folder(folder))?.run(stop)?;
             if loaded.sha256 != file {

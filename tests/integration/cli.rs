@@ -807,6 +807,30 @@ fn an_interrupted_run_says_how_to_go_on() {
     }
 }
 
+/// A run whose cache another one fills says whom it waits for, and heeds Ctrl-C.
+#[cfg(unix)]
+#[test]
+fn a_run_that_waits_for_a_cache_says_so_and_can_be_interrupted() {
+    let lab = Lab::new();
+    let (cache, out) = (lab.path("cache"), lab.path("run"));
+    fs::create_dir(&cache).unwrap();
+    let lock = quantune::weights::Lock::take(&Path::new(&cache).join(".lock")).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_quantune"));
+    command.args(["sft", "--base", &base(), "--data", &lab.path("rows.jsonl"), "--out", &out]);
+    command.args(["--max-steps", "2", "--cache-from", "1", "--cache", &cache]);
+    let told = lab.path("stderr");
+    command.stderr(fs::File::create(&told).unwrap()).stdout(Stdio::null());
+    let needed = format!("waiting for process {}, which is tokenizing into", std::process::id());
+    let said = || fs::read_to_string(&told).unwrap().contains(&needed);
+    let output = interrupt(command.spawn().unwrap(), said);
+    assert_eq!(output.status.code(), Some(1));
+    let text = fs::read_to_string(&told).unwrap();
+    assert!(text.contains("stopped before the run began; nothing was written"), "{text}");
+    assert_eq!(text.matches("waiting for").count(), 1, "{text}");
+    assert!(!Path::new(&out).exists());
+    drop(lock);
+}
+
 /// Ctrl-C while rows are read: of a new run nothing is there, one to be resumed is as it was.
 #[cfg(unix)]
 #[test]
