@@ -67,11 +67,28 @@ fn every_flag_of_data_changes_something() {
         &[("--chat-template", &shout)],
         &[("--base", &dated), ("--chat-template-kwargs", "mood=\"glad\"")],
         &[("--base", &dated), ("--template-date", "2020-01-01")],
+        &[("--add-tokens", "question")],
+        &[("--add-special-tokens", "answer,words")],
         &[("--threads", "2")],
         &[("--json", "-")],
     ];
     // rows_that_teach_wrong_stop_a_run_unless_they_may, masks_are_shown_in_brackets_or_colours
     every_flag(&["data"], base_args, table, &["--allow", "--show-masks"], &lab);
+}
+
+/// Tokens that training would add have rows: what is beyond the base's is theirs.
+#[test]
+fn the_doctor_knows_tokens_that_are_to_be_added() {
+    let lab = Lab::new();
+    lab.write("ids.jsonl", r#"{"input_ids": [5, 512, 513]}"#);
+    let look = |named: &[&str]| {
+        let args = ["data", "--base", &base(), "--data", &lab.path("ids.jsonl")];
+        quantune(&strings(&[&args, named].concat()))
+    };
+    assert!(error(&look(&[])).contains("512"));
+    assert!(error(&look(&["--add-tokens", "ferry"])).contains("513"));
+    let both = look(&["--add-tokens", "ferry", "--add-special-tokens", "<|tool|>"]);
+    assert!(both.status.success(), "{}", String::from_utf8_lossy(&both.stderr));
 }
 
 #[test]
