@@ -260,26 +260,30 @@ fn read_lora(
     };
     let (a, [r, in_features]) = read("a", RowOrder::Straight)?;
     let (b, [out_features, of_b]) = read("b", order)?;
-    if (r, in_features, out_features) != (of_b, spec.in_features, spec.out_features) || r == 0 {
+    // Tokens that were added since get no update.
+    let own = spec.out_features - spec.added_tokens;
+    let fits = (own..=spec.out_features).contains(&out_features);
+    if (r, in_features) != (of_b, spec.in_features) || !fits || r == 0 {
         return Err(format!(
             "{stored}: A is [{r}, {in_features}] and B [{out_features}, {of_b}], needed [r, {}] and \
              [{}, r]",
             spec.in_features, spec.out_features
         ));
     }
-    let var = |matrix: &FrozenMatrix| -> Result<Var, String> {
-        let (rows, cols) = (matrix.rows(), matrix.cols());
-        let mut values = vec![0f32; rows * cols];
-        matrix.read_tile(0..rows, 0..cols, &mut values);
+    let var = |matrix: &FrozenMatrix, rows: usize| -> Result<Var, String> {
+        let (own, cols) = (matrix.rows(), matrix.cols());
+        let mut values = vec![0f32; own * cols];
+        matrix.read_tile(0..own, 0..cols, &mut values);
         if let Some(v) = values.iter().find(|v| !v.is_finite()) {
             return Err(format!("{stored}: an update holds {v}"));
         }
+        values.resize(rows * cols, 0.0);
         let tensor = Tensor::from_vec(values, (rows, cols), &Device::Cpu);
         tensor.and_then(|tensor| Var::from_tensor(&tensor)).map_err(|e| text(&e))
     };
     // As llama.cpp: an alpha of 0 is none.
     let scale = if alpha == 0.0 { 1.0 } else { alpha / r as f64 };
-    Ok(Lora::new(var(&a)?, var(&b)?, scale))
+    Ok(Lora::new(var(&a, r)?, var(&b, spec.out_features)?, scale))
 }
 
 /// How far an adapter that was written is from the one that was to be, on the base.

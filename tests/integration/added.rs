@@ -8,7 +8,7 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use quantune::data::Example;
 use quantune::export::lora::open_adapter;
-use quantune::model::Decoder;
+use quantune::model::{Adapters, Decoder, Rows, Worn};
 use quantune::ops::Compute;
 use quantune::text::{Added, Special, Tokenizer, convert};
 use quantune::weights::{Checkpoint, Gguf, OwnedValue, stream_gguf};
@@ -413,6 +413,52 @@ fn what_cannot_be_added_is_told() {
         &["--adapter", &adapter],
         "token 0 is \"<|begin|>\", needed the base's \"<|endoftext|>\"",
     );
+}
+
+/// Updates of embedding and head that are older than some tokens change what they changed before, and
+/// nothing of the new tokens; in a PEFT folder and in a GGUF LoRA.
+#[test]
+fn older_updates_of_the_ends_leave_new_tokens_alone() {
+    let lab = Lab::new();
+    let base = model_path("llama-untied").display().to_string();
+    let train = |out: &str, more: &[&str]| quantune(&sft(&lab, &base, out, more));
+    last_json(&train("ends", &["--target-modules", "q_proj", "embed_tokens", "lm_head"]));
+    last_json(&train("head", &["--target-modules", "q_proj", "lm_head"]));
+    let (ends, head) = (lab.path("ends/adapter"), lab.path("head/adapter"));
+    let gguf = lab.path("head.gguf");
+    let export = ["export", "--base", &base, "--adapter", &head, "--out", &gguf, "--json"];
+    last_json(&quantune(&strings(&export)));
+    let row: Vec<u32> = vec![5, 9, 30, 7, 11];
+    for path in [&ends, &head, &gguf] {
+        let says = |vocabulary: usize, wears: bool, row: &[u32]| {
+            let decoder = load("llama-untied", Compute::F32).with_vocabulary(vocabulary).unwrap();
+            let adapter = open_adapter(Path::new(path), "older", &decoder).unwrap().0;
+            let worn = [Worn::frozen(Arc::new(adapter))];
+            let adapters = Adapters::Same(if wears { &worn } else { &[] });
+            let hidden = decoder.hidden(&Rows::new(&[row]), adapters).unwrap();
+            let logits = decoder.logits(&hidden, adapters).unwrap().to_vec2::<f32>().unwrap();
+            let mut embedded = Vec::new();
+            let rows = Rows::new(&[&[512u32, 513]]);
+            if vocabulary == 514 {
+                let pass = decoder.pass(&rows, adapters, None);
+                decoder.embed_into(&rows.tokens, &pass, &mut embedded).unwrap();
+            }
+            (logits, embedded)
+        };
+        let (before, _) = says(512, true, &row);
+        let (after, embedded) = says(514, true, &row);
+        for (before, after) in before.iter().zip(&after) {
+            assert_eq!(after[..512], before[..], "{path}");
+        }
+        assert_eq!(embedded, says(514, false, &row).1, "{path}");
+    }
+    // In training too; what has a whole head is told.
+    last_json(&train("top", &["--frozen-adapter", &ends, "--add-tokens", "new"]));
+    last_json(&train("whole", &["--modules-to-save", "lm_head"]));
+    let whole = lab.path("whole/adapter");
+    let told = error(&train("none", &["--frozen-adapter", &whole, "--add-tokens", "new"]));
+    let needed = "lm_head.weight is [512, 64], needed [513, 64]: tokens were added";
+    assert!(told.contains(needed), "{told}");
 }
 
 /// A base with a row that no token has: the first token that is added takes it and begins as it is, and
