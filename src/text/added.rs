@@ -99,7 +99,7 @@ impl Tokenizer {
     }
 
     /// The tokens that the tokenizer in a folder has and this one has not, or not as ones that are found
-    /// before words are; none if it has fewer.
+    /// before words are; none if it has fewer than this one has without those added to it.
     ///
     /// # Errors
     /// If the folder's cannot be read, skips an id, or has another token where both have one.
@@ -112,7 +112,12 @@ impl Tokenizer {
             let normalized = token.is_some_and(|token| token.normalized);
             Added { text, special, normalized }
         };
-        if theirs.len() < self.len() {
+        // Those that were added to this one have the last ids.
+        let is_added = |text: &str| self.added().iter().any(|added| added.text == text);
+        let ids = (0..self.len() as u32).rev();
+        let new = ids.take_while(|id| self.token(*id).is_some_and(|text| is_added(&text))).count();
+        let own_len = self.len() - new;
+        if theirs.len() < own_len {
             return Ok(Vec::new());
         }
         let (mut missing, mut beyond) = (Vec::new(), Vec::new());
@@ -127,9 +132,14 @@ impl Tokenizer {
             match own {
                 None if id as usize >= self.len() => beyond.push(found(text)),
                 Some(own) if own == text => {
-                    if theirs.added_as(&text) > self.added_as(&text) {
-                        missing.push(found(text));
-                    }
+                    let is_more = theirs.added_as(&text) > self.added_as(&text);
+                    missing.extend(is_more.then(|| found(text)));
+                }
+                Some(own) if id as usize >= own_len => {
+                    return fault(format!(
+                        "token {id} is {text:?}, needed {own:?}, which was added already: adapters \
+                         with other tokens of their own cannot be worn together"
+                    ));
                 }
                 Some(own) if theirs.len() > self.len() => {
                     return fault(format!(

@@ -403,6 +403,15 @@ fn what_cannot_be_added_is_told() {
     )));
     let top = fs::read_to_string(lab.path("top/adapter/adapter_config.json")).unwrap();
     assert_eq!(LoraConfig::from_json(&top).unwrap().trainable_token_indices, [515]);
+    // Two adapters with other tokens under the same ids, whichever has more.
+    for (out, tokens) in [("fewer", "other"), ("same", "a1,b1,c1"), ("more", "a1,b1,c1,d1")] {
+        last_json(&quantune(&sft(&lab, &base(), out, &["--add-tokens", tokens])));
+        let other = lab.path(&format!("{out}/adapter"));
+        check(
+            &["--frozen-adapter", &adapter, "--frozen-adapter", &other],
+            "needed \"ferry\", which was added already",
+        );
+    }
     // An adapter of another base.
     let path = format!("{adapter}/tokenizer.json");
     let text = fs::read_to_string(&path).unwrap();
