@@ -13,6 +13,7 @@ use quantune::ops::Compute;
 use quantune::text::{Added, Special, Tokenizer, convert};
 use quantune::weights::{Checkpoint, Gguf, OwnedValue, stream_gguf};
 use quantune_adapters::LoraConfig;
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::Value;
 
 use crate::binary::{Lab, base, error, last_json, quantune, strings};
@@ -181,7 +182,7 @@ fn rows_with_added() -> Vec<Example> {
 
 #[test]
 fn ten_steps_with_added_tokens_are_pefts() {
-    for run in ["tied", "untied"] {
+    for run in ["tied", "untied", "ends", "head-tied"] {
         let theirs = golden_json(&format!("added/{run}/run.json"));
         let decoder = load(theirs["base"].as_str().unwrap(), Compute::F32);
         let decoder = decoder.with_vocabulary(514).unwrap();
@@ -470,6 +471,38 @@ fn older_updates_of_the_ends_leave_new_tokens_alone() {
     assert!(told.contains(needed), "{told}");
 }
 
+/// Beside updates of embedding and head PEFT writes the rows that new tokens had in its base. Rows that
+/// are ours are left alone, others are told: an adapter on top of them is another model.
+#[test]
+fn rows_that_new_tokens_had_in_another_base_are_told() {
+    let lab = Lab::new();
+    let base = model_path("llama-untied").display().to_string();
+    let more = ["--target-modules", "embed_tokens", "lm_head", "--add-tokens", "ferry"];
+    last_json(&quantune(&sft(&lab, &base, "run", &more)));
+    let decoder = load("llama-untied", Compute::F32).with_vocabulary(513).unwrap();
+    let folder = lab.folder.path().join("run/adapter");
+    let path = folder.join("adapter_model.safetensors");
+    let bytes = fs::read(&path).unwrap();
+    let open = |change: &dyn Fn(&mut f32)| {
+        let weight = decoder.linear_weight("lm_head").unwrap();
+        let mut rows = vec![0.0; 513 * 64];
+        weight.read_tile(0..513, 0..64, &mut rows);
+        rows[512 * 64..].iter_mut().for_each(change);
+        let rows: Vec<u8> = rows.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let mut tensors = file.tensors();
+        let view = TensorView::new(Dtype::F32, vec![513, 64], &rows).unwrap();
+        tensors.push(("base_model.model.lm_head.base_layer.weight".into(), view));
+        fs::write(&path, safetensors::serialize(tensors, None).unwrap()).unwrap();
+        open_adapter(&folder, "theirs", &decoder).map(|_| ()).map_err(|error| error.to_string())
+    };
+    assert_eq!(open(&|_| ()), Ok(()));
+    assert_eq!(open(&|v| *v += 1e-5), Ok(()), "the noise of transformers' mean_resizing");
+    let error = open(&|v| *v += 0.1).unwrap_err();
+    let needed = "the row of token 512, which was added, is not the mean";
+    assert!(error.contains(needed), "{error}");
+}
+
 /// A base with a row that no token has: the first token that is added takes it and begins as it is, and
 /// only the second is one more row, the mean of all; of a folder and of a GGUF, whose filler it is.
 #[test]
@@ -512,15 +545,26 @@ fn idle_rows_are_taken_first() {
                 "{name} {module}"
             );
         }
-        let adapter = lab.path(&format!("{name}/adapter"));
-        for form in [format!("{name}.merged.gguf"), format!("{name}-merged")] {
-            let out = lab.path(&form);
-            let args = ["merge", "--base", base, "--adapter", &adapter, "--out", &out, "--json"];
-            last_json(&quantune(&strings(&args)));
-            let merged = Checkpoint::open(&out).unwrap();
-            let tokenizer = Tokenizer::open(&merged).unwrap();
-            assert_eq!((tokenizer.len(), tokenizer.id_of("<|b|>")), (513, Some(512)), "{form}");
-            assert_eq!(tokenizer.encode("a<|a|>", Special::Parse).unwrap()[1], 511, "{form}");
+        // Under updates of both no row trains for itself; idle ones and new ones are the base's.
+        let name = &format!("{name}-ends");
+        let ends = ["--target-modules", "q_proj", "embed_tokens", "lm_head"];
+        last_json(&quantune(&sft(&lab, base, name, &[&more[..2], &ends].concat())));
+        let adapter = read(&lab.folder.path().join(name).join("adapter"), &decoder.linears());
+        assert!(adapter.tokens.is_none() && adapter.head_tokens.is_none(), "{name}");
+        assert_eq!(adapter.modules["lm_head"].out_features(), 513, "{name}");
+        assert_eq!(adapter.modules["model.embed_tokens"].in_features(), 513, "{name}");
+        for run in [name.trim_end_matches("-ends"), name] {
+            let adapter = lab.path(&format!("{run}/adapter"));
+            for form in [format!("{run}.merged.gguf"), format!("{run}-merged")] {
+                let out = lab.path(&form);
+                let args =
+                    ["merge", "--base", base, "--adapter", &adapter, "--out", &out, "--json"];
+                last_json(&quantune(&strings(&args)));
+                let merged = Checkpoint::open(&out).unwrap();
+                let tokenizer = Tokenizer::open(&merged).unwrap();
+                assert_eq!((tokenizer.len(), tokenizer.id_of("<|b|>")), (513, Some(512)), "{form}");
+                assert_eq!(tokenizer.encode("a<|a|>", Special::Parse).unwrap()[1], 511, "{form}");
+            }
         }
     }
 }
