@@ -36,6 +36,9 @@ TEXTS = [
 RUNS = {
     "tied": ("llama-tiny", {"trainable_token_indices": NEW}),
     "untied": ("llama-untied", {"trainable_token_indices": {"embed_tokens": [*NEW, 36], "lm_head": [513, 512]}}),
+    # Updates of the ends: what is new of these trains in them.
+    "ends": ("llama-untied", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+    "head-tied": ("llama-tiny", {"target_modules": ["q_proj", "lm_head"], "trainable_token_indices": NEW}),
 }
 
 

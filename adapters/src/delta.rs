@@ -618,8 +618,8 @@ mod tests {
     use crate::targets::LinearSpec;
 
     fn target(name: &str, r: usize) -> Target {
-        let spec =
-            LinearSpec { name: name.into(), in_features: 60, out_features: 50, embedding: false };
+        let (name, embedding, added_tokens) = (name.into(), false, 0);
+        let spec = LinearSpec { name, in_features: 60, out_features: 50, embedding, added_tokens };
         Target { spec, r, scale: 0.5 }
     }
 

@@ -12,7 +12,8 @@
 //! | score head | `score.weight` | `(1, hidden_size)` |
 //!
 //! Beside an update of embedding or head PEFT also writes the base's own weight (`base_layer`): it is
-//! the base's, so it is held to its shape and otherwise left alone, and we do not write it.
+//! the base's, so it is held to its shape and otherwise left alone, and we do not write it. An update
+//! that is older than tokens at the end of the vocabulary leaves these alone.
 //!
 //! Over a vocabulary that was resized PEFT writes the whole embedding and head as well, whatever trains
 //! of them: beside token rows as `token_adapter.base_layer`, beside whole modules under three names, and
@@ -195,15 +196,15 @@ pub fn from_bytes(
     let mut modules = BTreeMap::new();
     for Target { spec, r, scale } in &resolved.targets {
         let (of_in, out) = (spec.in_features, spec.out_features);
-        let a = tensors.take(&spec.name, Part::A, &[*r, of_in], device)?;
-        let b = tensors.take(&spec.name, Part::B, &[out, *r], device)?;
+        let a = tensors.take_factor(spec, Part::A, [*r, of_in], device)?;
+        let b = tensors.take_factor(spec, Part::B, [out, *r], device)?;
         let magnitude = match config.use_dora {
             true => tensors.take(&spec.name, Part::Magnitude, &[out], device)?,
             false => None,
         };
         if spec.embedding || spec.name == HEAD {
             let shape = if spec.embedding { [of_in, out] } else { [out, of_in] };
-            tensors.skip(&spec.name, Part::Base, &shape);
+            tensors.skip(spec, Part::Base, shape);
         }
         if let (Some(a), Some(b)) = (a, b) {
             let magnitude = magnitude.map(Magnitude::new);
@@ -216,10 +217,10 @@ pub fn from_bytes(
             true => [spec.in_features, spec.out_features],
             false => [spec.out_features, spec.in_features],
         };
-        if let Some(weight) = tensors.take(&spec.name, Part::Whole, &shape, device)? {
+        if let Some(weight) = tensors.take_whole(spec, shape, device)? {
             saved.insert(spec.name.clone(), weight);
         }
-        tensors.skip(&spec.name, Part::Base, &shape);
+        tensors.skip(spec, Part::Base, shape);
     }
     // One list for both, and of the head nothing else: the two are one matrix.
     let tied = config.trainable_token_indices == config.head_token_indices
@@ -350,6 +351,69 @@ impl<'a> Found<'a> {
         }
     }
 
+    /// A factor of an update. One that has a number for each token of the vocabulary may be older than
+    /// some of these: to them it adds nothing.
+    fn take_factor(
+        &mut self,
+        spec: &LinearSpec,
+        part: Part,
+        shape: [usize; 2],
+        device: &Device,
+    ) -> candle_core::Result<Option<Var>> {
+        let tokens = match part {
+            Part::A if spec.embedding => Some(1),
+            Part::B if spec.name == HEAD => Some(0),
+            _ => None,
+        };
+        let older = tokens.and_then(|along| {
+            let found = self.older(spec, part, shape, along)?;
+            Some((along, found))
+        });
+        let Some((along, found)) = older else {
+            return self.take(&spec.name, part, &shape, device);
+        };
+        let Some(factor) = self.take(&spec.name, part, &found, device)? else { return Ok(None) };
+        let more = shape[along] - found[along];
+        let factor = factor.as_detached_tensor().pad_with_zeros(along, 0, more)?.contiguous()?;
+        Var::from_tensor(&factor).map(Some)
+    }
+
+    /// A whole module, which must have a row for each token.
+    fn take_whole(
+        &mut self,
+        spec: &LinearSpec,
+        shape: [usize; 2],
+        device: &Device,
+    ) -> candle_core::Result<Option<Var>> {
+        let Some(found) = self.older(spec, Part::Whole, shape, 0) else {
+            return self.take(&spec.name, Part::Whole, &shape, device);
+        };
+        self.tensors.remove(&(spec.name.clone(), Part::Whole));
+        let name = Part::Whole.name(&spec.name);
+        self.problems.push(format!(
+            "{name} is {found:?}, needed {shape:?}: tokens were added to the vocabulary since it was \
+             trained, and a whole matrix has no rows for them (merge it into a base of its own and add \
+             the tokens to that)"
+        ));
+        Ok(None)
+    }
+
+    /// The shape of a tensor that is the one needed, but has no place for the tokens, or the last of
+    /// those, that were added.
+    fn older(
+        &self,
+        spec: &LinearSpec,
+        part: Part,
+        needed: [usize; 2],
+        along: usize,
+    ) -> Option<[usize; 2]> {
+        let (_, view) = self.tensors.get(&(spec.name.clone(), part))?;
+        let found: [usize; 2] = view.shape().try_into().ok()?;
+        let own = needed[along] - spec.added_tokens;
+        let same = found[1 - along] == needed[1 - along];
+        (same && (own..needed[along]).contains(&found[along])).then_some(found)
+    }
+
     /// Whether the second of two modules has the first's numbers again, or has none.
     fn same(&self, part: Part, [one, other]: [&str; 2]) -> bool {
         let of = |module: &str| self.tensors.get(&(module.to_string(), part)).map(|(_, v)| v);
@@ -365,10 +429,12 @@ impl<'a> Found<'a> {
         self.tensors.remove(&(module.to_string(), part));
     }
 
-    /// A tensor that may be there and is not read.
-    fn skip(&mut self, module: &str, part: Part, shape: &[usize]) {
-        if let Some((name, view)) = self.tensors.remove(&(module.to_string(), part))
+    /// A matrix with a row for each token that may be there and is not read.
+    fn skip(&mut self, spec: &LinearSpec, part: Part, shape: [usize; 2]) {
+        let older = self.older(spec, part, shape, 0).is_some();
+        if let Some((name, view)) = self.tensors.remove(&(spec.name.clone(), part))
             && view.shape() != shape
+            && !older
         {
             self.problems.push(format!("{name} is {:?}, needed {shape:?}", view.shape()));
         }
@@ -580,8 +646,14 @@ mod tests {
     }
 
     fn spec(name: &str, of_in: usize, out: usize) -> LinearSpec {
-        let embedding = name == EMBEDDING;
-        LinearSpec { name: name.into(), in_features: of_in, out_features: out, embedding }
+        let (embedding, added_tokens) = (name == EMBEDDING, 0);
+        LinearSpec {
+            name: name.into(),
+            in_features: of_in,
+            out_features: out,
+            embedding,
+            added_tokens,
+        }
     }
 
     /// A vocabulary of 7, hidden states of 4.
@@ -662,6 +734,54 @@ mod tests {
         check(&["v_proj"], &["lm_head"], &[1, 4, 5], true, &rows);
         let rows = [rows[0], "lm_head.token_adapter.trainable_tokens_delta"];
         check(&["v_proj"], &[], &[1, 4, 5], false, &rows);
+    }
+
+    /// Over a vocabulary that grew from 7 to 9 since, updates of embedding and head add nothing to the
+    /// new tokens; a whole matrix is refused, and so is an update for fewer tokens than the base's own.
+    #[test]
+    fn updates_that_are_older_than_some_tokens_leave_them_alone() {
+        let grown = |from: usize, to: usize| {
+            let mut linears = base();
+            for spec in &mut linears[2..] {
+                let size =
+                    if spec.embedding { &mut spec.in_features } else { &mut spec.out_features };
+                *size = to;
+                spec.added_tokens = to - from;
+            }
+            linears
+        };
+        let read = |adapter: &Adapter, linears: &[LinearSpec]| {
+            let folder = tempfile::tempdir().unwrap();
+            write_folder(adapter, folder.path()).unwrap();
+            let read = read_folder(folder.path(), "test", linears, Some(HEAD), &Device::Cpu);
+            read.map(|(adapter, _)| adapter).map_err(|error| error.to_string())
+        };
+        let updates = everything(&["q_proj", "embed_tokens", "lm_head"], &[], &[], false);
+        let again = read(&updates, &grown(7, 9)).unwrap();
+        let values = |adapter: &Adapter, module: &str, a: bool| {
+            let lora = &adapter.modules[module];
+            if a { &lora.a } else { &lora.b }.to_vec2::<f32>().unwrap()
+        };
+        let a = values(&again, EMBEDDING, true);
+        for (found, own) in a.iter().zip(values(&updates, EMBEDDING, true)) {
+            assert_eq!(found[..], [&own[..], &[0.0, 0.0]].concat());
+        }
+        let b = values(&again, HEAD, false);
+        assert_eq!(b[..7], values(&updates, HEAD, false));
+        assert_eq!(b[7..], [[0.0; 3], [0.0; 3]]);
+        for (module, a) in [(EMBEDDING, false), (HEAD, true), ("q_proj", true), ("q_proj", false)] {
+            assert_eq!(values(&again, module, a), values(&updates, module, a), "{module}");
+        }
+        let error = read(&updates, &grown(8, 9)).unwrap_err();
+        assert!(error.contains("lm_head.lora_B.weight is [7, 3], needed [9, 3]"), "{error}");
+        let error = read(&updates, &grown(9, 9)).unwrap_err();
+        assert!(error.contains("lm_head.lora_B.weight is [7, 3], needed [9, 3]"), "{error}");
+
+        let whole = everything(&["q_proj"], &["lm_head"], &[], false);
+        let error = read(&whole, &grown(7, 9)).unwrap_err();
+        let needed =
+            "lm_head.weight is [7, 4], needed [9, 4]: tokens were added to the vocabulary since";
+        assert!(error.contains(needed) && error.contains("merge it"), "{error}");
     }
 
     #[test]

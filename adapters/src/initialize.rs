@@ -369,6 +369,7 @@ pub fn loftq(
         in_features: cols,
         out_features: rows,
         embedding: false,
+        added_tokens: 0,
     };
     let scale = positive(&spec, scale, &InitLoraWeights::Loftq)?;
     let values = read(&spec.name, weight)?;
@@ -435,7 +436,8 @@ mod tests {
 
     fn spec(name: &str, of_in: usize, out: usize) -> LinearSpec {
         let embedding = name == EMBEDDING;
-        LinearSpec { name: name.into(), in_features: of_in, out_features: out, embedding }
+        let (name, added_tokens) = (name.into(), 0);
+        LinearSpec { name, in_features: of_in, out_features: out, embedding, added_tokens }
     }
 
     fn linears() -> Vec<LinearSpec> {

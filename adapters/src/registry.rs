@@ -232,7 +232,8 @@ mod tests {
     use crate::targets::Target;
 
     fn spec(name: &str, rows: usize) -> LinearSpec {
-        LinearSpec { name: name.into(), in_features: 8, out_features: rows, embedding: false }
+        let (name, added_tokens) = (name.into(), 0);
+        LinearSpec { name, in_features: 8, out_features: rows, embedding: false, added_tokens }
     }
 
     /// An adapter of `r · (8 + rows)` numbers, whose name is its content.

@@ -21,6 +21,9 @@ pub struct LinearSpec {
     pub out_features: usize,
     /// Whether it is the token embedding, whose base weight has `in_features` rows.
     pub embedding: bool,
+    /// Of embedding and head, how many tokens have been added behind the base's own: an adapter that
+    /// is older knows nothing of them.
+    pub added_tokens: usize,
 }
 
 /// A linear layer that gets an update.

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Result, bail};
 use serde_json::{Map, Value, json};
 
-use super::{TemplateFlags, open_tokenizer, to_json};
+use super::{TemplateFlags, open_tokenizer, set_template_date, to_json};
 use crate::data::doctor::{Check, Diagnosis, Seen};
 use crate::data::{
     AlpacaPrompt, ComparisonKind, ComparisonSettings, Comparisons, DataFile, Dataset, Dialect,
@@ -15,7 +15,7 @@ use crate::data::{
     first_dialect,
 };
 use crate::model::Config;
-use crate::text::Tokenizer;
+use crate::text::{Added, Tokenizer};
 use crate::weights::Checkpoint;
 
 #[derive(Debug, clap::Args)]
@@ -42,6 +42,12 @@ pub struct Data {
     /// The day, YYYY-MM-DD, that a chat template with a date shows [default: today]
     #[arg(long)]
     template_date: Option<String>,
+    /// Tokens that training would add to the vocabulary, as `sft` has them
+    #[arg(long, value_delimiter = ',', num_args = 1.., value_name = "TOKEN")]
+    add_tokens: Vec<String>,
+    /// The same for marks as <|tool|>, which are no text
+    #[arg(long, value_delimiter = ',', num_args = 1.., value_name = "TOKEN")]
+    add_special_tokens: Vec<String>,
     /// What may be wrong with rows, by the names that are told: no failure, and not told
     #[arg(long, value_delimiter = ',', value_name = "CHECK")]
     allow: Vec<Check>,
@@ -64,10 +70,14 @@ impl Data {
     pub fn run(self, json: bool) -> Result<Value> {
         let checkpoint = Checkpoint::open(&self.base)?;
         let config = Config::read(&checkpoint)?;
-        let mut tokenizer = open_tokenizer(&checkpoint, &[], self.template_date.as_deref())?;
+        let added = Added::list(&self.add_tokens, &self.add_special_tokens)?;
+        let tokenizer = open_tokenizer(&checkpoint, &[], None)?;
+        let mut tokenizer = tokenizer.with_added(&checkpoint, &added)?;
+        set_template_date(&mut tokenizer, self.template_date.as_deref())?;
         self.template.change(&mut tokenizer)?;
         let window = config.max_position_embeddings;
-        let limits = ModelLimits { window, vocab_size: config.vocab_size };
+        let vocab_size = config.vocab_size.max(tokenizer.rows_needed());
+        let limits = ModelLimits { window, vocab_size };
 
         let files: Vec<&Path> = self.data.iter().map(|file| &*file.path).collect();
         let mut looked = Vec::new();

@@ -102,7 +102,8 @@ pub const DATA: &str = "\
 Examples:
   quantune data --base base.gguf --data chats.jsonl --show-masks 2
   quantune data --base base.gguf --data chats.jsonl --eval-data held_out.jsonl --max-length 512
-  quantune data --base base.gguf --data pairs.jsonl --allow duplicates";
+  quantune data --base base.gguf --data pairs.jsonl --allow duplicates
+  quantune data --base base.gguf --data chats.jsonl --add-special-tokens '<|tool|>,<|/tool|>'";
 
 pub const ENCODE: &str = "\
 Examples:

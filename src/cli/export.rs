@@ -44,7 +44,7 @@ impl Export {
             value = self.adapter(&base, out, json)?;
         }
         if let Some(path) = &self.modelfile {
-            let tokenizer = open_tokenizer(&base, &[], None)?;
+            let tokenizer = open_tokenizer(&base, &paths(&self.adapter), None)?;
             let beside = path.parent().unwrap_or(Path::new(""));
             let from = relative(&self.base, beside);
             let adapter = self.out.as_ref().map(|out| relative(out, beside));

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use super::combining::Combining;
-use super::{AdapterArg, Usage, load_adapters, open_tokenizer, paths, read_text, to_json};
+use super::{AdapterArg, Usage, load_adapters, paths, read_text, to_json};
 use crate::export::{
     Bounds, FileType, Importance, Recipe, Source, Written, bill, imatrix, load_grown, types,
     verify_grown, write_folder, write_gguf,
@@ -122,10 +122,7 @@ impl How {
         }
         let Some(text) = &self.imatrix_data else { return Ok(None) };
         let decoder = load_grown(base, added)?;
-        let tokenizer = Tokenizer::open_with(base, added)?;
-        let tokens = tokenizer.encode(&read_text(text)?, Special::AsText)?;
-        let tokens = tokenizer.with_bos(tokens);
-        let bos = bos(base)?;
+        let (tokens, bos) = tokens(base, added, text)?;
         let n_ctx = self.n_ctx(&decoder);
         let mut importance = imatrix::measure(&decoder, worn, &tokens, n_ctx, bos)
             .with_context(|| text.display().to_string())?;
@@ -138,15 +135,12 @@ impl How {
     }
 }
 
-fn tokens(base: &Checkpoint, text: &Path) -> Result<Vec<u32>> {
-    let tokenizer = open_tokenizer(base, &[], None)?;
+/// The tokens of a text as a model reads it, and BOS if that begins its texts.
+fn tokens(base: &Checkpoint, added: &[Added], text: &Path) -> Result<(Vec<u32>, Option<u32>)> {
+    let tokenizer = Tokenizer::open_with(base, added)?;
     let ids = tokenizer.encode(&read_text(text)?, Special::AsText)?;
-    Ok(tokenizer.with_bos(ids))
-}
-
-fn bos(base: &Checkpoint) -> Result<Option<u32>> {
-    let tokenizer = open_tokenizer(base, &[], None)?;
-    Ok(tokenizer.bos().filter(|_| tokenizer.adds_bos()))
+    let bos = tokenizer.bos().filter(|_| tokenizer.adds_bos());
+    Ok((tokenizer.with_bos(ids), bos))
 }
 
 fn is_gguf(path: &Path) -> bool {
@@ -326,8 +320,8 @@ impl Job<'_> {
                 let (name, bytes) = (name.clone(), bytes_of(path));
                 candidates.push(bill::Candidate { name, bytes, decoder, worn: Vec::new() });
             }
-            let tokens = tokens(self.base, text)?;
-            let (n_ctx, bos) = (self.how.n_ctx(&exact), bos(self.base)?);
+            let (tokens, bos) = tokens(self.base, &self.added, text)?;
+            let n_ctx = self.how.n_ctx(&exact);
             bill::measure((&exact, self.worn), &candidates, &tokens, n_ctx, bos)
                 .with_context(|| text.display().to_string())
         });

@@ -273,13 +273,18 @@ fn open_tokenizer(
     date: Option<&str>,
 ) -> Result<Tokenizer> {
     let mut tokenizer = Tokenizer::open_beside(checkpoint, adapters)?;
-    if let Some(date) = date {
-        let Some(now) = first_second(date) else {
-            anyhow::bail!("--template-date is {date:?}, needed YYYY-MM-DD")
-        };
-        tokenizer.set_template_time(now);
-    }
+    set_template_date(&mut tokenizer, date)?;
     Ok(tokenizer)
+}
+
+/// Pins the day that a tokenizer's template shows, if one is given.
+fn set_template_date(tokenizer: &mut Tokenizer, date: Option<&str>) -> Result<()> {
+    let Some(date) = date else { return Ok(()) };
+    let Some(now) = first_second(date) else {
+        anyhow::bail!("--template-date is {date:?}, needed YYYY-MM-DD")
+    };
+    tokenizer.set_template_time(now);
+    Ok(())
 }
 
 fn read_text(path: &Path) -> Result<String> {

@@ -1,27 +1,39 @@
 //! Folders of tokens that are made once and found again by a name that says all they depend on.
 //!
-//! A folder is written beside its place and renamed, so what is there is whole. Folders that are no
-//! longer used are left alone, another run may have them mapped: to clear a cache, remove it.
+//! A folder is written beside its place and renamed, so what is there is whole. What a killed run left
+//! half made goes when the next one opens the cache. Whole folders stay, of files that have changed
+//! too, since another run may have them mapped: to clear a cache, remove it.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
 
 use rayon::slice::ParallelSliceMut;
 use sha2::{Digest, Sha256};
 
+use super::DataError;
 use crate::quant::Bytes;
-use crate::weights::map_file;
+use crate::weights::{Lock, NotLocked, map_file};
 
 /// What the system refused: what was tried, where, and its words.
 pub(super) type Refused = (&'static str, PathBuf, io::Error);
 
-/// The folder `KIND-KEY` of `cache`, which `make` fills if there is none yet. Of each kind at most one
-/// is left half made by a killed run: the next to make one removes it.
-pub(super) fn folder<E: From<Refused>>(
+/// A folder that is being made, one at a time.
+const PARTIAL: &str = ".partial";
+
+/// How often a run that waits looks whether it still has to.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+
+/// The folder `KIND-KEY` of `cache`, which `make` fills if there is none yet. While another run makes
+/// one it waits, until `stop` is set.
+pub(super) fn folder<E: From<Refused> + From<DataError>>(
     cache: &Path,
     (kind, key): (&str, &str),
+    stop: &AtomicBool,
     make: impl FnOnce(&Path) -> Result<(), E>,
 ) -> Result<PathBuf, E> {
     let refused = |action, path: &Path| {
@@ -29,18 +41,40 @@ pub(super) fn folder<E: From<Refused>>(
         move |error| E::from((action, path, error))
     };
     let folder = cache.join(format!("{kind}-{key}"));
+    let (partial, lock) = (cache.join(PARTIAL), cache.join(".lock"));
     if folder.exists() {
+        // What lies half made while nobody makes it is a killed run's. One that may only read the
+        // cache leaves it.
+        if partial.exists()
+            && let Ok(_locked) = Lock::take(&lock)
+        {
+            let _ = fs::remove_dir_all(&partial);
+        }
         return Ok(folder);
     }
     fs::create_dir_all(cache).map_err(refused("make the folder", cache))?;
     // Of two runs with one cache the second waits for the first; the system frees a killed one's.
-    let lock = cache.join(".lock");
-    let locked = File::create(&lock).and_then(|file| file.lock().map(|()| file));
-    let _locked = locked.map_err(refused("lock", &lock))?;
+    let mut told = false;
+    let _locked = loop {
+        match Lock::take(&lock) {
+            Ok(locked) => break locked,
+            Err(NotLocked::Held(_)) if stop.load(Ordering::Relaxed) => {
+                return Err(DataError::Stopped.into());
+            }
+            Err(NotLocked::Held(holder)) => {
+                if !told {
+                    let cache = cache.display();
+                    eprintln!("data: waiting for {holder}, which is tokenizing into {cache}");
+                    told = true;
+                }
+                thread::sleep(LOOK_AGAIN);
+            }
+            Err(NotLocked::NoLocks(e) | NotLocked::Io(e)) => return Err(refused("lock", &lock)(e)),
+        }
+    };
     if folder.exists() {
         return Ok(folder);
     }
-    let partial = cache.join(format!(".{kind}.partial"));
     if partial.exists() {
         // A killed run's.
         fs::remove_dir_all(&partial).map_err(refused("remove", &partial))?;
@@ -52,6 +86,17 @@ pub(super) fn folder<E: From<Refused>>(
         let _ = fs::remove_dir_all(&partial); // The first error is the one to tell.
     }
     made.map(|()| folder)
+}
+
+/// How many whole folders a cache has, each with a file `header`, and their bytes.
+pub(super) fn holdings(cache: &Path, header: &str) -> (usize, u64) {
+    let inside = |folder: &Path| fs::read_dir(folder).into_iter().flatten().flatten();
+    let folders = inside(cache).map(|entry| entry.path());
+    let whole = folders.filter(|folder| folder.join(header).exists() && !folder.ends_with(PARTIAL));
+    let bytes = |folder: &Path| -> u64 {
+        inside(folder).filter_map(|entry| Some(entry.metadata().ok()?.len())).sum()
+    };
+    whole.fold((0, 0), |(count, sum), folder| (count + 1, sum + bytes(&folder)))
 }
 
 /// SHA-256 of a file that is read once from end to end; nothing of it is kept. `go_on` is asked now
@@ -92,5 +137,49 @@ pub(super) fn map_or_empty(path: &Path) -> io::Result<Bytes> {
     match fs::metadata(path)?.len() {
         0 => Ok(Bytes::new(Arc::new(Vec::new()))),
         _ => map_file(path).map_err(|error| io::Error::other(error.to_string())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    static GOES_ON: AtomicBool = AtomicBool::new(false);
+
+    /// Makes a folder with a file `header`.
+    fn made(cache: &Path, key: &str, header: &str, stop: &AtomicBool) -> Result<(), DataError> {
+        let found = folder(cache, ("kind", key), stop, |folder| -> Result<(), DataError> {
+            fs::write(folder.join(header), "12").unwrap();
+            fs::write(folder.join("rows"), "345").unwrap();
+            Ok(())
+        });
+        found.map(|found| assert_eq!(found, cache.join(format!("kind-{key}"))))
+    }
+
+    #[test]
+    fn what_a_cache_holds_is_counted() {
+        let room = tempfile::tempdir().unwrap();
+        let cache = room.path().join("cache");
+        assert_eq!(holdings(&cache, "rows.json"), (0, 0));
+        for (key, header) in [("a", "rows.json"), ("b", "rows.json"), ("c", "shard.json")] {
+            made(&cache, key, header, &GOES_ON).unwrap();
+        }
+        assert_eq!(holdings(&cache, "rows.json"), (2, 10));
+    }
+
+    #[test]
+    fn who_waits_for_another_can_be_stopped_or_goes_on() {
+        let room = tempfile::tempdir().unwrap();
+        let cache = room.path();
+        let lock = Lock::take(&cache.join(".lock")).unwrap();
+        let stopped = made(cache, "a", "rows.json", &AtomicBool::new(true));
+        assert!(matches!(stopped, Err(DataError::Stopped)), "{stopped:?}");
+        assert_eq!(holdings(cache, "rows.json").0, 0);
+        thread::scope(|scope| {
+            let waiting = scope.spawn(|| made(cache, "a", "rows.json", &GOES_ON));
+            drop(lock);
+            waiting.join().unwrap().unwrap();
+        });
+        assert_eq!(holdings(cache, "rows.json").0, 1);
     }
 }

@@ -295,12 +295,8 @@ impl<T: Shelved, R: Report> Loaded<T, R> {
             split,
         };
         let key = hex(&Sha256::digest(serde_json::to_vec(&origin).expect("plain data")));
-        let folder = cache::folder(cache, (reader.kind(), &key[..16]), |folder| {
-            eprintln!(
-                "data: tokenizing {}, once for all runs with {}",
-                path.display(),
-                cache.display()
-            );
+        let folder = cache::folder(cache, (reader.kind(), &key[..16]), stop, |folder| {
+            eprintln!("data: tokenizing {}, {}", path.display(), shared(cache));
             let loaded = Reading::new(path, reader, split, Place::Folder(folder))?.run(stop)?;
             if loaded.sha256 != file {
                 let reason = "changed while it was read".into();
@@ -410,6 +406,19 @@ impl<T: Shelved, R: Report> Loaded<T, R> {
         let [Kept { rows, report, tokens_sha256 }, _] = self.parts;
         let Self { sha256, diagnosis, seen, .. } = self;
         FileRows { rows, report, sha256, tokens_sha256, diagnosis, seen }
+    }
+}
+
+/// What a cache is for, and what it has by now: nothing removes what is no longer used.
+fn shared(cache: &Path) -> String {
+    let words = format!("once for all runs with {}", cache.display());
+    match cache::holdings(cache, HEADER) {
+        (0, _) => words,
+        (files, bytes) => format!(
+            "{words} (which has {files} other{} already, {:.1} MB; remove what is no longer used)",
+            if files == 1 { "" } else { "s" },
+            bytes as f64 / 1e6
+        ),
     }
 }
 

@@ -15,7 +15,7 @@ use crate::model::ends::{EMBEDDING, HEAD};
 use crate::model::{Config, Decoder, Worn, load};
 use crate::ops::Values;
 use crate::quant::{BlockType, FrozenMatrix, RowOrder};
-use crate::weights::{Gguf, OwnedValue, TensorPlan, WeightsError, stream_gguf};
+use crate::weights::{Gguf, OwnedValue, Safetensors, TensorPlan, WeightsError, stream_gguf};
 
 const TYPE_KEY: &str = "general.type";
 const LORA_KEY: &str = "adapter.type";
@@ -158,7 +158,57 @@ pub fn open_adapter(
         let adapter = read_gguf_lora(&gguf, name, &decoder.config, &linears)?;
         return Ok((adapter, Vec::new()));
     }
-    Ok(format::read_folder(path, name, &linears, Some(HEAD), &Device::Cpu)?)
+    let read = format::read_folder(path, name, &linears, Some(HEAD), &Device::Cpu)?;
+    check_added_rows(path, &read.0, decoder, &linears)?;
+    Ok(read)
+}
+
+/// How far a row of another's may be from ours, by the size of the base's: more than the noise of
+/// transformers' `mean_resizing` and what 16 bits round away.
+const ROUNDING: f64 = 0.01;
+
+/// That new tokens had the rows in the base of an update of embedding or head that they have in this
+/// one, where PEFT has written its base's.
+fn check_added_rows(
+    folder: &Path,
+    adapter: &Adapter,
+    decoder: &Decoder,
+    linears: &[LinearSpec],
+) -> Result<(), ExportError> {
+    let updated = |spec: &&LinearSpec| adapter.modules.contains_key(&spec.name);
+    for spec in linears.iter().filter(|spec| spec.added_tokens > 0).filter(updated) {
+        let file = Safetensors::open(folder.join(format::TENSORS_FILE))?;
+        let name = format!("base_model.model.{}.base_layer.weight", spec.name);
+        let weight = decoder.linear_weight(&spec.name);
+        let (Some(_), Some(ours)) = (file.tensor_info(&name), weight) else { continue };
+        let theirs = file.tensor(&name)?.matrix()?;
+        let (own, cols) = (ours.own_rows(), ours.cols());
+        let row = |matrix: &FrozenMatrix, row: usize| {
+            let mut values = vec![0f32; cols];
+            matrix.read_tile(row..row + 1, 0..cols, &mut values);
+            values
+        };
+        let size = |values: &mut dyn Iterator<Item = f32>| {
+            values.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt()
+        };
+        let some = own.min(64);
+        let mean: f64 = (0..some).map(|i| size(&mut row(&ours, i).into_iter())).sum();
+        let most = ROUNDING * mean / some.max(1) as f64;
+        let apart = |token: &usize| {
+            let (ours, theirs) = (row(&ours, *token), row(&theirs, *token));
+            size(&mut ours.iter().zip(&theirs).map(|(a, b)| a - b)) > most
+        };
+        if let Some(token) = (own..theirs.rows()).find(apart) {
+            let reason = format!(
+                "{}: the row of token {token}, which was added, is not the mean of all that it begins \
+                 as here, needed an adapter that brings its rows (trainable_token_indices or \
+                 modules_to_save)",
+                folder.display()
+            );
+            return Err(ExportError::tensor(&name, reason));
+        }
+    }
+    Ok(())
 }
 
 /// Reads a GGUF LoRA for a base of this config with these linear layers.
@@ -260,26 +310,30 @@ fn read_lora(
     };
     let (a, [r, in_features]) = read("a", RowOrder::Straight)?;
     let (b, [out_features, of_b]) = read("b", order)?;
-    if (r, in_features, out_features) != (of_b, spec.in_features, spec.out_features) || r == 0 {
+    // Tokens that were added since get no update.
+    let own = spec.out_features - spec.added_tokens;
+    let fits = (own..=spec.out_features).contains(&out_features);
+    if (r, in_features) != (of_b, spec.in_features) || !fits || r == 0 {
         return Err(format!(
             "{stored}: A is [{r}, {in_features}] and B [{out_features}, {of_b}], needed [r, {}] and \
              [{}, r]",
             spec.in_features, spec.out_features
         ));
     }
-    let var = |matrix: &FrozenMatrix| -> Result<Var, String> {
-        let (rows, cols) = (matrix.rows(), matrix.cols());
-        let mut values = vec![0f32; rows * cols];
-        matrix.read_tile(0..rows, 0..cols, &mut values);
+    let var = |matrix: &FrozenMatrix, rows: usize| -> Result<Var, String> {
+        let (own, cols) = (matrix.rows(), matrix.cols());
+        let mut values = vec![0f32; own * cols];
+        matrix.read_tile(0..own, 0..cols, &mut values);
         if let Some(v) = values.iter().find(|v| !v.is_finite()) {
             return Err(format!("{stored}: an update holds {v}"));
         }
+        values.resize(rows * cols, 0.0);
         let tensor = Tensor::from_vec(values, (rows, cols), &Device::Cpu);
         tensor.and_then(|tensor| Var::from_tensor(&tensor)).map_err(|e| text(&e))
     };
     // As llama.cpp: an alpha of 0 is none.
     let scale = if alpha == 0.0 { 1.0 } else { alpha / r as f64 };
-    Ok(Lora::new(var(&a)?, var(&b)?, scale))
+    Ok(Lora::new(var(&a, r)?, var(&b, spec.out_features)?, scale))
 }
 
 /// How far an adapter that was written is from the one that was to be, on the base.

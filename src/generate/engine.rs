@@ -161,6 +161,8 @@ pub struct Usage {
     pub shared_prompt_tokens: usize,
     /// Tokens of prompts that were not, an earlier job having read them.
     pub kept_prompt_tokens: usize,
+    /// Tokens that were read once more, prompts and new ones alike, of rows that came to rotate otherwise.
+    pub reread_tokens: usize,
 }
 
 impl Usage {
@@ -172,6 +174,10 @@ impl Usage {
     fn count_prompts(&mut self, groups: &[Group]) {
         for group in groups {
             let (tokens, kept) = (group.tokens().len(), group.kept());
+            if group.is_read_again() {
+                self.reread_tokens += tokens;
+                continue;
+            }
             self.prompt_tokens += tokens - kept;
             self.kept_prompt_tokens += kept;
             self.shared_prompt_tokens += tokens * (group.rows.len() - 1);
@@ -187,6 +193,7 @@ impl std::ops::AddAssign for Usage {
         self.prompt_tokens += other.prompt_tokens;
         self.shared_prompt_tokens += other.shared_prompt_tokens;
         self.kept_prompt_tokens += other.kept_prompt_tokens;
+        self.reread_tokens += other.reread_tokens;
     }
 }
 
@@ -638,6 +645,11 @@ struct Group {
 impl Group {
     fn tokens(&self) -> &[u32] {
         &self.rows[0].tokens
+    }
+
+    /// Whether it is a row that was on its way already.
+    fn is_read_again(&self) -> bool {
+        !self.rows[0].generated.token_ids.is_empty()
     }
 
     /// How many tokens of the prompt need not be read.

@@ -477,11 +477,17 @@ impl Decoder {
     /// linear layers, and the head.
     pub fn linears(&self) -> Vec<LinearSpec> {
         let (vocab_size, hidden_size) = (self.config.vocab_size, self.config.hidden_size);
+        let more = |matrix: &FrozenMatrix| matrix.more_rows().map_or(0, FrozenMatrix::rows);
         let spec = |name: &str, in_features, out_features| LinearSpec {
             name: name.into(),
             in_features,
             out_features,
             embedding: name == EMBEDDING,
+            added_tokens: match name {
+                EMBEDDING => more(&self.embedding),
+                HEAD => more(&self.head),
+                _ => 0,
+            },
         };
         let layers = self.layers.iter().flat_map(Layer::linears);
         let layers = layers.map(|l| spec(&l.name, l.weight.cols(), l.weight.rows()));

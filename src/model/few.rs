@@ -126,16 +126,15 @@ fn project_as<T: Number, const M: usize>(
             vec![(&*outs[0].0.weight, &mut product[..])]
         }
     };
-    let places: Vec<(usize, Target)> =
-        products.iter_mut().map(|(weight, y)| (weight.rows(), Target::new(y))).collect();
+    let out_features: Vec<usize> = products.iter().map(|(weight, _)| weight.rows()).collect();
     let low_of = |update: &Update<T>| {
         // SAFETY: the tasks beside, which wrote it, are done, and none writes to it again.
         unsafe { target.at(update.lows.start).read(update.lows.len()) }
     };
-    let add_updates = |linear: usize, rows: Range<usize>| {
-        let (out_features, y) = places[linear];
+    let add_updates = |linear: usize, rows: Range<usize>, y: Target| {
+        let width = out_features[linear];
         for Updates { tokens, updates, scales, .. } in all.iter().filter(|u| u.linear == linear) {
-            let y: Vec<Target> = tokens.iter().map(|token| y.at(token * out_features)).collect();
+            let y: Vec<Target> = tokens.iter().map(|token| y.at(token * width)).collect();
             if let Some(scales) = scales {
                 for y in &y {
                     // SAFETY: no other thread is given these rows.

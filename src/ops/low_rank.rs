@@ -49,13 +49,13 @@ rungs! {
     /// # Safety
     /// The CPU must have the rung, and no other thread may touch these columns of `low`.
     pub unsafe fn shrink<T: Number>(form: &DecodeForm<T>, blocks: Range<usize>, x: &[&[f32]], factor: f32, low: Target) = shrink_body;
-    /// `y += low Bᵀ` for some of B's rows: whole panels of 16, the last one aside.
+    /// `y += low Bᵀ` for some of B's rows. They are read in whole panels of 16.
     ///
     /// Shapes: `low (tokens, low_stride)`; `y` are the places of the tokens' outputs, `out` numbers
     /// each.
     ///
     /// # Safety
-    /// The CPU must have the rung, and no other thread may touch these outputs.
+    /// The CPU must have the rung, and no other thread may touch the outputs of these rows.
     pub unsafe fn expand<T: Number>(form: &DecodeForm<T>, rows: Range<usize>, low: &[f32], y: &[Target]) = expand_body;
 }
 
@@ -147,20 +147,18 @@ unsafe fn expand_body<S: Lanes, T: Number>(
     low: &[f32],
     y: &[Target],
 ) {
-    let whole = rows.end.is_multiple_of(PANEL) || rows.end == form.out_features;
-    assert!(rows.start.is_multiple_of(PANEL) && whole);
+    assert!(rows.end <= form.out_features);
     let stride = low_stride(form);
-    let panels = rows.start / PANEL..rows.end.div_ceil(PANEL);
     let mut first = 0;
     while first < y.len() {
         let (low, y) = (&low[first * stride..], &y[first..]);
         // SAFETY: the caller's promises.
         unsafe {
             if let Some(y) = y.first_chunk::<4>() {
-                expand_tokens::<S, T, 4>(form, panels.clone(), low, stride, y);
+                expand_tokens::<S, T, 4>(form, rows.clone(), low, stride, y);
                 first += 4;
             } else {
-                expand_tokens::<S, T, 1>(form, panels.clone(), low, stride, &[y[0]]);
+                expand_tokens::<S, T, 1>(form, rows.clone(), low, stride, &[y[0]]);
                 first += 1;
             }
         }
@@ -174,20 +172,20 @@ unsafe fn expand_body<S: Lanes, T: Number>(
 #[inline(always)]
 unsafe fn expand_tokens<S: Lanes, T: Number, const M: usize>(
     form: &DecodeForm<T>,
-    panels: Range<usize>,
+    rows: Range<usize>,
     low: &[f32],
     stride: usize,
     y: &[Target; M],
 ) {
-    let mut panel = panels.start;
-    while panel < panels.end {
+    let (mut panel, end) = (rows.start / PANEL, rows.end.div_ceil(PANEL));
+    while panel < end {
         // SAFETY: the caller's promises.
         unsafe {
-            if panel + 4 <= panels.end {
-                expand_panels::<S, T, M, 4>(form, panel, low, stride, y);
+            if panel + 4 <= end {
+                expand_panels::<S, T, M, 4>(form, panel, &rows, low, stride, y);
                 panel += 4;
             } else {
-                expand_panels::<S, T, M, 1>(form, panel, low, stride, y);
+                expand_panels::<S, T, M, 1>(form, panel, &rows, low, stride, y);
                 panel += 1;
             }
         }
@@ -201,6 +199,7 @@ unsafe fn expand_tokens<S: Lanes, T: Number, const M: usize>(
 unsafe fn expand_panels<S: Lanes, T: Number, const M: usize, const PANELS: usize>(
     form: &DecodeForm<T>,
     panel: usize,
+    rows: &Range<usize>,
     low: &[f32],
     stride: usize,
     y: &[Target; M],
@@ -223,13 +222,14 @@ unsafe fn expand_panels<S: Lanes, T: Number, const M: usize, const PANELS: usize
             }
         }
         for p in 0..PANELS {
-            let start = (panel + p) * PANEL;
-            let len = PANEL.min(form.out_features - start);
+            // Of a panel at the border of the rows only those that are among them.
+            let first = (panel + p) * PANEL;
+            let (from, to) = (first.max(rows.start), rows.end.min(first + PANEL));
             for i in 0..M {
                 let mut update = [0f32; PANEL];
                 sums[p][i].store(update.as_mut_ptr());
-                let y = y[i].at(start).slice(len);
-                for (y, update) in y.iter_mut().zip(&update) {
+                let y = y[i].at(from).slice(to - from);
+                for (y, update) in y.iter_mut().zip(&update[from - first..]) {
                     *y += update;
                 }
             }
@@ -273,7 +273,7 @@ mod tests {
                 shrink(isa, form, block..block + 1, &x, weight * form.factor, target);
             }
             let rows = form.out_features;
-            let border = rows / 2 / PANEL * PANEL;
+            let border = rows / 2; // within a panel or between two
             expand(isa, form, 0..border, &low, &ys);
             expand(isa, form, border..rows, &low, &ys);
         }

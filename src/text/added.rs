@@ -23,6 +23,9 @@ pub struct Added {
     /// Whether it is a mark, as `<|im_end|>` is: left out of text for people, and no token where marks
     /// are taken as text ([`super::Special::AsText`]).
     pub special: bool,
+    /// Whether a `tokenizer.json` looks for it in the text that its normalizer leaves, not in the text as
+    /// it stands.
+    pub normalized: bool,
 }
 
 impl Added {
@@ -32,7 +35,10 @@ impl Added {
     /// If one is empty, or named twice.
     pub fn list(tokens: &[String], special_tokens: &[String]) -> Result<Vec<Self>, TextError> {
         let fault = |reason: String| Err(TextError::Tokenizer(reason));
-        let added = |special| move |text: &String| Self { text: text.clone(), special };
+        // As transformers adds them.
+        let added = |special: bool| {
+            move |text: &String| Self { text: text.clone(), special, normalized: !special }
+        };
         let plain = tokens.iter().map(added(false));
         let all: Vec<Self> = plain.chain(special_tokens.iter().map(added(true))).collect();
         let mut seen = HashSet::new();
@@ -58,16 +64,30 @@ impl Tokenizer {
         let mut tokenizer = Self::open(checkpoint)?;
         for folder in folders.iter().filter(|folder| folder.join(FILE).is_file()) {
             let more = tokenizer.missing(folder)?;
-            tokenizer = tokenizer.with_added(checkpoint, &more)?;
+            tokenizer = tokenizer.grown(checkpoint, &more)?;
         }
         Ok(tokenizer)
     }
 
-    /// The same tokenizer with further tokens; `checkpoint` is the one it is of.
+    /// The same tokenizer with further tokens, which are found wherever they stand; `checkpoint` is the
+    /// one it is of.
+    ///
+    /// A normalizer that puts something in front of a text does so to a token too, when that is to be
+    /// found in normalized text: transformers finds it behind a space and at the beginning only. Such
+    /// tokens are looked for in the text as it stands, as in a GGUF.
     ///
     /// # Errors
     /// As [`Tokenizer::open`].
     pub fn with_added(self, checkpoint: &Checkpoint, more: &[Added]) -> Result<Self, TextError> {
+        let mut more = more.to_vec();
+        for token in &mut more {
+            token.normalized &= self.written_alone(&token.text)?.is_none();
+        }
+        self.grown(checkpoint, &more)
+    }
+
+    /// With tokens as they are given.
+    fn grown(self, checkpoint: &Checkpoint, more: &[Added]) -> Result<Self, TextError> {
         let is_there = |token: &&Added| {
             self.added_as(&token.text).is_some_and(|special| special || !token.special)
         };
@@ -79,14 +99,25 @@ impl Tokenizer {
     }
 
     /// The tokens that the tokenizer in a folder has and this one has not, or not as ones that are found
-    /// before words are; none if it has fewer.
+    /// before words are; none if it has fewer than this one has without those added to it.
     ///
     /// # Errors
     /// If the folder's cannot be read, skips an id, or has another token where both have one.
     pub fn missing(&self, folder: &Path) -> Result<Vec<Added>, TextError> {
         let theirs = folder::read(folder, &[])?;
         let fault = |reason: String| Err(TextError::format(&folder.join(FILE), reason));
-        if theirs.len() < self.len() {
+        let found = |text: String| {
+            let token = theirs.added_token(&text);
+            let special = token.is_some_and(|token| token.special);
+            let normalized = token.is_some_and(|token| token.normalized);
+            Added { text, special, normalized }
+        };
+        // Those that were added to this one have the last ids.
+        let is_added = |text: &str| self.added().iter().any(|added| added.text == text);
+        let ids = (0..self.len() as u32).rev();
+        let new = ids.take_while(|id| self.token(*id).is_some_and(|text| is_added(&text))).count();
+        let own_len = self.len() - new;
+        if theirs.len() < own_len {
             return Ok(Vec::new());
         }
         let (mut missing, mut beyond) = (Vec::new(), Vec::new());
@@ -98,16 +129,17 @@ impl Tokenizer {
                 }
                 continue;
             };
-            let special = theirs.added_as(&text);
             match own {
-                None if id as usize >= self.len() => {
-                    beyond.push(Added { text, special: special == Some(true) });
-                }
+                None if id as usize >= self.len() => beyond.push(found(text)),
                 Some(own) if own == text => {
-                    let less = self.added_as(&text);
-                    if special > less {
-                        missing.push(Added { text, special: special == Some(true) });
-                    }
+                    let is_more = theirs.added_as(&text) > self.added_as(&text);
+                    missing.extend(is_more.then(|| found(text)));
+                }
+                Some(own) if id as usize >= own_len => {
+                    return fault(format!(
+                        "token {id} is {text:?}, needed {own:?}, which was added already: adapters \
+                         with other tokens of their own cannot be worn together"
+                    ));
                 }
                 Some(own) if theirs.len() > self.len() => {
                     return fault(format!(

@@ -30,7 +30,7 @@ pub const FILES: &[&str] = &[
 ///
 /// # Errors
 /// If it is neither byte-level BPE nor SentencePiece's with byte fallback, does what no key says, or is
-/// malformed.
+/// malformed; if an added token is found in some places only.
 pub fn to_gguf(
     folder: &Path,
     vocab_size: usize,
@@ -40,6 +40,15 @@ pub fn to_gguf(
     let bad = |reason: String| TextError::format(&path, reason);
     // Reads and checks all files.
     let tokenizer = super::folder::read(folder, added)?;
+    for token in added.iter().filter(|token| token.normalized) {
+        if let Some(alone) = tokenizer.written_alone(&token.text)? {
+            return Err(bad(format!(
+                "the added token {:?} is looked for as the normalizer writes it alone, {alone:?}, \
+                 which no GGUF key says",
+                token.text
+            )));
+        }
+    }
     let mut json = object(&path)?;
     put_added(&mut json, &tokenizer);
     let model = &json["model"];
@@ -169,7 +178,7 @@ pub fn to_gguf(
 
 /// Puts the tokens that were added to a tokenizer into the `tokenizer.json` of its own.
 fn put_added(json: &mut Value, tokenizer: &Tokenizer) {
-    for Added { text, special } in tokenizer.added() {
+    for Added { text, special, normalized } in tokenizer.added() {
         let Some(id) = tokenizer.id_of(text) else { continue };
         let token = json!({
             "id": id,
@@ -177,7 +186,7 @@ fn put_added(json: &mut Value, tokenizer: &Tokenizer) {
             "single_word": false,
             "lstrip": false,
             "rstrip": false,
-            "normalized": !special,
+            "normalized": normalized,
             "special": special,
         });
         let tokens = json.get_mut("added_tokens").and_then(Value::as_array_mut);
@@ -196,12 +205,12 @@ fn put_added(json: &mut Value, tokenizer: &Tokenizer) {
 fn put_decoder(config: &mut Value, tokenizer: &Tokenizer) {
     let decoder = config.get_mut("added_tokens_decoder").and_then(Value::as_object_mut);
     let Some(decoder) = decoder else { return };
-    for Added { text, special } in tokenizer.added() {
+    for Added { text, special, normalized } in tokenizer.added() {
         let Some(id) = tokenizer.id_of(text) else { continue };
         let token = json!({
             "content": text,
             "lstrip": false,
-            "normalized": !special,
+            "normalized": normalized,
             "rstrip": false,
             "single_word": false,
             "special": special,

@@ -22,8 +22,9 @@ pub(super) fn read(folder: &Path, added: &[Added]) -> Result<Tokenizer, TextErro
     // Rows are cut and filled by `data`, by rules of its own.
     inner.with_truncation(None).map_err(bad)?;
     inner.with_padding(None);
-    // As transformers adds them: what is no mark is looked for in the normalized text.
-    let token = |token: &Added| AddedToken::from(token.text.clone(), token.special);
+    let token = |token: &Added| {
+        AddedToken::from(token.text.clone(), token.special).normalized(token.normalized)
+    };
     inner.add_tokens(added.iter().map(token)).map_err(bad)?;
 
     let config_path = folder.join("tokenizer_config.json");

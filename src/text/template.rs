@@ -18,6 +18,9 @@ const CLOSE: char = '\u{FDD1}';
 const DEFAULT: &str = "default";
 const TOOL_USE: &str = "tool_use";
 
+/// The function that tells the time.
+const NOW: &str = "strftime_now";
+
 /// A text, and byte ranges of it in order.
 type Spanned = (String, Vec<Range<usize>>);
 
@@ -76,8 +79,7 @@ impl ChatTemplate {
     /// must see the texts it began with.
     pub fn set_now(&mut self, now: u64) {
         self.now = Some(now);
-        self.environment
-            .add_function("strftime_now", move |format: String| python::strftime(&format, now));
+        self.environment.add_function(NOW, move |format: String| python::strftime(&format, now));
     }
 
     /// Further variables of the template (`chat_template_kwargs` of transformers and vLLM), such as
@@ -113,16 +115,21 @@ impl ChatTemplate {
         Ok(template)
     }
 
-    /// A hash of all that a rendered text depends on beside the conversation. A template that shows
-    /// the date of the day it is rendered on has no such thing unless the day is pinned.
+    /// A hash of all that a rendered text depends on beside the conversation: of the pinned time only
+    /// where a template may show it. One that shows the day it is rendered on has no such thing unless
+    /// the day is pinned.
     pub fn fingerprint(&self) -> String {
         let mut hasher = Sha256::new();
+        let mut tells_time = false;
         for name in [DEFAULT, TOOL_USE] {
             let source = self.environment.get_template(name).map(|t| t.source().to_owned());
+            // The time is that function's alone, and a function is reached by its name only.
+            tells_time |= source.as_ref().is_ok_and(|source| source.contains(NOW));
             hasher.update(format!("{:?}", source.ok()));
         }
         let given = serde_json::Value::Object(self.given.clone());
-        hasher.update(format!("{:?} {given} {:?}", self.special, self.now));
+        let now = self.now.filter(|_| tells_time);
+        hasher.update(format!("{:?} {given} {now:?}", self.special));
         hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
@@ -220,7 +227,7 @@ fn environment() -> Environment<'static> {
     environment.add_function("raise_exception", |message: String| -> Result<Value, Error> {
         Err(Error::new(ErrorKind::InvalidOperation, message))
     });
-    environment.add_function("strftime_now", |format: String| {
+    environment.add_function(NOW, |format: String| {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
         python::strftime(&format, now)
     });
@@ -417,6 +424,27 @@ mod tests {
         assert!(error.contains("\"tools\" is made of the conversation"), "{error}");
         let other = template.with_text("{{ bos_token }}other").unwrap();
         assert_eq!(other.render(&[], None, false).unwrap(), "<s>other");
+    }
+
+    /// Two days make two fingerprints exactly where a template may show the day, whichever of the two
+    /// templates that is.
+    #[test]
+    fn the_day_is_in_the_fingerprint_where_it_is_in_the_text() {
+        let check = |default: &str, tool_use: Option<&str>, dated: bool| {
+            let [first, second] = ["2024-07-26", "2024-07-27"].map(|day| {
+                let mut template = ChatTemplate::new(default, tool_use, &[]).unwrap();
+                template.set_now(first_second(day).unwrap());
+                template.fingerprint()
+            });
+            assert_eq!(first != second, dated, "{default} {tool_use:?}");
+        };
+        let shown = "{% set now = strftime_now %}{{ now('%d %b') }}";
+        let never = "{{ date_string | default('26 Jul 2024') }}";
+        check(never, None, false);
+        check(never, Some("{{ messages }}"), false);
+        check(shown, None, true);
+        check(never, Some(shown), true);
+        check("{% if x %}{{ strftime_now('%Y') }}{% endif %}", None, true);
     }
 
     #[test]

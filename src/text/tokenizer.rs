@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 use serde_json::json;
 use sha2::{Digest, Sha256};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::{AddedToken, NormalizedString, Normalizer};
 
 use super::marks::{Marks, Part};
 use super::{Added, ChatTemplate, DecodeStream, TextError, folder, gguf, pre_tokenizer};
@@ -212,9 +213,28 @@ impl Tokenizer {
 
     /// Whether a token that is found in a text before words are is special; `None` if it is no such.
     pub(super) fn added_as(&self, token: &str) -> Option<bool> {
+        self.added_token(token).map(|token| token.special)
+    }
+
+    /// How such a token is found.
+    pub(super) fn added_token(&self, token: &str) -> Option<&AddedToken> {
         let vocabulary = self.inner.get_added_vocabulary();
         let id = self.inner.token_to_id(token)?;
-        vocabulary.get_added_tokens_decoder().get(&id).map(|token| token.special)
+        vocabulary.get_added_tokens_decoder().get(&id)
+    }
+
+    /// How the normalizer writes a token alone, if otherwise than in the middle of a text.
+    pub(super) fn written_alone(&self, token: &str) -> Result<Option<String>, TextError> {
+        let Some(normalizer) = self.inner.get_normalizer() else { return Ok(None) };
+        let written = |text: &str| -> Result<String, TextError> {
+            let mut text = NormalizedString::from(text);
+            normalizer.normalize(&mut text).map_err(failed)?;
+            Ok(text.get().to_owned())
+        };
+        let (alone, before) = (written(token)?, written("a")?);
+        let inside = written(&format!("a{token}"))?;
+        let same = inside.strip_prefix(&before) == Some(&alone);
+        Ok((!same).then_some(alone))
     }
 
     /// What was added to the tokens of its files.
@@ -229,7 +249,9 @@ impl Tokenizer {
 
     /// A token as the vocabulary writes it.
     pub fn token(&self, id: u32) -> Option<String> {
-        self.inner.id_to_token(id)
+        // Of an added token the crate would tell how the normalizer writes it.
+        let added = self.inner.get_added_vocabulary().get_added_tokens_decoder().get(&id);
+        added.map(|token| token.content.clone()).or_else(|| self.inner.id_to_token(id))
     }
 
     /// The id of a token as the vocabulary writes it.
@@ -267,7 +289,7 @@ impl Tokenizer {
         let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
         let alphabet = ByteLevel::alphabet();
         let tokens: Vec<Option<String>> =
-            (0..self.vocab_size as u32).map(|id| self.inner.id_to_token(id)).collect();
+            (0..self.vocab_size as u32).map(|id| self.token(id)).collect();
         let mut plain = (0..).zip(&tokens).filter(|(id, _)| !added.contains_key(id));
         let byte_level =
             plain.all(|(_, token)| token.iter().all(|t| t.chars().all(|c| alphabet.contains(&c))));

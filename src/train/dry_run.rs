@@ -2,7 +2,9 @@
 //! adapter begins, and a step or two are taken by a learner that is thrown away. Nothing is left
 //! behind: tokens of large files are in a cache that is there already, or are removed again.
 
-use std::path::PathBuf;
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Instant;
@@ -19,7 +21,8 @@ use super::memory::{Memory, free};
 use super::progress::EARLY_STEPS;
 use super::run::Outcome;
 use super::run_dir::{RunDir, State};
-use super::settings::RunSettings;
+use super::settings::{RunSettings, Task};
+use super::supervised::row_cache;
 
 /// What a run would be.
 #[derive(Debug, Clone, Serialize)]
@@ -61,8 +64,12 @@ pub struct Forecast {
 pub fn dry_run(settings: &RunSettings, stop: &AtomicBool) -> Result<Outcome<Forecast>, TrainError> {
     let mut settings = settled(settings)?;
     RunDir::vacant(&settings.common.out)?;
-    let scratch = Scratch(temporary_folder());
-    if !settings.common.cache.exists() {
+    let needs_folder = !settings.common.cache.exists() && keeps_rows(&settings);
+    let scratch = match needs_folder {
+        true => Some(Scratch::beside(&settings.common.out)?),
+        false => None,
+    };
+    if let Some(scratch) = &scratch {
         settings.common.cache = scratch.0.clone();
     }
     let (settings, common) = (&settings, &settings.common);
@@ -121,17 +128,45 @@ pub fn dry_run(settings: &RunSettings, stop: &AtomicBool) -> Result<Outcome<Fore
     Ok(Outcome::Done(Box::new(forecast)))
 }
 
-/// A folder of this dry run alone, which is gone with it.
+/// Whether a file of rows is so large that its tokens go to disk.
+fn keeps_rows(settings: &RunSettings) -> bool {
+    let common = &settings.common;
+    let from_bytes = row_cache(common).from_bytes;
+    let ptx_data = match &settings.task {
+        Task::Ppo(own) => Some(&own.ptx_data),
+        _ => None,
+    };
+    let data = common.data.iter().map(|file| &file.path);
+    let mut files = data.chain([&common.eval_data]).chain(ptx_data);
+    files.any(|path| fs::metadata(path).is_ok_and(|about| about.len() >= from_bytes))
+}
+
+/// A folder of this dry run alone, which is gone with it, however it ends.
 struct Scratch(PathBuf);
 
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_dir_all(&self.0); // without a large file there is none
+impl Scratch {
+    /// Beside the place of a run, or as near as there are folders, made anew.
+    fn beside(out: &Path) -> Result<Self, TrainError> {
+        let name = out.file_name().unwrap_or_default().display();
+        let id = std::process::id();
+        let parent = out.ancestors().skip(1).find(|folder| folder.is_dir()).unwrap_or(out);
+        let mut number = 0;
+        loop {
+            let folder = parent.join(format!(".{name}.dry-run-{id}-{number}"));
+            match fs::create_dir(&folder) {
+                Ok(()) => return Ok(Self(folder)),
+                // A killed one's, whose process had the same number.
+                Err(e) if e.kind() == ErrorKind::AlreadyExists && number < 1000 => number += 1,
+                Err(source) => return Err(TrainError::Io { path: folder, source }),
+            }
+        }
     }
 }
 
-fn temporary_folder() -> PathBuf {
-    std::env::temp_dir().join(format!("quantune-dry-run-{}", std::process::id()))
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0); // what came of the dry run is what to tell
+    }
 }
 
 /// Takes the first steps of the run, and reckons from their time and tokens what all will take.
@@ -180,4 +215,25 @@ fn take_time(
     forecast.predicted_seconds =
         Some(per_step * forecast.steps as f64 + forecast.reference_seconds);
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_scratch_folder_is_nobody_elses_and_goes() {
+        let room = tempfile::tempdir().unwrap();
+        let here = || fs::read_dir(room.path()).unwrap().count();
+        let out = room.path().join("runs/mine");
+        let (first, second) = (Scratch::beside(&out).unwrap(), Scratch::beside(&out).unwrap());
+        assert_ne!(first.0, second.0);
+        assert_eq!(here(), 2, "no folder above the run's is made");
+        fs::write(first.0.join("rows"), "tokens").unwrap();
+        drop((first, second));
+        assert_eq!(here(), 0);
+        fs::create_dir(room.path().join("runs")).unwrap();
+        let beside = Scratch::beside(&out).unwrap();
+        assert_eq!(beside.0.parent(), out.parent());
+    }
 }

@@ -7,8 +7,8 @@
 //! the process that is at work here, and is held by it.
 
 use std::borrow::Cow;
-use std::fs::{self, File, TryLockError};
-use std::io::{self, Read, Write};
+use std::fs::{self, File};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use candle_core::Var;
@@ -22,7 +22,7 @@ use super::policy::RolloutState;
 use super::settings::{Command, FREE_ON_RESUME, PretrainSettings, RunSettings};
 use super::tensorboard::EventWriter;
 use crate::optim::AdamW;
-use crate::weights::write_atomically;
+use crate::weights::{Lock, NotLocked, write_atomically};
 
 /// Where a run is: all that is not a tensor. Random numbers need no state, they are keyed.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -58,6 +58,7 @@ pub struct Best {
 
 /// Where the settings of a run are.
 const SETTINGS_FILE: &str = "config.toml";
+const LOCK_FILE: &str = "lock";
 /// What a run calls the adapter it is about.
 pub const FIRST: &str = "adapter";
 /// Where a reward model's folder says how well it does on held-out pairs.
@@ -70,7 +71,7 @@ pub type Fingerprint = (String, String);
 #[derive(Debug)]
 pub struct RunDir {
     path: PathBuf,
-    _lock: Lock,
+    _lock: Option<Lock>,
 }
 
 impl RunDir {
@@ -82,7 +83,7 @@ impl RunDir {
     ) -> Result<Self, TrainError> {
         Self::vacant(path)?;
         fs::create_dir_all(path).map_err(|e| at(path, e))?;
-        let run = Self { path: path.into(), _lock: Lock::take(path)? };
+        let run = Self { path: path.into(), _lock: lock(path)? };
         Self::vacant(path)?; // another process may have begun, and ended, a moment ago
         fs::create_dir_all(run.checkpoints()).map_err(|e| at(path, e))?;
         let text = serde_json::to_string(fingerprints).map_err(|e| at(path, e.into()))?;
@@ -95,7 +96,9 @@ impl RunDir {
     /// Refuses a directory that holds a run, or files that a run would overwrite.
     pub fn vacant(path: &Path) -> Result<(), TrainError> {
         if path.join(SETTINGS_FILE).exists() {
-            Lock::free(path)?;
+            if let Some(holder) = Lock::holder(&path.join(LOCK_FILE)) {
+                return Err(TrainError::Held { path: path.into(), holder });
+            }
             return Err(TrainError::Exists(path.into()));
         }
         let occupied = |name: &&&str| match fs::read_dir(path.join(name)) {
@@ -133,7 +136,7 @@ impl RunDir {
         saved: &toml::Table,
         given: &toml::Table,
     ) -> Result<Self, TrainError> {
-        let lock = Lock::take(path)?;
+        let lock = lock(path)?;
         let keys = saved.keys().chain(given.keys().filter(|key| !saved.contains_key(*key)));
         let show = |table: &toml::Table, key: &str| {
             table.get(key).map_or("not set".into(), toml::Value::to_string)
@@ -297,55 +300,17 @@ impl RunDir {
     }
 }
 
-/// Keeps two processes off one run: a file the system has locked for this one. The lock ends with
-/// the process, however that ends. The file stays: were it taken away, a process that has opened it
-/// could lock the old one while another locks a new one.
-#[derive(Debug)]
-struct Lock {
-    file: File,
-}
-
-impl Lock {
-    fn take(run: &Path) -> Result<Self, TrainError> {
-        let path = run.join("lock");
-        let mut options = File::options();
-        options.create(true).read(true).write(true).truncate(false);
-        let mut file = options.open(&path).map_err(|e| at(&path, e))?;
-        match file.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(held(run, file)),
-            // A system without locks can still train.
-            Err(TryLockError::Error(e)) => {
-                eprintln!("warning: {}: cannot be locked: {e}", path.display());
-            }
+/// Keeps two processes off one run. A system without locks can still train.
+fn lock(run: &Path) -> Result<Option<Lock>, TrainError> {
+    let path = run.join(LOCK_FILE);
+    match Lock::take(&path) {
+        Ok(lock) => Ok(Some(lock)),
+        Err(NotLocked::Held(holder)) => Err(TrainError::Held { path: run.into(), holder }),
+        Err(NotLocked::NoLocks(e)) => {
+            eprintln!("warning: {}: cannot be locked: {e}", path.display());
+            Ok(None)
         }
-        let written = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
-        written.map_err(|e| at(&path, e))?;
-        Ok(Self { file })
-    }
-
-    /// Refuses a run that another process is at work on; one that cannot be looked at is free.
-    fn free(run: &Path) -> Result<(), TrainError> {
-        let Ok(file) = File::open(run.join("lock")) else { return Ok(()) };
-        match file.try_lock_shared() {
-            Err(TryLockError::WouldBlock) => Err(held(run, file)),
-            Ok(()) | Err(TryLockError::Error(_)) => Ok(()),
-        }
-    }
-}
-
-/// Who has locked the file. It is not readable where locks are mandatory, and empty for a moment.
-fn held(run: &Path, mut file: File) -> TrainError {
-    let mut id = String::new();
-    let read = file.read_to_string(&mut id).is_ok() && !id.trim().is_empty();
-    let holder = if read { format!("process {}", id.trim()) } else { "another process".into() };
-    TrainError::Held { path: run.into(), holder }
-}
-
-impl Drop for Lock {
-    /// Nobody holds it: the next to take it must not be told of this process.
-    fn drop(&mut self) {
-        let _ = self.file.set_len(0);
+        Err(NotLocked::Io(e)) => Err(at(&path, e)),
     }
 }
 

@@ -25,6 +25,7 @@ fn matching_table() -> (Vec<LinearSpec>, Vec<Value>) {
         in_features: l[1].as_u64().unwrap() as usize,
         out_features: l[2].as_u64().unwrap() as usize,
         embedding: false,
+        added_tokens: 0,
     });
     (linears.collect(), table["cases"].as_array().unwrap().clone())
 }

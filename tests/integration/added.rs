@@ -8,11 +8,12 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use quantune::data::Example;
 use quantune::export::lora::open_adapter;
-use quantune::model::Decoder;
+use quantune::model::{Adapters, Decoder, Rows, Worn};
 use quantune::ops::Compute;
 use quantune::text::{Added, Special, Tokenizer, convert};
 use quantune::weights::{Checkpoint, Gguf, OwnedValue, stream_gguf};
 use quantune_adapters::LoraConfig;
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::Value;
 
 use crate::binary::{Lab, base, error, last_json, quantune, strings};
@@ -115,6 +116,50 @@ fn files_beside_an_adapter_bring_its_tokens() {
     }
 }
 
+/// Under a normalizer that puts a space in front of texts a plain token is found wherever it stands, in
+/// a folder as in a GGUF. One that transformers added, which it finds behind spaces only, stays what it
+/// is, and is refused where a GGUF's keys are made.
+#[test]
+fn plain_tokens_are_found_behind_any_character() {
+    let lab = Lab::new();
+    let folder = lab.copied_base("spaced");
+    let own = Gguf::open(golden("text/sentencepiece/prefixed.gguf")).unwrap();
+    write(&convert::to_folder(&own, &[]).unwrap(), &folder);
+    let base = Checkpoint::open(&folder).unwrap();
+    let named = Added::list(&["ferry".into()], &["<|tool|>".into()]).unwrap();
+    let grown = Tokenizer::open(&base).unwrap().with_added(&base, &named).unwrap();
+    let id = grown.id_of("ferry").unwrap();
+    let found = |tokenizer: &Tokenizer, text: &str| {
+        tokenizer.encode(text, Special::Parse).unwrap().contains(&id)
+    };
+    let texts = ["ferry", "a ferry", "aferryb", "<|tool|>ferry <|tool|>a"];
+    assert!(texts.iter().all(|text| found(&grown, text)));
+    let beside = tempfile::tempdir().unwrap();
+    write(&convert::beside(&base, &grown).unwrap(), beside.path());
+    let again = Tokenizer::open_beside(&base, &[beside.path()]).unwrap();
+    let keys = convert::to_gguf(&folder, grown.vocab_size(), again.added()).unwrap();
+    let path = beside.path().join("grown.gguf");
+    stream_gguf(&path, &keys, &[], |_, _| Ok(())).unwrap();
+    let written = Tokenizer::from_gguf(&Gguf::open(&path).unwrap()).unwrap();
+    for text in texts {
+        let needed = grown.encode(text, Special::Parse).unwrap();
+        assert_eq!(again.encode(text, Special::Parse).unwrap(), needed, "{text:?}");
+        assert_eq!(written.encode(text, Special::Parse).unwrap(), needed, "{text:?}");
+    }
+
+    let path = beside.path().join("tokenizer.json");
+    let mut json: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    let tokens = json["added_tokens"].as_array_mut().unwrap();
+    let token = tokens.iter_mut().find(|token| token["content"] == "ferry").unwrap();
+    token["normalized"] = true.into();
+    fs::write(&path, json.to_string()).unwrap();
+    let theirs = Tokenizer::open_beside(&base, &[beside.path()]).unwrap();
+    assert!(found(&theirs, "a ferry") && !found(&theirs, "aferryb"));
+    let error = convert::to_gguf(&folder, grown.vocab_size(), theirs.added()).unwrap_err();
+    let error = error.to_string();
+    assert!(error.contains("the added token \"ferry\" is looked for as"), "{error}");
+}
+
 #[test]
 fn tokens_that_cannot_be_added_are_told() {
     let list = |tokens: &[&str], special: &[&str]| {
@@ -137,7 +182,7 @@ fn rows_with_added() -> Vec<Example> {
 
 #[test]
 fn ten_steps_with_added_tokens_are_pefts() {
-    for run in ["tied", "untied"] {
+    for run in ["tied", "untied", "ends", "head-tied"] {
         let theirs = golden_json(&format!("added/{run}/run.json"));
         let decoder = load(theirs["base"].as_str().unwrap(), Compute::F32);
         let decoder = decoder.with_vocabulary(514).unwrap();
@@ -268,6 +313,39 @@ fn an_adapter_with_added_tokens_goes_all_the_way() {
     }
 }
 
+/// A token that ends turns and came with the adapter stops Ollama; a text with added tokens is measured
+/// as `eval` measures it.
+#[test]
+fn modelfiles_and_bills_are_of_the_grown_tokenizer() {
+    let lab = Lab::new();
+    let base = lab.copied_base("turns");
+    let template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|eot_id|>\n\
+                    {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+    fs::write(base.join("chat_template.jinja"), template).unwrap();
+    let base = base.display().to_string();
+    let named = ["--add-tokens", "several,again", "--add-special-tokens", "<|eot_id|>"];
+    last_json(&quantune(&sft(&lab, &base, "run", &named)));
+    let adapter = lab.path("run/adapter");
+    let (out, modelfile) = (lab.path("exported"), lab.path("Modelfile"));
+    let common = ["--base", &base, "--adapter", &adapter, "--json"];
+    let args = [&["export"], &common[..], &["--out", &out, "--modelfile", &modelfile]].concat();
+    last_json(&quantune(&strings(&args)));
+    let text = fs::read_to_string(modelfile).unwrap();
+    assert!(text.contains("PARAMETER stop \"<|eot_id|>\""), "{text}");
+
+    let text = ["--n-ctx", "32", "--threads", "1"];
+    let (out, words) = (lab.path("merged.gguf"), lab.path("text.txt"));
+    let of_merge = ["--type", "F32", "--out", &out, "--report", &words];
+    let merge = [&["merge"], &common[..], &text, &of_merge].concat();
+    let lines = last_json(&quantune(&strings(&merge)))["report"].clone();
+    let eval = [&["eval"], &common[..], &text, &["--text", &words, "--compute", "f32"]].concat();
+    let needed = last_json(&quantune(&strings(&eval)))["perplexity"].as_f64().unwrap();
+    for line in lines.as_array().unwrap().iter().filter(|line| line["name"] != "merged, F16") {
+        let found = line["perplexity"].as_f64().unwrap();
+        assert!((found / needed - 1.0).abs() < 1e-4, "{line}: eval has {needed}");
+    }
+}
+
 #[test]
 fn a_run_with_added_tokens_goes_on_to_the_same_bytes() {
     let lab = Lab::new();
@@ -326,6 +404,15 @@ fn what_cannot_be_added_is_told() {
     )));
     let top = fs::read_to_string(lab.path("top/adapter/adapter_config.json")).unwrap();
     assert_eq!(LoraConfig::from_json(&top).unwrap().trainable_token_indices, [515]);
+    // Two adapters with other tokens under the same ids, whichever has more.
+    for (out, tokens) in [("fewer", "other"), ("same", "a1,b1,c1"), ("more", "a1,b1,c1,d1")] {
+        last_json(&quantune(&sft(&lab, &base(), out, &["--add-tokens", tokens])));
+        let other = lab.path(&format!("{out}/adapter"));
+        check(
+            &["--frozen-adapter", &adapter, "--frozen-adapter", &other],
+            "needed \"ferry\", which was added already",
+        );
+    }
     // An adapter of another base.
     let path = format!("{adapter}/tokenizer.json");
     let text = fs::read_to_string(&path).unwrap();
@@ -336,6 +423,84 @@ fn what_cannot_be_added_is_told() {
         &["--adapter", &adapter],
         "token 0 is \"<|begin|>\", needed the base's \"<|endoftext|>\"",
     );
+}
+
+/// Updates of embedding and head that are older than some tokens change what they changed before, and
+/// nothing of the new tokens; in a PEFT folder and in a GGUF LoRA.
+#[test]
+fn older_updates_of_the_ends_leave_new_tokens_alone() {
+    let lab = Lab::new();
+    let base = model_path("llama-untied").display().to_string();
+    let train = |out: &str, more: &[&str]| quantune(&sft(&lab, &base, out, more));
+    last_json(&train("ends", &["--target-modules", "q_proj", "embed_tokens", "lm_head"]));
+    last_json(&train("head", &["--target-modules", "q_proj", "lm_head"]));
+    let (ends, head) = (lab.path("ends/adapter"), lab.path("head/adapter"));
+    let gguf = lab.path("head.gguf");
+    let export = ["export", "--base", &base, "--adapter", &head, "--out", &gguf, "--json"];
+    last_json(&quantune(&strings(&export)));
+    let row: Vec<u32> = vec![5, 9, 30, 7, 11];
+    for path in [&ends, &head, &gguf] {
+        let says = |vocabulary: usize, wears: bool, row: &[u32]| {
+            let decoder = load("llama-untied", Compute::F32).with_vocabulary(vocabulary).unwrap();
+            let adapter = open_adapter(Path::new(path), "older", &decoder).unwrap().0;
+            let worn = [Worn::frozen(Arc::new(adapter))];
+            let adapters = Adapters::Same(if wears { &worn } else { &[] });
+            let hidden = decoder.hidden(&Rows::new(&[row]), adapters).unwrap();
+            let logits = decoder.logits(&hidden, adapters).unwrap().to_vec2::<f32>().unwrap();
+            let mut embedded = Vec::new();
+            let rows = Rows::new(&[&[512u32, 513]]);
+            if vocabulary == 514 {
+                let pass = decoder.pass(&rows, adapters, None);
+                decoder.embed_into(&rows.tokens, &pass, &mut embedded).unwrap();
+            }
+            (logits, embedded)
+        };
+        let (before, _) = says(512, true, &row);
+        let (after, embedded) = says(514, true, &row);
+        for (before, after) in before.iter().zip(&after) {
+            assert_eq!(after[..512], before[..], "{path}");
+        }
+        assert_eq!(embedded, says(514, false, &row).1, "{path}");
+    }
+    // In training too; what has a whole head is told.
+    last_json(&train("top", &["--frozen-adapter", &ends, "--add-tokens", "new"]));
+    last_json(&train("whole", &["--modules-to-save", "lm_head"]));
+    let whole = lab.path("whole/adapter");
+    let told = error(&train("none", &["--frozen-adapter", &whole, "--add-tokens", "new"]));
+    let needed = "lm_head.weight is [512, 64], needed [513, 64]: tokens were added";
+    assert!(told.contains(needed), "{told}");
+}
+
+/// Beside updates of embedding and head PEFT writes the rows that new tokens had in its base. Rows that
+/// are ours are left alone, others are told: an adapter on top of them is another model.
+#[test]
+fn rows_that_new_tokens_had_in_another_base_are_told() {
+    let lab = Lab::new();
+    let base = model_path("llama-untied").display().to_string();
+    let more = ["--target-modules", "embed_tokens", "lm_head", "--add-tokens", "ferry"];
+    last_json(&quantune(&sft(&lab, &base, "run", &more)));
+    let decoder = load("llama-untied", Compute::F32).with_vocabulary(513).unwrap();
+    let folder = lab.folder.path().join("run/adapter");
+    let path = folder.join("adapter_model.safetensors");
+    let bytes = fs::read(&path).unwrap();
+    let open = |change: &dyn Fn(&mut f32)| {
+        let weight = decoder.linear_weight("lm_head").unwrap();
+        let mut rows = vec![0.0; 513 * 64];
+        weight.read_tile(0..513, 0..64, &mut rows);
+        rows[512 * 64..].iter_mut().for_each(change);
+        let rows: Vec<u8> = rows.iter().flat_map(|v| v.to_le_bytes()).collect();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let mut tensors = file.tensors();
+        let view = TensorView::new(Dtype::F32, vec![513, 64], &rows).unwrap();
+        tensors.push(("base_model.model.lm_head.base_layer.weight".into(), view));
+        fs::write(&path, safetensors::serialize(tensors, None).unwrap()).unwrap();
+        open_adapter(&folder, "theirs", &decoder).map(|_| ()).map_err(|error| error.to_string())
+    };
+    assert_eq!(open(&|_| ()), Ok(()));
+    assert_eq!(open(&|v| *v += 1e-5), Ok(()), "the noise of transformers' mean_resizing");
+    let error = open(&|v| *v += 0.1).unwrap_err();
+    let needed = "the row of token 512, which was added, is not the mean";
+    assert!(error.contains(needed), "{error}");
 }
 
 /// A base with a row that no token has: the first token that is added takes it and begins as it is, and
@@ -380,15 +545,26 @@ fn idle_rows_are_taken_first() {
                 "{name} {module}"
             );
         }
-        let adapter = lab.path(&format!("{name}/adapter"));
-        for form in [format!("{name}.merged.gguf"), format!("{name}-merged")] {
-            let out = lab.path(&form);
-            let args = ["merge", "--base", base, "--adapter", &adapter, "--out", &out, "--json"];
-            last_json(&quantune(&strings(&args)));
-            let merged = Checkpoint::open(&out).unwrap();
-            let tokenizer = Tokenizer::open(&merged).unwrap();
-            assert_eq!((tokenizer.len(), tokenizer.id_of("<|b|>")), (513, Some(512)), "{form}");
-            assert_eq!(tokenizer.encode("a<|a|>", Special::Parse).unwrap()[1], 511, "{form}");
+        // Under updates of both no row trains for itself; idle ones and new ones are the base's.
+        let name = &format!("{name}-ends");
+        let ends = ["--target-modules", "q_proj", "embed_tokens", "lm_head"];
+        last_json(&quantune(&sft(&lab, base, name, &[&more[..2], &ends].concat())));
+        let adapter = read(&lab.folder.path().join(name).join("adapter"), &decoder.linears());
+        assert!(adapter.tokens.is_none() && adapter.head_tokens.is_none(), "{name}");
+        assert_eq!(adapter.modules["lm_head"].out_features(), 513, "{name}");
+        assert_eq!(adapter.modules["model.embed_tokens"].in_features(), 513, "{name}");
+        for run in [name.trim_end_matches("-ends"), name] {
+            let adapter = lab.path(&format!("{run}/adapter"));
+            for form in [format!("{run}.merged.gguf"), format!("{run}-merged")] {
+                let out = lab.path(&form);
+                let args =
+                    ["merge", "--base", base, "--adapter", &adapter, "--out", &out, "--json"];
+                last_json(&quantune(&strings(&args)));
+                let merged = Checkpoint::open(&out).unwrap();
+                let tokenizer = Tokenizer::open(&merged).unwrap();
+                assert_eq!((tokenizer.len(), tokenizer.id_of("<|b|>")), (513, Some(512)), "{form}");
+                assert_eq!(tokenizer.encode("a<|a|>", Special::Parse).unwrap()[1], 511, "{form}");
+            }
         }
     }
 }

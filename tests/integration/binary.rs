@@ -136,7 +136,8 @@ impl Lab {
         folder.display().to_string()
     }
 
-    fn copied_base(&self, name: &str) -> PathBuf {
+    /// The tiny Llama in a folder of its own.
+    pub fn copied_base(&self, name: &str) -> PathBuf {
         let folder = self.folder.path().join(name);
         fs::create_dir_all(&folder).unwrap();
         for file in fs::read_dir(model_path("llama-tiny")).unwrap() {

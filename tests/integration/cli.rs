@@ -67,11 +67,28 @@ fn every_flag_of_data_changes_something() {
         &[("--chat-template", &shout)],
         &[("--base", &dated), ("--chat-template-kwargs", "mood=\"glad\"")],
         &[("--base", &dated), ("--template-date", "2020-01-01")],
+        &[("--add-tokens", "question")],
+        &[("--add-special-tokens", "answer,words")],
         &[("--threads", "2")],
         &[("--json", "-")],
     ];
     // rows_that_teach_wrong_stop_a_run_unless_they_may, masks_are_shown_in_brackets_or_colours
     every_flag(&["data"], base_args, table, &["--allow", "--show-masks"], &lab);
+}
+
+/// Tokens that training would add have rows: what is beyond the base's is theirs.
+#[test]
+fn the_doctor_knows_tokens_that_are_to_be_added() {
+    let lab = Lab::new();
+    lab.write("ids.jsonl", r#"{"input_ids": [5, 512, 513]}"#);
+    let look = |named: &[&str]| {
+        let args = ["data", "--base", &base(), "--data", &lab.path("ids.jsonl")];
+        quantune(&strings(&[&args, named].concat()))
+    };
+    assert!(error(&look(&[])).contains("512"));
+    assert!(error(&look(&["--add-tokens", "ferry"])).contains("513"));
+    let both = look(&["--add-tokens", "ferry", "--add-special-tokens", "<|tool|>"]);
+    assert!(both.status.success(), "{}", String::from_utf8_lossy(&both.stderr));
 }
 
 #[test]
@@ -805,6 +822,30 @@ fn an_interrupted_run_says_how_to_go_on() {
         let bytes = |out: &str| fs::read(Path::new(out).join(file)).unwrap();
         assert_eq!(bytes(&stopped), bytes(&whole), "{file}");
     }
+}
+
+/// A run whose cache another one fills says whom it waits for, and heeds Ctrl-C.
+#[cfg(unix)]
+#[test]
+fn a_run_that_waits_for_a_cache_says_so_and_can_be_interrupted() {
+    let lab = Lab::new();
+    let (cache, out) = (lab.path("cache"), lab.path("run"));
+    fs::create_dir(&cache).unwrap();
+    let lock = quantune::weights::Lock::take(&Path::new(&cache).join(".lock")).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_quantune"));
+    command.args(["sft", "--base", &base(), "--data", &lab.path("rows.jsonl"), "--out", &out]);
+    command.args(["--max-steps", "2", "--cache-from", "1", "--cache", &cache]);
+    let told = lab.path("stderr");
+    command.stderr(fs::File::create(&told).unwrap()).stdout(Stdio::null());
+    let needed = format!("waiting for process {}, which is tokenizing into", std::process::id());
+    let said = || fs::read_to_string(&told).unwrap().contains(&needed);
+    let output = interrupt(command.spawn().unwrap(), said);
+    assert_eq!(output.status.code(), Some(1));
+    let text = fs::read_to_string(&told).unwrap();
+    assert!(text.contains("stopped before the run began; nothing was written"), "{text}");
+    assert_eq!(text.matches("waiting for").count(), 1, "{text}");
+    assert!(!Path::new(&out).exists());
+    drop(lock);
 }
 
 /// Ctrl-C while rows are read: of a new run nothing is there, one to be resumed is as it was.

@@ -388,17 +388,50 @@ fn sources_are_tokenized_once() {
     std::thread::sleep(std::time::Duration::from_millis(20));
     room.write("b.txt", text_file(&documents(10)));
     assert_eq!(open(&room, &other), (print.clone(), 1, 3));
-    // What a killed run left is no shard, and goes.
-    room.write("cache/.b.partial/train.tokens", "half");
+    // What a killed run left is no shard, and goes, whether or not there is something to make.
+    room.write("cache/.partial/train.tokens", "half");
+    assert_eq!(open(&room, &other), (print.clone(), 0, 3));
+    room.write("cache/.partial/train.tokens", "half");
     room.write("b.txt", text_file(&documents(11)));
     let (changed, told, folders) = open(&room, &other);
     assert!(changed != print && (told, folders) == (1, 4));
-    assert!(!room.path("cache/.b.partial").exists());
+    // What another run is making now stays.
+    room.write("cache/.partial/train.tokens", "half");
+    let lock = fs::File::open(room.path("cache/.lock")).unwrap();
+    lock.lock().unwrap();
+    assert_eq!(open(&room, &other), (changed.clone(), 0, 5));
+    drop(lock);
+    assert_eq!(open(&room, &other), (changed.clone(), 0, 4));
     let (split, told, _) = open(&room, &CorpusSettings { validation_split: 0.2, ..other.clone() });
     assert!(split != changed && told == 2);
     room.tokenizer = Tokenizer::from_folder(golden("model/qwen2-tiny")).unwrap();
     let (retokenized, told, _) = open(&room, &other);
     assert!(retokenized != changed && told == 2);
+}
+
+/// Another chat template makes other tokens of conversations, and the same of everything else.
+#[test]
+fn conversations_are_tokenized_again_under_another_template() {
+    let mut room = Room::new();
+    room.write("a.txt", text_file(&documents(9)));
+    let turn = |role: &str| json!({ "role": role, "content": "goes on" });
+    let row = json!({ "messages": [turn("user"), turn("assistant")] });
+    room.write("b.jsonl", format!("{row}\n"));
+    let mut open = |end: &str| {
+        let text = "{% for m in messages %}{{ m.role + ' ' + m.content }}END{% endfor %}";
+        room.tokenizer.set_chat_template(&text.replace("END", end)).unwrap();
+        let of = |source: &str| {
+            let (corpus, told) = room.try_open(&[source], &room.settings(16)).unwrap();
+            (corpus.fingerprint().to_owned(), told)
+        };
+        (of("a=1:a.txt"), of("b=1:b.jsonl"))
+    };
+    let (text, chat) = open(".");
+    assert_eq!((text.1, chat.1), (1, 1));
+    assert_eq!(open("."), ((text.0.clone(), 0), (chat.0.clone(), 0)));
+    let (text_then, chat_then) = open("!");
+    assert_eq!(text_then, (text.0, 0));
+    assert!(chat_then.0 != chat.0 && chat_then.1 == 1);
 }
 
 #[test]

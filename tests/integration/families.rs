@@ -317,6 +317,11 @@ fn rows_grow_across_longropes_border() {
                 }
             }
         }
+        // Two rows were read once more, each when it had a token beyond the border.
+        let usage = engine.usage();
+        let all = prompts.iter().map(|prompt| prompt.len()).sum();
+        assert_eq!((usage.prompt_tokens, usage.reread_tokens), (all, 2 * 25));
+        assert_eq!(usage.tokens, 4 * 12);
         for (prompt, found) in prompts.iter().zip(found) {
             let mut tokens = prompt.to_vec();
             for _ in 0..12 {

@@ -216,6 +216,7 @@ pub fn small_linears(vocabulary: usize) -> Vec<LinearSpec> {
         in_features,
         out_features,
         embedding: name == "model.embed_tokens",
+        added_tokens: 0,
     };
     let layer = [("self_attn.q_proj", 8, 8), ("self_attn.v_proj", 8, 4), ("mlp.up_proj", 8, 12)];
     let layer = layer.map(|(name, of_in, out)| spec(&format!("model.layers.0.{name}"), of_in, out));

@@ -83,6 +83,10 @@ fn a_dry_run_says_what_the_run_is_and_writes_nothing() {
         assert!(done["predicted_peak_rss_bytes"].as_u64() > Some(0), "{done}");
         assert!(error(&dry(&["--dry-run"])).contains("holds a run already"));
         fs::remove_dir_all(&out).unwrap();
+        // Refused once rows are read: what was kept on disk is gone too.
+        let refused = error(&dry(&["--dry-run", "--memory-budget", "1MB"]));
+        assert!(refused.contains("cannot be kept"), "{refused}");
+        assert_eq!(files(), before, "{command}, refused");
     }
 }
 

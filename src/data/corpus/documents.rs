@@ -88,13 +88,22 @@ pub fn read_documents(
 ) -> Result<(), CorpusError> {
     let mut chunks = Chunks { pieces: Vec::new(), bytes: 0, stop, take };
     for path in files {
-        match path.extension().and_then(|extension| extension.to_str()) {
-            Some("jsonl" | "ndjson") => jsonl(path, &mut chunks)?,
+        match extension(path) {
+            _ if has_lines(path) => jsonl(path, &mut chunks)?,
             Some("parquet") => column(path, &mut chunks)?,
             _ => text(path, &mut chunks)?,
         }
     }
     chunks.flush()
+}
+
+/// Whether a file is read as lines of JSON, which may be conversations.
+pub(super) fn has_lines(path: &Path) -> bool {
+    matches!(extension(path), Some("jsonl" | "ndjson"))
+}
+
+fn extension(path: &Path) -> Option<&str> {
+    path.extension().and_then(|extension| extension.to_str())
 }
 
 struct Chunks<'a> {

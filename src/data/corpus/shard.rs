@@ -17,12 +17,12 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::documents::{Piece, read_documents};
+use super::documents::{Piece, has_lines, read_documents};
 use super::{CorpusError, SourceSpec, Tokenizing, matching_files};
 use crate::data::cache::{self, hex};
 use crate::data::split;
 use crate::quant::Bytes;
-use crate::text::{Special, TextError, Tokenizer};
+use crate::text::{ChatTemplate, Special, TextError, Tokenizer};
 use crate::weights::{map_file, write_atomically};
 
 /// Another number, other shards: to be raised whenever the same files would give other tokens.
@@ -65,6 +65,8 @@ impl Borders {
 struct Origin {
     format: u32,
     tokenizer: String,
+    /// Of the chat template, where a file may hold conversations.
+    template: Option<String>,
     borders: Borders,
     /// Bytes of a token.
     width: usize,
@@ -168,16 +170,18 @@ pub(super) fn open(
     told: &mut dyn FnMut(Tokenizing<'_>),
 ) -> Result<Shard, CorpusError> {
     let files = matching_files(&spec.glob)?;
+    let template = tokenizer.chat_template().filter(|_| files.iter().any(|path| has_lines(path)));
     let origin = Origin {
         format: FORMAT,
         tokenizer: tokenizer.fingerprint()?,
+        template: template.map(ChatTemplate::fingerprint),
         borders,
         width: if tokenizer.vocab_size() <= 1 << 16 { 2 } else { 4 },
         validation_split,
         files: files.iter().map(|path| file_print(path)).collect::<Result<_, _>>()?,
     };
     let key = hex(&Sha256::digest(serde_json::to_vec(&origin).expect("plain data")));
-    let folder = cache::folder(cache, (&spec.name, &key[..16]), |folder| {
+    let folder = cache::folder(cache, (&spec.name, &key[..16]), stop, |folder| {
         tokenize(spec, tokenizer, &origin, &files, folder, stop, told)
     })?;
     let path = folder.join(HEADER);

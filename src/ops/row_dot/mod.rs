@@ -69,14 +69,14 @@ pub(crate) struct Beside<'a> {
     pub tasks: usize,
     /// Does one of them.
     pub run: &'a (dyn Fn(usize) + Sync),
-    /// What is done with some rows of a product, told by its index, when they and all tasks are there:
-    /// whole blocks of 16 rows, the last one aside, if the matrix did not grow.
-    pub then: &'a (dyn Fn(usize, Range<usize>) + Sync),
+    /// What is done with some rows of a product, told by its index, when they and all tasks are there.
+    /// The target is the whole product, in which nobody else touches these rows.
+    pub then: &'a (dyn Fn(usize, Range<usize>, Target) + Sync),
 }
 
 impl Beside<'_> {
     /// No other work.
-    pub const NOTHING: Beside<'static> = Beside { tasks: 0, run: &|_| (), then: &|_, _| () };
+    pub const NOTHING: Beside<'static> = Beside { tasks: 0, run: &|_| (), then: &|_, _, _| () };
 }
 
 /// [`f32`](fn@f32) for several matrices of the same width, in one parallel region.
@@ -128,7 +128,9 @@ struct Task<'a> {
     form: Form,
     /// Rows as they are stored, which are the same ones in their own order.
     rows: Range<usize>,
-    /// Where the product of the matrix's first row goes.
+    /// The product.
+    whole: Target,
+    /// Where that of the matrix's first row goes.
     y: Target,
     /// Rows of the product that the matrix belongs to.
     stride: usize,
@@ -146,7 +148,7 @@ fn many(
         (0..beside.tasks).for_each(beside.run);
         for (product, (matrix, y)) in products.iter_mut().enumerate() {
             y.fill(0.0);
-            (beside.then)(product, 0..matrix.rows());
+            (beside.then)(product, 0..matrix.rows(), Target::new(y));
         }
         return;
     }
@@ -157,7 +159,7 @@ fn many(
     for (product, (matrix, y)) in products.iter_mut().enumerate() {
         assert_eq!(matrix.cols(), cols);
         assert_eq!(y.len(), m * matrix.rows());
-        let (stride, y) = (matrix.rows(), Target::new(y));
+        let (stride, whole) = (matrix.rows(), Target::new(y));
         // A matrix that grew is two, side by side.
         let more = matrix.more_rows().map(|more| (more, matrix.own_rows()));
         for (matrix, before) in [(*matrix, 0)].into_iter().chain(more) {
@@ -166,10 +168,10 @@ fn many(
             while !step.is_multiple_of(matrix.order().stretch()) {
                 step += TILE_ROWS;
             }
-            let (form, y) = (form_of(matrix.block_type()), y.at(before));
+            let (form, y) = (form_of(matrix.block_type()), whole.at(before));
             for start in (0..matrix.own_rows()).step_by(step) {
                 let rows = start..matrix.own_rows().min(start + step);
-                tasks.push(Task { product, before, matrix, form, rows, y, stride });
+                tasks.push(Task { product, before, matrix, form, rows, whole, y, stride });
             }
             total += matrix.own_rows() * matrix.row_bytes();
         }
@@ -207,7 +209,8 @@ fn many(
         }
         run(isa, &input, task);
         wait(|| done.load(Ordering::Acquire) == beside.tasks);
-        (beside.then)(task.product, task.before + task.rows.start..task.before + task.rows.end);
+        let rows = task.before + task.rows.start..task.before + task.rows.end;
+        (beside.then)(task.product, rows, task.whole);
     };
     if total <= ALONE_BYTES {
         tasks.iter().for_each(one);
@@ -405,6 +408,54 @@ mod tests {
                 form(Isa::current(), &x, &w, &mut own);
                 for (all, own) in all.chunks_exact(40).zip(own.chunks_exact(37)) {
                     assert_eq!(&all[..37], own, "{block_type}");
+                }
+            }
+        }
+    }
+
+    /// What follows a product is told of every row once, of a matrix that grew too, whose two parts need
+    /// not meet at the border of a block; and its low-rank update comes to every row.
+    #[test]
+    fn what_follows_a_product_reaches_every_row() {
+        use candle_core::{Device, Var};
+        use quantune_adapters::decode::DecodeForm;
+        use quantune_adapters::delta::Lora;
+
+        let (r, cols, own) = (4, 768, 37);
+        let w = matrix(BlockType::Q4_1, own, cols);
+        for more in [0, 1, 3, 16, 30] {
+            let w = match more {
+                0 => w.clone(),
+                more => w.grown(more, &input(1, cols)).unwrap(),
+            };
+            let rows = own + more;
+            let mut stream = Stream::new(5, "update", &[more as u64]);
+            let mut draw = |rows: usize, cols: usize| {
+                let values: Vec<f32> = (0..rows * cols).map(|_| stream.normal()).collect();
+                Var::from_vec(values, (rows, cols), &Device::Cpu).unwrap()
+            };
+            let lora = Lora::new(draw(r, 16), draw(rows, r), 1.0);
+            let form = DecodeForm::<f32>::new(&lora, None).unwrap();
+            let lows: Vec<f32> = (0..3).flat_map(|token| [1.0, 2.0, 3.0, token as f32]).collect();
+            let b = lora.b.to_vec2::<f32>().unwrap();
+            let x = input(3, cols);
+            for &isa in Isa::ALL.iter().filter(|isa| isa.available()) {
+                let mut base = vec![0.0; 3 * rows];
+                int16(isa, &x, &w, &mut base);
+                let mut y = vec![f32::NAN; 3 * rows];
+                let then = |product: usize, range: Range<usize>, y: Target| {
+                    assert_eq!((product, y.len()), (0, 3 * rows));
+                    let y: Vec<Target> = (0..3).map(|token| y.at(token * rows)).collect();
+                    // SAFETY: the rung is this CPU's; no other thread is given these rows.
+                    unsafe { crate::ops::low_rank::expand(isa, &form, range, &lows, &y) };
+                };
+                let beside = Beside { tasks: 0, run: &|_| (), then: &then };
+                int16_many(isa, &x, &mut [(&w, &mut y)], beside);
+                for (at, (y, base)) in y.iter().zip(&base).enumerate() {
+                    let low = &lows[at / rows * 4..][..4];
+                    let update: f32 = low.iter().zip(&b[at % rows]).map(|(low, b)| low * b).sum();
+                    let error = (y - base - update).abs();
+                    assert!(error < 1e-3, "{} + {more} rows, {at}: {y} is off by {error}", own);
                 }
             }
         }
