@@ -223,6 +223,12 @@ impl Job<'_> {
             false => write_folder(&self.source, file_type.block_type(), out)?,
         };
         let distance = verify_grown(self.base, &self.added, self.worn, out, bounds)?;
+        if distance.cut_otherwise > 0 {
+            eprintln!(
+                "warning: {} cuts some words otherwise than the base's tokenizer, where accents stand apart from                  their letters or letters are neither of ASCII nor of one case: GGUF has no name for it",
+                out.display()
+            );
+        }
         let values: usize = written.tensors.iter().map(|t| t.shape.iter().product::<usize>()).sum();
         let bits = written.bytes as f64 * 8.0 / values.max(1) as f64;
         let lines = match &how.report {

@@ -120,6 +120,24 @@ macro_rules! ending {
 const TEKKEN: &str = cased!(r"[\p{L}&&[^a-z]]", r"[\p{L}&&[^A-Z]]", "", r"\p{N}");
 const GPT_4O: &str = cased!(r"[\p{L}&&[^a-z]]", r"[\p{L}&&[^A-Z]]", ending!(), r"\p{N}{1,3}");
 
+/// Names that llama.cpp gives tokenizers which cut letters beyond ASCII and marks otherwise than it
+/// does, and how these themselves cut: Mistral's Tekken, and OpenAI's `o200k_base`.
+const NEARLY: &[(&str, &str)] = &[
+    (
+        "tekken",
+        cased!(r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", "", r"\p{N}"),
+    ),
+    (
+        "gpt-4o",
+        cased!(
+            r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]",
+            r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]",
+            ending!(),
+            r"\p{N}{1,3}"
+        ),
+    ),
+];
+
 /// A mark before letters of ASCII is their part; other marks stand alone.
 const DEEPSEEK3: &str = concat!(
     r##"[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"##,
@@ -257,7 +275,7 @@ pub(super) fn find(name: &str) -> Option<&'static PreTokenizer> {
 }
 
 /// Texts that every two rows cut differently, if they ever do.
-const PROBES: &[&str] = &[
+pub(super) const PROBES: &[&str] = &[
     "I'm sure they'LL say it'S 'Re 'veil don't-stop, isn't it?  We'd   better\twait.\n\n  \n End ",
     "1 22 333 4444 55555 1234567 3.14 x86 a1b2c3 7th 10,000.00 ½ ² ٣٤٥ ४५ 3२1",
     "HelloWorld XMLHttpRequest iPhone ALLCAPS mixedCASE_name snake_case kebab-case don'T",
@@ -271,15 +289,23 @@ const PROBES: &[&str] = &[
     "one two  three/four\n/five !/six\n !\n\n/x a b c of the And The z",
 ];
 
-/// The name of the row that cuts [`PROBES`] as `theirs` does, and keeps whole words or not as
-/// `ignore_merges` says.
+/// The name of the row that cuts [`PROBES`] as `theirs` does, or the one of [`NEARLY`] that llama.cpp
+/// has for it, and keeps whole words or not as `ignore_merges` says.
 pub(super) fn identify(theirs: &PreTokenizerWrapper, ignore_merges: bool) -> Option<&'static str> {
     let theirs = cuts(theirs)?;
-    let fits = |row: &&PreTokenizer| {
+    let fits = |row: &PreTokenizer| {
         row.ignore_merges == ignore_merges
             && row.build(|_| true).ok().and_then(|ours| cuts(&ours)).as_ref() == Some(&theirs)
     };
-    Some(TABLE.iter().find(fits)?.names[0])
+    let named = || TABLE.iter().find(|row| fits(row)).map(|row| row.names[0]);
+    let nearly = || {
+        let known = NEARLY.iter().filter_map(|(name, split)| Some((*name, split, find(name)?)));
+        let mut same = known.filter(|(_, split, row)| {
+            fits(&PreTokenizer { names: &[], splits: std::slice::from_ref(split), ..**row })
+        });
+        same.next().map(|(name, ..)| name)
+    };
+    named().or_else(nearly)
 }
 
 /// The pieces that a pre-tokenizer makes of [`PROBES`], and with them what it adds to a text.
@@ -404,6 +430,17 @@ mod tests {
             if let Some(json) = row.to_json() {
                 check(&serde_json::from_value(json).unwrap());
             }
+        }
+        for (name, split) in NEARLY {
+            let row = PreTokenizer { splits: std::slice::from_ref(split), ..*find(name).unwrap() };
+            let theirs = row.build(|_| true).unwrap();
+            assert_eq!(identify(&theirs, row.ignore_merges), Some(*name));
+            assert_ne!(
+                cuts(&theirs),
+                cuts(&find(name).unwrap().build(|_| true).unwrap()),
+                "{name}"
+            );
+            assert_eq!(identify(&theirs, !row.ignore_merges), None);
         }
         let whole = PreTokenizerWrapper::ByteLevel(ByteLevel::new(true, true, true));
         assert_eq!(identify(&whole, false), None, "a prefix space is no llama.cpp's");

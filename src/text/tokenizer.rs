@@ -320,6 +320,19 @@ impl Tokenizer {
         pre_tokenizer::identify(self.inner.get_pre_tokenizer()?, ignore_merges)
     }
 
+    /// How many of a dozen texts, of all scripts and habits, get other ids of another tokenizer.
+    ///
+    /// # Errors
+    /// If one fails on a text.
+    pub fn cuts_otherwise(&self, other: &Self) -> Result<usize, TextError> {
+        let mut count = 0;
+        for text in pre_tokenizer::PROBES {
+            let [one, two] = [self, other].map(|tokenizer| tokenizer.encode(text, Special::AsText));
+            count += usize::from(one? != two?);
+        }
+        Ok(count)
+    }
+
     /// Pins the time that the chat template sees, in seconds since 1970 UTC.
     pub fn set_template_time(&mut self, now: u64) {
         if let Some(template) = &mut self.template {
