@@ -210,25 +210,20 @@ impl Job<'_> {
         if how.n_ctx.is_some() && how.report.is_none() && how.imatrix_data.is_none() {
             return Err(Usage("--n-ctx is of --report and --imatrix-data".into()).into());
         }
-        let bounds = match file_type {
-            FileType::F32 => Bounds::F32,
-            FileType::F16 => Bounds::F16,
-            FileType::BF16 => Bounds::BF16,
-            _ => Bounds::QUANTIZED,
+        let bounds = match how.of_gguf_only() {
+            Some(_) => Bounds::QUANTIZED,
+            None => Bounds::of(file_type),
         };
-        let bounds = if how.of_gguf_only().is_some() { Bounds::QUANTIZED } else { bounds };
         let importance = how.importance(self.base, &self.added, self.worn)?;
         let written = match is_gguf(out) {
             true => self.gguf(file_type, importance.as_ref(), out)?,
             false => write_folder(&self.source, file_type.block_type(), out)?,
         };
-        let distance = verify_grown(self.base, &self.added, self.worn, out, bounds)?;
-        if distance.cut_otherwise > 0 {
-            eprintln!(
-                "warning: {} cuts some words otherwise than the base's tokenizer, where accents stand apart from                  their letters or letters are neither of ASCII nor of one case: GGUF has no name for it",
-                out.display()
-            );
+        let verified = verify_grown(self.base, &self.added, self.worn, out, bounds)?;
+        if let Some(warning) = verified.warning(out) {
+            eprintln!("warning: {warning}");
         }
+        let distance = verified.distance;
         let values: usize = written.tensors.iter().map(|t| t.shape.iter().product::<usize>()).sum();
         let bits = written.bytes as f64 * 8.0 / values.max(1) as f64;
         let lines = match &how.report {
@@ -255,6 +250,7 @@ impl Job<'_> {
             "bytes": written.bytes,
             "bits_per_weight": bits,
             "distance": to_json(&distance)?,
+            "cut_otherwise": verified.cut_otherwise,
             "tensors": to_json(&written.tensors)?,
         });
         if let Some(lines) = &lines {

@@ -25,7 +25,7 @@ pub use folder::write_folder;
 pub use gguf::write_gguf;
 pub use source::{Named, Source, SourceTensor};
 pub use types::{FileType, Recipe};
-pub use verify::{Bounds, Distance, load_grown, verify, verify_grown};
+pub use verify::{Bounds, Distance, Verified, load_grown, verify, verify_grown};
 
 use crate::quant::BlockType;
 

@@ -316,3 +316,18 @@ struct Seen {
     attn_v: usize,
     ffn_down: usize,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::weights::gguf::file_type_name;
+
+    #[test]
+    fn numbers_are_those_that_readers_have() {
+        for file_type in FileType::ALL {
+            let most = if *file_type == FileType::F32 { "all" } else { "mostly" };
+            let name = file_type_name(u64::from(file_type.number()));
+            assert_eq!(name, format!("{most} {file_type}"));
+        }
+    }
+}

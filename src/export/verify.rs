@@ -4,7 +4,7 @@ use std::path::Path;
 
 use quantune_adapters::rng::Stream;
 
-use super::ExportError;
+use super::{ExportError, FileType};
 use crate::model::{Adapters, Config, Decoder, Rows, Worn};
 use crate::ops::Compute;
 use crate::text::{Added, Special, Tokenizer};
@@ -27,9 +27,30 @@ pub struct Distance {
     pub worst_logp: f64,
     /// Tokens compared.
     pub tokens: usize,
-    /// Texts of a dozen that the tokenizer cuts otherwise: llama.cpp has no name for just how some cut
-    /// marks and letters beyond ASCII, and a GGUF no place for their Unicode normalization.
-    pub cut_otherwise: usize,
+}
+
+/// What reading back a model has shown.
+#[derive(Debug, Clone, Copy)]
+pub struct Verified {
+    /// How far it is off.
+    pub distance: Distance,
+    /// Whether some words are cut otherwise, in texts of many scripts: llama.cpp has no name for just
+    /// how some tokenizers cut marks and letters beyond ASCII, and a GGUF no place for Unicode
+    /// normalization.
+    pub cut_otherwise: bool,
+}
+
+impl Verified {
+    /// A warning about what was written at `path`, if there is one to give.
+    pub fn warning(&self, path: &Path) -> Option<String> {
+        self.cut_otherwise.then(|| {
+            format!(
+                "{} cuts some words otherwise than the base's tokenizer (accents apart from their letters, or \
+                 letters neither of ASCII nor of one case): the format cannot say how that one does",
+                path.display()
+            )
+        })
+    }
 }
 
 /// How far a model may be off its source, by how it is written.
@@ -48,6 +69,16 @@ impl Bounds {
     pub const BF16: Self = Self { mean_kl: 0.2, worst_logp: 4.0 };
     /// No bounds on what is lost, but there must be numbers.
     pub const QUANTIZED: Self = Self { mean_kl: f64::MAX, worst_logp: f64::MAX };
+
+    /// Those of a file of this type; of a mixture of types there are none.
+    pub fn of(file_type: FileType) -> Self {
+        match file_type {
+            FileType::F32 => Self::F32,
+            FileType::F16 => Self::F16,
+            FileType::BF16 => Self::BF16,
+            _ => Self::QUANTIZED,
+        }
+    }
 
     /// Whether a distance is within them, or a clause about it.
     ///
@@ -111,7 +142,7 @@ pub(super) fn distance(
         }
     }
     let tokens = tokens.len();
-    Ok(Distance { mean_kl: kl / tokens as f64, worst_logp: worst, tokens, cut_otherwise: 0 })
+    Ok(Distance { mean_kl: kl / tokens as f64, worst_logp: worst, tokens })
 }
 
 /// Opens what was written and compares it with the base that wears the adapters: the tokens of a
@@ -125,7 +156,7 @@ pub fn verify(
     worn: &[Worn],
     written: &Path,
     bounds: Bounds,
-) -> Result<Distance, ExportError> {
+) -> Result<Verified, ExportError> {
     verify_grown(base, &[], worn, written, bounds)
 }
 
@@ -139,7 +170,7 @@ pub fn verify_grown(
     worn: &[Worn],
     written: &Path,
     bounds: Bounds,
-) -> Result<Distance, ExportError> {
+) -> Result<Verified, ExportError> {
     let source = load_grown(base, added)?;
     compare(&source, (base, added), worn, written, bounds).map_err(|reason| {
         let path = written.to_path_buf();
@@ -173,11 +204,11 @@ fn compare(
     worn: &[Worn],
     written: &Path,
     bounds: Bounds,
-) -> Result<Distance, String> {
+) -> Result<Verified, String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
     let checkpoint = Checkpoint::open(written).map_err(|e| text(&e))?;
     let decoder = Decoder::load(&checkpoint, Compute::F32).map_err(|e| text(&e))?;
-    let mut cut_otherwise = 0;
+    let mut cut_otherwise = false;
     if let Ok(theirs) = Tokenizer::open_with(base, added) {
         let ours = Tokenizer::open(&checkpoint).map_err(|e| text(&e))?;
         let between: String = added.iter().map(|token| format!(" a{}b", token.text)).collect();
@@ -187,7 +218,7 @@ fn compare(
                 return Err("its tokenizer cuts text differently".into());
             }
         }
-        cut_otherwise = theirs.cuts_otherwise(&ours).map_err(|e| text(&e))?;
+        cut_otherwise = theirs.cuts_otherwise(&ours);
     }
     let mut tokens = tokens(base, &source.config).map_err(|e| text(&e))?;
     if let (false, Ok(tokenizer)) = (added.is_empty(), Tokenizer::open_with(base, added)) {
@@ -196,8 +227,7 @@ fn compare(
         tokens.extend(ids.take(room.min(TOKENS)));
     }
     let found = distance((source, worn), &decoder, &[], &tokens).map_err(|e| text(&e))?;
-    let found = Distance { cut_otherwise, ..found };
-    bounds.check(found).map(|()| found)
+    bounds.check(found).map(|()| Verified { distance: found, cut_otherwise })
 }
 
 /// The tokens that are compared: those of a text, or any where a base has no tokenizer.

@@ -289,23 +289,22 @@ pub(super) const PROBES: &[&str] = &[
     "one two  three/four\n/five !/six\n !\n\n/x a b c of the And The z",
 ];
 
-/// The name of the row that cuts [`PROBES`] as `theirs` does, or the one of [`NEARLY`] that llama.cpp
-/// has for it, and keeps whole words or not as `ignore_merges` says.
+/// The name of the row that cuts [`PROBES`] as `theirs` does and keeps whole words or not as
+/// `ignore_merges` says; or the one of [`NEARLY`] that llama.cpp has for it.
 pub(super) fn identify(theirs: &PreTokenizerWrapper, ignore_merges: bool) -> Option<&'static str> {
     let theirs = cuts(theirs)?;
-    let fits = |row: &PreTokenizer| {
-        row.ignore_merges == ignore_merges
-            && row.build(|_| true).ok().and_then(|ours| cuts(&ours)).as_ref() == Some(&theirs)
+    let alike = |row: &PreTokenizer| {
+        row.build(|_| true).ok().and_then(|ours| cuts(&ours)).as_ref() == Some(&theirs)
     };
-    let named = || TABLE.iter().find(|row| fits(row)).map(|row| row.names[0]);
+    let fits = |row: &&PreTokenizer| row.ignore_merges == ignore_merges && alike(row);
     let nearly = || {
         let known = NEARLY.iter().filter_map(|(name, split)| Some((*name, split, find(name)?)));
         let mut same = known.filter(|(_, split, row)| {
-            fits(&PreTokenizer { names: &[], splits: std::slice::from_ref(split), ..**row })
+            alike(&PreTokenizer { splits: std::slice::from_ref(split), ..**row })
         });
         same.next().map(|(name, ..)| name)
     };
-    named().or_else(nearly)
+    TABLE.iter().find(fits).map(|row| row.names[0]).or_else(nearly)
 }
 
 /// The pieces that a pre-tokenizer makes of [`PROBES`], and with them what it adds to a text.
@@ -431,19 +430,38 @@ mod tests {
                 check(&serde_json::from_value(json).unwrap());
             }
         }
-        for (name, split) in NEARLY {
-            let row = PreTokenizer { splits: std::slice::from_ref(split), ..*find(name).unwrap() };
-            let theirs = row.build(|_| true).unwrap();
-            assert_eq!(identify(&theirs, row.ignore_merges), Some(*name));
+        let whole = PreTokenizerWrapper::ByteLevel(ByteLevel::new(true, true, true));
+        assert_eq!(identify(&whole, false), None, "a prefix space is no llama.cpp's");
+    }
+
+    /// The expressions as `tokenizer.json` of Mistral NeMo and of gpt-oss have them.
+    #[test]
+    fn what_llama_cpp_cuts_nearly_so_has_its_name() {
+        let upper = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]";
+        let lower = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]";
+        for (name, after, digits) in
+            [("tekken", "", ""), ("gpt-4o", "(?i:'s|'t|'re|'ve|'m|'ll|'d)?", "{1,3}")]
+        {
+            let pattern = format!(
+                r"[^\r\n\p{{L}}\p{{N}}]?{upper}*{lower}+{after}|[^\r\n\p{{L}}\p{{N}}]?{upper}+{lower}*{after}|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+            );
+            let split = json!({
+                "type": "Split", "pattern": { "Regex": pattern }, "behavior": "Isolated", "invert": false
+            });
+            let bytes = json!({
+                "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false
+            });
+            let theirs = json!({ "type": "Sequence", "pretokenizers": [split, bytes] });
+            let theirs = serde_json::from_value(theirs).unwrap();
+            for ignore_merges in [false, true] {
+                assert_eq!(identify(&theirs, ignore_merges), Some(name));
+            }
             assert_ne!(
                 cuts(&theirs),
                 cuts(&find(name).unwrap().build(|_| true).unwrap()),
                 "{name}"
             );
-            assert_eq!(identify(&theirs, !row.ignore_merges), None);
         }
-        let whole = PreTokenizerWrapper::ByteLevel(ByteLevel::new(true, true, true));
-        assert_eq!(identify(&whole, false), None, "a prefix space is no llama.cpp's");
     }
 
     #[test]

@@ -26,7 +26,9 @@ use super::settings::{EvalStrategy, FloatType, PretrainSettings};
 use crate::data::corpus::{Corpus, CorpusError, SourceReport, SourceSpec};
 use crate::data::{Batch, DataError};
 use crate::eval::{Bigram, TextLoss, text_loss};
-use crate::export::{ExportError, FileType, Recipe, Source, expressible, write_folder, write_gguf};
+use crate::export::{
+    Bounds, ExportError, FileType, Recipe, Source, expressible, verify, write_folder, write_gguf,
+};
 use crate::generate::{Request, Sampling, Settings as Decoding, generate};
 use crate::model::full::{FullBuffers, FullModel, working_bytes};
 use crate::model::{Adapters, CacheType};
@@ -227,6 +229,7 @@ pub fn pretrain(
         true => None,
         false => {
             course.write_gguf(export_type, &settings.export)?;
+            read_back(&folder, settings, export_type)?;
             Some(settings.export.clone())
         }
     };
@@ -421,6 +424,21 @@ impl Pretraining {
         self.written(|source| write_gguf(source, &Recipe::new(of), None, path))?;
         Ok(())
     }
+}
+
+/// Opens an export again and compares it with the model's folder.
+fn read_back(folder: &Path, settings: &PretrainSettings, of: FileType) -> Result<(), TrainError> {
+    // Both were rounded, each for itself: the coarser one counts.
+    let bounds = match (of, settings.dtype) {
+        (FileType::F32 | FileType::F16, FloatType::Bf16) => Bounds::BF16,
+        (FileType::F32, FloatType::F16) => Bounds::F16,
+        (of, _) => Bounds::of(of),
+    };
+    let verified = verify(&Checkpoint::open(folder)?, &[], &settings.export, bounds)?;
+    if let Some(warning) = verified.warning(&settings.export) {
+        eprintln!("warning: {warning}");
+    }
+    Ok(())
 }
 
 /// The folder of the tokenizer; a GGUF's own is written down beside the run.

@@ -242,6 +242,34 @@ fn a_model_in_memory_is_written_in_both_forms() {
     }
 }
 
+/// A GGUF has no place for Unicode normalization: what comes of it is told, a folder keeps it.
+#[test]
+fn words_that_a_form_cuts_otherwise_are_told() {
+    let folder = tempfile::tempdir().unwrap();
+    for normalizer in [json!(null), json!({ "type": "NFC" })] {
+        let own = folder.path().join("base");
+        std::fs::create_dir_all(&own).unwrap();
+        for entry in std::fs::read_dir(model_path("llama-tiny")).unwrap() {
+            let entry = entry.unwrap();
+            std::fs::copy(entry.path(), own.join(entry.file_name())).unwrap();
+        }
+        let path = own.join("tokenizer.json");
+        let mut tokenizer: serde_json::Value =
+            serde_json::from_str(&std::fs::read_to_string(&path).unwrap()).unwrap();
+        tokenizer["normalizer"] = normalizer.clone();
+        std::fs::write(&path, tokenizer.to_string()).unwrap();
+        let base = Checkpoint::open(&own).unwrap();
+        let source = Source::open(&base, &[]).unwrap();
+        let (gguf, out) = (folder.path().join("out.gguf"), folder.path().join("out"));
+        write_gguf(&source, &Recipe::new(FileType::F32), None, &gguf).unwrap();
+        write_folder(&source, BlockType::F32, &out).unwrap();
+        let told = |path: &Path| verify(&base, &[], path, Bounds::F32).unwrap().warning(path);
+        assert_eq!(told(&out), None);
+        let warning = told(&gguf).unwrap_or_default();
+        assert_eq!(warning.contains("out.gguf cuts some words otherwise"), !normalizer.is_null());
+    }
+}
+
 /// The config of one of the models that llama-quantize was asked about.
 fn quantized_config(model: &serde_json::Value) -> Config {
     let size = |key: &str| model[key].as_u64().unwrap() as usize;

@@ -83,7 +83,7 @@ fn merged_in_its_own_form() {
             write_gguf(&source, &Recipe::new(of), None, &out).unwrap();
             let off =
                 verify(&base, &worn, &out, bounds).unwrap_or_else(|e| panic!("{name} {of}: {e}"));
-            assert!(off.mean_kl < 0.05, "{name} {of}: {off:?}");
+            assert!(off.distance.mean_kl < 0.05, "{name} {of}: {off:?}");
             let (old, new) = (Gguf::open(base.path()).unwrap(), Gguf::open(&out).unwrap());
             let of_type = |key: &str| key == "general.file_type";
             assert_eq!(keys(&old, of_type), keys(&new, of_type), "{name}");

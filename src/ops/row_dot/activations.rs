@@ -12,7 +12,8 @@ pub(super) const GROUP: usize = 32;
 /// Scales that kernels take at a time.
 pub(super) const LANES: usize = 16;
 /// The largest rounded value: four products with the largest words, `-128 · 256`, fit an `i32`, and
-/// so do 32 with nibbles; all these sums are exact in `f32`.
+/// so do 32 with nibbles or bytes. All these sums are exact in `f32` but for 32 with bytes of `Q8_0`,
+/// which are rounded once.
 const LEVELS: f32 = 16383.0;
 /// What a value takes to be rounded, as a number of multiply-adds.
 const WORK: usize = 8;

@@ -15,7 +15,7 @@ use std::arch::x86_64::*;
 
 use super::activations::{Activations, Batch, Batches, GROUP, LANES};
 use super::kernel::Output;
-use super::tile::{Blocks, ROWS, lower_halves, multiply};
+use super::tile::{Blocks, ROWS, lower_halves, multiply, put_tile};
 use crate::quant::BlockType;
 
 /// How far ahead of its use memory is asked for.
@@ -433,19 +433,8 @@ unsafe fn tile<B: ByteBlock, const M: usize, const CHAINS: usize>(
                 }
             }
         }
-        let mut y = [[0f32; ROWS]; M];
-        for i in 0..M {
-            // SAFETY: 16 values.
-            unsafe { _mm512_storeu_ps(y[i].as_mut_ptr(), sums[0][i]) };
-        }
-        for row in 0..ROWS {
-            let mut of_row = [0.0; M];
-            for i in 0..M {
-                of_row[i] = y[i][row];
-            }
-            // SAFETY: the caller's promise.
-            unsafe { output.put(tile * ROWS + row, x.rows.start, &of_row) };
-        }
+        // SAFETY: the caller's promises.
+        unsafe { put_tile(output, tile * ROWS, x.rows.start, sums[0]) };
     }
 }
 

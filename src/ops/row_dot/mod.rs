@@ -368,7 +368,7 @@ mod tests {
     fn every_block_type_on_every_rung() {
         for &block_type in BlockType::ALL {
             let block = block_type.block_len().max(32);
-            for (rows, cols) in [(5, block), (7, 3 * block), (35, 2304)] {
+            for (rows, cols) in [(5, block), (7, 3 * block), (35, 2304), (19, 17 * block)] {
                 let w = matrix(block_type, rows, cols);
                 for m in [1, 3, 8] {
                     check(&w, m);
@@ -509,17 +509,28 @@ mod tests {
 
     #[test]
     fn nothing_is_hidden_by_rounding() {
-        let w = matrix(BlockType::Q4_0, 2, 64);
-        let y = |value: f32| {
-            let (mut x, mut y) = (input(1, 64), vec![0.0; 2]);
-            x[40] = value;
-            int16(Isa::current(), &x, &w, &mut y);
-            y
-        };
-        assert!(y(f32::NAN).iter().all(|y| y.is_nan()));
-        assert!(y(f32::INFINITY).iter().all(|y| !y.is_finite()));
-        let mut y = vec![f32::NAN; 2];
-        int16(Isa::current(), &[0.0; 64], &w, &mut y);
-        assert_eq!(y, [0.0; 2]);
+        let types = [BlockType::Q4_0, BlockType::Q8_0, BlockType::Q6_K];
+        for (block_type, m) in types.into_iter().flat_map(|of| [1, 2, 4, 8].map(|m| (of, m))) {
+            // Whole tiles and a rest.
+            let w = matrix(block_type, 37, 512);
+            for &isa in Isa::ALL.iter().filter(|isa| isa.available()) {
+                let y = |value: f32| {
+                    let (mut x, mut y) = (input(m, 512), vec![0.0; m * 37]);
+                    x[(m - 1) * 512 + 300] = value;
+                    int16(isa, &x, &w, &mut y);
+                    y
+                };
+                let finite = y(1.0);
+                for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                    let y = y(value);
+                    let (others, last) = y.split_at((m - 1) * 37);
+                    assert!(last.iter().all(|y| !y.is_finite()), "{block_type} {m} {}", isa.name());
+                    assert_eq!(others, &finite[..others.len()]);
+                }
+                let mut y = vec![f32::NAN; m * 37];
+                int16(isa, &vec![0.0; m * 512], &w, &mut y);
+                assert!(y.iter().all(|y| *y == 0.0), "{block_type} {m} {}", isa.name());
+            }
+        }
     }
 }

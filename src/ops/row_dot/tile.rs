@@ -104,20 +104,38 @@ unsafe fn rows<B: Block, const M: usize, const CHAINS: usize>(
             // SAFETY: the CPU has the instructions, and every row such a block.
             unsafe { B::add::<M, CHAINS>(blocks, &x, block * B::GROUPS, &mut sums) };
         }
-        let mut y = [[0f32; ROWS]; M];
+        let mut all = [_mm512_setzero_ps(); M];
         for i in 0..M {
-            let all = _mm512_fmadd_ps(sums.minima[i], _mm512_set1_ps(B::MINIMUM), sums.scaled[i]);
-            // SAFETY: 16 values.
-            unsafe { _mm512_storeu_ps(y[i].as_mut_ptr(), all) };
+            all[i] = _mm512_fmadd_ps(sums.minima[i], _mm512_set1_ps(B::MINIMUM), sums.scaled[i]);
         }
-        for row in 0..ROWS {
-            let mut of_row = [0.0; M];
-            for i in 0..M {
-                of_row[i] = y[i][row];
-            }
-            // SAFETY: the caller's promise.
-            unsafe { output.put(tile * ROWS + row, x.rows.start, &of_row) };
+        // SAFETY: the caller's promises.
+        unsafe { put_tile(output, tile * ROWS, x.rows.start, all) };
+    }
+}
+
+/// Puts the products of sixteen rows at hand with inputs from `first` on in their place.
+///
+/// # Safety
+/// The CPU must have AVX-512 F, and no other thread may touch those elements of `y`.
+#[inline(always)]
+pub(super) unsafe fn put_tile<const M: usize>(
+    output: &Output,
+    row: usize,
+    first: usize,
+    all: [__m512; M],
+) {
+    let mut y = [[0f32; ROWS]; M];
+    for i in 0..M {
+        // SAFETY: 16 values.
+        unsafe { _mm512_storeu_ps(y[i].as_mut_ptr(), all[i]) };
+    }
+    for n in 0..ROWS {
+        let mut of_row = [0.0; M];
+        for i in 0..M {
+            of_row[i] = y[i][n];
         }
+        // SAFETY: the caller's promise.
+        unsafe { output.put(row + n, first, &of_row) };
     }
 }
 
