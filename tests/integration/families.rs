@@ -258,7 +258,7 @@ fn the_cache_gives_what_one_pass_gives() {
             let flat = |t: Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             let logits = |hidden: &Tensor| flat(decoder.logits(hidden, Adapters::NONE).unwrap());
             let whole = logits(&decoder.hidden(&Rows::new(&[row]), Adapters::NONE).unwrap());
-            let mut cache = KvCache::with_type(&decoder.config, 1, CacheType::F32);
+            let mut cache = KvCache::with_type(&decoder, 1, CacheType::F32);
             let (mut found, mut seen) = (Vec::new(), 0);
             for piece in [11, 6].into_iter().chain(std::iter::repeat_n(1, row.len() - 17)) {
                 let next = Rows::after([(&row[seen..seen + piece], seen)].into_iter());
@@ -325,7 +325,7 @@ fn rows_grow_across_longropes_border() {
             assert_eq!(found, tokens[prompt.len()..], "{compute:?}, a prompt of {}", prompt.len());
         }
 
-        let mut cache = KvCache::with_type(&decoder.config, 1, CacheType::F32);
+        let mut cache = KvCache::with_type(&decoder, 1, CacheType::F32);
         let next = |from: usize, to: usize| Rows::after([(&row[from..to], from)].into_iter());
         decoder.hidden_cached(&next(0, 20), Adapters::NONE, &mut cache).unwrap();
         let error = decoder.hidden_cached(&next(20, 30), Adapters::NONE, &mut cache);
