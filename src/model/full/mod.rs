@@ -36,7 +36,7 @@ pub struct FullModel {
     pub compute: Compute,
     /// Hugging Face's names of the parameters.
     pub names: Vec<String>,
-    /// The parameters: F32 on the CPU, contiguous.
+    /// The parameters: F32, contiguous, on the CPU unless [`FullModel::on`] brought them elsewhere.
     pub parameters: Vec<Var>,
     places: Places,
 }
@@ -251,6 +251,30 @@ impl FullModel {
         Ok(Self { config, compute, names, parameters, places })
     }
 
+    /// The same model with its parameters on a device, where its micro-batches then compute.
+    ///
+    /// # Errors
+    /// If the form is not the portable one, or the device has too little memory.
+    pub fn on(mut self, device: &Device) -> Result<Self> {
+        if self.compute != Compute::Portable {
+            candle_core::bail!("compute is {}, needed portable on a device", self.compute);
+        }
+        for var in &mut self.parameters {
+            *var = Var::from_tensor(&var.as_detached_tensor().to_device(device)?)?;
+        }
+        Ok(self)
+    }
+
+    /// Where its parameters are.
+    pub fn device(&self) -> &Device {
+        self.parameters[EMBEDDING].device()
+    }
+
+    /// The parameters on the CPU, copied if they are elsewhere.
+    pub fn on_cpu(&self) -> Result<Vec<Tensor>> {
+        self.parameters.iter().map(|var| var.as_detached_tensor().to_device(&Device::Cpu)).collect()
+    }
+
     /// Whether all weights of such a decoder can train.
     ///
     /// # Errors
@@ -258,7 +282,8 @@ impl FullModel {
     pub fn check_config(config: &Config) -> Result<()> {
         match config.beyond_llama() {
             Some(what) => candle_core::bail!(
-                "all weights of {what} cannot train here, those of Llama-like decoders can;                  adapters on it can"
+                "all weights of {what} cannot train here, those of Llama-like decoders can; adapters \
+                 on it can"
             ),
             None => Ok(()),
         }
@@ -282,15 +307,18 @@ impl FullModel {
         self.parameters.iter().map(|var| vec![0.0; var.elem_count()]).collect()
     }
 
-    /// A frozen decoder of the present values, copied.
+    /// A frozen decoder of the present values, copied, on the device they are on.
+    ///
+    /// # Errors
+    /// If that is not the CPU and `compute` not portable.
     pub fn decoder(&self, compute: Compute) -> Result<Decoder> {
+        let values = self.on_cpu()?;
         let matrix = |index: usize| -> Result<Arc<FrozenMatrix>> {
-            let var = &self.parameters[index];
-            let (rows, cols) = var.dims2()?;
-            let matrix = FrozenMatrix::from_f32(&Values::of(var)?, rows, cols);
+            let (rows, cols) = values[index].dims2()?;
+            let matrix = FrozenMatrix::from_f32(&Values::of(&values[index])?, rows, cols);
             Ok(Arc::new(matrix.map_err(candle_core::Error::wrap)?))
         };
-        let vector = |index: usize| self.parameters[index].as_detached_tensor().copy();
+        let vector = |index: usize| values[index].copy();
         let linear = |linear: &Linear| -> Result<decoder::Linear> {
             let name = self.names[linear.weight].trim_end_matches(".weight").to_string();
             let bias = linear.bias.map(vector).transpose()?;
@@ -317,7 +345,7 @@ impl FullModel {
             EMBEDDING => embedding.clone(),
             head => matrix(head)?,
         };
-        Ok(Decoder {
+        let decoder = Decoder {
             config: self.config.clone(),
             compute,
             device: Device::Cpu,
@@ -327,7 +355,11 @@ impl FullModel {
             head,
             uploaded_head: None,
             inv_freq: self.config.inv_freq(),
-        })
+        };
+        match self.device() {
+            Device::Cpu => Ok(decoder),
+            device => decoder.on(device),
+        }
     }
 
     /// One micro-batch: the sum of `-log p(target)` over its targets, in nats. The gradients of that
@@ -335,7 +367,7 @@ impl FullModel {
     /// the parameters.
     ///
     /// Layers below the uppermost `kept_layers` keep only their input on the way up and are
-    /// recomputed on the way down.
+    /// recomputed on the way down; in the portable form all keep all.
     ///
     /// # Errors
     /// If a token or target is outside the vocabulary, or the rows do not part the tokens.
