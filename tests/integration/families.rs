@@ -349,10 +349,14 @@ fn what_full_training_has_not_is_refused_by_name() {
         FullModel::load(&checkpoint, Compute::F32)
     };
     assert!(all("llama-yarn").is_ok());
+    assert!(all("qwen3").is_ok());
     for (name, words) in [("gemma2", "gemma2"), ("smollm3", "smollm3"), ("phi3", "phi3")] {
         let error = all(name).unwrap_err().to_string();
         assert!(error.contains(words) && error.contains("adapters"), "{error}");
     }
+    let (_folder, checkpoint) = variant("qwen3-window");
+    let error = FullModel::load(&checkpoint, Compute::F32).unwrap_err().to_string();
+    assert!(error.contains("a qwen3 with a sliding window"), "{error}");
 }
 
 /// A model in several files is that in one, to the bit; later files and missing ones are told.

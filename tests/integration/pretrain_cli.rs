@@ -14,7 +14,7 @@ use quantune::weights::Checkpoint;
 use quantune_adapters::rng::Stream;
 
 use crate::binary::{Lab, base, error, every_flag, kill, last_json, quantune, strings};
-use crate::support::model_path;
+use crate::support::{golden_json, model_path};
 
 /// Texts of two kinds, and the tokenizer of the tiny Llama.
 fn lab() -> (Lab, String) {
@@ -224,19 +224,27 @@ fn a_portable_pretraining_is_the_fast_one_and_goes_on() {
 #[test]
 fn what_comes_out_is_an_ordinary_base() {
     let (lab, tokenizer) = lab();
+    let shape = ["--hidden-size", "32", "--num-attention-heads", "4", "--intermediate-size", "64"];
+    is_an_ordinary_base(&lab, &tokenizer, &shape);
+}
+
+/// As above, with norms of queries and keys.
+#[test]
+fn what_comes_out_of_qwen3s_shape_is_an_ordinary_base() {
+    let (lab, tokenizer) = lab();
+    let mut config = golden_json("families/qwen3/config.json");
+    config["vocab_size"] = 512.into();
+    lab.write("qwen3.json", &config.to_string());
+    is_an_ordinary_base(&lab, &tokenizer, &["--model-config", &lab.path("qwen3.json")]);
+}
+
+fn is_an_ordinary_base(lab: &Lab, tokenizer: &str, shape: &[&str]) {
     let out = lab.path("run");
     let gguf = lab.path("model.gguf");
     let stories = format!("stories=1:{}", lab.path("stories.jsonl"));
-    let mut args = strings(&["pretrain", "--source", &stories, "--tokenizer", &tokenizer]);
-    args.extend(strings(&["--out", &out, "--hidden-size", "32", "--num-attention-heads", "4"]));
-    args.extend(strings(&[
-        "--intermediate-size",
-        "64",
-        "--max-length",
-        "32",
-        "--max-tokens",
-        "15000",
-    ]));
+    let mut args = strings(&["pretrain", "--source", &stories, "--tokenizer", tokenizer]);
+    args.extend(strings(shape));
+    args.extend(strings(&["--out", &out, "--max-length", "32", "--max-tokens", "15000"]));
     args.extend(strings(&["--learning-rate", "0.01", "--validation-split", "0.1"]));
     args.extend(strings(&["--export", &gguf, "--export-type", "F32", "--json"]));
     let done = last_json(&quantune(&args));

@@ -16,6 +16,7 @@ use candle_core::{Device, Result, Tensor, Var};
 use quantune_adapters::rng::Stream;
 use rayon::prelude::*;
 
+use super::config::QkNorm;
 use super::decoder::{self, Decoder, Shared};
 use super::{Config, ModelError};
 use crate::data::Batch;
@@ -60,6 +61,9 @@ struct Layer {
     k: Linear,
     v: Linear,
     o: Linear,
+    /// Of the heads of queries and keys, `(head_dim)`.
+    q_norm: Option<usize>,
+    k_norm: Option<usize>,
     post_attention_norm: usize,
     gate: Linear,
     up: Linear,
@@ -89,15 +93,21 @@ impl Plan {
         let kv_width = c.num_key_value_heads * c.head_dim;
         let mut plan = Self::default();
         plan.add("model.embed_tokens.weight".into(), vec![c.vocab_size, hidden]);
+        let of_heads = c.family.qk_norm != QkNorm::None;
         let layer = |index: usize| {
             let path = |name: &str| format!("model.layers.{index}.{name}");
             let norm = |name: &str| path(&format!("{name}.weight"));
+            let of_heads = |plan: &mut Self, name: &str| {
+                of_heads.then(|| plan.add(norm(&format!("self_attn.{name}")), vec![c.head_dim]))
+            };
             Layer {
                 input_norm: plan.add(norm("input_layernorm"), vec![hidden]),
                 q: plan.linear(path("self_attn.q_proj"), q_width, hidden, c.qkv_bias),
                 k: plan.linear(path("self_attn.k_proj"), kv_width, hidden, c.qkv_bias),
                 v: plan.linear(path("self_attn.v_proj"), kv_width, hidden, c.qkv_bias),
                 o: plan.linear(path("self_attn.o_proj"), hidden, q_width, c.o_bias),
+                q_norm: of_heads(&mut plan, "q_norm"),
+                k_norm: of_heads(&mut plan, "k_norm"),
                 post_attention_norm: plan.add(norm("post_attention_layernorm"), vec![hidden]),
                 gate: plan.linear(path("mlp.gate_proj"), inner, hidden, c.mlp_bias),
                 up: plan.linear(path("mlp.up_proj"), inner, hidden, c.mlp_bias),
@@ -207,15 +217,16 @@ impl FullModel {
         let mut sources = vec![Source::Matrix(&decoder.embedding)];
         for layer in &decoder.layers {
             let groups = [
-                (&layer.input_norm, layer.qkv.linears(), &layer.o),
-                (&layer.pre_feedforward_norm, layer.gate_up.linears(), &layer.down),
+                (&layer.input_norm, layer.qkv.linears(), &layer.o, [&layer.q_norm, &layer.k_norm]),
+                (&layer.pre_feedforward_norm, layer.gate_up.linears(), &layer.down, [&None; 2]),
             ];
-            for (norm, linears, last) in groups {
+            for (norm, linears, last, of_heads) in groups {
                 sources.extend(norm.as_ref().map(Source::Vector));
                 for linear in linears.iter().chain([last]) {
                     sources.push(Source::Matrix(&linear.weight));
                     sources.extend(linear.bias.as_ref().map(Source::Vector));
                 }
+                sources.extend(of_heads.into_iter().flatten().map(Source::Vector));
             }
         }
         sources.push(Source::Vector(&decoder.norm));
@@ -282,8 +293,8 @@ impl FullModel {
     pub fn check_config(config: &Config) -> Result<()> {
         match config.beyond_llama() {
             Some(what) => candle_core::bail!(
-                "all weights of {what} cannot train here, those of Llama-like decoders can; adapters \
-                 on it can"
+                "all weights of {what} cannot train here, those of a plain llama, qwen2 or qwen3 can; \
+                 adapters on it can"
             ),
             None => Ok(()),
         }
@@ -328,8 +339,8 @@ impl FullModel {
             Ok(decoder::Layer {
                 input_norm: Some(vector(layer.input_norm)?),
                 qkv: Shared::Apart([linear(&layer.q)?, linear(&layer.k)?, linear(&layer.v)?]),
-                q_norm: None,
-                k_norm: None,
+                q_norm: layer.q_norm.map(vector).transpose()?,
+                k_norm: layer.k_norm.map(vector).transpose()?,
                 o: linear(&layer.o)?,
                 post_attention_norm: None,
                 pre_feedforward_norm: Some(vector(layer.post_attention_norm)?),

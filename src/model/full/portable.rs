@@ -93,8 +93,12 @@ impl FullModel {
             head_dim: self.config.head_dim,
         };
         let h = self.norm(layer.input_norm, x)?;
-        let q = rope(&self.linear(&layer.q, &h)?, rotation, P)?;
-        let k = rope(&self.linear(&layer.k, &h)?, rotation, P)?;
+        let of_heads = |norm: Option<usize>, x: Tensor| match norm {
+            Some(norm) => self.norm(norm, &x.reshape(((), heads.head_dim))?)?.reshape(x.shape()),
+            None => Ok(x),
+        };
+        let q = rope(&of_heads(layer.q_norm, self.linear(&layer.q, &h)?)?, rotation, P)?;
+        let k = rope(&of_heads(layer.k_norm, self.linear(&layer.k, &h)?)?, rotation, P)?;
         let v = self.linear(&layer.v, &h)?;
         let attended = causal_attention(&q, &k, &v, heads, segments, None, P)?;
         let x = (x + self.linear(&layer.o, &attended)?)?;
