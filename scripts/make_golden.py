@@ -139,7 +139,11 @@ def config(family, **kw):
         pad_token_id=2,
     )
     rope = {"rope_type": "default", "rope_theta": kw.pop("rope_theta", 10000.0), **kw.pop("rope_scaling", {})}
-    make = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[family]
+    make = {
+        "llama": transformers.LlamaConfig,
+        "qwen2": transformers.Qwen2Config,
+        "qwen3": transformers.Qwen3Config,
+    }[family]
     return make(**{**base, **kw}, rope_parameters=rope)
 
 
@@ -180,8 +184,8 @@ def random_weights(cfg, seed):
     def normal(std, *shape):
         return (rng.standard_normal(shape) * std).astype(np.float32)
 
-    def norm(low, high):
-        return rng.uniform(low, high, cfg.hidden_size).astype(np.float32)
+    def norm(low, high, width=cfg.hidden_size):
+        return rng.uniform(low, high, width).astype(np.float32)
 
     head_std = 0.8 / np.sqrt(cfg.hidden_size)
     w = {"model.embed_tokens.weight": normal(head_std, cfg.vocab_size, cfg.hidden_size)}
@@ -194,6 +198,9 @@ def random_weights(cfg, seed):
             w[f"{layer}{name}.weight"] = normal(gain / np.sqrt(cols), rows, cols)
             if cfg.model_type == "qwen2" and name.endswith(("q_proj", "k_proj", "v_proj")):
                 w[f"{layer}{name}.bias"] = normal(0.5, rows)
+        if cfg.model_type == "qwen3":
+            for name in ("q_norm", "k_norm"):
+                w[f"{layer}self_attn.{name}.weight"] = norm(0.5, 1.5, head_dim(cfg))
     w["model.norm.weight"] = norm(2.0, 5.0)
     if not cfg.tie_word_embeddings:
         w["lm_head.weight"] = normal(head_std, cfg.vocab_size, cfg.hidden_size)
@@ -204,7 +211,11 @@ def hf_model(cfg, weights, dtype=torch.float32):
     """transformers' model in `dtype`, eager attention, over exactly these weights."""
     cfg = copy.deepcopy(cfg)
     cfg._attn_implementation = "eager"
-    make = {"llama": transformers.LlamaForCausalLM, "qwen2": transformers.Qwen2ForCausalLM}[cfg.model_type]
+    make = {
+        "llama": transformers.LlamaForCausalLM,
+        "qwen2": transformers.Qwen2ForCausalLM,
+        "qwen3": transformers.Qwen3ForCausalLM,
+    }[cfg.model_type]
     model = make(cfg)
     missing, unexpected = model.load_state_dict({k: torch.from_numpy(v.copy()) for k, v in weights.items()}, strict=False)
     assert not unexpected and set(missing) <= {"lm_head.weight"}, (missing, unexpected)

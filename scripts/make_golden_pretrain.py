@@ -2,7 +2,7 @@
 """Writes tests/golden/pretrain: ten full-parameter steps of small models as PyTorch takes them.
 
     pip install -r scripts/requirements-golden.txt
-    python3 scripts/make_golden_pretrain.py
+    python3 scripts/make_golden_pretrain.py [RUN ...]     [default: all]
 
 Same versions, same bytes. transformers' models with eager attention in float32, torch's AdamW in two groups, its
 clip_grad_norm_, and a list of learning rates. Rows are packed documents; either a row is one text to the model, or
@@ -13,6 +13,7 @@ its digits are not rounding noise.
 import math
 import re
 import shutil
+import sys
 
 import numpy as np
 import safetensors.torch
@@ -31,6 +32,7 @@ RUNS = {
     "llama-tied": ("llama", {}, True, True),
     "llama-untied": ("llama", {"tie_word_embeddings": False, "rope_theta": 500.0}, False, False),
     "qwen2": ("qwen2", {"num_attention_heads": 4, "num_key_value_heads": 1}, False, True),
+    "qwen3": ("qwen3", {"num_attention_heads": 3, "num_key_value_heads": 1, "rope_theta": 1e6}, False, True),
 }
 
 
@@ -150,6 +152,8 @@ def main():
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     for seed, (name, run) in enumerate(RUNS.items()):
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
         make_run(name, *run, seed)
         compact(PRETRAIN / name / "run.json")
 

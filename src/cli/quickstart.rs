@@ -13,6 +13,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
+use crate::ops::DeviceName;
 use crate::weights::write_atomically;
 
 /// A village's text, chats about it, which answers are liked better, what to answer in reinforcement
@@ -29,6 +30,9 @@ const DATA: &[(&str, &str)] = &[
 /// What tells a folder of ours from one that must not be overwritten.
 const MARK: &str = "quickstart.json";
 
+/// The commands here that have a `--device`.
+const ON_DEVICE: &[&str] = &["pretrain", "sft", "reward", "ppo", "eval"];
+
 /// Questions whose answers are shown.
 const SHOWN: usize = 6;
 
@@ -37,11 +41,16 @@ pub struct Quickstart {
     /// Where all is written; an earlier quickstart there is begun anew
     #[arg(long, default_value = "runs/quickstart")]
     out: PathBuf,
+    /// The --device of the commands that train and generate: cpu, cuda, cuda:N or metal; the others
+    /// than cpu are of builds with the feature of that name [default: cpu]
+    #[arg(long)]
+    device: Option<DeviceName>,
 }
 
 impl Quickstart {
     pub fn run(self, threads: usize, json: bool) -> Result<Value> {
-        let out = self.out;
+        let Self { out, device } = self;
+        device.unwrap_or_default().open()?; // told before anything is written
         if out.join(MARK).is_file() {
             fs::remove_dir_all(&out).with_context(|| out.display().to_string())?;
         } else if fs::read_dir(&out).is_ok_and(|mut entries| entries.next().is_some()) {
@@ -55,7 +64,8 @@ impl Quickstart {
             fs::write(&path, text).with_context(|| path.display().to_string())?;
         }
         let binary = std::env::current_exe().context("this program's own file")?;
-        let mut life = Life { binary, out, threads, began: Instant::now(), stages: Vec::new() };
+        let (began, stages) = (Instant::now(), Vec::new());
+        let mut life = Life { binary, out, threads, device, began, stages };
         life.live()?;
         let models = life.compare()?;
         if !json {
@@ -111,6 +121,7 @@ struct Life {
     binary: PathBuf,
     out: PathBuf,
     threads: usize,
+    device: Option<DeviceName>,
     began: Instant,
     stages: Vec<Stage>,
 }
@@ -248,7 +259,10 @@ impl Life {
             let data = self.out.join("data").display().to_string();
             word.replace("{data}", &data).replace("{out}", &self.out.display().to_string())
         };
-        let words: Vec<String> = words.split_whitespace().map(place).collect();
+        let mut words: Vec<String> = words.split_whitespace().map(place).collect();
+        if let Some(device) = self.device.filter(|_| ON_DEVICE.contains(&&*words[0])) {
+            words.extend(["--device".into(), device.to_string()]);
+        }
         eprintln!("\n[{:>3.0} s] quantune {}", self.began.elapsed().as_secs_f64(), words.join(" "));
         let mut command = Command::new(&self.binary);
         command.args(&words).args(["--json", "--threads", &self.threads.to_string()]);

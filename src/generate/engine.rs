@@ -297,10 +297,7 @@ impl<'a> Engine<'a> {
             usage: Usage::default(),
             waiting: VecDeque::new(),
             parked: VecDeque::new(),
-            running: Batch {
-                rows: Vec::new(),
-                cache: KvCache::with_type(&decoder.config, 0, cache),
-            },
+            running: Batch { rows: Vec::new(), cache: KvCache::with_type(decoder, 0, cache) },
             told: Vec::new(),
         }
     }
@@ -697,11 +694,11 @@ fn prefill(
     kind: CacheType,
     groups: &mut [Group],
 ) -> Result<(Vec<KvCache>, Tensor)> {
-    let mut cache = KvCache::with_type(&decoder.config, 0, kind);
+    let mut cache = KvCache::with_type(decoder, 0, kind);
     for group in groups.iter_mut() {
         let kept = group.kept();
         let own = group.prefix.take().filter(|_| kept > 0).map(|prefix| prefix.cache);
-        let mut own = own.unwrap_or_else(|| KvCache::with_type(&decoder.config, 1, kind));
+        let mut own = own.unwrap_or_else(|| KvCache::with_type(decoder, 1, kind));
         own.truncate(0, kept);
         cache.append(own);
     }

@@ -1,4 +1,7 @@
-//! Keys and values of tokens already seen, per layer, row and key head, exact or compressed.
+//! Keys and values of tokens already seen, per layer, row and key head, exact or compressed: in
+//! panels that the CPU's kernels read, or, for the portable form, in tensors on its device.
+
+mod tensors;
 
 use std::ops::Range;
 
@@ -6,12 +9,13 @@ use candle_core::{Result, Tensor};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
-use super::Config;
+use super::decoder::Decoder;
 use super::layer::{Tape, Workspace};
 use crate::isa::Isa;
-use crate::ops::attention::{CachedQueries, Heads, KeyBlock, Keys, Qkv, Scores, Strided};
+use crate::ops::attention::{self, CachedQueries, Heads, KeyBlock, Keys, Qkv, Scores};
 use crate::ops::lanes::{Element, GROUP};
 use crate::ops::{Compute, Segment, each};
+use tensors::TensorRow;
 
 /// How keys and values are kept.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -66,10 +70,15 @@ enum RowCache {
     F32(Vec<HeadCache<f32>>),
     F16(Vec<HeadCache<f16>>),
     Q8(Vec<HeadCache<i8>>),
+    /// Of any type, for the portable form.
+    Tensors(TensorRow),
 }
 
 impl RowCache {
-    fn new(kind: CacheType, kv_heads: usize, head_dim: usize) -> Self {
+    fn new(kind: CacheType, kv_heads: usize, head_dim: usize, compute: Compute) -> Self {
+        if compute == Compute::Portable {
+            return Self::Tensors(TensorRow::new(kind));
+        }
         match kind {
             CacheType::F32 => Self::F32(vec![HeadCache::new(head_dim); kv_heads]),
             CacheType::F16 => Self::F16(vec![HeadCache::new(head_dim); kv_heads]),
@@ -82,6 +91,16 @@ impl RowCache {
             Self::F32(heads) => heads[0].len,
             Self::F16(heads) => heads[0].len,
             Self::Q8(heads) => heads[0].len,
+            Self::Tensors(row) => row.len,
+        }
+    }
+
+    fn truncate(&mut self, tokens: usize) {
+        match self {
+            Self::Tensors(row) => row.truncate(tokens),
+            Self::F32(_) | Self::F16(_) | Self::Q8(_) => {
+                self.heads_mut().into_iter().for_each(|head| head.truncate(tokens));
+            }
         }
     }
 
@@ -93,20 +112,23 @@ impl RowCache {
             Self::F32(heads) => each_of(heads),
             Self::F16(heads) => each_of(heads),
             Self::Q8(heads) => each_of(heads),
+            Self::Tensors(_) => unreachable!("a decoder checks whose rows it is given"),
         }
     }
 }
 
 impl KvCache {
-    /// An empty exact cache for `rows` rows.
-    pub fn new(config: &Config, rows: usize) -> Self {
-        Self::with_type(config, rows, CacheType::F32)
+    /// An empty exact cache for `rows` rows that `decoder` reads.
+    pub fn new(decoder: &Decoder, rows: usize) -> Self {
+        Self::with_type(decoder, rows, CacheType::F32)
     }
 
-    /// An empty cache for `rows` rows.
-    pub fn with_type(config: &Config, rows: usize, kind: CacheType) -> Self {
+    /// An empty cache for `rows` rows that `decoder` reads: on its device, if it is of the portable
+    /// form.
+    pub fn with_type(decoder: &Decoder, rows: usize, kind: CacheType) -> Self {
+        let config = &decoder.config;
         let (kv_heads, head_dim) = (config.num_key_value_heads, config.head_dim);
-        let layer = vec![RowCache::new(kind, kv_heads, head_dim); rows];
+        let layer = vec![RowCache::new(kind, kv_heads, head_dim, decoder.compute); rows];
         let layers = vec![layer; config.num_hidden_layers];
         let long_beyond = config.long_inv_freq().map(|(original, _)| original);
         Self { layers, kv_heads, head_dim, long_beyond, step: StepBuffers::default() }
@@ -116,6 +138,13 @@ impl KvCache {
     /// be of use to the other.
     pub fn turns_alike(&self, from: usize, to: usize) -> bool {
         self.long_beyond.is_none_or(|most| (from > most) == (to > most))
+    }
+
+    /// Whether its rows are kept as this form of the operations reads them.
+    pub(super) fn is_of(&self, compute: Compute) -> bool {
+        let portable = compute == Compute::Portable;
+        let fits = |row: &RowCache| matches!(row, RowCache::Tensors(_)) == portable;
+        self.layers.iter().flatten().all(fits)
     }
 
     /// Rows.
@@ -142,11 +171,11 @@ impl KvCache {
     /// Forgets all of a row's tokens but the first `tokens`.
     pub fn truncate(&mut self, row: usize, tokens: usize) {
         for layer in &mut self.layers {
-            layer[row].heads_mut().into_iter().for_each(|head| head.truncate(tokens));
+            layer[row].truncate(tokens);
         }
     }
 
-    /// Takes in the rows of another cache of the same model and type, behind its own.
+    /// Takes in the rows of another cache of the same decoder and type, behind its own.
     pub fn append(&mut self, other: Self) {
         assert_eq!((self.kv_heads, self.head_dim), (other.kv_heads, other.head_dim));
         assert_eq!(self.layers.len(), other.layers.len());
@@ -172,7 +201,7 @@ impl KvCache {
         caches
     }
 
-    /// [`Self::attend_slices`] on contiguous tensors.
+    /// [`Self::attend_slices`] in the portable form: tensors on the decoder's device.
     pub(super) fn attend(
         &mut self,
         layer: usize,
@@ -182,17 +211,25 @@ impl KvCache {
         segments: &[Segment],
         scores: Scores,
     ) -> Result<Tensor> {
-        let values = |x: &Tensor| x.flatten_all()?.to_vec1::<f32>();
-        let (q_values, k, v) = (values(q)?, values(k)?, values(v)?);
-        let (q_width, kv_width) = (heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim);
-        let qkv = Qkv {
-            q: Strided { values: &q_values, stride: q_width },
-            k: Strided { values: &k, stride: kv_width },
-            v: Strided { values: &v, stride: kv_width },
-        };
-        let mut out = vec![0f32; q_values.len()];
-        self.attend_slices(Isa::current(), layer, qkv, heads, segments, scores, &mut out);
-        Tensor::from_vec(out, q.shape(), q.device())
+        assert_eq!((heads.kv_heads, heads.head_dim), (self.kv_heads, self.head_dim));
+        let rows = &mut self.layers[layer];
+        assert!(segments.len() <= rows.len(), "{} rows, {} cached", segments.len(), rows.len());
+        let mut outs = Vec::new();
+        for (row, segment) in rows.iter_mut().zip(segments).filter(|(_, s)| !s.is_empty()) {
+            let RowCache::Tensors(row) = row else {
+                unreachable!("a decoder checks whose rows it is given")
+            };
+            let part = |x: &Tensor| x.narrow(0, segment.tokens.start, segment.len());
+            let first = attention::seen(row.len, scores.window).start;
+            let by_head = |x: &Tensor| attention::by_head(&part(x)?, heads.kv_heads);
+            row.append([by_head(k)?, by_head(v)?])?;
+            let (k, v) = row.read(first)?;
+            outs.push(attention::portable_row(&part(q)?, &k, &v, heads, scores)?);
+        }
+        match outs.is_empty() {
+            true => Ok(q.clone()), // no tokens, and nothing to attend to
+            false => Tensor::cat(&outs, 0),
+        }
     }
 
     /// Appends the new tokens' keys and values and attends to all there are, or to those in the
@@ -240,6 +277,7 @@ impl KvCache {
             RowCache::F32(heads) => task.run(&heads[head]),
             RowCache::F16(heads) => task.run(&heads[head]),
             RowCache::Q8(heads) => task.run(&heads[head]),
+            RowCache::Tensors(_) => unreachable!("a decoder checks whose rows it is given"),
         });
     }
 }
@@ -401,15 +439,18 @@ mod tests {
     use quantune_adapters::rng::Stream;
 
     use super::*;
-    use crate::ops::{Compute, causal_attention};
+    use crate::ops::attention::Strided;
+    use crate::ops::causal_attention;
 
     const KINDS: [(CacheType, f64); 3] =
         [(CacheType::F32, 1e-5), (CacheType::F16, 2e-3), (CacheType::Q8, 2e-2)];
 
-    fn cache(rows: usize, heads: Heads, kind: CacheType) -> KvCache {
+    const FORMS: [Compute; 2] = [Compute::F32, Compute::Portable];
+
+    fn cache(rows: usize, heads: Heads, kind: CacheType, compute: Compute) -> KvCache {
         let Heads { kv_heads, head_dim, .. } = heads;
         KvCache {
-            layers: vec![vec![RowCache::new(kind, kv_heads, head_dim); rows]],
+            layers: vec![vec![RowCache::new(kind, kv_heads, head_dim, compute); rows]],
             kv_heads,
             head_dim,
             long_beyond: None,
@@ -434,13 +475,19 @@ mod tests {
         Qkv { q: from(0), k: from(q), v: from(q + kv) }
     }
 
-    /// What the portable form gives for one row.
-    fn portable(buffer: &[f32], heads: Heads, scores: Scores) -> Vec<f32> {
+    /// [`columns`] as tensors.
+    fn tensors(buffer: &[f32], heads: Heads) -> [Tensor; 3] {
         let n = buffer.len() / stride(heads);
         let all = Tensor::from_slice(buffer, (n, stride(heads)), &Device::Cpu).unwrap();
         let (q, kv) = (heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim);
         let part = |start, width| all.narrow(1, start, width).unwrap().contiguous().unwrap();
-        let (q, k, v) = (part(0, q), part(q, kv), part(q + kv, kv));
+        [part(0, q), part(q, kv), part(q + kv, kv)]
+    }
+
+    /// What the portable form gives for one row.
+    fn portable(buffer: &[f32], heads: Heads, scores: Scores) -> Vec<f32> {
+        let n = buffer.len() / stride(heads);
+        let [q, k, v] = tensors(buffer, heads);
         let rows = [Segment::whole(0..n)].into();
         let y = causal_attention(&q, &k, &v, heads, &rows, scores, Compute::Portable).unwrap();
         y.flatten_all().unwrap().to_vec1().unwrap()
@@ -452,23 +499,40 @@ mod tests {
         (difference / b.iter().map(|&b| norm(f64::from(b))).sum::<f64>()).sqrt()
     }
 
+    /// What attention gives for new tokens of the rows.
+    fn feed(
+        cache: &mut KvCache,
+        isa: Isa,
+        new: &[f32],
+        heads: Heads,
+        scores: Scores,
+        rows: &[Range<usize>],
+    ) -> Vec<f32> {
+        let rows: Vec<Segment> = rows.iter().cloned().map(Segment::whole).collect();
+        if cache.is_of(Compute::Portable) {
+            let [q, k, v] = tensors(new, heads);
+            let out = cache.attend(0, &q, (&k, &v), heads, &rows, scores).unwrap();
+            assert_eq!(out.dims(), q.dims());
+            return out.flatten_all().unwrap().to_vec1().unwrap();
+        }
+        let mut out = vec![f32::NAN; new.len() / stride(heads) * heads.heads * heads.head_dim];
+        cache.attend_slices(isa, 0, columns(new, heads), heads, &rows, scores, &mut out);
+        out
+    }
+
     /// Feeds a row in pieces, all its tokens once.
     fn in_pieces(
         isa: Isa,
-        kind: CacheType,
+        mut cache: KvCache,
         buffer: &[f32],
         heads: Heads,
         scores: Scores,
         pieces: &[usize],
     ) -> Vec<f32> {
-        let (mut cache, mut done, mut all) = (cache(1, heads, kind), 0, Vec::new());
+        let (mut done, mut all) = (0, Vec::new());
         for &piece in pieces {
             let new = &buffer[done * stride(heads)..(done + piece) * stride(heads)];
-            let mut out = vec![f32::NAN; piece * heads.heads * heads.head_dim];
-            let rows = [Segment::whole(0..piece)];
-            let qkv = columns(new, heads);
-            cache.attend_slices(isa, 0, qkv, heads, &rows, scores, &mut out);
-            all.extend(out);
+            all.extend(feed(&mut cache, isa, new, heads, scores, &[0..piece]));
             done += piece;
         }
         assert_eq!(cache.len(0), done);
@@ -486,18 +550,54 @@ mod tests {
                 Scores { window: Some(50), scale: Some(0.4), cap: Some(2.0) },
             ),
         ];
-        for isa in Isa::ALL.iter().copied().filter(|isa| isa.available()) {
+        let fast = Isa::ALL.iter().filter(|isa| isa.available()).map(|&isa| (isa, Compute::F32));
+        for (isa, compute) in fast.chain([(Isa::current(), Compute::Portable)]) {
             for (heads, scores) in cases {
-                let buffer = buffer(230, heads);
+                let buffer = buffer(300, heads); // more than a portable row begins with room for
                 let expected = portable(&buffer, heads, scores);
                 for (kind, tolerance) in KINDS {
-                    let run =
-                        |pieces: &[usize]| in_pieces(isa, kind, &buffer, heads, scores, pieces);
-                    let once = run(&[230]);
-                    let error = error(&once, &expected);
-                    assert!(error < tolerance, "{isa:?} {kind:?} {heads:?} is off by {error:e}");
-                    assert_eq!(run(&[1, 99, 8, 1, 1, 120]), once, "{isa:?} {kind:?} {heads:?}");
+                    let run = |pieces: &[usize]| {
+                        let cache = cache(1, heads, kind, compute);
+                        in_pieces(isa, cache, &buffer, heads, scores, pieces)
+                    };
+                    let what = format!("{compute} {isa:?} {kind:?} {heads:?}");
+                    let once = run(&[300]);
+                    let off = error(&once, &expected);
+                    assert!(off < tolerance, "{what} is off by {off:e}");
+                    let pieces = run(&[1, 99, 8, 1, 1, 120, 1, 69]);
+                    match compute {
+                        Compute::Portable => assert!(error(&pieces, &once) < 1e-6, "{what}"),
+                        _ => assert_eq!(pieces, once, "{what}"),
+                    }
                 }
+            }
+        }
+    }
+
+    /// Both forms keep the same numbers.
+    #[test]
+    fn the_portable_form_is_the_fast_one() {
+        let heads = Heads { heads: 4, kv_heads: 2, head_dim: 20 };
+        let mut buffer = buffer(90, heads);
+        let width = heads.head_dim;
+        let zeros = heads.heads * width; // a key head of zeros
+        buffer[5 * stride(heads) + zeros..][..width].fill(0.0);
+        let scores = Scores { window: Some(50), scale: Some(0.4), cap: Some(2.0) };
+        for (kind, _) in KINDS {
+            let [fast, portable] = FORMS.map(|compute| {
+                let cache = cache(1, heads, kind, compute);
+                in_pieces(Isa::current(), cache, &buffer, heads, scores, &[70, 1, 19])
+            });
+            let error = error(&portable, &fast);
+            assert!(error < 1e-5, "{kind:?} is off by {error:e}");
+        }
+        // A number that is none is told, not rounded to one.
+        buffer[stride(heads) * 40 + zeros] = f32::NAN;
+        for (kind, _) in KINDS {
+            for compute in FORMS {
+                let cache = cache(1, heads, kind, compute);
+                let found = in_pieces(Isa::current(), cache, &buffer, heads, scores, &[90]);
+                assert!(found[41 * zeros..42 * zeros].iter().any(|x| x.is_nan()), "{compute}");
             }
         }
     }
@@ -512,27 +612,28 @@ mod tests {
         let qkv = columns(&buffer, heads);
         let row = [Segment::whole(0..150)];
         crate::ops::attention::forward(isa, qkv, heads, &row, None, &mut out, &mut lse);
-        let cached = in_pieces(isa, CacheType::F32, &buffer, heads, None.into(), &[100, 1, 49]);
+        let exact = cache(1, heads, CacheType::F32, Compute::F32);
+        let cached = in_pieces(isa, exact, &buffer, heads, None.into(), &[100, 1, 49]);
         assert_eq!(cached, out);
+    }
+
+    fn part(buffer: &[f32], heads: Heads, tokens: Range<usize>) -> &[f32] {
+        &buffer[tokens.start * stride(heads)..tokens.end * stride(heads)]
     }
 
     #[test]
     fn what_is_forgotten_leaves_no_trace() {
         let heads = Heads { heads: 4, kv_heads: 2, head_dim: 24 };
         let buffer = buffer(80, heads);
-        let row = |range: Range<usize>| {
-            columns(&buffer[range.start * stride(heads)..range.end * stride(heads)], heads)
+        let feed = |cache: &mut KvCache, tokens: Range<usize>| {
+            let rows = [0..tokens.len()];
+            let new = part(&buffer, heads, tokens);
+            feed(cache, Isa::current(), new, heads, Scores::default(), &rows)
         };
-        let isa = Isa::current();
-        for (kind, _) in KINDS {
+        for ((kind, _), compute) in KINDS.into_iter().flat_map(|kind| FORMS.map(|f| (kind, f))) {
             for kept in [0, 7, 16, 33, 50] {
-                let feed = |cache: &mut KvCache, range: Range<usize>| {
-                    let mut out = vec![f32::NAN; range.len() * heads.heads * heads.head_dim];
-                    let segment = [Segment::whole(0..range.len())];
-                    cache.attend_slices(isa, 0, row(range), heads, &segment, None, &mut out);
-                    out
-                };
-                let (mut longer, mut plain) = (cache(1, heads, kind), cache(1, heads, kind));
+                let empty = || cache(1, heads, kind, compute);
+                let (mut longer, mut plain) = (empty(), empty());
                 if kept > 0 {
                     feed(&mut longer, 0..kept);
                     feed(&mut plain, 0..kept);
@@ -541,7 +642,48 @@ mod tests {
                 longer.truncate(0, kept);
                 assert_eq!(longer.len(0), kept);
                 let (ours, theirs) = (feed(&mut longer, kept..60), feed(&mut plain, kept..60));
-                assert_eq!(ours, theirs, "{kind:?}, {kept} kept");
+                assert_eq!(ours, theirs, "{compute} {kind:?}, {kept} kept");
+            }
+        }
+    }
+
+    /// A prompt's cache is copied, and the copies go on apart, also from an earlier token.
+    #[test]
+    fn copies_go_on_apart() {
+        let heads = Heads { heads: 4, kv_heads: 2, head_dim: 16 };
+        let buffer = buffer(80, heads);
+        let feed = |cache: &mut KvCache, tokens: Range<usize>| {
+            let rows = [0..tokens.len()];
+            let new = part(&buffer, heads, tokens);
+            feed(cache, Isa::current(), new, heads, Scores::default(), &rows)
+        };
+        for ((kind, _), compute) in KINDS.into_iter().flat_map(|kind| FORMS.map(|f| (kind, f))) {
+            let alone = |pieces: &[Range<usize>]| {
+                let (mut cache, mut last) = (cache(1, heads, kind, compute), Vec::new());
+                pieces.iter().for_each(|piece| last = feed(&mut cache, piece.clone()));
+                last
+            };
+            let mut prompt = cache(1, heads, kind, compute);
+            feed(&mut prompt, 0..40);
+            let (mut first, mut second, mut shorter) =
+                (prompt.clone(), prompt.clone(), prompt.clone());
+            shorter.truncate(0, 10);
+            let found = [
+                feed(&mut first, 40..41),
+                feed(&mut second, 50..51),
+                feed(&mut shorter, 60..61),
+                feed(&mut first, 41..42),
+                feed(&mut prompt, 70..72),
+            ];
+            let needed = [
+                alone(&[0..40, 40..41]),
+                alone(&[0..40, 50..51]),
+                alone(&[0..10, 60..61]),
+                alone(&[0..40, 40..41, 41..42]),
+                alone(&[0..40, 70..72]),
+            ];
+            for (found, needed) in found.iter().zip(&needed) {
+                assert!(error(found, needed) < 1e-6, "{compute} {kind:?}");
             }
         }
     }
@@ -551,28 +693,23 @@ mod tests {
         let heads = Heads { heads: 4, kv_heads: 2, head_dim: 16 };
         let width = heads.heads * heads.head_dim;
         let buffer = buffer(60, heads);
-        let part = |range: Range<usize>| {
-            columns(&buffer[range.start * stride(heads)..range.end * stride(heads)], heads)
+        let feed = |cache: &mut KvCache, tokens: Range<usize>, rows: &[Range<usize>]| {
+            let new = part(&buffer, heads, tokens);
+            feed(cache, Isa::current(), new, heads, Scores::default(), rows)
         };
-        for (kind, _) in KINDS {
-            let isa = Isa::current();
-            let mut batch = cache(3, heads, kind);
-            let mut out = vec![0f32; 60 * width];
-            let rows = [0..20, 20..20, 20..57].map(Segment::whole);
-            batch.attend_slices(isa, 0, part(0..57), heads, &rows, None, &mut out[..57 * width]);
+        for ((kind, _), compute) in KINDS.into_iter().flat_map(|kind| FORMS.map(|f| (kind, f))) {
+            let mut batch = cache(3, heads, kind, compute);
+            let prompts = feed(&mut batch, 0..57, &[0..20, 20..20, 20..57]);
             assert_eq!(batch.take(0).len(0), 20);
             assert_eq!((batch.rows(), batch.len(0), batch.len(1)), (2, 0, 37));
-            let rows = [0..1, 1..3].map(Segment::whole);
-            let new = &mut out[57 * width..];
-            batch.attend_slices(isa, 0, part(57..60), heads, &rows, None, new);
+            let next = feed(&mut batch, 57..60, &[0..1, 1..3]);
 
-            let mut alone = cache(1, heads, kind);
-            let mut expected = vec![0f32; 39 * width];
-            let (first, second) = expected.split_at_mut(37 * width);
-            alone.attend_slices(isa, 0, part(20..57), heads, &[Segment::whole(0..37)], None, first);
-            alone.attend_slices(isa, 0, part(58..60), heads, &[Segment::whole(0..2)], None, second);
-            assert_eq!(out[20 * width..57 * width], expected[..37 * width]);
-            assert_eq!(out[58 * width..], expected[37 * width..]);
+            let mut alone = cache(1, heads, kind, compute);
+            assert_eq!(prompts[20 * width..], feed(&mut alone, 20..57, &[0..37]));
+            assert_eq!(next[width..], feed(&mut alone, 58..60, &[0..2]));
+            if compute == Compute::Portable {
+                assert!(feed(&mut alone, 0..0, &[0..0]).is_empty());
+            }
         }
     }
 }

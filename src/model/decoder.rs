@@ -199,9 +199,16 @@ impl Rotations {
     }
 }
 
-/// Fails if a row that goes on grows so long that it rotates otherwise than what is cached of it.
-fn check_growth(rows: &Rows, cache: Option<&KvCache>) -> Result<()> {
+/// Fails if a cache was made for another form, or a row that goes on grows so long that it rotates
+/// otherwise than what is cached of it.
+fn check_cache(rows: &Rows, cache: Option<&KvCache>, compute: Compute) -> Result<()> {
     let Some(cache) = cache else { return Ok(()) };
+    if !cache.is_of(compute) {
+        candle_core::bail!(
+            "the cache was made for a decoder of another form, compute is {compute} here: needed one \
+             made for this decoder"
+        );
+    }
     for row in rows.segments.iter().filter(|row| !row.is_empty()) {
         let (seen, now) = (rows.positions[row.tokens.start] as usize, row.len());
         if seen > 0 && !cache.turns_alike(seen, seen + now) {
@@ -259,10 +266,10 @@ impl<'a> Pass<'a> {
 }
 
 impl Decoder {
-    /// The same decoder with its weights on a device, where its passes then compute. The embedding
-    /// stays in the map, as only rows of it are read; so do adapters on the CPU, which are small and
-    /// go up with each use: what trains, saves and merges them is the same on every device. So does a
-    /// cache of keys and values.
+    /// The same decoder with its weights on a device, where its passes then compute and their caches of
+    /// keys and values lie. The embedding stays in the map, as only rows of it are read; adapters stay
+    /// on the CPU, they are small and go up with each use: what trains, saves and merges them is the
+    /// same on every device.
     ///
     /// # Errors
     /// If the form is not the portable one, or the device has too little memory.
@@ -396,7 +403,7 @@ impl Decoder {
         mut cache: Option<&mut KvCache>,
         decoding: bool,
     ) -> Result<Tensor> {
-        check_growth(rows, cache.as_deref())?;
+        check_cache(rows, cache.as_deref(), self.compute)?;
         let pass = self.pass(rows, adapters, None);
         if self.compute == Compute::Portable {
             let mut x = self.embed(&rows.tokens, &pass)?;
@@ -438,10 +445,12 @@ impl Decoder {
         let picked = |hidden: Tensor, rows: Vec<u32>| {
             hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)
         };
+        let none = || Tensor::zeros((0, self.config.hidden_size), DType::F32, &Device::Cpu);
         if self.compute == Compute::Portable {
-            return picked(self.hidden_with(rows, adapters, cache, false)?, chosen.to_vec());
+            let hidden = self.hidden_with(rows, adapters, cache, false)?;
+            return if chosen.is_empty() { none() } else { picked(hidden, chosen.to_vec()) };
         }
-        check_growth(rows, cache.as_deref())?;
+        check_cache(rows, cache.as_deref(), self.compute)?;
         let mut rising = chosen.to_vec();
         rising.sort_unstable();
         rising.dedup();
@@ -461,7 +470,7 @@ impl Decoder {
             }
         }
         if chosen.is_empty() {
-            return Tensor::zeros((0, self.config.hidden_size), DType::F32, &Device::Cpu);
+            return none();
         }
         let places = chosen.iter().map(|row| rising.partition_point(|other| other < row) as u32);
         picked(self.normed(x)?, places.collect())

@@ -99,7 +99,7 @@ impl Scores {
 
 /// The positions that the token at `position` of its row sees: the last `window` of those up to
 /// itself, or all of them.
-fn seen(position: usize, window: Option<usize>) -> Range<usize> {
+pub(crate) fn seen(position: usize, window: Option<usize>) -> Range<usize> {
     let first = window.map_or(0, |window| (position + 1).saturating_sub(window));
     first..position + 1
 }
@@ -159,40 +159,62 @@ fn portable(
     v: &Tensor,
     heads: Heads,
     segments: &[Segment],
+    scores: Scores,
+) -> Result<Tensor> {
+    let rows = segments.iter().filter(|row| !row.is_empty()).map(|row| {
+        let part = |x: &Tensor, tokens: &Range<usize>| x.narrow(0, tokens.start, tokens.len());
+        let whole = |x: &Tensor| {
+            let own = part(x, &row.tokens)?;
+            let x = match row.prefix.is_empty() {
+                true => own,
+                false => Tensor::cat(&[part(x, &row.prefix)?, own], 0)?,
+            };
+            by_head(&x, heads.kv_heads)
+        };
+        portable_row(&part(q, &row.tokens)?, &whole(k)?, &whole(v)?, heads, scores)
+    });
+    Tensor::cat(&rows.collect::<Result<Vec<_>>>()?, 0)
+}
+
+/// `x (tokens, heads · head_dim)` → `(heads, tokens, head_dim)`, contiguous.
+pub(crate) fn by_head(x: &Tensor, heads: usize) -> Result<Tensor> {
+    let (tokens, width) = x.dims2()?;
+    x.reshape((tokens, heads, width / heads))?.transpose(0, 1)?.contiguous()
+}
+
+/// The portable form for the last tokens of a row. A window's keys may begin with the first that any
+/// of them sees.
+///
+/// Shapes: `q (T, heads · head_dim)`, `k`, `v (kv_heads, keys, head_dim)`, F32 → as `q`.
+pub(crate) fn portable_row(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    heads: Heads,
     scoring: Scores,
 ) -> Result<Tensor> {
     let Heads { heads: q_heads, kv_heads, head_dim } = heads;
-    let rows = segments.iter().filter(|row| !row.is_empty()).map(|row| {
-        let (t, before, all) = (row.len(), row.prefix.len(), row.positions());
-        let part = |x: &Tensor, tokens: &Range<usize>| x.narrow(0, tokens.start, tokens.len());
-        let by_head = |x: Tensor, n| {
-            x.reshape(((), n, head_dim))?.transpose(0, 1)?.contiguous() // (n, rows, head_dim)
-        };
-        let whole = |x: &Tensor| {
-            let own = part(x, &row.tokens)?;
-            let x = match before {
-                0 => own,
-                _ => Tensor::cat(&[part(x, &row.prefix)?, own], 0)?,
-            };
-            let x = by_head(x, kv_heads)?.unsqueeze(1)?;
-            x.repeat((1, heads.group(), 1, 1))?.reshape((q_heads, all, head_dim))
-        };
-        let q = by_head(part(q, &row.tokens)?, q_heads)?; // (heads, T, head_dim)
-        let (k, v) = (whole(k)?, whole(v)?); // (heads, all, head_dim)
-        let mut scores = (q.matmul(&k.t()?)? * f64::from(scoring.scale(heads)))?; // (heads, T, all)
-        if let Some(cap) = scoring.cap.map(f64::from) {
-            scores = ((scores / cap)?.tanh()? * cap)?;
-        }
-        let mask = (0..t * all).map(|i| {
-            let seen = seen(before + i / all, scoring.window);
-            if seen.contains(&(i % all)) { 0.0 } else { f32::NEG_INFINITY }
+    let (t, keys) = (q.dim(0)?, k.dim(1)?);
+    // The query heads that share a key head are rows of one matrix.
+    let q = by_head(q, q_heads)?.reshape((kv_heads, heads.group() * t, head_dim))?;
+    let mut scores = (q.matmul(&k.t()?)? * f64::from(scoring.scale(heads)))?;
+    if let Some(cap) = scoring.cap.map(f64::from) {
+        scores = ((scores / cap)?.tanh()? * cap)?;
+    }
+    let mut scores = scores.reshape((q_heads, t, keys))?;
+    let first = keys - t; // of the queries' own
+    if seen(first, scoring.window) != (0..keys) {
+        let mask = (0..t * keys).map(|i| {
+            let seen = seen(first + i / keys, scoring.window);
+            if seen.contains(&(i % keys)) { 0.0 } else { f32::NEG_INFINITY }
         });
         let mask: Vec<f32> = mask.collect();
-        let scores = scores.broadcast_add(&Tensor::from_vec(mask, (t, all), q.device())?)?;
-        let weights = candle_nn::ops::softmax(&scores, D::Minus1)?;
-        weights.matmul(&v)?.transpose(0, 1)?.reshape((t, heads.q_width()))
-    });
-    Tensor::cat(&rows.collect::<Result<Vec<_>>>()?, 0)
+        scores = scores.broadcast_add(&Tensor::from_vec(mask, (t, keys), q.device())?)?;
+    }
+    let weights = candle_nn::ops::softmax(&scores, D::Minus1)?; // (heads, T, keys)
+    let weights = weights.reshape((kv_heads, heads.group() * t, keys))?;
+    let out = weights.matmul(v)?.reshape((q_heads, t, head_dim))?;
+    out.transpose(0, 1)?.reshape((t, heads.q_width()))
 }
 
 struct CausalAttention {

@@ -77,27 +77,13 @@ impl AdamW {
         lr: f64,
     ) -> Result<bool> {
         self.step += 1;
-        let AdamWSettings { adam_beta1: b1, adam_beta2: b2, adam_epsilon, weight_decay } =
-            self.settings;
-        let correction = 1.0 - b1.powf(self.step as f64);
-        let constants = Constants {
-            factor,
-            decay: 1.0,
-            step_size: 0.0,
-            b1: b1 as f32,
-            b2: b2 as f32,
-            eps: adam_epsilon as f32,
-            root: (1.0 - b2.powf(self.step as f64)).sqrt() as f32,
-        };
+        let (settings, step) = (&self.settings, self.step);
         let state = self.exp_avg.par_iter_mut().zip(&mut self.exp_avg_sq);
         let state = state.zip(self.decays.par_iter().zip(&self.rates));
         let all = parameters.par_iter().zip(gradients).zip(state);
         let finite = all.map(|((parameter, gradient), ((m, v), (&decays, &rate)))| {
-            let lr = lr * rate;
-            let decay = if decays { (1.0 - lr * weight_decay) as f32 } else { 1.0 };
-            let step_size = (lr / correction) as f32;
             let update = Update {
-                constants: Constants { decay, step_size, ..constants },
+                constants: Constants::of(settings, step, factor, lr * rate, decays),
                 gradient,
                 state: RefCell::new((m, v)),
                 finite: Cell::new(true),
@@ -109,17 +95,34 @@ impl AdamW {
     }
 }
 
-/// What all numbers of a step share.
+/// What all numbers of a parameter share in a step.
 #[derive(Clone, Copy)]
-struct Constants {
-    factor: f32,
-    decay: f32,
-    step_size: f32,
-    b1: f32,
-    b2: f32,
-    eps: f32,
+pub(super) struct Constants {
+    pub factor: f32,
+    pub decay: f32,
+    pub step_size: f32,
+    pub b1: f32,
+    pub b2: f32,
+    pub eps: f32,
     /// `sqrt(1 - β₂ᵗ)`.
-    root: f32,
+    pub root: f32,
+}
+
+impl Constants {
+    /// Of step `step`, counted from 1.
+    pub fn of(settings: &AdamWSettings, step: u64, factor: f32, lr: f64, decays: bool) -> Self {
+        let AdamWSettings { adam_beta1: b1, adam_beta2: b2, adam_epsilon, weight_decay } =
+            *settings;
+        Self {
+            factor,
+            decay: if decays { (1.0 - lr * weight_decay) as f32 } else { 1.0 },
+            step_size: (lr / (1.0 - b1.powf(step as f64))) as f32,
+            b1: b1 as f32,
+            b2: b2 as f32,
+            eps: adam_epsilon as f32,
+            root: (1.0 - b2.powf(step as f64)).sqrt() as f32,
+        }
+    }
 }
 
 /// The step of one parameter.

@@ -3,11 +3,13 @@
 
 mod adamw;
 mod schedule;
+mod tensors;
 
 use rayon::prelude::*;
 
 pub use adamw::{AdamW, AdamWSettings};
 pub use schedule::{Schedule, ScheduleKind};
+pub use tensors::{TensorAdamW, tensor_norm};
 
 use crate::isa::{Isa, versions};
 

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use candle_core::Var;
+use candle_core::{Tensor, Var};
 use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -32,8 +32,10 @@ use crate::export::{
 use crate::generate::{Request, Sampling, Settings as Decoding, generate};
 use crate::model::full::{FullBuffers, FullModel, working_bytes};
 use crate::model::{Adapters, CacheType};
-use crate::ops::{Values, linear_cross_entropy};
-use crate::optim::{AdamW, AdamWSettings, Gradients, Schedule, clip_factor, global_norm};
+use crate::ops::{Compute, DeviceName, Values, linear_cross_entropy};
+use crate::optim::{
+    AdamW, AdamWSettings, Gradients, Schedule, TensorAdamW, clip_factor, global_norm, tensor_norm,
+};
 use crate::quant::BlockType;
 use crate::text::{Special, TextError, Tokenizer, convert};
 use crate::weights::{Checkpoint, write_atomically};
@@ -82,12 +84,87 @@ pub struct Pretraining {
     tokenizer_folder: PathBuf,
     corpus: Corpus,
     model: FullModel,
-    gradients: Gradients,
-    buffers: FullBuffers,
     /// Layers, from the top, whose tapes are kept for the way down.
     kept_layers: usize,
-    /// The moments.
-    pub optimizer: AdamW,
+    pub(super) learning: Learning,
+}
+
+/// Gradients and optimizer, where the form that runs has them.
+pub(super) enum Learning {
+    /// In plain buffers.
+    Fast { gradients: Gradients, buffers: Box<FullBuffers>, optimizer: AdamW },
+    /// On the model's device.
+    Portable { gradients: Vec<Tensor>, optimizer: TensorAdamW },
+}
+
+impl Learning {
+    fn new(model: &FullModel, optimizer: AdamW) -> candle_core::Result<Self> {
+        Ok(match model.compute {
+            Compute::Portable => Self::Portable {
+                gradients: Vec::new(),
+                optimizer: TensorAdamW::of(optimizer, &model.parameters)?,
+            },
+            Compute::F32 | Compute::Int16 | Compute::Int8 => {
+                let (gradients, buffers) = (model.zero_gradients(), Box::default());
+                Self::Fast { gradients, buffers, optimizer }
+            }
+        })
+    }
+
+    /// Optimizer steps taken.
+    pub fn optimizer_steps(&self) -> u64 {
+        match self {
+            Self::Fast { optimizer, .. } => optimizer.step,
+            Self::Portable { optimizer, .. } => optimizer.step,
+        }
+    }
+
+    /// The gradients of a step's loss, from 0. The loss and their norm.
+    fn learn(
+        &mut self,
+        model: &FullModel,
+        batches: &[Batch],
+        scale: f64,
+        kept_layers: usize,
+    ) -> candle_core::Result<(f64, f64)> {
+        let mut loss = 0.0;
+        match self {
+            Self::Fast { gradients, buffers, .. } => {
+                gradients.par_iter_mut().for_each(|gradient| gradient.fill(0.0));
+                for batch in batches {
+                    let sum = model.accumulate(batch, scale, kept_layers, gradients, buffers)?;
+                    loss += sum * scale;
+                }
+                Ok((loss, global_norm(gradients)))
+            }
+            Self::Portable { gradients, .. } => {
+                let zeros = model.parameters.iter().map(|var| var.as_tensor().zeros_like());
+                *gradients = zeros.collect::<candle_core::Result<_>>()?;
+                for batch in batches {
+                    loss += model.accumulate_tensors(batch, scale, gradients)? * scale;
+                }
+                Ok((loss, tensor_norm(gradients)?))
+            }
+        }
+    }
+
+    /// The optimizer's step by what was learned, times `factor`. Whether all is finite behind it.
+    fn step(
+        &mut self,
+        model: &FullModel,
+        factor: f32,
+        learning_rate: f64,
+    ) -> candle_core::Result<bool> {
+        let parameters = &model.parameters;
+        match self {
+            Self::Fast { gradients, optimizer, .. } => {
+                optimizer.step(parameters, gradients, factor, learning_rate)
+            }
+            Self::Portable { gradients, optimizer } => {
+                optimizer.step(parameters, gradients, factor, learning_rate)
+            }
+        }
+    }
 }
 
 /// Trains a model's every weight. With `resume`, goes on with the run in `settings.out`. `stop` is
@@ -100,6 +177,7 @@ pub fn pretrain(
     if let Some(fault) = settings.fault() {
         return Err(TrainError::Settings(fault));
     }
+    let device = settings.device.open().map_err(|e| TrainError::Settings(e.to_string()))?;
     let settings = settings.absolute()?;
     let specs = settings.sources()?;
     // Before the model takes its part of what is free.
@@ -139,6 +217,10 @@ pub fn pretrain(
             let config = settings.config(tokenizer.vocab_size())?;
             FullModel::random(config, settings.initializer_range, settings.seed, compute)?
         }
+    };
+    let model = match settings.device {
+        DeviceName::Cpu => model,
+        DeviceName::Cuda(_) | DeviceName::Metal => model.on(&device)?,
     };
     let tokenizer_files = match &base {
         Some(Checkpoint::Gguf(gguf)) if settings.tokenizer.as_os_str().is_empty() => {
@@ -204,18 +286,15 @@ pub fn pretrain(
         save_total_limit: settings.save_total_limit,
     };
     let kept_layers = kept_layers(&settings, &model, budget);
-    let gradients = model.zero_gradients();
-    let buffers = FullBuffers::default();
+    let learning = Learning::new(&model, optimizer)?;
     let mut course = Course::Pretraining(Box::new(Pretraining {
         settings,
         tokenizer,
         tokenizer_folder,
         corpus,
         model,
-        gradients,
-        buffers,
         kept_layers,
-        optimizer,
+        learning,
     }));
     let ended = take_steps(&mut course, &run, (&mut state, saved), &steps, stop)?;
     let (Some((log, progress)), Course::Pretraining(course)) = (ended, course) else {
@@ -276,22 +355,15 @@ impl Pretraining {
             .collect();
         let count: usize = batches.iter().map(Batch::count).sum();
         let scale = 1.0 / count.max(1) as f64;
-        let kept_layers = self.kept_layers;
-        self.gradients.par_iter_mut().for_each(|gradient| gradient.fill(0.0));
-        let mut loss = 0.0;
-        for batch in &batches {
-            let (gradients, buffers) = (&mut self.gradients, &mut self.buffers);
-            loss += self.model.accumulate(batch, scale, kept_layers, gradients, buffers)? * scale;
-        }
-        let grad_norm = global_norm(&self.gradients);
+        let (model, learning) = (&self.model, &mut self.learning);
+        let (loss, grad_norm) = learning.learn(model, &batches, scale, self.kept_layers)?;
         let diverged = TrainError::Diverged { step: state.step + 1, loss };
         if !loss.is_finite() || !grad_norm.is_finite() {
             return Err(diverged);
         }
         let most = settings.max_grad_norm;
         let factor = if most > 0.0 { clip_factor(grad_norm, most) } else { 1.0 };
-        let parameters = &self.model.parameters;
-        if !self.optimizer.step(parameters, &self.gradients, factor, learning_rate)? {
+        if !learning.step(model, factor, learning_rate)? {
             return Err(diverged);
         }
 
@@ -386,7 +458,15 @@ impl Pretraining {
     /// Writes a checkpoint: the model's folder, exactly, beside the optimizer's moments.
     pub fn save(&self, run: &RunDir, state: &State, keep: usize) -> Result<(), TrainError> {
         let parameters = named(&self.model);
-        run.save(state, &parameters, &self.optimizer, keep, |folder| {
+        let copied; // from where the portable form has it
+        let optimizer = match &self.learning {
+            Learning::Fast { optimizer, .. } => optimizer,
+            Learning::Portable { optimizer, .. } => {
+                copied = optimizer.on_cpu()?;
+                &copied
+            }
+        };
+        run.save(state, &parameters, optimizer, keep, |folder| {
             self.write_folder(&folder.join(MODEL), FloatType::F32)
         })
     }
@@ -399,11 +479,9 @@ impl Pretraining {
         with: impl FnOnce(&Source) -> Result<T, ExportError>,
     ) -> Result<T, TrainError> {
         let model = &self.model;
-        let values: Vec<Values> = model
-            .parameters
-            .iter()
-            .map(|var| Values::of(var))
-            .collect::<candle_core::Result<_>>()?;
+        let parameters = model.on_cpu()?;
+        let values = parameters.iter().map(Values::of);
+        let values: Vec<Values> = values.collect::<candle_core::Result<_>>()?;
         let named = model.names.iter().zip(&model.parameters).zip(&values);
         let named = named.map(|((name, var), values)| (name.as_str(), var.dims(), &values[..]));
         let source = Source::from_memory(model.config.clone(), named, &self.tokenizer_folder)?;
@@ -527,9 +605,12 @@ fn sample_prompts(
     settings.sample_prompt.iter().map(encode).collect()
 }
 
-/// How many layers keep their tapes within the memory budget.
+/// How many layers keep their tapes within the memory budget; all do in the portable form.
 fn kept_layers(settings: &PretrainSettings, model: &FullModel, budget: u64) -> usize {
     let layers = model.config.num_hidden_layers;
+    if model.compute == Compute::Portable {
+        return layers;
+    }
     if let Some(all) = settings.gradient_checkpointing {
         return if all { 0 } else { layers };
     }

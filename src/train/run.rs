@@ -73,7 +73,7 @@ impl Course<'_> {
     fn optimizer_steps(&self) -> u64 {
         match self {
             Self::FineTuning(course) => course.learner.optimizer.step,
-            Self::Pretraining(course) => course.optimizer.step,
+            Self::Pretraining(course) => course.learning.optimizer_steps(),
         }
     }
 

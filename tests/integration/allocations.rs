@@ -116,7 +116,7 @@ fn a_third_decoding_step_allocates_no_activation() {
     let decoder = load(name, Compute::Int16);
     let worn = [Worn::frozen(adapter(name, "final", &decoder).into())];
     let rows: Vec<Vec<u32>> = (0..64).map(|i| vec![i % 50 + 3; 4]).collect();
-    let mut cache = KvCache::new(&decoder.config, rows.len());
+    let mut cache = KvCache::new(&decoder, rows.len());
     decoder.hidden_cached(&Rows::new(&rows), Adapters::Same(&worn), &mut cache).unwrap();
     let activation = rows.len() * decoder.config.intermediate_size * size_of::<f32>();
     let (first, third) = first_and_third(|| {

@@ -463,14 +463,23 @@ fn a_device_that_cannot_be_had_is_told() {
     commands.push(vec!["eval", "--data", &*rows]);
     commands.push(vec!["generate", "--prompt", "one"]);
     commands.push(vec!["chat"]);
-    let check = |command: &[&str], flags: &[&str], needed: &str| {
-        let args = [command, &["--base", &*base], flags].concat();
-        let output = quantune(&strings(&args));
+    let source = format!("rows=1:{rows}");
+    commands.push(vec!["pretrain", "--source", &*source, "--max-steps", "1", "--out", &*out]);
+    let refused = |args: &[&str], needed: &str| {
+        let output = quantune(&strings(args));
         assert!(!output.status.success(), "{args:?}");
         let told = String::from_utf8_lossy(&output.stderr).into_owned();
         assert!(told.contains(needed) && !told.contains("panicked"), "{args:?}: {told}");
         assert!(!std::path::Path::new(&out).exists(), "{args:?} left something behind");
     };
+    let check = |command: &[&str], flags: &[&str], needed: &str| {
+        refused(&[command, &["--base", &*base], flags].concat(), needed);
+    };
+    if !cfg!(feature = "cuda") {
+        let needed = "`cargo build --release --features cuda`";
+        refused(&["quickstart", "--out", &out, "--device", "cuda"], needed);
+    }
+    refused(&["quickstart", "--out", &out, "--device", "gpu"], "\"gpu\" is no device");
     for command in &commands {
         if !cfg!(feature = "cuda") {
             let needed = "`cargo build --release --features cuda`";

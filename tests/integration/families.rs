@@ -258,7 +258,7 @@ fn the_cache_gives_what_one_pass_gives() {
             let flat = |t: Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             let logits = |hidden: &Tensor| flat(decoder.logits(hidden, Adapters::NONE).unwrap());
             let whole = logits(&decoder.hidden(&Rows::new(&[row]), Adapters::NONE).unwrap());
-            let mut cache = KvCache::with_type(&decoder.config, 1, CacheType::F32);
+            let mut cache = KvCache::with_type(&decoder, 1, CacheType::F32);
             let (mut found, mut seen) = (Vec::new(), 0);
             for piece in [11, 6].into_iter().chain(std::iter::repeat_n(1, row.len() - 17)) {
                 let next = Rows::after([(&row[seen..seen + piece], seen)].into_iter());
@@ -330,7 +330,7 @@ fn rows_grow_across_longropes_border() {
             assert_eq!(found, tokens[prompt.len()..], "{compute:?}, a prompt of {}", prompt.len());
         }
 
-        let mut cache = KvCache::with_type(&decoder.config, 1, CacheType::F32);
+        let mut cache = KvCache::with_type(&decoder, 1, CacheType::F32);
         let next = |from: usize, to: usize| Rows::after([(&row[from..to], from)].into_iter());
         decoder.hidden_cached(&next(0, 20), Adapters::NONE, &mut cache).unwrap();
         let error = decoder.hidden_cached(&next(20, 30), Adapters::NONE, &mut cache);
@@ -354,10 +354,14 @@ fn what_full_training_has_not_is_refused_by_name() {
         FullModel::load(&checkpoint, Compute::F32)
     };
     assert!(all("llama-yarn").is_ok());
+    assert!(all("qwen3").is_ok());
     for (name, words) in [("gemma2", "gemma2"), ("smollm3", "smollm3"), ("phi3", "phi3")] {
         let error = all(name).unwrap_err().to_string();
         assert!(error.contains(words) && error.contains("adapters"), "{error}");
     }
+    let (_folder, checkpoint) = variant("qwen3-window");
+    let error = FullModel::load(&checkpoint, Compute::F32).unwrap_err().to_string();
+    assert!(error.contains("a qwen3 with a sliding window"), "{error}");
 }
 
 /// A model in several files is that in one, to the bit; later files and missing ones are told.

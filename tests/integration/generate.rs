@@ -112,6 +112,28 @@ fn greedy_batches_are_transformers_and_rows_alone() {
     }
 }
 
+/// The portable form has its cache in tensors: prompts that several rows share, rows that end and make
+/// room for others, and prompts longer than a pass get what the fast form gives them.
+#[test]
+fn the_portable_form_generates_what_the_fast_one_does() {
+    for name in ["llama-tiny", "qwen2-tiny"] {
+        let [fast, portable] = [Compute::F32, Compute::Portable].map(|compute| load(name, compute));
+        let mut prompts = long_prompts(&fast);
+        prompts.sort(); // each is there twice
+        let mut requests = requests(&prompts);
+        for (i, request) in requests.iter_mut().enumerate() {
+            request.max_tokens = [None, Some(1), Some(7)][i % 3];
+        }
+        for cache in [CacheType::F32, CacheType::F16] {
+            let of = |decoder: &Decoder| {
+                let settings = Settings { cache, slots: 3, ..settings(Sampling::greedy(), 10) };
+                tokens(&run(decoder, Adapters::NONE, &requests, &settings))
+            };
+            assert_eq!(of(&portable), of(&fast), "{name} {cache:?}");
+        }
+    }
+}
+
 /// A batch whose prompts together are longer than one pass, each of its own length.
 fn long_prompts(decoder: &Decoder) -> Vec<Vec<u32>> {
     let vocab_size = decoder.config.vocab_size as u32;

@@ -108,7 +108,7 @@ fn greedy_tokens_through_the_cache_are_transformers() {
         let rows: Vec<Vec<u32>> = golden["input_ids"].as_array().unwrap().iter().map(ids).collect();
         let theirs: Vec<Vec<u32>> = golden["greedy"].as_array().unwrap().iter().map(ids).collect();
         // Both rows decode in one batch, each at its own length.
-        let mut cache = KvCache::new(&decoder.config, rows.len());
+        let mut cache = KvCache::new(&decoder, rows.len());
         let mut new = rows.clone();
         let mut ours = vec![Vec::new(); rows.len()];
         while ours[0].len() < theirs[0].len() {
@@ -126,6 +126,25 @@ fn greedy_tokens_through_the_cache_are_transformers() {
             }
         }
         assert_eq!(ours, theirs, "{name}");
+    }
+}
+
+#[test]
+fn a_cache_of_another_form_is_refused() {
+    let decoders = [Compute::F32, Compute::Portable].map(|compute| load("llama-tiny", compute));
+    let rows = Rows::new(&[[5, 6, 7]]);
+    for (decoder, other) in [(&decoders[0], &decoders[1]), (&decoders[1], &decoders[0])] {
+        let mut cache = KvCache::new(other, 1);
+        let errors = [
+            decoder.hidden_cached(&rows, Adapters::NONE, &mut cache),
+            decoder.hidden_step(&rows, Adapters::NONE, &mut cache),
+            decoder.hidden_cached_of(&rows, Adapters::NONE, &mut cache, &[2]),
+        ];
+        for error in errors {
+            let error = error.unwrap_err().to_string();
+            assert!(error.contains("needed one made for this decoder"), "{error}");
+        }
+        assert!(cache.is_empty());
     }
 }
 
@@ -167,7 +186,7 @@ fn biases_count_in_every_form() {
         };
         let whole = flat(decoder.hidden(&Rows::new(&rows), Adapters::NONE).unwrap());
         close(&whole, &exact, "whole");
-        let mut cache = KvCache::new(&decoder.config, 1);
+        let mut cache = KvCache::new(&decoder, 1);
         let width = decoder.config.hidden_size;
         let read = Rows::after([(&rows[0][..20], 0)].into_iter());
         let read = decoder.hidden_cached(&read, Adapters::NONE, &mut cache).unwrap();
@@ -257,7 +276,7 @@ fn chosen_tokens_have_the_bits_they_have_among_all() {
             let needed: Vec<_> = chosen.iter().map(|&row| all[row as usize].clone()).collect();
             let whole = decoder.hidden_of(&input, adapters, chosen).unwrap();
             assert_eq!(whole.to_vec2::<f32>().unwrap(), needed, "{compute:?} {chosen:?}");
-            let mut cache = KvCache::new(&decoder.config, rows.len());
+            let mut cache = KvCache::new(&decoder, rows.len());
             let cached = decoder.hidden_cached_of(&input, adapters, &mut cache, chosen).unwrap();
             assert_eq!(cached.dims(), [chosen.len(), decoder.config.hidden_size]);
             assert_eq!((0..4).map(|row| cache.len(row)).collect::<Vec<_>>(), [4, 0, 3, 5]);

@@ -13,7 +13,7 @@ use serde_json::Value;
 
 use crate::support::{golden, golden_json, ids, model_path};
 
-const RUNS: &[&str] = &["llama-tied", "llama-untied", "qwen2"];
+const RUNS: &[&str] = &["llama-tied", "llama-untied", "qwen2", "qwen3"];
 
 pub fn load(run: &str, compute: Compute) -> FullModel {
     let path = golden(&format!("pretrain/{run}/initial"));
@@ -133,7 +133,9 @@ fn ten_steps_are_torchs() {
 fn ten_steps_are_torchs_split_recomputed_and_portable() {
     ten_steps("llama-untied", 1, 0, Compute::F32, 1e-4);
     ten_steps("qwen2", 3, 1, Compute::F32, 1e-4);
+    ten_steps("qwen3", 1, 0, Compute::F32, 1e-4);
     ten_steps("llama-tied", 2, 2, Compute::Portable, 1e-4);
+    ten_steps("qwen3", 2, 2, Compute::Portable, 1e-4);
 }
 
 /// Integer products round, a little: the run stays near.
@@ -141,6 +143,7 @@ fn ten_steps_are_torchs_split_recomputed_and_portable() {
 fn integer_products_stay_near_torch() {
     ten_steps("llama-tied", 4, 2, Compute::Int16, 5e-3);
     ten_steps("qwen2", 4, 2, Compute::Int16, 5e-3);
+    ten_steps("qwen3", 4, 2, Compute::Int16, 5e-3);
 }
 
 #[test]
@@ -216,8 +219,11 @@ fn recomputation_threads_and_old_buffers_change_no_bit() {
 /// Every format we read trains on, and what trained is an ordinary decoder again.
 #[test]
 fn a_base_goes_in_and_comes_out() {
-    for name in ["llama-tiny", "llama-untied", "qwen2-tiny", "llama-q4_0"] {
-        let checkpoint = Checkpoint::open(model_path(name)).unwrap();
+    let qwen3 = ["families/qwen3", "families/qwen3.gguf"].map(golden);
+    let others = ["llama-tiny", "llama-untied", "qwen2-tiny", "llama-q4_0"].map(model_path);
+    for path in others.into_iter().chain(qwen3) {
+        let name = path.display();
+        let checkpoint = Checkpoint::open(&path).unwrap();
         let model = FullModel::load(&checkpoint, Compute::F32).unwrap();
         let base = quantune::model::Decoder::load(&checkpoint, Compute::F32).unwrap();
         let decoder = model.decoder(Compute::F32).unwrap();

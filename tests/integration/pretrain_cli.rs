@@ -14,7 +14,7 @@ use quantune::weights::Checkpoint;
 use quantune_adapters::rng::Stream;
 
 use crate::binary::{Lab, base, error, every_flag, kill, last_json, quantune, strings};
-use crate::support::model_path;
+use crate::support::{golden_json, model_path};
 
 /// Texts of two kinds, and the tokenizer of the tiny Llama.
 fn lab() -> (Lab, String) {
@@ -112,6 +112,7 @@ fn every_flag_of_pretrain_changes_something() {
         &[("--save-steps", "1"), ("--save-total-limit", "1")],
         &[("--seed", "7")],
         &[("--compute", "int16")],
+        &[("--compute", "portable")],
         &[("--dtype", "bf16")],
         &[("--export", "OUT/model.gguf")],
         &[("--export", "OUT/model.gguf"), ("--export-type", "Q8_0")],
@@ -125,8 +126,8 @@ fn every_flag_of_pretrain_changes_something() {
     for last in [("--base", &*other), ("--model-config", &*shape)] {
         table.push([from_base, &[last]].concat());
     }
-    // Killed runs and what comes out, below.
-    every_flag(&["pretrain"], base_args, &table, &["--resume", "--max-tokens"], &lab);
+    // Killed runs and what comes out, below; devices with those of the other commands.
+    every_flag(&["pretrain"], base_args, &table, &["--resume", "--max-tokens", "--device"], &lab);
 }
 
 /// Killed 10 times and resumed, on another number of threads: the same bytes.
@@ -180,24 +181,70 @@ fn a_killed_pretraining_goes_on_to_the_same_bytes() {
     }
 }
 
+/// The portable form has gradients and moments in tensors: it trains the same model, and goes on from
+/// a checkpoint to the same bytes.
+#[test]
+fn a_portable_pretraining_is_the_fast_one_and_goes_on() {
+    let (lab, tokenizer) = lab();
+    let stories = format!("stories=1:{}", lab.path("stories.jsonl"));
+    let run = |out: &str, flags: &[&str]| {
+        let mut args = strings(&["pretrain", "--out", out, "--threads", "1", "--json"]);
+        args.extend(strings(flags));
+        last_json(&quantune(&args))
+    };
+    let begin = |out: &str, compute: &str| {
+        let new = ["--source", &stories, "--tokenizer", &tokenizer, "--compute", compute];
+        let shape =
+            ["--hidden-size", "32", "--num-attention-heads", "4", "--intermediate-size", "48"];
+        let steps = ["--max-length", "32", "--max-steps", "6", "--save-steps", "3"];
+        let pace = ["--learning-rate", "0.01", "--gradient-accumulation-steps", "2"];
+        run(out, &[&new[..], &shape, &steps, &pace].concat())
+    };
+    let (fast, whole, resumed) = (lab.path("fast"), lab.path("whole"), lab.path("resumed"));
+    let (fast, portable) = (begin(&fast, "f32"), begin(&whole, "portable"));
+    for key in ["loss_first", "loss_last", "eval_loss_last"] {
+        let (fast, portable) = (fast[key].as_f64().unwrap(), portable[key].as_f64().unwrap());
+        assert!((fast - portable).abs() < 1e-3, "{key}: {portable}, fast {fast}");
+    }
+    assert!(portable["loss_last"].as_f64() < portable["loss_first"].as_f64());
+
+    fs::rename(&whole, &resumed).unwrap();
+    begin(&whole, "portable");
+    fs::remove_dir_all(Path::new(&resumed).join("checkpoints/step-6")).unwrap();
+    fs::remove_dir_all(Path::new(&resumed).join("model")).unwrap();
+    assert_eq!(run(&resumed, &["--resume"])["resumed_at"], 3);
+    for file in ["model/model.safetensors", "checkpoints/step-6/optimizer.safetensors"] {
+        let bytes = |out: &str| fs::read(Path::new(out).join(file)).unwrap();
+        assert_eq!(bytes(&resumed), bytes(&whole), "{file}");
+    }
+}
+
 /// The folder and the GGUF are one model, an ordinary base: sft trains on either, and pretraining
 /// goes on from either.
 #[test]
 fn what_comes_out_is_an_ordinary_base() {
     let (lab, tokenizer) = lab();
+    let shape = ["--hidden-size", "32", "--num-attention-heads", "4", "--intermediate-size", "64"];
+    is_an_ordinary_base(&lab, &tokenizer, &shape);
+}
+
+/// As above, with norms of queries and keys.
+#[test]
+fn what_comes_out_of_qwen3s_shape_is_an_ordinary_base() {
+    let (lab, tokenizer) = lab();
+    let mut config = golden_json("families/qwen3/config.json");
+    config["vocab_size"] = 512.into();
+    lab.write("qwen3.json", &config.to_string());
+    is_an_ordinary_base(&lab, &tokenizer, &["--model-config", &lab.path("qwen3.json")]);
+}
+
+fn is_an_ordinary_base(lab: &Lab, tokenizer: &str, shape: &[&str]) {
     let out = lab.path("run");
     let gguf = lab.path("model.gguf");
     let stories = format!("stories=1:{}", lab.path("stories.jsonl"));
-    let mut args = strings(&["pretrain", "--source", &stories, "--tokenizer", &tokenizer]);
-    args.extend(strings(&["--out", &out, "--hidden-size", "32", "--num-attention-heads", "4"]));
-    args.extend(strings(&[
-        "--intermediate-size",
-        "64",
-        "--max-length",
-        "32",
-        "--max-tokens",
-        "15000",
-    ]));
+    let mut args = strings(&["pretrain", "--source", &stories, "--tokenizer", tokenizer]);
+    args.extend(strings(shape));
+    args.extend(strings(&["--out", &out, "--max-length", "32", "--max-tokens", "15000"]));
     args.extend(strings(&["--learning-rate", "0.01", "--validation-split", "0.1"]));
     args.extend(strings(&["--export", &gguf, "--export-type", "F32", "--json"]));
     let done = last_json(&quantune(&args));
@@ -267,6 +314,11 @@ fn wrong_input_ends_in_one_sentence() {
     check(notes, &["--max-steps", "0"], &["nothing would be trained"]);
     check(notes, &["--hidden-size", "33"], &["33", "4"]);
     check(notes, &["--compute", "int8"], &["compute is int8"]);
+    let portable = ["--compute", "portable"];
+    for (flag, value) in [("--memory-budget", "1GB"), ("--gradient-checkpointing", "true")] {
+        let flags = [&portable[..], &[flag, value]].concat();
+        check(notes, &flags, &["is of the fast forms, the portable one keeps all layers"]);
+    }
     check(notes, &["--export", "x.gguf", "--export-type", "Q9"], &["\"Q9\" is no type"]);
     check(notes, &["--base", &base(), "--max-length", "999999"], &["max_length is 999999"]);
     check(notes, &["--base", &base(), "--hidden-size", "64"], &["with --base, not to be set"]);

@@ -7,6 +7,7 @@
 use super::{Layer, Linear};
 use crate::isa::{Isa, versions};
 use crate::model::Config;
+use crate::model::config::QkNorm;
 use crate::ops::attention::{self, Attended, Heads, Qkv, QkvGrad};
 use crate::ops::gemm::{Begin, Out, PackedRows, Panel, Product, Strided, Term, Weights, multiply};
 use crate::ops::rope::{Rotation, Turn};
@@ -24,6 +25,9 @@ pub(super) struct Tape {
     v: Vec<f32>,
     attended: Vec<f32>,
     lse: Vec<f32>,
+    /// Queries and keys before their norms, where they have some.
+    raw_q: Vec<f32>,
+    raw_k: Vec<f32>,
     /// The residual stream between attention and feed-forward layer.
     middle: Vec<f32>,
     gate: Vec<f32>,
@@ -36,7 +40,8 @@ impl Tape {
         let q = config.num_attention_heads * config.head_dim;
         let kv = config.num_key_value_heads * config.head_dim;
         let residual = 2 * config.hidden_size + 2 * config.intermediate_size;
-        residual + 2 * q + 2 * kv + config.num_attention_heads
+        let raw = if config.family.qk_norm == QkNorm::None { 0 } else { q + kv };
+        residual + raw + 2 * q + 2 * kv + config.num_attention_heads
     }
 }
 
@@ -51,6 +56,8 @@ pub(super) struct Workspace {
     dq: Vec<f32>,
     dk: Vec<f32>,
     dv: Vec<f32>,
+    /// Gradients of queries or keys before their norms.
+    draw: Vec<f32>,
     /// Inputs, or gradients of outputs, and the latter turned.
     packed: [PackedRows; 3],
     turned: [PackedRows; 4],
@@ -64,7 +71,8 @@ impl Workspace {
         let kv = config.num_key_value_heads * config.head_dim;
         let widest = (q + 2 * kv).max(2 * config.intermediate_size);
         let panels = 2 * (widest + config.hidden_size);
-        2 * config.hidden_size + config.intermediate_size + 2 * q + 2 * kv + panels
+        let draw = if config.family.qk_norm == QkNorm::None { 0 } else { q };
+        2 * config.hidden_size + config.intermediate_size + draw + 2 * q + 2 * kv + panels
     }
 
     /// Room for shares of a norm's gradient.
@@ -92,7 +100,7 @@ impl LayerPass<'_> {
     pub fn forward(&self, tape: &mut Tape, out: &mut Vec<f32>, work: &mut Workspace) {
         let (layer, isa, n) = (self.layer, self.isa, self.tokens);
         let (hidden, eps) = (self.config.hidden_size, self.config.rms_norm_eps as f32);
-        let Tape { x, q, k, v, attended, lse, middle, gate, up } = tape;
+        let Tape { x, q, k, v, attended, lse, raw_q, raw_k, middle, gate, up } = tape;
         let Workspace { normed, inner, packed: [packed, ..], .. } = work;
         let (q_width, kv_width, inner_width) = (layer.q.rows, layer.k.rows, layer.gate.rows);
         for (buffer, width) in [
@@ -114,6 +122,13 @@ impl LayerPass<'_> {
         rms_norm::forward(isa, x, self.values[layer.input_norm], eps, normed);
         let outs = [(&layer.q, &mut q[..]), (&layer.k, &mut k[..]), (&layer.v, &mut v[..])];
         self.project(outs, normed, None, packed);
+        for (norm, heads, raw) in [(layer.q_norm, &mut *q, raw_q), (layer.k_norm, &mut *k, raw_k)] {
+            if let Some(norm) = norm {
+                raw.resize(heads.len(), 0.0);
+                std::mem::swap(raw, heads);
+                rms_norm::forward(isa, raw, self.values[norm], eps, heads);
+            }
+        }
         self.rotation.rotate(isa, Turn::Forward, q, q_width, q_width);
         self.rotation.rotate(isa, Turn::Forward, k, kv_width, kv_width);
         attention::forward(
@@ -149,9 +164,20 @@ impl LayerPass<'_> {
     ) {
         let (layer, isa, n) = (self.layer, self.isa, self.tokens);
         let (hidden, eps) = (self.config.hidden_size, self.config.rms_norm_eps as f32);
-        let Tape { x, q, k, v, attended, lse, middle, gate, up } = tape;
-        let Workspace { normed, dnormed, inner, dattended, dq, dk, dv, packed, turned, shares } =
-            work;
+        let Tape { x, q, k, v, attended, lse, raw_q, raw_k, middle, gate, up } = tape;
+        let Workspace {
+            normed,
+            dnormed,
+            inner,
+            dattended,
+            dq,
+            dk,
+            dv,
+            draw,
+            packed,
+            turned,
+            shares,
+        } = work;
         let (q_width, kv_width, inner_width) = (layer.q.rows, layer.k.rows, layer.gate.rows);
         for (buffer, width) in [
             (&mut *normed, hidden),
@@ -191,6 +217,16 @@ impl LayerPass<'_> {
         attention::backward(isa, qkv, heads, self.segments, None, left, dattended, grad);
         self.rotation.rotate(isa, Turn::Back, dq, q_width, q_width);
         self.rotation.rotate(isa, Turn::Back, dk, kv_width, kv_width);
+        for (norm, raw, d) in [(layer.q_norm, &*raw_q, &mut *dq), (layer.k_norm, &*raw_k, &mut *dk)]
+        {
+            if let Some(norm) = norm {
+                draw.clear();
+                draw.resize(d.len(), 0.0);
+                let (w, dw) = (self.values[norm], &mut gradients[norm]);
+                rms_norm::backward_with_weight(isa, raw, w, eps, d, draw, dw, shares);
+                std::mem::swap(d, draw);
+            }
+        }
 
         let norm = self.values[layer.input_norm];
         rms_norm::forward(isa, x, norm, eps, normed);

@@ -16,6 +16,7 @@ use candle_core::{Device, Result, Tensor, Var};
 use quantune_adapters::rng::Stream;
 use rayon::prelude::*;
 
+use super::config::QkNorm;
 use super::decoder::{self, Decoder, Shared};
 use super::{Config, ModelError};
 use crate::data::Batch;
@@ -36,7 +37,7 @@ pub struct FullModel {
     pub compute: Compute,
     /// Hugging Face's names of the parameters.
     pub names: Vec<String>,
-    /// The parameters: F32 on the CPU, contiguous.
+    /// The parameters: F32, contiguous, on the CPU unless [`FullModel::on`] brought them elsewhere.
     pub parameters: Vec<Var>,
     places: Places,
 }
@@ -60,6 +61,9 @@ struct Layer {
     k: Linear,
     v: Linear,
     o: Linear,
+    /// Of the heads of queries and keys, `(head_dim)`.
+    q_norm: Option<usize>,
+    k_norm: Option<usize>,
     post_attention_norm: usize,
     gate: Linear,
     up: Linear,
@@ -89,15 +93,21 @@ impl Plan {
         let kv_width = c.num_key_value_heads * c.head_dim;
         let mut plan = Self::default();
         plan.add("model.embed_tokens.weight".into(), vec![c.vocab_size, hidden]);
+        let of_heads = c.family.qk_norm != QkNorm::None;
         let layer = |index: usize| {
             let path = |name: &str| format!("model.layers.{index}.{name}");
             let norm = |name: &str| path(&format!("{name}.weight"));
+            let of_heads = |plan: &mut Self, name: &str| {
+                of_heads.then(|| plan.add(norm(&format!("self_attn.{name}")), vec![c.head_dim]))
+            };
             Layer {
                 input_norm: plan.add(norm("input_layernorm"), vec![hidden]),
                 q: plan.linear(path("self_attn.q_proj"), q_width, hidden, c.qkv_bias),
                 k: plan.linear(path("self_attn.k_proj"), kv_width, hidden, c.qkv_bias),
                 v: plan.linear(path("self_attn.v_proj"), kv_width, hidden, c.qkv_bias),
                 o: plan.linear(path("self_attn.o_proj"), hidden, q_width, c.o_bias),
+                q_norm: of_heads(&mut plan, "q_norm"),
+                k_norm: of_heads(&mut plan, "k_norm"),
                 post_attention_norm: plan.add(norm("post_attention_layernorm"), vec![hidden]),
                 gate: plan.linear(path("mlp.gate_proj"), inner, hidden, c.mlp_bias),
                 up: plan.linear(path("mlp.up_proj"), inner, hidden, c.mlp_bias),
@@ -207,15 +217,16 @@ impl FullModel {
         let mut sources = vec![Source::Matrix(&decoder.embedding)];
         for layer in &decoder.layers {
             let groups = [
-                (&layer.input_norm, layer.qkv.linears(), &layer.o),
-                (&layer.pre_feedforward_norm, layer.gate_up.linears(), &layer.down),
+                (&layer.input_norm, layer.qkv.linears(), &layer.o, [&layer.q_norm, &layer.k_norm]),
+                (&layer.pre_feedforward_norm, layer.gate_up.linears(), &layer.down, [&None; 2]),
             ];
-            for (norm, linears, last) in groups {
+            for (norm, linears, last, of_heads) in groups {
                 sources.extend(norm.as_ref().map(Source::Vector));
                 for linear in linears.iter().chain([last]) {
                     sources.push(Source::Matrix(&linear.weight));
                     sources.extend(linear.bias.as_ref().map(Source::Vector));
                 }
+                sources.extend(of_heads.into_iter().flatten().map(Source::Vector));
             }
         }
         sources.push(Source::Vector(&decoder.norm));
@@ -251,6 +262,30 @@ impl FullModel {
         Ok(Self { config, compute, names, parameters, places })
     }
 
+    /// The same model with its parameters on a device, where its micro-batches then compute.
+    ///
+    /// # Errors
+    /// If the form is not the portable one, or the device has too little memory.
+    pub fn on(mut self, device: &Device) -> Result<Self> {
+        if self.compute != Compute::Portable {
+            candle_core::bail!("compute is {}, needed portable on a device", self.compute);
+        }
+        for var in &mut self.parameters {
+            *var = Var::from_tensor(&var.as_detached_tensor().to_device(device)?)?;
+        }
+        Ok(self)
+    }
+
+    /// Where its parameters are.
+    pub fn device(&self) -> &Device {
+        self.parameters[EMBEDDING].device()
+    }
+
+    /// The parameters on the CPU, copied if they are elsewhere.
+    pub fn on_cpu(&self) -> Result<Vec<Tensor>> {
+        self.parameters.iter().map(|var| var.as_detached_tensor().to_device(&Device::Cpu)).collect()
+    }
+
     /// Whether all weights of such a decoder can train.
     ///
     /// # Errors
@@ -258,7 +293,8 @@ impl FullModel {
     pub fn check_config(config: &Config) -> Result<()> {
         match config.beyond_llama() {
             Some(what) => candle_core::bail!(
-                "all weights of {what} cannot train here, those of Llama-like decoders can;                  adapters on it can"
+                "all weights of {what} cannot train here, those of a plain llama, qwen2 or qwen3 can; \
+                 adapters on it can"
             ),
             None => Ok(()),
         }
@@ -282,15 +318,18 @@ impl FullModel {
         self.parameters.iter().map(|var| vec![0.0; var.elem_count()]).collect()
     }
 
-    /// A frozen decoder of the present values, copied.
+    /// A frozen decoder of the present values, copied, on the device they are on.
+    ///
+    /// # Errors
+    /// If that is not the CPU and `compute` not portable.
     pub fn decoder(&self, compute: Compute) -> Result<Decoder> {
+        let values = self.on_cpu()?;
         let matrix = |index: usize| -> Result<Arc<FrozenMatrix>> {
-            let var = &self.parameters[index];
-            let (rows, cols) = var.dims2()?;
-            let matrix = FrozenMatrix::from_f32(&Values::of(var)?, rows, cols);
+            let (rows, cols) = values[index].dims2()?;
+            let matrix = FrozenMatrix::from_f32(&Values::of(&values[index])?, rows, cols);
             Ok(Arc::new(matrix.map_err(candle_core::Error::wrap)?))
         };
-        let vector = |index: usize| self.parameters[index].as_detached_tensor().copy();
+        let vector = |index: usize| values[index].copy();
         let linear = |linear: &Linear| -> Result<decoder::Linear> {
             let name = self.names[linear.weight].trim_end_matches(".weight").to_string();
             let bias = linear.bias.map(vector).transpose()?;
@@ -300,8 +339,8 @@ impl FullModel {
             Ok(decoder::Layer {
                 input_norm: Some(vector(layer.input_norm)?),
                 qkv: Shared::Apart([linear(&layer.q)?, linear(&layer.k)?, linear(&layer.v)?]),
-                q_norm: None,
-                k_norm: None,
+                q_norm: layer.q_norm.map(vector).transpose()?,
+                k_norm: layer.k_norm.map(vector).transpose()?,
                 o: linear(&layer.o)?,
                 post_attention_norm: None,
                 pre_feedforward_norm: Some(vector(layer.post_attention_norm)?),
@@ -317,7 +356,7 @@ impl FullModel {
             EMBEDDING => embedding.clone(),
             head => matrix(head)?,
         };
-        Ok(Decoder {
+        let decoder = Decoder {
             config: self.config.clone(),
             compute,
             device: Device::Cpu,
@@ -327,7 +366,11 @@ impl FullModel {
             head,
             uploaded_head: None,
             inv_freq: self.config.inv_freq(),
-        })
+        };
+        match self.device() {
+            Device::Cpu => Ok(decoder),
+            device => decoder.on(device),
+        }
     }
 
     /// One micro-batch: the sum of `-log p(target)` over its targets, in nats. The gradients of that
@@ -335,7 +378,7 @@ impl FullModel {
     /// the parameters.
     ///
     /// Layers below the uppermost `kept_layers` keep only their input on the way up and are
-    /// recomputed on the way down.
+    /// recomputed on the way down; in the portable form all keep all.
     ///
     /// # Errors
     /// If a token or target is outside the vocabulary, or the rows do not part the tokens.

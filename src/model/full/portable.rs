@@ -1,5 +1,6 @@
 //! The portable form of a micro-batch: differentiable candle ops on the tape. It defines the answer.
 
+use candle_core::backprop::GradStore;
 use candle_core::{D, Result, Tensor};
 
 use super::{EMBEDDING, FullModel, Layer, Linear};
@@ -11,6 +12,30 @@ use crate::ops::{Compute, Segment, causal_attention, rms_norm, rope, swiglu};
 use std::sync::Arc;
 
 impl FullModel {
+    /// [`FullModel::accumulate`] in the portable form with gradients where the parameters are, F32 in
+    /// their shapes.
+    ///
+    /// # Errors
+    /// As there, and if the device has too little memory.
+    pub fn accumulate_tensors(
+        &self,
+        batch: &Batch,
+        scale: f64,
+        gradients: &mut [Tensor],
+    ) -> Result<f64> {
+        self.check(batch)?;
+        if batch.targets.is_empty() {
+            return Ok(0.0);
+        }
+        let (loss, store) = self.judged(batch, scale)?;
+        for (parameter, gradient) in self.parameters.iter().zip(gradients) {
+            if let Some(added) = store.get(parameter) {
+                *gradient = (&*gradient + added.detach())?;
+            }
+        }
+        Ok(loss)
+    }
+
     /// [`FullModel::accumulate`] on candle's tape.
     pub(super) fn portable(
         &self,
@@ -18,6 +43,18 @@ impl FullModel {
         scale: f64,
         gradients: &mut [Vec<f32>],
     ) -> Result<f64> {
+        let (loss, store) = self.judged(batch, scale)?;
+        for (parameter, gradient) in self.parameters.iter().zip(gradients) {
+            if let Some(added) = store.get(parameter) {
+                let added = added.flatten_all()?.to_vec1::<f32>()?;
+                gradient.iter_mut().zip(added).for_each(|(sum, value)| *sum += value);
+            }
+        }
+        Ok(loss)
+    }
+
+    /// The sum of `-log p(target)`, and the gradients of that times `scale`.
+    fn judged(&self, batch: &Batch, scale: f64) -> Result<(f64, GradStore)> {
         let rotation = Rotation::new(&batch.positions, &self.config.inv_freq());
         let rotation = rotation.grown(self.config.rope_growth());
         let segments: Arc<[Segment]> = batch.segments.clone().into();
@@ -38,13 +75,7 @@ impl FullModel {
         let loss = logps.gather(&targets, 1)?.sum_all()?.neg()?;
 
         let store = (&loss * scale)?.backward()?;
-        for (parameter, gradient) in self.parameters.iter().zip(gradients) {
-            if let Some(added) = store.get(parameter) {
-                let added = added.flatten_all()?.to_vec1::<f32>()?;
-                gradient.iter_mut().zip(added).for_each(|(sum, value)| *sum += value);
-            }
-        }
-        Ok(f64::from(loss.to_scalar::<f32>()?))
+        Ok((f64::from(loss.to_scalar::<f32>()?), store))
     }
 
     /// `x (N, hidden_size)` → the same shape.
@@ -62,8 +93,12 @@ impl FullModel {
             head_dim: self.config.head_dim,
         };
         let h = self.norm(layer.input_norm, x)?;
-        let q = rope(&self.linear(&layer.q, &h)?, rotation, P)?;
-        let k = rope(&self.linear(&layer.k, &h)?, rotation, P)?;
+        let of_heads = |norm: Option<usize>, x: Tensor| match norm {
+            Some(norm) => self.norm(norm, &x.reshape(((), heads.head_dim))?)?.reshape(x.shape()),
+            None => Ok(x),
+        };
+        let q = rope(&of_heads(layer.q_norm, self.linear(&layer.q, &h)?)?, rotation, P)?;
+        let k = rope(&of_heads(layer.k_norm, self.linear(&layer.k, &h)?)?, rotation, P)?;
         let v = self.linear(&layer.v, &h)?;
         let attended = causal_attention(&q, &k, &v, heads, segments, None, P)?;
         let x = (x + self.linear(&layer.o, &attended)?)?;

@@ -9,7 +9,7 @@ use super::{Empty, Faults, is_empty};
 use crate::data::corpus::{CorpusSettings, SourceSpec};
 use crate::model::config::Variation;
 use crate::model::{Config, FAMILIES, ModelError, RopeScaling};
-use crate::ops::Compute;
+use crate::ops::{Compute, DeviceName};
 use crate::optim::ScheduleKind;
 
 /// Shapes with a name, all Llama's. Widths from `tiny` on are multiples of 256, which K-quants need.
@@ -158,8 +158,12 @@ settings! {
         /// Seed of the first weights, the order of the data and the samples [default: 42]
         seed: u64 = 42,
         /// How products are computed: f32, int16 (block-floating, faster; weights stay f32), or portable
-        /// (the slow reference form) [default: f32]
+        /// (the slow reference form, and the only one of other devices than the CPU) [default: f32;
+        /// portable on another device]
         compute: Compute = Compute::F32,
+        /// Where parameters and optimizer are and products are computed: cpu, cuda, cuda:N or metal; the
+        /// others than cpu are of builds with the feature of that name [default: cpu]
+        device: DeviceName = DeviceName::Cpu,
         /// Number format of the model's folder [default: f32]
         dtype: FloatType = FloatType::F32,
         /// Also write the model as this GGUF file
@@ -197,6 +201,15 @@ impl PretrainSettings {
             table.keys().map(String::as_str).filter(|key| !Self::KEYS.contains(key)).collect();
         if !unknown.is_empty() {
             return fail(format!("unknown {} of {}", unknown.join(", "), Self::COMMAND.1));
+        }
+        // The default of one depends on the other.
+        let device = table.get("device").and_then(toml::Value::as_str);
+        match device.and_then(|name| name.parse::<DeviceName>().ok()) {
+            Some(device @ (DeviceName::Cuda(_) | DeviceName::Metal)) => {
+                let compute = device.default_compute().to_string();
+                table.entry("compute").or_insert(compute.into());
+            }
+            Some(DeviceName::Cpu) | None => {}
         }
         table.try_into().map_err(|e: toml::de::Error| TrainError::Settings(e.message().into()))
     }
@@ -374,6 +387,17 @@ impl PretrainSettings {
             "compute is int8, too rough to train all weights: needed f32, int16 or portable";
         faults.check(fine, fault.into());
         faults.memory(&self.memory_budget);
+        if let Err(fault) = self.device.check(self.compute) {
+            faults.0.push(fault.to_string());
+        }
+        let portable = self.compute == Compute::Portable;
+        for (name, set) in [
+            ("memory_budget", !self.memory_budget.is_empty()),
+            ("gradient_checkpointing", self.gradient_checkpointing == Some(true)),
+        ] {
+            let fault = "is of the fast forms, the portable one keeps all layers: not to be set";
+            faults.check(!(portable && set), format!("{name} {fault}"));
+        }
         let length = self.max_length;
         faults.check(length > 1, format!("max_length is {length}, needed 2 or more"));
         let seed = self.seed;
