@@ -95,7 +95,14 @@ impl Tokenizer {
         if more.is_empty() {
             return Ok(self);
         }
-        Self::open_with(checkpoint, &[self.added(), &more].concat())
+        let mut all = self.added().to_vec();
+        for token in more {
+            match all.iter_mut().find(|known| known.text == token.text) {
+                Some(known) => *known = token,
+                None => all.push(token),
+            }
+        }
+        Self::open_with(checkpoint, &all)
     }
 
     /// The tokens that the tokenizer in a folder has and this one has not, or not as ones that are found
@@ -112,11 +119,7 @@ impl Tokenizer {
             let normalized = token.is_some_and(|token| token.normalized);
             Added { text, special, normalized }
         };
-        // Those that were added to this one have the last ids.
-        let is_added = |text: &str| self.added().iter().any(|added| added.text == text);
-        let ids = (0..self.len() as u32).rev();
-        let new = ids.take_while(|id| self.token(*id).is_some_and(|text| is_added(&text))).count();
-        let own_len = self.len() - new;
+        let own_len = self.own_len();
         if theirs.len() < own_len {
             return Ok(Vec::new());
         }
@@ -141,7 +144,7 @@ impl Tokenizer {
                          with other tokens of their own cannot be worn together"
                     ));
                 }
-                Some(own) if theirs.len() > self.len() => {
+                Some(own) if theirs.len() > own_len => {
                     return fault(format!(
                         "token {id} is {text:?}, needed the base's {own:?}: the adapter is of \
                          another base, or other tokens were added to it"

@@ -232,7 +232,7 @@ pub fn grown_keys(
     added: &[Added],
 ) -> Result<Vec<(&'static str, OwnedValue)>, TextError> {
     let own = gguf::tokens(file)?.len();
-    let (mut tokens, len) = gguf::tokens_with(file, added)?;
+    let (mut tokens, (len, _)) = gguf::tokens_with(file, added)?;
     tokens.extend((tokens.len()..rows).map(|id| format!("[PAD{id}]")));
     let mut types = file.i32s("tokenizer.ggml.token_type")?.unwrap_or_else(|| vec![NORMAL; own]);
     types.resize(tokens.len(), NORMAL);

@@ -15,6 +15,7 @@ use quantune::weights::{Checkpoint, Gguf, OwnedValue, stream_gguf};
 use quantune_adapters::LoraConfig;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::Value;
+use tempfile::TempDir;
 
 use crate::binary::{Lab, base, error, last_json, quantune, strings};
 use crate::family::{apart, read, same_adapter, small_linears, take_steps, tensors};
@@ -158,6 +159,56 @@ fn plain_tokens_are_found_behind_any_character() {
     let error = convert::to_gguf(&folder, grown.vocab_size(), theirs.added()).unwrap_err();
     let error = error.to_string();
     assert!(error.contains("the added token \"ferry\" is looked for as"), "{error}");
+}
+
+/// What stands beside an adapter that added tokens to a base, with other words in its vocabulary.
+fn beside(base: &Checkpoint, added: &[Added], changes: &[(&str, &str)]) -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let grown = Tokenizer::open(base).unwrap().with_added(base, added).unwrap();
+    write(&convert::beside(base, &grown).unwrap(), folder.path());
+    let path = folder.path().join("tokenizer.json");
+    let mut text = fs::read_to_string(&path).unwrap();
+    for (from, to) in changes {
+        assert!(text.contains(from), "{from}");
+        text = text.replace(from, to);
+    }
+    fs::write(&path, text).unwrap();
+    folder
+}
+
+fn open_beside(base: &Checkpoint, folders: &[&TempDir]) -> Result<Tokenizer, String> {
+    let folders: Vec<&Path> = folders.iter().map(|folder| folder.path()).collect();
+    Tokenizer::open_beside(base, &folders).map_err(|error| error.to_string())
+}
+
+/// Whichever adapter comes first, and whichever brings more.
+#[test]
+fn an_adapter_of_another_base_is_told_in_any_order() {
+    let base = Checkpoint::open(model_path("llama-tiny")).unwrap();
+    let named = |tokens: &[&str]| Added::list(&strings(tokens), &[]).unwrap();
+    let ours = beside(&base, &named(&["ferry", "other", "third"]), &[]);
+    let theirs = beside(&base, &named(&["ferry"]), &[("\"<|endoftext|>\"", "\"<|begin|>\"")]);
+    for folders in [[&ours, &theirs], [&theirs, &ours]] {
+        let error = open_beside(&base, &folders).unwrap_err();
+        let needed = "token 0 is \"<|begin|>\", needed the base's \"<|endoftext|>\"";
+        assert!(error.contains(needed), "{error}");
+    }
+    // The base's own last token is the base's, also where an adapter has made a mark of it.
+    let last = Tokenizer::open(&base).unwrap().token(511).unwrap();
+    let marked = beside(&base, &Added::list(&[], &[last.clone()]).unwrap(), &[]);
+    let theirs = beside(&base, &named(&["ferry"]), &[]);
+    let path = theirs.path().join("tokenizer.json");
+    let mut json: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    json["model"]["merges"].as_array_mut().unwrap().pop(); // what made it
+    let vocab = json["model"]["vocab"].as_object_mut().unwrap();
+    vocab.remove(&last).unwrap();
+    vocab.insert("another".into(), 511.into());
+    fs::write(&path, json.to_string()).unwrap();
+    for folders in [&[&theirs][..], &[&marked, &theirs]] {
+        let error = open_beside(&base, folders).unwrap_err();
+        let needed = format!("token 511 is \"another\", needed the base's {last:?}");
+        assert!(error.contains(&needed), "{error}");
+    }
 }
 
 #[test]
