@@ -532,26 +532,49 @@ fn rows_that_new_tokens_had_in_another_base_are_told() {
     last_json(&quantune(&sft(&lab, &base, "run", &more)));
     let decoder = load("llama-untied", Compute::F32).with_vocabulary(513).unwrap();
     let folder = lab.folder.path().join("run/adapter");
-    let path = folder.join("adapter_model.safetensors");
-    let bytes = fs::read(&path).unwrap();
-    let open = |change: &dyn Fn(&mut f32)| {
-        let weight = decoder.linear_weight("lm_head").unwrap();
-        let mut rows = vec![0.0; 513 * 64];
-        weight.read_tile(0..513, 0..64, &mut rows);
-        rows[512 * 64..].iter_mut().for_each(change);
-        let rows: Vec<u8> = rows.iter().flat_map(|v| v.to_le_bytes()).collect();
-        let file = SafeTensors::deserialize(&bytes).unwrap();
-        let mut tensors = file.tensors();
-        let view = TensorView::new(Dtype::F32, vec![513, 64], &rows).unwrap();
-        tensors.push(("base_model.model.lm_head.base_layer.weight".into(), view));
-        fs::write(&path, safetensors::serialize(tensors, None).unwrap()).unwrap();
-        open_adapter(&folder, "theirs", &decoder).map(|_| ()).map_err(|error| error.to_string())
-    };
+    let bytes = fs::read(folder.join("adapter_model.safetensors")).unwrap();
+    let open = |change: &dyn Fn(&mut f32)| with_head_rows(&folder, &bytes, &decoder, change);
     assert_eq!(open(&|_| ()), Ok(()));
     assert_eq!(open(&|v| *v += 1e-5), Ok(()), "the noise of transformers' mean_resizing");
-    let error = open(&|v| *v += 0.1).unwrap_err();
-    let needed = "the row of token 512, which was added, is not the mean";
-    assert!(error.contains(needed), "{error}");
+    for change in [|v: &mut f32| *v += 0.1, |v| *v = f32::NAN] {
+        let error = open(&change).unwrap_err();
+        let needed = "the row of token 512, which was added, is not the mean";
+        assert!(error.contains(needed), "{error}");
+    }
+
+    // Rows that the adapter itself puts in their place are no matter.
+    let base = model_path("llama-tiny").display().to_string();
+    let more = ["--target-modules", "q_proj", "lm_head", "--add-tokens", "ferry"];
+    last_json(&quantune(&sft(&lab, &base, "tied", &more)));
+    let decoder = load("llama-tiny", Compute::F32).with_vocabulary(513).unwrap();
+    let folder = lab.folder.path().join("tied/adapter");
+    let adapter = read(&folder, &decoder.linears());
+    assert!(adapter.modules.contains_key("lm_head"));
+    assert_eq!(adapter.tokens.unwrap().indices, [512]);
+    let bytes = fs::read(folder.join("adapter_model.safetensors")).unwrap();
+    assert_eq!(with_head_rows(&folder, &bytes, &decoder, &|v| *v += 0.1), Ok(()));
+}
+
+/// An adapter opened with a head of its base in its file, whose row of an added token is changed.
+fn with_head_rows(
+    folder: &Path,
+    bytes: &[u8],
+    decoder: &Decoder,
+    change: &dyn Fn(&mut f32),
+) -> Result<(), String> {
+    let weight = decoder.linear_weight("lm_head").unwrap();
+    let cols = weight.cols();
+    let mut rows = vec![0.0; 513 * cols];
+    weight.read_tile(0..513, 0..cols, &mut rows);
+    rows[512 * cols..].iter_mut().for_each(change);
+    let rows: Vec<u8> = rows.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let file = SafeTensors::deserialize(bytes).unwrap();
+    let mut tensors = file.tensors();
+    let view = TensorView::new(Dtype::F32, vec![513, cols], &rows).unwrap();
+    tensors.push(("base_model.model.lm_head.base_layer.weight".into(), view));
+    let path = folder.join("adapter_model.safetensors");
+    fs::write(path, safetensors::serialize(tensors, None).unwrap()).unwrap();
+    open_adapter(folder, "theirs", decoder).map(|_| ()).map_err(|error| error.to_string())
 }
 
 /// A base with a row that no token has: the first token that is added takes it and begins as it is, and
