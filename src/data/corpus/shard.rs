@@ -65,7 +65,7 @@ impl Borders {
 struct Origin {
     format: u32,
     tokenizer: String,
-    /// Of the chat template, where a file may hold conversations.
+    /// Of the chat template and the day it is pinned to, where a file may hold conversations.
     template: Option<String>,
     borders: Borders,
     /// Bytes of a token.
