@@ -109,7 +109,8 @@ impl Tokenizer {
     /// before words are; none if it has fewer than this one has without those added to it.
     ///
     /// # Errors
-    /// If the folder's cannot be read, skips an id, or has another token where both have one.
+    /// If the folder's cannot be read, skips an id, has another token where both have one, or looks
+    /// otherwise for one that was added to this.
     pub fn missing(&self, folder: &Path) -> Result<Vec<Added>, TextError> {
         let theirs = folder::read(folder, &[])?;
         let fault = |reason: String| Err(TextError::format(&folder.join(FILE), reason));
@@ -135,6 +136,13 @@ impl Tokenizer {
             match own {
                 None if id as usize >= self.len() => beyond.push(found(text)),
                 Some(own) if own == text => {
+                    if let Some(added) = self.found_otherwise(&theirs, &text) {
+                        return fault(format!(
+                            "normalized of the token {text:?} is {}, needed {}, as another adapter \
+                             has it: the two cannot be worn together",
+                            !added.normalized, added.normalized
+                        ));
+                    }
                     let is_more = theirs.added_as(&text) > self.added_as(&text);
                     missing.extend(is_more.then(|| found(text)));
                 }
@@ -155,6 +163,31 @@ impl Tokenizer {
         }
         missing.extend(beyond);
         Ok(missing)
+    }
+
+    /// A token that was added to this tokenizer, if another one finds it in other texts. As a mark it is
+    /// another kind of token, which stands for both.
+    fn found_otherwise(&self, other: &Self, text: &str) -> Option<&Added> {
+        let added = self.added().iter().find(|added| added.text == text)?;
+        let token = other.added_token(text)?;
+        let differs = token.special == added.special && token.normalized != added.normalized;
+        (differs && self.normalizes()).then_some(added)
+    }
+
+    /// That no added token is found only where the normalizer has written it as it does one alone, which
+    /// nothing in a GGUF says; `path` is of what is at fault.
+    pub(super) fn check_found_anywhere(&self, path: &Path) -> Result<(), TextError> {
+        for token in self.added().iter().filter(|token| token.normalized) {
+            if let Some(alone) = self.written_alone(&token.text)? {
+                let reason = format!(
+                    "the added token {:?} is looked for as the normalizer writes it alone, {alone:?}, \
+                     which no GGUF key says",
+                    token.text
+                );
+                return Err(TextError::format(path, reason));
+            }
+        }
+        Ok(())
     }
 }
 

@@ -40,15 +40,7 @@ pub fn to_gguf(
     let bad = |reason: String| TextError::format(&path, reason);
     // Reads and checks all files.
     let tokenizer = super::folder::read(folder, added)?;
-    for token in added.iter().filter(|token| token.normalized) {
-        if let Some(alone) = tokenizer.written_alone(&token.text)? {
-            return Err(bad(format!(
-                "the added token {:?} is looked for as the normalizer writes it alone, {alone:?}, \
-                 which no GGUF key says",
-                token.text
-            )));
-        }
-    }
+    tokenizer.check_found_anywhere(&path)?;
     let mut json = object(&path)?;
     put_added(&mut json, &tokenizer);
     let model = &json["model"];

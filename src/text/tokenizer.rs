@@ -227,6 +227,11 @@ impl Tokenizer {
         vocabulary.get_added_tokens_decoder().get(&id)
     }
 
+    /// Whether there is a normalizer.
+    pub(super) fn normalizes(&self) -> bool {
+        self.inner.get_normalizer().is_some()
+    }
+
     /// How the normalizer writes a token alone, if otherwise than in the middle of a text.
     pub(super) fn written_alone(&self, token: &str) -> Result<Option<String>, TextError> {
         let Some(normalizer) = self.inner.get_normalizer() else { return Ok(None) };

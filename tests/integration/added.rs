@@ -158,11 +158,30 @@ fn plain_tokens_are_found_behind_any_character() {
     assert!(found(&theirs, "a ferry") && !found(&theirs, "aferryb"));
     let error = convert::to_gguf(&folder, grown.vocab_size(), theirs.added()).unwrap_err();
     let error = error.to_string();
-    assert!(error.contains("the added token \"ferry\" is looked for as"), "{error}");
+    let needed = "the added token \"ferry\" is looked for as";
+    assert!(error.contains(needed), "{error}");
+    // The same over the GGUF itself; and beside an adapter that looks for it otherwise.
+    let gguf = Checkpoint::Gguf(own);
+    let error = open_beside(&gguf, &[&beside]).unwrap_err();
+    assert!(error.contains(needed), "{error}");
+    let other = beside_of(&base, &named, &[]);
+    for (folders, words) in
+        [([&beside, &other], "is false, needed true"), ([&other, &beside], "is true, needed false")]
+    {
+        let error = open_beside(&base, &folders).unwrap_err();
+        let needed = format!("normalized of the token \"ferry\" {words}");
+        assert!(error.contains(&needed), "{error}");
+    }
+    // A mark stands for both.
+    let mark = beside_of(&base, &Added::list(&[], &["ferry".into()]).unwrap(), &[]);
+    for folders in [[&beside, &mark], [&mark, &beside]] {
+        let both = open_beside(&base, &folders).unwrap();
+        assert!(both.is_special(id) && found(&both, "aferryb"));
+    }
 }
 
 /// What stands beside an adapter that added tokens to a base, with other words in its vocabulary.
-fn beside(base: &Checkpoint, added: &[Added], changes: &[(&str, &str)]) -> TempDir {
+fn beside_of(base: &Checkpoint, added: &[Added], changes: &[(&str, &str)]) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     let grown = Tokenizer::open(base).unwrap().with_added(base, added).unwrap();
     write(&convert::beside(base, &grown).unwrap(), folder.path());
@@ -186,8 +205,8 @@ fn open_beside(base: &Checkpoint, folders: &[&TempDir]) -> Result<Tokenizer, Str
 fn an_adapter_of_another_base_is_told_in_any_order() {
     let base = Checkpoint::open(model_path("llama-tiny")).unwrap();
     let named = |tokens: &[&str]| Added::list(&strings(tokens), &[]).unwrap();
-    let ours = beside(&base, &named(&["ferry", "other", "third"]), &[]);
-    let theirs = beside(&base, &named(&["ferry"]), &[("\"<|endoftext|>\"", "\"<|begin|>\"")]);
+    let ours = beside_of(&base, &named(&["ferry", "other", "third"]), &[]);
+    let theirs = beside_of(&base, &named(&["ferry"]), &[("\"<|endoftext|>\"", "\"<|begin|>\"")]);
     for folders in [[&ours, &theirs], [&theirs, &ours]] {
         let error = open_beside(&base, &folders).unwrap_err();
         let needed = "token 0 is \"<|begin|>\", needed the base's \"<|endoftext|>\"";
@@ -195,8 +214,8 @@ fn an_adapter_of_another_base_is_told_in_any_order() {
     }
     // The base's own last token is the base's, also where an adapter has made a mark of it.
     let last = Tokenizer::open(&base).unwrap().token(511).unwrap();
-    let marked = beside(&base, &Added::list(&[], &[last.clone()]).unwrap(), &[]);
-    let theirs = beside(&base, &named(&["ferry"]), &[]);
+    let marked = beside_of(&base, &Added::list(&[], &[last.clone()]).unwrap(), &[]);
+    let theirs = beside_of(&base, &named(&["ferry"]), &[]);
     let path = theirs.path().join("tokenizer.json");
     let mut json: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
     json["model"]["merges"].as_array_mut().unwrap().pop(); // what made it
