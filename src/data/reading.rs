@@ -295,7 +295,11 @@ impl<T: Shelved, R: Report> Loaded<T, R> {
             split,
         };
         let key = hex(&Sha256::digest(serde_json::to_vec(&origin).expect("plain data")));
-        let folder = cache::folder(cache, (reader.kind(), &key[..16]), stop, |folder| {
+        let waiting = |holder: &str| {
+            let cache = cache.display();
+            eprintln!("data: waiting for {holder}, which is tokenizing into {cache}");
+        };
+        let folder = cache::folder(cache, (reader.kind(), &key[..16]), stop, waiting, |folder| {
             eprintln!("data: tokenizing {}, {}", path.display(), shared(cache));
             let loaded = Reading::new(path, reader, split, Place::Folder(folder))?.run(stop)?;
             if loaded.sha256 != file {
@@ -415,7 +419,8 @@ fn shared(cache: &Path) -> String {
     match cache::holdings(cache, HEADER) {
         (0, _) => words,
         (files, bytes) => format!(
-            "{words} (which has {files} other{} already, {:.1} MB; remove what is no longer used)",
+            "{words} (which has the tokens of {files} other file{} already, {:.1} MB; remove what is no \
+             longer used)",
             if files == 1 { "" } else { "s" },
             bytes as f64 / 1e6
         ),

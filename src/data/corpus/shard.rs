@@ -181,7 +181,10 @@ pub(super) fn open(
         files: files.iter().map(|path| file_print(path)).collect::<Result<_, _>>()?,
     };
     let key = hex(&Sha256::digest(serde_json::to_vec(&origin).expect("plain data")));
-    let folder = cache::folder(cache, (&spec.name, &key[..16]), stop, |folder| {
+    let waiting = |holder: &str| {
+        eprintln!("waiting for {holder}, which is tokenizing into {}", cache.display());
+    };
+    let folder = cache::folder(cache, (&spec.name, &key[..16]), stop, waiting, |folder| {
         tokenize(spec, tokenizer, &origin, &files, folder, stop, told)
     })?;
     let path = folder.join(HEADER);
