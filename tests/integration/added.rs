@@ -555,7 +555,7 @@ fn rows_that_new_tokens_had_in_another_base_are_told() {
     let open = |change: &dyn Fn(&mut f32)| with_head_rows(&folder, &bytes, &decoder, change);
     assert_eq!(open(&|_| ()), Ok(()));
     assert_eq!(open(&|v| *v += 1e-5), Ok(()), "the noise of transformers' mean_resizing");
-    for change in [|v: &mut f32| *v += 0.1, |v| *v = f32::NAN] {
+    for change in [|v: &mut f32| *v += 0.1, |v: &mut f32| *v = f32::NAN] {
         let error = open(&change).unwrap_err();
         let needed = "the row of token 512, which was added, is not the mean";
         assert!(error.contains(needed), "{error}");
