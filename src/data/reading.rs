@@ -42,6 +42,13 @@ pub struct Cache {
     pub from_bytes: u64,
 }
 
+impl Cache {
+    /// Whether the tokens of a file are kept here: it is large.
+    pub fn keeps(&self, path: &Path) -> bool {
+        fs::metadata(path).is_ok_and(|about| about.len() >= self.from_bytes)
+    }
+}
+
 /// The rows of a file, in its order.
 #[derive(Debug, Clone)]
 pub struct FileRows<T, R> {
@@ -263,9 +270,8 @@ impl<T: Shelved, R: Report> Loaded<T, R> {
         split: bool,
         stop: &AtomicBool,
     ) -> Result<Self, DataError> {
-        let bytes = fs::metadata(path).map_or(0, |about| about.len());
         match cache {
-            Some(cache) if bytes >= cache.from_bytes => {
+            Some(cache) if cache.keeps(path) => {
                 Self::cached(path, reader, &cache.folder, split, stop)
             }
             _ => Reading::new(path, reader, split, Place::Memory)?.run(stop),
