@@ -43,7 +43,7 @@ pub struct Data {
     #[arg(long)]
     template_date: Option<String>,
     /// Tokens that training would add to the vocabulary, as `sft` has them; those that an --adapter or
-    /// --frozen-adapter of `sft` brings are to be named here too, in the order of their ids
+    /// --frozen-adapter of `sft` brings are to be named here too
     #[arg(long, value_delimiter = ',', num_args = 1.., value_name = "TOKEN")]
     add_tokens: Vec<String>,
     /// The same for marks as <|tool|>, which are no text
