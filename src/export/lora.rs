@@ -1,5 +1,6 @@
 //! An adapter as llama.cpp's GGUF LoRA, and back.
 
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
@@ -204,7 +205,7 @@ fn check_added_rows(
         let apart = |token: &usize| {
             let (ours, theirs) = (row(&ours, *token), row(&theirs, *token));
             let off = size(&mut ours.iter().zip(&theirs).map(|(a, b)| a - b));
-            !(off <= most) // NaN is near nothing
+            off.partial_cmp(&most).is_none_or(Ordering::is_gt) // NaN is near nothing
         };
         let mut others = (own..theirs.rows()).filter(|token| !brought(*token));
         if let Some(token) = others.find(apart) {
