@@ -287,11 +287,17 @@ impl Part {
             Self::A => tensor_name(module, 'A'),
             Self::B => tensor_name(module, 'B'),
             Self::Magnitude => magnitude_name(module),
-            Self::Base => saved_name(&format!("{module}.base_layer")),
+            Self::Base => base_weight_name(module),
             Self::Whole => saved_name(module),
             Self::Tokens => token_rows_name(&format!("{module}.token_adapter")),
         }
     }
+}
+
+/// PEFT's name of the base's own weight of a module with an update, as it writes one that has other
+/// rows than the base's files.
+pub fn base_weight_name(module: &str) -> String {
+    saved_name(&format!("{module}.base_layer"))
 }
 
 /// The tensors of a file that nobody has taken yet, and all that is wrong with those taken.

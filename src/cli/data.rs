@@ -42,7 +42,8 @@ pub struct Data {
     /// The day, YYYY-MM-DD, that a chat template with a date shows [default: today]
     #[arg(long)]
     template_date: Option<String>,
-    /// Tokens that training would add to the vocabulary, as `sft` has them
+    /// Tokens that training would add to the vocabulary, as `sft` has them; those that an --adapter or
+    /// --frozen-adapter of `sft` brings are to be named here too
     #[arg(long, value_delimiter = ',', num_args = 1.., value_name = "TOKEN")]
     add_tokens: Vec<String>,
     /// The same for marks as <|tool|>, which are no text

@@ -29,11 +29,12 @@ const PARTIAL: &str = ".partial";
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// The folder `KIND-KEY` of `cache`, which `make` fills if there is none yet. While another run makes
-/// one it waits, until `stop` is set.
+/// one it waits, until `stop` is set; `waiting` is told once, and for whom.
 pub(super) fn folder<E: From<Refused> + From<DataError>>(
     cache: &Path,
     (kind, key): (&str, &str),
     stop: &AtomicBool,
+    waiting: impl FnOnce(&str),
     make: impl FnOnce(&Path) -> Result<(), E>,
 ) -> Result<PathBuf, E> {
     let refused = |action, path: &Path| {
@@ -54,7 +55,7 @@ pub(super) fn folder<E: From<Refused> + From<DataError>>(
     }
     fs::create_dir_all(cache).map_err(refused("make the folder", cache))?;
     // Of two runs with one cache the second waits for the first; the system frees a killed one's.
-    let mut told = false;
+    let mut waiting = Some(waiting);
     let _locked = loop {
         match Lock::take(&lock) {
             Ok(locked) => break locked,
@@ -62,10 +63,8 @@ pub(super) fn folder<E: From<Refused> + From<DataError>>(
                 return Err(DataError::Stopped.into());
             }
             Err(NotLocked::Held(holder)) => {
-                if !told {
-                    let cache = cache.display();
-                    eprintln!("data: waiting for {holder}, which is tokenizing into {cache}");
-                    told = true;
+                if let Some(waiting) = waiting.take() {
+                    waiting(&holder);
                 }
                 thread::sleep(LOOK_AGAIN);
             }
@@ -147,12 +146,18 @@ mod tests {
     static GOES_ON: AtomicBool = AtomicBool::new(false);
 
     /// Makes a folder with a file `header`.
-    fn made(cache: &Path, key: &str, header: &str, stop: &AtomicBool) -> Result<(), DataError> {
-        let found = folder(cache, ("kind", key), stop, |folder| -> Result<(), DataError> {
-            fs::write(folder.join(header), "12").unwrap();
-            fs::write(folder.join("rows"), "345").unwrap();
-            Ok(())
-        });
+    fn made(
+        cache: &Path,
+        (key, header): (&str, &str),
+        stop: &AtomicBool,
+        waiting: impl FnOnce(&str),
+    ) -> Result<(), DataError> {
+        let found =
+            folder(cache, ("kind", key), stop, waiting, |folder| -> Result<(), DataError> {
+                fs::write(folder.join(header), "12").unwrap();
+                fs::write(folder.join("rows"), "345").unwrap();
+                Ok(())
+            });
         found.map(|found| assert_eq!(found, cache.join(format!("kind-{key}"))))
     }
 
@@ -162,7 +167,7 @@ mod tests {
         let cache = room.path().join("cache");
         assert_eq!(holdings(&cache, "rows.json"), (0, 0));
         for (key, header) in [("a", "rows.json"), ("b", "rows.json"), ("c", "shard.json")] {
-            made(&cache, key, header, &GOES_ON).unwrap();
+            made(&cache, (key, header), &GOES_ON, |_| panic!("nobody is there")).unwrap();
         }
         assert_eq!(holdings(&cache, "rows.json"), (2, 10));
     }
@@ -172,14 +177,19 @@ mod tests {
         let room = tempfile::tempdir().unwrap();
         let cache = room.path();
         let lock = Lock::take(&cache.join(".lock")).unwrap();
-        let stopped = made(cache, "a", "rows.json", &AtomicBool::new(true));
+        let rows = ("a", "rows.json");
+        let stopped = made(cache, rows, &AtomicBool::new(true), |_| panic!("it has not waited"));
         assert!(matches!(stopped, Err(DataError::Stopped)), "{stopped:?}");
         assert_eq!(holdings(cache, "rows.json").0, 0);
-        thread::scope(|scope| {
-            let waiting = scope.spawn(|| made(cache, "a", "rows.json", &GOES_ON));
+        let mut told = String::new();
+        let waiting = |holder: &str| {
+            told = holder.to_string();
             drop(lock);
-            waiting.join().unwrap().unwrap();
-        });
+        };
+        made(cache, rows, &GOES_ON, waiting).unwrap();
+        // Where locks are mandatory, who holds one cannot be read.
+        let us = format!("process {}", std::process::id());
+        assert_eq!(told, if cfg!(windows) { "another process" } else { &us });
         assert_eq!(holdings(cache, "rows.json").0, 1);
     }
 }

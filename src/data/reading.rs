@@ -42,6 +42,13 @@ pub struct Cache {
     pub from_bytes: u64,
 }
 
+impl Cache {
+    /// Whether the tokens of a file are kept here: it is large.
+    pub fn keeps(&self, path: &Path) -> bool {
+        fs::metadata(path).is_ok_and(|about| about.len() >= self.from_bytes)
+    }
+}
+
 /// The rows of a file, in its order.
 #[derive(Debug, Clone)]
 pub struct FileRows<T, R> {
@@ -263,9 +270,8 @@ impl<T: Shelved, R: Report> Loaded<T, R> {
         split: bool,
         stop: &AtomicBool,
     ) -> Result<Self, DataError> {
-        let bytes = fs::metadata(path).map_or(0, |about| about.len());
         match cache {
-            Some(cache) if bytes >= cache.from_bytes => {
+            Some(cache) if cache.keeps(path) => {
                 Self::cached(path, reader, &cache.folder, split, stop)
             }
             _ => Reading::new(path, reader, split, Place::Memory)?.run(stop),
@@ -295,7 +301,11 @@ impl<T: Shelved, R: Report> Loaded<T, R> {
             split,
         };
         let key = hex(&Sha256::digest(serde_json::to_vec(&origin).expect("plain data")));
-        let folder = cache::folder(cache, (reader.kind(), &key[..16]), stop, |folder| {
+        let waiting = |holder: &str| {
+            let cache = cache.display();
+            eprintln!("data: waiting for {holder}, which is tokenizing into {cache}");
+        };
+        let folder = cache::folder(cache, (reader.kind(), &key[..16]), stop, waiting, |folder| {
             eprintln!("data: tokenizing {}, {}", path.display(), shared(cache));
             let loaded = Reading::new(path, reader, split, Place::Folder(folder))?.run(stop)?;
             if loaded.sha256 != file {
@@ -415,7 +425,8 @@ fn shared(cache: &Path) -> String {
     match cache::holdings(cache, HEADER) {
         (0, _) => words,
         (files, bytes) => format!(
-            "{words} (which has {files} other{} already, {:.1} MB; remove what is no longer used)",
+            "{words} (which has the tokens of {files} other file{} already, {:.1} MB; remove what is no \
+             longer used)",
             if files == 1 { "" } else { "s" },
             bytes as f64 / 1e6
         ),

@@ -1,5 +1,6 @@
 //! An adapter as llama.cpp's GGUF LoRA, and back.
 
+use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
@@ -168,7 +169,7 @@ pub fn open_adapter(
 const ROUNDING: f64 = 0.01;
 
 /// That new tokens had the rows in the base of an update of embedding or head that they have in this
-/// one, where PEFT has written its base's.
+/// one, where PEFT has written its base's. Of rows that the adapter has of its own nothing else counts.
 fn check_added_rows(
     folder: &Path,
     adapter: &Adapter,
@@ -178,7 +179,7 @@ fn check_added_rows(
     let updated = |spec: &&LinearSpec| adapter.modules.contains_key(&spec.name);
     for spec in linears.iter().filter(|spec| spec.added_tokens > 0).filter(updated) {
         let file = Safetensors::open(folder.join(format::TENSORS_FILE))?;
-        let name = format!("base_model.model.{}.base_layer.weight", spec.name);
+        let name = format::base_weight_name(&spec.name);
         let weight = decoder.linear_weight(&spec.name);
         let (Some(_), Some(ours)) = (file.tensor_info(&name), weight) else { continue };
         let theirs = file.tensor(&name)?.matrix()?;
@@ -194,11 +195,20 @@ fn check_added_rows(
         let some = own.min(64);
         let mean: f64 = (0..some).map(|i| size(&mut row(&ours, i).into_iter())).sum();
         let most = ROUNDING * mean / some.max(1) as f64;
+        let rows = match spec.embedding {
+            true => adapter.tokens.as_ref(),
+            false => adapter.head_rows(decoder.config.tie_word_embeddings).map(|(rows, _)| rows),
+        };
+        let brought = |token: usize| {
+            rows.is_some_and(|rows| rows.indices.binary_search(&(token as u32)).is_ok())
+        };
         let apart = |token: &usize| {
             let (ours, theirs) = (row(&ours, *token), row(&theirs, *token));
-            size(&mut ours.iter().zip(&theirs).map(|(a, b)| a - b)) > most
+            let off = size(&mut ours.iter().zip(&theirs).map(|(a, b)| a - b));
+            off.partial_cmp(&most).is_none_or(Ordering::is_gt) // NaN is near nothing
         };
-        if let Some(token) = (own..theirs.rows()).find(apart) {
+        let mut others = (own..theirs.rows()).filter(|token| !brought(*token));
+        if let Some(token) = others.find(apart) {
             let reason = format!(
                 "{}: the row of token {token}, which was added, is not the mean of all that it begins \
                  as here, needed an adapter that brings its rows (trainable_token_indices or \

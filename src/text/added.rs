@@ -95,14 +95,22 @@ impl Tokenizer {
         if more.is_empty() {
             return Ok(self);
         }
-        Self::open_with(checkpoint, &[self.added(), &more].concat())
+        let mut all = self.added().to_vec();
+        for token in more {
+            match all.iter_mut().find(|known| known.text == token.text) {
+                Some(known) => *known = token,
+                None => all.push(token),
+            }
+        }
+        Self::open_with(checkpoint, &all)
     }
 
     /// The tokens that the tokenizer in a folder has and this one has not, or not as ones that are found
     /// before words are; none if it has fewer than this one has without those added to it.
     ///
     /// # Errors
-    /// If the folder's cannot be read, skips an id, or has another token where both have one.
+    /// If the folder's cannot be read, skips an id, has another token where both have one, or looks
+    /// otherwise for one that was added to this.
     pub fn missing(&self, folder: &Path) -> Result<Vec<Added>, TextError> {
         let theirs = folder::read(folder, &[])?;
         let fault = |reason: String| Err(TextError::format(&folder.join(FILE), reason));
@@ -112,11 +120,7 @@ impl Tokenizer {
             let normalized = token.is_some_and(|token| token.normalized);
             Added { text, special, normalized }
         };
-        // Those that were added to this one have the last ids.
-        let is_added = |text: &str| self.added().iter().any(|added| added.text == text);
-        let ids = (0..self.len() as u32).rev();
-        let new = ids.take_while(|id| self.token(*id).is_some_and(|text| is_added(&text))).count();
-        let own_len = self.len() - new;
+        let own_len = self.own_len();
         if theirs.len() < own_len {
             return Ok(Vec::new());
         }
@@ -132,6 +136,13 @@ impl Tokenizer {
             match own {
                 None if id as usize >= self.len() => beyond.push(found(text)),
                 Some(own) if own == text => {
+                    if let Some(added) = self.found_otherwise(&theirs, &text) {
+                        return fault(format!(
+                            "normalized of the token {text:?} is {}, needed {}, as another adapter \
+                             has it: the two cannot be worn together",
+                            !added.normalized, added.normalized
+                        ));
+                    }
                     let is_more = theirs.added_as(&text) > self.added_as(&text);
                     missing.extend(is_more.then(|| found(text)));
                 }
@@ -141,7 +152,7 @@ impl Tokenizer {
                          with other tokens of their own cannot be worn together"
                     ));
                 }
-                Some(own) if theirs.len() > self.len() => {
+                Some(own) if theirs.len() > own_len => {
                     return fault(format!(
                         "token {id} is {text:?}, needed the base's {own:?}: the adapter is of \
                          another base, or other tokens were added to it"
@@ -152,6 +163,31 @@ impl Tokenizer {
         }
         missing.extend(beyond);
         Ok(missing)
+    }
+
+    /// A token that was added to this tokenizer, if another one finds it in other texts. As a mark it is
+    /// another kind of token, which stands for both.
+    fn found_otherwise(&self, other: &Self, text: &str) -> Option<&Added> {
+        let added = self.added().iter().find(|added| added.text == text)?;
+        let token = other.added_token(text)?;
+        let differs = token.special == added.special && token.normalized != added.normalized;
+        (differs && self.normalizes()).then_some(added)
+    }
+
+    /// That no added token is found only where the normalizer has written it as it does one alone, which
+    /// nothing in a GGUF says; `path` is of what is at fault.
+    pub(super) fn check_found_anywhere(&self, path: &Path) -> Result<(), TextError> {
+        for token in self.added().iter().filter(|token| token.normalized) {
+            if let Some(alone) = self.written_alone(&token.text)? {
+                let reason = format!(
+                    "the added token {:?} is looked for as the normalizer writes it alone, {alone:?}, \
+                     which no GGUF key says",
+                    token.text
+                );
+                return Err(TextError::format(path, reason));
+            }
+        }
+        Ok(())
     }
 }
 

@@ -40,15 +40,7 @@ pub fn to_gguf(
     let bad = |reason: String| TextError::format(&path, reason);
     // Reads and checks all files.
     let tokenizer = super::folder::read(folder, added)?;
-    for token in added.iter().filter(|token| token.normalized) {
-        if let Some(alone) = tokenizer.written_alone(&token.text)? {
-            return Err(bad(format!(
-                "the added token {:?} is looked for as the normalizer writes it alone, {alone:?}, \
-                 which no GGUF key says",
-                token.text
-            )));
-        }
-    }
+    tokenizer.check_found_anywhere(&path)?;
     let mut json = object(&path)?;
     put_added(&mut json, &tokenizer);
     let model = &json["model"];
@@ -232,7 +224,7 @@ pub fn grown_keys(
     added: &[Added],
 ) -> Result<Vec<(&'static str, OwnedValue)>, TextError> {
     let own = gguf::tokens(file)?.len();
-    let (mut tokens, len) = gguf::tokens_with(file, added)?;
+    let (mut tokens, (len, _)) = gguf::tokens_with(file, added)?;
     tokens.extend((tokens.len()..rows).map(|id| format!("[PAD{id}]")));
     let mut types = file.i32s("tokenizer.ggml.token_type")?.unwrap_or_else(|| vec![NORMAL; own]);
     types.resize(tokens.len(), NORMAL);

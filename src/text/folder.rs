@@ -25,6 +25,10 @@ pub(super) fn read(folder: &Path, added: &[Added]) -> Result<Tokenizer, TextErro
     let token = |token: &Added| {
         AddedToken::from(token.text.clone(), token.special).normalized(token.normalized)
     };
+    let len = |inner: &tokenizers::Tokenizer| {
+        inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1)
+    };
+    let own_len = len(&inner);
     inner.add_tokens(added.iter().map(token)).map_err(bad)?;
 
     let config_path = folder.join("tokenizer_config.json");
@@ -59,12 +63,11 @@ pub(super) fn read(folder: &Path, added: &[Added]) -> Result<Tokenizer, TextErro
         ("unk_token", unk.as_deref()),
     ];
     let template = template(folder, &config_path, &config["chat_template"], &special)?;
-    let highest = inner.get_vocab(true).into_values().max();
-    let vocab_size = highest.map_or(0, |id| id as usize + 1);
+    let vocab_size = if added.is_empty() { own_len } else { len(&inner) };
     // transformers takes of overlapping tokens the leftmost, as the crate does by itself.
     let marks = Marks::default();
     let tokenizer = Tokenizer::new(inner, marks, roles, vocab_size, template);
-    Ok(tokenizer.of_tokens(vocab_size, added))
+    Ok(tokenizer.of_tokens((vocab_size, own_len), added))
 }
 
 /// EOS by all files that name one, and what ends generation by its text.

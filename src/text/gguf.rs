@@ -142,8 +142,11 @@ pub(super) fn tokens(file: &Gguf) -> Result<Vec<String>, TextError> {
 }
 
 /// The file's tokens with those that were added, which take the place of fillers at the end; and how
-/// many are no such fillers.
-pub(super) fn tokens_with(file: &Gguf, added: &[Added]) -> Result<(Vec<String>, usize), TextError> {
+/// many are no such fillers, with and without those that were added.
+pub(super) fn tokens_with(
+    file: &Gguf,
+    added: &[Added],
+) -> Result<(Vec<String>, (usize, usize)), TextError> {
     let mut tokens = tokens(file)?;
     let types = file.i32s("tokenizer.ggml.token_type")?.unwrap_or_default();
     let filler = |id: usize| types.get(id) == Some(&UNUSED) && tokens[id] == format!("[PAD{id}]");
@@ -152,12 +155,12 @@ pub(super) fn tokens_with(file: &Gguf, added: &[Added]) -> Result<(Vec<String>, 
     let new = added.iter().map(|token| token.text.clone());
     let new: Vec<String> = new.filter(|text| !known.contains(&**text)).collect();
     if new.is_empty() {
-        return Ok((tokens, len));
+        return Ok((tokens, (len, len)));
     }
     tokens.truncate(len);
     tokens.extend(new);
-    let len = tokens.len();
-    Ok((tokens, len))
+    let grown = tokens.len();
+    Ok((tokens, (grown, len)))
 }
 
 /// The id of each token.

@@ -66,7 +66,9 @@ pub(super) fn read(file: &Gguf, added: &[Added]) -> Result<Tokenizer, TextError>
     inner.add_tokens(found).map_err(broken)?;
     let template = gguf::template(file, &gguf::special_tokens(&tokens, &roles))?;
     let tokenizer = Tokenizer::new(inner, Marks::new(marks), roles, tokens.len(), template);
-    Ok(tokenizer.of_tokens(len, added))
+    let tokenizer = tokenizer.of_tokens(len, added);
+    tokenizer.check_found_anywhere(file.path())?;
+    Ok(tokenizer)
 }
 
 /// The parts of a `tokenizer.json` that say how a GGUF's vocabulary joins.

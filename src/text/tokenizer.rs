@@ -44,6 +44,8 @@ pub struct Tokenizer {
     vocab_size: usize,
     /// One more than the highest id that is no filler's.
     len: usize,
+    /// The same without what was added.
+    own_len: usize,
     /// What was added to the tokens of its files.
     added: Vec<Added>,
     template: Option<ChatTemplate>,
@@ -105,13 +107,15 @@ impl Tokenizer {
         vocab_size: usize,
         template: Option<ChatTemplate>,
     ) -> Self {
-        let (as_text, len, added) = (OnceLock::new(), vocab_size, Vec::new());
-        Self { inner, as_text, marks, roles, vocab_size, len, added, template }
+        let (as_text, added) = (OnceLock::new(), Vec::new());
+        let (len, own_len) = (vocab_size, vocab_size);
+        Self { inner, as_text, marks, roles, vocab_size, len, own_len, added, template }
     }
 
-    /// What else is known of its tokens: how many are no fillers, and what was added.
-    pub(super) fn of_tokens(self, len: usize, added: &[Added]) -> Self {
-        Self { len, added: added.to_vec(), ..self }
+    /// What else is known of its tokens: how many are no fillers, with and without what was added, and
+    /// what that is.
+    pub(super) fn of_tokens(self, (len, own_len): (usize, usize), added: &[Added]) -> Self {
+        Self { len, own_len, added: added.to_vec(), ..self }
     }
 
     /// The ids of a text. Neither BOS nor EOS is ever added: see [`Tokenizer::with_bos`].
@@ -223,6 +227,11 @@ impl Tokenizer {
         vocabulary.get_added_tokens_decoder().get(&id)
     }
 
+    /// Whether there is a normalizer.
+    pub(super) fn normalizes(&self) -> bool {
+        self.inner.get_normalizer().is_some()
+    }
+
     /// How the normalizer writes a token alone, if otherwise than in the middle of a text.
     pub(super) fn written_alone(&self, token: &str) -> Result<Option<String>, TextError> {
         let Some(normalizer) = self.inner.get_normalizer() else { return Ok(None) };
@@ -269,6 +278,11 @@ impl Tokenizer {
     #[expect(clippy::len_without_is_empty, reason = "a tokenizer without tokens is none")]
     pub fn len(&self) -> usize {
         self.len
+    }
+
+    /// [`Tokenizer::len`] of its files alone.
+    pub(super) fn own_len(&self) -> usize {
+        self.own_len
     }
 
     /// Rows of embedding and head that a model must have for the tokens that were added; none where

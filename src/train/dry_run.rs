@@ -1,6 +1,7 @@
 //! What a run would be, before there is one: everything is read, the doctor looks at the rows, the
 //! adapter begins, and a step or two are taken by a learner that is thrown away. Nothing is left
-//! behind: tokens of large files are in a cache that is there already, or are removed again.
+//! behind: tokens of large files are in a cache that is there already, or are removed again; those of a
+//! killed dry run by the next one of the same run.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -23,6 +24,7 @@ use super::run::Outcome;
 use super::run_dir::{RunDir, State};
 use super::settings::{RunSettings, Task};
 use super::supervised::row_cache;
+use crate::weights::{Lock, NotLocked};
 
 /// What a run would be.
 #[derive(Debug, Clone, Serialize)]
@@ -64,13 +66,14 @@ pub struct Forecast {
 pub fn dry_run(settings: &RunSettings, stop: &AtomicBool) -> Result<Outcome<Forecast>, TrainError> {
     let mut settings = settled(settings)?;
     RunDir::vacant(&settings.common.out)?;
+    Scratch::remove_abandoned(&settings.common.out);
     let needs_folder = !settings.common.cache.exists() && keeps_rows(&settings);
     let scratch = match needs_folder {
         true => Some(Scratch::beside(&settings.common.out)?),
         false => None,
     };
     if let Some(scratch) = &scratch {
-        settings.common.cache = scratch.0.clone();
+        settings.common.cache = scratch.folder.clone();
     }
     let (settings, common) = (&settings, &settings.common);
     let Some(loaded) = load(settings, stop)? else { return Ok(Outcome::NotBegun) };
@@ -131,33 +134,73 @@ pub fn dry_run(settings: &RunSettings, stop: &AtomicBool) -> Result<Outcome<Fore
 /// Whether a file of rows is so large that its tokens go to disk.
 fn keeps_rows(settings: &RunSettings) -> bool {
     let common = &settings.common;
-    let from_bytes = row_cache(common).from_bytes;
+    let cache = row_cache(common);
     let ptx_data = match &settings.task {
         Task::Ppo(own) => Some(&own.ptx_data),
         _ => None,
     };
     let data = common.data.iter().map(|file| &file.path);
     let mut files = data.chain([&common.eval_data]).chain(ptx_data);
-    files.any(|path| fs::metadata(path).is_ok_and(|about| about.len() >= from_bytes))
+    files.any(|path| cache.keeps(path))
 }
 
-/// A folder of this dry run alone, which is gone with it, however it ends.
-struct Scratch(PathBuf);
+/// A folder of this dry run alone, which is gone with it. That of a killed one is not locked.
+struct Scratch {
+    folder: PathBuf,
+    lock: Option<Lock>,
+}
+
+/// The file in it that is locked; `.lock` is the cache's.
+const IN_USE: &str = ".in-use";
 
 impl Scratch {
-    /// Beside the place of a run, or as near as there are folders, made anew.
-    fn beside(out: &Path) -> Result<Self, TrainError> {
+    /// Where those of a run are, and what their names begin with: beside its place, or as near as there
+    /// are folders.
+    fn place(out: &Path) -> (&Path, String) {
         let name = out.file_name().unwrap_or_default().display();
-        let id = std::process::id();
         let parent = out.ancestors().skip(1).find(|folder| folder.is_dir()).unwrap_or(out);
-        let mut number = 0;
-        loop {
-            let folder = parent.join(format!(".{name}.dry-run-{id}-{number}"));
-            match fs::create_dir(&folder) {
-                Ok(()) => return Ok(Self(folder)),
-                // A killed one's, whose process had the same number.
-                Err(e) if e.kind() == ErrorKind::AlreadyExists && number < 1000 => number += 1,
-                Err(source) => return Err(TrainError::Io { path: folder, source }),
+        (parent, format!(".{name}.dry-run-"))
+    }
+
+    /// One of a run, made anew.
+    fn beside(out: &Path) -> Result<Self, TrainError> {
+        let (parent, name) = Self::place(out);
+        let id = std::process::id();
+        for number in 0.. {
+            let folder = parent.join(format!("{name}{id}-{number}"));
+            let refused = match fs::create_dir(&folder) {
+                Ok(()) => match Lock::take(&folder.join(IN_USE)) {
+                    Ok(lock) => return Ok(Self { folder, lock: Some(lock) }),
+                    Err(NotLocked::NoLocks(_)) => return Ok(Self { folder, lock: None }),
+                    // Another dry run is about to remove it, or has.
+                    Err(NotLocked::Held(_)) => continue,
+                    Err(NotLocked::Io(e)) => e,
+                },
+                Err(e) => e,
+            };
+            let another = [ErrorKind::AlreadyExists, ErrorKind::NotFound].contains(&refused.kind());
+            if !another || number == 1000 {
+                return Err(TrainError::Io { path: folder, source: refused });
+            }
+        }
+        unreachable!("it ends with the numbers")
+    }
+
+    /// Removes those of killed dry runs of a run.
+    fn remove_abandoned(out: &Path) {
+        let (parent, name) = Self::place(out);
+        for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
+            let (found, folder) = (entry.file_name(), entry.path());
+            let numbers = found.to_str().and_then(|found| found.strip_prefix(&name));
+            let is_number = |text: &str| text.parse::<u32>().is_ok();
+            let is_one = numbers
+                .and_then(|numbers| numbers.split_once('-'))
+                .is_some_and(|(id, number)| is_number(id) && is_number(number));
+            if is_one
+                && folder.is_dir()
+                && let Ok(lock) = Lock::take(&folder.join(IN_USE))
+            {
+                drop(Self { folder, lock: Some(lock) });
             }
         }
     }
@@ -165,7 +208,12 @@ impl Scratch {
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.0); // what came of the dry run is what to tell
+        let gone = fs::remove_dir_all(&self.folder);
+        drop(self.lock.take());
+        if gone.is_err() {
+            // Some systems keep a file that is open. What came of the dry run is what to tell.
+            let _ = fs::remove_dir_all(&self.folder);
+        }
     }
 }
 
@@ -227,13 +275,35 @@ mod tests {
         let here = || fs::read_dir(room.path()).unwrap().count();
         let out = room.path().join("runs/mine");
         let (first, second) = (Scratch::beside(&out).unwrap(), Scratch::beside(&out).unwrap());
-        assert_ne!(first.0, second.0);
+        assert_ne!(first.folder, second.folder);
         assert_eq!(here(), 2, "no folder above the run's is made");
-        fs::write(first.0.join("rows"), "tokens").unwrap();
+        fs::write(first.folder.join("rows"), "tokens").unwrap();
         drop((first, second));
         assert_eq!(here(), 0);
         fs::create_dir(room.path().join("runs")).unwrap();
         let beside = Scratch::beside(&out).unwrap();
-        assert_eq!(beside.0.parent(), out.parent());
+        assert_eq!(beside.folder.parent(), out.parent());
+    }
+
+    #[test]
+    fn what_killed_dry_runs_leave_goes() {
+        let room = tempfile::tempdir().unwrap();
+        let out = room.path().join("mine");
+        let held = Scratch::beside(&out).unwrap();
+        let make = |name: &str| {
+            fs::create_dir(room.path().join(name)).unwrap();
+            fs::write(room.path().join(name).join("rows"), "tokens").unwrap();
+            room.path().join(name)
+        };
+        let names = [".mine.dry-run-1-0", ".mine.dry-run-1-x", ".mine2.dry-run-1-0", ".mine"];
+        let [killed, others @ ..] = names.map(make);
+        fs::write(killed.join(IN_USE), "1").unwrap();
+        let bare = room.path().join(".mine.dry-run-1-1");
+        fs::create_dir(&bare).unwrap(); // killed before it could lock anything
+        Scratch::remove_abandoned(&out);
+        assert!(!killed.exists() && !bare.exists());
+        assert!(held.folder.exists() && others.iter().all(|folder| folder.join("rows").exists()));
+        drop(held);
+        assert_eq!(fs::read_dir(room.path()).unwrap().count(), others.len());
     }
 }

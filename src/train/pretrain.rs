@@ -37,7 +37,7 @@ use crate::optim::{
     AdamW, AdamWSettings, Gradients, Schedule, TensorAdamW, clip_factor, global_norm, tensor_norm,
 };
 use crate::quant::BlockType;
-use crate::text::{Special, TextError, Tokenizer, convert};
+use crate::text::{Special, TextError, Tokenizer, convert, first_second, today};
 use crate::weights::{Checkpoint, write_atomically};
 
 /// What a finished run says of itself; with `results`, the `--json` line of its command.
@@ -178,23 +178,29 @@ pub fn pretrain(
         return Err(TrainError::Settings(fault));
     }
     let device = settings.device.open().map_err(|e| TrainError::Settings(e.to_string()))?;
-    let settings = settings.absolute()?;
+    let mut settings = settings.absolute()?;
     let specs = settings.sources()?;
     // Before the model takes its part of what is free.
     let budget = parse_bytes(&settings.memory_budget).unwrap_or_else(default_budget);
     let export_type = settings.export_type.parse::<FileType>().map_err(TrainError::Settings)?;
     // Told before anything is read: what is in the way of the run.
+    let begun = resume.then(|| RunDir::pretrain_settings(&settings.out)).transpose()?;
+    if settings.template_date.is_empty() {
+        // Nothing is left to the day of a resume.
+        settings.template_date =
+            begun.as_ref().map_or_else(today, |begun| begun.template_date.clone());
+    }
     let table = settings.to_table()?;
-    let resumed = if resume {
-        let saved = RunDir::pretrain_settings(&settings.out)?.to_table()?;
-        Some(RunDir::resume(&settings.out, &saved, &table)?)
-    } else {
-        RunDir::vacant(&settings.out)?;
-        None
+    let resumed = match &begun {
+        Some(begun) => Some(RunDir::resume(&settings.out, &begun.to_table()?, &table)?),
+        None => {
+            RunDir::vacant(&settings.out)?;
+            None
+        }
     };
 
     // What is trained, on what.
-    let (tokenizer, base) = match settings.base.as_os_str().is_empty() {
+    let (mut tokenizer, base) = match settings.base.as_os_str().is_empty() {
         true => (Tokenizer::from_folder(&settings.tokenizer)?, None),
         false => {
             let checkpoint = Checkpoint::open(&settings.base)?;
@@ -205,6 +211,10 @@ pub fn pretrain(
             (tokenizer, Some(checkpoint))
         }
     };
+    // A run that was begun before there was such a setting has none.
+    if let Some(now) = first_second(&settings.template_date) {
+        tokenizer.set_template_time(now);
+    }
     let saved = match &resumed {
         Some(run) => run.last_checkpoint()?,
         None => None,

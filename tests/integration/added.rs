@@ -15,6 +15,7 @@ use quantune::weights::{Checkpoint, Gguf, OwnedValue, stream_gguf};
 use quantune_adapters::LoraConfig;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 use serde_json::Value;
+use tempfile::TempDir;
 
 use crate::binary::{Lab, base, error, last_json, quantune, strings};
 use crate::family::{apart, read, same_adapter, small_linears, take_steps, tensors};
@@ -157,7 +158,76 @@ fn plain_tokens_are_found_behind_any_character() {
     assert!(found(&theirs, "a ferry") && !found(&theirs, "aferryb"));
     let error = convert::to_gguf(&folder, grown.vocab_size(), theirs.added()).unwrap_err();
     let error = error.to_string();
-    assert!(error.contains("the added token \"ferry\" is looked for as"), "{error}");
+    let needed = "the added token \"ferry\" is looked for as";
+    assert!(error.contains(needed), "{error}");
+    // The same over the GGUF itself; and beside an adapter that looks for it otherwise.
+    let gguf = Checkpoint::Gguf(own);
+    let error = open_beside(&gguf, &[&beside]).unwrap_err();
+    assert!(error.contains(needed), "{error}");
+    let other = beside_of(&base, &named, &[]);
+    for (folders, words) in
+        [([&beside, &other], "is false, needed true"), ([&other, &beside], "is true, needed false")]
+    {
+        let error = open_beside(&base, &folders).unwrap_err();
+        let needed = format!("normalized of the token \"ferry\" {words}");
+        assert!(error.contains(&needed), "{error}");
+    }
+    // A mark stands for both.
+    let mark = beside_of(&base, &Added::list(&[], &["ferry".into()]).unwrap(), &[]);
+    for folders in [[&beside, &mark], [&mark, &beside]] {
+        let both = open_beside(&base, &folders).unwrap();
+        assert!(both.is_special(id) && found(&both, "aferryb"));
+    }
+}
+
+/// What stands beside an adapter that added tokens to a base, with other words in its vocabulary.
+fn beside_of(base: &Checkpoint, added: &[Added], changes: &[(&str, &str)]) -> TempDir {
+    let folder = tempfile::tempdir().unwrap();
+    let grown = Tokenizer::open(base).unwrap().with_added(base, added).unwrap();
+    write(&convert::beside(base, &grown).unwrap(), folder.path());
+    let path = folder.path().join("tokenizer.json");
+    let mut text = fs::read_to_string(&path).unwrap();
+    for (from, to) in changes {
+        assert!(text.contains(from), "{from}");
+        text = text.replace(from, to);
+    }
+    fs::write(&path, text).unwrap();
+    folder
+}
+
+fn open_beside(base: &Checkpoint, folders: &[&TempDir]) -> Result<Tokenizer, String> {
+    let folders: Vec<&Path> = folders.iter().map(|folder| folder.path()).collect();
+    Tokenizer::open_beside(base, &folders).map_err(|error| error.to_string())
+}
+
+/// Whichever adapter comes first, and whichever brings more.
+#[test]
+fn an_adapter_of_another_base_is_told_in_any_order() {
+    let base = Checkpoint::open(model_path("llama-tiny")).unwrap();
+    let named = |tokens: &[&str]| Added::list(&strings(tokens), &[]).unwrap();
+    let ours = beside_of(&base, &named(&["ferry", "other", "third"]), &[]);
+    let theirs = beside_of(&base, &named(&["ferry"]), &[("\"<|endoftext|>\"", "\"<|begin|>\"")]);
+    for folders in [[&ours, &theirs], [&theirs, &ours]] {
+        let error = open_beside(&base, &folders).unwrap_err();
+        let needed = "token 0 is \"<|begin|>\", needed the base's \"<|endoftext|>\"";
+        assert!(error.contains(needed), "{error}");
+    }
+    // The base's own last token is the base's, also where an adapter has made a mark of it.
+    let last = Tokenizer::open(&base).unwrap().token(511).unwrap();
+    let marked = beside_of(&base, &Added::list(&[], &[last.clone()]).unwrap(), &[]);
+    let theirs = beside_of(&base, &named(&["ferry"]), &[]);
+    let path = theirs.path().join("tokenizer.json");
+    let mut json: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    json["model"]["merges"].as_array_mut().unwrap().pop(); // what made it
+    let vocab = json["model"]["vocab"].as_object_mut().unwrap();
+    vocab.remove(&last).unwrap();
+    vocab.insert("another".into(), 511.into());
+    fs::write(&path, json.to_string()).unwrap();
+    for folders in [&[&theirs][..], &[&marked, &theirs]] {
+        let error = open_beside(&base, folders).unwrap_err();
+        let needed = format!("token 511 is \"another\", needed the base's {last:?}");
+        assert!(error.contains(&needed), "{error}");
+    }
 }
 
 #[test]
@@ -481,26 +551,49 @@ fn rows_that_new_tokens_had_in_another_base_are_told() {
     last_json(&quantune(&sft(&lab, &base, "run", &more)));
     let decoder = load("llama-untied", Compute::F32).with_vocabulary(513).unwrap();
     let folder = lab.folder.path().join("run/adapter");
-    let path = folder.join("adapter_model.safetensors");
-    let bytes = fs::read(&path).unwrap();
-    let open = |change: &dyn Fn(&mut f32)| {
-        let weight = decoder.linear_weight("lm_head").unwrap();
-        let mut rows = vec![0.0; 513 * 64];
-        weight.read_tile(0..513, 0..64, &mut rows);
-        rows[512 * 64..].iter_mut().for_each(change);
-        let rows: Vec<u8> = rows.iter().flat_map(|v| v.to_le_bytes()).collect();
-        let file = SafeTensors::deserialize(&bytes).unwrap();
-        let mut tensors = file.tensors();
-        let view = TensorView::new(Dtype::F32, vec![513, 64], &rows).unwrap();
-        tensors.push(("base_model.model.lm_head.base_layer.weight".into(), view));
-        fs::write(&path, safetensors::serialize(tensors, None).unwrap()).unwrap();
-        open_adapter(&folder, "theirs", &decoder).map(|_| ()).map_err(|error| error.to_string())
-    };
+    let bytes = fs::read(folder.join("adapter_model.safetensors")).unwrap();
+    let open = |change: &dyn Fn(&mut f32)| with_head_rows(&folder, &bytes, &decoder, change);
     assert_eq!(open(&|_| ()), Ok(()));
     assert_eq!(open(&|v| *v += 1e-5), Ok(()), "the noise of transformers' mean_resizing");
-    let error = open(&|v| *v += 0.1).unwrap_err();
-    let needed = "the row of token 512, which was added, is not the mean";
-    assert!(error.contains(needed), "{error}");
+    for change in [|v: &mut f32| *v += 0.1, |v: &mut f32| *v = f32::NAN] {
+        let error = open(&change).unwrap_err();
+        let needed = "the row of token 512, which was added, is not the mean";
+        assert!(error.contains(needed), "{error}");
+    }
+
+    // Rows that the adapter itself puts in their place are no matter.
+    let base = model_path("llama-tiny").display().to_string();
+    let more = ["--target-modules", "q_proj", "lm_head", "--add-tokens", "ferry"];
+    last_json(&quantune(&sft(&lab, &base, "tied", &more)));
+    let decoder = load("llama-tiny", Compute::F32).with_vocabulary(513).unwrap();
+    let folder = lab.folder.path().join("tied/adapter");
+    let adapter = read(&folder, &decoder.linears());
+    assert!(adapter.modules.contains_key("lm_head"));
+    assert_eq!(adapter.tokens.unwrap().indices, [512]);
+    let bytes = fs::read(folder.join("adapter_model.safetensors")).unwrap();
+    assert_eq!(with_head_rows(&folder, &bytes, &decoder, &|v| *v += 0.1), Ok(()));
+}
+
+/// An adapter opened with a head of its base in its file, whose row of an added token is changed.
+fn with_head_rows(
+    folder: &Path,
+    bytes: &[u8],
+    decoder: &Decoder,
+    change: &dyn Fn(&mut f32),
+) -> Result<(), String> {
+    let weight = decoder.linear_weight("lm_head").unwrap();
+    let cols = weight.cols();
+    let mut rows = vec![0.0; 513 * cols];
+    weight.read_tile(0..513, 0..cols, &mut rows);
+    rows[512 * cols..].iter_mut().for_each(change);
+    let rows: Vec<u8> = rows.iter().flat_map(|v| v.to_le_bytes()).collect();
+    let file = SafeTensors::deserialize(bytes).unwrap();
+    let mut tensors = file.tensors();
+    let view = TensorView::new(Dtype::F32, vec![513, cols], &rows).unwrap();
+    tensors.push(("base_model.model.lm_head.base_layer.weight".into(), view));
+    let path = folder.join("adapter_model.safetensors");
+    fs::write(path, safetensors::serialize(tensors, None).unwrap()).unwrap();
+    open_adapter(folder, "theirs", decoder).map(|_| ()).map_err(|error| error.to_string())
 }
 
 /// A base with a row that no token has: the first token that is added takes it and begins as it is, and

@@ -16,7 +16,7 @@ use proptest::prelude::*;
 use quantune::data::Batch;
 use quantune::data::corpus::{Corpus, CorpusSettings, SourceSpec};
 use quantune::ops::Segment;
-use quantune::text::{Special, Tokenizer};
+use quantune::text::{Special, Tokenizer, first_second};
 use serde_json::json;
 
 use crate::support::golden;
@@ -417,21 +417,31 @@ fn conversations_are_tokenized_again_under_another_template() {
     let turn = |role: &str| json!({ "role": role, "content": "goes on" });
     let row = json!({ "messages": [turn("user"), turn("assistant")] });
     room.write("b.jsonl", format!("{row}\n"));
-    let mut open = |end: &str| {
+    let mut open = |end: &str, date: &str| {
         let text = "{% for m in messages %}{{ m.role + ' ' + m.content }}END{% endfor %}";
         room.tokenizer.set_chat_template(&text.replace("END", end)).unwrap();
+        room.tokenizer.set_template_time(first_second(date).unwrap());
         let of = |source: &str| {
             let (corpus, told) = room.try_open(&[source], &room.settings(16)).unwrap();
             (corpus.fingerprint().to_owned(), told)
         };
         (of("a=1:a.txt"), of("b=1:b.jsonl"))
     };
-    let (text, chat) = open(".");
+    let day = "2024-02-29";
+    let (text, chat) = open(".", day);
     assert_eq!((text.1, chat.1), (1, 1));
-    assert_eq!(open("."), ((text.0.clone(), 0), (chat.0.clone(), 0)));
-    let (text_then, chat_then) = open("!");
-    assert_eq!(text_then, (text.0, 0));
+    // The day is nothing to a template that does not show it.
+    assert_eq!(open(".", "2024-03-01"), ((text.0.clone(), 0), (chat.0.clone(), 0)));
+    let (text_then, chat_then) = open("!", day);
+    assert_eq!(text_then, (text.0.clone(), 0));
     assert!(chat_then.0 != chat.0 && chat_then.1 == 1);
+    let dated = " {{ strftime_now('%d %B %Y') }}";
+    let (text_dated, chat_dated) = open(dated, day);
+    assert_eq!((&text_dated, chat_dated.1), (&text_then, 1));
+    assert_eq!(open(dated, day).1, (chat_dated.0.clone(), 0));
+    let (text_later, chat_later) = open(dated, "2024-03-01");
+    assert_eq!(text_later, text_then);
+    assert!(chat_later.0 != chat_dated.0 && chat_later.1 == 1);
 }
 
 #[test]

@@ -12,6 +12,7 @@ use quantune::model::scoring::target_log_probs;
 use quantune::ops::{Compute, Segment};
 use quantune::weights::Checkpoint;
 use quantune_adapters::rng::Stream;
+use serde_json::json;
 
 use crate::binary::{Lab, base, error, every_flag, kill, last_json, quantune, strings};
 use crate::support::{golden_json, model_path};
@@ -23,13 +24,19 @@ fn lab() -> (Lab, String) {
         format!("A story of {i} birds that sat on a wall and sang. They sang {} songs.", i * 7)
     };
     let rows = |range: std::ops::Range<usize>| {
-        let row = |i: usize| format!("{}\n", serde_json::json!({ "text": story(i) }));
+        let row = |i: usize| format!("{}\n", json!({ "text": story(i) }));
         range.map(row).collect::<String>()
     };
     lab.write("stories.jsonl", &rows(0..60));
     let note =
         |i: usize| format!("Note {i}: {}\n<|endoftext|>\n", "to be kept in mind. ".repeat(i % 5));
     lab.write("notes.txt", &(0..60).map(note).collect::<String>());
+    let chat = |i: usize| {
+        let turn = |role: &str, text: String| json!({ "role": role, "content": text });
+        let turns = [turn("user", format!("Bird {i}?")), turn("assistant", story(i))];
+        format!("{}\n", json!({ "messages": turns }))
+    };
+    lab.write("chat.jsonl", &(0..60).map(chat).collect::<String>());
     (lab, model_path("llama-tiny").display().to_string())
 }
 
@@ -38,6 +45,7 @@ fn every_flag_of_pretrain_changes_something() {
     let (lab, tokenizer) = lab();
     let stories = format!("stories=1:{}", lab.path("stories.jsonl"));
     let notes = format!("notes=1:{}", lab.path("notes.txt"));
+    let (chat, dated) = (format!("chat=1:{}", lab.path("chat.jsonl")), lab.dated_base());
     let (settings, other) = (lab.path("settings.toml"), base());
     let shape = format!("{other}/config.json");
     let mut qwen = strings(&["tokenizer", "train", "--vocab-size", "270", "--data"]);
@@ -74,6 +82,7 @@ fn every_flag_of_pretrain_changes_something() {
         &[("--tokenizer", &other_tokenizer)],
         &[("--out", "OUT/elsewhere")],
         &[("--cache", "OUT/cache")],
+        &[("--source", &chat), ("--tokenizer", &dated), ("--template-date", "2020-01-01")],
         &[("--hidden-size", "40")],
         &[("--num-hidden-layers", "1")],
         &[("--num-attention-heads", "2")],
@@ -313,6 +322,7 @@ fn wrong_input_ends_in_one_sentence() {
     let notes = "a=1:LAB/notes.txt";
     check(notes, &["--max-steps", "0"], &["nothing would be trained"]);
     check(notes, &["--hidden-size", "33"], &["33", "4"]);
+    check(notes, &["--template-date", "2024-02-30"], &["\"2024-02-30\", needed YYYY-MM-DD"]);
     check(notes, &["--compute", "int8"], &["compute is int8"]);
     let portable = ["--compute", "portable"];
     for (flag, value) in [("--memory-budget", "1GB"), ("--gradient-checkpointing", "true")] {

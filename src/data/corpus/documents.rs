@@ -88,10 +88,12 @@ pub fn read_documents(
 ) -> Result<(), CorpusError> {
     let mut chunks = Chunks { pieces: Vec::new(), bytes: 0, stop, take };
     for path in files {
-        match extension(path) {
-            _ if has_lines(path) => jsonl(path, &mut chunks)?,
-            Some("parquet") => column(path, &mut chunks)?,
-            _ => text(path, &mut chunks)?,
+        if has_lines(path) {
+            jsonl(path, &mut chunks)?;
+        } else if extension(path) == Some("parquet") {
+            column(path, &mut chunks)?;
+        } else {
+            text(path, &mut chunks)?;
         }
     }
     chunks.flush()

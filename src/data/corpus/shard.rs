@@ -65,7 +65,7 @@ impl Borders {
 struct Origin {
     format: u32,
     tokenizer: String,
-    /// Of the chat template, where a file may hold conversations.
+    /// Of the chat template and the day it is pinned to, where a file may hold conversations.
     template: Option<String>,
     borders: Borders,
     /// Bytes of a token.
@@ -181,7 +181,10 @@ pub(super) fn open(
         files: files.iter().map(|path| file_print(path)).collect::<Result<_, _>>()?,
     };
     let key = hex(&Sha256::digest(serde_json::to_vec(&origin).expect("plain data")));
-    let folder = cache::folder(cache, (&spec.name, &key[..16]), stop, |folder| {
+    let waiting = |holder: &str| {
+        eprintln!("waiting for {holder}, which is tokenizing into {}", cache.display());
+    };
+    let folder = cache::folder(cache, (&spec.name, &key[..16]), stop, waiting, |folder| {
         tokenize(spec, tokenizer, &origin, &files, folder, stop, told)
     })?;
     let path = folder.join(HEADER);

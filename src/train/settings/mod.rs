@@ -220,7 +220,8 @@ settings! {
         #[arg(value_delimiter = ',', value_name = "CHECK")]
         allow: Vec<Check> = Vec::new(),
         /// Size of a file, as 64MB, from which its tokens are kept on disk and not in memory; runs that
-        /// share a cache make them once for the same tokenizer, template, day and lengths [default: 64MB]
+        /// share a cache make them once for the same tokenizer, template (and day, where it shows one)
+        /// and lengths [default: 64MB]
         cache_from: String = "64MB".into(),
         /// Where they are kept; to clear it, remove it [default: DIR/rows]
         cache: PathBuf = PathBuf::new(),

@@ -11,6 +11,7 @@ use crate::model::config::Variation;
 use crate::model::{Config, FAMILIES, ModelError, RopeScaling};
 use crate::ops::{Compute, DeviceName};
 use crate::optim::ScheduleKind;
+use crate::text::first_second;
 
 /// Shapes with a name, all Llama's. Widths from `tiny` on are multiples of 256, which K-quants need.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -68,6 +69,8 @@ settings! {
         out: PathBuf = PathBuf::new(),
         /// Where tokenized sources are kept for the next run [default: DIR/corpus]
         cache: PathBuf = PathBuf::new(),
+        /// The day, YYYY-MM-DD, that a chat template with a date shows [default: the day the run begins]
+        template_date: String = String::new(),
 
         /// The shape of the model: a Hugging Face config.json
         model_config: PathBuf = PathBuf::new(),
@@ -398,6 +401,9 @@ impl PretrainSettings {
             let fault = "is of the fast forms, the portable one keeps all layers: not to be set";
             faults.check(!(portable && set), format!("{name} {fault}"));
         }
+        let date = &self.template_date;
+        let fine = date.is_empty() || first_second(date).is_some();
+        faults.check(fine, format!("template_date is {date:?}, needed YYYY-MM-DD"));
         let length = self.max_length;
         faults.check(length > 1, format!("max_length is {length}, needed 2 or more"));
         let seed = self.seed;
