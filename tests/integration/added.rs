@@ -214,7 +214,7 @@ fn an_adapter_of_another_base_is_told_in_any_order() {
     }
     // The base's own last token is the base's, also where an adapter has made a mark of it.
     let last = Tokenizer::open(&base).unwrap().token(511).unwrap();
-    let marked = beside_of(&base, &Added::list(&[], &[last.clone()]).unwrap(), &[]);
+    let marked = beside_of(&base, &Added::list(&[], std::slice::from_ref(&last)).unwrap(), &[]);
     let theirs = beside_of(&base, &named(&["ferry"]), &[]);
     let path = theirs.path().join("tokenizer.json");
     let mut json: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
