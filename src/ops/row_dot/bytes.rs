@@ -16,6 +16,7 @@ use std::arch::x86_64::*;
 use super::activations::{Activations, Batch, Batches, GROUP, LANES};
 use super::kernel::Output;
 use super::tile::{Blocks, ROWS, lower_halves, multiply, put_tile};
+use super::x86::sixteen_words;
 use crate::quant::BlockType;
 
 /// How far ahead of its use memory is asked for.
@@ -248,25 +249,7 @@ unsafe fn q8_0_chunk<const WHOLE: bool>(
         let all = _mm512_sub_epi32(all, _mm512_loadu_si512(above.cast()));
         let bits = |i: usize| i16::from_le_bytes([blocks[i][0], blocks[i][1]]);
         let halves = if WHOLE {
-            // Gathered in registers: short stores do not forward to a long load.
-            _mm256_setr_epi16(
-                bits(0),
-                bits(1),
-                bits(2),
-                bits(3),
-                bits(4),
-                bits(5),
-                bits(6),
-                bits(7),
-                bits(8),
-                bits(9),
-                bits(10),
-                bits(11),
-                bits(12),
-                bits(13),
-                bits(14),
-                bits(15),
-            )
+            sixteen_words(bits)
         } else {
             let mut all = [0i16; LANES];
             for i in 0..blocks.len() {

@@ -470,25 +470,7 @@ impl Words for Avx512 {
         let mut values = [0.0; LANES];
         let bits = |i| bits(i) as i16;
         unsafe {
-            // Gathered in registers: short stores do not forward to a long load.
-            let halves = _mm256_setr_epi16(
-                bits(0),
-                bits(1),
-                bits(2),
-                bits(3),
-                bits(4),
-                bits(5),
-                bits(6),
-                bits(7),
-                bits(8),
-                bits(9),
-                bits(10),
-                bits(11),
-                bits(12),
-                bits(13),
-                bits(14),
-                bits(15),
-            );
+            let halves = sixteen_words(bits);
             _mm512_storeu_ps(values.as_mut_ptr(), _mm512_cvtph_ps(halves));
         }
         values
@@ -513,6 +495,35 @@ impl Words for Avx512 {
             let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(bytes.as_ptr().cast()));
             _mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide))
         }
+    }
+}
+
+/// Sixteen words, gathered in registers: short stores do not forward to a long load.
+///
+/// # Safety
+/// The CPU must have AVX2.
+#[inline(always)]
+pub(super) unsafe fn sixteen_words(word: impl Fn(usize) -> i16) -> __m256i {
+    // SAFETY: the caller's promise.
+    unsafe {
+        _mm256_setr_epi16(
+            word(0),
+            word(1),
+            word(2),
+            word(3),
+            word(4),
+            word(5),
+            word(6),
+            word(7),
+            word(8),
+            word(9),
+            word(10),
+            word(11),
+            word(12),
+            word(13),
+            word(14),
+            word(15),
+        )
     }
 }
 
