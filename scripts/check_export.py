@@ -70,14 +70,15 @@ def llama_cpp(model, prompt, lora=None):
 
 
 def transformers_logprobs(folder, prompt):
+    import tokenizers
     import torch
     import transformers
 
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
+    # The file's own words: AutoTokenizer cuts those of a Qwen2 as Qwen2's own tokenizer does, whatever is in it.
+    ids = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode(prompt, add_special_tokens=False).ids
     with torch.inference_mode():
-        return torch.log_softmax(model(ids).logits[0, -1].double(), -1).numpy()
+        return torch.log_softmax(model(torch.tensor([ids])).logits[0, -1].double(), -1).numpy()
 
 
 def worst(found, theirs):
@@ -146,7 +147,13 @@ def check_gguf():
                 off = max(map(worst, beside, theirs))
                 same_file = max(map(worst, merged, theirs))
                 text = f"log-probs off by {off:.1e} from the adapter beside the base, {same_file:.1e} from ours of the file"
-                finding(f"{name} {adapter.name} {of} in llama.cpp", off < bound and same_file < 0.3, text)
+                if of == "Q8_0":
+                    # llama.cpp rounds activations to 8 bits there; the same weights in F32 show what is in the file.
+                    exact = WORK / "merged-exact.gguf"
+                    quantune("quantize", "--base", out, "--type", "F32", "--out", exact)
+                    same_file = max(worst(m, llama_cpp(exact, p)) for m, p in zip(merged, PROMPTS))
+                    text += f", {same_file:.1e} with the file's weights in F32"
+                finding(f"{name} {adapter.name} {of} in llama.cpp", off < bound and same_file < 2e-2, text)
 
 
 def check_folder():

@@ -14,6 +14,8 @@ pub const GROUP: usize = 16;
 pub const BLOCK: usize = 4;
 /// Outputs of a panel of B.
 pub const PANEL: usize = 16;
+/// Panels of B that lie together, so that they are read as one stream.
+pub const PANELS: usize = 4;
 
 /// The largest exponent that 16-bit numbers get: above it rounding may reach infinity, and the more
 /// there is below it, the smaller the numbers that keep all their bits.
@@ -29,9 +31,10 @@ pub struct DecodeForm<T> {
     pub in_features: usize,
     /// Rows of the layer's weight.
     pub out_features: usize,
-    /// `A (r, in)`, r padded to whole blocks and in to whole groups, by zeros.
+    /// `A (r, in)` as `(blocks, groups, 4, 16)`, r padded to whole blocks and in to whole groups, by
+    /// zeros.
     pub a: Vec<T>,
-    /// `B (out, r)` as `(panels, r, 16)`, the last panel filled up with zeros.
+    /// `B (out, r)` as `(stripes, r, 4, 16)`: a stripe is four panels, the last filled up with zeros.
     pub b: Vec<T>,
     /// A power of two, which takes back what the numbers of 16 bits were moved by.
     pub factor: f32,
@@ -106,16 +109,21 @@ impl<T: Stored> DecodeForm<T> {
         let padded = cols.next_multiple_of(GROUP);
         let mut of_a = vec![T::default(); r.next_multiple_of(BLOCK) * padded];
         let power = 2f64.powi(up_a);
-        for (to, from) in of_a.chunks_exact_mut(padded.max(1)).zip(a.chunks_exact(cols.max(1))) {
-            for (to, from) in to.iter_mut().zip(from) {
-                *to = T::nearest(f64::from(*from) * power);
+        for (row, from) in a.chunks_exact(cols.max(1)).enumerate() {
+            let block = &mut of_a[row / BLOCK * BLOCK * padded..][..BLOCK * padded];
+            let groups = block.chunks_exact_mut(BLOCK * GROUP);
+            for (to, from) in groups.zip(from.chunks(GROUP)) {
+                for (to, from) in to[row % BLOCK * GROUP..].iter_mut().zip(from) {
+                    *to = T::nearest(f64::from(*from) * power);
+                }
             }
         }
-        let mut of_b = vec![T::default(); rows.div_ceil(PANEL) * r * PANEL];
+        const STRIPE: usize = PANELS * PANEL;
+        let mut of_b = vec![T::default(); rows.div_ceil(STRIPE) * r * STRIPE];
         let power = 2f64.powi(up_b);
-        for (panel, to) in of_b.chunks_exact_mut((r * PANEL).max(1)).enumerate() {
-            for (k, to) in to.chunks_exact_mut(PANEL).enumerate() {
-                for (row, to) in (panel * PANEL..rows).zip(to) {
+        for (stripe, to) in of_b.chunks_exact_mut((r * STRIPE).max(1)).enumerate() {
+            for (k, to) in to.chunks_exact_mut(STRIPE).enumerate() {
+                for (row, to) in (stripe * STRIPE..rows).zip(to) {
                     *to = T::nearest(scaled(row, k) * power);
                 }
             }

@@ -5,11 +5,10 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use candle_core::{Result, Tensor};
-use rayon::prelude::*;
 
 use super::sampling::{LogProbs, Sampling, SamplingError};
 use crate::model::{Adapters, CacheType, Decoder, KvCache, Rows, Worn};
-use crate::ops::Values;
+use crate::ops::{Compute, Values, each, team};
 
 /// Tokens of one pass over the prompts; bounds the activations, not the cache.
 const PREFILL_TOKENS: usize = 512;
@@ -391,7 +390,10 @@ impl<'a> Engine<'a> {
         if self.has_slot() && !self.waiting.is_empty() {
             self.read_prompts(&mut events)?;
         } else if !self.running.rows.is_empty() {
-            self.decode(&mut events)?;
+            match self.decoder.compute {
+                Compute::Portable => self.decode(&mut events)?, // on candle's threads
+                _ => team::gather(|| self.decode(&mut events))?,
+            }
         }
         Ok(events)
     }
@@ -600,12 +602,13 @@ fn choose(
     let logits = Values::of(logits)?;
     let logits: &[f32] = &logits;
     // A vocabulary takes longer than a small model's layers: rows choose in parallel.
-    let choices: Vec<_> = rows
-        .par_iter()
-        .map(|(row, line)| row.choose(&logits[line * vocab_size..][..vocab_size]))
-        .collect();
+    let mut choices: Vec<Option<_>> = rows.iter().map(|_| None).collect();
+    let tasks = rows.iter().zip(&mut choices).collect();
+    each(tasks, rows.len() * vocab_size, |((row, line), choice)| {
+        *choice = Some(row.choose(&logits[line * vocab_size..][..vocab_size]));
+    });
     let mut fates = Vec::with_capacity(rows.len());
-    for ((row, _), choice) in rows.iter_mut().zip(choices) {
+    for ((row, _), choice) in rows.iter_mut().zip(choices.into_iter().flatten()) {
         let id = row.id;
         let choice = match choice {
             Ok(choice) => choice,

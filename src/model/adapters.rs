@@ -40,6 +40,9 @@ impl Worn {
     }
 }
 
+/// A list of adapters, and the tokens of a batch that wear it.
+pub(super) type Wearer<'a> = (&'a [Worn], Vec<usize>);
+
 /// The adapters of each row of a batch.
 #[derive(Debug, Clone, Copy)]
 pub enum Adapters<'a> {
@@ -86,8 +89,8 @@ impl<'a> Adapters<'a> {
     }
 
     /// Tokens that wear the same, wherever their rows stand, with their list.
-    pub(super) fn wearers(&self, segments: &[Segment]) -> Vec<(&'a [Worn], Vec<usize>)> {
-        let mut wearers: Vec<(&'a [Worn], Vec<usize>)> = Vec::new();
+    pub(super) fn wearers(&self, segments: &[Segment]) -> Vec<Wearer<'a>> {
+        let mut wearers: Vec<Wearer> = Vec::new();
         for (tokens, worn) in self.runs(segments).into_iter().filter(|(_, worn)| !worn.is_empty()) {
             match wearers.iter_mut().find(|(other, _)| Worn::same(other, worn)) {
                 Some((_, all)) => all.extend(tokens),

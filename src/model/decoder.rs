@@ -418,13 +418,14 @@ impl Decoder {
             None => StepBuffers::default(),
         };
         let StepBuffers { tape, work } = &mut buffers;
+        let wearers = decoding.then(|| adapters.wearers(&pass.segments));
         let mut x = Vec::new();
         self.embed_into(&rows.tokens, &pass, &mut x)?;
         for index in 0..self.layers.len() {
             if let Some(mut layer) = self.layer_pass(index, &pass) {
                 let cache = cache.as_deref_mut().map(|cache| (cache, index));
-                if decoding {
-                    layer = layer.decoding();
+                if let Some(wearers) = &wearers {
+                    layer = layer.decoding(wearers);
                 }
                 layer.forward(&mut x, tape, false, work, cache)?;
             }

@@ -22,7 +22,7 @@ use crate::ops::gemm::{Begin, Out, PackedRows, Panel, Product, Strided, Term, We
 use crate::ops::linear_cross_entropy::{
     Found, bend, check_targets, chunk_rows, log_probs_of_logits, score,
 };
-use crate::ops::{Compute, LogitCap, Values, capped_log_probs, frozen_linear};
+use crate::ops::{Compute, LogitCap, Values, capped_log_probs, each, frozen_linear};
 
 /// Panels of the way up and of the way back.
 type Panels = (Panel, Panel);
@@ -422,6 +422,9 @@ impl Chunk {
     }
 }
 
+/// Logits of one hidden state that a thread takes at a time.
+const ONE_ROW: usize = 256;
+
 impl WornHead<'_> {
     fn width(&self) -> usize {
         self.decoder.config.hidden_size
@@ -436,13 +439,19 @@ impl WornHead<'_> {
                 Kind::Update { a, b, r, scale } => {
                     let low: Vec<f32> = a.chunks_exact(width).map(|a| dot(isa, a, x)).collect();
                     let (b, scale) = (&**b, scale * part.weight);
-                    let rows = logits.par_iter_mut().zip(b.par_chunks_exact(*r));
-                    rows.for_each(|(y, b)| *y += scale * dot(isa, b, &low));
+                    let rows = logits.chunks_mut(ONE_ROW).zip(b.chunks(ONE_ROW * r));
+                    each(rows.collect(), b.len(), |(y, b)| {
+                        let rows = y.iter_mut().zip(b.chunks_exact(*r));
+                        rows.for_each(|(y, b)| *y += scale * dot(isa, b, &low));
+                    });
                 }
                 Kind::Whole(own) => {
                     let (own, weight) = (&**own, part.weight);
-                    let rows = logits.par_iter_mut().zip(own.par_chunks_exact(width));
-                    rows.for_each(|(y, own)| *y += weight * dot(isa, own, x));
+                    let rows = logits.chunks_mut(ONE_ROW).zip(own.chunks(ONE_ROW * width));
+                    each(rows.collect(), own.len(), |(y, own)| {
+                        let rows = y.iter_mut().zip(own.chunks_exact(width));
+                        rows.for_each(|(y, own)| *y += weight * dot(isa, own, x));
+                    });
                 }
                 Kind::Tokens { indices, difference, .. } => {
                     for (&token, row) in indices.iter().zip(difference.chunks_exact(width)) {

@@ -6,18 +6,20 @@
 //! product's rows by the thread that computed them. A token's bits depend on its own list of
 //! adapters only.
 
+use std::collections::HashMap;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use candle_core::Result;
 use half::f16;
 use quantune_adapters::decode::DecodeForm;
+use quantune_adapters::delta::Adapter;
 
-use super::adapters::Worn;
+use super::adapters::{Wearer, Worn};
 use super::decoder::Linear;
 use super::layer::{LayerPass, Onto, Workspace};
 use crate::ops::gemm::Panel;
-use crate::ops::low_rank::{self, Number};
+use crate::ops::low_rank::{self, Number, Wearing};
 use crate::ops::row_dot;
 use crate::ops::{Target, Values};
 
@@ -29,6 +31,49 @@ pub(super) struct Buffers {
     /// Inputs filled up to whole groups.
     x: Vec<f32>,
     lows: Vec<f32>,
+    half: Known<f16>,
+    whole: Known<f32>,
+}
+
+/// The updates that steps before found, by module. What an adapter has let go of since is not found any
+/// more.
+#[derive(Debug)]
+struct Known<T>(HashMap<String, Vec<(Weak<Adapter>, Weak<DecodeForm<T>>)>>);
+
+impl<T> Default for Known<T> {
+    fn default() -> Self {
+        Self(HashMap::new())
+    }
+}
+
+impl<T: Number> Known<T> {
+    /// The forms of what rows wear on a linear layer, in the order of the lists; none where an adapter
+    /// has no update.
+    fn find(
+        &mut self,
+        linear: &Linear,
+        worn: &[Worn],
+        mut take: impl FnMut(&Worn, Arc<DecodeForm<T>>),
+    ) -> Result<()> {
+        if !self.0.contains_key(&linear.name) {
+            self.0.insert(linear.name.clone(), Vec::new());
+        }
+        let known = self.0.get_mut(&linear.name).expect("just put there");
+        for worn in worn {
+            let is_its = |of: &Weak<Adapter>| of.as_ptr() == Arc::as_ptr(&worn.adapter);
+            let found = known.iter().find(|(of, _)| is_its(of));
+            if let Some(form) = found.and_then(|(_, form)| form.upgrade()) {
+                take(worn, form);
+                continue;
+            }
+            let Some(lora) = worn.adapter.modules.get(&linear.name) else { continue };
+            let form = lora.decode_form::<T>(&*linear.weight)?;
+            known.retain(|(of, form)| !is_its(of) && form.strong_count() > 0);
+            known.push((Arc::downgrade(&worn.adapter), Arc::downgrade(&form)));
+            take(worn, form);
+        }
+        Ok(())
+    }
 }
 
 /// An adapter's update of one linear layer for the tokens that wear it.
@@ -40,12 +85,12 @@ struct Update<T> {
 }
 
 /// What tokens that wear the same add to one linear layer.
-struct Updates<'a, T> {
+struct Updates<'a> {
     /// Which of the linear layers.
     linear: usize,
     tokens: &'a [usize],
-    /// In the order of the list.
-    updates: Vec<Update<T>>,
+    /// Which of all updates, in the order of the list.
+    updates: Range<usize>,
     /// DoRA's: `W x` becomes `scales ⊙ W x`, of `(out)`, `1 + Σ weight · (s − 1)`.
     scales: Option<Vec<f32>>,
 }
@@ -58,10 +103,12 @@ pub(super) fn project<const M: usize>(
     onto: Onto,
     work: &mut Workspace,
 ) -> Result<()> {
+    let Buffers { product, x: whole_groups, lows, half, whole } = &mut work.few;
+    let buffers = (product, whole_groups, lows);
     // Updates are as exact as the base's products: in 16 bits but where those are F32.
     match pass.forward {
-        Panel::F32 => project_as::<f32, M>(pass, outs, x, onto, &mut work.few),
-        Panel::Int16 | Panel::Int8 => project_as::<f16, M>(pass, outs, x, onto, &mut work.few),
+        Panel::F32 => project_as::<f32, M>(pass, outs, x, onto, buffers, whole),
+        Panel::Int16 | Panel::Int8 => project_as::<f16, M>(pass, outs, x, onto, buffers, half),
     }
 }
 
@@ -70,12 +117,13 @@ fn project_as<T: Number, const M: usize>(
     mut outs: [(&Linear, &mut [f32]); M],
     x: &[f32],
     onto: Onto,
-    buffers: &mut Buffers,
+    (product, whole, lows): (&mut Vec<f32>, &mut Vec<f32>, &mut Vec<f32>),
+    known: &mut Known<T>,
 ) -> Result<()> {
     let isa = pass.isa;
-    let Buffers { product, x: whole, lows } = buffers;
-    let wearers = pass.pass.adapters.wearers(&pass.pass.segments);
-    let all = updates::<T>(outs.each_ref().map(|(linear, _)| *linear), &wearers)?;
+    let wearers = pass.wearers.expect("made for a decoding step");
+    let linears = outs.each_ref().map(|(linear, _)| *linear);
+    let (all, flat) = updates(linears, wearers, known)?;
 
     // All tokens' inputs in whole groups, for what reads them so.
     let cols = outs[0].0.weight.cols();
@@ -90,16 +138,12 @@ fn project_as<T: Number, const M: usize>(
         }
         &whole[..]
     };
-    let inputs_of = |tokens: &[usize]| -> Vec<&[f32]> {
-        tokens.iter().map(|token| &inputs[token * stride..(token + 1) * stride]).collect()
-    };
-    let last = all.iter().flat_map(|updates| &updates.updates).map(|update| update.lows.end);
-    lows.resize(last.max().unwrap_or(0), 0.0);
+    lows.resize(flat.last().map_or(0, |update| update.lows.end), 0.0);
 
     // The base's products, and beside them A x.
     let mut shrinks = Vec::new();
     for Updates { tokens, updates, .. } in &all {
-        for update in updates {
+        for update in &flat[updates.clone()] {
             let (blocks, step) =
                 (low_rank::blocks(&update.form), low_rank::blocks_of_task(&update.form));
             let tasks = (0..blocks).step_by(step).map(|first| first..blocks.min(first + step));
@@ -110,10 +154,10 @@ fn project_as<T: Number, const M: usize>(
     let shrink = |task: usize| {
         let (tokens, update, blocks) = &shrinks[task];
         let factor = update.weight * update.form.factor;
-        let low = target.at(update.lows.start);
+        let (low, tokens) = (target.at(update.lows.start), Wearing { tokens, stride });
         // SAFETY: the rung is this CPU's; no two tasks share a column of an update's lows.
         unsafe {
-            low_rank::shrink(isa, &update.form, blocks.clone(), &inputs_of(tokens), factor, low);
+            low_rank::shrink(isa, &update.form, blocks.clone(), inputs, tokens, factor, low);
         }
     };
     let mut products: Vec<row_dot::Product> = match onto {
@@ -132,20 +176,23 @@ fn project_as<T: Number, const M: usize>(
         unsafe { target.at(update.lows.start).read(update.lows.len()) }
     };
     let add_updates = |linear: usize, rows: Range<usize>, y: Target| {
-        let width = out_features[linear];
+        let stride = out_features[linear];
         for Updates { tokens, updates, scales, .. } in all.iter().filter(|u| u.linear == linear) {
-            let y: Vec<Target> = tokens.iter().map(|token| y.at(token * width)).collect();
             if let Some(scales) = scales {
-                for y in &y {
+                for token in *tokens {
                     // SAFETY: no other thread is given these rows.
-                    let y = unsafe { y.at(rows.start).slice(rows.len()) };
+                    let y = unsafe { y.at(token * stride + rows.start).slice(rows.len()) };
                     y.iter_mut().zip(&scales[rows.clone()]).for_each(|(y, scale)| *y *= scale);
                 }
             }
-            for update in updates {
+            for index in updates.clone() {
+                if let Some(next) = flat.get(index + 1) {
+                    low_rank::ask(&next.form, &rows);
+                }
+                let (update, tokens) = (&flat[index], Wearing { tokens, stride });
                 // SAFETY: the rung is this CPU's; no other thread is given these rows.
                 unsafe {
-                    low_rank::expand(isa, &update.form, rows.clone(), low_of(update), &y);
+                    low_rank::expand(isa, &update.form, rows.clone(), low_of(update), y, tokens);
                 }
             }
         }
@@ -170,29 +217,29 @@ fn project_as<T: Number, const M: usize>(
     Ok(())
 }
 
-/// What each list of adapters does to each linear layer, where it does anything.
-fn updates<'w, T: Number>(
-    linears: impl IntoIterator<Item = &'w Linear>,
-    wearers: &'w [(&'w [Worn], Vec<usize>)],
-) -> Result<Vec<Updates<'w, T>>> {
-    let (mut all, mut end) = (Vec::new(), 0);
+/// What each list of adapters does to each linear layer, where it does anything, and all updates: those
+/// of a layer one after the other.
+fn updates<'w, T: Number, const M: usize>(
+    linears: [&Linear; M],
+    wearers: &'w [Wearer<'w>],
+    known: &mut Known<T>,
+) -> Result<(Vec<Updates<'w>>, Vec<Update<T>>)> {
+    let (mut all, mut flat, mut end) = (Vec::new(), Vec::new(), 0);
     for (index, linear) in linears.into_iter().enumerate() {
         for (worn, tokens) in wearers {
-            let mut updates = Vec::new();
-            for worn in *worn {
-                let Some(lora) = worn.adapter.modules.get(&linear.name) else { continue };
-                let form = lora.decode_form::<T>(&*linear.weight)?;
+            let first = flat.len();
+            known.find(linear, worn, |worn, form| {
                 let lows = end..end + tokens.len() * low_rank::low_stride(&form);
                 end = lows.end;
-                updates.push(Update { form, weight: worn.weight as f32, lows });
-            }
-            if !updates.is_empty() {
-                let scales = row_scales(&updates);
+                flat.push(Update { form, weight: worn.weight as f32, lows });
+            })?;
+            if first < flat.len() {
+                let (scales, updates) = (row_scales(&flat[first..]), first..flat.len());
                 all.push(Updates { linear: index, tokens, updates, scales });
             }
         }
     }
-    Ok(all)
+    Ok((all, flat))
 }
 
 /// What DoRA makes of `W x`, if any of these is one.

@@ -2,9 +2,12 @@
 //! themselves, a vectorizable `exp` and what is made of it.
 
 use std::ops::{Deref, Range};
+use std::sync::{Mutex, PoisonError};
 
 use candle_core::{CpuStorage, DType, Error, Layout, Result, Storage, Tensor};
 use rayon::prelude::*;
+
+use super::team;
 
 /// The values of a contiguous `f32` tensor on the CPU, borrowed.
 pub struct Values<'a> {
@@ -48,16 +51,36 @@ pub fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]>
     Ok(&storage.as_slice::<f32>()?[start..end])
 }
 
-/// Below so many multiply-adds another thread costs more than it gives.
+/// Below so many multiply-adds a thread that is to be woken costs more than it gives.
 const TINY: usize = 50_000;
+/// And one that is at hand.
+const TINY_AT_HAND: usize = 5_000;
 
-/// Runs the tasks, on several threads if they have more than [`TINY`] `work`.
+/// Runs the tasks, on several threads if their `work`, in multiply-adds, is worth it.
 pub fn each<T: Send>(tasks: Vec<T>, work: usize, run: impl Fn(T) + Sync + Send) {
-    if tasks.len() > 1 && work > TINY {
-        tasks.into_par_iter().for_each(run);
-    } else {
+    let at_hand = team::is_led();
+    if tasks.len() < 2 || work <= if at_hand { TINY_AT_HAND } else { TINY } {
         tasks.into_iter().for_each(run);
+    } else if at_hand {
+        let tasks: Vec<_> = tasks.into_iter().map(|task| Mutex::new(Some(task))).collect();
+        let take = |i: usize| tasks[i].lock().unwrap_or_else(PoisonError::into_inner).take();
+        team::run(tasks.len(), &|i| run(take(i).expect("every task is run once")));
+    } else {
+        tasks.into_par_iter().for_each(run);
     }
+}
+
+/// Asks for a line of memory in the first-level cache. Any address will do.
+#[inline(always)]
+pub fn prefetch(address: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: every CPU of the architecture has the instruction, which faults at no address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
 }
 
 /// Somewhere several threads write to, each to elements of its own.

@@ -7,13 +7,15 @@
 use std::ops::Range;
 
 use half::f16;
-use quantune_adapters::decode::{BLOCK, DecodeForm, GROUP, PANEL, Stored};
+use quantune_adapters::decode::{BLOCK, DecodeForm, GROUP, PANEL, PANELS, Stored};
 
-use super::cpu::Target;
+use super::cpu::{Target, prefetch};
 use super::lanes::{Element, Lanes, rungs};
 
 /// Bytes of a factor in one task: as for the base's own weights.
 const TASK_BYTES: usize = 32 * 1024;
+/// How far ahead of its use memory is asked for, in bytes.
+const AHEAD: usize = 1024;
 
 /// Numbers that forms are stored as and kernels read.
 pub trait Number: Stored + Element {}
@@ -40,23 +42,41 @@ pub fn low_stride<T>(form: &DecodeForm<T>) -> usize {
     blocks(form) * BLOCK
 }
 
+/// Rows of a buffer that belong to some tokens, in the order of `tokens`.
+#[derive(Clone, Copy)]
+pub struct Wearing<'a> {
+    /// Which rows of the batch.
+    pub tokens: &'a [usize],
+    /// Numbers from one row of the buffer to the next.
+    pub stride: usize,
+}
+
+impl<'a> Wearing<'a> {
+    /// Where the rows of the first `M` tokens begin, if there are so many, and the other tokens.
+    #[inline(always)]
+    fn split<const M: usize>(self) -> Option<([usize; M], Self)> {
+        let (first, tokens) = self.tokens.split_first_chunk::<M>()?;
+        Some((first.map(|token| token * self.stride), Self { tokens, ..self }))
+    }
+}
+
 rungs! {
     /// `low = factor · x Aᵀ` for some blocks of A's rows.
     ///
-    /// Shapes: `x` are the tokens' inputs, each padded to whole groups of 16 →
-    /// `low (tokens, low_stride)`, of which the blocks' columns are written.
+    /// Shapes: `x` are the inputs of the whole batch, each padded to whole groups of 16 and as far from
+    /// the next as `tokens` say → `low (tokens, low_stride)`, of which the blocks' columns are written.
     ///
     /// # Safety
     /// The CPU must have the rung, and no other thread may touch these columns of `low`.
-    pub unsafe fn shrink<T: Number>(form: &DecodeForm<T>, blocks: Range<usize>, x: &[&[f32]], factor: f32, low: Target) = shrink_body;
+    pub unsafe fn shrink<T: Number>(form: &DecodeForm<T>, blocks: Range<usize>, x: &[f32], tokens: Wearing, factor: f32, low: Target) = shrink_body;
     /// `y += low Bᵀ` for some of B's rows. They are read in whole panels of 16.
     ///
-    /// Shapes: `low (tokens, low_stride)`; `y` are the places of the tokens' outputs, `out` numbers
-    /// each.
+    /// Shapes: `low (tokens, low_stride)`; `y` are the outputs of the whole batch, each as far from the
+    /// next as `tokens` say.
     ///
     /// # Safety
     /// The CPU must have the rung, and no other thread may touch the outputs of these rows.
-    pub unsafe fn expand<T: Number>(form: &DecodeForm<T>, rows: Range<usize>, low: &[f32], y: &[Target]) = expand_body;
+    pub unsafe fn expand<T: Number>(form: &DecodeForm<T>, rows: Range<usize>, low: &[f32], y: Target, tokens: Wearing) = expand_body;
 }
 
 /// # Safety
@@ -65,30 +85,23 @@ rungs! {
 unsafe fn shrink_body<S: Lanes, T: Number>(
     form: &DecodeForm<T>,
     blocks: Range<usize>,
-    x: &[&[f32]],
+    x: &[f32],
+    mut tokens: Wearing,
     factor: f32,
-    low: Target,
+    mut low: Target,
 ) {
-    let (cols, stride) = (padded(form), low_stride(form));
-    let mut first = 0;
-    while first < x.len() {
-        let (x, low) = (&x[first..], low.at(first * stride));
+    let stride = low_stride(form);
+    loop {
         // SAFETY: the caller's promises.
         unsafe {
-            if let Some(x) = x.first_chunk::<4>() {
-                shrink_tokens::<S, T, 4>(&form.a, blocks.clone(), cols, x, factor, low, stride);
-                first += 4;
+            if let Some((at, others)) = tokens.split::<4>() {
+                shrink_tokens::<S, T, 4>(form, blocks.clone(), at.map(|at| &x[at..]), factor, low);
+                (tokens, low) = (others, low.at(4 * stride));
+            } else if let Some((at, others)) = tokens.split::<1>() {
+                shrink_tokens::<S, T, 1>(form, blocks.clone(), at.map(|at| &x[at..]), factor, low);
+                (tokens, low) = (others, low.at(stride));
             } else {
-                shrink_tokens::<S, T, 1>(
-                    &form.a,
-                    blocks.clone(),
-                    cols,
-                    &[x[0]],
-                    factor,
-                    low,
-                    stride,
-                );
-                first += 1;
+                return;
             }
         }
     }
@@ -99,30 +112,32 @@ unsafe fn shrink_body<S: Lanes, T: Number>(
 #[inline(always)]
 #[allow(clippy::needless_range_loop)] // indices run over several arrays at once, in registers
 unsafe fn shrink_tokens<S: Lanes, T: Number, const M: usize>(
-    a: &[T],
+    form: &DecodeForm<T>,
     blocks: Range<usize>,
-    cols: usize,
-    x: &[&[f32]; M],
+    x: [&[f32]; M],
     factor: f32,
     low: Target,
-    stride: usize,
 ) {
+    let (cols, stride) = (padded(form), low_stride(form));
     let mut xs = [std::ptr::null::<f32>(); M];
     for i in 0..M {
         xs[i] = x[i][..cols].as_ptr();
     }
     for block in blocks {
-        let rows = a[block * BLOCK * cols..][..BLOCK * cols].as_ptr();
-        // SAFETY: rows and inputs have `cols` numbers, whole groups; the rest is the caller's.
+        let block_of_a = form.a[block * BLOCK * cols..][..BLOCK * cols].as_ptr();
+        // SAFETY: a block has four rows and inputs one of `cols` numbers, whole groups; the rest is the
+        // caller's.
         unsafe {
             let mut sums = [[S::splat(0.0); M]; BLOCK];
             for at in (0..cols).step_by(GROUP) {
+                let rows = block_of_a.add(at * BLOCK);
+                ask_ahead(rows, BLOCK * GROUP);
                 let mut inputs = [S::splat(0.0); M];
                 for i in 0..M {
                     inputs[i] = S::load(xs[i].add(at));
                 }
                 for k in 0..BLOCK {
-                    let w = T::load::<S>(rows.add(k * cols + at));
+                    let w = T::load::<S>(rows.add(k * GROUP));
                     for i in 0..M {
                         sums[k][i] = w.mul_add(inputs[i], sums[k][i]);
                     }
@@ -144,28 +159,54 @@ unsafe fn shrink_tokens<S: Lanes, T: Number, const M: usize>(
 unsafe fn expand_body<S: Lanes, T: Number>(
     form: &DecodeForm<T>,
     rows: Range<usize>,
-    low: &[f32],
-    y: &[Target],
+    mut low: &[f32],
+    y: Target,
+    mut tokens: Wearing,
 ) {
     assert!(rows.end <= form.out_features);
     let stride = low_stride(form);
-    let mut first = 0;
-    while first < y.len() {
-        let (low, y) = (&low[first * stride..], &y[first..]);
+    loop {
         // SAFETY: the caller's promises.
         unsafe {
-            if let Some(y) = y.first_chunk::<4>() {
-                expand_tokens::<S, T, 4>(form, rows.clone(), low, stride, y);
-                first += 4;
+            if let Some((at, others)) = tokens.split::<4>() {
+                let y = at.map(|at| y.at(at));
+                expand_tokens::<S, T, 4>(form, rows.clone(), low, stride, &y);
+                (tokens, low) = (others, &low[4 * stride..]);
+            } else if let Some((at, others)) = tokens.split::<1>() {
+                let y = at.map(|at| y.at(at));
+                expand_tokens::<S, T, 1>(form, rows.clone(), low, stride, &y);
+                (tokens, low) = (others, &low[stride..]);
             } else {
-                expand_tokens::<S, T, 1>(form, rows.clone(), low, stride, &[y[0]]);
-                first += 1;
+                return;
             }
         }
     }
 }
 
-/// Panels four at a time, whose sums do not wait for each other, then one at a time.
+/// Asks for what lies [`AHEAD`] of the next `n` numbers.
+#[inline(always)]
+fn ask_ahead<T>(numbers: *const T, n: usize) {
+    for line in (0..n * size_of::<T>()).step_by(64) {
+        prefetch(numbers.cast::<u8>().wrapping_add(AHEAD + line));
+    }
+}
+
+/// Asks for the beginning of what [`expand`] reads for some of B's rows.
+pub fn ask<T>(form: &DecodeForm<T>, rows: &Range<usize>) {
+    let first = place(form, rows.start / PANEL);
+    let bytes = (rows.len() * form.r * size_of::<T>()).min(AHEAD);
+    for line in (0..bytes).step_by(64) {
+        prefetch(form.b.as_ptr().wrapping_add(first).cast::<u8>().wrapping_add(line));
+    }
+}
+
+/// Where a panel's first numbers are in B.
+fn place<T>(form: &DecodeForm<T>, panel: usize) -> usize {
+    (panel / PANELS * form.r * PANELS + panel % PANELS) * PANEL
+}
+
+/// Panels of a stripe at a time, whose sums do not wait for each other, or as many as are among the
+/// rows.
 ///
 /// # Safety
 /// As [`expand_body`].
@@ -181,47 +222,51 @@ unsafe fn expand_tokens<S: Lanes, T: Number, const M: usize>(
     while panel < end {
         // SAFETY: the caller's promises.
         unsafe {
-            if panel + 4 <= end {
-                expand_panels::<S, T, M, 4>(form, panel, &rows, low, stride, y);
-                panel += 4;
+            let whole = |panels| panel.is_multiple_of(panels) && panel + panels <= end;
+            panel += if whole(PANELS) {
+                expand_panels::<S, T, M, PANELS>(form, panel, &rows, low, stride, y)
+            } else if whole(2) {
+                expand_panels::<S, T, M, 2>(form, panel, &rows, low, stride, y)
             } else {
-                expand_panels::<S, T, M, 1>(form, panel, &rows, low, stride, y);
-                panel += 1;
-            }
+                expand_panels::<S, T, M, 1>(form, panel, &rows, low, stride, y)
+            };
         }
     }
 }
 
+/// Some panels of a stripe; returns how many.
+///
 /// # Safety
 /// As [`expand_body`].
 #[inline(always)]
 #[allow(clippy::needless_range_loop)] // as above
-unsafe fn expand_panels<S: Lanes, T: Number, const M: usize, const PANELS: usize>(
+unsafe fn expand_panels<S: Lanes, T: Number, const M: usize, const N: usize>(
     form: &DecodeForm<T>,
     panel: usize,
     rows: &Range<usize>,
     low: &[f32],
     stride: usize,
     y: &[Target; M],
-) {
-    let size = form.r * PANEL;
-    let b = form.b[panel * size..][..PANELS * size].as_ptr();
-    // SAFETY: a panel has r times 16 numbers; the rest is the caller's.
+) -> usize {
+    let b = form.b[place(form, panel)..][..((form.r - 1) * PANELS + N) * PANEL].as_ptr();
+    // SAFETY: the panels' numbers lie a stripe's width apart; the rest is the caller's.
     unsafe {
-        let mut sums = [[S::splat(0.0); M]; PANELS];
+        let mut sums = [[S::splat(0.0); M]; N];
         for k in 0..form.r {
+            let b = b.add(k * PANELS * PANEL);
+            ask_ahead(b, N * PANEL);
             let mut factors = [S::splat(0.0); M];
             for i in 0..M {
                 factors[i] = S::splat(low[i * stride + k]);
             }
-            for p in 0..PANELS {
-                let w = T::load::<S>(b.add(p * size + k * PANEL));
+            for p in 0..N {
+                let w = T::load::<S>(b.add(p * PANEL));
                 for i in 0..M {
                     sums[p][i] = w.mul_add(factors[i], sums[p][i]);
                 }
             }
         }
-        for p in 0..PANELS {
+        for p in 0..N {
             // Of a panel at the border of the rows only those that are among them.
             let first = (panel + p) * PANEL;
             let (from, to) = (first.max(rows.start), rows.end.min(first + PANEL));
@@ -235,6 +280,7 @@ unsafe fn expand_panels<S: Lanes, T: Number, const M: usize, const PANELS: usize
             }
         }
     }
+    N
 }
 
 #[cfg(test)]
@@ -258,24 +304,24 @@ mod tests {
     /// `y += weight · update(x)` by the kernels, a task at a time.
     fn fast<T: Number>(isa: Isa, form: &DecodeForm<T>, weight: f32, x: &[f32], y: &mut [f32]) {
         let n = x.len() / form.in_features;
-        let padded: Vec<Vec<f32>> = x
-            .chunks(form.in_features)
-            .map(|x| [x, &vec![0.0; padded(form) - x.len()]].concat())
-            .collect();
-        let x: Vec<&[f32]> = padded.iter().map(|x| &x[..]).collect();
+        let mut whole = vec![0.0; n * padded(form)];
+        for (to, from) in whole.chunks_mut(padded(form)).zip(x.chunks(form.in_features)) {
+            to[..from.len()].copy_from_slice(from);
+        }
+        let tokens: Vec<usize> = (0..n).collect();
+        let tokens_of = |stride| Wearing { tokens: &tokens, stride };
         let mut low = vec![f32::NAN; n * low_stride(form)];
-        let target = Target::new(&mut low);
-        let y = Target::new(y);
-        let ys: Vec<Target> = (0..n).map(|i| y.at(i * form.out_features)).collect();
+        let (target, y) = (Target::new(&mut low), Target::new(y));
         // SAFETY: rungs are those of this CPU, and there is one thread.
         unsafe {
             for block in 0..blocks(form) {
-                shrink(isa, form, block..block + 1, &x, weight * form.factor, target);
+                let (inputs, factor) = (tokens_of(padded(form)), weight * form.factor);
+                shrink(isa, form, block..block + 1, &whole, inputs, factor, target);
             }
             let rows = form.out_features;
             let border = rows / 2; // within a panel or between two
-            expand(isa, form, 0..border, &low, &ys);
-            expand(isa, form, border..rows, &low, &ys);
+            expand(isa, form, 0..border, &low, y, tokens_of(rows));
+            expand(isa, form, border..rows, &low, y, tokens_of(rows));
         }
     }
 

@@ -26,6 +26,7 @@ pub mod rope;
 pub(crate) mod row_dot;
 pub(crate) mod segment;
 pub mod swiglu;
+pub(crate) mod team;
 
 use serde::{Deserialize, Serialize};
 

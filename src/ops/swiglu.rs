@@ -4,11 +4,13 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::Compute;
-use super::cpu::{Values, exp, values};
+use super::cpu::{Values, each, exp, values};
 use crate::isa::{Isa, versions};
 
 /// Values a thread takes at a time.
 const CHUNK: usize = 1 << 12;
+/// What an element costs, in multiply-adds.
+const WORK: usize = 16;
 
 /// What becomes of the gate.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -45,9 +47,9 @@ pub fn gated(kind: Gate, gate: &Tensor, up: &Tensor, compute: Compute) -> Result
 
 /// `y = kind(gate) · up`, all of one length.
 pub(crate) fn forward(isa: Isa, kind: Gate, gate: &[f32], up: &[f32], y: &mut [f32]) {
-    let inputs = gate.par_chunks(CHUNK).zip(up.par_chunks(CHUNK));
-    let chunks = y.par_chunks_mut(CHUNK).zip(inputs);
-    chunks.for_each(|(y, (gate, up))| match kind {
+    let (work, inputs) = (WORK * y.len(), gate.chunks(CHUNK).zip(up.chunks(CHUNK)));
+    let chunks = y.chunks_mut(CHUNK).zip(inputs);
+    each(chunks.collect(), work, |(y, (gate, up))| match kind {
         Gate::Silu => forward_chunk(isa, gate, up, y),
         Gate::GeluTanh => gelu_forward_chunk(isa, gate, up, y),
     });

@@ -19,6 +19,7 @@ use std::collections::HashMap;
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
+use super::adapters::Wearer;
 use super::cache::KvCache;
 use super::config::Config;
 use super::decoder::{Layer, Linear, Pass};
@@ -72,9 +73,9 @@ pub struct LayerPass<'a> {
     pub(super) forward: Panel,
     backward: Panel,
     tokens: usize,
-    /// Whether products read each weight where it lies, for a token a row. Only in decoding: what is
+    /// Given, products read each weight where it lies, for a token a row. Only in decoding: what is
     /// learned from, and a prompt, is computed one way, however many tokens there are.
-    decoding: bool,
+    pub(super) wearers: Option<&'a [Wearer<'a>]>,
 }
 
 impl<'a> LayerPass<'a> {
@@ -88,12 +89,12 @@ impl<'a> LayerPass<'a> {
         let (forward, backward) = (compute.forward_panel()?, compute.backward_panel()?);
         let tokens = pass.segments.last().map_or(0, |segment| segment.tokens.end);
         let isa = Isa::current();
-        Some(Self { config, layer, pass, isa, forward, backward, tokens, decoding: false })
+        Some(Self { config, layer, pass, isa, forward, backward, tokens, wearers: None })
     }
 
-    /// The layer of a decoding step: a token or so a row, not learned from.
-    pub(super) fn decoding(self) -> Self {
-        Self { decoding: true, ..self }
+    /// The layer of a decoding step: a token or so a row, not learned from. `wearers` are the pass's.
+    pub(super) fn decoding(self, wearers: &'a [Wearer<'a>]) -> Self {
+        Self { wearers: Some(wearers), ..self }
     }
 
     /// Turns `x (N, hidden_size)` into the layer's output. `taped` says whether `tape` will be used

@@ -113,7 +113,7 @@ impl LayerPass<'_> {
         onto: Onto,
         work: &mut Workspace,
     ) -> Result<()> {
-        if self.decoding {
+        if self.wearers.is_some() {
             let outs = outs.map(|(linear, out, _)| (linear, out));
             return few::project(self, outs, x, onto, work);
         }

@@ -28,14 +28,13 @@ mod x86;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use rayon::prelude::*;
-
 use self::activations::Activations;
 #[cfg(target_arch = "x86_64")]
 use self::activations::Batches;
 use self::kernel::Output;
 use self::words::{Portable, Words};
 use super::cpu::Target;
+use super::team;
 use crate::isa::Isa;
 use crate::quant::{BlockType, FrozenMatrix};
 
@@ -208,14 +207,19 @@ fn many(
             (beside.run)(taken);
         }
         run(isa, &input, task);
-        wait(|| done.load(Ordering::Acquire) == beside.tasks);
+        for turn in 0.. {
+            if done.load(Ordering::Acquire) == beside.tasks {
+                break;
+            }
+            team::wait(turn);
+        }
         let rows = task.before + task.rows.start..task.before + task.rows.end;
         (beside.then)(task.product, rows, task.whole);
     };
-    if total <= ALONE_BYTES {
+    if total <= ALONE_BYTES && !team::is_led() {
         tasks.iter().for_each(one);
     } else {
-        tasks.par_iter().for_each(one);
+        team::run(tasks.len(), &|i| one(&tasks[i]));
     }
 }
 
@@ -225,20 +229,6 @@ struct Counted<'a>(&'a AtomicUsize);
 impl Drop for Counted<'_> {
     fn drop(&mut self) {
         self.0.fetch_add(1, Ordering::Release);
-    }
-}
-
-/// Waits for what another thread is about to do.
-fn wait(ready: impl Fn() -> bool) {
-    for turn in 0usize.. {
-        if ready() {
-            return;
-        }
-        // It may not be running: threads can be more than cores.
-        match turn < 1000 {
-            true => std::hint::spin_loop(),
-            false => std::thread::yield_now(),
-        }
     }
 }
 
@@ -421,6 +411,8 @@ mod tests {
         use quantune_adapters::decode::DecodeForm;
         use quantune_adapters::delta::Lora;
 
+        use crate::ops::low_rank::{Wearing, expand};
+
         let (r, cols, own) = (4, 768, 37);
         let w = matrix(BlockType::Q4_1, own, cols);
         for more in [0, 1, 3, 16, 30] {
@@ -445,9 +437,9 @@ mod tests {
                 let mut y = vec![f32::NAN; 3 * rows];
                 let then = |product: usize, range: Range<usize>, y: Target| {
                     assert_eq!((product, y.len()), (0, 3 * rows));
-                    let y: Vec<Target> = (0..3).map(|token| y.at(token * rows)).collect();
+                    let tokens = Wearing { tokens: &[0, 1, 2], stride: rows };
                     // SAFETY: the rung is this CPU's; no other thread is given these rows.
-                    unsafe { crate::ops::low_rank::expand(isa, &form, range, &lows, &y) };
+                    unsafe { expand(isa, &form, range, &lows, y, tokens) };
                 };
                 let beside = Beside { tasks: 0, run: &|_| (), then: &then };
                 int16_many(isa, &x, &mut [(&w, &mut y)], beside);

@@ -11,7 +11,7 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-use super::activations::{Activations, Batch, Batches, GROUP};
+use super::activations::{Activations, Batch, Batches};
 use super::kernel::{self, Output};
 use super::x86::Avx512;
 use crate::quant::BlockType;
@@ -338,30 +338,52 @@ pub(super) unsafe fn multiply<const M: usize, const CHAINS: usize>(
     pairs: *const i32,
     pair: usize,
 ) {
+    let mut sums = [words; M];
     for i in 0..M {
-        // SAFETY: the caller's promises.
-        unsafe {
-            let x = _mm512_set1_epi32(*pairs.add(i * GROUP / 2 + pair));
-            let sums = &mut products[i][pair % CHAINS];
-            *sums = add_pairs(*sums, words, x);
-        }
+        sums[i] = products[i][pair % CHAINS];
+    }
+    // SAFETY: the caller's promises.
+    let sums = unsafe { add_pairs(sums, words, pairs.add(pair)) };
+    for i in 0..M {
+        products[i][pair % CHAINS] = sums[i];
     }
 }
 
-/// `vpdpwssd`, which LLVM takes apart into two instructions where it is an intrinsic and sums begin
-/// with zero.
+/// `vpdpwssd` of the same words with a pair of values of each row of input, from `x` on a group of 64
+/// bytes apart. The instructions read the pairs themselves: as an intrinsic each takes another for that,
+/// and eight rows then run out of registers.
+///
+/// # Safety
+/// `x` must be in `M` groups.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
-fn add_pairs(mut sums: __m512i, words: __m512i, x: __m512i) -> __m512i {
-    // SAFETY: registers are all it touches.
+unsafe fn add_pairs<const M: usize>(
+    mut sums: [__m512i; M],
+    words: __m512i,
+    x: *const i32,
+) -> [__m512i; M] {
+    macro_rules! add {
+        ($($i:literal at $offset:literal),*) => {
+            asm!(
+                $(concat!("vpdpwssd {", $i, "}, {words}, dword ptr [{x} + ", $offset, "]{{1to16}}"),)*
+                $(inout(zmm_reg) sums[$i],)*
+                words = in(zmm_reg) words,
+                x = in(reg) x,
+                options(pure, readonly, nostack, preserves_flags),
+            )
+        };
+    }
+    // SAFETY: it reads `M` numbers, which are there by the caller's promise.
     unsafe {
-        asm!(
-            "vpdpwssd {sums}, {words}, {x}",
-            sums = inout(zmm_reg) sums,
-            words = in(zmm_reg) words,
-            x = in(zmm_reg) x,
-            options(pure, nomem, nostack, preserves_flags),
-        );
+        match M {
+            1 => add!(0 at 0),
+            2 => add!(0 at 0, 1 at 64),
+            4 => add!(0 at 0, 1 at 64, 2 at 128, 3 at 192),
+            8 => add!(
+                0 at 0, 1 at 64, 2 at 128, 3 at 192, 4 at 256, 5 at 320, 6 at 384, 7 at 448
+            ),
+            _ => unreachable!("rows come by 8, 4, 2 and 1"),
+        }
     }
     sums
 }

@@ -1,0 +1,293 @@
+//! Threads that stay at hand from one parallel region to the next.
+//!
+//! A decoding step is a hundred regions of some ten microseconds with a little serial work between
+//! them, and a thread that is woken for each, or falls asleep in the middle of one, costs as much as it
+//! does: two threads were 1.4 times as fast as one. Inside [`gather`] the pool's other threads spin
+//! until there is something to do: 1.9 times.
+//!
+//! Whoever is late, or has been put off its core, is not waited for: a region waits only for threads
+//! that have begun one of its tasks.
+
+use std::any::Any;
+use std::cell::Cell;
+use std::hint::spin_loop;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::ptr::{self, null_mut};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use rayon::prelude::*;
+
+/// Turns of waiting in which a core is kept; then it is offered to others between two looks.
+const SPINS: usize = 2000;
+/// Looks after which a thread of the team goes back to the pool: some milliseconds, or many on a busy
+/// machine. Nothing it may be holding up below this call then waits for ever.
+const LOOKS: usize = 20_000;
+
+/// Some threads of rayon's pool, led by the one that called [`gather`].
+#[derive(Default)]
+struct Team {
+    /// Of the region: odd while it is open.
+    number: AtomicUsize,
+    region: AtomicPtr<Region<'static>>,
+    /// Threads that may be in the region.
+    inside: AtomicUsize,
+    over: AtomicBool,
+}
+
+/// Tasks of one parallel region.
+struct Region<'a> {
+    next: AtomicUsize,
+    tasks: usize,
+    run: &'a (dyn Fn(usize) + Sync),
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+thread_local! {
+    /// The team that this thread leads.
+    static LED: Cell<*const Team> = const { Cell::new(ptr::null()) };
+}
+
+/// Does `work` on this thread, with the pool's other threads at hand for its parallel regions by
+/// [`run`] and [`each`](super::each). Regions of rayon's are slow inside: nobody else is free for them.
+pub fn gather<R>(work: impl FnOnce() -> R) -> R {
+    let threads = rayon::current_num_threads();
+    if threads < 2 || is_led() {
+        return work();
+    }
+    let team = Team::default();
+    rayon::in_place_scope(|scope| {
+        for _ in 1..threads {
+            scope.spawn(|_| team.help());
+        }
+        let _lead = Lead::of(&team);
+        work()
+    })
+}
+
+/// Whether this thread leads a team: regions are cheap.
+pub fn is_led() -> bool {
+    !LED.get().is_null()
+}
+
+/// Runs tasks `0..tasks` on several threads: the team's that this thread leads, else rayon's.
+pub fn run(tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+    // SAFETY: who sets the pointer takes it back before the team is gone.
+    match unsafe { LED.get().as_ref() } {
+        _ if tasks < 2 => (0..tasks).for_each(task),
+        Some(team) if team.is_open() => (0..tasks).for_each(task), // within a task
+        Some(team) => team.run(tasks, task),
+        None => (0..tasks).into_par_iter().for_each(task),
+    }
+}
+
+/// What ends when the leader's work does, in panic too.
+struct Lead<'a>(&'a Team);
+
+impl<'a> Lead<'a> {
+    fn of(team: &'a Team) -> Self {
+        LED.set(team);
+        Self(team)
+    }
+}
+
+impl Drop for Lead<'_> {
+    fn drop(&mut self) {
+        LED.set(ptr::null());
+        self.0.over.store(true, Ordering::Release);
+    }
+}
+
+impl Team {
+    fn is_open(&self) -> bool {
+        self.number.load(Ordering::Relaxed) % 2 == 1
+    }
+
+    /// The leader's part of a region.
+    fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        let (next, panic) = (AtomicUsize::new(0), Mutex::new(None));
+        let region = Region { next, tasks, run: task, panic };
+        self.region.store(ptr::from_ref(&region).cast_mut().cast(), Ordering::Relaxed);
+        self.number.fetch_add(1, Ordering::SeqCst);
+        let closing = Closing(self);
+        region.work();
+        drop(closing);
+        let panic = region.panic.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if let Some(panic) = panic {
+            resume_unwind(panic);
+        }
+    }
+
+    /// The other threads' part: whatever region comes, until there are no more.
+    fn help(&self) {
+        // A leader that waits for rayon may be given this: it, or another one, would wait for itself.
+        if is_led() {
+            return;
+        }
+        let (mut done, mut looks) = (0, 0);
+        while !self.over.load(Ordering::Acquire) && looks < LOOKS {
+            let number = self.number.load(Ordering::Relaxed);
+            if number % 2 == 0 || number == done {
+                wait(looks);
+                looks += 1;
+                continue;
+            }
+            // First inside, then the look whether it is open: who closes it looks the other way round.
+            self.inside.fetch_add(1, Ordering::SeqCst);
+            if self.number.load(Ordering::SeqCst) == number {
+                // SAFETY: the region is there until nobody is inside.
+                let region = unsafe { &*self.region.load(Ordering::Relaxed) };
+                if let Err(panic) = catch_unwind(AssertUnwindSafe(|| region.work())) {
+                    *region.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
+                }
+            }
+            self.inside.fetch_sub(1, Ordering::Release);
+            (done, looks) = (number, 0);
+        }
+    }
+}
+
+impl Region<'_> {
+    fn work(&self) {
+        loop {
+            let task = self.next.fetch_add(1, Ordering::Relaxed);
+            if task >= self.tasks {
+                return;
+            }
+            (self.run)(task);
+        }
+    }
+}
+
+/// Closes the region, in panic too, when nobody is inside.
+struct Closing<'a>(&'a Team);
+
+impl Drop for Closing<'_> {
+    fn drop(&mut self) {
+        self.0.number.fetch_add(1, Ordering::SeqCst);
+        for turn in 0.. {
+            if self.0.inside.load(Ordering::SeqCst) == 0 {
+                break;
+            }
+            wait(turn);
+        }
+        self.0.region.store(null_mut(), Ordering::Relaxed);
+    }
+}
+
+/// Waits a moment for what another thread is about to do; `turn` counts from 0.
+pub fn wait(turn: usize) {
+    match turn < SPINS {
+        true => spin_loop(),
+        // The other may not be running: threads can be more than cores.
+        false => std::thread::yield_now(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+    use std::thread;
+
+    use super::*;
+
+    fn pool(threads: usize) -> rayon::ThreadPool {
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap()
+    }
+
+    #[test]
+    fn every_task_is_run_once() {
+        for threads in [1, 2, 5] {
+            let count = || {
+                for tasks in (0..300).chain([10_000]) {
+                    let counts: Vec<AtomicUsize> =
+                        (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+                    run(tasks, &|task| {
+                        counts[task].fetch_add(1, Ordering::Relaxed);
+                    });
+                    assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
+                }
+            };
+            pool(threads).install(|| gather(count));
+            pool(threads).install(count);
+        }
+        gather(|| run(3, &|_| ())); // from outside of any pool
+        assert!(!is_led());
+    }
+
+    #[test]
+    fn other_threads_take_part() {
+        let seen = Mutex::new(HashSet::new());
+        pool(3).install(|| {
+            gather(|| {
+                // Each task waits until three threads have one.
+                run(3, &|_| {
+                    seen.lock().unwrap().insert(thread::current().id());
+                    while seen.lock().unwrap().len() < 3 {
+                        thread::yield_now();
+                    }
+                });
+            });
+        });
+        assert_eq!(seen.into_inner().unwrap().len(), 3);
+    }
+
+    #[test]
+    fn regions_within_regions_and_rayons() {
+        let sum = AtomicUsize::new(0);
+        let add = |n: usize| {
+            sum.fetch_add(n, Ordering::Relaxed);
+        };
+        pool(4).install(|| {
+            gather(|| {
+                gather(|| run(10, &|_| run(10, &|i| add(i))));
+                (0..1000usize).into_par_iter().for_each(&add);
+                run(10, &|_| (0..10usize).into_par_iter().for_each(&add));
+            });
+        });
+        assert_eq!(sum.into_inner(), 450 + 499_500 + 450);
+    }
+
+    #[test]
+    fn teams_of_one_pool_do_not_wait_for_each_other() {
+        let pool = pool(3);
+        let sums: Vec<usize> = thread::scope(|scope| {
+            let lead = || {
+                pool.install(|| {
+                    let sum = AtomicUsize::new(0);
+                    for _ in 0..50 {
+                        gather(|| {
+                            for _ in 0..20 {
+                                run(9, &|i| {
+                                    sum.fetch_add(i, Ordering::Relaxed);
+                                });
+                            }
+                        });
+                    }
+                    sum.into_inner()
+                })
+            };
+            let leaders: Vec<_> = (0..6).map(|_| scope.spawn(lead)).collect();
+            leaders.into_iter().map(|leader| leader.join().unwrap()).collect()
+        });
+        assert_eq!(sums, [36_000; 6]);
+    }
+
+    #[test]
+    fn a_panic_comes_out_of_the_region_whoever_had_the_task() {
+        pool(2).install(|| {
+            gather(|| {
+                for _ in 0..100 {
+                    for bad in 0..4 {
+                        let task = |task: usize| assert!(task != bad, "task {task}");
+                        let caught = catch_unwind(AssertUnwindSafe(|| run(4, &task))).unwrap_err();
+                        assert_eq!(*caught.downcast::<String>().unwrap(), format!("task {bad}"));
+                    }
+                    run(4, &|_| ());
+                }
+            });
+        });
+        assert!(catch_unwind(|| pool(2).install(|| gather(|| panic!("work")))).is_err());
+        assert!(!is_led());
+    }
+}
