@@ -2,6 +2,7 @@
 //! folded in, in 16 bits where the rest of decoding is no more exact.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::Result;
 use half::f16;
@@ -40,6 +41,8 @@ pub struct DecodeForm<T> {
     pub factor: f32,
     /// DoRA's `s (out)`: `W x` becomes `(1 + Σ weight · (s − 1)) ⊙ W x`. In B it is already.
     pub row_scales: Option<Vec<f32>>,
+    /// Whether the numbers have changed that it was made of.
+    stale: AtomicBool,
 }
 
 /// What a form's numbers are stored as.
@@ -91,6 +94,22 @@ pub struct Forms {
     whole: Option<Arc<DecodeForm<f32>>>,
 }
 
+impl Forms {
+    /// Forgets all, and tells whoever still has them.
+    pub(crate) fn forget(&mut self) {
+        let Self { half, whole } = std::mem::take(self);
+        half.iter().for_each(|form| form.stale.store(true, Ordering::Release));
+        whole.iter().for_each(|form| form.stale.store(true, Ordering::Release));
+    }
+}
+
+impl<T> DecodeForm<T> {
+    /// Whether its adapter is still what it was made of.
+    pub fn is_current(&self) -> bool {
+        !self.stale.load(Ordering::Acquire)
+    }
+}
+
 impl<T: Stored> DecodeForm<T> {
     /// Of an update, and DoRA's `s (out)` if it has magnitudes.
     pub fn new(lora: &Lora, row_scales: Option<Vec<f32>>) -> Result<Self> {
@@ -129,7 +148,8 @@ impl<T: Stored> DecodeForm<T> {
             }
         }
         let factor = 2f64.powi(-up_a - up_b) as f32;
-        Ok(Self { r, in_features: cols, out_features: rows, a: of_a, b: of_b, factor, row_scales })
+        let (a, b, stale) = (of_a, of_b, AtomicBool::new(false));
+        Ok(Self { r, in_features: cols, out_features: rows, a, b, factor, row_scales, stale })
     }
 }
 

@@ -126,17 +126,16 @@ impl Lora {
         Ok(Some(m.iter().zip(&*norms).map(|(m, norm)| m / norm).collect()))
     }
 
-    /// The update as decoding reads it, on a base's weight. It is kept until [`Adapter::changed`].
+    /// The update as decoding reads it, on a base's weight: with magnitudes, on that which is asked for
+    /// first, for an adapter is of one base. It is kept until [`Adapter::changed`].
     pub fn decode_form<T: Stored>(&self, base: &dyn BaseRows) -> Result<Arc<DecodeForm<T>>> {
-        let mut forms = self.forms.lock().unwrap_or_else(PoisonError::into_inner);
-        let form = T::place(&mut forms);
-        match form {
-            Some(form) => Ok(form.clone()),
-            None => {
-                let made = DecodeForm::new(self, self.row_scales(base)?)?;
-                Ok(form.insert(Arc::new(made)).clone())
-            }
+        let forms = || self.forms.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(form) = T::place(&mut forms()) {
+            return Ok(form.clone());
         }
+        // Unlocked: a thread that waits for its part may take up other work that asks for the same.
+        let made = DecodeForm::new(self, self.row_scales(base)?)?;
+        Ok(T::place(&mut forms()).get_or_insert_with(|| Arc::new(made)).clone())
     }
 
     /// Rank of the update.
@@ -528,7 +527,7 @@ impl Adapter {
     /// Forgets what was made of the numbers before they changed: whoever sets them says so.
     pub fn changed(&self) {
         for lora in self.modules.values() {
-            *lora.forms.lock().unwrap_or_else(PoisonError::into_inner) = Forms::default();
+            lora.forms.lock().unwrap_or_else(PoisonError::into_inner).forget();
         }
         for magnitude in self.modules.values().filter_map(|lora| lora.magnitude.as_ref()) {
             magnitude.norms().merged = None;

@@ -158,8 +158,8 @@ pub fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let json = cli.common.json;
-    // On one of the pool's own threads: from outside, every parallel stretch of work, a hundred a
-    // decoded token, would wake a thread to do it and sleep until it is done.
+    // On one of the pool's own threads: from outside, every parallel stretch of work would wake a thread
+    // to do it and sleep until it is done.
     let result = rayon::scope(|_| match cli.command {
         Command::Quickstart(command) => command.run(threads, json),
         Command::Pretrain(command) => command.run(json),

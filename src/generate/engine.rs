@@ -13,6 +13,9 @@ use crate::ops::{Compute, Values, each, team};
 /// Tokens of one pass over the prompts; bounds the activations, not the cache.
 const PREFILL_TOKENS: usize = 512;
 
+/// What a logit costs of a choice, in multiply-adds.
+const WORK: usize = 8;
+
 /// Prompts of one pass; bounds the logits of their last tokens.
 const PREFILL_PROMPTS: usize = 64;
 
@@ -377,6 +380,9 @@ impl<'a> Engine<'a> {
     /// their first tokens; else a token for each running row. Gives what has come of it, a job's
     /// tokens in their order and its end after them. Does nothing if there is nothing to do.
     ///
+    /// While tokens are decoded the threads of the pool that this is called in, or of rayon's global one,
+    /// keep their cores busy, and are not free for other work.
+    ///
     /// # Errors
     /// If a tensor operation fails: the rows of that pass are lost, and the engine with them.
     pub fn step(&mut self) -> std::result::Result<Vec<Event>, GenerateError> {
@@ -604,13 +610,13 @@ fn choose(
     // A vocabulary takes longer than a small model's layers: rows choose in parallel.
     let mut choices: Vec<Option<_>> = rows.iter().map(|_| None).collect();
     let tasks = rows.iter().zip(&mut choices).collect();
-    each(tasks, rows.len() * vocab_size, |((row, line), choice)| {
+    each(tasks, WORK * rows.len() * vocab_size, |((row, line), choice)| {
         *choice = Some(row.choose(&logits[line * vocab_size..][..vocab_size]));
     });
     let mut fates = Vec::with_capacity(rows.len());
-    for ((row, _), choice) in rows.iter_mut().zip(choices.into_iter().flatten()) {
+    for ((row, _), choice) in rows.iter_mut().zip(choices) {
         let id = row.id;
-        let choice = match choice {
+        let choice = match choice.expect("every row has chosen") {
             Ok(choice) => choice,
             Err(source) => {
                 let error = GenerateError::Choice { row: id, position: row.tokens.len(), source };

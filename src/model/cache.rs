@@ -621,15 +621,23 @@ mod tests {
         &buffer[tokens.start * stride(heads)..tokens.end * stride(heads)]
     }
 
+    /// What the only row of a cache gets for some tokens of a buffer.
+    fn feed_row(
+        cache: &mut KvCache,
+        buffer: &[f32],
+        heads: Heads,
+        tokens: Range<usize>,
+    ) -> Vec<f32> {
+        let rows = [0..tokens.len()];
+        let new = part(buffer, heads, tokens);
+        feed(cache, Isa::current(), new, heads, Scores::default(), &rows)
+    }
+
     #[test]
     fn what_is_forgotten_leaves_no_trace() {
         let heads = Heads { heads: 4, kv_heads: 2, head_dim: 24 };
         let buffer = buffer(80, heads);
-        let feed = |cache: &mut KvCache, tokens: Range<usize>| {
-            let rows = [0..tokens.len()];
-            let new = part(&buffer, heads, tokens);
-            feed(cache, Isa::current(), new, heads, Scores::default(), &rows)
-        };
+        let feed = |cache: &mut KvCache, tokens| feed_row(cache, &buffer, heads, tokens);
         for ((kind, _), compute) in KINDS.into_iter().flat_map(|kind| FORMS.map(|f| (kind, f))) {
             for kept in [0, 7, 16, 33, 50] {
                 let empty = || cache(1, heads, kind, compute);
@@ -652,11 +660,7 @@ mod tests {
     fn copies_go_on_apart() {
         let heads = Heads { heads: 4, kv_heads: 2, head_dim: 16 };
         let buffer = buffer(80, heads);
-        let feed = |cache: &mut KvCache, tokens: Range<usize>| {
-            let rows = [0..tokens.len()];
-            let new = part(&buffer, heads, tokens);
-            feed(cache, Isa::current(), new, heads, Scores::default(), &rows)
-        };
+        let feed = |cache: &mut KvCache, tokens| feed_row(cache, &buffer, heads, tokens);
         for ((kind, _), compute) in KINDS.into_iter().flat_map(|kind| FORMS.map(|f| (kind, f))) {
             let alone = |pieces: &[Range<usize>]| {
                 let (mut cache, mut last) = (cache(1, heads, kind, compute), Vec::new());

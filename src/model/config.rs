@@ -7,6 +7,7 @@ mod json;
 use std::path::Path;
 
 use super::ModelError;
+use crate::ops::attention::Heads;
 use crate::ops::{LogitCap, Scores};
 use crate::weights::Checkpoint;
 pub use family::{FAMILIES, Family, Norms, QkNorm, Windows};
@@ -161,6 +162,15 @@ pub enum LayerRope {
 }
 
 impl Config {
+    /// The heads of attention.
+    pub(super) fn heads(&self) -> Heads {
+        Heads {
+            heads: self.num_attention_heads,
+            kv_heads: self.num_key_value_heads,
+            head_dim: self.head_dim,
+        }
+    }
+
     /// Reads the properties of a checkpoint.
     pub fn read(checkpoint: &Checkpoint) -> Result<Self, ModelError> {
         let mut faults = Vec::new();

@@ -13,7 +13,6 @@ use super::config::{Config, LayerRope};
 use super::ends::{EMBEDDING, HEAD};
 use super::layer::{Group, LayerPass};
 use super::observe::InputSquares;
-use crate::ops::attention::Heads;
 use crate::ops::rope::Rotation;
 use crate::ops::{
     Compute, DeviceMatrix, Scores, Segment, causal_attention, frozen_linear, gated, rms_norm, rope,
@@ -580,11 +579,7 @@ impl Decoder {
         cache: Option<&mut KvCache>,
     ) -> Result<Tensor> {
         let (layer, eps) = (&self.layers[index], self.config.rms_norm_eps);
-        let heads = Heads {
-            heads: self.config.num_attention_heads,
-            kv_heads: self.config.num_key_value_heads,
-            head_dim: self.config.head_dim,
-        };
+        let heads = self.config.heads();
 
         let normed = |x: &Tensor, norm: &Option<Tensor>| match norm {
             Some(norm) => rms_norm(x, norm, eps, self.compute),

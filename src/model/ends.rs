@@ -422,8 +422,8 @@ impl Chunk {
     }
 }
 
-/// Logits of one hidden state that a thread takes at a time.
-const ONE_ROW: usize = 256;
+/// Logits of a hidden state that a thread takes at a time.
+const LOGITS: usize = 256;
 
 impl WornHead<'_> {
     fn width(&self) -> usize {
@@ -439,7 +439,7 @@ impl WornHead<'_> {
                 Kind::Update { a, b, r, scale } => {
                     let low: Vec<f32> = a.chunks_exact(width).map(|a| dot(isa, a, x)).collect();
                     let (b, scale) = (&**b, scale * part.weight);
-                    let rows = logits.chunks_mut(ONE_ROW).zip(b.chunks(ONE_ROW * r));
+                    let rows = logits.chunks_mut(LOGITS).zip(b.chunks(LOGITS * r));
                     each(rows.collect(), b.len(), |(y, b)| {
                         let rows = y.iter_mut().zip(b.chunks_exact(*r));
                         rows.for_each(|(y, b)| *y += scale * dot(isa, b, &low));
@@ -447,7 +447,7 @@ impl WornHead<'_> {
                 }
                 Kind::Whole(own) => {
                     let (own, weight) = (&**own, part.weight);
-                    let rows = logits.chunks_mut(ONE_ROW).zip(own.chunks(ONE_ROW * width));
+                    let rows = logits.chunks_mut(LOGITS).zip(own.chunks(LOGITS * width));
                     each(rows.collect(), own.len(), |(y, own)| {
                         let rows = y.iter_mut().zip(own.chunks_exact(width));
                         rows.for_each(|(y, own)| *y += weight * dot(isa, own, x));

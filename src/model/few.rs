@@ -31,14 +31,17 @@ pub(super) struct Buffers {
     /// Inputs filled up to whole groups.
     x: Vec<f32>,
     lows: Vec<f32>,
-    half: Known<f16>,
-    whole: Known<f32>,
+    half_forms: Known<f16>,
+    whole_forms: Known<f32>,
 }
 
 /// The updates that steps before found, by module. What an adapter has let go of since is not found any
 /// more.
 #[derive(Debug)]
-struct Known<T>(HashMap<String, Vec<(Weak<Adapter>, Weak<DecodeForm<T>>)>>);
+struct Known<T>(HashMap<String, Vec<Found<T>>>);
+
+/// An adapter's update. Its place in memory is kept, so that no other adapter is taken for it.
+type Found<T> = (Weak<Adapter>, Weak<DecodeForm<T>>);
 
 impl<T> Default for Known<T> {
     fn default() -> Self {
@@ -62,7 +65,8 @@ impl<T: Number> Known<T> {
         for worn in worn {
             let is_its = |of: &Weak<Adapter>| of.as_ptr() == Arc::as_ptr(&worn.adapter);
             let found = known.iter().find(|(of, _)| is_its(of));
-            if let Some(form) = found.and_then(|(_, form)| form.upgrade()) {
+            let found = found.and_then(|(_, form)| form.upgrade());
+            if let Some(form) = found.filter(|form| form.is_current()) {
                 take(worn, form);
                 continue;
             }
@@ -103,12 +107,14 @@ pub(super) fn project<const M: usize>(
     onto: Onto,
     work: &mut Workspace,
 ) -> Result<()> {
-    let Buffers { product, x: whole_groups, lows, half, whole } = &mut work.few;
-    let buffers = (product, whole_groups, lows);
+    let Buffers { product, x: padded, lows, half_forms, whole_forms } = &mut work.few;
+    let buffers = (product, padded, lows);
     // Updates are as exact as the base's products: in 16 bits but where those are F32.
     match pass.forward {
-        Panel::F32 => project_as::<f32, M>(pass, outs, x, onto, buffers, whole),
-        Panel::Int16 | Panel::Int8 => project_as::<f16, M>(pass, outs, x, onto, buffers, half),
+        Panel::F32 => project_as::<f32, M>(pass, outs, x, onto, buffers, whole_forms),
+        Panel::Int16 | Panel::Int8 => {
+            project_as::<f16, M>(pass, outs, x, onto, buffers, half_forms)
+        }
     }
 }
 
@@ -117,7 +123,7 @@ fn project_as<T: Number, const M: usize>(
     mut outs: [(&Linear, &mut [f32]); M],
     x: &[f32],
     onto: Onto,
-    (product, whole, lows): (&mut Vec<f32>, &mut Vec<f32>, &mut Vec<f32>),
+    (product, padded, lows): (&mut Vec<f32>, &mut Vec<f32>, &mut Vec<f32>),
     known: &mut Known<T>,
 ) -> Result<()> {
     let isa = pass.isa;
@@ -131,12 +137,12 @@ fn project_as<T: Number, const M: usize>(
     let inputs = if all.is_empty() || stride == cols {
         x
     } else {
-        whole.clear();
-        whole.resize(x.len() / cols * stride, 0.0);
-        for (to, from) in whole.chunks_exact_mut(stride).zip(x.chunks_exact(cols)) {
+        padded.clear();
+        padded.resize(x.len() / cols * stride, 0.0);
+        for (to, from) in padded.chunks_exact_mut(stride).zip(x.chunks_exact(cols)) {
             to[..cols].copy_from_slice(from);
         }
-        &whole[..]
+        &padded[..]
     };
     lows.resize(flat.last().map_or(0, |update| update.lows.end), 0.0);
 
@@ -186,9 +192,6 @@ fn project_as<T: Number, const M: usize>(
                 }
             }
             for index in updates.clone() {
-                if let Some(next) = flat.get(index + 1) {
-                    low_rank::ask(&next.form, &rows);
-                }
                 let (update, tokens) = (&flat[index], Wearing { tokens, stride });
                 // SAFETY: the rung is this CPU's; no other thread is given these rows.
                 unsafe {

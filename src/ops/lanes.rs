@@ -2,8 +2,8 @@
 //! attention is made of.
 //!
 //! A kernel is written once over [`Lanes`] and compiled per rung by [`rungs!`]. Everything a kernel
-//! calls is `#[inline(always)]` and free of closures, so that it is compiled with the rung's
-//! instructions.
+//! calls is `#[inline(always)]`, and no closure has to do with registers, so that it is compiled with the
+//! rung's instructions.
 
 #![allow(clippy::needless_range_loop)] // registers are named by constant indices
 

@@ -4,11 +4,13 @@ use candle_core::{CpuStorage, CustomOp2, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::Compute;
-use super::cpu::{Values, values};
+use super::cpu::{Values, each, values};
 use crate::isa::{Isa, versions};
 
 /// Rows a thread takes at a time.
 const ROWS: usize = 32;
+/// What a value costs, in multiply-adds.
+const WORK: usize = 2;
 
 /// `y = x / sqrt(mean(x²) + eps) · w` over the last dimension.
 ///
@@ -28,8 +30,8 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64, compute: Compute) -> Result<Te
 /// The norm of rows side by side: `x (N, H)`, `w (H)` → `y (N, H)`.
 pub(crate) fn forward(isa: Isa, x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
     let chunk = (ROWS * w.len()).max(1);
-    let rows = y.par_chunks_mut(chunk).zip(x.par_chunks(chunk));
-    rows.for_each(|(y, x)| forward_rows(isa, x, w, eps, y));
+    let rows = y.chunks_mut(chunk).zip(x.chunks(chunk));
+    each(rows.collect(), WORK * x.len(), |(y, x)| forward_rows(isa, x, w, eps, y));
 }
 
 /// Adds the gradient to `dx (N, H)`: with `r = 1 / rms(x)` and `g = w · dy` it is

@@ -5,10 +5,9 @@
 use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor};
-use rayon::prelude::*;
 
 use super::Compute;
-use super::cpu::{Values, values};
+use super::cpu::{Values, each, values};
 use crate::isa::{Isa, versions};
 
 /// Cosines and sines for the tokens of one batch.
@@ -151,9 +150,12 @@ impl Rotation {
     /// Rotates the first `width` values of each of the rows of `x`, `stride` apart.
     pub(crate) fn rotate(&self, isa: Isa, turn: Turn, x: &mut [f32], stride: usize, width: usize) {
         const ROWS: usize = 16;
+        /// What a value costs, in multiply-adds.
+        const WORK: usize = 2;
         let Rotation { cos, sin, half, head_dim } = self;
-        let angles = cos.par_chunks(ROWS * half).zip(sin.par_chunks(ROWS * half));
-        x.par_chunks_mut(ROWS * stride).zip(angles).for_each(|(x, (cos, sin))| {
+        let angles = cos.chunks(ROWS * half).zip(sin.chunks(ROWS * half));
+        let (work, rows) = (WORK * x.len(), x.chunks_mut(ROWS * stride).zip(angles));
+        each(rows.collect(), work, |(x, (cos, sin))| {
             let rows = cos.chunks_exact(*half).zip(sin.chunks_exact(*half));
             for (x, (cos, sin)) in x.chunks_mut(stride).zip(rows) {
                 rotate_row(isa, turn, &mut x[..width], *head_dim, cos, sin);

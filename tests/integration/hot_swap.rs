@@ -316,10 +316,16 @@ fn an_adapter_that_changed_is_read_again() {
         let decoder = load("llama-q4_0", compute);
         let learning = adapter(&decoder, 4, 1);
         let other = adapter(&decoder, 4, 2);
-        let run = |adapter: &Arc<Adapter>| {
-            bits(&alone(&decoder, job(prompt(&decoder, 1, 9), &[worn(adapter, 1.0)], 1, 8)))
+        let of = |adapter: &Arc<Adapter>| job(prompt(&decoder, 1, 9), &[worn(adapter, 1.0)], 1, 8);
+        let run = |adapter: &Arc<Adapter>| bits(&alone(&decoder, of(adapter)));
+        // An engine keeps what it found of an adapter from step to step.
+        let mut engine = Engine::new(&decoder, CacheType::F32, 1);
+        let mut again = |adapter: &Arc<Adapter>| {
+            let id = engine.submit(of(adapter)).unwrap();
+            bits(&drain(&mut engine)[&id])
         };
         let before = run(&learning);
+        assert_eq!(again(&learning), before);
         for (to, from) in learning.modules.values().zip(other.modules.values()) {
             to.a.set(from.a.as_tensor()).unwrap();
             to.b.set(from.b.as_tensor()).unwrap();
@@ -327,5 +333,66 @@ fn an_adapter_that_changed_is_read_again() {
         learning.changed();
         assert_ne!(run(&learning), before);
         assert_eq!(run(&learning), run(&other));
+        assert_eq!(again(&learning), run(&other));
+    }
+}
+
+/// Within a row too: what it gets from then on is what it gets of an adapter with those numbers.
+#[test]
+fn an_adapter_that_changes_within_a_row_is_read_again() {
+    let decoder = load("llama-q4_0", Compute::Int16);
+    let (first, last) = (adapter(&decoder, 4, 1), adapter(&decoder, 4, 2));
+    let run = |found_before: bool| {
+        let (learning, beside) = (adapter(&decoder, 4, 1), adapter(&decoder, 3, 5));
+        let mut engine = Engine::new(&decoder, CacheType::F32, 1);
+        let worn = [worn(&beside, 0.5), worn(&learning, 1.0)];
+        engine.submit(job(prompt(&decoder, 2, 9), &worn, 1, 12)).unwrap();
+        let steps = if found_before { 4 } else { 1 }; // the first reads the prompt, and decodes nothing
+        for _ in 0..steps {
+            engine.step().unwrap();
+        }
+        for (to, from) in learning.modules.values().zip(last.modules.values()) {
+            to.a.set(from.a.as_tensor()).unwrap();
+            to.b.set(from.b.as_tensor()).unwrap();
+        }
+        learning.changed();
+        bits(&drain(&mut engine)[&0])
+    };
+    let unchanged = {
+        let worn = [worn(&adapter(&decoder, 3, 5), 0.5), worn(&first, 1.0)];
+        bits(&alone(&decoder, job(prompt(&decoder, 2, 9), &worn, 1, 12)))
+    };
+    let (early, late) = (run(false), run(true));
+    assert_eq!(late.2[..4], unchanged.2[..4]);
+    assert_ne!(late.2[4..], unchanged.2[4..]);
+    assert_eq!(early.2[..1], unchanged.2[..1]);
+    assert_ne!(early, late);
+}
+
+/// Threads, and engines side by side, change no bit of what a row gets.
+#[test]
+fn engines_in_any_pool_and_side_by_side() {
+    let decoder = load("llama-q4_0", Compute::Int16);
+    let shared = adapter(&decoder, 4, 3);
+    let answer = || {
+        let mut engine = Engine::new(&decoder, CacheType::F32, 3);
+        for row in 0..5 {
+            let worn = [worn(&shared, 1.0), worn(&adapter(&decoder, 2, row), 0.5)];
+            engine.submit(job(prompt(&decoder, row as usize, 7), &worn, row, 10)).unwrap();
+        }
+        let rows = drain(&mut engine);
+        (0..5).map(|id| bits(&rows[&id])).collect::<Vec<_>>()
+    };
+    let outside = answer();
+    for threads in [1, 3, 5] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        assert_eq!(pool.install(answer), outside, "{threads} threads");
+        shared.changed();
+        std::thread::scope(|scope| {
+            let engines = [(); 3].map(|()| scope.spawn(|| pool.install(answer)));
+            for engine in engines {
+                assert_eq!(engine.join().unwrap(), outside, "{threads} threads, three engines");
+            }
+        });
     }
 }

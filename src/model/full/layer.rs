@@ -8,7 +8,8 @@ use super::{Layer, Linear};
 use crate::isa::{Isa, versions};
 use crate::model::Config;
 use crate::model::config::QkNorm;
-use crate::ops::attention::{self, Attended, Heads, Qkv, QkvGrad};
+use crate::model::layer::qkv;
+use crate::ops::attention::{self, Attended, QkvGrad};
 use crate::ops::gemm::{Begin, Out, PackedRows, Panel, Product, Strided, Term, Weights, multiply};
 use crate::ops::rope::{Rotation, Turn};
 use crate::ops::{Gate, Segment, rms_norm, swiglu};
@@ -133,8 +134,8 @@ impl LayerPass<'_> {
         self.rotation.rotate(isa, Turn::Forward, k, kv_width, kv_width);
         attention::forward(
             isa,
-            self.qkv(q, k, v),
-            self.heads(),
+            qkv(self.config.heads(), q, k, v),
+            self.config.heads(),
             self.segments,
             None,
             attended,
@@ -213,8 +214,9 @@ impl LayerPass<'_> {
         self.project_back(o, attended, dattended, None, gradients, packed, turned);
         let left = Attended { out: attended, lse };
         let grad = QkvGrad::apart((dq, q_width), (dk, kv_width), (dv, kv_width));
-        let (qkv, heads) = (self.qkv(q, k, v), self.heads());
-        attention::backward(isa, qkv, heads, self.segments, None, left, dattended, grad);
+        let heads = self.config.heads();
+        let all = qkv(heads, q, k, v);
+        attention::backward(isa, all, heads, self.segments, None, left, dattended, grad);
         self.rotation.rotate(isa, Turn::Back, dq, q_width, q_width);
         self.rotation.rotate(isa, Turn::Back, dk, kv_width, kv_width);
         for (norm, raw, d) in [(layer.q_norm, &*raw_q, &mut *dq), (layer.k_norm, &*raw_k, &mut *dk)]
@@ -234,23 +236,6 @@ impl LayerPass<'_> {
         self.project_back(all, normed, dnormed, None, gradients, packed, turned);
         let dw = &mut gradients[layer.input_norm];
         rms_norm::backward_with_weight(isa, x, norm, eps, dnormed, dx, dw, shares);
-    }
-
-    fn heads(&self) -> Heads {
-        Heads {
-            heads: self.config.num_attention_heads,
-            kv_heads: self.config.num_key_value_heads,
-            head_dim: self.config.head_dim,
-        }
-    }
-
-    fn qkv<'v>(&self, q: &'v [f32], k: &'v [f32], v: &'v [f32]) -> Qkv<'v> {
-        let kv = self.layer.k.rows;
-        Qkv {
-            q: attention::Strided { values: q, stride: self.layer.q.rows },
-            k: attention::Strided { values: k, stride: kv },
-            v: attention::Strided { values: v, stride: kv },
-        }
     }
 
     fn weights(&self, linear: &Linear) -> Weights<'_> {

@@ -5,7 +5,6 @@ use candle_core::{D, Result, Tensor};
 
 use super::{EMBEDDING, FullModel, Layer, Linear};
 use crate::data::Batch;
-use crate::ops::attention::Heads;
 use crate::ops::rope::Rotation;
 use crate::ops::{Compute, Segment, causal_attention, rms_norm, rope, swiglu};
 
@@ -87,11 +86,7 @@ impl FullModel {
         segments: &Arc<[Segment]>,
     ) -> Result<Tensor> {
         const P: Compute = Compute::Portable;
-        let heads = Heads {
-            heads: self.config.num_attention_heads,
-            kv_heads: self.config.num_key_value_heads,
-            head_dim: self.config.head_dim,
-        };
+        let heads = self.config.heads();
         let h = self.norm(layer.input_norm, x)?;
         let of_heads = |norm: Option<usize>, x: Tensor| match norm {
             Some(norm) => self.norm(norm, &x.reshape(((), heads.head_dim))?)?.reshape(x.shape()),

@@ -27,7 +27,7 @@ use crate::isa::Isa;
 use crate::ops::attention::{self, Attended, Heads, Qkv, QkvGrad};
 use crate::ops::gemm::Panel;
 use crate::ops::rope::Turn;
-use crate::ops::{Compute, Values, rms_norm, swiglu};
+use crate::ops::{Compute, Values, each, rms_norm, swiglu};
 pub(super) use project::Onto;
 use tape::Lows;
 pub use tape::{Sizes, Tape, Workspace};
@@ -73,8 +73,8 @@ pub struct LayerPass<'a> {
     pub(super) forward: Panel,
     backward: Panel,
     tokens: usize,
-    /// Given, products read each weight where it lies, for a token a row. Only in decoding: what is
-    /// learned from, and a prompt, is computed one way, however many tokens there are.
+    /// Which tokens wear what, in a decoding step: given, products read each weight where it lies, for a
+    /// token a row. What is learned from, and a prompt, is computed one way, however many tokens there are.
     pub(super) wearers: Option<&'a [Wearer<'a>]>,
 }
 
@@ -145,7 +145,7 @@ impl<'a> LayerPass<'a> {
         cache: Option<(&mut KvCache, usize)>,
     ) -> Result<()> {
         let (c, layer, n, isa) = (self.config, self.layer, self.tokens, self.isa);
-        let heads = self.heads();
+        let heads = self.config.heads();
         let (q_width, kv_width) = (heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim);
         let Tape { q, k, v, raw_q, raw_k, lse, lows, .. } = tape;
         let [low_q, low_k, low_v, ..] = lows;
@@ -332,7 +332,7 @@ impl<'a> LayerPass<'a> {
         work: &mut Workspace,
     ) -> Result<()> {
         let (c, layer, n, isa) = (self.config, self.layer, self.tokens, self.isa);
-        let heads = self.heads();
+        let heads = self.config.heads();
         let (q_width, kv_width) = (heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim);
         let Tape { x, q, k, v, raw_q, raw_k, attended, lse, middle, gate, up, .. } = tape;
         let (attention_branch, inner_branch) = (&tape.attention_branch, &tape.inner_branch);
@@ -429,18 +429,10 @@ impl<'a> LayerPass<'a> {
         (work.branch, work.dbranch) = (scaled, dbranch);
         Ok(())
     }
-
-    fn heads(&self) -> Heads {
-        Heads {
-            heads: self.config.num_attention_heads,
-            kv_heads: self.config.num_key_value_heads,
-            head_dim: self.config.head_dim,
-        }
-    }
 }
 
 /// Queries, keys and values in buffers of their own.
-fn qkv<'v>(heads: Heads, q: &'v [f32], k: &'v [f32], v: &'v [f32]) -> Qkv<'v> {
+pub(super) fn qkv<'v>(heads: Heads, q: &'v [f32], k: &'v [f32], v: &'v [f32]) -> Qkv<'v> {
     let kv = heads.kv_heads * heads.head_dim;
     Qkv {
         q: attention::Strided { values: q, stride: heads.heads * heads.head_dim },
@@ -451,8 +443,10 @@ fn qkv<'v>(heads: Heads, q: &'v [f32], k: &'v [f32], v: &'v [f32]) -> Qkv<'v> {
 
 /// `a += by · b`.
 fn add(a: &mut [f32], b: &[f32], by: f32) {
-    let chunks = a.par_chunks_mut(CHUNK).zip(b.par_chunks(CHUNK));
-    chunks.for_each(|(a, b)| a.iter_mut().zip(b).for_each(|(a, b)| *a += by * b));
+    let chunks = a.chunks_mut(CHUNK).zip(b.chunks(CHUNK));
+    each(chunks.collect(), b.len(), |(a, b)| {
+        a.iter_mut().zip(b).for_each(|(a, b)| *a += by * b);
+    });
 }
 
 /// `a *= b`.

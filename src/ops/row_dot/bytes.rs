@@ -15,7 +15,7 @@ use std::arch::x86_64::*;
 
 use super::activations::{Activations, Batch, Batches, GROUP, LANES};
 use super::kernel::Output;
-use super::tile::{Blocks, ROWS, lower_halves, multiply, put_tile};
+use super::tile::{Blocks, ROWS, ask_for_next, joined, lower_halves, multiply, put_tile};
 use super::x86::sixteen_words;
 use crate::quant::BlockType;
 
@@ -400,10 +400,7 @@ unsafe fn tile<B: ByteBlock, const M: usize, const CHAINS: usize>(
         // A lane is a row of weights.
         let mut sums = [[_mm512_setzero_ps(); M]; LANES];
         for block in 0..x.groups / B::GROUPS {
-            for line in (0..ROWS * B::BYTES).step_by(64) {
-                let next = ROWS * (row_bytes + block * B::BYTES) + line;
-                _mm_prefetch::<_MM_HINT_T1>(bytes.as_ptr().wrapping_add(next).cast());
-            }
+            ask_for_next::<_MM_HINT_T1>(bytes, row_bytes, block, B::BYTES);
             let blocks = Blocks { start: bytes[block * B::BYTES..].as_ptr(), row_bytes };
             // SAFETY: the CPU has the instructions, and every row such a block.
             unsafe { B::add::<M, CHAINS>(blocks, &x, block * B::GROUPS, &mut sums) };
@@ -560,14 +557,11 @@ unsafe fn add_all<const M: usize, const CHAINS: usize>(
     scales: __m512,
     factors: *const f32,
 ) {
-    for i in 0..M {
-        // SAFETY: the caller's promises.
-        unsafe {
-            let mut all = products[i][0];
-            for chain in 1..CHAINS {
-                all = _mm512_add_epi32(all, products[i][chain]);
-            }
-            sums[i] = add_scaled(sums[i], all, _mm512_set1_ps(*factors.add(i)), scales);
+    // SAFETY: the caller's promises.
+    unsafe {
+        let all = joined(products);
+        for i in 0..M {
+            sums[i] = add_scaled(sums[i], all[i], _mm512_set1_ps(*factors.add(i)), scales);
         }
     }
 }

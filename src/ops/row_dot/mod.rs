@@ -11,8 +11,8 @@
 //! go sixteen rows at a time (`tile`, `bytes`), up to eight rows of input at once: for one that is as
 //! fast as weights stored so beforehand, and needs no copy.
 //!
-//! A call from outside rayon's threads pays for the way in and out: generate inside
-//! `ThreadPool::install` or `rayon::scope`.
+//! A call from outside rayon's threads pays for the way in and out, unless they are at hand
+//! ([`team`]).
 
 mod activations;
 #[cfg(target_arch = "x86_64")]
@@ -43,7 +43,7 @@ use crate::quant::{BlockType, FrozenMatrix};
 const TASK_BYTES: usize = 32 * 1024;
 /// Kernels take rows in pairs or by 16.
 const TILE_ROWS: usize = 16;
-/// Below this many bytes of weights, waking threads costs more than they save.
+/// Below this many bytes of weights, waking threads costs more than they save, where none is at hand.
 const ALONE_BYTES: usize = 96 * 1024;
 
 /// A frozen matrix `W (rows, cols)` and the place of `x · Wᵀ (m, rows)`.
@@ -61,7 +61,7 @@ pub(crate) fn int16(isa: Isa, x: &[f32], w: &FrozenMatrix, y: &mut [f32]) {
     int16_many(isa, x, &mut [(w, y)], Beside::NOTHING);
 }
 
-/// Other work of the same parallel region: waking threads costs as much as a small product.
+/// Other work of the same parallel region: another region costs as much as a small product.
 #[derive(Clone, Copy)]
 pub(crate) struct Beside<'a> {
     /// How many tasks.
@@ -492,10 +492,47 @@ mod tests {
         };
         let ys = run(1);
         assert_eq!(ys, run(3));
+        // A team's too, with other work beside, which is done once, before what follows any rows.
+        let in_team = || {
+            let mut ys = vec![vec![0.0; 2 * 330]; matrices.len()];
+            let mut products: Vec<Product> =
+                matrices.iter().zip(&mut ys).map(|(w, y)| (w, &mut y[..])).collect();
+            let counts = [const { AtomicUsize::new(0) }; 7];
+            let run = |task: usize| {
+                counts[task].fetch_add(1, Ordering::Relaxed);
+            };
+            let then = |_: usize, _: Range<usize>, _: Target| {
+                assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
+            };
+            let beside = Beside { tasks: counts.len(), run: &run, then: &then };
+            int16_many(Isa::current(), &x, &mut products, beside);
+            ys
+        };
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+        for _ in 0..50 {
+            assert_eq!(ys, pool.install(|| team::gather(in_team)));
+        }
         for (w, y) in matrices.iter().zip(&ys) {
             let mut alone = vec![0.0; 2 * 330];
             int16(Isa::current(), &x, w, &mut alone);
             assert_eq!(*y, alone);
+        }
+    }
+
+    #[test]
+    fn a_panic_beside_a_product_comes_out() {
+        use std::panic::{AssertUnwindSafe, catch_unwind};
+
+        let (w, x) = (matrix(BlockType::Q4_0, 960, 512), input(1, 512));
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+        for bad in 0..4 {
+            let run = |task: usize| assert!(task != bad, "task {task}");
+            let beside = Beside { tasks: 4, run: &run, ..Beside::NOTHING };
+            let mut y = vec![0.0; 960];
+            let product = || int16_many(Isa::current(), &x, &mut [(&w, &mut y)], beside);
+            let product = AssertUnwindSafe(product);
+            let caught = pool.install(|| catch_unwind(|| team::gather({ product }.0)));
+            assert_eq!(*caught.unwrap_err().downcast::<String>().unwrap(), format!("task {bad}"));
         }
     }
 

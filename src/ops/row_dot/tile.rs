@@ -2,16 +2,15 @@
 //! registers, so that a lane belongs to a row, and scales and conversions are shared by sixteen.
 //!
 //! What a lane of the row kernels does with 2 products, one here does with 32, and eight rows of input
-//! share what blocks are taken apart for: they take 60 to 70 % of the time of the row kernels. For
-//! `Q6_K` and `Q8_0` see `bytes`: a row of input alone, for which memory is all that counts, is a fifth
-//! slower there where sixteen rows are read at once.
+//! share what blocks are taken apart for. For `Q6_K` and `Q8_0` see `bytes`: a row of input alone, for
+//! which memory is all that counts, is a fifth slower there where sixteen rows are read at once.
 
 #![allow(clippy::needless_range_loop)] // indices run over several arrays at once, in registers
 
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-use super::activations::{Activations, Batch, Batches};
+use super::activations::{Activations, Batch, Batches, Group};
 use super::kernel::{self, Output};
 use super::x86::Avx512;
 use crate::quant::BlockType;
@@ -92,13 +91,9 @@ unsafe fn rows<B: Block, const M: usize, const CHAINS: usize>(
         let mut sums =
             Sums::<M> { scaled: [_mm512_setzero_ps(); M], minima: [_mm512_setzero_ps(); M] };
         for block in 0..x.groups / B::GROUPS {
-            for line in (0..ROWS * B::BYTES).step_by(64) {
-                let next = ROWS * (row_bytes + block * B::BYTES) + line;
-                let next = bytes.as_ptr().wrapping_add(next).cast();
-                match near {
-                    true => _mm_prefetch::<_MM_HINT_T0>(next),
-                    false => _mm_prefetch::<_MM_HINT_T1>(next),
-                }
+            match near {
+                true => ask_for_next::<_MM_HINT_T0>(bytes, row_bytes, block, B::BYTES),
+                false => ask_for_next::<_MM_HINT_T1>(bytes, row_bytes, block, B::BYTES),
             }
             let blocks = Blocks { start: bytes[block * B::BYTES..].as_ptr(), row_bytes };
             // SAFETY: the CPU has the instructions, and every row such a block.
@@ -110,6 +105,21 @@ unsafe fn rows<B: Block, const M: usize, const CHAINS: usize>(
         }
         // SAFETY: the caller's promises.
         unsafe { put_tile(output, tile * ROWS, x.rows.start, all) };
+    }
+}
+
+/// Asks for as much of the next tile as a block of all sixteen rows, the `block`-th such part.
+#[inline(always)]
+pub(super) fn ask_for_next<const HINT: i32>(
+    tile: &[u8],
+    row_bytes: usize,
+    block: usize,
+    block_bytes: usize,
+) {
+    for line in (0..ROWS * block_bytes).step_by(64) {
+        let next = ROWS * (row_bytes + block * block_bytes) + line;
+        // SAFETY: an address that is only asked for need not exist.
+        unsafe { _mm_prefetch::<HINT>(tile.as_ptr().wrapping_add(next).cast()) }
     }
 }
 
@@ -349,12 +359,12 @@ pub(super) unsafe fn multiply<const M: usize, const CHAINS: usize>(
     }
 }
 
-/// `vpdpwssd` of the same words with a pair of values of each row of input, from `x` on a group of 64
-/// bytes apart. The instructions read the pairs themselves: as an intrinsic each takes another for that,
-/// and eight rows then run out of registers.
+/// `vpdpwssd` of the same words with a pair of values of each row of input, a group apart. The
+/// instructions read the pairs themselves: as an intrinsic each takes another for that, and eight rows then
+/// run out of registers; and LLVM takes one apart whose sums begin with zero.
 ///
 /// # Safety
-/// `x` must be in `M` groups.
+/// `x` must point at a pair of the first of `M` groups that lie one after the other.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
 unsafe fn add_pairs<const M: usize>(
@@ -362,6 +372,7 @@ unsafe fn add_pairs<const M: usize>(
     words: __m512i,
     x: *const i32,
 ) -> [__m512i; M] {
+    const { assert!(size_of::<Group<i16>>() == 64) }
     macro_rules! add {
         ($($i:literal at $offset:literal),*) => {
             asm!(
@@ -388,6 +399,20 @@ unsafe fn add_pairs<const M: usize>(
     sums
 }
 
+/// What the chains of each row of input come to together.
+///
+/// # Safety
+/// The CPU must have the instructions.
+#[inline(always)]
+pub(super) unsafe fn joined<const M: usize, const CHAINS: usize>(
+    products: [[__m512i; CHAINS]; M],
+) -> [__m512i; M] {
+    products.map(|chains| {
+        // SAFETY: the caller's promise.
+        chains.into_iter().reduce(|a, b| unsafe { _mm512_add_epi32(a, b) }).expect("a chain")
+    })
+}
+
 /// Adds the products of a group or a half, times the scales of both sides, and its minima times
 /// sums; `factors` are the scales of the rows of input, then their sums.
 ///
@@ -401,14 +426,13 @@ unsafe fn add_scaled<const M: usize, const CHAINS: usize>(
     minima: __m512,
     factors: *const f32,
 ) {
+    // SAFETY: the caller's promise.
+    let all = unsafe { joined(products) };
     for i in 0..M {
         // SAFETY: the caller's promise.
         unsafe {
-            let mut all = products[i][0];
-            for chain in 1..CHAINS {
-                all = _mm512_add_epi32(all, products[i][chain]);
-            }
-            let scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(all), _mm512_set1_ps(*factors.add(i)));
+            let scale = _mm512_set1_ps(*factors.add(i));
+            let scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(all[i]), scale);
             sums.scaled[i] = _mm512_fmadd_ps(scaled, scales, sums.scaled[i]);
             let sum = _mm512_set1_ps(*factors.add(M + i));
             sums.minima[i] = _mm512_fmadd_ps(minima, sum, sums.minima[i]);
