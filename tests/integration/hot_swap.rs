@@ -5,11 +5,12 @@ use std::collections::HashMap;
 use std::process::Command;
 use std::sync::{Arc, Weak};
 
+use candle_core::{DType, Device};
 use quantune::generate::{Engine, Event, Finish, Generated, Job, Prefix, Sampling};
 use quantune::model::{CacheType, Decoder, Worn};
 use quantune::ops::Compute;
 use quantune_adapters::config::{InitLoraWeights, LoraConfig, Modules};
-use quantune_adapters::delta::Adapter;
+use quantune_adapters::delta::{Adapter, Magnitude};
 use quantune_adapters::registry::{Bounds, Registry};
 use quantune_adapters::targets::resolve;
 
@@ -24,8 +25,7 @@ fn adapter(decoder: &Decoder, r: usize, seed: u64) -> Arc<Adapter> {
         ..Default::default()
     };
     let targets = resolve(&config, &decoder.linears(), Some("lm_head")).unwrap().targets;
-    let device = candle_core::Device::Cpu;
-    Arc::new(Adapter::new("a", config, &targets, seed, &device).unwrap())
+    Arc::new(Adapter::new("a", config, &targets, seed, &Device::Cpu).unwrap())
 }
 
 fn worn(adapter: &Arc<Adapter>, weight: f64) -> Worn {
@@ -373,7 +373,13 @@ fn an_adapter_that_changes_within_a_row_is_read_again() {
 #[test]
 fn engines_in_any_pool_and_side_by_side() {
     let decoder = load("llama-q4_0", Compute::Int16);
-    let shared = adapter(&decoder, 4, 3);
+    // With magnitudes, whose norms are made in parallel by whoever asks first.
+    let mut shared = Arc::into_inner(adapter(&decoder, 4, 3)).unwrap();
+    for lora in shared.modules.values_mut() {
+        let ones = candle_core::Var::ones(lora.out_features(), DType::F32, &Device::Cpu).unwrap();
+        lora.magnitude = Some(Magnitude::new(ones));
+    }
+    let shared = Arc::new(shared);
     let answer = || {
         let mut engine = Engine::new(&decoder, CacheType::F32, 3);
         for row in 0..5 {
