@@ -92,12 +92,15 @@ impl Stored for f16 {
 pub struct Forms {
     half: Option<Arc<DecodeForm<f16>>>,
     whole: Option<Arc<DecodeForm<f32>>>,
+    /// How often they were forgotten.
+    pub(crate) generation: u64,
 }
 
 impl Forms {
     /// Forgets all, and tells whoever still has them.
     pub(crate) fn forget(&mut self) {
-        let Self { half, whole } = std::mem::take(self);
+        let next = Self { generation: self.generation + 1, ..Self::default() };
+        let Self { half, whole, .. } = std::mem::replace(self, next);
         half.iter().for_each(|form| form.stale.store(true, Ordering::Release));
         whole.iter().for_each(|form| form.stale.store(true, Ordering::Release));
     }

@@ -129,13 +129,22 @@ impl Lora {
     /// The update as decoding reads it, on a base's weight: with magnitudes, on that which is asked for
     /// first, for an adapter is of one base. It is kept until [`Adapter::changed`].
     pub fn decode_form<T: Stored>(&self, base: &dyn BaseRows) -> Result<Arc<DecodeForm<T>>> {
-        let forms = || self.forms.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(form) = T::place(&mut forms()) {
-            return Ok(form.clone());
+        let lock = || self.forms.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let mut forms = lock();
+            if let Some(form) = T::place(&mut forms) {
+                return Ok(form.clone());
+            }
+            let generation = forms.generation;
+            // Unlocked: a thread that waits for its part may take up other work that asks for the same.
+            drop(forms);
+            let made = DecodeForm::new(self, self.row_scales(base)?)?;
+            let mut forms = lock();
+            // Numbers that changed meanwhile are read again.
+            if forms.generation == generation {
+                return Ok(T::place(&mut forms).get_or_insert_with(|| Arc::new(made)).clone());
+            }
         }
-        // Unlocked: a thread that waits for its part may take up other work that asks for the same.
-        let made = DecodeForm::new(self, self.row_scales(base)?)?;
-        Ok(T::place(&mut forms()).get_or_insert_with(|| Arc::new(made)).clone())
     }
 
     /// Rank of the update.

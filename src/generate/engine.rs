@@ -13,11 +13,11 @@ use crate::ops::{Compute, Values, each, team};
 /// Tokens of one pass over the prompts; bounds the activations, not the cache.
 const PREFILL_TOKENS: usize = 512;
 
-/// What a logit costs of a choice, in multiply-adds.
-const WORK: usize = 8;
-
 /// Prompts of one pass; bounds the logits of their last tokens.
 const PREFILL_PROMPTS: usize = 64;
+
+/// What a logit costs of a choice, in multiply-adds.
+const WORK: usize = 8;
 
 /// A row to be continued, with all it needs: nothing of it is asked for again.
 #[derive(Debug, Clone)]
