@@ -13,7 +13,7 @@ use std::time::Instant;
 use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use quantune::generate::{Engine, Event, Job};
-use quantune::model::{Adapters, CacheType, Decoder, Rows, Worn};
+use quantune::model::{ActiveAdapter, Adapters, CacheType, Decoder, Rows};
 use quantune::ops::Compute;
 use quantune::weights::Checkpoint;
 use quantune_adapters::rng::Stream;
@@ -40,24 +40,26 @@ fn measure(base: &str, rounds: usize, tokens: usize, r: usize) -> Result<()> {
     let decoder = Decoder::load(&checkpoint, Compute::default())?;
     let adapters: Vec<Arc<Adapter>> =
         (0..8).map(|seed| adapter(&decoder, r, seed).map(Arc::new)).collect::<Result<_>>()?;
-    let worn = |adapter: &Arc<Adapter>| -> Arc<[Worn]> { [Worn::frozen(adapter.clone())].into() };
+    let active = |adapter: &Arc<Adapter>| -> Arc<[ActiveAdapter]> {
+        [ActiveAdapter::frozen(adapter.clone())].into()
+    };
     let threads = rayon::current_num_threads();
     println!("{base}, rank {r}, {tokens} tokens a row, {threads} threads, {rounds} rounds");
 
     let bare = || seconds(&decoder, &[Arc::new([])], tokens);
-    let one = || seconds(&decoder, &[worn(&adapters[0])], tokens);
+    let one = || seconds(&decoder, &[active(&adapters[0])], tokens);
     let [bare, one] = take_turns(rounds, [&bare, &one])?;
     println!("one row, no adapter: {:.2} ms a token {bare}", bare.median * 1e3);
     println!("one row, one adapter: {:.2} ms a token {one}", one.median * 1e3);
     println!("an adapter costs {:.1} %", (one.median / bare.median - 1.0) * 100.0);
 
-    let lists: Vec<Arc<[Worn]>> = adapters.iter().map(worn).collect();
+    let lists: Vec<Arc<[ActiveAdapter]>> = adapters.iter().map(active).collect();
     let together = || seconds(&decoder, &lists, tokens);
     let in_turn = || {
         let each = lists.iter().map(|list| seconds(&decoder, std::slice::from_ref(list), tokens));
         Ok(each.collect::<Result<Vec<f64>>>()?.iter().sum())
     };
-    let no_adapters: Vec<Arc<[Worn]>> = (0..8).map(|_| Arc::from([])).collect();
+    let no_adapters: Vec<Arc<[ActiveAdapter]>> = (0..8).map(|_| Arc::from([])).collect();
     let eight_bare = || seconds(&decoder, &no_adapters, tokens);
     let [together, in_turn, eight_bare] =
         take_turns(rounds.div_ceil(2), [&together, &in_turn, &eight_bare])?;
@@ -87,11 +89,11 @@ fn adapter(decoder: &Decoder, r: usize, seed: u64) -> Result<Adapter> {
 }
 
 /// Seconds of a decoding step over rows that wear these, prompts not counted.
-fn seconds(decoder: &Decoder, lists: &[Arc<[Worn]>], tokens: usize) -> Result<f64> {
+fn seconds(decoder: &Decoder, lists: &[Arc<[ActiveAdapter]>], tokens: usize) -> Result<f64> {
     let mut engine = Engine::new(decoder, CacheType::of(decoder.compute), 0);
-    for (row, worn) in lists.iter().enumerate() {
+    for (row, active) in lists.iter().enumerate() {
         let prompt = (0..16).map(|t| 100 + 13 * t + row as u32).collect();
-        engine.submit(Job { worn: worn.clone(), ..Job::new(prompt, tokens + 1) })?;
+        engine.submit(Job { active: active.clone(), ..Job::new(prompt, tokens + 1) })?;
     }
     let mut begun = 0;
     while begun < lists.len() {
@@ -143,10 +145,11 @@ fn rounding(checkpoint: &Checkpoint, adapter: &Adapter) -> Result<()> {
     let mut stream = Stream::new(3, "tokens", &[]);
     let row: Vec<u32> = (0..256).map(|_| stream.below(40_000) as u32).collect();
     let log_probs = |adapter: Option<Adapter>| -> Result<Vec<f32>> {
-        let worn: Vec<Worn> = adapter.map(|a| Worn::frozen(Arc::new(a))).into_iter().collect();
-        let hidden = decoder.hidden(&Rows::new(&[&row]), Adapters::Same(&worn))?;
+        let active: Vec<ActiveAdapter> =
+            adapter.map(|a| ActiveAdapter::frozen(Arc::new(a))).into_iter().collect();
+        let hidden = decoder.hidden(&Rows::new(&[&row]), Adapters::Same(&active))?;
         let hidden = hidden.narrow(0, 0, row.len() - 1)?;
-        Ok(decoder.log_probs(&hidden, &row[1..], &worn)?.to_vec1()?)
+        Ok(decoder.log_probs(&hidden, &row[1..], &active)?.to_vec1()?)
     };
     let rounded = |round: &dyn Fn(f32) -> f32| -> Result<Adapter> {
         let copy = adapter.copy("rounded")?;

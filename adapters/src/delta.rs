@@ -26,7 +26,7 @@ pub struct Lora {
     pub magnitude: Option<Magnitude>,
     /// Of the r, how many, the last ones, stay as they began. An update that begins with numbers of
     /// the base's own (PiSSA, OLoRA) takes them off again in these, so that it begins as nothing.
-    pub held: usize,
+    pub frozen_ranks: usize,
     pub(crate) forms: Arc<Mutex<Forms>>,
 }
 
@@ -50,7 +50,7 @@ struct Norms {
 impl Lora {
     /// A plain update.
     pub fn new(a: Var, b: Var, scale: f64) -> Self {
-        Self { a, b, scale, magnitude: None, held: 0, forms: Arc::default() }
+        Self { a, b, scale, magnitude: None, frozen_ranks: 0, forms: Arc::default() }
     }
 
     /// What the update adds to the layer's output: `scale · (mask ⊙ x) Aᵀ Bᵀ`.
@@ -423,7 +423,7 @@ impl Adapter {
                 b: var(&lora.b)?,
                 scale: lora.scale,
                 magnitude: magnitude.transpose()?,
-                held: lora.held,
+                frozen_ranks: lora.frozen_ranks,
                 forms: Arc::default(),
             };
             Ok((module.clone(), lora))
@@ -465,7 +465,7 @@ impl Adapter {
     /// How many numbers of the adapter train.
     pub fn num_parameters(&self) -> usize {
         let all: usize = self.parameters().iter().map(|(_, var)| var.elem_count()).sum();
-        let held = |lora: &Lora| lora.held * (lora.in_features() + lora.out_features());
+        let held = |lora: &Lora| lora.frozen_ranks * (lora.in_features() + lora.out_features());
         all - self.modules.values().map(held).sum::<usize>()
     }
 
@@ -490,10 +490,10 @@ impl Adapter {
     }
 
     /// Zeroes the gradients of what stays as it began; they are in the order of [`Self::parameters`].
-    pub fn hold(&self, gradients: &mut [Vec<f32>]) {
+    pub fn mask_frozen_ranks(&self, gradients: &mut [Vec<f32>]) {
         let places = self.places();
-        for (module, lora) in self.modules.iter().filter(|(_, lora)| lora.held > 0) {
-            let (place, trained) = (places[module], lora.r() - lora.held);
+        for (module, lora) in self.modules.iter().filter(|(_, lora)| lora.frozen_ranks > 0) {
+            let (place, trained) = (places[module], lora.r() - lora.frozen_ranks);
             gradients[place][trained * lora.in_features()..].fill(0.0);
             for row in gradients[place + 1].chunks_exact_mut(lora.r()) {
                 row[trained..].fill(0.0);
@@ -502,22 +502,22 @@ impl Adapter {
     }
 
     /// A copy of what stays as it began, by module: the last rows of A and columns of B.
-    pub fn held(&self) -> Result<Vec<(String, [Tensor; 2])>> {
-        let held = self.modules.iter().filter(|(_, lora)| lora.held > 0);
+    pub fn frozen_ranks(&self) -> Result<Vec<(String, [Tensor; 2])>> {
+        let held = self.modules.iter().filter(|(_, lora)| lora.frozen_ranks > 0);
         let copy = |(module, lora): (&String, &Lora)| {
-            let first = lora.r() - lora.held;
-            let a = lora.a.as_detached_tensor().narrow(0, first, lora.held)?.copy()?;
-            let b = lora.b.as_detached_tensor().narrow(1, first, lora.held)?.copy()?;
+            let first = lora.r() - lora.frozen_ranks;
+            let a = lora.a.as_detached_tensor().narrow(0, first, lora.frozen_ranks)?.copy()?;
+            let b = lora.b.as_detached_tensor().narrow(1, first, lora.frozen_ranks)?.copy()?;
             Ok((module.clone(), [a, b]))
         };
         held.map(copy).collect()
     }
 
     /// Puts back what [`Self::held`] copied: weight decay does not spare it.
-    pub fn restore(&self, held: &[(String, [Tensor; 2])]) -> Result<()> {
+    pub fn restore_frozen_ranks(&self, held: &[(String, [Tensor; 2])]) -> Result<()> {
         for (module, [held_a, held_b]) in held {
             let lora = &self.modules[module];
-            let trained = lora.r() - lora.held;
+            let trained = lora.r() - lora.frozen_ranks;
             let a = lora.a.as_detached_tensor().narrow(0, 0, trained)?.copy()?;
             let b = lora.b.as_detached_tensor().narrow(1, 0, trained)?.copy()?;
             lora.a.set(&Tensor::cat(&[&a, held_a], 0)?)?;
@@ -527,14 +527,14 @@ impl Adapter {
     }
 
     /// Lets the same ranks stay as they began that stay in another adapter: what a file does not say.
-    pub fn hold_as(&mut self, other: &Adapter) {
+    pub fn copy_frozen_ranks(&mut self, other: &Adapter) {
         for (module, lora) in &mut self.modules {
-            lora.held = other.modules.get(module).map_or(0, |other| other.held);
+            lora.frozen_ranks = other.modules.get(module).map_or(0, |other| other.frozen_ranks);
         }
     }
 
     /// Forgets what was made of the numbers before they changed: whoever sets them says so.
-    pub fn changed(&self) {
+    pub fn invalidate_decode_weights(&self) {
         for lora in self.modules.values() {
             lora.forms.lock().unwrap_or_else(PoisonError::into_inner).forget();
         }

@@ -273,7 +273,7 @@ fn held(target: &Target, b: &Mat<f64>, a: &Mat<f64>, b_alone: bool) -> Result<Lo
     }
     let a = Var::from_vec(of_a, (2 * r, of_in), &Device::Cpu)?;
     let b = Var::from_vec(of_b, (out, 2 * r), &Device::Cpu)?;
-    Ok(Lora { held: r, ..Lora::new(a, b, target.scale) })
+    Ok(Lora { frozen_ranks: r, ..Lora::new(a, b, target.scale) })
 }
 
 /// Writes factors into the ranks from `first` on.
@@ -498,7 +498,7 @@ mod tests {
             let resolved = resolve(&asked, &linears(), Some(HEAD)).unwrap();
             for Target { spec, r, scale } in resolved.targets {
                 let lora = &adapter.modules[&spec.name];
-                assert_eq!((lora.r(), lora.held), (2 * r, r), "{}", spec.name);
+                assert_eq!((lora.r(), lora.frozen_ranks), (2 * r, r), "{}", spec.name);
                 assert!((lora.scale - scale).abs() < 1e-12, "{}", spec.name);
                 assert!(largest(&product(lora, 0..2 * r)) < 1e-5, "{}", spec.name);
                 let start = largest(&product(lora, 0..r));
@@ -522,7 +522,7 @@ mod tests {
         let adapter = begun(config(InitLoraWeights::Loftq, &["q", "k", "embed_tokens"])).unwrap();
         for (module, rows) in [("q", 20), ("k", 3), (EMBEDDING, 30)] {
             let lora = &adapter.modules[module];
-            assert_eq!(lora.held, 0);
+            assert_eq!(lora.frozen_ranks, 0);
             let update = product(lora, 0..lora.r());
             let (known, lost) = (weight(module, 0.25).unwrap(), weight(module, 0.0).unwrap());
             let known = read(module, known.as_ref()).unwrap();

@@ -20,7 +20,7 @@ pub struct Registry {
     adapters: RwLock<BTreeMap<String, Arc<Adapter>>>,
 }
 
-/// How much a registry may hold. Adapters that were dropped, and are still worn, do not count.
+/// How much a registry may hold. Adapters that were dropped, and are still active, do not count.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Bounds {
     /// Adapters.
@@ -69,7 +69,7 @@ pub enum RegistryError {
         /// The first module that does not fit.
         reason: String,
     },
-    /// An adapter that would make nonsense of every row it is worn on.
+    /// An adapter that would make nonsense of every row it is active on.
     #[error("adapter {name:?} has numbers that are not finite, in {module}: it is broken")]
     Broken {
         /// The adapter.

@@ -8,7 +8,7 @@ use anyhow::{Result, bail};
 use serde_json::{Map, Value, json};
 
 use crate::generate::{Finish, Generated};
-use crate::model::{Decoder, Worn};
+use crate::model::{ActiveAdapter, Decoder};
 use crate::rollout::reward_model::RewardModel;
 use crate::rollout::{Answer, Response, RewardCommand, RewardSource, Rewards, Scorer};
 use crate::text::{Special, Tokenizer};
@@ -122,7 +122,7 @@ impl BestOf {
             sources.push(RewardSource::Command(RewardCommand::start(command, timeout)?));
         }
         if let Some(path) = &self.reward_adapter {
-            adapter = Some(Worn::frozen(Arc::new(read_scoring(path, decoder)?)));
+            adapter = Some(ActiveAdapter::frozen(Arc::new(read_scoring(path, decoder)?)));
             sources.push(RewardSource::Model { name: "reward_adapter".into() });
         }
         if let Some(path) = &self.reward_model {

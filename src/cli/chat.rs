@@ -30,7 +30,7 @@ pub struct Chat {
     #[arg(long)]
     base: PathBuf,
     /// An adapter and what it is called, NAME=PATH or NAME=PATH=WEIGHT; may be given again. The first
-    /// is worn until /adapter takes another
+    /// is active until /adapter takes another
     #[arg(long, value_name = "NAME=PATH")]
     adapter: Vec<NamedAdapter>,
     /// A system message before the conversation

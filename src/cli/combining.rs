@@ -6,7 +6,7 @@ use anyhow::Result;
 use quantune_adapters::combine::{Combination, CombineError, MajoritySign, Masks, Method, combine};
 
 use super::Usage;
-use crate::model::Worn;
+use crate::model::ActiveAdapter;
 
 /// How several adapters become one before anything else; names are PEFT's.
 #[derive(Debug, clap::Args)]
@@ -31,8 +31,8 @@ pub struct Combining {
 
 impl Combining {
     /// The adapters as they are, or the one made of them.
-    pub fn combine(&self, worn: Vec<Worn>) -> Result<Vec<Worn>> {
-        let Some(method) = self.combination_type else { return Ok(worn) };
+    pub fn combine(&self, active: Vec<ActiveAdapter>) -> Result<Vec<ActiveAdapter>> {
+        let Some(method) = self.combination_type else { return Ok(active) };
         if self.seed.is_some() && !method.is_random() {
             let name = method.name();
             return Err(Usage(format!("--seed is for the dare kinds, found {name}")).into());
@@ -44,9 +44,9 @@ impl Combining {
             svd_rank: self.svd_rank,
             masks: Masks::Seed(self.seed.unwrap_or(42)),
         };
-        let adapters: Vec<_> = worn.iter().map(|one| (&*one.adapter, one.weight)).collect();
+        let adapters: Vec<_> = active.iter().map(|one| (&*one.adapter, one.weight)).collect();
         match combine("combined", &adapters, &how) {
-            Ok(adapter) => Ok(vec![Worn::frozen(Arc::new(adapter))]),
+            Ok(adapter) => Ok(vec![ActiveAdapter::frozen(Arc::new(adapter))]),
             Err(CombineError::Settings(fault)) => Err(Usage(fault).into()),
             Err(error) => Err(error.into()),
         }

@@ -13,7 +13,7 @@ use super::replies::Replies;
 use super::{AdapterArg, TemplateFlags, load_adapters, open_tokenizer, paths, read_text, to_json};
 use crate::data::{Comparison, ComparisonKind, Comparisons, Dataset, Limits, WhenTooLong};
 use crate::eval::{evaluate, perplexity};
-use crate::model::{Decoder, Worn};
+use crate::model::{ActiveAdapter, Decoder};
 use crate::objectives::reward::CalibrationBin;
 use crate::text::{Special, Tokenizer};
 use crate::train::read_scoring;
@@ -79,7 +79,7 @@ impl Eval {
             }
             _ => {}
         }
-        let worn = load_adapters(&self.adapter, &decoder)?;
+        let active = load_adapters(&self.adapter, &decoder)?;
         let (loss, report) = match (&self.data, &self.text) {
             (Some(data), _) => {
                 let max_length = self.max_length.unwrap_or(1024);
@@ -87,14 +87,14 @@ impl Eval {
                 let never = AtomicBool::new(false); // nothing is lost: Ctrl-C ends the process
                 let data = Dataset::load(data, &tokenizer, max_length, &never)?;
                 eprintln!("data: {}", data.report);
-                let loss = evaluate(&decoder, &worn, &data.rows, &never)?;
+                let loss = evaluate(&decoder, &active, &data.rows, &never)?;
                 (loss.context("stopped")?, Some(data.report))
             }
             (None, Some(text)) => {
                 let ids = tokenizer.encode(&read_text(text)?, Special::AsText)?;
                 let bos = tokenizer.bos().filter(|_| tokenizer.adds_bos());
                 let ids = tokenizer.with_bos(ids);
-                (perplexity(&decoder, &worn, &ids, self.n_ctx.unwrap_or(512), bos)?, None)
+                (perplexity(&decoder, &active, &ids, self.n_ctx.unwrap_or(512), bos)?, None)
             }
             (None, None) => bail!("needed --data or --text"),
         };
@@ -127,14 +127,14 @@ impl Eval {
         if !self.adapter.is_empty() {
             bail!("--adapter is not scored by --reward on rows that are there; needed --prompts");
         }
-        let worn = [Worn::frozen(Arc::new(read_scoring(folder, decoder)?))];
+        let active = [ActiveAdapter::frozen(Arc::new(read_scoring(folder, decoder)?))];
         let max_length = self.max_length.unwrap_or(1024);
         let max_length = max_length.min(decoder.config.max_position_embeddings);
         let limits = Limits { max_length, when_long: WhenTooLong::Drop };
         let never = AtomicBool::new(false); // nothing is lost: Ctrl-C ends the process
         let data = Comparisons::load(data, tokenizer, limits, ComparisonKind::Any, &never)?;
         eprintln!("data: {}", data.report);
-        let judged = judge_rewards(decoder, &worn, &data.rows, 0.0, &never)?;
+        let judged = judge_rewards(decoder, &active, &data.rows, 0.0, &never)?;
         let judged = judged.context("stopped")?;
         if let Some(path) = &self.scores {
             let line = |(row, scores): (Comparison, &Vec<f32>)| {

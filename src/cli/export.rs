@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::combining::Combining;
 use super::{AdapterArg, Usage, load_adapters, open_tokenizer, paths, to_json};
 use crate::export::{load_grown, lora, modelfile, types, verify};
-use crate::model::{Decoder, Worn};
+use crate::model::{ActiveAdapter, Decoder};
 use crate::quant::BlockType;
 use crate::text::{Tokenizer, added_beside, convert};
 use crate::weights::{Checkpoint, write_atomically};
@@ -67,21 +67,21 @@ impl Export {
         }
         let added = added_beside(base, &paths(&self.adapter))?;
         let decoder = load_grown(base, &added)?;
-        let worn = self.combining.combine(load_adapters(&self.adapter, &decoder)?)?;
+        let active = self.combining.combine(load_adapters(&self.adapter, &decoder)?)?;
         let is_gguf = out.extension().is_some_and(|of| of.eq_ignore_ascii_case("gguf"));
         let dtype = self.dtype.unwrap_or(BlockType::F32);
         let bytes = if is_gguf {
-            let (one, config) = (&worn[0], &decoder.config);
+            let (one, config) = (&active[0], &decoder.config);
             lora::write_gguf_lora(&one.adapter, one.weight, config, dtype, out)?.bytes
         } else {
             if dtype != BlockType::F32 {
                 let text = "--type is for a GGUF LoRA, and --out is a folder, which holds F32";
                 return Err(Usage(text.into()).into());
             }
-            if worn[0].weight != 1.0 {
-                bail!("a PEFT folder has no place for the weight {}", worn[0].weight);
+            if active[0].weight != 1.0 {
+                bail!("a PEFT folder has no place for the weight {}", active[0].weight);
             }
-            format::write_folder(&worn[0].adapter, out)?;
+            format::write_folder(&active[0].adapter, out)?;
             if !added.is_empty() {
                 let tokenizer = Tokenizer::open_with(base, &added)?;
                 for (name, text) in convert::beside(base, &tokenizer)? {
@@ -94,7 +94,7 @@ impl Export {
         };
         let again = AdapterArg { path: out.into(), weight: 1.0 };
         let found = load_adapters(&[again], &decoder)?;
-        let distance = check(base, &decoder, &worn, &found, out, dtype)?;
+        let distance = check(base, &decoder, &active, &found, out, dtype)?;
         if !json {
             crate::cli::say!(
                 "{}: {:.1} MB; read back, mean KL from the adapter on the base is {:.2e} over {} tokens",
@@ -115,8 +115,8 @@ impl Export {
 fn check(
     base: &Checkpoint,
     decoder: &Decoder,
-    wanted: &[Worn],
-    found: &[Worn],
+    wanted: &[ActiveAdapter],
+    found: &[ActiveAdapter],
     out: &Path,
     dtype: BlockType,
 ) -> Result<verify::Distance> {

@@ -76,7 +76,7 @@ impl Generate {
         let mut tokenizer = open_tokenizer(&checkpoint, &adapters, self.template_date.as_deref())?;
         let decoder = self.loading.decoder(&checkpoint, &tokenizer)?;
         self.template.change(&mut tokenizer)?;
-        let worn = load_adapters(&self.adapter, &decoder)?;
+        let active = load_adapters(&self.adapter, &decoder)?;
         let prompt = self.prompt_ids(&tokenizer)?;
 
         let now = self.template_date.as_deref().and_then(first_second);
@@ -105,7 +105,7 @@ impl Generate {
         let mut first_token = None;
         let generation = generate(
             &decoder,
-            Adapters::Same(&worn),
+            Adapters::Same(&active),
             &requests,
             &settings,
             &|token| tokenizer.is_end_of_generation(token),

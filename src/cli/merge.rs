@@ -11,7 +11,7 @@ use crate::export::{
     Bounds, FileType, Importance, Recipe, Source, Written, bill, imatrix, load_grown, types,
     verify_grown, write_folder, write_gguf,
 };
-use crate::model::{Decoder, Worn};
+use crate::model::{ActiveAdapter, Decoder};
 use crate::ops::Compute;
 use crate::quant::BlockType;
 use crate::text::{Added, Special, Tokenizer, added_beside};
@@ -115,7 +115,7 @@ impl How {
         &self,
         base: &Checkpoint,
         added: &[Added],
-        worn: &[Worn],
+        active: &[ActiveAdapter],
     ) -> Result<Option<Importance>> {
         if let Some(path) = &self.imatrix {
             return Ok(Some(imatrix::read(path)?));
@@ -124,7 +124,7 @@ impl How {
         let decoder = load_grown(base, added)?;
         let (tokens, bos) = tokens(base, added, text)?;
         let n_ctx = self.n_ctx(&decoder);
-        let mut importance = imatrix::measure(&decoder, worn, &tokens, n_ctx, bos)
+        let mut importance = imatrix::measure(&decoder, active, &tokens, n_ctx, bos)
             .with_context(|| text.display().to_string())?;
         importance.dataset = Some(text.display().to_string());
         Ok(Some(importance))
@@ -161,14 +161,14 @@ impl Merge {
         let base = Checkpoint::open(&self.base)?;
         let added = added_beside(&base, &paths(&self.adapter))?;
         let decoder = load_grown(&base, &added)?;
-        let worn = self.combining.combine(load_adapters(&self.adapter, &decoder)?)?;
+        let active = self.combining.combine(load_adapters(&self.adapter, &decoder)?)?;
         drop(decoder);
-        let source = Source::open_grown(&base, &added, &worn)?;
+        let source = Source::open_grown(&base, &added, &active)?;
         let file_type = self.file_type.unwrap_or_else(|| own_type(&source));
         let sizes = self.adapter.iter().map(|adapter| bytes_of(&adapter.path));
         let adapter_bytes = sizes.sum();
-        let (base, worn) = (&base, &worn[..]);
-        let job = Job { base, added, worn, source, out: &self.out, how: &self.how };
+        let (base, active) = (&base, &active[..]);
+        let job = Job { base, added, active, source, out: &self.out, how: &self.how };
         job.run(file_type, adapter_bytes, json)
     }
 }
@@ -181,8 +181,8 @@ impl Quantize {
         }
         let base = Checkpoint::open(&self.base)?;
         let source = Source::open(&base, &[])?;
-        let (base, added, worn) = (&base, Vec::new(), &[][..]);
-        let job = Job { base, added, worn, source, out: &self.out, how: &self.how };
+        let (base, added, active) = (&base, Vec::new(), &[][..]);
+        let job = Job { base, added, active, source, out: &self.out, how: &self.how };
         job.run(self.file_type, 0, json)
     }
 }
@@ -192,7 +192,7 @@ struct Job<'a> {
     base: &'a Checkpoint,
     /// Tokens that adapters brought.
     added: Vec<Added>,
-    worn: &'a [Worn],
+    active: &'a [ActiveAdapter],
     source: Source<'a>,
     out: &'a Path,
     how: &'a How,
@@ -214,12 +214,12 @@ impl Job<'_> {
             Some(_) => Bounds::QUANTIZED,
             None => Bounds::of(file_type),
         };
-        let importance = how.importance(self.base, &self.added, self.worn)?;
+        let importance = how.importance(self.base, &self.added, self.active)?;
         let written = match is_gguf(out) {
             true => self.gguf(file_type, importance.as_ref(), out)?,
             false => write_folder(&self.source, file_type.block_type(), out)?,
         };
-        let verified = verify_grown(self.base, &self.added, self.worn, out, bounds)?;
+        let verified = verify_grown(self.base, &self.added, self.active, out, bounds)?;
         if let Some(warning) = verified.warning(out) {
             eprintln!("warning: {warning}");
         }
@@ -236,7 +236,7 @@ impl Job<'_> {
                  over {} tokens",
                 out.display(),
                 written.bytes as f64 / 1e6,
-                if self.worn.is_empty() { "the base" } else { "the base with its adapters" },
+                if self.active.is_empty() { "the base" } else { "the base with its adapters" },
                 distance.mean_kl,
                 distance.tokens,
             );
@@ -295,7 +295,7 @@ impl Job<'_> {
             write_gguf(&self.source, &self.how.recipe(of), importance, &path)?;
             Ok(())
         };
-        let merged = if self.worn.is_empty() { "" } else { "merged, " };
+        let merged = if self.active.is_empty() { "" } else { "merged, " };
         let made = (|| -> Result<()> {
             if file_type != FileType::F16 {
                 make(FileType::F16, None, &format!("{merged}F16"))?;
@@ -309,22 +309,22 @@ impl Job<'_> {
         files.push((format!("{merged}{file_type}{weighted}"), self.out.into(), false));
         let lines = made.and_then(|()| {
             let mut candidates = vec![bill::Candidate {
-                name: match self.worn.is_empty() {
+                name: match self.active.is_empty() {
                     true => "the base".into(),
                     false => "adapter beside the base".into(),
                 },
                 bytes: bytes_of(self.base.path()) + adapter_bytes,
                 decoder: beside,
-                worn: self.worn.to_vec(),
+                active: self.active.to_vec(),
             }];
             for (name, path, _) in &files {
                 let decoder = Decoder::load(&Checkpoint::open(path)?, Compute::F32)?;
                 let (name, bytes) = (name.clone(), bytes_of(path));
-                candidates.push(bill::Candidate { name, bytes, decoder, worn: Vec::new() });
+                candidates.push(bill::Candidate { name, bytes, decoder, active: Vec::new() });
             }
             let (tokens, bos) = tokens(self.base, &self.added, text)?;
             let n_ctx = self.how.n_ctx(&exact);
-            bill::measure((&exact, self.worn), &candidates, &tokens, n_ctx, bos)
+            bill::measure((&exact, self.active), &candidates, &tokens, n_ctx, bos)
                 .with_context(|| text.display().to_string())
         });
         for (_, path, temporary) in &files {

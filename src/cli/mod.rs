@@ -43,7 +43,7 @@ use serde_json::{Value, json};
 
 use crate::export::lora;
 use crate::isa::Isa;
-use crate::model::{Decoder, Worn};
+use crate::model::{ActiveAdapter, Decoder};
 use crate::text::{Tokenizer, first_second};
 use crate::train::settings::{DpoFlags, GrpoFlags, PpoFlags, RewardFlags, SftFlags};
 use crate::train::{of_process, path_and_weight};
@@ -236,14 +236,14 @@ fn paths(args: &[AdapterArg]) -> Vec<&Path> {
 }
 
 /// Loads the adapters of a command for its base.
-fn load_adapters(args: &[AdapterArg], decoder: &Decoder) -> Result<Vec<Worn>> {
-    let load = |arg: &AdapterArg| -> Result<Worn> {
+fn load_adapters(args: &[AdapterArg], decoder: &Decoder) -> Result<Vec<ActiveAdapter>> {
+    let load = |arg: &AdapterArg| -> Result<ActiveAdapter> {
         let name = arg.path.display().to_string();
         let (adapter, unmatched) = lora::open_adapter(&arg.path, &name, decoder)?;
         for unmatched in unmatched {
             eprintln!("warning: {name}: {unmatched}");
         }
-        Ok(Worn { adapter: Arc::new(adapter), weight: arg.weight, trainable: false })
+        Ok(ActiveAdapter { adapter: Arc::new(adapter), weight: arg.weight, trainable: false })
     };
     args.iter().map(load).collect()
 }

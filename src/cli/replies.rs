@@ -13,7 +13,7 @@ use super::{AdapterArg, load_adapters};
 use crate::data::{Prompt, Prompts};
 use crate::eval::{Reply, diversity};
 use crate::generate::{Sampling, Settings};
-use crate::model::{CacheType, Decoder, Worn};
+use crate::model::{ActiveAdapter, CacheType, Decoder};
 use crate::rollout::diagnose::mean_and_error;
 use crate::rollout::{Response, RewardSource, Rewards, Scorer, respond};
 use crate::text::Tokenizer;
@@ -97,13 +97,13 @@ impl Replies {
         let prompts = Prompts::load(path, tokenizer, window - most, &never)?;
         let prompts: Vec<Prompt> = prompts.rows.iter().collect();
         let mut scorer = scorer(reward, decoder, tokenizer, path, &prompts)?;
-        let worn = load_adapters(adapters, decoder)?;
+        let active = load_adapters(adapters, decoder)?;
         let other = match (self.against.as_deref(), self.against()?) {
             (None, _) => None,
             (Some(_), None) => Some(Vec::new()),
             (Some(_), Some(arg)) => Some(load_adapters(&[arg], decoder)?),
         };
-        let mut answer = |worn: &[Worn]| -> Result<Judged> {
+        let mut answer = |active: &[ActiveAdapter]| -> Result<Judged> {
             let tokens: Vec<Arc<[u32]>> =
                 prompts.iter().map(|prompt| prompt.tokens.clone().into()).collect();
             let settings = Settings {
@@ -121,16 +121,16 @@ impl Replies {
             let is_end = |token| tokenizer.is_end_of_generation(token);
             let samples = self.samples.unwrap_or(1);
             let responses =
-                respond::respond(decoder, worn, &tokens, samples, &settings, &is_end, 0)?;
+                respond::respond(decoder, active, &tokens, samples, &settings, &is_end, 0)?;
             let (texts, scores) = scorer.score(decoder, tokenizer, &prompts, &responses)?;
             let rewards = scores.totals.iter().map(|total| total.unwrap_or(0.0)).collect();
             Ok(Judged { responses, texts, rewards })
         };
 
         let samples = self.samples.unwrap_or(1);
-        let judged = answer(&worn)?;
+        let judged = answer(&active)?;
         let mut value = Map::from_iter([("prompts".to_string(), json!(prompts.len()))]);
-        value.extend(figures(decoder, &worn, &judged, (temperature, samples))?);
+        value.extend(figures(decoder, &active, &judged, (temperature, samples))?);
         let mut lines = self.lines(&prompts, "reply", &judged);
         if let Some(other) = other {
             let others = answer(&other)?;
@@ -185,7 +185,7 @@ fn scorer(
 ) -> Result<Scorer> {
     let folder = Path::new(reward);
     let (adapter, source) = if folder.is_dir() {
-        let adapter = Worn::frozen(Arc::new(read_scoring(folder, decoder)?));
+        let adapter = ActiveAdapter::frozen(Arc::new(read_scoring(folder, decoder)?));
         (Some(adapter), RewardSource::Model { name: "reward".into() })
     } else {
         let rule = RewardSource::rule(reward)
@@ -206,7 +206,7 @@ fn scorer(
 /// Reward, length, entropy and variety of replies.
 fn figures(
     decoder: &Decoder,
-    worn: &[Worn],
+    active: &[ActiveAdapter],
     judged: &Judged,
     (temperature, samples): (f64, usize),
 ) -> Result<Map<String, Value>> {
@@ -221,7 +221,7 @@ fn figures(
         .collect();
     let spread = diversity(&replies);
     let heat = if temperature > 0.0 { temperature } else { 1.0 };
-    let logps = respond::log_probs(decoder, worn, &judged.responses, heat)?;
+    let logps = respond::log_probs(decoder, active, &judged.responses, heat)?;
     let tokens = logps.iter().map(Vec::len).sum::<usize>().max(1);
     let surprise = -logps.iter().flatten().map(|&logp| f64::from(logp)).sum::<f64>();
     let figures = [

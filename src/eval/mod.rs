@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::data::{Batch, Examples};
 use crate::model::scoring::{log_probs_of, target_log_probs};
-use crate::model::{Decoder, Rows, Worn};
+use crate::model::{ActiveAdapter, Decoder, Rows};
 pub use bigram::Bigram;
 pub use diversity::{Diversity, Reply, distinct, diversity};
 
@@ -60,7 +60,7 @@ impl Loss {
 /// The loss over the learned tokens of `examples`; none if `stop` was set before all went through.
 pub fn evaluate(
     decoder: &Decoder,
-    worn: &[Worn],
+    active: &[ActiveAdapter],
     examples: &Examples,
     stop: &AtomicBool,
 ) -> Result<Option<Loss>, EvalError> {
@@ -84,7 +84,7 @@ pub fn evaluate(
             positions: batch.positions,
             segments: batch.segments.into(),
         };
-        let logps = log_probs_of(decoder, worn, &rows, &batch.targets, 1.0)?;
+        let logps = log_probs_of(decoder, active, &rows, &batch.targets, 1.0)?;
         sum -= logps.iter().map(|&logp| f64::from(logp)).sum::<f64>();
         tokens += batch.targets.len() as u64;
     }
@@ -146,7 +146,7 @@ pub fn text_loss(
 /// is replaced by it.
 pub fn perplexity(
     decoder: &Decoder,
-    worn: &[Worn],
+    active: &[ActiveAdapter],
     tokens: &[u32],
     n_ctx: usize,
     bos: Option<u32>,
@@ -166,7 +166,7 @@ pub fn perplexity(
         }
         let targets: Vec<(u32, u32)> =
             (n_ctx / 2..n_ctx - 1).map(|i| (i as u32, chunk[i + 1])).collect();
-        let logps = log_probs_of(decoder, worn, &Rows::new(&[chunk]), &targets, 1.0)?;
+        let logps = log_probs_of(decoder, active, &Rows::new(&[chunk]), &targets, 1.0)?;
         sum -= logps.iter().map(|&logp| f64::from(logp)).sum::<f64>();
         scored += targets.len() as u64;
     }

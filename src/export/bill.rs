@@ -5,7 +5,7 @@ use std::fmt::Write;
 use super::ExportError;
 use super::verify::{divergence, log_softmax};
 use crate::eval::EvalError;
-use crate::model::{Adapters, Decoder, Rows, Worn};
+use crate::model::{ActiveAdapter, Adapters, Decoder, Rows};
 
 /// One way to keep it.
 #[derive(Debug)]
@@ -17,7 +17,7 @@ pub struct Candidate {
     /// The model.
     pub decoder: Decoder,
     /// What it wears.
-    pub worn: Vec<Worn>,
+    pub active: Vec<ActiveAdapter>,
 }
 
 /// What one way costs.
@@ -44,7 +44,7 @@ const ROWS: usize = 32;
 /// # Errors
 /// If the text has less than one chunk, or `n_ctx` is none the model can read.
 pub fn measure(
-    reference: (&Decoder, &[Worn]),
+    reference: (&Decoder, &[ActiveAdapter]),
     candidates: &[Candidate],
     tokens: &[u32],
     n_ctx: usize,
@@ -68,22 +68,23 @@ pub fn measure(
         let places: Vec<u32> = (n_ctx as u32 / 2..n_ctx as u32 - 1).collect();
         scored += places.len();
         let rows = Rows::new(&[&chunk]);
-        let hidden = |decoder: &Decoder, worn: &[Worn]| {
-            decoder.hidden_of(&rows, Adapters::Same(worn), &places)
+        let hidden = |decoder: &Decoder, active: &[ActiveAdapter]| {
+            decoder.hidden_of(&rows, Adapters::Same(active), &places)
         };
         let exact = hidden(reference.0, reference.1)?;
         let others: Vec<_> =
-            candidates.iter().map(|c| hidden(&c.decoder, &c.worn)).collect::<Result<_, _>>()?;
+            candidates.iter().map(|c| hidden(&c.decoder, &c.active)).collect::<Result<_, _>>()?;
         for first in (0..places.len()).step_by(ROWS) {
             let many = ROWS.min(places.len() - first);
-            let log_probs = |decoder: &Decoder, worn: &[Worn], hidden: &candle_core::Tensor| {
-                let hidden = hidden.narrow(0, first, many)?;
-                let rows = decoder.logits(&hidden, Adapters::Same(worn))?.to_vec2::<f32>()?;
-                candle_core::Result::Ok(rows.into_iter().map(log_softmax).collect::<Vec<_>>())
-            };
+            let log_probs =
+                |decoder: &Decoder, active: &[ActiveAdapter], hidden: &candle_core::Tensor| {
+                    let hidden = hidden.narrow(0, first, many)?;
+                    let rows = decoder.logits(&hidden, Adapters::Same(active))?.to_vec2::<f32>()?;
+                    candle_core::Result::Ok(rows.into_iter().map(log_softmax).collect::<Vec<_>>())
+                };
             let exact = log_probs(reference.0, reference.1, &exact)?;
             for ((candidate, hidden), sums) in candidates.iter().zip(&others).zip(&mut sums) {
-                let found = log_probs(&candidate.decoder, &candidate.worn, hidden)?;
+                let found = log_probs(&candidate.decoder, &candidate.active, hidden)?;
                 for (i, (p, q)) in exact.iter().zip(&found).enumerate() {
                     let next = chunk[places[first + i] as usize + 1];
                     sums.0 -= f64::from(q[next as usize]);

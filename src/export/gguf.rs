@@ -287,9 +287,9 @@ fn unsaid(c: &Config, origin: &Origin) -> Option<String> {
         if v.attention_scale.is_some_and(|scale| (scale / usual - 1.0).abs() > 1e-6) {
             return of(&format!("a query_pre_attn_scalar that is not {width}"));
         }
-        let (attention_cap, logit_cap) = family.caps;
+        let (attention_cap, logit_softcap) = family.caps;
         if attention_cap.is_some() != v.attn_logit_softcapping.is_some()
-            || logit_cap.is_some() && v.final_logit_softcapping.is_none()
+            || logit_softcap.is_some() && v.final_logit_softcapping.is_none()
         {
             return of("other caps than its family has");
         }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::{ExportError, Importance};
 use crate::model::observe::InputSquares;
-use crate::model::{Adapters, Decoder, Rows, Worn, load};
+use crate::model::{ActiveAdapter, Adapters, Decoder, Rows, load};
 use crate::weights::{Gguf, WeightsError};
 
 /// Reads an importance matrix of llama.cpp's `llama-imatrix`: a GGUF, or the `.dat` of versions
@@ -109,7 +109,7 @@ fn read_dat(bytes: &[u8]) -> Result<Importance, String> {
 /// If the text has less than a chunk, or `n_ctx` is none the model can read.
 pub fn measure(
     decoder: &Decoder,
-    worn: &[Worn],
+    active: &[ActiveAdapter],
     tokens: &[u32],
     n_ctx: usize,
     bos: Option<u32>,
@@ -128,7 +128,7 @@ pub fn measure(
         if let Some(bos) = bos {
             chunk[0] = bos;
         }
-        decoder.observe(&Rows::new(&[chunk]), Adapters::Same(worn), &squares)?;
+        decoder.observe(&Rows::new(&[chunk]), Adapters::Same(active), &squares)?;
     }
     let named = |(name, means): (String, Vec<f32>)| {
         (load::gguf_name(decoder.config.family, &format!("{name}.weight")), means)

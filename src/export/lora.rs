@@ -13,7 +13,7 @@ use quantune_adapters::targets::{LinearSpec, Unmatched};
 use super::slab::interleave;
 use super::{Distance, ExportError, Written, WrittenTensor, verify};
 use crate::model::ends::{EMBEDDING, HEAD};
-use crate::model::{Config, Decoder, Worn, load};
+use crate::model::{ActiveAdapter, Config, Decoder, load};
 use crate::ops::Values;
 use crate::quant::{BlockType, FrozenMatrix, RowOrder};
 use crate::weights::{Gguf, OwnedValue, Safetensors, TensorPlan, WeightsError, stream_gguf};
@@ -352,8 +352,8 @@ fn read_lora(
 /// If the base cannot run.
 pub fn distance(
     decoder: &Decoder,
-    wanted: &[Worn],
-    found: &[Worn],
+    wanted: &[ActiveAdapter],
+    found: &[ActiveAdapter],
     tokens: &[u32],
 ) -> Result<Distance, ExportError> {
     verify::distance((decoder, wanted), decoder, found, tokens)

@@ -11,7 +11,7 @@ use rayon::prelude::*;
 use super::ExportError;
 use super::slab::Form;
 use crate::model::ends::{EMBEDDING, HEAD};
-use crate::model::{Config, ModelError, Worn, load};
+use crate::model::{ActiveAdapter, Config, ModelError, load};
 use crate::ops::Values;
 use crate::quant::{BlockType, FrozenMatrix, RowOrder};
 use crate::text::{Added, Tokenizer};
@@ -92,8 +92,8 @@ impl<'a> Source<'a> {
     ///
     /// # Errors
     /// If the checkpoint is no decoder, or an adapter sits on what it has not.
-    pub fn open(checkpoint: &'a Checkpoint, worn: &[Worn]) -> Result<Self, ExportError> {
-        Self::open_grown(checkpoint, &[], worn)
+    pub fn open(checkpoint: &'a Checkpoint, active: &[ActiveAdapter]) -> Result<Self, ExportError> {
+        Self::open_grown(checkpoint, &[], active)
     }
 
     /// [`Self::open`] with tokens added: rows that the checkpoint has not begin as the mean of those it
@@ -104,7 +104,7 @@ impl<'a> Source<'a> {
     pub fn open_grown(
         checkpoint: &'a Checkpoint,
         added: &[Added],
-        worn: &[Worn],
+        active: &[ActiveAdapter],
     ) -> Result<Self, ExportError> {
         let mut config = Config::read(checkpoint)?;
         if !added.is_empty() {
@@ -112,7 +112,7 @@ impl<'a> Source<'a> {
             config.vocab_size = config.vocab_size.max(needed);
         }
         let tied = config.tie_word_embeddings;
-        config.tie_word_embeddings = tied && !worn.iter().any(|worn| unties(&worn.adapter));
+        config.tie_word_embeddings = tied && !active.iter().any(|active| unties(&active.adapter));
         if checkpoint.contains("score.weight") && !checkpoint.contains("lm_head.weight") {
             let path = checkpoint.path().display();
             let reason = format!("{path} is a sequence classifier, which has no logits");
@@ -129,7 +129,7 @@ impl<'a> Source<'a> {
             };
             match stored(checkpoint, &config, of, &shape, end.is_some()) {
                 Ok(base) => {
-                    let updates = updates(&name, end, worn);
+                    let updates = updates(&name, end, active);
                     tensors.push(SourceTensor { name, shape, base, updates, end });
                 }
                 Err(fault) => faults.push(fault),
@@ -140,15 +140,15 @@ impl<'a> Source<'a> {
             let (path, reason) = (checkpoint.path().display().to_string(), faults.join("; "));
             return Err(ModelError::Tensors { path, reason }.into());
         }
-        for worn in worn {
+        for active in active {
             let known = |module: &str| tensors.iter().any(|t| t.module() == Some(module));
-            let mut modules = worn.adapter.modules.keys().chain(worn.adapter.saved.keys());
+            let mut modules = active.adapter.modules.keys().chain(active.adapter.saved.keys());
             if let Some(module) = modules.find(|module| !known(module)) {
-                let reason = format!("adapter {:?} has an update for it", worn.adapter.name);
+                let reason = format!("adapter {:?} has an update for it", active.adapter.name);
                 return Err(ExportError::tensor(module, format!("no such layer, but {reason}")));
             }
-            if worn.adapter.score.is_some() {
-                let name = &worn.adapter.name;
+            if active.adapter.score.is_some() {
+                let name = &active.adapter.name;
                 let reason = format!("adapter {name:?} is a reward model: its score is no logit");
                 return Err(ExportError::Inexpressible { form: "a merged model", reason });
             }
@@ -206,14 +206,14 @@ fn unties(adapter: &Adapter) -> bool {
     has(EMBEDDING) || has(HEAD) || adapter.head_tokens.is_some()
 }
 
-fn updates(name: &str, end: Option<End>, worn: &[Worn]) -> Vec<(Arc<Adapter>, f64)> {
+fn updates(name: &str, end: Option<End>, active: &[ActiveAdapter]) -> Vec<(Arc<Adapter>, f64)> {
     let module = name.strip_suffix(".weight").unwrap_or_default();
-    let has = |worn: &&Worn| {
-        let adapter = &worn.adapter;
+    let has = |active: &&ActiveAdapter| {
+        let adapter = &active.adapter;
         let whole = adapter.modules.contains_key(module) || adapter.saved.contains_key(module);
         whole || end.is_some_and(|end| end.rows(adapter).is_some())
     };
-    worn.iter().filter(has).map(|worn| (worn.adapter.clone(), worn.weight)).collect()
+    active.iter().filter(has).map(|active| (active.adapter.clone(), active.weight)).collect()
 }
 
 /// A tensor of a checkpoint, or what is wrong with it.

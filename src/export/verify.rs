@@ -5,7 +5,7 @@ use std::path::Path;
 use quantune_adapters::rng::Stream;
 
 use super::{ExportError, FileType};
-use crate::model::{Adapters, Config, Decoder, Rows, Worn};
+use crate::model::{ActiveAdapter, Adapters, Config, Decoder, Rows};
 use crate::ops::Compute;
 use crate::text::{Added, Special, Tokenizer};
 use crate::weights::Checkpoint;
@@ -100,11 +100,11 @@ impl Bounds {
 /// The logits' log-softmax of all tokens, `(tokens, vocab_size)`, a row at a time.
 fn log_probs(
     decoder: &Decoder,
-    worn: &[Worn],
+    active: &[ActiveAdapter],
     tokens: &[u32],
 ) -> Result<Vec<Vec<f32>>, ExportError> {
-    let hidden = decoder.hidden(&Rows::new(&[tokens]), Adapters::Same(worn))?;
-    let rows = decoder.logits(&hidden, Adapters::Same(worn))?.to_vec2::<f32>()?;
+    let hidden = decoder.hidden(&Rows::new(&[tokens]), Adapters::Same(active))?;
+    let rows = decoder.logits(&hidden, Adapters::Same(active))?.to_vec2::<f32>()?;
     Ok(rows.into_iter().map(log_softmax).collect())
 }
 
@@ -126,13 +126,13 @@ pub(super) fn divergence(p: &[f32], q: &[f32]) -> f64 {
 }
 
 pub(super) fn distance(
-    source: (&Decoder, &[Worn]),
+    source: (&Decoder, &[ActiveAdapter]),
     written: &Decoder,
-    worn: &[Worn],
+    active: &[ActiveAdapter],
     tokens: &[u32],
 ) -> Result<Distance, ExportError> {
     let theirs = log_probs(source.0, source.1, tokens)?;
-    let ours = log_probs(written, worn, tokens)?;
+    let ours = log_probs(written, active, tokens)?;
     let (mut kl, mut worst) = (0.0, 0f64);
     for (i, (p, q)) in theirs.iter().zip(&ours).enumerate() {
         kl += divergence(p, q);
@@ -153,11 +153,11 @@ pub(super) fn distance(
 /// If it is not the model, or the base cannot be read.
 pub fn verify(
     base: &Checkpoint,
-    worn: &[Worn],
+    active: &[ActiveAdapter],
     written: &Path,
     bounds: Bounds,
 ) -> Result<Verified, ExportError> {
-    verify_grown(base, &[], worn, written, bounds)
+    verify_grown(base, &[], active, written, bounds)
 }
 
 /// [`verify`] of a base that tokens were added to: those too must be what they are.
@@ -167,12 +167,12 @@ pub fn verify(
 pub fn verify_grown(
     base: &Checkpoint,
     added: &[Added],
-    worn: &[Worn],
+    active: &[ActiveAdapter],
     written: &Path,
     bounds: Bounds,
 ) -> Result<Verified, ExportError> {
     let source = load_grown(base, added)?;
-    compare(&source, (base, added), worn, written, bounds).map_err(|reason| {
+    compare(&source, (base, added), active, written, bounds).map_err(|reason| {
         let path = written.to_path_buf();
         let _ = match path.is_dir() {
             true => std::fs::remove_dir_all(&path),
@@ -201,7 +201,7 @@ pub fn load_grown(base: &Checkpoint, added: &[Added]) -> Result<Decoder, ExportE
 fn compare(
     source: &Decoder,
     (base, added): (&Checkpoint, &[Added]),
-    worn: &[Worn],
+    active: &[ActiveAdapter],
     written: &Path,
     bounds: Bounds,
 ) -> Result<Verified, String> {
@@ -226,7 +226,7 @@ fn compare(
         let room = source.config.max_position_embeddings.saturating_sub(tokens.len());
         tokens.extend(ids.take(room.min(TOKENS)));
     }
-    let found = distance((source, worn), &decoder, &[], &tokens).map_err(|e| text(&e))?;
+    let found = distance((source, active), &decoder, &[], &tokens).map_err(|e| text(&e))?;
     bounds.check(found).map(|()| Verified { distance: found, cut_otherwise })
 }
 

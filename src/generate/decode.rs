@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::engine::{Engine, Event, Finish, GenerateError, Generated, Job, Usage};
 use super::sampling::Sampling;
-use crate::model::{Adapters, CacheType, Decoder, Worn};
+use crate::model::{ActiveAdapter, Adapters, CacheType, Decoder};
 
 /// A row to be continued.
 #[derive(Debug, Clone, Copy)]
@@ -80,13 +80,13 @@ pub fn generate(
     let ends: Arc<[u32]> =
         (0..decoder.config.vocab_size as u32).filter(|&token| is_end(token)).collect();
     let mut engine = Engine::new(decoder, settings.cache, slots);
-    let mut worn: Arc<[Worn]> = Arc::new([]);
+    let mut active: Arc<[ActiveAdapter]> = Arc::new([]);
     for (row, request) in requests.iter().enumerate() {
-        if !Worn::same(&worn, adapters.of(row)) {
-            worn = adapters.of(row).into();
+        if !ActiveAdapter::same(&active, adapters.of(row)) {
+            active = adapters.of(row).into();
         }
         engine.submit(Job {
-            worn: worn.clone(),
+            active: active.clone(),
             sampling: settings.sampling.clone(),
             key: request.key,
             ends: ends.clone(),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use candle_core::{Result, Tensor};
 
 use super::sampling::{LogProbs, Sampling, SamplingError};
-use crate::model::{Adapters, CacheType, Decoder, KvCache, Rows, Worn};
+use crate::model::{ActiveAdapter, Adapters, CacheType, Decoder, KvCache, Rows};
 use crate::ops::{Compute, Values, each, team};
 
 /// Tokens of one pass over the prompts; bounds the activations, not the cache.
@@ -25,7 +25,7 @@ pub struct Job {
     /// The tokens to go on from, at least one.
     pub prompt: Vec<u32>,
     /// What it wears from its first token to its last, whatever is swapped meanwhile.
-    pub worn: Arc<[Worn]>,
+    pub active: Arc<[ActiveAdapter]>,
     /// How its tokens are chosen.
     pub sampling: Sampling,
     /// What its randomness is keyed by.
@@ -50,7 +50,7 @@ impl Job {
     pub fn new(prompt: Vec<u32>, max_tokens: usize) -> Self {
         Self {
             prompt,
-            worn: Arc::new([]),
+            active: Arc::new([]),
             sampling: Sampling::greedy(),
             key: 0,
             max_tokens,
@@ -67,21 +67,22 @@ impl Job {
 #[derive(Debug, Clone)]
 pub struct Prefix {
     tokens: Vec<u32>,
-    worn: Arc<[Worn]>,
+    active: Arc<[ActiveAdapter]>,
     cache: KvCache,
 }
 
 impl Prefix {
-    /// How many tokens of a prompt need not be read again under `worn`: never all, for the last one's
+    /// How many tokens of a prompt need not be read again under `active`: never all, for the last one's
     /// hidden state is needed.
-    pub fn covers(&self, prompt: &[u32], worn: &[Worn]) -> usize {
-        if !Worn::same(&self.worn, worn) || !self.cache.turns_alike(self.tokens.len(), prompt.len())
+    pub fn covers(&self, prompt: &[u32], active: &[ActiveAdapter]) -> usize {
+        if !ActiveAdapter::same(&self.active, active)
+            || !self.cache.same_rope_scaling(self.tokens.len(), prompt.len())
         {
             return 0;
         }
         let both = self.tokens.iter().zip(prompt).take_while(|(a, b)| a == b);
         let both = both.count().min(prompt.len().saturating_sub(1));
-        if self.cache.turns_alike(both, prompt.len()) { both } else { 0 }
+        if self.cache.same_rope_scaling(both, prompt.len()) { both } else { 0 }
     }
 }
 
@@ -323,7 +324,7 @@ impl<'a> Engine<'a> {
         let fits = |group: &&mut Group| {
             let first = &group.rows[0];
             first.tokens == row.tokens
-                && Worn::same(&first.job.worn, &row.job.worn)
+                && ActiveAdapter::same(&first.job.active, &row.job.active)
                 && group.prefix.is_none()
                 && prefix.is_none()
         };
@@ -410,7 +411,7 @@ impl<'a> Engine<'a> {
         let Batch { rows, cache } = &self.running;
         let turns = |index: &usize| {
             let read = cache.len(*index);
-            !cache.turns_alike(read, rows[*index].tokens.len())
+            !cache.same_rope_scaling(read, rows[*index].tokens.len())
         };
         let turning: Vec<usize> = (0..rows.len()).rev().filter(turns).collect();
         for index in turning {
@@ -444,8 +445,9 @@ impl<'a> Engine<'a> {
         let mut chunk = next_chunk(&mut self.waiting);
         self.usage.count_prompts(&chunk);
         let (caches, hidden) = prefill(self.decoder, self.kind, &mut chunk)?;
-        let worn: Vec<&[Worn]> = chunk.iter().map(|group| &*group.rows[0].job.worn).collect();
-        let logits = self.decoder.logits(&hidden, Adapters::PerRow(&worn))?; // (groups, vocab_size)
+        let active: Vec<&[ActiveAdapter]> =
+            chunk.iter().map(|group| &*group.rows[0].job.active).collect();
+        let logits = self.decoder.logits(&hidden, Adapters::PerRow(&active))?; // (groups, vocab_size)
         // All of a group choose from the same logits.
         let rows = chunk.iter_mut().zip(0..);
         let rows = rows.flat_map(|(group, line)| group.rows.iter_mut().map(move |row| (row, line)));
@@ -478,8 +480,8 @@ impl<'a> Engine<'a> {
         self.usage.steps += 1;
         self.usage.slot_steps += self.slots.max(batch.rows.len());
         self.usage.tokens += batch.rows.len();
-        let worn: Vec<&[Worn]> = batch.rows.iter().map(|row| &*row.job.worn).collect();
-        let logits = self.decoder.logits(&hidden, Adapters::PerRow(&worn))?; // (running, vocab_size)
+        let active: Vec<&[ActiveAdapter]> = batch.rows.iter().map(|row| &*row.job.active).collect();
+        let logits = self.decoder.logits(&hidden, Adapters::PerRow(&active))?; // (running, vocab_size)
         let mut rows: Vec<(&mut Row, usize)> = batch.rows.iter_mut().zip(0..).collect();
         let mut index = 0;
         for fate in choose(&mut rows, &logits, events)? {
@@ -553,7 +555,7 @@ impl Row {
             (false, _) => None,
             (true, false) => Some((p.ln() as f32, p.ln() as f32)),
             (true, true) => {
-                let before = LogProbs::heated(logits, token, sampling.temperature)?;
+                let before = LogProbs::at_temperature(logits, token, sampling.temperature)?;
                 Some((before, p.ln() as f32))
             }
         };
@@ -587,7 +589,7 @@ impl Row {
         let prefix = cache.filter(|_| self.job.keeps).map(|cache| {
             // The last token chosen has not been read.
             self.tokens.truncate(cache.len(0));
-            Prefix { tokens: self.tokens, worn: self.job.worn, cache }
+            Prefix { tokens: self.tokens, active: self.job.active, cache }
         });
         Ended { generated: self.generated, prefix }
     }
@@ -661,7 +663,7 @@ impl Group {
     /// How many tokens of the prompt need not be read.
     fn kept(&self) -> usize {
         let row = &self.rows[0];
-        self.prefix.as_ref().map_or(0, |prefix| prefix.covers(&row.tokens, &row.job.worn))
+        self.prefix.as_ref().map_or(0, |prefix| prefix.covers(&row.tokens, &row.job.active))
     }
 }
 
@@ -711,12 +713,13 @@ fn prefill(
         own.truncate(0, kept);
         cache.append(own);
     }
-    let worn: Vec<&[Worn]> = groups.iter().map(|group| &*group.rows[0].job.worn).collect();
+    let active: Vec<&[ActiveAdapter]> =
+        groups.iter().map(|group| &*group.rows[0].job.active).collect();
     let prompts = groups.iter().enumerate();
     let mut todo: Vec<&[u32]> =
         prompts.map(|(row, group)| &group.tokens()[cache.len(row)..]).collect();
     // A row that rotates by its length cannot be read in pieces of which the first are shorter.
-    let whole = |row: usize, rest: &[u32]| !cache.turns_alike(1, cache.len(row) + rest.len());
+    let whole = |row: usize, rest: &[u32]| !cache.same_rope_scaling(1, cache.len(row) + rest.len());
     let whole: Vec<bool> = todo.iter().enumerate().map(|(row, rest)| whole(row, rest)).collect();
     let mut last = Vec::new();
     while todo.iter().any(|rest| !rest.is_empty()) {
@@ -732,7 +735,8 @@ fn prefill(
             !new.is_empty() && rest.is_empty() // in the order of the groups, over all passes
         });
         let ends: Vec<u32> = ends.map(|(new, _)| new.tokens.end as u32 - 1).collect();
-        let hidden = decoder.hidden_cached_of(&new, Adapters::PerRow(&worn), &mut cache, &ends)?;
+        let hidden =
+            decoder.hidden_cached_of(&new, Adapters::PerRow(&active), &mut cache, &ends)?;
         if !ends.is_empty() {
             last.push(hidden);
         }
@@ -768,7 +772,7 @@ impl Batch {
         let last: Vec<&[u32]> =
             self.rows.iter().map(|row| &row.tokens[row.tokens.len() - 1..]).collect();
         let last = after(&self.cache, &last);
-        let worn: Vec<&[Worn]> = self.rows.iter().map(|row| &*row.job.worn).collect();
-        decoder.hidden_step(&last, Adapters::PerRow(&worn), &mut self.cache)
+        let active: Vec<&[ActiveAdapter]> = self.rows.iter().map(|row| &*row.job.active).collect();
+        decoder.hidden_step(&last, Adapters::PerRow(&active), &mut self.cache)
     }
 }

@@ -295,10 +295,14 @@ impl<'a> LogProbs<'a> {
     }
 
     /// That of a token of the vocabulary, of logits divided by `temperature`.
-    pub fn heated(logits: &[f32], token: u32, temperature: f64) -> Result<f32, SamplingError> {
-        let heated: Vec<f32> =
+    pub fn at_temperature(
+        logits: &[f32],
+        token: u32,
+        temperature: f64,
+    ) -> Result<f32, SamplingError> {
+        let at_temperature: Vec<f32> =
             logits.iter().map(|l| (f64::from(*l) / temperature) as f32).collect();
-        Ok(LogProbs::new(&heated)?.of(token))
+        Ok(LogProbs::new(&at_temperature)?.of(token))
     }
 
     /// That of a token of the vocabulary.

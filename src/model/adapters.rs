@@ -9,7 +9,7 @@ use crate::ops::Segment;
 
 /// An adapter on a row.
 #[derive(Debug, Clone)]
-pub struct Worn {
+pub struct ActiveAdapter {
     /// The adapter.
     pub adapter: Arc<Adapter>,
     /// What its update is multiplied with, beside its own scale.
@@ -18,7 +18,7 @@ pub struct Worn {
     pub trainable: bool,
 }
 
-impl Worn {
+impl ActiveAdapter {
     /// The adapter at full weight, without gradients.
     pub fn frozen(adapter: Arc<Adapter>) -> Self {
         Self { adapter, weight: 1.0, trainable: false }
@@ -41,15 +41,15 @@ impl Worn {
 }
 
 /// A list of adapters, and the tokens of a batch that wear it.
-pub(super) type Wearer<'a> = (&'a [Worn], Vec<usize>);
+pub(super) type AdapterGroup<'a> = (&'a [ActiveAdapter], Vec<usize>);
 
 /// The adapters of each row of a batch.
 #[derive(Debug, Clone, Copy)]
 pub enum Adapters<'a> {
     /// All rows wear the same.
-    Same(&'a [Worn]),
+    Same(&'a [ActiveAdapter]),
     /// Each row its own, as many lists as rows.
-    PerRow(&'a [&'a [Worn]]),
+    PerRow(&'a [&'a [ActiveAdapter]]),
 }
 
 impl<'a> Adapters<'a> {
@@ -60,27 +60,27 @@ impl<'a> Adapters<'a> {
     ///
     /// # Panics
     /// If each row has its own and there is no such row.
-    pub fn of(&self, row: usize) -> &'a [Worn] {
+    pub fn of(&self, row: usize) -> &'a [ActiveAdapter] {
         match self {
-            Adapters::Same(worn) => worn,
+            Adapters::Same(active) => active,
             Adapters::PerRow(rows) => rows[row],
         }
     }
 
     /// Runs of neighbouring rows that wear the same, as ranges of tokens with their list.
-    pub(super) fn runs(&self, segments: &[Segment]) -> Vec<(Range<usize>, &'a [Worn])> {
+    pub(super) fn runs(&self, segments: &[Segment]) -> Vec<(Range<usize>, &'a [ActiveAdapter])> {
         let end = segments.last().map_or(0, |segment| segment.tokens.end);
         match self {
-            Adapters::Same(worn) => vec![(0..end, worn)],
+            Adapters::Same(active) => vec![(0..end, active)],
             Adapters::PerRow(rows) => {
-                let mut runs: Vec<(Range<usize>, &'a [Worn])> = Vec::new();
+                let mut runs: Vec<(Range<usize>, &'a [ActiveAdapter])> = Vec::new();
                 let rows = segments.iter().zip(*rows);
-                for (segment, &worn) in rows.filter(|(segment, _)| !segment.is_empty()) {
+                for (segment, &active) in rows.filter(|(segment, _)| !segment.is_empty()) {
                     match runs.last_mut() {
-                        Some((tokens, last)) if Worn::same(last, worn) => {
+                        Some((tokens, last)) if ActiveAdapter::same(last, active) => {
                             tokens.end = segment.tokens.end;
                         }
-                        _ => runs.push((segment.tokens.clone(), worn)),
+                        _ => runs.push((segment.tokens.clone(), active)),
                     }
                 }
                 runs
@@ -89,21 +89,23 @@ impl<'a> Adapters<'a> {
     }
 
     /// Tokens that wear the same, wherever their rows stand, with their list.
-    pub(super) fn wearers(&self, segments: &[Segment]) -> Vec<Wearer<'a>> {
-        let mut wearers: Vec<Wearer> = Vec::new();
-        for (tokens, worn) in self.runs(segments).into_iter().filter(|(_, worn)| !worn.is_empty()) {
-            match wearers.iter_mut().find(|(other, _)| Worn::same(other, worn)) {
+    pub(super) fn adapter_groups(&self, segments: &[Segment]) -> Vec<AdapterGroup<'a>> {
+        let mut adapter_groups: Vec<AdapterGroup> = Vec::new();
+        for (tokens, active) in
+            self.runs(segments).into_iter().filter(|(_, active)| !active.is_empty())
+        {
+            match adapter_groups.iter_mut().find(|(other, _)| ActiveAdapter::same(other, active)) {
                 Some((_, all)) => all.extend(tokens),
-                None => wearers.push((worn, tokens.collect())),
+                None => adapter_groups.push((active, tokens.collect())),
             }
         }
-        wearers
+        adapter_groups
     }
 
     /// All adapters, a row's list after the other.
-    pub(super) fn iter(&self) -> impl Iterator<Item = &'a Worn> {
-        let (same, rows): (&[Worn], &[&[Worn]]) = match *self {
-            Adapters::Same(worn) => (worn, &[]),
+    pub(super) fn iter(&self) -> impl Iterator<Item = &'a ActiveAdapter> {
+        let (same, rows): (&[ActiveAdapter], &[&[ActiveAdapter]]) = match *self {
+            Adapters::Same(active) => (active, &[]),
             Adapters::PerRow(rows) => (&[], rows),
         };
         same.iter().chain(rows.iter().flat_map(|row| row.iter()))

@@ -47,7 +47,7 @@ pub struct KvCache {
     head_dim: usize,
     /// Rows of more tokens than this rotate otherwise, so that what is kept of one is of no use to it
     /// once it grows beyond (longrope).
-    long_beyond: Option<usize>,
+    longrope_threshold: Option<usize>,
     pub(super) step: StepBuffers,
 }
 
@@ -130,14 +130,14 @@ impl KvCache {
         let (kv_heads, head_dim) = (config.num_key_value_heads, config.head_dim);
         let layer = vec![RowCache::new(kind, kv_heads, head_dim, decoder.compute); rows];
         let layers = vec![layer; config.num_hidden_layers];
-        let long_beyond = config.long_inv_freq().map(|(original, _)| original);
-        Self { layers, kv_heads, head_dim, long_beyond, step: StepBuffers::default() }
+        let longrope_threshold = config.long_inv_freq().map(|(original, _)| original);
+        Self { layers, kv_heads, head_dim, longrope_threshold, step: StepBuffers::default() }
     }
 
     /// Whether a row of `from` tokens and one of `to` rotate alike, so that what is kept of the one can
     /// be of use to the other.
-    pub fn turns_alike(&self, from: usize, to: usize) -> bool {
-        self.long_beyond.is_none_or(|most| (from > most) == (to > most))
+    pub fn same_rope_scaling(&self, from: usize, to: usize) -> bool {
+        self.longrope_threshold.is_none_or(|most| (from > most) == (to > most))
     }
 
     /// Whether its rows are kept as this form of the operations reads them.
@@ -186,11 +186,11 @@ impl KvCache {
 
     /// Each row as a cache of its own.
     pub fn into_rows(self) -> Vec<Self> {
-        let Self { kv_heads, head_dim, long_beyond, .. } = self;
+        let Self { kv_heads, head_dim, longrope_threshold, .. } = self;
         let depth = self.layers.len();
         let empty = || {
             let (layers, step) = (Vec::with_capacity(depth), StepBuffers::default());
-            Self { layers, kv_heads, head_dim, long_beyond, step }
+            Self { layers, kv_heads, head_dim, longrope_threshold, step }
         };
         let mut caches: Vec<Self> = (0..self.rows()).map(|_| empty()).collect();
         for layer in self.layers {
@@ -453,7 +453,7 @@ mod tests {
             layers: vec![vec![RowCache::new(kind, kv_heads, head_dim, compute); rows]],
             kv_heads,
             head_dim,
-            long_beyond: None,
+            longrope_threshold: None,
             step: StepBuffers::default(),
         }
     }

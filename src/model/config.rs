@@ -8,7 +8,7 @@ use std::path::Path;
 
 use super::ModelError;
 use crate::ops::attention::Heads;
-use crate::ops::{LogitCap, Scores};
+use crate::ops::{LogitSoftcap, Scores};
 use crate::weights::Checkpoint;
 pub use family::{FAMILIES, Family, Norms, QkNorm, Windows};
 
@@ -306,9 +306,9 @@ impl Config {
     }
 
     /// The cap on logits that are divided by `temperature`, if there is one.
-    pub fn logit_cap(&self, temperature: f64) -> Option<LogitCap> {
+    pub fn logit_softcap(&self, temperature: f64) -> Option<LogitSoftcap> {
         let cap = self.variation.final_logit_softcapping? as f32;
-        Some(LogitCap { cap, temperature: temperature as f32 })
+        Some(LogitSoftcap { cap, temperature: temperature as f32 })
     }
 
     /// The family that a `config.json` of this decoder names: of those that a GGUF does not tell apart,

@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use quantune_adapters::delta::Dropout;
 use quantune_adapters::targets::LinearSpec;
 
-use super::adapters::{Adapters, Worn};
+use super::adapters::{ActiveAdapter, Adapters};
 use super::cache::{KvCache, StepBuffers};
 use super::config::{Config, LayerRope};
 use super::ends::{EMBEDDING, HEAD};
@@ -210,7 +210,7 @@ fn check_cache(rows: &Rows, cache: Option<&KvCache>, compute: Compute) -> Result
     }
     for row in rows.segments.iter().filter(|row| !row.is_empty()) {
         let (seen, now) = (rows.positions[row.tokens.start] as usize, row.len());
-        if seen > 0 && !cache.turns_alike(seen, seen + now) {
+        if seen > 0 && !cache.same_rope_scaling(seen, seen + now) {
             candle_core::bail!(
                 "a row of {seen} cached tokens and {now} new ones: rows of that length rotate \
                  otherwise here, needed all of its tokens anew"
@@ -417,14 +417,14 @@ impl Decoder {
             None => StepBuffers::default(),
         };
         let StepBuffers { tape, work } = &mut buffers;
-        let wearers = decoding.then(|| adapters.wearers(&pass.segments));
+        let adapter_groups = decoding.then(|| adapters.adapter_groups(&pass.segments));
         let mut x = Vec::new();
         self.embed_into(&rows.tokens, &pass, &mut x)?;
         for index in 0..self.layers.len() {
             if let Some(mut layer) = self.layer_pass(index, &pass) {
                 let cache = cache.as_deref_mut().map(|cache| (cache, index));
-                if let Some(wearers) = &wearers {
-                    layer = layer.decoding(wearers);
+                if let Some(adapter_groups) = &adapter_groups {
+                    layer = layer.decoding(adapter_groups);
                 }
                 layer.forward(&mut x, tape, false, work, cache)?;
             }
@@ -523,8 +523,8 @@ impl Decoder {
     /// gradient.
     pub fn lowest_trainable(&self, adapters: Adapters) -> Option<(usize, Group)> {
         let trained = |linear: &Linear| {
-            let mut trainable = adapters.iter().filter(|worn| worn.trainable);
-            trainable.any(|worn| worn.adapter.modules.contains_key(&linear.name))
+            let mut trainable = adapters.iter().filter(|active| active.trainable);
+            trainable.any(|active| active.adapter.modules.contains_key(&linear.name))
         };
         self.layers.iter().enumerate().find_map(|(index, layer)| {
             let groups: [(Group, &[Linear]); 4] = [
@@ -662,33 +662,34 @@ impl Decoder {
             Some(dropout) => Some(dropout.mask(&linear.name, linear.weight.cols(), x.device())?),
             None => None,
         };
-        let worn_by = |x: &Tensor, base: &Tensor, mask: Option<&Tensor>, worn: &[Worn]| {
-            let mut y = base.clone();
-            for worn in worn {
-                if let Some(lora) = worn.adapter.modules.get(&linear.name) {
-                    let mut delta =
-                        lora.delta(x, mask.filter(|_| worn.trainable), worn.trainable)?;
-                    if let Some(norms) = lora.row_norms(&*linear.weight)? {
-                        let norms = Tensor::new(&*norms, x.device())?;
-                        let scaled = lora.scaled(&(base + delta)?, &norms, worn.trainable)?;
-                        delta = (scaled - base)?;
+        let adapted_by =
+            |x: &Tensor, base: &Tensor, mask: Option<&Tensor>, active: &[ActiveAdapter]| {
+                let mut y = base.clone();
+                for active in active {
+                    if let Some(lora) = active.adapter.modules.get(&linear.name) {
+                        let mut delta =
+                            lora.delta(x, mask.filter(|_| active.trainable), active.trainable)?;
+                        if let Some(norms) = lora.row_norms(&*linear.weight)? {
+                            let norms = Tensor::new(&*norms, x.device())?;
+                            let scaled = lora.scaled(&(base + delta)?, &norms, active.trainable)?;
+                            delta = (scaled - base)?;
+                        }
+                        y = (y + weighted(delta, active.weight)?)?;
                     }
-                    y = (y + weighted(delta, worn.weight)?)?;
                 }
-            }
-            match &linear.bias {
-                Some(bias) => y.broadcast_add(bias),
-                None => Ok(y),
-            }
-        };
+                match &linear.bias {
+                    Some(bias) => y.broadcast_add(bias),
+                    None => Ok(y),
+                }
+            };
         let runs = pass.adapters.runs(&pass.segments);
-        if let [(_, worn)] = &runs[..] {
-            return worn_by(x, &base, mask.as_ref(), worn);
+        if let [(_, active)] = &runs[..] {
+            return adapted_by(x, &base, mask.as_ref(), active);
         }
-        let parts = runs.into_iter().map(|(tokens, worn)| {
+        let parts = runs.into_iter().map(|(tokens, active)| {
             let part = |t: &Tensor| t.narrow(0, tokens.start, tokens.len());
             let mask = mask.as_ref().map(part).transpose()?;
-            worn_by(&part(x)?, &part(&base)?, mask.as_ref(), worn)
+            adapted_by(&part(x)?, &part(&base)?, mask.as_ref(), active)
         });
         Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)
     }

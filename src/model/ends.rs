@@ -11,18 +11,18 @@ pub use quantune_adapters::config::{EMBEDDING, HEAD};
 use quantune_adapters::delta::{Adapter, Lora, TOKEN_ROWS};
 use rayon::prelude::*;
 
-use super::adapters::{Adapters, Worn};
+use super::adapters::{ActiveAdapter, Adapters};
 use super::decoder::{Decoder, Pass};
 use super::layer::AdapterGradients;
-use super::scoring::heated;
+use super::scoring::at_temperature;
 use crate::isa::Isa;
 use crate::ops::attention::dot;
 use crate::ops::frozen_linear::{few_rows, frozen_rows, read_rows};
 use crate::ops::gemm::{Begin, Out, PackedRows, Panel, Product, Strided, Term, Weights, multiply};
 use crate::ops::linear_cross_entropy::{
-    Found, bend, check_targets, chunk_rows, log_probs_of_logits, score,
+    Found, check_targets, chunk_rows, log_probs_of_logits, score, softcap,
 };
-use crate::ops::{Compute, LogitCap, Values, capped_log_probs, each, frozen_linear};
+use crate::ops::{Compute, LogitSoftcap, Values, capped_log_probs, each, frozen_linear};
 
 /// Panels of the way up and of the way back.
 type Panels = (Panel, Panel);
@@ -43,7 +43,7 @@ impl Decoder {
     /// Whether a trainable adapter has a part in the embedding, so that gradients must come all the
     /// way down.
     pub(crate) fn trains_embedding(&self, adapters: Adapters) -> bool {
-        adapters.iter().any(|worn| worn.trainable && embeds(&worn.adapter))
+        adapters.iter().any(|active| active.trainable && embeds(&active.adapter))
     }
 
     /// What the decoder begins with, `(N, hidden_size)` F32, on the tape of trainable adapters.
@@ -52,16 +52,16 @@ impl Decoder {
     /// If a token is out of vocabulary.
     pub fn embed(&self, tokens: &[u32], pass: &Pass) -> Result<Tensor> {
         let x = frozen_rows(&self.embedding, tokens, &self.device)?;
-        if !pass.adapters.iter().any(|worn| embeds(&worn.adapter)) {
+        if !pass.adapters.iter().any(|active| embeds(&active.adapter)) {
             return self.embedded(x);
         }
         let runs = pass.adapters.runs(&pass.segments).into_iter();
-        let parts = runs.map(|(range, worn)| {
+        let parts = runs.map(|(range, active)| {
             let base = x.narrow(0, range.start, range.len())?;
             let mut x = base.clone();
-            for worn in worn {
-                for delta in embedding_deltas(&tokens[range.clone()], &base, worn)? {
-                    x = (x + (delta * worn.weight)?)?;
+            for active in active {
+                for delta in embedding_deltas(&tokens[range.clone()], &base, active)? {
+                    x = (x + (delta * active.weight)?)?;
                 }
             }
             Ok(x)
@@ -86,16 +86,16 @@ impl Decoder {
     /// [`Self::embed`] into a buffer, which is overwritten; off the tape.
     pub fn embed_into(&self, tokens: &[u32], pass: &Pass, x: &mut Vec<f32>) -> Result<()> {
         read_rows(&self.embedding, tokens, x)?;
-        if !pass.adapters.iter().any(|worn| embeds(&worn.adapter)) {
+        if !pass.adapters.iter().any(|active| embeds(&active.adapter)) {
             self.embedded_in_place(x);
             return Ok(());
         }
         let width = self.config.hidden_size;
-        for (range, worn) in pass.adapters.runs(&pass.segments) {
+        for (range, active) in pass.adapters.runs(&pass.segments) {
             let tokens = &tokens[range.clone()];
             let base = x[range.start * width..range.end * width].to_vec();
             let x = &mut x[range.start * width..range.end * width];
-            for Worn { adapter, weight, .. } in worn {
+            for ActiveAdapter { adapter, weight, .. } in active {
                 let weight = *weight as f32;
                 let towards = |x: &mut [f32], own: &[f32], base: &[f32]| {
                     let both = own.iter().zip(base);
@@ -145,18 +145,18 @@ impl Decoder {
         self.embedded_in_place(dx);
         let dx = &*dx;
         let width = self.config.hidden_size;
-        for worn in pass.adapters.iter().filter(|worn| worn.trainable) {
-            let weight = worn.weight as f32;
+        for active in pass.adapters.iter().filter(|active| active.trainable) {
+            let weight = active.weight as f32;
             let add = |sum: &mut [f32], d: &[f32]| {
                 sum.iter_mut().zip(d).for_each(|(sum, d)| *sum += weight * d);
             };
-            if worn.adapter.saved.contains_key(EMBEDDING) {
+            if active.adapter.saved.contains_key(EMBEDDING) {
                 let gradient = sink.of(EMBEDDING, 0);
                 for (&token, d) in tokens.iter().zip(dx.chunks_exact(width)) {
                     add(&mut gradient[token as usize * width..][..width], d);
                 }
             }
-            if let Some(own) = &worn.adapter.tokens {
+            if let Some(own) = &active.adapter.tokens {
                 let gradient = sink.of(TOKEN_ROWS, 0);
                 for (token, d) in tokens.iter().zip(dx.chunks_exact(width)) {
                     if let Ok(at) = own.indices.binary_search(token) {
@@ -164,7 +164,7 @@ impl Decoder {
                     }
                 }
             }
-            if let Some(lora) = worn.adapter.modules.get(EMBEDDING) {
+            if let Some(lora) = active.adapter.modules.get(EMBEDDING) {
                 let (a, b) = (Values::of(lora.a.as_tensor())?, Values::of(lora.b.as_tensor())?);
                 let (r, vocabulary) = (lora.r(), lora.in_features());
                 let scale = lora.scale as f32 * weight;
@@ -197,7 +197,7 @@ impl Decoder {
             Some(head) => head.linear(&hidden.detach())?.to_device(&Device::Cpu)?,
             None => few_rows(hidden, &self.head, self.compute)?,
         };
-        if !adapters.iter().any(|worn| self.heads(&worn.adapter)) {
+        if !adapters.iter().any(|active| self.heads(&active.adapter)) {
             return self.capped(base);
         }
         let (rows, vocabulary) = base.dims2()?;
@@ -208,7 +208,7 @@ impl Decoder {
         for row in 0..rows {
             let x = &hidden_values[row * self.config.hidden_size..][..self.config.hidden_size];
             let base = &base[row * vocabulary..][..vocabulary];
-            match self.worn_head(adapters.of(row))? {
+            match self.adapted_head(adapters.of(row))? {
                 Some(head) => logits.extend(head.one_row(x, base)),
                 None => logits.extend_from_slice(base),
             }
@@ -218,23 +218,28 @@ impl Decoder {
 
     /// Log-probabilities of `targets`, one per row of `hidden (M, hidden_size)` → `(M)`, of rows that
     /// all wear the same. In the portable form trainable adapters are on the tape.
-    pub fn log_probs(&self, hidden: &Tensor, targets: &[u32], worn: &[Worn]) -> Result<Tensor> {
-        self.heated_log_probs(hidden, targets, 1.0, worn)
+    pub fn log_probs(
+        &self,
+        hidden: &Tensor,
+        targets: &[u32],
+        active: &[ActiveAdapter],
+    ) -> Result<Tensor> {
+        self.log_probs_at_temperature(hidden, targets, 1.0, active)
     }
 
     /// [`Self::log_probs`] of logits divided by `temperature`.
-    pub fn heated_log_probs(
+    pub fn log_probs_at_temperature(
         &self,
         hidden: &Tensor,
         targets: &[u32],
         temperature: f64,
-        worn: &[Worn],
+        active: &[ActiveAdapter],
     ) -> Result<Tensor> {
-        let cap = self.config.logit_cap(temperature);
+        let cap = self.config.logit_softcap(temperature);
         let hidden = self.to_head(hidden)?;
         // Without a cap hidden states may as well be divided; with one, logits are, behind it.
-        let hidden = &if cap.is_some() { hidden } else { heated(hidden, temperature)? };
-        let Some(head) = self.worn_head(worn)? else {
+        let hidden = &if cap.is_some() { hidden } else { at_temperature(hidden, temperature)? };
+        let Some(head) = self.adapted_head(active)? else {
             let Some(head) = &self.uploaded_head else {
                 return capped_log_probs(hidden, &self.head, targets, cap, self.compute);
             };
@@ -243,7 +248,7 @@ impl Decoder {
         };
         check_targets(targets, &self.head)?;
         let Some(panels) = self.compute.forward_panel().zip(self.compute.backward_panel()) else {
-            let logits = self.worn_logits(hidden, worn)?; // (M, V)
+            let logits = self.adapted_logits(hidden, active)?; // (M, V)
             return log_probs_of_logits(logits, targets, cap);
         };
         let hidden = hidden.contiguous()?;
@@ -256,23 +261,23 @@ impl Decoder {
     }
 
     /// Logits `(M, vocab_size)` composed of candle's operations: the portable form.
-    fn worn_logits(&self, hidden: &Tensor, worn: &[Worn]) -> Result<Tensor> {
+    fn adapted_logits(&self, hidden: &Tensor, active: &[ActiveAdapter]) -> Result<Tensor> {
         let base = match &self.uploaded_head {
             Some(head) => head.linear(hidden)?,
             None => frozen_linear(hidden, &self.head, Compute::Portable)?,
         };
         let mut logits = base.clone();
-        for worn in worn {
-            let on_tape = |var: &Var| on_tape(worn, var, &self.device);
-            if let Some(lora) = worn.adapter.modules.get(HEAD) {
-                let delta = lora.delta(hidden, None, worn.trainable)?;
-                logits = (logits + (delta * worn.weight)?)?;
+        for active in active {
+            let on_tape = |var: &Var| on_tape(active, var, &self.device);
+            if let Some(lora) = active.adapter.modules.get(HEAD) {
+                let delta = lora.delta(hidden, None, active.trainable)?;
+                logits = (logits + (delta * active.weight)?)?;
             }
-            if let Some(own) = worn.adapter.saved.get(HEAD) {
+            if let Some(own) = active.adapter.saved.get(HEAD) {
                 let delta = (hidden.matmul(&on_tape(own)?.t()?)? - &base)?;
-                logits = (logits + (delta * worn.weight)?)?;
+                logits = (logits + (delta * active.weight)?)?;
             }
-            if let Some((own, _)) = worn.adapter.head_rows(self.config.tie_word_embeddings) {
+            if let Some((own, _)) = active.adapter.head_rows(self.config.tie_word_embeddings) {
                 // Which logit each row of its own is added to, `(n, V)`.
                 let (n, vocabulary) = (own.indices.len(), self.config.vocab_size);
                 let mut places = vec![0f32; n * vocabulary];
@@ -282,7 +287,7 @@ impl Decoder {
                 let places = Tensor::from_vec(places, (n, vocabulary), hidden.device())?;
                 let rows = frozen_rows(&self.head, &own.indices, hidden.device())?;
                 let delta = hidden.matmul(&(on_tape(&own.rows)? - rows)?.t()?)?.matmul(&places)?;
-                logits = (logits + (delta * worn.weight)?)?;
+                logits = (logits + (delta * active.weight)?)?;
             }
         }
         Ok(logits)
@@ -303,13 +308,16 @@ impl Decoder {
     }
 
     /// What adapters make of the head; nothing where they have no part in it.
-    pub(crate) fn worn_head<'a>(&'a self, worn: &'a [Worn]) -> Result<Option<WornHead<'a>>> {
-        if !worn.iter().any(|worn| self.heads(&worn.adapter)) {
+    pub(crate) fn adapted_head<'a>(
+        &'a self,
+        active: &'a [ActiveAdapter],
+    ) -> Result<Option<AdaptedHead<'a>>> {
+        if !active.iter().any(|active| self.heads(&active.adapter)) {
             return Ok(None);
         }
-        let mut head = WornHead { decoder: self, base: 1.0, parts: Vec::new() };
-        for worn in worn {
-            let Worn { adapter, weight, trainable } = worn;
+        let mut head = AdaptedHead { decoder: self, base: 1.0, parts: Vec::new() };
+        for active in active {
+            let ActiveAdapter { adapter, weight, trainable } = active;
             let weight = *weight as f32;
             let mut part = |kind| head.parts.push(Part { kind, weight, trainable: *trainable });
             if let Some(lora) = adapter.modules.get(HEAD) {
@@ -333,22 +341,22 @@ impl Decoder {
 }
 
 /// A parameter of an adapter on a device, on the tape if the adapter trains.
-fn on_tape(worn: &Worn, parameter: &Var, device: &Device) -> Result<Tensor> {
-    match worn.trainable {
+fn on_tape(active: &ActiveAdapter, parameter: &Var, device: &Device) -> Result<Tensor> {
+    match active.trainable {
         true => parameter.as_tensor().to_device(device),
         false => parameter.as_detached_tensor().to_device(device),
     }
 }
 
 /// What an adapter adds to the embeddings of tokens, `(N, hidden_size)` each, on its tape.
-fn embedding_deltas(tokens: &[u32], base: &Tensor, worn: &Worn) -> Result<Vec<Tensor>> {
-    let on_tape = |var: &Var| on_tape(worn, var, base.device());
+fn embedding_deltas(tokens: &[u32], base: &Tensor, active: &ActiveAdapter) -> Result<Vec<Tensor>> {
+    let on_tape = |var: &Var| on_tape(active, var, base.device());
     let ids = Tensor::new(tokens, base.device())?;
     let mut deltas = Vec::new();
-    if let Some(own) = worn.adapter.saved.get(EMBEDDING) {
+    if let Some(own) = active.adapter.saved.get(EMBEDDING) {
         deltas.push((on_tape(own)?.index_select(&ids, 0)? - base)?);
     }
-    if let Some(own) = &worn.adapter.tokens {
+    if let Some(own) = &active.adapter.tokens {
         // Which row of its own each token has, `(N, n)`.
         let mut places = vec![0f32; tokens.len() * own.indices.len()];
         for (token, row) in tokens.iter().zip(places.chunks_exact_mut(own.indices.len().max(1))) {
@@ -360,7 +368,7 @@ fn embedding_deltas(tokens: &[u32], base: &Tensor, worn: &Worn) -> Result<Vec<Te
         let has = places.sum_keepdim(1)?; // (N, 1)
         deltas.push((places.matmul(&on_tape(&own.rows)?)? - base.broadcast_mul(&has)?)?);
     }
-    if let Some(lora) = worn.adapter.modules.get(EMBEDDING) {
+    if let Some(lora) = active.adapter.modules.get(EMBEDDING) {
         let a = on_tape(&lora.a)?.t()?.contiguous()?.index_select(&ids, 0)?; // (N, r)
         deltas.push((a.matmul(&on_tape(&lora.b)?.t()?)? * lora.scale)?);
     }
@@ -368,7 +376,7 @@ fn embedding_deltas(tokens: &[u32], base: &Tensor, worn: &Worn) -> Result<Vec<Te
 }
 
 /// The head as some rows wear it.
-pub(crate) struct WornHead<'a> {
+pub(crate) struct AdaptedHead<'a> {
     decoder: &'a Decoder,
     /// What is left of the base's product beside whole heads.
     base: f32,
@@ -413,19 +421,19 @@ struct Chunk {
 
 impl Chunk {
     /// Caps the logits, and keeps how steep that is at each.
-    fn bend(&mut self, isa: Isa, vocabulary: usize, cap: LogitCap) {
+    fn softcap(&mut self, isa: Isa, vocabulary: usize, cap: LogitSoftcap) {
         let Self { logits, slopes, .. } = self;
         slopes.resize(logits.len(), 0.0);
         let rows = logits.par_chunks_exact_mut(vocabulary);
         let rows = rows.zip(slopes.par_chunks_exact_mut(vocabulary));
-        rows.for_each(|(logits, slopes)| bend(isa, logits, slopes, cap));
+        rows.for_each(|(logits, slopes)| softcap(isa, logits, slopes, cap));
     }
 }
 
 /// Logits of a hidden state that a thread takes at a time.
 const LOGITS: usize = 256;
 
-impl WornHead<'_> {
+impl AdaptedHead<'_> {
     fn width(&self) -> usize {
         self.decoder.config.hidden_size
     }
@@ -469,7 +477,7 @@ impl WornHead<'_> {
         &self,
         panels: Panels,
         x: &[f32],
-        (targets, cap): (&[u32], Option<LogitCap>),
+        (targets, cap): (&[u32], Option<LogitSoftcap>),
         mut found: Found,
     ) {
         let (width, vocabulary) = (self.width(), self.decoder.config.vocab_size);
@@ -478,7 +486,7 @@ impl WornHead<'_> {
         for (i, (x, targets)) in x.chunks(rows * width).zip(targets.chunks(rows)).enumerate() {
             self.logits(panels.0, x, &mut chunk);
             if let Some(cap) = cap {
-                chunk.bend(isa, vocabulary, cap);
+                chunk.softcap(isa, vocabulary, cap);
             }
             found.take(isa, &mut chunk.logits, i * rows, targets, None);
         }
@@ -490,7 +498,7 @@ impl WornHead<'_> {
         &self,
         panels: Panels,
         x: &[f32],
-        (targets, dlogps, cap): (&[u32], &[f32], Option<LogitCap>),
+        (targets, dlogps, cap): (&[u32], &[f32], Option<LogitSoftcap>),
         dx: &mut [f32],
         sink: &mut AdapterGradients,
     ) {
@@ -501,7 +509,7 @@ impl WornHead<'_> {
         for ((x, dx), (targets, dlogps)) in all.zip(targets.chunks(rows).zip(dlogps.chunks(rows))) {
             self.logits(panels.0, x, &mut chunk);
             if let Some(cap) = cap {
-                chunk.bend(isa, vocabulary, cap);
+                chunk.softcap(isa, vocabulary, cap);
             }
             let per_row = chunk.logits.par_chunks_exact_mut(vocabulary).zip(targets).zip(dlogps);
             per_row.for_each(|((logits, &target), &d)| {

@@ -6,9 +6,9 @@
 pub mod adapters;
 pub mod cache;
 pub mod config;
+mod decode_linear;
 pub mod decoder;
 pub mod ends;
-mod few;
 pub mod full;
 pub mod layer;
 pub mod load;
@@ -16,7 +16,7 @@ pub mod observe;
 pub mod reading;
 pub mod scoring;
 
-pub use adapters::{Adapters, Worn};
+pub use adapters::{ActiveAdapter, Adapters};
 pub use cache::{CacheType, KvCache};
 pub use config::{Config, FAMILIES, RopeScaling};
 pub use decoder::{Decoder, Pass, Rows};

@@ -7,7 +7,7 @@
 use candle_core::Result;
 use rayon::prelude::*;
 
-use super::adapters::Worn;
+use super::adapters::ActiveAdapter;
 use super::decoder::Decoder;
 use super::layer::AdapterGradients;
 use crate::isa::Isa;
@@ -54,7 +54,7 @@ impl Decoder {
         x: &[f32],
         targets: &[(u32, u32)],
         temperature: f64,
-        worn: &[Worn],
+        active: &[ActiveAdapter],
         to_learn: bool,
         reading: &'r mut Reading,
     ) -> Result<&'r [f32]> {
@@ -69,8 +69,8 @@ impl Decoder {
         likeliest.resize(targets.len(), false);
         let found = Found { logps, entropies, likeliest };
         dnormed.resize(normed.len(), 0.0);
-        let cap = self.config.logit_cap(temperature);
-        if let Some(head) = self.worn_head(worn)? {
+        let cap = self.config.logit_softcap(temperature);
+        if let Some(head) = self.adapted_head(active)? {
             head.forward(self.panels(), normed, (targets, cap), found);
             return Ok(&reading.logps);
         }
@@ -81,21 +81,21 @@ impl Decoder {
     }
 
     /// Adds to `dx (N, hidden_size)` what follows from the gradient `dlogps (M)` of the log-probs
-    /// that were read last, and to `sink` what follows for trainable parts of the head. `worn` is what
+    /// that were read last, and to `sink` what follows for trainable parts of the head. `active` is what
     /// they were read with.
     pub fn log_probs_back(
         &self,
         dlogps: &[f32],
         temperature: f64,
-        worn: &[Worn],
+        active: &[ActiveAdapter],
         reading: &mut Reading,
         dx: &mut [f32],
         sink: &mut AdapterGradients,
     ) -> Result<()> {
         let width = self.config.hidden_size;
-        if let Some(head) = self.worn_head(worn)? {
+        if let Some(head) = self.adapted_head(active)? {
             let Reading { normed, dnormed, targets, .. } = reading;
-            let cap = self.config.logit_cap(temperature);
+            let cap = self.config.logit_softcap(temperature);
             head.backward(self.panels(), normed, (targets, dlogps, cap), dnormed, sink);
         } else {
             let rows = reading.dnormed.par_chunks_exact_mut(width).zip(dlogps);
@@ -152,7 +152,7 @@ impl Decoder {
     /// What hidden states are divided by before the head, for logits divided by `temperature`: where
     /// there is a cap, that comes behind it.
     fn divided_before_head(&self, temperature: f64) -> f64 {
-        let heat = if self.config.logit_cap(temperature).is_some() { 1.0 } else { temperature };
+        let heat = if self.config.logit_softcap(temperature).is_some() { 1.0 } else { temperature };
         heat / self.config.variation.logits_multiplier
     }
 

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use candle_core::{Result, Tensor};
 
-use super::{Adapters, Decoder, Rows, Worn};
+use super::{ActiveAdapter, Adapters, Decoder, Rows};
 use crate::data::Batch;
 
 /// Tokens that go through the model at once, where rows are as long as that together.
@@ -41,18 +41,18 @@ fn rows_of(batch: &Batch) -> Rows {
 /// The log-probs of a batch's targets, in nats, of logits divided by `temperature`.
 pub fn target_log_probs(
     decoder: &Decoder,
-    worn: &[Worn],
+    active: &[ActiveAdapter],
     batch: &Batch,
     temperature: f64,
 ) -> Result<Vec<f32>> {
     let rows = rows_of(batch);
-    log_probs_of(decoder, worn, &rows, &batch.targets, temperature)
+    log_probs_of(decoder, active, &rows, &batch.targets, temperature)
 }
 
 /// The log-probs of targets, each the row of N that predicts it and a token.
 pub fn log_probs_of(
     decoder: &Decoder,
-    worn: &[Worn],
+    active: &[ActiveAdapter],
     rows: &Rows,
     targets: &[(u32, u32)],
     temperature: f64,
@@ -61,14 +61,14 @@ pub fn log_probs_of(
         return Ok(Vec::new());
     }
     let (places, targets): (Vec<u32>, Vec<u32>) = targets.iter().copied().unzip();
-    let hidden = decoder.hidden_of(rows, Adapters::Same(worn), &places)?;
-    decoder.heated_log_probs(&hidden, &targets, temperature, worn)?.to_vec1()
+    let hidden = decoder.hidden_of(rows, Adapters::Same(active), &places)?;
+    decoder.log_probs_at_temperature(&hidden, &targets, temperature, active)?.to_vec1()
 }
 
 /// The scores that a head `(1, hidden_size)` reads from chosen rows, of the N of a batch.
 pub fn row_scores(
     decoder: &Decoder,
-    worn: &[Worn],
+    active: &[ActiveAdapter],
     head: &Tensor,
     batch: &Batch,
     rows: Vec<u32>,
@@ -76,14 +76,14 @@ pub fn row_scores(
     if rows.is_empty() {
         return Ok(Vec::new());
     }
-    let hidden = decoder.hidden_of(&rows_of(batch), Adapters::Same(worn), &rows)?;
+    let hidden = decoder.hidden_of(&rows_of(batch), Adapters::Same(active), &rows)?;
     scores(&hidden, head)?.to_vec1()
 }
 
 /// [`target_log_probs`], and [`row_scores`] of the rows in `scored`, from one pass: the same bits.
 pub fn log_probs_and_scores(
     decoder: &Decoder,
-    worn: &[Worn],
+    active: &[ActiveAdapter],
     head: &Tensor,
     batch: &Batch,
     temperature: f64,
@@ -96,7 +96,7 @@ pub fn log_probs_and_scores(
     if read.is_empty() {
         return Ok((Vec::new(), Vec::new()));
     }
-    let hidden = decoder.hidden_of(&rows_of(batch), Adapters::Same(worn), &read)?;
+    let hidden = decoder.hidden_of(&rows_of(batch), Adapters::Same(active), &read)?;
     let of = |rows: &[u32]| -> Result<Tensor> {
         let place = |row| read.binary_search(row).expect("all of them were read") as u32;
         let places: Vec<u32> = rows.iter().map(place).collect();
@@ -104,7 +104,9 @@ pub fn log_probs_and_scores(
     };
     let logps = match targets.is_empty() {
         true => Vec::new(),
-        false => decoder.heated_log_probs(&of(&places)?, &targets, temperature, worn)?.to_vec1()?,
+        false => decoder
+            .log_probs_at_temperature(&of(&places)?, &targets, temperature, active)?
+            .to_vec1()?,
     };
     let found = match scored.is_empty() {
         true => Vec::new(),
@@ -114,7 +116,7 @@ pub fn log_probs_and_scores(
 }
 
 /// Hidden states whose logits are divided by `temperature`.
-pub fn heated(hidden: Tensor, temperature: f64) -> Result<Tensor> {
+pub fn at_temperature(hidden: Tensor, temperature: f64) -> Result<Tensor> {
     if temperature == 1.0 { Ok(hidden) } else { hidden * (1.0 / temperature) }
 }
 

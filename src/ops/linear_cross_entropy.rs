@@ -21,7 +21,7 @@ const CHUNK_LOGITS: usize = 8 << 20;
 /// A cap on logits (Gemma 2): they become `cap · tanh(logit / cap) / temperature`. A temperature comes
 /// behind the cap, where without one it may as well divide the hidden states.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct LogitCap {
+pub struct LogitSoftcap {
     /// No logit is larger than this.
     pub cap: f32,
     /// What capped logits are divided by.
@@ -47,7 +47,7 @@ pub fn capped_log_probs(
     x: &Tensor,
     head: &Arc<FrozenMatrix>,
     targets: &[u32],
-    cap: Option<LogitCap>,
+    cap: Option<LogitSoftcap>,
     compute: Compute,
 ) -> Result<Tensor> {
     let rows = x.dim(0)?;
@@ -76,9 +76,9 @@ pub fn capped_log_probs(
 pub(crate) fn log_probs_of_logits(
     mut logits: Tensor,
     targets: &[u32],
-    cap: Option<LogitCap>,
+    cap: Option<LogitSoftcap>,
 ) -> Result<Tensor> {
-    if let Some(LogitCap { cap, temperature }) = cap {
+    if let Some(LogitSoftcap { cap, temperature }) = cap {
         let (cap, temperature) = (f64::from(cap), f64::from(temperature));
         logits = ((logits / cap)?.tanh()? * (cap / temperature))?;
     }
@@ -172,7 +172,7 @@ pub(crate) fn forward(
     x: &[f32],
     head: &FrozenMatrix,
     targets: &[u32],
-    cap: Option<LogitCap>,
+    cap: Option<LogitSoftcap>,
     mut found: Found,
     mut gradient: Option<&mut [f32]>,
 ) {
@@ -189,7 +189,7 @@ pub(crate) fn forward(
         if let Some(cap) = cap {
             slopes.resize(logits.len().max(slopes.len()), 0.0);
             let pairs = logits.par_chunks_mut(vocabulary).zip(slopes.par_chunks_mut(vocabulary));
-            pairs.for_each(|(logits, slopes)| bend(isa, logits, slopes, cap));
+            pairs.for_each(|(logits, slopes)| softcap(isa, logits, slopes, cap));
         }
         found.take(isa, logits, first, targets, with_gradient.then_some(1.0));
         if cap.is_some() && with_gradient {
@@ -273,7 +273,7 @@ pub(crate) fn learn(
 struct LinearLogProbs {
     head: Arc<FrozenMatrix>,
     targets: Vec<u32>,
-    cap: Option<LogitCap>,
+    cap: Option<LogitSoftcap>,
     /// Forward and backward.
     panels: (Panel, Panel),
     with_gradient: bool,
@@ -324,8 +324,8 @@ pub(crate) struct Scored {
 
 versions! {
     /// Caps logits, and says how steep that is at each.
-    pub(crate) fn bend(isa; logits: &mut [f32], slopes: &mut [f32], cap: LogitCap) {
-        let LogitCap { cap, temperature } = cap;
+    pub(crate) fn softcap(isa; logits: &mut [f32], slopes: &mut [f32], cap: LogitSoftcap) {
+        let LogitSoftcap { cap, temperature } = cap;
         for (logit, slope) in logits.iter_mut().zip(slopes) {
             let t = tanh(*logit / cap);
             (*logit, *slope) = (cap / temperature * t, (1.0 - t * t) / temperature);
@@ -393,7 +393,7 @@ mod tests {
         let head = head(301, 24);
         let targets: Vec<u32> = (0..40).map(|i| i * 7 % 301).collect();
         let inputs = [normal(1, &[40, 24])];
-        for cap in [None, Some(LogitCap { cap: 3.0, temperature: 0.7 })] {
+        for cap in [None, Some(LogitSoftcap { cap: 3.0, temperature: 0.7 })] {
             let run = |compute| {
                 let (head, targets) = (head.clone(), targets.clone());
                 move |t: &[Tensor]| capped_log_probs(&t[0], &head, &targets, cap, compute)

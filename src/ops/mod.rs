@@ -38,7 +38,7 @@ pub use device::{DeviceError, DeviceName};
 pub use device_matrix::DeviceMatrix;
 pub use frozen_linear::frozen_linear;
 use gemm::Panel;
-pub use linear_cross_entropy::{LogitCap, capped_log_probs, linear_log_probs};
+pub use linear_cross_entropy::{LogitSoftcap, capped_log_probs, linear_log_probs};
 pub use rms_norm::rms_norm;
 pub use rope::rope;
 pub use segment::Segment;

@@ -8,7 +8,7 @@ use candle_core::{Result, Tensor};
 use crate::data::Batch;
 use crate::generate::{Finish, GenerateError, Request, Settings, generate};
 use crate::model::scoring::{log_probs_and_scores, row_scores, runs, target_log_probs};
-use crate::model::{Adapters, Decoder, Worn};
+use crate::model::{ActiveAdapter, Adapters, Decoder};
 
 use super::ppo::{self, state_rows};
 
@@ -45,7 +45,7 @@ impl Response {
 /// `first_key` on.
 pub fn respond(
     decoder: &Decoder,
-    worn: &[Worn],
+    active: &[ActiveAdapter],
     prompts: &[Arc<[u32]>],
     per_prompt: usize,
     settings: &Settings,
@@ -57,7 +57,7 @@ pub fn respond(
     let requests: Vec<Request> =
         owners.iter().zip(first_key..).map(|(prompt, key)| Request::new(prompt, key)).collect();
     let never = &mut |_: usize, _: u32| ControlFlow::Continue(());
-    let generated = generate(decoder, Adapters::Same(worn), &requests, settings, is_end, never)?;
+    let generated = generate(decoder, Adapters::Same(active), &requests, settings, is_end, never)?;
     let responses = generated.rows.into_iter().zip(owners).zip(first_key..);
     Ok(responses
         .map(|((generated, prompt), key)| Response {
@@ -84,7 +84,7 @@ pub fn lay_out(responses: &[&Response]) -> Batch {
 /// Log-probs of each response's tokens, of logits divided by `temperature`.
 pub fn log_probs(
     decoder: &Decoder,
-    worn: &[Worn],
+    active: &[ActiveAdapter],
     responses: &[Response],
     temperature: f64,
 ) -> Result<Vec<Vec<f32>>> {
@@ -92,7 +92,7 @@ pub fn log_probs(
     for run in runs(responses.iter().map(Response::len)) {
         let responses: Vec<&Response> = responses[run].iter().collect();
         let batch = lay_out(&responses);
-        let logps = target_log_probs(decoder, worn, &batch, temperature)?;
+        let logps = target_log_probs(decoder, active, &batch, temperature)?;
         all.extend(batch.spans.iter().map(|span| logps[span.clone()].to_vec()));
     }
     Ok(all)
@@ -102,7 +102,7 @@ pub fn log_probs(
 /// have of tokens.
 pub fn values(
     decoder: &Decoder,
-    worn: &[Worn],
+    active: &[ActiveAdapter],
     head: &Tensor,
     responses: &[Response],
     most: usize,
@@ -113,7 +113,7 @@ pub fn values(
         let batch = lay_out(&responses);
         let states = || responses.iter().map(|response| ppo::states(response.tokens.len(), most));
         let rows = state_rows(&batch, states());
-        let mut values = row_scores(decoder, worn, head, &batch, rows)?.into_iter();
+        let mut values = row_scores(decoder, active, head, &batch, rows)?.into_iter();
         all.extend(states().map(|states| values.by_ref().take(states).collect::<Vec<f32>>()));
     }
     Ok(all)
@@ -122,7 +122,7 @@ pub fn values(
 /// [`log_probs`] and [`values`] by a head on the policy's own adapter, from one pass: the same bits.
 pub fn log_probs_and_values(
     decoder: &Decoder,
-    worn: &[Worn],
+    active: &[ActiveAdapter],
     head: &Tensor,
     responses: &[Response],
     temperature: f64,
@@ -135,7 +135,7 @@ pub fn log_probs_and_values(
         let states = || responses.iter().map(|response| ppo::states(response.tokens.len(), most));
         let rows = state_rows(&batch, states());
         let (of_tokens, of_states) =
-            log_probs_and_scores(decoder, worn, head, &batch, temperature, &rows)?;
+            log_probs_and_scores(decoder, active, head, &batch, temperature, &rows)?;
         logps.extend(batch.spans.iter().map(|span| of_tokens[span.clone()].to_vec()));
         let mut rest = of_states.into_iter();
         values.extend(states().map(|states| rest.by_ref().take(states).collect::<Vec<f32>>()));
@@ -148,7 +148,7 @@ pub fn log_probs_and_values(
 /// an ended response where the reward model was trained, and are read past.
 pub fn scores(
     decoder: &Decoder,
-    worn: &[Worn],
+    active: &[ActiveAdapter],
     head: &Tensor,
     responses: &[&Response],
     eos: Option<u32>,
@@ -166,7 +166,7 @@ pub fn scores(
         });
         let ended: Vec<Response> = ended.collect();
         let batch = lay_out(&ended.iter().collect::<Vec<_>>());
-        all.extend(row_scores(decoder, worn, head, &batch, batch.ends.clone())?);
+        all.extend(row_scores(decoder, active, head, &batch, batch.ends.clone())?);
     }
     Ok(all)
 }

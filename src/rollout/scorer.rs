@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use super::respond::{self, Response};
 use super::{RewardError, RewardModel, RewardModelError, Rewards, Sample, Scores};
 use crate::data::Prompt;
-use crate::model::{Decoder, Worn};
+use crate::model::{ActiveAdapter, Decoder};
 use crate::text::{TextError, Tokenizer};
 
 /// What gives rewards, loaded.
@@ -16,7 +16,7 @@ pub struct Scorer {
     /// The sources of reward and their weights.
     pub rewards: Rewards,
     /// The first source that is a model, if it is one on the base.
-    pub adapter: Option<Worn>,
+    pub adapter: Option<ActiveAdapter>,
     /// The next, if it is one of its own.
     pub model: Option<RewardModel>,
     /// If given, an adapter reads a response that did not end by itself as if it ended so.
@@ -109,9 +109,9 @@ impl Scorer {
             })
             .collect();
         let mut models = Vec::new();
-        if let Some(worn) = &self.adapter {
+        if let Some(active) = &self.adapter {
             let responses: Vec<&Response> = answers.iter().map(|answer| answer.response).collect();
-            let scores = self.read(decoder, worn, &responses)?;
+            let scores = self.read(decoder, active, &responses)?;
             models.push(scores.into_iter().map(f64::from).collect());
         }
         if let Some(model) = &self.model {
@@ -126,13 +126,13 @@ impl Scorer {
     pub fn read(
         &self,
         decoder: &Decoder,
-        worn: &Worn,
+        active: &ActiveAdapter,
         responses: &[&Response],
     ) -> TensorResult<Vec<f32>> {
-        let Some(head) = &worn.adapter.score else {
+        let Some(head) = &active.adapter.score else {
             candle_core::bail!("the adapter has no score head")
         };
-        let worn = std::slice::from_ref(worn);
-        respond::scores(decoder, worn, head, responses, self.eos, &self.after)
+        let active = std::slice::from_ref(active);
+        respond::scores(decoder, active, head, responses, self.eos, &self.after)
     }
 }

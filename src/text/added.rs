@@ -139,7 +139,7 @@ impl Tokenizer {
                     if let Some(added) = self.found_otherwise(&theirs, &text) {
                         return fault(format!(
                             "normalized of the token {text:?} is {}, needed {}, as another adapter \
-                             has it: the two cannot be worn together",
+                             has it: the two cannot be active together",
                             !added.normalized, added.normalized
                         ));
                     }
@@ -149,7 +149,7 @@ impl Tokenizer {
                 Some(own) if id as usize >= own_len => {
                     return fault(format!(
                         "token {id} is {text:?}, needed {own:?}, which was added already: adapters \
-                         with other tokens of their own cannot be worn together"
+                         with other tokens of their own cannot be active together"
                     ));
                 }
                 Some(own) if theirs.len() > own_len => {

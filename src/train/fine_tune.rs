@@ -26,7 +26,7 @@ use super::settings::{CommonSettings, EvalStrategy, RunSettings, Task, ValueMode
 use super::supervised::Supervised;
 use crate::data::DataError;
 use crate::model::layer::Sizes;
-use crate::model::{Decoder, Worn};
+use crate::model::{ActiveAdapter, Decoder};
 use crate::ops::{Compute, DeviceName};
 use crate::optim::{AdamWSettings, Schedule};
 use crate::quant::BlockType;
@@ -109,10 +109,10 @@ impl FineTuning<'_> {
         state: &mut State,
         stop: &AtomicBool,
     ) -> Result<Option<Numbers>, TrainError> {
-        let (decoder, worn) = (self.learner.decoder(), &self.learner.worn_frozen(0));
+        let (decoder, active) = (self.learner.decoder(), &self.learner.active_frozen(0));
         match &mut self.source {
-            Source::Supervised(source) => source.evaluate(decoder, worn, stop),
-            Source::Rollouts(source) => source.evaluate(decoder, worn, state, log, stop),
+            Source::Supervised(source) => source.evaluate(decoder, active, stop),
+            Source::Rollouts(source) => source.evaluate(decoder, active, state, log, stop),
         }
     }
 
@@ -180,7 +180,7 @@ pub(super) struct Loaded {
     /// The base.
     pub decoder: Decoder,
     /// Frozen adapters under the trained one.
-    pub below: Vec<Worn>,
+    pub below: Vec<ActiveAdapter>,
     /// Tokens that are in the vocabulary for this run only.
     pub added: Vec<u32>,
     /// As in [`FineTuning`].
@@ -298,7 +298,7 @@ impl Loaded {
 /// What trains, before its first step.
 pub(super) fn learner<'a>(
     settings: &RunSettings,
-    loaded: (&'a Decoder, &[Worn]),
+    loaded: (&'a Decoder, &[ActiveAdapter]),
     adapters: &[Arc<Adapter>],
 ) -> Result<Learner<'a>, TrainError> {
     let common = &settings.common;
@@ -368,7 +368,7 @@ pub fn train(
         for (name, adapter) in adapters.iter_mut().filter(|_| saved.is_some()) {
             let folder = RunDir::adapter_folder(saved.as_deref().unwrap_or(&common.out), name);
             let mut read = read_adapter(&folder, decoder)?;
-            read.hold_as(adapter);
+            read.copy_frozen_ranks(adapter);
             *adapter = read;
         }
     }

@@ -10,7 +10,7 @@ use quantune_adapters::delta::Adapter;
 use super::TrainError;
 use super::step::{Buffers, Noise, StepSettings, accumulate, dropout};
 use crate::data::Batch;
-use crate::model::{Decoder, Worn};
+use crate::model::{ActiveAdapter, Decoder};
 use crate::objectives::{Objective, Stats};
 use crate::optim::{AdamW, AdamWSettings, Gradients, clip_factor, global_norm};
 
@@ -50,7 +50,7 @@ pub struct Learner<'a> {
     decoder: &'a Decoder,
     /// The adapters, the policy's or only one first.
     pub adapters: Vec<Arc<Adapter>>,
-    worn: Vec<Vec<Worn>>,
+    active: Vec<Vec<ActiveAdapter>>,
     parameters: Vec<Var>,
     /// Which parameters are of which adapter.
     ranges: Vec<Range<usize>>,
@@ -83,10 +83,10 @@ impl<'a> Learner<'a> {
             ranges.push(start..parameters.len());
         }
         let lengths: Vec<usize> = parameters.iter().map(|var| var.elem_count()).collect();
-        let top = adapters.iter().map(|adapter| vec![Worn::trainable(adapter.clone())]);
+        let top = adapters.iter().map(|adapter| vec![ActiveAdapter::trainable(adapter.clone())]);
         Ok(Self {
             decoder,
-            worn: top.collect(),
+            active: top.collect(),
             adapters,
             parameters,
             ranges,
@@ -101,8 +101,8 @@ impl<'a> Learner<'a> {
     }
 
     /// The same with the first adapter on top of others.
-    pub fn on_top_of(mut self, below: &[Worn]) -> Self {
-        if let Some(first) = self.worn.first_mut() {
+    pub fn on_top_of(mut self, below: &[ActiveAdapter]) -> Self {
+        if let Some(first) = self.active.first_mut() {
             first.splice(..0, below.iter().cloned());
         }
         self
@@ -132,14 +132,14 @@ impl<'a> Learner<'a> {
     }
 
     /// What rows wear that `adapter` is trained on.
-    pub fn worn(&self, adapter: usize) -> &[Worn] {
-        &self.worn[adapter]
+    pub fn active(&self, adapter: usize) -> &[ActiveAdapter] {
+        &self.active[adapter]
     }
 
     /// The same, not to be learned from.
-    pub fn worn_frozen(&self, adapter: usize) -> Vec<Worn> {
-        let frozen = |worn: &Worn| Worn { trainable: false, ..worn.clone() };
-        self.worn[adapter].iter().map(frozen).collect()
+    pub fn active_frozen(&self, adapter: usize) -> Vec<ActiveAdapter> {
+        let frozen = |active: &ActiveAdapter| ActiveAdapter { trainable: false, ..active.clone() };
+        self.active[adapter].iter().map(frozen).collect()
     }
 
     /// Takes a step.
@@ -162,7 +162,7 @@ impl<'a> Learner<'a> {
                 scale: part.scale,
                 temperature: part.temperature,
                 kept_layers: self.kept_layers,
-                worn: &self.worn[part.adapter],
+                active: &self.active[part.adapter],
                 parameters: &self.parameters[self.ranges[part.adapter].clone()],
                 dropout: dropout.as_ref(),
                 noise: (self.noise_alpha > 0.0).then_some(Noise {
@@ -179,7 +179,7 @@ impl<'a> Learner<'a> {
             stepped.logps.extend(judged.logps);
         }
         for (adapter, range) in self.adapters.iter().zip(&self.ranges) {
-            adapter.hold(&mut self.gradients[range.clone()]);
+            adapter.mask_frozen_ranks(&mut self.gradients[range.clone()]);
         }
         stepped.grad_norm = global_norm(&self.gradients);
         let diverged = TrainError::Diverged { step: self.optimizer.step + 1, loss: stepped.loss };
@@ -188,14 +188,14 @@ impl<'a> Learner<'a> {
         }
         let most = self.max_grad_norm;
         let factor = if most > 0.0 { clip_factor(stepped.grad_norm, most) } else { 1.0 };
-        let held = self.adapters.iter().map(|adapter| adapter.held());
+        let held = self.adapters.iter().map(|adapter| adapter.frozen_ranks());
         let held = held.collect::<candle_core::Result<Vec<_>>>()?;
         if !self.optimizer.step(&self.parameters, &self.gradients, factor, learning_rate)? {
             return Err(diverged);
         }
         for (adapter, held) in self.adapters.iter().zip(&held) {
-            adapter.restore(held)?;
-            adapter.changed();
+            adapter.restore_frozen_ranks(held)?;
+            adapter.invalidate_decode_weights();
         }
         Ok(stepped)
     }

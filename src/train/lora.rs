@@ -12,7 +12,7 @@ use quantune_adapters::targets::resolve;
 use super::TrainError;
 use super::settings::CommonSettings;
 use crate::export::lora::open_adapter;
-use crate::model::{Decoder, Worn};
+use crate::model::{ActiveAdapter, Decoder};
 use crate::ops::Compute;
 use crate::weights::Checkpoint;
 
@@ -91,7 +91,10 @@ pub fn read_adapter(path: &Path, decoder: &Decoder) -> Result<Adapter, TrainErro
 }
 
 /// The adapters that all training is on top of, as `PATH` or `PATH=WEIGHT`.
-pub fn read_frozen(settings: &CommonSettings, decoder: &Decoder) -> Result<Vec<Worn>, TrainError> {
+pub fn read_frozen(
+    settings: &CommonSettings,
+    decoder: &Decoder,
+) -> Result<Vec<ActiveAdapter>, TrainError> {
     let read = |text: &String| {
         let (path, weight) = path_and_weight(text).map_err(TrainError::Settings)?;
         let adapter = read_adapter(&path, decoder)?;
@@ -99,7 +102,7 @@ pub fn read_frozen(settings: &CommonSettings, decoder: &Decoder) -> Result<Vec<W
             let fault = "a reward model, needed an adapter that generates";
             return Err(TrainError::Settings(format!("--frozen-adapter {text}: {fault}")));
         }
-        Ok(Worn { adapter: Arc::new(adapter), weight, trainable: false })
+        Ok(ActiveAdapter { adapter: Arc::new(adapter), weight, trainable: false })
     };
     settings.frozen_adapter.iter().map(read).collect()
 }

@@ -9,7 +9,7 @@ use quantune_adapters::delta::Adapter;
 use serde::Serialize;
 
 use crate::model::layer::{Sizes, Tape};
-use crate::model::{Adapters, Decoder, Worn};
+use crate::model::{ActiveAdapter, Adapters, Decoder};
 use crate::ops::linear_cross_entropy;
 
 /// The share of the memory free at the start that a run takes when no budget is given.
@@ -60,11 +60,11 @@ pub fn free() -> Option<u64> {
 pub fn passed_layers(decoder: &Decoder, adapters: &[Arc<Adapter>]) -> usize {
     let layers = decoder.config.num_hidden_layers;
     let passed = |adapter: &Arc<Adapter>| {
-        let worn = [Worn::trainable(adapter.clone())];
-        if decoder.trains_embedding(Adapters::Same(&worn)) {
+        let active = [ActiveAdapter::trainable(adapter.clone())];
+        if decoder.trains_embedding(Adapters::Same(&active)) {
             return layers;
         }
-        let lowest = decoder.lowest_trainable(Adapters::Same(&worn));
+        let lowest = decoder.lowest_trainable(Adapters::Same(&active));
         lowest.map_or(0, |(lowest, _)| layers - lowest)
     };
     adapters.iter().map(passed).max().unwrap_or(0)

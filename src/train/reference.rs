@@ -9,17 +9,21 @@ use safetensors::tensor::{Dtype, TensorView};
 
 use super::TrainError;
 use super::lora::read_adapter;
-use crate::model::{Decoder, Worn};
+use crate::model::{ActiveAdapter, Decoder};
 use crate::weights::write_atomically;
 
 /// What the reference wears: what the policy is put on top of, and the adapter at `path`, if one is
 /// named.
-pub fn worn(below: &[Worn], path: &Path, decoder: &Decoder) -> Result<Vec<Worn>, TrainError> {
-    let mut worn = below.to_vec();
+pub fn active(
+    below: &[ActiveAdapter],
+    path: &Path,
+    decoder: &Decoder,
+) -> Result<Vec<ActiveAdapter>, TrainError> {
+    let mut active = below.to_vec();
     if !path.as_os_str().is_empty() {
-        worn.push(Worn::frozen(Arc::new(read_adapter(path, decoder)?)));
+        active.push(ActiveAdapter::frozen(Arc::new(read_adapter(path, decoder)?)));
     }
-    Ok(worn)
+    Ok(active)
 }
 
 /// Summed log-probs under the reference, of the responses of each row.

@@ -16,7 +16,7 @@ use quantune_adapters::rng::Stream;
 use crate::data::Batch;
 use crate::model::layer::{AdapterGradients, Tape, Workspace};
 use crate::model::scoring::scores;
-use crate::model::{Adapters, Decoder, Pass, Reading, Rows, Worn};
+use crate::model::{ActiveAdapter, Adapters, Decoder, Pass, Reading, Rows};
 use crate::objectives::{Judged, Objective};
 use crate::ops::Compute;
 use crate::ops::linear_cross_entropy::Distributions;
@@ -33,7 +33,7 @@ pub struct StepSettings<'a> {
     /// Layers, from the top, whose tapes are kept for the way down; the others are recomputed.
     pub kept_layers: usize,
     /// The adapters of every row, one of them trainable.
-    pub worn: &'a [Worn],
+    pub active: &'a [ActiveAdapter],
     /// The trainable parameters, in the order of the gradients: A, then B, module by module, and the
     /// score head last, if the adapter has one.
     pub parameters: &'a [Var],
@@ -107,7 +107,7 @@ pub fn accumulate(
         positions: batch.positions.clone(),
         segments: batch.segments.clone().into(),
     };
-    let pass = decoder.pass(&rows, Adapters::Same(settings.worn), settings.dropout);
+    let pass = decoder.pass(&rows, Adapters::Same(settings.active), settings.dropout);
     match decoder.compute {
         Compute::Portable => portable(decoder, batch, &pass, settings, gradients),
         _ => fast(decoder, batch, &pass, settings, gradients, buffers),
@@ -130,14 +130,14 @@ fn fast(
     }
     let Buffers { work, tapes, scratch, x, dx, logps, scores, .. } = buffers;
     let layers = decoder.config.num_hidden_layers;
-    let lowest = decoder.lowest_trainable(Adapters::Same(settings.worn));
-    let to_embedding = decoder.trains_embedding(Adapters::Same(settings.worn));
+    let lowest = decoder.lowest_trainable(Adapters::Same(settings.active));
+    let to_embedding = decoder.trains_embedding(Adapters::Same(settings.active));
     let first = if to_embedding { 0 } else { lowest.map_or(layers, |(index, _)| index) };
     let layer = |index| decoder.layer_pass(index, pass).expect("not the portable form");
     let kept = |index: usize| index + settings.kept_layers >= layers;
     let mut places = HashMap::new();
-    for worn in settings.worn.iter().filter(|worn| worn.trainable) {
-        places.extend(worn.adapter.places());
+    for active in settings.active.iter().filter(|active| active.trainable) {
+        places.extend(active.adapter.places());
     }
 
     // Up.
@@ -158,11 +158,11 @@ fn fast(
 
     // Read.
     let objective = settings.objective;
-    let (temperature, worn) = (settings.temperature, settings.worn);
+    let (temperature, active) = (settings.temperature, settings.active);
     let read_logps = match objective.reads_log_probs() {
         true => {
             let targets = &batch.targets;
-            let found = decoder.read_log_probs(x, targets, temperature, worn, true, logps)?;
+            let found = decoder.read_log_probs(x, targets, temperature, active, true, logps)?;
             Some(Var::new(found, &Device::Cpu)?) // (M)
         }
         false => None,
@@ -190,7 +190,7 @@ fn fast(
     {
         let dlogps = dlogps.to_vec1::<f32>()?;
         let sink = &mut AdapterGradients { places: &places, gradients };
-        decoder.log_probs_back(&dlogps, temperature, worn, logps, dx, sink)?;
+        decoder.log_probs_back(&dlogps, temperature, active, logps, dx, sink)?;
     }
     if let (Some(read), Some(head)) = (read_scores, head)
         && let Some(dscores) = store.remove(&read)
@@ -223,8 +223,8 @@ fn fast(
 impl StepSettings<'_> {
     /// The score head of the adapter that trains.
     fn head(&self) -> Result<&Var> {
-        let mut trainable = self.worn.iter().filter(|worn| worn.trainable);
-        match trainable.find_map(|worn| worn.adapter.score.as_ref()) {
+        let mut trainable = self.active.iter().filter(|active| active.trainable);
+        match trainable.find_map(|active| active.adapter.score.as_ref()) {
             Some(head) => Ok(head),
             None => candle_core::bail!("scores are read, but the adapter has no score head"),
         }
@@ -262,7 +262,7 @@ fn read(
         true => {
             let (positions, targets): (Vec<u32>, Vec<u32>) = batch.targets.iter().copied().unzip();
             let (read, heat) = (rows(positions)?, settings.temperature);
-            let logps = decoder.heated_log_probs(&read, &targets, heat, settings.worn)?; // (M)
+            let logps = decoder.log_probs_at_temperature(&read, &targets, heat, settings.active)?; // (M)
             Some(logps.to_device(&Device::Cpu)?) // few numbers: what judges them needs no device
         }
         false => None,
@@ -288,8 +288,8 @@ fn portable(
     gradients: &mut [Vec<f32>],
 ) -> Result<Judged> {
     let layers = decoder.config.num_hidden_layers;
-    let lowest = decoder.lowest_trainable(Adapters::Same(settings.worn));
-    let to_embedding = decoder.trains_embedding(Adapters::Same(settings.worn));
+    let lowest = decoder.lowest_trainable(Adapters::Same(settings.active));
+    let to_embedding = decoder.trains_embedding(Adapters::Same(settings.active));
     let first = if to_embedding { 0 } else { lowest.map_or(layers, |(index, _)| index) };
 
     // Up.

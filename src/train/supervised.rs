@@ -25,7 +25,7 @@ use crate::data::{
 };
 use crate::eval::evaluate;
 use crate::model::scoring::{row_scores, runs, target_log_probs};
-use crate::model::{Decoder, Worn};
+use crate::model::{ActiveAdapter, Decoder};
 use crate::objectives::preference::{PreferenceLoss, PreferenceSettings, kto_kl, kto_mismatched};
 use crate::objectives::reward::{Calibration, Pair, RewardStats, pair_losses, pair_weight};
 use crate::objectives::{Comparison as Compared, Labelled, Objective, Stats};
@@ -58,9 +58,9 @@ pub struct Supervised {
     plan: EpochPlan,
     planned: u64,
     /// What the trained adapter is put on top of.
-    below: Vec<Worn>,
+    below: Vec<ActiveAdapter>,
     /// What the reference wears, if the loss has one.
-    reference: Option<Vec<Worn>>,
+    reference: Option<Vec<ActiveAdapter>>,
     /// Summed log-probs under the reference, of the held-out rows behind the others.
     reference_logps: ReferenceLogps,
 }
@@ -110,7 +110,7 @@ impl Supervised {
     pub fn load(
         settings: &RunSettings,
         decoder: &Decoder,
-        below: &[Worn],
+        below: &[ActiveAdapter],
         tokenizer: &Tokenizer,
         stop: &AtomicBool,
     ) -> Result<Self, TrainError> {
@@ -222,7 +222,7 @@ impl Supervised {
         let (Some(folder), Rows::Comparisons(data)) = (self.reference_folder(), &self.rows) else {
             return Ok(());
         };
-        let worn = reference::worn(&self.below, folder, decoder)?;
+        let active = reference::active(&self.below, folder, decoder)?;
         let mut logps = self.no_reference_logps();
         let held_out = match &self.held_out {
             Some(Rows::Comparisons(held_out)) => Some(&held_out.rows),
@@ -239,7 +239,7 @@ impl Supervised {
                         return Err(DataError::Stopped.into());
                     }
                     let range = start..rows.len().min(start + REFERENCE_ROWS);
-                    let found = asked(decoder, &worn, rows, range.clone())?;
+                    let found = asked(decoder, &active, rows, range.clone())?;
                     for (row, found) in range.zip(found) {
                         logps.of_mut(first + row).copy_from_slice(&found);
                     }
@@ -248,7 +248,7 @@ impl Supervised {
             Ok(())
         })?;
         self.reference_logps = logps;
-        self.reference = Some(worn);
+        self.reference = Some(active);
         Ok(())
     }
 
@@ -323,7 +323,7 @@ impl Supervised {
         let (Some(folder), Rows::Comparisons(data)) = (self.reference_folder(), &self.rows) else {
             return Ok(0.0);
         };
-        let worn = reference::worn(&self.below, folder, decoder)?;
+        let active = reference::active(&self.below, folder, decoder)?;
         let mut logps = self.no_reference_logps();
         let held_out = self.held_out.iter().flat_map(Rows::lengths);
         let all: usize = self.rows.lengths().chain(held_out).sum();
@@ -331,13 +331,13 @@ impl Supervised {
         for step in 0..steps.min(self.plan.steps()) {
             let rows: Vec<usize> = self.plan.step(step).into_iter().flatten().flatten().collect();
             tokens += rows.iter().map(|&row| data.rows.length(row)).sum::<usize>();
-            let found = asked(decoder, &worn, &data.rows, rows.iter().copied())?;
+            let found = asked(decoder, &active, &data.rows, rows.iter().copied())?;
             for (row, found) in rows.into_iter().zip(found) {
                 logps.of_mut(row).copy_from_slice(&found);
             }
         }
         self.reference_logps = logps;
-        self.reference = Some(worn);
+        self.reference = Some(active);
         Ok(tokens as f64 / all.max(1) as f64)
     }
 
@@ -390,13 +390,13 @@ impl Supervised {
     pub fn evaluate(
         &self,
         decoder: &Decoder,
-        worn: &[Worn],
+        active: &[ActiveAdapter],
         stop: &AtomicBool,
     ) -> Result<Option<Numbers>, TrainError> {
         match (&self.held_out, &self.task) {
             (None, _) => Ok(Some(Vec::new())),
             (Some(Rows::Examples(data)), _) => {
-                let loss = evaluate(decoder, worn, &data.rows, stop)?;
+                let loss = evaluate(decoder, active, &data.rows, stop)?;
                 Ok(loss.map(|loss| {
                     vec![
                         ("eval_loss".into(), json!(loss.loss)),
@@ -406,14 +406,14 @@ impl Supervised {
             }
             (Some(Rows::Comparisons(data)), Task::Reward(own)) => {
                 let center = own.center_rewards_coefficient;
-                let judged = judge_rewards(decoder, worn, &data.rows, center, stop)?;
+                let judged = judge_rewards(decoder, active, &data.rows, center, stop)?;
                 Ok(judged.map(|judged| {
                     let numbers = judged.numbers().into_iter();
                     numbers.map(|(key, value)| (format!("eval_{key}"), value)).collect()
                 }))
             }
             (Some(Rows::Comparisons(data)), Task::Dpo(own)) => {
-                self.evaluate_preferences(decoder, worn, own, &data.rows, stop)
+                self.evaluate_preferences(decoder, active, own, &data.rows, stop)
             }
             (Some(Rows::Comparisons(_)), _) => unreachable!("only reward and dpo compare"),
         }
@@ -509,9 +509,9 @@ impl Supervised {
             (Rows::Comparisons(data), Task::Dpo(own)) => {
                 let indices: Vec<Vec<usize>> =
                     bins.iter().map(|bins| bins.iter().flatten().copied().collect()).collect();
-                let worn = learner.worn(0);
+                let active = learner.active(0);
                 let decoder = learner.decoder();
-                parts = self.preference_parts(decoder, worn, own, data, &indices)?;
+                parts = self.preference_parts(decoder, active, own, data, &indices)?;
                 let count = parts.iter().map(|(_, objective)| match objective {
                     Objective::Preference(compared) => compared.pairs.len(),
                     Objective::Kto(labelled) => labelled.labels.len(),
@@ -528,7 +528,7 @@ impl Supervised {
     fn preference_parts(
         &self,
         decoder: &Decoder,
-        worn: &[Worn],
+        active: &[ActiveAdapter],
         own: &DpoSettings,
         data: &Comparisons,
         indices: &[Vec<usize>],
@@ -539,7 +539,7 @@ impl Supervised {
         if own.loss_type == PreferenceLoss::Kto {
             let all: Vec<&Comparison> = rows.iter().flatten().collect();
             let reference_worn = self.reference.as_deref().unwrap_or_default();
-            let kl = kto_reference_point(decoder, worn, reference_worn, &all)?;
+            let kl = kto_reference_point(decoder, active, reference_worn, &all)?;
             let parts = rows.iter().zip(indices).map(|(rows, indices)| {
                 labelled_part(&refs(rows), own, reference(indices).unwrap_or_default(), kl)
             });
@@ -563,7 +563,7 @@ impl Supervised {
     fn evaluate_preferences(
         &self,
         decoder: &Decoder,
-        worn: &[Worn],
+        active: &[ActiveAdapter],
         own: &DpoSettings,
         held_out: &Shelves<Comparison>,
         stop: &AtomicBool,
@@ -581,7 +581,7 @@ impl Supervised {
             let reference = self.reference_of(range.map(|row| self.rows.len() + row));
             let (batch, objective) = if own.loss_type == PreferenceLoss::Kto {
                 let reference_worn = self.reference.as_deref().unwrap_or_default();
-                let kl = kto_reference_point(decoder, worn, reference_worn, &rows)?;
+                let kl = kto_reference_point(decoder, active, reference_worn, &rows)?;
                 labelled_part(&rows, own, reference.unwrap_or_default(), kl)
             } else {
                 let mut parts = [compared_part(&rows, own, reference)];
@@ -593,7 +593,7 @@ impl Supervised {
                 Objective::Preference(part) => part.pairs.len(),
                 _ => rows.len(),
             };
-            let logps = target_log_probs(decoder, worn, &batch, 1.0)?;
+            let logps = target_log_probs(decoder, active, &batch, 1.0)?;
             let logps = candle_core::Tensor::new(logps, &candle_core::Device::Cpu)?;
             let (_, judged) = objective.judge(Some(&logps), None, None)?;
             loss += judged.loss;
@@ -637,11 +637,11 @@ fn refs(rows: &[Comparison]) -> Vec<&Comparison> {
 /// The summed log-probs of each response of some of the rows.
 fn asked(
     decoder: &Decoder,
-    worn: &[Worn],
+    active: &[ActiveAdapter],
     rows: &Shelves<Comparison>,
     which: impl Iterator<Item = usize>,
 ) -> Result<Vec<Vec<f32>>, TrainError> {
-    response_log_probs(decoder, worn, &refs(&taken(rows, which)))
+    response_log_probs(decoder, active, &refs(&taken(rows, which)))
 }
 
 /// Rows, held-out rows, and these as the files have them if they were split off here.
@@ -845,12 +845,12 @@ pub fn labelled_part(
     (batch, Objective::Kto(labelled.into()))
 }
 
-/// KTO's reference point of a step: what the policy, which wears `worn`, and the reference make of
+/// KTO's reference point of a step: what the policy, which wears `active`, and the reference make of
 /// each prompt with another row's response.
 pub fn kto_reference_point(
     decoder: &Decoder,
-    worn: &[Worn],
-    reference: &[Worn],
+    active: &[ActiveAdapter],
+    reference: &[ActiveAdapter],
     rows: &[&Comparison],
 ) -> Result<f64, TrainError> {
     if rows.len() < 2 {
@@ -873,7 +873,7 @@ pub fn kto_reference_point(
         .collect();
     let mismatched: Vec<&Comparison> = mismatched.iter().collect();
     let single = |sums: Vec<Vec<f32>>| -> Vec<f32> { sums.into_iter().flatten().collect() };
-    let policy = single(response_log_probs(decoder, worn, &mismatched)?);
+    let policy = single(response_log_probs(decoder, active, &mismatched)?);
     let reference = single(response_log_probs(decoder, reference, &mismatched)?);
     Ok(kto_kl(&policy, &reference))
 }
@@ -881,13 +881,13 @@ pub fn kto_reference_point(
 /// The summed log-probs of each response of each row.
 pub fn response_log_probs(
     decoder: &Decoder,
-    worn: &[Worn],
+    active: &[ActiveAdapter],
     rows: &[&Comparison],
 ) -> Result<Vec<Vec<f32>>, TrainError> {
     let mut all = Vec::with_capacity(rows.len());
     for run in runs(rows.iter().map(|row| row.tokens())) {
         let batch = lay_out(&rows[run.clone()]);
-        let logps = target_log_probs(decoder, worn, &batch, 1.0)?;
+        let logps = target_log_probs(decoder, active, &batch, 1.0)?;
         let mut sums = batch.spans.iter().map(|span| logps[span.clone()].iter().sum::<f32>());
         for row in &rows[run] {
             all.push(sums.by_ref().take(row.responses.len()).collect());
@@ -920,17 +920,17 @@ impl RewardJudgement {
     }
 }
 
-/// Judges a reward model, the last of `worn` with a score head, by comparisons; none if `stop` was
+/// Judges a reward model, the last of `active` with a score head, by comparisons; none if `stop` was
 /// set before all went through.
 pub fn judge_rewards(
     decoder: &Decoder,
-    worn: &[Worn],
+    active: &[ActiveAdapter],
     rows: &Shelves<Comparison>,
     center_rewards_coefficient: f64,
     stop: &AtomicBool,
 ) -> Result<Option<RewardJudgement>, TrainError> {
     let mut judgement = RewardJudgement::default();
-    let head = worn.iter().rev().find_map(|worn| worn.adapter.score.as_ref());
+    let head = active.iter().rev().find_map(|active| active.adapter.score.as_ref());
     let Some(head) = head else {
         return Err(TrainError::Settings("no adapter has a score head".into()));
     };
@@ -941,7 +941,7 @@ pub fn judge_rewards(
         let rows = taken(rows, run);
         let rows = refs(&rows);
         let batch = lay_out(&rows);
-        let scores = row_scores(decoder, worn, head, &batch, batch.ends.clone())?;
+        let scores = row_scores(decoder, active, head, &batch, batch.ends.clone())?;
         let pairs = weighted_pairs(&rows);
         let mut rest = &scores[..];
         for row in &rows {

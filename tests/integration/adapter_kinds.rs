@@ -7,7 +7,7 @@ use candle_core::{Device, Tensor, Var};
 use quantune::data::{Batch, Example};
 use quantune::export::{Bounds, FileType, Recipe, Source, verify, write_folder, write_gguf};
 use quantune::generate::{self, Request, Sampling, Settings};
-use quantune::model::{Adapters, CacheType, Decoder, Rows, Worn};
+use quantune::model::{ActiveAdapter, Adapters, CacheType, Decoder, Rows};
 use quantune::objectives::Objective;
 use quantune::ops::Compute;
 use quantune::optim::Gradients;
@@ -110,7 +110,7 @@ struct Step {
     rows: Vec<Example>,
     decoder: Decoder,
     /// The trainable adapter last.
-    worn: Vec<Worn>,
+    active: Vec<ActiveAdapter>,
     parameters: Vec<(String, Var)>,
 }
 
@@ -120,17 +120,17 @@ impl Step {
     }
 
     fn over(decoder: Decoder, below: &[(Kind, f64)], kind: Kind) -> Self {
-        let mut worn = Vec::new();
+        let mut active = Vec::new();
         for (i, &(kind, weight)) in below.iter().enumerate() {
             let adapter = Arc::new(adapter(&decoder, &format!("below{i}"), kind));
-            worn.push(Worn { adapter, weight, trainable: false });
+            active.push(ActiveAdapter { adapter, weight, trainable: false });
         }
         let trained = Arc::new(adapter(&decoder, "trained", kind));
         let parameters = trained.parameters();
-        worn.push(Worn::trainable(trained));
+        active.push(ActiveAdapter::trainable(trained));
         let mut rows = rows("llama-tiny");
         rows.truncate(3);
-        Self { rows, decoder, worn, parameters }
+        Self { rows, decoder, active, parameters }
     }
 
     /// The loss over a few rows, and the gradients.
@@ -144,7 +144,7 @@ impl Step {
             temperature: 0.8,
             scale: 1.0 / batch.count() as f64,
             kept_layers: if recomputed { 0 } else { self.decoder.config.num_hidden_layers },
-            worn: &self.worn,
+            active: &self.active,
             parameters: &vars,
             dropout: None,
             noise: None,
@@ -305,38 +305,40 @@ fn rows_wear_what_they_wear_alone() {
 fn rows_wear_what_they_wear_alone_over(vocabulary: usize) {
     let load = |compute| load("llama-untied", compute).with_vocabulary(vocabulary).unwrap();
     let decoder = load(Compute::F32);
-    let lists: Vec<Vec<Worn>> = KINDS
+    let lists: Vec<Vec<ActiveAdapter>> = KINDS
         .iter()
         .enumerate()
         .map(|(i, &kind)| {
-            let mut worn = vec![Worn::frozen(Arc::new(adapter(&decoder, &format!("n{i}"), kind)))];
+            let mut active =
+                vec![ActiveAdapter::frozen(Arc::new(adapter(&decoder, &format!("n{i}"), kind)))];
             if i % 2 == 0 {
                 let adapter = Arc::new(adapter(&decoder, "second", Kind::Dora));
-                worn.push(Worn { adapter, weight: -0.5, trainable: false });
+                active.push(ActiveAdapter { adapter, weight: -0.5, trainable: false });
             }
-            worn
+            active
         })
         .chain([Vec::new()])
         .collect();
-    let worn: Vec<&[Worn]> = lists.iter().map(|list| &list[..]).collect();
-    let texts: Vec<Vec<u32>> = (0..worn.len() as u32).map(|i| vec![5 + i, 9, 30 + i, 7]).collect();
-    let logits = |decoder: &Decoder, rows: &[&[u32]], worn: &[&[Worn]]| {
-        let adapters = Adapters::PerRow(worn);
+    let active: Vec<&[ActiveAdapter]> = lists.iter().map(|list| &list[..]).collect();
+    let texts: Vec<Vec<u32>> =
+        (0..active.len() as u32).map(|i| vec![5 + i, 9, 30 + i, 7]).collect();
+    let logits = |decoder: &Decoder, rows: &[&[u32]], active: &[&[ActiveAdapter]]| {
+        let adapters = Adapters::PerRow(active);
         let rows = Rows::new(rows);
         let ends: Vec<u32> = rows.segments.iter().map(|s| s.tokens.end as u32 - 1).collect();
         let hidden = decoder.hidden_of(&rows, adapters, &ends).unwrap();
         decoder.logits(&hidden, adapters).unwrap().to_vec2::<f32>().unwrap()
     };
     let rows: Vec<&[u32]> = texts.iter().map(|row| &row[..]).collect();
-    let together = logits(&decoder, &rows, &worn);
-    let portable = logits(&load(Compute::Portable), &rows, &worn);
+    let together = logits(&decoder, &rows, &active);
+    let portable = logits(&load(Compute::Portable), &rows, &active);
     let uploaded = load(Compute::Portable).on(&Device::Cpu).unwrap();
-    let uploaded = logits(&uploaded, &rows, &worn);
+    let uploaded = logits(&uploaded, &rows, &active);
     for (ours, exact) in uploaded.iter().flatten().zip(portable.iter().flatten()) {
         assert!((ours - exact).abs() < 1e-4, "{ours}, before the upload {exact}");
     }
     for (i, row) in together.iter().enumerate() {
-        let alone = &logits(&decoder, &rows[i..=i], &worn[i..=i])[0];
+        let alone = &logits(&decoder, &rows[i..=i], &active[i..=i])[0];
         let close =
             |a: &[f32], b: &[f32], bound: f32| a.iter().zip(b).all(|(a, b)| (a - b).abs() < bound);
         assert!(close(row, alone, 1e-5), "row {i} alone");
@@ -359,10 +361,10 @@ fn rows_wear_what_they_wear_alone_over(vocabulary: usize) {
         draws: false,
         slots: 4,
     };
-    let go_on = |rows: &[&[u32]], worn: &[&[Worn]]| {
+    let go_on = |rows: &[&[u32]], active: &[&[ActiveAdapter]]| {
         let requests: Vec<Request> =
             rows.iter().enumerate().map(|(i, row)| Request::new(row, i as u64)).collect();
-        let adapters = Adapters::PerRow(worn);
+        let adapters = Adapters::PerRow(active);
         let never = |_| false;
         let generation =
             generate::generate(&decoder, adapters, &requests, &settings, &never, &mut |_, _| {
@@ -371,9 +373,9 @@ fn rows_wear_what_they_wear_alone_over(vocabulary: usize) {
         let rows = generation.unwrap().rows.into_iter();
         rows.map(|row| row.token_ids).collect::<Vec<_>>()
     };
-    let together = go_on(&rows, &worn);
+    let together = go_on(&rows, &active);
     for i in 0..rows.len() {
-        assert_eq!(together[i], go_on(&rows[i..=i], &worn[i..=i])[0], "row {i}");
+        assert_eq!(together[i], go_on(&rows[i..=i], &active[i..=i])[0], "row {i}");
     }
 }
 
@@ -387,23 +389,23 @@ fn every_kind_merges_exactly() {
         for kind in KINDS {
             let one = Arc::new(adapter(&decoder, "one", kind));
             let other = Arc::new(adapter(&decoder, "other", Kind::Dora));
-            let worn = [
-                Worn { adapter: one, weight: 1.0, trainable: false },
-                Worn { adapter: other, weight: 0.6, trainable: false },
+            let active = [
+                ActiveAdapter { adapter: one, weight: 1.0, trainable: false },
+                ActiveAdapter { adapter: other, weight: 0.6, trainable: false },
             ];
-            for worn in [&worn[..1], &worn[..]] {
-                let source = Source::open(&checkpoint, worn).unwrap();
+            for active in [&active[..1], &active[..]] {
+                let source = Source::open(&checkpoint, active).unwrap();
                 let tied = decoder.config.tie_word_embeddings;
                 let apart = matches!(kind, Kind::Ends | Kind::Whole | Kind::Apart);
                 assert_eq!(source.config.tie_word_embeddings, tied && !apart, "{model} {kind:?}");
                 let out = tempfile::tempdir().unwrap();
                 let gguf = out.path().join("merged.gguf");
                 write_gguf(&source, &Recipe::new(FileType::F32), None, &gguf).unwrap();
-                verify(&checkpoint, worn, &gguf, Bounds::F32).unwrap();
+                verify(&checkpoint, active, &gguf, Bounds::F32).unwrap();
                 if model != "llama-q8_0" {
                     let folder = out.path().join("merged");
                     write_folder(&source, BlockType::F32, &folder).unwrap();
-                    verify(&checkpoint, worn, &folder, Bounds::F32).unwrap();
+                    verify(&checkpoint, active, &folder, Bounds::F32).unwrap();
                 }
             }
         }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use candle_core::Tensor;
 use quantune::data::Example;
 use quantune::export::lora::open_adapter;
-use quantune::model::{Adapters, Decoder, Rows, Worn};
+use quantune::model::{ActiveAdapter, Adapters, Decoder, Rows};
 use quantune::ops::Compute;
 use quantune::text::{Added, Special, Tokenizer, convert};
 use quantune::weights::{Checkpoint, Gguf, OwnedValue, stream_gguf};
@@ -373,7 +373,7 @@ fn an_adapter_with_added_tokens_goes_all_the_way() {
         let mut args = strings(&prompt);
         args.extend(strings(&["--raw", "--max-tokens", "3", "--json"]));
         last_json(&quantune(&args));
-        // Worn by a decoder that was loaded without it.
+        // ActiveAdapter by a decoder that was loaded without it.
         let error = open_adapter(Path::new(&adapter), "hot", &load(name, Compute::F32));
         let error = error.unwrap_err().to_string();
         assert!(
@@ -513,8 +513,8 @@ fn older_updates_of_the_ends_leave_new_tokens_alone() {
         let says = |vocabulary: usize, wears: bool, row: &[u32]| {
             let decoder = load("llama-untied", Compute::F32).with_vocabulary(vocabulary).unwrap();
             let adapter = open_adapter(Path::new(path), "older", &decoder).unwrap().0;
-            let worn = [Worn::frozen(Arc::new(adapter))];
-            let adapters = Adapters::Same(if wears { &worn } else { &[] });
+            let active = [ActiveAdapter::frozen(Arc::new(adapter))];
+            let adapters = Adapters::Same(if wears { &active } else { &[] });
             let hidden = decoder.hidden(&Rows::new(&[row]), adapters).unwrap();
             let logits = decoder.logits(&hidden, adapters).unwrap().to_vec2::<f32>().unwrap();
             let mut embedded = Vec::new();

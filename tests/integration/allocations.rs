@@ -3,7 +3,7 @@
 use std::alloc::{GlobalAlloc, Layout as Block, System};
 use std::cell::Cell;
 
-use quantune::model::{Adapters, FullBuffers, KvCache, Rows, Worn};
+use quantune::model::{ActiveAdapter, Adapters, FullBuffers, KvCache, Rows};
 use quantune::ops::Compute;
 use quantune::train::step::Buffers;
 
@@ -114,15 +114,15 @@ fn a_third_step_of_a_whole_model_allocates_no_activation() {
 fn a_third_decoding_step_allocates_no_activation() {
     let name = "llama-q4_0";
     let decoder = load(name, Compute::Int16);
-    let worn = [Worn::frozen(adapter(name, "final", &decoder).into())];
+    let active = [ActiveAdapter::frozen(adapter(name, "final", &decoder).into())];
     let rows: Vec<Vec<u32>> = (0..64).map(|i| vec![i % 50 + 3; 4]).collect();
     let mut cache = KvCache::new(&decoder, rows.len());
-    decoder.hidden_cached(&Rows::new(&rows), Adapters::Same(&worn), &mut cache).unwrap();
+    decoder.hidden_cached(&Rows::new(&rows), Adapters::Same(&active), &mut cache).unwrap();
     let activation = rows.len() * decoder.config.intermediate_size * size_of::<f32>();
     let (first, third) = first_and_third(|| {
         let next = rows.iter().enumerate().map(|(i, row)| (&row[..1], cache.len(i)));
         let next = Rows::after(next.collect::<Vec<_>>().into_iter());
-        decoder.hidden_step(&next, Adapters::Same(&worn), &mut cache).unwrap();
+        decoder.hidden_step(&next, Adapters::Same(&active), &mut cache).unwrap();
     });
     assert!(first >= activation, "the first step's largest is {first}");
     assert!(third < activation, "{third} bytes are new, an activation has {activation}");

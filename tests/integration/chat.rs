@@ -49,23 +49,23 @@ fn replies_are_those_of_generate_whatever_is_worn() {
     let named = format!("voice={adapter}");
     let with = [&common[..], &["--adapter", &named]].concat();
     let bare = generated(&common, "hello there");
-    let worn = generated(&[&common[..], &["--adapter", &adapter]].concat(), "hello there");
+    let active = generated(&[&common[..], &["--adapter", &adapter]].concat(), "hello there");
     let half = format!("{adapter}=0.5");
     let half = generated(&[&common[..], &["--adapter", &half]].concat(), "hello there");
-    assert!(bare != worn && worn != half && bare != half, "{bare}{worn}{half}");
+    assert!(bare != active && active != half && bare != half, "{bare}{active}{half}");
 
     let check = |args: &[&str], lines: &[&str], needed: &[&str]| {
         assert_eq!(said(args, lines), needed.concat(), "{lines:?}");
     };
     check(&common, &["hello there"], &[&bare]);
-    check(&with, &["hello there"], &[&worn]);
+    check(&with, &["hello there"], &[&active]);
     check(&with, &["", "/adapter off", "hello there"], &[&bare]);
     check(&with, &["/adapter voice=0.5", "hello there"], &[&half]);
     // A swap between two replies to the same message: nothing of the other's reading is left.
     check(
         &with,
         &["hello there", "/adapter off", "/regenerate", "/adapter voice", "/regenerate"],
-        &[&worn, &bare, &worn],
+        &[&active, &bare, &active],
     );
     let load = format!("/load other={adapter}=0.5");
     check(
@@ -80,10 +80,10 @@ fn replies_are_those_of_generate_whatever_is_worn() {
             "/drop other",
             "hello there",
         ],
-        &[&worn, &half, &bare],
+        &[&active, &half, &bare],
     );
     check(&with, &["/adapter voice=0.25 voice=0.25", "/adapters", "hello there"], &[&half]);
-    check(&with, &["hello there", "/quit", "hello there"], &[&worn]);
+    check(&with, &["hello there", "/quit", "hello there"], &[&active]);
 }
 
 #[test]
@@ -232,12 +232,12 @@ fn faults_are_sentences() {
     of(&["/set temperature -1"], "temperature is -1, needed 0 or more");
     of(&["/set heat 1"], "there is no setting \"heat\", only temperature");
     of(&[&long], "has no room for a reply: /undo takes the last message back");
-    let worn = |lines: &[&str], needed: &str| {
+    let active = |lines: &[&str], needed: &str| {
         check(&["--base", &base, "--adapter", &named], lines, needed);
     };
-    worn(&["/adapter other"], "no adapter is called \"other\", loaded are voice");
+    active(&["/adapter other"], "no adapter is called \"other\", loaded are voice");
     let again = format!("/load {named}");
-    worn(&[&again], "an adapter is called \"voice\" already");
+    active(&[&again], "an adapter is called \"voice\" already");
     check(&["--base", &other, "--adapter", &named], &[], "does not fit this base");
     check(&["--base", &base, "--adapter", &adapter()], &[], "NAME=PATH");
     check(&["--base", &base, "--raw"], &["/system a"], "no system message");

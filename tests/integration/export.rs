@@ -6,7 +6,7 @@ use std::path::Path;
 use candle_core::Device;
 use quantune::export::{Bounds, FileType, Recipe, Source, types, verify, write_folder, write_gguf};
 use quantune::model::config::{FAMILIES, RopeScaling, Variation};
-use quantune::model::{Config, Decoder, Worn, load};
+use quantune::model::{ActiveAdapter, Config, Decoder, load};
 use quantune::ops::Compute;
 use quantune::quant::BlockType;
 use quantune::text::{Special, Tokenizer};
@@ -101,12 +101,12 @@ fn tensors_of_the_same_type_are_copied_to_the_bit() {
 }
 
 /// The adapters of the training goldens, B away from zero.
-fn trained(base: &Checkpoint, name: &str, weight: f64) -> Worn {
+fn trained(base: &Checkpoint, name: &str, weight: f64) -> ActiveAdapter {
     let decoder = Decoder::load(base, Compute::F32).unwrap();
     let path = golden(&format!("train/{name}/final"));
     let linears = decoder.linears();
     let read = format::read_folder(&path, name, &linears, Some("lm_head"), &Device::Cpu);
-    Worn { adapter: read.unwrap().0.into(), weight, trainable: false }
+    ActiveAdapter { adapter: read.unwrap().0.into(), weight, trainable: false }
 }
 
 #[test]
@@ -118,10 +118,10 @@ fn merged_weights_are_the_base_plus_the_updates() {
     ] {
         let base = Checkpoint::open(model_path(model)).unwrap();
         let weights = [1.0, -0.7];
-        let worn: Vec<Worn> =
+        let active: Vec<ActiveAdapter> =
             adapters.iter().zip(weights).map(|(name, w)| trained(&base, name, w)).collect();
         let (plain, merged) =
-            (Source::open(&base, &[]).unwrap(), Source::open(&base, &worn).unwrap());
+            (Source::open(&base, &[]).unwrap(), Source::open(&base, &active).unwrap());
         let mut changed = 0;
         for (plain, merged) in plain.tensors.iter().zip(&merged.tensors) {
             let read = |tensor: &quantune::export::SourceTensor| {
@@ -131,10 +131,10 @@ fn merged_weights_are_the_base_plus_the_updates() {
             };
             let (mut needed, found) = (read(plain), read(merged));
             let module = plain.name.strip_suffix(".weight").unwrap_or_default();
-            for worn in &worn {
-                let Some(lora) = worn.adapter.modules.get(module) else { continue };
+            for active in &active {
+                let Some(lora) = active.adapter.modules.get(module) else { continue };
                 changed += 1;
-                let by = worn.weight * lora.scale;
+                let by = active.weight * lora.scale;
                 let delta = (lora.b.matmul(&lora.a).unwrap() * by).unwrap();
                 let delta = delta.flatten_all().unwrap().to_vec1::<f32>().unwrap();
                 needed.iter_mut().zip(delta).for_each(|(w, delta)| *w += delta);
@@ -154,18 +154,18 @@ fn merged_weights_are_the_base_plus_the_updates() {
         ] {
             let out = folder.path().join("merged.gguf");
             write_gguf(&merged, &Recipe::new(file_type), None, &out).unwrap();
-            let off = verify(&base, &worn, &out, bounds).unwrap();
+            let off = verify(&base, &active, &out, bounds).unwrap();
             println!("{model} {file_type}: {off:?}");
             let out = folder.path().join("merged");
             if !file_type.is_quantized() {
                 write_folder(&merged, file_type.block_type(), &out).unwrap();
-                verify(&base, &worn, &out, bounds).unwrap();
+                verify(&base, &active, &out, bounds).unwrap();
             }
         }
         // The base alone is something else, and is found out.
         let out = folder.path().join("plain.gguf");
         write_gguf(&plain, &Recipe::new(FileType::F32), None, &out).unwrap();
-        let error = verify(&base, &worn, &out, Bounds::F32).unwrap_err().to_string();
+        let error = verify(&base, &active, &out, Bounds::F32).unwrap_err().to_string();
         assert!(error.contains("removed") && !out.exists(), "{error}");
     }
 }

@@ -7,7 +7,7 @@ use candle_core::{Device, Tensor, Var};
 use quantune::export::{
     Bounds, FileType, Importance, Recipe, Source, bill, imatrix, lora, verify, write_gguf,
 };
-use quantune::model::{Decoder, Worn};
+use quantune::model::{ActiveAdapter, Decoder};
 use quantune::ops::Compute;
 use quantune::quant::BlockType;
 use quantune::weights::{Checkpoint, Gguf, NewTensor, OwnedValue, write_gguf as write_plain};
@@ -34,8 +34,8 @@ fn adapter(decoder: &Decoder, use_rslora: bool, several: bool) -> Adapter {
     Adapter::new("test", config, &resolved.targets, 3, &Device::Cpu).unwrap()
 }
 
-fn worn(adapter: Adapter, weight: f64) -> [Worn; 1] {
-    [Worn { adapter: Arc::new(adapter), weight, trainable: false }]
+fn active(adapter: Adapter, weight: f64) -> [ActiveAdapter; 1] {
+    [ActiveAdapter { adapter: Arc::new(adapter), weight, trainable: false }]
 }
 
 fn tokens(name: &str) -> Vec<u32> {
@@ -52,7 +52,7 @@ fn a_gguf_lora_is_the_adapter() {
             [(false, false, 1.0), (true, false, 1.0), (false, true, 0.5), (true, true, -2.0)]
         {
             let about = format!("{name} rslora {use_rslora} several {several} weight {weight}");
-            let before = worn(adapter(&decoder, use_rslora, several), weight);
+            let before = active(adapter(&decoder, use_rslora, several), weight);
             for (dtype, bounds) in [(BlockType::F32, Bounds::F32), (BlockType::F16, Bounds::F16)] {
                 let config = &decoder.config;
                 lora::write_gguf_lora(&before[0].adapter, weight, config, dtype, &out).unwrap();
@@ -60,7 +60,7 @@ fn a_gguf_lora_is_the_adapter() {
                 let linears = decoder.linears();
                 let read = lora::read_gguf_lora(&gguf, "read", config, &linears).unwrap();
                 let off =
-                    lora::distance(&decoder, &before, &worn(read.clone(), 1.0), &tokens(name));
+                    lora::distance(&decoder, &before, &active(read.clone(), 1.0), &tokens(name));
                 let off = off.unwrap();
                 bounds.check(off).unwrap_or_else(|fault| panic!("{about} {dtype}: {fault}"));
 
@@ -71,7 +71,7 @@ fn a_gguf_lora_is_the_adapter() {
                     format::read_folder(&peft, "again", &linears, Some("lm_head"), &Device::Cpu)
                         .unwrap();
                 assert!(unmatched.is_empty());
-                let (one, other) = (worn(read, 1.0), worn(again, 1.0));
+                let (one, other) = (active(read, 1.0), active(again, 1.0));
                 let off = lora::distance(&decoder, &one, &other, &tokens(name)).unwrap();
                 assert!(off.worst_logp < 1e-4, "{about}: {off:?}");
             }
@@ -230,12 +230,12 @@ fn fewer_bits_cost_more_and_importance_lowers_what_it_weighs() {
         name: "itself".into(),
         bytes: 1,
         decoder: load(name, Compute::F32),
-        worn: Vec::new(),
+        active: Vec::new(),
     }];
     let mut add = |path: &Path| {
         let decoder = Decoder::load(&Checkpoint::open(path).unwrap(), Compute::F32).unwrap();
         let name = path.display().to_string();
-        candidates.push(bill::Candidate { name, bytes: 1, decoder, worn: Vec::new() });
+        candidates.push(bill::Candidate { name, bytes: 1, decoder, active: Vec::new() });
     };
     add(&write(FileType::F16, None, "f16.gguf"));
     add(&write(FileType::Q8_0, None, "q8.gguf"));

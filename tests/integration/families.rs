@@ -7,7 +7,7 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 use quantune::data::{Batch, Example};
 use quantune::generate::engine::{Engine, Event, Job};
-use quantune::model::{Adapters, CacheType, Decoder, FullModel, KvCache, Rows, Worn};
+use quantune::model::{ActiveAdapter, Adapters, CacheType, Decoder, FullModel, KvCache, Rows};
 use quantune::objectives::Objective;
 use quantune::ops::Compute;
 use quantune::optim::Gradients;
@@ -150,7 +150,7 @@ fn step(
         temperature,
         scale: 1.0 / count,
         kept_layers,
-        worn: &[Worn::trainable(adapter.clone())],
+        active: &[ActiveAdapter::trainable(adapter.clone())],
         parameters: &parameters,
         dropout: None,
         noise: None,
@@ -235,12 +235,12 @@ fn temperatures_agree_in_both_forms() {
         // And both are those of the logits that are sampled from.
         let (decoder, rows) = (load(base, Compute::F32), rows(name));
         let adapter = Arc::new(adapter(name, &decoder));
-        let worn = [Worn { adapter, weight: 0.8, trainable: false }];
-        let hidden = decoder.hidden(&Rows::new(&rows[..1]), Adapters::Same(&worn)).unwrap();
-        let logits = (decoder.logits(&hidden, Adapters::Same(&worn)).unwrap() / 0.6).unwrap();
+        let active = [ActiveAdapter { adapter, weight: 0.8, trainable: false }];
+        let hidden = decoder.hidden(&Rows::new(&rows[..1]), Adapters::Same(&active)).unwrap();
+        let logits = (decoder.logits(&hidden, Adapters::Same(&active)).unwrap() / 0.6).unwrap();
         let needed = log_softmax(&logits);
         let targets: Vec<u32> = (0..rows[0].len() as u32).collect();
-        let found = decoder.heated_log_probs(&hidden, &targets, 0.6, &worn).unwrap();
+        let found = decoder.log_probs_at_temperature(&hidden, &targets, 0.6, &active).unwrap();
         let found = found.to_vec1::<f32>().unwrap();
         for ((row, &target), found) in needed.iter().zip(&targets).zip(found) {
             assert!((row[target as usize] - f64::from(found)).abs() < 1e-4, "{name}");

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use quantune::export::{Bounds, FileType, Recipe, Source, lora, verify, write_folder, write_gguf};
-use quantune::model::{Config, Decoder, Worn};
+use quantune::model::{ActiveAdapter, Config, Decoder};
 use quantune::ops::Compute;
 use quantune::quant::BlockType;
 use quantune::weights::{Checkpoint, Gguf, Value};
@@ -17,10 +17,10 @@ fn open(path: impl AsRef<Path>) -> Checkpoint {
     Checkpoint::open(path.as_ref()).unwrap()
 }
 
-fn worn(name: &str, base: &Checkpoint) -> [Worn; 1] {
+fn active(name: &str, base: &Checkpoint) -> [ActiveAdapter; 1] {
     let decoder = Decoder::load(base, Compute::F32).unwrap();
     let adapter = Arc::new(adapter(name, &decoder));
-    [Worn { adapter, weight: 0.7, trainable: false }]
+    [ActiveAdapter { adapter, weight: 0.7, trainable: false }]
 }
 
 /// A folder with a tokenizer of 64 letters, which the golden ones have not.
@@ -59,12 +59,12 @@ fn merged_in_its_own_form() {
     let folder = tempfile::tempdir().unwrap();
     for name in MODELS {
         let base = open(golden(&format!("families/{name}")));
-        let worn = worn(name, &base);
-        let source = Source::open(&base, &worn).unwrap();
+        let active = active(name, &base);
+        let source = Source::open(&base, &active).unwrap();
         let out = folder.path().join(name);
         for (of, bounds) in [(BlockType::F32, Bounds::F32), (BlockType::F16, Bounds::F16)] {
             write_folder(&source, of, &out).unwrap();
-            verify(&base, &worn, &out, bounds).unwrap_or_else(|e| panic!("{name} {of}: {e}"));
+            verify(&base, &active, &out, bounds).unwrap_or_else(|e| panic!("{name} {of}: {e}"));
         }
         let read = |path: PathBuf| -> serde_json::Value {
             serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
@@ -73,7 +73,7 @@ fn merged_in_its_own_form() {
         assert_eq!(config, read(golden(&format!("families/{name}/config.json"))), "{name}");
 
         let base = open(golden(&format!("families/{name}.gguf")));
-        let source = Source::open(&base, &worn).unwrap();
+        let source = Source::open(&base, &active).unwrap();
         let out = folder.path().join("out.gguf");
         for (of, bounds) in [
             (FileType::F32, Bounds::F32),
@@ -82,7 +82,7 @@ fn merged_in_its_own_form() {
         ] {
             write_gguf(&source, &Recipe::new(of), None, &out).unwrap();
             let off =
-                verify(&base, &worn, &out, bounds).unwrap_or_else(|e| panic!("{name} {of}: {e}"));
+                verify(&base, &active, &out, bounds).unwrap_or_else(|e| panic!("{name} {of}: {e}"));
             assert!(off.distance.mean_kl < 0.05, "{name} {of}: {off:?}");
             let (old, new) = (Gguf::open(base.path()).unwrap(), Gguf::open(&out).unwrap());
             let of_type = |key: &str| key == "general.file_type";
@@ -104,9 +104,9 @@ fn a_gguf_lora_is_the_adapter_in_every_family() {
     let out = folder.path().join("lora.gguf");
     for name in MODELS {
         let base = open(golden(&format!("families/{name}.gguf")));
-        let worn = worn(name, &base);
+        let active = active(name, &base);
         let decoder = Decoder::load(&base, Compute::F32).unwrap();
-        let [Worn { adapter, weight, .. }] = &worn;
+        let [ActiveAdapter { adapter, weight, .. }] = &active;
         lora::write_gguf_lora(adapter, *weight, &decoder.config, BlockType::F32, &out).unwrap();
         let gguf = Gguf::open(&out).unwrap();
         // Each update is of a tensor of the base.
@@ -117,8 +117,8 @@ fn a_gguf_lora_is_the_adapter_in_every_family() {
         }
         let read =
             lora::read_gguf_lora(&gguf, "read", &decoder.config, &decoder.linears()).unwrap();
-        let read = [Worn { adapter: Arc::new(read), weight: 1.0, trainable: false }];
-        let off = lora::distance(&decoder, &worn, &read, &rows(name)[0]).unwrap();
+        let read = [ActiveAdapter { adapter: Arc::new(read), weight: 1.0, trainable: false }];
+        let off = lora::distance(&decoder, &active, &read, &rows(name)[0]).unwrap();
         Bounds::F32.check(off).unwrap_or_else(|fault| panic!("{name}: {fault}"));
     }
 }
@@ -277,15 +277,15 @@ fn a_changed_head_under_a_cap_is_merged_into_a_folder() {
     let temporary = tempfile::tempdir().unwrap();
     let base = open(golden("families/gemma2"));
     for name in ["gemma2-head", "gemma2-tokens"] {
-        let worn = worn(name, &base);
-        let source = Source::open(&base, &worn).unwrap();
+        let active = active(name, &base);
+        let source = Source::open(&base, &active).unwrap();
         let out = temporary.path().join(name);
         write_folder(&source, BlockType::F32, &out).unwrap();
-        verify(&base, &worn, &out, Bounds::F32).unwrap_or_else(|e| panic!("{name}: {e}"));
+        verify(&base, &active, &out, Bounds::F32).unwrap_or_else(|e| panic!("{name}: {e}"));
     }
     let gguf = open(golden("families/gemma2.gguf"));
-    let worn = worn("gemma2-head", &gguf);
-    let source = Source::open(&gguf, &worn).unwrap();
+    let active = active("gemma2-head", &gguf);
+    let source = Source::open(&gguf, &active).unwrap();
     let out = temporary.path().join("out.gguf");
     let error = write_gguf(&source, &Recipe::new(FileType::F16), None, &out).unwrap_err();
     assert!(error.to_string().contains("a head beside its embedding"), "{error}");

@@ -163,7 +163,7 @@ pub fn same_adapter(run: &str, ours: &Adapter, theirs: &Adapter) {
         let distance = apart(&product(lora), &product(other));
         assert!(distance < 1e-5, "{run} {module}: {distance:e} from PEFT's");
     }
-    if ours.modules.values().any(|lora| lora.held > 0) {
+    if ours.modules.values().any(|lora| lora.frozen_ranks > 0) {
         return;
     }
     for ((name, ours), (other, theirs)) in ours.parameters().iter().zip(theirs.parameters()) {

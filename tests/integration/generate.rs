@@ -6,7 +6,7 @@ use std::sync::Arc;
 use quantune::generate::{
     Finish, Generated, LogProbs, Request, Sampling, Settings, generate, log_probs_top_k,
 };
-use quantune::model::{Adapters, CacheType, Decoder, Rows, Worn};
+use quantune::model::{ActiveAdapter, Adapters, CacheType, Decoder, Rows};
 use quantune::ops::Compute;
 use quantune_adapters::config::{InitLoraWeights, LoraConfig, Modules};
 use quantune_adapters::delta::Adapter;
@@ -270,7 +270,7 @@ fn rows_end_each_for_its_own_reason() {
 }
 
 /// Two adapters over all linear layers that change what is generated.
-fn adapters(decoder: &Decoder) -> [[Worn; 1]; 2] {
+fn adapters(decoder: &Decoder) -> [[ActiveAdapter; 1]; 2] {
     let config = LoraConfig {
         target_modules: Some(Modules::Expression("all-linear".into())),
         init_lora_weights: InitLoraWeights::Random,
@@ -280,7 +280,7 @@ fn adapters(decoder: &Decoder) -> [[Worn; 1]; 2] {
     [1, 2].map(|seed| {
         let device = candle_core::Device::Cpu;
         let adapter = Adapter::new("a", config.clone(), &targets, seed, &device).unwrap();
-        [Worn::frozen(Arc::new(adapter))]
+        [ActiveAdapter::frozen(Arc::new(adapter))]
     })
 }
 
@@ -291,20 +291,20 @@ fn each_row_wears_its_own_adapter() {
     let prompts = long_prompts(&decoder);
     let requests = requests(&prompts);
     // Rows end one after the other, so that the lists must move up with them.
-    let worn: Vec<&[Worn]> = (0..12).map(|i| [&one[..], &[], &two[..]][i % 3]).collect();
+    let active: Vec<&[ActiveAdapter]> = (0..12).map(|i| [&one[..], &[], &two[..]][i % 3]).collect();
     let hot = settings(Sampling { temperature: 1.5, seed: 8, ..Sampling::default() }, 12);
     let end = |token: u32| token % 16 == 3;
     let go = |adapters: Adapters, requests: &[Request]| {
         let listen = &mut |_, _| ControlFlow::Continue(());
         tokens(&generate(&decoder, adapters, requests, &hot, &end, listen).unwrap().rows)
     };
-    let ours = go(Adapters::PerRow(&worn), &requests);
+    let ours = go(Adapters::PerRow(&active), &requests);
     let lengths: std::collections::BTreeSet<usize> = ours.iter().map(Vec::len).collect();
     assert!(lengths.len() > 2, "{lengths:?}");
     let mut bare = 0;
     for (row, ours) in ours.iter().enumerate() {
         let alone = &requests[row..=row];
-        assert_eq!(&go(Adapters::Same(worn[row]), alone)[0], ours, "row {row}");
+        assert_eq!(&go(Adapters::Same(active[row]), alone)[0], ours, "row {row}");
         bare += usize::from(&go(Adapters::NONE, alone)[0] == ours);
     }
     assert!(bare < 8, "adapters change nothing");
@@ -319,13 +319,14 @@ fn slots_and_groups_do_not_matter() {
         let [one, two] = adapters(&decoder);
         let vocab_size = decoder.config.vocab_size as u32;
         // Groups of 1 to 4 neighbours with prompts of 3 to 60 tokens, a border of adapters inside.
-        let (mut prompts, mut worn) = (Vec::new(), Vec::new());
+        let (mut prompts, mut active) = (Vec::new(), Vec::new());
         for group in 0..9u32 {
             let prompt: Vec<u32> =
                 (0..3 + (group * 23) % 57).map(|t| (t * 31 + group * 7 + 1) % vocab_size).collect();
             for member in 0..1 + group % 4 {
                 prompts.push(prompt.clone());
-                worn.push([&one[..], &[], &two[..]][(group + u32::from(member > 2)) as usize % 3]);
+                active
+                    .push([&one[..], &[], &two[..]][(group + u32::from(member > 2)) as usize % 3]);
             }
         }
         let mut requests = requests(&prompts);
@@ -361,13 +362,13 @@ fn slots_and_groups_do_not_matter() {
                 (all.rows.into_iter().map(bits).collect::<Vec<_>>(), all.usage)
             };
             let alone: Vec<_> = (0..requests.len())
-                .map(|row| go(Adapters::Same(worn[row]), &requests[row..=row], 1).0.remove(0))
+                .map(|row| go(Adapters::Same(active[row]), &requests[row..=row], 1).0.remove(0))
                 .collect();
             let lengths: std::collections::BTreeSet<usize> =
                 alone.iter().map(|row| row.0.len()).collect();
             assert!(lengths.len() > 4, "{lengths:?}");
             for slots in [0, 1, 3, 8, 100] {
-                let (rows, usage) = go(Adapters::PerRow(&worn), &requests, slots);
+                let (rows, usage) = go(Adapters::PerRow(&active), &requests, slots);
                 for (row, (ours, alone)) in rows.iter().zip(&alone).enumerate() {
                     assert_eq!(ours, alone, "{name} {cache:?} {slots} slots, row {row}");
                 }

@@ -7,7 +7,7 @@ use std::sync::{Arc, Weak};
 
 use candle_core::{DType, Device};
 use quantune::generate::{Engine, Event, Finish, Generated, Job, Prefix, Sampling};
-use quantune::model::{CacheType, Decoder, Worn};
+use quantune::model::{ActiveAdapter, CacheType, Decoder};
 use quantune::ops::Compute;
 use quantune_adapters::config::{InitLoraWeights, LoraConfig, Modules};
 use quantune_adapters::delta::{Adapter, Magnitude};
@@ -28,8 +28,8 @@ fn adapter(decoder: &Decoder, r: usize, seed: u64) -> Arc<Adapter> {
     Arc::new(Adapter::new("a", config, &targets, seed, &Device::Cpu).unwrap())
 }
 
-fn worn(adapter: &Arc<Adapter>, weight: f64) -> Worn {
-    Worn { weight, ..Worn::frozen(adapter.clone()) }
+fn active(adapter: &Arc<Adapter>, weight: f64) -> ActiveAdapter {
+    ActiveAdapter { weight, ..ActiveAdapter::frozen(adapter.clone()) }
 }
 
 fn prompt(decoder: &Decoder, index: usize, length: usize) -> Vec<u32> {
@@ -37,9 +37,9 @@ fn prompt(decoder: &Decoder, index: usize, length: usize) -> Vec<u32> {
     (0..length as u32).map(|t| (t * 31 + index as u32 * 7 + 1) % vocab_size).collect()
 }
 
-fn job(prompt: Vec<u32>, worn: &[Worn], key: u64, max_tokens: usize) -> Job {
+fn job(prompt: Vec<u32>, active: &[ActiveAdapter], key: u64, max_tokens: usize) -> Job {
     let sampling = Sampling { temperature: 1.5, seed: 8, ..Sampling::default() };
-    Job { worn: worn.into(), sampling, key, logprobs: Some(2), ..Job::new(prompt, max_tokens) }
+    Job { active: active.into(), sampling, key, logprobs: Some(2), ..Job::new(prompt, max_tokens) }
 }
 
 /// What a row is, to the bit.
@@ -95,7 +95,7 @@ fn a_thousand_swaps() {
         (0..KINDS).map(|kind| adapter(&decoder, 1 + kind % 5, kind as u64)).collect();
     let job_of = |adapter: &Arc<Adapter>, index: usize| {
         let prompt = prompt(&decoder, index % PROMPTS, 4 + index % PROMPTS);
-        job(prompt, &[worn(adapter, 1.0)], (index % PROMPTS) as u64, 6)
+        job(prompt, &[active(adapter, 1.0)], (index % PROMPTS) as u64, 6)
     };
     let mut expected = HashMap::new();
     for (kind, adapter) in kinds.iter().enumerate() {
@@ -169,13 +169,13 @@ fn rows_wear_what_they_like() {
         let decoder = load(name, compute);
         let adapters: Vec<Arc<Adapter>> =
             [1, 3, 8, 16].iter().map(|&r| adapter(&decoder, r, r as u64)).collect();
-        let lists: Vec<Vec<Worn>> = vec![
+        let lists: Vec<Vec<ActiveAdapter>> = vec![
             vec![],
-            vec![worn(&adapters[0], 1.0)],
-            vec![worn(&adapters[1], 0.7)],
-            vec![worn(&adapters[2], 1.0), worn(&adapters[3], -0.5)],
-            vec![worn(&adapters[3], 1.0)],
-            vec![worn(&adapters[3], 0.25), worn(&adapters[1], 1.0), worn(&adapters[0], 2.0)],
+            vec![active(&adapters[0], 1.0)],
+            vec![active(&adapters[1], 0.7)],
+            vec![active(&adapters[2], 1.0), active(&adapters[3], -0.5)],
+            vec![active(&adapters[3], 1.0)],
+            vec![active(&adapters[3], 0.25), active(&adapters[1], 1.0), active(&adapters[0], 2.0)],
         ];
         let jobs: Vec<Job> = (0..30)
             .map(|i| {
@@ -187,7 +187,7 @@ fn rows_wear_what_they_like() {
             jobs.iter().map(|job| bits(&self::alone(&decoder, job.clone()))).collect();
         let bare: Vec<_> = jobs
             .iter()
-            .map(|job| bits(&self::alone(&decoder, Job { worn: Arc::new([]), ..job.clone() })))
+            .map(|job| bits(&self::alone(&decoder, Job { active: Arc::new([]), ..job.clone() })))
             .collect();
         let changed = alone.iter().zip(&bare).filter(|(a, b)| a.0 != b.0).count();
         assert!(changed > 15, "adapters change {changed} rows");
@@ -232,7 +232,7 @@ fn a_row_that_fails_leaves_the_others() {
     let b = &broken.modules.values().next().unwrap().b;
     b.set(&(b.as_tensor() * f64::NAN).unwrap()).unwrap();
     let good = job(prompt(&decoder, 1, 9), &[], 1, 8);
-    let bad = job(prompt(&decoder, 2, 9), &[worn(&broken, 1.0)], 2, 8);
+    let bad = job(prompt(&decoder, 2, 9), &[active(&broken, 1.0)], 2, 8);
     let mut engine = Engine::new(&decoder, CacheType::F32, 0);
     engine.submit(good.clone()).unwrap();
     // Its prompt is read by itself: in one pass it would spoil the other's.
@@ -259,9 +259,9 @@ fn a_row_that_fails_leaves_the_others() {
 fn a_prefix_is_not_read_again() {
     let decoder = load("llama-tiny", Compute::F32);
     let adapters = [adapter(&decoder, 4, 1), adapter(&decoder, 4, 2)];
-    let lists = [vec![], vec![worn(&adapters[0], 1.0)], vec![worn(&adapters[1], 1.0)]];
-    let keeping = |prompt: Vec<u32>, worn: &[Worn], prefix: Option<Prefix>| {
-        let job = job(prompt, worn, 0, 7);
+    let lists = [vec![], vec![active(&adapters[0], 1.0)], vec![active(&adapters[1], 1.0)]];
+    let keeping = |prompt: Vec<u32>, active: &[ActiveAdapter], prefix: Option<Prefix>| {
+        let job = job(prompt, active, 0, 7);
         Job { sampling: Sampling::greedy(), prefix, keeps: true, ..job }
     };
     for list in &lists {
@@ -299,7 +299,7 @@ fn a_prefix_is_not_read_again() {
         let (same, read, kept) = run(keeping(first.clone(), list, Some(prefix.clone())));
         assert_eq!((read, kept), (1, 29));
         assert_eq!(bits(&same.generated), bits(&ended.generated));
-        for other in lists.iter().filter(|other| !Worn::same(other, list)) {
+        for other in lists.iter().filter(|other| !ActiveAdapter::same(other, list)) {
             assert_eq!(prefix.covers(&next, other), 0);
             let (ended, read, kept) = run(keeping(next.clone(), other, Some(prefix.clone())));
             assert_eq!((read, kept), (next.len(), 0));
@@ -316,7 +316,8 @@ fn an_adapter_that_changed_is_read_again() {
         let decoder = load("llama-q4_0", compute);
         let learning = adapter(&decoder, 4, 1);
         let other = adapter(&decoder, 4, 2);
-        let of = |adapter: &Arc<Adapter>| job(prompt(&decoder, 1, 9), &[worn(adapter, 1.0)], 1, 8);
+        let of =
+            |adapter: &Arc<Adapter>| job(prompt(&decoder, 1, 9), &[active(adapter, 1.0)], 1, 8);
         let run = |adapter: &Arc<Adapter>| bits(&alone(&decoder, of(adapter)));
         // An engine keeps what it found of an adapter from step to step.
         let mut engine = Engine::new(&decoder, CacheType::F32, 1);
@@ -330,7 +331,7 @@ fn an_adapter_that_changed_is_read_again() {
             to.a.set(from.a.as_tensor()).unwrap();
             to.b.set(from.b.as_tensor()).unwrap();
         }
-        learning.changed();
+        learning.invalidate_decode_weights();
         assert_ne!(run(&learning), before);
         assert_eq!(run(&learning), run(&other));
         assert_eq!(again(&learning), run(&other));
@@ -345,8 +346,8 @@ fn an_adapter_that_changes_within_a_row_is_read_again() {
     let run = |found_before: bool| {
         let (learning, beside) = (adapter(&decoder, 4, 1), adapter(&decoder, 3, 5));
         let mut engine = Engine::new(&decoder, CacheType::F32, 1);
-        let worn = [worn(&beside, 0.5), worn(&learning, 1.0)];
-        engine.submit(job(prompt(&decoder, 2, 9), &worn, 1, 12)).unwrap();
+        let active = [active(&beside, 0.5), active(&learning, 1.0)];
+        engine.submit(job(prompt(&decoder, 2, 9), &active, 1, 12)).unwrap();
         let steps = if found_before { 4 } else { 1 }; // the first reads the prompt, and decodes nothing
         for _ in 0..steps {
             engine.step().unwrap();
@@ -355,12 +356,12 @@ fn an_adapter_that_changes_within_a_row_is_read_again() {
             to.a.set(from.a.as_tensor()).unwrap();
             to.b.set(from.b.as_tensor()).unwrap();
         }
-        learning.changed();
+        learning.invalidate_decode_weights();
         bits(&drain(&mut engine)[&0])
     };
     let unchanged = {
-        let worn = [worn(&adapter(&decoder, 3, 5), 0.5), worn(&first, 1.0)];
-        bits(&alone(&decoder, job(prompt(&decoder, 2, 9), &worn, 1, 12)))
+        let active = [active(&adapter(&decoder, 3, 5), 0.5), active(&first, 1.0)];
+        bits(&alone(&decoder, job(prompt(&decoder, 2, 9), &active, 1, 12)))
     };
     let (early, late) = (run(false), run(true));
     assert_eq!(late.2[..4], unchanged.2[..4]);
@@ -383,8 +384,8 @@ fn engines_in_any_pool_and_side_by_side() {
     let answer = || {
         let mut engine = Engine::new(&decoder, CacheType::F32, 3);
         for row in 0..5 {
-            let worn = [worn(&shared, 1.0), worn(&adapter(&decoder, 2, row), 0.5)];
-            engine.submit(job(prompt(&decoder, row as usize, 7), &worn, row, 10)).unwrap();
+            let active = [active(&shared, 1.0), active(&adapter(&decoder, 2, row), 0.5)];
+            engine.submit(job(prompt(&decoder, row as usize, 7), &active, row, 10)).unwrap();
         }
         let rows = drain(&mut engine);
         (0..5).map(|id| bits(&rows[&id])).collect::<Vec<_>>()
@@ -393,7 +394,7 @@ fn engines_in_any_pool_and_side_by_side() {
     for threads in [1, 3, 5] {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         assert_eq!(pool.install(answer), outside, "{threads} threads");
-        shared.changed();
+        shared.invalidate_decode_weights();
         std::thread::scope(|scope| {
             let engines = [(); 3].map(|()| scope.spawn(|| pool.install(answer)));
             for engine in engines {

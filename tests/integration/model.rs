@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use candle_core::{Device, Tensor, Var};
 use quantune::model::layer::AdapterGradients;
-use quantune::model::{Adapters, Decoder, KvCache, Reading, Rows, Worn};
+use quantune::model::{ActiveAdapter, Adapters, Decoder, KvCache, Reading, Rows};
 use quantune::ops::Compute;
 use quantune::weights::Checkpoint;
 use quantune_adapters::config::{InitLoraWeights, LoraConfig, Modules};
@@ -268,8 +268,8 @@ fn chosen_tokens_have_the_bits_they_have_among_all() {
         };
         let targets = resolve(&config, &decoder.linears(), Some("lm_head")).unwrap().targets;
         let adapter = Adapter::new("a", config, &targets, 3, &Device::Cpu).unwrap();
-        let worn = [Worn::frozen(adapter.into())];
-        let lists: [&[Worn]; 4] = [&worn, &[], &[], &worn];
+        let active = [ActiveAdapter::frozen(adapter.into())];
+        let lists: [&[ActiveAdapter]; 4] = [&active, &[], &[], &active];
         let (input, adapters) = (Rows::new(&rows), Adapters::PerRow(&lists));
         let all = decoder.hidden(&input, adapters).unwrap().to_vec2::<f32>().unwrap();
         for chosen in chosen {

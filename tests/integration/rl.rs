@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor, Var};
 use quantune::data::{Batch, Comparison, Pair};
-use quantune::model::{Decoder, Worn};
+use quantune::model::{ActiveAdapter, Decoder};
 use quantune::objectives::Objective;
 use quantune::objectives::advantage::KlEstimator;
 use quantune::objectives::policy::ppo_metrics;
@@ -110,7 +110,7 @@ fn comparison(row: u64, value: &Value) -> Comparison {
 /// What a step is taken with: the policy as it is, and all rows of the step.
 struct Step<'a> {
     decoder: &'a Decoder,
-    worn: &'a [Worn],
+    active: &'a [ActiveAdapter],
     rows: &'a [Comparison],
 }
 
@@ -140,7 +140,7 @@ fn ten_steps(
     let size = run["per_device_train_batch_size"].as_u64().unwrap() as usize;
     assert_eq!((steps.len(), rows.len()), (10, 10 * size));
     for (i, (theirs, rows)) in steps.iter().zip(rows.chunks(size)).enumerate() {
-        let step = Step { decoder: &decoder, worn: learner.worn(0), rows };
+        let step = Step { decoder: &decoder, active: learner.active(0), rows };
         let micro: Vec<MicroBatch> = rows
             .chunks(layout.micro)
             .map(|rows| {
@@ -226,7 +226,7 @@ fn kto_is_trls() {
             Box::new(move |step, rows| {
                 let reference = response_log_probs(step.decoder, &[], rows).unwrap().concat();
                 let all: Vec<&Comparison> = step.rows.iter().collect();
-                let kl = kto_reference_point(step.decoder, step.worn, &[], &all).unwrap();
+                let kl = kto_reference_point(step.decoder, step.active, &[], &all).unwrap();
                 labelled_part(rows, &own, reference, kl)
             })
         });
@@ -342,11 +342,13 @@ fn replay(name: &str, compute: Compute, micro: usize) {
                 }
             })
             .collect();
-        let logps = |worn: &[Worn]| respond::log_probs(&decoder, worn, &responses, temperature);
-        let (old, reference) = (logps(learner.worn(0)).unwrap(), logps(&[]).unwrap());
+        let logps = |active: &[ActiveAdapter]| {
+            respond::log_probs(&decoder, active, &responses, temperature)
+        };
+        let (old, reference) = (logps(learner.active(0)).unwrap(), logps(&[]).unwrap());
         let head = value.score.as_ref().unwrap();
-        let values = respond::values(&decoder, learner.worn(1), head, &responses, most).unwrap();
-        let judge = [Worn::frozen(reward.clone())];
+        let values = respond::values(&decoder, learner.active(1), head, &responses, most).unwrap();
+        let judge = [ActiveAdapter::frozen(reward.clone())];
         let head = reward.score.as_ref().unwrap();
         let all: Vec<&Response> = responses.iter().collect();
         let scores = respond::scores(&decoder, &judge, head, &all, None, &[]).unwrap();
@@ -456,7 +458,7 @@ fn log_probs_and_values_of_one_pass_are_those_of_two() {
         let decoder = load("llama-tiny", compute);
         let policy = Arc::new(adapter("ppo/value/initial", &decoder));
         let head = policy.score.clone().unwrap();
-        let worn = [Worn::frozen(policy)];
+        let active = [ActiveAdapter::frozen(policy)];
         let shared: Arc<[u32]> = [7, 8, 9].into();
         // Ended and cut ones, some of one prompt, and one as long as several.
         let response = |key: u64, prompt: &Arc<[u32]>, length: usize| Response {
@@ -474,11 +476,11 @@ fn log_probs_and_values_of_one_pass_are_those_of_two() {
             response(3, &[4; 40].into(), MOST),
         ];
         for temperature in [1.0, 0.7] {
-            let logps = respond::log_probs(&decoder, &worn, &responses, temperature).unwrap();
-            let values = respond::values(&decoder, &worn, &head, &responses, MOST).unwrap();
+            let logps = respond::log_probs(&decoder, &active, &responses, temperature).unwrap();
+            let values = respond::values(&decoder, &active, &head, &responses, MOST).unwrap();
             let both = respond::log_probs_and_values(
                 &decoder,
-                &worn,
+                &active,
                 &head,
                 &responses,
                 temperature,

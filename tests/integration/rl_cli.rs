@@ -11,7 +11,7 @@ use candle_core::Device;
 use quantune::data::Batch;
 use quantune::generate::{Sampling, Settings};
 use quantune::model::scoring::target_log_probs;
-use quantune::model::{CacheType, Decoder, Worn};
+use quantune::model::{ActiveAdapter, CacheType, Decoder};
 use quantune::objectives::policy::GrpoSettings;
 use quantune::objectives::{Grpo, Objective};
 use quantune::ops::Compute;
@@ -923,12 +923,14 @@ impl Patient {
             draws: true,
             slots: 4,
         };
-        let worn = [Worn::frozen(policy.clone())];
+        let active = [ActiveAdapter::frozen(policy.clone())];
         let is_end = |token| token == 2;
         let responses =
-            respond::respond(&decoder, &worn, &prompts, 1, &settings, &is_end, 0).unwrap();
-        let of = |worn: &[Worn]| respond::log_probs(&decoder, worn, &responses, TEMPERATURE);
-        let (old, reference) = (of(&worn).unwrap(), of(&[]).unwrap());
+            respond::respond(&decoder, &active, &prompts, 1, &settings, &is_end, 0).unwrap();
+        let of = |active: &[ActiveAdapter]| {
+            respond::log_probs(&decoder, active, &responses, TEMPERATURE)
+        };
+        let (old, reference) = (of(&active).unwrap(), of(&[]).unwrap());
         Self { decoder, policy, responses, old, reference }
     }
 
@@ -988,9 +990,9 @@ impl Patient {
 
     /// Log-probs of the responses laid out like this.
     fn log_probs(&self, lay_out: &LayOut) -> Vec<Vec<f32>> {
-        let worn = [Worn::frozen(self.policy.clone())];
+        let active = [ActiveAdapter::frozen(self.policy.clone())];
         let of = |response: &Response| {
-            target_log_probs(&self.decoder, &worn, &lay_out(response), TEMPERATURE).unwrap()
+            target_log_probs(&self.decoder, &active, &lay_out(response), TEMPERATURE).unwrap()
         };
         self.responses.iter().map(of).collect()
     }
@@ -1038,9 +1040,9 @@ fn each_cause_of_a_sick_update_is_named() {
 
     // Of another policy than the one that learns: an adapter as it was before, or none at all.
     let is_stale = |cause: &Cause| matches!(cause, Cause::StaleLogProbs { .. });
-    let other = [Worn::frozen(Patient::adapter(&patient.decoder, "ppo/policy/final"))];
-    for (what, worn) in [("of another adapter", &other[..]), ("of the base", &[])] {
-        let old = respond::log_probs(&patient.decoder, worn, &patient.responses, TEMPERATURE);
+    let other = [ActiveAdapter::frozen(Patient::adapter(&patient.decoder, "ppo/policy/final"))];
+    for (what, active) in [("of another adapter", &other[..]), ("of the base", &[])] {
+        let old = respond::log_probs(&patient.decoder, active, &patient.responses, TEMPERATURE);
         let old = old.unwrap();
         for learns in [Learns::Ppo, Learns::Grpo, Learns::Rloo] {
             let found = patient.diagnosis(learns, &old, &well);

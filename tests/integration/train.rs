@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor, Var};
 use quantune::data::{Batch, Example};
-use quantune::model::{Adapters, Decoder, Rows, Worn};
+use quantune::model::{ActiveAdapter, Adapters, Decoder, Rows};
 use quantune::objectives::Objective;
 use quantune::ops::{Compute, Segment};
 use quantune::optim::{
@@ -67,8 +67,8 @@ pub struct Run {
     decoder: Decoder,
     adapter: Arc<Adapter>,
     parameters: Vec<Var>,
-    /// Frozen adapters worn with the trainable one.
-    below: Vec<Worn>,
+    /// Frozen adapters active with the trainable one.
+    below: Vec<ActiveAdapter>,
     /// Layers that keep their tapes, if neither all nor none.
     kept_layers: Option<usize>,
     /// NEFTune's.
@@ -109,8 +109,8 @@ impl Run {
         let count: usize = micro.iter().map(Batch::count).sum();
         let mut gradients: Gradients =
             self.parameters.iter().map(|var| vec![0.0; var.elem_count()]).collect();
-        let mut worn = self.below.clone();
-        worn.push(Worn::trainable(self.adapter.clone()));
+        let mut active = self.below.clone();
+        active.push(ActiveAdapter::trainable(self.adapter.clone()));
         let layers = self.decoder.config.num_hidden_layers;
         let mut loss = 0.0;
         for batch in micro {
@@ -120,7 +120,7 @@ impl Run {
                 temperature: 1.0,
                 scale: 1.0 / count as f64,
                 kept_layers: self.kept_layers.unwrap_or(if layout.recompute { 0 } else { layers }),
-                worn: &worn,
+                active: &active,
                 parameters: &self.parameters,
                 dropout: dropout.as_ref(),
                 noise: self.noise,
@@ -387,14 +387,14 @@ fn shared_prompts_change_no_hidden_state_log_prob_or_gradient() {
             let decoder = load(name, compute);
             let initial = adapter(name, "final", &decoder);
             let run = Run::new(decoder, initial);
-            let worn = [Worn::frozen(run.adapter.clone())];
+            let active = [ActiveAdapter::frozen(run.adapter.clone())];
             let read = |batch: &Batch| {
-                let hidden = run.decoder.hidden(&laid_out(batch), Adapters::Same(&worn)).unwrap();
+                let hidden = run.decoder.hidden(&laid_out(batch), Adapters::Same(&active)).unwrap();
                 let take = |rows: Vec<u32>| {
                     hidden.index_select(&Tensor::new(rows, &Device::Cpu).unwrap(), 0).unwrap()
                 };
                 let (rows, tokens): (Vec<u32>, Vec<u32>) = batch.targets.iter().copied().unzip();
-                let logps = run.decoder.log_probs(&take(rows), &tokens, &worn).unwrap();
+                let logps = run.decoder.log_probs(&take(rows), &tokens, &active).unwrap();
                 let ends = take(batch.ends.clone()).flatten_all().unwrap();
                 (logps.to_vec1::<f32>().unwrap(), ends.to_vec1::<f32>().unwrap())
             };
@@ -500,14 +500,14 @@ fn changing_a_packed_row_leaves_its_neighbours_bit_equal() {
     let name = "llama-q4_0";
     let decoder = load(name, Compute::F32);
     let initial = Arc::new(adapter(name, "initial", &decoder));
-    let worn = [Worn::frozen(initial)];
+    let active = [ActiveAdapter::frozen(initial)];
     let rows: Vec<Vec<u32>> = rows(name)[..3].iter().map(|row| row.tokens.clone()).collect();
     let mut changed = rows.clone();
     for token in &mut changed[1] {
         *token = (*token + 1) % decoder.config.vocab_size as u32;
     }
     let hidden = |rows: &[Vec<u32>]| {
-        let hidden = decoder.hidden(&Rows::new(rows), Adapters::Same(&worn)).unwrap();
+        let hidden = decoder.hidden(&Rows::new(rows), Adapters::Same(&active)).unwrap();
         hidden.to_vec2::<f32>().unwrap()
     };
     let (before, after) = (hidden(&rows), hidden(&changed));
@@ -525,19 +525,19 @@ fn every_row_wears_its_own_adapter() {
     let initial = Arc::new(adapter(name, "initial", &decoder));
     let last = Arc::new(adapter(name, "final", &decoder));
     let rows: Vec<Vec<u32>> = rows(name)[..4].iter().map(|row| row.tokens.clone()).collect();
-    let half = Worn { weight: 0.5, ..Worn::frozen(last.clone()) };
-    let lists: [Vec<Worn>; 4] = [
+    let half = ActiveAdapter { weight: 0.5, ..ActiveAdapter::frozen(last.clone()) };
+    let lists: [Vec<ActiveAdapter>; 4] = [
         vec![],
-        vec![Worn::frozen(initial.clone())],
-        vec![Worn::frozen(initial), half],
-        vec![Worn::frozen(last)],
+        vec![ActiveAdapter::frozen(initial.clone())],
+        vec![ActiveAdapter::frozen(initial), half],
+        vec![ActiveAdapter::frozen(last)],
     ];
-    let worn: Vec<&[Worn]> = lists.iter().map(|list| &list[..]).collect();
-    let together = decoder.hidden(&Rows::new(&rows), Adapters::PerRow(&worn)).unwrap();
+    let active: Vec<&[ActiveAdapter]> = lists.iter().map(|list| &list[..]).collect();
+    let together = decoder.hidden(&Rows::new(&rows), Adapters::PerRow(&active)).unwrap();
     let mut start = 0;
     let mut seen = Vec::new();
-    for (row, worn) in rows.iter().zip(&lists) {
-        let alone = decoder.hidden(&Rows::new(&[row]), Adapters::Same(worn)).unwrap();
+    for (row, active) in rows.iter().zip(&lists) {
+        let alone = decoder.hidden(&Rows::new(&[row]), Adapters::Same(active)).unwrap();
         let part = together.narrow(0, start, row.len()).unwrap();
         let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let error = relative(&flat(&part), &flat(&alone));
@@ -563,7 +563,7 @@ fn every_form_of_a_step_agrees() {
                 let initial = adapter(name, "initial", &decoder);
                 let last = Arc::new(adapter(name, "final", &decoder));
                 let mut run = Run::new(decoder, initial);
-                run.below = vec![Worn { weight: 0.5, ..Worn::frozen(last) }];
+                run.below = vec![ActiveAdapter { weight: 0.5, ..ActiveAdapter::frozen(last) }];
                 run.step(&rows(name)[..4], layout)
             };
             let (loss, gradients) = step(Compute::Portable);
@@ -598,7 +598,7 @@ fn gradients_of_a_single_module_are_those_of_the_whole() {
         let run = Run::new(load(name, Compute::F32), whole.clone());
         let (loss, gradients) = run.step(rows, SINGLE);
         let mut part = Run::new(load(name, Compute::F32), trainable);
-        part.below = vec![Worn::frozen(Arc::new(rest))];
+        part.below = vec![ActiveAdapter::frozen(Arc::new(rest))];
         let (part_loss, part_gradients) = part.step(rows, SINGLE);
         assert!((loss - part_loss).abs() < 1e-6);
         let names = run.adapter.parameters();

@@ -65,7 +65,7 @@ impl Command {
             rest => Err(format!("/{name} is followed by {rest:?}, needed nothing")),
         };
         let command = match name {
-            "adapter" => Self::Wear(worn(&needs("a name of /adapters, or off")?)?),
+            "adapter" => Self::Wear(active(&needs("a name of /adapters, or off")?)?),
             "load" => {
                 let adapter = needs("NAME=PATH")?;
                 match adapter.split_once('=') {
@@ -101,7 +101,7 @@ impl Command {
 }
 
 /// `NAME`, `NAME=WEIGHT`, several of them, or `off`.
-fn worn(text: &str) -> Result<Vec<(String, Option<f64>)>, String> {
+fn active(text: &str) -> Result<Vec<(String, Option<f64>)>, String> {
     if text == "off" {
         return Ok(Vec::new());
     }

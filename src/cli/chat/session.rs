@@ -1,4 +1,4 @@
-//! A conversation: what was said, what is worn, and how replies are sampled.
+//! A conversation: what was said, what is active, and how replies are sampled.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -14,7 +14,7 @@ use super::{INTERRUPTED, REPLYING};
 use crate::cli::generate::{Text, show};
 use crate::cli::{AdapterArg, load_adapters};
 use crate::generate::{Engine, Event, Finish, GenerateError, Generated, Job, Prefix, Sampling};
-use crate::model::{CacheType, Decoder, Worn};
+use crate::model::{ActiveAdapter, CacheType, Decoder};
 use crate::text::{Special, Tokenizer};
 use crate::weights::write_atomically;
 
@@ -36,8 +36,8 @@ pub struct Session<'a> {
     registry: Registry,
     /// The weight each adapter was loaded with.
     weights: BTreeMap<String, f64>,
-    /// What is worn from the next reply on.
-    worn: Vec<(String, Worn)>,
+    /// What is active from the next reply on.
+    active: Vec<(String, ActiveAdapter)>,
     turns: Vec<Turn>,
     /// What was read for the last reply.
     prefix: Option<Prefix>,
@@ -73,7 +73,7 @@ impl<'a> Session<'a> {
             sampling,
             registry: Registry::new(&decoder.linears(), Bounds::default()),
             weights: BTreeMap::new(),
-            worn: Vec::new(),
+            active: Vec::new(),
             turns: Vec::new(),
             prefix: None,
             replies: 0,
@@ -84,10 +84,10 @@ impl<'a> Session<'a> {
     /// What one talks with.
     pub fn describe(&self) -> String {
         let window = self.decoder.config.max_position_embeddings;
-        let worn: Vec<String> = self.worn.iter().map(written).collect();
-        match &worn[..] {
+        let active: Vec<String> = self.active.iter().map(written).collect();
+        match &active[..] {
             [] => format!("no adapter, a window of {window} tokens"),
-            worn => format!("adapter {}, a window of {window} tokens", worn.join(", ")),
+            active => format!("adapter {}, a window of {window} tokens", active.join(", ")),
         }
     }
 
@@ -164,7 +164,7 @@ impl<'a> Session<'a> {
                 );
             }
         }
-        let [Worn { adapter, weight, .. }] =
+        let [ActiveAdapter { adapter, weight, .. }] =
             &load_adapters(std::slice::from_ref(file), self.decoder)?[..]
         else {
             unreachable!("one file is one adapter")
@@ -176,13 +176,13 @@ impl<'a> Session<'a> {
 
     /// Wears these adapters from the next reply on, and no others.
     pub fn wear(&mut self, names: &[(String, Option<f64>)]) -> Result<()> {
-        let mut worn = Vec::new();
+        let mut active = Vec::new();
         for (name, weight) in names {
             let adapter = self.registry.get(name)?;
             let weight = weight.or(self.weights.get(name).copied()).unwrap_or(1.0);
-            worn.push((name.clone(), Worn { weight, ..Worn::frozen(adapter) }));
+            active.push((name.clone(), ActiveAdapter { weight, ..ActiveAdapter::frozen(adapter) }));
         }
-        self.worn = worn;
+        self.active = active;
         Ok(())
     }
 
@@ -191,24 +191,24 @@ impl<'a> Session<'a> {
         self.registry.remove(name)?;
         self.weights.remove(name);
         self.prefix = None; // which may hold it
-        let before = self.worn.len();
-        self.worn.retain(|(other, _)| other != name);
-        if self.worn.len() < before {
-            eprintln!("(it was worn: now {})", self.describe());
+        let before = self.active.len();
+        self.active.retain(|(other, _)| other != name);
+        if self.active.len() < before {
+            eprintln!("(it was active: now {})", self.describe());
         }
         Ok(())
     }
 
-    /// The adapters there are, those worn with a star.
+    /// The adapters there are, those active with a star.
     pub fn list(&self) -> String {
         let listed = self.registry.list();
         if listed.is_empty() {
             return "no adapter is loaded: /load NAME=PATH".into();
         }
         let line = |adapter: &quantune_adapters::registry::Listed| {
-            let worn = self.worn.iter().find(|(name, _)| *name == adapter.name);
-            let (star, weight) = match worn {
-                Some((_, worn)) => ("*", worn.weight),
+            let active = self.active.iter().find(|(name, _)| *name == adapter.name);
+            let (star, weight) = match active {
+                Some((_, active)) => ("*", active.weight),
                 None => (" ", self.weights[&adapter.name]),
             };
             let megabytes = adapter.bytes as f64 / 1e6;
@@ -310,7 +310,7 @@ impl<'a> Session<'a> {
         let prompt = self.prompt()?;
         let window = self.decoder.config.max_position_embeddings;
         let job = Job {
-            worn: self.worn.iter().map(|(_, worn)| worn.clone()).collect(),
+            active: self.active.iter().map(|(_, active)| active.clone()).collect(),
             sampling: self.sampling.clone(),
             key: self.replies,
             ends: self.end_tokens.clone(),
@@ -392,9 +392,9 @@ impl<'a> Session<'a> {
     }
 }
 
-/// A worn adapter as the command that wears it has it.
-fn written((name, worn): &(String, Worn)) -> String {
-    match worn.weight {
+/// A active adapter as the command that wears it has it.
+fn written((name, active): &(String, ActiveAdapter)) -> String {
+    match active.weight {
         1.0 => name.clone(),
         weight => format!("{name}={weight}"),
     }

@@ -88,7 +88,7 @@ fn variation(
     let key = |name: &str| format!("{}.{name}", family.architecture);
     let number = |name: &str| gguf.f64(&key(name));
     let mut of = Variation::default();
-    let (attention_cap, logit_cap) = family.caps;
+    let (attention_cap, logit_softcap) = family.caps;
     if family.query_pre_attn_scalar {
         let present = |cap: Option<f64>| cap.filter(|&cap| cap != 0.0);
         let width = match family.scale_by_hidden_size_at {
@@ -100,7 +100,7 @@ fn variation(
             of.attn_logit_softcapping =
                 present(number("attn_logit_softcapping")?.or(attention_cap));
         }
-        of.final_logit_softcapping = present(number("final_logit_softcapping")?.or(logit_cap));
+        of.final_logit_softcapping = present(number("final_logit_softcapping")?.or(logit_softcap));
     }
     if family.embedding_scaled {
         of.embedding_multiplier = (hidden_size as f64).sqrt();

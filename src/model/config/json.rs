@@ -112,11 +112,11 @@ fn variation(
         None => default,
         Some(value) => value.as_f64(),
     };
-    let (attention_cap, logit_cap) = family.caps;
+    let (attention_cap, logit_softcap) = family.caps;
     if family.query_pre_attn_scalar {
         of.attention_scale = number("query_pre_attn_scalar").map(|scalar| scalar.powf(-0.5));
         of.attn_logit_softcapping = cap("attn_logit_softcapping", attention_cap);
-        of.final_logit_softcapping = cap("final_logit_softcapping", logit_cap);
+        of.final_logit_softcapping = cap("final_logit_softcapping", logit_softcap);
     }
     if family.embedding_scaled {
         of.embedding_multiplier = (hidden_size as f64).sqrt();

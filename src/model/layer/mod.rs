@@ -19,7 +19,7 @@ use std::collections::HashMap;
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
-use super::adapters::Wearer;
+use super::adapters::AdapterGroup;
 use super::cache::KvCache;
 use super::config::Config;
 use super::decoder::{Layer, Linear, Pass};
@@ -75,7 +75,7 @@ pub struct LayerPass<'a> {
     tokens: usize,
     /// Which tokens wear what, in a decoding step: given, products read each weight where it lies, for a
     /// token a row. What is learned from, and a prompt, is computed one way, however many tokens there are.
-    pub(super) wearers: Option<&'a [Wearer<'a>]>,
+    pub(super) adapter_groups: Option<&'a [AdapterGroup<'a>]>,
 }
 
 impl<'a> LayerPass<'a> {
@@ -89,12 +89,12 @@ impl<'a> LayerPass<'a> {
         let (forward, backward) = (compute.forward_panel()?, compute.backward_panel()?);
         let tokens = pass.segments.last().map_or(0, |segment| segment.tokens.end);
         let isa = Isa::current();
-        Some(Self { config, layer, pass, isa, forward, backward, tokens, wearers: None })
+        Some(Self { config, layer, pass, isa, forward, backward, tokens, adapter_groups: None })
     }
 
-    /// The layer of a decoding step: a token or so a row, not learned from. `wearers` are the pass's.
-    pub(super) fn decoding(self, wearers: &'a [Wearer<'a>]) -> Self {
-        Self { wearers: Some(wearers), ..self }
+    /// The layer of a decoding step: a token or so a row, not learned from. `adapter_groups` are the pass's.
+    pub(super) fn decoding(self, adapter_groups: &'a [AdapterGroup<'a>]) -> Self {
+        Self { adapter_groups: Some(adapter_groups), ..self }
     }
 
     /// Turns `x (N, hidden_size)` into the layer's output. `taped` says whether `tape` will be used

@@ -7,8 +7,8 @@ use super::tape::{Lows, Workspace};
 use super::update::{BaseScales, base_scales, scale_rows};
 use super::{AdapterGradients, CHUNK, LayerPass, times};
 use crate::isa::Isa;
+use crate::model::decode_linear;
 use crate::model::decoder::{Linear, Shared};
-use crate::model::few;
 use crate::ops::Values;
 use crate::ops::gemm::{Begin, Out, PackedRows, Panel, Product, Strided, Term, Weights, multiply};
 
@@ -113,9 +113,9 @@ impl LayerPass<'_> {
         onto: Onto,
         work: &mut Workspace,
     ) -> Result<()> {
-        if self.wearers.is_some() {
+        if self.adapter_groups.is_some() {
             let outs = outs.map(|(linear, out, _)| (linear, out));
-            return few::project(self, outs, x, onto, work);
+            return decode_linear::project(self, outs, x, onto, work);
         }
         let (n, isa) = (self.tokens, self.isa);
         let width = outs[0].0.weight.cols();

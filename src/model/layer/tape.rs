@@ -3,7 +3,7 @@
 use half::f16;
 
 use crate::model::config::{Config, Norms, QkNorm};
-use crate::model::few;
+use crate::model::decode_linear;
 use crate::ops::gemm::{PackedRows, Panel};
 use crate::ops::{Compute, half_tape};
 
@@ -156,7 +156,7 @@ pub struct Sizes {
 pub struct Workspace {
     pub(super) normed: Vec<f32>,
     pub(super) attended: Vec<f32>,
-    pub(in crate::model) few: few::Buffers,
+    pub(in crate::model) decode: decode_linear::Buffers,
     pub(super) gate: Vec<f32>,
     pub(super) up: Vec<f32>,
     pub(super) inner: Vec<f32>,

@@ -78,10 +78,10 @@ impl<'a> LayerPass<'a> {
         let mut all = Vec::new();
         for linear in linears {
             let mut updates = Vec::new();
-            for (tokens, worn) in &runs {
-                for worn in *worn {
-                    let Some(lora) = worn.adapter.modules.get(&linear.name) else { continue };
-                    let mask = self.pass.dropout.filter(|_| worn.trainable).map(|dropout| {
+            for (tokens, active) in &runs {
+                for active in *active {
+                    let Some(lora) = active.adapter.modules.get(&linear.name) else { continue };
+                    let mask = self.pass.dropout.filter(|_| active.trainable).map(|dropout| {
                         if drawn == masks.len() {
                             masks.push(Vec::new());
                         }
@@ -101,7 +101,7 @@ impl<'a> LayerPass<'a> {
                             let scales = scales.expect("norms are of magnitudes");
                             let rows = b.chunks_exact(lora.r()).zip(&scales);
                             let b = rows.flat_map(|(b, s)| b.iter().map(move |b| b * s)).collect();
-                            Some(Dora { b, scales, norms, weight: worn.weight as f32 })
+                            Some(Dora { b, scales, norms, weight: active.weight as f32 })
                         }
                         None => None,
                     };
@@ -109,8 +109,8 @@ impl<'a> LayerPass<'a> {
                         a: Values::of(lora.a.as_tensor())?,
                         b,
                         r: lora.r(),
-                        scale: (lora.scale * worn.weight) as f32,
-                        trainable: worn.trainable,
+                        scale: (lora.scale * active.weight) as f32,
+                        trainable: active.trainable,
                         tokens: tokens.clone(),
                         mask,
                         dora,

@@ -11,7 +11,7 @@ use super::super::settings::Task;
 use super::{Rollouts, divergence, tell, temperature};
 use crate::data::Prompt;
 use crate::eval::{Reply, diversity};
-use crate::model::{Decoder, Worn};
+use crate::model::{ActiveAdapter, Decoder};
 use crate::rollout::diagnose::{mean_and_error, overoptimized};
 use crate::rollout::{Response, respond};
 
@@ -24,7 +24,7 @@ impl Rollouts {
     pub fn evaluate(
         &mut self,
         decoder: &Decoder,
-        worn: &[Worn],
+        active: &[ActiveAdapter],
         state: &mut State,
         log: &Log,
         stop: &AtomicBool,
@@ -48,9 +48,9 @@ impl Rollouts {
                 return Ok(None);
             }
             let key = EVAL_KEYS + 64 * first as u64;
-            let scored = self.collect(decoder, worn, prompts, 1, key)?;
+            let scored = self.collect(decoder, active, prompts, 1, key)?;
             let temperature = temperature(&self.task);
-            let logps = respond::log_probs(decoder, worn, &scored.responses, temperature)?;
+            let logps = respond::log_probs(decoder, active, &scored.responses, temperature)?;
             surprise -= logps.iter().flatten().map(|&logp| f64::from(logp)).sum::<f64>();
             if let Some(reference) = &self.reference {
                 let reference =

@@ -33,7 +33,7 @@ impl Rollouts {
         let prompts: Vec<Prompt> = self.prompts_of(update);
         let n = own.num_generations;
         let first_key = update * (prompts.len() * n) as u64;
-        let scored = self.collect(decoder, learner.worn(0), &prompts, n, first_key)?;
+        let scored = self.collect(decoder, learner.active(0), &prompts, n, first_key)?;
         let began = Instant::now();
         let responses = &scored.responses;
         let temperature = own.temperature;
@@ -41,11 +41,11 @@ impl Rollouts {
         let again = own.num_iterations > 1 || own.num_mini_batches > 1;
         let by_response = own.advantage == AdvantageEstimator::Rloo;
         let old = match again || self.reference.is_some() {
-            true => Some(respond::log_probs(decoder, learner.worn(0), responses, temperature)?),
+            true => Some(respond::log_probs(decoder, learner.active(0), responses, temperature)?),
             false => None,
         };
         let reference = match &self.reference {
-            Some(worn) => Some(respond::log_probs(decoder, worn, responses, temperature)?),
+            Some(active) => Some(respond::log_probs(decoder, active, responses, temperature)?),
             None => None,
         };
         let mut totals: Vec<f32> =

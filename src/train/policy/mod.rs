@@ -29,7 +29,7 @@ use crate::data::{Dataset, LoadSettings, Prompt, PromptSettings, Prompts};
 use crate::generate::{Sampling, Settings as Generation};
 use crate::model::layer::{Sizes, Tape};
 use crate::model::scoring::TOKENS_AT_A_TIME;
-use crate::model::{CacheType, Decoder, Worn};
+use crate::model::{ActiveAdapter, CacheType, Decoder};
 use crate::objectives::advantage::{RunningMoments, kl_k1};
 use crate::ops::{Compute, linear_cross_entropy};
 use crate::quant::Bytes;
@@ -76,11 +76,11 @@ pub struct Rollouts {
     /// Text to keep predicting.
     ptx: Option<(Dataset, Rounds)>,
     /// What the reference wears, if one is asked for.
-    reference: Option<Vec<Worn>>,
+    reference: Option<Vec<ActiveAdapter>>,
     /// What gives the rewards.
     scorer: Scorer,
     /// A reward model that is not trained against.
-    judge: Option<Worn>,
+    judge: Option<ActiveAdapter>,
     samples: Option<SampleLog>,
     times: Times,
     prints: Vec<Fingerprint>,
@@ -101,7 +101,7 @@ impl Rollouts {
     pub fn load(
         settings: &RunSettings,
         decoder: &Decoder,
-        below: &[Worn],
+        below: &[ActiveAdapter],
         tokenizer: Tokenizer,
         stop: &AtomicBool,
     ) -> Result<Self, TrainError> {
@@ -149,9 +149,9 @@ impl Rollouts {
             }
             Ok::<(), TrainError>(())
         };
-        let scoring = |folder: &Path, least: f64| -> Result<Worn, TrainError> {
+        let scoring = |folder: &Path, least: f64| -> Result<ActiveAdapter, TrainError> {
             trusted(folder, least)?;
-            Ok(Worn::frozen(Arc::new(read_scoring(folder, decoder)?)))
+            Ok(ActiveAdapter::frozen(Arc::new(read_scoring(folder, decoder)?)))
         };
         let (mut adapter, mut judge, mut ptx, mut reward_model) = (None, None, None, None);
         let (rewards, wants_reference, ref_adapter, at_eos) = match &settings.task {
@@ -230,7 +230,7 @@ impl Rollouts {
             print(&mut prints, "the reference adapter", folder)?;
         }
         let reference = match wants_reference {
-            true => Some(reference::worn(below, folder, decoder)?),
+            true => Some(reference::active(below, folder, decoder)?),
             false => None,
         };
         let chats = prompts.report.conversations > 0;
@@ -454,7 +454,7 @@ impl Rollouts {
     fn collect(
         &mut self,
         decoder: &Decoder,
-        worn: &[Worn],
+        active: &[ActiveAdapter],
         prompts: &[Prompt],
         per_prompt: usize,
         first_key: u64,
@@ -466,7 +466,7 @@ impl Rollouts {
         let tokenizer = &self.tokenizer;
         let is_end = |token| tokenizer.is_end_of_generation(token);
         let responses =
-            respond::respond(decoder, worn, &tokens, per_prompt, &settings, &is_end, first_key)?;
+            respond::respond(decoder, active, &tokens, per_prompt, &settings, &is_end, first_key)?;
         self.times.generation += began.elapsed();
 
         let began = Instant::now();

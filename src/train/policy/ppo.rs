@@ -31,7 +31,7 @@ impl Rollouts {
         let update = state.step;
         let prompts: Vec<Prompt> = self.prompts_of(update);
         let first_key = update * prompts.len() as u64;
-        let scored = self.collect(learner.decoder(), learner.worn(0), &prompts, 1, first_key)?;
+        let scored = self.collect(learner.decoder(), learner.active(0), &prompts, 1, first_key)?;
         let began = Instant::now();
         let rows = self.experience(own, learner, state, &scored)?;
         self.times.scoring += began.elapsed();
@@ -82,7 +82,7 @@ impl Rollouts {
         let reference = respond::log_probs(decoder, reference, responses, temperature)?;
         let valuer = usize::from(own.value_model == ValueModel::Own);
         let head = learner.adapters[valuer].score.clone().expect("a value head was given");
-        let (policy, valuer) = (learner.worn(0), learner.worn(valuer));
+        let (policy, valuer) = (learner.active(0), learner.active(valuer));
         let most = own.response_length;
         let [old, values] = match own.value_model {
             // What the two are read from is one forward pass of one adapter.

@@ -15,7 +15,7 @@ use half::f16;
 use quantune_adapters::decode::DecodeForm;
 use quantune_adapters::delta::Adapter;
 
-use super::adapters::{Wearer, Worn};
+use super::adapters::{ActiveAdapter, AdapterGroup};
 use super::decoder::Linear;
 use super::layer::{LayerPass, Onto, Workspace};
 use crate::ops::gemm::Panel;
@@ -55,26 +55,26 @@ impl<T: Number> Known<T> {
     fn find(
         &mut self,
         linear: &Linear,
-        worn: &[Worn],
-        mut take: impl FnMut(&Worn, Arc<DecodeForm<T>>),
+        active: &[ActiveAdapter],
+        mut take: impl FnMut(&ActiveAdapter, Arc<DecodeForm<T>>),
     ) -> Result<()> {
         if !self.0.contains_key(&linear.name) {
             self.0.insert(linear.name.clone(), Vec::new());
         }
         let known = self.0.get_mut(&linear.name).expect("just put there");
-        for worn in worn {
-            let is_its = |of: &Weak<Adapter>| of.as_ptr() == Arc::as_ptr(&worn.adapter);
+        for active in active {
+            let is_its = |of: &Weak<Adapter>| of.as_ptr() == Arc::as_ptr(&active.adapter);
             let found = known.iter().find(|(of, _)| is_its(of));
             let found = found.and_then(|(_, form)| form.upgrade());
             if let Some(form) = found.filter(|form| form.is_current()) {
-                take(worn, form);
+                take(active, form);
                 continue;
             }
-            let Some(lora) = worn.adapter.modules.get(&linear.name) else { continue };
+            let Some(lora) = active.adapter.modules.get(&linear.name) else { continue };
             let form = lora.decode_form::<T>(&*linear.weight)?;
             known.retain(|(of, form)| !is_its(of) && form.strong_count() > 0);
-            known.push((Arc::downgrade(&worn.adapter), Arc::downgrade(&form)));
-            take(worn, form);
+            known.push((Arc::downgrade(&active.adapter), Arc::downgrade(&form)));
+            take(active, form);
         }
         Ok(())
     }
@@ -107,7 +107,7 @@ pub(super) fn project<const M: usize>(
     onto: Onto,
     work: &mut Workspace,
 ) -> Result<()> {
-    let Buffers { product, x: padded, lows, half_forms, whole_forms } = &mut work.few;
+    let Buffers { product, x: padded, lows, half_forms, whole_forms } = &mut work.decode;
     let buffers = (product, padded, lows);
     // Updates are as exact as the base's products: in 16 bits but where those are F32.
     match pass.forward {
@@ -127,9 +127,9 @@ fn project_as<T: Number, const M: usize>(
     known: &mut Known<T>,
 ) -> Result<()> {
     let isa = pass.isa;
-    let wearers = pass.wearers.expect("made for a decoding step");
+    let adapter_groups = pass.adapter_groups.expect("made for a decoding step");
     let linears = outs.each_ref().map(|(linear, _)| *linear);
-    let (all, flat) = updates(linears, wearers, known)?;
+    let (all, flat) = updates(linears, adapter_groups, known)?;
 
     // All tokens' inputs in whole groups, for what reads them so.
     let cols = outs[0].0.weight.cols();
@@ -224,17 +224,17 @@ fn project_as<T: Number, const M: usize>(
 /// of a layer one after the other.
 fn updates<'w, T: Number, const M: usize>(
     linears: [&Linear; M],
-    wearers: &'w [Wearer<'w>],
+    adapter_groups: &'w [AdapterGroup<'w>],
     known: &mut Known<T>,
 ) -> Result<(Vec<Updates<'w>>, Vec<Update<T>>)> {
     let (mut all, mut flat, mut end) = (Vec::new(), Vec::new(), 0);
     for (index, linear) in linears.into_iter().enumerate() {
-        for (worn, tokens) in wearers {
+        for (active, tokens) in adapter_groups {
             let first = flat.len();
-            known.find(linear, worn, |worn, form| {
+            known.find(linear, active, |active, form| {
                 let lows = end..end + tokens.len() * low_rank::low_stride(&form);
                 end = lows.end;
-                flat.push(Update { form, weight: worn.weight as f32, lows });
+                flat.push(Update { form, weight: active.weight as f32, lows });
             })?;
             if first < flat.len() {
                 let (scales, updates) = (row_scales(&flat[first..]), first..flat.len());
