@@ -3,7 +3,7 @@
 # a stand-in for nvcc that answers their questions and writes empty files. What they make must never be
 # linked: it has a target directory of its own, but where CUDA_CHECK_TARGET names one. Arguments are cargo's.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 
 if [[ "$(uname -sm)" != "Linux x86_64" ]]; then
     echo "the cuda feature is not checked: that is done on Linux x86_64, this is $(uname -sm)"

@@ -3,12 +3,12 @@
 # come from pip's wheels (1.2 GB), the driver's library is a stand-in whose every function answers "no
 # device". Where a toolkit is installed, `cargo build --release --features cuda` is all there is to do.
 #
-#     scripts/build_cuda.sh            # cargo build --release --features cuda
-#     scripts/build_cuda.sh check      # cargo check --features cuda, with the real nvcc
+#     scripts/check/cuda_build.sh            # cargo build --release --features cuda
+#     scripts/check/cuda_build.sh check      # cargo check --features cuda, with the real nvcc
 #
 # CUDA_COMPUTE_CAP names the GPU's generation (80: A100 and later; 8.0 is the least with bf16).
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 
 if [[ "$(uname -sm)" != "Linux x86_64" ]]; then
     echo "the wheels are for Linux x86_64, this is $(uname -sm)" >&2
@@ -19,7 +19,7 @@ case "${1:-build}" in
 build) command=(cargo build --release --features cuda) ;;
 check) command=(cargo check --features cuda) ;;
 *)
-    echo "usage: scripts/build_cuda.sh [build|check]" >&2
+    echo "usage: scripts/check/cuda_build.sh [build|check]" >&2
     exit 2
     ;;
 esac

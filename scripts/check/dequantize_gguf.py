@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Turns a Llama or Qwen2 GGUF into a Hugging Face folder in float32, tokenizer included.
 
-    python3 scripts/dequantize_gguf.py FILE.gguf FOLDER
+    python3 scripts/check/dequantize_gguf.py FILE.gguf FOLDER
 
 So that transformers and PEFT can be asked about the very weights a GGUF holds. transformers reads GGUF
 too, but leaves out the pre-tokenizer (SmolLM2 splits digits one by one) and will not save what it read.
@@ -16,7 +16,8 @@ import tokenizers
 import torch
 import transformers
 
-from make_golden import GGUF_NAMES, hf_model, unpermute, write_json
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "golden"))
+from tiny_models import GGUF_NAMES, hf_model, unpermute, write_json  # noqa: E402
 
 PRE_TOKENIZERS = {
     "gpt-2": lambda byte_level: byte_level,

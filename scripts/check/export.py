@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Holds what merge, quantize and export write to llama.cpp and transformers. Run it by scripts/check_export.sh.
+"""Holds what merge, quantize and export write to llama.cpp and transformers. Run it by scripts/check/export.sh.
 
-    python3 scripts/check_export.py LLAMA_CPP [gguf] [folder] [lora] [errors] [bill]
+    python3 scripts/check/export.py LLAMA_CPP [gguf] [folder] [lora] [errors] [bill]
 
 gguf    SmolLM2 and a tiny Qwen2, with adapters merged in, as GGUFs of several types: llama.cpp's log-probs
 folder  the same as Hugging Face folders: transformers' log-probs
@@ -25,7 +25,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import gguf
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 QUANTUNE = os.environ.get("QUANTUNE", str(ROOT / "target/release/quantune"))
 BASE = Path(os.environ.get("BASE", ROOT / "models/SmolLM2-135M-Instruct.Q4_1.gguf"))
 TEXT = Path(os.environ.get("TEXT", "/usr/share/common-licenses/GPL-3"))

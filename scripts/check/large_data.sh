@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What `sft` holds in memory of a file of rows, however large it is.
 #
-#   scripts/check_large_data.sh MODEL [MEGABYTES]     a GGUF file or a Hugging Face folder; 2000 by default
+#   scripts/check/large_data.sh MODEL [MEGABYTES]     a GGUF file or a Hugging Face folder; 2000 by default
 #
 # Makes a file of conversations of 0.5 to 4 kB out of this repository's own words, and one of a twentieth of its size, and
 # trains 20 steps on each: twice, the second time from the tokens that the first has kept on disk. Tells the private memory
@@ -9,8 +9,8 @@
 # how long each takes, and by how many bytes a row it grows from the small file to the large one. Ends with 1 where that is
 # more than 32. WORK (a folder with three times the room), THREADS and QUANTUNE (the binary) may be set.
 set -euo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-[[ $# -gt 0 ]] || { echo "usage: scripts/check_large_data.sh MODEL [MEGABYTES]" >&2; exit 2; }
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+[[ $# -gt 0 ]] || { echo "usage: scripts/check/large_data.sh MODEL [MEGABYTES]" >&2; exit 2; }
 quantune="${QUANTUNE:-${CARGO_TARGET_DIR:-$root/target}/release/quantune}"
 work="$(mktemp -d "${WORK:-${TMPDIR:-/tmp}}/large.XXXXXX")"
 trap 'rm -rf "$work"' EXIT

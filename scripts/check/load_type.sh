@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # The memory that a Hugging Face folder takes while it is quantized on load.
 #
-#   scripts/check_load_type.sh FOLDER...
+#   scripts/check/load_type.sh FOLDER...
 #
 # Each folder is loaded to Q8_0, Q4_K and Q4_0 and scores a few words. Tells the private memory (RssAnon of
 # /proc/PID/status) and all of it (RssAnon + RssFile) at their highest, above what the same command takes of the folder as it
 # is stored, and ends with 1 where either is more than the quantized matrices, a tenth of them and the largest matrix in F32.
 # TYPES and QUANTUNE (the binary) may be set.
 set -euo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-[[ $# -gt 0 ]] || { echo "usage: scripts/check_load_type.sh FOLDER..." >&2; exit 2; }
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+[[ $# -gt 0 ]] || { echo "usage: scripts/check/load_type.sh FOLDER..." >&2; exit 2; }
 quantune="${QUANTUNE:-${CARGO_TARGET_DIR:-$root/target}/release/quantune}"
 work="$(mktemp -d)"
 trap 'rm -rf "$work"' EXIT

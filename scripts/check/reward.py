@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """The bar for our reward model: TRL's RewardTrainer on the same pairs, and its accuracy on held-out ones.
 
-    python3 scripts/make_sentiment.py
-    python3 scripts/check_reward.py --model FOLDER --out DIR        # trains one epoch, then measures
-    python3 scripts/check_reward.py --model FOLDER --adapter DIR    # measures an adapter, ours for example
+    python3 scripts/fetch/sentiment.py
+    python3 scripts/check/reward.py --model FOLDER --out DIR        # trains one epoch, then measures
+    python3 scripts/check/reward.py --model FOLDER --adapter DIR    # measures an adapter, ours for example
 
 FOLDER is a Hugging Face folder of the base (benches/peers/prepare.py makes one from our GGUF). LoRA r=16 on every
 linear layer, 8 pairs a step, learning rate 1e-4 falling to zero, float32. Prints one JSON object. Needs
@@ -23,7 +23,7 @@ import torch
 import transformers
 import trl
 
-DATA = Path(__file__).resolve().parent.parent / "data/sentiment"
+DATA = Path(__file__).resolve().parents[2] / "data/sentiment"
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 

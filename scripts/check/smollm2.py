@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Holds Quantune to transformers, PEFT and llama.cpp on SmolLM2-135M-Instruct. Run it by scripts/check_smollm2.sh.
+"""Holds Quantune to transformers, PEFT and llama.cpp on SmolLM2-135M-Instruct. Run it by scripts/check/smollm2.sh.
 
-    python3 scripts/check_smollm2.py [reference] [modes] [perplexity] [memory] [steps] [interop] [parity]
+    python3 scripts/check/smollm2.py [reference] [modes] [perplexity] [memory] [steps] [interop] [parity]
 
 reference   top-10 log-probs and greedy tokens against tests/golden/model/smollm2.json
 modes       the same log-probs in --compute int16 (within 2e-2) and int8, and their perplexity
@@ -31,7 +31,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts/golden"))  # tiny_models
 BASE = ROOT / "models/SmolLM2-135M-Instruct.Q4_1.gguf"
 WORK = ROOT / "runs/check_smollm2"
 HF = WORK / "hf"
@@ -202,7 +203,7 @@ def compare_adapters(what, ours, theirs, bound):
 
 
 def train_args(args):
-    """make_golden's settings as our flags."""
+    """The golden run's settings as our flags."""
     flags = {"adam_beta1", "adam_beta2", "adam_epsilon", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay"}
     flags |= {"max_grad_norm", "max_steps", "per_device_train_batch_size"}
     return [x for k in sorted(flags & args.keys()) for x in ("--" + k.replace("_", "-"), args[k])]
@@ -220,7 +221,7 @@ def check_steps():
     import peft
     import torch
 
-    from make_golden import TRAIN_ARGS, train, write_adapter
+    from tiny_models import TRAIN_ARGS, train, write_adapter
 
     rows = read_rows(prepare_rows("train"))[::40][:40]
     (WORK / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -302,7 +303,7 @@ def peft_epoch(train_rows, heldout_rows, initial, final):
     import torch
     import transformers
 
-    from make_golden import write_adapter
+    from tiny_models import write_adapter
 
     train, heldout = read_rows(train_rows), read_rows(heldout_rows)
     model = hf_model()
@@ -347,7 +348,7 @@ def check_parity():
     import peft
     import torch
 
-    from make_golden import write_adapter
+    from tiny_models import write_adapter
 
     train, heldout = prepare_rows("train"), prepare_rows("heldout")
     ours_before = quantune("eval", "--base", BASE, "--data", heldout)
@@ -417,7 +418,7 @@ def main():
         sys.exit(f"no check {', '.join(unknown)}; there are {', '.join(checks)}")
     WORK.mkdir(parents=True, exist_ok=True)
     if not (HF / "tokenizer_config.json").exists():
-        subprocess.run([sys.executable, ROOT / "scripts/dequantize_gguf.py", BASE, HF], check=True)
+        subprocess.run([sys.executable, ROOT / "scripts/check/dequantize_gguf.py", BASE, HF], check=True)
     for name in sys.argv[1:] or checks:
         checks[name]()
     if failed:

@@ -2,9 +2,9 @@
 # Holds the tokenizer to llama.cpp's own tests: vocabularies, texts and ids from its tree, fetched
 # as the pinned sdist of llama-cpp-python (about 80 MB; nothing of it is built).
 #
-#   scripts/check_tokenizer.sh [FOLDER]     FOLDER keeps what was fetched [default: target/llama.cpp]
+#   scripts/check/tokenizer.sh [FOLDER]     FOLDER keeps what was fetched [default: target/llama.cpp]
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 folder=${1:-target/llama.cpp}
 version=0.3.36
 sha256=832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e

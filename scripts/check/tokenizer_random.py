@@ -1,8 +1,8 @@
 """Holds token ids to llama.cpp's on random texts, under every pre-tokenizer name we know.
 
-    scripts/check_tokenizer_random.py MODELS LLAMA_TOKENIZE TOKENIZE [GGUF...] [--size N] [--seed N]
+    scripts/check/tokenizer_random.py MODELS LLAMA_TOKENIZE TOKENIZE [GGUF...] [--size N] [--seed N]
 
-MODELS is models/ of llama.cpp's tree, as scripts/check_tokenizer.sh unpacks it; LLAMA_TOKENIZE is the
+MODELS is models/ of llama.cpp's tree, as scripts/check/tokenizer.sh unpacks it; LLAMA_TOKENIZE is the
 llama-tokenize built from that tree; TOKENIZE is our examples/tokenize. Further GGUFs are compared too.
 """
 
@@ -55,7 +55,7 @@ def with_pre(gguf: bytes, pre: str) -> bytes:
 
 
 def known_names():
-    source = (Path(__file__).parent.parent / "src/text/pre_tokenizer.rs").read_text()
+    source = (Path(__file__).resolve().parents[2] / "src/text/pre_tokenizer.rs").read_text()
     table = source[source.index("const TABLE") : source.index("/// The row of a name.")]
     # What a pattern has and a name has not: backslashes, brackets, plus signs.
     return [name for name in re.findall(r'"([^"]+)"', table) if re.fullmatch(r"[a-z0-9._-]+", name)]

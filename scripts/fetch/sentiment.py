@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Real human judgements as data for reward models and reinforcement learning: writes data/sentiment/.
 
-    python3 scripts/make_sentiment.py [--margin]
-    python3 scripts/make_sentiment.py --naive-bayes     # the baseline a reward model has to beat
+    python3 scripts/fetch/sentiment.py [--margin]
+    python3 scripts/fetch/sentiment.py --naive-bayes     # the baseline a reward model has to beat
 
 The 10,605 movie-review snippets of vaderSentiment 3.3.2 (MIT; Hutto & Gilbert 2014, texts by their authors), each
 rated from -4 to 4 by about 20 people. Python's standard library and pip; the same bytes everywhere.
@@ -30,7 +30,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from fetch_model import ROOT, download_sdist, write_whole
+from smollm2 import ROOT, download_sdist, write_whole
 
 OUT = ROOT / "data/sentiment"
 SDIST = ("vaderSentiment", "3.3.2", "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9")

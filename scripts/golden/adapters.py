@@ -1,7 +1,7 @@
 """Goldens of the adapters crate, from PEFT itself on tiny random Llamas.
 
-    PYTHONHASHSEED=0 python scripts/make_golden_adapters.py   writes tests/golden/adapters/
-    python scripts/make_golden_adapters.py --check FOLDER     loads a folder our test wrote
+    PYTHONHASHSEED=0 python scripts/golden/adapters.py   writes tests/golden/adapters/
+    python scripts/golden/adapters.py --check FOLDER     loads a folder our test wrote
                                                               (target/tmp/adapter_for_peft) in PEFT
 
 Needs torch, transformers 5.23, peft 0.21.2. Seeds are fixed (the hash seed too: PEFT saves sets);
@@ -20,7 +20,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-GOLDEN = Path(__file__).parent.parent / "tests/golden/adapters"
+GOLDEN = Path(__file__).resolve().parents[2] / "tests/golden/adapters"
 assert peft.__version__ == "0.21.2", f"peft {peft.__version__}, the goldens are made by 0.21.2"
 warnings.simplefilter("ignore")
 

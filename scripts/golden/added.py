@@ -2,10 +2,9 @@
 """Writes tests/golden/added: tokens added to a vocabulary, as transformers numbers them and PEFT trains
 and saves their rows.
 
-    pip install -r scripts/requirements-golden.txt
-    PYTHONHASHSEED=0 python3 scripts/make_golden_added.py
+    PYTHONHASHSEED=0 python3 scripts/golden/added.py
 
-Models and rows are those of make_golden.py; in the rows every fifth token is one that was added. New rows
+Models and rows are those of scripts/golden/tiny_models.py; in the rows every fifth token is one that was added. New rows
 begin as the mean of the others: transformers' `mean_resizing` without its noise.
 """
 
@@ -21,8 +20,8 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-import make_golden as golden
-import make_golden_family as family
+import tiny_models as golden
+import adapter_kinds as family
 
 ADDED = golden.ROOT / "tests/golden/added"
 TOKENS, SPECIAL_TOKENS = ["ferry", "über all", "miller"], ["<|tool|>", "<|im_end|>", "<|", "er"]
@@ -139,8 +138,9 @@ def main():
     golden.assert_versions()
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    shutil.rmtree(ADDED, ignore_errors=True)
-    (ADDED / "files").mkdir(parents=True)
+    ADDED.mkdir(exist_ok=True)
+    golden.clear(ADDED)
+    (ADDED / "files").mkdir()
     golden.write_json(ADDED / "tokens.json", tokens())
     for i, run in enumerate(RUNS):
         ten_steps(run, 80 + i)

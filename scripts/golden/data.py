@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """Writes tests/golden/data: rows, and the tokens and labels TRL's SFTTrainer makes of them.
 
-    pip install -r scripts/requirements-golden.txt trl==1.16.0 datasets==5.2.0
-    python3 scripts/make_golden_data.py
+    python3 scripts/golden/data.py
 
 Three tokenizers over the vocabulary of tests/golden/model/llama-tiny: `chatml`, whose template marks
 nothing; `generation`, the same text with {% generation %} around what the assistant says; `bos`, which
@@ -22,7 +21,7 @@ import datasets
 import transformers
 from trl import SFTConfig, SFTTrainer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "tests/golden/model/llama-tiny"
 OUT = ROOT / "tests/golden/data"
 
@@ -150,7 +149,8 @@ def prepared(rows, tokenizer, settings, tmp):
 
 def main():
     assert version("trl") == "1.16.0", version("trl")
-    shutil.rmtree(OUT, ignore_errors=True)
+    for name in ("chatml", "generation", "bos"):
+        shutil.rmtree(OUT / name, ignore_errors=True)
     with tempfile.TemporaryDirectory() as tmp:
         tokenizers = {
             "chatml": write_tokenizer("chatml", OUT, CHATML),

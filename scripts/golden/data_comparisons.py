@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
 """Writes tests/golden/data/comparisons.json: rows, and the tokens TRL's trainers make of them.
 
-    pip install -r scripts/requirements-golden.txt trl==1.16.0 datasets==5.2.0
-    python3 scripts/make_golden_comparisons.py
+    python3 scripts/golden/data_comparisons.py
 
 RewardTrainer, DPOTrainer (with its collator, which cuts) and KTOTrainer, each row on its own, with the
-tokenizers of scripts/make_golden_data.py. A row that a trainer filters out has no tokens.
+tokenizers of scripts/golden/data.py. A row that a trainer filters out has no tokens.
 """
 
 import json
@@ -20,7 +19,7 @@ import transformers
 from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-OUT = Path(__file__).resolve().parent.parent / "tests/golden/data"
+OUT = Path(__file__).resolve().parents[2] / "tests/golden/data"
 
 
 def user(text):

@@ -2,8 +2,7 @@
 """Writes tests/golden/data/rows.parquet and rows.jsonl: the same conversations with tools, as pyarrow writes a table
 of them (a column for each key that any message has, null where one has not) and as JSON lines.
 
-    pip install pyarrow==26.0.1
-    python3 scripts/make_golden_parquet.py
+    python3 scripts/golden/data_parquet.py
 """
 
 import json
@@ -12,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-OUT = Path(__file__).resolve().parent.parent / "tests/golden/data"
+OUT = Path(__file__).resolve().parents[2] / "tests/golden/data"
 
 
 def call(city, days):

@@ -2,8 +2,7 @@
 """Writes tests/golden/export: the types that llama-quantize gives each tensor, and the GGUFs that llama.cpp's
 converter makes of the golden folders.
 
-    pip install -r scripts/requirements-golden.txt
-    python3 scripts/make_golden_export.py LLAMA_CPP
+    python3 scripts/golden/export.py LLAMA_CPP
 
 LLAMA_CPP is a checkout of llama.cpp with llama-quantize built in build/bin.
 """
@@ -15,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LLAMA_CPP = Path(sys.argv[1]).resolve()
 sys.path[:0] = [str(LLAMA_CPP), str(LLAMA_CPP / "gguf-py")]
 

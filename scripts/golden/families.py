@@ -3,10 +3,9 @@
 GGUF that llama.cpp's converter makes of it, what transformers says about it, and the gradients of a PEFT
 adapter on it.
 
-    pip install -r scripts/requirements-golden.txt
-    python3 scripts/make_golden_families.py LLAMA_CPP
+    python3 scripts/golden/families.py LLAMA_CPP
 
-LLAMA_CPP is a checkout of llama.cpp. As in make_golden.py, models are sharp, and each property that a
+LLAMA_CPP is a checkout of llama.cpp. As in scripts/golden/tiny_models.py, models are sharp, and each property that a
 family has is shown to matter: without it, log-probs move by far more than the tests allow.
 """
 
@@ -28,9 +27,9 @@ import safetensors.torch
 import torch
 import transformers
 
-from make_golden import write_adapter, write_json
+from tiny_models import clear, write_adapter, write_json
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "tests/golden/families"
 VOCAB = 64
 BASE = dict(
@@ -345,8 +344,8 @@ def main():
     logging.disable(logging.INFO)
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    shutil.rmtree(OUT, ignore_errors=True)
-    OUT.mkdir()
+    OUT.mkdir(exist_ok=True)
+    clear(OUT)
     weights = {name: make(name, 100 + i) for i, name in enumerate(MODELS)}
     for name, (base, settings) in VARIANTS.items():
         make_variant(name, base, settings, weights[base])

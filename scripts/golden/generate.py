@@ -2,8 +2,7 @@
 """Writes tests/golden/generate/sampling.json: which tokens transformers' own chain of logits processors
 lets through, and with what probability.
 
-    pip install -r scripts/requirements-golden.txt
-    python3 scripts/make_golden_generate.py
+    python3 scripts/golden/generate.py
 
 The chain is the one `generate` builds from a generation config, so the order of the filters is
 transformers' too. Every setting must change the distribution, and no filter may decide by rounding:
@@ -17,7 +16,7 @@ import torch
 import transformers
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-OUT = Path(__file__).resolve().parent.parent / "tests/golden/generate/sampling.json"
+OUT = Path(__file__).resolve().parents[2] / "tests/golden/generate/sampling.json"
 VOCAB = 48
 SETTINGS = [
     {},

@@ -1,10 +1,8 @@
 #!/usr/bin/env python3
 """Writes tests/golden/objectives: losses, gradients and statistics of TRL's own code on random numbers.
 
-    pip install -r scripts/requirements-golden.txt trl==1.16.0
-    pip install --no-deps --target TRL100 trl==1.0.0      # the last with PPO
-    python3 scripts/make_golden_objectives.py
-    PYTHONPATH=TRL100 python3 scripts/make_golden_objectives.py ppo
+    python3 scripts/golden/objectives.py
+    PYTHONPATH=TRL100 python3 scripts/golden/objectives.py ppo
 
 A trainer's method is called on a stand-in for the trainer, with a stand-in for the model that returns the
 log-probs (or scores) in question; where a formula is in the middle of a long method, its very lines are
@@ -26,7 +24,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 import torch
 import trl
 
-OUT = Path(__file__).resolve().parent.parent / "tests/golden/objectives"
+OUT = Path(__file__).resolve().parents[2] / "tests/golden/objectives"
 DEVICE = torch.device("cpu")
 
 

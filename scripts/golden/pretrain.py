@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """Writes tests/golden/pretrain: ten full-parameter steps of small models as PyTorch takes them.
 
-    pip install -r scripts/requirements-golden.txt
-    python3 scripts/make_golden_pretrain.py [RUN ...]     [default: all]
+    python3 scripts/golden/pretrain.py [RUN ...]     [default: all]
 
 Same versions, same bytes. transformers' models with eager attention in float32, torch's AdamW in two groups, its
 clip_grad_norm_, and a list of learning rates. Rows are packed documents; either a row is one text to the model, or
@@ -20,7 +19,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from make_golden import ROOT, assert_versions, config, hf_model, random_weights, write_json
+from tiny_models import ROOT, assert_versions, config, hf_model, random_weights, write_json
 
 PRETRAIN = ROOT / "tests/golden/pretrain"
 STEPS, ROWS, LENGTH = 10, 4, 24

@@ -1,10 +1,8 @@
 #!/usr/bin/env python3
 """Writes tests/golden/rl: ten optimizer steps of reward models, DPO, KTO and PPO as TRL takes them, on llama-tiny.
 
-    pip install -r scripts/requirements-golden-rl.txt
-    python3 scripts/make_golden_rl.py                                   # reward models, DPO, KTO
-    pip install --no-deps --target trl-1.0.0 trl==1.0.0
-    PYTHONPATH=trl-1.0.0 python3 scripts/make_golden_rl.py              # PPO, which later versions do not have
+    python3 scripts/golden/rl.py                                   # reward models, DPO, KTO
+    PYTHONPATH=trl-1.0.0 python3 scripts/golden/rl.py              # PPO, which later versions do not have
 
 Same versions, same bytes. TRL's own loops run, unchanged; what they do is noted from outside. Only where
 randomness would come in is something put in their place: the adapters' first weights, and PPO's responses.
@@ -31,7 +29,7 @@ import torch
 import transformers
 import trl
 
-from make_golden import MODEL, ROOT, assert_versions, write_adapter, write_json
+from tiny_models import MODEL, ROOT, assert_versions, write_adapter, write_json
 
 RL = ROOT / "tests/golden/rl"
 BASE = "llama-tiny"

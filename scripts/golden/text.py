@@ -1,7 +1,6 @@
 """Writes tests/golden/text: what Python's tokenizers and jinja2 make of our files and templates.
 
-    pip install tokenizers==0.23.2 transformers==5.23.0 jinja2==3.1.6
-    python scripts/make_golden_text.py
+    python scripts/golden/text.py
 
 The tokenizers are those of tests/golden/model. The templates are our own; each exercises what real
 chat templates use. They are rendered by transformers' `render_jinja_template`.
@@ -14,7 +13,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
+GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden"
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 
 TALK = [

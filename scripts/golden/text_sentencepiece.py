@@ -2,8 +2,7 @@
 """Writes tests/golden/text/sentencepiece: two SentencePiece vocabularies as GGUFs, and the ids that llama.cpp
 gives 500 mixed texts under each.
 
-    pip install -r scripts/requirements-golden.txt sentencepiece==0.2.3
-    python3 scripts/make_golden_sentencepiece.py LLAMA_CPP
+    python3 scripts/golden/text_sentencepiece.py LLAMA_CPP
 
 LLAMA_CPP is a checkout of llama.cpp with llama-tokenize built in build/bin. Texts without marks must have the
 ids that the sentencepiece package itself gives them.
@@ -19,9 +18,9 @@ from pathlib import Path
 import gguf
 import sentencepiece as spm
 
-from make_golden import TEXT, write_json
+from tiny_models import TEXT, write_json
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "tests/golden/text/sentencepiece"
 TOKENIZE = Path(sys.argv[1]).resolve() / "build/bin/llama-tokenize"
 MARKS = ["<|user|>", "<|end|>"]

@@ -2,9 +2,7 @@
 """Writes tests/golden/text/real_templates.json: what transformers renders of 50 conversations with the chat
 templates that people use.
 
-    pip install transformers==5.23.0 jinja2==3.1.6 trl==1.16.0
-    pip download --no-deps --no-binary :all: llama-cpp-python==0.3.36
-    python scripts/make_golden_templates.py llama_cpp_python-0.3.36.tar.gz [--show TEMPLATE CONVERSATION]
+    python scripts/golden/text_templates.py llama_cpp_python-0.3.36.tar.gz [--show TEMPLATE CONVERSATION]
 
 The templates are read from two packages: TRL (Apache-2.0, `trl/chat_templates`) and llama.cpp as the sdist of
 llama-cpp-python carries it (MIT, `models/templates`). The golden file holds their text, with where it comes from,
@@ -25,7 +23,7 @@ from pathlib import Path
 import trl
 from transformers.utils.chat_template_utils import render_jinja_template
 
-OUT = Path(__file__).resolve().parent.parent / "tests/golden/text/real_templates.json"
+OUT = Path(__file__).resolve().parents[2] / "tests/golden/text/real_templates.json"
 SDIST = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 INSIDE = "llama_cpp_python-0.3.36/vendor/llama.cpp/models/templates"
 SMOLLM2 = (

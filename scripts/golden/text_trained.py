@@ -1,8 +1,7 @@
 """Writes tests/golden/text/trained.json: tokenizers that Python's tokenizers library learns from a small
 text, and the ids they give.
 
-    pip install tokenizers==0.23.3
-    python scripts/make_golden_tokenizer.py
+    python scripts/golden/text_trained.py
 
 The texts that are encoded are those of tests/golden/text/tokens.json.
 """
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-GOLDEN = Path(__file__).parent.parent / "tests" / "golden" / "text"
+GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden" / "text"
 VOCAB_SIZE = 400
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LLAMA3 = (

@@ -39,7 +39,7 @@ def random_blocks(rng: np.random.Generator, kind: T) -> np.ndarray:
 
 
 def main() -> None:
-    out = Path(__file__).resolve().parent.parent / "tests" / "golden" / "weights" / "types.gguf"
+    out = Path(__file__).resolve().parents[2] / "tests" / "golden" / "weights" / "types.gguf"
     out.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(out, "golden")
     writer.add_custom_alignment(64)

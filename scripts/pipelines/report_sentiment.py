@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The table at the end of scripts/sentiment.sh: python3 scripts/report_sentiment.py RUN_DIRECTORY"""
+"""The table at the end of scripts/pipelines/sentiment.sh: python3 scripts/pipelines/report_sentiment.py RUN_DIRECTORY"""
 
 import json
 import statistics

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The table of speedrun.sh: each stage's time and its telling numbers before and after.
+"""The table of scripts/pipelines/speedrun.sh: each stage's time and its telling numbers before and after.
 
-    python3 scripts/report_speedrun.py RUN_DIRECTORY
+    python3 scripts/pipelines/report_speedrun.py RUN_DIRECTORY
 """
 
 import json

@@ -2,7 +2,7 @@
 # Human judgements into a model, from fetch to report: continuations of film reviews that people rate higher (the task of
 # Ziegler et al. 2019, on the human ratings of vaderSentiment's snippets).
 #
-#   scripts/sentiment.sh [RUN_DIRECTORY]     [default: runs/sentiment]
+#   scripts/pipelines/sentiment.sh [RUN_DIRECTORY]     [default: runs/sentiment]
 #
 #   reward   a reward model from pairs of snippets, and a second one, the judge, from others
 #   sft      the base learns what snippets look like
@@ -14,7 +14,7 @@
 # SEEDS="1 2 3" trains reward model and ppo once each; UPDATES, and RL's other sizes, are below. Needs Rust, and Python 3 with
 # pip for the two downloads. What is there already is not made again: a run that was stopped goes on.
 set -euo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 out="${1:-$root/runs/sentiment}"
 [[ "$out" == /* ]] || out="$PWD/$out"
 cd "$root"
@@ -47,9 +47,9 @@ if [[ ! -x "$quantune" || -z "${NO_BUILD:-}" ]]; then
     cargo build --release --bin quantune
 fi
 stage "Fetch the model and the ratings"
-python3 scripts/fetch_model.py
-[[ -f "$data/pairs.train.jsonl" ]] || python3 scripts/make_sentiment.py
-python3 scripts/make_sentiment.py --naive-bayes
+python3 scripts/fetch/smollm2.py
+[[ -f "$data/pairs.train.jsonl" ]] || python3 scripts/fetch/sentiment.py
+python3 scripts/fetch/sentiment.py --naive-bayes
 
 reward() {
     stage "Reward model, seed $1"
@@ -99,4 +99,4 @@ for name in "${names[@]}"; do
     report "$name" "$out/sft/adapter" --adapter "$out/$name/adapter"
     report "$name-base" base --adapter "$out/$name/adapter"
 done
-python3 scripts/report_sentiment.py "$out"
+python3 scripts/pipelines/report_sentiment.py "$out"

@@ -2,7 +2,7 @@
 # The whole life of a model on two cores: random weights, real text of three kinds, a base, an assistant, a reward model, PPO,
 # one merged file.
 #
-#   scripts/speedrun.sh [RUN_DIRECTORY]     [default: runs/speedrun]
+#   scripts/pipelines/speedrun.sh [RUN_DIRECTORY]     [default: runs/speedrun]
 #
 #   tokenizer   byte-level BPE from the texts
 #   pretrain    a Llama of 5 million parameters beside its embedding, on Wikipedia, documentation and drama
@@ -17,7 +17,7 @@
 # TOKENS (pretraining's), PRESET and VOCAB are below. Needs Rust, and Python 3 with pip for the downloads (about 60 MB). A stage
 # whose result is there is not made again; a run that was stopped goes on.
 set -euo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 out="${1:-$root/runs/speedrun}"
 [[ "$out" == /* ]] || out="$PWD/$out"
 cd "$root"
@@ -61,9 +61,9 @@ if [[ ! -x "$quantune" || -z "${NO_BUILD:-}" ]]; then
 fi
 mkdir -p "$out"
 stage "Fetch the texts, the conversations and the ratings"
-[[ -f "$mixture/drama.jsonl" ]] || python3 scripts/make_mixture.py
-[[ -f data/chatterbot.train.jsonl ]] || python3 scripts/fetch_data.py
-[[ -f "$reviews/pairs.train.jsonl" ]] || python3 scripts/make_sentiment.py
+[[ -f "$mixture/drama.jsonl" ]] || python3 scripts/fetch/mixture.py
+[[ -f data/chatterbot.train.jsonl ]] || python3 scripts/fetch/chatterbot.py
+[[ -f "$reviews/pairs.train.jsonl" ]] || python3 scripts/fetch/sentiment.py
 
 stage "Tokenizer of $vocab tokens"
 [[ -s "$out/tokenizer.json" ]] || rm -rf "$out/tokenizer"
@@ -124,4 +124,4 @@ say() {
 } 2>>"$out/generate.log" | tee "$out/samples.txt"
 
 stage "Table"
-python3 scripts/report_speedrun.py "$out"
+python3 scripts/pipelines/report_speedrun.py "$out"

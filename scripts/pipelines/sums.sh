@@ -2,11 +2,11 @@
 # A task whose answers can be counted, from data to report: sums in words ("What is seven plus twelve?"), learned a little by
 # fine-tuning and then by GRPO from right and wrong answers alone.
 #
-#   scripts/sums.sh [RUN_DIRECTORY]     [default: runs/sums]
+#   scripts/pipelines/sums.sh [RUN_DIRECTORY]     [default: runs/sums]
 #
 # Needs Rust, and Python 3 with pip for the model's download.
 set -euo pipefail
-root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 out="${1:-$root/runs/sums}"
 [[ "$out" == /* ]] || out="$PWD/$out"
 cd "$root"
@@ -28,8 +28,8 @@ count() {
 }
 
 [[ -n "${NO_BUILD:-}" ]] || cargo build --release --bin quantune
-python3 scripts/fetch_model.py
-[[ -f "$data/sft.jsonl" ]] || python3 scripts/make_sums.py
+python3 scripts/fetch/smollm2.py
+[[ -f "$data/sft.jsonl" ]] || python3 scripts/pipelines/make_sums.py
 stage "The base"
 count
 stage "Fine-tuned on 400 sums"
