@@ -21,7 +21,7 @@ import transformers
 from safetensors.torch import save_file
 
 import tiny_models as golden
-import adapter_kinds as family
+import lora_variants as family
 
 ADDED = golden.ROOT / "tests/golden/added"
 TOKENS, SPECIAL_TOKENS = ["ferry", "über all", "miller"], ["<|tool|>", "<|im_end|>", "<|", "er"]

@@ -29,7 +29,7 @@ SCRIPTS = {
     "tiny_models": ("model, train", None),
     "weights": ("weights", None),
     "adapters": ("adapters", None),
-    "adapter_kinds": ("adapter_kinds", None),
+    "lora_variants": ("lora_variants", None),
     "added": ("added", None),
     "families": ("families", "llama.cpp"),
     "export": ("export", "llama.cpp"),

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Writes tests/golden/adapter_kinds: the LoRA family as PEFT computes, saves, combines and trains it.
+"""Writes tests/golden/lora_variants: the LoRA family as PEFT computes, saves, combines and trains it.
 
-    PYTHONHASHSEED=0 python3 scripts/golden/adapter_kinds.py
+    PYTHONHASHSEED=0 python3 scripts/golden/lora_variants.py
 
 Ten steps and merged weights are of the models in tests/golden/model, rows and settings those of
 scripts/golden/tiny_models.py; files and combinations are of a Llama of 8 numbers a token. Every number is drawn
@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 import tiny_models as golden
 from adapters import llama, lora_layers
 
-KINDS = golden.ROOT / "tests/golden/adapter_kinds"
+KINDS = golden.ROOT / "tests/golden/lora_variants"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MERGED = ["model.layers.1.self_attn.k_proj"]
 warnings.simplefilter("ignore")
