@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Writes tests/golden/families: a tiny random model of each family as a Hugging Face folder and as the
+"""Writes tests/golden/model_families: a tiny random model of each family as a Hugging Face folder and as the
 GGUF that llama.cpp's converter makes of it, what transformers says about it, and the gradients of a PEFT
 adapter on it.
 
-    python3 scripts/golden/families.py LLAMA_CPP
+    python3 scripts/golden/model_families.py LLAMA_CPP
 
 LLAMA_CPP is a checkout of llama.cpp. As in scripts/golden/tiny_models.py, models are sharp, and each property that a
 family has is shown to matter: without it, log-probs move by far more than the tests allow.
@@ -30,7 +30,7 @@ import transformers
 from tiny_models import clear, write_adapter, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
-OUT = ROOT / "tests/golden/families"
+OUT = ROOT / "tests/golden/model_families"
 VOCAB = 64
 BASE = dict(
     vocab_size=VOCAB,

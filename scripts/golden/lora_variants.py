@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 import tiny_models as golden
 from adapters import llama, lora_layers
 
-KINDS = golden.ROOT / "tests/golden/lora_variants"
+VARIANTS = golden.ROOT / "tests/golden/lora_variants"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MERGED = ["model.layers.1.self_attn.k_proj"]
 warnings.simplefilter("ignore")
@@ -109,7 +109,7 @@ def begun(name, config, seed, dtype=torch.float32):
 
 def ten_steps(run, seed):
     name, config = RUNS[run]
-    folder = KINDS / run
+    folder = VARIANTS / run
     folder.mkdir()
     args = {**golden.TRAIN_ARGS, "weight_decay": 0.1}
     model = begun(name, config, seed)
@@ -173,7 +173,7 @@ def merged(model, folder):
 
 def rslora():
     """The merged weights of a run that is already there."""
-    folder = KINDS / "rslora"
+    folder = VARIANTS / "rslora"
     folder.mkdir()
     merged(peft.PeftModel.from_pretrained(base("llama-tiny"), golden.TRAIN / "llama-tiny-rslora/final"), folder)
 
@@ -202,7 +202,7 @@ def files():
     for i, (name, (tied, config)) in enumerate(FILES.items()):
         model = peft.get_peft_model(small(tied), peft.LoraConfig(task_type="CAUSAL_LM", r=2, **config))
         randomize(model, 50 + i)
-        folder = KINDS / "files" / name
+        folder = VARIANTS / "files" / name
         model.save_pretrained(folder)
         (folder / "README.md").unlink()
         path = folder / "adapter_config.json"
@@ -245,7 +245,7 @@ CASES = [
 
 
 def combinations():
-    folder = KINDS / "combine"
+    folder = VARIANTS / "combine"
     folder.mkdir()
     model = None
     for i, (name, config) in enumerate(ADAPTERS.items()):
@@ -301,10 +301,10 @@ def main():
     golden.assert_versions()
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
-    for path in KINDS.iterdir() if KINDS.exists() else ():
+    for path in VARIANTS.iterdir() if VARIANTS.exists() else ():
         if path.is_dir():
             shutil.rmtree(path)
-    KINDS.mkdir(exist_ok=True)
+    VARIANTS.mkdir(exist_ok=True)
     for i, run in enumerate(RUNS):
         ten_steps(run, 30 + i)
     rslora()

@@ -31,7 +31,7 @@ SCRIPTS = {
     "adapters": ("adapters", None),
     "lora_variants": ("lora_variants", None),
     "added": ("added", None),
-    "families": ("families", "llama.cpp"),
+    "model_families": ("model_families", "llama.cpp"),
     "export": ("export", "llama.cpp"),
     "text": ("text: tokens.json, templates.json", None),
     "text_trained": ("text: trained.json", None),
