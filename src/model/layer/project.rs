@@ -148,12 +148,11 @@ impl LayerPass<'_> {
                     continue;
                 }
                 let terms = vec![Term { x: x_of_update, weights: update.a(), transposed: true }];
-                let out = Out::new(low, update.r, 0);
+                let out = Out::new(low, update.r);
                 products.push(Product { terms, init: Init::Zero, out });
             }
         }
-        // SAFETY: each product has a buffer to itself.
-        unsafe { multiply(isa, &products) };
+        multiply(isa, &mut products);
         drop(products);
         for (low, update) in apart {
             let own = update.tokens.start * width..update.tokens.end * width;
@@ -166,9 +165,8 @@ impl LayerPass<'_> {
             let input = Strided { values, stride: width };
             work.masked.pack(isa, of_update, input, update.tokens.len(), width);
             let terms = vec![Term { x: &work.masked, weights: update.a(), transposed: true }];
-            let out = Out::new(&mut low[update.tokens.start * update.r..], update.r, 0);
-            // SAFETY: one product over one buffer.
-            unsafe { multiply(isa, &[Product { terms, init: Init::Zero, out }]) };
+            let out = Out::new(&mut low[update.tokens.start * update.r..], update.r);
+            multiply(isa, &mut [Product { terms, init: Init::Zero, out }]);
         }
         let lows = outs.iter().flat_map(|(_, _, lows)| lows.low.iter());
         pack_all(
@@ -200,7 +198,7 @@ impl LayerPass<'_> {
             if !scales.is_empty() {
                 // The base's product meets its scales before anything is added to it.
                 base.resize(n * linear.weight.rows(), 0.0);
-                let to = Out::new(base, linear.weight.rows(), 0);
+                let to = Out::new(base, linear.weight.rows());
                 products.push(Product { terms, init: Init::Zero, out: to });
                 after.push(of_updates);
                 continue;
@@ -218,11 +216,10 @@ impl LayerPass<'_> {
                     Init::Add
                 }
             };
-            let out = Out::new(out, linear.weight.rows(), 0);
+            let out = Out::new(out, linear.weight.rows());
             products.push(Product { terms, init, out });
         }
-        // SAFETY: each product has a buffer to itself.
-        unsafe { multiply(isa, &products) };
+        multiply(isa, &mut products);
         drop(products);
 
         let mut products = Vec::new();
@@ -248,11 +245,10 @@ impl LayerPass<'_> {
                 }
             });
             let terms = after.next().expect("one for every scaled layer");
-            let out = Out::new(out, linear.weight.rows(), 0);
+            let out = Out::new(out, linear.weight.rows());
             products.push(Product { terms, init: Init::Add, out });
         }
-        // SAFETY: each product has a buffer to itself.
-        unsafe { multiply(isa, &products) };
+        multiply(isa, &mut products);
         drop(products);
         work.bases = bases;
         Ok(())
@@ -303,12 +299,11 @@ impl LayerPass<'_> {
                 dlow.clear();
                 dlow.resize(n * update.r, 0.0);
                 let terms = vec![Term { x: dy, weights: update.b(), transposed: false }];
-                let out = Out::new(dlow, update.r, 0);
+                let out = Out::new(dlow, update.r);
                 products.push(Product { terms, init: Init::Zero, out });
             }
         }
-        // SAFETY: each product has a buffer to itself.
-        unsafe { multiply(isa, &products) };
+        multiply(isa, &mut products);
         drop(products);
         for (dlow, update) in dlows.iter_mut().zip(updates.iter().flatten()) {
             dlow[..update.tokens.start * update.r].fill(0.0);
@@ -337,17 +332,14 @@ impl LayerPass<'_> {
                     }
                 }
             }
-            let product = |terms, out| Product { terms, init: Init::Zero, out };
-            let out = Out::new(dx, width, 0);
-            // SAFETY: one product over one buffer.
-            unsafe { multiply(isa, &[product(terms, out)]) };
+            let out = Out::new(dx, width);
+            multiply(isa, &mut [Product { terms, init: Init::Zero, out }]);
             // What came through dropout meets its mask first.
             for (term, mask) in apart {
                 let through = &mut work.through;
                 through.resize(n * width, 0.0);
-                let out = Out::new(through, width, 0);
-                // SAFETY: one product over one buffer.
-                unsafe { multiply(isa, &[product(vec![term], out)]) };
+                let out = Out::new(through, width);
+                multiply(isa, &mut [Product { terms: vec![term], init: Init::Zero, out }]);
                 times(through, mask);
                 let both = dx.par_chunks_mut(CHUNK).zip(through.par_chunks(CHUNK));
                 both.for_each(|(dx, d)| dx.iter_mut().zip(d).for_each(|(dx, d)| *dx += d));
