@@ -3,7 +3,6 @@
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
 
 use super::TrainError;
 use super::memory::parse_bytes;
@@ -15,6 +14,7 @@ use crate::data::{
 };
 use crate::data::{Comparison, Example};
 use crate::model::Decoder;
+use crate::monitor::Monitor;
 use crate::quant::Bytes;
 use crate::text::Tokenizer;
 
@@ -38,8 +38,8 @@ pub struct RowLoader<'a> {
     pub decoder: &'a Decoder,
     /// Makes tokens of them.
     pub tokenizer: &'a Tokenizer,
-    /// Set to stop loading.
-    pub stop: &'a AtomicBool,
+    /// Receives warnings, and stops loading.
+    pub monitor: Monitor<'a>,
 }
 
 impl RowLoader<'_> {
@@ -73,28 +73,29 @@ impl RowLoader<'_> {
         for file in &common.data {
             let path = &file.path;
             let data = if splits {
-                let split = Dataset::load_split(path, self.tokenizer, settings.clone(), self.stop)?;
+                let split =
+                    Dataset::load_split(path, self.tokenizer, settings.clone(), self.monitor)?;
                 held_out_lines.push(split.held_out_lines);
                 held_out.extend(split.held_out);
                 split.train
             } else {
-                Dataset::load(path, self.tokenizer, settings.clone(), self.stop)?
+                Dataset::load(path, self.tokenizer, settings.clone(), self.monitor)?
             };
-            check_diagnosis(&data.diagnosis, path, &common.allow)?;
+            check_diagnosis(&data.diagnosis, path, &common.allow, self.monitor)?;
             files.push((data.rows.len(), file.weight));
             all.push(data);
         }
         if evaluates && !splits {
             let path = &common.eval_data;
-            let mut data = Dataset::load(path, self.tokenizer, settings, self.stop)?;
+            let mut data = Dataset::load(path, self.tokenizer, settings, self.monitor)?;
             for (file, trained) in common.data.iter().zip(&all) {
                 trained.seen.again(&file.path, &data.seen, &mut data.diagnosis);
             }
-            warn(&data.diagnosis, path, &common.allow);
+            warn(&data.diagnosis, path, &common.allow, self.monitor);
             held_out.push(data);
         }
         if splits && held_out.is_empty() {
-            warn_nothing_held_out(common);
+            warn_nothing_held_out(common, self.monitor);
             held_out_lines.clear();
         }
         let held_out = (!held_out.is_empty()).then(|| Dataset::join(held_out));
@@ -107,7 +108,7 @@ impl RowLoader<'_> {
         kind: ComparisonKind,
         when_long: WhenTooLong,
     ) -> Result<LoadedRows<Comparison, ComparisonReport>, TrainError> {
-        let (common, tokenizer, stop) = (self.common, self.tokenizer, self.stop);
+        let (common, tokenizer, monitor) = (self.common, self.tokenizer, self.monitor);
         let settings = ComparisonSettings {
             limits: Limits { max_length: self.max_length(), when_long },
             allow: common.allow.clone(),
@@ -115,23 +116,24 @@ impl RowLoader<'_> {
             cache: Some(row_cache(common)),
         };
         let path = common.data_file();
-        let load = |path: &Path| Comparisons::load(path, tokenizer, settings.clone(), kind, stop);
+        let load =
+            |path: &Path| Comparisons::load(path, tokenizer, settings.clone(), kind, monitor);
         let (train, held_out, held_out_lines) = if !common.evaluates() {
             (load(path)?, None, Vec::new())
         } else if !common.eval_data.as_os_str().is_empty() {
             let (train, mut held_out) = (load(path)?, load(&common.eval_data)?);
             train.seen.again(path, &held_out.seen, &mut held_out.diagnosis);
-            warn(&held_out.diagnosis, &common.eval_data, &common.allow);
+            warn(&held_out.diagnosis, &common.eval_data, &common.allow, monitor);
             (train, Some(held_out), Vec::new())
         } else {
-            let split = Comparisons::load_split(path, tokenizer, settings.clone(), kind, stop)?;
+            let split = Comparisons::load_split(path, tokenizer, settings.clone(), kind, monitor)?;
             let lines = split.held_out.is_some().then_some(split.held_out_lines);
             if lines.is_none() {
-                warn_nothing_held_out(common);
+                warn_nothing_held_out(common, self.monitor);
             }
             (split.train, split.held_out, lines.into_iter().collect())
         };
-        check_diagnosis(&train.diagnosis, path, &common.allow)?;
+        check_diagnosis(&train.diagnosis, path, &common.allow, monitor)?;
         let files = vec![(train.rows.len(), 1.0)];
         Ok(LoadedRows { train, held_out, held_out_lines, files })
     }
@@ -164,22 +166,24 @@ pub fn check_diagnosis(
     diagnosis: &Diagnosis,
     path: &Path,
     allow: &[Check],
+    monitor: Monitor<'_>,
 ) -> Result<(), TrainError> {
-    warn(diagnosis, path, allow);
+    warn(diagnosis, path, allow, monitor);
     Ok(diagnosis.judge(path, allow)?)
 }
 
-fn warn(diagnosis: &Diagnosis, path: &Path, allow: &[Check]) {
+fn warn(diagnosis: &Diagnosis, path: &Path, allow: &[Check], monitor: Monitor<'_>) {
     if let Some(dialect) = diagnosis.dialect {
-        eprintln!("{}: rows of {}", path.display(), dialect.name());
+        monitor.note(format_args!("{}: rows of {}", path.display(), dialect.name()));
     }
     for warning in diagnosis.warnings(path, allow) {
-        eprintln!("warning: {warning}");
+        monitor.warn(warning);
     }
 }
 
 /// Warns that held-out rows were asked for and there are none.
-pub fn warn_nothing_held_out(common: &CommonSettings) {
+pub fn warn_nothing_held_out(common: &CommonSettings, monitor: Monitor<'_>) {
     let files: Vec<String> = common.data.iter().map(ToString::to_string).collect();
-    eprintln!("warning: no row of {} falls into the held-out tenth", files.join(", "));
+    let files = files.join(", ");
+    monitor.warn(format_args!("no row of {files} falls into the held-out tenth"));
 }

@@ -14,6 +14,7 @@ use super::super::settings::{AdvantageEstimator, GrpoSettings};
 use super::super::state::State;
 use super::{Rollouts, divergence, finite, mean};
 use crate::data::Prompt;
+use crate::monitor::Monitor;
 use crate::objectives::advantage::{GroupAdvantages, group_advantages, kl_k1, rloo_advantages};
 use crate::objectives::policy::{GrpoSettings as GrpoLoss, per_token};
 use crate::objectives::{Grpo, Objective, Stats};
@@ -27,6 +28,7 @@ impl Rollouts {
         learner: &mut Learner,
         state: &mut State,
         learning_rate: f64,
+        monitor: Monitor<'_>,
     ) -> Result<(Numbers, Work), TrainError> {
         let (decoder, update) = (learner.decoder(), state.step);
         let prompts: Vec<Prompt> = self.prompts_of(update);
@@ -165,8 +167,10 @@ impl Rollouts {
             old.as_deref(),
             first.as_ref(),
             &divergences,
+            monitor,
         );
-        self.sample_table(state, own.sample_steps, own.num_samples, &scored, &divergences)?;
+        let table = (own.sample_steps, own.num_samples);
+        self.sample_table(state, table, &scored, &divergences, monitor)?;
         Ok((numbers, work))
     }
 }

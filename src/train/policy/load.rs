@@ -3,12 +3,12 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use super::{PolicyTask, Rollouts, RowSampler, Times};
 use crate::data::{Dataset, LoadSettings, PromptSettings, Prompts};
 use crate::model::{ActiveAdapter, Decoder};
+use crate::monitor::Monitor;
 use crate::quant::Bytes;
 use crate::rollout::{RewardCommand, RewardModel, RewardSource, Rewards, Scorer};
 use crate::text::{Tokenizer, first_second};
@@ -25,7 +25,7 @@ struct Loader<'a> {
     common: &'a CommonSettings,
     decoder: &'a Decoder,
     tokenizer: &'a Tokenizer,
-    stop: &'a AtomicBool,
+    monitor: Monitor<'a>,
     /// Tokens that a prompt and its response may have together.
     max_length: usize,
     fingerprints: Vec<Fingerprint>,
@@ -55,13 +55,17 @@ impl Rollouts {
         decoder: &Decoder,
         frozen: &[ActiveAdapter],
         tokenizer: Tokenizer,
-        stop: &AtomicBool,
+        monitor: Monitor<'_>,
     ) -> Result<Self, TrainError> {
         let max_length = max_length(common, decoder, &tokenizer, task.response_length())?;
-        let tokenizer_ref = &tokenizer;
-        let fingerprints = Vec::new();
-        let mut loader =
-            Loader { common, decoder, tokenizer: tokenizer_ref, stop, max_length, fingerprints };
+        let mut loader = Loader {
+            common,
+            decoder,
+            tokenizer: &tokenizer,
+            monitor,
+            max_length,
+            fingerprints: Vec::new(),
+        };
         let prompts = loader.prompts(task.response_length())?;
         let found = match &task {
             PolicyTask::Ppo(own) => loader.ppo_rewards(own)?,
@@ -129,7 +133,7 @@ impl Loader<'_> {
             allow: common.allow.clone(),
             cache: Some(row_cache(common)),
         };
-        let load = |path: &Path| Prompts::load(path, self.tokenizer, reading.clone(), self.stop);
+        let load = |path: &Path| Prompts::load(path, self.tokenizer, reading.clone(), self.monitor);
         let path = common.data_file();
         let prompts = if !common.evaluates() {
             LoadedPrompts { train: load(path)?, held_out: None, held_out_lines: None }
@@ -137,15 +141,15 @@ impl Loader<'_> {
             let (train, held_out) = (load(path)?, Some(load(&common.eval_data)?));
             LoadedPrompts { train, held_out, held_out_lines: None }
         } else {
-            let split = Prompts::load_split(path, self.tokenizer, reading.clone(), self.stop)?;
+            let split = Prompts::load_split(path, self.tokenizer, reading.clone(), self.monitor)?;
             let held_out_lines = split.held_out.is_some().then_some(split.held_out_lines);
             if held_out_lines.is_none() {
-                warn_nothing_held_out(common);
+                warn_nothing_held_out(common, self.monitor);
             }
             LoadedPrompts { train: split.train, held_out: split.held_out, held_out_lines }
         };
-        check_diagnosis(&prompts.train.diagnosis, path, &common.allow)?;
-        eprintln!("data: {}", prompts.train.report);
+        check_diagnosis(&prompts.train.diagnosis, path, &common.allow, self.monitor)?;
+        self.monitor.note(format_args!("data: {}", prompts.train.report));
         Ok(prompts)
     }
 
@@ -169,8 +173,8 @@ impl Loader<'_> {
         let common = self.common;
         let cache = Some(row_cache(common));
         let reading = LoadSettings { cache, ..LoadSettings::from(self.max_length) };
-        let data = Dataset::load(&own.ptx_data, self.tokenizer, reading, self.stop)?;
-        check_diagnosis(&data.diagnosis, &own.ptx_data, &common.allow)?;
+        let data = Dataset::load(&own.ptx_data, self.tokenizer, reading, self.monitor)?;
+        check_diagnosis(&data.diagnosis, &own.ptx_data, &common.allow, self.monitor)?;
         self.fingerprints.push(("the ptx data".into(), data.sha256.clone()));
         let sampler = RowSampler::new("ptx", common.seed, true, data.rows.len());
         Ok((data, sampler))
@@ -208,8 +212,8 @@ impl Loader<'_> {
 
     /// An adapter with a score head.
     fn scoring(&self, folder: &Path, min_accuracy: f64) -> Result<ActiveAdapter, TrainError> {
-        check_reward_accuracy(folder, min_accuracy)?;
-        Ok(ActiveAdapter::frozen(Arc::new(read_scoring(folder, self.decoder)?)))
+        check_reward_accuracy(folder, min_accuracy, self.monitor)?;
+        Ok(ActiveAdapter::frozen(Arc::new(read_scoring(folder, self.decoder, self.monitor)?)))
     }
 
     fn fingerprint(&mut self, what: &str, path: &Path) -> Result<(), TrainError> {
@@ -258,12 +262,16 @@ impl Loader<'_> {
         let given = !task.ref_adapter().as_os_str().is_empty();
         let folder = if given { task.ref_adapter() } else { &self.common.adapter };
         self.fingerprint("the reference adapter", folder)?;
-        reference::active(frozen, folder, self.decoder).map(Some)
+        reference::active(frozen, folder, self.decoder, self.monitor).map(Some)
     }
 }
 
 /// Checks the accuracy that a reward model had on held-out pairs in its training.
-fn check_reward_accuracy(folder: &Path, min_accuracy: f64) -> Result<(), TrainError> {
+fn check_reward_accuracy(
+    folder: &Path,
+    min_accuracy: f64,
+    monitor: Monitor<'_>,
+) -> Result<(), TrainError> {
     match read_accuracy(folder)? {
         Some(accuracy) if accuracy < min_accuracy => Err(TrainError::Settings(format!(
             "--reward-adapter {}: right about {:.1} % of held-out pairs, needed {:.1} % \
@@ -274,11 +282,11 @@ fn check_reward_accuracy(folder: &Path, min_accuracy: f64) -> Result<(), TrainEr
         ))),
         Some(_) => Ok(()),
         None if min_accuracy > 0.0 => {
-            eprintln!(
-                "warning: {0}: nothing says how well it does on held-out pairs (measure it with: \
+            monitor.warn(format_args!(
+                "{0}: nothing says how well it does on held-out pairs (measure it with: \
                  quantune eval --base BASE --reward {0} --data PAIRS)",
                 folder.display()
-            );
+            ));
             Ok(())
         }
         None => Ok(()),

@@ -28,6 +28,7 @@ use crate::data::{Dataset, Prompt, Prompts};
 use crate::model::layer::{Sizes, Tape};
 use crate::model::scoring::TOKENS_AT_A_TIME;
 use crate::model::{ActiveAdapter, CacheType, Decoder};
+use crate::monitor::{LogEvent, Monitor};
 use crate::objectives::advantage::kl_k1;
 use crate::ops::{Compute, linear_cross_entropy};
 use crate::quant::Bytes;
@@ -200,10 +201,11 @@ impl Rollouts {
         learner: &mut Learner,
         state: &mut State,
         learning_rate: f64,
+        monitor: Monitor<'_>,
     ) -> Result<(Numbers, Work), TrainError> {
         match self.task.clone() {
-            PolicyTask::Ppo(own) => self.ppo(&own, learner, state, learning_rate),
-            PolicyTask::Grpo(own) => self.grpo(&own, learner, state, learning_rate),
+            PolicyTask::Ppo(own) => self.ppo(&own, learner, state, learning_rate, monitor),
+            PolicyTask::Grpo(own) => self.grpo(&own, learner, state, learning_rate, monitor),
         }
     }
 
@@ -280,13 +282,14 @@ impl Rollouts {
         old: Option<&[Vec<f32>]>,
         first: Option<&(Vec<usize>, Vec<f32>)>,
         kl: &[f64],
+        monitor: Monitor<'_>,
     ) {
         // Dropout alone makes another policy of the one that learns.
         let first = first.filter(|_| self.common.lora_dropout == 0.0);
         let first = first.map(|(responses, logps)| FirstStep { responses, logps });
         let found = diagnose_update(responses, old, first, kl);
         if !found.is_healthy() {
-            warn_once(state, found.to_string());
+            warn_once(state, found.to_string(), monitor);
         }
     }
 
@@ -294,10 +297,10 @@ impl Rollouts {
     fn sample_table(
         &mut self,
         state: &mut State,
-        every: u64,
-        count: usize,
+        (every, count): (u64, usize),
         scored: &Scored,
         kl: &[f64],
+        monitor: Monitor<'_>,
     ) -> Result<(), TrainError> {
         if every == 0 || !(state.step + 1).is_multiple_of(every) {
             return Ok(());
@@ -322,19 +325,19 @@ impl Rollouts {
         samples.push(state.step + 1, &rows)?;
         samples.sync()?;
         rollouts_of(state).samples_bytes = samples.bytes;
-        eprint!("{}", table(&rows));
+        monitor.report(LogEvent::Samples(&table(&rows)));
         Ok(())
     }
 }
 
 /// Warns, but not twice of the same thing: numbers in a sentence do not make it another.
-fn warn_once(state: &mut State, sentence: String) {
+fn warn_once(state: &mut State, sentence: String, monitor: Monitor<'_>) {
     let words = |text: &str| -> String {
         text.chars().filter(|c| c.is_alphabetic() || *c == ' ').collect()
     };
     let warnings = &mut rollouts_of(state).warnings;
     if warnings.iter().all(|warning| words(warning) != words(&sentence)) {
-        eprintln!("warning: {sentence}");
+        monitor.warn(&sentence);
         warnings.push(sentence);
     }
 }

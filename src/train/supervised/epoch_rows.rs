@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 use crate::data::{EpochPlan, EpochSettings, FileRows, Shelved, epoch_examples};
 use crate::quant::Bytes;
 use crate::train::TrainError;
-use crate::train::rows::{LoadedRows, longest_together};
+use crate::train::rows::{LoadedRows, RowLoader, longest_together};
 use crate::train::run_dir::{Fingerprint, RunDir};
 use crate::train::settings::CommonSettings;
 use crate::weights::write_atomically;
@@ -75,11 +75,11 @@ pub trait PlannedRows {
 
 impl<T: Shelved, R: Display + Serialize> EpochRows<T, R> {
     /// The rows with a plan of their first epoch.
-    pub fn new(common: &CommonSettings, layout: EpochLayout, loaded: LoadedRows<T, R>) -> Self {
+    pub fn new(loader: &RowLoader, layout: EpochLayout, loaded: LoadedRows<T, R>) -> Self {
         let LoadedRows { train, held_out, held_out_lines, files } = loaded;
-        eprintln!("data: {}", train.report);
+        loader.monitor.note(format_args!("data: {}", train.report));
         let mut rows = Self {
-            common: common.clone(),
+            common: loader.common.clone(),
             layout,
             train,
             held_out,

@@ -1,7 +1,5 @@
 //! Supervised fine-tuning: the log-likelihood of the learned tokens of rows.
 
-use std::sync::atomic::AtomicBool;
-
 use serde_json::json;
 
 use super::StepBatches;
@@ -9,6 +7,7 @@ use super::epoch_rows::{EpochLayout, EpochRows};
 use crate::data::{Batch, DataReport, Example};
 use crate::eval::evaluate;
 use crate::model::{ActiveAdapter, Decoder};
+use crate::monitor::Monitor;
 use crate::objectives::Objective;
 use crate::train::TrainError;
 use crate::train::log::Numbers;
@@ -29,7 +28,7 @@ impl LanguageModeling {
             gradient_accumulation_steps: own.gradient_accumulation_steps,
         };
         let loaded = loader.examples(own.alpaca_prompt)?;
-        Ok(Self { rows: EpochRows::new(loader.common, layout, loaded) })
+        Ok(Self { rows: EpochRows::new(loader, layout, loaded) })
     }
 
     /// The micro-batches of a step, whose losses are divided by its learned tokens.
@@ -41,15 +40,15 @@ impl LanguageModeling {
         StepBatches { batches, count }
     }
 
-    /// The loss of the held-out rows; `None` if `stop` was set before all rows were evaluated.
+    /// The loss of the held-out rows; `None` if the run was stopped before all rows were evaluated.
     pub fn evaluate(
         &self,
         decoder: &Decoder,
         active: &[ActiveAdapter],
-        stop: &AtomicBool,
+        monitor: Monitor<'_>,
     ) -> Result<Option<Numbers>, TrainError> {
         let Some(held_out) = &self.rows.held_out else { return Ok(Some(Vec::new())) };
-        let loss = evaluate(decoder, active, &held_out.rows, stop)?;
+        let loss = evaluate(decoder, active, &held_out.rows, monitor.stop)?;
         Ok(loss.map(|loss| {
             vec![("eval_loss".into(), json!(loss.loss)), ("eval_tokens".into(), json!(loss.tokens))]
         }))

@@ -7,8 +7,6 @@ mod language_modeling;
 mod preference;
 mod reward;
 
-use std::sync::atomic::AtomicBool;
-
 use serde_json::{Map, Value, json};
 
 pub use comparisons::response_log_probs;
@@ -27,6 +25,7 @@ use super::settings::{DpoSettings, RewardSettings, SftSettings};
 use super::state::State;
 use crate::data::Batch;
 use crate::model::{ActiveAdapter, Decoder};
+use crate::monitor::Monitor;
 use crate::objectives::Objective;
 use epoch_rows::PlannedRows;
 
@@ -100,21 +99,26 @@ impl Supervised {
         decoder: &Decoder,
         run: &RunDir,
         state: &State,
-        stop: &AtomicBool,
+        monitor: Monitor<'_>,
     ) -> Result<(), TrainError> {
         self.rows().write_held_out(run)?;
         self.rows_mut().set_epoch(state.epoch);
         if let Self::Preference(task) = self {
-            task.compute_reference(decoder, run, stop)?;
+            task.compute_reference(decoder, run, monitor)?;
         }
         Ok(())
     }
 
     /// Prepares for the first `steps` steps of a run that writes nothing. Returns the fraction of the
     /// reference's work that this was: 0 where there is no reference.
-    pub fn begin_trial(&mut self, decoder: &Decoder, steps: usize) -> Result<f64, TrainError> {
+    pub fn begin_trial(
+        &mut self,
+        decoder: &Decoder,
+        steps: usize,
+        monitor: Monitor<'_>,
+    ) -> Result<f64, TrainError> {
         match self {
-            Self::Preference(task) => task.compute_reference_of_steps(decoder, steps),
+            Self::Preference(task) => task.compute_reference_of_steps(decoder, steps, monitor),
             Self::LanguageModeling(_) | Self::Reward(_) => Ok(0.0),
         }
     }
@@ -208,18 +212,18 @@ impl Supervised {
         Ok((numbers, work))
     }
 
-    /// Evaluates the held-out rows under the adapters as they are; `None` if `stop` was set before
-    /// all rows were evaluated.
+    /// Evaluates the held-out rows under the adapters as they are; `None` if the run was stopped
+    /// before all rows were evaluated.
     pub fn evaluate(
         &self,
         decoder: &Decoder,
         active: &[ActiveAdapter],
-        stop: &AtomicBool,
+        monitor: Monitor<'_>,
     ) -> Result<Option<Numbers>, TrainError> {
         match self {
-            Self::LanguageModeling(task) => task.evaluate(decoder, active, stop),
-            Self::Reward(task) => task.evaluate(decoder, active, stop),
-            Self::Preference(task) => task.evaluate(decoder, active, stop),
+            Self::LanguageModeling(task) => task.evaluate(decoder, active, monitor),
+            Self::Reward(task) => task.evaluate(decoder, active, monitor),
+            Self::Preference(task) => task.evaluate(decoder, active, monitor),
         }
     }
 

@@ -3,7 +3,6 @@
 
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::{Device, Tensor};
 use serde_json::json;
@@ -16,6 +15,7 @@ use crate::data::{
 };
 use crate::model::scoring::target_log_probs;
 use crate::model::{ActiveAdapter, Decoder};
+use crate::monitor::Monitor;
 use crate::objectives::preference::{
     PreferenceBatch, PreferenceJudgement, PreferenceSettings, StepConstants,
 };
@@ -77,7 +77,7 @@ impl PreferenceTraining {
             logps: ReferenceLogps::default(),
         });
         Ok(Self {
-            rows: EpochRows::new(loader.common, layout, loaded),
+            rows: EpochRows::new(loader, layout, loaded),
             settings,
             micro_batch_rows: loader.common.per_device_train_batch_size,
             reference,
@@ -114,20 +114,20 @@ impl PreferenceTraining {
         &mut self,
         decoder: &Decoder,
         run: &RunDir,
-        stop: &AtomicBool,
+        monitor: Monitor<'_>,
     ) -> Result<(), TrainError> {
         let mut logps = ReferenceLogps::new(self.responses());
         let Some(reference) = &mut self.reference else { return Ok(()) };
-        let active = reference::active(&reference.frozen, &reference.folder, decoder)?;
+        let active = reference::active(&reference.frozen, &reference.folder, decoder, monitor)?;
         let train = &self.rows.train.rows;
         let held_out = self.rows.held_out.as_ref().map(|data| (train.len(), &data.rows));
         let parts = [(0, train)].into_iter().chain(held_out);
         reference::cached(&run.file("reference.safetensors"), &mut logps, |logps| {
             let all: usize = parts.clone().map(|(_, rows)| rows.len()).sum();
-            eprintln!("reference: log-probs of {all} rows");
+            monitor.note(format_args!("reference: log-probs of {all} rows"));
             for (first, rows) in parts {
                 for start in (0..rows.len()).step_by(REFERENCE_ROWS) {
-                    if stop.load(Ordering::Relaxed) {
+                    if monitor.stopped() {
                         return Err(DataError::Stopped.into());
                     }
                     let range = start..rows.len().min(start + REFERENCE_ROWS);
@@ -149,10 +149,11 @@ impl PreferenceTraining {
         &mut self,
         decoder: &Decoder,
         steps: usize,
+        monitor: Monitor<'_>,
     ) -> Result<f64, TrainError> {
         let mut logps = ReferenceLogps::new(self.responses());
         let Some(reference) = &mut self.reference else { return Ok(0.0) };
-        let active = reference::active(&reference.frozen, &reference.folder, decoder)?;
+        let active = reference::active(&reference.frozen, &reference.folder, decoder, monitor)?;
         let train = &self.rows.train.rows;
         let held_out = self.rows.held_out.iter().flat_map(|data| data.rows.lengths());
         let all: usize = train.lengths().chain(held_out).sum();
@@ -213,20 +214,20 @@ impl PreferenceTraining {
         Ok(StepBatches { batches: batches.collect(), count })
     }
 
-    /// Evaluates the held-out rows, a micro-batch as a step; `None` if `stop` was set before all rows
+    /// Evaluates the held-out rows, a micro-batch as a step; `None` if the run was stopped before all rows
     /// were evaluated.
     pub fn evaluate(
         &self,
         decoder: &Decoder,
         active: &[ActiveAdapter],
-        stop: &AtomicBool,
+        monitor: Monitor<'_>,
     ) -> Result<Option<Numbers>, TrainError> {
         let Some(held_out) = &self.rows.held_out else { return Ok(Some(Vec::new())) };
         let held_out = &held_out.rows;
         let models = self.models(decoder, active);
         let (mut loss, mut count, mut stats) = (0.0, 0, Stats::default());
         for first in (0..held_out.len()).step_by(self.micro_batch_rows) {
-            if stop.load(Ordering::Relaxed) {
+            if monitor.stopped() {
                 return Ok(None);
             }
             let range = first..held_out.len().min(first + self.micro_batch_rows);

@@ -1,7 +1,5 @@
 //! Reward models: scores of responses, held to which of them people preferred.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
 use candle_core::{Device, Tensor};
 use serde_json::json;
 
@@ -11,6 +9,7 @@ use super::epoch_rows::{EpochLayout, EpochRows};
 use crate::data::{Batch, Comparison, ComparisonKind, ComparisonReport, Shelves, WhenTooLong};
 use crate::model::scoring::{row_scores, runs};
 use crate::model::{ActiveAdapter, Decoder};
+use crate::monitor::Monitor;
 use crate::objectives::Objective;
 use crate::objectives::reward::{Calibration, RewardStats, pair_losses};
 use crate::train::TrainError;
@@ -34,7 +33,7 @@ impl RewardTraining {
         };
         let loaded = loader.comparisons(ComparisonKind::Pairs, WhenTooLong::Drop)?;
         Ok(Self {
-            rows: EpochRows::new(loader.common, layout, loaded),
+            rows: EpochRows::new(loader, layout, loaded),
             center_rewards_coefficient: own.center_rewards_coefficient,
         })
     }
@@ -51,16 +50,16 @@ impl RewardTraining {
         StepBatches { batches, count }
     }
 
-    /// Evaluates the held-out rows; `None` if `stop` was set before all rows were evaluated.
+    /// Evaluates the held-out rows; `None` if the run was stopped before all rows were evaluated.
     pub fn evaluate(
         &self,
         decoder: &Decoder,
         active: &[ActiveAdapter],
-        stop: &AtomicBool,
+        monitor: Monitor<'_>,
     ) -> Result<Option<Numbers>, TrainError> {
         let Some(held_out) = &self.rows.held_out else { return Ok(Some(Vec::new())) };
         let center = self.center_rewards_coefficient;
-        let found = evaluate_rewards(decoder, active, &held_out.rows, center, stop)?;
+        let found = evaluate_rewards(decoder, active, &held_out.rows, center, monitor)?;
         Ok(found.map(|found| {
             let numbers = found.numbers().into_iter();
             numbers.map(|(key, value)| (format!("eval_{key}"), value)).collect()
@@ -103,14 +102,14 @@ impl RewardEvaluation {
     }
 }
 
-/// Evaluates a reward model, the last of `active` with a score head, on comparisons; `None` if `stop`
-/// was set before all rows were evaluated.
+/// Evaluates a reward model, the last of `active` with a score head, on comparisons; `None` if it was
+/// stopped before all rows were evaluated.
 pub fn evaluate_rewards(
     decoder: &Decoder,
     active: &[ActiveAdapter],
     rows: &Shelves<Comparison>,
     center_rewards_coefficient: f64,
-    stop: &AtomicBool,
+    monitor: Monitor<'_>,
 ) -> Result<Option<RewardEvaluation>, TrainError> {
     let mut evaluation = RewardEvaluation::default();
     let head = active.iter().rev().find_map(|active| active.adapter.score.as_ref());
@@ -118,7 +117,7 @@ pub fn evaluate_rewards(
         return Err(TrainError::Settings("no adapter has a score head".into()));
     };
     for run in runs(rows.lengths()) {
-        if stop.load(Ordering::Relaxed) {
+        if monitor.stopped() {
             return Ok(None);
         }
         let rows = get_rows(rows, run);
