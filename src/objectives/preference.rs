@@ -2,36 +2,35 @@
 //! by their log-probs alone; which, and against what, is the row of an enum. Formulas are those of
 //! TRL 1.16 (DPOTrainer, KTOTrainer, and of its experimental trainers ORPO's and CPO's).
 
-use candle_core::{Result, Tensor};
-use serde::{Deserialize, Serialize};
-
 use super::reward::{floats, log_sigmoid};
+use crate::string_enum::string_enum;
+use candle_core::{Result, Tensor};
 
-/// What is minimized over a comparison.
-///
-/// With `h = log π(y_w)/π_ref(y_w) - log π(y_l)/π_ref(y_l)`, the difference of the log-ratios of
-/// chosen and rejected:
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum PreferenceLoss {
-    /// DPO (Rafailov et al. 2023, equation 7): `-log σ(β h)`. Label smoothing ε makes it
-    /// conservative (Mitchell 2023): `-(1 - ε) log σ(β h) - ε log σ(-β h)`.
-    Sigmoid,
-    /// SLiC (Zhao et al. 2023): `max(0, 1 - β h)`.
-    Hinge,
-    /// IPO (Azar et al. 2023, equation 17): `(h' - 1 / 2β)²`, where h' has each log-ratio divided
-    /// by the tokens of its response.
-    Ipo,
-    /// ORPO (Hong et al. 2024, equation 6): the log-odds ratio, beside the negative log-likelihood
-    /// of what was chosen. No reference.
-    Orpo,
-    /// SimPO (Meng et al. 2024, equation 6): log-probs per token, a target margin γ, no reference;
-    /// smoothed as DPO is.
-    #[value(name = "simpo")]
-    SimPo,
-    /// KTO (Ethayarajh et al. 2024, equation 7): responses labelled good or bad, no pairs; see
-    /// [`kto_losses`].
-    Kto,
+string_enum! {
+    /// What is minimized over a comparison.
+    ///
+    /// With `h = log π(y_w)/π_ref(y_w) - log π(y_l)/π_ref(y_l)`, the difference of the log-ratios of
+    /// chosen and rejected:
+    #[derive(Debug)]
+    pub enum PreferenceLoss {
+        /// DPO (Rafailov et al. 2023, equation 7): `-log σ(β h)`. Label smoothing ε makes it
+        /// conservative (Mitchell 2023): `-(1 - ε) log σ(β h) - ε log σ(-β h)`.
+        Sigmoid = "sigmoid",
+        /// SLiC (Zhao et al. 2023): `max(0, 1 - β h)`.
+        Hinge = "hinge",
+        /// IPO (Azar et al. 2023, equation 17): `(h' - 1 / 2β)²`, where h' has each log-ratio divided
+        /// by the tokens of its response.
+        Ipo = "ipo",
+        /// ORPO (Hong et al. 2024, equation 6): the log-odds ratio, beside the negative log-likelihood
+        /// of what was chosen. No reference.
+        Orpo = "orpo",
+        /// SimPO (Meng et al. 2024, equation 6): log-probs per token, a target margin γ, no reference;
+        /// smoothed as DPO is.
+        SimPo = "simpo",
+        /// KTO (Ethayarajh et al. 2024, equation 7): responses labelled good or bad, no pairs; see
+        /// [`kto_losses`].
+        Kto = "kto",
+    }
 }
 
 impl PreferenceLoss {

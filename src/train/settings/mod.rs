@@ -20,18 +20,20 @@ use crate::objectives::policy::LossForm;
 use crate::objectives::preference::PreferenceLoss;
 use crate::ops::{Compute, DeviceName};
 use crate::optim::ScheduleKind;
+use crate::string_enum::string_enum;
 use crate::text::{Added, TextError};
 
-/// When held-out loss is taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-pub enum EvalStrategy {
-    /// Never.
-    No,
-    /// Before the first step, every `eval_steps` steps, and after the last.
-    Steps,
-    /// Before the first step, and after each epoch.
-    Epoch,
+string_enum! {
+    /// When held-out loss is taken.
+    #[derive(Debug)]
+    pub enum EvalStrategy {
+        /// Never.
+        No = "no",
+        /// Before the first step, every `eval_steps` steps, and after the last.
+        Steps = "steps",
+        /// Before the first step, and after each epoch.
+        Epoch = "epoch",
+    }
 }
 
 /// The commands that train.
@@ -323,14 +325,15 @@ settings! {
     }
 }
 
-/// Which adapter the value head sits on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-pub enum ValueModel {
-    /// On one of its own: the values of a state cannot disturb the policy.
-    Own,
-    /// On the policy's: one pass serves both, at half the time and memory.
-    Policy,
+string_enum! {
+    /// Which adapter the value head sits on.
+    #[derive(Debug)]
+    pub enum ValueModel {
+        /// On one of its own: the values of a state cannot disturb the policy.
+        Own = "own",
+        /// On the policy's: one pass serves both, at half the time and memory.
+        Policy = "policy",
+    }
 }
 
 settings! {
@@ -413,14 +416,15 @@ settings! {
     }
 }
 
-/// How an advantage is made of the rewards of a group.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-pub enum AdvantageEstimator {
-    /// Less the mean of the group (Shao et al. 2024).
-    Grpo,
-    /// Less the mean of the others (Ahmadian et al. 2024).
-    Rloo,
+string_enum! {
+    /// How an advantage is made of the rewards of a group.
+    #[derive(Debug)]
+    pub enum AdvantageEstimator {
+        /// Less the mean of the group (Shao et al. 2024).
+        Grpo = "grpo",
+        /// Less the mean of the others (Ahmadian et al. 2024).
+        Rloo = "rloo",
+    }
 }
 
 settings! {
@@ -910,11 +914,7 @@ impl DpoSettings {
         let fine = beta.is_finite() && beta > 0.0;
         faults.check(fine, format!("beta is {beta}, needed more than 0"));
         let plain = Self::default();
-        let name = |loss: PreferenceLoss| {
-            use clap::ValueEnum;
-            loss.to_possible_value().map_or(String::new(), |value| value.get_name().to_string())
-        };
-        let loss = name(self.loss_type);
+        let loss = self.loss_type;
         let smooth = [PreferenceLoss::Sigmoid, PreferenceLoss::SimPo];
         let referenced = [PreferenceLoss::Sigmoid, PreferenceLoss::Ipo, PreferenceLoss::Hinge];
         let needs = [
@@ -927,7 +927,7 @@ impl DpoSettings {
         let wrong =
             |(set, _, of): &&(bool, &str, &[PreferenceLoss])| *set && !of.contains(&self.loss_type);
         for (_, key, of) in needs.iter().filter(wrong) {
-            let of: Vec<String> = of.iter().map(|&loss| name(loss)).collect();
+            let of: Vec<String> = of.iter().map(ToString::to_string).collect();
             let of = of.join(", ");
             faults.check(false, format!("{key} is of loss_type {of}, found {loss}"));
         }
