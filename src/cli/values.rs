@@ -8,7 +8,7 @@ use crate::data::doctor::Check;
 use crate::model::CacheType;
 use crate::objectives::advantage::{KlEstimator, ScaleRewards};
 use crate::objectives::policy::LossForm;
-use crate::objectives::preference::PreferenceLoss;
+use crate::objectives::preference::PreferenceLossType;
 use crate::optim::ScheduleKind;
 use crate::string_enum::StringEnum;
 use crate::train::EvalStrategy;
@@ -39,7 +39,7 @@ possible_values!(
     FloatType,
     KlEstimator,
     LossForm,
-    PreferenceLoss,
+    PreferenceLossType,
     Preset,
     ScaleRewards,
     ScheduleKind,
