@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes tests/golden/added: tokens added to a vocabulary, as transformers numbers them and PEFT trains
+"""Writes tests/golden/added_tokens: tokens added to a vocabulary, as transformers numbers them and PEFT trains
 and saves their rows.
 
     pip install -r scripts/requirements-golden.txt
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 import make_golden as golden
 import make_golden_family as family
 
-ADDED = golden.ROOT / "tests/golden/added"
+ADDED = golden.ROOT / "tests/golden/added_tokens"
 TOKENS, SPECIAL_TOKENS = ["ferry", "über all", "miller"], ["<|tool|>", "<|im_end|>", "<|", "er"]
 NEW = [512, 513]
 TEXTS = [
@@ -37,7 +37,7 @@ RUNS = {
     "tied": ("llama-tiny", {"trainable_token_indices": NEW}),
     "untied": ("llama-untied", {"trainable_token_indices": {"embed_tokens": [*NEW, 36], "lm_head": [513, 512]}}),
     # Updates of the ends: what is new of these trains in them.
-    "ends": ("llama-untied", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+    "embedding-and-head": ("llama-untied", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
     "head-tied": ("llama-tiny", {"target_modules": ["q_proj", "lm_head"], "trainable_token_indices": NEW}),
 }
 

@@ -22,7 +22,7 @@ use super::policy::RolloutState;
 use super::settings::{Command, FREE_ON_RESUME, PretrainSettings, RunSettings};
 use super::tensorboard::EventWriter;
 use crate::optim::AdamW;
-use crate::weights::{Lock, NotLocked, write_atomically};
+use crate::weights::{Lock, LockError, write_atomically};
 
 /// Where a run is: all that is not a tensor. Random numbers need no state, they are keyed.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -305,12 +305,12 @@ fn lock(run: &Path) -> Result<Option<Lock>, TrainError> {
     let path = run.join(LOCK_FILE);
     match Lock::take(&path) {
         Ok(lock) => Ok(Some(lock)),
-        Err(NotLocked::Held(holder)) => Err(TrainError::Held { path: run.into(), holder }),
-        Err(NotLocked::NoLocks(e)) => {
+        Err(LockError::Held(holder)) => Err(TrainError::Held { path: run.into(), holder }),
+        Err(LockError::NoLocks(e)) => {
             eprintln!("warning: {}: cannot be locked: {e}", path.display());
             Ok(None)
         }
-        Err(NotLocked::Io(e)) => Err(at(&path, e)),
+        Err(LockError::Io(e)) => Err(at(&path, e)),
     }
 }
 

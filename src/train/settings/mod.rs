@@ -20,7 +20,7 @@ use crate::objectives::policy::LossForm;
 use crate::objectives::preference::PreferenceLoss;
 use crate::ops::{Compute, DeviceName};
 use crate::optim::ScheduleKind;
-use crate::text::{Added, TextError};
+use crate::text::{AddedTokenSpec, TextError};
 
 /// When held-out loss is taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -1025,8 +1025,8 @@ impl GrpoSettings {
 
 impl CommonSettings {
     /// The tokens that are added to the vocabulary.
-    pub fn added(&self) -> Result<Vec<Added>, TextError> {
-        Added::list(&self.add_tokens, &self.add_special_tokens)
+    pub fn added(&self) -> Result<Vec<AddedTokenSpec>, TextError> {
+        AddedTokenSpec::list(&self.add_tokens, &self.add_special_tokens)
     }
 
     /// Whether evaluations are compared.
