@@ -11,7 +11,7 @@ use super::adapters::ActiveAdapter;
 use super::decoder::Decoder;
 use super::layer::AdapterGradients;
 use crate::isa::Isa;
-use crate::ops::gemm::Panel;
+use crate::ops::gemm::PanelType;
 use crate::ops::linear_cross_entropy::{Distributions, Found};
 use crate::ops::{Values, linear_cross_entropy, rms_norm};
 
@@ -144,7 +144,7 @@ impl Decoder {
     ///
     /// # Panics
     /// In the portable form.
-    fn panels(&self) -> (Panel, Panel) {
+    fn panels(&self) -> (PanelType, PanelType) {
         let panels = self.compute.forward_panel().zip(self.compute.backward_panel());
         panels.expect("not the portable form")
     }

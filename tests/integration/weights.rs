@@ -57,13 +57,13 @@ fn metadata_of_every_type_is_read() {
     let keys: Vec<&str> = gguf.metadata().map(|(key, _)| key).collect();
     assert_eq!(keys[..3], ["general.architecture", "general.alignment", "value.u8"]);
 
-    assert_eq!(gguf.get("value.u8"), Some(Value::U8(u8::MAX)));
-    assert_eq!(gguf.get("value.i8"), Some(Value::I8(i8::MIN)));
-    assert_eq!(gguf.get("value.u16"), Some(Value::U16(u16::MAX)));
-    assert_eq!(gguf.get("value.i16"), Some(Value::I16(i16::MIN)));
+    assert_eq!(gguf.get("value.u8"), Some(GgufValue::U8(u8::MAX)));
+    assert_eq!(gguf.get("value.i8"), Some(GgufValue::I8(i8::MIN)));
+    assert_eq!(gguf.get("value.u16"), Some(GgufValue::U16(u16::MAX)));
+    assert_eq!(gguf.get("value.i16"), Some(GgufValue::I16(i16::MIN)));
     assert_eq!(gguf.get("value.u32"), Some(GgufValue::U32(u32::MAX)));
     assert_eq!(gguf.get("value.i32"), Some(GgufValue::I32(i32::MIN)));
-    assert_eq!(gguf.get("value.i64"), Some(Value::I64(i64::MIN)));
+    assert_eq!(gguf.get("value.i64"), Some(GgufValue::I64(i64::MIN)));
     assert_eq!(gguf.u64("value.u64").unwrap(), Some(u64::MAX));
     assert_eq!(gguf.u64("value.u8").unwrap(), Some(255));
     assert_eq!(gguf.f64("value.f32").unwrap(), Some(f64::from(1e-5f32)));
