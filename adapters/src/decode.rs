@@ -10,7 +10,7 @@ use half::f16;
 use crate::delta::Lora;
 
 /// Numbers of a group: rows of A are padded to whole groups.
-pub const A_GROUP: usize = 16;
+pub const DECODE_GROUP: usize = 16;
 /// Rows of A that a kernel takes at a time: ranks are padded to whole blocks.
 pub const A_RANK_BLOCK: usize = 4;
 /// Outputs of a panel of B.
@@ -128,15 +128,15 @@ impl<T: DecodeScalar> DecodeWeights<T> {
         let largest_of_b = largest(of_b.map(|(row, k)| scaled(row, k) as f32));
         let (up_a, up_b) = (T::shift(largest(a.iter().copied())), T::shift(largest_of_b));
 
-        let padded = cols.next_multiple_of(A_GROUP);
+        let padded = cols.next_multiple_of(DECODE_GROUP);
         let mut of_a = vec![T::default(); r.next_multiple_of(A_RANK_BLOCK) * padded];
         let power = 2f64.powi(up_a);
         for (row, from) in a.chunks_exact(cols.max(1)).enumerate() {
             let block =
                 &mut of_a[row / A_RANK_BLOCK * A_RANK_BLOCK * padded..][..A_RANK_BLOCK * padded];
-            let groups = block.chunks_exact_mut(A_RANK_BLOCK * A_GROUP);
-            for (to, from) in groups.zip(from.chunks(A_GROUP)) {
-                for (to, from) in to[row % A_RANK_BLOCK * A_GROUP..].iter_mut().zip(from) {
+            let groups = block.chunks_exact_mut(A_RANK_BLOCK * DECODE_GROUP);
+            for (to, from) in groups.zip(from.chunks(DECODE_GROUP)) {
+                for (to, from) in to[row % A_RANK_BLOCK * DECODE_GROUP..].iter_mut().zip(from) {
                     *to = T::round(f64::from(*from) * power);
                 }
             }
