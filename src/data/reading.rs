@@ -10,7 +10,6 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -22,6 +21,7 @@ use super::doctor::{Check, Diagnosis, Finding, Seen, SeenWriter};
 use super::lines::{Line, Unread, first_lines, read_all};
 use super::shelves::{ShelfWriter, Shelved, Shelves, Sink, names};
 use super::{DataError, Dialect};
+use crate::monitor::Monitor;
 use crate::quant::Bytes;
 use crate::text::Tokenizer;
 use crate::weights::write_atomically;
@@ -143,9 +143,9 @@ pub(super) trait Reader: Sized + Sync {
         &self,
         path: &Path,
         cache: Option<&Cache>,
-        stop: &AtomicBool,
+        monitor: Monitor<'_>,
     ) -> Result<FileRows<Self::Row, Self::Report>, DataError> {
-        let loaded = Loaded::of(path, self, cache, false, stop)?;
+        let loaded = Loaded::of(path, self, cache, false, monitor)?;
         loaded.diagnosis.unreadable(path, self.allow())?;
         loaded.check(path, self)?;
         Ok(loaded.train())
@@ -156,9 +156,9 @@ pub(super) trait Reader: Sized + Sync {
         &self,
         path: &Path,
         cache: Option<&Cache>,
-        stop: &AtomicBool,
+        monitor: Monitor<'_>,
     ) -> Result<FileSplit<Self::Row, Self::Report>, DataError> {
-        let loaded = Loaded::of(path, self, cache, true, stop)?;
+        let loaded = Loaded::of(path, self, cache, true, monitor)?;
         loaded.diagnosis.unreadable(path, self.allow())?;
         let [train, held_out] = &loaded.parts;
         let rows = held_out.report.rows();
@@ -181,9 +181,9 @@ pub(super) trait Reader: Sized + Sync {
     fn examine(
         &self,
         path: &Path,
-        stop: &AtomicBool,
+        monitor: Monitor<'_>,
     ) -> Result<FileRows<Self::Row, Self::Report>, DataError> {
-        Ok(Reading::new(path, self, false, Place::Nowhere)?.run(stop)?.train())
+        Ok(Reading::new(path, self, false, Place::Nowhere)?.run(monitor)?.train())
     }
 
     /// What the first rows of a file come to, as many as can be read, whatever is wrong with others.
@@ -268,13 +268,13 @@ impl<T: Shelved, R: Report> Loaded<T, R> {
         reader: &impl Reader<Row = T, Report = R>,
         cache: Option<&Cache>,
         split: bool,
-        stop: &AtomicBool,
+        monitor: Monitor<'_>,
     ) -> Result<Self, DataError> {
         match cache {
             Some(cache) if cache.keeps(path) => {
-                Self::cached(path, reader, &cache.folder, split, stop)
+                Self::cached(path, reader, &cache.folder, split, monitor)
             }
-            _ => Reading::new(path, reader, split, Place::Memory)?.run(stop),
+            _ => Reading::new(path, reader, split, Place::Memory)?.run(monitor),
         }
     }
 
@@ -284,9 +284,9 @@ impl<T: Shelved, R: Report> Loaded<T, R> {
         reader: &impl Reader<Row = T, Report = R>,
         cache: &Path,
         split: bool,
-        stop: &AtomicBool,
+        monitor: Monitor<'_>,
     ) -> Result<Self, DataError> {
-        let go_on = || !stop.load(Ordering::Relaxed);
+        let go_on = || !monitor.stopped();
         let io = |source| DataError::Io { path: path.into(), source };
         let file = file_sha256(path, &go_on).map_err(io)?.ok_or(DataError::Stopped)?;
         let tokenizer = reader.tokenizer();
@@ -303,17 +303,24 @@ impl<T: Shelved, R: Report> Loaded<T, R> {
         let key = hex(&Sha256::digest(serde_json::to_vec(&origin).expect("plain data")));
         let waiting = |holder: &str| {
             let cache = cache.display();
-            eprintln!("data: waiting for {holder}, which is tokenizing into {cache}");
+            monitor
+                .note(format_args!("data: waiting for {holder}, which is tokenizing into {cache}"));
         };
-        let folder = cache::folder(cache, (reader.kind(), &key[..16]), stop, waiting, |folder| {
-            eprintln!("data: tokenizing {}, {}", path.display(), shared(cache));
-            let loaded = Reading::new(path, reader, split, Place::Folder(folder))?.run(stop)?;
-            if loaded.sha256 != file {
-                let reason = "changed while it was read".into();
-                return Err(DataError::Broken { path: path.into(), reason });
-            }
-            loaded.write(folder, origin.clone())
-        })?;
+        let folder =
+            cache::folder(cache, (reader.kind(), &key[..16]), monitor.stop, waiting, |folder| {
+                monitor.note(format_args!(
+                    "data: tokenizing {}, {}",
+                    path.display(),
+                    shared(cache)
+                ));
+                let loaded =
+                    Reading::new(path, reader, split, Place::Folder(folder))?.run(monitor)?;
+                if loaded.sha256 != file {
+                    let reason = "changed while it was read".into();
+                    return Err(DataError::Broken { path: path.into(), reason });
+                }
+                loaded.write(folder, origin.clone())
+            })?;
         Self::open(&folder, &origin)
     }
 
@@ -502,11 +509,11 @@ impl<'a, R: Reader> Reading<'a, R> {
         refused(self.place, self.path, error)
     }
 
-    fn run(mut self, stop: &AtomicBool) -> Result<Loaded<R::Row, R::Report>, DataError> {
+    fn run(mut self, monitor: Monitor<'_>) -> Result<Loaded<R::Row, R::Report>, DataError> {
         let (path, reader) = (self.path, self.reader);
         let sha256 = read_all(
             path,
-            stop,
+            monitor.stop,
             |line: &[u8]| reader.parse(line),
             |line, row| self.add(line, row).map_err(|error| self.refused(error)),
         )?;

@@ -12,9 +12,9 @@ use half::slice::HalfFloatSliceExt;
 use super::decoder::Decoder;
 use super::layer::{Tape, Workspace};
 use crate::isa::Isa;
-use crate::ops::attention::{self, CachedQueries, Heads, KeyBlock, Keys, Qkv, Scores};
+use crate::ops::attention::{self, AttentionConfig, CachedQueries, Heads, KeyBlock, Keys, Qkv};
 use crate::ops::lanes::{Element, GROUP};
-use crate::ops::{BackendKind, Compute, Precision, Segment, each};
+use crate::ops::{BackendKind, Compute, Precision, Segment, par_for_each};
 use tensors::TensorRow;
 
 /// How keys and values are kept.
@@ -209,7 +209,7 @@ impl KvCache {
         (k, v): (&Tensor, &Tensor),
         heads: Heads,
         segments: &[Segment],
-        scores: Scores,
+        scores: AttentionConfig,
     ) -> Result<Tensor> {
         assert_eq!((heads.kv_heads, heads.head_dim), (self.kv_heads, self.head_dim));
         let rows = &mut self.layers[layer];
@@ -246,7 +246,7 @@ impl KvCache {
         qkv: Qkv,
         heads: Heads,
         segments: &[Segment],
-        scores: impl Into<Scores>,
+        scores: impl Into<AttentionConfig>,
         out: &mut [f32],
     ) {
         assert_eq!((heads.kv_heads, heads.head_dim), (self.kv_heads, self.head_dim));
@@ -261,7 +261,7 @@ impl KvCache {
             }
         }
         let tokens: usize = segments.iter().map(|segment| segment.len()).sum();
-        each(appends, tokens * self.kv_heads * self.head_dim, |(head, cache, segment)| {
+        par_for_each(appends, tokens * self.kv_heads * self.head_dim, |(head, cache, segment)| {
             let column = head * heads.head_dim;
             cache.reserve(segment.len());
             for token in segment.tokens.clone() {
@@ -485,7 +485,7 @@ mod tests {
     }
 
     /// What the portable form gives for one row.
-    fn portable(buffer: &[f32], heads: Heads, scores: Scores) -> Vec<f32> {
+    fn portable(buffer: &[f32], heads: Heads, scores: AttentionConfig) -> Vec<f32> {
         let n = buffer.len() / stride(heads);
         let [q, k, v] = tensors(buffer, heads);
         let rows = [Segment::whole(0..n)].into();
@@ -505,7 +505,7 @@ mod tests {
         isa: Isa,
         new: &[f32],
         heads: Heads,
-        scores: Scores,
+        scores: AttentionConfig,
         rows: &[Range<usize>],
     ) -> Vec<f32> {
         let rows: Vec<Segment> = rows.iter().cloned().map(Segment::whole).collect();
@@ -526,7 +526,7 @@ mod tests {
         mut cache: KvCache,
         buffer: &[f32],
         heads: Heads,
-        scores: Scores,
+        scores: AttentionConfig,
         pieces: &[usize],
     ) -> Vec<f32> {
         let (mut done, mut all) = (0, Vec::new());
@@ -542,12 +542,12 @@ mod tests {
     #[test]
     fn every_type_is_as_exact_as_it_says_and_pieces_do_not_matter() {
         let cases = [
-            (Heads { heads: 6, kv_heads: 2, head_dim: 16 }, Scores::default()),
-            (Heads { heads: 2, kv_heads: 2, head_dim: 12 }, Scores::default()),
+            (Heads { heads: 6, kv_heads: 2, head_dim: 16 }, AttentionConfig::default()),
+            (Heads { heads: 2, kv_heads: 2, head_dim: 12 }, AttentionConfig::default()),
             (Heads { heads: 8, kv_heads: 1, head_dim: 40 }, Some(37).into()),
             (
                 Heads { heads: 4, kv_heads: 2, head_dim: 20 },
-                Scores { window: Some(50), scale: Some(0.4), cap: Some(2.0) },
+                AttentionConfig { window: Some(50), scale: Some(0.4), cap: Some(2.0) },
             ),
         ];
         let fast = Isa::ALL.iter().filter(|isa| isa.available()).map(|&isa| (isa, Compute::F32));
@@ -582,7 +582,7 @@ mod tests {
         let width = heads.head_dim;
         let zeros = heads.heads * width; // a key head of zeros
         buffer[5 * stride(heads) + zeros..][..width].fill(0.0);
-        let scores = Scores { window: Some(50), scale: Some(0.4), cap: Some(2.0) };
+        let scores = AttentionConfig { window: Some(50), scale: Some(0.4), cap: Some(2.0) };
         for (kind, _) in KINDS {
             let [fast, portable] = FORMS.map(|compute| {
                 let cache = cache(1, heads, kind, compute);
@@ -630,7 +630,7 @@ mod tests {
     ) -> Vec<f32> {
         let rows = [0..tokens.len()];
         let new = part(buffer, heads, tokens);
-        feed(cache, Isa::current(), new, heads, Scores::default(), &rows)
+        feed(cache, Isa::current(), new, heads, AttentionConfig::default(), &rows)
     }
 
     #[test]
@@ -699,7 +699,7 @@ mod tests {
         let buffer = buffer(60, heads);
         let feed = |cache: &mut KvCache, tokens: Range<usize>, rows: &[Range<usize>]| {
             let new = part(&buffer, heads, tokens);
-            feed(cache, Isa::current(), new, heads, Scores::default(), rows)
+            feed(cache, Isa::current(), new, heads, AttentionConfig::default(), rows)
         };
         for ((kind, _), compute) in KINDS.into_iter().flat_map(|kind| FORMS.map(|f| (kind, f))) {
             let mut batch = cache(3, heads, kind, compute);

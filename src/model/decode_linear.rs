@@ -18,10 +18,10 @@ use quantune_adapters::delta::Adapter;
 use super::adapters::{ActiveAdapter, AdapterGroup};
 use super::decoder::Linear;
 use super::layer::{LayerPass, Onto, Workspace};
-use crate::ops::gemm::Panel;
+use crate::ops::gemm::PanelType;
 use crate::ops::low_rank::{self, Number, Wearing};
 use crate::ops::row_dot;
-use crate::ops::{Target, Values};
+use crate::ops::{SharedMutPtr, Values};
 
 /// Buffers of [`project`], used again.
 #[derive(Debug, Default)]
@@ -111,8 +111,8 @@ pub(super) fn project<const M: usize>(
     let buffers = (product, padded, lows);
     // Updates are as exact as the base's products: in 16 bits but where those are F32.
     match pass.forward {
-        Panel::F32 => project_as::<f32, M>(pass, outs, x, onto, buffers, whole_forms),
-        Panel::Int16 | Panel::Int8 => {
+        PanelType::F32 => project_as::<f32, M>(pass, outs, x, onto, buffers, whole_forms),
+        PanelType::Int16 | PanelType::Int8 => {
             project_as::<f16, M>(pass, outs, x, onto, buffers, half_forms)
         }
     }
@@ -156,7 +156,7 @@ fn project_as<T: Number, const M: usize>(
             shrinks.extend(tasks.map(|blocks| (*tokens, update, blocks)));
         }
     }
-    let target = Target::new(lows);
+    let target = SharedMutPtr::new(lows);
     let shrink = |task: usize| {
         let (tokens, update, blocks) = &shrinks[task];
         let factor = update.weight * update.form.factor;
@@ -181,7 +181,7 @@ fn project_as<T: Number, const M: usize>(
         // SAFETY: the tasks beside, which wrote it, are done, and none writes to it again.
         unsafe { target.at(update.lows.start).read(update.lows.len()) }
     };
-    let add_updates = |linear: usize, rows: Range<usize>, y: Target| {
+    let add_updates = |linear: usize, rows: Range<usize>, y: SharedMutPtr| {
         let stride = out_features[linear];
         for Updates { tokens, updates, scales, .. } in all.iter().filter(|u| u.linear == linear) {
             if let Some(scales) = scales {
@@ -200,10 +200,10 @@ fn project_as<T: Number, const M: usize>(
             }
         }
     };
-    let beside = row_dot::Beside { tasks: shrinks.len(), run: &shrink, then: &add_updates };
+    let fused = row_dot::FusedTasks { tasks: shrinks.len(), run: &shrink, epilogue: &add_updates };
     match pass.forward {
-        Panel::F32 => row_dot::f32_many(isa, x, &mut products, beside),
-        Panel::Int16 | Panel::Int8 => row_dot::int16_many(isa, x, &mut products, beside),
+        PanelType::F32 => row_dot::f32_many(isa, x, &mut products, fused),
+        PanelType::Int16 | PanelType::Int8 => row_dot::int16_many(isa, x, &mut products, fused),
     }
     drop(products);
     if onto == Onto::Sum {

@@ -11,7 +11,7 @@ use super::adapters::ActiveAdapter;
 use super::decoder::Decoder;
 use super::layer::AdapterGradients;
 use crate::isa::Isa;
-use crate::ops::gemm::Panel;
+use crate::ops::gemm::PanelType;
 use crate::ops::linear_cross_entropy::{Distributions, Found};
 use crate::ops::{Values, linear_cross_entropy, rms_norm};
 
@@ -141,7 +141,7 @@ impl Decoder {
     }
 
     /// The panels of forward products and of the products of gradients.
-    fn panels(&self) -> (Panel, Panel) {
+    fn panels(&self) -> (PanelType, PanelType) {
         self.compute.precision.panels()
     }
 

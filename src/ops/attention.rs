@@ -18,13 +18,14 @@ use std::sync::{Arc, OnceLock};
 
 use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
 
-use super::cpu::{Target, Values, each, tanh, values};
+use super::cpu::{SharedMutPtr, Values, par_for_each, tanh, values};
 use super::lanes::{
-    Element, GROUP, Lanes, Left, MOST_ROWS, Right, Scratch, exp2, panel, product, rungs, tile_rows,
+    Element, GROUP, Lanes, Left, MOST_ROWS, Right, Scratch, exp2, isa_levels, panel, product,
+    tile_rows,
 };
 use super::segment::{self, Segment};
 use super::{BackendKind, Compute};
-use crate::isa::{Isa, versions};
+use crate::isa::{Isa, multiversion};
 
 /// Keys taken at a time, and rows of queries in the backward pass.
 pub(crate) const KEYS: usize = 64;
@@ -76,22 +77,22 @@ impl Heads {
 
 /// What a query makes of keys, where that is not all of them by `q · k / sqrt(head_dim)`.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Scores {
+pub struct AttentionConfig {
     /// A token sees only the last so many positions up to itself.
     pub window: Option<usize>,
     /// What `q · k` is multiplied by, instead of `1 / sqrt(head_dim)`.
     pub scale: Option<f32>,
-    /// Scores become `cap · tanh(score / cap)` before the softmax (Gemma 2).
+    /// AttentionConfig become `cap · tanh(score / cap)` before the softmax (Gemma 2).
     pub cap: Option<f32>,
 }
 
-impl From<Option<usize>> for Scores {
+impl From<Option<usize>> for AttentionConfig {
     fn from(window: Option<usize>) -> Self {
         Self { window, ..Self::default() }
     }
 }
 
-impl Scores {
+impl AttentionConfig {
     fn scale(&self, heads: Heads) -> f32 {
         self.scale.unwrap_or_else(|| 1.0 / (heads.head_dim as f32).sqrt())
     }
@@ -115,7 +116,7 @@ pub fn causal_attention(
     v: &Tensor,
     heads: Heads,
     segments: &Arc<[Segment]>,
-    scores: impl Into<Scores>,
+    scores: impl Into<AttentionConfig>,
     compute: Compute,
 ) -> Result<Tensor> {
     let scores = scores.into();
@@ -136,7 +137,7 @@ fn check(
     v: &Tensor,
     heads: Heads,
     rows: &[Segment],
-    scores: Scores,
+    scores: AttentionConfig,
 ) -> Result<()> {
     let (n, width) = q.dims2()?;
     if let Some(fault) = segment::fault(rows, n) {
@@ -159,7 +160,7 @@ fn portable(
     v: &Tensor,
     heads: Heads,
     segments: &[Segment],
-    scores: Scores,
+    scores: AttentionConfig,
 ) -> Result<Tensor> {
     let rows = segments.iter().filter(|row| !row.is_empty()).map(|row| {
         let part = |x: &Tensor, tokens: &Range<usize>| x.narrow(0, tokens.start, tokens.len());
@@ -191,7 +192,7 @@ pub(crate) fn portable_row(
     k: &Tensor,
     v: &Tensor,
     heads: Heads,
-    scoring: Scores,
+    scoring: AttentionConfig,
 ) -> Result<Tensor> {
     let Heads { heads: q_heads, kv_heads, head_dim } = heads;
     let (t, keys) = (q.dim(0)?, k.dim(1)?);
@@ -221,7 +222,7 @@ struct CausalAttention {
     isa: Isa,
     heads: Heads,
     segments: Arc<[Segment]>,
-    scores: Scores,
+    scores: AttentionConfig,
     /// Log-sum-exp of each query's scores, `(N, heads)`, left by the forward pass.
     lse: OnceLock<Vec<f32>>,
 }
@@ -337,13 +338,13 @@ pub(crate) struct QkvGrad<'a> {
 /// A [`Strided`] that tasks write to, each to elements of its own.
 #[derive(Clone, Copy)]
 struct Columns {
-    target: Target,
+    target: SharedMutPtr,
     stride: usize,
 }
 
 impl Columns {
     /// # Safety
-    /// As for [`Target::slice`].
+    /// As for [`SharedMutPtr::slice`].
     unsafe fn at<'a>(self, token: usize, column: usize, width: usize) -> &'a mut [f32] {
         // SAFETY: the caller's.
         unsafe { self.target.at(token * self.stride + column).slice(width) }
@@ -357,7 +358,7 @@ impl<'a> QkvGrad<'a> {
         k: (&'a mut [f32], usize),
         v: (&'a mut [f32], usize),
     ) -> Self {
-        let columns = |(values, stride)| Columns { target: Target::new(values), stride };
+        let columns = |(values, stride)| Columns { target: SharedMutPtr::new(values), stride };
         Self { q: columns(q), k: columns(k), v: columns(v), borrowed: PhantomData }
     }
 }
@@ -371,7 +372,7 @@ pub(crate) fn forward(
     qkv: Qkv,
     heads: Heads,
     segments: &[Segment],
-    scores: impl Into<Scores>,
+    scores: impl Into<AttentionConfig>,
     out: &mut [f32],
     lse: &mut [f32],
 ) {
@@ -379,7 +380,7 @@ pub(crate) fn forward(
     let tokens = segments.last().map_or(0, |segment| segment.tokens.end);
     let (width, head_dim) = (heads.q_width(), heads.head_dim);
     assert!(out.len() >= tokens * width && lse.len() >= tokens * heads.heads);
-    let (out, lse) = (Target::new(out), Target::new(lse));
+    let (out, lse) = (SharedMutPtr::new(out), SharedMutPtr::new(lse));
     let step = queries_at_a_time(heads);
     let (mut tasks, mut work) = (Vec::new(), 0);
     for segment in segments.iter().filter(|segment| !segment.is_empty()) {
@@ -389,7 +390,7 @@ pub(crate) fn forward(
             tasks.extend(starts.map(|start| (segment, kv_head, start)));
         }
     }
-    each(tasks, work, |(segment, kv_head, start)| {
+    par_for_each(tasks, work, |(segment, kv_head, start)| {
         let queries = Queries {
             q: qkv.q,
             tokens: start..segment.tokens.end.min(start + step),
@@ -418,7 +419,7 @@ pub(crate) struct CachedQueries<'a> {
     pub q: Strided<'a>,
     pub heads: Heads,
     pub segments: &'a [Segment],
-    pub scores: Scores,
+    pub scores: AttentionConfig,
 }
 
 /// Some queries of one key head, to be run over its keys.
@@ -426,8 +427,8 @@ pub(crate) struct CachedTask<'a> {
     isa: Isa,
     queries: Queries<'a>,
     heads: Heads,
-    scores: Scores,
-    out: Target,
+    scores: AttentionConfig,
+    out: SharedMutPtr,
 }
 
 impl CachedQueries<'_> {
@@ -443,7 +444,7 @@ impl CachedQueries<'_> {
         let Self { q, heads, segments, scores } = *self;
         let tokens = segments.iter().map(|segment| segment.tokens.end).max().unwrap_or(0);
         assert!(out.len() >= tokens * heads.q_width());
-        let out = Target::new(out);
+        let out = SharedMutPtr::new(out);
         let step = queries_at_a_time(heads);
         let (mut tasks, mut work) = (Vec::new(), 0);
         // A row may have no new tokens; its range may then lie behind the last of them.
@@ -456,7 +457,7 @@ impl CachedQueries<'_> {
                 tasks.extend(starts.map(|start| (row, segment, before, kv_head, start)));
             }
         }
-        each(tasks, work, |(row, segment, before, kv_head, start)| {
+        par_for_each(tasks, work, |(row, segment, before, kv_head, start)| {
             let queries = Queries {
                 q,
                 tokens: start..segment.tokens.end.min(start + step),
@@ -537,7 +538,7 @@ impl Queries<'_> {
     }
 }
 
-versions! {
+multiversion! {
     /// Rows of `width` values to rows padded to whole groups, times `factor`.
     fn scaled_rows(isa; from: &[f32], width: usize, factor: f32, to: &mut [f32]) {
         let padded = width.next_multiple_of(GROUP);
@@ -689,7 +690,7 @@ pub(crate) fn attend<K: Keys>(
     queries: &Queries,
     keys: &K,
     heads: Heads,
-    scoring: Scores,
+    scoring: AttentionConfig,
     mut emit: impl FnMut(usize, usize, &[f32], f32),
 ) {
     let (head_dim, padded, rows) = (heads.head_dim, heads.padded(), queries.rows());
@@ -796,7 +797,7 @@ fn soften(
     unsafe { soften_tile(isa, tile, scores, scales, max, sum, out) }
 }
 
-rungs! {
+isa_levels! {
     unsafe fn soften_tile(
         tile: Tile,
         scores: &mut [f32],
@@ -945,7 +946,7 @@ pub(crate) fn backward(
     qkv: Qkv,
     heads: Heads,
     segments: &[Segment],
-    scores: impl Into<Scores>,
+    scores: impl Into<AttentionConfig>,
     attended: Attended,
     dout: &[f32],
     grad: QkvGrad,
@@ -976,8 +977,8 @@ pub(crate) fn backward(
         }
     }
     Scratch::with(&PARTIALS, |scratch| {
-        let parts = scratch.split([in_parts, in_parts]).map(Target::new);
-        each(tasks, work, |(row, kv_head, query_heads)| {
+        let parts = scratch.split([in_parts, in_parts]).map(SharedMutPtr::new);
+        par_for_each(tasks, work, |(row, kv_head, query_heads)| {
             let column = kv_head * head_dim;
             let [dk, dv] = [(grad.k, parts[0]), (grad.v, parts[1])].map(|(whole, parts)| {
                 let part = Columns { target: parts.at(row.at), stride: row.stride(heads) };
@@ -1012,7 +1013,7 @@ pub(crate) fn backward(
             // its own key head and tokens, or parts that are its row's and its head's.
             unsafe { task.run(isa) };
         });
-        each(sums, 2 * in_parts, |(i, kv_head)| {
+        par_for_each(sums, 2 * in_parts, |(i, kv_head)| {
             for (to, parts) in [(grad.k, parts[0]), (grad.v, parts[1])] {
                 // SAFETY: all parts are written; each task adds up those of one key head of the
                 // tokens of one row.
@@ -1055,7 +1056,7 @@ impl RowGrad<'_> {
     unsafe fn add_up(
         &self,
         to: Columns,
-        parts: Target,
+        parts: SharedMutPtr,
         rows_behind: &[RowGrad],
         kv_head: usize,
         heads: Heads,
@@ -1100,7 +1101,7 @@ impl Sink {
     /// The head at a position of the row.
     ///
     /// # Safety
-    /// As for [`Target::slice`].
+    /// As for [`SharedMutPtr::slice`].
     unsafe fn at<'a>(self, position: usize, head_dim: usize) -> &'a mut [f32] {
         let ((columns, token, column), i) = match position.checked_sub(self.before) {
             Some(own) => (self.own, own),
@@ -1117,7 +1118,7 @@ struct Backward<'a> {
     k: Strided<'a>,
     v: Strided<'a>,
     row: &'a Segment,
-    scores: Scores,
+    scores: AttentionConfig,
     heads: Heads,
     attended: Attended<'a>,
     dout: Strided<'a>,
@@ -1279,7 +1280,7 @@ fn rows_of(values: &[f32], width: usize) -> Right<'_, f32> {
     Right { values, row_stride: width, group_stride: GROUP }
 }
 
-/// Scores become weights `p = 2^(score - lse)`, and `ds`, which holds `dp`, becomes
+/// AttentionConfig become weights `p = 2^(score - lse)`, and `ds`, which holds `dp`, becomes
 /// `p (dp - delta)`; both are 0 in all `columns` that a row does not see.
 fn weigh(
     isa: Isa,
@@ -1356,16 +1357,16 @@ mod tests {
         t: &[Tensor],
         heads: Heads,
         segments: &Arc<[Segment]>,
-        scores: impl Into<Scores>,
+        scores: impl Into<AttentionConfig>,
     ) -> Result<Tensor> {
         let (segments, scores) = (segments.clone(), scores.into());
         let op = CausalAttention { isa, heads, segments, scores, lse: OnceLock::new() };
         t[0].apply_op3(&t[1], &t[2], op)
     }
 
-    /// Scores that a cap bends well, at another scale than usual.
-    fn capped(window: Option<usize>) -> Scores {
-        Scores { window, scale: Some(0.6), cap: Some(1.5) }
+    /// AttentionConfig that a cap bends well, at another scale than usual.
+    fn capped(window: Option<usize>) -> AttentionConfig {
+        AttentionConfig { window, scale: Some(0.6), cap: Some(1.5) }
     }
 
     fn rungs_here() -> impl Iterator<Item = Isa> {
@@ -1413,7 +1414,7 @@ mod tests {
         for (heads, lengths) in cases {
             let segments = rows(lengths);
             let inputs = inputs(tokens(&segments), heads);
-            let windows = [None, Some(2), Some(20), Some(70)].map(Scores::from);
+            let windows = [None, Some(2), Some(20), Some(70)].map(AttentionConfig::from);
             let capped = [None, Some(20)].map(capped);
             for scores in windows.into_iter().chain(capped) {
                 for isa in rungs_here() {

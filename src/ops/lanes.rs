@@ -1,7 +1,7 @@
 //! Sixteen `f32` at a time in whatever registers a rung has, and the one small matrix product that
 //! attention is made of.
 //!
-//! A kernel is written once over [`Lanes`] and compiled per rung by [`rungs!`]. Everything a kernel
+//! A kernel is written once over [`Lanes`] and compiled per rung by [`isa_levels!`]. Everything a kernel
 //! calls is `#[inline(always)]`, and no closure has to do with registers, so that it is compiled with the
 //! rung's instructions.
 
@@ -448,7 +448,7 @@ mod x86 {
 /// `unsafe fn name(isa, arguments)` that runs `body::<Lanes of the rung>(arguments)`.
 ///
 /// The CPU must have the rung; what else the caller owes, `body` says.
-macro_rules! rungs {
+macro_rules! isa_levels {
     ($($(#[$meta:meta])* $vis:vis unsafe fn $name:ident $(<$g:ident: $bound:path>)? ($($arg:ident: $ty:ty),* $(,)?) = $body:ident;)*) => {$(
         $(#[$meta])*
         $vis unsafe fn $name $(<$g: $bound>)? (isa: $crate::isa::Isa, $($arg: $ty),*) {
@@ -484,7 +484,7 @@ macro_rules! rungs {
         }
     )*};
 }
-pub(crate) use rungs;
+pub(crate) use isa_levels;
 
 /// Rows of a product's tile on a rung: work comes best in multiples of them.
 pub fn tile_rows(isa: Isa) -> usize {
@@ -571,7 +571,7 @@ struct Product<B> {
     accumulate: bool,
 }
 
-rungs! {
+isa_levels! {
     unsafe fn product_row_major<B: Element>(product: Product<B>) = row_major;
     unsafe fn product_transposed<B: Element>(product: Product<B>) = transposed;
 }
@@ -846,7 +846,7 @@ mod tests {
         }
     }
 
-    rungs! {
+    isa_levels! {
         unsafe fn exp2_of(x: *mut f32) = exp2_body;
     }
 

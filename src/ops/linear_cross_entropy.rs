@@ -9,9 +9,9 @@ use rayon::prelude::*;
 
 use super::cpu::{Values, exp, tanh, values};
 use super::frozen_linear::{matmul, matmul_transposed};
-use super::gemm::{Begin, Out, PackedRows, Panel, Product, Strided, Term, Weights, multiply};
+use super::gemm::{Init, Out, PackedRows, PanelType, Product, Strided, Term, Weights, multiply};
 use super::{BackendKind, Compute};
-use crate::isa::{Isa, versions};
+use crate::isa::{Isa, multiversion};
 use crate::quant::FrozenMatrix;
 
 /// Logits held at a time, in values: 32 MB. Each chunk packs the head anew, so that smaller ones
@@ -118,8 +118,8 @@ pub(crate) fn chunk_rows(rows: usize, vocabulary: usize) -> usize {
 pub fn working_bytes(rows: usize, vocabulary: usize, compute: Compute) -> usize {
     let logits = chunk_rows(rows, vocabulary) * vocabulary * size_of::<f32>();
     let panels = match compute.precision.backward_panel() {
-        Panel::Int16 | Panel::Int8 => logits / 2,
-        Panel::F32 => logits,
+        PanelType::Int16 | PanelType::Int8 => logits / 2,
+        PanelType::F32 => logits,
     };
     logits + panels
 }
@@ -168,7 +168,7 @@ impl Found<'_> {
 /// What there is to find of `targets (M)` from hidden states `x (M, H)`, and, if there is room for it,
 /// the log-probs' `gradient (M, H)` to `x`. `panels` are those of the way up and of the way back.
 pub(crate) fn forward(
-    panels: (Panel, Panel),
+    panels: (PanelType, PanelType),
     x: &[f32],
     head: &FrozenMatrix,
     targets: &[u32],
@@ -216,7 +216,7 @@ pub(crate) struct LearnGrad<'a> {
 ///
 /// Shapes: `x (M, H)`, `head (V, H)`, `targets` M token ids, each of them a row of the head.
 pub(crate) fn learn(
-    panels: (Panel, Panel),
+    panels: (PanelType, PanelType),
     x: &[f32],
     head: &[f32],
     targets: &[u32],
@@ -241,9 +241,8 @@ pub(crate) fn learn(
         let logits = &mut logits[..rows * vocabulary];
         packed.pack(isa, forward, Strided { values: x, stride: width }, rows, width);
         let terms = vec![Term { x: &packed, weights: dense(head), transposed: true }];
-        let out = Out::new(logits, vocabulary, 0);
-        // SAFETY: one product over one buffer.
-        unsafe { multiply(isa, &[Product { terms, begin: Begin::Zero, out }]) };
+        let out = Out::new(logits, vocabulary);
+        multiply(isa, &mut [Product { terms, init: Init::Zero, out }]);
         let per_row = logits.par_chunks_exact_mut(vocabulary).zip(&mut logps).zip(targets);
         per_row.for_each(|((logits, logp), &target)| {
             *logp = score(isa, logits, target as usize, Some(-scale)).logp;
@@ -255,16 +254,15 @@ pub(crate) fn learn(
         turned.pack_turned(isa, backward, dlogits, vocabulary, rows);
         let to_x = Product {
             terms: vec![Term { x: &packed, weights: dense(head), transposed: false }],
-            begin: Begin::Zero,
-            out: Out::new(dx, width, 0),
+            init: Init::Zero,
+            out: Out::new(dx, width),
         };
         let to_head = Product {
             terms: vec![Term { x: &turned, weights: dense(x), transposed: false }],
-            begin: Begin::Add,
-            out: Out::new(grad.head, width, 0),
+            init: Init::Add,
+            out: Out::new(grad.head, width),
         };
-        // SAFETY: each product has a buffer to itself.
-        unsafe { multiply(isa, &[to_x, to_head]) };
+        multiply(isa, &mut [to_x, to_head]);
     }
     SCRATCH.set(Scratch { logits, slopes, packed, turned, logps });
     loss
@@ -275,7 +273,7 @@ struct LinearLogProbs {
     targets: Vec<u32>,
     cap: Option<LogitSoftcap>,
     /// Forward and backward.
-    panels: (Panel, Panel),
+    panels: (PanelType, PanelType),
     with_gradient: bool,
     /// `d logp / d x`, `(M, H)`, left by the forward pass.
     gradient: OnceLock<Vec<f32>>,
@@ -322,7 +320,7 @@ pub(crate) struct Scored {
     pub likeliest: bool,
 }
 
-versions! {
+multiversion! {
     /// Caps logits, and says how steep that is at each.
     pub(crate) fn softcap(isa; logits: &mut [f32], slopes: &mut [f32], cap: LogitSoftcap) {
         let LogitSoftcap { cap, temperature } = cap;
@@ -411,7 +409,7 @@ mod tests {
         let logps = candle_nn::ops::log_softmax(&logits, D::Minus1).unwrap().to_vec2::<f32>();
         let x = x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let (mut found, mut entropies) = ([0f32; 5], [0f32; 5]);
-        let panels = (Panel::F32, Panel::F32);
+        let panels = (PanelType::F32, PanelType::F32);
         let mut likeliest = [false; 5];
         let all = Found { logps: &mut found, entropies: &mut entropies, likeliest: &mut likeliest };
         forward(panels, &x, &head, &[0, 1, 2, 3, 4], None, all, None);

@@ -9,8 +9,8 @@ use std::ops::Range;
 use half::f16;
 use quantune_adapters::decode::{BLOCK, DecodeForm, GROUP, PANEL, PANELS, Stored};
 
-use super::cpu::{Target, prefetch};
-use super::lanes::{Element, Lanes, rungs};
+use super::cpu::{SharedMutPtr, prefetch};
+use super::lanes::{Element, Lanes, isa_levels};
 
 /// Bytes of a factor in one task: as for the base's own weights.
 const TASK_BYTES: usize = 32 * 1024;
@@ -60,7 +60,7 @@ impl<'a> Wearing<'a> {
     }
 }
 
-rungs! {
+isa_levels! {
     /// `low = factor · x Aᵀ` for some blocks of A's rows.
     ///
     /// Shapes: `x` are the inputs of the whole batch, each padded to whole groups of 16 and as far from
@@ -68,7 +68,7 @@ rungs! {
     ///
     /// # Safety
     /// The CPU must have the rung, and no other thread may touch these columns of `low`.
-    pub unsafe fn shrink<T: Number>(form: &DecodeForm<T>, blocks: Range<usize>, x: &[f32], tokens: Wearing, factor: f32, low: Target) = shrink_body;
+    pub unsafe fn shrink<T: Number>(form: &DecodeForm<T>, blocks: Range<usize>, x: &[f32], tokens: Wearing, factor: f32, low: SharedMutPtr) = shrink_body;
     /// `y += low Bᵀ` for some of B's rows. They are read in whole panels of 16.
     ///
     /// Shapes: `low (tokens, low_stride)`; `y` are the outputs of the whole batch, each as far from the
@@ -76,7 +76,7 @@ rungs! {
     ///
     /// # Safety
     /// The CPU must have the rung, and no other thread may touch the outputs of these rows.
-    pub unsafe fn expand<T: Number>(form: &DecodeForm<T>, rows: Range<usize>, low: &[f32], y: Target, tokens: Wearing) = expand_body;
+    pub unsafe fn expand<T: Number>(form: &DecodeForm<T>, rows: Range<usize>, low: &[f32], y: SharedMutPtr, tokens: Wearing) = expand_body;
 }
 
 /// # Safety
@@ -88,7 +88,7 @@ unsafe fn shrink_body<S: Lanes, T: Number>(
     x: &[f32],
     mut tokens: Wearing,
     factor: f32,
-    mut low: Target,
+    mut low: SharedMutPtr,
 ) {
     let stride = low_stride(form);
     loop {
@@ -116,7 +116,7 @@ unsafe fn shrink_tokens<S: Lanes, T: Number, const M: usize>(
     blocks: Range<usize>,
     x: [&[f32]; M],
     factor: f32,
-    low: Target,
+    low: SharedMutPtr,
 ) {
     let (cols, stride) = (padded(form), low_stride(form));
     let mut xs = [std::ptr::null::<f32>(); M];
@@ -160,7 +160,7 @@ unsafe fn expand_body<S: Lanes, T: Number>(
     form: &DecodeForm<T>,
     rows: Range<usize>,
     mut low: &[f32],
-    y: Target,
+    y: SharedMutPtr,
     mut tokens: Wearing,
 ) {
     assert!(rows.end <= form.out_features);
@@ -211,7 +211,7 @@ unsafe fn expand_tokens<S: Lanes, T: Number, const M: usize>(
     rows: Range<usize>,
     low: &[f32],
     stride: usize,
-    y: &[Target; M],
+    y: &[SharedMutPtr; M],
 ) {
     let (mut panel, end) = (rows.start / PANEL, rows.end.div_ceil(PANEL));
     while panel < end {
@@ -241,7 +241,7 @@ unsafe fn expand_panels<S: Lanes, T: Number, const M: usize, const N: usize>(
     rows: &Range<usize>,
     low: &[f32],
     stride: usize,
-    y: &[Target; M],
+    y: &[SharedMutPtr; M],
 ) -> usize {
     let b = form.b[place(form, panel)..][..((form.r - 1) * PANELS + N) * PANEL].as_ptr();
     // SAFETY: the panels' numbers lie a stripe's width apart; the rest is the caller's.
@@ -310,7 +310,7 @@ mod tests {
         }
         let of = |stride| Wearing { tokens: &tokens, stride };
         let mut low = vec![f32::NAN; n * low_stride(form)];
-        let target = Target::new(&mut low);
+        let target = SharedMutPtr::new(&mut low);
         // SAFETY: rungs are those of this CPU, and there is one thread.
         unsafe {
             for block in 0..blocks(form) {
@@ -321,7 +321,7 @@ mod tests {
             let mut first = 0;
             for border in [rows / 2, rows / 2 + 1, rows.min(64).max(rows / 2 + 1), rows] {
                 let border = border.min(rows);
-                expand(isa, form, first..border, &low, Target::new(&mut outputs), of(rows));
+                expand(isa, form, first..border, &low, SharedMutPtr::new(&mut outputs), of(rows));
                 first = border;
             }
         }

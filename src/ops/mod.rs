@@ -32,12 +32,12 @@ use serde::{Deserialize, Serialize};
 
 use crate::isa::Isa;
 use crate::quant::BlockType;
-pub use attention::{Scores, causal_attention};
-pub(crate) use cpu::{Target, Values, each, exp};
+pub use attention::{AttentionConfig, causal_attention};
+pub(crate) use cpu::{SharedMutPtr, Values, exp, par_for_each};
 pub use device::{DeviceError, DeviceName};
 pub use device_matrix::DeviceMatrix;
 pub use frozen_linear::frozen_linear;
-use gemm::Panel;
+use gemm::PanelType;
 pub use linear_cross_entropy::{LogitSoftcap, capped_log_probs, linear_log_probs};
 pub use rms_norm::rms_norm;
 pub use rope::rope;
@@ -142,24 +142,24 @@ impl BackendKind {
 
 impl Precision {
     /// The panels of forward products.
-    pub(crate) fn forward_panel(self) -> Panel {
+    pub(crate) fn forward_panel(self) -> PanelType {
         match self {
-            Self::F32 => Panel::F32,
-            Self::Int16 => Panel::Int16,
-            Self::Int8 => Panel::Int8,
+            Self::F32 => PanelType::F32,
+            Self::Int16 => PanelType::Int16,
+            Self::Int8 => PanelType::Int8,
         }
     }
 
     /// The panels of the products of gradients.
-    pub(crate) fn backward_panel(self) -> Panel {
+    pub(crate) fn backward_panel(self) -> PanelType {
         match self {
-            Self::F32 => Panel::F32,
-            Self::Int16 | Self::Int8 => Panel::Int16,
+            Self::F32 => PanelType::F32,
+            Self::Int16 | Self::Int8 => PanelType::Int16,
         }
     }
 
     /// The panels of forward products and of the products of gradients.
-    pub(crate) fn panels(self) -> (Panel, Panel) {
+    pub(crate) fn panels(self) -> (PanelType, PanelType) {
         (self.forward_panel(), self.backward_panel())
     }
 }

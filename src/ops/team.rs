@@ -66,7 +66,7 @@ thread_local! {
 }
 
 /// Does `work` on this thread, with the pool's other threads at hand for its parallel regions by
-/// [`run`] and [`each`](super::each). Regions of rayon's are slow inside: nobody else is free for them.
+/// [`run`] and [`par_for_each`](super::par_for_each). Regions of rayon's are slow inside: nobody else is free for them.
 pub fn gather<R>(work: impl FnOnce() -> R) -> R {
     let others = rayon::current_num_threads() - 1;
     if others == 0 || is_led() {
@@ -229,7 +229,7 @@ mod tests {
     use std::time::{Duration, Instant};
 
     use super::*;
-    use crate::ops::each;
+    use crate::ops::par_for_each;
 
     fn pool(threads: usize) -> rayon::ThreadPool {
         rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap()
@@ -298,14 +298,14 @@ mod tests {
         let add_up = || {
             for at_hand in [0, 1_000_000] {
                 let sum = AtomicUsize::new(0);
-                each((0..100usize).map(Box::new).collect(), at_hand, |n: Box<usize>| {
+                par_for_each((0..100usize).map(Box::new).collect(), at_hand, |n: Box<usize>| {
                     sum.fetch_add(*n, Ordering::Relaxed);
                 });
                 assert_eq!(sum.into_inner(), 4950);
             }
             let bad = |n: Box<usize>| assert!(*n != 50, "task 50");
             let tasks: Vec<Box<usize>> = (0..100).map(Box::new).collect();
-            catch_unwind(AssertUnwindSafe(|| each(tasks, 1_000_000, bad))).unwrap_err();
+            catch_unwind(AssertUnwindSafe(|| par_for_each(tasks, 1_000_000, bad))).unwrap_err();
         };
         pool(3).install(|| gather(add_up));
         pool(3).install(add_up);

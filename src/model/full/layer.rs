@@ -5,13 +5,15 @@
 //! Residuals are what sums begin with.
 
 use super::{Layer, Linear};
-use crate::isa::{Isa, versions};
+use crate::isa::{Isa, multiversion};
 use crate::model::Config;
 use crate::model::config::QkNorm;
 use crate::model::layer::qkv;
 use crate::ops::attention::{self, Attended, QkvGrad};
-use crate::ops::gemm::{Begin, Out, PackedRows, Panel, Product, Strided, Term, Weights, multiply};
-use crate::ops::rope::{Rotation, Turn};
+use crate::ops::gemm::{
+    Init, Out, PackedRows, PanelType, Product, Strided, Term, Weights, multiply,
+};
+use crate::ops::rope::{Direction, Rotation};
 use crate::ops::{Gate, Segment, rms_norm, swiglu};
 
 use rayon::prelude::*;
@@ -92,7 +94,7 @@ pub(super) struct LayerPass<'a> {
     pub rotation: &'a Rotation,
     pub isa: Isa,
     /// Of the way up and of the way back.
-    pub panels: (Panel, Panel),
+    pub panels: (PanelType, PanelType),
     pub tokens: usize,
 }
 
@@ -130,8 +132,8 @@ impl LayerPass<'_> {
                 rms_norm::forward(isa, raw, self.values[norm], eps, heads);
             }
         }
-        self.rotation.rotate(isa, Turn::Forward, q, q_width, q_width);
-        self.rotation.rotate(isa, Turn::Forward, k, kv_width, kv_width);
+        self.rotation.rotate(isa, Direction::Forward, q, q_width, q_width);
+        self.rotation.rotate(isa, Direction::Forward, k, kv_width, kv_width);
         attention::forward(
             isa,
             qkv(self.config.heads(), q, k, v),
@@ -197,16 +199,17 @@ impl LayerPass<'_> {
         let [of_down, turned @ ..] = turned;
         self.pack_gradients([(&layer.down, &*dx)], packed, std::slice::from_mut(of_down));
         let to_inner = self.to_input(&[&layer.down], packed, inner);
-        // SAFETY: one product over one buffer.
-        unsafe { multiply(isa, &[to_inner]) };
+        multiply(isa, &mut [to_inner]);
         swiglu::backward_again(isa, gate, up, inner);
         self.biases_back([(&layer.down, &*dx)], gradients);
 
         let norm = self.values[layer.post_attention_norm];
         rms_norm::forward(isa, middle, norm, eps, normed);
         let both = [(&layer.gate, &gate[..]), (&layer.up, &up[..])];
-        let of_down = self.to_weight(&layer.down, of_down, inner, gradients);
+        let mut dw = std::mem::take(&mut gradients[layer.down.weight]);
+        let of_down = self.to_weight(&layer.down, of_down, inner, &mut dw);
         self.project_back(both, normed, dnormed, Some(of_down), gradients, packed, turned);
+        gradients[layer.down.weight] = dw;
         let dw = &mut gradients[layer.post_attention_norm];
         rms_norm::backward_with_weight(isa, middle, norm, eps, dnormed, dx, dw, shares);
 
@@ -217,8 +220,8 @@ impl LayerPass<'_> {
         let heads = self.config.heads();
         let all = qkv(heads, q, k, v);
         attention::backward(isa, all, heads, self.segments, None, left, dattended, grad);
-        self.rotation.rotate(isa, Turn::Back, dq, q_width, q_width);
-        self.rotation.rotate(isa, Turn::Back, dk, kv_width, kv_width);
+        self.rotation.rotate(isa, Direction::Backward, dq, q_width, q_width);
+        self.rotation.rotate(isa, Direction::Backward, dk, kv_width, kv_width);
         for (norm, raw, d) in [(layer.q_norm, &*raw_q, &mut *dq), (layer.k_norm, &*raw_k, &mut *dk)]
         {
             if let Some(norm) = norm {
@@ -254,12 +257,12 @@ impl LayerPass<'_> {
         let width = outs[0].0.cols;
         let input = Strided { values: x, stride: width };
         packed.pack(self.isa, self.panels.0, input, self.tokens, width);
-        let outs = outs.map(|(linear, out)| {
+        let mut outs = outs.map(|(linear, out)| {
             let bias = linear.bias.map(|bias| self.values[bias]);
-            let begin = match (onto, bias) {
-                (None, None) => Begin::Zero,
-                (None, Some(bias)) => Begin::Bias(bias),
-                (Some(values), None) => Begin::From(Strided { values, stride: linear.rows }),
+            let init = match (onto, bias) {
+                (None, None) => Init::Zero,
+                (None, Some(bias)) => Init::Bias(bias),
+                (Some(values), None) => Init::From(Strided { values, stride: linear.rows }),
                 (Some(values), Some(bias)) => {
                     let rows = out.chunks_exact_mut(bias.len()).zip(values.chunks(bias.len()));
                     rows.for_each(|(out, values)| {
@@ -267,14 +270,13 @@ impl LayerPass<'_> {
                             *out = value + b;
                         }
                     });
-                    Begin::Add
+                    Init::Add
                 }
             };
             let terms = vec![Term { x: packed, weights: self.weights(linear), transposed: true }];
-            Product { terms, begin, out: Out::new(out, linear.rows, 0) }
+            Product { terms, init, out: Out::new(out, linear.rows) }
         });
-        // SAFETY: each product has a buffer to itself.
-        unsafe { multiply(self.isa, &outs) };
+        multiply(self.isa, &mut outs);
     }
 
     /// The way back through linear layers that share the input `x (N, cols)`: `dx` becomes its
@@ -292,13 +294,16 @@ impl LayerPass<'_> {
         turned: &mut [PackedRows],
     ) {
         self.pack_gradients(linears, packed, turned);
+        let mut dws = linears.map(|(linear, _)| std::mem::take(&mut gradients[linear.weight]));
         let mut products = vec![self.to_input(&linears.map(|(linear, _)| linear), packed, dx)];
-        for ((linear, _), turned) in linears.iter().zip(&*turned) {
-            products.push(self.to_weight(linear, turned, x, gradients));
+        for (((linear, _), turned), dw) in linears.iter().zip(&*turned).zip(&mut dws) {
+            products.push(self.to_weight(linear, turned, x, dw));
         }
         products.extend(waiting);
-        // SAFETY: each product has a buffer to itself.
-        unsafe { multiply(self.isa, &products) };
+        multiply(self.isa, &mut products);
+        for ((linear, _), dw) in linears.iter().zip(dws) {
+            gradients[linear.weight] = dw;
+        }
         self.biases_back(linears, gradients);
     }
 
@@ -324,15 +329,15 @@ impl LayerPass<'_> {
         &'p self,
         linears: &[&Linear],
         packed: &'p [PackedRows],
-        dx: &mut [f32],
+        dx: &'p mut [f32],
     ) -> Product<'p> {
         let terms = linears.iter().zip(packed).map(|(linear, x)| Term {
             x,
             weights: self.weights(linear),
             transposed: false,
         });
-        let out = Out::new(dx, linears[0].cols, 0);
-        Product { terms: terms.collect(), begin: Begin::Zero, out }
+        let out = Out::new(dx, linears[0].cols);
+        Product { terms: terms.collect(), init: Init::Zero, out }
     }
 
     /// `dW += dyᵀ · x`.
@@ -341,12 +346,12 @@ impl LayerPass<'_> {
         linear: &Linear,
         turned: &'p PackedRows,
         x: &'p [f32],
-        gradients: &mut [Vec<f32>],
+        dw: &'p mut [f32],
     ) -> Product<'p> {
         let weights = Weights::Dense { values: x, cols: linear.cols, scale: 1.0 };
         let terms = vec![Term { x: turned, weights, transposed: false }];
-        let out = Out::new(&mut gradients[linear.weight], linear.cols, 0);
-        Product { terms, begin: Begin::Add, out }
+        let out = Out::new(dw, linear.cols);
+        Product { terms, init: Init::Add, out }
     }
 
     /// `db += Σ dy` over the tokens.
@@ -366,7 +371,7 @@ impl LayerPass<'_> {
     }
 }
 
-versions! {
+multiversion! {
     /// Adds the first values of each row of `values (.., stride)` to `sums`.
     fn add_rows(isa; values: &[f32], stride: usize, sums: &mut [f32]) {
         for row in values.chunks(stride) {

@@ -11,7 +11,7 @@ use super::tape::{Kept, Lows, Workspace};
 use super::{AdapterGradients, CHUNK, LayerPass, times};
 use crate::model::decoder::Linear;
 use crate::ops::Values;
-use crate::ops::gemm::{Begin, Out, PackedRows, Product, Strided, Term, Weights, multiply};
+use crate::ops::gemm::{Init, Out, PackedRows, Product, Strided, Term, Weights, multiply};
 
 /// An adapter on a linear layer for a run of tokens.
 pub(super) struct Update<'a> {
@@ -197,12 +197,11 @@ impl<'a> LayerPass<'a> {
             out.resize(rows * cols, 0.0);
             if rows > 0 {
                 let terms = vec![Term { x: factor, weights, transposed: false }];
-                let out = Out::new(out, cols, 0);
-                products.push(Product { terms, begin: Begin::Zero, out });
+                let out = Out::new(out, cols);
+                products.push(Product { terms, init: Init::Zero, out });
             }
         }
-        // SAFETY: each product has a buffer to itself.
-        unsafe { multiply(isa, &products) };
+        multiply(isa, &mut products);
         drop(products);
 
         let (mut in_stack, mut next_masked) = (0, 1);

@@ -4,8 +4,8 @@
 #[cfg(target_arch = "x86_64")]
 use std::ops::Range;
 
-use crate::isa::{Isa, versions};
-use crate::ops::each;
+use crate::isa::{Isa, multiversion};
+use crate::ops::par_for_each;
 
 /// Values of a group: the smallest block, and a sub-block of the larger ones.
 pub(super) const GROUP: usize = 32;
@@ -203,7 +203,7 @@ impl<T: Copy + Default> Activations<T> {
         let halves = half.scales.chunks_mut(half.stride).zip(half.sums.chunks_mut(half.stride));
         let values = all.values.chunks_mut(groups.max(1));
         let rows = x.chunks_exact(cols).zip(values).zip(wholes.zip(halves));
-        each(rows.collect(), WORK * x.len(), |((x, values), (whole, half))| {
+        par_for_each(rows.collect(), WORK * x.len(), |((x, values), (whole, half))| {
             let mut factors = vec![[(0.0, 0.0); 2]; groups];
             fill(isa, x, values, &mut factors);
             for (group, [a, b]) in factors.iter().enumerate() {
@@ -224,7 +224,7 @@ fn copy(_isa: Isa, x: &[f32], groups: &mut [Group<f32>]) {
     }
 }
 
-versions! {
+multiversion! {
     /// Groups of whole blocks with even values first; per half of a group scale and sum.
     fn reorder(isa; x: &[f32], groups: &mut [Group<f32>], factors: &mut [[(f32, f32); 2]]) {
         let xs = x.as_chunks::<GROUP>().0;

@@ -6,7 +6,7 @@
 use super::activations::{Activations, GROUP, Group, LANES};
 use super::formats::*;
 use super::words::{Value, Words};
-use crate::ops::cpu::Target;
+use crate::ops::cpu::SharedMutPtr;
 use crate::quant::{BlockType, FrozenMatrix};
 
 /// How far ahead of its use memory is asked for: the same place of a pair of rows to come, at least
@@ -21,7 +21,7 @@ pub(super) struct Output<'a> {
     pub matrix: &'a FrozenMatrix,
     /// The stored row that the bytes at hand begin with.
     pub first_row: usize,
-    pub y: Target, // (m, stride)
+    pub y: SharedMutPtr, // (m, stride)
     /// Outputs of a row of input: those of the matrix, and of others beside it.
     pub stride: usize,
 }

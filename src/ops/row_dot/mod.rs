@@ -33,7 +33,7 @@ use self::activations::Activations;
 use self::activations::Batches;
 use self::kernel::Output;
 use self::words::{Portable, Words};
-use super::cpu::Target;
+use super::cpu::SharedMutPtr;
 use super::team;
 use crate::isa::Isa;
 use crate::quant::{BlockType, FrozenMatrix};
@@ -52,43 +52,44 @@ pub(crate) type Product<'a> = (&'a FrozenMatrix, &'a mut [f32]);
 /// `y (m, rows) = x (m, cols) · Wᵀ`, all in `f32`. For small `m`: weights are decoded anew for
 /// every four or eight rows of `x`.
 pub(crate) fn f32(isa: Isa, x: &[f32], w: &FrozenMatrix, y: &mut [f32]) {
-    f32_many(isa, x, &mut [(w, y)], Beside::NOTHING);
+    f32_many(isa, x, &mut [(w, y)], FusedTasks::NOTHING);
 }
 
 /// `y (m, rows) = x (m, cols) · Wᵀ` with `x` rounded to 15 bits per 32 values; matrices of floats
 /// are multiplied in `f32`. For small `m`, as [`f32`](fn@f32).
 pub(crate) fn int16(isa: Isa, x: &[f32], w: &FrozenMatrix, y: &mut [f32]) {
-    int16_many(isa, x, &mut [(w, y)], Beside::NOTHING);
+    int16_many(isa, x, &mut [(w, y)], FusedTasks::NOTHING);
 }
 
 /// Other work of the same parallel region: another region costs as much as a small product.
 #[derive(Clone, Copy)]
-pub(crate) struct Beside<'a> {
+pub(crate) struct FusedTasks<'a> {
     /// How many tasks.
     pub tasks: usize,
     /// Does one of them.
     pub run: &'a (dyn Fn(usize) + Sync),
     /// What is done with some rows of a product, told by its index, when they and all tasks are there.
     /// The target is the whole product, in which nobody else touches these rows.
-    pub then: &'a (dyn Fn(usize, Range<usize>, Target) + Sync),
+    pub epilogue: &'a (dyn Fn(usize, Range<usize>, SharedMutPtr) + Sync),
 }
 
-impl Beside<'_> {
+impl FusedTasks<'_> {
     /// No other work.
-    pub const NOTHING: Beside<'static> = Beside { tasks: 0, run: &|_| (), then: &|_, _, _| () };
+    pub const NOTHING: FusedTasks<'static> =
+        FusedTasks { tasks: 0, run: &|_| (), epilogue: &|_, _, _| () };
 }
 
 /// [`f32`](fn@f32) for several matrices of the same width, in one parallel region.
-pub(crate) fn f32_many(isa: Isa, x: &[f32], products: &mut [Product], beside: Beside) {
-    many(isa, x, products, beside, |block_type| match block_type {
+pub(crate) fn f32_many(isa: Isa, x: &[f32], products: &mut [Product], fused: FusedTasks) {
+    many(isa, x, products, fused, |block_type| match block_type {
         BlockType::F32 | BlockType::F16 | BlockType::BF16 => Form::Floats,
         _ => Form::F32,
     });
 }
 
 /// [`int16`] for several matrices of the same width, in one parallel region.
-pub(crate) fn int16_many(isa: Isa, x: &[f32], products: &mut [Product], beside: Beside) {
-    many(isa, x, products, beside, |block_type| match block_type {
+pub(crate) fn int16_many(isa: Isa, x: &[f32], products: &mut [Product], fused: FusedTasks) {
+    many(isa, x, products, fused, |block_type| match block_type {
         BlockType::F32 | BlockType::F16 | BlockType::BF16 => Form::Floats,
         _ => Form::Int16,
     });
@@ -128,9 +129,9 @@ struct Task<'a> {
     /// Rows as they are stored, which are the same ones in their own order.
     rows: Range<usize>,
     /// The product.
-    whole: Target,
+    whole: SharedMutPtr,
     /// Where that of the matrix's first row goes.
-    y: Target,
+    y: SharedMutPtr,
     /// Rows of the product that the matrix belongs to.
     stride: usize,
 }
@@ -139,15 +140,15 @@ fn many(
     isa: Isa,
     x: &[f32],
     products: &mut [Product],
-    beside: Beside,
+    fused: FusedTasks,
     form_of: impl Fn(BlockType) -> Form,
 ) {
     let Some(cols) = products.first().map(|(w, _)| w.cols()) else { return };
     if x.is_empty() || cols == 0 {
-        (0..beside.tasks).for_each(beside.run);
+        (0..fused.tasks).for_each(fused.run);
         for (product, (matrix, y)) in products.iter_mut().enumerate() {
             y.fill(0.0);
-            (beside.then)(product, 0..matrix.rows(), Target::new(y));
+            (fused.epilogue)(product, 0..matrix.rows(), SharedMutPtr::new(y));
         }
         return;
     }
@@ -158,7 +159,7 @@ fn many(
     for (product, (matrix, y)) in products.iter_mut().enumerate() {
         assert_eq!(matrix.cols(), cols);
         assert_eq!(y.len(), m * matrix.rows());
-        let (stride, whole) = (matrix.rows(), Target::new(y));
+        let (stride, whole) = (matrix.rows(), SharedMutPtr::new(y));
         // A matrix that grew is two, side by side.
         let more = matrix.more_rows().map(|more| (more, matrix.own_rows()));
         for (matrix, before) in [(*matrix, 0)].into_iter().chain(more) {
@@ -200,21 +201,21 @@ fn many(
         // Whoever comes first does what is beside; what is left when all are taken is running.
         loop {
             let taken = next.fetch_add(1, Ordering::Relaxed);
-            if taken >= beside.tasks {
+            if taken >= fused.tasks {
                 break;
             }
             let _counted = Counted(&done);
-            (beside.run)(taken);
+            (fused.run)(taken);
         }
         run(isa, &input, task);
         for turn in 0.. {
-            if done.load(Ordering::Acquire) == beside.tasks {
+            if done.load(Ordering::Acquire) == fused.tasks {
                 break;
             }
             team::wait(turn);
         }
         let rows = task.before + task.rows.start..task.before + task.rows.end;
-        (beside.then)(task.product, rows, task.whole);
+        (fused.epilogue)(task.product, rows, task.whole);
     };
     if total <= ALONE_BYTES && !team::is_led() {
         tasks.iter().for_each(one);
@@ -435,14 +436,14 @@ mod tests {
                 let mut base = vec![0.0; 3 * rows];
                 int16(isa, &x, &w, &mut base);
                 let mut y = vec![f32::NAN; 3 * rows];
-                let then = |product: usize, range: Range<usize>, y: Target| {
+                let epilogue = |product: usize, range: Range<usize>, y: SharedMutPtr| {
                     assert_eq!((product, y.len()), (0, 3 * rows));
                     let tokens = Wearing { tokens: &[0, 1, 2], stride: rows };
                     // SAFETY: the rung is this CPU's; no other thread is given these rows.
                     unsafe { expand(isa, &form, range, &lows, y, tokens) };
                 };
-                let beside = Beside { tasks: 0, run: &|_| (), then: &then };
-                int16_many(isa, &x, &mut [(&w, &mut y)], beside);
+                let fused = FusedTasks { tasks: 0, run: &|_| (), epilogue: &epilogue };
+                int16_many(isa, &x, &mut [(&w, &mut y)], fused);
                 for (at, (y, base)) in y.iter().zip(&base).enumerate() {
                     let low = &lows[at / rows * 4..][..4];
                     let update: f32 = low.iter().zip(&b[at % rows]).map(|(low, b)| low * b).sum();
@@ -487,7 +488,7 @@ mod tests {
             let mut ys = vec![vec![0.0; 2 * 330]; matrices.len()];
             let mut products: Vec<Product> =
                 matrices.iter().zip(&mut ys).map(|(w, y)| (w, &mut y[..])).collect();
-            pool.install(|| int16_many(Isa::current(), &x, &mut products, Beside::NOTHING));
+            pool.install(|| int16_many(Isa::current(), &x, &mut products, FusedTasks::NOTHING));
             ys
         };
         let ys = run(1);
@@ -501,11 +502,11 @@ mod tests {
             let run = |task: usize| {
                 counts[task].fetch_add(1, Ordering::Relaxed);
             };
-            let then = |_: usize, _: Range<usize>, _: Target| {
+            let epilogue = |_: usize, _: Range<usize>, _: SharedMutPtr| {
                 assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
             };
-            let beside = Beside { tasks: counts.len(), run: &run, then: &then };
-            int16_many(Isa::current(), &x, &mut products, beside);
+            let fused = FusedTasks { tasks: counts.len(), run: &run, epilogue: &epilogue };
+            int16_many(Isa::current(), &x, &mut products, fused);
             ys
         };
         let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
@@ -527,9 +528,9 @@ mod tests {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
         for bad in 0..4 {
             let run = |task: usize| assert!(task != bad, "task {task}");
-            let beside = Beside { tasks: 4, run: &run, ..Beside::NOTHING };
+            let fused = FusedTasks { tasks: 4, run: &run, ..FusedTasks::NOTHING };
             let mut y = vec![0.0; 960];
-            let product = || int16_many(Isa::current(), &x, &mut [(&w, &mut y)], beside);
+            let product = || int16_many(Isa::current(), &x, &mut [(&w, &mut y)], fused);
             let product = AssertUnwindSafe(product);
             let caught = pool.install(|| catch_unwind(|| team::gather({ product }.0)));
             assert_eq!(*caught.unwrap_err().downcast::<String>().unwrap(), format!("task {bad}"));
