@@ -12,8 +12,10 @@ use half::slice::HalfFloatSliceExt;
 use super::decoder::Decoder;
 use super::layer::{Tape, Workspace};
 use crate::isa::Isa;
-use crate::ops::attention::{self, AttentionConfig, CachedQueries, Heads, KeyBlock, Keys, Qkv};
-use crate::ops::lanes::{Element, GROUP};
+use crate::ops::attention::{
+    self, AttentionConfig, CachedQueries, Heads, KeyBlock, KeyValueBlocks, Qkv,
+};
+use crate::ops::lanes::{Element, LANE_GROUP};
 use crate::ops::{BackendKind, Compute, Precision, Segment, par_for_each};
 use tensors::TensorRow;
 
@@ -363,27 +365,27 @@ impl<B: Stored> HeadCache<B> {
 
 impl<B: Stored> Append for HeadCache<B> {
     fn reserve(&mut self, tokens: usize) {
-        let panels = (self.len + tokens).div_ceil(GROUP) * GROUP * self.head_dim;
+        let panels = (self.len + tokens).div_ceil(LANE_GROUP) * LANE_GROUP * self.head_dim;
         self.keys.reserve(panels - self.keys.len());
-        self.values.reserve(tokens * self.head_dim.next_multiple_of(GROUP));
+        self.values.reserve(tokens * self.head_dim.next_multiple_of(LANE_GROUP));
     }
 
     fn append(&mut self, key: &[f32], value: &[f32]) {
-        let (panel, column) = (self.len / GROUP, self.len % GROUP);
+        let (panel, column) = (self.len / LANE_GROUP, self.len % LANE_GROUP);
         if column == 0 {
-            self.keys.resize(self.keys.len() + GROUP * self.head_dim, B::default());
+            self.keys.resize(self.keys.len() + LANE_GROUP * self.head_dim, B::default());
             if let Some((keys, values)) = &mut self.scales {
-                keys.resize(keys.len() + GROUP, 0.0);
-                values.resize(values.len() + GROUP, 0.0);
+                keys.resize(keys.len() + LANE_GROUP, 0.0);
+                values.resize(values.len() + LANE_GROUP, 0.0);
             }
         }
         let key_scale = B::convert(key, &mut self.key);
-        let panel = &mut self.keys[panel * GROUP * self.head_dim..];
-        for (to, x) in panel.chunks_exact_mut(GROUP).zip(&self.key) {
+        let panel = &mut self.keys[panel * LANE_GROUP * self.head_dim..];
+        for (to, x) in panel.chunks_exact_mut(LANE_GROUP).zip(&self.key) {
             to[column] = *x;
         }
         let start = self.values.len();
-        self.values.resize(start + self.head_dim.next_multiple_of(GROUP), B::default());
+        self.values.resize(start + self.head_dim.next_multiple_of(LANE_GROUP), B::default());
         let value_scale = B::convert(value, &mut self.values[start..][..self.head_dim]);
         if let Some((keys, values)) = &mut self.scales {
             keys[self.len] = key_scale;
@@ -396,17 +398,17 @@ impl<B: Stored> Append for HeadCache<B> {
         if tokens >= self.len {
             return;
         }
-        let (panels, column) = (tokens.div_ceil(GROUP), tokens % GROUP);
-        self.keys.truncate(panels * GROUP * self.head_dim);
-        self.values.truncate(tokens * self.head_dim.next_multiple_of(GROUP));
+        let (panels, column) = (tokens.div_ceil(LANE_GROUP), tokens % LANE_GROUP);
+        self.keys.truncate(panels * LANE_GROUP * self.head_dim);
+        self.values.truncate(tokens * self.head_dim.next_multiple_of(LANE_GROUP));
         if column > 0 {
             // Columns without a key are zeros, as in a panel just begun.
-            let last = &mut self.keys[(panels - 1) * GROUP * self.head_dim..];
-            last.chunks_exact_mut(GROUP).for_each(|keys| keys[column..].fill(B::default()));
+            let last = &mut self.keys[(panels - 1) * LANE_GROUP * self.head_dim..];
+            last.chunks_exact_mut(LANE_GROUP).for_each(|keys| keys[column..].fill(B::default()));
         }
         if let Some((keys, values)) = &mut self.scales {
             for scales in [keys, values] {
-                scales.truncate(panels * GROUP);
+                scales.truncate(panels * LANE_GROUP);
                 scales[tokens..].fill(0.0);
             }
         }
@@ -414,7 +416,7 @@ impl<B: Stored> Append for HeadCache<B> {
     }
 }
 
-impl<B: Stored> Keys for HeadCache<B> {
+impl<B: Stored> KeyValueBlocks for HeadCache<B> {
     type Element = B;
 
     fn block<'a>(
@@ -422,7 +424,7 @@ impl<B: Stored> Keys for HeadCache<B> {
         range: Range<usize>,
         _: (&'a mut [f32], &'a mut [f32]),
     ) -> KeyBlock<'a, B> {
-        let padded = self.head_dim.next_multiple_of(GROUP);
+        let padded = self.head_dim.next_multiple_of(LANE_GROUP);
         let scales = self.scales.as_ref();
         KeyBlock {
             keys: &self.keys[range.start * self.head_dim..],
@@ -439,7 +441,7 @@ mod tests {
     use quantune_adapters::rng::Stream;
 
     use super::*;
-    use crate::ops::attention::Strided;
+    use crate::ops::attention::StridedHeads;
     use crate::ops::causal_attention;
 
     const KINDS: [(CacheType, f64); 3] =
@@ -471,7 +473,7 @@ mod tests {
     fn columns(buffer: &[f32], heads: Heads) -> Qkv<'_> {
         let stride = stride(heads);
         let (q, kv) = (heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim);
-        let from = |column: usize| Strided { values: &buffer[column..], stride };
+        let from = |column: usize| StridedHeads { values: &buffer[column..], stride };
         Qkv { q: from(0), k: from(q), v: from(q + kv) }
     }
 

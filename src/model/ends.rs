@@ -22,7 +22,7 @@ use crate::ops::gemm::{
     Init, Out, PackedRows, PanelType, Product, Strided, Term, Weights, multiply,
 };
 use crate::ops::linear_cross_entropy::{
-    Found, check_targets, chunk_rows, log_probs_of_logits, score, softcap,
+    TargetStatsMut, check_targets, chunk_rows, log_probs_of_logits, score, softcap,
 };
 use crate::ops::{
     BackendKind, Compute, LogitSoftcap, Values, capped_log_probs, frozen_linear, par_for_each,
@@ -258,9 +258,12 @@ impl Decoder {
         let panels = self.compute.precision.panels();
         let hidden = hidden.contiguous()?;
         let (mut logps, mut entropies) = (vec![0.0; targets.len()], vec![0.0; targets.len()]);
-        let mut likeliest = vec![false; targets.len()];
-        let found =
-            Found { logps: &mut logps, entropies: &mut entropies, likeliest: &mut likeliest };
+        let mut is_argmax = vec![false; targets.len()];
+        let found = TargetStatsMut {
+            logps: &mut logps,
+            entropies: &mut entropies,
+            is_argmax: &mut is_argmax,
+        };
         head.forward(panels, &Values::of(&hidden)?, (targets, cap), found);
         Tensor::from_vec(logps, targets.len(), hidden.device())
     }
@@ -483,7 +486,7 @@ impl AdaptedHead<'_> {
         panels: Panels,
         x: &[f32],
         (targets, cap): (&[u32], Option<LogitSoftcap>),
-        mut found: Found,
+        mut found: TargetStatsMut,
     ) {
         let (width, vocabulary) = (self.width(), self.decoder.config.vocab_size);
         let (isa, rows) = (Isa::current(), chunk_rows(targets.len(), vocabulary));

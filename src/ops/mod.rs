@@ -26,7 +26,7 @@ pub mod rope;
 pub(crate) mod row_dot;
 pub(crate) mod segment;
 pub mod swiglu;
-pub(crate) mod team;
+pub(crate) mod worker_pool;
 
 use serde::{Deserialize, Serialize};
 

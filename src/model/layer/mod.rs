@@ -438,9 +438,9 @@ impl<'a> LayerPass<'a> {
 pub(super) fn qkv<'v>(heads: Heads, q: &'v [f32], k: &'v [f32], v: &'v [f32]) -> Qkv<'v> {
     let kv = heads.kv_heads * heads.head_dim;
     Qkv {
-        q: attention::Strided { values: q, stride: heads.heads * heads.head_dim },
-        k: attention::Strided { values: k, stride: kv },
-        v: attention::Strided { values: v, stride: kv },
+        q: attention::StridedHeads { values: q, stride: heads.heads * heads.head_dim },
+        k: attention::StridedHeads { values: k, stride: kv },
+        v: attention::StridedHeads { values: v, stride: kv },
     }
 }
 
