@@ -17,18 +17,26 @@ use crate::ops::attention::{
 };
 use crate::ops::lanes::{Element, LANE_GROUP};
 use crate::ops::{BackendKind, Compute, Precision, Segment, par_for_each};
+use crate::string_enum::string_enum;
 use tensors::TensorRow;
 
-/// How keys and values are kept.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
-pub enum CacheType {
-    /// Exactly.
-    #[default]
-    F32,
-    /// Half precision: half the memory.
-    F16,
-    /// Eight bits, and a scale per head and token: a little more than a quarter.
-    Q8,
+string_enum! {
+    /// How keys and values are kept.
+    #[derive(Debug)]
+    pub enum CacheType {
+        /// Exactly.
+        F32 = "f32",
+        /// Half precision: half the memory.
+        F16 = "f16",
+        /// Eight bits, and a scale per head and token: a little more than a quarter.
+        Q8 = "q8",
+    }
+}
+
+impl Default for CacheType {
+    fn default() -> Self {
+        Self::F32
+    }
 }
 
 impl CacheType {

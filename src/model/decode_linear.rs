@@ -16,8 +16,8 @@ use quantune_adapters::decode::DecodeForm;
 use quantune_adapters::delta::Adapter;
 
 use super::adapters::{ActiveAdapter, AdapterGroup};
-use super::decoder::Linear;
 use super::layer::{LayerPass, Onto, Workspace};
+use super::layers::Linear;
 use crate::ops::gemm::PanelType;
 use crate::ops::low_rank::{self, Number, TokenRows};
 use crate::ops::row_dot;

@@ -12,8 +12,9 @@ use quantune_adapters::delta::{Adapter, Lora, TOKEN_ROWS};
 use rayon::prelude::*;
 
 use super::adapters::{ActiveAdapter, Adapters};
-use super::decoder::{Decoder, Pass};
+use super::decoder::Decoder;
 use super::layer::AdapterGradients;
+use super::pass::Pass;
 use super::scoring::at_temperature;
 use crate::isa::Isa;
 use crate::ops::attention::dot;

@@ -17,7 +17,8 @@ use quantune_adapters::rng::Stream;
 use rayon::prelude::*;
 
 use super::config::QkNorm;
-use super::decoder::{self, Decoder, Shared};
+use super::decoder::Decoder;
+use super::layers::{self, Shared};
 use super::{Config, ModelError};
 use crate::data::Batch;
 use crate::isa::Isa;
@@ -330,13 +331,13 @@ impl FullModel {
             Ok(Arc::new(matrix.map_err(candle_core::Error::wrap)?))
         };
         let vector = |index: usize| values[index].copy();
-        let linear = |linear: &Linear| -> Result<decoder::Linear> {
+        let linear = |linear: &Linear| -> Result<layers::Linear> {
             let name = self.names[linear.weight].trim_end_matches(".weight").to_string();
             let bias = linear.bias.map(vector).transpose()?;
-            Ok(decoder::Linear { name, weight: matrix(linear.weight)?, uploaded: None, bias })
+            Ok(layers::Linear { name, weight: matrix(linear.weight)?, uploaded: None, bias })
         };
-        let layer = |(index, layer): (usize, &Layer)| -> Result<decoder::Layer> {
-            Ok(decoder::Layer {
+        let layer = |(index, layer): (usize, &Layer)| -> Result<layers::Layer> {
+            Ok(layers::Layer {
                 input_norm: Some(vector(layer.input_norm)?),
                 qkv: Shared::Apart([linear(&layer.q)?, linear(&layer.k)?, linear(&layer.v)?]),
                 q_norm: layer.q_norm.map(vector).transpose()?,

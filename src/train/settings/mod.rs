@@ -20,18 +20,20 @@ use crate::objectives::policy::LossForm;
 use crate::objectives::preference::{PreferenceLoss, PreferenceLossType, PreferenceSettings};
 use crate::ops::{BackendKind, Compute, DeviceName, Precision};
 use crate::optim::ScheduleKind;
+use crate::string_enum::{StringEnum, string_enum};
 use crate::text::{Added, TextError};
 
-/// When held-out loss is taken.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-pub enum EvalStrategy {
-    /// Never.
-    No,
-    /// Before the first step, every `eval_steps` steps, and after the last.
-    Steps,
-    /// Before the first step, and after each epoch.
-    Epoch,
+string_enum! {
+    /// When held-out loss is taken.
+    #[derive(Debug)]
+    pub enum EvalStrategy {
+        /// Never.
+        No = "no",
+        /// Before the first step, every `eval_steps` steps, and after the last.
+        Steps = "steps",
+        /// Before the first step, and after each epoch.
+        Epoch = "epoch",
+    }
 }
 
 /// The commands that train.
@@ -327,14 +329,15 @@ settings! {
     }
 }
 
-/// Which adapter the value head sits on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-pub enum ValueModel {
-    /// On one of its own: the values of a state cannot disturb the policy.
-    Own,
-    /// On the policy's: one pass serves both, at half the time and memory.
-    Policy,
+string_enum! {
+    /// Which adapter the value head sits on.
+    #[derive(Debug)]
+    pub enum ValueModel {
+        /// On one of its own: the values of a state cannot disturb the policy.
+        Own = "own",
+        /// On the policy's: one pass serves both, at half the time and memory.
+        Policy = "policy",
+    }
 }
 
 settings! {
@@ -417,14 +420,15 @@ settings! {
     }
 }
 
-/// How an advantage is made of the rewards of a group.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-pub enum AdvantageEstimator {
-    /// Less the mean of the group (Shao et al. 2024).
-    Grpo,
-    /// Less the mean of the others (Ahmadian et al. 2024).
-    Rloo,
+string_enum! {
+    /// How an advantage is made of the rewards of a group.
+    #[derive(Debug)]
+    pub enum AdvantageEstimator {
+        /// Less the mean of the group (Shao et al. 2024).
+        Grpo = "grpo",
+        /// Less the mean of the others (Ahmadian et al. 2024).
+        Rloo = "rloo",
+    }
 }
 
 settings! {
@@ -1009,8 +1013,8 @@ impl DpoSettings {
         let fine = beta.is_finite() && beta > 0.0;
         faults.check(fine, format!("beta is {beta}, needed more than 0"));
         for (key, losses) in self.keys_of_other_losses() {
-            let loss = loss_name(self.loss_type);
-            let losses: Vec<String> = losses.into_iter().map(loss_name).collect();
+            let loss = self.loss_type;
+            let losses: Vec<&str> = losses.into_iter().map(StringEnum::name).collect();
             faults.0.push(format!("{key} is of loss_type {}, found {loss}", losses.join(", ")));
         }
         let referenced = self.preference().loss.has_reference();
@@ -1051,18 +1055,13 @@ impl DpoSettings {
             let has = |&loss: &PreferenceLossType| {
                 with(loss, key, set.get(key)) != with(loss, key, plain.get(key))
             };
-            let losses: Vec<_> = PreferenceLossType::ALL.into_iter().filter(has).collect();
+            let losses: Vec<_> = PreferenceLossType::VALUES.iter().copied().filter(has).collect();
             if !losses.is_empty() && !losses.contains(&self.loss_type) {
                 found.push((key, losses));
             }
         }
         found
     }
-}
-
-fn loss_name(loss: PreferenceLossType) -> String {
-    use clap::ValueEnum;
-    loss.to_possible_value().map_or(String::new(), |value| value.get_name().to_string())
 }
 
 impl PpoSettings {

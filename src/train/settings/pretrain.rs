@@ -11,22 +11,24 @@ use crate::model::config::Variation;
 use crate::model::{Config, FAMILIES, ModelError, RopeScaling};
 use crate::ops::{BackendKind, Compute, DeviceName, Precision};
 use crate::optim::ScheduleKind;
+use crate::string_enum::string_enum;
 use crate::text::first_second;
 
-/// Shapes with a name, all Llama's. Widths from `tiny` on are multiples of 256, which K-quants need.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Preset {
-    /// 128 wide, 4 layers: 0.9 M parameters beside the embedding.
-    Micro,
-    /// 256 wide, 6 layers: 5 M.
-    Tiny,
-    /// 512 wide, 4 layers: 14 M.
-    Mini,
-    /// 512 wide, 8 layers: 27 M.
-    Small,
-    /// As wide and deep as GPT-2's smallest, 768 and 12: 85 M.
-    Gpt2,
+string_enum! {
+    /// Shapes with a name, all Llama's. Widths from `tiny` on are multiples of 256, which K-quants need.
+    #[derive(Debug)]
+    pub enum Preset {
+        /// 128 wide, 4 layers: 0.9 M parameters beside the embedding.
+        Micro = "micro",
+        /// 256 wide, 6 layers: 5 M.
+        Tiny = "tiny",
+        /// 512 wide, 4 layers: 14 M.
+        Mini = "mini",
+        /// 512 wide, 8 layers: 27 M.
+        Small = "small",
+        /// As wide and deep as GPT-2's smallest, 768 and 12: 85 M.
+        Gpt2 = "gpt2",
+    }
 }
 
 impl Preset {
@@ -42,16 +44,17 @@ impl Preset {
     }
 }
 
-/// How a model's numbers are written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum FloatType {
-    /// As they are.
-    F32,
-    /// Half precision.
-    F16,
-    /// The upper half of an F32.
-    Bf16,
+string_enum! {
+    /// How a model's numbers are written.
+    #[derive(Debug)]
+    pub enum FloatType {
+        /// As they are.
+        F32 = "f32",
+        /// Half precision.
+        F16 = "f16",
+        /// The upper half of an F32.
+        Bf16 = "bf16",
+    }
 }
 
 settings! {
@@ -414,6 +417,7 @@ impl PretrainSettings {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::string_enum::StringEnum;
 
     fn settings() -> PretrainSettings {
         PretrainSettings {
@@ -466,8 +470,7 @@ mod tests {
 
     #[test]
     fn presets_are_shapes_that_run() {
-        use clap::ValueEnum;
-        for &preset in Preset::value_variants() {
+        for &preset in Preset::VALUES {
             let config = PretrainSettings { preset, ..settings() }.config(512).unwrap();
             assert_eq!(config.hidden_size, config.head_dim * config.num_attention_heads);
         }
