@@ -137,7 +137,7 @@ fn fast(
     let kept = |index: usize| index + settings.kept_layers >= layers;
     let mut places = HashMap::new();
     for active in settings.active.iter().filter(|active| active.trainable) {
-        places.extend(active.adapter.places());
+        places.extend(active.adapter.parameter_indices());
     }
 
     // Up.

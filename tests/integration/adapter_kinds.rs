@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor, Var};
 use quantune::data::{Batch, Example};
-use quantune::export::{Bounds, FileType, Recipe, Source, verify, write_folder, write_gguf};
+use quantune::export::{
+    ExportSource, FileType, Recipe, VerifyBounds, verify, write_folder, write_gguf,
+};
 use quantune::generate::{self, Request, Sampling, Settings};
 use quantune::model::{ActiveAdapter, Adapters, CacheType, Decoder, Rows};
 use quantune::objectives::Objective;
@@ -394,18 +396,18 @@ fn every_kind_merges_exactly() {
                 ActiveAdapter { adapter: other, weight: 0.6, trainable: false },
             ];
             for active in [&active[..1], &active[..]] {
-                let source = Source::open(&checkpoint, active).unwrap();
+                let source = ExportSource::open(&checkpoint, active).unwrap();
                 let tied = decoder.config.tie_word_embeddings;
                 let apart = matches!(kind, Kind::Ends | Kind::Whole | Kind::Apart);
                 assert_eq!(source.config.tie_word_embeddings, tied && !apart, "{model} {kind:?}");
                 let out = tempfile::tempdir().unwrap();
                 let gguf = out.path().join("merged.gguf");
                 write_gguf(&source, &Recipe::new(FileType::F32), None, &gguf).unwrap();
-                verify(&checkpoint, active, &gguf, Bounds::F32).unwrap();
+                verify(&checkpoint, active, &gguf, VerifyBounds::F32).unwrap();
                 if model != "llama-q8_0" {
                     let folder = out.path().join("merged");
                     write_folder(&source, BlockType::F32, &folder).unwrap();
-                    verify(&checkpoint, active, &folder, Bounds::F32).unwrap();
+                    verify(&checkpoint, active, &folder, VerifyBounds::F32).unwrap();
                 }
             }
         }

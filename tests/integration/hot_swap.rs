@@ -11,7 +11,7 @@ use quantune::model::{ActiveAdapter, CacheType, Decoder};
 use quantune::ops::Compute;
 use quantune_adapters::config::{InitLoraWeights, LoraConfig, Modules};
 use quantune_adapters::delta::{Adapter, Magnitude};
-use quantune_adapters::registry::{Bounds, Registry};
+use quantune_adapters::registry::{Registry, RegistryLimits};
 use quantune_adapters::targets::resolve;
 
 use crate::support::load;
@@ -108,7 +108,7 @@ fn a_thousand_swaps() {
         (0..KINDS).map(|kind| expected[&(kind, 0)].0.clone()).collect();
     assert!(different.len() > KINDS / 2, "adapters change nothing");
 
-    let registry = Registry::new(&decoder.linears(), Bounds::default());
+    let registry = Registry::new(&decoder.linears(), RegistryLimits::default());
     registry.insert("voice", Arc::new(kinds[0].copy("0").unwrap())).unwrap();
     let mut engine = Engine::new(&decoder, CacheType::F32, 6);
     let mut asked = HashMap::new();

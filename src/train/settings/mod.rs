@@ -21,7 +21,7 @@ use crate::objectives::preference::{PreferenceLoss, PreferenceLossType, Preferen
 use crate::ops::{BackendKind, Compute, DeviceName, Precision};
 use crate::optim::ScheduleKind;
 use crate::string_enum::{StringEnum, string_enum};
-use crate::text::{Added, TextError};
+use crate::text::{AddedTokenSpec, TextError};
 
 string_enum! {
     /// When held-out loss is taken.
@@ -1157,8 +1157,8 @@ impl CommonSettings {
     }
 
     /// The tokens that are added to the vocabulary.
-    pub fn added(&self) -> Result<Vec<Added>, TextError> {
-        Added::list(&self.add_tokens, &self.add_special_tokens)
+    pub fn added(&self) -> Result<Vec<AddedTokenSpec>, TextError> {
+        AddedTokenSpec::list(&self.add_tokens, &self.add_special_tokens)
     }
 
     /// Whether evaluations are compared.
