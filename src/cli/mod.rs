@@ -370,7 +370,8 @@ mod tests {
             for block in text.split("```sh\n").skip(1).filter_map(|rest| rest.split("```").next()) {
                 for line in block.lines() {
                     let line = line.split(" # ").next().unwrap().trim();
-                    let line = line.replace("cargo run --release -- ", "quantune ").replace('"', "'");
+                    let line =
+                        line.replace("cargo run --release -- ", "quantune ").replace('"', "'");
                     if !line.starts_with("quantune ") {
                         continue;
                     }
