@@ -12,29 +12,39 @@ use half::slice::HalfFloatSliceExt;
 use super::decoder::Decoder;
 use super::layer::{Tape, Workspace};
 use crate::isa::Isa;
-use crate::ops::attention::{self, AttentionConfig, CachedQueries, Heads, KeyBlock, Keys, Qkv};
-use crate::ops::lanes::{Element, GROUP};
-use crate::ops::{Compute, Segment, par_for_each};
+use crate::ops::attention::{
+    self, AttentionConfig, CachedQueries, Heads, KeyBlock, KeyValueBlocks, Qkv,
+};
+use crate::ops::lanes::{Element, LANE_GROUP};
+use crate::ops::{BackendKind, Compute, Precision, Segment, par_for_each};
+use crate::string_enum::string_enum;
 use tensors::TensorRow;
 
-/// How keys and values are kept.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, clap::ValueEnum)]
-pub enum CacheType {
-    /// Exactly.
-    #[default]
-    F32,
-    /// Half precision: half the memory.
-    F16,
-    /// Eight bits, and a scale per head and token: a little more than a quarter.
-    Q8,
+string_enum! {
+    /// How keys and values are kept.
+    #[derive(Debug)]
+    pub enum CacheType {
+        /// Exactly.
+        F32 = "f32",
+        /// Half precision: half the memory.
+        F16 = "f16",
+        /// Eight bits, and a scale per head and token: a little more than a quarter.
+        Q8 = "q8",
+    }
+}
+
+impl Default for CacheType {
+    fn default() -> Self {
+        Self::F32
+    }
 }
 
 impl CacheType {
     /// As exact as the products of a mode.
     pub fn of(compute: Compute) -> Self {
-        match compute {
-            Compute::F32 | Compute::Portable => Self::F32,
-            Compute::Int16 | Compute::Int8 => Self::F16,
+        match compute.precision {
+            Precision::F32 => Self::F32,
+            Precision::Int16 | Precision::Int8 => Self::F16,
         }
     }
 }
@@ -76,7 +86,7 @@ enum RowCache {
 
 impl RowCache {
     fn new(kind: CacheType, kv_heads: usize, head_dim: usize, compute: Compute) -> Self {
-        if compute == Compute::Portable {
+        if compute.backend == BackendKind::Reference {
             return Self::Tensors(TensorRow::new(kind));
         }
         match kind {
@@ -142,7 +152,7 @@ impl KvCache {
 
     /// Whether its rows are kept as this form of the operations reads them.
     pub(super) fn is_of(&self, compute: Compute) -> bool {
-        let portable = compute == Compute::Portable;
+        let portable = compute.backend == BackendKind::Reference;
         let fits = |row: &RowCache| matches!(row, RowCache::Tensors(_)) == portable;
         self.layers.iter().flatten().all(fits)
     }
@@ -363,27 +373,27 @@ impl<B: Stored> HeadCache<B> {
 
 impl<B: Stored> Append for HeadCache<B> {
     fn reserve(&mut self, tokens: usize) {
-        let panels = (self.len + tokens).div_ceil(GROUP) * GROUP * self.head_dim;
+        let panels = (self.len + tokens).div_ceil(LANE_GROUP) * LANE_GROUP * self.head_dim;
         self.keys.reserve(panels - self.keys.len());
-        self.values.reserve(tokens * self.head_dim.next_multiple_of(GROUP));
+        self.values.reserve(tokens * self.head_dim.next_multiple_of(LANE_GROUP));
     }
 
     fn append(&mut self, key: &[f32], value: &[f32]) {
-        let (panel, column) = (self.len / GROUP, self.len % GROUP);
+        let (panel, column) = (self.len / LANE_GROUP, self.len % LANE_GROUP);
         if column == 0 {
-            self.keys.resize(self.keys.len() + GROUP * self.head_dim, B::default());
+            self.keys.resize(self.keys.len() + LANE_GROUP * self.head_dim, B::default());
             if let Some((keys, values)) = &mut self.scales {
-                keys.resize(keys.len() + GROUP, 0.0);
-                values.resize(values.len() + GROUP, 0.0);
+                keys.resize(keys.len() + LANE_GROUP, 0.0);
+                values.resize(values.len() + LANE_GROUP, 0.0);
             }
         }
         let key_scale = B::convert(key, &mut self.key);
-        let panel = &mut self.keys[panel * GROUP * self.head_dim..];
-        for (to, x) in panel.chunks_exact_mut(GROUP).zip(&self.key) {
+        let panel = &mut self.keys[panel * LANE_GROUP * self.head_dim..];
+        for (to, x) in panel.chunks_exact_mut(LANE_GROUP).zip(&self.key) {
             to[column] = *x;
         }
         let start = self.values.len();
-        self.values.resize(start + self.head_dim.next_multiple_of(GROUP), B::default());
+        self.values.resize(start + self.head_dim.next_multiple_of(LANE_GROUP), B::default());
         let value_scale = B::convert(value, &mut self.values[start..][..self.head_dim]);
         if let Some((keys, values)) = &mut self.scales {
             keys[self.len] = key_scale;
@@ -396,17 +406,17 @@ impl<B: Stored> Append for HeadCache<B> {
         if tokens >= self.len {
             return;
         }
-        let (panels, column) = (tokens.div_ceil(GROUP), tokens % GROUP);
-        self.keys.truncate(panels * GROUP * self.head_dim);
-        self.values.truncate(tokens * self.head_dim.next_multiple_of(GROUP));
+        let (panels, column) = (tokens.div_ceil(LANE_GROUP), tokens % LANE_GROUP);
+        self.keys.truncate(panels * LANE_GROUP * self.head_dim);
+        self.values.truncate(tokens * self.head_dim.next_multiple_of(LANE_GROUP));
         if column > 0 {
             // Columns without a key are zeros, as in a panel just begun.
-            let last = &mut self.keys[(panels - 1) * GROUP * self.head_dim..];
-            last.chunks_exact_mut(GROUP).for_each(|keys| keys[column..].fill(B::default()));
+            let last = &mut self.keys[(panels - 1) * LANE_GROUP * self.head_dim..];
+            last.chunks_exact_mut(LANE_GROUP).for_each(|keys| keys[column..].fill(B::default()));
         }
         if let Some((keys, values)) = &mut self.scales {
             for scales in [keys, values] {
-                scales.truncate(panels * GROUP);
+                scales.truncate(panels * LANE_GROUP);
                 scales[tokens..].fill(0.0);
             }
         }
@@ -414,7 +424,7 @@ impl<B: Stored> Append for HeadCache<B> {
     }
 }
 
-impl<B: Stored> Keys for HeadCache<B> {
+impl<B: Stored> KeyValueBlocks for HeadCache<B> {
     type Element = B;
 
     fn block<'a>(
@@ -422,7 +432,7 @@ impl<B: Stored> Keys for HeadCache<B> {
         range: Range<usize>,
         _: (&'a mut [f32], &'a mut [f32]),
     ) -> KeyBlock<'a, B> {
-        let padded = self.head_dim.next_multiple_of(GROUP);
+        let padded = self.head_dim.next_multiple_of(LANE_GROUP);
         let scales = self.scales.as_ref();
         KeyBlock {
             keys: &self.keys[range.start * self.head_dim..],
@@ -439,13 +449,13 @@ mod tests {
     use quantune_adapters::rng::Stream;
 
     use super::*;
-    use crate::ops::attention::Strided;
+    use crate::ops::attention::StridedHeads;
     use crate::ops::causal_attention;
 
     const KINDS: [(CacheType, f64); 3] =
         [(CacheType::F32, 1e-5), (CacheType::F16, 2e-3), (CacheType::Q8, 2e-2)];
 
-    const FORMS: [Compute; 2] = [Compute::F32, Compute::Portable];
+    const FORMS: [Compute; 2] = [Compute::F32, Compute::REFERENCE];
 
     fn cache(rows: usize, heads: Heads, kind: CacheType, compute: Compute) -> KvCache {
         let Heads { kv_heads, head_dim, .. } = heads;
@@ -471,7 +481,7 @@ mod tests {
     fn columns(buffer: &[f32], heads: Heads) -> Qkv<'_> {
         let stride = stride(heads);
         let (q, kv) = (heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim);
-        let from = |column: usize| Strided { values: &buffer[column..], stride };
+        let from = |column: usize| StridedHeads { values: &buffer[column..], stride };
         Qkv { q: from(0), k: from(q), v: from(q + kv) }
     }
 
@@ -489,7 +499,7 @@ mod tests {
         let n = buffer.len() / stride(heads);
         let [q, k, v] = tensors(buffer, heads);
         let rows = [Segment::whole(0..n)].into();
-        let y = causal_attention(&q, &k, &v, heads, &rows, scores, Compute::Portable).unwrap();
+        let y = causal_attention(&q, &k, &v, heads, &rows, scores, Compute::REFERENCE).unwrap();
         y.flatten_all().unwrap().to_vec1().unwrap()
     }
 
@@ -509,7 +519,7 @@ mod tests {
         rows: &[Range<usize>],
     ) -> Vec<f32> {
         let rows: Vec<Segment> = rows.iter().cloned().map(Segment::whole).collect();
-        if cache.is_of(Compute::Portable) {
+        if cache.is_of(Compute::REFERENCE) {
             let [q, k, v] = tensors(new, heads);
             let out = cache.attend(0, &q, (&k, &v), heads, &rows, scores).unwrap();
             assert_eq!(out.dims(), q.dims());
@@ -551,7 +561,7 @@ mod tests {
             ),
         ];
         let fast = Isa::ALL.iter().filter(|isa| isa.available()).map(|&isa| (isa, Compute::F32));
-        for (isa, compute) in fast.chain([(Isa::current(), Compute::Portable)]) {
+        for (isa, compute) in fast.chain([(Isa::current(), Compute::REFERENCE)]) {
             for (heads, scores) in cases {
                 let buffer = buffer(300, heads); // more than a portable row begins with room for
                 let expected = portable(&buffer, heads, scores);
@@ -566,7 +576,7 @@ mod tests {
                     assert!(off < tolerance, "{what} is off by {off:e}");
                     let pieces = run(&[1, 99, 8, 1, 1, 120, 1, 69]);
                     match compute {
-                        Compute::Portable => assert!(error(&pieces, &once) < 1e-6, "{what}"),
+                        Compute::REFERENCE => assert!(error(&pieces, &once) < 1e-6, "{what}"),
                         _ => assert_eq!(pieces, once, "{what}"),
                     }
                 }
@@ -711,7 +721,7 @@ mod tests {
             let mut alone = cache(1, heads, kind, compute);
             assert_eq!(prompts[20 * width..], feed(&mut alone, 20..57, &[0..37]));
             assert_eq!(next[width..], feed(&mut alone, 58..60, &[0..2]));
-            if compute == Compute::Portable {
+            if compute == Compute::REFERENCE {
                 assert!(feed(&mut alone, 0..0, &[0..0]).is_empty());
             }
         }

@@ -12,14 +12,14 @@ use std::sync::{Arc, Weak};
 
 use candle_core::Result;
 use half::f16;
-use quantune_adapters::decode::DecodeForm;
+use quantune_adapters::decode::DecodeWeights;
 use quantune_adapters::delta::Adapter;
 
 use super::adapters::{ActiveAdapter, AdapterGroup};
-use super::decoder::Linear;
 use super::layer::{LayerPass, Onto, Workspace};
+use super::layers::Linear;
 use crate::ops::gemm::PanelType;
-use crate::ops::low_rank::{self, Number, Wearing};
+use crate::ops::low_rank::{self, Number, TokenRows};
 use crate::ops::row_dot;
 use crate::ops::{SharedMutPtr, Values};
 
@@ -41,7 +41,7 @@ pub(super) struct Buffers {
 struct Known<T>(HashMap<String, Vec<Found<T>>>);
 
 /// An adapter's update. Its place in memory is kept, so that no other adapter is taken for it.
-type Found<T> = (Weak<Adapter>, Weak<DecodeForm<T>>);
+type Found<T> = (Weak<Adapter>, Weak<DecodeWeights<T>>);
 
 impl<T> Default for Known<T> {
     fn default() -> Self {
@@ -56,7 +56,7 @@ impl<T: Number> Known<T> {
         &mut self,
         linear: &Linear,
         active: &[ActiveAdapter],
-        mut take: impl FnMut(&ActiveAdapter, Arc<DecodeForm<T>>),
+        mut take: impl FnMut(&ActiveAdapter, Arc<DecodeWeights<T>>),
     ) -> Result<()> {
         if !self.0.contains_key(&linear.name) {
             self.0.insert(linear.name.clone(), Vec::new());
@@ -71,7 +71,7 @@ impl<T: Number> Known<T> {
                 continue;
             }
             let Some(lora) = active.adapter.modules.get(&linear.name) else { continue };
-            let form = lora.decode_form::<T>(&*linear.weight)?;
+            let form = lora.decode_weights::<T>(&*linear.weight)?;
             known.retain(|(of, form)| !is_its(of) && form.strong_count() > 0);
             known.push((Arc::downgrade(&active.adapter), Arc::downgrade(&form)));
             take(active, form);
@@ -82,7 +82,7 @@ impl<T: Number> Known<T> {
 
 /// An adapter's update of one linear layer for the tokens that wear it.
 struct Update<T> {
-    form: Arc<DecodeForm<T>>,
+    form: Arc<DecodeWeights<T>>,
     weight: f32,
     /// Where its `A x` lie.
     lows: Range<usize>,
@@ -133,7 +133,7 @@ fn project_as<T: Number, const M: usize>(
 
     // All tokens' inputs in whole groups, for what reads them so.
     let cols = outs[0].0.weight.cols();
-    let stride = cols.next_multiple_of(quantune_adapters::decode::GROUP);
+    let stride = cols.next_multiple_of(quantune_adapters::decode::DECODE_GROUP);
     let inputs = if all.is_empty() || stride == cols {
         x
     } else {
@@ -160,13 +160,13 @@ fn project_as<T: Number, const M: usize>(
     let shrink = |task: usize| {
         let (tokens, update, blocks) = &shrinks[task];
         let factor = update.weight * update.form.factor;
-        let (low, tokens) = (target.at(update.lows.start), Wearing { tokens, stride });
+        let (low, tokens) = (target.at(update.lows.start), TokenRows { tokens, stride });
         // SAFETY: the rung is this CPU's; no two tasks share a column of an update's lows.
         unsafe {
             low_rank::shrink(isa, &update.form, blocks.clone(), inputs, tokens, factor, low);
         }
     };
-    let mut products: Vec<row_dot::Product> = match onto {
+    let mut products: Vec<row_dot::RowProduct> = match onto {
         Onto::Nothing => {
             outs.iter_mut().map(|(linear, out)| (&*linear.weight, &mut out[..])).collect()
         }
@@ -192,7 +192,7 @@ fn project_as<T: Number, const M: usize>(
                 }
             }
             for index in updates.clone() {
-                let (update, tokens) = (&flat[index], Wearing { tokens, stride });
+                let (update, tokens) = (&flat[index], TokenRows { tokens, stride });
                 // SAFETY: the rung is this CPU's; no other thread is given these rows.
                 unsafe {
                     low_rank::expand(isa, &update.form, rows.clone(), low_of(update), y, tokens);
@@ -232,7 +232,7 @@ fn updates<'w, T: Number, const M: usize>(
         for (active, tokens) in adapter_groups {
             let first = flat.len();
             known.find(linear, active, |active, form| {
-                let lows = end..end + tokens.len() * low_rank::low_stride(&form);
+                let lows = end..end + tokens.len() * low_rank::xa_stride(&form);
                 end = lows.end;
                 flat.push(Update { form, weight: active.weight as f32, lows });
             })?;

@@ -12,7 +12,7 @@ use super::decoder::Decoder;
 use super::layer::AdapterGradients;
 use crate::isa::Isa;
 use crate::ops::gemm::PanelType;
-use crate::ops::linear_cross_entropy::{Distributions, Found};
+use crate::ops::linear_cross_entropy::{Distributions, TargetStatsMut};
 use crate::ops::{Values, linear_cross_entropy, rms_norm};
 
 /// Rows of hidden states on their way to a head. Its buffers are used again by the next reading.
@@ -29,13 +29,13 @@ pub struct Reading {
     targets: Vec<u32>,
     logps: Vec<f32>,
     entropies: Vec<f32>,
-    likeliest: Vec<bool>,
+    is_argmax: Vec<bool>,
 }
 
 impl Reading {
     /// The distributions whose log-probs were read last.
     pub fn distributions(&self) -> Distributions<'_> {
-        Distributions { entropies: &self.entropies, likeliest: &self.likeliest }
+        Distributions { entropies: &self.entropies, is_argmax: &self.is_argmax }
     }
 }
 
@@ -48,7 +48,7 @@ impl Decoder {
     /// If a target is outside the vocabulary.
     ///
     /// # Panics
-    /// If `x` has no such row, or in the portable form.
+    /// If `x` has no such row.
     pub fn read_log_probs<'r>(
         &self,
         x: &[f32],
@@ -63,11 +63,11 @@ impl Decoder {
         linear_cross_entropy::check_targets(&reading.targets, &self.head)?;
         self.gather(x, targets.iter().map(|&(row, _)| row), reading)?;
         scale(&mut reading.normed, self.divided_before_head(temperature));
-        let Reading { normed, dnormed, targets, logps, entropies, likeliest, .. } = reading;
+        let Reading { normed, dnormed, targets, logps, entropies, is_argmax, .. } = reading;
         logps.resize(targets.len(), 0.0);
         entropies.resize(targets.len(), 0.0);
-        likeliest.resize(targets.len(), false);
-        let found = Found { logps, entropies, likeliest };
+        is_argmax.resize(targets.len(), false);
+        let found = TargetStatsMut { logps, entropies, is_argmax };
         dnormed.resize(normed.len(), 0.0);
         let cap = self.config.logit_softcap(temperature);
         if let Some(head) = self.adapted_head(active)? {
@@ -140,13 +140,9 @@ impl Decoder {
         self.scatter(reading, dx)
     }
 
-    /// Those of the way up and of the way back.
-    ///
-    /// # Panics
-    /// In the portable form.
+    /// The panels of forward products and of the products of gradients.
     fn panels(&self) -> (PanelType, PanelType) {
-        let panels = self.compute.forward_panel().zip(self.compute.backward_panel());
-        panels.expect("not the portable form")
+        self.compute.precision.panels()
     }
 
     /// What hidden states are divided by before the head, for logits divided by `temperature`: where

@@ -125,7 +125,7 @@ pub struct TokenStats {
     /// How many they are.
     pub count: u64,
     /// How many are the likeliest there.
-    pub likeliest: u64,
+    pub argmax_count: u64,
     /// The entropies of the distributions they are of, summed, in nats.
     pub entropy: f64,
 }
@@ -133,22 +133,22 @@ pub struct TokenStats {
 impl TokenStats {
     fn new(known: Distributions) -> Self {
         Self {
-            count: known.likeliest.len() as u64,
-            likeliest: known.likeliest.iter().filter(|likeliest| **likeliest).count() as u64,
+            count: known.is_argmax.len() as u64,
+            argmax_count: known.is_argmax.iter().filter(|is_argmax| **is_argmax).count() as u64,
             entropy: known.entropies.iter().map(|&entropy| f64::from(entropy)).sum(),
         }
     }
 
     fn add(&mut self, other: &Self) {
         self.count += other.count;
-        self.likeliest += other.likeliest;
+        self.argmax_count += other.argmax_count;
         self.entropy += other.entropy;
     }
 
     /// Means, under TRL's names.
     pub fn metrics(&self) -> [(&'static str, f64); 2] {
         let of = |sum: f64| sum / self.count.max(1) as f64;
-        [("mean_token_accuracy", of(self.likeliest as f64)), ("entropy", of(self.entropy))]
+        [("mean_token_accuracy", of(self.argmax_count as f64)), ("entropy", of(self.entropy))]
     }
 }
 

@@ -18,13 +18,13 @@ use std::sync::{Arc, OnceLock};
 
 use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
 
-use super::Compute;
 use super::cpu::{SharedMutPtr, Values, par_for_each, tanh, values};
 use super::lanes::{
-    Element, GROUP, Lanes, Left, MOST_ROWS, Right, Scratch, exp2, isa_levels, panel, product,
-    tile_rows,
+    AlignedScratch, Element, LANE_GROUP, Lanes, Left, MOST_ROWS, Right, exp2, isa_levels, panel,
+    product, tile_rows,
 };
 use super::segment::{self, Segment};
+use super::{BackendKind, Compute};
 use crate::isa::{Isa, multiversion};
 
 /// Keys taken at a time, and rows of queries in the backward pass.
@@ -41,8 +41,8 @@ const LONG: usize = 256;
 const SLACK: f32 = 8.0;
 
 thread_local! {
-    static SCRATCH: Cell<Scratch> = const { Cell::new(Scratch::new()) };
-    static PARTIALS: Cell<Scratch> = const { Cell::new(Scratch::new()) };
+    static SCRATCH: Cell<AlignedScratch> = const { Cell::new(AlignedScratch::new()) };
+    static PARTIALS: Cell<AlignedScratch> = const { Cell::new(AlignedScratch::new()) };
 }
 
 /// How the heads lie in `q (N, heads · head_dim)` and in `k`, `v (N, kv_heads · head_dim)`.
@@ -71,7 +71,7 @@ impl Heads {
 
     /// Width of a head in scratch: whole groups of lanes.
     fn padded(&self) -> usize {
-        self.head_dim.next_multiple_of(GROUP)
+        self.head_dim.next_multiple_of(LANE_GROUP)
     }
 }
 
@@ -121,13 +121,13 @@ pub fn causal_attention(
 ) -> Result<Tensor> {
     let scores = scores.into();
     check(q, k, v, heads, segments, scores)?;
-    match compute {
-        Compute::F32 | Compute::Int16 | Compute::Int8 => {
+    match compute.backend {
+        BackendKind::Cpu => {
             let (isa, segments) = (Isa::current(), segments.clone());
             let op = CausalAttention { isa, heads, segments, scores, lse: OnceLock::new() };
             q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
         }
-        Compute::Portable => portable(q, k, v, heads, segments, scores),
+        BackendKind::Reference => portable(q, k, v, heads, segments, scores),
     }
 }
 
@@ -231,9 +231,9 @@ impl CausalAttention {
     fn qkv<'a>(&self, q: &'a [f32], k: &'a [f32], v: &'a [f32]) -> Qkv<'a> {
         let (q_width, kv_width) = (self.heads.q_width(), self.heads.kv_width());
         Qkv {
-            q: Strided { values: q, stride: q_width },
-            k: Strided { values: k, stride: kv_width },
-            v: Strided { values: v, stride: kv_width },
+            q: StridedHeads { values: q, stride: q_width },
+            k: StridedHeads { values: k, stride: kv_width },
+            v: StridedHeads { values: v, stride: kv_width },
         }
     }
 }
@@ -288,14 +288,14 @@ impl CustomOp3 for CausalAttention {
 
 /// The heads of each token inside a wider buffer: those of token `t` begin at `t * stride`.
 #[derive(Clone, Copy)]
-pub(crate) struct Strided<'a> {
+pub(crate) struct StridedHeads<'a> {
     /// From the first token's first head on.
     pub values: &'a [f32],
     /// From one token to the next.
     pub stride: usize,
 }
 
-impl<'a> Strided<'a> {
+impl<'a> StridedHeads<'a> {
     fn at(self, token: usize, column: usize, width: usize) -> &'a [f32] {
         &self.values[token * self.stride + column..][..width]
     }
@@ -311,11 +311,11 @@ impl<'a> Strided<'a> {
 #[derive(Clone, Copy)]
 pub(crate) struct Qkv<'a> {
     /// Queries.
-    pub q: Strided<'a>,
+    pub q: StridedHeads<'a>,
     /// Keys.
-    pub k: Strided<'a>,
+    pub k: StridedHeads<'a>,
     /// Values.
-    pub v: Strided<'a>,
+    pub v: StridedHeads<'a>,
 }
 
 /// What the forward pass left: its output `(N, heads · head_dim)` and log-sum-exps `(N, heads)`.
@@ -335,7 +335,7 @@ pub(crate) struct QkvGrad<'a> {
     borrowed: PhantomData<&'a mut [f32]>,
 }
 
-/// A [`Strided`] that tasks write to, each to elements of its own.
+/// A [`StridedHeads`] that tasks write to, each to elements of its own.
 #[derive(Clone, Copy)]
 struct Columns {
     target: SharedMutPtr,
@@ -416,7 +416,7 @@ pub(crate) fn forward(
 /// New queries `(N, heads · head_dim)` of rows whose keys and values are kept elsewhere: row `i` has
 /// the queries `segments[i]`, which are the last positions of the row and have no prefix.
 pub(crate) struct CachedQueries<'a> {
-    pub q: Strided<'a>,
+    pub q: StridedHeads<'a>,
     pub heads: Heads,
     pub segments: &'a [Segment],
     pub scores: AttentionConfig,
@@ -471,7 +471,7 @@ impl CachedQueries<'_> {
 
 impl CachedTask<'_> {
     /// Attends to these keys.
-    pub fn run<K: Keys>(&self, keys: &K) {
+    pub fn run<K: KeyValueBlocks>(&self, keys: &K) {
         let (width, head_dim) = (self.heads.q_width(), self.heads.head_dim);
         attend(self.isa, &self.queries, keys, self.heads, self.scores, |token, head, row, _| {
             // SAFETY: each task writes its own heads of its own tokens, while `out` is borrowed.
@@ -491,7 +491,7 @@ fn queries_at_a_time(heads: Heads) -> usize {
 /// Queries of heads that share a key head, as the rows of one matrix: row `r` is head
 /// `heads.start + r % heads.len()` of token `tokens.start + r / heads.len()`.
 pub(crate) struct Queries<'a> {
-    pub q: Strided<'a>,
+    pub q: StridedHeads<'a>,
     pub tokens: Range<usize>,
     /// Where the first token stands in its row.
     pub position: usize,
@@ -509,7 +509,12 @@ impl Queries<'_> {
     }
 
     /// The keys of a block that some row of a tile sees, and those that each row sees.
-    fn limits(&self, tile: &Range<usize>, block: &Range<usize>, window: Option<usize>) -> Limits {
+    fn limits(
+        &self,
+        tile: &Range<usize>,
+        block: &Range<usize>,
+        window: Option<usize>,
+    ) -> KeyLimits {
         let position = |row: usize| self.position + row / self.heads.len();
         let (first, last) = (position(tile.start), position(tile.end - 1));
         let within = |range: Range<usize>| {
@@ -524,13 +529,13 @@ impl Queries<'_> {
                 *limits = within(seen(position(row), window));
             }
         }
-        Limits { any, rows }
+        KeyLimits { any, rows }
     }
 
     /// Copies the heads of `from` to rows of `padded` values, times `factor`.
-    fn gather(&self, isa: Isa, from: Strided, head_dim: usize, factor: f32, to: &mut [f32]) {
+    fn gather(&self, isa: Isa, from: StridedHeads, head_dim: usize, factor: f32, to: &mut [f32]) {
         let width = self.heads.len() * head_dim;
-        let padded = head_dim.next_multiple_of(GROUP);
+        let padded = head_dim.next_multiple_of(LANE_GROUP);
         for (token, rows) in self.tokens.clone().zip(to.chunks_mut(self.heads.len() * padded)) {
             let from = from.at(token, self.heads.start * head_dim, width);
             scaled_rows(isa, from, head_dim, factor, rows);
@@ -541,7 +546,7 @@ impl Queries<'_> {
 multiversion! {
     /// Rows of `width` values to rows padded to whole groups, times `factor`.
     fn scaled_rows(isa; from: &[f32], width: usize, factor: f32, to: &mut [f32]) {
-        let padded = width.next_multiple_of(GROUP);
+        let padded = width.next_multiple_of(LANE_GROUP);
         for (from, to) in from.chunks_exact(width).zip(to.chunks_exact_mut(padded)) {
             for (to, x) in to.iter_mut().zip(from) {
                 *to = x * factor;
@@ -578,8 +583,8 @@ multiversion! {
 
     /// `Σ a · b`, by lane so that it vectorizes.
     pub(crate) fn dot(isa; a: &[f32], b: &[f32]) -> f32 {
-        let mut lanes = [0f32; GROUP];
-        let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<GROUP>(), b.as_chunks::<GROUP>());
+        let mut lanes = [0f32; LANE_GROUP];
+        let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANE_GROUP>(), b.as_chunks::<LANE_GROUP>());
         for (a, b) in a.iter().zip(b) {
             for ((lane, a), b) in lanes.iter_mut().zip(a).zip(b) {
                 *lane += a * b;
@@ -593,13 +598,13 @@ multiversion! {
 }
 
 /// First and last key, within a block, that a tile of rows sees.
-struct Limits {
+struct KeyLimits {
     any: (usize, usize),
     rows: [(usize, usize); MOST_ROWS],
 }
 
 /// The keys and values of one key head of one row.
-pub(crate) trait Keys {
+pub(crate) trait KeyValueBlocks {
     /// How they are stored.
     type Element: Element;
 
@@ -624,13 +629,13 @@ pub(crate) struct KeyBlock<'a, B> {
 
 /// Keys and values of a row as they come out of the projections.
 struct Packed<'a> {
-    k: Strided<'a>,
-    v: Strided<'a>,
+    k: StridedHeads<'a>,
+    v: StridedHeads<'a>,
     row: &'a Segment,
     head_dim: usize,
 }
 
-impl Keys for Packed<'_> {
+impl KeyValueBlocks for Packed<'_> {
     type Element = f32;
 
     fn block<'a>(
@@ -647,7 +652,7 @@ impl Keys for Packed<'_> {
 /// Copies the heads at a block of `positions` of a row to panels `(head_dim, 16)`. Where prefix and
 /// own tokens meet in the block, they lie apart and go through `scratch (KEYS, padded)`.
 fn panels(
-    from: Strided,
+    from: StridedHeads,
     row: &Segment,
     positions: &Range<usize>,
     head_dim: usize,
@@ -657,27 +662,27 @@ fn panels(
     let border = row.prefix.len();
     let from = if positions.start < border && border < positions.end {
         padded_rows(from, row, positions, head_dim, scratch);
-        Strided { values: scratch, stride: head_dim.next_multiple_of(GROUP) }
+        StridedHeads { values: scratch, stride: head_dim.next_multiple_of(LANE_GROUP) }
     } else {
         let start = row.token(positions.start) * from.stride;
-        Strided { values: &from.values[start..], ..from }
+        StridedHeads { values: &from.values[start..], ..from }
     };
-    let starts = (0..positions.len()).step_by(GROUP);
-    for (start, to) in starts.zip(to.chunks_exact_mut(GROUP * head_dim)) {
-        let count = GROUP.min(positions.len() - start);
+    let starts = (0..positions.len()).step_by(LANE_GROUP);
+    for (start, to) in starts.zip(to.chunks_exact_mut(LANE_GROUP * head_dim)) {
+        let count = LANE_GROUP.min(positions.len() - start);
         panel(&from.values[start * from.stride..], from.stride, count, head_dim, to);
     }
 }
 
 /// Copies the heads at a block of `positions` of a row to rows padded to whole groups.
 fn padded_rows(
-    from: Strided,
+    from: StridedHeads,
     row: &Segment,
     positions: &Range<usize>,
     head_dim: usize,
     to: &mut [f32],
 ) {
-    let padded = head_dim.next_multiple_of(GROUP);
+    let padded = head_dim.next_multiple_of(LANE_GROUP);
     for (position, to) in positions.clone().zip(to.chunks_exact_mut(padded)) {
         to[..head_dim].copy_from_slice(from.at(row.token(position), 0, head_dim));
         to[head_dim..].fill(0.0);
@@ -685,7 +690,7 @@ fn padded_rows(
 }
 
 /// Attends, and hands token, head, output `(head_dim)` and log-sum-exp of each row to `emit`.
-pub(crate) fn attend<K: Keys>(
+pub(crate) fn attend<K: KeyValueBlocks>(
     isa: Isa,
     queries: &Queries,
     keys: &K,
@@ -696,12 +701,12 @@ pub(crate) fn attend<K: Keys>(
     let (head_dim, padded, rows) = (heads.head_dim, heads.padded(), queries.rows());
     let window = scoring.window;
     let scale = scoring.scale(heads) * std::f32::consts::LOG2_E; // scores are powers of two
-    Scratch::with(&SCRATCH, |scratch| {
+    AlignedScratch::with(&SCRATCH, |scratch| {
         let [q, out, max, sum, scores, key_scratch, value_scratch] = scratch.split([
             rows * padded,
             rows * padded,
             rows,
-            rows * GROUP,
+            rows * LANE_GROUP,
             MOST_ROWS * KEYS,
             KEYS * head_dim,
             KEYS * padded,
@@ -722,41 +727,41 @@ pub(crate) fn attend<K: Keys>(
                 if low == high {
                     continue;
                 }
-                let groups = low / GROUP..high.div_ceil(GROUP);
-                let from = groups.start * GROUP;
+                let groups = low / LANE_GROUP..high.div_ceil(LANE_GROUP);
+                let from = groups.start * LANE_GROUP;
                 let left = Left { values: &q[row * padded..], stride: padded, transposed: false };
                 let right = Right {
                     values: &block.keys[from * head_dim..],
-                    row_stride: GROUP,
-                    group_stride: GROUP * head_dim,
+                    row_stride: LANE_GROUP,
+                    group_stride: LANE_GROUP * head_dim,
                 };
                 let size = (tile.len(), groups.len(), head_dim);
                 product(isa, size, left, right, &mut scores[from..], KEYS, false);
                 let mut scales = block.scales;
                 if let Some(cap) = scoring.cap {
                     // A cap comes behind the keys' factors, which are then done with.
-                    let keys = scales.map(|(keys, _)| &keys[from..groups.end * GROUP]);
+                    let keys = scales.map(|(keys, _)| &keys[from..groups.end * LANE_GROUP]);
                     for row in scores.chunks_exact_mut(KEYS).take(tile.len()) {
-                        cap_scores(isa, &mut row[from..groups.end * GROUP], keys, cap);
+                        cap_scores(isa, &mut row[from..groups.end * LANE_GROUP], keys, cap);
                     }
                     scales = scales.map(|(_, values)| (&[1.0; KEYS][..], values));
                 }
                 soften(
                     isa,
-                    Tile { rows: tile.len(), groups, limits: &limits },
+                    ScoreTile { rows: tile.len(), groups, limits: &limits },
                     scores,
                     scales,
                     &mut max[tile.clone()],
-                    &mut sum[tile.start * GROUP..tile.end * GROUP],
+                    &mut sum[tile.start * LANE_GROUP..tile.end * LANE_GROUP],
                     &mut out[tile.start * padded..tile.end * padded],
                 );
                 let left = Left { values: &scores[low..], stride: KEYS, transposed: false };
                 let right = Right {
                     values: &block.values[low * padded..],
                     row_stride: padded,
-                    group_stride: GROUP,
+                    group_stride: LANE_GROUP,
                 };
-                let size = (tile.len(), padded / GROUP, high - low);
+                let size = (tile.len(), padded / LANE_GROUP, high - low);
                 product(isa, size, left, right, &mut out[row * padded..], padded, true);
             }
         }
@@ -764,34 +769,34 @@ pub(crate) fn attend<K: Keys>(
         unsafe { finish(isa, sum, out) };
         for row in 0..rows {
             let (token, head) = queries.of(row);
-            let lse = (max[row] + sum[row * GROUP].log2()) * std::f32::consts::LN_2;
+            let lse = (max[row] + sum[row * LANE_GROUP].log2()) * std::f32::consts::LN_2;
             emit(token, head, &out[row * padded..][..head_dim], lse);
         }
     });
 }
 
 /// Rows of scores `KEYS` apart, of which `groups` of columns are there.
-struct Tile<'a> {
+struct ScoreTile<'a> {
     rows: usize,
     groups: Range<usize>,
-    limits: &'a Limits,
+    limits: &'a KeyLimits,
 }
 
 /// The online softmax: scores become weights relative to the new maximum, and sum and output are
 /// brought to it. Sums are kept by lane, `(rows, 16)`; `out` is `(rows, padded)`.
 fn soften(
     isa: Isa,
-    tile: Tile,
+    tile: ScoreTile,
     scores: &mut [f32],
     scales: Option<(&[f32], &[f32])>,
     max: &mut [f32],
     sum: &mut [f32],
     out: &mut [f32],
 ) {
-    let columns = tile.groups.end * GROUP;
+    let columns = tile.groups.end * LANE_GROUP;
     assert!(tile.rows <= MOST_ROWS && columns <= KEYS && scores.len() >= tile.rows * KEYS);
-    assert!(max.len() == tile.rows && sum.len() == tile.rows * GROUP);
-    assert!(out.len().is_multiple_of(tile.rows * GROUP));
+    assert!(max.len() == tile.rows && sum.len() == tile.rows * LANE_GROUP);
+    assert!(out.len().is_multiple_of(tile.rows * LANE_GROUP));
     assert!(scales.is_none_or(|(k, v)| k.len() >= columns && v.len() >= columns));
     // SAFETY: what is touched is in bounds by the assertions.
     unsafe { soften_tile(isa, tile, scores, scales, max, sum, out) }
@@ -799,7 +804,7 @@ fn soften(
 
 isa_levels! {
     unsafe fn soften_tile(
-        tile: Tile,
+        tile: ScoreTile,
         scores: &mut [f32],
         scales: Option<(&[f32], &[f32])>,
         max: &mut [f32],
@@ -810,7 +815,7 @@ isa_levels! {
     /// becomes the whole.
     unsafe fn finish(sum: &mut [f32], out: &mut [f32]) = finish_body;
     unsafe fn weigh_tile(
-        tile: Tile,
+        tile: ScoreTile,
         columns: usize,
         p: &mut [f32],
         ds: &mut [f32],
@@ -821,7 +826,7 @@ isa_levels! {
 
 #[inline(always)]
 unsafe fn soften_body<S: Lanes>(
-    tile: Tile,
+    tile: ScoreTile,
     scores: &mut [f32],
     scales: Option<(&[f32], &[f32])>,
     max: &mut [f32],
@@ -844,7 +849,7 @@ unsafe fn soften_body<S: Lanes>(
 #[inline(always)]
 #[allow(clippy::needless_range_loop)] // registers are named by constant indices
 unsafe fn soften_rows<S: Lanes, const G: usize>(
-    tile: Tile,
+    tile: ScoreTile,
     scores: &mut [f32],
     scales: Option<(&[f32], &[f32])>,
     max: &mut [f32],
@@ -852,7 +857,7 @@ unsafe fn soften_rows<S: Lanes, const G: usize>(
     out: &mut [f32],
 ) {
     let width = out.len() / tile.rows;
-    let start = tile.groups.start * GROUP;
+    let start = tile.groups.start * LANE_GROUP;
     for row in 0..tile.rows {
         let (low, high) = tile.limits.rows[row];
         // SAFETY: the caller's.
@@ -860,20 +865,20 @@ unsafe fn soften_rows<S: Lanes, const G: usize>(
             let line = scores.as_mut_ptr().add(row * KEYS + start);
             if low == high {
                 for g in 0..G {
-                    S::splat(0.0).store(line.add(g * GROUP));
+                    S::splat(0.0).store(line.add(g * LANE_GROUP));
                 }
                 continue;
             }
             let mut lanes = [S::splat(0.0); G];
             for g in 0..G {
-                lanes[g] = S::load(line.add(g * GROUP));
+                lanes[g] = S::load(line.add(g * LANE_GROUP));
                 if let Some((keys, _)) = scales {
-                    lanes[g] = lanes[g].mul(S::load(keys.as_ptr().add(start + g * GROUP)));
+                    lanes[g] = lanes[g].mul(S::load(keys.as_ptr().add(start + g * LANE_GROUP)));
                 }
             }
-            if low > start || high < start + G * GROUP {
+            if low > start || high < start + G * LANE_GROUP {
                 for g in 0..G {
-                    let from = (start + g * GROUP) as isize;
+                    let from = (start + g * LANE_GROUP) as isize;
                     let (low, high) = (low as isize - from, high as isize - from);
                     lanes[g] = lanes[g].within(low, high, f32::NEG_INFINITY);
                 }
@@ -883,7 +888,7 @@ unsafe fn soften_rows<S: Lanes, const G: usize>(
                 largest = lanes[g].max(largest);
             }
             let (largest, before) = (largest.largest(), max[row]);
-            let sums = sum.as_mut_ptr().add(row * GROUP);
+            let sums = sum.as_mut_ptr().add(row * LANE_GROUP);
             // A little more than the maximum so far does no harm, and sparing the output does good.
             if largest > before + SLACK {
                 max[row] = largest;
@@ -893,7 +898,7 @@ unsafe fn soften_rows<S: Lanes, const G: usize>(
                 let mut column = 0;
                 while column < width {
                     S::load(out.add(column)).mul(shrink).store(out.add(column));
-                    column += GROUP;
+                    column += LANE_GROUP;
                 }
             }
             let max = S::splat(max[row]);
@@ -903,11 +908,11 @@ unsafe fn soften_rows<S: Lanes, const G: usize>(
                 total = total.add(weight);
                 let weight = match scales {
                     Some((_, values)) => {
-                        weight.mul(S::load(values.as_ptr().add(start + g * GROUP)))
+                        weight.mul(S::load(values.as_ptr().add(start + g * LANE_GROUP)))
                     }
                     None => weight,
                 };
-                weight.store(line.add(g * GROUP));
+                weight.store(line.add(g * LANE_GROUP));
             }
             total.store(sums);
         }
@@ -916,19 +921,19 @@ unsafe fn soften_rows<S: Lanes, const G: usize>(
 
 #[inline(always)]
 unsafe fn finish_body<S: Lanes>(sum: &mut [f32], out: &mut [f32]) {
-    let rows = sum.len() / GROUP;
+    let rows = sum.len() / LANE_GROUP;
     let width = out.len() / rows;
     for row in 0..rows {
         // SAFETY: the caller's.
         unsafe {
-            let total = S::load(sum.as_ptr().add(row * GROUP)).sum();
-            sum[row * GROUP] = total;
+            let total = S::load(sum.as_ptr().add(row * LANE_GROUP)).sum();
+            sum[row * LANE_GROUP] = total;
             let factor = S::splat(1.0 / total);
             let out = out.as_mut_ptr().add(row * width);
             let mut column = 0;
             while column < width {
                 S::load(out.add(column)).mul(factor).store(out.add(column));
-                column += GROUP;
+                column += LANE_GROUP;
             }
         }
     }
@@ -976,7 +981,7 @@ pub(crate) fn backward(
             }
         }
     }
-    Scratch::with(&PARTIALS, |scratch| {
+    AlignedScratch::with(&PARTIALS, |scratch| {
         let parts = scratch.split([in_parts, in_parts]).map(SharedMutPtr::new);
         par_for_each(tasks, work, |(row, kv_head, query_heads)| {
             let column = kv_head * head_dim;
@@ -985,10 +990,10 @@ pub(crate) fn backward(
                 let before = row.segment.prefix.len();
                 if row.apart {
                     let column = query_heads.start * head_dim;
-                    Sink { before, prefix: (part, 0, column), own: (part, before, column) }
+                    KeyGrad { before, prefix: (part, 0, column), own: (part, before, column) }
                 } else {
                     let own = (whole, row.segment.tokens.start, column);
-                    Sink { before, prefix: (part, 0, column), own }
+                    KeyGrad { before, prefix: (part, 0, column), own }
                 }
             });
             let task = Backward {
@@ -1004,7 +1009,7 @@ pub(crate) fn backward(
                 scores,
                 heads,
                 attended,
-                dout: Strided { values: dout, stride: width },
+                dout: StridedHeads { values: dout, stride: width },
                 dq: grad.q,
                 dk,
                 dv,
@@ -1090,14 +1095,14 @@ impl RowGrad<'_> {
 
 /// Where dk or dv of the keys of a row go, each part with the token and column that it begins at.
 #[derive(Clone, Copy)]
-struct Sink {
+struct KeyGrad {
     /// Positions of the prefix.
     before: usize,
     prefix: (Columns, usize, usize),
     own: (Columns, usize, usize),
 }
 
-impl Sink {
+impl KeyGrad {
     /// The head at a position of the row.
     ///
     /// # Safety
@@ -1115,16 +1120,16 @@ impl Sink {
 /// Some query heads of one key head of one row.
 struct Backward<'a> {
     queries: Queries<'a>,
-    k: Strided<'a>,
-    v: Strided<'a>,
+    k: StridedHeads<'a>,
+    v: StridedHeads<'a>,
     row: &'a Segment,
     scores: AttentionConfig,
     heads: Heads,
     attended: Attended<'a>,
-    dout: Strided<'a>,
+    dout: StridedHeads<'a>,
     dq: Columns,
-    dk: Sink,
-    dv: Sink,
+    dk: KeyGrad,
+    dv: KeyGrad,
 }
 
 impl Backward<'_> {
@@ -1135,7 +1140,7 @@ impl Backward<'_> {
         let (head_dim, padded, rows) = (heads.head_dim, heads.padded(), queries.rows());
         let (length, per_token) = (segment.positions(), queries.heads.len());
         let scale = scores.scale(*heads) * std::f32::consts::LOG2_E; // scores are powers of two
-        Scratch::with(&SCRATCH, |scratch| {
+        AlignedScratch::with(&SCRATCH, |scratch| {
             let [q, dout, dq, lse, delta, kt, vt, k, dk, dv, p, ds, slopes] = scratch.split([
                 rows * padded,
                 rows * padded,
@@ -1172,8 +1177,8 @@ impl Backward<'_> {
                         if low == high {
                             continue;
                         }
-                        let groups = low / GROUP..high.div_ceil(GROUP);
-                        let from = groups.start * GROUP;
+                        let groups = low / LANE_GROUP..high.div_ceil(LANE_GROUP);
+                        let from = groups.start * LANE_GROUP;
                         let size = (tile.len(), groups.len(), head_dim);
                         let at = (row - first) * KEYS;
                         for (left, right, to) in [(&*q, &*kt, &mut *p), (&*dout, &*vt, &mut *ds)] {
@@ -1181,12 +1186,12 @@ impl Backward<'_> {
                             let left = Left { values: left, stride: padded, transposed: false };
                             let right = Right {
                                 values: &right[from * head_dim..],
-                                row_stride: GROUP,
-                                group_stride: GROUP * head_dim,
+                                row_stride: LANE_GROUP,
+                                group_stride: LANE_GROUP * head_dim,
                             };
                             product(isa, size, left, right, &mut to[at + from..], KEYS, false);
                         }
-                        let known = from..groups.end * GROUP;
+                        let known = from..groups.end * LANE_GROUP;
                         if let Some(cap) = scores.cap {
                             let rows = p[at..].chunks_exact_mut(KEYS).take(tile.len());
                             for (p, slopes) in rows.zip(slopes.chunks_exact_mut(KEYS)) {
@@ -1197,8 +1202,8 @@ impl Backward<'_> {
                         }
                         weigh(
                             isa,
-                            Tile { rows: tile.len(), groups, limits: &limits },
-                            block.len().next_multiple_of(GROUP),
+                            ScoreTile { rows: tile.len(), groups, limits: &limits },
+                            block.len().next_multiple_of(LANE_GROUP),
                             (&mut p[at..], &mut ds[at..]),
                             (&lse[tile.clone()], &delta[tile.clone()]),
                         );
@@ -1211,7 +1216,7 @@ impl Backward<'_> {
                         let left = &ds[at + low..];
                         let left = Left { values: left, stride: KEYS, transposed: false };
                         let right = rows_of(&k[low * padded..], padded);
-                        let size = (tile.len(), padded / GROUP, high - low);
+                        let size = (tile.len(), padded / LANE_GROUP, high - low);
                         product(isa, size, left, right, &mut dq[row * padded..], padded, true);
                     }
                     for low in (0..block.len()).step_by(tile_rows(isa)) {
@@ -1221,7 +1226,7 @@ impl Backward<'_> {
                         if begin >= end {
                             continue;
                         }
-                        let size = (high - low, padded / GROUP, end - begin);
+                        let size = (high - low, padded / LANE_GROUP, end - begin);
                         let at = (begin - first) * KEYS + low;
                         for (left, right, to) in [(&*p, &*dout, &mut *dv), (&*ds, &*q, &mut *dk)] {
                             let left = Left { values: &left[at..], stride: KEYS, transposed: true };
@@ -1264,7 +1269,7 @@ impl Backward<'_> {
     /// Each row's log-sum-exp in powers of two, and `Σ dout · out`.
     fn per_row(&self, isa: Isa, dout: &[f32], lse: &mut [f32], delta: &mut [f32]) {
         let head_dim = self.heads.head_dim;
-        let out = Strided { values: self.attended.out, stride: self.heads.q_width() };
+        let out = StridedHeads { values: self.attended.out, stride: self.heads.q_width() };
         let dout = dout.chunks_exact(self.heads.padded());
         for (row, ((lse, delta), dout)) in lse.iter_mut().zip(delta).zip(dout).enumerate() {
             let (token, head) = self.queries.of(row);
@@ -1277,20 +1282,20 @@ impl Backward<'_> {
 }
 
 fn rows_of(values: &[f32], width: usize) -> Right<'_, f32> {
-    Right { values, row_stride: width, group_stride: GROUP }
+    Right { values, row_stride: width, group_stride: LANE_GROUP }
 }
 
 /// AttentionConfig become weights `p = 2^(score - lse)`, and `ds`, which holds `dp`, becomes
 /// `p (dp - delta)`; both are 0 in all `columns` that a row does not see.
 fn weigh(
     isa: Isa,
-    tile: Tile,
+    tile: ScoreTile,
     columns: usize,
     (p, ds): (&mut [f32], &mut [f32]),
     (lse, delta): (&[f32], &[f32]),
 ) {
     let all = tile.rows * KEYS;
-    assert!(tile.groups.end * GROUP <= columns && columns <= KEYS);
+    assert!(tile.groups.end * LANE_GROUP <= columns && columns <= KEYS);
     assert!(tile.rows <= MOST_ROWS && p.len() >= all && ds.len() >= all);
     assert!(lse.len() == tile.rows && delta.len() == tile.rows);
     // SAFETY: what is touched is in bounds by the assertions.
@@ -1299,14 +1304,14 @@ fn weigh(
 
 #[inline(always)]
 unsafe fn weigh_body<S: Lanes>(
-    tile: Tile,
+    tile: ScoreTile,
     columns: usize,
     p: &mut [f32],
     ds: &mut [f32],
     lse: &[f32],
     delta: &[f32],
 ) {
-    let (start, end) = (tile.groups.start * GROUP, tile.groups.end * GROUP);
+    let (start, end) = (tile.groups.start * LANE_GROUP, tile.groups.end * LANE_GROUP);
     for row in 0..tile.rows {
         let (low, high) = tile.limits.rows[row];
         let edge = low > start || high < end;
@@ -1332,7 +1337,7 @@ unsafe fn weigh_body<S: Lanes>(
                     weight.store(p.add(column));
                     weight.mul(difference).store(ds.add(column));
                 }
-                column += GROUP;
+                column += LANE_GROUP;
             }
         }
     }
@@ -1423,7 +1428,7 @@ mod tests {
                         |t| fast(isa, t, heads, &segments, scores),
                         |t| {
                             let [q, k, v] = [&t[0], &t[1], &t[2]];
-                            causal_attention(q, k, v, heads, &segments, scores, Compute::Portable)
+                            causal_attention(q, k, v, heads, &segments, scores, Compute::REFERENCE)
                         },
                     );
                 }
@@ -1497,15 +1502,15 @@ mod tests {
         let [q, k, v] = &parts;
         let [dq, dk, dv] = &mut grads;
         let qkv = Qkv {
-            q: Strided { values: q, stride: q_width },
-            k: Strided { values: k, stride: kv_width },
-            v: Strided { values: v, stride: kv_width },
+            q: StridedHeads { values: q, stride: q_width },
+            k: StridedHeads { values: k, stride: kv_width },
+            v: StridedHeads { values: v, stride: kv_width },
         };
         let apart = run(qkv, QkvGrad::apart((dq, q_width), (dk, kv_width), (dv, kv_width)));
 
         let mut again = parts.clone().map(|part| vec![f32::NAN; part.len()]);
         let [dq, dk, dv] = &mut again;
-        let [q, k, v] = starts.map(|start| Strided { values: &buffer[start..], stride });
+        let [q, k, v] = starts.map(|start| StridedHeads { values: &buffer[start..], stride });
         let grad = QkvGrad::apart((dq, q_width), (dk, kv_width), (dv, kv_width));
         assert_eq!(apart, run(Qkv { q, k, v }, grad));
         assert_eq!(grads, again);
@@ -1551,7 +1556,7 @@ mod tests {
     fn rows_must_part_the_tokens() {
         let heads = Heads { heads: 1, kv_heads: 1, head_dim: 4 };
         let [q, k, v] = inputs(6, heads);
-        for compute in [Compute::F32, Compute::Portable] {
+        for compute in [Compute::F32, Compute::REFERENCE] {
             let y = causal_attention(&q, &k, &v, heads, &rows(&[(5, None)]), None, compute);
             assert!(y.is_err());
         }

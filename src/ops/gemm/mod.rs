@@ -28,9 +28,9 @@ use kernel::{
 use pack::PackedColumns;
 
 /// Columns a task takes: its panels stay in the second-level cache.
-const GROUP: usize = 3 * TILE_COLS;
+const COLUMN_GROUP: usize = 3 * TILE_COLS;
 /// The same for types whose blocks are longer.
-const LONG_GROUP: usize = 8 * TILE_COLS;
+const LONG_COLUMN_GROUP: usize = 8 * TILE_COLS;
 /// Rows a task takes at the most, and, if there are threads to feed, at the least: packing its
 /// columns should cost little beside them. Floats are packed faster than blocks.
 const MOST_ROWS: usize = 172 * TILE_ROWS;
@@ -113,7 +113,7 @@ pub fn multiply(isa: Isa, products: &mut [Product]) {
     let tasks: Vec<(&Product, Range<usize>, Range<usize>)> =
         products.iter().flat_map(|product| tasks(product, parts)).collect();
     let run = |(product, rows, columns): &(&Product, Range<usize>, Range<usize>)| {
-        thread_local!(static SCRATCH: RefCell<Scratch> = RefCell::default());
+        thread_local!(static SCRATCH: RefCell<GemmScratch> = RefCell::default());
         SCRATCH.with_borrow_mut(|scratch| {
             // SAFETY: tasks of a product have rows and columns of their own, and each product has
             // its buffer to itself: `Out` borrows it exclusively, and so are the products.
@@ -130,7 +130,7 @@ impl Product<'_> {
     /// Columns of a task. Only straight panels cut along the blocks.
     fn group(&self) -> usize {
         let long = self.terms.iter().any(|t| !t.transposed && t.weights.block_len() > TILE_COLS);
-        if long { LONG_GROUP } else { GROUP }
+        if long { LONG_COLUMN_GROUP } else { COLUMN_GROUP }
     }
 
     fn groups(&self) -> usize {
@@ -175,7 +175,7 @@ fn tasks<'p, 'a>(
 
 /// Panels of one thread, filled again and again.
 #[derive(Default)]
-struct Scratch {
+struct GemmScratch {
     packed: Vec<PackedColumns>,
 }
 
@@ -192,9 +192,9 @@ unsafe fn task(
     product: &Product,
     rows: Range<usize>,
     columns: Range<usize>,
-    scratch: &mut Scratch,
+    scratch: &mut GemmScratch,
 ) {
-    let most = if columns.len() > GROUP { LONG_STRETCH } else { STRETCH };
+    let most = if columns.len() > COLUMN_GROUP { LONG_STRETCH } else { STRETCH };
     let mut init = product.init;
     let mut stretches: Vec<Stretch> = Vec::new();
     let mut units = 0;
@@ -236,7 +236,7 @@ unsafe fn task(
 unsafe fn tiles(
     isa: Isa,
     stretches: &[Stretch],
-    scratch: &Scratch,
+    scratch: &GemmScratch,
     rows: &Range<usize>,
     columns: &Range<usize>,
     init: Init,
@@ -299,7 +299,7 @@ unsafe fn tiles(
 unsafe fn whole_tile(
     isa: Isa,
     stretches: &[Stretch],
-    scratch: &Scratch,
+    scratch: &GemmScratch,
     first_row: usize,
     first_column: usize,
     i: usize,

@@ -12,7 +12,7 @@
 //! fast as weights stored so beforehand, and needs no copy.
 //!
 //! A call from outside rayon's threads pays for the way in and out, unless they are at hand
-//! ([`team`]).
+//! ([`worker_pool`]).
 
 mod activations;
 #[cfg(target_arch = "x86_64")]
@@ -28,13 +28,13 @@ mod x86;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use self::activations::Activations;
 #[cfg(target_arch = "x86_64")]
-use self::activations::Batches;
+use self::activations::ActivationBatches;
+use self::activations::Activations;
 use self::kernel::Output;
-use self::words::{Portable, Words};
+use self::words::{I16Portable, I16Vector};
 use super::cpu::SharedMutPtr;
-use super::team;
+use super::worker_pool;
 use crate::isa::Isa;
 use crate::quant::{BlockType, FrozenMatrix};
 
@@ -47,7 +47,7 @@ const TILE_ROWS: usize = 16;
 const ALONE_BYTES: usize = 96 * 1024;
 
 /// A frozen matrix `W (rows, cols)` and the place of `x · Wᵀ (m, rows)`.
-pub(crate) type Product<'a> = (&'a FrozenMatrix, &'a mut [f32]);
+pub(crate) type RowProduct<'a> = (&'a FrozenMatrix, &'a mut [f32]);
 
 /// `y (m, rows) = x (m, cols) · Wᵀ`, all in `f32`. For small `m`: weights are decoded anew for
 /// every four or eight rows of `x`.
@@ -80,24 +80,24 @@ impl FusedTasks<'_> {
 }
 
 /// [`f32`](fn@f32) for several matrices of the same width, in one parallel region.
-pub(crate) fn f32_many(isa: Isa, x: &[f32], products: &mut [Product], fused: FusedTasks) {
+pub(crate) fn f32_many(isa: Isa, x: &[f32], products: &mut [RowProduct], fused: FusedTasks) {
     many(isa, x, products, fused, |block_type| match block_type {
-        BlockType::F32 | BlockType::F16 | BlockType::BF16 => Form::Floats,
-        _ => Form::F32,
+        BlockType::F32 | BlockType::F16 | BlockType::BF16 => InputForm::Floats,
+        _ => InputForm::F32,
     });
 }
 
 /// [`int16`] for several matrices of the same width, in one parallel region.
-pub(crate) fn int16_many(isa: Isa, x: &[f32], products: &mut [Product], fused: FusedTasks) {
+pub(crate) fn int16_many(isa: Isa, x: &[f32], products: &mut [RowProduct], fused: FusedTasks) {
     many(isa, x, products, fused, |block_type| match block_type {
-        BlockType::F32 | BlockType::F16 | BlockType::BF16 => Form::Floats,
-        _ => Form::Int16,
+        BlockType::F32 | BlockType::F16 | BlockType::BF16 => InputForm::Floats,
+        _ => InputForm::Int16,
     });
 }
 
 /// What the input is turned into for a block type.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Form {
+enum InputForm {
     /// `f32` in the order of the values, for matrices of floats.
     Floats,
     /// `f32` in the order in which blocks are decoded.
@@ -107,25 +107,25 @@ enum Form {
 }
 
 /// The forms of one input that a call needs.
-struct Input {
+struct PreparedInput {
     floats: Option<Activations<f32>>,
     f32: Option<Activations<f32>>,
     int16: Option<Activations<i16>>,
     /// The same, as tiles take it.
     #[cfg(target_arch = "x86_64")]
-    batches: Option<Batches>,
+    batches: Option<ActivationBatches>,
     /// The same, as weights in bytes take it.
     #[cfg(target_arch = "x86_64")]
-    bytes: Option<bytes::Bytes>,
+    bytes: Option<bytes::ByteActivations>,
 }
 
 /// A stretch of stored rows of one product.
-struct Task<'a> {
+struct RowTask<'a> {
     product: usize,
     /// Rows of the product before those of the matrix.
     before: usize,
     matrix: &'a FrozenMatrix,
-    form: Form,
+    form: InputForm,
     /// Rows as they are stored, which are the same ones in their own order.
     rows: Range<usize>,
     /// The product.
@@ -139,9 +139,9 @@ struct Task<'a> {
 fn many(
     isa: Isa,
     x: &[f32],
-    products: &mut [Product],
+    products: &mut [RowProduct],
     fused: FusedTasks,
-    form_of: impl Fn(BlockType) -> Form,
+    form_of: impl Fn(BlockType) -> InputForm,
 ) {
     let Some(cols) = products.first().map(|(w, _)| w.cols()) else { return };
     if x.is_empty() || cols == 0 {
@@ -171,40 +171,40 @@ fn many(
             let (form, y) = (form_of(matrix.block_type()), whole.at(before));
             for start in (0..matrix.own_rows()).step_by(step) {
                 let rows = start..matrix.own_rows().min(start + step);
-                tasks.push(Task { product, before, matrix, form, rows, whole, y, stride });
+                tasks.push(RowTask { product, before, matrix, form, rows, whole, y, stride });
             }
             total += matrix.own_rows() * matrix.row_bytes();
         }
     }
     let needed = |form| tasks.iter().any(|task| task.form == form);
-    let int16 = needed(Form::Int16).then(|| Activations::rounded(isa, x, cols));
+    let int16 = needed(InputForm::Int16).then(|| Activations::rounded(isa, x, cols));
     #[cfg(target_arch = "x86_64")]
-    let in_bytes = |task: &Task| {
+    let in_bytes = |task: &RowTask| {
         let (matrix, rows) = (task.matrix, task.rows.len());
-        task.form == Form::Int16 && bytes::has(matrix.block_type()) && bytes::needs(m, rows)
+        task.form == InputForm::Int16 && bytes::has(matrix.block_type()) && bytes::needs(m, rows)
     };
-    let input = Input {
+    let input = PreparedInput {
         #[cfg(target_arch = "x86_64")]
         bytes: int16
             .as_ref()
             .filter(|_| isa == Isa::Avx512Vnni && tasks.iter().any(in_bytes))
             // SAFETY: a rung is only ever chosen if the CPU has it.
-            .map(|x| unsafe { bytes::Bytes::new(x) }),
+            .map(|x| unsafe { bytes::ByteActivations::new(x) }),
         #[cfg(target_arch = "x86_64")]
-        batches: int16.as_ref().filter(|_| isa == Isa::Avx512Vnni).map(Batches::new),
-        floats: needed(Form::Floats).then(|| Activations::straight(isa, x, cols)),
-        f32: needed(Form::F32).then(|| Activations::decoded(isa, x, cols)),
+        batches: int16.as_ref().filter(|_| isa == Isa::Avx512Vnni).map(ActivationBatches::new),
+        floats: needed(InputForm::Floats).then(|| Activations::straight(isa, x, cols)),
+        f32: needed(InputForm::F32).then(|| Activations::decoded(isa, x, cols)),
         int16,
     };
     let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
-    let one = |task: &Task| {
+    let one = |task: &RowTask| {
         // Whoever comes first does what is beside; what is left when all are taken is running.
         loop {
             let taken = next.fetch_add(1, Ordering::Relaxed);
             if taken >= fused.tasks {
                 break;
             }
-            let _counted = Counted(&done);
+            let _counted = CountOnDrop(&done);
             (fused.run)(taken);
         }
         run(isa, &input, task);
@@ -212,28 +212,28 @@ fn many(
             if done.load(Ordering::Acquire) == fused.tasks {
                 break;
             }
-            team::wait(turn);
+            worker_pool::spin_wait(turn);
         }
         let rows = task.before + task.rows.start..task.before + task.rows.end;
         (fused.epilogue)(task.product, rows, task.whole);
     };
-    if total <= ALONE_BYTES && !team::is_led() {
+    if total <= ALONE_BYTES && !worker_pool::in_worker_pool() {
         tasks.iter().for_each(one);
     } else {
-        team::run(tasks.len(), &|i| one(&tasks[i]));
+        worker_pool::run(tasks.len(), &|i| one(&tasks[i]));
     }
 }
 
 /// Counts a task when it is over, in panic too: nobody waits for ever.
-struct Counted<'a>(&'a AtomicUsize);
+struct CountOnDrop<'a>(&'a AtomicUsize);
 
-impl Drop for Counted<'_> {
+impl Drop for CountOnDrop<'_> {
     fn drop(&mut self) {
         self.0.fetch_add(1, Ordering::Release);
     }
 }
 
-fn run(isa: Isa, input: &Input, task: &Task) {
+fn run(isa: Isa, input: &PreparedInput, task: &RowTask) {
     let (matrix, rows, y) = (task.matrix, task.rows.clone(), task.y);
     let weights = matrix.stored_bytes(rows.clone());
     let output = Output { matrix, first_row: rows.start, y, stride: task.stride };
@@ -241,7 +241,7 @@ fn run(isa: Isa, input: &Input, task: &Task) {
     unsafe {
         match (isa, task.form) {
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512Vnni, Form::Int16) => {
+            (Isa::Avx512Vnni, InputForm::Int16) => {
                 let int16 = input.int16.as_ref().expect(NEEDED);
                 let batches = input.batches.as_ref().expect(NEEDED);
                 if bytes::has(matrix.block_type()) {
@@ -252,10 +252,12 @@ fn run(isa: Isa, input: &Input, task: &Task) {
                 }
             }
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512Vnni, form) => run_on::<x86::Avx512>(weights, form, input, &output),
+            (Isa::Avx512Vnni, form) => run_on::<x86::I16Avx512>(weights, form, input, &output),
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx2 | Isa::AvxVnni, form) => run_on::<x86::Avx2>(weights, form, input, &output),
-            (_, form) => run_on::<Portable>(weights, form, input, &output),
+            (Isa::Avx2 | Isa::AvxVnni, form) => {
+                run_on::<x86::I16Avx2>(weights, form, input, &output)
+            }
+            (_, form) => run_on::<I16Portable>(weights, form, input, &output),
         }
     }
 }
@@ -266,17 +268,22 @@ const NEEDED: &str = "made because a task needs it";
 /// # Safety
 /// The CPU must have the instructions of `W`, and no other thread may touch the elements of `y` that
 /// belong to these rows.
-unsafe fn run_on<W: Words>(bytes: &[u8], form: Form, input: &Input, output: &Output) {
+unsafe fn run_on<W: I16Vector>(
+    bytes: &[u8],
+    form: InputForm,
+    input: &PreparedInput,
+    output: &Output,
+) {
     // SAFETY: the caller's promises.
     unsafe {
         match form {
-            Form::Floats => {
+            InputForm::Floats => {
                 kernel::float_rows::<W>(bytes, input.floats.as_ref().expect(NEEDED), output);
             }
-            Form::F32 => {
+            InputForm::F32 => {
                 kernel::block_rows::<W, f32>(bytes, input.f32.as_ref().expect(NEEDED), output);
             }
-            Form::Int16 => {
+            InputForm::Int16 => {
                 kernel::block_rows::<W, i16>(bytes, input.int16.as_ref().expect(NEEDED), output);
             }
         }
@@ -409,10 +416,10 @@ mod tests {
     #[test]
     fn what_follows_a_product_reaches_every_row() {
         use candle_core::{Device, Var};
-        use quantune_adapters::decode::DecodeForm;
+        use quantune_adapters::decode::DecodeWeights;
         use quantune_adapters::delta::Lora;
 
-        use crate::ops::low_rank::{Wearing, expand};
+        use crate::ops::low_rank::{TokenRows, expand};
 
         let (r, cols, own) = (4, 768, 37);
         let w = matrix(BlockType::Q4_1, own, cols);
@@ -428,7 +435,7 @@ mod tests {
                 Var::from_vec(values, (rows, cols), &Device::Cpu).unwrap()
             };
             let lora = Lora::new(draw(r, 16), draw(rows, r), 1.0);
-            let form = DecodeForm::<f32>::new(&lora, None).unwrap();
+            let form = DecodeWeights::<f32>::new(&lora, None).unwrap();
             let lows: Vec<f32> = (0..3).flat_map(|token| [1.0, 2.0, 3.0, token as f32]).collect();
             let b = lora.b.to_vec2::<f32>().unwrap();
             let x = input(3, cols);
@@ -438,7 +445,7 @@ mod tests {
                 let mut y = vec![f32::NAN; 3 * rows];
                 let epilogue = |product: usize, range: Range<usize>, y: SharedMutPtr| {
                     assert_eq!((product, y.len()), (0, 3 * rows));
-                    let tokens = Wearing { tokens: &[0, 1, 2], stride: rows };
+                    let tokens = TokenRows { tokens: &[0, 1, 2], stride: rows };
                     // SAFETY: the rung is this CPU's; no other thread is given these rows.
                     unsafe { expand(isa, &form, range, &lows, y, tokens) };
                 };
@@ -486,7 +493,7 @@ mod tests {
         let run = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let mut ys = vec![vec![0.0; 2 * 330]; matrices.len()];
-            let mut products: Vec<Product> =
+            let mut products: Vec<RowProduct> =
                 matrices.iter().zip(&mut ys).map(|(w, y)| (w, &mut y[..])).collect();
             pool.install(|| int16_many(Isa::current(), &x, &mut products, FusedTasks::NOTHING));
             ys
@@ -496,7 +503,7 @@ mod tests {
         // A team's too, with other work beside, which is done once, before what follows any rows.
         let in_team = || {
             let mut ys = vec![vec![0.0; 2 * 330]; matrices.len()];
-            let mut products: Vec<Product> =
+            let mut products: Vec<RowProduct> =
                 matrices.iter().zip(&mut ys).map(|(w, y)| (w, &mut y[..])).collect();
             let counts = [const { AtomicUsize::new(0) }; 7];
             let run = |task: usize| {
@@ -511,7 +518,7 @@ mod tests {
         };
         let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
         for _ in 0..50 {
-            assert_eq!(ys, pool.install(|| team::gather(in_team)));
+            assert_eq!(ys, pool.install(|| worker_pool::with_worker_pool(in_team)));
         }
         for (w, y) in matrices.iter().zip(&ys) {
             let mut alone = vec![0.0; 2 * 330];
@@ -532,7 +539,8 @@ mod tests {
             let mut y = vec![0.0; 960];
             let product = || int16_many(Isa::current(), &x, &mut [(&w, &mut y)], fused);
             let product = AssertUnwindSafe(product);
-            let caught = pool.install(|| catch_unwind(|| team::gather({ product }.0)));
+            let caught =
+                pool.install(|| catch_unwind(|| worker_pool::with_worker_pool({ product }.0)));
             assert_eq!(*caught.unwrap_err().downcast::<String>().unwrap(), format!("task {bad}"));
         }
     }

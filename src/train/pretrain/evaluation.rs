@@ -23,7 +23,7 @@ impl Pretraining {
         &self,
         monitor: Monitor<'_>,
     ) -> Result<Option<Numbers>, TrainError> {
-        let decoder = self.learner.trained.model.decoder(self.settings.compute)?;
+        let decoder = self.learner.trained.model.decoder(self.settings.compute())?;
         let mut all = TextLoss::default();
         let mut of_sources = Vec::new();
         for (index, source) in self.corpus.sources().enumerate() {

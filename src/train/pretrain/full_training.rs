@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use crate::data::Batch;
 use crate::model::full::{FullBuffers, FullModel};
 use crate::objectives::Judged;
-use crate::ops::Compute;
+use crate::ops::BackendKind;
 use crate::optim::{AdamW, Gradients, TensorAdamW, global_norm, tensor_norm};
 use crate::train::TrainError;
 use crate::train::learner::Trainable;
@@ -37,12 +37,12 @@ enum TrainingState {
 impl FullTraining {
     /// The training of a model that continues with this optimizer.
     pub fn new(model: FullModel, optimizer: AdamW) -> candle_core::Result<Self> {
-        let state = match model.compute {
-            Compute::Portable => TrainingState::Tensors {
+        let state = match model.compute.backend {
+            BackendKind::Reference => TrainingState::Tensors {
                 gradients: Vec::new(),
                 optimizer: TensorAdamW::of(optimizer, &model.parameters)?,
             },
-            Compute::F32 | Compute::Int16 | Compute::Int8 => {
+            BackendKind::Cpu => {
                 let (gradients, buffers) = (model.zero_gradients(), Box::default());
                 TrainingState::Buffers { gradients, buffers, optimizer }
             }

@@ -9,7 +9,7 @@ use super::MODEL;
 use crate::data::corpus::{Corpus, CorpusError, SourceSpec};
 use crate::model::full::{FullModel, working_bytes};
 use crate::monitor::Monitor;
-use crate::ops::{Compute, DeviceName, linear_cross_entropy};
+use crate::ops::{BackendKind, DeviceName, linear_cross_entropy};
 use crate::text::{Special, TextError, Tokenizer, convert, first_second};
 use crate::train::TrainError;
 use crate::train::settings::PretrainSettings;
@@ -50,7 +50,7 @@ impl Start {
         checkpoint: Option<&Path>,
         device: &Device,
     ) -> Result<FullModel, TrainError> {
-        let compute = settings.compute;
+        let compute = settings.compute();
         let model = match (checkpoint, &self.base) {
             (Some(folder), _) => FullModel::load(&Checkpoint::open(folder.join(MODEL))?, compute)?,
             (None, Some(base)) => FullModel::load(base, compute)?,
@@ -114,7 +114,7 @@ pub fn sample_prompts(
 /// How many layers keep their tapes within the memory budget; all do in the reference form.
 pub fn kept_layers(settings: &PretrainSettings, model: &FullModel, budget: u64) -> usize {
     let layers = model.config.num_hidden_layers;
-    if model.compute == Compute::Portable {
+    if model.compute.backend == BackendKind::Reference {
         return layers;
     }
     if let Some(all) = settings.gradient_checkpointing {
@@ -123,7 +123,7 @@ pub fn kept_layers(settings: &PretrainSettings, model: &FullModel, budget: u64) 
     let tokens = settings.per_device_train_batch_size * settings.max_length;
     // Weights, gradients and both moments; and the copy that an evaluation or a sample reads.
     let state = 5 * size_of::<f32>() * model.parameter_count();
-    let (vocabulary, compute) = (model.config.vocab_size, settings.compute);
+    let (vocabulary, compute) = (model.config.vocab_size, settings.compute());
     let state = state + linear_cross_entropy::working_bytes(tokens, vocabulary, compute);
     let fits = |kept: &usize| {
         let needed = state + working_bytes(&model.config, tokens, *kept);

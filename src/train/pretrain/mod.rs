@@ -331,7 +331,7 @@ impl Pretraining {
         };
         let requests: Vec<Request> =
             prompts.iter().zip(0..).map(|(prompt, key)| Request::new(prompt, key)).collect();
-        let decoder = self.learner.trained.model.decoder(settings.compute)?;
+        let decoder = self.learner.trained.model.decoder(settings.compute())?;
         let decoding = Decoding {
             sampling: Sampling {
                 temperature: settings.sample_temperature,

@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use super::Pretraining;
 use crate::export::{
-    Bounds, ExportError, FileType, Recipe, Source, expressible, verify, write_folder, write_gguf,
+    ExportError, ExportSource, FileType, Recipe, VerifyBounds, expressible, verify, write_folder,
+    write_gguf,
 };
 use crate::model::full::FullModel;
 use crate::monitor::Monitor;
@@ -21,7 +22,7 @@ impl Pretraining {
     /// Calls `with` with the model as it is now, as a source of files.
     fn written<T>(
         &self,
-        with: impl FnOnce(&Source) -> Result<T, ExportError>,
+        with: impl FnOnce(&ExportSource) -> Result<T, ExportError>,
     ) -> Result<T, TrainError> {
         let model = &self.learner.trained.model;
         let parameters = model.on_cpu()?;
@@ -29,7 +30,8 @@ impl Pretraining {
         let values: Vec<Values> = values.collect::<candle_core::Result<_>>()?;
         let named = model.names.iter().zip(&model.parameters).zip(&values);
         let named = named.map(|((name, var), values)| (name.as_str(), var.dims(), &values[..]));
-        let source = Source::from_memory(model.config.clone(), named, &self.tokenizer_folder)?;
+        let source =
+            ExportSource::from_memory(model.config.clone(), named, &self.tokenizer_folder)?;
         Ok(with(&source)?)
     }
 
@@ -74,9 +76,9 @@ fn read_back(
 ) -> Result<(), TrainError> {
     // Both were rounded, each for itself: the coarser one counts.
     let bounds = match (of, settings.dtype) {
-        (FileType::F32 | FileType::F16, FloatType::Bf16) => Bounds::BF16,
-        (FileType::F32, FloatType::F16) => Bounds::F16,
-        (of, _) => Bounds::of(of),
+        (FileType::F32 | FileType::F16, FloatType::Bf16) => VerifyBounds::BF16,
+        (FileType::F32, FloatType::F16) => VerifyBounds::F16,
+        (of, _) => VerifyBounds::of(of),
     };
     let verified = verify(&Checkpoint::open(folder)?, &[], &settings.export, bounds)?;
     if let Some(warning) = verified.warning(&settings.export) {

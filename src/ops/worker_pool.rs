@@ -2,10 +2,10 @@
 //!
 //! A decoding step is a hundred regions of some ten microseconds with a little serial work between
 //! them, and a thread that is woken for each, or falls asleep in the middle of one, costs a tenth of it.
-//! Inside [`gather`] the pool's other threads spin until there is something to do.
+//! Inside [`with_worker_pool`] the pool's other threads spin until there is something to do.
 //!
 //! Whoever is late is not waited for: a region ends when the threads that have entered it are done, and
-//! [`gather`] when its leader is.
+//! [`with_worker_pool`] when its leader is.
 
 use std::any::Any;
 use std::cell::Cell;
@@ -24,25 +24,25 @@ const SPINS: usize = 2000;
 /// machine. Nothing it may be holding up below this call then waits for ever.
 const LOOKS: usize = 20_000;
 
-/// Some threads of rayon's pool, led by the one that called [`gather`].
+/// Some threads of rayon's pool, led by the one that called [`with_worker_pool`].
 #[derive(Default)]
-struct Team {
+struct WorkerPool {
     /// Of the region: odd while it is open.
-    number: Apart<AtomicUsize>,
+    number: CachePadded<AtomicUsize>,
     region: AtomicPtr<Region<'static>>,
     /// Threads that may be in the region.
-    inside: Apart<AtomicUsize>,
-    over: Apart<AtomicBool>,
+    inside: CachePadded<AtomicUsize>,
+    closed: CachePadded<AtomicBool>,
     /// Threads that have come.
-    came: AtomicUsize,
+    joined: AtomicUsize,
 }
 
 /// On cache lines of its own: what one thread writes does not disturb who reads something else.
 #[derive(Default)]
 #[repr(align(128))]
-struct Apart<T>(T);
+struct CachePadded<T>(T);
 
-impl<T> Deref for Apart<T> {
+impl<T> Deref for CachePadded<T> {
     type Target = T;
 
     fn deref(&self) -> &T {
@@ -52,7 +52,7 @@ impl<T> Deref for Apart<T> {
 
 /// Tasks of one parallel region.
 struct Region<'a> {
-    next: Apart<AtomicUsize>,
+    next: CachePadded<AtomicUsize>,
     tasks: usize,
     run: &'a (dyn Fn(usize) + Sync),
     panic: Mutex<Option<Box<dyn Any + Send>>>,
@@ -60,35 +60,35 @@ struct Region<'a> {
 
 thread_local! {
     /// The team that this thread leads.
-    static LED: Cell<*const Team> = const { Cell::new(ptr::null()) };
+    static LED: Cell<*const WorkerPool> = const { Cell::new(ptr::null()) };
     /// Whether this thread is in a region: what a task of a team calls is serial.
     static BUSY: Cell<bool> = const { Cell::new(false) };
 }
 
 /// Does `work` on this thread, with the pool's other threads at hand for its parallel regions by
 /// [`run`] and [`par_for_each`](super::par_for_each). Regions of rayon's are slow inside: nobody else is free for them.
-pub fn gather<R>(work: impl FnOnce() -> R) -> R {
+pub fn with_worker_pool<R>(work: impl FnOnce() -> R) -> R {
     let others = rayon::current_num_threads() - 1;
-    if others == 0 || is_led() {
+    if others == 0 || in_worker_pool() {
         return work();
     }
-    let team = Arc::new(Team::default());
+    let team = Arc::new(WorkerPool::default());
     for _ in 0..others {
         let team = team.clone();
         rayon::spawn(move || team.help());
     }
-    let lead = Lead::of(&team);
+    let lead = LeaderGuard::of(&team);
     let result = work();
     drop(lead);
     // Whom nobody took up lies on top of what this thread has to do, if it is one of the pool's.
-    for _ in team.came.load(Ordering::Relaxed)..others {
+    for _ in team.joined.load(Ordering::Relaxed)..others {
         rayon::yield_local();
     }
     result
 }
 
 /// Whether this thread leads a team, or works for one: regions are cheap.
-pub fn is_led() -> bool {
+pub fn in_worker_pool() -> bool {
     !LED.get().is_null() || BUSY.get()
 }
 
@@ -106,30 +106,30 @@ pub fn run(tasks: usize, task: &(dyn Fn(usize) + Sync)) {
 }
 
 /// What ends when the leader's work does, in panic too.
-struct Lead<'a>(&'a Team);
+struct LeaderGuard<'a>(&'a WorkerPool);
 
-impl<'a> Lead<'a> {
-    fn of(team: &'a Team) -> Self {
+impl<'a> LeaderGuard<'a> {
+    fn of(team: &'a WorkerPool) -> Self {
         LED.set(team);
         Self(team)
     }
 }
 
-impl Drop for Lead<'_> {
+impl Drop for LeaderGuard<'_> {
     fn drop(&mut self) {
         LED.set(ptr::null());
-        self.0.over.store(true, Ordering::Release);
+        self.0.closed.store(true, Ordering::Release);
     }
 }
 
-impl Team {
+impl WorkerPool {
     /// The leader's part of a region.
     fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
-        let (next, panic) = (Apart::default(), Mutex::new(None));
+        let (next, panic) = (CachePadded::default(), Mutex::new(None));
         let region = Region { next, tasks, run: task, panic };
         self.region.store(ptr::from_ref(&region).cast_mut().cast(), Ordering::Relaxed);
         self.number.fetch_add(1, Ordering::SeqCst);
-        let closing = Closing(self);
+        let closing = RegionGuard(self);
         region.work();
         drop(closing);
         let panic = region.panic.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -140,17 +140,17 @@ impl Team {
 
     /// The other threads' part: whatever region comes, until there are no more.
     fn help(&self) {
-        self.came.fetch_add(1, Ordering::Relaxed);
+        self.joined.fetch_add(1, Ordering::Relaxed);
         // A thread that waits for rayon may be given this. One that leads must not: it would wait for
         // itself.
-        if is_led() {
+        if in_worker_pool() {
             return;
         }
         let (mut done, mut looks) = (0, 0);
-        while !self.over.load(Ordering::Acquire) && looks < LOOKS {
+        while !self.closed.load(Ordering::Acquire) && looks < LOOKS {
             let number = self.number.load(Ordering::Relaxed);
             if number.is_multiple_of(2) || number == done {
-                wait(looks);
+                spin_wait(looks);
                 looks += 1;
                 continue;
             }
@@ -171,7 +171,7 @@ impl Team {
 
 impl Region<'_> {
     fn work(&self) {
-        let _busy = Busy::new();
+        let _busy = BusyGuard::new();
         loop {
             let task = self.next.fetch_add(1, Ordering::Relaxed);
             if task >= self.tasks {
@@ -183,38 +183,38 @@ impl Region<'_> {
 }
 
 /// While a thread is in a region, in panic too.
-struct Busy;
+struct BusyGuard;
 
-impl Busy {
+impl BusyGuard {
     fn new() -> Self {
         BUSY.set(true);
         Self
     }
 }
 
-impl Drop for Busy {
+impl Drop for BusyGuard {
     fn drop(&mut self) {
         BUSY.set(false);
     }
 }
 
 /// Closes the region, in panic too, when nobody is inside.
-struct Closing<'a>(&'a Team);
+struct RegionGuard<'a>(&'a WorkerPool);
 
-impl Drop for Closing<'_> {
+impl Drop for RegionGuard<'_> {
     fn drop(&mut self) {
         self.0.number.fetch_add(1, Ordering::SeqCst);
         for turn in 0.. {
             if self.0.inside.load(Ordering::SeqCst) == 0 {
                 break;
             }
-            wait(turn);
+            spin_wait(turn);
         }
     }
 }
 
 /// Waits a moment for what another thread is about to do; `turn` counts from 0.
-pub fn wait(turn: usize) {
+pub fn spin_wait(turn: usize) {
     match turn < SPINS {
         true => spin_loop(),
         // The other may not be running: threads can be more than cores.
@@ -248,11 +248,11 @@ mod tests {
                     assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
                 }
             };
-            pool(threads).install(|| gather(count));
+            pool(threads).install(|| with_worker_pool(count));
             pool(threads).install(count);
         }
-        gather(|| run(3, &|_| ())); // from outside of any pool
-        assert!(!is_led());
+        with_worker_pool(|| run(3, &|_| ())); // from outside of any pool
+        assert!(!in_worker_pool());
     }
 
     #[test]
@@ -264,7 +264,7 @@ mod tests {
             // Each task waits a while for three threads to have one; on a busy machine they come later.
             while !saw_three() {
                 assert!(begun.elapsed() < Duration::from_secs(60), "other threads never came");
-                gather(|| {
+                with_worker_pool(|| {
                     run(3, &|_| {
                         seen.lock().unwrap().insert(thread::current().id());
                         let begun = Instant::now();
@@ -284,8 +284,8 @@ mod tests {
             sum.fetch_add(n, Ordering::Relaxed);
         };
         pool(4).install(|| {
-            gather(|| {
-                gather(|| run(10, &|_| run(10, &|i| add(i))));
+            with_worker_pool(|| {
+                with_worker_pool(|| run(10, &|_| run(10, &|i| add(i))));
                 (0..1000usize).into_par_iter().for_each(add);
                 run(10, &|_| (0..10usize).into_par_iter().for_each(add));
             });
@@ -307,9 +307,9 @@ mod tests {
             let tasks: Vec<Box<usize>> = (0..100).map(Box::new).collect();
             catch_unwind(AssertUnwindSafe(|| par_for_each(tasks, 1_000_000, bad))).unwrap_err();
         };
-        pool(3).install(|| gather(add_up));
+        pool(3).install(|| with_worker_pool(add_up));
         pool(3).install(add_up);
-        gather(add_up);
+        with_worker_pool(add_up);
     }
 
     #[test]
@@ -320,7 +320,7 @@ mod tests {
                 pool.install(|| {
                     let sum = AtomicUsize::new(0);
                     for _ in 0..50 {
-                        gather(|| {
+                        with_worker_pool(|| {
                             for _ in 0..20 {
                                 run(9, &|i| {
                                     sum.fetch_add(i, Ordering::Relaxed);
@@ -340,7 +340,7 @@ mod tests {
     #[test]
     fn a_panic_comes_out_of_the_region_whoever_had_the_task() {
         pool(2).install(|| {
-            gather(|| {
+            with_worker_pool(|| {
                 for _ in 0..100 {
                     for bad in 0..4 {
                         let task = |task: usize| assert!(task != bad, "task {task}");
@@ -351,7 +351,7 @@ mod tests {
                 }
             });
         });
-        assert!(catch_unwind(|| pool(2).install(|| gather(|| panic!("work")))).is_err());
-        assert!(!is_led());
+        assert!(catch_unwind(|| pool(2).install(|| with_worker_pool(|| panic!("work")))).is_err());
+        assert!(!in_worker_pool());
     }
 }
