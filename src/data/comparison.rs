@@ -23,8 +23,8 @@ use sha2::Sha256;
 use super::doctor::{self, Check, Finding};
 use super::lines::{Line, Unread};
 use super::reading::{Cache, FileRows, FileSplit, Parsed, Part, Reader, Report};
+use super::row_store::{Record, RowLocation, WordReader, hash_tokens, write_words};
 use super::rows::{ComparisonRow, Responses};
-use super::shelves::{Place, Shelved, Words, hash_tokens, lay_words};
 use super::split::is_held_out_text;
 use super::{DataError, Message, ModelLimits, RowError};
 use crate::text::{Special, Tokenizer};
@@ -54,34 +54,34 @@ impl Comparison {
 
     /// How many responses there are in what was laid.
     pub(super) fn responses_in(bytes: &[u8]) -> usize {
-        Words::of(bytes).next() as usize
+        WordReader::of(bytes).next() as usize
     }
 }
 
 /// What a label is written as: none, bad or good.
 const LABELS: [Option<bool>; 3] = [None, Some(false), Some(true)];
 
-impl Shelved for Comparison {
+impl Record for Comparison {
     /// Counts of responses and pairs, the label, the lengths of all responses, the pairs, and all
     /// tokens: what is left in front of the responses' is the prompt.
-    fn lay(&self, bytes: &mut Vec<u8>) {
+    fn encode(&self, bytes: &mut Vec<u8>) {
         let label = LABELS.iter().position(|label| *label == self.label).unwrap_or_default();
         let counts = [self.responses.len(), self.pairs.len(), label];
         let lengths = self.responses.iter().map(Vec::len);
-        lay_words(counts.into_iter().chain(lengths).map(|count| count as u32), bytes);
+        write_words(counts.into_iter().chain(lengths).map(|count| count as u32), bytes);
         for Pair { better, worse, margin } in &self.pairs {
-            lay_words([*better as u32, *worse as u32, margin.to_bits()], bytes);
+            write_words([*better as u32, *worse as u32, margin.to_bits()], bytes);
         }
         let tokens = self.prompt.iter().chain(self.responses.iter().flatten());
-        lay_words(tokens.copied(), bytes);
+        write_words(tokens.copied(), bytes);
     }
 
-    fn mark(&self) -> u64 {
+    fn tag(&self) -> u64 {
         self.tokens() as u64
     }
 
-    fn take(bytes: &[u8], Place { row, line, mark }: Place) -> Self {
-        let mut words = Words::of(bytes);
+    fn decode(bytes: &[u8], RowLocation { row, line, tag }: RowLocation) -> Self {
+        let mut words = WordReader::of(bytes);
         let (responses, pairs, label) = (words.next(), words.next(), words.next());
         let lengths: Vec<usize> =
             words.take(responses as usize).map(|length| length as usize).collect();
@@ -91,14 +91,14 @@ impl Shelved for Comparison {
             margin: f32::from_bits(words.next()),
         };
         let pairs = (0..pairs).map(|_| pair()).collect();
-        let prompt = words.take(mark as usize - lengths.iter().sum::<usize>()).collect();
+        let prompt = words.take(tag as usize - lengths.iter().sum::<usize>()).collect();
         let responses = lengths.into_iter().map(|length| words.take(length).collect()).collect();
         let label = LABELS.get(label as usize).copied().flatten();
         Self { prompt, responses, pairs, label, row, line }
     }
 
-    fn tokens_in(_bytes: &[u8], mark: u64) -> usize {
-        mark as usize
+    fn tokens_in(_bytes: &[u8], tag: u64) -> usize {
+        tag as usize
     }
 
     fn hash(&self, hasher: &mut Sha256) {

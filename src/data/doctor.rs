@@ -244,13 +244,13 @@ impl fmt::Display for Diagnosis {
 pub struct Seen(Bytes);
 
 /// A hash of a normalized row and its line, both big-endian: their order is that of the bytes.
-type Record = [u8; 16];
+type HashAndLine = [u8; 16];
 
-fn record(hash: u64, line: u64) -> Record {
+fn hash_record(hash: u64, line: u64) -> HashAndLine {
     (u128::from(hash) << 64 | u128::from(line)).to_be_bytes()
 }
 
-fn hash_and_line(record: &Record) -> (u64, u64) {
+fn hash_and_line(record: &HashAndLine) -> (u64, u64) {
     let both = u128::from_be_bytes(*record);
     ((both >> 64) as u64, both as u64)
 }
@@ -267,7 +267,7 @@ impl Seen {
         Self(records)
     }
 
-    fn records(&self) -> &[Record] {
+    fn records(&self) -> &[HashAndLine] {
         self.0.as_chunks().0
     }
 
@@ -303,7 +303,7 @@ impl Seen {
 
 /// Collects what rows say.
 pub(super) enum SeenWriter {
-    Memory(Vec<Record>),
+    Memory(Vec<HashAndLine>),
     File(PathBuf, BufWriter<File>),
 }
 
@@ -322,10 +322,10 @@ impl SeenWriter {
     pub fn add(&mut self, hash: u64, line: u64) -> io::Result<()> {
         match self {
             Self::Memory(records) => {
-                records.push(record(hash, line));
+                records.push(hash_record(hash, line));
                 Ok(())
             }
-            Self::File(_, file) => file.write_all(&record(hash, line)),
+            Self::File(_, file) => file.write_all(&hash_record(hash, line)),
         }
     }
 
@@ -338,7 +338,7 @@ impl SeenWriter {
             }
             Self::File(path, file) => {
                 file.into_inner().map_err(io::IntoInnerError::into_error)?;
-                sort_records::<{ size_of::<Record>() }>(&path)?;
+                sort_records::<{ size_of::<HashAndLine>() }>(&path)?;
                 Ok(Seen::new(map_or_empty(&path)?))
             }
         }

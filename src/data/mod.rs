@@ -3,7 +3,7 @@
 //! A file, JSONL or Parquet, is read line by line ([`Row`], of one [`Dialect`] a file), and each row
 //! becomes tokens: an [`Example`], of which some are learned, a [`Comparison`] of responses, or a
 //! [`Prompt`] to be answered. What would teach nothing or teach wrong is found on the way ([`doctor`]).
-//! Rows lie on [`Shelves`], in memory, or of a large file on disk, made once.
+//! Rows lie on [`RowStore`], in memory, or of a large file on disk, made once.
 //! Several files with weights are a mixture ([`epoch_examples`]). An epoch is an order of bins of
 //! rows ([`EpochPlan`]) that a step lays end to end ([`Batch`]); nothing is padded. What comes
 //! out depends on the files, the tokenizer, the settings, the seed and the epoch alone, so (epoch, step)
@@ -26,8 +26,8 @@ mod mixture;
 mod parquet;
 mod prompts;
 mod reading;
+mod row_store;
 mod rows;
-mod shelves;
 mod split;
 
 pub use batch::{Batch, EpochPlan, EpochSettings};
@@ -42,6 +42,6 @@ pub use lines::first_dialect;
 pub use mixture::{DataFile, epoch_examples};
 pub use prompts::{Prompt, PromptReport, PromptSettings, PromptSplit, Prompts};
 pub use reading::{Cache, FileRows, FileSplit};
+pub use row_store::{Examples, Record, RowLocation, RowStore};
 pub use rows::{AlpacaPrompt, Dialect, Message, Row};
-pub use shelves::{Examples, Place, Shelved, Shelves};
 pub use split::is_held_out;

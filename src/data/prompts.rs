@@ -12,8 +12,8 @@ use sha2::Sha256;
 use super::doctor::{self, Check, Finding};
 use super::lines::{Line, Unread};
 use super::reading::{Cache, FileRows, FileSplit, Parsed, Part, Reader, Report};
+use super::row_store::{Record, RowLocation, WordReader, hash_tokens, write_words};
 use super::rows::PromptRow;
-use super::shelves::{Place, Shelved, Words, hash_tokens, lay_words};
 use super::split::is_held_out_text;
 use super::{DataError, Dialect, RowError};
 use crate::text::{Special, Tokenizer};
@@ -31,23 +31,23 @@ pub struct Prompt {
     pub line: u64,
 }
 
-impl Shelved for Prompt {
+impl Record for Prompt {
     /// Its tokens, the bytes of its text, how many they are, and the row as JSON.
-    fn lay(&self, bytes: &mut Vec<u8>) {
-        lay_words(self.tokens.iter().copied(), bytes);
-        lay_words([self.text.len() as u32], bytes);
+    fn encode(&self, bytes: &mut Vec<u8>) {
+        write_words(self.tokens.iter().copied(), bytes);
+        write_words([self.text.len() as u32], bytes);
         bytes.extend_from_slice(self.text.as_bytes());
         serde_json::to_writer(bytes, &self.row).expect("what was JSON is JSON");
     }
 
-    fn mark(&self) -> u64 {
+    fn tag(&self) -> u64 {
         self.tokens.len() as u64
     }
 
-    fn take(bytes: &[u8], Place { line, mark, .. }: Place) -> Self {
-        let (words, rest) = bytes.split_at((mark as usize + 1) * size_of::<u32>());
-        let mut words = Words::of(words);
-        let tokens = words.take(mark as usize).collect();
+    fn decode(bytes: &[u8], RowLocation { line, tag, .. }: RowLocation) -> Self {
+        let (words, rest) = bytes.split_at((tag as usize + 1) * size_of::<u32>());
+        let mut words = WordReader::of(words);
+        let tokens = words.take(tag as usize).collect();
         let (text, row) = rest.split_at(words.next() as usize);
         Self {
             tokens,
@@ -57,8 +57,8 @@ impl Shelved for Prompt {
         }
     }
 
-    fn tokens_in(_bytes: &[u8], mark: u64) -> usize {
-        mark as usize
+    fn tokens_in(_bytes: &[u8], tag: u64) -> usize {
+        tag as usize
     }
 
     fn hash(&self, hasher: &mut Sha256) {

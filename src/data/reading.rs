@@ -20,7 +20,7 @@ use sha2::{Digest, Sha256};
 use super::cache::{self, file_sha256, hex, map_or_empty};
 use super::doctor::{Check, Diagnosis, Finding, Seen, SeenWriter};
 use super::lines::{Line, Unread, first_lines, read_all};
-use super::shelves::{ShelfWriter, Shelved, Shelves, Sink, names};
+use super::row_store::{ByteSink, Record, RowStore, RowStoreWriter, names};
 use super::{DataError, Dialect};
 use crate::quant::Bytes;
 use crate::text::Tokenizer;
@@ -53,7 +53,7 @@ impl Cache {
 #[derive(Debug, Clone)]
 pub struct FileRows<T, R> {
     /// Those with something to learn.
-    pub rows: Shelves<T>,
+    pub rows: RowStore<T>,
     /// What was counted on the way.
     pub report: R,
     /// SHA-256 of the whole file, in hex.
@@ -99,7 +99,7 @@ pub(super) struct Parsed<T> {
 
 /// Rows of one part on their way.
 pub(super) struct Part<T, R> {
-    pub rows: ShelfWriter<T>,
+    pub rows: RowStoreWriter<T>,
     pub report: R,
 }
 
@@ -108,7 +108,7 @@ pub(super) trait Reader: Sized + Sync {
     /// A line's tokens.
     type Tokenized: Send;
     /// What is kept of it.
-    type Row: Shelved;
+    type Row: Record;
     /// What is counted.
     type Report: Report;
 
@@ -202,7 +202,7 @@ pub(super) trait Reader: Sized + Sync {
 ///
 /// # Panics
 /// If there are none.
-pub(super) fn join<T: Shelved, R: Report>(
+pub(super) fn join<T: Record, R: Report>(
     files: Vec<FileRows<T, R>>,
     add: impl Fn(&mut R, &R),
 ) -> FileRows<T, R> {
@@ -234,7 +234,7 @@ struct Loaded<T, R> {
 /// The rows of one part.
 #[derive(Clone)]
 struct Kept<T, R> {
-    rows: Shelves<T>,
+    rows: RowStore<T>,
     report: R,
     tokens_sha256: String,
 }
@@ -262,7 +262,7 @@ struct Header<R> {
     sha256: BTreeMap<String, String>,
 }
 
-impl<T: Shelved, R: Report> Loaded<T, R> {
+impl<T: Record, R: Report> Loaded<T, R> {
     fn of(
         path: &Path,
         reader: &impl Reader<Row = T, Report = R>,
@@ -371,12 +371,12 @@ impl<T: Shelved, R: Report> Loaded<T, R> {
         let [tokens_sha256, held_out_sha256] = header.tokens_sha256;
         let part = |name: &str, report, tokens_sha256| -> Result<Kept<T, R>, DataError> {
             let [rows, places] = names(name);
-            let rows = Shelves::new([map(&rows)?, map(&places)?], true)
+            let rows = RowStore::new([map(&rows)?, map(&places)?], true)
                 .ok_or_else(|| broken(&folder.join(&rows), "is not as its places say".into()))?;
             Ok(Kept { rows, report, tokens_sha256 })
         };
         let nothing = || Kept {
-            rows: Shelves::default(),
+            rows: RowStore::default(),
             report: R::default(),
             tokens_sha256: String::new(),
         };
@@ -461,7 +461,7 @@ struct Reading<'a, R: Reader> {
     diagnosis: Diagnosis,
     seen: SeenWriter,
     parts: [Part<R::Row, R::Report>; 2],
-    held_out_lines: Sink,
+    held_out_lines: ByteSink,
 }
 
 impl<'a, R: Reader> Reading<'a, R> {
@@ -477,8 +477,8 @@ impl<'a, R: Reader> Reading<'a, R> {
         };
         let part = |name: &str, folder| -> io::Result<Part<R::Row, R::Report>> {
             let rows = match place {
-                Place::Nowhere => ShelfWriter::nowhere(),
-                _ => ShelfWriter::new(folder, name)?,
+                Place::Nowhere => RowStoreWriter::nowhere(),
+                _ => RowStoreWriter::new(folder, name)?,
             };
             Ok(Part { rows, report: R::Report::default() })
         };
@@ -492,7 +492,7 @@ impl<'a, R: Reader> Reading<'a, R> {
                 diagnosis: Diagnosis::default(),
                 seen: SeenWriter::new(folder.map(|folder| folder.join(SEEN)))?,
                 parts: [part("train", folder)?, part("held_out", of_held_out)?],
-                held_out_lines: Sink::new(of_held_out, HELD_OUT)?,
+                held_out_lines: ByteSink::new(of_held_out, HELD_OUT)?,
             })
         };
         begin().map_err(|error| refused(place, path, error))

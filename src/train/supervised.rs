@@ -20,7 +20,7 @@ use super::settings::{CommonSettings, DpoSettings, EvalStrategy, RunSettings, Ta
 use crate::data::doctor::{Check, Diagnosis};
 use crate::data::{
     Batch, Cache, Comparison, ComparisonKind, ComparisonSettings, Comparisons, DataError, Dataset,
-    EpochPlan, EpochSettings, Limits, LoadSettings, ModelLimits, Shelves, WhenTooLong,
+    EpochPlan, EpochSettings, Limits, LoadSettings, ModelLimits, RowStore, WhenTooLong,
     epoch_examples,
 };
 use crate::eval::evaluate;
@@ -565,7 +565,7 @@ impl Supervised {
         decoder: &Decoder,
         active: &[ActiveAdapter],
         own: &DpoSettings,
-        held_out: &Shelves<Comparison>,
+        held_out: &RowStore<Comparison>,
         stop: &AtomicBool,
     ) -> Result<Option<Numbers>, TrainError> {
         let (mut loss, mut count, mut stats) = (0.0, 0, Stats::default());
@@ -626,7 +626,7 @@ pub(super) fn longest_together(lengths: impl Iterator<Item = usize>, count: usiz
 }
 
 /// Some of the rows, read anew.
-fn taken(rows: &Shelves<Comparison>, which: impl Iterator<Item = usize>) -> Vec<Comparison> {
+fn taken(rows: &RowStore<Comparison>, which: impl Iterator<Item = usize>) -> Vec<Comparison> {
     which.map(|row| rows.get(row)).collect()
 }
 
@@ -638,7 +638,7 @@ fn refs(rows: &[Comparison]) -> Vec<&Comparison> {
 fn asked(
     decoder: &Decoder,
     active: &[ActiveAdapter],
-    rows: &Shelves<Comparison>,
+    rows: &RowStore<Comparison>,
     which: impl Iterator<Item = usize>,
 ) -> Result<Vec<Vec<f32>>, TrainError> {
     response_log_probs(decoder, active, &refs(&taken(rows, which)))
@@ -925,7 +925,7 @@ impl RewardJudgement {
 pub fn judge_rewards(
     decoder: &Decoder,
     active: &[ActiveAdapter],
-    rows: &Shelves<Comparison>,
+    rows: &RowStore<Comparison>,
     center_rewards_coefficient: f64,
     stop: &AtomicBool,
 ) -> Result<Option<RewardJudgement>, TrainError> {
