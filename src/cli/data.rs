@@ -10,9 +10,9 @@ use serde_json::{Map, Value, json};
 use super::{TemplateFlags, open_tokenizer, set_template_date, to_json};
 use crate::data::doctor::{Check, Diagnosis, Seen};
 use crate::data::{
-    AlpacaPrompt, ComparisonKind, ComparisonSettings, Comparisons, DataFile, Dataset, Dialect,
-    FileRows, Limits, LoadSettings, ModelLimits, PromptSettings, Prompts, WhenTooLong,
-    first_dialect,
+    AlpacaPrompt, ComparisonKind, ComparisonSettings, Comparisons, DataFile, Dataset, FileRows,
+    Limits, LoadSettings, ModelLimits, PromptSettings, Prompts, RowFormat, WhenTooLong,
+    first_row_format,
 };
 use crate::model::Config;
 use crate::text::{Added, Tokenizer};
@@ -142,10 +142,10 @@ impl Data {
         let max_length = self.max_length.unwrap_or(1024).min(model.window);
         let (allow, alpaca, model) = (self.allow.clone(), self.alpaca_prompt, Some(model));
         let limits = Limits { max_length, when_long: WhenTooLong::Cut };
-        let kind = match first_dialect(path)? {
-            Some(Dialect::Compared | Dialect::Ranked) => ComparisonKind::Pairs,
-            Some(Dialect::Labelled) => ComparisonKind::Labels,
-            Some(Dialect::Prompt) => {
+        let kind = match first_row_format(path)? {
+            Some(RowFormat::Compared | RowFormat::Ranked) => ComparisonKind::Pairs,
+            Some(RowFormat::Labelled) => ComparisonKind::Labels,
+            Some(RowFormat::Prompt) => {
                 return Ok(Kind::Prompts(PromptSettings { max_length, allow, cache: None }));
             }
             _ => {

@@ -324,8 +324,8 @@ impl Reader for ComparisonReader<'_> {
 
     fn parse(&self, line: &[u8]) -> Result<Parsed<Tokenized>, Unread> {
         let Self { tokenizer, settings, kind } = *self;
-        let (dialect, row) = ComparisonRow::read(line, kind);
-        let unread = |error| Unread { dialect, error };
+        let (format, row) = ComparisonRow::read(line, kind);
+        let unread = |error| Unread { format, error };
         let row = row.map_err(unread)?;
         let hash = doctor::normalized_comparison(&row);
         let mut findings = doctor::of_comparison(&row);
@@ -348,7 +348,7 @@ impl Reader for ComparisonReader<'_> {
         }
         let longest = row.responses.iter().map(Vec::len).max().unwrap_or_default();
         let length = row.prompt.len() + longest;
-        Ok(Parsed { dialect, held_out, hash, length, findings, tokenized: row })
+        Ok(Parsed { format, held_out, hash, length, findings, tokenized: row })
     }
 
     fn add(

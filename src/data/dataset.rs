@@ -201,8 +201,8 @@ impl Reader for ExampleReader<'_> {
     }
 
     fn parse(&self, line: &[u8]) -> Result<Parsed<Tokenized>, Unread> {
-        let (dialect, row) = Row::read(line);
-        let unread = |error| Unread { dialect, error };
+        let (format, row) = Row::read(line);
+        let unread = |error| Unread { format, error };
         let row = row.map_err(unread)?;
         let tokenized = tokenize(&row, self.tokenizer, self.settings.alpaca).map_err(unread)?;
         let Tokenized { tokens, learned, .. } = &tokenized;
@@ -221,7 +221,7 @@ impl Reader for ExampleReader<'_> {
         findings.extend(doctor::of_tokens(&row, tokens, learned, self.tokenizer));
         let (held_out, hash) = (is_held_out(&row), doctor::normalized_hash(&row));
         let length = tokens.len();
-        Ok(Parsed { dialect, held_out, hash, length, findings, tokenized })
+        Ok(Parsed { format, held_out, hash, length, findings, tokenized })
     }
 
     fn add(

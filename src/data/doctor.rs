@@ -18,7 +18,7 @@ use sha2::{Digest, Sha256};
 use super::cache::{map_or_empty, sort_records};
 use super::lines::FAULTS_TOLD;
 use super::rows::{ComparisonRow, Responses};
-use super::{DataError, Dialect, Message, Row, RowError};
+use super::{DataError, Message, Row, RowError, RowFormat};
 use crate::quant::Bytes;
 use crate::text::Tokenizer;
 
@@ -45,7 +45,7 @@ pub enum Check {
     WrongRows,
     /// A role or speaker nobody knows.
     UnknownRoles,
-    /// A row of another dialect than the file's first.
+    /// A row of another format than the file's first.
     MixedDialects,
     /// Ids that the tokenizer or the model does not have.
     OutOfVocabulary,
@@ -129,7 +129,8 @@ pub struct Found {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Diagnosis {
     /// The kind of the first row that has one.
-    pub dialect: Option<Dialect>,
+    #[serde(rename = "dialect")]
+    pub format: Option<RowFormat>,
     /// All rows.
     pub rows: u64,
     /// How many rows have up to so many tokens, before any cut: powers of two.
@@ -153,11 +154,11 @@ impl Diagnosis {
         }
     }
 
-    /// Counts a row, and holds it to the dialect of the first.
-    pub(super) fn row(&mut self, line: u64, dialect: Option<Dialect>) {
+    /// Counts a row, and holds it to the format of the first.
+    pub(super) fn row(&mut self, line: u64, format: Option<RowFormat>) {
         self.rows += 1;
-        match (self.dialect, dialect) {
-            (None, found) => self.dialect = found,
+        match (self.format, format) {
+            (None, found) => self.format = found,
             (Some(first), Some(found)) if first != found => {
                 let sentence =
                     format!("is a row of {}, the file began with {}", found.name(), first.name());
@@ -226,10 +227,10 @@ fn told(check: Check, found: &Found, path: &Path) -> String {
 }
 
 impl fmt::Display for Diagnosis {
-    /// The dialect and the histogram of lengths.
+    /// The format and the histogram of lengths.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let dialect = self.dialect.map_or("no known kind", Dialect::name);
-        write!(f, "rows of {dialect}")?;
+        let format = self.format.map_or("no known kind", RowFormat::name);
+        write!(f, "rows of {format}")?;
         let most = self.lengths.values().max().copied().unwrap_or(1);
         for (up_to, rows) in &self.lengths {
             let bar = "█".repeat((rows * 40).div_ceil(most) as usize);

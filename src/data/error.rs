@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::Dialect;
+use super::RowFormat;
 use super::cache::Refused;
 use crate::text::TextError;
 
@@ -172,10 +172,10 @@ pub enum RowError {
         keys: Vec<String>,
     },
     /// Rows that another command learns from.
-    #[error("is a row of {}, which is for {}, not this command", dialect.name(), dialect.learned_by())]
+    #[error("is a row of {}, which is for {}, not this command", format.name(), format.learned_by())]
     OfOthers {
         /// What kind of row it is.
-        dialect: Dialect,
+        format: RowFormat,
     },
     /// A role that is none.
     #[error("`{key}` is {found}, needs one of {known}")]

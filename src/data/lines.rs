@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 
 use super::cache::{file_sha256, hex};
 use super::parquet::ParquetRows;
-use super::{DataError, Dialect, Row, RowError};
+use super::{DataError, Row, RowError, RowFormat};
 
 /// Lines tokenized at a time, by all threads, or as many as have this many bytes: what is held of
 /// the file's text.
@@ -107,7 +107,7 @@ pub(super) fn first_lines(
 ///
 /// # Errors
 /// If the file cannot be read.
-pub fn first_dialect(path: &Path) -> Result<Option<Dialect>, DataError> {
+pub fn first_row_format(path: &Path) -> Result<Option<RowFormat>, DataError> {
     let mut found = None;
     first_lines(path, LINES_AT_A_TIME, |line| {
         found = found.or_else(|| Row::read(&line.bytes).0);
@@ -162,13 +162,13 @@ impl Source {
 
 /// What a row would have been, and why it cannot be read.
 pub(super) struct Unread {
-    pub dialect: Option<Dialect>,
+    pub format: Option<RowFormat>,
     pub error: RowError,
 }
 
 impl From<RowError> for Unread {
     fn from(error: RowError) -> Self {
-        Self { dialect: None, error }
+        Self { format: None, error }
     }
 }
 

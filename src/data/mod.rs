@@ -1,6 +1,6 @@
 //! Rows to tokens, loss masks and batches.
 //!
-//! A file, JSONL or Parquet, is read line by line ([`Row`], of one [`Dialect`] a file), and each row
+//! A file, JSONL or Parquet, is read line by line ([`Row`], of one [`RowFormat`] a file), and each row
 //! becomes tokens: an [`Example`], of which some are learned, a [`Comparison`] of responses, or a
 //! [`Prompt`] to be answered. What would teach nothing or teach wrong is found on the way ([`doctor`]).
 //! Rows lie on [`RowStore`], in memory, or of a large file on disk, made once.
@@ -38,10 +38,10 @@ pub use comparison::{
 pub use dataset::{DataReport, Dataset, LoadSettings, ModelLimits, Split};
 pub use error::{DataError, RowError};
 pub use example::Example;
-pub use lines::first_dialect;
+pub use lines::first_row_format;
 pub use mixture::{DataFile, epoch_examples};
 pub use prompts::{Prompt, PromptReport, PromptSettings, PromptSplit, Prompts};
 pub use reading::{Cache, FileRows, FileSplit};
 pub use row_store::{Examples, Record, RowLocation, RowStore};
-pub use rows::{AlpacaPrompt, Dialect, Message, Row};
+pub use rows::{AlpacaPrompt, Message, Row, RowFormat};
 pub use split::is_held_out;

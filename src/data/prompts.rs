@@ -15,7 +15,7 @@ use super::reading::{Cache, FileRows, FileSplit, Parsed, Part, Reader, Report};
 use super::row_store::{Record, RowLocation, WordReader, hash_tokens, write_words};
 use super::rows::PromptRow;
 use super::split::is_held_out_text;
-use super::{DataError, Dialect, RowError};
+use super::{DataError, RowError, RowFormat};
 use crate::text::{Special, Tokenizer};
 
 /// A prompt, and the row it came in.
@@ -214,11 +214,11 @@ impl Reader for PromptReader<'_> {
     }
 
     fn parse(&self, line: &[u8]) -> Result<Parsed<Tokenized>, Unread> {
-        let dialect = Some(Dialect::Prompt); // whatever other keys the row has
+        let format = Some(RowFormat::Prompt); // whatever other keys the row has
         let (held_out, tokenized) = tokenized(line, self.tokenizer, self.settings.max_length)
-            .map_err(|error| Unread { dialect, error })?;
+            .map_err(|error| Unread { format, error })?;
         Ok(Parsed {
-            dialect,
+            format,
             held_out,
             hash: doctor::normalized_prompt(&tokenized.text),
             length: tokenized.tokens.len(),

@@ -21,7 +21,7 @@ use super::cache::{self, file_sha256, hex, map_or_empty};
 use super::doctor::{Check, Diagnosis, Finding, Seen, SeenWriter};
 use super::lines::{Line, Unread, first_lines, read_all};
 use super::row_store::{ByteSink, Record, RowStore, RowStoreWriter, names};
-use super::{DataError, Dialect};
+use super::{DataError, RowFormat};
 use crate::quant::Bytes;
 use crate::text::Tokenizer;
 use crate::weights::write_atomically;
@@ -86,7 +86,7 @@ pub(super) trait Report: Clone + Default + Serialize + DeserializeOwned {
 
 /// A row as it comes from a thread.
 pub(super) struct Parsed<T> {
-    pub dialect: Option<Dialect>,
+    pub format: Option<RowFormat>,
     /// Whether it is one of the one in ten.
     pub held_out: bool,
     /// What it says, whatever its case and spacing.
@@ -514,11 +514,11 @@ impl<'a, R: Reader> Reading<'a, R> {
     }
 
     fn add(&mut self, line: &Line, row: Result<Parsed<R::Tokenized>, Unread>) -> io::Result<()> {
-        let dialect = match &row {
-            Ok(parsed) => parsed.dialect,
-            Err(unread) => unread.dialect,
+        let format = match &row {
+            Ok(parsed) => parsed.format,
+            Err(unread) => unread.format,
         };
-        self.diagnosis.row(line.number, dialect);
+        self.diagnosis.row(line.number, format);
         let parsed = match row.map_err(|unread| unread.error) {
             Ok(parsed) => parsed,
             Err(error) => {

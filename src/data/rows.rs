@@ -20,7 +20,7 @@ const SPEAKERS: [(&str, &[&str]); 4] = [
 /// A kind of row by its keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Dialect {
+pub enum RowFormat {
     /// `input_ids` (+ `labels`).
     Tokens,
     /// `messages` (+ `tools`), TRL's and OpenAI's.
@@ -45,11 +45,11 @@ pub enum Dialect {
     Prompt,
 }
 
-impl Dialect {
+impl RowFormat {
     /// Nothing if the keys make none.
     fn of(row: &Map<String, Value>) -> Option<Self> {
         let has = |key: &str| row.get(key).is_some_and(|value| !value.is_null());
-        let dialect = match () {
+        let format = match () {
             () if has("input_ids") => Self::Tokens,
             () if has("chosen") && has("rejected") => Self::Compared,
             () if has("responses") => Self::Ranked,
@@ -65,7 +65,7 @@ impl Dialect {
             () if has("prompt") => Self::Prompt,
             () => return None,
         };
-        Some(dialect)
+        Some(format)
     }
 
     /// As people name it.
@@ -168,10 +168,10 @@ impl Row {
         Self::read(line).1
     }
 
-    /// The same, with the row's dialect, which also a row has that is wrong in other ways.
-    pub(super) fn read(line: &[u8]) -> (Option<Dialect>, Result<Self, RowError>) {
+    /// The same, with the row's format, which also a row has that is wrong in other ways.
+    pub(super) fn read(line: &[u8]) -> (Option<RowFormat>, Result<Self, RowError>) {
         match object(line) {
-            Ok(row) => (Dialect::of(&row), Self::of(row)),
+            Ok(row) => (RowFormat::of(&row), Self::of(row)),
             Err(error) => (None, Err(error)),
         }
     }
@@ -196,8 +196,8 @@ impl Row {
             Ok(Self::Text(string("text", text)?))
         } else {
             let keys = row.keys().cloned().collect();
-            match Dialect::of(&row).filter(|dialect| !dialect.is_supervised()) {
-                Some(dialect) => Err(RowError::OfOthers { dialect }),
+            match RowFormat::of(&row).filter(|format| !format.is_supervised()) {
+                Some(format) => Err(RowError::OfOthers { format }),
                 None => Err(RowError::UnknownKind { keys }),
             }
         }
@@ -297,11 +297,11 @@ pub(super) enum Responses {
 }
 
 impl ComparisonRow {
-    /// Reads one line, for its dialect whatever is wrong with the row. A key whose value is null
+    /// Reads one line, for its format whatever is wrong with the row. A key whose value is null
     /// counts as absent.
-    pub fn read(line: &[u8], kind: ComparisonKind) -> (Option<Dialect>, Result<Self, RowError>) {
+    pub fn read(line: &[u8], kind: ComparisonKind) -> (Option<RowFormat>, Result<Self, RowError>) {
         match object(line) {
-            Ok(row) => (Dialect::of(&row), Self::of(row, kind)),
+            Ok(row) => (RowFormat::of(&row), Self::of(row, kind)),
             Err(error) => (None, Err(error)),
         }
     }
@@ -613,7 +613,7 @@ fn prompt_completion(
     row: &Map<String, Value>,
 ) -> Result<Row, RowError> {
     if row.get("label").is_some_and(|label| self::label(label).is_ok()) {
-        return Err(RowError::OfOthers { dialect: Dialect::Labelled });
+        return Err(RowError::OfOthers { format: RowFormat::Labelled });
     }
     if !prompt.is_array() {
         let prompt = string("prompt", prompt)?;

@@ -721,8 +721,8 @@ pub(super) fn judge(diagnosis: &Diagnosis, path: &Path, allow: &[Check]) -> Resu
 }
 
 fn warn(diagnosis: &Diagnosis, path: &Path, allow: &[Check]) {
-    if let Some(dialect) = diagnosis.dialect {
-        eprintln!("{}: rows of {}", path.display(), dialect.name());
+    if let Some(format) = diagnosis.format {
+        eprintln!("{}: rows of {}", path.display(), format.name());
     }
     for warning in diagnosis.warnings(path, allow) {
         eprintln!("warning: {warning}");

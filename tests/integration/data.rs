@@ -359,7 +359,7 @@ fn what_is_learned_of_a_row() {
 
 /// Rows as each peer writes them, and what is learned of them.
 #[test]
-fn all_dialects_are_learned() {
+fn sft_reads_every_row_format() {
     let bos = &tokenizer("bos");
     let chat = &tokenizer("chatml");
     let turns = json!([
