@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sha2::Sha256;
 
-use super::doctor::{self, Check, Finding};
+use super::checks::{self, Check, Finding};
 use super::lines::{Line, Unread};
 use super::reading::{Cache, FileRows, FileSplit, Parsed, Part, Reader, Report};
 use super::row_store::{Record, RowLocation, WordReader, hash_tokens, write_words};
@@ -327,8 +327,8 @@ impl Reader for ComparisonReader<'_> {
         let (format, row) = ComparisonRow::read(line, kind);
         let unread = |error| Unread { format, error };
         let row = row.map_err(unread)?;
-        let hash = doctor::normalized_comparison(&row);
-        let mut findings = doctor::of_comparison(&row);
+        let hash = checks::normalized_comparison(&row);
+        let mut findings = checks::of_comparison(&row);
         let (held_out, row) = tokenized(row, tokenizer, kind).map_err(unread)?;
         let in_order = || row.prompt.iter().chain(row.responses.iter().flatten());
         if let Some(limits) = settings.model
@@ -340,7 +340,7 @@ impl Reader for ComparisonReader<'_> {
         }
         let first = row.responses.first().map_or(&[][..], Vec::as_slice);
         let begins: Vec<u32> = row.prompt.iter().chain(first).take(2).copied().collect();
-        findings.extend(doctor::doubled_bos(&begins, tokenizer));
+        findings.extend(checks::doubled_bos(&begins, tokenizer));
         let ends = |tokens: &Vec<u32>| tokens.iter().any(|&id| tokenizer.is_end_of_generation(id));
         if let Some(response) = row.responses.iter().position(|response| !ends(response)) {
             let sentence = format!("response {response} holds no token that ends generation");

@@ -8,7 +8,7 @@ use std::sync::atomic::AtomicBool;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::doctor::{self, Check, Finding};
+use super::checks::{self, Check, Finding};
 use super::example::{Tokenized, WhenLong, pieces, tokenize};
 use super::lines::{Line, Unread};
 use super::reading::{self, Cache, FileRows, FileSplit, Parsed, Part, Reader, Report};
@@ -214,12 +214,12 @@ impl Reader for ExampleReader<'_> {
         }
         let mut findings = match &row {
             Row::Messages { messages, .. } | Row::Alpaca { messages, .. } => {
-                doctor::of_messages(messages)
+                checks::of_messages(messages)
             }
             _ => Vec::new(),
         };
-        findings.extend(doctor::of_tokens(&row, tokens, learned, self.tokenizer));
-        let (held_out, hash) = (is_held_out(&row), doctor::normalized_hash(&row));
+        findings.extend(checks::of_tokens(&row, tokens, learned, self.tokenizer));
+        let (held_out, hash) = (is_held_out(&row), checks::normalized_hash(&row));
         let length = tokens.len();
         Ok(Parsed { format, held_out, hash, length, findings, tokenized })
     }

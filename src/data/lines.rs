@@ -20,7 +20,7 @@ const BYTES_AT_A_TIME: usize = 16 << 20;
 /// Bytes a line may have.
 const LONGEST_LINE: usize = 64 << 20;
 /// Wrong rows told one by one; the rest are counted.
-pub(super) const FAULTS_TOLD: usize = 5;
+pub(super) const FAULTS_SHOWN: usize = 5;
 
 /// Shows what `parse` makes of every row to `add`, in order; the file's SHA-256. After a wrong row,
 /// the rest of the file is read for further wrong ones only. Ends early once `stop` is set.
@@ -38,7 +38,7 @@ pub(super) fn read<T: Send>(
             Ok(_) => {}
             Err(problem) => {
                 wrong += 1;
-                if first.len() < FAULTS_TOLD {
+                if first.len() < FAULTS_SHOWN {
                     first.push((line.number, problem.to_string()));
                 }
             }

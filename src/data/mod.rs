@@ -2,7 +2,7 @@
 //!
 //! A file, JSONL or Parquet, is read line by line ([`Row`], of one [`RowFormat`] a file), and each row
 //! becomes tokens: an [`Example`], of which some are learned, a [`Comparison`] of responses, or a
-//! [`Prompt`] to be answered. What would teach nothing or teach wrong is found on the way ([`doctor`]).
+//! [`Prompt`] to be answered. What would teach nothing or teach wrong is found on the way ([`checks`]).
 //! Rows lie on [`RowStore`], in memory, or of a large file on disk, made once.
 //! Several files with weights are a mixture ([`epoch_examples`]). An epoch is an order of bins of
 //! rows ([`EpochPlan`]) that a step lays end to end ([`Batch`]); nothing is padded. What comes
@@ -15,10 +15,10 @@
 
 mod batch;
 mod cache;
+pub mod checks;
 mod comparison;
 pub mod corpus;
 mod dataset;
-pub mod doctor;
 mod error;
 mod example;
 mod lines;

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use sha2::Sha256;
 
-use super::doctor::{self, Check, Finding};
+use super::checks::{self, Check, Finding};
 use super::lines::{Line, Unread};
 use super::reading::{Cache, FileRows, FileSplit, Parsed, Part, Reader, Report};
 use super::row_store::{Record, RowLocation, WordReader, hash_tokens, write_words};
@@ -220,9 +220,9 @@ impl Reader for PromptReader<'_> {
         Ok(Parsed {
             format,
             held_out,
-            hash: doctor::normalized_prompt(&tokenized.text),
+            hash: checks::normalized_prompt(&tokenized.text),
             length: tokenized.tokens.len(),
-            findings: doctor::doubled_bos(&tokenized.tokens, self.tokenizer).into_iter().collect(),
+            findings: checks::doubled_bos(&tokenized.tokens, self.tokenizer).into_iter().collect(),
             tokenized,
         })
     }

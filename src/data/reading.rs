@@ -18,7 +18,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::cache::{self, file_sha256, hex, map_or_empty};
-use super::doctor::{Check, Diagnosis, Finding, Seen, SeenWriter};
+use super::checks::{Check, CheckReport, Finding, RowHashWriter, RowHashes};
 use super::lines::{Line, Unread, first_lines, read_all};
 use super::row_store::{ByteSink, Record, RowStore, RowStoreWriter, names};
 use super::{DataError, RowFormat};
@@ -27,10 +27,10 @@ use crate::text::Tokenizer;
 use crate::weights::write_atomically;
 
 /// Another number, other folders: to be raised whenever the same file would give other tokens or
-/// another diagnosis.
+/// another checks.
 const FORMAT: u32 = 2;
 const HEADER: &str = "rows.json";
-const SEEN: &str = "rows.seen";
+const HASHES: &str = "rows.seen";
 const HELD_OUT: &str = "held_out.jsonl";
 
 /// Where tokens of large files are kept.
@@ -61,9 +61,9 @@ pub struct FileRows<T, R> {
     /// The same of all tokens.
     pub tokens_sha256: String,
     /// What is wrong with the rows of the whole file, held-out ones among them.
-    pub diagnosis: Diagnosis,
+    pub checks: CheckReport,
     /// What all rows of the file say.
-    pub seen: Seen,
+    pub hashes: RowHashes,
 }
 
 /// A file in two parts, no prompt in both.
@@ -146,7 +146,7 @@ pub(super) trait Reader: Sized + Sync {
         stop: &AtomicBool,
     ) -> Result<FileRows<Self::Row, Self::Report>, DataError> {
         let loaded = Loaded::of(path, self, cache, false, stop)?;
-        loaded.diagnosis.unreadable(path, self.allow())?;
+        loaded.checks.unreadable(path, self.allow())?;
         loaded.check(path, self)?;
         Ok(loaded.train())
     }
@@ -159,7 +159,7 @@ pub(super) trait Reader: Sized + Sync {
         stop: &AtomicBool,
     ) -> Result<FileSplit<Self::Row, Self::Report>, DataError> {
         let loaded = Loaded::of(path, self, cache, true, stop)?;
-        loaded.diagnosis.unreadable(path, self.allow())?;
+        loaded.checks.unreadable(path, self.allow())?;
         let [train, held_out] = &loaded.parts;
         let rows = held_out.report.rows();
         if train.report.rows() == 0 && rows > 0 {
@@ -170,9 +170,9 @@ pub(super) trait Reader: Sized + Sync {
         // Held-out rows with nothing to learn cannot be scored: then there is no held-out part.
         let held_out = (!held_out.rows.is_empty()).then(|| {
             let Kept { rows, report, tokens_sha256 } = held_out.clone();
-            let (diagnosis, seen) = (Diagnosis::default(), Seen::default());
+            let (checks, hashes) = (CheckReport::default(), RowHashes::default());
             let sha256 = loaded.sha256.clone();
-            FileRows { rows, report, sha256, tokens_sha256, diagnosis, seen }
+            FileRows { rows, report, sha256, tokens_sha256, checks, hashes }
         });
         Ok(FileSplit { train: loaded.train(), held_out, held_out_lines })
     }
@@ -224,8 +224,8 @@ pub(super) fn join<T: Record, R: Report>(
 /// What a file's rows came to, in one part or two.
 struct Loaded<T, R> {
     sha256: String,
-    diagnosis: Diagnosis,
-    seen: Seen,
+    checks: CheckReport,
+    hashes: RowHashes,
     /// What is trained on, and what is held out.
     parts: [Kept<T, R>; 2],
     held_out_lines: Bytes,
@@ -255,7 +255,8 @@ struct Origin {
 #[derive(Debug, Serialize, Deserialize)]
 struct Header<R> {
     origin: Origin,
-    diagnosis: Diagnosis,
+    #[serde(rename = "diagnosis")]
+    checks: CheckReport,
     reports: [R; 2],
     tokens_sha256: [String; 2],
     /// Of each other file, by its name.
@@ -334,7 +335,7 @@ impl<T: Record, R: Report> Loaded<T, R> {
         let [train, held_out] = self.parts;
         let header = Header {
             origin,
-            diagnosis: self.diagnosis,
+            checks: self.checks,
             reports: [train.report, held_out.report],
             tokens_sha256: [train.tokens_sha256, held_out.tokens_sha256],
             sha256,
@@ -382,8 +383,8 @@ impl<T: Record, R: Report> Loaded<T, R> {
         };
         Ok(Self {
             sha256: origin.file.clone(),
-            diagnosis: header.diagnosis,
-            seen: Seen::new(map(SEEN)?),
+            checks: header.checks,
+            hashes: RowHashes::new(map(HASHES)?),
             parts: [
                 part("train", report, tokens_sha256)?,
                 match origin.split {
@@ -414,8 +415,8 @@ impl<T: Record, R: Report> Loaded<T, R> {
 
     fn train(self) -> FileRows<T, R> {
         let [Kept { rows, report, tokens_sha256 }, _] = self.parts;
-        let Self { sha256, diagnosis, seen, .. } = self;
-        FileRows { rows, report, sha256, tokens_sha256, diagnosis, seen }
+        let Self { sha256, checks, hashes, .. } = self;
+        FileRows { rows, report, sha256, tokens_sha256, checks, hashes }
     }
 }
 
@@ -435,7 +436,7 @@ fn shared(cache: &Path) -> String {
 
 /// The files of a folder beside what is said of them.
 fn files(split: bool) -> Vec<String> {
-    let mut files = vec![SEEN.to_string()];
+    let mut files = vec![HASHES.to_string()];
     files.extend(names("train"));
     if split {
         files.extend(names("held_out"));
@@ -458,8 +459,8 @@ struct Reading<'a, R: Reader> {
     reader: &'a R,
     split: bool,
     place: Place<'a>,
-    diagnosis: Diagnosis,
-    seen: SeenWriter,
+    checks: CheckReport,
+    hashes: RowHashWriter,
     parts: [Part<R::Row, R::Report>; 2],
     held_out_lines: ByteSink,
 }
@@ -489,8 +490,8 @@ impl<'a, R: Reader> Reading<'a, R> {
                 reader,
                 split,
                 place,
-                diagnosis: Diagnosis::default(),
-                seen: SeenWriter::new(folder.map(|folder| folder.join(SEEN)))?,
+                checks: CheckReport::default(),
+                hashes: RowHashWriter::new(folder.map(|folder| folder.join(HASHES)))?,
                 parts: [part("train", folder)?, part("held_out", of_held_out)?],
                 held_out_lines: ByteSink::new(of_held_out, HELD_OUT)?,
             })
@@ -518,21 +519,21 @@ impl<'a, R: Reader> Reading<'a, R> {
             Ok(parsed) => parsed.format,
             Err(unread) => unread.format,
         };
-        self.diagnosis.row(line.number, format);
+        self.checks.row(line.number, format);
         let parsed = match row.map_err(|unread| unread.error) {
             Ok(parsed) => parsed,
             Err(error) => {
-                self.diagnosis.note(line.number, (Check::of(&error), error.to_string()));
+                self.checks.note(line.number, (Check::of(&error), error.to_string()));
                 return Ok(());
             }
         };
         let held_out = self.split && parsed.held_out;
-        self.diagnosis.length(parsed.length);
-        self.seen.add(parsed.hash, line.number)?;
+        self.checks.length(parsed.length);
+        self.hashes.add(parsed.hash, line.number)?;
         let part = &mut self.parts[usize::from(held_out)];
         let more = self.reader.add(line, parsed.tokenized, part)?;
         for finding in parsed.findings.into_iter().chain(more) {
-            self.diagnosis.note(line.number, finding);
+            self.checks.note(line.number, finding);
         }
         if held_out {
             self.held_out_lines.write(&line.bytes)?;
@@ -550,14 +551,14 @@ impl<'a, R: Reader> Reading<'a, R> {
             Ok(Kept { rows, report: part.report, tokens_sha256 })
         };
         let finish = || -> io::Result<Loaded<R::Row, R::Report>> {
-            let seen = self.seen.finish()?;
-            seen.tell(&mut self.diagnosis);
+            let hashes = self.hashes.finish()?;
+            hashes.report_duplicates(&mut self.checks);
             let lines = self.held_out_lines.finish()?;
             let [train, held_out] = self.parts;
             Ok(Loaded {
                 sha256,
-                diagnosis: self.diagnosis,
-                seen,
+                checks: self.checks,
+                hashes,
                 parts: [kept(train)?, kept(held_out)?],
                 held_out_lines: Bytes::new(Arc::new(lines)),
             })

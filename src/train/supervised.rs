@@ -17,7 +17,7 @@ use super::progress::{Progress, Work};
 use super::reference::{self, ReferenceLogps};
 use super::run_dir::{Fingerprint, RunDir, State};
 use super::settings::{CommonSettings, DpoSettings, EvalStrategy, RunSettings, Task};
-use crate::data::doctor::{Check, Diagnosis};
+use crate::data::checks::{Check, CheckReport};
 use crate::data::{
     Batch, Cache, Comparison, ComparisonKind, ComparisonSettings, Comparisons, DataError, Dataset,
     EpochPlan, EpochSettings, Limits, LoadSettings, ModelLimits, RowStore, WhenTooLong,
@@ -666,16 +666,16 @@ fn load_examples(
         } else {
             Dataset::load(path, tokenizer, settings.clone(), stop)?
         };
-        judge(&data.diagnosis, path, &common.allow)?;
+        judge(&data.checks, path, &common.allow)?;
         files.push((data.rows.len(), file.weight));
         all.push(data);
     }
     if strategy(common) != EvalStrategy::No && !splits {
         let mut data = Dataset::load(&common.eval_data, tokenizer, settings.clone(), stop)?;
         for (file, trained) in common.data.iter().zip(&all) {
-            trained.seen.again(&file.path, &data.seen, &mut data.diagnosis);
+            trained.hashes.report_held_out_duplicates(&file.path, &data.hashes, &mut data.checks);
         }
-        warn(&data.diagnosis, &common.eval_data, &common.allow);
+        warn(&data.checks, &common.eval_data, &common.allow);
         held_out.push(data);
     }
     if splits && held_out.is_empty() {
@@ -699,8 +699,8 @@ fn load_comparisons(
         (load(path)?, None, Vec::new())
     } else if !common.eval_data.as_os_str().is_empty() {
         let (train, mut held_out) = (load(path)?, load(&common.eval_data)?);
-        train.seen.again(path, &held_out.seen, &mut held_out.diagnosis);
-        warn(&held_out.diagnosis, &common.eval_data, &common.allow);
+        train.hashes.report_held_out_duplicates(path, &held_out.hashes, &mut held_out.checks);
+        warn(&held_out.checks, &common.eval_data, &common.allow);
         (train, Some(held_out), Vec::new())
     } else {
         let split = Comparisons::load_split(path, tokenizer, settings.clone(), kind, stop)?;
@@ -710,21 +710,21 @@ fn load_comparisons(
         }
         (split.train, split.held_out, lines.into_iter().collect())
     };
-    judge(&train.diagnosis, path, &common.allow)?;
+    judge(&train.checks, path, &common.allow)?;
     Ok((Rows::Comparisons(train), held_out.map(Rows::Comparisons), lines))
 }
 
 /// Tells what is odd about rows, and refuses what would teach nothing or teach wrong.
-pub(super) fn judge(diagnosis: &Diagnosis, path: &Path, allow: &[Check]) -> Result<(), TrainError> {
-    warn(diagnosis, path, allow);
-    Ok(diagnosis.judge(path, allow)?)
+pub(super) fn judge(checks: &CheckReport, path: &Path, allow: &[Check]) -> Result<(), TrainError> {
+    warn(checks, path, allow);
+    Ok(checks.verify(path, allow)?)
 }
 
-fn warn(diagnosis: &Diagnosis, path: &Path, allow: &[Check]) {
-    if let Some(format) = diagnosis.format {
+fn warn(checks: &CheckReport, path: &Path, allow: &[Check]) {
+    if let Some(format) = checks.format {
         eprintln!("{}: rows of {}", path.display(), format.name());
     }
-    for warning in diagnosis.warnings(path, allow) {
+    for warning in checks.warnings(path, allow) {
         eprintln!("warning: {warning}");
     }
 }

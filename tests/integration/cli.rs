@@ -78,7 +78,7 @@ fn every_flag_of_data_changes_something() {
 
 /// Tokens that training would add have rows: what is beyond the base's is theirs.
 #[test]
-fn the_doctor_knows_tokens_that_are_to_be_added() {
+fn data_accepts_tokens_that_training_adds() {
     let lab = Lab::new();
     lab.write("ids.jsonl", r#"{"input_ids": [5, 512, 513]}"#);
     let look = |named: &[&str]| {

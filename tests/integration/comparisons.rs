@@ -409,7 +409,7 @@ fn comparisons_and_prompts_are_kept_on_disk_and_found_again() {
             let (held_out, same) = (in_memory.held_out.unwrap(), on_disk.held_out.unwrap());
             for (a, b) in [(&in_memory.train, &on_disk.train), (&held_out, &same)] {
                 assert!(!a.rows.is_empty() && a.rows.iter().eq(b.rows.iter()), "{kind:?} {time}");
-                assert_eq!((&a.report, &a.diagnosis), (&b.report, &b.diagnosis));
+                assert_eq!((&a.report, &a.checks), (&b.report, &b.checks));
                 assert_eq!((&a.sha256, &a.tokens_sha256), (&b.sha256, &b.tokens_sha256));
                 assert_eq!([a.rows.bytes(60)[1], b.rows.bytes(60)[0]], [0, 0]);
             }
@@ -421,7 +421,7 @@ fn comparisons_and_prompts_are_kept_on_disk_and_found_again() {
         let (in_memory, on_disk) = (load(in_memory), load(on_disk));
         assert!(in_memory.rows.iter().eq(on_disk.rows.iter()), "{time}");
         assert_eq!(Value::Object(on_disk.rows.get(7).row), row(7));
-        assert_eq!((&in_memory.report, in_memory.diagnosis), (&on_disk.report, on_disk.diagnosis));
+        assert_eq!((&in_memory.report, in_memory.checks), (&on_disk.report, on_disk.checks));
         let folders = std::fs::read_dir(folder.path().join("cache")).unwrap();
         assert_eq!(folders.filter(|e| e.as_ref().unwrap().path().is_dir()).count(), 3);
     }

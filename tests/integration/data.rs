@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use proptest::prelude::*;
-use quantune::data::doctor::Check;
+use quantune::data::checks::Check;
 use quantune::data::{
     AlpacaPrompt, Batch, Cache, ComparisonKind, ComparisonSettings, Comparisons, DataError,
     DataReport, Dataset, EpochPlan, EpochSettings, Example, Limits, LoadSettings, ModelLimits, Row,
@@ -434,7 +434,7 @@ fn parquet_is_read_as_json_lines() {
     let (lines, table) = (load("rows.jsonl"), load("rows.parquet"));
     assert!(lines.train.rows.iter().eq(table.train.rows.iter()));
     assert_eq!(lines.train.rows.len() + lines.held_out.unwrap().rows.len(), 40);
-    assert_eq!(lines.train.diagnosis, table.train.diagnosis);
+    assert_eq!(lines.train.checks, table.train.checks);
     let rows = |bytes: &[u8]| -> Vec<Value> {
         let lines = std::str::from_utf8(bytes).unwrap().lines();
         let mut rows: Vec<Value> = lines.map(|line| serde_json::from_str(line).unwrap()).collect();
@@ -471,8 +471,8 @@ fn tokens_are_kept_on_disk_and_found_again() {
         ] {
             assert!(in_memory.rows.iter().eq(on_disk.rows.iter()), "{time}");
             assert_eq!(in_memory.report, on_disk.report);
-            assert_eq!(in_memory.diagnosis, on_disk.diagnosis);
-            assert!(in_memory.diagnosis.findings.contains_key(&Check::Cut));
+            assert_eq!(in_memory.checks, on_disk.checks);
+            assert!(in_memory.checks.findings.contains_key(&Check::Cut));
             assert_eq!(in_memory.sha256, on_disk.sha256);
             assert_eq!(in_memory.tokens_sha256, on_disk.tokens_sha256);
         }
@@ -504,7 +504,7 @@ fn tokens_are_kept_on_disk_and_found_again() {
 
 /// One of each defect, some in good company: exactly those are found, each at its line.
 #[test]
-fn the_doctor_finds_each_defect_and_nothing_else() {
+fn checks_find_each_defect_and_nothing_else() {
     /// Rows, and what is to be found in them.
     fn check(tokenizer: &Tokenizer, rows: &[(Value, &[Check])]) {
         let folder = tempfile::tempdir().unwrap();
@@ -517,10 +517,10 @@ fn the_doctor_finds_each_defect_and_nothing_else() {
             let limits = Limits { max_length: 100, when_long: WhenTooLong::Cut };
             let settings = ComparisonSettings { model, ..limits.into() };
             let kind = ComparisonKind::Pairs;
-            Comparisons::examine(&path, tokenizer, &settings, kind, &GOES_ON).unwrap().diagnosis
+            Comparisons::examine(&path, tokenizer, &settings, kind, &GOES_ON).unwrap().checks
         } else {
             let settings = LoadSettings { model, ..LoadSettings::from(100) };
-            Dataset::examine(&path, tokenizer, &settings, &GOES_ON).unwrap().diagnosis
+            Dataset::examine(&path, tokenizer, &settings, &GOES_ON).unwrap().checks
         };
         let mut expected: Vec<(Check, u64)> = Vec::new();
         for (line, (_, checks)) in (1..).zip(rows) {
@@ -534,10 +534,10 @@ fn the_doctor_finds_each_defect_and_nothing_else() {
         assert_eq!(lines.collect::<Vec<_>>(), expected, "{:#?}", found.findings);
         let stops: Vec<Check> =
             expected.iter().map(|(check, _)| *check).filter(|check| check.stops()).collect();
-        assert_eq!(found.judge(&path, &[]).is_err(), !stops.is_empty());
-        found.judge(&path, &stops).unwrap();
+        assert_eq!(found.verify(&path, &[]).is_err(), !stops.is_empty());
+        found.verify(&path, &stops).unwrap();
         // All of them, with file and line.
-        let wrong = found.judge(&path, &[]).err().map_or(String::new(), |error| error.to_string());
+        let wrong = found.verify(&path, &[]).err().map_or(String::new(), |error| error.to_string());
         for (check, line) in &expected {
             let place = format!("rows.jsonl:{line}: ");
             let warned = found.warnings(&path, &[]).join("\n");
@@ -653,8 +653,8 @@ fn held_out_rows_that_are_trained_on_are_told() {
     let train = file("train.jsonl", &["one text", "another text", "a third"]);
     let mut held_out = file("held_out.jsonl", &["a new one", "A  third", "One Text"]);
     let path = Path::new("train.jsonl");
-    train.seen.again(path, &held_out.seen, &mut held_out.diagnosis);
-    let found = &held_out.diagnosis.findings[&Check::HeldOutDuplicates];
+    train.hashes.report_held_out_duplicates(path, &held_out.hashes, &mut held_out.checks);
+    let found = &held_out.checks.findings[&Check::HeldOutDuplicates];
     let needed = [
         (2, "is trained on: train.jsonl:3".to_string()),
         (3, "is trained on: train.jsonl:1".into()),

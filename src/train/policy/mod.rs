@@ -139,7 +139,7 @@ impl Rollouts {
             }
             (split.train, split.held_out, lines)
         };
-        judge_rows(&prompts.diagnosis, common.data_file(), &common.allow)?;
+        judge_rows(&prompts.checks, common.data_file(), &common.allow)?;
         eprintln!("data: {}", prompts.report);
 
         let mut prints: Vec<Fingerprint> = Vec::new();
@@ -166,7 +166,7 @@ impl Rollouts {
                 if !own.ptx_data.as_os_str().is_empty() {
                     let reading = LoadSettings { cache, ..LoadSettings::from(most) };
                     let data = Dataset::load(&own.ptx_data, &tokenizer, reading, stop)?;
-                    judge_rows(&data.diagnosis, &own.ptx_data, &common.allow)?;
+                    judge_rows(&data.checks, &own.ptx_data, &common.allow)?;
                     prints.push(("the ptx data".into(), data.sha256.clone()));
                     let rounds = Rounds::new("ptx", common.seed, true, data.rows.len());
                     ptx = Some((data, rounds));

@@ -13,7 +13,7 @@ use super::log::EVAL;
 use super::lora::path_and_weight;
 use super::memory::parse_bytes;
 use super::run::BestSettings;
-use crate::data::doctor::Check;
+use crate::data::checks::Check;
 use crate::data::{AlpacaPrompt, DataFile};
 use crate::objectives::advantage::{KlEstimator, ScaleRewards};
 use crate::objectives::policy::LossForm;

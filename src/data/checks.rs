@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::cache::{map_or_empty, sort_records};
-use super::lines::FAULTS_TOLD;
+use super::lines::FAULTS_SHOWN;
 use super::rows::{ComparisonRow, Responses};
 use super::{DataError, Message, Row, RowError, RowFormat};
 use crate::quant::Bytes;
@@ -118,7 +118,7 @@ pub(super) type Finding = (Check, String);
 
 /// The rows in which something was found.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Found {
+pub struct FlaggedRows {
     /// How many.
     pub rows: u64,
     /// The first of them: lines, counted from 1, and what is wrong there.
@@ -127,7 +127,7 @@ pub struct Found {
 
 /// What a file's rows came to.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Diagnosis {
+pub struct CheckReport {
     /// The kind of the first row that has one.
     #[serde(rename = "dialect")]
     pub format: Option<RowFormat>,
@@ -136,10 +136,10 @@ pub struct Diagnosis {
     /// How many rows have up to so many tokens, before any cut: powers of two.
     pub lengths: BTreeMap<u64, u64>,
     /// What was found.
-    pub findings: BTreeMap<Check, Found>,
+    pub findings: BTreeMap<Check, FlaggedRows>,
 }
 
-impl Diagnosis {
+impl CheckReport {
     /// Counts a row of so many tokens.
     pub(super) fn length(&mut self, tokens: usize) {
         *self.lengths.entry((tokens as u64).next_power_of_two()).or_default() += 1;
@@ -172,14 +172,14 @@ impl Diagnosis {
     pub(super) fn unreadable(&self, path: &Path, allow: &[Check]) -> Result<(), DataError> {
         let wrong = |check: &Check| check.leaves_out() && !allow.contains(check);
         let found = self.findings.iter().filter(|(check, _)| wrong(check));
-        let found: Vec<&Found> = found.map(|(_, found)| found).collect();
+        let found: Vec<&FlaggedRows> = found.map(|(_, found)| found).collect();
         let wrong = found.iter().map(|found| found.rows).sum();
         if wrong == 0 {
             return Ok(());
         }
         let mut first: Vec<_> = found.iter().flat_map(|found| found.first.clone()).collect();
         first.sort_by_key(|(line, _)| *line);
-        first.truncate(FAULTS_TOLD);
+        first.truncate(FAULTS_SHOWN);
         Err(DataError::Rows { path: path.into(), first, wrong, rows: self.rows })
     }
 
@@ -187,7 +187,7 @@ impl Diagnosis {
     ///
     /// # Errors
     /// If there is any that is not allowed.
-    pub fn judge(&self, path: &Path, allow: &[Check]) -> Result<(), DataError> {
+    pub fn verify(&self, path: &Path, allow: &[Check]) -> Result<(), DataError> {
         self.unreadable(path, allow)?;
         let stops = |check: &Check| check.stops() && !allow.contains(check);
         let stops = self.findings.iter().filter(|(check, _)| stops(check));
@@ -203,7 +203,7 @@ impl Diagnosis {
         let path = path.display();
         let told = self.findings.iter().filter(|(check, _)| !allow.contains(check));
         let warnings = told.filter(|(check, _)| !check.stops());
-        let warning = |(check, found): (&Check, &Found)| {
+        let warning = |(check, found): (&Check, &FlaggedRows)| {
             let place = found.first.first();
             let place = place.map_or(String::new(), |(line, sentence)| {
                 format!(", first {path}:{line}: {sentence}")
@@ -215,18 +215,18 @@ impl Diagnosis {
 }
 
 /// A check's rows, a line each.
-fn told(check: Check, found: &Found, path: &Path) -> String {
+fn told(check: Check, found: &FlaggedRows, path: &Path) -> String {
     let path = path.display();
-    let first = found.first.iter().take(FAULTS_TOLD);
+    let first = found.first.iter().take(FAULTS_SHOWN);
     let lines = first.map(|(line, sentence)| format!("\n  {path}:{line}: {sentence}"));
-    let more = match found.rows - found.first.len().min(FAULTS_TOLD) as u64 {
+    let more = match found.rows - found.first.len().min(FAULTS_SHOWN) as u64 {
         0 => String::new(),
         more => format!("\n  and {more} more of `{}`", check.name()),
     };
     lines.collect::<String>() + &more
 }
 
-impl fmt::Display for Diagnosis {
+impl fmt::Display for CheckReport {
     /// The format and the histogram of lengths.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let format = self.format.map_or("no known kind", RowFormat::name);
@@ -242,7 +242,7 @@ impl fmt::Display for Diagnosis {
 
 /// What all rows of a file say: sorted records of a hash and a line, in memory or mapped.
 #[derive(Debug, Clone)]
-pub struct Seen(Bytes);
+pub struct RowHashes(Bytes);
 
 /// A hash of a normalized row and its line, both big-endian: their order is that of the bytes.
 type HashAndLine = [u8; 16];
@@ -256,13 +256,13 @@ fn hash_and_line(record: &HashAndLine) -> (u64, u64) {
     ((both >> 64) as u64, both as u64)
 }
 
-impl Default for Seen {
+impl Default for RowHashes {
     fn default() -> Self {
         Self::new(Bytes::new(Arc::new(Vec::new())))
     }
 }
 
-impl Seen {
+impl RowHashes {
     /// Of records that are sorted.
     pub(super) fn new(records: Bytes) -> Self {
         Self(records)
@@ -273,42 +273,46 @@ impl Seen {
     }
 
     /// Tells the rows that were there before.
-    pub(super) fn tell(&self, diagnosis: &mut Diagnosis) {
-        let mut again = Again::default();
+    pub(super) fn report_duplicates(&self, checks: &mut CheckReport) {
+        let mut duplicates = DuplicateLines::default();
         for same in self.records().chunk_by(|a, b| a[..8] == b[..8]) {
             let (_, first) = hash_and_line(&same[0]);
-            same[1..].iter().for_each(|record| again.add(hash_and_line(record).1, first));
+            same[1..].iter().for_each(|record| duplicates.add(hash_and_line(record).1, first));
         }
-        again.tell(Check::Duplicates, diagnosis, |first| {
-            format!("is the row of line {first} again")
-        });
+        duplicates
+            .report(Check::Duplicates, checks, |first| format!("is the row of line {first} again"));
     }
 
     /// Tells the rows of a held-out file that are here too.
-    pub fn again(&self, path: &Path, held_out: &Self, diagnosis: &mut Diagnosis) {
-        let mut again = Again::default();
+    pub fn report_held_out_duplicates(
+        &self,
+        path: &Path,
+        held_out: &Self,
+        checks: &mut CheckReport,
+    ) {
+        let mut duplicates = DuplicateLines::default();
         let here = self.records();
         for (hash, line) in held_out.records().iter().map(hash_and_line) {
             let at = here.partition_point(|other| hash_and_line(other).0 < hash);
             let found = here.get(at).map(hash_and_line).filter(|(other, _)| *other == hash);
             if let Some((_, here)) = found {
-                again.add(line, here);
+                duplicates.add(line, here);
             }
         }
         let path = path.display();
-        again.tell(Check::HeldOutDuplicates, diagnosis, |line| {
+        duplicates.report(Check::HeldOutDuplicates, checks, |line| {
             format!("is trained on: {path}:{line}")
         });
     }
 }
 
 /// Collects what rows say.
-pub(super) enum SeenWriter {
+pub(super) enum RowHashWriter {
     Memory(Vec<HashAndLine>),
     File(PathBuf, BufWriter<File>),
 }
 
-impl SeenWriter {
+impl RowHashWriter {
     /// Into a file, or memory.
     pub fn new(path: Option<PathBuf>) -> io::Result<Self> {
         Ok(match path {
@@ -331,16 +335,16 @@ impl SeenWriter {
     }
 
     /// Sorted.
-    pub fn finish(self) -> io::Result<Seen> {
+    pub fn finish(self) -> io::Result<RowHashes> {
         match self {
             Self::Memory(mut records) => {
                 records.sort_unstable();
-                Ok(Seen::new(Bytes::new(Arc::new(records.as_flattened().to_vec()))))
+                Ok(RowHashes::new(Bytes::new(Arc::new(records.as_flattened().to_vec()))))
             }
             Self::File(path, file) => {
                 file.into_inner().map_err(io::IntoInnerError::into_error)?;
                 sort_records::<{ size_of::<HashAndLine>() }>(&path)?;
-                Ok(Seen::new(map_or_empty(&path)?))
+                Ok(RowHashes::new(map_or_empty(&path)?))
             }
         }
     }
@@ -348,13 +352,13 @@ impl SeenWriter {
 
 /// Lines that say what another says: all are counted, the first are kept.
 #[derive(Default)]
-struct Again {
+struct DuplicateLines {
     rows: u64,
     /// The line and that of the other.
     first: BTreeSet<(u64, u64)>,
 }
 
-impl Again {
+impl DuplicateLines {
     fn add(&mut self, line: u64, other: u64) {
         self.rows += 1;
         self.first.insert((line, other));
@@ -363,14 +367,14 @@ impl Again {
         }
     }
 
-    fn tell(self, check: Check, diagnosis: &mut Diagnosis, sentence: impl Fn(u64) -> String) {
+    fn report(self, check: Check, checks: &mut CheckReport, sentence: impl Fn(u64) -> String) {
         if self.rows == 0 {
             return;
         }
         for &(line, other) in &self.first {
-            diagnosis.note(line, (check, sentence(other)));
+            checks.note(line, (check, sentence(other)));
         }
-        let found = diagnosis.findings.entry(check).or_default();
+        let found = checks.findings.entry(check).or_default();
         found.rows += self.rows - self.first.len() as u64;
     }
 }
