@@ -11,7 +11,7 @@ use super::{TemplateFlags, open_tokenizer, set_template_date, to_json};
 use crate::data::checks::{Check, CheckReport, RowHashes};
 use crate::data::{
     AlpacaPrompt, ComparisonKind, ComparisonSettings, Comparisons, DataFile, Dataset, FileRows,
-    Limits, LoadSettings, ModelLimits, PromptSettings, Prompts, RowFormat, WhenTooLong,
+    LengthLimits, LoadSettings, ModelLimits, PromptSettings, Prompts, RowFormat, WhenTooLong,
     first_row_format,
 };
 use crate::model::Config;
@@ -145,7 +145,7 @@ impl Data {
     fn kind(&self, path: &Path, model: ModelLimits) -> Result<Kind> {
         let max_length = self.max_length.unwrap_or(1024).min(model.window);
         let (allow, alpaca, model) = (self.allow.clone(), self.alpaca_prompt, Some(model));
-        let limits = Limits { max_length, when_long: WhenTooLong::Cut };
+        let limits = LengthLimits { max_length, when_long: WhenTooLong::Cut };
         let kind = match first_row_format(path)? {
             Some(RowFormat::Compared | RowFormat::Ranked) => ComparisonKind::Pairs,
             Some(RowFormat::Labelled) => ComparisonKind::Labels,

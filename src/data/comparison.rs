@@ -21,8 +21,8 @@ use serde_json::{Value, json};
 use sha2::Sha256;
 
 use super::checks::{self, Check, Finding};
-use super::lines::{Line, Unread};
-use super::reading::{Cache, FileRows, FileSplit, Parsed, Part, Reader, Report};
+use super::lines::{FileLine, UnreadableRow};
+use super::reading::{Cache, FileRows, FileSplit, Parsed, RowPart, RowReader, RowReport};
 use super::row_store::{Record, RowLocation, WordReader, hash_tokens, write_words};
 use super::rows::{ComparisonRow, Responses};
 use super::split::is_held_out_text;
@@ -37,7 +37,7 @@ pub struct Comparison {
     /// Those that follow it in each response.
     pub responses: Vec<Vec<u32>>,
     /// Which of them is preferred to which.
-    pub pairs: Vec<Pair>,
+    pub pairs: Vec<PreferencePair>,
     /// Whether the one response is good, in a row that says so (KTO).
     pub label: Option<bool>,
     /// The row in its file, counted from 0 over lines that are not blank.
@@ -69,7 +69,7 @@ impl Record for Comparison {
         let counts = [self.responses.len(), self.pairs.len(), label];
         let lengths = self.responses.iter().map(Vec::len);
         write_words(counts.into_iter().chain(lengths).map(|count| count as u32), bytes);
-        for Pair { better, worse, margin } in &self.pairs {
+        for PreferencePair { better, worse, margin } in &self.pairs {
             write_words([*better as u32, *worse as u32, margin.to_bits()], bytes);
         }
         let tokens = self.prompt.iter().chain(self.responses.iter().flatten());
@@ -85,7 +85,7 @@ impl Record for Comparison {
         let (responses, pairs, label) = (words.next(), words.next(), words.next());
         let lengths: Vec<usize> =
             words.take(responses as usize).map(|length| length as usize).collect();
-        let mut pair = || Pair {
+        let mut pair = || PreferencePair {
             better: words.next() as usize,
             worse: words.next() as usize,
             margin: f32::from_bits(words.next()),
@@ -109,7 +109,7 @@ impl Record for Comparison {
 
 /// Two responses by their places.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Pair {
+pub struct PreferencePair {
     /// The preferred one.
     pub better: usize,
     /// The other.
@@ -131,7 +131,7 @@ pub enum ComparisonKind {
 
 /// How long prompt and response may be together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub struct Limits {
+pub struct LengthLimits {
     /// Tokens, at most.
     pub max_length: usize,
     /// What becomes of a response with more.
@@ -204,7 +204,7 @@ impl fmt::Display for ComparisonReport {
     }
 }
 
-impl Report for ComparisonReport {
+impl RowReport for ComparisonReport {
     fn rows(&self) -> u64 {
         self.rows
     }
@@ -278,7 +278,7 @@ impl Comparisons {
 #[derive(Debug, Clone)]
 pub struct ComparisonSettings {
     /// How long they may be.
-    pub limits: Limits,
+    pub limits: LengthLimits,
     /// What may be wrong with rows that cannot be read: those are left out.
     pub allow: Vec<Check>,
     /// Tokens the model can read at once, and ids it has.
@@ -287,8 +287,8 @@ pub struct ComparisonSettings {
     pub cache: Option<Cache>,
 }
 
-impl From<Limits> for ComparisonSettings {
-    fn from(limits: Limits) -> Self {
+impl From<LengthLimits> for ComparisonSettings {
+    fn from(limits: LengthLimits) -> Self {
         Self { limits, allow: Vec::new(), model: None, cache: None }
     }
 }
@@ -300,9 +300,9 @@ struct ComparisonReader<'a> {
     kind: ComparisonKind,
 }
 
-impl Reader for ComparisonReader<'_> {
-    type Tokenized = Tokenized;
-    type Row = Comparison;
+impl RowReader for ComparisonReader<'_> {
+    type Tokenized = TokenizedComparison;
+    type Record = Comparison;
     type Report = ComparisonReport;
 
     fn kind(&self) -> &'static str {
@@ -322,10 +322,10 @@ impl Reader for ComparisonReader<'_> {
         &self.settings.allow
     }
 
-    fn parse(&self, line: &[u8]) -> Result<Parsed<Tokenized>, Unread> {
+    fn parse(&self, line: &[u8]) -> Result<Parsed<TokenizedComparison>, UnreadableRow> {
         let Self { tokenizer, settings, kind } = *self;
         let (format, row) = ComparisonRow::read(line, kind);
-        let unread = |error| Unread { format, error };
+        let unread = |error| UnreadableRow { format, error };
         let row = row.map_err(unread)?;
         let hash = checks::normalized_comparison(&row);
         let mut findings = checks::of_comparison(&row);
@@ -353,13 +353,13 @@ impl Reader for ComparisonReader<'_> {
 
     fn add(
         &self,
-        line: &Line,
-        row: Tokenized,
-        part: &mut Part<Comparison, ComparisonReport>,
+        line: &FileLine,
+        row: TokenizedComparison,
+        part: &mut RowPart<Comparison, ComparisonReport>,
     ) -> io::Result<Vec<Finding>> {
         let &ComparisonSettings { limits, model, .. } = self.settings;
         let mut found = Vec::new();
-        let Tokenized { prompt, responses, mut pairs, labels, unjudged, .. } = row;
+        let TokenizedComparison { prompt, responses, mut pairs, labels, unjudged, .. } = row;
         let report = &mut part.report;
         report.rows += 1;
         report.ties += row.ties;
@@ -470,10 +470,10 @@ impl Reader for ComparisonReader<'_> {
 }
 
 /// A row as tokens, before anything is too long.
-struct Tokenized {
+struct TokenizedComparison {
     prompt: Vec<u32>,
     responses: Vec<Vec<u32>>,
-    pairs: Vec<Pair>,
+    pairs: Vec<PreferencePair>,
     /// For each response, or for none.
     labels: Vec<bool>,
     /// Whether a row without pairs or labels is kept.
@@ -487,7 +487,7 @@ fn tokenized(
     row: ComparisonRow,
     tokenizer: &Tokenizer,
     kind: ComparisonKind,
-) -> Result<(bool, Tokenized), RowError> {
+) -> Result<(bool, TokenizedComparison), RowError> {
     let held_out = is_held_out_text(row.responses.first_turn());
     let (own, joint) = match &row.responses {
         Responses::Texts { prompt, responses } => texts(prompt, responses, tokenizer)?,
@@ -518,7 +518,7 @@ fn tokenized(
     let unjudged = kind == ComparisonKind::Any;
     Ok((
         held_out,
-        Tokenized { prompt, responses, pairs, labels, unjudged, ties, boundary_mismatch },
+        TokenizedComparison { prompt, responses, pairs, labels, unjudged, ties, boundary_mismatch },
     ))
 }
 
@@ -560,7 +560,10 @@ fn conversations(
 }
 
 /// The responses that are in a pair, in their order, and the pairs by their new places.
-fn only_paired(responses: Vec<Vec<u32>>, mut pairs: Vec<Pair>) -> (Vec<Vec<u32>>, Vec<Pair>) {
+fn only_paired(
+    responses: Vec<Vec<u32>>,
+    mut pairs: Vec<PreferencePair>,
+) -> (Vec<Vec<u32>>, Vec<PreferencePair>) {
     let paired: HashSet<usize> = pairs.iter().flat_map(|pair| [pair.better, pair.worse]).collect();
     let mut places = vec![0; responses.len()];
     let mut kept = Vec::with_capacity(paired.len());

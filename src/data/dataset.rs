@@ -9,9 +9,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::checks::{self, Check, Finding};
-use super::example::{Tokenized, WhenLong, pieces, tokenize};
-use super::lines::{Line, Unread};
-use super::reading::{self, Cache, FileRows, FileSplit, Parsed, Part, Reader, Report};
+use super::example::{TokenizedRow, WhenLong, pieces, tokenize};
+use super::lines::{FileLine, UnreadableRow};
+use super::reading::{self, Cache, FileRows, FileSplit, Parsed, RowPart, RowReader, RowReport};
 use super::{AlpacaPrompt, DataError, Example, Row, RowError, is_held_out};
 use crate::text::Tokenizer;
 
@@ -101,7 +101,7 @@ impl DataReport {
     }
 }
 
-impl Report for DataReport {
+impl RowReport for DataReport {
     fn rows(&self) -> u64 {
         self.rows
     }
@@ -178,9 +178,9 @@ struct ExampleReader<'a> {
     settings: &'a LoadSettings,
 }
 
-impl Reader for ExampleReader<'_> {
-    type Tokenized = Tokenized;
-    type Row = Example;
+impl RowReader for ExampleReader<'_> {
+    type Tokenized = TokenizedRow;
+    type Record = Example;
     type Report = DataReport;
 
     fn kind(&self) -> &'static str {
@@ -200,12 +200,12 @@ impl Reader for ExampleReader<'_> {
         &self.settings.allow
     }
 
-    fn parse(&self, line: &[u8]) -> Result<Parsed<Tokenized>, Unread> {
+    fn parse(&self, line: &[u8]) -> Result<Parsed<TokenizedRow>, UnreadableRow> {
         let (format, row) = Row::read(line);
-        let unread = |error| Unread { format, error };
+        let unread = |error| UnreadableRow { format, error };
         let row = row.map_err(unread)?;
         let tokenized = tokenize(&row, self.tokenizer, self.settings.alpaca).map_err(unread)?;
-        let Tokenized { tokens, learned, .. } = &tokenized;
+        let TokenizedRow { tokens, learned, .. } = &tokenized;
         if let Some(limits) = self.settings.model
             && let Some(index) = tokens.iter().position(|&id| id as usize >= limits.vocab_size)
         {
@@ -226,12 +226,12 @@ impl Reader for ExampleReader<'_> {
 
     fn add(
         &self,
-        line: &Line,
-        row: Tokenized,
-        part: &mut Part<Example, DataReport>,
+        line: &FileLine,
+        row: TokenizedRow,
+        part: &mut RowPart<Example, DataReport>,
     ) -> io::Result<Vec<Finding>> {
         let &LoadSettings { max_length, model, .. } = self.settings;
-        let Tokenized { mut tokens, mut learned, boundary_mismatch, when_long } = row;
+        let TokenizedRow { mut tokens, mut learned, boundary_mismatch, when_long } = row;
         let report = &mut part.report;
         let mut found = Vec::new();
         let length = tokens.len();

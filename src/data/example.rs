@@ -31,7 +31,7 @@ impl Example {
 }
 
 /// A row's tokens before it is cut to length.
-pub(super) struct Tokenized {
+pub(super) struct TokenizedRow {
     pub tokens: Vec<u32>,
     pub learned: Vec<bool>,
     /// A token holds both given and learned text: inference will see other tokens there.
@@ -53,7 +53,7 @@ pub(super) enum WhenLong {
 }
 
 /// Tokens, and whether each is learned.
-type Piece = (Vec<u32>, Vec<bool>);
+type TokensAndMask = (Vec<u32>, Vec<bool>);
 
 /// Cuts a text into pieces of at most `most` tokens, two or more. Each but the first begins with a
 /// token that is only read there: BOS, or without one the last of the piece before. So every token
@@ -63,7 +63,7 @@ pub(super) fn pieces(
     learned: &[bool],
     bos: Option<u32>,
     most: usize,
-) -> Vec<Piece> {
+) -> Vec<TokensAndMask> {
     let first = most.min(tokens.len());
     let mut pieces = vec![(tokens[..first].to_vec(), learned[..first].to_vec())];
     let mut at = first;
@@ -84,7 +84,7 @@ pub(super) fn tokenize(
     row: &Row,
     tokenizer: &Tokenizer,
     alpaca: Option<AlpacaPrompt>,
-) -> Result<Tokenized, RowError> {
+) -> Result<TokenizedRow, RowError> {
     let mut tokenized = match row {
         Row::Tokens { input_ids, learned } => ready(input_ids, learned, tokenizer)?,
         Row::Messages { messages, tools } => conversation(messages, tools.as_ref(), tokenizer)?,
@@ -105,7 +105,7 @@ pub(super) fn tokenize(
         Row::Text(text) => {
             let bos = tokenizer.bos().filter(|_| tokenizer.adds_bos());
             let text = prompt_completion("", text, tokenizer)?;
-            Tokenized { when_long: WhenLong::Split { bos }, ..text }
+            TokenizedRow { when_long: WhenLong::Split { bos }, ..text }
         }
     };
     if let Some(first) = tokenized.learned.first_mut() {
@@ -114,13 +114,13 @@ pub(super) fn tokenize(
     Ok(tokenized)
 }
 
-fn ready(ids: &[u32], learned: &[bool], tokenizer: &Tokenizer) -> Result<Tokenized, RowError> {
+fn ready(ids: &[u32], learned: &[bool], tokenizer: &Tokenizer) -> Result<TokenizedRow, RowError> {
     let vocab_size = tokenizer.vocab_size();
     if let Some(index) = ids.iter().position(|&id| id as usize >= vocab_size) {
         return Err(RowError::OutOfVocabulary { index, token: ids[index], vocab_size });
     }
     let (tokens, learned) = (ids.into(), learned.into());
-    Ok(Tokenized { tokens, learned, boundary_mismatch: false, when_long: WhenLong::Cut })
+    Ok(TokenizedRow { tokens, learned, boundary_mismatch: false, when_long: WhenLong::Cut })
 }
 
 /// Tokenized jointly, as the completion will follow the prompt. What is learned begins where the
@@ -130,7 +130,7 @@ fn prompt_completion(
     prompt: &str,
     completion: &str,
     tokenizer: &Tokenizer,
-) -> Result<Tokenized, RowError> {
+) -> Result<TokenizedRow, RowError> {
     let own = tokenizer.with_bos(tokenizer.encode(prompt, Special::Parse)?);
     let joint = tokenizer.encode(&format!("{prompt}{completion}"), Special::Parse)?;
     let mut tokens = tokenizer.with_bos(joint);
@@ -142,7 +142,7 @@ fn prompt_completion(
     }
     let learned = (0..tokens.len()).map(|i| i >= given).collect();
     let boundary_mismatch = given < own.len();
-    Ok(Tokenized { tokens, learned, boundary_mismatch, when_long: WhenLong::Cut })
+    Ok(TokenizedRow { tokens, learned, boundary_mismatch, when_long: WhenLong::Cut })
 }
 
 /// The whole conversation rendered once; what the assistant says is learned through its
@@ -151,7 +151,7 @@ fn conversation(
     messages: &[Message],
     tools: Option<&Value>,
     tokenizer: &Tokenizer,
-) -> Result<Tokenized, RowError> {
+) -> Result<TokenizedRow, RowError> {
     let template = tokenizer.chat_template().ok_or(RowError::NoTemplate)?;
     let (text, spans) = match marked_spans(messages, tools, template)? {
         Some(marked) => marked,
@@ -168,7 +168,7 @@ fn conversation(
         learned.push(span.is_some());
         boundary_mismatch |= span.is_some_and(|span| start < span.start);
     }
-    Ok(Tokenized { tokens, learned, boundary_mismatch, when_long: WhenLong::Cut })
+    Ok(TokenizedRow { tokens, learned, boundary_mismatch, when_long: WhenLong::Cut })
 }
 
 /// The text, and the byte ranges of it that are learned, in order.

@@ -28,7 +28,7 @@ pub(super) fn read<T: Send>(
     path: &Path,
     stop: &AtomicBool,
     parse: impl Fn(&[u8]) -> Result<T, RowError> + Sync,
-    mut add: impl FnMut(&Line, T),
+    mut add: impl FnMut(&FileLine, T),
 ) -> Result<String, DataError> {
     let (mut first, mut wrong, mut rows) = (Vec::new(), 0, 0);
     let sha256 = read_all(path, stop, parse, |line, row| {
@@ -56,10 +56,10 @@ pub(super) fn read_all<T: Send, E: Send + From<RowError>>(
     path: &Path,
     stop: &AtomicBool,
     parse: impl Fn(&[u8]) -> Result<T, E> + Sync,
-    mut add: impl FnMut(&Line, Result<T, E>) -> Result<(), DataError>,
+    mut add: impl FnMut(&FileLine, Result<T, E>) -> Result<(), DataError>,
 ) -> Result<String, DataError> {
     let go_on = || !stop.load(Ordering::Relaxed);
-    let mut source = Source::open(path, Some(&go_on))?;
+    let mut source = LineSource::open(path, Some(&go_on))?;
     loop {
         let (mut chunk, mut bytes) = (Vec::new(), 0);
         while chunk.len() < LINES_AT_A_TIME
@@ -75,7 +75,7 @@ pub(super) fn read_all<T: Send, E: Send + From<RowError>>(
         if chunk.is_empty() {
             break;
         }
-        let parse = |line: &Line| match line.too_long {
+        let parse = |line: &FileLine| match line.too_long {
             true => Err(RowError::TooLong { most: LONGEST_LINE }.into()),
             false => parse(&line.bytes),
         };
@@ -91,9 +91,9 @@ pub(super) fn read_all<T: Send, E: Send + From<RowError>>(
 pub(super) fn first_lines(
     path: &Path,
     most: usize,
-    mut take: impl FnMut(&Line) -> Result<(), DataError>,
+    mut take: impl FnMut(&FileLine) -> Result<(), DataError>,
 ) -> Result<(), DataError> {
-    let mut source = Source::open(path, None)?;
+    let mut source = LineSource::open(path, None)?;
     for _ in 0..most {
         match source.next(path)? {
             Some(line) => take(&line)?,
@@ -117,14 +117,14 @@ pub fn first_row_format(path: &Path) -> Result<Option<RowFormat>, DataError> {
 }
 
 /// Where lines come from.
-enum Source {
+enum LineSource {
     /// A file of them, hashed as it is read.
-    Jsonl { lines: Lines<BufReader<File>>, hasher: Sha256 },
+    Jsonl { lines: LineReader<BufReader<File>>, hasher: Sha256 },
     /// A table.
     Parquet { rows: ParquetRows, read: u64, sha256: String },
 }
 
-impl Source {
+impl LineSource {
     /// Without `go_on`, a table is not hashed.
     fn open(path: &Path, go_on: Option<&dyn Fn() -> bool>) -> Result<Self, DataError> {
         let io = |source| DataError::Io { path: path.into(), source };
@@ -135,11 +135,11 @@ impl Source {
             };
             return Ok(Self::Parquet { rows: ParquetRows::open(path)?, read: 0, sha256 });
         }
-        let lines = Lines::new(BufReader::new(File::open(path).map_err(io)?), LONGEST_LINE);
+        let lines = LineReader::new(BufReader::new(File::open(path).map_err(io)?), LONGEST_LINE);
         Ok(Self::Jsonl { lines, hasher: Sha256::new() })
     }
 
-    fn next(&mut self, path: &Path) -> Result<Option<Line>, DataError> {
+    fn next(&mut self, path: &Path) -> Result<Option<FileLine>, DataError> {
         match self {
             Self::Jsonl { lines, hasher } => lines
                 .next(|bytes| hasher.update(bytes))
@@ -147,7 +147,7 @@ impl Source {
             Self::Parquet { rows, read, .. } => {
                 let Some(bytes) = rows.next()? else { return Ok(None) };
                 *read += 1;
-                Ok(Some(Line { row: *read - 1, number: *read, bytes, too_long: false }))
+                Ok(Some(FileLine { row: *read - 1, number: *read, bytes, too_long: false }))
             }
         }
     }
@@ -161,19 +161,19 @@ impl Source {
 }
 
 /// What a row would have been, and why it cannot be read.
-pub(super) struct Unread {
+pub(super) struct UnreadableRow {
     pub format: Option<RowFormat>,
     pub error: RowError,
 }
 
-impl From<RowError> for Unread {
+impl From<RowError> for UnreadableRow {
     fn from(error: RowError) -> Self {
         Self { format: None, error }
     }
 }
 
 /// A line that is not blank.
-pub(super) struct Line {
+pub(super) struct FileLine {
     /// Its row: blank lines are not counted, the first is 0.
     pub row: u64,
     /// Its place in the file, counted from 1.
@@ -186,7 +186,7 @@ pub(super) struct Line {
 }
 
 /// The lines of a file, in order.
-pub(super) struct Lines<R> {
+pub(super) struct LineReader<R> {
     reader: R,
     /// Bytes a line may have.
     most: usize,
@@ -194,13 +194,13 @@ pub(super) struct Lines<R> {
     number: u64,
 }
 
-impl<R: BufRead> Lines<R> {
+impl<R: BufRead> LineReader<R> {
     pub fn new(reader: R, most: usize) -> Self {
         Self { reader, most, row: 0, number: 0 }
     }
 
     /// The next line that is not blank, or `None` at the end. `seen` is shown every byte read.
-    pub fn next(&mut self, mut seen: impl FnMut(&[u8])) -> std::io::Result<Option<Line>> {
+    pub fn next(&mut self, mut seen: impl FnMut(&[u8])) -> std::io::Result<Option<FileLine>> {
         loop {
             let mut bytes = Vec::new();
             // One byte more than there may be tells a line that is too long.
@@ -223,7 +223,7 @@ impl<R: BufRead> Lines<R> {
                 continue;
             }
             self.row += 1;
-            return Ok(Some(Line { row: self.row - 1, number: self.number, bytes, too_long }));
+            return Ok(Some(FileLine { row: self.row - 1, number: self.number, bytes, too_long }));
         }
     }
 
@@ -250,7 +250,7 @@ mod tests {
     #[test]
     fn a_line_that_is_too_long_is_skipped_and_counted() {
         let file = b"12345678\n\n123456789\n123456789 and more\n1234567\n1234567890";
-        let mut lines = Lines::new(file.as_slice(), 9);
+        let mut lines = LineReader::new(file.as_slice(), 9);
         let mut seen = Vec::new();
         let mut found = Vec::new();
         while let Some(line) = lines.next(|bytes| seen.extend_from_slice(bytes)).unwrap() {

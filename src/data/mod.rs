@@ -33,7 +33,7 @@ mod split;
 pub use batch::{Batch, EpochPlan, EpochSettings};
 pub use comparison::{
     Comparison, ComparisonKind, ComparisonReport, ComparisonSettings, ComparisonSplit, Comparisons,
-    Limits, Pair, WhenTooLong,
+    LengthLimits, PreferencePair, WhenTooLong,
 };
 pub use dataset::{DataReport, Dataset, LoadSettings, ModelLimits, Split};
 pub use error::{DataError, RowError};

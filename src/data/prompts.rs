@@ -10,8 +10,8 @@ use serde_json::{Map, Value, json};
 use sha2::Sha256;
 
 use super::checks::{self, Check, Finding};
-use super::lines::{Line, Unread};
-use super::reading::{Cache, FileRows, FileSplit, Parsed, Part, Reader, Report};
+use super::lines::{FileLine, UnreadableRow};
+use super::reading::{Cache, FileRows, FileSplit, Parsed, RowPart, RowReader, RowReport};
 use super::row_store::{Record, RowLocation, WordReader, hash_tokens, write_words};
 use super::rows::PromptRow;
 use super::split::is_held_out_text;
@@ -113,7 +113,7 @@ impl fmt::Display for PromptReport {
     }
 }
 
-impl Report for PromptReport {
+impl RowReport for PromptReport {
     fn rows(&self) -> u64 {
         self.prompts
     }
@@ -186,15 +186,15 @@ struct PromptReader<'a> {
 }
 
 /// A row as it comes from a thread.
-struct Tokenized {
+struct TokenizedPrompt {
     tokens: Vec<u32>,
     text: String,
     row: Map<String, Value>,
 }
 
-impl Reader for PromptReader<'_> {
-    type Tokenized = Tokenized;
-    type Row = Prompt;
+impl RowReader for PromptReader<'_> {
+    type Tokenized = TokenizedPrompt;
+    type Record = Prompt;
     type Report = PromptReport;
 
     fn kind(&self) -> &'static str {
@@ -213,10 +213,10 @@ impl Reader for PromptReader<'_> {
         &self.settings.allow
     }
 
-    fn parse(&self, line: &[u8]) -> Result<Parsed<Tokenized>, Unread> {
+    fn parse(&self, line: &[u8]) -> Result<Parsed<TokenizedPrompt>, UnreadableRow> {
         let format = Some(RowFormat::Prompt); // whatever other keys the row has
         let (held_out, tokenized) = tokenized(line, self.tokenizer, self.settings.max_length)
-            .map_err(|error| Unread { format, error })?;
+            .map_err(|error| UnreadableRow { format, error })?;
         Ok(Parsed {
             format,
             held_out,
@@ -229,11 +229,11 @@ impl Reader for PromptReader<'_> {
 
     fn add(
         &self,
-        line: &Line,
-        row: Tokenized,
-        part: &mut Part<Prompt, PromptReport>,
+        line: &FileLine,
+        row: TokenizedPrompt,
+        part: &mut RowPart<Prompt, PromptReport>,
     ) -> io::Result<Vec<Finding>> {
-        let Tokenized { tokens, text, row } = row;
+        let TokenizedPrompt { tokens, text, row } = row;
         let report = &mut part.report;
         report.prompts += 1;
         report.conversations += u64::from(row["prompt"].is_array());
@@ -254,7 +254,7 @@ fn tokenized(
     line: &[u8],
     tokenizer: &Tokenizer,
     most: usize,
-) -> Result<(bool, Tokenized), RowError> {
+) -> Result<(bool, TokenizedPrompt), RowError> {
     let prompt = PromptRow::parse(line)?;
     let held_out = is_held_out_text(prompt.first_turn());
     let (text, row) = match prompt {
@@ -269,6 +269,6 @@ fn tokenized(
     match tokens.len() {
         0 => Err(RowError::NoTokens { key: "prompt".into() }),
         found if found > most => Err(RowError::PromptTooLong { found, most }),
-        _ => Ok((held_out, Tokenized { tokens, text, row })),
+        _ => Ok((held_out, TokenizedPrompt { tokens, text, row })),
     }
 }

@@ -1,7 +1,7 @@
 //! A file of rows as the shelves of their kind, whole or with a held-out part: in memory, or of a
 //! large file in a folder of its own, made once and mapped from then on.
 //!
-//! What a line becomes is its [`Reader`]'s; that what is wrong with it is noted, that one row in ten may
+//! What a line becomes is its [`RowReader`]'s; that what is wrong with it is noted, that one row in ten may
 //! be held out, and where all of it is kept, is the same for every kind and is here.
 
 use std::collections::BTreeMap;
@@ -19,7 +19,7 @@ use sha2::{Digest, Sha256};
 
 use super::cache::{self, file_sha256, hex, map_or_empty};
 use super::checks::{Check, CheckReport, Finding, RowHashWriter, RowHashes};
-use super::lines::{Line, Unread, first_lines, read_all};
+use super::lines::{FileLine, UnreadableRow, first_lines, read_all};
 use super::row_store::{ByteSink, Record, RowStore, RowStoreWriter, names};
 use super::{DataError, RowFormat};
 use crate::quant::Bytes;
@@ -79,7 +79,7 @@ pub struct FileSplit<T, R> {
 }
 
 /// What is counted of rows.
-pub(super) trait Report: Clone + Default + Serialize + DeserializeOwned {
+pub(super) trait RowReport: Clone + Default + Serialize + DeserializeOwned {
     /// Rows read.
     fn rows(&self) -> u64;
 }
@@ -98,19 +98,19 @@ pub(super) struct Parsed<T> {
 }
 
 /// Rows of one part on their way.
-pub(super) struct Part<T, R> {
+pub(super) struct RowPart<T, R> {
     pub rows: RowStoreWriter<T>,
     pub report: R,
 }
 
 /// How the lines of a file become rows of a kind.
-pub(super) trait Reader: Sized + Sync {
+pub(super) trait RowReader: Sized + Sync {
     /// A line's tokens.
     type Tokenized: Send;
     /// What is kept of it.
-    type Row: Record;
+    type Record: Record;
     /// What is counted.
-    type Report: Report;
+    type Report: RowReport;
 
     /// What a folder of such rows is called.
     fn kind(&self) -> &'static str;
@@ -125,14 +125,14 @@ pub(super) trait Reader: Sized + Sync {
     fn allow(&self) -> &[Check];
 
     /// A line to its tokens, and what is odd about them.
-    fn parse(&self, line: &[u8]) -> Result<Parsed<Self::Tokenized>, Unread>;
+    fn parse(&self, line: &[u8]) -> Result<Parsed<Self::Tokenized>, UnreadableRow>;
 
     /// Adds what there is to learn of a row; what is odd about its lengths.
     fn add(
         &self,
-        line: &Line,
+        line: &FileLine,
         row: Self::Tokenized,
-        part: &mut Part<Self::Row, Self::Report>,
+        part: &mut RowPart<Self::Record, Self::Report>,
     ) -> io::Result<Vec<Finding>>;
 
     /// That nothing of the rows that were counted is kept.
@@ -144,8 +144,8 @@ pub(super) trait Reader: Sized + Sync {
         path: &Path,
         cache: Option<&Cache>,
         stop: &AtomicBool,
-    ) -> Result<FileRows<Self::Row, Self::Report>, DataError> {
-        let loaded = Loaded::of(path, self, cache, false, stop)?;
+    ) -> Result<FileRows<Self::Record, Self::Report>, DataError> {
+        let loaded = LoadedFile::of(path, self, cache, false, stop)?;
         loaded.checks.unreadable(path, self.allow())?;
         loaded.check(path, self)?;
         Ok(loaded.train())
@@ -157,8 +157,8 @@ pub(super) trait Reader: Sized + Sync {
         path: &Path,
         cache: Option<&Cache>,
         stop: &AtomicBool,
-    ) -> Result<FileSplit<Self::Row, Self::Report>, DataError> {
-        let loaded = Loaded::of(path, self, cache, true, stop)?;
+    ) -> Result<FileSplit<Self::Record, Self::Report>, DataError> {
+        let loaded = LoadedFile::of(path, self, cache, true, stop)?;
         loaded.checks.unreadable(path, self.allow())?;
         let [train, held_out] = &loaded.parts;
         let rows = held_out.report.rows();
@@ -169,7 +169,7 @@ pub(super) trait Reader: Sized + Sync {
         let held_out_lines = loaded.held_out_lines.clone();
         // Held-out rows with nothing to learn cannot be scored: then there is no held-out part.
         let held_out = (!held_out.rows.is_empty()).then(|| {
-            let Kept { rows, report, tokens_sha256 } = held_out.clone();
+            let LoadedPart { rows, report, tokens_sha256 } = held_out.clone();
             let (checks, hashes) = (CheckReport::default(), RowHashes::default());
             let sha256 = loaded.sha256.clone();
             FileRows { rows, report, sha256, tokens_sha256, checks, hashes }
@@ -182,13 +182,13 @@ pub(super) trait Reader: Sized + Sync {
         &self,
         path: &Path,
         stop: &AtomicBool,
-    ) -> Result<FileRows<Self::Row, Self::Report>, DataError> {
-        Ok(Reading::new(path, self, false, Place::Nowhere)?.run(stop)?.train())
+    ) -> Result<FileRows<Self::Record, Self::Report>, DataError> {
+        Ok(FileImport::new(path, self, false, RowSink::Nowhere)?.run(stop)?.train())
     }
 
     /// What the first rows of a file come to, as many as can be read, whatever is wrong with others.
-    fn first(&self, path: &Path, rows: usize) -> Result<Vec<Self::Row>, DataError> {
-        let mut reading = Reading::new(path, self, false, Place::Memory)?;
+    fn first(&self, path: &Path, rows: usize) -> Result<Vec<Self::Record>, DataError> {
+        let mut reading = FileImport::new(path, self, false, RowSink::Memory)?;
         first_lines(path, rows, |line| {
             let row = self.parse(&line.bytes);
             reading.add(line, row).map_err(|error| reading.refused(error))
@@ -202,7 +202,7 @@ pub(super) trait Reader: Sized + Sync {
 ///
 /// # Panics
 /// If there are none.
-pub(super) fn join<T: Record, R: Report>(
+pub(super) fn join<T: Record, R: RowReport>(
     files: Vec<FileRows<T, R>>,
     add: impl Fn(&mut R, &R),
 ) -> FileRows<T, R> {
@@ -222,18 +222,18 @@ pub(super) fn join<T: Record, R: Report>(
 }
 
 /// What a file's rows came to, in one part or two.
-struct Loaded<T, R> {
+struct LoadedFile<T, R> {
     sha256: String,
     checks: CheckReport,
     hashes: RowHashes,
     /// What is trained on, and what is held out.
-    parts: [Kept<T, R>; 2],
+    parts: [LoadedPart<T, R>; 2],
     held_out_lines: Bytes,
 }
 
 /// The rows of one part.
 #[derive(Clone)]
-struct Kept<T, R> {
+struct LoadedPart<T, R> {
     rows: RowStore<T>,
     report: R,
     tokens_sha256: String,
@@ -241,7 +241,7 @@ struct Kept<T, R> {
 
 /// What the folder of a file depends on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-struct Origin {
+struct RowsOrigin {
     format: u32,
     kind: String,
     file: String,
@@ -253,8 +253,8 @@ struct Origin {
 
 /// What is said of a folder: what it depends on, and all that is not rows.
 #[derive(Debug, Serialize, Deserialize)]
-struct Header<R> {
-    origin: Origin,
+struct RowsHeader<R> {
+    origin: RowsOrigin,
     #[serde(rename = "diagnosis")]
     checks: CheckReport,
     reports: [R; 2],
@@ -263,10 +263,10 @@ struct Header<R> {
     sha256: BTreeMap<String, String>,
 }
 
-impl<T: Record, R: Report> Loaded<T, R> {
+impl<T: Record, R: RowReport> LoadedFile<T, R> {
     fn of(
         path: &Path,
-        reader: &impl Reader<Row = T, Report = R>,
+        reader: &impl RowReader<Record = T, Report = R>,
         cache: Option<&Cache>,
         split: bool,
         stop: &AtomicBool,
@@ -275,14 +275,14 @@ impl<T: Record, R: Report> Loaded<T, R> {
             Some(cache) if cache.keeps(path) => {
                 Self::cached(path, reader, &cache.folder, split, stop)
             }
-            _ => Reading::new(path, reader, split, Place::Memory)?.run(stop),
+            _ => FileImport::new(path, reader, split, RowSink::Memory)?.run(stop),
         }
     }
 
     /// From the folder of the file, which is made if there is none yet.
     fn cached(
         path: &Path,
-        reader: &impl Reader<Row = T, Report = R>,
+        reader: &impl RowReader<Record = T, Report = R>,
         cache: &Path,
         split: bool,
         stop: &AtomicBool,
@@ -292,7 +292,7 @@ impl<T: Record, R: Report> Loaded<T, R> {
         let file = file_sha256(path, &go_on).map_err(io)?.ok_or(DataError::Stopped)?;
         let tokenizer = reader.tokenizer();
         let fingerprint = tokenizer.fingerprint();
-        let origin = Origin {
+        let origin = RowsOrigin {
             format: FORMAT,
             kind: reader.kind().into(),
             file: file.clone(),
@@ -308,7 +308,8 @@ impl<T: Record, R: Report> Loaded<T, R> {
         };
         let folder = cache::folder(cache, (reader.kind(), &key[..16]), stop, waiting, |folder| {
             eprintln!("data: tokenizing {}, {}", path.display(), shared(cache));
-            let loaded = Reading::new(path, reader, split, Place::Folder(folder))?.run(stop)?;
+            let loaded =
+                FileImport::new(path, reader, split, RowSink::Folder(folder))?.run(stop)?;
             if loaded.sha256 != file {
                 let reason = "changed while it was read".into();
                 return Err(DataError::Broken { path: path.into(), reason });
@@ -319,7 +320,7 @@ impl<T: Record, R: Report> Loaded<T, R> {
     }
 
     /// Writes what the readers of the rows have not.
-    fn write(self, folder: &Path, origin: Origin) -> Result<(), DataError> {
+    fn write(self, folder: &Path, origin: RowsOrigin) -> Result<(), DataError> {
         let failed = |action: &'static str, path: PathBuf| {
             move |error: &dyn fmt::Display| {
                 DataError::from((action, path, io::Error::other(error.to_string())))
@@ -333,7 +334,7 @@ impl<T: Record, R: Report> Loaded<T, R> {
             sha256.insert(name, hash.expect("nobody stops it"));
         }
         let [train, held_out] = self.parts;
-        let header = Header {
+        let header = RowsHeader {
             origin,
             checks: self.checks,
             reports: [train.report, held_out.report],
@@ -346,11 +347,11 @@ impl<T: Record, R: Report> Loaded<T, R> {
             .map_err(|error| failed("write", path)(&error))
     }
 
-    fn open(folder: &Path, origin: &Origin) -> Result<Self, DataError> {
+    fn open(folder: &Path, origin: &RowsOrigin) -> Result<Self, DataError> {
         let broken = |path: &Path, reason: String| DataError::Broken { path: path.into(), reason };
         let path = folder.join(HEADER);
         let text = fs::read(&path).map_err(|error| broken(&path, error.to_string()))?;
-        let header: Header<R> =
+        let header: RowsHeader<R> =
             serde_json::from_slice(&text).map_err(|error| broken(&path, error.to_string()))?;
         if header.origin != *origin {
             return Err(broken(&path, "is of another file or another tokenizer".into()));
@@ -370,13 +371,13 @@ impl<T: Record, R: Report> Loaded<T, R> {
         };
         let [report, held_out_report] = header.reports;
         let [tokens_sha256, held_out_sha256] = header.tokens_sha256;
-        let part = |name: &str, report, tokens_sha256| -> Result<Kept<T, R>, DataError> {
+        let part = |name: &str, report, tokens_sha256| -> Result<LoadedPart<T, R>, DataError> {
             let [rows, places] = names(name);
             let rows = RowStore::new([map(&rows)?, map(&places)?], true)
                 .ok_or_else(|| broken(&folder.join(&rows), "is not as its places say".into()))?;
-            Ok(Kept { rows, report, tokens_sha256 })
+            Ok(LoadedPart { rows, report, tokens_sha256 })
         };
-        let nothing = || Kept {
+        let nothing = || LoadedPart {
             rows: RowStore::default(),
             report: R::default(),
             tokens_sha256: String::new(),
@@ -403,9 +404,9 @@ impl<T: Record, R: Report> Loaded<T, R> {
     fn check(
         &self,
         path: &Path,
-        reader: &impl Reader<Row = T, Report = R>,
+        reader: &impl RowReader<Record = T, Report = R>,
     ) -> Result<(), DataError> {
-        let [Kept { rows, report, .. }, _] = &self.parts;
+        let [LoadedPart { rows, report, .. }, _] = &self.parts;
         match (report.rows(), rows.len()) {
             (0, _) => Err(DataError::Empty { path: path.into() }),
             (_, 0) => Err(reader.nothing(path.into(), report)),
@@ -414,7 +415,7 @@ impl<T: Record, R: Report> Loaded<T, R> {
     }
 
     fn train(self) -> FileRows<T, R> {
-        let [Kept { rows, report, tokens_sha256 }, _] = self.parts;
+        let [LoadedPart { rows, report, tokens_sha256 }, _] = self.parts;
         let Self { sha256, checks, hashes, .. } = self;
         FileRows { rows, report, sha256, tokens_sha256, checks, hashes }
     }
@@ -447,41 +448,41 @@ fn files(split: bool) -> Vec<String> {
 
 /// Where rows are put.
 #[derive(Clone, Copy)]
-enum Place<'a> {
+enum RowSink<'a> {
     Nowhere,
     Memory,
     Folder(&'a Path),
 }
 
 /// A file that is being read.
-struct Reading<'a, R: Reader> {
+struct FileImport<'a, R: RowReader> {
     path: &'a Path,
     reader: &'a R,
     split: bool,
-    place: Place<'a>,
+    place: RowSink<'a>,
     checks: CheckReport,
     hashes: RowHashWriter,
-    parts: [Part<R::Row, R::Report>; 2],
+    parts: [RowPart<R::Record, R::Report>; 2],
     held_out_lines: ByteSink,
 }
 
-impl<'a, R: Reader> Reading<'a, R> {
+impl<'a, R: RowReader> FileImport<'a, R> {
     fn new(
         path: &'a Path,
         reader: &'a R,
         split: bool,
-        place: Place<'a>,
+        place: RowSink<'a>,
     ) -> Result<Self, DataError> {
         let folder = match place {
-            Place::Folder(folder) => Some(folder),
-            Place::Nowhere | Place::Memory => None,
+            RowSink::Folder(folder) => Some(folder),
+            RowSink::Nowhere | RowSink::Memory => None,
         };
-        let part = |name: &str, folder| -> io::Result<Part<R::Row, R::Report>> {
+        let part = |name: &str, folder| -> io::Result<RowPart<R::Record, R::Report>> {
             let rows = match place {
-                Place::Nowhere => RowStoreWriter::nowhere(),
+                RowSink::Nowhere => RowStoreWriter::nowhere(),
                 _ => RowStoreWriter::new(folder, name)?,
             };
-            Ok(Part { rows, report: R::Report::default() })
+            Ok(RowPart { rows, report: R::Report::default() })
         };
         let of_held_out = folder.filter(|_| split);
         let begin = || -> io::Result<Self> {
@@ -503,7 +504,7 @@ impl<'a, R: Reader> Reading<'a, R> {
         refused(self.place, self.path, error)
     }
 
-    fn run(mut self, stop: &AtomicBool) -> Result<Loaded<R::Row, R::Report>, DataError> {
+    fn run(mut self, stop: &AtomicBool) -> Result<LoadedFile<R::Record, R::Report>, DataError> {
         let (path, reader) = (self.path, self.reader);
         let sha256 = read_all(
             path,
@@ -514,7 +515,11 @@ impl<'a, R: Reader> Reading<'a, R> {
         self.finish(sha256)
     }
 
-    fn add(&mut self, line: &Line, row: Result<Parsed<R::Tokenized>, Unread>) -> io::Result<()> {
+    fn add(
+        &mut self,
+        line: &FileLine,
+        row: Result<Parsed<R::Tokenized>, UnreadableRow>,
+    ) -> io::Result<()> {
         let format = match &row {
             Ok(parsed) => parsed.format,
             Err(unread) => unread.format,
@@ -544,18 +549,19 @@ impl<'a, R: Reader> Reading<'a, R> {
         Ok(())
     }
 
-    fn finish(mut self, sha256: String) -> Result<Loaded<R::Row, R::Report>, DataError> {
+    fn finish(mut self, sha256: String) -> Result<LoadedFile<R::Record, R::Report>, DataError> {
         let (path, place) = (self.path, self.place);
-        let kept = |part: Part<R::Row, R::Report>| -> io::Result<Kept<R::Row, R::Report>> {
-            let (rows, tokens_sha256) = part.rows.finish()?;
-            Ok(Kept { rows, report: part.report, tokens_sha256 })
-        };
-        let finish = || -> io::Result<Loaded<R::Row, R::Report>> {
+        let kept =
+            |part: RowPart<R::Record, R::Report>| -> io::Result<LoadedPart<R::Record, R::Report>> {
+                let (rows, tokens_sha256) = part.rows.finish()?;
+                Ok(LoadedPart { rows, report: part.report, tokens_sha256 })
+            };
+        let finish = || -> io::Result<LoadedFile<R::Record, R::Report>> {
             let hashes = self.hashes.finish()?;
             hashes.report_duplicates(&mut self.checks);
             let lines = self.held_out_lines.finish()?;
             let [train, held_out] = self.parts;
-            Ok(Loaded {
+            Ok(LoadedFile {
                 sha256,
                 checks: self.checks,
                 hashes,
@@ -567,10 +573,10 @@ impl<'a, R: Reader> Reading<'a, R> {
     }
 }
 
-fn refused(place: Place, path: &Path, error: io::Error) -> DataError {
+fn refused(place: RowSink, path: &Path, error: io::Error) -> DataError {
     let path = match place {
-        Place::Folder(folder) => folder,
-        Place::Nowhere | Place::Memory => path,
+        RowSink::Folder(folder) => folder,
+        RowSink::Nowhere | RowSink::Memory => path,
     };
     DataError::from(("write", path.to_path_buf(), error))
 }

@@ -358,7 +358,7 @@ pub(super) fn hash_tokens(tokens: &[u32], hasher: &mut Sha256) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Pair, Prompt};
+    use super::super::{PreferencePair, Prompt};
     use super::*;
 
     /// What comes back of rows, from memory and from files.
@@ -416,7 +416,7 @@ mod tests {
 
     #[test]
     fn comparisons_come_back() {
-        let pair = |better, worse, margin| Pair { better, worse, margin };
+        let pair = |better, worse, margin| PreferencePair { better, worse, margin };
         let comparison = |row: u64, responses: &[&[u32]], pairs, label| Comparison {
             prompt: (0..row as u32).collect(),
             responses: responses.iter().map(|response| response.to_vec()).collect(),

@@ -4,7 +4,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::comparison::{ComparisonKind, Pair};
+use super::comparison::{ComparisonKind, PreferencePair};
 use super::{RowError, split};
 
 /// Roles a message may have, as OpenAI's and Hugging Face's formats name them.
@@ -279,7 +279,7 @@ fn plain_message(role: &str, content: &str) -> Message {
 pub(super) struct ComparisonRow {
     pub responses: Responses,
     /// Which response is preferred to which.
-    pub pairs: Vec<Pair>,
+    pub pairs: Vec<PreferencePair>,
     /// Whether each response is good, or nothing.
     pub labels: Vec<bool>,
     /// Pairs of responses ranked the same.
@@ -446,7 +446,7 @@ fn ranked(
     count: usize,
     row: &Map<String, Value>,
     compared: bool,
-) -> Result<(Vec<Pair>, u64), RowError> {
+) -> Result<(Vec<PreferencePair>, u64), RowError> {
     let mut margin = 0.0;
     if let Some(value) = row.get("margin").filter(|_| compared) {
         let found = value.as_f64().map(|margin| margin as f32).filter(|margin| margin.is_finite());
@@ -476,7 +476,7 @@ fn ranked(
                     continue;
                 }
             };
-            pairs.push(Pair { better, worse, margin });
+            pairs.push(PreferencePair { better, worse, margin });
         }
     }
     Ok((pairs, ties))

@@ -38,14 +38,14 @@ pub struct RewardCommand {
     child: Child,
     /// What is to be written; none once the program has ended or failed.
     input: Option<Sender<Vec<u8>>>,
-    answers: Receiver<Line>,
+    answers: Receiver<ProgramLine>,
     last_words: Arc<Mutex<String>>,
     /// Closed when the program's stderr is.
     silence: Receiver<()>,
 }
 
 /// A line of the program, or why it is none.
-type Line = Result<String, &'static str>;
+type ProgramLine = Result<String, &'static str>;
 
 impl RewardCommand {
     /// Starts a program by the shell. `timeout` is what it gets for a batch.
@@ -206,7 +206,7 @@ fn write(mut stdin: ChildStdin, batches: &Receiver<Vec<u8>>) {
     }
 }
 
-fn read(stdout: ChildStdout, answers: &SyncSender<Line>) {
+fn read(stdout: ChildStdout, answers: &SyncSender<ProgramLine>) {
     let mut stdout = BufReader::new(stdout);
     loop {
         let mut line = Vec::new();

@@ -25,7 +25,7 @@ pub use diagnose::{Cause, Diagnosis, FirstStep, diagnose_update};
 pub use ppo::{AdvantageSettings, Experience};
 pub use respond::Response;
 pub use reward_model::{RewardModel, RewardModelError};
-pub use rewards::{RewardError, RewardSource, Rewards, Sample, Scores};
+pub use rewards::{RewardError, RewardScores, RewardSource, Rewards, Sample};
 pub use rule::{Rule, RuleError, Unit};
 pub use samples::{SampleLog, SampleRow, SamplesError, table};
 pub use scorer::{Answer, ScoreError, Scorer};

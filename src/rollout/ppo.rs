@@ -99,12 +99,12 @@ pub fn state_rows(batch: &Batch, states: impl Iterator<Item = usize>) -> Vec<u32
 
 /// What a mini-batch's parts are divided by.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Counts {
+pub struct MiniBatchCounts {
     tokens: usize,
     states: usize,
 }
 
-impl Counts {
+impl MiniBatchCounts {
     /// Of a mini-batch.
     pub fn of(rows: &[&Experience]) -> Self {
         Self {
@@ -115,7 +115,7 @@ impl Counts {
 }
 
 /// The policy's part of a micro-batch of the responses of `rows`.
-pub fn policy_part(rows: &[&Experience], counts: Counts, cliprange: f64) -> PpoPolicy {
+pub fn policy_part(rows: &[&Experience], counts: MiniBatchCounts, cliprange: f64) -> PpoPolicy {
     let all = |part: fn(&Experience) -> &Vec<f32>| -> Vec<f32> {
         rows.iter().flat_map(|row| part(row).iter().copied()).collect()
     };
@@ -128,7 +128,7 @@ pub fn policy_part(rows: &[&Experience], counts: Counts, cliprange: f64) -> PpoP
 pub fn value_part(
     rows: &[&Experience],
     batch: &Batch,
-    counts: Counts,
+    counts: MiniBatchCounts,
     vf_coef: f64,
     cliprange_value: f64,
 ) -> PpoValue {

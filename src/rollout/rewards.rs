@@ -118,7 +118,7 @@ pub struct Rewards {
 
 /// The rewards of a batch of samples.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Scores {
+pub struct RewardScores {
     /// For each source those of all samples; none where it has no opinion.
     pub columns: Vec<Vec<Option<f64>>>,
     /// The weighted sum for each sample of all opinions there are; none where there is none.
@@ -168,7 +168,7 @@ impl Rewards {
         &mut self,
         samples: &[Sample],
         models: &[Vec<f64>],
-    ) -> Result<Scores, RewardError> {
+    ) -> Result<RewardScores, RewardError> {
         let mut models = models.iter();
         let mut columns = Vec::with_capacity(self.sources.len());
         for source in &mut self.sources {
@@ -202,7 +202,7 @@ impl Rewards {
             weighted.reduce(|a, b| a + b)
         };
         let totals = (0..samples.len()).map(total).collect();
-        Ok(Scores { columns, totals })
+        Ok(RewardScores { columns, totals })
     }
 }
 

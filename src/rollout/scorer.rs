@@ -5,7 +5,7 @@ use candle_core::Result as TensorResult;
 use serde_json::{Map, Value};
 
 use super::respond::{self, Response};
-use super::{RewardError, RewardModel, RewardModelError, Rewards, Sample, Scores};
+use super::{RewardError, RewardModel, RewardModelError, RewardScores, Rewards, Sample};
 use crate::data::Prompt;
 use crate::model::{ActiveAdapter, Decoder};
 use crate::text::{TextError, Tokenizer};
@@ -67,7 +67,7 @@ impl Scorer {
         tokenizer: &Tokenizer,
         prompts: &[Prompt],
         responses: &[Response],
-    ) -> Result<(Vec<String>, Scores), ScoreError> {
+    ) -> Result<(Vec<String>, RewardScores), ScoreError> {
         let texts: Vec<String> = responses
             .iter()
             .map(|response| tokenizer.decode(&response.tokens, true))
@@ -97,7 +97,7 @@ impl Scorer {
         decoder: &Decoder,
         answers: &[Answer],
         known: Option<Vec<f64>>,
-    ) -> Result<Scores, ScoreError> {
+    ) -> Result<RewardScores, ScoreError> {
         let samples: Vec<Sample> = answers
             .iter()
             .map(|&Answer { response, text, finished, prompt, row }| Sample {

@@ -20,7 +20,7 @@ use super::settings::{CommonSettings, DpoSettings, EvalStrategy, RunSettings, Ta
 use crate::data::checks::{Check, CheckReport};
 use crate::data::{
     Batch, Cache, Comparison, ComparisonKind, ComparisonSettings, Comparisons, DataError, Dataset,
-    EpochPlan, EpochSettings, Limits, LoadSettings, ModelLimits, RowStore, WhenTooLong,
+    EpochPlan, EpochSettings, LengthLimits, LoadSettings, ModelLimits, RowStore, WhenTooLong,
     epoch_examples,
 };
 use crate::eval::evaluate;
@@ -126,12 +126,12 @@ impl Supervised {
         };
         let (rows, held_out, held_out_lines) = match &settings.task {
             Task::Reward(_) => {
-                let limits = Limits { max_length, when_long: WhenTooLong::Drop };
+                let limits = LengthLimits { max_length, when_long: WhenTooLong::Drop };
                 let limits = comparisons(limits);
                 load_comparisons(&common, tokenizer, stop, &limits, ComparisonKind::Pairs)?
             }
             Task::Dpo(own) => {
-                let limits = Limits { max_length, when_long: WhenTooLong::Cut };
+                let limits = LengthLimits { max_length, when_long: WhenTooLong::Cut };
                 let kind = match own.loss_type {
                     PreferenceLoss::Kto => ComparisonKind::Labels,
                     _ => ComparisonKind::Pairs,

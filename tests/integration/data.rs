@@ -8,8 +8,8 @@ use proptest::prelude::*;
 use quantune::data::checks::Check;
 use quantune::data::{
     AlpacaPrompt, Batch, Cache, ComparisonKind, ComparisonSettings, Comparisons, DataError,
-    DataReport, Dataset, EpochPlan, EpochSettings, Example, Limits, LoadSettings, ModelLimits, Row,
-    WhenTooLong, is_held_out,
+    DataReport, Dataset, EpochPlan, EpochSettings, Example, LengthLimits, LoadSettings,
+    ModelLimits, Row, WhenTooLong, is_held_out,
 };
 use quantune::ops::Segment;
 use quantune::text::{Special, Tokenizer};
@@ -514,7 +514,7 @@ fn checks_find_each_defect_and_nothing_else() {
         let compared = rows[0].0.get("chosen").is_some();
         let model = Some(ModelLimits { window: 400, vocab_size: tokenizer.vocab_size() - 1 });
         let found = if compared {
-            let limits = Limits { max_length: 100, when_long: WhenTooLong::Cut };
+            let limits = LengthLimits { max_length: 100, when_long: WhenTooLong::Cut };
             let settings = ComparisonSettings { model, ..limits.into() };
             let kind = ComparisonKind::Pairs;
             Comparisons::examine(&path, tokenizer, &settings, kind, &GOES_ON).unwrap().checks

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor, Var};
-use quantune::data::{Batch, Comparison, Pair};
+use quantune::data::{Batch, Comparison, PreferencePair};
 use quantune::model::{ActiveAdapter, Decoder};
 use quantune::objectives::Objective;
 use quantune::objectives::advantage::KlEstimator;
@@ -101,8 +101,9 @@ fn comparison(row: u64, value: &Value) -> Comparison {
     };
     let margin = value["margin"].as_f64().unwrap_or(0.0) as f32;
     let count = responses.len();
-    let pairs = (0..count)
-        .flat_map(|better| (better + 1..count).map(move |worse| Pair { better, worse, margin }));
+    let pairs = (0..count).flat_map(|better| {
+        (better + 1..count).map(move |worse| PreferencePair { better, worse, margin })
+    });
     let pairs = pairs.collect();
     Comparison { prompt, responses, pairs, label, row, line: row + 1 }
 }
@@ -390,7 +391,7 @@ fn replay(name: &str, compute: Compute, micro: usize) {
         for mini in line["minibatches"].as_array().unwrap() {
             let mini = ids(mini);
             let pick = |i: &u32| &rows[*i as usize];
-            let counts = ppo::Counts::of(&mini.iter().map(pick).collect::<Vec<_>>());
+            let counts = ppo::MiniBatchCounts::of(&mini.iter().map(pick).collect::<Vec<_>>());
             let mut parts = Vec::new();
             for micro in mini.chunks(micro) {
                 let of: Vec<&Response> = micro.iter().map(|&i| &responses[i as usize]).collect();

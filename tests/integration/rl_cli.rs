@@ -876,7 +876,7 @@ enum Learns {
 const ALL: [Learns; 4] = [Learns::Ppo, Learns::Grpo, Learns::Rloo, Learns::Once];
 
 impl Learns {
-    fn objective(self, row: &Experience, counts: ppo::Counts) -> Objective {
+    fn objective(self, row: &Experience, counts: ppo::MiniBatchCounts) -> Objective {
         if self == Self::Ppo {
             return ppo::objective(Some(ppo::policy_part(&[row], counts, 0.2)), None);
         }
@@ -960,7 +960,7 @@ impl Patient {
                 ..Experience::default()
             })
             .collect();
-        let counts = ppo::Counts::of(&rows.iter().collect::<Vec<_>>());
+        let counts = ppo::MiniBatchCounts::of(&rows.iter().collect::<Vec<_>>());
         let order: Vec<usize> = (2..rows.len()).rev().collect();
         let parts: Vec<MicroBatch> = order
             .iter()

@@ -29,11 +29,11 @@ const ROWS_AT_A_TIME: usize = 64;
 
 /// A document, or a part of one that is too long to be tokenized in one go.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Piece {
+pub struct DocumentPiece {
     /// The text; of a conversation that of its messages, a line each.
     pub text: String,
     /// The conversation, which a chat template is to lay out, with its place.
-    pub chat: Option<Chat>,
+    pub chat: Option<Conversation>,
     /// Whether a document begins here.
     pub first: bool,
     /// Whether it ends here.
@@ -42,7 +42,7 @@ pub struct Piece {
 
 /// A conversation among the documents.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Chat {
+pub struct Conversation {
     /// Its messages.
     pub(super) row: Row,
     /// The file.
@@ -51,7 +51,7 @@ pub struct Chat {
     line: u64,
 }
 
-impl Chat {
+impl Conversation {
     /// Its tokens as the template lays them out, without the BOS that each document gets.
     pub(super) fn tokens(&self, tokenizer: &Tokenizer) -> Result<Vec<u32>, DataError> {
         let tokenized =
@@ -69,7 +69,7 @@ impl Chat {
     }
 }
 
-impl AsRef<str> for Piece {
+impl AsRef<str> for DocumentPiece {
     fn as_ref(&self) -> &str {
         &self.text
     }
@@ -84,7 +84,7 @@ impl AsRef<str> for Piece {
 pub fn read_documents(
     files: &[PathBuf],
     stop: &AtomicBool,
-    take: &mut dyn FnMut(&[Piece]) -> Result<(), CorpusError>,
+    take: &mut dyn FnMut(&[DocumentPiece]) -> Result<(), CorpusError>,
 ) -> Result<(), CorpusError> {
     let mut chunks = Chunks { pieces: Vec::new(), bytes: 0, stop, take };
     for path in files {
@@ -109,10 +109,10 @@ fn extension(path: &Path) -> Option<&str> {
 }
 
 struct Chunks<'a> {
-    pieces: Vec<Piece>,
+    pieces: Vec<DocumentPiece>,
     bytes: usize,
     stop: &'a AtomicBool,
-    take: &'a mut dyn FnMut(&[Piece]) -> Result<(), CorpusError>,
+    take: &'a mut dyn FnMut(&[DocumentPiece]) -> Result<(), CorpusError>,
 }
 
 impl Chunks<'_> {
@@ -132,16 +132,16 @@ impl Chunks<'_> {
             return Ok(());
         }
         self.bytes += text.len();
-        self.pieces.push(Piece { text, chat: None, first, last });
+        self.pieces.push(DocumentPiece { text, chat: None, first, last });
         if self.bytes < CHUNK { Ok(()) } else { self.flush() }
     }
 
-    fn chat(&mut self, messages: &[Message], chat: Chat) -> Result<(), CorpusError> {
+    fn chat(&mut self, messages: &[Message], chat: Conversation) -> Result<(), CorpusError> {
         let content = |message: &Message| message.value["content"].as_str().map(String::from);
         let texts: Vec<String> = messages.iter().filter_map(content).collect();
         let text = texts.join("\n");
         self.bytes += text.len();
-        self.pieces.push(Piece { text, chat: Some(chat), first: true, last: true });
+        self.pieces.push(DocumentPiece { text, chat: Some(chat), first: true, last: true });
         if self.bytes < CHUNK { Ok(()) } else { self.flush() }
     }
 
@@ -276,7 +276,7 @@ fn jsonl(path: &Path, chunks: &mut Chunks<'_>) -> Result<(), CorpusError> {
         }
         handed_over = match &row {
             Row::Messages { messages, .. } => {
-                let chat = Chat { row: row.clone(), path: path.into(), line: line.number };
+                let chat = Conversation { row: row.clone(), path: path.into(), line: line.number };
                 chunks.chat(messages, chat)
             }
             Row::Text(text) => chunks.document(text),
@@ -338,12 +338,12 @@ fn column(path: &Path, chunks: &mut Chunks<'_>) -> Result<(), CorpusError> {
 mod tests {
     use super::*;
 
-    fn pieces(bytes: &[u8]) -> Result<Vec<Piece>, String> {
+    fn pieces(bytes: &[u8]) -> Result<Vec<DocumentPiece>, String> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("some.txt");
         std::fs::write(&path, bytes).unwrap();
         let mut found = Vec::new();
-        let mut take = |pieces: &[Piece]| {
+        let mut take = |pieces: &[DocumentPiece]| {
             found.extend_from_slice(pieces);
             Ok(())
         };
@@ -377,7 +377,7 @@ mod tests {
                     {\"role\": \"assistant\", \"content\": \"So.\"}]}\n";
         std::fs::write(&path, rows).unwrap();
         let mut found = Vec::new();
-        let mut take = |pieces: &[Piece]| {
+        let mut take = |pieces: &[DocumentPiece]| {
             found.extend_from_slice(pieces);
             Ok(())
         };

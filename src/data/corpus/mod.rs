@@ -13,7 +13,7 @@ mod mixture;
 mod shard;
 mod source;
 
-pub use documents::{Piece, read_documents};
+pub use documents::{DocumentPiece, read_documents};
 pub use error::CorpusError;
 pub use source::{SourceSpec, matching_files};
 
@@ -31,7 +31,7 @@ use super::Batch;
 use super::cache::hex;
 use crate::text::Tokenizer;
 use mixture::{Mixture, Permutation};
-use shard::{Borders, Part, Shard};
+use shard::{Borders, Shard, TokenRing};
 
 /// How a corpus is made and cut into rows.
 #[derive(Debug, Clone, PartialEq)]
@@ -63,7 +63,7 @@ pub struct Tokenizing<'a> {
 /// A mixture of tokenized sources.
 #[derive(Debug)]
 pub struct Corpus {
-    sources: Vec<Source>,
+    sources: Vec<CorpusSource>,
     mixture: Mixture,
     borders: Borders,
     /// Bytes of text each token stands for.
@@ -73,14 +73,14 @@ pub struct Corpus {
 }
 
 #[derive(Debug)]
-struct Source {
+struct CorpusSource {
     spec: SourceSpec,
     shard: Shard,
 }
 
 /// Where a row lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub struct Place {
+pub struct RowPosition {
     /// The source, by its index.
     pub source: usize,
     /// Epochs of the source before this one.
@@ -147,7 +147,7 @@ impl Corpus {
         for spec in specs {
             let shard =
                 shard::open(spec, tokenizer, borders, validation_split, cache, stop, &mut told)?;
-            sources.push(Source { spec: spec.clone(), shard });
+            sources.push(CorpusSource { spec: spec.clone(), shard });
         }
         let shards = || sources.iter().map(|source| &source.shard);
         if validation_split > 0.0 && shards().all(|shard| shard.validation.totals.documents == 0) {
@@ -155,7 +155,7 @@ impl Corpus {
             return Err(CorpusError::NothingHeldOut { documents, split: validation_split });
         }
         let mut hasher = Sha256::new();
-        for Source { spec, shard } in &sources {
+        for CorpusSource { spec, shard } in &sources {
             let Shard { train, validation, .. } = shard;
             for text in [&spec.name, &train.totals.sha256, &validation.totals.sha256] {
                 hasher.update(text);
@@ -201,17 +201,17 @@ impl Corpus {
     }
 
     /// Where row `row` of the run lies, counted over all steps and micro-batches.
-    pub fn place(&self, row: u64) -> Place {
+    pub fn place(&self, row: u64) -> RowPosition {
         let (source, row) = self.mixture.place(row);
         let rows = self.rows_per_epoch(source);
         let (epoch, row) = (row / rows, row % rows);
-        let Source { spec, shard } = &self.sources[source];
+        let CorpusSource { spec, shard } = &self.sources[source];
         let purpose = format!("order of source {}", spec.name);
         let mut random = Stream::new(self.settings.seed, &purpose, &[epoch]);
         let offset = random.below(shard.train.totals.tokens);
         let row = Permutation::new(rows, &mut random).of(row);
         let start = offset + row * self.settings.sequence_length as u64;
-        Place { source, epoch, start: start % shard.train.totals.tokens }
+        RowPosition { source, epoch, start: start % shard.train.totals.tokens }
     }
 
     /// Rows of the run, each of T tokens with a target each: the next one, for a row's last token the
@@ -224,7 +224,7 @@ impl Corpus {
     pub fn batch(&self, rows: Range<u64>) -> Batch {
         let mut batch = Batch::default();
         for row in rows {
-            let Place { source, start, .. } = self.place(row);
+            let RowPosition { source, start, .. } = self.place(row);
             let length = self.settings.sequence_length;
             self.push(&mut batch, &self.sources[source].shard.train, start, length, row);
         }
@@ -259,7 +259,7 @@ impl Corpus {
     pub fn report(&self, rows: u64) -> Vec<SourceReport> {
         let weights: f64 = self.sources.iter().map(|source| source.spec.weight).sum();
         let counts = self.mixture.counts(rows);
-        let line = |(Source { spec, shard }, rows): (&Source, u64)| {
+        let line = |(CorpusSource { spec, shard }, rows): (&CorpusSource, u64)| {
             let Shard { files, train, validation } = shard;
             let tokens_seen = rows as f64 * self.settings.sequence_length as f64;
             SourceReport {
@@ -280,7 +280,7 @@ impl Corpus {
     }
 
     /// Lays `length` tokens of a part from `start` on behind what the batch holds.
-    fn push(&self, batch: &mut Batch, part: &Part, start: u64, length: usize, key: u64) {
+    fn push(&self, batch: &mut Batch, part: &TokenRing, start: u64, length: usize, key: u64) {
         let mut row = Vec::with_capacity(length + 1);
         part.read(start, length + 1, &mut row);
         let reset = self.settings.reset_at_borders;

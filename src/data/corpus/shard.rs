@@ -17,7 +17,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::documents::{Piece, has_lines, read_documents};
+use super::documents::{DocumentPiece, has_lines, read_documents};
 use super::{CorpusError, SourceSpec, Tokenizing, matching_files};
 use crate::data::cache::{self, hex};
 use crate::data::split;
@@ -62,7 +62,7 @@ impl Borders {
 
 /// What the tokens of a shard depend on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-struct Origin {
+struct ShardOrigin {
     format: u32,
     tokenizer: String,
     /// Of the chat template and the day it is pinned to, where a file may hold conversations.
@@ -96,8 +96,8 @@ pub(super) struct Totals {
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-struct Header {
-    origin: Origin,
+struct ShardHeader {
+    origin: ShardOrigin,
     train: Totals,
     validation: Totals,
 }
@@ -106,20 +106,20 @@ struct Header {
 #[derive(Debug)]
 pub(super) struct Shard {
     pub files: usize,
-    pub train: Part,
-    pub validation: Part,
+    pub train: TokenRing,
+    pub validation: TokenRing,
 }
 
 /// The tokens of one part, in a ring: behind the last document comes the first.
 #[derive(Debug)]
-pub(super) struct Part {
+pub(super) struct TokenRing {
     pub totals: Totals,
     width: usize,
     /// Nothing where there are no tokens.
     map: Option<Bytes>,
 }
 
-impl Part {
+impl TokenRing {
     /// Appends `count` tokens from `start` on, going round as often as it takes.
     ///
     /// # Panics
@@ -171,7 +171,7 @@ pub(super) fn open(
 ) -> Result<Shard, CorpusError> {
     let files = matching_files(&spec.glob)?;
     let template = tokenizer.chat_template().filter(|_| files.iter().any(|path| has_lines(path)));
-    let origin = Origin {
+    let origin = ShardOrigin {
         format: FORMAT,
         tokenizer: tokenizer.fingerprint()?,
         template: template.map(ChatTemplate::fingerprint),
@@ -190,15 +190,16 @@ pub(super) fn open(
     let path = folder.join(HEADER);
     let bad = |reason: String| CorpusError::Shard { path: path.clone(), reason };
     let text = fs::read_to_string(&path).map_err(|error| bad(error.to_string()))?;
-    let header: Header = serde_json::from_str(&text).map_err(|error| bad(error.to_string()))?;
+    let header: ShardHeader =
+        serde_json::from_str(&text).map_err(|error| bad(error.to_string()))?;
     if header.origin != origin {
         return Err(bad("is of other files or another tokenizer".into()));
     }
     let width = origin.width;
     Ok(Shard {
         files: files.len(),
-        train: Part::open(&folder, "train.tokens", header.train, width)?,
-        validation: Part::open(&folder, "validation.tokens", header.validation, width)?,
+        train: TokenRing::open(&folder, "train.tokens", header.train, width)?,
+        validation: TokenRing::open(&folder, "validation.tokens", header.validation, width)?,
     })
 }
 
@@ -213,19 +214,19 @@ fn file_print(path: &Path) -> Result<FilePrint, CorpusError> {
 fn tokenize(
     spec: &SourceSpec,
     tokenizer: &Tokenizer,
-    origin: &Origin,
+    origin: &ShardOrigin,
     files: &[PathBuf],
     folder: &Path,
     stop: &AtomicBool,
     told: &mut dyn FnMut(Tokenizing<'_>),
 ) -> Result<(), CorpusError> {
-    let mut train = PartWriter::new(folder.join("train.tokens"), origin)?;
-    let mut validation = PartWriter::new(folder.join("validation.tokens"), origin)?;
+    let mut train = TokenWriter::new(folder.join("train.tokens"), origin)?;
+    let mut validation = TokenWriter::new(folder.join("validation.tokens"), origin)?;
     let of = origin.files.iter().map(|file| file.bytes).sum();
     let mut held_out = false;
     let end = Borders::of(tokenizer)?.end;
-    read_documents(files, stop, &mut |pieces: &[Piece]| {
-        let encode = |piece: &Piece| -> Result<Vec<u32>, CorpusError> {
+    read_documents(files, stop, &mut |pieces: &[DocumentPiece]| {
+        let encode = |piece: &DocumentPiece| -> Result<Vec<u32>, CorpusError> {
             match &piece.chat {
                 Some(chat) => {
                     let mut tokens = chat.tokens(tokenizer)?;
@@ -257,7 +258,7 @@ fn tokenize(
         return Err(CorpusError::AllHeldOut { name, documents, split });
     }
     let origin = origin.clone();
-    let header = Header { origin, train: train.finish()?, validation: validation.finish()? };
+    let header = ShardHeader { origin, train: train.finish()?, validation: validation.finish()? };
     let json = serde_json::to_string_pretty(&header).expect("plain data");
     let path = folder.join(HEADER);
     write_atomically(&path, |file| file.write_all(json.as_bytes()))
@@ -265,7 +266,7 @@ fn tokenize(
 }
 
 /// Writes the documents of one part.
-struct PartWriter {
+struct TokenWriter {
     path: PathBuf,
     file: BufWriter<File>,
     hasher: Sha256,
@@ -274,14 +275,14 @@ struct PartWriter {
     totals: Totals,
 }
 
-impl PartWriter {
-    fn new(path: PathBuf, origin: &Origin) -> Result<Self, CorpusError> {
+impl TokenWriter {
+    fn new(path: PathBuf, origin: &ShardOrigin) -> Result<Self, CorpusError> {
         let file = BufWriter::new(File::create(&path).map_err(CorpusError::io("write", &path))?);
         let (borders, width) = (origin.borders, origin.width);
         Ok(Self { path, file, hasher: Sha256::new(), borders, width, totals: Totals::default() })
     }
 
-    fn write(&mut self, piece: &Piece, tokens: &[u32]) -> Result<(), CorpusError> {
+    fn write(&mut self, piece: &DocumentPiece, tokens: &[u32]) -> Result<(), CorpusError> {
         let before = self.borders.bos.filter(|_| piece.first);
         let after = Some(self.borders.end).filter(|_| piece.last);
         let mut bytes = Vec::with_capacity((tokens.len() + 2) * self.width);

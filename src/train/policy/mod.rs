@@ -34,8 +34,8 @@ use crate::objectives::advantage::{RunningMoments, kl_k1};
 use crate::ops::{Compute, linear_cross_entropy};
 use crate::quant::Bytes;
 use crate::rollout::{
-    FirstStep, Response, RewardCommand, RewardModel, RewardSource, Rewards, SampleLog, SampleRow,
-    Scorer, Scores, diagnose_update, respond, table,
+    FirstStep, Response, RewardCommand, RewardModel, RewardScores, RewardSource, Rewards,
+    SampleLog, SampleRow, Scorer, diagnose_update, respond, table,
 };
 use crate::text::{Tokenizer, first_second};
 use crate::weights::write_atomically;
@@ -472,7 +472,7 @@ impl Rollouts {
         let began = Instant::now();
         let (texts, scores) = self.scorer.score(decoder, tokenizer, prompts, &responses)?;
         self.times.scoring += began.elapsed();
-        let Scores { columns, totals } = scores;
+        let RewardScores { columns, totals } = scores;
         Ok(Scored { responses, texts, columns, totals })
     }
 
