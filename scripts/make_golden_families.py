@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes tests/golden/families: a tiny random model of each family as a Hugging Face folder and as the
+"""Writes tests/golden/model_families: a tiny random model of each family as a Hugging Face folder and as the
 GGUF that llama.cpp's converter makes of it, what transformers says about it, and the gradients of a PEFT
 adapter on it.
 
@@ -31,7 +31,7 @@ import transformers
 from make_golden import write_adapter, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-OUT = ROOT / "tests/golden/families"
+OUT = ROOT / "tests/golden/model_families"
 VOCAB = 64
 BASE = dict(
     vocab_size=VOCAB,

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes tests/golden/family: the LoRA family as PEFT computes, saves, combines and trains it.
+"""Writes tests/golden/lora_variants: the LoRA family as PEFT computes, saves, combines and trains it.
 
     pip install -r scripts/requirements-golden.txt
     PYTHONHASHSEED=0 python3 scripts/make_golden_family.py
@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 import make_golden as golden
 from make_golden_adapters import llama, lora_layers
 
-FAMILY = golden.ROOT / "tests/golden/family"
+FAMILY = golden.ROOT / "tests/golden/lora_variants"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 MERGED = ["model.layers.1.self_attn.k_proj"]
 warnings.simplefilter("ignore")

@@ -19,6 +19,8 @@
 //! knows no model file, no trainer, no quantization and no command line.
 //!
 //! - [`isa`]: which instructions the CPU has. Does not know what is computed.
+//! - [`monitor`]: what long work reports to its caller, and the flag that stops it. Does not know who
+//!   listens.
 //! - [`quant`]: GGML block types over a range of bytes. Does not know where the bytes come from.
 //! - [`ops`]: differentiable operations, a file each. Do not know that there is a model.
 //! - [`weights`]: GGUF and safetensors files to named tensors. Does not know what a name means.
@@ -43,6 +45,7 @@ pub mod export;
 pub mod generate;
 pub mod isa;
 pub mod model;
+pub mod monitor;
 pub mod objectives;
 pub mod ops;
 pub mod optim;

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 use serde_json::{Map, Value, json};
 
+use super::printer;
 use crate::generate::{Finish, Generated};
 use crate::model::{ActiveAdapter, Decoder};
 use crate::rollout::reward_model::RewardModel;
@@ -122,7 +123,11 @@ impl BestOf {
             sources.push(RewardSource::Command(RewardCommand::start(command, timeout)?));
         }
         if let Some(path) = &self.reward_adapter {
-            adapter = Some(ActiveAdapter::frozen(Arc::new(read_scoring(path, decoder)?)));
+            adapter = Some(ActiveAdapter::frozen(Arc::new(read_scoring(
+                path,
+                decoder,
+                printer::monitor(),
+            )?)));
             sources.push(RewardSource::Model { name: "reward_adapter".into() });
         }
         if let Some(path) = &self.reward_model {

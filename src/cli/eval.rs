@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value, json};
 
 use super::loading::Loading;
+use super::printer;
 use super::replies::Replies;
 use super::{AdapterArg, TemplateFlags, load_adapters, open_tokenizer, paths, read_text, to_json};
 use crate::data::{Comparison, ComparisonKind, Comparisons, Dataset, LengthLimits, WhenTooLong};
@@ -127,14 +128,15 @@ impl Eval {
         if !self.adapter.is_empty() {
             bail!("--adapter is not scored by --reward on rows that are there; needed --prompts");
         }
-        let active = [ActiveAdapter::frozen(Arc::new(read_scoring(folder, decoder)?))];
+        let active =
+            [ActiveAdapter::frozen(Arc::new(read_scoring(folder, decoder, printer::monitor())?))];
         let max_length = self.max_length.unwrap_or(1024);
         let max_length = max_length.min(decoder.config.max_position_embeddings);
         let limits = LengthLimits { max_length, when_long: WhenTooLong::Drop };
         let never = AtomicBool::new(false); // nothing is lost: Ctrl-C ends the process
         let data = Comparisons::load(data, tokenizer, limits, ComparisonKind::Any, &never)?;
         eprintln!("data: {}", data.report);
-        let judged = judge_rewards(decoder, &active, &data.rows, 0.0, &never)?;
+        let judged = judge_rewards(decoder, &active, &data.rows, 0.0, printer::monitor())?;
         let judged = judged.context("stopped")?;
         if let Some(path) = &self.scores {
             let line = |(row, scores): (Comparison, &Vec<f32>)| {

@@ -27,6 +27,7 @@ mod inspect;
 mod loading;
 mod merge;
 mod pretrain;
+mod printer;
 mod quickstart;
 mod replies;
 mod sampling;

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use super::train::stop_on_ctrl_c;
-use super::{Usage, to_json};
+use super::{Usage, printer, to_json};
 use crate::train::settings::{PretrainFlags, PretrainSettings};
 use crate::train::{Outcome, RunDir, pretrain};
 
@@ -32,7 +32,7 @@ impl Pretrain {
         let stop = stop_on_ctrl_c()?;
         let go_on =
             format!("go on with: quantune pretrain --out {} --resume", settings.out.display());
-        match pretrain(&settings, self.resume, &stop)? {
+        match pretrain(&settings, self.resume, printer::with_stop(&stop))? {
             Outcome::NotBegun if self.resume => {
                 bail!("stopped before the first step, the run is as it was; {go_on}")
             }

@@ -9,6 +9,7 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value, json};
 
+use super::printer;
 use super::{AdapterArg, load_adapters};
 use crate::data::{Prompt, Prompts};
 use crate::eval::{Reply, diversity};
@@ -185,7 +186,8 @@ fn scorer(
 ) -> Result<Scorer> {
     let folder = Path::new(reward);
     let (adapter, source) = if folder.is_dir() {
-        let adapter = ActiveAdapter::frozen(Arc::new(read_scoring(folder, decoder)?));
+        let adapter =
+            ActiveAdapter::frozen(Arc::new(read_scoring(folder, decoder, printer::monitor())?));
         (Some(adapter), RewardSource::Model { name: "reward".into() })
     } else {
         let rule = RewardSource::rule(reward)

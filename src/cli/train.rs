@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::{Usage, to_json};
+use super::{Usage, printer, to_json};
 use crate::train::settings::CommonFlags;
 use crate::train::{
     Command, Forecast, Outcome, RunDir, RunSettings, Summary, dry_run, of_process, train,
@@ -47,8 +47,9 @@ impl<F: clap::Args + Serialize> Train<F> {
             return Err(Usage(format!("--{name} is missing")).into());
         }
         let stop = stop_on_ctrl_c()?;
+        let monitor = printer::with_stop(&stop);
         if self.dry_run {
-            let Outcome::Done(forecast) = dry_run(&settings, &stop)? else {
+            let Outcome::Done(forecast) = dry_run(&settings, monitor)? else {
                 bail!("stopped before anything was said; nothing was written")
             };
             if !json {
@@ -58,7 +59,7 @@ impl<F: clap::Args + Serialize> Train<F> {
         }
         let (name, out) = (command.name(), common.out.display());
         let go_on = format!("go on with: quantune {name} --out {out} --resume");
-        match train(&settings, self.resume, &stop)? {
+        match train(&settings, self.resume, monitor)? {
             Outcome::NotBegun if self.resume => {
                 bail!("stopped before the first step, the run is as it was; {go_on}")
             }

@@ -14,7 +14,6 @@ use std::collections::HashSet;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -27,6 +26,7 @@ use super::row_store::{Record, RowLocation, WordReader, hash_tokens, write_words
 use super::rows::{ComparisonRow, Responses};
 use super::split::is_held_out_text;
 use super::{DataError, Message, ModelLimits, RowError};
+use crate::monitor::Monitor;
 use crate::text::{Special, Tokenizer};
 
 /// A prompt and the responses to it that are compared.
@@ -211,35 +211,35 @@ impl RowReport for ComparisonReport {
 }
 
 impl Comparisons {
-    /// Reads and tokenizes all rows of a JSONL or Parquet file. Ends early once `stop` is set.
+    /// Reads and tokenizes all rows of a JSONL or Parquet file. Ends early once `monitor` asks to stop.
     ///
     /// # Errors
     /// All wrong rows, the first few with their lines, but for those whose fault the settings allow; a
     /// file without rows, or in which nothing is compared; [`DataError::Stopped`].
-    pub fn load(
+    pub fn load<'m>(
         path: &Path,
         tokenizer: &Tokenizer,
         settings: impl Into<ComparisonSettings>,
         kind: ComparisonKind,
-        stop: &AtomicBool,
+        monitor: impl Into<Monitor<'m>>,
     ) -> Result<Self, DataError> {
         let settings = &settings.into();
         let reader = ComparisonReader { tokenizer, settings, kind };
-        reader.load(path, settings.cache.as_ref(), stop)
+        reader.load(path, settings.cache.as_ref(), monitor.into())
     }
 
     /// What is wrong with the rows, and what they come to. No comparison is kept.
     ///
     /// # Errors
     /// If the file cannot be read at all; [`DataError::Stopped`].
-    pub fn examine(
+    pub fn examine<'m>(
         path: &Path,
         tokenizer: &Tokenizer,
         settings: &ComparisonSettings,
         kind: ComparisonKind,
-        stop: &AtomicBool,
+        monitor: impl Into<Monitor<'m>>,
     ) -> Result<Self, DataError> {
-        ComparisonReader { tokenizer, settings, kind }.examine(path, stop)
+        ComparisonReader { tokenizer, settings, kind }.examine(path, monitor.into())
     }
 
     /// What the first rows come to, as many as can be read, whatever is wrong with others.
@@ -261,16 +261,16 @@ impl Comparisons {
     ///
     /// # Errors
     /// As [`Comparisons::load`], and if no row is left to train on.
-    pub fn load_split(
+    pub fn load_split<'m>(
         path: &Path,
         tokenizer: &Tokenizer,
         settings: impl Into<ComparisonSettings>,
         kind: ComparisonKind,
-        stop: &AtomicBool,
+        monitor: impl Into<Monitor<'m>>,
     ) -> Result<ComparisonSplit, DataError> {
         let settings = &settings.into();
         let reader = ComparisonReader { tokenizer, settings, kind };
-        reader.load_split(path, settings.cache.as_ref(), stop)
+        reader.load_split(path, settings.cache.as_ref(), monitor.into())
     }
 }
 

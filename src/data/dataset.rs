@@ -3,7 +3,6 @@
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -13,6 +12,7 @@ use super::example::{TokenizedRow, WhenLong, pieces, tokenize};
 use super::lines::{FileLine, UnreadableRow};
 use super::reading::{self, Cache, FileRows, FileSplit, Parsed, RowPart, RowReader, RowReport};
 use super::{AlpacaPrompt, DataError, Example, Row, RowError, is_held_out};
+use crate::monitor::Monitor;
 use crate::text::Tokenizer;
 
 /// The examples of a file, in its order.
@@ -108,32 +108,32 @@ impl RowReport for DataReport {
 }
 
 impl Dataset {
-    /// Reads and tokenizes all rows of a JSONL or Parquet file. Ends early once `stop` is set.
+    /// Reads and tokenizes all rows of a JSONL or Parquet file. Ends early once `monitor` asks to stop.
     ///
     /// # Errors
     /// All rows that cannot be read, the first few with their lines; a file without rows, or without
     /// anything to learn; [`DataError::Stopped`].
-    pub fn load(
+    pub fn load<'m>(
         path: &Path,
         tokenizer: &Tokenizer,
         settings: impl Into<LoadSettings>,
-        stop: &AtomicBool,
+        monitor: impl Into<Monitor<'m>>,
     ) -> Result<Self, DataError> {
         let settings = &settings.into();
-        ExampleReader { tokenizer, settings }.load(path, settings.cache.as_ref(), stop)
+        ExampleReader { tokenizer, settings }.load(path, settings.cache.as_ref(), monitor.into())
     }
 
     /// What is wrong with the rows, and what they come to. No example is kept.
     ///
     /// # Errors
     /// If the file cannot be read at all; [`DataError::Stopped`].
-    pub fn examine(
+    pub fn examine<'m>(
         path: &Path,
         tokenizer: &Tokenizer,
         settings: &LoadSettings,
-        stop: &AtomicBool,
+        monitor: impl Into<Monitor<'m>>,
     ) -> Result<Self, DataError> {
-        ExampleReader { tokenizer, settings }.examine(path, stop)
+        ExampleReader { tokenizer, settings }.examine(path, monitor.into())
     }
 
     /// The examples of the first rows, as many as can be read, whatever is wrong with others.
@@ -153,14 +153,18 @@ impl Dataset {
     ///
     /// # Errors
     /// As [`Dataset::load`], and if no row is left to train on.
-    pub fn load_split(
+    pub fn load_split<'m>(
         path: &Path,
         tokenizer: &Tokenizer,
         settings: impl Into<LoadSettings>,
-        stop: &AtomicBool,
+        monitor: impl Into<Monitor<'m>>,
     ) -> Result<Split, DataError> {
         let settings = &settings.into();
-        ExampleReader { tokenizer, settings }.load_split(path, settings.cache.as_ref(), stop)
+        ExampleReader { tokenizer, settings }.load_split(
+            path,
+            settings.cache.as_ref(),
+            monitor.into(),
+        )
     }
 
     /// Several files as one, in their order. What is wrong with each is to be told before.

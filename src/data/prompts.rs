@@ -3,7 +3,6 @@
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -16,6 +15,7 @@ use super::row_store::{Record, RowLocation, WordReader, hash_tokens, write_words
 use super::rows::PromptRow;
 use super::split::is_held_out_text;
 use super::{DataError, RowError, RowFormat};
+use crate::monitor::Monitor;
 use crate::text::{Special, Tokenizer};
 
 /// A prompt, and the row it came in.
@@ -122,32 +122,32 @@ impl RowReport for PromptReport {
 impl Prompts {
     /// Reads and tokenizes all rows of a JSONL or Parquet file. A `prompt` that is a string is continued
     /// as it stands; one that is a list of messages is answered, so the chat template asks for an answer
-    /// (TRL's rule). Ends early once `stop` is set.
+    /// (TRL's rule). Ends early once `monitor` asks to stop.
     ///
     /// # Errors
     /// All wrong rows, the first few with their lines, and among them every prompt that is too long; a
     /// file without rows; [`DataError::Stopped`].
-    pub fn load(
+    pub fn load<'m>(
         path: &Path,
         tokenizer: &Tokenizer,
         settings: impl Into<PromptSettings>,
-        stop: &AtomicBool,
+        monitor: impl Into<Monitor<'m>>,
     ) -> Result<Self, DataError> {
         let settings = &settings.into();
-        PromptReader { tokenizer, settings }.load(path, settings.cache.as_ref(), stop)
+        PromptReader { tokenizer, settings }.load(path, settings.cache.as_ref(), monitor.into())
     }
 
     /// What is wrong with the rows, and what they come to. No prompt is kept.
     ///
     /// # Errors
     /// If the file cannot be read at all; [`DataError::Stopped`].
-    pub fn examine(
+    pub fn examine<'m>(
         path: &Path,
         tokenizer: &Tokenizer,
         settings: &PromptSettings,
-        stop: &AtomicBool,
+        monitor: impl Into<Monitor<'m>>,
     ) -> Result<Self, DataError> {
-        PromptReader { tokenizer, settings }.examine(path, stop)
+        PromptReader { tokenizer, settings }.examine(path, monitor.into())
     }
 
     /// The prompts of the first rows, as many as can be read, whatever is wrong with others.
@@ -168,14 +168,18 @@ impl Prompts {
     ///
     /// # Errors
     /// As [`Prompts::load`], and if no row is left to train on.
-    pub fn load_split(
+    pub fn load_split<'m>(
         path: &Path,
         tokenizer: &Tokenizer,
         settings: impl Into<PromptSettings>,
-        stop: &AtomicBool,
+        monitor: impl Into<Monitor<'m>>,
     ) -> Result<PromptSplit, DataError> {
         let settings = &settings.into();
-        PromptReader { tokenizer, settings }.load_split(path, settings.cache.as_ref(), stop)
+        PromptReader { tokenizer, settings }.load_split(
+            path,
+            settings.cache.as_ref(),
+            monitor.into(),
+        )
     }
 }
 

@@ -10,7 +10,6 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -22,6 +21,7 @@ use super::checks::{Check, CheckReport, Finding, RowHashWriter, RowHashes};
 use super::lines::{FileLine, UnreadableRow, first_lines, read_all};
 use super::row_store::{ByteSink, Record, RowStore, RowStoreWriter, names};
 use super::{DataError, RowFormat};
+use crate::monitor::Monitor;
 use crate::quant::Bytes;
 use crate::text::Tokenizer;
 use crate::weights::write_atomically;
@@ -143,9 +143,9 @@ pub(super) trait RowReader: Sized + Sync {
         &self,
         path: &Path,
         cache: Option<&Cache>,
-        stop: &AtomicBool,
+        monitor: Monitor<'_>,
     ) -> Result<FileRows<Self::Record, Self::Report>, DataError> {
-        let loaded = LoadedFile::of(path, self, cache, false, stop)?;
+        let loaded = LoadedFile::of(path, self, cache, false, monitor)?;
         loaded.checks.unreadable(path, self.allow())?;
         loaded.check(path, self)?;
         Ok(loaded.train())
@@ -156,9 +156,9 @@ pub(super) trait RowReader: Sized + Sync {
         &self,
         path: &Path,
         cache: Option<&Cache>,
-        stop: &AtomicBool,
+        monitor: Monitor<'_>,
     ) -> Result<FileSplit<Self::Record, Self::Report>, DataError> {
-        let loaded = LoadedFile::of(path, self, cache, true, stop)?;
+        let loaded = LoadedFile::of(path, self, cache, true, monitor)?;
         loaded.checks.unreadable(path, self.allow())?;
         let [train, held_out] = &loaded.parts;
         let rows = held_out.report.rows();
@@ -181,9 +181,9 @@ pub(super) trait RowReader: Sized + Sync {
     fn examine(
         &self,
         path: &Path,
-        stop: &AtomicBool,
+        monitor: Monitor<'_>,
     ) -> Result<FileRows<Self::Record, Self::Report>, DataError> {
-        Ok(FileImport::new(path, self, false, RowSink::Nowhere)?.run(stop)?.train())
+        Ok(FileImport::new(path, self, false, RowSink::Nowhere)?.run(monitor)?.train())
     }
 
     /// What the first rows of a file come to, as many as can be read, whatever is wrong with others.
@@ -269,13 +269,13 @@ impl<T: Record, R: RowReport> LoadedFile<T, R> {
         reader: &impl RowReader<Record = T, Report = R>,
         cache: Option<&Cache>,
         split: bool,
-        stop: &AtomicBool,
+        monitor: Monitor<'_>,
     ) -> Result<Self, DataError> {
         match cache {
             Some(cache) if cache.keeps(path) => {
-                Self::cached(path, reader, &cache.folder, split, stop)
+                Self::cached(path, reader, &cache.folder, split, monitor)
             }
-            _ => FileImport::new(path, reader, split, RowSink::Memory)?.run(stop),
+            _ => FileImport::new(path, reader, split, RowSink::Memory)?.run(monitor),
         }
     }
 
@@ -285,9 +285,9 @@ impl<T: Record, R: RowReport> LoadedFile<T, R> {
         reader: &impl RowReader<Record = T, Report = R>,
         cache: &Path,
         split: bool,
-        stop: &AtomicBool,
+        monitor: Monitor<'_>,
     ) -> Result<Self, DataError> {
-        let go_on = || !stop.load(Ordering::Relaxed);
+        let go_on = || !monitor.stopped();
         let io = |source| DataError::Io { path: path.into(), source };
         let file = file_sha256(path, &go_on).map_err(io)?.ok_or(DataError::Stopped)?;
         let tokenizer = reader.tokenizer();
@@ -304,18 +304,24 @@ impl<T: Record, R: RowReport> LoadedFile<T, R> {
         let key = hex(&Sha256::digest(serde_json::to_vec(&origin).expect("plain data")));
         let waiting = |holder: &str| {
             let cache = cache.display();
-            eprintln!("data: waiting for {holder}, which is tokenizing into {cache}");
+            monitor
+                .note(format_args!("data: waiting for {holder}, which is tokenizing into {cache}"));
         };
-        let folder = cache::folder(cache, (reader.kind(), &key[..16]), stop, waiting, |folder| {
-            eprintln!("data: tokenizing {}, {}", path.display(), shared(cache));
-            let loaded =
-                FileImport::new(path, reader, split, RowSink::Folder(folder))?.run(stop)?;
-            if loaded.sha256 != file {
-                let reason = "changed while it was read".into();
-                return Err(DataError::Broken { path: path.into(), reason });
-            }
-            loaded.write(folder, origin.clone())
-        })?;
+        let folder =
+            cache::folder(cache, (reader.kind(), &key[..16]), monitor.stop, waiting, |folder| {
+                monitor.note(format_args!(
+                    "data: tokenizing {}, {}",
+                    path.display(),
+                    shared(cache)
+                ));
+                let loaded =
+                    FileImport::new(path, reader, split, RowSink::Folder(folder))?.run(monitor)?;
+                if loaded.sha256 != file {
+                    let reason = "changed while it was read".into();
+                    return Err(DataError::Broken { path: path.into(), reason });
+                }
+                loaded.write(folder, origin.clone())
+            })?;
         Self::open(&folder, &origin)
     }
 
@@ -504,11 +510,11 @@ impl<'a, R: RowReader> FileImport<'a, R> {
         refused(self.place, self.path, error)
     }
 
-    fn run(mut self, stop: &AtomicBool) -> Result<LoadedFile<R::Record, R::Report>, DataError> {
+    fn run(mut self, monitor: Monitor<'_>) -> Result<LoadedFile<R::Record, R::Report>, DataError> {
         let (path, reader) = (self.path, self.reader);
         let sha256 = read_all(
             path,
-            stop,
+            monitor.stop,
             |line: &[u8]| reader.parse(line),
             |line, row| self.add(line, row).map_err(|error| self.refused(error)),
         )?;

@@ -668,16 +668,14 @@ impl AdaptedHead<'_> {
 
 /// `out = Σ x · W`.
 fn product(isa: Isa, terms: Vec<Term>, out: &mut [f32], stride: usize) {
-    let product = Product { terms, begin: Begin::Zero, out: Out::new(out, stride, 0) };
-    // SAFETY: one product over one buffer, borrowed here.
-    unsafe { multiply(isa, &[product]) };
+    let product = Product { terms, begin: Begin::Zero, out: Out::new(out, stride) };
+    multiply(isa, &mut [product]);
 }
 
 /// `out += Σ x · W`.
 fn add_product(isa: Isa, terms: Vec<Term>, out: &mut [f32], stride: usize) {
-    let product = Product { terms, begin: Begin::Add, out: Out::new(out, stride, 0) };
-    // SAFETY: one product over one buffer, borrowed here.
-    unsafe { multiply(isa, &[product]) };
+    let product = Product { terms, begin: Begin::Add, out: Out::new(out, stride) };
+    multiply(isa, &mut [product]);
 }
 
 fn scale(values: &mut [f32], factor: f32) {

@@ -144,9 +144,8 @@ fn product(
     let isa = Isa::current();
     packed.pack(isa, panel, Strided { values: x, stride: depth }, x.len() / depth, depth);
     let terms = vec![Term { x: packed, weights: Weights::Frozen(weight), transposed }];
-    let product = Product { terms, begin: Begin::Zero, out: Out::new(y, width, 0) };
-    // SAFETY: one product over one buffer, borrowed here.
-    unsafe { multiply(isa, &[product]) };
+    let product = Product { terms, begin: Begin::Zero, out: Out::new(y, width) };
+    multiply(isa, &mut [product]);
 }
 
 #[cfg(test)]

@@ -241,9 +241,8 @@ pub(crate) fn learn(
         let logits = &mut logits[..rows * vocabulary];
         packed.pack(isa, forward, Strided { values: x, stride: width }, rows, width);
         let terms = vec![Term { x: &packed, weights: dense(head), transposed: true }];
-        let out = Out::new(logits, vocabulary, 0);
-        // SAFETY: one product over one buffer.
-        unsafe { multiply(isa, &[Product { terms, begin: Begin::Zero, out }]) };
+        let out = Out::new(logits, vocabulary);
+        multiply(isa, &mut [Product { terms, begin: Begin::Zero, out }]);
         let per_row = logits.par_chunks_exact_mut(vocabulary).zip(&mut logps).zip(targets);
         per_row.for_each(|((logits, logp), &target)| {
             *logp = score(isa, logits, target as usize, Some(-scale)).logp;
@@ -256,15 +255,14 @@ pub(crate) fn learn(
         let to_x = Product {
             terms: vec![Term { x: &packed, weights: dense(head), transposed: false }],
             begin: Begin::Zero,
-            out: Out::new(dx, width, 0),
+            out: Out::new(dx, width),
         };
         let to_head = Product {
             terms: vec![Term { x: &turned, weights: dense(x), transposed: false }],
             begin: Begin::Add,
-            out: Out::new(grad.head, width, 0),
+            out: Out::new(grad.head, width),
         };
-        // SAFETY: each product has a buffer to itself.
-        unsafe { multiply(isa, &[to_x, to_head]) };
+        multiply(isa, &mut [to_x, to_head]);
     }
     SCRATCH.set(Scratch { logits, slopes, packed, turned, logps });
     loss

@@ -7,7 +7,6 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use quantune_adapters::delta::Adapter;
@@ -24,6 +23,7 @@ use super::run::Outcome;
 use super::run_dir::{RunDir, State};
 use super::settings::{RunSettings, Task};
 use super::supervised::row_cache;
+use crate::monitor::Monitor;
 use crate::weights::{Lock, NotLocked};
 
 /// What a run would be.
@@ -62,8 +62,11 @@ pub struct Forecast {
     pub time_depends_on_replies: bool,
 }
 
-/// Says what a run would be. `stop` is looked at while rows are read.
-pub fn dry_run(settings: &RunSettings, stop: &AtomicBool) -> Result<Outcome<Forecast>, TrainError> {
+/// Says what a run would be. The stop flag is looked at while rows are read.
+pub fn dry_run(
+    settings: &RunSettings,
+    monitor: Monitor<'_>,
+) -> Result<Outcome<Forecast>, TrainError> {
     let mut settings = settled(settings)?;
     RunDir::vacant(&settings.common.out)?;
     Scratch::remove_abandoned(&settings.common.out);
@@ -76,13 +79,13 @@ pub fn dry_run(settings: &RunSettings, stop: &AtomicBool) -> Result<Outcome<Fore
         settings.common.cache = scratch.folder.clone();
     }
     let (settings, common) = (&settings, &settings.common);
-    let Some(loaded) = load(settings, stop)? else { return Ok(Outcome::NotBegun) };
+    let Some(loaded) = load(settings, monitor)? else { return Ok(Outcome::NotBegun) };
     let (names, adapters): (Vec<&str>, Vec<Adapter>) =
-        begin_adapters(settings, &loaded.decoder, &loaded.added)?.into_iter().unzip();
+        begin_adapters(settings, &loaded.decoder, &loaded.added, monitor)?.into_iter().unzip();
     let adapters: Vec<Arc<Adapter>> = adapters.into_iter().map(Arc::new).collect();
     let demand = loaded.demand(common, &adapters);
     let kept = kept_layers(common, &demand);
-    check_memory(common, &demand, kept)?;
+    check_memory(common, &demand, kept, monitor)?;
     let predicted_peak_rss_bytes = predicted(&demand, kept);
     let memory = predicted_peak_rss_bytes.map(|_| Memory::of(&demand, kept));
     let (layers, tokens, parameters) = (demand.layers, demand.tokens, demand.parameters);
@@ -126,7 +129,7 @@ pub fn dry_run(settings: &RunSettings, stop: &AtomicBool) -> Result<Outcome<Fore
         needed.saturating_sub(mapped) as u64 <= free
     });
     if fits {
-        take_time(&mut course, settings, &mut forecast)?;
+        take_time(&mut course, settings, &mut forecast, monitor)?;
     }
     Ok(Outcome::Done(Box::new(forecast)))
 }
@@ -222,6 +225,7 @@ fn take_time(
     course: &mut FineTuning,
     settings: &RunSettings,
     forecast: &mut Forecast,
+    monitor: Monitor<'_>,
 ) -> Result<(), TrainError> {
     let schedule = schedule(&settings.common, forecast.steps);
     let mut state = State::default();
@@ -230,7 +234,7 @@ fn take_time(
         Source::Supervised(source) => {
             let trial = EARLY_STEPS.min(forecast.steps);
             let decoder = course.learner.decoder();
-            let share = source.begin_trial(decoder, trial as usize)?;
+            let share = source.begin_trial(decoder, trial as usize, monitor)?;
             if share > 0.0 {
                 forecast.reference_seconds = began.elapsed().as_secs_f64() / share;
             }
@@ -244,7 +248,7 @@ fn take_time(
     let (mut seconds, mut tokens) = (0.0, 0);
     for step in 0..trial {
         let began = Instant::now();
-        let (_, work) = course.step(&mut state, schedule.at(step))?;
+        let (_, work) = course.step(&mut state, schedule.at(step), monitor)?;
         state.step += 1;
         state.optimizer_steps = course.learner.optimizer.step;
         // The first step meets cold pages and buffers that are not there yet: where there is a second,

@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use quantune_adapters::delta::{Adapter, Lora};
 use quantune_adapters::format;
@@ -27,6 +26,7 @@ use super::supervised::Supervised;
 use crate::data::DataError;
 use crate::model::layer::Sizes;
 use crate::model::{ActiveAdapter, Decoder};
+use crate::monitor::Monitor;
 use crate::ops::{Compute, DeviceName};
 use crate::optim::{AdamWSettings, Schedule};
 use crate::quant::BlockType;
@@ -95,10 +95,13 @@ impl FineTuning<'_> {
         &mut self,
         state: &mut State,
         learning_rate: f64,
+        monitor: Monitor<'_>,
     ) -> Result<(Numbers, Work), TrainError> {
         match &mut self.source {
             Source::Supervised(source) => source.step(&mut self.learner, state, learning_rate),
-            Source::Rollouts(source) => source.step(&mut self.learner, state, learning_rate),
+            Source::Rollouts(source) => {
+                source.step(&mut self.learner, state, learning_rate, monitor)
+            }
         }
     }
 
@@ -107,12 +110,12 @@ impl FineTuning<'_> {
         &mut self,
         log: &mut Log,
         state: &mut State,
-        stop: &AtomicBool,
+        monitor: Monitor<'_>,
     ) -> Result<Option<Numbers>, TrainError> {
         let (decoder, active) = (self.learner.decoder(), &self.learner.active_frozen(0));
         match &mut self.source {
-            Source::Supervised(source) => source.evaluate(decoder, active, stop),
-            Source::Rollouts(source) => source.evaluate(decoder, active, state, log, stop),
+            Source::Supervised(source) => source.evaluate(decoder, active, monitor),
+            Source::Rollouts(source) => source.evaluate(decoder, active, state, log, monitor),
         }
     }
 
@@ -194,7 +197,7 @@ pub(super) struct Loaded {
 /// Reads what a run is made on; nothing if a stop cut it short.
 pub(super) fn load(
     settings: &RunSettings,
-    stop: &AtomicBool,
+    monitor: Monitor<'_>,
 ) -> Result<Option<Loaded>, TrainError> {
     let common = &settings.common;
     let Some(now) = first_second(&common.template_date) else {
@@ -230,14 +233,14 @@ pub(super) fn load(
     let template = Some(&*common.chat_template).filter(|path| !path.as_os_str().is_empty());
     tokenizer.change_template(template, &common.chat_template_kwargs)?;
     tokenizer.set_template_time(now);
-    let below = read_frozen(common, &decoder)?;
+    let below = read_frozen(common, &decoder, monitor)?;
     let source = match &settings.task {
         Task::Sft(_) | Task::Reward(_) | Task::Dpo(_) => {
-            let loaded = Supervised::load(settings, &decoder, &below, &tokenizer, stop);
+            let loaded = Supervised::load(settings, &decoder, &below, &tokenizer, monitor);
             loaded.map(|source| Source::Supervised(source.into()))
         }
         Task::Ppo(_) | Task::Grpo(_) => {
-            let loaded = Rollouts::load(settings, &decoder, &below, tokenizer, stop);
+            let loaded = Rollouts::load(settings, &decoder, &below, tokenizer, monitor);
             loaded.map(|source| Source::Rollouts(source.into()))
         }
     };
@@ -329,26 +332,26 @@ pub(super) fn settled(settings: &RunSettings) -> Result<RunSettings, TrainError>
     Ok(settings)
 }
 
-/// Trains. With `resume`, goes on with the run in `settings.common.out`. `stop` is looked at while
+/// Trains. With `resume`, goes on with the run in `settings.common.out`. The stop flag is looked at while
 /// rows are read, between the batches of an evaluation, and after each step.
 pub fn train(
     settings: &RunSettings,
     resume: bool,
-    stop: &AtomicBool,
+    monitor: Monitor<'_>,
 ) -> Result<Outcome<Summary>, TrainError> {
     let settings = &settled(settings)?;
     let common = &settings.common;
     // Told before anything is read: what is in the way of the run.
     let resumed = if resume {
         let saved = RunDir::settings(settings.command(), &common.out)?.to_table()?;
-        Some(RunDir::resume(&common.out, &saved, &settings.to_table()?)?)
+        Some(RunDir::resume(&common.out, &saved, &settings.to_table()?, monitor)?)
     } else {
         RunDir::vacant(&common.out)?;
         None
     };
 
     // What is trained, on what.
-    let Some(loaded) = load(settings, stop)? else { return Ok(Outcome::NotBegun) };
+    let Some(loaded) = load(settings, monitor)? else { return Ok(Outcome::NotBegun) };
     let (decoder, source, added) = (&loaded.decoder, &loaded.source, &loaded.added);
     let mut fingerprints = vec![("the base".to_string(), base_fingerprint(&common.base)?)];
     for text in &common.frozen_adapter {
@@ -360,14 +363,14 @@ pub fn train(
         Source::Supervised(source) => fingerprints.extend(source.fingerprints()?),
         Source::Rollouts(source) => fingerprints.extend(source.fingerprints()?),
     }
-    let mut adapters = begin_adapters(settings, decoder, added)?;
+    let mut adapters = begin_adapters(settings, decoder, added, monitor)?;
     let mut saved = None;
     if let Some(run) = &resumed {
         same_fingerprints(&common.out, &run.fingerprints()?, &fingerprints)?;
         saved = run.last_checkpoint()?;
         for (name, adapter) in adapters.iter_mut().filter(|_| saved.is_some()) {
             let folder = RunDir::adapter_folder(saved.as_deref().unwrap_or(&common.out), name);
-            let mut read = read_adapter(&folder, decoder)?;
+            let mut read = read_adapter(&folder, decoder, monitor)?;
             read.copy_frozen_ranks(adapter);
             *adapter = read;
         }
@@ -376,11 +379,11 @@ pub fn train(
     let adapters: Vec<Arc<Adapter>> = adapters.into_iter().map(Arc::new).collect();
     let demand = loaded.demand(common, &adapters);
     let kept_layers = kept_layers(common, &demand);
-    check_memory(common, &demand, kept_layers)?;
+    check_memory(common, &demand, kept_layers, monitor)?;
     // All that may be refused has been: now there is something to write.
     let run = match resumed {
         Some(run) => run,
-        None => RunDir::create(&common.out, &settings.to_table()?, &fingerprints)?,
+        None => RunDir::create(&common.out, &settings.to_table()?, &fingerprints, monitor)?,
     };
     let (layers, parameters) = (demand.layers, demand.parameters);
     let predicted_peak_rss_bytes = predicted(&demand, kept_layers);
@@ -399,7 +402,7 @@ pub fn train(
     }
     let resumed_at = resume.then_some(state.step);
     let begun = match &mut course.source {
-        Source::Supervised(source) => source.begin(&decoder, &run, &state, stop),
+        Source::Supervised(source) => source.begin(&decoder, &run, &state, monitor),
         Source::Rollouts(source) => source.begin(&run, &mut state),
     };
     let total_steps = course.total_steps();
@@ -409,11 +412,11 @@ pub fn train(
         }
         begun => begun?,
     }
-    eprintln!(
+    monitor.note(format_args!(
         "training {parameters} parameters of {} modules, {total_steps} steps from step {}",
         adapters.iter().map(|adapter| adapter.modules.len()).sum::<usize>(),
         state.step
-    );
+    ));
 
     let steps = LoopSettings {
         schedule: schedule(common, total_steps),
@@ -424,7 +427,7 @@ pub fn train(
         best: common.seeks_best().then(|| common.best()),
     };
     let mut course = Course::FineTuning(Box::new(course));
-    let ended = take_steps(&mut course, &run, (&mut state, saved), &steps, stop)?;
+    let ended = take_steps(&mut course, &run, (&mut state, saved), &steps, monitor)?;
     let (Some((log, progress)), Course::FineTuning(mut course)) = (ended, course) else {
         return Ok(Outcome::Interrupted { step: state.step, total_steps });
     };
@@ -441,7 +444,7 @@ pub fn train(
         let mut taken = None;
         if let Some(best) = state.best.as_ref().filter(|_| common.load_best_model_at_end) {
             let checkpoint = RunDir::adapter_folder(&run.checkpoint(best.step), name);
-            taken = Some(read_adapter(&checkpoint, &decoder)?);
+            taken = Some(read_adapter(&checkpoint, &decoder, monitor)?);
         }
         let adapter = taken.as_ref().unwrap_or(adapter);
         if shared_head {
@@ -479,10 +482,11 @@ pub(super) fn begin_adapters(
     settings: &RunSettings,
     decoder: &Decoder,
     added: &[u32],
+    monitor: Monitor<'_>,
 ) -> Result<Vec<(&'static str, Adapter)>, TrainError> {
     let common = &settings.common;
     let hidden_size = decoder.config.hidden_size;
-    let mut first = begin_adapter(common, decoder, added)?;
+    let mut first = begin_adapter(common, decoder, added, monitor)?;
     let mut adapters = Vec::new();
     match &settings.task {
         Task::Sft(_) | Task::Dpo(_) | Task::Grpo(_) => no_score(&first, common)?,
@@ -502,7 +506,7 @@ pub(super) fn begin_adapters(
                 ValueModel::Own => {
                     let given = !own.value_adapter.as_os_str().is_empty();
                     let folder = if given { &own.value_adapter } else { &own.reward_adapter };
-                    let value = super::lora::read_scoring(folder, decoder)?;
+                    let value = super::lora::read_scoring(folder, decoder, monitor)?;
                     adapters.push(("value_adapter", value.copy("value")?));
                 }
             }
@@ -542,6 +546,7 @@ pub(super) fn check_memory(
     settings: &CommonSettings,
     demand: &Demand,
     kept_layers: usize,
+    monitor: Monitor<'_>,
 ) -> Result<(), TrainError> {
     if demand.decoder.compute == Compute::Portable {
         return Ok(()); // nobody knows what candle will take
@@ -571,14 +576,14 @@ pub(super) fn check_memory(
     let memory = Memory::of(demand, kept_layers);
     let needed = memory.sum().saturating_sub(memory.frozen_weights + memory.process) as u64;
     if let Some(free) = super::memory::free().filter(|&free| needed > free) {
-        eprintln!(
-            "warning: the run takes {} more than it has now, and {} are free: the system may end it; \
+        monitor.warn(format_args!(
+            "the run takes {} more than it has now, and {} are free: the system may end it; \
              fewer tokens in a micro-batch than {} take less (max_length, \
              per_device_train_batch_size)",
             megabytes(needed),
             megabytes(free),
             demand.tokens,
-        );
+        ));
     }
     Ok(())
 }

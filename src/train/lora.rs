@@ -13,6 +13,7 @@ use super::TrainError;
 use super::settings::CommonSettings;
 use crate::export::lora::open_adapter;
 use crate::model::{ActiveAdapter, Decoder};
+use crate::monitor::Monitor;
 use crate::ops::Compute;
 use crate::weights::Checkpoint;
 
@@ -22,6 +23,7 @@ pub fn begin_adapter(
     settings: &CommonSettings,
     decoder: &Decoder,
     added: &[u32],
+    monitor: Monitor<'_>,
 ) -> Result<Adapter, TrainError> {
     if !settings.adapter.as_os_str().is_empty() {
         if !added.is_empty() {
@@ -32,7 +34,7 @@ pub fn begin_adapter(
                 added.len()
             )));
         }
-        let mut adapter = read_adapter(&settings.adapter, decoder)?;
+        let mut adapter = read_adapter(&settings.adapter, decoder, monitor)?;
         adapter.config.lora_dropout = settings.lora_dropout;
         return Ok(adapter);
     }
@@ -52,7 +54,7 @@ pub fn begin_adapter(
     let (adapter, unmatched) =
         initialize::begin("default", config, &linears, Some(HEAD), bases, seed)?;
     for unmatched in &unmatched {
-        eprintln!("warning: {unmatched}");
+        monitor.warn(unmatched);
     }
     Ok(adapter)
 }
@@ -82,10 +84,14 @@ fn train_rows(config: &mut LoraConfig, decoder: &Decoder, added: &[u32]) -> Resu
 }
 
 /// An adapter for this base, from a PEFT folder or a GGUF LoRA.
-pub fn read_adapter(path: &Path, decoder: &Decoder) -> Result<Adapter, TrainError> {
+pub fn read_adapter(
+    path: &Path,
+    decoder: &Decoder,
+    monitor: Monitor<'_>,
+) -> Result<Adapter, TrainError> {
     let (adapter, unmatched) = open_adapter(path, "default", decoder)?;
     for unmatched in unmatched {
-        eprintln!("warning: {}: {unmatched}", path.display());
+        monitor.warn(format_args!("{}: {unmatched}", path.display()));
     }
     Ok(adapter)
 }
@@ -94,10 +100,11 @@ pub fn read_adapter(path: &Path, decoder: &Decoder) -> Result<Adapter, TrainErro
 pub fn read_frozen(
     settings: &CommonSettings,
     decoder: &Decoder,
+    monitor: Monitor<'_>,
 ) -> Result<Vec<ActiveAdapter>, TrainError> {
     let read = |text: &String| {
         let (path, weight) = path_and_weight(text).map_err(TrainError::Settings)?;
-        let adapter = read_adapter(&path, decoder)?;
+        let adapter = read_adapter(&path, decoder, monitor)?;
         if adapter.score.is_some() {
             let fault = "a reward model, needed an adapter that generates";
             return Err(TrainError::Settings(format!("--frozen-adapter {text}: {fault}")));
@@ -119,8 +126,12 @@ pub fn path_and_weight(text: &str) -> Result<(PathBuf, f64), String> {
 }
 
 /// The adapter of a folder, which must have a score head for this base.
-pub fn read_scoring(folder: &Path, decoder: &Decoder) -> Result<Adapter, TrainError> {
-    let adapter = read_adapter(folder, decoder)?;
+pub fn read_scoring(
+    folder: &Path,
+    decoder: &Decoder,
+    monitor: Monitor<'_>,
+) -> Result<Adapter, TrainError> {
+    let adapter = read_adapter(folder, decoder, monitor)?;
     let hidden_size = decoder.config.hidden_size;
     match adapter.score.as_ref().map(|score| score.dims()[1]) {
         Some(width) if width == hidden_size => Ok(adapter),

@@ -7,7 +7,6 @@
 use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use candle_core::{Tensor, Var};
@@ -32,6 +31,7 @@ use crate::export::{
 use crate::generate::{Request, Sampling, Settings as Decoding, generate};
 use crate::model::full::{FullBuffers, FullModel, working_bytes};
 use crate::model::{Adapters, CacheType};
+use crate::monitor::Monitor;
 use crate::ops::{Compute, DeviceName, Values, linear_cross_entropy};
 use crate::optim::{
     AdamW, AdamWSettings, Gradients, Schedule, TensorAdamW, clip_factor, global_norm, tensor_norm,
@@ -167,12 +167,12 @@ impl Learning {
     }
 }
 
-/// Trains a model's every weight. With `resume`, goes on with the run in `settings.out`. `stop` is
+/// Trains a model's every weight. With `resume`, goes on with the run in `settings.out`. `monitor` is
 /// looked at while sources are tokenized, between the batches of an evaluation, and after each step.
 pub fn pretrain(
     settings: &PretrainSettings,
     resume: bool,
-    stop: &AtomicBool,
+    monitor: Monitor<'_>,
 ) -> Result<Outcome<PretrainSummary>, TrainError> {
     if let Some(fault) = settings.fault() {
         return Err(TrainError::Settings(fault));
@@ -192,7 +192,7 @@ pub fn pretrain(
     }
     let table = settings.to_table()?;
     let resumed = match &begun {
-        Some(begun) => Some(RunDir::resume(&settings.out, &begun.to_table()?, &table)?),
+        Some(begun) => Some(RunDir::resume(&settings.out, &begun.to_table()?, &table, monitor)?),
         None => {
             RunDir::vacant(&settings.out)?;
             None
@@ -242,7 +242,7 @@ pub fn pretrain(
     if let Some(fault) = misfit(&settings, &model, &tokenizer) {
         return Err(TrainError::Settings(fault));
     }
-    let corpus = match open_corpus(&settings, &specs, &tokenizer, stop) {
+    let corpus = match open_corpus(&settings, &specs, &tokenizer, monitor) {
         Err(CorpusError::Data(DataError::Stopped)) => return Ok(Outcome::NotBegun),
         corpus => corpus?,
     };
@@ -256,7 +256,7 @@ pub fn pretrain(
             same_fingerprints(&settings.out, &run.fingerprints()?, &fingerprints)?;
             run
         }
-        None => RunDir::create(&settings.out, &table, &fingerprints)?,
+        None => RunDir::create(&settings.out, &table, &fingerprints, monitor)?,
     };
     let tokenizer_folder = tokenizer_folder(&settings, tokenizer_files, &run)?;
     let state = saved.as_deref().map(read_state).transpose()?;
@@ -273,17 +273,22 @@ pub fn pretrain(
     let resumed_at = resume.then_some(state.step);
     let total_steps = settings.total_steps();
     for line in corpus.report(total_steps * settings.rows_of_step()) {
-        eprintln!("source {line}");
+        monitor.note(format_args!("source {line}"));
     }
     let bigram = match settings.evaluates() {
         true => bigram_bits_per_byte(&corpus, &settings, model.config.vocab_size),
         false => None,
     };
     if let Some(bits) = bigram {
-        eprintln!("a bigram model of these tokens needs {bits:.3} bits a held-out byte");
+        let text =
+            format_args!("a bigram model of these tokens needs {bits:.3} bits a held-out byte");
+        monitor.note(text);
     }
     let parameters = model.parameter_count();
-    eprintln!("training {parameters} parameters, {total_steps} steps from step {}", state.step);
+    let step = state.step;
+    monitor.note(format_args!(
+        "training {parameters} parameters, {total_steps} steps from step {step}"
+    ));
     let steps = LoopSettings {
         schedule: schedule(&settings, total_steps),
         best: None,
@@ -306,7 +311,7 @@ pub fn pretrain(
         kept_layers,
         learning,
     }));
-    let ended = take_steps(&mut course, &run, (&mut state, saved), &steps, stop)?;
+    let ended = take_steps(&mut course, &run, (&mut state, saved), &steps, monitor)?;
     let (Some((log, progress)), Course::Pretraining(course)) = (ended, course) else {
         return Ok(Outcome::Interrupted { step: state.step, total_steps });
     };
@@ -318,7 +323,7 @@ pub fn pretrain(
         true => None,
         false => {
             course.write_gguf(export_type, &settings.export)?;
-            read_back(&folder, settings, export_type)?;
+            read_back(&folder, settings, export_type, monitor)?;
             Some(settings.export.clone())
         }
     };
@@ -356,6 +361,7 @@ impl Pretraining {
         &mut self,
         state: &mut State,
         learning_rate: f64,
+        monitor: Monitor<'_>,
     ) -> Result<(Numbers, Work), TrainError> {
         let settings = &self.settings;
         let first = state.step * settings.rows_of_step();
@@ -391,7 +397,7 @@ impl Pretraining {
             let samples = self.samples(step)?;
             aside = began.elapsed();
             for sample in &samples {
-                eprintln!("  step {step}, loss {loss:.3}: {sample:?}");
+                monitor.note(format_args!("  step {step}, loss {loss:.3}: {sample:?}"));
             }
             numbers.push(("samples".into(), json!(samples)));
         }
@@ -441,13 +447,13 @@ impl Pretraining {
     }
 
     /// Bits per byte of the held-out rows, of all and of each source; nothing if a stop cut it short.
-    pub fn evaluate(&mut self, stop: &AtomicBool) -> Result<Option<Numbers>, TrainError> {
+    pub fn evaluate(&mut self, monitor: Monitor<'_>) -> Result<Option<Numbers>, TrainError> {
         let decoder = self.model.decoder(self.settings.compute)?;
         let mut all = TextLoss::default();
         let mut of_sources = Vec::new();
         for (index, source) in self.corpus.sources().enumerate() {
             let batches = held_out(&self.corpus, index, &self.settings);
-            let Some(loss) = text_loss(&decoder, batches, stop)? else { return Ok(None) };
+            let Some(loss) = text_loss(&decoder, batches, monitor.stop)? else { return Ok(None) };
             if loss.tokens > 0 {
                 let key = format!("eval_{}_bits_per_byte", source.name);
                 of_sources.push((key, json!(loss.bits_per_byte())));
@@ -515,7 +521,12 @@ impl Pretraining {
 }
 
 /// Opens an export again and compares it with the model's folder.
-fn read_back(folder: &Path, settings: &PretrainSettings, of: FileType) -> Result<(), TrainError> {
+fn read_back(
+    folder: &Path,
+    settings: &PretrainSettings,
+    of: FileType,
+    monitor: Monitor<'_>,
+) -> Result<(), TrainError> {
     // Both were rounded, each for itself: the coarser one counts.
     let bounds = match (of, settings.dtype) {
         (FileType::F32 | FileType::F16, FloatType::Bf16) => Bounds::BF16,
@@ -524,7 +535,7 @@ fn read_back(folder: &Path, settings: &PretrainSettings, of: FileType) -> Result
     };
     let verified = verify(&Checkpoint::open(folder)?, &[], &settings.export, bounds)?;
     if let Some(warning) = verified.warning(&settings.export) {
-        eprintln!("warning: {warning}");
+        monitor.warn(warning);
     }
     Ok(())
 }
@@ -640,14 +651,15 @@ fn open_corpus(
     settings: &PretrainSettings,
     specs: &[SourceSpec],
     tokenizer: &Tokenizer,
-    stop: &AtomicBool,
+    monitor: Monitor<'_>,
 ) -> Result<Corpus, CorpusError> {
     let mut told = Instant::now();
-    Corpus::open(specs, tokenizer, &settings.corpus(), stop, |progress| {
+    Corpus::open(specs, tokenizer, &settings.corpus(), monitor, |progress| {
         if told.elapsed() >= TELL_EVERY {
             told = Instant::now();
             let (done, all) = (progress.bytes as f64 / 1e6, progress.of as f64 / 1e6);
-            eprintln!("tokenizing {}: {done:.0} of {all:.0} MB", progress.source);
+            let source = progress.source;
+            monitor.note(format_args!("tokenizing {source}: {done:.0} of {all:.0} MB"));
         }
     })
 }

@@ -1,32 +1,26 @@
-//! What people read while a run goes: a bar on a terminal, a line now and then elsewhere.
+//! How far a run is and how fast it goes, reported step by step.
 
-use std::io::IsTerminal;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use indicatif::{ProgressBar, ProgressStyle};
+use crate::monitor::{LogEvent, Monitor};
 
-/// How often a line is printed where no bar can be drawn.
-const LINE_EVERY: Duration = Duration::from_secs(10);
-
-/// What a step was, for people.
+/// What one step processed.
 #[derive(Debug, Clone, Default)]
 pub struct Work {
-    /// Its most telling number.
+    /// Its most important number, as text.
     pub headline: String,
     /// Real tokens that went through it.
     pub tokens: u64,
-    /// Rows, comparisons or responses of it.
+    /// Rows, comparisons or responses in it.
     pub samples: u64,
-    /// What of its time was no work on them.
+    /// The part of its time that was not spent on them, as printing samples.
     pub aside: Duration,
 }
 
-/// Progress over the steps of one process, on stderr.
+/// Progress over the steps of one process.
 #[derive(Debug)]
-pub struct Progress {
-    bar: Option<ProgressBar>,
-    started: Instant,
-    printed: Instant,
+pub struct Progress<'a> {
+    monitor: Monitor<'a>,
     first_step: u64,
     total_steps: u64,
     tokens: u64,
@@ -40,23 +34,13 @@ pub struct Progress {
 /// Steps by which the time of all is predicted.
 pub const EARLY_STEPS: u64 = 2;
 
-impl Progress {
+impl<'a> Progress<'a> {
     /// Begins at `step` of `total_steps`.
-    pub fn new(step: u64, total_steps: u64) -> Self {
-        let bar = std::io::stderr().is_terminal().then(|| {
-            let style = "{bar:30} {pos}/{len} {msg} ETA {eta}";
-            let style = ProgressStyle::with_template(style).expect("a fixed template parses");
-            let bar = ProgressBar::new(total_steps).with_position(step).with_style(style);
-            bar.reset_eta();
-            bar
-        });
-        let now = Instant::now();
-        let first_step = step;
+    pub fn new(step: u64, total_steps: u64, monitor: Monitor<'a>) -> Self {
+        monitor.report(LogEvent::StepsBegin { step, total_steps });
         Self {
-            bar,
-            started: now,
-            printed: now,
-            first_step,
+            monitor,
+            first_step: step,
             total_steps,
             tokens: 0,
             samples: 0,
@@ -88,31 +72,22 @@ impl Progress {
 
     /// A step is done, in `spent`.
     pub fn step(&mut self, step: u64, work: &Work, spent: Duration) {
-        let headline = &work.headline;
         self.tokens += work.tokens;
         self.samples += work.samples;
         self.spent += spent.saturating_sub(work.aside);
         if step == self.first_step + EARLY_STEPS && step < self.total_steps {
             self.spent_early = Some(self.spent);
         }
-        let rate = self.tokens_per_second();
-        if let Some(bar) = &self.bar {
-            bar.set_position(step);
-            bar.set_message(format!("{headline}, {rate:.0} tok/s"));
-        } else if self.printed.elapsed() >= LINE_EVERY || step == self.total_steps {
-            self.printed = Instant::now();
-            let done = (step - self.first_step).max(1) as f64;
-            let left = (self.total_steps - step) as f64;
-            let eta = self.started.elapsed().as_secs_f64() / done * left;
-            let total = self.total_steps;
-            eprintln!("step {step}/{total}: {headline}, {rate:.0} tok/s, ETA {eta:.0} s");
-        }
+        self.monitor.report(LogEvent::Step {
+            step,
+            total_steps: self.total_steps,
+            headline: &work.headline,
+            tokens_per_second: self.tokens_per_second(),
+        });
     }
 
-    /// Takes the bar away.
+    /// Reports that no further step follows.
     pub fn finish(&self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
-        }
+        self.monitor.report(LogEvent::StepsEnd);
     }
 }

@@ -10,6 +10,7 @@ use safetensors::tensor::{Dtype, TensorView};
 use super::TrainError;
 use super::lora::read_adapter;
 use crate::model::{ActiveAdapter, Decoder};
+use crate::monitor::Monitor;
 use crate::weights::write_atomically;
 
 /// What the reference wears: what the policy is put on top of, and the adapter at `path`, if one is
@@ -18,10 +19,11 @@ pub fn active(
     below: &[ActiveAdapter],
     path: &Path,
     decoder: &Decoder,
+    monitor: Monitor<'_>,
 ) -> Result<Vec<ActiveAdapter>, TrainError> {
     let mut active = below.to_vec();
     if !path.as_os_str().is_empty() {
-        active.push(ActiveAdapter::frozen(Arc::new(read_adapter(path, decoder)?)));
+        active.push(ActiveAdapter::frozen(Arc::new(read_adapter(path, decoder, monitor)?)));
     }
     Ok(active)
 }

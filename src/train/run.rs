@@ -2,7 +2,6 @@
 //! in where a step's micro-batches come from, in what is minimized over them and in what learns.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use super::TrainError;
@@ -12,6 +11,7 @@ use super::pretrain::Pretraining;
 use super::progress::{Progress, Work};
 use super::run_dir::{Best, RunDir, State, write_state};
 use super::settings::EvalStrategy;
+use crate::monitor::{LogEvent, Monitor};
 use crate::optim::Schedule;
 
 /// How a run ended, with what it says of itself.
@@ -43,10 +43,11 @@ impl Course<'_> {
         &mut self,
         state: &mut State,
         learning_rate: f64,
+        monitor: Monitor<'_>,
     ) -> Result<(Numbers, Work), TrainError> {
         match self {
-            Self::FineTuning(course) => course.step(state, learning_rate),
-            Self::Pretraining(course) => course.step(state, learning_rate),
+            Self::FineTuning(course) => course.step(state, learning_rate, monitor),
+            Self::Pretraining(course) => course.step(state, learning_rate, monitor),
         }
     }
 
@@ -55,11 +56,11 @@ impl Course<'_> {
         &mut self,
         log: &mut Log,
         state: &mut State,
-        stop: &AtomicBool,
+        monitor: Monitor<'_>,
     ) -> Result<Option<Numbers>, TrainError> {
         match self {
-            Self::FineTuning(course) => course.evaluate(log, state, stop),
-            Self::Pretraining(course) => course.evaluate(stop),
+            Self::FineTuning(course) => course.evaluate(log, state, monitor),
+            Self::Pretraining(course) => course.evaluate(monitor),
         }
     }
 
@@ -146,19 +147,19 @@ impl BestSettings {
     }
 }
 
-/// Takes the steps from `state` on, which `saved` is the checkpoint of. `stop` is looked at between
+/// Takes the steps from `state` on, which `saved` is the checkpoint of. The stop flag is looked at between
 /// the batches of an evaluation and after each step. What was written of them and how fast they were,
 /// or nothing if the user stopped it before the last.
-pub fn take_steps(
+pub fn take_steps<'m>(
     course: &mut Course,
     run: &RunDir,
     (state, saved): (&mut State, Option<PathBuf>),
     settings: &LoopSettings,
-    stop: &AtomicBool,
-) -> Result<Option<(Log, Progress)>, TrainError> {
+    monitor: Monitor<'m>,
+) -> Result<Option<(Log, Progress<'m>)>, TrainError> {
     let total_steps = settings.schedule.total_steps;
     let mut log = Log::open(run, state.metrics_bytes)?;
-    let mut progress = Progress::new(state.step, total_steps);
+    let mut progress = Progress::new(state.step, total_steps, monitor);
     let due = |course: &Course, state: &State| -> bool {
         let ends = state.step == 0 || state.step == total_steps;
         match settings.eval_strategy {
@@ -170,12 +171,13 @@ pub fn take_steps(
     // Whether it came to its end; what a stop cuts short is taken when the run goes on.
     let evaluate =
         |course: &mut Course, log: &mut Log, state: &mut State| -> Result<bool, TrainError> {
-            let Some(numbers) = course.evaluate(log, state, stop)? else { return Ok(false) };
+            let Some(numbers) = course.evaluate(log, state, monitor)? else { return Ok(false) };
             // Before the first step there is no checkpoint to come back to.
             if let Some(best) = settings.best.as_ref().filter(|_| state.step > 0) {
                 best.compare(state, &numbers)?;
             }
             if !numbers.is_empty() {
+                monitor.report(LogEvent::Metrics { step: state.step, metrics: &numbers });
                 log.push(state.step, numbers)?;
             }
             Ok(true)
@@ -194,14 +196,14 @@ pub fn take_steps(
             write_state(folder, state)?;
         }
     }
-    if stop.load(Ordering::Relaxed) {
+    if monitor.stopped() {
         progress.finish();
         return Ok(None);
     }
     let given_up = |state: &State| settings.best.as_ref().is_some_and(|best| best.gives_up(state));
     while state.step < total_steps && !given_up(state) {
         let began = Instant::now();
-        let stepped = course.step(state, settings.schedule.at(state.step));
+        let stepped = course.step(state, settings.schedule.at(state.step), monitor);
         // What judges has failed, before anything was learned: the steps so far are kept.
         if matches!(stepped, Err(TrainError::Reward(_) | TrainError::RewardModel(_)))
             && state.step > 0
@@ -211,6 +213,7 @@ pub fn take_steps(
         let (numbers, work) = stepped?;
         state.step += 1;
         state.optimizer_steps = course.optimizer_steps();
+        monitor.report(LogEvent::Metrics { step: state.step, metrics: &numbers });
         log.push(state.step, numbers)?;
         progress.step(state.step, &work, began.elapsed());
 
@@ -219,7 +222,7 @@ pub fn take_steps(
             true => evaluate(course, &mut log, state),
             false => Ok(true),
         };
-        let stopped = stop.load(Ordering::Relaxed);
+        let stopped = monitor.stopped();
         let best = state.best.as_ref().is_some_and(|best| best.step == state.step);
         let due = last || given_up(state) || state.step.is_multiple_of(settings.save_steps);
         if due || best || stopped || evaluated.is_err() {

@@ -21,6 +21,7 @@ use super::TrainError;
 use super::policy::RolloutState;
 use super::settings::{Command, FREE_ON_RESUME, PretrainSettings, RunSettings};
 use super::tensorboard::EventWriter;
+use crate::monitor::Monitor;
 use crate::optim::AdamW;
 use crate::weights::{Lock, NotLocked, write_atomically};
 
@@ -80,10 +81,11 @@ impl RunDir {
         path: &Path,
         settings: &toml::Table,
         fingerprints: &[Fingerprint],
+        monitor: Monitor<'_>,
     ) -> Result<Self, TrainError> {
         Self::vacant(path)?;
         fs::create_dir_all(path).map_err(|e| at(path, e))?;
-        let run = Self { path: path.into(), _lock: lock(path)? };
+        let run = Self { path: path.into(), _lock: lock(path, monitor)? };
         Self::vacant(path)?; // another process may have begun, and ended, a moment ago
         fs::create_dir_all(run.checkpoints()).map_err(|e| at(path, e))?;
         let text = serde_json::to_string(fingerprints).map_err(|e| at(path, e.into()))?;
@@ -135,8 +137,9 @@ impl RunDir {
         path: &Path,
         saved: &toml::Table,
         given: &toml::Table,
+        monitor: Monitor<'_>,
     ) -> Result<Self, TrainError> {
-        let lock = lock(path)?;
+        let lock = lock(path, monitor)?;
         let keys = saved.keys().chain(given.keys().filter(|key| !saved.contains_key(*key)));
         let show = |table: &toml::Table, key: &str| {
             table.get(key).map_or("not set".into(), toml::Value::to_string)
@@ -301,13 +304,13 @@ impl RunDir {
 }
 
 /// Keeps two processes off one run. A system without locks can still train.
-fn lock(run: &Path) -> Result<Option<Lock>, TrainError> {
+fn lock(run: &Path, monitor: Monitor<'_>) -> Result<Option<Lock>, TrainError> {
     let path = run.join(LOCK_FILE);
     match Lock::take(&path) {
         Ok(lock) => Ok(Some(lock)),
         Err(NotLocked::Held(holder)) => Err(TrainError::Held { path: run.into(), holder }),
         Err(NotLocked::NoLocks(e)) => {
-            eprintln!("warning: {}: cannot be locked: {e}", path.display());
+            monitor.warn(format_args!("{}: cannot be locked: {e}", path.display()));
             Ok(None)
         }
         Err(NotLocked::Io(e)) => Err(at(&path, e)),

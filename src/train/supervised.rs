@@ -3,7 +3,6 @@
 
 use std::ops::Range;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde_json::{Map, Value, json};
 
@@ -26,6 +25,7 @@ use crate::data::{
 use crate::eval::evaluate;
 use crate::model::scoring::{row_scores, runs, target_log_probs};
 use crate::model::{ActiveAdapter, Decoder};
+use crate::monitor::Monitor;
 use crate::objectives::preference::{PreferenceLoss, PreferenceSettings, kto_kl, kto_mismatched};
 use crate::objectives::reward::{Calibration, Pair, RewardStats, pair_losses, pair_weight};
 use crate::objectives::{Comparison as Compared, Labelled, Objective, Stats};
@@ -112,7 +112,7 @@ impl Supervised {
         decoder: &Decoder,
         below: &[ActiveAdapter],
         tokenizer: &Tokenizer,
-        stop: &AtomicBool,
+        monitor: Monitor<'_>,
     ) -> Result<Self, TrainError> {
         let common = settings.common.clone();
         let window = decoder.config.max_position_embeddings;
@@ -128,7 +128,7 @@ impl Supervised {
             Task::Reward(_) => {
                 let limits = LengthLimits { max_length, when_long: WhenTooLong::Drop };
                 let limits = comparisons(limits);
-                load_comparisons(&common, tokenizer, stop, &limits, ComparisonKind::Pairs)?
+                load_comparisons(&common, tokenizer, monitor, &limits, ComparisonKind::Pairs)?
             }
             Task::Dpo(own) => {
                 let limits = LengthLimits { max_length, when_long: WhenTooLong::Cut };
@@ -136,12 +136,12 @@ impl Supervised {
                     PreferenceLoss::Kto => ComparisonKind::Labels,
                     _ => ComparisonKind::Pairs,
                 };
-                load_comparisons(&common, tokenizer, stop, &comparisons(limits), kind)?
+                load_comparisons(&common, tokenizer, monitor, &comparisons(limits), kind)?
             }
             Task::Sft(own) => {
                 let (allow, alpaca) = (common.allow.clone(), own.alpaca_prompt);
                 let settings = LoadSettings { max_length, alpaca, allow, model, cache };
-                load_examples(&common, tokenizer, &settings, &mut files, stop)?
+                load_examples(&common, tokenizer, &settings, &mut files, monitor)?
             }
             Task::Ppo(_) | Task::Grpo(_) => unreachable!("they make their own rows"),
         };
@@ -149,8 +149,8 @@ impl Supervised {
             files.push((rows.len(), 1.0));
         }
         match &rows {
-            Rows::Examples(data) => eprintln!("data: {}", data.report),
-            Rows::Comparisons(data) => eprintln!("data: {}", data.report),
+            Rows::Examples(data) => monitor.note(format_args!("data: {}", data.report)),
+            Rows::Comparisons(data) => monitor.note(format_args!("data: {}", data.report)),
         }
         let mut source = Self {
             common,
@@ -208,7 +208,7 @@ impl Supervised {
         decoder: &Decoder,
         run: &RunDir,
         state: &State,
-        stop: &AtomicBool,
+        monitor: Monitor<'_>,
     ) -> Result<(), TrainError> {
         if !self.held_out_lines.is_empty() {
             write_atomically(run.file("held_out.jsonl"), |file| {
@@ -222,7 +222,7 @@ impl Supervised {
         let (Some(folder), Rows::Comparisons(data)) = (self.reference_folder(), &self.rows) else {
             return Ok(());
         };
-        let active = reference::active(&self.below, folder, decoder)?;
+        let active = reference::active(&self.below, folder, decoder, monitor)?;
         let mut logps = self.no_reference_logps();
         let held_out = match &self.held_out {
             Some(Rows::Comparisons(held_out)) => Some(&held_out.rows),
@@ -232,10 +232,10 @@ impl Supervised {
             [(0, &data.rows)].into_iter().chain(held_out.map(|rows| (data.rows.len(), rows)));
         reference::cached(&run.file("reference.safetensors"), &mut logps, |logps| {
             let all: usize = parts.clone().map(|(_, rows)| rows.len()).sum();
-            eprintln!("reference: log-probs of {all} rows");
+            monitor.note(format_args!("reference: log-probs of {all} rows"));
             for (first, rows) in parts {
                 for start in (0..rows.len()).step_by(REFERENCE_ROWS) {
-                    if stop.load(Ordering::Relaxed) {
+                    if monitor.stopped() {
                         return Err(DataError::Stopped.into());
                     }
                     let range = start..rows.len().min(start + REFERENCE_ROWS);
@@ -319,11 +319,16 @@ impl Supervised {
 
     /// Takes up the run as far as its first `steps` steps need, and writes nothing. What share of the
     /// reference's work that was: 0 where there is none.
-    pub fn begin_trial(&mut self, decoder: &Decoder, steps: usize) -> Result<f64, TrainError> {
+    pub fn begin_trial(
+        &mut self,
+        decoder: &Decoder,
+        steps: usize,
+        monitor: Monitor<'_>,
+    ) -> Result<f64, TrainError> {
         let (Some(folder), Rows::Comparisons(data)) = (self.reference_folder(), &self.rows) else {
             return Ok(0.0);
         };
-        let active = reference::active(&self.below, folder, decoder)?;
+        let active = reference::active(&self.below, folder, decoder, monitor)?;
         let mut logps = self.no_reference_logps();
         let held_out = self.held_out.iter().flat_map(Rows::lengths);
         let all: usize = self.rows.lengths().chain(held_out).sum();
@@ -386,17 +391,17 @@ impl Supervised {
         Ok((numbers, work))
     }
 
-    /// What is held out under the adapter as it is; `None` if `stop` was set before all went through.
+    /// What is held out under the adapter as it is; `None` if the monitor asked to stop before all went through.
     pub fn evaluate(
         &self,
         decoder: &Decoder,
         active: &[ActiveAdapter],
-        stop: &AtomicBool,
+        monitor: Monitor<'_>,
     ) -> Result<Option<Numbers>, TrainError> {
         match (&self.held_out, &self.task) {
             (None, _) => Ok(Some(Vec::new())),
             (Some(Rows::Examples(data)), _) => {
-                let loss = evaluate(decoder, active, &data.rows, stop)?;
+                let loss = evaluate(decoder, active, &data.rows, monitor.stop)?;
                 Ok(loss.map(|loss| {
                     vec![
                         ("eval_loss".into(), json!(loss.loss)),
@@ -406,14 +411,14 @@ impl Supervised {
             }
             (Some(Rows::Comparisons(data)), Task::Reward(own)) => {
                 let center = own.center_rewards_coefficient;
-                let judged = judge_rewards(decoder, active, &data.rows, center, stop)?;
+                let judged = judge_rewards(decoder, active, &data.rows, center, monitor)?;
                 Ok(judged.map(|judged| {
                     let numbers = judged.numbers().into_iter();
                     numbers.map(|(key, value)| (format!("eval_{key}"), value)).collect()
                 }))
             }
             (Some(Rows::Comparisons(data)), Task::Dpo(own)) => {
-                self.evaluate_preferences(decoder, active, own, &data.rows, stop)
+                self.evaluate_preferences(decoder, active, own, &data.rows, monitor)
             }
             (Some(Rows::Comparisons(_)), _) => unreachable!("only reward and dpo compare"),
         }
@@ -566,12 +571,12 @@ impl Supervised {
         active: &[ActiveAdapter],
         own: &DpoSettings,
         held_out: &RowStore<Comparison>,
-        stop: &AtomicBool,
+        monitor: Monitor<'_>,
     ) -> Result<Option<Numbers>, TrainError> {
         let (mut loss, mut count, mut stats) = (0.0, 0, Stats::default());
         let size = self.common.per_device_train_batch_size;
         for first in (0..held_out.len()).step_by(size) {
-            if stop.load(Ordering::Relaxed) {
+            if monitor.stopped() {
                 return Ok(None);
             }
             let range = first..held_out.len().min(first + size);
@@ -652,34 +657,34 @@ fn load_examples(
     tokenizer: &Tokenizer,
     settings: &LoadSettings,
     files: &mut Vec<(usize, f64)>,
-    stop: &AtomicBool,
+    monitor: Monitor<'_>,
 ) -> Result<Loaded, TrainError> {
     let splits = strategy(common) != EvalStrategy::No && common.eval_data.as_os_str().is_empty();
     let (mut all, mut held_out, mut lines) = (Vec::new(), Vec::new(), Vec::new());
     for file in &common.data {
         let path = &file.path;
         let data = if splits {
-            let split = Dataset::load_split(path, tokenizer, settings.clone(), stop)?;
+            let split = Dataset::load_split(path, tokenizer, settings.clone(), monitor)?;
             lines.push(split.held_out_lines);
             held_out.extend(split.held_out);
             split.train
         } else {
-            Dataset::load(path, tokenizer, settings.clone(), stop)?
+            Dataset::load(path, tokenizer, settings.clone(), monitor)?
         };
-        judge(&data.checks, path, &common.allow)?;
+        judge(&data.checks, path, &common.allow, monitor)?;
         files.push((data.rows.len(), file.weight));
         all.push(data);
     }
     if strategy(common) != EvalStrategy::No && !splits {
-        let mut data = Dataset::load(&common.eval_data, tokenizer, settings.clone(), stop)?;
+        let mut data = Dataset::load(&common.eval_data, tokenizer, settings.clone(), monitor)?;
         for (file, trained) in common.data.iter().zip(&all) {
             trained.hashes.report_held_out_duplicates(&file.path, &data.hashes, &mut data.checks);
         }
-        warn(&data.checks, &common.eval_data, &common.allow);
+        warn(&data.checks, &common.eval_data, &common.allow, monitor);
         held_out.push(data);
     }
     if splits && held_out.is_empty() {
-        warn_of_none_held_out(common);
+        warn_of_none_held_out(common, monitor);
         lines.clear();
     }
     let held_out = (!held_out.is_empty()).then(|| Rows::Examples(Dataset::join(held_out)));
@@ -689,50 +694,56 @@ fn load_examples(
 fn load_comparisons(
     common: &CommonSettings,
     tokenizer: &Tokenizer,
-    stop: &AtomicBool,
+    monitor: Monitor<'_>,
     settings: &ComparisonSettings,
     kind: ComparisonKind,
 ) -> Result<Loaded, TrainError> {
     let path = common.data_file();
-    let load = |path: &Path| Comparisons::load(path, tokenizer, settings.clone(), kind, stop);
+    let load = |path: &Path| Comparisons::load(path, tokenizer, settings.clone(), kind, monitor);
     let (train, held_out, lines) = if strategy(common) == EvalStrategy::No {
         (load(path)?, None, Vec::new())
     } else if !common.eval_data.as_os_str().is_empty() {
         let (train, mut held_out) = (load(path)?, load(&common.eval_data)?);
         train.hashes.report_held_out_duplicates(path, &held_out.hashes, &mut held_out.checks);
-        warn(&held_out.checks, &common.eval_data, &common.allow);
+        warn(&held_out.checks, &common.eval_data, &common.allow, monitor);
         (train, Some(held_out), Vec::new())
     } else {
-        let split = Comparisons::load_split(path, tokenizer, settings.clone(), kind, stop)?;
+        let split = Comparisons::load_split(path, tokenizer, settings.clone(), kind, monitor)?;
         let lines = split.held_out.is_some().then_some(split.held_out_lines);
         if lines.is_none() {
-            warn_of_none_held_out(common);
+            warn_of_none_held_out(common, monitor);
         }
         (split.train, split.held_out, lines.into_iter().collect())
     };
-    judge(&train.checks, path, &common.allow)?;
+    judge(&train.checks, path, &common.allow, monitor)?;
     Ok((Rows::Comparisons(train), held_out.map(Rows::Comparisons), lines))
 }
 
 /// Tells what is odd about rows, and refuses what would teach nothing or teach wrong.
-pub(super) fn judge(checks: &CheckReport, path: &Path, allow: &[Check]) -> Result<(), TrainError> {
-    warn(checks, path, allow);
+pub(super) fn judge(
+    checks: &CheckReport,
+    path: &Path,
+    allow: &[Check],
+    monitor: Monitor<'_>,
+) -> Result<(), TrainError> {
+    warn(checks, path, allow, monitor);
     Ok(checks.verify(path, allow)?)
 }
 
-fn warn(checks: &CheckReport, path: &Path, allow: &[Check]) {
+fn warn(checks: &CheckReport, path: &Path, allow: &[Check], monitor: Monitor<'_>) {
     if let Some(format) = checks.format {
-        eprintln!("{}: rows of {}", path.display(), format.name());
+        monitor.note(format_args!("{}: rows of {}", path.display(), format.name()));
     }
     for warning in checks.warnings(path, allow) {
-        eprintln!("warning: {warning}");
+        monitor.warn(warning);
     }
 }
 
 /// Tells that held-out rows were asked for and there are none.
-pub(super) fn warn_of_none_held_out(common: &CommonSettings) {
+pub(super) fn warn_of_none_held_out(common: &CommonSettings, monitor: Monitor<'_>) {
     let files: Vec<String> = common.data.iter().map(ToString::to_string).collect();
-    eprintln!("warning: no row of {} falls into the held-out tenth", files.join(", "));
+    let files = files.join(", ");
+    monitor.warn(format_args!("no row of {files} falls into the held-out tenth"));
 }
 
 /// Comparisons laid out, each prompt once.
@@ -927,7 +938,7 @@ pub fn judge_rewards(
     active: &[ActiveAdapter],
     rows: &RowStore<Comparison>,
     center_rewards_coefficient: f64,
-    stop: &AtomicBool,
+    monitor: Monitor<'_>,
 ) -> Result<Option<RewardJudgement>, TrainError> {
     let mut judgement = RewardJudgement::default();
     let head = active.iter().rev().find_map(|active| active.adapter.score.as_ref());
@@ -935,7 +946,7 @@ pub fn judge_rewards(
         return Err(TrainError::Settings("no adapter has a score head".into()));
     };
     for run in runs(rows.lengths()) {
-        if stop.load(Ordering::Relaxed) {
+        if monitor.stopped() {
             return Ok(None);
         }
         let rows = taken(rows, run);

@@ -18,7 +18,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::binary::{Lab, base, error, last_json, quantune, strings};
-use crate::family::{apart, read, same_adapter, small_linears, take_steps, tensors};
+use crate::lora_variants::{apart, read, same_adapter, small_linears, take_steps, tensors};
 use crate::support::{golden, golden_json, ids, load, model_path};
 use crate::train::rows;
 

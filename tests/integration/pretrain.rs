@@ -219,7 +219,7 @@ fn recomputation_threads_and_old_buffers_change_no_bit() {
 /// Every format we read trains on, and what trained is an ordinary decoder again.
 #[test]
 fn a_base_goes_in_and_comes_out() {
-    let qwen3 = ["families/qwen3", "families/qwen3.gguf"].map(golden);
+    let qwen3 = ["model_families/qwen3", "model_families/qwen3.gguf"].map(golden);
     let others = ["llama-tiny", "llama-untied", "qwen2-tiny", "llama-q4_0"].map(model_path);
     for path in others.into_iter().chain(qwen3) {
         let name = path.display();

@@ -241,7 +241,7 @@ fn what_comes_out_is_an_ordinary_base() {
 #[test]
 fn what_comes_out_of_qwen3s_shape_is_an_ordinary_base() {
     let (lab, tokenizer) = lab();
-    let mut config = golden_json("families/qwen3/config.json");
+    let mut config = golden_json("model_families/qwen3/config.json");
     config["vocab_size"] = 512.into();
     lab.write("qwen3.json", &config.to_string());
     is_an_ordinary_base(&lab, &tokenizer, &["--model-config", &lab.path("qwen3.json")]);

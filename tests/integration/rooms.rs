@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 const ROOMS: &[&str] = &[
     "isa",
+    "monitor",
     "quant",
     "ops",
     "weights",

@@ -21,7 +21,6 @@ use std::collections::HashSet;
 use std::fmt;
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
 
 use quantune_adapters::rng::Stream;
 use serde::Serialize;
@@ -29,6 +28,7 @@ use sha2::{Digest, Sha256};
 
 use super::Batch;
 use super::cache::hex;
+use crate::monitor::Monitor;
 use crate::text::Tokenizer;
 use mixture::{Mixture, Permutation};
 use shard::{Borders, Shard, TokenRing};
@@ -133,20 +133,21 @@ impl Corpus {
     /// # Errors
     /// If sources or settings make no sense, a file cannot be used, the share held out is
     /// everything or nothing, or a shard is not as it was written; [`super::DataError::Stopped`].
-    pub fn open(
+    pub fn open<'m>(
         specs: &[SourceSpec],
         tokenizer: &Tokenizer,
         settings: &CorpusSettings,
-        stop: &AtomicBool,
+        monitor: impl Into<Monitor<'m>>,
         mut told: impl FnMut(Tokenizing<'_>),
     ) -> Result<Self, CorpusError> {
         check(specs, settings)?;
+        let monitor = monitor.into();
         let borders = Borders::of(tokenizer)?;
         let &CorpusSettings { validation_split, ref cache, .. } = settings;
         let mut sources = Vec::new();
         for spec in specs {
             let shard =
-                shard::open(spec, tokenizer, borders, validation_split, cache, stop, &mut told)?;
+                shard::open(spec, tokenizer, borders, validation_split, cache, monitor, &mut told)?;
             sources.push(CorpusSource { spec: spec.clone(), shard });
         }
         let shards = || sources.iter().map(|source| &source.shard);

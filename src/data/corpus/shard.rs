@@ -21,6 +21,7 @@ use super::documents::{DocumentPiece, has_lines, read_documents};
 use super::{CorpusError, SourceSpec, Tokenizing, matching_files};
 use crate::data::cache::{self, hex};
 use crate::data::split;
+use crate::monitor::Monitor;
 use crate::quant::Bytes;
 use crate::text::{ChatTemplate, Special, TextError, Tokenizer};
 use crate::weights::{map_file, write_atomically};
@@ -166,7 +167,7 @@ pub(super) fn open(
     borders: Borders,
     validation_split: f64,
     cache: &Path,
-    stop: &AtomicBool,
+    monitor: Monitor<'_>,
     told: &mut dyn FnMut(Tokenizing<'_>),
 ) -> Result<Shard, CorpusError> {
     let files = matching_files(&spec.glob)?;
@@ -182,10 +183,11 @@ pub(super) fn open(
     };
     let key = hex(&Sha256::digest(serde_json::to_vec(&origin).expect("plain data")));
     let waiting = |holder: &str| {
-        eprintln!("waiting for {holder}, which is tokenizing into {}", cache.display());
+        let cache = cache.display();
+        monitor.note(format_args!("waiting for {holder}, which is tokenizing into {cache}"));
     };
-    let folder = cache::folder(cache, (&spec.name, &key[..16]), stop, waiting, |folder| {
-        tokenize(spec, tokenizer, &origin, &files, folder, stop, told)
+    let folder = cache::folder(cache, (&spec.name, &key[..16]), monitor.stop, waiting, |folder| {
+        tokenize(spec, tokenizer, &origin, &files, folder, monitor.stop, told)
     })?;
     let path = folder.join(HEADER);
     let bad = |reason: String| CorpusError::Shard { path: path.clone(), reason };

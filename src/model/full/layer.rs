@@ -197,16 +197,17 @@ impl LayerPass<'_> {
         let [of_down, turned @ ..] = turned;
         self.pack_gradients([(&layer.down, &*dx)], packed, std::slice::from_mut(of_down));
         let to_inner = self.to_input(&[&layer.down], packed, inner);
-        // SAFETY: one product over one buffer.
-        unsafe { multiply(isa, &[to_inner]) };
+        multiply(isa, &mut [to_inner]);
         swiglu::backward_again(isa, gate, up, inner);
         self.biases_back([(&layer.down, &*dx)], gradients);
 
         let norm = self.values[layer.post_attention_norm];
         rms_norm::forward(isa, middle, norm, eps, normed);
         let both = [(&layer.gate, &gate[..]), (&layer.up, &up[..])];
-        let of_down = self.to_weight(&layer.down, of_down, inner, gradients);
+        let mut dw = std::mem::take(&mut gradients[layer.down.weight]);
+        let of_down = self.to_weight(&layer.down, of_down, inner, &mut dw);
         self.project_back(both, normed, dnormed, Some(of_down), gradients, packed, turned);
+        gradients[layer.down.weight] = dw;
         let dw = &mut gradients[layer.post_attention_norm];
         rms_norm::backward_with_weight(isa, middle, norm, eps, dnormed, dx, dw, shares);
 
@@ -254,7 +255,7 @@ impl LayerPass<'_> {
         let width = outs[0].0.cols;
         let input = Strided { values: x, stride: width };
         packed.pack(self.isa, self.panels.0, input, self.tokens, width);
-        let outs = outs.map(|(linear, out)| {
+        let mut outs = outs.map(|(linear, out)| {
             let bias = linear.bias.map(|bias| self.values[bias]);
             let begin = match (onto, bias) {
                 (None, None) => Begin::Zero,
@@ -271,10 +272,9 @@ impl LayerPass<'_> {
                 }
             };
             let terms = vec![Term { x: packed, weights: self.weights(linear), transposed: true }];
-            Product { terms, begin, out: Out::new(out, linear.rows, 0) }
+            Product { terms, begin, out: Out::new(out, linear.rows) }
         });
-        // SAFETY: each product has a buffer to itself.
-        unsafe { multiply(self.isa, &outs) };
+        multiply(self.isa, &mut outs);
     }
 
     /// The way back through linear layers that share the input `x (N, cols)`: `dx` becomes its
@@ -292,13 +292,16 @@ impl LayerPass<'_> {
         turned: &mut [PackedRows],
     ) {
         self.pack_gradients(linears, packed, turned);
+        let mut dws = linears.map(|(linear, _)| std::mem::take(&mut gradients[linear.weight]));
         let mut products = vec![self.to_input(&linears.map(|(linear, _)| linear), packed, dx)];
-        for ((linear, _), turned) in linears.iter().zip(&*turned) {
-            products.push(self.to_weight(linear, turned, x, gradients));
+        for (((linear, _), turned), dw) in linears.iter().zip(&*turned).zip(&mut dws) {
+            products.push(self.to_weight(linear, turned, x, dw));
         }
         products.extend(waiting);
-        // SAFETY: each product has a buffer to itself.
-        unsafe { multiply(self.isa, &products) };
+        multiply(self.isa, &mut products);
+        for ((linear, _), dw) in linears.iter().zip(dws) {
+            gradients[linear.weight] = dw;
+        }
         self.biases_back(linears, gradients);
     }
 
@@ -324,14 +327,14 @@ impl LayerPass<'_> {
         &'p self,
         linears: &[&Linear],
         packed: &'p [PackedRows],
-        dx: &mut [f32],
+        dx: &'p mut [f32],
     ) -> Product<'p> {
         let terms = linears.iter().zip(packed).map(|(linear, x)| Term {
             x,
             weights: self.weights(linear),
             transposed: false,
         });
-        let out = Out::new(dx, linears[0].cols, 0);
+        let out = Out::new(dx, linears[0].cols);
         Product { terms: terms.collect(), begin: Begin::Zero, out }
     }
 
@@ -341,11 +344,11 @@ impl LayerPass<'_> {
         linear: &Linear,
         turned: &'p PackedRows,
         x: &'p [f32],
-        gradients: &mut [Vec<f32>],
+        dw: &'p mut [f32],
     ) -> Product<'p> {
         let weights = Weights::Dense { values: x, cols: linear.cols, scale: 1.0 };
         let terms = vec![Term { x: turned, weights, transposed: false }];
-        let out = Out::new(&mut gradients[linear.weight], linear.cols, 0);
+        let out = Out::new(dw, linear.cols);
         Product { terms, begin: Begin::Add, out }
     }
 

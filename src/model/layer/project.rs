@@ -146,12 +146,11 @@ impl LayerPass<'_> {
                     continue;
                 }
                 let terms = vec![Term { x: x_of_update, weights: update.a(), transposed: true }];
-                let out = Out::new(low, update.r, 0);
+                let out = Out::new(low, update.r);
                 products.push(Product { terms, begin: Begin::Zero, out });
             }
         }
-        // SAFETY: each product has a buffer to itself.
-        unsafe { multiply(isa, &products) };
+        multiply(isa, &mut products);
         drop(products);
         for (low, update) in apart {
             let own = update.tokens.start * width..update.tokens.end * width;
@@ -164,9 +163,8 @@ impl LayerPass<'_> {
             let input = Strided { values, stride: width };
             work.masked.pack(isa, of_update, input, update.tokens.len(), width);
             let terms = vec![Term { x: &work.masked, weights: update.a(), transposed: true }];
-            let out = Out::new(&mut low[update.tokens.start * update.r..], update.r, 0);
-            // SAFETY: one product over one buffer.
-            unsafe { multiply(isa, &[Product { terms, begin: Begin::Zero, out }]) };
+            let out = Out::new(&mut low[update.tokens.start * update.r..], update.r);
+            multiply(isa, &mut [Product { terms, begin: Begin::Zero, out }]);
         }
         let lows = outs.iter().flat_map(|(_, _, lows)| lows.low.iter());
         pack_all(
@@ -198,7 +196,7 @@ impl LayerPass<'_> {
             if !scales.is_empty() {
                 // The base's product meets its scales before anything is added to it.
                 base.resize(n * linear.weight.rows(), 0.0);
-                let to = Out::new(base, linear.weight.rows(), 0);
+                let to = Out::new(base, linear.weight.rows());
                 products.push(Product { terms, begin: Begin::Zero, out: to });
                 after.push(of_updates);
                 continue;
@@ -216,11 +214,10 @@ impl LayerPass<'_> {
                     Begin::Add
                 }
             };
-            let out = Out::new(out, linear.weight.rows(), 0);
+            let out = Out::new(out, linear.weight.rows());
             products.push(Product { terms, begin, out });
         }
-        // SAFETY: each product has a buffer to itself.
-        unsafe { multiply(isa, &products) };
+        multiply(isa, &mut products);
         drop(products);
 
         let mut products = Vec::new();
@@ -246,11 +243,10 @@ impl LayerPass<'_> {
                 }
             });
             let terms = after.next().expect("one for every scaled layer");
-            let out = Out::new(out, linear.weight.rows(), 0);
+            let out = Out::new(out, linear.weight.rows());
             products.push(Product { terms, begin: Begin::Add, out });
         }
-        // SAFETY: each product has a buffer to itself.
-        unsafe { multiply(isa, &products) };
+        multiply(isa, &mut products);
         drop(products);
         work.bases = bases;
         Ok(())
@@ -301,12 +297,11 @@ impl LayerPass<'_> {
                 dlow.clear();
                 dlow.resize(n * update.r, 0.0);
                 let terms = vec![Term { x: dy, weights: update.b(), transposed: false }];
-                let out = Out::new(dlow, update.r, 0);
+                let out = Out::new(dlow, update.r);
                 products.push(Product { terms, begin: Begin::Zero, out });
             }
         }
-        // SAFETY: each product has a buffer to itself.
-        unsafe { multiply(isa, &products) };
+        multiply(isa, &mut products);
         drop(products);
         for (dlow, update) in dlows.iter_mut().zip(updates.iter().flatten()) {
             dlow[..update.tokens.start * update.r].fill(0.0);
@@ -335,17 +330,14 @@ impl LayerPass<'_> {
                     }
                 }
             }
-            let product = |terms, out| Product { terms, begin: Begin::Zero, out };
-            let out = Out::new(dx, width, 0);
-            // SAFETY: one product over one buffer.
-            unsafe { multiply(isa, &[product(terms, out)]) };
+            let out = Out::new(dx, width);
+            multiply(isa, &mut [Product { terms, begin: Begin::Zero, out }]);
             // What came through dropout meets its mask first.
             for (term, mask) in apart {
                 let through = &mut work.through;
                 through.resize(n * width, 0.0);
-                let out = Out::new(through, width, 0);
-                // SAFETY: one product over one buffer.
-                unsafe { multiply(isa, &[product(vec![term], out)]) };
+                let out = Out::new(through, width);
+                multiply(isa, &mut [Product { terms: vec![term], begin: Begin::Zero, out }]);
                 times(through, mask);
                 let both = dx.par_chunks_mut(CHUNK).zip(through.par_chunks(CHUNK));
                 both.for_each(|(dx, d)| dx.iter_mut().zip(d).for_each(|(dx, d)| *dx += d));

@@ -197,12 +197,11 @@ impl<'a> LayerPass<'a> {
             out.resize(rows * cols, 0.0);
             if rows > 0 {
                 let terms = vec![Term { x: factor, weights, transposed: false }];
-                let out = Out::new(out, cols, 0);
+                let out = Out::new(out, cols);
                 products.push(Product { terms, begin: Begin::Zero, out });
             }
         }
-        // SAFETY: each product has a buffer to itself.
-        unsafe { multiply(isa, &products) };
+        multiply(isa, &mut products);
         drop(products);
 
         let (mut in_stack, mut next_masked) = (0, 1);

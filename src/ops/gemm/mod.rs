@@ -13,6 +13,7 @@ mod kernel;
 mod pack;
 
 use std::cell::RefCell;
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -76,19 +77,18 @@ pub enum Begin<'a> {
     From(Strided<'a>),
 }
 
-/// Where the sums go: row `i` begins at `i · stride`.
-#[derive(Clone, Copy)]
-pub struct Out {
+/// Where the sums go: row `i` begins at `i · stride` of a buffer that is borrowed exclusively, so
+/// that no two products can write the same elements.
+pub struct Out<'a> {
     target: Target,
     stride: usize,
+    buffer: PhantomData<&'a mut [f32]>,
 }
 
-impl Out {
-    /// A `(rows, columns)` range of columns, from `column` on, of a wider buffer.
-    ///
-    /// Several may be made of one buffer as long as their columns do not meet.
-    pub fn new(values: &mut [f32], stride: usize, column: usize) -> Self {
-        Self { target: Target::new(values).at(column), stride }
+impl<'a> Out<'a> {
+    /// Rows `stride` values apart; a product may have fewer columns than that.
+    pub fn new(values: &'a mut [f32], stride: usize) -> Self {
+        Self { target: Target::new(values), stride, buffer: PhantomData }
     }
 }
 
@@ -99,18 +99,15 @@ pub struct Product<'a> {
     /// What the sums begin with.
     pub begin: Begin<'a>,
     /// Where they go.
-    pub out: Out,
+    pub out: Out<'a>,
 }
 
 /// Computes products side by side: their tasks are handed to the threads together.
 ///
-/// # Safety
-/// The buffers behind all `out`s are borrowed for the call, and no two products write the same
-/// elements.
-///
 /// # Panics
 /// If shapes do not fit: a caller's bug.
-pub unsafe fn multiply(isa: Isa, products: &[Product]) {
+pub fn multiply(isa: Isa, products: &mut [Product]) {
+    let products = &*products;
     let groups: usize = products.iter().map(Product::groups).sum();
     let parts = (TASKS_PER_THREAD * rayon::current_num_threads()).div_ceil(groups.max(1));
     let tasks: Vec<(&Product, Range<usize>, Range<usize>)> =
@@ -118,8 +115,8 @@ pub unsafe fn multiply(isa: Isa, products: &[Product]) {
     let run = |(product, rows, columns): &(&Product, Range<usize>, Range<usize>)| {
         thread_local!(static SCRATCH: RefCell<Scratch> = RefCell::default());
         SCRATCH.with_borrow_mut(|scratch| {
-            // SAFETY: tasks of a product have rows and columns of their own, and products too by
-            // the caller's promise.
+            // SAFETY: tasks of a product have rows and columns of their own, and each product has
+            // its buffer to itself: `Out` borrows it exclusively, and so are the products.
             unsafe { task(isa, product, rows.clone(), columns.clone(), scratch) }
         });
     };
@@ -153,6 +150,7 @@ fn tasks<'p, 'a>(
         assert_eq!(term.x.depth, term.depth(), "both sides of one depth");
     }
     let out = &product.out;
+    assert!(rows < 2 || columns <= out.stride, "rows of a result do not overlap");
     assert!(rows == 0 || (rows - 1) * out.stride + columns <= out.target.len());
     if let Begin::Bias(bias) = product.begin {
         assert_eq!(bias.len(), columns);
@@ -209,7 +207,7 @@ unsafe fn task(
             let needed = panel.units(depth.len());
             if units + needed > most && !stretches.is_empty() {
                 // SAFETY: the caller's promise.
-                unsafe { tiles(isa, &stretches, scratch, &rows, &columns, begin, product.out) };
+                unsafe { tiles(isa, &stretches, scratch, &rows, &columns, begin, &product.out) };
                 begin = Begin::Add;
                 stretches.clear();
                 units = 0;
@@ -227,7 +225,7 @@ unsafe fn task(
         }
     }
     // SAFETY: the caller's promise.
-    unsafe { tiles(isa, &stretches, scratch, &rows, &columns, begin, product.out) };
+    unsafe { tiles(isa, &stretches, scratch, &rows, &columns, begin, &product.out) };
 }
 
 /// All tiles of a task over what is packed. A tile stays in the first-level cache until all
@@ -242,7 +240,7 @@ unsafe fn tiles(
     rows: &Range<usize>,
     columns: &Range<usize>,
     begin: Begin,
-    out: Out,
+    out: &Out,
 ) {
     let floats = stretches.iter().all(|stretch| stretch.x.panel == Panel::F32);
     let mut tile = Tile([[0.0; TILE_COLS]; TILE_ROWS]);
@@ -306,7 +304,7 @@ unsafe fn whole_tile(
     first_column: usize,
     i: usize,
     begin: Begin,
-    out: Out,
+    out: &Out,
 ) {
     const ZEROS: &[f32; TILE_COLS] = &[0.0; TILE_COLS];
     let needed = |stride: usize| (TILE_ROWS - 1) * stride + TILE_COLS;
@@ -426,9 +424,8 @@ mod tests {
         let n = if transposed { weights.rows() } else { weights.cols() };
         let mut y = vec![f32::NAN; m * n];
         let terms = vec![Term { x: &packed, weights, transposed }];
-        let out = Out::new(&mut y, n, 0);
-        // SAFETY: one product over one buffer.
-        unsafe { multiply(isa, &[Product { terms, begin: Begin::Zero, out }]) };
+        let out = Out::new(&mut y, n);
+        multiply(isa, &mut [Product { terms, begin: Begin::Zero, out }]);
         y
     }
 
@@ -499,12 +496,9 @@ mod tests {
                                 Term { x: &lows, weights: update, transposed: true },
                             ]
                         };
-                        let product = |begin, out| Product { terms: terms(), begin, out };
-                        let out = Out::new(&mut y, stride, 1);
-                        // SAFETY: one product at a time over one buffer.
-                        unsafe {
-                            multiply(isa, &[product(begin, out)]);
-                            multiply(isa, &[product(Begin::Add, out)]);
+                        for begin in [begin, Begin::Add] {
+                            let out = Out::new(&mut y[1..], stride);
+                            multiply(isa, &mut [Product { terms: terms(), begin, out }]);
                         }
                         let expected: Vec<f64> =
                             (0..m * n).map(|i| 2.0 * sum[i] + f64::from(added[i % n])).collect();
@@ -566,9 +560,8 @@ mod tests {
                     let mut y = vec![f32::NAN; m * n];
                     let terms = vec![Term { x: &packed, weights, transposed: false }];
                     let begin = Begin::From(Strided { values: &before, stride: n + 1 });
-                    let out = Out::new(&mut y, n, 0);
-                    // SAFETY: one product over one buffer.
-                    unsafe { multiply(isa, &[Product { terms, begin, out }]) };
+                    let out = Out::new(&mut y, n);
+                    multiply(isa, &mut [Product { terms, begin, out }]);
                     let error = error(&y, &exact);
                     assert!(error < bound, "{m} {n} {k} {panel:?} {}: {error:e}", isa.name());
                 }

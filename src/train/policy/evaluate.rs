@@ -1,7 +1,5 @@
 //! How the policy does on prompts it does not learn from.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
 use serde_json::json;
 
 use super::super::TrainError;
@@ -12,6 +10,7 @@ use super::{Rollouts, divergence, tell, temperature};
 use crate::data::Prompt;
 use crate::eval::{Reply, diversity};
 use crate::model::{ActiveAdapter, Decoder};
+use crate::monitor::Monitor;
 use crate::rollout::diagnose::{mean_and_error, overoptimized};
 use crate::rollout::{Response, respond};
 
@@ -19,7 +18,7 @@ use crate::rollout::{Response, respond};
 const EVAL_KEYS: u64 = 1 << 39;
 
 impl Rollouts {
-    /// Held-out prompts answered by the policy as it is; `None` if `stop` was set before all were. Of
+    /// Held-out prompts answered by the policy as it is; `None` if the monitor asked to stop before all were. Of
     /// the state only what was told changes.
     pub fn evaluate(
         &mut self,
@@ -27,7 +26,7 @@ impl Rollouts {
         active: &[ActiveAdapter],
         state: &mut State,
         log: &Log,
-        stop: &AtomicBool,
+        monitor: Monitor<'_>,
     ) -> Result<Option<Numbers>, TrainError> {
         let Some(held_out) = &self.held_out else { return Ok(Some(Vec::new())) };
         let most = match &self.task {
@@ -44,7 +43,7 @@ impl Rollouts {
         let (mut ended, mut surprise, mut tokens) = (0, 0.0, 0);
         // A stop is looked at between batches; keys are by row, so they change nothing.
         for (first, prompts) in prompts.chunks(64).enumerate() {
-            if stop.load(Ordering::Relaxed) {
+            if monitor.stopped() {
                 return Ok(None);
             }
             let key = EVAL_KEYS + 64 * first as u64;
@@ -112,6 +111,7 @@ impl Rollouts {
                     "over-optimization: the reward rises while the judge, a reward model that is not \
                      trained against, falls; earlier checkpoints are better, a larger kl_coef helps"
                         .into(),
+                    monitor,
                 );
             }
         }

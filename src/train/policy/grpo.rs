@@ -15,6 +15,7 @@ use super::super::settings::{AdvantageEstimator, GrpoSettings};
 use super::super::supervised::metrics;
 use super::{Rollouts, divergence, finite, mean};
 use crate::data::Prompt;
+use crate::monitor::Monitor;
 use crate::objectives::advantage::{GroupAdvantages, group_advantages, kl_k1, rloo_advantages};
 use crate::objectives::policy::{GrpoSettings as GrpoLoss, per_token};
 use crate::objectives::{Grpo, Objective, Stats};
@@ -28,6 +29,7 @@ impl Rollouts {
         learner: &mut Learner,
         state: &mut State,
         learning_rate: f64,
+        monitor: Monitor<'_>,
     ) -> Result<(Numbers, Work), TrainError> {
         let (decoder, update) = (learner.decoder(), state.step);
         let prompts: Vec<Prompt> = self.prompts_of(update);
@@ -160,8 +162,22 @@ impl Rollouts {
         };
         // With one step and no reference no old log-probs were taken: stale ones cannot be then, since
         // the ratio is 1 by construction, but what the step read is held to the sampler's.
-        self.tell_sickness(state, &scored.responses, old.as_deref(), first.as_ref(), &divergences);
-        self.sample_table(state, own.sample_steps, own.num_samples, &scored, &divergences)?;
+        self.tell_sickness(
+            state,
+            &scored.responses,
+            old.as_deref(),
+            first.as_ref(),
+            &divergences,
+            monitor,
+        );
+        self.sample_table(
+            state,
+            own.sample_steps,
+            own.num_samples,
+            &scored,
+            &divergences,
+            monitor,
+        )?;
         Ok((numbers, work))
     }
 }

@@ -8,7 +8,6 @@ mod rounds;
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
@@ -30,6 +29,7 @@ use crate::generate::{Sampling, Settings as Generation};
 use crate::model::layer::{Sizes, Tape};
 use crate::model::scoring::TOKENS_AT_A_TIME;
 use crate::model::{ActiveAdapter, CacheType, Decoder};
+use crate::monitor::{LogEvent, Monitor};
 use crate::objectives::advantage::{RunningMoments, kl_k1};
 use crate::ops::{Compute, linear_cross_entropy};
 use crate::quant::Bytes;
@@ -103,7 +103,7 @@ impl Rollouts {
         decoder: &Decoder,
         below: &[ActiveAdapter],
         tokenizer: Tokenizer,
-        stop: &AtomicBool,
+        monitor: Monitor<'_>,
     ) -> Result<Self, TrainError> {
         let common = settings.common.clone();
         let now = first_second(&common.template_date);
@@ -125,22 +125,23 @@ impl Rollouts {
             allow: common.allow.clone(),
             cache: cache.clone(),
         };
-        let load = |path: &Path| Prompts::load(path, &tokenizer, reading.clone(), stop);
+        let load = |path: &Path| Prompts::load(path, &tokenizer, reading.clone(), monitor);
         let given = !common.eval_data.as_os_str().is_empty();
         let (prompts, held_out, held_out_lines) = if strategy(&common) == EvalStrategy::No {
             (load(common.data_file())?, None, None)
         } else if given {
             (load(common.data_file())?, Some(load(&common.eval_data)?), None)
         } else {
-            let split = Prompts::load_split(common.data_file(), &tokenizer, reading.clone(), stop)?;
+            let split =
+                Prompts::load_split(common.data_file(), &tokenizer, reading.clone(), monitor)?;
             let lines = split.held_out.is_some().then_some(split.held_out_lines);
             if lines.is_none() {
-                warn_of_none_held_out(&common);
+                warn_of_none_held_out(&common, monitor);
             }
             (split.train, split.held_out, lines)
         };
-        judge_rows(&prompts.checks, common.data_file(), &common.allow)?;
-        eprintln!("data: {}", prompts.report);
+        judge_rows(&prompts.checks, common.data_file(), &common.allow, monitor)?;
+        monitor.note(format_args!("data: {}", prompts.report));
 
         let mut prints: Vec<Fingerprint> = Vec::new();
         let print = |prints: &mut Vec<Fingerprint>, what: &str, folder: &Path| {
@@ -150,8 +151,8 @@ impl Rollouts {
             Ok::<(), TrainError>(())
         };
         let scoring = |folder: &Path, least: f64| -> Result<ActiveAdapter, TrainError> {
-            trusted(folder, least)?;
-            Ok(ActiveAdapter::frozen(Arc::new(read_scoring(folder, decoder)?)))
+            trusted(folder, least, monitor)?;
+            Ok(ActiveAdapter::frozen(Arc::new(read_scoring(folder, decoder, monitor)?)))
         };
         let (mut adapter, mut judge, mut ptx, mut reward_model) = (None, None, None, None);
         let (rewards, wants_reference, ref_adapter, at_eos) = match &settings.task {
@@ -165,8 +166,8 @@ impl Rollouts {
                 }
                 if !own.ptx_data.as_os_str().is_empty() {
                     let reading = LoadSettings { cache, ..LoadSettings::from(most) };
-                    let data = Dataset::load(&own.ptx_data, &tokenizer, reading, stop)?;
-                    judge_rows(&data.checks, &own.ptx_data, &common.allow)?;
+                    let data = Dataset::load(&own.ptx_data, &tokenizer, reading, monitor)?;
+                    judge_rows(&data.checks, &own.ptx_data, &common.allow, monitor)?;
                     prints.push(("the ptx data".into(), data.sha256.clone()));
                     let rounds = Rounds::new("ptx", common.seed, true, data.rows.len());
                     ptx = Some((data, rounds));
@@ -230,7 +231,7 @@ impl Rollouts {
             print(&mut prints, "the reference adapter", folder)?;
         }
         let reference = match wants_reference {
-            true => Some(reference::active(below, folder, decoder)?),
+            true => Some(reference::active(below, folder, decoder, monitor)?),
             false => None,
         };
         let chats = prompts.report.conversations > 0;
@@ -396,10 +397,11 @@ impl Rollouts {
         learner: &mut Learner,
         state: &mut State,
         learning_rate: f64,
+        monitor: Monitor<'_>,
     ) -> Result<(Numbers, Work), TrainError> {
         match self.task.clone() {
-            Task::Ppo(own) => self.ppo(&own, learner, state, learning_rate),
-            Task::Grpo(own) => self.grpo(&own, learner, state, learning_rate),
+            Task::Ppo(own) => self.ppo(&own, learner, state, learning_rate, monitor),
+            Task::Grpo(own) => self.grpo(&own, learner, state, learning_rate, monitor),
             _ => unreachable!("they learn from rows as they are"),
         }
     }
@@ -485,13 +487,14 @@ impl Rollouts {
         old: Option<&[Vec<f32>]>,
         first: Option<&(Vec<usize>, Vec<f32>)>,
         kl: &[f64],
+        monitor: Monitor<'_>,
     ) {
         // Dropout alone makes another policy of the one that learns.
         let first = first.filter(|_| self.common.lora_dropout == 0.0);
         let first = first.map(|(responses, logps)| FirstStep { responses, logps });
         let found = diagnose_update(responses, old, first, kl);
         if !found.is_healthy() {
-            tell(state, found.to_string());
+            tell(state, found.to_string(), monitor);
         }
     }
 
@@ -503,6 +506,7 @@ impl Rollouts {
         count: usize,
         scored: &Scored,
         kl: &[f64],
+        monitor: Monitor<'_>,
     ) -> Result<(), TrainError> {
         if every == 0 || !(state.step + 1).is_multiple_of(every) {
             return Ok(());
@@ -527,19 +531,19 @@ impl Rollouts {
         samples.push(state.step + 1, &rows)?;
         samples.sync()?;
         rollouts_of(state).samples_bytes = samples.bytes;
-        eprint!("{}", table(&rows));
+        monitor.report(LogEvent::Samples(&table(&rows)));
         Ok(())
     }
 }
 
 /// Warns, but not twice of the same thing: numbers in a sentence do not make it another.
-fn tell(state: &mut State, sentence: String) {
+fn tell(state: &mut State, sentence: String, monitor: Monitor<'_>) {
     let words = |text: &str| -> String {
         text.chars().filter(|c| c.is_alphabetic() || *c == ' ').collect()
     };
     let told = &mut rollouts_of(state).told;
     if told.iter().all(|told| words(told) != words(&sentence)) {
-        eprintln!("warning: {sentence}");
+        monitor.warn(&sentence);
         told.push(sentence);
     }
 }
@@ -584,7 +588,7 @@ fn generation(task: &Task, compute: Compute, seed: u64) -> Generation {
 }
 
 /// Refuses a reward model that was no better than it should be on what it had not seen.
-fn trusted(folder: &Path, least: f64) -> Result<(), TrainError> {
+fn trusted(folder: &Path, least: f64, monitor: Monitor<'_>) -> Result<(), TrainError> {
     match read_accuracy(folder)? {
         Some(accuracy) if accuracy < least => Err(TrainError::Settings(format!(
             "--reward-adapter {}: right about {:.1} % of held-out pairs, needed {:.1} % \
@@ -595,11 +599,11 @@ fn trusted(folder: &Path, least: f64) -> Result<(), TrainError> {
         ))),
         Some(_) => Ok(()),
         None if least > 0.0 => {
-            eprintln!(
-                "warning: {0}: nothing says how well it does on held-out pairs (measure it with: \
+            monitor.warn(format_args!(
+                "{0}: nothing says how well it does on held-out pairs (measure it with: \
                  quantune eval --base BASE --reward {0} --data PAIRS)",
                 folder.display()
-            );
+            ));
             Ok(())
         }
         None => Ok(()),

@@ -14,6 +14,7 @@ use super::super::run_dir::State;
 use super::super::settings::{PpoSettings, ValueModel};
 use super::{Rollouts, Scored, divergence, mean, rollouts_of};
 use crate::data::{Batch, Prompt};
+use crate::monitor::Monitor;
 use crate::objectives::Objective;
 use crate::objectives::advantage::AdaptiveKl;
 use crate::objectives::policy::{PpoPolicyStats, PpoValueStats, ppo_metrics};
@@ -27,6 +28,7 @@ impl Rollouts {
         learner: &mut Learner,
         state: &mut State,
         learning_rate: f64,
+        monitor: Monitor<'_>,
     ) -> Result<(Numbers, Work), TrainError> {
         let update = state.step;
         let prompts: Vec<Prompt> = self.prompts_of(update);
@@ -49,14 +51,21 @@ impl Rollouts {
         numbers.push(("episode".into(), json!(episode)));
         let old: Vec<Vec<f32>> = rows.iter().map(|row| row.old_logps.clone()).collect();
         let first = learned.first.as_ref();
-        self.tell_sickness(state, &scored.responses, Some(&old), first, &divergences);
+        self.tell_sickness(state, &scored.responses, Some(&old), first, &divergences, monitor);
         if own.target_kl > 0.0 {
             let mut adaptive =
                 AdaptiveKl { kl_coef, target: own.target_kl, horizon: own.kl_horizon };
             adaptive.update(kl, scored.responses.len());
             rollouts_of(state).kl_coef = Some(adaptive.kl_coef);
         }
-        self.sample_table(state, own.sample_steps, own.num_samples, &scored, &divergences)?;
+        self.sample_table(
+            state,
+            own.sample_steps,
+            own.num_samples,
+            &scored,
+            &divergences,
+            monitor,
+        )?;
 
         let scores = mean(rows.iter().map(|row| f64::from(row.score)));
         let work = Work {

@@ -72,7 +72,7 @@ fn weights(decoder: &Decoder, module: &str) -> Option<Box<dyn BaseRows>> {
 
 /// What a run of PEFT's began with: its own file, or what the config makes of the base.
 fn begun(run: &str, config: &Value, decoder: &Decoder) -> Adapter {
-    let initial = golden(&format!("family/{run}/initial"));
+    let initial = golden(&format!("lora_variants/{run}/initial"));
     let config = LoraConfig::from_json(&config.to_string()).unwrap();
     let linears = decoder.linears();
     if initial.exists() && config.modules_to_save.is_empty() {
@@ -91,11 +91,11 @@ fn begun(run: &str, config: &Value, decoder: &Decoder) -> Adapter {
 
 /// Ten steps with the losses and gradient norms of PEFT, and its adapter at the end.
 fn ten_steps(run: &str, compute: Compute) {
-    let theirs = golden_json(&format!("family/{run}/run.json"));
+    let theirs = golden_json(&format!("lora_variants/{run}/run.json"));
     let decoder = load(theirs["base"].as_str().unwrap(), compute);
     let adapter = Arc::new(begun(run, &theirs["config"], &decoder));
     take_steps(run, &theirs, &decoder, &adapter, &rows("llama-tiny"));
-    let folder = golden(&format!("family/{run}/final"));
+    let folder = golden(&format!("lora_variants/{run}/final"));
     if folder.exists() {
         same_adapter(run, &adapter, &read(&folder, &decoder.linears()));
     }
@@ -195,10 +195,10 @@ fn merged_weights_are_pefts() {
     for run in ["dora", "dora-rslora", "pissa", "olora", "rslora"] {
         let folder = match run {
             "rslora" => golden("train/llama-tiny-rslora/final"),
-            _ => golden(&format!("family/{run}/final")),
+            _ => golden(&format!("lora_variants/{run}/final")),
         };
         let adapter = read(&folder, &decoder.linears());
-        let theirs = tensors(&golden(&format!("family/{run}/merged.safetensors")));
+        let theirs = tensors(&golden(&format!("lora_variants/{run}/merged.safetensors")));
         assert!(!theirs.is_empty());
         for (name, theirs) in theirs {
             let module = name.trim_end_matches(".weight");
@@ -243,7 +243,7 @@ impl BaseRows for Weight {
 #[test]
 fn pefts_files_of_embeddings_and_heads_are_what_peft_makes_of_them() {
     for name in ["embeddings", "tokens", "whole"] {
-        let folder = golden(&format!("family/files/{name}"));
+        let folder = golden(&format!("lora_variants/files/{name}"));
         let adapter = read(&folder, &small_linears(16));
         let theirs = tensors(&folder.join("merged.safetensors"));
         let mut changed = 0;
@@ -278,13 +278,13 @@ fn pefts_files_of_embeddings_and_heads_are_what_peft_makes_of_them() {
 
 #[test]
 fn combinations_are_pefts() {
-    let cases = golden_json("family/combine/cases.json");
-    let known = tensors(&golden("family/combine/combined.safetensors"));
+    let cases = golden_json("lora_variants/combine/cases.json");
+    let known = tensors(&golden("lora_variants/combine/combined.safetensors"));
     let linears = small_linears(16);
     for (i, case) in cases.as_array().unwrap().iter().enumerate() {
         let names = case["adapters"].as_array().unwrap().iter();
         let adapters = names.map(|name| {
-            read(&golden(&format!("family/combine/{}", name.as_str().unwrap())), &linears)
+            read(&golden(&format!("lora_variants/combine/{}", name.as_str().unwrap())), &linears)
         });
         let adapters: Vec<Adapter> = adapters.collect();
         let weights = case["weights"].as_array().unwrap().iter().map(|w| w.as_f64().unwrap());

@@ -10,7 +10,7 @@ use quantune::quant::BlockType;
 use quantune::weights::{Checkpoint, Gguf, Value};
 use serde_json::json;
 
-use crate::families::{MODELS, adapter, rows, variant, worst};
+use crate::model_families::{MODELS, adapter, rows, variant, worst};
 use crate::support::{golden, golden_json};
 
 fn open(path: impl AsRef<Path>) -> Checkpoint {
@@ -58,7 +58,7 @@ fn keys(gguf: &Gguf, dropped: impl Fn(&str) -> bool) -> Vec<(String, String)> {
 fn merged_in_its_own_form() {
     let folder = tempfile::tempdir().unwrap();
     for name in MODELS {
-        let base = open(golden(&format!("families/{name}")));
+        let base = open(golden(&format!("model_families/{name}")));
         let active = active(name, &base);
         let source = Source::open(&base, &active).unwrap();
         let out = folder.path().join(name);
@@ -70,9 +70,9 @@ fn merged_in_its_own_form() {
             serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
         };
         let config = read(out.join("config.json"));
-        assert_eq!(config, read(golden(&format!("families/{name}/config.json"))), "{name}");
+        assert_eq!(config, read(golden(&format!("model_families/{name}/config.json"))), "{name}");
 
-        let base = open(golden(&format!("families/{name}.gguf")));
+        let base = open(golden(&format!("model_families/{name}.gguf")));
         let source = Source::open(&base, &active).unwrap();
         let out = folder.path().join("out.gguf");
         for (of, bounds) in [
@@ -103,7 +103,7 @@ fn a_gguf_lora_is_the_adapter_in_every_family() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("lora.gguf");
     for name in MODELS {
-        let base = open(golden(&format!("families/{name}.gguf")));
+        let base = open(golden(&format!("model_families/{name}.gguf")));
         let active = active(name, &base);
         let decoder = Decoder::load(&base, Compute::F32).unwrap();
         let [ActiveAdapter { adapter, weight, .. }] = &active;
@@ -138,14 +138,14 @@ fn a_folder_becomes_the_gguf_of_llama_cpps_converter_and_a_folder_again() {
     let temporary = tempfile::tempdir().unwrap();
     for name in MODELS {
         let folder = temporary.path().join(name);
-        with_tokenizer(&golden(&format!("families/{name}")), &folder);
+        with_tokenizer(&golden(&format!("model_families/{name}")), &folder);
         let base = open(&folder);
         let out = temporary.path().join("out.gguf");
         let source = Source::open(&base, &[]).unwrap();
         write_gguf(&source, &Recipe::new(FileType::F16), None, &out).unwrap();
         let off = verify(&base, &[], &out, Bounds::F32).unwrap_or_else(|e| panic!("{name}: {e}"));
 
-        let needed = Gguf::open(golden(&format!("families/{name}.gguf"))).unwrap();
+        let needed = Gguf::open(golden(&format!("model_families/{name}.gguf"))).unwrap();
         let found = Gguf::open(&out).unwrap();
         let architecture = needed.str("general.architecture").unwrap().unwrap();
         let is_ours = |key: &str| {
@@ -200,7 +200,7 @@ fn longrope_goes_both_ways() {
     write_gguf(&Source::open(&base, &[]).unwrap(), &Recipe::new(FileType::F16), None, &out)
         .unwrap();
     let found = Gguf::open(&out).unwrap();
-    let golden = golden_json("families/phi3-long.json");
+    let golden = golden_json("model_families/phi3-long.json");
     for (key, needed) in golden["keys"].as_object().unwrap() {
         let found = found.get(key).unwrap_or_else(|| panic!("no {key}"));
         let found = found.as_f64().or(found.as_u64().map(|v| v as f64));
@@ -275,7 +275,7 @@ fn what_a_gguf_cannot_say_is_refused_by_what_it_is() {
 #[test]
 fn a_changed_head_under_a_cap_is_merged_into_a_folder() {
     let temporary = tempfile::tempdir().unwrap();
-    let base = open(golden("families/gemma2"));
+    let base = open(golden("model_families/gemma2"));
     for name in ["gemma2-head", "gemma2-tokens"] {
         let active = active(name, &base);
         let source = Source::open(&base, &active).unwrap();
@@ -283,7 +283,7 @@ fn a_changed_head_under_a_cap_is_merged_into_a_folder() {
         write_folder(&source, BlockType::F32, &out).unwrap();
         verify(&base, &active, &out, Bounds::F32).unwrap_or_else(|e| panic!("{name}: {e}"));
     }
-    let gguf = open(golden("families/gemma2.gguf"));
+    let gguf = open(golden("model_families/gemma2.gguf"));
     let active = active("gemma2-head", &gguf);
     let source = Source::open(&gguf, &active).unwrap();
     let out = temporary.path().join("out.gguf");

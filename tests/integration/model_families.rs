@@ -38,22 +38,22 @@ const ADAPTERS: &[(&str, &str)] =
     &[("phi3-dora", "phi3"), ("gemma2-head", "gemma2"), ("gemma2-tokens", "gemma2")];
 
 fn load(file: &str, compute: Compute) -> Decoder {
-    let checkpoint = Checkpoint::open(golden(&format!("families/{file}"))).unwrap();
+    let checkpoint = Checkpoint::open(golden(&format!("model_families/{file}"))).unwrap();
     Decoder::load(&checkpoint, compute).unwrap()
 }
 
 pub fn rows(name: &str) -> Vec<Vec<u32>> {
-    let golden = golden_json(&format!("families/{name}.json"));
+    let golden = golden_json(&format!("model_families/{name}.json"));
     golden["input_ids"].as_array().unwrap().iter().map(ids).collect()
 }
 
 fn theirs(name: &str) -> HashMap<String, Tensor> {
-    let path = golden(&format!("families/{name}.safetensors"));
+    let path = golden(&format!("model_families/{name}.safetensors"));
     candle_core::safetensors::load(path, &Device::Cpu).unwrap()
 }
 
 pub fn adapter(name: &str, decoder: &Decoder) -> Adapter {
-    let folder = golden(&format!("families/{name}-adapter"));
+    let folder = golden(&format!("model_families/{name}-adapter"));
     let linears = decoder.linears();
     format::read_folder(&folder, "default", &linears, Some("lm_head"), &Device::Cpu).unwrap().0
 }
@@ -81,7 +81,8 @@ pub fn worst(name: &str, decoder: &Decoder, positions: usize) -> f64 {
 #[test]
 fn log_probs_are_transformers() {
     for name in MODELS {
-        let positions = golden_json(&format!("families/{name}.json"))["gguf_positions"].as_u64();
+        let positions =
+            golden_json(&format!("model_families/{name}.json"))["gguf_positions"].as_u64();
         let positions = positions.map_or(usize::MAX, |positions| positions as usize);
         for (file, positions) in
             [(name.to_string(), usize::MAX), (format!("{name}.gguf"), positions)]
@@ -101,8 +102,8 @@ fn log_probs_are_transformers() {
 
 /// The folder of a variant.
 pub fn variant(name: &str) -> (tempfile::TempDir, Checkpoint) {
-    let golden_run = golden_json(&format!("families/{name}.json"));
-    let base = golden(&format!("families/{}", golden_run["base"].as_str().unwrap()));
+    let golden_run = golden_json(&format!("model_families/{name}.json"));
+    let base = golden(&format!("model_families/{}", golden_run["base"].as_str().unwrap()));
     let folder = tempfile::tempdir().unwrap();
     let weights = "model.safetensors";
     std::fs::copy(base.join(weights), folder.path().join(weights)).unwrap();
@@ -174,7 +175,7 @@ fn gradients_are_pefts() {
     for (name, base) in
         MODELS.iter().map(|name| (name, name)).chain(ADAPTERS.iter().map(|(a, b)| (a, b)))
     {
-        let golden_run = golden_json(&format!("families/{name}.json"));
+        let golden_run = golden_json(&format!("model_families/{name}.json"));
         let theirs = theirs(name);
         let mut files = vec![base.to_string(), format!("{base}.gguf")];
         if golden_run["gguf_positions"].is_u64() {
@@ -350,7 +351,7 @@ fn rows_grow_across_longropes_border() {
 #[test]
 fn what_full_training_has_not_is_refused_by_name() {
     let all = |name: &str| {
-        let checkpoint = Checkpoint::open(golden(&format!("families/{name}"))).unwrap();
+        let checkpoint = Checkpoint::open(golden(&format!("model_families/{name}"))).unwrap();
         FullModel::load(&checkpoint, Compute::F32)
     };
     assert!(all("llama-yarn").is_ok());
@@ -376,11 +377,12 @@ fn a_split_gguf_is_the_whole() {
     assert_eq!(hidden(first), hidden("llama-yarn.gguf"));
 
     let open = |path: std::path::PathBuf| Checkpoint::open(path).unwrap_err().to_string();
-    let later = open(golden("families/split-00002-of-00003.gguf"));
+    let later = open(golden("model_families/split-00002-of-00003.gguf"));
     assert!(later.contains("file 2 of 3 of a split model, needed the first"), "{later}");
     let folder = tempfile::tempdir().unwrap();
     let copy = |name: &str| {
-        std::fs::copy(golden(&format!("families/{first}")), folder.path().join(name)).unwrap();
+        std::fs::copy(golden(&format!("model_families/{first}")), folder.path().join(name))
+            .unwrap();
         folder.path().join(name)
     };
     let renamed = open(copy("model.gguf"));
@@ -396,7 +398,7 @@ fn a_split_gguf_is_the_whole() {
 /// type get another.
 #[test]
 fn a_folder_is_quantized_on_load() {
-    let checkpoint = Checkpoint::open(golden("families/qwen3")).unwrap();
+    let checkpoint = Checkpoint::open(golden("model_families/qwen3")).unwrap();
     for (of, types, bound) in [
         (BlockType::Q8_0, &["F16", "Q8_0"][..], 1.0),
         (BlockType::Q4_K, &["F16", "Q5_0", "Q8_0"][..], 10.0),
@@ -409,7 +411,7 @@ fn a_folder_is_quantized_on_load() {
         assert!(off < bound, "{of}: off by {off}");
         assert!((off > 1e-3) == (of != BlockType::F16), "{of} changed nothing");
     }
-    let gguf = Checkpoint::open(golden("families/qwen3.gguf")).unwrap();
+    let gguf = Checkpoint::open(golden("model_families/qwen3.gguf")).unwrap();
     let error = Decoder::load_as(&gguf, Compute::F32, Some(BlockType::Q8_0)).unwrap_err();
     assert!(error.to_string().contains("a GGUF keeps its types"), "{error}");
 }
