@@ -1,14 +1,14 @@
-//! Responses to a prompt that are compared, or labelled good or bad: rows of reward models, of DPO
-//! and its kin.
+//! Preference data: responses to a prompt that are ranked against each other, or labelled good or bad.
+//! Used by reward models, DPO, KTO and their variants.
 //!
-//! Tokens are those of TRL's RewardTrainer, DPOTrainer and KTOTrainer: prompt and response are
-//! tokenized jointly, and the prompt's part ends where its own tokens and the joint ones of any
-//! response part. So prompt and response laid end to end are what the row says, and the prompt is
-//! the same for all its responses.
+//! The tokens are those of TRL's RewardTrainer, DPOTrainer and KTOTrainer: prompt and response are
+//! tokenized jointly, and the prompt ends at the first token in which its own encoding differs from the
+//! joint encoding of any response. So prompt and response concatenated are the text of the row, and all
+//! responses of a row share one prompt.
 //!
-//! Two things are not TRL's. Its DPOTrainer takes what two *strings* without a prompt have in common
-//! for the prompt; here they are whole texts, whose common beginning drops out of any difference of
-//! log-probs. And where `chosen` and `rejected` become two labelled responses, they share a prompt.
+//! Two things differ from TRL. Its DPOTrainer treats the common prefix of two *strings* without a prompt
+//! as the prompt; here they are whole texts, whose common prefix cancels in any difference of log-probs.
+//! And where `chosen` and `rejected` become two labelled responses, they share a prompt.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -32,38 +32,38 @@ use crate::text::{Special, Tokenizer};
 /// A prompt and the responses to it that are compared.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Comparison {
-    /// The prompt's tokens; none, or a BOS, where whole texts are compared.
+    /// Tokens of the prompt; empty, or only BOS, where whole texts are compared.
     pub prompt: Vec<u32>,
-    /// Those that follow it in each response.
+    /// Tokens of each response, after the prompt.
     pub responses: Vec<Vec<u32>>,
-    /// Which of them is preferred to which.
+    /// Which response is preferred to which.
     pub pairs: Vec<PreferencePair>,
-    /// Whether the one response is good, in a row that says so (KTO).
+    /// For a KTO row, whether its one response is desirable.
     pub label: Option<bool>,
-    /// The row in its file, counted from 0 over lines that are not blank.
+    /// The row number in its file, counted from 0 over lines that are not blank.
     pub row: u64,
-    /// Its line, counted from 1.
+    /// The line number in its file, counted from 1.
     pub line: u64,
 }
 
 impl Comparison {
-    /// Tokens of prompt and responses, the prompt counted once.
+    /// Number of tokens of prompt and responses, the prompt counted once.
     pub fn tokens(&self) -> usize {
         self.prompt.len() + self.responses.iter().map(Vec::len).sum::<usize>()
     }
 
-    /// How many responses there are in what was laid.
+    /// Number of responses of an encoded comparison.
     pub(super) fn responses_in(bytes: &[u8]) -> usize {
         WordReader::of(bytes).next() as usize
     }
 }
 
-/// What a label is written as: none, bad or good.
+/// Labels by their encoded value: none, undesirable, desirable.
 const LABELS: [Option<bool>; 3] = [None, Some(false), Some(true)];
 
 impl Record for Comparison {
-    /// Counts of responses and pairs, the label, the lengths of all responses, the pairs, and all
-    /// tokens: what is left in front of the responses' is the prompt.
+    /// The number of responses, the number of pairs, the label, the length of each response, the pairs,
+    /// and all tokens, those of the prompt first.
     fn encode(&self, bytes: &mut Vec<u8>) {
         let label = LABELS.iter().position(|label| *label == self.label).unwrap_or_default();
         let counts = [self.responses.len(), self.pairs.len(), label];
@@ -107,81 +107,82 @@ impl Record for Comparison {
     }
 }
 
-/// Two responses by their places.
+/// A pair of responses, by their indices in [`Comparison::responses`].
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PreferencePair {
-    /// The preferred one.
+    /// Index of the preferred response.
     pub better: usize,
-    /// The other.
+    /// Index of the rejected response.
     pub worse: usize,
-    /// By how much, where the row says so.
+    /// The margin that the row states; 0 if it states none.
     pub margin: f32,
 }
 
-/// What is wanted of rows.
+/// Which rows are accepted, and what they become.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub enum ComparisonKind {
-    /// Responses compared with each other: `chosen`/`rejected` or ranked `responses`.
+    /// Preference pairs: `chosen`/`rejected` or ranked `responses`.
     Pairs,
-    /// Responses labelled one by one: `completion` + `label`; `chosen` and `rejected` become two.
+    /// Labelled responses: `completion` + `label`; `chosen` and `rejected` become two labelled responses.
     Labels,
-    /// Whatever has responses, compared or not: also `completion` or `text` alone.
+    /// Any row with responses, compared or not: also `completion` or `text` alone.
     Any,
 }
 
-/// How long prompt and response may be together.
+/// How long a prompt with a response may be, and what happens to longer ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct LengthLimits {
-    /// Tokens, at most.
+    /// Maximum number of tokens of prompt and response.
     pub max_length: usize,
-    /// What becomes of a response with more.
+    /// What happens to a longer response.
     pub when_long: WhenTooLong,
 }
 
-/// What becomes of a response too long for its prompt.
+/// What happens to a response that exceeds the maximum length together with its prompt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub enum WhenTooLong {
-    /// It is left out with its pairs: a score is of a whole text (TRL's RewardTrainer).
+    /// The response and its pairs are dropped, since a score is of a whole text (TRL's RewardTrainer).
     Drop,
-    /// Its end is, unless its prompt leaves no room at all (TRL's DPOTrainer, `keep_start`).
+    /// The response is truncated at its end, or dropped if the prompt leaves no room for it (TRL's
+    /// DPOTrainer, `keep_start`).
     Cut,
 }
 
-/// The comparisons of a file, in its order.
+/// The comparisons of a file, in file order.
 pub type Comparisons = FileRows<Comparison, ComparisonReport>;
 
-/// The same in two parts. Rows that compare whole texts are held out by the best of them, which may
-/// come again as the worse one of a row in the other part.
+/// The comparisons of a file, split into a training and a held-out part. Rows that compare whole texts
+/// are split by the preferred text; the same text may occur as a rejected one in the other part.
 pub type ComparisonSplit = FileSplit<Comparison, ComparisonReport>;
 
-/// What a file's rows came to.
+/// Counts over the comparisons of a file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ComparisonReport {
-    /// Rows read, those with nothing to compare included.
+    /// Rows read, including those with nothing to compare.
     pub rows: u64,
     /// Responses kept.
     pub responses: u64,
-    /// Pairs of them.
+    /// Preference pairs.
     pub pairs: u64,
-    /// Responses labelled good.
+    /// Responses labelled desirable.
     pub desirable: u64,
-    /// Responses labelled bad.
+    /// Responses labelled undesirable.
     pub undesirable: u64,
-    /// Tokens kept, those of a prompt counted once.
+    /// Tokens kept, each prompt counted once.
     pub tokens: u64,
-    /// Tokens of the longest prompt with response, before any cut.
+    /// Tokens of the longest prompt with response, before truncation.
     pub longest: u64,
-    /// Responses cut at their end.
+    /// Responses truncated at their end.
     pub truncated: u64,
-    /// Responses left out for their length.
+    /// Responses dropped because they are too long.
     pub dropped: u64,
-    /// Rows left out because nothing of them is compared (or labelled) any more.
+    /// Rows dropped because no pair (or label) is left.
     pub nothing_to_compare: u64,
-    /// Pairs of responses ranked the same: no pairs.
+    /// Pairs of responses with equal rank, which give no preference pair.
     pub ties: u64,
-    /// Pairs of responses with the same tokens, kept as TRL keeps them: nothing tells them apart.
+    /// Pairs of responses with identical tokens. They are kept, as in TRL.
     pub identical: u64,
-    /// Rows in which a token reaches from the prompt into a response.
+    /// Rows in which one token spans the end of the prompt and the start of a response.
     pub boundary_mismatches: u64,
 }
 
@@ -211,11 +212,11 @@ impl RowReport for ComparisonReport {
 }
 
 impl Comparisons {
-    /// Reads and tokenizes all rows of a JSONL or Parquet file. Ends early once `monitor` asks to stop.
+    /// Reads and tokenizes all rows of a JSONL or Parquet file. Stops early once `monitor` asks to stop.
     ///
     /// # Errors
-    /// All wrong rows, the first few with their lines, but for those whose fault the settings allow; a
-    /// file without rows, or in which nothing is compared; [`DataError::Stopped`].
+    /// If rows are invalid in a way that the settings do not allow (the first few are listed with their
+    /// lines); if the file has no rows, or none with a pair or label; [`DataError::Stopped`].
     pub fn load<'m>(
         path: &Path,
         tokenizer: &Tokenizer,
@@ -228,7 +229,7 @@ impl Comparisons {
         reader.load(path, settings.cache.as_ref(), monitor.into())
     }
 
-    /// What is wrong with the rows, and what they come to. No comparison is kept.
+    /// Validates the rows of a file: runs all checks and counts, and keeps no comparison.
     ///
     /// # Errors
     /// If the file cannot be read at all; [`DataError::Stopped`].
@@ -242,7 +243,7 @@ impl Comparisons {
         ComparisonReader { tokenizer, settings, kind }.examine(path, monitor.into())
     }
 
-    /// What the first rows come to, as many as can be read, whatever is wrong with others.
+    /// The comparisons of the first `rows` rows; rows that cannot be read are skipped.
     ///
     /// # Errors
     /// If the file cannot be read at all.
@@ -256,11 +257,11 @@ impl Comparisons {
         ComparisonReader { tokenizer, settings, kind }.first(path, rows)
     }
 
-    /// The same as [`Comparisons::load`] in two parts: one row in ten is held out by its prompt, as
-    /// [`is_held_out`](super::is_held_out) says.
+    /// Loads a file like [`Comparisons::load`], and holds out one row in ten by a hash of its prompt
+    /// (see [`is_held_out`](super::is_held_out)).
     ///
     /// # Errors
-    /// As [`Comparisons::load`], and if no row is left to train on.
+    /// Like [`Comparisons::load`], and if no row is left to train on.
     pub fn load_split<'m>(
         path: &Path,
         tokenizer: &Tokenizer,
@@ -274,16 +275,16 @@ impl Comparisons {
     }
 }
 
-/// How rows become comparisons.
+/// Settings for reading comparisons.
 #[derive(Debug, Clone)]
 pub struct ComparisonSettings {
-    /// How long they may be.
+    /// Maximum length, and what happens to longer responses.
     pub limits: LengthLimits,
-    /// What may be wrong with rows that cannot be read: those are left out.
+    /// Checks to ignore: rows that fail them and cannot be read are skipped.
     pub allow: Vec<Check>,
-    /// Tokens the model can read at once, and ids it has.
+    /// Context window and vocabulary size of the model, if known.
     pub model: Option<ModelLimits>,
-    /// Where tokens of large files are kept; without, all are held in memory.
+    /// Cache for the tokens of large files; `None` keeps all tokens in memory.
     pub cache: Option<Cache>,
 }
 
@@ -293,7 +294,7 @@ impl From<LengthLimits> for ComparisonSettings {
     }
 }
 
-/// Lines to comparisons.
+/// Parses lines into comparisons.
 struct ComparisonReader<'a> {
     tokenizer: &'a Tokenizer,
     settings: &'a ComparisonSettings,
@@ -328,7 +329,7 @@ impl RowReader for ComparisonReader<'_> {
         let unread = |error| UnreadableRow { format, error };
         let row = row.map_err(unread)?;
         let hash = checks::normalized_comparison(&row);
-        let mut findings = checks::of_comparison(&row);
+        let mut findings = checks::check_comparison(&row);
         let (held_out, row) = tokenized(row, tokenizer, kind).map_err(unread)?;
         let in_order = || row.prompt.iter().chain(row.responses.iter().flatten());
         if let Some(limits) = settings.model
@@ -429,7 +430,7 @@ impl RowReader for ComparisonReader<'_> {
         };
         let mut compared = Vec::new();
         if labels.is_empty() {
-            // A response in no pair would be computed for nothing.
+            // A response that is in no pair would be computed for nothing.
             let (responses, pairs) =
                 if unjudged { (kept, pairs) } else { only_paired(kept, pairs) };
             if !responses.is_empty() {
@@ -444,7 +445,7 @@ impl RowReader for ComparisonReader<'_> {
         }
         if compared.is_empty() {
             report.nothing_to_compare += 1;
-            // Where it is the lengths that leave nothing, that is told as the cut.
+            // If the responses were dropped for their length, `Check::Cut` already reports it.
             if found.iter().all(|(check, _)| *check != Check::Cut) {
                 let sentence = "nothing of it is compared or labelled";
                 found.push((Check::NothingToLearn, sentence.into()));
@@ -456,9 +457,9 @@ impl RowReader for ComparisonReader<'_> {
             report.pairs += comparison.pairs.len() as u64;
             report.tokens += comparison.tokens() as u64;
         }
-        // A row counts once for a check, however many responses it is true of.
-        let mut told = HashSet::new();
-        found.retain(|(check, _)| told.insert(*check));
+        // A row counts once per check, however many of its responses fail it.
+        let mut reported = HashSet::new();
+        found.retain(|(check, _)| reported.insert(*check));
         Ok(found)
     }
 
@@ -469,20 +470,20 @@ impl RowReader for ComparisonReader<'_> {
     }
 }
 
-/// A row as tokens, before anything is too long.
+/// A tokenized row, before the length limit is applied.
 struct TokenizedComparison {
     prompt: Vec<u32>,
     responses: Vec<Vec<u32>>,
     pairs: Vec<PreferencePair>,
-    /// For each response, or for none.
+    /// One label per response; empty if the row has no labels.
     labels: Vec<bool>,
-    /// Whether a row without pairs or labels is kept.
+    /// Whether the row is kept even without pairs or labels.
     unjudged: bool,
     ties: u64,
     boundary_mismatch: bool,
 }
 
-/// Whether a row is held out, and its tokens.
+/// Whether a row is held out, and the tokenized row.
 fn tokenized(
     row: ComparisonRow,
     tokenizer: &Tokenizer,
@@ -495,12 +496,12 @@ fn tokenized(
             conversations(prompt, responses, tools.as_ref(), tokenizer)?
         }
     };
-    // A prompt is shared by its responses only as far as all of them begin with it.
+    // The shared prompt ends where the first response deviates from it.
     let shared = |tokens: &Vec<u32>| own.iter().zip(tokens).take_while(|(a, b)| a == b).count();
     let given = joint.iter().map(shared).min().unwrap_or_default();
     let mut responses = Vec::with_capacity(joint.len());
     for (i, mut tokens) in joint.into_iter().enumerate() {
-        // What EOS there is belongs to the response: a prompt's own ends nothing.
+        // EOS is part of the response; an EOS within the prompt does not end the response.
         if let (Responses::Texts { .. }, Some(eos)) = (&row.responses, tokenizer.eos())
             && tokens[given..].last() != Some(&eos)
         {
@@ -522,7 +523,7 @@ fn tokenized(
     ))
 }
 
-/// Tokens of the prompt alone, and of it with each response.
+/// Tokens of the prompt alone, and of the prompt with each response.
 type PromptAndJoint = (Vec<u32>, Vec<Vec<u32>>);
 
 fn texts(
@@ -550,7 +551,7 @@ fn conversations(
         Ok(tokenizer.with_bos(tokenizer.encode(&text, Special::Parse)?))
     };
     let given: Vec<&Message> = prompt.iter().collect();
-    // Templates fail on no messages at all, or put a system message of their own there.
+    // Templates fail on an empty conversation, or insert a default system message.
     let own = if given.is_empty() { tokenizer.with_bos(vec![]) } else { encode(&given, true)? };
     let joint = responses.iter().map(|response| {
         let whole: Vec<&Message> = prompt.iter().chain(response).collect();
@@ -559,7 +560,7 @@ fn conversations(
     Ok((own, joint.collect::<Result<_, _>>()?))
 }
 
-/// The responses that are in a pair, in their order, and the pairs by their new places.
+/// The responses that are in a pair, in order, and the pairs with their new indices.
 fn only_paired(
     responses: Vec<Vec<u32>>,
     mut pairs: Vec<PreferencePair>,

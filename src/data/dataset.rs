@@ -218,11 +218,11 @@ impl RowReader for ExampleReader<'_> {
         }
         let mut findings = match &row {
             Row::Messages { messages, .. } | Row::Alpaca { messages, .. } => {
-                checks::of_messages(messages)
+                checks::check_messages(messages)
             }
             _ => Vec::new(),
         };
-        findings.extend(checks::of_tokens(&row, tokens, learned, self.tokenizer));
+        findings.extend(checks::check_tokens(&row, tokens, learned, self.tokenizer));
         let (held_out, hash) = (is_held_out(&row), checks::normalized_hash(&row));
         let length = tokens.len();
         Ok(Parsed { format, held_out, hash, length, findings, tokenized })

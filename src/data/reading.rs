@@ -1,8 +1,8 @@
-//! A file of rows as the shelves of their kind, whole or with a held-out part: in memory, or of a
-//! large file in a folder of its own, made once and mapped from then on.
+//! Reading a file of rows into row stores, with or without a held-out part. Small files are tokenized in
+//! memory; a large file is tokenized once into a cache folder and memory-mapped from there.
 //!
-//! What a line becomes is its [`RowReader`]'s; that what is wrong with it is noted, that one row in ten may
-//! be held out, and where all of it is kept, is the same for every kind and is here.
+//! A [`RowReader`] parses the lines of one kind of row. What is common to all kinds is here: collecting
+//! the results of the checks, holding out one row in ten, and writing the cache.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -26,108 +26,107 @@ use crate::quant::Bytes;
 use crate::text::Tokenizer;
 use crate::weights::write_atomically;
 
-/// Another number, other folders: to be raised whenever the same file would give other tokens or
-/// another checks.
+/// Version of the cache format. Raise it whenever the same file would give other tokens or other check
+/// results.
 const FORMAT: u32 = 2;
 const HEADER: &str = "rows.json";
 const HASHES: &str = "rows.seen";
 const HELD_OUT: &str = "held_out.jsonl";
 
-/// Where tokens of large files are kept.
+/// Cache for the tokens of large files.
 #[derive(Debug, Clone)]
 pub struct Cache {
-    /// The folder; several runs may share one, and removing it clears it.
+    /// The cache folder. Several runs may share it; delete it to clear the cache.
     pub folder: PathBuf,
-    /// Bytes from which a file is large.
+    /// Files of at least this many bytes are cached.
     pub from_bytes: u64,
 }
 
 impl Cache {
-    /// Whether the tokens of a file are kept here: it is large.
+    /// Whether a file is large enough to be cached.
     pub fn keeps(&self, path: &Path) -> bool {
         fs::metadata(path).is_ok_and(|about| about.len() >= self.from_bytes)
     }
 }
 
-/// The rows of a file, in its order.
+/// The rows of a file, in file order.
 #[derive(Debug, Clone)]
 pub struct FileRows<T, R> {
-    /// Those with something to learn.
+    /// The rows with something to learn.
     pub rows: RowStore<T>,
-    /// What was counted on the way.
+    /// Counts over all rows.
     pub report: R,
     /// SHA-256 of the whole file, in hex.
     pub sha256: String,
-    /// The same of all tokens.
+    /// SHA-256 of all tokens, in hex.
     pub tokens_sha256: String,
-    /// What is wrong with the rows of the whole file, held-out ones among them.
+    /// Results of the checks over the whole file, held-out rows included.
     pub checks: CheckReport,
-    /// What all rows of the file say.
+    /// Hashes of all rows of the file, for finding duplicates.
     pub hashes: RowHashes,
 }
 
-/// A file in two parts, no prompt in both.
+/// A file split into a training and a held-out part; no prompt is in both.
 #[derive(Debug, Clone)]
 pub struct FileSplit<T, R> {
-    /// What is trained on.
+    /// The training part.
     pub train: FileRows<T, R>,
-    /// What is held out; small files may leave nothing to it.
+    /// The held-out part; `None` if it is empty, as it may be for small files.
     pub held_out: Option<FileRows<T, R>>,
-    /// The held-out rows as the file has them, byte for byte, each with a newline; of a Parquet file
-    /// as JSON.
+    /// The held-out rows byte for byte, each with a newline; rows of a Parquet file as JSON.
     pub held_out_lines: Bytes,
 }
 
-/// What is counted of rows.
+/// Counts over the rows of a file.
 pub(super) trait RowReport: Clone + Default + Serialize + DeserializeOwned {
     /// Rows read.
     fn rows(&self) -> u64;
 }
 
-/// A row as it comes from a thread.
+/// A parsed and tokenized line.
 pub(super) struct Parsed<T> {
     pub format: Option<RowFormat>,
-    /// Whether it is one of the one in ten.
+    /// Whether the row falls into the held-out tenth.
     pub held_out: bool,
-    /// What it says, whatever its case and spacing.
+    /// Hash of the normalized row.
     pub hash: u64,
-    /// Its tokens, before any cut.
+    /// Number of tokens before truncation.
     pub length: usize,
     pub findings: Vec<Finding>,
     pub tokenized: T,
 }
 
-/// Rows of one part on their way.
+/// The training or held-out part while it is written.
 pub(super) struct RowPart<T, R> {
     pub rows: RowStoreWriter<T>,
     pub report: R,
 }
 
-/// How the lines of a file become rows of a kind.
+/// Parses the lines of a file into records of one kind.
 pub(super) trait RowReader: Sized + Sync {
-    /// A line's tokens.
+    /// A tokenized line.
     type Tokenized: Send;
-    /// What is kept of it.
+    /// The stored record.
     type Record: Record;
-    /// What is counted.
+    /// Counts over the rows.
     type Report: RowReport;
 
-    /// What a folder of such rows is called.
+    /// Name of the kind, used in names of cache folders.
     fn kind(&self) -> &'static str;
 
-    /// What makes its tokens.
+    /// The tokenizer.
     fn tokenizer(&self) -> &Tokenizer;
 
-    /// What rows depend on beside the file and the tokenizer.
+    /// Settings that the rows depend on, beside the file and the tokenizer: part of the cache key.
     fn settings(&self) -> Value;
 
-    /// What may be wrong with rows that cannot be read.
+    /// Checks to ignore.
     fn allow(&self) -> &[Check];
 
-    /// A line to its tokens, and what is odd about them.
+    /// Parses, tokenizes and checks a line.
     fn parse(&self, line: &[u8]) -> Result<Parsed<Self::Tokenized>, UnreadableRow>;
 
-    /// Adds what there is to learn of a row; what is odd about its lengths.
+    /// Truncates a row to the maximum length and stores it; returns failed checks that concern lengths.
     fn add(
         &self,
         line: &FileLine,
@@ -135,10 +134,10 @@ pub(super) trait RowReader: Sized + Sync {
         part: &mut RowPart<Self::Record, Self::Report>,
     ) -> io::Result<Vec<Finding>>;
 
-    /// That nothing of the rows that were counted is kept.
+    /// The error for a file of which no record is left.
     fn nothing(&self, path: PathBuf, report: &Self::Report) -> DataError;
 
-    /// Reads all rows of a file.
+    /// Loads all rows of a file.
     fn load(
         &self,
         path: &Path,
@@ -151,7 +150,7 @@ pub(super) trait RowReader: Sized + Sync {
         Ok(loaded.train())
     }
 
-    /// The same in two parts.
+    /// Loads a file and splits it into a training and a held-out part.
     fn load_split(
         &self,
         path: &Path,
@@ -167,7 +166,7 @@ pub(super) trait RowReader: Sized + Sync {
         }
         loaded.check(path, self)?;
         let held_out_lines = loaded.held_out_lines.clone();
-        // Held-out rows with nothing to learn cannot be scored: then there is no held-out part.
+        // Held-out rows with nothing to learn cannot be scored, so they make no held-out part.
         let held_out = (!held_out.rows.is_empty()).then(|| {
             let LoadedPart { rows, report, tokens_sha256 } = held_out.clone();
             let (checks, hashes) = (CheckReport::default(), RowHashes::default());
@@ -177,7 +176,7 @@ pub(super) trait RowReader: Sized + Sync {
         Ok(FileSplit { train: loaded.train(), held_out, held_out_lines })
     }
 
-    /// What is wrong with rows, and what they come to. None of them is kept.
+    /// Validates a file: runs all checks and counts, and keeps no record.
     fn examine(
         &self,
         path: &Path,
@@ -186,7 +185,7 @@ pub(super) trait RowReader: Sized + Sync {
         Ok(FileImport::new(path, self, false, RowSink::Nowhere)?.run(monitor)?.train())
     }
 
-    /// What the first rows of a file come to, as many as can be read, whatever is wrong with others.
+    /// The records of the first `rows` rows of a file; rows that cannot be read are skipped.
     fn first(&self, path: &Path, rows: usize) -> Result<Vec<Self::Record>, DataError> {
         let mut reading = FileImport::new(path, self, false, RowSink::Memory)?;
         first_lines(path, rows, |line| {
@@ -198,10 +197,11 @@ pub(super) trait RowReader: Sized + Sync {
     }
 }
 
-/// Several files as one, in their order. What is wrong with each is to be told before.
+/// Joins several files, in order. The caller reports the check results of each file beforehand; those
+/// of the first file are kept.
 ///
 /// # Panics
-/// If there are none.
+/// If `files` is empty.
 pub(super) fn join<T: Record, R: RowReport>(
     files: Vec<FileRows<T, R>>,
     add: impl Fn(&mut R, &R),
@@ -213,7 +213,7 @@ pub(super) fn join<T: Record, R: RowReport>(
     let sha256 = single(files.iter().map(|file| &*file.sha256).collect());
     let tokens_sha256 = single(files.iter().map(|file| &*file.tokens_sha256).collect());
     let mut files = files.into_iter();
-    let mut all = FileRows { sha256, tokens_sha256, ..files.next().expect("a file at least") };
+    let mut all = FileRows { sha256, tokens_sha256, ..files.next().expect("at least one file") };
     for file in files {
         all.rows.append(file.rows, all.report.rows());
         add(&mut all.report, &file.report);
@@ -221,17 +221,17 @@ pub(super) fn join<T: Record, R: RowReport>(
     all
 }
 
-/// What a file's rows came to, in one part or two.
+/// A loaded file: a training part and a held-out part, which may be empty.
 struct LoadedFile<T, R> {
     sha256: String,
     checks: CheckReport,
     hashes: RowHashes,
-    /// What is trained on, and what is held out.
+    /// Training part and held-out part.
     parts: [LoadedPart<T, R>; 2],
     held_out_lines: Bytes,
 }
 
-/// The rows of one part.
+/// The stored rows of the training or the held-out part.
 #[derive(Clone)]
 struct LoadedPart<T, R> {
     rows: RowStore<T>,
@@ -239,7 +239,7 @@ struct LoadedPart<T, R> {
     tokens_sha256: String,
 }
 
-/// What the folder of a file depends on.
+/// Everything that the cached tokens of a file depend on. Its hash names the cache folder.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct RowsOrigin {
     format: u32,
@@ -251,7 +251,7 @@ struct RowsOrigin {
     split: bool,
 }
 
-/// What is said of a folder: what it depends on, and all that is not rows.
+/// The header file of a cache folder: what the tokens depend on, and everything that is not rows.
 #[derive(Debug, Serialize, Deserialize)]
 struct RowsHeader<R> {
     origin: RowsOrigin,
@@ -259,7 +259,7 @@ struct RowsHeader<R> {
     checks: CheckReport,
     reports: [R; 2],
     tokens_sha256: [String; 2],
-    /// Of each other file, by its name.
+    /// SHA-256 of every other file of the folder, by file name.
     sha256: BTreeMap<String, String>,
 }
 
@@ -279,7 +279,7 @@ impl<T: Record, R: RowReport> LoadedFile<T, R> {
         }
     }
 
-    /// From the folder of the file, which is made if there is none yet.
+    /// Opens the cache folder of the file, after tokenizing the file into it if there is none yet.
     fn cached(
         path: &Path,
         reader: &impl RowReader<Record = T, Report = R>,
@@ -325,7 +325,7 @@ impl<T: Record, R: RowReport> LoadedFile<T, R> {
         Self::open(&folder, &origin)
     }
 
-    /// Writes what the readers of the rows have not.
+    /// Writes the header file; the rows are already written.
     fn write(self, folder: &Path, origin: RowsOrigin) -> Result<(), DataError> {
         let failed = |action: &'static str, path: PathBuf| {
             move |error: &dyn fmt::Display| {
@@ -337,7 +337,7 @@ impl<T: Record, R: RowReport> LoadedFile<T, R> {
             let path = folder.join(&name);
             let hash = file_sha256(&path, &|| true);
             let hash = hash.map_err(|error| failed("read", path)(&error))?;
-            sha256.insert(name, hash.expect("nobody stops it"));
+            sha256.insert(name, hash.expect("hashing is not stopped"));
         }
         let [train, held_out] = self.parts;
         let header = RowsHeader {
@@ -360,15 +360,15 @@ impl<T: Record, R: RowReport> LoadedFile<T, R> {
         let header: RowsHeader<R> =
             serde_json::from_slice(&text).map_err(|error| broken(&path, error.to_string()))?;
         if header.origin != *origin {
-            return Err(broken(&path, "is of another file or another tokenizer".into()));
+            return Err(broken(&path, "belongs to another file or another tokenizer".into()));
         }
         for name in files(origin.split) {
             let path = folder.join(&name);
-            // Read and not mapped: what is only looked over once need not stay in memory.
+            // Read, not mapped: pages that are only hashed once should not stay in memory.
             let found = file_sha256(&path, &|| true);
             let found = found.map_err(|error| broken(&path, error.to_string()))?;
             if found.as_ref() != header.sha256.get(&name) {
-                return Err(broken(&path, "is not as it was written".into()));
+                return Err(broken(&path, "has changed since it was written".into()));
             }
         }
         let map = |name: &str| {
@@ -380,7 +380,7 @@ impl<T: Record, R: RowReport> LoadedFile<T, R> {
         let part = |name: &str, report, tokens_sha256| -> Result<LoadedPart<T, R>, DataError> {
             let [rows, places] = names(name);
             let rows = RowStore::new([map(&rows)?, map(&places)?], true)
-                .ok_or_else(|| broken(&folder.join(&rows), "is not as its places say".into()))?;
+                .ok_or_else(|| broken(&folder.join(&rows), "does not match its index".into()))?;
             Ok(LoadedPart { rows, report, tokens_sha256 })
         };
         let nothing = || LoadedPart {
@@ -406,7 +406,7 @@ impl<T: Record, R: RowReport> LoadedFile<T, R> {
         })
     }
 
-    /// That there is something to train on.
+    /// Fails if there is nothing to train on.
     fn check(
         &self,
         path: &Path,
@@ -427,7 +427,7 @@ impl<T: Record, R: RowReport> LoadedFile<T, R> {
     }
 }
 
-/// What a cache is for, and what it has by now: nothing removes what is no longer used.
+/// Describes the cache and its size. Nothing is ever evicted, so the user is told how large it is.
 fn shared(cache: &Path) -> String {
     let words = format!("once for all runs with {}", cache.display());
     match cache::holdings(cache, HEADER) {
@@ -441,7 +441,7 @@ fn shared(cache: &Path) -> String {
     }
 }
 
-/// The files of a folder beside what is said of them.
+/// Names of the files of a cache folder, without the header.
 fn files(split: bool) -> Vec<String> {
     let mut files = vec![HASHES.to_string()];
     files.extend(names("train"));
@@ -452,7 +452,7 @@ fn files(split: bool) -> Vec<String> {
     files
 }
 
-/// Where rows are put.
+/// Where rows are stored.
 #[derive(Clone, Copy)]
 enum RowSink<'a> {
     Nowhere,
@@ -460,7 +460,7 @@ enum RowSink<'a> {
     Folder(&'a Path),
 }
 
-/// A file that is being read.
+/// A file that is being imported.
 struct FileImport<'a, R: RowReader> {
     path: &'a Path,
     reader: &'a R,

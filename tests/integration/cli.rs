@@ -636,7 +636,7 @@ fn wrong_input_ends_in_one_sentence() {
         (sft(&[("--base", &path("truncated.gguf"))]), vec!["truncated.gguf"]),
         (sft(&[("--data", &path("empty.jsonl"))]), vec!["empty.jsonl", "no rows"]),
         (sft(&[("--data", &path("broken.jsonl"))]), vec!["broken.jsonl:2"]),
-        (sft(&[("--data", &path("many.jsonl"))]), vec!["many.jsonl: 9 of 18 rows are wrong"]),
+        (sft(&[("--data", &path("many.jsonl"))]), vec!["many.jsonl: 9 of 18 rows are invalid"]),
         (sft(&[("--data", &path("role.jsonl"))]), vec!["role.jsonl:1", "wizard"]),
         (sft(&[("--data", &path("nothing.jsonl"))]), vec!["nothing.jsonl", "nothing to learn"]),
         (sft(&[("--out", &path("a_file/run"))]), vec!["a_file"]),

@@ -213,7 +213,7 @@ fn a_bad_row_is_one_sentence_with_its_line() {
     let good = r#"{"prompt": "p", "chosen": "a", "rejected": "b"}"#;
     let pairs = "needs `chosen` and `rejected`, or ranked `responses`";
     let cases = [
-        (Pairs, "[]", "found an empty list, a row is a JSON object".to_owned()),
+        (Pairs, "[]", "found an empty list, needs a JSON object".to_owned()),
         (Pairs, "{}", format!("unknown kind of row: found the keys (none), {pairs}")),
         (
             Pairs,

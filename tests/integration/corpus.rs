@@ -462,7 +462,7 @@ fn a_changed_shard_is_refused() {
         bytes[99] ^= 1;
         fs::write(tokens(shard), bytes).unwrap();
     };
-    check(&change_byte, "train.tokens: is not as it was written");
+    check(&change_byte, "train.tokens: has changed since it was written");
     check(&|shard| fs::write(tokens(shard), "short").unwrap(), "has 5 bytes, needed");
     check(&|shard| fs::remove_file(tokens(shard)).unwrap(), "train.tokens: No such file");
     check(&|shard| fs::write(shard.join("shard.json"), "{}").unwrap(), "shard.json: missing field");
@@ -505,8 +505,8 @@ fn bad_sources_end_in_one_sentence_and_leave_nothing() {
     check(&["a=1:empty/*"], &same, "source \"a\": no text in its 2 files");
     let latin = text_file(&documents(3)).len() + 3;
     check(&["a=1:latin.txt"], &same, &format!("latin.txt: byte {latin} is not UTF-8"));
-    check(&["a=1:rows.jsonl"], &same, "rows.jsonl: 4 of 5 rows are wrong");
-    check(&["a=1:rows.jsonl"], &same, "rows.jsonl:3: found a list of 1, a row is a JSON object");
+    check(&["a=1:rows.jsonl"], &same, "rows.jsonl: 4 of 5 rows are invalid");
+    check(&["a=1:rows.jsonl"], &same, "rows.jsonl:3: found a list of 1, needs a JSON object");
     check(&["a=1:rows.jsonl"], &same, "rows.jsonl:5: `text` is 5, needs a string");
     check(
         &["a=1:none.jsonl"],

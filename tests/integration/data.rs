@@ -109,11 +109,11 @@ fn a_bad_row_is_one_sentence_with_its_line() {
     let vocab_size = chatml.vocab_size();
     let text: [(&str, &str); 25] = [
         ("{\"text\": \"a\"", "is not JSON (EOF while parsing an object at column 12)"),
-        ("[1, 2]", "found a list of 2, a row is a JSON object"),
+        ("[1, 2]", "found a list of 2, needs a JSON object"),
         ("{}", &format!("unknown kind of row: found the keys (none), {kinds}")),
         (
             r#"{"prompt": "a", "chosen": "b", "rejected": "c", "text": null}"#,
-            "is a row of `chosen`/`rejected`, which is for `reward` and `dpo`, not this command",
+            "is a row of `chosen`/`rejected`, which is data for `reward` and `dpo`, not this command",
         ),
         (
             r#"{"conversation": [], "id": 7}"#,
@@ -207,9 +207,9 @@ fn wrong_rows_are_told_together() {
         (0..count).map(line).collect()
     };
     check(1, "rows.jsonl:702: `text` is 0, needs a string");
-    check(2, &format!("rows.jsonl: 2 of 1402 rows are wrong{}", told(2)));
-    check(5, &format!("rows.jsonl: 5 of 3505 rows are wrong{}", told(5)));
-    check(7, &format!("rows.jsonl: 7 of 4907 rows are wrong{}\n  and 2 more", told(5)));
+    check(2, &format!("rows.jsonl: 2 of 1402 rows are invalid{}", told(2)));
+    check(5, &format!("rows.jsonl: 5 of 3505 rows are invalid{}", told(5)));
+    check(7, &format!("rows.jsonl: 7 of 4907 rows are invalid{}\n  and 2 more", told(5)));
 }
 
 #[test]
@@ -271,7 +271,7 @@ fn a_conversation_needs_a_template_that_tells_what_is_said() {
     // Counts the turns first, as templates do that drop earlier reasoning.
     check(
         Some("{{ messages | length }}{% for m in messages %}{{ m.content }}\n{% endfor %}"),
-        "rewrites what precedes `messages[1]`",
+        "rewrites the text before `messages[1]`",
     );
     check(
         Some(
@@ -499,7 +499,7 @@ fn tokens_are_kept_on_disk_and_found_again() {
         std::fs::write(&rows, bytes).unwrap();
     }
     let error = Dataset::load(&path, &chatml, settings, &GOES_ON).unwrap_err().to_string();
-    assert!(error.contains("train.rows: is not as it was written; remove its folder"), "{error}");
+    assert!(error.contains("train.rows: has changed since it was written; remove its folder"), "{error}");
 }
 
 /// One of each defect, some in good company: exactly those are found, each at its line.
