@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::RowFormat;
-use super::cache::Refused;
+use super::cache::IoFailure;
 use crate::text::TextError;
 
 /// Why a data file cannot be used.
@@ -123,8 +123,8 @@ pub enum DataError {
     },
 }
 
-impl From<Refused> for DataError {
-    fn from((action, path, source): Refused) -> Self {
+impl From<IoFailure> for DataError {
+    fn from((action, path, source): IoFailure) -> Self {
         Self::Cache { action, path, source }
     }
 }

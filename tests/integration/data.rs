@@ -499,7 +499,10 @@ fn tokens_are_kept_on_disk_and_found_again() {
         std::fs::write(&rows, bytes).unwrap();
     }
     let error = Dataset::load(&path, &chatml, settings, &GOES_ON).unwrap_err().to_string();
-    assert!(error.contains("train.rows: has changed since it was written; remove its folder"), "{error}");
+    assert!(
+        error.contains("train.rows: has changed since it was written; remove its folder"),
+        "{error}"
+    );
 }
 
 /// One of each defect, some in good company: exactly those are found, each at its line.

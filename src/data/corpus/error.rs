@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::data::DataError;
-use crate::data::cache::Refused;
+use crate::data::cache::IoFailure;
 use crate::text::TextError;
 
 /// Why sources gave no corpus.
@@ -100,8 +100,8 @@ impl CorpusError {
     }
 }
 
-impl From<Refused> for CorpusError {
-    fn from((action, path, source): Refused) -> Self {
+impl From<IoFailure> for CorpusError {
+    fn from((action, path, source): IoFailure) -> Self {
         Self::Io { action, path, source }
     }
 }
