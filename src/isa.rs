@@ -1,7 +1,7 @@
 //! Which instructions the CPU kernels use, found out at run time: a plain build runs everywhere and
 //! is fast where it can be.
 //!
-//! Kernels written in plain Rust are compiled once per rung by [`versions!`] and left to the
+//! Kernels written in plain Rust are compiled once per rung by [`multiversion!`] and left to the
 //! vectorizer; those with intrinsics are written per rung. Either way the rung is chosen once per
 //! call, never inside a loop.
 
@@ -94,7 +94,7 @@ impl Isa {
 ///
 /// `fn name(isa; arguments) -> result { body }` becomes `fn name(isa: Isa, arguments) -> result`.
 /// What the body calls must be `#[inline(always)]` to be compiled with it.
-macro_rules! versions {
+macro_rules! multiversion {
     ($($(#[$meta:meta])* $vis:vis fn $name:ident(isa; $($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block)*) => {$(
         $(#[$meta])*
         #[allow(clippy::too_many_arguments)]
@@ -128,7 +128,7 @@ macro_rules! versions {
         }
     )*};
 }
-pub(crate) use versions;
+pub(crate) use multiversion;
 
 #[cfg(test)]
 mod tests {
@@ -146,7 +146,7 @@ mod tests {
         assert!(Isa::current().available());
     }
 
-    versions! {
+    multiversion! {
         fn twice(isa; x: &[f32], y: &mut [f32]) -> usize {
             for (y, x) in y.iter_mut().zip(x) {
                 *y = 2.0 * x;

@@ -10,7 +10,7 @@ use half::f16;
 use crate::delta::Lora;
 
 /// Numbers of a group: rows of A are padded to whole groups.
-pub const GROUP: usize = 16;
+pub const DECODE_GROUP: usize = 16;
 /// Rows of A that a kernel takes at a time: ranks are padded to whole blocks.
 pub const BLOCK: usize = 4;
 /// Outputs of a panel of B.
@@ -128,14 +128,14 @@ impl<T: Stored> DecodeForm<T> {
         let largest_of_b = largest(of_b.map(|(row, k)| scaled(row, k) as f32));
         let (up_a, up_b) = (T::shift(largest(a.iter().copied())), T::shift(largest_of_b));
 
-        let padded = cols.next_multiple_of(GROUP);
+        let padded = cols.next_multiple_of(DECODE_GROUP);
         let mut of_a = vec![T::default(); r.next_multiple_of(BLOCK) * padded];
         let power = 2f64.powi(up_a);
         for (row, from) in a.chunks_exact(cols.max(1)).enumerate() {
             let block = &mut of_a[row / BLOCK * BLOCK * padded..][..BLOCK * padded];
-            let groups = block.chunks_exact_mut(BLOCK * GROUP);
-            for (to, from) in groups.zip(from.chunks(GROUP)) {
-                for (to, from) in to[row % BLOCK * GROUP..].iter_mut().zip(from) {
+            let groups = block.chunks_exact_mut(BLOCK * DECODE_GROUP);
+            for (to, from) in groups.zip(from.chunks(DECODE_GROUP)) {
+                for (to, from) in to[row % BLOCK * DECODE_GROUP..].iter_mut().zip(from) {
                     *to = T::nearest(f64::from(*from) * power);
                 }
             }

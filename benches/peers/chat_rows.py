@@ -14,8 +14,8 @@ import transformers
 
 from common import ROOT
 
-sys.path.insert(0, str(ROOT / "scripts"))
-from check_smollm2 import encode_chat  # noqa: E402
+sys.path.insert(0, str(ROOT / "scripts/check"))
+from smollm2 import encode_chat  # noqa: E402
 
 
 def main(folder, chats, out):

@@ -3,7 +3,7 @@
 
     python3 benches/peers/chats.py [--checkpointing] [--compute f32]
 
-chatterbot's conversations (scripts/fetch_data.py), 8 a step, only the assistant's words learned: the same
+chatterbot's conversations (scripts/fetch/chatterbot.py), 8 a step, only the assistant's words learned: the same
 rows with the same masks in the same order on both sides. A rate is the real tokens of the timed steps,
 padding not counted, over their seconds; "s" and "cpu" are a step's mean. The environment is told in
 common.py, the models come from prepare.py.

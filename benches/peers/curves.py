@@ -3,7 +3,7 @@
 
     python3 benches/peers/curves.py [--steps 200] [--modes f32 int16 int8]
 
-chatterbot's conversations (scripts/fetch_data.py), 8 a step, in the order of the file, from the same adapter;
+chatterbot's conversations (scripts/fetch/chatterbot.py), 8 a step, in the order of the file, from the same adapter;
 held-out loss before and after. Differences are to the first mode's. Every run is evaluated by its own
 kernels, so that the loss is what a user of that mode would see.
 """

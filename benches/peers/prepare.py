@@ -22,8 +22,8 @@ import transformers
 
 from common import MODEL_FILES, MODELS, ROOT
 
-sys.path.insert(0, str(ROOT / "scripts"))
-from make_golden import gguf_name  # noqa: E402
+sys.path.insert(0, str(ROOT / "scripts/golden"))
+from tiny_models import gguf_name  # noqa: E402
 
 
 def say(path, word):
@@ -41,17 +41,17 @@ def once(path, make):
 
 
 def script(name, *args):
-    subprocess.run([sys.executable, ROOT / "scripts" / name, *args], check=True)
+    subprocess.run([sys.executable, ROOT / name, *args], check=True)
 
 
 def prepare_smollm2():
-    script("fetch_data.py")
+    script("scripts/fetch/chatterbot.py")
     folder, q4_1 = (MODELS / name for name in MODEL_FILES["smollm2"])
     if not q4_1.exists():
-        script("fetch_model.py")
+        script("scripts/fetch/smollm2.py")
         if MODELS != ROOT / "models":
             shutil.copy(ROOT / "models" / q4_1.name, q4_1)
-    once(folder, lambda part: script("dequantize_gguf.py", q4_1, part))
+    once(folder, lambda part: script("scripts/check/dequantize_gguf.py", q4_1, part))
     if "LLAMA_BIN" not in os.environ:
         return say(MODELS, "no other quantizations, LLAMA_BIN is not set")
     program = Path(os.environ["LLAMA_BIN"]) / "llama-quantize"

@@ -18,7 +18,7 @@ use crate::model::{ActiveAdapter, Decoder};
 use crate::objectives::reward::CalibrationBin;
 use crate::text::{Special, Tokenizer};
 use crate::train::read_scoring;
-use crate::train::supervised::judge_rewards;
+use crate::train::supervised::evaluate_rewards;
 use crate::weights::{Checkpoint, write_atomically};
 
 #[derive(Debug, clap::Args)]
@@ -136,7 +136,7 @@ impl Eval {
         let never = AtomicBool::new(false); // nothing is lost: Ctrl-C ends the process
         let data = Comparisons::load(data, tokenizer, limits, ComparisonKind::Any, &never)?;
         eprintln!("data: {}", data.report);
-        let judged = judge_rewards(decoder, &active, &data.rows, 0.0, printer::monitor())?;
+        let judged = evaluate_rewards(decoder, &active, &data.rows, 0.0, printer::monitor())?;
         let judged = judged.context("stopped")?;
         if let Some(path) = &self.scores {
             let line = |(row, scores): (Comparison, &Vec<f32>)| {

@@ -1,7 +1,7 @@
 //! `quantune quickstart`: the whole life of a model in a few minutes, without network or model files.
 //!
 //! Each stage is a command of this binary, printed as it is run, so that any of them can be repeated
-//! by hand. What they learn from lies beside this file, made by `scripts/make_quickstart.py`.
+//! by hand. What they learn from lies beside this file, made by `scripts/pipelines/make_quickstart.py`.
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -8,7 +8,7 @@ use candle_core::{Result, Tensor};
 
 use super::sampling::{LogProbs, Sampling, SamplingError};
 use crate::model::{ActiveAdapter, Adapters, CacheType, Decoder, KvCache, Rows};
-use crate::ops::{Compute, Values, each, team};
+use crate::ops::{Compute, Values, par_for_each, worker_pool};
 
 /// Tokens of one pass over the prompts; bounds the activations, not the cache.
 const PREFILL_TOKENS: usize = 512;
@@ -399,7 +399,7 @@ impl<'a> Engine<'a> {
         } else if !self.running.rows.is_empty() {
             match self.decoder.compute {
                 Compute::Portable => self.decode(&mut events)?, // on candle's threads
-                _ => team::gather(|| self.decode(&mut events))?,
+                _ => worker_pool::with_worker_pool(|| self.decode(&mut events))?,
             }
         }
         Ok(events)
@@ -612,7 +612,7 @@ fn choose(
     // A vocabulary takes longer than a small model's layers: rows choose in parallel.
     let mut choices: Vec<Option<_>> = rows.iter().map(|_| None).collect();
     let tasks = rows.iter().zip(&mut choices).collect();
-    each(tasks, WORK * rows.len() * vocab_size, |((row, line), choice)| {
+    par_for_each(tasks, WORK * rows.len() * vocab_size, |((row, line), choice)| {
         *choice = Some(row.choose(&logits[line * vocab_size..][..vocab_size]));
     });
     let mut fates = Vec::with_capacity(rows.len());

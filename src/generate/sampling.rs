@@ -2,7 +2,7 @@
 
 use quantune_adapters::rng::Stream;
 
-use crate::isa::{Isa, versions};
+use crate::isa::{Isa, multiversion};
 use crate::ops::exp;
 
 /// How a token is chosen. The default samples from the model's own distribution.
@@ -247,7 +247,7 @@ fn draw_from_all(
     Ok((choice.0 as u32, choice.1 / total))
 }
 
-versions! {
+multiversion! {
     /// The largest logit, and whether none is NaN or infinity.
     fn largest(isa; logits: &[f32]) -> (f32, bool) {
         let mut max = [f32::NEG_INFINITY; SIDE_BY_SIDE];

@@ -12,9 +12,11 @@ use half::slice::HalfFloatSliceExt;
 use super::decoder::Decoder;
 use super::layer::{Tape, Workspace};
 use crate::isa::Isa;
-use crate::ops::attention::{self, CachedQueries, Heads, KeyBlock, Keys, Qkv, Scores};
-use crate::ops::lanes::{Element, GROUP};
-use crate::ops::{Compute, Segment, each};
+use crate::ops::attention::{
+    self, AttentionConfig, CachedQueries, Heads, KeyBlock, KeyValueBlocks, Qkv,
+};
+use crate::ops::lanes::{Element, LANE_GROUP};
+use crate::ops::{Compute, Segment, par_for_each};
 use tensors::TensorRow;
 
 /// How keys and values are kept.
@@ -209,7 +211,7 @@ impl KvCache {
         (k, v): (&Tensor, &Tensor),
         heads: Heads,
         segments: &[Segment],
-        scores: Scores,
+        scores: AttentionConfig,
     ) -> Result<Tensor> {
         assert_eq!((heads.kv_heads, heads.head_dim), (self.kv_heads, self.head_dim));
         let rows = &mut self.layers[layer];
@@ -246,7 +248,7 @@ impl KvCache {
         qkv: Qkv,
         heads: Heads,
         segments: &[Segment],
-        scores: impl Into<Scores>,
+        scores: impl Into<AttentionConfig>,
         out: &mut [f32],
     ) {
         assert_eq!((heads.kv_heads, heads.head_dim), (self.kv_heads, self.head_dim));
@@ -261,7 +263,7 @@ impl KvCache {
             }
         }
         let tokens: usize = segments.iter().map(|segment| segment.len()).sum();
-        each(appends, tokens * self.kv_heads * self.head_dim, |(head, cache, segment)| {
+        par_for_each(appends, tokens * self.kv_heads * self.head_dim, |(head, cache, segment)| {
             let column = head * heads.head_dim;
             cache.reserve(segment.len());
             for token in segment.tokens.clone() {
@@ -363,27 +365,27 @@ impl<B: Stored> HeadCache<B> {
 
 impl<B: Stored> Append for HeadCache<B> {
     fn reserve(&mut self, tokens: usize) {
-        let panels = (self.len + tokens).div_ceil(GROUP) * GROUP * self.head_dim;
+        let panels = (self.len + tokens).div_ceil(LANE_GROUP) * LANE_GROUP * self.head_dim;
         self.keys.reserve(panels - self.keys.len());
-        self.values.reserve(tokens * self.head_dim.next_multiple_of(GROUP));
+        self.values.reserve(tokens * self.head_dim.next_multiple_of(LANE_GROUP));
     }
 
     fn append(&mut self, key: &[f32], value: &[f32]) {
-        let (panel, column) = (self.len / GROUP, self.len % GROUP);
+        let (panel, column) = (self.len / LANE_GROUP, self.len % LANE_GROUP);
         if column == 0 {
-            self.keys.resize(self.keys.len() + GROUP * self.head_dim, B::default());
+            self.keys.resize(self.keys.len() + LANE_GROUP * self.head_dim, B::default());
             if let Some((keys, values)) = &mut self.scales {
-                keys.resize(keys.len() + GROUP, 0.0);
-                values.resize(values.len() + GROUP, 0.0);
+                keys.resize(keys.len() + LANE_GROUP, 0.0);
+                values.resize(values.len() + LANE_GROUP, 0.0);
             }
         }
         let key_scale = B::convert(key, &mut self.key);
-        let panel = &mut self.keys[panel * GROUP * self.head_dim..];
-        for (to, x) in panel.chunks_exact_mut(GROUP).zip(&self.key) {
+        let panel = &mut self.keys[panel * LANE_GROUP * self.head_dim..];
+        for (to, x) in panel.chunks_exact_mut(LANE_GROUP).zip(&self.key) {
             to[column] = *x;
         }
         let start = self.values.len();
-        self.values.resize(start + self.head_dim.next_multiple_of(GROUP), B::default());
+        self.values.resize(start + self.head_dim.next_multiple_of(LANE_GROUP), B::default());
         let value_scale = B::convert(value, &mut self.values[start..][..self.head_dim]);
         if let Some((keys, values)) = &mut self.scales {
             keys[self.len] = key_scale;
@@ -396,17 +398,17 @@ impl<B: Stored> Append for HeadCache<B> {
         if tokens >= self.len {
             return;
         }
-        let (panels, column) = (tokens.div_ceil(GROUP), tokens % GROUP);
-        self.keys.truncate(panels * GROUP * self.head_dim);
-        self.values.truncate(tokens * self.head_dim.next_multiple_of(GROUP));
+        let (panels, column) = (tokens.div_ceil(LANE_GROUP), tokens % LANE_GROUP);
+        self.keys.truncate(panels * LANE_GROUP * self.head_dim);
+        self.values.truncate(tokens * self.head_dim.next_multiple_of(LANE_GROUP));
         if column > 0 {
             // Columns without a key are zeros, as in a panel just begun.
-            let last = &mut self.keys[(panels - 1) * GROUP * self.head_dim..];
-            last.chunks_exact_mut(GROUP).for_each(|keys| keys[column..].fill(B::default()));
+            let last = &mut self.keys[(panels - 1) * LANE_GROUP * self.head_dim..];
+            last.chunks_exact_mut(LANE_GROUP).for_each(|keys| keys[column..].fill(B::default()));
         }
         if let Some((keys, values)) = &mut self.scales {
             for scales in [keys, values] {
-                scales.truncate(panels * GROUP);
+                scales.truncate(panels * LANE_GROUP);
                 scales[tokens..].fill(0.0);
             }
         }
@@ -414,7 +416,7 @@ impl<B: Stored> Append for HeadCache<B> {
     }
 }
 
-impl<B: Stored> Keys for HeadCache<B> {
+impl<B: Stored> KeyValueBlocks for HeadCache<B> {
     type Element = B;
 
     fn block<'a>(
@@ -422,7 +424,7 @@ impl<B: Stored> Keys for HeadCache<B> {
         range: Range<usize>,
         _: (&'a mut [f32], &'a mut [f32]),
     ) -> KeyBlock<'a, B> {
-        let padded = self.head_dim.next_multiple_of(GROUP);
+        let padded = self.head_dim.next_multiple_of(LANE_GROUP);
         let scales = self.scales.as_ref();
         KeyBlock {
             keys: &self.keys[range.start * self.head_dim..],
@@ -439,7 +441,7 @@ mod tests {
     use quantune_adapters::rng::Stream;
 
     use super::*;
-    use crate::ops::attention::Strided;
+    use crate::ops::attention::StridedHeads;
     use crate::ops::causal_attention;
 
     const KINDS: [(CacheType, f64); 3] =
@@ -471,7 +473,7 @@ mod tests {
     fn columns(buffer: &[f32], heads: Heads) -> Qkv<'_> {
         let stride = stride(heads);
         let (q, kv) = (heads.heads * heads.head_dim, heads.kv_heads * heads.head_dim);
-        let from = |column: usize| Strided { values: &buffer[column..], stride };
+        let from = |column: usize| StridedHeads { values: &buffer[column..], stride };
         Qkv { q: from(0), k: from(q), v: from(q + kv) }
     }
 
@@ -485,7 +487,7 @@ mod tests {
     }
 
     /// What the portable form gives for one row.
-    fn portable(buffer: &[f32], heads: Heads, scores: Scores) -> Vec<f32> {
+    fn portable(buffer: &[f32], heads: Heads, scores: AttentionConfig) -> Vec<f32> {
         let n = buffer.len() / stride(heads);
         let [q, k, v] = tensors(buffer, heads);
         let rows = [Segment::whole(0..n)].into();
@@ -505,7 +507,7 @@ mod tests {
         isa: Isa,
         new: &[f32],
         heads: Heads,
-        scores: Scores,
+        scores: AttentionConfig,
         rows: &[Range<usize>],
     ) -> Vec<f32> {
         let rows: Vec<Segment> = rows.iter().cloned().map(Segment::whole).collect();
@@ -526,7 +528,7 @@ mod tests {
         mut cache: KvCache,
         buffer: &[f32],
         heads: Heads,
-        scores: Scores,
+        scores: AttentionConfig,
         pieces: &[usize],
     ) -> Vec<f32> {
         let (mut done, mut all) = (0, Vec::new());
@@ -542,12 +544,12 @@ mod tests {
     #[test]
     fn every_type_is_as_exact_as_it_says_and_pieces_do_not_matter() {
         let cases = [
-            (Heads { heads: 6, kv_heads: 2, head_dim: 16 }, Scores::default()),
-            (Heads { heads: 2, kv_heads: 2, head_dim: 12 }, Scores::default()),
+            (Heads { heads: 6, kv_heads: 2, head_dim: 16 }, AttentionConfig::default()),
+            (Heads { heads: 2, kv_heads: 2, head_dim: 12 }, AttentionConfig::default()),
             (Heads { heads: 8, kv_heads: 1, head_dim: 40 }, Some(37).into()),
             (
                 Heads { heads: 4, kv_heads: 2, head_dim: 20 },
-                Scores { window: Some(50), scale: Some(0.4), cap: Some(2.0) },
+                AttentionConfig { window: Some(50), scale: Some(0.4), cap: Some(2.0) },
             ),
         ];
         let fast = Isa::ALL.iter().filter(|isa| isa.available()).map(|&isa| (isa, Compute::F32));
@@ -582,7 +584,7 @@ mod tests {
         let width = heads.head_dim;
         let zeros = heads.heads * width; // a key head of zeros
         buffer[5 * stride(heads) + zeros..][..width].fill(0.0);
-        let scores = Scores { window: Some(50), scale: Some(0.4), cap: Some(2.0) };
+        let scores = AttentionConfig { window: Some(50), scale: Some(0.4), cap: Some(2.0) };
         for (kind, _) in KINDS {
             let [fast, portable] = FORMS.map(|compute| {
                 let cache = cache(1, heads, kind, compute);
@@ -630,7 +632,7 @@ mod tests {
     ) -> Vec<f32> {
         let rows = [0..tokens.len()];
         let new = part(buffer, heads, tokens);
-        feed(cache, Isa::current(), new, heads, Scores::default(), &rows)
+        feed(cache, Isa::current(), new, heads, AttentionConfig::default(), &rows)
     }
 
     #[test]
@@ -699,7 +701,7 @@ mod tests {
         let buffer = buffer(60, heads);
         let feed = |cache: &mut KvCache, tokens: Range<usize>, rows: &[Range<usize>]| {
             let new = part(&buffer, heads, tokens);
-            feed(cache, Isa::current(), new, heads, Scores::default(), rows)
+            feed(cache, Isa::current(), new, heads, AttentionConfig::default(), rows)
         };
         for ((kind, _), compute) in KINDS.into_iter().flat_map(|kind| FORMS.map(|f| (kind, f))) {
             let mut batch = cache(3, heads, kind, compute);

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use super::ModelError;
 use crate::ops::attention::Heads;
-use crate::ops::{LogitSoftcap, Scores};
+use crate::ops::{AttentionConfig, LogitSoftcap};
 use crate::weights::Checkpoint;
 pub use family::{FAMILIES, Family, Norms, QkNorm, Windows};
 
@@ -296,9 +296,9 @@ impl Config {
     }
 
     /// What a query of a layer makes of keys.
-    pub fn scores(&self, layer: usize) -> Scores {
+    pub fn scores(&self, layer: usize) -> AttentionConfig {
         let Variation { windowed, sliding_window, .. } = &self.variation;
-        Scores {
+        AttentionConfig {
             window: sliding_window.filter(|_| windowed.get(layer) == Some(&true)),
             scale: self.variation.attention_scale.map(|scale| scale as f32),
             cap: self.variation.attn_logit_softcapping.map(|cap| cap as f32),

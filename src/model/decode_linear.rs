@@ -18,10 +18,10 @@ use quantune_adapters::delta::Adapter;
 use super::adapters::{ActiveAdapter, AdapterGroup};
 use super::decoder::Linear;
 use super::layer::{LayerPass, Onto, Workspace};
-use crate::ops::gemm::Panel;
-use crate::ops::low_rank::{self, Number, Wearing};
+use crate::ops::gemm::PanelType;
+use crate::ops::low_rank::{self, Number, TokenRows};
 use crate::ops::row_dot;
-use crate::ops::{Target, Values};
+use crate::ops::{SharedMutPtr, Values};
 
 /// Buffers of [`project`], used again.
 #[derive(Debug, Default)]
@@ -111,8 +111,8 @@ pub(super) fn project<const M: usize>(
     let buffers = (product, padded, lows);
     // Updates are as exact as the base's products: in 16 bits but where those are F32.
     match pass.forward {
-        Panel::F32 => project_as::<f32, M>(pass, outs, x, onto, buffers, whole_forms),
-        Panel::Int16 | Panel::Int8 => {
+        PanelType::F32 => project_as::<f32, M>(pass, outs, x, onto, buffers, whole_forms),
+        PanelType::Int16 | PanelType::Int8 => {
             project_as::<f16, M>(pass, outs, x, onto, buffers, half_forms)
         }
     }
@@ -133,7 +133,7 @@ fn project_as<T: Number, const M: usize>(
 
     // All tokens' inputs in whole groups, for what reads them so.
     let cols = outs[0].0.weight.cols();
-    let stride = cols.next_multiple_of(quantune_adapters::decode::GROUP);
+    let stride = cols.next_multiple_of(quantune_adapters::decode::DECODE_GROUP);
     let inputs = if all.is_empty() || stride == cols {
         x
     } else {
@@ -156,17 +156,17 @@ fn project_as<T: Number, const M: usize>(
             shrinks.extend(tasks.map(|blocks| (*tokens, update, blocks)));
         }
     }
-    let target = Target::new(lows);
+    let target = SharedMutPtr::new(lows);
     let shrink = |task: usize| {
         let (tokens, update, blocks) = &shrinks[task];
         let factor = update.weight * update.form.factor;
-        let (low, tokens) = (target.at(update.lows.start), Wearing { tokens, stride });
+        let (low, tokens) = (target.at(update.lows.start), TokenRows { tokens, stride });
         // SAFETY: the rung is this CPU's; no two tasks share a column of an update's lows.
         unsafe {
             low_rank::shrink(isa, &update.form, blocks.clone(), inputs, tokens, factor, low);
         }
     };
-    let mut products: Vec<row_dot::Product> = match onto {
+    let mut products: Vec<row_dot::RowProduct> = match onto {
         Onto::Nothing => {
             outs.iter_mut().map(|(linear, out)| (&*linear.weight, &mut out[..])).collect()
         }
@@ -181,7 +181,7 @@ fn project_as<T: Number, const M: usize>(
         // SAFETY: the tasks beside, which wrote it, are done, and none writes to it again.
         unsafe { target.at(update.lows.start).read(update.lows.len()) }
     };
-    let add_updates = |linear: usize, rows: Range<usize>, y: Target| {
+    let add_updates = |linear: usize, rows: Range<usize>, y: SharedMutPtr| {
         let stride = out_features[linear];
         for Updates { tokens, updates, scales, .. } in all.iter().filter(|u| u.linear == linear) {
             if let Some(scales) = scales {
@@ -192,7 +192,7 @@ fn project_as<T: Number, const M: usize>(
                 }
             }
             for index in updates.clone() {
-                let (update, tokens) = (&flat[index], Wearing { tokens, stride });
+                let (update, tokens) = (&flat[index], TokenRows { tokens, stride });
                 // SAFETY: the rung is this CPU's; no other thread is given these rows.
                 unsafe {
                     low_rank::expand(isa, &update.form, rows.clone(), low_of(update), y, tokens);
@@ -200,10 +200,10 @@ fn project_as<T: Number, const M: usize>(
             }
         }
     };
-    let beside = row_dot::Beside { tasks: shrinks.len(), run: &shrink, then: &add_updates };
+    let fused = row_dot::FusedTasks { tasks: shrinks.len(), run: &shrink, epilogue: &add_updates };
     match pass.forward {
-        Panel::F32 => row_dot::f32_many(isa, x, &mut products, beside),
-        Panel::Int16 | Panel::Int8 => row_dot::int16_many(isa, x, &mut products, beside),
+        PanelType::F32 => row_dot::f32_many(isa, x, &mut products, fused),
+        PanelType::Int16 | PanelType::Int8 => row_dot::int16_many(isa, x, &mut products, fused),
     }
     drop(products);
     if onto == Onto::Sum {
@@ -232,7 +232,7 @@ fn updates<'w, T: Number, const M: usize>(
         for (active, tokens) in adapter_groups {
             let first = flat.len();
             known.find(linear, active, |active, form| {
-                let lows = end..end + tokens.len() * low_rank::low_stride(&form);
+                let lows = end..end + tokens.len() * low_rank::xa_stride(&form);
                 end = lows.end;
                 flat.push(Update { form, weight: active.weight as f32, lows });
             })?;

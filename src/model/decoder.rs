@@ -15,8 +15,8 @@ use super::layer::{Group, LayerPass};
 use super::observe::InputSquares;
 use crate::ops::rope::Rotation;
 use crate::ops::{
-    Compute, DeviceMatrix, Scores, Segment, causal_attention, frozen_linear, gated, rms_norm, rope,
-    segment,
+    AttentionConfig, Compute, DeviceMatrix, Segment, causal_attention, frozen_linear, gated,
+    rms_norm, rope, segment,
 };
 use crate::quant::FrozenMatrix;
 
@@ -54,7 +54,7 @@ pub(super) struct Layer {
     pub down: Linear,
     /// Behind the feed-forward layer.
     pub post_feedforward_norm: Option<Tensor>,
-    pub scores: Scores,
+    pub scores: AttentionConfig,
     pub rope: LayerRope,
 }
 

@@ -18,14 +18,16 @@ use super::scoring::at_temperature;
 use crate::isa::Isa;
 use crate::ops::attention::dot;
 use crate::ops::frozen_linear::{few_rows, frozen_rows, read_rows};
-use crate::ops::gemm::{Begin, Out, PackedRows, Panel, Product, Strided, Term, Weights, multiply};
-use crate::ops::linear_cross_entropy::{
-    Found, check_targets, chunk_rows, log_probs_of_logits, score, softcap,
+use crate::ops::gemm::{
+    Init, Out, PackedRows, PanelType, Product, Strided, Term, Weights, multiply,
 };
-use crate::ops::{Compute, LogitSoftcap, Values, capped_log_probs, each, frozen_linear};
+use crate::ops::linear_cross_entropy::{
+    TargetStatsMut, check_targets, chunk_rows, log_probs_of_logits, score, softcap,
+};
+use crate::ops::{Compute, LogitSoftcap, Values, capped_log_probs, frozen_linear, par_for_each};
 
 /// Panels of the way up and of the way back.
-type Panels = (Panel, Panel);
+type Panels = (PanelType, PanelType);
 
 /// Whether an adapter has a part in the embedding.
 fn embeds(adapter: &Adapter) -> bool {
@@ -253,9 +255,12 @@ impl Decoder {
         };
         let hidden = hidden.contiguous()?;
         let (mut logps, mut entropies) = (vec![0.0; targets.len()], vec![0.0; targets.len()]);
-        let mut likeliest = vec![false; targets.len()];
-        let found =
-            Found { logps: &mut logps, entropies: &mut entropies, likeliest: &mut likeliest };
+        let mut is_argmax = vec![false; targets.len()];
+        let found = TargetStatsMut {
+            logps: &mut logps,
+            entropies: &mut entropies,
+            is_argmax: &mut is_argmax,
+        };
         head.forward(panels, &Values::of(&hidden)?, (targets, cap), found);
         Tensor::from_vec(logps, targets.len(), hidden.device())
     }
@@ -448,7 +453,7 @@ impl AdaptedHead<'_> {
                     let low: Vec<f32> = a.chunks_exact(width).map(|a| dot(isa, a, x)).collect();
                     let (b, scale) = (&**b, scale * part.weight);
                     let rows = logits.chunks_mut(LOGITS).zip(b.chunks(LOGITS * r));
-                    each(rows.collect(), b.len(), |(y, b)| {
+                    par_for_each(rows.collect(), b.len(), |(y, b)| {
                         let rows = y.iter_mut().zip(b.chunks_exact(*r));
                         rows.for_each(|(y, b)| *y += scale * dot(isa, b, &low));
                     });
@@ -456,7 +461,7 @@ impl AdaptedHead<'_> {
                 Kind::Whole(own) => {
                     let (own, weight) = (&**own, part.weight);
                     let rows = logits.chunks_mut(LOGITS).zip(own.chunks(LOGITS * width));
-                    each(rows.collect(), own.len(), |(y, own)| {
+                    par_for_each(rows.collect(), own.len(), |(y, own)| {
                         let rows = y.iter_mut().zip(own.chunks_exact(width));
                         rows.for_each(|(y, own)| *y += weight * dot(isa, own, x));
                     });
@@ -478,7 +483,7 @@ impl AdaptedHead<'_> {
         panels: Panels,
         x: &[f32],
         (targets, cap): (&[u32], Option<LogitSoftcap>),
-        mut found: Found,
+        mut found: TargetStatsMut,
     ) {
         let (width, vocabulary) = (self.width(), self.decoder.config.vocab_size);
         let (isa, rows) = (Isa::current(), chunk_rows(targets.len(), vocabulary));
@@ -524,18 +529,18 @@ impl AdaptedHead<'_> {
     }
 
     /// Leaves the logits `(m, V)` of `x (m, H)` in the chunk, and of each update `x · Aᵀ (m, r)`.
-    fn logits(&self, panel: Panel, x: &[f32], chunk: &mut Chunk) {
+    fn logits(&self, panel: PanelType, x: &[f32], chunk: &mut Chunk) {
         let (width, vocabulary) = (self.width(), self.decoder.config.vocab_size);
         let (isa, rows) = (Isa::current(), x.len() / width);
         let Chunk { logits, x: packed_x, x_of_parts, lows, packed, .. } = chunk;
         let values = Strided { values: x, stride: width };
         packed_x.pack(isa, panel, values, rows, width);
         let x_of_parts = match panel {
-            Panel::Int8 => {
-                x_of_parts.pack(isa, Panel::Int16, values, rows, width);
+            PanelType::Int8 => {
+                x_of_parts.pack(isa, PanelType::Int16, values, rows, width);
                 &*x_of_parts
             }
-            Panel::F32 | Panel::Int16 => &*packed_x,
+            PanelType::F32 | PanelType::Int16 => &*packed_x,
         };
         lows.resize_with(self.parts.len(), Vec::new);
         packed.resize_with(self.parts.len(), PackedRows::default);
@@ -544,7 +549,7 @@ impl AdaptedHead<'_> {
                 low.resize(rows * r, 0.0);
                 let a = Weights::Dense { values: a, cols: width, scale: 1.0 };
                 product(isa, vec![Term { x: x_of_parts, weights: a, transposed: true }], low, *r);
-                packed.pack(isa, Panel::F32, Strided { values: low, stride: *r }, rows, *r);
+                packed.pack(isa, PanelType::F32, Strided { values: low, stride: *r }, rows, *r);
             }
         }
         logits.resize(rows * vocabulary, 0.0);
@@ -587,7 +592,7 @@ impl AdaptedHead<'_> {
     /// From the gradient of the chunk's logits, which lies in their place.
     fn back(
         &self,
-        panel: Panel,
+        panel: PanelType,
         x: &[f32],
         dx: &mut [f32],
         chunk: &mut Chunk,
@@ -622,7 +627,7 @@ impl AdaptedHead<'_> {
                     product(isa, terms, &mut dlow, *r);
                     let of_low = Strided { values: &dlow, stride: *r };
                     let mut packed = PackedRows::default();
-                    packed.pack(isa, Panel::F32, of_low, rows, *r);
+                    packed.pack(isa, PanelType::F32, of_low, rows, *r);
                     let a = Weights::Dense { values: a, cols: width, scale: 1.0 };
                     let terms = vec![Term { x: &packed, weights: a, transposed: false }];
                     add_product(isa, terms, dx, width);
@@ -668,13 +673,13 @@ impl AdaptedHead<'_> {
 
 /// `out = Σ x · W`.
 fn product(isa: Isa, terms: Vec<Term>, out: &mut [f32], stride: usize) {
-    let product = Product { terms, begin: Begin::Zero, out: Out::new(out, stride) };
+    let product = Product { terms, init: Init::Zero, out: Out::new(out, stride) };
     multiply(isa, &mut [product]);
 }
 
 /// `out += Σ x · W`.
 fn add_product(isa: Isa, terms: Vec<Term>, out: &mut [f32], stride: usize) {
-    let product = Product { terms, begin: Begin::Add, out: Out::new(out, stride) };
+    let product = Product { terms, init: Init::Add, out: Out::new(out, stride) };
     multiply(isa, &mut [product]);
 }
 

@@ -11,8 +11,8 @@ use super::adapters::ActiveAdapter;
 use super::decoder::Decoder;
 use super::layer::AdapterGradients;
 use crate::isa::Isa;
-use crate::ops::gemm::Panel;
-use crate::ops::linear_cross_entropy::{Distributions, Found};
+use crate::ops::gemm::PanelType;
+use crate::ops::linear_cross_entropy::{Distributions, TargetStatsMut};
 use crate::ops::{Values, linear_cross_entropy, rms_norm};
 
 /// Rows of hidden states on their way to a head. Its buffers are used again by the next reading.
@@ -29,13 +29,13 @@ pub struct Reading {
     targets: Vec<u32>,
     logps: Vec<f32>,
     entropies: Vec<f32>,
-    likeliest: Vec<bool>,
+    is_argmax: Vec<bool>,
 }
 
 impl Reading {
     /// The distributions whose log-probs were read last.
     pub fn distributions(&self) -> Distributions<'_> {
-        Distributions { entropies: &self.entropies, likeliest: &self.likeliest }
+        Distributions { entropies: &self.entropies, is_argmax: &self.is_argmax }
     }
 }
 
@@ -63,11 +63,11 @@ impl Decoder {
         linear_cross_entropy::check_targets(&reading.targets, &self.head)?;
         self.gather(x, targets.iter().map(|&(row, _)| row), reading)?;
         scale(&mut reading.normed, self.divided_before_head(temperature));
-        let Reading { normed, dnormed, targets, logps, entropies, likeliest, .. } = reading;
+        let Reading { normed, dnormed, targets, logps, entropies, is_argmax, .. } = reading;
         logps.resize(targets.len(), 0.0);
         entropies.resize(targets.len(), 0.0);
-        likeliest.resize(targets.len(), false);
-        let found = Found { logps, entropies, likeliest };
+        is_argmax.resize(targets.len(), false);
+        let found = TargetStatsMut { logps, entropies, is_argmax };
         dnormed.resize(normed.len(), 0.0);
         let cap = self.config.logit_softcap(temperature);
         if let Some(head) = self.adapted_head(active)? {
@@ -144,7 +144,7 @@ impl Decoder {
     ///
     /// # Panics
     /// In the portable form.
-    fn panels(&self) -> (Panel, Panel) {
+    fn panels(&self) -> (PanelType, PanelType) {
         let panels = self.compute.forward_panel().zip(self.compute.backward_panel());
         panels.expect("not the portable form")
     }

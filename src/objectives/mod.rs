@@ -14,10 +14,7 @@ use policy::{
     GrpoSettings, GrpoStats, PpoPolicyStats, PpoValueStats, Sampled, grpo_loss, ppo_policy_loss,
     ppo_value_loss, row_sums,
 };
-use preference::{
-    NegativeLogLikelihood, PairLogps, PreferenceSettings, PreferenceStats, kto_losses,
-    preference_losses,
-};
+use preference::{PreferenceBatch, PreferenceStats};
 use reward::{Pair, RewardStats, pair_losses};
 
 /// What is minimized over a micro-batch.
@@ -34,10 +31,8 @@ pub enum Objective {
         /// Weight of the squared sum of a pair's scores.
         center_rewards_coefficient: f64,
     },
-    /// Log-probs of compared responses.
-    Preference(Box<Comparison>),
-    /// Log-probs of labelled responses.
-    Kto(Box<Labelled>),
+    /// Log-probs of responses that are compared or labelled.
+    Preference(Box<PreferenceBatch>),
     /// Log-probs of sampled responses, the values of their states, or both.
     Ppo {
         /// The policy's part.
@@ -47,40 +42,6 @@ pub enum Objective {
     },
     /// Log-probs of responses sampled in groups.
     Grpo(Box<Grpo>),
-}
-
-/// Comparisons of a micro-batch, by the responses it holds.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Comparison {
-    /// The loss.
-    pub settings: PreferenceSettings,
-    /// Learned tokens of each response, in their order.
-    pub tokens: Vec<usize>,
-    /// For each pair the places of the preferred response and of the other.
-    pub pairs: Vec<(usize, usize)>,
-    /// For each response its summed log-probs under the reference, if there is one.
-    pub reference: Option<Vec<f32>>,
-    /// ORPO learns prompts too. Their tokens, the prompts' in order, follow those of all responses.
-    pub prompts: Vec<usize>,
-    /// For each pair the place of its prompt.
-    pub prompt_of: Vec<usize>,
-    /// ORPO: pairs of the step by tokens of what was chosen in it.
-    pub nll_weight: f64,
-}
-
-/// Labelled responses of a micro-batch.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Labelled {
-    /// The loss.
-    pub settings: PreferenceSettings,
-    /// Learned tokens of each response.
-    pub tokens: Vec<usize>,
-    /// Whether each is good.
-    pub labels: Vec<bool>,
-    /// Its summed log-probs under the reference.
-    pub reference: Vec<f32>,
-    /// The reference point of the step.
-    pub kl: f64,
 }
 
 /// What PPO's policy is held to, for each sampled token.
@@ -164,7 +125,7 @@ pub struct TokenStats {
     /// How many they are.
     pub count: u64,
     /// How many are the likeliest there.
-    pub likeliest: u64,
+    pub argmax_count: u64,
     /// The entropies of the distributions they are of, summed, in nats.
     pub entropy: f64,
 }
@@ -172,26 +133,44 @@ pub struct TokenStats {
 impl TokenStats {
     fn new(known: Distributions) -> Self {
         Self {
-            count: known.likeliest.len() as u64,
-            likeliest: known.likeliest.iter().filter(|likeliest| **likeliest).count() as u64,
+            count: known.is_argmax.len() as u64,
+            argmax_count: known.is_argmax.iter().filter(|is_argmax| **is_argmax).count() as u64,
             entropy: known.entropies.iter().map(|&entropy| f64::from(entropy)).sum(),
         }
     }
 
     fn add(&mut self, other: &Self) {
         self.count += other.count;
-        self.likeliest += other.likeliest;
+        self.argmax_count += other.argmax_count;
         self.entropy += other.entropy;
     }
 
     /// Means, under TRL's names.
     pub fn metrics(&self) -> [(&'static str, f64); 2] {
         let of = |sum: f64| sum / self.count.max(1) as f64;
-        [("mean_token_accuracy", of(self.likeliest as f64)), ("entropy", of(self.entropy))]
+        [("mean_token_accuracy", of(self.argmax_count as f64)), ("entropy", of(self.entropy))]
     }
 }
 
 impl Stats {
+    /// Means under TRL's names, but for PPO's, which are means over several steps.
+    pub fn metrics(&self) -> Vec<(&'static str, f64)> {
+        let mut found: Vec<(&'static str, f64)> = Vec::new();
+        if let Some(reward) = &self.reward {
+            found.extend(reward.metrics().into_iter().filter(|(key, _)| *key != "loss"));
+        }
+        if let Some(preference) = &self.preference {
+            found.extend(preference.metrics());
+        }
+        if let Some(grpo) = &self.grpo {
+            found.extend(grpo.metrics());
+        }
+        if let Some(tokens) = &self.tokens {
+            found.extend(tokens.metrics());
+        }
+        found
+    }
+
     /// Adds those of another micro-batch.
     pub fn add(&mut self, other: Self) {
         fn merge<T>(into: &mut Option<T>, other: Option<T>, add: impl Fn(&mut T, &T)) {
@@ -216,7 +195,7 @@ impl Objective {
         match self {
             Self::Reward { .. } => false,
             Self::Ppo { policy, .. } => policy.is_some(),
-            Self::LanguageModelling | Self::Preference(_) | Self::Kto(_) | Self::Grpo(_) => true,
+            Self::LanguageModelling | Self::Preference(_) | Self::Grpo(_) => true,
         }
     }
 
@@ -225,7 +204,7 @@ impl Objective {
         match self {
             Self::Reward { rows, .. } => Some(rows),
             Self::Ppo { value, .. } => Some(&value.as_ref()?.rows),
-            Self::LanguageModelling | Self::Preference(_) | Self::Kto(_) | Self::Grpo(_) => None,
+            Self::LanguageModelling | Self::Preference(_) | Self::Grpo(_) => None,
         }
     }
 
@@ -265,12 +244,11 @@ impl Objective {
                 let stats = Stats { reward: Some(stats), ..Stats::default() };
                 Ok((sum, Judged { loss, stats, ..Judged::default() }))
             }
-            Self::Preference(comparison) => comparison.judge(&logps()?),
-            Self::Kto(labelled) => {
-                let sums = row_sums(&logps()?, &labelled.tokens)?;
-                let Labelled { settings, labels, reference, kl, .. } = &**labelled;
-                let found = kto_losses(settings, &sums, reference, labels, *kl)?;
-                judged_preference(found.losses, found.stats)
+            Self::Preference(batch) => {
+                let found = batch.losses(&logps()?)?;
+                let loss = found.stats.loss;
+                let stats = Stats { preference: Some(found.stats), ..Stats::default() };
+                Ok((found.losses.sum_all()?, Judged { loss, stats, ..Judged::default() }))
             }
             Self::Ppo { policy, value } => {
                 let (mut total, mut judged) = (None, Judged::default());
@@ -303,58 +281,6 @@ impl Objective {
             }
             Self::Grpo(grpo) => grpo.judge(&logps()?, entropies),
         }
-    }
-}
-
-fn judged_preference(losses: Tensor, stats: PreferenceStats) -> Result<(Tensor, Judged)> {
-    let loss = stats.loss;
-    let stats = Stats { preference: Some(stats), ..Stats::default() };
-    Ok((losses.sum_all()?, Judged { loss, stats, ..Judged::default() }))
-}
-
-impl Comparison {
-    fn judge(&self, logps: &Tensor) -> Result<(Tensor, Judged)> {
-        let rows: Vec<usize> = self.tokens.iter().chain(&self.prompts).copied().collect();
-        let sums = row_sums(logps, &rows)?; // (R + prompts)
-        let pick = |places: Vec<usize>| -> Result<Tensor> {
-            let places: Vec<u32> = places.into_iter().map(|place| place as u32).collect();
-            sums.index_select(&Tensor::new(places, sums.device())?, 0)
-        };
-        let (better, worse): (Vec<usize>, Vec<usize>) = self.pairs.iter().copied().unzip();
-        let (chosen, rejected) = (pick(better.clone())?, pick(worse.clone())?); // (P)
-        let of = |values: &[f32], places: &[usize]| -> Vec<f32> {
-            places.iter().map(|&place| values[place]).collect()
-        };
-        let reference =
-            self.reference.as_ref().map(|values| (of(values, &better), of(values, &worse)));
-        let count = |places: &[usize]| -> Vec<usize> {
-            places.iter().map(|&place| self.tokens[place]).collect()
-        };
-        let (chosen_tokens, rejected_tokens) = (count(&better), count(&worse));
-        let with_prompt = match self.prompts.is_empty() {
-            true => None,
-            false => {
-                let prompts = self.prompt_of.iter().map(|&prompt| self.tokens.len() + prompt);
-                let tokens = self.prompt_of.iter().zip(&chosen_tokens);
-                let tokens: Vec<usize> = tokens.map(|(&p, &c)| self.prompts[p] + c).collect();
-                Some(((pick(prompts.collect())? + &chosen)?, tokens))
-            }
-        };
-        let nll = with_prompt.as_ref().map(|(logps, tokens)| NegativeLogLikelihood {
-            logps,
-            tokens,
-            weight: self.nll_weight,
-        });
-        let logps = PairLogps {
-            chosen: &chosen,
-            rejected: &rejected,
-            reference: reference.as_ref().map(|(c, r)| (&c[..], &r[..])),
-            chosen_tokens: &chosen_tokens,
-            rejected_tokens: &rejected_tokens,
-            nll,
-        };
-        let found = preference_losses(&self.settings, &logps)?;
-        judged_preference(found.losses, found.stats)
     }
 }
 

@@ -1,76 +1,262 @@
-//! Learning from comparisons without a reward model: DPO and its kin. All of them judge responses
-//! by their log-probs alone; which, and against what, is the row of an enum. Formulas are those of
+//! Learning from comparisons without a reward model: DPO and related losses. All of them judge
+//! responses by their log-probs alone; a loss is a variant of [`PreferenceLoss`] with its parameters,
+//! and an arm of [`preference_losses`]. Formulas are those of
 //! TRL 1.16 (DPOTrainer, KTOTrainer, and of its experimental trainers ORPO's and CPO's).
 
 use candle_core::{Result, Tensor};
 use serde::{Deserialize, Serialize};
 
+use super::policy::row_sums;
 use super::reward::{floats, log_sigmoid};
 
-/// What is minimized over a comparison.
-///
-/// With `h = log π(y_w)/π_ref(y_w) - log π(y_l)/π_ref(y_l)`, the difference of the log-ratios of
-/// chosen and rejected:
+/// The name of a preference loss, as `loss_type` has it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
-pub enum PreferenceLoss {
-    /// DPO (Rafailov et al. 2023, equation 7): `-log σ(β h)`. Label smoothing ε makes it
-    /// conservative (Mitchell 2023): `-(1 - ε) log σ(β h) - ε log σ(-β h)`.
+pub enum PreferenceLossType {
+    /// DPO.
     Sigmoid,
-    /// SLiC (Zhao et al. 2023): `max(0, 1 - β h)`.
-    Hinge,
-    /// IPO (Azar et al. 2023, equation 17): `(h' - 1 / 2β)²`, where h' has each log-ratio divided
-    /// by the tokens of its response.
+    /// IPO.
     Ipo,
-    /// ORPO (Hong et al. 2024, equation 6): the log-odds ratio, beside the negative log-likelihood
-    /// of what was chosen. No reference.
+    /// SLiC.
+    Hinge,
+    /// ORPO.
     Orpo,
-    /// SimPO (Meng et al. 2024, equation 6): log-probs per token, a target margin γ, no reference;
-    /// smoothed as DPO is.
+    /// SimPO.
     #[value(name = "simpo")]
     SimPo,
-    /// KTO (Ethayarajh et al. 2024, equation 7): responses labelled good or bad, no pairs; see
-    /// [`kto_losses`].
+    /// KTO.
     Kto,
 }
 
+impl PreferenceLossType {
+    /// All of them.
+    pub const ALL: [Self; 6] =
+        [Self::Sigmoid, Self::Ipo, Self::Hinge, Self::Orpo, Self::SimPo, Self::Kto];
+}
+
+/// A preference loss with the parameters that only it has.
+///
+/// With `h = log π(y_w)/π_ref(y_w) - log π(y_l)/π_ref(y_l)`, the difference of the log-ratios of
+/// chosen and rejected:
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum PreferenceLoss {
+    /// DPO (Rafailov et al. 2023, equation 7): `-log σ(β h)`. Label smoothing ε makes it
+    /// conservative (Mitchell 2023): `-(1 - ε) log σ(β h) - ε log σ(-β h)`.
+    Sigmoid {
+        /// Probability that a comparison is labelled the wrong way round.
+        label_smoothing: f64,
+        /// Whether the reference is uniform.
+        reference_free: bool,
+    },
+    /// SLiC (Zhao et al. 2023): `max(0, 1 - β h)`.
+    Hinge {
+        /// Whether the reference is uniform.
+        reference_free: bool,
+    },
+    /// IPO (Azar et al. 2023, equation 17): `(h' - 1 / 2β)²`, where h' has each log-ratio divided
+    /// by the tokens of its response.
+    Ipo {
+        /// Whether the reference is uniform.
+        reference_free: bool,
+    },
+    /// ORPO (Hong et al. 2024, equation 6): the log-odds ratio, weighted by β, beside the negative
+    /// log-likelihood of what was chosen. No reference.
+    Orpo,
+    /// SimPO (Meng et al. 2024, equation 6): log-probs per token, a target margin γ, no reference;
+    /// smoothed as DPO is.
+    SimPo {
+        /// Target margin, in units of reward.
+        simpo_gamma: f64,
+        /// Probability that a comparison is labelled the wrong way round.
+        label_smoothing: f64,
+    },
+    /// KTO (Ethayarajh et al. 2024, equation 7): responses labelled good or bad, no pairs; see
+    /// [`kto_losses`].
+    Kto {
+        /// Weight of good responses.
+        desirable_weight: f64,
+        /// Weight of bad responses.
+        undesirable_weight: f64,
+    },
+}
+
 impl PreferenceLoss {
-    /// Whether the loss asks for a reference at all.
-    pub fn has_reference(self) -> bool {
-        match self {
-            Self::Sigmoid | Self::Hinge | Self::Ipo | Self::Kto => true,
-            Self::Orpo | Self::SimPo => false,
+    /// Whether the loss compares the policy with a reference.
+    pub fn has_reference(&self) -> bool {
+        match *self {
+            Self::Sigmoid { reference_free, .. }
+            | Self::Hinge { reference_free }
+            | Self::Ipo { reference_free } => !reference_free,
+            Self::Kto { .. } => true,
+            Self::Orpo | Self::SimPo { .. } => false,
         }
+    }
+
+    /// Whether responses are labelled good or bad one by one; the other losses compare pairs.
+    pub fn reads_labels(&self) -> bool {
+        matches!(self, Self::Kto { .. })
+    }
+
+    /// Whether the loss needs at least two rows in a step.
+    pub fn compares_rows(&self) -> bool {
+        matches!(self, Self::Kto { .. })
+    }
+
+    /// Whether the tokens of prompts are learned too.
+    pub fn learns_prompts(&self) -> bool {
+        matches!(self, Self::Orpo)
+    }
+
+    /// What the loss takes from all rows of a step together: a micro-batch alone does not know it.
+    ///
+    /// `mismatched` returns the summed log-probs, under policy and reference, of each row's prompt
+    /// with the response of another row, whose index it is given.
+    ///
+    /// # Errors
+    /// Those of `mismatched`.
+    pub fn step_constants<E>(
+        &self,
+        parts: &[&PreferenceBatch],
+        mismatched: impl FnOnce(&[usize]) -> std::result::Result<[Vec<f32>; 2], E>,
+    ) -> std::result::Result<StepConstants, E> {
+        let mut constants = StepConstants::default();
+        match self {
+            Self::Kto { .. } => {
+                let rows: usize = parts.iter().map(|part| part.tokens.len()).sum();
+                // An epoch's last row has no other row to take a response from.
+                if rows > 1 {
+                    let [policy, reference] = mismatched(&kto_mismatched(rows))?;
+                    constants.kl = kto_kl(&policy, &reference);
+                }
+            }
+            Self::Orpo => constants.nll_weight = orpo_nll_weight(parts),
+            Self::Sigmoid { .. } | Self::Hinge { .. } | Self::Ipo { .. } | Self::SimPo { .. } => {}
+        }
+        Ok(constants)
     }
 }
 
-/// The numbers of a loss, named and set as TRL does.
+/// What a loss takes from all rows of a step together; 0 for losses that take nothing.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct StepConstants {
+    /// KTO: the reference point, [`kto_kl`].
+    pub kl: f64,
+    /// ORPO: pairs of the step divided by the tokens of their prompts and chosen responses.
+    pub nll_weight: f64,
+}
+
+/// The settings of preference optimization, named and set as TRL does.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PreferenceSettings {
     /// Which loss.
-    pub loss_type: PreferenceLoss,
-    /// How strongly the reference holds; the weight of the odds ratio in ORPO.
+    pub loss: PreferenceLoss,
+    /// How strongly the policy is held to the reference; in ORPO the weight of the odds ratio, in
+    /// SimPO the scale of the rewards.
     pub beta: f64,
-    /// Share of comparisons taken to be labelled the wrong way round, of `Sigmoid` and `SimPo`.
-    pub label_smoothing: f64,
-    /// Target margin of `SimPo`, in units of reward.
-    pub simpo_gamma: f64,
-    /// Weight of KTO's good responses.
-    pub desirable_weight: f64,
-    /// Weight of KTO's bad responses.
-    pub undesirable_weight: f64,
 }
 
-impl Default for PreferenceSettings {
-    fn default() -> Self {
-        Self {
-            loss_type: PreferenceLoss::Sigmoid,
-            beta: 0.1,
-            label_smoothing: 0.0,
-            simpo_gamma: 0.5,
-            desirable_weight: 1.0,
-            undesirable_weight: 1.0,
+/// Responses of a micro-batch, which are compared in pairs or labelled.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PreferenceBatch {
+    /// The loss.
+    pub settings: PreferenceSettings,
+    /// Learned tokens of each response, in their order.
+    pub tokens: Vec<usize>,
+    /// Summed log-probs of each response under the reference, if there is one.
+    pub reference: Option<Vec<f32>>,
+    /// How the responses are judged.
+    pub judgement: PreferenceJudgement,
+    /// What the loss takes from the whole step.
+    pub constants: StepConstants,
+}
+
+/// How people judged the responses of a micro-batch.
+#[derive(Debug, Clone, PartialEq)]
+pub enum PreferenceJudgement {
+    /// In pairs.
+    Pairs {
+        /// For each pair the indices of the preferred response and of the other.
+        pairs: Vec<(usize, usize)>,
+        /// Learned tokens of each prompt, where prompts are learned too: their log-probs follow
+        /// those of all responses.
+        prompts: Vec<usize>,
+        /// For each pair the index of its prompt, where prompts are learned too.
+        prompt_of: Vec<usize>,
+    },
+    /// One by one: whether each is good.
+    Labels(Vec<bool>),
+}
+
+impl PreferenceBatch {
+    /// What the sum of losses is divided by: pairs, or labelled responses.
+    pub fn count(&self) -> usize {
+        match &self.judgement {
+            PreferenceJudgement::Pairs { pairs, .. } => pairs.len(),
+            PreferenceJudgement::Labels(labels) => labels.len(),
         }
+    }
+
+    /// The losses, from the log-probs of all learned tokens.
+    pub(super) fn losses(&self, logps: &Tensor) -> Result<PreferenceLosses> {
+        match &self.judgement {
+            PreferenceJudgement::Labels(labels) => {
+                let sums = row_sums(logps, &self.tokens)?; // (R)
+                let reference = self.reference.as_deref().unwrap_or_default();
+                kto_losses(&self.settings, &sums, reference, labels, self.constants.kl)
+            }
+            PreferenceJudgement::Pairs { pairs, prompts, prompt_of } => {
+                self.pair_losses(logps, pairs, prompts, prompt_of)
+            }
+        }
+    }
+
+    fn pair_losses(
+        &self,
+        logps: &Tensor,
+        pairs: &[(usize, usize)],
+        prompts: &[usize],
+        prompt_of: &[usize],
+    ) -> Result<PreferenceLosses> {
+        let rows: Vec<usize> = self.tokens.iter().chain(prompts).copied().collect();
+        let sums = row_sums(logps, &rows)?; // (R + prompts)
+        let pick = |indices: Vec<usize>| -> Result<Tensor> {
+            let indices: Vec<u32> = indices.into_iter().map(|index| index as u32).collect();
+            sums.index_select(&Tensor::new(indices, sums.device())?, 0)
+        };
+        let (better, worse): (Vec<usize>, Vec<usize>) = pairs.iter().copied().unzip();
+        let (chosen, rejected) = (pick(better.clone())?, pick(worse.clone())?); // (P)
+        let reference = self.reference.as_ref().map(|values| {
+            let of = |indices: &[usize]| -> Vec<f32> {
+                indices.iter().map(|&index| values[index]).collect()
+            };
+            (of(&better), of(&worse))
+        });
+        let count = |indices: &[usize]| -> Vec<usize> {
+            indices.iter().map(|&index| self.tokens[index]).collect()
+        };
+        let (chosen_tokens, rejected_tokens) = (count(&better), count(&worse));
+        let with_prompt = if prompts.is_empty() {
+            None
+        } else {
+            let indices = prompt_of.iter().map(|&prompt| self.tokens.len() + prompt);
+            let tokens = prompt_of.iter().zip(&chosen_tokens);
+            let tokens: Vec<usize> = tokens.map(|(&p, &c)| prompts[p] + c).collect();
+            Some(((pick(indices.collect())? + &chosen)?, tokens))
+        };
+        let nll = with_prompt.as_ref().map(|(logps, tokens)| NegativeLogLikelihood {
+            logps,
+            tokens,
+            weight: self.constants.nll_weight,
+        });
+        let logps = PairLogps {
+            chosen: &chosen,
+            rejected: &rejected,
+            reference: reference.as_ref().map(|(c, r)| (&c[..], &r[..])),
+            chosen_tokens: &chosen_tokens,
+            rejected_tokens: &rejected_tokens,
+            nll,
+        };
+        preference_losses(&self.settings, &logps)
     }
 }
 
@@ -106,7 +292,7 @@ pub struct NegativeLogLikelihood<'a> {
 
 /// The losses of P pairs, or of R labelled responses.
 #[derive(Debug)]
-pub struct Preference {
+pub struct PreferenceLosses {
     /// One for each, `(P)` F32, differentiable: the caller divides their sum by the pairs (KTO: the
     /// responses) of the whole step.
     pub losses: Tensor,
@@ -125,28 +311,28 @@ pub struct Preference {
 pub fn preference_losses(
     settings: &PreferenceSettings,
     logps: &PairLogps<'_>,
-) -> Result<Preference> {
-    let &PreferenceSettings { loss_type, beta, label_smoothing, simpo_gamma, .. } = settings;
+) -> Result<PreferenceLosses> {
+    let &PreferenceSettings { loss, beta } = settings;
     let (chosen, rejected) = (logps.chosen, logps.rejected);
-    match loss_type {
-        PreferenceLoss::Sigmoid => {
+    match loss {
+        PreferenceLoss::Sigmoid { label_smoothing, .. } => {
             let [chosen, rejected] = log_ratios(logps)?;
             let losses = smoothed(&((&chosen - &rejected)? * beta)?, label_smoothing)?;
             judged(losses, beta, [&chosen, &rejected], [logps.chosen, logps.rejected])
         }
-        PreferenceLoss::Hinge => {
+        PreferenceLoss::Hinge { .. } => {
             let [chosen, rejected] = log_ratios(logps)?;
             let losses = ((&chosen - &rejected)? * -beta)?.affine(1.0, 1.0)?.relu()?;
             judged(losses, beta, [&chosen, &rejected], [logps.chosen, logps.rejected])
         }
-        PreferenceLoss::Ipo => {
+        PreferenceLoss::Ipo { .. } => {
             let [chosen, rejected] = log_ratios(logps)?;
             let h = (per_token(&chosen, logps.chosen_tokens)?
                 - per_token(&rejected, logps.rejected_tokens)?)?;
             let losses = h.affine(1.0, -0.5 / beta)?.sqr()?;
             judged(losses, beta, [&chosen, &rejected], [logps.chosen, logps.rejected])
         }
-        PreferenceLoss::SimPo => {
+        PreferenceLoss::SimPo { simpo_gamma, label_smoothing } => {
             let chosen = per_token(chosen, logps.chosen_tokens)?;
             let rejected = per_token(rejected, logps.rejected_tokens)?;
             let z = (&chosen - &rejected)?.affine(beta, -simpo_gamma)?;
@@ -169,7 +355,9 @@ pub fn preference_losses(
             found.stats.nll_tokens = nll.tokens.iter().map(|&tokens| tokens as u64).sum();
             Ok(found)
         }
-        PreferenceLoss::Kto => candle_core::bail!("KTO judges single responses, not pairs"),
+        PreferenceLoss::Kto { .. } => {
+            candle_core::bail!("KTO judges single responses, not pairs")
+        }
     }
 }
 
@@ -187,8 +375,15 @@ pub fn kto_losses(
     reference: &[f32],
     labels: &[bool],
     kl: f64,
-) -> Result<Preference> {
-    let &PreferenceSettings { beta, desirable_weight, undesirable_weight, .. } = settings;
+) -> Result<PreferenceLosses> {
+    let &PreferenceSettings { loss, beta } = settings;
+    let PreferenceLoss::Kto { desirable_weight, undesirable_weight } = loss else {
+        candle_core::bail!("only KTO judges single responses")
+    };
+    if reference.len() != labels.len() {
+        let (found, needed) = (reference.len(), labels.len());
+        candle_core::bail!("KTO has {found} log-probs of the reference, needed {needed}");
+    }
     let column = |values: Vec<f32>| Tensor::from_vec(values, labels.len(), logps.device());
     let signed = |good: f64, bad: f64| -> Vec<f32> {
         labels.iter().map(|&label| if label { good } else { bad } as f32).collect()
@@ -198,7 +393,7 @@ pub fn kto_losses(
     let losses = (log_sigmoid(&z.neg()?)?.exp()? // 1 - σ(z)
         * column(signed(desirable_weight, undesirable_weight))?)?;
 
-    let mut found = Preference {
+    let mut found = PreferenceLosses {
         losses,
         chosen_rewards: Vec::new(),
         rejected_rewards: Vec::new(),
@@ -227,6 +422,22 @@ pub fn kto_losses(
 /// it, the first with the last (TRL's rotation by one).
 pub fn kto_mismatched(rows: usize) -> Vec<usize> {
     (0..rows).map(|row| (row + rows - 1) % rows).collect()
+}
+
+/// ORPO's likelihood is a mean over tokens of the step, its odds ratio a mean over pairs: what the
+/// likelihood is multiplied by so that both are divided by the pairs.
+fn orpo_nll_weight(parts: &[&PreferenceBatch]) -> f64 {
+    let (mut all_pairs, mut tokens) = (0, 0);
+    for part in parts {
+        let PreferenceJudgement::Pairs { pairs, prompts, prompt_of } = &part.judgement else {
+            continue;
+        };
+        all_pairs += pairs.len();
+        for (&(better, _), &prompt) in pairs.iter().zip(prompt_of) {
+            tokens += part.tokens[better] + prompts[prompt];
+        }
+    }
+    all_pairs as f64 / tokens.max(1) as f64
 }
 
 /// KTO's reference point: the mean of `log π/π_ref` over the mismatched responses, at least 0.
@@ -279,7 +490,7 @@ fn judged(
     beta: f64,
     rewards: [&Tensor; 2],
     logps: [&Tensor; 2],
-) -> Result<Preference> {
+) -> Result<PreferenceLosses> {
     let scaled = |values: &Tensor| -> Result<Vec<f64>> {
         Ok(floats(values)?.into_iter().map(|value| beta * value).collect())
     };
@@ -296,7 +507,7 @@ fn judged(
         rejected_logps: floats(logps[1])?.iter().sum(),
         ..PreferenceStats::default()
     };
-    Ok(Preference { losses, chosen_rewards, rejected_rewards, stats })
+    Ok(PreferenceLosses { losses, chosen_rewards, rejected_rewards, stats })
 }
 
 /// Sums over a batch; those of several batches add up.

@@ -19,12 +19,13 @@ use std::sync::{Arc, OnceLock};
 use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
 
 use super::Compute;
-use super::cpu::{Target, Values, each, tanh, values};
+use super::cpu::{SharedMutPtr, Values, par_for_each, tanh, values};
 use super::lanes::{
-    Element, GROUP, Lanes, Left, MOST_ROWS, Right, Scratch, exp2, panel, product, rungs, tile_rows,
+    AlignedScratch, Element, LANE_GROUP, Lanes, Left, MOST_ROWS, Right, exp2, isa_levels, panel,
+    product, tile_rows,
 };
 use super::segment::{self, Segment};
-use crate::isa::{Isa, versions};
+use crate::isa::{Isa, multiversion};
 
 /// Keys taken at a time, and rows of queries in the backward pass.
 pub(crate) const KEYS: usize = 64;
@@ -40,8 +41,8 @@ const LONG: usize = 256;
 const SLACK: f32 = 8.0;
 
 thread_local! {
-    static SCRATCH: Cell<Scratch> = const { Cell::new(Scratch::new()) };
-    static PARTIALS: Cell<Scratch> = const { Cell::new(Scratch::new()) };
+    static SCRATCH: Cell<AlignedScratch> = const { Cell::new(AlignedScratch::new()) };
+    static PARTIALS: Cell<AlignedScratch> = const { Cell::new(AlignedScratch::new()) };
 }
 
 /// How the heads lie in `q (N, heads · head_dim)` and in `k`, `v (N, kv_heads · head_dim)`.
@@ -70,28 +71,28 @@ impl Heads {
 
     /// Width of a head in scratch: whole groups of lanes.
     fn padded(&self) -> usize {
-        self.head_dim.next_multiple_of(GROUP)
+        self.head_dim.next_multiple_of(LANE_GROUP)
     }
 }
 
 /// What a query makes of keys, where that is not all of them by `q · k / sqrt(head_dim)`.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Scores {
+pub struct AttentionConfig {
     /// A token sees only the last so many positions up to itself.
     pub window: Option<usize>,
     /// What `q · k` is multiplied by, instead of `1 / sqrt(head_dim)`.
     pub scale: Option<f32>,
-    /// Scores become `cap · tanh(score / cap)` before the softmax (Gemma 2).
+    /// AttentionConfig become `cap · tanh(score / cap)` before the softmax (Gemma 2).
     pub cap: Option<f32>,
 }
 
-impl From<Option<usize>> for Scores {
+impl From<Option<usize>> for AttentionConfig {
     fn from(window: Option<usize>) -> Self {
         Self { window, ..Self::default() }
     }
 }
 
-impl Scores {
+impl AttentionConfig {
     fn scale(&self, heads: Heads) -> f32 {
         self.scale.unwrap_or_else(|| 1.0 / (heads.head_dim as f32).sqrt())
     }
@@ -115,7 +116,7 @@ pub fn causal_attention(
     v: &Tensor,
     heads: Heads,
     segments: &Arc<[Segment]>,
-    scores: impl Into<Scores>,
+    scores: impl Into<AttentionConfig>,
     compute: Compute,
 ) -> Result<Tensor> {
     let scores = scores.into();
@@ -136,7 +137,7 @@ fn check(
     v: &Tensor,
     heads: Heads,
     rows: &[Segment],
-    scores: Scores,
+    scores: AttentionConfig,
 ) -> Result<()> {
     let (n, width) = q.dims2()?;
     if let Some(fault) = segment::fault(rows, n) {
@@ -159,7 +160,7 @@ fn portable(
     v: &Tensor,
     heads: Heads,
     segments: &[Segment],
-    scores: Scores,
+    scores: AttentionConfig,
 ) -> Result<Tensor> {
     let rows = segments.iter().filter(|row| !row.is_empty()).map(|row| {
         let part = |x: &Tensor, tokens: &Range<usize>| x.narrow(0, tokens.start, tokens.len());
@@ -191,7 +192,7 @@ pub(crate) fn portable_row(
     k: &Tensor,
     v: &Tensor,
     heads: Heads,
-    scoring: Scores,
+    scoring: AttentionConfig,
 ) -> Result<Tensor> {
     let Heads { heads: q_heads, kv_heads, head_dim } = heads;
     let (t, keys) = (q.dim(0)?, k.dim(1)?);
@@ -221,7 +222,7 @@ struct CausalAttention {
     isa: Isa,
     heads: Heads,
     segments: Arc<[Segment]>,
-    scores: Scores,
+    scores: AttentionConfig,
     /// Log-sum-exp of each query's scores, `(N, heads)`, left by the forward pass.
     lse: OnceLock<Vec<f32>>,
 }
@@ -230,9 +231,9 @@ impl CausalAttention {
     fn qkv<'a>(&self, q: &'a [f32], k: &'a [f32], v: &'a [f32]) -> Qkv<'a> {
         let (q_width, kv_width) = (self.heads.q_width(), self.heads.kv_width());
         Qkv {
-            q: Strided { values: q, stride: q_width },
-            k: Strided { values: k, stride: kv_width },
-            v: Strided { values: v, stride: kv_width },
+            q: StridedHeads { values: q, stride: q_width },
+            k: StridedHeads { values: k, stride: kv_width },
+            v: StridedHeads { values: v, stride: kv_width },
         }
     }
 }
@@ -287,14 +288,14 @@ impl CustomOp3 for CausalAttention {
 
 /// The heads of each token inside a wider buffer: those of token `t` begin at `t * stride`.
 #[derive(Clone, Copy)]
-pub(crate) struct Strided<'a> {
+pub(crate) struct StridedHeads<'a> {
     /// From the first token's first head on.
     pub values: &'a [f32],
     /// From one token to the next.
     pub stride: usize,
 }
 
-impl<'a> Strided<'a> {
+impl<'a> StridedHeads<'a> {
     fn at(self, token: usize, column: usize, width: usize) -> &'a [f32] {
         &self.values[token * self.stride + column..][..width]
     }
@@ -310,11 +311,11 @@ impl<'a> Strided<'a> {
 #[derive(Clone, Copy)]
 pub(crate) struct Qkv<'a> {
     /// Queries.
-    pub q: Strided<'a>,
+    pub q: StridedHeads<'a>,
     /// Keys.
-    pub k: Strided<'a>,
+    pub k: StridedHeads<'a>,
     /// Values.
-    pub v: Strided<'a>,
+    pub v: StridedHeads<'a>,
 }
 
 /// What the forward pass left: its output `(N, heads · head_dim)` and log-sum-exps `(N, heads)`.
@@ -334,16 +335,16 @@ pub(crate) struct QkvGrad<'a> {
     borrowed: PhantomData<&'a mut [f32]>,
 }
 
-/// A [`Strided`] that tasks write to, each to elements of its own.
+/// A [`StridedHeads`] that tasks write to, each to elements of its own.
 #[derive(Clone, Copy)]
 struct Columns {
-    target: Target,
+    target: SharedMutPtr,
     stride: usize,
 }
 
 impl Columns {
     /// # Safety
-    /// As for [`Target::slice`].
+    /// As for [`SharedMutPtr::slice`].
     unsafe fn at<'a>(self, token: usize, column: usize, width: usize) -> &'a mut [f32] {
         // SAFETY: the caller's.
         unsafe { self.target.at(token * self.stride + column).slice(width) }
@@ -357,7 +358,7 @@ impl<'a> QkvGrad<'a> {
         k: (&'a mut [f32], usize),
         v: (&'a mut [f32], usize),
     ) -> Self {
-        let columns = |(values, stride)| Columns { target: Target::new(values), stride };
+        let columns = |(values, stride)| Columns { target: SharedMutPtr::new(values), stride };
         Self { q: columns(q), k: columns(k), v: columns(v), borrowed: PhantomData }
     }
 }
@@ -371,7 +372,7 @@ pub(crate) fn forward(
     qkv: Qkv,
     heads: Heads,
     segments: &[Segment],
-    scores: impl Into<Scores>,
+    scores: impl Into<AttentionConfig>,
     out: &mut [f32],
     lse: &mut [f32],
 ) {
@@ -379,7 +380,7 @@ pub(crate) fn forward(
     let tokens = segments.last().map_or(0, |segment| segment.tokens.end);
     let (width, head_dim) = (heads.q_width(), heads.head_dim);
     assert!(out.len() >= tokens * width && lse.len() >= tokens * heads.heads);
-    let (out, lse) = (Target::new(out), Target::new(lse));
+    let (out, lse) = (SharedMutPtr::new(out), SharedMutPtr::new(lse));
     let step = queries_at_a_time(heads);
     let (mut tasks, mut work) = (Vec::new(), 0);
     for segment in segments.iter().filter(|segment| !segment.is_empty()) {
@@ -389,7 +390,7 @@ pub(crate) fn forward(
             tasks.extend(starts.map(|start| (segment, kv_head, start)));
         }
     }
-    each(tasks, work, |(segment, kv_head, start)| {
+    par_for_each(tasks, work, |(segment, kv_head, start)| {
         let queries = Queries {
             q: qkv.q,
             tokens: start..segment.tokens.end.min(start + step),
@@ -415,10 +416,10 @@ pub(crate) fn forward(
 /// New queries `(N, heads · head_dim)` of rows whose keys and values are kept elsewhere: row `i` has
 /// the queries `segments[i]`, which are the last positions of the row and have no prefix.
 pub(crate) struct CachedQueries<'a> {
-    pub q: Strided<'a>,
+    pub q: StridedHeads<'a>,
     pub heads: Heads,
     pub segments: &'a [Segment],
-    pub scores: Scores,
+    pub scores: AttentionConfig,
 }
 
 /// Some queries of one key head, to be run over its keys.
@@ -426,8 +427,8 @@ pub(crate) struct CachedTask<'a> {
     isa: Isa,
     queries: Queries<'a>,
     heads: Heads,
-    scores: Scores,
-    out: Target,
+    scores: AttentionConfig,
+    out: SharedMutPtr,
 }
 
 impl CachedQueries<'_> {
@@ -443,7 +444,7 @@ impl CachedQueries<'_> {
         let Self { q, heads, segments, scores } = *self;
         let tokens = segments.iter().map(|segment| segment.tokens.end).max().unwrap_or(0);
         assert!(out.len() >= tokens * heads.q_width());
-        let out = Target::new(out);
+        let out = SharedMutPtr::new(out);
         let step = queries_at_a_time(heads);
         let (mut tasks, mut work) = (Vec::new(), 0);
         // A row may have no new tokens; its range may then lie behind the last of them.
@@ -456,7 +457,7 @@ impl CachedQueries<'_> {
                 tasks.extend(starts.map(|start| (row, segment, before, kv_head, start)));
             }
         }
-        each(tasks, work, |(row, segment, before, kv_head, start)| {
+        par_for_each(tasks, work, |(row, segment, before, kv_head, start)| {
             let queries = Queries {
                 q,
                 tokens: start..segment.tokens.end.min(start + step),
@@ -470,7 +471,7 @@ impl CachedQueries<'_> {
 
 impl CachedTask<'_> {
     /// Attends to these keys.
-    pub fn run<K: Keys>(&self, keys: &K) {
+    pub fn run<K: KeyValueBlocks>(&self, keys: &K) {
         let (width, head_dim) = (self.heads.q_width(), self.heads.head_dim);
         attend(self.isa, &self.queries, keys, self.heads, self.scores, |token, head, row, _| {
             // SAFETY: each task writes its own heads of its own tokens, while `out` is borrowed.
@@ -490,7 +491,7 @@ fn queries_at_a_time(heads: Heads) -> usize {
 /// Queries of heads that share a key head, as the rows of one matrix: row `r` is head
 /// `heads.start + r % heads.len()` of token `tokens.start + r / heads.len()`.
 pub(crate) struct Queries<'a> {
-    pub q: Strided<'a>,
+    pub q: StridedHeads<'a>,
     pub tokens: Range<usize>,
     /// Where the first token stands in its row.
     pub position: usize,
@@ -508,7 +509,12 @@ impl Queries<'_> {
     }
 
     /// The keys of a block that some row of a tile sees, and those that each row sees.
-    fn limits(&self, tile: &Range<usize>, block: &Range<usize>, window: Option<usize>) -> Limits {
+    fn limits(
+        &self,
+        tile: &Range<usize>,
+        block: &Range<usize>,
+        window: Option<usize>,
+    ) -> KeyLimits {
         let position = |row: usize| self.position + row / self.heads.len();
         let (first, last) = (position(tile.start), position(tile.end - 1));
         let within = |range: Range<usize>| {
@@ -523,13 +529,13 @@ impl Queries<'_> {
                 *limits = within(seen(position(row), window));
             }
         }
-        Limits { any, rows }
+        KeyLimits { any, rows }
     }
 
     /// Copies the heads of `from` to rows of `padded` values, times `factor`.
-    fn gather(&self, isa: Isa, from: Strided, head_dim: usize, factor: f32, to: &mut [f32]) {
+    fn gather(&self, isa: Isa, from: StridedHeads, head_dim: usize, factor: f32, to: &mut [f32]) {
         let width = self.heads.len() * head_dim;
-        let padded = head_dim.next_multiple_of(GROUP);
+        let padded = head_dim.next_multiple_of(LANE_GROUP);
         for (token, rows) in self.tokens.clone().zip(to.chunks_mut(self.heads.len() * padded)) {
             let from = from.at(token, self.heads.start * head_dim, width);
             scaled_rows(isa, from, head_dim, factor, rows);
@@ -537,10 +543,10 @@ impl Queries<'_> {
     }
 }
 
-versions! {
+multiversion! {
     /// Rows of `width` values to rows padded to whole groups, times `factor`.
     fn scaled_rows(isa; from: &[f32], width: usize, factor: f32, to: &mut [f32]) {
-        let padded = width.next_multiple_of(GROUP);
+        let padded = width.next_multiple_of(LANE_GROUP);
         for (from, to) in from.chunks_exact(width).zip(to.chunks_exact_mut(padded)) {
             for (to, x) in to.iter_mut().zip(from) {
                 *to = x * factor;
@@ -577,8 +583,8 @@ versions! {
 
     /// `Σ a · b`, by lane so that it vectorizes.
     pub(crate) fn dot(isa; a: &[f32], b: &[f32]) -> f32 {
-        let mut lanes = [0f32; GROUP];
-        let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<GROUP>(), b.as_chunks::<GROUP>());
+        let mut lanes = [0f32; LANE_GROUP];
+        let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANE_GROUP>(), b.as_chunks::<LANE_GROUP>());
         for (a, b) in a.iter().zip(b) {
             for ((lane, a), b) in lanes.iter_mut().zip(a).zip(b) {
                 *lane += a * b;
@@ -592,13 +598,13 @@ versions! {
 }
 
 /// First and last key, within a block, that a tile of rows sees.
-struct Limits {
+struct KeyLimits {
     any: (usize, usize),
     rows: [(usize, usize); MOST_ROWS],
 }
 
 /// The keys and values of one key head of one row.
-pub(crate) trait Keys {
+pub(crate) trait KeyValueBlocks {
     /// How they are stored.
     type Element: Element;
 
@@ -623,13 +629,13 @@ pub(crate) struct KeyBlock<'a, B> {
 
 /// Keys and values of a row as they come out of the projections.
 struct Packed<'a> {
-    k: Strided<'a>,
-    v: Strided<'a>,
+    k: StridedHeads<'a>,
+    v: StridedHeads<'a>,
     row: &'a Segment,
     head_dim: usize,
 }
 
-impl Keys for Packed<'_> {
+impl KeyValueBlocks for Packed<'_> {
     type Element = f32;
 
     fn block<'a>(
@@ -646,7 +652,7 @@ impl Keys for Packed<'_> {
 /// Copies the heads at a block of `positions` of a row to panels `(head_dim, 16)`. Where prefix and
 /// own tokens meet in the block, they lie apart and go through `scratch (KEYS, padded)`.
 fn panels(
-    from: Strided,
+    from: StridedHeads,
     row: &Segment,
     positions: &Range<usize>,
     head_dim: usize,
@@ -656,27 +662,27 @@ fn panels(
     let border = row.prefix.len();
     let from = if positions.start < border && border < positions.end {
         padded_rows(from, row, positions, head_dim, scratch);
-        Strided { values: scratch, stride: head_dim.next_multiple_of(GROUP) }
+        StridedHeads { values: scratch, stride: head_dim.next_multiple_of(LANE_GROUP) }
     } else {
         let start = row.token(positions.start) * from.stride;
-        Strided { values: &from.values[start..], ..from }
+        StridedHeads { values: &from.values[start..], ..from }
     };
-    let starts = (0..positions.len()).step_by(GROUP);
-    for (start, to) in starts.zip(to.chunks_exact_mut(GROUP * head_dim)) {
-        let count = GROUP.min(positions.len() - start);
+    let starts = (0..positions.len()).step_by(LANE_GROUP);
+    for (start, to) in starts.zip(to.chunks_exact_mut(LANE_GROUP * head_dim)) {
+        let count = LANE_GROUP.min(positions.len() - start);
         panel(&from.values[start * from.stride..], from.stride, count, head_dim, to);
     }
 }
 
 /// Copies the heads at a block of `positions` of a row to rows padded to whole groups.
 fn padded_rows(
-    from: Strided,
+    from: StridedHeads,
     row: &Segment,
     positions: &Range<usize>,
     head_dim: usize,
     to: &mut [f32],
 ) {
-    let padded = head_dim.next_multiple_of(GROUP);
+    let padded = head_dim.next_multiple_of(LANE_GROUP);
     for (position, to) in positions.clone().zip(to.chunks_exact_mut(padded)) {
         to[..head_dim].copy_from_slice(from.at(row.token(position), 0, head_dim));
         to[head_dim..].fill(0.0);
@@ -684,23 +690,23 @@ fn padded_rows(
 }
 
 /// Attends, and hands token, head, output `(head_dim)` and log-sum-exp of each row to `emit`.
-pub(crate) fn attend<K: Keys>(
+pub(crate) fn attend<K: KeyValueBlocks>(
     isa: Isa,
     queries: &Queries,
     keys: &K,
     heads: Heads,
-    scoring: Scores,
+    scoring: AttentionConfig,
     mut emit: impl FnMut(usize, usize, &[f32], f32),
 ) {
     let (head_dim, padded, rows) = (heads.head_dim, heads.padded(), queries.rows());
     let window = scoring.window;
     let scale = scoring.scale(heads) * std::f32::consts::LOG2_E; // scores are powers of two
-    Scratch::with(&SCRATCH, |scratch| {
+    AlignedScratch::with(&SCRATCH, |scratch| {
         let [q, out, max, sum, scores, key_scratch, value_scratch] = scratch.split([
             rows * padded,
             rows * padded,
             rows,
-            rows * GROUP,
+            rows * LANE_GROUP,
             MOST_ROWS * KEYS,
             KEYS * head_dim,
             KEYS * padded,
@@ -721,41 +727,41 @@ pub(crate) fn attend<K: Keys>(
                 if low == high {
                     continue;
                 }
-                let groups = low / GROUP..high.div_ceil(GROUP);
-                let from = groups.start * GROUP;
+                let groups = low / LANE_GROUP..high.div_ceil(LANE_GROUP);
+                let from = groups.start * LANE_GROUP;
                 let left = Left { values: &q[row * padded..], stride: padded, transposed: false };
                 let right = Right {
                     values: &block.keys[from * head_dim..],
-                    row_stride: GROUP,
-                    group_stride: GROUP * head_dim,
+                    row_stride: LANE_GROUP,
+                    group_stride: LANE_GROUP * head_dim,
                 };
                 let size = (tile.len(), groups.len(), head_dim);
                 product(isa, size, left, right, &mut scores[from..], KEYS, false);
                 let mut scales = block.scales;
                 if let Some(cap) = scoring.cap {
                     // A cap comes behind the keys' factors, which are then done with.
-                    let keys = scales.map(|(keys, _)| &keys[from..groups.end * GROUP]);
+                    let keys = scales.map(|(keys, _)| &keys[from..groups.end * LANE_GROUP]);
                     for row in scores.chunks_exact_mut(KEYS).take(tile.len()) {
-                        cap_scores(isa, &mut row[from..groups.end * GROUP], keys, cap);
+                        cap_scores(isa, &mut row[from..groups.end * LANE_GROUP], keys, cap);
                     }
                     scales = scales.map(|(_, values)| (&[1.0; KEYS][..], values));
                 }
                 soften(
                     isa,
-                    Tile { rows: tile.len(), groups, limits: &limits },
+                    ScoreTile { rows: tile.len(), groups, limits: &limits },
                     scores,
                     scales,
                     &mut max[tile.clone()],
-                    &mut sum[tile.start * GROUP..tile.end * GROUP],
+                    &mut sum[tile.start * LANE_GROUP..tile.end * LANE_GROUP],
                     &mut out[tile.start * padded..tile.end * padded],
                 );
                 let left = Left { values: &scores[low..], stride: KEYS, transposed: false };
                 let right = Right {
                     values: &block.values[low * padded..],
                     row_stride: padded,
-                    group_stride: GROUP,
+                    group_stride: LANE_GROUP,
                 };
-                let size = (tile.len(), padded / GROUP, high - low);
+                let size = (tile.len(), padded / LANE_GROUP, high - low);
                 product(isa, size, left, right, &mut out[row * padded..], padded, true);
             }
         }
@@ -763,42 +769,42 @@ pub(crate) fn attend<K: Keys>(
         unsafe { finish(isa, sum, out) };
         for row in 0..rows {
             let (token, head) = queries.of(row);
-            let lse = (max[row] + sum[row * GROUP].log2()) * std::f32::consts::LN_2;
+            let lse = (max[row] + sum[row * LANE_GROUP].log2()) * std::f32::consts::LN_2;
             emit(token, head, &out[row * padded..][..head_dim], lse);
         }
     });
 }
 
 /// Rows of scores `KEYS` apart, of which `groups` of columns are there.
-struct Tile<'a> {
+struct ScoreTile<'a> {
     rows: usize,
     groups: Range<usize>,
-    limits: &'a Limits,
+    limits: &'a KeyLimits,
 }
 
 /// The online softmax: scores become weights relative to the new maximum, and sum and output are
 /// brought to it. Sums are kept by lane, `(rows, 16)`; `out` is `(rows, padded)`.
 fn soften(
     isa: Isa,
-    tile: Tile,
+    tile: ScoreTile,
     scores: &mut [f32],
     scales: Option<(&[f32], &[f32])>,
     max: &mut [f32],
     sum: &mut [f32],
     out: &mut [f32],
 ) {
-    let columns = tile.groups.end * GROUP;
+    let columns = tile.groups.end * LANE_GROUP;
     assert!(tile.rows <= MOST_ROWS && columns <= KEYS && scores.len() >= tile.rows * KEYS);
-    assert!(max.len() == tile.rows && sum.len() == tile.rows * GROUP);
-    assert!(out.len().is_multiple_of(tile.rows * GROUP));
+    assert!(max.len() == tile.rows && sum.len() == tile.rows * LANE_GROUP);
+    assert!(out.len().is_multiple_of(tile.rows * LANE_GROUP));
     assert!(scales.is_none_or(|(k, v)| k.len() >= columns && v.len() >= columns));
     // SAFETY: what is touched is in bounds by the assertions.
     unsafe { soften_tile(isa, tile, scores, scales, max, sum, out) }
 }
 
-rungs! {
+isa_levels! {
     unsafe fn soften_tile(
-        tile: Tile,
+        tile: ScoreTile,
         scores: &mut [f32],
         scales: Option<(&[f32], &[f32])>,
         max: &mut [f32],
@@ -809,7 +815,7 @@ rungs! {
     /// becomes the whole.
     unsafe fn finish(sum: &mut [f32], out: &mut [f32]) = finish_body;
     unsafe fn weigh_tile(
-        tile: Tile,
+        tile: ScoreTile,
         columns: usize,
         p: &mut [f32],
         ds: &mut [f32],
@@ -820,7 +826,7 @@ rungs! {
 
 #[inline(always)]
 unsafe fn soften_body<S: Lanes>(
-    tile: Tile,
+    tile: ScoreTile,
     scores: &mut [f32],
     scales: Option<(&[f32], &[f32])>,
     max: &mut [f32],
@@ -843,7 +849,7 @@ unsafe fn soften_body<S: Lanes>(
 #[inline(always)]
 #[allow(clippy::needless_range_loop)] // registers are named by constant indices
 unsafe fn soften_rows<S: Lanes, const G: usize>(
-    tile: Tile,
+    tile: ScoreTile,
     scores: &mut [f32],
     scales: Option<(&[f32], &[f32])>,
     max: &mut [f32],
@@ -851,7 +857,7 @@ unsafe fn soften_rows<S: Lanes, const G: usize>(
     out: &mut [f32],
 ) {
     let width = out.len() / tile.rows;
-    let start = tile.groups.start * GROUP;
+    let start = tile.groups.start * LANE_GROUP;
     for row in 0..tile.rows {
         let (low, high) = tile.limits.rows[row];
         // SAFETY: the caller's.
@@ -859,20 +865,20 @@ unsafe fn soften_rows<S: Lanes, const G: usize>(
             let line = scores.as_mut_ptr().add(row * KEYS + start);
             if low == high {
                 for g in 0..G {
-                    S::splat(0.0).store(line.add(g * GROUP));
+                    S::splat(0.0).store(line.add(g * LANE_GROUP));
                 }
                 continue;
             }
             let mut lanes = [S::splat(0.0); G];
             for g in 0..G {
-                lanes[g] = S::load(line.add(g * GROUP));
+                lanes[g] = S::load(line.add(g * LANE_GROUP));
                 if let Some((keys, _)) = scales {
-                    lanes[g] = lanes[g].mul(S::load(keys.as_ptr().add(start + g * GROUP)));
+                    lanes[g] = lanes[g].mul(S::load(keys.as_ptr().add(start + g * LANE_GROUP)));
                 }
             }
-            if low > start || high < start + G * GROUP {
+            if low > start || high < start + G * LANE_GROUP {
                 for g in 0..G {
-                    let from = (start + g * GROUP) as isize;
+                    let from = (start + g * LANE_GROUP) as isize;
                     let (low, high) = (low as isize - from, high as isize - from);
                     lanes[g] = lanes[g].within(low, high, f32::NEG_INFINITY);
                 }
@@ -882,7 +888,7 @@ unsafe fn soften_rows<S: Lanes, const G: usize>(
                 largest = lanes[g].max(largest);
             }
             let (largest, before) = (largest.largest(), max[row]);
-            let sums = sum.as_mut_ptr().add(row * GROUP);
+            let sums = sum.as_mut_ptr().add(row * LANE_GROUP);
             // A little more than the maximum so far does no harm, and sparing the output does good.
             if largest > before + SLACK {
                 max[row] = largest;
@@ -892,7 +898,7 @@ unsafe fn soften_rows<S: Lanes, const G: usize>(
                 let mut column = 0;
                 while column < width {
                     S::load(out.add(column)).mul(shrink).store(out.add(column));
-                    column += GROUP;
+                    column += LANE_GROUP;
                 }
             }
             let max = S::splat(max[row]);
@@ -902,11 +908,11 @@ unsafe fn soften_rows<S: Lanes, const G: usize>(
                 total = total.add(weight);
                 let weight = match scales {
                     Some((_, values)) => {
-                        weight.mul(S::load(values.as_ptr().add(start + g * GROUP)))
+                        weight.mul(S::load(values.as_ptr().add(start + g * LANE_GROUP)))
                     }
                     None => weight,
                 };
-                weight.store(line.add(g * GROUP));
+                weight.store(line.add(g * LANE_GROUP));
             }
             total.store(sums);
         }
@@ -915,19 +921,19 @@ unsafe fn soften_rows<S: Lanes, const G: usize>(
 
 #[inline(always)]
 unsafe fn finish_body<S: Lanes>(sum: &mut [f32], out: &mut [f32]) {
-    let rows = sum.len() / GROUP;
+    let rows = sum.len() / LANE_GROUP;
     let width = out.len() / rows;
     for row in 0..rows {
         // SAFETY: the caller's.
         unsafe {
-            let total = S::load(sum.as_ptr().add(row * GROUP)).sum();
-            sum[row * GROUP] = total;
+            let total = S::load(sum.as_ptr().add(row * LANE_GROUP)).sum();
+            sum[row * LANE_GROUP] = total;
             let factor = S::splat(1.0 / total);
             let out = out.as_mut_ptr().add(row * width);
             let mut column = 0;
             while column < width {
                 S::load(out.add(column)).mul(factor).store(out.add(column));
-                column += GROUP;
+                column += LANE_GROUP;
             }
         }
     }
@@ -945,7 +951,7 @@ pub(crate) fn backward(
     qkv: Qkv,
     heads: Heads,
     segments: &[Segment],
-    scores: impl Into<Scores>,
+    scores: impl Into<AttentionConfig>,
     attended: Attended,
     dout: &[f32],
     grad: QkvGrad,
@@ -975,19 +981,19 @@ pub(crate) fn backward(
             }
         }
     }
-    Scratch::with(&PARTIALS, |scratch| {
-        let parts = scratch.split([in_parts, in_parts]).map(Target::new);
-        each(tasks, work, |(row, kv_head, query_heads)| {
+    AlignedScratch::with(&PARTIALS, |scratch| {
+        let parts = scratch.split([in_parts, in_parts]).map(SharedMutPtr::new);
+        par_for_each(tasks, work, |(row, kv_head, query_heads)| {
             let column = kv_head * head_dim;
             let [dk, dv] = [(grad.k, parts[0]), (grad.v, parts[1])].map(|(whole, parts)| {
                 let part = Columns { target: parts.at(row.at), stride: row.stride(heads) };
                 let before = row.segment.prefix.len();
                 if row.apart {
                     let column = query_heads.start * head_dim;
-                    Sink { before, prefix: (part, 0, column), own: (part, before, column) }
+                    KeyGrad { before, prefix: (part, 0, column), own: (part, before, column) }
                 } else {
                     let own = (whole, row.segment.tokens.start, column);
-                    Sink { before, prefix: (part, 0, column), own }
+                    KeyGrad { before, prefix: (part, 0, column), own }
                 }
             });
             let task = Backward {
@@ -1003,7 +1009,7 @@ pub(crate) fn backward(
                 scores,
                 heads,
                 attended,
-                dout: Strided { values: dout, stride: width },
+                dout: StridedHeads { values: dout, stride: width },
                 dq: grad.q,
                 dk,
                 dv,
@@ -1012,7 +1018,7 @@ pub(crate) fn backward(
             // its own key head and tokens, or parts that are its row's and its head's.
             unsafe { task.run(isa) };
         });
-        each(sums, 2 * in_parts, |(i, kv_head)| {
+        par_for_each(sums, 2 * in_parts, |(i, kv_head)| {
             for (to, parts) in [(grad.k, parts[0]), (grad.v, parts[1])] {
                 // SAFETY: all parts are written; each task adds up those of one key head of the
                 // tokens of one row.
@@ -1055,7 +1061,7 @@ impl RowGrad<'_> {
     unsafe fn add_up(
         &self,
         to: Columns,
-        parts: Target,
+        parts: SharedMutPtr,
         rows_behind: &[RowGrad],
         kv_head: usize,
         heads: Heads,
@@ -1089,18 +1095,18 @@ impl RowGrad<'_> {
 
 /// Where dk or dv of the keys of a row go, each part with the token and column that it begins at.
 #[derive(Clone, Copy)]
-struct Sink {
+struct KeyGrad {
     /// Positions of the prefix.
     before: usize,
     prefix: (Columns, usize, usize),
     own: (Columns, usize, usize),
 }
 
-impl Sink {
+impl KeyGrad {
     /// The head at a position of the row.
     ///
     /// # Safety
-    /// As for [`Target::slice`].
+    /// As for [`SharedMutPtr::slice`].
     unsafe fn at<'a>(self, position: usize, head_dim: usize) -> &'a mut [f32] {
         let ((columns, token, column), i) = match position.checked_sub(self.before) {
             Some(own) => (self.own, own),
@@ -1114,16 +1120,16 @@ impl Sink {
 /// Some query heads of one key head of one row.
 struct Backward<'a> {
     queries: Queries<'a>,
-    k: Strided<'a>,
-    v: Strided<'a>,
+    k: StridedHeads<'a>,
+    v: StridedHeads<'a>,
     row: &'a Segment,
-    scores: Scores,
+    scores: AttentionConfig,
     heads: Heads,
     attended: Attended<'a>,
-    dout: Strided<'a>,
+    dout: StridedHeads<'a>,
     dq: Columns,
-    dk: Sink,
-    dv: Sink,
+    dk: KeyGrad,
+    dv: KeyGrad,
 }
 
 impl Backward<'_> {
@@ -1134,7 +1140,7 @@ impl Backward<'_> {
         let (head_dim, padded, rows) = (heads.head_dim, heads.padded(), queries.rows());
         let (length, per_token) = (segment.positions(), queries.heads.len());
         let scale = scores.scale(*heads) * std::f32::consts::LOG2_E; // scores are powers of two
-        Scratch::with(&SCRATCH, |scratch| {
+        AlignedScratch::with(&SCRATCH, |scratch| {
             let [q, dout, dq, lse, delta, kt, vt, k, dk, dv, p, ds, slopes] = scratch.split([
                 rows * padded,
                 rows * padded,
@@ -1171,8 +1177,8 @@ impl Backward<'_> {
                         if low == high {
                             continue;
                         }
-                        let groups = low / GROUP..high.div_ceil(GROUP);
-                        let from = groups.start * GROUP;
+                        let groups = low / LANE_GROUP..high.div_ceil(LANE_GROUP);
+                        let from = groups.start * LANE_GROUP;
                         let size = (tile.len(), groups.len(), head_dim);
                         let at = (row - first) * KEYS;
                         for (left, right, to) in [(&*q, &*kt, &mut *p), (&*dout, &*vt, &mut *ds)] {
@@ -1180,12 +1186,12 @@ impl Backward<'_> {
                             let left = Left { values: left, stride: padded, transposed: false };
                             let right = Right {
                                 values: &right[from * head_dim..],
-                                row_stride: GROUP,
-                                group_stride: GROUP * head_dim,
+                                row_stride: LANE_GROUP,
+                                group_stride: LANE_GROUP * head_dim,
                             };
                             product(isa, size, left, right, &mut to[at + from..], KEYS, false);
                         }
-                        let known = from..groups.end * GROUP;
+                        let known = from..groups.end * LANE_GROUP;
                         if let Some(cap) = scores.cap {
                             let rows = p[at..].chunks_exact_mut(KEYS).take(tile.len());
                             for (p, slopes) in rows.zip(slopes.chunks_exact_mut(KEYS)) {
@@ -1196,8 +1202,8 @@ impl Backward<'_> {
                         }
                         weigh(
                             isa,
-                            Tile { rows: tile.len(), groups, limits: &limits },
-                            block.len().next_multiple_of(GROUP),
+                            ScoreTile { rows: tile.len(), groups, limits: &limits },
+                            block.len().next_multiple_of(LANE_GROUP),
                             (&mut p[at..], &mut ds[at..]),
                             (&lse[tile.clone()], &delta[tile.clone()]),
                         );
@@ -1210,7 +1216,7 @@ impl Backward<'_> {
                         let left = &ds[at + low..];
                         let left = Left { values: left, stride: KEYS, transposed: false };
                         let right = rows_of(&k[low * padded..], padded);
-                        let size = (tile.len(), padded / GROUP, high - low);
+                        let size = (tile.len(), padded / LANE_GROUP, high - low);
                         product(isa, size, left, right, &mut dq[row * padded..], padded, true);
                     }
                     for low in (0..block.len()).step_by(tile_rows(isa)) {
@@ -1220,7 +1226,7 @@ impl Backward<'_> {
                         if begin >= end {
                             continue;
                         }
-                        let size = (high - low, padded / GROUP, end - begin);
+                        let size = (high - low, padded / LANE_GROUP, end - begin);
                         let at = (begin - first) * KEYS + low;
                         for (left, right, to) in [(&*p, &*dout, &mut *dv), (&*ds, &*q, &mut *dk)] {
                             let left = Left { values: &left[at..], stride: KEYS, transposed: true };
@@ -1263,7 +1269,7 @@ impl Backward<'_> {
     /// Each row's log-sum-exp in powers of two, and `Σ dout · out`.
     fn per_row(&self, isa: Isa, dout: &[f32], lse: &mut [f32], delta: &mut [f32]) {
         let head_dim = self.heads.head_dim;
-        let out = Strided { values: self.attended.out, stride: self.heads.q_width() };
+        let out = StridedHeads { values: self.attended.out, stride: self.heads.q_width() };
         let dout = dout.chunks_exact(self.heads.padded());
         for (row, ((lse, delta), dout)) in lse.iter_mut().zip(delta).zip(dout).enumerate() {
             let (token, head) = self.queries.of(row);
@@ -1276,20 +1282,20 @@ impl Backward<'_> {
 }
 
 fn rows_of(values: &[f32], width: usize) -> Right<'_, f32> {
-    Right { values, row_stride: width, group_stride: GROUP }
+    Right { values, row_stride: width, group_stride: LANE_GROUP }
 }
 
-/// Scores become weights `p = 2^(score - lse)`, and `ds`, which holds `dp`, becomes
+/// AttentionConfig become weights `p = 2^(score - lse)`, and `ds`, which holds `dp`, becomes
 /// `p (dp - delta)`; both are 0 in all `columns` that a row does not see.
 fn weigh(
     isa: Isa,
-    tile: Tile,
+    tile: ScoreTile,
     columns: usize,
     (p, ds): (&mut [f32], &mut [f32]),
     (lse, delta): (&[f32], &[f32]),
 ) {
     let all = tile.rows * KEYS;
-    assert!(tile.groups.end * GROUP <= columns && columns <= KEYS);
+    assert!(tile.groups.end * LANE_GROUP <= columns && columns <= KEYS);
     assert!(tile.rows <= MOST_ROWS && p.len() >= all && ds.len() >= all);
     assert!(lse.len() == tile.rows && delta.len() == tile.rows);
     // SAFETY: what is touched is in bounds by the assertions.
@@ -1298,14 +1304,14 @@ fn weigh(
 
 #[inline(always)]
 unsafe fn weigh_body<S: Lanes>(
-    tile: Tile,
+    tile: ScoreTile,
     columns: usize,
     p: &mut [f32],
     ds: &mut [f32],
     lse: &[f32],
     delta: &[f32],
 ) {
-    let (start, end) = (tile.groups.start * GROUP, tile.groups.end * GROUP);
+    let (start, end) = (tile.groups.start * LANE_GROUP, tile.groups.end * LANE_GROUP);
     for row in 0..tile.rows {
         let (low, high) = tile.limits.rows[row];
         let edge = low > start || high < end;
@@ -1331,7 +1337,7 @@ unsafe fn weigh_body<S: Lanes>(
                     weight.store(p.add(column));
                     weight.mul(difference).store(ds.add(column));
                 }
-                column += GROUP;
+                column += LANE_GROUP;
             }
         }
     }
@@ -1356,16 +1362,16 @@ mod tests {
         t: &[Tensor],
         heads: Heads,
         segments: &Arc<[Segment]>,
-        scores: impl Into<Scores>,
+        scores: impl Into<AttentionConfig>,
     ) -> Result<Tensor> {
         let (segments, scores) = (segments.clone(), scores.into());
         let op = CausalAttention { isa, heads, segments, scores, lse: OnceLock::new() };
         t[0].apply_op3(&t[1], &t[2], op)
     }
 
-    /// Scores that a cap bends well, at another scale than usual.
-    fn capped(window: Option<usize>) -> Scores {
-        Scores { window, scale: Some(0.6), cap: Some(1.5) }
+    /// AttentionConfig that a cap bends well, at another scale than usual.
+    fn capped(window: Option<usize>) -> AttentionConfig {
+        AttentionConfig { window, scale: Some(0.6), cap: Some(1.5) }
     }
 
     fn rungs_here() -> impl Iterator<Item = Isa> {
@@ -1413,7 +1419,7 @@ mod tests {
         for (heads, lengths) in cases {
             let segments = rows(lengths);
             let inputs = inputs(tokens(&segments), heads);
-            let windows = [None, Some(2), Some(20), Some(70)].map(Scores::from);
+            let windows = [None, Some(2), Some(20), Some(70)].map(AttentionConfig::from);
             let capped = [None, Some(20)].map(capped);
             for scores in windows.into_iter().chain(capped) {
                 for isa in rungs_here() {
@@ -1496,15 +1502,15 @@ mod tests {
         let [q, k, v] = &parts;
         let [dq, dk, dv] = &mut grads;
         let qkv = Qkv {
-            q: Strided { values: q, stride: q_width },
-            k: Strided { values: k, stride: kv_width },
-            v: Strided { values: v, stride: kv_width },
+            q: StridedHeads { values: q, stride: q_width },
+            k: StridedHeads { values: k, stride: kv_width },
+            v: StridedHeads { values: v, stride: kv_width },
         };
         let apart = run(qkv, QkvGrad::apart((dq, q_width), (dk, kv_width), (dv, kv_width)));
 
         let mut again = parts.clone().map(|part| vec![f32::NAN; part.len()]);
         let [dq, dk, dv] = &mut again;
-        let [q, k, v] = starts.map(|start| Strided { values: &buffer[start..], stride });
+        let [q, k, v] = starts.map(|start| StridedHeads { values: &buffer[start..], stride });
         let grad = QkvGrad::apart((dq, q_width), (dk, kv_width), (dv, kv_width));
         assert_eq!(apart, run(Qkv { q, k, v }, grad));
         assert_eq!(grads, again);

@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 use candle_core::{CpuStorage, DType, Error, Layout, Result, Storage, Tensor};
 use rayon::prelude::*;
 
-use super::team;
+use super::worker_pool;
 
 /// The values of a contiguous `f32` tensor on the CPU, borrowed.
 pub struct Values<'a> {
@@ -57,14 +57,14 @@ const TINY: usize = 50_000;
 const TINY_AT_HAND: usize = 5_000;
 
 /// Runs the tasks, on several threads if their `work`, in multiply-adds, is worth it.
-pub fn each<T: Send>(tasks: Vec<T>, work: usize, run: impl Fn(T) + Sync + Send) {
-    let at_hand = team::is_led();
+pub fn par_for_each<T: Send>(tasks: Vec<T>, work: usize, run: impl Fn(T) + Sync + Send) {
+    let at_hand = worker_pool::in_worker_pool();
     if tasks.len() < 2 || work <= if at_hand { TINY_AT_HAND } else { TINY } {
         tasks.into_iter().for_each(run);
     } else if at_hand {
         let tasks: Vec<_> = tasks.into_iter().map(|task| Mutex::new(Some(task))).collect();
         let take = |i: usize| tasks[i].lock().unwrap_or_else(PoisonError::into_inner).take();
-        team::run(tasks.len(), &|i| run(take(i).expect("every task is run once")));
+        worker_pool::run(tasks.len(), &|i| run(take(i).expect("every task is run once")));
     } else {
         tasks.into_par_iter().for_each(run);
     }
@@ -85,17 +85,17 @@ pub fn prefetch(address: *const u8) {
 
 /// Somewhere several threads write to, each to elements of its own.
 #[derive(Clone, Copy)]
-pub struct Target {
+pub struct SharedMutPtr {
     start: *mut f32,
     len: usize,
 }
 
-// SAFETY: a `Target` is only a pointer; whoever writes through it promises disjoint elements.
-unsafe impl Send for Target {}
+// SAFETY: a `SharedMutPtr` is only a pointer; whoever writes through it promises disjoint elements.
+unsafe impl Send for SharedMutPtr {}
 // SAFETY: as above.
-unsafe impl Sync for Target {}
+unsafe impl Sync for SharedMutPtr {}
 
-impl Target {
+impl SharedMutPtr {
     pub fn new(values: &mut [f32]) -> Self {
         Self { start: values.as_mut_ptr(), len: values.len() }
     }

@@ -18,14 +18,14 @@ use crate::quant::{BlockType, FrozenMatrix};
 /// A frozen `(rows, cols)` matrix on a device, its rows in their logical order.
 #[derive(Debug)]
 pub struct DeviceMatrix {
-    kept: Kept,
+    kept: DeviceStorage,
     /// Rows behind those, F32.
     more: Option<Tensor>,
     cols: usize,
 }
 
 #[derive(Debug)]
-enum Kept {
+enum DeviceStorage {
     /// As they are quantized.
     Blocks(QTensor),
     /// F32, F16 or BF16.
@@ -40,20 +40,20 @@ impl DeviceMatrix {
             let bytes = weight.bytes_in_order();
             Tensor::from_raw_buffer(&bytes, dtype, &[weight.own_rows(), weight.cols()], device)
         };
-        let kept = match kept_as(weight.block_type()) {
-            As::Values(dtype) => Kept::Values(values(dtype)?),
-            As::Blocks(dtype) => {
+        let kept = match upload_as(weight.block_type()) {
+            UploadAs::Values(dtype) => DeviceStorage::Values(values(dtype)?),
+            UploadAs::Blocks(dtype) => {
                 let mut bytes = weight.bytes_in_order();
                 // candle looks at blocks as they are declared: at an even address.
                 if !bytes.as_ptr().addr().is_multiple_of(align_of::<u16>()) {
                     bytes = bytes.into_owned().into();
                 }
                 let storage = QStorage::from_data(bytes, device, dtype)?;
-                Kept::Blocks(QTensor::new(storage, shape)?)
+                DeviceStorage::Blocks(QTensor::new(storage, shape)?)
             }
-            As::Dequantized => {
+            UploadAs::Dequantized => {
                 let own = dequantize(weight, device)?;
-                Kept::Values(own.narrow(0, 0, weight.own_rows())?)
+                DeviceStorage::Values(own.narrow(0, 0, weight.own_rows())?)
             }
         };
         let more = weight.more_rows().map(|more| dequantize(more, device)).transpose()?;
@@ -69,14 +69,14 @@ impl DeviceMatrix {
         let x = x.reshape(((), self.cols))?; // (m, in)
         let y = x.detach().matmul(&self.values()?.t()?)?; // (m, out)
         *dims.last_mut().expect("x has a last dimension") = y.dim(1)?;
-        x.apply_op2(&y, Graft(self.clone()))?.reshape(dims)
+        x.apply_op2(&y, DeviceLinear(self.clone()))?.reshape(dims)
     }
 
     /// All of it, `(out, in)` F32.
     fn values(&self) -> Result<Tensor> {
         let own = match &self.kept {
-            Kept::Blocks(blocks) => blocks.dequantize(&blocks.device())?,
-            Kept::Values(values) => values.to_dtype(DType::F32)?,
+            DeviceStorage::Blocks(blocks) => blocks.dequantize(&blocks.device())?,
+            DeviceStorage::Values(values) => values.to_dtype(DType::F32)?,
         };
         match &self.more {
             Some(more) => Tensor::cat(&[&own, more], 0),
@@ -86,43 +86,43 @@ impl DeviceMatrix {
 }
 
 /// How a device keeps a block type.
-enum As {
+enum UploadAs {
     Values(DType),
     Blocks(GgmlDType),
     Dequantized,
 }
 
-fn kept_as(block_type: BlockType) -> As {
+fn upload_as(block_type: BlockType) -> UploadAs {
     match block_type {
-        BlockType::F32 => As::Values(DType::F32),
-        BlockType::F16 => As::Values(DType::F16),
-        BlockType::BF16 => As::Values(DType::BF16),
-        BlockType::Q4_0 => As::Blocks(GgmlDType::Q4_0),
-        BlockType::Q4_1 => As::Blocks(GgmlDType::Q4_1),
-        BlockType::Q5_0 => As::Blocks(GgmlDType::Q5_0),
-        BlockType::Q5_1 => As::Blocks(GgmlDType::Q5_1),
-        BlockType::Q8_0 => As::Blocks(GgmlDType::Q8_0),
-        BlockType::Q2_K => As::Blocks(GgmlDType::Q2K),
-        BlockType::Q3_K => As::Blocks(GgmlDType::Q3K),
-        BlockType::Q4_K => As::Blocks(GgmlDType::Q4K),
-        BlockType::Q5_K => As::Blocks(GgmlDType::Q5K),
-        BlockType::Q6_K => As::Blocks(GgmlDType::Q6K),
-        BlockType::IQ4_NL | BlockType::IQ4_XS | BlockType::MXFP4 => As::Dequantized,
+        BlockType::F32 => UploadAs::Values(DType::F32),
+        BlockType::F16 => UploadAs::Values(DType::F16),
+        BlockType::BF16 => UploadAs::Values(DType::BF16),
+        BlockType::Q4_0 => UploadAs::Blocks(GgmlDType::Q4_0),
+        BlockType::Q4_1 => UploadAs::Blocks(GgmlDType::Q4_1),
+        BlockType::Q5_0 => UploadAs::Blocks(GgmlDType::Q5_0),
+        BlockType::Q5_1 => UploadAs::Blocks(GgmlDType::Q5_1),
+        BlockType::Q8_0 => UploadAs::Blocks(GgmlDType::Q8_0),
+        BlockType::Q2_K => UploadAs::Blocks(GgmlDType::Q2K),
+        BlockType::Q3_K => UploadAs::Blocks(GgmlDType::Q3K),
+        BlockType::Q4_K => UploadAs::Blocks(GgmlDType::Q4K),
+        BlockType::Q5_K => UploadAs::Blocks(GgmlDType::Q5K),
+        BlockType::Q6_K => UploadAs::Blocks(GgmlDType::Q6K),
+        BlockType::IQ4_NL | BlockType::IQ4_XS | BlockType::MXFP4 => UploadAs::Dequantized,
     }
 }
 
 /// Puts `y`, computed off the tape, behind `x` on it. candle's own product would keep the
 /// dequantized weight for the way back and compute a gradient to it.
-struct Graft(Arc<DeviceMatrix>);
+struct DeviceLinear(Arc<DeviceMatrix>);
 
-impl Graft {
+impl DeviceLinear {
     /// `y` again: a tensor of its own, whole and contiguous.
     fn copy<S: BackendStorage>(y: &S, layout: &Layout) -> Result<(S, Shape)> {
         Ok((y.try_clone(layout)?, layout.shape().clone()))
     }
 }
 
-impl CustomOp2 for Graft {
+impl CustomOp2 for DeviceLinear {
     fn name(&self) -> &'static str {
         "device_linear"
     }
@@ -185,8 +185,8 @@ mod tests {
             let w = FrozenMatrix::new(bytes, block_type, rows, cols).unwrap();
             let w = Arc::new(w.with_order(order).unwrap());
             let uploaded = Arc::new(DeviceMatrix::upload(&w, &Device::Cpu).unwrap());
-            let blocks = matches!(uploaded.kept, Kept::Blocks(_));
-            assert_eq!(blocks, matches!(kept_as(block_type), As::Blocks(_)));
+            let blocks = matches!(uploaded.kept, DeviceStorage::Blocks(_));
+            assert_eq!(blocks, matches!(upload_as(block_type), UploadAs::Blocks(_)));
             parity(
                 &[normal(1, shape)],
                 |x| uploaded.linear(&x[0]),

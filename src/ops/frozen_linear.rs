@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor};
 
 use super::cpu::{Values, values};
-use super::gemm::{Begin, Out, PackedRows, Panel, Product, Strided, Term, Weights, multiply};
+use super::gemm::{Init, Out, PackedRows, PanelType, Product, Strided, Term, Weights, multiply};
 use super::{Compute, row_dot};
 use crate::isa::Isa;
 use crate::quant::FrozenMatrix;
@@ -34,8 +34,8 @@ pub fn few_rows(x: &Tensor, weight: &Arc<FrozenMatrix>, compute: Compute) -> Res
     let x = x.contiguous()?;
     let mut y = vec![0f32; rows * weight.rows()];
     match panel {
-        Panel::F32 => row_dot::f32(Isa::current(), &Values::of(&x)?, weight, &mut y),
-        Panel::Int16 | Panel::Int8 => {
+        PanelType::F32 => row_dot::f32(Isa::current(), &Values::of(&x)?, weight, &mut y),
+        PanelType::Int16 | PanelType::Int8 => {
             row_dot::int16(Isa::current(), &Values::of(&x)?, weight, &mut y);
         }
     }
@@ -80,8 +80,8 @@ pub fn read_rows(weight: &FrozenMatrix, rows: &[u32], out: &mut Vec<f32>) -> Res
 
 struct FrozenLinear {
     weight: Arc<FrozenMatrix>,
-    forward: Panel,
-    backward: Panel,
+    forward: PanelType,
+    backward: PanelType,
 }
 
 impl CustomOp1 for FrozenLinear {
@@ -113,7 +113,7 @@ impl CustomOp1 for FrozenLinear {
 
 /// `y (m, out) = x (m, in) · Wᵀ`.
 pub(super) fn matmul_transposed(
-    panel: Panel,
+    panel: PanelType,
     x: &[f32],
     weight: &FrozenMatrix,
     y: &mut [f32],
@@ -124,7 +124,7 @@ pub(super) fn matmul_transposed(
 
 /// `dx (m, in) = dy (m, out) · W`.
 pub(super) fn matmul(
-    panel: Panel,
+    panel: PanelType,
     dy: &[f32],
     weight: &FrozenMatrix,
     dx: &mut [f32],
@@ -134,7 +134,7 @@ pub(super) fn matmul(
 }
 
 fn product(
-    panel: Panel,
+    panel: PanelType,
     (x, depth): (&[f32], usize),
     weight: &FrozenMatrix,
     transposed: bool,
@@ -144,7 +144,7 @@ fn product(
     let isa = Isa::current();
     packed.pack(isa, panel, Strided { values: x, stride: depth }, x.len() / depth, depth);
     let terms = vec![Term { x: packed, weights: Weights::Frozen(weight), transposed }];
-    let product = Product { terms, begin: Begin::Zero, out: Out::new(y, width) };
+    let product = Product { terms, init: Init::Zero, out: Out::new(y, width) };
     multiply(isa, &mut [product]);
 }
 

@@ -1,7 +1,7 @@
 //! Sixteen `f32` at a time in whatever registers a rung has, and the one small matrix product that
 //! attention is made of.
 //!
-//! A kernel is written once over [`Lanes`] and compiled per rung by [`rungs!`]. Everything a kernel
+//! A kernel is written once over [`Lanes`] and compiled per rung by [`isa_levels!`]. Everything a kernel
 //! calls is `#[inline(always)]`, and no closure has to do with registers, so that it is compiled with the
 //! rung's instructions.
 
@@ -15,7 +15,7 @@ use half::f16;
 use crate::isa::Isa;
 
 /// Columns of a group: the matrices a kernel reads are padded to whole groups.
-pub const GROUP: usize = 16;
+pub const LANE_GROUP: usize = 16;
 
 /// Sixteen `f32`.
 ///
@@ -52,10 +52,10 @@ pub trait Lanes: Copy {
     /// The sum of all lanes.
     #[inline(always)]
     unsafe fn sum(self) -> f32 {
-        let mut lanes = [0f32; GROUP];
+        let mut lanes = [0f32; LANE_GROUP];
         // SAFETY: the caller's; there are sixteen.
         unsafe { self.store(lanes.as_mut_ptr()) };
-        let mut width = GROUP / 2;
+        let mut width = LANE_GROUP / 2;
         while width > 0 {
             for i in 0..width {
                 lanes[i] += lanes[i + width];
@@ -123,7 +123,7 @@ impl Element for i8 {
 
 /// Plain Rust: four times four, as SSE2 and NEON have them.
 #[derive(Clone, Copy)]
-pub struct Plain([[f32; 4]; 4]);
+pub struct LanesPlain([[f32; 4]; 4]);
 
 /// `[a, b][i][j]` for all lanes.
 macro_rules! each_lane {
@@ -134,11 +134,11 @@ macro_rules! each_lane {
                 lanes[$i][$j] = $value;
             }
         }
-        Plain(lanes)
+        LanesPlain(lanes)
     }};
 }
 
-impl Lanes for Plain {
+impl Lanes for LanesPlain {
     // NEON has twice the registers of SSE2.
     const ROWS: usize = if cfg!(target_arch = "aarch64") { 4 } else { 2 };
     const GROUPS: usize = 1;
@@ -241,7 +241,7 @@ fn f32_of(x: f16) -> f32 {
 }
 
 #[cfg(target_arch = "x86_64")]
-pub use x86::{Avx2, Avx512};
+pub use x86::{LanesAvx2, LanesAvx512};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
@@ -251,15 +251,15 @@ mod x86 {
 
     /// Two registers of eight.
     #[derive(Clone, Copy)]
-    pub struct Avx2(__m256, __m256);
+    pub struct LanesAvx2(__m256, __m256);
 
     /// One register of sixteen.
     #[derive(Clone, Copy)]
-    pub struct Avx512(__m512);
+    pub struct LanesAvx512(__m512);
 
     // SAFETY of all that follows: the caller's, as the trait says.
     #[allow(clippy::undocumented_unsafe_blocks)]
-    impl Lanes for Avx2 {
+    impl Lanes for LanesAvx2 {
         const ROWS: usize = 6;
         const GROUPS: usize = 1;
 
@@ -375,7 +375,7 @@ mod x86 {
     }
 
     #[allow(clippy::undocumented_unsafe_blocks)]
-    impl Lanes for Avx512 {
+    impl Lanes for LanesAvx512 {
         const ROWS: usize = 8;
         const GROUPS: usize = 2;
 
@@ -448,28 +448,28 @@ mod x86 {
 /// `unsafe fn name(isa, arguments)` that runs `body::<Lanes of the rung>(arguments)`.
 ///
 /// The CPU must have the rung; what else the caller owes, `body` says.
-macro_rules! rungs {
+macro_rules! isa_levels {
     ($($(#[$meta:meta])* $vis:vis unsafe fn $name:ident $(<$g:ident: $bound:path>)? ($($arg:ident: $ty:ty),* $(,)?) = $body:ident;)*) => {$(
         $(#[$meta])*
         $vis unsafe fn $name $(<$g: $bound>)? (isa: $crate::isa::Isa, $($arg: $ty),*) {
             #[cfg(target_arch = "x86_64")]
             {
                 use $crate::isa::Isa;
-                use $crate::ops::lanes::{Avx2, Avx512, Plain};
+                use $crate::ops::lanes::{LanesAvx2, LanesAvx512, LanesPlain};
                 #[target_feature(enable = "avx2,fma,f16c")]
                 unsafe fn avx2 $(<$g: $bound>)? ($($arg: $ty),*) {
                     // SAFETY: the caller's.
-                    unsafe { $body::<Avx2 $(, $g)?>($($arg),*) }
+                    unsafe { $body::<LanesAvx2 $(, $g)?>($($arg),*) }
                 }
                 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
                 unsafe fn avx512 $(<$g: $bound>)? ($($arg: $ty),*) {
                     // SAFETY: the caller's.
-                    unsafe { $body::<Avx512 $(, $g)?>($($arg),*) }
+                    unsafe { $body::<LanesAvx512 $(, $g)?>($($arg),*) }
                 }
                 // SAFETY: a rung is only ever chosen if the CPU has it; the rest is the caller's.
                 unsafe {
                     match isa {
-                        Isa::Scalar => $body::<Plain $(, $g)?>($($arg),*),
+                        Isa::Scalar => $body::<LanesPlain $(, $g)?>($($arg),*),
                         Isa::Avx2 | Isa::AvxVnni => avx2 $(::<$g>)? ($($arg),*),
                         Isa::Avx512Vnni => avx512 $(::<$g>)? ($($arg),*),
                     }
@@ -479,25 +479,25 @@ macro_rules! rungs {
             {
                 let _ = isa;
                 // SAFETY: the caller's.
-                unsafe { $body::<$crate::ops::lanes::Plain $(, $g)?>($($arg),*) }
+                unsafe { $body::<$crate::ops::lanes::LanesPlain $(, $g)?>($($arg),*) }
             }
         }
     )*};
 }
-pub(crate) use rungs;
+pub(crate) use isa_levels;
 
 /// Rows of a product's tile on a rung: work comes best in multiples of them.
 pub fn tile_rows(isa: Isa) -> usize {
     #[cfg(target_arch = "x86_64")]
     match isa {
-        Isa::Scalar => Plain::ROWS,
-        Isa::Avx2 | Isa::AvxVnni => Avx2::ROWS,
-        Isa::Avx512Vnni => Avx512::ROWS,
+        Isa::Scalar => LanesPlain::ROWS,
+        Isa::Avx2 | Isa::AvxVnni => LanesAvx2::ROWS,
+        Isa::Avx512Vnni => LanesAvx512::ROWS,
     }
     #[cfg(not(target_arch = "x86_64"))]
     {
         let _ = isa;
-        Plain::ROWS
+        LanesPlain::ROWS
     }
 }
 
@@ -541,10 +541,10 @@ pub fn product<B: Element>(
         let (outer, inner) = if a.transposed { (depth, rows) } else { (rows, depth) };
         assert!((outer - 1) * a.stride + inner <= a.values.len());
         let last = (groups - 1) * b.group_stride + (depth - 1) * b.row_stride;
-        assert!(last + GROUP <= b.values.len());
+        assert!(last + LANE_GROUP <= b.values.len());
     }
-    assert!((rows - 1) * stride + groups * GROUP <= c.len());
-    let product = Product {
+    assert!((rows - 1) * stride + groups * LANE_GROUP <= c.len());
+    let product = TileProduct {
         size: (rows, groups, depth),
         a: (a.values.as_ptr(), a.stride),
         b: (b.values.as_ptr(), b.row_stride, b.group_stride),
@@ -563,7 +563,7 @@ pub fn product<B: Element>(
 
 /// A product with its bounds checked.
 #[derive(Clone, Copy)]
-struct Product<B> {
+struct TileProduct<B> {
     size: (usize, usize, usize),
     a: (*const f32, usize),
     b: (*const B, usize, usize),
@@ -571,25 +571,25 @@ struct Product<B> {
     accumulate: bool,
 }
 
-rungs! {
-    unsafe fn product_row_major<B: Element>(product: Product<B>) = row_major;
-    unsafe fn product_transposed<B: Element>(product: Product<B>) = transposed;
+isa_levels! {
+    unsafe fn product_row_major<B: Element>(product: TileProduct<B>) = row_major;
+    unsafe fn product_transposed<B: Element>(product: TileProduct<B>) = transposed;
 }
 
 #[inline(always)]
-unsafe fn row_major<S: Lanes, B: Element>(product: Product<B>) {
+unsafe fn row_major<S: Lanes, B: Element>(product: TileProduct<B>) {
     // SAFETY: the caller's.
     unsafe { tiles::<S, B, false>(product) }
 }
 
 #[inline(always)]
-unsafe fn transposed<S: Lanes, B: Element>(product: Product<B>) {
+unsafe fn transposed<S: Lanes, B: Element>(product: TileProduct<B>) {
     // SAFETY: the caller's.
     unsafe { tiles::<S, B, true>(product) }
 }
 
 #[inline(always)]
-unsafe fn tiles<S: Lanes, B: Element, const T: bool>(product: Product<B>) {
+unsafe fn tiles<S: Lanes, B: Element, const T: bool>(product: TileProduct<B>) {
     let (rows, groups, _) = product.size;
     let mut row = 0;
     while row < rows {
@@ -637,7 +637,7 @@ unsafe fn tiles<S: Lanes, B: Element, const T: bool>(product: Product<B>) {
 /// `M` rows and `G` groups of columns, held in registers over the whole depth.
 #[inline(always)]
 unsafe fn tile<S: Lanes, B: Element, const M: usize, const G: usize, const T: bool>(
-    product: Product<B>,
+    product: TileProduct<B>,
     row: usize,
     group: usize,
 ) {
@@ -666,7 +666,7 @@ unsafe fn tile<S: Lanes, B: Element, const M: usize, const G: usize, const T: bo
         }
         for m in 0..M {
             for g in 0..G {
-                let to = c.add((row + m) * stride + (group + g) * GROUP);
+                let to = c.add((row + m) * stride + (group + g) * LANE_GROUP);
                 let sum = sums[m][g];
                 if product.accumulate { S::load(to).add(sum).store(to) } else { sum.store(to) }
             }
@@ -677,7 +677,7 @@ unsafe fn tile<S: Lanes, B: Element, const M: usize, const G: usize, const T: bo
 /// Copies up to 16 rows of `width` values, `stride` apart, as columns of a panel `(width, 16)`;
 /// columns without a row become 0.
 pub fn panel(rows: &[f32], stride: usize, count: usize, width: usize, to: &mut [f32]) {
-    assert!(count <= GROUP && to.len() >= width * GROUP);
+    assert!(count <= LANE_GROUP && to.len() >= width * LANE_GROUP);
     assert!(count == 0 || (count - 1) * stride + width <= rows.len());
     #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut))]
     let mut row = 0;
@@ -696,28 +696,28 @@ pub fn panel(rows: &[f32], stride: usize, count: usize, width: usize, to: &mut [
                 let d = _mm_loadu_ps(from.add(3 * stride));
                 let (ab, cd) = (_mm_unpacklo_ps(a, b), _mm_unpacklo_ps(c, d));
                 let (ab_high, cd_high) = (_mm_unpackhi_ps(a, b), _mm_unpackhi_ps(c, d));
-                let to = to.as_mut_ptr().add(column * GROUP + row);
+                let to = to.as_mut_ptr().add(column * LANE_GROUP + row);
                 _mm_storeu_ps(to, _mm_movelh_ps(ab, cd));
-                _mm_storeu_ps(to.add(GROUP), _mm_movehl_ps(cd, ab));
-                _mm_storeu_ps(to.add(2 * GROUP), _mm_movelh_ps(ab_high, cd_high));
-                _mm_storeu_ps(to.add(3 * GROUP), _mm_movehl_ps(cd_high, ab_high));
+                _mm_storeu_ps(to.add(LANE_GROUP), _mm_movehl_ps(cd, ab));
+                _mm_storeu_ps(to.add(2 * LANE_GROUP), _mm_movelh_ps(ab_high, cd_high));
+                _mm_storeu_ps(to.add(3 * LANE_GROUP), _mm_movehl_ps(cd_high, ab_high));
             }
             column += 4;
         }
         for column in column..width {
             for row in row..row + 4 {
-                to[column * GROUP + row] = rows[row * stride + column];
+                to[column * LANE_GROUP + row] = rows[row * stride + column];
             }
         }
         row += 4;
     }
     for row in row..count {
         for (column, x) in rows[row * stride..][..width].iter().enumerate() {
-            to[column * GROUP + row] = *x;
+            to[column * LANE_GROUP + row] = *x;
         }
     }
-    if count < GROUP {
-        for columns in to[..width * GROUP].chunks_exact_mut(GROUP) {
+    if count < LANE_GROUP {
+        for columns in to[..width * LANE_GROUP].chunks_exact_mut(LANE_GROUP) {
             columns[count..].fill(0.0);
         }
     }
@@ -726,15 +726,15 @@ pub fn panel(rows: &[f32], stride: usize, count: usize, width: usize, to: &mut [
 /// A cache line of `f32`: scratch made of them is aligned for the widest loads.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-pub struct Line([f32; GROUP]);
+pub struct CacheLine([f32; LANE_GROUP]);
 
 /// A thread's scratch, kept between calls. It holds whatever was left in it.
 #[derive(Default)]
-pub struct Scratch {
-    lines: Vec<Line>,
+pub struct AlignedScratch {
+    lines: Vec<CacheLine>,
 }
 
-impl Scratch {
+impl AlignedScratch {
     /// Nothing yet.
     pub const fn new() -> Self {
         Self { lines: Vec::new() }
@@ -751,10 +751,10 @@ impl Scratch {
 
     /// Slices of the given lengths, each on a cache line of its own.
     pub fn split<const N: usize>(&mut self, lengths: [usize; N]) -> [&mut [f32]; N] {
-        let lines = lengths.map(|length| length.div_ceil(GROUP));
+        let lines = lengths.map(|length| length.div_ceil(LANE_GROUP));
         let total = lines.iter().sum();
         if self.lines.len() < total {
-            self.lines.resize(total, Line([0.0; GROUP]));
+            self.lines.resize(total, CacheLine([0.0; LANE_GROUP]));
         }
         let mut rest = &mut self.lines[..];
         let mut next = lines.iter().zip(lengths);
@@ -788,7 +788,7 @@ mod tests {
         for isa in rungs_here() {
             for (rows, groups, depth) in [(1, 1, 0), (3, 1, 5), (8, 2, 17), (13, 3, 64), (23, 5, 9)]
             {
-                let (a, width) = (normal(1, rows * depth), groups * GROUP);
+                let (a, width) = (normal(1, rows * depth), groups * LANE_GROUP);
                 let (b, before) = (normal(2, depth * width), normal(3, rows * width));
                 let b_f16: Vec<f16> = b.iter().map(|&x| f16::from_f32(x)).collect();
                 let b_i8: Vec<i8> = b.iter().map(|x| (x * 40.0) as i8).collect();
@@ -829,24 +829,24 @@ mod tests {
     }
 
     fn rows_of<B>(values: &[B], width: usize) -> Right<'_, B> {
-        Right { values, row_stride: width, group_stride: GROUP }
+        Right { values, row_stride: width, group_stride: LANE_GROUP }
     }
 
     #[test]
     fn panels_are_transposed_and_padded() {
         for (count, width, stride) in [(16, 8, 9), (5, 7, 7), (0, 3, 3), (13, 64, 70)] {
             let rows = normal(4, count * stride);
-            let mut to = vec![f32::NAN; width * GROUP];
+            let mut to = vec![f32::NAN; width * LANE_GROUP];
             panel(&rows, stride, count, width, &mut to);
             for (i, x) in to.iter().enumerate() {
-                let (column, row) = (i / GROUP, i % GROUP);
+                let (column, row) = (i / LANE_GROUP, i % LANE_GROUP);
                 let expected = if row < count { rows[row * stride + column] } else { 0.0 };
                 assert_eq!(*x, expected);
             }
         }
     }
 
-    rungs! {
+    isa_levels! {
         unsafe fn exp2_of(x: *mut f32) = exp2_body;
     }
 
@@ -861,14 +861,14 @@ mod tests {
         for isa in rungs_here() {
             for i in -12600..12690 {
                 let x = i as f32 / 100.0;
-                let mut y = [x; GROUP];
+                let mut y = [x; LANE_GROUP];
                 // SAFETY: sixteen values, and the CPU has the rung.
                 unsafe { exp2_of(isa, y.as_mut_ptr()) };
                 let exact = f64::from(x).exp2();
                 let error = (f64::from(y[5]) - exact).abs() / exact;
                 assert!(error < 2.5e-7, "{isa:?}: 2^{x} is off by {error:e}");
             }
-            let mut edges = [0.0; GROUP];
+            let mut edges = [0.0; LANE_GROUP];
             edges[..3].copy_from_slice(&[f32::NEG_INFINITY, -127.0, f32::NAN]);
             // SAFETY: as above.
             unsafe { exp2_of(isa, edges.as_mut_ptr()) };

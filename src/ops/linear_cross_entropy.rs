@@ -10,8 +10,8 @@ use rayon::prelude::*;
 use super::Compute;
 use super::cpu::{Values, exp, tanh, values};
 use super::frozen_linear::{matmul, matmul_transposed};
-use super::gemm::{Begin, Out, PackedRows, Panel, Product, Strided, Term, Weights, multiply};
-use crate::isa::{Isa, versions};
+use super::gemm::{Init, Out, PackedRows, PanelType, Product, Strided, Term, Weights, multiply};
+use crate::isa::{Isa, multiversion};
 use crate::quant::FrozenMatrix;
 
 /// Logits held at a time, in values: 32 MB. Each chunk packs the head anew, so that smaller ones
@@ -98,7 +98,7 @@ pub(crate) fn check_targets(targets: &[u32], head: &FrozenMatrix) -> Result<()> 
 /// Logits of a chunk and their panels: kept by the calling thread for its next call, as fresh
 /// pages for them would cost every step.
 #[derive(Default)]
-struct Scratch {
+struct LogitScratch {
     logits: Vec<f32>,
     /// How steep the cap is at each logit, if there is one.
     slopes: Vec<f32>,
@@ -107,7 +107,7 @@ struct Scratch {
     logps: Vec<f32>,
 }
 
-thread_local!(static SCRATCH: Cell<Scratch> = Cell::default());
+thread_local!(static SCRATCH: Cell<LogitScratch> = Cell::default());
 
 /// Rows whose logits are held at a time.
 pub(crate) fn chunk_rows(rows: usize, vocabulary: usize) -> usize {
@@ -118,8 +118,8 @@ pub(crate) fn chunk_rows(rows: usize, vocabulary: usize) -> usize {
 pub fn working_bytes(rows: usize, vocabulary: usize, compute: Compute) -> usize {
     let logits = chunk_rows(rows, vocabulary) * vocabulary * size_of::<f32>();
     let panels = match compute.backward_panel() {
-        Some(Panel::Int16 | Panel::Int8) => logits / 2,
-        Some(Panel::F32) | None => logits,
+        Some(PanelType::Int16 | PanelType::Int8) => logits / 2,
+        Some(PanelType::F32) | None => logits,
     };
     logits + panels
 }
@@ -130,20 +130,20 @@ pub struct Distributions<'a> {
     /// Their entropies, in nats.
     pub entropies: &'a [f32],
     /// Whether no token is likelier than the target.
-    pub likeliest: &'a [bool],
+    pub is_argmax: &'a [bool],
 }
 
 /// What is read of M distributions and a target in each.
-pub(crate) struct Found<'a> {
+pub(crate) struct TargetStatsMut<'a> {
     /// The targets' log-probabilities, in nats.
     pub logps: &'a mut [f32],
     /// The distributions' entropies, in nats.
     pub entropies: &'a mut [f32],
     /// Whether no token is likelier than the target.
-    pub likeliest: &'a mut [bool],
+    pub is_argmax: &'a mut [bool],
 }
 
-impl Found<'_> {
+impl TargetStatsMut<'_> {
     /// Takes in what logits of some rows say of their targets; they become what [`score`] makes of
     /// them.
     pub fn take(
@@ -156,11 +156,11 @@ impl Found<'_> {
     ) {
         let rows = first..first + targets.len();
         let found = self.logps[rows.clone()].par_iter_mut().zip(&mut self.entropies[rows.clone()]);
-        let found = found.zip(&mut self.likeliest[rows]).zip(targets);
+        let found = found.zip(&mut self.is_argmax[rows]).zip(targets);
         let per_row = logits.par_chunks_exact_mut(logits.len() / targets.len().max(1));
-        per_row.zip(found).for_each(|(logits, (((logp, entropy), likeliest), &target))| {
+        per_row.zip(found).for_each(|(logits, (((logp, entropy), is_argmax), &target))| {
             let scored = score(isa, logits, target as usize, factor);
-            (*logp, *entropy, *likeliest) = (scored.logp, scored.entropy, scored.likeliest);
+            (*logp, *entropy, *is_argmax) = (scored.logp, scored.entropy, scored.is_argmax);
         });
     }
 }
@@ -168,18 +168,18 @@ impl Found<'_> {
 /// What there is to find of `targets (M)` from hidden states `x (M, H)`, and, if there is room for it,
 /// the log-probs' `gradient (M, H)` to `x`. `panels` are those of the way up and of the way back.
 pub(crate) fn forward(
-    panels: (Panel, Panel),
+    panels: (PanelType, PanelType),
     x: &[f32],
     head: &FrozenMatrix,
     targets: &[u32],
     cap: Option<LogitSoftcap>,
-    mut found: Found,
+    mut found: TargetStatsMut,
     mut gradient: Option<&mut [f32]>,
 ) {
     let (vocabulary, width) = (head.rows(), head.cols());
     let chunk = chunk_rows(targets.len(), vocabulary);
     let (isa, with_gradient) = (Isa::current(), gradient.is_some());
-    let Scratch { mut logits, mut slopes, mut packed, turned, logps: kept } = SCRATCH.take();
+    let LogitScratch { mut logits, mut slopes, mut packed, turned, logps: kept } = SCRATCH.take();
     logits.resize((chunk * vocabulary).max(logits.len()), 0.0);
     for (i, targets) in targets.chunks(chunk).enumerate() {
         let first = i * chunk;
@@ -200,7 +200,7 @@ pub(crate) fn forward(
             matmul(panels.1, logits, head, &mut gradient[rows], &mut packed);
         }
     }
-    SCRATCH.set(Scratch { logits, slopes, packed, turned, logps: kept });
+    SCRATCH.set(LogitScratch { logits, slopes, packed, turned, logps: kept });
 }
 
 /// Where the gradients of [`learn`] go.
@@ -216,7 +216,7 @@ pub(crate) struct LearnGrad<'a> {
 ///
 /// Shapes: `x (M, H)`, `head (V, H)`, `targets` M token ids, each of them a row of the head.
 pub(crate) fn learn(
-    panels: (Panel, Panel),
+    panels: (PanelType, PanelType),
     x: &[f32],
     head: &[f32],
     targets: &[u32],
@@ -231,7 +231,7 @@ pub(crate) fn learn(
     let chunk = chunk_rows(targets.len(), vocabulary);
     let (isa, (forward, backward)) = (Isa::current(), panels);
     let dense = |values| Weights::Dense { values, cols: width, scale: 1.0 };
-    let Scratch { mut logits, slopes, mut packed, mut turned, mut logps } = SCRATCH.take();
+    let LogitScratch { mut logits, slopes, mut packed, mut turned, mut logps } = SCRATCH.take();
     logits.resize((chunk * vocabulary).max(logits.len()), 0.0);
     logps.resize(chunk.max(logps.len()), 0.0);
     let mut loss = 0.0;
@@ -242,7 +242,7 @@ pub(crate) fn learn(
         packed.pack(isa, forward, Strided { values: x, stride: width }, rows, width);
         let terms = vec![Term { x: &packed, weights: dense(head), transposed: true }];
         let out = Out::new(logits, vocabulary);
-        multiply(isa, &mut [Product { terms, begin: Begin::Zero, out }]);
+        multiply(isa, &mut [Product { terms, init: Init::Zero, out }]);
         let per_row = logits.par_chunks_exact_mut(vocabulary).zip(&mut logps).zip(targets);
         per_row.for_each(|((logits, logp), &target)| {
             *logp = score(isa, logits, target as usize, Some(-scale)).logp;
@@ -254,17 +254,17 @@ pub(crate) fn learn(
         turned.pack_turned(isa, backward, dlogits, vocabulary, rows);
         let to_x = Product {
             terms: vec![Term { x: &packed, weights: dense(head), transposed: false }],
-            begin: Begin::Zero,
+            init: Init::Zero,
             out: Out::new(dx, width),
         };
         let to_head = Product {
             terms: vec![Term { x: &turned, weights: dense(x), transposed: false }],
-            begin: Begin::Add,
+            init: Init::Add,
             out: Out::new(grad.head, width),
         };
         multiply(isa, &mut [to_x, to_head]);
     }
-    SCRATCH.set(Scratch { logits, slopes, packed, turned, logps });
+    SCRATCH.set(LogitScratch { logits, slopes, packed, turned, logps });
     loss
 }
 
@@ -273,7 +273,7 @@ struct LinearLogProbs {
     targets: Vec<u32>,
     cap: Option<LogitSoftcap>,
     /// Forward and backward.
-    panels: (Panel, Panel),
+    panels: (PanelType, PanelType),
     with_gradient: bool,
     /// `d logp / d x`, `(M, H)`, left by the forward pass.
     gradient: OnceLock<Vec<f32>>,
@@ -291,9 +291,12 @@ impl CustomOp1 for LinearLogProbs {
         let to = self.with_gradient.then_some(&mut gradient[..]);
         let mut entropies = vec![0f32; self.targets.len()];
         let (head, targets) = (&self.head, &self.targets);
-        let mut likeliest = vec![false; targets.len()];
-        let found =
-            Found { logps: &mut logps, entropies: &mut entropies, likeliest: &mut likeliest };
+        let mut is_argmax = vec![false; targets.len()];
+        let found = TargetStatsMut {
+            logps: &mut logps,
+            entropies: &mut entropies,
+            is_argmax: &mut is_argmax,
+        };
         forward(self.panels, x, head, targets, self.cap, found, to);
         // A tape runs an op's forward once; were it run again, the values would be the same.
         let _ = self.gradient.set(gradient);
@@ -311,16 +314,16 @@ impl CustomOp1 for LinearLogProbs {
 }
 
 /// What logits say of a target.
-pub(crate) struct Scored {
+pub(crate) struct TargetStats {
     /// Its log-probability, in nats.
     pub logp: f32,
     /// The entropy of all, in nats.
     pub entropy: f32,
     /// Whether none is likelier.
-    pub likeliest: bool,
+    pub is_argmax: bool,
 }
 
-versions! {
+multiversion! {
     /// Caps logits, and says how steep that is at each.
     pub(crate) fn softcap(isa; logits: &mut [f32], slopes: &mut [f32], cap: LogitSoftcap) {
         let LogitSoftcap { cap, temperature } = cap;
@@ -332,7 +335,7 @@ versions! {
 
     /// The target's log-probability, and the entropy of all; the logits become `factor` times the
     /// log-probability's gradient, `onehot - p`, if there is one.
-    pub(crate) fn score(isa; logits: &mut [f32], target: usize, factor: Option<f32>) -> Scored {
+    pub(crate) fn score(isa; logits: &mut [f32], target: usize, factor: Option<f32>) -> TargetStats {
         let mut most = [f32::NEG_INFINITY; 16];
         let (wide, rest) = logits.as_chunks::<16>();
         for l in wide {
@@ -372,7 +375,7 @@ versions! {
         }
         let logp = f64::from(target_logit - max) - sum.ln();
         let (logp, entropy) = (logp as f32, (sum.ln() - mean / sum) as f32);
-        Scored { logp, entropy, likeliest: target_logit >= max }
+        TargetStats { logp, entropy, is_argmax: target_logit >= max }
     }
 }
 
@@ -409,9 +412,13 @@ mod tests {
         let logps = candle_nn::ops::log_softmax(&logits, D::Minus1).unwrap().to_vec2::<f32>();
         let x = x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let (mut found, mut entropies) = ([0f32; 5], [0f32; 5]);
-        let panels = (Panel::F32, Panel::F32);
-        let mut likeliest = [false; 5];
-        let all = Found { logps: &mut found, entropies: &mut entropies, likeliest: &mut likeliest };
+        let panels = (PanelType::F32, PanelType::F32);
+        let mut is_argmax = [false; 5];
+        let all = TargetStatsMut {
+            logps: &mut found,
+            entropies: &mut entropies,
+            is_argmax: &mut is_argmax,
+        };
         forward(panels, &x, &head, &[0, 1, 2, 3, 4], None, all, None);
         for (row, entropy) in logps.unwrap().iter().zip(entropies) {
             let needed: f64 = row.iter().map(|&l| -f64::from(l) * f64::from(l).exp()).sum();

@@ -7,10 +7,10 @@
 use std::ops::Range;
 
 use half::f16;
-use quantune_adapters::decode::{BLOCK, DecodeForm, GROUP, PANEL, PANELS, Stored};
+use quantune_adapters::decode::{BLOCK, DECODE_GROUP, DecodeForm, PANEL, PANELS, Stored};
 
-use super::cpu::{Target, prefetch};
-use super::lanes::{Element, Lanes, rungs};
+use super::cpu::{SharedMutPtr, prefetch};
+use super::lanes::{Element, Lanes, isa_levels};
 
 /// Bytes of a factor in one task: as for the base's own weights.
 const TASK_BYTES: usize = 32 * 1024;
@@ -34,24 +34,24 @@ pub fn blocks<T>(form: &DecodeForm<T>) -> usize {
 
 /// Columns of A as they are stored.
 pub fn padded<T>(form: &DecodeForm<T>) -> usize {
-    form.in_features.next_multiple_of(GROUP)
+    form.in_features.next_multiple_of(DECODE_GROUP)
 }
 
 /// Numbers of a token between the factors.
-pub fn low_stride<T>(form: &DecodeForm<T>) -> usize {
+pub fn xa_stride<T>(form: &DecodeForm<T>) -> usize {
     blocks(form) * BLOCK
 }
 
 /// Rows of a buffer that belong to some tokens, in the order of `tokens`.
 #[derive(Clone, Copy)]
-pub struct Wearing<'a> {
+pub struct TokenRows<'a> {
     /// Which rows of the batch.
     pub tokens: &'a [usize],
     /// Numbers from one row of the buffer to the next.
     pub stride: usize,
 }
 
-impl<'a> Wearing<'a> {
+impl<'a> TokenRows<'a> {
     /// Where the rows of the first `M` tokens begin, if there are so many, and the other tokens.
     #[inline(always)]
     fn split<const M: usize>(self) -> Option<([usize; M], Self)> {
@@ -60,23 +60,23 @@ impl<'a> Wearing<'a> {
     }
 }
 
-rungs! {
-    /// `low = factor · x Aᵀ` for some blocks of A's rows.
+isa_levels! {
+    /// `xa = factor · x Aᵀ` for some blocks of A's rows.
     ///
     /// Shapes: `x` are the inputs of the whole batch, each padded to whole groups of 16 and as far from
-    /// the next as `tokens` say → `low (tokens, low_stride)`, of which the blocks' columns are written.
+    /// the next as `tokens` say → `xa (tokens, xa_stride)`, of which the blocks' columns are written.
     ///
     /// # Safety
-    /// The CPU must have the rung, and no other thread may touch these columns of `low`.
-    pub unsafe fn shrink<T: Number>(form: &DecodeForm<T>, blocks: Range<usize>, x: &[f32], tokens: Wearing, factor: f32, low: Target) = shrink_body;
-    /// `y += low Bᵀ` for some of B's rows. They are read in whole panels of 16.
+    /// The CPU must have the rung, and no other thread may touch these columns of `xa`.
+    pub unsafe fn shrink<T: Number>(form: &DecodeForm<T>, blocks: Range<usize>, x: &[f32], tokens: TokenRows, factor: f32, xa: SharedMutPtr) = shrink_body;
+    /// `y += xa Bᵀ` for some of B's rows. They are read in whole panels of 16.
     ///
-    /// Shapes: `low (tokens, low_stride)`; `y` are the outputs of the whole batch, each as far from the
+    /// Shapes: `xa (tokens, xa_stride)`; `y` are the outputs of the whole batch, each as far from the
     /// next as `tokens` say.
     ///
     /// # Safety
     /// The CPU must have the rung, and no other thread may touch the outputs of these rows.
-    pub unsafe fn expand<T: Number>(form: &DecodeForm<T>, rows: Range<usize>, low: &[f32], y: Target, tokens: Wearing) = expand_body;
+    pub unsafe fn expand<T: Number>(form: &DecodeForm<T>, rows: Range<usize>, xa: &[f32], y: SharedMutPtr, tokens: TokenRows) = expand_body;
 }
 
 /// # Safety
@@ -86,20 +86,20 @@ unsafe fn shrink_body<S: Lanes, T: Number>(
     form: &DecodeForm<T>,
     blocks: Range<usize>,
     x: &[f32],
-    mut tokens: Wearing,
+    mut tokens: TokenRows,
     factor: f32,
-    mut low: Target,
+    mut xa: SharedMutPtr,
 ) {
-    let stride = low_stride(form);
+    let stride = xa_stride(form);
     loop {
         // SAFETY: the caller's promises.
         unsafe {
             if let Some((at, others)) = tokens.split::<4>() {
-                shrink_tokens::<S, T, 4>(form, blocks.clone(), at.map(|at| &x[at..]), factor, low);
-                (tokens, low) = (others, low.at(4 * stride));
+                shrink_tokens::<S, T, 4>(form, blocks.clone(), at.map(|at| &x[at..]), factor, xa);
+                (tokens, xa) = (others, xa.at(4 * stride));
             } else if let Some((at, others)) = tokens.split::<1>() {
-                shrink_tokens::<S, T, 1>(form, blocks.clone(), at.map(|at| &x[at..]), factor, low);
-                (tokens, low) = (others, low.at(stride));
+                shrink_tokens::<S, T, 1>(form, blocks.clone(), at.map(|at| &x[at..]), factor, xa);
+                (tokens, xa) = (others, xa.at(stride));
             } else {
                 return;
             }
@@ -116,9 +116,9 @@ unsafe fn shrink_tokens<S: Lanes, T: Number, const M: usize>(
     blocks: Range<usize>,
     x: [&[f32]; M],
     factor: f32,
-    low: Target,
+    xa: SharedMutPtr,
 ) {
-    let (cols, stride) = (padded(form), low_stride(form));
+    let (cols, stride) = (padded(form), xa_stride(form));
     let mut xs = [std::ptr::null::<f32>(); M];
     for i in 0..M {
         xs[i] = x[i][..cols].as_ptr();
@@ -129,24 +129,24 @@ unsafe fn shrink_tokens<S: Lanes, T: Number, const M: usize>(
         // caller's.
         unsafe {
             let mut sums = [[S::splat(0.0); M]; BLOCK];
-            for at in (0..cols).step_by(GROUP) {
+            for at in (0..cols).step_by(DECODE_GROUP) {
                 let rows = block_of_a.add(at * BLOCK);
-                ask_ahead(rows, BLOCK * GROUP);
+                ask_ahead(rows, BLOCK * DECODE_GROUP);
                 let mut inputs = [S::splat(0.0); M];
                 for i in 0..M {
                     inputs[i] = S::load(xs[i].add(at));
                 }
                 for k in 0..BLOCK {
-                    let w = T::load::<S>(rows.add(k * GROUP));
+                    let w = T::load::<S>(rows.add(k * DECODE_GROUP));
                     for i in 0..M {
                         sums[k][i] = w.mul_add(inputs[i], sums[k][i]);
                     }
                 }
             }
             for i in 0..M {
-                let low = low.at(i * stride + block * BLOCK).slice(BLOCK);
+                let xa = xa.at(i * stride + block * BLOCK).slice(BLOCK);
                 for k in 0..BLOCK {
-                    low[k] = factor * sums[k][i].sum();
+                    xa[k] = factor * sums[k][i].sum();
                 }
             }
         }
@@ -159,26 +159,26 @@ unsafe fn shrink_tokens<S: Lanes, T: Number, const M: usize>(
 unsafe fn expand_body<S: Lanes, T: Number>(
     form: &DecodeForm<T>,
     rows: Range<usize>,
-    mut low: &[f32],
-    y: Target,
-    mut tokens: Wearing,
+    mut xa: &[f32],
+    y: SharedMutPtr,
+    mut tokens: TokenRows,
 ) {
     assert!(rows.end <= form.out_features);
     if form.r == 0 {
         return;
     }
-    let stride = low_stride(form);
+    let stride = xa_stride(form);
     loop {
         // SAFETY: the caller's promises.
         unsafe {
             if let Some((at, others)) = tokens.split::<4>() {
                 let y = at.map(|at| y.at(at));
-                expand_tokens::<S, T, 4>(form, rows.clone(), low, stride, &y);
-                (tokens, low) = (others, &low[4 * stride..]);
+                expand_tokens::<S, T, 4>(form, rows.clone(), xa, stride, &y);
+                (tokens, xa) = (others, &xa[4 * stride..]);
             } else if let Some((at, others)) = tokens.split::<1>() {
                 let y = at.map(|at| y.at(at));
-                expand_tokens::<S, T, 1>(form, rows.clone(), low, stride, &y);
-                (tokens, low) = (others, &low[stride..]);
+                expand_tokens::<S, T, 1>(form, rows.clone(), xa, stride, &y);
+                (tokens, xa) = (others, &xa[stride..]);
             } else {
                 return;
             }
@@ -209,9 +209,9 @@ fn place<T>(form: &DecodeForm<T>, panel: usize) -> usize {
 unsafe fn expand_tokens<S: Lanes, T: Number, const M: usize>(
     form: &DecodeForm<T>,
     rows: Range<usize>,
-    low: &[f32],
+    xa: &[f32],
     stride: usize,
-    y: &[Target; M],
+    y: &[SharedMutPtr; M],
 ) {
     let (mut panel, end) = (rows.start / PANEL, rows.end.div_ceil(PANEL));
     while panel < end {
@@ -219,11 +219,11 @@ unsafe fn expand_tokens<S: Lanes, T: Number, const M: usize>(
         unsafe {
             let whole = |panels| panel.is_multiple_of(panels) && panel + panels <= end;
             panel += if whole(PANELS) {
-                expand_panels::<S, T, M, PANELS>(form, panel, &rows, low, stride, y)
+                expand_panels::<S, T, M, PANELS>(form, panel, &rows, xa, stride, y)
             } else if whole(2) {
-                expand_panels::<S, T, M, 2>(form, panel, &rows, low, stride, y)
+                expand_panels::<S, T, M, 2>(form, panel, &rows, xa, stride, y)
             } else {
-                expand_panels::<S, T, M, 1>(form, panel, &rows, low, stride, y)
+                expand_panels::<S, T, M, 1>(form, panel, &rows, xa, stride, y)
             };
         }
     }
@@ -239,9 +239,9 @@ unsafe fn expand_panels<S: Lanes, T: Number, const M: usize, const N: usize>(
     form: &DecodeForm<T>,
     panel: usize,
     rows: &Range<usize>,
-    low: &[f32],
+    xa: &[f32],
     stride: usize,
-    y: &[Target; M],
+    y: &[SharedMutPtr; M],
 ) -> usize {
     let b = form.b[place(form, panel)..][..((form.r - 1) * PANELS + N) * PANEL].as_ptr();
     // SAFETY: the panels' numbers lie a stripe's width apart; the rest is the caller's.
@@ -252,7 +252,7 @@ unsafe fn expand_panels<S: Lanes, T: Number, const M: usize, const N: usize>(
             ask_ahead(b, N * PANEL);
             let mut factors = [S::splat(0.0); M];
             for i in 0..M {
-                factors[i] = S::splat(low[i * stride + k]);
+                factors[i] = S::splat(xa[i * stride + k]);
             }
             for p in 0..N {
                 let w = T::load::<S>(b.add(p * PANEL));
@@ -308,9 +308,9 @@ mod tests {
             inputs[token * cols..][..x.len()].copy_from_slice(x);
             outputs[token * rows..][..rows].copy_from_slice(&y[i * rows..][..rows]);
         }
-        let of = |stride| Wearing { tokens: &tokens, stride };
-        let mut low = vec![f32::NAN; n * low_stride(form)];
-        let target = Target::new(&mut low);
+        let of = |stride| TokenRows { tokens: &tokens, stride };
+        let mut xa = vec![f32::NAN; n * xa_stride(form)];
+        let target = SharedMutPtr::new(&mut xa);
         // SAFETY: rungs are those of this CPU, and there is one thread.
         unsafe {
             for block in 0..blocks(form) {
@@ -321,7 +321,7 @@ mod tests {
             let mut first = 0;
             for border in [rows / 2, rows / 2 + 1, rows.min(64).max(rows / 2 + 1), rows] {
                 let border = border.min(rows);
-                expand(isa, form, first..border, &low, Target::new(&mut outputs), of(rows));
+                expand(isa, form, first..border, &xa, SharedMutPtr::new(&mut outputs), of(rows));
                 first = border;
             }
         }
@@ -347,10 +347,10 @@ mod tests {
             };
             let mut exact = Vec::new();
             for x in x.chunks(cols) {
-                let low: Vec<f32> = a.chunks(cols).map(|a| dot(a, x) as f32).collect();
+                let xa: Vec<f32> = a.chunks(cols).map(|a| dot(a, x) as f32).collect();
                 for (row, b) in b.chunks(r).enumerate() {
                     let s = scales.map_or(1.0, |scales| f64::from(scales[row]));
-                    exact.push(0.7 * lora.scale * s * dot(b, &low));
+                    exact.push(0.7 * lora.scale * s * dot(b, &xa));
                 }
             }
             for &isa in Isa::ALL.iter().filter(|isa| isa.available()) {

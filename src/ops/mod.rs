@@ -26,18 +26,18 @@ pub mod rope;
 pub(crate) mod row_dot;
 pub(crate) mod segment;
 pub mod swiglu;
-pub(crate) mod team;
+pub(crate) mod worker_pool;
 
 use serde::{Deserialize, Serialize};
 
 use crate::isa::Isa;
 use crate::quant::BlockType;
-pub use attention::{Scores, causal_attention};
-pub(crate) use cpu::{Target, Values, each, exp};
+pub use attention::{AttentionConfig, causal_attention};
+pub(crate) use cpu::{SharedMutPtr, Values, exp, par_for_each};
 pub use device::{DeviceError, DeviceName};
 pub use device_matrix::DeviceMatrix;
 pub use frozen_linear::frozen_linear;
-use gemm::Panel;
+use gemm::PanelType;
 pub use linear_cross_entropy::{LogitSoftcap, capped_log_probs, linear_log_probs};
 pub use rms_norm::rms_norm;
 pub use rope::rope;
@@ -75,20 +75,20 @@ impl std::fmt::Display for Compute {
 
 impl Compute {
     /// The panels of forward products, or none for the portable form.
-    pub(crate) fn forward_panel(self) -> Option<Panel> {
+    pub(crate) fn forward_panel(self) -> Option<PanelType> {
         match self {
-            Self::F32 => Some(Panel::F32),
-            Self::Int16 => Some(Panel::Int16),
-            Self::Int8 => Some(Panel::Int8),
+            Self::F32 => Some(PanelType::F32),
+            Self::Int16 => Some(PanelType::Int16),
+            Self::Int8 => Some(PanelType::Int8),
             Self::Portable => None,
         }
     }
 
     /// The panels of the products of gradients, or none for the portable form.
-    pub(crate) fn backward_panel(self) -> Option<Panel> {
+    pub(crate) fn backward_panel(self) -> Option<PanelType> {
         match self {
-            Self::F32 => Some(Panel::F32),
-            Self::Int16 | Self::Int8 => Some(Panel::Int16),
+            Self::F32 => Some(PanelType::F32),
+            Self::Int16 | Self::Int8 => Some(PanelType::Int16),
             Self::Portable => None,
         }
     }

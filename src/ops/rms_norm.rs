@@ -4,8 +4,8 @@ use candle_core::{CpuStorage, CustomOp2, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::Compute;
-use super::cpu::{Values, each, values};
-use crate::isa::{Isa, versions};
+use super::cpu::{Values, par_for_each, values};
+use crate::isa::{Isa, multiversion};
 
 /// Rows a thread takes at a time.
 const ROWS: usize = 32;
@@ -31,7 +31,7 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64, compute: Compute) -> Result<Te
 pub(crate) fn forward(isa: Isa, x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
     let chunk = (ROWS * w.len()).max(1);
     let rows = y.chunks_mut(chunk).zip(x.chunks(chunk));
-    each(rows.collect(), WORK * x.len(), |(y, x)| forward_rows(isa, x, w, eps, y));
+    par_for_each(rows.collect(), WORK * x.len(), |(y, x)| forward_rows(isa, x, w, eps, y));
 }
 
 /// Adds the gradient to `dx (N, H)`: with `r = 1 / rms(x)` and `g = w · dy` it is
@@ -71,7 +71,7 @@ pub(crate) fn backward_with_weight(
     }
 }
 
-versions! {
+multiversion! {
     fn forward_rows(isa; x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
         for (y, x) in y.chunks_exact_mut(w.len()).zip(x.chunks_exact(w.len())) {
             let r = inverse_rms(x, eps);

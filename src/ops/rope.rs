@@ -7,8 +7,8 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor};
 
 use super::Compute;
-use super::cpu::{Values, each, values};
-use crate::isa::{Isa, versions};
+use super::cpu::{Values, par_for_each, values};
+use crate::isa::{Isa, multiversion};
 
 /// Cosines and sines for the tokens of one batch.
 ///
@@ -124,7 +124,7 @@ impl CustomOp1 for Rope {
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let mut y = values(x, layout)?.to_vec();
         let width = layout.dims()[1];
-        self.rotation.rotate(Isa::current(), Turn::Forward, &mut y, width, width);
+        self.rotation.rotate(Isa::current(), Direction::Forward, &mut y, width, width);
         Ok((CpuStorage::F32(y), layout.shape().clone()))
     }
 
@@ -132,30 +132,37 @@ impl CustomOp1 for Rope {
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         let mut dx = Values::of(&dy.contiguous()?)?.to_vec();
         let width = x.dim(1)?;
-        self.rotation.rotate(Isa::current(), Turn::Back, &mut dx, width, width);
+        self.rotation.rotate(Isa::current(), Direction::Backward, &mut dx, width, width);
         Ok(Some(Tensor::from_vec(dx, x.shape(), x.device())?))
     }
 }
 
 /// Which way heads are turned.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Turn {
+pub(crate) enum Direction {
     /// By the positions' angles.
     Forward,
     /// Back: the gradient.
-    Back,
+    Backward,
 }
 
 impl Rotation {
     /// Rotates the first `width` values of each of the rows of `x`, `stride` apart.
-    pub(crate) fn rotate(&self, isa: Isa, turn: Turn, x: &mut [f32], stride: usize, width: usize) {
+    pub(crate) fn rotate(
+        &self,
+        isa: Isa,
+        turn: Direction,
+        x: &mut [f32],
+        stride: usize,
+        width: usize,
+    ) {
         const ROWS: usize = 16;
         /// What a value costs, in multiply-adds.
         const WORK: usize = 2;
         let Rotation { cos, sin, half, head_dim } = self;
         let angles = cos.chunks(ROWS * half).zip(sin.chunks(ROWS * half));
         let (work, rows) = (WORK * x.len(), x.chunks_mut(ROWS * stride).zip(angles));
-        each(rows.collect(), work, |(x, (cos, sin))| {
+        par_for_each(rows.collect(), work, |(x, (cos, sin))| {
             let rows = cos.chunks_exact(*half).zip(sin.chunks_exact(*half));
             for (x, (cos, sin)) in x.chunks_mut(stride).zip(rows) {
                 rotate_row(isa, turn, &mut x[..width], *head_dim, cos, sin);
@@ -164,9 +171,9 @@ impl Rotation {
     }
 }
 
-versions! {
-    fn rotate_row(isa; turn: Turn, x: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32]) {
-        let direction = if turn == Turn::Forward { 1.0 } else { -1.0 };
+multiversion! {
+    fn rotate_row(isa; turn: Direction, x: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32]) {
+        let direction = if turn == Direction::Forward { 1.0 } else { -1.0 };
         for head in x.chunks_exact_mut(head_dim) {
             let (a, b) = head.split_at_mut(cos.len()); // pairs end with the cosines
             for (((a, b), cos), sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {

@@ -4,8 +4,8 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::Compute;
-use super::cpu::{Values, each, exp, values};
-use crate::isa::{Isa, versions};
+use super::cpu::{Values, exp, par_for_each, values};
+use crate::isa::{Isa, multiversion};
 
 /// Values a thread takes at a time.
 const CHUNK: usize = 1 << 12;
@@ -49,7 +49,7 @@ pub fn gated(kind: Gate, gate: &Tensor, up: &Tensor, compute: Compute) -> Result
 pub(crate) fn forward(isa: Isa, kind: Gate, gate: &[f32], up: &[f32], y: &mut [f32]) {
     let (work, inputs) = (WORK * y.len(), gate.chunks(CHUNK).zip(up.chunks(CHUNK)));
     let chunks = y.chunks_mut(CHUNK).zip(inputs);
-    each(chunks.collect(), work, |(y, (gate, up))| match kind {
+    par_for_each(chunks.collect(), work, |(y, (gate, up))| match kind {
         Gate::Silu => forward_chunk(isa, gate, up, y),
         Gate::GeluTanh => gelu_forward_chunk(isa, gate, up, y),
     });
@@ -74,7 +74,7 @@ pub(crate) fn backward_again(isa: Isa, gate: &mut [f32], up: &mut [f32], dy: &mu
     chunks.for_each(|((gate, up), dy)| backward_again_chunk(isa, gate, up, dy));
 }
 
-versions! {
+multiversion! {
     fn forward_chunk(isa; gate: &[f32], up: &[f32], y: &mut [f32]) {
         for ((y, g), u) in y.iter_mut().zip(gate).zip(up) {
             *y = g * sigmoid(*g) * u;

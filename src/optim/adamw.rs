@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, InplaceOp1, Layout, Result, Var};
 use rayon::prelude::*;
 
 use super::CHUNK;
-use crate::isa::{Isa, versions};
+use crate::isa::{Isa, multiversion};
 
 /// The constants of AdamW, under transformers' names.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -161,7 +161,7 @@ impl InplaceOp1 for Update<'_> {
     }
 }
 
-versions! {
+multiversion! {
     /// The step of some numbers, and whether they are finite behind it.
     fn update(isa; p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], c: Constants) -> bool {
         let mut finite = true;

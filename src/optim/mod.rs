@@ -11,7 +11,7 @@ pub use adamw::{AdamW, AdamWSettings};
 pub use schedule::{Schedule, ScheduleKind};
 pub use tensors::{TensorAdamW, tensor_norm};
 
-use crate::isa::{Isa, versions};
+use crate::isa::{Isa, multiversion};
 
 /// Gradients, one vector per parameter, in the parameters' order.
 pub type Gradients = Vec<Vec<f32>>;
@@ -36,7 +36,7 @@ pub fn clip_factor(norm: f64, max_norm: f64) -> f32 {
     (max_norm / (norm + 1e-6)).min(1.0) as f32
 }
 
-versions! {
+multiversion! {
     /// By lane, so that it vectorizes.
     fn sum_of_squares(isa; values: &[f32]) -> f64 {
         let mut lanes = [0f64; 16];

@@ -1,6 +1,6 @@
 //! The block types of GGML: layouts as in `ggml-common.h`, values as in `ggml-quants.c`.
 
-use crate::isa::{Isa, versions};
+use crate::isa::{Isa, multiversion};
 
 /// A GGML tensor type whose values we can read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -177,7 +177,7 @@ macro_rules! each {
     };
 }
 
-versions! {
+multiversion! {
     fn dequantize(isa; block_type: BlockType, bytes: &[u8], out: &mut [f32]) {
         match block_type {
             BlockType::F32 => each!(f32_value, bytes, out),

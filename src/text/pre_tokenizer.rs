@@ -2,8 +2,8 @@
 //!
 //! The names and what they stand for are `src/llama-vocab.cpp`'s in llama.cpp; `\p{L}` and the
 //! like are Unicode's. A name is here only if ids under its rules were compared with llama.cpp's,
-//! on its own vocabulary (`scripts/check_tokenizer.sh`) or on another's relabelled
-//! (`scripts/check_tokenizer_random.py`).
+//! on its own vocabulary (`scripts/check/tokenizer.sh`) or on another's relabelled
+//! (`scripts/check/tokenizer_random.py`).
 
 use serde_json::{Value, json};
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;

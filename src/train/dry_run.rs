@@ -1,4 +1,4 @@
-//! What a run would be, before there is one: everything is read, the doctor looks at the rows, the
+//! What a run would be, before there is one: everything is read, the rows are validated, the
 //! adapter begins, and a step or two are taken by a learner that is thrown away. Nothing is left
 //! behind: tokens of large files are in a cache that is there already, or are removed again; those of a
 //! killed dry run by the next one of the same run.
@@ -15,14 +15,15 @@ use serde::Serialize;
 use super::TrainError;
 use super::fine_tune::{
     FineTuning, Source, begin_adapters, check_memory, kept_layers, learner, load, predicted,
-    schedule, settled,
+    settled,
 };
 use super::memory::{Memory, free};
 use super::progress::EARLY_STEPS;
+use super::rows::row_cache;
 use super::run::Outcome;
-use super::run_dir::{RunDir, State};
+use super::run_dir::RunDir;
 use super::settings::{RunSettings, Task};
-use super::supervised::row_cache;
+use super::state::State;
 use crate::monitor::Monitor;
 use crate::weights::{Lock, NotLocked};
 
@@ -227,7 +228,7 @@ fn take_time(
     forecast: &mut Forecast,
     monitor: Monitor<'_>,
 ) -> Result<(), TrainError> {
-    let schedule = schedule(&settings.common, forecast.steps);
+    let schedule = settings.common.schedule(forecast.steps);
     let mut state = State::default();
     let began = Instant::now();
     let trial = match &mut course.source {

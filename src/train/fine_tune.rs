@@ -17,18 +17,19 @@ use super::learner::Learner;
 use super::log::{Log, Numbers};
 use super::lora::{begin_adapter, path_and_weight, read_adapter, read_frozen};
 use super::memory::{Demand, Memory, of_process};
-use super::policy::Rollouts;
+use super::policy::{PolicyTask, Rollouts};
 use super::progress::{Progress, Work};
+use super::rows::RowLoader;
 use super::run::{Course, LoopSettings, Outcome, take_steps};
-use super::run_dir::{RunDir, State, adapter_parameters, read_optimizer, read_state};
-use super::settings::{CommonSettings, EvalStrategy, RunSettings, Task, ValueModel};
+use super::run_dir::{RunDir, adapter_parameters, read_optimizer, read_state};
+use super::settings::{CommonSettings, RunSettings, Task, ValueModel};
+use super::state::State;
 use super::supervised::Supervised;
 use crate::data::DataError;
 use crate::model::layer::Sizes;
 use crate::model::{ActiveAdapter, Decoder};
 use crate::monitor::Monitor;
 use crate::ops::{Compute, DeviceName};
-use crate::optim::{AdamWSettings, Schedule};
 use crate::quant::BlockType;
 use crate::text::{Tokenizer, convert, first_second, today};
 use crate::weights::{Checkpoint, write_atomically};
@@ -234,15 +235,18 @@ pub(super) fn load(
     tokenizer.change_template(template, &common.chat_template_kwargs)?;
     tokenizer.set_template_time(now);
     let below = read_frozen(common, &decoder, monitor)?;
+    let loader = RowLoader { common, decoder: &decoder, tokenizer: &tokenizer, monitor };
+    let supervised = |source: Supervised| Source::Supervised(source.into());
+    let rollouts = |task, tokenizer| {
+        let loaded = Rollouts::load(common, task, &decoder, &below, tokenizer, monitor);
+        loaded.map(|source| Source::Rollouts(source.into()))
+    };
     let source = match &settings.task {
-        Task::Sft(_) | Task::Reward(_) | Task::Dpo(_) => {
-            let loaded = Supervised::load(settings, &decoder, &below, &tokenizer, monitor);
-            loaded.map(|source| Source::Supervised(source.into()))
-        }
-        Task::Ppo(_) | Task::Grpo(_) => {
-            let loaded = Rollouts::load(settings, &decoder, &below, tokenizer, monitor);
-            loaded.map(|source| Source::Rollouts(source.into()))
-        }
+        Task::Sft(own) => Supervised::language_modeling(&loader, own).map(supervised),
+        Task::Reward(own) => Supervised::reward(&loader, own).map(supervised),
+        Task::Dpo(own) => Supervised::preference(&loader, own, &below).map(supervised),
+        Task::Ppo(own) => rollouts(PolicyTask::Ppo(own.clone()), tokenizer),
+        Task::Grpo(own) => rollouts(PolicyTask::Grpo(own.clone()), tokenizer),
     };
     let source = match source {
         Err(TrainError::Data(DataError::Stopped)) => return Ok(None),
@@ -307,7 +311,7 @@ pub(super) fn learner<'a>(
     let common = &settings.common;
     let (decoder, below) = loaded;
     let dropout = (common.lora_dropout, common.seed);
-    let adamw = optimizer_settings(common);
+    let adamw = common.adamw();
     let learner = Learner::new(decoder, adapters.to_vec(), adamw, common.max_grad_norm, dropout)?;
     let mut learner = learner.on_top_of(below);
     if common.loraplus_lr_ratio != 1.0 {
@@ -419,8 +423,8 @@ pub fn train(
     ));
 
     let steps = LoopSettings {
-        schedule: schedule(common, total_steps),
-        eval_strategy: strategy(common),
+        schedule: common.schedule(total_steps),
+        eval_strategy: common.evaluation(),
         eval_steps: common.eval_steps,
         save_steps: common.save_steps,
         save_total_limit: common.save_total_limit,
@@ -594,70 +598,4 @@ pub(super) fn predicted(demand: &Demand, kept_layers: usize) -> Option<usize> {
     let so_far = of_process("VmHWM:")?;
     let fast = demand.decoder.compute != Compute::Portable;
     fast.then(|| Memory::of(demand, kept_layers).sum().max(so_far))
-}
-
-/// When held-out rows are evaluated.
-pub fn strategy(settings: &CommonSettings) -> EvalStrategy {
-    let default = match settings.eval_data.as_os_str().is_empty() {
-        true => EvalStrategy::No,
-        false => EvalStrategy::Epoch,
-    };
-    settings.eval_strategy.unwrap_or(default)
-}
-
-fn optimizer_settings(settings: &CommonSettings) -> AdamWSettings {
-    AdamWSettings {
-        adam_beta1: settings.adam_beta1,
-        adam_beta2: settings.adam_beta2,
-        adam_epsilon: settings.adam_epsilon,
-        weight_decay: settings.weight_decay,
-    }
-}
-
-/// Steps of the run, every epoch having as many. A part of an epoch is rounded up to whole steps,
-/// as transformers does.
-pub fn total_steps(settings: &CommonSettings, steps_of_epoch: u64) -> u64 {
-    if settings.max_steps > 0 {
-        return settings.max_steps;
-    }
-    let whole = settings.num_train_epochs.trunc() as u64;
-    let part = settings.num_train_epochs.fract();
-    whole * steps_of_epoch + (part * steps_of_epoch as f64).ceil() as u64
-}
-
-pub(super) fn schedule(settings: &CommonSettings, total_steps: u64) -> Schedule {
-    let warmup_steps = match settings.warmup_steps {
-        0 => (settings.warmup_ratio * total_steps as f64).ceil() as u64,
-        steps => steps,
-    };
-    Schedule {
-        kind: settings.lr_scheduler_type,
-        learning_rate: settings.learning_rate,
-        warmup_steps,
-        total_steps,
-        decay_steps: total_steps.div_ceil(5),
-        min_lr_ratio: 0.0,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn steps_and_warmup_are_counted_as_transformers_counts_them() {
-        let settings = |epochs, max_steps, warmup_steps| CommonSettings {
-            num_train_epochs: epochs,
-            max_steps,
-            warmup_steps,
-            warmup_ratio: 0.05,
-            ..Default::default()
-        };
-        assert_eq!(total_steps(&settings(1.0, 0, 0), 11), 11);
-        assert_eq!(total_steps(&settings(2.0, 0, 0), 11), 22);
-        assert_eq!(total_steps(&settings(1.5, 0, 0), 11), 17);
-        assert_eq!(total_steps(&settings(1.5, 7, 0), 11), 7);
-        assert_eq!(schedule(&settings(1.0, 0, 0), 21).warmup_steps, 2);
-        assert_eq!(schedule(&settings(1.0, 0, 5), 21).warmup_steps, 5);
-    }
 }

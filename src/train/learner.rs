@@ -6,8 +6,10 @@ use std::sync::Arc;
 
 use candle_core::Var;
 use quantune_adapters::delta::Adapter;
+use serde_json::json;
 
 use super::TrainError;
+use super::log::Numbers;
 use super::step::{Buffers, Noise, StepSettings, accumulate, dropout};
 use crate::data::Batch;
 use crate::model::{ActiveAdapter, Decoder};
@@ -42,6 +44,11 @@ pub struct Stepped {
     pub stats: Stats,
     /// Log-probs of sampled tokens as they were before the step, part after part.
     pub logps: Vec<f32>,
+}
+
+/// What objectives counted, under TRL's names.
+pub fn stats_numbers(stats: &Stats) -> Numbers {
+    stats.metrics().into_iter().map(|(key, value)| (key.to_string(), json!(value))).collect()
 }
 
 /// The adapters that are trained, their gradients and their optimizer.

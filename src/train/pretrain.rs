@@ -20,8 +20,9 @@ use super::log::Numbers;
 use super::memory::{default_budget, parse_bytes};
 use super::progress::Work;
 use super::run::{Course, LoopSettings, Outcome, take_steps};
-use super::run_dir::{Fingerprint, RunDir, State, read_optimizer, read_state};
+use super::run_dir::{Fingerprint, RunDir, read_optimizer, read_state};
 use super::settings::{EvalStrategy, FloatType, PretrainSettings};
+use super::state::State;
 use crate::data::corpus::{Corpus, CorpusError, SourceReport, SourceSpec};
 use crate::data::{Batch, DataError};
 use crate::eval::{Bigram, TextLoss, text_loss};
@@ -33,9 +34,7 @@ use crate::model::full::{FullBuffers, FullModel, working_bytes};
 use crate::model::{Adapters, CacheType};
 use crate::monitor::Monitor;
 use crate::ops::{Compute, DeviceName, Values, linear_cross_entropy};
-use crate::optim::{
-    AdamW, AdamWSettings, Gradients, Schedule, TensorAdamW, clip_factor, global_norm, tensor_norm,
-};
+use crate::optim::{AdamW, Gradients, TensorAdamW, clip_factor, global_norm, tensor_norm};
 use crate::quant::BlockType;
 use crate::text::{Special, TextError, Tokenizer, convert, first_second, today};
 use crate::weights::{Checkpoint, write_atomically};
@@ -262,7 +261,7 @@ pub fn pretrain(
     let state = saved.as_deref().map(read_state).transpose()?;
     let mut state = state.unwrap_or_default();
     let lengths: Vec<usize> = model.parameters.iter().map(|var| var.elem_count()).collect();
-    let optimizer = AdamW::new(optimizer_settings(&settings), &lengths);
+    let optimizer = AdamW::new(settings.adamw(), &lengths);
     let mut optimizer = optimizer.with_decays(model.decays(true));
     if let Some(folder) = &saved {
         let parameters = named(&model);
@@ -290,7 +289,7 @@ pub fn pretrain(
         "training {parameters} parameters, {total_steps} steps from step {step}"
     ));
     let steps = LoopSettings {
-        schedule: schedule(&settings, total_steps),
+        schedule: settings.schedule(total_steps),
         best: None,
         eval_strategy: match settings.evaluates() {
             true => EvalStrategy::Steps,
@@ -706,28 +705,4 @@ fn bigram_bits_per_byte(
         }
     }
     (sum.bytes > 0).then(|| sum.bits_per_byte())
-}
-
-fn optimizer_settings(settings: &PretrainSettings) -> AdamWSettings {
-    AdamWSettings {
-        adam_beta1: settings.adam_beta1,
-        adam_beta2: settings.adam_beta2,
-        adam_epsilon: settings.adam_epsilon,
-        weight_decay: settings.weight_decay,
-    }
-}
-
-fn schedule(settings: &PretrainSettings, total_steps: u64) -> Schedule {
-    let share = |ratio: f64| (ratio * total_steps as f64).ceil() as u64;
-    Schedule {
-        kind: settings.lr_scheduler_type,
-        learning_rate: settings.learning_rate,
-        warmup_steps: match settings.warmup_steps {
-            0 => share(settings.warmup_ratio),
-            steps => steps,
-        },
-        total_steps,
-        decay_steps: share(settings.decay_ratio),
-        min_lr_ratio: settings.min_lr_ratio,
-    }
 }

@@ -9,8 +9,9 @@ use super::fine_tune::FineTuning;
 use super::log::{Log, Numbers};
 use super::pretrain::Pretraining;
 use super::progress::{Progress, Work};
-use super::run_dir::{Best, RunDir, State, write_state};
+use super::run_dir::{RunDir, write_state};
 use super::settings::EvalStrategy;
+use super::state::{BestEvaluation, State};
 use crate::monitor::{LogEvent, Monitor};
 use crate::optim::Schedule;
 
@@ -134,16 +135,16 @@ impl BestSettings {
             gain > self.threshold
         });
         match &mut state.best {
-            Some(best) if !better => best.worse += 1,
-            best => *best = Some(Best { step: state.step, value, worse: 0 }),
+            Some(best) if !better => best.evals_since_best += 1,
+            best => *best = Some(BestEvaluation { step: state.step, value, evals_since_best: 0 }),
         }
         Ok(())
     }
 
     /// Whether enough evaluations were no better.
     fn gives_up(&self, state: &State) -> bool {
-        let worse = state.best.as_ref().map_or(0, |best| best.worse);
-        self.patience > 0 && worse >= self.patience
+        let evals = state.best.as_ref().map_or(0, |best| best.evals_since_best);
+        self.patience > 0 && evals >= self.patience
     }
 }
 

@@ -15,47 +15,14 @@ use candle_core::Var;
 use quantune_adapters::delta::Adapter;
 use quantune_adapters::format;
 use safetensors::tensor::{Dtype, SafeTensors, View};
-use serde::{Deserialize, Serialize};
 
 use super::TrainError;
-use super::policy::RolloutState;
 use super::settings::{Command, FREE_ON_RESUME, PretrainSettings, RunSettings};
+use super::state::State;
 use super::tensorboard::EventWriter;
 use crate::monitor::Monitor;
 use crate::optim::AdamW;
 use crate::weights::{Lock, NotLocked, write_atomically};
-
-/// Where a run is: all that is not a tensor. Random numbers need no state, they are keyed.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-pub struct State {
-    /// Steps taken; of ppo and grpo updates.
-    pub step: u64,
-    /// Optimizer steps taken.
-    pub optimizer_steps: u64,
-    /// The epoch of the next step, from 0.
-    pub epoch: u64,
-    /// The next step within its epoch, from 0.
-    pub step_in_epoch: u64,
-    /// Bytes of `metrics.jsonl` that belong to these steps.
-    pub metrics_bytes: u64,
-    /// The best evaluation so far, where one is looked for.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub best: Option<Best>,
-    /// What only reinforcement learning has.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub rollouts: Option<RolloutState>,
-}
-
-/// The best evaluation of a run.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Best {
-    /// The step it came after.
-    pub step: u64,
-    /// Its metric.
-    pub value: f64,
-    /// Evaluations since, none of them better.
-    pub worse: u64,
-}
 
 /// Where the settings of a run are.
 const SETTINGS_FILE: &str = "config.toml";

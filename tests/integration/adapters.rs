@@ -1,4 +1,4 @@
-//! The adapters crate against PEFT's own files and choices (scripts/make_golden_adapters.py).
+//! The adapters crate against PEFT's own files and choices (scripts/golden/adapters.py).
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -175,7 +175,7 @@ fn pefts_folder_gives_pefts_outputs() {
     check_deltas(&read(folder.path(), &linears()).unwrap(), 1e-5);
 }
 
-/// Leaves the folder for `make_golden_adapters.py --check`.
+/// Leaves the folder for `scripts/golden/adapters.py --check`.
 #[test]
 fn our_folder_is_read_again_to_the_bit() {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("adapter_for_peft");

@@ -11,10 +11,11 @@ use quantune::objectives::policy::{
     per_token, ppo_metrics, ppo_policy_loss, ppo_value_loss, row_sums,
 };
 use quantune::objectives::preference::{
-    NegativeLogLikelihood, PairLogps, Preference, PreferenceLoss, PreferenceSettings, kto_kl,
+    NegativeLogLikelihood, PairLogps, PreferenceLoss, PreferenceLosses, PreferenceSettings, kto_kl,
     kto_losses, kto_mismatched, preference_losses,
 };
 use quantune::objectives::reward::{Pair, RewardStats, pair_losses, pair_weight};
+use quantune::train::settings::DpoSettings;
 use serde_json::Value;
 
 use crate::support::golden_json;
@@ -152,7 +153,7 @@ fn all_pairs_of_a_prompt_are_one_comparison() {
 }
 
 /// Runs a case of pairs: losses, and the leaves its gradient is of.
-fn judge(case: &Value, logps: &[f32]) -> (Preference, Var, Var, Option<Var>) {
+fn judge(case: &Value, logps: &[f32]) -> (PreferenceLosses, Var, Var, Option<Var>) {
     let settings = settings(case);
     let half = logps.len() / 2;
     let (chosen, rejected) = (var(&logps[..half]), var(&logps[half..]));
@@ -180,14 +181,16 @@ fn judge(case: &Value, logps: &[f32]) -> (Preference, Var, Var, Option<Var>) {
 
 fn settings(case: &Value) -> PreferenceSettings {
     let of = |key: &str, otherwise: f64| case[key].as_f64().unwrap_or(otherwise);
-    PreferenceSettings {
+    let own = DpoSettings {
         loss_type: serde_json::from_value(case["loss_type"].clone()).unwrap(),
         beta: of("beta", 0.1),
         label_smoothing: of("label_smoothing", 0.0),
         simpo_gamma: of("simpo_gamma", 0.5),
         desirable_weight: of("desirable_weight", 1.0),
         undesirable_weight: of("undesirable_weight", 1.0),
-    }
+        ..DpoSettings::default()
+    };
+    own.preference()
 }
 
 #[test]
@@ -265,18 +268,18 @@ fn what_a_preference_loss_lacks_is_said() {
         rejected_tokens: &[1, 1],
         nll: None,
     };
-    for (loss_type, expected) in [
+    let kto = PreferenceLoss::Kto { desirable_weight: 1.0, undesirable_weight: 1.0 };
+    for (loss, expected) in [
         (PreferenceLoss::Orpo, "ORPO needs the log-likelihood"),
-        (PreferenceLoss::Kto, "KTO judges single responses"),
+        (kto, "KTO judges single responses"),
     ] {
-        let settings = PreferenceSettings { loss_type, ..PreferenceSettings::default() };
+        let settings = PreferenceSettings { loss, beta: 0.1 };
         let error = preference_losses(&settings, &pairs).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");
     }
     // A model that is certain has no odds, but a finite loss and gradient.
     let certain = var(&[0.0, -1e-9]);
-    let settings =
-        PreferenceSettings { loss_type: PreferenceLoss::Orpo, ..PreferenceSettings::default() };
+    let settings = PreferenceSettings { loss: PreferenceLoss::Orpo, beta: 0.1 };
     let nll = NegativeLogLikelihood { logps: &certain, tokens: &[1, 1], weight: 1.0 };
     let pairs = PairLogps { chosen: &certain, nll: Some(nll), ..pairs };
     let loss = preference_losses(&settings, &pairs).unwrap().losses.sum_all().unwrap();

@@ -10,15 +10,14 @@ use quantune::model::{ActiveAdapter, Decoder};
 use quantune::objectives::Objective;
 use quantune::objectives::advantage::KlEstimator;
 use quantune::objectives::policy::ppo_metrics;
-use quantune::objectives::preference::PreferenceLoss;
+use quantune::objectives::preference::{PreferenceBatch, PreferenceLossType};
 use quantune::ops::Compute;
 use quantune::optim::AdamWSettings;
 use quantune::rollout::{AdvantageSettings, Experience, Response, ppo, respond};
 use quantune::train::learner::{Learner, MicroBatch};
 use quantune::train::settings::DpoSettings;
 use quantune::train::supervised::{
-    compared_part, kto_reference_point, labelled_part, response_log_probs, reward_part,
-    weigh_likelihood,
+    PolicyAndReference, preference_batch, response_log_probs, reward_batch, step_constants,
 };
 use quantune_adapters::delta::Adapter;
 use quantune_adapters::format;
@@ -175,7 +174,7 @@ fn ten_steps(
 fn reward(name: &str, layout: Layout) {
     let run = golden_json(&format!("rl/{name}/run.json"));
     let center = run["center_rewards_coefficient"].as_f64().unwrap_or(0.0);
-    ten_steps(name, layout, &|_, _| Box::new(move |_, rows| reward_part(rows, center)));
+    ten_steps(name, layout, &|_, _| Box::new(move |_, rows| reward_batch(rows, center)));
 }
 
 #[test]
@@ -199,11 +198,11 @@ fn dpo_is_trls() {
                     close(key, f64::from(*ours), theirs[key].as_f64().unwrap(), 1e-5);
                 }
             }
-            let own = DpoSettings::default();
+            let settings = DpoSettings::default().preference();
             Box::new(move |_, rows| {
                 let first = rows[0].row as usize;
                 let reference = reference[first..first + rows.len()].concat();
-                let (batch, part) = compared_part(rows, &own, Some(reference));
+                let (batch, part) = preference_batch(rows, settings, Some(reference));
                 (batch, Objective::Preference(part.into()))
             })
         });
@@ -215,20 +214,26 @@ fn kto_is_trls() {
     let run = golden_json("rl/kto/run.json");
     let number = |key: &str| run[key].as_f64().unwrap();
     let own = DpoSettings {
-        loss_type: PreferenceLoss::Kto,
+        loss_type: PreferenceLossType::Kto,
         beta: number("beta"),
         desirable_weight: number("desirable_weight"),
         undesirable_weight: number("undesirable_weight"),
         ..DpoSettings::default()
     };
+    let settings = own.preference();
     for layout in [WHOLE, SPLIT, PORTABLE] {
         ten_steps("kto", layout, &|_, _| {
-            let own = own.clone();
             Box::new(move |step, rows| {
-                let reference = response_log_probs(step.decoder, &[], rows).unwrap().concat();
+                let Step { decoder, active: policy, .. } = *step;
+                let reference = response_log_probs(decoder, &[], rows).unwrap().concat();
                 let all: Vec<&Comparison> = step.rows.iter().collect();
-                let kl = kto_reference_point(step.decoder, step.active, &[], &all).unwrap();
-                labelled_part(rows, &own, reference, kl)
+                let (_, whole_step) = preference_batch(&all, settings, None);
+                let models = PolicyAndReference { decoder, policy, reference: &[] };
+                let constants =
+                    step_constants(&models, &settings, &all, [&whole_step].into_iter()).unwrap();
+                let (batch, part) = preference_batch(rows, settings, Some(reference));
+                let part = PreferenceBatch { constants, ..part };
+                (batch, Objective::Preference(part.into()))
             })
         });
     }
@@ -243,7 +248,7 @@ fn other_preference_losses_are_trls() {
         (0..4).zip(lines("dpo/rows.jsonl")).map(|(i, row)| comparison(i, &row)).collect();
     let all: Vec<&Comparison> = rows.iter().collect();
     let reference = response_log_probs(&decoder, &[], &all).unwrap();
-    let check = |name: &str, loss_type: PreferenceLoss, micro: usize| {
+    let check = |name: &str, loss_type: PreferenceLossType, micro: usize| {
         let theirs = &run["first_step"][name];
         let number = |key: &str, default: f64| theirs[key].as_f64().unwrap_or(default);
         let own = DpoSettings {
@@ -253,6 +258,7 @@ fn other_preference_losses_are_trls() {
             label_smoothing: number("label_smoothing", 0.0),
             ..DpoSettings::default()
         };
+        let settings = own.preference();
         let ours = Arc::new(adapter("dpo/initial", &decoder));
         let mut learner =
             Learner::new(&decoder, vec![ours], optimizer(&run), 0.0, (0.0, 0)).unwrap();
@@ -260,12 +266,16 @@ fn other_preference_losses_are_trls() {
             .chunks(micro)
             .zip(reference.chunks(micro))
             .map(|(rows, reference)| {
-                let reference = loss_type.has_reference().then(|| reference.concat());
-                compared_part(rows, &own, reference)
+                let reference = settings.loss.has_reference().then(|| reference.concat());
+                preference_batch(rows, settings, reference)
             })
             .collect();
-        weigh_likelihood(&mut parts);
-        let part = |(batch, part): (Batch, quantune::objectives::Comparison)| MicroBatch {
+        let policy = learner.active(0);
+        let models = PolicyAndReference { decoder: &decoder, policy, reference: &[] };
+        let all_parts = parts.iter().map(|(_, part)| part);
+        let constants = step_constants(&models, &settings, &all, all_parts).unwrap();
+        parts.iter_mut().for_each(|(_, part)| part.constants = constants);
+        let part = |(batch, part): (Batch, PreferenceBatch)| MicroBatch {
             batch,
             objective: Objective::Preference(part.into()),
             scale: 0.25,
@@ -281,10 +291,10 @@ fn other_preference_losses_are_trls() {
         }
     };
     for micro in [4, 1] {
-        check("hinge", PreferenceLoss::Hinge, micro);
-        check("ipo", PreferenceLoss::Ipo, micro);
-        check("simpo", PreferenceLoss::SimPo, micro);
-        check("orpo", PreferenceLoss::Orpo, micro);
+        check("hinge", PreferenceLossType::Hinge, micro);
+        check("ipo", PreferenceLossType::Ipo, micro);
+        check("simpo", PreferenceLossType::SimPo, micro);
+        check("orpo", PreferenceLossType::Orpo, micro);
     }
 }
 

@@ -5,13 +5,15 @@
 //! Residuals are what sums begin with.
 
 use super::{Layer, Linear};
-use crate::isa::{Isa, versions};
+use crate::isa::{Isa, multiversion};
 use crate::model::Config;
 use crate::model::config::QkNorm;
 use crate::model::layer::qkv;
 use crate::ops::attention::{self, Attended, QkvGrad};
-use crate::ops::gemm::{Begin, Out, PackedRows, Panel, Product, Strided, Term, Weights, multiply};
-use crate::ops::rope::{Rotation, Turn};
+use crate::ops::gemm::{
+    Init, Out, PackedRows, PanelType, Product, Strided, Term, Weights, multiply,
+};
+use crate::ops::rope::{Direction, Rotation};
 use crate::ops::{Gate, Segment, rms_norm, swiglu};
 
 use rayon::prelude::*;
@@ -92,7 +94,7 @@ pub(super) struct LayerPass<'a> {
     pub rotation: &'a Rotation,
     pub isa: Isa,
     /// Of the way up and of the way back.
-    pub panels: (Panel, Panel),
+    pub panels: (PanelType, PanelType),
     pub tokens: usize,
 }
 
@@ -130,8 +132,8 @@ impl LayerPass<'_> {
                 rms_norm::forward(isa, raw, self.values[norm], eps, heads);
             }
         }
-        self.rotation.rotate(isa, Turn::Forward, q, q_width, q_width);
-        self.rotation.rotate(isa, Turn::Forward, k, kv_width, kv_width);
+        self.rotation.rotate(isa, Direction::Forward, q, q_width, q_width);
+        self.rotation.rotate(isa, Direction::Forward, k, kv_width, kv_width);
         attention::forward(
             isa,
             qkv(self.config.heads(), q, k, v),
@@ -218,8 +220,8 @@ impl LayerPass<'_> {
         let heads = self.config.heads();
         let all = qkv(heads, q, k, v);
         attention::backward(isa, all, heads, self.segments, None, left, dattended, grad);
-        self.rotation.rotate(isa, Turn::Back, dq, q_width, q_width);
-        self.rotation.rotate(isa, Turn::Back, dk, kv_width, kv_width);
+        self.rotation.rotate(isa, Direction::Backward, dq, q_width, q_width);
+        self.rotation.rotate(isa, Direction::Backward, dk, kv_width, kv_width);
         for (norm, raw, d) in [(layer.q_norm, &*raw_q, &mut *dq), (layer.k_norm, &*raw_k, &mut *dk)]
         {
             if let Some(norm) = norm {
@@ -257,10 +259,10 @@ impl LayerPass<'_> {
         packed.pack(self.isa, self.panels.0, input, self.tokens, width);
         let mut outs = outs.map(|(linear, out)| {
             let bias = linear.bias.map(|bias| self.values[bias]);
-            let begin = match (onto, bias) {
-                (None, None) => Begin::Zero,
-                (None, Some(bias)) => Begin::Bias(bias),
-                (Some(values), None) => Begin::From(Strided { values, stride: linear.rows }),
+            let init = match (onto, bias) {
+                (None, None) => Init::Zero,
+                (None, Some(bias)) => Init::Bias(bias),
+                (Some(values), None) => Init::From(Strided { values, stride: linear.rows }),
                 (Some(values), Some(bias)) => {
                     let rows = out.chunks_exact_mut(bias.len()).zip(values.chunks(bias.len()));
                     rows.for_each(|(out, values)| {
@@ -268,11 +270,11 @@ impl LayerPass<'_> {
                             *out = value + b;
                         }
                     });
-                    Begin::Add
+                    Init::Add
                 }
             };
             let terms = vec![Term { x: packed, weights: self.weights(linear), transposed: true }];
-            Product { terms, begin, out: Out::new(out, linear.rows) }
+            Product { terms, init, out: Out::new(out, linear.rows) }
         });
         multiply(self.isa, &mut outs);
     }
@@ -335,7 +337,7 @@ impl LayerPass<'_> {
             transposed: false,
         });
         let out = Out::new(dx, linears[0].cols);
-        Product { terms: terms.collect(), begin: Begin::Zero, out }
+        Product { terms: terms.collect(), init: Init::Zero, out }
     }
 
     /// `dW += dyᵀ · x`.
@@ -349,7 +351,7 @@ impl LayerPass<'_> {
         let weights = Weights::Dense { values: x, cols: linear.cols, scale: 1.0 };
         let terms = vec![Term { x: turned, weights, transposed: false }];
         let out = Out::new(dw, linear.cols);
-        Product { terms, begin: Begin::Add, out }
+        Product { terms, init: Init::Add, out }
     }
 
     /// `db += Σ dy` over the tokens.
@@ -369,7 +371,7 @@ impl LayerPass<'_> {
     }
 }
 
-versions! {
+multiversion! {
     /// Adds the first values of each row of `values (.., stride)` to `sums`.
     fn add_rows(isa; values: &[f32], stride: usize, sums: &mut [f32]) {
         for row in values.chunks(stride) {

@@ -25,9 +25,9 @@ use super::config::Config;
 use super::decoder::{Layer, Linear, Pass};
 use crate::isa::Isa;
 use crate::ops::attention::{self, Attended, Heads, Qkv, QkvGrad};
-use crate::ops::gemm::Panel;
-use crate::ops::rope::Turn;
-use crate::ops::{Compute, Values, each, rms_norm, swiglu};
+use crate::ops::gemm::PanelType;
+use crate::ops::rope::Direction;
+use crate::ops::{Compute, Values, par_for_each, rms_norm, swiglu};
 pub(super) use project::Onto;
 use tape::Lows;
 pub use tape::{Sizes, Tape, Workspace};
@@ -70,8 +70,8 @@ pub struct LayerPass<'a> {
     layer: &'a Layer,
     pub(super) pass: &'a Pass<'a>,
     pub(super) isa: Isa,
-    pub(super) forward: Panel,
-    backward: Panel,
+    pub(super) forward: PanelType,
+    backward: PanelType,
     tokens: usize,
     /// Which tokens wear what, in a decoding step: given, products read each weight where it lies, for a
     /// token a row. What is learned from, and a prompt, is computed one way, however many tokens there are.
@@ -174,8 +174,8 @@ impl<'a> LayerPass<'a> {
             }
         }
         if let Some(rotation) = self.pass.rotations.of(layer) {
-            rotation.rotate(isa, Turn::Forward, q, q_width, q_width);
-            rotation.rotate(isa, Turn::Forward, k, kv_width, kv_width);
+            rotation.rotate(isa, Direction::Forward, q, q_width, q_width);
+            rotation.rotate(isa, Direction::Forward, k, kv_width, kv_width);
         }
         let mut out = std::mem::take(&mut work.attended);
         let (qkv, segments) = (qkv(heads, q, k, v), &self.pass.segments);
@@ -399,8 +399,8 @@ impl<'a> LayerPass<'a> {
             let scores = layer.scores;
             attention::backward(isa, qkv, heads, segments, scores, left, &dattended, grad);
             if let Some(rotation) = self.pass.rotations.of(layer) {
-                rotation.rotate(isa, Turn::Back, &mut dq, q_width, q_width);
-                rotation.rotate(isa, Turn::Back, &mut dk, kv_width, kv_width);
+                rotation.rotate(isa, Direction::Backward, &mut dq, q_width, q_width);
+                rotation.rotate(isa, Direction::Backward, &mut dk, kv_width, kv_width);
             }
             for (norm, raw, d) in
                 [(&layer.q_norm, &*raw_q, &mut dq), (&layer.k_norm, &*raw_k, &mut dk)]
@@ -435,16 +435,16 @@ impl<'a> LayerPass<'a> {
 pub(super) fn qkv<'v>(heads: Heads, q: &'v [f32], k: &'v [f32], v: &'v [f32]) -> Qkv<'v> {
     let kv = heads.kv_heads * heads.head_dim;
     Qkv {
-        q: attention::Strided { values: q, stride: heads.heads * heads.head_dim },
-        k: attention::Strided { values: k, stride: kv },
-        v: attention::Strided { values: v, stride: kv },
+        q: attention::StridedHeads { values: q, stride: heads.heads * heads.head_dim },
+        k: attention::StridedHeads { values: k, stride: kv },
+        v: attention::StridedHeads { values: v, stride: kv },
     }
 }
 
 /// `a += by · b`.
 fn add(a: &mut [f32], b: &[f32], by: f32) {
     let chunks = a.chunks_mut(CHUNK).zip(b.chunks(CHUNK));
-    each(chunks.collect(), b.len(), |(a, b)| {
+    par_for_each(chunks.collect(), b.len(), |(a, b)| {
         a.iter_mut().zip(b).for_each(|(a, b)| *a += by * b);
     });
 }

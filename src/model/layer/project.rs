@@ -10,7 +10,9 @@ use crate::isa::Isa;
 use crate::model::decode_linear;
 use crate::model::decoder::{Linear, Shared};
 use crate::ops::Values;
-use crate::ops::gemm::{Begin, Out, PackedRows, Panel, Product, Strided, Term, Weights, multiply};
+use crate::ops::gemm::{
+    Init, Out, PackedRows, PanelType, Product, Strided, Term, Weights, multiply,
+};
 
 /// What products are added to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -123,7 +125,7 @@ impl LayerPass<'_> {
         work.x.pack(isa, self.forward, all, n, width);
         // Bytes would round what a step changes of an adapter away.
         let of_update = match self.forward {
-            Panel::Int8 => Panel::Int16,
+            PanelType::Int8 => PanelType::Int16,
             panel => panel,
         };
         if of_update != self.forward {
@@ -147,7 +149,7 @@ impl LayerPass<'_> {
                 }
                 let terms = vec![Term { x: x_of_update, weights: update.a(), transposed: true }];
                 let out = Out::new(low, update.r);
-                products.push(Product { terms, begin: Begin::Zero, out });
+                products.push(Product { terms, init: Init::Zero, out });
             }
         }
         multiply(isa, &mut products);
@@ -164,12 +166,12 @@ impl LayerPass<'_> {
             work.masked.pack(isa, of_update, input, update.tokens.len(), width);
             let terms = vec![Term { x: &work.masked, weights: update.a(), transposed: true }];
             let out = Out::new(&mut low[update.tokens.start * update.r..], update.r);
-            multiply(isa, &mut [Product { terms, begin: Begin::Zero, out }]);
+            multiply(isa, &mut [Product { terms, init: Init::Zero, out }]);
         }
         let lows = outs.iter().flat_map(|(_, _, lows)| lows.low.iter());
         pack_all(
             isa,
-            Panel::F32,
+            PanelType::F32,
             lows.zip(updates.iter().flatten()).map(|(l, u)| (&l[..], u.r)),
             n,
             &mut work.lows,
@@ -197,25 +199,25 @@ impl LayerPass<'_> {
                 // The base's product meets its scales before anything is added to it.
                 base.resize(n * linear.weight.rows(), 0.0);
                 let to = Out::new(base, linear.weight.rows());
-                products.push(Product { terms, begin: Begin::Zero, out: to });
+                products.push(Product { terms, init: Init::Zero, out: to });
                 after.push(of_updates);
                 continue;
             }
             terms.extend(of_updates);
-            let begin = match (onto, bias) {
-                (Onto::Nothing, None) => Begin::Zero,
-                (Onto::Nothing, Some(bias)) => Begin::Bias(bias),
+            let init = match (onto, bias) {
+                (Onto::Nothing, None) => Init::Zero,
+                (Onto::Nothing, Some(bias)) => Init::Bias(bias),
                 (Onto::Sum, bias) => {
                     if let Some(bias) = bias {
                         for row in out.chunks_exact_mut(bias.len()) {
                             row.iter_mut().zip(&**bias).for_each(|(out, b)| *out += b);
                         }
                     }
-                    Begin::Add
+                    Init::Add
                 }
             };
             let out = Out::new(out, linear.weight.rows());
-            products.push(Product { terms, begin, out });
+            products.push(Product { terms, init, out });
         }
         multiply(isa, &mut products);
         drop(products);
@@ -244,7 +246,7 @@ impl LayerPass<'_> {
             });
             let terms = after.next().expect("one for every scaled layer");
             let out = Out::new(out, linear.weight.rows());
-            products.push(Product { terms, begin: Begin::Add, out });
+            products.push(Product { terms, init: Init::Add, out });
         }
         multiply(isa, &mut products);
         drop(products);
@@ -298,7 +300,7 @@ impl LayerPass<'_> {
                 dlow.resize(n * update.r, 0.0);
                 let terms = vec![Term { x: dy, weights: update.b(), transposed: false }];
                 let out = Out::new(dlow, update.r);
-                products.push(Product { terms, begin: Begin::Zero, out });
+                products.push(Product { terms, init: Init::Zero, out });
             }
         }
         multiply(isa, &mut products);
@@ -310,7 +312,7 @@ impl LayerPass<'_> {
 
         if let Some(dx) = dx {
             let pairs = dlows.iter().zip(updates.iter().flatten()).map(|(l, u)| (&l[..], u.r));
-            pack_all(isa, Panel::F32, pairs, n, &mut work.lows);
+            pack_all(isa, PanelType::F32, pairs, n, &mut work.lows);
             let mut packed = work.lows.iter();
             let mut terms = Vec::new();
             let mut apart = Vec::new();
@@ -331,13 +333,13 @@ impl LayerPass<'_> {
                 }
             }
             let out = Out::new(dx, width);
-            multiply(isa, &mut [Product { terms, begin: Begin::Zero, out }]);
+            multiply(isa, &mut [Product { terms, init: Init::Zero, out }]);
             // What came through dropout meets its mask first.
             for (term, mask) in apart {
                 let through = &mut work.through;
                 through.resize(n * width, 0.0);
                 let out = Out::new(through, width);
-                multiply(isa, &mut [Product { terms: vec![term], begin: Begin::Zero, out }]);
+                multiply(isa, &mut [Product { terms: vec![term], init: Init::Zero, out }]);
                 times(through, mask);
                 let both = dx.par_chunks_mut(CHUNK).zip(through.par_chunks(CHUNK));
                 both.for_each(|(dx, d)| dx.iter_mut().zip(d).for_each(|(dx, d)| *dx += d));
@@ -352,7 +354,7 @@ impl LayerPass<'_> {
 /// Packs each `(n, r)`, as many as there are.
 fn pack_all<'v>(
     isa: Isa,
-    panel: Panel,
+    panel: PanelType,
     all: impl Iterator<Item = (&'v [f32], usize)>,
     n: usize,
     packed: &mut Vec<PackedRows>,

@@ -4,7 +4,7 @@ use half::f16;
 
 use crate::model::config::{Config, Norms, QkNorm};
 use crate::model::decode_linear;
-use crate::ops::gemm::{PackedRows, Panel};
+use crate::ops::gemm::{PackedRows, PanelType};
 use crate::ops::{Compute, half_tape};
 
 /// What a layer keeps for the way down. No product need be computed again from it.
@@ -39,29 +39,29 @@ pub(super) struct Kept {
 
 impl Kept {
     /// Takes what is in `values`, in exchange for the buffer that was kept before.
-    pub(super) fn keep(&mut self, panel: Panel, values: &mut Vec<f32>) {
+    pub(super) fn keep(&mut self, panel: PanelType, values: &mut Vec<f32>) {
         match panel {
-            Panel::F32 => std::mem::swap(&mut self.exact, values),
-            Panel::Int16 | Panel::Int8 => half_tape::narrow(values, &mut self.half),
+            PanelType::F32 => std::mem::swap(&mut self.exact, values),
+            PanelType::Int16 | PanelType::Int8 => half_tape::narrow(values, &mut self.half),
         }
     }
 
     /// Keeps a copy.
-    pub(super) fn copy(&mut self, panel: Panel, values: &[f32]) {
+    pub(super) fn copy(&mut self, panel: PanelType, values: &[f32]) {
         match panel {
-            Panel::F32 => {
+            PanelType::F32 => {
                 self.exact.clear();
                 self.exact.extend_from_slice(values);
             }
-            Panel::Int16 | Panel::Int8 => half_tape::narrow(values, &mut self.half),
+            PanelType::Int16 | PanelType::Int8 => half_tape::narrow(values, &mut self.half),
         }
     }
 
     /// What is kept, by way of a buffer where it is not kept as it is.
-    pub(super) fn read<'k>(&'k self, panel: Panel, buffer: &'k mut Vec<f32>) -> &'k [f32] {
+    pub(super) fn read<'k>(&'k self, panel: PanelType, buffer: &'k mut Vec<f32>) -> &'k [f32] {
         match panel {
-            Panel::F32 => &self.exact,
-            Panel::Int16 | Panel::Int8 => {
+            PanelType::F32 => &self.exact,
+            PanelType::Int16 | PanelType::Int8 => {
                 buffer.resize(self.half.len(), 0.0);
                 half_tape::widen(&self.half, buffer);
                 buffer
@@ -70,10 +70,10 @@ impl Kept {
     }
 
     /// Gives it back into `values`.
-    pub(super) fn give(&mut self, panel: Panel, values: &mut Vec<f32>) {
+    pub(super) fn give(&mut self, panel: PanelType, values: &mut Vec<f32>) {
         match panel {
-            Panel::F32 => std::mem::swap(&mut self.exact, values),
-            Panel::Int16 | Panel::Int8 => half_tape::widen(&self.half, values),
+            PanelType::F32 => std::mem::swap(&mut self.exact, values),
+            PanelType::Int16 | PanelType::Int8 => half_tape::widen(&self.half, values),
         }
     }
 }
@@ -112,8 +112,8 @@ impl Tape {
             packed += input;
         }
         let packed = match compute.backward_panel() {
-            Some(Panel::Int16 | Panel::Int8) => packed / 2,
-            Some(Panel::F32) | None => packed,
+            Some(PanelType::Int16 | PanelType::Int8) => packed / 2,
+            Some(PanelType::F32) | None => packed,
         };
         // Of the layers that share an input, most of a layer's updates; as they are, packed, and
         // their gradients.
@@ -126,8 +126,8 @@ impl Tape {
         let kv = config.num_key_value_heads * config.head_dim;
         let kept = q + 2 * config.intermediate_size + sizes.magnitudes;
         let kept = match compute.forward_panel() {
-            Some(Panel::Int16 | Panel::Int8) => kept / 2,
-            Some(Panel::F32) | None => kept,
+            Some(PanelType::Int16 | PanelType::Int8) => kept / 2,
+            Some(PanelType::F32) | None => kept,
         };
         let mut width = 2 * config.hidden_size + q + 2 * kv + kept;
         if config.family.qk_norm != QkNorm::None {

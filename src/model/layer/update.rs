@@ -11,7 +11,7 @@ use super::tape::{Kept, Lows, Workspace};
 use super::{AdapterGradients, CHUNK, LayerPass, times};
 use crate::model::decoder::Linear;
 use crate::ops::Values;
-use crate::ops::gemm::{Begin, Out, PackedRows, Product, Strided, Term, Weights, multiply};
+use crate::ops::gemm::{Init, Out, PackedRows, Product, Strided, Term, Weights, multiply};
 
 /// An adapter on a linear layer for a run of tokens.
 pub(super) struct Update<'a> {
@@ -198,7 +198,7 @@ impl<'a> LayerPass<'a> {
             if rows > 0 {
                 let terms = vec![Term { x: factor, weights, transposed: false }];
                 let out = Out::new(out, cols);
-                products.push(Product { terms, begin: Begin::Zero, out });
+                products.push(Product { terms, init: Init::Zero, out });
             }
         }
         multiply(isa, &mut products);

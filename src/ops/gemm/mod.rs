@@ -18,9 +18,9 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-pub use pack::{PackedRows, Panel, Strided, Weights};
+pub use pack::{PackedRows, PanelType, Strided, Weights};
 
-use super::cpu::Target;
+use super::cpu::SharedMutPtr;
 use crate::isa::Isa;
 use kernel::{
     Side, TILE_COLS, TILE_ROWS, Tile, f32_tile, f32_tile_in_place, int8_tile, int16_tile,
@@ -28,9 +28,9 @@ use kernel::{
 use pack::PackedColumns;
 
 /// Columns a task takes: its panels stay in the second-level cache.
-const GROUP: usize = 3 * TILE_COLS;
+const COLUMN_GROUP: usize = 3 * TILE_COLS;
 /// The same for types whose blocks are longer.
-const LONG_GROUP: usize = 8 * TILE_COLS;
+const LONG_COLUMN_GROUP: usize = 8 * TILE_COLS;
 /// Rows a task takes at the most, and, if there are threads to feed, at the least: packing its
 /// columns should cost little beside them. Floats are packed faster than blocks.
 const MOST_ROWS: usize = 172 * TILE_ROWS;
@@ -66,7 +66,7 @@ impl Term<'_> {
 
 /// What sums begin with.
 #[derive(Debug, Clone, Copy)]
-pub enum Begin<'a> {
+pub enum Init<'a> {
     /// 0.
     Zero,
     /// A value per column.
@@ -80,7 +80,7 @@ pub enum Begin<'a> {
 /// Where the sums go: row `i` begins at `i · stride` of a buffer that is borrowed exclusively, so
 /// that no two products can write the same elements.
 pub struct Out<'a> {
-    target: Target,
+    target: SharedMutPtr,
     stride: usize,
     buffer: PhantomData<&'a mut [f32]>,
 }
@@ -88,16 +88,16 @@ pub struct Out<'a> {
 impl<'a> Out<'a> {
     /// Rows `stride` values apart; a product may have fewer columns than that.
     pub fn new(values: &'a mut [f32], stride: usize) -> Self {
-        Self { target: Target::new(values), stride, buffer: PhantomData }
+        Self { target: SharedMutPtr::new(values), stride, buffer: PhantomData }
     }
 }
 
-/// `out = begin + Σ x · W`, or with `Wᵀ`.
+/// `out = init + Σ x · W`, or with `Wᵀ`.
 pub struct Product<'a> {
     /// What is added up; all have the same rows and columns.
     pub terms: Vec<Term<'a>>,
     /// What the sums begin with.
-    pub begin: Begin<'a>,
+    pub init: Init<'a>,
     /// Where they go.
     pub out: Out<'a>,
 }
@@ -113,7 +113,7 @@ pub fn multiply(isa: Isa, products: &mut [Product]) {
     let tasks: Vec<(&Product, Range<usize>, Range<usize>)> =
         products.iter().flat_map(|product| tasks(product, parts)).collect();
     let run = |(product, rows, columns): &(&Product, Range<usize>, Range<usize>)| {
-        thread_local!(static SCRATCH: RefCell<Scratch> = RefCell::default());
+        thread_local!(static SCRATCH: RefCell<GemmScratch> = RefCell::default());
         SCRATCH.with_borrow_mut(|scratch| {
             // SAFETY: tasks of a product have rows and columns of their own, and each product has
             // its buffer to itself: `Out` borrows it exclusively, and so are the products.
@@ -130,7 +130,7 @@ impl Product<'_> {
     /// Columns of a task. Only straight panels cut along the blocks.
     fn group(&self) -> usize {
         let long = self.terms.iter().any(|t| !t.transposed && t.weights.block_len() > TILE_COLS);
-        if long { LONG_GROUP } else { GROUP }
+        if long { LONG_COLUMN_GROUP } else { COLUMN_GROUP }
     }
 
     fn groups(&self) -> usize {
@@ -152,10 +152,10 @@ fn tasks<'p, 'a>(
     let out = &product.out;
     assert!(rows < 2 || columns <= out.stride, "rows of a result do not overlap");
     assert!(rows == 0 || (rows - 1) * out.stride + columns <= out.target.len());
-    if let Begin::Bias(bias) = product.begin {
+    if let Init::Bias(bias) = product.init {
         assert_eq!(bias.len(), columns);
     }
-    if let Begin::From(from) = product.begin {
+    if let Init::From(from) = product.init {
         assert!(rows == 0 || (rows - 1) * from.stride + columns <= from.values.len());
     }
     let dense = |term: &Term| matches!(term.weights, Weights::Dense { .. });
@@ -175,7 +175,7 @@ fn tasks<'p, 'a>(
 
 /// Panels of one thread, filled again and again.
 #[derive(Default)]
-struct Scratch {
+struct GemmScratch {
     packed: Vec<PackedColumns>,
 }
 
@@ -192,10 +192,10 @@ unsafe fn task(
     product: &Product,
     rows: Range<usize>,
     columns: Range<usize>,
-    scratch: &mut Scratch,
+    scratch: &mut GemmScratch,
 ) {
-    let most = if columns.len() > GROUP { LONG_STRETCH } else { STRETCH };
-    let mut begin = product.begin;
+    let most = if columns.len() > COLUMN_GROUP { LONG_STRETCH } else { STRETCH };
+    let mut init = product.init;
     let mut stretches: Vec<Stretch> = Vec::new();
     let mut units = 0;
     for term in &product.terms {
@@ -207,8 +207,8 @@ unsafe fn task(
             let needed = panel.units(depth.len());
             if units + needed > most && !stretches.is_empty() {
                 // SAFETY: the caller's promise.
-                unsafe { tiles(isa, &stretches, scratch, &rows, &columns, begin, &product.out) };
-                begin = Begin::Add;
+                unsafe { tiles(isa, &stretches, scratch, &rows, &columns, init, &product.out) };
+                init = Init::Add;
                 stretches.clear();
                 units = 0;
             }
@@ -225,7 +225,7 @@ unsafe fn task(
         }
     }
     // SAFETY: the caller's promise.
-    unsafe { tiles(isa, &stretches, scratch, &rows, &columns, begin, &product.out) };
+    unsafe { tiles(isa, &stretches, scratch, &rows, &columns, init, &product.out) };
 }
 
 /// All tiles of a task over what is packed. A tile stays in the first-level cache until all
@@ -236,13 +236,13 @@ unsafe fn task(
 unsafe fn tiles(
     isa: Isa,
     stretches: &[Stretch],
-    scratch: &Scratch,
+    scratch: &GemmScratch,
     rows: &Range<usize>,
     columns: &Range<usize>,
-    begin: Begin,
+    init: Init,
     out: &Out,
 ) {
-    let floats = stretches.iter().all(|stretch| stretch.x.panel == Panel::F32);
+    let floats = stretches.iter().all(|stretch| stretch.x.panel == PanelType::F32);
     let mut tile = Tile([[0.0; TILE_COLS]; TILE_ROWS]);
     for first_row in rows.clone().step_by(TILE_ROWS) {
         let count = TILE_ROWS.min(rows.end - first_row);
@@ -251,7 +251,7 @@ unsafe fn tiles(
             if count == TILE_ROWS && width == TILE_COLS && floats {
                 // SAFETY: the caller's promise.
                 unsafe {
-                    whole_tile(isa, stretches, scratch, first_row, first_column, i, begin, out)
+                    whole_tile(isa, stretches, scratch, first_row, first_column, i, init, out)
                 };
                 continue;
             }
@@ -260,19 +260,19 @@ unsafe fn tiles(
                 // SAFETY: this task's own elements, one row of them at a time.
                 unsafe { at.slice(width) }
             };
-            match begin {
-                Begin::Zero => tile.0 = [[0.0; TILE_COLS]; TILE_ROWS],
-                Begin::Bias(bias) => {
+            match init {
+                Init::Zero => tile.0 = [[0.0; TILE_COLS]; TILE_ROWS],
+                Init::Bias(bias) => {
                     for row in &mut tile.0 {
                         copy(&bias[first_column..][..width], row);
                     }
                 }
-                Begin::Add => {
+                Init::Add => {
                     for (i, row) in tile.0[..count].iter_mut().enumerate() {
                         copy(row_of(i), row);
                     }
                 }
-                Begin::From(from) => {
+                Init::From(from) => {
                     for (i, row) in tile.0[..count].iter_mut().enumerate() {
                         let at = (first_row + i) * from.stride + first_column;
                         copy(&from.values[at..at + width], row);
@@ -299,22 +299,22 @@ unsafe fn tiles(
 unsafe fn whole_tile(
     isa: Isa,
     stretches: &[Stretch],
-    scratch: &Scratch,
+    scratch: &GemmScratch,
     first_row: usize,
     first_column: usize,
     i: usize,
-    begin: Begin,
+    init: Init,
     out: &Out,
 ) {
     const ZEROS: &[f32; TILE_COLS] = &[0.0; TILE_COLS];
     let needed = |stride: usize| (TILE_ROWS - 1) * stride + TILE_COLS;
     let at = out.target.at(first_row * out.stride + first_column);
     let out = (at.pointer(needed(out.stride)), out.stride);
-    let mut begin = match begin {
-        Begin::Zero => (ZEROS.as_ptr(), 0),
-        Begin::Bias(bias) => (bias[first_column..][..TILE_COLS].as_ptr(), 0),
-        Begin::Add => (out.0.cast_const(), out.1),
-        Begin::From(from) => {
+    let mut init = match init {
+        Init::Zero => (ZEROS.as_ptr(), 0),
+        Init::Bias(bias) => (bias[first_column..][..TILE_COLS].as_ptr(), 0),
+        Init::Add => (out.0.cast_const(), out.1),
+        Init::From(from) => {
             let at = first_row * from.stride + first_column;
             (from.values[at..][..needed(from.stride)].as_ptr(), from.stride)
         }
@@ -324,8 +324,8 @@ unsafe fn whole_tile(
         let (a, _) = stretch.x.tile(first_row / TILE_ROWS, depth.start, depth.len());
         let b = &packed.units[i * depth.len() * TILE_COLS..][..depth.len() * TILE_COLS];
         // SAFETY: both tiles are in bounds; that of `out` is this task's.
-        unsafe { f32_tile_in_place(isa, a, b, begin, out) };
-        begin = (out.0.cast_const(), out.1);
+        unsafe { f32_tile_in_place(isa, a, b, init, out) };
+        init = (out.0.cast_const(), out.1);
     }
 }
 
@@ -333,7 +333,7 @@ unsafe fn whole_tile(
 #[inline(always)]
 fn add(
     isa: Isa,
-    panel: Panel,
+    panel: PanelType,
     depth: usize,
     (a_units, a_scales): (&[u32], &[f32]),
     packed: &PackedColumns,
@@ -347,9 +347,9 @@ fn add(
     let b = Side { units: b_units, scales: &packed.scales[at.clone()] };
     let per_block = panel.units_per_block();
     match panel {
-        Panel::F32 => f32_tile(isa, a_units, b_units, tile),
-        Panel::Int16 => int16_tile(isa, a, b, per_block, tile),
-        Panel::Int8 => int8_tile(isa, a, b, &packed.offsets[at], per_block, tile),
+        PanelType::F32 => f32_tile(isa, a_units, b_units, tile),
+        PanelType::Int16 => int16_tile(isa, a, b, per_block, tile),
+        PanelType::Int8 => int8_tile(isa, a, b, &packed.offsets[at], per_block, tile),
     }
 }
 
@@ -412,7 +412,7 @@ mod tests {
 
     fn run(
         isa: Isa,
-        panel: Panel,
+        panel: PanelType,
         x: &[f32],
         m: usize,
         weights: Weights,
@@ -425,7 +425,7 @@ mod tests {
         let mut y = vec![f32::NAN; m * n];
         let terms = vec![Term { x: &packed, weights, transposed }];
         let out = Out::new(&mut y, n);
-        multiply(isa, &mut [Product { terms, begin: Begin::Zero, out }]);
+        multiply(isa, &mut [Product { terms, init: Init::Zero, out }]);
         y
     }
 
@@ -442,11 +442,11 @@ mod tests {
                 let w = matrix(block_type, rows, cols);
                 let w = Weights::Frozen(&w);
                 for (panel, transposed, bound) in [
-                    (Panel::F32, true, 1e-6),
-                    (Panel::F32, false, 1e-6),
-                    (Panel::Int16, true, 3e-4),
-                    (Panel::Int16, false, 3e-4),
-                    (Panel::Int8, true, 2e-2),
+                    (PanelType::F32, true, 1e-6),
+                    (PanelType::F32, false, 1e-6),
+                    (PanelType::Int16, true, 3e-4),
+                    (PanelType::Int16, false, 3e-4),
+                    (PanelType::Int8, true, 2e-2),
                 ] {
                     let x = values(1, m * if transposed { cols } else { rows });
                     let exact = exact(&x, m, w, transposed);
@@ -456,8 +456,8 @@ mod tests {
                         let error = error(&y, &exact);
                         let case = format!("{block_type} {panel:?} {} {transposed}", isa.name());
                         assert!(error < bound, "{case}: {error:e}");
-                        assert!(panel == Panel::F32 || error > 0.0, "{case} is too good");
-                        if panel != Panel::F32 {
+                        assert!(panel == PanelType::F32 || error > 0.0, "{case} is too good");
+                        if panel != PanelType::F32 {
                             assert_eq!(first.get_or_insert_with(|| y.clone()), &y, "{case}");
                         }
                     }
@@ -481,14 +481,14 @@ mod tests {
                 .map(|(a, b)| a + b)
                 .collect();
             for isa in rungs() {
-                for (panel, bound) in [(Panel::F32, 1e-5), (Panel::Int16, 1e-3)] {
+                for (panel, bound) in [(PanelType::F32, 1e-5), (PanelType::Int16, 1e-3)] {
                     let (mut xs, mut lows) = (PackedRows::default(), PackedRows::default());
                     xs.pack(isa, panel, Strided { values: &x, stride: k }, m, k);
-                    lows.pack(isa, Panel::F32, Strided { values: &low, stride: 3 }, m, 3);
+                    lows.pack(isa, PanelType::F32, Strided { values: &low, stride: 3 }, m, 3);
                     let stride = n + 2;
                     let mut y = vec![1.0; m * stride];
-                    for (begin, added) in
-                        [(Begin::Bias(&bias), bias.clone()), (Begin::Zero, vec![0.0; n])]
+                    for (init, added) in
+                        [(Init::Bias(&bias), bias.clone()), (Init::Zero, vec![0.0; n])]
                     {
                         let terms = || {
                             vec![
@@ -496,9 +496,9 @@ mod tests {
                                 Term { x: &lows, weights: update, transposed: true },
                             ]
                         };
-                        for begin in [begin, Begin::Add] {
+                        for init in [init, Init::Add] {
                             let out = Out::new(&mut y[1..], stride);
-                            multiply(isa, &mut [Product { terms: terms(), begin, out }]);
+                            multiply(isa, &mut [Product { terms: terms(), init, out }]);
                         }
                         let expected: Vec<f64> =
                             (0..m * n).map(|i| 2.0 * sum[i] + f64::from(added[i % n])).collect();
@@ -533,7 +533,8 @@ mod tests {
             for (weights, transposed) in [(forward, true), (backward, false)] {
                 let exact = exact(&x, 2, weights, transposed);
                 for isa in rungs() {
-                    let error = error(&run(isa, Panel::Int16, &x, 2, weights, transposed), &exact);
+                    let error =
+                        error(&run(isa, PanelType::Int16, &x, 2, weights, transposed), &exact);
                     assert!(error < 1e-3, "{} {transposed}: {error:e}", isa.name());
                 }
             }
@@ -554,14 +555,14 @@ mod tests {
                 .map(|(i, y)| y + f64::from(before[i / n * (n + 1) + i % n]))
                 .collect();
             for isa in rungs() {
-                for (panel, bound) in [(Panel::F32, 1e-5), (Panel::Int16, 1e-3)] {
+                for (panel, bound) in [(PanelType::F32, 1e-5), (PanelType::Int16, 1e-3)] {
                     let mut packed = PackedRows::default();
                     packed.pack_turned(isa, panel, Strided { values: &x, stride: m }, m, k);
                     let mut y = vec![f32::NAN; m * n];
                     let terms = vec![Term { x: &packed, weights, transposed: false }];
-                    let begin = Begin::From(Strided { values: &before, stride: n + 1 });
+                    let init = Init::From(Strided { values: &before, stride: n + 1 });
                     let out = Out::new(&mut y, n);
-                    multiply(isa, &mut [Product { terms, begin, out }]);
+                    multiply(isa, &mut [Product { terms, init, out }]);
                     let error = error(&y, &exact);
                     assert!(error < bound, "{m} {n} {k} {panel:?} {}: {error:e}", isa.name());
                 }
@@ -573,7 +574,7 @@ mod tests {
     fn a_row_does_not_see_its_neighbours() {
         let w = matrix(BlockType::Q4_0, 70, 96);
         let x = values(1, 30 * 96);
-        for panel in [Panel::F32, Panel::Int16, Panel::Int8] {
+        for panel in [PanelType::F32, PanelType::Int16, PanelType::Int8] {
             let isa = Isa::current();
             let all = run(isa, panel, &x, 30, Weights::Frozen(&w), true);
             for row in [0, 7, 29] {
@@ -589,7 +590,7 @@ mod tests {
         let w = values(2, 40 * 64);
         let weights = Weights::Dense { values: &w, cols: 64, scale: 1.0 };
         for isa in rungs() {
-            for panel in [Panel::F32, Panel::Int16, Panel::Int8] {
+            for panel in [PanelType::F32, PanelType::Int16, PanelType::Int8] {
                 for bad in [f32::NAN, f32::INFINITY] {
                     let mut x = values(1, 3 * 64);
                     x[64 + 5] = bad;

@@ -8,15 +8,15 @@
 
 use std::cell::RefCell;
 
-use crate::isa::{Isa, versions};
+use crate::isa::{Isa, multiversion};
 use crate::quant::FrozenMatrix;
 
-use super::super::cpu::Target;
+use super::super::cpu::SharedMutPtr;
 use super::kernel::{TILE_COLS, TILE_ROWS};
 
 /// What panels are made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Panel {
+pub enum PanelType {
     /// The values themselves.
     F32,
     /// 16-bit integers with a scale per 128 values.
@@ -25,7 +25,7 @@ pub enum Panel {
     Int8,
 }
 
-impl Panel {
+impl PanelType {
     /// Values of the contraction in one unit.
     pub fn values_per_unit(self) -> usize {
         match self {
@@ -125,7 +125,7 @@ pub struct Strided<'a> {
 /// [`TILE_ROWS`] rows. Its buffers are kept for the next time.
 #[derive(Debug, Clone)]
 pub struct PackedRows {
-    pub panel: Panel,
+    pub panel: PanelType,
     pub rows: usize,
     pub depth: usize,
     /// `(tiles, units, TILE_ROWS)`.
@@ -137,13 +137,13 @@ pub struct PackedRows {
 impl Default for PackedRows {
     fn default() -> Self {
         let (units, scales) = (Vec::new(), Vec::new());
-        Self { panel: Panel::F32, rows: 0, depth: 0, units, scales }
+        Self { panel: PanelType::F32, rows: 0, depth: 0, units, scales }
     }
 }
 
 impl PackedRows {
     /// Packs `x (rows, depth)`; threads take a tile of rows each.
-    pub fn pack(&mut self, isa: Isa, panel: Panel, x: Strided, rows: usize, depth: usize) {
+    pub fn pack(&mut self, isa: Isa, panel: PanelType, x: Strided, rows: usize, depth: usize) {
         use rayon::prelude::*;
         assert!(rows == 0 || (rows - 1) * x.stride + depth <= x.values.len());
         let tiles = rows.div_ceil(TILE_ROWS);
@@ -166,7 +166,7 @@ impl PackedRows {
                 let first = tile * TILE_ROWS;
                 // Whole lines of floats are turned where they lie.
                 let lying = &x.values[first * x.stride..];
-                if panel == Panel::F32 && depth == x.stride && may_transpose(lying, depth) {
+                if panel == PanelType::F32 && depth == x.stride && may_transpose(lying, depth) {
                     // SAFETY: any bits are a `u32`, whose alignment is the same.
                     let units_of = unsafe { lying.align_to::<u32>().1 };
                     transpose(isa, (units_of, x.stride), (TILE_ROWS, units), out, TILE_ROWS);
@@ -188,10 +188,17 @@ impl PackedRows {
     ///
     /// # Panics
     /// For bytes, which serve forward products only.
-    pub fn pack_turned(&mut self, isa: Isa, panel: Panel, x: Strided, rows: usize, depth: usize) {
+    pub fn pack_turned(
+        &mut self,
+        isa: Isa,
+        panel: PanelType,
+        x: Strided,
+        rows: usize,
+        depth: usize,
+    ) {
         use rayon::prelude::*;
         assert!(depth == 0 || (depth - 1) * x.stride + rows <= x.values.len());
-        assert!(panel != Panel::Int8, "bytes serve forward products only");
+        assert!(panel != PanelType::Int8, "bytes serve forward products only");
         let tiles = rows.div_ceil(TILE_ROWS);
         let (units, blocks) = (panel.units(depth), panel.blocks(depth));
         (self.panel, self.rows, self.depth) = (panel, rows, depth);
@@ -202,10 +209,10 @@ impl PackedRows {
         }
         // Neighbouring tiles share the cache lines they are read from.
         const TILES: usize = 4;
-        let scales = Target::new(&mut self.scales);
+        let scales = SharedMutPtr::new(&mut self.scales);
         let groups = self.units.par_chunks_mut(TILES * units * TILE_ROWS).enumerate();
         groups.for_each(|(group, out)| {
-            let mut few = [0f32; Panel::F32.block() * TILE_ROWS];
+            let mut few = [0f32; PanelType::F32.block() * TILE_ROWS];
             for (block, first) in (0..depth).step_by(panel.block()).enumerate() {
                 let count = panel.block().min(depth - first);
                 for (i, out) in out.chunks_exact_mut(units * TILE_ROWS).enumerate() {
@@ -225,14 +232,14 @@ impl PackedRows {
                     let at = panel.units(first) * TILE_ROWS;
                     let out = &mut out[at..at + panel.units(count) * TILE_ROWS];
                     match panel {
-                        Panel::F32 => f32_rows(isa, values, stride, out),
-                        Panel::Int16 => {
+                        PanelType::F32 => f32_rows(isa, values, stride, out),
+                        PanelType::Int16 => {
                             let at = (tile * blocks + block) * TILE_ROWS;
                             // SAFETY: the scales of this tile and block, which are this task's.
                             let scales = unsafe { scales.at(at).slice(TILE_ROWS) };
                             int16_rows(isa, values, stride, count, out, scales);
                         }
-                        Panel::Int8 => unreachable!("refused above"),
+                        PanelType::Int8 => unreachable!("refused above"),
                     }
                 }
             }
@@ -268,7 +275,7 @@ struct RowScratch {
 impl RowScratch {
     const ROWS: usize = 16;
 
-    fn fit(&mut self, panel: Panel, depth: usize) {
+    fn fit(&mut self, panel: PanelType, depth: usize) {
         self.stride = panel.units(depth).next_multiple_of(16);
         self.blocks = panel.blocks(depth);
         if self.units.len() < Self::ROWS * self.stride {
@@ -280,24 +287,24 @@ impl RowScratch {
         }
     }
 
-    fn quantize(&mut self, isa: Isa, panel: Panel, x: &[f32], row: usize, unsigned: bool) {
+    fn quantize(&mut self, isa: Isa, panel: PanelType, x: &[f32], row: usize, unsigned: bool) {
         self.fit(panel, x.len());
         let units = &mut self.units[row * self.stride..][..self.stride];
         let blocks = row * self.blocks..(row + 1) * self.blocks;
         let (scales, sums) = (&mut self.scales[blocks.clone()], &mut self.sums[blocks]);
         match panel {
-            Panel::F32 => {
+            PanelType::F32 => {
                 for (unit, x) in units.iter_mut().zip(x) {
                     *unit = x.to_bits();
                 }
             }
-            Panel::Int16 => {
+            PanelType::Int16 => {
                 // SAFETY: any bits are two `i16`, whose alignment is lower.
                 let words = unsafe { units.align_to_mut::<i16>().1 };
                 words[x.len().saturating_sub(1)..].fill(0); // an odd last value's other half
                 int16_row(isa, x, words, scales);
             }
-            Panel::Int8 => {
+            PanelType::Int8 => {
                 // SAFETY: any bits are four bytes, whose alignment is lower.
                 let bytes = unsafe { units.align_to_mut::<u8>().1 };
                 bytes[x.len()..].fill(0);
@@ -306,7 +313,7 @@ impl RowScratch {
         }
     }
 
-    fn clear(&mut self, panel: Panel, depth: usize, row: usize) {
+    fn clear(&mut self, panel: PanelType, depth: usize, row: usize) {
         self.fit(panel, depth);
         self.units[row * self.stride..][..self.stride].fill(0);
         self.scales[row * self.blocks..(row + 1) * self.blocks].fill(0.0);
@@ -350,7 +357,7 @@ impl PackedColumns {
     pub fn pack_transposed(
         &mut self,
         isa: Isa,
-        panel: Panel,
+        panel: PanelType,
         weights: Weights,
         columns: std::ops::Range<usize>,
         depth: std::ops::Range<usize>,
@@ -373,7 +380,7 @@ impl PackedColumns {
             let at = of_panel * blocks * TILE_COLS + lane;
             let scales = &mut self.scales[at.min(all_scales)..]; // `f32` has none
             self.scratch.write::<LANES>(isa, (units, blocks), TILE_COLS, out, scales);
-            if panel == Panel::Int8 {
+            if panel == PanelType::Int8 {
                 for block in 0..blocks {
                     for lane in 0..LANES {
                         let sum = self.scratch.sums[lane * self.scratch.blocks + block];
@@ -401,7 +408,7 @@ impl PackedColumns {
     pub fn pack_straight(
         &mut self,
         isa: Isa,
-        panel: Panel,
+        panel: PanelType,
         weights: Weights,
         columns: std::ops::Range<usize>,
         depth: std::ops::Range<usize>,
@@ -433,19 +440,19 @@ impl PackedColumns {
                 let out = &mut self.units[at * TILE_COLS..][..panel.units(count) * TILE_COLS];
                 let values = &values[of_panel * TILE_COLS..];
                 match panel {
-                    Panel::F32 => f32_columns(isa, values, stride, out),
-                    Panel::Int16 => {
+                    PanelType::F32 => f32_columns(isa, values, stride, out),
+                    PanelType::Int16 => {
                         let at = (of_panel * blocks + block) * TILE_COLS;
                         let scales = &mut self.scales[at..at + TILE_COLS];
                         int16_columns(isa, values, stride, count, out, scales);
                     }
-                    Panel::Int8 => panic!("bytes serve forward products only"),
+                    PanelType::Int8 => panic!("bytes serve forward products only"),
                 }
             }
         }
     }
 
-    fn fit(&mut self, panel: Panel, columns: usize, depth: usize) -> (usize, usize) {
+    fn fit(&mut self, panel: PanelType, columns: usize, depth: usize) -> (usize, usize) {
         let panels = columns.div_ceil(TILE_COLS);
         let (units, blocks) = (panel.units(depth), panel.blocks(depth));
         self.units.resize(panels * units * TILE_COLS, 0);
@@ -497,9 +504,9 @@ fn nearest(x: f32) -> u32 {
     (x + 12_582_912.0).to_bits()
 }
 
-versions! {
+multiversion! {
     fn int16_row(isa; x: &[f32], words: &mut [i16], scales: &mut [f32]) {
-        let blocks = x.chunks(Panel::Int16.block()).zip(words.chunks_mut(Panel::Int16.block()));
+        let blocks = x.chunks(PanelType::Int16.block()).zip(words.chunks_mut(PanelType::Int16.block()));
         for ((x, words), scale) in blocks.zip(scales) {
             let largest = largest(x);
             let unit = unit(largest);
@@ -520,7 +527,7 @@ versions! {
     }
 
     fn int8_row(isa; x: &[f32], bytes: &mut [u8], scales: &mut [f32], sums: &mut [i32], zero: u8) {
-        let blocks = x.chunks(Panel::Int8.block()).zip(bytes.chunks_mut(Panel::Int8.block()));
+        let blocks = x.chunks(PanelType::Int8.block()).zip(bytes.chunks_mut(PanelType::Int8.block()));
         for (((x, bytes), scale), sum) in blocks.zip(scales).zip(sums) {
             let largest = largest(x);
             let inverse = INT8_MOST * unit(largest);

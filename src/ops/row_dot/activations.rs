@@ -4,11 +4,11 @@
 #[cfg(target_arch = "x86_64")]
 use std::ops::Range;
 
-use crate::isa::{Isa, versions};
-use crate::ops::each;
+use crate::isa::{Isa, multiversion};
+use crate::ops::par_for_each;
 
 /// Values of a group: the smallest block, and a sub-block of the larger ones.
-pub(super) const GROUP: usize = 32;
+pub(super) const GROUP_LEN: usize = 32;
 /// Scales that kernels take at a time.
 pub(super) const LANES: usize = 16;
 /// The largest rounded value: four products with the largest words, `-128 · 256`, fit an `i32`, and
@@ -21,22 +21,22 @@ const WORK: usize = 8;
 /// 32 values on a cache line's border.
 #[derive(Debug, Clone, Copy)]
 #[repr(align(64))]
-pub(super) struct Group<T>(pub [T; GROUP]);
+pub(super) struct ActivationGroup<T>(pub [T; GROUP_LEN]);
 
 /// `m` rows of input, each cut into groups of 32 values.
 ///
 /// Within a group, values of even index come first, then those of odd index: 16-bit lanes take the
 /// bytes of a block apart in that order without a shuffle.
 pub(super) struct Activations<T> {
-    values: Vec<Group<T>>, // (m, groups)
+    values: Vec<ActivationGroup<T>>, // (m, groups)
     /// By scales per group, one or two.
-    factors: [Factors; 2],
+    factors: [GroupFactors; 2],
     groups: usize,
     m: usize,
 }
 
 /// What the scales and minima of a block's parts are multiplied by.
-struct Factors {
+struct GroupFactors {
     scales: Vec<f32>, // (m, stride), one per part
     sums: Vec<f32>,   // (m, stride), scale times the sum of the part's values
     stride: usize,
@@ -54,7 +54,7 @@ impl<T> Activations<T> {
     }
 
     /// All groups of a row.
-    pub fn row(&self, row: usize) -> &[Group<T>] {
+    pub fn row(&self, row: usize) -> &[ActivationGroup<T>] {
         &self.values[row * self.groups..(row + 1) * self.groups]
     }
 
@@ -100,28 +100,28 @@ impl Activations<i16> {
 /// Rows of input in batches of 8, 4, 2 and 1. What a kernel needs of all rows of a batch for a group
 /// lies together.
 #[cfg(target_arch = "x86_64")]
-pub(super) struct Batches {
-    values: Vec<Group<i16>>, // of a batch (groups, rows)
-    factors: Vec<f32>,       // of a batch (groups, 2, rows): scales, then scaled sums
+pub(super) struct ActivationBatches {
+    values: Vec<ActivationGroup<i16>>, // of a batch (groups, rows)
+    factors: Vec<f32>,                 // of a batch (groups, 2, rows): scales, then scaled sums
     groups: usize,
     m: usize,
 }
 
 /// Rows of input that are multiplied at once.
 #[cfg(target_arch = "x86_64")]
-pub(super) struct Batch<'a> {
+pub(super) struct ActivationBatch<'a> {
     pub rows: Range<usize>,
     /// Groups of a row.
     pub groups: usize,
-    values: &'a [Group<i16>],
+    values: &'a [ActivationGroup<i16>],
     factors: &'a [f32],
 }
 
 #[cfg(target_arch = "x86_64")]
-impl Batches {
+impl ActivationBatches {
     pub fn new(x: &Activations<i16>) -> Self {
         let (m, groups) = (x.m, x.groups);
-        let mut values = vec![Group([0; GROUP]); m * groups];
+        let mut values = vec![ActivationGroup([0; GROUP_LEN]); m * groups];
         let mut factors = vec![0f32; 2 * m * groups];
         let [from, _] = &x.factors;
         for rows in batches_of(m) {
@@ -141,10 +141,10 @@ impl Batches {
         Self { values, factors, groups, m }
     }
 
-    pub fn iter(&self) -> impl Iterator<Item = Batch<'_>> {
+    pub fn iter(&self) -> impl Iterator<Item = ActivationBatch<'_>> {
         batches_of(self.m).map(|rows| {
             let of = |size: usize| rows.start * size * self.groups..rows.end * size * self.groups;
-            Batch {
+            ActivationBatch {
                 rows: rows.clone(),
                 groups: self.groups,
                 values: &self.values[of(1)],
@@ -166,7 +166,7 @@ fn batches_of(m: usize) -> impl Iterator<Item = Range<usize>> {
 }
 
 #[cfg(target_arch = "x86_64")]
-impl Batch<'_> {
+impl ActivationBatch<'_> {
     /// The values of a group, row after row: for each, 16 pairs.
     #[inline(always)]
     pub fn values(&self, group: usize) -> *const i32 {
@@ -186,16 +186,16 @@ impl<T: Copy + Default> Activations<T> {
         isa: Isa,
         x: &[f32],
         cols: usize,
-        fill: impl Fn(Isa, &[f32], &mut [Group<T>], &mut [[(f32, f32); 2]]) + Sync + Send,
+        fill: impl Fn(Isa, &[f32], &mut [ActivationGroup<T>], &mut [[(f32, f32); 2]]) + Sync + Send,
     ) -> Self
     where
         T: Send,
     {
-        let (m, groups) = (x.len() / cols, cols.div_ceil(GROUP));
-        let values = vec![Group([T::default(); GROUP]); m * groups];
+        let (m, groups) = (x.len() / cols, cols.div_ceil(GROUP_LEN));
+        let values = vec![ActivationGroup([T::default(); GROUP_LEN]); m * groups];
         let factors = [1, 2].map(|parts| {
             let stride = parts * groups.next_multiple_of(LANES) + LANES;
-            Factors { scales: vec![0.0; m * stride], sums: vec![0.0; m * stride], stride }
+            GroupFactors { scales: vec![0.0; m * stride], sums: vec![0.0; m * stride], stride }
         });
         let mut all = Self { values, factors, groups, m };
         let [whole, half] = &mut all.factors;
@@ -203,7 +203,7 @@ impl<T: Copy + Default> Activations<T> {
         let halves = half.scales.chunks_mut(half.stride).zip(half.sums.chunks_mut(half.stride));
         let values = all.values.chunks_mut(groups.max(1));
         let rows = x.chunks_exact(cols).zip(values).zip(wholes.zip(halves));
-        each(rows.collect(), WORK * x.len(), |((x, values), (whole, half))| {
+        par_for_each(rows.collect(), WORK * x.len(), |((x, values), (whole, half))| {
             let mut factors = vec![[(0.0, 0.0); 2]; groups];
             fill(isa, x, values, &mut factors);
             for (group, [a, b]) in factors.iter().enumerate() {
@@ -218,16 +218,16 @@ impl<T: Copy + Default> Activations<T> {
 }
 
 /// Copies groups, which are zeros where `x` ends.
-fn copy(_isa: Isa, x: &[f32], groups: &mut [Group<f32>]) {
-    for (x, group) in x.chunks(GROUP).zip(groups) {
+fn copy(_isa: Isa, x: &[f32], groups: &mut [ActivationGroup<f32>]) {
+    for (x, group) in x.chunks(GROUP_LEN).zip(groups) {
         group.0[..x.len()].copy_from_slice(x);
     }
 }
 
-versions! {
+multiversion! {
     /// Groups of whole blocks with even values first; per half of a group scale and sum.
-    fn reorder(isa; x: &[f32], groups: &mut [Group<f32>], factors: &mut [[(f32, f32); 2]]) {
-        let xs = x.as_chunks::<GROUP>().0;
+    fn reorder(isa; x: &[f32], groups: &mut [ActivationGroup<f32>], factors: &mut [[(f32, f32); 2]]) {
+        let xs = x.as_chunks::<GROUP_LEN>().0;
         for ((x, group), factors) in xs.iter().zip(groups).zip(factors) {
             even_first(x, &mut group.0);
             for (x, factors) in x.as_chunks::<16>().0.iter().zip(factors) {
@@ -237,10 +237,10 @@ versions! {
     }
 
     /// As [`reorder`], rounded.
-    fn round(isa; x: &[f32], groups: &mut [Group<i16>], factors: &mut [[(f32, f32); 2]]) {
+    fn round(isa; x: &[f32], groups: &mut [ActivationGroup<i16>], factors: &mut [[(f32, f32); 2]]) {
         // Adding 1.5 * 2^23 leaves the nearest integer in the low bits.
         const NEAREST: f32 = 12_582_912.0;
-        let xs = x.as_chunks::<GROUP>().0;
+        let xs = x.as_chunks::<GROUP_LEN>().0;
         for ((x, group), factors) in xs.iter().zip(groups).zip(factors) {
             // Bits of magnitudes order as they do, NaN above all.
             let largest = x.iter().fold(0, |largest, x| largest.max(x.to_bits() & 0x7fff_ffff));
@@ -248,7 +248,7 @@ versions! {
             // Where the quotient would overflow, values are as good as zero.
             let inverse = if largest > 1e-30 { LEVELS / largest } else { 0.0 };
             let scale = if largest.is_finite() { largest / LEVELS } else { f32::NAN };
-            let mut rounded = [0i32; GROUP];
+            let mut rounded = [0i32; GROUP_LEN];
             for (rounded, x) in rounded.iter_mut().zip(x) {
                 *rounded = (x * inverse + NEAREST).to_bits() as i32 - NEAREST.to_bits() as i32;
             }
@@ -263,9 +263,9 @@ versions! {
 }
 
 #[inline(always)]
-fn even_first<T: Copy>(x: &[T; GROUP], out: &mut [T; GROUP]) {
-    for i in 0..GROUP / 2 {
+fn even_first<T: Copy>(x: &[T; GROUP_LEN], out: &mut [T; GROUP_LEN]) {
+    for i in 0..GROUP_LEN / 2 {
         out[i] = x[2 * i];
-        out[GROUP / 2 + i] = x[2 * i + 1];
+        out[GROUP_LEN / 2 + i] = x[2 * i + 1];
     }
 }

@@ -13,7 +13,7 @@
 
 use std::arch::x86_64::*;
 
-use super::activations::{Activations, Batch, Batches, GROUP, LANES};
+use super::activations::{ActivationBatch, ActivationBatches, Activations, GROUP_LEN, LANES};
 use super::kernel::Output;
 use super::tile::{Blocks, ROWS, ask_for_next, joined, lower_halves, multiply, put_tile};
 use super::x86::sixteen_words;
@@ -32,9 +32,9 @@ pub(super) fn has(block_type: BlockType) -> bool {
 }
 
 /// Rows of input in bytes.
-pub(super) struct Bytes {
+pub(super) struct ByteActivations {
     /// Two groups each, in the order of the values; `(m, pairs)`.
-    values: Vec<Pair>,
+    values: Vec<BytePair>,
     /// Sums of whole groups and of their halves times what weights are too large by, as lanes take
     /// them; `(m, strides)`.
     group_sums: Vec<i32>,
@@ -46,18 +46,18 @@ pub(super) struct Bytes {
 /// 64 values, `128 · high + low`.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
-struct Pair {
-    high: [i8; 2 * GROUP],
-    low: [i8; 2 * GROUP],
+struct BytePair {
+    high: [i8; 2 * GROUP_LEN],
+    low: [i8; 2 * GROUP_LEN],
 }
 
-impl Bytes {
+impl ByteActivations {
     /// # Safety
     /// The CPU must have AVX-512 F and BW.
     pub unsafe fn new(x: &Activations<i16>) -> Self {
         let (m, groups) = (x.m(), x.groups());
         let pairs = groups.div_ceil(2);
-        let zeros = Pair { high: [0; 2 * GROUP], low: [0; 2 * GROUP] };
+        let zeros = BytePair { high: [0; 2 * GROUP_LEN], low: [0; 2 * GROUP_LEN] };
         let strides = [groups, 2 * groups].map(|n| n.next_multiple_of(LANES));
         let mut bytes = Self {
             values: vec![zeros; m * pairs],
@@ -80,7 +80,7 @@ impl Bytes {
         let half_sums = &mut self.half_sums[row * self.strides[1]..];
         for (i, group) in x.row(row).iter().enumerate() {
             let pair = &mut values[i / 2];
-            let at = i % 2 * GROUP;
+            let at = i % 2 * GROUP_LEN;
             // SAFETY: a group is 64 bytes, and halves of pairs are 32.
             unsafe {
                 // Values of even index, then those of odd index.
@@ -124,7 +124,7 @@ impl Bytes {
 pub(super) unsafe fn block_rows(
     weights: &[u8],
     x: &Activations<i16>,
-    (batches, bytes): (&Batches, Option<&Bytes>),
+    (batches, bytes): (&ActivationBatches, Option<&ByteActivations>),
     output: &Output,
 ) {
     let tiled = weights.len() / output.matrix.row_bytes() / ROWS * ROWS;
@@ -135,12 +135,12 @@ pub(super) unsafe fn block_rows(
         // SAFETY: the caller's promises.
         unsafe {
             match (output.matrix.block_type(), rows.len()) {
-                (BlockType::Q8_0, 2) => tile::<Q8_0, 2, 2>(tiles, batch, output),
-                (BlockType::Q8_0, 4) => tile::<Q8_0, 4, 1>(tiles, batch, output),
-                (BlockType::Q8_0, 8) => tile::<Q8_0, 8, 1>(tiles, batch, output),
-                (BlockType::Q6_K, 2) => tile::<Q6_K, 2, 2>(tiles, batch, output),
-                (BlockType::Q6_K, 4) => tile::<Q6_K, 4, 1>(tiles, batch, output),
-                (BlockType::Q6_K, 8) => tile::<Q6_K, 8, 1>(tiles, batch, output),
+                (BlockType::Q8_0, 2) => tile::<ByteQ8_0, 2, 2>(tiles, batch, output),
+                (BlockType::Q8_0, 4) => tile::<ByteQ8_0, 4, 1>(tiles, batch, output),
+                (BlockType::Q8_0, 8) => tile::<ByteQ8_0, 8, 1>(tiles, batch, output),
+                (BlockType::Q6_K, 2) => tile::<ByteQ6_K, 2, 2>(tiles, batch, output),
+                (BlockType::Q6_K, 4) => tile::<ByteQ6_K, 4, 1>(tiles, batch, output),
+                (BlockType::Q6_K, 8) => tile::<ByteQ6_K, 8, 1>(tiles, batch, output),
                 (block_type, _) => {
                     stream(block_type, tiles, x, bytes.expect(NEEDED), rows.clone(), output);
                 }
@@ -155,7 +155,7 @@ pub(super) unsafe fn block_rows(
 
 const NEEDED: &str = "made because `needs` says so";
 
-/// Whether `m` rows of input times so many rows of weights take [`Bytes`].
+/// Whether `m` rows of input times so many rows of weights take [`ByteActivations`].
 pub(super) fn needs(m: usize, rows: usize) -> bool {
     !m.is_multiple_of(2) || !rows.is_multiple_of(ROWS)
 }
@@ -169,7 +169,7 @@ unsafe fn stream(
     block_type: BlockType,
     weights: &[u8],
     x: &Activations<i16>,
-    bytes: &Bytes,
+    bytes: &ByteActivations,
     rows: std::ops::Range<usize>,
     output: &Output,
 ) {
@@ -192,7 +192,12 @@ unsafe fn stream(
 /// # Safety
 /// As [`block_rows`].
 #[inline(always)]
-unsafe fn q8_0_row(weights: &[u8], x: &Activations<i16>, bytes: &Bytes, row: usize) -> f32 {
+unsafe fn q8_0_row(
+    weights: &[u8],
+    x: &Activations<i16>,
+    bytes: &ByteActivations,
+    row: usize,
+) -> f32 {
     let blocks = weights.as_chunks::<34>().0;
     let (whole, rest) = blocks.as_chunks::<LANES>();
     // SAFETY: the caller's promises; `x` has as many groups as the row has blocks.
@@ -216,7 +221,7 @@ unsafe fn q8_0_row(weights: &[u8], x: &Activations<i16>, bytes: &Bytes, row: usi
 unsafe fn q8_0_chunk<const WHOLE: bool>(
     blocks: &[[u8; 34]],
     x: &Activations<i16>,
-    bytes: &Bytes,
+    bytes: &ByteActivations,
     row: usize,
     first: usize,
     sums: __m512,
@@ -267,7 +272,12 @@ unsafe fn q8_0_chunk<const WHOLE: bool>(
 /// # Safety
 /// As [`block_rows`].
 #[inline(always)]
-unsafe fn q6_k_row(weights: &[u8], x: &Activations<i16>, bytes: &Bytes, row: usize) -> f32 {
+unsafe fn q6_k_row(
+    weights: &[u8],
+    x: &Activations<i16>,
+    bytes: &ByteActivations,
+    row: usize,
+) -> f32 {
     // SAFETY: the caller's promises; a block is 8 groups.
     unsafe {
         // Positions of the sixteen halves of groups after the sums of four vectors.
@@ -391,7 +401,7 @@ unsafe fn total(sums: __m512) -> f32 {
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 unsafe fn tile<B: ByteBlock, const M: usize, const CHAINS: usize>(
     weights: &[u8],
-    x: Batch,
+    x: ActivationBatch,
     output: &Output,
 ) {
     assert_eq!(x.rows.len(), M);
@@ -430,25 +440,25 @@ trait ByteBlock {
     /// The CPU must have the instructions, and `blocks` be readable.
     unsafe fn add<const M: usize, const CHAINS: usize>(
         blocks: Blocks,
-        x: &Batch,
+        x: &ActivationBatch,
         group: usize,
         sums: &mut [[__m512; M]; LANES],
     );
 }
 
 #[allow(non_camel_case_types)] // the format's own names
-struct Q8_0;
+struct ByteQ8_0;
 #[allow(non_camel_case_types)]
-struct Q6_K;
+struct ByteQ6_K;
 
-impl ByteBlock for Q8_0 {
+impl ByteBlock for ByteQ8_0 {
     const GROUPS: usize = 1;
     const BYTES: usize = 34;
 
     #[inline(always)]
     unsafe fn add<const M: usize, const CHAINS: usize>(
         blocks: Blocks,
-        x: &Batch,
+        x: &ActivationBatch,
         group: usize,
         sums: &mut [[__m512; M]; LANES],
     ) {
@@ -470,14 +480,14 @@ impl ByteBlock for Q8_0 {
     }
 }
 
-impl ByteBlock for Q6_K {
+impl ByteBlock for ByteQ6_K {
     const GROUPS: usize = 8;
     const BYTES: usize = 210;
 
     #[inline(always)]
     unsafe fn add<const M: usize, const CHAINS: usize>(
         blocks: Blocks,
-        x: &Batch,
+        x: &ActivationBatch,
         group: usize,
         sums: &mut [[__m512; M]; LANES],
     ) {

@@ -7,7 +7,7 @@
 #![allow(non_camel_case_types)] // the format's own names
 
 use super::activations::LANES;
-use super::words::Words;
+use super::words::I16Vector;
 use crate::quant::{E2M1_TWICE, NON_LINEAR, half_e8m0, iq4_xs_scale};
 
 /// A block type of integers.
@@ -25,13 +25,13 @@ pub(super) trait Format {
     ///
     /// # Safety
     /// The CPU must have the instructions of `W`.
-    unsafe fn scales<W: Words>(blocks: &[u8]) -> ([f32; LANES], [f32; LANES]);
+    unsafe fn scales<W: I16Vector>(blocks: &[u8]) -> ([f32; LANES], [f32; LANES]);
 
     /// The integers of a block's `i`-th group.
     ///
     /// # Safety
     /// The CPU must have the instructions of `W`.
-    unsafe fn words<W: Words>(block: &[u8], i: usize) -> W;
+    unsafe fn words<W: I16Vector>(block: &[u8], i: usize) -> W;
 }
 
 pub(super) struct Q4_0;
@@ -53,14 +53,14 @@ impl Format for Q4_0 {
     const BYTES: usize = 18;
 
     #[inline(always)]
-    unsafe fn scales<W: Words>(blocks: &[u8]) -> ([f32; LANES], [f32; LANES]) {
+    unsafe fn scales<W: I16Vector>(blocks: &[u8]) -> ([f32; LANES], [f32; LANES]) {
         // SAFETY: the caller's promise.
         let scales = unsafe { halves::<W, 18>(blocks, 0) };
         (scales, times(-8.0, scales))
     }
 
     #[inline(always)]
-    unsafe fn words<W: Words>(block: &[u8], _i: usize) -> W {
+    unsafe fn words<W: I16Vector>(block: &[u8], _i: usize) -> W {
         // SAFETY: the caller's promise.
         unsafe { W::nibbles(at(block, 2)) }
     }
@@ -71,13 +71,13 @@ impl Format for Q4_1 {
     const BYTES: usize = 20;
 
     #[inline(always)]
-    unsafe fn scales<W: Words>(blocks: &[u8]) -> ([f32; LANES], [f32; LANES]) {
+    unsafe fn scales<W: I16Vector>(blocks: &[u8]) -> ([f32; LANES], [f32; LANES]) {
         // SAFETY: the caller's promise.
         unsafe { (halves::<W, 20>(blocks, 0), halves::<W, 20>(blocks, 2)) }
     }
 
     #[inline(always)]
-    unsafe fn words<W: Words>(block: &[u8], _i: usize) -> W {
+    unsafe fn words<W: I16Vector>(block: &[u8], _i: usize) -> W {
         // SAFETY: the caller's promise.
         unsafe { W::nibbles(at(block, 4)) }
     }
@@ -88,14 +88,14 @@ impl Format for Q5_0 {
     const BYTES: usize = 22;
 
     #[inline(always)]
-    unsafe fn scales<W: Words>(blocks: &[u8]) -> ([f32; LANES], [f32; LANES]) {
+    unsafe fn scales<W: I16Vector>(blocks: &[u8]) -> ([f32; LANES], [f32; LANES]) {
         // SAFETY: the caller's promise.
         let scales = unsafe { halves::<W, 22>(blocks, 0) };
         (scales, times(-16.0, scales))
     }
 
     #[inline(always)]
-    unsafe fn words<W: Words>(block: &[u8], _i: usize) -> W {
+    unsafe fn words<W: I16Vector>(block: &[u8], _i: usize) -> W {
         let high = u32::from_le_bytes(*at(block, 2));
         // SAFETY: the caller's promise.
         unsafe { W::nibbles(at(block, 6)).or(W::fifth_bits(high)) }
@@ -107,13 +107,13 @@ impl Format for Q5_1 {
     const BYTES: usize = 24;
 
     #[inline(always)]
-    unsafe fn scales<W: Words>(blocks: &[u8]) -> ([f32; LANES], [f32; LANES]) {
+    unsafe fn scales<W: I16Vector>(blocks: &[u8]) -> ([f32; LANES], [f32; LANES]) {
         // SAFETY: the caller's promise.
         unsafe { (halves::<W, 24>(blocks, 0), halves::<W, 24>(blocks, 2)) }
     }
 
     #[inline(always)]
-    unsafe fn words<W: Words>(block: &[u8], _i: usize) -> W {
+    unsafe fn words<W: I16Vector>(block: &[u8], _i: usize) -> W {
         let high = u32::from_le_bytes(*at(block, 4));
         // SAFETY: the caller's promise.
         unsafe { W::nibbles(at(block, 8)).or(W::fifth_bits(high)) }
@@ -126,14 +126,14 @@ impl Format for Q8_0 {
     const MINIMA: bool = false;
 
     #[inline(always)]
-    unsafe fn scales<W: Words>(blocks: &[u8]) -> ([f32; LANES], [f32; LANES]) {
+    unsafe fn scales<W: I16Vector>(blocks: &[u8]) -> ([f32; LANES], [f32; LANES]) {
         // SAFETY: the caller's promise.
         let scales = unsafe { halves::<W, 34>(blocks, 0) };
         (times(1.0 / 256.0, scales), [0.0; LANES])
     }
 
     #[inline(always)]
-    unsafe fn words<W: Words>(block: &[u8], _i: usize) -> W {
+    unsafe fn words<W: I16Vector>(block: &[u8], _i: usize) -> W {
         // SAFETY: the caller's promise.
         unsafe { W::signed_times_256(at(block, 2)) }
     }
@@ -145,7 +145,7 @@ impl Format for Q2_K {
     const PARTS: usize = 2;
 
     #[inline(always)]
-    unsafe fn scales<W: Words>(block: &[u8]) -> ([f32; LANES], [f32; LANES]) {
+    unsafe fn scales<W: I16Vector>(block: &[u8]) -> ([f32; LANES], [f32; LANES]) {
         // SAFETY: the caller's promise.
         let (d, minimum) = unsafe { (half::<W>(block, 80), half::<W>(block, 82)) };
         let both: &[u8; 16] = at(block, 0);
@@ -158,7 +158,7 @@ impl Format for Q2_K {
     }
 
     #[inline(always)]
-    unsafe fn words<W: Words>(block: &[u8], i: usize) -> W {
+    unsafe fn words<W: I16Vector>(block: &[u8], i: usize) -> W {
         // SAFETY: the caller's promise.
         unsafe { W::bits(at(block, 16 + i / 4 * 32), 2 * (i % 4), 3) }
     }
@@ -170,7 +170,7 @@ impl Format for Q3_K {
     const PARTS: usize = 2;
 
     #[inline(always)]
-    unsafe fn scales<W: Words>(block: &[u8]) -> ([f32; LANES], [f32; LANES]) {
+    unsafe fn scales<W: I16Vector>(block: &[u8]) -> ([f32; LANES], [f32; LANES]) {
         // SAFETY: the caller's promise.
         let d = unsafe { half::<W>(block, 108) };
         // Four low bits of scales 0..8 and 8..16 in the nibbles of two words, two high bits of
@@ -189,7 +189,7 @@ impl Format for Q3_K {
     }
 
     #[inline(always)]
-    unsafe fn words<W: Words>(block: &[u8], i: usize) -> W {
+    unsafe fn words<W: I16Vector>(block: &[u8], i: usize) -> W {
         // SAFETY: the caller's promise.
         unsafe {
             let low = W::bits(at(block, 32 + i / 4 * 32), 2 * (i % 4), 3);
@@ -203,13 +203,13 @@ impl Format for Q4_K {
     const BYTES: usize = 144;
 
     #[inline(always)]
-    unsafe fn scales<W: Words>(block: &[u8]) -> ([f32; LANES], [f32; LANES]) {
+    unsafe fn scales<W: I16Vector>(block: &[u8]) -> ([f32; LANES], [f32; LANES]) {
         // SAFETY: the caller's promise.
         unsafe { scales_and_minima::<W>(block) }
     }
 
     #[inline(always)]
-    unsafe fn words<W: Words>(block: &[u8], i: usize) -> W {
+    unsafe fn words<W: I16Vector>(block: &[u8], i: usize) -> W {
         // SAFETY: the caller's promise.
         unsafe { W::bits(at(block, 16 + i / 2 * 32), 4 * (i % 2), 15) }
     }
@@ -220,13 +220,13 @@ impl Format for Q5_K {
     const BYTES: usize = 176;
 
     #[inline(always)]
-    unsafe fn scales<W: Words>(block: &[u8]) -> ([f32; LANES], [f32; LANES]) {
+    unsafe fn scales<W: I16Vector>(block: &[u8]) -> ([f32; LANES], [f32; LANES]) {
         // SAFETY: the caller's promise.
         unsafe { scales_and_minima::<W>(block) }
     }
 
     #[inline(always)]
-    unsafe fn words<W: Words>(block: &[u8], i: usize) -> W {
+    unsafe fn words<W: I16Vector>(block: &[u8], i: usize) -> W {
         // SAFETY: the caller's promise.
         unsafe {
             let low = W::bits(at(block, 48 + i / 2 * 32), 4 * (i % 2), 15);
@@ -241,7 +241,7 @@ impl Format for Q6_K {
     const PARTS: usize = 2;
 
     #[inline(always)]
-    unsafe fn scales<W: Words>(block: &[u8]) -> ([f32; LANES], [f32; LANES]) {
+    unsafe fn scales<W: I16Vector>(block: &[u8]) -> ([f32; LANES], [f32; LANES]) {
         // SAFETY: the caller's promise.
         let d = unsafe { half::<W>(block, 208) };
         let of_parts: &[u8; 16] = at(block, 192);
@@ -253,7 +253,7 @@ impl Format for Q6_K {
     }
 
     #[inline(always)]
-    unsafe fn words<W: Words>(block: &[u8], i: usize) -> W {
+    unsafe fn words<W: I16Vector>(block: &[u8], i: usize) -> W {
         // Within each half of 128, group k is low or high nibbles of one of two runs of 32 bytes.
         let (of_half, k) = (i / 4, i % 4);
         // SAFETY: the caller's promise.
@@ -270,14 +270,14 @@ impl Format for IQ4_NL {
     const MINIMA: bool = false;
 
     #[inline(always)]
-    unsafe fn scales<W: Words>(blocks: &[u8]) -> ([f32; LANES], [f32; LANES]) {
+    unsafe fn scales<W: I16Vector>(blocks: &[u8]) -> ([f32; LANES], [f32; LANES]) {
         // SAFETY: the caller's promise.
         let scales = unsafe { halves::<W, 18>(blocks, 0) };
         (times(1.0 / 256.0, scales), [0.0; LANES])
     }
 
     #[inline(always)]
-    unsafe fn words<W: Words>(block: &[u8], _i: usize) -> W {
+    unsafe fn words<W: I16Vector>(block: &[u8], _i: usize) -> W {
         // SAFETY: the caller's promise.
         unsafe { W::signed_times_256(&looked_up(at(block, 2), &NON_LINEAR)) }
     }
@@ -289,7 +289,7 @@ impl Format for IQ4_XS {
     const MINIMA: bool = false;
 
     #[inline(always)]
-    unsafe fn scales<W: Words>(block: &[u8]) -> ([f32; LANES], [f32; LANES]) {
+    unsafe fn scales<W: I16Vector>(block: &[u8]) -> ([f32; LANES], [f32; LANES]) {
         // SAFETY: the caller's promise.
         let d = unsafe { half::<W>(block, 0) };
         let mut scales = [0.0; LANES];
@@ -300,7 +300,7 @@ impl Format for IQ4_XS {
     }
 
     #[inline(always)]
-    unsafe fn words<W: Words>(block: &[u8], i: usize) -> W {
+    unsafe fn words<W: I16Vector>(block: &[u8], i: usize) -> W {
         // SAFETY: the caller's promise.
         unsafe { W::signed_times_256(&looked_up(at(block, 8 + 16 * i), &NON_LINEAR)) }
     }
@@ -312,7 +312,7 @@ impl Format for MXFP4 {
     const MINIMA: bool = false;
 
     #[inline(always)]
-    unsafe fn scales<W: Words>(blocks: &[u8]) -> ([f32; LANES], [f32; LANES]) {
+    unsafe fn scales<W: I16Vector>(blocks: &[u8]) -> ([f32; LANES], [f32; LANES]) {
         let mut scales = [0.0; LANES];
         for (scale, block) in scales.iter_mut().zip(blocks.as_chunks::<17>().0) {
             *scale = half_e8m0(block[0]) * (1.0 / 256.0);
@@ -321,7 +321,7 @@ impl Format for MXFP4 {
     }
 
     #[inline(always)]
-    unsafe fn words<W: Words>(block: &[u8], _i: usize) -> W {
+    unsafe fn words<W: I16Vector>(block: &[u8], _i: usize) -> W {
         // SAFETY: the caller's promise.
         unsafe { W::signed_times_256(&looked_up(at(block, 1), &E2M1_TWICE)) }
     }
@@ -358,7 +358,7 @@ fn at<const N: usize>(block: &[u8], at: usize) -> &[u8; N] {
 /// # Safety
 /// The CPU must have the instructions of `W`.
 #[inline(always)]
-unsafe fn half<W: Words>(block: &[u8], offset: usize) -> f32 {
+unsafe fn half<W: I16Vector>(block: &[u8], offset: usize) -> f32 {
     // SAFETY: the caller's promise.
     unsafe { W::half(u16::from_le_bytes(*at(block, offset))) }
 }
@@ -368,7 +368,7 @@ unsafe fn half<W: Words>(block: &[u8], offset: usize) -> f32 {
 /// # Safety
 /// The CPU must have the instructions of `W`.
 #[inline(always)]
-unsafe fn halves<W: Words, const BYTES: usize>(blocks: &[u8], offset: usize) -> [f32; LANES] {
+unsafe fn halves<W: I16Vector, const BYTES: usize>(blocks: &[u8], offset: usize) -> [f32; LANES] {
     let blocks = blocks.as_chunks::<BYTES>().0;
     let bits = |block: &[u8; BYTES]| u16::from_le_bytes([block[offset], block[offset + 1]]);
     // SAFETY: the caller's promise.
@@ -385,7 +385,7 @@ unsafe fn halves<W: Words, const BYTES: usize>(blocks: &[u8], offset: usize) -> 
 /// # Safety
 /// The CPU must have the instructions of `W`.
 #[inline(always)]
-unsafe fn scales_and_minima<W: Words>(block: &[u8]) -> ([f32; LANES], [f32; LANES]) {
+unsafe fn scales_and_minima<W: I16Vector>(block: &[u8]) -> ([f32; LANES], [f32; LANES]) {
     // SAFETY: the caller's promise.
     let (d, minimum) = unsafe { (half::<W>(block, 0), half::<W>(block, 2)) };
     let word = |i: usize| u32::from_le_bytes(*at(block, 4 + 4 * i));
@@ -410,7 +410,7 @@ pub(super) trait FloatFormat {
     ///
     /// # Safety
     /// The CPU must have the instructions of `W`; `bytes` must be that many values.
-    unsafe fn load<W: Words>(bytes: &[u8]) -> W::Sums;
+    unsafe fn load<W: I16Vector>(bytes: &[u8]) -> W::Sums;
 }
 
 pub(super) struct F32;
@@ -421,7 +421,7 @@ impl FloatFormat for F32 {
     const BYTES: usize = 4;
 
     #[inline(always)]
-    unsafe fn load<W: Words>(bytes: &[u8]) -> W::Sums {
+    unsafe fn load<W: I16Vector>(bytes: &[u8]) -> W::Sums {
         // SAFETY: the caller's promise.
         unsafe { W::load_f32(bytes) }
     }
@@ -431,7 +431,7 @@ impl FloatFormat for F16 {
     const BYTES: usize = 2;
 
     #[inline(always)]
-    unsafe fn load<W: Words>(bytes: &[u8]) -> W::Sums {
+    unsafe fn load<W: I16Vector>(bytes: &[u8]) -> W::Sums {
         // SAFETY: the caller's promise.
         unsafe { W::load_f16(bytes) }
     }
@@ -441,7 +441,7 @@ impl FloatFormat for BF16 {
     const BYTES: usize = 2;
 
     #[inline(always)]
-    unsafe fn load<W: Words>(bytes: &[u8]) -> W::Sums {
+    unsafe fn load<W: I16Vector>(bytes: &[u8]) -> W::Sums {
         // SAFETY: the caller's promise.
         unsafe { W::load_bf16(bytes) }
     }

@@ -3,10 +3,10 @@
 
 #![allow(clippy::needless_range_loop)] // indices run over several arrays at once, in registers
 
-use super::activations::{Activations, GROUP, Group, LANES};
+use super::activations::{ActivationGroup, Activations, GROUP_LEN, LANES};
 use super::formats::*;
-use super::words::{Value, Words};
-use crate::ops::cpu::Target;
+use super::words::{ActivationValue, I16Vector};
+use crate::ops::cpu::SharedMutPtr;
 use crate::quant::{BlockType, FrozenMatrix};
 
 /// How far ahead of its use memory is asked for: the same place of a pair of rows to come, at least
@@ -21,7 +21,7 @@ pub(super) struct Output<'a> {
     pub matrix: &'a FrozenMatrix,
     /// The stored row that the bytes at hand begin with.
     pub first_row: usize,
-    pub y: Target, // (m, stride)
+    pub y: SharedMutPtr, // (m, stride)
     /// Outputs of a row of input: those of the matrix, and of others beside it.
     pub stride: usize,
 }
@@ -47,7 +47,7 @@ impl Output<'_> {
 /// # Safety
 /// The CPU must have the instructions of `W`, and no other thread may touch the elements of `y`
 /// that belong to these rows.
-pub(super) unsafe fn block_rows<W: Words, T: Value>(
+pub(super) unsafe fn block_rows<W: I16Vector, T: ActivationValue>(
     bytes: &[u8],
     x: &Activations<T>,
     output: &Output,
@@ -77,7 +77,11 @@ pub(super) unsafe fn block_rows<W: Words, T: Value>(
 ///
 /// # Safety
 /// As [`block_rows`].
-unsafe fn inputs<W: Words, F: Format, T: Value>(bytes: &[u8], x: &Activations<T>, output: &Output) {
+unsafe fn inputs<W: I16Vector, F: Format, T: ActivationValue>(
+    bytes: &[u8],
+    x: &Activations<T>,
+    output: &Output,
+) {
     let mut first = 0;
     while first < x.m() {
         // SAFETY: the caller's promises.
@@ -96,7 +100,7 @@ unsafe fn inputs<W: Words, F: Format, T: Value>(bytes: &[u8], x: &Activations<T>
 /// # Safety
 /// As [`block_rows`]; to be compiled into a function with the features of `W`.
 #[inline(always)]
-pub(super) unsafe fn blocks<W: Words, F: Format, T: Value, const M: usize>(
+pub(super) unsafe fn blocks<W: I16Vector, F: Format, T: ActivationValue, const M: usize>(
     bytes: &[u8],
     x: &Activations<T>,
     first: usize,
@@ -147,7 +151,7 @@ pub(super) unsafe fn blocks<W: Words, F: Format, T: Value, const M: usize>(
 /// As [`blocks`].
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
-unsafe fn add_chunk<W: Words, F: Format, T: Value, const M: usize>(
+unsafe fn add_chunk<W: I16Vector, F: Format, T: ActivationValue, const M: usize>(
     rows: [&[u8]; 2],
     ahead: usize,
     x: &Activations<T>,
@@ -201,10 +205,10 @@ unsafe fn add_chunk<W: Words, F: Format, T: Value, const M: usize>(
 /// As [`blocks`]; `blocks` must be whole blocks, and each of `xs` have a `g`-th group.
 #[inline(always)]
 #[allow(clippy::too_many_arguments)]
-unsafe fn add_group<W: Words, F: Format, T: Value, const M: usize>(
+unsafe fn add_group<W: I16Vector, F: Format, T: ActivationValue, const M: usize>(
     blocks: [*const u8; 2],
     ahead: usize,
-    xs: &[*const Group<T>; M],
+    xs: &[*const ActivationGroup<T>; M],
     scales: &[[[f32; LANES]; M]; 2],
     g: usize,
     of_block: usize,
@@ -233,7 +237,7 @@ unsafe fn add_group<W: Words, F: Format, T: Value, const M: usize>(
 ///
 /// # Safety
 /// As [`block_rows`].
-pub(super) unsafe fn float_rows<W: Words>(bytes: &[u8], x: &Activations<f32>, output: &Output) {
+pub(super) unsafe fn float_rows<W: I16Vector>(bytes: &[u8], x: &Activations<f32>, output: &Output) {
     // SAFETY: the caller's promises.
     unsafe {
         match output.matrix.block_type() {
@@ -249,7 +253,7 @@ pub(super) unsafe fn float_rows<W: Words>(bytes: &[u8], x: &Activations<f32>, ou
 ///
 /// # Safety
 /// As [`block_rows`].
-unsafe fn float_inputs<W: Words, F: FloatFormat>(
+unsafe fn float_inputs<W: I16Vector, F: FloatFormat>(
     bytes: &[u8],
     x: &Activations<f32>,
     output: &Output,
@@ -272,7 +276,7 @@ unsafe fn float_inputs<W: Words, F: FloatFormat>(
 /// # Safety
 /// As [`blocks`].
 #[inline(always)]
-pub(super) unsafe fn floats<W: Words, F: FloatFormat, const M: usize>(
+pub(super) unsafe fn floats<W: I16Vector, F: FloatFormat, const M: usize>(
     bytes: &[u8],
     x: &Activations<f32>,
     first: usize,
@@ -280,7 +284,7 @@ pub(super) unsafe fn floats<W: Words, F: FloatFormat, const M: usize>(
 ) -> usize {
     let row_bytes = output.matrix.row_bytes();
     let ahead = ahead(row_bytes);
-    let group_bytes = GROUP * F::BYTES;
+    let group_bytes = GROUP_LEN * F::BYTES;
     for (pair, bytes) in bytes.chunks(2 * row_bytes).enumerate() {
         // An odd last row is its own partner.
         let rows = [&bytes[..row_bytes], &bytes[bytes.len() - row_bytes..]];
@@ -295,7 +299,7 @@ pub(super) unsafe fn floats<W: Words, F: FloatFormat, const M: usize>(
                 add_floats::<W, F, M>([a, b], ahead, x, first, group, &mut sums);
             }
             if whole < x.groups() {
-                let mut last = [[0u8; 4 * GROUP]; 2];
+                let mut last = [[0u8; 4 * GROUP_LEN]; 2];
                 let rest = row_bytes - whole * group_bytes;
                 for r in 0..2 {
                     last[r][..rest].copy_from_slice(&rows[r][whole * group_bytes..]);
@@ -322,7 +326,7 @@ pub(super) unsafe fn floats<W: Words, F: FloatFormat, const M: usize>(
 /// # Safety
 /// As [`blocks`].
 #[inline(always)]
-unsafe fn add_floats<W: Words, F: FloatFormat, const M: usize>(
+unsafe fn add_floats<W: I16Vector, F: FloatFormat, const M: usize>(
     rows: [&[u8]; 2],
     ahead: usize,
     x: &Activations<f32>,
@@ -339,7 +343,7 @@ unsafe fn add_floats<W: Words, F: FloatFormat, const M: usize>(
     for i in 0..M {
         xs[i] = &x.row(first + i)[group].0;
     }
-    for step in 0..GROUP / W::LANES {
+    for step in 0..GROUP_LEN / W::LANES {
         for r in 0..2 {
             let bytes = &rows[r][step * W::LANES * F::BYTES..][..W::LANES * F::BYTES];
             // SAFETY: the caller's promises.

@@ -12,7 +12,7 @@
 //! fast as weights stored so beforehand, and needs no copy.
 //!
 //! A call from outside rayon's threads pays for the way in and out, unless they are at hand
-//! ([`team`]).
+//! ([`worker_pool`]).
 
 mod activations;
 #[cfg(target_arch = "x86_64")]
@@ -28,13 +28,13 @@ mod x86;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use self::activations::Activations;
 #[cfg(target_arch = "x86_64")]
-use self::activations::Batches;
+use self::activations::ActivationBatches;
+use self::activations::Activations;
 use self::kernel::Output;
-use self::words::{Portable, Words};
-use super::cpu::Target;
-use super::team;
+use self::words::{I16Portable, I16Vector};
+use super::cpu::SharedMutPtr;
+use super::worker_pool;
 use crate::isa::Isa;
 use crate::quant::{BlockType, FrozenMatrix};
 
@@ -47,56 +47,57 @@ const TILE_ROWS: usize = 16;
 const ALONE_BYTES: usize = 96 * 1024;
 
 /// A frozen matrix `W (rows, cols)` and the place of `x · Wᵀ (m, rows)`.
-pub(crate) type Product<'a> = (&'a FrozenMatrix, &'a mut [f32]);
+pub(crate) type RowProduct<'a> = (&'a FrozenMatrix, &'a mut [f32]);
 
 /// `y (m, rows) = x (m, cols) · Wᵀ`, all in `f32`. For small `m`: weights are decoded anew for
 /// every four or eight rows of `x`.
 pub(crate) fn f32(isa: Isa, x: &[f32], w: &FrozenMatrix, y: &mut [f32]) {
-    f32_many(isa, x, &mut [(w, y)], Beside::NOTHING);
+    f32_many(isa, x, &mut [(w, y)], FusedTasks::NOTHING);
 }
 
 /// `y (m, rows) = x (m, cols) · Wᵀ` with `x` rounded to 15 bits per 32 values; matrices of floats
 /// are multiplied in `f32`. For small `m`, as [`f32`](fn@f32).
 pub(crate) fn int16(isa: Isa, x: &[f32], w: &FrozenMatrix, y: &mut [f32]) {
-    int16_many(isa, x, &mut [(w, y)], Beside::NOTHING);
+    int16_many(isa, x, &mut [(w, y)], FusedTasks::NOTHING);
 }
 
 /// Other work of the same parallel region: another region costs as much as a small product.
 #[derive(Clone, Copy)]
-pub(crate) struct Beside<'a> {
+pub(crate) struct FusedTasks<'a> {
     /// How many tasks.
     pub tasks: usize,
     /// Does one of them.
     pub run: &'a (dyn Fn(usize) + Sync),
     /// What is done with some rows of a product, told by its index, when they and all tasks are there.
     /// The target is the whole product, in which nobody else touches these rows.
-    pub then: &'a (dyn Fn(usize, Range<usize>, Target) + Sync),
+    pub epilogue: &'a (dyn Fn(usize, Range<usize>, SharedMutPtr) + Sync),
 }
 
-impl Beside<'_> {
+impl FusedTasks<'_> {
     /// No other work.
-    pub const NOTHING: Beside<'static> = Beside { tasks: 0, run: &|_| (), then: &|_, _, _| () };
+    pub const NOTHING: FusedTasks<'static> =
+        FusedTasks { tasks: 0, run: &|_| (), epilogue: &|_, _, _| () };
 }
 
 /// [`f32`](fn@f32) for several matrices of the same width, in one parallel region.
-pub(crate) fn f32_many(isa: Isa, x: &[f32], products: &mut [Product], beside: Beside) {
-    many(isa, x, products, beside, |block_type| match block_type {
-        BlockType::F32 | BlockType::F16 | BlockType::BF16 => Form::Floats,
-        _ => Form::F32,
+pub(crate) fn f32_many(isa: Isa, x: &[f32], products: &mut [RowProduct], fused: FusedTasks) {
+    many(isa, x, products, fused, |block_type| match block_type {
+        BlockType::F32 | BlockType::F16 | BlockType::BF16 => InputForm::Floats,
+        _ => InputForm::F32,
     });
 }
 
 /// [`int16`] for several matrices of the same width, in one parallel region.
-pub(crate) fn int16_many(isa: Isa, x: &[f32], products: &mut [Product], beside: Beside) {
-    many(isa, x, products, beside, |block_type| match block_type {
-        BlockType::F32 | BlockType::F16 | BlockType::BF16 => Form::Floats,
-        _ => Form::Int16,
+pub(crate) fn int16_many(isa: Isa, x: &[f32], products: &mut [RowProduct], fused: FusedTasks) {
+    many(isa, x, products, fused, |block_type| match block_type {
+        BlockType::F32 | BlockType::F16 | BlockType::BF16 => InputForm::Floats,
+        _ => InputForm::Int16,
     });
 }
 
 /// What the input is turned into for a block type.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Form {
+enum InputForm {
     /// `f32` in the order of the values, for matrices of floats.
     Floats,
     /// `f32` in the order in which blocks are decoded.
@@ -106,31 +107,31 @@ enum Form {
 }
 
 /// The forms of one input that a call needs.
-struct Input {
+struct PreparedInput {
     floats: Option<Activations<f32>>,
     f32: Option<Activations<f32>>,
     int16: Option<Activations<i16>>,
     /// The same, as tiles take it.
     #[cfg(target_arch = "x86_64")]
-    batches: Option<Batches>,
+    batches: Option<ActivationBatches>,
     /// The same, as weights in bytes take it.
     #[cfg(target_arch = "x86_64")]
-    bytes: Option<bytes::Bytes>,
+    bytes: Option<bytes::ByteActivations>,
 }
 
 /// A stretch of stored rows of one product.
-struct Task<'a> {
+struct RowTask<'a> {
     product: usize,
     /// Rows of the product before those of the matrix.
     before: usize,
     matrix: &'a FrozenMatrix,
-    form: Form,
+    form: InputForm,
     /// Rows as they are stored, which are the same ones in their own order.
     rows: Range<usize>,
     /// The product.
-    whole: Target,
+    whole: SharedMutPtr,
     /// Where that of the matrix's first row goes.
-    y: Target,
+    y: SharedMutPtr,
     /// Rows of the product that the matrix belongs to.
     stride: usize,
 }
@@ -138,16 +139,16 @@ struct Task<'a> {
 fn many(
     isa: Isa,
     x: &[f32],
-    products: &mut [Product],
-    beside: Beside,
-    form_of: impl Fn(BlockType) -> Form,
+    products: &mut [RowProduct],
+    fused: FusedTasks,
+    form_of: impl Fn(BlockType) -> InputForm,
 ) {
     let Some(cols) = products.first().map(|(w, _)| w.cols()) else { return };
     if x.is_empty() || cols == 0 {
-        (0..beside.tasks).for_each(beside.run);
+        (0..fused.tasks).for_each(fused.run);
         for (product, (matrix, y)) in products.iter_mut().enumerate() {
             y.fill(0.0);
-            (beside.then)(product, 0..matrix.rows(), Target::new(y));
+            (fused.epilogue)(product, 0..matrix.rows(), SharedMutPtr::new(y));
         }
         return;
     }
@@ -158,7 +159,7 @@ fn many(
     for (product, (matrix, y)) in products.iter_mut().enumerate() {
         assert_eq!(matrix.cols(), cols);
         assert_eq!(y.len(), m * matrix.rows());
-        let (stride, whole) = (matrix.rows(), Target::new(y));
+        let (stride, whole) = (matrix.rows(), SharedMutPtr::new(y));
         // A matrix that grew is two, side by side.
         let more = matrix.more_rows().map(|more| (more, matrix.own_rows()));
         for (matrix, before) in [(*matrix, 0)].into_iter().chain(more) {
@@ -170,69 +171,69 @@ fn many(
             let (form, y) = (form_of(matrix.block_type()), whole.at(before));
             for start in (0..matrix.own_rows()).step_by(step) {
                 let rows = start..matrix.own_rows().min(start + step);
-                tasks.push(Task { product, before, matrix, form, rows, whole, y, stride });
+                tasks.push(RowTask { product, before, matrix, form, rows, whole, y, stride });
             }
             total += matrix.own_rows() * matrix.row_bytes();
         }
     }
     let needed = |form| tasks.iter().any(|task| task.form == form);
-    let int16 = needed(Form::Int16).then(|| Activations::rounded(isa, x, cols));
+    let int16 = needed(InputForm::Int16).then(|| Activations::rounded(isa, x, cols));
     #[cfg(target_arch = "x86_64")]
-    let in_bytes = |task: &Task| {
+    let in_bytes = |task: &RowTask| {
         let (matrix, rows) = (task.matrix, task.rows.len());
-        task.form == Form::Int16 && bytes::has(matrix.block_type()) && bytes::needs(m, rows)
+        task.form == InputForm::Int16 && bytes::has(matrix.block_type()) && bytes::needs(m, rows)
     };
-    let input = Input {
+    let input = PreparedInput {
         #[cfg(target_arch = "x86_64")]
         bytes: int16
             .as_ref()
             .filter(|_| isa == Isa::Avx512Vnni && tasks.iter().any(in_bytes))
             // SAFETY: a rung is only ever chosen if the CPU has it.
-            .map(|x| unsafe { bytes::Bytes::new(x) }),
+            .map(|x| unsafe { bytes::ByteActivations::new(x) }),
         #[cfg(target_arch = "x86_64")]
-        batches: int16.as_ref().filter(|_| isa == Isa::Avx512Vnni).map(Batches::new),
-        floats: needed(Form::Floats).then(|| Activations::straight(isa, x, cols)),
-        f32: needed(Form::F32).then(|| Activations::decoded(isa, x, cols)),
+        batches: int16.as_ref().filter(|_| isa == Isa::Avx512Vnni).map(ActivationBatches::new),
+        floats: needed(InputForm::Floats).then(|| Activations::straight(isa, x, cols)),
+        f32: needed(InputForm::F32).then(|| Activations::decoded(isa, x, cols)),
         int16,
     };
     let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
-    let one = |task: &Task| {
+    let one = |task: &RowTask| {
         // Whoever comes first does what is beside; what is left when all are taken is running.
         loop {
             let taken = next.fetch_add(1, Ordering::Relaxed);
-            if taken >= beside.tasks {
+            if taken >= fused.tasks {
                 break;
             }
-            let _counted = Counted(&done);
-            (beside.run)(taken);
+            let _counted = CountOnDrop(&done);
+            (fused.run)(taken);
         }
         run(isa, &input, task);
         for turn in 0.. {
-            if done.load(Ordering::Acquire) == beside.tasks {
+            if done.load(Ordering::Acquire) == fused.tasks {
                 break;
             }
-            team::wait(turn);
+            worker_pool::spin_wait(turn);
         }
         let rows = task.before + task.rows.start..task.before + task.rows.end;
-        (beside.then)(task.product, rows, task.whole);
+        (fused.epilogue)(task.product, rows, task.whole);
     };
-    if total <= ALONE_BYTES && !team::is_led() {
+    if total <= ALONE_BYTES && !worker_pool::in_worker_pool() {
         tasks.iter().for_each(one);
     } else {
-        team::run(tasks.len(), &|i| one(&tasks[i]));
+        worker_pool::run(tasks.len(), &|i| one(&tasks[i]));
     }
 }
 
 /// Counts a task when it is over, in panic too: nobody waits for ever.
-struct Counted<'a>(&'a AtomicUsize);
+struct CountOnDrop<'a>(&'a AtomicUsize);
 
-impl Drop for Counted<'_> {
+impl Drop for CountOnDrop<'_> {
     fn drop(&mut self) {
         self.0.fetch_add(1, Ordering::Release);
     }
 }
 
-fn run(isa: Isa, input: &Input, task: &Task) {
+fn run(isa: Isa, input: &PreparedInput, task: &RowTask) {
     let (matrix, rows, y) = (task.matrix, task.rows.clone(), task.y);
     let weights = matrix.stored_bytes(rows.clone());
     let output = Output { matrix, first_row: rows.start, y, stride: task.stride };
@@ -240,7 +241,7 @@ fn run(isa: Isa, input: &Input, task: &Task) {
     unsafe {
         match (isa, task.form) {
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512Vnni, Form::Int16) => {
+            (Isa::Avx512Vnni, InputForm::Int16) => {
                 let int16 = input.int16.as_ref().expect(NEEDED);
                 let batches = input.batches.as_ref().expect(NEEDED);
                 if bytes::has(matrix.block_type()) {
@@ -251,10 +252,12 @@ fn run(isa: Isa, input: &Input, task: &Task) {
                 }
             }
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512Vnni, form) => run_on::<x86::Avx512>(weights, form, input, &output),
+            (Isa::Avx512Vnni, form) => run_on::<x86::I16Avx512>(weights, form, input, &output),
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx2 | Isa::AvxVnni, form) => run_on::<x86::Avx2>(weights, form, input, &output),
-            (_, form) => run_on::<Portable>(weights, form, input, &output),
+            (Isa::Avx2 | Isa::AvxVnni, form) => {
+                run_on::<x86::I16Avx2>(weights, form, input, &output)
+            }
+            (_, form) => run_on::<I16Portable>(weights, form, input, &output),
         }
     }
 }
@@ -265,17 +268,22 @@ const NEEDED: &str = "made because a task needs it";
 /// # Safety
 /// The CPU must have the instructions of `W`, and no other thread may touch the elements of `y` that
 /// belong to these rows.
-unsafe fn run_on<W: Words>(bytes: &[u8], form: Form, input: &Input, output: &Output) {
+unsafe fn run_on<W: I16Vector>(
+    bytes: &[u8],
+    form: InputForm,
+    input: &PreparedInput,
+    output: &Output,
+) {
     // SAFETY: the caller's promises.
     unsafe {
         match form {
-            Form::Floats => {
+            InputForm::Floats => {
                 kernel::float_rows::<W>(bytes, input.floats.as_ref().expect(NEEDED), output);
             }
-            Form::F32 => {
+            InputForm::F32 => {
                 kernel::block_rows::<W, f32>(bytes, input.f32.as_ref().expect(NEEDED), output);
             }
-            Form::Int16 => {
+            InputForm::Int16 => {
                 kernel::block_rows::<W, i16>(bytes, input.int16.as_ref().expect(NEEDED), output);
             }
         }
@@ -411,7 +419,7 @@ mod tests {
         use quantune_adapters::decode::DecodeForm;
         use quantune_adapters::delta::Lora;
 
-        use crate::ops::low_rank::{Wearing, expand};
+        use crate::ops::low_rank::{TokenRows, expand};
 
         let (r, cols, own) = (4, 768, 37);
         let w = matrix(BlockType::Q4_1, own, cols);
@@ -435,14 +443,14 @@ mod tests {
                 let mut base = vec![0.0; 3 * rows];
                 int16(isa, &x, &w, &mut base);
                 let mut y = vec![f32::NAN; 3 * rows];
-                let then = |product: usize, range: Range<usize>, y: Target| {
+                let epilogue = |product: usize, range: Range<usize>, y: SharedMutPtr| {
                     assert_eq!((product, y.len()), (0, 3 * rows));
-                    let tokens = Wearing { tokens: &[0, 1, 2], stride: rows };
+                    let tokens = TokenRows { tokens: &[0, 1, 2], stride: rows };
                     // SAFETY: the rung is this CPU's; no other thread is given these rows.
                     unsafe { expand(isa, &form, range, &lows, y, tokens) };
                 };
-                let beside = Beside { tasks: 0, run: &|_| (), then: &then };
-                int16_many(isa, &x, &mut [(&w, &mut y)], beside);
+                let fused = FusedTasks { tasks: 0, run: &|_| (), epilogue: &epilogue };
+                int16_many(isa, &x, &mut [(&w, &mut y)], fused);
                 for (at, (y, base)) in y.iter().zip(&base).enumerate() {
                     let low = &lows[at / rows * 4..][..4];
                     let update: f32 = low.iter().zip(&b[at % rows]).map(|(low, b)| low * b).sum();
@@ -485,9 +493,9 @@ mod tests {
         let run = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let mut ys = vec![vec![0.0; 2 * 330]; matrices.len()];
-            let mut products: Vec<Product> =
+            let mut products: Vec<RowProduct> =
                 matrices.iter().zip(&mut ys).map(|(w, y)| (w, &mut y[..])).collect();
-            pool.install(|| int16_many(Isa::current(), &x, &mut products, Beside::NOTHING));
+            pool.install(|| int16_many(Isa::current(), &x, &mut products, FusedTasks::NOTHING));
             ys
         };
         let ys = run(1);
@@ -495,22 +503,22 @@ mod tests {
         // A team's too, with other work beside, which is done once, before what follows any rows.
         let in_team = || {
             let mut ys = vec![vec![0.0; 2 * 330]; matrices.len()];
-            let mut products: Vec<Product> =
+            let mut products: Vec<RowProduct> =
                 matrices.iter().zip(&mut ys).map(|(w, y)| (w, &mut y[..])).collect();
             let counts = [const { AtomicUsize::new(0) }; 7];
             let run = |task: usize| {
                 counts[task].fetch_add(1, Ordering::Relaxed);
             };
-            let then = |_: usize, _: Range<usize>, _: Target| {
+            let epilogue = |_: usize, _: Range<usize>, _: SharedMutPtr| {
                 assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
             };
-            let beside = Beside { tasks: counts.len(), run: &run, then: &then };
-            int16_many(Isa::current(), &x, &mut products, beside);
+            let fused = FusedTasks { tasks: counts.len(), run: &run, epilogue: &epilogue };
+            int16_many(Isa::current(), &x, &mut products, fused);
             ys
         };
         let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
         for _ in 0..50 {
-            assert_eq!(ys, pool.install(|| team::gather(in_team)));
+            assert_eq!(ys, pool.install(|| worker_pool::with_worker_pool(in_team)));
         }
         for (w, y) in matrices.iter().zip(&ys) {
             let mut alone = vec![0.0; 2 * 330];
@@ -527,11 +535,12 @@ mod tests {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
         for bad in 0..4 {
             let run = |task: usize| assert!(task != bad, "task {task}");
-            let beside = Beside { tasks: 4, run: &run, ..Beside::NOTHING };
+            let fused = FusedTasks { tasks: 4, run: &run, ..FusedTasks::NOTHING };
             let mut y = vec![0.0; 960];
-            let product = || int16_many(Isa::current(), &x, &mut [(&w, &mut y)], beside);
+            let product = || int16_many(Isa::current(), &x, &mut [(&w, &mut y)], fused);
             let product = AssertUnwindSafe(product);
-            let caught = pool.install(|| catch_unwind(|| team::gather({ product }.0)));
+            let caught =
+                pool.install(|| catch_unwind(|| worker_pool::with_worker_pool({ product }.0)));
             assert_eq!(*caught.unwrap_err().downcast::<String>().unwrap(), format!("task {bad}"));
         }
     }

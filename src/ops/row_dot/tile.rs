@@ -10,9 +10,9 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-use super::activations::{Activations, Batch, Batches, Group};
+use super::activations::{ActivationBatch, ActivationBatches, ActivationGroup, Activations};
 use super::kernel::{self, Output};
-use super::x86::Avx512;
+use super::x86::I16Avx512;
 use crate::quant::BlockType;
 
 /// Rows of a tile.
@@ -28,7 +28,7 @@ const NEAR_BYTES: usize = 16 * 1024;
 pub(super) unsafe fn block_rows(
     bytes: &[u8],
     x: &Activations<i16>,
-    batches: &Batches,
+    batches: &ActivationBatches,
     output: &Output,
 ) {
     // SAFETY: the caller's promises.
@@ -44,7 +44,7 @@ pub(super) unsafe fn block_rows(
         };
         let rest = Output { first_row: output.first_row + tiled, ..*output };
         let bytes = &bytes[tiled * output.matrix.row_bytes()..];
-        kernel::block_rows::<Avx512, i16>(bytes, x, &rest);
+        kernel::block_rows::<I16Avx512, i16>(bytes, x, &rest);
     }
 }
 
@@ -52,7 +52,7 @@ pub(super) unsafe fn block_rows(
 ///
 /// # Safety
 /// As [`block_rows`].
-unsafe fn inputs<B: Block>(bytes: &[u8], x: &Batches, output: &Output) -> usize {
+unsafe fn inputs<B: Block>(bytes: &[u8], x: &ActivationBatches, output: &Output) -> usize {
     let tile_bytes = ROWS * output.matrix.row_bytes();
     let tiles = bytes.len() / tile_bytes;
     let bytes = &bytes[..tiles * tile_bytes];
@@ -78,7 +78,7 @@ unsafe fn inputs<B: Block>(bytes: &[u8], x: &Batches, output: &Output) -> usize 
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 unsafe fn rows<B: Block, const M: usize, const CHAINS: usize>(
     bytes: &[u8],
-    x: Batch,
+    x: ActivationBatch,
     output: &Output,
 ) {
     assert_eq!(x.rows.len(), M);
@@ -89,7 +89,7 @@ unsafe fn rows<B: Block, const M: usize, const CHAINS: usize>(
     let near = B::GROUPS == 1 && ROWS * row_bytes <= NEAR_BYTES;
     for (tile, bytes) in bytes.chunks_exact(ROWS * row_bytes).enumerate() {
         let mut sums =
-            Sums::<M> { scaled: [_mm512_setzero_ps(); M], minima: [_mm512_setzero_ps(); M] };
+            TileSums::<M> { scaled: [_mm512_setzero_ps(); M], minima: [_mm512_setzero_ps(); M] };
         for block in 0..x.groups / B::GROUPS {
             match near {
                 true => ask_for_next::<_MM_HINT_T0>(bytes, row_bytes, block, B::BYTES),
@@ -150,7 +150,7 @@ pub(super) unsafe fn put_tile<const M: usize>(
 }
 
 /// What the sixteen rows of a tile come to for each row of input.
-struct Sums<const M: usize> {
+struct TileSums<const M: usize> {
     scaled: [__m512; M],
     minima: [__m512; M],
 }
@@ -176,9 +176,9 @@ trait Block {
     /// The CPU must have the instructions, and `blocks` be readable.
     unsafe fn add<const M: usize, const CHAINS: usize>(
         blocks: Blocks,
-        x: &Batch,
+        x: &ActivationBatch,
         group: usize,
-        sums: &mut Sums<M>,
+        sums: &mut TileSums<M>,
     );
 }
 
@@ -198,9 +198,9 @@ impl<const MINIMA: bool, const FIFTH: bool> Block for Small<MINIMA, FIFTH> {
     #[inline(always)]
     unsafe fn add<const M: usize, const CHAINS: usize>(
         blocks: Blocks,
-        x: &Batch,
+        x: &ActivationBatch,
         group: usize,
-        sums: &mut Sums<M>,
+        sums: &mut TileSums<M>,
     ) {
         // SAFETY: the caller's promises.
         unsafe {
@@ -278,9 +278,9 @@ impl<const FIFTH: bool> Block for Large<FIFTH> {
     #[inline(always)]
     unsafe fn add<const M: usize, const CHAINS: usize>(
         blocks: Blocks,
-        x: &Batch,
+        x: &ActivationBatch,
         group: usize,
-        sums: &mut Sums<M>,
+        sums: &mut TileSums<M>,
     ) {
         // SAFETY: the caller's promises.
         unsafe {
@@ -372,7 +372,7 @@ unsafe fn add_pairs<const M: usize>(
     words: __m512i,
     x: *const i32,
 ) -> [__m512i; M] {
-    const { assert!(size_of::<Group<i16>>() == 64) }
+    const { assert!(size_of::<ActivationGroup<i16>>() == 64) }
     macro_rules! add {
         ($($i:literal at $offset:literal),*) => {
             asm!(
@@ -420,7 +420,7 @@ pub(super) unsafe fn joined<const M: usize, const CHAINS: usize>(
 /// The CPU must have the instructions, and `factors` be `2 M` numbers.
 #[inline(always)]
 unsafe fn add_scaled<const M: usize, const CHAINS: usize>(
-    sums: &mut Sums<M>,
+    sums: &mut TileSums<M>,
     products: [[__m512i; CHAINS]; M],
     scales: __m512,
     minima: __m512,

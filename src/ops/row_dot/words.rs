@@ -3,7 +3,7 @@
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
-use super::activations::{Activations, GROUP, LANES};
+use super::activations::{Activations, GROUP_LEN, LANES};
 use super::formats::{FloatFormat, Format};
 use super::kernel::{self, Output};
 
@@ -12,14 +12,14 @@ use super::kernel::{self, Output};
 /// Everything is `unsafe` for one reason: the CPU must have the instructions. All of it is compiled
 /// into [`Self::blocks`] and [`Self::floats`], whose features it needs.
 #[allow(clippy::missing_safety_doc)]
-pub(super) trait Words: Copy {
+pub(super) trait I16Vector: Copy {
     /// Partial sums of one output element.
     type Sums: Copy;
     /// Lanes of those.
     const LANES: usize;
 
     /// The kernel over blocks, with this rung's features.
-    unsafe fn blocks<F: Format, T: Value, const M: usize>(
+    unsafe fn blocks<F: Format, T: ActivationValue, const M: usize>(
         bytes: &[u8],
         x: &Activations<T>,
         first: usize,
@@ -50,9 +50,9 @@ pub(super) trait Words: Copy {
     unsafe fn times(self, factor: i16) -> Self;
 
     /// Products with rounded input, those of the group's first 16 values apart from the others.
-    unsafe fn dot_i16(self, x: &[i16; GROUP]) -> Self::Sums;
+    unsafe fn dot_i16(self, x: &[i16; GROUP_LEN]) -> Self::Sums;
     /// Products with input as it is, in the same lanes.
-    unsafe fn dot_f32(self, x: &[f32; GROUP]) -> Self::Sums;
+    unsafe fn dot_f32(self, x: &[f32; GROUP_LEN]) -> Self::Sums;
 
     unsafe fn zero() -> Self::Sums;
     /// `sums + products · scale`.
@@ -83,25 +83,25 @@ pub(super) trait Words: Copy {
 }
 
 /// A form of input.
-pub(super) trait Value: Copy + Send + Sync {
+pub(super) trait ActivationValue: Copy + Send + Sync {
     /// Products of a group.
     ///
     /// # Safety
     /// The CPU must have the instructions of `W`.
-    unsafe fn dot<W: Words>(words: W, x: &[Self; GROUP]) -> W::Sums;
+    unsafe fn dot<W: I16Vector>(words: W, x: &[Self; GROUP_LEN]) -> W::Sums;
 }
 
-impl Value for i16 {
+impl ActivationValue for i16 {
     #[inline(always)]
-    unsafe fn dot<W: Words>(words: W, x: &[Self; GROUP]) -> W::Sums {
+    unsafe fn dot<W: I16Vector>(words: W, x: &[Self; GROUP_LEN]) -> W::Sums {
         // SAFETY: the caller's promise.
         unsafe { words.dot_i16(x) }
     }
 }
 
-impl Value for f32 {
+impl ActivationValue for f32 {
     #[inline(always)]
-    unsafe fn dot<W: Words>(words: W, x: &[Self; GROUP]) -> W::Sums {
+    unsafe fn dot<W: I16Vector>(words: W, x: &[Self; GROUP_LEN]) -> W::Sums {
         // SAFETY: the caller's promise.
         unsafe { words.dot_f32(x) }
     }
@@ -109,27 +109,27 @@ impl Value for f32 {
 
 /// Plain Rust, for the vectorizer.
 #[derive(Clone, Copy)]
-pub(super) struct Portable([i16; GROUP]);
+pub(super) struct I16Portable([i16; GROUP_LEN]);
 
-impl Portable {
+impl I16Portable {
     /// Words from values in their own order.
     #[inline(always)]
     fn of(value: impl Fn(usize) -> i16) -> Self {
-        let mut words = [0; GROUP];
-        for i in 0..GROUP / 2 {
+        let mut words = [0; GROUP_LEN];
+        for i in 0..GROUP_LEN / 2 {
             words[i] = value(2 * i);
-            words[GROUP / 2 + i] = value(2 * i + 1);
+            words[GROUP_LEN / 2 + i] = value(2 * i + 1);
         }
         Self(words)
     }
 }
 
 /// The first eight lanes belong to the first 16 values of a group.
-impl Words for Portable {
+impl I16Vector for I16Portable {
     type Sums = [f32; LANES];
     const LANES: usize = LANES;
 
-    unsafe fn blocks<F: Format, T: Value, const M: usize>(
+    unsafe fn blocks<F: Format, T: ActivationValue, const M: usize>(
         bytes: &[u8],
         x: &Activations<T>,
         first: usize,
@@ -191,7 +191,7 @@ impl Words for Portable {
     }
 
     #[inline(always)]
-    unsafe fn dot_i16(self, x: &[i16; GROUP]) -> Self::Sums {
+    unsafe fn dot_i16(self, x: &[i16; GROUP_LEN]) -> Self::Sums {
         let product = |i: usize| i32::from(self.0[i]) * i32::from(x[i]);
         let mut sums = [0.0; LANES];
         for (i, sum) in sums.iter_mut().enumerate() {
@@ -201,7 +201,7 @@ impl Words for Portable {
     }
 
     #[inline(always)]
-    unsafe fn dot_f32(self, x: &[f32; GROUP]) -> Self::Sums {
+    unsafe fn dot_f32(self, x: &[f32; GROUP_LEN]) -> Self::Sums {
         let product = |i: usize| f32::from(self.0[i]) * x[i];
         let mut sums = [0.0; LANES];
         for (i, sum) in sums.iter_mut().enumerate() {

@@ -2,14 +2,14 @@
 
 use std::arch::x86_64::*;
 
-use super::activations::{Activations, GROUP, LANES};
+use super::activations::{Activations, GROUP_LEN, LANES};
 use super::formats::{FloatFormat, Format};
 use super::kernel::{self, Output};
-use super::words::{Value, Words};
+use super::words::{ActivationValue, I16Vector};
 
 /// Words of even and of odd index.
 #[derive(Clone, Copy)]
-pub(super) struct Avx2 {
+pub(super) struct I16Avx2 {
     even: __m256i,
     odd: __m256i,
 }
@@ -17,25 +17,25 @@ pub(super) struct Avx2 {
 // SAFETY of all blocks below: whoever calls has seen that the CPU has AVX2, FMA and F16C; loads and
 // stores go through references and slices of at least their size.
 #[allow(clippy::undocumented_unsafe_blocks)]
-impl Words for Avx2 {
+impl I16Vector for I16Avx2 {
     /// The lower half belongs to the first 16 values of a group.
     type Sums = __m256;
     const LANES: usize = 8;
 
-    unsafe fn blocks<F: Format, T: Value, const M: usize>(
+    unsafe fn blocks<F: Format, T: ActivationValue, const M: usize>(
         bytes: &[u8],
         x: &Activations<T>,
         first: usize,
         output: &Output,
     ) -> usize {
         #[target_feature(enable = "avx2,fma,f16c")]
-        unsafe fn with_features<F: Format, T: Value, const M: usize>(
+        unsafe fn with_features<F: Format, T: ActivationValue, const M: usize>(
             bytes: &[u8],
             x: &Activations<T>,
             first: usize,
             output: &Output,
         ) -> usize {
-            unsafe { kernel::blocks::<Avx2, F, T, M>(bytes, x, first, output) }
+            unsafe { kernel::blocks::<I16Avx2, F, T, M>(bytes, x, first, output) }
         }
         unsafe { with_features::<F, T, M>(bytes, x, first, output) }
     }
@@ -53,7 +53,7 @@ impl Words for Avx2 {
             first: usize,
             output: &Output,
         ) -> usize {
-            unsafe { kernel::floats::<Avx2, F, M>(bytes, x, first, output) }
+            unsafe { kernel::floats::<I16Avx2, F, M>(bytes, x, first, output) }
         }
         unsafe { with_features::<F, M>(bytes, x, first, output) }
     }
@@ -140,7 +140,7 @@ impl Words for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn dot_i16(self, x: &[i16; GROUP]) -> Self::Sums {
+    unsafe fn dot_i16(self, x: &[i16; GROUP_LEN]) -> Self::Sums {
         unsafe {
             let x: *const __m256i = x.as_ptr().cast();
             let even = _mm256_madd_epi16(self.even, _mm256_loadu_si256(x));
@@ -150,7 +150,7 @@ impl Words for Avx2 {
     }
 
     #[inline(always)]
-    unsafe fn dot_f32(self, x: &[f32; GROUP]) -> Self::Sums {
+    unsafe fn dot_f32(self, x: &[f32; GROUP_LEN]) -> Self::Sums {
         unsafe {
             let wide = |words| _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(words));
             let x = |i: usize| _mm256_loadu_ps(x.as_ptr().add(8 * i));
@@ -275,30 +275,30 @@ impl Words for Avx2 {
 
 /// All words of a group: `vpmaddwd` serves as well as VNNI where one instruction takes a group.
 #[derive(Clone, Copy)]
-pub(super) struct Avx512(__m512i);
+pub(super) struct I16Avx512(__m512i);
 
 // SAFETY of all blocks below: whoever calls has seen that the CPU has AVX-512 F, BW, DQ and VL;
 // loads and stores go through references and slices of at least their size.
 #[allow(clippy::undocumented_unsafe_blocks)]
-impl Words for Avx512 {
+impl I16Vector for I16Avx512 {
     /// Quarters 0 and 2 belong to the first 16 values of a group.
     type Sums = __m512;
     const LANES: usize = 16;
 
-    unsafe fn blocks<F: Format, T: Value, const M: usize>(
+    unsafe fn blocks<F: Format, T: ActivationValue, const M: usize>(
         bytes: &[u8],
         x: &Activations<T>,
         first: usize,
         output: &Output,
     ) -> usize {
         #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
-        unsafe fn with_features<F: Format, T: Value, const M: usize>(
+        unsafe fn with_features<F: Format, T: ActivationValue, const M: usize>(
             bytes: &[u8],
             x: &Activations<T>,
             first: usize,
             output: &Output,
         ) -> usize {
-            unsafe { kernel::blocks::<Avx512, F, T, M>(bytes, x, first, output) }
+            unsafe { kernel::blocks::<I16Avx512, F, T, M>(bytes, x, first, output) }
         }
         unsafe { with_features::<F, T, M>(bytes, x, first, output) }
     }
@@ -316,7 +316,7 @@ impl Words for Avx512 {
             first: usize,
             output: &Output,
         ) -> usize {
-            unsafe { kernel::floats::<Avx512, F, M>(bytes, x, first, output) }
+            unsafe { kernel::floats::<I16Avx512, F, M>(bytes, x, first, output) }
         }
         unsafe { with_features::<F, M>(bytes, x, first, output) }
     }
@@ -391,7 +391,7 @@ impl Words for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn dot_i16(self, x: &[i16; GROUP]) -> Self::Sums {
+    unsafe fn dot_i16(self, x: &[i16; GROUP_LEN]) -> Self::Sums {
         unsafe {
             let x = _mm512_loadu_si512(x.as_ptr().cast());
             _mm512_cvtepi32_ps(_mm512_madd_epi16(self.0, x))
@@ -399,7 +399,7 @@ impl Words for Avx512 {
     }
 
     #[inline(always)]
-    unsafe fn dot_f32(self, x: &[f32; GROUP]) -> Self::Sums {
+    unsafe fn dot_f32(self, x: &[f32; GROUP_LEN]) -> Self::Sums {
         unsafe {
             let wide = |words| _mm512_cvtepi32_ps(_mm512_cvtepi16_epi32(words));
             let x = |i: usize| _mm512_loadu_ps(x.as_ptr().add(16 * i));

@@ -12,7 +12,7 @@ mod pack;
 use rayon::prelude::*;
 
 use super::BlockType;
-use crate::isa::{Isa, versions};
+use crate::isa::{Isa, multiversion};
 
 /// Values that a thread takes at a time, about.
 const CHUNK: usize = 1 << 14;
@@ -69,7 +69,7 @@ macro_rules! each {
     }};
 }
 
-versions! {
+multiversion! {
     fn quantize_row(isa; of: BlockType, values: &[f32], weights: &[f32], out: &mut [u8]) {
         match of {
             BlockType::F32 => each!(f32_value, values, weights, out),

@@ -4,9 +4,8 @@ use serde_json::json;
 
 use super::super::TrainError;
 use super::super::log::{Log, Numbers};
-use super::super::run_dir::State;
-use super::super::settings::Task;
-use super::{Rollouts, divergence, tell, temperature};
+use super::super::state::State;
+use super::{Rollouts, divergence, warn_once};
 use crate::data::Prompt;
 use crate::eval::{Reply, diversity};
 use crate::model::{ActiveAdapter, Decoder};
@@ -18,8 +17,8 @@ use crate::rollout::{Response, respond};
 const EVAL_KEYS: u64 = 1 << 39;
 
 impl Rollouts {
-    /// Held-out prompts answered by the policy as it is; `None` if the monitor asked to stop before all were. Of
-    /// the state only what was told changes.
+    /// Held-out prompts answered by the policy as it is; `None` if the run was stopped
+    /// before all were. Of the state only the warnings change.
     pub fn evaluate(
         &mut self,
         decoder: &Decoder,
@@ -29,11 +28,7 @@ impl Rollouts {
         monitor: Monitor<'_>,
     ) -> Result<Option<Numbers>, TrainError> {
         let Some(held_out) = &self.held_out else { return Ok(Some(Vec::new())) };
-        let most = match &self.task {
-            Task::Ppo(own) => own.eval_prompts,
-            Task::Grpo(own) => own.eval_prompts,
-            _ => 0,
-        };
+        let most = self.task.eval_prompts();
         let all = held_out.rows.len();
         let most = if most == 0 { all } else { most.min(all) };
         let prompts: Vec<Prompt> = (0..most).map(|row| held_out.rows.get(row)).collect();
@@ -48,7 +43,7 @@ impl Rollouts {
             }
             let key = EVAL_KEYS + 64 * first as u64;
             let scored = self.collect(decoder, active, prompts, 1, key)?;
-            let temperature = temperature(&self.task);
+            let temperature = self.task.temperature();
             let logps = respond::log_probs(decoder, active, &scored.responses, temperature)?;
             surprise -= logps.iter().flatten().map(|&logp| f64::from(logp)).sum::<f64>();
             if let Some(reference) = &self.reference {
@@ -106,7 +101,7 @@ impl Rollouts {
             };
             let rewards = curve("eval_reward", (reward, error_of_reward))?;
             if overoptimized(&rewards, &curve("eval_judge", (judge, error))?) {
-                tell(
+                warn_once(
                     state,
                     "over-optimization: the reward rises while the judge, a reward model that is not \
                      trained against, falls; earlier checkpoints are better, a larger kl_coef helps"

@@ -7,12 +7,11 @@ use quantune_adapters::rng::Stream;
 use serde_json::json;
 
 use super::super::TrainError;
-use super::super::learner::{Learner, MicroBatch};
+use super::super::learner::{Learner, MicroBatch, stats_numbers};
 use super::super::log::Numbers;
 use super::super::progress::Work;
-use super::super::run_dir::State;
 use super::super::settings::{AdvantageEstimator, GrpoSettings};
-use super::super::supervised::metrics;
+use super::super::state::State;
 use super::{Rollouts, divergence, finite, mean};
 use crate::data::Prompt;
 use crate::monitor::Monitor;
@@ -145,7 +144,7 @@ impl Rollouts {
             let name = format!("rewards/{}/mean", source.name());
             numbers.push((name, json!(finite(mean(given.iter().copied())))));
         }
-        numbers.extend(metrics(&stats));
+        numbers.extend(stats_numbers(&stats));
         let divergences: Vec<f64> = match (&old, &reference) {
             (Some(old), Some(reference)) => {
                 let k1 = |(old, reference): (&Vec<f32>, &Vec<f32>)| divergence(old, reference);
@@ -162,7 +161,7 @@ impl Rollouts {
         };
         // With one step and no reference no old log-probs were taken: stale ones cannot be then, since
         // the ratio is 1 by construction, but what the step read is held to the sampler's.
-        self.tell_sickness(
+        self.warn_if_unhealthy(
             state,
             &scored.responses,
             old.as_deref(),
@@ -170,14 +169,8 @@ impl Rollouts {
             &divergences,
             monitor,
         );
-        self.sample_table(
-            state,
-            own.sample_steps,
-            own.num_samples,
-            &scored,
-            &divergences,
-            monitor,
-        )?;
+        let table = (own.sample_steps, own.num_samples);
+        self.sample_table(state, table, &scored, &divergences, monitor)?;
         Ok((numbers, work))
     }
 }

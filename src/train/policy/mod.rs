@@ -3,57 +3,42 @@
 
 mod evaluate;
 mod grpo;
+mod load;
 mod ppo;
-mod rounds;
+mod sampler;
+mod task;
 
-use std::path::Path;
+use std::io::Write;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+pub use task::PolicyTask;
+
 use super::TrainError;
-use super::fine_tune::{strategy, total_steps};
-use super::fingerprints::base_fingerprint;
 use super::learner::Learner;
 use super::log::{Log, Numbers};
-use super::lora::read_scoring;
 use super::progress::{Progress, Work};
-use super::reference;
-use super::run_dir::{Fingerprint, RunDir, State, read_accuracy};
-use super::settings::{CommonSettings, EvalStrategy, RunSettings, SCHEMA_REWARD, Task};
-use super::supervised::{judge as judge_rows, longest_together, row_cache, warn_of_none_held_out};
-use crate::data::{Dataset, LoadSettings, Prompt, PromptSettings, Prompts};
-use crate::generate::{Sampling, Settings as Generation};
+use super::rows::longest_together;
+use super::run_dir::{Fingerprint, RunDir};
+use super::settings::CommonSettings;
+use super::state::{RolloutState, State};
+use crate::data::{Dataset, Prompt, Prompts};
 use crate::model::layer::{Sizes, Tape};
 use crate::model::scoring::TOKENS_AT_A_TIME;
 use crate::model::{ActiveAdapter, CacheType, Decoder};
 use crate::monitor::{LogEvent, Monitor};
-use crate::objectives::advantage::{RunningMoments, kl_k1};
+use crate::objectives::advantage::kl_k1;
 use crate::ops::{Compute, linear_cross_entropy};
 use crate::quant::Bytes;
 use crate::rollout::{
-    FirstStep, Response, RewardCommand, RewardModel, RewardScores, RewardSource, Rewards,
-    SampleLog, SampleRow, Scorer, diagnose_update, respond, table,
+    FirstStep, Response, RewardModel, RewardScores, SampleLog, SampleRow, Scorer, diagnose_update,
+    respond, table,
 };
-use crate::text::{Tokenizer, first_second};
+use crate::text::Tokenizer;
 use crate::weights::write_atomically;
-use rounds::Rounds;
-
-/// What of a run's state only reinforcement learning has.
-#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
-pub struct RolloutState {
-    /// Weight of the divergence now.
-    pub kl_coef: Option<f64>,
-    /// Mean and variance of the scores so far.
-    pub moments: RunningMoments,
-    /// Bytes of `samples.jsonl` that belong to the steps so far.
-    pub samples_bytes: u64,
-    /// Warnings so far: each is given once in a run, however often it is taken up.
-    #[serde(default)]
-    pub told: Vec<String>,
-}
+use sampler::RowSampler;
 
 /// Where the time of updates goes.
 #[derive(Debug, Clone, Copy, Default)]
@@ -66,15 +51,15 @@ struct Times {
 /// The prompts of a run, what judges the responses, and where it stands.
 pub struct Rollouts {
     common: CommonSettings,
-    task: Task,
+    task: PolicyTask,
     tokenizer: Tokenizer,
     compute: Compute,
     prompts: Prompts,
-    prompt_rounds: Rounds,
+    prompt_sampler: RowSampler,
     held_out: Option<Prompts>,
     held_out_lines: Option<Bytes>,
     /// Text to keep predicting.
-    ptx: Option<(Dataset, Rounds)>,
+    ptx: Option<(Dataset, RowSampler)>,
     /// What the reference wears, if one is asked for.
     reference: Option<Vec<ActiveAdapter>>,
     /// What gives the rewards.
@@ -83,7 +68,7 @@ pub struct Rollouts {
     judge: Option<ActiveAdapter>,
     samples: Option<SampleLog>,
     times: Times,
-    prints: Vec<Fingerprint>,
+    fingerprints: Vec<Fingerprint>,
 }
 
 /// Responses and what was given for them.
@@ -97,191 +82,23 @@ struct Scored {
 }
 
 impl Rollouts {
-    /// Reads the prompts and loads what judges.
-    pub fn load(
-        settings: &RunSettings,
-        decoder: &Decoder,
-        below: &[ActiveAdapter],
-        tokenizer: Tokenizer,
-        monitor: Monitor<'_>,
-    ) -> Result<Self, TrainError> {
-        let common = settings.common.clone();
-        let now = first_second(&common.template_date);
-        // A reward model reads what ends a turn behind the response, in the same window.
-        let ending = 1 + tokenizer.after_turn().map_or(0, |after| after.len());
-        let window = decoder.config.max_position_embeddings.saturating_sub(ending);
-        let most = common.max_length.min(window);
-        let length = response_length(&settings.task);
-        if length >= most {
-            let fault = format!(
-                "responses may have {length} tokens and prompt and response together {most} \
-                 (max_length or the model's window): no room is left for a prompt"
-            );
-            return Err(TrainError::Settings(fault));
-        }
-        let cache = Some(row_cache(&common));
-        let reading = PromptSettings {
-            max_length: most - length,
-            allow: common.allow.clone(),
-            cache: cache.clone(),
-        };
-        let load = |path: &Path| Prompts::load(path, &tokenizer, reading.clone(), monitor);
-        let given = !common.eval_data.as_os_str().is_empty();
-        let (prompts, held_out, held_out_lines) = if strategy(&common) == EvalStrategy::No {
-            (load(common.data_file())?, None, None)
-        } else if given {
-            (load(common.data_file())?, Some(load(&common.eval_data)?), None)
-        } else {
-            let split =
-                Prompts::load_split(common.data_file(), &tokenizer, reading.clone(), monitor)?;
-            let lines = split.held_out.is_some().then_some(split.held_out_lines);
-            if lines.is_none() {
-                warn_of_none_held_out(&common, monitor);
-            }
-            (split.train, split.held_out, lines)
-        };
-        judge_rows(&prompts.checks, common.data_file(), &common.allow, monitor)?;
-        monitor.note(format_args!("data: {}", prompts.report));
-
-        let mut prints: Vec<Fingerprint> = Vec::new();
-        let print = |prints: &mut Vec<Fingerprint>, what: &str, folder: &Path| {
-            if !folder.as_os_str().is_empty() {
-                prints.push((what.to_string(), base_fingerprint(folder)?));
-            }
-            Ok::<(), TrainError>(())
-        };
-        let scoring = |folder: &Path, least: f64| -> Result<ActiveAdapter, TrainError> {
-            trusted(folder, least, monitor)?;
-            Ok(ActiveAdapter::frozen(Arc::new(read_scoring(folder, decoder, monitor)?)))
-        };
-        let (mut adapter, mut judge, mut ptx, mut reward_model) = (None, None, None, None);
-        let (rewards, wants_reference, ref_adapter, at_eos) = match &settings.task {
-            Task::Ppo(own) => {
-                print(&mut prints, "the reward adapter", &own.reward_adapter)?;
-                adapter = Some(scoring(&own.reward_adapter, own.min_reward_accuracy)?);
-                print(&mut prints, "the value adapter", &own.value_adapter)?;
-                if !own.judge_adapter.as_os_str().is_empty() {
-                    print(&mut prints, "the judge", &own.judge_adapter)?;
-                    judge = Some(scoring(&own.judge_adapter, 0.0)?);
-                }
-                if !own.ptx_data.as_os_str().is_empty() {
-                    let reading = LoadSettings { cache, ..LoadSettings::from(most) };
-                    let data = Dataset::load(&own.ptx_data, &tokenizer, reading, monitor)?;
-                    judge_rows(&data.checks, &own.ptx_data, &common.allow, monitor)?;
-                    prints.push(("the ptx data".into(), data.sha256.clone()));
-                    let rounds = Rounds::new("ptx", common.seed, true, data.rows.len());
-                    ptx = Some((data, rounds));
-                }
-                let source = RewardSource::Model { name: "reward_adapter".into() };
-                (Rewards::new(vec![source], None)?, true, &own.ref_adapter, own.score_at_eos)
-            }
-            Task::Grpo(own) => {
-                let mut sources = Vec::new();
-                for spec in &own.reward {
-                    if let Some(file) = spec.strip_prefix(SCHEMA_REWARD) {
-                        let path = Path::new(file);
-                        print(&mut prints, "the JSON schema", path)?;
-                    }
-                    let source = RewardSource::rule(spec);
-                    sources.push(source.map_err(|e| TrainError::Settings(e.to_string()))?);
-                }
-                for command in &own.reward_command {
-                    let timeout = Duration::from_secs_f64(own.reward_timeout);
-                    let command = RewardCommand::start(command, timeout)?;
-                    sources.push(RewardSource::Command(command));
-                }
-                if !own.reward_adapter.as_os_str().is_empty() {
-                    print(&mut prints, "the reward adapter", &own.reward_adapter)?;
-                    adapter = Some(scoring(&own.reward_adapter, own.min_reward_accuracy)?);
-                    sources.push(RewardSource::Model { name: "reward_adapter".into() });
-                }
-                if !own.reward_model.as_os_str().is_empty() {
-                    print(&mut prints, "the reward model", &own.reward_model)?;
-                    reward_model = Some(RewardModel::load(&own.reward_model, decoder, now)?);
-                    sources.push(RewardSource::Model { name: "reward_model".into() });
-                }
-                let weights = &own.reward_weights;
-                let weights = (!weights.is_empty()).then(|| weights.clone());
-                let rewards = Rewards::new(sources, weights)?;
-                (rewards, own.beta > 0.0, &own.ref_adapter, own.score_at_eos)
-            }
-            Task::Sft(_) | Task::Reward(_) | Task::Dpo(_) => {
-                unreachable!("they learn from rows as they are")
-            }
-        };
-        let data_file = common.data_file();
-        let held_out_file = if given { &*common.eval_data } else { data_file };
-        let files = [(data_file, Some(&prompts)), (held_out_file, held_out.as_ref())];
-        for (path, prompts) in files {
-            for prompt in prompts.iter().flat_map(|prompts| prompts.rows.iter()) {
-                rewards.check(&prompt.row).map_err(|e| {
-                    let (path, line) = (path.display(), prompt.line);
-                    TrainError::Settings(format!("{path}:{line}: {e}"))
-                })?;
-            }
-        }
-        if let Some(model) = &reward_model {
-            fits(model, &files, length)?;
-        }
-        let folder = match ref_adapter.as_os_str().is_empty() {
-            true => &common.adapter,
-            false => ref_adapter,
-        };
-        if wants_reference {
-            print(&mut prints, "the reference adapter", folder)?;
-        }
-        let reference = match wants_reference {
-            true => Some(reference::active(below, folder, decoder, monitor)?),
-            false => None,
-        };
-        let chats = prompts.report.conversations > 0;
-        let scorer = Scorer {
-            rewards,
-            adapter,
-            model: reward_model,
-            eos: tokenizer.eos().filter(|_| at_eos),
-            after: if chats { tokenizer.after_turn()? } else { Vec::new() },
-        };
-        let shuffled = !common.no_shuffle;
-        let prompt_rounds = Rounds::new("prompts", common.seed, shuffled, prompts.rows.len());
-        Ok(Self {
-            task: settings.task.clone(),
-            common,
-            tokenizer,
-            compute: decoder.compute,
-            prompts,
-            prompt_rounds,
-            held_out,
-            held_out_lines,
-            ptx,
-            reference,
-            scorer,
-            judge,
-            samples: None,
-            times: Times::default(),
-            prints,
-        })
-    }
-
     /// Hashes of what was read.
     pub fn fingerprints(&self) -> Result<Vec<Fingerprint>, TrainError> {
         let mut prints = vec![("the data".to_string(), self.prompts.sha256.clone())];
         if let Some(held_out) = &self.held_out {
             prints.push(("the held-out data".into(), held_out.sha256.clone()));
         }
-        prints.extend(self.prints.iter().cloned());
+        prints.extend(self.fingerprints.iter().cloned());
         Ok(prints)
     }
 
     /// Takes up the run.
     pub fn begin(&mut self, run: &RunDir, state: &mut State) -> Result<(), TrainError> {
         if let Some(lines) = &self.held_out_lines {
-            write_atomically(run.file("held_out.jsonl"), |file| {
-                std::io::Write::write_all(file, lines)
-            })?;
+            write_atomically(run.file("held_out.jsonl"), |file| file.write_all(lines))?;
         }
         let rollouts = state.rollouts.get_or_insert_default();
-        if let Task::Ppo(own) = &self.task {
+        if let PolicyTask::Ppo(own) = &self.task {
             rollouts.kl_coef.get_or_insert(own.kl_coef);
         }
         let path = run.file("samples.jsonl");
@@ -292,7 +109,7 @@ impl Rollouts {
     /// Updates of the run.
     pub fn total_steps(&self) -> u64 {
         let prompts = self.prompts.rows.len() as u64;
-        total_steps(&self.common, prompts.div_ceil(self.batch_size() as u64))
+        self.common.total_steps(prompts.div_ceil(self.task.batch_size() as u64))
     }
 
     /// Tokens of the largest micro-batch there can be.
@@ -300,23 +117,18 @@ impl Rollouts {
         let size = self.common.per_device_train_batch_size;
         // Responses of a group lie behind one prompt; where groups and micro-batches do not go into
         // each other, a group may begin or end anywhere in one.
-        let prompts = match &self.task {
-            Task::Grpo(own) => {
-                let n = own.num_generations;
-                let aligned = size.is_multiple_of(n) || n.is_multiple_of(size);
-                if aligned { size.div_ceil(n) } else { (size - 2) / n + 2 }
-            }
-            _ => size,
-        };
+        let n = self.task.responses_per_prompt();
+        let aligned = size.is_multiple_of(n) || n.is_multiple_of(size);
+        let prompts = if aligned { size.div_ceil(n) } else { (size - 2) / n + 2 };
         let longest = self.prompts.report.longest as usize;
-        let rows = prompts * longest + size * response_length(&self.task);
+        let rows = prompts * longest + size * self.task.response_length();
         let ptx = self.ptx.iter().flat_map(|(data, _)| data.rows.lengths());
         rows.max(longest_together(ptx, size))
     }
 
     /// Prompts, and those of an update.
     pub fn prompts_and_batch(&self) -> (usize, usize) {
-        (self.prompts.rows.len(), self.batch_size())
+        (self.prompts.rows.len(), self.task.batch_size())
     }
 
     /// Bytes of the prompts and of text to keep predicting: in memory, and mapped ones that the run
@@ -336,12 +148,9 @@ impl Rollouts {
     /// the buffers of the steps, which are kept.
     pub fn rollout_bytes(&self, decoder: &Decoder, sizes: &Sizes) -> usize {
         let config = &decoder.config;
-        let settings = generation(&self.task, self.compute, self.common.seed);
-        let per_prompt = match &self.task {
-            Task::Grpo(own) => own.num_generations,
-            _ => 1,
-        };
-        let rows = settings.slots.min(self.batch_size() * per_prompt);
+        let settings = self.task.generation(self.compute, self.common.seed);
+        let per_prompt = self.task.responses_per_prompt();
+        let rows = settings.slots.min(self.task.batch_size() * per_prompt);
         let tokens = self.prompts.report.longest as usize + settings.max_tokens;
         let number = match settings.cache {
             CacheType::F32 => size_of::<f32>(),
@@ -351,16 +160,11 @@ impl Rollouts {
         let keys = config.num_key_value_heads * config.head_dim * config.num_hidden_layers;
         let judge = self.scorer.model.as_ref().map_or(0, RewardModel::weight_bytes);
         let decoding = rows * (2 * keys * tokens * number + config.vocab_size * size_of::<f32>());
-        let log_probs = match &self.task {
-            Task::Grpo(own) => {
-                self.reference.is_some() || own.num_iterations > 1 || own.num_mini_batches > 1
-            }
-            _ => true,
-        };
+        let log_probs = self.task.needs_old_log_probs();
         if !log_probs && self.scorer.adapter.is_none() {
             return decoding + judge;
         }
-        let together = (TOKENS_AT_A_TIME / tokens).clamp(1, self.batch_size() * per_prompt);
+        let together = (TOKENS_AT_A_TIME / tokens).clamp(1, self.task.batch_size() * per_prompt);
         let prompts = together.div_ceil(per_prompt);
         let prompts = prompts * self.prompts.report.longest as usize;
         let (tokens, compute) = (prompts + together * settings.max_tokens, decoder.compute);
@@ -379,14 +183,14 @@ impl Rollouts {
     /// Takes up the run as far as an update needs, and writes nothing.
     pub fn begin_trial(&self, state: &mut State) {
         let rollouts = state.rollouts.get_or_insert_default();
-        if let Task::Ppo(own) = &self.task {
+        if let PolicyTask::Ppo(own) = &self.task {
             rollouts.kl_coef.get_or_insert(own.kl_coef);
         }
     }
 
     /// Whether the updates so far have been through all prompts again.
     pub fn epoch_ends(&self, state: &State) -> bool {
-        let (batch, all) = (self.batch_size() as u64, self.prompts.rows.len() as u64);
+        let (batch, all) = (self.task.batch_size() as u64, self.prompts.rows.len() as u64);
         let epoch = |step: u64| step * batch / all.max(1);
         state.step > 0 && epoch(state.step) != epoch(state.step - 1)
     }
@@ -400,9 +204,8 @@ impl Rollouts {
         monitor: Monitor<'_>,
     ) -> Result<(Numbers, Work), TrainError> {
         match self.task.clone() {
-            Task::Ppo(own) => self.ppo(&own, learner, state, learning_rate, monitor),
-            Task::Grpo(own) => self.grpo(&own, learner, state, learning_rate, monitor),
-            _ => unreachable!("they learn from rows as they are"),
+            PolicyTask::Ppo(own) => self.ppo(&own, learner, state, learning_rate, monitor),
+            PolicyTask::Grpo(own) => self.grpo(&own, learner, state, learning_rate, monitor),
         }
     }
 
@@ -432,23 +235,15 @@ impl Rollouts {
                 results.insert(format!("{key}_last"), json!(last));
             }
         }
-        let told = state.rollouts.as_ref().map(|rollouts| &rollouts.told[..]);
-        results.insert("warnings".into(), json!(told.unwrap_or_default()));
+        let warnings = state.rollouts.as_ref().map(|rollouts| &rollouts.warnings[..]);
+        results.insert("warnings".into(), json!(warnings.unwrap_or_default()));
         Ok(results)
-    }
-
-    fn batch_size(&self) -> usize {
-        match &self.task {
-            Task::Ppo(own) => own.batch_size,
-            Task::Grpo(own) => own.batch_size,
-            _ => 1,
-        }
     }
 
     /// The prompts of an update: all of them in turn, in another order each time around.
     fn prompts_of(&mut self, update: u64) -> Vec<Prompt> {
-        let batch = self.batch_size() as u64;
-        let prompt = |place| self.prompts.rows.get(self.prompt_rounds.at(place));
+        let batch = self.task.batch_size() as u64;
+        let prompt = |place| self.prompts.rows.get(self.prompt_sampler.row_at(place));
         (update * batch..(update + 1) * batch).map(prompt).collect()
     }
 
@@ -464,7 +259,7 @@ impl Rollouts {
         let began = Instant::now();
         let tokens: Vec<Arc<[u32]>> =
             prompts.iter().map(|prompt| prompt.tokens.clone().into()).collect();
-        let settings = generation(&self.task, self.compute, self.common.seed);
+        let settings = self.task.generation(self.compute, self.common.seed);
         let tokenizer = &self.tokenizer;
         let is_end = |token| tokenizer.is_end_of_generation(token);
         let responses =
@@ -480,7 +275,7 @@ impl Rollouts {
 
     /// Looks at an update, and says what is wrong with it, each thing once. `first` are the responses
     /// of its first step, and the log-probs it read.
-    fn tell_sickness(
+    fn warn_if_unhealthy(
         &self,
         state: &mut State,
         responses: &[Response],
@@ -494,7 +289,7 @@ impl Rollouts {
         let first = first.map(|(responses, logps)| FirstStep { responses, logps });
         let found = diagnose_update(responses, old, first, kl);
         if !found.is_healthy() {
-            tell(state, found.to_string(), monitor);
+            warn_once(state, found.to_string(), monitor);
         }
     }
 
@@ -502,8 +297,7 @@ impl Rollouts {
     fn sample_table(
         &mut self,
         state: &mut State,
-        every: u64,
-        count: usize,
+        (every, count): (u64, usize),
         scored: &Scored,
         kl: &[f64],
         monitor: Monitor<'_>,
@@ -537,103 +331,20 @@ impl Rollouts {
 }
 
 /// Warns, but not twice of the same thing: numbers in a sentence do not make it another.
-fn tell(state: &mut State, sentence: String, monitor: Monitor<'_>) {
+fn warn_once(state: &mut State, sentence: String, monitor: Monitor<'_>) {
     let words = |text: &str| -> String {
         text.chars().filter(|c| c.is_alphabetic() || *c == ' ').collect()
     };
-    let told = &mut rollouts_of(state).told;
-    if told.iter().all(|told| words(told) != words(&sentence)) {
+    let warnings = &mut rollouts_of(state).warnings;
+    if warnings.iter().all(|warning| words(warning) != words(&sentence)) {
         monitor.warn(&sentence);
-        told.push(sentence);
+        warnings.push(sentence);
     }
 }
 
 /// What a run's state has of responses.
 fn rollouts_of(state: &mut State) -> &mut RolloutState {
     state.rollouts.get_or_insert_default()
-}
-
-fn response_length(task: &Task) -> usize {
-    match task {
-        Task::Ppo(own) => own.response_length,
-        Task::Grpo(own) => own.max_completion_length,
-        _ => 0,
-    }
-}
-
-fn temperature(task: &Task) -> f64 {
-    match task {
-        Task::Ppo(own) => own.temperature,
-        Task::Grpo(own) => own.temperature,
-        _ => 1.0,
-    }
-}
-
-/// How responses are sampled.
-fn generation(task: &Task, compute: Compute, seed: u64) -> Generation {
-    let (top_k, top_p, slots) = match task {
-        Task::Ppo(own) => (own.top_k, own.top_p, own.rollout_slots),
-        Task::Grpo(own) => (own.top_k, own.top_p, own.rollout_slots),
-        _ => (0, 1.0, 0),
-    };
-    let temperature = temperature(task);
-    Generation {
-        sampling: Sampling { temperature, top_k, top_p, seed, ..Sampling::default() },
-        max_tokens: response_length(task),
-        cache: CacheType::of(compute),
-        logprobs: None,
-        draws: true,
-        slots,
-    }
-}
-
-/// Refuses a reward model that was no better than it should be on what it had not seen.
-fn trusted(folder: &Path, least: f64, monitor: Monitor<'_>) -> Result<(), TrainError> {
-    match read_accuracy(folder)? {
-        Some(accuracy) if accuracy < least => Err(TrainError::Settings(format!(
-            "--reward-adapter {}: right about {:.1} % of held-out pairs, needed {:.1} % \
-             (min_reward_accuracy): a policy would learn its noise",
-            folder.display(),
-            accuracy * 100.0,
-            least * 100.0
-        ))),
-        Some(_) => Ok(()),
-        None if least > 0.0 => {
-            monitor.warn(format_args!(
-                "{0}: nothing says how well it does on held-out pairs (measure it with: \
-                 quantune eval --base BASE --reward {0} --data PAIRS)",
-                folder.display()
-            ));
-            Ok(())
-        }
-        None => Ok(()),
-    }
-}
-
-/// Refuses a reward model beside the base whose window is too small for the longest prompt and a
-/// response of `length` tokens.
-fn fits(
-    model: &RewardModel,
-    files: &[(&Path, Option<&Prompts>)],
-    length: usize,
-) -> Result<(), TrainError> {
-    let mut longest = (0, String::new());
-    for (path, prompts) in files {
-        for prompt in prompts.iter().flat_map(|prompts| prompts.rows.iter()) {
-            let tokens = model.prompt_tokens(&prompt)?;
-            if tokens > longest.0 {
-                longest = (tokens, format!("{}:{}", path.display(), prompt.line));
-            }
-        }
-    }
-    let (window, (tokens, place)) = (model.window(), longest);
-    if tokens + length <= window {
-        return Ok(());
-    }
-    Err(TrainError::Settings(format!(
-        "{place}: the longest prompt has {tokens} tokens for the reward model and its response may \
-         have {length}, needed {window} together at most: reward_model's window"
-    )))
 }
 
 /// `Σ log π/π_ref` over the tokens of a response, in nats.

@@ -10,8 +10,8 @@ use super::super::TrainError;
 use super::super::learner::{Learner, MicroBatch};
 use super::super::log::Numbers;
 use super::super::progress::Work;
-use super::super::run_dir::State;
 use super::super::settings::{PpoSettings, ValueModel};
+use super::super::state::State;
 use super::{Rollouts, Scored, divergence, mean, rollouts_of};
 use crate::data::{Batch, Prompt};
 use crate::monitor::Monitor;
@@ -51,21 +51,15 @@ impl Rollouts {
         numbers.push(("episode".into(), json!(episode)));
         let old: Vec<Vec<f32>> = rows.iter().map(|row| row.old_logps.clone()).collect();
         let first = learned.first.as_ref();
-        self.tell_sickness(state, &scored.responses, Some(&old), first, &divergences, monitor);
+        self.warn_if_unhealthy(state, &scored.responses, Some(&old), first, &divergences, monitor);
         if own.target_kl > 0.0 {
             let mut adaptive =
                 AdaptiveKl { kl_coef, target: own.target_kl, horizon: own.kl_horizon };
             adaptive.update(kl, scored.responses.len());
             rollouts_of(state).kl_coef = Some(adaptive.kl_coef);
         }
-        self.sample_table(
-            state,
-            own.sample_steps,
-            own.num_samples,
-            &scored,
-            &divergences,
-            monitor,
-        )?;
+        let table = (own.sample_steps, own.num_samples);
+        self.sample_table(state, table, &scored, &divergences, monitor)?;
 
         let scores = mean(rows.iter().map(|row| f64::from(row.score)));
         let work = Work {
@@ -202,10 +196,10 @@ impl Rollouts {
 
     /// Rows of text to keep predicting, beside a step.
     fn ptx_part(&mut self, own: &PpoSettings, optimizer_step: u64) -> Option<MicroBatch> {
-        let (data, rounds) = self.ptx.as_mut()?;
+        let (data, sampler) = self.ptx.as_mut()?;
         let size = self.common.per_device_train_batch_size as u64;
         let places = optimizer_step * size..(optimizer_step + 1) * size;
-        let rows: Vec<usize> = places.map(|place| rounds.at(place)).collect();
+        let rows: Vec<usize> = places.map(|place| sampler.row_at(place)).collect();
         let batch = Batch::gather(&data.rows, &[rows]);
         let scale = own.ptx_coef / batch.count().max(1) as f64;
         Some(MicroBatch {

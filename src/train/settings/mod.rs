@@ -17,7 +17,7 @@ use crate::data::checks::Check;
 use crate::data::{AlpacaPrompt, DataFile};
 use crate::objectives::advantage::{KlEstimator, ScaleRewards};
 use crate::objectives::policy::LossForm;
-use crate::objectives::preference::PreferenceLoss;
+use crate::objectives::preference::{PreferenceLoss, PreferenceLossType, PreferenceSettings};
 use crate::ops::{Compute, DeviceName};
 use crate::optim::ScheduleKind;
 use crate::text::{Added, TextError};
@@ -100,6 +100,7 @@ macro_rules! settings {
     };
 }
 
+mod optimization;
 mod pretrain;
 
 pub use pretrain::{FloatType, Preset, PretrainFlags, PretrainSettings};
@@ -303,7 +304,7 @@ settings! {
         gradient_accumulation_steps: usize = 1,
         /// The loss: sigmoid (DPO), ipo, hinge, orpo, simpo, or kto (rows of `prompt`, `completion` and
         /// `label`) [default: sigmoid]
-        loss_type: PreferenceLoss = PreferenceLoss::Sigmoid,
+        loss_type: PreferenceLossType = PreferenceLossType::Sigmoid,
         /// How strongly the policy is held to the reference; of orpo the weight of the odds ratio, of
         /// simpo the scale of the rewards [default: 0.1]
         beta: f64 = 0.1,
@@ -785,7 +786,7 @@ empty! {
     ScheduleKind => |_| false;
     Compute => |_| false;
     DeviceName => |_| false;
-    PreferenceLoss => |_| false;
+    PreferenceLossType => |_| false;
     ValueModel => |_| false;
     KlEstimator => |_| false;
     AdvantageEstimator => |_| false;
@@ -876,10 +877,10 @@ impl RunSettings {
                 own.faults(&mut faults);
                 let rows =
                     self.common.per_device_train_batch_size * own.gradient_accumulation_steps;
-                let kto = own.loss_type == PreferenceLoss::Kto;
+                let compares_rows = own.preference().loss.compares_rows();
                 let fault = "kto compares the rows of a step: needed at least 2, by \
                              per_device_train_batch_size or gradient_accumulation_steps";
-                faults.check(!kto || rows > 1, fault.into());
+                faults.check(!compares_rows || rows > 1, fault.into());
             }
             Task::Ppo(own) => {
                 own.faults(&mut faults);
@@ -909,32 +910,61 @@ impl DpoSettings {
         let beta = self.beta;
         let fine = beta.is_finite() && beta > 0.0;
         faults.check(fine, format!("beta is {beta}, needed more than 0"));
-        let plain = Self::default();
-        let name = |loss: PreferenceLoss| {
-            use clap::ValueEnum;
-            loss.to_possible_value().map_or(String::new(), |value| value.get_name().to_string())
-        };
-        let loss = name(self.loss_type);
-        let smooth = [PreferenceLoss::Sigmoid, PreferenceLoss::SimPo];
-        let referenced = [PreferenceLoss::Sigmoid, PreferenceLoss::Ipo, PreferenceLoss::Hinge];
-        let needs = [
-            (self.label_smoothing != 0.0, "label_smoothing", &smooth[..]),
-            (self.reference_free, "reference_free", &referenced[..]),
-            (self.simpo_gamma != plain.simpo_gamma, "simpo_gamma", &[PreferenceLoss::SimPo]),
-            (self.desirable_weight != 1.0, "desirable_weight", &[PreferenceLoss::Kto]),
-            (self.undesirable_weight != 1.0, "undesirable_weight", &[PreferenceLoss::Kto]),
-        ];
-        let wrong =
-            |(set, _, of): &&(bool, &str, &[PreferenceLoss])| *set && !of.contains(&self.loss_type);
-        for (_, key, of) in needs.iter().filter(wrong) {
-            let of: Vec<String> = of.iter().map(|&loss| name(loss)).collect();
-            let of = of.join(", ");
-            faults.check(false, format!("{key} is of loss_type {of}, found {loss}"));
+        for (key, losses) in self.keys_of_other_losses() {
+            let loss = loss_name(self.loss_type);
+            let losses: Vec<String> = losses.into_iter().map(loss_name).collect();
+            faults.0.push(format!("{key} is of loss_type {}, found {loss}", losses.join(", ")));
         }
-        let referenced = self.loss_type.has_reference() && !self.reference_free;
+        let referenced = self.preference().loss.has_reference();
         let fault = "ref_adapter is given, but this loss has no reference".to_string();
         faults.check(self.ref_adapter.empty() || referenced, fault);
     }
+
+    /// The loss with the parameters it has.
+    pub fn preference(&self) -> PreferenceSettings {
+        let &Self { label_smoothing, reference_free, simpo_gamma, .. } = self;
+        let &Self { desirable_weight, undesirable_weight, beta, .. } = self;
+        let loss = match self.loss_type {
+            PreferenceLossType::Sigmoid => {
+                PreferenceLoss::Sigmoid { label_smoothing, reference_free }
+            }
+            PreferenceLossType::Hinge => PreferenceLoss::Hinge { reference_free },
+            PreferenceLossType::Ipo => PreferenceLoss::Ipo { reference_free },
+            PreferenceLossType::Orpo => PreferenceLoss::Orpo,
+            PreferenceLossType::SimPo => PreferenceLoss::SimPo { simpo_gamma, label_smoothing },
+            PreferenceLossType::Kto => PreferenceLoss::Kto { desirable_weight, undesirable_weight },
+        };
+        PreferenceSettings { loss, beta }
+    }
+
+    /// Keys that are set, but that only other losses have, with these: a loss has a key that changes
+    /// what [`Self::preference`] returns.
+    fn keys_of_other_losses(&self) -> Vec<(&'static str, Vec<PreferenceLossType>)> {
+        let table = |settings: &Self| toml::Table::try_from(settings).unwrap_or_default();
+        let (set, plain) = (table(self), table(&Self::default()));
+        let with = |loss_type: PreferenceLossType, key: &str, value: Option<&toml::Value>| {
+            let mut table = plain.clone();
+            table.extend(value.map(|value| (key.to_string(), value.clone())));
+            let settings: Self = table.try_into().unwrap_or_default();
+            Self { loss_type, ..settings }.preference()
+        };
+        let mut found = Vec::new();
+        for &key in Self::KEYS.iter().filter(|&&key| set.get(key) != plain.get(key)) {
+            let has = |&loss: &PreferenceLossType| {
+                with(loss, key, set.get(key)) != with(loss, key, plain.get(key))
+            };
+            let losses: Vec<_> = PreferenceLossType::ALL.into_iter().filter(has).collect();
+            if !losses.is_empty() && !losses.contains(&self.loss_type) {
+                found.push((key, losses));
+            }
+        }
+        found
+    }
+}
+
+fn loss_name(loss: PreferenceLossType) -> String {
+    use clap::ValueEnum;
+    loss.to_possible_value().map_or(String::new(), |value| value.get_name().to_string())
 }
 
 impl PpoSettings {

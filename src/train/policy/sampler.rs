@@ -1,0 +1,69 @@
+//! The order in which rows are sampled: all of them in each epoch.
+
+use quantune_adapters::rng::Stream;
+
+/// All of `count` rows in turn, epoch after epoch, each in an order of its own. A run needs no state
+/// of it: the order of an epoch is a function of its number.
+#[derive(Debug, Clone)]
+pub struct RowSampler {
+    purpose: &'static str,
+    seed: u64,
+    shuffled: bool,
+    count: usize,
+    /// The epoch of the last row, and its order.
+    epoch: Option<(u64, Vec<u32>)>,
+}
+
+impl RowSampler {
+    /// Rows come in the order of the file if not `shuffled`.
+    pub fn new(purpose: &'static str, seed: u64, shuffled: bool, count: usize) -> Self {
+        Self { purpose, seed, shuffled, count, epoch: None }
+    }
+
+    /// The row at a place, counted from 0 over all epochs. Asking for places in turn shuffles each epoch
+    /// once.
+    pub fn row_at(&mut self, place: u64) -> usize {
+        let (epoch, place) = (place / self.count as u64, place % self.count as u64);
+        let order = match self.epoch.take() {
+            Some((last, order)) if last == epoch => order,
+            _ => {
+                let mut order: Vec<u32> = (0..self.count as u32).collect();
+                if self.shuffled {
+                    Stream::new(self.seed, self.purpose, &[epoch]).shuffle(&mut order);
+                }
+                order
+            }
+        };
+        let row = order[place as usize];
+        self.epoch = Some((epoch, order));
+        row as usize
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_epoch_has_all_rows_in_an_order_that_needs_no_state() {
+        let check = |shuffled: bool, count: usize| {
+            let new = || RowSampler::new("rows", 7, shuffled, count);
+            let mut sampler = new();
+            let rows: Vec<usize> =
+                (0..3 * count as u64).map(|place| sampler.row_at(place)).collect();
+            for (epoch, rows) in rows.chunks(count).enumerate() {
+                let mut order: Vec<usize> = (0..count).collect();
+                if shuffled {
+                    Stream::new(7, "rows", &[epoch as u64]).shuffle(&mut order);
+                }
+                assert_eq!(rows, order, "epoch {epoch} of {count}");
+            }
+            for (place, &row) in (0..).zip(&rows) {
+                assert_eq!(new().row_at(place), row, "place {place} of {count}");
+            }
+        };
+        check(true, 1);
+        check(true, 5);
+        check(false, 4);
+    }
+}
