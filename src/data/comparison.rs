@@ -366,8 +366,8 @@ impl RowReader for ComparisonReader<'_> {
         report.ties += row.ties;
         if row.boundary_mismatch {
             report.boundary_mismatches += 1;
-            let sentence = "a token reaches from the prompt into a response: the prompt alone ends in \
-                            other tokens (mostly, in a space)";
+            let sentence = "a token spans the border of prompt and response: the prompt alone is \
+                            tokenized differently (usually because it ends in a space)";
             found.push((Check::BoundaryMismatch, sentence.into()));
         }
         let mut kept = Vec::with_capacity(responses.len());
@@ -377,7 +377,8 @@ impl RowReader for ComparisonReader<'_> {
             if let Some(window) = model.map(|limits| limits.window)
                 && length > window
             {
-                let sentence = format!("has {length} tokens, the model reads {window} at once");
+                let sentence =
+                    format!("has {length} tokens, the model's context window is {window} tokens");
                 found.push((Check::OverWindow, sentence));
             }
             report.longest = report.longest.max(length as u64);
@@ -395,7 +396,7 @@ impl RowReader for ComparisonReader<'_> {
                 }
             };
             if length > limits.max_length {
-                let fate = if fits { "cut to" } else { "left out, as it may have" };
+                let fate = if fits { "truncated to" } else { "dropped, the limit is" };
                 let most = limits.max_length;
                 let sentence = format!("prompt and response have {length} tokens, {fate} {most}");
                 found.push((Check::Cut, sentence));

@@ -1,5 +1,5 @@
-//! A file of rows, read line by line and parsed by all threads; wrong rows are told together. Rows of
-//! a Parquet file are the lines they would be in JSON, counted from 1.
+//! Reads a data file line by line and parses the lines on all threads. Invalid rows are reported together.
+//! Rows of a Parquet file are read as the JSON lines they correspond to, counted from 1.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
@@ -13,17 +13,17 @@ use super::cache::{file_sha256, hex};
 use super::parquet::ParquetRows;
 use super::{DataError, Row, RowError, RowFormat};
 
-/// Lines tokenized at a time, by all threads, or as many as have this many bytes: what is held of
-/// the file's text.
+/// Limits of a chunk that is tokenized by all threads, in lines and in bytes. No more of the file's text is
+/// held in memory.
 const LINES_AT_A_TIME: usize = 1024;
 const BYTES_AT_A_TIME: usize = 16 << 20;
-/// Bytes a line may have.
+/// Maximum number of bytes of a line.
 const LONGEST_LINE: usize = 64 << 20;
-/// Wrong rows told one by one; the rest are counted.
+/// Number of invalid rows that are listed; the rest are only counted.
 pub(super) const FAULTS_SHOWN: usize = 5;
 
-/// Shows what `parse` makes of every row to `add`, in order; the file's SHA-256. After a wrong row,
-/// the rest of the file is read for further wrong ones only. Ends early once `stop` is set.
+/// Parses every row and passes it to `add`, in order; returns the SHA-256 of the file. After an invalid row,
+/// the rest of the file is only checked for further invalid rows. Stops early once `stop` is set.
 pub(super) fn read<T: Send>(
     path: &Path,
     stop: &AtomicBool,
@@ -51,7 +51,8 @@ pub(super) fn read<T: Send>(
     Ok(sha256)
 }
 
-/// The same, wrong rows among them.
+/// Parses every row and passes the result, an error for an invalid row, to `add`, in order; returns the
+/// SHA-256 of the file. Stops early once `stop` is set.
 pub(super) fn read_all<T: Send, E: Send + From<RowError>>(
     path: &Path,
     stop: &AtomicBool,
@@ -87,7 +88,7 @@ pub(super) fn read_all<T: Send, E: Send + From<RowError>>(
     Ok(source.sha256())
 }
 
-/// Shows the first lines to `take`.
+/// Passes the first `most` lines to `take`.
 pub(super) fn first_lines(
     path: &Path,
     most: usize,
@@ -103,7 +104,7 @@ pub(super) fn first_lines(
     Ok(())
 }
 
-/// The kind of the first row that has one, among the first few.
+/// The format of the first row with a known format, among the first lines of a file.
 ///
 /// # Errors
 /// If the file cannot be read.
@@ -116,16 +117,16 @@ pub fn first_row_format(path: &Path) -> Result<Option<RowFormat>, DataError> {
     Ok(found)
 }
 
-/// Where lines come from.
+/// A source of lines.
 enum LineSource {
-    /// A file of them, hashed as it is read.
+    /// A JSONL file, hashed while it is read.
     Jsonl { lines: LineReader<BufReader<File>>, hasher: Sha256 },
-    /// A table.
+    /// A Parquet file.
     Parquet { rows: ParquetRows, read: u64, sha256: String },
 }
 
 impl LineSource {
-    /// Without `go_on`, a table is not hashed.
+    /// Opens a file. Without `go_on`, a Parquet file is not hashed.
     fn open(path: &Path, go_on: Option<&dyn Fn() -> bool>) -> Result<Self, DataError> {
         let io = |source| DataError::Io { path: path.into(), source };
         if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("parquet")) {
@@ -160,7 +161,7 @@ impl LineSource {
     }
 }
 
-/// What a row would have been, and why it cannot be read.
+/// A row that cannot be read: its format, as far as known, and the error.
 pub(super) struct UnreadableRow {
     pub format: Option<RowFormat>,
     pub error: RowError,
@@ -174,21 +175,21 @@ impl From<RowError> for UnreadableRow {
 
 /// A line that is not blank.
 pub(super) struct FileLine {
-    /// Its row: blank lines are not counted, the first is 0.
+    /// Row number, counted from 0 over lines that are not blank.
     pub row: u64,
-    /// Its place in the file, counted from 1.
+    /// Line number in the file, counted from 1.
     pub number: u64,
-    /// Its bytes with the newline they end in, without a byte order mark.
+    /// The bytes of the line with its newline, without a byte order mark.
     pub bytes: Vec<u8>,
-    /// Whether it is longer than a line may be: then no bytes of it are kept, since what is no
-    /// JSONL at all may be one line of any length.
+    /// Whether the line exceeds the maximum length. Its bytes are not kept then, since a file that is not
+    /// JSONL may be one line of any length.
     pub too_long: bool,
 }
 
-/// The lines of a file, in order.
+/// Iterates over the lines of a file, in order.
 pub(super) struct LineReader<R> {
     reader: R,
-    /// Bytes a line may have.
+    /// Maximum number of bytes of a line.
     most: usize,
     row: u64,
     number: u64,
@@ -199,11 +200,11 @@ impl<R: BufRead> LineReader<R> {
         Self { reader, most, row: 0, number: 0 }
     }
 
-    /// The next line that is not blank, or `None` at the end. `seen` is shown every byte read.
+    /// The next line that is not blank, or `None` at the end. `seen` is called with all bytes read.
     pub fn next(&mut self, mut seen: impl FnMut(&[u8])) -> std::io::Result<Option<FileLine>> {
         loop {
             let mut bytes = Vec::new();
-            // One byte more than there may be tells a line that is too long.
+            // Reading one byte more than the maximum detects a line that is too long.
             let mut limited = self.reader.by_ref().take(self.most as u64 + 1);
             if limited.read_until(b'\n', &mut bytes)? == 0 {
                 return Ok(None);
@@ -227,7 +228,7 @@ impl<R: BufRead> LineReader<R> {
         }
     }
 
-    /// Reads on to the end of the line and keeps nothing of it.
+    /// Skips to the end of the line.
     fn skip_line(&mut self, mut seen: impl FnMut(&[u8])) -> std::io::Result<()> {
         loop {
             let buffer = self.reader.fill_buf()?;

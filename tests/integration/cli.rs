@@ -565,11 +565,15 @@ fn what_cannot_judge_replies_is_named() {
     check(&two(&["--temperature", "0"]), 1, "has one reply to choose from");
     check(&["--reward", "length:3"], 2, "--best-of");
     check(&two(&["--reward-timeout", "3"]), 2, "--reward-command");
-    check(&two(&["--reward", "nice"]), 1, "reward \"nice\" is no rule, needed exact:FIELD");
+    check(
+        &two(&["--reward", "nice"]),
+        1,
+        "reward \"nice\" is not a known rule, needed exact:FIELD",
+    );
     check(&two(&["--reward", "exact:answer"]), 1, "the row has no field \"answer\"");
     check(&two(&["--reward", "length:3", "--reward-weights", "1,2"]), 1, "2 reward weights for 1");
     check(&two(&["--reward-command", "cat"]), 1, "answered sample 1 of 2 with");
-    check(&two(&["--reward-command", "exit 4"]), 1, "ended (exit status: 4) after 0 of 2 answers");
+    check(&two(&["--reward-command", "exit 4"]), 1, "exited (exit status: 4) after 0 of 2 answers");
     check(&two(&["--reward-command", "yes null"]), 1, "reward");
     let slow = two(&["--reward-command", "sleep 60", "--reward-timeout", "0.2"]);
     check(&slow, 1, "has not answered sample 1 of 2 within 0.2 s");

@@ -497,11 +497,11 @@ fn bad_sources_end_in_one_sentence_and_leave_nothing() {
     room.write("latin.parquet", parquet(&[&b"fine"[..], b"caf\xe9"], SCHEMA, Compression::SNAPPY));
 
     check(&[], &same, "no sources, needed at least one");
-    check(&["a=1:good.txt", "a=2:good.txt"], &same, "source \"a\" is there twice");
+    check(&["a=1:good.txt", "a=2:good.txt"], &same, "source \"a\" is given twice");
     check(&["a=0:good.txt"], &same, "needed a number above 0");
     check(&["a=1:bad*.txt"], &same, "no file matches \"bad*.txt\"");
     check(&["a=1:empty"], &same, "no file matches");
-    check(&["a=1:bad[.txt"], &same, "is no pattern of file names");
+    check(&["a=1:bad[.txt"], &same, "is not a valid glob pattern");
     check(&["a=1:empty/*"], &same, "source \"a\": no text in its 2 files");
     let latin = text_file(&documents(3)).len() + 3;
     check(&["a=1:latin.txt"], &same, &format!("latin.txt: byte {latin} is not UTF-8"));
@@ -521,16 +521,16 @@ fn bad_sources_end_in_one_sentence_and_leave_nothing() {
     check(
         &["a=1:good.txt"],
         &|settings| settings.validation_split = 1.0,
-        "a validation share of 1",
+        "the validation split is 1",
     );
     let all = |settings: &mut CorpusSettings| settings.validation_split = 0.99999;
-    check(&["a=1:good.txt"], &all, "source \"a\": all 9 documents fall into the validation share");
+    check(&["a=1:good.txt"], &all, "source \"a\": all 9 documents fall into the validation split");
     let nowhere = |settings: &mut CorpusSettings| settings.cache = room.path("good.txt");
     check(&["a=1:good.txt"], &nowhere, "good.txt: cannot make the folder");
 
     let none = CorpusSettings { validation_split: 1e-5, ..room.settings(16) };
     let found = room.try_open(&["a=1:good.txt"], &none).unwrap_err();
-    assert!(found.starts_with("none of 9 documents falls into the validation share"), "{found}");
+    assert!(found.starts_with("none of 9 documents falls into the validation split"), "{found}");
 
     let spec = format!("a=1:{}", room.path("good.txt").display()).parse().unwrap();
     let stopped = AtomicBool::new(true);

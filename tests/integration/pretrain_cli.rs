@@ -313,7 +313,7 @@ fn wrong_input_ends_in_one_sentence() {
         assert!(!Path::new(&out).join("config.toml").exists(), "{args:?} began a run");
     };
     check("", &[], &["--source is missing"]);
-    check("stories", &[], &["\"stories\" is no source, needed NAME=WEIGHT:GLOB"]);
+    check("stories", &[], &["\"stories\" is not a source, needed NAME=WEIGHT:GLOB"]);
     check("a=1:LAB/no/such*.txt", &[], &["no/such*.txt"]);
     check("a=0:LAB/notes.txt", &[], &["the weight of \"a\""]);
     check("a=1:LAB/empty.txt", &[], &["source \"a\": no text in its 1 files"]);

@@ -654,7 +654,7 @@ fn what_is_wrong_with_rollouts_is_told() {
     let base_args = [&base_args[..2], &base_args[3..], &no_reward].concat();
     let grpo = Refused { lab: &lab, command: "grpo", base: &base_args };
     grpo.check(&[], &["no reward is given"]);
-    grpo.check(&[("--reward", "nice")], &["\"nice\" is no rule"]);
+    grpo.check(&[("--reward", "nice")], &["\"nice\" is not a known rule"]);
     let exact = ("--reward", "exact:answer");
     grpo.check(&[exact, ("--data", &no_answer)], &["no_answer.jsonl:2: ", "no field \"answer\""]);
     let held_out = [exact, ("--eval-data", &*no_answer)];
@@ -680,14 +680,14 @@ fn what_is_wrong_with_rollouts_is_told() {
     let program = |command: &str, words: &[&str]| {
         grpo.check(&[("--reward-command", command), ("--reward-timeout", "1")], words);
     };
-    program("exit 4", &["ended (exit status: 4) after 0 of 32 answers"]);
+    program("exit 4", &["exited (exit status: 4) after 0 of 32 answers"]);
     program("read -r l; echo 1; echo oh no >&2; exit 3", &["after 1 of 32", "oh no"]);
     program("kill -9 $$", &["SIGKILL"]);
     program("sleep 60", &["has not answered sample 1 of 32 within 1 s"]);
     program("while read -r l; do echo good; done", &["answered sample 1 of 32 with \"good\""]);
     program("for i in 1 2 3; do read -r l; echo 1; done", &["ended", "after 3 of 32 answers"]);
-    program("no-such-program-here", &["ended (exit status: 127)"]);
-    program("yes 1", &["unasked"]);
+    program("no-such-program-here", &["exited (exit status: 127)"]);
+    program("yes 1", &["an extra line"]);
 }
 
 /// An error that tells its cause is not followed by its cause.
@@ -775,7 +775,7 @@ fn a_run_goes_on_only_as_it_was() {
     ];
     let (whole, stopped) = (lab.path("whole"), lab.path("stopped"));
     let sentence = error(&quantune(&arguments("grpo", &flags, &stopped)));
-    assert!(sentence.contains("ended (exit status: 3) after 3 of 8 answers"), "{sentence}");
+    assert!(sentence.contains("exited (exit status: 3) after 3 of 8 answers"), "{sentence}");
     lab.write("mended", "");
     assert_eq!(run("grpo", &[("--resume", "")], &stopped)["resumed_at"], 2);
     run("grpo", &flags, &whole);

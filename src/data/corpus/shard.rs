@@ -1,11 +1,11 @@
-//! The tokens of a source on disk, made once and mapped from then on.
+//! The tokens of a source on disk, written once and memory-mapped from then on.
 //!
-//! A shard is a folder, named after all that its tokens depend on: `train.tokens` and
-//! `validation.tokens`, arrays of little-endian u16 (u32 for larger vocabularies), and `shard.json`. In
-//! both parts document follows document, each with its end-of-text token behind it, which text never
-//! is: so these tokens are the index of borders, and there is no other that could contradict them.
+//! A shard is a folder, named by a hash of everything its tokens depend on. It holds `train.tokens` and
+//! `validation.tokens`, arrays of little-endian u16 (u32 for larger vocabularies), and `shard.json`. Both
+//! arrays are documents one after another, each followed by the end-of-text token, which never occurs
+//! within a text. So these tokens mark the borders, and no separate index is needed.
 //!
-//! The folder is the cache's ([`super::super::cache`]): what is there is whole.
+//! The folder is written by [`crate::data::cache`], so a shard that exists is complete.
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
@@ -26,21 +26,21 @@ use crate::quant::Bytes;
 use crate::text::{ChatTemplate, Special, TextError, Tokenizer};
 use crate::weights::{map_file, write_atomically};
 
-/// Another number, other shards: to be raised whenever the same files would give other tokens.
+/// Version of the shard format. Raise it whenever the same files would give other tokens.
 const FORMAT: u32 = 1;
 const HEADER: &str = "shard.json";
 
-/// The tokens between documents.
+/// The tokens that mark borders of documents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Borders {
-    /// Ends every document.
+    /// Follows every document.
     pub end: u32,
-    /// Begins every document, for models trained with BOS in front; never predicted.
+    /// Precedes every document, for models trained with BOS; never predicted.
     pub bos: Option<u32>,
 }
 
 impl Borders {
-    /// The tokenizer's end-of-text token, else the one that ends a sequence.
+    /// The border tokens of a tokenizer: its end-of-text token, or else EOS, and BOS if it adds it.
     pub fn of(tokenizer: &Tokenizer) -> Result<Self, CorpusError> {
         let special = |name: &&str| {
             let id = tokenizer.id_of(name)?;
@@ -61,21 +61,21 @@ impl Borders {
     }
 }
 
-/// What the tokens of a shard depend on.
+/// Everything that the tokens of a shard depend on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct ShardOrigin {
     format: u32,
     tokenizer: String,
-    /// Of the chat template and the day it is pinned to, where a file may hold conversations.
+    /// Fingerprint of the chat template and its pinned date, if a file may contain conversations.
     template: Option<String>,
     borders: Borders,
-    /// Bytes of a token.
+    /// Number of bytes per token.
     width: usize,
     validation_split: f64,
     files: Vec<FilePrint>,
 }
 
-/// A file, known again by its size and when it was last changed.
+/// A source file, identified by its size and modification time.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct FilePrint {
     path: PathBuf,
@@ -84,15 +84,15 @@ struct FilePrint {
     modified: u64,
 }
 
-/// What a part of a source came to.
+/// Counts over the training or validation part of a source.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Totals {
     pub documents: u64,
-    /// Bytes of their text.
+    /// Bytes of text.
     pub bytes: u64,
-    /// Tokens, borders among them.
+    /// Tokens, border tokens included.
     pub tokens: u64,
-    /// Of the file of tokens, in hex.
+    /// SHA-256 of the token file, in hex.
     pub sha256: String,
 }
 
@@ -103,7 +103,7 @@ struct ShardHeader {
     validation: Totals,
 }
 
-/// A source's tokens.
+/// The tokens of a source.
 #[derive(Debug)]
 pub(super) struct Shard {
     pub files: usize,
@@ -111,22 +111,22 @@ pub(super) struct Shard {
     pub validation: TokenRing,
 }
 
-/// The tokens of one part, in a ring: behind the last document comes the first.
+/// The tokens of one part, read as a ring: the first document follows the last.
 #[derive(Debug)]
 pub(super) struct TokenRing {
     pub totals: Totals,
     width: usize,
-    /// Nothing where there are no tokens.
+    /// The mapped tokens; `None` if there are none.
     map: Option<Bytes>,
 }
 
 impl TokenRing {
-    /// Appends `count` tokens from `start` on, going round as often as it takes.
+    /// Appends `count` tokens from `start` on, wrapping around as often as needed.
     ///
     /// # Panics
-    /// If there are none.
+    /// If the part has no tokens.
     pub fn read(&self, start: u64, count: usize, tokens: &mut Vec<u32>) {
-        let map = self.map.as_deref().expect("tokens are read from parts that have some");
+        let map = self.map.as_deref().expect("only parts with tokens are read");
         let needed = tokens.len() + count;
         let mut at = (start % self.totals.tokens) as usize;
         while tokens.len() < needed {
@@ -154,13 +154,13 @@ impl TokenRing {
         }
         let map = map_file(&path).map_err(|error| bad(error.to_string()))?;
         if hex(&Sha256::digest(&*map)) != totals.sha256 {
-            return Err(bad("is not as it was written".into()));
+            return Err(bad("has changed since it was written".into()));
         }
         Ok(Self { totals, width, map: Some(map) })
     }
 }
 
-/// The shard of a source, made now if there is none in `cache` for these files.
+/// Opens the shard of a source, after tokenizing its files if `cache` has no shard for them.
 pub(super) fn open(
     spec: &SourceSpec,
     tokenizer: &Tokenizer,
@@ -195,7 +195,7 @@ pub(super) fn open(
     let header: ShardHeader =
         serde_json::from_str(&text).map_err(|error| bad(error.to_string()))?;
     if header.origin != origin {
-        return Err(bad("is of other files or another tokenizer".into()));
+        return Err(bad("belongs to other files or another tokenizer".into()));
     }
     let width = origin.width;
     Ok(Shard {
@@ -232,7 +232,8 @@ fn tokenize(
             match &piece.chat {
                 Some(chat) => {
                     let mut tokens = chat.tokens(tokenizer)?;
-                    // The end that follows every document may be what the template ends with.
+                    // The template may end with the end-of-text token, which is appended to every
+                    // document anyway.
                     tokens.pop_if(|last| *last == end);
                     Ok(tokens)
                 }
@@ -267,7 +268,7 @@ fn tokenize(
         .map_err(|error| CorpusError::io("write", &path)(std::io::Error::other(error.to_string())))
 }
 
-/// Writes the documents of one part.
+/// Writes the token file of one part.
 struct TokenWriter {
     path: PathBuf,
     file: BufWriter<File>,
