@@ -50,7 +50,7 @@ fn sequences(comparison: &Comparison) -> Vec<Vec<u32>> {
 }
 
 #[test]
-fn tokens_are_trls() {
+fn tokens_match_trl() {
     let cases = golden_json("data/comparisons.json");
     let cases = cases.as_array().unwrap();
     assert!(cases.len() > 140, "{} rows", cases.len());
@@ -107,7 +107,7 @@ fn tokens_are_trls() {
 }
 
 #[test]
-fn which_responses_are_pairs() {
+fn preference_pairs_of_ranked_responses() {
     let chatml = tokenizer("chatml");
     // The rest of a row with four responses, and its pairs: better before worse.
     let check = |rest: Value, expected: &[(usize, usize)], ties: u64| {
@@ -148,7 +148,7 @@ fn which_responses_are_pairs() {
 }
 
 #[test]
-fn what_is_too_long_is_left_out_with_its_pairs() {
+fn overlong_responses_are_dropped_with_their_pairs() {
     let chatml = tokenizer("chatml");
     let long = " boat".repeat(40);
     let ranked = json!({"prompt": "the river", "responses": [" a", long, " b", long]});
@@ -192,7 +192,7 @@ fn what_is_too_long_is_left_out_with_its_pairs() {
 
 /// The prompt is shared as far as all responses begin with it.
 #[test]
-fn a_token_over_the_border_belongs_to_the_responses() {
+fn a_token_that_spans_the_border_belongs_to_the_responses() {
     let chatml = tokenizer("chatml");
     let row = json!({"prompt": "the rive", "chosen": "r", "rejected": "t"});
     let found = load(&[row], &chatml, ALL, ComparisonKind::Pairs).unwrap();
@@ -207,7 +207,7 @@ fn a_token_over_the_border_belongs_to_the_responses() {
 
 /// Row, what is asked of it, and what its error must say.
 #[test]
-fn a_bad_row_is_one_sentence_with_its_line() {
+fn an_invalid_row_is_one_error_with_its_line() {
     use ComparisonKind::{Any, Labels, Pairs};
     let chatml = tokenizer("chatml");
     let good = r#"{"prompt": "p", "chosen": "a", "rejected": "b"}"#;
@@ -390,7 +390,7 @@ fn a_split_keeps_prompts_apart() {
 
 /// What is kept on disk is what would be in memory, whole rows and what is wrong with them too.
 #[test]
-fn comparisons_and_prompts_are_kept_on_disk_and_found_again() {
+fn comparisons_and_prompts_are_cached_on_disk() {
     let folder = tempfile::tempdir().unwrap();
     let chatml = tokenizer("chatml");
     let row = |i: usize| {

@@ -151,7 +151,7 @@ fn check_rows(corpus: &Corpus, ring: &[u32], length: usize) {
 }
 
 #[test]
-fn rows_are_stretches_of_the_source_in_any_format() {
+fn rows_are_slices_of_the_source_in_any_format() {
     let room = Room::new();
     let documents = documents(40);
     room.write("text/all.txt", text_file(&documents));
@@ -184,7 +184,7 @@ fn rows_are_stretches_of_the_source_in_any_format() {
 
 /// Vocabularies beyond 65536 take four bytes a token.
 #[test]
-fn large_vocabularies_are_kept_whole() {
+fn large_vocabularies_take_four_bytes_per_token() {
     let room = Room::new();
     let path = golden("model/llama-tiny/tokenizer.json");
     let mut json: serde_json::Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
@@ -224,7 +224,7 @@ fn long_documents_are_not_cut_inside_words() {
 }
 
 #[test]
-fn attention_and_positions_can_begin_anew_with_each_document() {
+fn attention_and_positions_can_reset_at_documents() {
     let room = Room::new();
     let documents = documents(30);
     room.write("all.txt", text_file(&documents));
@@ -257,7 +257,7 @@ fn attention_and_positions_can_begin_anew_with_each_document() {
 
 /// BOS, where a model wants it, begins every document and is never predicted.
 #[test]
-fn documents_begin_with_bos_where_the_model_wants_it() {
+fn documents_begin_with_bos_if_the_tokenizer_adds_it() {
     let room = Room::new();
     fs::create_dir(room.path("bos")).unwrap();
     let source = golden("model/llama-tiny/tokenizer.json");
@@ -282,7 +282,7 @@ fn documents_begin_with_bos_where_the_model_wants_it() {
 /// Each document is in one part whatever order and file it comes in; held-out targets are all tokens
 /// of the held-out documents, and their bytes those of the text.
 #[test]
-fn what_is_held_out_is_measured_once_and_never_trained_on() {
+fn held_out_documents_are_evaluated_once_and_never_trained_on() {
     let room = Room::new();
     let mut documents = documents(300);
     let parts = |documents: &[String], name: &str| {
@@ -328,7 +328,7 @@ fn what_is_held_out_is_measured_once_and_never_trained_on() {
 }
 
 #[test]
-fn sources_take_turns_by_weight() {
+fn sources_are_interleaved_by_weight() {
     let room = Room::new();
     room.write("a.txt", text_file(&documents(20)));
     room.write("b.jsonl", jsonl(&documents(9)));
@@ -445,7 +445,7 @@ fn conversations_are_tokenized_again_under_another_template() {
 }
 
 #[test]
-fn a_changed_shard_is_refused() {
+fn a_changed_shard_is_rejected() {
     let check = |change: &dyn Fn(&Path), words: &str| {
         let room = Room::new();
         room.write("a.txt", text_file(&documents(20)));
@@ -469,7 +469,7 @@ fn a_changed_shard_is_refused() {
 }
 
 #[test]
-fn bad_sources_end_in_one_sentence_and_leave_nothing() {
+fn invalid_sources_are_one_error_and_leave_no_files() {
     let room = Room::new();
     let check = |sources: &[&str], change: &dyn Fn(&mut CorpusSettings), words: &str| {
         let mut settings = room.settings(16);
@@ -542,7 +542,7 @@ fn bad_sources_end_in_one_sentence_and_leave_nothing() {
 
 /// A damaged Parquet file is refused or read as something, without a panic.
 #[test]
-fn damaged_parquet_files_do_no_harm() {
+fn damaged_parquet_files_do_not_panic() {
     let room = Room::new();
     let bytes = parquet(&documents(12), SCHEMA, Compression::SNAPPY);
     proptest!(ProptestConfig::with_cases(200), |(at in 0..bytes.len(), to: u8, cut in 0..bytes.len() * 4)| {

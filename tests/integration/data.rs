@@ -52,7 +52,7 @@ fn labels(example: &Example) -> Vec<i64> {
 }
 
 #[test]
-fn tokens_and_labels_are_trls() {
+fn tokens_and_labels_match_trl() {
     let cases = golden_json("data/trl.json");
     let cases = cases.as_array().unwrap();
     let mut rows = 0;
@@ -94,7 +94,7 @@ fn tokens_and_labels_are_trls() {
 
 /// Row (one line of JSON, or any bytes), and what its error must say.
 #[test]
-fn a_bad_row_is_one_sentence_with_its_line() {
+fn an_invalid_row_is_one_error_with_its_line() {
     #[track_caller]
     fn check(tokenizer: &Tokenizer, row: &[u8], expected: &str) {
         // Behind a good row and a blank line, so that rows and lines differ.
@@ -191,7 +191,7 @@ fn a_bad_row_is_one_sentence_with_its_line() {
 }
 
 #[test]
-fn wrong_rows_are_told_together() {
+fn invalid_rows_are_reported_together() {
     #[track_caller]
     fn check(wrong: usize, expected: &str) {
         // Each behind good rows and a blank line, so that they are read at different times.
@@ -256,7 +256,7 @@ fn with_template(template: Option<&str>) -> Tokenizer {
 }
 
 #[test]
-fn a_conversation_needs_a_template_that_tells_what_is_said() {
+fn chat_templates_must_locate_assistant_messages() {
     let talk = json!({"messages": [
         {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
         {"role": "user", "content": "c"}, {"role": "assistant", "content": "d", "train": false},
@@ -333,7 +333,7 @@ fn a_conversation_may_begin_with_the_assistant() {
 }
 
 #[test]
-fn what_is_learned_of_a_row() {
+fn learned_tokens_of_each_kind_of_row() {
     for name in ["chatml", "generation", "bos"] {
         let t = &tokenizer(name);
         let said = |text: &str| json!({"role": "assistant", "content": text});
@@ -448,7 +448,7 @@ fn parquet_is_read_as_json_lines() {
 
 /// Tokens kept on disk are those in memory; what is wrong with rows is kept with them.
 #[test]
-fn tokens_are_kept_on_disk_and_found_again() {
+fn tokens_are_cached_on_disk() {
     let folder = tempfile::tempdir().unwrap();
     let path = golden("data/rows.jsonl");
     let cache = Cache { folder: folder.path().join("cache"), from_bytes: 1 };
@@ -645,7 +645,7 @@ fn checks_find_each_defect_and_nothing_else() {
 
 /// Rows of a held-out file that are trained on too.
 #[test]
-fn held_out_rows_that_are_trained_on_are_told() {
+fn held_out_duplicates_are_reported() {
     let folder = tempfile::tempdir().unwrap();
     let file = |name: &str, texts: &[&str]| {
         let path = folder.path().join(name);
@@ -666,7 +666,7 @@ fn held_out_rows_that_are_trained_on_are_told() {
 }
 
 #[test]
-fn the_report_counts_what_happened() {
+fn the_report_counts_rows_and_tokens() {
     let file = lines(&[
         json!({"input_ids": [5, 6, 7, 8, 9]}),
         json!({"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, -100, -100, 9]}),
@@ -690,7 +690,7 @@ fn the_report_counts_what_happened() {
 
 /// A text longer than an example is learned whole, other rows are cut.
 #[test]
-fn long_texts_are_split_and_other_rows_cut() {
+fn long_texts_are_split_and_other_rows_truncated() {
     let text = "The ferryman mends his nets by the river until the road divides.";
     let rows = [
         json!({"text": text}),
@@ -736,7 +736,7 @@ fn long_texts_are_split_and_other_rows_cut() {
 }
 
 #[test]
-fn a_prompt_is_in_one_part_and_stays_there() {
+fn a_prompt_stays_in_one_part_of_the_split() {
     let user = |text: &str| json!({"role": "user", "content": text});
     let rows: Vec<Value> = (0..400)
         .map(|i| {
@@ -926,7 +926,7 @@ fn best_fit_decreasing_fills_bins() {
 }
 
 #[test]
-fn a_batch_lays_rows_end_to_end() {
+fn a_batch_concatenates_rows() {
     let examples = [
         Example {
             tokens: vec![5, 6, 7],
@@ -961,7 +961,7 @@ fn a_batch_lays_rows_end_to_end() {
 }
 
 #[test]
-fn a_group_lays_its_prompt_once() {
+fn a_group_has_its_prompt_once() {
     let mut batch = Batch::default();
     batch.push_group(&[1, 2, 3], &[&[4, 5], &[], &[6]], 9);
     batch.push_group(&[], &[&[7, 8]], 3);

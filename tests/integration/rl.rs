@@ -178,7 +178,7 @@ fn reward(name: &str, layout: Layout) {
 }
 
 #[test]
-fn reward_models_are_trls() {
+fn reward_models_match_trl() {
     for name in ["reward", "reward-margin", "reward-ranked"] {
         for layout in [WHOLE, SPLIT] {
             reward(name, layout);
@@ -188,7 +188,7 @@ fn reward_models_are_trls() {
 }
 
 #[test]
-fn dpo_is_trls() {
+fn dpo_matches_trl() {
     for layout in [WHOLE, SPLIT, PORTABLE] {
         ten_steps("dpo", layout, &|decoder, rows| {
             let all: Vec<&Comparison> = rows.iter().collect();
@@ -210,7 +210,7 @@ fn dpo_is_trls() {
 }
 
 #[test]
-fn kto_is_trls() {
+fn kto_matches_trl() {
     let run = golden_json("rl/kto/run.json");
     let number = |key: &str| run[key].as_f64().unwrap();
     let own = DpoSettings {
@@ -241,7 +241,7 @@ fn kto_is_trls() {
 
 /// The first step of the losses that have no ten of their own.
 #[test]
-fn other_preference_losses_are_trls() {
+fn other_preference_losses_match_trl() {
     let run = golden_json("rl/dpo/run.json");
     let decoder = load("llama-tiny", Compute::F32);
     let rows: Vec<Comparison> =
@@ -454,7 +454,7 @@ fn replay(name: &str, compute: Compute, micro: usize) {
 }
 
 #[test]
-fn ppo_is_trls() {
+fn ppo_matches_trl() {
     replay("ppo", Compute::F32, 8);
     replay("ppo", Compute::F32, 3);
     replay("ppo", Compute::Portable, 8);
@@ -463,7 +463,7 @@ fn ppo_is_trls() {
 
 /// A policy that has its own value head is read once for both.
 #[test]
-fn log_probs_and_values_of_one_pass_are_those_of_two() {
+fn one_pass_gives_the_log_probs_and_values_of_two() {
     const MOST: usize = 6;
     for compute in [Compute::Portable, Compute::F32, Compute::Int16, Compute::Int8] {
         let decoder = load("llama-tiny", compute);
