@@ -33,6 +33,7 @@ mod replies;
 mod sampling;
 mod tokenizer;
 mod train;
+mod values;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;

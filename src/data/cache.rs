@@ -19,7 +19,7 @@ use sha2::{Digest, Sha256};
 
 use super::DataError;
 use crate::quant::Bytes;
-use crate::weights::{Lock, NotLocked, map_file};
+use crate::weights::{Lock, LockError, map_file};
 
 /// A failed file operation: the action, the path and the system error.
 pub(super) type IoFailure = (&'static str, PathBuf, io::Error);
@@ -62,16 +62,16 @@ pub(super) fn folder<E: From<IoFailure> + From<DataError>>(
     let _locked = loop {
         match Lock::take(&lock) {
             Ok(locked) => break locked,
-            Err(NotLocked::Held(_)) if stop.load(Ordering::Relaxed) => {
+            Err(LockError::Held(_)) if stop.load(Ordering::Relaxed) => {
                 return Err(DataError::Stopped.into());
             }
-            Err(NotLocked::Held(holder)) => {
+            Err(LockError::Held(holder)) => {
                 if let Some(waiting) = waiting.take() {
                     waiting(&holder);
                 }
                 thread::sleep(POLL_INTERVAL);
             }
-            Err(NotLocked::NoLocks(e) | NotLocked::Io(e)) => return Err(refused("lock", &lock)(e)),
+            Err(LockError::NoLocks(e) | LockError::Io(e)) => return Err(refused("lock", &lock)(e)),
         }
     };
     if folder.exists() {

@@ -20,76 +20,60 @@ use super::lines::FAULTS_SHOWN;
 use super::rows::{ComparisonRow, Responses};
 use super::{DataError, Message, Row, RowError, RowFormat};
 use crate::quant::Bytes;
+use crate::string_enum::string_enum;
 use crate::text::Tokenizer;
 
 /// Number of lines that are stored per check.
 const KEPT: usize = 100;
 
-/// A check that every row goes through.
-#[derive(
-    Debug,
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    PartialOrd,
-    Ord,
-    Hash,
-    Serialize,
-    Deserialize,
-    clap::ValueEnum,
-)]
-#[serde(rename_all = "kebab-case")]
-pub enum Check {
-    /// Invalid JSON, missing keys, or values of the wrong type.
-    WrongRows,
-    /// A message with an unknown role or speaker.
-    UnknownRoles,
-    /// A row in another format than the first row of the file.
-    MixedDialects,
-    /// Token ids outside the vocabulary of the tokenizer or the model.
-    OutOfVocabulary,
-    /// A conversation whose assistant tokens cannot be located in the output of the chat template.
-    TemplatePrefix,
-    /// A row without a learned token, or without any pair or label.
-    NothingToLearn,
-    /// Two BOS tokens at the start of a sequence.
-    DoubledBos,
-    /// A response that does not end in a learned end-of-generation token.
-    UntrainedEnd,
-    /// An empty assistant message or response.
-    EmptyAnswers,
-    /// A conversation that begins with an assistant message.
-    AssistantFirst,
-    /// Two consecutive assistant messages.
-    RepeatedAssistant,
-    /// A system message that is not the first.
-    LateSystem,
-    /// A conversation that ends with a user message.
-    TrailingUser,
-    /// A preference pair of two identical responses.
-    IdenticalPairs,
-    /// A negative margin, which says that the rejected response is better.
-    WrongMargins,
-    /// A token that spans the border of prompt and response.
-    BoundaryMismatch,
-    /// A row that duplicates an earlier row of the file.
-    Duplicates,
-    /// A held-out row that is also in the training data.
-    HeldOutDuplicates,
-    /// A row longer than `max_length`: truncated, or dropped if nothing to learn is left.
-    Cut,
-    /// A row longer than the context window of the model.
-    OverWindow,
+string_enum! {
+    /// A check that every row goes through.
+    #[derive(Debug, PartialOrd, Ord, Hash)]
+    pub enum Check {
+        /// Invalid JSON, missing keys, or values of the wrong type.
+        WrongRows = "wrong-rows",
+        /// A message with an unknown role or speaker.
+        UnknownRoles = "unknown-roles",
+        /// A row in another format than the first row of the file.
+        MixedDialects = "mixed-dialects",
+        /// Token ids outside the vocabulary of the tokenizer or the model.
+        OutOfVocabulary = "out-of-vocabulary",
+        /// A conversation whose assistant tokens cannot be located in the output of the chat template.
+        TemplatePrefix = "template-prefix",
+        /// A row without a learned token, or without any pair or label.
+        NothingToLearn = "nothing-to-learn",
+        /// Two BOS tokens at the start of a sequence.
+        DoubledBos = "doubled-bos",
+        /// A response that does not end in a learned end-of-generation token.
+        UntrainedEnd = "untrained-end",
+        /// An empty assistant message or response.
+        EmptyAnswers = "empty-answers",
+        /// A conversation that begins with an assistant message.
+        AssistantFirst = "assistant-first",
+        /// Two consecutive assistant messages.
+        RepeatedAssistant = "repeated-assistant",
+        /// A system message that is not the first.
+        LateSystem = "late-system",
+        /// A conversation that ends with a user message.
+        TrailingUser = "trailing-user",
+        /// A preference pair of two identical responses.
+        IdenticalPairs = "identical-pairs",
+        /// A negative margin, which says that the rejected response is better.
+        WrongMargins = "wrong-margins",
+        /// A token that spans the border of prompt and response.
+        BoundaryMismatch = "boundary-mismatch",
+        /// A row that duplicates an earlier row of the file.
+        Duplicates = "duplicates",
+        /// A held-out row that is also in the training data.
+        HeldOutDuplicates = "held-out-duplicates",
+        /// A row longer than `max_length`: truncated, or dropped if nothing to learn is left.
+        Cut = "cut",
+        /// A row longer than the context window of the model.
+        OverWindow = "over-window",
+    }
 }
 
 impl Check {
-    /// Its name on the command line.
-    pub fn name(self) -> String {
-        use clap::ValueEnum;
-        self.to_possible_value().map_or(String::new(), |value| value.get_name().to_string())
-    }
-
     /// Whether a failure is an error, because such rows teach nothing or the wrong thing.
     pub fn stops(self) -> bool {
         self < Self::BoundaryMismatch
@@ -208,7 +192,7 @@ impl CheckReport {
             let place = place.map_or(String::new(), |(line, sentence)| {
                 format!(", first {path}:{line}: {sentence}")
             });
-            format!("{}: {} of {} rows{place}", check.name(), found.rows, self.rows)
+            format!("{}: {} of {} rows{place}", check, found.rows, self.rows)
         };
         warnings.map(warning).collect()
     }
@@ -221,7 +205,7 @@ fn listing(check: Check, found: &FlaggedRows, path: &Path) -> String {
     let lines = first.map(|(line, sentence)| format!("\n  {path}:{line}: {sentence}"));
     let more = match found.rows - found.first.len().min(FAULTS_SHOWN) as u64 {
         0 => String::new(),
-        more => format!("\n  and {more} more of `{}`", check.name()),
+        more => format!("\n  and {more} more of `{}`", check),
     };
     lines.collect::<String>() + &more
 }

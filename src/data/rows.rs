@@ -6,6 +6,7 @@ use serde_json::{Map, Value, json};
 
 use super::comparison::{ComparisonKind, PreferencePair};
 use super::{RowError, split};
+use crate::string_enum::string_enum;
 
 /// Roles of messages in the formats of OpenAI and Hugging Face.
 const ROLES: [&str; 6] = ["system", "user", "assistant", "tool", "developer", "function"];
@@ -139,15 +140,16 @@ pub enum Row {
     Text(String),
 }
 
-/// Prompt format of Alpaca rows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-pub enum AlpacaPrompt {
-    /// The chat template, with the instruction, a newline and the input as the user message (as in
-    /// LLaMA-Factory).
-    Chat,
-    /// Alpaca's own prompt, "Below is an instruction ...", up to `### Response:` and a newline.
-    Text,
+string_enum! {
+    /// Prompt format of Alpaca rows.
+    #[derive(Debug)]
+    pub enum AlpacaPrompt {
+        /// The chat template, with the instruction, a newline and the input as the user message (as in
+        /// LLaMA-Factory).
+        Chat = "chat",
+        /// Alpaca's own prompt, "Below is an instruction ...", up to `### Response:` and a newline.
+        Text = "text",
+    }
 }
 
 /// A message of a conversation.

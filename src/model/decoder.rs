@@ -1,6 +1,6 @@
 //! The forward pass: embedding, layers, final norm. The head is read by whoever needs what of it.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use candle_core::{DType, Device, Result, Tensor};
@@ -9,14 +9,14 @@ use quantune_adapters::targets::LinearSpec;
 
 use super::adapters::{ActiveAdapter, Adapters};
 use super::cache::{KvCache, StepBuffers};
-use super::config::{Config, LayerRope};
+use super::config::Config;
 use super::ends::{EMBEDDING, HEAD};
 use super::layer::{Group, LayerPass};
-use super::observe::InputSquares;
-use crate::ops::rope::Rotation;
+use super::layers::{Layer, Linear, Shared};
+use super::pass::{Pass, Rotations, Rows};
 use crate::ops::{
-    AttentionConfig, Compute, DeviceMatrix, Segment, causal_attention, frozen_linear, gated,
-    rms_norm, rope, segment,
+    BackendKind, Compute, DeviceMatrix, causal_attention, frozen_linear, gated, rms_norm, rope,
+    segment,
 };
 use crate::quant::FrozenMatrix;
 
@@ -37,233 +37,6 @@ pub struct Decoder {
     pub(super) inv_freq: Vec<f32>,
 }
 
-#[derive(Debug)]
-pub(super) struct Layer {
-    /// Before attention.
-    pub input_norm: Option<Tensor>,
-    pub qkv: Shared<3>,
-    /// Of queries and keys, `(head_dim)` or of all heads together.
-    pub q_norm: Option<Tensor>,
-    pub k_norm: Option<Tensor>,
-    pub o: Linear,
-    /// Behind attention, before it joins the residual stream.
-    pub post_attention_norm: Option<Tensor>,
-    /// Before the feed-forward layer.
-    pub pre_feedforward_norm: Option<Tensor>,
-    pub gate_up: Shared<2>,
-    pub down: Linear,
-    /// Behind the feed-forward layer.
-    pub post_feedforward_norm: Option<Tensor>,
-    pub scores: AttentionConfig,
-    pub rope: LayerRope,
-}
-
-impl Layer {
-    fn linears(&self) -> impl Iterator<Item = &Linear> {
-        let (qkv, gate_up) = (self.qkv.linears(), self.gate_up.linears());
-        qkv.iter().chain([&self.o]).chain(gate_up).chain([&self.down])
-    }
-
-    /// Brings all a pass reads to a device.
-    fn upload(&mut self, device: &Device) -> Result<()> {
-        let (qkv, gate_up) = (self.qkv.linears_mut(), self.gate_up.linears_mut());
-        for linear in qkv.iter_mut().chain([&mut self.o]).chain(gate_up).chain([&mut self.down]) {
-            linear.uploaded = Some(Arc::new(DeviceMatrix::upload(&linear.weight, device)?));
-            if let Some(bias) = &mut linear.bias {
-                *bias = bias.to_device(device)?;
-            }
-        }
-        let norms = [
-            &mut self.input_norm,
-            &mut self.q_norm,
-            &mut self.k_norm,
-            &mut self.post_attention_norm,
-            &mut self.pre_feedforward_norm,
-            &mut self.post_feedforward_norm,
-        ];
-        for norm in norms.into_iter().flatten() {
-            *norm = norm.to_device(device)?;
-        }
-        Ok(())
-    }
-}
-
-/// `M` linear layers that share their input.
-#[derive(Debug)]
-pub(super) enum Shared<const M: usize> {
-    /// Modules of their own.
-    Apart([Linear; M]),
-    /// One module, whose outputs lie side by side (Phi-3).
-    Whole(Linear),
-}
-
-impl<const M: usize> Shared<M> {
-    pub fn linears(&self) -> &[Linear] {
-        match self {
-            Self::Apart(linears) => linears,
-            Self::Whole(linear) => std::slice::from_ref(linear),
-        }
-    }
-
-    fn linears_mut(&mut self) -> &mut [Linear] {
-        match self {
-            Self::Apart(linears) => linears,
-            Self::Whole(linear) => std::slice::from_mut(linear),
-        }
-    }
-}
-
-#[derive(Debug)]
-pub(super) struct Linear {
-    /// The Hugging Face module path, which adapters know it by.
-    pub name: String,
-    pub weight: Arc<FrozenMatrix>,
-    /// The weight on another device.
-    pub uploaded: Option<Arc<DeviceMatrix>>,
-    pub bias: Option<Tensor>,
-}
-
-/// The tokens of a batch: rows end to end.
-#[derive(Debug, Clone)]
-pub struct Rows {
-    /// Token ids, N.
-    pub tokens: Vec<u32>,
-    /// Each token's position in its row.
-    pub positions: Vec<u32>,
-    /// Each row's tokens, end to end from 0 to N. A row must wear what its prefix wears.
-    pub segments: Arc<[Segment]>,
-}
-
-impl Rows {
-    /// Whole rows from position 0.
-    pub fn new<T: AsRef<[u32]>>(rows: &[T]) -> Self {
-        Self::after(rows.iter().map(|row| (row.as_ref(), 0)))
-    }
-
-    /// Rows that go on, each from the given position.
-    pub fn after<'a>(rows: impl Iterator<Item = (&'a [u32], usize)>) -> Self {
-        let (mut tokens, mut positions, mut segments) = (Vec::new(), Vec::new(), Vec::new());
-        for (row, seen) in rows {
-            segments.push(Segment::whole(tokens.len()..tokens.len() + row.len()));
-            tokens.extend_from_slice(row);
-            positions.extend((seen..seen + row.len()).map(|p| p as u32));
-        }
-        Self { tokens, positions, segments: segments.into() }
-    }
-}
-
-/// What the layers of one pass share.
-#[derive(Debug)]
-pub struct Pass<'a> {
-    pub(super) segments: Arc<[Segment]>,
-    pub(super) rotations: Rotations,
-    pub(super) adapters: Adapters<'a>,
-    pub(super) dropout: Option<&'a Dropout>,
-    /// Where inputs of linear layers are summed up, in passes that nothing is learned from.
-    pub(super) squares: Option<&'a InputSquares>,
-}
-
-/// The rotations of a batch's tokens.
-#[derive(Debug)]
-pub(super) struct Rotations {
-    global: Rotation,
-    /// Of layers with a window, if they have their own.
-    local: Option<Rotation>,
-}
-
-impl Rotations {
-    fn new(config: &Config, inv_freq: &[f32], positions: &[u32], segments: &[Segment]) -> Self {
-        let global = match config.long_inv_freq() {
-            Some((original, long)) => {
-                let long = (original, &long[..]);
-                by_length(positions, segments, inv_freq, long)
-            }
-            None => Rotation::new(positions, inv_freq),
-        };
-        let heads = |rotation: Rotation| rotation.in_heads_of(config.head_dim);
-        let local = config.local_inv_freq();
-        Self {
-            global: heads(global).grown(config.rope_growth()),
-            local: local.map(|inv_freq| heads(Rotation::new(positions, &inv_freq))),
-        }
-    }
-
-    /// That of a layer, if it rotates.
-    pub fn of(&self, layer: &Layer) -> Option<&Rotation> {
-        match layer.rope {
-            LayerRope::None => None,
-            LayerRope::Global => Some(&self.global),
-            LayerRope::Local => Some(self.local.as_ref().unwrap_or(&self.global)),
-        }
-    }
-}
-
-/// Fails if a cache was made for another form, or a row that goes on grows so long that it rotates
-/// otherwise than what is cached of it.
-fn check_cache(rows: &Rows, cache: Option<&KvCache>, compute: Compute) -> Result<()> {
-    let Some(cache) = cache else { return Ok(()) };
-    if !cache.is_of(compute) {
-        candle_core::bail!(
-            "the cache was made for a decoder of another form, compute is {compute} here: needed one \
-             made for this decoder"
-        );
-    }
-    for row in rows.segments.iter().filter(|row| !row.is_empty()) {
-        let (seen, now) = (rows.positions[row.tokens.start] as usize, row.len());
-        if seen > 0 && !cache.same_rope_scaling(seen, seen + now) {
-            candle_core::bail!(
-                "a row of {seen} cached tokens and {now} new ones: rows of that length rotate \
-                 otherwise here, needed all of its tokens anew"
-            );
-        }
-    }
-    Ok(())
-}
-
-/// The rotation of rows that turn by other frequencies where they have more than so many tokens. Rows
-/// that share a prefix are as long as the longest of them.
-fn by_length(
-    positions: &[u32],
-    segments: &[Segment],
-    short: &[f32],
-    (original, long): (usize, &[f32]),
-) -> Rotation {
-    let is_long = |row: &Segment| {
-        let last = row.tokens.clone().last().map(|token| positions[token] as usize);
-        last.is_some_and(|last| last >= original)
-    };
-    let beginning = |row: &Segment| match row.prefix.is_empty() {
-        true => row.tokens.start,
-        false => row.prefix.start,
-    };
-    let long_rows = segments.iter().filter(|row| is_long(row)).map(beginning);
-    let long_rows: HashSet<usize> = long_rows.collect();
-    let parts = segments.iter().filter(|row| !row.is_empty()).map(|row| {
-        let inv_freq = if long_rows.contains(&beginning(row)) { long } else { short };
-        Rotation::new(&positions[row.tokens.clone()], inv_freq)
-    });
-    let parts: Vec<Rotation> = parts.collect();
-    match parts.is_empty() {
-        true => Rotation::new(&[], short),
-        false => Rotation::joined(&parts),
-    }
-}
-
-impl<'a> Pass<'a> {
-    /// The pass that goes on with some of the tokens, rising, once all are attended to.
-    fn narrowed(&self, chosen: &[u32], decoder: &Decoder) -> Self {
-        let mut end = 0;
-        let part = |segment: &Segment| {
-            let start = end;
-            end = chosen.partition_point(|&token| (token as usize) < segment.tokens.end);
-            Segment::whole(start..end)
-        };
-        let segments = self.segments.iter().map(part).collect();
-        let rotations = Rotations::new(&decoder.config, &decoder.inv_freq, &[], &[]);
-        Pass { segments, rotations, adapters: self.adapters, dropout: None, squares: None }
-    }
-}
-
 impl Decoder {
     /// The same decoder with its weights on a device, where its passes then compute and their caches of
     /// keys and values lie. The embedding stays in the map, as only rows of it are read; adapters stay
@@ -273,7 +46,7 @@ impl Decoder {
     /// # Errors
     /// If the form is not the portable one, or the device has too little memory.
     pub fn on(mut self, device: &Device) -> Result<Self> {
-        if self.compute != Compute::Portable {
+        if self.compute.backend != BackendKind::Reference {
             candle_core::bail!("compute is {}, needed portable on a device", self.compute);
         }
         for layer in &mut self.layers {
@@ -404,7 +177,7 @@ impl Decoder {
     ) -> Result<Tensor> {
         check_cache(rows, cache.as_deref(), self.compute)?;
         let pass = self.pass(rows, adapters, None);
-        if self.compute == Compute::Portable {
+        if self.compute.backend == BackendKind::Reference {
             let mut x = self.embed(&rows.tokens, &pass)?;
             for index in 0..self.layers.len() {
                 x = self.layer_with(index, &x, &pass, cache.as_deref_mut())?;
@@ -446,7 +219,7 @@ impl Decoder {
             hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)
         };
         let none = || Tensor::zeros((0, self.config.hidden_size), DType::F32, &Device::Cpu);
-        if self.compute == Compute::Portable {
+        if self.compute.backend == BackendKind::Reference {
             let hidden = self.hidden_with(rows, adapters, cache, false)?;
             return if chosen.is_empty() { none() } else { picked(hidden, chosen.to_vec()) };
         }
@@ -455,7 +228,7 @@ impl Decoder {
         rising.sort_unstable();
         rising.dedup();
         let pass = self.pass(rows, adapters, None);
-        let narrow = pass.narrowed(&rising, self);
+        let narrow = pass.narrowed(&rising, &self.config, &self.inv_freq);
         let StepBuffers { mut tape, mut work } = StepBuffers::default();
         let mut x = Vec::new();
         self.embed_into(&rows.tokens, &pass, &mut x)?;
@@ -697,4 +470,26 @@ impl Decoder {
 
 fn weighted(delta: Tensor, weight: f64) -> Result<Tensor> {
     if weight == 1.0 { Ok(delta) } else { delta * weight }
+}
+
+/// Fails if a cache was made for another form, or a row that goes on grows so long that it rotates
+/// otherwise than what is cached of it.
+fn check_cache(rows: &Rows, cache: Option<&KvCache>, compute: Compute) -> Result<()> {
+    let Some(cache) = cache else { return Ok(()) };
+    if !cache.is_of(compute) {
+        candle_core::bail!(
+            "the cache was made for a decoder of another form, compute is {compute} here: needed one \
+             made for this decoder"
+        );
+    }
+    for row in rows.segments.iter().filter(|row| !row.is_empty()) {
+        let (seen, now) = (rows.positions[row.tokens.start] as usize, row.len());
+        if seen > 0 && !cache.same_rope_scaling(seen, seen + now) {
+            candle_core::bail!(
+                "a row of {seen} cached tokens and {now} new ones: rows of that length rotate \
+                 otherwise here, needed all of its tokens anew"
+            );
+        }
+    }
+    Ok(())
 }

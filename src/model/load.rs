@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 
 use super::config::{Family, Norms, QkNorm, RopeScaling};
-use super::decoder::{Layer, Linear, Shared};
+use super::layers::{Layer, Linear, Shared};
 use super::{Config, Decoder, ModelError};
 use crate::ops::Compute;
 use crate::quant::{BlockType, FrozenMatrix, RowOrder};

@@ -11,16 +11,19 @@ pub mod decoder;
 pub mod ends;
 pub mod full;
 pub mod layer;
+mod layers;
 pub mod load;
 pub mod observe;
+pub mod pass;
 pub mod reading;
 pub mod scoring;
 
 pub use adapters::{ActiveAdapter, Adapters};
 pub use cache::{CacheType, KvCache};
 pub use config::{Config, FAMILIES, RopeScaling};
-pub use decoder::{Decoder, Pass, Rows};
+pub use decoder::Decoder;
 pub use full::{FullBuffers, FullModel};
+pub use pass::{Pass, Rows};
 pub use reading::Reading;
 
 use crate::weights::WeightsError;

@@ -8,7 +8,7 @@ use super::update::{BaseScales, base_scales, scale_rows};
 use super::{AdapterGradients, CHUNK, LayerPass, times};
 use crate::isa::Isa;
 use crate::model::decode_linear;
-use crate::model::decoder::{Linear, Shared};
+use crate::model::layers::{Linear, Shared};
 use crate::ops::Values;
 use crate::ops::gemm::{
     Init, Out, PackedRows, PanelType, Product, Strided, Term, Weights, multiply,

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::tape::{Kept, Lows, Workspace};
 use super::{AdapterGradients, CHUNK, LayerPass, times};
-use crate::model::decoder::Linear;
+use crate::model::layers::Linear;
 use crate::ops::Values;
 use crate::ops::gemm::{Init, Out, PackedRows, Product, Strided, Term, Weights, multiply};
 
