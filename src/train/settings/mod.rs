@@ -9,11 +9,10 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::TrainError;
-use super::log::EVAL;
-use super::lora::path_and_weight;
-use super::memory::parse_bytes;
-use super::run::BestSettings;
-use crate::data::doctor::Check;
+use super::best::BestSettings;
+use super::metrics::EVAL;
+use super::spec::{parse_bytes, path_and_weight};
+use crate::data::checks::Check;
 use crate::data::{AlpacaPrompt, DataFile};
 use crate::objectives::advantage::{KlEstimator, ScaleRewards};
 use crate::objectives::policy::LossForm;
