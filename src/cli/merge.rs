@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use super::combining::Combining;
-use super::{AdapterArg, Usage, load_adapters, paths, read_text, to_json};
+use super::{Usage, load_adapters, paths, read_text, to_json};
 use crate::export::{
     Bounds, FileType, Importance, Recipe, Source, Written, bill, imatrix, load_grown, types,
     verify_grown, write_folder, write_gguf,
@@ -15,6 +15,7 @@ use crate::model::{ActiveAdapter, Decoder};
 use crate::ops::Compute;
 use crate::quant::BlockType;
 use crate::text::{Added, Special, Tokenizer, added_beside};
+use crate::train::settings::AdapterPath;
 use crate::weights::Checkpoint;
 
 #[derive(Debug, clap::Args)]
@@ -24,7 +25,7 @@ pub struct Merge {
     base: PathBuf,
     /// A PEFT adapter folder or a GGUF LoRA, PATH or PATH=WEIGHT; may be given again
     #[arg(long, required = true)]
-    adapter: Vec<AdapterArg>,
+    adapter: Vec<AdapterPath>,
     #[command(flatten)]
     combining: Combining,
     /// What to write: a file that ends in .gguf, or a Hugging Face folder

@@ -12,10 +12,10 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::TrainError;
-use super::fingerprints::{base_fingerprint, same_fingerprints};
+use super::fingerprints::{fingerprints_of, same_fingerprints};
 use super::learner::Learner;
 use super::log::{Log, Numbers};
-use super::lora::{begin_adapter, path_and_weight, read_adapter, read_frozen};
+use super::lora::{begin_adapter, read_adapter, read_frozen};
 use super::memory::{Demand, Memory, of_process};
 use super::policy::{PolicyTask, Rollouts};
 use super::progress::{Progress, Work};
@@ -216,7 +216,7 @@ pub(super) fn load(
     // The program as it lies in memory.
     let program = of_process("RssFile:").unwrap_or(0);
     let checkpoint = Checkpoint::open(&common.base)?;
-    let adapters = settings.adapters()?;
+    let adapters = settings.adapters();
     let folders: Vec<&Path> = adapters.iter().map(PathBuf::as_path).collect();
     let tokenizer = Tokenizer::open_beside(&checkpoint, &folders)?;
     let known = tokenizer.len() as u32;
@@ -311,11 +311,12 @@ pub(super) fn learner<'a>(
     let common = &settings.common;
     let (decoder, below) = loaded;
     let dropout = (common.lora_dropout, common.seed);
-    let adamw = common.adamw();
-    let learner = Learner::new(decoder, adapters.to_vec(), adamw, common.max_grad_norm, dropout)?;
+    let adamw = common.optimizer.adamw();
+    let learner =
+        Learner::new(decoder, adapters.to_vec(), adamw, common.optimizer.max_grad_norm, dropout)?;
     let mut learner = learner.on_top_of(below);
     if common.loraplus_lr_ratio != 1.0 {
-        let of_embedding = common.loraplus_lr_embedding / common.learning_rate;
+        let of_embedding = common.loraplus_lr_embedding / common.optimizer.learning_rate;
         learner = learner.with_lora_plus(common.loraplus_lr_ratio, of_embedding);
     }
     if let Task::Sft(own) = &settings.task {
@@ -357,12 +358,7 @@ pub fn train(
     // What is trained, on what.
     let Some(loaded) = load(settings, monitor)? else { return Ok(Outcome::NotBegun) };
     let (decoder, source, added) = (&loaded.decoder, &loaded.source, &loaded.added);
-    let mut fingerprints = vec![("the base".to_string(), base_fingerprint(&common.base)?)];
-    for text in &common.frozen_adapter {
-        let (path, _) = path_and_weight(text).map_err(TrainError::Settings)?;
-        let what = format!("the frozen adapter {}", path.display());
-        fingerprints.push((what, base_fingerprint(&path)?));
-    }
+    let mut fingerprints = fingerprints_of(settings.fingerprinted()?)?;
     match source {
         Source::Supervised(source) => fingerprints.extend(source.fingerprints()?),
         Source::Rollouts(source) => fingerprints.extend(source.fingerprints()?),
@@ -536,11 +532,11 @@ pub(super) fn kept_layers(settings: &CommonSettings, demand: &Demand) -> usize {
     if let Some(all) = settings.gradient_checkpointing {
         return if all { 0 } else { demand.layers };
     }
-    if settings.device != DeviceName::Cpu && settings.memory_budget.is_empty() {
+    if settings.device != DeviceName::Cpu && settings.memory_budget.is_none() {
         return 0; // nobody tells how much memory is free there
     }
-    let budget = super::memory::parse_bytes(&settings.memory_budget)
-        .unwrap_or_else(super::memory::default_budget);
+    let budget = settings.memory_budget.map(|budget| budget.0);
+    let budget = budget.unwrap_or_else(super::memory::default_budget);
     super::memory::kept_layers(demand, budget)
 }
 
@@ -556,11 +552,10 @@ pub(super) fn check_memory(
         return Ok(()); // nobody knows what candle will take
     }
     let megabytes = |bytes: u64| format!("{:.0} MB", (bytes as f64 / 1e6).ceil());
-    let budget = super::memory::parse_bytes(&settings.memory_budget);
-    if let (Some(budget), None) = (budget, settings.gradient_checkpointing) {
+    if let (Some(budget), None) = (settings.memory_budget, settings.gradient_checkpointing) {
         let memory = Memory::of(demand, 0);
         let needed = memory.sum() as u64;
-        if needed <= budget {
+        if needed <= budget.0 {
             return Ok(());
         }
         let mut parts = memory.components();
@@ -568,10 +563,9 @@ pub(super) fn check_memory(
         let parts = parts.iter().filter(|(_, bytes)| *bytes > 0);
         let parts = parts.map(|(name, bytes)| format!("{name} {}", megabytes(*bytes as u64)));
         return Err(TrainError::Settings(format!(
-            "memory_budget is {} and cannot be kept: with every layer recomputed the run takes {} \
+            "memory_budget is {budget} and cannot be kept: with every layer recomputed the run takes {} \
              ({}), needed that much, or fewer than {} tokens in a micro-batch (max_length, \
              per_device_train_batch_size)",
-            settings.memory_budget,
             megabytes(needed),
             parts.collect::<Vec<_>>().join(", "),
             demand.tokens,

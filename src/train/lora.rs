@@ -1,6 +1,6 @@
 //! The adapter of a run: what its settings ask for, or what a folder holds.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use quantune_adapters::base::BaseRows;
@@ -10,7 +10,7 @@ use quantune_adapters::initialize::{self, Bases};
 use quantune_adapters::targets::resolve;
 
 use super::TrainError;
-use super::settings::CommonSettings;
+use super::settings::{AdapterPath, CommonSettings};
 use crate::export::lora::open_adapter;
 use crate::model::{ActiveAdapter, Decoder};
 use crate::monitor::Monitor;
@@ -102,27 +102,18 @@ pub fn read_frozen(
     decoder: &Decoder,
     monitor: Monitor<'_>,
 ) -> Result<Vec<ActiveAdapter>, TrainError> {
-    let read = |text: &String| {
-        let (path, weight) = path_and_weight(text).map_err(TrainError::Settings)?;
-        let adapter = read_adapter(&path, decoder, monitor)?;
+    let read = |at: &AdapterPath| {
+        let adapter = read_adapter(&at.path, decoder, monitor)?;
         if adapter.score.is_some() {
             let fault = "a reward model, needed an adapter that generates";
-            return Err(TrainError::Settings(format!("--frozen-adapter {text}: {fault}")));
+            return Err(TrainError::Settings(format!(
+                "--frozen-adapter {}: {fault}",
+                at.path.display()
+            )));
         }
-        Ok(ActiveAdapter { adapter: Arc::new(adapter), weight, trainable: false })
+        Ok(ActiveAdapter { adapter: Arc::new(adapter), weight: at.weight, trainable: false })
     };
     settings.frozen_adapter.iter().map(read).collect()
-}
-
-/// What `PATH` or `PATH=WEIGHT` says.
-pub fn path_and_weight(text: &str) -> Result<(PathBuf, f64), String> {
-    match text.rsplit_once('=').filter(|_| !Path::new(text).exists()) {
-        Some((path, weight)) => match weight.parse::<f64>() {
-            Ok(weight) if weight.is_finite() => Ok((path.into(), weight)),
-            _ => Err(format!("weight {weight:?} is no number, needed PATH=WEIGHT")),
-        },
-        None => Ok((text.into(), 1.0)),
-    }
 }
 
 /// The adapter of a folder, which must have a score head for this base.

@@ -31,7 +31,7 @@ use std::path::PathBuf;
 
 pub use dry_run::{Forecast, dry_run};
 pub use fine_tune::{Summary, train};
-pub use lora::{path_and_weight, read_scoring};
+pub use lora::read_scoring;
 pub use memory::{Memory, of_process};
 pub use pretrain::{PretrainSummary, pretrain};
 pub use run::Outcome;

@@ -15,13 +15,13 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::TrainError;
-use super::fingerprints::{base_fingerprint, same_fingerprints};
+use super::fingerprints::{fingerprints_of, same_fingerprints};
 use super::log::Numbers;
-use super::memory::{default_budget, parse_bytes};
+use super::memory::default_budget;
 use super::progress::Work;
 use super::run::{Course, LoopSettings, Outcome, take_steps};
 use super::run_dir::{Fingerprint, RunDir, read_optimizer, read_state};
-use super::settings::{EvalStrategy, FloatType, PretrainSettings};
+use super::settings::{EvalStrategy, FloatType, PretrainSettings, SettingsPart};
 use super::state::State;
 use crate::data::corpus::{Corpus, CorpusError, SourceReport, SourceSpec};
 use crate::data::{Batch, DataError};
@@ -178,9 +178,9 @@ pub fn pretrain(
     }
     let device = settings.device.open().map_err(|e| TrainError::Settings(e.to_string()))?;
     let mut settings = settings.absolute()?;
-    let specs = settings.sources()?;
+    let specs = &settings.source;
     // Before the model takes its part of what is free.
-    let budget = parse_bytes(&settings.memory_budget).unwrap_or_else(default_budget);
+    let budget = settings.memory_budget.map_or_else(default_budget, |budget| budget.0);
     let export_type = settings.export_type.parse::<FileType>().map_err(TrainError::Settings)?;
     // Told before anything is read: what is in the way of the run.
     let begun = resume.then(|| RunDir::pretrain_settings(&settings.out)).transpose()?;
@@ -241,15 +241,13 @@ pub fn pretrain(
     if let Some(fault) = misfit(&settings, &model, &tokenizer) {
         return Err(TrainError::Settings(fault));
     }
-    let corpus = match open_corpus(&settings, &specs, &tokenizer, monitor) {
+    let corpus = match open_corpus(&settings, &settings.source, &tokenizer, monitor) {
         Err(CorpusError::Data(DataError::Stopped)) => return Ok(Outcome::NotBegun),
         corpus => corpus?,
     };
     let mut fingerprints: Vec<Fingerprint> =
         vec![("the tokenized sources".into(), corpus.fingerprint().into())];
-    if base.is_some() {
-        fingerprints.push(("the base".into(), base_fingerprint(&settings.base)?));
-    }
+    fingerprints.extend(fingerprints_of(settings.fingerprinted()?)?);
     let run = match resumed {
         Some(run) => {
             same_fingerprints(&settings.out, &run.fingerprints()?, &fingerprints)?;
@@ -261,7 +259,7 @@ pub fn pretrain(
     let state = saved.as_deref().map(read_state).transpose()?;
     let mut state = state.unwrap_or_default();
     let lengths: Vec<usize> = model.parameters.iter().map(|var| var.elem_count()).collect();
-    let optimizer = AdamW::new(settings.adamw(), &lengths);
+    let optimizer = AdamW::new(settings.optimizer.adamw(), &lengths);
     let mut optimizer = optimizer.with_decays(model.decays(true));
     if let Some(folder) = &saved {
         let parameters = named(&model);
@@ -376,7 +374,7 @@ impl Pretraining {
         if !loss.is_finite() || !grad_norm.is_finite() {
             return Err(diverged);
         }
-        let most = settings.max_grad_norm;
+        let most = settings.optimizer.max_grad_norm;
         let factor = if most > 0.0 { clip_factor(grad_norm, most) } else { 1.0 };
         if !learning.step(model, factor, learning_rate)? {
             return Err(diverged);

@@ -5,7 +5,6 @@ use std::collections::BinaryHeap;
 use std::path::Path;
 
 use super::TrainError;
-use super::memory::parse_bytes;
 use super::settings::CommonSettings;
 use crate::data::doctor::{Check, Diagnosis};
 use crate::data::{
@@ -143,7 +142,7 @@ impl RowLoader<'_> {
 pub fn row_cache(common: &CommonSettings) -> Cache {
     let given = !common.cache.as_os_str().is_empty();
     let folder = if given { common.cache.clone() } else { common.out.join("rows") };
-    Cache { folder, from_bytes: parse_bytes(&common.cache_from).unwrap_or(u64::MAX) }
+    Cache { folder, from_bytes: common.cache_from.0 }
 }
 
 /// The tokens of the longest rows, `count` of them together.
