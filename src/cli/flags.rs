@@ -11,17 +11,18 @@ use crate::data::{AlpacaPrompt, DataFile};
 use crate::objectives::advantage::{KlEstimator, ScaleRewards};
 use crate::objectives::policy::LossForm;
 use crate::objectives::preference::PreferenceLossType;
-use crate::ops::{Compute, DeviceName};
+use crate::ops::{BackendKind, DeviceName};
 use crate::optim::ScheduleKind;
 use crate::train::EvalStrategy;
 use crate::train::settings::{
-    AdapterPath, AdvantageEstimator, ByteSize, FloatType, Preset, RewardRule, ValueModel,
-    common_settings, dpo_settings, grpo_settings, optimizer_settings, ppo_settings,
+    AdapterPath, AdvantageEstimator, ByteSize, ComputeSetting, FloatType, Preset, RewardRule,
+    ValueModel, common_settings, dpo_settings, grpo_settings, optimizer_settings, ppo_settings,
     pretrain_settings, reward_settings, rollout_settings, sft_settings,
 };
 
 /// What a flag holds of a value that is written as text; the settings parse it.
-trait AsText {
+pub trait AsText {
+    /// Its text.
     type Text;
 }
 
@@ -29,8 +30,10 @@ impl<T> AsText for T {
     type Text = String;
 }
 
-type Text<T> = <T as AsText>::Text;
-type OptionalText<T> = <T as AsText>::Text;
+/// A value as text.
+pub type Text<T> = <T as AsText>::Text;
+/// A value as text that may be missing.
+pub type OptionalText<T> = <T as AsText>::Text;
 
 /// Makes the flags of a list of settings.
 macro_rules! settings_flags {

@@ -12,7 +12,7 @@ use std::sync::{Arc, Weak};
 
 use candle_core::Result;
 use half::f16;
-use quantune_adapters::decode::DecodeForm;
+use quantune_adapters::decode::DecodeWeights;
 use quantune_adapters::delta::Adapter;
 
 use super::adapters::{ActiveAdapter, AdapterGroup};
@@ -41,7 +41,7 @@ pub(super) struct Buffers {
 struct Known<T>(HashMap<String, Vec<Found<T>>>);
 
 /// An adapter's update. Its place in memory is kept, so that no other adapter is taken for it.
-type Found<T> = (Weak<Adapter>, Weak<DecodeForm<T>>);
+type Found<T> = (Weak<Adapter>, Weak<DecodeWeights<T>>);
 
 impl<T> Default for Known<T> {
     fn default() -> Self {
@@ -56,7 +56,7 @@ impl<T: Number> Known<T> {
         &mut self,
         linear: &Linear,
         active: &[ActiveAdapter],
-        mut take: impl FnMut(&ActiveAdapter, Arc<DecodeForm<T>>),
+        mut take: impl FnMut(&ActiveAdapter, Arc<DecodeWeights<T>>),
     ) -> Result<()> {
         if !self.0.contains_key(&linear.name) {
             self.0.insert(linear.name.clone(), Vec::new());
@@ -71,7 +71,7 @@ impl<T: Number> Known<T> {
                 continue;
             }
             let Some(lora) = active.adapter.modules.get(&linear.name) else { continue };
-            let form = lora.decode_form::<T>(&*linear.weight)?;
+            let form = lora.decode_weights::<T>(&*linear.weight)?;
             known.retain(|(of, form)| !is_its(of) && form.strong_count() > 0);
             known.push((Arc::downgrade(&active.adapter), Arc::downgrade(&form)));
             take(active, form);
@@ -82,7 +82,7 @@ impl<T: Number> Known<T> {
 
 /// An adapter's update of one linear layer for the tokens that wear it.
 struct Update<T> {
-    form: Arc<DecodeForm<T>>,
+    form: Arc<DecodeWeights<T>>,
     weight: f32,
     /// Where its `A x` lie.
     lows: Range<usize>,

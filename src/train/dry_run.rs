@@ -25,7 +25,7 @@ use super::run_dir::RunDir;
 use super::settings::{RunSettings, Task};
 use super::state::State;
 use crate::monitor::Monitor;
-use crate::weights::{Lock, NotLocked};
+use crate::weights::{Lock, LockError};
 
 /// What a run would be.
 #[derive(Debug, Clone, Serialize)]
@@ -175,10 +175,10 @@ impl Scratch {
             let refused = match fs::create_dir(&folder) {
                 Ok(()) => match Lock::take(&folder.join(IN_USE)) {
                     Ok(lock) => return Ok(Self { folder, lock: Some(lock) }),
-                    Err(NotLocked::NoLocks(_)) => return Ok(Self { folder, lock: None }),
+                    Err(LockError::NoLocks(_)) => return Ok(Self { folder, lock: None }),
                     // Another dry run is about to remove it, or has.
-                    Err(NotLocked::Held(_)) => continue,
-                    Err(NotLocked::Io(e)) => e,
+                    Err(LockError::Held(_)) => continue,
+                    Err(LockError::Io(e)) => e,
                 },
                 Err(e) => e,
             };

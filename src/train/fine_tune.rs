@@ -29,7 +29,7 @@ use crate::data::DataError;
 use crate::model::layer::Sizes;
 use crate::model::{ActiveAdapter, Decoder};
 use crate::monitor::Monitor;
-use crate::ops::{Compute, DeviceName};
+use crate::ops::{BackendKind, DeviceName};
 use crate::quant::BlockType;
 use crate::text::{Tokenizer, convert, first_second, today};
 use crate::weights::{Checkpoint, write_atomically};
@@ -226,7 +226,7 @@ pub(super) fn load(
         [] => Vec::new(),
         _ => convert::beside(&checkpoint, &tokenizer)?,
     };
-    let decoder = Decoder::load_as(&checkpoint, common.compute, load_type)?;
+    let decoder = Decoder::load_as(&checkpoint, common.compute(), load_type)?;
     let mut decoder = decoder.with_vocabulary(tokenizer.rows_needed())?;
     if common.device != DeviceName::Cpu {
         decoder = decoder.on(&device)?;
@@ -548,7 +548,7 @@ pub(super) fn check_memory(
     kept_layers: usize,
     monitor: Monitor<'_>,
 ) -> Result<(), TrainError> {
-    if demand.decoder.compute == Compute::Portable {
+    if demand.decoder.compute.backend == BackendKind::Reference {
         return Ok(()); // nobody knows what candle will take
     }
     let megabytes = |bytes: u64| format!("{:.0} MB", (bytes as f64 / 1e6).ceil());
@@ -590,6 +590,6 @@ pub(super) fn check_memory(
 /// form, whose memory is candle's.
 pub(super) fn predicted(demand: &Demand, kept_layers: usize) -> Option<usize> {
     let so_far = of_process("VmHWM:")?;
-    let fast = demand.decoder.compute != Compute::Portable;
+    let fast = demand.decoder.compute.backend != BackendKind::Reference;
     fast.then(|| Memory::of(demand, kept_layers).sum().max(so_far))
 }

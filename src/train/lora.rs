@@ -6,7 +6,7 @@ use std::sync::Arc;
 use quantune_adapters::base::BaseRows;
 use quantune_adapters::config::{EMBEDDING, HEAD, InitLoraWeights, LoraConfig, Modules};
 use quantune_adapters::delta::Adapter;
-use quantune_adapters::initialize::{self, Bases};
+use quantune_adapters::initialize::{self, BaseWeights};
 use quantune_adapters::targets::resolve;
 
 use super::TrainError;
@@ -49,7 +49,8 @@ pub fn begin_adapter(
     };
     let base = |module: &str| weights(decoder, module);
     let of_original = |module: &str| original.as_ref().and_then(|of| weights(of, module));
-    let bases = Bases { base: &base, original: original.is_some().then_some(&of_original as _) };
+    let bases =
+        BaseWeights { base: &base, original: original.is_some().then_some(&of_original as _) };
     let (linears, seed) = (decoder.linears(), settings.seed);
     let (adapter, unmatched) =
         initialize::begin("default", config, &linears, Some(HEAD), bases, seed)?;

@@ -27,13 +27,14 @@ use crate::data::corpus::{Corpus, CorpusError, SourceReport, SourceSpec};
 use crate::data::{Batch, DataError};
 use crate::eval::{Bigram, TextLoss, text_loss};
 use crate::export::{
-    Bounds, ExportError, FileType, Recipe, Source, expressible, verify, write_folder, write_gguf,
+    ExportError, ExportSource, FileType, Recipe, VerifyBounds, expressible, verify, write_folder,
+    write_gguf,
 };
 use crate::generate::{Request, Sampling, Settings as Decoding, generate};
 use crate::model::full::{FullBuffers, FullModel, working_bytes};
 use crate::model::{Adapters, CacheType};
 use crate::monitor::Monitor;
-use crate::ops::{Compute, DeviceName, Values, linear_cross_entropy};
+use crate::ops::{BackendKind, DeviceName, Values, linear_cross_entropy};
 use crate::optim::{AdamW, Gradients, TensorAdamW, clip_factor, global_norm, tensor_norm};
 use crate::quant::BlockType;
 use crate::text::{Special, TextError, Tokenizer, convert, first_second, today};
@@ -98,12 +99,12 @@ pub(super) enum Learning {
 
 impl Learning {
     fn new(model: &FullModel, optimizer: AdamW) -> candle_core::Result<Self> {
-        Ok(match model.compute {
-            Compute::Portable => Self::Portable {
+        Ok(match model.compute.backend {
+            BackendKind::Reference => Self::Portable {
                 gradients: Vec::new(),
                 optimizer: TensorAdamW::of(optimizer, &model.parameters)?,
             },
-            Compute::F32 | Compute::Int16 | Compute::Int8 => {
+            BackendKind::Cpu => {
                 let (gradients, buffers) = (model.zero_gradients(), Box::default());
                 Self::Fast { gradients, buffers, optimizer }
             }
@@ -178,7 +179,6 @@ pub fn pretrain(
     }
     let device = settings.device.open().map_err(|e| TrainError::Settings(e.to_string()))?;
     let mut settings = settings.absolute()?;
-    let specs = &settings.source;
     // Before the model takes its part of what is free.
     let budget = settings.memory_budget.map_or_else(default_budget, |budget| budget.0);
     let export_type = settings.export_type.parse::<FileType>().map_err(TrainError::Settings)?;
@@ -218,7 +218,7 @@ pub fn pretrain(
         Some(run) => run.last_checkpoint()?,
         None => None,
     };
-    let compute = settings.compute;
+    let compute = settings.compute();
     let model = match (&saved, &base) {
         (Some(folder), _) => FullModel::load(&Checkpoint::open(folder.join(MODEL))?, compute)?,
         (None, Some(checkpoint)) => FullModel::load(checkpoint, compute)?,
@@ -416,7 +416,7 @@ impl Pretraining {
         };
         let requests: Vec<Request> =
             prompts.iter().zip(0..).map(|(prompt, key)| Request::new(prompt, key)).collect();
-        let decoder = self.model.decoder(settings.compute)?;
+        let decoder = self.model.decoder(settings.compute())?;
         let decoding = Decoding {
             sampling: Sampling {
                 temperature: settings.sample_temperature,
@@ -445,7 +445,7 @@ impl Pretraining {
 
     /// Bits per byte of the held-out rows, of all and of each source; nothing if a stop cut it short.
     pub fn evaluate(&mut self, monitor: Monitor<'_>) -> Result<Option<Numbers>, TrainError> {
-        let decoder = self.model.decoder(self.settings.compute)?;
+        let decoder = self.model.decoder(self.settings.compute())?;
         let mut all = TextLoss::default();
         let mut of_sources = Vec::new();
         for (index, source) in self.corpus.sources().enumerate() {
@@ -489,7 +489,7 @@ impl Pretraining {
     /// What `with` makes of the model as it is now, on its way into files.
     fn written<T>(
         &self,
-        with: impl FnOnce(&Source) -> Result<T, ExportError>,
+        with: impl FnOnce(&ExportSource) -> Result<T, ExportError>,
     ) -> Result<T, TrainError> {
         let model = &self.model;
         let parameters = model.on_cpu()?;
@@ -497,7 +497,8 @@ impl Pretraining {
         let values: Vec<Values> = values.collect::<candle_core::Result<_>>()?;
         let named = model.names.iter().zip(&model.parameters).zip(&values);
         let named = named.map(|((name, var), values)| (name.as_str(), var.dims(), &values[..]));
-        let source = Source::from_memory(model.config.clone(), named, &self.tokenizer_folder)?;
+        let source =
+            ExportSource::from_memory(model.config.clone(), named, &self.tokenizer_folder)?;
         Ok(with(&source)?)
     }
 
@@ -526,9 +527,9 @@ fn read_back(
 ) -> Result<(), TrainError> {
     // Both were rounded, each for itself: the coarser one counts.
     let bounds = match (of, settings.dtype) {
-        (FileType::F32 | FileType::F16, FloatType::Bf16) => Bounds::BF16,
-        (FileType::F32, FloatType::F16) => Bounds::F16,
-        (of, _) => Bounds::of(of),
+        (FileType::F32 | FileType::F16, FloatType::Bf16) => VerifyBounds::BF16,
+        (FileType::F32, FloatType::F16) => VerifyBounds::F16,
+        (of, _) => VerifyBounds::of(of),
     };
     let verified = verify(&Checkpoint::open(folder)?, &[], &settings.export, bounds)?;
     if let Some(warning) = verified.warning(&settings.export) {
@@ -626,7 +627,7 @@ fn sample_prompts(
 /// How many layers keep their tapes within the memory budget; all do in the portable form.
 fn kept_layers(settings: &PretrainSettings, model: &FullModel, budget: u64) -> usize {
     let layers = model.config.num_hidden_layers;
-    if model.compute == Compute::Portable {
+    if model.compute.backend == BackendKind::Reference {
         return layers;
     }
     if let Some(all) = settings.gradient_checkpointing {
@@ -635,7 +636,7 @@ fn kept_layers(settings: &PretrainSettings, model: &FullModel, budget: u64) -> u
     let tokens = settings.per_device_train_batch_size * settings.max_length;
     // Weights, gradients and both moments; and the copy that an evaluation or a sample reads.
     let state = 5 * size_of::<f32>() * model.parameter_count();
-    let (vocabulary, compute) = (model.config.vocab_size, settings.compute);
+    let (vocabulary, compute) = (model.config.vocab_size, settings.compute());
     let state = state + linear_cross_entropy::working_bytes(tokens, vocabulary, compute);
     let fits = |kept: &usize| {
         let needed = state + working_bytes(&model.config, tokens, *kept);

@@ -2,7 +2,7 @@
 
 mod adapter_kinds;
 mod adapters;
-mod added;
+mod added_tokens;
 mod allocations;
 mod binary;
 mod chat;
