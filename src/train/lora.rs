@@ -84,6 +84,21 @@ fn train_rows(config: &mut LoraConfig, decoder: &Decoder, added: &[u32]) -> Resu
     Ok(())
 }
 
+/// The adapter of a checkpoint of a run with these settings. Nothing of it is computed anew: ranks
+/// that the initialization froze are read as they were, and stay frozen.
+pub fn resume_adapter(
+    folder: &Path,
+    settings: &CommonSettings,
+    decoder: &Decoder,
+    monitor: Monitor<'_>,
+) -> Result<Adapter, TrainError> {
+    let mut adapter = read_adapter(folder, decoder, monitor)?;
+    if settings.adapter.as_os_str().is_empty() {
+        adapter.freeze_ranks(&init_lora_weights(settings)?);
+    }
+    Ok(adapter)
+}
+
 /// An adapter for this base, from a PEFT folder or a GGUF LoRA.
 pub fn read_adapter(
     path: &Path,
@@ -107,10 +122,7 @@ pub fn read_frozen(
         let adapter = read_adapter(&at.path, decoder, monitor)?;
         if adapter.score.is_some() {
             let fault = "a reward model, needed an adapter that generates";
-            return Err(TrainError::Settings(format!(
-                "--frozen-adapter {}: {fault}",
-                at.path.display()
-            )));
+            return Err(TrainError::Settings(format!("--frozen-adapter {at}: {fault}")));
         }
         Ok(ActiveAdapter { adapter: Arc::new(adapter), weight: at.weight, trainable: false })
     };
@@ -138,6 +150,14 @@ pub fn read_scoring(
     }
 }
 
+fn init_lora_weights(settings: &CommonSettings) -> Result<InitLoraWeights, TrainError> {
+    let name = &settings.init_lora_weights;
+    InitLoraWeights::from_name(name).ok_or_else(|| {
+        let needed = "true, false, gaussian, pissa, pissa_niter_N, olora or loftq";
+        TrainError::Settings(format!("init_lora_weights is {name:?}, needed {needed}"))
+    })
+}
+
 fn lora_config(settings: &CommonSettings) -> Result<LoraConfig, TrainError> {
     // One value that is no plain module name is an expression, as PEFT's strings are.
     let modules = |list: &[String]| match &split(list)[..] {
@@ -161,12 +181,7 @@ fn lora_config(settings: &CommonSettings) -> Result<LoraConfig, TrainError> {
         let fault = format!("rank_pattern {pattern:?} is {r}, needed a whole number above 0");
         return Err(TrainError::Settings(fault));
     }
-    let asked = &settings.init_lora_weights;
-    let Some(init_lora_weights) = InitLoraWeights::from_name(asked) else {
-        let needed = "true, false, gaussian, pissa, pissa_niter_N, olora or loftq";
-        let fault = format!("init_lora_weights is {asked:?}, needed {needed}");
-        return Err(TrainError::Settings(fault));
-    };
+    let init_lora_weights = init_lora_weights(settings)?;
     let is_loftq = init_lora_weights == InitLoraWeights::Loftq;
     if is_loftq == settings.loftq_base.as_os_str().is_empty() {
         let fault = match is_loftq {

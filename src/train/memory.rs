@@ -1,5 +1,4 @@
-//! What memory a run takes, how many layers keep their tapes within a budget of it, and how a budget
-//! is written.
+//! What memory a run takes, and how many layers keep their tapes within a budget of it.
 //!
 //! Keeping or recomputing a tape gives the same bits; the budget buys time, nothing else.
 
@@ -168,7 +167,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_default_budget_is_more_than_nothing() {
+    fn the_default_budget_is_above_a_megabyte() {
         assert!(default_budget() > 1 << 20);
     }
 }

@@ -7,13 +7,16 @@
 //! the optimizer's moments, and a run killed at any moment goes on to the same bytes. Does not know
 //! the command line.
 
+mod best;
 mod dry_run;
 mod fine_tune;
 mod fingerprints;
+mod inputs;
 pub mod learner;
 mod log;
 mod lora;
 mod memory;
+mod metrics;
 mod policy;
 mod pretrain;
 mod progress;

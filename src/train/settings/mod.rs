@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::TrainError;
-use super::log::EVAL;
-use super::run::BestSettings;
+use super::best::BestSettings;
+use super::metrics::EVAL;
 use crate::data::doctor::Check;
 use crate::data::{AlpacaPrompt, DataFile};
 use crate::objectives::advantage::{KlEstimator, ScaleRewards};
