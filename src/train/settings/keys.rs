@@ -10,8 +10,8 @@ use serde::{Deserialize, Serialize};
 
 use super::super::TrainError;
 use super::EvalStrategy;
+use crate::data::checks::Check;
 use crate::data::corpus::SourceSpec;
-use crate::data::doctor::Check;
 use crate::data::{AlpacaPrompt, DataFile};
 use crate::rollout::{Rule, RuleError};
 

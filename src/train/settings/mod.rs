@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::TrainError;
 use super::best::BestSettings;
 use super::metrics::EVAL;
-use crate::data::doctor::Check;
+use crate::data::checks::Check;
 use crate::data::{AlpacaPrompt, DataFile};
 use crate::objectives::advantage::{KlEstimator, ScaleRewards};
 use crate::objectives::policy::LossForm;
