@@ -1486,7 +1486,7 @@ mod tests {
     fn all_faults_are_told_at_once() {
         let mut settings = RunSettings::new(Command::Ppo);
         settings.common.save_steps = 0;
-        settings.common.adam_beta1 = 1.0;
+        settings.common.optimizer.adam_beta1 = 1.0;
         let Task::Ppo(own) = &mut settings.task else { panic!() };
         (own.rollouts.num_mini_batches, own.gamma) = (5, 2.0);
         let fault = settings.fault().unwrap();
