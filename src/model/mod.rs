@@ -4,6 +4,7 @@
 //! generates. Activations are flat: the rows of a batch lie end to end and nothing is padded.
 
 pub mod adapters;
+pub mod backend;
 pub mod cache;
 pub mod config;
 mod decode_linear;
@@ -19,6 +20,7 @@ pub mod reading;
 pub mod scoring;
 
 pub use adapters::{ActiveAdapter, Adapters};
+pub use backend::{Backend, Cpu, Reference};
 pub use cache::{CacheType, KvCache};
 pub use config::{Config, FAMILIES, RopeScaling};
 pub use decoder::Decoder;

@@ -56,11 +56,6 @@ impl TensorRow {
         Ok(())
     }
 
-    /// Forgets all but the first tokens.
-    pub fn truncate(&mut self, tokens: usize) {
-        self.len = self.len.min(tokens);
-    }
-
     /// Keys and values of the tokens from `first` on, `(kv_heads, tokens, head_dim)` F32 each.
     pub fn read(&self, first: usize) -> Result<(Tensor, Tensor)> {
         let Some(kept) = &self.kept else { candle_core::bail!("a row of no tokens") };

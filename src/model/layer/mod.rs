@@ -20,7 +20,7 @@ use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
 use super::adapters::AdapterGroup;
-use super::cache::KvCache;
+use super::cache::PanelCache;
 use super::config::Config;
 use super::layers::{Layer, Linear};
 use super::pass::Pass;
@@ -28,7 +28,7 @@ use crate::isa::Isa;
 use crate::ops::attention::{self, Attended, Heads, Qkv, QkvGrad};
 use crate::ops::gemm::PanelType;
 use crate::ops::rope::Direction;
-use crate::ops::{BackendKind, Compute, Values, par_for_each, rms_norm, swiglu};
+use crate::ops::{Precision, Values, par_for_each, rms_norm, swiglu};
 pub(super) use project::Onto;
 use tape::Lows;
 pub use tape::{Sizes, Tape, Workspace};
@@ -80,20 +80,17 @@ pub struct LayerPass<'a> {
 }
 
 impl<'a> LayerPass<'a> {
-    /// Prepares a layer for the pass, or `None` if `compute` is the portable form.
+    /// Prepares a layer for the pass.
     pub(super) fn new(
         config: &'a Config,
         layer: &'a Layer,
         pass: &'a Pass<'a>,
-        compute: Compute,
-    ) -> Option<Self> {
-        if compute.backend == BackendKind::Reference {
-            return None;
-        }
-        let (forward, backward) = compute.precision.panels();
+        precision: Precision,
+    ) -> Self {
+        let (forward, backward) = precision.panels();
         let tokens = pass.segments.last().map_or(0, |segment| segment.tokens.end);
         let isa = Isa::current();
-        Some(Self { config, layer, pass, isa, forward, backward, tokens, adapter_groups: None })
+        Self { config, layer, pass, isa, forward, backward, tokens, adapter_groups: None }
     }
 
     /// The layer of a decoding step: a token or so a row, not learned from. `adapter_groups` are the pass's.
@@ -109,7 +106,7 @@ impl<'a> LayerPass<'a> {
         tape: &mut Tape,
         taped: bool,
         work: &mut Workspace,
-        cache: Option<(&mut KvCache, usize)>,
+        cache: Option<(&mut PanelCache, usize)>,
     ) -> Result<()> {
         self.attend(x, tape, work, cache)?;
         self.feed_forward(x, tape, taped, work)
@@ -123,7 +120,7 @@ impl<'a> LayerPass<'a> {
         x: &mut Vec<f32>,
         tape: &mut Tape,
         work: &mut Workspace,
-        cache: Option<(&mut KvCache, usize)>,
+        cache: Option<(&mut PanelCache, usize)>,
     ) -> Result<()> {
         self.attend(x, tape, work, cache)?;
         for buffer in [&mut *x, &mut work.attended] {
@@ -146,7 +143,7 @@ impl<'a> LayerPass<'a> {
         x: &[f32],
         tape: &mut Tape,
         work: &mut Workspace,
-        cache: Option<(&mut KvCache, usize)>,
+        cache: Option<(&mut PanelCache, usize)>,
     ) -> Result<()> {
         let (c, layer, n, isa) = (self.config, self.layer, self.tokens, self.isa);
         let heads = self.config.heads();
@@ -186,7 +183,7 @@ impl<'a> LayerPass<'a> {
         let scores = layer.scores;
         match cache {
             Some((cache, index)) => {
-                cache.attend_slices(isa, index, qkv, heads, segments, scores, &mut out);
+                cache.attend(isa, index, qkv, heads, segments, scores, &mut out);
             }
             None => attention::forward(isa, qkv, heads, segments, scores, &mut out, lse),
         }
