@@ -9,10 +9,9 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::TrainError;
-use super::log::EVAL;
-use super::lora::path_and_weight;
-use super::memory::parse_bytes;
-use super::run::BestSettings;
+use super::best::BestSettings;
+use super::metrics::EVAL;
+use super::spec::{parse_bytes, path_and_weight};
 use crate::data::doctor::Check;
 use crate::data::{AlpacaPrompt, DataFile};
 use crate::objectives::advantage::{KlEstimator, ScaleRewards};
