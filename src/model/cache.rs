@@ -318,7 +318,6 @@ impl KvCache {
         };
         rows.into_iter().map(|rows| Self { rows, longrope_threshold }).collect()
     }
-
 }
 
 impl CacheRows {

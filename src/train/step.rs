@@ -5,6 +5,7 @@
 //! recomputes its tape in the backward pass, so that memory is the inputs of all layers and the tape
 //! of one. Nothing below the lowest trainable adapter gets a gradient.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt::Debug;
 use std::ops::Range;
@@ -141,7 +142,7 @@ pub fn accumulate<B: Backend>(
     };
     let mut places = HashMap::new();
     for active in active.iter().filter(|active| active.trainable) {
-        places.extend(active.adapter.places());
+        places.extend(active.adapter.parameter_indices());
     }
     let parameters = settings.parameters;
     let gradients = &mut ParameterGradients::<B> { parameters, places: &places, gradients };
@@ -240,8 +241,8 @@ pub trait TrainState: Debug + Send {
     /// Optimizer steps taken.
     fn optimizer_steps(&self) -> u64;
 
-    /// A copy of the optimizer's state on the host.
-    fn optimizer(&self) -> Result<AdamW>;
+    /// The optimizer's state on the host, copied where it is elsewhere.
+    fn optimizer(&self) -> Result<Cow<'_, AdamW>>;
 
     /// Replaces the optimizer's state.
     fn set_optimizer(&mut self, state: AdamW, parameters: &[Var]) -> Result<()>;
@@ -313,7 +314,7 @@ impl<B: Backend> TrainState for StateOf<B> {
         B::optimizer_steps(&self.optimizer)
     }
 
-    fn optimizer(&self) -> Result<AdamW> {
+    fn optimizer(&self) -> Result<Cow<'_, AdamW>> {
         B::optimizer_state(&self.optimizer)
     }
 

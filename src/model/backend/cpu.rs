@@ -1,5 +1,7 @@
 //! The CPU backend: hand-written kernels over plain buffers, forward and backward.
 
+use std::borrow::Cow;
+
 use candle_core::{Result, Tensor, Var};
 
 use super::{Backend, Inference, Keep, ParameterGradients};
@@ -244,8 +246,8 @@ impl Backend for Cpu {
         Ok(state)
     }
 
-    fn optimizer_state(optimizer: &AdamW) -> Result<AdamW> {
-        Ok(optimizer.clone())
+    fn optimizer_state(optimizer: &AdamW) -> Result<Cow<'_, AdamW>> {
+        Ok(Cow::Borrowed(optimizer))
     }
 
     fn optimizer_steps(optimizer: &AdamW) -> u64 {

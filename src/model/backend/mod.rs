@@ -13,6 +13,7 @@ mod cpu;
 mod inference;
 mod reference;
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt::Debug;
 
@@ -67,9 +68,9 @@ pub struct ParameterGradients<'a, B: Backend> {
     ///
     /// [`Adapter::parameters`]: quantune_adapters::delta::Adapter::parameters
     pub parameters: &'a [Var],
-    /// The index of each module's first parameter, as [`Adapter::places`] has it.
+    /// The index of each module's first parameter, as [`Adapter::parameter_indices`] has it.
     ///
-    /// [`Adapter::places`]: quantune_adapters::delta::Adapter::places
+    /// [`Adapter::parameter_indices`]: quantune_adapters::delta::Adapter::parameter_indices
     pub places: &'a HashMap<String, usize>,
     /// The gradients, one per parameter.
     pub gradients: &'a mut [B::Gradient],
@@ -249,8 +250,8 @@ pub trait Backend: Debug + Sized + 'static {
     /// The optimizer in a saved or fresh state, where the backend computes with `parameters`.
     fn optimizer(state: AdamW, parameters: &[Var]) -> Result<Self::Optimizer>;
 
-    /// A copy of the optimizer's state on the host.
-    fn optimizer_state(optimizer: &Self::Optimizer) -> Result<AdamW>;
+    /// The optimizer's state on the host, copied where it is elsewhere.
+    fn optimizer_state(optimizer: &Self::Optimizer) -> Result<Cow<'_, AdamW>>;
 
     /// Steps taken by the optimizer.
     fn optimizer_steps(optimizer: &Self::Optimizer) -> u64;

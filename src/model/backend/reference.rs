@@ -1,6 +1,8 @@
 //! The reference backend: plain differentiable candle ops in F32 on any candle device. It defines the
 //! answer.
 
+use std::borrow::Cow;
+
 use candle_core::backprop::GradStore;
 use candle_core::{Device, Result, Tensor, Var};
 
@@ -297,8 +299,8 @@ impl Backend for Reference {
         TensorAdamW::of(state, parameters)
     }
 
-    fn optimizer_state(optimizer: &TensorAdamW) -> Result<AdamW> {
-        optimizer.on_cpu()
+    fn optimizer_state(optimizer: &TensorAdamW) -> Result<Cow<'_, AdamW>> {
+        Ok(Cow::Owned(optimizer.on_cpu()?))
     }
 
     fn optimizer_steps(optimizer: &TensorAdamW) -> u64 {
