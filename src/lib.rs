@@ -21,6 +21,7 @@
 //! - [`isa`]: which instructions the CPU has. Does not know what is computed.
 //! - [`monitor`]: what long work reports to its caller, and the flag that stops it. Does not know who
 //!   listens.
+//! - [`string_enum`]: enums whose values have names. Does not know what the values mean.
 //! - [`quant`]: GGML block types over a range of bytes. Does not know where the bytes come from.
 //! - [`ops`]: differentiable operations, a file each. Do not know that there is a model.
 //! - [`weights`]: GGUF and safetensors files to named tensors. Does not know what a name means.
@@ -51,6 +52,7 @@ pub mod ops;
 pub mod optim;
 pub mod quant;
 pub mod rollout;
+pub mod string_enum;
 pub mod text;
 pub mod train;
 pub mod weights;

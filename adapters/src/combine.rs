@@ -30,7 +30,7 @@ use crate::rng::Stream;
 
 /// PEFT's `combination_type`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Method {
+pub enum CombinationType {
     /// Sums of the A's and of the B's.
     Linear,
     /// The ranks of all, one after the other.
@@ -55,7 +55,7 @@ pub enum Method {
     MagnitudePruneSvd,
 }
 
-impl Method {
+impl CombinationType {
     /// All, under PEFT's names.
     pub const ALL: [(&'static str, Self); 11] = [
         ("linear", Self::Linear),
@@ -106,7 +106,7 @@ impl Method {
     }
 }
 
-impl FromStr for Method {
+impl FromStr for CombinationType {
     type Err = CombineError;
 
     fn from_str(name: &str) -> Result<Self, CombineError> {
@@ -152,7 +152,7 @@ impl FromStr for MajoritySign {
 #[derive(Clone, Copy)]
 pub struct Combination<'a> {
     /// The method.
-    pub method: Method,
+    pub method: CombinationType,
     /// The share of numbers that pruning leaves; needed by TIES, DARE and magnitude pruning.
     pub density: Option<f64>,
     /// How TIES elects signs, by default [`MajoritySign::Total`].
@@ -160,27 +160,27 @@ pub struct Combination<'a> {
     /// Rank of the result of the svd kinds, by default the largest of the adapters.
     pub svd_rank: Option<usize>,
     /// DARE's masks.
-    pub masks: Masks<'a>,
+    pub masks: DareMasks<'a>,
 }
 
 /// Which numbers DARE keeps.
 #[derive(Clone, Copy)]
-pub enum Masks<'a> {
+pub enum DareMasks<'a> {
     /// Drawn by this seed, keyed by module, adapter and matrix.
     Seed(u64),
-    /// Made by the caller: as many as [`Draw::count`].
-    Given(&'a dyn Fn(&Draw<'_>) -> Vec<bool>),
+    /// Made by the caller: as many as [`MaskRequest::count`].
+    Given(&'a dyn Fn(&MaskRequest<'_>) -> Vec<bool>),
 }
 
 /// One matrix that DARE draws a mask for.
 #[derive(Debug, Clone, Copy)]
-pub struct Draw<'a> {
+pub struct MaskRequest<'a> {
     /// The module's path.
     pub module: &'a str,
     /// Which adapter, by its place in the call.
     pub adapter: usize,
     /// Which matrix of it.
-    pub matrix: Matrix,
+    pub matrix: UpdateMatrix,
     /// Its numbers, row by row.
     pub count: usize,
     /// The share to keep.
@@ -189,7 +189,7 @@ pub struct Draw<'a> {
 
 /// A matrix of an update.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Matrix {
+pub enum UpdateMatrix {
     /// `A (r, in)`.
     A,
     /// `B (out, r)`.
@@ -244,7 +244,7 @@ pub enum CombineError {
     #[error(
         "{0}: the decomposition of the sum does not converge; the adapters hold values that are not finite"
     )]
-    Stuck(String),
+    NotConverged(String),
     /// candle could not make or read a tensor.
     #[error("adapter tensors: {0}")]
     Tensor(#[from] candle_core::Error),
@@ -264,24 +264,30 @@ pub fn combine(
     for module in modules {
         let updates = updates(module, adapters)?;
         let factors = match how.method {
-            Method::Cat => stacked(&updates),
-            Method::Svd => {
+            CombinationType::Cat => stacked(&updates),
+            CombinationType::Svd => {
                 let stacked = stacked(&updates);
                 let b = matrix(&stacked.b, stacked.out, stacked.r);
                 let a = matrix(&stacked.a, stacked.r, stacked.of_in);
                 let triples = leading_of_product(&b, &a, svd_rank);
-                cut(triples.map_err(|_| CombineError::Stuck(module.clone()))?, svd_rank)
+                cut(triples.map_err(|_| CombineError::NotConverged(module.clone()))?, svd_rank)
             }
             _ if how.method.is_svd() => {
-                let products = updates.iter().map(Update::product).collect();
+                let products = updates.iter().map(WeightedUpdate::product).collect();
                 let weights: Vec<f32> = updates.iter().map(|u| u.weight as f32).collect();
-                let sum =
-                    merged(products, &weights, Matrix::Product, (module, &updates), how, density)?;
+                let sum = merged(
+                    products,
+                    &weights,
+                    UpdateMatrix::Product,
+                    (module, &updates),
+                    how,
+                    density,
+                )?;
                 let (rows, cols) = (updates[0].out, updates[0].of_in);
                 let triples = Dense { values: &sum, rows, cols }.leading(svd_rank);
-                cut(triples.map_err(|_| CombineError::Stuck(module.clone()))?, svd_rank)
+                cut(triples.map_err(|_| CombineError::NotConverged(module.clone()))?, svd_rank)
             }
-            _ => apart(module, &updates, how, density)?,
+            _ => combine_factors(module, &updates, how, density)?,
         };
         made.insert(module.clone(), factors);
     }
@@ -346,7 +352,7 @@ fn check(adapters: &[(&Adapter, f64)], how: &Combination<'_>) -> Result<f64, Com
 }
 
 /// An adapter's update of the module at hand.
-struct Update {
+struct WeightedUpdate {
     /// The adapter's place in the call.
     adapter: usize,
     weight: f64,
@@ -358,7 +364,7 @@ struct Update {
     out: usize,
 }
 
-impl Update {
+impl WeightedUpdate {
     /// `s B A (out, in)`.
     fn product(&self) -> Vec<f32> {
         let mut product = vec![0f32; self.out * self.of_in];
@@ -374,11 +380,14 @@ impl Update {
 }
 
 /// Those adapters' updates that have the module.
-fn updates(module: &str, adapters: &[(&Adapter, f64)]) -> Result<Vec<Update>, CombineError> {
-    let mut updates: Vec<Update> = Vec::new();
+fn updates(
+    module: &str,
+    adapters: &[(&Adapter, f64)],
+) -> Result<Vec<WeightedUpdate>, CombineError> {
+    let mut updates: Vec<WeightedUpdate> = Vec::new();
     for (adapter, (of, weight)) in adapters.iter().enumerate() {
         let Some(lora) = of.modules.get(module) else { continue };
-        let update = Update {
+        let update = WeightedUpdate {
             adapter,
             weight: *weight,
             scale: lora.scale,
@@ -404,7 +413,7 @@ fn updates(module: &str, adapters: &[(&Adapter, f64)]) -> Result<Vec<Update>, Co
 }
 
 /// Factors of a combined update of scale 1.
-struct Factors {
+struct CombinedFactors {
     /// `A (r, in)`.
     a: Vec<f32>,
     /// `B (out, r)`.
@@ -414,7 +423,7 @@ struct Factors {
     out: usize,
 }
 
-impl Factors {
+impl CombinedFactors {
     /// An update of rank r, those above its own nothing.
     fn padded(mut self, r: usize) -> candle_core::Result<Lora> {
         self.a.resize(r * self.of_in, 0.0);
@@ -428,7 +437,7 @@ impl Factors {
 }
 
 /// All ranks one after the other: exactly the weighted sum.
-fn stacked(updates: &[Update]) -> Factors {
+fn stacked(updates: &[WeightedUpdate]) -> CombinedFactors {
     let (r, out, of_in) = (updates.iter().map(|u| u.r).sum(), updates[0].out, updates[0].of_in);
     let mut a = Vec::with_capacity(r * of_in);
     let mut b = vec![0f32; out * r];
@@ -441,23 +450,23 @@ fn stacked(updates: &[Update]) -> Factors {
         }
         first += update.r;
     }
-    Factors { a, b, r, of_in, out }
+    CombinedFactors { a, b, r, of_in, out }
 }
 
 /// The A's and the B's, each by the method.
-fn apart(
+fn combine_factors(
     module: &str,
-    updates: &[Update],
+    updates: &[WeightedUpdate],
     how: &Combination<'_>,
     density: f64,
-) -> Result<Factors, CombineError> {
+) -> Result<CombinedFactors, CombineError> {
     let ranks: Vec<usize> = updates.iter().map(|update| update.r).collect();
     if ranks.iter().any(|r| *r != ranks[0]) {
         let (module, method) = (module.into(), how.method.name());
         return Err(CombineError::Ranks { module, ranks, method });
     }
     let roots = |with_sign: bool| -> Vec<f32> {
-        let root = |update: &Update| {
+        let root = |update: &WeightedUpdate| {
             let weight = update.weight * update.scale;
             weight.abs().sqrt() * if with_sign && weight < 0.0 { -1.0 } else { 1.0 }
         };
@@ -465,9 +474,9 @@ fn apart(
     };
     let of_a = updates.iter().map(|update| update.a.clone()).collect();
     let of_b = updates.iter().map(|update| update.b.clone()).collect();
-    Ok(Factors {
-        a: merged(of_a, &roots(true), Matrix::A, (module, updates), how, density)?,
-        b: merged(of_b, &roots(false), Matrix::B, (module, updates), how, density)?,
+    Ok(CombinedFactors {
+        a: merged(of_a, &roots(true), UpdateMatrix::A, (module, updates), how, density)?,
+        b: merged(of_b, &roots(false), UpdateMatrix::B, (module, updates), how, density)?,
         r: ranks[0],
         of_in: updates[0].of_in,
         out: updates[0].out,
@@ -478,8 +487,8 @@ fn apart(
 fn merged(
     mut matrices: Vec<Vec<f32>>,
     weights: &[f32],
-    matrix: Matrix,
-    (module, updates): (&str, &[Update]),
+    matrix: UpdateMatrix,
+    (module, updates): (&str, &[WeightedUpdate]),
     how: &Combination<'_>,
     density: f64,
 ) -> Result<Vec<f32>, CombineError> {
@@ -488,7 +497,7 @@ fn merged(
             Pruning::Magnitude if density < 1.0 => keep_largest(values, density),
             Pruning::Random if density < 1.0 => {
                 let (adapter, count) = (update.adapter, values.len());
-                let draw = Draw { module, adapter, matrix, count, density };
+                let draw = MaskRequest { module, adapter, matrix, count, density };
                 keep_drawn(values, &how.masks.of(&draw)?, density);
             }
             _ => {}
@@ -503,8 +512,8 @@ fn merged(
     })
 }
 
-impl Masks<'_> {
-    fn of(self, draw: &Draw<'_>) -> Result<Vec<bool>, CombineError> {
+impl DareMasks<'_> {
+    fn of(self, draw: &MaskRequest<'_>) -> Result<Vec<bool>, CombineError> {
         match self {
             Self::Seed(seed) => {
                 let purpose = format!("dare {:?} {}", draw.matrix, draw.module);
@@ -577,7 +586,7 @@ fn elected(matrices: &[Vec<f32>], weights: &[f32], method: MajoritySign) -> Vec<
 }
 
 /// `B = U diag(s)`, `A = Vᵀ`, of rank r; those above what there is are nothing.
-fn cut(triples: Singular, r: usize) -> Factors {
+fn cut(triples: Singular, r: usize) -> CombinedFactors {
     let (out, of_in, k) = (triples.u.nrows(), triples.v.nrows(), triples.s.len());
     let mut a = vec![0f32; r * of_in];
     let mut b = vec![0f32; out * r];
@@ -589,7 +598,7 @@ fn cut(triples: Singular, r: usize) -> Factors {
             b[row * r + rank] = (triples.u[(row, rank)] * triples.s[rank]) as f32;
         }
     }
-    Factors { a, b, r, of_in, out }
+    CombinedFactors { a, b, r, of_in, out }
 }
 
 fn matrix(values: &[f32], rows: usize, cols: usize) -> Mat<f64> {
@@ -648,9 +657,9 @@ mod tests {
         Adapter { name, config, modules, score: None, saved, tokens: None, head_tokens: None }
     }
 
-    fn how(method: Method) -> Combination<'static> {
+    fn how(method: CombinationType) -> Combination<'static> {
         let density = (method.pruning() != Pruning::None).then_some(0.6);
-        let masks = Masks::Seed(1);
+        let masks = DareMasks::Seed(1);
         Combination { method, density, majority_sign_method: None, svd_rank: None, masks }
     }
 
@@ -672,7 +681,7 @@ mod tests {
             .map(|(a, b)| 0.7 * a - 1.5 * b)
             .collect();
         let k: Vec<f32> = product(&one, "k").iter().map(|value| 0.7 * value).collect();
-        for (method, r) in [(Method::Cat, 3), (Method::Svd, 3)] {
+        for (method, r) in [(CombinationType::Cat, 3), (CombinationType::Svd, 3)] {
             let made = combine("made", &[(&one, 0.7), (&two, -1.5)], &how(method)).unwrap();
             assert!(apart(&product(&made, "q"), &sum) < 1e-5, "{method:?}");
             assert!(apart(&product(&made, "k"), &k) < 1e-5, "{method:?}");
@@ -680,7 +689,7 @@ mod tests {
             let paths = Modules::List(vec!["k".into(), "q".into()]);
             assert_eq!(made.config.target_modules, Some(paths));
         }
-        let cut = Combination { svd_rank: Some(1), ..how(Method::Svd) };
+        let cut = Combination { svd_rank: Some(1), ..how(CombinationType::Svd) };
         let made = combine("made", &[(&one, 1.0)], &cut).unwrap();
         assert_eq!(made.modules["q"].r(), 1);
         assert!(apart(&product(&made, "q"), &product(&one, "q")) > 1e-2);
@@ -690,11 +699,11 @@ mod tests {
     fn masks_belong_to_module_adapter_and_matrix() {
         let (one, two) = (adapter("one", &[("q", 2), ("k", 2)]), adapter("two", &[("q", 2)]));
         let made = |method| combine("made", &[(&one, 1.0), (&two, 1.0)], &how(method)).unwrap();
-        let alone = combine("made", &[(&one, 1.0)], &how(Method::DareLinearSvd)).unwrap();
-        let all = made(Method::DareLinearSvd);
+        let alone = combine("made", &[(&one, 1.0)], &how(CombinationType::DareLinearSvd)).unwrap();
+        let all = made(CombinationType::DareLinearSvd);
         assert_eq!(product(&all, "k"), product(&alone, "k"));
-        assert_eq!(product(&all, "q"), product(&made(Method::DareLinearSvd), "q"));
-        assert_ne!(product(&all, "q"), product(&made(Method::DareTiesSvd), "q"));
+        assert_eq!(product(&all, "q"), product(&made(CombinationType::DareLinearSvd), "q"));
+        assert_ne!(product(&all, "q"), product(&made(CombinationType::DareTiesSvd), "q"));
     }
 
     #[test]
@@ -706,26 +715,39 @@ mod tests {
         };
         let both = |other| [(&one, 1.0), (other, 1.0)];
         let other = adapter("other", &[("q", 3)]);
-        check(&both(&other), &how(Method::Ties), "q: adapters of rank [2, 3]; ties needs the same");
-        check(&[], &how(Method::Cat), "no adapters");
-        check(&[(&one, f64::NAN)], &how(Method::Cat), "weight NaN of one");
+        check(
+            &both(&other),
+            &how(CombinationType::Ties),
+            "q: adapters of rank [2, 3]; ties needs the same",
+        );
+        check(&[], &how(CombinationType::Cat), "no adapters");
+        check(&[(&one, f64::NAN)], &how(CombinationType::Cat), "weight NaN of one");
         let mut changed = one.copy("changed").unwrap();
         changed.score = Some(changed.modules["q"].a.clone());
-        check(&both(&changed), &how(Method::Cat), "adapter changed has a score head");
+        check(&both(&changed), &how(CombinationType::Cat), "adapter changed has a score head");
         let settings = [
-            (Combination { density: Some(0.5), ..how(Method::Cat) }, "density is for methods that"),
-            (Combination { density: None, ..how(Method::Ties) }, "ties needs a density"),
-            (Combination { density: Some(1.5), ..how(Method::Ties) }, "found 1.5, needed 0 to 1"),
-            (Combination { density: Some(0.0), ..how(Method::DareTies) }, "needed above 0, to 1"),
             (
-                Combination { svd_rank: Some(2), ..how(Method::Cat) },
+                Combination { density: Some(0.5), ..how(CombinationType::Cat) },
+                "density is for methods that",
+            ),
+            (Combination { density: None, ..how(CombinationType::Ties) }, "ties needs a density"),
+            (
+                Combination { density: Some(1.5), ..how(CombinationType::Ties) },
+                "found 1.5, needed 0 to 1",
+            ),
+            (
+                Combination { density: Some(0.0), ..how(CombinationType::DareTies) },
+                "needed above 0, to 1",
+            ),
+            (
+                Combination { svd_rank: Some(2), ..how(CombinationType::Cat) },
                 "svd_rank is for the svd kinds",
             ),
-            (Combination { svd_rank: Some(0), ..how(Method::Svd) }, "svd_rank: found 0"),
+            (Combination { svd_rank: Some(0), ..how(CombinationType::Svd) }, "svd_rank: found 0"),
             (
                 Combination {
                     majority_sign_method: Some(MajoritySign::Total),
-                    ..how(Method::DareLinear)
+                    ..how(CombinationType::DareLinear)
                 },
                 "majority_sign_method is for the ties kinds",
             ),
@@ -733,6 +755,12 @@ mod tests {
         for (settings, needed) in &settings {
             check(&[(&one, 1.0)], settings, needed);
         }
-        assert!("tie".parse::<Method>().unwrap_err().to_string().contains("magnitude_prune_svd"));
+        assert!(
+            "tie"
+                .parse::<CombinationType>()
+                .unwrap_err()
+                .to_string()
+                .contains("magnitude_prune_svd")
+        );
     }
 }

@@ -164,7 +164,7 @@ impl LoraConfig {
         let Value::Object(map) = value else {
             return Err(ConfigError::Json(format!("found {value}, needed an object")));
         };
-        let mut keys = Keys { map: &map, problems: Vec::new() };
+        let mut keys = KeyReader { map: &map, problems: Vec::new() };
         match map.get("peft_type") {
             Some(Value::String(s)) if s == "LORA" => {}
             Some(other) => keys.refuse("peft_type", other, "\"LORA\""),
@@ -395,12 +395,12 @@ impl LoraConfig {
 }
 
 /// Reads keys and remembers everything that is wrong with them.
-struct Keys<'a> {
+struct KeyReader<'a> {
     map: &'a Map<String, Value>,
     problems: Vec<String>,
 }
 
-impl Keys<'_> {
+impl KeyReader<'_> {
     /// The key's value, or `None` where it is absent, null or, then noted, not what is needed.
     fn read<T>(
         &mut self,
@@ -484,6 +484,11 @@ impl std::fmt::Display for InitLoraWeights {
 }
 
 impl InitLoraWeights {
+    /// Whether an adapter that begins so has twice the rank, the second half of it frozen.
+    pub fn freezes_ranks(&self) -> bool {
+        matches!(self, Self::Pissa { .. } | Self::Olora)
+    }
+
     /// The initialization of this name, of those that can begin an adapter.
     pub fn from_name(name: &str) -> Option<Self> {
         match name.to_ascii_lowercase().as_str() {

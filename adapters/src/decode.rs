@@ -12,11 +12,11 @@ use crate::delta::Lora;
 /// Numbers of a group: rows of A are padded to whole groups.
 pub const DECODE_GROUP: usize = 16;
 /// Rows of A that a kernel takes at a time: ranks are padded to whole blocks.
-pub const BLOCK: usize = 4;
+pub const A_RANK_BLOCK: usize = 4;
 /// Outputs of a panel of B.
-pub const PANEL: usize = 16;
+pub const B_PANEL: usize = 16;
 /// Panels of B that lie together, so that they are read as one stream.
-pub const PANELS: usize = 4;
+pub const B_PANELS_PER_STRIPE: usize = 4;
 
 /// The largest exponent that 16-bit numbers get: above it rounding may reach infinity, and the more
 /// there is below it, the smaller the numbers that keep all their bits.
@@ -25,7 +25,7 @@ const TOP: i32 = 14;
 /// `B A` with everything it is multiplied by, for products with a few tokens:
 /// `y += weight · factor · B (A x)`.
 #[derive(Debug)]
-pub struct DecodeForm<T> {
+pub struct DecodeWeights<T> {
     /// Rank.
     pub r: usize,
     /// Columns of the layer's weight.
@@ -46,59 +46,59 @@ pub struct DecodeForm<T> {
 }
 
 /// What a form's numbers are stored as.
-pub trait Stored: Copy + Default + Send + Sync + 'static {
+pub trait DecodeScalar: Copy + Default + Send + Sync + 'static {
     /// The power of two that numbers up to `largest` are multiplied with to be stored.
     fn shift(largest: f32) -> i32;
 
     /// The nearest.
-    fn nearest(x: f64) -> Self;
+    fn round(x: f64) -> Self;
 
     /// Where an update keeps its form of such numbers.
-    fn place(forms: &mut Forms) -> &mut Option<Arc<DecodeForm<Self>>>;
+    fn slot(decode_cache: &mut DecodeWeightsCache) -> &mut Option<Arc<DecodeWeights<Self>>>;
 }
 
-impl Stored for f32 {
+impl DecodeScalar for f32 {
     fn shift(_: f32) -> i32 {
         0
     }
 
-    fn nearest(x: f64) -> Self {
+    fn round(x: f64) -> Self {
         x as f32
     }
 
-    fn place(forms: &mut Forms) -> &mut Option<Arc<DecodeForm<Self>>> {
-        &mut forms.whole
+    fn slot(decode_cache: &mut DecodeWeightsCache) -> &mut Option<Arc<DecodeWeights<Self>>> {
+        &mut decode_cache.whole
     }
 }
 
-impl Stored for f16 {
+impl DecodeScalar for f16 {
     fn shift(largest: f32) -> i32 {
         // Zeros and what is not finite stay what they are.
         let exponent = (largest.to_bits() >> 23) as i32 - 127;
         if (-100..128).contains(&exponent) { TOP - exponent } else { 0 }
     }
 
-    fn nearest(x: f64) -> Self {
+    fn round(x: f64) -> Self {
         Self::from_f64(x)
     }
 
-    fn place(forms: &mut Forms) -> &mut Option<Arc<DecodeForm<Self>>> {
-        &mut forms.half
+    fn slot(decode_cache: &mut DecodeWeightsCache) -> &mut Option<Arc<DecodeWeights<Self>>> {
+        &mut decode_cache.half
     }
 }
 
-/// The forms of an update that have been asked for.
+/// The decode weights of an update that have been asked for.
 #[derive(Debug, Default)]
-pub struct Forms {
-    half: Option<Arc<DecodeForm<f16>>>,
-    whole: Option<Arc<DecodeForm<f32>>>,
+pub struct DecodeWeightsCache {
+    half: Option<Arc<DecodeWeights<f16>>>,
+    whole: Option<Arc<DecodeWeights<f32>>>,
     /// How often they were forgotten.
     pub(crate) generation: u64,
 }
 
-impl Forms {
+impl DecodeWeightsCache {
     /// Forgets all, and tells whoever still has them.
-    pub(crate) fn forget(&mut self) {
+    pub(crate) fn invalidate(&mut self) {
         let next = Self { generation: self.generation + 1, ..Self::default() };
         let Self { half, whole, .. } = std::mem::replace(self, next);
         half.iter().for_each(|form| form.stale.store(true, Ordering::Release));
@@ -106,14 +106,14 @@ impl Forms {
     }
 }
 
-impl<T> DecodeForm<T> {
+impl<T> DecodeWeights<T> {
     /// Whether its adapter is still what it was made of.
     pub fn is_current(&self) -> bool {
         !self.stale.load(Ordering::Acquire)
     }
 }
 
-impl<T: Stored> DecodeForm<T> {
+impl<T: DecodeScalar> DecodeWeights<T> {
     /// Of an update, and DoRA's `s (out)` if it has magnitudes.
     pub fn new(lora: &Lora, row_scales: Option<Vec<f32>>) -> Result<Self> {
         let (r, cols, rows) = (lora.r(), lora.in_features(), lora.out_features());
@@ -129,24 +129,25 @@ impl<T: Stored> DecodeForm<T> {
         let (up_a, up_b) = (T::shift(largest(a.iter().copied())), T::shift(largest_of_b));
 
         let padded = cols.next_multiple_of(DECODE_GROUP);
-        let mut of_a = vec![T::default(); r.next_multiple_of(BLOCK) * padded];
+        let mut of_a = vec![T::default(); r.next_multiple_of(A_RANK_BLOCK) * padded];
         let power = 2f64.powi(up_a);
         for (row, from) in a.chunks_exact(cols.max(1)).enumerate() {
-            let block = &mut of_a[row / BLOCK * BLOCK * padded..][..BLOCK * padded];
-            let groups = block.chunks_exact_mut(BLOCK * DECODE_GROUP);
+            let block =
+                &mut of_a[row / A_RANK_BLOCK * A_RANK_BLOCK * padded..][..A_RANK_BLOCK * padded];
+            let groups = block.chunks_exact_mut(A_RANK_BLOCK * DECODE_GROUP);
             for (to, from) in groups.zip(from.chunks(DECODE_GROUP)) {
-                for (to, from) in to[row % BLOCK * DECODE_GROUP..].iter_mut().zip(from) {
-                    *to = T::nearest(f64::from(*from) * power);
+                for (to, from) in to[row % A_RANK_BLOCK * DECODE_GROUP..].iter_mut().zip(from) {
+                    *to = T::round(f64::from(*from) * power);
                 }
             }
         }
-        const STRIPE: usize = PANELS * PANEL;
+        const STRIPE: usize = B_PANELS_PER_STRIPE * B_PANEL;
         let mut of_b = vec![T::default(); rows.div_ceil(STRIPE) * r * STRIPE];
         let power = 2f64.powi(up_b);
         for (stripe, to) in of_b.chunks_exact_mut((r * STRIPE).max(1)).enumerate() {
             for (k, to) in to.chunks_exact_mut(STRIPE).enumerate() {
                 for (row, to) in (stripe * STRIPE..rows).zip(to) {
-                    *to = T::nearest(scaled(row, k) * power);
+                    *to = T::round(scaled(row, k) * power);
                 }
             }
         }

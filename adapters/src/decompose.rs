@@ -19,7 +19,7 @@ const OVERSAMPLING: usize = 8;
 
 /// An iteration that does not converge, which a matrix of finite numbers does not cause.
 #[derive(Debug)]
-pub(crate) struct Stuck;
+pub(crate) struct NotConverged;
 
 /// A matrix `(rows, cols)` of finite numbers, row by row.
 #[derive(Clone, Copy)]
@@ -47,11 +47,11 @@ impl Dense<'_> {
     /// of the smallest singular values: what is under 1e-8 of the largest is noise, about where the
     /// rounding of the `f32` numbers of W themselves puts it. In exchange nothing as large as W is
     /// decomposed.
-    pub fn leading(self, r: usize) -> Result<Singular, Stuck> {
+    pub fn leading(self, r: usize) -> Result<Singular, NotConverged> {
         let k = r.min(self.rows).min(self.cols);
         let wide = self.rows < self.cols;
         let gram = self.gram(wide);
-        let eigen = gram.self_adjoint_eigen(Side::Lower).map_err(|_| Stuck)?;
+        let eigen = gram.self_adjoint_eigen(Side::Lower).map_err(|_| NotConverged)?;
         drop(gram);
         let n = eigen.U().ncols();
         let near = Mat::from_fn(n, k, |row, col| eigen.U()[(row, n - 1 - col)]);
@@ -74,7 +74,7 @@ impl Dense<'_> {
         r: usize,
         niter: usize,
         stream: &mut Stream,
-    ) -> Result<Singular, Stuck> {
+    ) -> Result<Singular, NotConverged> {
         let shorter = self.rows.min(self.cols);
         let (k, width) = (r.min(shorter), (r + OVERSAMPLING).min(shorter));
         let start = Mat::from_fn(self.cols, width, |_, _| f64::from(stream.normal()));
@@ -84,7 +84,7 @@ impl Dense<'_> {
             range = self.times(&other).qr().compute_thin_Q();
         }
         let small = self.transposed_times(&range); // (cols, width) = (rangeᵀ W)ᵀ
-        let svd = small.thin_svd().map_err(|_| Stuck)?;
+        let svd = small.thin_svd().map_err(|_| NotConverged)?;
         Ok(Singular {
             u: product(range.as_ref(), svd.V().subcols(0, k)),
             s: (0..k).map(|i| svd.S()[i]).collect(),
@@ -168,10 +168,14 @@ impl Dense<'_> {
 
 /// The leading triples of `B A`, of `B (rows, n)` and `A (n, cols)`, exact and without their product:
 /// `B = Q R`, `Aᵀ = Q' R'`, and the small `R R'ᵀ (n, n)` is decomposed.
-pub(crate) fn leading_of_product(b: &Mat<f64>, a: &Mat<f64>, r: usize) -> Result<Singular, Stuck> {
+pub(crate) fn leading_of_product(
+    b: &Mat<f64>,
+    a: &Mat<f64>,
+    r: usize,
+) -> Result<Singular, NotConverged> {
     let (of_b, of_a) = (b.qr(), a.transpose().qr());
     let small = product(of_b.thin_R(), of_a.thin_R().transpose());
-    let svd = small.thin_svd().map_err(|_| Stuck)?;
+    let svd = small.thin_svd().map_err(|_| NotConverged)?;
     let k = r.min(svd.U().ncols());
     Ok(Singular {
         u: product(of_b.compute_thin_Q().as_ref(), svd.U().subcols(0, k)),

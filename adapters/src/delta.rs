@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use crate::base::BaseRows;
 use crate::config::{CLASSIFIER, ConfigError, EMBEDDING, InitLoraWeights, LoraConfig, SCORE};
-use crate::decode::{DecodeForm, Forms, Stored};
+use crate::decode::{DecodeScalar, DecodeWeights, DecodeWeightsCache};
 use crate::rng::Stream;
 use crate::targets::{Target, TargetError};
 
@@ -27,7 +27,7 @@ pub struct Lora {
     /// Of the r, how many, the last ones, stay as they began. An update that begins with numbers of
     /// the base's own (PiSSA, OLoRA) takes them off again in these, so that it begins as nothing.
     pub frozen_ranks: usize,
-    pub(crate) forms: Arc<Mutex<Forms>>,
+    pub(crate) decode_cache: Arc<Mutex<DecodeWeightsCache>>,
 }
 
 /// What DoRA (Liu et al. 2024) makes of a merged weight: each of its rows gets a length of its own,
@@ -36,11 +36,11 @@ pub struct Lora {
 pub struct Magnitude {
     /// `m (out)` F32.
     pub vector: Var,
-    norms: Arc<Mutex<Norms>>,
+    norms: Arc<Mutex<RowNorms>>,
 }
 
 #[derive(Debug, Default)]
-struct Norms {
+struct RowNorms {
     /// `‖W‖²` of each row: the base stays as it is.
     base: Option<Arc<[f64]>>,
     /// `‖W + scale · B A‖` of each row, until A or B change.
@@ -50,7 +50,7 @@ struct Norms {
 impl Lora {
     /// A plain update.
     pub fn new(a: Var, b: Var, scale: f64) -> Self {
-        Self { a, b, scale, magnitude: None, frozen_ranks: 0, forms: Arc::default() }
+        Self { a, b, scale, magnitude: None, frozen_ranks: 0, decode_cache: Arc::default() }
     }
 
     /// What the update adds to the layer's output: `scale · (mask ⊙ x) Aᵀ Bᵀ`.
@@ -128,21 +128,26 @@ impl Lora {
 
     /// The update as decoding reads it, on a base's weight: with magnitudes, on that which is asked for
     /// first, for an adapter is of one base. It is kept until [`Adapter::changed`].
-    pub fn decode_form<T: Stored>(&self, base: &dyn BaseRows) -> Result<Arc<DecodeForm<T>>> {
-        let lock = || self.forms.lock().unwrap_or_else(PoisonError::into_inner);
+    pub fn decode_weights<T: DecodeScalar>(
+        &self,
+        base: &dyn BaseRows,
+    ) -> Result<Arc<DecodeWeights<T>>> {
+        let lock = || self.decode_cache.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
-            let mut forms = lock();
-            if let Some(form) = T::place(&mut forms) {
+            let mut decode_cache = lock();
+            if let Some(form) = T::slot(&mut decode_cache) {
                 return Ok(form.clone());
             }
-            let generation = forms.generation;
+            let generation = decode_cache.generation;
             // Unlocked: a thread that waits for its part may take up other work that asks for the same.
-            drop(forms);
-            let made = DecodeForm::new(self, self.row_scales(base)?)?;
-            let mut forms = lock();
+            drop(decode_cache);
+            let made = DecodeWeights::new(self, self.row_scales(base)?)?;
+            let mut decode_cache = lock();
             // Numbers that changed meanwhile are read again.
-            if forms.generation == generation {
-                return Ok(T::place(&mut forms).get_or_insert_with(|| Arc::new(made)).clone());
+            if decode_cache.generation == generation {
+                return Ok(T::slot(&mut decode_cache)
+                    .get_or_insert_with(|| Arc::new(made))
+                    .clone());
             }
         }
     }
@@ -225,7 +230,7 @@ impl Magnitude {
         Self { vector, norms: Arc::default() }
     }
 
-    fn norms(&self) -> MutexGuard<'_, Norms> {
+    fn norms(&self) -> MutexGuard<'_, RowNorms> {
         self.norms.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -291,10 +296,10 @@ pub enum InitError {
     #[error(
         "init_lora_weights {0:?} cannot begin an adapter, needed one that can be drawn or made of the base"
     )]
-    Init(String),
+    Undrawable(String),
     /// What is made of the base's weights, without them.
     #[error("{0} is made of the base's weights, which are not at hand here")]
-    Base(String),
+    NeedsBaseWeights(String),
     /// The config is not usable.
     #[error(transparent)]
     Config(#[from] ConfigError),
@@ -303,10 +308,10 @@ pub enum InitError {
     Targets(#[from] TargetError),
     /// The base's weights are not as the initialization needs them.
     #[error("{0}")]
-    Unfit(String),
+    Unsuitable(String),
     /// A weight that cannot be decomposed.
     #[error("{0}: the decomposition of its weight does not converge")]
-    Stuck(String),
+    NotConverged(String),
     /// No memory on the device, or no such device.
     #[error("a new adapter's tensors: {0}")]
     Tensor(#[from] candle_core::Error),
@@ -364,11 +369,11 @@ impl Adapter {
         device: &Device,
     ) -> std::result::Result<Self, InitError> {
         if config.use_dora {
-            return Err(InitError::Base("use_dora".into()));
+            return Err(InitError::NeedsBaseWeights("use_dora".into()));
         }
         let mut modules = BTreeMap::new();
         for target in targets {
-            let lora = drawn(&config.init_lora_weights, target, seed, device)?;
+            let lora = init_random(&config.init_lora_weights, target, seed, device)?;
             modules.insert(target.spec.name.clone(), lora);
         }
         Ok(Self {
@@ -424,7 +429,7 @@ impl Adapter {
                 scale: lora.scale,
                 magnitude: magnitude.transpose()?,
                 frozen_ranks: lora.frozen_ranks,
-                forms: Arc::default(),
+                decode_cache: Arc::default(),
             };
             Ok((module.clone(), lora))
         };
@@ -472,7 +477,7 @@ impl Adapter {
     /// Where the gradient of A of each module is among those of [`Self::parameters`] (B's is the next,
     /// that of magnitudes the one after), that of each whole module, and of [`TOKEN_ROWS`] and
     /// [`HEAD_TOKEN_ROWS`].
-    pub fn places(&self) -> HashMap<String, usize> {
+    pub fn parameter_indices(&self) -> HashMap<String, usize> {
         let updates = self.modules.iter();
         let updates =
             updates.map(|(module, lora)| (module, if lora.magnitude.is_some() { 3 } else { 2 }));
@@ -491,7 +496,7 @@ impl Adapter {
 
     /// Zeroes the gradients of what stays as it began; they are in the order of [`Self::parameters`].
     pub fn mask_frozen_ranks(&self, gradients: &mut [Vec<f32>]) {
-        let places = self.places();
+        let places = self.parameter_indices();
         for (module, lora) in self.modules.iter().filter(|(_, lora)| lora.frozen_ranks > 0) {
             let (place, trained) = (places[module], lora.r() - lora.frozen_ranks);
             gradients[place][trained * lora.in_features()..].fill(0.0);
@@ -526,17 +531,18 @@ impl Adapter {
         Ok(())
     }
 
-    /// Lets the same ranks stay as they began that stay in another adapter: what a file does not say.
-    pub fn copy_frozen_ranks(&mut self, other: &Adapter) {
-        for (module, lora) in &mut self.modules {
-            lora.frozen_ranks = other.modules.get(module).map_or(0, |other| other.frozen_ranks);
+    /// Freezes the ranks that an adapter has frozen which began with `init`: a file does not record
+    /// them.
+    pub fn freeze_ranks(&mut self, init: &InitLoraWeights) {
+        for lora in self.modules.values_mut() {
+            lora.frozen_ranks = if init.freezes_ranks() { lora.r() / 2 } else { 0 };
         }
     }
 
     /// Forgets what was made of the numbers before they changed: whoever sets them says so.
     pub fn invalidate_decode_weights(&self) {
         for lora in self.modules.values() {
-            lora.forms.lock().unwrap_or_else(PoisonError::into_inner).forget();
+            lora.decode_cache.lock().unwrap_or_else(PoisonError::into_inner).invalidate();
         }
         for magnitude in self.modules.values().filter_map(|lora| lora.magnitude.as_ref()) {
             magnitude.norms().merged = None;
@@ -545,7 +551,7 @@ impl Adapter {
 }
 
 /// An update that is drawn at random, as PEFT draws it.
-pub(crate) fn drawn(
+pub(crate) fn init_random(
     init: &InitLoraWeights,
     Target { spec, r, scale }: &Target,
     seed: u64,
@@ -578,9 +584,9 @@ pub(crate) fn drawn(
             (draw("A", r * of_in, &normal), vec![0.0; out * r])
         }
         InitLoraWeights::Pissa { .. } | InitLoraWeights::Olora | InitLoraWeights::Loftq => {
-            return Err(InitError::Base(format!("init_lora_weights {init}")));
+            return Err(InitError::NeedsBaseWeights(format!("init_lora_weights {init}")));
         }
-        InitLoraWeights::Stored(init) => return Err(InitError::Init(init.clone())),
+        InitLoraWeights::Stored(init) => return Err(InitError::Undrawable(init.clone())),
     };
     let a = Var::from_vec(a, (*r, of_in), device)?;
     let b = Var::from_vec(b, (out, *r), device)?;

@@ -153,7 +153,7 @@ pub fn read_folder(
     if wanted.target_modules.is_none() {
         // PEFT chose by its table of model families; the file says what it chose.
         let factors = tensors.names().into_iter().filter_map(|name| match parse_name(name)? {
-            (module, Part::A | Part::B) => Some(module.to_string()),
+            (module, TensorRole::A | TensorRole::B) => Some(module.to_string()),
             _ => None,
         });
         let modules: BTreeSet<String> = factors.collect();
@@ -192,19 +192,19 @@ pub fn from_bytes(
     resolved: &Resolved,
     device: &Device,
 ) -> Result<Adapter, FormatError> {
-    let mut tensors = Found::new(deserialize(bytes, path)?);
+    let mut tensors = FileTensors::new(deserialize(bytes, path)?);
     let mut modules = BTreeMap::new();
     for Target { spec, r, scale } in &resolved.targets {
         let (of_in, out) = (spec.in_features, spec.out_features);
-        let a = tensors.take_factor(spec, Part::A, [*r, of_in], device)?;
-        let b = tensors.take_factor(spec, Part::B, [out, *r], device)?;
+        let a = tensors.take_factor(spec, TensorRole::A, [*r, of_in], device)?;
+        let b = tensors.take_factor(spec, TensorRole::B, [out, *r], device)?;
         let magnitude = match config.use_dora {
-            true => tensors.take(&spec.name, Part::Magnitude, &[out], device)?,
+            true => tensors.take(&spec.name, TensorRole::Magnitude, &[out], device)?,
             false => None,
         };
         if spec.embedding || spec.name == HEAD {
             let shape = if spec.embedding { [of_in, out] } else { [out, of_in] };
-            tensors.skip(spec, Part::Base, shape);
+            tensors.skip(spec, TensorRole::Base, shape);
         }
         if let (Some(a), Some(b)) = (a, b) {
             let magnitude = magnitude.map(Magnitude::new);
@@ -220,11 +220,11 @@ pub fn from_bytes(
         if let Some(weight) = tensors.take_whole(spec, shape, device)? {
             saved.insert(spec.name.clone(), weight);
         }
-        tensors.skip(spec, Part::Base, shape);
+        tensors.skip(spec, TensorRole::Base, shape);
     }
     // One list for both, and of the head nothing else: the two are one matrix.
     let tied = config.trainable_token_indices == config.head_token_indices
-        && tensors.same(Part::Tokens, [EMBEDDING, HEAD]);
+        && tensors.same(TensorRole::Tokens, [EMBEDDING, HEAD]);
     if tied {
         config.head_token_indices.clear();
     }
@@ -232,7 +232,7 @@ pub fn from_bytes(
         Some(spec) if !indices.is_empty() => {
             let width = if spec.embedding { spec.out_features } else { spec.in_features };
             let shape = [indices.len(), width];
-            let rows = tensors.take(&spec.name, Part::Tokens, &shape, device)?;
+            let rows = tensors.take(&spec.name, TensorRole::Tokens, &shape, device)?;
             rows.map(|rows| in_order(indices, rows)).transpose()
         }
         _ => Ok(None),
@@ -240,10 +240,10 @@ pub fn from_bytes(
     let tokens = rows_of(&resolved.tokens, &mut config.trainable_token_indices)?;
     let head_tokens = rows_of(&resolved.head_tokens, &mut config.head_token_indices)?;
     if head_tokens.is_none() && tokens.is_some() {
-        tensors.drop_copy(Part::Tokens, HEAD);
+        tensors.drop_copy(TensorRole::Tokens, HEAD);
     }
     for module in [EMBEDDING, HEAD] {
-        tensors.drop_copy(Part::Base, &format!("{module}.token_adapter"));
+        tensors.drop_copy(TensorRole::Base, &format!("{module}.token_adapter"));
     }
     let score = match config.has_score() {
         true => tensors.take_score(device)?,
@@ -269,7 +269,7 @@ fn in_order(indices: &mut [u32], rows: Var) -> candle_core::Result<TokenRows> {
 
 /// What a tensor of a file is to its module.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Part {
+enum TensorRole {
     A,
     B,
     Magnitude,
@@ -280,7 +280,7 @@ enum Part {
     Tokens,
 }
 
-impl Part {
+impl TensorRole {
     /// PEFT's name of the tensor.
     fn name(self, module: &str) -> String {
         match self {
@@ -301,13 +301,13 @@ pub fn base_weight_name(module: &str) -> String {
 }
 
 /// The tensors of a file that nobody has taken yet, and all that is wrong with those taken.
-struct Found<'a> {
-    tensors: BTreeMap<(String, Part), (String, TensorView<'a>)>,
+struct FileTensors<'a> {
+    tensors: BTreeMap<(String, TensorRole), (String, TensorView<'a>)>,
     unexpected: Vec<String>,
     problems: Vec<String>,
 }
 
-impl<'a> Found<'a> {
+impl<'a> FileTensors<'a> {
     fn new(file: SafeTensors<'a>) -> Self {
         let mut found =
             Self { tensors: BTreeMap::new(), unexpected: Vec::new(), problems: Vec::new() };
@@ -321,8 +321,8 @@ impl<'a> Found<'a> {
             if let Some((other, view)) = found.tensors.insert(key.clone(), (name, view)) {
                 // Whole modules are also written openly.
                 match (part, trained, other.contains(".modules_to_save.")) {
-                    (Part::Whole, true, false) => continue,
-                    (Part::Whole, false, true) => {
+                    (TensorRole::Whole, true, false) => continue,
+                    (TensorRole::Whole, false, true) => {
                         found.tensors.insert(key, (other, view));
                         continue;
                     }
@@ -340,7 +340,7 @@ impl<'a> Found<'a> {
     fn take(
         &mut self,
         module: &str,
-        part: Part,
+        part: TensorRole,
         shape: &[usize],
         device: &Device,
     ) -> candle_core::Result<Option<Var>> {
@@ -362,13 +362,13 @@ impl<'a> Found<'a> {
     fn take_factor(
         &mut self,
         spec: &LinearSpec,
-        part: Part,
+        part: TensorRole,
         shape: [usize; 2],
         device: &Device,
     ) -> candle_core::Result<Option<Var>> {
         let tokens = match part {
-            Part::A if spec.embedding => Some(1),
-            Part::B if spec.name == HEAD => Some(0),
+            TensorRole::A if spec.embedding => Some(1),
+            TensorRole::B if spec.name == HEAD => Some(0),
             _ => None,
         };
         let older = tokens.and_then(|along| {
@@ -391,11 +391,11 @@ impl<'a> Found<'a> {
         shape: [usize; 2],
         device: &Device,
     ) -> candle_core::Result<Option<Var>> {
-        let Some(found) = self.older(spec, Part::Whole, shape, 0) else {
-            return self.take(&spec.name, Part::Whole, &shape, device);
+        let Some(found) = self.older(spec, TensorRole::Whole, shape, 0) else {
+            return self.take(&spec.name, TensorRole::Whole, &shape, device);
         };
-        self.tensors.remove(&(spec.name.clone(), Part::Whole));
-        let name = Part::Whole.name(&spec.name);
+        self.tensors.remove(&(spec.name.clone(), TensorRole::Whole));
+        let name = TensorRole::Whole.name(&spec.name);
         self.problems.push(format!(
             "{name} is {found:?}, needed {shape:?}: tokens were added to the vocabulary since it was \
              trained, and a whole matrix has no rows for them (merge it into a base of its own and add \
@@ -409,7 +409,7 @@ impl<'a> Found<'a> {
     fn older(
         &self,
         spec: &LinearSpec,
-        part: Part,
+        part: TensorRole,
         needed: [usize; 2],
         along: usize,
     ) -> Option<[usize; 2]> {
@@ -421,7 +421,7 @@ impl<'a> Found<'a> {
     }
 
     /// Whether the second of two modules has the first's numbers again, or has none.
-    fn same(&self, part: Part, [one, other]: [&str; 2]) -> bool {
+    fn same(&self, part: TensorRole, [one, other]: [&str; 2]) -> bool {
         let of = |module: &str| self.tensors.get(&(module.to_string(), part)).map(|(_, v)| v);
         match (of(one), of(other)) {
             (Some(one), Some(other)) => one.data() == other.data(),
@@ -431,12 +431,12 @@ impl<'a> Found<'a> {
     }
 
     /// A tensor that is written twice, and is known by its other name.
-    fn drop_copy(&mut self, part: Part, module: &str) {
+    fn drop_copy(&mut self, part: TensorRole, module: &str) {
         self.tensors.remove(&(module.to_string(), part));
     }
 
     /// A matrix with a row for each token that may be there and is not read.
-    fn skip(&mut self, spec: &LinearSpec, part: Part, shape: [usize; 2]) {
+    fn skip(&mut self, spec: &LinearSpec, part: TensorRole, shape: [usize; 2]) {
         let older = self.older(spec, part, shape, 0).is_some();
         if let Some((name, view)) = self.tensors.remove(&(spec.name.clone(), part))
             && view.shape() != shape
@@ -447,16 +447,16 @@ impl<'a> Found<'a> {
     }
 
     fn take_score(&mut self, device: &Device) -> candle_core::Result<Option<Var>> {
-        let score = self.tensors.get(&(SCORE.to_string(), Part::Whole));
+        let score = self.tensors.get(&(SCORE.to_string(), TensorRole::Whole));
         let width = match score.map(|(_, view)| view.shape()) {
             None => Err("is missing, though modules_to_save names it".to_string()),
             Some(&[1, width]) => Ok(width),
             Some(other) => Err(format!("is {other:?}, needed [1, hidden_size]: one score a text")),
         };
         match width {
-            Ok(width) => self.take(SCORE, Part::Whole, &[1, width], device),
+            Ok(width) => self.take(SCORE, TensorRole::Whole, &[1, width], device),
             Err(problem) => {
-                self.tensors.remove(&(SCORE.to_string(), Part::Whole));
+                self.tensors.remove(&(SCORE.to_string(), TensorRole::Whole));
                 self.problems.push(format!("{} {problem}", score_name()));
                 Ok(None)
             }
@@ -569,7 +569,7 @@ fn deserialize<'a>(bytes: &'a [u8], path: &Path) -> Result<SafeTensors<'a>, Form
 
 /// Module and part of `base_model.model.<module>.lora_A.weight` and its like, which inside a model
 /// also carry an adapter's name: `lora_A.default.weight`.
-fn parse_name(name: &str) -> Option<(&str, Part)> {
+fn parse_name(name: &str) -> Option<(&str, TensorRole)> {
     let inner = name.strip_prefix("base_model.model.")?;
     let (inner, has_weight) = match inner.strip_suffix(".weight") {
         Some(inner) => (inner, true),
@@ -577,29 +577,29 @@ fn parse_name(name: &str) -> Option<(&str, Part)> {
     };
     // What stands between the module and, but for an adapter's name, the end.
     let marks = [
-        (".lora_A", Part::A, true),
-        (".lora_B", Part::B, true),
-        (".lora_embedding_A", Part::A, false),
-        (".lora_embedding_B", Part::B, false),
-        (".lora_magnitude_vector", Part::Magnitude, false),
-        (".token_adapter.trainable_tokens_delta", Part::Tokens, false),
-        (".modules_to_save", Part::Whole, true),
+        (".lora_A", TensorRole::A, true),
+        (".lora_B", TensorRole::B, true),
+        (".lora_embedding_A", TensorRole::A, false),
+        (".lora_embedding_B", TensorRole::B, false),
+        (".lora_magnitude_vector", TensorRole::Magnitude, false),
+        (".token_adapter.trainable_tokens_delta", TensorRole::Tokens, false),
+        (".modules_to_save", TensorRole::Whole, true),
     ];
     for (mark, part, needs_weight) in marks {
         if let Some((module, adapter)) = inner.rsplit_once(mark)
             && (adapter.is_empty() || adapter.starts_with('.'))
         {
             // The magnitudes of a model in memory are a layer of their own, with a weight.
-            let fits = has_weight == needs_weight || part == Part::Magnitude;
+            let fits = has_weight == needs_weight || part == TensorRole::Magnitude;
             return fits.then_some((module, part));
         }
     }
     for base in [".base_layer", ".original_module"] {
         if let Some(module) = inner.strip_suffix(base).filter(|_| has_weight) {
-            return Some((module, Part::Base));
+            return Some((module, TensorRole::Base));
         }
     }
-    (has_weight && [EMBEDDING, HEAD, SCORE].contains(&inner)).then_some((inner, Part::Whole))
+    (has_weight && [EMBEDDING, HEAD, SCORE].contains(&inner)).then_some((inner, TensorRole::Whole))
 }
 
 /// The values as `f32`, or what is wrong with them.

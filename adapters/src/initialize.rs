@@ -33,20 +33,20 @@ use rayon::prelude::*;
 use crate::base::BaseRows;
 use crate::config::{InitLoraWeights, LoraConfig};
 use crate::decompose::{Dense, Singular};
-use crate::delta::{Adapter, InitError, Lora, Magnitude, TokenRows, drawn};
+use crate::delta::{Adapter, InitError, Lora, Magnitude, TokenRows, init_random};
 use crate::rng::Stream;
 use crate::targets::{LinearSpec, Target, Unmatched, resolve};
 
 /// The weights of a base by module path. The embedding's weight is `(vocab_size, hidden_size)`.
-pub type Weights<'a> = dyn Fn(&str) -> Option<Box<dyn BaseRows + 'a>> + Sync + 'a;
+pub type WeightLookup<'a> = dyn Fn(&str) -> Option<Box<dyn BaseRows + 'a>> + Sync + 'a;
 
 /// What an adapter is begun on.
 #[derive(Clone, Copy)]
-pub struct Bases<'a> {
+pub struct BaseWeights<'a> {
     /// The base's weights, as it computes with them.
-    pub base: &'a Weights<'a>,
+    pub base: &'a WeightLookup<'a>,
     /// The weights before quantization, which LoftQ needs.
-    pub original: Option<&'a Weights<'a>>,
+    pub original: Option<&'a WeightLookup<'a>>,
 }
 
 /// Begins an adapter as its config says, over the modules it means on a base with these linear layers
@@ -59,18 +59,17 @@ pub fn begin(
     mut config: LoraConfig,
     linears: &[LinearSpec],
     head: Option<&str>,
-    bases: Bases<'_>,
+    bases: BaseWeights<'_>,
     seed: u64,
 ) -> Result<(Adapter, Vec<Unmatched>), InitError> {
     config.validate()?;
     config.trainable_token_indices.sort_unstable();
     config.head_token_indices.sort_unstable();
-    let holds =
-        matches!(config.init_lora_weights, InitLoraWeights::Pissa { .. } | InitLoraWeights::Olora);
+    let holds = config.init_lora_weights.freezes_ranks();
     if holds && config.lora_dropout > 0.0 {
         let fault = "needed 0: dropped inputs would not take off again what the update begins with";
         let (init, p) = (&config.init_lora_weights, config.lora_dropout);
-        return Err(InitError::Unfit(format!("lora_dropout {p} with {init}: {fault}")));
+        return Err(InitError::Unsuitable(format!("lora_dropout {p} with {init}: {fault}")));
     }
     let resolved = resolve(&config, linears, head)?;
     let begun = if holds { config.doubled()? } else { config.as_plain() };
@@ -80,7 +79,7 @@ pub fn begin(
         .into_iter()
         .map(|t| (t.spec.name, t.scale))
         .collect();
-    let start = Start { config: &config, bases, seed };
+    let start = Initializer { config: &config, bases, seed };
     let mut modules = BTreeMap::new();
     for group in groups(&resolved.targets) {
         let made: Vec<(String, Lora)> =
@@ -159,13 +158,13 @@ fn groups(targets: &[Target]) -> Vec<Vec<&Target>> {
 }
 
 /// What every module of a new adapter is begun with.
-struct Start<'a, 'b> {
+struct Initializer<'a, 'b> {
     config: &'a LoraConfig,
-    bases: Bases<'b>,
+    bases: BaseWeights<'b>,
     seed: u64,
 }
 
-impl Start<'_, '_> {
+impl Initializer<'_, '_> {
     /// One update, with its scale before any doubling.
     fn module(&self, target: &Target) -> Result<(String, Lora), InitError> {
         let Target { spec, r, scale } = target;
@@ -174,11 +173,11 @@ impl Start<'_, '_> {
             InitLoraWeights::Pissa { .. } | InitLoraWeights::Olora if spec.embedding => {
                 // As in PEFT an embedding begins plainly; its held ranks are nothing.
                 let plain =
-                    drawn(&InitLoraWeights::KaimingUniform, target, self.seed, &Device::Cpu)?;
+                    init_random(&InitLoraWeights::KaimingUniform, target, self.seed, &Device::Cpu)?;
                 let rows = plain.b.flatten_all()?.to_vec1::<f32>()?;
                 let b =
                     Mat::from_fn(spec.out_features, *r, |row, col| f64::from(rows[row * r + col]));
-                held(target, &b, &Mat::zeros(*r, spec.in_features), true)?
+                with_frozen_ranks(target, &b, &Mat::zeros(*r, spec.in_features), true)?
             }
             InitLoraWeights::Pissa { niter } => {
                 let base = self.weight(&spec.name, self.bases.base)?;
@@ -192,19 +191,19 @@ impl Start<'_, '_> {
                         w.leading_randomized(*r, *niter, &mut stream)
                     }
                 };
-                let made = made.map_err(|_| InitError::Stuck(spec.name.clone()))?;
+                let made = made.map_err(|_| InitError::NotConverged(spec.name.clone()))?;
                 let (b, a) = factors(&made, positive(spec, *scale, init)?);
-                held(target, &b, &a, false)?
+                with_frozen_ranks(target, &b, &a, false)?
             }
             InitLoraWeights::Olora => {
                 let base = self.weight(&spec.name, self.bases.base)?;
                 let values = read(&spec.name, base.as_ref())?;
                 let (q, r) = dense(spec, &values, base.as_ref())?.leading_qr(*r);
-                held(target, &q, &r, false)?
+                with_frozen_ranks(target, &q, &r, false)?
             }
             InitLoraWeights::Loftq => {
                 let Some(original) = self.bases.original else {
-                    return Err(InitError::Unfit(
+                    return Err(InitError::Unsuitable(
                         "init_lora_weights loftq needs the base before its quantization".into(),
                     ));
                 };
@@ -218,11 +217,14 @@ impl Start<'_, '_> {
                 drop(known);
                 let (rows, cols) = (base.rows(), base.cols());
                 let made = Dense { values: &lost, rows, cols }.leading(*r);
-                let mut made = made.map_err(|_| InitError::Stuck(spec.name.clone()))?;
+                let mut made = made.map_err(|_| InitError::NotConverged(spec.name.clone()))?;
                 if made.s.iter().all(|s| *s == 0.0) {
                     // Nothing was lost, and factors of zeros would never learn.
                     let init = &InitLoraWeights::KaimingUniform;
-                    return Ok((spec.name.clone(), drawn(init, target, self.seed, &Device::Cpu)?));
+                    return Ok((
+                        spec.name.clone(),
+                        init_random(init, target, self.seed, &Device::Cpu)?,
+                    ));
                 }
                 if spec.embedding {
                     std::mem::swap(&mut made.u, &mut made.v);
@@ -230,7 +232,7 @@ impl Start<'_, '_> {
                 let (b, a) = factors(&made, positive(spec, *scale, init)?);
                 plain(target, &b, &a)?
             }
-            _ => drawn(init, target, self.seed, &Device::Cpu)?,
+            _ => init_random(init, target, self.seed, &Device::Cpu)?,
         };
         Ok((spec.name.clone(), lora))
     }
@@ -238,9 +240,10 @@ impl Start<'_, '_> {
     fn weight<'b>(
         &self,
         module: &str,
-        weights: &Weights<'b>,
+        weights: &WeightLookup<'b>,
     ) -> Result<Box<dyn BaseRows + 'b>, InitError> {
-        weights(module).ok_or_else(|| InitError::Unfit(format!("{module}: no weight of that name")))
+        weights(module)
+            .ok_or_else(|| InitError::Unsuitable(format!("{module}: no weight of that name")))
     }
 }
 
@@ -264,7 +267,12 @@ fn plain(target: &Target, b: &Mat<f64>, a: &Mat<f64>) -> Result<Lora, InitError>
 
 /// An update of twice the rank that begins as nothing: `B A` less a held `B A`, or with `b_alone` a
 /// held nothing.
-fn held(target: &Target, b: &Mat<f64>, a: &Mat<f64>, b_alone: bool) -> Result<Lora, InitError> {
+fn with_frozen_ranks(
+    target: &Target,
+    b: &Mat<f64>,
+    a: &Mat<f64>,
+    b_alone: bool,
+) -> Result<Lora, InitError> {
     let (of_in, out, r) = (target.spec.in_features, target.spec.out_features, target.r);
     let (mut of_a, mut of_b) = (vec![0f32; 2 * r * of_in], vec![0f32; out * 2 * r]);
     fill(&mut of_a, &mut of_b, (b, a), 0, 1.0);
@@ -302,9 +310,9 @@ fn read(module: &str, weight: &dyn BaseRows) -> Result<Vec<f32>, InitError> {
     weight.read(0..weight.rows(), &mut values);
     match values.iter().all(|value| value.is_finite()) {
         true => Ok(values),
-        false => {
-            Err(InitError::Unfit(format!("{module}: the weight holds values that are not finite")))
-        }
+        false => Err(InitError::Unsuitable(format!(
+            "{module}: the weight holds values that are not finite"
+        ))),
     }
 }
 
@@ -321,7 +329,7 @@ fn dense<'v>(
     };
     match found == needed {
         true => Ok(Dense { values, rows: found.0, cols: found.1 }),
-        false => Err(InitError::Unfit(format!(
+        false => Err(InitError::Unsuitable(format!(
             "{}: the weight is {found:?}, needed {needed:?}",
             spec.name
         ))),
@@ -331,7 +339,7 @@ fn dense<'v>(
 fn positive(spec: &LinearSpec, scale: f64, init: &InitLoraWeights) -> Result<f64, InitError> {
     match scale > 0.0 {
         true => Ok(scale),
-        false => Err(InitError::Unfit(format!(
+        false => Err(InitError::Unsuitable(format!(
             "{}: init_lora_weights {init} with a scale of {scale}, needed a lora_alpha above 0",
             spec.name
         ))),
@@ -381,7 +389,7 @@ pub fn loftq(
         let quantized = quantize(&left);
         let lost: Vec<f32> = values.iter().zip(&quantized).map(|(w, q)| w - q).collect();
         let made = Dense { values: &lost, rows, cols }.leading(r);
-        let made = made.map_err(|_| InitError::Stuck(target.spec.name.clone()))?;
+        let made = made.map_err(|_| InitError::NotConverged(target.spec.name.clone()))?;
         let (b, a) = factors(&made, scale);
         let (mut of_a, mut of_b) = (vec![0f32; r * cols], vec![0f32; rows * r]);
         fill(&mut of_a, &mut of_b, (&b, &a), 0, 1.0);
@@ -470,7 +478,7 @@ mod tests {
     fn begun(config: LoraConfig) -> Result<Adapter, InitError> {
         let (base, original) =
             (|module: &str| weight(module, 0.25), |module: &str| weight(module, 0.0));
-        let bases = Bases { base: &base, original: Some(&original) };
+        let bases = BaseWeights { base: &base, original: Some(&original) };
         begin("test", config, &linears(), Some(HEAD), bases, 1).map(|(adapter, _)| adapter)
     }
 
@@ -607,7 +615,7 @@ mod tests {
             LoraConfig { use_dora: true, ..config(InitLoraWeights::Olora, &["lm_head"]) },
             "use_dora",
         );
-        let bases = Bases { base: &|module: &str| weight(module, 0.0), original: None };
+        let bases = BaseWeights { base: &|module: &str| weight(module, 0.0), original: None };
         let loftq = config(InitLoraWeights::Loftq, &["q"]);
         let error = begin("test", loftq, &linears(), Some(HEAD), bases, 1).unwrap_err();
         assert!(error.to_string().contains("before its quantization"), "{error}");

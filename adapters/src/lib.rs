@@ -36,5 +36,5 @@ pub use base::BaseRows;
 pub use config::{ConfigError, InitLoraWeights, LoraConfig, Modules};
 pub use delta::{Adapter, Dropout, InitError, Lora, Magnitude, TokenKey, TokenRows};
 pub use format::FormatError;
-pub use registry::{Bounds, Registry, RegistryError};
+pub use registry::{Registry, RegistryError, RegistryLimits};
 pub use targets::{LinearSpec, Resolved, Target, TargetError, Unmatched, resolve};

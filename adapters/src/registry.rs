@@ -16,13 +16,13 @@ use crate::targets::LinearSpec;
 pub struct Registry {
     /// The base's linear layers by name, as rows and columns.
     base: BTreeMap<String, (usize, usize)>,
-    most: Bounds,
+    limits: RegistryLimits,
     adapters: RwLock<BTreeMap<String, Arc<Adapter>>>,
 }
 
 /// How much a registry may hold. Adapters that were dropped, and are still active, do not count.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Bounds {
+pub struct RegistryLimits {
     /// Adapters.
     pub adapters: Option<usize>,
     /// Bytes of their numbers, 4 each.
@@ -31,7 +31,7 @@ pub struct Bounds {
 
 /// What a registry says of an adapter.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Listed {
+pub struct RegistryEntry {
     /// What it is called here.
     pub name: String,
     /// Modules it sits on.
@@ -78,7 +78,7 @@ pub enum RegistryError {
         module: String,
     },
     /// A bound would be passed.
-    #[error("adapter {name:?} does not fit: {needed} {what} with it, the registry holds {most}")]
+    #[error("adapter {name:?} does not fit: {needed} {what} with it, the registry holds {limit}")]
     Full {
         /// The adapter.
         name: String,
@@ -87,7 +87,7 @@ pub enum RegistryError {
         /// How many there would be.
         needed: usize,
         /// How many there may be.
-        most: usize,
+        limit: usize,
     },
 }
 
@@ -100,10 +100,10 @@ fn among(names: &[String]) -> String {
 
 impl Registry {
     /// An empty registry for a base with these linear layers.
-    pub fn new(base: &[LinearSpec], most: Bounds) -> Self {
+    pub fn new(base: &[LinearSpec], limits: RegistryLimits) -> Self {
         let shape = |spec: &LinearSpec| (spec.out_features, spec.in_features);
         let base = base.iter().map(|spec| (spec.name.clone(), shape(spec))).collect();
-        Self { base, most, adapters: RwLock::default() }
+        Self { base, limits, adapters: RwLock::default() }
     }
 
     /// Takes an adapter in under a new name.
@@ -141,9 +141,9 @@ impl Registry {
     }
 
     /// All adapters, by name.
-    pub fn list(&self) -> Vec<Listed> {
+    pub fn list(&self) -> Vec<RegistryEntry> {
         let adapters = self.adapters.read().unwrap_or_else(PoisonError::into_inner);
-        let listed = |(name, adapter): (&String, &Arc<Adapter>)| Listed {
+        let listed = |(name, adapter): (&String, &Arc<Adapter>)| RegistryEntry {
             name: name.clone(),
             modules: adapter.modules.len(),
             bytes: bytes(adapter),
@@ -173,16 +173,16 @@ impl Registry {
         may(&adapters)?;
         let others = || adapters.iter().filter(|(other, _)| *other != name);
         let needed = [
-            ("adapters", others().count() + 1, self.most.adapters),
+            ("adapters", others().count() + 1, self.limits.adapters),
             (
                 "bytes",
                 others().map(|(_, adapter)| bytes(adapter)).sum::<usize>() + bytes(&adapter),
-                self.most.bytes,
+                self.limits.bytes,
             ),
         ];
-        for (what, needed, most) in needed {
-            if let Some(most) = most.filter(|most| needed > *most) {
-                return Err(RegistryError::Full { name: name.into(), what, needed, most });
+        for (what, needed, limit) in needed {
+            if let Some(limit) = limit.filter(|limit| needed > *limit) {
+                return Err(RegistryError::Full { name: name.into(), what, needed, limit });
             }
         }
         Ok(adapters.insert(name.into(), adapter))
@@ -243,13 +243,13 @@ mod tests {
         Arc::new(made.unwrap())
     }
 
-    fn registry(most: Bounds) -> Registry {
-        Registry::new(&[spec("q", 8), spec("v", 4)], most)
+    fn registry(limits: RegistryLimits) -> Registry {
+        Registry::new(&[spec("q", 8), spec("v", 4)], limits)
     }
 
     #[test]
     fn adapters_come_and_go_by_name() {
-        let registry = registry(Bounds::default());
+        let registry = registry(RegistryLimits::default());
         let one = || adapter("one", "q", 8, 1);
         registry.insert("a", one()).unwrap();
         let held = registry.get("a").unwrap();
@@ -257,7 +257,7 @@ mod tests {
         assert!(Arc::ptr_eq(&held, &old));
         assert_eq!(registry.get("a").unwrap().name, "two");
         registry.insert("b", one()).unwrap();
-        let listed = |name: &str, bytes| Listed { name: name.into(), modules: 1, bytes };
+        let listed = |name: &str, bytes| RegistryEntry { name: name.into(), modules: 1, bytes };
         assert_eq!(registry.list(), [listed("a", 96), listed("b", 64)]);
         assert_eq!(registry.remove("a").unwrap().name, "two");
         assert_eq!(registry.list(), [listed("b", 64)]);
@@ -265,8 +265,8 @@ mod tests {
 
     #[test]
     fn refusals_are_sentences() {
-        let most = Bounds { adapters: Some(2), bytes: Some(200) };
-        let registry = registry(most);
+        let limits = RegistryLimits { adapters: Some(2), bytes: Some(200) };
+        let registry = registry(limits);
         let check = |result: Result<(), RegistryError>, needed: &str| {
             assert_eq!(result.unwrap_err().to_string(), needed);
         };
@@ -319,7 +319,7 @@ mod tests {
     /// Threads that get while others swap see whole adapters, and nothing is left of those dropped.
     #[test]
     fn threads_swap_while_others_get() {
-        let registry = registry(Bounds::default());
+        let registry = registry(RegistryLimits::default());
         registry.insert("kept", adapter("0", "q", 8, 1)).unwrap();
         let done = AtomicBool::new(false);
         let mut dropped: Vec<Weak<Adapter>> = Vec::new();

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes tests/golden/added: tokens added to a vocabulary, as transformers numbers them and PEFT trains
+"""Writes tests/golden/added_tokens: tokens added to a vocabulary, as transformers numbers them and PEFT trains
 and saves their rows.
 
     PYTHONHASHSEED=0 python3 scripts/golden/added.py
@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 import tiny_models as golden
 import lora_variants as family
 
-ADDED = golden.ROOT / "tests/golden/added"
+ADDED = golden.ROOT / "tests/golden/added_tokens"
 TOKENS, SPECIAL_TOKENS = ["ferry", "über all", "miller"], ["<|tool|>", "<|im_end|>", "<|", "er"]
 NEW = [512, 513]
 TEXTS = [
@@ -36,7 +36,7 @@ RUNS = {
     "tied": ("llama-tiny", {"trainable_token_indices": NEW}),
     "untied": ("llama-untied", {"trainable_token_indices": {"embed_tokens": [*NEW, 36], "lm_head": [513, 512]}}),
     # Updates of the ends: what is new of these trains in them.
-    "ends": ("llama-untied", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+    "embedding-and-head": ("llama-untied", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
     "head-tied": ("llama-tiny", {"target_modules": ["q_proj", "lm_head"], "trainable_token_indices": NEW}),
 }
 

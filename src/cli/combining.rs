@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use anyhow::Result;
-use quantune_adapters::combine::{Combination, CombineError, MajoritySign, Masks, Method, combine};
+use quantune_adapters::combine::{
+    Combination, CombinationType, CombineError, DareMasks, MajoritySign, combine,
+};
 
 use super::Usage;
 use crate::model::ActiveAdapter;
@@ -14,7 +16,7 @@ pub struct Combining {
     /// Make one adapter of all: linear, cat, svd, ties, ties_svd, dare_linear, dare_linear_svd,
     /// dare_ties, dare_ties_svd, magnitude_prune or magnitude_prune_svd
     #[arg(long, value_name = "METHOD")]
-    pub combination_type: Option<Method>,
+    pub combination_type: Option<CombinationType>,
     /// The share of numbers that ties, dare and magnitude_prune keep
     #[arg(long, requires = "combination_type")]
     density: Option<f64>,
@@ -42,7 +44,7 @@ impl Combining {
             density: self.density,
             majority_sign_method: self.majority_sign_method,
             svd_rank: self.svd_rank,
-            masks: Masks::Seed(self.seed.unwrap_or(42)),
+            masks: DareMasks::Seed(self.seed.unwrap_or(42)),
         };
         let adapters: Vec<_> = active.iter().map(|one| (&*one.adapter, one.weight)).collect();
         match combine("combined", &adapters, &how) {

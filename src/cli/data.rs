@@ -15,7 +15,7 @@ use crate::data::{
     first_dialect,
 };
 use crate::model::Config;
-use crate::text::{Added, Tokenizer};
+use crate::text::{AddedTokenSpec, Tokenizer};
 use crate::weights::Checkpoint;
 
 #[derive(Debug, clap::Args)]
@@ -71,7 +71,7 @@ impl Data {
     pub fn run(self, json: bool) -> Result<Value> {
         let checkpoint = Checkpoint::open(&self.base)?;
         let config = Config::read(&checkpoint)?;
-        let added = Added::list(&self.add_tokens, &self.add_special_tokens)?;
+        let added = AddedTokenSpec::list(&self.add_tokens, &self.add_special_tokens)?;
         let tokenizer = open_tokenizer(&checkpoint, &[], None)?;
         let mut tokenizer = tokenizer.with_added(&checkpoint, &added)?;
         set_template_date(&mut tokenizer, self.template_date.as_deref())?;

@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::combining::Combining;
 use super::{AdapterArg, Usage, load_adapters, open_tokenizer, paths, to_json};
-use crate::export::{load_grown, lora, modelfile, types, verify};
+use crate::export::{load_with_added_tokens, lora, modelfile, types, verify};
 use crate::model::{ActiveAdapter, Decoder};
 use crate::quant::BlockType;
 use crate::text::{Tokenizer, added_beside, convert};
@@ -66,7 +66,7 @@ impl Export {
             return Err(Usage(text.into()).into());
         }
         let added = added_beside(base, &paths(&self.adapter))?;
-        let decoder = load_grown(base, &added)?;
+        let decoder = load_with_added_tokens(base, &added)?;
         let active = self.combining.combine(load_adapters(&self.adapter, &decoder)?)?;
         let is_gguf = out.extension().is_some_and(|of| of.eq_ignore_ascii_case("gguf"));
         let dtype = self.dtype.unwrap_or(BlockType::F32);
@@ -123,8 +123,8 @@ fn check(
     let tokens = verify::tokens(base, &decoder.config)?;
     let distance = lora::distance(decoder, wanted, found, &tokens)?;
     let bounds = match dtype {
-        BlockType::F32 => verify::Bounds::F32,
-        _ => verify::Bounds::F16,
+        BlockType::F32 => verify::VerifyBounds::F32,
+        _ => verify::VerifyBounds::F16,
     };
     if let Err(reason) = bounds.check(distance) {
         // Of a folder what was written, and nothing that was there before.

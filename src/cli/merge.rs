@@ -8,13 +8,14 @@ use serde_json::{Value, json};
 use super::combining::Combining;
 use super::{AdapterArg, Usage, load_adapters, paths, read_text, to_json};
 use crate::export::{
-    Bounds, FileType, Importance, Recipe, Source, Written, bill, imatrix, load_grown, types,
-    verify_grown, write_folder, write_gguf,
+    ExportSource, FileType, Importance, Recipe, VerifyBounds, Written, imatrix,
+    load_with_added_tokens, quality_report, types, verify_with_added_tokens, write_folder,
+    write_gguf,
 };
 use crate::model::{ActiveAdapter, Decoder};
 use crate::ops::Compute;
 use crate::quant::BlockType;
-use crate::text::{Added, Special, Tokenizer, added_beside};
+use crate::text::{AddedTokenSpec, Special, Tokenizer, added_beside};
 use crate::weights::Checkpoint;
 
 #[derive(Debug, clap::Args)]
@@ -76,10 +77,10 @@ struct How {
     /// A text to measure the importance of columns on
     #[arg(long, value_name = "TEXT")]
     imatrix_data: Option<PathBuf>,
-    /// A text for the bill: perplexity, and divergence from the model at full precision
+    /// A text for the quality_report: perplexity, and divergence from the model at full precision
     #[arg(long, value_name = "TEXT")]
     report: Option<PathBuf>,
-    /// What the bill measures from: the base at full precision [default: --base]
+    /// What the quality_report measures from: the base at full precision [default: --base]
     #[arg(long, value_name = "BASE", requires = "report")]
     reference: Option<PathBuf>,
     /// Tokens of a chunk of --report and --imatrix-data [default: 512]
@@ -114,14 +115,14 @@ impl How {
     fn importance(
         &self,
         base: &Checkpoint,
-        added: &[Added],
+        added: &[AddedTokenSpec],
         active: &[ActiveAdapter],
     ) -> Result<Option<Importance>> {
         if let Some(path) = &self.imatrix {
             return Ok(Some(imatrix::read(path)?));
         }
         let Some(text) = &self.imatrix_data else { return Ok(None) };
-        let decoder = load_grown(base, added)?;
+        let decoder = load_with_added_tokens(base, added)?;
         let (tokens, bos) = tokens(base, added, text)?;
         let n_ctx = self.n_ctx(&decoder);
         let mut importance = imatrix::measure(&decoder, active, &tokens, n_ctx, bos)
@@ -136,7 +137,11 @@ impl How {
 }
 
 /// The tokens of a text as a model reads it, and BOS if that begins its texts.
-fn tokens(base: &Checkpoint, added: &[Added], text: &Path) -> Result<(Vec<u32>, Option<u32>)> {
+fn tokens(
+    base: &Checkpoint,
+    added: &[AddedTokenSpec],
+    text: &Path,
+) -> Result<(Vec<u32>, Option<u32>)> {
     let tokenizer = Tokenizer::open_with(base, added)?;
     let ids = tokenizer.encode(&read_text(text)?, Special::AsText)?;
     let bos = tokenizer.bos().filter(|_| tokenizer.adds_bos());
@@ -148,7 +153,7 @@ fn is_gguf(path: &Path) -> bool {
 }
 
 /// What loses nothing that the base has.
-fn own_type(source: &Source) -> FileType {
+fn own_type(source: &ExportSource) -> FileType {
     match source.tensors[0].stored_type() {
         Some(BlockType::F32) => FileType::F32,
         Some(BlockType::BF16) => FileType::BF16,
@@ -160,10 +165,10 @@ impl Merge {
     pub fn run(self, json: bool) -> Result<Value> {
         let base = Checkpoint::open(&self.base)?;
         let added = added_beside(&base, &paths(&self.adapter))?;
-        let decoder = load_grown(&base, &added)?;
+        let decoder = load_with_added_tokens(&base, &added)?;
         let active = self.combining.combine(load_adapters(&self.adapter, &decoder)?)?;
         drop(decoder);
-        let source = Source::open_grown(&base, &added, &active)?;
+        let source = ExportSource::open_with_added_tokens(&base, &added, &active)?;
         let file_type = self.file_type.unwrap_or_else(|| own_type(&source));
         let sizes = self.adapter.iter().map(|adapter| bytes_of(&adapter.path));
         let adapter_bytes = sizes.sum();
@@ -180,7 +185,7 @@ impl Quantize {
             return Err(Usage(format!("--out is {out}, needed a file that ends in .gguf")).into());
         }
         let base = Checkpoint::open(&self.base)?;
-        let source = Source::open(&base, &[])?;
+        let source = ExportSource::open(&base, &[])?;
         let (base, added, active) = (&base, Vec::new(), &[][..]);
         let job = Job { base, added, active, source, out: &self.out, how: &self.how };
         job.run(self.file_type, 0, json)
@@ -191,9 +196,9 @@ impl Quantize {
 struct Job<'a> {
     base: &'a Checkpoint,
     /// Tokens that adapters brought.
-    added: Vec<Added>,
+    added: Vec<AddedTokenSpec>,
     active: &'a [ActiveAdapter],
-    source: Source<'a>,
+    source: ExportSource<'a>,
     out: &'a Path,
     how: &'a How,
 }
@@ -211,15 +216,15 @@ impl Job<'_> {
             return Err(Usage("--n-ctx is of --report and --imatrix-data".into()).into());
         }
         let bounds = match how.of_gguf_only() {
-            Some(_) => Bounds::QUANTIZED,
-            None => Bounds::of(file_type),
+            Some(_) => VerifyBounds::QUANTIZED,
+            None => VerifyBounds::of(file_type),
         };
         let importance = how.importance(self.base, &self.added, self.active)?;
         let written = match is_gguf(out) {
             true => self.gguf(file_type, importance.as_ref(), out)?,
             false => write_folder(&self.source, file_type.block_type(), out)?,
         };
-        let verified = verify_grown(self.base, &self.added, self.active, out, bounds)?;
+        let verified = verify_with_added_tokens(self.base, &self.added, self.active, out, bounds)?;
         if let Some(warning) = verified.warning(out) {
             eprintln!("warning: {warning}");
         }
@@ -241,7 +246,7 @@ impl Job<'_> {
                 distance.tokens,
             );
             if let Some(lines) = &lines {
-                crate::cli::say!("\n{}", bill::table(lines));
+                crate::cli::say!("\n{}", quality_report::table(lines));
             }
         }
         let mut value = json!({
@@ -275,13 +280,13 @@ impl Job<'_> {
         file_type: FileType,
         importance: Option<&Importance>,
         adapter_bytes: u64,
-    ) -> Result<Vec<bill::Line>> {
+    ) -> Result<Vec<quality_report::QualityReportRow>> {
         let reference = match &self.how.reference {
             Some(path) => Checkpoint::open(path)?,
             None => self.base.clone(),
         };
-        let exact = load_grown(&reference, &self.added)?;
-        let beside = load_grown(self.base, &self.added)?;
+        let exact = load_with_added_tokens(&reference, &self.added)?;
+        let beside = load_with_added_tokens(self.base, &self.added)?;
         if exact.config.vocab_size != beside.config.vocab_size {
             let (found, needed) = (exact.config.vocab_size, beside.config.vocab_size);
             bail!("--reference has a vocabulary of {found}, needed the base's {needed}");
@@ -308,7 +313,7 @@ impl Job<'_> {
         let weighted = if importance.is_some() { ", imatrix" } else { "" };
         files.push((format!("{merged}{file_type}{weighted}"), self.out.into(), false));
         let lines = made.and_then(|()| {
-            let mut candidates = vec![bill::Candidate {
+            let mut candidates = vec![quality_report::ReportCandidate {
                 name: match self.active.is_empty() {
                     true => "the base".into(),
                     false => "adapter beside the base".into(),
@@ -320,11 +325,16 @@ impl Job<'_> {
             for (name, path, _) in &files {
                 let decoder = Decoder::load(&Checkpoint::open(path)?, Compute::F32)?;
                 let (name, bytes) = (name.clone(), bytes_of(path));
-                candidates.push(bill::Candidate { name, bytes, decoder, active: Vec::new() });
+                candidates.push(quality_report::ReportCandidate {
+                    name,
+                    bytes,
+                    decoder,
+                    active: Vec::new(),
+                });
             }
             let (tokens, bos) = tokens(self.base, &self.added, text)?;
             let n_ctx = self.how.n_ctx(&exact);
-            bill::measure((&exact, self.active), &candidates, &tokens, n_ctx, bos)
+            quality_report::measure((&exact, self.active), &candidates, &tokens, n_ctx, bos)
                 .with_context(|| text.display().to_string())
         });
         for (_, path, temporary) in &files {

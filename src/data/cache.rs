@@ -17,7 +17,7 @@ use sha2::{Digest, Sha256};
 
 use super::DataError;
 use crate::quant::Bytes;
-use crate::weights::{Lock, NotLocked, map_file};
+use crate::weights::{Lock, LockError, map_file};
 
 /// What the system refused: what was tried, where, and its words.
 pub(super) type Refused = (&'static str, PathBuf, io::Error);
@@ -59,16 +59,16 @@ pub(super) fn folder<E: From<Refused> + From<DataError>>(
     let _locked = loop {
         match Lock::take(&lock) {
             Ok(locked) => break locked,
-            Err(NotLocked::Held(_)) if stop.load(Ordering::Relaxed) => {
+            Err(LockError::Held(_)) if stop.load(Ordering::Relaxed) => {
                 return Err(DataError::Stopped.into());
             }
-            Err(NotLocked::Held(holder)) => {
+            Err(LockError::Held(holder)) => {
                 if let Some(waiting) = waiting.take() {
                     waiting(&holder);
                 }
                 thread::sleep(LOOK_AGAIN);
             }
-            Err(NotLocked::NoLocks(e) | NotLocked::Io(e)) => return Err(refused("lock", &lock)(e)),
+            Err(LockError::NoLocks(e) | LockError::Io(e)) => return Err(refused("lock", &lock)(e)),
         }
     };
     if folder.exists() {

@@ -20,76 +20,60 @@ use super::lines::FAULTS_TOLD;
 use super::rows::{ComparisonRow, Responses};
 use super::{DataError, Dialect, Message, Row, RowError};
 use crate::quant::Bytes;
+use crate::string_enum::string_enum;
 use crate::text::Tokenizer;
 
 /// Lines kept of each check.
 const KEPT: usize = 100;
 
-/// What is looked for in rows.
-#[derive(
-    Debug,
-    Clone,
-    Copy,
-    PartialEq,
-    Eq,
-    PartialOrd,
-    Ord,
-    Hash,
-    Serialize,
-    Deserialize,
-    clap::ValueEnum,
-)]
-#[serde(rename_all = "kebab-case")]
-pub enum Check {
-    /// No JSON, missing keys, values of another type.
-    WrongRows,
-    /// A role or speaker nobody knows.
-    UnknownRoles,
-    /// A row of another dialect than the file's first.
-    MixedDialects,
-    /// Ids that the tokenizer or the model does not have.
-    OutOfVocabulary,
-    /// A conversation whose learned part cannot be told from the template's text.
-    TemplatePrefix,
-    /// Rows without a learned token; responses of which none are compared.
-    NothingToLearn,
-    /// Two tokens that begin a sequence.
-    DoubledBos,
-    /// An answer that does not end in a learned token that ends generation.
-    UntrainedEnd,
-    /// An assistant that says nothing.
-    EmptyAnswers,
-    /// A conversation that the assistant begins.
-    AssistantFirst,
-    /// Two turns of the assistant without one between.
-    RepeatedAssistant,
-    /// A system message that is not the first.
-    LateSystem,
-    /// A conversation that ends without an answer.
-    TrailingUser,
-    /// Two responses compared that are the same.
-    IdenticalPairs,
-    /// A margin that says the worse response is the better.
-    WrongMargins,
-    /// A token that reaches from what is given into what is learned.
-    BoundaryMismatch,
-    /// Rows that were there before.
-    Duplicates,
-    /// Held-out rows that are trained on.
-    HeldOutDuplicates,
-    /// Rows longer than `max_length`, cut at their end, or left out where nothing to learn is left.
-    Cut,
-    /// Rows longer than the model's window.
-    OverWindow,
+string_enum! {
+    /// What is looked for in rows.
+    #[derive(Debug, PartialOrd, Ord, Hash)]
+    pub enum Check {
+        /// No JSON, missing keys, values of another type.
+        WrongRows = "wrong-rows",
+        /// A role or speaker nobody knows.
+        UnknownRoles = "unknown-roles",
+        /// A row of another dialect than the file's first.
+        MixedDialects = "mixed-dialects",
+        /// Ids that the tokenizer or the model does not have.
+        OutOfVocabulary = "out-of-vocabulary",
+        /// A conversation whose learned part cannot be told from the template's text.
+        TemplatePrefix = "template-prefix",
+        /// Rows without a learned token; responses of which none are compared.
+        NothingToLearn = "nothing-to-learn",
+        /// Two tokens that begin a sequence.
+        DoubledBos = "doubled-bos",
+        /// An answer that does not end in a learned token that ends generation.
+        UntrainedEnd = "untrained-end",
+        /// An assistant that says nothing.
+        EmptyAnswers = "empty-answers",
+        /// A conversation that the assistant begins.
+        AssistantFirst = "assistant-first",
+        /// Two turns of the assistant without one between.
+        RepeatedAssistant = "repeated-assistant",
+        /// A system message that is not the first.
+        LateSystem = "late-system",
+        /// A conversation that ends without an answer.
+        TrailingUser = "trailing-user",
+        /// Two responses compared that are the same.
+        IdenticalPairs = "identical-pairs",
+        /// A margin that says the worse response is the better.
+        WrongMargins = "wrong-margins",
+        /// A token that reaches from what is given into what is learned.
+        BoundaryMismatch = "boundary-mismatch",
+        /// Rows that were there before.
+        Duplicates = "duplicates",
+        /// Held-out rows that are trained on.
+        HeldOutDuplicates = "held-out-duplicates",
+        /// Rows longer than `max_length`, cut at their end, or left out where nothing to learn is left.
+        Cut = "cut",
+        /// Rows longer than the model's window.
+        OverWindow = "over-window",
+    }
 }
 
 impl Check {
-    /// Its name on the command line.
-    pub fn name(self) -> String {
-        use clap::ValueEnum;
-        self.to_possible_value().map_or(String::new(), |value| value.get_name().to_string())
-    }
-
     /// Whether a run with such rows teaches nothing or teaches wrong.
     pub fn stops(self) -> bool {
         self < Self::BoundaryMismatch
@@ -207,7 +191,7 @@ impl Diagnosis {
             let place = place.map_or(String::new(), |(line, sentence)| {
                 format!(", first {path}:{line}: {sentence}")
             });
-            format!("{}: {} of {} rows{place}", check.name(), found.rows, self.rows)
+            format!("{}: {} of {} rows{place}", check, found.rows, self.rows)
         };
         warnings.map(warning).collect()
     }
@@ -220,7 +204,7 @@ fn told(check: Check, found: &Found, path: &Path) -> String {
     let lines = first.map(|(line, sentence)| format!("\n  {path}:{line}: {sentence}"));
     let more = match found.rows - found.first.len().min(FAULTS_TOLD) as u64 {
         0 => String::new(),
-        more => format!("\n  and {more} more of `{}`", check.name()),
+        more => format!("\n  and {more} more of `{}`", check),
     };
     lines.collect::<String>() + &more
 }

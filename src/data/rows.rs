@@ -6,6 +6,7 @@ use serde_json::{Map, Value, json};
 
 use super::comparison::{ComparisonKind, Pair};
 use super::{RowError, split};
+use crate::string_enum::string_enum;
 
 /// Roles a message may have, as OpenAI's and Hugging Face's formats name them.
 const ROLES: [&str; 6] = ["system", "user", "assistant", "tool", "developer", "function"];
@@ -139,15 +140,16 @@ pub enum Row {
     Text(String),
 }
 
-/// How a row of Alpaca's is laid out.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-pub enum AlpacaPrompt {
-    /// By the chat template: the instruction, a newline and the input are what the user says
-    /// (LLaMA-Factory).
-    Chat,
-    /// As Alpaca's own prompt, "Below is an instruction ...", up to `### Response:` and a newline.
-    Text,
+string_enum! {
+    /// How a row of Alpaca's is laid out.
+    #[derive(Debug)]
+    pub enum AlpacaPrompt {
+        /// By the chat template: the instruction, a newline and the input are what the user says
+        /// (LLaMA-Factory).
+        Chat = "chat",
+        /// As Alpaca's own prompt, "Below is an instruction ...", up to `### Response:` and a newline.
+        Text = "text",
+    }
 }
 
 /// A message of a conversation.

@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
-use super::slab::Form;
-use super::source::Origin;
-use super::{ExportError, Source, SourceTensor, Written, config, slab};
+use super::chunk::StoredForm;
+use super::source::ModelOrigin;
+use super::{ExportError, ExportSource, ExportTensor, Written, chunk, config};
 use crate::quant::{BlockType, RowOrder};
 use crate::text::convert;
 use crate::weights::{TensorPlan, stream_safetensors, write_atomically};
@@ -25,12 +25,16 @@ const SHARD_BYTES: usize = 5_000_000_000;
 /// # Errors
 /// If the model cannot be said in a `config.json`, a value cannot be held by the type, or the system
 /// refuses.
-pub fn write_folder(source: &Source, dtype: BlockType, out: &Path) -> Result<Written, ExportError> {
+pub fn write_folder(
+    source: &ExportSource,
+    dtype: BlockType,
+    out: &Path,
+) -> Result<Written, ExportError> {
     write_shards(source, dtype, SHARD_BYTES, out)
 }
 
 fn write_shards(
-    source: &Source,
+    source: &ExportSource,
     dtype: BlockType,
     shard_bytes: usize,
     out: &Path,
@@ -102,7 +106,7 @@ fn check_replaceable(out: &Path) -> Result<(), ExportError> {
 }
 
 fn write_into(
-    source: &Source,
+    source: &ExportSource,
     dtype: BlockType,
     shard_bytes: usize,
     files: &[(String, String)],
@@ -127,7 +131,7 @@ fn write_into(
     let mut tensors = Vec::new();
     let (mut weight_map, mut bytes) = (Map::new(), 0);
     for (i, shard) in shards.iter().enumerate() {
-        let plan = |tensor: &&SourceTensor| TensorPlan {
+        let plan = |tensor: &&ExportTensor| TensorPlan {
             name: tensor.name.clone(),
             shape: tensor.shape.clone(),
             block_type: dtype,
@@ -138,9 +142,9 @@ fn write_into(
         // transformers looks for this key.
         let about = HashMap::from([("format".to_string(), "pt".to_string())]);
         let done = stream_safetensors(&path, about, &plans, |t, file| {
-            let form = Form { block_type: dtype, order: RowOrder::Straight, offset: 0.0 };
+            let form = StoredForm { block_type: dtype, order: RowOrder::Straight, offset: 0.0 };
             let tensor = shard[t];
-            tensors.push(slab::write(tensor, &tensor.name, form, None, file, &mut failed)?);
+            tensors.push(chunk::write(tensor, &tensor.name, form, None, file, &mut failed)?);
             Ok(())
         });
         match (done, failed) {
@@ -166,11 +170,11 @@ fn write_into(
 
 /// Tensors in their order, cut where a file would become too large.
 fn shards<'s, 'a>(
-    tensors: &'s [SourceTensor<'a>],
+    tensors: &'s [ExportTensor<'a>],
     dtype: BlockType,
     most: usize,
-) -> Vec<Vec<&'s SourceTensor<'a>>> {
-    let mut shards: Vec<Vec<&SourceTensor>> = Vec::new();
+) -> Vec<Vec<&'s ExportTensor<'a>>> {
+    let mut shards: Vec<Vec<&ExportTensor>> = Vec::new();
     let mut held = 0;
     for tensor in tensors {
         let bytes = tensor.rows() * tensor.cols() * dtype.block_bytes();
@@ -189,16 +193,22 @@ fn shards<'s, 'a>(
 }
 
 /// All files but the weights.
-fn small_files(source: &Source, dtype: BlockType) -> Result<Vec<(String, String)>, ExportError> {
+fn small_files(
+    source: &ExportSource,
+    dtype: BlockType,
+) -> Result<Vec<(String, String)>, ExportError> {
     let owned = |(name, text): (&str, String)| (name.to_string(), text);
     let generation = "generation_config.json";
     let mut files: Vec<(String, String)> = match &source.origin {
-        Origin::Gguf(gguf) => {
+        ModelOrigin::Gguf(gguf) => {
             convert::to_folder(gguf, &source.added)?.into_iter().map(owned).collect()
         }
-        Origin::Folder(folder) | Origin::Fresh(folder) => {
+        ModelOrigin::Folder(folder) | ModelOrigin::Fresh(folder) => {
             let mut files: Vec<(String, String)> =
-                convert::grown_files(folder, &source.added)?.into_iter().map(owned).collect();
+                convert::files_with_added_tokens(folder, &source.added)?
+                    .into_iter()
+                    .map(owned)
+                    .collect();
             if let Some(text) = read(&folder.join(generation))? {
                 files.push((generation.into(), text));
             }
@@ -206,7 +216,7 @@ fn small_files(source: &Source, dtype: BlockType) -> Result<Vec<(String, String)
         }
     };
     let config = match &source.origin {
-        Origin::Folder(folder) => {
+        ModelOrigin::Folder(folder) => {
             let path = folder.join("config.json");
             let text = read(&path)?.unwrap_or_default();
             let mut json: Value = serde_json::from_str(&text).map_err(|e| bad(&path, &e))?;
@@ -230,7 +240,7 @@ fn small_files(source: &Source, dtype: BlockType) -> Result<Vec<(String, String)
             }
             json
         }
-        Origin::Fresh(folder) => {
+        ModelOrigin::Fresh(folder) => {
             let ids = match files.iter().find(|(name, _)| name == generation) {
                 Some((_, text)) => {
                     let path = folder.join(generation);
@@ -243,7 +253,7 @@ fn small_files(source: &Source, dtype: BlockType) -> Result<Vec<(String, String)
             }
             config::to_json(&source.config, dtype, &ids)?
         }
-        Origin::Gguf(gguf) => {
+        ModelOrigin::Gguf(gguf) => {
             let made = files.iter().find(|(name, _)| name == generation);
             let text = made.map_or("{}", |(_, text)| text);
             let ids = serde_json::from_str(text).map_err(|e| bad(gguf.path(), &e))?;

@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use super::slab::Form;
-use super::source::Origin;
-use super::{ExportError, Importance, Recipe, Source, Written, slab};
+use super::chunk::StoredForm;
+use super::source::ModelOrigin;
+use super::{ExportError, ExportSource, Importance, Recipe, Written, chunk};
 use crate::model::config::{RopeScaling, Windows, yarn_growth};
 use crate::model::{Config, load};
 use crate::quant::BlockType;
@@ -16,13 +16,13 @@ const QUANTIZATION_VERSION: u32 = 2;
 
 /// Writes a model as a GGUF in the types of `recipe`, errors weighted by `importance`.
 ///
-/// The file appears whole or not at all. Memory holds a slab of a tensor.
+/// The file appears whole or not at all. Memory holds a chunk of a tensor.
 ///
 /// # Errors
 /// If the model or its tokenizer cannot be said in a GGUF, a value cannot be held by its type, or
 /// the system refuses.
 pub fn write_gguf(
-    source: &Source,
+    source: &ExportSource,
     recipe: &Recipe,
     importance: Option<&Importance>,
     out: &Path,
@@ -35,7 +35,7 @@ pub fn write_gguf(
     let mut metadata = metadata(source, recipe, out)?;
     metadata.extend(importance.into_iter().flat_map(importance_keys));
 
-    let plan = |(tensor, of): (&super::SourceTensor, &BlockType)| TensorPlan {
+    let plan = |(tensor, of): (&super::ExportTensor, &BlockType)| TensorPlan {
         name: load::gguf_name(config.family, &tensor.name),
         shape: tensor.shape.clone(),
         block_type: *of,
@@ -74,12 +74,12 @@ pub fn write_gguf(
         };
         let weights = importance.and_then(|importance| importance.columns.get(&plan.name));
         let weights = weights.map(|weights| &weights[..]);
-        let form = Form {
+        let form = StoredForm {
             block_type: plan.block_type,
             order: load::gguf_order(config, &tensor.name),
             offset: load::gguf_offset(config, &tensor.name),
         };
-        tensors.push(slab::write(tensor, &plan.name, form, weights, file, &mut failed)?);
+        tensors.push(chunk::write(tensor, &plan.name, form, weights, file, &mut failed)?);
         Ok(())
     });
     match (written, failed) {
@@ -111,7 +111,7 @@ fn importance_keys(importance: &Importance) -> Vec<(String, OwnedValue)> {
 }
 
 fn metadata(
-    source: &Source,
+    source: &ExportSource,
     recipe: &Recipe,
     out: &Path,
 ) -> Result<Vec<(String, OwnedValue)>, ExportError> {
@@ -121,7 +121,7 @@ fn metadata(
     ];
     match &source.origin {
         // All that the file says but what it is stored as, and the marks of a split file.
-        Origin::Gguf(gguf) => {
+        ModelOrigin::Gguf(gguf) => {
             let dropped = |key: &str| {
                 key.starts_with("split.")
                     || key.starts_with("quantize.imatrix.")
@@ -133,7 +133,7 @@ fn metadata(
                 kept.map(|(key, value)| (key.to_string(), value.to_owned())).collect();
             if !source.added.is_empty() {
                 let rows = source.config.vocab_size;
-                for (key, value) in convert::grown_keys(gguf, rows, &source.added)? {
+                for (key, value) in convert::keys_with_added_tokens(gguf, rows, &source.added)? {
                     match keys.iter_mut().find(|(known, _)| known == key) {
                         Some((_, known)) => *known = value,
                         None => keys.push((key.into(), value)),
@@ -148,7 +148,7 @@ fn metadata(
             keys.splice(at..at, kind.map(|(key, value)| (key.to_string(), value)));
             Ok(keys)
         }
-        Origin::Folder(folder) | Origin::Fresh(folder) => {
+        ModelOrigin::Folder(folder) | ModelOrigin::Fresh(folder) => {
             let mut keys = of_config(&source.config, out);
             keys.extend(kind.map(|(key, value)| (key.to_string(), value)));
             keys.extend(convert::to_gguf(folder, source.config.vocab_size, &source.added)?);
@@ -258,13 +258,13 @@ fn of_config(config: &Config, out: &Path) -> Vec<(String, OwnedValue)> {
 
 /// What of a decoder neither keys nor tensors of a GGUF say, if there is something: llama.cpp knows it by
 /// the architecture, or does not compute it.
-fn unsaid(c: &Config, origin: &Origin) -> Option<String> {
+fn unsaid(c: &Config, origin: &ModelOrigin) -> Option<String> {
     let (family, v) = (c.family, &c.variation);
     let of = |what: &str| Some(format!("a {} with {what}", family.architecture));
     if family.tied_in_gguf && !c.tie_word_embeddings {
         return of("a head beside its embedding");
     }
-    if let Origin::Gguf(_) = origin {
+    if let ModelOrigin::Gguf(_) = origin {
         return None; // all else is as it was
     }
     if matches!(c.rope_scaling, RopeScaling::Yarn { truncate: false, .. }) {

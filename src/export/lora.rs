@@ -10,7 +10,7 @@ use quantune_adapters::delta::{Adapter, Lora};
 use quantune_adapters::format;
 use quantune_adapters::targets::{LinearSpec, Unmatched};
 
-use super::slab::interleave;
+use super::chunk::interleave;
 use super::{Distance, ExportError, Written, WrittenTensor, verify};
 use crate::model::ends::{EMBEDDING, HEAD};
 use crate::model::{ActiveAdapter, Config, Decoder, load};

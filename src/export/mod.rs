@@ -1,12 +1,12 @@
 //! A model or an adapter on its way out: merged, quantized, written in the forms others read.
 //!
-//! A [`Source`] is a list of tensors that are read a few rows at a time: those of a checkpoint with
+//! A [`ExportSource`] is a list of tensors that are read a few rows at a time: those of a checkpoint with
 //! adapters merged into them, or those a training run holds in memory. Writers go through it tensor
-//! by tensor, so that memory holds a slab of one tensor and never a model. What was written is
+//! by tensor, so that memory holds a chunk of one tensor and never a model. What was written is
 //! opened again and compared before it counts. A folder becomes the GGUF that llama.cpp's converter
 //! makes of it, and back; what the other form has no word for is refused by what it is.
 
-pub mod bill;
+mod chunk;
 mod config;
 mod error;
 mod folder;
@@ -14,7 +14,7 @@ mod gguf;
 pub mod imatrix;
 pub mod lora;
 pub mod modelfile;
-mod slab;
+pub mod quality_report;
 mod source;
 pub mod types;
 pub mod verify;
@@ -23,9 +23,11 @@ pub use config::expressible;
 pub use error::ExportError;
 pub use folder::write_folder;
 pub use gguf::write_gguf;
-pub use source::{Named, Source, SourceTensor};
+pub use source::{ExportSource, ExportTensor, NamedTensor};
 pub use types::{FileType, Recipe};
-pub use verify::{Bounds, Distance, Verified, load_grown, verify, verify_grown};
+pub use verify::{
+    Distance, Verified, VerifyBounds, load_with_added_tokens, verify, verify_with_added_tokens,
+};
 
 use crate::quant::BlockType;
 

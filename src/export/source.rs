@@ -9,29 +9,29 @@ use quantune_adapters::delta::{Adapter, Lora, TokenRows};
 use rayon::prelude::*;
 
 use super::ExportError;
-use super::slab::Form;
+use super::chunk::StoredForm;
 use crate::model::ends::{EMBEDDING, HEAD};
 use crate::model::{ActiveAdapter, Config, ModelError, load};
 use crate::ops::Values;
 use crate::quant::{BlockType, FrozenMatrix, RowOrder};
-use crate::text::{Added, Tokenizer};
+use crate::text::{AddedTokenSpec, Tokenizer};
 use crate::weights::{Checkpoint, Gguf, WeightsError};
 
 /// A model on its way out.
 #[derive(Debug)]
-pub struct Source<'a> {
+pub struct ExportSource<'a> {
     /// Its properties.
     pub config: Config,
     /// Its tensors, in the order of the forward pass.
-    pub tensors: Vec<SourceTensor<'a>>,
-    pub(super) origin: Origin<'a>,
+    pub tensors: Vec<ExportTensor<'a>>,
+    pub(super) origin: ModelOrigin<'a>,
     /// Tokens that were added to those of its origin.
-    pub(super) added: Vec<Added>,
+    pub(super) added: Vec<AddedTokenSpec>,
 }
 
 /// Where a model came from, and with it its tokenizer and what else is known of it.
 #[derive(Debug)]
-pub(super) enum Origin<'a> {
+pub(super) enum ModelOrigin<'a> {
     Gguf(&'a Gguf),
     Folder(PathBuf),
     /// Made here; the folder holds its tokenizer.
@@ -40,21 +40,21 @@ pub(super) enum Origin<'a> {
 
 /// A tensor on its way out.
 #[derive(Debug)]
-pub struct SourceTensor<'a> {
+pub struct ExportTensor<'a> {
     /// Hugging Face's name.
     pub name: String,
     /// Outermost dimension first: one or two.
     pub shape: Vec<usize>,
-    base: Base<'a>,
+    base: BaseValues<'a>,
     /// Adapters that change it, each with its weight.
     updates: Vec<(Arc<Adapter>, f64)>,
     /// Which rows that adapters have of tokens are among its own.
-    end: Option<End>,
+    end: Option<TokenMatrix>,
 }
 
 /// One of the model's ends, whose rows are tokens'.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum End {
+enum TokenMatrix {
     Embedding,
     Head {
         /// Whether it was one with the embedding.
@@ -62,7 +62,7 @@ enum End {
     },
 }
 
-impl End {
+impl TokenMatrix {
     fn rows(self, adapter: &Adapter) -> Option<&TokenRows> {
         match self {
             Self::Embedding => adapter.tokens.as_ref(),
@@ -72,7 +72,7 @@ impl End {
 }
 
 #[derive(Debug)]
-enum Base<'a> {
+enum BaseValues<'a> {
     /// Rows in Hugging Face's order; a vector is a column. Values lie `offset` above Hugging Face's.
     Stored {
         matrix: FrozenMatrix,
@@ -83,9 +83,9 @@ enum Base<'a> {
 }
 
 /// A tensor in memory: Hugging Face's name, shape and values.
-pub type Named<'a> = (&'a str, &'a [usize], &'a [f32]);
+pub type NamedTensor<'a> = (&'a str, &'a [usize], &'a [f32]);
 
-impl<'a> Source<'a> {
+impl<'a> ExportSource<'a> {
     /// The model of a checkpoint with adapters merged in: `W + Σ weight · (W' - W)` with each
     /// adapter's `W' = W + scale · B · A`, DoRA's magnitudes, or whole matrix. A head that is the
     /// embedding becomes one of its own where an adapter changes one of the two.
@@ -93,7 +93,7 @@ impl<'a> Source<'a> {
     /// # Errors
     /// If the checkpoint is no decoder, or an adapter sits on what it has not.
     pub fn open(checkpoint: &'a Checkpoint, active: &[ActiveAdapter]) -> Result<Self, ExportError> {
-        Self::open_grown(checkpoint, &[], active)
+        Self::open_with_added_tokens(checkpoint, &[], active)
     }
 
     /// [`Self::open`] with tokens added: rows that the checkpoint has not begin as the mean of those it
@@ -101,9 +101,9 @@ impl<'a> Source<'a> {
     ///
     /// # Errors
     /// As [`Self::open`], and if the tokenizer cannot be read.
-    pub fn open_grown(
+    pub fn open_with_added_tokens(
         checkpoint: &'a Checkpoint,
-        added: &[Added],
+        added: &[AddedTokenSpec],
         active: &[ActiveAdapter],
     ) -> Result<Self, ExportError> {
         let mut config = Config::read(checkpoint)?;
@@ -124,13 +124,13 @@ impl<'a> Source<'a> {
             let head = name == head_name();
             let of = if head && tied { &embedding_name() } else { &name };
             let end = match head {
-                true => Some(End::Head { was_tied: tied }),
-                false => (name == embedding_name()).then_some(End::Embedding),
+                true => Some(TokenMatrix::Head { was_tied: tied }),
+                false => (name == embedding_name()).then_some(TokenMatrix::Embedding),
             };
             match stored(checkpoint, &config, of, &shape, end.is_some()) {
                 Ok(base) => {
                     let updates = updates(&name, end, active);
-                    tensors.push(SourceTensor { name, shape, base, updates, end });
+                    tensors.push(ExportTensor { name, shape, base, updates, end });
                 }
                 Err(fault) => faults.push(fault),
             }
@@ -154,8 +154,8 @@ impl<'a> Source<'a> {
             }
         }
         let origin = match checkpoint {
-            Checkpoint::Gguf(gguf) => Origin::Gguf(gguf),
-            Checkpoint::HuggingFace(folder) => Origin::Folder(folder.path().into()),
+            Checkpoint::Gguf(gguf) => ModelOrigin::Gguf(gguf),
+            Checkpoint::HuggingFace(folder) => ModelOrigin::Folder(folder.path().into()),
         };
         Ok(Self { config, tensors, origin, added: added.to_vec() })
     }
@@ -166,7 +166,7 @@ impl<'a> Source<'a> {
     /// If the tensors are not exactly those of the config.
     pub fn from_memory(
         config: Config,
-        tensors: impl IntoIterator<Item = Named<'a>>,
+        tensors: impl IntoIterator<Item = NamedTensor<'a>>,
         tokenizer: &Path,
     ) -> Result<Self, ExportError> {
         let mut given: std::collections::HashMap<&str, (&[usize], &[f32])> =
@@ -181,13 +181,13 @@ impl<'a> Source<'a> {
                 let reason = format!("is {given_shape:?} with {n} values, needed {shape:?}");
                 return Err(ExportError::tensor(&name, reason));
             }
-            let (base, updates) = (Base::Memory(values), Vec::new());
-            found.push(SourceTensor { name, shape, base, updates, end: None });
+            let (base, updates) = (BaseValues::Memory(values), Vec::new());
+            found.push(ExportTensor { name, shape, base, updates, end: None });
         }
         if let Some(name) = given.keys().min() {
             return Err(ExportError::tensor(name, "is none of this model's"));
         }
-        let (origin, added) = (Origin::Fresh(tokenizer.into()), Vec::new());
+        let (origin, added) = (ModelOrigin::Fresh(tokenizer.into()), Vec::new());
         Ok(Self { config, tensors: found, origin, added })
     }
 }
@@ -206,7 +206,11 @@ fn unties(adapter: &Adapter) -> bool {
     has(EMBEDDING) || has(HEAD) || adapter.head_tokens.is_some()
 }
 
-fn updates(name: &str, end: Option<End>, active: &[ActiveAdapter]) -> Vec<(Arc<Adapter>, f64)> {
+fn updates(
+    name: &str,
+    end: Option<TokenMatrix>,
+    active: &[ActiveAdapter],
+) -> Vec<(Arc<Adapter>, f64)> {
     let module = name.strip_suffix(".weight").unwrap_or_default();
     let has = |active: &&ActiveAdapter| {
         let adapter = &active.adapter;
@@ -223,7 +227,7 @@ fn stored<'a>(
     name: &str,
     shape: &[usize],
     may_grow: bool,
-) -> Result<Base<'a>, String> {
+) -> Result<BaseValues<'a>, String> {
     let stored = load::stored_name(checkpoint, config, name);
     let tensor = checkpoint.tensor(&stored).map_err(|e| match e {
         WeightsError::MissingTensor { .. } => format!("no tensor {stored:?}"),
@@ -246,10 +250,10 @@ fn stored<'a>(
     });
     let matrix = matrix.map_err(|e| format!("{stored}: {e}"))?;
     let offset = load::stored_offset(checkpoint, config, name);
-    Ok(Base::Stored { matrix, order, offset })
+    Ok(BaseValues::Stored { matrix, order, offset })
 }
 
-impl SourceTensor<'_> {
+impl ExportTensor<'_> {
     /// The linear layer it is the weight of.
     fn module(&self) -> Option<&str> {
         self.name.strip_suffix(".weight").filter(|_| self.shape.len() == 2)
@@ -268,29 +272,31 @@ impl SourceTensor<'_> {
     /// Its type in the checkpoint, where it comes from one and no adapter changes it.
     pub fn stored_type(&self) -> Option<BlockType> {
         match &self.base {
-            Base::Stored { matrix, .. } if self.updates.is_empty() => Some(matrix.block_type()),
+            BaseValues::Stored { matrix, .. } if self.updates.is_empty() => {
+                Some(matrix.block_type())
+            }
             _ => None,
         }
     }
 
     /// Its bytes as the checkpoint has them, if that is how it is wanted and no adapter changes it.
-    pub(super) fn verbatim(&self, wanted: &Form) -> Option<&[u8]> {
+    pub(super) fn verbatim(&self, wanted: &StoredForm) -> Option<&[u8]> {
         match &self.base {
-            Base::Stored { matrix, order, offset } => {
+            BaseValues::Stored { matrix, order, offset } => {
                 let block_type = matrix.block_type();
-                let form = Form { block_type, order: *order, offset: *offset };
+                let form = StoredForm { block_type, order: *order, offset: *offset };
                 let same = form == *wanted && matrix.more_rows().is_none();
                 (same && self.updates.is_empty()).then(|| matrix.bytes())
             }
-            Base::Memory(_) => None,
+            BaseValues::Memory(_) => None,
         }
     }
 
     /// How far what [`Self::read`] gives lies above Hugging Face's values.
     pub(super) fn offset(&self) -> f32 {
         match &self.base {
-            Base::Stored { offset, .. } => *offset,
-            Base::Memory(_) => 0.0,
+            BaseValues::Stored { offset, .. } => *offset,
+            BaseValues::Memory(_) => 0.0,
         }
     }
 
@@ -307,9 +313,9 @@ impl SourceTensor<'_> {
         }
         let mut updates = Vec::new();
         for (adapter, weight) in &self.updates {
-            updates.push(Held::new(self, adapter, *weight)?);
+            updates.push(TensorUpdate::new(self, adapter, *weight)?);
         }
-        let updates: Vec<Update> = updates.iter().map(Held::borrowed).collect();
+        let updates: Vec<TensorUpdateView> = updates.iter().map(TensorUpdate::borrowed).collect();
         out.par_chunks_exact_mut(cols).zip(rows).for_each(|(out, row)| {
             let base: Vec<f64> = out.iter().map(|v| f64::from(*v)).collect();
             let mut sum = base.clone();
@@ -326,8 +332,8 @@ impl SourceTensor<'_> {
     fn read_base(&self, rows: Range<usize>, out: &mut [f32]) {
         let cols = self.cols();
         match &self.base {
-            Base::Stored { matrix, .. } => matrix.read_tile(rows, 0..cols, out),
-            Base::Memory(values) => {
+            BaseValues::Stored { matrix, .. } => matrix.read_tile(rows, 0..cols, out),
+            BaseValues::Memory(values) => {
                 out.copy_from_slice(&values[rows.start * cols..rows.end * cols]);
             }
         }
@@ -335,7 +341,7 @@ impl SourceTensor<'_> {
 }
 
 /// The weight before adapters change it.
-impl BaseRows for SourceTensor<'_> {
+impl BaseRows for ExportTensor<'_> {
     fn rows(&self) -> usize {
         self.shape[0]
     }
@@ -350,14 +356,14 @@ impl BaseRows for SourceTensor<'_> {
 }
 
 /// What an adapter makes of a tensor, its numbers held.
-struct Held<'a> {
+struct TensorUpdate<'a> {
     weight: f64,
-    low: Option<HeldLow<'a>>,
+    low: Option<LowRankUpdate<'a>>,
     whole: Option<Values<'a>>,
     tokens: Option<(&'a [u32], Values<'a>)>,
 }
 
-struct HeldLow<'a> {
+struct LowRankUpdate<'a> {
     a: Values<'a>,
     b: Values<'a>,
     lora: &'a Lora,
@@ -367,9 +373,9 @@ struct HeldLow<'a> {
     embedding: bool,
 }
 
-impl<'a> Held<'a> {
-    fn new(tensor: &SourceTensor, adapter: &'a Adapter, weight: f64) -> Result<Self, ExportError> {
-        let (rows, cols) = (SourceTensor::rows(tensor), SourceTensor::cols(tensor));
+impl<'a> TensorUpdate<'a> {
+    fn new(tensor: &ExportTensor, adapter: &'a Adapter, weight: f64) -> Result<Self, ExportError> {
+        let (rows, cols) = (ExportTensor::rows(tensor), ExportTensor::cols(tensor));
         let module = tensor.module().expect("only matrices have updates");
         let fits = |found: [usize; 2], what: &str| match found == [rows, cols] {
             true => Ok(()),
@@ -385,7 +391,7 @@ impl<'a> Held<'a> {
                 fits(if embedding { [of_in, out] } else { [out, of_in] }, "update")?;
                 let (a, b) = (Values::of(lora.a.as_tensor())?, Values::of(lora.b.as_tensor())?);
                 let scales = lora.row_scales(tensor)?;
-                Some(HeldLow { a, b, lora, scales, embedding })
+                Some(LowRankUpdate { a, b, lora, scales, embedding })
             }
             None => None,
         };
@@ -407,8 +413,8 @@ impl<'a> Held<'a> {
         Ok(Self { weight, low, whole, tokens })
     }
 
-    fn borrowed(&self) -> Update<'_> {
-        let low = self.low.as_ref().map(|low| Low {
+    fn borrowed(&self) -> TensorUpdateView<'_> {
+        let low = self.low.as_ref().map(|low| LowRankView {
             a: &low.a,
             b: &low.b,
             r: low.lora.r(),
@@ -417,19 +423,19 @@ impl<'a> Held<'a> {
             embedding: low.embedding,
         });
         let tokens = self.tokens.as_ref().map(|(indices, rows)| (*indices, &**rows));
-        Update { weight: self.weight, low, whole: self.whole.as_deref(), tokens }
+        TensorUpdateView { weight: self.weight, low, whole: self.whole.as_deref(), tokens }
     }
 }
 
-/// [`Held`], for threads to share.
-struct Update<'a> {
+/// [`TensorUpdate`], for threads to share.
+struct TensorUpdateView<'a> {
     weight: f64,
-    low: Option<Low<'a>>,
+    low: Option<LowRankView<'a>>,
     whole: Option<&'a [f32]>,
     tokens: Option<(&'a [u32], &'a [f32])>,
 }
 
-struct Low<'a> {
+struct LowRankView<'a> {
     a: &'a [f32],
     b: &'a [f32],
     r: usize,
@@ -438,7 +444,7 @@ struct Low<'a> {
     embedding: bool,
 }
 
-impl Update<'_> {
+impl TensorUpdateView<'_> {
     /// Adds what one row becomes, less the base's.
     fn add(&self, row: usize, base: &[f64], delta: &mut [f64]) {
         let cols = base.len();

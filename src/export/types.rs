@@ -190,7 +190,7 @@ impl Recipe {
             })
             .collect();
         // llama.cpp goes through a file layer by layer; what counts layers sees them in order.
-        let mut seen = Seen::default();
+        let mut seen = LayerCounts::default();
         let mut types = Vec::new();
         for (name, cols) in &named {
             let of = match *cols {
@@ -208,7 +208,7 @@ impl Recipe {
         cols: usize,
         config: &Config,
         importance: bool,
-        seen: &mut Seen,
+        seen: &mut LayerCounts,
     ) -> Result<BlockType, ExportError> {
         let asked = |of: BlockType| match of.bytes_for(cols) {
             Some(_) => Ok(of),
@@ -252,7 +252,7 @@ impl Recipe {
         name: &str,
         config: &Config,
         importance: bool,
-        seen: &mut Seen,
+        seen: &mut LayerCounts,
     ) -> BlockType {
         use BlockType::{Q3_K, Q4_1, Q4_K, Q5_1, Q5_K, Q6_K};
         use FileType as F;
@@ -312,7 +312,7 @@ impl Recipe {
 
 /// Layers gone through. As llama-quantize counts them: a tensor that a rule gives its type is none.
 #[derive(Default)]
-struct Seen {
+struct LayerCounts {
     attn_v: usize,
     ffn_down: usize,
 }

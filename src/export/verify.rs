@@ -7,7 +7,7 @@ use quantune_adapters::rng::Stream;
 use super::{ExportError, FileType};
 use crate::model::{ActiveAdapter, Adapters, Config, Decoder, Rows};
 use crate::ops::Compute;
-use crate::text::{Added, Special, Tokenizer};
+use crate::text::{AddedTokenSpec, Special, Tokenizer};
 use crate::weights::Checkpoint;
 
 /// A text with a bit of everything.
@@ -55,12 +55,12 @@ impl Verified {
 
 /// How far a model may be off its source, by how it is written.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Bounds {
+pub struct VerifyBounds {
     mean_kl: f64,
     worst_logp: f64,
 }
 
-impl Bounds {
+impl VerifyBounds {
     /// Nothing but the order of sums.
     pub const F32: Self = Self { mean_kl: 1e-6, worst_logp: 1e-3 };
     /// 11 bits of a weight.
@@ -155,23 +155,23 @@ pub fn verify(
     base: &Checkpoint,
     active: &[ActiveAdapter],
     written: &Path,
-    bounds: Bounds,
+    bounds: VerifyBounds,
 ) -> Result<Verified, ExportError> {
-    verify_grown(base, &[], active, written, bounds)
+    verify_with_added_tokens(base, &[], active, written, bounds)
 }
 
 /// [`verify`] of a base that tokens were added to: those too must be what they are.
 ///
 /// # Errors
 /// As [`verify`].
-pub fn verify_grown(
+pub fn verify_with_added_tokens(
     base: &Checkpoint,
-    added: &[Added],
+    added: &[AddedTokenSpec],
     active: &[ActiveAdapter],
     written: &Path,
-    bounds: Bounds,
+    bounds: VerifyBounds,
 ) -> Result<Verified, ExportError> {
-    let source = load_grown(base, added)?;
+    let source = load_with_added_tokens(base, added)?;
     compare(&source, (base, added), active, written, bounds).map_err(|reason| {
         let path = written.to_path_buf();
         let _ = match path.is_dir() {
@@ -186,7 +186,10 @@ pub fn verify_grown(
 ///
 /// # Errors
 /// If it cannot be loaded, or the tokenizer not be read.
-pub fn load_grown(base: &Checkpoint, added: &[Added]) -> Result<Decoder, ExportError> {
+pub fn load_with_added_tokens(
+    base: &Checkpoint,
+    added: &[AddedTokenSpec],
+) -> Result<Decoder, ExportError> {
     let decoder = Decoder::load(base, Compute::F32)?;
     match added {
         // A base that nothing was added to need not have a tokenizer that is read here.
@@ -200,10 +203,10 @@ pub fn load_grown(base: &Checkpoint, added: &[Added]) -> Result<Decoder, ExportE
 
 fn compare(
     source: &Decoder,
-    (base, added): (&Checkpoint, &[Added]),
+    (base, added): (&Checkpoint, &[AddedTokenSpec]),
     active: &[ActiveAdapter],
     written: &Path,
-    bounds: Bounds,
+    bounds: VerifyBounds,
 ) -> Result<Verified, String> {
     let text = |e: &dyn std::fmt::Display| e.to_string();
     let checkpoint = Checkpoint::open(written).map_err(|e| text(&e))?;

@@ -9,7 +9,7 @@ use std::sync::{Arc, Weak};
 
 use candle_core::Result;
 use half::f16;
-use quantune_adapters::decode::DecodeForm;
+use quantune_adapters::decode::DecodeWeights;
 use quantune_adapters::delta::Adapter;
 
 use super::adapters::{ActiveAdapter, AdapterGroup};
@@ -47,7 +47,7 @@ struct FoundForms<T>(HashMap<String, Vec<FoundForm<T>>>);
 
 /// The decode form of an adapter's update. The weak reference keeps the adapter's address taken, so
 /// that no other adapter is mistaken for it.
-type FoundForm<T> = (Weak<Adapter>, Weak<DecodeForm<T>>);
+type FoundForm<T> = (Weak<Adapter>, Weak<DecodeWeights<T>>);
 
 impl<T> Default for FoundForms<T> {
     fn default() -> Self {
@@ -62,7 +62,7 @@ impl<T: LowRankElement> FoundForms<T> {
         &mut self,
         linear: &Linear,
         active: &[ActiveAdapter],
-        mut take: impl FnMut(&ActiveAdapter, Arc<DecodeForm<T>>),
+        mut take: impl FnMut(&ActiveAdapter, Arc<DecodeWeights<T>>),
     ) -> Result<()> {
         if !self.0.contains_key(&linear.name) {
             self.0.insert(linear.name.clone(), Vec::new());
@@ -77,7 +77,7 @@ impl<T: LowRankElement> FoundForms<T> {
                 continue;
             }
             let Some(lora) = active.adapter.modules.get(&linear.name) else { continue };
-            let form = lora.decode_form::<T>(&**linear.matrix()?)?;
+            let form = lora.decode_weights::<T>(&**linear.matrix()?)?;
             known.retain(|(of, form)| !is_its(of) && form.strong_count() > 0);
             known.push((Arc::downgrade(&active.adapter), Arc::downgrade(&form)));
             take(active, form);
@@ -171,7 +171,7 @@ fn updates_of<'w, T: LowRankElement>(
 }
 
 /// The scales that DoRA gives the base's product, `1 + Σ weight · (s − 1)`; `None` without DoRA.
-fn row_scales<T>(updates: &[(Arc<DecodeForm<T>>, f32)]) -> Option<Vec<f32>> {
+fn row_scales<T>(updates: &[(Arc<DecodeWeights<T>>, f32)]) -> Option<Vec<f32>> {
     let mut scales: Option<Vec<f32>> = None;
     for (form, weight) in updates {
         let Some(s) = &form.row_scales else { continue };

@@ -15,7 +15,7 @@ use super::layer::reference::TensorLayerPass;
 use super::layer::{LayerPass, LinearGroup};
 use super::layers::{Layer, Linear};
 use super::pass::{Pass, Rows};
-use crate::ops::{Compute, DeviceMatrix, rms_norm};
+use crate::ops::{BackendKind, Compute, DeviceMatrix, rms_norm};
 use crate::quant::FrozenMatrix;
 
 /// A decoder over frozen weights. Nothing is ever written to it or attached to it.
@@ -44,7 +44,7 @@ impl Decoder {
     /// # Errors
     /// If the form is not the portable one, or the device has too little memory.
     pub fn on(mut self, device: &Device) -> Result<Self> {
-        if self.compute != Compute::Portable {
+        if self.compute.backend != BackendKind::Reference {
             candle_core::bail!("compute is {}, needed portable on a device", self.compute);
         }
         for layer in &mut self.layers {
@@ -171,7 +171,7 @@ impl Decoder {
     ) -> Result<Tensor> {
         check_cache(rows, cache.as_deref(), self.compute)?;
         let pass = self.pass(rows, adapters, None);
-        if self.compute == Compute::Portable {
+        if self.compute.backend == BackendKind::Reference {
             let mut x = self.embed(&rows.tokens, &pass)?;
             for index in 0..self.layers.len() {
                 x = self.layer_with(index, &x, &pass, cache.as_deref_mut())?;
@@ -213,7 +213,7 @@ impl Decoder {
             hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)
         };
         let none = || Tensor::zeros((0, self.config.hidden_size), DType::F32, &Device::Cpu);
-        if self.compute == Compute::Portable {
+        if self.compute.backend == BackendKind::Reference {
             let hidden = self.hidden_with(rows, adapters, cache, false)?;
             return if chosen.is_empty() { none() } else { picked(hidden, chosen.to_vec()) };
         }

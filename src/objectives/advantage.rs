@@ -3,15 +3,18 @@
 
 use serde::{Deserialize, Serialize};
 
-/// How the divergence of policy and reference is estimated at a sampled token (Schulman 2020,
-/// "Approximating KL divergence").
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum KlEstimator {
-    /// `log π - log π_ref`: unbiased, of either sign.
-    K1,
-    /// `r - 1 - log r` with `r = π_ref / π`: unbiased, never negative, of lower variance.
-    K3,
+use crate::string_enum::string_enum;
+
+string_enum! {
+    /// How the divergence of policy and reference is estimated at a sampled token (Schulman 2020,
+    /// "Approximating KL divergence").
+    #[derive(Debug)]
+    pub enum KlEstimator {
+        /// `log π - log π_ref`: unbiased, of either sign.
+        K1 = "k1",
+        /// `r - 1 - log r` with `r = π_ref / π`: unbiased, never negative, of lower variance.
+        K3 = "k3",
+    }
 }
 
 impl KlEstimator {
@@ -158,17 +161,18 @@ impl AdaptiveKl {
     }
 }
 
-/// What a group's rewards are divided by, beside 1e-4 (TRL's `scale_rewards`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum ScaleRewards {
-    /// Their own standard deviation (GRPO: Shao et al. 2024).
-    Group,
-    /// That of all rewards of the step (Liu et al. 2025, "Tricks or traps").
-    Batch,
-    /// Nothing: a division favours questions that are too easy or too hard (Dr. GRPO: Liu et al.
-    /// 2025).
-    None,
+string_enum! {
+    /// What a group's rewards are divided by, beside 1e-4 (TRL's `scale_rewards`).
+    #[derive(Debug)]
+    pub enum ScaleRewards {
+        /// Their own standard deviation (GRPO: Shao et al. 2024).
+        Group = "group",
+        /// That of all rewards of the step (Liu et al. 2025, "Tricks or traps").
+        Batch = "batch",
+        /// Nothing: a division favours questions that are too easy or too hard (Dr. GRPO: Liu et al.
+        /// 2025).
+        None = "none",
+    }
 }
 
 /// Advantages of responses sampled in groups, and what TRL logs of the rewards.

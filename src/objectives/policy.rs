@@ -5,24 +5,23 @@
 //! a token counts is a weight the caller knows from the whole step ([`LossForm`]), so that any
 //! split of the step into micro-batches gives one gradient.
 
-use candle_core::{Result, Tensor};
-use serde::{Deserialize, Serialize};
-
 use super::reward::floats;
+use crate::string_enum::string_enum;
+use candle_core::{Result, Tensor};
 
-/// What a step's sum over tokens is divided by, in effect (TRL's `loss_type`).
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-#[value(rename_all = "snake_case")]
-pub enum LossForm {
-    /// The mean over a row's tokens, then over rows: each row counts the same, so a token of a
-    /// long one counts less (Shao et al. 2024).
-    Grpo,
-    /// The mean over all tokens (TRL's `bnpo`; also PPO's).
-    Bnpo,
-    /// The sum over tokens by the length a response may have, then the mean over rows: no length is
-    /// favoured (Dr. GRPO: Liu et al. 2025).
-    DrGrpo,
+string_enum! {
+    /// What a step's sum over tokens is divided by, in effect (TRL's `loss_type`).
+    #[derive(Debug)]
+    pub enum LossForm {
+        /// The mean over a row's tokens, then over rows: each row counts the same, so a token of a
+        /// long one counts less (Shao et al. 2024).
+        Grpo = "grpo",
+        /// The mean over all tokens (TRL's `bnpo`; also PPO's).
+        Bnpo = "bnpo",
+        /// The sum over tokens by the length a response may have, then the mean over rows: no length is
+        /// favoured (Dr. GRPO: Liu et al. 2025).
+        DrGrpo = "dr_grpo",
+    }
 }
 
 impl LossForm {

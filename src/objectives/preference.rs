@@ -4,34 +4,28 @@
 //! TRL 1.16 (DPOTrainer, KTOTrainer, and of its experimental trainers ORPO's and CPO's).
 
 use candle_core::{Result, Tensor};
-use serde::{Deserialize, Serialize};
 
 use super::policy::row_sums;
 use super::reward::{floats, log_sigmoid};
+use crate::string_enum::string_enum;
 
-/// The name of a preference loss, as `loss_type` has it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum PreferenceLossType {
-    /// DPO.
-    Sigmoid,
-    /// IPO.
-    Ipo,
-    /// SLiC.
-    Hinge,
-    /// ORPO.
-    Orpo,
-    /// SimPO.
-    #[value(name = "simpo")]
-    SimPo,
-    /// KTO.
-    Kto,
-}
-
-impl PreferenceLossType {
-    /// All of them.
-    pub const ALL: [Self; 6] =
-        [Self::Sigmoid, Self::Ipo, Self::Hinge, Self::Orpo, Self::SimPo, Self::Kto];
+string_enum! {
+    /// The name of a preference loss, as `loss_type` has it.
+    #[derive(Debug)]
+    pub enum PreferenceLossType {
+        /// DPO.
+        Sigmoid = "sigmoid",
+        /// IPO.
+        Ipo = "ipo",
+        /// SLiC.
+        Hinge = "hinge",
+        /// ORPO.
+        Orpo = "orpo",
+        /// SimPO.
+        SimPo = "simpo",
+        /// KTO.
+        Kto = "kto",
+    }
 }
 
 /// A preference loss with the parameters that only it has.

@@ -7,7 +7,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use quantune_adapters::decode::{DECODE_GROUP, DecodeForm};
+use quantune_adapters::decode::{DECODE_GROUP, DecodeWeights};
 
 use super::cpu::SharedMutPtr;
 use super::gemm::PanelType;
@@ -22,7 +22,7 @@ pub(crate) struct TokenUpdates<'a, T> {
     /// Which rows of the input.
     pub tokens: &'a [usize],
     /// Low-rank updates and their weights.
-    pub updates: Vec<(Arc<DecodeForm<T>>, f32)>,
+    pub updates: Vec<(Arc<DecodeWeights<T>>, f32)>,
     /// Scales of the product's columns (DoRA), applied before updates are added.
     pub scales: Option<Vec<f32>>,
 }

@@ -7,7 +7,9 @@
 use std::ops::Range;
 
 use half::f16;
-use quantune_adapters::decode::{BLOCK, DECODE_GROUP, DecodeForm, PANEL, PANELS, Stored};
+use quantune_adapters::decode::{
+    A_RANK_BLOCK, B_PANEL, B_PANELS_PER_STRIPE, DECODE_GROUP, DecodeScalar, DecodeWeights,
+};
 
 use super::cpu::{SharedMutPtr, prefetch};
 use super::lanes::{Element, Lanes, isa_levels};
@@ -18,28 +20,28 @@ const TASK_BYTES: usize = 32 * 1024;
 const AHEAD: usize = 1024;
 
 /// Numbers that forms are stored as and kernels read.
-pub trait LowRankElement: Stored + Element {}
+pub trait LowRankElement: DecodeScalar + Element {}
 impl LowRankElement for f32 {}
 impl LowRankElement for f16 {}
 
 /// Blocks of A that make a task.
-pub fn blocks_of_task<T>(form: &DecodeForm<T>) -> usize {
-    (TASK_BYTES / (BLOCK * padded(form) * size_of::<T>()).max(1)).max(1)
+pub fn blocks_of_task<T>(form: &DecodeWeights<T>) -> usize {
+    (TASK_BYTES / (A_RANK_BLOCK * padded(form) * size_of::<T>()).max(1)).max(1)
 }
 
 /// Blocks of A.
-pub fn blocks<T>(form: &DecodeForm<T>) -> usize {
-    form.r.div_ceil(BLOCK)
+pub fn blocks<T>(form: &DecodeWeights<T>) -> usize {
+    form.r.div_ceil(A_RANK_BLOCK)
 }
 
 /// Columns of A as they are stored.
-pub fn padded<T>(form: &DecodeForm<T>) -> usize {
+pub fn padded<T>(form: &DecodeWeights<T>) -> usize {
     form.in_features.next_multiple_of(DECODE_GROUP)
 }
 
 /// Numbers of a token between the factors.
-pub fn xa_stride<T>(form: &DecodeForm<T>) -> usize {
-    blocks(form) * BLOCK
+pub fn xa_stride<T>(form: &DecodeWeights<T>) -> usize {
+    blocks(form) * A_RANK_BLOCK
 }
 
 /// Rows of a buffer that belong to some tokens, in the order of `tokens`.
@@ -68,7 +70,7 @@ isa_levels! {
     ///
     /// # Safety
     /// The CPU must have the rung, and no other thread may touch these columns of `xa`.
-    pub unsafe fn shrink<T: LowRankElement>(form: &DecodeForm<T>, blocks: Range<usize>, x: &[f32], tokens: TokenRows, factor: f32, xa: SharedMutPtr) = shrink_body;
+    pub unsafe fn shrink<T: LowRankElement>(form: &DecodeWeights<T>, blocks: Range<usize>, x: &[f32], tokens: TokenRows, factor: f32, xa: SharedMutPtr) = shrink_body;
     /// `y += xa Bᵀ` for some of B's rows. They are read in whole panels of 16.
     ///
     /// Shapes: `xa (tokens, xa_stride)`; `y` are the outputs of the whole batch, each as far from the
@@ -76,14 +78,14 @@ isa_levels! {
     ///
     /// # Safety
     /// The CPU must have the rung, and no other thread may touch the outputs of these rows.
-    pub unsafe fn expand<T: LowRankElement>(form: &DecodeForm<T>, rows: Range<usize>, xa: &[f32], y: SharedMutPtr, tokens: TokenRows) = expand_body;
+    pub unsafe fn expand<T: LowRankElement>(form: &DecodeWeights<T>, rows: Range<usize>, xa: &[f32], y: SharedMutPtr, tokens: TokenRows) = expand_body;
 }
 
 /// # Safety
 /// As [`shrink`]; to be compiled with the features of `S`.
 #[inline(always)]
 unsafe fn shrink_body<S: Lanes, T: LowRankElement>(
-    form: &DecodeForm<T>,
+    form: &DecodeWeights<T>,
     blocks: Range<usize>,
     x: &[f32],
     mut tokens: TokenRows,
@@ -112,7 +114,7 @@ unsafe fn shrink_body<S: Lanes, T: LowRankElement>(
 #[inline(always)]
 #[allow(clippy::needless_range_loop)] // indices run over several arrays at once, in registers
 unsafe fn shrink_tokens<S: Lanes, T: LowRankElement, const M: usize>(
-    form: &DecodeForm<T>,
+    form: &DecodeWeights<T>,
     blocks: Range<usize>,
     x: [&[f32]; M],
     factor: f32,
@@ -124,19 +126,19 @@ unsafe fn shrink_tokens<S: Lanes, T: LowRankElement, const M: usize>(
         xs[i] = x[i][..cols].as_ptr();
     }
     for block in blocks {
-        let block_of_a = form.a[block * BLOCK * cols..][..BLOCK * cols].as_ptr();
+        let block_of_a = form.a[block * A_RANK_BLOCK * cols..][..A_RANK_BLOCK * cols].as_ptr();
         // SAFETY: a block has four rows and inputs one of `cols` numbers, whole groups; the rest is the
         // caller's.
         unsafe {
-            let mut sums = [[S::splat(0.0); M]; BLOCK];
+            let mut sums = [[S::splat(0.0); M]; A_RANK_BLOCK];
             for at in (0..cols).step_by(DECODE_GROUP) {
-                let rows = block_of_a.add(at * BLOCK);
-                ask_ahead(rows, BLOCK * DECODE_GROUP);
+                let rows = block_of_a.add(at * A_RANK_BLOCK);
+                ask_ahead(rows, A_RANK_BLOCK * DECODE_GROUP);
                 let mut inputs = [S::splat(0.0); M];
                 for i in 0..M {
                     inputs[i] = S::load(xs[i].add(at));
                 }
-                for k in 0..BLOCK {
+                for k in 0..A_RANK_BLOCK {
                     let w = T::load::<S>(rows.add(k * DECODE_GROUP));
                     for i in 0..M {
                         sums[k][i] = w.mul_add(inputs[i], sums[k][i]);
@@ -144,8 +146,8 @@ unsafe fn shrink_tokens<S: Lanes, T: LowRankElement, const M: usize>(
                 }
             }
             for i in 0..M {
-                let xa = xa.at(i * stride + block * BLOCK).slice(BLOCK);
-                for k in 0..BLOCK {
+                let xa = xa.at(i * stride + block * A_RANK_BLOCK).slice(A_RANK_BLOCK);
+                for k in 0..A_RANK_BLOCK {
                     xa[k] = factor * sums[k][i].sum();
                 }
             }
@@ -157,7 +159,7 @@ unsafe fn shrink_tokens<S: Lanes, T: LowRankElement, const M: usize>(
 /// As [`expand`]; to be compiled with the features of `S`.
 #[inline(always)]
 unsafe fn expand_body<S: Lanes, T: LowRankElement>(
-    form: &DecodeForm<T>,
+    form: &DecodeWeights<T>,
     rows: Range<usize>,
     mut xa: &[f32],
     y: SharedMutPtr,
@@ -196,8 +198,9 @@ fn ask_ahead<T>(numbers: *const T, n: usize) {
 
 /// Where a panel's first numbers are in B.
 #[inline(always)]
-fn place<T>(form: &DecodeForm<T>, panel: usize) -> usize {
-    (panel / PANELS * form.r * PANELS + panel % PANELS) * PANEL
+fn place<T>(form: &DecodeWeights<T>, panel: usize) -> usize {
+    (panel / B_PANELS_PER_STRIPE * form.r * B_PANELS_PER_STRIPE + panel % B_PANELS_PER_STRIPE)
+        * B_PANEL
 }
 
 /// Panels of a stripe at a time, whose sums do not wait for each other, or as many as are among the
@@ -207,19 +210,19 @@ fn place<T>(form: &DecodeForm<T>, panel: usize) -> usize {
 /// As [`expand_body`].
 #[inline(always)]
 unsafe fn expand_tokens<S: Lanes, T: LowRankElement, const M: usize>(
-    form: &DecodeForm<T>,
+    form: &DecodeWeights<T>,
     rows: Range<usize>,
     xa: &[f32],
     stride: usize,
     y: &[SharedMutPtr; M],
 ) {
-    let (mut panel, end) = (rows.start / PANEL, rows.end.div_ceil(PANEL));
+    let (mut panel, end) = (rows.start / B_PANEL, rows.end.div_ceil(B_PANEL));
     while panel < end {
         // SAFETY: the caller's promises.
         unsafe {
             let whole = |panels| panel.is_multiple_of(panels) && panel + panels <= end;
-            panel += if whole(PANELS) {
-                expand_panels::<S, T, M, PANELS>(form, panel, &rows, xa, stride, y)
+            panel += if whole(B_PANELS_PER_STRIPE) {
+                expand_panels::<S, T, M, B_PANELS_PER_STRIPE>(form, panel, &rows, xa, stride, y)
             } else if whole(2) {
                 expand_panels::<S, T, M, 2>(form, panel, &rows, xa, stride, y)
             } else {
@@ -236,26 +239,27 @@ unsafe fn expand_tokens<S: Lanes, T: LowRankElement, const M: usize>(
 #[inline(always)]
 #[allow(clippy::needless_range_loop)] // as above
 unsafe fn expand_panels<S: Lanes, T: LowRankElement, const M: usize, const N: usize>(
-    form: &DecodeForm<T>,
+    form: &DecodeWeights<T>,
     panel: usize,
     rows: &Range<usize>,
     xa: &[f32],
     stride: usize,
     y: &[SharedMutPtr; M],
 ) -> usize {
-    let b = form.b[place(form, panel)..][..((form.r - 1) * PANELS + N) * PANEL].as_ptr();
+    let b =
+        form.b[place(form, panel)..][..((form.r - 1) * B_PANELS_PER_STRIPE + N) * B_PANEL].as_ptr();
     // SAFETY: the panels' numbers lie a stripe's width apart; the rest is the caller's.
     unsafe {
         let mut sums = [[S::splat(0.0); M]; N];
         for k in 0..form.r {
-            let b = b.add(k * PANELS * PANEL);
-            ask_ahead(b, N * PANEL);
+            let b = b.add(k * B_PANELS_PER_STRIPE * B_PANEL);
+            ask_ahead(b, N * B_PANEL);
             let mut factors = [S::splat(0.0); M];
             for i in 0..M {
                 factors[i] = S::splat(xa[i * stride + k]);
             }
             for p in 0..N {
-                let w = T::load::<S>(b.add(p * PANEL));
+                let w = T::load::<S>(b.add(p * B_PANEL));
                 for i in 0..M {
                     sums[p][i] = w.mul_add(factors[i], sums[p][i]);
                 }
@@ -263,10 +267,10 @@ unsafe fn expand_panels<S: Lanes, T: LowRankElement, const M: usize, const N: us
         }
         for p in 0..N {
             // Of a panel at the border of the rows only those that are among them.
-            let first = (panel + p) * PANEL;
-            let (from, to) = (first.max(rows.start), rows.end.min(first + PANEL));
+            let first = (panel + p) * B_PANEL;
+            let (from, to) = (first.max(rows.start), rows.end.min(first + B_PANEL));
             for i in 0..M {
-                let mut update = [0f32; PANEL];
+                let mut update = [0f32; B_PANEL];
                 sums[p][i].store(update.as_mut_ptr());
                 let y = y[i].at(from).slice(to - from);
                 for (y, update) in y.iter_mut().zip(&update[from - first..]) {
@@ -300,7 +304,7 @@ mod tests {
     /// which nobody else's numbers are touched.
     fn fast<T: LowRankElement>(
         isa: Isa,
-        form: &DecodeForm<T>,
+        form: &DecodeWeights<T>,
         weight: f32,
         x: &[f32],
         y: &mut [f32],
@@ -343,7 +347,7 @@ mod tests {
     fn updates_are_those_of_their_factors() {
         fn check<T: LowRankElement>(lora: &Lora, scales: Option<&[f32]>, n: usize, tolerance: f64) {
             let (r, cols, rows) = (lora.r(), lora.in_features(), lora.out_features());
-            let form = DecodeForm::<T>::new(lora, scales.map(<[f32]>::to_vec)).unwrap();
+            let form = DecodeWeights::<T>::new(lora, scales.map(<[f32]>::to_vec)).unwrap();
             let values = |var: &Var| var.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             let (a, b) = (values(&lora.a), values(&lora.b));
             let mut stream = Stream::new(6, "x", &[]);
@@ -398,7 +402,7 @@ mod tests {
         let mut b = lora.b.to_vec2::<f32>().unwrap();
         b[66][2] = f32::INFINITY;
         lora.b.set(&candle_core::Tensor::new(b, &Device::Cpu).unwrap()).unwrap();
-        let form = DecodeForm::<f16>::new(&lora, None).unwrap();
+        let form = DecodeWeights::<f16>::new(&lora, None).unwrap();
         let mut y = vec![0.0; 70];
         fast(Isa::current(), &form, 1.0, &[1.0; 32], &mut y);
         assert!(!y[66].is_finite() && y[65].is_finite());

@@ -1,22 +1,22 @@
 //! Learning rates over a run, as transformers' `get_scheduler` has them.
 
-use serde::{Deserialize, Serialize};
+use crate::string_enum::string_enum;
 
-/// The shape of the learning rate after the warm-up.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "snake_case")]
-#[value(rename_all = "snake_case")]
-pub enum ScheduleKind {
-    /// Always the same; no warm-up.
-    Constant,
-    /// Always the same after the warm-up.
-    ConstantWithWarmup,
-    /// Falls linearly.
-    Linear,
-    /// Falls along half a cosine.
-    Cosine,
-    /// Always the same after the warm-up until it falls linearly (Hu et al. 2024).
-    WarmupStableDecay,
+string_enum! {
+    /// The shape of the learning rate after the warm-up.
+    #[derive(Debug)]
+    pub enum ScheduleKind {
+        /// Always the same; no warm-up.
+        Constant = "constant",
+        /// Always the same after the warm-up.
+        ConstantWithWarmup = "constant_with_warmup",
+        /// Falls linearly.
+        Linear = "linear",
+        /// Falls along half a cosine.
+        Cosine = "cosine",
+        /// Always the same after the warm-up until it falls linearly (Hu et al. 2024).
+        WarmupStableDecay = "warmup_stable_decay",
+    }
 }
 
 /// A learning rate for each step of a run.

@@ -17,7 +17,7 @@ const FILE: &str = "tokenizer.json";
 
 /// A token that was added.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Added {
+pub struct AddedTokenSpec {
     /// How it is written.
     pub text: String,
     /// Whether it is a mark, as `<|im_end|>` is: left out of text for people, and no token where marks
@@ -28,7 +28,7 @@ pub struct Added {
     pub normalized: bool,
 }
 
-impl Added {
+impl AddedTokenSpec {
     /// Tokens as a user names them, the special ones last.
     ///
     /// # Errors
@@ -78,7 +78,11 @@ impl Tokenizer {
     ///
     /// # Errors
     /// As [`Tokenizer::open`].
-    pub fn with_added(self, checkpoint: &Checkpoint, more: &[Added]) -> Result<Self, TextError> {
+    pub fn with_added(
+        self,
+        checkpoint: &Checkpoint,
+        more: &[AddedTokenSpec],
+    ) -> Result<Self, TextError> {
         let mut more = more.to_vec();
         for token in &mut more {
             token.normalized &= self.written_alone(&token.text)?.is_none();
@@ -87,11 +91,12 @@ impl Tokenizer {
     }
 
     /// With tokens as they are given.
-    fn grown(self, checkpoint: &Checkpoint, more: &[Added]) -> Result<Self, TextError> {
-        let is_there = |token: &&Added| {
+    fn grown(self, checkpoint: &Checkpoint, more: &[AddedTokenSpec]) -> Result<Self, TextError> {
+        let is_there = |token: &&AddedTokenSpec| {
             self.added_as(&token.text).is_some_and(|special| special || !token.special)
         };
-        let more: Vec<Added> = more.iter().filter(|token| !is_there(token)).cloned().collect();
+        let more: Vec<AddedTokenSpec> =
+            more.iter().filter(|token| !is_there(token)).cloned().collect();
         if more.is_empty() {
             return Ok(self);
         }
@@ -111,14 +116,14 @@ impl Tokenizer {
     /// # Errors
     /// If the folder's cannot be read, skips an id, has another token where both have one, or looks
     /// otherwise for one that was added to this.
-    pub fn missing(&self, folder: &Path) -> Result<Vec<Added>, TextError> {
+    pub fn missing(&self, folder: &Path) -> Result<Vec<AddedTokenSpec>, TextError> {
         let theirs = folder::read(folder, &[])?;
         let fault = |reason: String| Err(TextError::format(&folder.join(FILE), reason));
         let found = |text: String| {
             let token = theirs.added_token(&text);
             let special = token.is_some_and(|token| token.special);
             let normalized = token.is_some_and(|token| token.normalized);
-            Added { text, special, normalized }
+            AddedTokenSpec { text, special, normalized }
         };
         let own_len = self.own_len();
         if theirs.len() < own_len {
@@ -167,7 +172,7 @@ impl Tokenizer {
 
     /// A token that was added to this tokenizer, if another one finds it in other texts. As a mark it is
     /// another kind of token, which stands for both.
-    fn found_otherwise(&self, other: &Self, text: &str) -> Option<&Added> {
+    fn found_otherwise(&self, other: &Self, text: &str) -> Option<&AddedTokenSpec> {
         let added = self.added().iter().find(|added| added.text == text)?;
         let token = other.added_token(text)?;
         let differs = token.special == added.special && token.normalized != added.normalized;
@@ -196,7 +201,10 @@ impl Tokenizer {
 ///
 /// # Errors
 /// As [`Tokenizer::open_beside`].
-pub fn added_beside(checkpoint: &Checkpoint, folders: &[&Path]) -> Result<Vec<Added>, TextError> {
+pub fn added_beside(
+    checkpoint: &Checkpoint,
+    folders: &[&Path],
+) -> Result<Vec<AddedTokenSpec>, TextError> {
     match folders.iter().any(|folder| folder.join(FILE).is_file()) {
         true => Ok(Tokenizer::open_beside(checkpoint, folders)?.added().to_vec()),
         false => Ok(Vec::new()),

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 
 use super::folder::{object, template_texts, text, token_text};
 use super::gguf::{BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED};
-use super::{Added, TextError, Tokenizer, gguf, pre_tokenizer, sentencepiece};
+use super::{AddedTokenSpec, TextError, Tokenizer, gguf, pre_tokenizer, sentencepiece};
 use crate::weights::{Checkpoint, Gguf, OwnedValue, ValueType};
 
 /// Files beside the weights of a folder that say how text becomes tokens and messages text.
@@ -34,7 +34,7 @@ pub const FILES: &[&str] = &[
 pub fn to_gguf(
     folder: &Path,
     vocab_size: usize,
-    added: &[Added],
+    added: &[AddedTokenSpec],
 ) -> Result<Vec<(String, OwnedValue)>, TextError> {
     let path = folder.join("tokenizer.json");
     let bad = |reason: String| TextError::format(&path, reason);
@@ -170,7 +170,7 @@ pub fn to_gguf(
 
 /// Puts the tokens that were added to a tokenizer into the `tokenizer.json` of its own.
 fn put_added(json: &mut Value, tokenizer: &Tokenizer) {
-    for Added { text, special, normalized } in tokenizer.added() {
+    for AddedTokenSpec { text, special, normalized } in tokenizer.added() {
         let Some(id) = tokenizer.id_of(text) else { continue };
         let token = json!({
             "id": id,
@@ -197,7 +197,7 @@ fn put_added(json: &mut Value, tokenizer: &Tokenizer) {
 fn put_decoder(config: &mut Value, tokenizer: &Tokenizer) {
     let decoder = config.get_mut("added_tokens_decoder").and_then(Value::as_object_mut);
     let Some(decoder) = decoder else { return };
-    for Added { text, special, normalized } in tokenizer.added() {
+    for AddedTokenSpec { text, special, normalized } in tokenizer.added() {
         let Some(id) = tokenizer.id_of(text) else { continue };
         let token = json!({
             "content": text,
@@ -218,10 +218,10 @@ const ADDED_SCORE: f32 = -1000.0;
 ///
 /// # Errors
 /// If its tokenizer cannot be read.
-pub fn grown_keys(
+pub fn keys_with_added_tokens(
     file: &Gguf,
     rows: usize,
-    added: &[Added],
+    added: &[AddedTokenSpec],
 ) -> Result<Vec<(&'static str, OwnedValue)>, TextError> {
     let own = gguf::tokens(file)?.len();
     let (mut tokens, (len, _)) = gguf::tokens_with(file, added)?;
@@ -255,7 +255,9 @@ pub fn beside(
     tokenizer: &Tokenizer,
 ) -> Result<Vec<(&'static str, String)>, TextError> {
     let mut files = match checkpoint {
-        Checkpoint::HuggingFace(folder) => grown_files(folder.path(), tokenizer.added())?,
+        Checkpoint::HuggingFace(folder) => {
+            files_with_added_tokens(folder.path(), tokenizer.added())?
+        }
         Checkpoint::Gguf(gguf) if gguf.str("tokenizer.ggml.model")? == Some("llama") => {
             let named = |id: Option<u32>| id.and_then(|id| tokenizer.token(id));
             let config = json!({
@@ -280,9 +282,9 @@ pub fn beside(
 ///
 /// # Errors
 /// If one of them cannot be read.
-pub fn grown_files(
+pub fn files_with_added_tokens(
     folder: &Path,
-    added: &[Added],
+    added: &[AddedTokenSpec],
 ) -> Result<Vec<(&'static str, String)>, TextError> {
     let mut files = files(folder)?;
     if added.is_empty() {
@@ -359,7 +361,10 @@ fn merges(merges: &Value) -> Option<Vec<(String, String)>> {
 /// # Errors
 /// If its tokenizer cannot be read, or cuts words by expressions that other implementations of
 /// `tokenizer.json` do not read.
-pub fn to_folder(file: &Gguf, added: &[Added]) -> Result<Vec<(&'static str, String)>, TextError> {
+pub fn to_folder(
+    file: &Gguf,
+    added: &[AddedTokenSpec],
+) -> Result<Vec<(&'static str, String)>, TextError> {
     let bad = |reason: String| TextError::format(file.path(), reason);
     let tokenizer = gguf::read(file, added)?;
     let (tokens, _) = gguf::tokens_with(file, added)?;

@@ -8,11 +8,11 @@ use std::path::Path;
 use serde_json::Value;
 use tokenizers::AddedToken;
 
-use super::marks::Marks;
-use super::tokenizer::{Roles, ends_by_text};
-use super::{Added, ChatTemplate, TextError, Tokenizer};
+use super::special_tokens::SpecialTokens;
+use super::tokenizer::{Roles, eog_by_text};
+use super::{AddedTokenSpec, ChatTemplate, TextError, Tokenizer};
 
-pub(super) fn read(folder: &Path, added: &[Added]) -> Result<Tokenizer, TextError> {
+pub(super) fn read(folder: &Path, added: &[AddedTokenSpec]) -> Result<Tokenizer, TextError> {
     let path = folder.join("tokenizer.json");
     let Some(json) = text(&path)? else {
         return Err(TextError::format(folder, "no tokenizer.json in this folder"));
@@ -22,7 +22,7 @@ pub(super) fn read(folder: &Path, added: &[Added]) -> Result<Tokenizer, TextErro
     // Rows are cut and filled by `data`, by rules of its own.
     inner.with_truncation(None).map_err(bad)?;
     inner.with_padding(None);
-    let token = |token: &Added| {
+    let token = |token: &AddedTokenSpec| {
         AddedToken::from(token.text.clone(), token.special).normalized(token.normalized)
     };
     let len = |inner: &tokenizers::Tokenizer| {
@@ -65,7 +65,7 @@ pub(super) fn read(folder: &Path, added: &[Added]) -> Result<Tokenizer, TextErro
     let template = template(folder, &config_path, &config["chat_template"], &special)?;
     let vocab_size = if added.is_empty() { own_len } else { len(&inner) };
     // transformers takes of overlapping tokens the leftmost, as the crate does by itself.
-    let marks = Marks::default();
+    let marks = SpecialTokens::default();
     let tokenizer = Tokenizer::new(inner, marks, roles, vocab_size, template);
     Ok(tokenizer.of_tokens((vocab_size, own_len), added))
 }
@@ -76,7 +76,7 @@ fn ends(
     inner: &tokenizers::Tokenizer,
     eos: Option<u32>,
 ) -> Result<BTreeSet<u32>, TextError> {
-    let mut ends = ends_by_text(|token| inner.token_to_id(token));
+    let mut ends = eog_by_text(|token| inner.token_to_id(token));
     ends.extend(eos);
     for name in ["generation_config.json", "config.json"] {
         let path = folder.join(name);

@@ -7,10 +7,10 @@ use tokenizers::AddedToken;
 use tokenizers::models::bpe::BPE;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 
-use super::marks::{Mark, Marks};
 use super::pre_tokenizer::{self, PreTokenizer};
-use super::tokenizer::{ENDS, Roles, ends_by_text};
-use super::{Added, ChatTemplate, TextError, Tokenizer, sentencepiece};
+use super::special_tokens::{SpecialToken, SpecialTokens};
+use super::tokenizer::{EOG_TOKENS, Roles, eog_by_text};
+use super::{AddedTokenSpec, ChatTemplate, TextError, Tokenizer, sentencepiece};
 use crate::weights::Gguf;
 
 /// `enum llama_token_type`.
@@ -22,7 +22,7 @@ pub(super) const UNUSED: i32 = 5;
 pub(super) const BYTE: i32 = 6;
 
 /// Further tokens that are marks although some files call them text.
-const MARKS: &[&str] = &[
+const FIM_TOKENS: &[&str] = &[
     "<|fim_prefix|>",
     "<fim-prefix>",
     "<fim_prefix>",
@@ -49,8 +49,8 @@ const MARKS: &[&str] = &[
     "<|middle|>",
 ];
 
-/// Marks of code completion after which nothing more is generated either.
-const FIM_ENDS: &[(&str, &[&str])] = &[
+/// SpecialTokens of code completion after which nothing more is generated either.
+const FIM_EOG_TOKENS: &[(&str, &[&str])] = &[
     ("fim_pad", &["<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"]),
     ("fim_rep", &["<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"]),
     ("fim_sep", &["<|file_sep|>"]),
@@ -59,7 +59,7 @@ const FIM_ENDS: &[(&str, &[&str])] = &[
 /// Text wherever it stands, whatever the file says (the channels of gpt-oss).
 const TEXT: &[&str] = &["<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"];
 
-pub(super) fn read(file: &Gguf, added: &[Added]) -> Result<Tokenizer, TextError> {
+pub(super) fn read(file: &Gguf, added: &[AddedTokenSpec]) -> Result<Tokenizer, TextError> {
     if is_sentencepiece(file)? {
         return sentencepiece::read(file, added);
     }
@@ -81,7 +81,7 @@ pub(super) fn read(file: &Gguf, added: &[Added]) -> Result<Tokenizer, TextError>
     inner.add_tokens(found).map_err(broken)?;
 
     let template = template(file, &special_tokens(&tokens, &roles))?;
-    let tokenizer = Tokenizer::new(inner, Marks::new(marks), roles, tokens.len(), template);
+    let tokenizer = Tokenizer::new(inner, SpecialTokens::new(marks), roles, tokens.len(), template);
     Ok(tokenizer.of_tokens(len, added))
 }
 
@@ -145,7 +145,7 @@ pub(super) fn tokens(file: &Gguf) -> Result<Vec<String>, TextError> {
 /// many are no such fillers, with and without those that were added.
 pub(super) fn tokens_with(
     file: &Gguf,
-    added: &[Added],
+    added: &[AddedTokenSpec],
 ) -> Result<(Vec<String>, (usize, usize)), TextError> {
     let mut tokens = tokens(file)?;
     let types = file.i32s("tokenizer.ggml.token_type")?.unwrap_or_default();
@@ -244,11 +244,11 @@ pub(super) fn roles(
     let bos = role("bos")?.or(known(defaults.bos));
     let (eos, pad) = (role("eos")?.or(known(defaults.eos)), role("padding")?);
     let adds_bos = file.bool("tokenizer.ggml.add_bos_token")?.unwrap_or(defaults.adds_bos);
-    let mut ends = ends_by_text(id_of);
+    let mut ends = eog_by_text(id_of);
     ends.extend(eos);
     ends.extend(role("eot")?);
     ends.extend(role("eom")?);
-    for (name, tokens) in FIM_ENDS {
+    for (name, tokens) in FIM_EOG_TOKENS {
         ends.extend(role(name)?.or_else(|| tokens.iter().find_map(|token| id_of(token))));
     }
     Ok(Roles { bos, eos, pad, adds_bos, ends })
@@ -259,8 +259,8 @@ pub(super) fn marks(
     file: &Gguf,
     tokens: &[String],
     roles: &Roles,
-    added: &[Added],
-) -> Result<Vec<Mark>, TextError> {
+    added: &[AddedTokenSpec],
+) -> Result<Vec<SpecialToken>, TextError> {
     let key = "tokenizer.ggml.token_type";
     let types = file.i32s(key)?;
     let added: HashMap<&str, bool> = added.iter().map(|t| (&*t.text, t.special)).collect();
@@ -273,20 +273,20 @@ pub(super) fn marks(
     let mut marks = Vec::new();
     for (id, token) in (0..).zip(tokens) {
         if let Some(&special) = added.get(&**token) {
-            marks.push(Mark { text: token.clone(), id, special });
+            marks.push(SpecialToken { text: token.clone(), id, special });
             continue;
         }
-        let is_mark = ENDS.contains(&&**token) && roles.ends.contains(&id)
-            || MARKS.contains(&&**token)
-            || FIM_ENDS.iter().any(|(_, names)| names.contains(&&**token));
+        let is_mark = EOG_TOKENS.contains(&&**token) && roles.ends.contains(&id)
+            || FIM_TOKENS.contains(&&**token)
+            || FIM_EOG_TOKENS.iter().any(|(_, names)| names.contains(&&**token));
         let special = match types.as_ref().map(|types| types[id as usize]) {
             _ if TEXT.contains(&&**token) => false,
             _ if is_mark => true,
-            Some(UNKNOWN | CONTROL) => !ENDS.contains(&&**token),
+            Some(UNKNOWN | CONTROL) => !EOG_TOKENS.contains(&&**token),
             Some(USER_DEFINED) => false,
             _ => continue,
         };
-        marks.push(Mark { text: token.clone(), id, special });
+        marks.push(SpecialToken { text: token.clone(), id, special });
     }
     Ok(marks)
 }

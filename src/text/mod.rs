@@ -9,16 +9,16 @@ pub mod convert;
 mod error;
 mod folder;
 mod gguf;
-mod marks;
 mod pre_tokenizer;
 mod python;
 mod sentencepiece;
+mod special_tokens;
 mod stream;
 mod template;
 mod tokenizer;
 mod train;
 
-pub use added::{Added, added_beside};
+pub use added::{AddedTokenSpec, added_beside};
 pub use error::TextError;
 pub use stream::DecodeStream;
 pub use template::{ChatTemplate, first_second, today};

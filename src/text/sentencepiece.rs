@@ -20,8 +20,8 @@ use tokenizers::normalizers::replace::Replace;
 use tokenizers::normalizers::{Prepend, Sequence as Normalizers};
 
 use super::gguf::{self, Defaults, NORMAL, UNUSED, USER_DEFINED};
-use super::marks::Marks;
-use super::{Added, TextError, Tokenizer};
+use super::special_tokens::SpecialTokens;
+use super::{AddedTokenSpec, TextError, Tokenizer};
 use crate::weights::Gguf;
 
 /// What stands for a space.
@@ -30,7 +30,7 @@ const SPACE: &str = "\u{2581}";
 /// Ids of roles that a file does not name, and whether texts begin with BOS.
 pub(super) const DEFAULTS: Defaults = Defaults { bos: Some(1), eos: Some(2), adds_bos: true };
 
-pub(super) fn read(file: &Gguf, added: &[Added]) -> Result<Tokenizer, TextError> {
+pub(super) fn read(file: &Gguf, added: &[AddedTokenSpec]) -> Result<Tokenizer, TextError> {
     let bad = |reason: String| TextError::format(file.path(), reason);
     let broken = |error: tokenizers::Error| bad(error.to_string());
     let (tokens, len) = gguf::tokens_with(file, added)?;
@@ -65,7 +65,7 @@ pub(super) fn read(file: &Gguf, added: &[Added]) -> Result<Tokenizer, TextError>
         marks.iter().map(|mark| AddedToken::from(&*mark.text, mark.special).normalized(false));
     inner.add_tokens(found).map_err(broken)?;
     let template = gguf::template(file, &gguf::special_tokens(&tokens, &roles))?;
-    let tokenizer = Tokenizer::new(inner, Marks::new(marks), roles, tokens.len(), template);
+    let tokenizer = Tokenizer::new(inner, SpecialTokens::new(marks), roles, tokens.len(), template);
     let tokenizer = tokenizer.of_tokens(len, added);
     tokenizer.check_found_anywhere(file.path())?;
     Ok(tokenizer)

@@ -9,8 +9,8 @@ use sha2::{Digest, Sha256};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::{AddedToken, NormalizedString, Normalizer};
 
-use super::marks::{Marks, Part};
-use super::{Added, ChatTemplate, DecodeStream, TextError, folder, gguf, pre_tokenizer};
+use super::special_tokens::{SpecialTokens, TextFragment};
+use super::{AddedTokenSpec, ChatTemplate, DecodeStream, TextError, folder, gguf, pre_tokenizer};
 use crate::weights::{Checkpoint, Gguf};
 
 /// What the names of special tokens are when they stand in the text.
@@ -39,7 +39,7 @@ pub struct Tokenizer {
     /// The same, blind to special tokens; made when it is first needed.
     as_text: OnceLock<tokenizers::Tokenizer>,
     /// Special tokens that are looked for before `inner` does.
-    marks: Marks,
+    marks: SpecialTokens,
     roles: Roles,
     vocab_size: usize,
     /// One more than the highest id that is no filler's.
@@ -47,7 +47,7 @@ pub struct Tokenizer {
     /// The same without what was added.
     own_len: usize,
     /// What was added to the tokens of its files.
-    added: Vec<Added>,
+    added: Vec<AddedTokenSpec>,
     template: Option<ChatTemplate>,
 }
 
@@ -60,6 +60,17 @@ pub(super) struct Roles {
     pub adds_bos: bool,
     /// After any of these nothing more is generated.
     pub ends: BTreeSet<u32>,
+}
+
+impl Roles {
+    /// The roles as [`Tokenizer::fingerprint`] hashes them. Runs keep the hash: the text must not change
+    /// with names in the code.
+    fn fingerprint_text(&self) -> String {
+        let Self { bos, eos, pad, adds_bos, ends } = self;
+        format!(
+            "Roles {{ bos: {bos:?}, eos: {eos:?}, pad: {pad:?}, adds_bos: {adds_bos}, ends: {ends:?} }}"
+        )
+    }
 }
 
 impl Tokenizer {
@@ -75,7 +86,7 @@ impl Tokenizer {
     ///
     /// # Errors
     /// As [`Tokenizer::open`].
-    pub fn open_with(checkpoint: &Checkpoint, added: &[Added]) -> Result<Self, TextError> {
+    pub fn open_with(checkpoint: &Checkpoint, added: &[AddedTokenSpec]) -> Result<Self, TextError> {
         match checkpoint {
             Checkpoint::Gguf(gguf) => gguf::read(gguf, added),
             Checkpoint::HuggingFace(folder) => folder::read(folder.path(), added),
@@ -102,7 +113,7 @@ impl Tokenizer {
 
     pub(super) fn new(
         inner: tokenizers::Tokenizer,
-        marks: Marks,
+        marks: SpecialTokens,
         roles: Roles,
         vocab_size: usize,
         template: Option<ChatTemplate>,
@@ -114,7 +125,11 @@ impl Tokenizer {
 
     /// What else is known of its tokens: how many are no fillers, with and without what was added, and
     /// what that is.
-    pub(super) fn of_tokens(self, (len, own_len): (usize, usize), added: &[Added]) -> Self {
+    pub(super) fn of_tokens(
+        self,
+        (len, own_len): (usize, usize),
+        added: &[AddedTokenSpec],
+    ) -> Self {
         Self { len, own_len, added: added.to_vec(), ..self }
     }
 
@@ -126,11 +141,11 @@ impl Tokenizer {
         let mut ids = Vec::new();
         for part in self.marks.partition(text, special == Special::AsText) {
             match part {
-                Part::Text(range) => {
+                TextFragment::Text(range) => {
                     let part = self.engine(special).encode_fast(&text[range], false);
                     ids.extend(part.map_err(failed)?.get_ids());
                 }
-                Part::Mark(id, _) => ids.push(id),
+                TextFragment::Special(id, _) => ids.push(id),
             }
         }
         Ok(ids)
@@ -144,14 +159,14 @@ impl Tokenizer {
         let mut found = Encoding { ids: Vec::new(), offsets: Vec::new() };
         for part in self.marks.partition(text, special == Special::AsText) {
             match part {
-                Part::Text(range) => {
+                TextFragment::Text(range) => {
                     let start = range.start;
                     let part = self.engine(special).encode(&text[range], false).map_err(failed)?;
                     found.ids.extend(part.get_ids());
                     let offsets = part.get_offsets().iter();
                     found.offsets.extend(offsets.map(|(from, to)| (start + from, start + to)));
                 }
-                Part::Mark(id, range) => {
+                TextFragment::Special(id, range) => {
                     found.ids.push(id);
                     found.offsets.push((range.start, range.end));
                 }
@@ -247,7 +262,7 @@ impl Tokenizer {
     }
 
     /// What was added to the tokens of its files.
-    pub fn added(&self) -> &[Added] {
+    pub fn added(&self) -> &[AddedTokenSpec] {
         &self.added
     }
 
@@ -324,7 +339,7 @@ impl Tokenizer {
     /// If the crate cannot write the tokenizer down.
     pub fn fingerprint(&self) -> Result<String, TextError> {
         let json = self.inner.to_string(false).map_err(failed)?;
-        let beside = format!("{:?} {:?}", self.marks, self.roles);
+        let beside = format!("{} {}", self.marks.fingerprint_text(), self.roles.fingerprint_text());
         let digest = Sha256::new().chain_update(json).chain_update(beside);
         Ok(digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
@@ -439,7 +454,7 @@ fn failed(error: tokenizers::Error) -> TextError {
 }
 
 /// Tokens that end generation whatever the file says of them (llama.cpp goes by their text too).
-pub(super) const ENDS: &[&str] = &[
+pub(super) const EOG_TOKENS: &[&str] = &[
     "<|eot_id|>",
     "<|im_end|>",
     "<|end|>",
@@ -464,13 +479,13 @@ pub(super) const ENDS: &[&str] = &[
     "[e~[",
 ];
 
-/// The ids of [`ENDS`] in a vocabulary, but for two names that in some families end nothing.
-pub(super) fn ends_by_text(id_of: impl Fn(&str) -> Option<u32>) -> BTreeSet<u32> {
+/// The ids of [`EOG_TOKENS`] in a vocabulary, but for two names that in some families end nothing.
+pub(super) fn eog_by_text(id_of: impl Fn(&str) -> Option<u32>) -> BTreeSet<u32> {
     let has = |token: &str| id_of(token).is_some();
     let harmony = has("<|return|>") && has("<|call|>")
         || (has("<|call|>") || has("<|calls|>")) && has("<|flush|>");
     let plain_s = has("<|tool_response>") || has("<|plamo:eos|>");
-    let ends = ENDS.iter().filter(|&&token| match token {
+    let ends = EOG_TOKENS.iter().filter(|&&token| match token {
         "<|end|>" => !harmony,
         "</s>" => !plain_s,
         _ => true,

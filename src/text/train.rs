@@ -204,10 +204,10 @@ impl TokenizerTrainer {
         Ok(TrainedTokenizer { json, report: self.report })
     }
 
-    fn count(&self, text: &str) -> Result<Counts, TextError> {
+    fn count(&self, text: &str) -> Result<PairCounts, TextError> {
         let mut pieces = PreTokenizedString::from(text);
         self.pre_tokenizer.pre_tokenize(&mut pieces).map_err(failed)?;
-        let mut counts = Counts::default();
+        let mut counts = PairCounts::default();
         for (word, _, _) in pieces.get_splits(OffsetReferential::Normalized, OffsetType::Byte) {
             match counts.words.get_mut(word) {
                 Some(count) => *count += 1,
@@ -246,14 +246,14 @@ impl TokenizerTrainer {
 }
 
 #[derive(Default)]
-struct Counts {
+struct PairCounts {
     words: HashMap<Box<str>, u64>,
     too_long: u64,
 }
 
-fn joined(one: Counts, other: Counts) -> Counts {
+fn joined(one: PairCounts, other: PairCounts) -> PairCounts {
     let too_long = one.too_long + other.too_long;
-    Counts { words: add_up(one.words, other.words), too_long }
+    PairCounts { words: add_up(one.words, other.words), too_long }
 }
 
 /// Sums do not depend on the order in which they are added up.

@@ -5,8 +5,8 @@ use std::collections::BinaryHeap;
 use std::path::Path;
 
 use super::TrainError;
-use super::memory::parse_bytes;
 use super::settings::CommonSettings;
+use super::spec::parse_bytes;
 use crate::data::doctor::{Check, Diagnosis};
 use crate::data::{
     AlpacaPrompt, Cache, ComparisonKind, ComparisonReport, ComparisonSettings, Comparisons,

@@ -22,7 +22,7 @@ use super::state::State;
 use super::tensorboard::EventWriter;
 use crate::monitor::Monitor;
 use crate::optim::AdamW;
-use crate::weights::{Lock, NotLocked, write_atomically};
+use crate::weights::{Lock, LockError, write_atomically};
 
 /// Where the settings of a run are.
 const SETTINGS_FILE: &str = "config.toml";
@@ -275,12 +275,12 @@ fn lock(run: &Path, monitor: Monitor<'_>) -> Result<Option<Lock>, TrainError> {
     let path = run.join(LOCK_FILE);
     match Lock::take(&path) {
         Ok(lock) => Ok(Some(lock)),
-        Err(NotLocked::Held(holder)) => Err(TrainError::Held { path: run.into(), holder }),
-        Err(NotLocked::NoLocks(e)) => {
+        Err(LockError::Held(holder)) => Err(TrainError::Held { path: run.into(), holder }),
+        Err(LockError::NoLocks(e)) => {
             monitor.warn(format_args!("{}: cannot be locked: {e}", path.display()));
             Ok(None)
         }
-        Err(NotLocked::Io(e)) => Err(at(&path, e)),
+        Err(LockError::Io(e)) => Err(at(&path, e)),
     }
 }
 

@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use super::error::all_of;
-use super::value::{Array, Cursor, Value, ValueType};
+use super::value::{Cursor, GgufArray, GgufValue, ValueType};
 use super::{StoredTensor, WeightsError, map_file};
 use crate::quant::{BlockType, Bytes};
 
@@ -203,7 +203,7 @@ impl Gguf {
     fn read_alignment(&self) -> Result<usize, WeightsError> {
         match self.get(ALIGNMENT_KEY) {
             None => Ok(DEFAULT_ALIGNMENT),
-            Some(Value::U32(v)) if v >= 8 && v.is_power_of_two() => Ok(v as usize),
+            Some(GgufValue::U32(v)) if v >= 8 && v.is_power_of_two() => Ok(v as usize),
             Some(other) => {
                 Err(self.key_type(ALIGNMENT_KEY, other, "a u32, a power of two, at least 8"))
             }
@@ -249,16 +249,16 @@ impl Gguf {
     }
 
     /// All keys and values, in the order of the file.
-    pub fn metadata(&self) -> impl ExactSizeIterator<Item = (&str, Value<'_>)> {
+    pub fn metadata(&self) -> impl ExactSizeIterator<Item = (&str, GgufValue<'_>)> {
         self.metadata.iter().map(|entry| (&*entry.key, self.value(entry)))
     }
 
     /// The value of a key.
-    pub fn get(&self, key: &str) -> Option<Value<'_>> {
+    pub fn get(&self, key: &str) -> Option<GgufValue<'_>> {
         Some(self.value(&self.metadata[*self.keys.get(key)?]))
     }
 
-    fn value(&self, entry: &Entry) -> Value<'_> {
+    fn value(&self, entry: &Entry) -> GgufValue<'_> {
         Cursor::new(&self.map[entry.value.clone()])
             .value(entry.of, 0)
             .expect("the value was read when the file was opened")
@@ -288,7 +288,7 @@ impl Gguf {
     }
 
     /// The array of a key, whatever its items.
-    pub fn array(&self, key: &str) -> Result<Option<Array<'_>>, WeightsError> {
+    pub fn array(&self, key: &str) -> Result<Option<GgufArray<'_>>, WeightsError> {
         self.typed(key, "an array", |value| value.as_array())
     }
 
@@ -303,7 +303,7 @@ impl Gguf {
         })?;
         Ok(array.map(|array| {
             array.iter().map(|item| match item {
-                Value::String(bytes) => bytes,
+                GgufValue::String(bytes) => bytes,
                 _ => unreachable!("the items are strings"),
             })
         }))
@@ -327,15 +327,15 @@ impl Gguf {
         &'a self,
         key: &str,
         needed: &'static str,
-        read: impl Fn(Value<'a>) -> Option<T>,
+        read: impl Fn(GgufValue<'a>) -> Option<T>,
     ) -> Result<Option<T>, WeightsError> {
         let Some(value) = self.get(key) else { return Ok(None) };
         read(value).map(Some).ok_or_else(|| self.key_type(key, value, needed))
     }
 
-    fn key_type(&self, key: &str, found: Value<'_>, needed: &'static str) -> WeightsError {
+    fn key_type(&self, key: &str, found: GgufValue<'_>, needed: &'static str) -> WeightsError {
         let found = match found {
-            Value::Array(_) => format!("{found}"),
+            GgufValue::Array(_) => format!("{found}"),
             _ => format!("{} {found}", found.value_type()),
         };
         WeightsError::KeyType { path: self.path.clone(), key: key.into(), found, needed }

@@ -25,7 +25,7 @@ pub struct Inspection {
     /// What GGUF aligns tensors to, in bytes.
     pub alignment: Option<usize>,
     /// What the gguf-rs crate says of a GGUF file: a second opinion.
-    pub summary: Option<Summary>,
+    pub summary: Option<InspectionSummary>,
     /// Values of all tensors.
     pub values: u64,
     /// Bytes of all tensors whose type is known.
@@ -40,7 +40,7 @@ pub struct Inspection {
 
 /// gguf-rs on a GGUF file.
 #[derive(Debug, Clone, Serialize)]
-pub struct Summary {
+pub struct InspectionSummary {
     /// `general.architecture`.
     pub family: String,
     /// Parameters, as people write them: `135M`.
@@ -134,7 +134,7 @@ fn of_gguf(gguf: &Gguf) -> Inspection {
 /// The opinion of gguf-rs, on files our reader accepted. It panics on tensor types from 40 on
 /// and on a `general.file_type` that is no integer, and takes 60 times the memory of a header it
 /// reads, so such files get none.
-fn gguf_rs_summary(gguf: &Gguf) -> Option<Summary> {
+fn gguf_rs_summary(gguf: &Gguf) -> Option<InspectionSummary> {
     if gguf.tensors().iter().any(|info| info.type_id >= 40)
         || gguf.u64("general.file_type").is_err()
         || gguf.data_offset() > 64 << 20
@@ -148,7 +148,7 @@ fn gguf_rs_summary(gguf: &Gguf) -> Option<Summary> {
     // It cuts the tokenizer's arrays to three items, which spares their memory.
     let read = || {
         let model = gguf_rs::get_gguf_container(path).ok()?.decode().ok()?;
-        Some(Summary {
+        Some(InspectionSummary {
             family: model.model_family(),
             parameters: model.model_parameters(),
             file_type: file_type.clone(),
@@ -277,7 +277,7 @@ impl fmt::Display for Inspection {
         }
         let tensors = self.tensors.len();
         writeln!(f, ", {tensors} tensors, {} values, {} bytes", self.values, self.bytes)?;
-        if let Some(Summary { family, parameters, file_type }) = &self.summary {
+        if let Some(InspectionSummary { family, parameters, file_type }) = &self.summary {
             writeln!(f, "{family}, {parameters} parameters, {file_type}")?;
         }
 

@@ -14,7 +14,7 @@ pub struct Lock {
 
 /// Why a file is not locked for this process.
 #[derive(Debug)]
-pub enum NotLocked {
+pub enum LockError {
     /// Who has locked it, in words.
     Held(String),
     /// The system has no locks there.
@@ -28,17 +28,17 @@ impl Lock {
     ///
     /// # Errors
     /// If another process has locked it, or the system refuses; nobody is waited for.
-    pub fn take(path: &Path) -> Result<Self, NotLocked> {
+    pub fn take(path: &Path) -> Result<Self, LockError> {
         let mut options = File::options();
         options.create(true).read(true).write(true).truncate(false);
-        let mut file = options.open(path).map_err(NotLocked::Io)?;
+        let mut file = options.open(path).map_err(LockError::Io)?;
         match file.try_lock() {
             Ok(()) => {}
-            Err(TryLockError::WouldBlock) => return Err(NotLocked::Held(holder(file))),
-            Err(TryLockError::Error(e)) => return Err(NotLocked::NoLocks(e)),
+            Err(TryLockError::WouldBlock) => return Err(LockError::Held(holder(file))),
+            Err(TryLockError::Error(e)) => return Err(LockError::NoLocks(e)),
         }
         let written = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
-        written.map_err(NotLocked::Io)?;
+        written.map_err(LockError::Io)?;
         Ok(Self { file })
     }
 
@@ -81,11 +81,11 @@ mod tests {
             true => "another process".to_string(),
             false => format!("process {}", std::process::id()),
         };
-        assert!(matches!(Lock::take(&path), Err(NotLocked::Held(who)) if who == us));
+        assert!(matches!(Lock::take(&path), Err(LockError::Held(who)) if who == us));
         assert_eq!(Lock::holder(&path), Some(us));
         drop(lock);
         assert_eq!(Lock::holder(&path), None);
         Lock::take(&path).unwrap();
-        assert!(matches!(Lock::take(room.path()), Err(NotLocked::Io(_))));
+        assert!(matches!(Lock::take(room.path()), Err(LockError::Io(_))));
     }
 }

@@ -21,10 +21,10 @@ pub use checkpoint::{Checkpoint, StoredTensor};
 pub use error::WeightsError;
 pub use gguf::Gguf;
 pub(crate) use inspect::without_panic;
-pub use inspect::{Inspection, MetadataLine, Summary, TensorLine, TypeTotal, inspect};
-pub use lock::{Lock, NotLocked};
+pub use inspect::{Inspection, InspectionSummary, MetadataLine, TensorLine, TypeTotal, inspect};
+pub use lock::{Lock, LockError};
 pub use safetensors::{HfFolder, Safetensors, SafetensorsInfo};
-pub use value::{Array, OwnedValue, Value, ValueType};
+pub use value::{GgufArray, GgufValue, OwnedValue, ValueType};
 pub use write::{NewTensor, TensorPlan, stream_gguf, stream_safetensors, write_gguf};
 
 use std::fs::File;

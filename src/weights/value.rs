@@ -63,7 +63,7 @@ impl fmt::Display for ValueType {
 /// A metadata value, borrowed from the map. Strings are bytes: files are free to hold any.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[allow(missing_docs)]
-pub enum Value<'a> {
+pub enum GgufValue<'a> {
     U8(u8),
     I8(i8),
     U16(u16),
@@ -73,13 +73,13 @@ pub enum Value<'a> {
     F32(f32),
     Bool(bool),
     String(&'a [u8]),
-    Array(Array<'a>),
+    Array(GgufArray<'a>),
     U64(u64),
     I64(i64),
     F64(f64),
 }
 
-impl<'a> Value<'a> {
+impl<'a> GgufValue<'a> {
     /// Its type.
     pub fn value_type(&self) -> ValueType {
         match self {
@@ -148,7 +148,7 @@ impl<'a> Value<'a> {
     }
 
     /// An array.
-    pub fn as_array(&self) -> Option<Array<'a>> {
+    pub fn as_array(&self) -> Option<GgufArray<'a>> {
         match *self {
             Self::Array(v) => Some(v),
             _ => None,
@@ -177,7 +177,7 @@ impl<'a> Value<'a> {
     }
 }
 
-impl fmt::Display for Value<'_> {
+impl fmt::Display for GgufValue<'_> {
     /// Short, for people: long strings and arrays are cut.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -217,13 +217,13 @@ pub(super) fn short_text(bytes: &[u8]) -> String {
 
 /// An array of metadata, still in the map.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Array<'a> {
+pub struct GgufArray<'a> {
     of: ValueType,
     len: usize,
     bytes: &'a [u8],
 }
 
-impl<'a> Array<'a> {
+impl<'a> GgufArray<'a> {
     /// The type of its items.
     pub fn of(&self) -> ValueType {
         self.of
@@ -254,9 +254,9 @@ pub struct Items<'a> {
 }
 
 impl<'a> Iterator for Items<'a> {
-    type Item = Value<'a>;
+    type Item = GgufValue<'a>;
 
-    fn next(&mut self) -> Option<Value<'a>> {
+    fn next(&mut self) -> Option<GgufValue<'a>> {
         self.left = self.left.checked_sub(1)?;
         // The array was walked when the file was opened: this cannot fail.
         self.cursor.value(self.of, 0).ok()
@@ -391,25 +391,25 @@ impl<'a> Cursor<'a> {
     }
 
     /// A value; `depth` arrays are around it.
-    pub(super) fn value(&mut self, of: ValueType, depth: usize) -> Result<Value<'a>, String> {
+    pub(super) fn value(&mut self, of: ValueType, depth: usize) -> Result<GgufValue<'a>, String> {
         Ok(match of {
-            ValueType::U8 => Value::U8(self.array::<1>()?[0]),
-            ValueType::I8 => Value::I8(self.array::<1>()?[0] as i8),
-            ValueType::U16 => Value::U16(u16::from_le_bytes(self.array()?)),
-            ValueType::I16 => Value::I16(i16::from_le_bytes(self.array()?)),
-            ValueType::U32 => Value::U32(self.u32()?),
-            ValueType::I32 => Value::I32(i32::from_le_bytes(self.array()?)),
-            ValueType::F32 => Value::F32(f32::from_le_bytes(self.array()?)),
-            ValueType::Bool => Value::Bool(self.array::<1>()?[0] != 0),
-            ValueType::String => Value::String(self.string()?),
-            ValueType::Array => Value::Array(self.array_value(depth)?),
-            ValueType::U64 => Value::U64(self.u64()?),
-            ValueType::I64 => Value::I64(i64::from_le_bytes(self.array()?)),
-            ValueType::F64 => Value::F64(f64::from_le_bytes(self.array()?)),
+            ValueType::U8 => GgufValue::U8(self.array::<1>()?[0]),
+            ValueType::I8 => GgufValue::I8(self.array::<1>()?[0] as i8),
+            ValueType::U16 => GgufValue::U16(u16::from_le_bytes(self.array()?)),
+            ValueType::I16 => GgufValue::I16(i16::from_le_bytes(self.array()?)),
+            ValueType::U32 => GgufValue::U32(self.u32()?),
+            ValueType::I32 => GgufValue::I32(i32::from_le_bytes(self.array()?)),
+            ValueType::F32 => GgufValue::F32(f32::from_le_bytes(self.array()?)),
+            ValueType::Bool => GgufValue::Bool(self.array::<1>()?[0] != 0),
+            ValueType::String => GgufValue::String(self.string()?),
+            ValueType::Array => GgufValue::Array(self.array_value(depth)?),
+            ValueType::U64 => GgufValue::U64(self.u64()?),
+            ValueType::I64 => GgufValue::I64(i64::from_le_bytes(self.array()?)),
+            ValueType::F64 => GgufValue::F64(f64::from_le_bytes(self.array()?)),
         })
     }
 
-    fn array_value(&mut self, depth: usize) -> Result<Array<'a>, String> {
+    fn array_value(&mut self, depth: usize) -> Result<GgufArray<'a>, String> {
         if depth == MAX_NESTING {
             return Err(format!("arrays nested deeper than {MAX_NESTING}"));
         }
@@ -426,6 +426,6 @@ impl<'a> Cursor<'a> {
                 self.take(len * of.min_bytes())?;
             }
         }
-        Ok(Array { of, len, bytes: &self.bytes[start..self.at] })
+        Ok(GgufArray { of, len, bytes: &self.bytes[start..self.at] })
     }
 }

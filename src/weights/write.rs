@@ -197,7 +197,7 @@ fn exactly(
     name: &str,
     write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
 ) -> io::Result<()> {
-    let mut counted = Counted { file, bytes: 0 };
+    let mut counted = CountingWriter { file, bytes: 0 };
     write(&mut counted)?;
     if counted.bytes == size {
         return Ok(());
@@ -206,12 +206,12 @@ fn exactly(
     Err(io::Error::other(format!("tensor {name:?}: {found} bytes were written, needed {size}")))
 }
 
-struct Counted<'a> {
+struct CountingWriter<'a> {
     file: &'a mut dyn Write,
     bytes: usize,
 }
 
-impl Write for Counted<'_> {
+impl Write for CountingWriter<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let written = self.file.write(bytes)?;
         self.bytes += written;

@@ -183,10 +183,11 @@ fn every_flag_changes_something() {
         &[("--adapter", &named)],
         &[("--raw", "")],
         &[("--compute", "int8")],
+        &[("--backend", "reference")],
         &[("--cache-type", "q8")],
     ];
     // Rounding moves a draw but seldom: these are held to be accepted, and read by `generate`.
-    let rounds = ["--compute", "--cache-type"];
+    let rounds = ["--compute", "--backend", "--cache-type"];
     for row in rows {
         let (flag, _) = row[0];
         assert!(run(row) != plain || rounds.contains(&flag), "{row:?} changes nothing");

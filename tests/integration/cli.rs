@@ -340,6 +340,7 @@ fn every_flag_of_eval_changes_something() {
         vec![("--base", &dated), ("--chat-template-kwargs", "mood=\"glad\"")],
         vec![("--chat-template", &*shout)],
         vec![("--compute", "portable")],
+        vec![("--backend", "reference")],
     ];
     let of_replies = [
         ("--against", &*adapter),
@@ -435,6 +436,7 @@ fn every_flag_of_generate_changes_something() {
         &[("--base", &dated), ("--chat-template-kwargs", "mood=\"glad\"")],
         &[("--chat-template", &shout)],
         &[("--compute", "portable")],
+        &[("--backend", "reference")],
         &[("--best-of", "4")],
         &[("--best-of", "4"), ("--reward", "length:3:characters")],
         &[("--best-of", "4"), ("--reward-command", "while read -r l; do echo ${#l}; done")],

@@ -4,13 +4,15 @@ use std::collections::HashMap;
 use std::path::Path;
 
 use candle_core::Device;
-use quantune::export::{Bounds, FileType, Recipe, Source, types, verify, write_folder, write_gguf};
+use quantune::export::{
+    ExportSource, FileType, Recipe, VerifyBounds, types, verify, write_folder, write_gguf,
+};
 use quantune::model::config::{FAMILIES, RopeScaling, Variation};
 use quantune::model::{ActiveAdapter, Config, Decoder, load};
 use quantune::ops::Compute;
 use quantune::quant::BlockType;
 use quantune::text::{Special, Tokenizer};
-use quantune::weights::{Checkpoint, Gguf, Value};
+use quantune::weights::{Checkpoint, Gguf, GgufValue};
 use quantune_adapters::format;
 use serde_json::json;
 use sha2::{Digest, Sha256};
@@ -53,17 +55,17 @@ fn a_model_goes_to_the_other_form_and_back() {
     let folder = tempfile::tempdir().unwrap();
     for name in FOLDERS.iter().chain(GGUFS) {
         let base = Checkpoint::open(model_path(name)).unwrap();
-        let source = Source::open(&base, &[]).unwrap();
+        let source = ExportSource::open(&base, &[]).unwrap();
         let gguf = folder.path().join(format!("{name}.gguf"));
         let written = write_gguf(&source, &Recipe::new(FileType::F32), None, &gguf).unwrap();
         assert!(written.tensors.iter().all(|t| t.relative_error == 0.0));
-        let first = verify(&base, &[], &gguf, Bounds::F32).unwrap();
+        let first = verify(&base, &[], &gguf, VerifyBounds::F32).unwrap();
 
         let gguf = Checkpoint::open(&gguf).unwrap();
         same_tokenizer(&base, &gguf);
         let out = folder.path().join(name);
-        write_folder(&Source::open(&gguf, &[]).unwrap(), BlockType::F32, &out).unwrap();
-        let second = verify(&base, &[], &out, Bounds::F32).unwrap();
+        write_folder(&ExportSource::open(&gguf, &[]).unwrap(), BlockType::F32, &out).unwrap();
+        let second = verify(&base, &[], &out, VerifyBounds::F32).unwrap();
         let out = Checkpoint::open(&out).unwrap();
         same_tokenizer(&base, &out);
         println!("{name}: {first:?} {second:?}");
@@ -83,7 +85,7 @@ fn tensors_of_the_same_type_are_copied_to_the_bit() {
     let folder = tempfile::tempdir().unwrap();
     let base = Checkpoint::open(model_path("llama-q8_0")).unwrap();
     let out = folder.path().join("out.gguf");
-    let source = Source::open(&base, &[]).unwrap();
+    let source = ExportSource::open(&base, &[]).unwrap();
     write_gguf(&source, &Recipe::new(FileType::Q8_0), None, &out).unwrap();
     let (old, new) = (Gguf::open(base.path()).unwrap(), Gguf::open(&out).unwrap());
     assert_eq!(old.tensors().len(), new.tensors().len());
@@ -121,10 +123,10 @@ fn merged_weights_are_the_base_plus_the_updates() {
         let active: Vec<ActiveAdapter> =
             adapters.iter().zip(weights).map(|(name, w)| trained(&base, name, w)).collect();
         let (plain, merged) =
-            (Source::open(&base, &[]).unwrap(), Source::open(&base, &active).unwrap());
+            (ExportSource::open(&base, &[]).unwrap(), ExportSource::open(&base, &active).unwrap());
         let mut changed = 0;
         for (plain, merged) in plain.tensors.iter().zip(&merged.tensors) {
-            let read = |tensor: &quantune::export::SourceTensor| {
+            let read = |tensor: &quantune::export::ExportTensor| {
                 let mut values = vec![0.0; tensor.rows() * tensor.cols()];
                 tensor.read(0..tensor.rows(), &mut values).unwrap();
                 values
@@ -147,10 +149,10 @@ fn merged_weights_are_the_base_plus_the_updates() {
 
         let folder = tempfile::tempdir().unwrap();
         for (file_type, bounds) in [
-            (FileType::F32, Bounds::F32),
-            (FileType::F16, Bounds::F16),
-            (FileType::BF16, Bounds::BF16),
-            (FileType::Q8_0, Bounds::QUANTIZED),
+            (FileType::F32, VerifyBounds::F32),
+            (FileType::F16, VerifyBounds::F16),
+            (FileType::BF16, VerifyBounds::BF16),
+            (FileType::Q8_0, VerifyBounds::QUANTIZED),
         ] {
             let out = folder.path().join("merged.gguf");
             write_gguf(&merged, &Recipe::new(file_type), None, &out).unwrap();
@@ -165,7 +167,7 @@ fn merged_weights_are_the_base_plus_the_updates() {
         // The base alone is something else, and is found out.
         let out = folder.path().join("plain.gguf");
         write_gguf(&plain, &Recipe::new(FileType::F32), None, &out).unwrap();
-        let error = verify(&base, &active, &out, Bounds::F32).unwrap_err().to_string();
+        let error = verify(&base, &active, &out, VerifyBounds::F32).unwrap_err().to_string();
         assert!(error.contains("removed") && !out.exists(), "{error}");
     }
 }
@@ -174,7 +176,7 @@ fn merged_weights_are_the_base_plus_the_updates() {
 fn what_cannot_be_written_is_refused_and_nothing_is_left() {
     let folder = tempfile::tempdir().unwrap();
     let base = Checkpoint::open(model_path("llama-tiny")).unwrap();
-    let source = Source::open(&base, &[]).unwrap();
+    let source = ExportSource::open(&base, &[]).unwrap();
     let error = |result: Result<_, quantune::export::ExportError>| match result {
         Ok(_) => panic!("written"),
         Err(error) => error.to_string(),
@@ -203,7 +205,7 @@ fn what_cannot_be_written_is_refused_and_nothing_is_left() {
         .collect();
     let tensors = load::tensors(&config);
     let named = tensors.iter().zip(&values).map(|((n, s), v)| (&n[..], &s[..], &v[..]));
-    let source = Source::from_memory(config, named, base.path()).unwrap();
+    let source = ExportSource::from_memory(config, named, base.path()).unwrap();
     let out = folder.path().join("nan.gguf");
     let found = error(write_gguf(&source, &Recipe::new(FileType::F16), None, &out));
     assert!(found.contains("NaN") && found.contains("row 0"), "{found}");
@@ -218,7 +220,7 @@ fn a_model_in_memory_is_written_in_both_forms() {
     for name in FOLDERS {
         let base = Checkpoint::open(model_path(name)).unwrap();
         let config = Config::read(&base).unwrap();
-        let read = Source::open(&base, &[]).unwrap();
+        let read = ExportSource::open(&base, &[]).unwrap();
         let values: Vec<Vec<f32>> = read
             .tensors
             .iter()
@@ -230,14 +232,14 @@ fn a_model_in_memory_is_written_in_both_forms() {
             .collect();
         let named = read.tensors.iter().zip(&values);
         let named = named.map(|(t, v)| (t.name.as_str(), &t.shape[..], &v[..]));
-        let source = Source::from_memory(config, named, Path::new(base.path())).unwrap();
+        let source = ExportSource::from_memory(config, named, Path::new(base.path())).unwrap();
         let (gguf, out) = (folder.path().join("m.gguf"), folder.path().join(name));
         write_gguf(&source, &Recipe::new(FileType::F32), None, &gguf).unwrap();
-        verify(&base, &[], &gguf, Bounds::F32).unwrap();
+        verify(&base, &[], &gguf, VerifyBounds::F32).unwrap();
         for _ in 0..2 {
             write_folder(&source, BlockType::F32, &out).unwrap(); // and over what is there
         }
-        verify(&base, &[], &out, Bounds::F32).unwrap();
+        verify(&base, &[], &out, VerifyBounds::F32).unwrap();
         same_tokenizer(&base, &Checkpoint::open(&out).unwrap());
     }
 }
@@ -259,11 +261,11 @@ fn words_that_a_form_cuts_otherwise_are_told() {
         tokenizer["normalizer"] = normalizer.clone();
         std::fs::write(&path, tokenizer.to_string()).unwrap();
         let base = Checkpoint::open(&own).unwrap();
-        let source = Source::open(&base, &[]).unwrap();
+        let source = ExportSource::open(&base, &[]).unwrap();
         let (gguf, out) = (folder.path().join("out.gguf"), folder.path().join("out"));
         write_gguf(&source, &Recipe::new(FileType::F32), None, &gguf).unwrap();
         write_folder(&source, BlockType::F32, &out).unwrap();
-        let told = |path: &Path| verify(&base, &[], path, Bounds::F32).unwrap().warning(path);
+        let told = |path: &Path| verify(&base, &[], path, VerifyBounds::F32).unwrap().warning(path);
         assert_eq!(told(&out), None);
         let warning = told(&gguf).unwrap_or_default();
         assert_eq!(warning.contains("out.gguf cuts some words otherwise"), !normalizer.is_null());
@@ -354,22 +356,22 @@ fn keys_and_tensors_are_those_of_llama_cpps_converter() {
         let out = folder.path().join("out.gguf");
         let base = Checkpoint::open(model_path(name)).unwrap();
         let recipe = Recipe::new(FileType::F32);
-        write_gguf(&Source::open(&base, &[]).unwrap(), &recipe, None, &out).unwrap();
+        write_gguf(&ExportSource::open(&base, &[]).unwrap(), &recipe, None, &out).unwrap();
         let gguf = Gguf::open(&out).unwrap();
 
         for (key, needed) in golden[*name]["keys"].as_object().unwrap() {
             let found = gguf.get(key).unwrap_or_else(|| panic!("{name}: no {key}"));
             let found = match found {
-                Value::Array(items) => {
+                GgufValue::Array(items) => {
                     let items: Vec<serde_json::Value> = items
                         .iter()
                         .map(|item| item.as_str().map_or_else(|| json!(item.as_i64()), Into::into))
                         .collect();
                     digest(serde_json::to_string(&items).unwrap().as_bytes()).into()
                 }
-                Value::F32(v) => json!(f64::from(v)),
-                Value::U32(v) => json!(v),
-                Value::Bool(v) => json!(v),
+                GgufValue::F32(v) => json!(f64::from(v)),
+                GgufValue::U32(v) => json!(v),
+                GgufValue::Bool(v) => json!(v),
                 other => json!(other.as_str()),
             };
             let same = match (found.as_f64(), needed.as_f64()) {

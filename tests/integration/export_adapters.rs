@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor, Var};
 use quantune::export::{
-    Bounds, FileType, Importance, Recipe, Source, bill, imatrix, lora, verify, write_gguf,
+    ExportSource, FileType, Importance, Recipe, VerifyBounds, imatrix, lora, quality_report,
+    verify, write_gguf,
 };
 use quantune::model::{ActiveAdapter, Decoder};
 use quantune::ops::Compute;
@@ -53,7 +54,9 @@ fn a_gguf_lora_is_the_adapter() {
         {
             let about = format!("{name} rslora {use_rslora} several {several} weight {weight}");
             let before = active(adapter(&decoder, use_rslora, several), weight);
-            for (dtype, bounds) in [(BlockType::F32, Bounds::F32), (BlockType::F16, Bounds::F16)] {
+            for (dtype, bounds) in
+                [(BlockType::F32, VerifyBounds::F32), (BlockType::F16, VerifyBounds::F16)]
+            {
                 let config = &decoder.config;
                 lora::write_gguf_lora(&before[0].adapter, weight, config, dtype, &out).unwrap();
                 let gguf = Gguf::open(&out).unwrap();
@@ -140,7 +143,7 @@ fn importance_is_the_mean_square_of_what_goes_in() {
     // One input for three; the norm makes its mean square that of the norm's weights, about.
     assert_eq!(found.columns["blk.0.attn_q.weight"], found.columns["blk.0.attn_v.weight"]);
     assert_ne!(found.columns["blk.0.attn_q.weight"], found.columns["blk.0.ffn_up.weight"]);
-    let portable = load(name, Compute::Portable);
+    let portable = load(name, Compute::REFERENCE);
     let theirs = imatrix::measure(&portable, &[], &tokens(name), 37, None).unwrap();
     for (tensor, means) in &found.columns {
         for (a, b) in means.iter().zip(&theirs.columns[tensor]) {
@@ -213,20 +216,20 @@ fn fewer_bits_cost_more_and_importance_lowers_what_it_weighs() {
     let name = "llama-k";
     let folder = tempfile::tempdir().unwrap();
     let base = Checkpoint::open(model_path(name)).unwrap();
-    let source = Source::open(&base, &[]).unwrap();
+    let source = ExportSource::open(&base, &[]).unwrap();
     let write = |of: FileType, importance: Option<&Importance>, file: &str| {
         let out = folder.path().join(file);
         let mut recipe = Recipe::new(of);
         recipe.pure = true;
         write_gguf(&source, &recipe, importance, &out).unwrap();
-        verify(&base, &[], &out, Bounds::QUANTIZED).unwrap();
+        verify(&base, &[], &out, VerifyBounds::QUANTIZED).unwrap();
         let written = Gguf::open(&out).unwrap();
         let entries = written.u64("quantize.imatrix.entries_count").unwrap();
         assert_eq!(entries, importance.map(|importance| importance.columns.len() as u64));
         out
     };
     let importance = importance(name);
-    let mut candidates = vec![bill::Candidate {
+    let mut candidates = vec![quality_report::ReportCandidate {
         name: "itself".into(),
         bytes: 1,
         decoder: load(name, Compute::F32),
@@ -235,7 +238,12 @@ fn fewer_bits_cost_more_and_importance_lowers_what_it_weighs() {
     let mut add = |path: &Path| {
         let decoder = Decoder::load(&Checkpoint::open(path).unwrap(), Compute::F32).unwrap();
         let name = path.display().to_string();
-        candidates.push(bill::Candidate { name, bytes: 1, decoder, active: Vec::new() });
+        candidates.push(quality_report::ReportCandidate {
+            name,
+            bytes: 1,
+            decoder,
+            active: Vec::new(),
+        });
     };
     add(&write(FileType::F16, None, "f16.gguf"));
     add(&write(FileType::Q8_0, None, "q8.gguf"));
@@ -243,18 +251,18 @@ fn fewer_bits_cost_more_and_importance_lowers_what_it_weighs() {
     add(&write(FileType::Q4_0, Some(&importance), "q4i.gguf"));
     let text: Vec<u32> = [tokens(name), tokens(name)].concat();
     let exact = load(name, Compute::F32);
-    let lines = bill::measure((&exact, &[]), &candidates, &text, 36, None).unwrap();
-    println!("{}", bill::table(&lines));
+    let lines = quality_report::measure((&exact, &[]), &candidates, &text, 36, None).unwrap();
+    println!("{}", quality_report::table(&lines));
     let kl: Vec<f64> = lines.iter().map(|line| line.mean_kl).collect();
     assert!(kl[0] == 0.0 && lines[0].same_top == 1.0, "{lines:?}");
     assert!(kl[0] < kl[1] && kl[1] < kl[2] && kl[2] < kl[3], "{kl:?}");
 
     // What importance is for: less error where inputs are large.
-    let error = |file: &str, tensor: &quantune::export::SourceTensor, weights: &[f32]| {
+    let error = |file: &str, tensor: &quantune::export::ExportTensor, weights: &[f32]| {
         let written = Checkpoint::open(folder.path().join(file)).unwrap();
-        let written = Source::open(&written, &[]).unwrap();
+        let written = ExportSource::open(&written, &[]).unwrap();
         let of = written.tensors.iter().find(|other| other.name == tensor.name).unwrap();
-        let read = |tensor: &quantune::export::SourceTensor| {
+        let read = |tensor: &quantune::export::ExportTensor| {
             let mut values = vec![0.0; tensor.rows() * tensor.cols()];
             tensor.read(0..tensor.rows(), &mut values).unwrap();
             values

@@ -117,7 +117,8 @@ fn greedy_batches_are_transformers_and_rows_alone() {
 #[test]
 fn the_portable_form_generates_what_the_fast_one_does() {
     for name in ["llama-tiny", "qwen2-tiny"] {
-        let [fast, portable] = [Compute::F32, Compute::Portable].map(|compute| load(name, compute));
+        let [fast, portable] =
+            [Compute::F32, Compute::REFERENCE].map(|compute| load(name, compute));
         let mut prompts = long_prompts(&fast);
         prompts.sort(); // each is there twice
         let mut requests = requests(&prompts);
@@ -145,7 +146,7 @@ fn long_prompts(decoder: &Decoder) -> Vec<Vec<u32>> {
 /// log-probs to the bit alone and among any number of others, and whatever its cache is kept in.
 #[test]
 fn rows_do_not_see_their_neighbours_in_int16() {
-    let decoder = load("llama-q4_0", Compute::Int16);
+    let decoder = load("llama-q4_0", Compute::INT16);
     let prompts: Vec<Vec<u32>> =
         (0..9u32).map(|row| (0..5 + row).map(|i| (row * 31 + i * 17) % 200).collect()).collect();
     for cache in [CacheType::F32, CacheType::F16, CacheType::Q8] {
@@ -314,7 +315,7 @@ fn each_row_wears_its_own_adapter() {
 /// slots, in groups that share a prompt, among rows that wear other adapters.
 #[test]
 fn slots_and_groups_do_not_matter() {
-    for (compute, name) in [(Compute::F32, "llama-tiny"), (Compute::Int16, "llama-q4_0")] {
+    for (compute, name) in [(Compute::F32, "llama-tiny"), (Compute::INT16, "llama-q4_0")] {
         let decoder = load(name, compute);
         let [one, two] = adapters(&decoder);
         let vocab_size = decoder.config.vocab_size as u32;

@@ -11,7 +11,7 @@ use quantune::model::{ActiveAdapter, CacheType, Decoder};
 use quantune::ops::Compute;
 use quantune_adapters::config::{InitLoraWeights, LoraConfig, Modules};
 use quantune_adapters::delta::{Adapter, Magnitude};
-use quantune_adapters::registry::{Bounds, Registry};
+use quantune_adapters::registry::{Registry, RegistryLimits};
 use quantune_adapters::targets::resolve;
 
 use crate::support::load;
@@ -90,7 +90,7 @@ fn a_thousand_swaps() {
     }
     const KINDS: usize = 12;
     const PROMPTS: usize = 7;
-    let decoder = load("llama-q4_0", Compute::Int16);
+    let decoder = load("llama-q4_0", Compute::INT16);
     let kinds: Vec<Arc<Adapter>> =
         (0..KINDS).map(|kind| adapter(&decoder, 1 + kind % 5, kind as u64)).collect();
     let job_of = |adapter: &Arc<Adapter>, index: usize| {
@@ -108,7 +108,7 @@ fn a_thousand_swaps() {
         (0..KINDS).map(|kind| expected[&(kind, 0)].0.clone()).collect();
     assert!(different.len() > KINDS / 2, "adapters change nothing");
 
-    let registry = Registry::new(&decoder.linears(), Bounds::default());
+    let registry = Registry::new(&decoder.linears(), RegistryLimits::default());
     registry.insert("voice", Arc::new(kinds[0].copy("0").unwrap())).unwrap();
     let mut engine = Engine::new(&decoder, CacheType::F32, 6);
     let mut asked = HashMap::new();
@@ -165,7 +165,7 @@ fn a_thousand_swaps() {
 /// whenever it came in and whoever was cancelled beside it.
 #[test]
 fn rows_wear_what_they_like() {
-    for (compute, name) in [(Compute::F32, "llama-tiny"), (Compute::Int16, "llama-q4_0")] {
+    for (compute, name) in [(Compute::F32, "llama-tiny"), (Compute::INT16, "llama-q4_0")] {
         let decoder = load(name, compute);
         let adapters: Vec<Arc<Adapter>> =
             [1, 3, 8, 16].iter().map(|&r| adapter(&decoder, r, r as u64)).collect();
@@ -312,7 +312,7 @@ fn a_prefix_is_not_read_again() {
 /// The numbers of an adapter that learns change between uses, and so do its decode forms.
 #[test]
 fn an_adapter_that_changed_is_read_again() {
-    for compute in [Compute::F32, Compute::Int16] {
+    for compute in [Compute::F32, Compute::INT16] {
         let decoder = load("llama-q4_0", compute);
         let learning = adapter(&decoder, 4, 1);
         let other = adapter(&decoder, 4, 2);
@@ -341,7 +341,7 @@ fn an_adapter_that_changed_is_read_again() {
 /// Within a row too: what it gets from then on is what it gets of an adapter with those numbers.
 #[test]
 fn an_adapter_that_changes_within_a_row_is_read_again() {
-    let decoder = load("llama-q4_0", Compute::Int16);
+    let decoder = load("llama-q4_0", Compute::INT16);
     let (first, last) = (adapter(&decoder, 4, 1), adapter(&decoder, 4, 2));
     let run = |found_before: bool| {
         let (learning, beside) = (adapter(&decoder, 4, 1), adapter(&decoder, 3, 5));
@@ -373,7 +373,7 @@ fn an_adapter_that_changes_within_a_row_is_read_again() {
 /// Threads, and engines side by side, change no bit of what a row gets.
 #[test]
 fn engines_in_any_pool_and_side_by_side() {
-    let decoder = load("llama-q4_0", Compute::Int16);
+    let decoder = load("llama-q4_0", Compute::INT16);
     // With magnitudes, whose norms are made in parallel by whoever asks first.
     let mut shared = Arc::into_inner(adapter(&decoder, 4, 3)).unwrap();
     for lora in shared.modules.values_mut() {

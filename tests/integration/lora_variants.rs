@@ -15,9 +15,9 @@ use quantune::optim::{AdamWSettings, Schedule, ScheduleKind};
 use quantune::quant::BlockType;
 use quantune::train::learner::{Learner, MicroBatch};
 use quantune_adapters::base::BaseRows;
-use quantune_adapters::combine::{Combination, Draw, Masks, Matrix, combine};
+use quantune_adapters::combine::{Combination, DareMasks, MaskRequest, UpdateMatrix, combine};
 use quantune_adapters::delta::{Adapter, Lora};
-use quantune_adapters::initialize::{self, Bases, loftq};
+use quantune_adapters::initialize::{self, BaseWeights, loftq};
 use quantune_adapters::rng::Stream;
 use quantune_adapters::{LinearSpec, LoraConfig, format};
 use serde_json::Value;
@@ -79,7 +79,7 @@ fn begun(run: &str, config: &Value, decoder: &Decoder) -> Adapter {
         return read(&initial, &linears);
     }
     let base = |module: &str| weights(decoder, module);
-    let bases = Bases { base: &base, original: None };
+    let bases = BaseWeights { base: &base, original: None };
     let begun = initialize::begin("default", config, &linears, Some("lm_head"), bases, 1);
     let (mut adapter, unmatched) = begun.unwrap();
     assert!(unmatched.is_empty());
@@ -178,8 +178,8 @@ fn ten_steps_of_the_family_are_pefts() {
     for run in ["dora", "dora-rslora", "pissa", "olora", "dora-pissa"] {
         ten_steps(run, Compute::F32);
     }
-    ten_steps("dora", Compute::Portable);
-    ten_steps("pissa", Compute::Portable);
+    ten_steps("dora", Compute::REFERENCE);
+    ten_steps("pissa", Compute::REFERENCE);
 }
 
 #[test]
@@ -289,8 +289,8 @@ fn combinations_are_pefts() {
         let adapters: Vec<Adapter> = adapters.collect();
         let weights = case["weights"].as_array().unwrap().iter().map(|w| w.as_f64().unwrap());
         let weighted: Vec<_> = adapters.iter().zip(weights).collect();
-        let mask = |draw: &Draw<'_>| -> Vec<bool> {
-            let Draw { module, adapter, matrix, .. } = draw;
+        let mask = |draw: &MaskRequest<'_>| -> Vec<bool> {
+            let MaskRequest { module, adapter, matrix, .. } = draw;
             let mask = &known[&format!("{i}.{module}.{matrix:?}.{adapter}")];
             mask.flatten_all().unwrap().to_vec1::<u8>().unwrap().iter().map(|m| *m == 1).collect()
         };
@@ -299,13 +299,13 @@ fn combinations_are_pefts() {
             density: case["density"].as_f64(),
             majority_sign_method: case["majority_sign_method"].as_str().map(|m| m.parse().unwrap()),
             svd_rank: case["svd_rank"].as_u64().map(|r| r as usize),
-            masks: Masks::Given(&mask),
+            masks: DareMasks::Given(&mask),
         };
         let made = combine("made", &weighted, &how).unwrap();
         let of_modules = known.iter().filter(|(key, _)| {
             let of_case = key.starts_with(&format!("{i}."));
             of_case
-                && ![Matrix::A, Matrix::B, Matrix::Product]
+                && ![UpdateMatrix::A, UpdateMatrix::B, UpdateMatrix::Product]
                     .iter()
                     .any(|m| key.contains(&format!(".{m:?}.")))
         });

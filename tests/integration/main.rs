@@ -2,7 +2,7 @@
 
 mod adapter_kinds;
 mod adapters;
-mod added;
+mod added_tokens;
 mod allocations;
 mod binary;
 mod chat;
@@ -10,6 +10,7 @@ mod cli;
 mod comparisons;
 mod corpus;
 mod data;
+mod documentation;
 mod export;
 mod export_adapters;
 mod generate;

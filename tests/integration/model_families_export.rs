@@ -3,11 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use quantune::export::{Bounds, FileType, Recipe, Source, lora, verify, write_folder, write_gguf};
+use quantune::export::{
+    ExportSource, FileType, Recipe, VerifyBounds, lora, verify, write_folder, write_gguf,
+};
 use quantune::model::{ActiveAdapter, Config, Decoder};
 use quantune::ops::Compute;
 use quantune::quant::BlockType;
-use quantune::weights::{Checkpoint, Gguf, Value};
+use quantune::weights::{Checkpoint, Gguf, GgufValue};
 use serde_json::json;
 
 use crate::model_families::{MODELS, adapter, rows, variant, worst};
@@ -60,9 +62,11 @@ fn merged_in_its_own_form() {
     for name in MODELS {
         let base = open(golden(&format!("model_families/{name}")));
         let active = active(name, &base);
-        let source = Source::open(&base, &active).unwrap();
+        let source = ExportSource::open(&base, &active).unwrap();
         let out = folder.path().join(name);
-        for (of, bounds) in [(BlockType::F32, Bounds::F32), (BlockType::F16, Bounds::F16)] {
+        for (of, bounds) in
+            [(BlockType::F32, VerifyBounds::F32), (BlockType::F16, VerifyBounds::F16)]
+        {
             write_folder(&source, of, &out).unwrap();
             verify(&base, &active, &out, bounds).unwrap_or_else(|e| panic!("{name} {of}: {e}"));
         }
@@ -73,12 +77,12 @@ fn merged_in_its_own_form() {
         assert_eq!(config, read(golden(&format!("model_families/{name}/config.json"))), "{name}");
 
         let base = open(golden(&format!("model_families/{name}.gguf")));
-        let source = Source::open(&base, &active).unwrap();
+        let source = ExportSource::open(&base, &active).unwrap();
         let out = folder.path().join("out.gguf");
         for (of, bounds) in [
-            (FileType::F32, Bounds::F32),
-            (FileType::F16, Bounds::F16),
-            (FileType::Q8_0, Bounds::QUANTIZED),
+            (FileType::F32, VerifyBounds::F32),
+            (FileType::F16, VerifyBounds::F16),
+            (FileType::Q8_0, VerifyBounds::QUANTIZED),
         ] {
             write_gguf(&source, &Recipe::new(of), None, &out).unwrap();
             let off =
@@ -119,7 +123,7 @@ fn a_gguf_lora_is_the_adapter_in_every_family() {
             lora::read_gguf_lora(&gguf, "read", &decoder.config, &decoder.linears()).unwrap();
         let read = [ActiveAdapter { adapter: Arc::new(read), weight: 1.0, trainable: false }];
         let off = lora::distance(&decoder, &active, &read, &rows(name)[0]).unwrap();
-        Bounds::F32.check(off).unwrap_or_else(|fault| panic!("{name}: {fault}"));
+        VerifyBounds::F32.check(off).unwrap_or_else(|fault| panic!("{name}: {fault}"));
     }
 }
 
@@ -141,9 +145,10 @@ fn a_folder_becomes_the_gguf_of_llama_cpps_converter_and_a_folder_again() {
         with_tokenizer(&golden(&format!("model_families/{name}")), &folder);
         let base = open(&folder);
         let out = temporary.path().join("out.gguf");
-        let source = Source::open(&base, &[]).unwrap();
+        let source = ExportSource::open(&base, &[]).unwrap();
         write_gguf(&source, &Recipe::new(FileType::F16), None, &out).unwrap();
-        let off = verify(&base, &[], &out, Bounds::F32).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let off =
+            verify(&base, &[], &out, VerifyBounds::F32).unwrap_or_else(|e| panic!("{name}: {e}"));
 
         let needed = Gguf::open(golden(&format!("model_families/{name}.gguf"))).unwrap();
         let found = Gguf::open(&out).unwrap();
@@ -178,8 +183,8 @@ fn a_folder_becomes_the_gguf_of_llama_cpps_converter_and_a_folder_again() {
 
         let gguf = open(&out);
         let again = temporary.path().join(format!("{name}-again"));
-        write_folder(&Source::open(&gguf, &[]).unwrap(), BlockType::F16, &again).unwrap();
-        verify(&base, &[], &again, Bounds::F32).unwrap_or_else(|e| panic!("{name}: {e}"));
+        write_folder(&ExportSource::open(&gguf, &[]).unwrap(), BlockType::F16, &again).unwrap();
+        verify(&base, &[], &again, VerifyBounds::F32).unwrap_or_else(|e| panic!("{name}: {e}"));
         let again = open(&again);
         assert_eq!(Config::read(&base).unwrap(), Config::read(&again).unwrap(), "{name}");
         let decoder = Decoder::load(&again, Compute::F32).unwrap();
@@ -197,7 +202,7 @@ fn longrope_goes_both_ways() {
     with_tokenizer(from.path(), &folder);
     let base = open(&folder);
     let out = temporary.path().join("out.gguf");
-    write_gguf(&Source::open(&base, &[]).unwrap(), &Recipe::new(FileType::F16), None, &out)
+    write_gguf(&ExportSource::open(&base, &[]).unwrap(), &Recipe::new(FileType::F16), None, &out)
         .unwrap();
     let found = Gguf::open(&out).unwrap();
     let golden = golden_json("model_families/phi3-long.json");
@@ -216,9 +221,9 @@ fn longrope_goes_both_ways() {
     }
     let gguf = open(&out);
     let again = temporary.path().join("again");
-    write_folder(&Source::open(&gguf, &[]).unwrap(), BlockType::F16, &again).unwrap();
+    write_folder(&ExportSource::open(&gguf, &[]).unwrap(), BlockType::F16, &again).unwrap();
     for written in [gguf, open(&again)] {
-        for compute in [Compute::F32, Compute::Portable] {
+        for compute in [Compute::F32, Compute::REFERENCE] {
             let decoder = Decoder::load(&written, compute).unwrap();
             let worst = worst("phi3-long", &decoder, usize::MAX);
             assert!(worst < 1e-3, "{}: off by {worst}", written.path().display());
@@ -239,14 +244,14 @@ fn yarn_goes_to_a_gguf_with_all_its_numbers() {
     std::fs::write(&path, whole).unwrap();
     let base = open(&folder);
     let out = temporary.path().join("out.gguf");
-    write_gguf(&Source::open(&base, &[]).unwrap(), &Recipe::new(FileType::F32), None, &out)
+    write_gguf(&ExportSource::open(&base, &[]).unwrap(), &Recipe::new(FileType::F32), None, &out)
         .unwrap();
-    verify(&base, &[], &out, Bounds::F32).unwrap();
+    verify(&base, &[], &out, VerifyBounds::F32).unwrap();
     let gguf = Gguf::open(&out).unwrap();
     // llama.cpp multiplies its own growth of 0.1 ln(4) + 1 by it.
     let grown = gguf.f64("llama.rope.scaling.attn_factor").unwrap().unwrap();
     assert!((grown * (0.1 * 4f64.ln() + 1.0) - 1.3).abs() < 1e-6);
-    assert!(matches!(gguf.get("llama.rope.scaling.yarn_beta_fast"), Some(Value::F32(9.0))));
+    assert!(matches!(gguf.get("llama.rope.scaling.yarn_beta_fast"), Some(GgufValue::F32(9.0))));
 }
 
 #[test]
@@ -263,7 +268,7 @@ fn what_a_gguf_cannot_say_is_refused_by_what_it_is() {
         with_tokenizer(from.path(), &folder);
         let base = open(&folder);
         let out = temporary.path().join("out.gguf");
-        let source = Source::open(&base, &[]).unwrap();
+        let source = ExportSource::open(&base, &[]).unwrap();
         let error = write_gguf(&source, &Recipe::new(FileType::F16), None, &out).unwrap_err();
         assert!(error.to_string().contains(words), "{name}: {error}");
         assert!(!out.exists());
@@ -278,14 +283,14 @@ fn a_changed_head_under_a_cap_is_merged_into_a_folder() {
     let base = open(golden("model_families/gemma2"));
     for name in ["gemma2-head", "gemma2-tokens"] {
         let active = active(name, &base);
-        let source = Source::open(&base, &active).unwrap();
+        let source = ExportSource::open(&base, &active).unwrap();
         let out = temporary.path().join(name);
         write_folder(&source, BlockType::F32, &out).unwrap();
-        verify(&base, &active, &out, Bounds::F32).unwrap_or_else(|e| panic!("{name}: {e}"));
+        verify(&base, &active, &out, VerifyBounds::F32).unwrap_or_else(|e| panic!("{name}: {e}"));
     }
     let gguf = open(golden("model_families/gemma2.gguf"));
     let active = active("gemma2-head", &gguf);
-    let source = Source::open(&gguf, &active).unwrap();
+    let source = ExportSource::open(&gguf, &active).unwrap();
     let out = temporary.path().join("out.gguf");
     let error = write_gguf(&source, &Recipe::new(FileType::F16), None, &out).unwrap_err();
     assert!(error.to_string().contains("a head beside its embedding"), "{error}");

@@ -135,30 +135,30 @@ fn ten_steps_are_torchs_split_recomputed_and_portable() {
     ten_steps("llama-untied", 1, 0, Compute::F32, 1e-4);
     ten_steps("qwen2", 3, 1, Compute::F32, 1e-4);
     ten_steps("qwen3", 1, 0, Compute::F32, 1e-4);
-    ten_steps("llama-tied", 2, 2, Compute::Portable, 1e-4);
-    ten_steps("qwen3", 2, 2, Compute::Portable, 1e-4);
+    ten_steps("llama-tied", 2, 2, Compute::REFERENCE, 1e-4);
+    ten_steps("qwen3", 2, 2, Compute::REFERENCE, 1e-4);
 }
 
 /// Integer products round, a little: the run stays near.
 #[test]
 fn integer_products_stay_near_torch() {
-    ten_steps("llama-tied", 4, 2, Compute::Int16, 5e-3);
-    ten_steps("qwen2", 4, 2, Compute::Int16, 5e-3);
-    ten_steps("qwen3", 4, 2, Compute::Int16, 5e-3);
+    ten_steps("llama-tied", 4, 2, Compute::INT16, 5e-3);
+    ten_steps("qwen2", 4, 2, Compute::INT16, 5e-3);
+    ten_steps("qwen3", 4, 2, Compute::INT16, 5e-3);
 }
 
 #[test]
 fn the_fast_form_is_the_portable_one() {
     for name in RUNS {
         let run = golden_json(&format!("pretrain/{name}/run.json"));
-        let portable = load(name, Compute::Portable);
+        let portable = load(name, Compute::REFERENCE);
         for index in 0..run["steps"].as_array().unwrap().len() {
             let batches = micro_batches(&run, index, 4);
             let (exact, needed) = step(&portable, &batches, 2);
             let (loss, gradients) = step(&load(name, Compute::F32), &batches, 2);
             assert!((loss - exact).abs() < 1e-5, "{name}: {loss}, portable {exact}");
             close(name, &portable, &gradients, &needed, 1e-4);
-            let (loss, gradients) = step(&load(name, Compute::Int16), &batches, 2);
+            let (loss, gradients) = step(&load(name, Compute::INT16), &batches, 2);
             assert!((loss - exact).abs() < 1e-3, "{name}: {loss}, portable {exact}");
             close(name, &portable, &gradients, &needed, 1e-2);
         }
@@ -204,13 +204,13 @@ fn every_family_trains() {
         let model = |compute| FullModel::load(&checkpoint, compute).unwrap();
         let batch = whole_rows(&model_families::rows(&name));
         let batches = std::slice::from_ref(&batch);
-        let (portable, fast) = (model(Compute::Portable), model(Compute::F32));
+        let (portable, fast) = (model(Compute::REFERENCE), model(Compute::F32));
         let (exact, needed) = step(&portable, batches, 0);
         let (loss, gradients) = step(&fast, batches, usize::MAX);
         assert!((loss - exact).abs() < 1e-5 * exact, "{name}: {loss}, portable {exact}");
         close(&name, &portable, &gradients, &needed, 1e-4);
         assert_eq!(step(&fast, batches, 0), (loss, gradients.clone()), "{name}: recomputed");
-        let (loss, rounded) = step(&model(Compute::Int16), batches, usize::MAX);
+        let (loss, rounded) = step(&model(Compute::INT16), batches, usize::MAX);
         assert!((loss - exact).abs() < 1e-3 * exact, "{name}: {loss}, portable {exact}");
         close(&name, &portable, &rounded, &needed, 2e-2);
         differences(&name, &fast, batches, &gradients);

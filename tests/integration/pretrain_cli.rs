@@ -122,6 +122,7 @@ fn every_flag_of_pretrain_changes_something() {
         &[("--seed", "7")],
         &[("--compute", "int16")],
         &[("--compute", "portable")],
+        &[("--backend", "reference")],
         &[("--dtype", "bf16")],
         &[("--export", "OUT/model.gguf")],
         &[("--export", "OUT/model.gguf"), ("--export-type", "Q8_0")],

@@ -88,7 +88,7 @@ struct Layout {
 
 const WHOLE: Layout = Layout { compute: Compute::F32, micro: 4, recompute: false };
 const SPLIT: Layout = Layout { compute: Compute::F32, micro: 1, recompute: true };
-const PORTABLE: Layout = Layout { compute: Compute::Portable, micro: 3, recompute: true };
+const PORTABLE: Layout = Layout { compute: Compute::REFERENCE, micro: 3, recompute: true };
 
 fn comparison(row: u64, value: &Value) -> Comparison {
     let prompt = value.get("prompt_ids").map(ids).unwrap_or_default();
@@ -456,7 +456,7 @@ fn replay(name: &str, compute: Compute, micro: usize) {
 fn ppo_is_trls() {
     replay("ppo", Compute::F32, 8);
     replay("ppo", Compute::F32, 3);
-    replay("ppo", Compute::Portable, 8);
+    replay("ppo", Compute::REFERENCE, 8);
     replay("ppo-k3", Compute::F32, 8);
 }
 
@@ -464,7 +464,7 @@ fn ppo_is_trls() {
 #[test]
 fn log_probs_and_values_of_one_pass_are_those_of_two() {
     const MOST: usize = 6;
-    for compute in [Compute::Portable, Compute::F32, Compute::Int16, Compute::Int8] {
+    for compute in [Compute::REFERENCE, Compute::F32, Compute::INT16, Compute::INT8] {
         let decoder = load("llama-tiny", compute);
         let policy = Arc::new(adapter("ppo/value/initial", &decoder));
         let head = policy.score.clone().unwrap();

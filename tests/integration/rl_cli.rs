@@ -1000,7 +1000,7 @@ impl Patient {
 
 #[test]
 fn a_healthy_update_is_not_diagnosed() {
-    for compute in [Compute::F32, Compute::Int16, Compute::Int8] {
+    for compute in [Compute::F32, Compute::INT16, Compute::INT8] {
         let patient = Patient::new(compute, 0);
         for learns in ALL {
             let found = patient.diagnosis(learns, &patient.old, &well);
@@ -1012,12 +1012,12 @@ fn a_healthy_update_is_not_diagnosed() {
 /// Each cause is put into an update that is otherwise well, and must be the only one found.
 #[test]
 fn each_cause_of_a_sick_update_is_named() {
-    let patient = Patient::new(Compute::Int16, 0);
+    let patient = Patient::new(Compute::INT16, 0);
     let check = |what: &str, found: &Diagnosis, sick: &dyn Fn(&Cause) -> bool, words: &str| {
         assert!(found.causes.len() == 1 && sick(&found.causes[0]), "{what}: {found:?}");
         assert!(found.to_string().contains(words), "{what}: {found}");
     };
-    let filtered = Patient::new(Compute::Int16, 5);
+    let filtered = Patient::new(Compute::INT16, 5);
     let is_filter = |cause: &Cause| matches!(cause, Cause::SamplingFilters { .. });
     for learns in ALL {
         let found = filtered.diagnosis(learns, &filtered.old, &well);

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 const ROOMS: &[&str] = &[
     "isa",
     "monitor",
+    "string_enum",
     "quant",
     "ops",
     "weights",

@@ -7,7 +7,7 @@ use std::sync::LazyLock;
 use proptest::prelude::*;
 use quantune::quant::BlockType;
 use quantune::weights::{
-    Checkpoint, Gguf, HfFolder, NewTensor, OwnedValue, Safetensors, Value, ValueType, inspect,
+    Checkpoint, Gguf, GgufValue, HfFolder, NewTensor, OwnedValue, Safetensors, ValueType, inspect,
     write_gguf,
 };
 use tempfile::{TempDir, tempdir};
@@ -57,13 +57,13 @@ fn metadata_of_every_type_is_read() {
     let keys: Vec<&str> = gguf.metadata().map(|(key, _)| key).collect();
     assert_eq!(keys[..3], ["general.architecture", "general.alignment", "value.u8"]);
 
-    assert_eq!(gguf.get("value.u8"), Some(Value::U8(u8::MAX)));
-    assert_eq!(gguf.get("value.i8"), Some(Value::I8(i8::MIN)));
-    assert_eq!(gguf.get("value.u16"), Some(Value::U16(u16::MAX)));
-    assert_eq!(gguf.get("value.i16"), Some(Value::I16(i16::MIN)));
-    assert_eq!(gguf.get("value.u32"), Some(Value::U32(u32::MAX)));
-    assert_eq!(gguf.get("value.i32"), Some(Value::I32(i32::MIN)));
-    assert_eq!(gguf.get("value.i64"), Some(Value::I64(i64::MIN)));
+    assert_eq!(gguf.get("value.u8"), Some(GgufValue::U8(u8::MAX)));
+    assert_eq!(gguf.get("value.i8"), Some(GgufValue::I8(i8::MIN)));
+    assert_eq!(gguf.get("value.u16"), Some(GgufValue::U16(u16::MAX)));
+    assert_eq!(gguf.get("value.i16"), Some(GgufValue::I16(i16::MIN)));
+    assert_eq!(gguf.get("value.u32"), Some(GgufValue::U32(u32::MAX)));
+    assert_eq!(gguf.get("value.i32"), Some(GgufValue::I32(i32::MIN)));
+    assert_eq!(gguf.get("value.i64"), Some(GgufValue::I64(i64::MIN)));
     assert_eq!(gguf.u64("value.u64").unwrap(), Some(u64::MAX));
     assert_eq!(gguf.u64("value.u8").unwrap(), Some(255));
     assert_eq!(gguf.f64("value.f32").unwrap(), Some(f64::from(1e-5f32)));
@@ -236,15 +236,15 @@ fn check_against_gguf_rs(path: &Path) {
     for (key, value) in ours.metadata() {
         let theirs = &metadata[key];
         match value {
-            Value::String(_) => assert_eq!(value.as_str(), theirs.as_str(), "{key}"),
-            Value::Array(items) => {
+            GgufValue::String(_) => assert_eq!(value.as_str(), theirs.as_str(), "{key}"),
+            GgufValue::Array(items) => {
                 assert_eq!(items.len(), theirs.as_array().unwrap().len(), "{key}");
             }
-            Value::Bool(v) => assert_eq!(Some(v), theirs.as_bool(), "{key}"),
-            Value::U64(v) => assert_eq!(Some(v), theirs.as_u64(), "{key}"),
+            GgufValue::Bool(v) => assert_eq!(Some(v), theirs.as_bool(), "{key}"),
+            GgufValue::U64(v) => assert_eq!(Some(v), theirs.as_u64(), "{key}"),
             _ if value.as_i64().is_some() => assert_eq!(value.as_i64(), theirs.as_i64(), "{key}"),
             // It keeps the shortest digits of an f32, which as f64 are another number.
-            Value::F32(v) => assert_eq!(Some(v), theirs.as_f64().map(|v| v as f32), "{key}"),
+            GgufValue::F32(v) => assert_eq!(Some(v), theirs.as_f64().map(|v| v as f32), "{key}"),
             _ => assert_eq!(value.as_f64(), theirs.as_f64(), "{key}"),
         }
     }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use anyhow::{Context, Result, bail};
-use quantune_adapters::registry::{Bounds, Registry};
+use quantune_adapters::registry::{Registry, RegistryLimits};
 use serde_json::{Value, json};
 
 use super::{INTERRUPTED, REPLYING};
@@ -71,7 +71,7 @@ impl<'a> Session<'a> {
             max_tokens: 0,
             system: None,
             sampling,
-            registry: Registry::new(&decoder.linears(), Bounds::default()),
+            registry: Registry::new(&decoder.linears(), RegistryLimits::default()),
             weights: BTreeMap::new(),
             active: Vec::new(),
             turns: Vec::new(),
@@ -205,7 +205,7 @@ impl<'a> Session<'a> {
         if listed.is_empty() {
             return "no adapter is loaded: /load NAME=PATH".into();
         }
-        let line = |adapter: &quantune_adapters::registry::Listed| {
+        let line = |adapter: &quantune_adapters::registry::RegistryEntry| {
             let active = self.active.iter().find(|(name, _)| *name == adapter.name);
             let (star, weight) = match active {
                 Some((_, active)) => ("*", active.weight),

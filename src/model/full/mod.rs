@@ -3,7 +3,7 @@
 //!
 //! Its parameters are F32 tensors under Hugging Face's names, with Hugging Face's values. A micro-batch is
 //! a forward pass through the layers, next-token cross-entropy at the head, and a backward pass that sums
-//! the gradients of all parameters. [`Compute::Portable`] runs the layers' reference form on candle's tape,
+//! the gradients of all parameters. [`BackendKind::Reference`] runs the layers' reference form on candle's tape,
 //! and a parity test holds the two together. With integer panels products round as they do for a frozen
 //! base, while parameters, gradients and sums stay F32.
 
@@ -27,7 +27,7 @@ use super::{Config, ModelError};
 use crate::data::Batch;
 use crate::isa::Isa;
 use crate::ops::linear_cross_entropy::{LearnGrad, learn};
-use crate::ops::{Compute, Values, rms_norm, segment};
+use crate::ops::{BackendKind, Compute, Values, rms_norm, segment};
 use crate::quant::FrozenMatrix;
 use crate::weights::Checkpoint;
 
@@ -281,7 +281,7 @@ impl FullModel {
     /// # Errors
     /// If the form is not the portable one, or the device has too little memory.
     pub fn on(self, device: &Device) -> Result<Self> {
-        if self.compute != Compute::Portable {
+        if self.compute.backend != BackendKind::Reference {
             candle_core::bail!("compute is {}, needed portable on a device", self.compute);
         }
         let mut parameters = self.parameters.into_iter();
@@ -378,8 +378,10 @@ impl FullModel {
         if batch.targets.is_empty() {
             return Ok(0.0);
         }
-        let panels = self.compute.forward_panel().zip(self.compute.backward_panel());
-        let Some(panels) = panels else { return self.portable(batch, scale, gradients) };
+        if self.compute.backend == BackendKind::Reference {
+            return self.portable(batch, scale, gradients);
+        }
+        let panels = self.compute.precision.panels();
         let (isa, width) = (Isa::current(), self.config.hidden_size);
         let variation = &self.config.variation;
         let rows = Rows {

@@ -66,7 +66,7 @@ impl FullModel {
         let tokens = Tensor::new(&batch.tokens[..], embedding.device())?;
         let mut x = scaled(embedding.index_select(&tokens, 0)?, variation.embedding_multiplier)?; // (N, H)
         for layer in &self.layers {
-            let (config, pass, compute) = (&self.config, &pass, Compute::Portable);
+            let (config, pass, compute) = (&self.config, &pass, Compute::REFERENCE);
             x = TensorLayerPass { config, layer, pass, compute }.forward(&x, None)?;
         }
 
@@ -74,7 +74,7 @@ impl FullModel {
         let count = rows.len();
         let rows = Tensor::from_vec(rows, count, x.device())?;
         let (norm, eps) = (self.norm.factors()?, self.config.rms_norm_eps);
-        let x = rms_norm(&x.index_select(&rows, 0)?, &norm, eps, Compute::Portable)?; // (M, H)
+        let x = rms_norm(&x.index_select(&rows, 0)?, &norm, eps, Compute::REFERENCE)?; // (M, H)
         let x = scaled(x, variation.logits_multiplier)?;
         let logits = x.matmul(&self.parameter(self.head).t()?)?; // (M, V)
         let logps = log_probs_of_logits(logits, &targets, self.config.logit_softcap(1.0))?;

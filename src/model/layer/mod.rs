@@ -31,7 +31,7 @@ use super::layers::Layer;
 use super::pass::Pass;
 use crate::isa::Isa;
 use crate::ops::gemm::PanelType;
-use crate::ops::{Compute, par_for_each};
+use crate::ops::{BackendKind, Compute, par_for_each};
 pub use tape::{Sizes, Tape, Workspace};
 
 /// Values, or rows of an update, that a thread takes at a time.
@@ -90,7 +90,10 @@ impl<'a> LayerPass<'a> {
         pass: &'a Pass<'a>,
         compute: Compute,
     ) -> Option<Self> {
-        let (forward, backward) = (compute.forward_panel()?, compute.backward_panel()?);
+        if compute.backend == BackendKind::Reference {
+            return None;
+        }
+        let (forward, backward) = compute.precision.panels();
         let tokens = pass.segments.last().map_or(0, |segment| segment.tokens.end);
         let isa = Isa::current();
         let adapter_groups = None;

@@ -88,9 +88,9 @@ impl Tape {
     /// Bytes of the buffers that all layers share, beside the tapes.
     pub fn shared_bytes(config: &Config, compute: Compute, tokens: usize, sizes: &Sizes) -> usize {
         let (floats, packed) = Self::shared_width(config, sizes);
-        let packed = match compute.backward_panel() {
-            Some(PanelType::Int16 | PanelType::Int8) => packed / 2,
-            Some(PanelType::F32) | None => packed,
+        let packed = match compute.precision.backward_panel() {
+            PanelType::Int16 | PanelType::Int8 => packed / 2,
+            PanelType::F32 => packed,
         };
         // Of the layers that share an input, most of a layer's updates; as they are, packed, and
         // their gradients.
@@ -131,7 +131,7 @@ impl Tape {
 
     /// Bytes a tape of `tokens` tokens takes.
     pub fn bytes(config: &Config, compute: Compute, tokens: usize, sizes: &Sizes) -> usize {
-        let halved = matches!(compute.forward_panel(), Some(PanelType::Int16 | PanelType::Int8));
+        let halved = compute.precision.forward_panel() != PanelType::F32;
         Self::bytes_as(config, halved, tokens, sizes)
     }
 

@@ -416,7 +416,7 @@ mod tests {
     #[test]
     fn what_follows_a_product_reaches_every_row() {
         use candle_core::{Device, Var};
-        use quantune_adapters::decode::DecodeForm;
+        use quantune_adapters::decode::DecodeWeights;
         use quantune_adapters::delta::Lora;
 
         use crate::ops::low_rank::{TokenRows, expand};
@@ -435,7 +435,7 @@ mod tests {
                 Var::from_vec(values, (rows, cols), &Device::Cpu).unwrap()
             };
             let lora = Lora::new(draw(r, 16), draw(rows, r), 1.0);
-            let form = DecodeForm::<f32>::new(&lora, None).unwrap();
+            let form = DecodeWeights::<f32>::new(&lora, None).unwrap();
             let lows: Vec<f32> = (0..3).flat_map(|token| [1.0, 2.0, 3.0, token as f32]).collect();
             let b = lora.b.to_vec2::<f32>().unwrap();
             let x = input(3, cols);

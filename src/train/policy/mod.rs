@@ -17,8 +17,9 @@ use serde_json::{Map, Value, json};
 pub use task::PolicyTask;
 
 use super::TrainError;
-use super::learner::Learner;
-use super::log::{Log, Numbers};
+use super::learner::AdapterLearner;
+use super::log::Log;
+use super::metrics::Numbers;
 use super::progress::{Progress, Work};
 use super::rows::longest_together;
 use super::run_dir::{Fingerprint, RunDir};
@@ -198,7 +199,7 @@ impl Rollouts {
     /// Takes an update.
     pub fn step(
         &mut self,
-        learner: &mut Learner,
+        learner: &mut AdapterLearner,
         state: &mut State,
         learning_rate: f64,
         monitor: Monitor<'_>,

@@ -22,8 +22,8 @@ use crate::objectives::preference::{
 use crate::objectives::{Objective, Stats};
 use crate::train::TrainError;
 use crate::train::fingerprints::base_fingerprint;
-use crate::train::learner::{Learner, stats_numbers};
-use crate::train::log::Numbers;
+use crate::train::learner::AdapterLearner;
+use crate::train::metrics::{Numbers, stats_numbers};
 use crate::train::reference::{self, ReferenceLogps};
 use crate::train::rows::RowLoader;
 use crate::train::run_dir::{Fingerprint, RunDir};
@@ -190,7 +190,7 @@ impl PreferenceTraining {
     pub(super) fn step_batches(
         &self,
         bins: &[Vec<Vec<usize>>],
-        learner: &Learner,
+        learner: &AdapterLearner,
     ) -> Result<StepBatches, TrainError> {
         let indices = bins.iter().map(|bins| bins.iter().flatten().copied().collect());
         let indices: Vec<Vec<usize>> = indices.collect();

@@ -13,7 +13,7 @@ use crate::monitor::Monitor;
 use crate::objectives::Objective;
 use crate::objectives::reward::{Calibration, RewardStats, pair_losses};
 use crate::train::TrainError;
-use crate::train::log::Numbers;
+use crate::train::metrics::Numbers;
 use crate::train::rows::RowLoader;
 use crate::train::settings::RewardSettings;
 

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 /// A token that is found in a text before the text is cut into words.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Mark {
+pub(super) struct SpecialToken {
     /// How it is written, at least a character.
     pub text: String,
     /// Its id.
@@ -20,21 +20,31 @@ pub(super) struct Mark {
 
 /// A part of a text.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Part {
+pub(super) enum TextFragment {
     /// Bytes without any mark in them.
     Text(Range<usize>),
     /// A mark's id, and the bytes it is written in.
-    Mark(u32, Range<usize>),
+    Special(u32, Range<usize>),
 }
 
-/// Marks in the order they are looked for.
+/// Special tokens in the order they are looked for.
 #[derive(Debug, Default)]
-pub(super) struct Marks(Vec<Mark>);
+pub(super) struct SpecialTokens(Vec<SpecialToken>);
 
-impl Marks {
+impl SpecialTokens {
+    /// The tokens as [`super::Tokenizer::fingerprint`] hashes them. Runs keep the hash: the text must not
+    /// change with names in the code.
+    pub fn fingerprint_text(&self) -> String {
+        let token = |SpecialToken { text, id, special }: &SpecialToken| {
+            format!("Mark {{ text: {text:?}, id: {id}, special: {special} }}")
+        };
+        let tokens: Vec<String> = self.0.iter().map(token).collect();
+        format!("Marks([{}])", tokens.join(", "))
+    }
+
     /// From marks in the order of the vocabulary; none are kept if no two can overlap. Equally long
     /// ones stay in that order (llama.cpp leaves it to an unstable sort).
-    pub fn new(mut marks: Vec<Mark>) -> Self {
+    pub fn new(mut marks: Vec<SpecialToken>) -> Self {
         if !can_overlap(&marks) {
             return Self::default();
         }
@@ -43,8 +53,8 @@ impl Marks {
     }
 
     /// Cuts `text` at its marks; with `as_text`, at those only that are not special.
-    pub fn partition(&self, text: &str, as_text: bool) -> Vec<Part> {
-        let mut parts = vec![Part::Text(0..text.len())];
+    pub fn partition(&self, text: &str, as_text: bool) -> Vec<TextFragment> {
+        let mut parts = vec![TextFragment::Text(0..text.len())];
         for mark in &self.0 {
             if !(as_text && mark.special) && text.contains(&mark.text) {
                 parts = parts.into_iter().flat_map(|part| cut(text, part, mark)).collect();
@@ -55,29 +65,29 @@ impl Marks {
 }
 
 /// A part cut at the places where `mark` stands in it, from its start on.
-fn cut(text: &str, part: Part, mark: &Mark) -> Vec<Part> {
-    let Part::Text(range) = part else { return vec![part] };
+fn cut(text: &str, part: TextFragment, mark: &SpecialToken) -> Vec<TextFragment> {
+    let TextFragment::Text(range) = part else { return vec![part] };
     let mut parts = Vec::new();
     let mut at = range.start;
     for (place, _) in text[range.clone()].match_indices(&mark.text) {
         let start = range.start + place;
         if at < start {
-            parts.push(Part::Text(at..start));
+            parts.push(TextFragment::Text(at..start));
         }
         at = start + mark.text.len();
-        parts.push(Part::Mark(mark.id, start..at));
+        parts.push(TextFragment::Special(mark.id, start..at));
     }
     if at < range.end {
-        parts.push(Part::Text(at..range.end));
+        parts.push(TextFragment::Text(at..range.end));
     }
     parts
 }
 
 /// Whether the end of a mark is the beginning of another, neither whole. Else the leftmost, and of
 /// those the longest, are what is found longest first: a mark inside another never begins earlier.
-fn can_overlap(marks: &[Mark]) -> bool {
+fn can_overlap(marks: &[SpecialToken]) -> bool {
     /// A text before and after each of its inner places.
-    fn cuts(mark: &Mark) -> impl Iterator<Item = (&str, &str)> {
+    fn cuts(mark: &SpecialToken) -> impl Iterator<Item = (&str, &str)> {
         mark.text.char_indices().skip(1).map(|(at, _)| mark.text.split_at(at))
     }
     // Each beginning with the id of the first mark that has it, and whether others have it too.
@@ -88,7 +98,7 @@ fn can_overlap(marks: &[Mark]) -> bool {
             *several |= *first != mark.id;
         }
     }
-    let meets_another = |mark: &Mark| {
+    let meets_another = |mark: &SpecialToken| {
         let mut found = cuts(mark).filter_map(|(_, end)| beginnings.get(end));
         found.any(|&(first, several)| several || first != mark.id)
     };
@@ -101,16 +111,17 @@ mod tests {
 
     use super::*;
 
-    fn marks(texts: &[&str]) -> Vec<Mark> {
-        let mark = |(id, text): (u32, &&str)| Mark { text: text.to_string(), id, special: id < 2 };
+    fn marks(texts: &[&str]) -> Vec<SpecialToken> {
+        let mark =
+            |(id, text): (u32, &&str)| SpecialToken { text: text.to_string(), id, special: id < 2 };
         (0..).zip(texts).map(mark).collect()
     }
 
     /// The parts as they are written, marks in brackets.
-    fn written(text: &str, parts: &[Part]) -> String {
-        let part = |part: &Part| match part {
-            Part::Text(range) => text[range.clone()].to_string(),
-            Part::Mark(id, range) => format!("[{id}:{}]", &text[range.clone()]),
+    fn written(text: &str, parts: &[TextFragment]) -> String {
+        let part = |part: &TextFragment| match part {
+            TextFragment::Text(range) => text[range.clone()].to_string(),
+            TextFragment::Special(id, range) => format!("[{id}:{}]", &text[range.clone()]),
         };
         parts.iter().map(part).collect()
     }
@@ -119,7 +130,7 @@ mod tests {
     fn the_longest_are_found_first() {
         #[track_caller]
         fn check(texts: &[&str], text: &str, as_text: bool, expected: &str) {
-            let marks = Marks::new(marks(texts));
+            let marks = SpecialTokens::new(marks(texts));
             assert_eq!(written(text, &marks.partition(text, as_text)), expected);
         }
         let overlapping = ["<a><b", "<b><c>", "<b>", "é<a", "cc"];
@@ -131,6 +142,18 @@ mod tests {
         check(&overlapping, "", false, "");
         // Of equally long ones the first of the vocabulary.
         check(&["bc", "ab"], "abc", false, "a[0:bc]");
+    }
+
+    /// Runs of earlier versions hold the hash of this text.
+    #[test]
+    fn fingerprint_text_is_stable() {
+        let tokens = SpecialTokens::new(marks(&["<a><b", "<b>\"x"]));
+        let (first, second) = (
+            r#"Mark { text: "<a><b", id: 0, special: true }"#,
+            r#"Mark { text: "<b>\"x", id: 1, special: true }"#,
+        );
+        assert_eq!(tokens.fingerprint_text(), format!("Marks([{first}, {second}])"));
+        assert_eq!(SpecialTokens::default().fingerprint_text(), "Marks([])");
     }
 
     #[test]
@@ -167,17 +190,17 @@ mod tests {
                     continue;
                 };
                 if rest < at {
-                    parts.push(Part::Text(rest..at));
+                    parts.push(TextFragment::Text(rest..at));
                 }
                 rest = at + mark.text.len();
-                parts.push(Part::Mark(mark.id, at..rest));
+                parts.push(TextFragment::Special(mark.id, at..rest));
                 at = rest;
             }
             if rest < at {
-                parts.push(Part::Text(rest..at));
+                parts.push(TextFragment::Text(rest..at));
             }
             marks.sort_by_key(|mark| std::cmp::Reverse(mark.text.len()));
-            let found = Marks(marks).partition(&text, false);
+            let found = SpecialTokens(marks).partition(&text, false);
             prop_assert_eq!(written(&text, &found), written(&text, &parts));
         }
     }

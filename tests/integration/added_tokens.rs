@@ -10,7 +10,7 @@ use quantune::data::Example;
 use quantune::export::lora::open_adapter;
 use quantune::model::{ActiveAdapter, Adapters, Decoder, Rows};
 use quantune::ops::Compute;
-use quantune::text::{Added, Special, Tokenizer, convert};
+use quantune::text::{AddedTokenSpec, Special, Tokenizer, convert};
 use quantune::weights::{Checkpoint, Gguf, OwnedValue, stream_gguf};
 use quantune_adapters::LoraConfig;
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -28,9 +28,9 @@ fn texts(value: &Value) -> Vec<String> {
 
 #[test]
 fn ids_are_those_of_transformers() {
-    let theirs = golden_json("added/tokens.json");
+    let theirs = golden_json("added_tokens/tokens.json");
     let named = (texts(&theirs["add_tokens"]), texts(&theirs["add_special_tokens"]));
-    let added = Added::list(&named.0, &named.1).unwrap();
+    let added = AddedTokenSpec::list(&named.0, &named.1).unwrap();
     let check = |tokenizer: &Tokenizer| {
         assert_eq!(tokenizer.len() as u64, theirs["length"].as_u64().unwrap());
         for (token, id) in theirs["ids"].as_object().unwrap() {
@@ -67,7 +67,7 @@ fn write(files: &[(&str, String)], folder: &Path) {
 /// tokens to the base again.
 #[test]
 fn files_beside_an_adapter_bring_its_tokens() {
-    let added = Added::list(
+    let added = AddedTokenSpec::list(
         &["ferry".into(), "lo wo".into()],
         &["<|tool|>".into(), "<|im_end|>".into(), "<|tool|><".into()],
     );
@@ -95,7 +95,7 @@ fn files_beside_an_adapter_bring_its_tokens() {
         // A GGUF with these tokens among its own, and fillers behind them.
         let gguf = Gguf::open(golden(&name)).unwrap();
         let rows = grown.len() + 2;
-        let keys = convert::grown_keys(&gguf, rows, &added).unwrap();
+        let keys = convert::keys_with_added_tokens(&gguf, rows, &added).unwrap();
         let own = gguf.metadata().map(|(key, value)| (key.to_string(), value.to_owned()));
         let own = own.filter(|(key, _)| !keys.iter().any(|(other, _)| other == key));
         let new = keys.iter().map(|(key, value)| (key.to_string(), value.clone()));
@@ -127,7 +127,7 @@ fn plain_tokens_are_found_behind_any_character() {
     let own = Gguf::open(golden("text/sentencepiece/prefixed.gguf")).unwrap();
     write(&convert::to_folder(&own, &[]).unwrap(), &folder);
     let base = Checkpoint::open(&folder).unwrap();
-    let named = Added::list(&["ferry".into()], &["<|tool|>".into()]).unwrap();
+    let named = AddedTokenSpec::list(&["ferry".into()], &["<|tool|>".into()]).unwrap();
     let grown = Tokenizer::open(&base).unwrap().with_added(&base, &named).unwrap();
     let id = grown.id_of("ferry").unwrap();
     let found = |tokenizer: &Tokenizer, text: &str| {
@@ -173,7 +173,7 @@ fn plain_tokens_are_found_behind_any_character() {
         assert!(error.contains(&needed), "{error}");
     }
     // A mark stands for both.
-    let mark = beside_of(&base, &Added::list(&[], &["ferry".into()]).unwrap(), &[]);
+    let mark = beside_of(&base, &AddedTokenSpec::list(&[], &["ferry".into()]).unwrap(), &[]);
     for folders in [[&beside, &mark], [&mark, &beside]] {
         let both = open_beside(&base, &folders).unwrap();
         assert!(both.is_special(id) && found(&both, "aferryb"));
@@ -181,7 +181,7 @@ fn plain_tokens_are_found_behind_any_character() {
 }
 
 /// What stands beside an adapter that added tokens to a base, with other words in its vocabulary.
-fn beside_of(base: &Checkpoint, added: &[Added], changes: &[(&str, &str)]) -> TempDir {
+fn beside_of(base: &Checkpoint, added: &[AddedTokenSpec], changes: &[(&str, &str)]) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     let grown = Tokenizer::open(base).unwrap().with_added(base, added).unwrap();
     write(&convert::beside(base, &grown).unwrap(), folder.path());
@@ -204,7 +204,7 @@ fn open_beside(base: &Checkpoint, folders: &[&TempDir]) -> Result<Tokenizer, Str
 #[test]
 fn an_adapter_of_another_base_is_told_in_any_order() {
     let base = Checkpoint::open(model_path("llama-tiny")).unwrap();
-    let named = |tokens: &[&str]| Added::list(&strings(tokens), &[]).unwrap();
+    let named = |tokens: &[&str]| AddedTokenSpec::list(&strings(tokens), &[]).unwrap();
     let ours = beside_of(&base, &named(&["ferry", "other", "third"]), &[]);
     let theirs = beside_of(&base, &named(&["ferry"]), &[("\"<|endoftext|>\"", "\"<|begin|>\"")]);
     for folders in [[&ours, &theirs], [&theirs, &ours]] {
@@ -214,7 +214,8 @@ fn an_adapter_of_another_base_is_told_in_any_order() {
     }
     // The base's own last token is the base's, also where an adapter has made a mark of it.
     let last = Tokenizer::open(&base).unwrap().token(511).unwrap();
-    let marked = beside_of(&base, &Added::list(&[], std::slice::from_ref(&last)).unwrap(), &[]);
+    let marked =
+        beside_of(&base, &AddedTokenSpec::list(&[], std::slice::from_ref(&last)).unwrap(), &[]);
     let theirs = beside_of(&base, &named(&["ferry"]), &[]);
     let path = theirs.path().join("tokenizer.json");
     let mut json: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
@@ -233,7 +234,7 @@ fn an_adapter_of_another_base_is_told_in_any_order() {
 #[test]
 fn tokens_that_cannot_be_added_are_told() {
     let list = |tokens: &[&str], special: &[&str]| {
-        Added::list(&strings(tokens), &strings(special)).unwrap_err().to_string()
+        AddedTokenSpec::list(&strings(tokens), &strings(special)).unwrap_err().to_string()
     };
     assert!(list(&["a", ""], &[]).contains("is empty"));
     assert!(list(&["a"], &["b", "a"]).contains("\"a\" is named twice"));
@@ -252,11 +253,11 @@ fn rows_with_added() -> Vec<Example> {
 
 #[test]
 fn ten_steps_with_added_tokens_are_pefts() {
-    for run in ["tied", "untied", "ends", "head-tied"] {
-        let theirs = golden_json(&format!("added/{run}/run.json"));
+    for run in ["tied", "untied", "embedding-and-head", "head-tied"] {
+        let theirs = golden_json(&format!("added_tokens/{run}/run.json"));
         let decoder = load(theirs["base"].as_str().unwrap(), Compute::F32);
         let decoder = decoder.with_vocabulary(514).unwrap();
-        let folder = |name: &str| golden(&format!("added/{run}/{name}"));
+        let folder = |name: &str| golden(&format!("added_tokens/{run}/{name}"));
         let adapter = Arc::new(read(&folder("initial"), &decoder.linears()));
         take_steps(run, &theirs, &decoder, &adapter, &rows_with_added());
         let last = read(&folder("final"), &decoder.linears());
@@ -279,7 +280,7 @@ fn pefts_files_of_resized_vocabularies_are_what_peft_makes_of_them() {
         ("whole", false),
     ];
     for (name, tied) in cases {
-        let folder = golden(&format!("added/files/{name}"));
+        let folder = golden(&format!("added_tokens/files/{name}"));
         let adapter = read(&folder, &small_linears(18));
         let ends = tensors(&folder.join("ends.safetensors"));
         assert_eq!(adapter.head_tokens.is_some(), name == "both", "{name}");

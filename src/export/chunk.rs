@@ -1,16 +1,16 @@
-//! A tensor into a file, a slab of rows at a time.
+//! A tensor into a file, a chunk of rows at a time.
 
 use std::io::{self, Write};
 
-use super::{ExportError, SourceTensor, WrittenTensor};
+use super::{ExportError, ExportTensor, WrittenTensor};
 use crate::quant::{BlockType, RowOrder};
 
-/// Values of a slab, about.
+/// Values of a chunk, about.
 const VALUES: usize = 1 << 21;
 
 /// How a tensor lies in a file.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Form {
+pub(super) struct StoredForm {
     pub block_type: BlockType,
     pub order: RowOrder,
     /// How far values lie above Hugging Face's.
@@ -20,14 +20,14 @@ pub(super) struct Form {
 /// Puts a tensor in a form, and says how far it is off. What fails is in `failed`, as a writer's
 /// errors are the system's.
 pub(super) fn write(
-    tensor: &SourceTensor,
+    tensor: &ExportTensor,
     name: &str,
-    form: Form,
+    form: StoredForm,
     importance: Option<&[f32]>,
     file: &mut dyn Write,
     failed: &mut Option<ExportError>,
 ) -> io::Result<WrittenTensor> {
-    let Form { block_type, order, offset } = form;
+    let StoredForm { block_type, order, offset } = form;
     let written = |relative_error| WrittenTensor {
         name: name.into(),
         shape: tensor.shape.clone(),
@@ -46,18 +46,18 @@ pub(super) fn write(
     let (rows, cols) = (tensor.rows(), tensor.cols());
     // Whole heads, whose rows change places.
     let step = order.stretch();
-    let slab = (VALUES / cols / step).max(1) * step;
+    let chunk = (VALUES / cols / step).max(1) * step;
     let row_bytes = block_type.bytes_for(cols).ok_or_else(|| {
         let reason = format!("rows of {cols} values are no whole {block_type} blocks");
         fail(ExportError::tensor(name, reason))
     })?;
     let (mut off, mut of) = (0f64, 0f64);
-    let mut values = vec![0f32; slab.min(rows) * cols];
+    let mut values = vec![0f32; chunk.min(rows) * cols];
     let mut turned = Vec::new();
     let mut bytes = Vec::new();
     let mut back = Vec::new();
-    for first in (0..rows).step_by(slab) {
-        let many = slab.min(rows - first);
+    for first in (0..rows).step_by(chunk) {
+        let many = chunk.min(rows - first);
         let values = &mut values[..many * cols];
         tensor.read(first..first + many, values).map_err(&mut fail)?;
         let short = offset - tensor.offset();

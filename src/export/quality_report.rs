@@ -9,7 +9,7 @@ use crate::model::{ActiveAdapter, Adapters, Decoder, Rows};
 
 /// One way to keep it.
 #[derive(Debug)]
-pub struct Candidate {
+pub struct ReportCandidate {
     /// What it is called.
     pub name: String,
     /// Bytes of its files.
@@ -22,7 +22,7 @@ pub struct Candidate {
 
 /// What one way costs.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
-pub struct Line {
+pub struct QualityReportRow {
     /// What it is called.
     pub name: String,
     /// Bytes of its files.
@@ -45,11 +45,11 @@ const ROWS: usize = 32;
 /// If the text has less than one chunk, or `n_ctx` is none the model can read.
 pub fn measure(
     reference: (&Decoder, &[ActiveAdapter]),
-    candidates: &[Candidate],
+    candidates: &[ReportCandidate],
     tokens: &[u32],
     n_ctx: usize,
     bos: Option<u32>,
-) -> Result<Vec<Line>, ExportError> {
+) -> Result<Vec<QualityReportRow>, ExportError> {
     let most = reference.0.config.max_position_embeddings;
     if n_ctx < 4 || !n_ctx.is_multiple_of(2) || n_ctx > most {
         return Err(ExportError::Measure(EvalError::Context { n_ctx, most }));
@@ -95,7 +95,7 @@ pub fn measure(
         }
     }
     let n = scored as f64;
-    let line = |(candidate, sums): (&Candidate, &(f64, f64, usize))| Line {
+    let line = |(candidate, sums): (&ReportCandidate, &(f64, f64, usize))| QualityReportRow {
         name: candidate.name.clone(),
         bytes: candidate.bytes,
         perplexity: (sums.0 / n).exp(),
@@ -111,7 +111,7 @@ fn top(row: &[f32]) -> usize {
 }
 
 /// Lines as people read them.
-pub fn table(lines: &[Line]) -> String {
+pub fn table(lines: &[QualityReportRow]) -> String {
     let width = lines.iter().map(|line| line.name.chars().count()).max().unwrap_or(0);
     let mut text = format!(
         "{:width$}  {:>9}  {:>10}  {:>9}  {:>8}",
