@@ -450,7 +450,7 @@ pub(super) struct HeadCache<B> {
 }
 
 /// What keys and values can be stored as.
-trait Stored: Element + Default {
+pub(super) trait Stored: Element + Default {
     /// Whether the values of a head have a common factor.
     const SCALED: bool;
 

@@ -4,20 +4,18 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use candle_core::{Device, Result, Tensor};
+use quantune_adapters::config::{EMBEDDING, HEAD};
 use quantune_adapters::delta::Dropout;
 use quantune_adapters::targets::LinearSpec;
 
-use super::adapters::{ActiveAdapter, Adapters};
+use super::adapters::Adapters;
 use super::cache::TensorCache;
 use super::config::Config;
-use super::ends::{EMBEDDING, HEAD};
-use super::layer::{Group, LayerPass};
-use super::layers::{Layer, Linear, Shared};
-use super::pass::{Pass, Rotations, Rows};
-use crate::ops::{
-    BackendKind, Compute, DeviceMatrix, causal_attention, frozen_linear, gated, rms_norm, rope,
-    segment,
-};
+use super::layer::reference::TensorLayerPass;
+use super::layer::{LayerPass, LinearGroup};
+use super::layers::{Layer, Linear};
+use super::pass::{Pass, Rows};
+use crate::ops::{BackendKind, Compute, DeviceMatrix, rms_norm};
 use crate::quant::FrozenMatrix;
 
 /// A decoder over frozen weights. Nothing is ever written to it or attached to it.
@@ -99,11 +97,7 @@ impl Decoder {
         adapters: Adapters<'a>,
         dropout: Option<&'a Dropout>,
     ) -> Pass<'a> {
-        assert_eq!(segment::fault(&rows.segments, rows.tokens.len()), None);
-        assert_eq!(rows.tokens.len(), rows.positions.len());
-        let (config, segments) = (&self.config, &rows.segments);
-        let rotations = Rotations::new(config, &self.inv_freq, &rows.positions, segments);
-        Pass { segments: rows.segments.clone(), rotations, adapters, dropout, squares: None }
+        Pass::new(&self.config, &self.inv_freq, rows, adapters, dropout)
     }
 
     /// One layer of a pass of the CPU backend.
@@ -144,7 +138,7 @@ impl Decoder {
             },
         };
         let layers = self.layers.iter().flat_map(Layer::linears);
-        let layers = layers.map(|l| spec(&l.name, l.weight.cols(), l.weight.rows()));
+        let layers = layers.map(|l| spec(&l.name, l.cols(), l.rows()));
         [spec(EMBEDDING, vocab_size, hidden_size)]
             .into_iter()
             .chain(layers)
@@ -159,33 +153,27 @@ impl Decoder {
             HEAD => Some(self.head.clone()),
             _ => {
                 let mut linears = self.layers.iter().flat_map(Layer::linears);
-                linears.find(|linear| linear.name == module).map(|linear| linear.weight.clone())
+                linears.find(|linear| linear.name == module)?.matrix().ok().cloned()
             }
         }
     }
 
     /// The lowest layer that a trainable adapter sits on, and where in it: nothing below needs a
     /// gradient.
-    pub fn lowest_trainable(&self, adapters: Adapters) -> Option<(usize, Group)> {
+    pub fn lowest_trainable(&self, adapters: Adapters) -> Option<(usize, LinearGroup)> {
         let trained = |linear: &Linear| {
             let mut trainable = adapters.iter().filter(|active| active.trainable);
             trainable.any(|active| active.adapter.modules.contains_key(&linear.name))
         };
         self.layers.iter().enumerate().find_map(|(index, layer)| {
-            let groups: [(Group, &[Linear]); 4] = [
-                (Group::Attention, layer.qkv.linears()),
-                (Group::Output, std::slice::from_ref(&layer.o)),
-                (Group::GateUp, layer.gate_up.linears()),
-                (Group::Down, std::slice::from_ref(&layer.down)),
-            ];
-            let wears = |(_, linears): &&(Group, &[Linear])| linears.iter().any(trained);
-            groups.iter().find(wears).map(|(group, _)| (index, *group))
+            let group = layer.groups().iter().position(|linears| linears.iter().any(trained))?;
+            Some((index, LinearGroup(group)))
         })
     }
 
     /// Bytes of all frozen matrices, where they lie.
     pub fn weight_bytes(&self) -> usize {
-        let linears = self.layers.iter().flat_map(Layer::linears).map(|linear| &linear.weight);
+        let linears = self.layers.iter().flat_map(Layer::linears).flat_map(Linear::matrix);
         let mut all: Vec<&Arc<FrozenMatrix>> = linears.chain([&self.embedding]).collect();
         if !Arc::ptr_eq(&self.embedding, &self.head) {
             all.push(&self.head);
@@ -204,7 +192,7 @@ impl Decoder {
     }
 
     fn kernels_by(&self, name: impl Fn(&FrozenMatrix) -> String) -> BTreeMap<String, String> {
-        let linears = self.layers.iter().flat_map(Layer::linears).map(|linear| &linear.weight);
+        let linears = self.layers.iter().flat_map(Layer::linears).flat_map(Linear::matrix);
         let at = match self.device {
             Device::Cpu => "",
             Device::Cuda(_) => " on cuda",
@@ -223,123 +211,8 @@ impl Decoder {
         pass: &Pass,
         cache: Option<&mut TensorCache>,
     ) -> Result<Tensor> {
-        let (layer, eps) = (&self.layers[index], self.config.rms_norm_eps);
-        let heads = self.config.heads();
-
-        let normed = |x: &Tensor, norm: &Option<Tensor>| match norm {
-            Some(norm) => rms_norm(x, norm, eps, self.compute),
-            None => Ok(x.clone()),
-        };
-        // Of whole heads, or of all heads of a token together.
-        let normed_heads = |x: Tensor, norm: &Option<Tensor>| match norm {
-            Some(w) => {
-                rms_norm(&x.reshape(((), w.dim(0)?))?, w, eps, self.compute)?.reshape(x.shape())
-            }
-            None => Ok(x),
-        };
-        let rotated = |x: Tensor| match pass.rotations.of(layer) {
-            Some(rotation) => rope(&x, rotation, self.compute),
-            None => Ok(x),
-        };
-        let by = self.config.variation.residual_multiplier;
-        let joined = |x: &Tensor, branch: Tensor, norm: &Option<Tensor>| {
-            let branch = normed(&branch, norm)?;
-            x + if by == 1.0 { branch } else { (branch * by)? }
-        };
-
-        let h = normed(x, &layer.input_norm)?;
-        let kv_width = heads.kv_heads * heads.head_dim;
-        let widths = [heads.heads * heads.head_dim, kv_width, kv_width];
-        let [q, k, v] = self.shared(&layer.qkv, widths, &h, pass)?;
-        let q = rotated(normed_heads(q, &layer.q_norm)?)?;
-        let k = rotated(normed_heads(k, &layer.k_norm)?)?;
-        let (segments, scores) = (&pass.segments, layer.scores);
-        let attended = match cache {
-            Some(cache) => cache.attend(index, &q, (&k, &v), heads, segments, scores)?,
-            None => causal_attention(&q, &k, &v, heads, segments, scores, self.compute)?,
-        };
-        let branch = self.linear(&layer.o, &attended, pass)?;
-        let x = joined(x, branch, &layer.post_attention_norm)?;
-
-        let h = normed(&x, &layer.pre_feedforward_norm)?;
-        let widths = [self.config.intermediate_size; 2];
-        let [gate, up] = self.shared(&layer.gate_up, widths, &h, pass)?;
-        let inner = gated(self.config.family.gate, &gate, &up, self.compute)?; // (N, inner)
-        let branch = self.linear(&layer.down, &inner, pass)?;
-        joined(&x, branch, &layer.post_feedforward_norm)
+        let (config, layer, compute) = (&self.config, &self.layers[index], self.compute);
+        let layer = TensorLayerPass { config, layer, pass, compute };
+        layer.forward(x, cache.map(|cache| (cache, index)))
     }
-
-    /// What linear layers of these `widths` that share their input make of it.
-    fn shared<const M: usize>(
-        &self,
-        shared: &Shared<M>,
-        widths: [usize; M],
-        x: &Tensor,
-        pass: &Pass,
-    ) -> Result<[Tensor; M]> {
-        let outs: Vec<Tensor> = match shared {
-            Shared::Apart(linears) => {
-                linears.iter().map(|linear| self.linear(linear, x, pass)).collect::<Result<_>>()?
-            }
-            Shared::Whole(linear) => {
-                let whole = self.linear(linear, x, pass)?;
-                let mut start = 0;
-                let parts = widths.iter().map(|&width| {
-                    start += width;
-                    whole.narrow(1, start - width, width)?.contiguous()
-                });
-                parts.collect::<Result<_>>()?
-            }
-        };
-        Ok(outs.try_into().expect("as many as there are widths"))
-    }
-
-    /// The frozen product, and on it the updates of the adapters that each run of rows wears.
-    fn linear(&self, linear: &Linear, x: &Tensor, pass: &Pass) -> Result<Tensor> {
-        if let Some(squares) = pass.squares {
-            squares.add(&linear.name, x)?;
-        }
-        let base = match &linear.uploaded {
-            Some(weight) => weight.linear(x)?,
-            None => frozen_linear(x, &linear.weight, self.compute)?,
-        };
-        let mask = match pass.dropout {
-            Some(dropout) => Some(dropout.mask(&linear.name, linear.weight.cols(), x.device())?),
-            None => None,
-        };
-        let adapted_by =
-            |x: &Tensor, base: &Tensor, mask: Option<&Tensor>, active: &[ActiveAdapter]| {
-                let mut y = base.clone();
-                for active in active {
-                    if let Some(lora) = active.adapter.modules.get(&linear.name) {
-                        let mut delta =
-                            lora.delta(x, mask.filter(|_| active.trainable), active.trainable)?;
-                        if let Some(norms) = lora.row_norms(&*linear.weight)? {
-                            let norms = Tensor::new(&*norms, x.device())?;
-                            let scaled = lora.scaled(&(base + delta)?, &norms, active.trainable)?;
-                            delta = (scaled - base)?;
-                        }
-                        y = (y + weighted(delta, active.weight)?)?;
-                    }
-                }
-                match &linear.bias {
-                    Some(bias) => y.broadcast_add(bias),
-                    None => Ok(y),
-                }
-            };
-        let runs = pass.adapters.runs(&pass.segments);
-        if let [(_, active)] = &runs[..] {
-            return adapted_by(x, &base, mask.as_ref(), active);
-        }
-        let parts = runs.into_iter().map(|(tokens, active)| {
-            let part = |t: &Tensor| t.narrow(0, tokens.start, tokens.len());
-            let mask = mask.as_ref().map(part).transpose()?;
-            adapted_by(&part(x)?, &part(&base)?, mask.as_ref(), active)
-        });
-        Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)
-    }
-}
-
-fn weighted(delta: Tensor, weight: f64) -> Result<Tensor> {
-    if weight == 1.0 { Ok(delta) } else { delta * weight }
 }

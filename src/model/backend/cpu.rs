@@ -8,7 +8,7 @@ use super::{Backend, Inference, Keep, ParameterGradients};
 use crate::model::adapters::{ActiveAdapter, Adapters};
 use crate::model::cache::KvCache;
 use crate::model::decoder::Decoder;
-use crate::model::layer::{AdapterGradients, Group, LayerPass, Tape, Workspace};
+use crate::model::layer::{AdapterGradients, LayerPass, LinearGroup, Tape, Workspace};
 use crate::model::pass::Pass;
 use crate::model::reading::Reading;
 use crate::ops::linear_cross_entropy::Distributions;
@@ -96,7 +96,7 @@ impl Backend for Cpu {
         pass: &Pass,
         (x, dx): (&mut Vec<f32>, &mut Vec<f32>),
         (keep, tape): (Keep, &mut Tape),
-        lowest: Option<Group>,
+        lowest: Option<LinearGroup>,
         gradients: &mut ParameterGradients<Self>,
         scratch: &mut CpuScratch,
     ) -> Result<()> {

@@ -25,7 +25,7 @@ pub use reference::{Reference, ReferenceHeadTape, ReferenceHidden, ReferenceTape
 use super::adapters::{ActiveAdapter, Adapters};
 use super::cache::KvCache;
 use super::decoder::Decoder;
-use super::layer::Group;
+use super::layer::LinearGroup;
 use super::pass::Pass;
 #[cfg(doc)]
 use crate::ops::BackendKind;
@@ -149,7 +149,7 @@ pub trait Backend: Debug + Sized + 'static {
         pass: &Pass,
         streams: (&mut Self::Hidden, &mut Self::Hidden),
         kept: (Keep, &mut Self::Tape),
-        lowest: Option<Group>,
+        lowest: Option<LinearGroup>,
         gradients: &mut ParameterGradients<Self>,
         scratch: &mut Self::Scratch,
     ) -> Result<()>;

@@ -10,7 +10,7 @@ use super::{Backend, Inference, Keep, ParameterGradients};
 use crate::model::adapters::{ActiveAdapter, Adapters};
 use crate::model::cache::KvCache;
 use crate::model::decoder::Decoder;
-use crate::model::layer::Group;
+use crate::model::layer::LinearGroup;
 use crate::model::pass::Pass;
 use crate::model::scoring::scores;
 use crate::ops::linear_cross_entropy::Distributions;
@@ -153,7 +153,7 @@ impl Backend for Reference {
         pass: &Pass,
         (_, dx): (&mut Self::Hidden, &mut Self::Hidden),
         (_, tape): (Keep, &mut Self::Tape),
-        _lowest: Option<Group>,
+        _lowest: Option<LinearGroup>,
         gradients: &mut ParameterGradients<Self>,
         (): &mut (),
     ) -> Result<()> {

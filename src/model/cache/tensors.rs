@@ -14,7 +14,7 @@ const ZERO: f64 = 128.0;
 
 /// The key heads of a row.
 #[derive(Debug, Clone)]
-pub(super) struct TensorRow {
+pub(in crate::model) struct TensorRow {
     kind: CacheType,
     pub len: usize,
     /// Keys and values, once there are some. A copy of the row shares them until one of the two takes
