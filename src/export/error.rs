@@ -3,8 +3,6 @@
 use std::io;
 use std::path::PathBuf;
 
-use quantune_adapters::FormatError;
-
 use crate::eval::EvalError;
 use crate::model::ModelError;
 use crate::text::TextError;
@@ -60,9 +58,6 @@ pub enum ExportError {
         /// How far it is off.
         reason: String,
     },
-    /// An adapter that cannot be read.
-    #[error(transparent)]
-    Adapter(#[from] FormatError),
     /// A text that nothing can be measured on.
     #[error(transparent)]
     Measure(EvalError),

@@ -277,7 +277,7 @@ impl Recipe {
             };
             // Llama 2 70B's eight heads share one v, which is small.
             let shared = config.num_attention_heads != config.num_key_value_heads
-                || config.family.architecture != "llama";
+                || !config.family.llama_cpp_has_65b;
             return match of {
                 Q3_K | Q4_K if layers == 80 && shared => Q5_K,
                 of => of,
