@@ -16,7 +16,7 @@ use quantune::ops::{
 };
 use quantune::quant::{BlockType, Bytes, FrozenMatrix};
 
-const COMPUTE: &[Compute] = &[Compute::F32, Compute::Int16, Compute::Int8];
+const COMPUTE: &[Compute] = &[Compute::F32, Compute::INT16, Compute::INT8];
 
 /// Tokens of a row.
 const T: usize = 512;

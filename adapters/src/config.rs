@@ -487,6 +487,11 @@ impl std::fmt::Display for InitLoraWeights {
 }
 
 impl InitLoraWeights {
+    /// Whether an adapter that begins so has twice the rank, the second half of it frozen.
+    pub fn freezes_ranks(&self) -> bool {
+        matches!(self, Self::Pissa { .. } | Self::Olora)
+    }
+
     /// The initialization of this name, of those that can begin an adapter.
     pub fn from_name(name: &str) -> Option<Self> {
         match name.to_ascii_lowercase().as_str() {

@@ -559,10 +559,11 @@ impl Adapter {
         change(&self.parameters())
     }
 
-    /// Freezes the ranks that are frozen in another adapter. Files do not say which are.
-    pub fn copy_frozen_ranks(&mut self, other: &Adapter) {
-        for (module, lora) in &mut self.modules {
-            lora.frozen_ranks = other.modules.get(module).map_or(0, |other| other.frozen_ranks);
+    /// Freezes the ranks that an adapter has frozen which began with `init`: a file does not record
+    /// them.
+    pub fn freeze_ranks(&mut self, init: &InitLoraWeights) {
+        for lora in self.modules.values_mut() {
+            lora.frozen_ranks = if init.freezes_ranks() { lora.r() / 2 } else { 0 };
         }
     }
 

@@ -70,8 +70,7 @@ pub fn begin(
     config.validate()?;
     config.trainable_token_indices.sort_unstable();
     config.head_token_indices.sort_unstable();
-    let holds =
-        matches!(config.init_lora_weights, InitLoraWeights::Pissa { .. } | InitLoraWeights::Olora);
+    let holds = config.init_lora_weights.freezes_ranks();
     if holds && config.lora_dropout > 0.0 {
         let fault =
             "needed 0: with dropped inputs the frozen ranks would not cancel the initial value";

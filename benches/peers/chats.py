@@ -5,7 +5,7 @@
 
 chatterbot's conversations (scripts/fetch/chatterbot.py), 8 a step, only the assistant's words learned: the same
 rows with the same masks in the same order on both sides. A rate is the real tokens of the timed steps,
-padding not counted, over their seconds; "s" and "cpu" are a step's mean. The environment is told in
+padding not counted, over their seconds; "s" and "cpu" are a step's mean. Environment variables are listed in
 common.py, the models come from prepare.py.
 """
 

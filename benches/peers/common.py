@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: where things lie, what a process cost, and the line a run prints.
+"""What the scripts of this folder share: paths, the cost of a process, and the line that a run prints.
 
 Set by the environment:
 
@@ -190,7 +190,7 @@ def watched(command, out):
     done = quantune(*command, each_poll=watch)
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     if [count for _, _, count in moments] != list(range(1, len(lines) + 1)):
-        sys.exit(f"{out}: steps too short to be told apart from outside, needed longer rows or more of them")
+        sys.exit(f"{out}: steps too short to be distinguished from outside, needed longer rows or more of them")
     times, cpu = [began, *(t for t, _, _ in moments)], [0.0, *(c for _, c, _ in moments)]
     return Training(differences(times), differences(cpu), [line["loss"] for line in lines], done.peak_rss)
 

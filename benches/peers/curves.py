@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What inexact kernels do to training: the same run under each --compute, held to f32's.
+"""The effect of inexact kernels on training: the same run under each --compute, compared with f32.
 
     python3 benches/peers/curves.py [--steps 200] [--modes f32 int16 int8]
 

@@ -5,7 +5,7 @@
 
 4 pairs a step: a prompt of 32 words, two responses of 64, random words of one token each; r=16 on every linear layer,
 the same pairs in the same order on both sides. Our seconds are those of the whole process (DPO asks its reference before
-the first step), TRL's those of its steps after --warm. The environment is told in common.py, the models come from
+the first step), TRL's those of its steps after --warm. Environment variables are listed in common.py, the models come from
 prepare.py.
 """
 

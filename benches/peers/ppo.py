@@ -7,7 +7,7 @@
 An update: 8 prompts of 32 tokens (random words), 32 new tokens each at temperature 0.7, 4 epochs of one minibatch. Ours has
 one base with adapters for policy, reward and value; TRL has a model for each of the three, an adapter on the first, and
 trains the third whole, as its scripts do, or with --lora-value an adapter on it. Our seconds are those of the whole
-process, TRL's those of its updates after --warm. The environment is told in common.py, the models come from prepare.py.
+process, TRL's those of its updates after --warm. Environment variables are listed in common.py, the models come from prepare.py.
 """
 
 import argparse

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes what the other scripts measure on, in PEERS_MODELS [models/]; what is there already is left alone.
+"""Makes what the other scripts measure on, in PEERS_MODELS [models/]; existing files are kept.
 
     $PYTHON benches/peers/prepare.py [smollm2] [qwen05]
 

@@ -6,7 +6,7 @@
 A Llama of 7 M parameters (288 wide, 6 layers, 6 heads, 768 inner, a tied vocabulary of 4096) on 16 x 256 tokens a step,
 AdamW with weight decay, gradients clipped. Ours reads text of made-up words through a tokenizer it has learned from them,
 the peer random token ids: which tokens they are costs nothing. A rate is the tokens of a step over the median of its
-seconds after --warm steps. The environment is told in common.py.
+seconds after --warm steps. Environment variables are listed in common.py.
 """
 
 import argparse

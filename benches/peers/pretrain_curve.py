@@ -7,7 +7,7 @@ AdamW in float32; held-out bits per byte of both as they learn.
 
 The model has 12 M parameters (384 wide, 6 layers, 6 heads, 1024 inner, a tied vocabulary of 4096), 16 x 256 tokens a step,
 from the mixture of scripts/fetch/mixture.py. The first weights are those of a run of one step at learning rate 0. Ends in an error if
-ours is worse by more than 1 % at the end. The environment is told in common.py.
+ours is worse by more than 1 % at the end. Environment variables are listed in common.py.
 """
 
 import argparse

@@ -5,7 +5,7 @@
 
 4 x 512 random tokens a step, all of them learned, the same rows in the same order on both sides; r=16 on
 every linear layer, AdamW, gradients clipped. A rate is the tokens of a step over the median of its seconds
-after --warm steps. The environment is told in common.py, the models come from prepare.py.
+after --warm steps. Environment variables are listed in common.py, the models come from prepare.py.
 """
 
 import argparse

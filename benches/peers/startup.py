@@ -3,8 +3,8 @@
 
     python3 benches/peers/startup.py
 
-Two lines a round: until the first step begins (either side says so on stderr) and until it is done, on one row
-of 64 tokens. Both have run once before, so that files are in the page cache. The environment is told in
+Two lines a round: until the first step begins (both sides print it on stderr) and until it is done, on one row
+of 64 tokens. Both have run once before, so that files are in the page cache. Environment variables are listed in
 common.py, the models come from prepare.py.
 """
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Type-checks the cuda feature where there is neither a GPU nor a CUDA toolkit: candle's build scripts get
 # a stand-in for nvcc that answers their questions and writes empty files. What they make must never be
-# linked: it has a target directory of its own, but where CUDA_CHECK_TARGET names one. Arguments are cargo's.
+# linked: it has a target directory of its own unless CUDA_CHECK_TARGET names one. Arguments are cargo's.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -16,7 +16,7 @@ target="$(cd "$target" && pwd)"
 
 cat >"$target/bin/nvcc" <<'NVCC'
 #!/bin/sh
-# Stands in for nvcc: every output it is asked for is there, and empty.
+# A stand-in for nvcc: every requested output exists, and is empty.
 output="" folder="" source=""
 while [ $# -gt 0 ]; do
     case "$1" in

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What --dry-run says of a run's memory and time, against what the run takes.
+# Memory and time that --dry-run predicts, against what the run takes.
 #
 #   scripts/check/dry_run.sh MODEL...     GGUF files or Hugging Face folders
 #
 # Each configuration below is predicted and then really run for a few steps, on the models in turn; those that quantize a
 # folder on load on the first folder among them, if there is one. Ends with 1 where the predicted peak is more than a tenth
-# off. THREADS, STEPS, ONLY (a word that the configurations to be run have) and QUANTUNE (the binary) may be set.
+# off. THREADS, STEPS, ONLY (a word in the names of the configurations to run) and QUANTUNE (the binary) may be set.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 [[ $# -gt 0 ]] || { echo "usage: scripts/check/dry_run.sh MODEL..." >&2; exit 2; }

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Holds what merge, quantize and export write to llama.cpp and transformers. Run it by scripts/check/export.sh.
+"""Compares what merge, quantize and export write with llama.cpp and transformers. Run it by scripts/check/export.sh.
 
-    python3 scripts/check/export.py LLAMA_CPP [gguf] [folder] [lora] [errors] [bill]
+    python3 scripts/check/export.py LLAMA_CPP [gguf] [folder] [lora] [errors] [report]
 
 gguf    SmolLM2 and a tiny Qwen2, with adapters merged in, as GGUFs of several types: llama.cpp's log-probs
 folder  the same as Hugging Face folders: transformers' log-probs
 lora    adapters as GGUF LoRAs, rsLoRA and alpha_pattern among them: llama.cpp's log-probs
 errors  the error of every type on real weights beside llama-quantize's, with and without an importance matrix
-bill    merge --report and quantize --report on a text
+report  merge --report and quantize --report on a text
 
-QUANTUNE names the binary, BASE the model, TEXT the text of the bill. Works in runs/check_export. Prints a line per
+QUANTUNE names the binary, BASE the model, TEXT the text of the report. Works in runs/check_export. Prints a line per
 finding; exit 1 if one is out of bounds.
 """
 
@@ -50,7 +50,7 @@ def quantune(*args):
 
 
 def ours(base, prompt, adapters=(), k=10):
-    """Our likeliest next tokens: id -> log-prob."""
+    """Our most likely next tokens: id -> log-prob."""
     flags = [f for a in adapters for f in ("--adapter", a)]
     sampling = ["--raw", "--max-tokens", 1, "--temperature", 0, "--logprobs", k, "--compute", "f32"]
     out = quantune("generate", "--base", base, *flags, "--prompt", prompt, *sampling)
@@ -295,14 +295,14 @@ def check_errors():
                 finding(f"{what} {of}{' imatrix' if weighted else ''}", highest <= 1.0, text)
 
 
-def check_bill():
+def check_report():
     for name, command in {
         "merge Q8_0": ["merge", "--adapter", WORK / "smollm2-lora", "--type", "Q8_0"],
         "merge Q4_K_M": ["merge", "--adapter", WORK / "smollm2-lora", "--type", "Q4_K_M", "--imatrix-data", TEXT],
         "quantize Q3_K_M": ["quantize", "--type", "Q3_K_M", "--imatrix-data", TEXT],
     }.items():
         bases()
-        out = quantune(*command, "--base", BASE, "--out", WORK / "bill.gguf", "--report", TEXT)
+        out = quantune(*command, "--base", BASE, "--out", WORK / "report.gguf", "--report", TEXT)
         for line in out["report"]:
             print(f"     {name}: {line['name']:34} {line['bytes'] / 1e6:7.1f} MB  perplexity {line['perplexity']:8.4f}  "
                   f"KL {line['mean_kl']:.5f}  same top {line['same_top']:.4f}")
@@ -314,7 +314,7 @@ def check_bill():
 if __name__ == "__main__":
     LLAMA_CPP = Path(sys.argv[1]).resolve()
     WORK.mkdir(parents=True, exist_ok=True)
-    checks = {"gguf": check_gguf, "folder": check_folder, "lora": check_lora, "errors": check_errors, "bill": check_bill}
+    checks = {"gguf": check_gguf, "folder": check_folder, "lora": check_lora, "errors": check_errors, "report": check_report}
     for check in sys.argv[2:] or checks:
         checks[check]()
     sys.exit(f"{len(failed)} out of bounds: {', '.join(failed)}" if failed else 0)

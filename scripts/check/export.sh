@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Holds what merge, quantize and export write to llama.cpp and transformers; see scripts/check/export.py.
+# Compares what merge, quantize and export write with llama.cpp and transformers; see scripts/check/export.py.
 #
-#   scripts/check/export.sh LLAMA_CPP [gguf] [folder] [lora] [errors] [bill]
+#   scripts/check/export.sh LLAMA_CPP [gguf] [folder] [lora] [errors] [report]
 #
 # LLAMA_CPP is a checkout of llama.cpp with llama-quantize in build/bin. Builds, fetches the model, and makes a
 # Python environment in target/check-venv unless PYTHON names one with scripts/golden/requirements.txt and

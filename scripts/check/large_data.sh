@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# What `sft` holds in memory of a file of rows, however large it is.
+# The memory that `sft` needs for a file of rows, however large it is.
 #
 #   scripts/check/large_data.sh MODEL [MEGABYTES]     a GGUF file or a Hugging Face folder; 2000 by default
 #
 # Makes a file of conversations of 0.5 to 4 kB out of this repository's own words, and one of a twentieth of its size, and
-# trains 20 steps on each: twice, the second time from the tokens that the first has kept on disk. Tells the private memory
-# (RssAnon of /proc/PID/status) at its highest while tokens are made, while the epoch is planned and while steps are taken,
+# trains 20 steps on each: twice, the second time from the tokens that the first has kept on disk. Prints the peak private memory
+# (RssAnon of /proc/PID/status) while tokenizing, while planning the epoch and during the steps,
 # how long each takes, and by how many bytes a row it grows from the small file to the large one. Ends with 1 where that is
 # more than 32. WORK (a folder with three times the room), THREADS and QUANTUNE (the binary) may be set.
 set -euo pipefail
@@ -65,9 +65,9 @@ def train(data, out, cache):
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    told = []
+    output = []
     for line in process.stderr:
-        told.append(line)
+        output.append(line)
         now = time.monotonic() - began
         for words, name in [("data: tokenizing", "tokenizing"), (" rows, ", "planning"), ("training ", "training")]:
             if words in line and name not in seconds:
@@ -76,7 +76,7 @@ def train(data, out, cache):
     watcher.join()
     seconds[phase] = time.monotonic() - began - sum(seconds.values())
     if process.wait():
-        sys.exit("".join(told))
+        sys.exit("".join(output))
     return {name: (seconds[name], peaks.get(name, 0)) for name in seconds}
 
 
@@ -91,8 +91,8 @@ for name, size in [("small", int(megabytes) / 20), ("large", int(megabytes))]:
         runs.append(train(data, f"{work}/{name}-{time_}", f"{work}/{name}-cache"))
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        told = ", ".join(f"{phase} {seconds:.1f} s, {peak:.1f} MB" for phase, (seconds, peak) in runs[-1].items())
-        print(f"  {time_} start: {told}; {cpu:.0f} s of CPU", flush=True)
+        phases = ", ".join(f"{phase} {seconds:.1f} s, {peak:.1f} MB" for phase, (seconds, peak) in runs[-1].items())
+        print(f"  {time_} start: {phases}; {cpu:.0f} s of CPU", flush=True)
     kept = sum(file.stat().st_size for file in pathlib.Path(f"{work}/{name}-cache").glob("*/*"))
     print(f"  on disk: {kept / 1e6:.0f} MB", flush=True)
     found.append((rows, runs))

@@ -3,9 +3,8 @@
 #
 #   scripts/check/load_type.sh FOLDER...
 #
-# Each folder is loaded to Q8_0, Q4_K and Q4_0 and scores a few words. Tells the private memory (RssAnon of
-# /proc/PID/status) and all of it (RssAnon + RssFile) at their highest, above what the same command takes of the folder as it
-# is stored, and ends with 1 where either is more than the quantized matrices, a tenth of them and the largest matrix in F32.
+# Each folder is loaded to Q8_0, Q4_K and Q4_0 and scores a few words. Prints the peaks of private memory (RssAnon of
+# /proc/PID/status) and of all memory (RssAnon + RssFile), above those of the same command on the folder as it is stored, and ends with 1 where either is more than the quantized matrices, a tenth of them and the largest matrix in F32.
 # TYPES and QUANTUNE (the binary) may be set.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
@@ -57,10 +56,10 @@ for folder in folders:
     for of in types.split():
         command = [quantune, "sft", "--base", folder, "--load-type", of, "--data", f"{work}/rows.jsonl", "--out",
                    f"{work}/run", "--dry-run", "--r", "1", "--json"]
-        told = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        if told.returncode:
-            sys.exit(told.stderr.decode())
-        quantized = json.loads(told.stdout.decode().splitlines()[-1])["memory"]["frozen_weights"]
+        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        if result.returncode:
+            sys.exit(result.stderr.decode())
+        quantized = json.loads(result.stdout.decode().splitlines()[-1])["memory"]["frozen_weights"]
         private, whole = (peak - stored for peak in peaks(folder, "--load-type", of))
         most = 1.1 * quantized + largest
         failed |= max(private, whole) > most

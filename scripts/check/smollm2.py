@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Holds Quantune to transformers, PEFT and llama.cpp on SmolLM2-135M-Instruct. Run it by scripts/check/smollm2.sh.
+"""Compares Quantune with transformers, PEFT and llama.cpp on SmolLM2-135M-Instruct. Run it by scripts/check/smollm2.sh.
 
     python3 scripts/check/smollm2.py [reference] [modes] [perplexity] [memory] [steps] [interop] [parity]
 
@@ -84,7 +84,7 @@ def fresh(name):
 
 
 def next_logprobs(prompt, tokens=1, adapter=None, compute="f32"):
-    """What ours says after `prompt` taken as it stands: its JSON with the 10 likeliest of each token."""
+    """Our output after `prompt` without a template: its JSON with the 10 most likely of each token."""
     adapter = ["--adapter", adapter] if adapter else []
     sampling = ["--raw", "--max-tokens", tokens, "--temperature", 0, "--logprobs", 10, "--compute", compute]
     return quantune("generate", "--base", BASE, *adapter, "--prompt", prompt, *sampling)

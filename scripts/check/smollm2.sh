@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Holds Quantune to transformers, PEFT and llama.cpp on a real model; see scripts/check/smollm2.py.
+# Compares Quantune with transformers, PEFT and llama.cpp on a real model; see scripts/check/smollm2.py.
 #
 #   scripts/check/smollm2.sh [reference] [modes] [perplexity] [memory] [steps] [interop] [parity]
 #

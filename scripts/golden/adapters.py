@@ -4,8 +4,7 @@
     python scripts/golden/adapters.py --check FOLDER     loads a folder our test wrote
                                                               (target/tmp/adapter_for_peft) in PEFT
 
-Needs torch, transformers 5.23, peft 0.21.2. Seeds are fixed (the hash seed too: PEFT saves sets);
-nothing is downloaded.
+Seeds are fixed (the hash seed too: PEFT saves sets); nothing is downloaded.
 """
 
 import argparse

@@ -61,7 +61,7 @@ def main():
     for settings in SETTINGS:
         for _ in range(3):
             logits = torch.randn(VOCAB, generator=generator) * 2.5
-            # The likeliest tokens are among the seen ones, one of them twice.
+            # The most likely tokens are among the seen ones, one of them twice.
             seen = logits.topk(4).indices.tolist() + torch.randint(VOCAB, (6,), generator=generator).tolist()
             seen.append(seen[0])
             p = probabilities(model, settings, seen, logits)

@@ -2,10 +2,10 @@
 """Writes tests/golden/objectives: losses, gradients and statistics of TRL's own code on random numbers.
 
     python3 scripts/golden/objectives.py
-    PYTHONPATH=TRL100 python3 scripts/golden/objectives.py ppo
+    PYTHONPATH=target/trl-1.0.0 python3 scripts/golden/objectives.py ppo
 
 A trainer's method is called on a stand-in for the trainer, with a stand-in for the model that returns the
-log-probs (or scores) in question; where a formula is in the middle of a long method, its very lines are
+log-probs (or scores) in question; where a formula is in the middle of a long method, its lines are
 cut out of the source and run. Gradients are autograd's.
 """
 

@@ -2,10 +2,10 @@
 """Writes tests/golden/rl: ten optimizer steps of reward models, DPO, KTO and PPO as TRL takes them, on llama-tiny.
 
     python3 scripts/golden/rl.py                                   # reward models, DPO, KTO
-    PYTHONPATH=trl-1.0.0 python3 scripts/golden/rl.py              # PPO, which later versions do not have
+    PYTHONPATH=target/trl-1.0.0 python3 scripts/golden/rl.py       # PPO, which later versions do not have
 
-Same versions, same bytes. TRL's own loops run, unchanged; what they do is noted from outside. Only where
-randomness would come in is something put in their place: the adapters' first weights, and PPO's responses.
+Same versions, same bytes. TRL's own loops run, unchanged; their steps are recorded from outside. Only random
+parts are replaced: the adapters' initial weights, and PPO's responses.
 Each run is repeated in float64 to show that its digits are not rounding noise.
 """
 

@@ -4,7 +4,7 @@ gives 500 mixed texts under each.
 
     python3 scripts/golden/text_sentencepiece.py LLAMA_CPP
 
-LLAMA_CPP is a checkout of llama.cpp with llama-tokenize built in build/bin. Texts without marks must have the
+LLAMA_CPP is a checkout of llama.cpp with llama-tokenize built in build/bin. Texts without special tokens must have the
 ids that the sentencepiece package itself gives them.
 """
 

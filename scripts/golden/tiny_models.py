@@ -5,7 +5,7 @@ them, and what PEFT makes of ten LoRA steps on them.
     python3 scripts/golden/tiny_models.py
 
 Same versions, same bytes: every number is drawn from a seed of its own, and the script checks its own
-goldens. A golden that a wrong program could meet is worthless, so each model is made sharp (entropy
+golden files. One that a wrong program would also meet is worthless, so each model is made sharp (entropy
 under 0.6 ln V), sensitive (1 % of rope_theta moves its log-probs by far more than the tests' 1e-3), and
 the training runs are repeated in float64 to show that their digits are not rounding noise.
 """
@@ -394,7 +394,7 @@ def log_probs(model, ids):
 
 @torch.inference_mode()
 def greedy(model, ids, steps):
-    """The likeliest next tokens, one forward over everything each; None if a choice was a near-tie."""
+    """The most likely next tokens, one forward over everything each; None if a choice was a near-tie."""
     ids = list(ids)
     for _ in range(steps):
         top = log_probs(model, ids)[-1].topk(2)

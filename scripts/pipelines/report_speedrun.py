@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The table of scripts/pipelines/speedrun.sh: each stage's time and its telling numbers before and after.
+"""The table of scripts/pipelines/speedrun.sh: each stage's time and its main figures before and after.
 
     python3 scripts/pipelines/report_speedrun.py RUN_DIRECTORY
 """

@@ -12,7 +12,7 @@
 #   report   held-out prompts: reward, judge, wins against sft and base, variety, entropy
 #
 # SEEDS="1 2 3" trains reward model and ppo once each; UPDATES, and RL's other sizes, are below. Needs Rust, and Python 3 with
-# pip for the two downloads. What is there already is not made again: a run that was stopped goes on.
+# pip for the two downloads. Existing results are not made again: a run that was stopped continues.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 out="${1:-$root/runs/sentiment}"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole life of a model on two cores: random weights, real text of three kinds, a base, an assistant, a reward model, PPO,
-# one merged file.
+# A small model from start to end on two cores: random weights, real text of three kinds, a base, an assistant, a reward
+# model, PPO, one merged file.
 #
 #   scripts/pipelines/speedrun.sh [RUN_DIRECTORY]     [default: runs/speedrun]
 #
@@ -15,7 +15,7 @@
 #   samples     three of each model
 #
 # TOKENS (pretraining's), PRESET and VOCAB are below. Needs Rust, and Python 3 with pip for the downloads (about 60 MB). A stage
-# whose result is there is not made again; a run that was stopped goes on.
+# whose result exists is skipped; a run that was stopped continues.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 out="${1:-$root/runs/speedrun}"
@@ -44,7 +44,7 @@ keep() {
     echo "$((SECONDS - began))" >"$out/$name.seconds"
 }
 
-# The same for a training run, which goes on if it was stopped: NAME COMMAND FLAGS...
+# The same for a training run, which continues if it was stopped: NAME COMMAND FLAGS...
 train() {
     local name="$1" command="$2"
     shift 2

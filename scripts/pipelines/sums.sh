@@ -17,7 +17,7 @@ updates="${UPDATES:-40}"
 
 stage() { printf '\n== %s (at %d s)\n' "$*" "$SECONDS"; }
 
-# Right answers to the 200 held-out questions: the likeliest, and one drawn; arguments are the adapter.
+# Right answers to the 200 held-out questions, greedy and sampled; arguments are the adapter.
 count() {
     for temperature in 0 1; do
         "$quantune" eval --base "$base" --prompts "$data/prompts.heldout.jsonl" --reward numeric:answer --max-tokens 12 \

@@ -4,19 +4,24 @@ use anyhow::Result;
 
 use super::Usage;
 use crate::model::Decoder;
-use crate::ops::{Compute, DeviceName};
+use crate::ops::{BackendKind, DeviceName};
 use crate::quant::BlockType;
 use crate::text::Tokenizer;
+use crate::train::settings::{ComputeSetting, resolve_compute};
 use crate::weights::Checkpoint;
 
 /// How and where a base computes.
 #[derive(Debug, clap::Args)]
 pub struct Loading {
-    /// How products are computed: int16 (block-floating, nearly twice f32's speed), int8 (faster
-    /// still, rougher), f32 (exact), or portable (the slow reference form, and the only one of other
-    /// devices than the CPU) [default: int16; portable on another device]
+    /// Precision of products: int16 (block-floating, nearly twice f32's speed), int8 (faster still,
+    /// rougher), f32 (exact), or portable, which is --backend reference [default: int16; f32 with
+    /// --backend reference]
     #[arg(long)]
-    compute: Option<Compute>,
+    compute: Option<ComputeSetting>,
+    /// What computes: cpu (kernels for the CPU), or reference (plain candle ops in f32: slow, and the
+    /// only backend of other devices than the CPU) [default: cpu; reference on another device]
+    #[arg(long)]
+    backend: Option<BackendKind>,
     /// Where products are computed: cpu, cuda, cuda:N or metal; the others than cpu are of builds with
     /// the feature of that name [default: cpu]
     #[arg(long)]
@@ -31,7 +36,7 @@ impl Loading {
     /// Loads the decoder of a checkpoint, with rows for tokens that were added.
     pub fn decoder(&self, checkpoint: &Checkpoint, tokenizer: &Tokenizer) -> Result<Decoder> {
         let device = self.device.unwrap_or_default();
-        let compute = self.compute.unwrap_or(device.default_compute());
+        let compute = resolve_compute(device, self.backend, self.compute).map_err(Usage)?;
         device.check(compute).map_err(|e| Usage(e.to_string()))?;
         let opened = device.open()?; // told before anything is read
         let decoder = Decoder::load_as(checkpoint, compute, self.load_type)?;

@@ -356,6 +356,34 @@ mod tests {
         check(&Cli::command(), &[]);
     }
 
+    /// Every `quantune` command in the shell blocks of README.md and docs/ parses.
+    #[test]
+    fn commands_in_documentation_parse() {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+        let docs = std::fs::read_dir(root.join("docs")).unwrap();
+        let mut pages: Vec<_> = docs.map(|entry| entry.unwrap().path()).collect();
+        pages.push(root.join("README.md"));
+        let mut parsed = 0;
+        for page in pages {
+            let text = std::fs::read_to_string(&page).unwrap().replace("\\\n", " ");
+            for block in text.split("```sh\n").skip(1).filter_map(|rest| rest.split("```").next()) {
+                for line in block.lines() {
+                    let line = line.split(" # ").next().unwrap().trim();
+                    let line =
+                        line.replace("cargo run --release -- ", "quantune ").replace('"', "'");
+                    if !line.starts_with("quantune ") {
+                        continue;
+                    }
+                    parsed += 1;
+                    if let Err(e) = Cli::try_parse_from(words(&line)) {
+                        panic!("{}: {line}: {e}", page.display());
+                    }
+                }
+            }
+        }
+        assert!(parsed > 30, "{parsed}");
+    }
+
     /// What leads to a model to talk with stands in the order it is done in.
     #[test]
     fn help_shows_the_way() {

@@ -8,7 +8,7 @@ use candle_core::{Result, Tensor};
 
 use super::sampling::{LogProbs, Sampling, SamplingError};
 use crate::model::{ActiveAdapter, Adapters, CacheType, Decoder, KvCache, Rows};
-use crate::ops::{Compute, Values, par_for_each, worker_pool};
+use crate::ops::{BackendKind, Values, par_for_each, worker_pool};
 
 /// Tokens of one pass over the prompts; bounds the activations, not the cache.
 const PREFILL_TOKENS: usize = 512;
@@ -397,8 +397,8 @@ impl<'a> Engine<'a> {
         if self.has_slot() && !self.waiting.is_empty() {
             self.read_prompts(&mut events)?;
         } else if !self.running.rows.is_empty() {
-            match self.decoder.compute {
-                Compute::Portable => self.decode(&mut events)?, // on candle's threads
+            match self.decoder.compute.backend {
+                BackendKind::Reference => self.decode(&mut events)?, // on candle's threads
                 _ => worker_pool::with_worker_pool(|| self.decode(&mut events))?,
             }
         }

@@ -16,7 +16,7 @@ use crate::ops::attention::{
     self, AttentionConfig, CachedQueries, Heads, KeyBlock, KeyValueBlocks, Qkv,
 };
 use crate::ops::lanes::{Element, LANE_GROUP};
-use crate::ops::{Compute, Segment, par_for_each};
+use crate::ops::{BackendKind, Compute, Precision, Segment, par_for_each};
 use crate::string_enum::string_enum;
 use tensors::TensorRow;
 
@@ -42,9 +42,9 @@ impl Default for CacheType {
 impl CacheType {
     /// As exact as the products of a mode.
     pub fn of(compute: Compute) -> Self {
-        match compute {
-            Compute::F32 | Compute::Portable => Self::F32,
-            Compute::Int16 | Compute::Int8 => Self::F16,
+        match compute.precision {
+            Precision::F32 => Self::F32,
+            Precision::Int16 | Precision::Int8 => Self::F16,
         }
     }
 }
@@ -86,7 +86,7 @@ enum RowCache {
 
 impl RowCache {
     fn new(kind: CacheType, kv_heads: usize, head_dim: usize, compute: Compute) -> Self {
-        if compute == Compute::Portable {
+        if compute.backend == BackendKind::Reference {
             return Self::Tensors(TensorRow::new(kind));
         }
         match kind {
@@ -152,7 +152,7 @@ impl KvCache {
 
     /// Whether its rows are kept as this form of the operations reads them.
     pub(super) fn is_of(&self, compute: Compute) -> bool {
-        let portable = compute == Compute::Portable;
+        let portable = compute.backend == BackendKind::Reference;
         let fits = |row: &RowCache| matches!(row, RowCache::Tensors(_)) == portable;
         self.layers.iter().flatten().all(fits)
     }
@@ -455,7 +455,7 @@ mod tests {
     const KINDS: [(CacheType, f64); 3] =
         [(CacheType::F32, 1e-5), (CacheType::F16, 2e-3), (CacheType::Q8, 2e-2)];
 
-    const FORMS: [Compute; 2] = [Compute::F32, Compute::Portable];
+    const FORMS: [Compute; 2] = [Compute::F32, Compute::REFERENCE];
 
     fn cache(rows: usize, heads: Heads, kind: CacheType, compute: Compute) -> KvCache {
         let Heads { kv_heads, head_dim, .. } = heads;
@@ -499,7 +499,7 @@ mod tests {
         let n = buffer.len() / stride(heads);
         let [q, k, v] = tensors(buffer, heads);
         let rows = [Segment::whole(0..n)].into();
-        let y = causal_attention(&q, &k, &v, heads, &rows, scores, Compute::Portable).unwrap();
+        let y = causal_attention(&q, &k, &v, heads, &rows, scores, Compute::REFERENCE).unwrap();
         y.flatten_all().unwrap().to_vec1().unwrap()
     }
 
@@ -519,7 +519,7 @@ mod tests {
         rows: &[Range<usize>],
     ) -> Vec<f32> {
         let rows: Vec<Segment> = rows.iter().cloned().map(Segment::whole).collect();
-        if cache.is_of(Compute::Portable) {
+        if cache.is_of(Compute::REFERENCE) {
             let [q, k, v] = tensors(new, heads);
             let out = cache.attend(0, &q, (&k, &v), heads, &rows, scores).unwrap();
             assert_eq!(out.dims(), q.dims());
@@ -561,7 +561,7 @@ mod tests {
             ),
         ];
         let fast = Isa::ALL.iter().filter(|isa| isa.available()).map(|&isa| (isa, Compute::F32));
-        for (isa, compute) in fast.chain([(Isa::current(), Compute::Portable)]) {
+        for (isa, compute) in fast.chain([(Isa::current(), Compute::REFERENCE)]) {
             for (heads, scores) in cases {
                 let buffer = buffer(300, heads); // more than a portable row begins with room for
                 let expected = portable(&buffer, heads, scores);
@@ -576,7 +576,7 @@ mod tests {
                     assert!(off < tolerance, "{what} is off by {off:e}");
                     let pieces = run(&[1, 99, 8, 1, 1, 120, 1, 69]);
                     match compute {
-                        Compute::Portable => assert!(error(&pieces, &once) < 1e-6, "{what}"),
+                        Compute::REFERENCE => assert!(error(&pieces, &once) < 1e-6, "{what}"),
                         _ => assert_eq!(pieces, once, "{what}"),
                     }
                 }
@@ -721,7 +721,7 @@ mod tests {
             let mut alone = cache(1, heads, kind, compute);
             assert_eq!(prompts[20 * width..], feed(&mut alone, 20..57, &[0..37]));
             assert_eq!(next[width..], feed(&mut alone, 58..60, &[0..2]));
-            if compute == Compute::Portable {
+            if compute == Compute::REFERENCE {
                 assert!(feed(&mut alone, 0..0, &[0..0]).is_empty());
             }
         }

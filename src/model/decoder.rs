@@ -15,7 +15,8 @@ use super::layer::{Group, LayerPass};
 use super::layers::{Layer, Linear, Shared};
 use super::pass::{Pass, Rotations, Rows};
 use crate::ops::{
-    Compute, DeviceMatrix, causal_attention, frozen_linear, gated, rms_norm, rope, segment,
+    BackendKind, Compute, DeviceMatrix, causal_attention, frozen_linear, gated, rms_norm, rope,
+    segment,
 };
 use crate::quant::FrozenMatrix;
 
@@ -45,7 +46,7 @@ impl Decoder {
     /// # Errors
     /// If the form is not the portable one, or the device has too little memory.
     pub fn on(mut self, device: &Device) -> Result<Self> {
-        if self.compute != Compute::Portable {
+        if self.compute.backend != BackendKind::Reference {
             candle_core::bail!("compute is {}, needed portable on a device", self.compute);
         }
         for layer in &mut self.layers {
@@ -176,7 +177,7 @@ impl Decoder {
     ) -> Result<Tensor> {
         check_cache(rows, cache.as_deref(), self.compute)?;
         let pass = self.pass(rows, adapters, None);
-        if self.compute == Compute::Portable {
+        if self.compute.backend == BackendKind::Reference {
             let mut x = self.embed(&rows.tokens, &pass)?;
             for index in 0..self.layers.len() {
                 x = self.layer_with(index, &x, &pass, cache.as_deref_mut())?;
@@ -218,7 +219,7 @@ impl Decoder {
             hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)
         };
         let none = || Tensor::zeros((0, self.config.hidden_size), DType::F32, &Device::Cpu);
-        if self.compute == Compute::Portable {
+        if self.compute.backend == BackendKind::Reference {
             let hidden = self.hidden_with(rows, adapters, cache, false)?;
             return if chosen.is_empty() { none() } else { picked(hidden, chosen.to_vec()) };
         }

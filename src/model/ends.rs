@@ -25,7 +25,9 @@ use crate::ops::gemm::{
 use crate::ops::linear_cross_entropy::{
     TargetStatsMut, check_targets, chunk_rows, log_probs_of_logits, score, softcap,
 };
-use crate::ops::{Compute, LogitSoftcap, Values, capped_log_probs, frozen_linear, par_for_each};
+use crate::ops::{
+    BackendKind, Compute, LogitSoftcap, Values, capped_log_probs, frozen_linear, par_for_each,
+};
 
 /// Panels of the way up and of the way back.
 type Panels = (PanelType, PanelType);
@@ -250,10 +252,11 @@ impl Decoder {
             return log_probs_of_logits(head.linear(hidden)?, targets, cap);
         };
         check_targets(targets, &self.head)?;
-        let Some(panels) = self.compute.forward_panel().zip(self.compute.backward_panel()) else {
+        if self.compute.backend == BackendKind::Reference {
             let logits = self.adapted_logits(hidden, active)?; // (M, V)
             return log_probs_of_logits(logits, targets, cap);
-        };
+        }
+        let panels = self.compute.precision.panels();
         let hidden = hidden.contiguous()?;
         let (mut logps, mut entropies) = (vec![0.0; targets.len()], vec![0.0; targets.len()]);
         let mut is_argmax = vec![false; targets.len()];
@@ -270,7 +273,7 @@ impl Decoder {
     fn adapted_logits(&self, hidden: &Tensor, active: &[ActiveAdapter]) -> Result<Tensor> {
         let base = match &self.uploaded_head {
             Some(head) => head.linear(hidden)?,
-            None => frozen_linear(hidden, &self.head, Compute::Portable)?,
+            None => frozen_linear(hidden, &self.head, Compute::REFERENCE)?,
         };
         let mut logits = base.clone();
         for active in active {

@@ -48,7 +48,7 @@ impl Decoder {
     /// If a target is outside the vocabulary.
     ///
     /// # Panics
-    /// If `x` has no such row, or in the portable form.
+    /// If `x` has no such row.
     pub fn read_log_probs<'r>(
         &self,
         x: &[f32],
@@ -140,13 +140,9 @@ impl Decoder {
         self.scatter(reading, dx)
     }
 
-    /// Those of the way up and of the way back.
-    ///
-    /// # Panics
-    /// In the portable form.
+    /// The panels of forward products and of the products of gradients.
     fn panels(&self) -> (PanelType, PanelType) {
-        let panels = self.compute.forward_panel().zip(self.compute.backward_panel());
-        panels.expect("not the portable form")
+        self.compute.precision.panels()
     }
 
     /// What hidden states are divided by before the head, for logits divided by `temperature`: where

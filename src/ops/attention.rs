@@ -18,13 +18,13 @@ use std::sync::{Arc, OnceLock};
 
 use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
 
-use super::Compute;
 use super::cpu::{SharedMutPtr, Values, par_for_each, tanh, values};
 use super::lanes::{
     AlignedScratch, Element, LANE_GROUP, Lanes, Left, MOST_ROWS, Right, exp2, isa_levels, panel,
     product, tile_rows,
 };
 use super::segment::{self, Segment};
+use super::{BackendKind, Compute};
 use crate::isa::{Isa, multiversion};
 
 /// Keys taken at a time, and rows of queries in the backward pass.
@@ -121,13 +121,13 @@ pub fn causal_attention(
 ) -> Result<Tensor> {
     let scores = scores.into();
     check(q, k, v, heads, segments, scores)?;
-    match compute {
-        Compute::F32 | Compute::Int16 | Compute::Int8 => {
+    match compute.backend {
+        BackendKind::Cpu => {
             let (isa, segments) = (Isa::current(), segments.clone());
             let op = CausalAttention { isa, heads, segments, scores, lse: OnceLock::new() };
             q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
         }
-        Compute::Portable => portable(q, k, v, heads, segments, scores),
+        BackendKind::Reference => portable(q, k, v, heads, segments, scores),
     }
 }
 
@@ -1428,7 +1428,7 @@ mod tests {
                         |t| fast(isa, t, heads, &segments, scores),
                         |t| {
                             let [q, k, v] = [&t[0], &t[1], &t[2]];
-                            causal_attention(q, k, v, heads, &segments, scores, Compute::Portable)
+                            causal_attention(q, k, v, heads, &segments, scores, Compute::REFERENCE)
                         },
                     );
                 }
@@ -1556,7 +1556,7 @@ mod tests {
     fn rows_must_part_the_tokens() {
         let heads = Heads { heads: 1, kv_heads: 1, head_dim: 4 };
         let [q, k, v] = inputs(6, heads);
-        for compute in [Compute::F32, Compute::Portable] {
+        for compute in [Compute::F32, Compute::REFERENCE] {
             let y = causal_attention(&q, &k, &v, heads, &rows(&[(5, None)]), None, compute);
             assert!(y.is_err());
         }

@@ -1,4 +1,4 @@
-//! Where the portable form computes: the CPU, or a GPU that candle has a back end for.
+//! Where the reference backend computes: the CPU, or a GPU that candle supports.
 
 use std::fmt;
 use std::str::FromStr;
@@ -6,13 +6,13 @@ use std::str::FromStr;
 use candle_core::Device;
 use serde::{Deserialize, Serialize};
 
-use super::Compute;
+use super::{BackendKind, Compute};
 
 /// A device by its name on the command line: `cpu`, `cuda`, `cuda:N` or `metal`.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum DeviceName {
-    /// The CPU, the only one with fast forms.
+    /// The CPU, the only one that [`BackendKind::Cpu`] computes on.
     #[default]
     Cpu,
     /// An NVIDIA GPU, counted from 0.
@@ -44,36 +44,47 @@ pub enum DeviceError {
         /// What the driver says.
         reason: String,
     },
-    /// A form of the operations that only the CPU has.
-    #[error("compute is {compute}, which only the CPU has: needed portable on device {device}")]
-    Form {
+    /// A backend or precision that only the CPU has.
+    #[error(
+        "compute is {}, which only the CPU has: needed portable on device {device}",
+        .compute.precision
+    )]
+    CpuOnly {
         /// The device asked for.
         device: DeviceName,
-        /// The form asked for.
+        /// What was asked for.
         compute: Compute,
     },
+    /// A precision that the backend does not have.
+    #[error(
+        "compute is {}, which backend {} does not have: needed {}",
+        .0.precision, .0.backend, .0.backend.default_precision()
+    )]
+    Precision(Compute),
 }
 
 impl DeviceName {
-    /// The form of the operations that runs there if none is asked for.
-    pub fn default_compute(self) -> Compute {
+    /// The backend that computes there if none is asked for.
+    pub fn default_backend(self) -> BackendKind {
         match self {
-            Self::Cpu => Compute::default(),
-            Self::Cuda(_) | Self::Metal => Compute::Portable,
+            Self::Cpu => BackendKind::Cpu,
+            Self::Cuda(_) | Self::Metal => BackendKind::Reference,
         }
     }
 
-    /// Whether the device has this form of the operations.
+    /// Checks that a backend computes on the device, in a precision that the backend has.
     ///
     /// # Errors
-    /// If it has not.
+    /// If it does not.
     pub fn check(self, compute: Compute) -> Result<(), DeviceError> {
-        match self {
-            Self::Cuda(_) | Self::Metal if compute != Compute::Portable => {
-                Err(DeviceError::Form { device: self, compute })
-            }
-            _ => Ok(()),
+        let on_cpu = self == Self::Cpu;
+        if !on_cpu && compute != Compute::REFERENCE {
+            return Err(DeviceError::CpuOnly { device: self, compute });
         }
+        if !compute.backend.has(compute.precision) {
+            return Err(DeviceError::Precision(compute));
+        }
+        Ok(())
     }
 
     /// Opens the device.
@@ -139,6 +150,7 @@ impl From<DeviceName> for String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Precision;
     use super::*;
 
     #[test]
@@ -161,15 +173,19 @@ mod tests {
     }
 
     #[test]
-    fn the_fast_forms_are_the_cpus() {
+    fn the_cpu_backend_only_computes_on_the_cpu() {
         let check = |device: DeviceName, compute, fine| {
             assert_eq!(device.check(compute).is_ok(), fine, "{device} {compute:?}");
         };
-        check(DeviceName::Cpu, Compute::Int16, true);
-        check(DeviceName::Cpu, Compute::Portable, true);
-        check(DeviceName::Cuda(0), Compute::Portable, true);
+        check(DeviceName::Cpu, Compute::INT16, true);
+        check(DeviceName::Cpu, Compute::REFERENCE, true);
+        check(DeviceName::Cuda(0), Compute::REFERENCE, true);
         check(DeviceName::Metal, Compute::F32, false);
-        let error = DeviceName::Cuda(1).check(Compute::Int8).unwrap_err().to_string();
+        let coarse = Compute { backend: BackendKind::Reference, precision: Precision::Int8 };
+        check(DeviceName::Cpu, coarse, false);
+        let error = DeviceName::Cpu.check(coarse).unwrap_err().to_string();
+        assert_eq!(error, "compute is int8, which backend reference does not have: needed f32");
+        let error = DeviceName::Cuda(1).check(Compute::INT8).unwrap_err().to_string();
         assert_eq!(
             error,
             "compute is int8, which only the CPU has: needed portable on device cuda:1"

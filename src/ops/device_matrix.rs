@@ -190,7 +190,7 @@ mod tests {
             parity(
                 &[normal(1, shape)],
                 |x| uploaded.linear(&x[0]),
-                |x| frozen_linear(&x[0], &w, Compute::Portable),
+                |x| frozen_linear(&x[0], &w, Compute::REFERENCE),
             );
         };
         let w = FrozenMatrix::new(
@@ -205,7 +205,7 @@ mod tests {
         parity(
             &[normal(1, &[3, 64])],
             |x| uploaded.linear(&x[0]),
-            |x| frozen_linear(&x[0], &grown, Compute::Portable),
+            |x| frozen_linear(&x[0], &grown, Compute::REFERENCE),
         );
         for &block_type in BlockType::ALL {
             check(block_type, RowOrder::Straight, &[7, 512], 40);

@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor};
 
 use super::cpu::{Values, values};
 use super::gemm::{Init, Out, PackedRows, PanelType, Product, Strided, Term, Weights, multiply};
-use super::{Compute, row_dot};
+use super::{BackendKind, Compute, row_dot};
 use crate::isa::Isa;
 use crate::quant::FrozenMatrix;
 
@@ -15,12 +15,13 @@ use crate::quant::FrozenMatrix;
 /// Shapes: `x (.., in)` F32, `W (out, in)` in any block type → `y (.., out)` F32.
 /// Backward: `dx = dy · W`. `W` is read panel by panel where it lies; nothing of it is kept.
 pub fn frozen_linear(x: &Tensor, weight: &Arc<FrozenMatrix>, compute: Compute) -> Result<Tensor> {
-    match (compute.forward_panel(), compute.backward_panel()) {
-        (Some(forward), Some(backward)) => {
+    match compute.backend {
+        BackendKind::Cpu => {
+            let (forward, backward) = compute.precision.panels();
             let op = FrozenLinear { weight: weight.clone(), forward, backward };
             x.contiguous()?.apply_op1(op)
         }
-        _ => portable(x, weight),
+        BackendKind::Reference => portable(x, weight),
     }
 }
 
@@ -28,12 +29,12 @@ pub fn frozen_linear(x: &Tensor, weight: &Arc<FrozenMatrix>, compute: Compute) -
 /// once for every four or eight rows. A row gets the same bits among any others.
 pub fn few_rows(x: &Tensor, weight: &Arc<FrozenMatrix>, compute: Compute) -> Result<Tensor> {
     let (rows, width) = x.dims2()?;
-    let Some(panel) = compute.forward_panel().filter(|_| width == weight.cols()) else {
+    if compute.backend == BackendKind::Reference || width != weight.cols() {
         return frozen_linear(&x.detach(), weight, compute);
-    };
+    }
     let x = x.contiguous()?;
     let mut y = vec![0f32; rows * weight.rows()];
-    match panel {
+    match compute.precision.forward_panel() {
         PanelType::F32 => row_dot::f32(Isa::current(), &Values::of(&x)?, weight, &mut y),
         PanelType::Int16 | PanelType::Int8 => {
             row_dot::int16(Isa::current(), &Values::of(&x)?, weight, &mut y);
@@ -168,7 +169,7 @@ mod tests {
                 parity(
                     &[normal(1, &[m, cols])],
                     |x| frozen_linear(&x[0], &w, Compute::F32),
-                    |x| frozen_linear(&x[0], &w, Compute::Portable),
+                    |x| frozen_linear(&x[0], &w, Compute::REFERENCE),
                 );
             }
         }
@@ -183,7 +184,7 @@ mod tests {
         parity(
             &x,
             |x| frozen_linear(&x[0], &w, Compute::F32),
-            |x| frozen_linear(&x[0], &w, Compute::Portable),
+            |x| frozen_linear(&x[0], &w, Compute::REFERENCE),
         );
         finite_differences(&x, |x| frozen_linear(&x[0], &w, Compute::F32));
     }

@@ -7,10 +7,10 @@ use std::sync::{Arc, OnceLock};
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::Compute;
 use super::cpu::{Values, exp, tanh, values};
 use super::frozen_linear::{matmul, matmul_transposed};
 use super::gemm::{Init, Out, PackedRows, PanelType, Product, Strided, Term, Weights, multiply};
+use super::{BackendKind, Compute};
 use crate::isa::{Isa, multiversion};
 use crate::quant::FrozenMatrix;
 
@@ -55,16 +55,16 @@ pub fn capped_log_probs(
         candle_core::bail!("{rows} rows of hidden states for {} targets", targets.len());
     }
     check_targets(targets, head)?;
-    match (compute.forward_panel(), compute.backward_panel()) {
-        (Some(forward), Some(backward)) => x.contiguous()?.apply_op1(LinearLogProbs {
+    match compute.backend {
+        BackendKind::Cpu => x.contiguous()?.apply_op1(LinearLogProbs {
             head: head.clone(),
             targets: targets.into(),
             cap,
-            panels: (forward, backward),
+            panels: compute.precision.panels(),
             with_gradient: x.track_op(),
             gradient: OnceLock::new(),
         }),
-        _ => {
+        BackendKind::Reference => {
             let logits = super::frozen_linear(x, head, compute)?; // (M, V)
             log_probs_of_logits(logits, targets, cap)
         }
@@ -117,9 +117,9 @@ pub(crate) fn chunk_rows(rows: usize, vocabulary: usize) -> usize {
 /// Bytes that a call over `rows` rows works with: logits, and their panels on the way back.
 pub fn working_bytes(rows: usize, vocabulary: usize, compute: Compute) -> usize {
     let logits = chunk_rows(rows, vocabulary) * vocabulary * size_of::<f32>();
-    let panels = match compute.backward_panel() {
-        Some(PanelType::Int16 | PanelType::Int8) => logits / 2,
-        Some(PanelType::F32) | None => logits,
+    let panels = match compute.precision.backward_panel() {
+        PanelType::Int16 | PanelType::Int8 => logits / 2,
+        PanelType::F32 => logits,
     };
     logits + panels
 }
@@ -399,7 +399,7 @@ mod tests {
                 let (head, targets) = (head.clone(), targets.clone());
                 move |t: &[Tensor]| capped_log_probs(&t[0], &head, &targets, cap, compute)
             };
-            parity(&inputs, run(Compute::F32), run(Compute::Portable));
+            parity(&inputs, run(Compute::F32), run(Compute::REFERENCE));
             finite_differences(&inputs, run(Compute::F32));
         }
     }
@@ -408,7 +408,7 @@ mod tests {
     fn entropies_are_those_of_all_tokens() {
         let head = head(301, 24);
         let x = normal(1, &[5, 24]);
-        let logits = super::super::frozen_linear(&x, &head, Compute::Portable).unwrap();
+        let logits = super::super::frozen_linear(&x, &head, Compute::REFERENCE).unwrap();
         let logps = candle_nn::ops::log_softmax(&logits, D::Minus1).unwrap().to_vec2::<f32>();
         let x = x.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let (mut found, mut entropies) = ([0f32; 5], [0f32; 5]);
@@ -433,7 +433,7 @@ mod tests {
         let head = head(50, 8);
         let x = normal(1, &[600, 8]);
         let targets: Vec<u32> = (0..600).map(|i| i % 50).collect();
-        for compute in [Compute::F32, Compute::Int16] {
+        for compute in [Compute::F32, Compute::INT16] {
             let run = |x: &Tensor, targets: &[u32]| {
                 let x = candle_core::Var::from_tensor(x).unwrap();
                 let logps = linear_log_probs(&x, &head, targets, compute).unwrap();

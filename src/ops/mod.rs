@@ -44,74 +44,162 @@ pub use rope::rope;
 pub use segment::Segment;
 pub use swiglu::{Gate, gated, swiglu};
 
-/// Which form of the operations runs.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+/// The engine that computes: its own types for hidden states, KV cache, gradients and optimizer state.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Compute {
-    /// Fast CPU kernels in exact `f32`: weights are read panel by panel from where they lie.
-    F32,
-    /// The same with products in 16-bit block-floating integers, forward and backward: twice the
-    /// speed, at an error of 1e-4 of a product, a twentieth of bfloat16's. For the way down, gate, up
-    /// and attention's output are kept as `f16`.
+pub enum BackendKind {
+    /// Hand-written kernels for the CPU, forward and backward, in any [`Precision`].
     #[default]
-    Int16,
-    /// Forward products of the base in bytes, an error of 1e-2 of a product; adapters, the way back
-    /// and decoding steps as `int16`.
-    Int8,
-    /// The portable form in plain candle ops: slow, and the definition of the answer.
-    Portable,
+    Cpu,
+    /// Plain differentiable candle ops in F32 on any candle device: slow, and the definition of the
+    /// answer that every other backend is tested against.
+    Reference,
 }
 
+/// How exactly products are computed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// Exact `f32`: weights are read panel by panel from the mapped file.
+    F32,
+    /// 16-bit block-floating integers, forward and backward: twice the speed, at an error of 1e-4 of a
+    /// product, a twentieth of bfloat16's. For the backward pass, gate, up and attention's output are
+    /// kept as `f16`.
+    #[default]
+    Int16,
+    /// Forward products of the base in 8-bit integers, at an error of 1e-2 of a product; adapters,
+    /// gradients and decode steps as [`Precision::Int16`].
+    Int8,
+}
+
+/// A backend and the precision that it computes in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Compute {
+    /// The engine.
+    pub backend: BackendKind,
+    /// How exactly it computes products.
+    pub precision: Precision,
+}
+
+/// A value of an enum that its name on the command line and in files is read from.
+macro_rules! named {
+    ($type:ty, $what:literal, { $($name:literal => $value:expr,)* }) => {
+        impl std::fmt::Display for $type {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                let names = [$(($name, $value)),*];
+                let name = names.into_iter().find(|(_, value)| value == self);
+                f.write_str(name.map_or("", |(name, _)| name))
+            }
+        }
+
+        impl std::str::FromStr for $type {
+            type Err = String;
+
+            fn from_str(text: &str) -> Result<Self, String> {
+                match text {
+                    $($name => Ok($value),)*
+                    _ => Err(format!(
+                        "unknown {} {text:?}, needed one of {}",
+                        $what,
+                        [$($name),*].join(", ")
+                    )),
+                }
+            }
+        }
+    };
+}
+
+named!(BackendKind, "backend", { "cpu" => Self::Cpu, "reference" => Self::Reference, });
+named!(Precision, "precision", { "f32" => Self::F32, "int16" => Self::Int16, "int8" => Self::Int8, });
+
+/// The precision, or `portable` for the reference backend.
 impl std::fmt::Display for Compute {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::F32 => "f32",
-            Self::Int16 => "int16",
-            Self::Int8 => "int8",
-            Self::Portable => "portable",
-        })
+        match self.backend {
+            BackendKind::Cpu => self.precision.fmt(f),
+            BackendKind::Reference => f.write_str("portable"),
+        }
+    }
+}
+
+impl BackendKind {
+    /// Whether it computes in a precision.
+    pub fn has(self, precision: Precision) -> bool {
+        match self {
+            Self::Cpu => true,
+            Self::Reference => precision == Precision::F32,
+        }
+    }
+
+    /// The precision where none is asked for.
+    pub fn default_precision(self) -> Precision {
+        match self {
+            Self::Cpu => Precision::default(),
+            Self::Reference => Precision::F32,
+        }
+    }
+}
+
+impl Precision {
+    /// The panels of forward products.
+    pub(crate) fn forward_panel(self) -> PanelType {
+        match self {
+            Self::F32 => PanelType::F32,
+            Self::Int16 => PanelType::Int16,
+            Self::Int8 => PanelType::Int8,
+        }
+    }
+
+    /// The panels of the products of gradients.
+    pub(crate) fn backward_panel(self) -> PanelType {
+        match self {
+            Self::F32 => PanelType::F32,
+            Self::Int16 | Self::Int8 => PanelType::Int16,
+        }
+    }
+
+    /// The panels of forward products and of the products of gradients.
+    pub(crate) fn panels(self) -> (PanelType, PanelType) {
+        (self.forward_panel(), self.backward_panel())
     }
 }
 
 impl Compute {
-    /// The panels of forward products, or none for the portable form.
-    pub(crate) fn forward_panel(self) -> Option<PanelType> {
-        match self {
-            Self::F32 => Some(PanelType::F32),
-            Self::Int16 => Some(PanelType::Int16),
-            Self::Int8 => Some(PanelType::Int8),
-            Self::Portable => None,
-        }
+    /// The CPU backend in exact F32.
+    pub const F32: Self = Self::cpu(Precision::F32);
+    /// The CPU backend in 16-bit block-floating integers.
+    pub const INT16: Self = Self::cpu(Precision::Int16);
+    /// The CPU backend in 8-bit integers.
+    pub const INT8: Self = Self::cpu(Precision::Int8);
+    /// The reference backend.
+    pub const REFERENCE: Self = Self { backend: BackendKind::Reference, precision: Precision::F32 };
+
+    /// The CPU backend in this precision.
+    pub const fn cpu(precision: Precision) -> Self {
+        Self { backend: BackendKind::Cpu, precision }
     }
 
-    /// The panels of the products of gradients, or none for the portable form.
-    pub(crate) fn backward_panel(self) -> Option<PanelType> {
-        match self {
-            Self::F32 => Some(PanelType::F32),
-            Self::Int16 | Self::Int8 => Some(PanelType::Int16),
-            Self::Portable => None,
-        }
-    }
-
-    /// The name of the kernel that serves matrices of a type in a decoding step.
+    /// The name of the kernel that serves matrices of a type in a decode step.
     pub fn decode_kernel(self, block_type: BlockType) -> String {
         let isa = Isa::current().name();
         let floats = matches!(block_type, BlockType::F32 | BlockType::F16 | BlockType::BF16);
-        match self {
-            Self::Portable => "portable".into(),
-            Self::Int16 | Self::Int8 if !floats => format!("int16 rows {isa}"),
-            Self::F32 | Self::Int16 | Self::Int8 => format!("f32 rows {isa}"),
+        match (self.backend, self.precision) {
+            (BackendKind::Reference, _) => "portable".into(),
+            (BackendKind::Cpu, Precision::Int16 | Precision::Int8) if !floats => {
+                format!("int16 rows {isa}")
+            }
+            (BackendKind::Cpu, _) => format!("f32 rows {isa}"),
         }
     }
 
     /// The name of the kernel that serves frozen linear layers.
     pub fn linear_kernel(self) -> String {
         let isa = Isa::current().name();
-        match self {
-            Self::F32 => format!("f32 {isa}"),
-            Self::Int16 => format!("int16 {isa}"),
-            Self::Int8 => format!("int8 {isa}, gradients int16 {isa}"),
-            Self::Portable => "portable".into(),
+        match (self.backend, self.precision) {
+            (BackendKind::Reference, _) => "portable".into(),
+            (BackendKind::Cpu, Precision::F32) => format!("f32 {isa}"),
+            (BackendKind::Cpu, Precision::Int16) => format!("int16 {isa}"),
+            (BackendKind::Cpu, Precision::Int8) => format!("int8 {isa}, gradients int16 {isa}"),
         }
     }
 }

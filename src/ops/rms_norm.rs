@@ -3,8 +3,8 @@
 use candle_core::{CpuStorage, CustomOp2, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::Compute;
 use super::cpu::{Values, par_for_each, values};
+use super::{BackendKind, Compute};
 use crate::isa::{Isa, multiversion};
 
 /// Rows a thread takes at a time.
@@ -16,11 +16,9 @@ const WORK: usize = 2;
 ///
 /// Shapes: `x (.., H)` F32, `w (H)` F32 → `y (.., H)` F32.
 pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64, compute: Compute) -> Result<Tensor> {
-    match compute {
-        Compute::F32 | Compute::Int16 | Compute::Int8 => {
-            x.contiguous()?.apply_op2(w, RmsNorm { eps: eps as f32 })
-        }
-        Compute::Portable => {
+    match compute.backend {
+        BackendKind::Cpu => x.contiguous()?.apply_op2(w, RmsNorm { eps: eps as f32 }),
+        BackendKind::Reference => {
             let mean_square = x.sqr()?.mean_keepdim(D::Minus1)?;
             x.broadcast_div(&(mean_square + eps)?.sqrt()?)?.broadcast_mul(w)
         }
@@ -192,7 +190,7 @@ mod tests {
         for width in [64, 83] {
             let inputs = [normal(1, &[9, width]), normal(2, &[width])];
             let run = |compute| move |t: &[Tensor]| rms_norm(&t[0], &t[1], 1e-5, compute);
-            parity(&inputs, run(Compute::F32), run(Compute::Portable));
+            parity(&inputs, run(Compute::F32), run(Compute::REFERENCE));
             finite_differences(&inputs, run(Compute::F32));
         }
     }

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor};
 
-use super::Compute;
 use super::cpu::{Values, par_for_each, values};
+use super::{BackendKind, Compute};
 use crate::isa::{Isa, multiversion};
 
 /// Cosines and sines for the tokens of one batch.
@@ -88,11 +88,9 @@ pub fn rope(x: &Tensor, rotation: &Rotation, compute: Compute) -> Result<Tensor>
             rotation.tokens()
         );
     }
-    match compute {
-        Compute::F32 | Compute::Int16 | Compute::Int8 => {
-            x.contiguous()?.apply_op1(Rope { rotation: rotation.clone() })
-        }
-        Compute::Portable => portable(x, rotation, x.device()),
+    match compute.backend {
+        BackendKind::Cpu => x.contiguous()?.apply_op1(Rope { rotation: rotation.clone() }),
+        BackendKind::Reference => portable(x, rotation, x.device()),
     }
 }
 
@@ -202,7 +200,7 @@ mod tests {
                 let rotation = rotation.clone();
                 move |t: &[Tensor]| rope(&t[0], &rotation, compute)
             };
-            parity(&inputs, run(Compute::F32), run(Compute::Portable));
+            parity(&inputs, run(Compute::F32), run(Compute::REFERENCE));
             finite_differences(&inputs, run(Compute::F32));
         }
     }

@@ -3,8 +3,8 @@
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
-use super::Compute;
 use super::cpu::{Values, exp, par_for_each, values};
+use super::{BackendKind, Compute};
 use crate::isa::{Isa, multiversion};
 
 /// Values a thread takes at a time.
@@ -34,11 +34,9 @@ pub fn swiglu(gate: &Tensor, up: &Tensor, compute: Compute) -> Result<Tensor> {
 ///
 /// Shapes: `gate` and `up` the same, F32 → the same shape.
 pub fn gated(kind: Gate, gate: &Tensor, up: &Tensor, compute: Compute) -> Result<Tensor> {
-    match compute {
-        Compute::F32 | Compute::Int16 | Compute::Int8 => {
-            gate.contiguous()?.apply_op2(&up.contiguous()?, Gated { kind })
-        }
-        Compute::Portable => match kind {
+    match compute.backend {
+        BackendKind::Cpu => gate.contiguous()?.apply_op2(&up.contiguous()?, Gated { kind }),
+        BackendKind::Reference => match kind {
             Gate::Silu => gate.silu()?.mul(up),
             Gate::GeluTanh => gate.gelu()?.mul(up),
         },
@@ -182,7 +180,7 @@ mod tests {
         let inputs = [(normal(1, &[7, 50]) * 4.0).unwrap(), normal(2, &[7, 50])];
         for kind in [Gate::Silu, Gate::GeluTanh] {
             let run = |compute| move |t: &[Tensor]| gated(kind, &t[0], &t[1], compute);
-            parity(&inputs, run(Compute::F32), run(Compute::Portable));
+            parity(&inputs, run(Compute::F32), run(Compute::REFERENCE));
             finite_differences(&inputs, run(Compute::F32));
         }
     }

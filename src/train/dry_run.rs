@@ -1,4 +1,4 @@
-//! What a run would be, before there is one: everything is read, the doctor looks at the rows, the
+//! What a run would be, before there is one: everything is read, the rows are validated, the
 //! adapter begins, and a step or two are taken by a learner that is thrown away. Nothing is left
 //! behind: tokens of large files are in a cache that is there already, or are removed again; those of a
 //! killed dry run by the next one of the same run.
@@ -13,14 +13,13 @@ use quantune_adapters::delta::Adapter;
 use serde::Serialize;
 
 use super::TrainError;
-use super::fine_tune::{
-    FineTuning, Source, begin_adapters, check_memory, kept_layers, learner, load, predicted,
-    settled,
-};
+use super::fine_tune::{FineTuning, begin_adapters, new_learner, resolve_settings};
+use super::inputs::{BatchSource, Inputs, check_memory, kept_layers, predicted_peak_bytes};
+use super::learner::Trainable;
 use super::memory::{Memory, free};
 use super::progress::EARLY_STEPS;
 use super::rows::row_cache;
-use super::run::Outcome;
+use super::run::{Outcome, Trainer};
 use super::run_dir::RunDir;
 use super::settings::{RunSettings, Task};
 use super::state::State;
@@ -68,7 +67,7 @@ pub fn dry_run(
     settings: &RunSettings,
     monitor: Monitor<'_>,
 ) -> Result<Outcome<Forecast>, TrainError> {
-    let mut settings = settled(settings)?;
+    let mut settings = resolve_settings(settings)?;
     RunDir::vacant(&settings.common.out)?;
     Scratch::remove_abandoned(&settings.common.out);
     let needs_folder = !settings.common.cache.exists() && keeps_rows(&settings);
@@ -80,28 +79,30 @@ pub fn dry_run(
         settings.common.cache = scratch.folder.clone();
     }
     let (settings, common) = (&settings, &settings.common);
-    let Some(loaded) = load(settings, monitor)? else { return Ok(Outcome::NotBegun) };
+    let Some(inputs) = Inputs::load(settings, monitor)? else { return Ok(Outcome::NotBegun) };
     let (names, adapters): (Vec<&str>, Vec<Adapter>) =
-        begin_adapters(settings, &loaded.decoder, &loaded.added, monitor)?.into_iter().unzip();
+        begin_adapters(settings, &inputs.decoder, &inputs.added_tokens, monitor)?
+            .into_iter()
+            .unzip();
     let adapters: Vec<Arc<Adapter>> = adapters.into_iter().map(Arc::new).collect();
-    let demand = loaded.demand(common, &adapters);
+    let demand = inputs.demand(common, &adapters);
     let kept = kept_layers(common, &demand);
     check_memory(common, &demand, kept, monitor)?;
-    let predicted_peak_rss_bytes = predicted(&demand, kept);
+    let predicted_peak_rss_bytes = predicted_peak_bytes(&demand, kept);
     let memory = predicted_peak_rss_bytes.map(|_| Memory::of(&demand, kept));
     let (layers, tokens, parameters) = (demand.layers, demand.tokens, demand.parameters);
-    let decoder = &loaded.decoder;
-    let mut trainee = learner(settings, (decoder, &loaded.below), &adapters)?;
-    trainee.kept_layers = kept;
-    let tokenizer = Vec::new(); // nothing is written
-    let mut course = FineTuning { source: loaded.source, learner: trainee, names, tokenizer };
-    let steps = course.total_steps();
-    let (steps_per_epoch, tokens_per_epoch, epochs) = match &course.source {
-        Source::Supervised(source) => {
+    let decoder = &inputs.decoder;
+    let mut learner = new_learner(settings, decoder, &inputs.frozen, adapters)?;
+    learner.kept_layers = kept;
+    let tokenizer_files = Vec::new(); // nothing is written
+    let mut tuning = FineTuning { source: inputs.source, learner, names, tokenizer_files };
+    let steps = tuning.total_steps();
+    let (steps_per_epoch, tokens_per_epoch, epochs) = match &tuning.source {
+        BatchSource::Supervised(source) => {
             let (of_epoch, tokens) = source.epoch();
             (of_epoch, Some(tokens), steps as f64 / of_epoch.max(1) as f64)
         }
-        Source::Rollouts(source) => {
+        BatchSource::Rollouts(source) => {
             let (prompts, batch) = source.prompts_and_batch();
             let of_epoch = prompts.div_ceil(batch.max(1)) as u64;
             (of_epoch, None, steps as f64 * batch as f64 / prompts.max(1) as f64)
@@ -109,7 +110,7 @@ pub fn dry_run(
     };
     let mut forecast = Forecast {
         trainable_parameters: parameters,
-        modules: adapters.iter().map(|adapter| adapter.modules.len()).sum(),
+        modules: tuning.module_count(),
         steps,
         epochs,
         steps_per_epoch,
@@ -122,7 +123,7 @@ pub fn dry_run(
         seconds_per_step: None,
         reference_seconds: 0.0,
         predicted_seconds: None,
-        time_depends_on_replies: matches!(course.source, Source::Rollouts(_)),
+        time_depends_on_replies: matches!(tuning.source, BatchSource::Rollouts(_)),
     };
     // Swapping would tell nothing of a run, and a full machine might end this one.
     let fits = predicted_peak_rss_bytes.zip(free()).is_none_or(|(needed, free)| {
@@ -130,7 +131,7 @@ pub fn dry_run(
         needed.saturating_sub(mapped) as u64 <= free
     });
     if fits {
-        take_time(&mut course, settings, &mut forecast, monitor)?;
+        take_time(&mut tuning, settings, &mut forecast, monitor)?;
     }
     Ok(Outcome::Done(Box::new(forecast)))
 }
@@ -223,7 +224,7 @@ impl Drop for Scratch {
 
 /// Takes the first steps of the run, and reckons from their time and tokens what all will take.
 fn take_time(
-    course: &mut FineTuning,
+    tuning: &mut FineTuning,
     settings: &RunSettings,
     forecast: &mut Forecast,
     monitor: Monitor<'_>,
@@ -231,17 +232,17 @@ fn take_time(
     let schedule = settings.common.schedule(forecast.steps);
     let mut state = State::default();
     let began = Instant::now();
-    let trial = match &mut course.source {
-        Source::Supervised(source) => {
+    let trial = match &mut tuning.source {
+        BatchSource::Supervised(source) => {
             let trial = EARLY_STEPS.min(forecast.steps);
-            let decoder = course.learner.decoder();
+            let decoder = tuning.learner.decoder();
             let share = source.begin_trial(decoder, trial as usize, monitor)?;
             if share > 0.0 {
                 forecast.reference_seconds = began.elapsed().as_secs_f64() / share;
             }
             trial
         }
-        Source::Rollouts(source) => {
+        BatchSource::Rollouts(source) => {
             source.begin_trial(&mut state);
             1
         }
@@ -249,9 +250,9 @@ fn take_time(
     let (mut seconds, mut tokens) = (0.0, 0);
     for step in 0..trial {
         let began = Instant::now();
-        let (_, work) = course.step(&mut state, schedule.at(step), monitor)?;
+        let (_, work) = tuning.step(&mut state, schedule.at(step), monitor)?;
         state.step += 1;
-        state.optimizer_steps = course.learner.optimizer.step;
+        state.optimizer_steps = tuning.learner.trained.optimizer_steps();
         // The first step meets cold pages and buffers that are not there yet: where there is a second,
         // that is the measure.
         (seconds, tokens) = (began.elapsed().as_secs_f64(), work.tokens);

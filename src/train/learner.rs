@@ -1,19 +1,18 @@
-//! One optimizer step over micro-batches, whatever they are of: gradients added up, clipped, and
-//! AdamW over all that trains.
+//! One optimizer step over micro-batches, whatever trains: gradients are added up and clipped, and
+//! the optimizer updates all parameters. What trains is a [`Trainable`]: adapters over a frozen base
+//! ([`AdapterTraining`]), or all weights of a model.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use candle_core::Var;
 use quantune_adapters::delta::Adapter;
-use serde_json::json;
 
 use super::TrainError;
-use super::log::Numbers;
 use super::step::{Buffers, Noise, StepSettings, accumulate, dropout};
 use crate::data::Batch;
 use crate::model::{ActiveAdapter, Decoder};
-use crate::objectives::{Objective, Stats};
+use crate::objectives::{Judged, Objective, Stats};
 use crate::optim::{AdamW, AdamWSettings, Gradients, clip_factor, global_norm};
 
 /// A part of a step.
@@ -25,7 +24,7 @@ pub struct MicroBatch {
     pub objective: Objective,
     /// What the objective's sum is multiplied with: 1 / the count of the whole step.
     pub scale: f64,
-    /// Which of the trained adapters they wear.
+    /// Which of the trained adapters the rows use.
     pub adapter: usize,
     /// The pass over the data, which keys dropout.
     pub epoch: u64,
@@ -46,36 +45,118 @@ pub struct Stepped {
     pub logps: Vec<f32>,
 }
 
-/// What objectives counted, under TRL's names.
-pub fn stats_numbers(stats: &Stats) -> Numbers {
-    stats.metrics().into_iter().map(|(key, value)| (key.to_string(), json!(value))).collect()
+/// What a learner trains: parameters with their gradients and optimizer.
+pub trait Trainable {
+    /// A part of a step.
+    type MicroBatch;
+
+    /// Sets all gradients to 0.
+    ///
+    /// # Errors
+    /// If the device has too little memory.
+    fn zero_gradients(&mut self) -> Result<(), TrainError>;
+
+    /// Adds the gradients of a part's scaled loss, with the tapes of the upper `kept_layers` layers
+    /// kept. Returns what its objective counted; the loss is scaled.
+    ///
+    /// # Errors
+    /// If the part does not fit the model.
+    fn accumulate(
+        &mut self,
+        part: &Self::MicroBatch,
+        kept_layers: usize,
+    ) -> Result<Judged, TrainError>;
+
+    /// The norm over all gradients.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn gradient_norm(&mut self) -> Result<f64, TrainError>;
+
+    /// Takes the optimizer's step by the gradients times `factor`. Returns whether all parameters are
+    /// finite after it.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn update(&mut self, factor: f32, learning_rate: f64) -> Result<bool, TrainError>;
+
+    /// Optimizer steps taken.
+    fn optimizer_steps(&self) -> u64;
 }
 
-/// The adapters that are trained, their gradients and their optimizer.
+/// Takes optimizer steps.
 #[derive(Debug)]
-pub struct Learner<'a> {
+pub struct Learner<T> {
+    /// What trains.
+    pub trained: T,
+    /// Layers, from the top, whose tapes are kept for the backward pass.
+    pub kept_layers: usize,
+    /// The largest norm of a gradient; 0 clips nothing.
+    pub max_grad_norm: f64,
+}
+
+/// A learner of adapters.
+pub type AdapterLearner<'a> = Learner<AdapterTraining<'a>>;
+
+impl<T: Trainable> Learner<T> {
+    /// Takes a step.
+    ///
+    /// # Errors
+    /// [`TrainError::Diverged`] if the loss, the gradient or a parameter is NaN or infinite; the step
+    /// it names is the optimizer's.
+    pub fn step(
+        &mut self,
+        parts: &[T::MicroBatch],
+        learning_rate: f64,
+    ) -> Result<Stepped, TrainError> {
+        self.trained.zero_gradients()?;
+        let mut stepped = Stepped::default();
+        for part in parts {
+            let judged = self.trained.accumulate(part, self.kept_layers)?;
+            stepped.loss += judged.loss;
+            stepped.stats.add(judged.stats);
+            stepped.logps.extend(judged.logps);
+        }
+        stepped.grad_norm = self.trained.gradient_norm()?;
+        let step = self.trained.optimizer_steps() + 1;
+        let diverged = TrainError::Diverged { step, loss: stepped.loss };
+        if !stepped.loss.is_finite() || !stepped.grad_norm.is_finite() {
+            return Err(diverged);
+        }
+        let clips = self.max_grad_norm > 0.0;
+        let factor = if clips { clip_factor(stepped.grad_norm, self.max_grad_norm) } else { 1.0 };
+        if !self.trained.update(factor, learning_rate)? {
+            return Err(diverged);
+        }
+        Ok(stepped)
+    }
+}
+
+/// The adapters that are trained over a frozen base, their gradients and their optimizer.
+#[derive(Debug)]
+pub struct AdapterTraining<'a> {
     decoder: &'a Decoder,
     /// The adapters, the policy's or only one first.
     pub adapters: Vec<Arc<Adapter>>,
     active: Vec<Vec<ActiveAdapter>>,
     parameters: Vec<Var>,
-    /// Which parameters are of which adapter.
+    /// Which parameters belong to which adapter.
     ranges: Vec<Range<usize>>,
     gradients: Gradients,
     buffers: Buffers,
-    /// The moments.
+    /// The optimizer with its moments.
     pub optimizer: AdamW,
-    /// Layers, from the top, whose tapes are kept.
-    pub kept_layers: usize,
-    max_grad_norm: f64,
-    /// Of dropout: its probability and seed.
+    /// The probability of dropout, and its seed.
     dropout: (f64, u64),
-    /// Of NEFTune's noise; 0 is none.
+    /// The size of NEFTune's noise; 0 is none.
     pub noise_alpha: f64,
 }
 
-impl<'a> Learner<'a> {
+impl<'a> AdapterLearner<'a> {
     /// A learner that has not taken a step. `max_grad_norm` 0 clips nothing.
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
     pub fn new(
         decoder: &'a Decoder,
         adapters: Vec<Arc<Adapter>>,
@@ -90,36 +171,35 @@ impl<'a> Learner<'a> {
             ranges.push(start..parameters.len());
         }
         let lengths: Vec<usize> = parameters.iter().map(|var| var.elem_count()).collect();
-        let top = adapters.iter().map(|adapter| vec![ActiveAdapter::trainable(adapter.clone())]);
-        Ok(Self {
+        let active = adapters.iter().map(|adapter| vec![ActiveAdapter::trainable(adapter.clone())]);
+        let trained = AdapterTraining {
             decoder,
-            active: top.collect(),
+            active: active.collect(),
             adapters,
             parameters,
             ranges,
             gradients: lengths.iter().map(|&n| vec![0.0; n]).collect(),
             buffers: Buffers::default(),
             optimizer: AdamW::new(settings, &lengths),
-            kept_layers: 0,
-            max_grad_norm,
             dropout,
             noise_alpha: 0.0,
-        })
+        };
+        Ok(Self { trained, kept_layers: 0, max_grad_norm })
     }
 
-    /// The same with the first adapter on top of others.
-    pub fn on_top_of(mut self, below: &[ActiveAdapter]) -> Self {
-        if let Some(first) = self.active.first_mut() {
-            first.splice(..0, below.iter().cloned());
+    /// The learner with the first adapter on top of frozen ones.
+    pub fn on_top_of(mut self, frozen: &[ActiveAdapter]) -> Self {
+        if let Some(first) = self.trained.active.first_mut() {
+            first.splice(..0, frozen.iter().cloned());
         }
         self
     }
 
-    /// The same with learning rates as LoRA+ has them (Hayou et al. 2024; PEFT's
-    /// `create_loraplus_optimizer`): B and magnitudes learn `ratio` times as fast, updates of the
+    /// The learner with the learning rates of LoRA+ (Hayou et al. 2024; PEFT's
+    /// `create_loraplus_optimizer`): B and magnitudes learn at `ratio` times the rate, updates of the
     /// embedding at `embedding` times the rate.
-    pub fn with_lora_plus(mut self, ratio: f64, embedding: f64) -> Self {
-        let names = self.adapters.iter().flat_map(|adapter| adapter.parameters());
+    pub fn with_lora_plus(self, ratio: f64, embedding: f64) -> Self {
+        let named = self.trained.adapters.iter().flat_map(|adapter| adapter.parameters());
         let rate = |(name, var): (String, Var)| {
             if name.contains("lora_embedding_") {
                 embedding
@@ -129,81 +209,78 @@ impl<'a> Learner<'a> {
                 1.0
             }
         };
-        self.optimizer = self.optimizer.with_rates(names.map(rate).collect());
-        self
+        let rates = named.map(rate).collect();
+        let optimizer = self.trained.optimizer.with_rates(rates);
+        Self { trained: AdapterTraining { optimizer, ..self.trained }, ..self }
     }
 
     /// The frozen base.
     pub fn decoder(&self) -> &'a Decoder {
-        self.decoder
+        self.trained.decoder
     }
 
-    /// What rows wear that `adapter` is trained on.
+    /// The active adapters of rows that train `adapter`.
     pub fn active(&self, adapter: usize) -> &[ActiveAdapter] {
-        &self.active[adapter]
+        &self.trained.active[adapter]
     }
 
-    /// The same, not to be learned from.
+    /// The active adapters of [`Self::active`], all of them frozen.
     pub fn active_frozen(&self, adapter: usize) -> Vec<ActiveAdapter> {
         let frozen = |active: &ActiveAdapter| ActiveAdapter { trainable: false, ..active.clone() };
-        self.active[adapter].iter().map(frozen).collect()
+        self.active(adapter).iter().map(frozen).collect()
+    }
+}
+
+impl Trainable for AdapterTraining<'_> {
+    type MicroBatch = MicroBatch;
+
+    fn zero_gradients(&mut self) -> Result<(), TrainError> {
+        self.gradients.iter_mut().for_each(|gradient| gradient.fill(0.0));
+        Ok(())
     }
 
-    /// Takes a step.
-    ///
-    /// # Errors
-    /// [`TrainError::Diverged`] if the loss, the gradient or a parameter is no number any more; the
-    /// step it names is the optimizer's.
-    pub fn step(
-        &mut self,
-        parts: &[MicroBatch],
-        learning_rate: f64,
-    ) -> Result<Stepped, TrainError> {
-        self.gradients.iter_mut().for_each(|gradient| gradient.fill(0.0));
-        let mut stepped = Stepped::default();
+    fn accumulate(&mut self, part: &MicroBatch, kept_layers: usize) -> Result<Judged, TrainError> {
         let (p, seed) = self.dropout;
-        for part in parts {
-            let dropout = dropout(&part.batch, part.epoch, p, seed);
-            let settings = StepSettings {
-                objective: &part.objective,
-                scale: part.scale,
-                temperature: part.temperature,
-                kept_layers: self.kept_layers,
-                active: &self.active[part.adapter],
-                parameters: &self.parameters[self.ranges[part.adapter].clone()],
-                dropout: dropout.as_ref(),
-                noise: (self.noise_alpha > 0.0).then_some(Noise {
-                    alpha: self.noise_alpha,
-                    seed,
-                    epoch: part.epoch,
-                }),
-            };
-            let gradients = &mut self.gradients[self.ranges[part.adapter].clone()];
-            let judged =
-                accumulate(self.decoder, &part.batch, &settings, gradients, &mut self.buffers)?;
-            stepped.loss += judged.loss * part.scale;
-            stepped.stats.add(judged.stats);
-            stepped.logps.extend(judged.logps);
-        }
+        let dropout = dropout(&part.batch, part.epoch, p, seed);
+        let noise = Noise { alpha: self.noise_alpha, seed, epoch: part.epoch };
+        let range = self.ranges[part.adapter].clone();
+        let settings = StepSettings {
+            objective: &part.objective,
+            scale: part.scale,
+            temperature: part.temperature,
+            kept_layers,
+            active: &self.active[part.adapter],
+            parameters: &self.parameters[range.clone()],
+            dropout: dropout.as_ref(),
+            noise: (self.noise_alpha > 0.0).then_some(noise),
+        };
+        let gradients = &mut self.gradients[range];
+        let judged =
+            accumulate(self.decoder, &part.batch, &settings, gradients, &mut self.buffers)?;
+        Ok(Judged { loss: judged.loss * part.scale, ..judged })
+    }
+
+    fn gradient_norm(&mut self) -> Result<f64, TrainError> {
         for (adapter, range) in self.adapters.iter().zip(&self.ranges) {
             adapter.mask_frozen_ranks(&mut self.gradients[range.clone()]);
         }
-        stepped.grad_norm = global_norm(&self.gradients);
-        let diverged = TrainError::Diverged { step: self.optimizer.step + 1, loss: stepped.loss };
-        if !stepped.loss.is_finite() || !stepped.grad_norm.is_finite() {
-            return Err(diverged);
-        }
-        let most = self.max_grad_norm;
-        let factor = if most > 0.0 { clip_factor(stepped.grad_norm, most) } else { 1.0 };
-        let held = self.adapters.iter().map(|adapter| adapter.frozen_ranks());
-        let held = held.collect::<candle_core::Result<Vec<_>>>()?;
+        Ok(global_norm(&self.gradients))
+    }
+
+    fn update(&mut self, factor: f32, learning_rate: f64) -> Result<bool, TrainError> {
+        let frozen = self.adapters.iter().map(|adapter| adapter.frozen_ranks());
+        let frozen = frozen.collect::<candle_core::Result<Vec<_>>>()?;
         if !self.optimizer.step(&self.parameters, &self.gradients, factor, learning_rate)? {
-            return Err(diverged);
+            return Ok(false);
         }
-        for (adapter, held) in self.adapters.iter().zip(&held) {
-            adapter.restore_frozen_ranks(held)?;
+        for (adapter, frozen) in self.adapters.iter().zip(&frozen) {
+            adapter.restore_frozen_ranks(frozen)?;
             adapter.invalidate_decode_weights();
         }
-        Ok(stepped)
+        Ok(true)
+    }
+
+    fn optimizer_steps(&self) -> u64 {
+        self.optimizer.step
     }
 }

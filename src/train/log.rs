@@ -6,11 +6,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde_json::{Map, Value, json};
 
 use super::TrainError;
+use super::metrics::{EVAL, Numbers};
 use super::run_dir::{Metrics, RunDir};
 use super::tensorboard::EventWriter;
-
-/// Named numbers of a step, in the order they are written.
-pub type Numbers = Vec<(String, Value)>;
 
 /// The log of a run.
 pub struct Log {
@@ -69,9 +67,6 @@ impl Log {
         write().map_err(|source| TrainError::Io { path: self.run.clone(), source })
     }
 }
-
-/// What the numbers of an evaluation begin with.
-pub const EVAL: &str = "eval_";
 
 fn wall_time() -> f64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |t| t.as_secs_f64())

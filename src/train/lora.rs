@@ -1,6 +1,6 @@
 //! The adapter of a run: what its settings ask for, or what a folder holds.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use quantune_adapters::base::BaseRows;
@@ -11,6 +11,7 @@ use quantune_adapters::targets::resolve;
 
 use super::TrainError;
 use super::settings::CommonSettings;
+use super::spec::path_and_weight;
 use crate::model::adapter_files::open_adapter;
 use crate::model::{ActiveAdapter, Decoder};
 use crate::monitor::Monitor;
@@ -84,6 +85,21 @@ fn train_rows(config: &mut LoraConfig, decoder: &Decoder, added: &[u32]) -> Resu
     Ok(())
 }
 
+/// The adapter of a checkpoint of a run with these settings. Nothing of it is computed anew: ranks
+/// that the initialization froze are read as they were, and stay frozen.
+pub fn resume_adapter(
+    folder: &Path,
+    settings: &CommonSettings,
+    decoder: &Decoder,
+    monitor: Monitor<'_>,
+) -> Result<Adapter, TrainError> {
+    let mut adapter = read_adapter(folder, decoder, monitor)?;
+    if settings.adapter.as_os_str().is_empty() {
+        adapter.freeze_ranks(&init_lora_weights(settings)?);
+    }
+    Ok(adapter)
+}
+
 /// An adapter for this base, from a PEFT folder or a GGUF LoRA.
 pub fn read_adapter(
     path: &Path,
@@ -115,17 +131,6 @@ pub fn read_frozen(
     settings.frozen_adapter.iter().map(read).collect()
 }
 
-/// What `PATH` or `PATH=WEIGHT` says.
-pub fn path_and_weight(text: &str) -> Result<(PathBuf, f64), String> {
-    match text.rsplit_once('=').filter(|_| !Path::new(text).exists()) {
-        Some((path, weight)) => match weight.parse::<f64>() {
-            Ok(weight) if weight.is_finite() => Ok((path.into(), weight)),
-            _ => Err(format!("weight {weight:?} is no number, needed PATH=WEIGHT")),
-        },
-        None => Ok((text.into(), 1.0)),
-    }
-}
-
 /// The adapter of a folder, which must have a score head for this base.
 pub fn read_scoring(
     folder: &Path,
@@ -145,6 +150,14 @@ pub fn read_scoring(
             folder.display()
         ))),
     }
+}
+
+fn init_lora_weights(settings: &CommonSettings) -> Result<InitLoraWeights, TrainError> {
+    let name = &settings.init_lora_weights;
+    InitLoraWeights::from_name(name).ok_or_else(|| {
+        let needed = "true, false, gaussian, pissa, pissa_niter_N, olora or loftq";
+        TrainError::Settings(format!("init_lora_weights is {name:?}, needed {needed}"))
+    })
 }
 
 fn lora_config(settings: &CommonSettings) -> Result<LoraConfig, TrainError> {
@@ -170,12 +183,7 @@ fn lora_config(settings: &CommonSettings) -> Result<LoraConfig, TrainError> {
         let fault = format!("rank_pattern {pattern:?} is {r}, needed a whole number above 0");
         return Err(TrainError::Settings(fault));
     }
-    let asked = &settings.init_lora_weights;
-    let Some(init_lora_weights) = InitLoraWeights::from_name(asked) else {
-        let needed = "true, false, gaussian, pissa, pissa_niter_N, olora or loftq";
-        let fault = format!("init_lora_weights is {asked:?}, needed {needed}");
-        return Err(TrainError::Settings(fault));
-    };
+    let init_lora_weights = init_lora_weights(settings)?;
     let is_loftq = init_lora_weights == InitLoraWeights::Loftq;
     if is_loftq == settings.loftq_base.as_os_str().is_empty() {
         let fault = match is_loftq {

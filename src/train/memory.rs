@@ -1,5 +1,4 @@
-//! What memory a run takes, how many layers keep their tapes within a budget of it, and how a budget
-//! is written.
+//! What memory a run takes, and how many layers keep their tapes within a budget of it.
 //!
 //! Keeping or recomputing a tape gives the same bits; the budget buys time, nothing else.
 
@@ -16,25 +15,6 @@ use crate::ops::linear_cross_entropy;
 const DEFAULT_SHARE: f64 = 0.7;
 /// The budget where the system does not tell how much memory is free.
 const FALLBACK: u64 = 4 << 30;
-
-/// Bytes of `600MB`, `1.5GiB`, or a plain number of bytes.
-pub fn parse_bytes(text: &str) -> Option<u64> {
-    let text = text.trim();
-    let unit = text.find(|c: char| c.is_ascii_alphabetic()).unwrap_or(text.len());
-    let number: f64 = text[..unit].trim().parse().ok()?;
-    let unit: f64 = match text[unit..].to_ascii_lowercase().as_str() {
-        "" | "b" => 1.0,
-        "k" | "kb" => 1e3,
-        "m" | "mb" => 1e6,
-        "g" | "gb" => 1e9,
-        "kib" => 1024.0,
-        "mib" => 1024.0 * 1024.0,
-        "gib" => 1024.0 * 1024.0 * 1024.0,
-        _ => return None,
-    };
-    let bytes = number * unit;
-    (bytes.is_finite() && bytes >= 0.0).then_some(bytes as u64)
-}
 
 /// The budget of a run that names none: most of what is free now.
 pub fn default_budget() -> u64 {
@@ -187,19 +167,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn budgets_are_read() {
-        for (text, bytes) in [
-            ("600MB", Some(600_000_000)),
-            ("1.5GiB", Some(3 << 29)),
-            ("2 gb", Some(2_000_000_000)),
-            ("1048576", Some(1 << 20)),
-            ("-1GB", None),
-            ("many", None),
-            ("3TB", None),
-            ("", None),
-        ] {
-            assert_eq!(parse_bytes(text), bytes, "{text}");
-        }
+    fn the_default_budget_is_above_a_megabyte() {
         assert!(default_budget() > 1 << 20);
     }
 }

@@ -7,13 +7,16 @@
 //! the optimizer's moments, and a run killed at any moment goes on to the same bytes. Does not know
 //! the command line.
 
+mod best;
 mod dry_run;
 mod fine_tune;
 mod fingerprints;
+mod inputs;
 pub mod learner;
 mod log;
 mod lora;
 mod memory;
+mod metrics;
 mod policy;
 mod pretrain;
 mod progress;
@@ -22,6 +25,7 @@ mod rows;
 mod run;
 mod run_dir;
 pub mod settings;
+mod spec;
 mod state;
 pub mod step;
 pub mod supervised;
@@ -31,12 +35,13 @@ use std::path::PathBuf;
 
 pub use dry_run::{Forecast, dry_run};
 pub use fine_tune::{Summary, train};
-pub use lora::{path_and_weight, read_scoring};
+pub use lora::read_scoring;
 pub use memory::{Memory, of_process};
 pub use pretrain::{PretrainSummary, pretrain};
 pub use run::Outcome;
 pub use run_dir::RunDir;
 pub use settings::{Command, EvalStrategy, RunSettings};
+pub use spec::path_and_weight;
 pub use state::RolloutState;
 
 use quantune_adapters::config::ConfigError;

@@ -18,7 +18,7 @@ use crate::model::layer::{AdapterGradients, Tape, Workspace};
 use crate::model::scoring::scores;
 use crate::model::{ActiveAdapter, Adapters, Decoder, Pass, Reading, Rows};
 use crate::objectives::{Judged, Objective};
-use crate::ops::Compute;
+use crate::ops::BackendKind;
 use crate::ops::linear_cross_entropy::Distributions;
 
 /// What a micro-batch is taken with.
@@ -108,9 +108,9 @@ pub fn accumulate(
         segments: batch.segments.clone().into(),
     };
     let pass = decoder.pass(&rows, Adapters::Same(settings.active), settings.dropout);
-    match decoder.compute {
-        Compute::Portable => portable(decoder, batch, &pass, settings, gradients),
-        _ => fast(decoder, batch, &pass, settings, gradients, buffers),
+    match decoder.compute.backend {
+        BackendKind::Reference => portable(decoder, batch, &pass, settings, gradients),
+        BackendKind::Cpu => fast(decoder, batch, &pass, settings, gradients, buffers),
     }
 }
 

@@ -170,7 +170,7 @@ fn every_kind_trains_as_its_portable_form() {
                 let check =
                     |compute, recomputed| Step::new(model, compute, below, kind).run(recomputed);
                 let (loss, gradients) = check(Compute::F32, false);
-                let (exact_loss, exact) = check(Compute::Portable, false);
+                let (exact_loss, exact) = check(Compute::REFERENCE, false);
                 let at = format!("{model} {kind:?} below {below:?}");
                 assert!((loss - exact_loss).abs() < 2e-6 * exact_loss, "{at}: {loss} {exact_loss}");
                 let names = Step::new(model, Compute::F32, below, kind).parameters;
@@ -197,7 +197,7 @@ fn every_kind_trains_over_uploaded_weights() {
     {
         for kind in KINDS {
             let below = [(Kind::Dora, 0.6), (Kind::Ends, 1.0), (Kind::Whole, 0.3)];
-            let step = Step::new(model, Compute::Portable, &below, kind);
+            let step = Step::new(model, Compute::REFERENCE, &below, kind);
             let (exact_loss, exact) = step.run(recomputed);
             let decoder = step.decoder.on(&candle_core::Device::Cpu).unwrap();
             let (loss, gradients) = Step { decoder, ..step }.run(recomputed);
@@ -229,8 +229,8 @@ fn kinds_train_over_a_grown_vocabulary() {
                 }
                 step.run(false)
             };
-            let (exact_loss, exact) = run(grown(Compute::Portable));
-            let uploaded = grown(Compute::Portable).on(&Device::Cpu).unwrap();
+            let (exact_loss, exact) = run(grown(Compute::REFERENCE));
+            let uploaded = grown(Compute::REFERENCE).on(&Device::Cpu).unwrap();
             for (loss, gradients) in [run(grown(Compute::F32)), run(uploaded)] {
                 let at = format!("{model} {kind:?}");
                 assert!((loss - exact_loss).abs() < 2e-6 * exact_loss, "{at}: {loss} {exact_loss}");
@@ -244,7 +244,7 @@ fn kinds_train_over_a_grown_vocabulary() {
                 }
             }
         }
-        for compute in [Compute::F32, Compute::Int16] {
+        for compute in [Compute::F32, Compute::INT16] {
             let hidden = Tensor::from_vec(random("hidden", (3, 64), 1.0), (3, 64), &Device::Cpu);
             let hidden = hidden.unwrap();
             let logits = |decoder: &Decoder| {
@@ -333,8 +333,8 @@ fn rows_wear_what_they_wear_alone_over(vocabulary: usize) {
     };
     let rows: Vec<&[u32]> = texts.iter().map(|row| &row[..]).collect();
     let together = logits(&decoder, &rows, &active);
-    let portable = logits(&load(Compute::Portable), &rows, &active);
-    let uploaded = load(Compute::Portable).on(&Device::Cpu).unwrap();
+    let portable = logits(&load(Compute::REFERENCE), &rows, &active);
+    let uploaded = load(Compute::REFERENCE).on(&Device::Cpu).unwrap();
     let uploaded = logits(&uploaded, &rows, &active);
     for (ours, exact) in uploaded.iter().flatten().zip(portable.iter().flatten()) {
         assert!((ours - exact).abs() < 1e-4, "{ours}, before the upload {exact}");

@@ -69,7 +69,7 @@ fn first_and_third(step: impl FnMut() + Send) -> (usize, usize) {
 fn a_third_step_allocates_no_activation() {
     let name = "llama-q4_0";
     let all = rows(name);
-    for compute in [Compute::F32, Compute::Int16] {
+    for compute in [Compute::F32, Compute::INT16] {
         for (recompute, dropout) in [(false, 0.0), (true, 0.0), (false, 0.1), (true, 0.1)] {
             let decoder = load(name, compute);
             let initial = adapter(name, "initial", &decoder);
@@ -96,7 +96,7 @@ fn a_third_step_allocates_no_activation() {
 fn a_third_step_of_a_whole_model_allocates_no_activation() {
     let run = golden_json("pretrain/llama-untied/run.json");
     let batch = &pretrain::micro_batches(&run, 0, 4)[0];
-    for compute in [Compute::F32, Compute::Int16] {
+    for compute in [Compute::F32, Compute::INT16] {
         for kept_layers in [0, 2] {
             let model = pretrain::load("llama-untied", compute);
             let (mut gradients, mut buffers) = (model.zero_gradients(), FullBuffers::default());
@@ -113,7 +113,7 @@ fn a_third_step_of_a_whole_model_allocates_no_activation() {
 #[test]
 fn a_third_decoding_step_allocates_no_activation() {
     let name = "llama-q4_0";
-    let decoder = load(name, Compute::Int16);
+    let decoder = load(name, Compute::INT16);
     let active = [ActiveAdapter::frozen(adapter(name, "final", &decoder).into())];
     let rows: Vec<Vec<u32>> = (0..64).map(|i| vec![i % 50 + 3; 4]).collect();
     let mut cache = KvCache::new(&decoder, rows.len());

@@ -345,6 +345,7 @@ pub fn common_rows<'a>(
         &[("--gradient-checkpointing", "true")],
         &[("--seed", "7")],
         &[("--compute", "portable")],
+        &[("--backend", "reference")],
         &[("--save-steps", "1")],
         &[("--save-steps", "1"), ("--save-total-limit", "1")],
         &[("--config", settings)],

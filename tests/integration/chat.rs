@@ -43,7 +43,7 @@ fn generated(args: &[&str], prompt: &str) -> String {
 }
 
 #[test]
-fn replies_are_those_of_generate_whatever_is_worn() {
+fn replies_match_generate_with_any_active_adapters() {
     let (base, adapter) = (base(), adapter());
     let common = ["--base", &base, "--max-tokens", "20", "--temperature", "0"];
     let named = format!("voice={adapter}");
@@ -183,10 +183,11 @@ fn every_flag_changes_something() {
         &[("--adapter", &named)],
         &[("--raw", "")],
         &[("--compute", "int8")],
+        &[("--backend", "reference")],
         &[("--cache-type", "q8")],
     ];
     // Rounding moves a draw but seldom: these are held to be accepted, and read by `generate`.
-    let rounds = ["--compute", "--cache-type"];
+    let rounds = ["--compute", "--backend", "--cache-type"];
     for row in rows {
         let (flag, _) = row[0];
         assert!(run(row) != plain || rounds.contains(&flag), "{row:?} changes nothing");
@@ -201,7 +202,7 @@ fn every_flag_changes_something() {
 }
 
 #[test]
-fn faults_are_sentences() {
+fn errors_are_one_sentence() {
     let lab = Lab::new();
     // Another base, with one layer less than the adapter sits on.
     let (base, other) = (base(), lab.dated_base());

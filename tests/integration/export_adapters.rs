@@ -143,7 +143,7 @@ fn importance_is_the_mean_square_of_what_goes_in() {
     // One input for three; the norm makes its mean square that of the norm's weights, about.
     assert_eq!(found.columns["blk.0.attn_q.weight"], found.columns["blk.0.attn_v.weight"]);
     assert_ne!(found.columns["blk.0.attn_q.weight"], found.columns["blk.0.ffn_up.weight"]);
-    let portable = load(name, Compute::Portable);
+    let portable = load(name, Compute::REFERENCE);
     let theirs = imatrix::measure(&portable, &[], &tokens(name), 37, None).unwrap();
     for (tensor, means) in &found.columns {
         for (a, b) in means.iter().zip(&theirs.columns[tensor]) {

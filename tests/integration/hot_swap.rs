@@ -90,7 +90,7 @@ fn a_thousand_swaps() {
     }
     const KINDS: usize = 12;
     const PROMPTS: usize = 7;
-    let decoder = load("llama-q4_0", Compute::Int16);
+    let decoder = load("llama-q4_0", Compute::INT16);
     let kinds: Vec<Arc<Adapter>> =
         (0..KINDS).map(|kind| adapter(&decoder, 1 + kind % 5, kind as u64)).collect();
     let job_of = |adapter: &Arc<Adapter>, index: usize| {
@@ -164,8 +164,8 @@ fn a_thousand_swaps() {
 /// Rows of other ranks and weights, of several adapters, of none: each as alone, to the bit,
 /// whenever it came in and whoever was cancelled beside it.
 #[test]
-fn rows_wear_what_they_like() {
-    for (compute, name) in [(Compute::F32, "llama-tiny"), (Compute::Int16, "llama-q4_0")] {
+fn rows_use_any_adapters() {
+    for (compute, name) in [(Compute::F32, "llama-tiny"), (Compute::INT16, "llama-q4_0")] {
         let decoder = load(name, compute);
         let adapters: Vec<Arc<Adapter>> =
             [1, 3, 8, 16].iter().map(|&r| adapter(&decoder, r, r as u64)).collect();
@@ -226,7 +226,7 @@ fn rows_wear_what_they_like() {
 }
 
 #[test]
-fn a_row_that_fails_leaves_the_others() {
+fn a_failed_row_leaves_the_others_unchanged() {
     let decoder = load("llama-tiny", Compute::F32);
     let broken = adapter(&decoder, 2, 1);
     let b = &broken.modules.values().next().unwrap().b;
@@ -256,7 +256,7 @@ fn a_row_that_fails_leaves_the_others() {
 
 /// A conversation goes on from what was read of it, under the same adapters only.
 #[test]
-fn a_prefix_is_not_read_again() {
+fn a_cached_prefix_is_not_recomputed() {
     let decoder = load("llama-tiny", Compute::F32);
     let adapters = [adapter(&decoder, 4, 1), adapter(&decoder, 4, 2)];
     let lists = [vec![], vec![active(&adapters[0], 1.0)], vec![active(&adapters[1], 1.0)]];
@@ -311,8 +311,8 @@ fn a_prefix_is_not_read_again() {
 
 /// The numbers of an adapter that learns change between uses, and so do its decode forms.
 #[test]
-fn an_adapter_that_changed_is_read_again() {
-    for compute in [Compute::F32, Compute::Int16] {
+fn a_changed_adapter_is_recomputed() {
+    for compute in [Compute::F32, Compute::INT16] {
         let decoder = load("llama-q4_0", compute);
         let learning = adapter(&decoder, 4, 1);
         let other = adapter(&decoder, 4, 2);
@@ -340,8 +340,8 @@ fn an_adapter_that_changed_is_read_again() {
 
 /// Within a row too: what it gets from then on is what it gets of an adapter with those numbers.
 #[test]
-fn an_adapter_that_changes_within_a_row_is_read_again() {
-    let decoder = load("llama-q4_0", Compute::Int16);
+fn an_adapter_that_changes_within_a_row_is_recomputed() {
+    let decoder = load("llama-q4_0", Compute::INT16);
     let (first, last) = (adapter(&decoder, 4, 1), adapter(&decoder, 4, 2));
     let run = |found_before: bool| {
         let (learning, beside) = (adapter(&decoder, 4, 1), adapter(&decoder, 3, 5));
@@ -373,7 +373,7 @@ fn an_adapter_that_changes_within_a_row_is_read_again() {
 /// Threads, and engines side by side, change no bit of what a row gets.
 #[test]
 fn engines_in_any_pool_and_side_by_side() {
-    let decoder = load("llama-q4_0", Compute::Int16);
+    let decoder = load("llama-q4_0", Compute::INT16);
     // With magnitudes, whose norms are made in parallel by whoever asks first.
     let mut shared = Arc::into_inner(adapter(&decoder, 4, 3)).unwrap();
     for lora in shared.modules.values_mut() {

@@ -178,8 +178,8 @@ fn ten_steps_of_the_family_are_pefts() {
     for run in ["dora", "dora-rslora", "pissa", "olora", "dora-pissa"] {
         ten_steps(run, Compute::F32);
     }
-    ten_steps("dora", Compute::Portable);
-    ten_steps("pissa", Compute::Portable);
+    ten_steps("dora", Compute::REFERENCE);
+    ten_steps("pissa", Compute::REFERENCE);
 }
 
 #[test]

@@ -10,6 +10,7 @@ mod cli;
 mod comparisons;
 mod corpus;
 mod data;
+mod documentation;
 mod export;
 mod export_adapters;
 mod generate;

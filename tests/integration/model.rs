@@ -52,9 +52,9 @@ fn worst(name: &str, decoder: &Decoder) -> f64 {
 }
 
 #[test]
-fn log_probs_are_transformers() {
+fn log_probs_match_transformers() {
     for name in MODELS {
-        for compute in [Compute::F32, Compute::Portable] {
+        for compute in [Compute::F32, Compute::REFERENCE] {
             let worst = worst(name, &load(name, compute));
             assert!(worst < 1e-3, "{name} {compute:?}: off by {worst}");
         }
@@ -66,8 +66,8 @@ fn log_probs_are_transformers() {
 #[test]
 fn integer_products_have_their_own_bounds() {
     for name in MODELS {
-        let int16 = worst(name, &load(name, Compute::Int16));
-        let int8 = worst(name, &load(name, Compute::Int8));
+        let int16 = worst(name, &load(name, Compute::INT16));
+        let int8 = worst(name, &load(name, Compute::INT8));
         // These random models have large logits: their rarest tokens show every error.
         assert!(int16 < 2e-2, "{name}: int16 is off by {int16}");
         assert!(
@@ -78,7 +78,7 @@ fn integer_products_have_their_own_bounds() {
 }
 
 #[test]
-fn one_percent_of_rope_theta_is_seen() {
+fn one_percent_of_rope_theta_is_detected() {
     for name in ["llama-tiny", "qwen2-tiny"] {
         let folder = tempfile::tempdir().unwrap();
         for file in std::fs::read_dir(model_path(name)).unwrap() {
@@ -101,7 +101,7 @@ fn one_percent_of_rope_theta_is_seen() {
 }
 
 #[test]
-fn greedy_tokens_through_the_cache_are_transformers() {
+fn greedy_decoding_matches_transformers() {
     let fast = MODELS.iter().map(|name| (name, load(name, Compute::F32)));
     for (name, decoder) in fast.chain([(&"llama-q4_0", load_uploaded("llama-q4_0"))]) {
         let golden = golden_json(&format!("model/{name}.json"));
@@ -130,8 +130,8 @@ fn greedy_tokens_through_the_cache_are_transformers() {
 }
 
 #[test]
-fn a_cache_of_another_form_is_refused() {
-    let decoders = [Compute::F32, Compute::Portable].map(|compute| load("llama-tiny", compute));
+fn a_cache_of_another_precision_is_rejected() {
+    let decoders = [Compute::F32, Compute::REFERENCE].map(|compute| load("llama-tiny", compute));
     let rows = Rows::new(&[[5, 6, 7]]);
     for (decoder, other) in [(&decoders[0], &decoders[1]), (&decoders[1], &decoders[0])] {
         let mut cache = KvCache::new(other, 1);
@@ -177,8 +177,8 @@ fn biases_count_in_every_form() {
 
     let rows: [Vec<u32>; 2] = [(5..30).collect(), (40..52).collect()];
     let flat = |t: candle_core::Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-    let exact = flat(load(Compute::Portable).hidden(&Rows::new(&rows), Adapters::NONE).unwrap());
-    for (compute, bound) in [(Compute::F32, 1e-4), (Compute::Int16, 2e-2)] {
+    let exact = flat(load(Compute::REFERENCE).hidden(&Rows::new(&rows), Adapters::NONE).unwrap());
+    for (compute, bound) in [(Compute::F32, 1e-4), (Compute::INT16, 2e-2)] {
         let decoder = load(compute);
         let close = |found: &[f32], exact: &[f32], what: &str| {
             let worst = found.iter().zip(exact).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
@@ -255,10 +255,10 @@ fn readings_by_hand_are_those_of_the_ops() {
 /// Some of the tokens get the bits they have among all, whole and through the cache, whatever the
 /// rows wear.
 #[test]
-fn chosen_tokens_have_the_bits_they_have_among_all() {
+fn log_probs_of_single_tokens_match_those_of_all_tokens() {
     let chosen: &[&[u32]] = &[&[11, 0, 11, 4], &[3], &[], &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]];
     let rows: [&[u32]; 4] = [&[5, 6, 7, 8], &[], &[9, 10, 11], &[3, 4, 5, 6, 7]];
-    for compute in [Compute::Portable, Compute::F32, Compute::Int16] {
+    for compute in [Compute::REFERENCE, Compute::F32, Compute::INT16] {
         let decoder = load("llama-q4_0", compute);
         let config = LoraConfig {
             r: 3,
@@ -280,7 +280,7 @@ fn chosen_tokens_have_the_bits_they_have_among_all() {
             let cached = decoder.hidden_cached_of(&input, adapters, &mut cache, chosen).unwrap();
             assert_eq!(cached.dims(), [chosen.len(), decoder.config.hidden_size]);
             assert_eq!((0..4).map(|row| cache.len(row)).collect::<Vec<_>>(), [4, 0, 3, 5]);
-            if compute != Compute::Portable {
+            if compute != Compute::REFERENCE {
                 assert_eq!(cached.to_vec2::<f32>().unwrap(), needed, "{compute:?} {chosen:?}");
             }
         }

@@ -79,7 +79,7 @@ pub fn worst(name: &str, decoder: &Decoder, positions: usize) -> f64 {
 }
 
 #[test]
-fn log_probs_are_transformers() {
+fn log_probs_match_transformers() {
     for name in MODELS {
         let positions =
             golden_json(&format!("model_families/{name}.json"))["gguf_positions"].as_u64();
@@ -87,14 +87,14 @@ fn log_probs_are_transformers() {
         for (file, positions) in
             [(name.to_string(), usize::MAX), (format!("{name}.gguf"), positions)]
         {
-            for compute in [Compute::F32, Compute::Portable] {
+            for compute in [Compute::F32, Compute::REFERENCE] {
                 let worst = worst(name, &load(&file, compute), positions);
                 assert!(worst < 1e-3, "{file} {compute:?}: off by {worst}");
             }
-            let uploaded = load(&file, Compute::Portable).on(&Device::Cpu).unwrap();
+            let uploaded = load(&file, Compute::REFERENCE).on(&Device::Cpu).unwrap();
             let of_uploaded = worst(name, &uploaded, positions);
             assert!(of_uploaded < 1e-3, "{file}, brought to a device: off by {of_uploaded}");
-            let int16 = worst(name, &load(&file, Compute::Int16), positions);
+            let int16 = worst(name, &load(&file, Compute::INT16), positions);
             assert!(int16 < 3e-2, "{file}: int16 is off by {int16}");
         }
     }
@@ -117,7 +117,7 @@ pub fn variant(name: &str) -> (tempfile::TempDir, Checkpoint) {
 fn other_settings_of_the_same_weights_are_read() {
     for name in VARIANTS {
         let (_folder, checkpoint) = variant(name);
-        for compute in [Compute::F32, Compute::Portable] {
+        for compute in [Compute::F32, Compute::REFERENCE] {
             let decoder = Decoder::load(&checkpoint, compute).unwrap();
             let worst = worst(name, &decoder, usize::MAX);
             assert!(worst < 1e-3, "{name} {compute:?}: off by {worst}");
@@ -183,7 +183,7 @@ fn gradients_are_pefts() {
         }
         for file in files {
             for (compute, bound) in
-                [(Compute::F32, 1e-4f64), (Compute::Portable, 1e-4), (Compute::Int16, 2e-2)]
+                [(Compute::F32, 1e-4f64), (Compute::REFERENCE, 1e-4), (Compute::INT16, 2e-2)]
             {
                 for kept in [0, 99] {
                     let decoder = load(&file, compute);
@@ -226,7 +226,7 @@ fn temperatures_agree_in_both_forms() {
             let adapter = adapter(name, &decoder);
             step(&decoder, adapter, &rows(name), (99, 0.6))
         };
-        let ((fast, _, ours), (exact, _, needed)) = (run(Compute::F32), run(Compute::Portable));
+        let ((fast, _, ours), (exact, _, needed)) = (run(Compute::F32), run(Compute::REFERENCE));
         assert!((fast - exact).abs() < 1e-5, "{name}: {fast}, portable {exact}");
         for (ours, needed) in ours.iter().zip(&needed) {
             let error = relative(ours, needed);
@@ -253,7 +253,7 @@ fn temperatures_agree_in_both_forms() {
 #[test]
 fn the_cache_gives_what_one_pass_gives() {
     for name in MODELS {
-        for (compute, bound) in [(Compute::F32, 1e-4), (Compute::Portable, 1e-4)] {
+        for (compute, bound) in [(Compute::F32, 1e-4), (Compute::REFERENCE, 1e-4)] {
             let decoder = load(name, compute);
             let row = &rows(name)[0];
             let flat = |t: Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
@@ -292,7 +292,7 @@ fn the_cache_gives_what_one_pass_gives() {
 #[test]
 fn rows_grow_across_longropes_border() {
     let (_folder, checkpoint) = variant("phi3-long");
-    for compute in [Compute::F32, Compute::Portable] {
+    for compute in [Compute::F32, Compute::REFERENCE] {
         let decoder = Decoder::load(&checkpoint, compute).unwrap();
         let row = &rows("phi3-long")[0];
         let likeliest = |tokens: &[u32]| -> u32 {

@@ -29,7 +29,7 @@ pub fn load(name: &str, compute: Compute) -> Decoder {
 
 /// The portable form over weights that were brought to a device, with the CPU as that device.
 pub fn load_uploaded(name: &str) -> Decoder {
-    load(name, Compute::Portable).on(&candle_core::Device::Cpu).unwrap()
+    load(name, Compute::REFERENCE).on(&candle_core::Device::Cpu).unwrap()
 }
 
 /// Log-softmax of each row of `logits (M, V)`, in f64.

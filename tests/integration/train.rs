@@ -225,23 +225,23 @@ fn first_gradients(name: &str, run: &Run, gradients: &Gradients) {
 }
 
 #[test]
-fn ten_steps_are_pefts() {
+fn ten_steps_match_peft() {
     for name in RUNS {
         ten_steps(name, SINGLE, Compute::F32);
     }
 }
 
 #[test]
-fn ten_steps_are_pefts_packed_split_and_recomputed() {
+fn ten_steps_match_peft_packed_split_and_recomputed() {
     for (micro, recompute) in [(4, true), (4, false), (3, true), (2, false)] {
         ten_steps("llama-q4_0", Layout { micro, recompute, dropout: 0.0 }, Compute::F32);
         ten_steps("qwen2-tiny", Layout { micro, recompute, dropout: 0.0 }, Compute::F32);
     }
-    ten_steps("llama-tiny", Layout { micro: 2, recompute: true, dropout: 0.0 }, Compute::Portable);
+    ten_steps("llama-tiny", Layout { micro: 2, recompute: true, dropout: 0.0 }, Compute::REFERENCE);
 }
 
 #[test]
-fn dropout_does_not_see_how_rows_are_laid_out() {
+fn dropout_does_not_depend_on_batching() {
     let name = "llama-tiny";
     let decoder = load(name, Compute::F32);
     let initial = adapter(name, "initial", &decoder);
@@ -261,9 +261,9 @@ fn dropout_does_not_see_how_rows_are_laid_out() {
 }
 
 #[test]
-fn noise_does_not_see_how_rows_are_laid_out() {
+fn noise_does_not_depend_on_batching() {
     let name = "llama-tiny";
-    for compute in [Compute::F32, Compute::Portable] {
+    for compute in [Compute::F32, Compute::REFERENCE] {
         let decoder = load(name, compute);
         let initial = adapter(name, "initial", &decoder);
         let mut run = Run::new(decoder, initial);
@@ -288,7 +288,7 @@ fn noise_does_not_see_how_rows_are_laid_out() {
 #[test]
 fn recomputation_gives_the_same_bits() {
     let name = "llama-q8_0";
-    for compute in [Compute::F32, Compute::Int16, Compute::Int8] {
+    for compute in [Compute::F32, Compute::INT16, Compute::INT8] {
         let decoder = load(name, compute);
         let initial = adapter(name, "initial", &decoder);
         let mut run = Run::new(decoder, initial);
@@ -304,10 +304,10 @@ fn recomputation_gives_the_same_bits() {
 /// A large micro-batch, a small one and a large one again through the same buffers give the bits
 /// that each gives through fresh ones.
 #[test]
-fn buffers_hold_nothing_over() {
+fn buffers_carry_no_state() {
     let name = "llama-q4_0";
     let all = rows(name);
-    for compute in [Compute::F32, Compute::Int16] {
+    for compute in [Compute::F32, Compute::INT16] {
         let decoder = load(name, compute);
         let initial = adapter(name, "initial", &decoder);
         let run = Run::new(decoder, initial);
@@ -378,7 +378,7 @@ fn laid_out(batch: &Batch) -> Rows {
 /// way up, and but for the rounding of sums on the way down, dropout included.
 #[test]
 fn shared_prompts_change_no_hidden_state_log_prob_or_gradient() {
-    let bounds = [(Compute::Portable, 1e-5), (Compute::F32, 1e-5), (Compute::Int16, 2e-3)];
+    let bounds = [(Compute::REFERENCE, 1e-5), (Compute::F32, 1e-5), (Compute::INT16, 2e-3)];
     for name in ["llama-q4_0", "qwen2-tiny"] {
         let (shared, whole) = shared_and_whole(name);
         assert!(shared.tokens.len() < whole.tokens.len());
@@ -399,7 +399,7 @@ fn shared_prompts_change_no_hidden_state_log_prob_or_gradient() {
                 (logps.to_vec1::<f32>().unwrap(), ends.to_vec1::<f32>().unwrap())
             };
             let (ours, theirs) = (read(&shared), read(&whole));
-            if compute == Compute::Portable {
+            if compute == Compute::REFERENCE {
                 assert!(
                     relative(&ours.0, &theirs.0) < bound && relative(&ours.1, &theirs.1) < bound
                 );
@@ -428,7 +428,7 @@ fn shared_prompts_change_no_hidden_state_log_prob_or_gradient() {
 fn threads_change_no_bit_of_a_step() {
     let name = "llama-q4_0";
     let (shared, _) = shared_and_whole(name);
-    for compute in [Compute::F32, Compute::Int16] {
+    for compute in [Compute::F32, Compute::INT16] {
         let decoder = load(name, compute);
         let initial = adapter(name, "final", &decoder);
         let run = Run::new(decoder, initial);
@@ -519,7 +519,7 @@ fn changing_a_packed_row_leaves_its_neighbours_bit_equal() {
 
 /// Rows that wear different adapters in one batch get what each would get alone.
 #[test]
-fn every_row_wears_its_own_adapter() {
+fn every_row_uses_its_own_adapter() {
     let name = "llama-tiny";
     let decoder = load(name, Compute::F32);
     let initial = Arc::new(adapter(name, "initial", &decoder));
@@ -555,7 +555,7 @@ fn every_row_wears_its_own_adapter() {
 #[test]
 fn every_form_of_a_step_agrees() {
     let bounds =
-        [(Compute::F32, 5e-6, 1e-5), (Compute::Int16, 1e-3, 5e-3), (Compute::Int8, 0.1, 0.2)];
+        [(Compute::F32, 5e-6, 1e-5), (Compute::INT16, 1e-3, 5e-3), (Compute::INT8, 0.1, 0.2)];
     for name in ["llama-q4_0", "qwen2-tiny"] {
         for layout in [SINGLE, Layout { micro: 4, recompute: true, dropout: 0.2 }] {
             let step = |compute| {
@@ -566,7 +566,7 @@ fn every_form_of_a_step_agrees() {
                 run.below = vec![ActiveAdapter { weight: 0.5, ..ActiveAdapter::frozen(last) }];
                 run.step(&rows(name)[..4], layout)
             };
-            let (loss, gradients) = step(Compute::Portable);
+            let (loss, gradients) = step(Compute::REFERENCE);
             for (compute, of_loss, of_gradients) in bounds {
                 let (found, found_gradients) = step(compute);
                 let error = (found - loss).abs();

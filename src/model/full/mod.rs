@@ -3,7 +3,7 @@
 //! Its parameters are `f32` under Hugging Face's names. One micro-batch goes *up* through the
 //! layers, is *read* at the head and judged by next-token cross-entropy, and goes *down* again; the
 //! gradients of all parameters are added up on the way. The fast form is written out by hand over
-//! plain buffers; [`Compute::Portable`] composes the same of candle ops on its tape, and a parity
+//! plain buffers; [`BackendKind::Reference`] composes the same of candle ops on its tape, and a parity
 //! test holds the two together. With integer panels products round as they do for a frozen base,
 //! while parameters, gradients and sums stay `f32`.
 
@@ -24,7 +24,7 @@ use crate::data::Batch;
 use crate::isa::Isa;
 use crate::ops::linear_cross_entropy::{LearnGrad, learn};
 use crate::ops::rope::Rotation;
-use crate::ops::{Compute, Values, rms_norm, segment};
+use crate::ops::{BackendKind, Compute, Values, rms_norm, segment};
 use crate::quant::FrozenMatrix;
 use crate::weights::Checkpoint;
 use layer::{LayerPass, Tape, Workspace};
@@ -268,7 +268,7 @@ impl FullModel {
     /// # Errors
     /// If the form is not the portable one, or the device has too little memory.
     pub fn on(mut self, device: &Device) -> Result<Self> {
-        if self.compute != Compute::Portable {
+        if self.compute.backend != BackendKind::Reference {
             candle_core::bail!("compute is {}, needed portable on a device", self.compute);
         }
         for var in &mut self.parameters {
@@ -395,8 +395,10 @@ impl FullModel {
         if batch.targets.is_empty() {
             return Ok(0.0);
         }
-        let panels = self.compute.forward_panel().zip(self.compute.backward_panel());
-        let Some(panels) = panels else { return self.portable(batch, scale, gradients) };
+        if self.compute.backend == BackendKind::Reference {
+            return self.portable(batch, scale, gradients);
+        }
+        let panels = self.compute.precision.panels();
         let isa = Isa::current();
         let values: Vec<Values> =
             self.parameters.iter().map(|var| Values::of(var)).collect::<Result<_>>()?;

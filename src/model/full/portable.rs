@@ -85,7 +85,7 @@ impl FullModel {
         rotation: &Rotation,
         segments: &Arc<[Segment]>,
     ) -> Result<Tensor> {
-        const P: Compute = Compute::Portable;
+        const P: Compute = Compute::REFERENCE;
         let heads = self.config.heads();
         let h = self.norm(layer.input_norm, x)?;
         let of_heads = |norm: Option<usize>, x: Tensor| match norm {
@@ -107,7 +107,7 @@ impl FullModel {
     }
 
     fn norm(&self, index: usize, x: &Tensor) -> Result<Tensor> {
-        rms_norm(x, self.parameter(index), self.config.rms_norm_eps, Compute::Portable)
+        rms_norm(x, self.parameter(index), self.config.rms_norm_eps, Compute::REFERENCE)
     }
 
     fn linear(&self, linear: &Linear, x: &Tensor) -> Result<Tensor> {

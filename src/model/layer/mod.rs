@@ -28,7 +28,7 @@ use crate::isa::Isa;
 use crate::ops::attention::{self, Attended, Heads, Qkv, QkvGrad};
 use crate::ops::gemm::PanelType;
 use crate::ops::rope::Direction;
-use crate::ops::{Compute, Values, par_for_each, rms_norm, swiglu};
+use crate::ops::{BackendKind, Compute, Values, par_for_each, rms_norm, swiglu};
 pub(super) use project::Onto;
 use tape::Lows;
 pub use tape::{Sizes, Tape, Workspace};
@@ -87,7 +87,10 @@ impl<'a> LayerPass<'a> {
         pass: &'a Pass<'a>,
         compute: Compute,
     ) -> Option<Self> {
-        let (forward, backward) = (compute.forward_panel()?, compute.backward_panel()?);
+        if compute.backend == BackendKind::Reference {
+            return None;
+        }
+        let (forward, backward) = compute.precision.panels();
         let tokens = pass.segments.last().map_or(0, |segment| segment.tokens.end);
         let isa = Isa::current();
         Some(Self { config, layer, pass, isa, forward, backward, tokens, adapter_groups: None })

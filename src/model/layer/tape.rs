@@ -111,9 +111,9 @@ impl Tape {
             floats += input + 2 * h + input;
             packed += input;
         }
-        let packed = match compute.backward_panel() {
-            Some(PanelType::Int16 | PanelType::Int8) => packed / 2,
-            Some(PanelType::F32) | None => packed,
+        let packed = match compute.precision.backward_panel() {
+            PanelType::Int16 | PanelType::Int8 => packed / 2,
+            PanelType::F32 => packed,
         };
         // Of the layers that share an input, most of a layer's updates; as they are, packed, and
         // their gradients.
@@ -125,9 +125,9 @@ impl Tape {
         let q = config.num_attention_heads * config.head_dim;
         let kv = config.num_key_value_heads * config.head_dim;
         let kept = q + 2 * config.intermediate_size + sizes.magnitudes;
-        let kept = match compute.forward_panel() {
-            Some(PanelType::Int16 | PanelType::Int8) => kept / 2,
-            Some(PanelType::F32) | None => kept,
+        let kept = match compute.precision.forward_panel() {
+            PanelType::Int16 | PanelType::Int8 => kept / 2,
+            PanelType::F32 => kept,
         };
         let mut width = 2 * config.hidden_size + q + 2 * kv + kept;
         if config.family.qk_norm != QkNorm::None {

@@ -3,7 +3,8 @@
 use serde_json::json;
 
 use super::super::TrainError;
-use super::super::log::{Log, Numbers};
+use super::super::log::Log;
+use super::super::metrics::Numbers;
 use super::super::state::State;
 use super::{Rollouts, divergence, warn_once};
 use crate::data::Prompt;

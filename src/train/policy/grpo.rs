@@ -7,8 +7,8 @@ use quantune_adapters::rng::Stream;
 use serde_json::json;
 
 use super::super::TrainError;
-use super::super::learner::{Learner, MicroBatch, stats_numbers};
-use super::super::log::Numbers;
+use super::super::learner::{AdapterLearner, MicroBatch};
+use super::super::metrics::{Numbers, stats_numbers};
 use super::super::progress::Work;
 use super::super::settings::{AdvantageEstimator, GrpoSettings};
 use super::super::state::State;
@@ -25,7 +25,7 @@ impl Rollouts {
     pub(super) fn grpo(
         &mut self,
         own: &GrpoSettings,
-        learner: &mut Learner,
+        learner: &mut AdapterLearner,
         state: &mut State,
         learning_rate: f64,
         monitor: Monitor<'_>,

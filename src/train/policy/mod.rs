@@ -17,8 +17,9 @@ use serde_json::{Map, Value, json};
 pub use task::PolicyTask;
 
 use super::TrainError;
-use super::learner::Learner;
-use super::log::{Log, Numbers};
+use super::learner::AdapterLearner;
+use super::log::Log;
+use super::metrics::Numbers;
 use super::progress::{Progress, Work};
 use super::rows::longest_together;
 use super::run_dir::{Fingerprint, RunDir};
@@ -33,7 +34,7 @@ use crate::objectives::advantage::kl_k1;
 use crate::ops::{Compute, linear_cross_entropy};
 use crate::quant::Bytes;
 use crate::rollout::{
-    FirstStep, Response, RewardModel, SampleLog, SampleRow, Scorer, Scores, diagnose_update,
+    FirstStep, Response, RewardModel, RewardScores, SampleLog, SampleRow, Scorer, diagnose_update,
     respond, table,
 };
 use crate::text::Tokenizer;
@@ -198,7 +199,7 @@ impl Rollouts {
     /// Takes an update.
     pub fn step(
         &mut self,
-        learner: &mut Learner,
+        learner: &mut AdapterLearner,
         state: &mut State,
         learning_rate: f64,
         monitor: Monitor<'_>,
@@ -269,7 +270,7 @@ impl Rollouts {
         let began = Instant::now();
         let (texts, scores) = self.scorer.score(decoder, tokenizer, prompts, &responses)?;
         self.times.scoring += began.elapsed();
-        let Scores { columns, totals } = scores;
+        let RewardScores { columns, totals } = scores;
         Ok(Scored { responses, texts, columns, totals })
     }
 

@@ -7,8 +7,8 @@ use quantune_adapters::rng::Stream;
 use serde_json::json;
 
 use super::super::TrainError;
-use super::super::learner::{Learner, MicroBatch};
-use super::super::log::Numbers;
+use super::super::learner::{AdapterLearner, MicroBatch, Trainable};
+use super::super::metrics::Numbers;
 use super::super::progress::Work;
 use super::super::settings::{PpoSettings, ValueModel};
 use super::super::state::State;
@@ -25,7 +25,7 @@ impl Rollouts {
     pub(super) fn ppo(
         &mut self,
         own: &PpoSettings,
-        learner: &mut Learner,
+        learner: &mut AdapterLearner,
         state: &mut State,
         learning_rate: f64,
         monitor: Monitor<'_>,
@@ -75,7 +75,7 @@ impl Rollouts {
     fn experience(
         &self,
         own: &PpoSettings,
-        learner: &Learner,
+        learner: &AdapterLearner,
         state: &mut State,
         scored: &Scored,
     ) -> Result<Vec<Experience>, TrainError> {
@@ -84,7 +84,7 @@ impl Rollouts {
         let reference = self.reference.as_deref().unwrap_or_default();
         let reference = respond::log_probs(decoder, reference, responses, temperature)?;
         let valuer = usize::from(own.value_model == ValueModel::Own);
-        let head = learner.adapters[valuer].score.clone().expect("a value head was given");
+        let head = learner.trained.adapters[valuer].score.clone().expect("a value head was given");
         let (policy, valuer) = (learner.active(0), learner.active(valuer));
         let most = own.response_length;
         let [old, values] = match own.value_model {
@@ -141,7 +141,7 @@ impl Rollouts {
     fn learn(
         &mut self,
         own: &PpoSettings,
-        learner: &mut Learner,
+        learner: &mut AdapterLearner,
         update: u64,
         learning_rate: f64,
         responses: &[Response],
@@ -153,7 +153,8 @@ impl Rollouts {
             let key = [update, epoch as u64];
             Stream::new(self.common.seed, "mini-batches", &key).shuffle(&mut order);
             for mini in order.chunks(rows.len() / own.num_mini_batches) {
-                let counts = ppo::Counts::of(&mini.iter().map(|&i| &rows[i]).collect::<Vec<_>>());
+                let counts =
+                    ppo::MiniBatchCounts::of(&mini.iter().map(|&i| &rows[i]).collect::<Vec<_>>());
                 let mut parts = Vec::new();
                 for micro in mini.chunks(self.common.per_device_train_batch_size) {
                     let responses: Vec<&Response> = micro.iter().map(|&i| &responses[i]).collect();
@@ -181,7 +182,7 @@ impl Rollouts {
                         }
                     }
                 }
-                parts.extend(self.ptx_part(own, learner.optimizer.step));
+                parts.extend(self.ptx_part(own, learner.trained.optimizer_steps()));
                 let stepped = learner.step(&parts, learning_rate)?;
                 learned.first.get_or_insert_with(|| (mini.to_vec(), stepped.logps));
                 learned.losses.push(stepped.loss);

@@ -9,16 +9,15 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::TrainError;
-use super::log::EVAL;
-use super::lora::path_and_weight;
-use super::memory::parse_bytes;
-use super::run::BestSettings;
-use crate::data::doctor::Check;
+use super::best::BestSettings;
+use super::metrics::EVAL;
+use super::spec::{parse_bytes, path_and_weight};
+use crate::data::checks::Check;
 use crate::data::{AlpacaPrompt, DataFile};
 use crate::objectives::advantage::{KlEstimator, ScaleRewards};
 use crate::objectives::policy::LossForm;
 use crate::objectives::preference::{PreferenceLoss, PreferenceLossType, PreferenceSettings};
-use crate::ops::{Compute, DeviceName};
+use crate::ops::{BackendKind, Compute, DeviceName, Precision};
 use crate::optim::ScheduleKind;
 use crate::string_enum::{StringEnum, string_enum};
 use crate::text::{AddedTokenSpec, TextError};
@@ -239,10 +238,13 @@ settings! {
         gradient_checkpointing: Option<bool> = None,
         /// Seed of initialization, order and dropout [default: 42]
         seed: u64 = 42,
-        /// How products are computed: int16 (block-floating, nearly twice f32's speed), int8 (faster
-        /// still, and too rough to train with), f32 (exact), or portable (the slow reference form, and
-        /// the only one of other devices than the CPU) [default: int16; portable on another device]
-        compute: Compute = Compute::Int16,
+        /// Precision of products: int16 (block-floating, nearly twice f32's speed), int8 (faster still,
+        /// and too rough to train with), f32 (exact), or portable, which is --backend reference
+        /// [default: int16; f32 with --backend reference]
+        compute: ComputeSetting = ComputeSetting::Precision(Precision::Int16),
+        /// What computes: cpu (kernels for the CPU), or reference (plain candle ops in f32: slow, and the
+        /// only backend of other devices than the CPU) [default: cpu; reference on another device]
+        backend: BackendKind = BackendKind::Cpu,
         /// Where products are computed: cpu, cuda, cuda:N or metal; the others than cpu are of builds
         /// with the feature of that name [default: cpu]
         device: DeviceName = DeviceName::Cpu,
@@ -619,11 +621,8 @@ impl RunSettings {
             let fault = format!("unknown {} of {}", unknown.join(", "), command.name());
             return Err(TrainError::Settings(fault));
         }
-        // The default of one depends on the other.
-        let device = table.get("device").and_then(toml::Value::as_str);
-        if let Some(device) = device.and_then(|name| name.parse::<DeviceName>().ok()) {
-            all.insert("compute".into(), device.default_compute().to_string().into());
-        }
+        let mut table = table;
+        set_backend(&mut table).map_err(TrainError::Settings)?;
         all.extend(table);
         all.remove(Self::COMMAND);
         if let Some(file @ toml::Value::String(_)) = all.get("data").cloned() {
@@ -733,6 +732,103 @@ impl RunSettings {
     }
 }
 
+/// The value of `compute` that is another spelling of backend `reference`.
+const PORTABLE: &str = "portable";
+
+/// The value of `compute`: a precision, or `portable`. Settings read from a table hold a precision.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub enum ComputeSetting {
+    /// A precision of the backend.
+    Precision(Precision),
+    /// [`BackendKind::Reference`].
+    Portable,
+}
+
+impl ComputeSetting {
+    fn on(self, backend: BackendKind) -> Compute {
+        match self {
+            Self::Precision(precision) => Compute { backend, precision },
+            Self::Portable => Compute::REFERENCE,
+        }
+    }
+}
+
+impl TryFrom<String> for ComputeSetting {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl std::str::FromStr for ComputeSetting {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == PORTABLE {
+            return Ok(Self::Portable);
+        }
+        let precision = text.parse().map(Self::Precision);
+        precision.map_err(|fault| format!("{fault} or {PORTABLE}"))
+    }
+}
+
+impl From<ComputeSetting> for String {
+    fn from(flag: ComputeSetting) -> Self {
+        match flag {
+            ComputeSetting::Precision(precision) => precision.to_string(),
+            ComputeSetting::Portable => PORTABLE.into(),
+        }
+    }
+}
+
+/// What computes on `device`, from what was given of it.
+///
+/// # Errors
+/// If `compute` is portable and the backend another than the reference.
+pub fn resolve_compute(
+    device: DeviceName,
+    backend: Option<BackendKind>,
+    compute: Option<ComputeSetting>,
+) -> Result<Compute, String> {
+    let backend = match (backend, compute) {
+        (Some(backend), Some(ComputeSetting::Portable)) if backend != BackendKind::Reference => {
+            return Err(format!(
+                "compute is {PORTABLE}, which is backend reference, and backend is {backend}"
+            ));
+        }
+        (_, Some(ComputeSetting::Portable)) => BackendKind::Reference,
+        (backend, _) => backend.unwrap_or(device.default_backend()),
+    };
+    let precision = match compute {
+        Some(ComputeSetting::Precision(precision)) => precision,
+        Some(ComputeSetting::Portable) | None => backend.default_precision(),
+    };
+    Ok(Compute { backend, precision })
+}
+
+/// Writes backend and precision into a table of settings: the default of one depends on the other,
+/// and both on the device. Values that do not parse stay for the caller to report.
+fn set_backend(table: &mut toml::Table) -> Result<(), String> {
+    fn get<T: std::str::FromStr>(table: &toml::Table, key: &str) -> Result<Option<T>, ()> {
+        let Some(value) = table.get(key) else { return Ok(None) };
+        value.as_str().and_then(|text| text.parse().ok()).map(Some).ok_or(())
+    }
+    let given = (get::<DeviceName>(table, "device"), get(table, "backend"), get(table, "compute"));
+    let (Ok(device), Ok(backend), Ok(compute)) = given else { return Ok(()) };
+    if device.is_none() && backend.is_none() && compute.is_none() {
+        return Ok(());
+    }
+    let keeps_default = compute.is_none();
+    let compute = resolve_compute(device.unwrap_or_default(), backend, compute)?;
+    table.insert("backend".into(), compute.backend.to_string().into());
+    if !keeps_default || compute.backend != BackendKind::Cpu {
+        table.insert("compute".into(), compute.precision.to_string().into());
+    }
+    Ok(())
+}
+
 /// What a rule begins with that reads a file.
 pub const SCHEMA_REWARD: &str = "json-schema:";
 
@@ -788,7 +884,8 @@ empty! {
     f64 => |_| false;
     bool => |_| false;
     ScheduleKind => |_| false;
-    Compute => |_| false;
+    ComputeSetting => |_| false;
+    BackendKind => |_| false;
     DeviceName => |_| false;
     PreferenceLossType => |_| false;
     ValueModel => |_| false;
@@ -1053,6 +1150,11 @@ impl GrpoSettings {
 }
 
 impl CommonSettings {
+    /// The backend and its precision.
+    pub fn compute(&self) -> Compute {
+        self.compute.on(self.backend)
+    }
+
     /// The tokens that are added to the vocabulary.
     pub fn added(&self) -> Result<Vec<AddedTokenSpec>, TextError> {
         AddedTokenSpec::list(&self.add_tokens, &self.add_special_tokens)
@@ -1125,7 +1227,7 @@ impl CommonSettings {
         }
         faults.check(self.adam_epsilon as f32 > 0.0, "adam_epsilon is no positive f32".into());
         faults.memory(&self.memory_budget);
-        if let Err(fault) = self.device.check(self.compute) {
+        if let Err(fault) = self.device.check(self.compute()) {
             faults.0.push(fault.to_string());
         }
         if let Err(fault) = self.added() {
@@ -1213,6 +1315,41 @@ mod tests {
         assert_eq!(refused(Command::Sft, "beta = 1.0\nlam = 1"), "unknown beta, lam of sft");
         assert!(refused(Command::Dpo, "command = 'sft'").contains("settings of \"sft\""));
         assert!(refused(Command::Dpo, "beta = 'x'").contains("invalid type"));
+    }
+
+    /// `portable` is a spelling of the reference backend, in files of earlier versions too.
+    #[test]
+    fn backend_and_precision_default_to_each_other() {
+        let read = |text: &str| {
+            let settings = RunSettings::from_table(Command::Sft, toml::from_str(text).unwrap());
+            settings.map(|settings| {
+                let saved = settings.to_table().unwrap();
+                let saved = ["compute", "backend"].map(|key| saved[key].as_str().unwrap().into());
+                (settings.common.compute(), saved)
+            })
+        };
+        let check = |text: &str, compute, saved: [&str; 2]| {
+            assert_eq!(read(text).unwrap(), (compute, saved.map(String::from)), "{text}");
+        };
+        check("", Compute::INT16, ["int16", "cpu"]);
+        check("compute = 'int8'", Compute::INT8, ["int8", "cpu"]);
+        check("backend = 'cpu'", Compute::INT16, ["int16", "cpu"]);
+        for text in [
+            "compute = 'portable'",
+            "backend = 'reference'",
+            "compute = 'f32'\nbackend = 'reference'",
+            "compute = 'portable'\nbackend = 'reference'",
+            "device = 'metal'",
+            "device = 'cuda:1'\ncompute = 'portable'",
+        ] {
+            check(text, Compute::REFERENCE, ["f32", "reference"]);
+        }
+        let error = read("compute = 'portable'\nbackend = 'cpu'").unwrap_err().to_string();
+        let needed = "compute is portable, which is backend reference, and backend is cpu";
+        assert!(error.contains(needed), "{error}");
+        let coarse = read("compute = 'int16'\nbackend = 'reference'").unwrap().0;
+        let fault = DeviceName::Cpu.check(coarse).unwrap_err().to_string();
+        assert_eq!(fault, "compute is int16, which backend reference does not have: needed f32");
     }
 
     #[test]

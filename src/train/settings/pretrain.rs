@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::super::TrainError;
-use super::{Empty, Faults, is_empty};
+use super::{ComputeSetting, Empty, Faults, is_empty, set_backend};
 use crate::data::corpus::{CorpusSettings, SourceSpec};
 use crate::model::config::Variation;
 use crate::model::{Config, FAMILIES, ModelError, RopeScaling};
-use crate::ops::{Compute, DeviceName};
+use crate::ops::{BackendKind, Compute, DeviceName, Precision};
 use crate::optim::ScheduleKind;
 use crate::string_enum::string_enum;
 use crate::text::first_second;
@@ -163,10 +163,12 @@ settings! {
         save_total_limit: usize = 2,
         /// Seed of the first weights, the order of the data and the samples [default: 42]
         seed: u64 = 42,
-        /// How products are computed: f32, int16 (block-floating, faster; weights stay f32), or portable
-        /// (the slow reference form, and the only one of other devices than the CPU) [default: f32;
-        /// portable on another device]
-        compute: Compute = Compute::F32,
+        /// Precision of products: f32, int16 (block-floating, faster; weights stay f32), or portable,
+        /// which is --backend reference [default: f32]
+        compute: ComputeSetting = ComputeSetting::Precision(Precision::F32),
+        /// What computes: cpu (kernels for the CPU), or reference (plain candle ops in f32: slow, and the
+        /// only backend of other devices than the CPU) [default: cpu; reference on another device]
+        backend: BackendKind = BackendKind::Cpu,
         /// Where parameters and optimizer are and products are computed: cpu, cuda, cuda:N or metal; the
         /// others than cpu are of builds with the feature of that name [default: cpu]
         device: DeviceName = DeviceName::Cpu,
@@ -180,6 +182,11 @@ settings! {
 }
 
 impl PretrainSettings {
+    /// The backend and its precision.
+    pub fn compute(&self) -> Compute {
+        self.compute.on(self.backend)
+    }
+
     /// What `config.toml` calls the command.
     const COMMAND: (&str, &str) = ("command", "pretrain");
 
@@ -208,15 +215,7 @@ impl PretrainSettings {
         if !unknown.is_empty() {
             return fail(format!("unknown {} of {}", unknown.join(", "), Self::COMMAND.1));
         }
-        // The default of one depends on the other.
-        let device = table.get("device").and_then(toml::Value::as_str);
-        match device.and_then(|name| name.parse::<DeviceName>().ok()) {
-            Some(device @ (DeviceName::Cuda(_) | DeviceName::Metal)) => {
-                let compute = device.default_compute().to_string();
-                table.entry("compute").or_insert(compute.into());
-            }
-            Some(DeviceName::Cpu) | None => {}
-        }
+        set_backend(&mut table).map_err(TrainError::Settings)?;
         table.try_into().map_err(|e: toml::de::Error| TrainError::Settings(e.message().into()))
     }
 
@@ -388,15 +387,15 @@ impl PretrainSettings {
         let share = self.validation_split;
         let fine = (0.0..1.0).contains(&share);
         faults.check(fine, format!("validation_split is {share}, needed in [0, 1)"));
-        let fine = self.compute != Compute::Int8;
+        let fine = self.compute().precision != Precision::Int8;
         let fault =
             "compute is int8, too rough to train all weights: needed f32, int16 or portable";
         faults.check(fine, fault.into());
         faults.memory(&self.memory_budget);
-        if let Err(fault) = self.device.check(self.compute) {
+        if let Err(fault) = self.device.check(self.compute()) {
             faults.0.push(fault.to_string());
         }
-        let portable = self.compute == Compute::Portable;
+        let portable = self.compute().backend == BackendKind::Reference;
         for (name, set) in [
             ("memory_budget", !self.memory_budget.is_empty()),
             ("gradient_checkpointing", self.gradient_checkpointing == Some(true)),
@@ -456,7 +455,7 @@ mod tests {
             base: "base.gguf".into(),
             hidden_size: 5,
             max_tokens: 0,
-            compute: Compute::Int8,
+            compute: ComputeSetting::Precision(Precision::Int8),
             ..settings()
         };
         let fault = wrong.fault().unwrap();

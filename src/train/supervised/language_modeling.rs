@@ -10,7 +10,7 @@ use crate::model::{ActiveAdapter, Decoder};
 use crate::monitor::Monitor;
 use crate::objectives::Objective;
 use crate::train::TrainError;
-use crate::train::log::Numbers;
+use crate::train::metrics::Numbers;
 use crate::train::rows::RowLoader;
 use crate::train::settings::SftSettings;
 

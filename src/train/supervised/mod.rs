@@ -16,8 +16,9 @@ pub use preference::{PolicyAndReference, PreferenceTraining, preference_batch, s
 pub use reward::{RewardEvaluation, RewardTraining, evaluate_rewards, reward_batch};
 
 use super::TrainError;
-use super::learner::{Learner, MicroBatch, stats_numbers};
-use super::log::{Log, Numbers};
+use super::learner::{AdapterLearner, MicroBatch};
+use super::log::Log;
+use super::metrics::{Numbers, stats_numbers};
 use super::progress::{Progress, Work};
 use super::rows::RowLoader;
 use super::run_dir::{Fingerprint, RunDir};
@@ -164,7 +165,7 @@ impl Supervised {
     /// Takes a step.
     pub fn step(
         &mut self,
-        learner: &mut Learner,
+        learner: &mut AdapterLearner,
         state: &mut State,
         learning_rate: f64,
     ) -> Result<(Numbers, Work), TrainError> {

@@ -11,7 +11,7 @@ use super::StepBatches;
 use super::comparisons::{get_rows, lay_out, response_log_probs, weighted_pairs};
 use super::epoch_rows::{EpochLayout, EpochRows, PlannedRows};
 use crate::data::{
-    Batch, Comparison, ComparisonKind, ComparisonReport, DataError, Shelves, WhenTooLong,
+    Batch, Comparison, ComparisonKind, ComparisonReport, DataError, RowStore, WhenTooLong,
 };
 use crate::model::scoring::target_log_probs;
 use crate::model::{ActiveAdapter, Decoder};
@@ -22,8 +22,8 @@ use crate::objectives::preference::{
 use crate::objectives::{Objective, Stats};
 use crate::train::TrainError;
 use crate::train::fingerprints::base_fingerprint;
-use crate::train::learner::{Learner, stats_numbers};
-use crate::train::log::Numbers;
+use crate::train::learner::AdapterLearner;
+use crate::train::metrics::{Numbers, stats_numbers};
 use crate::train::reference::{self, ReferenceLogps};
 use crate::train::rows::RowLoader;
 use crate::train::run_dir::{Fingerprint, RunDir};
@@ -190,7 +190,7 @@ impl PreferenceTraining {
     pub(super) fn step_batches(
         &self,
         bins: &[Vec<Vec<usize>>],
-        learner: &Learner,
+        learner: &AdapterLearner,
     ) -> Result<StepBatches, TrainError> {
         let indices = bins.iter().map(|bins| bins.iter().flatten().copied().collect());
         let indices: Vec<Vec<usize>> = indices.collect();
@@ -266,7 +266,7 @@ pub struct PolicyAndReference<'a> {
 fn log_probs_of_rows(
     decoder: &Decoder,
     active: &[ActiveAdapter],
-    rows: &Shelves<Comparison>,
+    rows: &RowStore<Comparison>,
     indices: impl Iterator<Item = usize>,
 ) -> Result<Vec<Vec<f32>>, TrainError> {
     let rows = get_rows(rows, indices);
