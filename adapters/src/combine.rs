@@ -283,7 +283,7 @@ pub fn combine(
                     &weights,
                     UpdateMatrix::Product,
                     (module, &updates),
-                    how,
+                    settings,
                     density,
                 )?;
                 let (rows, cols) = (updates[0].out, updates[0].of_in);
@@ -713,7 +713,7 @@ mod tests {
     fn invalid_combinations_are_errors() {
         let one = adapter("one", &[("q", 2)]);
         let check = |adapters: &[(&Adapter, f64)], settings: &Combination<'_>, needed: &str| {
-            let error = combine("made", adapters, how).unwrap_err().to_string();
+            let error = combine("made", adapters, settings).unwrap_err().to_string();
             assert!(error.contains(needed), "{error:?} should say {needed:?}");
         };
         let both = |other| [(&one, 1.0), (other, 1.0)];

@@ -17,11 +17,11 @@ use crate::weights::{OwnedValue, TensorPlan, stream_gguf};
 /// Writes an adapter for a base of this config as a GGUF LoRA in F32 or F16, its update times
 /// `weight`.
 ///
-/// A GGUF has one `alpha`, by which every update is scaled over its rank. Where the adapter has
-/// several, or scales by the root of the rank (rsLoRA), what they differ by goes into B.
+/// A GGUF has one `alpha` for all updates, each scaled by `alpha / r`. Where the scales of an adapter
+/// differ, as with `alpha_pattern` or rsLoRA, B is multiplied by the ratio.
 ///
 /// # Errors
-/// If the adapter has what a GGUF LoRA has no place for, or the system refuses.
+/// If a GGUF LoRA cannot hold a part of the adapter, or the system reports an error.
 pub fn write_gguf_lora(
     adapter: &Adapter,
     weight: f64,
@@ -59,7 +59,7 @@ pub fn write_gguf_lora(
     let Some(alpha) = alphas.first().copied() else {
         return Err(cannot(format!("{name:?} has no update of any layer")));
     };
-    // llama.cpp takes an alpha of 0 for a scale of 1.
+    // llama.cpp reads an alpha of 0 as a scale of 1.
     let alpha = if alpha == 0.0 { 1.0 } else { f64::from(alpha as f32) };
 
     let mut plans = Vec::new();
@@ -129,10 +129,10 @@ pub fn write_gguf_lora(
     Ok(Written { bytes: std::fs::metadata(out).map_err(io)?.len(), tensors })
 }
 
-/// How far an adapter that was written is from the one that was to be, on the base.
+/// Distance between the base with the `wanted` adapters and with those read back from a file.
 ///
 /// # Errors
-/// If the base cannot run.
+/// If the base cannot be run.
 pub fn distance(
     decoder: &Decoder,
     wanted: &[ActiveAdapter],
