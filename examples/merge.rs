@@ -4,8 +4,8 @@ use std::error::Error;
 use std::path::Path;
 use std::sync::Arc;
 
-use quantune::export::lora::open_adapter;
 use quantune::export::{ExportSource, write_folder};
+use quantune::model::adapter_files::open_adapter;
 use quantune::model::{ActiveAdapter, Decoder};
 use quantune::ops::Compute;
 use quantune::quant::BlockType;

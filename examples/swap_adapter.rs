@@ -6,7 +6,7 @@ use std::error::Error;
 use std::path::Path;
 use std::sync::Arc;
 
-use quantune::export::lora::open_adapter;
+use quantune::model::adapter_files::open_adapter;
 use quantune::model::{ActiveAdapter, Adapters, Decoder, Rows};
 use quantune::ops::Compute;
 use quantune::weights::Checkpoint;
