@@ -2,8 +2,7 @@
 
 use serde_json::json;
 
-use super::StepBatches;
-use super::epoch_rows::{EpochLayout, EpochRows};
+use super::epoch_rows::{EpochLayout, EpochRows, StepBatches};
 use crate::data::{Batch, DataReport, Example};
 use crate::eval::evaluate;
 use crate::model::{ActiveAdapter, Decoder};

@@ -7,9 +7,8 @@ use std::path::PathBuf;
 use candle_core::{Device, Tensor};
 use serde_json::json;
 
-use super::StepBatches;
 use super::comparisons::{get_rows, lay_out, response_log_probs, weighted_pairs};
-use super::epoch_rows::{EpochLayout, EpochRows, PlannedRows};
+use super::epoch_rows::{EpochLayout, EpochRows, PlannedRows, StepBatches};
 use crate::data::{
     Batch, Comparison, ComparisonKind, ComparisonReport, DataError, Shelves, WhenTooLong,
 };
