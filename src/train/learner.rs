@@ -12,7 +12,7 @@ use super::TrainError;
 use super::step::{Buffers, Noise, StepSettings, accumulate, dropout};
 use crate::data::Batch;
 use crate::model::{ActiveAdapter, Decoder};
-use crate::objectives::{Judged, Objective, Stats};
+use crate::objectives::{Objective, ObjectiveOutput, Stats};
 use crate::optim::{AdamW, AdamWSettings, Gradients, clip_factor, global_norm};
 
 /// A part of a step.
@@ -65,7 +65,7 @@ pub trait Trainable {
         &mut self,
         part: &Self::MicroBatch,
         kept_layers: usize,
-    ) -> Result<Judged, TrainError>;
+    ) -> Result<ObjectiveOutput, TrainError>;
 
     /// The norm over all gradients.
     ///
@@ -112,10 +112,10 @@ impl<T: Trainable> Learner<T> {
         self.trained.zero_gradients()?;
         let mut stepped = Stepped::default();
         for part in parts {
-            let judged = self.trained.accumulate(part, self.kept_layers)?;
-            stepped.loss += judged.loss;
-            stepped.stats.add(judged.stats);
-            stepped.logps.extend(judged.logps);
+            let output = self.trained.accumulate(part, self.kept_layers)?;
+            stepped.loss += output.loss;
+            stepped.stats.add(output.stats);
+            stepped.logps.extend(output.logps);
         }
         stepped.grad_norm = self.trained.gradient_norm()?;
         let step = self.trained.optimizer_steps() + 1;
@@ -239,7 +239,11 @@ impl Trainable for AdapterTraining<'_> {
         Ok(())
     }
 
-    fn accumulate(&mut self, part: &MicroBatch, kept_layers: usize) -> Result<Judged, TrainError> {
+    fn accumulate(
+        &mut self,
+        part: &MicroBatch,
+        kept_layers: usize,
+    ) -> Result<ObjectiveOutput, TrainError> {
         let (p, seed) = self.dropout;
         let dropout = dropout(&part.batch, part.epoch, p, seed);
         let noise = Noise { alpha: self.noise_alpha, seed, epoch: part.epoch };
@@ -255,9 +259,9 @@ impl Trainable for AdapterTraining<'_> {
             noise: (self.noise_alpha > 0.0).then_some(noise),
         };
         let gradients = &mut self.gradients[range];
-        let judged =
+        let output =
             accumulate(self.decoder, &part.batch, &settings, gradients, &mut self.buffers)?;
-        Ok(Judged { loss: judged.loss * part.scale, ..judged })
+        Ok(ObjectiveOutput { loss: output.loss * part.scale, ..output })
     }
 
     fn gradient_norm(&mut self) -> Result<f64, TrainError> {

@@ -17,7 +17,7 @@ use crate::data::Batch;
 use crate::model::layer::{AdapterGradients, Tape, Workspace};
 use crate::model::scoring::scores;
 use crate::model::{ActiveAdapter, Adapters, Decoder, Pass, Reading, Rows};
-use crate::objectives::{Judged, Objective};
+use crate::objectives::{Objective, ObjectiveOutput};
 use crate::ops::BackendKind;
 use crate::ops::linear_cross_entropy::Distributions;
 
@@ -98,9 +98,9 @@ pub fn accumulate(
     settings: &StepSettings,
     gradients: &mut [Vec<f32>],
     buffers: &mut Buffers,
-) -> Result<Judged> {
+) -> Result<ObjectiveOutput> {
     if settings.objective.reads_log_probs() && batch.targets.is_empty() {
-        return Ok(Judged::default());
+        return Ok(ObjectiveOutput::default());
     }
     let rows = Rows {
         tokens: batch.tokens.clone(),
@@ -122,7 +122,7 @@ fn fast(
     settings: &StepSettings,
     gradients: &mut [Vec<f32>],
     buffers: &mut Buffers,
-) -> Result<Judged> {
+) -> Result<ObjectiveOutput> {
     // Hundreds of buffers that grow one after another leave as many holes of their old sizes, up to
     // twice the memory: for a batch larger than all before they are made anew.
     if batch.tokens.len() > buffers.tokens {
@@ -237,8 +237,8 @@ fn judge(
     scores: Option<&Tensor>,
     distributions: Option<Distributions>,
     settings: &StepSettings,
-) -> Result<(Judged, GradStore)> {
-    let (sum, judged) = settings.objective.judge(logps, scores, distributions)?;
+) -> Result<(ObjectiveOutput, GradStore)> {
+    let (sum, judged) = settings.objective.compute(logps, scores, distributions)?;
     Ok((judged, (&sum * settings.scale)?.backward()?))
 }
 
@@ -250,7 +250,7 @@ fn read(
     batch: &Batch,
     settings: &StepSettings,
     gradients: &mut [Vec<f32>],
-) -> Result<(Judged, Option<Tensor>)> {
+) -> Result<(ObjectiveOutput, Option<Tensor>)> {
     let top = Var::from_tensor(&x)?;
     drop(x);
     let rows = |rows: Vec<u32>| -> Result<Tensor> {
@@ -286,7 +286,7 @@ fn portable(
     pass: &Pass,
     settings: &StepSettings,
     gradients: &mut [Vec<f32>],
-) -> Result<Judged> {
+) -> Result<ObjectiveOutput> {
     let layers = decoder.config.num_hidden_layers;
     let lowest = decoder.lowest_trainable(Adapters::Same(settings.active));
     let to_embedding = decoder.trains_embedding(Adapters::Same(settings.active));

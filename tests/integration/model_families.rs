@@ -147,7 +147,7 @@ fn step(
         parameters.iter().map(|var| vec![0.0; var.elem_count()]).collect();
     let count = batch.count() as f64;
     let settings = StepSettings {
-        objective: &Objective::LanguageModelling,
+        objective: &Objective::LanguageModeling,
         temperature,
         scale: 1.0 / count,
         kept_layers,

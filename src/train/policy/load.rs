@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{PolicyTask, Rollouts, RowSampler, Times};
+use super::{EpochSampler, PolicyTask, Rollouts, Times};
 use crate::data::{Dataset, LoadSettings, PromptSettings, Prompts};
 use crate::model::{ActiveAdapter, Decoder};
 use crate::monitor::Monitor;
@@ -21,7 +21,7 @@ use crate::train::run_dir::{Fingerprint, read_accuracy};
 use crate::train::settings::{CommonSettings, GrpoSettings, PpoSettings, SCHEMA_REWARD};
 
 /// What a run is loaded with.
-struct Loader<'a> {
+struct RolloutLoader<'a> {
     common: &'a CommonSettings,
     decoder: &'a Decoder,
     tokenizer: &'a Tokenizer,
@@ -44,7 +44,7 @@ struct LoadedRewards {
     adapter: Option<ActiveAdapter>,
     model: Option<RewardModel>,
     judge: Option<ActiveAdapter>,
-    ptx: Option<(Dataset, RowSampler)>,
+    ptx: Option<(Dataset, EpochSampler)>,
 }
 
 impl Rollouts {
@@ -58,7 +58,7 @@ impl Rollouts {
         monitor: Monitor<'_>,
     ) -> Result<Self, TrainError> {
         let max_length = max_length(common, decoder, &tokenizer, task.response_length())?;
-        let mut loader = Loader {
+        let mut loader = RolloutLoader {
             common,
             decoder,
             tokenizer: &tokenizer,
@@ -90,7 +90,7 @@ impl Rollouts {
             common: common.clone(),
             tokenizer,
             compute: decoder.compute,
-            prompt_sampler: RowSampler::new("prompts", common.seed, !common.no_shuffle, count),
+            prompt_sampler: EpochSampler::new("prompts", common.seed, !common.no_shuffle, count),
             prompts: train,
             held_out,
             held_out_lines,
@@ -125,7 +125,7 @@ fn max_length(
     )))
 }
 
-impl Loader<'_> {
+impl RolloutLoader<'_> {
     fn prompts(&self, response_length: usize) -> Result<LoadedPrompts, TrainError> {
         let common = self.common;
         let reading = PromptSettings {
@@ -169,14 +169,14 @@ impl Loader<'_> {
     }
 
     /// Text to keep predicting.
-    fn ptx(&mut self, own: &PpoSettings) -> Result<(Dataset, RowSampler), TrainError> {
+    fn ptx(&mut self, own: &PpoSettings) -> Result<(Dataset, EpochSampler), TrainError> {
         let common = self.common;
         let cache = Some(row_cache(common));
         let reading = LoadSettings { cache, ..LoadSettings::from(self.max_length) };
         let data = Dataset::load(&own.ptx_data, self.tokenizer, reading, self.monitor)?;
         check_diagnosis(&data.diagnosis, &own.ptx_data, &common.allow, self.monitor)?;
         self.fingerprints.push(("the ptx data".into(), data.sha256.clone()));
-        let sampler = RowSampler::new("ptx", common.seed, true, data.rows.len());
+        let sampler = EpochSampler::new("ptx", common.seed, true, data.rows.len());
         Ok((data, sampler))
     }
 

@@ -39,7 +39,7 @@ use crate::rollout::{
 };
 use crate::text::Tokenizer;
 use crate::weights::write_atomically;
-use sampler::RowSampler;
+use sampler::EpochSampler;
 
 /// Where the time of updates goes.
 #[derive(Debug, Clone, Copy, Default)]
@@ -56,11 +56,11 @@ pub struct Rollouts {
     tokenizer: Tokenizer,
     compute: Compute,
     prompts: Prompts,
-    prompt_sampler: RowSampler,
+    prompt_sampler: EpochSampler,
     held_out: Option<Prompts>,
     held_out_lines: Option<Bytes>,
     /// Text to keep predicting.
-    ptx: Option<(Dataset, RowSampler)>,
+    ptx: Option<(Dataset, EpochSampler)>,
     /// What the reference wears, if one is asked for.
     reference: Option<Vec<ActiveAdapter>>,
     /// What gives the rewards.

@@ -203,7 +203,7 @@ impl Rollouts {
         let scale = own.ptx_coef / batch.count().max(1) as f64;
         Some(MicroBatch {
             batch,
-            objective: Objective::LanguageModelling,
+            objective: Objective::LanguageModeling,
             scale,
             adapter: 0,
             epoch: optimizer_step,

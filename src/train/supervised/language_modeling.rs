@@ -34,7 +34,7 @@ impl LanguageModeling {
     pub(super) fn step_batches(&self, bins: &[Vec<Vec<usize>>]) -> StepBatches {
         let batches = bins.iter().map(|bins| Batch::gather(&self.rows.train.rows, bins));
         let batches: Vec<(Batch, Objective)> =
-            batches.map(|batch| (batch, Objective::LanguageModelling)).collect();
+            batches.map(|batch| (batch, Objective::LanguageModeling)).collect();
         let count = batches.iter().map(|(batch, _)| batch.count()).sum::<usize>() as f64;
         StepBatches { batches, count }
     }

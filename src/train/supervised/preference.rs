@@ -240,9 +240,9 @@ impl PreferenceTraining {
             let logps = target_log_probs(decoder, active, &batch, 1.0)?;
             let logps = Tensor::new(logps, &Device::Cpu)?;
             let objective = Objective::Preference(part.into());
-            let (_, judged) = objective.judge(Some(&logps), None, None)?;
-            loss += judged.loss;
-            stats.add(judged.stats);
+            let (_, output) = objective.compute(Some(&logps), None, None)?;
+            loss += output.loss;
+            stats.add(output.stats);
         }
         let mut numbers: Numbers = vec![("eval_loss".into(), json!(loss / count.max(1) as f64))];
         let more = stats_numbers(&stats).into_iter();
