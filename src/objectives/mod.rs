@@ -91,12 +91,12 @@ pub struct Grpo {
     pub by_response: bool,
 }
 
-/// What an objective says of a micro-batch.
+/// The loss of a micro-batch, and what was counted with it.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct ObjectiveOutput {
     /// The loss, summed.
     pub loss: f64,
-    /// What was counted on the way.
+    /// What was counted.
     pub stats: Stats,
     /// Of sampled responses (PPO, GRPO) the log-probs of their tokens as they were read.
     pub logps: Vec<f32>,
@@ -124,7 +124,7 @@ pub struct Stats {
 pub struct TokenStats {
     /// How many they are.
     pub count: u64,
-    /// How many are the likeliest there.
+    /// How many the model predicts greedily.
     pub argmax_count: u64,
     /// The entropies of the distributions they are of, summed, in nats.
     pub entropy: f64,
@@ -208,7 +208,7 @@ impl Objective {
         }
     }
 
-    /// The loss summed over what is counted: a scalar, differentiable in what was read.
+    /// The loss, summed over what is counted: a scalar, differentiable in `logps` and `scores`.
     ///
     /// `logps (M)` F32 are the log-probabilities of the M targets, in nats, `scores (S)` F32 those of
     /// [`Self::score_rows`]. What is known of the M distributions is counted.
@@ -282,7 +282,9 @@ impl Objective {
                 }
                 match total {
                     Some(total) => Ok((total, judged)),
-                    None => candle_core::bail!("neither policy nor values are to be judged"),
+                    None => {
+                        candle_core::bail!("the objective has neither a policy nor a value part")
+                    }
                 }
             }
             Self::Grpo(grpo) => grpo.compute(&logps()?, entropies),

@@ -32,7 +32,7 @@ pub struct MicroBatch {
     pub temperature: f64,
 }
 
-/// What a step came to.
+/// The result of a step.
 #[derive(Debug, Default)]
 pub struct Stepped {
     /// The loss, scaled.

@@ -112,7 +112,7 @@ fn max_length(
     tokenizer: &Tokenizer,
     response_length: usize,
 ) -> Result<usize, TrainError> {
-    // A reward model reads what ends a turn behind the response, in the same window.
+    // A reward model also reads the end of the turn after the response, in the same window.
     let ending = 1 + tokenizer.after_turn().map_or(0, |after| after.len());
     let window = decoder.config.max_position_embeddings.saturating_sub(ending);
     let most = common.max_length.min(window);
@@ -283,7 +283,7 @@ fn check_reward_accuracy(
         Some(_) => Ok(()),
         None if min_accuracy > 0.0 => {
             monitor.warn(format_args!(
-                "{0}: nothing says how well it does on held-out pairs (measure it with: \
+                "{0}: its accuracy on held-out pairs is not known (measure it with: \
                  quantune eval --base BASE --reward {0} --data PAIRS)",
                 folder.display()
             ));

@@ -71,7 +71,7 @@ impl Rollouts {
         Ok((numbers, work))
     }
 
-    /// Responses judged by policy, reference and value head as they are now, and their advantages.
+    /// Log-probs of the responses under policy and reference, values, rewards and advantages.
     fn experience(
         &self,
         own: &PpoSettings,
@@ -212,7 +212,7 @@ impl Rollouts {
     }
 }
 
-/// What the optimizer steps of an update came to.
+/// The results of the optimizer steps of an update.
 #[derive(Debug, Default)]
 struct Learned {
     losses: Vec<f64>,

@@ -2,8 +2,8 @@
 
 use quantune_adapters::rng::Stream;
 
-/// All of `count` rows in turn, epoch after epoch, each in an order of its own. A run needs no state
-/// of it: the order of an epoch is a function of its number.
+/// All of `count` rows in turn, epoch after epoch, each epoch in another order. A run saves no state of
+/// the sampler: the order of an epoch is a function of its number.
 #[derive(Debug, Clone)]
 pub struct EpochSampler {
     purpose: &'static str,

@@ -338,7 +338,7 @@ impl Pretraining {
         let decoding = Decoding {
             sampling: Sampling {
                 temperature: settings.sample_temperature,
-                seed: settings.seed.wrapping_add(step), // not the same luck at each step
+                seed: settings.seed.wrapping_add(step), // other random numbers at each step
                 ..Sampling::default()
             },
             max_tokens: settings.sample_tokens,

@@ -6,7 +6,7 @@ use crate::model::{ActiveAdapter, Decoder};
 use crate::objectives::reward::{WeightedPair, pair_weight};
 use crate::train::TrainError;
 
-/// Some of the rows, read anew.
+/// The rows at some indices, decoded from the row store.
 pub fn get_rows(
     rows: &Shelves<Comparison>,
     indices: impl Iterator<Item = usize>,

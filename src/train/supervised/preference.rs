@@ -318,7 +318,7 @@ pub fn step_constants<'p>(
     })
 }
 
-/// Each row's prompt with the responses of another row, as far as they fit behind it.
+/// Each row's prompt with the responses of another row, as far as they fit into the window after it.
 fn mismatched_rows(
     decoder: &Decoder,
     rows: &[&Comparison],
