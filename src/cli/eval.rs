@@ -12,7 +12,7 @@ use super::loading::Loading;
 use super::printer;
 use super::replies::Replies;
 use super::{AdapterArg, TemplateFlags, load_adapters, open_tokenizer, paths, read_text, to_json};
-use crate::data::{Comparison, ComparisonKind, Comparisons, Dataset, Limits, WhenTooLong};
+use crate::data::{Comparison, ComparisonKind, Comparisons, Dataset, LengthLimits, WhenTooLong};
 use crate::eval::{evaluate, perplexity};
 use crate::model::{ActiveAdapter, Decoder};
 use crate::objectives::reward::CalibrationBin;
@@ -132,7 +132,7 @@ impl Eval {
             [ActiveAdapter::frozen(Arc::new(read_scoring(folder, decoder, printer::monitor())?))];
         let max_length = self.max_length.unwrap_or(1024);
         let max_length = max_length.min(decoder.config.max_position_embeddings);
-        let limits = Limits { max_length, when_long: WhenTooLong::Drop };
+        let limits = LengthLimits { max_length, when_long: WhenTooLong::Drop };
         let never = AtomicBool::new(false); // nothing is lost: Ctrl-C ends the process
         let data = Comparisons::load(data, tokenizer, limits, ComparisonKind::Any, &never)?;
         eprintln!("data: {}", data.report);

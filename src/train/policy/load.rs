@@ -16,7 +16,7 @@ use crate::train::TrainError;
 use crate::train::fingerprints::base_fingerprint;
 use crate::train::lora::read_scoring;
 use crate::train::reference;
-use crate::train::rows::{check_diagnosis, row_cache, warn_nothing_held_out};
+use crate::train::rows::{report_checks, row_cache, warn_nothing_held_out};
 use crate::train::run_dir::{Fingerprint, read_accuracy};
 use crate::train::settings::{CommonSettings, GrpoSettings, PpoSettings, SCHEMA_REWARD};
 
@@ -148,7 +148,7 @@ impl RolloutLoader<'_> {
             }
             LoadedPrompts { train: split.train, held_out: split.held_out, held_out_lines }
         };
-        check_diagnosis(&prompts.train.diagnosis, path, &common.allow, self.monitor)?;
+        report_checks(&prompts.train.checks, path, &common.allow, self.monitor)?;
         self.monitor.note(format_args!("data: {}", prompts.train.report));
         Ok(prompts)
     }
@@ -174,7 +174,7 @@ impl RolloutLoader<'_> {
         let cache = Some(row_cache(common));
         let reading = LoadSettings { cache, ..LoadSettings::from(self.max_length) };
         let data = Dataset::load(&own.ptx_data, self.tokenizer, reading, self.monitor)?;
-        check_diagnosis(&data.diagnosis, &own.ptx_data, &common.allow, self.monitor)?;
+        report_checks(&data.checks, &own.ptx_data, &common.allow, self.monitor)?;
         self.fingerprints.push(("the ptx data".into(), data.sha256.clone()));
         let sampler = EpochSampler::new("ptx", common.seed, true, data.rows.len());
         Ok((data, sampler))

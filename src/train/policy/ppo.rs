@@ -153,7 +153,8 @@ impl Rollouts {
             let key = [update, epoch as u64];
             Stream::new(self.common.seed, "mini-batches", &key).shuffle(&mut order);
             for mini in order.chunks(rows.len() / own.num_mini_batches) {
-                let counts = ppo::Counts::of(&mini.iter().map(|&i| &rows[i]).collect::<Vec<_>>());
+                let counts =
+                    ppo::MiniBatchCounts::of(&mini.iter().map(|&i| &rows[i]).collect::<Vec<_>>());
                 let mut parts = Vec::new();
                 for micro in mini.chunks(self.common.per_device_train_batch_size) {
                     let responses: Vec<&Response> = micro.iter().map(|&i| &responses[i]).collect();

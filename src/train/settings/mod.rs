@@ -12,7 +12,7 @@ use super::TrainError;
 use super::best::BestSettings;
 use super::metrics::EVAL;
 use super::spec::{parse_bytes, path_and_weight};
-use crate::data::doctor::Check;
+use crate::data::checks::Check;
 use crate::data::{AlpacaPrompt, DataFile};
 use crate::objectives::advantage::{KlEstimator, ScaleRewards};
 use crate::objectives::policy::LossForm;

@@ -10,7 +10,7 @@ use serde_json::json;
 use super::comparisons::{get_rows, lay_out, response_log_probs, weighted_pairs};
 use super::epoch_rows::{EpochLayout, EpochRows, PlannedRows, StepBatches};
 use crate::data::{
-    Batch, Comparison, ComparisonKind, ComparisonReport, DataError, Shelves, WhenTooLong,
+    Batch, Comparison, ComparisonKind, ComparisonReport, DataError, RowStore, WhenTooLong,
 };
 use crate::model::scoring::target_log_probs;
 use crate::model::{ActiveAdapter, Decoder};
@@ -265,7 +265,7 @@ pub struct PolicyAndReference<'a> {
 fn log_probs_of_rows(
     decoder: &Decoder,
     active: &[ActiveAdapter],
-    rows: &Shelves<Comparison>,
+    rows: &RowStore<Comparison>,
     indices: impl Iterator<Item = usize>,
 ) -> Result<Vec<Vec<f32>>, TrainError> {
     let rows = get_rows(rows, indices);
