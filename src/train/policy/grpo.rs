@@ -76,7 +76,7 @@ impl Rollouts {
         // the ratio is 1 by construction, but those of the step are compared with the sampler's.
         let (old, first) = (old_logps.as_deref(), steps.first.as_ref());
         self.warn_if_unhealthy(state, responses, old, first, &divergences, monitor);
-        let table = (own.sample_steps, own.num_samples);
+        let table = (own.rollouts.sample_steps, own.rollouts.num_samples);
         self.sample_table(state, table, &scored, &divergences, monitor)?;
         let work = Work {
             headline: format!("reward {:.3}", groups.reward),
@@ -95,7 +95,7 @@ impl Rollouts {
         scored: &Scored,
     ) -> Result<GroupExperience, TrainError> {
         let (decoder, responses) = (learner.decoder(), &scored.responses);
-        let temperature = own.temperature;
+        let temperature = own.rollouts.temperature;
         let mut old_logps = None;
         if self.task.needs_old_log_probs() {
             let policy = learner.active(0);
@@ -140,7 +140,7 @@ impl Rollouts {
             let mut order: Vec<usize> = (0..prompts).collect();
             let key = [update, epoch as u64];
             Stream::new(self.common.seed, "mini-batches", &key).shuffle(&mut order);
-            for groups in order.chunks(prompts / own.num_mini_batches) {
+            for groups in order.chunks(prompts / own.rollouts.num_mini_batches) {
                 let mini = groups.iter().flat_map(|group| group * n..(group + 1) * n);
                 let mini: Vec<usize> = mini.collect();
                 let (mini, parts) = self.grpo_parts(own, update, mini, responses, experience);
@@ -176,7 +176,7 @@ impl Rollouts {
         let count = if by_response { mini.len() } else { own.loss_type.count(&counted) };
         let mini: Vec<usize> = mini.into_iter().filter(|&i| !masked(&responses[i])).collect();
         // In a single step over the responses the policy is the one that gave them.
-        let several_steps = own.num_iterations > 1 || own.num_mini_batches > 1;
+        let several_steps = own.num_iterations > 1 || own.rollouts.num_mini_batches > 1;
         let part = |micro: &[usize]| {
             let rows: Vec<&Response> = micro.iter().map(|&i| &responses[i]).collect();
             let pick = |values: &Option<Vec<Vec<f32>>>| -> Option<Vec<f32>> {
@@ -196,7 +196,7 @@ impl Rollouts {
                 scale: 1.0 / count as f64,
                 adapter: 0,
                 epoch: update,
-                temperature: own.temperature,
+                temperature: own.rollouts.temperature,
             }
         };
         let parts = mini.chunks(self.common.per_device_train_batch_size).map(part).collect();
