@@ -506,12 +506,11 @@ fn merged(
             _ => {}
         }
     }
-    Ok(match settings.method.elects() {
-        false => summed(&matrices, weights),
-        true => {
-            let sign = settings.majority_sign_method.unwrap_or(MajoritySign::Total);
-            elected(&matrices, weights, sign)
-        }
+    Ok(if settings.method.elects() {
+        let sign = settings.majority_sign_method.unwrap_or(MajoritySign::Total);
+        elected(&matrices, weights, sign)
+    } else {
+        summed(&matrices, weights)
     })
 }
 
@@ -525,14 +524,15 @@ impl DareMasks<'_> {
             }
             Self::Given(make) => {
                 let mask = make(draw);
-                match mask.len() == draw.count {
-                    true => Ok(mask),
-                    false => Err(CombineError::Settings(format!(
+                if mask.len() == draw.count {
+                    Ok(mask)
+                } else {
+                    Err(CombineError::Settings(format!(
                         "{}: a mask of {}, needed {}",
                         draw.module,
                         mask.len(),
                         draw.count
-                    ))),
+                    )))
                 }
             }
         }
@@ -628,15 +628,16 @@ fn config(adapters: &[(&Adapter, f64)], modules: &BTreeMap<String, Lora>, r: usi
         inference_mode: true,
         ..first.clone()
     };
-    match alike {
-        true => names,
-        false => LoraConfig {
+    if alike {
+        names
+    } else {
+        LoraConfig {
             target_modules: Some(Modules::List(modules.keys().cloned().collect())),
             exclude_modules: None,
             layers_to_transform: None,
             layers_pattern: Vec::new(),
             ..names
-        },
+        }
     }
 }
 

@@ -83,9 +83,10 @@ impl Lora {
     /// `(N, out)`. With `trainable`, gradients flow into the magnitudes; the norms get none.
     pub fn scaled(&self, y: &Tensor, norms: &Tensor, trainable: bool) -> Result<Tensor> {
         let Some(magnitude) = &self.magnitude else { return Ok(y.clone()) };
-        let m = match trainable {
-            true => magnitude.vector.as_tensor().clone(),
-            false => magnitude.vector.as_detached_tensor(),
+        let m = if trainable {
+            magnitude.vector.as_tensor().clone()
+        } else {
+            magnitude.vector.as_detached_tensor()
         };
         y.broadcast_mul(&m.to_device(y.device())?.div(norms)?)
     }
@@ -651,9 +652,10 @@ pub(crate) fn token_rows_name(module: &str) -> String {
 
 /// PEFT's name of A or B of a module; for an embedding they are parameters, not linear layers.
 pub(crate) fn tensor_name(module: &str, factor: char) -> String {
-    match module == EMBEDDING {
-        true => format!("base_model.model.{module}.lora_embedding_{factor}"),
-        false => format!("base_model.model.{module}.lora_{factor}.weight"),
+    if module == EMBEDDING {
+        format!("base_model.model.{module}.lora_embedding_{factor}")
+    } else {
+        format!("base_model.model.{module}.lora_{factor}.weight")
     }
 }
 

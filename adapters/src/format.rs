@@ -213,9 +213,10 @@ pub fn from_bytes(
         let (of_in, out) = (spec.in_features, spec.out_features);
         let a = tensors.take_factor(spec, TensorRole::A, [*r, of_in], device)?;
         let b = tensors.take_factor(spec, TensorRole::B, [out, *r], device)?;
-        let magnitude = match config.use_dora {
-            true => tensors.take(&spec.name, TensorRole::Magnitude, &[out], device)?,
-            false => None,
+        let magnitude = if config.use_dora {
+            tensors.take(&spec.name, TensorRole::Magnitude, &[out], device)?
+        } else {
+            None
         };
         if spec.embedding || spec.name == HEAD {
             let shape = if spec.embedding { [of_in, out] } else { [out, of_in] };
@@ -228,9 +229,10 @@ pub fn from_bytes(
     }
     let mut saved = BTreeMap::new();
     for spec in &resolved.saved {
-        let shape = match spec.embedding {
-            true => [spec.in_features, spec.out_features],
-            false => [spec.out_features, spec.in_features],
+        let shape = if spec.embedding {
+            [spec.in_features, spec.out_features]
+        } else {
+            [spec.out_features, spec.in_features]
         };
         if let Some(weight) = tensors.take_whole(spec, shape, device)? {
             saved.insert(spec.name.clone(), weight);
@@ -260,10 +262,7 @@ pub fn from_bytes(
     for module in [EMBEDDING, HEAD] {
         tensors.drop_copy(TensorRole::Base, &format!("{module}.token_adapter"));
     }
-    let score = match config.has_score() {
-        true => tensors.take_score(device)?,
-        false => None,
-    };
+    let score = if config.has_score() { tensors.take_score(device)? } else { None };
     let problems = tensors.problems();
     if !problems.is_empty() {
         let base = config.base_model_name_or_path;

@@ -313,11 +313,10 @@ fn fill(
 fn read(module: &str, weight: &dyn BaseRows) -> Result<Vec<f32>, InitError> {
     let mut values = vec![0f32; weight.rows() * weight.cols()];
     weight.read(0..weight.rows(), &mut values);
-    match values.iter().all(|value| value.is_finite()) {
-        true => Ok(values),
-        false => Err(InitError::Unsuitable(format!(
-            "{module}: the weight holds values that are not finite"
-        ))),
+    if values.iter().all(|value| value.is_finite()) {
+        Ok(values)
+    } else {
+        Err(InitError::Unsuitable(format!("{module}: the weight holds values that are not finite")))
     }
 }
 
@@ -328,26 +327,29 @@ fn dense<'v>(
     weight: &dyn BaseRows,
 ) -> Result<Dense<'v>, InitError> {
     let found = (weight.rows(), weight.cols());
-    let needed = match spec.embedding {
-        true => (spec.in_features, spec.out_features),
-        false => (spec.out_features, spec.in_features),
+    let needed = if spec.embedding {
+        (spec.in_features, spec.out_features)
+    } else {
+        (spec.out_features, spec.in_features)
     };
-    match found == needed {
-        true => Ok(Dense { values, rows: found.0, cols: found.1 }),
-        false => Err(InitError::Unsuitable(format!(
+    if found == needed {
+        Ok(Dense { values, rows: found.0, cols: found.1 })
+    } else {
+        Err(InitError::Unsuitable(format!(
             "{}: the weight is {found:?}, needed {needed:?}",
             spec.name
-        ))),
+        )))
     }
 }
 
 fn positive(spec: &LinearSpec, scale: f64, init: &InitLoraWeights) -> Result<f64, InitError> {
-    match scale > 0.0 {
-        true => Ok(scale),
-        false => Err(InitError::Unsuitable(format!(
+    if scale > 0.0 {
+        Ok(scale)
+    } else {
+        Err(InitError::Unsuitable(format!(
             "{}: init_lora_weights {init} with a scale of {scale}, needed a lora_alpha above 0",
             spec.name
-        ))),
+        )))
     }
 }
 

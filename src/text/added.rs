@@ -204,8 +204,9 @@ pub fn added_beside(
     checkpoint: &Checkpoint,
     folders: &[&Path],
 ) -> Result<Vec<AddedTokenSpec>, TextError> {
-    match folders.iter().any(|folder| folder.join(FILE).is_file()) {
-        true => Ok(Tokenizer::open_beside(checkpoint, folders)?.added().to_vec()),
-        false => Ok(Vec::new()),
+    if folders.iter().any(|folder| folder.join(FILE).is_file()) {
+        Ok(Tokenizer::open_beside(checkpoint, folders)?.added().to_vec())
+    } else {
+        Ok(Vec::new())
     }
 }

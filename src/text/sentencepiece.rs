@@ -163,10 +163,7 @@ pub(super) fn space_in_front(json: &Value) -> Result<bool, String> {
         }
         Some(_) => return Err(format!("words are cut by {words}")),
     }
-    match spaces_are_marked {
-        true => Ok(in_front),
-        false => Err(format!("spaces do not become {SPACE:?}")),
-    }
+    if spaces_are_marked { Ok(in_front) } else { Err(format!("spaces do not become {SPACE:?}")) }
 }
 
 /// Scores of tokens by a `tokenizer.json`'s merges: those that come first have the highest. Tokens whose
@@ -215,12 +212,15 @@ fn pairs(
     tokens: &[String],
     ids: &HashMap<&str, u32>,
 ) -> Result<Vec<(f32, u32, u32)>, TextError> {
-    let counted = |key: &str, found: usize| match found == tokens.len() {
-        true => Ok(()),
-        false => Err(TextError::format(
-            file.path(),
-            format!("{key} has {found} items, needed {}", tokens.len()),
-        )),
+    let counted = |key: &str, found: usize| {
+        if found == tokens.len() {
+            Ok(())
+        } else {
+            Err(TextError::format(
+                file.path(),
+                format!("{key} has {found} items, needed {}", tokens.len()),
+            ))
+        }
     };
     let (scores_key, types_key) = ("tokenizer.ggml.scores", "tokenizer.ggml.token_type");
     let scores = file.f32s(scores_key)?.ok_or_else(|| file.missing_key(scores_key))?;
