@@ -670,7 +670,7 @@ mod tests {
         Target { spec, r, scale: 0.5 }
     }
 
-    fn begun(init: InitLoraWeights, targets: &[Target]) -> Adapter {
+    fn initialized(init: InitLoraWeights, targets: &[Target]) -> Adapter {
         let config = LoraConfig { init_lora_weights: init, ..LoraConfig::default() };
         Adapter::new("test", config, targets, 7, &Device::Cpu).unwrap()
     }
@@ -731,7 +731,7 @@ mod tests {
                 out.fill(0.0);
             }
         }
-        let adapter = begun(InitLoraWeights::Random, &[target("m", 4)]);
+        let adapter = initialized(InitLoraWeights::Random, &[target("m", 4)]);
         let decode_weights = || adapter.modules["m"].decode_weights::<f32>(&Zeros).unwrap();
         let before = decode_weights();
         assert!(Arc::ptr_eq(&before, &decode_weights()));
@@ -746,7 +746,7 @@ mod tests {
 
     #[test]
     fn frozen_delta_records_no_gradient() {
-        let adapter = begun(InitLoraWeights::Random, &[target("m", 4)]);
+        let adapter = initialized(InitLoraWeights::Random, &[target("m", 4)]);
         let x = Tensor::ones((3, 60), candle_core::DType::F32, &Device::Cpu).unwrap();
         let frozen = adapter.modules["m"].delta(&x, None, false).unwrap();
         let trained = adapter.modules["m"].delta(&x, None, true).unwrap();
@@ -768,18 +768,18 @@ mod tests {
             let uniform = bound / 3f32.sqrt();
             assert!((deviation / uniform - 1.0).abs() < 0.1, "{deviation} of {uniform}");
         };
-        let kaiming = begun(InitLoraWeights::KaimingUniform, &targets);
+        let kaiming = initialized(InitLoraWeights::KaimingUniform, &targets);
         within(stats(&kaiming.modules["two"].a), 60f32.powf(-0.5));
         assert_eq!(stats(&kaiming.modules["two"].b).0, 0.0);
-        let random = begun(InitLoraWeights::Random, &targets);
+        let random = initialized(InitLoraWeights::Random, &targets);
         within(stats(&random.modules["two"].a), 60f32.powf(-0.5));
         within(stats(&random.modules["two"].b), 8f32.powf(-0.5));
-        let gaussian = begun(InitLoraWeights::Gaussian, &targets);
+        let gaussian = initialized(InitLoraWeights::Gaussian, &targets);
         let (_, deviation) = stats(&gaussian.modules["two"].a);
         assert!((deviation * 8.0 - 1.0).abs() < 0.1, "{deviation}");
         assert_eq!(stats(&gaussian.modules["two"].b).0, 0.0);
 
-        let alone = begun(InitLoraWeights::Random, &targets[1..]);
+        let alone = initialized(InitLoraWeights::Random, &targets[1..]);
         assert_eq!(values(&alone.modules["two"].b), values(&random.modules["two"].b));
         assert_ne!(values(&random.modules["one"].a)[..9], values(&random.modules["two"].a)[..9]);
 

@@ -562,19 +562,19 @@ fn write_whole(
     path: &Path,
     write: impl FnOnce(&mut BufWriter<fs::File>) -> io::Result<()>,
 ) -> Result<(), FormatError> {
-    let beside = path.with_extension("partial");
+    let partial = path.with_extension("partial");
     let written = (|| {
-        let mut file = BufWriter::new(fs::File::create(&beside)?);
+        let mut file = BufWriter::new(fs::File::create(&partial)?);
         write(&mut file)?;
         file.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()?;
-        fs::rename(&beside, path)?;
+        fs::rename(&partial, path)?;
         match path.parent() {
             Some(folder) if cfg!(unix) => fs::File::open(folder)?.sync_all(),
             _ => Ok(()), // only Unix opens folders
         }
     })();
     written.map_err(|e| {
-        let _ = fs::remove_file(&beside); // the first error is the one to tell
+        let _ = fs::remove_file(&partial); // the first error is returned
         at(path, e)
     })
 }

@@ -82,7 +82,7 @@ pub(super) struct Parts {
 }
 
 /// What transformers makes of such a vocabulary when it turns SentencePiece's own file into a
-/// `tokenizer.json`: a BPE with byte fallback, whose merges lie by the scores of what they give.
+/// `tokenizer.json`: a BPE with byte fallback, whose merges are ordered by the scores of their results.
 pub(super) fn to_json(file: &Gguf) -> Result<Parts, TextError> {
     let tokens = gguf::tokens(file)?; // no joint token is one that was added
     let mut pairs = pairs(file, &tokens, &gguf::ids(file, &tokens)?)?;
@@ -167,7 +167,7 @@ pub(super) fn space_in_front(json: &Value) -> Result<bool, String> {
 }
 
 /// Scores of tokens by a `tokenizer.json`'s merges: those that come first have the highest. Tokens whose
-/// merges lie among each other's have the same; those that no merge gives have the lowest.
+/// merges are interleaved have the same; those without a merge have the lowest.
 pub(super) fn scores(merges: &[(String, String)], ids: &HashMap<&str, u32>) -> Vec<f32> {
     // Of each token the first and last merge that gives it.
     let mut spans: HashMap<u32, (usize, usize)> = HashMap::new();

@@ -51,7 +51,7 @@ const LONGEST_WORD: usize = 512;
 pub enum WordCut {
     /// GPT-2's words.
     Gpt2,
-    /// The same, and every digit a word of its own: numbers of any length are read alike.
+    /// GPT-2's words, with each digit as a word of its own.
     Smollm,
     /// Llama 3's words: a mark sticks to the word behind it, digits in threes.
     LlamaBpe,
@@ -156,7 +156,7 @@ impl TokenizerTrainer {
     /// Counts the words of some texts, in parallel. What is counted does not depend on threads.
     ///
     /// # Errors
-    /// If a word cutter's expression gives up on a text.
+    /// If an expression of the pre-tokenizer fails on a text.
     pub fn add<T: AsRef<str> + Sync>(&mut self, texts: &[T]) -> Result<(), TextError> {
         let counts = texts.par_iter().map(|text| self.count(text.as_ref()));
         let counts = counts.try_reduce(Default::default, |one, other| Ok(joined(one, other)))?;
@@ -173,7 +173,7 @@ impl TokenizerTrainer {
     /// Learns the merges.
     ///
     /// # Errors
-    /// If there were no words at all, or the crate refuses.
+    /// If there are no words, or the tokenizers crate reports an error.
     pub fn train(mut self) -> Result<TrainedTokenizer, TextError> {
         if self.words.is_empty() {
             return Err(TextError::Tokenizer(
@@ -296,7 +296,7 @@ impl TrainedTokenizer {
     /// end generation. Padding is `<|endoftext|>`, not what a chat's answer is scored or ends at.
     ///
     /// # Errors
-    /// If there is a tokenizer already, or the system refuses.
+    /// If there is a tokenizer already, or the system reports an error.
     pub fn write(&self, folder: &Path) -> Result<(), TextError> {
         let [end_of_text, _, end_of_turn] = SPECIAL_TOKENS;
         let json_path = folder.join("tokenizer.json");

@@ -60,7 +60,7 @@ fn holder(mut file: File) -> String {
 }
 
 impl Drop for Lock {
-    /// Nobody holds it: the next to take it must not be told of this process.
+    /// Clears the id of this process, so that it is not reported as a later holder.
     fn drop(&mut self) {
         let _ = self.file.set_len(0);
     }

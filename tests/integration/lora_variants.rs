@@ -494,6 +494,6 @@ fn export_and_merge_combine_adapters() {
     check(
         "merge",
         &["--combination-type", "cat", "--svd-rank", "1"],
-        "svd_rank is for the svd kinds",
+        "svd_rank only applies to the svd kinds",
     );
 }
