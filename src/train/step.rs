@@ -271,7 +271,7 @@ pub fn train_state(
         gradients: B::zero_gradients(parameters)?,
         optimizer: B::optimizer(optimizer, parameters)?,
         buffers: Buffers::default(),
-        full_buffers: B::FullBuffers::default(),
+        full_buffers: Default::default(),
     })))
 }
 
