@@ -4,7 +4,7 @@ use candle_core::Var;
 
 use crate::data::Batch;
 use crate::model::full::FullModel;
-use crate::objectives::Judged;
+use crate::objectives::ObjectiveOutput;
 use crate::optim::AdamW;
 use crate::train::TrainError;
 use crate::train::learner::Trainable;
@@ -59,10 +59,10 @@ impl Trainable for FullTraining {
         Ok(self.state.zero_gradients()?)
     }
 
-    fn accumulate(&mut self, part: &ScaledBatch, kept_layers: usize) -> Result<Judged, TrainError> {
+    fn accumulate(&mut self, part: &ScaledBatch, kept_layers: usize) -> Result<ObjectiveOutput, TrainError> {
         let ScaledBatch { batch, scale } = part;
         let sum = self.state.accumulate_full(&self.model, batch, *scale, kept_layers)?;
-        Ok(Judged { loss: sum * scale, ..Judged::default() })
+        Ok(ObjectiveOutput { loss: sum * scale, ..ObjectiveOutput::default() })
     }
 
     fn gradient_norm(&mut self) -> Result<f64, TrainError> {

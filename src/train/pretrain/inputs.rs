@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::Device;
 
-use super::MODEL;
+use super::output::MODEL;
 use crate::data::corpus::{Corpus, CorpusError, SourceSpec};
 use crate::model::backend::{Backend, with_backend};
 use crate::model::full::{FullModel, working_bytes};
