@@ -18,7 +18,7 @@ use quantune_adapters::rng::Stream;
 use crate::data::Batch;
 use crate::model::backend::{Backend, Keep, ParameterGradients, with_backend};
 use crate::model::{ActiveAdapter, Adapters, Decoder, FullModel, Rows};
-use crate::objectives::{ObjectiveOutput, Objective};
+use crate::objectives::{Objective, ObjectiveOutput};
 use crate::ops::BackendKind;
 use crate::optim::AdamW;
 

@@ -230,7 +230,7 @@ fn optimizer_steps_are_the_references(compute: Compute) {
         let mut state = train_state(optimizer.backend, &parameters, state).unwrap();
         let decoder = load("llama-untied", optimizer);
         let batch = Batch::new(&step.rows, &[(0..step.rows.len()).collect()]);
-        let objective = quantune::objectives::Objective::LanguageModelling;
+        let objective = quantune::objectives::Objective::LanguageModeling;
         let settings = quantune::train::step::StepSettings {
             objective: &objective,
             temperature: 1.0,

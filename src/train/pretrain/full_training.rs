@@ -59,7 +59,11 @@ impl Trainable for FullTraining {
         Ok(self.state.zero_gradients()?)
     }
 
-    fn accumulate(&mut self, part: &ScaledBatch, kept_layers: usize) -> Result<ObjectiveOutput, TrainError> {
+    fn accumulate(
+        &mut self,
+        part: &ScaledBatch,
+        kept_layers: usize,
+    ) -> Result<ObjectiveOutput, TrainError> {
         let ScaledBatch { batch, scale } = part;
         let sum = self.state.accumulate_full(&self.model, batch, *scale, kept_layers)?;
         Ok(ObjectiveOutput { loss: sum * scale, ..ObjectiveOutput::default() })
