@@ -26,7 +26,7 @@ use crate::train::rows;
 
 /// What an adapter of a test has in addition to plain LoRA.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Kind {
+pub enum Kind {
     Plain,
     Dora,
     /// Updates of the embedding and the head.
@@ -39,7 +39,7 @@ enum Kind {
     Apart,
 }
 
-const KINDS: [Kind; 6] =
+pub const KINDS: [Kind; 6] =
     [Kind::Plain, Kind::Dora, Kind::Ends, Kind::Whole, Kind::Tokens, Kind::Apart];
 
 fn random(key: &str, shape: (usize, usize), deviation: f32) -> Vec<f32> {
@@ -108,16 +108,16 @@ fn adapter(decoder: &Decoder, name: &str, kind: Kind) -> Adapter {
     adapter
 }
 
-struct Step {
-    rows: Vec<Example>,
-    decoder: Decoder,
+pub struct Step {
+    pub rows: Vec<Example>,
+    pub decoder: Decoder,
     /// The trainable adapter last.
-    active: Vec<ActiveAdapter>,
-    parameters: Vec<(String, Var)>,
+    pub active: Vec<ActiveAdapter>,
+    pub parameters: Vec<(String, Var)>,
 }
 
 impl Step {
-    fn new(model: &str, compute: Compute, below: &[(Kind, f64)], kind: Kind) -> Self {
+    pub fn new(model: &str, compute: Compute, below: &[(Kind, f64)], kind: Kind) -> Self {
         Self::over(load(model, compute), below, kind)
     }
 
@@ -136,7 +136,7 @@ impl Step {
     }
 
     /// The loss over a few rows, and the gradients.
-    fn run(&self, recomputed: bool) -> (f64, Gradients) {
+    pub fn run(&self, recomputed: bool) -> (f64, Gradients) {
         let rows = &self.rows;
         let batch = Batch::new(rows, &[(0..rows.len()).collect()]);
         let vars: Vec<Var> = self.parameters.iter().map(|(_, var)| var.clone()).collect();
