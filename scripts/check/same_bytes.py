@@ -146,7 +146,7 @@ def runs(data):
     yield "pretrain recomputed", [*pretrain, *fresh, "--gradient-checkpointing", "--tie-word-embeddings", "false"]
     yield "pretrain continued", [*pretrain, "--base", MODELS / "llama-tiny", "--gradient-accumulation-steps", 2]
     yield "pretrain qwen2", [*pretrain, "--base", MODELS / "qwen2-tiny"]
-    yield "pretrain qwen3", [*pretrain, "--model-config", FAMILIES / "qwen3/config.json", "--tokenizer", MODELS / "llama-tiny"]
+    yield "pretrain qwen3", [*pretrain, "--base", data / "families/qwen3"]
     for name in ["llama-tiny", "llama-q4_0.gguf", "llama-k.gguf", "qwen2-mix.gguf"]:
         generate = ["generate", "--base", MODELS / name, "--prompt", "Which road leads to the mountain?", "--max-tokens", 24]
         yield f"generate {name}", [*generate, "--temperature", 0, "--logprobs", 5]
