@@ -2,60 +2,18 @@
 
 use std::path::PathBuf;
 
-use super::{
-    ByteSize, ComputeSetting, Faults, OptimizerSettings, OptionalText, PathVisitor, SettingValue,
-    SettingsPart, Text, add_fingerprinted, make_absolute, read_value, set_backend, write_value,
-};
+use super::compute::{ComputeSetting, set_backend};
+use super::keys::{ByteSize, OptionalText, SettingValue, Text};
+use super::lists::OptimizerSettings;
+use super::part::{SettingsPart, make_absolute, settings_struct};
+use super::validate::Faults;
+use super::values::{FloatType, Preset};
 use crate::data::corpus::{CorpusSettings, SourceSpec};
 use crate::model::config::Variation;
 use crate::model::{Config, FAMILIES, ModelError, RopeScaling};
 use crate::ops::{BackendKind, Compute, DeviceName, Precision};
-use crate::string_enum::string_enum;
 use crate::text::first_second;
 use crate::train::TrainError;
-
-string_enum! {
-    /// Shapes with a name, all Llama's. Widths from `tiny` on are multiples of 256, which K-quants need.
-    #[derive(Debug)]
-    pub enum Preset {
-        /// 128 wide, 4 layers: 0.9 M parameters beside the embedding.
-        Micro = "micro",
-        /// 256 wide, 6 layers: 5 M.
-        Tiny = "tiny",
-        /// 512 wide, 4 layers: 14 M.
-        Mini = "mini",
-        /// 512 wide, 8 layers: 27 M.
-        Small = "small",
-        /// As wide and deep as GPT-2's smallest, 768 and 12: 85 M.
-        Gpt2 = "gpt2",
-    }
-}
-
-impl Preset {
-    /// Width, layers, heads, width of the feed-forward layer.
-    fn shape(self) -> [usize; 4] {
-        match self {
-            Self::Micro => [128, 4, 4, 384],
-            Self::Tiny => [256, 6, 4, 768],
-            Self::Mini => [512, 4, 8, 1536],
-            Self::Small => [512, 8, 8, 1536],
-            Self::Gpt2 => [768, 12, 12, 2048],
-        }
-    }
-}
-
-string_enum! {
-    /// How a model's numbers are written.
-    #[derive(Debug)]
-    pub enum FloatType {
-        /// As they are.
-        F32 = "f32",
-        /// Half precision.
-        F16 = "f16",
-        /// The upper half of an F32.
-        Bf16 = "bf16",
-    }
-}
 
 /// The list of [`PretrainSettings`].
 #[rustfmt::skip]
