@@ -403,7 +403,6 @@ const KNOWN_CIRCLES: &[&[&str]] = &[
         "train/pretrain/mod.rs",
         "train/pretrain/output.rs",
     ],
-    &["train/settings/keys.rs", "train/settings/mod.rs", "train/settings/pretrain.rs"],
     &[
         "train/supervised/language_modeling.rs",
         "train/supervised/mod.rs",

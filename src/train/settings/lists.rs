@@ -24,9 +24,9 @@ macro_rules! optimizer_settings { ($then:ident) => { $then! {
         learning_rate: f64 = 2e-4,
         /// Shape of the learning rate; warmup_stable_decay falls at the end [default: cosine; ppo and grpo linear]
         lr_scheduler_type: ScheduleKind = ScheduleKind::Cosine,
-        /// Share of all steps that warm up [default: 0.03; ppo and grpo 0; pretrain 0.02]
+        /// Warm-up, as a fraction of all steps [default: 0.03; ppo and grpo 0; pretrain 0.02]
         warmup_ratio: f64 = 0.03,
-        /// Steps that warm up, instead of warmup_ratio when above 0 [default: 0]
+        /// Warm-up steps; above 0 they replace warmup_ratio [default: 0]
         warmup_steps: u64 = 0,
         /// AdamW's weight decay; pretrain decays matrices alone [default: 0; pretrain 0.1]
         weight_decay: f64 = 0.0,
@@ -36,7 +36,7 @@ macro_rules! optimizer_settings { ($then:ident) => { $then! {
         adam_beta2: f64 = 0.999,
         /// AdamW's epsilon [default: 1e-8]
         adam_epsilon: f64 = 1e-8,
-        /// Gradients are scaled down to this norm; 0 is off [default: 1]
+        /// Gradient clipping: maximum global norm; 0 is off [default: 1]
         max_grad_norm: f64 = 1.0,
     }
 } } }
@@ -115,10 +115,10 @@ macro_rules! common_settings { ($then:ident) => { $then! {
         /// further ones begin as the mean of the base's. They train
         #[flag(value_delimiter = ',', num_args = 1.., value_name = "TOKEN")]
         add_tokens: Vec<String> = Vec::new(),
-        /// The same for marks as <|tool|>, which are no text
+        /// Special tokens to add, such as <|tool|>: never matched in ordinary text
         #[flag(value_delimiter = ',', num_args = 1.., value_name = "TOKEN")]
         add_special_tokens: Vec<String> = Vec::new(),
-        /// What B learns faster than A (LoRA+); 1 is as fast [default: 1]
+        /// LoRA+ ratio: learning rate of B over that of A [default: 1]
         loraplus_lr_ratio: f64 = 1.0,
         /// Learning rate of updates of the embedding, with loraplus_lr_ratio [default: 1e-6]
         loraplus_lr_embedding: f64 = 1e-6,
@@ -142,17 +142,17 @@ macro_rules! common_settings { ($then:ident) => { $then! {
         chat_template_kwargs: Vec<String> = Vec::new(),
         /// The day, YYYY-MM-DD, that a chat template with a date shows [default: the day the run begins]
         template_date: String = String::new(),
-        /// What may be wrong with rows, which `quantune data` names: it neither stops the run nor is
-        /// told; rows that cannot be read are left out
+        /// Checks to ignore, by the names that `quantune data` prints: they neither stop the run nor are
+        /// reported; unreadable rows are skipped
         #[flag(value_delimiter = ',', value_name = "CHECK")]
         allow: Vec<Check> = Vec::new(),
         /// Size of a file, as 64MB, from which its tokens are kept on disk and not in memory; runs that
         /// share a cache make them once for the same tokenizer, template (and day, where it shows one)
         /// and lengths [default: 64MB]
         cache_from: Text<ByteSize> = ByteSize(64_000_000),
-        /// Where they are kept; to clear it, remove it [default: DIR/rows]
+        /// Cache directory of tokenized rows; delete it to clear the cache [default: DIR/rows]
         cache: PathBuf = PathBuf::new(),
-        /// Rows in the order of the file [default: false]
+        /// Keep the rows in the order of the file [default: false]
         #[flag(num_args = 0..=1, default_missing_value = "true")]
         no_shuffle: bool = false,
         /// Memory the run may take, as 600MB or 2GiB: layers that do not fit are recomputed in the
@@ -186,13 +186,13 @@ macro_rules! common_settings { ($then:ident) => { $then! {
         save_steps: u64 = 100,
         /// Checkpoints kept, the best besides where it is looked for; 0 keeps all [default: 2]
         save_total_limit: usize = 2,
-        /// Evaluations without a better one after which the run ends; 0 never ends it [default: 0]
+        /// Early stopping: evaluations without improvement after which the run ends; 0 is off [default: 0]
         early_stopping_patience: u64 = 0,
-        /// By how much the metric must be better to count [default: 0]
+        /// Minimum improvement of the metric that counts [default: 0]
         early_stopping_threshold: f64 = 0.0,
-        /// What says which evaluation is better, with or without its eval_ [default: loss; ppo and grpo reward]
+        /// Metric that selects the best checkpoint, with or without eval_ [default: loss; ppo and grpo reward]
         metric_for_best_model: String = "loss".into(),
-        /// Whether more of it is better [default: unless its name ends in loss]
+        /// Whether a higher metric is better [default: unless its name ends in loss]
         greater_is_better: Option<bool> = None,
         /// At the end take the adapter of the best evaluation, not the last [default: false]
         #[flag(num_args = 0..=1, default_missing_value = "true")]
@@ -333,17 +333,17 @@ macro_rules! ppo_settings { ($then:ident) => { $then! {
         num_ppo_epochs: usize = 4,
         /// Tokens a response may have [default: 53]
         response_length: usize = 53,
-        /// Taken off the score of a response that does not end by itself [default: 0]
+        /// Penalty on the score of a response that does not end by itself [default: 0]
         missing_eos_penalty: f64 = 0.0,
 
-        /// Weight of the divergence from the reference in the reward [default: 0.05]
+        /// KL coefficient: weight of the divergence from the reference in the reward [default: 0.05]
         kl_coef: f64 = 0.05,
         /// Its estimate for a token: k1 (unbiased) or k3 (never negative; Schulman 2020) [default: k1]
         kl_estimator: KlEstimator = KlEstimator::K1,
-        /// Divergence of a response, in nats, that kl_coef is steered to (Ziegler et al. 2019); 0 keeps
-        /// kl_coef as it is [default: 0]
+        /// Target KL of a response, in nats, that kl_coef adapts to (Ziegler et al. 2019); 0 keeps kl_coef
+        /// constant [default: 0]
         target_kl: f64 = 0.0,
-        /// Responses over which the steering acts [default: 10000]
+        /// Responses over which kl_coef adapts [default: 10000]
         kl_horizon: f64 = 10000.0,
         /// Discount of rewards to come [default: 1]
         gamma: f64 = 1.0,

@@ -52,7 +52,7 @@ macro_rules! pretrain_settings { ($then:ident) => { $then! {
         intermediate_size: usize = 0,
         /// Base of the rotary frequencies [default: 10000]
         rope_theta: f64 = 10_000.0,
-        /// Whether the head is the embedding [default: true]
+        /// Whether lm_head shares the weights of the embedding [default: true]
         #[flag(num_args = 0..=1, default_missing_value = "true")]
         tie_word_embeddings: bool = true,
         /// Standard deviation of the first weights; those that write to the residual stream begin
@@ -73,12 +73,12 @@ macro_rules! pretrain_settings { ($then:ident) => { $then! {
         /// Tokens to train on, rounded up to whole steps [default: 0]
         max_tokens: u64 = 0,
 
-        /// Where it ends, as a part of the highest [default: 0.1]
+        /// Final learning rate, as a fraction of the highest [default: 0.1]
         min_lr_ratio: f64 = 0.1,
-        /// Share of all steps in which warmup_stable_decay falls [default: 0.2]
+        /// Decay phase of warmup_stable_decay, as a fraction of all steps [default: 0.2]
         decay_ratio: f64 = 0.2,
 
-        /// Share of the documents that is never trained on [default: 0.01]
+        /// Fraction of the documents that is held out [default: 0.01]
         validation_split: f64 = 0.01,
         /// Rows of them that an evaluation reads; 0 reads all [default: 64]
         eval_rows: usize = 64,
@@ -91,7 +91,7 @@ macro_rules! pretrain_settings { ($then:ident) => { $then! {
         sample_prompt: Vec<String> = Vec::new(),
         /// Tokens of a sample [default: 48]
         sample_tokens: usize = 48,
-        /// Temperature of samples; 0 takes the likeliest token [default: 0.8]
+        /// Temperature of samples; 0 is greedy [default: 0.8]
         sample_temperature: f64 = 0.8,
 
         /// Memory the run may take, as 600MB or 2GiB: layers that do not fit are recomputed in the

@@ -120,7 +120,9 @@ impl DpoSettings {
         for (key, losses) in self.keys_of_other_losses() {
             let loss = self.loss_type;
             let losses: Vec<&str> = losses.into_iter().map(StringEnum::name).collect();
-            faults.0.push(format!("{key} is of loss_type {}, found {loss}", losses.join(", ")));
+            faults
+                .0
+                .push(format!("{key} only applies to loss_type {}, got {loss}", losses.join(", ")));
         }
         let referenced = self.preference().loss.has_reference();
         let fault = "ref_adapter is given, but this loss has no reference".to_string();
@@ -253,7 +255,7 @@ impl GrpoSettings {
         faults.check(timeout > 0.0, format!("reward_timeout is {timeout}, needed more than 0"));
         if self.advantage == AdvantageEstimator::Rloo {
             let plain = Self::default();
-            let fault = |name: &str| format!("{name} is of advantage grpo, found rloo");
+            let fault = |name: &str| format!("{name} only applies to advantage grpo, got rloo");
             faults.check(self.scale_rewards == plain.scale_rewards, fault("scale_rewards"));
             faults.check(self.loss_type == plain.loss_type, fault("loss_type"));
         }
