@@ -362,6 +362,7 @@ impl DpoSettings {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::DeviceName;
 
     #[test]
     fn settings_survive_the_file() {
