@@ -46,10 +46,10 @@ pub struct Data {
     /// --frozen-adapter of `sft` brings are to be named here too
     #[arg(long, value_delimiter = ',', num_args = 1.., value_name = "TOKEN")]
     add_tokens: Vec<String>,
-    /// The same for marks as <|tool|>, which are no text
+    /// Special tokens that training would add, such as <|tool|>
     #[arg(long, value_delimiter = ',', num_args = 1.., value_name = "TOKEN")]
     add_special_tokens: Vec<String>,
-    /// What may be wrong with rows, by the names that are told: no failure, and not told
+    /// Checks to ignore, by the names that are printed: no failure, and not reported
     #[arg(long, value_delimiter = ',', value_name = "CHECK")]
     allow: Vec<Check>,
     /// Show the first N rows as tokens, the learned ones coloured, or in brackets where there are no

@@ -5,19 +5,19 @@ use crate::generate::Sampling;
 /// How tokens are chosen.
 #[derive(Debug, Clone, clap::Args)]
 pub struct SamplingFlags {
-    /// 0 takes the likeliest token, more is bolder [default: 0.8]
+    /// 0 is greedy; higher is more random [default: 0.8]
     #[arg(long)]
     temperature: Option<f64>,
-    /// Only the k likeliest tokens; 0 is off [default: 40]
+    /// Top-k: only the k most likely tokens; 0 is off [default: 40]
     #[arg(long)]
     top_k: Option<usize>,
-    /// Only the likeliest tokens that together have this probability [default: 0.95]
+    /// Nucleus (top-p): the most likely tokens that together have this probability [default: 0.95]
     #[arg(long)]
     top_p: Option<f64>,
-    /// Only tokens with this share of the likeliest one's probability [default: 0.05]
+    /// Min-p: only tokens with this fraction of the highest probability [default: 0.05]
     #[arg(long)]
     min_p: Option<f64>,
-    /// Logits of tokens already there are divided by this; 1 is off [default: 1]
+    /// Repetition penalty: divides the logits of tokens that occurred; 1 is off [default: 1]
     #[arg(long)]
     repetition_penalty: Option<f64>,
     /// Seed of the choice [default: 42]

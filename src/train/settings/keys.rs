@@ -8,7 +8,8 @@ use std::str::FromStr;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::EvalStrategy;
+use super::compute::ComputeSetting;
+use super::values::{AdvantageEstimator, EvalStrategy, FloatType, Preset, ValueModel};
 use crate::data::checks::Check;
 use crate::data::corpus::SourceSpec;
 use crate::data::{AlpacaPrompt, DataFile};
@@ -57,11 +58,11 @@ plain_values!(
     crate::ops::BackendKind,
     crate::ops::DeviceName,
     crate::optim::ScheduleKind,
-    super::AdvantageEstimator,
-    super::ComputeSetting,
-    super::FloatType,
-    super::Preset,
-    super::ValueModel,
+    AdvantageEstimator,
+    ComputeSetting,
+    FloatType,
+    Preset,
+    ValueModel,
 );
 
 /// Values without paths that are set unless they are empty.

@@ -1,6 +1,8 @@
 //! What follows from settings of evaluation, schedule and optimizer.
 
-use super::{CommonSettings, EvalStrategy, OptimizerSettings, PretrainSettings};
+use super::lists::{CommonSettings, OptimizerSettings};
+use super::pretrain::PretrainSettings;
+use super::values::EvalStrategy;
 use crate::optim::{AdamWSettings, Schedule};
 
 impl CommonSettings {

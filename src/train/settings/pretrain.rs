@@ -2,61 +2,19 @@
 
 use std::path::PathBuf;
 
-use super::{
-    ByteSize, ComputeSetting, Faults, OptimizerSettings, OptionalText, PathVisitor, SettingValue,
-    SettingsPart, Text, add_fingerprinted, make_absolute, read_value, set_backend, write_value,
-};
+use super::compute::{ComputeSetting, set_backend};
+use super::keys::{ByteSize, OptionalText, SettingValue, Text};
+use super::lists::OptimizerSettings;
+use super::part::{SettingsPart, make_absolute, settings_struct};
+use super::validate::Faults;
+use super::values::{FloatType, Preset};
 use crate::data::corpus::{CorpusSettings, SourceSpec};
 use crate::model::backend::{Backend, with_backend};
 use crate::model::config::Variation;
 use crate::model::{Config, FAMILIES, ModelError, RopeScaling};
 use crate::ops::{BackendKind, Compute, DeviceName, Precision};
-use crate::string_enum::string_enum;
 use crate::text::first_second;
 use crate::train::TrainError;
-
-string_enum! {
-    /// Shapes with a name, all Llama's. Widths from `tiny` on are multiples of 256, which K-quants need.
-    #[derive(Debug)]
-    pub enum Preset {
-        /// 128 wide, 4 layers: 0.9 M parameters beside the embedding.
-        Micro = "micro",
-        /// 256 wide, 6 layers: 5 M.
-        Tiny = "tiny",
-        /// 512 wide, 4 layers: 14 M.
-        Mini = "mini",
-        /// 512 wide, 8 layers: 27 M.
-        Small = "small",
-        /// As wide and deep as GPT-2's smallest, 768 and 12: 85 M.
-        Gpt2 = "gpt2",
-    }
-}
-
-impl Preset {
-    /// Width, layers, heads, width of the feed-forward layer.
-    fn shape(self) -> [usize; 4] {
-        match self {
-            Self::Micro => [128, 4, 4, 384],
-            Self::Tiny => [256, 6, 4, 768],
-            Self::Mini => [512, 4, 8, 1536],
-            Self::Small => [512, 8, 8, 1536],
-            Self::Gpt2 => [768, 12, 12, 2048],
-        }
-    }
-}
-
-string_enum! {
-    /// How a model's numbers are written.
-    #[derive(Debug)]
-    pub enum FloatType {
-        /// As they are.
-        F32 = "f32",
-        /// Half precision.
-        F16 = "f16",
-        /// The upper half of an F32.
-        Bf16 = "bf16",
-    }
-}
 
 /// The list of [`PretrainSettings`].
 #[rustfmt::skip]
@@ -95,7 +53,7 @@ macro_rules! pretrain_settings { ($then:ident) => { $then! {
         intermediate_size: usize = 0,
         /// Base of the rotary frequencies [default: 10000]
         rope_theta: f64 = 10_000.0,
-        /// Whether the head is the embedding [default: true]
+        /// Whether lm_head shares the weights of the embedding [default: true]
         #[flag(num_args = 0..=1, default_missing_value = "true")]
         tie_word_embeddings: bool = true,
         /// Standard deviation of the first weights; those that write to the residual stream begin
@@ -116,12 +74,12 @@ macro_rules! pretrain_settings { ($then:ident) => { $then! {
         /// Tokens to train on, rounded up to whole steps [default: 0]
         max_tokens: u64 = 0,
 
-        /// Where it ends, as a part of the highest [default: 0.1]
+        /// Final learning rate, as a fraction of the highest [default: 0.1]
         min_lr_ratio: f64 = 0.1,
-        /// Share of all steps in which warmup_stable_decay falls [default: 0.2]
+        /// Decay phase of warmup_stable_decay, as a fraction of all steps [default: 0.2]
         decay_ratio: f64 = 0.2,
 
-        /// Share of the documents that is never trained on [default: 0.01]
+        /// Fraction of the documents that is held out [default: 0.01]
         validation_split: f64 = 0.01,
         /// Rows of them that an evaluation reads; 0 reads all [default: 64]
         eval_rows: usize = 64,
@@ -134,7 +92,7 @@ macro_rules! pretrain_settings { ($then:ident) => { $then! {
         sample_prompt: Vec<String> = Vec::new(),
         /// Tokens of a sample [default: 48]
         sample_tokens: usize = 48,
-        /// Temperature of samples; 0 takes the likeliest token [default: 0.8]
+        /// Temperature of samples; 0 is greedy [default: 0.8]
         sample_temperature: f64 = 0.8,
 
         /// Memory the run may take, as 600MB or 2GiB: layers that do not fit are recomputed in the
