@@ -12,11 +12,11 @@ use quantune_adapters::targets::{LinearSpec, Unmatched};
 
 use super::chunk::interleave;
 use super::{Distance, ExportError, Written, WrittenTensor, verify};
-use crate::model::ends::{EMBEDDING, HEAD};
 use crate::model::{ActiveAdapter, Config, Decoder, load};
 use crate::ops::Values;
 use crate::quant::{BlockType, FrozenMatrix, RowOrder};
 use crate::weights::{Gguf, OwnedValue, Safetensors, TensorPlan, WeightsError, stream_gguf};
+use quantune_adapters::config::{EMBEDDING, HEAD};
 
 const TYPE_KEY: &str = "general.type";
 const LORA_KEY: &str = "adapter.type";

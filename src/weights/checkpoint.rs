@@ -105,6 +105,19 @@ impl StoredTensor {
             .map_err(|source| WeightsError::Matrix { name: self.name.clone(), source })
     }
 
+    /// The matrices `(out, in)` of a tensor `(n, out, in)`, experts as GGUF keeps them: windows into the
+    /// map.
+    ///
+    /// # Errors
+    /// If it has not three dimensions.
+    pub fn matrices(&self) -> Result<Vec<FrozenMatrix>, WeightsError> {
+        let [n, rows, cols] = self.shape[..] else { return Err(self.dimensions(3)) };
+        let named = |source| WeightsError::Matrix { name: self.name.clone(), source };
+        let all = FrozenMatrix::new(self.bytes.clone(), self.block_type, n * rows, cols);
+        let all = all.map_err(named)?;
+        (0..n).map(|i| all.window(i * rows..(i + 1) * rows).map_err(named)).collect()
+    }
+
     /// The values of a vector, copied: norms and biases are small.
     ///
     /// # Errors
