@@ -275,7 +275,7 @@ impl Config {
     }
 
     /// By how much rotating by [`Self::inv_freq`] makes queries and keys grow.
-    pub fn rope_growth(&self) -> f32 {
+    pub fn rope_attention_factor(&self) -> f32 {
         match self.rope_scaling {
             RopeScaling::Yarn { attention_factor, .. }
             | RopeScaling::LongRope { attention_factor, .. } => attention_factor as f32,
@@ -478,11 +478,11 @@ fn known<T: std::fmt::Display>(name: impl Fn(&'static Family) -> T) -> String {
 }
 
 /// YaRN's growth of queries and keys where nothing else is said.
-pub fn yarn_growth(factor: f64) -> f64 {
+pub fn yarn_attention_factor(factor: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 }
 }
 
 /// Longrope's, by how much the context grew from `original` tokens.
-pub fn longrope_growth(factor: f64, original: f64) -> f64 {
+pub fn longrope_attention_factor(factor: f64, original: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / original.ln()).sqrt() }
 }

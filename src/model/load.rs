@@ -282,7 +282,7 @@ pub fn stored_offset(checkpoint: &Checkpoint, config: &Config, name: &str) -> f3
 /// are there as they multiply, and some families' folders have them less 1.
 pub fn gguf_offset(config: &Config, name: &str) -> f32 {
     let is_norm = name.ends_with("norm.weight");
-    if is_norm && config.family.norm_less_one { 1.0 } else { 0.0 }
+    if is_norm && config.family.norm_weight_offset { 1.0 } else { 0.0 }
 }
 
 /// A decoder's tensors by Hugging Face's names, with their shapes: what [`Decoder::load`] reads, in

@@ -71,7 +71,7 @@ impl Rotations {
         let heads = |rotation: Rotation| rotation.in_heads_of(config.head_dim);
         let local = config.local_inv_freq();
         Self {
-            global: heads(global).grown(config.rope_growth()),
+            global: heads(global).grown(config.rope_attention_factor()),
             local: local.map(|inv_freq| heads(Rotation::new(positions, &inv_freq))),
         }
     }

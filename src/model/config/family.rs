@@ -20,7 +20,7 @@ pub struct Family {
     /// What queries and keys are normed over before they are rotated.
     pub qk_norm: QkNorm,
     /// Whether a folder holds norm weights less 1. A GGUF holds them as they multiply.
-    pub norm_less_one: bool,
+    pub norm_weight_offset: bool,
     /// What becomes of the gate.
     pub gate: Gate,
     /// Whether q, k and v are one matrix in files, and gate and up another.
@@ -103,7 +103,7 @@ const LLAMA: Family = Family {
     interleaved_in_gguf: true,
     norms: Norms::Before,
     qk_norm: QkNorm::None,
-    norm_less_one: false,
+    norm_weight_offset: false,
     gate: Gate::Silu,
     fused: false,
     embedding_scaled: false,
@@ -139,7 +139,7 @@ const GEMMA2: Family = Family {
     architecture: "gemma2",
     interleaved_in_gguf: false,
     norms: Norms::Around,
-    norm_less_one: true,
+    norm_weight_offset: true,
     gate: Gate::GeluTanh,
     embedding_scaled: true,
     windows: Windows::AllBut(2),
