@@ -1,4 +1,4 @@
-//! The forward pass: embedding, layers, final norm. The head is read by whoever needs what of it.
+//! The decoder over frozen weights: embedding, layers, final norm and head.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ use crate::quant::FrozenMatrix;
 /// A decoder over frozen weights. Nothing is ever written to it or attached to it.
 #[derive(Debug)]
 pub struct Decoder {
-    /// Its properties.
+    /// Its configuration.
     pub config: Config,
     /// Which form of the operations runs.
     pub compute: Compute,

@@ -236,7 +236,7 @@ impl<'a> HeadPartKind<'a> {
 #[derive(Default)]
 struct LogitChunk {
     logits: Vec<f32>,
-    /// How steep the cap is at each logit, if there is one.
+    /// Derivative of the softcap at each logit, if there is one.
     slopes: Vec<f32>,
     x: PackedRows,
     /// The same for dense weights, where bytes would be too coarse.

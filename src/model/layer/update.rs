@@ -1,5 +1,5 @@
-//! The updates that rows wear on linear layers: what DoRA makes of them, and the gradients of those
-//! that train.
+//! The updates that active adapters add to linear layers, DoRA included, and the gradients of those that
+//! train.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -22,7 +22,7 @@ pub(super) struct ActiveUpdate<'a> {
     scale: f32,
     pub(super) trainable: bool,
     pub(super) tokens: Range<usize>,
-    /// Which of the workspace's masks is that of the dropout before A.
+    /// Index of the mask of the dropout before A among the workspace's.
     pub(super) mask: Option<usize>,
     pub(super) dora: Option<Dora>,
 }
@@ -52,10 +52,10 @@ pub(super) struct Dora {
 }
 
 /// What the base's product is multiplied with, output by output, for a run of tokens: 1 and the sum
-/// of `weight · (s - 1)` of all DoRA updates that the run wears.
+/// of `weight · (s - 1)` of all DoRA updates of the run.
 pub(super) type BaseScales = Vec<(Range<usize>, Vec<f32>)>;
 
-/// A trainable update on its way to its gradients.
+/// A trainable update, and what its gradients are computed from.
 struct TrainedUpdate<'a> {
     linear: &'a Linear,
     /// The gradient of the layer's output, `(N, out)`.
@@ -68,7 +68,7 @@ struct TrainedUpdate<'a> {
 }
 
 impl<'a> LayerPass<'a> {
-    /// The updates that rows wear on linear layers. Their masks are drawn, 0 outside their tokens.
+    /// The updates of the active adapters on linear layers. Dropout masks are sampled, 0 outside their tokens.
     pub(super) fn updates<'l>(
         &self,
         linears: impl Iterator<Item = &'l Linear>,

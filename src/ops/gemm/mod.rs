@@ -280,7 +280,7 @@ unsafe fn tiles(
     }
 }
 
-/// One whole tile of floats, the `i`-th panel of columns, where it lies.
+/// One whole tile of floats, the `i`-th panel of columns, in place.
 ///
 /// # Safety
 /// As [`task`].
