@@ -8,11 +8,11 @@ use anyhow::{Result, bail};
 use serde_json::{Map, Value, json};
 
 use super::{TemplateFlags, open_tokenizer, set_template_date, to_json};
-use crate::data::doctor::{Check, Diagnosis, Seen};
+use crate::data::checks::{Check, CheckReport, RowHashes};
 use crate::data::{
-    AlpacaPrompt, ComparisonKind, ComparisonSettings, Comparisons, DataFile, Dataset, Dialect,
-    FileRows, Limits, LoadSettings, ModelLimits, PromptSettings, Prompts, WhenTooLong,
-    first_dialect,
+    AlpacaPrompt, ComparisonKind, ComparisonSettings, Comparisons, DataFile, Dataset, FileRows,
+    LengthLimits, LoadSettings, ModelLimits, PromptSettings, Prompts, RowFormat, WhenTooLong,
+    first_row_format,
 };
 use crate::model::Config;
 use crate::text::{AddedTokenSpec, Tokenizer};
@@ -61,8 +61,8 @@ pub struct Data {
 /// What was found in a file.
 struct Looked {
     path: PathBuf,
-    diagnosis: Diagnosis,
-    seen: Seen,
+    checks: CheckReport,
+    hashes: RowHashes,
     report: Value,
     counts: String,
 }
@@ -91,17 +91,21 @@ impl Data {
         if let Some(path) = &self.eval_data {
             let mut held_out = self.look(path, &tokenizer, limits)?;
             for file in &looked {
-                file.seen.again(&file.path, &held_out.seen, &mut held_out.diagnosis);
+                file.hashes.report_held_out_duplicates(
+                    &file.path,
+                    &held_out.hashes,
+                    &mut held_out.checks,
+                );
             }
             looked.push(held_out);
         }
         let mut faults = Vec::new();
-        for Looked { path, diagnosis, counts, .. } in &looked {
+        for Looked { path, checks, counts, .. } in &looked {
             if !json {
-                crate::cli::say!("{}: {diagnosis}\n  {counts}", path.display());
+                crate::cli::say!("{}: {checks}\n  {counts}", path.display());
             }
-            diagnosis.warnings(path, &self.allow).iter().for_each(|w| eprintln!("warning: {w}"));
-            faults.extend(diagnosis.judge(path, &self.allow).err());
+            checks.warnings(path, &self.allow).iter().for_each(|w| eprintln!("warning: {w}"));
+            faults.extend(checks.verify(path, &self.allow).err());
         }
         if json {
             // What is wrong is told in the object too: it comes before the failure.
@@ -141,11 +145,11 @@ impl Data {
     fn kind(&self, path: &Path, model: ModelLimits) -> Result<Kind> {
         let max_length = self.max_length.unwrap_or(1024).min(model.window);
         let (allow, alpaca, model) = (self.allow.clone(), self.alpaca_prompt, Some(model));
-        let limits = Limits { max_length, when_long: WhenTooLong::Cut };
-        let kind = match first_dialect(path)? {
-            Some(Dialect::Compared | Dialect::Ranked) => ComparisonKind::Pairs,
-            Some(Dialect::Labelled) => ComparisonKind::Labels,
-            Some(Dialect::Prompt) => {
+        let limits = LengthLimits { max_length, when_long: WhenTooLong::Cut };
+        let kind = match first_row_format(path)? {
+            Some(RowFormat::Compared | RowFormat::Ranked) => ComparisonKind::Pairs,
+            Some(RowFormat::Labelled) => ComparisonKind::Labels,
+            Some(RowFormat::Prompt) => {
                 return Ok(Kind::Prompts(PromptSettings { max_length, allow, cache: None }));
             }
             _ => {
@@ -215,16 +219,16 @@ impl Looked {
         data: FileRows<T, R>,
     ) -> Result<Self> {
         let (report, counts) = (to_json(&data.report)?, data.report.to_string());
-        let FileRows { diagnosis, seen, .. } = data;
-        Ok(Self { path: path.to_path_buf(), diagnosis, seen, report, counts })
+        let FileRows { checks, hashes, .. } = data;
+        Ok(Self { path: path.to_path_buf(), checks, hashes, report, counts })
     }
 
     fn json(&self) -> Result<Value> {
         let mut value = Map::new();
         value.insert("path".into(), json!(self.path));
         value.insert("report".into(), self.report.clone());
-        let Value::Object(diagnosis) = to_json(&self.diagnosis)? else { bail!("no object") };
-        value.extend(diagnosis);
+        let Value::Object(checks) = to_json(&self.checks)? else { bail!("no object") };
+        value.extend(checks);
         Ok(Value::Object(value))
     }
 }

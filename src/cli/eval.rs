@@ -11,13 +11,14 @@ use serde_json::{Map, Value, json};
 use super::loading::Loading;
 use super::printer;
 use super::replies::Replies;
-use super::{AdapterArg, TemplateFlags, load_adapters, open_tokenizer, paths, read_text, to_json};
-use crate::data::{Comparison, ComparisonKind, Comparisons, Dataset, Limits, WhenTooLong};
+use super::{TemplateFlags, load_adapters, open_tokenizer, paths, read_text, to_json};
+use crate::data::{Comparison, ComparisonKind, Comparisons, Dataset, LengthLimits, WhenTooLong};
 use crate::eval::{evaluate, perplexity};
 use crate::model::{ActiveAdapter, Decoder};
 use crate::objectives::reward::CalibrationBin;
 use crate::text::{Special, Tokenizer};
 use crate::train::read_scoring;
+use crate::train::settings::AdapterPath;
 use crate::train::supervised::evaluate_rewards;
 use crate::weights::{Checkpoint, write_atomically};
 
@@ -28,7 +29,7 @@ pub struct Eval {
     base: PathBuf,
     /// A PEFT adapter folder, PATH or PATH=WEIGHT; may be given again
     #[arg(long)]
-    adapter: Vec<AdapterArg>,
+    adapter: Vec<AdapterPath>,
     /// Rows, scored under the masks of training, or by --reward
     #[arg(long, required_unless_present_any = ["text", "prompts"], conflicts_with = "text")]
     data: Option<PathBuf>,
@@ -132,7 +133,7 @@ impl Eval {
             [ActiveAdapter::frozen(Arc::new(read_scoring(folder, decoder, printer::monitor())?))];
         let max_length = self.max_length.unwrap_or(1024);
         let max_length = max_length.min(decoder.config.max_position_embeddings);
-        let limits = Limits { max_length, when_long: WhenTooLong::Drop };
+        let limits = LengthLimits { max_length, when_long: WhenTooLong::Drop };
         let never = AtomicBool::new(false); // nothing is lost: Ctrl-C ends the process
         let data = Comparisons::load(data, tokenizer, limits, ComparisonKind::Any, &never)?;
         eprintln!("data: {}", data.report);

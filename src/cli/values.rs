@@ -4,7 +4,7 @@ use clap::ValueEnum;
 use clap::builder::PossibleValue;
 
 use crate::data::AlpacaPrompt;
-use crate::data::doctor::Check;
+use crate::data::checks::Check;
 use crate::model::CacheType;
 use crate::objectives::advantage::{KlEstimator, ScaleRewards};
 use crate::objectives::policy::LossForm;

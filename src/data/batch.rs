@@ -1,4 +1,4 @@
-//! The order of an epoch, and the rows of a step laid end to end.
+//! The order of an epoch, and the packed rows of a micro-batch.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -8,45 +8,46 @@ use quantune_adapters::rng::Stream;
 use super::{Example, Examples};
 use crate::ops::Segment;
 
-/// What the order of an epoch depends on. Names are transformers' and TRL's.
+/// Settings that the order of an epoch depends on. Names are transformers' and TRL's.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EpochSettings {
     /// Seed of the run.
     pub seed: u64,
-    /// Epochs before this one.
+    /// Index of the epoch, from 0.
     pub epoch: u64,
-    /// Whether the rows come in another order each epoch, or as in the file.
+    /// Whether the rows are shuffled each epoch, or kept in file order.
     pub shuffle: bool,
-    /// Whether several examples share a bin.
+    /// Whether several examples are packed into one bin.
     pub packing: bool,
-    /// Tokens a packed bin may hold. A longer example has a bin to itself.
+    /// Maximum number of tokens of a packed bin. A longer example gets a bin of its own.
     pub max_length: usize,
-    /// Bins of a micro-batch; 0 counts as 1.
+    /// Bins per micro-batch; 0 counts as 1.
     pub batch_size: usize,
-    /// Micro-batches of a step; 0 counts as 1.
+    /// Micro-batches per optimizer step; 0 counts as 1.
     pub gradient_accumulation_steps: usize,
 }
 
-/// The order of one epoch: micro-batches of bins of rows, by their indices. Eight bytes a row at most:
-/// a file may have many.
+/// The order of one epoch: micro-batches of bins of row indices. Takes at most eight bytes per row,
+/// since a file may have many.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct EpochPlan {
-    /// The rows of all bins, bin after bin.
+    /// The row indices of all bins, concatenated.
     rows: Vec<u32>,
-    /// Where each bin ends among them; nothing where each row is a bin.
+    /// End of each bin in `rows`; `None` if each row is a bin of its own.
     ends: Option<Vec<u32>>,
     batch_size: usize,
     gradient_accumulation_steps: usize,
 }
 
 impl EpochPlan {
-    /// Orders `examples` for one epoch; every one is in exactly one bin.
+    /// Orders `examples` for one epoch; each is in exactly one bin.
     pub fn new(examples: &[Example], settings: &EpochSettings) -> Self {
         let rows = (0..examples.len() as u32).collect();
         Self::of(rows, |index| examples[index].tokens.len(), settings)
     }
 
-    /// The same where an epoch has these rows, some perhaps several times, each of `length` tokens.
+    /// Orders the given rows for one epoch; a row may occur several times. `length` gives the number of
+    /// tokens of a row.
     pub fn of(rows: Vec<u32>, length: impl Fn(usize) -> usize, settings: &EpochSettings) -> Self {
         let &EpochSettings { seed, epoch, shuffle, packing, .. } = settings;
         let mut order = rows;
@@ -70,15 +71,15 @@ impl EpochPlan {
         }
     }
 
-    /// How many bins there are.
+    /// Number of bins.
     pub fn bins(&self) -> usize {
         self.ends.as_ref().map_or(self.rows.len(), Vec::len)
     }
 
-    /// The rows of a bin.
+    /// The row indices of a bin.
     ///
     /// # Panics
-    /// If there is no such bin.
+    /// If `bin` is out of range.
     pub fn bin(&self, bin: usize) -> Vec<usize> {
         let rows = match &self.ends {
             Some(ends) => {
@@ -90,19 +91,20 @@ impl EpochPlan {
         rows.iter().map(|&row| row as usize).collect()
     }
 
-    /// How many micro-batches there are.
+    /// Number of micro-batches.
     pub fn micro_batches(&self) -> usize {
         self.bins().div_ceil(self.batch_size.max(1))
     }
 
-    /// Optimizer steps of the epoch. As in transformers, a last one over fewer micro-batches counts.
+    /// Number of optimizer steps of the epoch. As in transformers, a final step over fewer micro-batches
+    /// counts.
     ///
-    /// The same for every epoch and seed: bins are counted by lengths alone.
+    /// It is the same for every epoch and seed, since the number of bins depends only on lengths.
     pub fn steps(&self) -> usize {
         self.micro_batches().div_ceil(self.gradient_accumulation_steps.max(1))
     }
 
-    /// The micro-batches of one step, each a list of bins; none past the last.
+    /// The micro-batches of a step, each a list of bins; empty after the last step.
     pub fn step(&self, step: usize) -> Vec<Vec<Vec<usize>>> {
         let first = step * self.gradient_accumulation_steps;
         let last = self.micro_batches().min(first + self.gradient_accumulation_steps);
@@ -114,13 +116,13 @@ impl EpochPlan {
     }
 }
 
-/// Best fit decreasing: the longest first, each into the fullest bin that still holds it. Equal
-/// lengths go in the given order, so another order packs otherwise. Within a bin the given order is
-/// kept, and between bins, by their first row, if they are not `shuffled`. Rows bin by bin, and where
-/// each bin ends.
+/// Best-fit decreasing bin packing: rows are placed longest first, each into the fullest bin that still
+/// has room. Rows of equal length are placed in the given order, so the packing depends on the order.
+/// Within a bin the given order is kept; bins are ordered by their first row, unless `shuffled`. Returns
+/// the rows, bin after bin, and the end of each bin.
 ///
-/// The number of bins is that of every other order: what is free in the bins after each row
-/// follows from the lengths so far, and these come longest first whatever the order.
+/// The number of bins does not depend on the order: the free room in the bins after each row follows from
+/// the lengths so far, and rows are placed longest first in any case.
 fn pack(
     order: &[u32],
     max_length: usize,
@@ -147,7 +149,7 @@ fn pack(
     }
     drop(free);
 
-    // Bins by their first place.
+    // Order of the bins by their first row.
     const NONE: u32 = u32::MAX;
     let mut found = Vec::with_capacity(bins as usize);
     let mut rank = vec![NONE; bins as usize];
@@ -164,7 +166,7 @@ fn pack(
         rank[bin as usize] = place;
     }
     drop(found);
-    // Counted, added up, and laid in their order.
+    // Counting sort: count rows per bin, take prefix sums, then place each row.
     let mut ends = vec![0u32; bins as usize];
     bin_of.iter().for_each(|&bin| ends[rank[bin as usize] as usize] += 1);
     let mut sum = 0;
@@ -180,33 +182,33 @@ fn pack(
     (rows, ends)
 }
 
-/// Examples laid end to end: N tokens, none of them padding.
+/// A micro-batch of examples concatenated into N tokens, without padding.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Batch {
     /// Token ids, `(N)`.
     pub tokens: Vec<u32>,
-    /// The place of each token in its example, from 0, `(N)`; a response's go on after its prompt's.
-    pub positions: Vec<u32>,
-    /// The tokens of each row; attention does not cross these borders, but for a response's to its
+    /// Position of each token in its example, from 0, `(N)`; those of a response continue after its
     /// prompt.
+    pub positions: Vec<u32>,
+    /// Token range of each row. Attention does not cross rows, except from a response to its prompt.
     pub segments: Vec<Segment>,
-    /// For each learned token the row, of N, whose hidden state predicts it, and its id.
+    /// For each learned token the index, in N, of the hidden state that predicts it, and its id.
     pub targets: Vec<(u32, u32)>,
-    /// For each example or response the row, of N, of its last token: where a reward is read.
+    /// For each example or response the index, in N, of its last token, where a score head reads.
     pub ends: Vec<u32>,
-    /// For each example or response its range of `targets`.
+    /// For each example or response its range in `targets`.
     pub spans: Vec<Range<usize>>,
-    /// For each token the row of its example in the file and its place in it, `(N)`: what random
-    /// numbers are keyed by, so that they do not depend on how rows are batched. Above the lowest 40
-    /// bits of the row stands which of a group's responses it is, counted from 1.
+    /// For each token the row number of its example in the file and its position in the row, `(N)`. They
+    /// key the random numbers, which therefore do not depend on batching. The bits above the lowest 40 of
+    /// the row number hold the index of the response in its group, counted from 1.
     pub keys: Vec<(u64, u32)>,
 }
 
 impl Batch {
-    /// Lays the examples of `bins` end to end.
+    /// Concatenates the examples of `bins`.
     ///
     /// # Panics
-    /// If a bin names an example that is not there: a plan made for other examples.
+    /// If an index is out of range, because the plan was made for other examples.
     pub fn new(examples: &[Example], bins: &[Vec<usize>]) -> Self {
         let mut batch = Self::default();
         for example in bins.iter().flatten().map(|&i| &examples[i]) {
@@ -215,7 +217,7 @@ impl Batch {
         batch
     }
 
-    /// The same of examples that may lie on disk.
+    /// Concatenates the examples of `bins` from a row store.
     ///
     /// # Panics
     /// As [`Batch::new`].
@@ -227,12 +229,12 @@ impl Batch {
         batch
     }
 
-    /// Counted tokens: what a sum of losses is divided by.
+    /// Number of target tokens, which a sum of losses is divided by.
     pub fn count(&self) -> usize {
         self.targets.len()
     }
 
-    /// Makes targets of a prompt's tokens too, which follow those there are; how many they are.
+    /// Appends the tokens of a prompt to the targets; returns how many they are.
     pub fn learn_prompt(&mut self, prompt: Range<usize>) -> usize {
         let targets = prompt.clone().zip(&self.tokens[prompt]).skip(1);
         let targets: Vec<(u32, u32)> = targets.map(|(row, &t)| (row as u32 - 1, t)).collect();
@@ -255,9 +257,9 @@ impl Batch {
         self.spans.push(first..self.targets.len());
     }
 
-    /// Lays a stretch of packed documents: all tokens of `row` but its last, each of which the one
-    /// before it predicts if it is `learned`. A token that `begins` a document begins a segment, whose
-    /// places count from 0. Random numbers are keyed by `key` and the place in the row.
+    /// Appends a row of packed documents: the inputs are all tokens of `row` but the last, and the target
+    /// of each is the next token, if that is `learned`. A token that `begins` a document starts a new
+    /// segment, with positions from 0. Random numbers are keyed by `key` and the position in the row.
     pub fn push_packed(
         &mut self,
         row: &[u32],
@@ -286,15 +288,15 @@ impl Batch {
         }
     }
 
-    /// Lays a prompt once and each of its `responses` after it, as if each stood behind a copy of its
-    /// own. `key` is the prompt's row in the file, below 2⁴⁰.
+    /// Appends a prompt once, followed by each of its `responses`; each response attends to the prompt as
+    /// if it followed its own copy. `key` is the row number of the prompt in the file, below 2⁴⁰.
     ///
-    /// Every token of a response is a target, the first one of the prompt's last token: several
-    /// targets may read one row of N. Without a prompt nothing predicts a first token. An empty
-    /// response has no targets and ends where the prompt does.
+    /// Every token of a response is a target; the first is predicted by the last token of the prompt, so
+    /// several targets may share one hidden state. Without a prompt, nothing predicts the first token. An
+    /// empty response has no targets, and its end is the end of the prompt.
     ///
     /// # Panics
-    /// If the prompt and a response are both empty: there is no token to read at.
+    /// If the prompt and a response are both empty.
     pub fn push_group(&mut self, prompt: &[u32], responses: &[&[u32]], key: u64) {
         let prefix = self.tokens.len()..self.tokens.len() + prompt.len();
         if !prompt.is_empty() {

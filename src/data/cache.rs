@@ -1,8 +1,10 @@
-//! Folders of tokens that are made once and found again by a name that says all they depend on.
+//! Cache folders of tokens. Each is written once; its name contains a hash of everything the tokens
+//! depend on.
 //!
-//! A folder is written beside its place and renamed, so what is there is whole. What a killed run left
-//! half made goes when the next one opens the cache. Whole folders stay, of files that have changed
-//! too, since another run may have them mapped: to clear a cache, remove it.
+//! A folder is written under a temporary name and then renamed, so a folder under its final name is
+//! complete. The partial folder of a killed run is removed when the next run opens the cache. Complete
+//! folders are never removed, even if their source has changed, since another run may have them mapped:
+//! delete the cache to clear it.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -19,18 +21,18 @@ use super::DataError;
 use crate::quant::Bytes;
 use crate::weights::{Lock, LockError, map_file};
 
-/// What the system refused: what was tried, where, and its words.
-pub(super) type Refused = (&'static str, PathBuf, io::Error);
+/// A failed file operation: the action, the path and the system error.
+pub(super) type IoFailure = (&'static str, PathBuf, io::Error);
 
-/// A folder that is being made, one at a time.
+/// Temporary name of the folder that is being written; there is one at a time.
 const PARTIAL: &str = ".partial";
 
-/// How often a run that waits looks whether it still has to.
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
+/// Polling interval of a run that waits for the lock.
+const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
-/// The folder `KIND-KEY` of `cache`, which `make` fills if there is none yet. While another run makes
-/// one it waits, until `stop` is set; `waiting` is told once, and for whom.
-pub(super) fn folder<E: From<Refused> + From<DataError>>(
+/// Returns the folder `KIND-KEY` of `cache`, after calling `make` to write it if it does not exist. While
+/// another run holds the lock it waits, until `stop` is set; `waiting` is called once, with the holder.
+pub(super) fn folder<E: From<IoFailure> + From<DataError>>(
     cache: &Path,
     (kind, key): (&str, &str),
     stop: &AtomicBool,
@@ -44,8 +46,8 @@ pub(super) fn folder<E: From<Refused> + From<DataError>>(
     let folder = cache.join(format!("{kind}-{key}"));
     let (partial, lock) = (cache.join(PARTIAL), cache.join(".lock"));
     if folder.exists() {
-        // What lies half made while nobody makes it is a killed run's. One that may only read the
-        // cache leaves it.
+        // A partial folder while nobody holds the lock is that of a killed run. A run without write
+        // access to the cache leaves it.
         if partial.exists()
             && let Ok(_locked) = Lock::take(&lock)
         {
@@ -54,7 +56,8 @@ pub(super) fn folder<E: From<Refused> + From<DataError>>(
         return Ok(folder);
     }
     fs::create_dir_all(cache).map_err(refused("make the folder", cache))?;
-    // Of two runs with one cache the second waits for the first; the system frees a killed one's.
+    // Of two runs with the same cache, the second waits for the first. The system releases the lock of a
+    // killed run.
     let mut waiting = Some(waiting);
     let _locked = loop {
         match Lock::take(&lock) {
@@ -66,7 +69,7 @@ pub(super) fn folder<E: From<Refused> + From<DataError>>(
                 if let Some(waiting) = waiting.take() {
                     waiting(&holder);
                 }
-                thread::sleep(LOOK_AGAIN);
+                thread::sleep(POLL_INTERVAL);
             }
             Err(LockError::NoLocks(e) | LockError::Io(e)) => return Err(refused("lock", &lock)(e)),
         }
@@ -75,19 +78,19 @@ pub(super) fn folder<E: From<Refused> + From<DataError>>(
         return Ok(folder);
     }
     if partial.exists() {
-        // A killed run's.
+        // Left by a killed run.
         fs::remove_dir_all(&partial).map_err(refused("remove", &partial))?;
     }
     fs::create_dir(&partial).map_err(refused("make the folder", &partial))?;
     let made = make(&partial)
         .and_then(|()| fs::rename(&partial, &folder).map_err(refused("make the folder", &folder)));
     if made.is_err() {
-        let _ = fs::remove_dir_all(&partial); // The first error is the one to tell.
+        let _ = fs::remove_dir_all(&partial); // report the first error
     }
     made.map(|()| folder)
 }
 
-/// How many whole folders a cache has, each with a file `header`, and their bytes.
+/// Number of complete folders of a cache, which have a file `header`, and their total size in bytes.
 pub(super) fn holdings(cache: &Path, header: &str) -> (usize, u64) {
     let inside = |folder: &Path| fs::read_dir(folder).into_iter().flatten().flatten();
     let folders = inside(cache).map(|entry| entry.path());
@@ -98,8 +101,7 @@ pub(super) fn holdings(cache: &Path, header: &str) -> (usize, u64) {
     whole.fold((0, 0), |(count, sum), folder| (count + 1, sum + bytes(&folder)))
 }
 
-/// SHA-256 of a file that is read once from end to end; nothing of it is kept. `go_on` is asked now
-/// and then.
+/// SHA-256 of a file, read in blocks. Returns `None` once `go_on`, which is polled, is false.
 pub(super) fn file_sha256(path: &Path, go_on: &dyn Fn() -> bool) -> io::Result<Option<String>> {
     let mut file = File::open(path)?;
     let mut hasher = Sha256::new();
@@ -117,21 +119,21 @@ pub(super) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Puts the records of a file in order, where they lie: a map of it, whose pages are the system's to
-/// take back, and not a list in memory.
+/// Sorts the records of a file in place, through a memory map whose pages the system can evict, not in
+/// memory.
 pub(super) fn sort_records<const SIZE: usize>(path: &Path) -> io::Result<()> {
     let file = File::options().read(true).write(true).open(path)?;
     if file.metadata()?.len() == 0 {
-        return Ok(()); // nothing of it can be mapped
+        return Ok(()); // an empty file cannot be mapped
     }
-    // SAFETY: the file lies in a folder that is not yet under its name and whose lock is held here:
-    // nobody else has it open.
+    // SAFETY: the file is in a partial folder, and this run holds the lock of the cache: nobody else has
+    // the file open.
     let mut map = unsafe { memmap2::MmapMut::map_mut(&file) }?;
     map.as_chunks_mut::<SIZE>().0.par_sort_unstable();
     map.flush()
 }
 
-/// A file's bytes as they lie on disk; of an empty one there is nothing to map.
+/// Maps a file; an empty file, which cannot be mapped, gives empty bytes.
 pub(super) fn map_or_empty(path: &Path) -> io::Result<Bytes> {
     match fs::metadata(path)?.len() {
         0 => Ok(Bytes::new(Arc::new(Vec::new()))),
@@ -145,7 +147,7 @@ mod tests {
 
     static GOES_ON: AtomicBool = AtomicBool::new(false);
 
-    /// Makes a folder with a file `header`.
+    /// Writes a cache folder with a file `header`.
     fn made(
         cache: &Path,
         (key, header): (&str, &str),
@@ -162,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_cache_holds_is_counted() {
+    fn holdings_count_folders_with_the_header() {
         let room = tempfile::tempdir().unwrap();
         let cache = room.path().join("cache");
         assert_eq!(holdings(&cache, "rows.json"), (0, 0));
@@ -173,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn who_waits_for_another_can_be_stopped_or_goes_on() {
+    fn a_waiting_run_can_be_stopped_or_continues_once_the_lock_is_free() {
         let room = tempfile::tempdir().unwrap();
         let cache = room.path();
         let lock = Lock::take(&cache.join(".lock")).unwrap();
@@ -181,15 +183,15 @@ mod tests {
         let stopped = made(cache, rows, &AtomicBool::new(true), |_| panic!("it has not waited"));
         assert!(matches!(stopped, Err(DataError::Stopped)), "{stopped:?}");
         assert_eq!(holdings(cache, "rows.json").0, 0);
-        let mut told = String::new();
+        let mut reported = String::new();
         let waiting = |holder: &str| {
-            told = holder.to_string();
+            reported = holder.to_string();
             drop(lock);
         };
         made(cache, rows, &GOES_ON, waiting).unwrap();
-        // Where locks are mandatory, who holds one cannot be read.
+        // Where locks are mandatory, the holder of a lock cannot be read from the file.
         let us = format!("process {}", std::process::id());
-        assert_eq!(told, if cfg!(windows) { "another process" } else { &us });
+        assert_eq!(reported, if cfg!(windows) { "another process" } else { &us });
         assert_eq!(holdings(cache, "rows.json").0, 1);
     }
 }

@@ -1,14 +1,14 @@
-//! Responses to a prompt that are compared, or labelled good or bad: rows of reward models, of DPO
-//! and its kin.
+//! Preference data: responses to a prompt that are ranked against each other, or labelled good or bad.
+//! Used by reward models, DPO, KTO and their variants.
 //!
-//! Tokens are those of TRL's RewardTrainer, DPOTrainer and KTOTrainer: prompt and response are
-//! tokenized jointly, and the prompt's part ends where its own tokens and the joint ones of any
-//! response part. So prompt and response laid end to end are what the row says, and the prompt is
-//! the same for all its responses.
+//! The tokens are those of TRL's RewardTrainer, DPOTrainer and KTOTrainer: prompt and response are
+//! tokenized jointly, and the prompt ends at the first token in which its own encoding differs from the
+//! joint encoding of any response. So prompt and response concatenated are the text of the row, and all
+//! responses of a row share one prompt.
 //!
-//! Two things are not TRL's. Its DPOTrainer takes what two *strings* without a prompt have in common
-//! for the prompt; here they are whole texts, whose common beginning drops out of any difference of
-//! log-probs. And where `chosen` and `rejected` become two labelled responses, they share a prompt.
+//! Two things differ from TRL. Its DPOTrainer treats the common prefix of two *strings* without a prompt
+//! as the prompt; here they are whole texts, whose common prefix cancels in any difference of log-probs.
+//! And where `chosen` and `rejected` become two labelled responses, they share a prompt.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -19,11 +19,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sha2::Sha256;
 
-use super::doctor::{self, Check, Finding};
-use super::lines::{Line, Unread};
-use super::reading::{Cache, FileRows, FileSplit, Parsed, Part, Reader, Report};
+use super::checks::{self, Check, Finding};
+use super::lines::{FileLine, UnreadableRow};
+use super::reading::{Cache, FileRows, FileSplit, Parsed, RowPart, RowReader, RowReport};
+use super::row_store::{Record, RowLocation, WordReader, hash_tokens, write_words};
 use super::rows::{ComparisonRow, Responses};
-use super::shelves::{Place, Shelved, Words, hash_tokens, lay_words};
 use super::split::is_held_out_text;
 use super::{DataError, Message, ModelLimits, RowError};
 use crate::monitor::Monitor;
@@ -32,73 +32,73 @@ use crate::text::{Special, Tokenizer};
 /// A prompt and the responses to it that are compared.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Comparison {
-    /// The prompt's tokens; none, or a BOS, where whole texts are compared.
+    /// Tokens of the prompt; empty, or only BOS, where whole texts are compared.
     pub prompt: Vec<u32>,
-    /// Those that follow it in each response.
+    /// Tokens of each response, after the prompt.
     pub responses: Vec<Vec<u32>>,
-    /// Which of them is preferred to which.
-    pub pairs: Vec<Pair>,
-    /// Whether the one response is good, in a row that says so (KTO).
+    /// Which response is preferred to which.
+    pub pairs: Vec<PreferencePair>,
+    /// For a KTO row, whether its one response is desirable.
     pub label: Option<bool>,
-    /// The row in its file, counted from 0 over lines that are not blank.
+    /// The row number in its file, counted from 0 over lines that are not blank.
     pub row: u64,
-    /// Its line, counted from 1.
+    /// The line number in its file, counted from 1.
     pub line: u64,
 }
 
 impl Comparison {
-    /// Tokens of prompt and responses, the prompt counted once.
+    /// Number of tokens of prompt and responses, the prompt counted once.
     pub fn tokens(&self) -> usize {
         self.prompt.len() + self.responses.iter().map(Vec::len).sum::<usize>()
     }
 
-    /// How many responses there are in what was laid.
+    /// Number of responses of an encoded comparison.
     pub(super) fn responses_in(bytes: &[u8]) -> usize {
-        Words::of(bytes).next() as usize
+        WordReader::of(bytes).next() as usize
     }
 }
 
-/// What a label is written as: none, bad or good.
+/// Labels by their encoded value: none, undesirable, desirable.
 const LABELS: [Option<bool>; 3] = [None, Some(false), Some(true)];
 
-impl Shelved for Comparison {
-    /// Counts of responses and pairs, the label, the lengths of all responses, the pairs, and all
-    /// tokens: what is left in front of the responses' is the prompt.
-    fn lay(&self, bytes: &mut Vec<u8>) {
+impl Record for Comparison {
+    /// The number of responses, the number of pairs, the label, the length of each response, the pairs,
+    /// and all tokens, those of the prompt first.
+    fn encode(&self, bytes: &mut Vec<u8>) {
         let label = LABELS.iter().position(|label| *label == self.label).unwrap_or_default();
         let counts = [self.responses.len(), self.pairs.len(), label];
         let lengths = self.responses.iter().map(Vec::len);
-        lay_words(counts.into_iter().chain(lengths).map(|count| count as u32), bytes);
-        for Pair { better, worse, margin } in &self.pairs {
-            lay_words([*better as u32, *worse as u32, margin.to_bits()], bytes);
+        write_words(counts.into_iter().chain(lengths).map(|count| count as u32), bytes);
+        for PreferencePair { better, worse, margin } in &self.pairs {
+            write_words([*better as u32, *worse as u32, margin.to_bits()], bytes);
         }
         let tokens = self.prompt.iter().chain(self.responses.iter().flatten());
-        lay_words(tokens.copied(), bytes);
+        write_words(tokens.copied(), bytes);
     }
 
-    fn mark(&self) -> u64 {
+    fn tag(&self) -> u64 {
         self.tokens() as u64
     }
 
-    fn take(bytes: &[u8], Place { row, line, mark }: Place) -> Self {
-        let mut words = Words::of(bytes);
+    fn decode(bytes: &[u8], RowLocation { row, line, tag }: RowLocation) -> Self {
+        let mut words = WordReader::of(bytes);
         let (responses, pairs, label) = (words.next(), words.next(), words.next());
         let lengths: Vec<usize> =
             words.take(responses as usize).map(|length| length as usize).collect();
-        let mut pair = || Pair {
+        let mut pair = || PreferencePair {
             better: words.next() as usize,
             worse: words.next() as usize,
             margin: f32::from_bits(words.next()),
         };
         let pairs = (0..pairs).map(|_| pair()).collect();
-        let prompt = words.take(mark as usize - lengths.iter().sum::<usize>()).collect();
+        let prompt = words.take(tag as usize - lengths.iter().sum::<usize>()).collect();
         let responses = lengths.into_iter().map(|length| words.take(length).collect()).collect();
         let label = LABELS.get(label as usize).copied().flatten();
         Self { prompt, responses, pairs, label, row, line }
     }
 
-    fn tokens_in(_bytes: &[u8], mark: u64) -> usize {
-        mark as usize
+    fn tokens_in(_bytes: &[u8], tag: u64) -> usize {
+        tag as usize
     }
 
     fn hash(&self, hasher: &mut Sha256) {
@@ -107,81 +107,82 @@ impl Shelved for Comparison {
     }
 }
 
-/// Two responses by their places.
+/// A pair of responses, by their indices in [`Comparison::responses`].
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Pair {
-    /// The preferred one.
+pub struct PreferencePair {
+    /// Index of the preferred response.
     pub better: usize,
-    /// The other.
+    /// Index of the rejected response.
     pub worse: usize,
-    /// By how much, where the row says so.
+    /// The margin that the row states; 0 if it states none.
     pub margin: f32,
 }
 
-/// What is wanted of rows.
+/// Which rows are accepted, and what they become.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub enum ComparisonKind {
-    /// Responses compared with each other: `chosen`/`rejected` or ranked `responses`.
+    /// Preference pairs: `chosen`/`rejected` or ranked `responses`.
     Pairs,
-    /// Responses labelled one by one: `completion` + `label`; `chosen` and `rejected` become two.
+    /// Labelled responses: `completion` + `label`; `chosen` and `rejected` become two labelled responses.
     Labels,
-    /// Whatever has responses, compared or not: also `completion` or `text` alone.
+    /// Any row with responses, compared or not: also `completion` or `text` alone.
     Any,
 }
 
-/// How long prompt and response may be together.
+/// How long a prompt with a response may be, and what happens to longer ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub struct Limits {
-    /// Tokens, at most.
+pub struct LengthLimits {
+    /// Maximum number of tokens of prompt and response.
     pub max_length: usize,
-    /// What becomes of a response with more.
+    /// What happens to a longer response.
     pub when_long: WhenTooLong,
 }
 
-/// What becomes of a response too long for its prompt.
+/// What happens to a response that exceeds the maximum length together with its prompt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub enum WhenTooLong {
-    /// It is left out with its pairs: a score is of a whole text (TRL's RewardTrainer).
+    /// The response and its pairs are dropped, since a score is of a whole text (TRL's RewardTrainer).
     Drop,
-    /// Its end is, unless its prompt leaves no room at all (TRL's DPOTrainer, `keep_start`).
+    /// The response is truncated at its end, or dropped if the prompt leaves no room for it (TRL's
+    /// DPOTrainer, `keep_start`).
     Cut,
 }
 
-/// The comparisons of a file, in its order.
+/// The comparisons of a file, in file order.
 pub type Comparisons = FileRows<Comparison, ComparisonReport>;
 
-/// The same in two parts. Rows that compare whole texts are held out by the best of them, which may
-/// come again as the worse one of a row in the other part.
+/// The comparisons of a file, split into a training and a held-out part. Rows that compare whole texts
+/// are split by the preferred text; the same text may occur as a rejected one in the other part.
 pub type ComparisonSplit = FileSplit<Comparison, ComparisonReport>;
 
-/// What a file's rows came to.
+/// Counts over the comparisons of a file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ComparisonReport {
-    /// Rows read, those with nothing to compare included.
+    /// Rows read, including those with nothing to compare.
     pub rows: u64,
     /// Responses kept.
     pub responses: u64,
-    /// Pairs of them.
+    /// Preference pairs.
     pub pairs: u64,
-    /// Responses labelled good.
+    /// Responses labelled desirable.
     pub desirable: u64,
-    /// Responses labelled bad.
+    /// Responses labelled undesirable.
     pub undesirable: u64,
-    /// Tokens kept, those of a prompt counted once.
+    /// Tokens kept, each prompt counted once.
     pub tokens: u64,
-    /// Tokens of the longest prompt with response, before any cut.
+    /// Tokens of the longest prompt with response, before truncation.
     pub longest: u64,
-    /// Responses cut at their end.
+    /// Responses truncated at their end.
     pub truncated: u64,
-    /// Responses left out for their length.
+    /// Responses dropped because they are too long.
     pub dropped: u64,
-    /// Rows left out because nothing of them is compared (or labelled) any more.
+    /// Rows dropped because no pair (or label) is left.
     pub nothing_to_compare: u64,
-    /// Pairs of responses ranked the same: no pairs.
+    /// Pairs of responses with equal rank, which give no preference pair.
     pub ties: u64,
-    /// Pairs of responses with the same tokens, kept as TRL keeps them: nothing tells them apart.
+    /// Pairs of responses with identical tokens. They are kept, as in TRL.
     pub identical: u64,
-    /// Rows in which a token reaches from the prompt into a response.
+    /// Rows in which one token spans the end of the prompt and the start of a response.
     pub boundary_mismatches: u64,
 }
 
@@ -204,18 +205,18 @@ impl fmt::Display for ComparisonReport {
     }
 }
 
-impl Report for ComparisonReport {
+impl RowReport for ComparisonReport {
     fn rows(&self) -> u64 {
         self.rows
     }
 }
 
 impl Comparisons {
-    /// Reads and tokenizes all rows of a JSONL or Parquet file. Ends early once `monitor` asks to stop.
+    /// Reads and tokenizes all rows of a JSONL or Parquet file. Stops early once `monitor` asks to stop.
     ///
     /// # Errors
-    /// All wrong rows, the first few with their lines, but for those whose fault the settings allow; a
-    /// file without rows, or in which nothing is compared; [`DataError::Stopped`].
+    /// If rows are invalid in a way that the settings do not allow (the first few are listed with their
+    /// lines); if the file has no rows, or none with a pair or label; [`DataError::Stopped`].
     pub fn load<'m>(
         path: &Path,
         tokenizer: &Tokenizer,
@@ -228,7 +229,7 @@ impl Comparisons {
         reader.load(path, settings.cache.as_ref(), monitor.into())
     }
 
-    /// What is wrong with the rows, and what they come to. No comparison is kept.
+    /// Validates the rows of a file: runs all checks and counts, and keeps no comparison.
     ///
     /// # Errors
     /// If the file cannot be read at all; [`DataError::Stopped`].
@@ -242,7 +243,7 @@ impl Comparisons {
         ComparisonReader { tokenizer, settings, kind }.examine(path, monitor.into())
     }
 
-    /// What the first rows come to, as many as can be read, whatever is wrong with others.
+    /// The comparisons of the first `rows` rows; rows that cannot be read are skipped.
     ///
     /// # Errors
     /// If the file cannot be read at all.
@@ -256,11 +257,11 @@ impl Comparisons {
         ComparisonReader { tokenizer, settings, kind }.first(path, rows)
     }
 
-    /// The same as [`Comparisons::load`] in two parts: one row in ten is held out by its prompt, as
-    /// [`is_held_out`](super::is_held_out) says.
+    /// Loads a file like [`Comparisons::load`], and holds out one row in ten by a hash of its prompt
+    /// (see [`is_held_out`](super::is_held_out)).
     ///
     /// # Errors
-    /// As [`Comparisons::load`], and if no row is left to train on.
+    /// Like [`Comparisons::load`], and if no row is left to train on.
     pub fn load_split<'m>(
         path: &Path,
         tokenizer: &Tokenizer,
@@ -274,35 +275,35 @@ impl Comparisons {
     }
 }
 
-/// How rows become comparisons.
+/// Settings for reading comparisons.
 #[derive(Debug, Clone)]
 pub struct ComparisonSettings {
-    /// How long they may be.
-    pub limits: Limits,
-    /// What may be wrong with rows that cannot be read: those are left out.
+    /// Maximum length, and what happens to longer responses.
+    pub limits: LengthLimits,
+    /// Checks to ignore: rows that fail them and cannot be read are skipped.
     pub allow: Vec<Check>,
-    /// Tokens the model can read at once, and ids it has.
+    /// Context window and vocabulary size of the model, if known.
     pub model: Option<ModelLimits>,
-    /// Where tokens of large files are kept; without, all are held in memory.
+    /// Cache for the tokens of large files; `None` keeps all tokens in memory.
     pub cache: Option<Cache>,
 }
 
-impl From<Limits> for ComparisonSettings {
-    fn from(limits: Limits) -> Self {
+impl From<LengthLimits> for ComparisonSettings {
+    fn from(limits: LengthLimits) -> Self {
         Self { limits, allow: Vec::new(), model: None, cache: None }
     }
 }
 
-/// Lines to comparisons.
+/// Parses lines into comparisons.
 struct ComparisonReader<'a> {
     tokenizer: &'a Tokenizer,
     settings: &'a ComparisonSettings,
     kind: ComparisonKind,
 }
 
-impl Reader for ComparisonReader<'_> {
-    type Tokenized = Tokenized;
-    type Row = Comparison;
+impl RowReader for ComparisonReader<'_> {
+    type Tokenized = TokenizedComparison;
+    type Record = Comparison;
     type Report = ComparisonReport;
 
     fn kind(&self) -> &'static str {
@@ -322,13 +323,13 @@ impl Reader for ComparisonReader<'_> {
         &self.settings.allow
     }
 
-    fn parse(&self, line: &[u8]) -> Result<Parsed<Tokenized>, Unread> {
+    fn parse(&self, line: &[u8]) -> Result<Parsed<TokenizedComparison>, UnreadableRow> {
         let Self { tokenizer, settings, kind } = *self;
-        let (dialect, row) = ComparisonRow::read(line, kind);
-        let unread = |error| Unread { dialect, error };
+        let (format, row) = ComparisonRow::read(line, kind);
+        let unread = |error| UnreadableRow { format, error };
         let row = row.map_err(unread)?;
-        let hash = doctor::normalized_comparison(&row);
-        let mut findings = doctor::of_comparison(&row);
+        let hash = checks::normalized_comparison(&row);
+        let mut findings = checks::check_comparison(&row);
         let (held_out, row) = tokenized(row, tokenizer, kind).map_err(unread)?;
         let in_order = || row.prompt.iter().chain(row.responses.iter().flatten());
         if let Some(limits) = settings.model
@@ -340,7 +341,7 @@ impl Reader for ComparisonReader<'_> {
         }
         let first = row.responses.first().map_or(&[][..], Vec::as_slice);
         let begins: Vec<u32> = row.prompt.iter().chain(first).take(2).copied().collect();
-        findings.extend(doctor::doubled_bos(&begins, tokenizer));
+        findings.extend(checks::doubled_bos(&begins, tokenizer));
         let ends = |tokens: &Vec<u32>| tokens.iter().any(|&id| tokenizer.is_end_of_generation(id));
         if let Some(response) = row.responses.iter().position(|response| !ends(response)) {
             let sentence = format!("response {response} holds no token that ends generation");
@@ -348,25 +349,25 @@ impl Reader for ComparisonReader<'_> {
         }
         let longest = row.responses.iter().map(Vec::len).max().unwrap_or_default();
         let length = row.prompt.len() + longest;
-        Ok(Parsed { dialect, held_out, hash, length, findings, tokenized: row })
+        Ok(Parsed { format, held_out, hash, length, findings, tokenized: row })
     }
 
     fn add(
         &self,
-        line: &Line,
-        row: Tokenized,
-        part: &mut Part<Comparison, ComparisonReport>,
+        line: &FileLine,
+        row: TokenizedComparison,
+        part: &mut RowPart<Comparison, ComparisonReport>,
     ) -> io::Result<Vec<Finding>> {
         let &ComparisonSettings { limits, model, .. } = self.settings;
         let mut found = Vec::new();
-        let Tokenized { prompt, responses, mut pairs, labels, unjudged, .. } = row;
+        let TokenizedComparison { prompt, responses, mut pairs, labels, unjudged, .. } = row;
         let report = &mut part.report;
         report.rows += 1;
         report.ties += row.ties;
         if row.boundary_mismatch {
             report.boundary_mismatches += 1;
-            let sentence = "a token reaches from the prompt into a response: the prompt alone ends in \
-                            other tokens (mostly, in a space)";
+            let sentence = "a token spans the border of prompt and response: the prompt alone is \
+                            tokenized differently (usually because it ends in a space)";
             found.push((Check::BoundaryMismatch, sentence.into()));
         }
         let mut kept = Vec::with_capacity(responses.len());
@@ -376,7 +377,8 @@ impl Reader for ComparisonReader<'_> {
             if let Some(window) = model.map(|limits| limits.window)
                 && length > window
             {
-                let sentence = format!("has {length} tokens, the model reads {window} at once");
+                let sentence =
+                    format!("has {length} tokens, the model's context window is {window} tokens");
                 found.push((Check::OverWindow, sentence));
             }
             report.longest = report.longest.max(length as u64);
@@ -394,7 +396,7 @@ impl Reader for ComparisonReader<'_> {
                 }
             };
             if length > limits.max_length {
-                let fate = if fits { "cut to" } else { "left out, as it may have" };
+                let fate = if fits { "truncated to" } else { "dropped, the limit is" };
                 let most = limits.max_length;
                 let sentence = format!("prompt and response have {length} tokens, {fate} {most}");
                 found.push((Check::Cut, sentence));
@@ -429,7 +431,7 @@ impl Reader for ComparisonReader<'_> {
         };
         let mut compared = Vec::new();
         if labels.is_empty() {
-            // A response in no pair would be computed for nothing.
+            // A response that is in no pair would be computed for nothing.
             let (responses, pairs) =
                 if unjudged { (kept, pairs) } else { only_paired(kept, pairs) };
             if !responses.is_empty() {
@@ -444,7 +446,7 @@ impl Reader for ComparisonReader<'_> {
         }
         if compared.is_empty() {
             report.nothing_to_compare += 1;
-            // Where it is the lengths that leave nothing, that is told as the cut.
+            // If the responses were dropped for their length, `Check::Cut` already reports it.
             if found.iter().all(|(check, _)| *check != Check::Cut) {
                 let sentence = "nothing of it is compared or labelled";
                 found.push((Check::NothingToLearn, sentence.into()));
@@ -456,9 +458,9 @@ impl Reader for ComparisonReader<'_> {
             report.pairs += comparison.pairs.len() as u64;
             report.tokens += comparison.tokens() as u64;
         }
-        // A row counts once for a check, however many responses it is true of.
-        let mut told = HashSet::new();
-        found.retain(|(check, _)| told.insert(*check));
+        // A row counts once per check, however many of its responses fail it.
+        let mut reported = HashSet::new();
+        found.retain(|(check, _)| reported.insert(*check));
         Ok(found)
     }
 
@@ -469,25 +471,25 @@ impl Reader for ComparisonReader<'_> {
     }
 }
 
-/// A row as tokens, before anything is too long.
-struct Tokenized {
+/// A tokenized row, before the length limit is applied.
+struct TokenizedComparison {
     prompt: Vec<u32>,
     responses: Vec<Vec<u32>>,
-    pairs: Vec<Pair>,
-    /// For each response, or for none.
+    pairs: Vec<PreferencePair>,
+    /// One label per response; empty if the row has no labels.
     labels: Vec<bool>,
-    /// Whether a row without pairs or labels is kept.
+    /// Whether the row is kept even without pairs or labels.
     unjudged: bool,
     ties: u64,
     boundary_mismatch: bool,
 }
 
-/// Whether a row is held out, and its tokens.
+/// Whether a row is held out, and the tokenized row.
 fn tokenized(
     row: ComparisonRow,
     tokenizer: &Tokenizer,
     kind: ComparisonKind,
-) -> Result<(bool, Tokenized), RowError> {
+) -> Result<(bool, TokenizedComparison), RowError> {
     let held_out = is_held_out_text(row.responses.first_turn());
     let (own, joint) = match &row.responses {
         Responses::Texts { prompt, responses } => texts(prompt, responses, tokenizer)?,
@@ -495,12 +497,12 @@ fn tokenized(
             conversations(prompt, responses, tools.as_ref(), tokenizer)?
         }
     };
-    // A prompt is shared by its responses only as far as all of them begin with it.
+    // The shared prompt ends where the first response deviates from it.
     let shared = |tokens: &Vec<u32>| own.iter().zip(tokens).take_while(|(a, b)| a == b).count();
     let given = joint.iter().map(shared).min().unwrap_or_default();
     let mut responses = Vec::with_capacity(joint.len());
     for (i, mut tokens) in joint.into_iter().enumerate() {
-        // What EOS there is belongs to the response: a prompt's own ends nothing.
+        // EOS is part of the response; an EOS within the prompt does not end the response.
         if let (Responses::Texts { .. }, Some(eos)) = (&row.responses, tokenizer.eos())
             && tokens[given..].last() != Some(&eos)
         {
@@ -518,11 +520,11 @@ fn tokenized(
     let unjudged = kind == ComparisonKind::Any;
     Ok((
         held_out,
-        Tokenized { prompt, responses, pairs, labels, unjudged, ties, boundary_mismatch },
+        TokenizedComparison { prompt, responses, pairs, labels, unjudged, ties, boundary_mismatch },
     ))
 }
 
-/// Tokens of the prompt alone, and of it with each response.
+/// Tokens of the prompt alone, and of the prompt with each response.
 type PromptAndJoint = (Vec<u32>, Vec<Vec<u32>>);
 
 fn texts(
@@ -550,7 +552,7 @@ fn conversations(
         Ok(tokenizer.with_bos(tokenizer.encode(&text, Special::Parse)?))
     };
     let given: Vec<&Message> = prompt.iter().collect();
-    // Templates fail on no messages at all, or put a system message of their own there.
+    // Templates fail on an empty conversation, or insert a default system message.
     let own = if given.is_empty() { tokenizer.with_bos(vec![]) } else { encode(&given, true)? };
     let joint = responses.iter().map(|response| {
         let whole: Vec<&Message> = prompt.iter().chain(response).collect();
@@ -559,8 +561,11 @@ fn conversations(
     Ok((own, joint.collect::<Result<_, _>>()?))
 }
 
-/// The responses that are in a pair, in their order, and the pairs by their new places.
-fn only_paired(responses: Vec<Vec<u32>>, mut pairs: Vec<Pair>) -> (Vec<Vec<u32>>, Vec<Pair>) {
+/// The responses that are in a pair, in order, and the pairs with their new indices.
+fn only_paired(
+    responses: Vec<Vec<u32>>,
+    mut pairs: Vec<PreferencePair>,
+) -> (Vec<Vec<u32>>, Vec<PreferencePair>) {
     let paired: HashSet<usize> = pairs.iter().flat_map(|pair| [pair.better, pair.worse]).collect();
     let mut places = vec![0; responses.len()];
     let mut kept = Vec::with_capacity(paired.len());

@@ -1,4 +1,4 @@
-//! Rows of tokens to learn: those of supervised fine-tuning.
+//! Supervised fine-tuning data: rows as tokens with a loss mask.
 
 use std::fmt;
 use std::io;
@@ -7,41 +7,41 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::doctor::{self, Check, Finding};
-use super::example::{Tokenized, WhenLong, pieces, tokenize};
-use super::lines::{Line, Unread};
-use super::reading::{self, Cache, FileRows, FileSplit, Parsed, Part, Reader, Report};
+use super::checks::{self, Check, Finding};
+use super::example::{TokenizedRow, WhenLong, pieces, tokenize};
+use super::lines::{FileLine, UnreadableRow};
+use super::reading::{self, Cache, FileRows, FileSplit, Parsed, RowPart, RowReader, RowReport};
 use super::{AlpacaPrompt, DataError, Example, Row, RowError, is_held_out};
 use crate::monitor::Monitor;
 use crate::text::Tokenizer;
 
-/// The examples of a file, in its order.
+/// The examples of a file, in file order.
 pub type Dataset = FileRows<Example, DataReport>;
 
-/// The same in two parts.
+/// The examples of a file, split into a training and a held-out part.
 pub type Split = FileSplit<Example, DataReport>;
 
-/// How rows become examples.
+/// Settings for reading examples.
 #[derive(Debug, Clone, Default)]
 pub struct LoadSettings {
-    /// Tokens of an example: of a row with more the first are kept; but a `text` is split.
+    /// Maximum number of tokens of an example. A longer row is truncated, but a longer `text` is split.
     pub max_length: usize,
-    /// How rows of Alpaca's are laid out; without, by the chat template if there is one.
+    /// Prompt format of Alpaca rows; `None` uses the chat template if there is one.
     pub alpaca: Option<AlpacaPrompt>,
-    /// What may be wrong with rows that cannot be read: those are left out.
+    /// Checks to ignore: rows that fail them and cannot be read are skipped.
     pub allow: Vec<Check>,
-    /// Tokens the model can read at once, and ids it has.
+    /// Context window and vocabulary size of the model, if known.
     pub model: Option<ModelLimits>,
-    /// Where tokens of large files are kept; without, all are held in memory.
+    /// Cache for the tokens of large files; `None` keeps all tokens in memory.
     pub cache: Option<Cache>,
 }
 
-/// What a model can read.
+/// The two limits of a model that rows are checked against.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ModelLimits {
-    /// Tokens at once.
+    /// Context window in tokens.
     pub window: usize,
-    /// Ids.
+    /// Number of token ids.
     pub vocab_size: usize,
 }
 
@@ -51,26 +51,26 @@ impl From<usize> for LoadSettings {
     }
 }
 
-/// What a file's rows came to.
+/// Counts over the examples of a file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DataReport {
-    /// Rows read, those with nothing to learn included.
+    /// Rows read, including those with nothing to learn.
     pub rows: u64,
     /// Tokens of the examples.
     pub tokens: u64,
-    /// Targets among them.
+    /// Target tokens of the examples.
     pub learned_tokens: u64,
-    /// Rows longer than `max_length`, cut at their end.
+    /// Rows longer than `max_length`, truncated at their end.
     pub truncated: u64,
     /// Texts longer than `max_length`, each split into several examples.
     pub split: u64,
-    /// What they were split into.
+    /// Examples that these texts were split into.
     pub pieces: u64,
-    /// Rows dropped because no token of them is learned, or none after the cut.
+    /// Rows dropped because they have no learned token, or none after truncation.
     pub nothing_to_learn: u64,
-    /// Rows in which one token holds both given and learned text.
+    /// Rows in which one token spans the border of prompt and response.
     pub boundary_mismatches: u64,
-    /// Tokens of the longest row before any cut.
+    /// Tokens of the longest row before truncation.
     pub longest: u64,
 }
 
@@ -101,18 +101,18 @@ impl DataReport {
     }
 }
 
-impl Report for DataReport {
+impl RowReport for DataReport {
     fn rows(&self) -> u64 {
         self.rows
     }
 }
 
 impl Dataset {
-    /// Reads and tokenizes all rows of a JSONL or Parquet file. Ends early once `monitor` asks to stop.
+    /// Reads and tokenizes all rows of a JSONL or Parquet file. Stops early once `monitor` asks to stop.
     ///
     /// # Errors
-    /// All rows that cannot be read, the first few with their lines; a file without rows, or without
-    /// anything to learn; [`DataError::Stopped`].
+    /// If rows are invalid (the first few are listed with their lines); if the file has no rows, or nothing
+    /// to learn; [`DataError::Stopped`].
     pub fn load<'m>(
         path: &Path,
         tokenizer: &Tokenizer,
@@ -123,7 +123,7 @@ impl Dataset {
         ExampleReader { tokenizer, settings }.load(path, settings.cache.as_ref(), monitor.into())
     }
 
-    /// What is wrong with the rows, and what they come to. No example is kept.
+    /// Validates the rows of a file: runs all checks and counts, and keeps no example.
     ///
     /// # Errors
     /// If the file cannot be read at all; [`DataError::Stopped`].
@@ -136,7 +136,7 @@ impl Dataset {
         ExampleReader { tokenizer, settings }.examine(path, monitor.into())
     }
 
-    /// The examples of the first rows, as many as can be read, whatever is wrong with others.
+    /// The examples of the first `rows` rows; rows that cannot be read are skipped.
     ///
     /// # Errors
     /// If the file cannot be read at all.
@@ -149,10 +149,10 @@ impl Dataset {
         ExampleReader { tokenizer, settings }.first(path, rows)
     }
 
-    /// The same in two parts: one row in ten is held out, as [`is_held_out`] says.
+    /// Loads a file like [`Dataset::load`], and holds out one row in ten (see [`is_held_out`]).
     ///
     /// # Errors
-    /// As [`Dataset::load`], and if no row is left to train on.
+    /// Like [`Dataset::load`], and if no row is left to train on.
     pub fn load_split<'m>(
         path: &Path,
         tokenizer: &Tokenizer,
@@ -167,24 +167,24 @@ impl Dataset {
         )
     }
 
-    /// Several files as one, in their order. What is wrong with each is to be told before.
+    /// Joins several files, in order. The caller reports the check results of each file beforehand.
     ///
     /// # Panics
-    /// If there are none.
+    /// If `files` is empty.
     pub fn join(files: Vec<Self>) -> Self {
         reading::join(files, DataReport::add)
     }
 }
 
-/// Lines to examples.
+/// Parses lines into examples.
 struct ExampleReader<'a> {
     tokenizer: &'a Tokenizer,
     settings: &'a LoadSettings,
 }
 
-impl Reader for ExampleReader<'_> {
-    type Tokenized = Tokenized;
-    type Row = Example;
+impl RowReader for ExampleReader<'_> {
+    type Tokenized = TokenizedRow;
+    type Record = Example;
     type Report = DataReport;
 
     fn kind(&self) -> &'static str {
@@ -204,12 +204,12 @@ impl Reader for ExampleReader<'_> {
         &self.settings.allow
     }
 
-    fn parse(&self, line: &[u8]) -> Result<Parsed<Tokenized>, Unread> {
-        let (dialect, row) = Row::read(line);
-        let unread = |error| Unread { dialect, error };
+    fn parse(&self, line: &[u8]) -> Result<Parsed<TokenizedRow>, UnreadableRow> {
+        let (format, row) = Row::read(line);
+        let unread = |error| UnreadableRow { format, error };
         let row = row.map_err(unread)?;
         let tokenized = tokenize(&row, self.tokenizer, self.settings.alpaca).map_err(unread)?;
-        let Tokenized { tokens, learned, .. } = &tokenized;
+        let TokenizedRow { tokens, learned, .. } = &tokenized;
         if let Some(limits) = self.settings.model
             && let Some(index) = tokens.iter().position(|&id| id as usize >= limits.vocab_size)
         {
@@ -218,24 +218,24 @@ impl Reader for ExampleReader<'_> {
         }
         let mut findings = match &row {
             Row::Messages { messages, .. } | Row::Alpaca { messages, .. } => {
-                doctor::of_messages(messages)
+                checks::check_messages(messages)
             }
             _ => Vec::new(),
         };
-        findings.extend(doctor::of_tokens(&row, tokens, learned, self.tokenizer));
-        let (held_out, hash) = (is_held_out(&row), doctor::normalized_hash(&row));
+        findings.extend(checks::check_tokens(&row, tokens, learned, self.tokenizer));
+        let (held_out, hash) = (is_held_out(&row), checks::normalized_hash(&row));
         let length = tokens.len();
-        Ok(Parsed { dialect, held_out, hash, length, findings, tokenized })
+        Ok(Parsed { format, held_out, hash, length, findings, tokenized })
     }
 
     fn add(
         &self,
-        line: &Line,
-        row: Tokenized,
-        part: &mut Part<Example, DataReport>,
+        line: &FileLine,
+        row: TokenizedRow,
+        part: &mut RowPart<Example, DataReport>,
     ) -> io::Result<Vec<Finding>> {
         let &LoadSettings { max_length, model, .. } = self.settings;
-        let Tokenized { mut tokens, mut learned, boundary_mismatch, when_long } = row;
+        let TokenizedRow { mut tokens, mut learned, boundary_mismatch, when_long } = row;
         let report = &mut part.report;
         let mut found = Vec::new();
         let length = tokens.len();
@@ -243,14 +243,15 @@ impl Reader for ExampleReader<'_> {
         report.longest = report.longest.max(length as u64);
         if boundary_mismatch {
             report.boundary_mismatches += 1;
-            let sentence = "a token reaches from what is given into what is learned: a prompt alone \
-                            ends in other tokens (mostly, in a space)";
+            let sentence = "a token spans the border of prompt and response: the prompt alone is \
+                            tokenized differently (usually because it ends in a space)";
             found.push((Check::BoundaryMismatch, sentence.into()));
         }
         if let Some(window) = model.map(|limits| limits.window)
             && length > window
         {
-            let sentence = format!("has {length} tokens, the model reads {window} at once");
+            let sentence =
+                format!("has {length} tokens, the model's context window is {window} tokens");
             found.push((Check::OverWindow, sentence));
         }
         let any = learned.contains(&true);
@@ -267,7 +268,7 @@ impl Reader for ExampleReader<'_> {
                 tokens.truncate(max_length);
                 learned.truncate(max_length);
                 let left = if learned.contains(&true) { "" } else { ", of which none is learned" };
-                let sentence = format!("has {length} tokens, cut to {max_length}{left}");
+                let sentence = format!("has {length} tokens, truncated to {max_length}{left}");
                 found.push((Check::Cut, sentence));
                 vec![(tokens, learned)]
             }
@@ -287,9 +288,9 @@ impl Reader for ExampleReader<'_> {
                 }
             }
         }
-        // Where the cut has taken it, that is told as the cut.
+        // If truncation removed everything to learn, `Check::Cut` already reports it.
         if kept == 0 && !any {
-            let sentence = "no token of it is learned: the loss would be of nothing";
+            let sentence = "has no learned token, so it does not contribute to the loss";
             found.push((Check::NothingToLearn, sentence.into()));
         }
         Ok(found)

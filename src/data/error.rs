@@ -1,12 +1,12 @@
-//! What can be wrong with a file of rows, one sentence each; wrong rows are told together.
+//! Errors of data files, one sentence each. All invalid rows of a file are reported together.
 
 use std::path::{Path, PathBuf};
 
-use super::Dialect;
-use super::cache::Refused;
+use super::RowFormat;
+use super::cache::IoFailure;
 use crate::text::TextError;
 
-/// Why a file gave no examples.
+/// Why a data file cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DataError {
@@ -15,40 +15,40 @@ pub enum DataError {
     Io {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system error.
         source: std::io::Error,
     },
-    /// Some rows are wrong: the first of them, each with its line.
+    /// Some rows are invalid; the first of them are listed with their lines.
     #[error("{}", sentences(path, first, *wrong, *rows))]
     Rows {
         /// The file.
         path: PathBuf,
         /// Lines, counted from 1, and what is wrong with them.
         first: Vec<(u64, String)>,
-        /// All wrong rows.
+        /// Number of invalid rows.
         wrong: u64,
-        /// All rows.
+        /// Number of rows.
         rows: u64,
     },
-    /// A Parquet file that cannot be used.
+    /// A Parquet file that cannot be read.
     #[error("{}: {reason}", path.display())]
     Parquet {
         /// The file.
         path: PathBuf,
-        /// What is wrong and what was needed.
+        /// What is wrong, and what is needed.
         reason: String,
     },
-    /// The system refused to write the tokens of a file, or to read what was written.
+    /// The tokens of a file cannot be written to the cache, or read from it.
     #[error("{}: cannot {action}: {source}", path.display())]
     Cache {
-        /// What was tried.
+        /// The failed action.
         action: &'static str,
         /// The file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// The system error.
         source: std::io::Error,
     },
-    /// Tokens that are not as they were written.
+    /// Cached tokens that do not match their checksum or header.
     #[error("{}: {reason}; remove its folder to have the file tokenized again", path.display())]
     Broken {
         /// The file.
@@ -56,10 +56,10 @@ pub enum DataError {
         /// What is wrong.
         reason: String,
     },
-    /// The user asked to stop while the rows were read.
+    /// The user interrupted the reading of rows.
     #[error("stopped while the rows were read")]
     Stopped,
-    /// Only blank lines, or none.
+    /// The file has no lines, or only blank ones.
     #[error("{}: holds no rows, needs one JSON object per line", path.display())]
     Empty {
         /// The file.
@@ -76,12 +76,12 @@ pub enum DataError {
         path: PathBuf,
         /// Rows read.
         rows: u64,
-        /// Rows cut at their end.
+        /// Rows truncated at their end.
         truncated: u64,
-        /// Tokens kept of a row.
+        /// Maximum number of tokens of a row.
         max_length: usize,
     },
-    /// No row has responses that are compared, or labelled.
+    /// No row has a preference pair or a label.
     #[error(
         "{}: nothing to compare in any of {rows} rows ({dropped} responses longer than \
          {max_length} tokens with their prompts), needs at least one pair or label",
@@ -92,27 +92,27 @@ pub enum DataError {
         path: PathBuf,
         /// Rows read.
         rows: u64,
-        /// Responses left out.
+        /// Responses dropped because they are too long.
         dropped: u64,
-        /// Tokens prompt and response may have.
+        /// Maximum number of tokens of prompt and response.
         max_length: usize,
     },
-    /// Rows that would teach nothing or teach wrong, unless a flag says that they may.
+    /// Rows that fail checks which are errors and not allowed.
     #[error(
-        "{}: rows that would teach nothing or teach wrong; mend them, or name what may be with \
-         --allow{told}",
+        "{}: rows that would teach nothing or the wrong thing; fix them, or ignore these checks with \
+         --allow{defects}",
         path.display()
     )]
     Defects {
         /// The file.
         path: PathBuf,
-        /// The rows, a line each, the first few of each check.
-        told: String,
+        /// The rows, one line each, the first few of each check.
+        defects: String,
     },
     /// The split leaves no row to train on.
     #[error(
-        "{}: all {rows} rows fall into the held-out part (rows with one first prompt stay \
-         together), needs more prompts or a held-out file of its own",
+        "{}: all {rows} rows fall into the held-out part (rows with the same first prompt stay \
+         together), needs more prompts or a separate held-out file",
         path.display()
     )]
     AllHeldOut {
@@ -123,45 +123,46 @@ pub enum DataError {
     },
 }
 
-impl From<Refused> for DataError {
-    fn from((action, path, source): Refused) -> Self {
+impl From<IoFailure> for DataError {
+    fn from((action, path, source): IoFailure) -> Self {
         Self::Cache { action, path, source }
     }
 }
 
-/// What is wrong with one row.
+/// Why a row is invalid.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RowError {
-    /// A line too long to be a row.
+    /// A line longer than the limit.
     #[error(
-        "the line is longer than {most} bytes: needs one row a line, long texts in several rows"
+        "the line is longer than {most} bytes: needs one row per line, and long texts split into \
+         several rows"
     )]
     TooLong {
-        /// Bytes a line may have.
+        /// Maximum number of bytes of a line.
         most: usize,
     },
-    /// Bytes that are no text.
+    /// Bytes that are not UTF-8.
     #[error("byte {column} of the line is not UTF-8")]
     NotUtf8 {
         /// The byte in the line, counted from 1.
         column: usize,
     },
-    /// Text that is no JSON.
+    /// Text that is not JSON.
     #[error("is not JSON ({problem} at column {column})")]
     Json {
-        /// What the parser said.
+        /// The parser's message.
         problem: String,
-        /// Where in the line, counted from 1.
+        /// Column in the line, counted from 1.
         column: usize,
     },
-    /// JSON, but no object.
-    #[error("found {found}, a row is a JSON object")]
+    /// JSON, but not an object.
+    #[error("found {found}, needs a JSON object")]
     NotAnObject {
-        /// What it is.
+        /// The value found.
         found: String,
     },
-    /// Keys that make none of the known kinds.
+    /// Keys that match none of the known row formats.
     #[error(
         "unknown kind of row: found the keys {}, known are `input_ids` (+ `labels`), `messages` \
          (+ `tools`), `conversations`, `instruction` + `output`, `prompt` + `completion`, and `text`",
@@ -171,58 +172,58 @@ pub enum RowError {
         /// The keys found.
         keys: Vec<String>,
     },
-    /// Rows that another command learns from.
-    #[error("is a row of {}, which is for {}, not this command", dialect.name(), dialect.learned_by())]
+    /// A row in a format of another command.
+    #[error("is a row of {}, which is data for {}, not this command", format.name(), format.learned_by())]
     OfOthers {
-        /// What kind of row it is.
-        dialect: Dialect,
+        /// The row format.
+        format: RowFormat,
     },
-    /// A role that is none.
+    /// An unknown role.
     #[error("`{key}` is {found}, needs one of {known}")]
     Role {
         /// The path of the value in the row.
         key: String,
-        /// What is there.
+        /// The value found.
         found: String,
-        /// Those there are.
+        /// The known roles.
         known: String,
     },
-    /// Keys that do not make what is asked for.
+    /// Keys that do not match the requested kind of row.
     #[error("unknown kind of row: found the keys {}, needs {needed}", quoted(keys))]
     OtherKind {
         /// The keys found.
         keys: Vec<String>,
-        /// What is asked for.
+        /// The keys needed.
         needed: &'static str,
     },
-    /// A text that is nothing.
+    /// A text without tokens.
     #[error("`{key}` has no tokens, needs at least one")]
     NoTokens {
         /// The path of the value in the row.
         key: String,
     },
-    /// More than may stand before a response.
+    /// A prompt that leaves no room for a response.
     #[error(
-        "the prompt has {found} tokens, needs at most {most}: max_length or the model's window has to \
-         hold the response too"
+        "the prompt has {found} tokens, needs at most {most}: the response has to fit into max_length \
+         and the model's context window too"
     )]
     PromptTooLong {
-        /// Tokens it has.
+        /// Number of tokens.
         found: usize,
-        /// Tokens it may have.
+        /// Maximum number of tokens.
         most: usize,
     },
-    /// A value of the wrong shape.
+    /// A value of the wrong type or shape.
     #[error("`{key}` is {found}, needs {needed}")]
     Value {
         /// The path of the value in the row.
         key: String,
-        /// What is there.
+        /// The value found.
         found: String,
-        /// What should be.
+        /// The value needed.
         needed: &'static str,
     },
-    /// Two lists that should be as long as each other.
+    /// Two lists that must have the same length.
     #[error("`labels` has {labels} entries for {input_ids} `input_ids`")]
     LabelCount {
         /// Entries of `labels`.
@@ -230,70 +231,70 @@ pub enum RowError {
         /// Entries of `input_ids`.
         input_ids: usize,
     },
-    /// A token id the tokenizer does not have.
+    /// A token id outside the vocabulary.
     #[error("`input_ids[{index}]` is {token}, the vocabulary has {vocab_size} tokens")]
     OutOfVocabulary {
-        /// Its place in `input_ids`.
+        /// Its index in `input_ids`.
         index: usize,
-        /// The id.
+        /// The token id.
         token: u32,
-        /// Tokens of the vocabulary.
+        /// Number of tokens of the vocabulary.
         vocab_size: usize,
     },
-    /// More than Alpaca's prompt has words for.
-    #[error("`system` and `history` have no place in Alpaca's prompt text: needs a chat template")]
+    /// An Alpaca row with a system message or history, and no chat template.
+    #[error("Alpaca's prompt text does not support `system` and `history`: needs a chat template")]
     AlpacaTurns,
-    /// Messages, but nothing to render them with.
+    /// A row of messages, and no chat template.
     #[error("a row of messages needs a chat template, the tokenizer has none")]
     NoTemplate,
-    /// A template from which the assistant's words cannot be told.
+    /// A chat template that does not preserve prefixes, so that assistant tokens cannot be located.
     #[error(
-        "the chat template rewrites what precedes `{message}` when it is added, so what the \
-         assistant said cannot be told from its text: needs a template that keeps its prefix or \
-         marks the assistant's words with {{% generation %}}"
+        "the chat template rewrites the text before `{message}` when that message is added, so the \
+         assistant's tokens cannot be located: needs a template that preserves prefixes or marks \
+         assistant messages with {{% generation %}}"
     )]
     PrefixNotKept {
         /// The path of the assistant's message.
         message: String,
     },
-    /// A first message whose beginning is not to be found.
+    /// A conversation that starts with an assistant message whose start cannot be located.
     #[error(
-        "`messages[0]` is the assistant's, and where its words begin cannot be told from the chat \
-         template: needs a system or user message before it, or a template that marks the \
-         assistant's words with {{% generation %}}"
+        "`messages[0]` is the assistant's, and its start cannot be located in the output of the chat \
+         template: needs a system or user message before it, or a template that marks assistant \
+         messages with {{% generation %}}"
     )]
     BeginsWithAssistant,
-    /// `{% generation %}` blocks that are no messages.
+    /// A different number of `{% generation %}` blocks than of assistant messages.
     #[error(
         "the chat template marks {spans} {{% generation %}} parts for {messages} assistant \
-         messages, so those with `train: false` cannot be told apart"
+         messages, so messages with `train: false` cannot be matched to them"
     )]
     SpanCount {
         /// Marked parts.
         spans: usize,
-        /// Messages of the assistant.
+        /// Assistant messages.
         messages: usize,
     },
-    /// The tokenizer or the template refused.
+    /// An error of the tokenizer or the chat template.
     #[error(transparent)]
     Text(#[from] TextError),
 }
 
-/// One wrong row is a sentence of its own; several stand under each other, as compilers tell them.
+/// A single invalid row is one sentence; several are listed line by line, as compilers do.
 fn sentences(path: &Path, first: &[(u64, String)], wrong: u64, rows: u64) -> String {
     let path = path.display();
     if let (1, [(line, problem)]) = (wrong, first) {
         return format!("{path}:{line}: {problem}");
     }
-    let told = first.iter().map(|(line, problem)| format!("\n  {path}:{line}: {problem}"));
+    let listed = first.iter().map(|(line, problem)| format!("\n  {path}:{line}: {problem}"));
     let more = match wrong - first.len() as u64 {
         0 => String::new(),
         more => format!("\n  and {more} more"),
     };
-    format!("{path}: {wrong} of {rows} rows are wrong{}{more}", told.collect::<String>())
+    format!("{path}: {wrong} of {rows} rows are invalid{}{more}", listed.collect::<String>())
 }
 
-/// Keys in backquotes; of a row that is no row, the first few.
+/// Keys in backquotes; only the first few if there are many.
 fn quoted(keys: &[String]) -> String {
     const MOST: usize = 8;
     const CHARS: usize = 40;

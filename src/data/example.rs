@@ -1,4 +1,4 @@
-//! One row as tokens, and which of them are learned.
+//! Tokenizing one row, with a loss mask.
 
 use std::ops::Range;
 
@@ -7,63 +7,65 @@ use serde_json::{Value, json};
 use super::{AlpacaPrompt, Message, Row, RowError};
 use crate::text::{ChatTemplate, Special, Tokenizer};
 
-/// The tokens of a row.
+/// A tokenized row with a loss mask.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Example {
-    /// Token ids, those of special tokens included.
+    /// Token ids, special tokens included.
     pub tokens: Vec<u32>,
-    /// Whether token `i` is a target. Token 0 never is: nothing predicts it.
+    /// The loss mask: whether token `i` is a target. Token 0 never is, since nothing predicts it.
     pub learned: Vec<bool>,
-    /// The row in its file, counted from 0 over lines that are not blank.
+    /// The row number in its file, counted from 0 over lines that are not blank.
     pub row: u64,
-    /// Its line, counted from 1.
+    /// The line number in its file, counted from 1.
     pub line: u64,
-    /// Where it begins in its row: above 0 only in pieces of a long text. Random numbers are keyed
-    /// by row and place, so no two tokens of a file share theirs.
+    /// Start of the example in its row; above 0 only in the pieces of a long text. Random numbers are keyed
+    /// by row and position, so no two tokens of a file share one.
     pub start: u32,
 }
 
 impl Example {
-    /// Targets among the tokens.
+    /// Number of target tokens.
     pub fn learned_tokens(&self) -> usize {
         self.learned.iter().filter(|&&l| l).count()
     }
 }
 
-/// A row's tokens before it is cut to length.
-pub(super) struct Tokenized {
+/// A tokenized row, before it is truncated to the maximum length.
+pub(super) struct TokenizedRow {
     pub tokens: Vec<u32>,
     pub learned: Vec<bool>,
-    /// A token holds both given and learned text: inference will see other tokens there.
+    /// Whether a token spans the border of prompt and response, so that inference tokenizes the prompt
+    /// differently.
     pub boundary_mismatch: bool,
-    /// What is done if there are more of them than an example may have.
+    /// What happens if the row is longer than an example may be.
     pub when_long: WhenLong,
 }
 
-/// What becomes of a row with more tokens than an example may have.
+/// What happens to a row that is longer than an example may be.
 #[derive(Clone, Copy)]
 pub(super) enum WhenLong {
-    /// Its end is dropped: the later turns of a conversation mean nothing without the earlier.
+    /// It is truncated at its end, since the later turns of a conversation make no sense without the
+    /// earlier ones.
     Cut,
-    /// It goes on in further examples: a text is worth learning from anywhere.
+    /// It is split into several examples, since a text can be learned from any position.
     Split {
-        /// What the tokenizer wants in front of each.
+        /// BOS, if the tokenizer adds it in front of each text.
         bos: Option<u32>,
     },
 }
 
-/// Tokens, and whether each is learned.
-type Piece = (Vec<u32>, Vec<bool>);
+/// Tokens, and the loss mask.
+type TokensAndMask = (Vec<u32>, Vec<bool>);
 
-/// Cuts a text into pieces of at most `most` tokens, two or more. Each but the first begins with a
-/// token that is only read there: BOS, or without one the last of the piece before. So every token
-/// after the text's first is learned once.
+/// Splits a text into pieces of at most `most` tokens, which is at least 2. Every piece but the first begins
+/// with a context token that is not learned: BOS, or else the last token of the previous piece. So every
+/// token of the text except the first is learned once.
 pub(super) fn pieces(
     tokens: &[u32],
     learned: &[bool],
     bos: Option<u32>,
     most: usize,
-) -> Vec<Piece> {
+) -> Vec<TokensAndMask> {
     let first = most.min(tokens.len());
     let mut pieces = vec![(tokens[..first].to_vec(), learned[..first].to_vec())];
     let mut at = first;
@@ -78,13 +80,13 @@ pub(super) fn pieces(
     pieces
 }
 
-/// The tokens of a row; one of Alpaca's is laid out by the chat template if there is one, unless
-/// `alpaca` says how.
+/// Tokenizes a row. An Alpaca row is rendered by the chat template if there is one, unless `alpaca` sets the
+/// format.
 pub(super) fn tokenize(
     row: &Row,
     tokenizer: &Tokenizer,
     alpaca: Option<AlpacaPrompt>,
-) -> Result<Tokenized, RowError> {
+) -> Result<TokenizedRow, RowError> {
     let mut tokenized = match row {
         Row::Tokens { input_ids, learned } => ready(input_ids, learned, tokenizer)?,
         Row::Messages { messages, tools } => conversation(messages, tools.as_ref(), tokenizer)?,
@@ -105,7 +107,7 @@ pub(super) fn tokenize(
         Row::Text(text) => {
             let bos = tokenizer.bos().filter(|_| tokenizer.adds_bos());
             let text = prompt_completion("", text, tokenizer)?;
-            Tokenized { when_long: WhenLong::Split { bos }, ..text }
+            TokenizedRow { when_long: WhenLong::Split { bos }, ..text }
         }
     };
     if let Some(first) = tokenized.learned.first_mut() {
@@ -114,23 +116,23 @@ pub(super) fn tokenize(
     Ok(tokenized)
 }
 
-fn ready(ids: &[u32], learned: &[bool], tokenizer: &Tokenizer) -> Result<Tokenized, RowError> {
+fn ready(ids: &[u32], learned: &[bool], tokenizer: &Tokenizer) -> Result<TokenizedRow, RowError> {
     let vocab_size = tokenizer.vocab_size();
     if let Some(index) = ids.iter().position(|&id| id as usize >= vocab_size) {
         return Err(RowError::OutOfVocabulary { index, token: ids[index], vocab_size });
     }
     let (tokens, learned) = (ids.into(), learned.into());
-    Ok(Tokenized { tokens, learned, boundary_mismatch: false, when_long: WhenLong::Cut })
+    Ok(TokenizedRow { tokens, learned, boundary_mismatch: false, when_long: WhenLong::Cut })
 }
 
-/// Tokenized jointly, as the completion will follow the prompt. What is learned begins where the
-/// prompt's own tokens and the joint ones part (TRL's rule), which is after the prompt unless a
-/// token reaches across the border. An end-of-sequence token is appended unless present, learned.
+/// Tokenizes prompt and completion jointly. The learned part begins at the first token in which the joint
+/// tokens differ from those of the prompt alone (as in TRL), which is after the prompt unless a token spans
+/// the border. A learned end-of-sequence token is appended unless there is one.
 fn prompt_completion(
     prompt: &str,
     completion: &str,
     tokenizer: &Tokenizer,
-) -> Result<Tokenized, RowError> {
+) -> Result<TokenizedRow, RowError> {
     let own = tokenizer.with_bos(tokenizer.encode(prompt, Special::Parse)?);
     let joint = tokenizer.encode(&format!("{prompt}{completion}"), Special::Parse)?;
     let mut tokens = tokenizer.with_bos(joint);
@@ -142,16 +144,16 @@ fn prompt_completion(
     }
     let learned = (0..tokens.len()).map(|i| i >= given).collect();
     let boundary_mismatch = given < own.len();
-    Ok(Tokenized { tokens, learned, boundary_mismatch, when_long: WhenLong::Cut })
+    Ok(TokenizedRow { tokens, learned, boundary_mismatch, when_long: WhenLong::Cut })
 }
 
-/// The whole conversation rendered once; what the assistant says is learned through its
-/// end-of-turn token. A token that reaches over the border of a span belongs to the span.
+/// Renders the whole conversation once. Assistant messages are learned up to and including their
+/// end-of-turn token. A token that overlaps a learned span is learned.
 fn conversation(
     messages: &[Message],
     tools: Option<&Value>,
     tokenizer: &Tokenizer,
-) -> Result<Tokenized, RowError> {
+) -> Result<TokenizedRow, RowError> {
     let template = tokenizer.chat_template().ok_or(RowError::NoTemplate)?;
     let (text, spans) = match marked_spans(messages, tools, template)? {
         Some(marked) => marked,
@@ -160,7 +162,7 @@ fn conversation(
     let encoding = tokenizer.encode_with_offsets(&text, Special::Parse)?;
     let count = encoding.ids.len();
     let tokens = tokenizer.with_bos(encoding.ids);
-    let mut learned = vec![false; tokens.len() - count]; // of a BOS that was added
+    let mut learned = vec![false; tokens.len() - count]; // for the added BOS, if any
     let mut boundary_mismatch = false;
     for (start, end) in encoding.offsets {
         let next = spans.partition_point(|span| span.end <= start);
@@ -168,13 +170,13 @@ fn conversation(
         learned.push(span.is_some());
         boundary_mismatch |= span.is_some_and(|span| start < span.start);
     }
-    Ok(Tokenized { tokens, learned, boundary_mismatch, when_long: WhenLong::Cut })
+    Ok(TokenizedRow { tokens, learned, boundary_mismatch, when_long: WhenLong::Cut })
 }
 
-/// The text, and the byte ranges of it that are learned, in order.
+/// The rendered text, and the byte ranges of it that are learned, in order.
 type Spans = (String, Vec<Range<usize>>);
 
-/// What the template itself marks with `{% generation %}`, if it does.
+/// The spans that the template itself marks with `{% generation %}`, if it does.
 fn marked_spans(
     messages: &[Message],
     tools: Option<&Value>,
@@ -195,8 +197,8 @@ fn marked_spans(
     Ok(Some((text, learned.collect())))
 }
 
-/// From what the template renders up to a message and with it. The whitespace that ends a turn is
-/// left out: generation stops at the end-of-turn token, nobody ever asks for what follows it.
+/// The spans found by rendering prefixes: the conversation before a message, and with it. White space at the
+/// end of a turn is not learned, since generation stops at the end-of-turn token before it.
 fn prefix_spans(
     messages: &[Message],
     tools: Option<&Value>,
@@ -226,10 +228,10 @@ fn prefix_spans(
     Ok((text, spans))
 }
 
-/// Where the words of an assistant that speaks first begin in `through`, the text through its
-/// message. Many templates fail on no messages at all or put a system message of their own before
-/// the first, so what precedes its words is not rendered but looked for: it is what the template
-/// asks for an answer with after a later turn.
+/// Start of the content of a first message that is the assistant's, in `through`, the text up to the end of
+/// that message. Many templates fail on an empty conversation or insert a default system message, so the
+/// text before the content is not rendered but searched for: it is the generation prompt that the template
+/// writes after a later turn.
 fn opening(
     first: &Value,
     tools: Option<&Value>,

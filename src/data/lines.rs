@@ -1,5 +1,5 @@
-//! A file of rows, read line by line and parsed by all threads; wrong rows are told together. Rows of
-//! a Parquet file are the lines they would be in JSON, counted from 1.
+//! Reads a data file line by line and parses the lines on all threads. Invalid rows are reported together.
+//! Rows of a Parquet file are read as the JSON lines they correspond to, counted from 1.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
@@ -11,24 +11,24 @@ use sha2::{Digest, Sha256};
 
 use super::cache::{file_sha256, hex};
 use super::parquet::ParquetRows;
-use super::{DataError, Dialect, Row, RowError};
+use super::{DataError, Row, RowError, RowFormat};
 
-/// Lines tokenized at a time, by all threads, or as many as have this many bytes: what is held of
-/// the file's text.
+/// Limits of a chunk that is tokenized by all threads, in lines and in bytes. No more of the file's text is
+/// held in memory.
 const LINES_AT_A_TIME: usize = 1024;
 const BYTES_AT_A_TIME: usize = 16 << 20;
-/// Bytes a line may have.
+/// Maximum number of bytes of a line.
 const LONGEST_LINE: usize = 64 << 20;
-/// Wrong rows told one by one; the rest are counted.
-pub(super) const FAULTS_TOLD: usize = 5;
+/// Number of invalid rows that are listed; the rest are only counted.
+pub(super) const FAULTS_SHOWN: usize = 5;
 
-/// Shows what `parse` makes of every row to `add`, in order; the file's SHA-256. After a wrong row,
-/// the rest of the file is read for further wrong ones only. Ends early once `stop` is set.
+/// Parses every row and passes it to `add`, in order; returns the SHA-256 of the file. After an invalid row,
+/// the rest of the file is only checked for further invalid rows. Stops early once `stop` is set.
 pub(super) fn read<T: Send>(
     path: &Path,
     stop: &AtomicBool,
     parse: impl Fn(&[u8]) -> Result<T, RowError> + Sync,
-    mut add: impl FnMut(&Line, T),
+    mut add: impl FnMut(&FileLine, T),
 ) -> Result<String, DataError> {
     let (mut first, mut wrong, mut rows) = (Vec::new(), 0, 0);
     let sha256 = read_all(path, stop, parse, |line, row| {
@@ -38,7 +38,7 @@ pub(super) fn read<T: Send>(
             Ok(_) => {}
             Err(problem) => {
                 wrong += 1;
-                if first.len() < FAULTS_TOLD {
+                if first.len() < FAULTS_SHOWN {
                     first.push((line.number, problem.to_string()));
                 }
             }
@@ -51,15 +51,16 @@ pub(super) fn read<T: Send>(
     Ok(sha256)
 }
 
-/// The same, wrong rows among them.
+/// Parses every row and passes the result, an error for an invalid row, to `add`, in order; returns the
+/// SHA-256 of the file. Stops early once `stop` is set.
 pub(super) fn read_all<T: Send, E: Send + From<RowError>>(
     path: &Path,
     stop: &AtomicBool,
     parse: impl Fn(&[u8]) -> Result<T, E> + Sync,
-    mut add: impl FnMut(&Line, Result<T, E>) -> Result<(), DataError>,
+    mut add: impl FnMut(&FileLine, Result<T, E>) -> Result<(), DataError>,
 ) -> Result<String, DataError> {
     let go_on = || !stop.load(Ordering::Relaxed);
-    let mut source = Source::open(path, Some(&go_on))?;
+    let mut source = LineSource::open(path, Some(&go_on))?;
     loop {
         let (mut chunk, mut bytes) = (Vec::new(), 0);
         while chunk.len() < LINES_AT_A_TIME
@@ -75,7 +76,7 @@ pub(super) fn read_all<T: Send, E: Send + From<RowError>>(
         if chunk.is_empty() {
             break;
         }
-        let parse = |line: &Line| match line.too_long {
+        let parse = |line: &FileLine| match line.too_long {
             true => Err(RowError::TooLong { most: LONGEST_LINE }.into()),
             false => parse(&line.bytes),
         };
@@ -87,13 +88,13 @@ pub(super) fn read_all<T: Send, E: Send + From<RowError>>(
     Ok(source.sha256())
 }
 
-/// Shows the first lines to `take`.
+/// Passes the first `most` lines to `take`.
 pub(super) fn first_lines(
     path: &Path,
     most: usize,
-    mut take: impl FnMut(&Line) -> Result<(), DataError>,
+    mut take: impl FnMut(&FileLine) -> Result<(), DataError>,
 ) -> Result<(), DataError> {
-    let mut source = Source::open(path, None)?;
+    let mut source = LineSource::open(path, None)?;
     for _ in 0..most {
         match source.next(path)? {
             Some(line) => take(&line)?,
@@ -103,11 +104,11 @@ pub(super) fn first_lines(
     Ok(())
 }
 
-/// The kind of the first row that has one, among the first few.
+/// The format of the first row with a known format, among the first lines of a file.
 ///
 /// # Errors
 /// If the file cannot be read.
-pub fn first_dialect(path: &Path) -> Result<Option<Dialect>, DataError> {
+pub fn first_row_format(path: &Path) -> Result<Option<RowFormat>, DataError> {
     let mut found = None;
     first_lines(path, LINES_AT_A_TIME, |line| {
         found = found.or_else(|| Row::read(&line.bytes).0);
@@ -116,16 +117,16 @@ pub fn first_dialect(path: &Path) -> Result<Option<Dialect>, DataError> {
     Ok(found)
 }
 
-/// Where lines come from.
-enum Source {
-    /// A file of them, hashed as it is read.
-    Jsonl { lines: Lines<BufReader<File>>, hasher: Sha256 },
-    /// A table.
+/// A source of lines.
+enum LineSource {
+    /// A JSONL file, hashed while it is read.
+    Jsonl { lines: LineReader<BufReader<File>>, hasher: Sha256 },
+    /// A Parquet file.
     Parquet { rows: ParquetRows, read: u64, sha256: String },
 }
 
-impl Source {
-    /// Without `go_on`, a table is not hashed.
+impl LineSource {
+    /// Opens a file. Without `go_on`, a Parquet file is not hashed.
     fn open(path: &Path, go_on: Option<&dyn Fn() -> bool>) -> Result<Self, DataError> {
         let io = |source| DataError::Io { path: path.into(), source };
         if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("parquet")) {
@@ -135,11 +136,11 @@ impl Source {
             };
             return Ok(Self::Parquet { rows: ParquetRows::open(path)?, read: 0, sha256 });
         }
-        let lines = Lines::new(BufReader::new(File::open(path).map_err(io)?), LONGEST_LINE);
+        let lines = LineReader::new(BufReader::new(File::open(path).map_err(io)?), LONGEST_LINE);
         Ok(Self::Jsonl { lines, hasher: Sha256::new() })
     }
 
-    fn next(&mut self, path: &Path) -> Result<Option<Line>, DataError> {
+    fn next(&mut self, path: &Path) -> Result<Option<FileLine>, DataError> {
         match self {
             Self::Jsonl { lines, hasher } => lines
                 .next(|bytes| hasher.update(bytes))
@@ -147,7 +148,7 @@ impl Source {
             Self::Parquet { rows, read, .. } => {
                 let Some(bytes) = rows.next()? else { return Ok(None) };
                 *read += 1;
-                Ok(Some(Line { row: *read - 1, number: *read, bytes, too_long: false }))
+                Ok(Some(FileLine { row: *read - 1, number: *read, bytes, too_long: false }))
             }
         }
     }
@@ -160,50 +161,50 @@ impl Source {
     }
 }
 
-/// What a row would have been, and why it cannot be read.
-pub(super) struct Unread {
-    pub dialect: Option<Dialect>,
+/// A row that cannot be read: its format, as far as known, and the error.
+pub(super) struct UnreadableRow {
+    pub format: Option<RowFormat>,
     pub error: RowError,
 }
 
-impl From<RowError> for Unread {
+impl From<RowError> for UnreadableRow {
     fn from(error: RowError) -> Self {
-        Self { dialect: None, error }
+        Self { format: None, error }
     }
 }
 
 /// A line that is not blank.
-pub(super) struct Line {
-    /// Its row: blank lines are not counted, the first is 0.
+pub(super) struct FileLine {
+    /// Row number, counted from 0 over lines that are not blank.
     pub row: u64,
-    /// Its place in the file, counted from 1.
+    /// Line number in the file, counted from 1.
     pub number: u64,
-    /// Its bytes with the newline they end in, without a byte order mark.
+    /// The bytes of the line with its newline, without a byte order mark.
     pub bytes: Vec<u8>,
-    /// Whether it is longer than a line may be: then no bytes of it are kept, since what is no
-    /// JSONL at all may be one line of any length.
+    /// Whether the line exceeds the maximum length. Its bytes are not kept then, since a file that is not
+    /// JSONL may be one line of any length.
     pub too_long: bool,
 }
 
-/// The lines of a file, in order.
-pub(super) struct Lines<R> {
+/// Iterates over the lines of a file, in order.
+pub(super) struct LineReader<R> {
     reader: R,
-    /// Bytes a line may have.
+    /// Maximum number of bytes of a line.
     most: usize,
     row: u64,
     number: u64,
 }
 
-impl<R: BufRead> Lines<R> {
+impl<R: BufRead> LineReader<R> {
     pub fn new(reader: R, most: usize) -> Self {
         Self { reader, most, row: 0, number: 0 }
     }
 
-    /// The next line that is not blank, or `None` at the end. `seen` is shown every byte read.
-    pub fn next(&mut self, mut seen: impl FnMut(&[u8])) -> std::io::Result<Option<Line>> {
+    /// The next line that is not blank, or `None` at the end. `seen` is called with all bytes read.
+    pub fn next(&mut self, mut seen: impl FnMut(&[u8])) -> std::io::Result<Option<FileLine>> {
         loop {
             let mut bytes = Vec::new();
-            // One byte more than there may be tells a line that is too long.
+            // Reading one byte more than the maximum detects a line that is too long.
             let mut limited = self.reader.by_ref().take(self.most as u64 + 1);
             if limited.read_until(b'\n', &mut bytes)? == 0 {
                 return Ok(None);
@@ -223,11 +224,11 @@ impl<R: BufRead> Lines<R> {
                 continue;
             }
             self.row += 1;
-            return Ok(Some(Line { row: self.row - 1, number: self.number, bytes, too_long }));
+            return Ok(Some(FileLine { row: self.row - 1, number: self.number, bytes, too_long }));
         }
     }
 
-    /// Reads on to the end of the line and keeps nothing of it.
+    /// Skips to the end of the line.
     fn skip_line(&mut self, mut seen: impl FnMut(&[u8])) -> std::io::Result<()> {
         loop {
             let buffer = self.reader.fill_buf()?;
@@ -250,7 +251,7 @@ mod tests {
     #[test]
     fn a_line_that_is_too_long_is_skipped_and_counted() {
         let file = b"12345678\n\n123456789\n123456789 and more\n1234567\n1234567890";
-        let mut lines = Lines::new(file.as_slice(), 9);
+        let mut lines = LineReader::new(file.as_slice(), 9);
         let mut seen = Vec::new();
         let mut found = Vec::new();
         while let Some(line) = lines.next(|bytes| seen.extend_from_slice(bytes)).unwrap() {

@@ -1,4 +1,4 @@
-//! Files with weights, and which of their rows an epoch has.
+//! Data files with weights, and the rows of each that an epoch uses.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -7,14 +7,14 @@ use std::str::FromStr;
 use quantune_adapters::rng::Stream;
 use serde::{Deserialize, Serialize};
 
-/// A file of rows on the command line: `PATH`, or `PATH=WEIGHT` for rows that come WEIGHT times in an
-/// epoch, such as 2 or 0.5.
+/// A data file on the command line: `PATH`, or `PATH=WEIGHT` to use each row WEIGHT times per epoch on
+/// average, such as 2 or 0.5.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct DataFile {
     /// The file.
     pub path: PathBuf,
-    /// How often each of its rows comes in an epoch, on average; above 0.
+    /// How often each row is used per epoch, on average; above 0.
     pub weight: f64,
 }
 
@@ -31,7 +31,7 @@ impl FromStr for DataFile {
                 false => Err(format!("{text:?}: needed PATH or PATH=WEIGHT, the weight above 0")),
             };
         }
-        Ok(text.into()) // what follows a `=` in a name may be anything
+        Ok(text.into()) // a file name may contain `=`
     }
 }
 
@@ -70,14 +70,15 @@ impl fmt::Display for DataFile {
     }
 }
 
-/// The examples that an epoch has, in order and by their places among those of all files, given how
-/// many each file has, and its weight.
+/// The examples that an epoch uses, in order, as indices into the concatenation of all files. `files` gives
+/// the number of examples and the weight of each file.
 ///
-/// A file's examples come in passes, all of them in each, in another order each pass. An epoch takes
-/// `count · weight` of them, rounded, from where the epoch before it ended: so with weight 0.5 two epochs
-/// have each once, with 2.5 each twice and the half of them that the next epoch has not a third time.
+/// The examples of a file are used in passes; each pass has every example once, in a different order. An
+/// epoch takes `count · weight` examples, rounded, starting where the previous epoch ended. So with weight
+/// 0.5, two epochs together use each example once; with 2.5, an epoch uses each twice and half of them a
+/// third time, and the next epoch uses the other half a third time.
 ///
-/// Places are of 32 bits, four billion rows: a plan is kept for all of them.
+/// Indices have 32 bits, which allows four billion rows, since a plan holds one per row.
 pub fn epoch_examples(files: &[(usize, f64)], seed: u64, epoch: u64) -> Vec<u32> {
     let mut all = Vec::new();
     let mut first: u32 = 0;

@@ -1,4 +1,4 @@
-//! Parquet files: opened for the corpus, which reads a column, and read as the JSON lines they would be.
+//! Parquet files: opened for the corpus, which reads one column, and read row by row as JSON lines.
 
 use std::fs::File;
 use std::panic::AssertUnwindSafe;
@@ -19,7 +19,7 @@ pub(super) fn open(path: &Path) -> Result<SerializedFileReader<File>, DataError>
     guarded(path, || SerializedFileReader::new(file))
 }
 
-/// What the crate reads; it panics on some damaged files.
+/// Calls the parquet crate, which panics on some damaged files.
 pub(super) fn guarded<T>(
     path: &Path,
     read: impl FnOnce() -> Result<T, ParquetError>,
@@ -38,7 +38,7 @@ pub(super) fn fault(path: &Path, reason: impl ToString) -> DataError {
 pub(super) struct ParquetRows {
     path: PathBuf,
     rows: RowIter<'static>,
-    /// Rows read.
+    /// Number of rows read so far.
     read: u64,
 }
 
@@ -63,7 +63,7 @@ impl ParquetRows {
     }
 }
 
-/// A row without its nulls: a column is there for all rows, a key only where it says something.
+/// A row as a JSON object, without nulls: every row has all columns, but only keys with a value count.
 fn object(row: &Row) -> Result<Map<String, Value>, (String, String)> {
     let mut object = Map::new();
     for (name, field) in row.get_column_iter() {
@@ -92,7 +92,7 @@ fn value(field: &Field) -> Result<Value, String> {
         Field::Float(value) => float(f64::from(*value)),
         Field::Double(value) => float(*value),
         Field::Str(value) => value.as_str().into(),
-        // Strings without the mark that they are.
+        // Strings without the UTF-8 annotation.
         Field::Bytes(bytes) => match std::str::from_utf8(bytes.data()) {
             Ok(text) => text.into(),
             Err(error) => return Err(format!("byte {} is not UTF-8", error.valid_up_to())),
@@ -106,11 +106,11 @@ fn value(field: &Field) -> Result<Value, String> {
         Field::MapInternal(map) => {
             let entry = |(key, field): &(Field, Field)| match key {
                 Field::Str(key) => Ok((key.clone(), value(field)?)),
-                other => Err(format!("a map by {other}, needed one by strings")),
+                other => Err(format!("a map with key {other}, needed string keys")),
             };
             Value::Object(map.entries().iter().map(entry).collect::<Result<_, String>>()?)
         }
-        // Dates and decimals: only for rules of a reward to read.
+        // Dates and decimals, which only reward rules read.
         other => other.to_string().into(),
     })
 }

@@ -1,4 +1,4 @@
-//! Prompts to be answered: rows of reinforcement learning.
+//! Prompt-only rows, for reinforcement learning.
 
 use std::fmt;
 use std::io;
@@ -8,46 +8,46 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use sha2::Sha256;
 
-use super::doctor::{self, Check, Finding};
-use super::lines::{Line, Unread};
-use super::reading::{Cache, FileRows, FileSplit, Parsed, Part, Reader, Report};
+use super::checks::{self, Check, Finding};
+use super::lines::{FileLine, UnreadableRow};
+use super::reading::{Cache, FileRows, FileSplit, Parsed, RowPart, RowReader, RowReport};
+use super::row_store::{Record, RowLocation, WordReader, hash_tokens, write_words};
 use super::rows::PromptRow;
-use super::shelves::{Place, Shelved, Words, hash_tokens, lay_words};
 use super::split::is_held_out_text;
-use super::{DataError, Dialect, RowError};
+use super::{DataError, RowError, RowFormat};
 use crate::monitor::Monitor;
 use crate::text::{Special, Tokenizer};
 
-/// A prompt, and the row it came in.
+/// A prompt and its row.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Prompt {
-    /// Its tokens: what a response is generated after.
+    /// The prompt's tokens, after which a response is generated.
     pub tokens: Vec<u32>,
-    /// Its text: as it stands, or as the chat template writes it.
+    /// The prompt's text: the string of the row, or the output of the chat template.
     pub text: String,
-    /// The whole row: rewards read its other fields.
+    /// The whole row, since rewards read its other fields.
     pub row: Map<String, Value>,
-    /// Its line, counted from 1.
+    /// The line number in its file, counted from 1.
     pub line: u64,
 }
 
-impl Shelved for Prompt {
-    /// Its tokens, the bytes of its text, how many they are, and the row as JSON.
-    fn lay(&self, bytes: &mut Vec<u8>) {
-        lay_words(self.tokens.iter().copied(), bytes);
-        lay_words([self.text.len() as u32], bytes);
+impl Record for Prompt {
+    /// The tokens, the number of bytes of the text, the text, and the row as JSON.
+    fn encode(&self, bytes: &mut Vec<u8>) {
+        write_words(self.tokens.iter().copied(), bytes);
+        write_words([self.text.len() as u32], bytes);
         bytes.extend_from_slice(self.text.as_bytes());
-        serde_json::to_writer(bytes, &self.row).expect("what was JSON is JSON");
+        serde_json::to_writer(bytes, &self.row).expect("the row was parsed from JSON");
     }
 
-    fn mark(&self) -> u64 {
+    fn tag(&self) -> u64 {
         self.tokens.len() as u64
     }
 
-    fn take(bytes: &[u8], Place { line, mark, .. }: Place) -> Self {
-        let (words, rest) = bytes.split_at((mark as usize + 1) * size_of::<u32>());
-        let mut words = Words::of(words);
-        let tokens = words.take(mark as usize).collect();
+    fn decode(bytes: &[u8], RowLocation { line, tag, .. }: RowLocation) -> Self {
+        let (words, rest) = bytes.split_at((tag as usize + 1) * size_of::<u32>());
+        let mut words = WordReader::of(words);
+        let tokens = words.take(tag as usize).collect();
         let (text, row) = rest.split_at(words.next() as usize);
         Self {
             tokens,
@@ -57,8 +57,8 @@ impl Shelved for Prompt {
         }
     }
 
-    fn tokens_in(_bytes: &[u8], mark: u64) -> usize {
-        mark as usize
+    fn tokens_in(_bytes: &[u8], tag: u64) -> usize {
+        tag as usize
     }
 
     fn hash(&self, hasher: &mut Sha256) {
@@ -66,20 +66,21 @@ impl Shelved for Prompt {
     }
 }
 
-/// The prompts of a file, in its order.
+/// The prompts of a file, in file order.
 pub type Prompts = FileRows<Prompt, PromptReport>;
 
-/// The same in two parts.
+/// The prompts of a file, split into a training and a held-out part.
 pub type PromptSplit = FileSplit<Prompt, PromptReport>;
 
-/// How prompts are read.
+/// Settings for reading prompts.
 #[derive(Debug, Clone, Default)]
 pub struct PromptSettings {
-    /// Tokens a prompt may have: cut, it would ask for something else.
+    /// Maximum number of tokens of a prompt. Prompts are never truncated, since that changes their
+    /// meaning.
     pub max_length: usize,
-    /// What may be wrong with rows that cannot be read: those are left out.
+    /// Checks to ignore: rows that fail them and cannot be read are skipped.
     pub allow: Vec<Check>,
-    /// Where tokens of large files are kept; without, all are held in memory.
+    /// Cache for the tokens of large files; `None` keeps all tokens in memory.
     pub cache: Option<Cache>,
 }
 
@@ -89,16 +90,16 @@ impl From<usize> for PromptSettings {
     }
 }
 
-/// What a file's rows came to.
+/// Counts over the prompts of a file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PromptReport {
-    /// Prompts.
+    /// Number of prompts.
     pub prompts: u64,
-    /// Those of them that are conversations.
+    /// Prompts that are conversations.
     pub conversations: u64,
-    /// Tokens of all.
+    /// Tokens of all prompts.
     pub tokens: u64,
-    /// Tokens of the longest.
+    /// Tokens of the longest prompt.
     pub longest: u64,
 }
 
@@ -113,20 +114,20 @@ impl fmt::Display for PromptReport {
     }
 }
 
-impl Report for PromptReport {
+impl RowReport for PromptReport {
     fn rows(&self) -> u64 {
         self.prompts
     }
 }
 
 impl Prompts {
-    /// Reads and tokenizes all rows of a JSONL or Parquet file. A `prompt` that is a string is continued
-    /// as it stands; one that is a list of messages is answered, so the chat template asks for an answer
-    /// (TRL's rule). Ends early once `monitor` asks to stop.
+    /// Reads and tokenizes all rows of a JSONL or Parquet file. A `prompt` that is a string is used as it
+    /// is; a list of messages is rendered by the chat template with a generation prompt, as in TRL. Stops
+    /// early once `monitor` asks to stop.
     ///
     /// # Errors
-    /// All wrong rows, the first few with their lines, and among them every prompt that is too long; a
-    /// file without rows; [`DataError::Stopped`].
+    /// If rows are invalid (the first few are listed with their lines), which includes prompts that are
+    /// too long; if the file has no rows; [`DataError::Stopped`].
     pub fn load<'m>(
         path: &Path,
         tokenizer: &Tokenizer,
@@ -137,7 +138,7 @@ impl Prompts {
         PromptReader { tokenizer, settings }.load(path, settings.cache.as_ref(), monitor.into())
     }
 
-    /// What is wrong with the rows, and what they come to. No prompt is kept.
+    /// Validates the rows of a file: runs all checks and counts, and keeps no prompt.
     ///
     /// # Errors
     /// If the file cannot be read at all; [`DataError::Stopped`].
@@ -150,7 +151,7 @@ impl Prompts {
         PromptReader { tokenizer, settings }.examine(path, monitor.into())
     }
 
-    /// The prompts of the first rows, as many as can be read, whatever is wrong with others.
+    /// The prompts of the first `rows` rows; rows that cannot be read are skipped.
     ///
     /// # Errors
     /// If the file cannot be read at all.
@@ -163,11 +164,11 @@ impl Prompts {
         PromptReader { tokenizer, settings }.first(path, rows)
     }
 
-    /// The same as [`Prompts::load`] in two parts: one row in ten is held out by its prompt, as
-    /// [`is_held_out`](super::is_held_out) says.
+    /// Loads a file like [`Prompts::load`], and holds out one row in ten by a hash of its prompt (see
+    /// [`is_held_out`](super::is_held_out)).
     ///
     /// # Errors
-    /// As [`Prompts::load`], and if no row is left to train on.
+    /// Like [`Prompts::load`], and if no row is left to train on.
     pub fn load_split<'m>(
         path: &Path,
         tokenizer: &Tokenizer,
@@ -183,22 +184,22 @@ impl Prompts {
     }
 }
 
-/// Lines to prompts.
+/// Parses lines into prompts.
 struct PromptReader<'a> {
     tokenizer: &'a Tokenizer,
     settings: &'a PromptSettings,
 }
 
-/// A row as it comes from a thread.
-struct Tokenized {
+/// A parsed and tokenized row.
+struct TokenizedPrompt {
     tokens: Vec<u32>,
     text: String,
     row: Map<String, Value>,
 }
 
-impl Reader for PromptReader<'_> {
-    type Tokenized = Tokenized;
-    type Row = Prompt;
+impl RowReader for PromptReader<'_> {
+    type Tokenized = TokenizedPrompt;
+    type Record = Prompt;
     type Report = PromptReport;
 
     fn kind(&self) -> &'static str {
@@ -217,27 +218,27 @@ impl Reader for PromptReader<'_> {
         &self.settings.allow
     }
 
-    fn parse(&self, line: &[u8]) -> Result<Parsed<Tokenized>, Unread> {
-        let dialect = Some(Dialect::Prompt); // whatever other keys the row has
+    fn parse(&self, line: &[u8]) -> Result<Parsed<TokenizedPrompt>, UnreadableRow> {
+        let format = Some(RowFormat::Prompt); // other keys do not matter
         let (held_out, tokenized) = tokenized(line, self.tokenizer, self.settings.max_length)
-            .map_err(|error| Unread { dialect, error })?;
+            .map_err(|error| UnreadableRow { format, error })?;
         Ok(Parsed {
-            dialect,
+            format,
             held_out,
-            hash: doctor::normalized_prompt(&tokenized.text),
+            hash: checks::normalized_prompt(&tokenized.text),
             length: tokenized.tokens.len(),
-            findings: doctor::doubled_bos(&tokenized.tokens, self.tokenizer).into_iter().collect(),
+            findings: checks::doubled_bos(&tokenized.tokens, self.tokenizer).into_iter().collect(),
             tokenized,
         })
     }
 
     fn add(
         &self,
-        line: &Line,
-        row: Tokenized,
-        part: &mut Part<Prompt, PromptReport>,
+        line: &FileLine,
+        row: TokenizedPrompt,
+        part: &mut RowPart<Prompt, PromptReport>,
     ) -> io::Result<Vec<Finding>> {
-        let Tokenized { tokens, text, row } = row;
+        let TokenizedPrompt { tokens, text, row } = row;
         let report = &mut part.report;
         report.prompts += 1;
         report.conversations += u64::from(row["prompt"].is_array());
@@ -253,12 +254,12 @@ impl Reader for PromptReader<'_> {
     }
 }
 
-/// Whether a row is held out, and its tokens.
+/// Whether a row is held out, and the tokenized row.
 fn tokenized(
     line: &[u8],
     tokenizer: &Tokenizer,
     most: usize,
-) -> Result<(bool, Tokenized), RowError> {
+) -> Result<(bool, TokenizedPrompt), RowError> {
     let prompt = PromptRow::parse(line)?;
     let held_out = is_held_out_text(prompt.first_turn());
     let (text, row) = match prompt {
@@ -273,6 +274,6 @@ fn tokenized(
     match tokens.len() {
         0 => Err(RowError::NoTokens { key: "prompt".into() }),
         found if found > most => Err(RowError::PromptTooLong { found, most }),
-        _ => Ok((held_out, Tokenized { tokens, text, row })),
+        _ => Ok((held_out, TokenizedPrompt { tokens, text, row })),
     }
 }

@@ -1,8 +1,8 @@
-//! A file of rows as the shelves of their kind, whole or with a held-out part: in memory, or of a
-//! large file in a folder of its own, made once and mapped from then on.
+//! Reading a file of rows into row stores, with or without a held-out part. Small files are tokenized in
+//! memory; a large file is tokenized once into a cache folder and memory-mapped from there.
 //!
-//! What a line becomes is its [`Reader`]'s; that what is wrong with it is noted, that one row in ten may
-//! be held out, and where all of it is kept, is the same for every kind and is here.
+//! A [`RowReader`] parses the lines of one kind of row. What is common to all kinds is here: collecting
+//! the results of the checks, holding out one row in ten, and writing the cache.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -17,149 +17,148 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::cache::{self, file_sha256, hex, map_or_empty};
-use super::doctor::{Check, Diagnosis, Finding, Seen, SeenWriter};
-use super::lines::{Line, Unread, first_lines, read_all};
-use super::shelves::{ShelfWriter, Shelved, Shelves, Sink, names};
-use super::{DataError, Dialect};
+use super::checks::{Check, CheckReport, Finding, RowHashWriter, RowHashes};
+use super::lines::{FileLine, UnreadableRow, first_lines, read_all};
+use super::row_store::{ByteSink, Record, RowStore, RowStoreWriter, names};
+use super::{DataError, RowFormat};
 use crate::monitor::Monitor;
 use crate::quant::Bytes;
 use crate::text::Tokenizer;
 use crate::weights::write_atomically;
 
-/// Another number, other folders: to be raised whenever the same file would give other tokens or
-/// another diagnosis.
+/// Version of the cache format. Raise it whenever the same file would give other tokens or other check
+/// results.
 const FORMAT: u32 = 2;
 const HEADER: &str = "rows.json";
-const SEEN: &str = "rows.seen";
+const HASHES: &str = "rows.seen";
 const HELD_OUT: &str = "held_out.jsonl";
 
-/// Where tokens of large files are kept.
+/// Cache for the tokens of large files.
 #[derive(Debug, Clone)]
 pub struct Cache {
-    /// The folder; several runs may share one, and removing it clears it.
+    /// The cache folder. Several runs may share it; delete it to clear the cache.
     pub folder: PathBuf,
-    /// Bytes from which a file is large.
+    /// Files of at least this many bytes are cached.
     pub from_bytes: u64,
 }
 
 impl Cache {
-    /// Whether the tokens of a file are kept here: it is large.
+    /// Whether a file is large enough to be cached.
     pub fn keeps(&self, path: &Path) -> bool {
         fs::metadata(path).is_ok_and(|about| about.len() >= self.from_bytes)
     }
 }
 
-/// The rows of a file, in its order.
+/// The rows of a file, in file order.
 #[derive(Debug, Clone)]
 pub struct FileRows<T, R> {
-    /// Those with something to learn.
-    pub rows: Shelves<T>,
-    /// What was counted on the way.
+    /// The rows with something to learn.
+    pub rows: RowStore<T>,
+    /// Counts over all rows.
     pub report: R,
     /// SHA-256 of the whole file, in hex.
     pub sha256: String,
-    /// The same of all tokens.
+    /// SHA-256 of all tokens, in hex.
     pub tokens_sha256: String,
-    /// What is wrong with the rows of the whole file, held-out ones among them.
-    pub diagnosis: Diagnosis,
-    /// What all rows of the file say.
-    pub seen: Seen,
+    /// Results of the checks over the whole file, held-out rows included.
+    pub checks: CheckReport,
+    /// Hashes of all rows of the file, for finding duplicates.
+    pub hashes: RowHashes,
 }
 
-/// A file in two parts, no prompt in both.
+/// A file split into a training and a held-out part; no prompt is in both.
 #[derive(Debug, Clone)]
 pub struct FileSplit<T, R> {
-    /// What is trained on.
+    /// The training part.
     pub train: FileRows<T, R>,
-    /// What is held out; small files may leave nothing to it.
+    /// The held-out part; `None` if it is empty, as it may be for small files.
     pub held_out: Option<FileRows<T, R>>,
-    /// The held-out rows as the file has them, byte for byte, each with a newline; of a Parquet file
-    /// as JSON.
+    /// The held-out rows byte for byte, each with a newline; rows of a Parquet file as JSON.
     pub held_out_lines: Bytes,
 }
 
-/// What is counted of rows.
-pub(super) trait Report: Clone + Default + Serialize + DeserializeOwned {
+/// Counts over the rows of a file.
+pub(super) trait RowReport: Clone + Default + Serialize + DeserializeOwned {
     /// Rows read.
     fn rows(&self) -> u64;
 }
 
-/// A row as it comes from a thread.
+/// A parsed and tokenized line.
 pub(super) struct Parsed<T> {
-    pub dialect: Option<Dialect>,
-    /// Whether it is one of the one in ten.
+    pub format: Option<RowFormat>,
+    /// Whether the row falls into the held-out tenth.
     pub held_out: bool,
-    /// What it says, whatever its case and spacing.
+    /// Hash of the normalized row.
     pub hash: u64,
-    /// Its tokens, before any cut.
+    /// Number of tokens before truncation.
     pub length: usize,
     pub findings: Vec<Finding>,
     pub tokenized: T,
 }
 
-/// Rows of one part on their way.
-pub(super) struct Part<T, R> {
-    pub rows: ShelfWriter<T>,
+/// The training or held-out part while it is written.
+pub(super) struct RowPart<T, R> {
+    pub rows: RowStoreWriter<T>,
     pub report: R,
 }
 
-/// How the lines of a file become rows of a kind.
-pub(super) trait Reader: Sized + Sync {
-    /// A line's tokens.
+/// Parses the lines of a file into records of one kind.
+pub(super) trait RowReader: Sized + Sync {
+    /// A tokenized line.
     type Tokenized: Send;
-    /// What is kept of it.
-    type Row: Shelved;
-    /// What is counted.
-    type Report: Report;
+    /// The stored record.
+    type Record: Record;
+    /// Counts over the rows.
+    type Report: RowReport;
 
-    /// What a folder of such rows is called.
+    /// Name of the kind, used in names of cache folders.
     fn kind(&self) -> &'static str;
 
-    /// What makes its tokens.
+    /// The tokenizer.
     fn tokenizer(&self) -> &Tokenizer;
 
-    /// What rows depend on beside the file and the tokenizer.
+    /// Settings that the rows depend on, beside the file and the tokenizer: part of the cache key.
     fn settings(&self) -> Value;
 
-    /// What may be wrong with rows that cannot be read.
+    /// Checks to ignore.
     fn allow(&self) -> &[Check];
 
-    /// A line to its tokens, and what is odd about them.
-    fn parse(&self, line: &[u8]) -> Result<Parsed<Self::Tokenized>, Unread>;
+    /// Parses, tokenizes and checks a line.
+    fn parse(&self, line: &[u8]) -> Result<Parsed<Self::Tokenized>, UnreadableRow>;
 
-    /// Adds what there is to learn of a row; what is odd about its lengths.
+    /// Truncates a row to the maximum length and stores it; returns failed checks that concern lengths.
     fn add(
         &self,
-        line: &Line,
+        line: &FileLine,
         row: Self::Tokenized,
-        part: &mut Part<Self::Row, Self::Report>,
+        part: &mut RowPart<Self::Record, Self::Report>,
     ) -> io::Result<Vec<Finding>>;
 
-    /// That nothing of the rows that were counted is kept.
+    /// The error for a file of which no record is left.
     fn nothing(&self, path: PathBuf, report: &Self::Report) -> DataError;
 
-    /// Reads all rows of a file.
+    /// Loads all rows of a file.
     fn load(
         &self,
         path: &Path,
         cache: Option<&Cache>,
         monitor: Monitor<'_>,
-    ) -> Result<FileRows<Self::Row, Self::Report>, DataError> {
-        let loaded = Loaded::of(path, self, cache, false, monitor)?;
-        loaded.diagnosis.unreadable(path, self.allow())?;
+    ) -> Result<FileRows<Self::Record, Self::Report>, DataError> {
+        let loaded = LoadedFile::of(path, self, cache, false, monitor)?;
+        loaded.checks.unreadable(path, self.allow())?;
         loaded.check(path, self)?;
         Ok(loaded.train())
     }
 
-    /// The same in two parts.
+    /// Loads a file and splits it into a training and a held-out part.
     fn load_split(
         &self,
         path: &Path,
         cache: Option<&Cache>,
         monitor: Monitor<'_>,
-    ) -> Result<FileSplit<Self::Row, Self::Report>, DataError> {
-        let loaded = Loaded::of(path, self, cache, true, monitor)?;
-        loaded.diagnosis.unreadable(path, self.allow())?;
+    ) -> Result<FileSplit<Self::Record, Self::Report>, DataError> {
+        let loaded = LoadedFile::of(path, self, cache, true, monitor)?;
+        loaded.checks.unreadable(path, self.allow())?;
         let [train, held_out] = &loaded.parts;
         let rows = held_out.report.rows();
         if train.report.rows() == 0 && rows > 0 {
@@ -167,28 +166,28 @@ pub(super) trait Reader: Sized + Sync {
         }
         loaded.check(path, self)?;
         let held_out_lines = loaded.held_out_lines.clone();
-        // Held-out rows with nothing to learn cannot be scored: then there is no held-out part.
+        // Held-out rows with nothing to learn cannot be scored, so they make no held-out part.
         let held_out = (!held_out.rows.is_empty()).then(|| {
-            let Kept { rows, report, tokens_sha256 } = held_out.clone();
-            let (diagnosis, seen) = (Diagnosis::default(), Seen::default());
+            let LoadedPart { rows, report, tokens_sha256 } = held_out.clone();
+            let (checks, hashes) = (CheckReport::default(), RowHashes::default());
             let sha256 = loaded.sha256.clone();
-            FileRows { rows, report, sha256, tokens_sha256, diagnosis, seen }
+            FileRows { rows, report, sha256, tokens_sha256, checks, hashes }
         });
         Ok(FileSplit { train: loaded.train(), held_out, held_out_lines })
     }
 
-    /// What is wrong with rows, and what they come to. None of them is kept.
+    /// Validates a file: runs all checks and counts, and keeps no record.
     fn examine(
         &self,
         path: &Path,
         monitor: Monitor<'_>,
-    ) -> Result<FileRows<Self::Row, Self::Report>, DataError> {
-        Ok(Reading::new(path, self, false, Place::Nowhere)?.run(monitor)?.train())
+    ) -> Result<FileRows<Self::Record, Self::Report>, DataError> {
+        Ok(FileImport::new(path, self, false, RowSink::Nowhere)?.run(monitor)?.train())
     }
 
-    /// What the first rows of a file come to, as many as can be read, whatever is wrong with others.
-    fn first(&self, path: &Path, rows: usize) -> Result<Vec<Self::Row>, DataError> {
-        let mut reading = Reading::new(path, self, false, Place::Memory)?;
+    /// The records of the first `rows` rows of a file; rows that cannot be read are skipped.
+    fn first(&self, path: &Path, rows: usize) -> Result<Vec<Self::Record>, DataError> {
+        let mut reading = FileImport::new(path, self, false, RowSink::Memory)?;
         first_lines(path, rows, |line| {
             let row = self.parse(&line.bytes);
             reading.add(line, row).map_err(|error| reading.refused(error))
@@ -198,11 +197,12 @@ pub(super) trait Reader: Sized + Sync {
     }
 }
 
-/// Several files as one, in their order. What is wrong with each is to be told before.
+/// Joins several files, in order. The caller reports the check results of each file beforehand; those
+/// of the first file are kept.
 ///
 /// # Panics
-/// If there are none.
-pub(super) fn join<T: Shelved, R: Report>(
+/// If `files` is empty.
+pub(super) fn join<T: Record, R: RowReport>(
     files: Vec<FileRows<T, R>>,
     add: impl Fn(&mut R, &R),
 ) -> FileRows<T, R> {
@@ -213,7 +213,7 @@ pub(super) fn join<T: Shelved, R: Report>(
     let sha256 = single(files.iter().map(|file| &*file.sha256).collect());
     let tokens_sha256 = single(files.iter().map(|file| &*file.tokens_sha256).collect());
     let mut files = files.into_iter();
-    let mut all = FileRows { sha256, tokens_sha256, ..files.next().expect("a file at least") };
+    let mut all = FileRows { sha256, tokens_sha256, ..files.next().expect("at least one file") };
     for file in files {
         all.rows.append(file.rows, all.report.rows());
         add(&mut all.report, &file.report);
@@ -221,27 +221,27 @@ pub(super) fn join<T: Shelved, R: Report>(
     all
 }
 
-/// What a file's rows came to, in one part or two.
-struct Loaded<T, R> {
+/// A loaded file: a training part and a held-out part, which may be empty.
+struct LoadedFile<T, R> {
     sha256: String,
-    diagnosis: Diagnosis,
-    seen: Seen,
-    /// What is trained on, and what is held out.
-    parts: [Kept<T, R>; 2],
+    checks: CheckReport,
+    hashes: RowHashes,
+    /// Training part and held-out part.
+    parts: [LoadedPart<T, R>; 2],
     held_out_lines: Bytes,
 }
 
-/// The rows of one part.
+/// The stored rows of the training or the held-out part.
 #[derive(Clone)]
-struct Kept<T, R> {
-    rows: Shelves<T>,
+struct LoadedPart<T, R> {
+    rows: RowStore<T>,
     report: R,
     tokens_sha256: String,
 }
 
-/// What the folder of a file depends on.
+/// Everything that the cached tokens of a file depend on. Its hash names the cache folder.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-struct Origin {
+struct RowsOrigin {
     format: u32,
     kind: String,
     file: String,
@@ -251,21 +251,22 @@ struct Origin {
     split: bool,
 }
 
-/// What is said of a folder: what it depends on, and all that is not rows.
+/// The header file of a cache folder: what the tokens depend on, and everything that is not rows.
 #[derive(Debug, Serialize, Deserialize)]
-struct Header<R> {
-    origin: Origin,
-    diagnosis: Diagnosis,
+struct RowsHeader<R> {
+    origin: RowsOrigin,
+    #[serde(rename = "diagnosis")]
+    checks: CheckReport,
     reports: [R; 2],
     tokens_sha256: [String; 2],
-    /// Of each other file, by its name.
+    /// SHA-256 of every other file of the folder, by file name.
     sha256: BTreeMap<String, String>,
 }
 
-impl<T: Shelved, R: Report> Loaded<T, R> {
+impl<T: Record, R: RowReport> LoadedFile<T, R> {
     fn of(
         path: &Path,
-        reader: &impl Reader<Row = T, Report = R>,
+        reader: &impl RowReader<Record = T, Report = R>,
         cache: Option<&Cache>,
         split: bool,
         monitor: Monitor<'_>,
@@ -274,14 +275,14 @@ impl<T: Shelved, R: Report> Loaded<T, R> {
             Some(cache) if cache.keeps(path) => {
                 Self::cached(path, reader, &cache.folder, split, monitor)
             }
-            _ => Reading::new(path, reader, split, Place::Memory)?.run(monitor),
+            _ => FileImport::new(path, reader, split, RowSink::Memory)?.run(monitor),
         }
     }
 
-    /// From the folder of the file, which is made if there is none yet.
+    /// Opens the cache folder of the file, after tokenizing the file into it if there is none yet.
     fn cached(
         path: &Path,
-        reader: &impl Reader<Row = T, Report = R>,
+        reader: &impl RowReader<Record = T, Report = R>,
         cache: &Path,
         split: bool,
         monitor: Monitor<'_>,
@@ -291,7 +292,7 @@ impl<T: Shelved, R: Report> Loaded<T, R> {
         let file = file_sha256(path, &go_on).map_err(io)?.ok_or(DataError::Stopped)?;
         let tokenizer = reader.tokenizer();
         let fingerprint = tokenizer.fingerprint();
-        let origin = Origin {
+        let origin = RowsOrigin {
             format: FORMAT,
             kind: reader.kind().into(),
             file: file.clone(),
@@ -314,7 +315,7 @@ impl<T: Shelved, R: Report> Loaded<T, R> {
                     shared(cache)
                 ));
                 let loaded =
-                    Reading::new(path, reader, split, Place::Folder(folder))?.run(monitor)?;
+                    FileImport::new(path, reader, split, RowSink::Folder(folder))?.run(monitor)?;
                 if loaded.sha256 != file {
                     let reason = "changed while it was read".into();
                     return Err(DataError::Broken { path: path.into(), reason });
@@ -324,8 +325,8 @@ impl<T: Shelved, R: Report> Loaded<T, R> {
         Self::open(&folder, &origin)
     }
 
-    /// Writes what the readers of the rows have not.
-    fn write(self, folder: &Path, origin: Origin) -> Result<(), DataError> {
+    /// Writes the header file; the rows are already written.
+    fn write(self, folder: &Path, origin: RowsOrigin) -> Result<(), DataError> {
         let failed = |action: &'static str, path: PathBuf| {
             move |error: &dyn fmt::Display| {
                 DataError::from((action, path, io::Error::other(error.to_string())))
@@ -336,12 +337,12 @@ impl<T: Shelved, R: Report> Loaded<T, R> {
             let path = folder.join(&name);
             let hash = file_sha256(&path, &|| true);
             let hash = hash.map_err(|error| failed("read", path)(&error))?;
-            sha256.insert(name, hash.expect("nobody stops it"));
+            sha256.insert(name, hash.expect("hashing is not stopped"));
         }
         let [train, held_out] = self.parts;
-        let header = Header {
+        let header = RowsHeader {
             origin,
-            diagnosis: self.diagnosis,
+            checks: self.checks,
             reports: [train.report, held_out.report],
             tokens_sha256: [train.tokens_sha256, held_out.tokens_sha256],
             sha256,
@@ -352,22 +353,22 @@ impl<T: Shelved, R: Report> Loaded<T, R> {
             .map_err(|error| failed("write", path)(&error))
     }
 
-    fn open(folder: &Path, origin: &Origin) -> Result<Self, DataError> {
+    fn open(folder: &Path, origin: &RowsOrigin) -> Result<Self, DataError> {
         let broken = |path: &Path, reason: String| DataError::Broken { path: path.into(), reason };
         let path = folder.join(HEADER);
         let text = fs::read(&path).map_err(|error| broken(&path, error.to_string()))?;
-        let header: Header<R> =
+        let header: RowsHeader<R> =
             serde_json::from_slice(&text).map_err(|error| broken(&path, error.to_string()))?;
         if header.origin != *origin {
-            return Err(broken(&path, "is of another file or another tokenizer".into()));
+            return Err(broken(&path, "belongs to another file or another tokenizer".into()));
         }
         for name in files(origin.split) {
             let path = folder.join(&name);
-            // Read and not mapped: what is only looked over once need not stay in memory.
+            // Read, not mapped: pages that are only hashed once should not stay in memory.
             let found = file_sha256(&path, &|| true);
             let found = found.map_err(|error| broken(&path, error.to_string()))?;
             if found.as_ref() != header.sha256.get(&name) {
-                return Err(broken(&path, "is not as it was written".into()));
+                return Err(broken(&path, "has changed since it was written".into()));
             }
         }
         let map = |name: &str| {
@@ -376,21 +377,21 @@ impl<T: Shelved, R: Report> Loaded<T, R> {
         };
         let [report, held_out_report] = header.reports;
         let [tokens_sha256, held_out_sha256] = header.tokens_sha256;
-        let part = |name: &str, report, tokens_sha256| -> Result<Kept<T, R>, DataError> {
+        let part = |name: &str, report, tokens_sha256| -> Result<LoadedPart<T, R>, DataError> {
             let [rows, places] = names(name);
-            let rows = Shelves::new([map(&rows)?, map(&places)?], true)
-                .ok_or_else(|| broken(&folder.join(&rows), "is not as its places say".into()))?;
-            Ok(Kept { rows, report, tokens_sha256 })
+            let rows = RowStore::new([map(&rows)?, map(&places)?], true)
+                .ok_or_else(|| broken(&folder.join(&rows), "does not match its index".into()))?;
+            Ok(LoadedPart { rows, report, tokens_sha256 })
         };
-        let nothing = || Kept {
-            rows: Shelves::default(),
+        let nothing = || LoadedPart {
+            rows: RowStore::default(),
             report: R::default(),
             tokens_sha256: String::new(),
         };
         Ok(Self {
             sha256: origin.file.clone(),
-            diagnosis: header.diagnosis,
-            seen: Seen::new(map(SEEN)?),
+            checks: header.checks,
+            hashes: RowHashes::new(map(HASHES)?),
             parts: [
                 part("train", report, tokens_sha256)?,
                 match origin.split {
@@ -405,13 +406,13 @@ impl<T: Shelved, R: Report> Loaded<T, R> {
         })
     }
 
-    /// That there is something to train on.
+    /// Fails if there is nothing to train on.
     fn check(
         &self,
         path: &Path,
-        reader: &impl Reader<Row = T, Report = R>,
+        reader: &impl RowReader<Record = T, Report = R>,
     ) -> Result<(), DataError> {
-        let [Kept { rows, report, .. }, _] = &self.parts;
+        let [LoadedPart { rows, report, .. }, _] = &self.parts;
         match (report.rows(), rows.len()) {
             (0, _) => Err(DataError::Empty { path: path.into() }),
             (_, 0) => Err(reader.nothing(path.into(), report)),
@@ -420,13 +421,13 @@ impl<T: Shelved, R: Report> Loaded<T, R> {
     }
 
     fn train(self) -> FileRows<T, R> {
-        let [Kept { rows, report, tokens_sha256 }, _] = self.parts;
-        let Self { sha256, diagnosis, seen, .. } = self;
-        FileRows { rows, report, sha256, tokens_sha256, diagnosis, seen }
+        let [LoadedPart { rows, report, tokens_sha256 }, _] = self.parts;
+        let Self { sha256, checks, hashes, .. } = self;
+        FileRows { rows, report, sha256, tokens_sha256, checks, hashes }
     }
 }
 
-/// What a cache is for, and what it has by now: nothing removes what is no longer used.
+/// Describes the cache and its size. Nothing is ever evicted, so the user is told how large it is.
 fn shared(cache: &Path) -> String {
     let words = format!("once for all runs with {}", cache.display());
     match cache::holdings(cache, HEADER) {
@@ -440,9 +441,9 @@ fn shared(cache: &Path) -> String {
     }
 }
 
-/// The files of a folder beside what is said of them.
+/// Names of the files of a cache folder, without the header.
 fn files(split: bool) -> Vec<String> {
-    let mut files = vec![SEEN.to_string()];
+    let mut files = vec![HASHES.to_string()];
     files.extend(names("train"));
     if split {
         files.extend(names("held_out"));
@@ -451,43 +452,43 @@ fn files(split: bool) -> Vec<String> {
     files
 }
 
-/// Where rows are put.
+/// Where rows are stored.
 #[derive(Clone, Copy)]
-enum Place<'a> {
+enum RowSink<'a> {
     Nowhere,
     Memory,
     Folder(&'a Path),
 }
 
-/// A file that is being read.
-struct Reading<'a, R: Reader> {
+/// A file that is being imported.
+struct FileImport<'a, R: RowReader> {
     path: &'a Path,
     reader: &'a R,
     split: bool,
-    place: Place<'a>,
-    diagnosis: Diagnosis,
-    seen: SeenWriter,
-    parts: [Part<R::Row, R::Report>; 2],
-    held_out_lines: Sink,
+    place: RowSink<'a>,
+    checks: CheckReport,
+    hashes: RowHashWriter,
+    parts: [RowPart<R::Record, R::Report>; 2],
+    held_out_lines: ByteSink,
 }
 
-impl<'a, R: Reader> Reading<'a, R> {
+impl<'a, R: RowReader> FileImport<'a, R> {
     fn new(
         path: &'a Path,
         reader: &'a R,
         split: bool,
-        place: Place<'a>,
+        place: RowSink<'a>,
     ) -> Result<Self, DataError> {
         let folder = match place {
-            Place::Folder(folder) => Some(folder),
-            Place::Nowhere | Place::Memory => None,
+            RowSink::Folder(folder) => Some(folder),
+            RowSink::Nowhere | RowSink::Memory => None,
         };
-        let part = |name: &str, folder| -> io::Result<Part<R::Row, R::Report>> {
+        let part = |name: &str, folder| -> io::Result<RowPart<R::Record, R::Report>> {
             let rows = match place {
-                Place::Nowhere => ShelfWriter::nowhere(),
-                _ => ShelfWriter::new(folder, name)?,
+                RowSink::Nowhere => RowStoreWriter::nowhere(),
+                _ => RowStoreWriter::new(folder, name)?,
             };
-            Ok(Part { rows, report: R::Report::default() })
+            Ok(RowPart { rows, report: R::Report::default() })
         };
         let of_held_out = folder.filter(|_| split);
         let begin = || -> io::Result<Self> {
@@ -496,10 +497,10 @@ impl<'a, R: Reader> Reading<'a, R> {
                 reader,
                 split,
                 place,
-                diagnosis: Diagnosis::default(),
-                seen: SeenWriter::new(folder.map(|folder| folder.join(SEEN)))?,
+                checks: CheckReport::default(),
+                hashes: RowHashWriter::new(folder.map(|folder| folder.join(HASHES)))?,
                 parts: [part("train", folder)?, part("held_out", of_held_out)?],
-                held_out_lines: Sink::new(of_held_out, HELD_OUT)?,
+                held_out_lines: ByteSink::new(of_held_out, HELD_OUT)?,
             })
         };
         begin().map_err(|error| refused(place, path, error))
@@ -509,7 +510,7 @@ impl<'a, R: Reader> Reading<'a, R> {
         refused(self.place, self.path, error)
     }
 
-    fn run(mut self, monitor: Monitor<'_>) -> Result<Loaded<R::Row, R::Report>, DataError> {
+    fn run(mut self, monitor: Monitor<'_>) -> Result<LoadedFile<R::Record, R::Report>, DataError> {
         let (path, reader) = (self.path, self.reader);
         let sha256 = read_all(
             path,
@@ -520,26 +521,30 @@ impl<'a, R: Reader> Reading<'a, R> {
         self.finish(sha256)
     }
 
-    fn add(&mut self, line: &Line, row: Result<Parsed<R::Tokenized>, Unread>) -> io::Result<()> {
-        let dialect = match &row {
-            Ok(parsed) => parsed.dialect,
-            Err(unread) => unread.dialect,
+    fn add(
+        &mut self,
+        line: &FileLine,
+        row: Result<Parsed<R::Tokenized>, UnreadableRow>,
+    ) -> io::Result<()> {
+        let format = match &row {
+            Ok(parsed) => parsed.format,
+            Err(unread) => unread.format,
         };
-        self.diagnosis.row(line.number, dialect);
+        self.checks.row(line.number, format);
         let parsed = match row.map_err(|unread| unread.error) {
             Ok(parsed) => parsed,
             Err(error) => {
-                self.diagnosis.note(line.number, (Check::of(&error), error.to_string()));
+                self.checks.note(line.number, (Check::of(&error), error.to_string()));
                 return Ok(());
             }
         };
         let held_out = self.split && parsed.held_out;
-        self.diagnosis.length(parsed.length);
-        self.seen.add(parsed.hash, line.number)?;
+        self.checks.length(parsed.length);
+        self.hashes.add(parsed.hash, line.number)?;
         let part = &mut self.parts[usize::from(held_out)];
         let more = self.reader.add(line, parsed.tokenized, part)?;
         for finding in parsed.findings.into_iter().chain(more) {
-            self.diagnosis.note(line.number, finding);
+            self.checks.note(line.number, finding);
         }
         if held_out {
             self.held_out_lines.write(&line.bytes)?;
@@ -550,21 +555,22 @@ impl<'a, R: Reader> Reading<'a, R> {
         Ok(())
     }
 
-    fn finish(mut self, sha256: String) -> Result<Loaded<R::Row, R::Report>, DataError> {
+    fn finish(mut self, sha256: String) -> Result<LoadedFile<R::Record, R::Report>, DataError> {
         let (path, place) = (self.path, self.place);
-        let kept = |part: Part<R::Row, R::Report>| -> io::Result<Kept<R::Row, R::Report>> {
-            let (rows, tokens_sha256) = part.rows.finish()?;
-            Ok(Kept { rows, report: part.report, tokens_sha256 })
-        };
-        let finish = || -> io::Result<Loaded<R::Row, R::Report>> {
-            let seen = self.seen.finish()?;
-            seen.tell(&mut self.diagnosis);
+        let kept =
+            |part: RowPart<R::Record, R::Report>| -> io::Result<LoadedPart<R::Record, R::Report>> {
+                let (rows, tokens_sha256) = part.rows.finish()?;
+                Ok(LoadedPart { rows, report: part.report, tokens_sha256 })
+            };
+        let finish = || -> io::Result<LoadedFile<R::Record, R::Report>> {
+            let hashes = self.hashes.finish()?;
+            hashes.report_duplicates(&mut self.checks);
             let lines = self.held_out_lines.finish()?;
             let [train, held_out] = self.parts;
-            Ok(Loaded {
+            Ok(LoadedFile {
                 sha256,
-                diagnosis: self.diagnosis,
-                seen,
+                checks: self.checks,
+                hashes,
                 parts: [kept(train)?, kept(held_out)?],
                 held_out_lines: Bytes::new(Arc::new(lines)),
             })
@@ -573,10 +579,10 @@ impl<'a, R: Reader> Reading<'a, R> {
     }
 }
 
-fn refused(place: Place, path: &Path, error: io::Error) -> DataError {
+fn refused(place: RowSink, path: &Path, error: io::Error) -> DataError {
     let path = match place {
-        Place::Folder(folder) => folder,
-        Place::Nowhere | Place::Memory => path,
+        RowSink::Folder(folder) => folder,
+        RowSink::Nowhere | RowSink::Memory => path,
     };
     DataError::from(("write", path.to_path_buf(), error))
 }

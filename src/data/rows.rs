@@ -1,16 +1,16 @@
-//! JSON lines and the kinds of rows they hold, told apart by their keys as TRL does: its own, Alpaca's
-//! and ShareGPT's.
+//! Parsing JSON lines. The format of a row is recognized by its keys, as in TRL: TRL's own formats, Alpaca
+//! and ShareGPT.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::comparison::{ComparisonKind, Pair};
+use super::comparison::{ComparisonKind, PreferencePair};
 use super::{RowError, split};
 use crate::string_enum::string_enum;
 
-/// Roles a message may have, as OpenAI's and Hugging Face's formats name them.
+/// Roles of messages in the formats of OpenAI and Hugging Face.
 const ROLES: [&str; 6] = ["system", "user", "assistant", "tool", "developer", "function"];
-/// What the same are called in ShareGPT's `from`, the first of each being the most common.
+/// Names of these roles in ShareGPT's `from`, the most common name first.
 const SPEAKERS: [(&str, &[&str]); 4] = [
     ("user", &["human", "user"]),
     ("assistant", &["gpt", "assistant", "function_call", "model", "chatgpt", "bing", "bard"]),
@@ -18,39 +18,39 @@ const SPEAKERS: [(&str, &[&str]); 4] = [
     ("tool", &["tool", "observation", "function_response"]),
 ];
 
-/// A kind of row by its keys.
+/// The format of a row, recognized by its keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Dialect {
+pub enum RowFormat {
     /// `input_ids` (+ `labels`).
     Tokens,
-    /// `messages` (+ `tools`), TRL's and OpenAI's.
+    /// `messages` (+ `tools`), as in TRL and OpenAI's format.
     Messages,
-    /// `conversations`, ShareGPT's.
+    /// `conversations`, as in ShareGPT.
     ShareGpt,
-    /// `instruction`, `input` and `output`, Alpaca's.
+    /// `instruction`, `input` and `output`, as in Alpaca.
     Alpaca,
     /// `prompt` and `completion`, strings.
     PromptCompletion,
-    /// The same as lists of messages.
+    /// `prompt` and `completion`, lists of messages.
     PromptCompletionMessages,
     /// `text`.
     Text,
-    /// `chosen` and `rejected`, mostly with a `prompt`.
+    /// `chosen` and `rejected`, usually with a `prompt`.
     Compared,
     /// Ranked `responses`.
     Ranked,
-    /// `completion` and `label`, KTO's.
+    /// `completion` and `label`, for KTO.
     Labelled,
     /// `prompt` alone.
     Prompt,
 }
 
-impl Dialect {
-    /// Nothing if the keys make none.
+impl RowFormat {
+    /// The format of a row; `None` if its keys match no format.
     fn of(row: &Map<String, Value>) -> Option<Self> {
         let has = |key: &str| row.get(key).is_some_and(|value| !value.is_null());
-        let dialect = match () {
+        let format = match () {
             () if has("input_ids") => Self::Tokens,
             () if has("chosen") && has("rejected") => Self::Compared,
             () if has("responses") => Self::Ranked,
@@ -66,10 +66,10 @@ impl Dialect {
             () if has("prompt") => Self::Prompt,
             () => return None,
         };
-        Some(dialect)
+        Some(format)
     }
 
-    /// As people name it.
+    /// Name for messages.
     pub fn name(self) -> &'static str {
         match self {
             Self::Tokens => "`input_ids`",
@@ -86,7 +86,7 @@ impl Dialect {
         }
     }
 
-    /// Which commands learn from such rows.
+    /// The commands that train on such rows.
     pub fn learned_by(self) -> &'static str {
         match self {
             Self::Compared | Self::Ranked => "`reward` and `dpo`",
@@ -96,58 +96,58 @@ impl Dialect {
         }
     }
 
-    /// Whether supervised fine-tuning does.
+    /// Whether supervised fine-tuning trains on such rows.
     pub fn is_supervised(self) -> bool {
         self.learned_by() == Self::Text.learned_by()
     }
 }
 
-/// One row, checked but not yet tokenized.
+/// A parsed and validated row, not yet tokenized.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Row {
-    /// `input_ids` (+ `labels`, where -100 marks what is not learned): nothing is added to them.
+    /// `input_ids` (+ `labels`, in which -100 masks a token). No tokens are added.
     Tokens {
         /// The token ids.
         input_ids: Vec<u32>,
-        /// One for each token.
+        /// The loss mask, one entry per token.
         learned: Vec<bool>,
     },
-    /// `messages` (+ `tools`), or `prompt` and `completion` as lists of messages: the assistant's
-    /// are learned, those of a prompt are not.
+    /// `messages` (+ `tools`), or `prompt` and `completion` as lists of messages. Assistant messages are
+    /// learned, but not those of a prompt.
     Messages {
         /// The conversation.
         messages: Vec<Message>,
-        /// JSON schemas of the tools the template may list.
+        /// JSON schemas of tools, for the chat template.
         tools: Option<Value>,
     },
-    /// `prompt` and `completion` as strings: the completion is learned.
+    /// `prompt` and `completion` as strings. The completion is learned.
     PromptCompletion {
-        /// What is given.
+        /// The prompt.
         prompt: String,
-        /// What is learned.
+        /// The learned completion.
         completion: String,
     },
-    /// `instruction`, `input` and `output`: the output is learned.
+    /// `instruction`, `input` and `output`. The output is learned.
     Alpaca {
-        /// As a conversation.
+        /// The row as a conversation.
         messages: Vec<Message>,
-        /// The prompt as Alpaca wrote it, unless there are turns before it or a system message.
+        /// The prompt in Alpaca's own format; `None` if there is a system message or a history.
         prompt: Option<String>,
-        /// What follows it.
+        /// The learned completion.
         completion: String,
     },
-    /// `text`: everything is learned.
+    /// `text`. Everything is learned.
     Text(String),
 }
 
 string_enum! {
-    /// How a row of Alpaca's is laid out.
+    /// Prompt format of Alpaca rows.
     #[derive(Debug)]
     pub enum AlpacaPrompt {
-        /// By the chat template: the instruction, a newline and the input are what the user says
-        /// (LLaMA-Factory).
+        /// The chat template, with the instruction, a newline and the input as the user message (as in
+        /// LLaMA-Factory).
         Chat = "chat",
-        /// As Alpaca's own prompt, "Below is an instruction ...", up to `### Response:` and a newline.
+        /// Alpaca's own prompt, "Below is an instruction ...", up to `### Response:` and a newline.
         Text = "text",
     }
 }
@@ -155,25 +155,25 @@ string_enum! {
 /// A message of a conversation.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Message {
-    /// Its role, one of those known.
+    /// The role, one of the known roles.
     pub role: String,
-    /// The message as templates see it, without `train`; a list of text parts is joined by
-    /// newlines, as llama.cpp does for templates that know strings only.
+    /// The message as passed to the chat template, without `train`. A list of text parts is joined by
+    /// newlines, as in llama.cpp for templates that only accept strings.
     pub value: Value,
-    /// Whether it is learned: only the assistant's are, unless `train` is false.
+    /// Whether the message is learned: only assistant messages are, unless `train` is false.
     pub learned: bool,
 }
 
 impl Row {
-    /// Reads one line. A key whose value is null counts as absent, as tables are exported so.
+    /// Parses one line. A key with value null counts as absent, since exported tables have such keys.
     pub fn parse(line: &[u8]) -> Result<Self, RowError> {
         Self::read(line).1
     }
 
-    /// The same, with the row's dialect, which also a row has that is wrong in other ways.
-    pub(super) fn read(line: &[u8]) -> (Option<Dialect>, Result<Self, RowError>) {
+    /// Parses one line, and also returns its format, which is known even for most invalid rows.
+    pub(super) fn read(line: &[u8]) -> (Option<RowFormat>, Result<Self, RowError>) {
         match object(line) {
-            Ok(row) => (Dialect::of(&row), Self::of(row)),
+            Ok(row) => (RowFormat::of(&row), Self::of(row)),
             Err(error) => (None, Err(error)),
         }
     }
@@ -198,15 +198,15 @@ impl Row {
             Ok(Self::Text(string("text", text)?))
         } else {
             let keys = row.keys().cloned().collect();
-            match Dialect::of(&row).filter(|dialect| !dialect.is_supervised()) {
-                Some(dialect) => Err(RowError::OfOthers { dialect }),
+            match RowFormat::of(&row).filter(|format| !format.is_supervised()) {
+                Some(format) => Err(RowError::OfOthers { format }),
                 None => Err(RowError::UnknownKind { keys }),
             }
         }
     }
 }
 
-/// A conversation, its system message and tools beside it or in it.
+/// A ShareGPT conversation, with `system` and `tools` beside it or in it.
 fn share_gpt(row: &Map<String, Value>) -> Result<Row, RowError> {
     let mut messages = message_list("conversations", &row["conversations"])?;
     if let Some(system) = row.get("system")
@@ -217,7 +217,7 @@ fn share_gpt(row: &Map<String, Value>) -> Result<Row, RowError> {
             messages.insert(0, plain_message("system", &system));
         }
     }
-    // Bare functions, as LLaMA-Factory has them, in the form that templates know.
+    // Wraps bare functions, as in LLaMA-Factory, into the form that chat templates expect.
     let wrapped = |tool: Value| match tool.get("name").is_some() && tool.get("function").is_none() {
         true => json!({ "type": "function", "function": tool }),
         false => tool,
@@ -229,7 +229,7 @@ fn share_gpt(row: &Map<String, Value>) -> Result<Row, RowError> {
     Ok(Row::Messages { messages, tools: tools.filter(|tools| tools != &json!([])) })
 }
 
-/// Alpaca's keys, and LLaMA-Factory's `system` and `history` beside them.
+/// An Alpaca row, optionally with LLaMA-Factory's `system` and `history`.
 fn alpaca(row: &Map<String, Value>) -> Result<Row, RowError> {
     let text = |key: &str| row.get(key).map_or(Ok(String::new()), |value| string(key, value));
     let (instruction, input) = (text("instruction")?, text("input")?);
@@ -241,7 +241,7 @@ fn alpaca(row: &Map<String, Value>) -> Result<Row, RowError> {
     let history = row.get("history").map_or(Ok(&[][..]), |history| list("history", history))?;
     for (i, turn) in history.iter().enumerate() {
         let [Value::String(asked), Value::String(answer)] = list("history", turn)? else {
-            let needed = "a pair of what was asked and answered";
+            let needed = "a pair of a user message and an answer";
             return Err(wrong(&format!("history[{i}]"), turn, needed));
         };
         messages.push(plain_message("user", asked));
@@ -257,7 +257,7 @@ fn alpaca(row: &Map<String, Value>) -> Result<Row, RowError> {
     Ok(Row::Alpaca { messages, prompt, completion })
 }
 
-/// Taori et al. 2023, with the newline behind it that most who serve such models write.
+/// The prompt of Taori et al. 2023, followed by a newline, as most servers of such models write it.
 fn alpaca_prompt(instruction: &str, input: &str) -> String {
     let (more, input) = match input.is_empty() {
         true => (String::new(), String::new()),
@@ -277,33 +277,33 @@ fn plain_message(role: &str, content: &str) -> Message {
     Message { role: role.into(), value, learned: role == "assistant" }
 }
 
-/// A row whose responses are compared or labelled, checked but not yet tokenized.
+/// A parsed and validated row of preference data, not yet tokenized.
 pub(super) struct ComparisonRow {
     pub responses: Responses,
-    /// Which response is preferred to which.
-    pub pairs: Vec<Pair>,
-    /// Whether each response is good, or nothing.
+    /// Preference pairs of the responses.
+    pub pairs: Vec<PreferencePair>,
+    /// Whether each response is desirable; empty without labels.
     pub labels: Vec<bool>,
-    /// Pairs of responses ranked the same.
+    /// Number of pairs of responses with equal rank.
     pub ties: u64,
-    /// The path of each response in the row.
+    /// The JSON path of each response in the row.
     keys: Vec<String>,
 }
 
-/// Responses and what they have in common.
+/// Responses and their prompt.
 pub(super) enum Responses {
-    /// Strings; whole texts have no prompt.
+    /// Strings. Whole texts have an empty prompt.
     Texts { prompt: String, responses: Vec<String> },
-    /// Conversations. Where no prompt is given it is what all of them begin with.
+    /// Conversations. Without a prompt in the row, their common prefix is the prompt.
     Messages { prompt: Vec<Message>, responses: Vec<Vec<Message>>, tools: Option<Value> },
 }
 
 impl ComparisonRow {
-    /// Reads one line, for its dialect whatever is wrong with the row. A key whose value is null
-    /// counts as absent.
-    pub fn read(line: &[u8], kind: ComparisonKind) -> (Option<Dialect>, Result<Self, RowError>) {
+    /// Parses one line, and also returns its format, which is known even for most invalid rows. A key with
+    /// value null counts as absent.
+    pub fn read(line: &[u8], kind: ComparisonKind) -> (Option<RowFormat>, Result<Self, RowError>) {
         match object(line) {
-            Ok(row) => (Dialect::of(&row), Self::of(row, kind)),
+            Ok(row) => (RowFormat::of(&row), Self::of(row, kind)),
             Err(error) => (None, Err(error)),
         }
     }
@@ -327,7 +327,7 @@ impl ComparisonRow {
             let values = list("responses", values)?;
             if values.len() < least {
                 let found = Value::Array(values.to_vec());
-                return Err(wrong("responses", &found, "responses to be compared, two or more"));
+                return Err(wrong("responses", &found, "two or more responses"));
             }
             let key = |i| format!("responses[{i}]");
             ((0..values.len()).map(key).collect(), values.iter().collect())
@@ -356,7 +356,7 @@ impl ComparisonRow {
         Ok(Self { responses, pairs, labels, ties, keys })
     }
 
-    /// The path of a response in the row.
+    /// The JSON path of a response in the row.
     pub fn key(&self, response: usize) -> String {
         self.keys[response].clone()
     }
@@ -377,17 +377,17 @@ impl Responses {
     }
 }
 
-/// All of them strings, or all of them lists of messages, as the first is or the prompt.
+/// Parses the responses: all strings or all lists of messages, like the prompt or else the first response.
 fn responses(
     keys: &[String],
     values: &[&Value],
     row: &Map<String, Value>,
 ) -> Result<Responses, RowError> {
-    // A prompt says nothing about a text that is whole already.
+    // `text` and `messages` are whole, so a `prompt` beside them is ignored.
     let whole = matches!(keys[0].as_str(), "text" | "messages");
     let mut prompt = row.get("prompt").filter(|_| !whole);
     if let (None, Some(turns), false) = (prompt, row.get("conversations"), whole) {
-        prompt = Some(turns); // ShareGPT's: the turns before the compared ones
+        prompt = Some(turns); // ShareGPT: the turns before the responses
     } else if let (None, Some(asked), false) = (prompt, row.get("instruction"), whole) {
         let input = row.get("input").map_or(Ok(String::new()), |input| string("input", input))?;
         let asked = string("instruction", asked)?;
@@ -416,9 +416,9 @@ fn message_responses(
 ) -> Result<Responses, RowError> {
     let read = |(key, value): (&String, &&Value)| match value {
         Value::Array(_) => message_list(key, value),
-        // A single message, as LLaMA-Factory's ShareGPT rows have it.
+        // A single message, as in LLaMA-Factory's ShareGPT rows.
         Value::Object(_) => Ok(vec![message(key, value)?]),
-        other => Err(wrong(key, other, "a list of messages, as the rest of the row")),
+        other => Err(wrong(key, other, "a list of messages, like the rest of the row")),
     };
     let mut responses = keys.iter().zip(values).map(read).collect::<Result<Vec<_>, _>>()?;
     let tools = tools(row)?;
@@ -429,8 +429,8 @@ fn message_responses(
     Ok(Responses::Messages { prompt, responses, tools })
 }
 
-/// Takes the messages off that all conversations begin with; each keeps its last at least
-/// (TRL's `extract_prompt`).
+/// Splits off the common prefix of all conversations, but leaves each at least its last message (TRL's
+/// `extract_prompt`).
 fn shared_beginning(conversations: &mut [Vec<Message>]) -> Vec<Message> {
     let shortest = conversations.iter().map(Vec::len).min().unwrap_or_default();
     let (first, others) = conversations.split_first_mut().expect("a row has responses");
@@ -442,13 +442,13 @@ fn shared_beginning(conversations: &mut [Vec<Message>]) -> Vec<Message> {
     first.drain(..shared).collect()
 }
 
-/// Pairs of responses, and how many pairs are ties: by `ranks` (1 is best), by `scores` (higher is
-/// better), or best first.
+/// Preference pairs and the number of ties. Responses are ordered by `ranks` (1 is best), by `scores`
+/// (higher is better), or else best first.
 fn ranked(
     count: usize,
     row: &Map<String, Value>,
     compared: bool,
-) -> Result<(Vec<Pair>, u64), RowError> {
+) -> Result<(Vec<PreferencePair>, u64), RowError> {
     let mut margin = 0.0;
     if let Some(value) = row.get("margin").filter(|_| compared) {
         let found = value.as_f64().map(|margin| margin as f32).filter(|margin| margin.is_finite());
@@ -457,7 +457,7 @@ fn ranked(
     let places = match (row.get("ranks"), row.get("scores")) {
         _ if compared => vec![0.0, 1.0],
         (Some(ranks), Some(_)) => {
-            return Err(wrong("ranks", ranks, "no `scores` beside it: one of the two"));
+            return Err(wrong("ranks", ranks, "no `scores` beside it: give one of the two"));
         }
         (Some(ranks), None) => numbers("ranks", ranks, count, |rank| {
             rank.as_u64().filter(|&rank| rank > 0).map(|rank| rank as f64)
@@ -478,13 +478,13 @@ fn ranked(
                     continue;
                 }
             };
-            pairs.push(Pair { better, worse, margin });
+            pairs.push(PreferencePair { better, worse, margin });
         }
     }
     Ok((pairs, ties))
 }
 
-/// A number for each response.
+/// Parses a list with one number per response.
 fn numbers(
     key: &str,
     value: &Value,
@@ -493,7 +493,7 @@ fn numbers(
 ) -> Result<Vec<f64>, RowError> {
     let values = list(key, value)?;
     if values.len() != count {
-        return Err(wrong(key, value, "an entry for each of the `responses`"));
+        return Err(wrong(key, value, "one entry per response"));
     }
     let needed = if key == "ranks" { "a rank, from 1 for the best" } else { "a number" };
     let number = |(i, value): (usize, &Value)| {
@@ -511,16 +511,16 @@ fn label(value: &Value) -> Result<bool, RowError> {
     }
 }
 
-/// A row with a prompt to be answered, checked but not yet tokenized; `row` is all of it.
+/// A parsed and validated prompt-only row, not yet tokenized. `row` is the whole row.
 pub(super) enum PromptRow {
-    /// Continued as it stands.
+    /// A string, used as it is.
     Text { prompt: String, row: Map<String, Value> },
-    /// Answered.
+    /// A conversation, rendered with a generation prompt.
     Messages { prompt: Vec<Message>, tools: Option<Value>, row: Map<String, Value> },
 }
 
 impl PromptRow {
-    /// Reads one line.
+    /// Parses one line.
     pub fn parse(line: &[u8]) -> Result<Self, RowError> {
         let row = object(line)?;
         match row.get("prompt") {
@@ -545,7 +545,7 @@ impl PromptRow {
     }
 }
 
-/// The `text` or the `messages` of one line, whatever other keys it has.
+/// The `text` or the `messages` of a line; other keys are ignored.
 pub(super) fn document(line: &[u8]) -> Result<Row, RowError> {
     let mut row = object(line)?;
     match row.remove("text") {
@@ -574,13 +574,13 @@ fn object(line: &[u8]) -> Result<Map<String, Value>, RowError> {
 }
 
 fn tokens(row: &Map<String, Value>) -> Result<Row, RowError> {
-    // Other masks would be silently ignored: better to say that they are not read.
+    // Masks other than `labels` are not supported: an error is better than ignoring them.
     for key in ["attention_mask", "completion_mask", "assistant_masks"] {
         if let Some(value) = row.get(key) {
             let ones = value.as_array().is_some_and(|a| a.iter().all(|v| v.as_u64() == Some(1)));
             if !ones {
                 let found = "a mask with other entries than 1".into();
-                let needed = "`labels` with -100 in its place";
+                let needed = "`labels` with -100 instead";
                 return Err(RowError::Value { key: key.into(), found, needed });
             }
         }
@@ -603,7 +603,9 @@ fn tokens(row: &Map<String, Value>) -> Result<Row, RowError> {
         labels.iter().zip(&input_ids).enumerate().map(|(i, (label, &id))| match label.as_i64() {
             Some(-100) => Ok(false),
             Some(label) if label == i64::from(id) => Ok(true),
-            _ => Err(wrong(&format!("labels[{i}]"), label, "-100 or the token id at its place")),
+            _ => {
+                Err(wrong(&format!("labels[{i}]"), label, "-100 or the token id at this position"))
+            }
         });
     let learned = learned.collect::<Result<_, _>>()?;
     Ok(Row::Tokens { input_ids, learned })
@@ -615,7 +617,7 @@ fn prompt_completion(
     row: &Map<String, Value>,
 ) -> Result<Row, RowError> {
     if row.get("label").is_some_and(|label| self::label(label).is_ok()) {
-        return Err(RowError::OfOthers { dialect: Dialect::Labelled });
+        return Err(RowError::OfOthers { format: RowFormat::Labelled });
     }
     if !prompt.is_array() {
         let prompt = string("prompt", prompt)?;
@@ -629,7 +631,7 @@ fn prompt_completion(
     Ok(Row::Messages { messages, tools: tools(row)? })
 }
 
-/// `tools` as a list, or as the JSON text of one (TRL's form for tables without nested columns).
+/// `tools` as a list, or as a string of JSON (as in TRL, for tables without nested columns).
 fn tools(row: &Map<String, Value>) -> Result<Option<Value>, RowError> {
     const NEEDED: &str = "a list of tools or the JSON text of one";
     match row.get("tools") {
@@ -660,7 +662,7 @@ fn message(key: &str, value: &Value) -> Result<Message, RowError> {
     if fields.contains_key("from") && !fields.contains_key("role") {
         from_share_gpt(key, &mut fields)?;
     }
-    // As keys of a row: tables have a column for each key that any message has.
+    // As for keys of a row: tables have a column for every key that any message has.
     fields.retain(|key, value| key == "content" || !value.is_null());
     let role = match fields.get("role") {
         Some(Value::String(role)) if ROLES.contains(&role.as_str()) => role.clone(),
@@ -670,7 +672,7 @@ fn message(key: &str, value: &Value) -> Result<Message, RowError> {
     let learned = match fields.shift_remove("train") {
         None => match fields.shift_remove("weight").map(|weight| (weight.as_u64(), weight)) {
             None => assistant,
-            // OpenAI's name for it.
+            // OpenAI's name of `train`.
             Some((Some(weight @ (0 | 1)), _)) => assistant && weight == 1,
             Some((_, weight)) => return Err(wrong(&format!("{key}.weight"), &weight, "0 or 1")),
         },
@@ -688,7 +690,7 @@ fn message(key: &str, value: &Value) -> Result<Message, RowError> {
         calls.iter_mut().for_each(arguments_as_object);
     }
     match fields.get("content") {
-        // An assistant that only calls tools says nothing.
+        // An assistant message with only tool calls has no content.
         None | Some(Value::Null) if assistant && calls_tools => {}
         content => {
             let content = content_text(&format!("{key}.content"), content.unwrap_or(&Value::Null))?;
@@ -698,7 +700,7 @@ fn message(key: &str, value: &Value) -> Result<Message, RowError> {
     Ok(Message { role, value: Value::Object(fields), learned })
 }
 
-/// `from` and `value` as `role` and `content`; a `function_call` as `tool_calls`.
+/// Converts `from` and `value` to `role` and `content`, and a `function_call` to `tool_calls`.
 fn from_share_gpt(key: &str, fields: &mut Map<String, Value>) -> Result<(), RowError> {
     let from = fields.shift_remove("from");
     let value = fields.shift_remove("value").unwrap_or(Value::Null);
@@ -728,8 +730,9 @@ fn from_share_gpt(key: &str, fields: &mut Map<String, Value>) -> Result<(), RowE
     Ok(())
 }
 
-/// OpenAI writes the `arguments` of a call as JSON text, templates want the object (as in vLLM's
-/// server, so that what is learned is what a server will show the model). What is no object stays.
+/// Parses the `arguments` of a tool call, which OpenAI's format writes as JSON text, into the object that
+/// chat templates expect. vLLM's server does the same, so training and serving see the same text.
+/// Arguments that are not an object stay as they are.
 fn arguments_as_object(call: &mut Value) {
     let function = match call.get("function") {
         Some(_) => &mut call["function"],
@@ -776,7 +779,7 @@ fn wrong(key: &str, found: &Value, needed: &'static str) -> RowError {
     RowError::Value { key: key.into(), found: describe(found), needed }
 }
 
-/// A value in few words; the beginning of a long one.
+/// A short description of a value; long values are truncated.
 fn describe(value: &Value) -> String {
     let text = match value {
         Value::Null => return "missing".into(),
@@ -802,7 +805,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn templates_see_messages_as_strings_and_without_our_key() {
+    fn messages_have_string_content_and_no_train_key() {
         let line = r#"{"messages": [
             {"role": "user", "name": "Ann", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
             {"role": "assistant", "content": null, "tool_calls": [{"id": 1}], "train": false}

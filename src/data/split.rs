@@ -1,4 +1,4 @@
-//! The held-out part of a file that comes without one.
+//! Which rows of a file are held out when there is no separate held-out file.
 
 use std::borrow::Cow;
 
@@ -6,27 +6,28 @@ use sha2::{Digest, Sha256};
 
 use super::{Message, Row};
 
-/// Characters of a row without turns that stand for its prompt.
+/// Number of leading characters that stand for the prompt of a row without turns.
 const PROMPT_CHARS: usize = 200;
-/// The same for a row that is tokens already.
+/// Number of leading tokens that stand for the prompt of a tokenized row.
 const PROMPT_TOKENS: usize = 64;
 
-/// Whether a row is one of the one in ten that are held out: by SHA-256 of its first user turn,
-/// lower-cased and with its whitespace collapsed. So rows with the same prompt are in one part, and
-/// a row stays in its part whatever is added to the file.
+/// Whether a row is held out, which is decided by SHA-256 of its first user turn, lower-cased and with
+/// white space collapsed, for one row in ten. So rows with the same prompt are in the same part, and a
+/// row stays in its part when rows are added to the file.
 pub fn is_held_out(row: &Row) -> bool {
     is_held_out_text(&first_user_turn(row))
 }
 
-/// The same of a first user turn.
+/// Whether a row with this first user turn is held out.
 pub(super) fn is_held_out_text(prompt: &str) -> bool {
     digest(prompt)[0].is_multiple_of(10)
 }
 
-/// Whether a document is in the part of this share, from 0 to 1, by how it begins.
+/// Whether a document is in a held-out part of the given fraction, from 0 to 1, by a hash of its
+/// beginning.
 pub(super) fn is_in_share(document: &str, share: f64) -> bool {
     let [high, low, ..] = digest(beginning(document));
-    // 16 bits are fine enough: of smaller shares nothing would be left to measure with.
+    // 16 bits are precise enough: a smaller fraction would hold out too little to measure with.
     f64::from(u16::from_be_bytes([high, low])) < share * f64::from(1 << 16)
 }
 
@@ -49,7 +50,7 @@ fn first_user_turn(row: &Row) -> Cow<'_, str> {
     }
 }
 
-/// What the user says first; a conversation without a user's turn has its first message for it.
+/// Content of the first user message; without a user message, that of the first message.
 pub(super) fn first_user_message<'a>(
     mut messages: impl Iterator<Item = &'a Message> + Clone,
 ) -> &'a str {
@@ -57,7 +58,7 @@ pub(super) fn first_user_message<'a>(
     user.and_then(|message| message.value["content"].as_str()).unwrap_or_default()
 }
 
-/// What stands for the prompt of a whole text.
+/// The beginning of a text, which stands for its prompt.
 pub(super) fn beginning(text: &str) -> &str {
     match text.char_indices().nth(PROMPT_CHARS) {
         Some((end, _)) => &text[..end],

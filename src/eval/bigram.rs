@@ -1,21 +1,21 @@
-//! The least a language model has to beat: how often each token follows each other.
+//! A bigram model, as a baseline that a language model has to beat.
 
 use std::collections::HashMap;
 
-/// Counts of tokens and of pairs, smoothed after Witten and Bell (1991): a pair never seen has a
-/// share of the probability that grows with how many kinds of tokens followed the first one.
+/// Counts of tokens and of pairs, smoothed after Witten and Bell (1991): the probability mass of unseen pairs
+/// grows with the number of distinct tokens that followed the first token.
 #[derive(Debug, Clone)]
 pub struct Bigram {
     vocab_size: usize,
     tokens: HashMap<u32, u64>,
     total: u64,
     pairs: HashMap<(u32, u32), u64>,
-    /// For each token: how often anything followed it, and how many kinds of tokens.
+    /// For each token: how many tokens followed it, and how many distinct ones.
     followed: HashMap<u32, (u64, u64)>,
 }
 
 impl Bigram {
-    /// A model that has seen nothing of its `vocab_size` tokens.
+    /// An untrained model over `vocab_size` tokens.
     pub fn new(vocab_size: usize) -> Self {
         Self {
             vocab_size,
@@ -26,7 +26,7 @@ impl Bigram {
         }
     }
 
-    /// Counts a text; its first token is counted as following nothing.
+    /// Counts the tokens and pairs of a text.
     pub fn learn(&mut self, tokens: &[u32]) {
         for &token in tokens {
             *self.tokens.entry(token).or_default() += 1;
@@ -41,7 +41,7 @@ impl Bigram {
         }
     }
 
-    /// Nats of all tokens but the first, each given the one before.
+    /// Summed negative log-likelihood, in nats, of all tokens but the first, each given the previous one.
     pub fn nats(&self, tokens: &[u32]) -> f64 {
         tokens.windows(2).map(|pair| -self.probability(pair[0], pair[1]).ln()).sum()
     }
@@ -74,6 +74,6 @@ mod tests {
         }
         assert!(model.probability(0, 1) > model.probability(0, 2));
         assert!(model.probability(0, 2) > model.probability(0, 3));
-        assert!(model.probability(4, 4) > 0.0); // neither was ever seen
+        assert!(model.probability(4, 4) > 0.0); // neither was seen in training
     }
 }

@@ -1,4 +1,4 @@
-//! How different replies are from one another: what a policy that was pushed too far loses first.
+//! Diversity of replies, which an overoptimized policy loses first.
 
 use std::collections::HashSet;
 
@@ -7,55 +7,55 @@ use serde::Serialize;
 /// A reply as tokens, without the end-of-sequence token.
 #[derive(Debug, Clone, Copy)]
 pub struct Reply<'a> {
-    /// Its tokens.
+    /// Tokens of the reply.
     pub tokens: &'a [u32],
-    /// Whether it ended of itself, not by the limit.
+    /// Whether the reply ended by itself, not at the length limit.
     pub finished: bool,
 }
 
-/// What is counted over all replies.
+/// Diversity statistics over all replies.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Diversity {
-    /// Replies.
+    /// Number of replies.
     pub replies: usize,
-    /// Of all tokens the share that are different.
+    /// Number of distinct tokens divided by the number of tokens.
     pub distinct_1: f64,
-    /// Of all pairs of neighbouring tokens the share that are different.
+    /// Number of distinct bigrams divided by the number of bigrams.
     pub distinct_2: f64,
-    /// Of all triples the share that are different.
+    /// Number of distinct trigrams divided by the number of trigrams.
     pub distinct_3: f64,
-    /// Tokens of a reply.
+    /// Mean number of tokens per reply.
     pub mean_length: f64,
-    /// The share of replies cut off by the limit.
+    /// Fraction of replies truncated by the length limit.
     pub truncated: f64,
-    /// The share of replies that an earlier one already is, token by token.
+    /// Fraction of replies whose tokens are identical to an earlier reply.
     pub duplicates: f64,
 }
 
-/// Counts over replies; all 0 if there are none.
+/// Computes the statistics; all are 0 if there are no replies.
 pub fn diversity(replies: &[Reply]) -> Diversity {
     let lists: Vec<&[u32]> = replies.iter().map(|reply| reply.tokens).collect();
-    let share = |count: usize| count as f64 / replies.len().max(1) as f64;
+    let fraction = |count: usize| count as f64 / replies.len().max(1) as f64;
     let different: HashSet<&[u32]> = lists.iter().copied().collect();
     Diversity {
         replies: replies.len(),
         distinct_1: distinct(&lists, 1),
         distinct_2: distinct(&lists, 2),
         distinct_3: distinct(&lists, 3),
-        mean_length: share(lists.iter().map(|tokens| tokens.len()).sum()),
-        truncated: share(replies.iter().filter(|reply| !reply.finished).count()),
-        duplicates: share(replies.len() - different.len()),
+        mean_length: fraction(lists.iter().map(|tokens| tokens.len()).sum()),
+        truncated: fraction(replies.iter().filter(|reply| !reply.finished).count()),
+        duplicates: fraction(replies.len() - different.len()),
     }
 }
 
-/// distinct-n (Li et al. 2016) over all replies together: different runs of `n` tokens by all there
-/// are; 0 if there are none. It falls with the number of replies and their length: compare like
-/// with like.
+/// distinct-n (Li et al. 2016) over all replies together: the number of distinct n-grams divided by the number
+/// of n-grams; 0 if there are none. It decreases with the number of replies and their length, so compare
+/// only equal numbers of replies of similar length.
 pub fn distinct(replies: &[&[u32]], n: usize) -> f64 {
-    let runs = replies.iter().flat_map(|tokens| tokens.windows(n.max(1)));
+    let n_grams = replies.iter().flat_map(|tokens| tokens.windows(n.max(1)));
     let (mut different, mut all) = (HashSet::new(), 0);
-    for run in runs {
-        different.insert(run);
+    for n_gram in n_grams {
+        different.insert(n_gram);
         all += 1;
     }
     different.len() as f64 / all.max(1) as f64
@@ -66,17 +66,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn runs_are_counted_over_all_replies() {
-        let check = |replies: &[&[u32]], shares: [f64; 3]| {
+    fn n_grams_are_counted_over_all_replies() {
+        let check = |replies: &[&[u32]], values: [f64; 3]| {
             let found = [1, 2, 3].map(|n| distinct(replies, n));
-            assert_eq!(found, shares, "{replies:?}");
+            assert_eq!(found, values, "{replies:?}");
         };
         check(&[], [0.0; 3]);
         check(&[&[]], [0.0; 3]);
         check(&[&[7]], [1.0, 0.0, 0.0]);
         check(&[&[1, 2, 3, 4]], [1.0; 3]);
         check(&[&[1, 1, 1, 1]], [0.25, 1.0 / 3.0, 0.5]);
-        // A run does not go over the end of a reply.
+        // An n-gram does not span two replies.
         check(&[&[1, 2], &[1, 2], &[2, 1]], [2.0 / 6.0, 2.0 / 3.0, 0.0]);
     }
 

@@ -1,4 +1,4 @@
-//! How good a model is: mean loss under the masks of training, perplexity as llama.cpp counts it.
+//! Evaluation: mean loss under the loss masks of training, and perplexity as computed by llama.cpp.
 
 pub mod bigram;
 pub mod diversity;
@@ -11,42 +11,42 @@ use crate::model::{ActiveAdapter, Decoder, Rows};
 pub use bigram::Bigram;
 pub use diversity::{Diversity, Reply, distinct, diversity};
 
-/// Tokens of the rows that go through the model at once.
+/// Number of tokens per forward pass.
 const TOKENS_AT_A_TIME: usize = 2048;
 
-/// Why something could not be evaluated.
+/// Why an evaluation failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum EvalError {
-    /// The text has too few tokens for one chunk.
+    /// The text has too few tokens.
     #[error("the text has {tokens} tokens, needed at least {needed} (twice n_ctx, as llama.cpp)")]
     TooShort {
-        /// Tokens of the text.
+        /// Number of tokens of the text.
         tokens: usize,
-        /// Tokens of two chunks.
+        /// Minimum number of tokens: two chunks.
         needed: usize,
     },
-    /// A chunk the model has no positions for.
+    /// A context size that the model does not support.
     #[error("n_ctx is {n_ctx}, needed an even number from 4 to the model's {most} positions")]
     Context {
-        /// Asked for.
+        /// The requested context size.
         n_ctx: usize,
-        /// Positions of the model.
+        /// The model's maximum context size.
         most: usize,
     },
-    /// candle refused.
+    /// A tensor operation failed.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
 }
 
-/// Loss over counted tokens.
+/// Mean loss over target tokens.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Loss {
-    /// Mean nats per counted token.
+    /// Mean loss in nats per target token.
     pub loss: f64,
-    /// Counted tokens.
+    /// Number of target tokens.
     pub tokens: u64,
-    /// Rows.
+    /// Number of rows.
     pub rows: u64,
 }
 
@@ -57,7 +57,7 @@ impl Loss {
     }
 }
 
-/// The loss over the learned tokens of `examples`; none if `stop` was set before all went through.
+/// The mean loss over the learned tokens of `examples`; `None` if `stop` was set before the end.
 pub fn evaluate(
     decoder: &Decoder,
     active: &[ActiveAdapter],
@@ -91,38 +91,38 @@ pub fn evaluate(
     Ok(Some(Loss { loss: sum / tokens.max(1) as f64, tokens, rows: examples.rows() }))
 }
 
-/// How well documents are predicted, whatever the tokens are.
+/// Loss over documents, comparable between tokenizers.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct TextLoss {
-    /// Nats of all predicted tokens.
+    /// Summed loss of all target tokens, in nats.
     pub nats: f64,
-    /// How many these are.
+    /// Number of target tokens.
     pub tokens: u64,
-    /// Bytes of the text they stand for.
+    /// Number of bytes of text that they stand for.
     pub bytes: u64,
 }
 
 impl TextLoss {
-    /// Adds what was found elsewhere.
+    /// Adds another sum.
     pub fn add(&mut self, other: &Self) {
         self.nats += other.nats;
         self.tokens += other.tokens;
         self.bytes += other.bytes;
     }
 
-    /// Bits for a byte of text: comparable between tokenizers.
+    /// Bits per byte of text, which is comparable between tokenizers.
     pub fn bits_per_byte(&self) -> f64 {
         self.nats / std::f64::consts::LN_2 / self.bytes.max(1) as f64
     }
 
-    /// Mean nats per token.
+    /// Mean loss in nats per token.
     pub fn loss(&self) -> f64 {
         self.nats / self.tokens.max(1) as f64
     }
 }
 
-/// How well rows are predicted: batches, each with the bytes that its targets stand for. None if
-/// `stop` was set before all went through.
+/// The loss over batches of text. Each batch comes with the number of bytes that its targets stand for.
+/// `None` if `stop` was set before the end.
 pub fn text_loss(
     decoder: &Decoder,
     batches: impl Iterator<Item = (Batch, u64)>,
@@ -141,9 +141,8 @@ pub fn text_loss(
     Ok(Some(sum))
 }
 
-/// Perplexity of a text as llama.cpp's `llama-perplexity` counts it: chunks of `n_ctx` tokens,
-/// each on its own, of which the second half is scored. With `bos`, the first token of each chunk
-/// is replaced by it.
+/// Perplexity of a text as computed by llama.cpp's `llama-perplexity`: independent chunks of `n_ctx` tokens, of
+/// which the second half is scored. With `bos`, the first token of each chunk is replaced by it.
 pub fn perplexity(
     decoder: &Decoder,
     active: &[ActiveAdapter],

@@ -1,4 +1,4 @@
-//! Tokens from a decoder: sampling, an engine that decodes whatever is submitted, stop strings.
+//! Text generation: sampling, a continuous-batching engine, and stop strings.
 //!
 //! A row's tokens depend on its prompt, its key and the settings, never on its place in the batch
 //! or on its neighbours. Works in token ids; text comes in only where stop strings are looked for.

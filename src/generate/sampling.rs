@@ -1,27 +1,27 @@
-//! From logits to a token. Filters mean what transformers' logits processors mean, in its order.
+//! Sampling: from logits to a token. Filters have the meaning and order of transformers' logits processors.
 
 use quantune_adapters::rng::Stream;
 
 use crate::isa::{Isa, multiversion};
 use crate::ops::exp;
 
-/// How a token is chosen. The default samples from the model's own distribution.
+/// Sampling settings. The default samples from the model's own distribution.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {
-    /// Logits are divided by it; 0 takes the most likely token.
+    /// Temperature, which logits are divided by; 0 is greedy decoding.
     pub temperature: f64,
-    /// Only this many of the most likely tokens stay; 0 for all.
+    /// Top-k: keep only the k most likely tokens; 0 disables it.
     pub top_k: usize,
-    /// The fewest most likely tokens stay whose probabilities reach this sum (Holtzman et al.
-    /// 2019); 1 for all.
+    /// Top-p (nucleus sampling): keep the smallest set of most likely tokens whose probabilities sum to at
+    /// least this (Holtzman et al. 2019); 1 disables it.
     pub top_p: f64,
-    /// Tokens stay whose probability is at least this part of the most likely one's (Nguyen et al.
-    /// 2024); 0 for all.
+    /// Min-p: keep tokens whose probability is at least this fraction of that of the most likely token
+    /// (Nguyen et al. 2024); 0 disables it.
     pub min_p: f64,
-    /// Logits of tokens in the prompt or the answer so far are divided by it where positive and
-    /// multiplied where negative (Keskar et al. 2019); 1 for none.
+    /// Repetition penalty: positive logits of tokens in the prompt or the response so far are divided by it,
+    /// negative ones multiplied (Keskar et al. 2019); 1 disables it.
     pub repetition_penalty: f64,
-    /// The key of all randomness, with a row's own key and the position in the row.
+    /// Seed of the random numbers, which are also keyed by the row's key and the position in the row.
     pub seed: u64,
 }
 
@@ -38,40 +38,40 @@ impl Default for Sampling {
     }
 }
 
-/// Why no token could be chosen.
+/// Why no token can be sampled.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum SamplingError {
     /// A setting outside its range.
     #[error("{name} is {found}, needed {needed}")]
     Setting {
-        /// The setting.
+        /// Name of the setting.
         name: &'static str,
         /// Its value.
         found: f64,
-        /// Its range.
+        /// Its valid range.
         needed: &'static str,
     },
-    /// The model computed nonsense.
-    #[error("the logit of token {token} is {found}: the model's numbers are broken")]
+    /// A logit is NaN or infinite.
+    #[error("the logit of token {token} is {found}: the model computes NaN or Inf")]
     Logit {
-        /// The first bad token.
+        /// The first token with such a logit.
         token: usize,
-        /// NaN or an infinity.
+        /// NaN or infinity.
         found: f32,
     },
-    /// There is nothing to choose from.
+    /// No token can be chosen.
     #[error("no token has a logit above minus infinity")]
     Empty,
 }
 
 impl Sampling {
-    /// The most likely token, always.
+    /// Greedy decoding: always the most likely token.
     pub fn greedy() -> Self {
         Self { temperature: 0.0, ..Self::default() }
     }
 
-    /// Checks the ranges of all settings.
+    /// Checks that all settings are in their valid ranges.
     pub fn check(&self) -> Result<(), SamplingError> {
         let Self { temperature, top_p, min_p, repetition_penalty, .. } = *self;
         let checks = [
@@ -91,10 +91,10 @@ impl Sampling {
         }
     }
 
-    /// The tokens that may be chosen and their probabilities, which sum to 1.
+    /// The tokens left after all filters, with their probabilities, which sum to 1.
     ///
-    /// `seen` are the tokens of prompt and answer so far. Of equally likely tokens at the edge of
-    /// top-k or top-p the lower ids stay (transformers keeps all of them in top-k).
+    /// `seen` are the tokens of prompt and response so far. Of equally likely tokens at the edge of top-k or
+    /// top-p, those with lower ids are kept (transformers keeps all of them in top-k).
     pub fn distribution(
         &self,
         logits: &[f32],
@@ -127,11 +127,11 @@ impl Sampling {
             scores.select_nth_unstable_by(self.top_k - 1, by_rank);
             scores.truncate(self.top_k);
         }
-        // Sorted wherever the order of what was left of top-k could reach the draw.
+        // Sorted whenever the unspecified order after top-k could affect the draw.
         if self.top_k > 0 || self.top_p < 1.0 {
             scores.sort_unstable_by(by_rank);
         }
-        // Of the most likely token the weight is 1, so no temperature overflows.
+        // The most likely token gets weight 1, so no temperature overflows.
         for (_, score) in &mut scores {
             *score = ((*score - best.1) / self.temperature).exp();
         }
@@ -155,8 +155,9 @@ impl Sampling {
         Ok(weights)
     }
 
-    /// The token of row `key` at `position`, counted from the start of its prompt: drawn from
-    /// [`Self::distribution`], where nothing is filtered from the same to 1e-6.
+    /// Samples a token for the row and position of `place`: the row's key, and the position counted from the
+    /// start of its prompt. The token is drawn from [`Self::distribution`]; without filters, from an
+    /// approximation of it that is accurate to 1e-6.
     pub fn choose(
         &self,
         logits: &[f32],
@@ -166,7 +167,7 @@ impl Sampling {
         Ok(self.draw(logits, seen, place)?.0)
     }
 
-    /// The same, with the probability it was drawn with.
+    /// Samples a token like [`Self::choose`], and returns its probability too.
     pub fn draw(
         &self,
         logits: &[f32],
@@ -174,7 +175,7 @@ impl Sampling {
         (key, position): (u64, u64),
     ) -> Result<(u32, f64), SamplingError> {
         let draw = || Stream::new(self.seed, "sample", &[key, position]).uniform_f64();
-        // Close to greedy, exponents in `f32` are too coarse.
+        // At temperatures close to 0, exponents in `f32` are too imprecise.
         if !self.filters() && (1e-2..1e6).contains(&self.temperature) {
             self.check()?;
             return draw_from_all(Isa::current(), logits, self.temperature, draw());
@@ -186,23 +187,24 @@ impl Sampling {
             before += probability;
             draw < before
         });
-        // Rounding may leave the sum a little under the draw.
+        // Due to rounding, the sum may be slightly less than the draw.
         choice.or(choices.last()).copied().ok_or(SamplingError::Empty)
     }
 
-    /// Whether tokens are drawn from another distribution than the model's at this temperature.
+    /// Whether any filter or penalty changes the model's distribution at this temperature.
     pub fn filters(&self) -> bool {
         self.top_k > 0 || self.top_p < 1.0 || self.min_p > 0.0 || self.repetition_penalty != 1.0
     }
 }
 
-/// Tokens whose weights are summed at once.
+/// Number of tokens per block; weights are summed block by block.
 const BLOCK: usize = 256;
-/// Sums that a block is cut into, so that they are taken side by side.
-const SIDE_BY_SIDE: usize = 16;
+/// Number of partial sums per block, for vectorization.
+const SUM_LANES: usize = 16;
 
-/// Draws from the softmax of `logits / temperature` with `draw` from [0, 1), without listing it:
-/// the block in which the draw falls, then the token in the block; with its probability.
+/// Samples from the softmax of `logits / temperature` with `draw` from [0, 1), without materializing the
+/// distribution: first the block in which the draw falls, then the token in that block. Returns the token
+/// and its probability.
 fn draw_from_all(
     isa: Isa,
     logits: &[f32],
@@ -225,7 +227,7 @@ fn draw_from_all(
     let mut before = 0.0;
     let mut found = 0;
     for (block, sum) in sums.iter().enumerate().filter(|(_, sum)| **sum > 0.0) {
-        // Rounding may leave the total a little under the target: then it is the last block.
+        // Due to rounding, the total may be slightly less than the target; then the last block is taken.
         found = block;
         if before + sum > target {
             break;
@@ -248,11 +250,11 @@ fn draw_from_all(
 }
 
 multiversion! {
-    /// The largest logit, and whether none is NaN or infinity.
+    /// The largest logit, and whether no logit is NaN or infinity.
     fn largest(isa; logits: &[f32]) -> (f32, bool) {
-        let mut max = [f32::NEG_INFINITY; SIDE_BY_SIDE];
-        let mut sound = [true; SIDE_BY_SIDE];
-        for part in logits.chunks(SIDE_BY_SIDE) {
+        let mut max = [f32::NEG_INFINITY; SUM_LANES];
+        let mut sound = [true; SUM_LANES];
+        for part in logits.chunks(SUM_LANES) {
             for ((max, sound), x) in max.iter_mut().zip(&mut sound).zip(part) {
                 *sound &= *x < f32::INFINITY;
                 *max = if *x > *max { *x } else { *max };
@@ -264,8 +266,8 @@ multiversion! {
     /// The sum of `exp((logit - max) · inverse)` of each block.
     fn block_sums(isa; logits: &[f32], max: f32, inverse: f32, sums: &mut [f64]) {
         for (block, total) in logits.chunks(BLOCK).zip(sums) {
-            let mut sums = [0f32; SIDE_BY_SIDE];
-            for part in block.chunks(SIDE_BY_SIDE) {
+            let mut sums = [0f32; SUM_LANES];
+            for part in block.chunks(SUM_LANES) {
                 for (sum, x) in sums.iter_mut().zip(part) {
                     *sum += exp((x - max) * inverse);
                 }
@@ -275,7 +277,7 @@ multiversion! {
     }
 }
 
-/// Log-probabilities, natural, of the model's own distribution: no temperature, no filter.
+/// Natural log-probabilities of the model's own distribution, without temperature and filters.
 #[derive(Debug, Clone, Copy)]
 pub struct LogProbs<'a> {
     logits: &'a [f32],
@@ -283,7 +285,7 @@ pub struct LogProbs<'a> {
 }
 
 impl<'a> LogProbs<'a> {
-    /// Sums up `logits`, one a token of the vocabulary.
+    /// Normalizes `logits`, one per token of the vocabulary.
     pub fn new(logits: &'a [f32]) -> Result<Self, SamplingError> {
         check_logits(logits)?;
         let max = f64::from(logits.iter().copied().fold(f32::NEG_INFINITY, f32::max));
@@ -294,7 +296,7 @@ impl<'a> LogProbs<'a> {
         Ok(Self { logits, log_sum_exp: max + sum.ln() })
     }
 
-    /// That of a token of the vocabulary, of logits divided by `temperature`.
+    /// The log-probability of a token, with logits divided by `temperature`.
     pub fn at_temperature(
         logits: &[f32],
         token: u32,
@@ -305,12 +307,12 @@ impl<'a> LogProbs<'a> {
         Ok(LogProbs::new(&at_temperature)?.of(token))
     }
 
-    /// That of a token of the vocabulary.
+    /// The log-probability of a token.
     pub fn of(&self, token: u32) -> f32 {
         (f64::from(self.logits[token as usize]) - self.log_sum_exp) as f32
     }
 
-    /// The `k` most likely tokens, the most likely first, of equals the lower id.
+    /// The `k` most likely tokens and their log-probabilities, most likely first; ties are ordered by id.
     pub fn top_k(&self, k: usize) -> Vec<(u32, f32)> {
         if k == 0 {
             return Vec::new();
@@ -326,12 +328,12 @@ impl<'a> LogProbs<'a> {
     }
 }
 
-/// The `k` most likely tokens and their natural log-probabilities under the model itself.
+/// The `k` most likely tokens and their natural log-probabilities under the model's own distribution.
 pub fn log_probs_top_k(logits: &[f32], k: usize) -> Result<Vec<(u32, f32)>, SamplingError> {
     Ok(LogProbs::new(logits)?.top_k(k))
 }
 
-/// The more likely first, of equals the lower id. Scores are never NaN.
+/// Orders by score, highest first; ties by id. Scores are never NaN.
 fn by_rank(a: &(u32, f64), b: &(u32, f64)) -> std::cmp::Ordering {
     b.1.partial_cmp(&a.1).expect("scores are numbers").then(a.0.cmp(&b.0))
 }
@@ -340,7 +342,7 @@ fn sum(weights: &[(u32, f64)]) -> f64 {
     weights.iter().map(|(_, weight)| weight).sum()
 }
 
-/// Minus infinity is a forbidden token and fine.
+/// Fails on NaN and positive infinity. Minus infinity is valid: the token is excluded.
 fn check_logits(logits: &[f32]) -> Result<(), SamplingError> {
     match logits.iter().position(|logit| logit.is_nan() || *logit == f32::INFINITY) {
         Some(token) => Err(SamplingError::Logit { token, found: logits[token] }),
@@ -381,7 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn a_penalty_counts_once_and_moves_greedy_too() {
+    fn repetition_penalty_applies_once_per_token_and_to_greedy() {
         let sampling = Sampling { repetition_penalty: 2.0, ..Sampling::greedy() };
         assert_eq!(sampling.choose(&LOGITS, &[1, 1, 3, 3, 99], (0, 0)), Ok(4));
         let sampling = Sampling { temperature: 1.0, ..sampling };
@@ -423,15 +425,15 @@ mod tests {
         assert!(chi_square < 18.47, "{chi_square}");
     }
 
-    /// The quick draw against the listed distribution: the same token but where the draw falls
-    /// within rounding of the border of two.
+    /// Sampling without the list against the listed distribution: the same token, unless the draw is within
+    /// rounding of the border of two tokens.
     #[test]
-    fn drawing_without_a_list_is_drawing_from_the_list() {
+    fn sampling_by_blocks_matches_the_listed_distribution() {
         let mut stream = Stream::new(4, "logits", &[]);
         let mut logits: Vec<f32> = (0..1000).map(|_| 4.0 * stream.normal()).collect();
         logits[..300].fill(f32::NEG_INFINITY);
         logits[999] = f32::NEG_INFINITY;
-        for isa in Isa::ALL.iter().copied().filter(|isa| isa.available()) {
+        for isa in Isa::available() {
             for temperature in [0.02, 1.0, 1.7] {
                 let sampling = Sampling { temperature, ..Sampling::default() };
                 let listed = sampling.distribution(&logits, &[]).unwrap();
@@ -455,7 +457,7 @@ mod tests {
     }
 
     #[test]
-    fn bad_settings_and_logits_are_named() {
+    fn invalid_settings_and_logits_are_errors() {
         let check = |sampling: Sampling, sentence: &str| {
             assert_eq!(sampling.check().unwrap_err().to_string(), sentence);
             assert!(sampling.choose(&LOGITS, &[], (0, 0)).is_err());

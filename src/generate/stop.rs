@@ -1,24 +1,24 @@
-//! Stop strings in text that arrives piece by piece.
+//! Stop strings in streamed text.
 
-/// Lets text through until one of the stop strings is complete; of the stop string nothing is let
-/// through. What comes out does not depend on how the text is cut into pieces.
+/// Passes text on until one of the stop strings is complete; the stop string itself is not passed on. The
+/// result does not depend on how the text is cut into pieces.
 #[derive(Debug, Clone)]
 pub struct StopStrings {
     stops: Vec<String>,
-    /// The end of the text so far, which may be the beginning of a stop string.
+    /// The end of the text so far, which may be the beginning of a stop string and is held back.
     held: String,
     stopped: bool,
 }
 
 impl StopStrings {
-    /// Looks for `stops`. Empty strings are no stop strings and are left out.
+    /// A filter for `stops`. Empty strings are ignored.
     pub fn new(stops: &[String]) -> Self {
         let stops = stops.iter().filter(|stop| !stop.is_empty()).cloned().collect();
         Self { stops, held: String::new(), stopped: false }
     }
 
-    /// Takes a piece and gives the text that is certain to stand before any stop string. When a
-    /// stop string is complete, this is the last text; later pieces are ignored.
+    /// Takes the next piece, and returns the text that cannot be part of a stop string. Once a stop string is
+    /// complete, later pieces are ignored.
     pub fn push(&mut self, piece: &str) -> String {
         if self.stopped {
             return String::new();
@@ -39,12 +39,12 @@ impl StopStrings {
         self.stopped
     }
 
-    /// The text still held back, at the end of the text.
+    /// The text that is still held back, to be called at the end of the text.
     pub fn finish(self) -> String {
         self.held
     }
 
-    /// Where the match starts that is complete first, of those the longest.
+    /// Start of the match that ends first; of several such matches, of the longest.
     fn first_match(&self) -> Option<usize> {
         let matches = self.stops.iter().filter_map(|stop| {
             let start = self.held.find(stop.as_str())?;
@@ -53,7 +53,7 @@ impl StopStrings {
         matches.min().map(|(_, start)| start)
     }
 
-    /// The length of the longest end of `held` that a stop string begins with.
+    /// Length of the longest suffix of `held` that is a prefix of a stop string.
     fn beginning_of_a_stop(&self) -> usize {
         let ends = self.held.char_indices().map(|(start, _)| &self.held[start..]);
         let mut begins = ends.filter(|end| self.stops.iter().any(|stop| stop.starts_with(end)));
@@ -66,7 +66,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// The text let through and whether a stop string ended it.
+    /// The text passed on, and whether a stop string ended it.
     fn run(stops: &[&str], pieces: &[&str]) -> (String, bool) {
         let stops: Vec<String> = stops.iter().map(|stop| stop.to_string()).collect();
         let mut filter = StopStrings::new(&stops);
@@ -93,7 +93,7 @@ mod tests {
     }
 
     #[test]
-    fn only_what_may_begin_a_stop_string_is_held_back() {
+    fn only_a_prefix_of_a_stop_string_is_held_back() {
         let mut filter = StopStrings::new(&["<end>".to_string()]);
         assert_eq!(filter.push("one <e"), "one ");
         assert_eq!(filter.push("gg> <"), "<egg> ");

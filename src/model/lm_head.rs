@@ -25,7 +25,8 @@ use crate::ops::linear_cross_entropy::{
     TargetStatsMut, check_targets, chunk_rows, log_probs_of_logits, score, softcap,
 };
 use crate::ops::{
-    BackendKind, Compute, LogitSoftcap, Values, capped_log_probs, frozen_linear, par_for_each,
+    BackendKind, Compute, DeviceMatrix, LogitSoftcap, Values, capped_log_probs, frozen_linear,
+    par_for_each,
 };
 use crate::quant::FrozenMatrix;
 

@@ -3,6 +3,7 @@
 //! A family is a row of properties ([`config::FAMILIES`]); the same code trains, scores and
 //! generates. Activations are flat: the rows of a batch lie end to end and nothing is padded.
 
+pub mod adapter_files;
 pub mod adapters;
 pub mod cache;
 pub mod config;

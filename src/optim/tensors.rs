@@ -105,7 +105,7 @@ mod tests {
 
     /// Steps of both forms with rates, decays and clipping, the second half from a saved state.
     #[test]
-    fn the_fast_form_is_the_portable_one() {
+    fn cpu_matches_reference() {
         let settings = AdamWSettings {
             adam_beta1: 0.9,
             adam_beta2: 0.95,

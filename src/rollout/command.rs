@@ -1,15 +1,14 @@
-//! Rewards by a program: JSON lines in, JSON lines out.
+//! Rewards from an external program, over JSON lines.
 //!
-//! The program is started once, by the shell, and gets a line for each sample:
-//! `{"prompt": .., "completion": .., <all other fields of the row>}`. For each it answers, in their
-//! order, a line that is `{"reward": x}`, a bare number, or `null` for no opinion. It must write
-//! out each answer at once, or at least each batch's (Python: `print(.., flush=True)`), and end when
-//! its input ends. A run that is taken up starts it anew, so its answers should depend on the line
-//! alone.
+//! The program is started once, through the shell, and reads one line per sample:
+//! `{"prompt": .., "completion": .., <all other fields of the row>}`. For each it writes, in order, one
+//! line: `{"reward": x}`, a bare number, or `null` for no opinion. It must flush its output after each
+//! answer or at least after each batch (Python: `print(.., flush=True)`), and exit at the end of its input.
+//! A resumed run restarts the program, so its answers should depend only on the line.
 //!
-//! A thread writes and others read, so that no full pipe can stop both sides; whatever the program
-//! does, a batch ends within the time limit, and with it, after a fault, the program and all it
-//! has started.
+//! One thread writes and others read, so that full pipes cannot deadlock both sides. Whatever the program
+//! does, a batch ends within the time limit; after an error the program and all processes it has started
+//! are killed.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
@@ -21,34 +20,34 @@ use serde_json::{Map, Value};
 
 use super::{RewardError, Sample};
 
-/// Bytes of a line; more is no answer.
+/// Maximum number of bytes of an answer.
 const LONGEST_LINE: u64 = 1 << 20;
-/// Answers that wait to be read, before the program has to.
+/// Number of answers that are buffered before the program blocks.
 const WAITING_LINES: usize = 1024;
-/// What a program gets to end in, once its input or output has.
-const PATIENCE: Duration = Duration::from_secs(1);
-/// What an answer is.
+/// Time that the program has to exit after its input or output was closed.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(1);
+/// Valid answers, for error messages.
 const NEEDED: &str = r#"needed {"reward": NUMBER}, a bare number or null"#;
 
-/// A running program that judges samples.
+/// A running reward program.
 #[derive(Debug)]
 pub struct RewardCommand {
     command: String,
     timeout: Duration,
     child: Child,
-    /// What is to be written; none once the program has ended or failed.
+    /// Lines for the program's stdin; `None` once the program has exited or failed.
     input: Option<Sender<Vec<u8>>>,
-    answers: Receiver<Line>,
-    last_words: Arc<Mutex<String>>,
-    /// Closed when the program's stderr is.
-    silence: Receiver<()>,
+    answers: Receiver<ProgramLine>,
+    last_stderr_line: Arc<Mutex<String>>,
+    /// Disconnected when the program's stderr is closed.
+    stderr_closed: Receiver<()>,
 }
 
-/// A line of the program, or why it is none.
-type Line = Result<String, &'static str>;
+/// A line that the program wrote, or why it is invalid.
+type ProgramLine = Result<String, &'static str>;
 
 impl RewardCommand {
-    /// Starts a program by the shell. `timeout` is what it gets for a batch.
+    /// Starts a program through the shell. `timeout` is the time limit per batch.
     pub fn start(command: &str, timeout: Duration) -> Result<Self, RewardError> {
         let fault = |fault: String| RewardError::Command { command: command.into(), fault };
         let mut shell = shell(command);
@@ -61,31 +60,39 @@ impl RewardCommand {
         };
         let (input, to_write) = mpsc::channel();
         let (found, answers) = mpsc::sync_channel(WAITING_LINES);
-        let (talking, silence) = mpsc::channel();
-        let last_words = Arc::new(Mutex::new(String::new()));
+        let (stderr_open, stderr_closed) = mpsc::channel();
+        let last_stderr_line = Arc::new(Mutex::new(String::new()));
         std::thread::spawn(move || write(stdin, &to_write));
         std::thread::spawn(move || read(stdout, &found));
-        let words = last_words.clone();
+        let words = last_stderr_line.clone();
         std::thread::spawn(move || {
-            listen(stderr, &words);
-            drop(talking);
+            read_stderr(stderr, &words);
+            drop(stderr_open);
         });
         let command = command.into();
-        Ok(Self { command, timeout, child, input: Some(input), answers, last_words, silence })
+        Ok(Self {
+            command,
+            timeout,
+            child,
+            input: Some(input),
+            answers,
+            last_stderr_line,
+            stderr_closed,
+        })
     }
 
-    /// The program as it was given.
+    /// The command line of the program.
     pub fn command(&self) -> &str {
         &self.command
     }
 
-    /// The rewards of a batch. After a fault the program is gone.
+    /// The rewards of a batch. After an error the program is killed.
     pub fn score(&mut self, samples: &[Sample]) -> Result<Vec<Option<f64>>, RewardError> {
         self.exchange(samples).map_err(|mut fault| {
             self.input = None;
             end(&mut self.child);
-            let _ = self.silence.recv_timeout(PATIENCE);
-            let words = self.last_words.lock().unwrap_or_else(PoisonError::into_inner);
+            let _ = self.stderr_closed.recv_timeout(EXIT_TIMEOUT);
+            let words = self.last_stderr_line.lock().unwrap_or_else(PoisonError::into_inner);
             if !words.is_empty() {
                 fault = format!("{fault}; its stderr ends with {:?}", cut(&words));
             }
@@ -94,15 +101,18 @@ impl RewardCommand {
     }
 
     fn exchange(&mut self, samples: &[Sample]) -> Result<Vec<Option<f64>>, String> {
-        let Some(input) = &self.input else { return Err("has ended before".into()) };
-        // A line too many would shift all rewards that follow.
+        let Some(input) = &self.input else { return Err("has already exited".into()) };
+        // An extra line would shift all rewards that follow.
         if let Ok(line) = self.answers.try_recv() {
             let line = line.unwrap_or_else(Into::into);
-            return Err(format!("wrote {:?} unasked, needed one line a sample", cut(line.trim())));
+            return Err(format!(
+                "wrote an extra line {:?}, needed one line per sample",
+                cut(line.trim())
+            ));
         }
         let most = Duration::from_secs(1 << 30);
         let until = Instant::now() + self.timeout.min(most);
-        // If the writer is gone so is the program: there will be no answer, which says more.
+        // If sending fails, the program is gone; reading its answers gives the better error.
         let _ = input.send(lines(samples));
         let count = samples.len();
         let mut rewards = Vec::with_capacity(count);
@@ -126,19 +136,19 @@ impl RewardCommand {
                 }
                 Err(RecvTimeoutError::Timeout) => {
                     return Err(format!(
-                        "has not answered sample {which} of {count} within {} s, needed a line for \
-                         each, not kept back in a buffer",
+                        "has not answered sample {which} of {count} within {} s, needed one line per \
+                         sample, flushed at once",
                         self.timeout.as_secs_f64()
                     ));
                 }
                 Err(RecvTimeoutError::Disconnected) => {
                     let how = match ending(&mut self.child) {
-                        Some(status) => format!("ended ({status})"),
+                        Some(status) => format!("exited ({status})"),
                         None => "closed its output".into(),
                     };
                     return Err(format!(
-                        "{how} after {} of {count} answers, needed one for each until its input \
-                         ends",
+                        "{how} after {} of {count} answers, needed one per sample until the end of \
+                         its input",
                         rewards.len()
                     ));
                 }
@@ -149,7 +159,7 @@ impl RewardCommand {
 }
 
 impl Drop for RewardCommand {
-    /// Its input ends; if it does not, it is ended.
+    /// Closes the program's input, and kills it if it does not exit.
     fn drop(&mut self) {
         self.input = None;
         if ending(&mut self.child).is_none() {
@@ -158,8 +168,8 @@ impl Drop for RewardCommand {
     }
 }
 
-/// The program and all it starts as one group, which can be ended as one and which Ctrl-C at the
-/// terminal does not reach: a run that is stopped still judges its last batch.
+/// Runs the program in its own process group, so that it can be killed with all its children, and so that
+/// Ctrl-C in the terminal does not reach it: an interrupted run still scores its last batch.
 #[cfg(unix)]
 fn shell(command: &str) -> Command {
     use std::os::unix::process::CommandExt;
@@ -175,9 +185,9 @@ fn shell(command: &str) -> Command {
     shell
 }
 
-/// How the program ended, if it does in time.
+/// The exit status of the program, if it exits in time.
 fn ending(child: &mut Child) -> Option<ExitStatus> {
-    let until = Instant::now() + PATIENCE;
+    let until = Instant::now() + EXIT_TIMEOUT;
     loop {
         match child.try_wait() {
             Ok(Some(status)) => return Some(status),
@@ -187,11 +197,11 @@ fn ending(child: &mut Child) -> Option<ExitStatus> {
     }
 }
 
-/// Ends the program and takes note of it, so that the system can forget it.
+/// Kills the program and reaps the process.
 fn end(child: &mut Child) {
     #[cfg(unix)]
     if let (Ok(None), Ok(group)) = (child.try_wait(), i32::try_from(child.id())) {
-        // SAFETY: no memory is touched. The number is the program's as long as it is not waited for.
+        // SAFETY: no memory is accessed. The process id belongs to the program until it is waited for.
         unsafe { libc::kill(-group, libc::SIGKILL) };
     }
     let _ = child.kill();
@@ -206,7 +216,7 @@ fn write(mut stdin: ChildStdin, batches: &Receiver<Vec<u8>>) {
     }
 }
 
-fn read(stdout: ChildStdout, answers: &SyncSender<Line>) {
+fn read(stdout: ChildStdout, answers: &SyncSender<ProgramLine>) {
     let mut stdout = BufReader::new(stdout);
     loop {
         let mut line = Vec::new();
@@ -221,8 +231,8 @@ fn read(stdout: ChildStdout, answers: &SyncSender<Line>) {
     }
 }
 
-/// Keeps the last line that is not empty.
-fn listen(stderr: ChildStderr, last_words: &Mutex<String>) {
+/// Reads stderr and keeps its last line that is not empty.
+fn read_stderr(stderr: ChildStderr, last_stderr_line: &Mutex<String>) {
     let mut stderr = BufReader::new(stderr);
     loop {
         let mut line = Vec::new();
@@ -232,7 +242,7 @@ fn listen(stderr: ChildStderr, last_words: &Mutex<String>) {
         }
         let line = String::from_utf8_lossy(&line);
         if !line.trim().is_empty() {
-            *last_words.lock().unwrap_or_else(PoisonError::into_inner) = line.trim().into();
+            *last_stderr_line.lock().unwrap_or_else(PoisonError::into_inner) = line.trim().into();
         }
     }
 }
@@ -241,7 +251,7 @@ fn lines(samples: &[Sample]) -> Vec<u8> {
     let mut bytes = Vec::new();
     for sample in samples {
         let mut line = Map::new();
-        let own = sample.row.get("prompt"); // as the data has it: text, or messages
+        let own = sample.row.get("prompt"); // as in the data: text or messages
         line.insert("prompt".into(), own.cloned().unwrap_or_else(|| sample.prompt.into()));
         line.insert("completion".into(), sample.completion.into());
         for (key, value) in sample.row {
@@ -255,7 +265,7 @@ fn lines(samples: &[Sample]) -> Vec<u8> {
     bytes
 }
 
-/// The reward of an answer, which may be no opinion; none if it is no answer.
+/// Parses an answer: `Some(None)` is no opinion, `None` is an invalid answer.
 fn reward(line: &str) -> Option<Option<f64>> {
     let answer: Value = serde_json::from_str(line).ok()?;
     let reward = match &answer {
@@ -269,7 +279,7 @@ fn reward(line: &str) -> Option<Option<f64>> {
     }
 }
 
-/// A text for a sentence: its beginning.
+/// The beginning of a text, for error messages.
 pub(super) fn cut(text: &str) -> String {
     const MOST: usize = 80;
     match text.char_indices().nth(MOST) {
@@ -308,17 +318,17 @@ mod tests {
     }
 
     #[test]
-    fn programs_judge() {
+    fn programs_give_rewards() {
         let check = |command: &str, batches: &[usize], rewards: &[Option<f64>]| {
             assert_eq!(run(command, QUICK, batches).unwrap(), rewards, "{command}");
         };
-        // The answer of each line tells that rows came whole and in order.
+        // Each answer repeats a field of its line, which shows that rows arrive whole and in order.
         let echo = r#"while read -r line; do printf '%s\n' "$line" | sed 's/.*"answer":\([0-9]*\).*/{"reward": \1.5}/'; done"#;
         check(echo, &[2, 0, 3], &[0.5, 1.5, 0.5, 1.5, 2.5].map(Some));
         check("while read -r l; do echo ' -1e-2 '; done", &[1], &[Some(-0.01)]);
         check("while read -r l; do echo null; echo 7; read -r l; done", &[2], &[None, Some(7.0)]);
         check(r#"while read -r l; do echo '{"reward": null, "why": [1]}'; done"#, &[1], &[None]);
-        // It may judge a batch at a time.
+        // A program may answer a batch at a time.
         check(
             "read -r a; read -r b; echo 1; echo 2; read -r c; echo 3",
             &[2, 1],
@@ -327,9 +337,9 @@ mod tests {
         check("echo started >&2; while read -r l; do echo 1; done", &[1], &[Some(1.0)]);
     }
 
-    /// Both pipes are full before the program reads, or we do.
+    /// Both pipes are full before either side reads.
     #[test]
-    fn large_batches_do_not_stop_both_sides() {
+    fn large_batches_do_not_deadlock() {
         let rewards = run(
             r#"while read -r l; do printf '{"reward": 1, "said": %s}\n' "$l"; done"#,
             QUICK,
@@ -341,48 +351,48 @@ mod tests {
     }
 
     #[test]
-    fn bad_programs_end_in_a_sentence() {
+    fn errors_of_programs_say_what_happened() {
         let check_within = |limit: u64, command: &str, batches: &[usize], sentence: &str| {
             let started = Instant::now();
             let error = run(command, Duration::from_millis(limit), batches).unwrap_err();
             assert_eq!(error, format!("reward command {command:?} {sentence}"));
             assert!(started.elapsed() < Duration::from_secs(10), "{command} took too long");
         };
-        // A loaded machine may take its time to start a shell: only what answers nothing at all gets a
-        // short limit.
+        // A loaded machine may be slow to start a shell: only programs that never answer get a short
+        // limit.
         let check = |command: &str, batches: &[usize], sentence: &str| {
             check_within(8000, command, batches, sentence);
         };
         let needed = "needed {\"reward\": NUMBER}, a bare number or null";
-        let each = "needed one for each until its input ends";
+        let each = "needed one per sample until the end of its input";
         check(
             "read -r l; echo 1; exit 3",
             &[2],
-            &format!("ended (exit status: 3) after 1 of 2 answers, {each}"),
+            &format!("exited (exit status: 3) after 1 of 2 answers, {each}"),
         );
         check(
             "echo 'Traceback' >&2; echo 'KeyError: 7' >&2; echo >&2; exit 1",
             &[1],
             &format!(
-                "ended (exit status: 1) after 0 of 1 answers, {each}; its stderr ends with \"KeyError: 7\""
+                "exited (exit status: 1) after 0 of 1 answers, {each}; its stderr ends with \"KeyError: 7\""
             ),
         );
         check(
             "no-such-program-here 2>/dev/null",
             &[1],
-            &format!("ended (exit status: 127) after 0 of 1 answers, {each}"),
+            &format!("exited (exit status: 127) after 0 of 1 answers, {each}"),
         );
         check(
             "kill -9 $$",
             &[1],
-            &format!("ended (signal: 9 (SIGKILL)) after 0 of 1 answers, {each}"),
+            &format!("exited (signal: 9 (SIGKILL)) after 0 of 1 answers, {each}"),
         );
         check(
             "read -r l; echo 1; exec 1>&-; sleep 100",
             &[2],
             &format!("closed its output after 1 of 2 answers, {each}"),
         );
-        let late = "s, needed a line for each, not kept back in a buffer";
+        let late = "s, needed one line per sample, flushed at once";
         let never = |of: usize| format!("has not answered sample 1 of {of} within 0.6 {late}");
         check_within(600, "sleep 100", &[4], &never(4));
         check_within(600, "sleep 100 & wait", &[4000], &never(4000));
@@ -410,13 +420,13 @@ mod tests {
                 cut(r#"{"prompt":0,"completion":"reply 0\n\"0\"","answer":0}"#)
             )),
         );
-        // A line too many is seen once it has been read, which may be a batch later.
-        check("yes 1", &[1; 1000], "wrote \"1\" unasked, needed one line a sample");
+        // An extra line is detected once it has been read, which may be a batch later.
+        check("yes 1", &[1; 1000], "wrote an extra line \"1\", needed one line per sample");
         check("read -r l; yes", &[1], &rubbish("\"y\""));
     }
 
     #[test]
-    fn nothing_is_left_of_a_program() {
+    fn no_process_of_a_program_survives() {
         let gone = |command: &str, samples: usize| {
             let folder = tempfile::tempdir().unwrap();
             let file = folder.path().join("pids");
@@ -426,7 +436,7 @@ mod tests {
             let pids = std::fs::read_to_string(&file).unwrap();
             let alive = |pid: &&str| {
                 let status = std::fs::read_to_string(format!("/proc/{pid}/stat"));
-                // A process nobody waits for (here the shell's child, of init) may be noted as dead.
+                // A process that nobody waits for may remain as a zombie.
                 status.is_ok_and(|status| !status.contains(") Z"))
             };
             assert_eq!(pids.lines().count(), 2);

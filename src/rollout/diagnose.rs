@@ -1,97 +1,96 @@
-//! Whether a run of reinforcement learning is sick, and of what: each cause leaves its own trace in
-//! the log-probs of the same tokens, taken by the sampler, when they were scored, and when they are
-//! learned from.
+//! Health checks of reinforcement learning. Each known cause of trouble shows in the log-probs of the same
+//! tokens: those of the sampler, those taken when the responses were scored, and those of the first
+//! training step.
 
 use std::fmt;
 
 use super::Response;
 
-/// Nats a token by which decoding and training paths may differ, in the mean: their integer kernels
-/// round otherwise, and caches are narrower. Measured differences are below 0.02.
+/// Tolerance, in mean nats per token, between decoding and the training path: their integer kernels round
+/// differently, and the KV cache has lower precision. Measured differences are below 0.02.
 const ROUNDING: f64 = 0.15;
-/// Nats a token by which two passes of the training path over the same tokens may differ.
+/// Tolerance, in nats per token, between two passes of the training path over the same tokens.
 const SAME_PATH: f64 = 1e-3;
-/// Nats a token that filters may add to what is drawn without being told.
+/// Tolerance, in mean nats per token, between the sampler's log-probs before and after its filters.
 const FILTERED: f64 = 1e-3;
-/// Standard errors by which a mean must leave 0 to count, and how many numbers it must be of: the
-/// error of a few is itself too uncertain, and every update of a run is looked at.
-const CLEARLY: f64 = 5.0;
-const SOME: usize = 8;
+/// A mean counts as different from 0 if it is this many standard errors away, over at least this many
+/// values: the standard error of a few values is uncertain, and every update of a run is checked.
+const SIGNIFICANT_ERRORS: f64 = 5.0;
+const MIN_VALUES: usize = 8;
 
-/// What the first optimizer step of an update read before it moved the policy.
+/// Log-probs that the first optimizer step of an update computed, before it changed the policy.
 #[derive(Debug, Clone, Copy)]
 pub struct FirstStep<'a> {
-    /// The responses it learned from, by their places.
+    /// Indices of the responses it learned from.
     pub responses: &'a [usize],
-    /// Log-probs of their tokens, laid end to end.
+    /// Log-probs of their tokens, concatenated.
     pub logps: &'a [f32],
 }
 
-/// Log-probs of the tokens of an update, laid end to end.
+/// Log-probs of the tokens of an update, concatenated.
 #[derive(Debug, Clone, Copy)]
 struct Evidence<'a> {
-    /// As the sampler saw them, at its temperature, before filters.
+    /// Those of the sampler at its temperature, before filters.
     sampled: &'a [f32],
-    /// Of the draws: after filters.
+    /// Those of the sampler after filters.
     drawn: &'a [f32],
-    /// By the training path: when they were scored or first learned from.
+    /// Those of the training path, when the responses were scored or first learned from.
     old: &'a [f32],
-    /// `½ (log π - log π_old)²` a token in the first mini-batch that was learned from, before any step:
-    /// 0 but for rounding, if the old policy is the one that learns.
+    /// Mean `½ (log π - log π_old)²` per token of the first mini-batch, before any step. It is 0 up to
+    /// rounding if the old log-probs are those of the policy that is trained.
     first_approxkl: f64,
-    /// Divergence from the reference of each response, `Σ log π/π_ref` over its tokens, in nats.
+    /// KL estimate of each response, `Σ log π/π_ref` over its tokens, in nats.
     kl: &'a [f64],
 }
 
-/// A cause of sickness.
+/// A cause of an unhealthy update.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Cause {
-    /// Tokens were drawn from a narrower distribution than policy and reference know of.
+    /// Tokens were sampled with filters (top-k, top-p, ..) that policy and reference log-probs ignore.
     SamplingFilters {
-        /// Nats a token by which the draws are likelier than the policy says.
+        /// Mean nats per token by which sampled tokens are more likely after the filters.
         gap: f64,
     },
-    /// The training path does not see the tokens, places or neighbours that the sampler saw.
+    /// The training path sees other tokens, positions or padding than the sampler did.
     ShiftedRows {
-        /// Mean nats a token between the two.
+        /// Mean difference in nats per token.
         gap: f64,
     },
-    /// The old log-probs are another policy's than the one that sampled and is about to learn.
+    /// The old log-probs are not those of the policy that sampled and is trained.
     StaleLogProbs {
-        /// Mean nats a token between old and current.
+        /// Mean difference of old and current log-probs, in nats per token.
         gap: f64,
     },
 }
 
-/// What is wrong with an update.
+/// The result of the health checks of an update.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Diagnosis {
-    /// The mean divergence and its standard error, if it is clearly negative: which that of a policy
-    /// from whose own distribution the tokens were drawn cannot be.
+    /// The mean KL estimate and its standard error, if it is significantly negative, which is impossible if
+    /// the tokens were sampled from the policy's own distribution.
     pub negative_kl: Option<(f64, f64)>,
-    /// What was found.
+    /// The causes found.
     pub causes: Vec<Cause>,
 }
 
 impl Diagnosis {
-    /// Whether all is well.
+    /// Whether nothing was found.
     pub fn is_healthy(&self) -> bool {
         self.negative_kl.is_none() && self.causes.is_empty()
     }
 }
 
-/// Looks at an update: at its responses, and their divergences `kl` from the reference if there is
-/// one.
+/// Checks an update. `kl` are the KL estimates of its responses, if there is a reference.
 ///
-/// `old` are the log-probs of all responses that were taken before anything was learned, if they
-/// were; `first` what the first step read, if it read what is the same policy (dropout makes another).
+/// `old` are the log-probs of all responses before the update, if they were computed; `first` are those of
+/// the first step, if the policy is the same there (with dropout it is not).
 pub fn diagnose_update(
     responses: &[Response],
     old: Option<&[Vec<f32>]>,
     first: Option<FirstStep>,
     kl: &[f64],
 ) -> Diagnosis {
-    // What the first step learned from; all, where the log-probs of all are known.
+    // The responses of the first step; all of them if the log-probs of all are known.
     let looked_at: Vec<&Response> = match (old, first) {
         (None, Some(first)) => first.responses.iter().map(|&i| &responses[i]).collect(),
         _ => responses.iter().collect(),
@@ -106,8 +105,7 @@ pub fn diagnose_update(
             let squared = |(now, old): (&f32, &f32)| 0.5 * f64::from(now - old).powi(2);
             mean(first.logps.iter().zip(&before).map(squared))
         }
-        // Where none were taken before, the loss takes those of its own pass for the old ones: they
-        // cannot be another policy's, and there is nothing to hold them to.
+        // Without old log-probs, the loss uses those of its own pass, which cannot be stale.
         _ => 0.0,
     };
     let by_training = match (old, first) {
@@ -124,7 +122,7 @@ pub fn diagnose_update(
     })
 }
 
-/// Looks for every cause at once.
+/// Looks for all causes.
 fn diagnose(evidence: &Evidence) -> Diagnosis {
     let Evidence { sampled, drawn, old, first_approxkl, kl } = *evidence;
     let distance =
@@ -139,11 +137,12 @@ fn diagnose(evidence: &Evidence) -> Diagnosis {
     if stale > SAME_PATH {
         causes.push(Cause::StaleLogProbs { gap: stale });
     } else if shifted > ROUNDING {
-        // Stale ones differ from the sampler's too: only those of this policy say where it looks.
+        // Stale log-probs differ from the sampler's too, so this check needs those of the current policy.
         causes.push(Cause::ShiftedRows { gap: shifted });
     }
     let (average, error) = mean_and_error(kl);
-    let negative = kl.len() >= SOME && average < -CLEARLY * error && average < -1e-6;
+    let negative =
+        kl.len() >= MIN_VALUES && average < -SIGNIFICANT_ERRORS * error && average < -1e-6;
     let negative_kl = negative.then_some((average, error));
     Diagnosis { negative_kl, causes }
 }
@@ -153,18 +152,18 @@ impl fmt::Display for Cause {
         match self {
             Self::SamplingFilters { gap } => write!(
                 f,
-                "sampling filters (top_k, top_p): draws are {gap:.3} nats a token likelier than the \
-                 policy says, and the reference knows nothing of them; sample without filters"
+                "sampling filters (top_k, top_p): sampled tokens are {gap:.3} nats per token more likely \
+                 than under the policy, and the reference ignores the filters; sample without filters"
             ),
             Self::ShiftedRows { gap } => write!(
                 f,
                 "shifted rows: training sees other tokens, positions or padding than the sampler did \
-                 ({gap:.3} nats a token apart)"
+                 ({gap:.3} nats per token apart)"
             ),
             Self::StaleLogProbs { gap } => write!(
                 f,
-                "stale log-probs: the old ones are not those of the policy that sampled \
-                 ({gap:.3} nats a token apart before the first step)"
+                "stale log-probs: the old log-probs are not those of the policy that sampled \
+                 ({gap:.3} nats per token apart before the first step)"
             ),
         }
     }
@@ -176,13 +175,13 @@ impl fmt::Display for Diagnosis {
         match (self.negative_kl, causes.is_empty()) {
             (Some((kl, error)), true) => write!(
                 f,
-                "KL from the reference is {kl:.3} ± {error:.3} nats a response, which cannot be: no \
+                "KL from the reference is {kl:.3} ± {error:.3} nats per response, which is impossible: no \
                  known cause was found"
             ),
             (Some((kl, error)), false) => {
                 write!(
                     f,
-                    "negative KL ({kl:.3} ± {error:.3} nats a response): {}",
+                    "negative KL ({kl:.3} ± {error:.3} nats per response): {}",
                     causes.join("; ")
                 )
             }
@@ -191,8 +190,9 @@ impl fmt::Display for Diagnosis {
     }
 }
 
-/// Whether what is trained for and what judges it part: the reward has risen over the evaluations
-/// while the judge, after its best, has clearly fallen. Each is a mean with its standard error.
+/// Whether the policy overoptimizes the reward: over the evaluations the training reward has risen since the
+/// best score of an independent judge, while that score has fallen significantly. Each value is a mean with
+/// its standard error.
 pub fn overoptimized(rewards: &[(f64, f64)], judgements: &[(f64, f64)]) -> bool {
     let (Some(&(reward, _)), Some(&(judgement, error))) = (rewards.last(), judgements.last())
     else {
@@ -205,7 +205,7 @@ pub fn overoptimized(rewards: &[(f64, f64)], judgements: &[(f64, f64)]) -> bool 
     reward > rewards[best].0 && judgement < best_judgement - 2.0 * both
 }
 
-/// Mean, and the standard error of it.
+/// The mean and its standard error.
 pub fn mean_and_error(values: &[f64]) -> (f64, f64) {
     let count = values.len().max(1) as f64;
     let average = values.iter().sum::<f64>() / count;
@@ -223,7 +223,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_cause_leaves_its_own_trace() {
+    fn each_cause_is_found_by_its_log_probs() {
         let well = [-1.0f32, -2.0, -0.5, -3.0];
         let moved = |by: f32| well.map(|logp| logp + by);
         let (up, down) = (moved(0.4), moved(-0.7));
@@ -245,18 +245,18 @@ mod tests {
     }
 
     #[test]
-    fn a_divergence_is_negative_only_clearly() {
+    fn negative_kl_needs_significance() {
         let of = |kl: &[f64]| {
             let none = Evidence { sampled: &[], drawn: &[], old: &[], first_approxkl: 0.0, kl };
             diagnose(&none).negative_kl.is_some()
         };
         assert!(!of(&[0.0; 16]) && !of(&[1.0, -1.2, 0.1].repeat(4)));
         assert!(of(&[-1.0, -1.2, -0.9, -1.1].repeat(2)));
-        assert!(!of(&[-0.046, -0.043, -0.041])); // three responses alike, of a policy that is well
+        assert!(!of(&[-0.046, -0.043, -0.041])); // three similar responses of a healthy policy
     }
 
     #[test]
-    fn a_falling_judge_is_seen_once_it_clearly_falls() {
+    fn overoptimization_needs_a_significant_fall() {
         let check = |rewards: &[f64], judgements: &[f64], needed: bool| {
             let with = |values: &[f64]| values.iter().map(|&v| (v, 0.1)).collect::<Vec<_>>();
             assert_eq!(overoptimized(&with(rewards), &with(judgements)), needed, "{judgements:?}");

@@ -1,14 +1,14 @@
-//! Prompts to responses to rewards to advantages: what reinforcement learning learns from.
+//! Rollouts for reinforcement learning: from prompts to responses, rewards and advantages.
 //!
-//! Responses come from the policy ([`respond`]). A reward is a number for one of them, or no
-//! opinion: from a rule that needs no model ([`Rule`]), from a program ([`RewardCommand`]), from a
-//! model of its own ([`RewardModel`]) or an adapter on the base; several are weighed and summed
-//! ([`Rewards`]), all of it by one [`Scorer`]. [`ppo`] makes advantages of them, [`diagnose`] looks whether all is well, and
-//! samples of what was said and what it earned go to a file and to the terminal ([`SampleLog`],
+//! The policy generates responses ([`respond`]). A reward source gives each response a number or no
+//! opinion: a rule ([`Rule`]), an external program ([`RewardCommand`]), a separate reward model
+//! ([`RewardModel`]) or an adapter on the base model. [`Rewards`] is their weighted sum, and a [`Scorer`]
+//! runs all of them. [`ppo`] computes advantages, [`diagnose`] checks the health of an update, and samples
+//! of responses with their rewards are logged to a file and printed to the terminal ([`SampleLog`],
 //! [`table`]).
 //!
 //! Everything is a function of the policy, the prompts and a key, so that an update that was lost is
-//! made again to the same bytes. This room does not know how the policy is changed.
+//! repeated to the same bytes. This module does not know how the policy is trained.
 
 pub mod command;
 pub mod diagnose;
@@ -25,7 +25,7 @@ pub use diagnose::{Cause, Diagnosis, FirstStep, diagnose_update};
 pub use ppo::{AdvantageSettings, Experience};
 pub use respond::Response;
 pub use reward_model::{RewardModel, RewardModelError};
-pub use rewards::{RewardError, RewardSource, Rewards, Sample, Scores};
+pub use rewards::{RewardError, RewardScores, RewardSource, Rewards, Sample};
 pub use rule::{Rule, RuleError, Unit};
 pub use samples::{SampleLog, SampleRow, SamplesError, table};
 pub use scorer::{Answer, ScoreError, Scorer};

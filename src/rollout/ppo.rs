@@ -1,55 +1,55 @@
-//! From scored responses to what PPO learns from: rewards token by token, advantages, returns, and
-//! the micro-batches of a step (Schulman et al. 2017; Ziegler et al. 2019). States and rewards
-//! stand where TRL's PPOTrainer has them.
+//! From scored responses to PPO's training targets: rewards per token, advantages, returns, and the
+//! micro-batches of a step (Schulman et al. 2017; Ziegler et al. 2019). States and rewards are at the same
+//! positions as in TRL's PPOTrainer.
 
 use crate::data::Batch;
 use crate::objectives::advantage::{KlEstimator, gae, token_rewards, whiten};
 use crate::objectives::{Objective, PpoPolicy, PpoValue};
 
-/// How rewards become advantages. Names are TRL's.
+/// Settings of advantage estimation. Names are TRL's.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdvantageSettings {
-    /// Weight of the divergence from the reference.
+    /// Coefficient of the KL penalty.
     pub kl_coef: f64,
-    /// Its estimate.
+    /// The KL estimator.
     pub kl_estimator: KlEstimator,
-    /// Discount.
+    /// Discount factor.
     pub gamma: f64,
-    /// Lambda.
+    /// Lambda of generalized advantage estimation.
     pub lam: f64,
-    /// Whether rewards are scaled to deviation 1 (and keep their mean).
+    /// Whether rewards are scaled to standard deviation 1 (keeping their mean).
     pub whiten_rewards: bool,
 }
 
-/// What PPO knows of a response beside its tokens.
+/// The training targets of a response, beside its tokens.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Experience {
-    /// Log-probs of its T tokens when it was sampled, by the training path.
+    /// Log-probs of its T tokens under the policy that sampled it, computed by the training path.
     pub old_logps: Vec<f32>,
-    /// The same under the reference.
+    /// Log-probs of its T tokens under the reference.
     pub ref_logps: Vec<f32>,
-    /// Values of its S states: before each token, and, in a response shorter than it might be, after
-    /// the last.
+    /// Values of its S states: before each token, and after the last token of a response that is shorter
+    /// than the maximum.
     pub values: Vec<f32>,
-    /// What the reward model gave, penalties included.
+    /// Total reward, penalties included.
     pub score: f32,
-    /// Divergence from the reference at each token.
+    /// KL estimate at each token.
     pub kl: Vec<f32>,
-    /// Rewards of the states.
+    /// Reward of each state.
     pub rewards: Vec<f32>,
-    /// Advantages of the tokens.
+    /// Advantage of each token.
     pub advantages: Vec<f32>,
-    /// Returns of the states.
+    /// Return of each state.
     pub returns: Vec<f32>,
 }
 
-/// States of a response of `tokens` tokens that might have had `most`: as TRL, the one after the
-/// last token counts where there was room for another, and the score is given there.
+/// Number of states of a response of `tokens` tokens, of at most `most`. As in TRL, the state after the last
+/// token counts if the response is shorter than `most`, and the score is given there.
 pub fn states(tokens: usize, most: usize) -> usize {
     if tokens < most { tokens + 1 } else { tokens }
 }
 
-/// Computes divergences, rewards, advantages and returns of all responses of an update, from their
+/// Computes KL estimates, rewards, advantages and returns of all responses of an update from their
 /// log-probs, values and scores.
 pub fn finish(rows: &mut [Experience], settings: &AdvantageSettings) {
     for row in rows.iter_mut() {
@@ -69,7 +69,7 @@ pub fn finish(rows: &mut [Experience], settings: &AdvantageSettings) {
     whiten_all(rows, |row| &mut row.advantages, true);
 }
 
-/// Whitens a part of all rows together.
+/// Whitens one field over all rows together.
 fn whiten_all(
     rows: &mut [Experience],
     part: impl Fn(&mut Experience) -> &mut Vec<f32>,
@@ -85,7 +85,8 @@ fn whiten_all(
     }
 }
 
-/// The rows, of the N of [`lay_out`](super::respond::lay_out), from which the values of the states are read.
+/// Indices of the hidden states, in the N of [`lay_out`](super::respond::lay_out), from which the values of
+/// the states are read.
 pub fn state_rows(batch: &Batch, states: impl Iterator<Item = usize>) -> Vec<u32> {
     let mut rows = Vec::new();
     for ((span, &end), states) in batch.spans.iter().zip(&batch.ends).zip(states) {
@@ -97,15 +98,15 @@ pub fn state_rows(batch: &Batch, states: impl Iterator<Item = usize>) -> Vec<u32
     rows
 }
 
-/// What a mini-batch's parts are divided by.
+/// Numbers of tokens and states of a mini-batch, which its losses are divided by.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Counts {
+pub struct MiniBatchCounts {
     tokens: usize,
     states: usize,
 }
 
-impl Counts {
-    /// Of a mini-batch.
+impl MiniBatchCounts {
+    /// Counts the tokens and states of a mini-batch.
     pub fn of(rows: &[&Experience]) -> Self {
         Self {
             tokens: rows.iter().map(|row| row.old_logps.len()).sum(),
@@ -114,8 +115,8 @@ impl Counts {
     }
 }
 
-/// The policy's part of a micro-batch of the responses of `rows`.
-pub fn policy_part(rows: &[&Experience], counts: Counts, cliprange: f64) -> PpoPolicy {
+/// The policy loss of a micro-batch with the responses of `rows`.
+pub fn policy_part(rows: &[&Experience], counts: MiniBatchCounts, cliprange: f64) -> PpoPolicy {
     let all = |part: fn(&Experience) -> &Vec<f32>| -> Vec<f32> {
         rows.iter().flat_map(|row| part(row).iter().copied()).collect()
     };
@@ -124,11 +125,12 @@ pub fn policy_part(rows: &[&Experience], counts: Counts, cliprange: f64) -> PpoP
     PpoPolicy { old_logps, advantages: all(|row| &row.advantages), weights, cliprange }
 }
 
-/// The value head's part. `batch` is their [`lay_out`](super::respond::lay_out).
+/// The value loss of a micro-batch with the responses of `rows`; `batch` is their
+/// [`lay_out`](super::respond::lay_out).
 pub fn value_part(
     rows: &[&Experience],
     batch: &Batch,
-    counts: Counts,
+    counts: MiniBatchCounts,
     vf_coef: f64,
     cliprange_value: f64,
 ) -> PpoValue {
@@ -146,7 +148,7 @@ pub fn value_part(
     }
 }
 
-/// An objective of the two.
+/// The objective made of policy and value loss.
 pub fn objective(policy: Option<PpoPolicy>, value: Option<PpoValue>) -> Objective {
     Objective::Ppo { policy: policy.map(Box::new), value: value.map(Box::new) }
 }

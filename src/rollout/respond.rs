@@ -1,4 +1,5 @@
-//! Responses of the policy, and what frozen models make of them, by the path that training takes.
+//! Responses of the policy, and their log-probs, values and scores under frozen models, computed by the
+//! training path.
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -15,34 +16,34 @@ use super::ppo::{self, state_rows};
 /// A response to a prompt.
 #[derive(Debug, Clone)]
 pub struct Response {
-    /// Whose it is; responses of a group share it.
+    /// Tokens of the prompt; responses of a group share it.
     pub prompt: Arc<[u32]>,
-    /// Its tokens, with the one that ended it if one came.
+    /// Tokens of the response, including the end-of-generation token if there is one.
     pub tokens: Vec<u32>,
-    /// What its randomness is keyed by; below 2⁴⁰.
+    /// Key of its random numbers; below 2⁴⁰.
     pub key: u64,
-    /// Whether it ended by itself.
+    /// Whether the response ended by itself, not at the length limit.
     pub ended: bool,
-    /// Log-probs of its tokens as the sampler saw them, at its temperature, before filters.
+    /// Log-probs of its tokens at the sampling temperature, before filters.
     pub sampled_logps: Vec<f32>,
-    /// Log-probs of the draws: after filters.
+    /// Log-probs of its tokens after filters.
     pub drawn_logps: Vec<f32>,
 }
 
 impl Response {
-    /// Tokens of prompt and response.
+    /// Number of tokens of prompt and response.
     pub fn len(&self) -> usize {
         self.prompt.len() + self.tokens.len()
     }
 
-    /// Whether there is not even a prompt.
+    /// Whether both prompt and response are empty.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 }
 
-/// Answers prompts, `per_prompt` responses each, one prompt's together. Randomness is keyed from
-/// `first_key` on.
+/// Generates `per_prompt` responses to each prompt; those of a prompt are consecutive. The keys of their
+/// random numbers count up from `first_key`.
 pub fn respond(
     decoder: &Decoder,
     active: &[ActiveAdapter],
@@ -71,7 +72,7 @@ pub fn respond(
         .collect())
 }
 
-/// Responses laid out behind their prompts, a prompt once for neighbours that share it.
+/// A batch of responses after their prompts; consecutive responses with the same prompt share one copy.
 pub fn lay_out(responses: &[&Response]) -> Batch {
     let mut batch = Batch::default();
     for group in responses.chunk_by(|a, b| Arc::ptr_eq(&a.prompt, &b.prompt)) {
@@ -81,7 +82,7 @@ pub fn lay_out(responses: &[&Response]) -> Batch {
     batch
 }
 
-/// Log-probs of each response's tokens, of logits divided by `temperature`.
+/// Log-probs of the tokens of each response, with logits divided by `temperature`.
 pub fn log_probs(
     decoder: &Decoder,
     active: &[ActiveAdapter],
@@ -98,8 +99,8 @@ pub fn log_probs(
     Ok(all)
 }
 
-/// Values of each response's states, by a head `(1, hidden_size)`; `most` is what a response may
-/// have of tokens.
+/// Values of the states of each response, by a value head `(1, hidden_size)`. `most` is the maximum number
+/// of tokens of a response.
 pub fn values(
     decoder: &Decoder,
     active: &[ActiveAdapter],
@@ -119,7 +120,8 @@ pub fn values(
     Ok(all)
 }
 
-/// [`log_probs`] and [`values`] by a head on the policy's own adapter, from one pass: the same bits.
+/// [`log_probs`] and [`values`] from one forward pass, for a value head on the policy's own adapter. The
+/// results are bit-identical.
 pub fn log_probs_and_values(
     decoder: &Decoder,
     active: &[ActiveAdapter],
@@ -143,9 +145,9 @@ pub fn log_probs_and_values(
     Ok([logps, values])
 }
 
-/// What a reward model's head `(1, hidden_size)` reads at the end of each response. With `eos`, a
-/// response that did not end by itself is read as if it ended there. `after` are tokens that follow
-/// an ended response where the reward model was trained, and are read past.
+/// Scores by a reward head `(1, hidden_size)` at the end of each response. With `eos`, a response that did
+/// not end by itself is scored as if it ended with that token. `after` are tokens that followed a complete
+/// response in the training data of the reward model; they are appended.
 pub fn scores(
     decoder: &Decoder,
     active: &[ActiveAdapter],

@@ -1,4 +1,4 @@
-//! A reward model of its own: a Hugging Face sequence classifier with one label, beside the base.
+//! A separate reward model: a Hugging Face sequence classifier with one label.
 
 use std::path::Path;
 
@@ -16,16 +16,16 @@ use crate::weights::{Checkpoint, WeightsError};
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RewardModelError {
-    /// The files.
+    /// An error of the checkpoint.
     #[error(transparent)]
     Weights(#[from] WeightsError),
-    /// The decoder.
+    /// An error of the model.
     #[error(transparent)]
     Model(#[from] ModelError),
-    /// The tokenizer.
+    /// An error of the tokenizer.
     #[error(transparent)]
     Text(#[from] TextError),
-    /// No scalar head.
+    /// No score head with one output.
     #[error(
         "{path}: {fault}, needed score.weight [1, {hidden_size}]: a sequence classifier with one label"
     )]
@@ -34,20 +34,21 @@ pub enum RewardModelError {
         path: String,
         /// What is wrong.
         fault: String,
-        /// Width of its hidden states.
+        /// Hidden size of the model.
         hidden_size: usize,
     },
-    /// A text longer than it can read.
+    /// A text longer than its context window.
     #[error(
-        "a prompt and its response have {tokens} tokens for the reward model, whose window is {window}"
+        "a prompt with its response has {tokens} tokens for the reward model, whose context window is \
+         {window}"
     )]
     Long {
-        /// Tokens.
+        /// Number of tokens.
         tokens: usize,
         /// `max_position_embeddings`.
         window: usize,
     },
-    /// candle refused.
+    /// A tensor operation failed.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
 }
@@ -61,15 +62,15 @@ pub struct RewardModel {
 }
 
 impl RewardModel {
-    /// Bytes of its matrices, where they lie.
+    /// Bytes of its weight matrices.
     pub fn weight_bytes(&self) -> usize {
         self.decoder.weight_bytes()
     }
 
-    /// Loads a folder that transformers' `AutoModelForSequenceClassification` reads.
+    /// Loads a folder in the format of transformers' `AutoModelForSequenceClassification`.
     ///
-    /// It runs as `policy` does. Its template shows the day of `now`, seconds since 1970, if it shows
-    /// one.
+    /// It uses the device and precision of `policy`. A date in its chat template is that of `now`, in
+    /// seconds since 1970.
     pub fn load(path: &Path, policy: &Decoder, now: Option<u64>) -> Result<Self, RewardModelError> {
         let checkpoint = Checkpoint::open(path)?;
         let decoder = policy.load_beside(&checkpoint)?;
@@ -80,7 +81,7 @@ impl RewardModel {
             hidden_size,
         };
         if !checkpoint.contains("score.weight") {
-            return Err(head("there is no score.weight".into()));
+            return Err(head("score.weight is missing".into()));
         }
         let stored = checkpoint.tensor("score.weight")?;
         if stored.shape != [1, hidden_size] {
@@ -96,10 +97,10 @@ impl RewardModel {
         Ok(Self { decoder, tokenizer, head })
     }
 
-    /// What it makes of each sample, read at its last token.
+    /// The score of each sample, read at its last token.
     ///
-    /// A conversation goes through the model's own template; text is taken as it stands, with the
-    /// end-of-sequence token after it, as TRL's RewardTrainer puts it there.
+    /// A conversation is rendered by the model's own chat template; text is used as it is, followed by the
+    /// end-of-sequence token, as in TRL's RewardTrainer.
     pub fn score(&self, samples: &[Sample]) -> Result<Vec<f64>, RewardModelError> {
         let rows: Vec<Vec<u32>> =
             samples.iter().map(|sample| self.tokens(sample)).collect::<Result<_, _>>()?;
@@ -119,13 +120,13 @@ impl RewardModel {
         Ok(all)
     }
 
-    /// The tokens it can read at once.
+    /// The context window in tokens.
     pub fn window(&self) -> usize {
         self.decoder.config.max_position_embeddings
     }
 
-    /// Tokens of a prompt with an empty response, as it reads them: a response's come on top. Its
-    /// tokenizer may cut that into others than the policy's, which nobody knows beforehand.
+    /// Number of tokens of a prompt with an empty response, in this model's tokenizer. The tokens of the
+    /// response are added to them; their number may differ from that of the policy's tokenizer.
     pub fn prompt_tokens(&self, prompt: &Prompt) -> Result<usize, TextError> {
         let (prompt, row) = (&prompt.text, &prompt.row);
         let none = Sample { prompt, completion: "", tokens: 0, finished: true, row };

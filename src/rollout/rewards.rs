@@ -1,50 +1,50 @@
-//! Where rewards come from, and their weighted sum.
+//! Reward sources and their weighted sum.
 
 use serde_json::{Map, Value};
 
 use super::{RewardCommand, Rule, RuleError};
 
-/// A reply to be judged.
+/// A response to be scored.
 #[derive(Debug, Clone, Copy)]
 pub struct Sample<'a> {
-    /// What was asked, as text.
+    /// Text of the prompt.
     pub prompt: &'a str,
-    /// The reply, without the end-of-sequence token.
+    /// Text of the response, without the end-of-sequence token.
     pub completion: &'a str,
-    /// Its tokens, without the end-of-sequence token.
+    /// Number of tokens, without the end-of-sequence token.
     pub tokens: usize,
-    /// Whether it ended of itself.
+    /// Whether the response ended by itself, not at the length limit.
     pub finished: bool,
-    /// The row of the data the prompt is from.
+    /// The data row of the prompt.
     pub row: &'a Map<String, Value>,
 }
 
-/// Where a reward comes from.
+/// A source of rewards.
 #[derive(Debug)]
 pub enum RewardSource {
     /// A rule.
     Rule {
-        /// As it was given.
+        /// Its specification on the command line.
         spec: String,
-        /// As it was read.
+        /// The parsed rule.
         rule: Rule,
     },
-    /// A program.
+    /// An external program.
     Command(RewardCommand),
     /// A reward model, run by the caller.
     Model {
-        /// What it is called in metrics.
+        /// Its name in metrics.
         name: String,
     },
 }
 
 impl RewardSource {
-    /// A rule as it is written on the command line.
+    /// Parses a rule from its specification on the command line.
     pub fn rule(spec: &str) -> Result<Self, RuleError> {
         Ok(Self::Rule { spec: spec.into(), rule: Rule::parse(spec)? })
     }
 
-    /// What it is called in metrics.
+    /// Its name in metrics.
     pub fn name(&self) -> &str {
         match self {
             Self::Rule { spec, .. } => spec,
@@ -54,29 +54,29 @@ impl RewardSource {
     }
 }
 
-/// Why replies could not be judged.
+/// Why responses cannot be scored.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RewardError {
-    /// Nothing to judge by.
+    /// No reward source.
     #[error("no reward, needed a rule, a command or a reward model")]
     NoSource,
-    /// Weights that do not go with the sources.
-    #[error("{found} reward weights for {rewards} rewards ({names}), needed one each")]
+    /// The number of weights differs from that of the sources.
+    #[error("{found} reward weights for {rewards} rewards ({names}), needed one per reward")]
     Weights {
-        /// Weights.
+        /// Number of weights.
         found: usize,
-        /// Sources.
+        /// Number of sources.
         rewards: usize,
-        /// Their names.
+        /// Names of the sources.
         names: String,
     },
-    /// A weight that is no number.
-    #[error("reward weight {index} is {found}, needed a number")]
+    /// A weight that is not finite.
+    #[error("reward weight {index} is {found}, needed a finite number")]
     Weight {
-        /// From 0.
+        /// Index of the weight, from 0.
         index: usize,
-        /// What it is.
+        /// The weight.
         found: f64,
     },
     /// A rule cannot be applied to a row.
@@ -84,32 +84,32 @@ pub enum RewardError {
     Rule {
         /// The rule.
         name: String,
-        /// Of the batch, from 0.
+        /// Index of the sample in the batch, from 0.
         sample: usize,
-        /// Why.
+        /// The error.
         source: RuleError,
     },
-    /// The reward program.
+    /// The reward program failed.
     #[error("reward command {command:?} {fault}")]
     Command {
         /// The program.
         command: String,
-        /// What it did, and what was needed.
+        /// What it did, and what is needed.
         fault: String,
     },
-    /// A reward that is no number.
+    /// A reward that is not finite.
     #[error("reward {name:?} of sample {sample} is {found}, needed a finite number")]
     NotFinite {
         /// The source.
         name: String,
-        /// Of the batch, from 0.
+        /// Index of the sample in the batch, from 0.
         sample: usize,
-        /// What it is.
+        /// The reward.
         found: f64,
     },
 }
 
-/// Several sources of reward and their weights.
+/// Reward sources with weights.
 #[derive(Debug)]
 pub struct Rewards {
     sources: Vec<RewardSource>,
@@ -118,15 +118,15 @@ pub struct Rewards {
 
 /// The rewards of a batch of samples.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Scores {
-    /// For each source those of all samples; none where it has no opinion.
+pub struct RewardScores {
+    /// For each source the rewards of all samples; `None` where it has no opinion.
     pub columns: Vec<Vec<Option<f64>>>,
-    /// The weighted sum for each sample of all opinions there are; none where there is none.
+    /// For each sample the weighted sum of its rewards; `None` if no source has an opinion.
     pub totals: Vec<Option<f64>>,
 }
 
 impl Rewards {
-    /// Without `weights` all count the same, 1 each, as in TRL.
+    /// Reward sources with weights; without `weights` each has weight 1, as in TRL.
     pub fn new(sources: Vec<RewardSource>, weights: Option<Vec<f64>>) -> Result<Self, RewardError> {
         if sources.is_empty() {
             return Err(RewardError::NoSource);
@@ -146,12 +146,12 @@ impl Rewards {
         Ok(Self { sources, weights })
     }
 
-    /// The sources, in the order of the weights.
+    /// The reward sources, in the order of the weights.
     pub fn sources(&self) -> &[RewardSource] {
         &self.sources
     }
 
-    /// Whether all rules can be applied to a row of the data: a run asks before it begins.
+    /// Checks that all rules can be applied to a data row. A run does so before the first step.
     pub fn check(&self, row: &Map<String, Value>) -> Result<(), RuleError> {
         self.sources.iter().try_for_each(|source| match source {
             RewardSource::Rule { rule, .. } => rule.check(row),
@@ -159,16 +159,15 @@ impl Rewards {
         })
     }
 
-    /// Judges samples. `models` are the scores of each [`RewardSource::Model`], in their order, one
-    /// for each sample.
+    /// Scores samples. `models` are the scores of each [`RewardSource::Model`], in order, one per sample.
     ///
     /// # Panics
-    /// If `models` are not as many.
+    /// If the number of models or scores differs.
     pub fn score(
         &mut self,
         samples: &[Sample],
         models: &[Vec<f64>],
-    ) -> Result<Scores, RewardError> {
+    ) -> Result<RewardScores, RewardError> {
         let mut models = models.iter();
         let mut columns = Vec::with_capacity(self.sources.len());
         for source in &mut self.sources {
@@ -195,14 +194,14 @@ impl Rewards {
             }
             columns.push(column);
         }
-        assert!(models.next().is_none(), "scores of a model that is no source");
+        assert!(models.next().is_none(), "more scores than reward models");
         let total = |sample: usize| {
             let opinions = columns.iter().zip(&self.weights);
             let weighted = opinions.filter_map(|(column, weight)| Some(column[sample]? * weight));
             weighted.reduce(|a, b| a + b)
         };
         let totals = (0..samples.len()).map(total).collect();
-        Ok(Scores { columns, totals })
+        Ok(RewardScores { columns, totals })
     }
 }
 
@@ -223,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn sums_are_weighted() {
+    fn totals_are_weighted_sums() {
         let rules = ["exact:answer", "length:2-2"].map(|spec| RewardSource::rule(spec).unwrap());
         let sources = rules.into_iter().chain([model("rm")]).collect();
         let mut rewards = Rewards::new(sources, Some(vec![1.0, -0.5, 2.0])).unwrap();
@@ -252,13 +251,16 @@ mod tests {
     }
 
     #[test]
-    fn bad_rewards_are_named() {
+    fn errors_name_the_reward_source() {
         let error = Rewards::new(Vec::new(), None).unwrap_err();
         assert_eq!(error.to_string(), "no reward, needed a rule, a command or a reward model");
         let error = Rewards::new(vec![model("a"), model("b")], Some(vec![1.0])).unwrap_err();
-        assert_eq!(error.to_string(), "1 reward weights for 2 rewards (a, b), needed one each");
+        assert_eq!(
+            error.to_string(),
+            "1 reward weights for 2 rewards (a, b), needed one per reward"
+        );
         let error = Rewards::new(vec![model("a")], Some(vec![f64::NAN])).unwrap_err();
-        assert_eq!(error.to_string(), "reward weight 0 is NaN, needed a number");
+        assert_eq!(error.to_string(), "reward weight 0 is NaN, needed a finite number");
 
         let row = json!({ "prompt": "p" });
         let mut rewards = Rewards::new(vec![model("rm")], None).unwrap();
@@ -268,7 +270,7 @@ mod tests {
         let error = Rewards::new(vec![rule], None).unwrap().score(&[sample("x", &row)], &[]);
         assert_eq!(
             error.unwrap_err().to_string(),
-            "reward \"exact:answer\", sample 0: the row has no field \"answer\" to compare a \
+            "reward \"exact:answer\", sample 0: the row has no field \"answer\" to compare the \
              reply with; it has [\"prompt\"]"
         );
     }

@@ -1,17 +1,19 @@
-//! Rewards by rule: what can be checked needs no model.
+//! Rewards by rule, for responses that can be verified without a model.
 //!
-//! A rule is written as a word, a colon and what it needs:
+//! A rule is written as its name, a colon and an argument:
 //!
-//! - `exact:FIELD`: the reply is the field of its row, white space at the ends apart.
-//! - `contains:FIELD`: the field of its row stands in the reply, as whole words, in either case.
-//! - `numeric:FIELD` or `numeric:FIELD:TOLERANCE`: the last number of the reply is that of the
-//!   field, to TOLERANCE (by default a millionth of it).
-//! - `regex:PATTERN`: the pattern is found somewhere in the reply.
-//! - `json-schema:FILE`: the reply is JSON that the schema allows, a Markdown fence around it apart.
-//! - `length:MIN-MAX` or `length:TARGET`, in tokens, or with `:characters` behind it.
+//! - `exact:FIELD`: the reply equals the field of its row, except for white space at the ends.
+//! - `contains:FIELD`: the reply contains the field of its row as whole words, ignoring case.
+//! - `numeric:FIELD` or `numeric:FIELD:TOLERANCE`: the last number in the reply equals that of the field
+//!   up to TOLERANCE (by default a millionth of it).
+//! - `regex:PATTERN`: the pattern matches somewhere in the reply.
+//! - `json-schema:FILE`: the reply is JSON that is valid under the schema; a Markdown code fence around it
+//!   is ignored.
+//! - `length:MIN-MAX` or `length:TARGET`: the length of the reply in tokens, or in characters if
+//!   `:characters` is appended.
 //!
-//! They give 1 or 0, but for the length: it falls from 1 in proportion to what is missing of MIN, or
-//! is too much for MAX, down to 0 at no length and at twice MAX.
+//! The reward is 1 or 0, except for `length`, where it decreases linearly from 1 at MIN to 0 at length 0,
+//! and from 1 at MAX to 0 at twice MAX.
 
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
@@ -22,42 +24,42 @@ use serde_json::{Map, Value};
 
 use super::Sample;
 
-/// What a reply is checked for.
+/// A rule that scores a reply.
 #[derive(Debug)]
 pub enum Rule {
-    /// The reply is the text of a field of its row.
+    /// The reply equals a field of its row.
     Exact {
         /// The field.
         field: String,
     },
-    /// The text of a field stands in the reply.
+    /// The reply contains a field of its row.
     Contains {
         /// The field.
         field: String,
     },
-    /// The last number of the reply is that of a field.
+    /// The last number in the reply equals that of a field.
     Numeric {
-        /// The field: a number, or a text of which the last number counts.
+        /// The field: a number, or a text whose last number counts.
         field: String,
-        /// How far it may be off; none for a millionth of it, or of 1 if that is more.
+        /// Absolute tolerance; `None` for a millionth of the number, or of 1 if that is more.
         tolerance: Option<f64>,
     },
-    /// The pattern is found in the reply.
+    /// The pattern matches somewhere in the reply.
     Regex(Box<Regex>),
-    /// The reply is JSON of this schema.
+    /// The reply is JSON that is valid under a schema.
     JsonSchema(Box<Validator>),
-    /// The reply has a length.
+    /// The length of the reply is in a range.
     Length {
-        /// At least.
+        /// Minimum length.
         min: usize,
-        /// At most.
+        /// Maximum length.
         max: usize,
-        /// Of what.
+        /// Unit of length.
         unit: Unit,
     },
 }
 
-/// What a length is counted in.
+/// Unit of length.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unit {
     /// Tokens, the end-of-sequence token not counted.
@@ -66,28 +68,28 @@ pub enum Unit {
     Characters,
 }
 
-/// Why a rule cannot be read, or not be applied to a row.
+/// Why a rule cannot be parsed, or cannot be applied to a row.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RuleError {
-    /// The word before the colon.
+    /// An unknown rule name.
     #[error(
-        "reward {spec:?} is no rule, needed exact:FIELD, contains:FIELD, \
+        "reward {spec:?} is not a known rule, needed exact:FIELD, contains:FIELD, \
          numeric:FIELD[:TOLERANCE], regex:PATTERN, json-schema:FILE, or length:MIN-MAX[:characters]"
     )]
     Unknown {
-        /// What was given.
+        /// The specification.
         spec: String,
     },
-    /// What is behind the colon.
+    /// An invalid argument.
     #[error("reward {spec:?}: {reason}")]
     Argument {
-        /// What was given.
+        /// The specification.
         spec: String,
         /// What is wrong with it.
         reason: String,
     },
-    /// The file of a schema.
+    /// An invalid schema file.
     #[error("{}: {reason}", path.display())]
     Schema {
         /// The file.
@@ -95,34 +97,34 @@ pub enum RuleError {
         /// What is wrong with it.
         reason: String,
     },
-    /// A row lacks the field a rule compares with.
-    #[error("the row has no field {field:?} to compare a reply with; it has {known:?}")]
+    /// A row without the field that a rule compares with.
+    #[error("the row has no field {field:?} to compare the reply with; it has {known:?}")]
     NoField {
         /// The field.
         field: String,
-        /// Those of the row.
+        /// The fields of the row.
         known: Vec<String>,
     },
-    /// A field of a row is of no use.
+    /// A field of the wrong type.
     #[error("the row's field {field:?} is {found}, needed {needed}")]
     Field {
         /// The field.
         field: String,
-        /// What it is.
+        /// The value found.
         found: String,
-        /// What it should be.
+        /// The value needed.
         needed: &'static str,
     },
 }
 
 impl Rule {
-    /// Reads a rule as it is written on the command line; see the top of this file.
+    /// Parses a rule in the syntax of the module documentation.
     pub fn parse(spec: &str) -> Result<Self, RuleError> {
         let unknown = || RuleError::Unknown { spec: spec.into() };
         let (word, argument) = spec.split_once(':').ok_or_else(unknown)?;
         let wrong = |reason: String| RuleError::Argument { spec: spec.into(), reason };
         let field = |field: &str| match field {
-            "" => Err(wrong("no field, needed the name of one of the row's".into())),
+            "" => Err(wrong("no field, needed the name of a field of the row".into())),
             field => Ok(field.to_string()),
         };
         match word {
@@ -135,14 +137,16 @@ impl Rule {
                 };
                 let number = |text: &str| match text.parse::<f64>() {
                     Ok(number) if number >= 0.0 && number.is_finite() => Ok(number),
-                    _ => Err(wrong(format!("tolerance is {text:?}, needed a number from 0"))),
+                    _ => {
+                        Err(wrong(format!("tolerance is {text:?}, needed a number of at least 0")))
+                    }
                 };
                 let tolerance = tolerance.map(number).transpose()?;
                 Ok(Self::Numeric { field: field(name)?, tolerance })
             }
             "regex" => match Regex::new(argument) {
                 Ok(pattern) => Ok(Self::Regex(Box::new(pattern))),
-                Err(e) => Err(wrong(format!("no regular expression: {e}"))),
+                Err(e) => Err(wrong(format!("not a regular expression: {e}"))),
             },
             "json-schema" => Ok(Self::JsonSchema(Box::new(schema(Path::new(argument))?))),
             "length" => {
@@ -160,14 +164,14 @@ impl Rule {
                     (Ok(min), Ok(max)) if min <= max && max > 0 => {
                         Ok(Self::Length { min, max, unit })
                     }
-                    _ => Err(wrong(format!("range is {range:?}, needed MIN-MAX, as 20-200"))),
+                    _ => Err(wrong(format!("range is {range:?}, needed MIN-MAX, such as 20-200"))),
                 }
             }
             _ => Err(unknown()),
         }
     }
 
-    /// Whether the rule can be applied to replies to a row: a run asks before it begins.
+    /// Checks that the rule can be applied to replies to a row. A run does so before the first step.
     pub fn check(&self, row: &Map<String, Value>) -> Result<(), RuleError> {
         match self {
             Self::Exact { field } | Self::Contains { field } => {
@@ -189,7 +193,7 @@ impl Rule {
                 let tolerance = tolerance.unwrap_or(1e-6 * expected.abs().max(1.0));
                 last_number(reply).is_some_and(|found| (found - expected).abs() <= tolerance)
             }
-            // A pattern that gives up on a reply (backtracking has a limit) was not found in it.
+            // A pattern that exceeds the backtracking limit counts as not matching.
             Self::Regex(pattern) => pattern.is_match(reply).unwrap_or(false),
             Self::JsonSchema(schema) => serde_json::from_str(without_fence(reply))
                 .is_ok_and(|value: Value| schema.is_valid(&value)),
@@ -205,7 +209,7 @@ impl Rule {
     }
 }
 
-/// Whether `words` stand in a text with no letter or digit at either side of them.
+/// Whether a text contains `words` with no letter or digit directly before or after, ignoring case.
 fn contains(text: &str, words: &str) -> bool {
     let (text, words) = (text.to_lowercase(), words.trim().to_lowercase());
     let free = |neighbour: Option<char>| !neighbour.is_some_and(char::is_alphanumeric);
@@ -216,7 +220,7 @@ fn contains(text: &str, words: &str) -> bool {
         })
 }
 
-/// 1 from `min` to `max`; below it falls to 0 at no length, above to 0 at twice `max`.
+/// 1 from `min` to `max`, decreasing linearly to 0 at length 0 and at twice `max`.
 fn length_reward(length: usize, min: usize, max: usize) -> f64 {
     if length < min {
         length as f64 / min as f64
@@ -228,11 +232,11 @@ fn length_reward(length: usize, min: usize, max: usize) -> f64 {
 fn schema(path: &Path) -> Result<Validator, RuleError> {
     let wrong = |reason: String| RuleError::Schema { path: path.into(), reason };
     let text = std::fs::read(path).map_err(|e| wrong(e.to_string()))?;
-    let value = serde_json::from_slice(&text).map_err(|e| wrong(format!("no JSON: {e}")))?;
-    jsonschema::validator_for(&value).map_err(|e| wrong(format!("no JSON schema: {e}")))
+    let value = serde_json::from_slice(&text).map_err(|e| wrong(format!("not JSON: {e}")))?;
+    jsonschema::validator_for(&value).map_err(|e| wrong(format!("not a JSON schema: {e}")))
 }
 
-/// What is inside a Markdown fence, if the text is one.
+/// The content of a Markdown code fence, or the text itself if it is not one.
 fn without_fence(text: &str) -> &str {
     let text = text.trim();
     let inside = || {
@@ -249,16 +253,16 @@ fn expected<'a>(row: &'a Map<String, Value>, field: &str) -> Result<&'a Value, R
     row.get(field).ok_or_else(missing)
 }
 
-/// A field as a text; numbers and truth values as JSON writes them.
+/// A field as text; numbers and booleans as written in JSON.
 fn expected_text(row: &Map<String, Value>, field: &str) -> Result<String, RuleError> {
     match expected(row, field)? {
         Value::String(text) => Ok(text.clone()),
         value @ (Value::Number(_) | Value::Bool(_)) => Ok(value.to_string()),
-        other => Err(wrong_field(field, other, "a text or a number")),
+        other => Err(wrong_field(field, other, "a string or a number")),
     }
 }
 
-/// A field as a number: of a text the last, as in "... #### 42".
+/// A field as a number; of a text the last number, as in "... #### 42".
 fn expected_number(row: &Map<String, Value>, field: &str) -> Result<f64, RuleError> {
     let value = expected(row, field)?;
     let number = match value {
@@ -266,15 +270,15 @@ fn expected_number(row: &Map<String, Value>, field: &str) -> Result<f64, RuleErr
         Value::Number(number) => number.as_f64().filter(|number| number.is_finite()),
         _ => None,
     };
-    number.ok_or_else(|| wrong_field(field, value, "a number or a text with one"))
+    number.ok_or_else(|| wrong_field(field, value, "a number or a string that contains one"))
 }
 
 fn wrong_field(field: &str, value: &Value, needed: &'static str) -> RuleError {
     RuleError::Field { field: field.into(), found: super::command::cut(&value.to_string()), needed }
 }
 
-/// The last number of a text: `-1,234.5e6`, with commas only between thousands. A sign counts where
-/// it does not stand between two terms, as in `7-3`.
+/// The last number of a text, such as `-1,234.5e6`, with commas only between thousands. A sign counts unless
+/// it is between two terms, as in `7-3`.
 fn last_number(text: &str) -> Option<f64> {
     static NUMBER: LazyLock<Regex> = LazyLock::new(|| {
         let sign = r"(?:(?<![\w.)])[-+\u{2212}])?";
@@ -323,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn rules_judge() {
+    fn rules_give_rewards() {
         let check = |spec: &str, reply: &str, row: Value, reward: f64| {
             assert_eq!(score(spec, reply, row).unwrap(), reward, "{spec} of {reply:?}");
         };
@@ -358,7 +362,7 @@ mod tests {
     }
 
     #[test]
-    fn schemas_judge_integers_and_floats() {
+    fn schemas_check_integers_and_floats() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("schema.json");
         let schema = json!({
@@ -386,17 +390,21 @@ mod tests {
     }
 
     #[test]
-    fn bad_rules_are_named() {
+    fn errors_name_the_rule() {
         let check = |spec: &str, row: Value, sentence: &str| {
             let error = score(spec, "1", row).unwrap_err().to_string();
             assert!(error.starts_with(sentence), "{error}");
         };
         let row = || json!({ "prompt": "p", "solution": "x" });
-        check("exakt:answer", row(), "reward \"exakt:answer\" is no rule, needed exact:FIELD");
-        check("exact", row(), "reward \"exact\" is no rule");
+        check(
+            "exakt:answer",
+            row(),
+            "reward \"exakt:answer\" is not a known rule, needed exact:FIELD",
+        );
+        check("exact", row(), "reward \"exact\" is not a known rule");
         check("exact:", row(), "reward \"exact:\": no field, needed the name");
         check("numeric:a:-1", row(), "reward \"numeric:a:-1\": tolerance is \"-1\", needed");
-        check("regex:(", row(), "reward \"regex:(\": no regular expression: ");
+        check("regex:(", row(), "reward \"regex:(\": not a regular expression: ");
         check("length:9-3", row(), "reward \"length:9-3\": range is \"9-3\", needed MIN-MAX");
         check("length:0", row(), "reward \"length:0\": range is \"0\", needed MIN-MAX");
         check("length:3-9:words", row(), "reward \"length:3-9:words\": unit is \"words\"");
@@ -404,18 +412,18 @@ mod tests {
         check(
             "exact:answer",
             row(),
-            "the row has no field \"answer\" to compare a reply with; it has [\"prompt\", \"solution\"]",
+            "the row has no field \"answer\" to compare the reply with; it has [\"prompt\", \"solution\"]",
         );
-        check("exact:a", json!({ "a": [1] }), "the row's field \"a\" is [1], needed a text or");
+        check("exact:a", json!({ "a": [1] }), "the row's field \"a\" is [1], needed a string or");
         check("numeric:solution", row(), "the row's field \"solution\" is \"x\", needed a number");
 
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("schema.json");
         let spec = format!("json-schema:{}", path.display());
         for (text, reason) in [
-            ("{", "no JSON: "),
-            (r#"{"type": "objekt"}"#, "no JSON schema: "),
-            (r#"{"$ref": "https://example.com/a.json"}"#, "no JSON schema: "),
+            ("{", "not JSON: "),
+            (r#"{"type": "objekt"}"#, "not a JSON schema: "),
+            (r#"{"$ref": "https://example.com/a.json"}"#, "not a JSON schema: "),
         ] {
             std::fs::write(&path, text).unwrap();
             check(&spec, row(), &format!("{}: {reason}", path.display()));

@@ -1,4 +1,4 @@
-//! Samples as people can read them: a file of the run directory, and a table.
+//! Human-readable samples of a run: a file in the run directory, and a table for the terminal.
 
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom, Write};
@@ -7,22 +7,22 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 use unicode_width::UnicodeWidthChar;
 
-/// What a sampled row got.
+/// A sampled response with its rewards.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SampleRow {
-    /// What was asked.
+    /// The prompt.
     pub prompt: String,
-    /// The reply.
+    /// The response.
     pub response: String,
-    /// The weighted sum of rewards, if any source had an opinion.
+    /// The weighted sum of rewards; `None` if no source has an opinion.
     pub reward: Option<f64>,
-    /// Each source's reward, by its name.
+    /// The reward of each source, with its name.
     pub rewards: Vec<(String, Option<f64>)>,
-    /// The divergence from the reference over the reply, if there is a reference.
+    /// The KL estimate of the response, if there is a reference.
     pub kl: Option<f64>,
-    /// Tokens of the reply.
+    /// Number of tokens of the response.
     pub tokens: usize,
-    /// Whether it ended of itself.
+    /// Whether the response ended by itself, not at the length limit.
     pub finished: bool,
 }
 
@@ -47,32 +47,32 @@ impl SampleRow {
     }
 }
 
-/// `samples.jsonl`, appended to.
+/// The file `samples.jsonl`, which samples are appended to.
 #[derive(Debug)]
 pub struct SampleLog {
     path: PathBuf,
     file: File,
-    /// Its length: a checkpoint records it, and a run that is taken up is cut back to it.
+    /// Length of the file in bytes. A checkpoint records it, and a resumed run truncates the file to it.
     pub bytes: u64,
 }
 
-/// Why samples could not be written.
+/// Why samples cannot be written.
 #[derive(Debug, thiserror::Error)]
 #[error("{}: {source}", path.display())]
 pub struct SamplesError {
     /// The file.
     pub path: PathBuf,
-    /// Why.
+    /// The system error.
     pub source: io::Error,
 }
 
 impl SampleLog {
-    /// Opens the file at `bytes`, cutting off what came after.
+    /// Opens the file and truncates it to `bytes`.
     pub fn open(path: &Path, bytes: u64) -> Result<Self, SamplesError> {
         let open = || -> io::Result<File> {
             let mut file = File::options().create(true).write(true).truncate(false).open(path)?;
             if file.metadata()?.len() < bytes {
-                return Err(io::Error::other("shorter than its checkpoint says"));
+                return Err(io::Error::other("shorter than recorded in the checkpoint"));
             }
             file.set_len(bytes)?;
             file.seek(SeekFrom::End(0))?;
@@ -84,7 +84,7 @@ impl SampleLog {
         }
     }
 
-    /// Appends the samples of a step, a line each.
+    /// Appends the samples of a step, one line each.
     pub fn push(&mut self, step: u64, rows: &[SampleRow]) -> Result<(), SamplesError> {
         let lines: String = rows.iter().map(|row| format!("{}\n", row.json(step))).collect();
         self.file.write_all(lines.as_bytes()).map_err(|e| self.at(e))?;
@@ -92,7 +92,7 @@ impl SampleLog {
         Ok(())
     }
 
-    /// Waits until the system has written it: a checkpoint counts on it.
+    /// Syncs the file to disk, which a checkpoint relies on.
     pub fn sync(&self) -> Result<(), SamplesError> {
         self.file.sync_all().map_err(|e| self.at(e))
     }
@@ -102,12 +102,12 @@ impl SampleLog {
     }
 }
 
-/// Columns of prompt and of response.
+/// Width of the columns of prompt and response, in characters.
 const PROMPT: usize = 28;
 const RESPONSE: usize = 52;
 
-/// The samples as a table for a terminal of 110 columns: of a prompt the end, of a response the
-/// beginning, so that they meet; what would move the cursor is written out.
+/// The samples as a table for a terminal of 110 columns, with the end of each prompt and the beginning of
+/// each response. Control characters are escaped.
 pub fn table(rows: &[SampleRow]) -> String {
     let mut text = format!(
         "{:>PROMPT$} | {:<RESPONSE$} | {:>7} | {:>6} | tokens\n",
@@ -118,8 +118,8 @@ pub fn table(rows: &[SampleRow]) -> String {
             number.map_or("-".into(), |number| format!("{number:.decimals$}"))
         };
         let cells = [
-            padded(end_of(&written_out(&row.prompt), PROMPT), PROMPT, true),
-            padded(beginning_of(&written_out(&row.response), RESPONSE), RESPONSE, false),
+            padded(end_of(&escaped(&row.prompt), PROMPT), PROMPT, true),
+            padded(beginning_of(&escaped(&row.response), RESPONSE), RESPONSE, false),
             format!("{:>7}", number(row.reward, 3)),
             format!("{:>6}", number(row.kl, 2)),
             format!("{}{}", row.tokens, if row.finished { "" } else { "..." }),
@@ -130,9 +130,8 @@ pub fn table(rows: &[SampleRow]) -> String {
     text
 }
 
-/// Control characters, and those that turn the direction of writing or take no room, as Rust writes
-/// them.
-fn written_out(text: &str) -> String {
+/// Escapes control characters, bidirectional controls and zero-width characters, in Rust's syntax.
+fn escaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
         match c {
@@ -192,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn a_log_is_cut_back_to_its_checkpoint() {
+    fn a_log_is_truncated_to_its_checkpoint() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("samples.jsonl");
         let mut log = SampleLog::open(&path, 0).unwrap();
@@ -216,7 +215,10 @@ mod tests {
         assert_eq!((&lines[0]["kl"], &lines[0]["finish"]), (&Value::Null, &json!("stop")));
 
         let error = SampleLog::open(&path, 9999).unwrap_err().to_string();
-        assert!(error.ends_with("samples.jsonl: shorter than its checkpoint says"), "{error}");
+        assert!(
+            error.ends_with("samples.jsonl: shorter than recorded in the checkpoint"),
+            "{error}"
+        );
     }
 
     #[test]

@@ -1,73 +1,73 @@
-//! Responses to their texts to their rewards: what a run, an evaluation and a choice among replies
-//! have in common.
+//! Scoring responses: decoding their texts and running all reward sources. Shared by training, evaluation
+//! and best-of-n.
 
 use candle_core::Result as TensorResult;
 use serde_json::{Map, Value};
 
 use super::respond::{self, Response};
-use super::{RewardError, RewardModel, RewardModelError, Rewards, Sample, Scores};
+use super::{RewardError, RewardModel, RewardModelError, RewardScores, Rewards, Sample};
 use crate::data::Prompt;
 use crate::model::{ActiveAdapter, Decoder};
 use crate::text::{TextError, Tokenizer};
 
-/// What gives rewards, loaded.
+/// All reward sources, loaded.
 #[derive(Debug)]
 pub struct Scorer {
-    /// The sources of reward and their weights.
+    /// The reward sources and their weights.
     pub rewards: Rewards,
-    /// The first source that is a model, if it is one on the base.
+    /// The first model source, if it is an adapter on the base model.
     pub adapter: Option<ActiveAdapter>,
-    /// The next, if it is one of its own.
+    /// The next model source, if it is a separate reward model.
     pub model: Option<RewardModel>,
-    /// If given, an adapter reads a response that did not end by itself as if it ended so.
+    /// If given, the adapter scores a response that did not end by itself as if it ended with this token.
     pub eos: Option<u32>,
-    /// What the chat template writes behind an ended answer, if conversations are answered: an adapter
-    /// has read it there when it was trained.
+    /// The tokens that the chat template writes after a complete answer, which the adapter has seen in
+    /// training.
     pub after: Vec<u32>,
 }
 
-/// Why responses got no rewards.
+/// Why responses cannot be scored.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ScoreError {
-    /// They have no text.
+    /// A response cannot be decoded.
     #[error(transparent)]
     Text(#[from] TextError),
-    /// A source, or what it said.
+    /// A reward source failed.
     #[error(transparent)]
     Reward(#[from] RewardError),
-    /// The model beside the base.
+    /// The separate reward model failed.
     #[error(transparent)]
     RewardModel(#[from] RewardModelError),
-    /// candle refused.
+    /// A tensor operation failed.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
 }
 
-/// A response, and what it answers.
+/// A response with its prompt.
 #[derive(Debug, Clone, Copy)]
 pub struct Answer<'a> {
-    /// Its tokens.
+    /// The response.
     pub response: &'a Response,
-    /// Its text.
+    /// The text of the response.
     pub text: &'a str,
-    /// Whether it came to an end: by itself or where somebody stopped it.
+    /// Whether the response is complete: it ended by itself or at a stop string.
     pub finished: bool,
-    /// What was asked, as text.
+    /// Text of the prompt.
     pub prompt: &'a str,
-    /// The row of the data the prompt is from.
+    /// The data row of the prompt.
     pub row: &'a Map<String, Value>,
 }
 
 impl Scorer {
-    /// Texts and rewards of responses to prompts, to each prompt as many, one prompt's together.
+    /// Texts and rewards of responses; each prompt has the same number of responses, which are consecutive.
     pub fn score(
         &mut self,
         decoder: &Decoder,
         tokenizer: &Tokenizer,
         prompts: &[Prompt],
         responses: &[Response],
-    ) -> Result<(Vec<String>, Scores), ScoreError> {
+    ) -> Result<(Vec<String>, RewardScores), ScoreError> {
         let texts: Vec<String> = responses
             .iter()
             .map(|response| tokenizer.decode(&response.tokens, true))
@@ -90,14 +90,14 @@ impl Scorer {
         Ok((texts, scores))
     }
 
-    /// Rewards of answers whose texts are known. `known` are the scores of a last source that is a
-    /// model, if the caller has run one.
+    /// Rewards of answers whose texts are known. `known` are the scores of the last model source, if the
+    /// caller has run it.
     pub fn score_answers(
         &mut self,
         decoder: &Decoder,
         answers: &[Answer],
         known: Option<Vec<f64>>,
-    ) -> Result<Scores, ScoreError> {
+    ) -> Result<RewardScores, ScoreError> {
         let samples: Vec<Sample> = answers
             .iter()
             .map(|&Answer { response, text, finished, prompt, row }| Sample {
@@ -121,8 +121,7 @@ impl Scorer {
         Ok(self.rewards.score(&samples, &models)?)
     }
 
-    /// What an adapter with a score head makes of responses, read as the rewards' own adapter reads
-    /// them.
+    /// Scores of responses by an adapter with a score head, with this scorer's `eos` and `after`.
     pub fn read(
         &self,
         decoder: &Decoder,

@@ -1,4 +1,4 @@
-//! What a run would be, before there is one: everything is read, the doctor looks at the rows, the
+//! What a run would be, before there is one: everything is read, the rows are validated, the
 //! adapter begins, and a step or two are taken by a learner that is thrown away. Nothing is left
 //! behind: tokens of large files are in a cache that is there already, or are removed again; those of a
 //! killed dry run by the next one of the same run.

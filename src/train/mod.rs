@@ -25,7 +25,6 @@ mod rows;
 mod run;
 mod run_dir;
 pub mod settings;
-mod spec;
 mod state;
 pub mod step;
 pub mod supervised;
@@ -41,7 +40,6 @@ pub use pretrain::{PretrainSummary, pretrain};
 pub use run::Outcome;
 pub use run_dir::RunDir;
 pub use settings::{Command, EvalStrategy, RunSettings};
-pub use spec::path_and_weight;
 pub use state::RolloutState;
 
 use quantune_adapters::config::ConfigError;
@@ -55,6 +53,7 @@ use crate::eval::EvalError;
 use crate::export::ExportError;
 use crate::generate::GenerateError;
 use crate::model::ModelError;
+use crate::model::adapter_files::AdapterFileError;
 use crate::rollout::{RewardError, RewardModelError, SamplesError, ScoreError};
 use crate::text::TextError;
 use crate::weights::WeightsError;
@@ -141,6 +140,9 @@ pub enum TrainError {
     /// A model could not be written.
     #[error(transparent)]
     Export(#[from] ExportError),
+    /// An adapter that cannot be read.
+    #[error(transparent)]
+    AdapterFile(#[from] AdapterFileError),
     /// The mixture of pretraining.
     #[error(transparent)]
     Corpus(#[from] CorpusError),

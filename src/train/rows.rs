@@ -6,11 +6,10 @@ use std::path::Path;
 
 use super::TrainError;
 use super::settings::CommonSettings;
-use super::spec::parse_bytes;
-use crate::data::doctor::{Check, Diagnosis};
+use crate::data::checks::{Check, CheckReport};
 use crate::data::{
     AlpacaPrompt, Cache, ComparisonKind, ComparisonReport, ComparisonSettings, Comparisons,
-    DataReport, Dataset, FileRows, Limits, LoadSettings, ModelLimits, WhenTooLong,
+    DataReport, Dataset, FileRows, LengthLimits, LoadSettings, ModelLimits, WhenTooLong,
 };
 use crate::data::{Comparison, Example};
 use crate::model::Decoder;
@@ -81,7 +80,7 @@ impl RowLoader<'_> {
             } else {
                 Dataset::load(path, self.tokenizer, settings.clone(), self.monitor)?
             };
-            check_diagnosis(&data.diagnosis, path, &common.allow, self.monitor)?;
+            report_checks(&data.checks, path, &common.allow, self.monitor)?;
             files.push((data.rows.len(), file.weight));
             all.push(data);
         }
@@ -89,9 +88,13 @@ impl RowLoader<'_> {
             let path = &common.eval_data;
             let mut data = Dataset::load(path, self.tokenizer, settings, self.monitor)?;
             for (file, trained) in common.data.iter().zip(&all) {
-                trained.seen.again(&file.path, &data.seen, &mut data.diagnosis);
+                trained.hashes.report_held_out_duplicates(
+                    &file.path,
+                    &data.hashes,
+                    &mut data.checks,
+                );
             }
-            warn(&data.diagnosis, path, &common.allow, self.monitor);
+            warn(&data.checks, path, &common.allow, self.monitor);
             held_out.push(data);
         }
         if splits && held_out.is_empty() {
@@ -110,7 +113,7 @@ impl RowLoader<'_> {
     ) -> Result<LoadedRows<Comparison, ComparisonReport>, TrainError> {
         let (common, tokenizer, monitor) = (self.common, self.tokenizer, self.monitor);
         let settings = ComparisonSettings {
-            limits: Limits { max_length: self.max_length(), when_long },
+            limits: LengthLimits { max_length: self.max_length(), when_long },
             allow: common.allow.clone(),
             model: Some(self.model_limits()),
             cache: Some(row_cache(common)),
@@ -122,8 +125,8 @@ impl RowLoader<'_> {
             (load(path)?, None, Vec::new())
         } else if !common.eval_data.as_os_str().is_empty() {
             let (train, mut held_out) = (load(path)?, load(&common.eval_data)?);
-            train.seen.again(path, &held_out.seen, &mut held_out.diagnosis);
-            warn(&held_out.diagnosis, &common.eval_data, &common.allow, monitor);
+            train.hashes.report_held_out_duplicates(path, &held_out.hashes, &mut held_out.checks);
+            warn(&held_out.checks, &common.eval_data, &common.allow, monitor);
             (train, Some(held_out), Vec::new())
         } else {
             let split = Comparisons::load_split(path, tokenizer, settings.clone(), kind, monitor)?;
@@ -133,7 +136,7 @@ impl RowLoader<'_> {
             }
             (split.train, split.held_out, lines.into_iter().collect())
         };
-        check_diagnosis(&train.diagnosis, path, &common.allow, monitor)?;
+        report_checks(&train.checks, path, &common.allow, monitor)?;
         let files = vec![(train.rows.len(), 1.0)];
         Ok(LoadedRows { train, held_out, held_out_lines, files })
     }
@@ -143,7 +146,7 @@ impl RowLoader<'_> {
 pub fn row_cache(common: &CommonSettings) -> Cache {
     let given = !common.cache.as_os_str().is_empty();
     let folder = if given { common.cache.clone() } else { common.out.join("rows") };
-    Cache { folder, from_bytes: parse_bytes(&common.cache_from).unwrap_or(u64::MAX) }
+    Cache { folder, from_bytes: common.cache_from.0 }
 }
 
 /// The tokens of the longest rows, `count` of them together.
@@ -162,21 +165,21 @@ pub fn longest_together(lengths: impl Iterator<Item = usize>, count: usize) -> u
 ///
 /// # Errors
 /// If rows would teach nothing, or teach something wrong.
-pub fn check_diagnosis(
-    diagnosis: &Diagnosis,
+pub fn report_checks(
+    checks: &CheckReport,
     path: &Path,
     allow: &[Check],
     monitor: Monitor<'_>,
 ) -> Result<(), TrainError> {
-    warn(diagnosis, path, allow, monitor);
-    Ok(diagnosis.judge(path, allow)?)
+    warn(checks, path, allow, monitor);
+    Ok(checks.verify(path, allow)?)
 }
 
-fn warn(diagnosis: &Diagnosis, path: &Path, allow: &[Check], monitor: Monitor<'_>) {
-    if let Some(dialect) = diagnosis.dialect {
-        monitor.note(format_args!("{}: rows of {}", path.display(), dialect.name()));
+fn warn(checks: &CheckReport, path: &Path, allow: &[Check], monitor: Monitor<'_>) {
+    if let Some(format) = checks.format {
+        monitor.note(format_args!("{}: rows of {}", path.display(), format.name()));
     }
-    for warning in diagnosis.warnings(path, allow) {
+    for warning in checks.warnings(path, allow) {
         monitor.warn(warning);
     }
 }

@@ -43,7 +43,7 @@ fn generated(args: &[&str], prompt: &str) -> String {
 }
 
 #[test]
-fn replies_are_those_of_generate_whatever_is_worn() {
+fn replies_match_generate_with_any_active_adapters() {
     let (base, adapter) = (base(), adapter());
     let common = ["--base", &base, "--max-tokens", "20", "--temperature", "0"];
     let named = format!("voice={adapter}");
@@ -202,7 +202,7 @@ fn every_flag_changes_something() {
 }
 
 #[test]
-fn faults_are_sentences() {
+fn errors_are_one_sentence() {
     let lab = Lab::new();
     // Another base, with one layer less than the adapter sits on.
     let (base, other) = (base(), lab.dated_base());

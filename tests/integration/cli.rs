@@ -42,7 +42,7 @@ fn every_flag_of_sft_changes_something() {
         vec![("--neftune-noise-alpha", "10")],
         vec![("--data", &*alpaca), ("--alpaca-prompt", "text")],
     ]);
-    // resume_goes_on_with_the_next_step, rows_that_teach_wrong_stop_a_run_unless_they_may
+    // resume_continues_with_the_next_step, failed_checks_stop_a_run_unless_allowed
     let tested_apart =
         &["--resume", "--allow", "--loftq-base", "--dry-run", "--device", "--memory-budget"];
     every_flag(&["sft"], base_args, &table, tested_apart, &lab);
@@ -72,13 +72,13 @@ fn every_flag_of_data_changes_something() {
         &[("--threads", "2")],
         &[("--json", "-")],
     ];
-    // rows_that_teach_wrong_stop_a_run_unless_they_may, masks_are_shown_in_brackets_or_colours
+    // failed_checks_stop_a_run_unless_allowed, masks_are_shown_in_brackets_or_colours
     every_flag(&["data"], base_args, table, &["--allow", "--show-masks"], &lab);
 }
 
 /// Tokens that training would add have rows: what is beyond the base's is theirs.
 #[test]
-fn the_doctor_knows_tokens_that_are_to_be_added() {
+fn data_accepts_tokens_that_training_adds() {
     let lab = Lab::new();
     lab.write("ids.jsonl", r#"{"input_ids": [5, 512, 513]}"#);
     let look = |named: &[&str]| {
@@ -105,7 +105,7 @@ fn masks_are_shown_in_brackets_or_colours() {
 
 /// Prompts are looked at as `ppo` and `grpo` read them, and where a reply would begin is shown.
 #[test]
-fn prompts_are_looked_at() {
+fn data_validates_prompts() {
     let lab = Lab::new();
     let long = "word ".repeat(200);
     let rows = [
@@ -148,7 +148,7 @@ fn prompts_are_looked_at() {
 
 /// A run is stopped before anything is written, each row with its file and line; a flag lets it go on.
 #[test]
-fn rows_that_teach_wrong_stop_a_run_unless_they_may() {
+fn failed_checks_stop_a_run_unless_allowed() {
     let lab = Lab::new();
     let row = |roles: &[&str]| {
         let message =
@@ -261,7 +261,7 @@ fn a_mixture_resumes_to_the_same_bytes_from_memory_and_disk() {
 /// A run whose last checkpoint is that of step 2 does steps 3 and 4, to the same bytes; here on
 /// texts that are split, with dropout, whose random numbers are keyed by row and place.
 #[test]
-fn resume_goes_on_with_the_next_step() {
+fn resume_continues_with_the_next_step() {
     let lab = Lab::new();
     let text =
         |i: usize| format!("{{\"text\": \"{}\"}}\n", format!("text {i} goes on. ").repeat(20 + i));
@@ -450,7 +450,7 @@ fn every_flag_of_generate_changes_something() {
 
 /// Every command that computes refuses a device it cannot have, and a form the device cannot.
 #[test]
-fn a_device_that_cannot_be_had_is_told() {
+fn an_unavailable_device_is_an_error() {
     let lab = Lab::with_comparisons();
     let (base, rows, pairs) = (base(), lab.path("rows.jsonl"), lab.path("pairs.jsonl"));
     let (prompts, out) = (lab.path("held_out_prompts.jsonl"), lab.path("out"));
@@ -502,7 +502,7 @@ fn a_device_that_cannot_be_had_is_told() {
 
 /// The best of several replies is one of them, the first the reply there is without a choice.
 #[test]
-fn the_best_of_several_replies_is_kept() {
+fn best_of_keeps_the_reply_with_the_highest_reward() {
     let (base, adapter) = (base(), golden("rl/reward/final").display().to_string());
     let hot = ["--temperature", "3", "--top-k", "0", "--top-p", "1", "--min-p", "0"];
     let run = |flags: &[&str]| -> Value {
@@ -550,7 +550,7 @@ fn the_best_of_several_replies_is_kept() {
 }
 
 #[test]
-fn what_cannot_judge_replies_is_named() {
+fn invalid_reward_sources_of_best_of_are_errors() {
     let (base, plain) = (base(), adapter());
     let check = |flags: &[&str], code: i32, sentence: &str| {
         let args = ["generate", "--base", &base, "--prompt", "x", "--max-tokens", "3"];
@@ -567,11 +567,15 @@ fn what_cannot_judge_replies_is_named() {
     check(&two(&["--temperature", "0"]), 1, "has one reply to choose from");
     check(&["--reward", "length:3"], 2, "--best-of");
     check(&two(&["--reward-timeout", "3"]), 2, "--reward-command");
-    check(&two(&["--reward", "nice"]), 1, "reward \"nice\" is no rule, needed exact:FIELD");
+    check(
+        &two(&["--reward", "nice"]),
+        1,
+        "reward \"nice\" is not a known rule, needed exact:FIELD",
+    );
     check(&two(&["--reward", "exact:answer"]), 1, "the row has no field \"answer\"");
     check(&two(&["--reward", "length:3", "--reward-weights", "1,2"]), 1, "2 reward weights for 1");
     check(&two(&["--reward-command", "cat"]), 1, "answered sample 1 of 2 with");
-    check(&two(&["--reward-command", "exit 4"]), 1, "ended (exit status: 4) after 0 of 2 answers");
+    check(&two(&["--reward-command", "exit 4"]), 1, "exited (exit status: 4) after 0 of 2 answers");
     check(&two(&["--reward-command", "yes null"]), 1, "reward");
     let slow = two(&["--reward-command", "sleep 60", "--reward-timeout", "0.2"]);
     check(&slow, 1, "has not answered sample 1 of 2 within 0.2 s");
@@ -604,7 +608,7 @@ fn every_flag_of_inspect_and_tokenizer_changes_something() {
 }
 
 #[test]
-fn wrong_input_ends_in_one_sentence() {
+fn invalid_input_ends_in_one_error() {
     let lab = Lab::new();
     let rows = lab.path("rows.jsonl");
     lab.write("empty.jsonl", "\n");
@@ -638,7 +642,7 @@ fn wrong_input_ends_in_one_sentence() {
         (sft(&[("--base", &path("truncated.gguf"))]), vec!["truncated.gguf"]),
         (sft(&[("--data", &path("empty.jsonl"))]), vec!["empty.jsonl", "no rows"]),
         (sft(&[("--data", &path("broken.jsonl"))]), vec!["broken.jsonl:2"]),
-        (sft(&[("--data", &path("many.jsonl"))]), vec!["many.jsonl: 9 of 18 rows are wrong"]),
+        (sft(&[("--data", &path("many.jsonl"))]), vec!["many.jsonl: 9 of 18 rows are invalid"]),
         (sft(&[("--data", &path("role.jsonl"))]), vec!["role.jsonl:1", "wizard"]),
         (sft(&[("--data", &path("nothing.jsonl"))]), vec!["nothing.jsonl", "nothing to learn"]),
         (sft(&[("--out", &path("a_file/run"))]), vec!["a_file"]),
@@ -693,7 +697,7 @@ fn wrong_input_ends_in_one_sentence() {
 
 /// Files at which gguf-rs, whose opinion `inspect` shows, panics: listed, and nothing on stderr.
 #[test]
-fn inspect_is_silent_where_another_reader_panics() {
+fn inspect_prints_nothing_if_the_other_reader_panics() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("odd.gguf");
     let check = |words: &str| {
@@ -719,7 +723,7 @@ fn inspect_is_silent_where_another_reader_panics() {
 
 /// Killed 20 times, some of them while a checkpoint is half written, then resumed: the same bytes.
 #[test]
-fn a_killed_run_goes_on_to_the_same_bytes() {
+fn a_killed_run_resumes_to_the_same_bytes() {
     let lab = Lab::new();
     let start = |out: &str, resume: bool| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_quantune"));
@@ -778,7 +782,7 @@ fn a_killed_run_goes_on_to_the_same_bytes() {
 /// Two processes on one run: the second says who is there, and a killed one is there no more.
 #[cfg(unix)]
 #[test]
-fn one_run_is_one_process_at_a_time() {
+fn a_run_directory_is_locked_by_one_process() {
     let lab = Lab::new();
     let out = lab.path("run");
     let mut fresh = strings(&["sft", "--base", &base(), "--data", &lab.path("rows.jsonl")]);
@@ -812,7 +816,7 @@ fn one_run_is_one_process_at_a_time() {
 /// Ctrl-C ends after a whole step, says how to go on, and going on gives the same bytes.
 #[cfg(unix)]
 #[test]
-fn an_interrupted_run_says_how_to_go_on() {
+fn an_interrupted_run_prints_how_to_resume() {
     let lab = Lab::new();
     let start = |out: &str| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_quantune"));
@@ -838,7 +842,7 @@ fn an_interrupted_run_says_how_to_go_on() {
 /// A run whose cache another one fills says whom it waits for, and heeds Ctrl-C.
 #[cfg(unix)]
 #[test]
-fn a_run_that_waits_for_a_cache_says_so_and_can_be_interrupted() {
+fn a_run_waiting_for_the_cache_reports_it_and_can_be_interrupted() {
     let lab = Lab::new();
     let (cache, out) = (lab.path("cache"), lab.path("run"));
     fs::create_dir(&cache).unwrap();
@@ -915,7 +919,7 @@ fn an_interrupt_while_rows_are_read_leaves_no_trace() {
 /// run goes on with that evaluation, to the same bytes.
 #[cfg(unix)]
 #[test]
-fn an_interrupted_evaluation_is_taken_again() {
+fn an_interrupted_evaluation_is_repeated() {
     let lab = Lab::new();
     let held_out = fs::read_to_string(lab.path("held_out.jsonl")).unwrap() + "\n";
     lab.write("long.jsonl", &held_out.repeat(300));
@@ -956,39 +960,35 @@ fn an_interrupted_evaluation_is_taken_again() {
     }
 }
 
-/// The rungs of the instruction ladder that this CPU has, through the binary: the same losses, the
+/// The ISA levels that this CPU has, through the binary: the same losses, the
 /// kernels named; f32, int16 and int8 give each its own.
 #[test]
-fn every_rung_and_mode_trains_alike() {
+fn every_isa_level_and_precision_trains_alike() {
     let lab = Lab::new();
-    let run = |rung: &str, compute: &str| {
-        let out = lab.folder.path().join(format!("{rung}-{compute}"));
+    let run = |level: &str, compute: &str| {
+        let out = lab.folder.path().join(format!("{level}-{compute}"));
         let (out, rows) = (out.display().to_string(), lab.path("rows.jsonl"));
         let args = ["sft", "--base", &base(), "--data", &rows, "--out", &out, "--max-steps", "2"];
         let args = strings(&[&args[..], &["--compute", compute, "--json"]].concat());
         let binary = env!("CARGO_BIN_EXE_quantune");
-        Command::new(binary).args(args).env("QUANTUNE_ISA", rung).output().unwrap()
+        Command::new(binary).args(args).env("QUANTUNE_ISA", level).output().unwrap()
     };
-    let available: Vec<&str> = quantune::isa::Isa::ALL
-        .iter()
-        .filter(|isa| isa.available())
-        .map(|isa| isa.name())
-        .collect();
+    let available: Vec<&str> = quantune::isa::Isa::available().map(|isa| isa.name()).collect();
     let mut losses = Vec::new();
     for (compute, bound) in [("f32", 1e-4), ("int16", 1e-3), ("int8", 5e-2)] {
-        let of_rungs: Vec<f64> = available
+        let per_level: Vec<f64> = available
             .iter()
-            .map(|rung| {
-                let json = last_json(&run(rung, compute));
+            .map(|level| {
+                let json = last_json(&run(level, compute));
                 let kernels = json["kernels"].to_string();
-                assert!(kernels.contains(rung) && kernels.contains(compute), "{kernels}");
+                assert!(kernels.contains(level) && kernels.contains(compute), "{kernels}");
                 json["loss_last"].as_f64().unwrap()
             })
             .collect();
-        for loss in &of_rungs {
-            assert!((loss - of_rungs[0]).abs() < bound, "{compute}: {available:?} {of_rungs:?}");
+        for loss in &per_level {
+            assert!((loss - per_level[0]).abs() < bound, "{compute}: {available:?} {per_level:?}");
         }
-        losses.push(of_rungs[0]);
+        losses.push(per_level[0]);
     }
     assert!(losses[0] != losses[1] && losses[1] != losses[2], "{losses:?}");
     let output = run("avx10", "f32");

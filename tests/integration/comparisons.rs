@@ -5,8 +5,8 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use quantune::data::{
-    Cache, Comparison, ComparisonKind, ComparisonSettings, Comparisons, DataError, Limits, Pair,
-    PromptSettings, Prompts, WhenTooLong,
+    Cache, Comparison, ComparisonKind, ComparisonSettings, Comparisons, DataError, LengthLimits,
+    PreferencePair, PromptSettings, Prompts, WhenTooLong,
 };
 use quantune::text::{Special, Tokenizer};
 use serde_json::{Value, json};
@@ -16,7 +16,7 @@ use crate::support::{golden, golden_json, ids};
 /// Nobody asks to stop.
 static GOES_ON: AtomicBool = AtomicBool::new(false);
 
-const ALL: Limits = Limits { max_length: usize::MAX, when_long: WhenTooLong::Drop };
+const ALL: LengthLimits = LengthLimits { max_length: usize::MAX, when_long: WhenTooLong::Drop };
 
 fn tokenizer(name: &str) -> Tokenizer {
     Tokenizer::from_folder(golden(&format!("data/{name}"))).unwrap()
@@ -34,7 +34,7 @@ fn in_file<T>(bytes: &[u8], load: impl FnOnce(&Path) -> Result<T, DataError>) ->
 fn load(
     rows: &[Value],
     tokenizer: &Tokenizer,
-    limits: Limits,
+    limits: LengthLimits,
     kind: ComparisonKind,
 ) -> Result<Comparisons, String> {
     in_file(&lines(rows), |path| Comparisons::load(path, tokenizer, limits, kind, &GOES_ON))
@@ -50,7 +50,7 @@ fn sequences(comparison: &Comparison) -> Vec<Vec<u32>> {
 }
 
 #[test]
-fn tokens_are_trls() {
+fn tokens_match_trl() {
     let cases = golden_json("data/comparisons.json");
     let cases = cases.as_array().unwrap();
     assert!(cases.len() > 140, "{} rows", cases.len());
@@ -59,7 +59,7 @@ fn tokens_are_trls() {
         let max_length = case["max_length"].as_u64().map_or(usize::MAX, |most| most as usize);
         let rows = [case["row"].clone()];
         let load = |when_long, kind| {
-            load(&rows, &tokenizer, Limits { max_length, when_long }, kind)
+            load(&rows, &tokenizer, LengthLimits { max_length, when_long }, kind)
                 .map(|found| found.rows.get(0))
         };
         let found = match case["maker"].as_str().unwrap() {
@@ -97,13 +97,17 @@ fn tokens_are_trls() {
         if let Some(label) = case["row"]["label"].as_bool() {
             assert_eq!(found.label, Some(label), "{what}");
         } else if case["maker"] != "prompts" {
-            assert_eq!(found.pairs, [Pair { better: 0, worse: 1, margin: 0.0 }], "{what}");
+            assert_eq!(
+                found.pairs,
+                [PreferencePair { better: 0, worse: 1, margin: 0.0 }],
+                "{what}"
+            );
         }
     }
 }
 
 #[test]
-fn which_responses_are_pairs() {
+fn preference_pairs_of_ranked_responses() {
     let chatml = tokenizer("chatml");
     // The rest of a row with four responses, and its pairs: better before worse.
     let check = |rest: Value, expected: &[(usize, usize)], ties: u64| {
@@ -123,7 +127,7 @@ fn which_responses_are_pairs() {
 
     let margin = json!({"prompt": "p", "chosen": " a", "rejected": " b", "margin": 1.5, "id": 7});
     let found = load(&[margin], &chatml, ALL, ComparisonKind::Pairs).unwrap();
-    assert_eq!(found.rows.get(0).pairs, [Pair { better: 0, worse: 1, margin: 1.5 }]);
+    assert_eq!(found.rows.get(0).pairs, [PreferencePair { better: 0, worse: 1, margin: 1.5 }]);
 
     // KTO takes a pair apart; what is only scored needs neither pairs nor labels.
     let pair = json!({"prompt": "p", "chosen": " a", "rejected": " b"});
@@ -144,20 +148,20 @@ fn which_responses_are_pairs() {
 }
 
 #[test]
-fn what_is_too_long_is_left_out_with_its_pairs() {
+fn overlong_responses_are_dropped_with_their_pairs() {
     let chatml = tokenizer("chatml");
     let long = " boat".repeat(40);
     let ranked = json!({"prompt": "the river", "responses": [" a", long, " b", long]});
     let pair = json!({"prompt": "the river", "chosen": long, "rejected": " b"});
     let tie = json!({"prompt": "the river", "responses": [" a", " b"], "ranks": [1, 1]});
     let rows = [ranked, pair, tie];
-    let limits = |when_long| Limits { max_length: 20, when_long };
+    let limits = |when_long| LengthLimits { max_length: 20, when_long };
 
     let found = load(&rows, &chatml, limits(WhenTooLong::Drop), ComparisonKind::Pairs).unwrap();
     assert_eq!(found.rows.len(), 1);
     let kept = &found.rows.get(0);
     assert_eq!((kept.responses.len(), kept.row, kept.line), (2, 0, 1));
-    assert_eq!(kept.pairs, [Pair { better: 0, worse: 1, margin: 0.0 }]);
+    assert_eq!(kept.pairs, [PreferencePair { better: 0, worse: 1, margin: 0.0 }]);
     let report = &found.report;
     assert_eq!((report.rows, report.dropped, report.nothing_to_compare), (3, 3, 2));
     assert_eq!((report.ties, report.tokens), (1, kept.tokens() as u64));
@@ -175,7 +179,7 @@ fn what_is_too_long_is_left_out_with_its_pairs() {
     let told = "3 rows, 6 responses, 7 pairs, ";
     assert!(report.to_string().starts_with(told), "{report}");
 
-    let none = Limits { max_length: 2, when_long: WhenTooLong::Drop };
+    let none = LengthLimits { max_length: 2, when_long: WhenTooLong::Drop };
     let error = load(&rows, &chatml, none, ComparisonKind::Pairs).unwrap_err();
     assert_eq!(
         error,
@@ -188,7 +192,7 @@ fn what_is_too_long_is_left_out_with_its_pairs() {
 
 /// The prompt is shared as far as all responses begin with it.
 #[test]
-fn a_token_over_the_border_belongs_to_the_responses() {
+fn a_token_that_spans_the_border_belongs_to_the_responses() {
     let chatml = tokenizer("chatml");
     let row = json!({"prompt": "the rive", "chosen": "r", "rejected": "t"});
     let found = load(&[row], &chatml, ALL, ComparisonKind::Pairs).unwrap();
@@ -203,13 +207,13 @@ fn a_token_over_the_border_belongs_to_the_responses() {
 
 /// Row, what is asked of it, and what its error must say.
 #[test]
-fn a_bad_row_is_one_sentence_with_its_line() {
+fn an_invalid_row_is_one_error_with_its_line() {
     use ComparisonKind::{Any, Labels, Pairs};
     let chatml = tokenizer("chatml");
     let good = r#"{"prompt": "p", "chosen": "a", "rejected": "b"}"#;
     let pairs = "needs `chosen` and `rejected`, or ranked `responses`";
     let cases = [
-        (Pairs, "[]", "found an empty list, a row is a JSON object".to_owned()),
+        (Pairs, "[]", "found an empty list, needs a JSON object".to_owned()),
         (Pairs, "{}", format!("unknown kind of row: found the keys (none), {pairs}")),
         (
             Pairs,
@@ -386,7 +390,7 @@ fn a_split_keeps_prompts_apart() {
 
 /// What is kept on disk is what would be in memory, whole rows and what is wrong with them too.
 #[test]
-fn comparisons_and_prompts_are_kept_on_disk_and_found_again() {
+fn comparisons_and_prompts_are_cached_on_disk() {
     let folder = tempfile::tempdir().unwrap();
     let chatml = tokenizer("chatml");
     let row = |i: usize| {
@@ -399,7 +403,7 @@ fn comparisons_and_prompts_are_kept_on_disk_and_found_again() {
     let cache = Some(Cache { folder: folder.path().join("cache"), from_bytes: 1 });
     for time in 0..2 {
         for kind in [ComparisonKind::Pairs, ComparisonKind::Labels] {
-            let limits = Limits { max_length: 30, when_long: WhenTooLong::Drop };
+            let limits = LengthLimits { max_length: 30, when_long: WhenTooLong::Drop };
             let in_memory = ComparisonSettings::from(limits);
             let on_disk = ComparisonSettings { cache: cache.clone(), ..in_memory.clone() };
             let load = |settings: ComparisonSettings| {
@@ -409,7 +413,7 @@ fn comparisons_and_prompts_are_kept_on_disk_and_found_again() {
             let (held_out, same) = (in_memory.held_out.unwrap(), on_disk.held_out.unwrap());
             for (a, b) in [(&in_memory.train, &on_disk.train), (&held_out, &same)] {
                 assert!(!a.rows.is_empty() && a.rows.iter().eq(b.rows.iter()), "{kind:?} {time}");
-                assert_eq!((&a.report, &a.diagnosis), (&b.report, &b.diagnosis));
+                assert_eq!((&a.report, &a.checks), (&b.report, &b.checks));
                 assert_eq!((&a.sha256, &a.tokens_sha256), (&b.sha256, &b.tokens_sha256));
                 assert_eq!([a.rows.bytes(60)[1], b.rows.bytes(60)[0]], [0, 0]);
             }
@@ -421,7 +425,7 @@ fn comparisons_and_prompts_are_kept_on_disk_and_found_again() {
         let (in_memory, on_disk) = (load(in_memory), load(on_disk));
         assert!(in_memory.rows.iter().eq(on_disk.rows.iter()), "{time}");
         assert_eq!(Value::Object(on_disk.rows.get(7).row), row(7));
-        assert_eq!((&in_memory.report, in_memory.diagnosis), (&on_disk.report, on_disk.diagnosis));
+        assert_eq!((&in_memory.report, in_memory.checks), (&on_disk.report, on_disk.checks));
         let folders = std::fs::read_dir(folder.path().join("cache")).unwrap();
         assert_eq!(folders.filter(|e| e.as_ref().unwrap().path().is_dir()).count(), 3);
     }

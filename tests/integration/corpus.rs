@@ -151,7 +151,7 @@ fn check_rows(corpus: &Corpus, ring: &[u32], length: usize) {
 }
 
 #[test]
-fn rows_are_stretches_of_the_source_in_any_format() {
+fn rows_are_slices_of_the_source_in_any_format() {
     let room = Room::new();
     let documents = documents(40);
     room.write("text/all.txt", text_file(&documents));
@@ -184,7 +184,7 @@ fn rows_are_stretches_of_the_source_in_any_format() {
 
 /// Vocabularies beyond 65536 take four bytes a token.
 #[test]
-fn large_vocabularies_are_kept_whole() {
+fn large_vocabularies_take_four_bytes_per_token() {
     let room = Room::new();
     let path = golden("model/llama-tiny/tokenizer.json");
     let mut json: serde_json::Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
@@ -224,7 +224,7 @@ fn long_documents_are_not_cut_inside_words() {
 }
 
 #[test]
-fn attention_and_positions_can_begin_anew_with_each_document() {
+fn attention_and_positions_can_reset_at_documents() {
     let room = Room::new();
     let documents = documents(30);
     room.write("all.txt", text_file(&documents));
@@ -257,7 +257,7 @@ fn attention_and_positions_can_begin_anew_with_each_document() {
 
 /// BOS, where a model wants it, begins every document and is never predicted.
 #[test]
-fn documents_begin_with_bos_where_the_model_wants_it() {
+fn documents_begin_with_bos_if_the_tokenizer_adds_it() {
     let room = Room::new();
     fs::create_dir(room.path("bos")).unwrap();
     let source = golden("model/llama-tiny/tokenizer.json");
@@ -282,7 +282,7 @@ fn documents_begin_with_bos_where_the_model_wants_it() {
 /// Each document is in one part whatever order and file it comes in; held-out targets are all tokens
 /// of the held-out documents, and their bytes those of the text.
 #[test]
-fn what_is_held_out_is_measured_once_and_never_trained_on() {
+fn held_out_documents_are_evaluated_once_and_never_trained_on() {
     let room = Room::new();
     let mut documents = documents(300);
     let parts = |documents: &[String], name: &str| {
@@ -328,7 +328,7 @@ fn what_is_held_out_is_measured_once_and_never_trained_on() {
 }
 
 #[test]
-fn sources_take_turns_by_weight() {
+fn sources_are_interleaved_by_weight() {
     let room = Room::new();
     room.write("a.txt", text_file(&documents(20)));
     room.write("b.jsonl", jsonl(&documents(9)));
@@ -445,7 +445,7 @@ fn conversations_are_tokenized_again_under_another_template() {
 }
 
 #[test]
-fn a_changed_shard_is_refused() {
+fn a_changed_shard_is_rejected() {
     let check = |change: &dyn Fn(&Path), words: &str| {
         let room = Room::new();
         room.write("a.txt", text_file(&documents(20)));
@@ -462,14 +462,14 @@ fn a_changed_shard_is_refused() {
         bytes[99] ^= 1;
         fs::write(tokens(shard), bytes).unwrap();
     };
-    check(&change_byte, "train.tokens: is not as it was written");
+    check(&change_byte, "train.tokens: has changed since it was written");
     check(&|shard| fs::write(tokens(shard), "short").unwrap(), "has 5 bytes, needed");
     check(&|shard| fs::remove_file(tokens(shard)).unwrap(), "train.tokens: No such file");
     check(&|shard| fs::write(shard.join("shard.json"), "{}").unwrap(), "shard.json: missing field");
 }
 
 #[test]
-fn bad_sources_end_in_one_sentence_and_leave_nothing() {
+fn invalid_sources_are_one_error_and_leave_no_files() {
     let room = Room::new();
     let check = |sources: &[&str], change: &dyn Fn(&mut CorpusSettings), words: &str| {
         let mut settings = room.settings(16);
@@ -497,16 +497,16 @@ fn bad_sources_end_in_one_sentence_and_leave_nothing() {
     room.write("latin.parquet", parquet(&[&b"fine"[..], b"caf\xe9"], SCHEMA, Compression::SNAPPY));
 
     check(&[], &same, "no sources, needed at least one");
-    check(&["a=1:good.txt", "a=2:good.txt"], &same, "source \"a\" is there twice");
+    check(&["a=1:good.txt", "a=2:good.txt"], &same, "source \"a\" is given twice");
     check(&["a=0:good.txt"], &same, "needed a number above 0");
     check(&["a=1:bad*.txt"], &same, "no file matches \"bad*.txt\"");
     check(&["a=1:empty"], &same, "no file matches");
-    check(&["a=1:bad[.txt"], &same, "is no pattern of file names");
+    check(&["a=1:bad[.txt"], &same, "is not a valid glob pattern");
     check(&["a=1:empty/*"], &same, "source \"a\": no text in its 2 files");
     let latin = text_file(&documents(3)).len() + 3;
     check(&["a=1:latin.txt"], &same, &format!("latin.txt: byte {latin} is not UTF-8"));
-    check(&["a=1:rows.jsonl"], &same, "rows.jsonl: 4 of 5 rows are wrong");
-    check(&["a=1:rows.jsonl"], &same, "rows.jsonl:3: found a list of 1, a row is a JSON object");
+    check(&["a=1:rows.jsonl"], &same, "rows.jsonl: 4 of 5 rows are invalid");
+    check(&["a=1:rows.jsonl"], &same, "rows.jsonl:3: found a list of 1, needs a JSON object");
     check(&["a=1:rows.jsonl"], &same, "rows.jsonl:5: `text` is 5, needs a string");
     check(
         &["a=1:none.jsonl"],
@@ -521,16 +521,16 @@ fn bad_sources_end_in_one_sentence_and_leave_nothing() {
     check(
         &["a=1:good.txt"],
         &|settings| settings.validation_split = 1.0,
-        "a validation share of 1",
+        "the validation split is 1",
     );
     let all = |settings: &mut CorpusSettings| settings.validation_split = 0.99999;
-    check(&["a=1:good.txt"], &all, "source \"a\": all 9 documents fall into the validation share");
+    check(&["a=1:good.txt"], &all, "source \"a\": all 9 documents fall into the validation split");
     let nowhere = |settings: &mut CorpusSettings| settings.cache = room.path("good.txt");
     check(&["a=1:good.txt"], &nowhere, "good.txt: cannot make the folder");
 
     let none = CorpusSettings { validation_split: 1e-5, ..room.settings(16) };
     let found = room.try_open(&["a=1:good.txt"], &none).unwrap_err();
-    assert!(found.starts_with("none of 9 documents falls into the validation share"), "{found}");
+    assert!(found.starts_with("none of 9 documents falls into the validation split"), "{found}");
 
     let spec = format!("a=1:{}", room.path("good.txt").display()).parse().unwrap();
     let stopped = AtomicBool::new(true);
@@ -542,7 +542,7 @@ fn bad_sources_end_in_one_sentence_and_leave_nothing() {
 
 /// A damaged Parquet file is refused or read as something, without a panic.
 #[test]
-fn damaged_parquet_files_do_no_harm() {
+fn damaged_parquet_files_do_not_panic() {
     let room = Room::new();
     let bytes = parquet(&documents(12), SCHEMA, Compression::SNAPPY);
     proptest!(ProptestConfig::with_cases(200), |(at in 0..bytes.len(), to: u8, cut in 0..bytes.len() * 4)| {

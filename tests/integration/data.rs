@@ -5,11 +5,11 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use proptest::prelude::*;
-use quantune::data::doctor::Check;
+use quantune::data::checks::Check;
 use quantune::data::{
     AlpacaPrompt, Batch, Cache, ComparisonKind, ComparisonSettings, Comparisons, DataError,
-    DataReport, Dataset, EpochPlan, EpochSettings, Example, Limits, LoadSettings, ModelLimits, Row,
-    WhenTooLong, is_held_out,
+    DataReport, Dataset, EpochPlan, EpochSettings, Example, LengthLimits, LoadSettings,
+    ModelLimits, Row, WhenTooLong, is_held_out,
 };
 use quantune::ops::Segment;
 use quantune::text::{Special, Tokenizer};
@@ -52,7 +52,7 @@ fn labels(example: &Example) -> Vec<i64> {
 }
 
 #[test]
-fn tokens_and_labels_are_trls() {
+fn tokens_and_labels_match_trl() {
     let cases = golden_json("data/trl.json");
     let cases = cases.as_array().unwrap();
     let mut rows = 0;
@@ -94,7 +94,7 @@ fn tokens_and_labels_are_trls() {
 
 /// Row (one line of JSON, or any bytes), and what its error must say.
 #[test]
-fn a_bad_row_is_one_sentence_with_its_line() {
+fn an_invalid_row_is_one_error_with_its_line() {
     #[track_caller]
     fn check(tokenizer: &Tokenizer, row: &[u8], expected: &str) {
         // Behind a good row and a blank line, so that rows and lines differ.
@@ -109,11 +109,11 @@ fn a_bad_row_is_one_sentence_with_its_line() {
     let vocab_size = chatml.vocab_size();
     let text: [(&str, &str); 25] = [
         ("{\"text\": \"a\"", "is not JSON (EOF while parsing an object at column 12)"),
-        ("[1, 2]", "found a list of 2, a row is a JSON object"),
+        ("[1, 2]", "found a list of 2, needs a JSON object"),
         ("{}", &format!("unknown kind of row: found the keys (none), {kinds}")),
         (
             r#"{"prompt": "a", "chosen": "b", "rejected": "c", "text": null}"#,
-            "is a row of `chosen`/`rejected`, which is for `reward` and `dpo`, not this command",
+            "is a row of `chosen`/`rejected`, which is data for `reward` and `dpo`, not this command",
         ),
         (
             r#"{"conversation": [], "id": 7}"#,
@@ -191,7 +191,7 @@ fn a_bad_row_is_one_sentence_with_its_line() {
 }
 
 #[test]
-fn wrong_rows_are_told_together() {
+fn invalid_rows_are_reported_together() {
     #[track_caller]
     fn check(wrong: usize, expected: &str) {
         // Each behind good rows and a blank line, so that they are read at different times.
@@ -207,9 +207,9 @@ fn wrong_rows_are_told_together() {
         (0..count).map(line).collect()
     };
     check(1, "rows.jsonl:702: `text` is 0, needs a string");
-    check(2, &format!("rows.jsonl: 2 of 1402 rows are wrong{}", told(2)));
-    check(5, &format!("rows.jsonl: 5 of 3505 rows are wrong{}", told(5)));
-    check(7, &format!("rows.jsonl: 7 of 4907 rows are wrong{}\n  and 2 more", told(5)));
+    check(2, &format!("rows.jsonl: 2 of 1402 rows are invalid{}", told(2)));
+    check(5, &format!("rows.jsonl: 5 of 3505 rows are invalid{}", told(5)));
+    check(7, &format!("rows.jsonl: 7 of 4907 rows are invalid{}\n  and 2 more", told(5)));
 }
 
 #[test]
@@ -256,7 +256,7 @@ fn with_template(template: Option<&str>) -> Tokenizer {
 }
 
 #[test]
-fn a_conversation_needs_a_template_that_tells_what_is_said() {
+fn chat_templates_must_locate_assistant_messages() {
     let talk = json!({"messages": [
         {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
         {"role": "user", "content": "c"}, {"role": "assistant", "content": "d", "train": false},
@@ -271,7 +271,7 @@ fn a_conversation_needs_a_template_that_tells_what_is_said() {
     // Counts the turns first, as templates do that drop earlier reasoning.
     check(
         Some("{{ messages | length }}{% for m in messages %}{{ m.content }}\n{% endfor %}"),
-        "rewrites what precedes `messages[1]`",
+        "rewrites the text before `messages[1]`",
     );
     check(
         Some(
@@ -333,7 +333,7 @@ fn a_conversation_may_begin_with_the_assistant() {
 }
 
 #[test]
-fn what_is_learned_of_a_row() {
+fn learned_tokens_of_each_kind_of_row() {
     for name in ["chatml", "generation", "bos"] {
         let t = &tokenizer(name);
         let said = |text: &str| json!({"role": "assistant", "content": text});
@@ -359,7 +359,7 @@ fn what_is_learned_of_a_row() {
 
 /// Rows as each peer writes them, and what is learned of them.
 #[test]
-fn all_dialects_are_learned() {
+fn sft_reads_every_row_format() {
     let bos = &tokenizer("bos");
     let chat = &tokenizer("chatml");
     let turns = json!([
@@ -434,7 +434,7 @@ fn parquet_is_read_as_json_lines() {
     let (lines, table) = (load("rows.jsonl"), load("rows.parquet"));
     assert!(lines.train.rows.iter().eq(table.train.rows.iter()));
     assert_eq!(lines.train.rows.len() + lines.held_out.unwrap().rows.len(), 40);
-    assert_eq!(lines.train.diagnosis, table.train.diagnosis);
+    assert_eq!(lines.train.checks, table.train.checks);
     let rows = |bytes: &[u8]| -> Vec<Value> {
         let lines = std::str::from_utf8(bytes).unwrap().lines();
         let mut rows: Vec<Value> = lines.map(|line| serde_json::from_str(line).unwrap()).collect();
@@ -448,7 +448,7 @@ fn parquet_is_read_as_json_lines() {
 
 /// Tokens kept on disk are those in memory; what is wrong with rows is kept with them.
 #[test]
-fn tokens_are_kept_on_disk_and_found_again() {
+fn tokens_are_cached_on_disk() {
     let folder = tempfile::tempdir().unwrap();
     let path = golden("data/rows.jsonl");
     let cache = Cache { folder: folder.path().join("cache"), from_bytes: 1 };
@@ -471,8 +471,8 @@ fn tokens_are_kept_on_disk_and_found_again() {
         ] {
             assert!(in_memory.rows.iter().eq(on_disk.rows.iter()), "{time}");
             assert_eq!(in_memory.report, on_disk.report);
-            assert_eq!(in_memory.diagnosis, on_disk.diagnosis);
-            assert!(in_memory.diagnosis.findings.contains_key(&Check::Cut));
+            assert_eq!(in_memory.checks, on_disk.checks);
+            assert!(in_memory.checks.findings.contains_key(&Check::Cut));
             assert_eq!(in_memory.sha256, on_disk.sha256);
             assert_eq!(in_memory.tokens_sha256, on_disk.tokens_sha256);
         }
@@ -499,12 +499,15 @@ fn tokens_are_kept_on_disk_and_found_again() {
         std::fs::write(&rows, bytes).unwrap();
     }
     let error = Dataset::load(&path, &chatml, settings, &GOES_ON).unwrap_err().to_string();
-    assert!(error.contains("train.rows: is not as it was written; remove its folder"), "{error}");
+    assert!(
+        error.contains("train.rows: has changed since it was written; remove its folder"),
+        "{error}"
+    );
 }
 
 /// One of each defect, some in good company: exactly those are found, each at its line.
 #[test]
-fn the_doctor_finds_each_defect_and_nothing_else() {
+fn checks_find_each_defect_and_nothing_else() {
     /// Rows, and what is to be found in them.
     fn check(tokenizer: &Tokenizer, rows: &[(Value, &[Check])]) {
         let folder = tempfile::tempdir().unwrap();
@@ -514,13 +517,13 @@ fn the_doctor_finds_each_defect_and_nothing_else() {
         let compared = rows[0].0.get("chosen").is_some();
         let model = Some(ModelLimits { window: 400, vocab_size: tokenizer.vocab_size() - 1 });
         let found = if compared {
-            let limits = Limits { max_length: 100, when_long: WhenTooLong::Cut };
+            let limits = LengthLimits { max_length: 100, when_long: WhenTooLong::Cut };
             let settings = ComparisonSettings { model, ..limits.into() };
             let kind = ComparisonKind::Pairs;
-            Comparisons::examine(&path, tokenizer, &settings, kind, &GOES_ON).unwrap().diagnosis
+            Comparisons::examine(&path, tokenizer, &settings, kind, &GOES_ON).unwrap().checks
         } else {
             let settings = LoadSettings { model, ..LoadSettings::from(100) };
-            Dataset::examine(&path, tokenizer, &settings, &GOES_ON).unwrap().diagnosis
+            Dataset::examine(&path, tokenizer, &settings, &GOES_ON).unwrap().checks
         };
         let mut expected: Vec<(Check, u64)> = Vec::new();
         for (line, (_, checks)) in (1..).zip(rows) {
@@ -534,10 +537,10 @@ fn the_doctor_finds_each_defect_and_nothing_else() {
         assert_eq!(lines.collect::<Vec<_>>(), expected, "{:#?}", found.findings);
         let stops: Vec<Check> =
             expected.iter().map(|(check, _)| *check).filter(|check| check.stops()).collect();
-        assert_eq!(found.judge(&path, &[]).is_err(), !stops.is_empty());
-        found.judge(&path, &stops).unwrap();
+        assert_eq!(found.verify(&path, &[]).is_err(), !stops.is_empty());
+        found.verify(&path, &stops).unwrap();
         // All of them, with file and line.
-        let wrong = found.judge(&path, &[]).err().map_or(String::new(), |error| error.to_string());
+        let wrong = found.verify(&path, &[]).err().map_or(String::new(), |error| error.to_string());
         for (check, line) in &expected {
             let place = format!("rows.jsonl:{line}: ");
             let warned = found.warnings(&path, &[]).join("\n");
@@ -642,7 +645,7 @@ fn the_doctor_finds_each_defect_and_nothing_else() {
 
 /// Rows of a held-out file that are trained on too.
 #[test]
-fn held_out_rows_that_are_trained_on_are_told() {
+fn held_out_duplicates_are_reported() {
     let folder = tempfile::tempdir().unwrap();
     let file = |name: &str, texts: &[&str]| {
         let path = folder.path().join(name);
@@ -653,8 +656,8 @@ fn held_out_rows_that_are_trained_on_are_told() {
     let train = file("train.jsonl", &["one text", "another text", "a third"]);
     let mut held_out = file("held_out.jsonl", &["a new one", "A  third", "One Text"]);
     let path = Path::new("train.jsonl");
-    train.seen.again(path, &held_out.seen, &mut held_out.diagnosis);
-    let found = &held_out.diagnosis.findings[&Check::HeldOutDuplicates];
+    train.hashes.report_held_out_duplicates(path, &held_out.hashes, &mut held_out.checks);
+    let found = &held_out.checks.findings[&Check::HeldOutDuplicates];
     let needed = [
         (2, "is trained on: train.jsonl:3".to_string()),
         (3, "is trained on: train.jsonl:1".into()),
@@ -663,7 +666,7 @@ fn held_out_rows_that_are_trained_on_are_told() {
 }
 
 #[test]
-fn the_report_counts_what_happened() {
+fn the_report_counts_rows_and_tokens() {
     let file = lines(&[
         json!({"input_ids": [5, 6, 7, 8, 9]}),
         json!({"input_ids": [5, 6, 7, 8, 9], "labels": [-100, -100, -100, -100, 9]}),
@@ -687,7 +690,7 @@ fn the_report_counts_what_happened() {
 
 /// A text longer than an example is learned whole, other rows are cut.
 #[test]
-fn long_texts_are_split_and_other_rows_cut() {
+fn long_texts_are_split_and_other_rows_truncated() {
     let text = "The ferryman mends his nets by the river until the road divides.";
     let rows = [
         json!({"text": text}),
@@ -733,7 +736,7 @@ fn long_texts_are_split_and_other_rows_cut() {
 }
 
 #[test]
-fn a_prompt_is_in_one_part_and_stays_there() {
+fn a_prompt_stays_in_one_part_of_the_split() {
     let user = |text: &str| json!({"role": "user", "content": text});
     let rows: Vec<Value> = (0..400)
         .map(|i| {
@@ -923,7 +926,7 @@ fn best_fit_decreasing_fills_bins() {
 }
 
 #[test]
-fn a_batch_lays_rows_end_to_end() {
+fn a_batch_concatenates_rows() {
     let examples = [
         Example {
             tokens: vec![5, 6, 7],
@@ -958,7 +961,7 @@ fn a_batch_lays_rows_end_to_end() {
 }
 
 #[test]
-fn a_group_lays_its_prompt_once() {
+fn a_group_has_its_prompt_once() {
     let mut batch = Batch::default();
     batch.push_group(&[1, 2, 3], &[&[4, 5], &[], &[6]], 9);
     batch.push_group(&[], &[&[7, 8]], 3);

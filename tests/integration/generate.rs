@@ -16,7 +16,7 @@ use quantune_adapters::targets::resolve;
 use crate::support::{golden_json, ids, load, log_softmax};
 
 #[test]
-fn distributions_are_transformers() {
+fn distributions_match_transformers() {
     let cases = golden_json("generate/sampling.json");
     let cases = cases.as_array().unwrap();
     assert_eq!(cases.len(), 63);
@@ -95,7 +95,7 @@ fn tokens(generated: &[Generated]) -> Vec<Vec<u32>> {
 }
 
 #[test]
-fn greedy_batches_are_transformers_and_rows_alone() {
+fn greedy_batches_match_transformers_and_single_rows() {
     for name in ["llama-tiny", "qwen2-tiny", "llama-q4_0", "llama-k"] {
         let decoder = load(name, Compute::F32);
         let prompts = prompts(name);
@@ -115,7 +115,7 @@ fn greedy_batches_are_transformers_and_rows_alone() {
 /// The portable form has its cache in tensors: prompts that several rows share, rows that end and make
 /// room for others, and prompts longer than a pass get what the fast form gives them.
 #[test]
-fn the_portable_form_generates_what_the_fast_one_does() {
+fn reference_and_cpu_generate_the_same_tokens() {
     for name in ["llama-tiny", "qwen2-tiny"] {
         let [fast, portable] =
             [Compute::F32, Compute::REFERENCE].map(|compute| load(name, compute));
@@ -145,7 +145,7 @@ fn long_prompts(decoder: &Decoder) -> Vec<Vec<u32>> {
 /// In the default mode too, where a prompt and a decoding step round otherwise, a row gets the same
 /// log-probs to the bit alone and among any number of others, and whatever its cache is kept in.
 #[test]
-fn rows_do_not_see_their_neighbours_in_int16() {
+fn int16_rows_do_not_depend_on_the_batch() {
     let decoder = load("llama-q4_0", Compute::INT16);
     let prompts: Vec<Vec<u32>> =
         (0..9u32).map(|row| (0..5 + row).map(|i| (row * 31 + i * 17) % 200).collect()).collect();
@@ -164,7 +164,7 @@ fn rows_do_not_see_their_neighbours_in_int16() {
 }
 
 #[test]
-fn log_probs_are_those_of_the_whole_row() {
+fn decoded_log_probs_match_one_pass_over_the_row() {
     let decoder = load("llama-tiny", Compute::F32);
     let prompts = long_prompts(&decoder);
     assert!(prompts.iter().map(Vec::len).sum::<usize>() > 512);
@@ -216,7 +216,7 @@ fn samples_are_keyed_by_seed_row_and_position() {
 }
 
 #[test]
-fn rows_end_each_for_its_own_reason() {
+fn rows_finish_independently() {
     let decoder = load("llama-tiny", Compute::F32);
     let prompts = long_prompts(&decoder);
     let prompts: Vec<&Vec<u32>> = [0, 1, 2, 3].iter().map(|&i| &prompts[i]).collect();
@@ -286,7 +286,7 @@ fn adapters(decoder: &Decoder) -> [[ActiveAdapter; 1]; 2] {
 }
 
 #[test]
-fn each_row_wears_its_own_adapter() {
+fn each_row_uses_its_own_adapter() {
     let decoder = load("llama-tiny", Compute::F32);
     let [one, two] = adapters(&decoder);
     let prompts = long_prompts(&decoder);
@@ -314,7 +314,7 @@ fn each_row_wears_its_own_adapter() {
 /// Tokens and their log-probs, to the bit, are those of each request alone: whatever the number of
 /// slots, in groups that share a prompt, among rows that wear other adapters.
 #[test]
-fn slots_and_groups_do_not_matter() {
+fn results_do_not_depend_on_slots_or_groups() {
     for (compute, name) in [(Compute::F32, "llama-tiny"), (Compute::INT16, "llama-q4_0")] {
         let decoder = load(name, compute);
         let [one, two] = adapters(&decoder);
@@ -389,7 +389,7 @@ fn slots_and_groups_do_not_matter() {
 
 /// Replies of 8 to 256 tokens, 64 on 8 slots, leave few slots empty.
 #[test]
-fn slots_are_seldom_empty() {
+fn few_slots_stay_empty() {
     let mut decoder = load("llama-tiny", Compute::F32);
     decoder.config.max_position_embeddings = 512;
     let prompts: Vec<Vec<u32>> = (0..64u32).map(|row| vec![1, row, 2 * row]).collect();
@@ -413,7 +413,7 @@ fn slots_are_seldom_empty() {
 }
 
 #[test]
-fn bad_requests_are_named() {
+fn invalid_requests_are_errors() {
     let decoder = load("llama-tiny", Compute::F32);
     let check = |adapters: Adapters, prompts: &[&[u32]], sampling: Sampling, sentence: &str| {
         let requests: Vec<Request> = prompts.iter().map(|prompt| Request::new(prompt, 0)).collect();

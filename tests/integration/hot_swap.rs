@@ -164,7 +164,7 @@ fn a_thousand_swaps() {
 /// Rows of other ranks and weights, of several adapters, of none: each as alone, to the bit,
 /// whenever it came in and whoever was cancelled beside it.
 #[test]
-fn rows_wear_what_they_like() {
+fn rows_use_any_adapters() {
     for (compute, name) in [(Compute::F32, "llama-tiny"), (Compute::INT16, "llama-q4_0")] {
         let decoder = load(name, compute);
         let adapters: Vec<Arc<Adapter>> =
@@ -226,7 +226,7 @@ fn rows_wear_what_they_like() {
 }
 
 #[test]
-fn a_row_that_fails_leaves_the_others() {
+fn a_failed_row_leaves_the_others_unchanged() {
     let decoder = load("llama-tiny", Compute::F32);
     let broken = adapter(&decoder, 2, 1);
     let b = &broken.modules.values().next().unwrap().b;
@@ -256,7 +256,7 @@ fn a_row_that_fails_leaves_the_others() {
 
 /// A conversation goes on from what was read of it, under the same adapters only.
 #[test]
-fn a_prefix_is_not_read_again() {
+fn a_cached_prefix_is_not_recomputed() {
     let decoder = load("llama-tiny", Compute::F32);
     let adapters = [adapter(&decoder, 4, 1), adapter(&decoder, 4, 2)];
     let lists = [vec![], vec![active(&adapters[0], 1.0)], vec![active(&adapters[1], 1.0)]];
@@ -311,7 +311,7 @@ fn a_prefix_is_not_read_again() {
 
 /// The numbers of an adapter that learns change between uses, and so do its decode forms.
 #[test]
-fn an_adapter_that_changed_is_read_again() {
+fn a_changed_adapter_is_recomputed() {
     for compute in [Compute::F32, Compute::INT16] {
         let decoder = load("llama-q4_0", compute);
         let learning = adapter(&decoder, 4, 1);
@@ -340,7 +340,7 @@ fn an_adapter_that_changed_is_read_again() {
 
 /// Within a row too: what it gets from then on is what it gets of an adapter with those numbers.
 #[test]
-fn an_adapter_that_changes_within_a_row_is_read_again() {
+fn an_adapter_that_changes_within_a_row_is_recomputed() {
     let decoder = load("llama-q4_0", Compute::INT16);
     let (first, last) = (adapter(&decoder, 4, 1), adapter(&decoder, 4, 2));
     let run = |found_before: bool| {

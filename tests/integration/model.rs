@@ -52,7 +52,7 @@ fn worst(name: &str, decoder: &Decoder) -> f64 {
 }
 
 #[test]
-fn log_probs_are_transformers() {
+fn log_probs_match_transformers() {
     for name in MODELS {
         for compute in [Compute::F32, Compute::REFERENCE] {
             let worst = worst(name, &load(name, compute));
@@ -78,7 +78,7 @@ fn integer_products_have_their_own_bounds() {
 }
 
 #[test]
-fn one_percent_of_rope_theta_is_seen() {
+fn one_percent_of_rope_theta_is_detected() {
     for name in ["llama-tiny", "qwen2-tiny"] {
         let folder = tempfile::tempdir().unwrap();
         for file in std::fs::read_dir(model_path(name)).unwrap() {
@@ -101,7 +101,7 @@ fn one_percent_of_rope_theta_is_seen() {
 }
 
 #[test]
-fn greedy_tokens_through_the_cache_are_transformers() {
+fn greedy_decoding_matches_transformers() {
     let fast = MODELS.iter().map(|name| (name, load(name, Compute::F32)));
     for (name, decoder) in fast.chain([(&"llama-q4_0", load_uploaded("llama-q4_0"))]) {
         let golden = golden_json(&format!("model/{name}.json"));
@@ -130,7 +130,7 @@ fn greedy_tokens_through_the_cache_are_transformers() {
 }
 
 #[test]
-fn a_cache_of_another_form_is_refused() {
+fn a_cache_of_another_precision_is_rejected() {
     let decoders = [Compute::F32, Compute::REFERENCE].map(|compute| load("llama-tiny", compute));
     let rows = Rows::new(&[[5, 6, 7]]);
     for (decoder, other) in [(&decoders[0], &decoders[1]), (&decoders[1], &decoders[0])] {
@@ -255,7 +255,7 @@ fn readings_by_hand_are_those_of_the_ops() {
 /// Some of the tokens get the bits they have among all, whole and through the cache, whatever the
 /// rows wear.
 #[test]
-fn chosen_tokens_have_the_bits_they_have_among_all() {
+fn log_probs_of_single_tokens_match_those_of_all_tokens() {
     let chosen: &[&[u32]] = &[&[11, 0, 11, 4], &[3], &[], &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]];
     let rows: [&[u32]; 4] = [&[5, 6, 7, 8], &[], &[9, 10, 11], &[3, 4, 5, 6, 7]];
     for compute in [Compute::REFERENCE, Compute::F32, Compute::INT16] {

@@ -79,7 +79,7 @@ pub fn worst(name: &str, decoder: &Decoder, positions: usize) -> f64 {
 }
 
 #[test]
-fn log_probs_are_transformers() {
+fn log_probs_match_transformers() {
     for name in MODELS {
         let positions =
             golden_json(&format!("model_families/{name}.json"))["gguf_positions"].as_u64();

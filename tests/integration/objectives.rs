@@ -100,7 +100,7 @@ fn check_slopes(x: &[f32], loss: impl Fn(&Tensor) -> Tensor, what: &str) {
 }
 
 #[test]
-fn reward_losses_are_trls() {
+fn reward_losses_match_trl() {
     for (i, case) in cases("reward").iter().enumerate() {
         let what = format!("reward {i}");
         let scores = var(&numbers(&case["scores"]));
@@ -122,7 +122,7 @@ fn reward_losses_are_trls() {
 }
 
 #[test]
-fn all_pairs_of_a_prompt_are_one_comparison() {
+fn all_pairs_of_a_prompt_weigh_as_one_comparison() {
     // Four ranked responses and a pair, in one batch and in two.
     let scores = [0.3f32, -0.1, 0.2, -2.0, 1.0, 1.5];
     let ranked = |responses: usize, first: usize| -> Vec<Pair> {
@@ -194,7 +194,7 @@ fn settings(case: &Value) -> PreferenceSettings {
 }
 
 #[test]
-fn preference_losses_are_trls() {
+fn preference_losses_match_trl() {
     let cases = cases("preference");
     let pairs: Vec<_> = cases.iter().filter(|case| case["loss_type"] != "kto").collect();
     assert_eq!(pairs.len(), 9);
@@ -235,7 +235,7 @@ fn preference_losses_are_trls() {
 }
 
 #[test]
-fn kto_losses_are_trls() {
+fn kto_losses_match_trl() {
     let cases = cases("preference");
     let cases: Vec<_> = cases.iter().filter(|case| case["loss_type"] == "kto").collect();
     assert_eq!(cases.len(), 4);
@@ -258,7 +258,7 @@ fn kto_losses_are_trls() {
 }
 
 #[test]
-fn what_a_preference_loss_lacks_is_said() {
+fn missing_inputs_of_preference_losses_are_errors() {
     let logps = var(&[-1.0, -2.0]);
     let pairs = PairLogps {
         chosen: &logps,
@@ -288,7 +288,7 @@ fn what_a_preference_loss_lacks_is_said() {
 }
 
 #[test]
-fn ppo_is_trls_from_log_probs_to_gradients() {
+fn ppo_matches_trl_from_log_probs_to_gradients() {
     for (i, case) in cases("ppo").iter().enumerate() {
         let what = format!("ppo {i}");
         let of = |key: &str| number(&case[key]);
@@ -371,7 +371,7 @@ fn ppo_metrics_are_means_over_minibatches() {
 }
 
 #[test]
-fn group_advantages_are_trls() {
+fn group_advantages_match_trl() {
     let cases = cases("advantages");
     assert_eq!(cases.len(), 36);
     for case in &cases {
@@ -424,7 +424,7 @@ fn form(case: &Value) -> LossForm {
 }
 
 #[test]
-fn grpo_losses_are_trls_in_any_split() {
+fn grpo_losses_match_trl_in_any_split() {
     let cases = cases("grpo");
     let cases: Vec<_> = cases.iter().filter(|case| case["loss_type"] != "rloo").collect();
     assert_eq!(cases.len(), 5);
@@ -451,7 +451,7 @@ fn grpo_losses_are_trls_in_any_split() {
 }
 
 #[test]
-fn rloo_is_grpos_loss_of_whole_responses() {
+fn rloo_equals_grpo_over_whole_responses() {
     let cases = cases("grpo");
     let case = cases.iter().find(|case| case["loss_type"] == "rloo").unwrap();
     let (logps, tokens) = rows(&case["logps"]);
@@ -474,7 +474,7 @@ fn rloo_is_grpos_loss_of_whole_responses() {
 }
 
 #[test]
-fn policy_gradients_are_slopes() {
+fn policy_gradients_match_finite_differences() {
     let logps = [-1.0f32, -2.0, -0.5, -3.0];
     let old = [-1.05f32, -1.5, -0.52, -3.9];
     let sampled = Sampled {

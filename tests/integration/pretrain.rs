@@ -124,14 +124,14 @@ fn ten_steps(name: &str, micro: usize, kept_layers: usize, compute: Compute, bou
 }
 
 #[test]
-fn ten_steps_are_torchs() {
+fn ten_steps_match_torch() {
     for name in RUNS {
         ten_steps(name, 4, 2, Compute::F32, 1e-4);
     }
 }
 
 #[test]
-fn ten_steps_are_torchs_split_recomputed_and_portable() {
+fn ten_steps_match_torch_split_recomputed_and_on_reference() {
     ten_steps("llama-untied", 1, 0, Compute::F32, 1e-4);
     ten_steps("qwen2", 3, 1, Compute::F32, 1e-4);
     ten_steps("qwen3", 1, 0, Compute::F32, 1e-4);
@@ -148,7 +148,7 @@ fn integer_products_stay_near_torch() {
 }
 
 #[test]
-fn the_fast_form_is_the_portable_one() {
+fn cpu_matches_reference() {
     for name in RUNS {
         let run = golden_json(&format!("pretrain/{name}/run.json"));
         let portable = load(name, Compute::REFERENCE);
@@ -166,7 +166,7 @@ fn the_fast_form_is_the_portable_one() {
 }
 
 #[test]
-fn gradients_are_differences() {
+fn gradients_match_finite_differences() {
     for name in RUNS {
         let run = golden_json(&format!("pretrain/{name}/run.json"));
         let batches = micro_batches(&run, 0, 4);
@@ -315,7 +315,7 @@ fn recomputation_threads_and_old_buffers_change_no_bit() {
 
 /// Every format we read trains on, and what trained is an ordinary decoder again.
 #[test]
-fn a_base_goes_in_and_comes_out() {
+fn a_base_round_trips_through_training_weights() {
     let qwen3 = ["model_families/qwen3", "model_families/qwen3.gguf"].map(golden);
     let others = ["llama-tiny", "llama-untied", "qwen2-tiny", "llama-q4_0"].map(model_path);
     for path in others.into_iter().chain(qwen3) {
@@ -342,7 +342,7 @@ fn a_base_goes_in_and_comes_out() {
 }
 
 #[test]
-fn a_model_begins_as_its_seed_says() {
+fn initial_weights_depend_on_the_seed() {
     let checkpoint = Checkpoint::open(model_path("llama-untied")).unwrap();
     let config = Config::read(&checkpoint).unwrap();
     let values = |seed| -> HashMap<String, Vec<f32>> {
@@ -371,7 +371,7 @@ fn a_model_begins_as_its_seed_says() {
 }
 
 #[test]
-fn what_makes_no_sense_is_refused() {
+fn invalid_settings_are_errors() {
     type Spoil = fn(&mut Batch);
     let model = load("llama-tied", Compute::F32);
     let good = batch(

@@ -142,7 +142,7 @@ fn every_flag_of_pretrain_changes_something() {
 
 /// Killed 10 times and resumed, on another number of threads: the same bytes.
 #[test]
-fn a_killed_pretraining_goes_on_to_the_same_bytes() {
+fn a_killed_pretraining_resumes_to_the_same_bytes() {
     let (lab, tokenizer) = lab();
     let (stories, notes) = (lab.path("stories.jsonl"), lab.path("notes.txt"));
     let cache = lab.path("cache");
@@ -194,7 +194,7 @@ fn a_killed_pretraining_goes_on_to_the_same_bytes() {
 /// The portable form has gradients and moments in tensors: it trains the same model, and goes on from
 /// a checkpoint to the same bytes.
 #[test]
-fn a_portable_pretraining_is_the_fast_one_and_goes_on() {
+fn pretraining_on_reference_matches_cpu_and_resumes() {
     let (lab, tokenizer) = lab();
     let stories = format!("stories=1:{}", lab.path("stories.jsonl"));
     let run = |out: &str, flags: &[&str]| {
@@ -232,7 +232,7 @@ fn a_portable_pretraining_is_the_fast_one_and_goes_on() {
 /// The folder and the GGUF are one model, an ordinary base: sft trains on either, and pretraining
 /// goes on from either.
 #[test]
-fn what_comes_out_is_an_ordinary_base() {
+fn the_result_is_an_ordinary_base() {
     let (lab, tokenizer) = lab();
     let shape = ["--hidden-size", "32", "--num-attention-heads", "4", "--intermediate-size", "64"];
     is_an_ordinary_base(&lab, &tokenizer, &shape);
@@ -240,7 +240,7 @@ fn what_comes_out_is_an_ordinary_base() {
 
 /// As above, with norms of queries and keys.
 #[test]
-fn what_comes_out_of_qwen3s_shape_is_an_ordinary_base() {
+fn the_result_in_qwen3s_shape_is_an_ordinary_base() {
     let (lab, tokenizer) = lab();
     let mut config = golden_json("model_families/qwen3/config.json");
     config["vocab_size"] = 512.into();
@@ -293,7 +293,7 @@ fn is_an_ordinary_base(lab: &Lab, tokenizer: &str, shape: &[&str]) {
 }
 
 #[test]
-fn wrong_input_ends_in_one_sentence() {
+fn invalid_input_ends_in_one_error() {
     let (lab, tokenizer) = lab();
     lab.write("empty.txt", "");
     fs::write(lab.path("latin.txt"), b"caf\xe9 au lait").unwrap();
@@ -314,7 +314,7 @@ fn wrong_input_ends_in_one_sentence() {
         assert!(!Path::new(&out).join("config.toml").exists(), "{args:?} began a run");
     };
     check("", &[], &["--source is missing"]);
-    check("stories", &[], &["\"stories\" is no source, needed NAME=WEIGHT:GLOB"]);
+    check("stories", &[], &["\"stories\" is not a source, needed NAME=WEIGHT:GLOB"]);
     check("a=1:LAB/no/such*.txt", &[], &["no/such*.txt"]);
     check("a=0:LAB/notes.txt", &[], &["the weight of \"a\""]);
     check("a=1:LAB/empty.txt", &[], &["source \"a\": no text in its 1 files"]);

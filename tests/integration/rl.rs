@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor, Var};
-use quantune::data::{Batch, Comparison, Pair};
+use quantune::data::{Batch, Comparison, PreferencePair};
 use quantune::model::{ActiveAdapter, Decoder};
 use quantune::objectives::Objective;
 use quantune::objectives::advantage::KlEstimator;
@@ -100,8 +100,9 @@ fn comparison(row: u64, value: &Value) -> Comparison {
     };
     let margin = value["margin"].as_f64().unwrap_or(0.0) as f32;
     let count = responses.len();
-    let pairs = (0..count)
-        .flat_map(|better| (better + 1..count).map(move |worse| Pair { better, worse, margin }));
+    let pairs = (0..count).flat_map(|better| {
+        (better + 1..count).map(move |worse| PreferencePair { better, worse, margin })
+    });
     let pairs = pairs.collect();
     Comparison { prompt, responses, pairs, label, row, line: row + 1 }
 }
@@ -177,7 +178,7 @@ fn reward(name: &str, layout: Layout) {
 }
 
 #[test]
-fn reward_models_are_trls() {
+fn reward_models_match_trl() {
     for name in ["reward", "reward-margin", "reward-ranked"] {
         for layout in [WHOLE, SPLIT] {
             reward(name, layout);
@@ -187,7 +188,7 @@ fn reward_models_are_trls() {
 }
 
 #[test]
-fn dpo_is_trls() {
+fn dpo_matches_trl() {
     for layout in [WHOLE, SPLIT, PORTABLE] {
         ten_steps("dpo", layout, &|decoder, rows| {
             let all: Vec<&Comparison> = rows.iter().collect();
@@ -209,7 +210,7 @@ fn dpo_is_trls() {
 }
 
 #[test]
-fn kto_is_trls() {
+fn kto_matches_trl() {
     let run = golden_json("rl/kto/run.json");
     let number = |key: &str| run[key].as_f64().unwrap();
     let own = DpoSettings {
@@ -240,7 +241,7 @@ fn kto_is_trls() {
 
 /// The first step of the losses that have no ten of their own.
 #[test]
-fn other_preference_losses_are_trls() {
+fn other_preference_losses_match_trl() {
     let run = golden_json("rl/dpo/run.json");
     let decoder = load("llama-tiny", Compute::F32);
     let rows: Vec<Comparison> =
@@ -400,7 +401,7 @@ fn replay(name: &str, compute: Compute, micro: usize) {
         for mini in line["minibatches"].as_array().unwrap() {
             let mini = ids(mini);
             let pick = |i: &u32| &rows[*i as usize];
-            let counts = ppo::Counts::of(&mini.iter().map(pick).collect::<Vec<_>>());
+            let counts = ppo::MiniBatchCounts::of(&mini.iter().map(pick).collect::<Vec<_>>());
             let mut parts = Vec::new();
             for micro in mini.chunks(micro) {
                 let of: Vec<&Response> = micro.iter().map(|&i| &responses[i as usize]).collect();
@@ -453,7 +454,7 @@ fn replay(name: &str, compute: Compute, micro: usize) {
 }
 
 #[test]
-fn ppo_is_trls() {
+fn ppo_matches_trl() {
     replay("ppo", Compute::F32, 8);
     replay("ppo", Compute::F32, 3);
     replay("ppo", Compute::REFERENCE, 8);
@@ -462,7 +463,7 @@ fn ppo_is_trls() {
 
 /// A policy that has its own value head is read once for both.
 #[test]
-fn log_probs_and_values_of_one_pass_are_those_of_two() {
+fn one_pass_gives_the_log_probs_and_values_of_two() {
     const MOST: usize = 6;
     for compute in [Compute::REFERENCE, Compute::F32, Compute::INT16, Compute::INT8] {
         let decoder = load("llama-tiny", compute);

@@ -97,7 +97,7 @@ fn every_flag_of_reward_changes_something() {
         vec![("--gradient-accumulation-steps", "3")],
         vec![("--center-rewards-coefficient", "0.1")],
     ]);
-    // killed_runs_go_on_to_the_same_bytes, a_dry_run_says_what_the_run_is_and_writes_nothing
+    // killed_runs_resume_to_the_same_bytes, a_dry_run_prints_the_plan_and_writes_nothing
     let tested_apart =
         &["--resume", "--allow", "--loftq-base", "--dry-run", "--device", "--memory-budget"];
     every_flag(&["reward"], base_args, &table, tested_apart, &lab);
@@ -135,7 +135,7 @@ fn every_flag_of_dpo_changes_something() {
         [&kto[..], &[("--desirable-weight", "2")]].concat(),
         [&kto[..], &[("--undesirable-weight", "2")]].concat(),
     ]);
-    // killed_runs_go_on_to_the_same_bytes, a_dry_run_says_what_the_run_is_and_writes_nothing
+    // killed_runs_resume_to_the_same_bytes, a_dry_run_prints_the_plan_and_writes_nothing
     let tested_apart =
         &["--resume", "--allow", "--loftq-base", "--dry-run", "--device", "--memory-budget"];
     every_flag(&["dpo"], base_args, &table, tested_apart, &lab);
@@ -199,12 +199,12 @@ fn every_flag_of_ppo_changes_something() {
         vec![("--sample-steps", "1"), ("--num-samples", "2")],
     ]);
     let tested_apart = &[
-        "--resume",              // killed_runs_go_on_to_the_same_bytes
-        "--dry-run",             // a_dry_run_says_what_the_run_is_and_writes_nothing
-        "--allow",               // rows_that_teach_wrong_stop_a_run_unless_they_may
+        "--resume",              // killed_runs_resume_to_the_same_bytes
+        "--dry-run",             // a_dry_run_prints_the_plan_and_writes_nothing
+        "--allow",               // failed_checks_stop_a_run_unless_allowed
         "--rollout-slots",       // the same, with another number: it must not change anything
-        "--min-reward-accuracy", // a_reward_model_of_coin_flips_is_refused
-        "--device",              // a_device_that_cannot_be_had_is_told
+        "--min-reward-accuracy", // a_reward_model_at_chance_is_rejected
+        "--device",              // an_unavailable_device_is_an_error
         "--loftq-base",          // runs_begin_as_the_base_whatever_they_begin_with
         "--memory-budget",       // a_memory_budget_is_kept_or_refused
     ];
@@ -265,23 +265,23 @@ fn every_flag_of_grpo_changes_something() {
         vec![("--sample-steps", "1"), ("--num-samples", "2")],
     ]);
     let tested_apart = &[
-        "--resume",              // killed_runs_go_on_to_the_same_bytes
-        "--dry-run",             // a_dry_run_says_what_the_run_is_and_writes_nothing
-        "--allow",               // rows_that_teach_wrong_stop_a_run_unless_they_may
+        "--resume",              // killed_runs_resume_to_the_same_bytes
+        "--dry-run",             // a_dry_run_prints_the_plan_and_writes_nothing
+        "--allow",               // failed_checks_stop_a_run_unless_allowed
         "--rollout-slots",       // the same, with another number: it must not change anything
-        "--min-reward-accuracy", // a_reward_model_of_coin_flips_is_refused
-        "--device",              // a_device_that_cannot_be_had_is_told
+        "--min-reward-accuracy", // a_reward_model_at_chance_is_rejected
+        "--device",              // an_unavailable_device_is_an_error
         "--loftq-base",          // runs_begin_as_the_base_whatever_they_begin_with
         "--memory-budget",       // a_memory_budget_is_kept_or_refused
-        "--max-length",          // what_is_wrong_with_rollouts_is_told
-        "--reward-timeout",      // what_is_wrong_with_rollouts_is_told
+        "--max-length",          // invalid_rollout_settings_are_errors
+        "--reward-timeout",      // invalid_rollout_settings_are_errors
     ];
     every_flag(&["grpo"], base_args, &table, tested_apart, &lab);
 }
 
 /// Runs `fresh` whole, then `trials` times with SIGKILL at a random moment, goes on with `resumed`,
 /// and compares all files of the runs.
-fn killed_runs_go_on(
+fn check_killed_runs_resume(
     command: &str,
     lab: &Lab,
     fresh: &[(&str, &str)],
@@ -325,7 +325,7 @@ fn killed_runs_go_on(
 /// Everything of PPO that has a state: moments of scores, the weight of the divergence, two adapters,
 /// dropout, samples, evaluations in between.
 #[test]
-fn killed_ppo_runs_go_on_to_the_same_bytes() {
+fn killed_ppo_runs_resume_to_the_same_bytes() {
     let lab = Lab::with_comparisons();
     let (base, rows, texts) = (base(), lab.path("prompts.jsonl"), lab.path("rows.jsonl"));
     let [reward, judge] = reward_adapters();
@@ -355,11 +355,11 @@ fn killed_ppo_runs_go_on_to_the_same_bytes() {
     ];
     // Another number of threads and of rows decoded at once gives the same bits.
     let resumed = [("--threads", "1"), ("--rollout-slots", "3")];
-    killed_runs_go_on("ppo", &lab, &fresh, &resumed, 10);
+    check_killed_runs_resume("ppo", &lab, &fresh, &resumed, 10);
 }
 
 #[test]
-fn killed_runs_go_on_to_the_same_bytes() {
+fn killed_runs_resume_to_the_same_bytes() {
     let lab = Lab::with_comparisons();
     let (base, prompts, pairs) = (base(), lab.path("prompts.jsonl"), lab.path("pairs.jsonl"));
     let [reward, _] = reward_adapters();
@@ -386,7 +386,7 @@ fn killed_runs_go_on_to_the_same_bytes() {
         ("--sample-steps", "3"),
     ];
     let more = [&resumed[..], &[("--rollout-slots", "5")]].concat();
-    killed_runs_go_on("grpo", &lab, &[&common[..], &own].concat(), &more, 3);
+    check_killed_runs_resume("grpo", &lab, &[&common[..], &own].concat(), &more, 3);
     let own = [
         ("--data", &*pairs),
         ("--eval-strategy", "epoch"),
@@ -394,14 +394,14 @@ fn killed_runs_go_on_to_the_same_bytes() {
         ("--per-device-train-batch-size", "2"),
     ];
     let fresh = [&common[..], &own].concat();
-    killed_runs_go_on("dpo", &lab, &fresh, &resumed, 3);
-    killed_runs_go_on("reward", &lab, &fresh, &resumed, 2);
+    check_killed_runs_resume("dpo", &lab, &fresh, &resumed, 3);
+    check_killed_runs_resume("reward", &lab, &fresh, &resumed, 2);
 }
 
 /// Comparisons and prompts kept on disk train the same bytes as those in memory, held-out ones and
 /// fields that rewards read among them; they are tokenized once, also for a run that goes on.
 #[test]
-fn runs_from_disk_are_runs_from_memory() {
+fn cached_rows_train_to_the_same_bytes() {
     let lab = Lab::with_comparisons();
     let base = base();
     let [reward, _] = reward_adapters();
@@ -468,7 +468,7 @@ fn runs_from_disk_are_runs_from_memory() {
 
 #[cfg(unix)]
 #[test]
-fn an_interrupted_ppo_run_says_how_to_go_on() {
+fn an_interrupted_ppo_run_prints_how_to_resume() {
     let lab = Lab::with_comparisons();
     let (base, rows, [reward, _]) = (base(), lab.path("prompts.jsonl"), reward_adapters());
     let start = |out: &str| {
@@ -512,7 +512,7 @@ fn an_interrupted_ppo_run_says_how_to_go_on() {
 
 /// A policy that is its reference does not diverge from it, to the last bit.
 #[test]
-fn a_fresh_policy_is_its_reference() {
+fn a_new_policy_equals_its_reference() {
     let lab = Lab::with_comparisons();
     let (base, rows, adapter) = (base(), lab.path("prompts.jsonl"), adapter());
     let [reward, _] = reward_adapters();
@@ -572,7 +572,7 @@ impl Refused<'_> {
 }
 
 #[test]
-fn what_is_wrong_with_comparisons_is_told() {
+fn invalid_comparison_settings_are_errors() {
     let lab = Lab::with_comparisons();
     let (base, pairs, labels) = (base(), lab.path("pairs.jsonl"), lab.path("labels.jsonl"));
     let (plain, [reward, _]) = (adapter(), reward_adapters());
@@ -607,7 +607,7 @@ fn what_is_wrong_with_comparisons_is_told() {
 }
 
 #[test]
-fn what_is_wrong_with_rollouts_is_told() {
+fn invalid_rollout_settings_are_errors() {
     let lab = Lab::with_comparisons();
     let (base, prompts, plain) = (base(), lab.path("prompts.jsonl"), adapter());
     let [reward, _] = reward_adapters();
@@ -654,7 +654,7 @@ fn what_is_wrong_with_rollouts_is_told() {
     let base_args = [&base_args[..2], &base_args[3..], &no_reward].concat();
     let grpo = Refused { lab: &lab, command: "grpo", base: &base_args };
     grpo.check(&[], &["no reward is given"]);
-    grpo.check(&[("--reward", "nice")], &["\"nice\" is no rule"]);
+    grpo.check(&[("--reward", "nice")], &["\"nice\" is not a known rule"]);
     let exact = ("--reward", "exact:answer");
     grpo.check(&[exact, ("--data", &no_answer)], &["no_answer.jsonl:2: ", "no field \"answer\""]);
     let held_out = [exact, ("--eval-data", &*no_answer)];
@@ -680,19 +680,19 @@ fn what_is_wrong_with_rollouts_is_told() {
     let program = |command: &str, words: &[&str]| {
         grpo.check(&[("--reward-command", command), ("--reward-timeout", "1")], words);
     };
-    program("exit 4", &["ended (exit status: 4) after 0 of 32 answers"]);
+    program("exit 4", &["exited (exit status: 4) after 0 of 32 answers"]);
     program("read -r l; echo 1; echo oh no >&2; exit 3", &["after 1 of 32", "oh no"]);
     program("kill -9 $$", &["SIGKILL"]);
     program("sleep 60", &["has not answered sample 1 of 32 within 1 s"]);
     program("while read -r l; do echo good; done", &["answered sample 1 of 32 with \"good\""]);
     program("for i in 1 2 3; do read -r l; echo 1; done", &["ended", "after 3 of 32 answers"]);
-    program("no-such-program-here", &["ended (exit status: 127)"]);
-    program("yes 1", &["unasked"]);
+    program("no-such-program-here", &["exited (exit status: 127)"]);
+    program("yes 1", &["an extra line"]);
 }
 
 /// An error that tells its cause is not followed by its cause.
 #[test]
-fn a_missing_file_is_told_once() {
+fn a_missing_file_is_reported_once() {
     let lab = Lab::new();
     let (base, missing, [reward, _]) = (base(), lab.path("missing.jsonl"), reward_adapters());
     let given = [("--base", &*base), ("--data", &*missing), ("--max-steps", "1")];
@@ -709,7 +709,7 @@ fn a_missing_file_is_told_once() {
 
 /// What a run is made of may not change under it, and a failed reward program loses no step.
 #[test]
-fn a_run_goes_on_only_as_it_was() {
+fn resume_rejects_changed_settings_and_files() {
     let lab = Lab::with_comparisons();
     let (base, prompts, [reward, other]) = (base(), lab.path("prompts.jsonl"), reward_adapters());
     let copy = |from: &str, name: &str| -> String {
@@ -775,7 +775,7 @@ fn a_run_goes_on_only_as_it_was() {
     ];
     let (whole, stopped) = (lab.path("whole"), lab.path("stopped"));
     let sentence = error(&quantune(&arguments("grpo", &flags, &stopped)));
-    assert!(sentence.contains("ended (exit status: 3) after 3 of 8 answers"), "{sentence}");
+    assert!(sentence.contains("exited (exit status: 3) after 3 of 8 answers"), "{sentence}");
     lab.write("mended", "");
     assert_eq!(run("grpo", &[("--resume", "")], &stopped)["resumed_at"], 2);
     run("grpo", &flags, &whole);
@@ -784,7 +784,7 @@ fn a_run_goes_on_only_as_it_was() {
 
 /// Labels that are coin flips teach nothing that holds on other rows, and no policy learns from it.
 #[test]
-fn a_reward_model_of_coin_flips_is_refused() {
+fn a_reward_model_at_chance_is_rejected() {
     let lab = Lab::with_comparisons();
     let row = |i: usize, swapped: bool| {
         let (mut chosen, mut rejected) = (format!("good {}", i * i), format!("bad {i} of all"));
@@ -845,7 +845,7 @@ fn well(response: &Response) -> Batch {
 }
 
 /// Each token's log-prob is read a place too late.
-fn a_place_late(response: &Response) -> Batch {
+fn shifted_by_one(response: &Response) -> Batch {
     let mut batch = well(response);
     let last = batch.tokens.len() as u32 - 1;
     for (row, _) in &mut batch.targets {
@@ -876,7 +876,7 @@ enum Learns {
 const ALL: [Learns; 4] = [Learns::Ppo, Learns::Grpo, Learns::Rloo, Learns::Once];
 
 impl Learns {
-    fn objective(self, row: &Experience, counts: ppo::Counts) -> Objective {
+    fn objective(self, row: &Experience, counts: ppo::MiniBatchCounts) -> Objective {
         if self == Self::Ppo {
             return ppo::objective(Some(ppo::policy_part(&[row], counts, 0.2)), None);
         }
@@ -960,7 +960,7 @@ impl Patient {
                 ..Experience::default()
             })
             .collect();
-        let counts = ppo::Counts::of(&rows.iter().collect::<Vec<_>>());
+        let counts = ppo::MiniBatchCounts::of(&rows.iter().collect::<Vec<_>>());
         let order: Vec<usize> = (2..rows.len()).rev().collect();
         let parts: Vec<MicroBatch> = order
             .iter()
@@ -1011,7 +1011,7 @@ fn a_healthy_update_is_not_diagnosed() {
 
 /// Each cause is put into an update that is otherwise well, and must be the only one found.
 #[test]
-fn each_cause_of_a_sick_update_is_named() {
+fn each_cause_of_an_unhealthy_update_is_reported() {
     let patient = Patient::new(Compute::INT16, 0);
     let check = |what: &str, found: &Diagnosis, sick: &dyn Fn(&Cause) -> bool, words: &str| {
         assert!(found.causes.len() == 1 && sick(&found.causes[0]), "{what}: {found:?}");
@@ -1026,7 +1026,7 @@ fn each_cause_of_a_sick_update_is_named() {
 
     // Scores and loss see the same wrong places.
     let is_shift = |cause: &Cause| matches!(cause, Cause::ShiftedRows { .. });
-    let layouts: [(&str, &LayOut); 2] = [("a place late", &a_place_late), ("padded", &padded)];
+    let layouts: [(&str, &LayOut); 2] = [("a place late", &shifted_by_one), ("padded", &padded)];
     for (what, lay_out) in layouts {
         let old = patient.log_probs(lay_out);
         for learns in ALL {
@@ -1201,7 +1201,7 @@ fn ptx_rows_are_in_the_gradient() {
 }
 
 #[test]
-fn every_preference_loss_falls() {
+fn every_preference_loss_decreases() {
     let lab = Lab::with_comparisons();
     let (base, pairs, labels) = (base(), lab.path("pairs.jsonl"), lab.path("labels.jsonl"));
     let held_out = lab.path("held_out_pairs.jsonl");

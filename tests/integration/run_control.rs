@@ -39,7 +39,7 @@ fn short(command: &str) -> Vec<String> {
 
 /// A dry run of every command: all is said, nothing is written, and the run then is what it said.
 #[test]
-fn a_dry_run_says_what_the_run_is_and_writes_nothing() {
+fn a_dry_run_prints_the_plan_and_writes_nothing() {
     let lab = Lab::with_comparisons();
     let files = || {
         let mut files = Vec::new();
@@ -150,7 +150,7 @@ fn an_adapter_of_a_folder_quantized_on_load_evaluates_the_same() {
 
 /// What stops a run stops a dry one.
 #[test]
-fn a_dry_run_has_the_rows_looked_at() {
+fn a_dry_run_validates_the_rows() {
     let lab = Lab::new();
     lab.write("odd.jsonl", "{\"messages\": [{\"role\": \"robot\", \"content\": \"x\"}]}\n");
     let (odd, out) = (lab.path("odd.jsonl"), lab.path("run"));
@@ -201,7 +201,7 @@ fn recipes_have_no_unknown_keys_and_no_faults() {
         common.data = vec!["data.jsonl".into()];
         match &mut settings.task {
             Task::Ppo(own) => own.reward_adapter = "reward".into(),
-            Task::Grpo(own) => own.reward = vec!["numeric:answer".into()],
+            Task::Grpo(own) => own.reward = vec!["numeric:answer".parse().unwrap()],
             _ => {}
         }
         assert_eq!(settings.fault(), None, "{file}");
@@ -261,7 +261,7 @@ fn overheated(lab: &Lab, out: &str, more: &[&str]) -> Vec<String> {
 
 /// Patience ends a run before its last step, wherever it was taken up, with the same bytes.
 #[test]
-fn patience_ends_a_run_and_resumes_to_the_same_bytes() {
+fn early_stopping_resumes_to_the_same_bytes() {
     let lab = Lab::new();
     let out = lab.path("run");
     let flags = ["--early-stopping-patience", "2", "--save-total-limit", "0"];
@@ -284,7 +284,7 @@ fn patience_ends_a_run_and_resumes_to_the_same_bytes() {
 /// The best checkpoint outlives the rotation, and its adapter is the run's. Where the highest loss is
 /// the best it is among the first; where the lowest is, it may be any.
 #[test]
-fn the_best_checkpoint_is_kept_and_taken() {
+fn the_best_checkpoint_is_kept_and_loaded() {
     for greater in [true, false] {
         let lab = Lab::new();
         let out = lab.path("run");

@@ -225,14 +225,14 @@ fn first_gradients(name: &str, run: &Run, gradients: &Gradients) {
 }
 
 #[test]
-fn ten_steps_are_pefts() {
+fn ten_steps_match_peft() {
     for name in RUNS {
         ten_steps(name, SINGLE, Compute::F32);
     }
 }
 
 #[test]
-fn ten_steps_are_pefts_packed_split_and_recomputed() {
+fn ten_steps_match_peft_packed_split_and_recomputed() {
     for (micro, recompute) in [(4, true), (4, false), (3, true), (2, false)] {
         ten_steps("llama-q4_0", Layout { micro, recompute, dropout: 0.0 }, Compute::F32);
         ten_steps("qwen2-tiny", Layout { micro, recompute, dropout: 0.0 }, Compute::F32);
@@ -241,7 +241,7 @@ fn ten_steps_are_pefts_packed_split_and_recomputed() {
 }
 
 #[test]
-fn dropout_does_not_see_how_rows_are_laid_out() {
+fn dropout_does_not_depend_on_batching() {
     let name = "llama-tiny";
     let decoder = load(name, Compute::F32);
     let initial = adapter(name, "initial", &decoder);
@@ -261,7 +261,7 @@ fn dropout_does_not_see_how_rows_are_laid_out() {
 }
 
 #[test]
-fn noise_does_not_see_how_rows_are_laid_out() {
+fn noise_does_not_depend_on_batching() {
     let name = "llama-tiny";
     for compute in [Compute::F32, Compute::REFERENCE] {
         let decoder = load(name, compute);
@@ -304,7 +304,7 @@ fn recomputation_gives_the_same_bits() {
 /// A large micro-batch, a small one and a large one again through the same buffers give the bits
 /// that each gives through fresh ones.
 #[test]
-fn buffers_hold_nothing_over() {
+fn buffers_carry_no_state() {
     let name = "llama-q4_0";
     let all = rows(name);
     for compute in [Compute::F32, Compute::INT16] {
@@ -519,7 +519,7 @@ fn changing_a_packed_row_leaves_its_neighbours_bit_equal() {
 
 /// Rows that wear different adapters in one batch get what each would get alone.
 #[test]
-fn every_row_wears_its_own_adapter() {
+fn every_row_uses_its_own_adapter() {
     let name = "llama-tiny";
     let decoder = load(name, Compute::F32);
     let initial = Arc::new(adapter(name, "initial", &decoder));

@@ -155,7 +155,7 @@ fn the_command_trains_from_files_of_all_kinds() {
     std::fs::remove_dir_all(path("out")).unwrap();
     check("*.*", "258", &[], "a vocabulary of 258 tokens, needed at least 259");
     check("*.html", "400", &[], "no file matches");
-    check("[", "400", &[], "is no pattern of file names");
+    check("[", "400", &[], "is not a valid glob pattern");
     std::fs::write(path("c.txt"), b"fine \xff").unwrap();
     check("c.txt", "400", &[], "c.txt: byte 5 is not UTF-8");
     std::fs::write(path("c.txt"), b" \n").unwrap();

@@ -1,7 +1,7 @@
 //! Documents of text, JSONL and Parquet files, in pieces of bounded size.
 //!
-//! Nothing is read whole: what is held is a chunk of some megabytes, a line of JSONL (64 MB at most)
-//! and a page of a Parquet column.
+//! Files are streamed: in memory are only a chunk of a few megabytes, one line of JSONL (64 MB at most) and
+//! one page of a Parquet column.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
@@ -16,43 +16,43 @@ use crate::data::parquet::{self, guarded};
 use crate::data::{DataError, Message, Row, example, lines, rows};
 use crate::text::Tokenizer;
 
-/// The line that parts the documents of a text file.
+/// The line that separates the documents of a text file.
 const BORDER: &[u8] = b"<|endoftext|>";
 /// The key or column that holds the text.
 const TEXT: &str = "text";
-/// Bytes of a piece, at most twice as many.
+/// Target size of a piece in bytes; a piece has at most twice as many.
 const PIECE: usize = 128 << 10;
-/// Bytes of the pieces that are worked on at a time.
+/// Number of bytes of pieces that are processed at a time.
 const CHUNK: usize = 8 << 20;
-/// Values of a Parquet column read at a time.
+/// Number of values of a Parquet column that are read at a time.
 const ROWS_AT_A_TIME: usize = 64;
 
-/// A document, or a part of one that is too long to be tokenized in one go.
+/// A document, or a part of one that is too long to be tokenized at once.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Piece {
-    /// The text; of a conversation that of its messages, a line each.
+pub struct DocumentPiece {
+    /// The text; for a conversation the contents of its messages, one per line.
     pub text: String,
-    /// The conversation, which a chat template is to lay out, with its place.
-    pub chat: Option<Chat>,
-    /// Whether a document begins here.
+    /// The conversation to render with the chat template, if it is one.
+    pub chat: Option<Conversation>,
+    /// Whether the piece is the first of its document.
     pub first: bool,
-    /// Whether it ends here.
+    /// Whether the piece is the last of its document.
     pub last: bool,
 }
 
-/// A conversation among the documents.
+/// A document that is a conversation.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Chat {
-    /// Its messages.
+pub struct Conversation {
+    /// The messages.
     pub(super) row: Row,
-    /// The file.
+    /// The file it comes from.
     path: PathBuf,
-    /// The line, counted from 1.
+    /// The line number, counted from 1.
     line: u64,
 }
 
-impl Chat {
-    /// Its tokens as the template lays them out, without the BOS that each document gets.
+impl Conversation {
+    /// Tokens of the conversation as rendered by the chat template, without BOS, which every document gets.
     pub(super) fn tokens(&self, tokenizer: &Tokenizer) -> Result<Vec<u32>, DataError> {
         let tokenized =
             example::tokenize(&self.row, tokenizer, None).map_err(|fault| DataError::Rows {
@@ -69,22 +69,22 @@ impl Chat {
     }
 }
 
-impl AsRef<str> for Piece {
+impl AsRef<str> for DocumentPiece {
     fn as_ref(&self) -> &str {
         &self.text
     }
 }
 
-/// Shows all documents of some files to `take`, in order, a chunk of pieces at a time. How they are
-/// cut depends on the files alone. Documents of nothing but whitespace are left out.
+/// Passes all documents of `files` to `take`, in order, a chunk of pieces at a time. How documents are cut
+/// depends only on the files. Documents of only white space are skipped.
 ///
 /// # Errors
-/// Whatever is wrong with a file, after the pieces before it; what `take` returns;
+/// If a file cannot be read, after the pieces before it were passed on; errors of `take`;
 /// [`DataError::Stopped`] once `stop` is set.
 pub fn read_documents(
     files: &[PathBuf],
     stop: &AtomicBool,
-    take: &mut dyn FnMut(&[Piece]) -> Result<(), CorpusError>,
+    take: &mut dyn FnMut(&[DocumentPiece]) -> Result<(), CorpusError>,
 ) -> Result<(), CorpusError> {
     let mut chunks = Chunks { pieces: Vec::new(), bytes: 0, stop, take };
     for path in files {
@@ -99,7 +99,7 @@ pub fn read_documents(
     chunks.flush()
 }
 
-/// Whether a file is read as lines of JSON, which may be conversations.
+/// Whether a file is read as JSONL, which may contain conversations.
 pub(super) fn has_lines(path: &Path) -> bool {
     matches!(extension(path), Some("jsonl" | "ndjson"))
 }
@@ -109,14 +109,14 @@ fn extension(path: &Path) -> Option<&str> {
 }
 
 struct Chunks<'a> {
-    pieces: Vec<Piece>,
+    pieces: Vec<DocumentPiece>,
     bytes: usize,
     stop: &'a AtomicBool,
-    take: &'a mut dyn FnMut(&[Piece]) -> Result<(), CorpusError>,
+    take: &'a mut dyn FnMut(&[DocumentPiece]) -> Result<(), CorpusError>,
 }
 
 impl Chunks<'_> {
-    /// A whole document.
+    /// Adds a whole document.
     fn document(&mut self, text: &str) -> Result<(), CorpusError> {
         let (mut rest, mut first) = (text, true);
         while rest.len() > 2 * PIECE {
@@ -132,16 +132,16 @@ impl Chunks<'_> {
             return Ok(());
         }
         self.bytes += text.len();
-        self.pieces.push(Piece { text, chat: None, first, last });
+        self.pieces.push(DocumentPiece { text, chat: None, first, last });
         if self.bytes < CHUNK { Ok(()) } else { self.flush() }
     }
 
-    fn chat(&mut self, messages: &[Message], chat: Chat) -> Result<(), CorpusError> {
+    fn chat(&mut self, messages: &[Message], chat: Conversation) -> Result<(), CorpusError> {
         let content = |message: &Message| message.value["content"].as_str().map(String::from);
         let texts: Vec<String> = messages.iter().filter_map(content).collect();
         let text = texts.join("\n");
         self.bytes += text.len();
-        self.pieces.push(Piece { text, chat: Some(chat), first: true, last: true });
+        self.pieces.push(DocumentPiece { text, chat: Some(chat), first: true, last: true });
         if self.bytes < CHUNK { Ok(()) } else { self.flush() }
     }
 
@@ -157,7 +157,7 @@ impl Chunks<'_> {
     }
 }
 
-/// A text file: one document, or several that are parted by lines.
+/// Reads a text file: one document, or several separated by border lines.
 fn text(path: &Path, chunks: &mut Chunks<'_>) -> Result<(), CorpusError> {
     let io = |source| DataError::Io { path: path.into(), source };
     let mut reader = BufReader::with_capacity(1 << 20, File::open(path).map_err(io)?);
@@ -166,40 +166,40 @@ fn text(path: &Path, chunks: &mut Chunks<'_>) -> Result<(), CorpusError> {
     let mut line = Vec::new();
     loop {
         line.clear();
-        // A line may be of any length: this much of it at a time.
+        // A line may have any length, so it is read in bounded parts.
         let read = reader.by_ref().take(PIECE as u64).read_until(b'\n', &mut line).map_err(io)?;
         if read == 0 {
             break;
         }
         if at_line_start && without_line_end(&line) == BORDER {
-            // The line end before the border is the border's.
+            // The newline before the border belongs to the border.
             let text = without_line_end(&document.bytes).len();
             let line_end = document.bytes.split_off(text);
             document.end(chunks)?;
             document.offset += (line_end.len() + read) as u64;
         } else {
             document.bytes.extend_from_slice(&line);
-            document.hand_over(chunks)?;
+            document.pass_on(chunks)?;
         }
         at_line_start = line.ends_with(b"\n");
     }
     document.end(chunks)
 }
 
-/// What is still to be handed over of the document that is being read.
+/// The document that is being read; `bytes` is the part of it that is not yet passed on.
 struct TextDocument<'a> {
     path: &'a Path,
     bytes: Vec<u8>,
-    /// Where in the file `bytes` begins.
+    /// Offset of `bytes` in the file.
     offset: u64,
     first: bool,
 }
 
 impl TextDocument<'_> {
-    /// Hands over pieces of a long document as soon as it is known to be one.
-    fn hand_over(&mut self, chunks: &mut Chunks<'_>) -> Result<(), CorpusError> {
+    /// Passes on pieces of the document once it is longer than two pieces.
+    fn pass_on(&mut self, chunks: &mut Chunks<'_>) -> Result<(), CorpusError> {
         while self.bytes.len() > 2 * PIECE {
-            // A character may be read in part: then it waits for the rest.
+            // The last character may be incomplete; it stays in `bytes` until the rest is read.
             let text = match std::str::from_utf8(&self.bytes) {
                 Ok(text) => text,
                 Err(error) if error.error_len().is_none() => {
@@ -253,9 +253,9 @@ fn without_line_end(line: &[u8]) -> &[u8] {
     line.strip_suffix(b"\r").unwrap_or(line)
 }
 
-/// Where to cut a text that is longer than a piece: before a single space between two letters, where
-/// every word cutter cuts, so that the tokens are those of the whole. Text without such a place in
-/// half a piece is cut between any two characters.
+/// Where to cut a text that is longer than a piece: before a single space between two letters, where every
+/// pre-tokenizer splits too, so that the tokens are those of the whole text. If the second half of a piece
+/// has no such position, the text is cut between any two characters.
 fn word_border(text: &str) -> usize {
     let bytes = text.as_bytes();
     let is_border = |at: &usize| {
@@ -269,23 +269,23 @@ fn word_border(text: &str) -> usize {
 
 fn jsonl(path: &Path, chunks: &mut Chunks<'_>) -> Result<(), CorpusError> {
     let stop = chunks.stop;
-    let mut handed_over = Ok(());
+    let mut result = Ok(());
     lines::read(path, stop, rows::document, |line, row| {
-        if handed_over.is_err() {
+        if result.is_err() {
             return;
         }
-        handed_over = match &row {
+        result = match &row {
             Row::Messages { messages, .. } => {
-                let chat = Chat { row: row.clone(), path: path.into(), line: line.number };
+                let chat = Conversation { row: row.clone(), path: path.into(), line: line.number };
                 chunks.chat(messages, chat)
             }
             Row::Text(text) => chunks.document(text),
             Row::Tokens { .. } | Row::PromptCompletion { .. } | Row::Alpaca { .. } => {
-                unreachable!("no document")
+                unreachable!("`rows::document` returns text or messages")
             }
         };
     })?;
-    handed_over
+    result
 }
 
 fn column(path: &Path, chunks: &mut Chunks<'_>) -> Result<(), CorpusError> {
@@ -296,7 +296,7 @@ fn column(path: &Path, chunks: &mut Chunks<'_>) -> Result<(), CorpusError> {
         let reason = format!("no column {TEXT:?}, found {}", names.join(", "));
         return Err(parquet::fault(path, reason).into());
     };
-    // A value that is there has the highest level, a null a lower one.
+    // A value has the highest definition level, a null a lower one.
     let highest = schema.column(column).max_def_level();
     let mut row = 0u64;
     for group in 0..reader.num_row_groups() {
@@ -304,7 +304,7 @@ fn column(path: &Path, chunks: &mut Chunks<'_>) -> Result<(), CorpusError> {
             guarded(path, || reader.get_row_group(group)?.get_column_reader(column))?;
         let ColumnReader::ByteArrayColumnReader(mut reader) = column_reader else {
             let found = schema.column(column).physical_type();
-            let reason = format!("column {TEXT:?} is of {found}, needed strings");
+            let reason = format!("column {TEXT:?} has type {found}, needed strings");
             return Err(parquet::fault(path, reason).into());
         };
         loop {
@@ -338,12 +338,12 @@ fn column(path: &Path, chunks: &mut Chunks<'_>) -> Result<(), CorpusError> {
 mod tests {
     use super::*;
 
-    fn pieces(bytes: &[u8]) -> Result<Vec<Piece>, String> {
+    fn pieces(bytes: &[u8]) -> Result<Vec<DocumentPiece>, String> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("some.txt");
         std::fs::write(&path, bytes).unwrap();
         let mut found = Vec::new();
-        let mut take = |pieces: &[Piece]| {
+        let mut take = |pieces: &[DocumentPiece]| {
             found.extend_from_slice(pieces);
             Ok(())
         };
@@ -352,7 +352,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_part_the_documents_of_a_text_file() {
+    fn border_lines_separate_documents_of_a_text_file() {
         let check = |text: &str, needed: &[&str]| {
             let found = pieces(text.as_bytes()).unwrap();
             let texts: Vec<&str> = found.iter().map(|piece| &*piece.text).collect();
@@ -370,14 +370,14 @@ mod tests {
     }
 
     #[test]
-    fn conversations_stand_among_texts() {
+    fn jsonl_may_mix_texts_and_conversations() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("rows.jsonl");
         let rows = "{\"text\": \"one\"}\n{\"messages\": [{\"role\": \"user\", \"content\": \"Why?\"}, \
                     {\"role\": \"assistant\", \"content\": \"So.\"}]}\n";
         std::fs::write(&path, rows).unwrap();
         let mut found = Vec::new();
-        let mut take = |pieces: &[Piece]| {
+        let mut take = |pieces: &[DocumentPiece]| {
             found.extend_from_slice(pieces);
             Ok(())
         };

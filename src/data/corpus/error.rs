@@ -1,89 +1,89 @@
-//! What can be wrong with the sources of a mixture and with their shards.
+//! Errors of the sources of a mixture and of their shards.
 
 use std::path::{Path, PathBuf};
 
 use crate::data::DataError;
-use crate::data::cache::Refused;
+use crate::data::cache::IoFailure;
 use crate::text::TextError;
 
-/// Why sources gave no corpus.
+/// Why a corpus cannot be opened.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CorpusError {
-    /// A file cannot be read, or holds wrong rows; or the user asked to stop.
+    /// A file cannot be read or has invalid rows, or the user interrupted the run.
     #[error(transparent)]
     Data(#[from] DataError),
-    /// The tokenizer refused.
+    /// An error of the tokenizer.
     #[error(transparent)]
     Text(#[from] TextError),
-    /// A pattern that is none.
-    #[error("{pattern:?} is no pattern of file names: {problem}")]
+    /// An invalid glob pattern.
+    #[error("{pattern:?} is not a valid glob pattern: {problem}")]
     Pattern {
         /// The pattern.
         pattern: String,
         /// What is wrong with it.
         problem: String,
     },
-    /// A pattern that nothing matches.
+    /// A pattern that no file matches.
     #[error("no file matches {pattern:?}")]
     NoFile {
         /// The pattern.
         pattern: String,
     },
-    /// Text that is none.
+    /// A text file that is not UTF-8.
     #[error("{}: byte {offset} is not UTF-8", path.display())]
     NotUtf8 {
         /// The file.
         path: PathBuf,
-        /// The byte, counted from 0.
+        /// Offset of the invalid byte, counted from 0.
         offset: u64,
     },
-    /// Files without any text.
-    #[error("source {name:?}: no text in its {files} files, needed a document at least")]
+    /// A source without any text.
+    #[error("source {name:?}: no text in its {files} files, needed at least one document")]
     Empty {
         /// The source.
         name: String,
-        /// Its files.
+        /// Number of files.
         files: usize,
     },
     /// A source all of whose documents are held out.
     #[error(
-        "source {name:?}: all {documents} documents fall into the validation share of {split}, \
-         needed more documents (a line `<|endoftext|>` parts those of a text file) or a smaller share"
+        "source {name:?}: all {documents} documents fall into the validation split of {split}, needed \
+         more documents (`<|endoftext|>` lines separate those of a text file) or a smaller split"
     )]
     AllHeldOut {
         /// The source.
         name: String,
-        /// Its documents.
+        /// Number of documents.
         documents: u64,
-        /// The share.
+        /// The validation split.
         split: f64,
     },
-    /// A validation share, but no document in it.
+    /// A validation split without any document.
     #[error(
-        "none of {documents} documents falls into the validation share of {split}, needed more \
-         documents (a line `<|endoftext|>` parts those of a text file), a larger share, or 0"
+        "none of {documents} documents falls into the validation split of {split}, needed more \
+         documents (`<|endoftext|>` lines separate those of a text file), a larger split, or 0"
     )]
     NothingHeldOut {
-        /// All documents.
+        /// Number of documents.
         documents: u64,
-        /// The share.
+        /// The validation split.
         split: f64,
     },
-    /// No source, or two of one name, or settings that make no sense.
+    /// No source, two sources of the same name, or invalid settings.
     #[error("{0}")]
     Settings(String),
-    /// The system refused to write, or to read what was written.
+    /// A file or folder cannot be written or read.
     #[error("{}: cannot {action}: {source}", path.display())]
     Io {
-        /// What was tried.
+        /// The failed action.
         action: &'static str,
         /// The file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// The system error.
         source: std::io::Error,
     },
-    /// A shard that is not as it was written.
+    /// A shard that does not match its checksum or header.
     #[error("{}: {reason}; remove its folder to have the source tokenized again", path.display())]
     Shard {
         /// The file.
@@ -94,14 +94,14 @@ pub enum CorpusError {
 }
 
 impl CorpusError {
-    /// For `map_err` of what the system refuses.
+    /// For `map_err` of I/O errors.
     pub(super) fn io(action: &'static str, path: &Path) -> impl Fn(std::io::Error) -> Self {
         move |source| Self::Io { action, path: path.into(), source }
     }
 }
 
-impl From<Refused> for CorpusError {
-    fn from((action, path, source): Refused) -> Self {
+impl From<IoFailure> for CorpusError {
+    fn from((action, path, source): IoFailure) -> Self {
         Self::Io { action, path, source }
     }
 }

@@ -1,34 +1,34 @@
-//! Which source a row comes from, and which of the source's rows it is: pure functions of numbers.
+//! Which source a row comes from, and which row of the source it is, as pure functions of the row index.
 
 use quantune_adapters::rng::Stream;
 
-/// One, as a share.
+/// The fraction 1, in units of 2⁻³².
 const ONE: u64 = 1 << 32;
 
-/// The order in which sources take turns.
+/// The interleaving of sources.
 ///
-/// A source gets its share of the rows that the sources before it have left, evenly spread: of the
-/// first `n` of these, `n · share` rounded. So any row is found without the rows before it, and after
-/// any number `n` of rows the rows of each of K sources differ from `n · weight` by K / 2 at most.
+/// A source gets a fixed fraction of the rows that the sources before it leave, evenly spread: of the first
+/// `n` of these, `n · share` rounded. So the source of any row is computed without the rows before it, and
+/// after any number `n` of rows, the count of each of K sources differs from `n · weight` by at most K / 2.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Mixture {
-    /// For each source its share of what those before it leave, in 2⁻³².
+    /// For each source its fraction of the rows that the sources before it leave, in units of 2⁻³².
     shares: Vec<u64>,
 }
 
 impl Mixture {
-    /// From weights above 0.
+    /// A mixture with these weights, which are above 0.
     pub fn new(weights: &[f64]) -> Self {
         let shares = (0..weights.len()).map(|source| {
             let left: f64 = weights[source..].iter().sum();
             let share = (weights[source] / left * ONE as f64).round() as u64;
-            // The last takes all that is left; one that would round to nothing still has its turns.
+            // The last source takes all rows that are left. A share that rounds to 0 becomes the smallest.
             if source + 1 == weights.len() { ONE } else { share.clamp(1, ONE) }
         });
         Self { shares: shares.collect() }
     }
 
-    /// The source of a row, and how many rows before this one are the source's too.
+    /// The source of a row, and how many earlier rows have the same source.
     pub fn place(&self, row: u64) -> (usize, u64) {
         let mut left = row;
         for (source, &share) in self.shares.iter().enumerate() {
@@ -41,7 +41,7 @@ impl Mixture {
         unreachable!("the last source takes every row that is left")
     }
 
-    /// How many of the first rows each source has.
+    /// How many of the first `rows` rows come from each source.
     pub fn counts(&self, rows: u64) -> Vec<u64> {
         let mut left = rows;
         let counts = self.shares.iter().map(|&share| {
@@ -53,29 +53,29 @@ impl Mixture {
     }
 }
 
-/// `rows · share`, rounded. In integers, so that a further row adds one at most.
+/// `rows · share`, rounded. In integer arithmetic, so that one more row adds at most one.
 fn taken(rows: u64, share: u64) -> u64 {
     ((u128::from(rows) * u128::from(share) + u128::from(ONE / 2)) >> 32) as u64
 }
 
-/// A permutation of `0..n` that needs no memory: a Feistel network over the next power of four, in
-/// which whatever falls outside is sent round again (cycle walking, Black and Rogaway 2002).
+/// A permutation of `0..n` in constant memory: a Feistel network over the next power of four, applied again
+/// while the result is outside of `0..n` (cycle walking, Black and Rogaway 2002).
 #[derive(Debug, Clone)]
 pub(super) struct Permutation {
     n: u64,
-    /// Bits of half a number.
+    /// Half the number of bits.
     half: u32,
     keys: [u64; 6],
 }
 
 impl Permutation {
-    /// One of `n` numbers, at least one, by the numbers of a stream.
+    /// A random permutation of `0..n`, for `n` of at least 1.
     pub fn new(n: u64, random: &mut Stream) -> Self {
         let bits = u64::BITS - (n - 1).leading_zeros();
         Self { n, half: bits.div_ceil(2).max(1), keys: std::array::from_fn(|_| random.next_u64()) }
     }
 
-    /// Where `i`, below `n`, goes.
+    /// The image of `i`, which is below `n`.
     pub fn of(&self, i: u64) -> u64 {
         let mut place = self.round_trip(i);
         while place >= self.n {
@@ -119,7 +119,7 @@ mod tests {
                     prop_assert_eq!(counts.iter().sum::<u64>(), rows);
                     for (&count, weight) in counts.iter().zip(&weights) {
                         let off = (count as f64 - rows as f64 * weight / sum).abs();
-                        // Half a source each, and what rounding the shares to 2⁻³² adds.
+                        // 0.5 per source, plus the error of rounding shares to 2⁻³².
                         let bound = weights.len() as f64 * (0.5 + rows as f64 / ONE as f64);
                         prop_assert!(off <= bound, "{count} of {rows} rows for {weight} of {sum}");
                     }

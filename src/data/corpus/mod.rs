@@ -1,11 +1,11 @@
-//! The mixture a model is pretrained on: named sources with weights, tokenized once, and the rows
-//! of any step as a pure function of their numbers.
+//! The pretraining corpus: a mixture of named sources with weights. Sources are tokenized once, and the
+//! rows of any step are a pure function of their indices.
 //!
-//! A source's documents lie end to end in a ring (`shard`). An epoch cuts the ring, from a place
-//! drawn for the epoch on, into rows of T tokens, and goes through them in a drawn order; which
-//! source a row of the run comes from is counted out by weight (`mixture`). All of it depends on
-//! the seed and the row's number alone, so a resumed run needs no state. Nothing is padded: what
-//! does not fill a row at the end of an epoch is another stretch of the ring in each.
+//! The documents of a source are concatenated into a ring (`shard`). An epoch cuts the ring into rows of T
+//! tokens, from a random offset on, and visits them in random order; the source of each row of the run is
+//! chosen by weight (`mixture`). Everything depends only on the seed and the row index, so a resumed run
+//! needs no state. Nothing is padded: the tokens that do not fill a row at the end of an epoch are others
+//! in each epoch.
 
 mod documents;
 mod error;
@@ -13,7 +13,7 @@ mod mixture;
 mod shard;
 mod source;
 
-pub use documents::{Piece, read_documents};
+pub use documents::{DocumentPiece, read_documents};
 pub use error::CorpusError;
 pub use source::{SourceSpec, matching_files};
 
@@ -31,98 +31,98 @@ use super::cache::hex;
 use crate::monitor::Monitor;
 use crate::text::Tokenizer;
 use mixture::{Mixture, Permutation};
-use shard::{Borders, Part, Shard};
+use shard::{Borders, Shard, TokenRing};
 
-/// How a corpus is made and cut into rows.
+/// Settings for tokenizing a corpus and cutting it into rows.
 #[derive(Debug, Clone, PartialEq)]
 pub struct CorpusSettings {
-    /// The folder of the tokenized sources; several runs may share one.
+    /// Cache folder for the tokenized sources; several runs may share it.
     pub cache: PathBuf,
-    /// Tokens of a row.
+    /// Number of tokens per row.
     pub sequence_length: usize,
-    /// Whether positions and attention begin anew with each document, or run through the row.
+    /// Whether positions and attention are reset at document borders, or run through the whole row.
     pub reset_at_borders: bool,
-    /// The share of documents that is held out: by a hash of how each begins, so that a document
-    /// stays in its part whatever else there is, and those with one beginning are in one part.
+    /// The fraction of documents that is held out, by a hash of the beginning of each. So a document stays
+    /// in its part when others are added, and documents with the same beginning are in the same part.
     pub validation_split: f64,
     /// Seed of the run.
     pub seed: u64,
 }
 
-/// How far a source is tokenized.
+/// Progress of tokenizing a source.
 #[derive(Debug, Clone, Copy)]
 pub struct Tokenizing<'a> {
-    /// Its name.
+    /// Name of the source.
     pub source: &'a str,
-    /// Bytes of text so far.
+    /// Bytes of text tokenized so far.
     pub bytes: u64,
-    /// Bytes of its files.
+    /// Total bytes of its files.
     pub of: u64,
 }
 
 /// A mixture of tokenized sources.
 #[derive(Debug)]
 pub struct Corpus {
-    sources: Vec<Source>,
+    sources: Vec<CorpusSource>,
     mixture: Mixture,
     borders: Borders,
-    /// Bytes of text each token stands for.
+    /// Number of bytes of text that each token id stands for.
     byte_lengths: Vec<u32>,
     settings: CorpusSettings,
     fingerprint: String,
 }
 
 #[derive(Debug)]
-struct Source {
+struct CorpusSource {
     spec: SourceSpec,
     shard: Shard,
 }
 
-/// Where a row lies.
+/// Position of a row in the corpus.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub struct Place {
-    /// The source, by its index.
+pub struct RowPosition {
+    /// Index of the source.
     pub source: usize,
-    /// Epochs of the source before this one.
+    /// Epoch of the source, from 0.
     pub epoch: u64,
-    /// The row's first token in the ring of the source's.
+    /// Index of the row's first token in the ring of the source.
     pub start: u64,
 }
 
 /// Held-out rows of a source.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Validation {
-    /// The rows; all their tokens are targets.
+    /// The rows. All their tokens are targets.
     pub batch: Batch,
-    /// Bytes of text the targets stand for. An end of text stands for none, but is predicted too:
-    /// a text is also where it ends.
+    /// Number of bytes of text that the targets stand for. An end-of-text token stands for no bytes, but is
+    /// predicted too.
     pub bytes: u64,
 }
 
-/// What a source is and what was seen of it, a line of the table in LLaMA's paper.
+/// Statistics of a source and how much of it was used: a line of the data table in LLaMA's paper.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct SourceReport {
-    /// Its name.
+    /// Name of the source.
     pub name: String,
-    /// The share of rows that are drawn from it.
+    /// Fraction of rows that are drawn from it.
     pub weight: f64,
-    /// Its files.
+    /// Number of files.
     pub files: usize,
-    /// Documents to train on.
+    /// Number of training documents.
     pub documents: u64,
-    /// Bytes of their text.
+    /// Bytes of text of the training documents.
     pub bytes: u64,
-    /// Their tokens, ends of text among them.
+    /// Tokens of the training documents, end-of-text tokens included.
     pub tokens: u64,
-    /// Documents held out.
+    /// Number of held-out documents.
     pub validation_documents: u64,
-    /// Bytes of their text.
+    /// Bytes of text of the held-out documents.
     pub validation_bytes: u64,
-    /// Their tokens.
+    /// Tokens of the held-out documents.
     pub validation_tokens: u64,
-    /// Rows drawn.
+    /// Number of rows drawn.
     pub rows: u64,
-    /// How often its tokens were seen on average.
+    /// Average number of times each token was used.
     pub epochs: f64,
 }
 
@@ -148,7 +148,7 @@ impl Corpus {
         for spec in specs {
             let shard =
                 shard::open(spec, tokenizer, borders, validation_split, cache, monitor, &mut told)?;
-            sources.push(Source { spec: spec.clone(), shard });
+            sources.push(CorpusSource { spec: spec.clone(), shard });
         }
         let shards = || sources.iter().map(|source| &source.shard);
         if validation_split > 0.0 && shards().all(|shard| shard.validation.totals.documents == 0) {
@@ -156,7 +156,7 @@ impl Corpus {
             return Err(CorpusError::NothingHeldOut { documents, split: validation_split });
         }
         let mut hasher = Sha256::new();
-        for Source { spec, shard } in &sources {
+        for CorpusSource { spec, shard } in &sources {
             let Shard { train, validation, .. } = shard;
             for text in [&spec.name, &train.totals.sha256, &validation.totals.sha256] {
                 hasher.update(text);
@@ -174,12 +174,12 @@ impl Corpus {
         })
     }
 
-    /// The sources, in their order.
+    /// The sources, in order.
     pub fn sources(&self) -> impl ExactSizeIterator<Item = &SourceSpec> {
         self.sources.iter().map(|source| &source.spec)
     }
 
-    /// A hash of all tokens and of what is held out: another one under a resume is other data.
+    /// A hash of all tokens and of the held-out part. If it differs on resume, the data has changed.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
     }
@@ -189,57 +189,57 @@ impl Corpus {
         self.borders.end
     }
 
-    /// The token that documents are read behind: BOS where the tokenizer adds it, else the end of the
-    /// one before.
+    /// The token that documents are conditioned on: BOS if the tokenizer adds it, else the end-of-text token
+    /// of the previous document.
     pub fn begin_of_text(&self) -> u32 {
         self.borders.bos.unwrap_or(self.borders.end)
     }
 
-    /// Rows of an epoch of a source; at least one, a small source going round within it.
+    /// Number of rows per epoch of a source. It is at least one; a small source repeats within the row.
     pub fn rows_per_epoch(&self, source: usize) -> u64 {
         let tokens = self.sources[source].shard.train.totals.tokens;
         (tokens / self.settings.sequence_length as u64).max(1)
     }
 
-    /// Where row `row` of the run lies, counted over all steps and micro-batches.
-    pub fn place(&self, row: u64) -> Place {
+    /// Position of row `row` of the run, counted over all steps and micro-batches.
+    pub fn place(&self, row: u64) -> RowPosition {
         let (source, row) = self.mixture.place(row);
         let rows = self.rows_per_epoch(source);
         let (epoch, row) = (row / rows, row % rows);
-        let Source { spec, shard } = &self.sources[source];
+        let CorpusSource { spec, shard } = &self.sources[source];
         let purpose = format!("order of source {}", spec.name);
         let mut random = Stream::new(self.settings.seed, &purpose, &[epoch]);
         let offset = random.below(shard.train.totals.tokens);
         let row = Permutation::new(rows, &mut random).of(row);
         let start = offset + row * self.settings.sequence_length as u64;
-        Place { source, epoch, start: start % shard.train.totals.tokens }
+        RowPosition { source, epoch, start: start % shard.train.totals.tokens }
     }
 
-    /// Rows of the run, each of T tokens with a target each: the next one, for a row's last token the
-    /// one behind the row.
+    /// A batch of rows of the run. Each row has T tokens, and the target of each is the next token in the
+    /// ring.
     ///
-    /// If attention stops at borders, a document's context begins with the end-of-text token of
-    /// the one before it, which predicts its first token: so all tokens are predicted, none from
-    /// another document, and the same token begins a text when the model generates. (For models
-    /// with BOS the context begins with that, which is itself not predicted.)
+    /// If attention is reset at borders, the context of a document begins with the end-of-text token of the
+    /// previous one, which predicts its first token. So all tokens are predicted, none from another
+    /// document, and generation starts from the same token. (For models with BOS the context begins with
+    /// BOS, which is itself not predicted.)
     pub fn batch(&self, rows: Range<u64>) -> Batch {
         let mut batch = Batch::default();
         for row in rows {
-            let Place { source, start, .. } = self.place(row);
+            let RowPosition { source, start, .. } = self.place(row);
             let length = self.settings.sequence_length;
             self.push(&mut batch, &self.sources[source].shard.train, start, length, row);
         }
         batch
     }
 
-    /// Rows of a source's held-out documents. Each of their tokens is a target of one row.
+    /// Number of rows of the held-out documents of a source. Each of their tokens is a target of one row.
     pub fn validation_rows(&self, source: usize) -> u64 {
         let tokens = self.sources[source].shard.validation.totals.tokens;
         tokens.div_ceil(self.settings.sequence_length as u64)
     }
 
-    /// Held-out rows of a source, in the order of its files; the last row is shorter. Rows past
-    /// the last are left out.
+    /// Held-out rows of a source, in file order. The last row may be shorter, and rows past the last are
+    /// skipped.
     pub fn validation(&self, source: usize, rows: Range<u64>) -> Validation {
         let part = &self.sources[source].shard.validation;
         let length = self.settings.sequence_length as u64;
@@ -247,7 +247,8 @@ impl Corpus {
         for row in rows.start..rows.end.min(self.validation_rows(source)) {
             let first_target = row * length;
             let count = length.min(part.totals.tokens - first_target);
-            // The first token follows the ring's last: an end of text, as all documents do.
+            // The first token is predicted by the last of the ring, an end-of-text token, as for every
+            // document.
             let start = first_target + part.totals.tokens - 1;
             self.push(&mut batch, part, start, count as usize, row);
         }
@@ -256,11 +257,11 @@ impl Corpus {
         Validation { batch, bytes }
     }
 
-    /// The table of sources after `rows` rows.
+    /// The statistics of all sources after `rows` rows.
     pub fn report(&self, rows: u64) -> Vec<SourceReport> {
         let weights: f64 = self.sources.iter().map(|source| source.spec.weight).sum();
         let counts = self.mixture.counts(rows);
-        let line = |(Source { spec, shard }, rows): (&Source, u64)| {
+        let line = |(CorpusSource { spec, shard }, rows): (&CorpusSource, u64)| {
             let Shard { files, train, validation } = shard;
             let tokens_seen = rows as f64 * self.settings.sequence_length as f64;
             SourceReport {
@@ -280,8 +281,8 @@ impl Corpus {
         self.sources.iter().zip(counts).map(line).collect()
     }
 
-    /// Lays `length` tokens of a part from `start` on behind what the batch holds.
-    fn push(&self, batch: &mut Batch, part: &Part, start: u64, length: usize, key: u64) {
+    /// Appends a row of `length` tokens of a part, from `start` on, to the batch.
+    fn push(&self, batch: &mut Batch, part: &TokenRing, start: u64, length: usize, key: u64) {
         let mut row = Vec::with_capacity(length + 1);
         part.read(start, length + 1, &mut row);
         let reset = self.settings.reset_at_borders;
@@ -299,7 +300,7 @@ fn check(specs: &[SourceSpec], settings: &CorpusSettings) -> Result<(), CorpusEr
     let mut names = HashSet::new();
     for SourceSpec { name, weight, .. } in specs {
         if !names.insert(name) {
-            return fault(format!("source {name:?} is there twice"));
+            return fault(format!("source {name:?} is given twice"));
         }
         if !(weight.is_finite() && *weight > 0.0) {
             return fault(format!("the weight of {name:?} is {weight}, needed a number above 0"));
@@ -307,15 +308,15 @@ fn check(specs: &[SourceSpec], settings: &CorpusSettings) -> Result<(), CorpusEr
     }
     let sum: f64 = specs.iter().map(|spec| spec.weight).sum();
     if !sum.is_finite() {
-        return fault(format!("the weights of the sources sum to {sum}, needed a number"));
+        return fault(format!("the weights of the sources sum to {sum}, needed a finite number"));
     }
     let CorpusSettings { sequence_length, validation_split, .. } = settings;
     if *sequence_length == 0 {
-        return fault("rows of 0 tokens, needed at least 1".into());
+        return fault("the sequence length is 0, needed at least 1".into());
     }
     if !(0.0..1.0).contains(validation_split) {
         return fault(format!(
-            "a validation share of {validation_split}, needed at least 0 and less than 1"
+            "the validation split is {validation_split}, needed at least 0 and less than 1"
         ));
     }
     Ok(())

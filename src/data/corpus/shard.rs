@@ -1,11 +1,11 @@
-//! The tokens of a source on disk, made once and mapped from then on.
+//! The tokens of a source on disk, written once and memory-mapped from then on.
 //!
-//! A shard is a folder, named after all that its tokens depend on: `train.tokens` and
-//! `validation.tokens`, arrays of little-endian u16 (u32 for larger vocabularies), and `shard.json`. In
-//! both parts document follows document, each with its end-of-text token behind it, which text never
-//! is: so these tokens are the index of borders, and there is no other that could contradict them.
+//! A shard is a folder, named by a hash of everything its tokens depend on. It holds `train.tokens` and
+//! `validation.tokens`, arrays of little-endian u16 (u32 for larger vocabularies), and `shard.json`. Both
+//! arrays are documents one after another, each followed by the end-of-text token, which never occurs
+//! within a text. So these tokens mark the borders, and no separate index is needed.
 //!
-//! The folder is the cache's ([`super::super::cache`]): what is there is whole.
+//! The folder is written by [`crate::data::cache`], so a shard that exists is complete.
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
@@ -17,7 +17,7 @@ use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::documents::{Piece, has_lines, read_documents};
+use super::documents::{DocumentPiece, has_lines, read_documents};
 use super::{CorpusError, SourceSpec, Tokenizing, matching_files};
 use crate::data::cache::{self, hex};
 use crate::data::split;
@@ -26,21 +26,21 @@ use crate::quant::Bytes;
 use crate::text::{ChatTemplate, Special, TextError, Tokenizer};
 use crate::weights::{map_file, write_atomically};
 
-/// Another number, other shards: to be raised whenever the same files would give other tokens.
+/// Version of the shard format. Raise it whenever the same files would give other tokens.
 const FORMAT: u32 = 1;
 const HEADER: &str = "shard.json";
 
-/// The tokens between documents.
+/// The tokens that mark borders of documents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Borders {
-    /// Ends every document.
+    /// Follows every document.
     pub end: u32,
-    /// Begins every document, for models trained with BOS in front; never predicted.
+    /// Precedes every document, for models trained with BOS; never predicted.
     pub bos: Option<u32>,
 }
 
 impl Borders {
-    /// The tokenizer's end-of-text token, else the one that ends a sequence.
+    /// The border tokens of a tokenizer: its end-of-text token, or else EOS, and BOS if it adds it.
     pub fn of(tokenizer: &Tokenizer) -> Result<Self, CorpusError> {
         let special = |name: &&str| {
             let id = tokenizer.id_of(name)?;
@@ -61,21 +61,21 @@ impl Borders {
     }
 }
 
-/// What the tokens of a shard depend on.
+/// Everything that the tokens of a shard depend on.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-struct Origin {
+struct ShardOrigin {
     format: u32,
     tokenizer: String,
-    /// Of the chat template and the day it is pinned to, where a file may hold conversations.
+    /// Fingerprint of the chat template and its pinned date, if a file may contain conversations.
     template: Option<String>,
     borders: Borders,
-    /// Bytes of a token.
+    /// Number of bytes per token.
     width: usize,
     validation_split: f64,
     files: Vec<FilePrint>,
 }
 
-/// A file, known again by its size and when it was last changed.
+/// A source file, identified by its size and modification time.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 struct FilePrint {
     path: PathBuf,
@@ -84,49 +84,49 @@ struct FilePrint {
     modified: u64,
 }
 
-/// What a part of a source came to.
+/// Counts over the training or validation part of a source.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub(super) struct Totals {
     pub documents: u64,
-    /// Bytes of their text.
+    /// Bytes of text.
     pub bytes: u64,
-    /// Tokens, borders among them.
+    /// Tokens, border tokens included.
     pub tokens: u64,
-    /// Of the file of tokens, in hex.
+    /// SHA-256 of the token file, in hex.
     pub sha256: String,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-struct Header {
-    origin: Origin,
+struct ShardHeader {
+    origin: ShardOrigin,
     train: Totals,
     validation: Totals,
 }
 
-/// A source's tokens.
+/// The tokens of a source.
 #[derive(Debug)]
 pub(super) struct Shard {
     pub files: usize,
-    pub train: Part,
-    pub validation: Part,
+    pub train: TokenRing,
+    pub validation: TokenRing,
 }
 
-/// The tokens of one part, in a ring: behind the last document comes the first.
+/// The tokens of one part, read as a ring: the first document follows the last.
 #[derive(Debug)]
-pub(super) struct Part {
+pub(super) struct TokenRing {
     pub totals: Totals,
     width: usize,
-    /// Nothing where there are no tokens.
+    /// The mapped tokens; `None` if there are none.
     map: Option<Bytes>,
 }
 
-impl Part {
-    /// Appends `count` tokens from `start` on, going round as often as it takes.
+impl TokenRing {
+    /// Appends `count` tokens from `start` on, wrapping around as often as needed.
     ///
     /// # Panics
-    /// If there are none.
+    /// If the part has no tokens.
     pub fn read(&self, start: u64, count: usize, tokens: &mut Vec<u32>) {
-        let map = self.map.as_deref().expect("tokens are read from parts that have some");
+        let map = self.map.as_deref().expect("only parts with tokens are read");
         let needed = tokens.len() + count;
         let mut at = (start % self.totals.tokens) as usize;
         while tokens.len() < needed {
@@ -154,13 +154,13 @@ impl Part {
         }
         let map = map_file(&path).map_err(|error| bad(error.to_string()))?;
         if hex(&Sha256::digest(&*map)) != totals.sha256 {
-            return Err(bad("is not as it was written".into()));
+            return Err(bad("has changed since it was written".into()));
         }
         Ok(Self { totals, width, map: Some(map) })
     }
 }
 
-/// The shard of a source, made now if there is none in `cache` for these files.
+/// Opens the shard of a source, after tokenizing its files if `cache` has no shard for them.
 pub(super) fn open(
     spec: &SourceSpec,
     tokenizer: &Tokenizer,
@@ -172,7 +172,7 @@ pub(super) fn open(
 ) -> Result<Shard, CorpusError> {
     let files = matching_files(&spec.glob)?;
     let template = tokenizer.chat_template().filter(|_| files.iter().any(|path| has_lines(path)));
-    let origin = Origin {
+    let origin = ShardOrigin {
         format: FORMAT,
         tokenizer: tokenizer.fingerprint()?,
         template: template.map(ChatTemplate::fingerprint),
@@ -192,15 +192,16 @@ pub(super) fn open(
     let path = folder.join(HEADER);
     let bad = |reason: String| CorpusError::Shard { path: path.clone(), reason };
     let text = fs::read_to_string(&path).map_err(|error| bad(error.to_string()))?;
-    let header: Header = serde_json::from_str(&text).map_err(|error| bad(error.to_string()))?;
+    let header: ShardHeader =
+        serde_json::from_str(&text).map_err(|error| bad(error.to_string()))?;
     if header.origin != origin {
-        return Err(bad("is of other files or another tokenizer".into()));
+        return Err(bad("belongs to other files or another tokenizer".into()));
     }
     let width = origin.width;
     Ok(Shard {
         files: files.len(),
-        train: Part::open(&folder, "train.tokens", header.train, width)?,
-        validation: Part::open(&folder, "validation.tokens", header.validation, width)?,
+        train: TokenRing::open(&folder, "train.tokens", header.train, width)?,
+        validation: TokenRing::open(&folder, "validation.tokens", header.validation, width)?,
     })
 }
 
@@ -215,23 +216,24 @@ fn file_print(path: &Path) -> Result<FilePrint, CorpusError> {
 fn tokenize(
     spec: &SourceSpec,
     tokenizer: &Tokenizer,
-    origin: &Origin,
+    origin: &ShardOrigin,
     files: &[PathBuf],
     folder: &Path,
     stop: &AtomicBool,
     told: &mut dyn FnMut(Tokenizing<'_>),
 ) -> Result<(), CorpusError> {
-    let mut train = PartWriter::new(folder.join("train.tokens"), origin)?;
-    let mut validation = PartWriter::new(folder.join("validation.tokens"), origin)?;
+    let mut train = TokenWriter::new(folder.join("train.tokens"), origin)?;
+    let mut validation = TokenWriter::new(folder.join("validation.tokens"), origin)?;
     let of = origin.files.iter().map(|file| file.bytes).sum();
     let mut held_out = false;
     let end = Borders::of(tokenizer)?.end;
-    read_documents(files, stop, &mut |pieces: &[Piece]| {
-        let encode = |piece: &Piece| -> Result<Vec<u32>, CorpusError> {
+    read_documents(files, stop, &mut |pieces: &[DocumentPiece]| {
+        let encode = |piece: &DocumentPiece| -> Result<Vec<u32>, CorpusError> {
             match &piece.chat {
                 Some(chat) => {
                     let mut tokens = chat.tokens(tokenizer)?;
-                    // The end that follows every document may be what the template ends with.
+                    // The template may end with the end-of-text token, which is appended to every
+                    // document anyway.
                     tokens.pop_if(|last| *last == end);
                     Ok(tokens)
                 }
@@ -259,15 +261,15 @@ fn tokenize(
         return Err(CorpusError::AllHeldOut { name, documents, split });
     }
     let origin = origin.clone();
-    let header = Header { origin, train: train.finish()?, validation: validation.finish()? };
+    let header = ShardHeader { origin, train: train.finish()?, validation: validation.finish()? };
     let json = serde_json::to_string_pretty(&header).expect("plain data");
     let path = folder.join(HEADER);
     write_atomically(&path, |file| file.write_all(json.as_bytes()))
         .map_err(|error| CorpusError::io("write", &path)(std::io::Error::other(error.to_string())))
 }
 
-/// Writes the documents of one part.
-struct PartWriter {
+/// Writes the token file of one part.
+struct TokenWriter {
     path: PathBuf,
     file: BufWriter<File>,
     hasher: Sha256,
@@ -276,14 +278,14 @@ struct PartWriter {
     totals: Totals,
 }
 
-impl PartWriter {
-    fn new(path: PathBuf, origin: &Origin) -> Result<Self, CorpusError> {
+impl TokenWriter {
+    fn new(path: PathBuf, origin: &ShardOrigin) -> Result<Self, CorpusError> {
         let file = BufWriter::new(File::create(&path).map_err(CorpusError::io("write", &path))?);
         let (borders, width) = (origin.borders, origin.width);
         Ok(Self { path, file, hasher: Sha256::new(), borders, width, totals: Totals::default() })
     }
 
-    fn write(&mut self, piece: &Piece, tokens: &[u32]) -> Result<(), CorpusError> {
+    fn write(&mut self, piece: &DocumentPiece, tokens: &[u32]) -> Result<(), CorpusError> {
         let before = self.borders.bos.filter(|_| piece.first);
         let after = Some(self.borders.end).filter(|_| piece.last);
         let mut bytes = Vec::with_capacity((tokens.len() + 2) * self.width);

@@ -1,4 +1,4 @@
-//! A source of a mixture as it is named on the command line, and its files.
+//! The specification of a source on the command line, and its files.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -10,17 +10,18 @@ use super::CorpusError;
 
 /// One source of a mixture: `NAME=WEIGHT:GLOB`, such as `wiki=0.7:data/wiki/**/*.txt`.
 ///
-/// `WEIGHT` is the share of rows drawn from it, over the sum of all weights. Of the files that match
-/// `GLOB`, those ending in `.jsonl` or `.ndjson` have a `text` a line, or `messages` that the chat template lays out, those ending in `.parquet` a column
-/// `text`; all others are text, a document a file or parted by lines that are `<|endoftext|>`.
+/// `WEIGHT`, divided by the sum of all weights, is the fraction of rows drawn from the source. Of the files
+/// that match `GLOB`, those ending in `.jsonl` or `.ndjson` have a `text` per line, or `messages` that the
+/// chat template renders; those ending in `.parquet` have a column `text`. All other files are plain text:
+/// one document, or several separated by `<|endoftext|>` lines.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct SourceSpec {
-    /// What it is called in reports; letters, digits, `_`, `-` and `.`.
+    /// Name in reports: letters, digits, `_`, `-` and `.`.
     pub name: String,
-    /// How much of it there is in the mixture, above 0.
+    /// Weight in the mixture, above 0.
     pub weight: f64,
-    /// A pattern of file names, or a file.
+    /// A glob pattern, or a file.
     pub glob: String,
 }
 
@@ -34,12 +35,12 @@ impl FromStr for SourceSpec {
             Some((name, weight, glob))
         };
         let Some((name, weight, glob)) = parts() else {
-            return Err(format!("{text:?} is no source, needed NAME=WEIGHT:GLOB"));
+            return Err(format!("{text:?} is not a source, needed NAME=WEIGHT:GLOB"));
         };
         let is_plain = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
         if name.is_empty() || name.starts_with('.') || !name.chars().all(is_plain) {
             return Err(format!(
-                "{name:?} is no name of a source, needed letters, digits, `_`, `-` and `.`"
+                "{name:?} is not a valid source name, needed letters, digits, `_`, `-` and `.`"
             ));
         }
         let number =
@@ -48,7 +49,7 @@ impl FromStr for SourceSpec {
             return Err(format!("the weight of {name:?} is {weight:?}, needed a number above 0"));
         };
         if glob.is_empty() {
-            return Err(format!("source {name:?} names no files, needed NAME=WEIGHT:GLOB"));
+            return Err(format!("source {name:?} has no files, needed NAME=WEIGHT:GLOB"));
         }
         Ok(Self { name: name.into(), weight, glob: glob.into() })
     }
@@ -74,10 +75,11 @@ impl From<SourceSpec> for String {
     }
 }
 
-/// The files that match a pattern, by name. A pattern that is the name of a file is that file.
+/// The files that match a glob pattern, sorted by name. A pattern that is the path of a file matches that
+/// file.
 ///
 /// # Errors
-/// If there are none, or a folder cannot be read.
+/// If no file matches, or a folder cannot be read.
 pub fn matching_files(pattern: &str) -> Result<Vec<PathBuf>, CorpusError> {
     if Path::new(pattern).is_file() {
         return Ok(vec![pattern.into()]);
@@ -109,7 +111,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_source_is_a_name_a_weight_and_files() {
+    fn source_specs_parse_and_print() {
         let check = |text: &str, needed: Result<(&str, f64, &str), &str>| match (
             text.parse::<SourceSpec>(),
             needed,
@@ -127,9 +129,9 @@ mod tests {
         check("a-b_c.2=3:C:\\x=1.txt", Ok(("a-b_c.2", 3.0, "C:\\x=1.txt")));
         check("data/*.txt", Err("needed NAME=WEIGHT:GLOB"));
         check("wiki=0.7", Err("needed NAME=WEIGHT:GLOB"));
-        check("wiki=0.7:", Err("names no files"));
-        check("=1:x", Err("is no name"));
-        check("../x=1:x", Err("is no name"));
+        check("wiki=0.7:", Err("has no files"));
+        check("=1:x", Err("is not a valid source name"));
+        check("../x=1:x", Err("is not a valid source name"));
         check("wiki=0:x", Err("needed a number above 0"));
         check("wiki=-1:x", Err("needed a number above 0"));
         check("wiki=inf:x", Err("needed a number above 0"));

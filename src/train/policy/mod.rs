@@ -34,7 +34,7 @@ use crate::objectives::advantage::kl_k1;
 use crate::ops::{Compute, linear_cross_entropy};
 use crate::quant::Bytes;
 use crate::rollout::{
-    FirstStep, Response, RewardModel, SampleLog, SampleRow, Scorer, Scores, diagnose_update,
+    FirstStep, Response, RewardModel, RewardScores, SampleLog, SampleRow, Scorer, diagnose_update,
     respond, table,
 };
 use crate::text::Tokenizer;
@@ -270,7 +270,7 @@ impl Rollouts {
         let began = Instant::now();
         let (texts, scores) = self.scorer.score(decoder, tokenizer, prompts, &responses)?;
         self.times.scoring += began.elapsed();
-        let Scores { columns, totals } = scores;
+        let RewardScores { columns, totals } = scores;
         Ok(Scored { responses, texts, columns, totals })
     }
 

@@ -1,6 +1,6 @@
 //! What reward models and preferences have in common: responses to a prompt, laid out and scored.
 
-use crate::data::{Batch, Comparison, Shelves};
+use crate::data::{Batch, Comparison, RowStore};
 use crate::model::scoring::{runs, target_log_probs};
 use crate::model::{ActiveAdapter, Decoder};
 use crate::objectives::reward::{Pair, pair_weight};
@@ -8,7 +8,7 @@ use crate::train::TrainError;
 
 /// Some of the rows, read anew.
 pub fn get_rows(
-    rows: &Shelves<Comparison>,
+    rows: &RowStore<Comparison>,
     indices: impl Iterator<Item = usize>,
 ) -> Vec<Comparison> {
     indices.map(|row| rows.get(row)).collect()

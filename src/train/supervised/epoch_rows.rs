@@ -6,7 +6,7 @@ use std::io::Write;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::data::{EpochPlan, EpochSettings, FileRows, Shelved, epoch_examples};
+use crate::data::{EpochPlan, EpochSettings, FileRows, Record, epoch_examples};
 use crate::quant::Bytes;
 use crate::train::TrainError;
 use crate::train::rows::{LoadedRows, RowLoader, longest_together};
@@ -73,7 +73,7 @@ pub trait PlannedRows {
     fn bytes(&self) -> [usize; 2];
 }
 
-impl<T: Shelved, R: Display + Serialize> EpochRows<T, R> {
+impl<T: Record, R: Display + Serialize> EpochRows<T, R> {
     /// The rows with a plan of their first epoch.
     pub fn new(loader: &RowLoader, layout: EpochLayout, loaded: LoadedRows<T, R>) -> Self {
         let LoadedRows { train, held_out, held_out_lines, files } = loaded;
@@ -110,7 +110,7 @@ impl<T: Shelved, R: Display + Serialize> EpochRows<T, R> {
     }
 }
 
-impl<T: Shelved, R: Display + Serialize> PlannedRows for EpochRows<T, R> {
+impl<T: Record, R: Display + Serialize> PlannedRows for EpochRows<T, R> {
     fn report(&self) -> Value {
         json!(self.train.report)
     }

@@ -11,7 +11,7 @@ use super::StepBatches;
 use super::comparisons::{get_rows, lay_out, response_log_probs, weighted_pairs};
 use super::epoch_rows::{EpochLayout, EpochRows, PlannedRows};
 use crate::data::{
-    Batch, Comparison, ComparisonKind, ComparisonReport, DataError, Shelves, WhenTooLong,
+    Batch, Comparison, ComparisonKind, ComparisonReport, DataError, RowStore, WhenTooLong,
 };
 use crate::model::scoring::target_log_probs;
 use crate::model::{ActiveAdapter, Decoder};
@@ -266,7 +266,7 @@ pub struct PolicyAndReference<'a> {
 fn log_probs_of_rows(
     decoder: &Decoder,
     active: &[ActiveAdapter],
-    rows: &Shelves<Comparison>,
+    rows: &RowStore<Comparison>,
     indices: impl Iterator<Item = usize>,
 ) -> Result<Vec<Vec<f32>>, TrainError> {
     let rows = get_rows(rows, indices);

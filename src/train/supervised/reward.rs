@@ -6,7 +6,7 @@ use serde_json::json;
 use super::StepBatches;
 use super::comparisons::{get_rows, lay_out, weighted_pairs};
 use super::epoch_rows::{EpochLayout, EpochRows};
-use crate::data::{Batch, Comparison, ComparisonKind, ComparisonReport, Shelves, WhenTooLong};
+use crate::data::{Batch, Comparison, ComparisonKind, ComparisonReport, RowStore, WhenTooLong};
 use crate::model::scoring::{row_scores, runs};
 use crate::model::{ActiveAdapter, Decoder};
 use crate::monitor::Monitor;
@@ -107,7 +107,7 @@ impl RewardEvaluation {
 pub fn evaluate_rewards(
     decoder: &Decoder,
     active: &[ActiveAdapter],
-    rows: &Shelves<Comparison>,
+    rows: &RowStore<Comparison>,
     center_rewards_coefficient: f64,
     monitor: Monitor<'_>,
 ) -> Result<Option<RewardEvaluation>, TrainError> {

@@ -1,9 +1,9 @@
-//! What is wrong with rows that a trainer would learn from without a word: found while they are read,
-//! told with file and line before a run begins.
+//! Data validation: checks for rows that a trainer would silently learn wrong things from. They run while
+//! the rows are read, and are reported with file and line before training begins.
 //!
-//! A [`Check`] either stops a run, as what would teach nothing or teach wrong, or is told as a warning.
-//! A row that cannot be read is left out; whether the run may go on without it is the user's to say,
-//! as of all checks, by their names.
+//! A failed [`Check`] is either an error, if training on such rows would teach nothing or the wrong thing,
+//! or a warning. Rows that cannot be read are skipped. The user can ignore any check by its name
+//! (`--allow`).
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -16,75 +16,75 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::cache::{map_or_empty, sort_records};
-use super::lines::FAULTS_TOLD;
+use super::lines::FAULTS_SHOWN;
 use super::rows::{ComparisonRow, Responses};
-use super::{DataError, Dialect, Message, Row, RowError};
+use super::{DataError, Message, Row, RowError, RowFormat};
 use crate::quant::Bytes;
 use crate::string_enum::string_enum;
 use crate::text::Tokenizer;
 
-/// Lines kept of each check.
+/// Number of lines that are stored per check.
 const KEPT: usize = 100;
 
 string_enum! {
-    /// What is looked for in rows.
+    /// A check that every row goes through.
     #[derive(Debug, PartialOrd, Ord, Hash)]
     pub enum Check {
-        /// No JSON, missing keys, values of another type.
+        /// Invalid JSON, missing keys, or values of the wrong type.
         WrongRows = "wrong-rows",
-        /// A role or speaker nobody knows.
+        /// A message with an unknown role or speaker.
         UnknownRoles = "unknown-roles",
-        /// A row of another dialect than the file's first.
+        /// A row in another format than the first row of the file.
         MixedDialects = "mixed-dialects",
-        /// Ids that the tokenizer or the model does not have.
+        /// Token ids outside the vocabulary of the tokenizer or the model.
         OutOfVocabulary = "out-of-vocabulary",
-        /// A conversation whose learned part cannot be told from the template's text.
+        /// A conversation whose assistant tokens cannot be located in the output of the chat template.
         TemplatePrefix = "template-prefix",
-        /// Rows without a learned token; responses of which none are compared.
+        /// A row without a learned token, or without any pair or label.
         NothingToLearn = "nothing-to-learn",
-        /// Two tokens that begin a sequence.
+        /// Two BOS tokens at the start of a sequence.
         DoubledBos = "doubled-bos",
-        /// An answer that does not end in a learned token that ends generation.
+        /// A response that does not end in a learned end-of-generation token.
         UntrainedEnd = "untrained-end",
-        /// An assistant that says nothing.
+        /// An empty assistant message or response.
         EmptyAnswers = "empty-answers",
-        /// A conversation that the assistant begins.
+        /// A conversation that begins with an assistant message.
         AssistantFirst = "assistant-first",
-        /// Two turns of the assistant without one between.
+        /// Two consecutive assistant messages.
         RepeatedAssistant = "repeated-assistant",
         /// A system message that is not the first.
         LateSystem = "late-system",
-        /// A conversation that ends without an answer.
+        /// A conversation that ends with a user message.
         TrailingUser = "trailing-user",
-        /// Two responses compared that are the same.
+        /// A preference pair of two identical responses.
         IdenticalPairs = "identical-pairs",
-        /// A margin that says the worse response is the better.
+        /// A negative margin, which says that the rejected response is better.
         WrongMargins = "wrong-margins",
-        /// A token that reaches from what is given into what is learned.
+        /// A token that spans the border of prompt and response.
         BoundaryMismatch = "boundary-mismatch",
-        /// Rows that were there before.
+        /// A row that duplicates an earlier row of the file.
         Duplicates = "duplicates",
-        /// Held-out rows that are trained on.
+        /// A held-out row that is also in the training data.
         HeldOutDuplicates = "held-out-duplicates",
-        /// Rows longer than `max_length`, cut at their end, or left out where nothing to learn is left.
+        /// A row longer than `max_length`: truncated, or dropped if nothing to learn is left.
         Cut = "cut",
-        /// Rows longer than the model's window.
+        /// A row longer than the context window of the model.
         OverWindow = "over-window",
     }
 }
 
 impl Check {
-    /// Whether a run with such rows teaches nothing or teaches wrong.
+    /// Whether a failure is an error, because such rows teach nothing or the wrong thing.
     pub fn stops(self) -> bool {
         self < Self::BoundaryMismatch
     }
 
-    /// Whether such rows cannot be read, so that to allow them is to leave them out.
+    /// Whether such rows cannot be read, so that allowing them means skipping them.
     pub fn leaves_out(self) -> bool {
         self < Self::NothingToLearn && self != Self::MixedDialects
     }
 
-    /// Of a row that cannot be read.
+    /// The check that a row fails which cannot be read.
     pub(super) fn of(error: &RowError) -> Self {
         match error {
             RowError::Role { .. } => Self::UnknownRoles,
@@ -97,38 +97,39 @@ impl Check {
     }
 }
 
-/// Something found in a row.
+/// A failed check, and a sentence that says what is wrong.
 pub(super) type Finding = (Check, String);
 
-/// The rows in which something was found.
+/// The rows that fail one check.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Found {
-    /// How many.
+pub struct FlaggedRows {
+    /// Number of rows.
     pub rows: u64,
-    /// The first of them: lines, counted from 1, and what is wrong there.
+    /// The first of them: line numbers, counted from 1, and what is wrong there.
     pub first: Vec<(u64, String)>,
 }
 
-/// What a file's rows came to.
+/// The outcome of all checks over a file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Diagnosis {
-    /// The kind of the first row that has one.
-    pub dialect: Option<Dialect>,
-    /// All rows.
+pub struct CheckReport {
+    /// The format of the first row that has a known format.
+    #[serde(rename = "dialect")]
+    pub format: Option<RowFormat>,
+    /// Number of rows.
     pub rows: u64,
-    /// How many rows have up to so many tokens, before any cut: powers of two.
+    /// Histogram of row lengths before truncation: number of rows per power of two (upper bound).
     pub lengths: BTreeMap<u64, u64>,
-    /// What was found.
-    pub findings: BTreeMap<Check, Found>,
+    /// Failed checks and their rows.
+    pub findings: BTreeMap<Check, FlaggedRows>,
 }
 
-impl Diagnosis {
-    /// Counts a row of so many tokens.
+impl CheckReport {
+    /// Adds the length of a row to the histogram.
     pub(super) fn length(&mut self, tokens: usize) {
         *self.lengths.entry((tokens as u64).next_power_of_two()).or_default() += 1;
     }
 
-    /// Keeps what was found in the row of a line.
+    /// Records a failed check of the row at a line.
     pub(super) fn note(&mut self, line: u64, (check, sentence): Finding) {
         let found = self.findings.entry(check).or_default();
         found.rows += 1;
@@ -137,11 +138,11 @@ impl Diagnosis {
         }
     }
 
-    /// Counts a row, and holds it to the dialect of the first.
-    pub(super) fn row(&mut self, line: u64, dialect: Option<Dialect>) {
+    /// Counts a row, and checks that it has the format of the first row.
+    pub(super) fn row(&mut self, line: u64, format: Option<RowFormat>) {
         self.rows += 1;
-        match (self.dialect, dialect) {
-            (None, found) => self.dialect = found,
+        match (self.format, format) {
+            (None, found) => self.format = found,
             (Some(first), Some(found)) if first != found => {
                 let sentence =
                     format!("is a row of {}, the file began with {}", found.name(), first.name());
@@ -151,42 +152,42 @@ impl Diagnosis {
         }
     }
 
-    /// Rows that could not be read, unless all that is wrong with them is allowed.
+    /// Fails if rows could not be read, unless the failed checks are allowed.
     pub(super) fn unreadable(&self, path: &Path, allow: &[Check]) -> Result<(), DataError> {
         let wrong = |check: &Check| check.leaves_out() && !allow.contains(check);
         let found = self.findings.iter().filter(|(check, _)| wrong(check));
-        let found: Vec<&Found> = found.map(|(_, found)| found).collect();
+        let found: Vec<&FlaggedRows> = found.map(|(_, found)| found).collect();
         let wrong = found.iter().map(|found| found.rows).sum();
         if wrong == 0 {
             return Ok(());
         }
         let mut first: Vec<_> = found.iter().flat_map(|found| found.first.clone()).collect();
         first.sort_by_key(|(line, _)| *line);
-        first.truncate(FAULTS_TOLD);
+        first.truncate(FAULTS_SHOWN);
         Err(DataError::Rows { path: path.into(), first, wrong, rows: self.rows })
     }
 
-    /// What stops a run, in one error.
+    /// Fails if any check failed that is an error and not allowed.
     ///
     /// # Errors
-    /// If there is any that is not allowed.
-    pub fn judge(&self, path: &Path, allow: &[Check]) -> Result<(), DataError> {
+    /// All failed checks, in one error.
+    pub fn verify(&self, path: &Path, allow: &[Check]) -> Result<(), DataError> {
         self.unreadable(path, allow)?;
         let stops = |check: &Check| check.stops() && !allow.contains(check);
         let stops = self.findings.iter().filter(|(check, _)| stops(check));
-        let told: Vec<String> = stops.map(|(check, found)| told(*check, found, path)).collect();
-        match told.is_empty() {
-            true => Ok(()),
-            false => Err(DataError::Defects { path: path.into(), told: told.concat() }),
+        let defects: Vec<String> = stops.map(|(check, rows)| listing(*check, rows, path)).collect();
+        if defects.is_empty() {
+            return Ok(());
         }
+        Err(DataError::Defects { path: path.into(), defects: defects.concat() })
     }
 
-    /// What is told of a file beside what stops, a line each with the first place it is found at.
+    /// One warning per failed check that is not an error, with the first line it occurs at.
     pub fn warnings(&self, path: &Path, allow: &[Check]) -> Vec<String> {
         let path = path.display();
-        let told = self.findings.iter().filter(|(check, _)| !allow.contains(check));
-        let warnings = told.filter(|(check, _)| !check.stops());
-        let warning = |(check, found): (&Check, &Found)| {
+        let reported = self.findings.iter().filter(|(check, _)| !allow.contains(check));
+        let warnings = reported.filter(|(check, _)| !check.stops());
+        let warning = |(check, found): (&Check, &FlaggedRows)| {
             let place = found.first.first();
             let place = place.map_or(String::new(), |(line, sentence)| {
                 format!(", first {path}:{line}: {sentence}")
@@ -197,23 +198,23 @@ impl Diagnosis {
     }
 }
 
-/// A check's rows, a line each.
-fn told(check: Check, found: &Found, path: &Path) -> String {
+/// The rows that fail a check, one line each.
+fn listing(check: Check, found: &FlaggedRows, path: &Path) -> String {
     let path = path.display();
-    let first = found.first.iter().take(FAULTS_TOLD);
+    let first = found.first.iter().take(FAULTS_SHOWN);
     let lines = first.map(|(line, sentence)| format!("\n  {path}:{line}: {sentence}"));
-    let more = match found.rows - found.first.len().min(FAULTS_TOLD) as u64 {
+    let more = match found.rows - found.first.len().min(FAULTS_SHOWN) as u64 {
         0 => String::new(),
         more => format!("\n  and {more} more of `{}`", check),
     };
     lines.collect::<String>() + &more
 }
 
-impl fmt::Display for Diagnosis {
-    /// The dialect and the histogram of lengths.
+impl fmt::Display for CheckReport {
+    /// The row format and the histogram of row lengths.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let dialect = self.dialect.map_or("no known kind", Dialect::name);
-        write!(f, "rows of {dialect}")?;
+        let format = self.format.map_or("no known kind", RowFormat::name);
+        write!(f, "rows of {format}")?;
         let most = self.lengths.values().max().copied().unwrap_or(1);
         for (up_to, rows) in &self.lengths {
             let bar = "█".repeat((rows * 40).div_ceil(most) as usize);
@@ -223,76 +224,81 @@ impl fmt::Display for Diagnosis {
     }
 }
 
-/// What all rows of a file say: sorted records of a hash and a line, in memory or mapped.
+/// Hashes of the normalized rows of a file, for finding duplicates: sorted pairs of a hash and a line
+/// number, in memory or memory-mapped.
 #[derive(Debug, Clone)]
-pub struct Seen(Bytes);
+pub struct RowHashes(Bytes);
 
-/// A hash of a normalized row and its line, both big-endian: their order is that of the bytes.
-type Record = [u8; 16];
+/// A hash of a normalized row and its line number, both big-endian, so that byte order is sort order.
+type HashAndLine = [u8; 16];
 
-fn record(hash: u64, line: u64) -> Record {
+fn hash_record(hash: u64, line: u64) -> HashAndLine {
     (u128::from(hash) << 64 | u128::from(line)).to_be_bytes()
 }
 
-fn hash_and_line(record: &Record) -> (u64, u64) {
+fn hash_and_line(record: &HashAndLine) -> (u64, u64) {
     let both = u128::from_be_bytes(*record);
     ((both >> 64) as u64, both as u64)
 }
 
-impl Default for Seen {
+impl Default for RowHashes {
     fn default() -> Self {
         Self::new(Bytes::new(Arc::new(Vec::new())))
     }
 }
 
-impl Seen {
-    /// Of records that are sorted.
+impl RowHashes {
+    /// From sorted records.
     pub(super) fn new(records: Bytes) -> Self {
         Self(records)
     }
 
-    fn records(&self) -> &[Record] {
+    fn records(&self) -> &[HashAndLine] {
         self.0.as_chunks().0
     }
 
-    /// Tells the rows that were there before.
-    pub(super) fn tell(&self, diagnosis: &mut Diagnosis) {
-        let mut again = Again::default();
+    /// Reports rows that duplicate an earlier row of the same file.
+    pub(super) fn report_duplicates(&self, checks: &mut CheckReport) {
+        let mut duplicates = DuplicateLines::default();
         for same in self.records().chunk_by(|a, b| a[..8] == b[..8]) {
             let (_, first) = hash_and_line(&same[0]);
-            same[1..].iter().for_each(|record| again.add(hash_and_line(record).1, first));
+            same[1..].iter().for_each(|record| duplicates.add(hash_and_line(record).1, first));
         }
-        again.tell(Check::Duplicates, diagnosis, |first| {
-            format!("is the row of line {first} again")
-        });
+        duplicates
+            .report(Check::Duplicates, checks, |first| format!("is the row of line {first} again"));
     }
 
-    /// Tells the rows of a held-out file that are here too.
-    pub fn again(&self, path: &Path, held_out: &Self, diagnosis: &mut Diagnosis) {
-        let mut again = Again::default();
+    /// Reports rows of a held-out file that this training file, at `path`, contains too.
+    pub fn report_held_out_duplicates(
+        &self,
+        path: &Path,
+        held_out: &Self,
+        checks: &mut CheckReport,
+    ) {
+        let mut duplicates = DuplicateLines::default();
         let here = self.records();
         for (hash, line) in held_out.records().iter().map(hash_and_line) {
             let at = here.partition_point(|other| hash_and_line(other).0 < hash);
             let found = here.get(at).map(hash_and_line).filter(|(other, _)| *other == hash);
             if let Some((_, here)) = found {
-                again.add(line, here);
+                duplicates.add(line, here);
             }
         }
         let path = path.display();
-        again.tell(Check::HeldOutDuplicates, diagnosis, |line| {
+        duplicates.report(Check::HeldOutDuplicates, checks, |line| {
             format!("is trained on: {path}:{line}")
         });
     }
 }
 
-/// Collects what rows say.
-pub(super) enum SeenWriter {
-    Memory(Vec<Record>),
+/// Collects the hashes of rows.
+pub(super) enum RowHashWriter {
+    Memory(Vec<HashAndLine>),
     File(PathBuf, BufWriter<File>),
 }
 
-impl SeenWriter {
-    /// Into a file, or memory.
+impl RowHashWriter {
+    /// A writer to a file, or to memory without a path.
     pub fn new(path: Option<PathBuf>) -> io::Result<Self> {
         Ok(match path {
             None => Self::Memory(Vec::new()),
@@ -306,38 +312,38 @@ impl SeenWriter {
     pub fn add(&mut self, hash: u64, line: u64) -> io::Result<()> {
         match self {
             Self::Memory(records) => {
-                records.push(record(hash, line));
+                records.push(hash_record(hash, line));
                 Ok(())
             }
-            Self::File(_, file) => file.write_all(&record(hash, line)),
+            Self::File(_, file) => file.write_all(&hash_record(hash, line)),
         }
     }
 
-    /// Sorted.
-    pub fn finish(self) -> io::Result<Seen> {
+    /// Sorts the hashes.
+    pub fn finish(self) -> io::Result<RowHashes> {
         match self {
             Self::Memory(mut records) => {
                 records.sort_unstable();
-                Ok(Seen::new(Bytes::new(Arc::new(records.as_flattened().to_vec()))))
+                Ok(RowHashes::new(Bytes::new(Arc::new(records.as_flattened().to_vec()))))
             }
             Self::File(path, file) => {
                 file.into_inner().map_err(io::IntoInnerError::into_error)?;
-                sort_records::<{ size_of::<Record>() }>(&path)?;
-                Ok(Seen::new(map_or_empty(&path)?))
+                sort_records::<{ size_of::<HashAndLine>() }>(&path)?;
+                Ok(RowHashes::new(map_or_empty(&path)?))
             }
         }
     }
 }
 
-/// Lines that say what another says: all are counted, the first are kept.
+/// Lines that duplicate another line. All are counted, the first few are stored.
 #[derive(Default)]
-struct Again {
+struct DuplicateLines {
     rows: u64,
-    /// The line and that of the other.
+    /// The line, and the line that it duplicates.
     first: BTreeSet<(u64, u64)>,
 }
 
-impl Again {
+impl DuplicateLines {
     fn add(&mut self, line: u64, other: u64) {
         self.rows += 1;
         self.first.insert((line, other));
@@ -346,19 +352,19 @@ impl Again {
         }
     }
 
-    fn tell(self, check: Check, diagnosis: &mut Diagnosis, sentence: impl Fn(u64) -> String) {
+    fn report(self, check: Check, checks: &mut CheckReport, sentence: impl Fn(u64) -> String) {
         if self.rows == 0 {
             return;
         }
         for &(line, other) in &self.first {
-            diagnosis.note(line, (check, sentence(other)));
+            checks.note(line, (check, sentence(other)));
         }
-        let found = diagnosis.findings.entry(check).or_default();
+        let found = checks.findings.entry(check).or_default();
         found.rows += self.rows - self.first.len() as u64;
     }
 }
 
-/// A hash of what a row says, whatever its case and spacing.
+/// Hash of a row, ignoring case and white space.
 pub(super) fn normalized_hash(row: &Row) -> u64 {
     let mut hasher = Normalized::default();
     match row {
@@ -376,7 +382,7 @@ pub(super) fn normalized_hash(row: &Row) -> u64 {
     hasher.finish()
 }
 
-/// The same of a row that is compared.
+/// Hash of a row of preference data, ignoring case and white space.
 pub(super) fn normalized_comparison(row: &ComparisonRow) -> u64 {
     let mut hasher = Normalized::default();
     match &row.responses {
@@ -392,13 +398,14 @@ pub(super) fn normalized_comparison(row: &ComparisonRow) -> u64 {
     hasher.finish()
 }
 
-/// The same of a prompt.
+/// Hash of a prompt, ignoring case and white space.
 pub(super) fn normalized_prompt(text: &str) -> u64 {
     let mut hasher = Normalized::default();
     hasher.text(text);
     hasher.finish()
 }
 
+/// Hashes texts in lower case, with white space collapsed.
 #[derive(Default)]
 struct Normalized(Sha256);
 
@@ -429,8 +436,8 @@ impl Normalized {
     }
 }
 
-/// What is odd about a conversation as it is written.
-pub(super) fn of_messages(messages: &[Message]) -> Vec<Finding> {
+/// Checks the messages of a conversation.
+pub(super) fn check_messages(messages: &[Message]) -> Vec<Finding> {
     let mut found = Vec::new();
     let role = |i: usize| messages[i].role.as_str();
     let is_system = |role: &str| matches!(role, "system" | "developer");
@@ -438,11 +445,11 @@ pub(super) fn of_messages(messages: &[Message]) -> Vec<Finding> {
     if let Some(begins) = begins {
         if role(begins) == "assistant" {
             let sentence =
-                format!("message {begins} begins the conversation and is the assistant's");
+                format!("message {begins} is the first of the conversation and the assistant's");
             found.push((Check::AssistantFirst, sentence));
         }
         if let Some(late) = (begins..messages.len()).find(|&i| is_system(role(i))) {
-            let sentence = format!("message {late} is a {} message, behind others", role(late));
+            let sentence = format!("message {late} is a {} message after others", role(late));
             found.push((Check::LateSystem, sentence));
         }
     }
@@ -454,7 +461,7 @@ pub(super) fn of_messages(messages: &[Message]) -> Vec<Finding> {
     let last = messages.len().saturating_sub(1);
     let answered = messages.iter().any(|message| message.role == "assistant");
     if answered && role(last) == "user" {
-        let sentence = format!("message {last} is the user's and the last: nothing answers it");
+        let sentence = format!("message {last} is the user's and the last: it has no answer");
         found.push((Check::TrailingUser, sentence));
     }
     let empty = |message: &Message| {
@@ -463,30 +470,31 @@ pub(super) fn of_messages(messages: &[Message]) -> Vec<Finding> {
         message.learned && said.trim().is_empty() && !calls
     };
     if let Some(empty) = messages.iter().position(empty) {
-        found.push((Check::EmptyAnswers, format!("message {empty} is learned and says nothing")));
+        found.push((Check::EmptyAnswers, format!("message {empty} is learned and empty")));
     }
     found
 }
 
-/// What is odd about responses as they are written.
-pub(super) fn of_comparison(row: &ComparisonRow) -> Vec<Finding> {
-    let says_nothing = |check: &Finding| check.0 == Check::EmptyAnswers;
+/// Checks the texts or messages of a row of preference data.
+pub(super) fn check_comparison(row: &ComparisonRow) -> Vec<Finding> {
+    let is_empty_answer = |check: &Finding| check.0 == Check::EmptyAnswers;
     match &row.responses {
         Responses::Texts { responses, .. } => {
             let empty = responses.iter().position(|response| response.trim().is_empty());
-            let sentence = |i: usize| (Check::EmptyAnswers, format!("{} says nothing", row.key(i)));
+            let sentence = |i: usize| (Check::EmptyAnswers, format!("{} is empty", row.key(i)));
             empty.map(sentence).into_iter().collect()
         }
         Responses::Messages { prompt, responses, .. } => {
             let mut found: Vec<Finding> = Vec::new();
             for response in responses {
                 let whole: Vec<Message> = prompt.iter().chain(response).cloned().collect();
-                // Of a prompt nothing is learned, and a text without one may begin as it likes.
-                let odd = of_messages(&whole)
+                // Nothing of a prompt is learned, and a text without a prompt may begin with any role.
+                let odd = check_messages(&whole)
                     .into_iter()
                     .filter(|finding| !prompt.is_empty() || finding.0 != Check::AssistantFirst);
                 let odd = odd.filter(|finding| {
-                    !says_nothing(finding) || of_messages(response).iter().any(says_nothing)
+                    !is_empty_answer(finding)
+                        || check_messages(response).iter().any(is_empty_answer)
                 });
                 for finding in odd {
                     if found.iter().all(|(check, _)| *check != finding.0) {
@@ -499,8 +507,8 @@ pub(super) fn of_comparison(row: &ComparisonRow) -> Vec<Finding> {
     }
 }
 
-/// What is odd about tokens of which these are learned.
-pub(super) fn of_tokens(
+/// Checks the tokens of a row and its loss mask.
+pub(super) fn check_tokens(
     row: &Row,
     tokens: &[u32],
     learned: &[bool],
@@ -510,11 +518,11 @@ pub(super) fn of_tokens(
     if let Row::PromptCompletion { completion, .. } = row
         && completion.trim().is_empty()
     {
-        found.push((Check::EmptyAnswers, "`completion` says nothing".into()));
+        found.push((Check::EmptyAnswers, "`completion` is empty".into()));
     }
     let ends = |i: usize| tokenizer.is_end_of_generation(tokens[i]);
     let untrained = match row {
-        // Whoever made tokens may end rows as they please; but an end that is there is to be learned.
+        // Tokenized rows need not end in an end-of-generation token; but if they do, it must be learned.
         Row::Tokens { .. } => {
             (0..tokens.len()).find(|&i| ends(i) && i > 0 && !learned[i] && learned[i - 1])
         }
@@ -524,15 +532,15 @@ pub(super) fn of_tokens(
     if let Some(i) = untrained {
         let token = tokenizer.token(tokens[i]).unwrap_or_default();
         let sentence = match learned[i] {
-            true => format!("what is learned ends in {token:?}, which does not end generation"),
-            false => format!("{token:?} ends what is learned and is not learned itself"),
+            true => format!("the last learned token is {token:?}, which does not end generation"),
+            false => format!("{token:?} follows the last learned token and is not learned"),
         };
         found.push((Check::UntrainedEnd, sentence));
     }
     found
 }
 
-/// Two tokens in front that begin a sequence.
+/// Checks for two BOS tokens at the start.
 pub(super) fn doubled_bos(tokens: &[u32], tokenizer: &Tokenizer) -> Option<Finding> {
     let bos = tokenizer.bos()?;
     let token = tokenizer.token(bos).unwrap_or_default();

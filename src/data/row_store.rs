@@ -1,9 +1,9 @@
-//! Rows as two arrays of bytes, in memory or mapped from the files of a cache: of the largest file no
-//! more is held than what is looked at.
+//! The row store: tokenized rows as two byte arrays, in memory or memory-mapped from a cache folder, so
+//! that of a large file only the pages that are read take memory.
 //!
-//! `rows`: what each kind of row says of itself ([`Shelved`]), one after another. `places`: for each
-//! row four u64, where its bytes end, its row in the file, its line, and a number that its kind keeps
-//! beside it. All numbers are little-endian.
+//! `rows` holds the encoded records one after another (see [`Record`]). `places` is the index: for each
+//! row four u64, namely the end of its bytes in `rows`, its row number in the file, its line number and
+//! its tag. All numbers are little-endian.
 
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
@@ -17,228 +17,228 @@ use super::cache::hex;
 use super::{Comparison, Example};
 use crate::quant::Bytes;
 
-/// Bytes of a place.
-const PLACE: usize = 32;
+/// Bytes of an index entry.
+const LOCATION_BYTES: usize = 32;
 
-/// Examples of tokens to learn.
-pub type Examples = Shelves<Example>;
+/// Supervised examples: tokens and a loss mask each.
+pub type Examples = RowStore<Example>;
 
-/// Where a row is from.
+/// Where a row comes from in its file, and its tag.
 #[derive(Debug, Clone, Copy)]
-pub struct Place {
-    /// The row in its file, counted from 0 over lines that are not blank.
+pub struct RowLocation {
+    /// The row number in its file, counted from 0 over lines that are not blank.
     pub row: u64,
-    /// Its line, counted from 1.
+    /// The line number in its file, counted from 1.
     pub line: u64,
-    /// What [`Shelved::mark`] said.
-    pub mark: u64,
+    /// The value of [`Record::tag`].
+    pub tag: u64,
 }
 
-/// A kind of row that is kept as bytes.
-pub trait Shelved: Sized + Clone {
-    /// Puts it behind `bytes`.
-    fn lay(&self, bytes: &mut Vec<u8>);
+/// A kind of row that the row store holds in encoded form.
+pub trait Record: Sized + Clone {
+    /// Appends the encoded record to `bytes`.
+    fn encode(&self, bytes: &mut Vec<u8>);
 
-    /// A number kept beside it.
-    fn mark(&self) -> u64;
+    /// A number stored in the index, next to the record.
+    fn tag(&self) -> u64;
 
-    /// Takes it up again, from bytes that [`Shelved::lay`] wrote.
-    fn take(bytes: &[u8], place: Place) -> Self;
+    /// Decodes a record from bytes that [`Record::encode`] wrote.
+    fn decode(bytes: &[u8], place: RowLocation) -> Self;
 
-    /// How many tokens such a row has.
-    fn tokens_in(bytes: &[u8], mark: u64) -> usize;
+    /// Number of tokens of an encoded record.
+    fn tokens_in(bytes: &[u8], tag: u64) -> usize;
 
-    /// What of its tokens a fingerprint is made of.
+    /// Adds the tokens of the record to a fingerprint.
     fn hash(&self, hasher: &mut Sha256);
 }
 
-/// The rows of one or several files, in their order.
+/// The rows of one or several files, in file order.
 #[derive(Debug, Clone)]
-pub struct Shelves<T> {
-    shelves: Vec<Shelf>,
-    /// Rows before each shelf, and all of them.
+pub struct RowStore<T> {
+    files: Vec<StoredFile>,
+    /// Number of rows before each file, then the total.
     starts: Vec<usize>,
     kind: PhantomData<T>,
 }
 
-/// Those of one file.
+/// The rows of one file.
 #[derive(Debug, Clone)]
-struct Shelf {
+struct StoredFile {
     rows: Bytes,
     places: Bytes,
-    /// Whether they lie on disk.
+    /// Whether the arrays are memory-mapped from disk.
     mapped: bool,
-    /// Rows of the files before this one: rows are told apart across files.
+    /// Number of rows in the files before this one, so that row numbers are unique across files.
     first_row: u64,
 }
 
-impl Shelf {
-    /// The four numbers of a row.
+impl StoredFile {
+    /// The index entry of a row: end of its bytes, row, line, tag.
     fn place(&self, index: usize) -> [u64; 4] {
-        let bytes = &self.places[index * PLACE..(index + 1) * PLACE];
+        let bytes = &self.places[index * LOCATION_BYTES..(index + 1) * LOCATION_BYTES];
         let (numbers, _) = bytes.as_chunks();
         std::array::from_fn(|i| u64::from_le_bytes(numbers[i]))
     }
 
-    /// The bytes of a row.
+    /// The encoded bytes of a row.
     fn bytes(&self, index: usize) -> &[u8] {
         let start = index.checked_sub(1).map_or(0, |before| self.place(before)[0]);
         &self.rows[start as usize..self.place(index)[0] as usize]
     }
 }
 
-impl<T> Default for Shelves<T> {
+impl<T> Default for RowStore<T> {
     fn default() -> Self {
-        Self { shelves: Vec::new(), starts: Vec::new(), kind: PhantomData }
+        Self { files: Vec::new(), starts: Vec::new(), kind: PhantomData }
     }
 }
 
-impl<T: Shelved> Shelves<T> {
-    /// How many there are.
+impl<T: Record> RowStore<T> {
+    /// Number of rows.
     pub fn len(&self) -> usize {
         self.starts.last().copied().unwrap_or_default()
     }
 
-    /// Whether there are none.
+    /// Whether the store has no rows.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    fn find(&self, index: usize) -> (&Shelf, usize) {
-        let shelf = self.starts.partition_point(|&start| start <= index) - 1;
-        (&self.shelves[shelf], index - self.starts[shelf])
+    fn find(&self, index: usize) -> (&StoredFile, usize) {
+        let file = self.starts.partition_point(|&start| start <= index) - 1;
+        (&self.files[file], index - self.starts[file])
     }
 
-    /// The tokens of a row.
+    /// Number of tokens of a row.
     ///
     /// # Panics
-    /// If there is no such row, here as below.
+    /// If `index` is out of range; the other methods that take an index panic likewise.
     pub fn length(&self, index: usize) -> usize {
-        let (shelf, index) = self.find(index);
-        T::tokens_in(shelf.bytes(index), shelf.place(index)[3])
+        let (file, index) = self.find(index);
+        T::tokens_in(file.bytes(index), file.place(index)[3])
     }
 
-    /// The same of all.
+    /// Number of tokens of every row, in order.
     pub fn lengths(&self) -> impl ExactSizeIterator<Item = usize> + '_ {
         (0..self.len()).map(|index| self.length(index))
     }
 
-    /// A row, read anew.
+    /// Decodes a row.
     pub fn get(&self, index: usize) -> T {
-        let (shelf, index) = self.find(index);
-        let [_, row, line, mark] = shelf.place(index);
-        T::take(shelf.bytes(index), Place { row: shelf.first_row + row, line, mark })
+        let (file, index) = self.find(index);
+        let [_, row, line, tag] = file.place(index);
+        T::decode(file.bytes(index), RowLocation { row: file.first_row + row, line, tag })
     }
 
-    /// All of them, one at a time.
+    /// Decodes all rows, one at a time.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = T> + '_ {
         (0..self.len()).map(|index| self.get(index))
     }
 
-    /// Bytes they take in memory, and of what is mapped those that have been looked at once `taken`
-    /// rows were read: all places, and around each row as many pages as a system reads at once.
+    /// Bytes held in memory, and an estimate of the resident mapped bytes after `taken` rows were read:
+    /// the whole index, and for each row the pages that the system reads ahead around it.
     pub fn bytes(&self, taken: usize) -> [usize; 2] {
         const READ_AT_ONCE: usize = 64 << 10;
-        let (mapped, held): (Vec<&Shelf>, Vec<&Shelf>) =
-            self.shelves.iter().partition(|shelf| shelf.mapped);
-        let rows = |shelves: &[&Shelf]| shelves.iter().map(|shelf| shelf.rows.len()).sum::<usize>();
+        let (mapped, held): (Vec<&StoredFile>, Vec<&StoredFile>) =
+            self.files.iter().partition(|file| file.mapped);
+        let rows = |store: &[&StoredFile]| store.iter().map(|file| file.rows.len()).sum::<usize>();
         let places =
-            |shelves: &[&Shelf]| shelves.iter().map(|shelf| shelf.places.len()).sum::<usize>();
+            |store: &[&StoredFile]| store.iter().map(|file| file.places.len()).sum::<usize>();
         let looked_at = rows(&mapped).min(taken.saturating_mul(READ_AT_ONCE));
         [rows(&held) + places(&held), looked_at + places(&mapped)]
     }
 
-    /// Puts those of another file behind these, which are of `rows` rows.
+    /// Appends the store of another file; `rows` is the number of rows of the files so far.
     pub(super) fn append(&mut self, other: Self, rows: u64) {
         let before = self.len();
         if self.starts.is_empty() {
             self.starts.push(0);
         }
         self.starts.extend(other.starts.iter().skip(1).map(|start| before + start));
-        let shelves = other.shelves.into_iter();
-        self.shelves
-            .extend(shelves.map(|shelf| Shelf { first_row: shelf.first_row + rows, ..shelf }));
+        let store = other.files.into_iter();
+        self.files
+            .extend(store.map(|file| StoredFile { first_row: file.first_row + rows, ..file }));
     }
 
-    /// From the two arrays, if they belong together.
+    /// A store over the two arrays; `None` if they do not belong together.
     pub(super) fn new([rows, places]: [Bytes; 2], mapped: bool) -> Option<Self> {
-        let count = places.len() / PLACE;
-        let shelf = Shelf { rows, places, mapped, first_row: 0 };
-        let end = count.checked_sub(1).map_or(0, |last| shelf.place(last)[0]);
-        let whole = shelf.places.len() == count * PLACE && shelf.rows.len() as u64 == end;
-        whole.then(|| Self { shelves: vec![shelf], starts: vec![0, count], kind: PhantomData })
+        let count = places.len() / LOCATION_BYTES;
+        let file = StoredFile { rows, places, mapped, first_row: 0 };
+        let end = count.checked_sub(1).map_or(0, |last| file.place(last)[0]);
+        let whole = file.places.len() == count * LOCATION_BYTES && file.rows.len() as u64 == end;
+        whole.then(|| Self { files: vec![file], starts: vec![0, count], kind: PhantomData })
     }
 }
 
-impl Shelves<Example> {
-    /// Rows that have examples here.
+impl RowStore<Example> {
+    /// Number of rows of the file that have at least one example.
     pub fn rows(&self) -> u64 {
-        let first = |shelf: &Shelf, index| shelf.place(index)[3] == 0;
-        let count = |shelf: &Shelf| {
-            (0..shelf.places.len() / PLACE).filter(|&index| first(shelf, index)).count()
+        let first = |file: &StoredFile, index| file.place(index)[3] == 0;
+        let count = |file: &StoredFile| {
+            (0..file.places.len() / LOCATION_BYTES).filter(|&index| first(file, index)).count()
         };
-        self.shelves.iter().map(count).sum::<usize>() as u64
+        self.files.iter().map(count).sum::<usize>() as u64
     }
 }
 
-impl Shelves<Comparison> {
-    /// How many responses a row has.
+impl RowStore<Comparison> {
+    /// Number of responses of a row.
     pub fn responses(&self, index: usize) -> usize {
-        let (shelf, index) = self.find(index);
-        Comparison::responses_in(shelf.bytes(index))
+        let (file, index) = self.find(index);
+        Comparison::responses_in(file.bytes(index))
     }
 }
 
-/// Numbers of 32 bits, one after another.
-pub(super) struct Words<'a>(&'a [[u8; 4]]);
+/// Reads little-endian u32 words one after another.
+pub(super) struct WordReader<'a>(&'a [[u8; 4]]);
 
-impl<'a> Words<'a> {
+impl<'a> WordReader<'a> {
     pub fn of(bytes: &'a [u8]) -> Self {
         Self(bytes.as_chunks().0)
     }
 
-    /// The next ones.
+    /// The next `count` words.
     pub fn take(&mut self, count: usize) -> impl Iterator<Item = u32> + use<'a> {
         let (taken, rest) = self.0.split_at(count);
         self.0 = rest;
         taken.iter().map(|word| u32::from_le_bytes(*word))
     }
 
-    /// The next one.
+    /// The next word; 0 at the end.
     pub fn next(&mut self) -> u32 {
         self.take(1).next().unwrap_or_default()
     }
 
-    /// All that are left.
+    /// All remaining words.
     pub fn rest(&mut self) -> impl Iterator<Item = u32> + use<'a> {
         self.take(self.0.len())
     }
 }
 
-/// Puts numbers behind `bytes`.
-pub(super) fn lay_words(words: impl IntoIterator<Item = u32>, bytes: &mut Vec<u8>) {
+/// Appends u32 words to `bytes`, little-endian.
+pub(super) fn write_words(words: impl IntoIterator<Item = u32>, bytes: &mut Vec<u8>) {
     words.into_iter().for_each(|word| bytes.extend_from_slice(&word.to_le_bytes()));
 }
 
-/// Makes shelves, one row after another.
-pub(super) struct ShelfWriter<T> {
-    rows: Sink,
-    places: Sink,
+/// Builds a row store, one row after another.
+pub(super) struct RowStoreWriter<T> {
+    rows: ByteSink,
+    places: ByteSink,
     end: u64,
     hasher: Sha256,
     row: Vec<u8>,
     kind: PhantomData<T>,
 }
 
-/// Where bytes go.
-pub(super) enum Sink {
+/// Where written bytes go.
+pub(super) enum ByteSink {
     Nowhere,
     Memory(Vec<u8>),
     File(BufWriter<File>),
 }
 
-impl Sink {
-    /// A file of a folder, or memory without one.
+impl ByteSink {
+    /// A file in `folder`, or memory if there is no folder.
     pub fn new(folder: Option<&Path>, name: &str) -> io::Result<Self> {
         Ok(match folder {
             Some(folder) => Self::File(BufWriter::new(File::create(folder.join(name))?)),
@@ -257,7 +257,7 @@ impl Sink {
         }
     }
 
-    /// What was kept in memory; a file is on disk when this returns.
+    /// The bytes kept in memory, if any; a file is synced to disk before this returns.
     pub fn finish(self) -> io::Result<Vec<u8>> {
         match self {
             Self::Nowhere => Ok(Vec::new()),
@@ -273,120 +273,120 @@ impl Sink {
     }
 }
 
-/// The names of the two arrays in a folder.
+/// File names of the two arrays in a cache folder.
 pub(super) fn names(part: &str) -> [String; 2] {
     [format!("{part}.rows"), format!("{part}.places")]
 }
 
-impl<T: Shelved> ShelfWriter<T> {
-    /// Into files of a folder, or memory.
+impl<T: Record> RowStoreWriter<T> {
+    /// A writer to files in `folder`, or to memory if there is no folder.
     pub fn new(folder: Option<&Path>, part: &str) -> io::Result<Self> {
         let [rows, places] = names(part);
-        Ok(Self::into(Sink::new(folder, &rows)?, Sink::new(folder, &places)?))
+        Ok(Self::into(ByteSink::new(folder, &rows)?, ByteSink::new(folder, &places)?))
     }
 
-    /// Keeps nothing.
+    /// A writer that discards all rows.
     pub fn nowhere() -> Self {
-        Self::into(Sink::Nowhere, Sink::Nowhere)
+        Self::into(ByteSink::Nowhere, ByteSink::Nowhere)
     }
 
-    fn into(rows: Sink, places: Sink) -> Self {
+    fn into(rows: ByteSink, places: ByteSink) -> Self {
         let (hasher, row) = (Sha256::new(), Vec::new());
         Self { rows, places, end: 0, hasher, row, kind: PhantomData }
     }
 
-    /// Adds what the row of a line has become.
+    /// Appends a record, with the row and line number that it comes from.
     pub fn push(&mut self, kept: &T, row: u64, line: u64) -> io::Result<()> {
         self.row.clear();
-        kept.lay(&mut self.row);
+        kept.encode(&mut self.row);
         kept.hash(&mut self.hasher);
         self.rows.write(&self.row)?;
         self.end += self.row.len() as u64;
-        let place = [self.end, row, line, kept.mark()];
+        let place = [self.end, row, line, kept.tag()];
         self.places.write(place.map(u64::to_le_bytes).as_flattened())
     }
 
-    /// What was kept in memory, and a hash of all tokens.
-    pub fn finish(self) -> io::Result<(Shelves<T>, String)> {
+    /// The store, empty unless the rows were kept in memory, and a hash of all tokens.
+    pub fn finish(self) -> io::Result<(RowStore<T>, String)> {
         let sha256 = hex(&self.hasher.finalize());
         let in_memory = |bytes| Bytes::new(Arc::new(bytes));
         let arrays = [self.rows.finish()?, self.places.finish()?].map(in_memory);
-        Ok((Shelves::new(arrays, false).expect("both were written here"), sha256))
+        Ok((RowStore::new(arrays, false).expect("both arrays were just written"), sha256))
     }
 }
 
-impl Shelved for Example {
-    /// For each token its id above the lowest bit, which says whether it is learned.
-    fn lay(&self, bytes: &mut Vec<u8>) {
+impl Record for Example {
+    /// One word per token: the id shifted left by one, with the loss mask in the lowest bit.
+    fn encode(&self, bytes: &mut Vec<u8>) {
         let tokens = self.tokens.iter().zip(&self.learned);
-        lay_words(tokens.map(|(token, learned)| token << 1 | u32::from(*learned)), bytes);
+        write_words(tokens.map(|(token, learned)| token << 1 | u32::from(*learned)), bytes);
     }
 
-    fn mark(&self) -> u64 {
+    fn tag(&self) -> u64 {
         self.start.into()
     }
 
-    fn take(bytes: &[u8], Place { row, line, mark }: Place) -> Self {
+    fn decode(bytes: &[u8], RowLocation { row, line, tag }: RowLocation) -> Self {
         Self {
-            tokens: Words::of(bytes).rest().map(|word| word >> 1).collect(),
-            learned: Words::of(bytes).rest().map(|word| word & 1 == 1).collect(),
+            tokens: WordReader::of(bytes).rest().map(|word| word >> 1).collect(),
+            learned: WordReader::of(bytes).rest().map(|word| word & 1 == 1).collect(),
             row,
             line,
-            start: mark as u32,
+            start: tag as u32,
         }
     }
 
-    fn tokens_in(bytes: &[u8], _mark: u64) -> usize {
+    fn tokens_in(bytes: &[u8], _tag: u64) -> usize {
         bytes.len() / size_of::<u32>()
     }
 
     fn hash(&self, hasher: &mut Sha256) {
         let mut bytes = Vec::with_capacity(self.tokens.len() * size_of::<u32>());
-        self.lay(&mut bytes);
+        self.encode(&mut bytes);
         hasher.update((self.tokens.len() as u64).to_le_bytes());
         hasher.update(bytes);
     }
 }
 
-/// Adds a list of tokens to a fingerprint.
+/// Adds a list of tokens to a hash.
 pub(super) fn hash_tokens(tokens: &[u32], hasher: &mut Sha256) {
     let mut bytes = Vec::with_capacity(size_of_val(tokens));
-    lay_words(tokens.iter().copied(), &mut bytes);
+    write_words(tokens.iter().copied(), &mut bytes);
     hasher.update((tokens.len() as u64).to_le_bytes());
     hasher.update(bytes);
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::{Pair, Prompt};
+    use super::super::{PreferencePair, Prompt};
     use super::*;
 
-    /// What comes back of rows, from memory and from files.
-    fn check<T: Shelved + PartialEq + std::fmt::Debug>(all: &[T], lengths: &[usize]) -> Shelves<T> {
+    /// Writes records to memory and to files, and checks that both decode to the same.
+    fn check<T: Record + PartialEq + std::fmt::Debug>(all: &[T], lengths: &[usize]) -> RowStore<T> {
         let folder = tempfile::tempdir().unwrap();
-        let mut in_memory = ShelfWriter::new(None, "x").unwrap();
-        let mut on_disk = ShelfWriter::new(Some(folder.path()), "x").unwrap();
+        let mut in_memory = RowStoreWriter::new(None, "x").unwrap();
+        let mut on_disk = RowStoreWriter::new(Some(folder.path()), "x").unwrap();
         // Rows 3, 4 and so on, lines 10, 11 and so on.
         for (i, kept) in (0..).zip(all) {
             in_memory.push(kept, 3 + i, 10 + i).unwrap();
             on_disk.push(kept, 3 + i, 10 + i).unwrap();
         }
-        let (shelves, sha256) = in_memory.finish().unwrap();
+        let (store, sha256) = in_memory.finish().unwrap();
         assert_eq!(on_disk.finish().unwrap().1, sha256);
         let arrays = names("x")
             .map(|name| Bytes::new(Arc::new(std::fs::read(folder.path().join(name)).unwrap())));
-        let mapped = Shelves::new(arrays.clone(), true).unwrap();
+        let mapped = RowStore::new(arrays.clone(), true).unwrap();
         let [rows, places] = arrays;
-        assert!(Shelves::<T>::new([rows.slice(1..rows.len()).unwrap(), places], true).is_none());
-        for found in [&shelves, &mapped] {
+        assert!(RowStore::<T>::new([rows.slice(1..rows.len()).unwrap(), places], true).is_none());
+        for found in [&store, &mapped] {
             assert_eq!(found.iter().collect::<Vec<_>>(), all);
             assert!(found.lengths().eq(lengths.iter().copied()));
         }
         let everything = usize::MAX;
-        assert_eq!([shelves.bytes(everything)[1], mapped.bytes(everything)[0]], [0, 0]);
-        assert_eq!(shelves.bytes(0)[0], mapped.bytes(everything)[1]);
-        assert_eq!(mapped.bytes(0)[1], all.len() * PLACE);
-        shelves
+        assert_eq!([store.bytes(everything)[1], mapped.bytes(everything)[0]], [0, 0]);
+        assert_eq!(store.bytes(0)[0], mapped.bytes(everything)[1]);
+        assert_eq!(mapped.bytes(0)[1], all.len() * LOCATION_BYTES);
+        store
     }
 
     #[test]
@@ -416,7 +416,7 @@ mod tests {
 
     #[test]
     fn comparisons_come_back() {
-        let pair = |better, worse, margin| Pair { better, worse, margin };
+        let pair = |better, worse, margin| PreferencePair { better, worse, margin };
         let comparison = |row: u64, responses: &[&[u32]], pairs, label| Comparison {
             prompt: (0..row as u32).collect(),
             responses: responses.iter().map(|response| response.to_vec()).collect(),
