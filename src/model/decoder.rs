@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{Device, Result, Tensor};
 use quantune_adapters::config::{EMBEDDING, HEAD};
 use quantune_adapters::delta::Dropout;
 use quantune_adapters::targets::LinearSpec;
 
 use super::adapters::{ActiveAdapter, Adapters};
-use super::cache::{KvCache, StepBuffers};
+use super::cache::TensorCache;
 use super::config::Config;
 use super::embedding::{Embedding, adapts_embedding};
 use super::layer::reference::TensorLayerPass;
@@ -143,10 +143,8 @@ impl Decoder {
         adapters.iter().any(|active| active.trainable && adapts_embedding(&active.adapter))
     }
 
-    /// Logits `(M, vocab_size)` of hidden states `(M, hidden_size)`, each row under its adapters: for
-    /// few rows only. A row gets the same bits among any others. They are on the CPU, where tokens are
-    /// sampled.
-    pub fn logits(&self, hidden: &Tensor, adapters: Adapters) -> Result<Tensor> {
+    /// [`Self::logits`] of either backend.
+    pub(super) fn logits_of(&self, hidden: &Tensor, adapters: Adapters) -> Result<Tensor> {
         self.lm_head().logits(hidden, adapters)
     }
 
@@ -180,9 +178,9 @@ impl Decoder {
         self.lm_head().adapted(active)
     }
 
-    /// One layer by its fast form, or `None` where the portable one runs.
-    pub fn layer_pass<'a>(&'a self, index: usize, pass: &'a Pass) -> Option<LayerPass<'a>> {
-        LayerPass::new(&self.config, &self.layers[index], pass, self.compute)
+    /// One layer of a pass of the CPU backend.
+    pub(super) fn layer_pass<'a>(&'a self, index: usize, pass: &'a Pass) -> LayerPass<'a> {
+        LayerPass::new(&self.config, &self.layers[index], pass, self.compute.precision)
     }
 
     /// One layer composed of operations on candle's tape: `x (N, hidden_size)` → the same shape.
@@ -196,137 +194,9 @@ impl Decoder {
         rms_norm(x, &self.norm, self.config.rms_norm_eps, self.compute)
     }
 
-    /// The hidden states the head reads, `(N, hidden_size)`. For scoring: but for the portable form
-    /// nothing of it is on a tape, so no gradient reaches an adapter (training goes layer by layer).
-    pub fn hidden(&self, rows: &Rows, adapters: Adapters) -> Result<Tensor> {
-        self.hidden_with(rows, adapters, None, false)
-    }
-
-    /// [`Self::hidden`] of some of the tokens, `(chosen, hidden_size)`: the same bits, without what
-    /// the last layer makes of the others once they are attended to. `chosen` may be in any order and
-    /// name a token several times.
-    pub fn hidden_of(&self, rows: &Rows, adapters: Adapters, chosen: &[u32]) -> Result<Tensor> {
-        self.hidden_chosen(rows, adapters, None, chosen)
-    }
-
-    /// [`Self::hidden_cached`] of some of the new tokens, as [`Self::hidden_of`].
-    pub fn hidden_cached_of(
-        &self,
-        rows: &Rows,
-        adapters: Adapters,
-        cache: &mut KvCache,
-        chosen: &[u32],
-    ) -> Result<Tensor> {
-        self.hidden_chosen(rows, adapters, Some(cache), chosen)
-    }
-
-    /// The hidden states of new tokens after those in `cache`, which they join; without gradients,
-    /// as [`Self::hidden`]. `rows` go on where the cache's rows end.
-    pub fn hidden_cached(
-        &self,
-        rows: &Rows,
-        adapters: Adapters,
-        cache: &mut KvCache,
-    ) -> Result<Tensor> {
-        self.hidden_with(rows, adapters, Some(cache), false)
-    }
-
-    /// [`Self::hidden_cached`] for a decoding step, a token a row, at the speed of memory. In the
-    /// integer modes its rounding is another than a prompt's, whatever the number of rows.
-    pub fn hidden_step(
-        &self,
-        rows: &Rows,
-        adapters: Adapters,
-        cache: &mut KvCache,
-    ) -> Result<Tensor> {
-        self.hidden_with(rows, adapters, Some(cache), true)
-    }
-
-    fn hidden_with(
-        &self,
-        rows: &Rows,
-        adapters: Adapters,
-        mut cache: Option<&mut KvCache>,
-        decoding: bool,
-    ) -> Result<Tensor> {
-        check_cache(rows, cache.as_deref(), self.compute)?;
-        let pass = self.pass(rows, adapters, None);
-        if self.compute.backend == BackendKind::Reference {
-            let mut x = self.embed(&rows.tokens, &pass)?;
-            for index in 0..self.layers.len() {
-                x = self.layer_with(index, &x, &pass, cache.as_deref_mut())?;
-            }
-            return self.final_norm(&x);
-        }
-        // A step is so short that fresh buffers would cost of it; those of a prompt are large.
-        let mut buffers = match cache.as_deref_mut().filter(|_| decoding) {
-            Some(cache) => std::mem::take(&mut cache.step),
-            None => StepBuffers::default(),
-        };
-        let StepBuffers { tape, work } = &mut buffers;
-        let adapter_groups = decoding.then(|| adapters.adapter_groups(&pass.segments));
-        let mut x = Vec::new();
-        self.embed_into(&rows.tokens, &pass, &mut x)?;
-        for index in 0..self.layers.len() {
-            if let Some(mut layer) = self.layer_pass(index, &pass) {
-                let cache = cache.as_deref_mut().map(|cache| (cache, index));
-                if let Some(adapter_groups) = &adapter_groups {
-                    layer = layer.decoding(adapter_groups);
-                }
-                layer.forward(&mut x, tape, false, work, cache)?;
-            }
-        }
-        if let Some(cache) = cache.filter(|_| decoding) {
-            cache.step = buffers;
-        }
-        self.normed(x)
-    }
-
-    fn hidden_chosen(
-        &self,
-        rows: &Rows,
-        adapters: Adapters,
-        mut cache: Option<&mut KvCache>,
-        chosen: &[u32],
-    ) -> Result<Tensor> {
-        let picked = |hidden: Tensor, rows: Vec<u32>| {
-            hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)
-        };
-        let none = || Tensor::zeros((0, self.config.hidden_size), DType::F32, &Device::Cpu);
-        if self.compute.backend == BackendKind::Reference {
-            let hidden = self.hidden_with(rows, adapters, cache, false)?;
-            return if chosen.is_empty() { none() } else { picked(hidden, chosen.to_vec()) };
-        }
-        check_cache(rows, cache.as_deref(), self.compute)?;
-        let mut rising = chosen.to_vec();
-        rising.sort_unstable();
-        rising.dedup();
-        let pass = self.pass(rows, adapters, None);
-        let narrow = pass.narrowed(&rising, &self.config, &self.inv_freq);
-        let StepBuffers { mut tape, mut work } = StepBuffers::default();
-        let mut x = Vec::new();
-        self.embed_into(&rows.tokens, &pass, &mut x)?;
-        for index in 0..self.layers.len() {
-            let layer = self.layer_pass(index, &pass).expect("not the portable form");
-            let cache = cache.as_deref_mut().map(|cache| (cache, index));
-            if index + 1 < self.layers.len() {
-                layer.forward(&mut x, &mut tape, false, &mut work, cache)?;
-            } else {
-                let top = self.layer_pass(index, &narrow).expect("not the portable form");
-                layer.forward_to((&top, &rising), &mut x, &mut tape, &mut work, cache)?;
-            }
-        }
-        if chosen.is_empty() {
-            return none();
-        }
-        let places = chosen.iter().map(|row| rising.partition_point(|other| other < row) as u32);
-        picked(self.normed(x)?, places.collect())
-    }
-
-    /// The final norm of `x (rows, hidden_size)`.
-    fn normed(&self, x: Vec<f32>) -> Result<Tensor> {
-        let shape = (x.len() / self.config.hidden_size, self.config.hidden_size);
-        self.final_norm(&Tensor::from_vec(x, shape, &Device::Cpu)?)
+    /// The pass that goes on with some of the tokens, rising, once all are attended to.
+    pub(super) fn narrowed<'a>(&self, pass: &Pass<'a>, chosen: &[u32]) -> Pass<'a> {
+        pass.narrowed(chosen, &self.config, &self.inv_freq)
     }
 
     /// The modules an adapter can sit on, in the order of the forward pass: the token embedding, the
@@ -412,37 +282,15 @@ impl Decoder {
         linears.chain([&self.head]).map(kernel).collect()
     }
 
-    fn layer_with(
+    pub(super) fn layer_with(
         &self,
         index: usize,
         x: &Tensor,
         pass: &Pass,
-        cache: Option<&mut KvCache>,
+        cache: Option<&mut TensorCache>,
     ) -> Result<Tensor> {
         let (config, layer, compute) = (&self.config, &self.layers[index], self.compute);
         let layer = TensorLayerPass { config, layer, pass, compute };
         layer.forward(x, cache.map(|cache| (cache, index)))
     }
-}
-
-/// Fails if a cache was made for another form, or a row that goes on grows so long that it rotates
-/// otherwise than what is cached of it.
-fn check_cache(rows: &Rows, cache: Option<&KvCache>, compute: Compute) -> Result<()> {
-    let Some(cache) = cache else { return Ok(()) };
-    if !cache.is_of(compute) {
-        candle_core::bail!(
-            "the cache was made for a decoder of another form, compute is {compute} here: needed one \
-             made for this decoder"
-        );
-    }
-    for row in rows.segments.iter().filter(|row| !row.is_empty()) {
-        let (seen, now) = (rows.positions[row.tokens.start] as usize, row.len());
-        if seen > 0 && !cache.same_rope_scaling(seen, seen + now) {
-            candle_core::bail!(
-                "a row of {seen} cached tokens and {now} new ones: rows of that length rotate \
-                 otherwise here, needed all of its tokens anew"
-            );
-        }
-    }
-    Ok(())
 }

@@ -5,6 +5,7 @@
 
 pub mod adapter_files;
 pub mod adapters;
+pub mod backend;
 pub mod cache;
 pub mod config;
 mod decode_linear;
@@ -21,6 +22,7 @@ pub mod reading;
 pub mod scoring;
 
 pub use adapters::{ActiveAdapter, Adapters};
+pub use backend::{Backend, Cpu, Reference};
 pub use cache::{CacheType, KvCache};
 pub use config::{Config, FAMILIES, RopeScaling};
 pub use decoder::Decoder;

@@ -12,12 +12,12 @@ use quantune::objectives::Objective;
 use quantune::ops::Compute;
 use quantune::optim::Gradients;
 use quantune::quant::BlockType;
-use quantune::train::step::{Buffers, StepSettings, accumulate};
+use quantune::train::step::StepSettings;
 use quantune::weights::Checkpoint;
 use quantune_adapters::delta::Adapter;
 use quantune_adapters::format;
 
-use crate::support::{golden, golden_json, ids, log_softmax};
+use crate::support::{golden, golden_json, ids, log_softmax, new_state};
 
 pub const MODELS: &[&str] =
     &["llama-yarn", "mistral", "qwen3", "gemma2", "gemma3", "phi3", "smollm3", "olmo2", "granite"];
@@ -143,11 +143,10 @@ fn step(
     let batch = Batch::new(&examples, &[(0..rows.len()).collect()]);
     let adapter = Arc::new(adapter);
     let (names, parameters): (Vec<String>, Vec<_>) = adapter.parameters().into_iter().unzip();
-    let mut gradients: Gradients =
-        parameters.iter().map(|var| vec![0.0; var.elem_count()]).collect();
+    let mut state = new_state(decoder, &parameters);
     let count = batch.count() as f64;
     let settings = StepSettings {
-        objective: &Objective::LanguageModelling,
+        objective: &Objective::LanguageModeling,
         temperature,
         scale: 1.0 / count,
         kept_layers,
@@ -156,9 +155,8 @@ fn step(
         dropout: None,
         noise: None,
     };
-    let buffers = &mut Buffers::default();
-    let judged = accumulate(decoder, &batch, &settings, &mut gradients, buffers).unwrap();
-    (judged.loss / count, names, gradients)
+    let judged = state.accumulate(decoder, &batch, &settings, 0..parameters.len()).unwrap();
+    (judged.loss / count, names, state.gradients().unwrap())
 }
 
 /// `|a - b| / |b|` in Frobenius norms.

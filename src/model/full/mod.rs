@@ -391,8 +391,7 @@ impl FullModel {
         };
         let pass = Pass::new(&self.config, &self.inv_freq, &rows, Adapters::NONE, None);
         let layer = |index: usize| {
-            let layer = LayerPass::new(&self.config, &self.layers[index], &pass, self.compute);
-            layer.expect("not the portable form")
+            LayerPass::new(&self.config, &self.layers[index], &pass, self.compute.precision)
         };
         let layers = self.layers.len();
         let kept = |index: usize| index + kept_layers >= layers;

@@ -4,7 +4,7 @@ use candle_core::Result;
 
 use super::tape::{LoraTape, TapeBuffer, Workspace, take};
 use super::{AdapterGradients, LayerPass, LinearGroup};
-use crate::model::cache::KvCache;
+use crate::model::cache::PanelCache;
 use crate::model::config::{Config, QkNorm};
 use crate::model::layers::{Attention, Norm};
 use crate::ops::attention::{self, Attended, Heads, Qkv, QkvGrad};
@@ -50,7 +50,7 @@ impl LayerPass<'_> {
         x: &[f32],
         tape: &mut AttentionTape,
         work: &mut Workspace,
-        cache: Option<(&mut KvCache, usize)>,
+        cache: Option<(&mut PanelCache, usize)>,
     ) -> Result<()> {
         let (n, isa, heads) = (self.tokens, self.isa, self.config.heads());
         let (q_width, kv_width) = widths(heads);
@@ -88,7 +88,7 @@ impl LayerPass<'_> {
         match cache {
             Some((cache, index)) => {
                 let config = attention.config;
-                cache.attend_slices(isa, index, qkv, heads, segments, config, &mut out);
+                cache.attend(isa, index, qkv, heads, segments, config, &mut out);
             }
             None => {
                 attention::forward(isa, qkv, heads, segments, attention.config, &mut out, lse);

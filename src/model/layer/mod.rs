@@ -25,13 +25,13 @@ use candle_core::Result;
 use rayon::prelude::*;
 
 use super::adapters::AdapterGroup;
-use super::cache::KvCache;
+use super::cache::PanelCache;
 use super::config::Config;
 use super::layers::Layer;
 use super::pass::Pass;
 use crate::isa::Isa;
 use crate::ops::gemm::PanelType;
-use crate::ops::{BackendKind, Compute, par_for_each};
+use crate::ops::{Precision, par_for_each};
 pub use tape::{Sizes, Tape, Workspace};
 
 /// Values, or rows of an update, that a thread takes at a time.
@@ -83,24 +83,21 @@ pub struct LayerPass<'a> {
 }
 
 impl<'a> LayerPass<'a> {
-    /// Prepares a layer for the pass, or `None` if `compute` is the portable form.
+    /// Prepares a layer for the pass.
     pub(super) fn new(
         config: &'a Config,
         layer: &'a Layer,
         pass: &'a Pass<'a>,
-        compute: Compute,
-    ) -> Option<Self> {
-        if compute.backend == BackendKind::Reference {
-            return None;
-        }
-        let (forward, backward) = compute.precision.panels();
+        precision: Precision,
+    ) -> Self {
+        let (forward, backward) = precision.panels();
         let tokens = pass.segments.last().map_or(0, |segment| segment.tokens.end);
         let isa = Isa::current();
         let adapter_groups = None;
         // A model whose weights train keeps everything exactly.
         let trains = layer.attention.o.gradient().is_some();
         let kept_as = if trains { PanelType::F32 } else { forward };
-        Some(Self { config, layer, pass, isa, forward, backward, kept_as, tokens, adapter_groups })
+        Self { config, layer, pass, isa, forward, backward, kept_as, tokens, adapter_groups }
     }
 
     /// The layer of a decode step, without gradients. `adapter_groups` are the pass's.
@@ -110,13 +107,13 @@ impl<'a> LayerPass<'a> {
 
     /// Turns `x (N, hidden_size)` into the layer's output. `taped` says whether `tape` is for a backward
     /// pass (its `x` is the caller's to keep). With a cache, attends to it.
-    pub fn forward(
+    pub(super) fn forward(
         &self,
         x: &mut [f32],
         tape: &mut Tape,
         taped: bool,
         work: &mut Workspace,
-        cache: Option<(&mut KvCache, usize)>,
+        cache: Option<(&mut PanelCache, usize)>,
     ) -> Result<()> {
         self.attend(x, tape, work, cache)?;
         self.add_branches(x, tape, taped, work)
@@ -131,7 +128,7 @@ impl<'a> LayerPass<'a> {
         x: &mut Vec<f32>,
         tape: &mut Tape,
         work: &mut Workspace,
-        cache: Option<(&mut KvCache, usize)>,
+        cache: Option<(&mut PanelCache, usize)>,
     ) -> Result<()> {
         self.attend(x, tape, work, cache)?;
         for buffer in [&mut *x, &mut work.attended] {
@@ -153,7 +150,7 @@ impl<'a> LayerPass<'a> {
         x: &[f32],
         tape: &mut Tape,
         work: &mut Workspace,
-        cache: Option<(&mut KvCache, usize)>,
+        cache: Option<(&mut PanelCache, usize)>,
     ) -> Result<()> {
         let Layer { attention, input_norm, .. } = self.layer;
         self.attend_heads(attention, input_norm.as_ref(), x, &mut tape.attention, work, cache)

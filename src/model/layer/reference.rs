@@ -4,7 +4,7 @@
 use candle_core::{Result, Tensor};
 
 use crate::model::adapters::ActiveAdapter;
-use crate::model::cache::KvCache;
+use crate::model::cache::TensorCache;
 use crate::model::config::Config;
 use crate::model::layers::{FeedForward, Layer, Linear, LinearWeight, Norm, Projection};
 use crate::model::pass::Pass;
@@ -21,7 +21,7 @@ pub(in crate::model) struct TensorLayerPass<'a> {
 impl TensorLayerPass<'_> {
     /// `x (N, hidden_size)` → the same shape. With a cache, attends to it; it is that of the layer with
     /// this index.
-    pub fn forward(&self, x: &Tensor, cache: Option<(&mut KvCache, usize)>) -> Result<Tensor> {
+    pub fn forward(&self, x: &Tensor, cache: Option<(&mut TensorCache, usize)>) -> Result<Tensor> {
         let Layer { input_norm, attention, feed_forward, .. } = self.layer;
         let heads = self.config.heads();
         let h = self.norm(x, input_norm.as_ref())?;
