@@ -109,7 +109,7 @@ impl Decoder {
 
     fn lm_head(&self) -> LmHead<'_> {
         let Self { head: weight, config, compute, device, .. } = self;
-        let uploaded = self.uploaded_head.as_deref();
+        let uploaded = self.uploaded_head.as_ref();
         LmHead { weight, uploaded, config, compute: *compute, device }
     }
 

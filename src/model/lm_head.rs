@@ -38,7 +38,7 @@ type Panels = (PanelType, PanelType);
 pub(super) struct LmHead<'a> {
     pub weight: &'a Arc<FrozenMatrix>,
     /// The same on another device.
-    pub uploaded: Option<&'a DeviceMatrix>,
+    pub uploaded: Option<&'a Arc<DeviceMatrix>>,
     pub config: &'a Config,
     pub compute: Compute,
     pub device: &'a Device,
