@@ -5,7 +5,7 @@ use std::path::Path;
 use super::chunk::StoredForm;
 use super::source::ModelOrigin;
 use super::{ExportError, ExportSource, Importance, Recipe, Written, chunk};
-use crate::model::config::{RopeScaling, Windows, yarn_growth};
+use crate::model::config::{RopeScaling, Windows, yarn_attention_factor};
 use crate::model::{Config, load};
 use crate::quant::BlockType;
 use crate::text::convert;
@@ -205,7 +205,7 @@ fn of_config(config: &Config, out: &Path) -> Vec<(String, OwnedValue)> {
                 put("rope.scaling.yarn_beta_fast", number(*beta_fast));
                 put("rope.scaling.yarn_beta_slow", number(*beta_slow));
             }
-            let grown = attention_factor / yarn_growth(*factor);
+            let grown = attention_factor / yarn_attention_factor(*factor);
             if grown != 1.0 {
                 // The converter writes the first; llama.cpp multiplies by the second.
                 put("rope.scaling.yarn_attn_factor", number(*attention_factor));

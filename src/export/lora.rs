@@ -3,12 +3,12 @@
 use std::collections::HashMap;
 use std::path::Path;
 
+use quantune_adapters::config::{EMBEDDING, HEAD};
 use quantune_adapters::delta::{Adapter, Lora};
 
 use super::chunk::interleave;
 use super::{Distance, ExportError, Written, WrittenTensor, verify};
 use crate::model::adapter_files::{ADAPTER_TYPE_KEY, ALPHA_KEY, TYPE_KEY};
-use crate::model::ends::{EMBEDDING, HEAD};
 use crate::model::{ActiveAdapter, Config, Decoder, load};
 use crate::ops::Values;
 use crate::quant::{BlockType, RowOrder};

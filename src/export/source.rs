@@ -10,12 +10,12 @@ use rayon::prelude::*;
 
 use super::ExportError;
 use super::chunk::StoredForm;
-use crate::model::ends::{EMBEDDING, HEAD};
 use crate::model::{ActiveAdapter, Config, ModelError, load};
 use crate::ops::Values;
 use crate::quant::{BlockType, FrozenMatrix, RowOrder};
 use crate::text::{AddedTokenSpec, Tokenizer};
 use crate::weights::{Checkpoint, Gguf, WeightsError};
+use quantune_adapters::config::{EMBEDDING, HEAD};
 
 /// A model to export.
 #[derive(Debug)]

@@ -5,12 +5,11 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use candle_core::{Device, Tensor, Var};
-use quantune_adapters::config::{LoraConfig, Modules};
+use quantune_adapters::config::{HEAD, LoraConfig, Modules};
 use quantune_adapters::delta::{Adapter, Lora};
 use quantune_adapters::format::{self, FormatError};
 use quantune_adapters::targets::{LinearSpec, Unmatched};
 
-use super::ends::HEAD;
 use super::{Config, Decoder, load};
 use crate::quant::{FrozenMatrix, RowOrder};
 use crate::weights::{Gguf, Safetensors, WeightsError};

@@ -1,4 +1,4 @@
-//! What a decoder is, read from the checkpoint: a row of properties per family, and its sizes.
+//! The configuration of a decoder, read from its checkpoint: the row of its family, and its sizes.
 
 mod family;
 mod gguf;
@@ -15,7 +15,7 @@ pub use family::{FAMILIES, Family, Norms, QkNorm, Windows};
 /// How rotary frequencies differ from `theta^(-2i / head_dim)`.
 #[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
-    /// Not at all.
+    /// Unscaled.
     None,
     /// All divided by `factor` (position interpolation, Chen et al. 2023).
     Linear {
@@ -33,26 +33,26 @@ pub enum RopeScaling {
         /// The context the model was first trained with.
         original_max_position_embeddings: f64,
     },
-    /// Fast pairs kept, slow ones divided by `factor`, a ramp over pairs between, and queries and keys
-    /// grown (YaRN, Peng et al. 2023).
+    /// Fast pairs kept, slow ones divided by `factor`, a ramp over pairs between; queries and keys
+    /// are scaled too (YaRN, Peng et al. 2023).
     Yarn {
         /// By how much the context grew.
         factor: f64,
         /// The context the model was first trained with.
         original_max_position_embeddings: f64,
-        /// Pairs that turn more often than this in it are kept.
+        /// Pairs with more rotations than this in the original context are kept.
         beta_fast: f64,
-        /// Pairs that turn less often than this in it are divided.
+        /// Pairs with fewer rotations than this in the original context are divided.
         beta_slow: f64,
         /// Whether the ramp begins and ends at whole pairs.
         truncate: bool,
-        /// By how much cosines and sines grow.
+        /// Factor of cosines and sines.
         attention_factor: f64,
     },
     /// Each divided by its own factor: a GGUF's `rope_freqs.weight`, `head_dim / 2` values.
     Factors(Vec<f32>),
-    /// Each divided by its own factor, another in long rows than in short ones, and queries and keys
-    /// grown (Ding et al. 2024).
+    /// Each divided by its own factor, different in long rows and short ones; queries and keys
+    /// are scaled too (Ding et al. 2024).
     LongRope {
         /// The factors of rows of at most `original_max_position_embeddings` tokens.
         short_factor: Vec<f32>,
@@ -60,7 +60,7 @@ pub enum RopeScaling {
         long_factor: Vec<f32>,
         /// The context the model was first trained with.
         original_max_position_embeddings: usize,
-        /// By how much cosines and sines grow.
+        /// Factor of cosines and sines.
         attention_factor: f64,
     },
 }
@@ -100,35 +100,34 @@ pub struct Config {
     pub o_bias: bool,
     /// Whether gate, up and down have a bias.
     pub mlp_bias: bool,
-    /// What only some families have.
+    /// Properties that only some families have.
     pub variation: Variation,
 }
 
-/// What only some families have, none of it by default.
+/// Properties that only some families have, none by default.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Variation {
-    /// What embeddings are multiplied by.
+    /// Factor of the embeddings.
     pub embedding_multiplier: f64,
-    /// What the results of attention and feed-forward layer are multiplied by before they join the
-    /// residual stream.
+    /// Factor of the outputs of attention and feed-forward block before the residual addition.
     pub residual_multiplier: f64,
-    /// What logits are multiplied by.
+    /// Factor of the logits.
     pub logits_multiplier: f64,
-    /// What attention's scores are multiplied by, instead of `1 / sqrt(head_dim)`.
+    /// Scale of attention scores, instead of `1 / sqrt(head_dim)`.
     pub attention_scale: Option<f64>,
-    /// The cap on attention's scores: `cap · tanh(score / cap)`.
+    /// Softcap of attention scores: `cap · tanh(score / cap)`.
     pub attn_logit_softcapping: Option<f64>,
-    /// The cap on logits.
+    /// Softcap of the final logits.
     pub final_logit_softcapping: Option<f64>,
-    /// The last positions that a layer with a window sees.
+    /// Size of the window of layers with sliding-window attention.
     pub sliding_window: Option<usize>,
-    /// Whether each layer has that window; empty if none has.
+    /// Whether each layer uses sliding-window attention; empty if none does.
     pub windowed: Vec<bool>,
-    /// Whether each layer rotates; empty if all do.
+    /// Whether each layer applies rotary embeddings; empty if all do.
     pub rotated: Vec<bool>,
-    /// Base of the rotary frequencies, unscaled, of layers with a window, if they have another.
+    /// Base of the (unscaled) rotary frequencies of sliding-window layers, if it differs.
     pub local_rope_theta: Option<f64>,
-    /// How many numbers of a head rotate, the first, if not all.
+    /// Dimensions of a head that rotate, the first ones, if not all (partial rotary).
     pub rotary_dim: Option<usize>,
 }
 
@@ -150,14 +149,14 @@ impl Default for Variation {
     }
 }
 
-/// By which frequencies a layer rotates queries and keys.
+/// The rotary frequencies of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LayerRope {
-    /// The model's.
+    /// Those of the model.
     Global,
-    /// Those of layers with a window.
+    /// Those of sliding-window layers.
     Local,
-    /// It does not.
+    /// The layer does not rotate.
     None,
 }
 
@@ -198,13 +197,13 @@ impl Config {
         }
     }
 
-    /// How many numbers of a head rotate.
+    /// Dimensions of a head that rotate.
     pub fn rotary_dim(&self) -> usize {
         self.variation.rotary_dim.unwrap_or(self.head_dim)
     }
 
-    /// Radians per position of each pair of a head, `rotary_dim / 2` values; of short rows, where those
-    /// of long ones are others.
+    /// Radians per position of each pair of a head, `rotary_dim / 2` values. LongRope: those of
+    /// short rows.
     pub fn inv_freq(&self) -> Vec<f32> {
         let width = self.rotary_dim();
         let plain = |i: usize| self.rope_theta.powf(-2.0 * i as f64 / width as f64);
@@ -253,8 +252,7 @@ impl Config {
         (0..width / 2).map(|i| scaled(i) as f32).collect()
     }
 
-    /// [`Self::inv_freq`] of rows of more tokens than the number that comes with it, where they have
-    /// others.
+    /// LongRope: the number of tokens beyond which rows use other frequencies, and those frequencies.
     pub fn long_inv_freq(&self) -> Option<(usize, Vec<f32>)> {
         let RopeScaling::LongRope {
             long_factor, original_max_position_embeddings: original, ..
@@ -267,15 +265,15 @@ impl Config {
         Some((*original, scaled.inv_freq()))
     }
 
-    /// [`Self::inv_freq`] of layers with a window, where they have a base to themselves.
+    /// [`Self::inv_freq`] of sliding-window layers, if they have their own base.
     pub fn local_inv_freq(&self) -> Option<Vec<f32>> {
         let (theta, width) = (self.variation.local_rope_theta?, self.rotary_dim());
         let of = |i: usize| theta.powf(-2.0 * i as f64 / width as f64) as f32;
         Some((0..width / 2).map(of).collect())
     }
 
-    /// By how much rotating by [`Self::inv_freq`] makes queries and keys grow.
-    pub fn rope_growth(&self) -> f32 {
+    /// Factor of queries and keys that are rotated by [`Self::inv_freq`] (`attention_factor`, mscale).
+    pub fn rope_attention_factor(&self) -> f32 {
         match self.rope_scaling {
             RopeScaling::Yarn { attention_factor, .. }
             | RopeScaling::LongRope { attention_factor, .. } => attention_factor as f32,
@@ -283,7 +281,7 @@ impl Config {
         }
     }
 
-    /// By which frequencies a layer rotates.
+    /// The rotary frequencies of a layer.
     pub fn rope_of(&self, layer: usize) -> LayerRope {
         let Variation { rotated, windowed, local_rope_theta, .. } = &self.variation;
         if rotated.get(layer) == Some(&false) {
@@ -295,7 +293,7 @@ impl Config {
         }
     }
 
-    /// What a query of a layer makes of keys.
+    /// Scale, softcap and window of attention in a layer.
     pub fn scores(&self, layer: usize) -> AttentionConfig {
         let Variation { windowed, sliding_window, .. } = &self.variation;
         AttentionConfig {
@@ -305,7 +303,7 @@ impl Config {
         }
     }
 
-    /// The cap on logits that are divided by `temperature`, if there is one.
+    /// Softcap of logits that are divided by `temperature`, if the model has one.
     pub fn logit_softcap(&self, temperature: f64) -> Option<LogitSoftcap> {
         let cap = self.variation.final_logit_softcapping? as f32;
         Some(LogitSoftcap { cap, temperature: temperature as f32 })
@@ -351,7 +349,7 @@ impl Config {
         }
     }
 
-    /// The properties, if they make sense; `path` says where they are from.
+    /// Validates the properties; `path` names their file in errors.
     pub fn checked(self, path: String) -> Result<Self, ModelError> {
         let mut faults = Vec::new();
         let sizes = [
@@ -415,7 +413,7 @@ impl Config {
             }
         };
         if !sound {
-            faults.push(format!("rope scaling {:?} makes no sense", self.rope_scaling));
+            faults.push(format!("invalid rope scaling {:?}", self.rope_scaling));
         }
         let v = &self.variation;
         let numbers = [
@@ -477,12 +475,12 @@ fn known<T: std::fmt::Display>(name: impl Fn(&'static Family) -> T) -> String {
     names.join(", ")
 }
 
-/// YaRN's growth of queries and keys where nothing else is said.
-pub fn yarn_growth(factor: f64) -> f64 {
+/// Default `attention_factor` of YaRN.
+pub fn yarn_attention_factor(factor: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 }
 }
 
-/// Longrope's, by how much the context grew from `original` tokens.
-pub fn longrope_growth(factor: f64, original: f64) -> f64 {
+/// Default `attention_factor` of LongRope, for a context `factor` times `original` tokens.
+pub fn longrope_attention_factor(factor: f64, original: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / original.ln()).sqrt() }
 }

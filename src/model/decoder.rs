@@ -1,4 +1,4 @@
-//! The forward pass: embedding, layers, final norm. The head is read by whoever needs what of it.
+//! The decoder over frozen weights: embedding, layers, final norm and head.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -8,12 +8,14 @@ use quantune_adapters::config::{EMBEDDING, HEAD};
 use quantune_adapters::delta::Dropout;
 use quantune_adapters::targets::LinearSpec;
 
-use super::adapters::Adapters;
+use super::adapters::{ActiveAdapter, Adapters};
 use super::cache::TensorCache;
 use super::config::Config;
+use super::embedding::{Embedding, adapts_embedding};
 use super::layer::reference::TensorLayerPass;
-use super::layer::{LayerPass, LinearGroup};
+use super::layer::{AdapterGradients, LayerPass, LinearGroup};
 use super::layers::{Layer, Linear};
+use super::lm_head::{AdaptedHead, LmHead};
 use super::pass::{Pass, Rows};
 use crate::ops::{BackendKind, Compute, DeviceMatrix, rms_norm};
 use crate::quant::FrozenMatrix;
@@ -21,7 +23,7 @@ use crate::quant::FrozenMatrix;
 /// A decoder over frozen weights. Nothing is ever written to it or attached to it.
 #[derive(Debug)]
 pub struct Decoder {
-    /// Its properties.
+    /// Its configuration.
     pub config: Config,
     /// Which form of the operations runs.
     pub compute: Compute,
@@ -98,6 +100,82 @@ impl Decoder {
         dropout: Option<&'a Dropout>,
     ) -> Pass<'a> {
         Pass::new(&self.config, &self.inv_freq, rows, adapters, dropout)
+    }
+
+    fn embedding(&self) -> Embedding<'_> {
+        let multiplier = self.config.variation.embedding_multiplier;
+        Embedding { weight: &self.embedding, multiplier, device: &self.device }
+    }
+
+    fn lm_head(&self) -> LmHead<'_> {
+        let Self { head: weight, config, compute, device, .. } = self;
+        let uploaded = self.uploaded_head.as_ref();
+        LmHead { weight, uploaded, config, compute: *compute, device }
+    }
+
+    /// The embeddings of tokens, `(N, hidden_size)` F32, on the tape of trainable adapters.
+    ///
+    /// # Errors
+    /// If a token is out of vocabulary.
+    pub fn embed(&self, tokens: &[u32], pass: &Pass) -> Result<Tensor> {
+        self.embedding().forward(tokens, pass)
+    }
+
+    /// [`Self::embed`] into a buffer, which is overwritten; off the tape.
+    pub fn embed_into(&self, tokens: &[u32], pass: &Pass, x: &mut Vec<f32>) -> Result<()> {
+        self.embedding().forward_into(tokens, pass, x)
+    }
+
+    /// The backward pass of [`Self::embed_into`]: from `dx (N, hidden_size)` to the parameters of the
+    /// trainable adapter, which all rows use. `dx` is used up.
+    pub(crate) fn embed_back(
+        &self,
+        tokens: &[u32],
+        pass: &Pass,
+        dx: &mut [f32],
+        sink: &mut AdapterGradients,
+    ) -> Result<()> {
+        self.embedding().backward(tokens, pass, dx, sink)
+    }
+
+    /// Whether a trainable adapter changes the embedding, so that gradients must reach it.
+    pub(crate) fn trains_embedding(&self, adapters: Adapters) -> bool {
+        adapters.iter().any(|active| active.trainable && adapts_embedding(&active.adapter))
+    }
+
+    /// [`Self::logits`] of either backend.
+    pub(super) fn logits_of(&self, hidden: &Tensor, adapters: Adapters) -> Result<Tensor> {
+        self.lm_head().logits(hidden, adapters)
+    }
+
+    /// Log-probabilities of `targets`, one per row of `hidden (M, hidden_size)` → `(M)`, of rows that
+    /// all use the same adapters. In the portable form trainable adapters are on the tape.
+    pub fn log_probs(
+        &self,
+        hidden: &Tensor,
+        targets: &[u32],
+        active: &[ActiveAdapter],
+    ) -> Result<Tensor> {
+        self.log_probs_at_temperature(hidden, targets, 1.0, active)
+    }
+
+    /// [`Self::log_probs`] of logits divided by `temperature`.
+    pub fn log_probs_at_temperature(
+        &self,
+        hidden: &Tensor,
+        targets: &[u32],
+        temperature: f64,
+        active: &[ActiveAdapter],
+    ) -> Result<Tensor> {
+        self.lm_head().log_probs_at_temperature(hidden, targets, temperature, active)
+    }
+
+    /// The head with adapters; `None` if they do not change it.
+    pub(crate) fn adapted_head<'a>(
+        &'a self,
+        active: &'a [ActiveAdapter],
+    ) -> Result<Option<AdaptedHead<'a>>> {
+        self.lm_head().adapted(active)
     }
 
     /// One layer of a pass of the CPU backend.

@@ -1,4 +1,4 @@
-//! From named tensors to a decoder: what each tensor is called, and in which order its rows lie.
+//! Loads a decoder from named tensors: the name of each tensor and the order of its rows, per format.
 
 use std::sync::Arc;
 
@@ -11,7 +11,7 @@ use crate::ops::Compute;
 use crate::quant::{BlockType, FrozenMatrix, RowOrder};
 use crate::weights::{Checkpoint, WeightsError};
 
-/// Faults after which a file is given up.
+/// Faults after which loading stops.
 const FAULTS: usize = 64;
 
 impl Decoder {
@@ -45,7 +45,7 @@ impl Decoder {
         let mut built: Vec<Option<Layer>> = Vec::new();
         for index in 0..config.num_hidden_layers {
             built.push(layers::build(&config, index, &mut loader));
-            // Enough to tell: a hostile count of layers is not believed further than this.
+            // Enough to report: a hostile number of layers is not tried further.
             if loader.faults.len() > FAULTS {
                 break;
             }
@@ -53,7 +53,7 @@ impl Decoder {
         let norm = loader.norm_factors("model.norm", config.hidden_size);
         let head = match config.tie_word_embeddings {
             true => embedding.clone(),
-            // A sequence classifier has no logits; whoever loads one reads its score.
+            // A sequence classifier has no logits; its score head is read instead.
             false if loader.is_classifier() => embedding.clone(),
             false => loader.matrix("lm_head.weight", config.vocab_size, config.hidden_size),
         };
@@ -166,7 +166,7 @@ impl Loader<'_> {
                 return Err(format!("{stored} is {:?}, needed [{len}]", tensor.shape));
             }
             let values = tensor.vector().map_err(|e| e.to_string())?;
-            // A bias lies in the order of its matrix's rows.
+            // A bias has the order of its matrix's rows.
             let rows = FrozenMatrix::from_f32(&values, len, 1).map_err(|e| e.to_string())?;
             let rows = rows.with_order(self.order(name)).map_err(|e| format!("{stored}: {e}"))?;
             let mut values = vec![0f32; len];
@@ -180,12 +180,12 @@ impl Loader<'_> {
         stored_order(self.checkpoint, self.config, name)
     }
 
-    /// What a tensor is called in this checkpoint.
+    /// The name of a tensor in this checkpoint.
     fn stored_name(&self, name: &str) -> String {
         stored_name(self.checkpoint, self.config, name)
     }
 
-    /// Errors name the file; in a list of them once is enough.
+    /// The text of an error without the file, which the list of errors names once.
     fn short(&self, name: &str, error: WeightsError) -> String {
         match error {
             WeightsError::MissingTensor { .. } => format!("no tensor {name:?}"),
@@ -245,7 +245,7 @@ impl LayerSource for Loader<'_> {
     }
 }
 
-/// What a checkpoint calls the tensor that Hugging Face calls `name`.
+/// The name in a checkpoint of the tensor that Hugging Face calls `name`.
 pub fn stored_name(checkpoint: &Checkpoint, config: &Config, name: &str) -> String {
     match checkpoint {
         Checkpoint::Gguf(_) => gguf_name(config.family, name),
@@ -253,7 +253,7 @@ pub fn stored_name(checkpoint: &Checkpoint, config: &Config, name: &str) -> Stri
     }
 }
 
-/// How a checkpoint orders the rows of the tensor that Hugging Face calls `name`.
+/// The row order in a checkpoint of the tensor that Hugging Face calls `name`.
 pub fn stored_order(checkpoint: &Checkpoint, config: &Config, name: &str) -> RowOrder {
     match checkpoint {
         Checkpoint::Gguf(_) => gguf_order(config, name),
@@ -261,7 +261,7 @@ pub fn stored_order(checkpoint: &Checkpoint, config: &Config, name: &str) -> Row
     }
 }
 
-/// How a GGUF orders the rows of the tensor that Hugging Face calls `name`.
+/// The row order in a GGUF of the tensor that Hugging Face calls `name`.
 pub fn gguf_order(config: &Config, name: &str) -> RowOrder {
     let rotated = name.contains(".q_proj.") || name.contains(".k_proj.");
     match rotated && config.family.interleaved_in_gguf {
@@ -270,7 +270,7 @@ pub fn gguf_order(config: &Config, name: &str) -> RowOrder {
     }
 }
 
-/// How far a checkpoint's values of the tensor that Hugging Face calls `name` lie above Hugging Face's.
+/// A checkpoint's values of the tensor that Hugging Face calls `name`, less Hugging Face's.
 pub fn stored_offset(checkpoint: &Checkpoint, config: &Config, name: &str) -> f32 {
     match checkpoint {
         Checkpoint::Gguf(_) => gguf_offset(config, name),
@@ -278,11 +278,11 @@ pub fn stored_offset(checkpoint: &Checkpoint, config: &Config, name: &str) -> f3
     }
 }
 
-/// How far a GGUF's values of the tensor that Hugging Face calls `name` lie above Hugging Face's: norms
-/// are there as they multiply, and some families' folders have them less 1.
+/// A GGUF's values of the tensor that Hugging Face calls `name`, less Hugging Face's: 1 for the norms of
+/// families whose folders store them less 1.
 pub fn gguf_offset(config: &Config, name: &str) -> f32 {
     let is_norm = name.ends_with("norm.weight");
-    if is_norm && config.family.norm_less_one { 1.0 } else { 0.0 }
+    if is_norm && config.family.norm_weight_offset { 1.0 } else { 0.0 }
 }
 
 /// A decoder's tensors by Hugging Face's names, with their shapes: what [`Decoder::load`] reads, in
@@ -340,7 +340,7 @@ pub fn tensors(config: &Config) -> Vec<(String, Vec<usize>)> {
     tensors
 }
 
-/// A GGUF's tensors that say how frequencies are scaled, where keys do not.
+/// The tensors of a GGUF that scale rotary frequencies, where metadata keys cannot.
 pub fn rope_tensors(config: &Config) -> Vec<(&'static str, Vec<f32>)> {
     match &config.rope_scaling {
         RopeScaling::LongRope { short_factor, long_factor, .. } => vec![

@@ -1,4 +1,4 @@
-//! What goes into the linear layers, summed up on the way.
+//! Sums of squared inputs of the linear layers: the importance matrix.
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;

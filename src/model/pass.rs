@@ -18,7 +18,7 @@ pub struct Rows {
     pub tokens: Vec<u32>,
     /// Each token's position in its row.
     pub positions: Vec<u32>,
-    /// Each row's tokens, end to end from 0 to N. A row must wear what its prefix wears.
+    /// Each row's tokens, end to end from 0 to N. A row uses the adapters of its prefix.
     pub segments: Arc<[Segment]>,
 }
 
@@ -71,7 +71,7 @@ impl Rotations {
         let heads = |rotation: Rotation| rotation.in_heads_of(config.head_dim);
         let local = config.local_inv_freq();
         Self {
-            global: heads(global).grown(config.rope_growth()),
+            global: heads(global).grown(config.rope_attention_factor()),
             local: local.map(|inv_freq| heads(Rotation::new(positions, &inv_freq))),
         }
     }

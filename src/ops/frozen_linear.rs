@@ -13,7 +13,7 @@ use crate::quant::FrozenMatrix;
 /// `y = x · Wᵀ` for a frozen `W`, differentiable in `x` only.
 ///
 /// Shapes: `x (.., in)` F32, `W (out, in)` in any block type → `y (.., out)` F32.
-/// Backward: `dx = dy · W`. `W` is read panel by panel where it lies; nothing of it is kept.
+/// Backward: `dx = dy · W`. `W` is read panel by panel in place; nothing of it is kept.
 pub fn frozen_linear(x: &Tensor, weight: &Arc<FrozenMatrix>, compute: Compute) -> Result<Tensor> {
     match compute.op_form() {
         OpForm::Kernel => {

@@ -122,6 +122,18 @@ pub enum MatrixError {
         /// Infinite, or no number.
         value: f32,
     },
+    /// A window over rows that the matrix does not have, or that are not stored in order.
+    #[error("rows {start}..{end} are no window of {found} rows in {order:?} order")]
+    Window {
+        /// The first row.
+        start: usize,
+        /// The row behind the last.
+        end: usize,
+        /// Rows of the matrix.
+        found: usize,
+        /// Their order.
+        order: RowOrder,
+    },
     /// An interleaved order over rows that are no whole heads of even size.
     #[error("{rows} rows cannot be interleaved heads of {head_dim}")]
     Heads {
@@ -166,6 +178,21 @@ impl FrozenMatrix {
         }
         let order = RowOrder::Straight;
         Ok(Self { bytes, block_type, rows, cols, row_bytes, order, more: None })
+    }
+
+    /// The matrix of some rows, in the same bytes: an expert of a `(experts, rows, cols)` tensor.
+    ///
+    /// # Errors
+    /// If there are no such rows of its own, or they are not stored in order.
+    pub fn window(&self, rows: Range<usize>) -> Result<Self, MatrixError> {
+        let in_order = self.order == RowOrder::Straight;
+        if !in_order || rows.start > rows.end || rows.end > self.rows {
+            let Range { start, end } = rows;
+            return Err(MatrixError::Window { start, end, found: self.rows, order: self.order });
+        }
+        let bytes = rows.start * self.row_bytes..rows.end * self.row_bytes;
+        let bytes = self.bytes.slice(bytes).expect("as many bytes as rows");
+        Self::new(bytes, self.block_type, rows.len(), self.cols)
     }
 
     /// The matrix of `f32` values on the heap, for tests and small weights.

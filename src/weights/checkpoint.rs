@@ -105,6 +105,20 @@ impl StoredTensor {
             .map_err(|source| WeightsError::Matrix { name: self.name.clone(), source })
     }
 
+    /// The matrices `(out, in)` of a tensor `(n, out, in)`, experts as GGUF keeps them: windows into the
+    /// map.
+    ///
+    /// # Errors
+    /// If it does not have three dimensions.
+    pub fn matrices(&self) -> Result<Vec<FrozenMatrix>, WeightsError> {
+        let [n, rows, cols] = self.shape[..] else { return Err(self.dimensions(3)) };
+        let named = |source| WeightsError::Matrix { name: self.name.clone(), source };
+        let all =
+            FrozenMatrix::new(self.bytes.clone(), self.block_type, n.saturating_mul(rows), cols);
+        let all = all.map_err(named)?;
+        (0..n).map(|i| all.window(i * rows..(i + 1) * rows).map_err(named)).collect()
+    }
+
     /// The values of a vector as F32, copied.
     ///
     /// # Errors
@@ -118,5 +132,34 @@ impl StoredTensor {
 
     fn dimensions(&self, needed: usize) -> WeightsError {
         WeightsError::Dimensions { name: self.name.clone(), found: self.shape.clone(), needed }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+
+    #[test]
+    fn a_tensor_of_three_dimensions_is_read_as_matrices() {
+        let bytes: Vec<u8> = (0..24u8).flat_map(|v| f32::from(v).to_le_bytes()).collect();
+        let tensor = |shape: &[usize]| StoredTensor {
+            name: "experts".into(),
+            block_type: BlockType::F32,
+            shape: shape.to_vec(),
+            bytes: Bytes::new(Arc::new(bytes.clone())),
+        };
+        let matrices = tensor(&[2, 3, 4]).matrices().unwrap();
+        let values = |matrix: &FrozenMatrix| {
+            let mut values = vec![0.0; 12];
+            matrix.read_tile(0..3, 0..4, &mut values);
+            values
+        };
+        let expected = |range: std::ops::Range<u8>| range.map(f32::from).collect::<Vec<f32>>();
+        assert_eq!(values(&matrices[0]), expected(0..12));
+        assert_eq!(values(&matrices[1]), expected(12..24));
+        assert!(tensor(&[6, 4]).matrices().is_err());
+        assert!(tensor(&[2, 2, 4]).matrices().is_err());
     }
 }

@@ -1,8 +1,8 @@
-//! The families: what each does differently from Llama whatever its size, a row each.
+//! The model families: a row each, of how it differs from Llama independent of size.
 
 use crate::ops::Gate;
 
-/// What tells one family from another.
+/// Properties that differ between families.
 #[derive(Debug, PartialEq)]
 pub struct Family {
     /// `model_type` in a `config.json`.
@@ -11,34 +11,34 @@ pub struct Family {
     pub class: &'static str,
     /// `general.architecture` in a GGUF.
     pub architecture: &'static str,
-    /// Whether q, k and v always have a bias. Without, the checkpoint says.
+    /// Whether q, k and v always have a bias; if `false`, the checkpoint decides.
     pub qkv_bias: bool,
     /// Whether llama.cpp's converter interleaves the rows of q and k of each head.
     pub interleaved_in_gguf: bool,
-    /// Where norms stand in a layer.
+    /// Positions of the norms in a layer.
     pub norms: Norms,
-    /// What queries and keys are normed over before they are rotated.
+    /// Norm of queries and keys before rotation.
     pub qk_norm: QkNorm,
-    /// Whether a folder holds norm weights less 1. A GGUF holds them as they multiply.
-    pub norm_less_one: bool,
-    /// What becomes of the gate.
+    /// Whether folders store norm weights less 1 (the norm multiplies by `1 + w`); a GGUF stores `1 + w`.
+    pub norm_weight_offset: bool,
+    /// Activation of the gate.
     pub gate: Gate,
-    /// Whether q, k and v are one matrix in files, and gate and up another.
+    /// Whether q, k and v are one fused matrix, and gate and up another.
     pub fused: bool,
     /// Whether embeddings are multiplied by `sqrt(hidden_size)`.
     pub embedding_scaled: bool,
-    /// Which layers see a window only.
+    /// Layers with sliding-window attention.
     pub windows: Windows,
-    /// The window, if neither form of file says.
+    /// The window size, if the file has none.
     pub sliding_window: Option<usize>,
-    /// Every so many layers, one does not rotate, if a `config.json` does not say which.
+    /// Interval of layers without rotary embeddings, if a `config.json` does not list them.
     pub no_rope_layer_interval: Option<usize>,
     /// Whether the scale of scores is `query_pre_attn_scalar^-1/2`.
     pub query_pre_attn_scalar: bool,
     /// Layers from which on a GGUF's scores have the scale of `hidden_size / heads` instead of
     /// `head_dim`: it has no key for it, and llama.cpp knows the 27B models by their depth.
     pub scale_by_hidden_size_at: Option<usize>,
-    /// The caps on attention's scores and on logits, if neither form of file says.
+    /// Softcaps of attention scores and of final logits, if the file has none.
     pub caps: (Option<f64>, Option<f64>),
     /// Whether embeddings, residuals, scores and logits have multipliers of their own.
     pub multipliers: bool,
@@ -55,27 +55,27 @@ pub struct Family {
     pub llama_cpp_has_65b: bool,
     /// Width of a head, if a `config.json` does not say and it is not `hidden_size / heads`.
     pub head_dim: Option<usize>,
-    /// Base of the rotary frequencies, if neither form of file says.
+    /// Base of the rotary frequencies, if the file has none.
     pub rope_theta: f64,
-    /// Of layers with a window, where they have a base to themselves.
+    /// Base of the rotary frequencies of sliding-window layers, if it differs.
     pub local_rope_theta: Option<f64>,
 }
 
-/// Where norms stand in a layer, before or behind attention and feed-forward layer.
+/// Positions of the norms of attention and feed-forward block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Norms {
     /// Before each.
     Before,
-    /// Before and behind each, there before it joins the residual stream.
+    /// Before each and behind each, there before the residual addition.
     Around,
     /// Behind each only.
     Behind,
 }
 
-/// What queries and keys are normed over.
+/// Norm of queries and keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum QkNorm {
-    /// They are not.
+    /// No norm.
     None,
     /// Each head.
     Head,
@@ -83,7 +83,7 @@ pub enum QkNorm {
     Width,
 }
 
-/// Which layers see a window only, where there is one. `layer_types` of a `config.json` comes first.
+/// Layers with sliding-window attention, unless `layer_types` of a `config.json` lists them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Windows {
     /// None.
@@ -106,7 +106,7 @@ const LLAMA: Family = Family {
     interleaved_in_gguf: true,
     norms: Norms::Before,
     qk_norm: QkNorm::None,
-    norm_less_one: false,
+    norm_weight_offset: false,
     gate: Gate::Silu,
     fused: false,
     embedding_scaled: false,
@@ -145,7 +145,7 @@ const GEMMA2: Family = Family {
     llama_cpp_has_65b: false,
     interleaved_in_gguf: false,
     norms: Norms::Around,
-    norm_less_one: true,
+    norm_weight_offset: true,
     gate: Gate::GeluTanh,
     embedding_scaled: true,
     windows: Windows::AllBut(2),

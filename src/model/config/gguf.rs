@@ -1,6 +1,8 @@
 //! Properties from a GGUF's keys, with llama.cpp's defaults where it has no key.
 
-use super::{Config, FAMILIES, Family, RopeScaling, Variation, Windows, known, yarn_growth};
+use super::{
+    Config, FAMILIES, Family, RopeScaling, Variation, Windows, known, yarn_attention_factor,
+};
 use crate::model::ModelError;
 use crate::weights::Gguf;
 
@@ -188,8 +190,10 @@ fn rope_scaling(
                 truncate: true,
                 // llama.cpp's programs read the one, its converter writes the other.
                 attention_factor: match grown {
-                    Some(grown) => grown * yarn_growth(factor),
-                    None => number("scaling.yarn_attn_factor")?.unwrap_or(yarn_growth(factor)),
+                    Some(grown) => grown * yarn_attention_factor(factor),
+                    None => {
+                        number("scaling.yarn_attn_factor")?.unwrap_or(yarn_attention_factor(factor))
+                    }
                 },
             }
         }

@@ -6,7 +6,8 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::{
-    Config, FAMILIES, Family, RopeScaling, Variation, Windows, known, longrope_growth, yarn_growth,
+    Config, FAMILIES, Family, RopeScaling, Variation, Windows, known, longrope_attention_factor,
+    yarn_attention_factor,
 };
 use crate::model::ModelError;
 use crate::ops::Gate;
@@ -224,7 +225,7 @@ fn rope_scaling(
             long_factor,
             original_max_position_embeddings: original,
             attention_factor: number("attention_factor")
-                .unwrap_or(longrope_growth(factor, original as f64)),
+                .unwrap_or(longrope_attention_factor(factor, original as f64)),
         };
     }
     let mut need = |key: &str| {
@@ -249,7 +250,7 @@ fn rope_scaling(
                 (Some(a), Some(b)) if a != 0.0 && b != 0.0 && factor > 1.0 => {
                     (0.1 * a * factor.ln() + 1.0) / (0.1 * b * factor.ln() + 1.0)
                 }
-                _ => yarn_growth(factor),
+                _ => yarn_attention_factor(factor),
             };
             RopeScaling::Yarn {
                 factor,
@@ -339,9 +340,9 @@ mod tests {
         assert_eq!((long.rotary_dim(), long.inv_freq().len()), (12, 6));
         let (original, freqs) = long.long_inv_freq().unwrap();
         assert_eq!((original, freqs[5] * 8.0), (16, long.inv_freq()[5]));
-        assert!((long.rope_growth() - 1.5f32.sqrt()).abs() < 1e-6);
+        assert!((long.rope_attention_factor() - 1.5f32.sqrt()).abs() < 1e-6);
         // The default of the family is beyond these positions: nothing grows.
-        assert_eq!(of("yarn", "").rope_growth(), 1.0);
+        assert_eq!(of("yarn", "").rope_attention_factor(), 1.0);
     }
 
     /// What Gemma 3's configs on disks leave to their readers, and how older ones spell the rest.

@@ -1,5 +1,5 @@
-//! The updates that rows wear on linear layers: what DoRA makes of them, and the gradients of those
-//! that train.
+//! The updates that active adapters add to linear layers, DoRA included, and the gradients of those that
+//! train.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -15,19 +15,19 @@ use crate::ops::Values;
 use crate::ops::gemm::{Init, Out, PackedRows, Product, Strided, Term, Weights, multiply};
 
 /// An adapter on a linear layer for a run of tokens.
-pub(super) struct Update<'a> {
+pub(super) struct ActiveUpdate<'a> {
     a: Values<'a>,
     b: Values<'a>,
     pub(super) r: usize,
     scale: f32,
     pub(super) trainable: bool,
     pub(super) tokens: Range<usize>,
-    /// Which of the workspace's masks is that of the dropout before A.
+    /// Index of the mask of the dropout before A among the workspace's.
     pub(super) mask: Option<usize>,
     pub(super) dora: Option<Dora>,
 }
 
-impl Update<'_> {
+impl ActiveUpdate<'_> {
     pub(super) fn a(&self) -> Weights<'_> {
         let cols = self.a.len() / self.r;
         Weights::Dense { values: &self.a, cols, scale: 1.0 }
@@ -52,28 +52,28 @@ pub(super) struct Dora {
 }
 
 /// What the base's product is multiplied with, output by output, for a run of tokens: 1 and the sum
-/// of `weight · (s - 1)` of all DoRA updates that the run wears.
+/// of `weight · (s - 1)` of all DoRA updates of the run.
 pub(super) type BaseScales = Vec<(Range<usize>, Vec<f32>)>;
 
-/// A trainable update on its way to its gradients.
-struct Trained<'a> {
+/// A trainable update, and what its gradients are computed from.
+struct TrainedUpdate<'a> {
     linear: &'a Linear,
     /// The gradient of the layer's output, `(N, out)`.
     dy: &'a [f32],
     /// `x · Aᵀ` and its gradient, `(N, r)`.
-    low: &'a [f32],
-    dlow: &'a [f32],
+    hidden: &'a [f32],
+    dhidden: &'a [f32],
     base: &'a TapeBuffer,
-    update: &'a Update<'a>,
+    update: &'a ActiveUpdate<'a>,
 }
 
 impl<'a> LayerPass<'a> {
-    /// The updates that rows wear on linear layers. Their masks are drawn, 0 outside their tokens.
+    /// The updates of the active adapters on linear layers. Dropout masks are sampled, 0 outside their tokens.
     pub(super) fn updates<'l>(
         &self,
         linears: impl Iterator<Item = &'l Linear>,
         masks: &mut Vec<Vec<f32>>,
-    ) -> Result<Vec<Vec<Update<'a>>>> {
+    ) -> Result<Vec<Vec<ActiveUpdate<'a>>>> {
         let runs = self.pass.adapters.runs(&self.pass.segments);
         let mut drawn = 0;
         let mut all = Vec::new();
@@ -106,7 +106,7 @@ impl<'a> LayerPass<'a> {
                         }
                         None => None,
                     };
-                    updates.push(Update {
+                    updates.push(ActiveUpdate {
                         a: Values::of(lora.a.as_tensor())?,
                         b,
                         r: lora.r(),
@@ -123,26 +123,33 @@ impl<'a> LayerPass<'a> {
         Ok(all)
     }
 
-    /// `dA += dlowᵀ · x` and `dB += scale · dyᵀ · low` of trainable updates.
+    /// `dA += dlowᵀ · x` and `dB += scale · dyᵀ · hidden` of trainable updates.
     pub(super) fn lora_gradients(
         &self,
         linears: &[LinearGrad],
         x: &[f32],
-        updates: &[Vec<Update>],
-        dlows: &[Vec<f32>],
+        updates: &[Vec<ActiveUpdate>],
+        dhiddens: &[Vec<f32>],
         gradients: &mut AdapterGradients,
         work: &mut Workspace,
     ) -> Result<()> {
         let (n, isa, panel) = (self.tokens, self.isa, self.backward);
         let width = linears[0].0.cols();
         let dense = |values, cols| Weights::Dense { values, cols, scale: 1.0 };
-        let mut dlow = dlows.iter();
+        let mut dhidden = dhiddens.iter();
         let mut trained = Vec::new();
         for ((linear, dy, tape), updates) in linears.iter().zip(updates) {
-            for (update, low) in updates.iter().zip(&tape.hidden) {
-                let dlow = dlow.next().expect("one for every update");
+            for (update, hidden) in updates.iter().zip(&tape.hidden) {
+                let dhidden = dhidden.next().expect("one for every update");
                 if update.trainable {
-                    trained.push(Trained { linear, dy, low, base: &tape.base, update, dlow });
+                    trained.push(TrainedUpdate {
+                        linear,
+                        dy,
+                        hidden,
+                        base: &tape.base,
+                        update,
+                        dhidden,
+                    });
                 }
             }
         }
@@ -174,13 +181,13 @@ impl<'a> LayerPass<'a> {
             factor.pack(isa, panel, Strided { values: turned, stride }, turned.len() / n, n);
         };
         turned.clear();
-        plain.iter().for_each(|one| turn(one.dlow, one.update.r, turned));
+        plain.iter().for_each(|one| transpose(one.dhidden, one.update.r, turned));
         pack(turned);
-        let dlows = masked.iter().map(|(one, _)| (one.dlow, one.update.r));
-        let lows = trained.iter().map(|one| (one.low, one.update.r));
-        for (low, r) in dlows.chain(lows) {
+        let dhiddens = masked.iter().map(|(one, _)| (one.dhidden, one.update.r));
+        let hiddens = trained.iter().map(|one| (one.hidden, one.update.r));
+        for (hidden, r) in dhiddens.chain(hiddens) {
             turned.clear();
-            turn(low, r, turned);
+            transpose(hidden, r, turned);
             pack(turned);
         }
 
@@ -206,7 +213,7 @@ impl<'a> LayerPass<'a> {
         drop(products);
 
         let (mut in_stack, mut next_masked) = (0, 1);
-        for (i, Trained { linear, dy, base, update, .. }) in trained.iter().enumerate() {
+        for (i, TrainedUpdate { linear, dy, base, update, .. }) in trained.iter().enumerate() {
             let place = gradients.places[&linear.name];
             let da = match update.mask {
                 None => {
@@ -222,7 +229,7 @@ impl<'a> LayerPass<'a> {
             gradients.gradients[place].iter_mut().zip(da).for_each(|(sum, d)| *sum += d);
             let db = &work.products[1 + masked.len() + i]; // (r, out)
             let scales = update.dora.as_ref().map(|dora| &dora.scales[..]);
-            add_turned(&mut gradients.gradients[place + 1], db, update.r, update.scale, scales);
+            add_transposed(&mut gradients.gradients[place + 1], db, update.r, update.scale, scales);
             if let Some(dora) = &update.dora {
                 let base = base.read(self.kept_as, &mut work.scaled); // (N, out)
                 let dm = &mut gradients.gradients[place + 2];
@@ -234,7 +241,7 @@ impl<'a> LayerPass<'a> {
 }
 
 /// What the updates of a layer make of the base's product; nothing without DoRA.
-pub(super) fn base_scales(updates: &[Update]) -> BaseScales {
+pub(super) fn base_scales(updates: &[ActiveUpdate]) -> BaseScales {
     let mut all: BaseScales = Vec::new();
     for (update, dora) in updates.iter().filter_map(|u| Some((u, u.dora.as_ref()?))) {
         let last = all.last_mut().filter(|(tokens, _)| *tokens == update.tokens);
@@ -264,7 +271,7 @@ pub(super) fn scale_rows(values: &mut [f32], width: usize, scales: &BaseScales) 
 /// are no part of the tape (Liu et al. 2024, section 4.3). `db (r, out)` is `lowᵀ · dy`.
 fn magnitude_gradient(
     dora: &Dora,
-    update: &Update,
+    update: &ActiveUpdate,
     (dy, base): (&[f32], &[f32]),
     db: &[f32],
     dm: &mut [f32],
@@ -291,7 +298,7 @@ fn magnitude_gradient(
 }
 
 /// Appends the transpose of `values (n, r)`.
-fn turn(values: &[f32], r: usize, out: &mut Vec<f32>) {
+fn transpose(values: &[f32], r: usize, out: &mut Vec<f32>) {
     let (start, n) = (out.len(), values.len() / r);
     out.resize(start + values.len(), 0.0);
     let rows = out[start..].par_chunks_exact_mut(n.max(1)).enumerate();
@@ -301,7 +308,7 @@ fn turn(values: &[f32], r: usize, out: &mut Vec<f32>) {
 }
 
 /// Adds the transpose of `values (r, m)`, times `scale` and each row's own, to `sums (m, r)`.
-fn add_turned(sums: &mut [f32], values: &[f32], r: usize, scale: f32, of_rows: Option<&[f32]>) {
+fn add_transposed(sums: &mut [f32], values: &[f32], r: usize, scale: f32, of_rows: Option<&[f32]>) {
     let m = sums.len() / r;
     let rows = (CHUNK / 4 / r).max(1);
     sums.par_chunks_mut(rows * r).enumerate().for_each(|(chunk, sums)| {

@@ -280,7 +280,7 @@ unsafe fn tiles(
     }
 }
 
-/// One whole tile of floats, the `i`-th panel of columns, where it lies.
+/// One whole tile of floats, the `i`-th panel of columns, in place.
 ///
 /// # Safety
 /// As [`task`].
@@ -550,6 +550,34 @@ mod tests {
                     assert!(error < bound, "{m} {n} {k} {panel:?} {}: {error:e}", isa.name());
                 }
             }
+        }
+    }
+
+    /// A window into a tensor of several matrices multiplies as the same matrix alone, to the bit.
+    #[test]
+    fn a_window_multiplies_like_the_matrix_alone() {
+        for &block_type in BlockType::ALL {
+            let (rows, cols) = (48, 256);
+            let bytes = random_blocks(block_type, 3 * rows * cols, 5);
+            let whole = Bytes::new(Arc::new(bytes.clone()));
+            let whole = FrozenMatrix::new(whole, block_type, 3 * rows, cols).unwrap();
+            for (i, bytes) in bytes.chunks(bytes.len() / 3).enumerate() {
+                let alone = Bytes::new(Arc::new(bytes.to_vec()));
+                let alone = FrozenMatrix::new(alone, block_type, rows, cols).unwrap();
+                let window = whole.window(i * rows..(i + 1) * rows).unwrap();
+                let x = values(1, 5 * cols);
+                for panel in [PanelType::F32, PanelType::Int16] {
+                    let product = |w| run(Isa::current(), panel, &x, 5, Weights::Frozen(w), true);
+                    assert_eq!(product(&window), product(&alone), "{block_type} {panel:?}");
+                }
+                let product = |w: &FrozenMatrix| {
+                    let mut y = vec![0.0; 5 * rows];
+                    crate::ops::row_dot::int16(Isa::current(), &x, w, &mut y);
+                    y
+                };
+                assert_eq!(product(&window), product(&alone), "{block_type} row by row");
+            }
+            assert!(whole.window(2 * rows..4 * rows).is_err());
         }
     }
 
