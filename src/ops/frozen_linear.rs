@@ -13,7 +13,7 @@ use crate::quant::FrozenMatrix;
 /// `y = x · Wᵀ` for a frozen `W`, differentiable in `x` only.
 ///
 /// Shapes: `x (.., in)` F32, `W (out, in)` in any block type → `y (.., out)` F32.
-/// Backward: `dx = dy · W`. `W` is read panel by panel where it lies; nothing of it is kept.
+/// Backward: `dx = dy · W`. `W` is read in place, panel by panel; nothing of it is kept.
 pub fn frozen_linear(x: &Tensor, weight: &Arc<FrozenMatrix>, compute: Compute) -> Result<Tensor> {
     match compute.backend {
         BackendKind::Cpu => {
@@ -25,7 +25,7 @@ pub fn frozen_linear(x: &Tensor, weight: &Arc<FrozenMatrix>, compute: Compute) -
     }
 }
 
-/// [`frozen_linear`] without a gradient, for few rows `x (m, in)`: weights are read where they lie,
+/// [`frozen_linear`] without a gradient, for few rows `x (m, in)`: weights are read in place,
 /// once for every four or eight rows. A row gets the same bits among any others.
 pub fn few_rows(x: &Tensor, weight: &Arc<FrozenMatrix>, compute: Compute) -> Result<Tensor> {
     let (rows, width) = x.dims2()?;

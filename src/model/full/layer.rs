@@ -216,7 +216,7 @@ impl LayerPass<'_> {
         let o = [(&layer.o, &*dx)];
         self.project_back(o, attended, dattended, None, gradients, packed, turned);
         let left = Attended { out: attended, lse };
-        let grad = QkvGrad::apart((dq, q_width), (dk, kv_width), (dv, kv_width));
+        let grad = QkvGrad::separate((dq, q_width), (dk, kv_width), (dv, kv_width));
         let heads = self.config.heads();
         let all = qkv(heads, q, k, v);
         attention::backward(isa, all, heads, self.segments, None, left, dattended, grad);

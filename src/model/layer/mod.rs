@@ -398,7 +398,8 @@ impl<'a> LayerPass<'a> {
                 break 'down;
             }
             let left = Attended { out: &out, lse };
-            let grad = QkvGrad::apart((&mut dq, q_width), (&mut dk, kv_width), (&mut dv, kv_width));
+            let grad =
+                QkvGrad::separate((&mut dq, q_width), (&mut dk, kv_width), (&mut dv, kv_width));
             let (qkv, segments) = (qkv(heads, q, k, v), &self.pass.segments);
             let scores = layer.scores;
             attention::backward(isa, qkv, heads, segments, scores, left, &dattended, grad);

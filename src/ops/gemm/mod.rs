@@ -50,7 +50,7 @@ pub struct Term<'a> {
     pub x: &'a PackedRows,
     /// The right side.
     pub weights: Weights<'a>,
-    /// Whether the right side is turned: `x · Wᵀ`, else `x · W`.
+    /// Whether the right side is transposed: `x · Wᵀ`, else `x · W`.
     pub transposed: bool,
 }
 
@@ -206,7 +206,7 @@ unsafe fn task(
             let depth = first..term.x.depth.min(first + step);
             let needed = panel.units(depth.len());
             if units + needed > most && !stretches.is_empty() {
-                // SAFETY: the caller's promise.
+                // SAFETY: by this function's contract no other thread touches these rows and columns of `out`.
                 unsafe { tiles(isa, &stretches, scratch, &rows, &columns, init, &product.out) };
                 init = Init::Add;
                 stretches.clear();
@@ -224,7 +224,7 @@ unsafe fn task(
             }
         }
     }
-    // SAFETY: the caller's promise.
+    // SAFETY: by this function's contract no other thread touches these rows and columns of `out`.
     unsafe { tiles(isa, &stretches, scratch, &rows, &columns, init, &product.out) };
 }
 
@@ -249,7 +249,7 @@ unsafe fn tiles(
         for (i, first_column) in columns.clone().step_by(TILE_COLS).enumerate() {
             let width = TILE_COLS.min(columns.end - first_column);
             if count == TILE_ROWS && width == TILE_COLS && floats {
-                // SAFETY: the caller's promise.
+                // SAFETY: by this function's contract no other thread touches these rows and columns of `out`.
                 unsafe {
                     whole_tile(isa, stretches, scratch, first_row, first_column, i, init, out)
                 };
@@ -291,7 +291,7 @@ unsafe fn tiles(
     }
 }
 
-/// One whole tile of floats, the `i`-th panel of columns, where it lies.
+/// One whole tile of floats, the `i`-th panel of columns, in place.
 ///
 /// # Safety
 /// As [`task`].
@@ -537,7 +537,7 @@ mod tests {
         }
     }
 
-    /// A weight's gradient: the left side is packed turned, the right one read as it lies, and sums
+    /// A weight's gradient: the left side is packed turned, the right one read as it is stored, and sums
     /// begin in another buffer.
     #[test]
     fn turned_rows_and_sums_from_elsewhere() {
