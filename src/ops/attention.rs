@@ -166,9 +166,10 @@ fn portable(
         let part = |x: &Tensor, tokens: &Range<usize>| x.narrow(0, tokens.start, tokens.len());
         let whole = |x: &Tensor| {
             let own = part(x, &row.tokens)?;
-            let x = match row.prefix.is_empty() {
-                true => own,
-                false => Tensor::cat(&[part(x, &row.prefix)?, own], 0)?,
+            let x = if row.prefix.is_empty() {
+                own
+            } else {
+                Tensor::cat(&[part(x, &row.prefix)?, own], 0)?
             };
             by_head(&x, heads.kv_heads)
         };

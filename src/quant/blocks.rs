@@ -142,10 +142,7 @@ impl BlockType {
             Self::Q6_K => Self::Q8_0,
             other => other,
         };
-        match cols.is_multiple_of(smaller.block_len()) {
-            true => smaller,
-            false => Self::F16,
-        }
+        if cols.is_multiple_of(smaller.block_len()) { smaller } else { Self::F16 }
     }
 
     /// A type that we write, by its name in any case.

@@ -159,10 +159,7 @@ fn tasks<'p, 'a>(
         assert!(rows == 0 || (rows - 1) * from.stride + columns <= from.values.len());
     }
     let dense = |term: &Term| matches!(term.weights, Weights::Dense { .. });
-    let most = match product.terms.iter().all(dense) {
-        true => MOST_ROWS_OF_FLOATS,
-        false => MOST_ROWS,
-    };
+    let most = if product.terms.iter().all(dense) { MOST_ROWS_OF_FLOATS } else { MOST_ROWS };
     let part = rows.div_ceil(parts.max(1)).clamp(LEAST_ROWS, most);
     let part = rows.div_ceil(rows.div_ceil(part).max(1)).next_multiple_of(TILE_ROWS);
     let row_ranges = (0..rows).step_by(part.max(1)).map(move |r| r..rows.min(r + part));
@@ -218,9 +215,10 @@ unsafe fn task(
             }
             let packed = &mut scratch.packed[stretches.len()];
             stretches.push(Stretch { x: term.x, depth: depth.clone() });
-            match term.transposed {
-                true => packed.pack_transposed(isa, panel, term.weights, columns.clone(), depth),
-                false => packed.pack_straight(isa, panel, term.weights, columns.clone(), depth),
+            if term.transposed {
+                packed.pack_transposed(isa, panel, term.weights, columns.clone(), depth)
+            } else {
+                packed.pack_straight(isa, panel, term.weights, columns.clone(), depth)
             }
         }
     }

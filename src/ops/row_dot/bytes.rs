@@ -228,9 +228,12 @@ unsafe fn q8_0_chunk<const WHOLE: bool>(
 ) -> __m512 {
     // SAFETY: by this function's contract the CPU has AVX-512 and VNNI; a block is 34 bytes, of which 32 are values.
     unsafe {
-        let values = |n: usize| match WHOLE || n < blocks.len() {
-            true => _mm256_loadu_si256(blocks.as_ptr().add(n).cast::<u8>().add(2).cast()),
-            false => _mm256_setzero_si256(), // times zeros of the input
+        let values = |n: usize| {
+            if WHOLE || n < blocks.len() {
+                _mm256_loadu_si256(blocks.as_ptr().add(n).cast::<u8>().add(2).cast())
+            } else {
+                _mm256_setzero_si256() // times zeros of the input
+            }
         };
         let mut products = [_mm512_setzero_si512(); 8];
         for p in 0..8 {

@@ -91,9 +91,10 @@ unsafe fn rows<B: Block, const M: usize, const CHAINS: usize>(
         let mut sums =
             TileSums::<M> { scaled: [_mm512_setzero_ps(); M], minima: [_mm512_setzero_ps(); M] };
         for block in 0..x.groups / B::GROUPS {
-            match near {
-                true => ask_for_next::<_MM_HINT_T0>(bytes, row_bytes, block, B::BYTES),
-                false => ask_for_next::<_MM_HINT_T1>(bytes, row_bytes, block, B::BYTES),
+            if near {
+                ask_for_next::<_MM_HINT_T0>(bytes, row_bytes, block, B::BYTES)
+            } else {
+                ask_for_next::<_MM_HINT_T1>(bytes, row_bytes, block, B::BYTES)
             }
             let blocks = Blocks { start: bytes[block * B::BYTES..].as_ptr(), row_bytes };
             // SAFETY: the CPU has the instructions, and every row such a block.
@@ -209,9 +210,10 @@ impl<const MINIMA: bool, const FIFTH: bool> Block for Small<MINIMA, FIFTH> {
             let scales = lower_halves(head);
             let minima = if MINIMA { upper_halves(head) } else { scales };
             // Bits of the first 16 values and of the last, each twice.
-            let fifth = match MINIMA {
-                true => [twice_lower(next), twice_upper(next)],
-                false => [twice_upper(head), twice_lower(next)],
+            let fifth = if MINIMA {
+                [twice_lower(next), twice_upper(next)]
+            } else {
+                [twice_upper(head), twice_lower(next)]
             };
             let dwords = blocks.dwords(Self::BYTES - 16);
             let pairs = x.values(group);
@@ -295,9 +297,10 @@ impl<const FIFTH: bool> Block for Large<FIFTH> {
                 // Its two bits land above the four.
                 _mm512_slli_epi32::<4>(field(word, 8 * i + 6, 3))
             };
-            let fifth = match FIFTH {
-                true => [blocks.dwords(16), blocks.dwords(32)],
-                false => [[_mm512_setzero_si512(); 4]; 2],
+            let fifth = if FIFTH {
+                [blocks.dwords(16), blocks.dwords(32)]
+            } else {
+                [[_mm512_setzero_si512(); 4]; 2]
             };
             let mask = _mm512_set1_epi16(15);
             for pair in 0..4 {
