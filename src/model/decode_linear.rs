@@ -19,7 +19,7 @@ use super::adapters::{ActiveAdapter, AdapterGroup};
 use super::layer::{LayerPass, Onto, Workspace};
 use super::layers::Linear;
 use crate::ops::gemm::PanelType;
-use crate::ops::low_rank::{self, Number, TokenRows};
+use crate::ops::low_rank::{self, Number, SelectedRows};
 use crate::ops::row_dot;
 use crate::ops::{SharedMutPtr, Values};
 
@@ -160,7 +160,7 @@ fn project_as<T: Number, const M: usize>(
     let shrink = |task: usize| {
         let (tokens, update, blocks) = &shrinks[task];
         let factor = update.weight * update.form.factor;
-        let (low, tokens) = (target.at(update.lows.start), TokenRows { tokens, stride });
+        let (low, tokens) = (target.at(update.lows.start), SelectedRows { tokens, stride });
         // SAFETY: no two tasks share a column of an update's lows.
         unsafe {
             low_rank::shrink(isa, &update.form, blocks.clone(), inputs, tokens, factor, low);
@@ -192,7 +192,7 @@ fn project_as<T: Number, const M: usize>(
                 }
             }
             for index in updates.clone() {
-                let (update, tokens) = (&flat[index], TokenRows { tokens, stride });
+                let (update, tokens) = (&flat[index], SelectedRows { tokens, stride });
                 // SAFETY: no other thread is given these rows.
                 unsafe {
                     low_rank::expand(isa, &update.form, rows.clone(), low_of(update), y, tokens);
