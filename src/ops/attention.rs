@@ -1133,6 +1133,29 @@ struct Backward<'a> {
     dv: KeyGrad,
 }
 
+/// What the backward pass of some heads works with.
+struct BackwardBuffers<'s> {
+    /// Queries, gradients of the output and gradients of the queries, `(rows, padded)`.
+    q: &'s mut [f32],
+    dout: &'s mut [f32],
+    dq: &'s mut [f32],
+    /// Per row, see [`Backward::per_row`].
+    lse: &'s mut [f32],
+    delta: &'s mut [f32],
+    /// A block of keys and values: panels `(head_dim, 16)`, and rows `(KEYS, padded)` of the keys.
+    kt: &'s mut [f32],
+    vt: &'s mut [f32],
+    k: &'s mut [f32],
+    /// Gradients of the block, `(KEYS, padded)`.
+    dk: &'s mut [f32],
+    dv: &'s mut [f32],
+    /// Weights and gradients of scores of some rows, `(KEYS, KEYS)`.
+    p: &'s mut [f32],
+    ds: &'s mut [f32],
+    /// Slopes of the softcap in a tile, if there is one.
+    slopes: &'s mut [f32],
+}
+
 impl Backward<'_> {
     /// # Safety
     /// No other thread may touch the heads of the row in `dq`, `dk` and `dv`.
@@ -1161,91 +1184,29 @@ impl Backward<'_> {
             queries.gather(isa, self.dout, head_dim, 1.0, dout);
             self.per_row(isa, dout, lse, delta);
             dq.fill(0.0);
+            let mut b =
+                BackwardBuffers { q, dout, dq, lse, delta, kt, vt, k, dk, dv, p, ds, slopes };
             for start in (0..length).step_by(KEYS) {
                 let block = start..length.min(start + KEYS);
-                panels(self.k, segment, &block, head_dim, k, kt);
-                panels(self.v, segment, &block, head_dim, k, vt);
-                padded_rows(self.k, segment, &block, head_dim, k);
-                dk.fill(0.0);
-                dv.fill(0.0);
+                panels(self.k, segment, &block, head_dim, b.k, b.kt);
+                panels(self.v, segment, &block, head_dim, b.k, b.vt);
+                padded_rows(self.k, segment, &block, head_dim, b.k);
+                b.dk.fill(0.0);
+                b.dv.fill(0.0);
                 let viewers = self.viewers(&block);
                 for first in viewers.clone().step_by(KEYS) {
                     let taken = first..viewers.end.min(first + KEYS);
                     for row in taken.clone().step_by(tile_rows(isa)) {
                         let tile = row..taken.end.min(row + tile_rows(isa));
-                        let limits = queries.limits(&tile, &block, scores.window);
-                        let (low, high) = limits.any;
-                        if low == high {
-                            continue;
-                        }
-                        let groups = low / LANE_GROUP..high.div_ceil(LANE_GROUP);
-                        let from = groups.start * LANE_GROUP;
-                        let size = (tile.len(), groups.len(), head_dim);
-                        let at = (row - first) * KEYS;
-                        for (left, right, to) in [(&*q, &*kt, &mut *p), (&*dout, &*vt, &mut *ds)] {
-                            let left = &left[row * padded..];
-                            let left = Left { values: left, stride: padded };
-                            let right = Right {
-                                values: &right[from * head_dim..],
-                                row_stride: LANE_GROUP,
-                                group_stride: LANE_GROUP * head_dim,
-                            };
-                            product(isa, size, left, right, &mut to[at + from..], KEYS, false);
-                        }
-                        let known = from..groups.end * LANE_GROUP;
-                        if let Some(cap) = scores.cap {
-                            let rows = p[at..].chunks_exact_mut(KEYS).take(tile.len());
-                            for (p, slopes) in rows.zip(slopes.chunks_exact_mut(KEYS)) {
-                                let (p, slopes) =
-                                    (&mut p[known.clone()], &mut slopes[known.clone()]);
-                                cap_scores_and_slopes(isa, p, slopes, cap);
-                            }
-                        }
-                        weigh(
-                            isa,
-                            ScoreTile { rows: tile.len(), groups, limits: &limits },
-                            block.len().next_multiple_of(LANE_GROUP),
-                            (&mut p[at..], &mut ds[at..]),
-                            (&lse[tile.clone()], &delta[tile.clone()]),
-                        );
-                        if scores.cap.is_some() {
-                            let rows = ds[at..].chunks_exact_mut(KEYS).take(tile.len());
-                            for (ds, slopes) in rows.zip(slopes.chunks_exact(KEYS)) {
-                                times(isa, &mut ds[known.clone()], &slopes[known.clone()]);
-                            }
-                        }
-                        let left = &ds[at + low..];
-                        let left = Left { values: left, stride: KEYS };
-                        let right = rows_of(&k[low * padded..], padded);
-                        let size = (tile.len(), padded / LANE_GROUP, high - low);
-                        product(isa, size, left, right, &mut dq[row * padded..], padded, true);
+                        self.add_query_gradients(isa, &block, tile, first, &mut b);
                     }
                     for low in (0..block.len()).step_by(tile_rows(isa)) {
                         let high = block.len().min(low + tile_rows(isa));
-                        let viewers = self.viewers(&(start + low..start + high));
-                        let (begin, end) = (viewers.start.max(first), viewers.end.min(taken.end));
-                        if begin >= end {
-                            continue;
-                        }
-                        let size = (high - low, padded / LANE_GROUP, end - begin);
-                        let at = (begin - first) * KEYS + low;
-                        for (left, right, to) in [(&*p, &*dout, &mut *dv), (&*ds, &*q, &mut *dk)] {
-                            let left = Left { values: &left[at..], stride: KEYS };
-                            let right = rows_of(&right[begin * padded..], padded);
-                            product_transposed(
-                                isa,
-                                size,
-                                left,
-                                right,
-                                &mut to[low * padded..],
-                                padded,
-                                true,
-                            );
-                        }
+                        self.add_key_gradients(isa, start, low..high, &taken, &mut b);
                     }
                 }
                 // `q` was multiplied by the scale in powers of two.
-                let parts = [(self.dk, &*dk, std::f32::consts::LN_2), (self.dv, &*dv, 1.0)];
+                let parts = [(self.dk, &*b.dk, std::f32::consts::LN_2), (self.dv, &*b.dv, 1.0)];
                 for (to, from, factor) in parts {
                     for (position, from) in block.clone().zip(from.chunks_exact(padded)) {
                         // SAFETY: by this function's contract these heads and tokens are this task's own.
@@ -1254,7 +1215,7 @@ impl Backward<'_> {
                     }
                 }
             }
-            for (token, dq) in queries.tokens.clone().zip(dq.chunks_exact(per_token * padded)) {
+            for (token, dq) in queries.tokens.clone().zip(b.dq.chunks_exact(per_token * padded)) {
                 for (head, dq) in queries.heads.clone().zip(dq.chunks_exact(padded)) {
                     // SAFETY: by this function's contract these heads and tokens are this task's own.
                     let to = unsafe { self.dq.at(token, head * head_dim, head_dim) };
@@ -1262,6 +1223,88 @@ impl Backward<'_> {
                 }
             }
         });
+    }
+
+    /// Computes the weights and the gradients of scores of a tile of rows over a block of keys, and adds
+    /// to the gradients of the queries. `first` is the first row of `p` and `ds`.
+    fn add_query_gradients(
+        &self,
+        isa: Isa,
+        block: &Range<usize>,
+        tile: Range<usize>,
+        first: usize,
+        b: &mut BackwardBuffers,
+    ) {
+        let Self { queries, scores, heads, .. } = self;
+        let (head_dim, padded, row) = (heads.head_dim, heads.padded(), tile.start);
+        let limits = queries.limits(&tile, block, scores.window);
+        let (low, high) = limits.any;
+        if low == high {
+            return;
+        }
+        let groups = low / LANE_GROUP..high.div_ceil(LANE_GROUP);
+        let from = groups.start * LANE_GROUP;
+        let size = (tile.len(), groups.len(), head_dim);
+        let at = (row - first) * KEYS;
+        for (left, right, to) in [(&*b.q, &*b.kt, &mut *b.p), (&*b.dout, &*b.vt, &mut *b.ds)] {
+            let left = Left { values: &left[row * padded..], stride: padded };
+            let right = Right {
+                values: &right[from * head_dim..],
+                row_stride: LANE_GROUP,
+                group_stride: LANE_GROUP * head_dim,
+            };
+            product(isa, size, left, right, &mut to[at + from..], KEYS, false);
+        }
+        let known = from..groups.end * LANE_GROUP;
+        if let Some(cap) = scores.cap {
+            let rows = b.p[at..].chunks_exact_mut(KEYS).take(tile.len());
+            for (p, slopes) in rows.zip(b.slopes.chunks_exact_mut(KEYS)) {
+                let (p, slopes) = (&mut p[known.clone()], &mut slopes[known.clone()]);
+                cap_scores_and_slopes(isa, p, slopes, cap);
+            }
+        }
+        weigh(
+            isa,
+            ScoreTile { rows: tile.len(), groups, limits: &limits },
+            block.len().next_multiple_of(LANE_GROUP),
+            (&mut b.p[at..], &mut b.ds[at..]),
+            (&b.lse[tile.clone()], &b.delta[tile.clone()]),
+        );
+        if scores.cap.is_some() {
+            let rows = b.ds[at..].chunks_exact_mut(KEYS).take(tile.len());
+            for (ds, slopes) in rows.zip(b.slopes.chunks_exact(KEYS)) {
+                times(isa, &mut ds[known.clone()], &slopes[known.clone()]);
+            }
+        }
+        let left = Left { values: &b.ds[at + low..], stride: KEYS };
+        let right = rows_of(&b.k[low * padded..], padded);
+        let size = (tile.len(), padded / LANE_GROUP, high - low);
+        product(isa, size, left, right, &mut b.dq[row * padded..], padded, true);
+    }
+
+    /// Adds what the rows of `taken`, of which `p` and `ds` are there, contribute to the gradients of some
+    /// `keys` of the block that begins at `start`.
+    fn add_key_gradients(
+        &self,
+        isa: Isa,
+        start: usize,
+        keys: Range<usize>,
+        taken: &Range<usize>,
+        b: &mut BackwardBuffers,
+    ) {
+        let (padded, low) = (self.heads.padded(), keys.start);
+        let viewers = self.viewers(&(start + low..start + keys.end));
+        let (begin, end) = (viewers.start.max(taken.start), viewers.end.min(taken.end));
+        if begin >= end {
+            return;
+        }
+        let size = (keys.len(), padded / LANE_GROUP, end - begin);
+        let at = (begin - taken.start) * KEYS + low;
+        for (left, right, to) in [(&*b.p, &*b.dout, &mut *b.dv), (&*b.ds, &*b.q, &mut *b.dk)] {
+            let left = Left { values: &left[at..], stride: KEYS };
+            let right = rows_of(&right[begin * padded..], padded);
+            product_transposed(isa, size, left, right, &mut to[low * padded..], padded, true);
+        }
     }
 
     /// The rows that see some of these keys.
