@@ -1,4 +1,4 @@
-//! The adapter of a run: what its settings ask for, or what a folder holds.
+//! The adapter of a run: a fresh one, or one that is read from a folder.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -10,16 +10,15 @@ use quantune_adapters::initialize::{self, BaseWeights};
 use quantune_adapters::targets::resolve;
 
 use super::TrainError;
-use super::settings::CommonSettings;
-use super::spec::path_and_weight;
-use crate::export::lora::open_adapter;
+use super::settings::{AdapterPath, CommonSettings};
+use crate::model::adapter_files::open_adapter;
 use crate::model::{ActiveAdapter, Decoder};
 use crate::monitor::Monitor;
 use crate::ops::Compute;
 use crate::weights::Checkpoint;
 
-/// The adapter that `settings` begin with: fresh, or the one they go on from. `added` are the tokens
-/// that the vocabulary has for this run only.
+/// The adapter that a run begins with: a fresh one, or `settings.adapter`. `added` are the tokens that
+/// the vocabulary has for this run only.
 pub fn begin_adapter(
     settings: &CommonSettings,
     decoder: &Decoder,
@@ -61,8 +60,8 @@ pub fn begin_adapter(
     Ok(adapter)
 }
 
-/// Lets the rows of added tokens train, where embedding and head do not train as a whole or in an
-/// update; those of a head that is the embedding are the embedding's.
+/// Makes the rows of added tokens trainable, where embedding and head do not train as a whole or
+/// through an update; a tied head has the embedding's rows.
 fn train_rows(config: &mut LoraConfig, decoder: &Decoder, added: &[u32]) -> Result<(), TrainError> {
     if added.is_empty() {
         return Ok(());
@@ -85,8 +84,8 @@ fn train_rows(config: &mut LoraConfig, decoder: &Decoder, added: &[u32]) -> Resu
     Ok(())
 }
 
-/// The adapter of a checkpoint of a run with these settings. Nothing of it is computed anew: ranks
-/// that the initialization froze are read as they were, and stay frozen.
+/// The adapter of a checkpoint of a run with these settings. Its initialization is not
+/// repeated: the ranks that it froze are read from the checkpoint, and stay frozen.
 pub fn resume_adapter(
     folder: &Path,
     settings: &CommonSettings,
@@ -113,20 +112,19 @@ pub fn read_adapter(
     Ok(adapter)
 }
 
-/// The adapters that all training is on top of, as `PATH` or `PATH=WEIGHT`.
+/// The frozen adapters that the trained one is put on top of.
 pub fn read_frozen(
     settings: &CommonSettings,
     decoder: &Decoder,
     monitor: Monitor<'_>,
 ) -> Result<Vec<ActiveAdapter>, TrainError> {
-    let read = |text: &String| {
-        let (path, weight) = path_and_weight(text).map_err(TrainError::Settings)?;
-        let adapter = read_adapter(&path, decoder, monitor)?;
+    let read = |at: &AdapterPath| {
+        let adapter = read_adapter(&at.path, decoder, monitor)?;
         if adapter.score.is_some() {
             let fault = "a reward model, needed an adapter that generates";
-            return Err(TrainError::Settings(format!("--frozen-adapter {text}: {fault}")));
+            return Err(TrainError::Settings(format!("--frozen-adapter {at}: {fault}")));
         }
-        Ok(ActiveAdapter { adapter: Arc::new(adapter), weight, trainable: false })
+        Ok(ActiveAdapter { adapter: Arc::new(adapter), weight: at.weight, trainable: false })
     };
     settings.frozen_adapter.iter().map(read).collect()
 }
@@ -161,7 +159,7 @@ fn init_lora_weights(settings: &CommonSettings) -> Result<InitLoraWeights, Train
 }
 
 fn lora_config(settings: &CommonSettings) -> Result<LoraConfig, TrainError> {
-    // One value that is no plain module name is an expression, as PEFT's strings are.
+    // A single value that is not a plain module name is a regular expression, as in PEFT.
     let modules = |list: &[String]| match &split(list)[..] {
         [] => None,
         [one] if one == "all-linear" || one.contains(|c: char| !is_name(c)) => {
@@ -216,12 +214,12 @@ fn lora_config(settings: &CommonSettings) -> Result<LoraConfig, TrainError> {
         modules_to_save: settings.modules_to_save.clone(),
         trainable_token_indices: settings.trainable_token_indices.clone(),
         init_lora_weights,
-        inference_mode: true, // PEFT loads what is finished as frozen unless told otherwise
+        inference_mode: true, // PEFT loads a finished adapter as frozen by default
         ..LoraConfig::default()
     })
 }
 
-/// Values given with commas between them; but a comma inside an expression stays there.
+/// Splits values at commas, but not inside regular expressions.
 fn split(list: &[String]) -> Vec<String> {
     let pieces = |item: &String| -> Vec<String> {
         match item.chars().all(|c| is_name(c) || matches!(c, ',' | '=' | ' ')) {

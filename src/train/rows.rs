@@ -1,4 +1,4 @@
-//! Reading the rows of a run: what the settings say of files, limits, the row cache and held-out rows.
+//! Reading the rows of a run: files, length limits, the row cache and the held-out part.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -6,7 +6,6 @@ use std::path::Path;
 
 use super::TrainError;
 use super::settings::CommonSettings;
-use super::spec::parse_bytes;
 use crate::data::checks::{Check, CheckReport};
 use crate::data::{
     AlpacaPrompt, Cache, ComparisonKind, ComparisonReport, ComparisonSettings, Comparisons,
@@ -147,7 +146,7 @@ impl RowLoader<'_> {
 pub fn row_cache(common: &CommonSettings) -> Cache {
     let given = !common.cache.as_os_str().is_empty();
     let folder = if given { common.cache.clone() } else { common.out.join("rows") };
-    Cache { folder, from_bytes: parse_bytes(&common.cache_from).unwrap_or(u64::MAX) }
+    Cache { folder, from_bytes: common.cache_from.0 }
 }
 
 /// The tokens of the longest rows, `count` of them together.

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{PolicyTask, Rollouts, RowSampler, Times};
+use super::{EpochSampler, PolicyTask, Rollouts, Times};
 use crate::data::{Dataset, LoadSettings, PromptSettings, Prompts};
 use crate::model::{ActiveAdapter, Decoder};
 use crate::monitor::Monitor;
@@ -18,10 +18,10 @@ use crate::train::lora::read_scoring;
 use crate::train::reference;
 use crate::train::rows::{report_checks, row_cache, warn_nothing_held_out};
 use crate::train::run_dir::{Fingerprint, read_accuracy};
-use crate::train::settings::{CommonSettings, GrpoSettings, PpoSettings, SCHEMA_REWARD};
+use crate::train::settings::{CommonSettings, GrpoSettings, PpoSettings};
 
 /// What a run is loaded with.
-struct Loader<'a> {
+struct RolloutLoader<'a> {
     common: &'a CommonSettings,
     decoder: &'a Decoder,
     tokenizer: &'a Tokenizer,
@@ -44,7 +44,7 @@ struct LoadedRewards {
     adapter: Option<ActiveAdapter>,
     model: Option<RewardModel>,
     judge: Option<ActiveAdapter>,
-    ptx: Option<(Dataset, RowSampler)>,
+    ptx: Option<(Dataset, EpochSampler)>,
 }
 
 impl Rollouts {
@@ -58,7 +58,7 @@ impl Rollouts {
         monitor: Monitor<'_>,
     ) -> Result<Self, TrainError> {
         let max_length = max_length(common, decoder, &tokenizer, task.response_length())?;
-        let mut loader = Loader {
+        let mut loader = RolloutLoader {
             common,
             decoder,
             tokenizer: &tokenizer,
@@ -90,7 +90,7 @@ impl Rollouts {
             common: common.clone(),
             tokenizer,
             compute: decoder.compute,
-            prompt_sampler: RowSampler::new("prompts", common.seed, !common.no_shuffle, count),
+            prompt_sampler: EpochSampler::new("prompts", common.seed, !common.no_shuffle, count),
             prompts: train,
             held_out,
             held_out_lines,
@@ -112,7 +112,7 @@ fn max_length(
     tokenizer: &Tokenizer,
     response_length: usize,
 ) -> Result<usize, TrainError> {
-    // A reward model reads what ends a turn behind the response, in the same window.
+    // A reward model also reads the end of the turn after the response, in the same window.
     let ending = 1 + tokenizer.after_turn().map_or(0, |after| after.len());
     let window = decoder.config.max_position_embeddings.saturating_sub(ending);
     let most = common.max_length.min(window);
@@ -125,7 +125,7 @@ fn max_length(
     )))
 }
 
-impl Loader<'_> {
+impl RolloutLoader<'_> {
     fn prompts(&self, response_length: usize) -> Result<LoadedPrompts, TrainError> {
         let common = self.common;
         let reading = PromptSettings {
@@ -154,12 +154,9 @@ impl Loader<'_> {
     }
 
     fn ppo_rewards(&mut self, own: &PpoSettings) -> Result<LoadedRewards, TrainError> {
-        self.fingerprint("the reward adapter", &own.reward_adapter)?;
         let adapter = self.scoring(&own.reward_adapter, own.min_reward_accuracy)?;
-        self.fingerprint("the value adapter", &own.value_adapter)?;
         let mut judge = None;
         if !own.judge_adapter.as_os_str().is_empty() {
-            self.fingerprint("the judge", &own.judge_adapter)?;
             judge = Some(self.scoring(&own.judge_adapter, 0.0)?);
         }
         let ptx = if own.ptx_data.as_os_str().is_empty() { None } else { Some(self.ptx(own)?) };
@@ -169,24 +166,21 @@ impl Loader<'_> {
     }
 
     /// Text to keep predicting.
-    fn ptx(&mut self, own: &PpoSettings) -> Result<(Dataset, RowSampler), TrainError> {
+    fn ptx(&mut self, own: &PpoSettings) -> Result<(Dataset, EpochSampler), TrainError> {
         let common = self.common;
         let cache = Some(row_cache(common));
         let reading = LoadSettings { cache, ..LoadSettings::from(self.max_length) };
         let data = Dataset::load(&own.ptx_data, self.tokenizer, reading, self.monitor)?;
         report_checks(&data.checks, &own.ptx_data, &common.allow, self.monitor)?;
         self.fingerprints.push(("the ptx data".into(), data.sha256.clone()));
-        let sampler = RowSampler::new("ptx", common.seed, true, data.rows.len());
+        let sampler = EpochSampler::new("ptx", common.seed, true, data.rows.len());
         Ok((data, sampler))
     }
 
     fn grpo_rewards(&mut self, own: &GrpoSettings) -> Result<LoadedRewards, TrainError> {
         let (mut sources, mut adapter, mut model) = (Vec::new(), None, None);
         for spec in &own.reward {
-            if let Some(file) = spec.strip_prefix(SCHEMA_REWARD) {
-                self.fingerprint("the JSON schema", Path::new(file))?;
-            }
-            let source = RewardSource::rule(spec);
+            let source = RewardSource::rule(&spec.to_string());
             sources.push(source.map_err(|e| TrainError::Settings(e.to_string()))?);
         }
         for command in &own.reward_command {
@@ -194,12 +188,10 @@ impl Loader<'_> {
             sources.push(RewardSource::Command(RewardCommand::start(command, timeout)?));
         }
         if !own.reward_adapter.as_os_str().is_empty() {
-            self.fingerprint("the reward adapter", &own.reward_adapter)?;
             adapter = Some(self.scoring(&own.reward_adapter, own.min_reward_accuracy)?);
             sources.push(RewardSource::Model { name: "reward_adapter".into() });
         }
         if !own.reward_model.as_os_str().is_empty() {
-            self.fingerprint("the reward model", &own.reward_model)?;
             let now = first_second(&self.common.template_date);
             model = Some(RewardModel::load(&own.reward_model, self.decoder, now)?);
             sources.push(RewardSource::Model { name: "reward_model".into() });
@@ -214,13 +206,6 @@ impl Loader<'_> {
     fn scoring(&self, folder: &Path, min_accuracy: f64) -> Result<ActiveAdapter, TrainError> {
         check_reward_accuracy(folder, min_accuracy, self.monitor)?;
         Ok(ActiveAdapter::frozen(Arc::new(read_scoring(folder, self.decoder, self.monitor)?)))
-    }
-
-    fn fingerprint(&mut self, what: &str, path: &Path) -> Result<(), TrainError> {
-        if !path.as_os_str().is_empty() {
-            self.fingerprints.push((what.to_string(), base_fingerprint(path)?));
-        }
-        Ok(())
     }
 
     /// Checks that the rewards can read every prompt.
@@ -261,7 +246,10 @@ impl Loader<'_> {
         }
         let given = !task.ref_adapter().as_os_str().is_empty();
         let folder = if given { task.ref_adapter() } else { &self.common.adapter };
-        self.fingerprint("the reference adapter", folder)?;
+        if !given && !folder.as_os_str().is_empty() {
+            let fingerprint = base_fingerprint(folder)?;
+            self.fingerprints.push(("the reference adapter".to_string(), fingerprint));
+        }
         reference::active(frozen, folder, self.decoder, self.monitor).map(Some)
     }
 }
@@ -283,7 +271,7 @@ fn check_reward_accuracy(
         Some(_) => Ok(()),
         None if min_accuracy > 0.0 => {
             monitor.warn(format_args!(
-                "{0}: nothing says how well it does on held-out pairs (measure it with: \
+                "{0}: its accuracy on held-out pairs is not known (measure it with: \
                  quantune eval --base BASE --reward {0} --data PAIRS)",
                 folder.display()
             ));

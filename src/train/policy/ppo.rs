@@ -6,12 +6,6 @@ use std::time::Instant;
 use quantune_adapters::rng::Stream;
 use serde_json::json;
 
-use super::super::TrainError;
-use super::super::learner::{AdapterLearner, MicroBatch, Trainable};
-use super::super::metrics::Numbers;
-use super::super::progress::Work;
-use super::super::settings::{PpoSettings, ValueModel};
-use super::super::state::State;
 use super::{Rollouts, Scored, divergence, mean, rollouts_of};
 use crate::data::{Batch, Prompt};
 use crate::monitor::Monitor;
@@ -19,6 +13,12 @@ use crate::objectives::Objective;
 use crate::objectives::advantage::AdaptiveKl;
 use crate::objectives::policy::{PpoPolicyStats, PpoValueStats, ppo_metrics};
 use crate::rollout::{AdvantageSettings, Experience, Response, ppo, respond};
+use crate::train::TrainError;
+use crate::train::learner::{AdapterLearner, MicroBatch, Trainable};
+use crate::train::metrics::Numbers;
+use crate::train::progress::Work;
+use crate::train::settings::{PpoSettings, ValueModel};
+use crate::train::state::State;
 
 impl Rollouts {
     /// Takes an update.
@@ -58,7 +58,7 @@ impl Rollouts {
             adaptive.update(kl, scored.responses.len());
             rollouts_of(state).kl_coef = Some(adaptive.kl_coef);
         }
-        let table = (own.sample_steps, own.num_samples);
+        let table = (own.rollouts.sample_steps, own.rollouts.num_samples);
         self.sample_table(state, table, &scored, &divergences, monitor)?;
 
         let scores = mean(rows.iter().map(|row| f64::from(row.score)));
@@ -71,7 +71,7 @@ impl Rollouts {
         Ok((numbers, work))
     }
 
-    /// Responses judged by policy, reference and value head as they are now, and their advantages.
+    /// Log-probs of the responses under policy and reference, values, rewards and advantages.
     fn experience(
         &self,
         own: &PpoSettings,
@@ -80,7 +80,7 @@ impl Rollouts {
         scored: &Scored,
     ) -> Result<Vec<Experience>, TrainError> {
         let (decoder, responses) = (learner.decoder(), &scored.responses);
-        let temperature = own.temperature;
+        let temperature = own.rollouts.temperature;
         let reference = self.reference.as_deref().unwrap_or_default();
         let reference = respond::log_probs(decoder, reference, responses, temperature)?;
         let valuer = usize::from(own.value_model == ValueModel::Own);
@@ -152,7 +152,7 @@ impl Rollouts {
             let mut order: Vec<usize> = (0..rows.len()).collect();
             let key = [update, epoch as u64];
             Stream::new(self.common.seed, "mini-batches", &key).shuffle(&mut order);
-            for mini in order.chunks(rows.len() / own.num_mini_batches) {
+            for mini in order.chunks(rows.len() / own.rollouts.num_mini_batches) {
                 let counts =
                     ppo::MiniBatchCounts::of(&mini.iter().map(|&i| &rows[i]).collect::<Vec<_>>());
                 let mut parts = Vec::new();
@@ -169,7 +169,7 @@ impl Rollouts {
                         scale: 1.0,
                         adapter,
                         epoch: update,
-                        temperature: own.temperature,
+                        temperature: own.rollouts.temperature,
                     };
                     match own.value_model {
                         ValueModel::Policy => {
@@ -204,7 +204,7 @@ impl Rollouts {
         let scale = own.ptx_coef / batch.count().max(1) as f64;
         Some(MicroBatch {
             batch,
-            objective: Objective::LanguageModelling,
+            objective: Objective::LanguageModeling,
             scale,
             adapter: 0,
             epoch: optimizer_step,
@@ -213,7 +213,7 @@ impl Rollouts {
     }
 }
 
-/// What the optimizer steps of an update came to.
+/// The results of the optimizer steps of an update.
 #[derive(Debug, Default)]
 struct Learned {
     losses: Vec<f64>,

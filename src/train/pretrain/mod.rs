@@ -17,7 +17,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::TrainError;
-use super::fingerprints::{base_fingerprint, same_fingerprints};
+use super::fingerprints::{fingerprints_of, same_fingerprints};
 use super::learner::{Learner, Trainable};
 use super::log::Log;
 use super::memory::default_budget;
@@ -25,8 +25,7 @@ use super::metrics::Numbers;
 use super::progress::Work;
 use super::run::{LoopSettings, Outcome, Trainer, run_training};
 use super::run_dir::{Fingerprint, RunDir, read_optimizer, read_state};
-use super::settings::{EvalStrategy, FloatType, PretrainSettings};
-use super::spec::parse_bytes;
+use super::settings::{EvalStrategy, FloatType, PretrainSettings, SettingsPart};
 use super::state::State;
 use crate::data::corpus::{Corpus, CorpusError, SourceReport};
 use crate::data::{Batch, DataError};
@@ -36,10 +35,10 @@ use crate::model::{Adapters, CacheType};
 use crate::monitor::Monitor;
 use crate::optim::AdamW;
 use crate::text::{Tokenizer, today};
-use evaluation::bigram_bits_per_byte;
+use evaluation::{bigram_bits_per_byte, evaluate_held_out};
 use full_training::{FullTraining, ScaledBatch, named_parameters};
 use inputs::{Start, kept_layers, misfit, open_corpus, sample_prompts};
-use output::{check_writable, tokenizer_folder};
+use output::{MODEL, ModelWriter, check_writable, tokenizer_folder};
 
 /// The report of a finished run; with `results`, the `--json` line of its command.
 #[derive(Debug, Clone, Serialize)]
@@ -69,9 +68,6 @@ pub struct PretrainSummary {
     pub results: Map<String, Value>,
 }
 
-/// Where a run, and each of its checkpoints, has the model.
-const MODEL: &str = "model";
-
 /// Trains all weights of a model. With `resume`, continues the run in `settings.out`. The stop flag is
 /// looked at while sources are tokenized, between the batches of an evaluation, and after each step.
 ///
@@ -88,7 +84,7 @@ pub fn pretrain(
     let device = settings.device.open().map_err(|e| TrainError::Settings(e.to_string()))?;
     let mut settings = settings.absolute()?;
     // Before the model takes its part of what is free.
-    let budget = parse_bytes(&settings.memory_budget).unwrap_or_else(default_budget);
+    let budget = settings.memory_budget.map_or_else(default_budget, |budget| budget.0);
     let export_type = settings.export_type.parse::<FileType>().map_err(TrainError::Settings)?;
     let resumed = open_run(&mut settings, resume, monitor)?;
 
@@ -103,11 +99,11 @@ pub fn pretrain(
     if let Some(fault) = misfit(&settings, &model, &start.tokenizer) {
         return Err(TrainError::Settings(fault));
     }
-    let corpus = match open_corpus(&settings, &settings.sources()?, &start.tokenizer, monitor) {
+    let corpus = match open_corpus(&settings, &settings.source, &start.tokenizer, monitor) {
         Err(CorpusError::Data(DataError::Stopped)) => return Ok(Outcome::NotBegun),
         corpus => corpus?,
     };
-    let fingerprints = fingerprints(&settings, &start, &corpus)?;
+    let fingerprints = fingerprints(&settings, &corpus)?;
     let run = match resumed {
         Some(run) => {
             same_fingerprints(&settings.out, &run.fingerprints()?, &fingerprints)?;
@@ -117,7 +113,7 @@ pub fn pretrain(
     };
     let tokenizer_folder = tokenizer_folder(&settings, converted_tokenizer, &run)?;
     let lengths: Vec<usize> = model.parameters.iter().map(|var| var.elem_count()).collect();
-    let optimizer = AdamW::new(settings.adamw(), &lengths);
+    let optimizer = AdamW::new(settings.optimizer.adamw(), &lengths);
     let mut optimizer = optimizer.with_decays(model.decays(true));
     let mut state = State::default();
     if let Some(folder) = &checkpoint {
@@ -146,7 +142,7 @@ pub fn pretrain(
     ));
     let learner = Learner {
         kept_layers: kept_layers(&settings, &model, budget),
-        max_grad_norm: settings.max_grad_norm,
+        max_grad_norm: settings.optimizer.max_grad_norm,
         trained: FullTraining::new(model, optimizer)?,
     };
     let steps = loop_settings(&settings);
@@ -158,8 +154,8 @@ pub fn pretrain(
     };
 
     let folder = run.file(MODEL);
-    training.write_folder(&folder, training.settings.dtype)?;
-    let export = training.write_export(export_type, &folder, monitor)?;
+    training.writer().write_folder(&folder, training.settings.dtype)?;
+    let export = training.writer().write_export(export_type, &folder, monitor)?;
     let losses = log.values("loss")?;
     let Pretraining { settings, corpus, learner, .. } = &training;
     Ok(Outcome::Done(Box::new(PretrainSummary {
@@ -200,13 +196,10 @@ fn open_run(
 /// Hashes of what was read.
 fn fingerprints(
     settings: &PretrainSettings,
-    start: &Start,
     corpus: &Corpus,
 ) -> Result<Vec<Fingerprint>, TrainError> {
     let mut prints = vec![("the tokenized sources".into(), corpus.fingerprint().into())];
-    if start.base.is_some() {
-        prints.push(("the base".into(), base_fingerprint(&settings.base)?));
-    }
+    prints.extend(fingerprints_of(settings.fingerprinted()?)?);
     Ok(prints)
 }
 
@@ -298,7 +291,8 @@ impl Trainer for Pretraining {
         _state: &mut State,
         monitor: Monitor<'_>,
     ) -> Result<Option<Numbers>, TrainError> {
-        self.evaluate_held_out(monitor)
+        let model = &self.learner.trained.model;
+        evaluate_held_out(model, &self.corpus, &self.settings, monitor)
     }
 
     fn epoch_ends(&self, _state: &State) -> bool {
@@ -314,13 +308,18 @@ impl Trainer for Pretraining {
         let parameters = self.learner.trained.parameters();
         self.learner.trained.with_optimizer(|optimizer| {
             run.save(state, &parameters, optimizer, keep, |folder| {
-                self.write_folder(&folder.join(MODEL), FloatType::F32)
+                self.writer().write_folder(&folder.join(MODEL), FloatType::F32)
             })
         })
     }
 }
 
 impl Pretraining {
+    fn writer(&self) -> ModelWriter<'_> {
+        let (model, settings) = (&self.learner.trained.model, &self.settings);
+        ModelWriter { model, tokenizer_folder: &self.tokenizer_folder, settings }
+    }
+
     /// Texts that the model generates now, with their prompts.
     fn samples(&self, step: u64) -> Result<Vec<String>, TrainError> {
         let settings = &self.settings;
@@ -335,7 +334,7 @@ impl Pretraining {
         let decoding = Decoding {
             sampling: Sampling {
                 temperature: settings.sample_temperature,
-                seed: settings.seed.wrapping_add(step), // not the same luck at each step
+                seed: settings.seed.wrapping_add(step), // other random numbers at each step
                 ..Sampling::default()
             },
             max_tokens: settings.sample_tokens,

@@ -2,17 +2,17 @@
 
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
-
-use super::super::TrainError;
-use super::{ComputeSetting, Empty, Faults, is_empty, set_backend};
+use super::{
+    ByteSize, ComputeSetting, Faults, OptimizerSettings, OptionalText, PathVisitor, SettingValue,
+    SettingsPart, Text, add_fingerprinted, make_absolute, read_value, set_backend, write_value,
+};
 use crate::data::corpus::{CorpusSettings, SourceSpec};
 use crate::model::config::Variation;
 use crate::model::{Config, FAMILIES, ModelError, RopeScaling};
 use crate::ops::{BackendKind, Compute, DeviceName, Precision};
-use crate::optim::ScheduleKind;
 use crate::string_enum::string_enum;
 use crate::text::first_second;
+use crate::train::TrainError;
 
 string_enum! {
     /// Shapes with a name, all Llama's. Widths from `tiny` on are multiples of 256, which K-quants need.
@@ -57,16 +57,19 @@ string_enum! {
     }
 }
 
-settings! {
+/// The list of [`PretrainSettings`].
+#[rustfmt::skip]
+macro_rules! pretrain_settings { ($then:ident) => { $then! {
     /// A run of pretraining.
     PretrainSettings, PretrainFlags {
         /// A source of the mixture, NAME=WEIGHT:FILES: text, JSONL with `text` or `messages`, or
         /// Parquet with a `text` column; FILES may hold * and **, WEIGHT is its share of the rows; may be given again
-        #[arg(num_args = 1..)]
-        source: Vec<String> = Vec::new(),
+        #[flag(num_args = 1..)]
+        source: Vec<Text<SourceSpec>> = Vec::new(),
         /// The tokenizer: a folder with tokenizer.json, as `tokenizer train` makes it; with --base the base's own
         tokenizer: PathBuf = PathBuf::new(),
         /// Go on from this model instead of random weights: a GGUF file or a Hugging Face folder
+        #[fingerprint = "the base"]
         base: PathBuf = PathBuf::new(),
         /// The run directory; the model will be in DIR/model
         out: PathBuf = PathBuf::new(),
@@ -92,7 +95,7 @@ settings! {
         /// Base of the rotary frequencies [default: 10000]
         rope_theta: f64 = 10_000.0,
         /// Whether the head is the embedding [default: true]
-        #[arg(num_args = 0..=1, default_missing_value = "true")]
+        #[flag(num_args = 0..=1, default_missing_value = "true")]
         tie_word_embeddings: bool = true,
         /// Standard deviation of the first weights; those that write to the residual stream begin
         /// smaller, by the root of twice the layers (GPT-2) [default: 0.02]
@@ -105,35 +108,17 @@ settings! {
         /// Micro-batches of a step [default: 1]
         gradient_accumulation_steps: usize = 1,
         /// Whether positions and attention begin anew with each document of a row [default: false]
-        #[arg(num_args = 0..=1, default_missing_value = "true")]
+        #[flag(num_args = 0..=1, default_missing_value = "true")]
         reset_attention: bool = false,
         /// Steps, instead of max_tokens when above 0 [default: 0]
         max_steps: u64 = 0,
         /// Tokens to train on, rounded up to whole steps [default: 0]
         max_tokens: u64 = 0,
 
-        /// Highest learning rate [default: 1e-3]
-        learning_rate: f64 = 1e-3,
-        /// Shape of the learning rate [default: cosine]
-        lr_scheduler_type: ScheduleKind = ScheduleKind::Cosine,
         /// Where it ends, as a part of the highest [default: 0.1]
         min_lr_ratio: f64 = 0.1,
-        /// Share of all steps that warm up [default: 0.02]
-        warmup_ratio: f64 = 0.02,
-        /// Steps that warm up, instead of warmup_ratio when above 0 [default: 0]
-        warmup_steps: u64 = 0,
         /// Share of all steps in which warmup_stable_decay falls [default: 0.2]
         decay_ratio: f64 = 0.2,
-        /// AdamW's weight decay, of matrices alone [default: 0.1]
-        weight_decay: f64 = 0.1,
-        /// AdamW's decay of the mean gradient [default: 0.9]
-        adam_beta1: f64 = 0.9,
-        /// AdamW's decay of the mean squared gradient [default: 0.95]
-        adam_beta2: f64 = 0.95,
-        /// AdamW's epsilon [default: 1e-8]
-        adam_epsilon: f64 = 1e-8,
-        /// Gradients are scaled down to this norm; 0 is off [default: 1]
-        max_grad_norm: f64 = 1.0,
 
         /// Share of the documents that is never trained on [default: 0.01]
         validation_split: f64 = 0.01,
@@ -144,7 +129,7 @@ settings! {
         /// Steps between printed samples; 0 prints none [default: 100]
         sample_steps: u64 = 100,
         /// What samples begin with; may be given again [default: the beginning of a document]
-        #[arg(num_args = 1..)]
+        #[flag(num_args = 1..)]
         sample_prompt: Vec<String> = Vec::new(),
         /// Tokens of a sample [default: 48]
         sample_tokens: usize = 48,
@@ -153,9 +138,9 @@ settings! {
 
         /// Memory the run may take, as 600MB or 2GiB: layers that do not fit are recomputed in the
         /// backward pass, which costs up to a third more time [default: 70 % of what is free]
-        memory_budget: String = String::new(),
+        memory_budget: OptionalText<ByteSize> = None,
         /// Recompute all layers, or with false none, whatever the memory budget says
-        #[arg(num_args = 0..=1, default_missing_value = "true")]
+        #[flag(num_args = 0..=1, default_missing_value = "true")]
         gradient_checkpointing: Option<bool> = None,
         /// Steps between checkpoints [default: 500]
         save_steps: u64 = 500,
@@ -178,8 +163,18 @@ settings! {
         export: PathBuf = PathBuf::new(),
         /// Its types, as `quantize --type` has them [default: F16]
         export_type: String = "F16".into(),
+        ..optimizer: OptimizerSettings, OptimizerFlags = OptimizerSettings {
+            learning_rate: 1e-3,
+            warmup_ratio: 0.02,
+            weight_decay: 0.1,
+            adam_beta2: 0.95,
+            ..Default::default()
+        },
     }
-}
+} } }
+pretrain_settings!(settings_struct);
+#[cfg(feature = "cli")]
+pub(crate) use pretrain_settings;
 
 impl PretrainSettings {
     /// The backend and its precision.
@@ -192,12 +187,11 @@ impl PretrainSettings {
 
     /// One flat table, with the command's name.
     pub fn to_table(&self) -> Result<toml::Table, TrainError> {
-        let table = toml::Table::try_from(self).map_err(|e| TrainError::Settings(e.to_string()))?;
         let mut all = toml::Table::from_iter([(
             Self::COMMAND.0.to_string(),
             toml::Value::from(Self::COMMAND.1),
         )]);
-        all.extend(table);
+        self.write(&mut all)?;
         Ok(all)
     }
 
@@ -210,38 +204,24 @@ impl PretrainSettings {
         {
             return fail(format!("these are settings of {found}, needed {:?}", Self::COMMAND.1));
         }
+        let keys = Self::keys();
         let unknown: Vec<&str> =
-            table.keys().map(String::as_str).filter(|key| !Self::KEYS.contains(key)).collect();
+            table.keys().map(String::as_str).filter(|key| !keys.contains(key)).collect();
         if !unknown.is_empty() {
             return fail(format!("unknown {} of {}", unknown.join(", "), Self::COMMAND.1));
         }
         set_backend(&mut table).map_err(TrainError::Settings)?;
-        table.try_into().map_err(|e: toml::de::Error| TrainError::Settings(e.message().into()))
+        let mut settings = Self::default();
+        for (key, value) in table {
+            settings.set(&key, value)?;
+        }
+        Ok(settings)
     }
 
     /// The settings with their paths made absolute: a run goes on from any directory.
     pub fn absolute(&self) -> Result<Self, TrainError> {
         let mut settings = self.clone();
-        let paths = [
-            &mut settings.tokenizer,
-            &mut settings.base,
-            &mut settings.out,
-            &mut settings.cache,
-            &mut settings.model_config,
-            &mut settings.export,
-        ];
-        for path in paths.into_iter().filter(|path| !path.as_os_str().is_empty()) {
-            let made = std::path::absolute(&*path);
-            *path = made.map_err(|source| TrainError::Io { path: path.clone(), source })?;
-        }
-        for text in &mut settings.source {
-            let mut spec = text.parse::<SourceSpec>().map_err(TrainError::Settings)?;
-            let path = PathBuf::from(&spec.glob);
-            let made = std::path::absolute(&path);
-            let made = made.map_err(|source| TrainError::Io { path, source })?;
-            spec.glob = made.display().to_string();
-            *text = spec.to_string();
-        }
+        settings.visit_paths(&mut make_absolute)?;
         Ok(settings)
     }
 
@@ -257,12 +237,6 @@ impl PretrainSettings {
             validation_split: self.validation_split,
             seed: self.seed,
         }
-    }
-
-    /// The sources.
-    pub fn sources(&self) -> Result<Vec<SourceSpec>, TrainError> {
-        let specs = self.source.iter().map(|text| text.parse::<SourceSpec>());
-        specs.collect::<Result<_, _>>().map_err(TrainError::Settings)
     }
 
     /// Whether held-out rows are evaluated.
@@ -329,9 +303,9 @@ impl PretrainSettings {
     /// All that is out of range, in one sentence, or `None`.
     pub fn fault(&self) -> Option<String> {
         let mut faults = Faults::default();
-        faults.check(!self.out.empty(), "--out is missing".into());
+        faults.check(!self.out.is_unset(), "--out is missing".into());
         faults.check(!self.source.is_empty(), "--source is missing".into());
-        let given = !self.tokenizer.empty() || !self.base.empty();
+        let given = !self.tokenizer.is_unset() || !self.base.is_unset();
         faults.check(given, "--tokenizer is missing".into());
         let plain = Self::default();
         let shape = [
@@ -345,7 +319,7 @@ impl PretrainSettings {
             ("tie_word_embeddings", !self.tie_word_embeddings),
         ];
         let from_file =
-            [("--base", !self.base.empty()), ("--model-config", !self.model_config.empty())];
+            [("--base", !self.base.is_unset()), ("--model-config", !self.model_config.is_unset())];
         for (of, given) in from_file {
             for (name, _) in shape.iter().filter(|(_, set)| given && *set) {
                 faults.check(false, format!("{name} is the model's own with {of}, not to be set"));
@@ -353,10 +327,10 @@ impl PretrainSettings {
         }
         let set = self.initializer_range != plain.initializer_range;
         let fault = "initializer_range is of random weights, and --base is given".to_string();
-        faults.check(self.base.empty() || !set, fault);
+        faults.check(self.base.is_unset() || !set, fault);
         let set = self.export_type != plain.export_type;
-        faults.check(!self.export.empty() || !set, "export_type is given without export".into());
-        let both = !self.base.empty() && !self.model_config.empty();
+        faults.check(!self.export.is_unset() || !set, "export_type is given without export".into());
+        let both = !self.base.is_unset() && !self.model_config.is_unset();
         faults.check(!both, "model_config is the model's own with --base, not to be set".into());
         let some = self.max_steps > 0 || self.max_tokens > 0;
         faults.check(some, "max_steps and max_tokens are both 0: nothing would be trained".into());
@@ -367,20 +341,12 @@ impl PretrainSettings {
             ("sample_tokens", self.sample_tokens as u64),
         ]);
         faults.rates([
-            ("learning_rate", self.learning_rate, f64::MAX),
             ("min_lr_ratio", self.min_lr_ratio, 1.0),
-            ("warmup_ratio", self.warmup_ratio, 1.0),
             ("decay_ratio", self.decay_ratio, 1.0),
-            ("weight_decay", self.weight_decay, f64::MAX),
-            ("max_grad_norm", self.max_grad_norm, f64::MAX),
-            ("adam_epsilon", self.adam_epsilon, f64::MAX),
             ("initializer_range", self.initializer_range, f64::MAX),
             ("sample_temperature", self.sample_temperature, f64::MAX),
         ]);
-        for (name, beta) in [("adam_beta1", self.adam_beta1), ("adam_beta2", self.adam_beta2)] {
-            faults.check((0.0..1.0).contains(&beta), format!("{name} is {beta}, needed in [0, 1)"));
-        }
-        faults.check(self.adam_epsilon as f32 > 0.0, "adam_epsilon is no positive f32".into());
+        self.optimizer.faults(&mut faults);
         let theta = self.rope_theta;
         let fine = theta.is_finite() && theta > 0.0;
         faults.check(fine, format!("rope_theta is {theta}, needed more than 0"));
@@ -391,13 +357,12 @@ impl PretrainSettings {
         let fault =
             "compute is int8, too rough to train all weights: needed f32, int16 or portable";
         faults.check(fine, fault.into());
-        faults.memory(&self.memory_budget);
         if let Err(fault) = self.device.check(self.compute()) {
             faults.0.push(fault.to_string());
         }
         let portable = self.compute().backend == BackendKind::Reference;
         for (name, set) in [
-            ("memory_budget", !self.memory_budget.is_empty()),
+            ("memory_budget", self.memory_budget.is_some()),
             ("gradient_checkpointing", self.gradient_checkpointing == Some(true)),
         ] {
             let fault = "is of the fast forms, the portable one keeps all layers: not to be set";
@@ -421,7 +386,7 @@ mod tests {
 
     fn settings() -> PretrainSettings {
         PretrainSettings {
-            source: vec!["a=1:a.txt".into()],
+            source: vec!["a=1:a.txt".parse().unwrap()],
             tokenizer: "tokenizer".into(),
             out: "run".into(),
             max_tokens: 10_000,
