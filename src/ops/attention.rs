@@ -8,7 +8,7 @@
 //!
 //! A query's result depends on its own row alone, and neither on the threads nor on how many
 //! queries are taken at a time: a cache that is filled piece by piece gives the same bits. So does a
-//! prompt that several rows share as their prefix, as against one copy of it a row; on the way back
+//! prompt that several rows share as their prefix, as against one copy of it a row; in the backward pass
 //! their shares in the gradients of its keys and values are added up in the order of the rows.
 
 use std::cell::Cell;
@@ -21,7 +21,7 @@ use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
 use super::cpu::{SharedMutPtr, Values, par_for_each, tanh, values};
 use super::lanes::{
     AlignedScratch, Element, LANE_GROUP, Lanes, Left, MOST_ROWS, Right, exp2, isa_levels, panel,
-    product, tile_rows,
+    product, product_transposed, tile_rows,
 };
 use super::segment::{self, Segment};
 use super::{Compute, OpForm};
@@ -33,11 +33,11 @@ pub(crate) const KEYS: usize = 64;
 /// Rows of queries that share a packed block of keys in the forward pass.
 const ROWS: usize = 192;
 
-/// From this length the backward pass takes the query heads of a row apart, so that a single row
+/// From this length on the backward pass gives each query head of a row a task of its own, so that a single row
 /// keeps more threads busy than it has key heads.
 const LONG: usize = 256;
 
-/// How far, in powers of two, a score may lie above the maximum that weights are relative to.
+/// How far, in powers of two, a score may exceed the maximum that weights are relative to.
 const SLACK: f32 = 8.0;
 
 thread_local! {
@@ -45,7 +45,7 @@ thread_local! {
     static PARTIALS: Cell<AlignedScratch> = const { Cell::new(AlignedScratch::new()) };
 }
 
-/// How the heads lie in `q (N, heads · head_dim)` and in `k`, `v (N, kv_heads · head_dim)`.
+/// The layout of heads in `q (N, heads · head_dim)` and in `k`, `v (N, kv_heads · head_dim)`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Heads {
     /// Query heads, a multiple of `kv_heads`: head `h` reads key head `h / (heads / kv_heads)`.
@@ -75,12 +75,12 @@ impl Heads {
     }
 }
 
-/// What a query makes of keys, where that is not all of them by `q · k / sqrt(head_dim)`.
+/// How attention scores are computed, where not `q · k / sqrt(head_dim)` over all keys up to the query.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct AttentionConfig {
-    /// A token sees only the last so many positions up to itself.
+    /// Sliding window: a token attends to so many positions, itself the last.
     pub window: Option<usize>,
-    /// What `q · k` is multiplied by, instead of `1 / sqrt(head_dim)`.
+    /// The factor of `q · k`, instead of `1 / sqrt(head_dim)`.
     pub scale: Option<f32>,
     /// AttentionConfig become `cap · tanh(score / cap)` before the softmax (Gemma 2).
     pub cap: Option<f32>,
@@ -166,9 +166,10 @@ fn portable(
         let part = |x: &Tensor, tokens: &Range<usize>| x.narrow(0, tokens.start, tokens.len());
         let whole = |x: &Tensor| {
             let own = part(x, &row.tokens)?;
-            let x = match row.prefix.is_empty() {
-                true => own,
-                false => Tensor::cat(&[part(x, &row.prefix)?, own], 0)?,
+            let x = if row.prefix.is_empty() {
+                own
+            } else {
+                Tensor::cat(&[part(x, &row.prefix)?, own], 0)?
             };
             by_head(&x, heads.kv_heads)
         };
@@ -277,7 +278,7 @@ impl CustomOp3 for CausalAttention {
         let (mut dq, mut dk) = (vec![0f32; qs.len()], vec![0f32; ks.len()]);
         let mut dv = vec![0f32; vs.len()];
         let (q_width, kv_width) = (self.heads.q_width(), self.heads.kv_width());
-        let grad = QkvGrad::apart((&mut dq, q_width), (&mut dk, kv_width), (&mut dv, kv_width));
+        let grad = QkvGrad::separate((&mut dq, q_width), (&mut dk, kv_width), (&mut dv, kv_width));
         let qkv = self.qkv(&qs, &ks, &vs);
         let result = Attended { out: &outs, lse };
         backward(self.isa, qkv, self.heads, &self.segments, self.scores, result, &douts, grad);
@@ -346,14 +347,14 @@ impl Columns {
     /// # Safety
     /// As for [`SharedMutPtr::slice`].
     unsafe fn at<'a>(self, token: usize, column: usize, width: usize) -> &'a mut [f32] {
-        // SAFETY: the caller's.
+        // SAFETY: by this function's contract no other thread touches these elements.
         unsafe { self.target.at(token * self.stride + column).slice(width) }
     }
 }
 
 impl<'a> QkvGrad<'a> {
     /// Three buffers, each with its stride.
-    pub fn apart(
+    pub fn separate(
         q: (&'a mut [f32], usize),
         k: (&'a mut [f32], usize),
         v: (&'a mut [f32], usize),
@@ -447,7 +448,7 @@ impl CachedQueries<'_> {
         let out = SharedMutPtr::new(out);
         let step = queries_at_a_time(heads);
         let (mut tasks, mut work) = (Vec::new(), 0);
-        // A row may have no new tokens; its range may then lie behind the last of them.
+        // A row may have no new tokens; its range may then be behind the last of them.
         let rows = segments.iter().zip(lengths).enumerate();
         for (row, (segment, &length)) in rows.filter(|(_, (segment, _))| !segment.is_empty()) {
             work += segment.len() * length * heads.q_width();
@@ -650,7 +651,7 @@ impl KeyValueBlocks for Packed<'_> {
 }
 
 /// Copies the heads at a block of `positions` of a row to panels `(head_dim, 16)`. Where prefix and
-/// own tokens meet in the block, they lie apart and go through `scratch (KEYS, padded)`.
+/// own tokens meet in the block, they are not contiguous and go through `scratch (KEYS, padded)`.
 fn panels(
     from: StridedHeads,
     row: &Segment,
@@ -729,7 +730,7 @@ pub(crate) fn attend<K: KeyValueBlocks>(
                 }
                 let groups = low / LANE_GROUP..high.div_ceil(LANE_GROUP);
                 let from = groups.start * LANE_GROUP;
-                let left = Left { values: &q[row * padded..], stride: padded, transposed: false };
+                let left = Left { values: &q[row * padded..], stride: padded };
                 let right = Right {
                     values: &block.keys[from * head_dim..],
                     row_stride: LANE_GROUP,
@@ -755,7 +756,7 @@ pub(crate) fn attend<K: KeyValueBlocks>(
                     &mut sum[tile.start * LANE_GROUP..tile.end * LANE_GROUP],
                     &mut out[tile.start * padded..tile.end * padded],
                 );
-                let left = Left { values: &scores[low..], stride: KEYS, transposed: false };
+                let left = Left { values: &scores[low..], stride: KEYS };
                 let right = Right {
                     values: &block.values[low * padded..],
                     row_stride: padded,
@@ -833,7 +834,7 @@ unsafe fn soften_body<S: Lanes>(
     sum: &mut [f32],
     out: &mut [f32],
 ) {
-    // SAFETY: the caller's.
+    // SAFETY: the features are those of `S`, and the safe wrapper asserts the lengths of all slices.
     unsafe {
         match tile.groups.len() {
             1 => soften_rows::<S, 1>(tile, scores, scales, max, sum, out),
@@ -860,7 +861,7 @@ unsafe fn soften_rows<S: Lanes, const G: usize>(
     let start = tile.groups.start * LANE_GROUP;
     for row in 0..tile.rows {
         let (low, high) = tile.limits.rows[row];
-        // SAFETY: the caller's.
+        // SAFETY: the features are those of `S`, and the safe wrapper asserts the lengths of all slices.
         unsafe {
             let line = scores.as_mut_ptr().add(row * KEYS + start);
             if low == high {
@@ -924,7 +925,7 @@ unsafe fn finish_body<S: Lanes>(sum: &mut [f32], out: &mut [f32]) {
     let rows = sum.len() / LANE_GROUP;
     let width = out.len() / rows;
     for row in 0..rows {
-        // SAFETY: the caller's.
+        // SAFETY: the features are those of `S`, and the safe wrapper asserts the lengths of all slices.
         unsafe {
             let total = S::load(sum.as_ptr().add(row * LANE_GROUP)).sum();
             sum[row * LANE_GROUP] = total;
@@ -961,8 +962,8 @@ pub(crate) fn backward(
     let (mut rows, mut work, mut in_parts) = (Vec::new(), 0, 0);
     for segment in segments.iter().filter(|segment| !segment.is_empty()) {
         work += segment.len() * segment.positions() * width;
-        let apart = group > 1 && segment.len() >= LONG;
-        let row = RowGrad { segment, apart, at: in_parts };
+        let per_head = group > 1 && segment.len() >= LONG;
+        let row = RowGrad { segment, per_head, at: in_parts };
         in_parts += row.in_parts() * row.stride(heads);
         rows.push(row);
     }
@@ -971,12 +972,12 @@ pub(crate) fn backward(
         let followed = rows[i + 1..].iter().any(|other| other.follows(row.segment));
         for kv_head in 0..heads.kv_heads {
             let all = kv_head * group..(kv_head + 1) * group;
-            if row.apart {
+            if row.per_head {
                 tasks.extend(all.map(|head| (row, kv_head, head..head + 1)));
             } else {
                 tasks.push((row, kv_head, all));
             }
-            if row.apart || followed {
+            if row.per_head || followed {
                 sums.push((i, kv_head));
             }
         }
@@ -988,7 +989,7 @@ pub(crate) fn backward(
             let [dk, dv] = [(grad.k, parts[0]), (grad.v, parts[1])].map(|(whole, parts)| {
                 let part = Columns { target: parts.at(row.at), stride: row.stride(heads) };
                 let before = row.segment.prefix.len();
-                if row.apart {
+                if row.per_head {
                     let column = query_heads.start * head_dim;
                     KeyGrad { before, prefix: (part, 0, column), own: (part, before, column) }
                 } else {
@@ -1030,23 +1031,23 @@ pub(crate) fn backward(
 
 /// How a row's share in the gradients of keys and values is computed. Those of tokens that other
 /// tasks see as well go into parts, to be added up: `(rows, stride)` values from `at` on, for each
-/// token of the prefix and, if `apart`, for each of its own.
+/// token of the prefix and, if `per_head`, for each of its own.
 struct RowGrad<'a> {
     segment: &'a Segment,
     /// Whether each query head has a task, and a part, to itself.
-    apart: bool,
+    per_head: bool,
     at: usize,
 }
 
 impl RowGrad<'_> {
     /// Tokens with a part.
     fn in_parts(&self) -> usize {
-        self.segment.prefix.len() + if self.apart { self.segment.len() } else { 0 }
+        self.segment.prefix.len() + if self.per_head { self.segment.len() } else { 0 }
     }
 
     /// From one token to the next: a part for each task.
     fn stride(&self, heads: Heads) -> usize {
-        if self.apart { heads.q_width() } else { heads.kv_width() }
+        if self.per_head { heads.q_width() } else { heads.kv_width() }
     }
 
     fn follows(&self, segment: &Segment) -> bool {
@@ -1069,11 +1070,11 @@ impl RowGrad<'_> {
         let column = kv_head * heads.head_dim;
         let add = |row: &RowGrad, first: usize, overwrite: bool| {
             let part = Columns { target: parts.at(row.at), stride: row.stride(heads) };
-            let per_head = row.stride(heads) / heads.kv_heads;
+            let width = row.stride(heads) / heads.kv_heads;
             for (i, token) in self.segment.tokens.clone().enumerate() {
-                // SAFETY: the caller's.
+                // SAFETY: by this function's contract `to` and `parts` are written by nobody else here.
                 let (to, from) = unsafe {
-                    let from = part.at(first + i, kv_head * per_head, per_head);
+                    let from = part.at(first + i, kv_head * width, width);
                     (to.at(token, column, heads.head_dim), from)
                 };
                 if overwrite {
@@ -1084,7 +1085,7 @@ impl RowGrad<'_> {
                 }
             }
         };
-        if self.apart {
+        if self.per_head {
             add(self, self.segment.prefix.len(), true);
         }
         for row in rows_behind.iter().filter(|row| row.follows(self.segment)) {
@@ -1112,7 +1113,7 @@ impl KeyGrad {
             Some(own) => (self.own, own),
             None => (self.prefix, position),
         };
-        // SAFETY: the caller's.
+        // SAFETY: by this function's contract no other thread touches these elements.
         unsafe { columns.at(token + i, column, head_dim) }
     }
 }
@@ -1130,6 +1131,29 @@ struct Backward<'a> {
     dq: Columns,
     dk: KeyGrad,
     dv: KeyGrad,
+}
+
+/// What the backward pass of some heads works with.
+struct BackwardBuffers<'s> {
+    /// Queries, gradients of the output and gradients of the queries, `(rows, padded)`.
+    q: &'s mut [f32],
+    dout: &'s mut [f32],
+    dq: &'s mut [f32],
+    /// Per row, see [`Backward::per_row`].
+    lse: &'s mut [f32],
+    delta: &'s mut [f32],
+    /// A block of keys and values: panels `(head_dim, 16)`, and rows `(KEYS, padded)` of the keys.
+    kt: &'s mut [f32],
+    vt: &'s mut [f32],
+    k: &'s mut [f32],
+    /// Gradients of the block, `(KEYS, padded)`.
+    dk: &'s mut [f32],
+    dv: &'s mut [f32],
+    /// Weights and gradients of scores of some rows, `(KEYS, KEYS)`.
+    p: &'s mut [f32],
+    ds: &'s mut [f32],
+    /// Slopes of the softcap in a tile, if there is one.
+    slopes: &'s mut [f32],
 }
 
 impl Backward<'_> {
@@ -1160,99 +1184,127 @@ impl Backward<'_> {
             queries.gather(isa, self.dout, head_dim, 1.0, dout);
             self.per_row(isa, dout, lse, delta);
             dq.fill(0.0);
+            let mut b =
+                BackwardBuffers { q, dout, dq, lse, delta, kt, vt, k, dk, dv, p, ds, slopes };
             for start in (0..length).step_by(KEYS) {
                 let block = start..length.min(start + KEYS);
-                panels(self.k, segment, &block, head_dim, k, kt);
-                panels(self.v, segment, &block, head_dim, k, vt);
-                padded_rows(self.k, segment, &block, head_dim, k);
-                dk.fill(0.0);
-                dv.fill(0.0);
+                panels(self.k, segment, &block, head_dim, b.k, b.kt);
+                panels(self.v, segment, &block, head_dim, b.k, b.vt);
+                padded_rows(self.k, segment, &block, head_dim, b.k);
+                b.dk.fill(0.0);
+                b.dv.fill(0.0);
                 let viewers = self.viewers(&block);
                 for first in viewers.clone().step_by(KEYS) {
                     let taken = first..viewers.end.min(first + KEYS);
                     for row in taken.clone().step_by(tile_rows(isa)) {
                         let tile = row..taken.end.min(row + tile_rows(isa));
-                        let limits = queries.limits(&tile, &block, scores.window);
-                        let (low, high) = limits.any;
-                        if low == high {
-                            continue;
-                        }
-                        let groups = low / LANE_GROUP..high.div_ceil(LANE_GROUP);
-                        let from = groups.start * LANE_GROUP;
-                        let size = (tile.len(), groups.len(), head_dim);
-                        let at = (row - first) * KEYS;
-                        for (left, right, to) in [(&*q, &*kt, &mut *p), (&*dout, &*vt, &mut *ds)] {
-                            let left = &left[row * padded..];
-                            let left = Left { values: left, stride: padded, transposed: false };
-                            let right = Right {
-                                values: &right[from * head_dim..],
-                                row_stride: LANE_GROUP,
-                                group_stride: LANE_GROUP * head_dim,
-                            };
-                            product(isa, size, left, right, &mut to[at + from..], KEYS, false);
-                        }
-                        let known = from..groups.end * LANE_GROUP;
-                        if let Some(cap) = scores.cap {
-                            let rows = p[at..].chunks_exact_mut(KEYS).take(tile.len());
-                            for (p, slopes) in rows.zip(slopes.chunks_exact_mut(KEYS)) {
-                                let (p, slopes) =
-                                    (&mut p[known.clone()], &mut slopes[known.clone()]);
-                                cap_scores_and_slopes(isa, p, slopes, cap);
-                            }
-                        }
-                        weigh(
-                            isa,
-                            ScoreTile { rows: tile.len(), groups, limits: &limits },
-                            block.len().next_multiple_of(LANE_GROUP),
-                            (&mut p[at..], &mut ds[at..]),
-                            (&lse[tile.clone()], &delta[tile.clone()]),
-                        );
-                        if scores.cap.is_some() {
-                            let rows = ds[at..].chunks_exact_mut(KEYS).take(tile.len());
-                            for (ds, slopes) in rows.zip(slopes.chunks_exact(KEYS)) {
-                                times(isa, &mut ds[known.clone()], &slopes[known.clone()]);
-                            }
-                        }
-                        let left = &ds[at + low..];
-                        let left = Left { values: left, stride: KEYS, transposed: false };
-                        let right = rows_of(&k[low * padded..], padded);
-                        let size = (tile.len(), padded / LANE_GROUP, high - low);
-                        product(isa, size, left, right, &mut dq[row * padded..], padded, true);
+                        self.add_query_gradients(isa, &block, tile, first, &mut b);
                     }
                     for low in (0..block.len()).step_by(tile_rows(isa)) {
                         let high = block.len().min(low + tile_rows(isa));
-                        let viewers = self.viewers(&(start + low..start + high));
-                        let (begin, end) = (viewers.start.max(first), viewers.end.min(taken.end));
-                        if begin >= end {
-                            continue;
-                        }
-                        let size = (high - low, padded / LANE_GROUP, end - begin);
-                        let at = (begin - first) * KEYS + low;
-                        for (left, right, to) in [(&*p, &*dout, &mut *dv), (&*ds, &*q, &mut *dk)] {
-                            let left = Left { values: &left[at..], stride: KEYS, transposed: true };
-                            let right = rows_of(&right[begin * padded..], padded);
-                            product(isa, size, left, right, &mut to[low * padded..], padded, true);
-                        }
+                        self.add_key_gradients(isa, start, low..high, &taken, &mut b);
                     }
                 }
                 // `q` was multiplied by the scale in powers of two.
-                let parts = [(self.dk, &*dk, std::f32::consts::LN_2), (self.dv, &*dv, 1.0)];
+                let parts = [(self.dk, &*b.dk, std::f32::consts::LN_2), (self.dv, &*b.dv, 1.0)];
                 for (to, from, factor) in parts {
                     for (position, from) in block.clone().zip(from.chunks_exact(padded)) {
-                        // SAFETY: the caller's.
+                        // SAFETY: by this function's contract these heads and tokens are this task's own.
                         let to = unsafe { to.at(position, head_dim) };
                         to.iter_mut().zip(from).for_each(|(to, x)| *to = x * factor);
                     }
                 }
             }
-            for (token, dq) in queries.tokens.clone().zip(dq.chunks_exact(per_token * padded)) {
+            for (token, dq) in queries.tokens.clone().zip(b.dq.chunks_exact(per_token * padded)) {
                 for (head, dq) in queries.heads.clone().zip(dq.chunks_exact(padded)) {
-                    // SAFETY: the caller's.
+                    // SAFETY: by this function's contract these heads and tokens are this task's own.
                     let to = unsafe { self.dq.at(token, head * head_dim, head_dim) };
                     to.iter_mut().zip(dq).for_each(|(to, x)| *to = x * scores.scale(*heads));
                 }
             }
         });
+    }
+
+    /// Computes the weights and the gradients of scores of a tile of rows over a block of keys, and adds
+    /// to the gradients of the queries. `first` is the first row of `p` and `ds`.
+    fn add_query_gradients(
+        &self,
+        isa: Isa,
+        block: &Range<usize>,
+        tile: Range<usize>,
+        first: usize,
+        b: &mut BackwardBuffers,
+    ) {
+        let Self { queries, scores, heads, .. } = self;
+        let (head_dim, padded, row) = (heads.head_dim, heads.padded(), tile.start);
+        let limits = queries.limits(&tile, block, scores.window);
+        let (low, high) = limits.any;
+        if low == high {
+            return;
+        }
+        let groups = low / LANE_GROUP..high.div_ceil(LANE_GROUP);
+        let from = groups.start * LANE_GROUP;
+        let size = (tile.len(), groups.len(), head_dim);
+        let at = (row - first) * KEYS;
+        for (left, right, to) in [(&*b.q, &*b.kt, &mut *b.p), (&*b.dout, &*b.vt, &mut *b.ds)] {
+            let left = Left { values: &left[row * padded..], stride: padded };
+            let right = Right {
+                values: &right[from * head_dim..],
+                row_stride: LANE_GROUP,
+                group_stride: LANE_GROUP * head_dim,
+            };
+            product(isa, size, left, right, &mut to[at + from..], KEYS, false);
+        }
+        let known = from..groups.end * LANE_GROUP;
+        if let Some(cap) = scores.cap {
+            let rows = b.p[at..].chunks_exact_mut(KEYS).take(tile.len());
+            for (p, slopes) in rows.zip(b.slopes.chunks_exact_mut(KEYS)) {
+                let (p, slopes) = (&mut p[known.clone()], &mut slopes[known.clone()]);
+                cap_scores_and_slopes(isa, p, slopes, cap);
+            }
+        }
+        weigh(
+            isa,
+            ScoreTile { rows: tile.len(), groups, limits: &limits },
+            block.len().next_multiple_of(LANE_GROUP),
+            (&mut b.p[at..], &mut b.ds[at..]),
+            (&b.lse[tile.clone()], &b.delta[tile.clone()]),
+        );
+        if scores.cap.is_some() {
+            let rows = b.ds[at..].chunks_exact_mut(KEYS).take(tile.len());
+            for (ds, slopes) in rows.zip(b.slopes.chunks_exact(KEYS)) {
+                times(isa, &mut ds[known.clone()], &slopes[known.clone()]);
+            }
+        }
+        let left = Left { values: &b.ds[at + low..], stride: KEYS };
+        let right = rows_of(&b.k[low * padded..], padded);
+        let size = (tile.len(), padded / LANE_GROUP, high - low);
+        product(isa, size, left, right, &mut b.dq[row * padded..], padded, true);
+    }
+
+    /// Adds what the rows of `taken`, of which `p` and `ds` are there, contribute to the gradients of some
+    /// `keys` of the block that begins at `start`.
+    fn add_key_gradients(
+        &self,
+        isa: Isa,
+        start: usize,
+        keys: Range<usize>,
+        taken: &Range<usize>,
+        b: &mut BackwardBuffers,
+    ) {
+        let (padded, low) = (self.heads.padded(), keys.start);
+        let viewers = self.viewers(&(start + low..start + keys.end));
+        let (begin, end) = (viewers.start.max(taken.start), viewers.end.min(taken.end));
+        if begin >= end {
+            return;
+        }
+        let size = (keys.len(), padded / LANE_GROUP, end - begin);
+        let at = (begin - taken.start) * KEYS + low;
+        for (left, right, to) in [(&*b.p, &*b.dout, &mut *b.dv), (&*b.ds, &*b.q, &mut *b.dk)] {
+            let left = Left { values: &left[at..], stride: KEYS };
+            let right = rows_of(&right[begin * padded..], padded);
+            product_transposed(isa, size, left, right, &mut to[low * padded..], padded, true);
+        }
     }
 
     /// The rows that see some of these keys.
@@ -1315,7 +1367,7 @@ unsafe fn weigh_body<S: Lanes>(
     for row in 0..tile.rows {
         let (low, high) = tile.limits.rows[row];
         let edge = low > start || high < end;
-        // SAFETY: the caller's.
+        // SAFETY: the features are those of `S`, and the safe wrapper asserts the lengths of all slices.
         unsafe {
             let (lse, delta) = (S::splat(lse[row]), S::splat(delta[row]));
             let p = p.as_mut_ptr().add(row * KEYS);
@@ -1356,7 +1408,7 @@ mod tests {
         ]
     }
 
-    /// The fast form on a given ISA level.
+    /// The CPU kernel on a given ISA level.
     fn fast(
         isa: Isa,
         t: &[Tensor],
@@ -1408,7 +1460,7 @@ mod tests {
                 heads(2, 1, 12),
                 &[(7, None), (64, None), (5, Some(1)), (1, None), (0, Some(1)), (30, Some(3))],
             ),
-            // Long rows, whose query heads are taken apart, before and after short ones.
+            // Long rows, whose query heads have a task each, before and after short ones.
             (heads(4, 2, 8), &[(LONG, None), (3, Some(0)), (LONG + 3, Some(0))]),
             (heads(3, 1, 5), &[(20, None), (LONG + 70, Some(0)), (2, Some(0)), (3, None)]),
         ];
@@ -1503,13 +1555,13 @@ mod tests {
             k: StridedHeads { values: k, stride: kv_width },
             v: StridedHeads { values: v, stride: kv_width },
         };
-        let apart = run(qkv, QkvGrad::apart((dq, q_width), (dk, kv_width), (dv, kv_width)));
+        let separate = run(qkv, QkvGrad::separate((dq, q_width), (dk, kv_width), (dv, kv_width)));
 
         let mut again = parts.clone().map(|part| vec![f32::NAN; part.len()]);
         let [dq, dk, dv] = &mut again;
         let [q, k, v] = starts.map(|start| StridedHeads { values: &buffer[start..], stride });
-        let grad = QkvGrad::apart((dq, q_width), (dk, kv_width), (dv, kv_width));
-        assert_eq!(apart, run(Qkv { q, k, v }, grad));
+        let grad = QkvGrad::separate((dq, q_width), (dk, kv_width), (dv, kv_width));
+        assert_eq!(separate, run(Qkv { q, k, v }, grad));
         assert_eq!(grads, again);
     }
 

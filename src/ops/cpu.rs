@@ -51,17 +51,17 @@ pub fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]>
     Ok(&storage.as_slice::<f32>()?[start..end])
 }
 
-/// Below so many multiply-adds a thread that is to be woken costs more than it gives.
+/// Below so many multiply-adds waking a thread costs more than it saves.
 const TINY: usize = 50_000;
-/// And one that is at hand.
-const TINY_AT_HAND: usize = 5_000;
+/// The same for a thread that spins in a worker pool.
+const TINY_IN_POOL: usize = 5_000;
 
 /// Runs the tasks, on several threads if their `work`, in multiply-adds, is worth it.
 pub fn par_for_each<T: Send>(tasks: Vec<T>, work: usize, run: impl Fn(T) + Sync + Send) {
-    let at_hand = worker_pool::in_worker_pool();
-    if tasks.len() < 2 || work <= if at_hand { TINY_AT_HAND } else { TINY } {
+    let in_pool = worker_pool::in_worker_pool();
+    if tasks.len() < 2 || work <= if in_pool { TINY_IN_POOL } else { TINY } {
         tasks.into_iter().for_each(run);
-    } else if at_hand {
+    } else if in_pool {
         let tasks: Vec<_> = tasks.into_iter().map(|task| Mutex::new(Some(task))).collect();
         let take = |i: usize| tasks[i].lock().unwrap_or_else(PoisonError::into_inner).take();
         worker_pool::run(tasks.len(), &|i| run(take(i).expect("every task is run once")));
@@ -70,7 +70,7 @@ pub fn par_for_each<T: Send>(tasks: Vec<T>, work: usize, run: impl Fn(T) + Sync 
     }
 }
 
-/// Asks for a line of memory in the first-level cache. Any address will do.
+/// Prefetches the cache line of an address, which need not be valid, into the first-level cache.
 #[inline(always)]
 pub fn prefetch(address: *const u8) {
     #[cfg(target_arch = "x86_64")]
@@ -83,16 +83,16 @@ pub fn prefetch(address: *const u8) {
     let _ = address;
 }
 
-/// Somewhere several threads write to, each to elements of its own.
+/// A pointer to a slice that several threads write to, each to elements of its own.
 #[derive(Clone, Copy)]
 pub struct SharedMutPtr {
     start: *mut f32,
     len: usize,
 }
 
-// SAFETY: a `SharedMutPtr` is only a pointer; whoever writes through it promises disjoint elements.
+// SAFETY: a `SharedMutPtr` is only a pointer; its methods leave it to the caller that elements are disjoint.
 unsafe impl Send for SharedMutPtr {}
-// SAFETY: as above.
+// SAFETY: as for `Send`: shared pointers are written to at disjoint elements.
 unsafe impl Sync for SharedMutPtr {}
 
 impl SharedMutPtr {
@@ -124,7 +124,7 @@ impl SharedMutPtr {
     /// As [`Self::slice`], but for threads that read them too.
     pub unsafe fn read<'a>(self, len: usize) -> &'a [f32] {
         assert!(len <= self.len);
-        // SAFETY: in bounds by the assertion; written by nobody by the caller's promise.
+        // SAFETY: in bounds by the assertion; written by no thread by this function's contract.
         unsafe { std::slice::from_raw_parts(self.start, len) }
     }
 
@@ -135,7 +135,7 @@ impl SharedMutPtr {
     /// these elements while the result lives.
     pub unsafe fn slice<'a>(self, len: usize) -> &'a mut [f32] {
         assert!(len <= self.len);
-        // SAFETY: in bounds by the assertion; exclusive by the caller's promise.
+        // SAFETY: in bounds by the assertion; exclusive by this function's contract.
         unsafe { std::slice::from_raw_parts_mut(self.start, len) }
     }
 }

@@ -1,4 +1,4 @@
-//! A frozen matrix that was brought to a device, and the product with it, in plain candle ops.
+//! A frozen matrix that was uploaded to a device, and the product with it, in plain candle ops.
 //!
 //! Blocks that candle knows go up as they are quantized and are dequantized there for each product,
 //! so that a device holds little more than the file. What is not candle's (IQ4_NL, IQ4_XS, MXFP4)
@@ -33,7 +33,7 @@ enum DeviceStorage {
 }
 
 impl DeviceMatrix {
-    /// Brings a matrix to a device, from where it lies.
+    /// Uploads a matrix to a device, from its place in the file.
     pub fn upload(weight: &FrozenMatrix, device: &Device) -> Result<Self> {
         let shape = (weight.own_rows(), weight.cols());
         let values = |dtype| {
@@ -112,7 +112,7 @@ fn upload_as(block_type: BlockType) -> UploadAs {
 }
 
 /// Puts `y`, computed off the tape, behind `x` on it. candle's own product would keep the
-/// dequantized weight for the way back and compute a gradient to it.
+/// dequantized weight for the backward pass and compute a gradient to it.
 struct DeviceLinear(Arc<DeviceMatrix>);
 
 impl DeviceLinear {

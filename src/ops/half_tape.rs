@@ -1,4 +1,4 @@
-//! Activations kept in 16 bits for the way down.
+//! Activations kept as `f16` for the backward pass.
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -22,7 +22,7 @@ pub(crate) fn narrow(values: &[f32], kept: &mut Vec<f16>) {
     });
 }
 
-/// The values again.
+/// Widens them to `f32` again.
 pub(crate) fn widen(kept: &[f16], values: &mut Vec<f32>) {
     values.resize(kept.len(), 0.0);
     let chunks = values.par_chunks_mut(CHUNK).zip(kept.par_chunks(CHUNK));

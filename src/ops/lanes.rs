@@ -20,7 +20,8 @@ pub const LANE_GROUP: usize = 16;
 /// Sixteen `f32`.
 ///
 /// # Safety
-/// Every function needs the CPU features of its ISA level; loads and stores touch sixteen elements.
+/// One contract for all functions: the CPU has the features of the implementing type's ISA level, and a
+/// pointer that is loaded from or stored to is valid for sixteen elements. No alignment is needed.
 pub trait Lanes: Copy {
     /// Rows of a product's tile.
     const ROWS: usize;
@@ -53,7 +54,7 @@ pub trait Lanes: Copy {
     #[inline(always)]
     unsafe fn sum(self) -> f32 {
         let mut lanes = [0f32; LANE_GROUP];
-        // SAFETY: the caller's; there are sixteen.
+        // SAFETY: the CPU has the features by the contract of `Lanes`; the array has sixteen elements.
         unsafe { self.store(lanes.as_mut_ptr()) };
         let mut width = LANE_GROUP / 2;
         while width > 0 {
@@ -76,7 +77,7 @@ pub unsafe fn exp2<S: Lanes>(x: S) -> S {
     // on -1/2..1/2: 9.2e-8.
     #[allow(clippy::approx_constant)] // ln 2 would be the Taylor polynomial's
     const TERMS: [f32; 5] = [9.671_513e-3, 5.550_733_6e-2, 2.402_224_2e-1, 6.931_47e-1, 1.0];
-    // SAFETY: the caller's.
+    // SAFETY: the CPU has the features by this function's contract.
     unsafe {
         let n = x.round();
         let f = x.sub(n);
@@ -100,7 +101,7 @@ pub trait Element: Copy + Send + Sync {
 impl Element for f32 {
     #[inline(always)]
     unsafe fn load<S: Lanes>(from: *const Self) -> S {
-        // SAFETY: the caller's.
+        // SAFETY: the contract of `Element::load` is that of `Lanes`.
         unsafe { S::load(from) }
     }
 }
@@ -108,7 +109,7 @@ impl Element for f32 {
 impl Element for f16 {
     #[inline(always)]
     unsafe fn load<S: Lanes>(from: *const Self) -> S {
-        // SAFETY: the caller's.
+        // SAFETY: the contract of `Element::load` is that of `Lanes`.
         unsafe { S::load_f16(from) }
     }
 }
@@ -116,7 +117,7 @@ impl Element for f16 {
 impl Element for i8 {
     #[inline(always)]
     unsafe fn load<S: Lanes>(from: *const Self) -> S {
-        // SAFETY: the caller's.
+        // SAFETY: the contract of `Element::load` is that of `Lanes`.
         unsafe { S::load_i8(from) }
     }
 }
@@ -149,24 +150,24 @@ impl Lanes for LanesPlain {
     }
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
-        // SAFETY: the caller's.
+        // SAFETY: by the contract of `Lanes` the pointer is valid for sixteen elements.
         Self(unsafe { from.cast::<[[f32; 4]; 4]>().read_unaligned() })
     }
     #[inline(always)]
     unsafe fn load_f16(from: *const f16) -> Self {
-        // SAFETY: the caller's.
+        // SAFETY: by the contract of `Lanes` the pointer is valid for sixteen elements.
         let values = unsafe { from.cast::<[f16; 16]>().read_unaligned() };
         each_lane!(i, j, f32_of(values[4 * i + j]))
     }
     #[inline(always)]
     unsafe fn load_i8(from: *const i8) -> Self {
-        // SAFETY: the caller's.
+        // SAFETY: by the contract of `Lanes` the pointer is valid for sixteen elements.
         let values = unsafe { from.cast::<[i8; 16]>().read_unaligned() };
         each_lane!(i, j, f32::from(values[4 * i + j]))
     }
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
-        // SAFETY: the caller's.
+        // SAFETY: by the contract of `Lanes` the pointer is valid for sixteen elements.
         unsafe { to.cast::<[[f32; 4]; 4]>().write_unaligned(self.0) }
     }
     #[inline(always)]
@@ -257,7 +258,8 @@ mod x86 {
     #[derive(Clone, Copy)]
     pub struct LanesAvx512(__m512);
 
-    // SAFETY of all that follows: the caller's, as the trait says.
+    // SAFETY of all blocks below: by the contract of `Lanes` the CPU has AVX2, FMA and F16C, and pointers are
+    // valid for sixteen elements.
     #[allow(clippy::undocumented_unsafe_blocks)]
     impl Lanes for LanesAvx2 {
         const ROWS: usize = 6;
@@ -374,6 +376,8 @@ mod x86 {
         }
     }
 
+    // SAFETY of all blocks below: by the contract of `Lanes` the CPU has AVX-512 F, BW, DQ and VL, and pointers
+    // are valid for sixteen elements.
     #[allow(clippy::undocumented_unsafe_blocks)]
     impl Lanes for LanesAvx512 {
         const ROWS: usize = 8;
@@ -458,12 +462,12 @@ macro_rules! isa_levels {
                 use $crate::ops::lanes::{LanesAvx2, LanesAvx512, LanesPlain};
                 #[target_feature(enable = "avx2,fma,f16c")]
                 unsafe fn avx2 $(<$g: $bound>)? ($($arg: $ty),*) {
-                    // SAFETY: the caller's.
+                    // SAFETY: the features are enabled here; the rest is this function's own contract.
                     unsafe { $body::<LanesAvx2 $(, $g)?>($($arg),*) }
                 }
                 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
                 unsafe fn avx512 $(<$g: $bound>)? ($($arg: $ty),*) {
-                    // SAFETY: the caller's.
+                    // SAFETY: the features are enabled here; the rest is this function's own contract.
                     unsafe { $body::<LanesAvx512 $(, $g)?>($($arg),*) }
                 }
                 // SAFETY: `isa` proves that the CPU has the features of its level; the rest is what the
@@ -479,7 +483,7 @@ macro_rules! isa_levels {
             #[cfg(not(target_arch = "x86_64"))]
             {
                 let _ = isa;
-                // SAFETY: the caller's.
+                // SAFETY: plain Rust needs no features; the rest is this function's own contract.
                 unsafe { $body::<$crate::ops::lanes::LanesPlain $(, $g)?>($($arg),*) }
             }
         }
@@ -505,12 +509,11 @@ pub fn tile_rows(isa: Isa) -> usize {
 /// The most rows of a tile on any ISA level.
 pub const MOST_ROWS: usize = 8;
 
-/// The left side of a [`product`], row-major or, `transposed`, column-major.
+/// The left side of a [`product`], row-major, or of a [`product_transposed`], column-major.
 #[derive(Clone, Copy)]
 pub struct Left<'a> {
     pub values: &'a [f32],
     pub stride: usize,
-    pub transposed: bool,
 }
 
 /// The right side: row `p`, column `c` is at `(c / 16) * group_stride + p * row_stride + c % 16`.
@@ -528,38 +531,63 @@ pub struct Right<'a, B> {
 /// Each element of `c` is summed in the order of `depth`, whatever the tile it falls in.
 pub fn product<B: Element>(
     isa: Isa,
-    (rows, groups, depth): (usize, usize, usize),
+    size: (usize, usize, usize),
     a: Left,
     b: Right<B>,
     c: &mut [f32],
     stride: usize,
     accumulate: bool,
 ) {
+    let (rows, _, depth) = size;
+    if let Some(product) = checked((rows, depth), size, a, b, c, stride, accumulate) {
+        // SAFETY: all that is touched is in bounds, as `checked` asserts.
+        unsafe { row_major_tiles(isa, product) }
+    }
+}
+
+/// As [`product`], with `a` column-major: `(depth, rows)`.
+pub fn product_transposed<B: Element>(
+    isa: Isa,
+    size: (usize, usize, usize),
+    a: Left,
+    b: Right<B>,
+    c: &mut [f32],
+    stride: usize,
+    accumulate: bool,
+) {
+    let (rows, _, depth) = size;
+    if let Some(product) = checked((depth, rows), size, a, b, c, stride, accumulate) {
+        // SAFETY: all that is touched is in bounds, as `checked` asserts.
+        unsafe { transposed_tiles(isa, product) }
+    }
+}
+
+/// The product if it is not empty, its bounds checked; the left side is stored as `(outer, inner)`.
+fn checked<B: Element>(
+    (outer, inner): (usize, usize),
+    (rows, groups, depth): (usize, usize, usize),
+    a: Left,
+    b: Right<B>,
+    c: &mut [f32],
+    stride: usize,
+    accumulate: bool,
+) -> Option<TileProduct<B>> {
     if rows == 0 || groups == 0 {
-        return;
+        return None;
     }
     if depth > 0 {
-        let (outer, inner) = if a.transposed { (depth, rows) } else { (rows, depth) };
         assert!((outer - 1) * a.stride + inner <= a.values.len());
         let last = (groups - 1) * b.group_stride + (depth - 1) * b.row_stride;
         assert!(last + LANE_GROUP <= b.values.len());
     }
     assert!((rows - 1) * stride + groups * LANE_GROUP <= c.len());
-    let product = TileProduct {
+    Some(TileProduct {
         size: (rows, groups, depth),
         a: (a.values.as_ptr(), a.stride),
         b: (b.values.as_ptr(), b.row_stride, b.group_stride),
         c: (c.as_mut_ptr(), stride),
         accumulate,
-    };
-    // SAFETY: all that is touched is in bounds by the assertions.
-    unsafe {
-        if a.transposed {
-            product_transposed(isa, product);
-        } else {
-            product_row_major(isa, product);
-        }
-    }
+    })
 }
 
 /// A product with its bounds checked.
@@ -573,19 +601,19 @@ struct TileProduct<B> {
 }
 
 isa_levels! {
-    unsafe fn product_row_major<B: Element>(product: TileProduct<B>) = row_major;
-    unsafe fn product_transposed<B: Element>(product: TileProduct<B>) = transposed;
+    unsafe fn row_major_tiles<B: Element>(product: TileProduct<B>) = row_major;
+    unsafe fn transposed_tiles<B: Element>(product: TileProduct<B>) = transposed;
 }
 
 #[inline(always)]
 unsafe fn row_major<S: Lanes, B: Element>(product: TileProduct<B>) {
-    // SAFETY: the caller's.
+    // SAFETY: `checked` made the product, so that it is in bounds; the level's features are enabled.
     unsafe { tiles::<S, B, false>(product) }
 }
 
 #[inline(always)]
 unsafe fn transposed<S: Lanes, B: Element>(product: TileProduct<B>) {
-    // SAFETY: the caller's.
+    // SAFETY: `checked` made the product, so that it is in bounds; the level's features are enabled.
     unsafe { tiles::<S, B, true>(product) }
 }
 
@@ -603,36 +631,32 @@ unsafe fn tiles<S: Lanes, B: Element, const T: bool>(product: TileProduct<B>) {
                 2.. if S::GROUPS == 2 => 2,
                 _ => 1,
             };
-            // SAFETY: the caller's; a tile lies inside the product.
-            unsafe {
-                match (m, together) {
-                    (1, 1) => tile::<S, B, 1, 1, T>(product, row, group),
-                    (2, 1) => tile::<S, B, 2, 1, T>(product, row, group),
-                    (3, 1) => tile::<S, B, 3, 1, T>(product, row, group),
-                    (4, 1) => tile::<S, B, 4, 1, T>(product, row, group),
-                    (5, 1) => tile::<S, B, 5, 1, T>(product, row, group),
-                    (6, 1) => tile::<S, B, 6, 1, T>(product, row, group),
-                    (7, 1) => tile::<S, B, 7, 1, T>(product, row, group),
-                    (8, 1) => tile::<S, B, 8, 1, T>(product, row, group),
-                    (1, 2) => tile::<S, B, 1, 2, T>(product, row, group),
-                    (2, 2) => tile::<S, B, 2, 2, T>(product, row, group),
-                    (3, 2) => tile::<S, B, 3, 2, T>(product, row, group),
-                    (4, 2) => tile::<S, B, 4, 2, T>(product, row, group),
-                    (5, 2) => tile::<S, B, 5, 2, T>(product, row, group),
-                    (6, 2) => tile::<S, B, 6, 2, T>(product, row, group),
-                    (7, 2) => tile::<S, B, 7, 2, T>(product, row, group),
-                    (8, 2) => tile::<S, B, 8, 2, T>(product, row, group),
-                    (1, 4) => tile::<S, B, 1, 4, T>(product, row, group),
-                    (2, 4) => tile::<S, B, 2, 4, T>(product, row, group),
-                    (3, 4) => tile::<S, B, 3, 4, T>(product, row, group),
-                    (4, 4) => tile::<S, B, 4, 4, T>(product, row, group),
-                    _ => unreachable!("no ISA level has more than {MOST_ROWS} rows"),
-                }
+            // Tiles that the level never has are not compiled.
+            macro_rules! tile_of {
+                ($($m:literal $g:literal),*) => {
+                    match (m, together) {
+                        $(($m, $g) if const { has_tile::<S>($m, $g) } => {
+                            // SAFETY: the product is in bounds by the caller's promise, and the tile
+                            // lies inside of it.
+                            unsafe { tile::<S, B, $m, $g, T>(product, row, group) }
+                        })*
+                        _ => unreachable!("no ISA level has such a tile"),
+                    }
+                };
             }
+            tile_of!(
+                1 1, 2 1, 3 1, 4 1, 5 1, 6 1, 7 1, 8 1, 1 2, 2 2, 3 2, 4 2, 5 2, 6 2, 7 2, 8 2, 1 4,
+                2 4, 3 4, 4 4
+            );
             group += together;
         }
         row += m;
     }
+}
+
+/// Whether a product is cut into tiles of `rows` rows and `groups` groups of columns.
+const fn has_tile<S: Lanes>(rows: usize, groups: usize) -> bool {
+    rows <= S::ROWS && (groups == 1 || S::GROUPS == 2 && (groups == 2 || rows <= 4))
 }
 
 /// `M` rows and `G` groups of columns, held in registers over the whole depth.
@@ -646,7 +670,7 @@ unsafe fn tile<S: Lanes, B: Element, const M: usize, const G: usize, const T: bo
     let (a, a_stride) = product.a;
     let (b, row_stride, group_stride) = product.b;
     let (c, stride) = product.c;
-    // SAFETY: the caller's.
+    // SAFETY: the tile lies inside of a product that `checked` found in bounds.
     unsafe {
         let a = a.add(if T { row } else { row * a_stride });
         let mut b = b.add(group * group_stride);
@@ -793,7 +817,7 @@ mod tests {
                 let b_i8_exact: Vec<f32> = b_i8.iter().map(|&x| f32::from(x)).collect();
                 for transposed in [false, true] {
                     let stride = if transposed { rows } else { depth };
-                    let left = Left { values: &a, stride, transposed };
+                    let left = Left { values: &a, stride };
                     let check = |b: &[f32], c: &[f32], accumulate: bool| {
                         for (i, c) in c.iter().enumerate() {
                             let (row, column) = (i / width, i % width);
@@ -811,18 +835,56 @@ mod tests {
                     let size = (rows, groups, depth);
                     for accumulate in [false, true] {
                         let mut c = before.clone();
-                        product(isa, size, left, rows_of(&b, width), &mut c, width, accumulate);
+                        multiply(
+                            transposed,
+                            isa,
+                            size,
+                            left,
+                            rows_of(&b, width),
+                            &mut c,
+                            accumulate,
+                        );
                         check(&b, &c, accumulate);
                         let mut c = before.clone();
-                        product(isa, size, left, rows_of(&b_f16, width), &mut c, width, accumulate);
+                        multiply(
+                            transposed,
+                            isa,
+                            size,
+                            left,
+                            rows_of(&b_f16, width),
+                            &mut c,
+                            accumulate,
+                        );
                         check(&b_f16_exact, &c, accumulate);
                         let mut c = before.clone();
-                        product(isa, size, left, rows_of(&b_i8, width), &mut c, width, accumulate);
+                        multiply(
+                            transposed,
+                            isa,
+                            size,
+                            left,
+                            rows_of(&b_i8, width),
+                            &mut c,
+                            accumulate,
+                        );
                         check(&b_i8_exact, &c, accumulate);
                     }
                 }
             }
         }
+    }
+
+    /// Either product, with rows of `c` as wide as it is.
+    fn multiply<B: Element>(
+        transposed: bool,
+        isa: Isa,
+        size: (usize, usize, usize),
+        a: Left,
+        b: Right<B>,
+        c: &mut [f32],
+        accumulate: bool,
+    ) {
+        let run = if transposed { product_transposed } else { product };
+        run(isa, size, a, b, c, size.1 * LANE_GROUP, accumulate);
     }
 
     fn rows_of<B>(values: &[B], width: usize) -> Right<'_, B> {
@@ -849,7 +911,7 @@ mod tests {
 
     #[inline(always)]
     unsafe fn exp2_body<S: Lanes>(x: *mut f32) {
-        // SAFETY: the caller's.
+        // SAFETY: the test hands over sixteen values.
         unsafe { exp2(S::load(x)).store(x) }
     }
 
@@ -867,7 +929,7 @@ mod tests {
             }
             let mut edges = [0.0; LANE_GROUP];
             edges[..3].copy_from_slice(&[f32::NEG_INFINITY, -127.0, f32::NAN]);
-            // SAFETY: as above.
+            // SAFETY: `edges` has sixteen values.
             unsafe { exp2_of(isa, edges.as_mut_ptr()) };
             assert_eq!(edges[..2], [0.0, 0.0]);
             assert!(edges[2].is_nan() && edges[3..] == [1.0; 13]);

@@ -14,7 +14,7 @@ use super::{Compute, OpForm};
 use crate::isa::{Isa, multiversion};
 use crate::quant::FrozenMatrix;
 
-/// Logits held at a time, in values: 32 MB. Each chunk packs the head anew, so that smaller ones
+/// Logits held at a time, in values: 32 MB. Each chunk packs the head again, so that smaller ones
 /// cost time.
 const CHUNK_LOGITS: usize = 8 << 20;
 
@@ -32,7 +32,7 @@ pub struct LogitSoftcap {
 ///
 /// Shapes: `x (M, H)` F32, `W (V, H)`, `targets` M token ids → `(M)` F32, natural logarithms.
 /// Backward: `dx = dy · (W[target] - Σ p W)`. That vector is computed along with the forward pass,
-/// while a chunk's probabilities are at hand, and only if `x` is tracked.
+/// while a chunk's probabilities are in memory, and only if `x` is tracked.
 pub fn linear_log_probs(
     x: &Tensor,
     head: &Arc<FrozenMatrix>,
@@ -124,22 +124,22 @@ pub fn working_bytes(rows: usize, vocabulary: usize, compute: Compute) -> usize 
     logits + panels
 }
 
-/// What is known of M distributions in which a target's log-prob was read.
+/// Statistics of M distributions, in each of which the log-prob of a target was read.
 #[derive(Debug, Clone, Copy)]
 pub struct Distributions<'a> {
     /// Their entropies, in nats.
     pub entropies: &'a [f32],
-    /// Whether no token is likelier than the target.
+    /// Whether the target is the most likely token.
     pub is_argmax: &'a [bool],
 }
 
-/// What is read of M distributions and a target in each.
+/// Outputs for M distributions and a target in each.
 pub(crate) struct TargetStatsMut<'a> {
     /// The targets' log-probabilities, in nats.
     pub logps: &'a mut [f32],
     /// The distributions' entropies, in nats.
     pub entropies: &'a mut [f32],
-    /// Whether no token is likelier than the target.
+    /// Whether the target is the most likely token.
     pub is_argmax: &'a mut [bool],
 }
 
@@ -322,13 +322,13 @@ impl CustomOp1 for LinearLogProbs {
     }
 }
 
-/// What logits say of a target.
+/// A target and its distribution, from logits.
 pub(crate) struct TargetStats {
     /// Its log-probability, in nats.
     pub logp: f32,
     /// The entropy of all, in nats.
     pub entropy: f32,
-    /// Whether none is likelier.
+    /// Whether it is the most likely token.
     pub is_argmax: bool,
 }
 

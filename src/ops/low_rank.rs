@@ -1,5 +1,4 @@
-//! Low-rank updates of a few tokens, as decoding has them: `y += B (A x)`, both factors read once
-//! where they lie.
+//! Low-rank updates of a few tokens, for decode steps: `y += B (A x)`, both factors read once in place.
 //!
 //! Sums are made in one fixed order for each token, whatever tokens are taken together and whatever
 //! thread does it.
@@ -16,7 +15,7 @@ use super::lanes::{Element, Lanes, isa_levels};
 
 /// Bytes of a factor in one task: as for the base's own weights.
 const TASK_BYTES: usize = 32 * 1024;
-/// How far ahead of its use memory is asked for, in bytes.
+/// Distance of the prefetches, in bytes.
 const AHEAD: usize = 1024;
 
 /// Numbers that forms are stored as and kernels read.
@@ -94,7 +93,7 @@ unsafe fn shrink_body<S: Lanes, T: LowRankElement>(
 ) {
     let stride = xa_stride(form);
     loop {
-        // SAFETY: the caller's promises.
+        // SAFETY: by this function's contract the elements written are this thread's; slices bound the reads.
         unsafe {
             if let Some((at, others)) = tokens.split::<4>() {
                 shrink_tokens::<S, T, 4>(form, blocks.clone(), at.map(|at| &x[at..]), factor, xa);
@@ -133,7 +132,7 @@ unsafe fn shrink_tokens<S: Lanes, T: LowRankElement, const M: usize>(
             let mut sums = [[S::splat(0.0); M]; A_RANK_BLOCK];
             for at in (0..cols).step_by(DECODE_GROUP) {
                 let rows = block_of_a.add(at * A_RANK_BLOCK);
-                ask_ahead(rows, A_RANK_BLOCK * DECODE_GROUP);
+                prefetch_ahead(rows, A_RANK_BLOCK * DECODE_GROUP);
                 let mut inputs = [S::splat(0.0); M];
                 for i in 0..M {
                     inputs[i] = S::load(xs[i].add(at));
@@ -171,7 +170,7 @@ unsafe fn expand_body<S: Lanes, T: LowRankElement>(
     }
     let stride = xa_stride(form);
     loop {
-        // SAFETY: the caller's promises.
+        // SAFETY: by this function's contract the elements written are this thread's; slices bound the reads.
         unsafe {
             if let Some((at, others)) = tokens.split::<4>() {
                 let y = at.map(|at| y.at(at));
@@ -188,9 +187,9 @@ unsafe fn expand_body<S: Lanes, T: LowRankElement>(
     }
 }
 
-/// Asks for what lies [`AHEAD`] of the next `n` numbers.
+/// Prefetches the numbers [`AHEAD`] of the next `n`.
 #[inline(always)]
-fn ask_ahead<T>(numbers: *const T, n: usize) {
+fn prefetch_ahead<T>(numbers: *const T, n: usize) {
     for line in (0..n * size_of::<T>()).step_by(64) {
         prefetch(numbers.cast::<u8>().wrapping_add(AHEAD + line));
     }
@@ -218,7 +217,7 @@ unsafe fn expand_tokens<S: Lanes, T: LowRankElement, const M: usize>(
 ) {
     let (mut panel, end) = (rows.start / B_PANEL, rows.end.div_ceil(B_PANEL));
     while panel < end {
-        // SAFETY: the caller's promises.
+        // SAFETY: by this function's contract the elements written are this thread's; slices bound the reads.
         unsafe {
             let whole = |panels| panel.is_multiple_of(panels) && panel + panels <= end;
             panel += if whole(B_PANELS_PER_STRIPE) {
@@ -248,12 +247,13 @@ unsafe fn expand_panels<S: Lanes, T: LowRankElement, const M: usize, const N: us
 ) -> usize {
     let b =
         form.b[place(form, panel)..][..((form.r - 1) * B_PANELS_PER_STRIPE + N) * B_PANEL].as_ptr();
-    // SAFETY: the panels' numbers lie a stripe's width apart; the rest is the caller's.
+    // SAFETY: the panels' numbers are a stripe's width apart and inside of the slice just taken; by this
+    // function's contract the outputs are this thread's.
     unsafe {
         let mut sums = [[S::splat(0.0); M]; N];
         for k in 0..form.r {
             let b = b.add(k * B_PANELS_PER_STRIPE * B_PANEL);
-            ask_ahead(b, N * B_PANEL);
+            prefetch_ahead(b, N * B_PANEL);
             let mut factors = [S::splat(0.0); M];
             for i in 0..M {
                 factors[i] = S::splat(xa[i * stride + k]);
@@ -344,7 +344,7 @@ mod tests {
     }
 
     #[test]
-    fn updates_are_those_of_their_factors() {
+    fn updates_equal_the_product_of_their_factors() {
         fn check<T: LowRankElement>(lora: &Lora, scales: Option<&[f32]>, n: usize, tolerance: f64) {
             let (r, cols, rows) = (lora.r(), lora.in_features(), lora.out_features());
             let form = DecodeWeights::<T>::new(lora, scales.map(<[f32]>::to_vec)).unwrap();
@@ -397,7 +397,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_hidden_by_rounding() {
+    fn non_finite_factors_give_non_finite_outputs() {
         let lora = update(4, 32, 70, 1.0);
         let mut b = lora.b.to_vec2::<f32>().unwrap();
         b[66][2] = f32::INFINITY;

@@ -40,7 +40,7 @@ pub(crate) fn backward(isa: Isa, x: &[f32], w: &[f32], eps: f32, dy: &[f32], dx:
     rows.for_each(|((dx, x), dy)| backward_rows(isa, x, w, eps, dy, dx));
 }
 
-/// Rows whose share in the gradient of the weight is summed apart.
+/// Rows whose share in the gradient of the weight is one partial sum.
 const SHARE: usize = 128;
 
 /// [`backward`], and adds the weight's gradient to `dw (H)`: shares of rows, one after the other.

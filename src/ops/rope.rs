@@ -44,7 +44,7 @@ impl Rotation {
         Self { cos, sin, half, head_dim: 2 * half }
     }
 
-    /// Of heads of `head_dim`, of which what is beyond the pairs stays as it is.
+    /// The rotation of heads of `head_dim` values, of which those beyond the pairs are not rotated.
     pub fn in_heads_of(self, head_dim: usize) -> Self {
         debug_assert!(2 * self.half <= head_dim);
         Self { head_dim, ..self }
@@ -62,14 +62,14 @@ impl Rotation {
         Self { cos: all(|part| &part.cos), sin: all(|part| &part.sin), half, head_dim }
     }
 
-    /// With cosines and sines times `factor`, so that queries and keys grow by it (YaRN). The way back
-    /// is then no rotation's inverse any more, but still its transpose: the gradient.
+    /// With cosines and sines times `factor`, which scales queries and keys (YaRN's attention factor). The
+    /// backward direction is then not the inverse of the forward one, but still its transpose.
     pub fn grown(self, factor: f32) -> Self {
         if factor == 1.0 {
             return self;
         }
-        let grown = |values: &[f32]| Arc::new(values.iter().map(|value| value * factor).collect());
-        Self { cos: grown(&self.cos), sin: grown(&self.sin), ..self }
+        let scaled = |values: &[f32]| Arc::new(values.iter().map(|value| value * factor).collect());
+        Self { cos: scaled(&self.cos), sin: scaled(&self.sin), ..self }
     }
 
     fn tokens(&self) -> usize {
@@ -126,7 +126,7 @@ impl CustomOp1 for Rope {
         Ok((CpuStorage::F32(y), layout.shape().clone()))
     }
 
-    /// A rotation's gradient is the rotation back.
+    /// The gradient of a rotation is the inverse rotation.
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         let mut dx = Values::of(&dy.contiguous()?)?.to_vec();
         let width = x.dim(1)?;
@@ -135,12 +135,12 @@ impl CustomOp1 for Rope {
     }
 }
 
-/// Which way heads are turned.
+/// The direction of a rotation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Direction {
     /// By the positions' angles.
     Forward,
-    /// Back: the gradient.
+    /// By the negative angles: the gradient.
     Backward,
 }
 
@@ -149,7 +149,7 @@ impl Rotation {
     pub(crate) fn rotate(
         &self,
         isa: Isa,
-        turn: Direction,
+        direction: Direction,
         x: &mut [f32],
         stride: usize,
         width: usize,
@@ -163,19 +163,19 @@ impl Rotation {
         par_for_each(rows.collect(), work, |(x, (cos, sin))| {
             let rows = cos.chunks_exact(*half).zip(sin.chunks_exact(*half));
             for (x, (cos, sin)) in x.chunks_mut(stride).zip(rows) {
-                rotate_row(isa, turn, &mut x[..width], *head_dim, cos, sin);
+                rotate_row(isa, direction, &mut x[..width], *head_dim, cos, sin);
             }
         });
     }
 }
 
 multiversion! {
-    fn rotate_row(isa; turn: Direction, x: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32]) {
-        let direction = if turn == Direction::Forward { 1.0 } else { -1.0 };
+    fn rotate_row(isa; direction: Direction, x: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32]) {
+        let sign = if direction == Direction::Forward { 1.0 } else { -1.0 };
         for head in x.chunks_exact_mut(head_dim) {
             let (a, b) = head.split_at_mut(cos.len()); // pairs end with the cosines
             for (((a, b), cos), sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {
-                let (x, y, sin) = (*a, *b, sin * direction);
+                let (x, y, sin) = (*a, *b, sin * sign);
                 *a = x * cos - y * sin;
                 *b = y * cos + x * sin;
             }

@@ -1,17 +1,17 @@
-//! Where the rows of a batch lie, and which tokens before their own they see.
+//! The rows of a batch as ranges of its tokens, with the prefix that each attends to.
 
 use std::ops::Range;
 
-/// A row of a batch: a run of its tokens, each of which sees those of the row up to itself.
+/// A row of a batch: a range of its tokens, each of which attends to those of the row up to itself.
 ///
-/// Rows that go on from one prompt need not repeat it: the prompt is a row, and each of the others
-/// has that row's tokens as its `prefix`. That is the same function of the tokens as to lay prompt
-/// and continuation out whole, if all of them wear the same adapters.
+/// Rows that continue one prompt need not repeat it: the prompt is a row, and each of the others has
+/// that row's tokens as its `prefix`. The result is that of rows of prompt and continuation, if all of
+/// them use the same adapters.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Segment {
-    /// Its own tokens.
+    /// The tokens of the row.
     pub tokens: Range<usize>,
-    /// All tokens of an earlier whole row, which stand before its own; empty for a whole row.
+    /// All tokens of an earlier whole row, which precede its own; empty for a whole row.
     pub prefix: Range<usize>,
 }
 
@@ -45,8 +45,8 @@ impl Segment {
     }
 }
 
-/// Why these are not the rows of `n` tokens, or none if they are: they must lie end to end from 0
-/// to `n`, and a prefix must be an earlier whole row.
+/// The first error in the rows of `n` tokens, if any: rows must be end to end from 0 to `n`, and a
+/// prefix must be an earlier whole row.
 pub(crate) fn fault(segments: &[Segment], n: usize) -> Option<String> {
     let mut end = 0;
     for (i, segment) in segments.iter().enumerate() {
@@ -68,7 +68,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rows_must_part_the_tokens_and_prefixes_be_whole_rows_before() {
+    fn rows_must_partition_the_tokens_and_prefixes_must_be_earlier_whole_rows() {
         let row = |tokens, prefix| Segment { tokens, prefix };
         let cases: &[(&[Segment], bool)] = &[
             (&[row(0..3, 0..0), row(3..3, 0..0), row(3..6, 2..2)], true),

@@ -75,7 +75,7 @@ impl BlockType {
         }
     }
 
-    /// Where the `f16` scales of a block lie, for making random blocks in tests.
+    /// Where the `f16` scales of a block are, for making random blocks in tests.
     #[cfg(test)]
     pub(crate) fn scale_offsets(self) -> &'static [usize] {
         match self {
@@ -142,10 +142,7 @@ impl BlockType {
             Self::Q6_K => Self::Q8_0,
             other => other,
         };
-        match cols.is_multiple_of(smaller.block_len()) {
-            true => smaller,
-            false => Self::F16,
-        }
+        if cols.is_multiple_of(smaller.block_len()) { smaller } else { Self::F16 }
     }
 
     /// A type that we write, by its name in any case.
@@ -308,7 +305,7 @@ fn q2_k(b: &[u8; 84], y: &mut [f32; 256]) {
 fn q3_k(b: &[u8; 110], y: &mut [f32; 256]) {
     let d = half(b, 108);
     for (i, y) in y.as_chunks_mut::<16>().0.iter_mut().enumerate() {
-        // The low 4 bits of scale i lie in nibbles of bytes 0..8, its high 2 in bytes 8..12.
+        // The low 4 bits of scale i are in nibbles of bytes 0..8, its high 2 in bytes 8..12.
         let low = b[96 + i % 8] >> (4 * (i / 8)) & 15;
         let high = b[104 + i % 4] >> (2 * (i / 4)) & 3;
         let dl = d * (i32::from(low | high << 4) - 32) as f32;

@@ -11,7 +11,7 @@ use super::BlockType;
 
 /// Who keeps bytes alive.
 pub trait Owner: AsRef<[u8]> + Send + Sync {
-    /// Is told that the bytes at `range` will hardly be read again: of a map, the system gets their
+    /// Advises that the bytes at `range` will hardly be read again: of a map, the system gets their
     /// pages back.
     fn forget(&self, range: Range<usize>) {
         let _ = range;
@@ -62,7 +62,7 @@ impl std::fmt::Debug for Bytes {
     }
 }
 
-/// How the rows of a matrix lie in its bytes.
+/// The order of the rows of a matrix in its bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RowOrder {
     /// Row `i` is the `i`-th stored row.
@@ -144,7 +144,7 @@ pub enum MatrixError {
     },
 }
 
-/// A frozen `(rows, cols)` matrix in any block type, read where it lies.
+/// A frozen `(rows, cols)` matrix in any block type, read in place.
 #[derive(Debug, Clone)]
 pub struct FrozenMatrix {
     bytes: Bytes,
@@ -310,7 +310,7 @@ impl FrozenMatrix {
         self.block_type
     }
 
-    /// The bytes of its own rows, where they lie.
+    /// The bytes of its own rows, in place.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
@@ -368,7 +368,7 @@ impl FrozenMatrix {
         self.row_bytes
     }
 
-    /// How the rows lie in the bytes.
+    /// The order of the rows in the bytes.
     pub(crate) fn order(&self) -> RowOrder {
         self.order
     }

@@ -151,7 +151,8 @@ impl LayerPass<'_> {
             let mut dk = take(&mut work.dk, n * kv_width);
             let mut dv = take(&mut work.dv, n * kv_width);
             let left = Attended { out: &out, lse };
-            let grad = QkvGrad::apart((&mut dq, q_width), (&mut dk, kv_width), (&mut dv, kv_width));
+            let grad =
+                QkvGrad::separate((&mut dq, q_width), (&mut dk, kv_width), (&mut dv, kv_width));
             let (qkv, segments) = (qkv(heads, q, k, v), &self.pass.segments);
             let config = attention.config;
             attention::backward(isa, qkv, heads, segments, config, left, &dattended, grad);

@@ -49,7 +49,7 @@ pub fn f32_tile(isa: Isa, a: &[u32], b: &[u32], tile: &mut Tile) {
             let begin = (out.cast_const(), TILE_COLS);
             x86::f32_avx512(depth, a.as_ptr(), b.as_ptr(), begin, (out, TILE_COLS));
         },
-        // SAFETY: as above.
+        // SAFETY: `isa` proves that the CPU has the features of its level; lengths are checked.
         #[cfg(target_arch = "x86_64")]
         IsaLevel::Avx2 | IsaLevel::AvxVnni => unsafe {
             x86::f32_avx2(depth, a.as_ptr(), b.as_ptr(), tile)
@@ -89,14 +89,14 @@ pub unsafe fn f32_tile_in_place(
         return;
     }
     let mut tile = Tile([[0.0; TILE_COLS]; TILE_ROWS]);
-    // SAFETY: the caller's promise.
+    // SAFETY: by this function's contract its pointers are valid for a whole tile.
     unsafe {
         for (i, row) in tile.0.iter_mut().enumerate() {
             row.as_mut_ptr().copy_from(begin.0.add(i * begin.1), TILE_COLS);
         }
     }
     f32_tile(isa, a, b, &mut tile);
-    // SAFETY: the caller's promise.
+    // SAFETY: by this function's contract its pointers are valid for a whole tile.
     unsafe {
         for (i, row) in tile.0.iter().enumerate() {
             row.as_ptr().copy_to(out.0.add(i * out.1), TILE_COLS);
@@ -112,10 +112,10 @@ pub fn int16_tile(isa: Isa, a: Side, b: Side, units_per_block: usize, tile: &mut
         // SAFETY: `isa` proves that the CPU has the features of its level; lengths are checked.
         #[cfg(target_arch = "x86_64")]
         IsaLevel::Avx512Vnni => unsafe { x86::int16_avx512(size, a, b, tile) },
-        // SAFETY: as above.
+        // SAFETY: `isa` proves that the CPU has the features of its level; lengths are checked.
         #[cfg(target_arch = "x86_64")]
         IsaLevel::AvxVnni => unsafe { x86::int16_avxvnni(size, a, b, tile) },
-        // SAFETY: as above.
+        // SAFETY: `isa` proves that the CPU has the features of its level; lengths are checked.
         #[cfg(target_arch = "x86_64")]
         IsaLevel::Avx2 => unsafe { x86::int16_avx2(size, a, b, tile) },
         _ => scalar(units_per_block, a, b, None, tile, |a, b| {
@@ -142,10 +142,10 @@ pub fn int8_tile(
         // SAFETY: `isa` proves that the CPU has the features of its level; lengths are checked.
         #[cfg(target_arch = "x86_64")]
         IsaLevel::Avx512Vnni => unsafe { x86::int8_avx512(size, a, b, offsets, tile) },
-        // SAFETY: as above.
+        // SAFETY: `isa` proves that the CPU has the features of its level; lengths are checked.
         #[cfg(target_arch = "x86_64")]
         IsaLevel::AvxVnni => unsafe { x86::int8_avxvnni(size, a, b, offsets, tile) },
-        // SAFETY: as above.
+        // SAFETY: `isa` proves that the CPU has the features of its level; lengths are checked.
         #[cfg(target_arch = "x86_64")]
         IsaLevel::Avx2 => unsafe { x86::int8_avx2(size, a, b, offsets, tile) },
         _ => scalar(units_per_block, a, b, Some(offsets), tile, |a, b| {
@@ -206,7 +206,7 @@ mod x86 {
         out: (*mut f32, usize),
     ) {
         let (a, b): (*const f32, *const f32) = (a.cast(), b.cast());
-        // SAFETY: the caller's promise; a tile has 12 rows of 32.
+        // SAFETY: by this function's contract its pointers are valid for a whole tile; a tile has 12 rows of 32.
         unsafe {
             let mut sums = [[_mm512_setzero_ps(); 2]; TILE_ROWS];
             for (i, sums) in sums.iter_mut().enumerate() {
@@ -238,7 +238,7 @@ mod x86 {
         let (a, b): (*const f32, *const f32) = (a.cast(), b.cast());
         let out = tile.0.as_mut_ptr().cast::<f32>();
         for (first, column) in [(0, 0), (0, 16), (6, 0), (6, 16)] {
-            // SAFETY: the caller's promise; a quarter of a tile is 6 rows of 16.
+            // SAFETY: by this function's contract its pointers are valid for a whole tile; a quarter of a tile is 6 rows of 16.
             unsafe {
                 let mut sums = [[_mm256_setzero_ps(); 2]; 6];
                 for (i, sums) in sums.iter_mut().enumerate() {
@@ -281,7 +281,7 @@ mod x86 {
                 let (mut a_units, mut b_units) = (a.units.as_ptr(), b.units.as_ptr());
                 let out = tile.0.as_mut_ptr().cast::<f32>();
                 for ($block, first) in (0..depth).step_by(units_per_block).enumerate() {
-                    // SAFETY: the caller's promise.
+                    // SAFETY: by this function's contract its pointers are valid for a whole tile.
                     unsafe {
                         let mut sums: [[__m512i; 2]; TILE_ROWS] = [$begin; TILE_ROWS];
                         for _ in 0..units_per_block.min(depth - first) {
@@ -345,7 +345,7 @@ mod x86 {
                     let mut a_units = a.units.as_ptr().wrapping_add(first_row);
                     let mut b_units = b.units.as_ptr().wrapping_add($column);
                     for ($block, first) in (0..depth).step_by(units_per_block).enumerate() {
-                        // SAFETY: the caller's promise.
+                        // SAFETY: by this function's contract its pointers are valid for a whole tile.
                         unsafe {
                             let mut sums: [[__m256i; 2]; 6] = [$begin; 6];
                             for _ in 0..units_per_block.min(depth - first) {

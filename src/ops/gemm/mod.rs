@@ -50,7 +50,7 @@ pub struct Term<'a> {
     pub x: &'a PackedRows,
     /// The right side.
     pub weights: Weights<'a>,
-    /// Whether the right side is turned: `x · Wᵀ`, else `x · W`.
+    /// Whether the right side is transposed: `x · Wᵀ`, else `x · W`.
     pub transposed: bool,
 }
 
@@ -154,10 +154,7 @@ fn tasks<'p, 'a>(
         assert_eq!(bias.len(), columns);
     }
     let dense = |term: &Term| matches!(term.weights, Weights::Dense { .. });
-    let most = match product.terms.iter().all(dense) {
-        true => MOST_ROWS_OF_FLOATS,
-        false => MOST_ROWS,
-    };
+    let most = if product.terms.iter().all(dense) { MOST_ROWS_OF_FLOATS } else { MOST_ROWS };
     let part = rows.div_ceil(parts.max(1)).clamp(LEAST_ROWS, most);
     let part = rows.div_ceil(rows.div_ceil(part).max(1)).next_multiple_of(TILE_ROWS);
     let row_ranges = (0..rows).step_by(part.max(1)).map(move |r| r..rows.min(r + part));
@@ -201,7 +198,7 @@ unsafe fn task(
             let depth = first..term.x.depth.min(first + step);
             let needed = panel.units(depth.len());
             if units + needed > most && !stretches.is_empty() {
-                // SAFETY: the caller's promise.
+                // SAFETY: by this function's contract no other thread touches these rows and columns of `out`.
                 unsafe { tiles(isa, &stretches, scratch, &rows, &columns, init, &product.out) };
                 init = Init::Add;
                 stretches.clear();
@@ -213,13 +210,14 @@ unsafe fn task(
             }
             let packed = &mut scratch.packed[stretches.len()];
             stretches.push(Stretch { x: term.x, depth: depth.clone() });
-            match term.transposed {
-                true => packed.pack_transposed(isa, panel, term.weights, columns.clone(), depth),
-                false => packed.pack_straight(isa, panel, term.weights, columns.clone(), depth),
+            if term.transposed {
+                packed.pack_transposed(isa, panel, term.weights, columns.clone(), depth)
+            } else {
+                packed.pack_straight(isa, panel, term.weights, columns.clone(), depth)
             }
         }
     }
-    // SAFETY: the caller's promise.
+    // SAFETY: by this function's contract no other thread touches these rows and columns of `out`.
     unsafe { tiles(isa, &stretches, scratch, &rows, &columns, init, &product.out) };
 }
 
@@ -244,7 +242,7 @@ unsafe fn tiles(
         for (i, first_column) in columns.clone().step_by(TILE_COLS).enumerate() {
             let width = TILE_COLS.min(columns.end - first_column);
             if count == TILE_ROWS && width == TILE_COLS && floats {
-                // SAFETY: the caller's promise.
+                // SAFETY: by this function's contract no other thread touches these rows and columns of `out`.
                 unsafe {
                     whole_tile(isa, stretches, scratch, first_row, first_column, i, init, out)
                 };

@@ -164,7 +164,7 @@ impl PackedRows {
         tiles.enumerate().with_min_len(4).for_each(|(tile, (out, scales))| {
             SCRATCH.with_borrow_mut(|scratch| {
                 let first = tile * TILE_ROWS;
-                // Whole lines of floats are turned where they lie.
+                // Whole lines of floats are transposed in place.
                 let lying = &x.values[first * x.stride..];
                 if panel == PanelType::F32 && depth == x.stride && may_transpose(lying, depth) {
                     // SAFETY: any bits are a `u32`, whose alignment is the same.
@@ -418,7 +418,7 @@ impl PackedColumns {
         let stretch = panel.block();
         for (block, first) in depth.clone().step_by(stretch).enumerate() {
             let count = stretch.min(depth.end - first);
-            // Whole panels of floats are read where they lie.
+            // Whole panels of floats are read in place.
             let lying = match weights {
                 Weights::Dense { values, cols, scale: 1.0 }
                     if columns.len() == width && count.is_multiple_of(2) =>
@@ -677,7 +677,7 @@ mod x86 {
     ) {
         let kept = ((1u32 << lanes) - 1) as u16;
         for first in (0..depth).step_by(16) {
-            // SAFETY: the caller's promise.
+            // SAFETY: by this function's contract the rows and the panel are in bounds.
             unsafe {
                 let mut r = [_mm512_setzero_si512(); 16];
                 for (lane, r) in r.iter_mut().enumerate() {

@@ -25,8 +25,8 @@ pub(super) struct ActivationGroup<T>(pub [T; GROUP_LEN]);
 
 /// `m` rows of input, each cut into groups of 32 values.
 ///
-/// Within a group, values of even index come first, then those of odd index: 16-bit lanes take the
-/// bytes of a block apart in that order without a shuffle.
+/// Within a group, values of even index come first, then those of odd index: 16-bit lanes unpack the
+/// bytes of a block in that order without a shuffle.
 pub(super) struct Activations<T> {
     values: Vec<ActivationGroup<T>>, // (m, groups)
     /// By scales per group, one or two.
@@ -98,7 +98,7 @@ impl Activations<i16> {
 }
 
 /// Rows of input in batches of 8, 4, 2 and 1. What a kernel needs of all rows of a batch for a group
-/// lies together.
+/// is contiguous.
 #[cfg(target_arch = "x86_64")]
 pub(super) struct ActivationBatches {
     values: Vec<ActivationGroup<i16>>, // of a batch (groups, rows)

@@ -67,7 +67,7 @@ impl ByteActivations {
             strides,
         };
         for row in 0..m {
-            // SAFETY: the caller's promise.
+            // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and the outputs are its own.
             unsafe { bytes.fill(x, row) };
         }
         bytes
@@ -132,7 +132,7 @@ pub(super) unsafe fn block_rows(
     let rest = Output { first_row: output.first_row + tiled, ..*output };
     for batch in batches.iter() {
         let rows = batch.rows.clone();
-        // SAFETY: the caller's promises.
+        // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and the outputs are its own.
         unsafe {
             match (output.matrix.block_type(), rows.len()) {
                 (BlockType::Q8_0, 2) => tile::<ByteQ8_0, 2, 2>(tiles, batch, output),
@@ -175,7 +175,7 @@ unsafe fn stream(
 ) {
     for row in rows {
         for (i, weights) in weights.chunks_exact(output.matrix.row_bytes()).enumerate() {
-            // SAFETY: the caller's promises.
+            // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and the outputs are its own.
             unsafe {
                 let y = match block_type {
                     BlockType::Q8_0 => q8_0_row(weights, x, bytes, row),
@@ -200,7 +200,7 @@ unsafe fn q8_0_row(
 ) -> f32 {
     let blocks = weights.as_chunks::<34>().0;
     let (whole, rest) = blocks.as_chunks::<LANES>();
-    // SAFETY: the caller's promises; `x` has as many groups as the row has blocks.
+    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI; `x` has as many groups as the row has blocks.
     unsafe {
         let mut sums = _mm512_setzero_ps();
         for (i, blocks) in whole.iter().enumerate() {
@@ -226,11 +226,14 @@ unsafe fn q8_0_chunk<const WHOLE: bool>(
     first: usize,
     sums: __m512,
 ) -> __m512 {
-    // SAFETY: the caller's promises; a block is 34 bytes, of which 32 are values.
+    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI; a block is 34 bytes, of which 32 are values.
     unsafe {
-        let values = |n: usize| match WHOLE || n < blocks.len() {
-            true => _mm256_loadu_si256(blocks.as_ptr().add(n).cast::<u8>().add(2).cast()),
-            false => _mm256_setzero_si256(), // times zeros of the input
+        let values = |n: usize| {
+            if WHOLE || n < blocks.len() {
+                _mm256_loadu_si256(blocks.as_ptr().add(n).cast::<u8>().add(2).cast())
+            } else {
+                _mm256_setzero_si256() // times zeros of the input
+            }
         };
         let mut products = [_mm512_setzero_si512(); 8];
         for p in 0..8 {
@@ -278,7 +281,7 @@ unsafe fn q6_k_row(
     bytes: &ByteActivations,
     row: usize,
 ) -> f32 {
-    // SAFETY: the caller's promises; a block is 8 groups.
+    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI; a block is 8 groups.
     unsafe {
         // Positions of the sixteen halves of groups after the sums of four vectors.
         let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
@@ -335,7 +338,7 @@ fn prefetch(address: *const u8) {
 /// As [`block_rows`]; `x` must be high bytes, then low ones.
 #[inline(always)]
 unsafe fn signed_dot(q: __m512i, x: *const __m512i) -> __m512i {
-    // SAFETY: the caller's promises.
+    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and the outputs are its own.
     unsafe { dot(_mm512_xor_si512(q, _mm512_set1_epi8(i8::MIN)), x) }
 }
 
@@ -345,7 +348,7 @@ unsafe fn signed_dot(q: __m512i, x: *const __m512i) -> __m512i {
 /// As [`signed_dot`].
 #[inline(always)]
 unsafe fn dot(q: __m512i, x: *const __m512i) -> __m512i {
-    // SAFETY: the caller's promises.
+    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and the outputs are its own.
     unsafe {
         let high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), q, _mm512_load_si512(x));
         _mm512_dpbusd_epi32(_mm512_slli_epi32::<7>(high), q, _mm512_load_si512(x.add(1)))
@@ -359,7 +362,7 @@ unsafe fn dot(q: __m512i, x: *const __m512i) -> __m512i {
 /// As [`block_rows`].
 #[inline(always)]
 unsafe fn quarters([a, b, c, d]: [__m512i; 4]) -> __m512i {
-    // SAFETY: the caller's promises.
+    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and the outputs are its own.
     unsafe {
         let pairs =
             |a, b| _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
@@ -374,7 +377,7 @@ unsafe fn quarters([a, b, c, d]: [__m512i; 4]) -> __m512i {
 /// As [`block_rows`].
 #[inline(always)]
 unsafe fn add_scaled(sums: __m512, products: __m512i, x_scales: __m512, scales: __m512) -> __m512 {
-    // SAFETY: the caller's promises.
+    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and the outputs are its own.
     unsafe { _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(products), x_scales), scales, sums) }
 }
 
@@ -384,7 +387,7 @@ unsafe fn add_scaled(sums: __m512, products: __m512i, x_scales: __m512, scales: 
 /// As [`block_rows`].
 #[inline(always)]
 unsafe fn total(sums: __m512) -> f32 {
-    // SAFETY: the caller's promises.
+    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and the outputs are its own.
     unsafe {
         let sums = _mm256_add_ps(_mm512_castps512_ps256(sums), _mm512_extractf32x8_ps::<1>(sums));
         let sums = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps::<1>(sums));
@@ -423,7 +426,7 @@ unsafe fn tile<B: ByteBlock, const M: usize, const CHAINS: usize>(
                 }
             }
         }
-        // SAFETY: the caller's promises.
+        // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and the outputs are its own.
         unsafe { put_tile(output, tile * ROWS, x.rows.start, sums[0]) };
     }
 }
@@ -462,7 +465,7 @@ impl ByteBlock for ByteQ8_0 {
         group: usize,
         sums: &mut [[__m512; M]; LANES],
     ) {
-        // SAFETY: the caller's promises.
+        // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and the outputs are its own.
         unsafe {
             let [head, ..] = blocks.dwords(0);
             let scales = lower_halves(head);
@@ -491,7 +494,7 @@ impl ByteBlock for ByteQ6_K {
         group: usize,
         sums: &mut [[__m512; M]; LANES],
     ) {
-        // SAFETY: the caller's promises.
+        // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and the outputs are its own.
         unsafe {
             // The last 16 bytes of a block end with both bytes of the scale of its scales.
             let [.., tail] = blocks.dwords(Self::BYTES - 16);
@@ -547,7 +550,7 @@ unsafe fn add_bytes<const M: usize, const CHAINS: usize>(
     pairs: *const i32,
     k: usize,
 ) {
-    // SAFETY: the caller's promises.
+    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and the outputs are its own.
     unsafe {
         let even = _mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(bytes));
         multiply(products, even, pairs, k);
@@ -567,7 +570,7 @@ unsafe fn add_all<const M: usize, const CHAINS: usize>(
     scales: __m512,
     factors: *const f32,
 ) {
-    // SAFETY: the caller's promises.
+    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and the outputs are its own.
     unsafe {
         let all = joined(products);
         for i in 0..M {

@@ -9,8 +9,11 @@ use super::kernel::{self, Output};
 
 /// 32 integers of a group as 16-bit words, those of even index first; and the sums they go into.
 ///
-/// Everything is `unsafe` for one reason: the CPU must have the instructions. All of it is compiled
-/// into [`Self::blocks`] and [`Self::floats`], whose features it needs.
+/// # Safety
+/// One contract for all functions: the CPU has the instructions of the implementing type. References and
+/// slices bound all that is read and written, except that [`Self::blocks`] and [`Self::floats`] write to
+/// `output`, whose elements of these rows no other thread may touch. The other functions are compiled into
+/// these two, whose features they need.
 #[allow(clippy::missing_safety_doc)]
 pub(super) trait I16Vector: Copy {
     /// Partial sums of one output element.
@@ -94,7 +97,7 @@ pub(super) trait ActivationValue: Copy + Send + Sync {
 impl ActivationValue for i16 {
     #[inline(always)]
     unsafe fn dot<W: I16Vector>(words: W, x: &[Self; GROUP_LEN]) -> W::Sums {
-        // SAFETY: the caller's promise.
+        // SAFETY: by this function's contract the CPU has the instructions of `W`.
         unsafe { words.dot_i16(x) }
     }
 }
@@ -102,7 +105,7 @@ impl ActivationValue for i16 {
 impl ActivationValue for f32 {
     #[inline(always)]
     unsafe fn dot<W: I16Vector>(words: W, x: &[Self; GROUP_LEN]) -> W::Sums {
-        // SAFETY: the caller's promise.
+        // SAFETY: by this function's contract the CPU has the instructions of `W`.
         unsafe { words.dot_f32(x) }
     }
 }
@@ -135,7 +138,7 @@ impl I16Vector for I16Portable {
         first: usize,
         output: &Output,
     ) -> usize {
-        // SAFETY: the caller's promise.
+        // SAFETY: plain Rust needs no instructions; the outputs are this call's by the contract.
         unsafe { kernel::blocks::<Self, F, T, M>(bytes, x, first, output) }
     }
 
@@ -145,7 +148,7 @@ impl I16Vector for I16Portable {
         first: usize,
         output: &Output,
     ) -> usize {
-        // SAFETY: the caller's promise.
+        // SAFETY: plain Rust needs no instructions; the outputs are this call's by the contract.
         unsafe { kernel::floats::<Self, F, M>(bytes, x, first, output) }
     }
 

@@ -1,5 +1,5 @@
-//! A few rows of input against a frozen matrix, as decoding has them: the weights are read once,
-//! where they lie, and the product should cost no more than reading them.
+//! A few rows of input times a frozen matrix, for decode steps: the weights are read once, in place, and
+//! the product should cost no more than reading them.
 //!
 //! [`int16`] rounds the input to 15 bits per 32 values and multiplies it with the integers the
 //! blocks store, exactly, before the scales of both join in `f32`. [`f32`](fn@f32) keeps the input
@@ -11,8 +11,8 @@
 //! go sixteen rows at a time (`tile`, `bytes`), up to eight rows of input at once: for one that is as
 //! fast as weights stored so beforehand, and needs no copy.
 //!
-//! A call from outside rayon's threads pays for the way in and out, unless they are at hand
-//! ([`worker_pool`]).
+//! A call from outside rayon's threads pays for waking them, unless they spin in a
+//! [`worker_pool`].
 
 mod activations;
 #[cfg(target_arch = "x86_64")]
@@ -43,13 +43,13 @@ use crate::quant::{BlockType, FrozenMatrix};
 const TASK_BYTES: usize = 32 * 1024;
 /// Kernels take rows in pairs or by 16.
 const TILE_ROWS: usize = 16;
-/// Below this many bytes of weights, waking threads costs more than they save, where none is at hand.
+/// Below this many bytes of weights, waking threads costs more than they save, outside of a worker pool.
 const ALONE_BYTES: usize = 96 * 1024;
 
 /// A frozen matrix `W (rows, cols)` and the place of `x · Wᵀ (m, rows)`.
 pub(crate) type RowProduct<'a> = (&'a FrozenMatrix, &'a mut [f32]);
 
-/// `y (m, rows) = x (m, cols) · Wᵀ`, all in `f32`. For small `m`: weights are decoded anew for
+/// `y (m, rows) = x (m, cols) · Wᵀ`, all in `f32`. For small `m`: weights are decoded again for
 /// every four or eight rows of `x`.
 pub(crate) fn f32(isa: Isa, x: &[f32], w: &FrozenMatrix, y: &mut [f32]) {
     f32_many(isa, x, &mut [(w, y)], FusedTasks::NOTHING);
@@ -61,15 +61,15 @@ pub(crate) fn int16(isa: Isa, x: &[f32], w: &FrozenMatrix, y: &mut [f32]) {
     int16_many(isa, x, &mut [(w, y)], FusedTasks::NOTHING);
 }
 
-/// Other work of the same parallel region: another region costs as much as a small product.
+/// Other work in the parallel region of a product: a region of its own would cost as much as a small product.
 #[derive(Clone, Copy)]
 pub(crate) struct FusedTasks<'a> {
     /// How many tasks.
     pub tasks: usize,
-    /// Does one of them.
+    /// Runs one of them.
     pub run: &'a (dyn Fn(usize) + Sync),
-    /// What is done with some rows of a product, told by its index, when they and all tasks are there.
-    /// The target is the whole product, in which nobody else touches these rows.
+    /// Called with the index of a product and a range of its rows once these rows and all tasks are done.
+    /// The pointer is to the whole product, of which no other thread touches these rows.
     pub epilogue: &'a (dyn Fn(usize, Range<usize>, SharedMutPtr) + Sync),
 }
 
@@ -95,7 +95,7 @@ pub(crate) fn int16_many(isa: Isa, x: &[f32], products: &mut [RowProduct], fused
     });
 }
 
-/// What the input is turned into for a block type.
+/// The form of the input that the kernels of a block type take.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum InputForm {
     /// `f32` in the order of the values, for matrices of floats.
@@ -201,7 +201,7 @@ fn many(
     };
     let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
     let one = |task: &RowTask| {
-        // Whoever comes first does what is beside; what is left when all are taken is running.
+        // Fused tasks come first; once all of them are taken, the last ones may still be running.
         loop {
             let taken = next.fetch_add(1, Ordering::Relaxed);
             if taken >= fused.tasks {
@@ -255,7 +255,9 @@ fn run(isa: Isa, input: &PreparedInput, task: &RowTask) {
                 }
             }
             #[cfg(target_arch = "x86_64")]
-            (IsaLevel::Avx512Vnni, form) => run_on::<x86::I16Avx512>(weights, form, input, &output),
+            (IsaLevel::Avx512Vnni, form) => {
+                run_f32::<x86::I16Avx512>(weights, form, input, &output)
+            }
             #[cfg(target_arch = "x86_64")]
             (IsaLevel::Avx2 | IsaLevel::AvxVnni, form) => {
                 run_on::<x86::I16Avx2>(weights, form, input, &output)
@@ -277,18 +279,33 @@ unsafe fn run_on<W: I16Vector>(
     input: &PreparedInput,
     output: &Output,
 ) {
-    // SAFETY: the caller's promises.
+    // SAFETY: both functions ask for what this one asks for.
     unsafe {
         match form {
-            InputForm::Floats => {
-                kernel::float_rows::<W>(bytes, input.floats.as_ref().expect(NEEDED), output);
-            }
-            InputForm::F32 => {
-                kernel::block_rows::<W, f32>(bytes, input.f32.as_ref().expect(NEEDED), output);
-            }
+            InputForm::Floats | InputForm::F32 => run_f32::<W>(bytes, form, input, output),
             InputForm::Int16 => {
                 kernel::block_rows::<W, i16>(bytes, input.int16.as_ref().expect(NEEDED), output);
             }
+        }
+    }
+}
+
+/// [`run_on`] with input in `f32`; kernels for integers are not compiled for `W`.
+///
+/// # Safety
+/// As [`run_on`].
+unsafe fn run_f32<W: I16Vector>(
+    bytes: &[u8],
+    form: InputForm,
+    input: &PreparedInput,
+    output: &Output,
+) {
+    // SAFETY: both kernels ask for what this function asks for.
+    unsafe {
+        if form == InputForm::Floats {
+            kernel::float_rows::<W>(bytes, input.floats.as_ref().expect(NEEDED), output);
+        } else {
+            kernel::block_rows::<W, f32>(bytes, input.f32.as_ref().expect(NEEDED), output);
         }
     }
 }
@@ -414,7 +431,7 @@ mod tests {
         }
     }
 
-    /// What follows a product is told of every row once, of a matrix that grew too, whose two parts need
+    /// The epilogue gets every row once, of a matrix with appended rows too, whose two parts need
     /// not meet at the border of a block; and its low-rank update comes to every row.
     #[test]
     fn what_follows_a_product_reaches_every_row() {
@@ -503,7 +520,7 @@ mod tests {
         };
         let ys = run(1);
         assert_eq!(ys, run(3));
-        // A team's too, with other work beside, which is done once, before what follows any rows.
+        // In a worker pool too, with fused tasks, which run once and before every epilogue.
         let in_team = || {
             let mut ys = vec![vec![0.0; 2 * 330]; matrices.len()];
             let mut products: Vec<RowProduct> =
@@ -531,7 +548,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_beside_a_product_comes_out() {
+    fn a_panic_of_a_fused_task_propagates() {
         use std::panic::{AssertUnwindSafe, catch_unwind};
 
         let (w, x) = (matrix(BlockType::Q4_0, 960, 512), input(1, 512));

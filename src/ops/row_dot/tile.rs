@@ -2,7 +2,7 @@
 //! registers, so that a lane belongs to a row, and scales and conversions are shared by sixteen.
 //!
 //! What a lane of the row kernels does with 2 products, one here does with 32, and eight rows of input
-//! share what blocks are taken apart for. For `Q6_K` and `Q8_0` see `bytes`: a row of input alone, for
+//! share the unpacking of blocks. For `Q6_K` and `Q8_0` see `bytes`: a row of input alone, for
 //! which memory is all that counts, is a fifth slower there where sixteen rows are read at once.
 
 #![allow(clippy::needless_range_loop)] // indices run over several arrays at once, in registers
@@ -31,7 +31,7 @@ pub(super) unsafe fn block_rows(
     batches: &ActivationBatches,
     output: &Output,
 ) {
-    // SAFETY: the caller's promises.
+    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
     unsafe {
         let tiled = match output.matrix.block_type() {
             BlockType::Q4_0 => inputs::<Small<false, false>>(bytes, batches, output),
@@ -57,7 +57,7 @@ unsafe fn inputs<B: Block>(bytes: &[u8], x: &ActivationBatches, output: &Output)
     let tiles = bytes.len() / tile_bytes;
     let bytes = &bytes[..tiles * tile_bytes];
     for batch in x.iter() {
-        // SAFETY: the caller's promises.
+        // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
         unsafe {
             match batch.rows.len() {
                 1 => rows::<B, 1, 4>(bytes, batch, output),
@@ -91,9 +91,10 @@ unsafe fn rows<B: Block, const M: usize, const CHAINS: usize>(
         let mut sums =
             TileSums::<M> { scaled: [_mm512_setzero_ps(); M], minima: [_mm512_setzero_ps(); M] };
         for block in 0..x.groups / B::GROUPS {
-            match near {
-                true => ask_for_next::<_MM_HINT_T0>(bytes, row_bytes, block, B::BYTES),
-                false => ask_for_next::<_MM_HINT_T1>(bytes, row_bytes, block, B::BYTES),
+            if near {
+                ask_for_next::<_MM_HINT_T0>(bytes, row_bytes, block, B::BYTES)
+            } else {
+                ask_for_next::<_MM_HINT_T1>(bytes, row_bytes, block, B::BYTES)
             }
             let blocks = Blocks { start: bytes[block * B::BYTES..].as_ptr(), row_bytes };
             // SAFETY: the CPU has the instructions, and every row such a block.
@@ -103,7 +104,7 @@ unsafe fn rows<B: Block, const M: usize, const CHAINS: usize>(
         for i in 0..M {
             all[i] = _mm512_fmadd_ps(sums.minima[i], _mm512_set1_ps(B::MINIMUM), sums.scaled[i]);
         }
-        // SAFETY: the caller's promises.
+        // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
         unsafe { put_tile(output, tile * ROWS, x.rows.start, all) };
     }
 }
@@ -123,7 +124,7 @@ pub(super) fn ask_for_next<const HINT: i32>(
     }
 }
 
-/// Puts the products of sixteen rows at hand with inputs from `first` on in their place.
+/// Puts the products of sixteen rows of the tile with inputs from `first` on in their place.
 ///
 /// # Safety
 /// The CPU must have AVX-512 F, and no other thread may touch those elements of `y`.
@@ -144,7 +145,7 @@ pub(super) unsafe fn put_tile<const M: usize>(
         for i in 0..M {
             of_row[i] = y[i][n];
         }
-        // SAFETY: the caller's promise.
+        // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
         unsafe { output.put(row + n, first, &of_row) };
     }
 }
@@ -202,16 +203,17 @@ impl<const MINIMA: bool, const FIFTH: bool> Block for Small<MINIMA, FIFTH> {
         group: usize,
         sums: &mut TileSums<M>,
     ) {
-        // SAFETY: the caller's promises.
+        // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
         unsafe {
             // The scale, then the minimum and the fifth bits if there are.
             let [head, next, ..] = blocks.dwords(0);
             let scales = lower_halves(head);
             let minima = if MINIMA { upper_halves(head) } else { scales };
             // Bits of the first 16 values and of the last, each twice.
-            let fifth = match MINIMA {
-                true => [twice_lower(next), twice_upper(next)],
-                false => [twice_upper(head), twice_lower(next)],
+            let fifth = if MINIMA {
+                [twice_lower(next), twice_upper(next)]
+            } else {
+                [twice_upper(head), twice_lower(next)]
             };
             let dwords = blocks.dwords(Self::BYTES - 16);
             let pairs = x.values(group);
@@ -237,7 +239,7 @@ unsafe fn nibbles<const M: usize, const CHAINS: usize, const FIFTH: bool, const 
     pairs: *const i32,
     products: &mut [[__m512i; CHAINS]; M],
 ) {
-    // SAFETY: the caller's promises.
+    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
     unsafe {
         let mask = _mm512_set1_epi16(15);
         // Even values of both halves of a group, then odd ones: the order of the input.
@@ -282,7 +284,7 @@ impl<const FIFTH: bool> Block for Large<FIFTH> {
         group: usize,
         sums: &mut TileSums<M>,
     ) {
-        // SAFETY: the caller's promises.
+        // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
         unsafe {
             // Both scales of a row, then its 8 scales and minima of 6 bits in three words.
             let [both, a, b, c] = blocks.dwords(0);
@@ -295,9 +297,10 @@ impl<const FIFTH: bool> Block for Large<FIFTH> {
                 // Its two bits land above the four.
                 _mm512_slli_epi32::<4>(field(word, 8 * i + 6, 3))
             };
-            let fifth = match FIFTH {
-                true => [blocks.dwords(16), blocks.dwords(32)],
-                false => [[_mm512_setzero_si512(); 4]; 2],
+            let fifth = if FIFTH {
+                [blocks.dwords(16), blocks.dwords(32)]
+            } else {
+                [[_mm512_setzero_si512(); 4]; 2]
             };
             let mask = _mm512_set1_epi16(15);
             for pair in 0..4 {
@@ -352,7 +355,7 @@ pub(super) unsafe fn multiply<const M: usize, const CHAINS: usize>(
     for i in 0..M {
         sums[i] = products[i][pair % CHAINS];
     }
-    // SAFETY: the caller's promises.
+    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
     let sums = unsafe { add_pairs(sums, words, pairs.add(pair)) };
     for i in 0..M {
         products[i][pair % CHAINS] = sums[i];
@@ -364,7 +367,7 @@ pub(super) unsafe fn multiply<const M: usize, const CHAINS: usize>(
 /// run out of registers; and LLVM takes one apart whose sums begin with zero.
 ///
 /// # Safety
-/// `x` must point at a pair of the first of `M` groups that lie one after the other.
+/// `x` must point at a pair of the first of `M` groups that are contiguous.
 #[inline]
 #[target_feature(enable = "avx512f,avx512vnni")]
 unsafe fn add_pairs<const M: usize>(
@@ -408,7 +411,7 @@ pub(super) unsafe fn joined<const M: usize, const CHAINS: usize>(
     products: [[__m512i; CHAINS]; M],
 ) -> [__m512i; M] {
     products.map(|chains| {
-        // SAFETY: the caller's promise.
+        // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
         chains.into_iter().reduce(|a, b| unsafe { _mm512_add_epi32(a, b) }).expect("a chain")
     })
 }
@@ -426,10 +429,10 @@ unsafe fn add_scaled<const M: usize, const CHAINS: usize>(
     minima: __m512,
     factors: *const f32,
 ) {
-    // SAFETY: the caller's promise.
+    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
     let all = unsafe { joined(products) };
     for i in 0..M {
-        // SAFETY: the caller's promise.
+        // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
         unsafe {
             let scale = _mm512_set1_ps(*factors.add(i));
             let scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(all[i]), scale);
@@ -446,7 +449,7 @@ unsafe fn add_scaled<const M: usize, const CHAINS: usize>(
 /// The CPU must have the instructions.
 #[inline(always)]
 pub(super) unsafe fn lower_halves(dwords: __m512i) -> __m512 {
-    // SAFETY: the caller's promise.
+    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
     unsafe { _mm512_cvtph_ps(_mm512_cvtepi32_epi16(dwords)) }
 }
 
@@ -456,7 +459,7 @@ pub(super) unsafe fn lower_halves(dwords: __m512i) -> __m512 {
 /// The CPU must have the instructions.
 #[inline(always)]
 unsafe fn upper_halves(dwords: __m512i) -> __m512 {
-    // SAFETY: the caller's promise.
+    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
     unsafe { lower_halves(_mm512_srli_epi32::<16>(dwords)) }
 }
 
@@ -466,7 +469,7 @@ unsafe fn upper_halves(dwords: __m512i) -> __m512 {
 /// The CPU must have the instructions.
 #[inline(always)]
 unsafe fn twice_lower(dwords: __m512i) -> __m512i {
-    // SAFETY: the caller's promise.
+    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
     unsafe {
         _mm512_shufflehi_epi16::<0b10_10_00_00>(_mm512_shufflelo_epi16::<0b10_10_00_00>(dwords))
     }
@@ -478,7 +481,7 @@ unsafe fn twice_lower(dwords: __m512i) -> __m512i {
 /// The CPU must have the instructions.
 #[inline(always)]
 unsafe fn twice_upper(dwords: __m512i) -> __m512i {
-    // SAFETY: the caller's promise.
+    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
     unsafe {
         _mm512_shufflehi_epi16::<0b11_11_01_01>(_mm512_shufflelo_epi16::<0b11_11_01_01>(dwords))
     }
@@ -490,7 +493,7 @@ unsafe fn twice_upper(dwords: __m512i) -> __m512i {
 /// The CPU must have the instructions.
 #[inline(always)]
 unsafe fn with_fifth_bit(words: __m512i, all: __m512i, bits: __m512i) -> __m512i {
-    // SAFETY: the caller's promise.
+    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
     unsafe {
         let set = _mm512_test_epi16_mask(all, bits);
         _mm512_mask_add_epi16(words, set, words, _mm512_set1_epi16(16))
@@ -504,7 +507,7 @@ impl Blocks {
     /// The CPU must have the instructions, and the blocks be readable.
     #[inline(always)]
     pub unsafe fn dwords(self, offset: usize) -> [__m512i; 4] {
-        // SAFETY: the caller's promises.
+        // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
         unsafe {
             let mut quarters = [_mm512_setzero_si512(); 4];
             for i in 0..4 {
@@ -524,7 +527,7 @@ impl Blocks {
     /// As [`Self::dwords`].
     #[inline(always)]
     unsafe fn sixteen_bytes(self, row: usize, offset: usize) -> __m128i {
-        // SAFETY: the caller's promises.
+        // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
         unsafe { _mm_loadu_si128(self.start.add(row * self.row_bytes + offset).cast()) }
     }
 }
@@ -536,7 +539,7 @@ impl Blocks {
 /// The CPU must have the instructions.
 #[inline(always)]
 unsafe fn transpose([a, b, c, d]: [__m512i; 4]) -> [__m512i; 4] {
-    // SAFETY: the caller's promise.
+    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
     unsafe {
         let (ab, cd) = (_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d));
         let (ab_high, cd_high) = (_mm512_unpackhi_epi32(a, b), _mm512_unpackhi_epi32(c, d));

@@ -14,7 +14,7 @@ pub(super) struct I16Avx2 {
     odd: __m256i,
 }
 
-// SAFETY of all blocks below: whoever calls has seen that the CPU has AVX2, FMA and F16C; loads and
+// SAFETY of all blocks below: by the contract of `I16Vector` the CPU has AVX2, FMA and F16C; loads and
 // stores go through references and slices of at least their size.
 #[allow(clippy::undocumented_unsafe_blocks)]
 impl I16Vector for I16Avx2 {
@@ -277,7 +277,7 @@ impl I16Vector for I16Avx2 {
 #[derive(Clone, Copy)]
 pub(super) struct I16Avx512(__m512i);
 
-// SAFETY of all blocks below: whoever calls has seen that the CPU has AVX-512 F, BW, DQ and VL;
+// SAFETY of all blocks below: by the contract of `I16Vector` the CPU has AVX-512 F, BW, DQ and VL;
 // loads and stores go through references and slices of at least their size.
 #[allow(clippy::undocumented_unsafe_blocks)]
 impl I16Vector for I16Avx512 {
@@ -504,7 +504,7 @@ impl I16Vector for I16Avx512 {
 /// The CPU must have AVX2.
 #[inline(always)]
 pub(super) unsafe fn sixteen_words(word: impl Fn(usize) -> i16) -> __m256i {
-    // SAFETY: the caller's promise.
+    // SAFETY: by this function's contract the CPU has AVX2.
     unsafe {
         _mm256_setr_epi16(
             word(0),

@@ -198,9 +198,9 @@ mod tests {
     #[test]
     fn par_for_each_consumes_every_item_once() {
         let add_up = || {
-            for at_hand in [0, 1_000_000] {
+            for work in [0, 1_000_000] {
                 let sum = AtomicUsize::new(0);
-                par_for_each((0..100usize).map(Box::new).collect(), at_hand, |n: Box<usize>| {
+                par_for_each((0..100usize).map(Box::new).collect(), work, |n: Box<usize>| {
                     sum.fetch_add(*n, Ordering::Relaxed);
                 });
                 assert_eq!(sum.into_inner(), 4950);
