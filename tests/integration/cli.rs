@@ -564,7 +564,7 @@ fn invalid_reward_sources_of_best_of_are_errors() {
     };
     let two = |flags: &[&'static str]| [&["--best-of", "2"], flags].concat();
     check(&["--best-of", "0"], 1, "--best-of is 0, needed at least 1");
-    check(&two(&["--temperature", "0"]), 1, "has one reply to choose from");
+    check(&two(&["--temperature", "0"]), 1, "--best-of requires a --temperature above 0");
     check(&["--reward", "length:3"], 2, "--best-of");
     check(&two(&["--reward-timeout", "3"]), 2, "--reward-command");
     check(
@@ -857,7 +857,7 @@ fn a_run_waiting_for_the_cache_reports_it_and_can_be_interrupted() {
     let output = interrupt(command.spawn().unwrap(), said);
     assert_eq!(output.status.code(), Some(1));
     let text = fs::read_to_string(&told).unwrap();
-    assert!(text.contains("stopped before the run began; nothing was written"), "{text}");
+    assert!(text.contains("interrupted before the first step; nothing was written"), "{text}");
     assert_eq!(text.matches("waiting for").count(), 1, "{text}");
     assert!(!Path::new(&out).exists());
     drop(lock);
@@ -896,7 +896,10 @@ fn an_interrupt_while_rows_are_read_leaves_no_trace() {
     };
 
     let sentence = interrupted(&fresh);
-    assert!(sentence.contains("before the run began; nothing was written"), "{sentence}");
+    assert!(
+        sentence.contains("interrupted before the first step; nothing was written"),
+        "{sentence}"
+    );
     assert!(!Path::new(&out).exists());
 
     fs::remove_file(&data).unwrap();
@@ -911,7 +914,7 @@ fn an_interrupt_while_rows_are_read_leaves_no_trace() {
     };
     let before = files();
     let sentence = interrupted(&resumed);
-    assert!(sentence.contains("the run is as it was; go on with: quantune sft"), "{sentence}");
+    assert!(sentence.contains("the run is unchanged; resume with: quantune sft"), "{sentence}");
     assert!(files() == before);
 }
 
@@ -947,7 +950,10 @@ fn an_interrupted_evaluation_is_repeated() {
         });
         assert_eq!(output.status.code(), Some(1));
         let sentence = error(&output);
-        assert!(sentence.contains(&format!("stopped at step {step} of 3, saved")), "{sentence}");
+        assert!(
+            sentence.contains(&format!("interrupted at step {step} of 3, checkpoint saved")),
+            "{sentence}"
+        );
         assert!(!lines().contains(&format!("{{\"step\":{step},\"eval_loss\"")), "{}", lines());
     }
     assert!(!Path::new(&stopped).join("adapter").exists());
