@@ -24,8 +24,7 @@ fn main() -> anyhow::Result<()> {
     let settings = RunDir::pretrain_settings(run)?;
     let tokenizer = Tokenizer::from_folder(&settings.tokenizer)?;
     let never = AtomicBool::new(false);
-    let corpus =
-        Corpus::open(&settings.sources()?, &tokenizer, &settings.corpus(), &never, |_| {})?;
+    let corpus = Corpus::open(&settings.source, &tokenizer, &settings.corpus(), &never, |_| {})?;
 
     std::fs::create_dir_all(out)?;
     let file = |name: &str| -> anyhow::Result<_> {

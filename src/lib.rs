@@ -39,6 +39,7 @@
 //! - [`train`]: the loop, run directory, checkpoints, metrics. Does not know the command line.
 //! - [`cli`]: flags, printing, exit codes. Nothing knows it.
 
+#[cfg(feature = "cli")]
 pub mod cli;
 pub mod data;
 pub mod eval;

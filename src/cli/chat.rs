@@ -20,8 +20,9 @@ use self::input::{InputLine, LineInput};
 use self::session::Session;
 use super::loading::Loading;
 use super::sampling::SamplingFlags;
-use super::{AdapterArg, TemplateFlags, open_tokenizer};
+use super::{TemplateFlags, open_tokenizer};
 use crate::model::CacheType;
+use crate::train::settings::AdapterPath;
 use crate::weights::Checkpoint;
 
 #[derive(Debug, clap::Args)]
@@ -68,7 +69,7 @@ pub struct Chat {
 #[derive(Debug, Clone, PartialEq)]
 pub struct NamedAdapter {
     name: String,
-    file: AdapterArg,
+    file: AdapterPath,
 }
 
 impl FromStr for NamedAdapter {

@@ -11,13 +11,14 @@ use serde_json::{Map, Value, json};
 use super::loading::Loading;
 use super::printer;
 use super::replies::Replies;
-use super::{AdapterArg, TemplateFlags, load_adapters, open_tokenizer, paths, read_text, to_json};
+use super::{TemplateFlags, load_adapters, open_tokenizer, paths, read_text, to_json};
 use crate::data::{Comparison, ComparisonKind, Comparisons, Dataset, LengthLimits, WhenTooLong};
 use crate::eval::{evaluate, perplexity};
 use crate::model::{ActiveAdapter, Decoder};
 use crate::objectives::reward::CalibrationBin;
 use crate::text::{Special, Tokenizer};
 use crate::train::read_scoring;
+use crate::train::settings::AdapterPath;
 use crate::train::supervised::evaluate_rewards;
 use crate::weights::{Checkpoint, write_atomically};
 
@@ -28,7 +29,7 @@ pub struct Eval {
     base: PathBuf,
     /// PEFT adapter folder, PATH or PATH=WEIGHT; can be repeated
     #[arg(long)]
-    adapter: Vec<AdapterArg>,
+    adapter: Vec<AdapterPath>,
     /// Rows: loss under the loss masks of training, or scores by --reward
     #[arg(long, required_unless_present_any = ["text", "prompts"], conflicts_with = "text")]
     data: Option<PathBuf>,

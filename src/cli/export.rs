@@ -8,11 +8,12 @@ use quantune_adapters::format;
 use serde_json::{Value, json};
 
 use super::combining::Combining;
-use super::{AdapterArg, UsageError, load_adapters, open_tokenizer, paths, to_json};
+use super::{UsageError, load_adapters, open_tokenizer, paths, to_json};
 use crate::export::{load_with_added_tokens, lora, modelfile, types, verify};
 use crate::model::{ActiveAdapter, Decoder};
 use crate::quant::BlockType;
 use crate::text::{Tokenizer, added_beside, convert};
+use crate::train::settings::AdapterPath;
 use crate::weights::{Checkpoint, write_atomically};
 
 #[derive(Debug, clap::Args)]
@@ -22,7 +23,7 @@ pub struct Export {
     base: PathBuf,
     /// Adapter: a PEFT folder or a GGUF LoRA, PATH or PATH=WEIGHT; several require --combination-type
     #[arg(long, requires = "out")]
-    adapter: Vec<AdapterArg>,
+    adapter: Vec<AdapterPath>,
     #[command(flatten)]
     combining: Combining,
     /// Output: a file that ends in .gguf, for llama.cpp and Ollama, or a PEFT folder
@@ -91,7 +92,7 @@ impl Export {
             }
             std::fs::metadata(out.join(format::TENSORS_FILE))?.len()
         };
-        let reread = AdapterArg { path: out.into(), weight: 1.0 };
+        let again = AdapterPath { path: out.into(), weight: 1.0 };
         let found = load_adapters(&[reread], &decoder)?;
         let distance = check(base, &decoder, &active, &found, out, dtype)?;
         if !json {

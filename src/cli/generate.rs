@@ -11,10 +11,11 @@ use serde_json::{Value, json};
 use super::best_of::{BestOf, SampledReply, finish_reason};
 use super::loading::Loading;
 use super::sampling::SamplingFlags;
-use super::{AdapterArg, TemplateFlags, load_adapters, open_tokenizer, paths};
+use super::{TemplateFlags, load_adapters, open_tokenizer, paths};
 use crate::generate::{Request, Settings, StopStrings, generate};
 use crate::model::{Adapters, CacheType};
 use crate::text::{DecodeStream, Special, TextError, Tokenizer, first_second};
+use crate::train::settings::AdapterPath;
 use crate::weights::Checkpoint;
 
 #[derive(Debug, clap::Args)]
@@ -24,7 +25,7 @@ pub struct Generate {
     base: PathBuf,
     /// PEFT adapter folder, PATH or PATH=WEIGHT; can be repeated
     #[arg(long)]
-    adapter: Vec<AdapterArg>,
+    adapter: Vec<AdapterPath>,
     /// Prompt
     #[arg(long)]
     prompt: String,

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use super::combining::Combining;
-use super::{AdapterArg, UsageError, load_adapters, paths, read_text, to_json};
+use super::{UsageError, load_adapters, paths, read_text, to_json};
 use crate::export::{
     ExportSource, FileType, Importance, Recipe, VerifyBounds, Written, imatrix,
     load_with_added_tokens, quality_report, types, verify_with_added_tokens, write_folder,
@@ -16,6 +16,7 @@ use crate::model::{ActiveAdapter, Decoder};
 use crate::ops::Compute;
 use crate::quant::BlockType;
 use crate::text::{AddedTokenSpec, Special, Tokenizer, added_beside};
+use crate::train::settings::AdapterPath;
 use crate::weights::Checkpoint;
 
 #[derive(Debug, clap::Args)]
@@ -25,7 +26,7 @@ pub struct Merge {
     base: PathBuf,
     /// PEFT adapter folder or GGUF LoRA, PATH or PATH=WEIGHT; can be repeated
     #[arg(long, required = true)]
-    adapter: Vec<AdapterArg>,
+    adapter: Vec<AdapterPath>,
     #[command(flatten)]
     combining: Combining,
     /// Output: a file that ends in .gguf, or a Hugging Face folder

@@ -22,6 +22,7 @@ mod data;
 mod eval;
 mod examples;
 mod export;
+mod flags;
 mod generate;
 mod inspect;
 mod loading;
@@ -47,9 +48,10 @@ use crate::export::lora;
 use crate::isa::Isa;
 use crate::model::{ActiveAdapter, Decoder};
 use crate::text::{Tokenizer, first_second};
-use crate::train::settings::{DpoFlags, GrpoFlags, PpoFlags, RewardFlags, SftFlags};
-use crate::train::{of_process, path_and_weight};
+use crate::train::of_process;
+use crate::train::settings::AdapterPath;
 use crate::weights::Checkpoint;
+use flags::{DpoFlags, GrpoFlags, PpoFlags, RewardFlags, SftFlags};
 
 /// LoRA fine-tuning straight on the quantized weights you already run.
 #[derive(Debug, Parser)]
@@ -214,30 +216,14 @@ fn sentence(error: &anyhow::Error) -> String {
 #[error("{0}")]
 struct UsageError(String);
 
-/// An adapter on the command line: `PATH` or `PATH=WEIGHT`.
-#[derive(Debug, Clone, PartialEq)]
-struct AdapterArg {
-    path: PathBuf,
-    weight: f64,
-}
-
-impl std::str::FromStr for AdapterArg {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let (path, weight) = path_and_weight(text)?;
-        Ok(Self { path, weight })
-    }
-}
-
 /// Paths of adapters.
-fn paths(args: &[AdapterArg]) -> Vec<&Path> {
+fn paths(args: &[AdapterPath]) -> Vec<&Path> {
     args.iter().map(|arg| &*arg.path).collect()
 }
 
 /// Loads the adapters of a command.
-fn load_adapters(args: &[AdapterArg], decoder: &Decoder) -> Result<Vec<ActiveAdapter>> {
-    let load = |arg: &AdapterArg| -> Result<ActiveAdapter> {
+fn load_adapters(args: &[AdapterPath], decoder: &Decoder) -> Result<Vec<ActiveAdapter>> {
+    let load = |arg: &AdapterPath| -> Result<ActiveAdapter> {
         let name = arg.path.display().to_string();
         let (adapter, unmatched) = lora::open_adapter(&arg.path, &name, decoder)?;
         for unmatched in unmatched {
@@ -403,13 +389,5 @@ mod tests {
         check(told, "cannot begin: a: no such file");
         let told = missing().context("the disk is full").context("b: no such file");
         check(told, "b: no such file: the disk is full");
-    }
-
-    #[test]
-    fn adapters_take_a_weight() {
-        let parse = |text: &str| text.parse::<AdapterArg>();
-        assert_eq!(parse("a/b").unwrap(), AdapterArg { path: "a/b".into(), weight: 1.0 });
-        assert_eq!(parse("a=0.5").unwrap(), AdapterArg { path: "a".into(), weight: 0.5 });
-        assert!(parse("a=b").unwrap_err().contains("PATH=WEIGHT"));
     }
 }

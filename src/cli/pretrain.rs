@@ -5,9 +5,10 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
+use super::flags::PretrainFlags;
 use super::train::stop_on_ctrl_c;
 use super::{UsageError, printer, to_json};
-use crate::train::settings::{PretrainFlags, PretrainSettings};
+use crate::train::settings::PretrainSettings;
 use crate::train::{Outcome, RunDir, pretrain};
 
 /// Flags of `pretrain`.

@@ -9,8 +9,8 @@ use std::sync::atomic::AtomicBool;
 use anyhow::{Context, Result, bail};
 use serde_json::{Map, Value, json};
 
+use super::load_adapters;
 use super::printer;
-use super::{AdapterArg, load_adapters};
 use crate::data::{Prompt, Prompts};
 use crate::eval::{Reply, diversity};
 use crate::generate::{Sampling, Settings};
@@ -19,6 +19,7 @@ use crate::rollout::diagnose::mean_and_error;
 use crate::rollout::{Response, RewardSource, Rewards, Scorer, respond};
 use crate::text::Tokenizer;
 use crate::train::read_scoring;
+use crate::train::settings::AdapterPath;
 use crate::weights::write_atomically;
 
 /// Number of rows decoded in parallel.
@@ -64,7 +65,7 @@ impl Replies {
     }
 
     /// The adapter to compare with; `None` without one, or for the base.
-    pub fn against(&self) -> Result<Option<AdapterArg>> {
+    pub fn against(&self) -> Result<Option<AdapterPath>> {
         match self.against.as_deref() {
             None | Some("base") => Ok(None),
             Some(text) => text.parse().map(Some).map_err(anyhow::Error::msg),
@@ -76,7 +77,7 @@ impl Replies {
         &self,
         decoder: &Decoder,
         tokenizer: &Tokenizer,
-        adapters: &[AdapterArg],
+        adapters: &[AdapterPath],
         reward: &str,
         json: bool,
     ) -> Result<Value> {

@@ -8,8 +8,8 @@ use anyhow::{Context, Result, bail};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+use super::flags::CommonFlags;
 use super::{UsageError, printer, to_json};
-use crate::train::settings::CommonFlags;
 use crate::train::{
     Command, Forecast, Outcome, RunDir, RunSettings, Summary, dry_run, of_process, train,
 };

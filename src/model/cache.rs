@@ -560,7 +560,7 @@ mod tests {
                 AttentionConfig { window: Some(50), scale: Some(0.4), cap: Some(2.0) },
             ),
         ];
-        let fast = Isa::ALL.iter().filter(|isa| isa.available()).map(|&isa| (isa, Compute::F32));
+        let fast = Isa::available().map(|isa| (isa, Compute::F32));
         for (isa, compute) in fast.chain([(Isa::current(), Compute::REFERENCE)]) {
             for (heads, scores) in cases {
                 let buffer = buffer(300, heads); // more than a portable row begins with room for

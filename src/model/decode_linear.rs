@@ -161,7 +161,7 @@ fn project_as<T: Number, const M: usize>(
         let (tokens, update, blocks) = &shrinks[task];
         let factor = update.weight * update.form.factor;
         let (low, tokens) = (target.at(update.lows.start), TokenRows { tokens, stride });
-        // SAFETY: the rung is this CPU's; no two tasks share a column of an update's lows.
+        // SAFETY: no two tasks share a column of an update's lows.
         unsafe {
             low_rank::shrink(isa, &update.form, blocks.clone(), inputs, tokens, factor, low);
         }
@@ -193,7 +193,7 @@ fn project_as<T: Number, const M: usize>(
             }
             for index in updates.clone() {
                 let (update, tokens) = (&flat[index], TokenRows { tokens, stride });
-                // SAFETY: the rung is this CPU's; no other thread is given these rows.
+                // SAFETY: no other thread is given these rows.
                 unsafe {
                     low_rank::expand(isa, &update.form, rows.clone(), low_of(update), y, tokens);
                 }

@@ -1356,7 +1356,7 @@ mod tests {
         ]
     }
 
-    /// The fast form on a given rung.
+    /// The fast form on a given ISA level.
     fn fast(
         isa: Isa,
         t: &[Tensor],
@@ -1372,10 +1372,6 @@ mod tests {
     /// AttentionConfig that a cap bends well, at another scale than usual.
     fn capped(window: Option<usize>) -> AttentionConfig {
         AttentionConfig { window, scale: Some(0.6), cap: Some(1.5) }
-    }
-
-    fn rungs_here() -> impl Iterator<Item = Isa> {
-        Isa::ALL.iter().copied().filter(|isa| isa.available())
     }
 
     /// A row's length, and which row before it is its prefix.
@@ -1422,7 +1418,7 @@ mod tests {
             let windows = [None, Some(2), Some(20), Some(70)].map(AttentionConfig::from);
             let capped = [None, Some(20)].map(capped);
             for scores in windows.into_iter().chain(capped) {
-                for isa in rungs_here() {
+                for isa in Isa::available() {
                     parity(
                         &inputs,
                         |t| fast(isa, t, heads, &segments, scores),
@@ -1442,7 +1438,8 @@ mod tests {
         for lengths in [&[(7, None), (13, None)][..], &[(6, None), (5, Some(0)), (9, Some(0))]] {
             let segments = rows(lengths);
             let scores = [None.into(), Some(4).into(), capped(Some(4))];
-            for (isa, scores) in rungs_here().flat_map(|isa| scores.map(|scores| (isa, scores))) {
+            for (isa, scores) in Isa::available().flat_map(|isa| scores.map(|scores| (isa, scores)))
+            {
                 finite_differences(&inputs(20, heads), |t| fast(isa, t, heads, &segments, scores));
             }
         }
@@ -1465,7 +1462,7 @@ mod tests {
             let places = Tensor::new(places, &candle_core::Device::Cpu).unwrap();
             let inputs = inputs(tokens(&shared), heads);
             let copied = inputs.each_ref().map(|t| t.index_select(&places, 0).unwrap());
-            for (isa, window) in rungs_here().flat_map(|isa| [(isa, None), (isa, Some(90))]) {
+            for (isa, window) in Isa::available().flat_map(|isa| [(isa, None), (isa, Some(90))]) {
                 let ours = fast(isa, &inputs, heads, &shared, window).unwrap();
                 let theirs = fast(isa, &copied, heads, &copies, window).unwrap();
                 let bits = |t: Tensor| t.to_vec2::<f32>().unwrap();

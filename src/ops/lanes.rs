@@ -1,9 +1,9 @@
-//! Sixteen `f32` at a time in whatever registers a rung has, and the one small matrix product that
+//! Sixteen `f32` at a time in whatever registers an ISA level has, and the one small matrix product that
 //! attention is made of.
 //!
-//! A kernel is written once over [`Lanes`] and compiled per rung by [`isa_levels!`]. Everything a kernel
+//! A kernel is written once over [`Lanes`] and compiled once per ISA level by [`isa_levels!`]. Everything a kernel
 //! calls is `#[inline(always)]`, and no closure has to do with registers, so that it is compiled with the
-//! rung's instructions.
+//! level's instructions.
 
 #![allow(clippy::needless_range_loop)] // registers are named by constant indices
 
@@ -12,7 +12,7 @@ use std::thread::LocalKey;
 
 use half::f16;
 
-use crate::isa::Isa;
+use crate::isa::{Isa, IsaLevel};
 
 /// Columns of a group: the matrices a kernel reads are padded to whole groups.
 pub const LANE_GROUP: usize = 16;
@@ -20,7 +20,7 @@ pub const LANE_GROUP: usize = 16;
 /// Sixteen `f32`.
 ///
 /// # Safety
-/// Every function needs the CPU features of its rung; loads and stores touch sixteen elements.
+/// Every function needs the CPU features of its ISA level; loads and stores touch sixteen elements.
 pub trait Lanes: Copy {
     /// Rows of a product's tile.
     const ROWS: usize;
@@ -444,17 +444,17 @@ mod x86 {
     }
 }
 
-/// Compiles a kernel over [`Lanes`] once per rung: `unsafe fn name(arguments) = body;` becomes
-/// `unsafe fn name(isa, arguments)` that runs `body::<Lanes of the rung>(arguments)`.
+/// Compiles a kernel over [`Lanes`] once per ISA level: `unsafe fn name(arguments) = body;` becomes
+/// `unsafe fn name(isa, arguments)` that runs `body::<Lanes of the level>(arguments)`.
 ///
-/// The CPU must have the rung; what else the caller owes, `body` says.
+/// `isa` proves that the CPU has the features; `body` may ask more of the caller.
 macro_rules! isa_levels {
     ($($(#[$meta:meta])* $vis:vis unsafe fn $name:ident $(<$g:ident: $bound:path>)? ($($arg:ident: $ty:ty),* $(,)?) = $body:ident;)*) => {$(
         $(#[$meta])*
         $vis unsafe fn $name $(<$g: $bound>)? (isa: $crate::isa::Isa, $($arg: $ty),*) {
             #[cfg(target_arch = "x86_64")]
             {
-                use $crate::isa::Isa;
+                use $crate::isa::IsaLevel;
                 use $crate::ops::lanes::{LanesAvx2, LanesAvx512, LanesPlain};
                 #[target_feature(enable = "avx2,fma,f16c")]
                 unsafe fn avx2 $(<$g: $bound>)? ($($arg: $ty),*) {
@@ -466,12 +466,13 @@ macro_rules! isa_levels {
                     // SAFETY: the caller's.
                     unsafe { $body::<LanesAvx512 $(, $g)?>($($arg),*) }
                 }
-                // SAFETY: a rung is only ever chosen if the CPU has it; the rest is the caller's.
+                // SAFETY: `isa` proves that the CPU has the features of its level; the rest is what the
+                // `# Safety` section of the kernel asks of the caller.
                 unsafe {
-                    match isa {
-                        Isa::Scalar => $body::<LanesPlain $(, $g)?>($($arg),*),
-                        Isa::Avx2 | Isa::AvxVnni => avx2 $(::<$g>)? ($($arg),*),
-                        Isa::Avx512Vnni => avx512 $(::<$g>)? ($($arg),*),
+                    match isa.level() {
+                        IsaLevel::Scalar => $body::<LanesPlain $(, $g)?>($($arg),*),
+                        IsaLevel::Avx2 | IsaLevel::AvxVnni => avx2 $(::<$g>)? ($($arg),*),
+                        IsaLevel::Avx512Vnni => avx512 $(::<$g>)? ($($arg),*),
                     }
                 }
             }
@@ -486,13 +487,13 @@ macro_rules! isa_levels {
 }
 pub(crate) use isa_levels;
 
-/// Rows of a product's tile on a rung: work comes best in multiples of them.
+/// Rows of a product's tile on an ISA level: work comes best in multiples of them.
 pub fn tile_rows(isa: Isa) -> usize {
     #[cfg(target_arch = "x86_64")]
-    match isa {
-        Isa::Scalar => LanesPlain::ROWS,
-        Isa::Avx2 | Isa::AvxVnni => LanesAvx2::ROWS,
-        Isa::Avx512Vnni => LanesAvx512::ROWS,
+    match isa.level() {
+        IsaLevel::Scalar => LanesPlain::ROWS,
+        IsaLevel::Avx2 | IsaLevel::AvxVnni => LanesAvx2::ROWS,
+        IsaLevel::Avx512Vnni => LanesAvx512::ROWS,
     }
     #[cfg(not(target_arch = "x86_64"))]
     {
@@ -501,7 +502,7 @@ pub fn tile_rows(isa: Isa) -> usize {
     }
 }
 
-/// The most rows of a tile on any rung.
+/// The most rows of a tile on any ISA level.
 pub const MOST_ROWS: usize = 8;
 
 /// The left side of a [`product`], row-major or, `transposed`, column-major.
@@ -625,7 +626,7 @@ unsafe fn tiles<S: Lanes, B: Element, const T: bool>(product: TileProduct<B>) {
                     (2, 4) => tile::<S, B, 2, 4, T>(product, row, group),
                     (3, 4) => tile::<S, B, 3, 4, T>(product, row, group),
                     (4, 4) => tile::<S, B, 4, 4, T>(product, row, group),
-                    _ => unreachable!("no rung has more than {MOST_ROWS} rows"),
+                    _ => unreachable!("no ISA level has more than {MOST_ROWS} rows"),
                 }
             }
             group += together;
@@ -779,13 +780,9 @@ mod tests {
         (0..n).map(|_| stream.normal()).collect()
     }
 
-    fn rungs_here() -> impl Iterator<Item = Isa> {
-        Isa::ALL.iter().copied().filter(|isa| isa.available())
-    }
-
     #[test]
     fn products_of_every_shape_are_the_naive_sums() {
-        for isa in rungs_here() {
+        for isa in Isa::available() {
             for (rows, groups, depth) in [(1, 1, 0), (3, 1, 5), (8, 2, 17), (13, 3, 64), (23, 5, 9)]
             {
                 let (a, width) = (normal(1, rows * depth), groups * LANE_GROUP);
@@ -858,11 +855,11 @@ mod tests {
 
     #[test]
     fn exp2_is_exact_to_two_units() {
-        for isa in rungs_here() {
+        for isa in Isa::available() {
             for i in -12600..12690 {
                 let x = i as f32 / 100.0;
                 let mut y = [x; LANE_GROUP];
-                // SAFETY: sixteen values, and the CPU has the rung.
+                // SAFETY: `y` has sixteen values.
                 unsafe { exp2_of(isa, y.as_mut_ptr()) };
                 let exact = f64::from(x).exp2();
                 let error = (f64::from(y[5]) - exact).abs() / exact;

@@ -69,7 +69,7 @@ isa_levels! {
     /// the next as `tokens` say → `xa (tokens, xa_stride)`, of which the blocks' columns are written.
     ///
     /// # Safety
-    /// The CPU must have the rung, and no other thread may touch these columns of `xa`.
+    /// No other thread may touch these columns of `xa`.
     pub unsafe fn shrink<T: Number>(form: &DecodeWeights<T>, blocks: Range<usize>, x: &[f32], tokens: TokenRows, factor: f32, xa: SharedMutPtr) = shrink_body;
     /// `y += xa Bᵀ` for some of B's rows. They are read in whole panels of 16.
     ///
@@ -77,7 +77,7 @@ isa_levels! {
     /// next as `tokens` say.
     ///
     /// # Safety
-    /// The CPU must have the rung, and no other thread may touch the outputs of these rows.
+    /// No other thread may touch the outputs of these rows.
     pub unsafe fn expand<T: Number>(form: &DecodeWeights<T>, rows: Range<usize>, xa: &[f32], y: SharedMutPtr, tokens: TokenRows) = expand_body;
 }
 
@@ -315,7 +315,7 @@ mod tests {
         let of = |stride| TokenRows { tokens: &tokens, stride };
         let mut xa = vec![f32::NAN; n * xa_stride(form)];
         let target = SharedMutPtr::new(&mut xa);
-        // SAFETY: rungs are those of this CPU, and there is one thread.
+        // SAFETY: there is one thread.
         unsafe {
             for block in 0..blocks(form) {
                 let factor = weight * form.factor;
@@ -357,7 +357,7 @@ mod tests {
                     exact.push(0.7 * lora.scale * s * dot(b, &xa));
                 }
             }
-            for &isa in Isa::ALL.iter().filter(|isa| isa.available()) {
+            for isa in Isa::available() {
                 let mut y = vec![0.0; n * rows];
                 fast(isa, &form, 0.7, &x, &mut y);
                 let of = |values: &mut dyn Iterator<Item = f64>| {

@@ -168,7 +168,7 @@ impl BlockType {
 }
 
 /// Reads block after block; sizes known at compile time let the inner loops vectorize. A macro, as
-/// a function passed to a function would be compiled for the lowest rung.
+/// a function passed to a function would be compiled for the lowest ISA level.
 macro_rules! each {
     ($block:ident, $bytes:ident, $out:ident) => {
         for (b, y) in $bytes.as_chunks().0.iter().zip($out.as_chunks_mut().0) {

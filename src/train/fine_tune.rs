@@ -87,7 +87,7 @@ pub fn train(
         None
     };
     let Some(inputs) = Inputs::load(settings, monitor)? else { return Ok(Outcome::NotBegun) };
-    let fingerprints = inputs.fingerprints(common)?;
+    let fingerprints = inputs.fingerprints(settings)?;
     let mut checkpoint = None;
     if let Some(run) = &resumed {
         same_fingerprints(&common.out, &run.fingerprints()?, &fingerprints)?;
@@ -252,10 +252,16 @@ pub fn new_learner<'a>(
 ) -> Result<AdapterLearner<'a>, TrainError> {
     let common = &settings.common;
     let dropout = (common.lora_dropout, common.seed);
-    let learner = Learner::new(decoder, adapters, common.adamw(), common.max_grad_norm, dropout)?;
+    let learner = Learner::new(
+        decoder,
+        adapters,
+        common.optimizer.adamw(),
+        common.optimizer.max_grad_norm,
+        dropout,
+    )?;
     let mut learner = learner.on_top_of(frozen);
     if common.loraplus_lr_ratio != 1.0 {
-        let of_embedding = common.loraplus_lr_embedding / common.learning_rate;
+        let of_embedding = common.loraplus_lr_embedding / common.optimizer.learning_rate;
         learner = learner.with_lora_plus(common.loraplus_lr_ratio, of_embedding);
     }
     if let Task::Sft(own) = &settings.task {

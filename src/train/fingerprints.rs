@@ -1,6 +1,6 @@
 //! Hashes of what a run reads: another base or other data under a resume are refused by name.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
@@ -45,6 +45,12 @@ pub fn base_fingerprint(base: &Path) -> Result<String, TrainError> {
         hash_ends().map_err(io(&path))?;
     }
     Ok(hex(hasher))
+}
+
+/// The hashes of files and folders, with what they are.
+pub fn fingerprints_of(files: Vec<(String, PathBuf)>) -> Result<Vec<Fingerprint>, TrainError> {
+    let fingerprint = |(what, path): (String, PathBuf)| Ok((what, base_fingerprint(&path)?));
+    files.into_iter().map(fingerprint).collect()
 }
 
 /// Refuses to go on with other things than the run began with.

@@ -7,14 +7,13 @@ use std::sync::Arc;
 use quantune_adapters::delta::{Adapter, Lora};
 
 use super::TrainError;
-use super::fingerprints::base_fingerprint;
+use super::fingerprints::fingerprints_of;
 use super::lora::read_frozen;
 use super::memory::{Demand, Memory, default_budget, free, of_process, passed_layers};
 use super::policy::{PolicyTask, Rollouts};
 use super::rows::RowLoader;
 use super::run_dir::Fingerprint;
 use super::settings::{CommonSettings, RunSettings, Task};
-use super::spec::{parse_bytes, path_and_weight};
 use super::supervised::Supervised;
 use crate::data::DataError;
 use crate::model::layer::Sizes;
@@ -64,7 +63,7 @@ impl Inputs {
         let device = common.device.open().map_err(|e| TrainError::Settings(e.to_string()))?;
         let program_bytes = of_process("RssFile:").unwrap_or(0);
         let checkpoint = Checkpoint::open(&common.base)?;
-        let adapters = settings.adapters()?;
+        let adapters = settings.adapters();
         let folders: Vec<&Path> = adapters.iter().map(PathBuf::as_path).collect();
         let tokenizer = Tokenizer::open_beside(&checkpoint, &folders)?;
         let known = tokenizer.len() as u32;
@@ -98,13 +97,8 @@ impl Inputs {
     }
 
     /// Hashes of what was read.
-    pub fn fingerprints(&self, common: &CommonSettings) -> Result<Vec<Fingerprint>, TrainError> {
-        let mut fingerprints = vec![("the base".to_string(), base_fingerprint(&common.base)?)];
-        for text in &common.frozen_adapter {
-            let (path, _) = path_and_weight(text).map_err(TrainError::Settings)?;
-            let what = format!("the frozen adapter {}", path.display());
-            fingerprints.push((what, base_fingerprint(&path)?));
-        }
+    pub fn fingerprints(&self, settings: &RunSettings) -> Result<Vec<Fingerprint>, TrainError> {
+        let mut fingerprints = fingerprints_of(settings.fingerprinted()?)?;
         fingerprints.extend(match &self.source {
             BatchSource::Supervised(source) => source.fingerprints()?,
             BatchSource::Rollouts(source) => source.fingerprints()?,
@@ -190,10 +184,10 @@ pub fn kept_layers(settings: &CommonSettings, demand: &Demand) -> usize {
     if let Some(all) = settings.gradient_checkpointing {
         return if all { 0 } else { demand.layers };
     }
-    if settings.device != DeviceName::Cpu && settings.memory_budget.is_empty() {
+    if settings.device != DeviceName::Cpu && settings.memory_budget.is_none() {
         return 0; // how much memory is free there is not known
     }
-    let budget = parse_bytes(&settings.memory_budget).unwrap_or_else(default_budget);
+    let budget = settings.memory_budget.map_or_else(default_budget, |budget| budget.0);
     super::memory::kept_layers(demand, budget)
 }
 
@@ -209,11 +203,10 @@ pub fn check_memory(
         return Ok(()); // what candle will take is not known
     }
     let megabytes = |bytes: u64| format!("{:.0} MB", (bytes as f64 / 1e6).ceil());
-    let budget = parse_bytes(&settings.memory_budget);
-    if let (Some(budget), None) = (budget, settings.gradient_checkpointing) {
+    if let (Some(budget), None) = (settings.memory_budget, settings.gradient_checkpointing) {
         let memory = Memory::of(demand, 0);
         let needed = memory.sum() as u64;
-        if needed <= budget {
+        if needed <= budget.0 {
             return Ok(());
         }
         let mut parts = memory.components();
@@ -221,10 +214,9 @@ pub fn check_memory(
         let parts = parts.iter().filter(|(_, bytes)| *bytes > 0);
         let parts = parts.map(|(name, bytes)| format!("{name} {}", megabytes(*bytes as u64)));
         return Err(TrainError::Settings(format!(
-            "memory_budget is {} and cannot be kept: with every layer recomputed the run takes {} \
+            "memory_budget is {budget} and cannot be kept: with every layer recomputed the run takes {} \
              ({}), needed that much, or fewer than {} tokens in a micro-batch (max_length, \
              per_device_train_batch_size)",
-            settings.memory_budget,
             megabytes(needed),
             parts.collect::<Vec<_>>().join(", "),
             demand.tokens,

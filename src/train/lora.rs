@@ -10,8 +10,7 @@ use quantune_adapters::initialize::{self, BaseWeights};
 use quantune_adapters::targets::resolve;
 
 use super::TrainError;
-use super::settings::CommonSettings;
-use super::spec::path_and_weight;
+use super::settings::{AdapterPath, CommonSettings};
 use crate::export::lora::open_adapter;
 use crate::model::{ActiveAdapter, Decoder};
 use crate::monitor::Monitor;
@@ -119,14 +118,13 @@ pub fn read_frozen(
     decoder: &Decoder,
     monitor: Monitor<'_>,
 ) -> Result<Vec<ActiveAdapter>, TrainError> {
-    let read = |text: &String| {
-        let (path, weight) = path_and_weight(text).map_err(TrainError::Settings)?;
-        let adapter = read_adapter(&path, decoder, monitor)?;
+    let read = |at: &AdapterPath| {
+        let adapter = read_adapter(&at.path, decoder, monitor)?;
         if adapter.score.is_some() {
             let fault = "a reward model, needed an adapter that generates";
-            return Err(TrainError::Settings(format!("--frozen-adapter {text}: {fault}")));
+            return Err(TrainError::Settings(format!("--frozen-adapter {at}: {fault}")));
         }
-        Ok(ActiveAdapter { adapter: Arc::new(adapter), weight, trainable: false })
+        Ok(ActiveAdapter { adapter: Arc::new(adapter), weight: at.weight, trainable: false })
     };
     settings.frozen_adapter.iter().map(read).collect()
 }

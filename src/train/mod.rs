@@ -25,7 +25,6 @@ mod rows;
 mod run;
 mod run_dir;
 pub mod settings;
-mod spec;
 mod state;
 pub mod step;
 pub mod supervised;
@@ -41,7 +40,6 @@ pub use pretrain::{PretrainSummary, pretrain};
 pub use run::Outcome;
 pub use run_dir::RunDir;
 pub use settings::{Command, EvalStrategy, RunSettings};
-pub use spec::path_and_weight;
 pub use state::RolloutState;
 
 use quantune_adapters::config::ConfigError;

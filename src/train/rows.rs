@@ -6,7 +6,6 @@ use std::path::Path;
 
 use super::TrainError;
 use super::settings::CommonSettings;
-use super::spec::parse_bytes;
 use crate::data::checks::{Check, CheckReport};
 use crate::data::{
     AlpacaPrompt, Cache, ComparisonKind, ComparisonReport, ComparisonSettings, Comparisons,
@@ -147,7 +146,7 @@ impl RowLoader<'_> {
 pub fn row_cache(common: &CommonSettings) -> Cache {
     let given = !common.cache.as_os_str().is_empty();
     let folder = if given { common.cache.clone() } else { common.out.join("rows") };
-    Cache { folder, from_bytes: parse_bytes(&common.cache_from).unwrap_or(u64::MAX) }
+    Cache { folder, from_bytes: common.cache_from.0 }
 }
 
 /// The tokens of the longest rows, `count` of them together.

@@ -134,6 +134,7 @@ fn of_gguf(gguf: &Gguf) -> Inspection {
 /// The opinion of gguf-rs, on files our reader accepted. It panics on tensor types from 40 on
 /// and on a `general.file_type` that is no integer, and takes 60 times the memory of a header it
 /// reads, so such files get none.
+#[cfg(feature = "cli")]
 fn gguf_rs_summary(gguf: &Gguf) -> Option<InspectionSummary> {
     if gguf.tensors().iter().any(|info| info.type_id >= 40)
         || gguf.u64("general.file_type").is_err()
@@ -155,6 +156,12 @@ fn gguf_rs_summary(gguf: &Gguf) -> Option<InspectionSummary> {
         })
     };
     without_panic(read).flatten()
+}
+
+/// Only the command line depends on gguf-rs, which itself depends on clap.
+#[cfg(not(feature = "cli"))]
+fn gguf_rs_summary(_: &Gguf) -> Option<InspectionSummary> {
+    None
 }
 
 /// What `read` returns, or nothing if it panics: then nothing is printed either. Panics of other

@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
@@ -389,6 +390,27 @@ fn runs_begin_as_the_base_whatever_they_begin_with() {
     let same = base();
     let nothing_lost = ["--init-lora-weights", "loftq", "--loftq-base", &same];
     assert!((first("nothing lost", &nothing_lost) - plain).abs() < 2e-5);
+}
+
+/// A path that was given relative to one directory is found from another.
+#[test]
+fn a_loftq_run_resumes_from_another_directory() {
+    let lab = Lab::new();
+    let (other, out) = (lab.other_base(), lab.path("run"));
+    let relative = Path::new(&other).strip_prefix(lab.folder.path()).unwrap();
+    let run = |directory: &Path, args: &[String]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_quantune"));
+        last_json(&command.current_dir(directory).args(args).output().unwrap());
+    };
+    let relative = relative.display().to_string();
+    let loftq = ["--init-lora-weights", "loftq", "--loftq-base", &relative, "--save-steps", "1"];
+    run(lab.folder.path(), &sft(&lab, "run", &loftq));
+    let weights = || fs::read(Path::new(&out).join("adapter/adapter_model.safetensors")).unwrap();
+    let trained = weights();
+    fs::remove_dir_all(Path::new(&out).join("checkpoints/step-2")).unwrap();
+    fs::remove_dir_all(Path::new(&out).join("adapter")).unwrap();
+    run(Path::new("/"), &strings(&["sft", "--out", &out, "--resume", "--json"]));
+    assert!(weights() == trained, "the resumed run ends with another adapter");
 }
 
 #[test]

@@ -328,7 +328,7 @@ fn invalid_input_ends_in_one_error() {
     let portable = ["--compute", "portable"];
     for (flag, value) in [("--memory-budget", "1GB"), ("--gradient-checkpointing", "true")] {
         let flags = [&portable[..], &[flag, value]].concat();
-        check(notes, &flags, &["is of the fast forms, the portable one keeps all layers"]);
+        check(notes, &flags, &["only applies to backend cpu; reference keeps all activations"]);
     }
     check(notes, &["--export", "x.gguf", "--export-type", "Q9"], &["\"Q9\" is no type"]);
     check(notes, &["--base", &base(), "--max-length", "999999"], &["max_length is 999999"]);

@@ -598,9 +598,9 @@ fn invalid_comparison_settings_are_errors() {
     dpo.check(&[("--loss-type", "kto"), ("--beta", "0")], &["beta is 0"]);
     dpo.check(&[("--adapter", &reward)], &["--adapter", "score head"]);
     dpo.check(&[("--loss-type", "orpo"), ("--ref-adapter", &plain)], &["no reference"]);
-    dpo.check(&[("--simpo-gamma", "1")], &["simpo_gamma is of loss_type simpo"]);
+    dpo.check(&[("--simpo-gamma", "1")], &["simpo_gamma only applies to loss_type simpo"]);
     let smoothed = [("--loss-type", "hinge"), ("--label-smoothing", "0.1")];
-    dpo.check(&smoothed, &["label_smoothing is of loss_type sigmoid, simpo"]);
+    dpo.check(&smoothed, &["label_smoothing only applies to loss_type sigmoid, simpo"]);
     let alone = [("--loss-type", "kto"), ("--per-device-train-batch-size", "1")];
     let alone = [&alone[..], &[("--gradient-accumulation-steps", "1")]].concat();
     dpo.check(&alone, &["kto compares the rows of a step"]);

@@ -201,7 +201,7 @@ fn recipes_have_no_unknown_keys_and_no_faults() {
         common.data = vec!["data.jsonl".into()];
         match &mut settings.task {
             Task::Ppo(own) => own.reward_adapter = "reward".into(),
-            Task::Grpo(own) => own.reward = vec!["numeric:answer".into()],
+            Task::Grpo(own) => own.reward = vec!["numeric:answer".parse().unwrap()],
             _ => {}
         }
         assert_eq!(settings.fault(), None, "{file}");

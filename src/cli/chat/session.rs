@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::{INTERRUPTED, REPLYING};
 use crate::cli::generate::{Text, show};
-use crate::cli::{AdapterArg, load_adapters};
+use crate::cli::{AdapterPath, load_adapters};
 use crate::generate::{Engine, Event, Finish, GenerateError, Generated, Job, Prefix, Sampling};
 use crate::model::{ActiveAdapter, CacheType, Decoder};
 use crate::text::{Special, Tokenizer};
@@ -150,7 +150,7 @@ impl<'a> Session<'a> {
     }
 
     /// Loads an adapter.
-    pub fn load(&mut self, name: &str, file: &AdapterArg) -> Result<()> {
+    pub fn load(&mut self, name: &str, file: &AdapterPath) -> Result<()> {
         if file.path.join("tokenizer.json").is_file() {
             let mut missing = self.tokenizer.missing(&file.path)?;
             missing.retain(|token| self.tokenizer.id_of(&token.text).is_none());

@@ -1,10 +1,10 @@
-//! The innermost loops: a tile of 12 rows by 32 columns, per panel type and rung.
+//! The innermost loops: a tile of 12 rows by 32 columns, per panel type and ISA level.
 //!
 //! A tile lives in memory as `f32`; a kernel adds `a · b` to it. The integer kernels sum a block of
 //! the contraction exactly in `i32`, then add it scaled: the order of the `f32` operations is the
-//! same on every rung, so that the integer modes give the same bits on each.
+//! same on every ISA level, so that the integer modes give the same bits on each.
 
-use crate::isa::Isa;
+use crate::isa::{Isa, IsaLevel};
 
 /// Rows of a tile: 12 x 2 accumulators of 16 lanes leave room in AVX-512's 32 registers, and
 /// 6 x 2 of 8 lanes in AVX2's 16.
@@ -41,17 +41,19 @@ impl Side<'_> {
 pub fn f32_tile(isa: Isa, a: &[u32], b: &[u32], tile: &mut Tile) {
     let depth = a.len() / TILE_ROWS;
     assert!(a.len() == depth * TILE_ROWS && b.len() == depth * TILE_COLS);
-    match isa {
-        // SAFETY: the CPU has what its rung promises; lengths are checked.
+    match isa.level() {
+        // SAFETY: `isa` proves that the CPU has the features of its level; lengths are checked.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512Vnni => unsafe {
+        IsaLevel::Avx512Vnni => unsafe {
             let out = tile.0.as_mut_ptr().cast::<f32>();
             let begin = (out.cast_const(), TILE_COLS);
             x86::f32_avx512(depth, a.as_ptr(), b.as_ptr(), begin, (out, TILE_COLS));
         },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 | Isa::AvxVnni => unsafe { x86::f32_avx2(depth, a.as_ptr(), b.as_ptr(), tile) },
+        IsaLevel::Avx2 | IsaLevel::AvxVnni => unsafe {
+            x86::f32_avx2(depth, a.as_ptr(), b.as_ptr(), tile)
+        },
         _ => {
             let columns = b.chunks_exact(TILE_COLS);
             for (a, b) in a.chunks_exact(TILE_ROWS).zip(columns) {
@@ -81,8 +83,8 @@ pub unsafe fn f32_tile_in_place(
     let depth = a.len() / TILE_ROWS;
     assert!(a.len() == depth * TILE_ROWS && b.len() == depth * TILE_COLS);
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Avx512Vnni {
-        // SAFETY: the CPU has what its rung promises; lengths are checked; the rest is the caller's.
+    if isa.level() == IsaLevel::Avx512Vnni {
+        // SAFETY: `isa` proves that the CPU has the features of its level; lengths are checked; the rest is the caller's.
         unsafe { x86::f32_avx512(depth, a.as_ptr(), b.as_ptr(), begin, out) };
         return;
     }
@@ -106,16 +108,16 @@ pub unsafe fn f32_tile_in_place(
 pub fn int16_tile(isa: Isa, a: Side, b: Side, units_per_block: usize, tile: &mut Tile) {
     let depth = Side::depth(a, b, units_per_block);
     let size = (depth, units_per_block);
-    match isa {
-        // SAFETY: the CPU has what its rung promises; lengths are checked.
+    match isa.level() {
+        // SAFETY: `isa` proves that the CPU has the features of its level; lengths are checked.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512Vnni => unsafe { x86::int16_avx512(size, a, b, tile) },
+        IsaLevel::Avx512Vnni => unsafe { x86::int16_avx512(size, a, b, tile) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Isa::AvxVnni => unsafe { x86::int16_avxvnni(size, a, b, tile) },
+        IsaLevel::AvxVnni => unsafe { x86::int16_avxvnni(size, a, b, tile) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { x86::int16_avx2(size, a, b, tile) },
+        IsaLevel::Avx2 => unsafe { x86::int16_avx2(size, a, b, tile) },
         _ => scalar(units_per_block, a, b, None, tile, |a, b| {
             let low = i32::from(a as i16) * i32::from(b as i16);
             low + i32::from((a >> 16) as i16) * i32::from((b >> 16) as i16)
@@ -136,16 +138,16 @@ pub fn int8_tile(
     let depth = Side::depth(a, b, units_per_block);
     assert!(offsets.len() >= depth.div_ceil(units_per_block) * TILE_COLS);
     let size = (depth, units_per_block);
-    match isa {
-        // SAFETY: the CPU has what its rung promises; lengths are checked.
+    match isa.level() {
+        // SAFETY: `isa` proves that the CPU has the features of its level; lengths are checked.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512Vnni => unsafe { x86::int8_avx512(size, a, b, offsets, tile) },
+        IsaLevel::Avx512Vnni => unsafe { x86::int8_avx512(size, a, b, offsets, tile) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Isa::AvxVnni => unsafe { x86::int8_avxvnni(size, a, b, offsets, tile) },
+        IsaLevel::AvxVnni => unsafe { x86::int8_avxvnni(size, a, b, offsets, tile) },
         // SAFETY: as above.
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => unsafe { x86::int8_avx2(size, a, b, offsets, tile) },
+        IsaLevel::Avx2 => unsafe { x86::int8_avx2(size, a, b, offsets, tile) },
         _ => scalar(units_per_block, a, b, Some(offsets), tile, |a, b| {
             let of = |i: u32| i32::from((a >> (8 * i)) as u8) * i32::from((b >> (8 * i)) as i8);
             of(0) + of(1) + of(2) + of(3)
@@ -153,7 +155,7 @@ pub fn int8_tile(
     }
 }
 
-/// The integer kernels in plain Rust, which the compiler vectorizes for the target's own rung.
+/// The integer kernels in plain Rust, which the compiler vectorizes for the target's baseline.
 #[inline(always)]
 fn scalar(
     units_per_block: usize,

@@ -8,7 +8,7 @@
 
 use std::cell::RefCell;
 
-use crate::isa::{Isa, multiversion};
+use crate::isa::{Isa, IsaLevel, multiversion};
 use crate::quant::FrozenMatrix;
 
 use super::super::cpu::SharedMutPtr;
@@ -510,7 +510,7 @@ multiversion! {
         for ((x, words), scale) in blocks.zip(scales) {
             let largest = largest(x);
             let unit = unit(largest);
-            let mut squares = [0f32; 16]; // sums apart, the same on every rung
+            let mut squares = [0f32; 16]; // sums apart, the same on every ISA level
             let (wide, rest) = x.as_chunks::<16>();
             for x in wide {
                 for (sum, x) in squares.iter_mut().zip(x) {
@@ -641,7 +641,7 @@ fn transpose(
     assert!(units.len() >= RowScratch::ROWS * from_stride);
     assert!(depth == 0 || out.len() >= (depth - 1) * stride + lanes);
     #[cfg(target_arch = "x86_64")]
-    if isa == Isa::Avx512Vnni {
+    if isa.level() == IsaLevel::Avx512Vnni {
         // SAFETY: the CPU has AVX-512; the assertions above are the promise.
         unsafe {
             x86::transpose(units.as_ptr(), from_stride, lanes, depth, out.as_mut_ptr(), stride)

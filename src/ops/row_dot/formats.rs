@@ -7,7 +7,7 @@
 #![allow(non_camel_case_types)] // the format's own names
 
 use super::activations::LANES;
-use super::words::I16Vector;
+use super::i16_vector::I16Vector;
 use crate::quant::{E2M1_TWICE, NON_LINEAR, half_e8m0, iq4_xs_scale};
 
 /// A block type of integers.

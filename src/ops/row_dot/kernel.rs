@@ -5,7 +5,7 @@
 
 use super::activations::{ActivationGroup, Activations, GROUP_LEN, LANES};
 use super::formats::*;
-use super::words::{ActivationValue, I16Vector};
+use super::i16_vector::{ActivationValue, I16Vector};
 use crate::ops::cpu::SharedMutPtr;
 use crate::quant::{BlockType, FrozenMatrix};
 

@@ -6,7 +6,7 @@
 //! as it is. Both sum every output element in one fixed order, whatever the number of threads and
 //! of other input rows, so a row alone gives the same bits as among others.
 //!
-//! The kernels are generic over the vectors of a rung ([`words`]), the block type ([`formats`])
+//! The kernels are generic over the vectors of an ISA level ([`i16_vector`]), the block type ([`formats`])
 //! and the form of the input ([`activations`]); [`kernel`] is the loop. With AVX-512 most types
 //! go sixteen rows at a time (`tile`, `bytes`), up to eight rows of input at once: for one that is as
 //! fast as weights stored so beforehand, and needs no copy.
@@ -18,10 +18,10 @@ mod activations;
 #[cfg(target_arch = "x86_64")]
 mod bytes;
 mod formats;
+mod i16_vector;
 mod kernel;
 #[cfg(target_arch = "x86_64")]
 mod tile;
-mod words;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
@@ -31,11 +31,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 #[cfg(target_arch = "x86_64")]
 use self::activations::ActivationBatches;
 use self::activations::Activations;
+use self::i16_vector::{I16Portable, I16Vector};
 use self::kernel::Output;
-use self::words::{I16Portable, I16Vector};
 use super::cpu::SharedMutPtr;
 use super::worker_pool;
-use crate::isa::Isa;
+use crate::isa::{Isa, IsaLevel};
 use crate::quant::{BlockType, FrozenMatrix};
 
 /// Bytes of weights in one task: enough to hide the cost of handing it out, little enough for the
@@ -187,11 +187,14 @@ fn many(
         #[cfg(target_arch = "x86_64")]
         bytes: int16
             .as_ref()
-            .filter(|_| isa == Isa::Avx512Vnni && tasks.iter().any(in_bytes))
-            // SAFETY: a rung is only ever chosen if the CPU has it.
+            .filter(|_| isa.level() == IsaLevel::Avx512Vnni && tasks.iter().any(in_bytes))
+            // SAFETY: `isa` proves that the CPU has AVX-512 and VNNI.
             .map(|x| unsafe { bytes::ByteActivations::new(x) }),
         #[cfg(target_arch = "x86_64")]
-        batches: int16.as_ref().filter(|_| isa == Isa::Avx512Vnni).map(ActivationBatches::new),
+        batches: int16
+            .as_ref()
+            .filter(|_| isa.level() == IsaLevel::Avx512Vnni)
+            .map(ActivationBatches::new),
         floats: needed(InputForm::Floats).then(|| Activations::straight(isa, x, cols)),
         f32: needed(InputForm::F32).then(|| Activations::decoded(isa, x, cols)),
         int16,
@@ -237,11 +240,11 @@ fn run(isa: Isa, input: &PreparedInput, task: &RowTask) {
     let (matrix, rows, y) = (task.matrix, task.rows.clone(), task.y);
     let weights = matrix.stored_bytes(rows.clone());
     let output = Output { matrix, first_row: rows.start, y, stride: task.stride };
-    // SAFETY: a rung is only ever chosen if the CPU has it; no two tasks share a row of a product.
+    // SAFETY: `isa` proves that the CPU has the features of its level; no two tasks share a row of a product.
     unsafe {
-        match (isa, task.form) {
+        match (isa.level(), task.form) {
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512Vnni, InputForm::Int16) => {
+            (IsaLevel::Avx512Vnni, InputForm::Int16) => {
                 let int16 = input.int16.as_ref().expect(NEEDED);
                 let batches = input.batches.as_ref().expect(NEEDED);
                 if bytes::has(matrix.block_type()) {
@@ -252,9 +255,9 @@ fn run(isa: Isa, input: &PreparedInput, task: &RowTask) {
                 }
             }
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512Vnni, form) => run_on::<x86::I16Avx512>(weights, form, input, &output),
+            (IsaLevel::Avx512Vnni, form) => run_on::<x86::I16Avx512>(weights, form, input, &output),
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx2 | Isa::AvxVnni, form) => {
+            (IsaLevel::Avx2 | IsaLevel::AvxVnni, form) => {
                 run_on::<x86::I16Avx2>(weights, form, input, &output)
             }
             (_, form) => run_on::<I16Portable>(weights, form, input, &output),
@@ -333,11 +336,11 @@ mod tests {
         (y, sizes)
     }
 
-    /// Holds both forms to the reference on every rung this CPU has.
+    /// Holds both forms to the reference on every ISA level this CPU has.
     fn check(w: &FrozenMatrix, m: usize) {
         let x = input(m, w.cols());
         let (exact, sizes) = reference(&x, w);
-        for &isa in Isa::ALL.iter().filter(|isa| isa.available()) {
+        for isa in Isa::available() {
             let name =
                 format!("{} {}x{}, m {m}, {}", w.block_type(), w.rows(), w.cols(), isa.name());
             let mut y = vec![f32::NAN; exact.len()];
@@ -363,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn every_block_type_on_every_rung() {
+    fn every_block_type_on_every_isa_level() {
         for &block_type in BlockType::ALL {
             let block = block_type.block_len().max(32);
             for (rows, cols) in [(5, block), (7, 3 * block), (35, 2304), (19, 17 * block)] {
@@ -439,14 +442,14 @@ mod tests {
             let lows: Vec<f32> = (0..3).flat_map(|token| [1.0, 2.0, 3.0, token as f32]).collect();
             let b = lora.b.to_vec2::<f32>().unwrap();
             let x = input(3, cols);
-            for &isa in Isa::ALL.iter().filter(|isa| isa.available()) {
+            for isa in Isa::available() {
                 let mut base = vec![0.0; 3 * rows];
                 int16(isa, &x, &w, &mut base);
                 let mut y = vec![f32::NAN; 3 * rows];
                 let epilogue = |product: usize, range: Range<usize>, y: SharedMutPtr| {
                     assert_eq!((product, y.len()), (0, 3 * rows));
                     let tokens = TokenRows { tokens: &[0, 1, 2], stride: rows };
-                    // SAFETY: the rung is this CPU's; no other thread is given these rows.
+                    // SAFETY: no other thread is given these rows.
                     unsafe { expand(isa, &form, range, &lows, y, tokens) };
                 };
                 let fused = FusedTasks { tasks: 0, run: &|_| (), epilogue: &epilogue };
@@ -471,7 +474,7 @@ mod tests {
         for (block_type, cols) in types {
             let w = matrix(block_type, 37, cols);
             let x = input(15, cols);
-            for &isa in Isa::ALL.iter().filter(|isa| isa.available()) {
+            for isa in Isa::available() {
                 for form in [f32, int16] {
                     let mut among = vec![0.0; 15 * 37];
                     form(isa, &x, &w, &mut among);
@@ -551,7 +554,7 @@ mod tests {
         for (block_type, m) in types.into_iter().flat_map(|of| [1, 2, 4, 8].map(|m| (of, m))) {
             // Whole tiles and a rest.
             let w = matrix(block_type, 37, 512);
-            for &isa in Isa::ALL.iter().filter(|isa| isa.available()) {
+            for isa in Isa::available() {
                 let y = |value: f32| {
                     let (mut x, mut y) = (input(m, 512), vec![0.0; m * 37]);
                     x[(m - 1) * 512 + 300] = value;

@@ -4,8 +4,8 @@ use std::arch::x86_64::*;
 
 use super::activations::{Activations, GROUP_LEN, LANES};
 use super::formats::{FloatFormat, Format};
+use super::i16_vector::{ActivationValue, I16Vector};
 use super::kernel::{self, Output};
-use super::words::{ActivationValue, I16Vector};
 
 /// Words of even and of odd index.
 #[derive(Clone, Copy)]

@@ -1,6 +1,6 @@
 //! The searches for scales, over blocks whose sizes are known at compile time.
 //!
-//! Sums are kept in eight lanes, so that they vectorize and are the same bits on every rung.
+//! Sums are kept in eight lanes, so that they vectorize and are the same bits on every ISA level.
 
 use half::f16;
 

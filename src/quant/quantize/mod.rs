@@ -59,7 +59,7 @@ fn weights(cols: usize, importance: Option<&[f32]>) -> Vec<f32> {
 }
 
 /// Goes through the blocks of a row; sizes known at compile time let the inner loops vectorize. A
-/// macro, as a function passed to a function would be compiled for the lowest rung.
+/// macro, as a function passed to a function would be compiled for the lowest ISA level.
 macro_rules! each {
     ($block:ident, $values:ident, $weights:ident, $out:ident) => {{
         let blocks = $values.as_chunks().0.iter().zip($weights.as_chunks().0);
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn every_rung_writes_the_same_bytes() {
+    fn every_isa_level_writes_the_same_bytes() {
         let (_, values) = tensors().swap_remove(1);
         for &block_type in BlockType::WRITTEN {
             let bytes = |isa| {
@@ -224,8 +224,8 @@ mod tests {
                 quantize_row(isa, block_type, &values[..COLS], &[1.0; COLS], &mut out);
                 out
             };
-            let needed = bytes(Isa::Scalar);
-            for &isa in Isa::ALL.iter().filter(|isa| isa.available()) {
+            let needed = bytes(Isa::SCALAR);
+            for isa in Isa::available() {
                 assert_eq!(bytes(isa), needed, "{block_type} {isa:?}");
             }
         }

@@ -37,9 +37,9 @@ impl Rollouts {
         let scored = self.collect(decoder, learner.active(0), &prompts, n, first_key)?;
         let began = Instant::now();
         let responses = &scored.responses;
-        let temperature = own.temperature;
+        let temperature = own.rollouts.temperature;
         // With one pass over the responses they are learned from by the policy that gave them.
-        let again = own.num_iterations > 1 || own.num_mini_batches > 1;
+        let again = own.num_iterations > 1 || own.rollouts.num_mini_batches > 1;
         let by_response = own.advantage == AdvantageEstimator::Rloo;
         let old = match again || self.reference.is_some() {
             true => Some(respond::log_probs(decoder, learner.active(0), responses, temperature)?),
@@ -73,7 +73,7 @@ impl Rollouts {
             let mut order: Vec<usize> = (0..prompts.len()).collect();
             let key = [update, epoch as u64];
             Stream::new(self.common.seed, "mini-batches", &key).shuffle(&mut order);
-            for groups in order.chunks(prompts.len() / own.num_mini_batches) {
+            for groups in order.chunks(prompts.len() / own.rollouts.num_mini_batches) {
                 let mini: Vec<usize> =
                     groups.iter().flat_map(|group| group * n..(group + 1) * n).collect();
                 // Masked responses have no tokens that count, but are responses.
@@ -169,7 +169,7 @@ impl Rollouts {
             &divergences,
             monitor,
         );
-        let table = (own.sample_steps, own.num_samples);
+        let table = (own.rollouts.sample_steps, own.rollouts.num_samples);
         self.sample_table(state, table, &scored, &divergences, monitor)?;
         Ok((numbers, work))
     }

@@ -18,7 +18,7 @@ use crate::train::lora::read_scoring;
 use crate::train::reference;
 use crate::train::rows::{report_checks, row_cache, warn_nothing_held_out};
 use crate::train::run_dir::{Fingerprint, read_accuracy};
-use crate::train::settings::{CommonSettings, GrpoSettings, PpoSettings, SCHEMA_REWARD};
+use crate::train::settings::{CommonSettings, GrpoSettings, PpoSettings};
 
 /// What a run is loaded with.
 struct Loader<'a> {
@@ -154,12 +154,9 @@ impl Loader<'_> {
     }
 
     fn ppo_rewards(&mut self, own: &PpoSettings) -> Result<LoadedRewards, TrainError> {
-        self.fingerprint("the reward adapter", &own.reward_adapter)?;
         let adapter = self.scoring(&own.reward_adapter, own.min_reward_accuracy)?;
-        self.fingerprint("the value adapter", &own.value_adapter)?;
         let mut judge = None;
         if !own.judge_adapter.as_os_str().is_empty() {
-            self.fingerprint("the judge", &own.judge_adapter)?;
             judge = Some(self.scoring(&own.judge_adapter, 0.0)?);
         }
         let ptx = if own.ptx_data.as_os_str().is_empty() { None } else { Some(self.ptx(own)?) };
@@ -183,10 +180,7 @@ impl Loader<'_> {
     fn grpo_rewards(&mut self, own: &GrpoSettings) -> Result<LoadedRewards, TrainError> {
         let (mut sources, mut adapter, mut model) = (Vec::new(), None, None);
         for spec in &own.reward {
-            if let Some(file) = spec.strip_prefix(SCHEMA_REWARD) {
-                self.fingerprint("the JSON schema", Path::new(file))?;
-            }
-            let source = RewardSource::rule(spec);
+            let source = RewardSource::rule(&spec.to_string());
             sources.push(source.map_err(|e| TrainError::Settings(e.to_string()))?);
         }
         for command in &own.reward_command {
@@ -194,12 +188,10 @@ impl Loader<'_> {
             sources.push(RewardSource::Command(RewardCommand::start(command, timeout)?));
         }
         if !own.reward_adapter.as_os_str().is_empty() {
-            self.fingerprint("the reward adapter", &own.reward_adapter)?;
             adapter = Some(self.scoring(&own.reward_adapter, own.min_reward_accuracy)?);
             sources.push(RewardSource::Model { name: "reward_adapter".into() });
         }
         if !own.reward_model.as_os_str().is_empty() {
-            self.fingerprint("the reward model", &own.reward_model)?;
             let now = first_second(&self.common.template_date);
             model = Some(RewardModel::load(&own.reward_model, self.decoder, now)?);
             sources.push(RewardSource::Model { name: "reward_model".into() });
@@ -214,13 +206,6 @@ impl Loader<'_> {
     fn scoring(&self, folder: &Path, min_accuracy: f64) -> Result<ActiveAdapter, TrainError> {
         check_reward_accuracy(folder, min_accuracy, self.monitor)?;
         Ok(ActiveAdapter::frozen(Arc::new(read_scoring(folder, self.decoder, self.monitor)?)))
-    }
-
-    fn fingerprint(&mut self, what: &str, path: &Path) -> Result<(), TrainError> {
-        if !path.as_os_str().is_empty() {
-            self.fingerprints.push((what.to_string(), base_fingerprint(path)?));
-        }
-        Ok(())
     }
 
     /// Checks that the rewards can read every prompt.
@@ -261,7 +246,10 @@ impl Loader<'_> {
         }
         let given = !task.ref_adapter().as_os_str().is_empty();
         let folder = if given { task.ref_adapter() } else { &self.common.adapter };
-        self.fingerprint("the reference adapter", folder)?;
+        if !given && !folder.as_os_str().is_empty() {
+            let fingerprint = base_fingerprint(folder)?;
+            self.fingerprints.push(("the reference adapter".to_string(), fingerprint));
+        }
         reference::active(frozen, folder, self.decoder, self.monitor).map(Some)
     }
 }

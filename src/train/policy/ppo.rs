@@ -58,7 +58,7 @@ impl Rollouts {
             adaptive.update(kl, scored.responses.len());
             rollouts_of(state).kl_coef = Some(adaptive.kl_coef);
         }
-        let table = (own.sample_steps, own.num_samples);
+        let table = (own.rollouts.sample_steps, own.rollouts.num_samples);
         self.sample_table(state, table, &scored, &divergences, monitor)?;
 
         let scores = mean(rows.iter().map(|row| f64::from(row.score)));
@@ -80,7 +80,7 @@ impl Rollouts {
         scored: &Scored,
     ) -> Result<Vec<Experience>, TrainError> {
         let (decoder, responses) = (learner.decoder(), &scored.responses);
-        let temperature = own.temperature;
+        let temperature = own.rollouts.temperature;
         let reference = self.reference.as_deref().unwrap_or_default();
         let reference = respond::log_probs(decoder, reference, responses, temperature)?;
         let valuer = usize::from(own.value_model == ValueModel::Own);
@@ -152,7 +152,7 @@ impl Rollouts {
             let mut order: Vec<usize> = (0..rows.len()).collect();
             let key = [update, epoch as u64];
             Stream::new(self.common.seed, "mini-batches", &key).shuffle(&mut order);
-            for mini in order.chunks(rows.len() / own.num_mini_batches) {
+            for mini in order.chunks(rows.len() / own.rollouts.num_mini_batches) {
                 let counts =
                     ppo::MiniBatchCounts::of(&mini.iter().map(|&i| &rows[i]).collect::<Vec<_>>());
                 let mut parts = Vec::new();
@@ -169,7 +169,7 @@ impl Rollouts {
                         scale: 1.0,
                         adapter,
                         epoch: update,
-                        temperature: own.temperature,
+                        temperature: own.rollouts.temperature,
                     };
                     match own.value_model {
                         ValueModel::Policy => {

@@ -17,7 +17,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::TrainError;
-use super::fingerprints::{base_fingerprint, same_fingerprints};
+use super::fingerprints::{fingerprints_of, same_fingerprints};
 use super::learner::{Learner, Trainable};
 use super::log::Log;
 use super::memory::default_budget;
@@ -25,8 +25,7 @@ use super::metrics::Numbers;
 use super::progress::Work;
 use super::run::{LoopSettings, Outcome, Trainer, run_training};
 use super::run_dir::{Fingerprint, RunDir, read_optimizer, read_state};
-use super::settings::{EvalStrategy, FloatType, PretrainSettings};
-use super::spec::parse_bytes;
+use super::settings::{EvalStrategy, FloatType, PretrainSettings, SettingsPart};
 use super::state::State;
 use crate::data::corpus::{Corpus, CorpusError, SourceReport};
 use crate::data::{Batch, DataError};
@@ -88,7 +87,7 @@ pub fn pretrain(
     let device = settings.device.open().map_err(|e| TrainError::Settings(e.to_string()))?;
     let mut settings = settings.absolute()?;
     // Before the model takes its part of what is free.
-    let budget = parse_bytes(&settings.memory_budget).unwrap_or_else(default_budget);
+    let budget = settings.memory_budget.map_or_else(default_budget, |budget| budget.0);
     let export_type = settings.export_type.parse::<FileType>().map_err(TrainError::Settings)?;
     let resumed = open_run(&mut settings, resume, monitor)?;
 
@@ -103,11 +102,11 @@ pub fn pretrain(
     if let Some(fault) = misfit(&settings, &model, &start.tokenizer) {
         return Err(TrainError::Settings(fault));
     }
-    let corpus = match open_corpus(&settings, &settings.sources()?, &start.tokenizer, monitor) {
+    let corpus = match open_corpus(&settings, &settings.source, &start.tokenizer, monitor) {
         Err(CorpusError::Data(DataError::Stopped)) => return Ok(Outcome::NotBegun),
         corpus => corpus?,
     };
-    let fingerprints = fingerprints(&settings, &start, &corpus)?;
+    let fingerprints = fingerprints(&settings, &corpus)?;
     let run = match resumed {
         Some(run) => {
             same_fingerprints(&settings.out, &run.fingerprints()?, &fingerprints)?;
@@ -117,7 +116,7 @@ pub fn pretrain(
     };
     let tokenizer_folder = tokenizer_folder(&settings, converted_tokenizer, &run)?;
     let lengths: Vec<usize> = model.parameters.iter().map(|var| var.elem_count()).collect();
-    let optimizer = AdamW::new(settings.adamw(), &lengths);
+    let optimizer = AdamW::new(settings.optimizer.adamw(), &lengths);
     let mut optimizer = optimizer.with_decays(model.decays(true));
     let mut state = State::default();
     if let Some(folder) = &checkpoint {
@@ -146,7 +145,7 @@ pub fn pretrain(
     ));
     let learner = Learner {
         kept_layers: kept_layers(&settings, &model, budget),
-        max_grad_norm: settings.max_grad_norm,
+        max_grad_norm: settings.optimizer.max_grad_norm,
         trained: FullTraining::new(model, optimizer)?,
     };
     let steps = loop_settings(&settings);
@@ -200,13 +199,10 @@ fn open_run(
 /// Hashes of what was read.
 fn fingerprints(
     settings: &PretrainSettings,
-    start: &Start,
     corpus: &Corpus,
 ) -> Result<Vec<Fingerprint>, TrainError> {
     let mut prints = vec![("the tokenized sources".into(), corpus.fingerprint().into())];
-    if start.base.is_some() {
-        prints.push(("the base".into(), base_fingerprint(&settings.base)?));
-    }
+    prints.extend(fingerprints_of(settings.fingerprinted()?)?);
     Ok(prints)
 }
 

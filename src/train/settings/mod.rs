@@ -1,8 +1,8 @@
-//! Every setting of a training run, once: flag, key of the TOML file, default and what it means.
+//! All settings of a training run, each defined once: flag, key of the TOML file, default and help text.
 //! Names are PEFT's, TRL's and transformers'.
 //!
-//! What all commands share is [`CommonSettings`]; each command adds its own. In a file they are one
-//! flat table.
+//! [`CommonSettings`] are shared by all training commands; each command adds its own. In a file they are
+//! one flat table.
 
 use std::path::{Path, PathBuf};
 
@@ -11,7 +11,6 @@ use serde::{Deserialize, Serialize};
 use super::TrainError;
 use super::best::BestSettings;
 use super::metrics::EVAL;
-use super::spec::{parse_bytes, path_and_weight};
 use crate::data::checks::Check;
 use crate::data::{AlpacaPrompt, DataFile};
 use crate::objectives::advantage::{KlEstimator, ScaleRewards};
@@ -23,7 +22,7 @@ use crate::string_enum::{StringEnum, string_enum};
 use crate::text::{AddedTokenSpec, TextError};
 
 string_enum! {
-    /// When held-out loss is taken.
+    /// When held-out rows are evaluated.
     #[derive(Debug)]
     pub enum EvalStrategy {
         /// Never.
@@ -42,7 +41,7 @@ pub enum Command {
     Sft,
     /// A reward model from comparisons.
     Reward,
-    /// Preference optimization without a reward model: DPO and its kin.
+    /// Preference optimization without a reward model: DPO and its variants.
     Dpo,
     /// Proximal policy optimization against a reward model.
     Ppo,
@@ -51,7 +50,7 @@ pub enum Command {
 }
 
 impl Command {
-    /// All of them.
+    /// All commands.
     pub const ALL: [Self; 5] = [Self::Sft, Self::Reward, Self::Dpo, Self::Ppo, Self::Grpo];
 
     /// Its name on the command line and in a run's `config.toml`.
@@ -66,447 +65,598 @@ impl Command {
     }
 }
 
-/// Makes two structs of one list: the settings with their defaults, and the flags, where what is
-/// not given stays out of the way of the config file.
-macro_rules! settings {
+/// What every part of a run's settings can do; made by [`settings_struct!`] of a list.
+pub trait SettingsPart {
+    /// The keys, in the order of the list.
+    fn keys() -> Vec<&'static str>;
+
+    /// Sets a key; `false` if this part has no such key.
+    ///
+    /// # Errors
+    /// If the value does not fit the key.
+    fn set(&mut self, key: &str, value: toml::Value) -> Result<bool, TrainError>;
+
+    /// Writes all keys that are set.
+    ///
+    /// # Errors
+    /// If a value has no TOML form.
+    fn write(&self, table: &mut toml::Table) -> Result<(), TrainError>;
+
+    /// Calls `visit` for every path.
+    ///
+    /// # Errors
+    /// Those of `visit`.
+    fn visit_paths(&mut self, visit: &mut PathVisitor) -> Result<(), TrainError>;
+
+    /// The files and folders that must not change while the run goes on, with what they are.
+    ///
+    /// # Errors
+    /// None; paths are visited as [`Self::visit_paths`] does.
+    fn fingerprinted(&self) -> Result<Vec<(String, PathBuf)>, TrainError>;
+}
+
+/// Makes a struct of a list of settings. Each setting has its help text, a name (the key of the TOML
+/// file and, with `-` for `_`, the flag), a type and a default. `#[flag(..)]` says how the flag is
+/// written; `#[fingerprint = "what"]` marks files that must not change while the run goes on.
+/// `..group: Settings, Flags = default` takes in the settings of another list.
+macro_rules! settings_struct {
     ($(#[doc = $about:literal])* $settings:ident, $flags:ident {
-        $($(#[doc = $doc:literal])+ $(#[arg($($arg:tt)*)])? $name:ident: $type:ty = $default:expr,)*
+        $($(#[doc = $doc:literal])+ $(#[flag($($flag:tt)*)])? $(#[fingerprint = $what:literal])?
+        $name:ident: $type:ty = $default:expr,)*
+        $(..$group:ident: $group_type:ident, $group_flags:ident = $group_default:expr,)*
     }) => {
         $(#[doc = $about])*
-        #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-        #[serde(default, deny_unknown_fields)]
+        #[derive(Debug, Clone, PartialEq)]
         pub struct $settings {
-            $($(#[doc = $doc])+ #[serde(skip_serializing_if = "is_empty")] pub $name: $type,)*
-        }
-
-        impl $settings {
-            /// The keys, in order.
-            pub const KEYS: &[&str] = &[$(stringify!($name)),*];
+            $($(#[doc = $doc])+ pub $name: $type,)*
+            $(#[doc = concat!("Shared settings, see [`", stringify!($group_type), "`].")]
+            pub $group: $group_type,)*
         }
 
         impl Default for $settings {
             fn default() -> Self {
-                Self { $($name: $default,)* }
+                Self { $($name: $default,)* $($group: $group_default,)* }
             }
         }
 
-        #[doc = concat!("The flags of [`", stringify!($settings), "`]: only what was given.")]
-        #[derive(Debug, Clone, Default, Serialize, clap::Args)]
-        pub struct $flags {
-            $($(#[doc = $doc])+
-            #[serde(skip_serializing_if = "Option::is_none")]
-            #[arg(long, $($($arg)*)?)]
-            pub $name: Option<$type>,)*
+        impl SettingsPart for $settings {
+            fn keys() -> Vec<&'static str> {
+                #[allow(unused_mut)]
+                let mut keys = vec![$(stringify!($name)),*];
+                $(keys.extend($group_type::keys());)*
+                keys
+            }
+
+            fn set(&mut self, key: &str, value: toml::Value) -> Result<bool, TrainError> {
+                $(if key == stringify!($name) {
+                    self.$name = read_value(key, value)?;
+                    return Ok(true);
+                })*
+                $(if self.$group.set(key, value.clone())? {
+                    return Ok(true);
+                })*
+                Ok(false)
+            }
+
+            fn write(&self, table: &mut toml::Table) -> Result<(), TrainError> {
+                $(write_value(stringify!($name), &self.$name, table)?;)*
+                $(self.$group.write(table)?;)*
+                Ok(())
+            }
+
+            fn visit_paths(&mut self, visit: &mut PathVisitor) -> Result<(), TrainError> {
+                $(self.$name.visit_paths(visit)?;)*
+                $(self.$group.visit_paths(visit)?;)*
+                Ok(())
+            }
+
+            fn fingerprinted(&self) -> Result<Vec<(String, PathBuf)>, TrainError> {
+                #[allow(unused_mut)]
+                let mut found = Vec::new();
+                $($(add_fingerprinted($what, &self.$name, &mut found)?;)?)*
+                $(found.extend(self.$group.fingerprinted()?);)*
+                Ok(found)
+            }
         }
     };
 }
 
+/// The value of a key.
+fn read_value<T: SettingValue>(key: &str, value: toml::Value) -> Result<T, TrainError> {
+    value.try_into().map_err(|e: toml::de::Error| {
+        let message = e.message();
+        TrainError::Settings(format!("{key}: {message}"))
+    })
+}
+
+/// Writes a key, if it is set.
+fn write_value<T: SettingValue>(
+    key: &str,
+    value: &T,
+    table: &mut toml::Table,
+) -> Result<(), TrainError> {
+    if !value.is_unset() {
+        let value =
+            toml::Value::try_from(value).map_err(|e| TrainError::Settings(e.to_string()))?;
+        table.insert(key.into(), value);
+    }
+    Ok(())
+}
+
+/// Adds the paths of a value; `{}` in `what` is the path.
+fn add_fingerprinted<T: SettingValue>(
+    what: &str,
+    value: &T,
+    found: &mut Vec<(String, PathBuf)>,
+) -> Result<(), TrainError> {
+    value.clone().visit_paths(&mut |path| {
+        if !path.as_os_str().is_empty() {
+            found.push((what.replace("{}", &path.display().to_string()), path.clone()));
+        }
+        Ok(())
+    })
+}
+
+/// Makes a path absolute, unless it is not set.
+fn make_absolute(path: &mut PathBuf) -> Result<(), TrainError> {
+    if !path.as_os_str().is_empty() {
+        let absolute = std::path::absolute(&*path);
+        *path = absolute.map_err(|source| TrainError::Io { path: path.clone(), source })?;
+    }
+    Ok(())
+}
+
+mod keys;
 mod optimization;
 mod pretrain;
 
-pub use pretrain::{FloatType, Preset, PretrainFlags, PretrainSettings};
+pub use keys::{AdapterPath, ByteSize, PathVisitor, RewardRule, SettingValue};
+use keys::{OptionalText, Text};
+#[cfg(feature = "cli")]
+pub(crate) use pretrain::pretrain_settings;
+pub use pretrain::{FloatType, Preset, PretrainSettings};
 
-settings! {
-    /// What all training commands have. Where defaults differ, they are the command's.
+/// The list of [`OptimizerSettings`].
+#[rustfmt::skip]
+macro_rules! optimizer_settings { ($then:ident) => { $then! {
+    /// Settings of optimizer and learning rate, shared by fine-tuning and pretraining. Defaults may differ
+    /// by command.
+    OptimizerSettings, OptimizerFlags {
+        /// Peak learning rate [default: sft 2e-4, reward 1e-4, dpo 2e-5, ppo and grpo 1e-5; pretrain 1e-3]
+        learning_rate: f64 = 2e-4,
+        /// Learning rate schedule; warmup_stable_decay decays at the end [default: cosine; ppo and grpo linear]
+        lr_scheduler_type: ScheduleKind = ScheduleKind::Cosine,
+        /// Warm-up fraction: linear warm-up over this fraction of all steps [default: 0.03; ppo and grpo 0; pretrain 0.02]
+        warmup_ratio: f64 = 0.03,
+        /// Warm-up steps; overrides warmup_ratio when above 0 [default: 0]
+        warmup_steps: u64 = 0,
+        /// Weight decay of AdamW; pretrain decays only matrices [default: 0; pretrain 0.1]
+        weight_decay: f64 = 0.0,
+        /// Beta1 of AdamW: decay of the first moment [default: 0.9]
+        adam_beta1: f64 = 0.9,
+        /// Beta2 of AdamW: decay of the second moment [default: 0.999; pretrain 0.95]
+        adam_beta2: f64 = 0.999,
+        /// Epsilon of AdamW [default: 1e-8]
+        adam_epsilon: f64 = 1e-8,
+        /// Gradient clipping: maximum global norm; 0 disables it [default: 1]
+        max_grad_norm: f64 = 1.0,
+    }
+} } }
+optimizer_settings!(settings_struct);
+#[cfg(feature = "cli")]
+pub(crate) use optimizer_settings;
+
+/// The list of [`CommonSettings`].
+#[rustfmt::skip]
+macro_rules! common_settings { ($then:ident) => { $then! {
+    /// Settings shared by all fine-tuning commands. Defaults may differ by command.
     CommonSettings, CommonFlags {
-        /// The base: a GGUF file or a Hugging Face folder
+        /// Base model: a GGUF file or a Hugging Face folder
+        #[fingerprint = "the base"]
         base: PathBuf = PathBuf::new(),
-        /// Rows, JSONL or Parquet: sft learns `messages`, `conversations` (ShareGPT),
-        /// `instruction`/`output` (Alpaca), `prompt`/`completion`, `text` or `input_ids`; reward and dpo
-        /// compare `chosen`/`rejected` or ranked `responses`; ppo and grpo answer `prompt`s. sft takes
-        /// several files, PATH=WEIGHT for rows that come WEIGHT times in an epoch
-        #[arg(value_name = "PATH[=WEIGHT]")]
+        /// Training data, JSONL or Parquet. sft: `messages`, `conversations` (ShareGPT),
+        /// `instruction`/`output` (Alpaca), `prompt`/`completion`, `text` or `input_ids`; reward and dpo:
+        /// `chosen`/`rejected` or ranked `responses`; ppo and grpo: `prompt`. sft accepts several files, and
+        /// PATH=WEIGHT to use each row WEIGHT times per epoch
+        #[flag(value_name = "PATH[=WEIGHT]")]
         data: Vec<DataFile> = Vec::new(),
-        /// Held-out rows; without, 1 in 10 of --data is held out when --eval-strategy asks
+        /// Evaluation data; without it, --eval-strategy holds out 1 in 10 rows of --data
         eval_data: PathBuf = PathBuf::new(),
-        /// The run directory
+        /// Run directory
         out: PathBuf = PathBuf::new(),
-        /// A PEFT adapter folder to continue from, instead of a fresh adapter
+        /// PEFT adapter folder to continue training from, instead of a new adapter
         adapter: PathBuf = PathBuf::new(),
-        /// An adapter that stays as it is and that the trained one is put on top of, and its reference
-        /// too, as PATH or PATH=WEIGHT; may be repeated
-        frozen_adapter: Vec<String> = Vec::new(),
+        /// Frozen adapter, active below the trained one and in its reference, PATH or PATH=WEIGHT; can be
+        /// repeated
+        #[fingerprint = "the frozen adapter {}"]
+        frozen_adapter: Vec<Text<AdapterPath>> = Vec::new(),
 
-        /// Rank of the update (lora_alpha / r) · B · A [default: 16]
+        /// LoRA rank; the update is (lora_alpha / r) · B · A [default: 16]
         r: usize = 16,
-        /// Scale of the update [default: 32]
+        /// LoRA alpha, the scale of the update [default: 32]
         lora_alpha: f64 = 32.0,
-        /// Probability that an input of A is dropped in training [default: 0]
+        /// Dropout probability of the LoRA input in training [default: 0]
         lora_dropout: f64 = 0.0,
-        /// Modules with an update: names, one regular expression, or all-linear [default: all-linear]
-        #[arg(num_args = 1..)]
+        /// Modules to adapt: names, one regular expression, or all-linear [default: all-linear]
+        #[flag(num_args = 1..)]
         target_modules: Vec<String> = vec!["all-linear".into()],
-        /// Modules without one: names, or one regular expression
-        #[arg(num_args = 1..)]
+        /// Modules to exclude: names, or one regular expression
+        #[flag(num_args = 1..)]
         exclude_modules: Vec<String> = Vec::new(),
-        /// Other ranks, as REGEX=R
-        #[arg(num_args = 1..)]
+        /// Ranks of matching modules, as REGEX=R
+        #[flag(num_args = 1..)]
         rank_pattern: Vec<String> = Vec::new(),
-        /// Other alphas, as REGEX=ALPHA
-        #[arg(num_args = 1..)]
+        /// Alphas of matching modules, as REGEX=ALPHA
+        #[flag(num_args = 1..)]
         alpha_pattern: Vec<String> = Vec::new(),
-        /// Only these layers, counted from 0; needs target_modules by name
-        #[arg(value_delimiter = ',', num_args = 1..)]
+        /// Layers to adapt, counted from 0; requires names in target_modules
+        #[flag(value_delimiter = ',', num_args = 1..)]
         layers_to_transform: Vec<usize> = Vec::new(),
-        /// Names of the module lists that layers_to_transform counts in
-        #[arg(value_delimiter = ',', num_args = 1..)]
+        /// Names of the module lists that layers_to_transform indexes
+        #[flag(value_delimiter = ',', num_args = 1..)]
         layers_pattern: Vec<String> = Vec::new(),
         /// Scale by lora_alpha / sqrt(r) (rsLoRA) [default: false]
-        #[arg(num_args = 0..=1, default_missing_value = "true")]
+        #[flag(num_args = 0..=1, default_missing_value = "true")]
         use_rslora: bool = false,
-        /// Give each row of a merged weight a length of its own (DoRA) [default: false]
-        #[arg(num_args = 0..=1, default_missing_value = "true")]
+        /// Train a magnitude per output row beside the direction (DoRA) [default: false]
+        #[flag(num_args = 0..=1, default_missing_value = "true")]
         use_dora: bool = false,
-        /// How the adapter begins: true (A random, B zero), false (both random), gaussian, or of the
-        /// base: pissa, pissa_niter_N, olora, loftq [default: true]
+        /// Initialization: true (A random, B zero), false (both random), gaussian, or computed from the base:
+        /// pissa, pissa_niter_N, olora, loftq [default: true]
         init_lora_weights: String = "true".into(),
-        /// The base before its quantization, which loftq begins from
+        /// Base model before quantization, for init_lora_weights loftq
         loftq_base: PathBuf = PathBuf::new(),
-        /// Modules trained whole beside the updates: embed_tokens, lm_head
-        #[arg(value_delimiter = ',', num_args = 1..)]
+        /// Modules to train in full: embed_tokens, lm_head
+        #[flag(value_delimiter = ',', num_args = 1..)]
         modules_to_save: Vec<String> = Vec::new(),
-        /// Tokens whose embeddings are trained
-        #[arg(value_delimiter = ',', num_args = 1..)]
+        /// Token ids whose embeddings are trained
+        #[flag(value_delimiter = ',', num_args = 1..)]
         trainable_token_indices: Vec<u32> = Vec::new(),
-        /// Tokens to add to the vocabulary, text as any other: each is found in a text before that is
-        /// cut into words. Rows of embedding and head that the base has without a token are taken first;
-        /// further ones begin as the mean of the base's. They train
-        #[arg(value_delimiter = ',', num_args = 1.., value_name = "TOKEN")]
+        /// Tokens to add to the vocabulary; they match in text before pre-tokenization. Unused rows of the
+        /// embedding and lm_head are used first, further rows are initialized with the mean of the base's.
+        /// Their rows are trained
+        #[flag(value_delimiter = ',', num_args = 1.., value_name = "TOKEN")]
         add_tokens: Vec<String> = Vec::new(),
-        /// The same for marks as <|tool|>, which are no text
-        #[arg(value_delimiter = ',', num_args = 1.., value_name = "TOKEN")]
+        /// Special tokens to add to the vocabulary, such as <|tool|>
+        #[flag(value_delimiter = ',', num_args = 1.., value_name = "TOKEN")]
         add_special_tokens: Vec<String> = Vec::new(),
-        /// What B learns faster than A (LoRA+); 1 is as fast [default: 1]
+        /// LoRA+ ratio: learning rate of B over that of A [default: 1]
         loraplus_lr_ratio: f64 = 1.0,
-        /// Learning rate of updates of the embedding, with loraplus_lr_ratio [default: 1e-6]
+        /// Learning rate of embedding adapters, with loraplus_lr_ratio [default: 1e-6]
         loraplus_lr_embedding: f64 = 1e-6,
 
-        /// Highest learning rate [default: sft 2e-4, reward 1e-4, dpo 2e-5, ppo and grpo 1e-5]
-        learning_rate: f64 = 2e-4,
-        /// Shape of the learning rate; warmup_stable_decay falls in the last fifth [default: cosine; ppo and grpo linear]
-        lr_scheduler_type: ScheduleKind = ScheduleKind::Cosine,
-        /// Share of all steps that warm up [default: 0.03; ppo and grpo 0]
-        warmup_ratio: f64 = 0.03,
-        /// Steps that warm up, instead of warmup_ratio when above 0 [default: 0]
-        warmup_steps: u64 = 0,
-        /// AdamW's weight decay [default: 0]
-        weight_decay: f64 = 0.0,
-        /// AdamW's decay of the mean gradient [default: 0.9]
-        adam_beta1: f64 = 0.9,
-        /// AdamW's decay of the mean squared gradient [default: 0.999]
-        adam_beta2: f64 = 0.999,
-        /// AdamW's epsilon [default: 1e-8]
-        adam_epsilon: f64 = 1e-8,
-        /// Gradients are scaled down to this norm; 0 is off [default: 1]
-        max_grad_norm: f64 = 1.0,
-        /// What a micro-batch holds: packed bins (or rows, without packing) of sft [default: 1],
-        /// comparisons of reward and dpo [default: 8], responses of ppo and grpo [default: 8]
+        /// Micro-batch size: packed bins (rows, without packing) for sft [default: 1], comparisons for reward
+        /// and dpo [default: 8], responses for ppo and grpo [default: 8]
         per_device_train_batch_size: usize = 1,
-        /// Passes over the data [default: 1]
+        /// Number of epochs [default: 1]
         num_train_epochs: f64 = 1.0,
-        /// Steps, instead of num_train_epochs when above 0 [default: 0]
+        /// Optimizer steps; overrides num_train_epochs when above 0 [default: 0]
         max_steps: u64 = 0,
-        /// Tokens of an example and of a packed bin: a longer `text` is split into several, longer
-        /// `messages`, `prompt`/`completion`, `input_ids` rows and dpo's responses are cut at their end;
-        /// comparisons of reward that are longer are left out, prompts of ppo and grpo refused [default: 1024]
+        /// Maximum number of tokens of an example and of a packed bin. A longer `text` is split; longer
+        /// `messages`, `prompt`/`completion` and `input_ids` rows and dpo's responses are truncated; longer
+        /// comparisons of reward are dropped; longer prompts of ppo and grpo are errors [default: 1024]
         max_length: usize = 1024,
-        /// A Jinja file in the place of the model's own chat template
+        /// Jinja file that replaces the model's chat template
+        #[fingerprint = "the chat template"]
         chat_template: PathBuf = PathBuf::new(),
-        /// A variable of the chat template, as KEY=JSON: enable_thinking=false; may be given again
-        #[arg(value_name = "KEY=JSON")]
+        /// Variable of the chat template, such as enable_thinking=false; can be repeated
+        #[flag(value_name = "KEY=JSON")]
         chat_template_kwargs: Vec<String> = Vec::new(),
-        /// The day, YYYY-MM-DD, that a chat template with a date shows [default: the day the run begins]
+        /// Current date in chat templates that print one, YYYY-MM-DD [default: the day the run starts]
         template_date: String = String::new(),
-        /// What may be wrong with rows, which `quantune data` names: it neither stops the run nor is
-        /// told; rows that cannot be read are left out
-        #[arg(value_delimiter = ',', value_name = "CHECK")]
+        /// Checks of `quantune data` to ignore; rows that cannot be read are then skipped
+        #[flag(value_delimiter = ',', value_name = "CHECK")]
         allow: Vec<Check> = Vec::new(),
-        /// Size of a file, as 64MB, from which its tokens are kept on disk and not in memory; runs that
-        /// share a cache make them once for the same tokenizer, template (and day, where it shows one)
-        /// and lengths [default: 64MB]
-        cache_from: String = "64MB".into(),
-        /// Where they are kept; to clear it, remove it [default: DIR/rows]
+        /// Cache the tokens of files of at least this size on disk, instead of in memory; runs that share a
+        /// cache tokenize a file once per tokenizer, template (and its date) and length [default: 64MB]
+        cache_from: Text<ByteSize> = ByteSize(64_000_000),
+        /// Cache directory; delete it to clear the cache [default: DIR/rows]
         cache: PathBuf = PathBuf::new(),
-        /// Rows in the order of the file [default: false]
-        #[arg(num_args = 0..=1, default_missing_value = "true")]
+        /// Keep rows in file order [default: false]
+        #[flag(num_args = 0..=1, default_missing_value = "true")]
         no_shuffle: bool = false,
-        /// Memory the run may take, as 600MB or 2GiB: layers that do not fit are recomputed in the
-        /// backward pass, which costs up to a third more time [default: 70 % of what is free]
-        memory_budget: String = String::new(),
-        /// Recompute all layers, or with false none, whatever the memory budget says
-        #[arg(num_args = 0..=1, default_missing_value = "true")]
+        /// Memory limit, such as 600MB or 2GiB: layers whose activations do not fit are recomputed in the
+        /// backward pass, which takes up to a third more time [default: 70 % of free memory]
+        memory_budget: OptionalText<ByteSize> = None,
+        /// Recompute the activations of all layers (true) or none (false), regardless of memory_budget
+        #[flag(num_args = 0..=1, default_missing_value = "true")]
         gradient_checkpointing: Option<bool> = None,
         /// Seed of initialization, order and dropout [default: 42]
         seed: u64 = 42,
-        /// Precision of products: int16 (block-floating, nearly twice f32's speed), int8 (faster still,
-        /// and too rough to train with), f32 (exact), or portable, which is --backend reference
+        /// Precision of matrix products: int16 (block floating point, nearly twice as fast as f32), int8
+        /// (faster, but too imprecise for training), f32, or portable, which means --backend reference
         /// [default: int16; f32 with --backend reference]
         compute: ComputeSetting = ComputeSetting::Precision(Precision::Int16),
-        /// What computes: cpu (kernels for the CPU), or reference (plain candle ops in f32: slow, and the
-        /// only backend of other devices than the CPU) [default: cpu; reference on another device]
+        /// Backend: cpu (optimized kernels), or reference (candle ops in f32; slow, but the only backend for
+        /// other devices) [default: cpu; reference on other devices]
         backend: BackendKind = BackendKind::Cpu,
-        /// Where products are computed: cpu, cuda, cuda:N or metal; the others than cpu are of builds
-        /// with the feature of that name [default: cpu]
+        /// Device: cpu, cuda, cuda:N or metal; all but cpu require a build with that feature [default: cpu]
         device: DeviceName = DeviceName::Cpu,
-        /// Quantize the matrices of a --base folder on load, one after the other, to a GGUF's type as
-        /// Q8_0 or Q4_K [default: they stay as they are stored]
-        #[arg(value_name = "TYPE")]
+        /// Quantize the matrices of a --base folder on load to a GGUF type, such as Q8_0 or Q4_K [default:
+        /// as stored]
+        #[flag(value_name = "TYPE")]
         load_type: String = String::new(),
 
-        /// When held-out rows are evaluated; by default epoch with --eval-data, else no
+        /// When to evaluate [default: epoch with --eval-data, else no]
         eval_strategy: Option<EvalStrategy> = None,
         /// Steps between evaluations with --eval-strategy steps [default: 100]
         eval_steps: u64 = 100,
         /// Steps between checkpoints [default: 100]
         save_steps: u64 = 100,
-        /// Checkpoints kept, the best besides where it is looked for; 0 keeps all [default: 2]
+        /// Number of checkpoints to keep, besides the best one; 0 keeps all [default: 2]
         save_total_limit: usize = 2,
-        /// Evaluations without a better one after which the run ends; 0 never ends it [default: 0]
+        /// Early stopping: stop after this many evaluations without improvement; 0 disables it [default: 0]
         early_stopping_patience: u64 = 0,
-        /// By how much the metric must be better to count [default: 0]
+        /// Minimum change of the metric that counts as an improvement [default: 0]
         early_stopping_threshold: f64 = 0.0,
-        /// What says which evaluation is better, with or without its eval_ [default: loss; ppo and grpo reward]
+        /// Metric that selects the best checkpoint, with or without eval_ [default: loss; ppo and grpo reward]
         metric_for_best_model: String = "loss".into(),
-        /// Whether more of it is better [default: unless its name ends in loss]
+        /// Whether a higher metric is better [default: true unless its name ends in loss]
         greater_is_better: Option<bool> = None,
-        /// At the end take the adapter of the best evaluation, not the last [default: false]
-        #[arg(num_args = 0..=1, default_missing_value = "true")]
+        /// Use the adapter of the best checkpoint at the end, instead of the last [default: false]
+        #[flag(num_args = 0..=1, default_missing_value = "true")]
         load_best_model_at_end: bool = false,
+        ..optimizer: OptimizerSettings, OptimizerFlags = OptimizerSettings::default(),
     }
-}
+} } }
+common_settings!(settings_struct);
+#[cfg(feature = "cli")]
+pub(crate) use common_settings;
 
-settings! {
-    /// What supervised fine-tuning has of its own.
+/// The list of [`SftSettings`].
+#[rustfmt::skip]
+macro_rules! sft_settings { ($then:ident) => { $then! {
+    /// Settings of supervised fine-tuning.
     SftSettings, SftFlags {
-        /// Micro-batches of a step [default: 4]
+        /// Micro-batches per step [default: 4]
         gradient_accumulation_steps: usize = 4,
-        /// Whether several rows share a bin of max_length tokens [default: true]
-        #[arg(num_args = 0..=1, default_missing_value = "true")]
+        /// Pack several rows into bins of max_length tokens [default: true]
+        #[flag(num_args = 0..=1, default_missing_value = "true")]
         packing: bool = true,
-        /// Size of NEFTune's noise on the embeddings, 5 to 15; 0 is none [default: 0]
+        /// NEFTune noise scale, usually 5 to 15; 0 disables it [default: 0]
         neftune_noise_alpha: f64 = 0.0,
-        /// How `instruction`, `input` and `output` are laid out: chat (the first two are what the user
-        /// says) or text (Alpaca's own prompt) [default: chat, or text where there is no chat template]
+        /// Prompt format of `instruction`, `input` and `output` rows: chat (chat template) or text (Alpaca's
+        /// own prompt) [default: chat, or text without a chat template]
         alpaca_prompt: Option<AlpacaPrompt> = None,
     }
-}
+} } }
+sft_settings!(settings_struct);
+#[cfg(feature = "cli")]
+pub(crate) use sft_settings;
 
-settings! {
-    /// What training a reward model has of its own.
+/// The list of [`RewardSettings`].
+#[rustfmt::skip]
+macro_rules! reward_settings { ($then:ident) => { $then! {
+    /// Settings of training a reward model.
     RewardSettings, RewardFlags {
-        /// Micro-batches of a step [default: 1]
+        /// Micro-batches per step [default: 1]
         gradient_accumulation_steps: usize = 1,
-        /// Weight of the squared sum of a pair's scores, which keeps them around 0; 0 is off [default: 0]
+        /// Coefficient of the squared sum of the scores of a pair, which centers scores at 0; 0 disables it [default: 0]
         center_rewards_coefficient: f64 = 0.0,
     }
-}
+} } }
+reward_settings!(settings_struct);
+#[cfg(feature = "cli")]
+pub(crate) use reward_settings;
 
-settings! {
-    /// What preference optimization has of its own.
+/// The list of [`DpoSettings`].
+#[rustfmt::skip]
+macro_rules! dpo_settings { ($then:ident) => { $then! {
+    /// Settings of preference optimization.
     DpoSettings, DpoFlags {
-        /// Micro-batches of a step [default: 1]
+        /// Micro-batches per step [default: 1]
         gradient_accumulation_steps: usize = 1,
-        /// The loss: sigmoid (DPO), ipo, hinge, orpo, simpo, or kto (rows of `prompt`, `completion` and
-        /// `label`) [default: sigmoid]
+        /// Loss: sigmoid (DPO), ipo, hinge, orpo, simpo, or kto (rows of `prompt`, `completion` and `label`)
+        /// [default: sigmoid]
         loss_type: PreferenceLossType = PreferenceLossType::Sigmoid,
-        /// How strongly the policy is held to the reference; of orpo the weight of the odds ratio, of
-        /// simpo the scale of the rewards [default: 0.1]
+        /// Strength of the regularization towards the reference; for orpo the weight of the odds ratio loss,
+        /// for simpo the reward scale [default: 0.1]
         beta: f64 = 0.1,
-        /// Probability that a comparison is the wrong way round (sigmoid and simpo) [default: 0]
+        /// Label smoothing: probability that a preference label is wrong (sigmoid and simpo) [default: 0]
         label_smoothing: f64 = 0.0,
-        /// Compare with nothing instead of a reference model (sigmoid, ipo and hinge) [default: false]
-        #[arg(num_args = 0..=1, default_missing_value = "true")]
+        /// Train without a reference model (sigmoid, ipo and hinge) [default: false]
+        #[flag(num_args = 0..=1, default_missing_value = "true")]
         reference_free: bool = false,
-        /// An adapter that makes the reference, instead of the bare base; by default --adapter, if given
+        /// Adapter of the reference model [default: --adapter if given, else none]
+        #[fingerprint = "the reference adapter"]
         ref_adapter: PathBuf = PathBuf::new(),
-        /// How far apart simpo wants the rewards [default: 0.5]
+        /// Target reward margin of simpo [default: 0.5]
         simpo_gamma: f64 = 0.5,
-        /// Weight of kto's good completions [default: 1]
+        /// Weight of desirable completions, for kto [default: 1]
         desirable_weight: f64 = 1.0,
-        /// Weight of kto's bad completions [default: 1]
+        /// Weight of undesirable completions, for kto [default: 1]
         undesirable_weight: f64 = 1.0,
     }
-}
+} } }
+dpo_settings!(settings_struct);
+#[cfg(feature = "cli")]
+pub(crate) use dpo_settings;
 
 string_enum! {
-    /// Which adapter the value head sits on.
+    /// Which adapter the value head is on.
     #[derive(Debug)]
     pub enum ValueModel {
-        /// On one of its own: the values of a state cannot disturb the policy.
+        /// A separate adapter, so that training values does not affect the policy.
         Own = "own",
-        /// On the policy's: one pass serves both, at half the time and memory.
+        /// The policy's adapter: one pass computes both, in half the time and memory.
         Policy = "policy",
     }
 }
 
-settings! {
-    /// What proximal policy optimization has of its own.
-    PpoSettings, PpoFlags {
-        /// The reward model: an adapter with a score head on the same base, as `reward` makes it
-        reward_adapter: PathBuf = PathBuf::new(),
-        /// A second reward model, not trained against: it is read in evaluations and named when it
-        /// falls while the reward rises
-        judge_adapter: PathBuf = PathBuf::new(),
-        /// An adapter that makes the reference, instead of the bare base; by default --adapter, if given
+/// The list of [`RolloutSettings`].
+#[rustfmt::skip]
+macro_rules! rollout_settings { ($then:ident) => { $then! {
+    /// Settings of sampling and scoring responses, shared by ppo and grpo. Defaults may differ by command.
+    RolloutSettings, RolloutFlags {
+        /// Adapter of the reference model [default: --adapter if given, else none]
+        #[fingerprint = "the reference adapter"]
         ref_adapter: PathBuf = PathBuf::new(),
-        /// Where the value head sits: own (an adapter of its own) or policy (the policy's) [default: own]
+        /// Prompts per update [default: ppo 32, grpo 4]
+        batch_size: usize = 4,
+        /// Mini-batches per update, with one optimizer step each [default: 1]
+        num_mini_batches: usize = 1,
+        /// Temperature of sampling, and of the policy that is trained [default: ppo 0.7, grpo 1]
+        temperature: f64 = 1.0,
+        /// Sample among the k most likely tokens (top-k), which the reference does not; 0 is off [default: 0]
+        top_k: usize = 0,
+        /// Sample among the most likely tokens that together have this probability (nucleus, top-p); 1 is off [default: 1]
+        top_p: f64 = 1.0,
+        /// Score a response without an end-of-sequence token as if it had one [default: true]
+        #[flag(num_args = 0..=1, default_missing_value = "true")]
+        score_at_eos: bool = true,
+        /// Number of prompts of --eval-data per evaluation; 0 uses all [default: 64]
+        eval_prompts: usize = 64,
+        /// Number of rows decoded in parallel [default: 16]
+        rollout_slots: usize = 16,
+        /// Updates between logged samples, on stderr and in samples.jsonl; 0 disables them [default: 10]
+        sample_steps: u64 = 10,
+        /// Number of responses per logged sample table [default: 4]
+        num_samples: usize = 4,
+    }
+} } }
+rollout_settings!(settings_struct);
+#[cfg(feature = "cli")]
+pub(crate) use rollout_settings;
+
+/// The list of [`PpoSettings`].
+#[rustfmt::skip]
+macro_rules! ppo_settings { ($then:ident) => { $then! {
+    /// Settings of PPO.
+    PpoSettings, PpoFlags {
+        /// Reward model: an adapter with a score head on the same base, as `reward` writes it
+        #[fingerprint = "the reward adapter"]
+        reward_adapter: PathBuf = PathBuf::new(),
+        /// Second reward model, used only in evaluations; a warning is printed if its score falls while the
+        /// reward rises (overoptimization)
+        #[fingerprint = "the judge"]
+        judge_adapter: PathBuf = PathBuf::new(),
+        /// Value head: own (on a separate adapter) or policy (on the policy's adapter) [default: own]
         value_model: ValueModel = ValueModel::Own,
-        /// What the value adapter begins from: an adapter with a score head; by default --reward-adapter
+        /// Initial value adapter, with a score head [default: --reward-adapter]
+        #[fingerprint = "the value adapter"]
         value_adapter: PathBuf = PathBuf::new(),
-        /// Held-out accuracy a reward model must have had in its training; 0 asks for none [default: 0.6]
+        /// Minimum held-out accuracy of the reward model; 0 disables the check [default: 0.6]
         min_reward_accuracy: f64 = 0.6,
 
-        /// Prompts of an update [default: 32]
-        batch_size: usize = 32,
-        /// Parts that an update's responses are split into, an optimizer step each [default: 1]
-        num_mini_batches: usize = 1,
-        /// Passes over the responses of an update [default: 4]
+        /// Epochs over the responses of an update [default: 4]
         num_ppo_epochs: usize = 4,
-        /// Tokens a response may have [default: 53]
+        /// Maximum number of tokens of a response [default: 53]
         response_length: usize = 53,
-        /// Temperature of sampling, and of the policy that is trained [default: 0.7]
-        temperature: f64 = 0.7,
-        /// Only the k likeliest tokens are sampled: the reference knows nothing of it; 0 is off [default: 0]
-        top_k: usize = 0,
-        /// Only the likeliest tokens that together have this probability are sampled, as top_k; 1 is off [default: 1]
-        top_p: f64 = 1.0,
-        /// Taken off the score of a response that does not end by itself [default: 0]
+        /// Penalty on the score of a response without an end-of-sequence token [default: 0]
         missing_eos_penalty: f64 = 0.0,
-        /// Whether a response that does not end by itself is scored as if it ended there [default: true]
-        #[arg(num_args = 0..=1, default_missing_value = "true")]
-        score_at_eos: bool = true,
 
-        /// Weight of the divergence from the reference in the reward [default: 0.05]
+        /// KL coefficient: weight of the KL penalty in the reward [default: 0.05]
         kl_coef: f64 = 0.05,
-        /// Its estimate for a token: k1 (unbiased) or k3 (never negative; Schulman 2020) [default: k1]
+        /// KL estimator: k1 (unbiased) or k3 (never negative; Schulman 2020) [default: k1]
         kl_estimator: KlEstimator = KlEstimator::K1,
-        /// Divergence of a response, in nats, that kl_coef is steered to (Ziegler et al. 2019); 0 keeps
-        /// kl_coef as it is [default: 0]
+        /// Target KL per response, in nats, for an adaptive kl_coef (Ziegler et al. 2019); 0 keeps kl_coef
+        /// constant [default: 0]
         target_kl: f64 = 0.0,
-        /// Responses over which the steering acts [default: 10000]
+        /// Horizon of the adaptive kl_coef, in responses [default: 10000]
         kl_horizon: f64 = 10000.0,
-        /// Discount of rewards to come [default: 1]
+        /// Discount factor [default: 1]
         gamma: f64 = 1.0,
-        /// Lambda of the generalized advantage estimate [default: 0.95]
+        /// Lambda of generalized advantage estimation [default: 0.95]
         lam: f64 = 0.95,
-        /// Whether rewards are divided by their standard deviation [default: false]
-        #[arg(num_args = 0..=1, default_missing_value = "true")]
+        /// Divide rewards by their standard deviation [default: false]
+        #[flag(num_args = 0..=1, default_missing_value = "true")]
         whiten_rewards: bool = false,
-        /// Whether scores are brought to mean 0 and deviation 1 by those so far [default: false]
-        #[arg(num_args = 0..=1, default_missing_value = "true")]
+        /// Normalize scores by the running mean and standard deviation [default: false]
+        #[flag(num_args = 0..=1, default_missing_value = "true")]
         normalize_scores: bool = false,
-        /// Scores beyond are cut off, after normalizing; 0 is off [default: 0]
+        /// Clip scores to this magnitude, after normalization; 0 disables it [default: 0]
         clip_scores: f64 = 0.0,
-        /// How far a step may move a token's probability, as a ratio [default: 0.2]
+        /// Clip range of the probability ratio [default: 0.2]
         cliprange: f64 = 0.2,
-        /// How far a step may move a value [default: 0.2]
+        /// Clip range of values [default: 0.2]
         cliprange_value: f64 = 0.2,
         /// Weight of the value loss [default: 0.1]
         vf_coef: f64 = 0.1,
-        /// Rows of text to keep predicting (PPO-ptx, Ouyang et al. 2022), as --data of sft
+        /// Data of an additional language modelling loss (PPO-ptx, Ouyang et al. 2022), as --data of sft
         ptx_data: PathBuf = PathBuf::new(),
-        /// Weight of their loss [default: 1]
+        /// Weight of the loss on ptx_data [default: 1]
         ptx_coef: f64 = 1.0,
-
-        /// Prompts of --eval-data that an evaluation answers; 0 takes all [default: 64]
-        eval_prompts: usize = 64,
-        /// Rows decoded at once [default: 16]
-        rollout_slots: usize = 16,
-        /// Updates between tables of sampled responses on stderr and in samples.jsonl; 0 is off [default: 10]
-        sample_steps: u64 = 10,
-        /// Responses of such a table [default: 4]
-        num_samples: usize = 4,
+        ..rollouts: RolloutSettings, RolloutFlags =
+            RolloutSettings { batch_size: 32, temperature: 0.7, ..Default::default() },
     }
-}
+} } }
+ppo_settings!(settings_struct);
+#[cfg(feature = "cli")]
+pub(crate) use ppo_settings;
 
 string_enum! {
-    /// How an advantage is made of the rewards of a group.
+    /// How advantages are computed from the rewards of a group.
     #[derive(Debug)]
     pub enum AdvantageEstimator {
-        /// Less the mean of the group (Shao et al. 2024).
+        /// The reward minus the mean of the group (Shao et al. 2024).
         Grpo = "grpo",
-        /// Less the mean of the others (Ahmadian et al. 2024).
+        /// The reward minus the mean of the others (Ahmadian et al. 2024).
         Rloo = "rloo",
     }
 }
 
-settings! {
-    /// What group-relative policy optimization has of its own.
+/// The list of [`GrpoSettings`].
+#[rustfmt::skip]
+macro_rules! grpo_settings { ($then:ident) => { $then! {
+    /// Settings of GRPO.
     GrpoSettings, GrpoFlags {
         /// Reward: exact:FIELD, contains:FIELD, numeric:FIELD, regex:PATTERN, json-schema:FILE or
-        /// length:MIN-MAX; may be given again
-        #[arg(num_args = 1..)]
-        reward: Vec<String> = Vec::new(),
-        /// Reward: a program that reads JSON lines of `prompt`, `completion` and the row's own fields,
-        /// and answers each with {"reward": NUMBER}; may be given again
-        #[arg(num_args = 1..)]
+        /// length:MIN-MAX; can be repeated
+        #[flag(num_args = 1..)]
+        #[fingerprint = "the JSON schema"]
+        reward: Vec<Text<RewardRule>> = Vec::new(),
+        /// Reward: a program that reads JSON lines with `prompt`, `completion` and the other fields of the
+        /// row, and answers each with {"reward": NUMBER}; can be repeated
+        #[flag(num_args = 1..)]
         reward_command: Vec<String> = Vec::new(),
-        /// Seconds such a program has for the responses of an update [default: 60]
+        /// Time limit of a reward command per update, in seconds [default: 60]
         reward_timeout: f64 = 60.0,
-        /// Reward: an adapter with a score head on the same base, as `reward` makes it
+        /// Reward: an adapter with a score head on the same base, as `reward` writes it
+        #[fingerprint = "the reward adapter"]
         reward_adapter: PathBuf = PathBuf::new(),
-        /// Reward: a Hugging Face sequence classifier with one label, a model folder of its own
+        /// Reward: a separate model, a folder of a Hugging Face sequence classifier with one label
+        #[fingerprint = "the reward model"]
         reward_model: PathBuf = PathBuf::new(),
         /// Weights of the rewards, in the order --reward, --reward-command, --reward-adapter,
-        /// --reward-model [default: 1 each]
-        #[arg(value_delimiter = ',', num_args = 1.., allow_hyphen_values = true)]
+        /// --reward-model [default: all 1]
+        #[flag(value_delimiter = ',', num_args = 1.., allow_hyphen_values = true)]
         reward_weights: Vec<f64> = Vec::new(),
-        /// Held-out accuracy a reward adapter must have had in its training; 0 asks for none [default: 0.6]
+        /// Minimum held-out accuracy of the reward adapter; 0 disables the check [default: 0.6]
         min_reward_accuracy: f64 = 0.6,
-        /// An adapter that makes the reference, instead of the bare base; by default --adapter, if given
-        ref_adapter: PathBuf = PathBuf::new(),
 
-        /// Prompts of an update [default: 4]
-        batch_size: usize = 4,
-        /// Responses to a prompt, which are compared with one another [default: 8]
+        /// Group size: responses per prompt [default: 8]
         num_generations: usize = 8,
-        /// Passes over the responses of an update [default: 1]
+        /// Epochs over the responses of an update [default: 1]
         num_iterations: usize = 1,
-        /// Parts that an update's responses are split into, an optimizer step each [default: 1]
-        num_mini_batches: usize = 1,
-        /// Tokens a response may have [default: 256]
+        /// Maximum number of tokens of a response [default: 256]
         max_completion_length: usize = 256,
-        /// Temperature of sampling, and of the policy that is trained [default: 1]
-        temperature: f64 = 1.0,
-        /// Only the k likeliest tokens are sampled; 0 is off [default: 0]
-        top_k: usize = 0,
-        /// Only the likeliest tokens that together have this probability are sampled; 1 is off [default: 1]
-        top_p: f64 = 1.0,
-        /// Whether a response that does not end by itself is scored as if it ended there [default: true]
-        #[arg(num_args = 0..=1, default_missing_value = "true")]
-        score_at_eos: bool = true,
 
-        /// What a response is compared with: grpo (the mean of its group, token by token) or rloo (the
-        /// mean of the others, as one action; beta then weighs the divergence in the reward) [default: grpo]
+        /// Advantage estimator: grpo (baseline is the group mean; per token) or rloo (baseline is the mean of
+        /// the others; per response, with beta as KL penalty in the reward) [default: grpo]
         advantage: AdvantageEstimator = AdvantageEstimator::Grpo,
-        /// What grpo's advantages are divided by: the deviation of the group, of the whole batch, or
-        /// none (Dr. GRPO) [default: group]
+        /// Scale grpo's advantages by the standard deviation of the group, of the batch, or none (Dr. GRPO)
+        /// [default: group]
         scale_rewards: ScaleRewards = ScaleRewards::Group,
-        /// How tokens are averaged: grpo (a response counts as one), bnpo (a token counts as one), or
-        /// dr_grpo (by max_completion_length) [default: bnpo]
+        /// Loss normalization: grpo (mean per response), bnpo (mean over tokens), or dr_grpo (divided by
+        /// max_completion_length) [default: bnpo]
         loss_type: LossForm = LossForm::Bnpo,
-        /// Weight of the divergence from the reference in the loss; 0 needs no reference [default: 0]
+        /// KL coefficient in the loss; 0 uses no reference [default: 0]
         beta: f64 = 0.0,
-        /// How far a step may lower a token's probability, as a ratio [default: 0.2]
+        /// Clip range of the probability ratio, lower side [default: 0.2]
         epsilon: f64 = 0.2,
-        /// How far it may raise it (Clip-Higher of DAPO, Yu et al. 2025); 0 takes epsilon [default: 0]
+        /// Clip range, upper side (Clip-Higher of DAPO, Yu et al. 2025); 0 uses epsilon [default: 0]
         epsilon_high: f64 = 0.0,
-        /// Leave responses that do not end by themselves out of the loss (DAPO) [default: false]
-        #[arg(num_args = 0..=1, default_missing_value = "true")]
+        /// Exclude truncated responses from the loss (DAPO) [default: false]
+        #[flag(num_args = 0..=1, default_missing_value = "true")]
         mask_truncated_completions: bool = false,
-
-        /// Prompts of --eval-data that an evaluation answers; 0 takes all [default: 64]
-        eval_prompts: usize = 64,
-        /// Rows decoded at once [default: 16]
-        rollout_slots: usize = 16,
-        /// Updates between tables of sampled responses on stderr and in samples.jsonl; 0 is off [default: 10]
-        sample_steps: u64 = 10,
-        /// Responses of such a table [default: 4]
-        num_samples: usize = 4,
+        ..rollouts: RolloutSettings, RolloutFlags = RolloutSettings::default(),
     }
-}
+} } }
+grpo_settings!(settings_struct);
+#[cfg(feature = "cli")]
+pub(crate) use grpo_settings;
 
-/// What a command has of its own.
+/// The settings of one command.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Task {
     /// Supervised fine-tuning.
@@ -524,14 +674,14 @@ pub enum Task {
 /// The settings of a run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RunSettings {
-    /// What all commands have.
+    /// Shared settings.
     pub common: CommonSettings,
-    /// What this one adds.
+    /// Settings of the command.
     pub task: Task,
 }
 
 impl RunSettings {
-    /// The key of `config.toml` that says which command it is of.
+    /// The key of `config.toml` that names the command.
     const COMMAND: &str = "command";
 
     /// A command's defaults.
@@ -540,20 +690,20 @@ impl RunSettings {
         let task = match command {
             Command::Sft => Task::Sft(Default::default()),
             Command::Reward => {
-                common.learning_rate = 1e-4;
+                common.optimizer.learning_rate = 1e-4;
                 common.per_device_train_batch_size = 8;
                 Task::Reward(Default::default())
             }
             Command::Dpo => {
-                common.learning_rate = 2e-5;
+                common.optimizer.learning_rate = 2e-5;
                 common.per_device_train_batch_size = 8;
                 Task::Dpo(Default::default())
             }
             Command::Ppo | Command::Grpo => {
-                common.learning_rate = 1e-5;
+                common.optimizer.learning_rate = 1e-5;
                 common.per_device_train_batch_size = 8;
-                common.lr_scheduler_type = ScheduleKind::Linear;
-                common.warmup_ratio = 0.0;
+                common.optimizer.lr_scheduler_type = ScheduleKind::Linear;
+                common.optimizer.warmup_ratio = 0.0;
                 common.metric_for_best_model = "reward".into();
                 match command {
                     Command::Ppo => Task::Ppo(Default::default()),
@@ -579,17 +729,15 @@ impl RunSettings {
     pub fn to_table(&self) -> Result<toml::Table, TrainError> {
         let mut table = toml::Table::new();
         table.insert(Self::COMMAND.into(), self.command().name().into());
-        let own = match &self.task {
-            Task::Sft(own) => toml::Table::try_from(own),
-            Task::Reward(own) => toml::Table::try_from(own),
-            Task::Dpo(own) => toml::Table::try_from(own),
-            Task::Ppo(own) => toml::Table::try_from(own),
-            Task::Grpo(own) => toml::Table::try_from(own),
-        };
-        for part in [toml::Table::try_from(&self.common), own] {
-            table.extend(part.map_err(|e| TrainError::Settings(e.to_string()))?);
-        }
-        // One file is a text, several are a list.
+        self.common.write(&mut table)?;
+        match &self.task {
+            Task::Sft(own) => own.write(&mut table),
+            Task::Reward(own) => own.write(&mut table),
+            Task::Dpo(own) => own.write(&mut table),
+            Task::Ppo(own) => own.write(&mut table),
+            Task::Grpo(own) => own.write(&mut table),
+        }?;
+        // One file is written as a string, several as a list.
         if let Some(toml::Value::Array(files)) = table.get("data")
             && let [file] = &files[..]
         {
@@ -599,10 +747,10 @@ impl RunSettings {
         Ok(table)
     }
 
-    /// A command's defaults, and over them what `table` says. Keys it does not have, and a table
-    /// that names another command, are refused.
+    /// A command's defaults, overridden by `table`. Unknown keys, and a table that names another command,
+    /// are errors.
     pub fn from_table(command: Command, table: toml::Table) -> Result<Self, TrainError> {
-        let mut all = Self::new(command).to_table()?;
+        let mut settings = Self::new(command);
         if let Some(found) = table.get(Self::COMMAND)
             && found.as_str() != Some(command.name())
         {
@@ -612,8 +760,7 @@ impl RunSettings {
         let own_keys = Self::keys(command);
         let known = |key: &&String| {
             let key = key.as_str();
-            let keys = [&[Self::COMMAND], CommonSettings::KEYS, own_keys];
-            keys.iter().any(|keys| keys.contains(&key))
+            key == Self::COMMAND || own_keys.contains(&key)
         };
         let unknown: Vec<&str> =
             table.keys().filter(|key| !known(key)).map(String::as_str).collect();
@@ -622,59 +769,79 @@ impl RunSettings {
             return Err(TrainError::Settings(fault));
         }
         let mut table = table;
+        table.remove(Self::COMMAND);
         set_backend(&mut table).map_err(TrainError::Settings)?;
-        all.extend(table);
-        all.remove(Self::COMMAND);
-        if let Some(file @ toml::Value::String(_)) = all.get("data").cloned() {
-            all.insert("data".into(), toml::Value::Array(vec![file]));
+        if let Some(file @ toml::Value::String(_)) = table.get("data").cloned() {
+            table.insert("data".into(), toml::Value::Array(vec![file]));
         }
-        let is_common = |key: &String| CommonSettings::KEYS.contains(&key.as_str());
-        let (common, own): (toml::Table, toml::Table) =
-            all.into_iter().partition(|(key, _)| is_common(key));
-        let read = || -> Result<Self, toml::de::Error> {
-            let task = match command {
-                Command::Sft => Task::Sft(own.try_into()?),
-                Command::Reward => Task::Reward(own.try_into()?),
-                Command::Dpo => Task::Dpo(own.try_into()?),
-                Command::Ppo => Task::Ppo(own.try_into()?),
-                Command::Grpo => Task::Grpo(own.try_into()?),
-            };
-            Ok(Self { common: common.try_into()?, task })
-        };
-        read().map_err(|e| TrainError::Settings(e.message().to_string()))
+        for (key, value) in table {
+            settings.set(&key, value)?;
+        }
+        Ok(settings)
     }
 
-    fn keys(command: Command) -> &'static [&'static str] {
-        match command {
-            Command::Sft => SftSettings::KEYS,
-            Command::Reward => RewardSettings::KEYS,
-            Command::Dpo => DpoSettings::KEYS,
-            Command::Ppo => PpoSettings::KEYS,
-            Command::Grpo => GrpoSettings::KEYS,
+    fn set(&mut self, key: &str, value: toml::Value) -> Result<bool, TrainError> {
+        if self.common.set(key, value.clone())? {
+            return Ok(true);
+        }
+        match &mut self.task {
+            Task::Sft(own) => own.set(key, value),
+            Task::Reward(own) => own.set(key, value),
+            Task::Dpo(own) => own.set(key, value),
+            Task::Ppo(own) => own.set(key, value),
+            Task::Grpo(own) => own.set(key, value),
         }
     }
 
-    /// The folders of all adapters that the run reads, and what they are put on.
-    pub fn adapters(&self) -> Result<Vec<PathBuf>, TrainError> {
+    /// All keys of a command.
+    pub fn keys(command: Command) -> Vec<&'static str> {
+        let mut keys = CommonSettings::keys();
+        keys.extend(match command {
+            Command::Sft => SftSettings::keys(),
+            Command::Reward => RewardSettings::keys(),
+            Command::Dpo => DpoSettings::keys(),
+            Command::Ppo => PpoSettings::keys(),
+            Command::Grpo => GrpoSettings::keys(),
+        });
+        keys
+    }
+
+    /// The files and folders that must not change while the run goes on, with what they are. Data is
+    /// not among them: it is hashed as a whole where it is read.
+    ///
+    /// # Errors
+    /// None that paths cause.
+    pub fn fingerprinted(&self) -> Result<Vec<(String, PathBuf)>, TrainError> {
+        let mut found = self.common.fingerprinted()?;
+        found.extend(match &self.task {
+            Task::Sft(own) => own.fingerprinted(),
+            Task::Reward(own) => own.fingerprinted(),
+            Task::Dpo(own) => own.fingerprinted(),
+            Task::Ppo(own) => own.fingerprinted(),
+            Task::Grpo(own) => own.fingerprinted(),
+        }?);
+        Ok(found)
+    }
+
+    /// The folders of all adapters that the run reads.
+    pub fn adapters(&self) -> Vec<PathBuf> {
         let mut folders = vec![self.common.adapter.clone()];
-        for text in &self.common.frozen_adapter {
-            folders.push(path_and_weight(text).map_err(TrainError::Settings)?.0);
-        }
+        folders.extend(self.common.frozen_adapter.iter().map(|adapter| adapter.path.clone()));
         match &self.task {
             Task::Sft(_) | Task::Reward(_) => {}
             Task::Dpo(own) => folders.push(own.ref_adapter.clone()),
             Task::Ppo(own) => folders.extend([
-                own.ref_adapter.clone(),
+                own.rollouts.ref_adapter.clone(),
                 own.reward_adapter.clone(),
                 own.value_adapter.clone(),
                 own.judge_adapter.clone(),
             ]),
             Task::Grpo(own) => {
-                folders.extend([own.ref_adapter.clone(), own.reward_adapter.clone()]);
+                folders.extend([own.rollouts.ref_adapter.clone(), own.reward_adapter.clone()]);
             }
         }
         folders.retain(|folder| !folder.as_os_str().is_empty());
-        Ok(folders)
+        folders
     }
 
     /// The command that a run's table names.
@@ -683,52 +850,26 @@ impl RunSettings {
         Command::ALL.into_iter().find(|command| command.name() == name)
     }
 
-    /// The settings with their paths made absolute: a run goes on from any directory.
+    /// The settings with absolute paths, so that a run can be resumed from any directory.
     pub fn absolute(&self) -> Result<Self, TrainError> {
         let mut settings = self.clone();
-        let common = &mut settings.common;
-        let mut paths = vec![
-            &mut common.base,
-            &mut common.eval_data,
-            &mut common.adapter,
-            &mut common.out,
-            &mut common.chat_template,
-            &mut common.cache,
-        ];
-        paths.extend(common.data.iter_mut().map(|file| &mut file.path));
-        match &mut settings.task {
-            Task::Sft(_) | Task::Reward(_) => {}
-            Task::Dpo(own) => paths.push(&mut own.ref_adapter),
-            Task::Ppo(own) => paths.extend([
-                &mut own.reward_adapter,
-                &mut own.judge_adapter,
-                &mut own.ref_adapter,
-                &mut own.value_adapter,
-                &mut own.ptx_data,
-            ]),
-            Task::Grpo(own) => {
-                for spec in &mut own.reward {
-                    if let Some(file) = spec.strip_prefix(SCHEMA_REWARD) {
-                        let path = PathBuf::from(file);
-                        let made = std::path::absolute(&path);
-                        let made = made.map_err(|source| TrainError::Io { path, source })?;
-                        *spec = format!("{SCHEMA_REWARD}{}", made.display());
-                    }
-                }
-                paths.extend([&mut own.reward_adapter, &mut own.reward_model, &mut own.ref_adapter])
-            }
-        }
-        for text in &mut common.frozen_adapter {
-            let (path, weight) = path_and_weight(text).map_err(TrainError::Settings)?;
-            let made = std::path::absolute(&path);
-            let made = made.map_err(|source| TrainError::Io { path, source })?;
-            *text = format!("{}={weight}", made.display());
-        }
-        for path in paths.into_iter().filter(|path| !path.as_os_str().is_empty()) {
-            let made = std::path::absolute(&*path);
-            *path = made.map_err(|source| TrainError::Io { path: path.clone(), source })?;
-        }
+        settings.visit_paths(&mut make_absolute)?;
         Ok(settings)
+    }
+
+    /// Calls `visit` for every path of the settings.
+    ///
+    /// # Errors
+    /// Those of `visit`.
+    pub fn visit_paths(&mut self, visit: &mut PathVisitor) -> Result<(), TrainError> {
+        self.common.visit_paths(visit)?;
+        match &mut self.task {
+            Task::Sft(own) => own.visit_paths(visit),
+            Task::Reward(own) => own.visit_paths(visit),
+            Task::Dpo(own) => own.visit_paths(visit),
+            Task::Ppo(own) => own.visit_paths(visit),
+            Task::Grpo(own) => own.visit_paths(visit),
+        }
     }
 }
 
@@ -783,7 +924,7 @@ impl From<ComputeSetting> for String {
     }
 }
 
-/// What computes on `device`, from what was given of it.
+/// The backend and precision on `device`, from the flags that were given.
 ///
 /// # Errors
 /// If `compute` is portable and the backend another than the reference.
@@ -829,10 +970,7 @@ fn set_backend(table: &mut toml::Table) -> Result<(), String> {
     Ok(())
 }
 
-/// What a rule begins with that reads a file.
-pub const SCHEMA_REWARD: &str = "json-schema:";
-
-/// Keys that may differ when a run goes on: they change no result.
+/// Keys that may differ when a run is resumed, since they do not change results.
 pub const FREE_ON_RESUME: &[&str] = &[
     "save_total_limit",
     "out",
@@ -847,62 +985,12 @@ pub const FREE_ON_RESUME: &[&str] = &[
     "cache_from",
 ];
 
-trait Empty {
-    fn empty(&self) -> bool;
-}
-
-/// Empty lists and paths stay out of the saved file.
-fn is_empty<T: Empty>(value: &T) -> bool {
-    value.empty()
-}
-
-macro_rules! empty {
-    ($($type:ty => $empty:expr;)*) => {
-        $(impl Empty for $type {
-            fn empty(&self) -> bool {
-                let empty: fn(&Self) -> bool = $empty;
-                empty(self)
-            }
-        })*
-    };
-}
-
-empty! {
-    PathBuf => |path| path.as_os_str().is_empty();
-    Vec<String> => |list| list.is_empty();
-    Vec<usize> => |list| list.is_empty();
-    Vec<u32> => |list| list.is_empty();
-    Vec<f64> => |list| list.is_empty();
-    Vec<DataFile> => |list| list.is_empty();
-    Vec<Check> => |list| list.is_empty();
-    Option<AlpacaPrompt> => |option| option.is_none();
-    Option<EvalStrategy> => |option| option.is_none();
-    Option<bool> => |option| option.is_none();
-    String => |text| text.is_empty();
-    usize => |_| false;
-    u64 => |_| false;
-    f64 => |_| false;
-    bool => |_| false;
-    ScheduleKind => |_| false;
-    ComputeSetting => |_| false;
-    BackendKind => |_| false;
-    DeviceName => |_| false;
-    PreferenceLossType => |_| false;
-    ValueModel => |_| false;
-    KlEstimator => |_| false;
-    AdvantageEstimator => |_| false;
-    ScaleRewards => |_| false;
-    LossForm => |_| false;
-    Preset => |_| false;
-    FloatType => |_| false;
-}
-
-/// Collects what is out of range.
+/// Collects invalid settings.
 #[derive(Default)]
 struct Faults(Vec<String>);
 
 impl Faults {
-    /// All of them in one sentence, if there are any.
+    /// All errors in one sentence, if there are any.
     fn told(self) -> Option<String> {
         (!self.0.is_empty()).then(|| self.0.join("; "))
     }
@@ -929,11 +1017,6 @@ impl Faults {
         }
     }
 
-    fn memory(&mut self, budget: &str) {
-        let fine = budget.is_empty() || parse_bytes(budget).is_some();
-        self.check(fine, format!("memory_budget is {budget:?}, needed a size like 600MB or 2GiB"));
-    }
-
     fn sampling(&mut self, temperature: f64, top_p: f64) {
         let fine = temperature.is_finite() && temperature > 0.0;
         self.check(fine, format!("temperature is {temperature}, needed more than 0"));
@@ -951,17 +1034,14 @@ impl Faults {
 }
 
 impl RunSettings {
-    /// All that is out of range, in one sentence, or `None`.
+    /// All invalid settings in one sentence, or `None`.
     pub fn fault(&self) -> Option<String> {
         let mut faults = Faults::default();
         self.common.faults(&mut faults);
         let plain = |files: &[DataFile]| files.len() < 2 && files.iter().all(|f| f.weight == 1.0);
-        let fault = "several --data, and weights of them, are of sft: needed one file";
+        let fault = "several --data files, and weights, are only supported by sft: needed one file";
         let mixes = matches!(self.task, Task::Sft(_));
         faults.check(mixes || plain(&self.common.data), fault.into());
-        let size = &self.common.cache_from;
-        let fault = format!("cache_from is {size:?}, needed a size like 64MB or 1GiB");
-        faults.check(parse_bytes(size).is_some(), fault);
         match &self.task {
             Task::Sft(own) => {
                 let steps = own.gradient_accumulation_steps as u64;
@@ -979,19 +1059,19 @@ impl RunSettings {
                 let rows =
                     self.common.per_device_train_batch_size * own.gradient_accumulation_steps;
                 let compares_rows = own.preference().loss.compares_rows();
-                let fault = "kto compares the rows of a step: needed at least 2, by \
-                             per_device_train_batch_size or gradient_accumulation_steps";
+                let fault = "kto compares the rows of a step: needed at least 2, set per_device_train_batch_size \
+                             or gradient_accumulation_steps";
                 faults.check(!compares_rows || rows > 1, fault.into());
             }
             Task::Ppo(own) => {
                 own.faults(&mut faults);
                 let evaluates = match self.common.eval_strategy {
                     Some(strategy) => strategy != EvalStrategy::No,
-                    None => !self.common.eval_data.empty(),
+                    None => !self.common.eval_data.is_unset(),
                 };
-                let fault = "judge_adapter is read in evaluations: needed --eval-data or \
+                let fault = "judge_adapter is used in evaluations: requires --eval-data or \
                              --eval-strategy";
-                faults.check(own.judge_adapter.empty() || evaluates, fault.into());
+                faults.check(own.judge_adapter.is_unset() || evaluates, fault.into());
             }
             Task::Grpo(own) => own.faults(&mut faults),
         }
@@ -1014,14 +1094,16 @@ impl DpoSettings {
         for (key, losses) in self.keys_of_other_losses() {
             let loss = self.loss_type;
             let losses: Vec<&str> = losses.into_iter().map(StringEnum::name).collect();
-            faults.0.push(format!("{key} is of loss_type {}, found {loss}", losses.join(", ")));
+            faults
+                .0
+                .push(format!("{key} only applies to loss_type {}, got {loss}", losses.join(", ")));
         }
         let referenced = self.preference().loss.has_reference();
         let fault = "ref_adapter is given, but this loss has no reference".to_string();
-        faults.check(self.ref_adapter.empty() || referenced, fault);
+        faults.check(self.ref_adapter.is_unset() || referenced, fault);
     }
 
-    /// The loss with the parameters it has.
+    /// The loss with its parameters.
     pub fn preference(&self) -> PreferenceSettings {
         let &Self { label_smoothing, reference_free, simpo_gamma, .. } = self;
         let &Self { desirable_weight, undesirable_weight, beta, .. } = self;
@@ -1038,19 +1120,23 @@ impl DpoSettings {
         PreferenceSettings { loss, beta }
     }
 
-    /// Keys that are set, but that only other losses have, with these: a loss has a key that changes
-    /// what [`Self::preference`] returns.
+    /// Keys that are set but only apply to other losses, with those losses. A key applies to a loss if it
+    /// changes the result of [`Self::preference`].
     fn keys_of_other_losses(&self) -> Vec<(&'static str, Vec<PreferenceLossType>)> {
-        let table = |settings: &Self| toml::Table::try_from(settings).unwrap_or_default();
+        let table = |settings: &Self| {
+            let mut table = toml::Table::new();
+            settings.write(&mut table).map(|()| table).unwrap_or_default()
+        };
         let (set, plain) = (table(self), table(&Self::default()));
         let with = |loss_type: PreferenceLossType, key: &str, value: Option<&toml::Value>| {
-            let mut table = plain.clone();
-            table.extend(value.map(|value| (key.to_string(), value.clone())));
-            let settings: Self = table.try_into().unwrap_or_default();
+            let mut settings = Self::default();
+            if let Some(value) = value {
+                let _ = settings.set(key, value.clone()); // a value of its own type
+            }
             Self { loss_type, ..settings }.preference()
         };
         let mut found = Vec::new();
-        for &key in Self::KEYS.iter().filter(|&&key| set.get(key) != plain.get(key)) {
+        for key in Self::keys().into_iter().filter(|&key| set.get(key) != plain.get(key)) {
             let has = |&loss: &PreferenceLossType| {
                 with(loss, key, set.get(key)) != with(loss, key, plain.get(key))
             };
@@ -1063,15 +1149,41 @@ impl DpoSettings {
     }
 }
 
-impl PpoSettings {
+impl OptimizerSettings {
     fn faults(&self, faults: &mut Faults) {
-        faults.check(!self.reward_adapter.empty(), "--reward-adapter is missing".into());
+        faults.rates([
+            ("learning_rate", self.learning_rate, f64::MAX),
+            ("warmup_ratio", self.warmup_ratio, 1.0),
+            ("weight_decay", self.weight_decay, f64::MAX),
+            ("max_grad_norm", self.max_grad_norm, f64::MAX),
+            ("adam_epsilon", self.adam_epsilon, f64::MAX),
+        ]);
+        for (name, beta) in [("adam_beta1", self.adam_beta1), ("adam_beta2", self.adam_beta2)] {
+            faults.check((0.0..1.0).contains(&beta), format!("{name} is {beta}, needed in [0, 1)"));
+        }
+        faults.check(self.adam_epsilon as f32 > 0.0, "adam_epsilon is not a positive f32".into());
+    }
+}
+
+impl RolloutSettings {
+    fn faults(&self, faults: &mut Faults) {
         faults.counts([
             ("batch_size", self.batch_size as u64),
             ("num_mini_batches", self.num_mini_batches as u64),
+            ("rollout_slots", self.rollout_slots as u64),
+        ]);
+        faults.sampling(self.temperature, self.top_p);
+        faults.mini_batches(self.num_mini_batches, self.batch_size); // groups stay whole
+    }
+}
+
+impl PpoSettings {
+    fn faults(&self, faults: &mut Faults) {
+        faults.check(!self.reward_adapter.is_unset(), "--reward-adapter is missing".into());
+        self.rollouts.faults(faults);
+        faults.counts([
             ("num_ppo_epochs", self.num_ppo_epochs as u64),
             ("response_length", self.response_length as u64),
-            ("rollout_slots", self.rollout_slots as u64),
         ]);
         faults.rates([
             ("min_reward_accuracy", self.min_reward_accuracy, 1.0),
@@ -1089,22 +1201,20 @@ impl PpoSettings {
         let horizon = self.kl_horizon;
         let fine = horizon.is_finite() && horizon > 0.0;
         faults.check(fine, format!("kl_horizon is {horizon}, needed more than 0"));
-        let least = 0.2 * self.batch_size as f64; // else an update could turn kl_coef negative
+        let least = 0.2 * self.rollouts.batch_size as f64; // else an update could turn kl_coef negative
         let fault = format!("kl_horizon is {horizon}, needed more than {least} with target_kl");
         faults.check(self.target_kl == 0.0 || horizon > least, fault);
-        faults.sampling(self.temperature, self.top_p);
-        faults.mini_batches(self.num_mini_batches, self.batch_size);
         let own = self.value_model == ValueModel::Own;
         let fault = "value_adapter is given, but value_model is policy".to_string();
-        faults.check(own || self.value_adapter.empty(), fault);
+        faults.check(own || self.value_adapter.is_unset(), fault);
     }
 }
 
 impl GrpoSettings {
-    /// Kinds of reward there are.
+    /// Number of reward sources.
     pub fn rewards(&self) -> usize {
         let models = [&self.reward_adapter, &self.reward_model];
-        let models = models.iter().filter(|path| !path.empty()).count();
+        let models = models.iter().filter(|path| !path.is_unset()).count();
         self.reward.len() + self.reward_command.len() + models
     }
 
@@ -1117,12 +1227,10 @@ impl GrpoSettings {
         faults.check(weights == 0 || weights == rewards, fault);
         let fine = self.reward_weights.iter().all(|weight| weight.is_finite());
         faults.check(fine, "reward_weights are not all finite".into());
+        self.rollouts.faults(faults);
         faults.counts([
-            ("batch_size", self.batch_size as u64),
             ("num_iterations", self.num_iterations as u64),
-            ("num_mini_batches", self.num_mini_batches as u64),
             ("max_completion_length", self.max_completion_length as u64),
-            ("rollout_slots", self.rollout_slots as u64),
         ]);
         let n = self.num_generations;
         let fault = format!("num_generations is {n}, needed at least 2: responses are compared");
@@ -1134,18 +1242,16 @@ impl GrpoSettings {
             ("epsilon", self.epsilon, f64::MAX),
             ("epsilon_high", self.epsilon_high, f64::MAX),
         ]);
-        faults.sampling(self.temperature, self.top_p);
-        faults.mini_batches(self.num_mini_batches, self.batch_size); // groups stay whole
         let timeout = self.reward_timeout;
         faults.check(timeout > 0.0, format!("reward_timeout is {timeout}, needed more than 0"));
         if self.advantage == AdvantageEstimator::Rloo {
             let plain = Self::default();
-            let fault = |name: &str| format!("{name} is of advantage grpo, found rloo");
+            let fault = |name: &str| format!("{name} only applies to advantage grpo, got rloo");
             faults.check(self.scale_rewards == plain.scale_rewards, fault("scale_rewards"));
             faults.check(self.loss_type == plain.loss_type, fault("loss_type"));
         }
         let fault = "ref_adapter is given, but beta is 0: there is no reference".to_string();
-        faults.check(self.beta > 0.0 || self.ref_adapter.empty(), fault);
+        faults.check(self.beta > 0.0 || self.rollouts.ref_adapter.is_unset(), fault);
     }
 }
 
@@ -1160,12 +1266,12 @@ impl CommonSettings {
         AddedTokenSpec::list(&self.add_tokens, &self.add_special_tokens)
     }
 
-    /// Whether evaluations are compared.
+    /// Whether the best checkpoint is tracked.
     pub fn seeks_best(&self) -> bool {
         self.early_stopping_patience > 0 || self.load_best_model_at_end
     }
 
-    /// How they are, as transformers does it.
+    /// How the best checkpoint is selected, as in transformers.
     pub fn best(&self) -> BestSettings {
         let name = &self.metric_for_best_model;
         let metric = if name.starts_with(EVAL) { name.clone() } else { format!("{EVAL}{name}") };
@@ -1177,24 +1283,17 @@ impl CommonSettings {
         }
     }
 
-    /// The file of a command that takes one.
+    /// The data file of a command that reads a single one.
     pub fn data_file(&self) -> &Path {
         self.data.first().map_or(Path::new(""), |file| &file.path)
     }
 
     fn faults(&self, faults: &mut Faults) {
-        let given = [("base", !self.base.empty()), ("data", !self.data.empty())];
-        for (name, given) in given.into_iter().chain([("out", !self.out.empty())]) {
+        let given = [("base", !self.base.is_unset()), ("data", !self.data.is_unset())];
+        for (name, given) in given.into_iter().chain([("out", !self.out.is_unset())]) {
             faults.check(given, format!("--{name} is missing"));
         }
-        faults.rates([
-            ("learning_rate", self.learning_rate, f64::MAX),
-            ("weight_decay", self.weight_decay, f64::MAX),
-            ("max_grad_norm", self.max_grad_norm, f64::MAX),
-            ("adam_epsilon", self.adam_epsilon, f64::MAX),
-            ("num_train_epochs", self.num_train_epochs, 1e5),
-            ("warmup_ratio", self.warmup_ratio, 1.0),
-        ]);
+        faults.rates([("num_train_epochs", self.num_train_epochs, 1e5)]);
         let ratio = self.loraplus_lr_ratio;
         let fine = ratio.is_finite() && ratio > 0.0;
         faults.check(fine, format!("loraplus_lr_ratio is {ratio}, needed more than 0"));
@@ -1202,9 +1301,7 @@ impl CommonSettings {
         let own = self.loraplus_lr_embedding != Self::default().loraplus_lr_embedding;
         let fault = "loraplus_lr_embedding is given, but loraplus_lr_ratio is 1: no LoRA+".into();
         faults.check(!own || ratio != 1.0, fault);
-        for (name, beta) in [("adam_beta1", self.adam_beta1), ("adam_beta2", self.adam_beta2)] {
-            faults.check((0.0..1.0).contains(&beta), format!("{name} is {beta}, needed in [0, 1)"));
-        }
+        self.optimizer.faults(faults);
         faults.counts([
             ("per_device_train_batch_size", self.per_device_train_batch_size as u64),
             ("eval_steps", self.eval_steps),
@@ -1213,20 +1310,18 @@ impl CommonSettings {
         faults.rates([("early_stopping_threshold", self.early_stopping_threshold, f64::MAX)]);
         let evaluates = match self.eval_strategy {
             Some(strategy) => strategy != EvalStrategy::No,
-            None => !self.eval_data.empty(),
+            None => !self.eval_data.is_unset(),
         };
-        let fault = "early_stopping_patience and load_best_model_at_end compare evaluations: \
-                     needed --eval-data or --eval-strategy";
+        let fault = "early_stopping_patience and load_best_model_at_end require evaluations: \
+                     set --eval-data or --eval-strategy";
         faults.check(!self.seeks_best() || evaluates, fault.into());
         for (key, set) in [
             ("early_stopping_threshold", self.early_stopping_threshold != 0.0),
             ("greater_is_better", self.greater_is_better.is_some()),
         ] {
-            let fault = "needs early_stopping_patience or load_best_model_at_end";
+            let fault = "requires early_stopping_patience or load_best_model_at_end";
             faults.check(!set || self.seeks_best(), format!("{key} {fault}"));
         }
-        faults.check(self.adam_epsilon as f32 > 0.0, "adam_epsilon is no positive f32".into());
-        faults.memory(&self.memory_budget);
         if let Err(fault) = self.device.check(self.compute()) {
             faults.0.push(fault.to_string());
         }
@@ -1237,7 +1332,7 @@ impl CommonSettings {
         faults.check((0.0..1.0).contains(&p), format!("lora_dropout is {p}, needed in [0, 1)"));
         let seed = self.seed;
         faults.check(i64::try_from(seed).is_ok(), format!("seed is {seed}, needed below 2^63"));
-        if !self.adapter.empty() {
+        if !self.adapter.is_unset() {
             let plain = Self::default();
             let own = [
                 ("r", self.r != plain.r),
@@ -1259,15 +1354,13 @@ impl CommonSettings {
                 ),
             ];
             for (name, _) in own.iter().filter(|(_, set)| *set) {
-                faults.check(
-                    false,
-                    format!("{name} is the adapter's own with --adapter, not to be set"),
-                );
+                faults
+                    .check(false, format!("{name} cannot be set with --adapter, which defines it"));
             }
         }
         faults.check(
             self.max_length > 1,
-            format!("max_length is {}, needed 2 or more", self.max_length),
+            format!("max_length is {}, needed at least 2", self.max_length),
         );
         let some = self.max_steps > 0 || self.num_train_epochs > 0.0;
         faults.check(
@@ -1288,7 +1381,7 @@ mod tests {
             settings.common.data = vec!["a.jsonl".into()];
             settings.common.target_modules = vec!["q_proj".into()];
             settings.common.eval_strategy = Some(EvalStrategy::Steps);
-            settings.common.learning_rate = 3e-7;
+            settings.common.optimizer.learning_rate = 3e-7;
             let text = toml::to_string(&settings.to_table().unwrap()).unwrap();
             let table: toml::Table = toml::from_str(&text).unwrap();
             assert_eq!(RunSettings::command_of(&table), Some(command));
@@ -1305,8 +1398,41 @@ mod tests {
         }
     }
 
+    /// Every key that can hold a path is found by trying: what it then holds is absolute afterwards.
     #[test]
-    fn keys_of_others_are_refused() {
+    fn absolute_covers_every_path_key() {
+        let mut found = std::collections::BTreeSet::new();
+        for command in Command::ALL {
+            for key in RunSettings::keys(command) {
+                for text in ["somewhere", "json-schema:somewhere"] {
+                    let text = toml::Value::from(text);
+                    for value in [text.clone(), toml::Value::Array(vec![text])] {
+                        let mut settings = RunSettings::new(command);
+                        if settings.set(key, value).is_err() {
+                            continue;
+                        }
+                        let mut absolute = settings.absolute().unwrap();
+                        absolute
+                            .visit_paths(&mut |path| {
+                                if path.ends_with("somewhere") {
+                                    assert!(path.is_absolute(), "{key}: {}", path.display());
+                                    found.insert(key);
+                                }
+                                Ok(())
+                            })
+                            .unwrap();
+                    }
+                }
+            }
+        }
+        let keys = "adapter base cache chat_template data eval_data frozen_adapter judge_adapter \
+                    loftq_base out ptx_data ref_adapter reward reward_adapter reward_model \
+                    value_adapter";
+        assert_eq!(found.into_iter().collect::<Vec<_>>().join(" "), keys);
+    }
+
+    #[test]
+    fn keys_of_other_commands_are_errors() {
         let refused = |command, text: &str| {
             let table = toml::from_str(text).unwrap();
             RunSettings::from_table(command, table).unwrap_err().to_string()
@@ -1353,12 +1479,12 @@ mod tests {
     }
 
     #[test]
-    fn all_faults_are_told_at_once() {
+    fn all_faults_are_reported_at_once() {
         let mut settings = RunSettings::new(Command::Ppo);
         settings.common.save_steps = 0;
-        settings.common.adam_beta1 = 1.0;
+        settings.common.optimizer.adam_beta1 = 1.0;
         let Task::Ppo(own) = &mut settings.task else { panic!() };
-        (own.num_mini_batches, own.gamma) = (5, 2.0);
+        (own.rollouts.num_mini_batches, own.gamma) = (5, 2.0);
         let fault = settings.fault().unwrap();
         for words in [
             "--base",

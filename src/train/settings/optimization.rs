@@ -1,6 +1,6 @@
 //! What follows from settings of evaluation, schedule and optimizer.
 
-use super::{CommonSettings, EvalStrategy, PretrainSettings};
+use super::{CommonSettings, EvalStrategy, OptimizerSettings, PretrainSettings};
 use crate::optim::{AdamWSettings, Schedule};
 
 impl CommonSettings {
@@ -19,16 +19,6 @@ impl CommonSettings {
         self.evaluation() != EvalStrategy::No
     }
 
-    /// The constants of AdamW.
-    pub fn adamw(&self) -> AdamWSettings {
-        AdamWSettings {
-            adam_beta1: self.adam_beta1,
-            adam_beta2: self.adam_beta2,
-            adam_epsilon: self.adam_epsilon,
-            weight_decay: self.weight_decay,
-        }
-    }
-
     /// Steps of the run if every epoch has `steps_per_epoch`. A part of an epoch is rounded up to
     /// whole steps, as transformers does.
     pub fn total_steps(&self, steps_per_epoch: u64) -> u64 {
@@ -42,18 +32,19 @@ impl CommonSettings {
 
     /// The learning rates of a run of `total_steps`.
     pub fn schedule(&self, total_steps: u64) -> Schedule {
-        Schedule {
-            kind: self.lr_scheduler_type,
-            learning_rate: self.learning_rate,
-            warmup_steps: warmup_steps(self.warmup_steps, self.warmup_ratio, total_steps),
-            total_steps,
-            decay_steps: total_steps.div_ceil(5),
-            min_lr_ratio: 0.0,
-        }
+        self.optimizer.schedule(total_steps, total_steps.div_ceil(5), 0.0)
     }
 }
 
 impl PretrainSettings {
+    /// The learning rates of a run of `total_steps`.
+    pub fn schedule(&self, total_steps: u64) -> Schedule {
+        let decay_steps = fraction_of(total_steps, self.decay_ratio);
+        self.optimizer.schedule(total_steps, decay_steps, self.min_lr_ratio)
+    }
+}
+
+impl OptimizerSettings {
     /// The constants of AdamW.
     pub fn adamw(&self) -> AdamWSettings {
         AdamWSettings {
@@ -64,22 +55,19 @@ impl PretrainSettings {
         }
     }
 
-    /// The learning rates of a run of `total_steps`.
-    pub fn schedule(&self, total_steps: u64) -> Schedule {
+    fn schedule(&self, total_steps: u64, decay_steps: u64, min_lr_ratio: f64) -> Schedule {
         Schedule {
             kind: self.lr_scheduler_type,
             learning_rate: self.learning_rate,
-            warmup_steps: warmup_steps(self.warmup_steps, self.warmup_ratio, total_steps),
+            warmup_steps: match self.warmup_steps {
+                0 => fraction_of(total_steps, self.warmup_ratio),
+                steps => steps,
+            },
             total_steps,
-            decay_steps: fraction_of(total_steps, self.decay_ratio),
-            min_lr_ratio: self.min_lr_ratio,
+            decay_steps,
+            min_lr_ratio,
         }
     }
-}
-
-/// Steps of the warm-up: `steps`, or without them a fraction of all.
-fn warmup_steps(steps: u64, ratio: f64, total_steps: u64) -> u64 {
-    if steps > 0 { steps } else { fraction_of(total_steps, ratio) }
 }
 
 fn fraction_of(total_steps: u64, ratio: f64) -> u64 {
@@ -95,8 +83,7 @@ mod tests {
         let settings = |num_train_epochs, max_steps, warmup_steps| CommonSettings {
             num_train_epochs,
             max_steps,
-            warmup_steps,
-            warmup_ratio: 0.05,
+            optimizer: OptimizerSettings { warmup_steps, warmup_ratio: 0.05, ..Default::default() },
             ..Default::default()
         };
         assert_eq!(settings(1.0, 0, 0).total_steps(11), 11);

@@ -1,4 +1,4 @@
-//! The vectors that kernels compute with: what each rung provides, and the form in plain Rust.
+//! The vectors that kernels compute with: what each ISA level provides, and the form in plain Rust.
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -18,14 +18,14 @@ pub(super) trait I16Vector: Copy {
     /// Lanes of those.
     const LANES: usize;
 
-    /// The kernel over blocks, with this rung's features.
+    /// The kernel over blocks, with the features of its ISA level.
     unsafe fn blocks<F: Format, T: ActivationValue, const M: usize>(
         bytes: &[u8],
         x: &Activations<T>,
         first: usize,
         output: &Output,
     ) -> usize;
-    /// The kernel over floats, with this rung's features.
+    /// The kernel over floats, with the features of its ISA level.
     unsafe fn floats<F: FloatFormat, const M: usize>(
         bytes: &[u8],
         x: &Activations<f32>,
