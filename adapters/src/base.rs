@@ -1,20 +1,20 @@
-//! The weight that an update sits on, read a few rows at a time: what the family needs of a base.
+//! A base's frozen weight, read a few rows at a time.
 
 use std::ops::Range;
 use std::sync::Arc;
 
-/// A frozen weight `W (rows, cols)`, `y = W x`, in whatever type it lies.
+/// A frozen weight `W (rows, cols)` of a layer `y = W x`, in any storage type.
 pub trait BaseRows: Sync {
-    /// Outputs of the layer.
+    /// Rows of `W`: outputs of the layer.
     fn rows(&self) -> usize;
 
-    /// Inputs of the layer.
+    /// Columns of `W`: inputs of the layer.
     fn cols(&self) -> usize;
 
-    /// Reads some rows: `out (rows, cols)`, row by row.
+    /// Reads rows as F32 into `out (rows, cols)`, row-major.
     ///
     /// # Panics
-    /// If the rows leave the weight or `out` has another size.
+    /// If the range exceeds the rows or `out` has another size.
     fn read(&self, rows: Range<usize>, out: &mut [f32]);
 }
 

@@ -1,20 +1,20 @@
-//! One adapter made of several: PEFT's `add_weighted_adapter`, method by method.
+//! Several adapters merged into one: PEFT's `add_weighted_adapter` with all its combination types.
 //!
-//! An adapter i has weight `w_i` and, on a module, `ΔW_i = s_i B_i A_i`. The methods are of three kinds:
+//! Adapter i has weight `w_i` and, on a module, `ΔW_i = s_i B_i A_i`. There are three kinds:
 //!
 //! - `linear`, `ties`, `dare_linear`, `dare_ties` and `magnitude_prune` combine the A's and the B's
-//!   apart, each with `√|w_i s_i|` (the sign goes with A). That is cheap and rough: the product of two
-//!   sums is not the sum of the products. The ranks must be the same.
+//!   separately, each with `√|w_i s_i|` (A gets the sign). That is cheap and approximate: the product of
+//!   two sums is not the sum of the products. The ranks must be equal.
 //! - `cat` stacks the ranks: exactly `Σ w_i ΔW_i`, at the sum of the ranks.
 //! - `svd` and those ending in `_svd` combine the whole `ΔW_i` and keep the leading singular triples.
 //!   `svd` itself never makes a whole `ΔW`: it decomposes the stacked factors.
 //!
-//! TIES (Yadav et al. 2023) keeps each adapter's largest numbers and of those the ones of the elected
-//! sign; DARE (Yu et al. 2023) drops numbers at random and scales up what is left.
+//! TIES (Yadav et al. 2023) keeps each adapter's largest values and of those the ones with the elected
+//! sign; DARE (Yu et al. 2023) drops values at random and rescales the others.
 //!
-//! In two things we are not PEFT. With one adapter it takes `linear`, whatever is asked for; here the
-//! method asked for is used. And it keeps the first adapter's `use_rslora`, under which the result is
-//! read `√r` times too large; here the result has a plain scale of 1.
+//! Two differences from PEFT: with one adapter PEFT uses `linear` whatever the combination type; here the
+//! given type is used. And PEFT keeps the first adapter's `use_rslora`, which makes the result `√r` times
+//! too large when it is read; here the result has a plain scale of 1.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::str::FromStr;
@@ -33,7 +33,7 @@ use crate::rng::Stream;
 pub enum CombinationType {
     /// Sums of the A's and of the B's.
     Linear,
-    /// The ranks of all, one after the other.
+    /// The ranks of all adapters concatenated.
     Cat,
     /// The leading triples of the weighted sum.
     Svd,
@@ -49,14 +49,14 @@ pub enum CombinationType {
     DareTies,
     /// DARE and TIES' election, on whole updates.
     DareTiesSvd,
-    /// The largest numbers and a sum, on A's and B's.
+    /// Magnitude pruning and a sum, on A's and B's.
     MagnitudePrune,
-    /// The largest numbers and a sum, on whole updates.
+    /// Magnitude pruning and a sum, on whole updates.
     MagnitudePruneSvd,
 }
 
 impl CombinationType {
-    /// All, under PEFT's names.
+    /// All combination types with PEFT's names.
     pub const ALL: [(&'static str, Self); 11] = [
         ("linear", Self::Linear),
         ("cat", Self::Cat),
@@ -71,7 +71,7 @@ impl CombinationType {
         ("magnitude_prune_svd", Self::MagnitudePruneSvd),
     ];
 
-    /// What becomes of each adapter's numbers first.
+    /// How each adapter's values are pruned first.
     fn pruning(self) -> Pruning {
         match self {
             Self::Linear | Self::Cat | Self::Svd => Pruning::None,
@@ -84,12 +84,12 @@ impl CombinationType {
         }
     }
 
-    /// Whether the numbers of an elected sign are taken, or all.
+    /// Whether only values of the elected sign are summed.
     fn elects(self) -> bool {
         matches!(self, Self::Ties | Self::TiesSvd | Self::DareTies | Self::DareTiesSvd)
     }
 
-    /// Whether numbers are dropped at random.
+    /// Whether values are dropped at random.
     pub fn is_random(self) -> bool {
         self.pruning() == Pruning::Random
     }
@@ -125,12 +125,12 @@ enum Pruning {
     Random,
 }
 
-/// PEFT's `majority_sign_method`: whose sign is elected.
+/// PEFT's `majority_sign_method`: how the sign of a value is elected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MajoritySign {
-    /// That of the sum.
+    /// The sign of the sum.
     Total,
-    /// That of most numbers.
+    /// The sign of most values.
     Frequency,
 }
 
@@ -148,12 +148,12 @@ impl FromStr for MajoritySign {
     }
 }
 
-/// How adapters are combined. What a method has no use for is refused.
+/// How adapters are combined. Settings that the combination type does not use are errors.
 #[derive(Clone, Copy)]
 pub struct Combination<'a> {
-    /// The method.
+    /// The combination type.
     pub method: CombinationType,
-    /// The share of numbers that pruning leaves; needed by TIES, DARE and magnitude pruning.
+    /// The fraction of values that pruning keeps, above 0 and at most 1; needed by TIES, DARE and magnitude pruning.
     pub density: Option<f64>,
     /// How TIES elects signs, by default [`MajoritySign::Total`].
     pub majority_sign_method: Option<MajoritySign>,
@@ -163,27 +163,27 @@ pub struct Combination<'a> {
     pub masks: DareMasks<'a>,
 }
 
-/// Which numbers DARE keeps.
+/// Which values DARE keeps.
 #[derive(Clone, Copy)]
 pub enum DareMasks<'a> {
-    /// Drawn by this seed, keyed by module, adapter and matrix.
+    /// Random with this seed, keyed by module, adapter and matrix.
     Seed(u64),
-    /// Made by the caller: as many as [`MaskRequest::count`].
+    /// Computed by the caller, of length [`MaskRequest::count`].
     Given(&'a dyn Fn(&MaskRequest<'_>) -> Vec<bool>),
 }
 
-/// One matrix that DARE draws a mask for.
+/// One matrix that DARE needs a mask for.
 #[derive(Debug, Clone, Copy)]
 pub struct MaskRequest<'a> {
     /// The module's path.
     pub module: &'a str,
-    /// Which adapter, by its place in the call.
+    /// Index of the adapter in the call.
     pub adapter: usize,
-    /// Which matrix of it.
+    /// Which of its matrices.
     pub matrix: UpdateMatrix,
-    /// Its numbers, row by row.
+    /// Number of its values, row-major.
     pub count: usize,
-    /// The share to keep.
+    /// The fraction to keep.
     pub density: f64,
 }
 
@@ -202,13 +202,13 @@ pub enum UpdateMatrix {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CombineError {
-    /// Settings that make no sense, or not with the method.
+    /// Invalid settings, or settings that do not apply to the combination type.
     #[error("{0}")]
     Settings(String),
     /// No adapters.
     #[error("no adapters to combine")]
     Empty,
-    /// An adapter with more than factors.
+    /// An adapter that is not plain LoRA.
     #[error("adapter {name} has {what}, which cannot be combined with others: needed plain LoRA")]
     NotPlain {
         /// The adapter.
@@ -216,7 +216,7 @@ pub enum CombineError {
         /// What it has.
         what: &'static str,
     },
-    /// Updates of one module that are of different layers.
+    /// Updates of one module with different shapes.
     #[error("{module}: adapter {name} is for a layer of {found:?}, another for one of {needed:?}")]
     Shape {
         /// The module's path.
@@ -250,20 +250,23 @@ pub enum CombineError {
     Tensor(#[from] candle_core::Error),
 }
 
-/// Combines adapters, each with a weight, into a new one of scale 1.
+/// Combines adapters, each with a weight, into a new one of scale 1. All tensors are F32 on the CPU.
+///
+/// # Errors
+/// If there is no adapter, one is not plain LoRA, settings do not apply, or shapes or ranks differ.
 pub fn combine(
     name: &str,
     adapters: &[(&Adapter, f64)],
-    how: &Combination<'_>,
+    settings: &Combination<'_>,
 ) -> Result<Adapter, CombineError> {
-    let density = check(adapters, how)?;
+    let density = check(adapters, settings)?;
     let modules: BTreeSet<&String> = adapters.iter().flat_map(|(a, _)| a.modules.keys()).collect();
     let ranks = adapters.iter().flat_map(|(a, _)| a.modules.values().map(Lora::r));
-    let svd_rank = how.svd_rank.unwrap_or_else(|| ranks.max().unwrap_or(1));
+    let svd_rank = settings.svd_rank.unwrap_or_else(|| ranks.max().unwrap_or(1));
     let mut made = BTreeMap::new();
     for module in modules {
         let updates = updates(module, adapters)?;
-        let factors = match how.method {
+        let factors = match settings.method {
             CombinationType::Cat => stacked(&updates),
             CombinationType::Svd => {
                 let stacked = stacked(&updates);
@@ -272,7 +275,7 @@ pub fn combine(
                 let triples = leading_of_product(&b, &a, svd_rank);
                 cut(triples.map_err(|_| CombineError::NotConverged(module.clone()))?, svd_rank)
             }
-            _ if how.method.is_svd() => {
+            _ if settings.method.is_svd() => {
                 let products = updates.iter().map(WeightedUpdate::product).collect();
                 let weights: Vec<f32> = updates.iter().map(|u| u.weight as f32).collect();
                 let sum = merged(
@@ -280,14 +283,14 @@ pub fn combine(
                     &weights,
                     UpdateMatrix::Product,
                     (module, &updates),
-                    how,
+                    settings,
                     density,
                 )?;
                 let (rows, cols) = (updates[0].out, updates[0].of_in);
                 let triples = Dense { values: &sum, rows, cols }.leading(svd_rank);
                 cut(triples.map_err(|_| CombineError::NotConverged(module.clone()))?, svd_rank)
             }
-            _ => combine_factors(module, &updates, how, density)?,
+            _ => combine_factors(module, &updates, settings, density)?,
         };
         made.insert(module.clone(), factors);
     }
@@ -304,8 +307,8 @@ pub fn combine(
 }
 
 /// The density, once everything is known to make sense.
-fn check(adapters: &[(&Adapter, f64)], how: &Combination<'_>) -> Result<f64, CombineError> {
-    let method = how.method.name();
+fn check(adapters: &[(&Adapter, f64)], settings: &Combination<'_>) -> Result<f64, CombineError> {
+    let method = settings.method.name();
     let refuse = |problem: String| Err(CombineError::Settings(problem));
     if adapters.is_empty() {
         return Err(CombineError::Empty);
@@ -324,17 +327,17 @@ fn check(adapters: &[(&Adapter, f64)], how: &Combination<'_>) -> Result<f64, Com
             return refuse(format!("weight {weight} of {}: needed a finite number", adapter.name));
         }
     }
-    if how.majority_sign_method.is_some() && !how.method.elects() {
+    if settings.majority_sign_method.is_some() && !settings.method.elects() {
         return refuse(format!("majority_sign_method is for the ties kinds, found {method}"));
     }
-    match how.svd_rank {
-        Some(_) if !how.method.is_svd() => {
+    match settings.svd_rank {
+        Some(_) if !settings.method.is_svd() => {
             return refuse(format!("svd_rank is for the svd kinds, found {method}"));
         }
         Some(0) => return refuse("svd_rank: found 0, needed 1 or more".into()),
         _ => {}
     }
-    match (how.method.pruning(), how.density) {
+    match (settings.method.pruning(), settings.density) {
         (Pruning::None, None) => Ok(1.0),
         (Pruning::None, Some(_)) => {
             refuse(format!("density is for methods that prune, found {method}"))
@@ -379,7 +382,7 @@ impl WeightedUpdate {
     }
 }
 
-/// Those adapters' updates that have the module.
+/// The updates of the module, of the adapters that have one.
 fn updates(
     module: &str,
     adapters: &[(&Adapter, f64)],
@@ -424,7 +427,7 @@ struct CombinedFactors {
 }
 
 impl CombinedFactors {
-    /// An update of rank r, those above its own nothing.
+    /// An update of rank r; the additional ranks are zero.
     fn padded(mut self, r: usize) -> candle_core::Result<Lora> {
         self.a.resize(r * self.of_in, 0.0);
         let mut b = vec![0f32; self.out * r];
@@ -436,7 +439,7 @@ impl CombinedFactors {
     }
 }
 
-/// All ranks one after the other: exactly the weighted sum.
+/// All ranks concatenated: exactly the weighted sum.
 fn stacked(updates: &[WeightedUpdate]) -> CombinedFactors {
     let (r, out, of_in) = (updates.iter().map(|u| u.r).sum(), updates[0].out, updates[0].of_in);
     let mut a = Vec::with_capacity(r * of_in);
@@ -453,16 +456,16 @@ fn stacked(updates: &[WeightedUpdate]) -> CombinedFactors {
     CombinedFactors { a, b, r, of_in, out }
 }
 
-/// The A's and the B's, each by the method.
+/// Combines the A's and the B's separately.
 fn combine_factors(
     module: &str,
     updates: &[WeightedUpdate],
-    how: &Combination<'_>,
+    settings: &Combination<'_>,
     density: f64,
 ) -> Result<CombinedFactors, CombineError> {
     let ranks: Vec<usize> = updates.iter().map(|update| update.r).collect();
     if ranks.iter().any(|r| *r != ranks[0]) {
-        let (module, method) = (module.into(), how.method.name());
+        let (module, method) = (module.into(), settings.method.name());
         return Err(CombineError::Ranks { module, ranks, method });
     }
     let roots = |with_sign: bool| -> Vec<f32> {
@@ -475,38 +478,38 @@ fn combine_factors(
     let of_a = updates.iter().map(|update| update.a.clone()).collect();
     let of_b = updates.iter().map(|update| update.b.clone()).collect();
     Ok(CombinedFactors {
-        a: merged(of_a, &roots(true), UpdateMatrix::A, (module, updates), how, density)?,
-        b: merged(of_b, &roots(false), UpdateMatrix::B, (module, updates), how, density)?,
+        a: merged(of_a, &roots(true), UpdateMatrix::A, (module, updates), settings, density)?,
+        b: merged(of_b, &roots(false), UpdateMatrix::B, (module, updates), settings, density)?,
         r: ranks[0],
         of_in: updates[0].of_in,
         out: updates[0].out,
     })
 }
 
-/// Matrices of all adapters, pruned, elected and summed.
+/// Prunes the matrices of all adapters, elects signs, and sums.
 fn merged(
     mut matrices: Vec<Vec<f32>>,
     weights: &[f32],
     matrix: UpdateMatrix,
     (module, updates): (&str, &[WeightedUpdate]),
-    how: &Combination<'_>,
+    settings: &Combination<'_>,
     density: f64,
 ) -> Result<Vec<f32>, CombineError> {
     for (values, update) in matrices.iter_mut().zip(updates) {
-        match how.method.pruning() {
+        match settings.method.pruning() {
             Pruning::Magnitude if density < 1.0 => keep_largest(values, density),
             Pruning::Random if density < 1.0 => {
                 let (adapter, count) = (update.adapter, values.len());
                 let draw = MaskRequest { module, adapter, matrix, count, density };
-                keep_drawn(values, &how.masks.of(&draw)?, density);
+                keep_drawn(values, &settings.masks.of(&draw)?, density);
             }
             _ => {}
         }
     }
-    Ok(match how.method.elects() {
+    Ok(match settings.method.elects() {
         false => summed(&matrices, weights),
         true => {
-            let sign = how.majority_sign_method.unwrap_or(MajoritySign::Total);
+            let sign = settings.majority_sign_method.unwrap_or(MajoritySign::Total);
             elected(&matrices, weights, sign)
         }
     })
@@ -536,7 +539,7 @@ impl DareMasks<'_> {
     }
 }
 
-/// Leaves the share of the largest numbers; of equals the first.
+/// Zeroes all but a fraction of the largest values; of equal ones the first are kept.
 fn keep_largest(values: &mut [f32], density: f64) {
     let kept = (density * values.len() as f64) as usize;
     let mut order: Vec<u32> = (0..values.len() as u32).collect();
@@ -547,7 +550,7 @@ fn keep_largest(values: &mut [f32], density: f64) {
     order[kept..].iter().for_each(|&i| values[i as usize] = 0.0);
 }
 
-/// Drops the numbers of the mask and scales up the others, so that the sum to be expected stays.
+/// Zeroes the values outside of the mask and scales the others up, so that the expected sum is the same.
 fn keep_drawn(values: &mut [f32], mask: &[bool], density: f64) {
     for (value, kept) in values.iter_mut().zip(mask) {
         *value = if *kept { *value / density as f32 } else { 0.0 };
@@ -562,8 +565,8 @@ fn summed(matrices: &[Vec<f32>], weights: &[f32]) -> Vec<f32> {
     sum
 }
 
-/// Per number the weighted mean of those of the elected sign, as TIES has it: over their count, not
-/// over their weights.
+/// The weighted mean of the values with the elected sign, as in TIES: divided by their count, not by the
+/// sum of their weights.
 fn elected(matrices: &[Vec<f32>], weights: &[f32], method: MajoritySign) -> Vec<f32> {
     let at = |i: usize| {
         let values = || matrices.iter().map(move |values| values[i]);
@@ -585,7 +588,7 @@ fn elected(matrices: &[Vec<f32>], weights: &[f32], method: MajoritySign) -> Vec<
     (0..matrices[0].len()).map(at).collect()
 }
 
-/// `B = U diag(s)`, `A = Vᵀ`, of rank r; those above what there is are nothing.
+/// `B = U diag(s)`, `A = Vᵀ`, of rank r; ranks above the number of triples are zero.
 fn cut(triples: Singular, r: usize) -> CombinedFactors {
     let (out, of_in, k) = (triples.u.nrows(), triples.v.nrows(), triples.s.len());
     let mut a = vec![0f32; r * of_in];
@@ -605,8 +608,8 @@ fn matrix(values: &[f32], rows: usize, cols: usize) -> Mat<f64> {
     Mat::from_fn(rows, cols, |row, col| f64::from(values[row * cols + col]))
 }
 
-/// The first adapter's config, of rank and `lora_alpha` r. Where the adapters name their modules alike
-/// so does it; else by their paths.
+/// The first adapter's config with rank and `lora_alpha` r. Its targets are those of the adapters where all
+/// name the same, else the paths of the modules.
 fn config(adapters: &[(&Adapter, f64)], modules: &BTreeMap<String, Lora>, r: usize) -> LoraConfig {
     let first = &adapters[0].0.config;
     let named = |config: &LoraConfig| {
@@ -669,13 +672,13 @@ mod tests {
         product.flatten_all().unwrap().to_vec1().unwrap()
     }
 
-    /// Largest distance between two lists.
+    /// Largest absolute difference of two lists.
     fn apart(a: &[f32], b: &[f32]) -> f32 {
         a.iter().zip(b).fold(0.0, |most, (a, b)| most.max((a - b).abs()))
     }
 
     #[test]
-    fn exact_methods_give_the_weighted_sum() {
+    fn cat_and_svd_give_the_weighted_sum() {
         let (one, two) = (adapter("one", &[("q", 2), ("k", 3)]), adapter("two", &[("q", 1)]));
         let sum: Vec<f32> = (product(&one, "q").iter().zip(product(&two, "q")))
             .map(|(a, b)| 0.7 * a - 1.5 * b)
@@ -696,7 +699,7 @@ mod tests {
     }
 
     #[test]
-    fn masks_belong_to_module_adapter_and_matrix() {
+    fn masks_are_keyed_by_module_adapter_and_matrix() {
         let (one, two) = (adapter("one", &[("q", 2), ("k", 2)]), adapter("two", &[("q", 2)]));
         let made = |method| combine("made", &[(&one, 1.0), (&two, 1.0)], &how(method)).unwrap();
         let alone = combine("made", &[(&one, 1.0)], &how(CombinationType::DareLinearSvd)).unwrap();
@@ -707,10 +710,10 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_combined_is_refused() {
+    fn invalid_combinations_are_errors() {
         let one = adapter("one", &[("q", 2)]);
-        let check = |adapters: &[(&Adapter, f64)], how: &Combination<'_>, needed: &str| {
-            let error = combine("made", adapters, how).unwrap_err().to_string();
+        let check = |adapters: &[(&Adapter, f64)], settings: &Combination<'_>, needed: &str| {
+            let error = combine("made", adapters, settings).unwrap_err().to_string();
             assert!(error.contains(needed), "{error:?} should say {needed:?}");
         };
         let both = |other| [(&one, 1.0), (other, 1.0)];

@@ -1,12 +1,12 @@
-//! PEFT's `adapter_config.json`: what of it LoRA needs, read with all mistakes named at once and
-//! written so that PEFT loads it.
+//! PEFT's `adapter_config.json`: the keys of LoRA, read with all errors reported at once, and written
+//! so that PEFT loads it.
 //!
-//! Keys we do not know are tolerated, as PEFT's own files gain keys with each version. Keys that
-//! would make PEFT compute something else than this crate does are refused by name.
+//! Unknown keys are ignored, as PEFT's files gain keys with each version. Keys with which PEFT computes
+//! something that is not supported here are errors.
 
 use serde_json::{Map, Number, Value, json};
 
-/// Which modules, as `target_modules` and `exclude_modules` say it.
+/// A choice of modules: the value of `target_modules` and `exclude_modules`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Modules {
     /// A regular expression in Python's syntax that must match a module's whole path; as
@@ -16,13 +16,13 @@ pub enum Modules {
     List(Vec<String>),
 }
 
-/// `init_lora_weights`: how A and B begin. B is zero unless said otherwise.
+/// `init_lora_weights`: how A and B are initialized. B is zero where not stated otherwise.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum InitLoraWeights {
-    /// `true`: A as `torch.nn.Linear` begins, uniform in `±1/sqrt(in)`.
+    /// `true`: A like `torch.nn.Linear`, uniform in `±1/sqrt(in)`.
     KaimingUniform,
-    /// `false`: A and B both as `torch.nn.Linear` begins, B uniform in `±1/sqrt(r)`. For tests:
-    /// the adapter changes the model before it has learned anything.
+    /// `false`: A and B both like `torch.nn.Linear`, B uniform in `±1/sqrt(r)`. For tests: the adapter
+    /// changes the model before it is trained.
     Random,
     /// `"gaussian"`: A normal with standard deviation `1/r`.
     Gaussian,
@@ -34,22 +34,21 @@ pub enum InitLoraWeights {
     },
     /// `"olora"`: the first r columns of Q and rows of R of the base's QR (Büyükakyüz 2024).
     Olora,
-    /// `"loftq"`: the largest singular triples of what quantization took from the base (Li et al.
-    /// 2023).
+    /// `"loftq"`: the leading singular triples of the base's quantization error (Li et al. 2023).
     Loftq,
-    /// An initialization that leaves the base's weights alone and that we cannot draw
-    /// (`"eva"`, `"orthogonal"`): an adapter that began so can be read and trained on.
+    /// An initialization that is not implemented and does not change the base's weights (`"eva"`,
+    /// `"orthogonal"`): adapters initialized by it can be read and trained further.
     Stored(String),
 }
 
 /// The LoRA part of `adapter_config.json`, under PEFT's names.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoraConfig {
-    /// What the model is for, `CAUSAL_LM` for one that generates.
+    /// PEFT's task type: `CAUSAL_LM`, or `SEQ_CLS` with a score head.
     pub task_type: Option<String>,
-    /// Where the base came from; nothing is loaded by it here.
+    /// Name or path of the base. Only written and reported here: nothing is loaded by it.
     pub base_model_name_or_path: Option<String>,
-    /// Which revision of the base.
+    /// Revision of the base.
     pub revision: Option<String>,
     /// Rank of the update.
     pub r: usize,
@@ -61,36 +60,37 @@ pub struct LoraConfig {
     pub target_modules: Option<Modules>,
     /// Modules that get none although they are targets.
     pub exclude_modules: Option<Modules>,
-    /// Other ranks by expression over the end of a module path; the first that matches counts.
+    /// Ranks of single modules, by a regular expression for the end of a module path; the first match
+    /// counts.
     pub rank_pattern: Vec<(String, usize)>,
-    /// Other `lora_alpha`s by expression, as `rank_pattern`.
+    /// `lora_alpha` of single modules, by expressions as in `rank_pattern`.
     pub alpha_pattern: Vec<(String, f64)>,
-    /// Only these layers; for targets given as a list of path ends.
+    /// Restricts targets given as a list of path ends to these layers.
     pub layers_to_transform: Option<Vec<usize>>,
     /// Names of the module lists that `layers_to_transform` counts in, by default any.
     pub layers_pattern: Vec<String>,
     /// Scale by `lora_alpha / sqrt(r)` instead (rsLoRA, Kalajdzievski 2023).
     pub use_rslora: bool,
-    /// Each row of a merged weight gets a length of its own (DoRA, Liu et al. 2024).
+    /// DoRA (Liu et al. 2024): a trained magnitude for each row of the merged weight.
     pub use_dora: bool,
-    /// How A and B begin.
+    /// How A and B are initialized.
     pub init_lora_weights: InitLoraWeights,
-    /// Modules trained whole and stored beside the updates, by path or its end: [`SCORE`],
+    /// Modules trained as a whole and stored beside the updates, by path or its end: [`SCORE`],
     /// [`EMBEDDING`], [`HEAD`]; PEFT also lists `classifier` beside `score`, whichever the model has.
     pub modules_to_save: Vec<String>,
-    /// Tokens whose embeddings are trained, in the order of the file's rows; of a head that is the
-    /// embedding, its rows too.
+    /// Tokens whose rows of the embedding are trained, in the order of the file's rows; of a tied head
+    /// too.
     pub trainable_token_indices: Vec<u32>,
-    /// Tokens whose rows of the head are trained for themselves: the `lm_head` of PEFT's
+    /// Tokens whose rows of an untied head are trained: `lm_head` in PEFT's
     /// `{"embed_tokens": [...], "lm_head": [...]}`.
     pub head_token_indices: Vec<u32>,
-    /// Whether PEFT shall load the adapter frozen.
+    /// Whether PEFT loads the adapter frozen.
     pub inference_mode: bool,
 }
 
-/// The head of a sequence classifier, in transformers' models for most families.
+/// Module name of the head of a sequence classifier, in transformers' models of most families.
 pub const SCORE: &str = "score";
-/// What PEFT lists beside it for every sequence classifier.
+/// The other name of it that PEFT lists for every sequence classifier.
 pub(crate) const CLASSIFIER: &str = "classifier";
 /// The token embedding's module path.
 pub const EMBEDDING: &str = "model.embed_tokens";
@@ -131,15 +131,15 @@ pub enum ConfigError {
     /// Not a JSON object.
     #[error("not an adapter config: {0}")]
     Json(String),
-    /// Every key that is wrong or asks for what we cannot do, a clause each.
+    /// All keys that are wrong or not supported, a clause for each.
     #[error("{}", .0.join("; "))]
     Keys(Vec<String>),
 }
 
-/// No layer has use for more, and `r * in_features` stays far from overflow.
+/// Larger than any layer needs, and `r * in_features` cannot overflow.
 const MAX_R: usize = 65536;
 
-/// Keys that change what PEFT computes when they hold anything but null, false, or nothing.
+/// Keys that change what PEFT computes unless they are null, false or empty.
 const UNSUPPORTED: [&str; 13] = [
     "use_qalora",
     "use_bdlora",
@@ -243,7 +243,10 @@ impl LoraConfig {
         if problems.is_empty() { Ok(config) } else { Err(ConfigError::Keys(problems)) }
     }
 
-    /// Checks what PEFT checks when a config is made: for configs that come from flags.
+    /// Checks what PEFT checks when it creates a config.
+    ///
+    /// # Errors
+    /// With a clause for each wrong key.
     pub fn validate(&self) -> Result<(), ConfigError> {
         let mut problems = Vec::new();
         let mut need = |holds: bool, problem: String| {
@@ -291,13 +294,13 @@ impl LoraConfig {
         if problems.is_empty() { Ok(()) } else { Err(ConfigError::Keys(problems)) }
     }
 
-    /// The paths of the modules trained whole, but for a score head: [`EMBEDDING`], [`HEAD`].
+    /// The paths of the modules trained as a whole, without a score head: [`EMBEDDING`], [`HEAD`].
     pub fn saved_modules(&self) -> impl Iterator<Item = &'static str> {
         let is_meant = |path: &&str| self.modules_to_save.iter().any(|name| is_end(path, name));
         [EMBEDDING, HEAD].into_iter().filter(is_meant)
     }
 
-    /// The config of an adapter that has begun by it: one like any other.
+    /// The config of an adapter after its initialization.
     pub(crate) fn as_plain(&self) -> Self {
         let init_lora_weights = match &self.init_lora_weights {
             InitLoraWeights::Loftq => InitLoraWeights::KaimingUniform,
@@ -562,7 +565,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_written_is_read_again() {
+    fn written_config_reads_back() {
         let full = LoraConfig {
             task_type: Some("CAUSAL_LM".into()),
             base_model_name_or_path: Some("a/b".into()),
@@ -598,7 +601,7 @@ mod tests {
     }
 
     #[test]
-    fn everything_wrong_is_named_at_once() {
+    fn config_errors_are_reported_together() {
         let check = |text: &str, needed: &[&str]| {
             let error = LoraConfig::from_json(text).unwrap_err().to_string();
             for part in needed {
@@ -654,7 +657,7 @@ mod tests {
     }
 
     #[test]
-    fn unknown_keys_and_nulls_are_tolerated() {
+    fn unknown_keys_and_nulls_are_ignored() {
         let text = r#"{"peft_type": "LORA", "new_in_2030": {"a": 1.5}, "r": null, "use_dora": false,
             "loftq_config": {}, "lora_alpha": 16.5, "layers_to_transform": [], "bias": null}"#;
         let config = LoraConfig::from_json(text).unwrap();
@@ -662,7 +665,7 @@ mod tests {
     }
 
     #[test]
-    fn modules_and_tokens_are_named_as_peft_names_them() {
+    fn modules_to_save_and_token_indices_follow_peft() {
         let check = |text: &str, saved: &[&str], tokens: &[u32], of_head: &[u32]| {
             let text = format!(r#"{{"peft_type": "LORA", {text}}}"#);
             let config = LoraConfig::from_json(&text).unwrap();

@@ -1,5 +1,5 @@
-//! The form of an update that decoding reads: laid out for a token or so at a time, its scales
-//! folded in, in 16 bits where the rest of decoding is no more exact.
+//! An update in the layout that decode kernels read: for one or a few tokens at a time, with its scales
+//! folded in, and in f16 where the rest of decoding is no more exact.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -9,21 +9,20 @@ use half::f16;
 
 use crate::delta::Lora;
 
-/// Numbers of a group: rows of A are padded to whole groups.
+/// Values of a group: rows of A are padded to whole groups.
 pub const DECODE_GROUP: usize = 16;
-/// Rows of A that a kernel takes at a time: ranks are padded to whole blocks.
+/// Rows of A that a kernel reads at a time: ranks are padded to whole blocks.
 pub const A_RANK_BLOCK: usize = 4;
-/// Outputs of a panel of B.
+/// Outputs in a panel of B.
 pub const B_PANEL: usize = 16;
-/// Panels of B that lie together, so that they are read as one stream.
+/// Panels of B in a stripe, which is read as one stream.
 pub const B_PANELS_PER_STRIPE: usize = 4;
 
-/// The largest exponent that 16-bit numbers get: above it rounding may reach infinity, and the more
-/// there is below it, the smaller the numbers that keep all their bits.
+/// The exponent that the largest f16 value is scaled to: above it rounding may reach infinity; below it,
+/// small values lose fewer bits the larger it is.
 const TOP: i32 = 14;
 
-/// `B A` with everything it is multiplied by, for products with a few tokens:
-/// `y += weight · factor · B (A x)`.
+/// `B A` with all its factors, for products with a few tokens: `y += weight · factor · B (A x)`.
 #[derive(Debug)]
 pub struct DecodeWeights<T> {
     /// Rank.
@@ -37,23 +36,23 @@ pub struct DecodeWeights<T> {
     pub a: Vec<T>,
     /// `B (out, r)` as `(stripes, r, 4, 16)`: a stripe is four panels, the last filled up with zeros.
     pub b: Vec<T>,
-    /// A power of two, which takes back what the numbers of 16 bits were moved by.
+    /// A power of two that undoes the scaling of f16 values.
     pub factor: f32,
     /// DoRA's `s (out)`: `W x` becomes `(1 + Σ weight · (s − 1)) ⊙ W x`. In B it is already.
     pub row_scales: Option<Vec<f32>>,
-    /// Whether the numbers have changed that it was made of.
+    /// Whether the adapter's parameters have changed since.
     stale: AtomicBool,
 }
 
-/// What a form's numbers are stored as.
+/// Type of the values of [`DecodeWeights`].
 pub trait DecodeScalar: Copy + Default + Send + Sync + 'static {
-    /// The power of two that numbers up to `largest` are multiplied with to be stored.
+    /// The exponent of the power of two that values up to `largest` are scaled by when stored.
     fn shift(largest: f32) -> i32;
 
-    /// The nearest.
+    /// The nearest value of this type.
     fn round(x: f64) -> Self;
 
-    /// Where an update keeps its form of such numbers.
+    /// The cache entry for this type.
     fn slot(decode_cache: &mut DecodeWeightsCache) -> &mut Option<Arc<DecodeWeights<Self>>>;
 }
 
@@ -73,7 +72,7 @@ impl DecodeScalar for f32 {
 
 impl DecodeScalar for f16 {
     fn shift(largest: f32) -> i32 {
-        // Zeros and what is not finite stay what they are.
+        // Zeros, NaN and infinities are not scaled.
         let exponent = (largest.to_bits() >> 23) as i32 - 127;
         if (-100..128).contains(&exponent) { TOP - exponent } else { 0 }
     }
@@ -87,17 +86,17 @@ impl DecodeScalar for f16 {
     }
 }
 
-/// The decode weights of an update that have been asked for.
+/// The decode weights of an update that have been computed.
 #[derive(Debug, Default)]
 pub struct DecodeWeightsCache {
     half: Option<Arc<DecodeWeights<f16>>>,
     whole: Option<Arc<DecodeWeights<f32>>>,
-    /// How often they were forgotten.
+    /// How often they were invalidated.
     pub(crate) generation: u64,
 }
 
 impl DecodeWeightsCache {
-    /// Forgets all, and tells whoever still has them.
+    /// Drops all, and marks those that are in use elsewhere as stale.
     pub(crate) fn invalidate(&mut self) {
         let next = Self { generation: self.generation + 1, ..Self::default() };
         let Self { half, whole, .. } = std::mem::replace(self, next);
@@ -107,14 +106,14 @@ impl DecodeWeightsCache {
 }
 
 impl<T> DecodeWeights<T> {
-    /// Whether its adapter is still what it was made of.
+    /// Whether the adapter's parameters are unchanged since it was computed.
     pub fn is_current(&self) -> bool {
         !self.stale.load(Ordering::Acquire)
     }
 }
 
 impl<T: DecodeScalar> DecodeWeights<T> {
-    /// Of an update, and DoRA's `s (out)` if it has magnitudes.
+    /// The decode weights of an update; `row_scales` are DoRA's `s (out)` if it has magnitudes.
     pub fn new(lora: &Lora, row_scales: Option<Vec<f32>>) -> Result<Self> {
         let (r, cols, rows) = (lora.r(), lora.in_features(), lora.out_features());
         let a = lora.a.as_detached_tensor().flatten_all()?.to_vec1::<f32>()?;
@@ -157,7 +156,7 @@ impl<T: DecodeScalar> DecodeWeights<T> {
     }
 }
 
-/// The largest magnitude; NaN is above all.
+/// The largest absolute value; NaN counts as larger than all.
 fn largest(values: impl Iterator<Item = f32>) -> f32 {
     // Bits of magnitudes order as they do.
     f32::from_bits(values.fold(0, |largest, x| largest.max(x.to_bits() & 0x7fff_ffff)))

@@ -1,8 +1,8 @@
-//! Leading singular triples, exact and randomized, and the leading part of a QR: what initializations
-//! and combinations are made of.
+//! Leading singular triples, exact and randomized, and the leading part of a QR decomposition, for
+//! [`crate::initialize`] and [`crate::combine`].
 //!
-//! Everything is in `f64` and runs on one thread, so that the numbers do not depend on how many there
-//! are; callers run several matrices side by side.
+//! Everything is in `f64` on one thread, so that results do not depend on the number of threads; callers
+//! process several matrices in parallel.
 
 use std::ops::Range;
 
@@ -12,16 +12,16 @@ use faer::{Accum, Mat, MatRef, Par, Side};
 
 use crate::rng::Stream;
 
-/// Numbers of a matrix that are `f64` at a time: 32 MB.
+/// Values of a matrix that are converted to `f64` at a time: 32 MB.
 const CHUNK: usize = 1 << 22;
-/// Columns more than asked for that the randomized iteration carries (Halko et al. 2011).
+/// Additional columns of the randomized iteration (Halko et al. 2011).
 const OVERSAMPLING: usize = 8;
 
-/// An iteration that does not converge, which a matrix of finite numbers does not cause.
+/// The iteration did not converge, which does not happen with finite values.
 #[derive(Debug)]
 pub(crate) struct NotConverged;
 
-/// A matrix `(rows, cols)` of finite numbers, row by row.
+/// A matrix `(rows, cols)` of finite values, row-major.
 #[derive(Clone, Copy)]
 pub(crate) struct Dense<'a> {
     pub values: &'a [f32],
@@ -29,7 +29,7 @@ pub(crate) struct Dense<'a> {
     pub cols: usize,
 }
 
-/// The k leading singular triples of a matrix, falling: `U diag(s) Vᵀ`.
+/// The k leading singular triples of a matrix, largest first: `U diag(s) Vᵀ`.
 pub(crate) struct Singular {
     /// `(rows, k)`.
     pub u: Mat<f64>,
@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn leading_triples_are_those_of_the_whole() {
+    fn leading_triples_match_full_svd() {
         for (rows, cols) in [(40, 24), (24, 40), (30, 30), (5, 1), (1, 7)] {
             let values = falling(rows, cols, 0.8);
             let w = Dense { values: &values, rows, cols };
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn a_product_is_decomposed_through_its_factors() {
+    fn svd_of_product_matches_full_svd() {
         for (rows, cols, n) in [(20, 30, 5), (6, 30, 9), (4, 3, 8)] {
             let (b, a) = (falling(rows, n, 0.7), falling(n, cols, 0.9));
             let b = Mat::from_fn(rows, n, |row, k| f64::from(b[row * n + k]));
@@ -261,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn a_leading_qr_is_the_start_of_the_whole() {
+    fn leading_qr_matches_full_qr() {
         for (rows, cols, r) in [(12, 9, 4), (9, 12, 4), (3, 8, 5)] {
             let values = falling(rows, cols, 0.9);
             let w = Dense { values: &values, rows, cols };

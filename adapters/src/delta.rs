@@ -1,4 +1,4 @@
-//! The maths of LoRA (Hu et al. 2021), and an adapter: the updates of a base by module.
+//! The maths of LoRA (Hu et al. 2021) and DoRA, and [`Adapter`]: the updates of a base by module.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::Range;
@@ -14,6 +14,10 @@ use crate::rng::Stream;
 use crate::targets::{Target, TargetError};
 
 /// The low-rank update of one linear layer: `ΔW = scale · B A`.
+///
+/// Weights derived from A, B and the magnitudes are cached for decoding. Whoever sets one of these
+/// [`Var`]s must call [`Adapter::invalidate_decode_weights`] afterwards, or set it inside
+/// [`Adapter::update_parameters`], which does.
 #[derive(Debug, Clone)]
 pub struct Lora {
     /// `A (r, in)` F32.
@@ -22,16 +26,16 @@ pub struct Lora {
     pub b: Var,
     /// `lora_alpha / r`, or `lora_alpha / sqrt(r)`.
     pub scale: f64,
-    /// DoRA's magnitudes, of updates that have them.
+    /// DoRA's magnitudes; `None` for plain LoRA.
     pub magnitude: Option<Magnitude>,
-    /// Of the r, how many, the last ones, stay as they began. An update that begins with numbers of
-    /// the base's own (PiSSA, OLoRA) takes them off again in these, so that it begins as nothing.
+    /// How many of the last ranks do not train. An update initialized from the base's weight (PiSSA,
+    /// OLoRA) subtracts its initial value in these, so that `ΔW` starts at zero.
     pub frozen_ranks: usize,
     pub(crate) decode_cache: Arc<Mutex<DecodeWeightsCache>>,
 }
 
-/// What DoRA (Liu et al. 2024) makes of a merged weight: each of its rows gets a length of its own,
-/// `W' = m ⊙ (W + scale · B A) / ‖W + scale · B A‖`, the norms row by row and no part of the tape.
+/// DoRA's magnitudes (Liu et al. 2024): a trained length for each row of the merged weight,
+/// `W' = m ⊙ (W + scale · B A) / ‖W + scale · B A‖`, with norms row by row that get no gradient.
 #[derive(Debug, Clone)]
 pub struct Magnitude {
     /// `m (out)` F32.
@@ -41,23 +45,23 @@ pub struct Magnitude {
 
 #[derive(Debug, Default)]
 struct RowNorms {
-    /// `‖W‖²` of each row: the base stays as it is.
+    /// `‖W‖²` of each row, which never changes.
     base: Option<Arc<[f64]>>,
-    /// `‖W + scale · B A‖` of each row, until A or B change.
+    /// `‖W + scale · B A‖` of each row, until A or B changes.
     merged: Option<Arc<[f32]>>,
 }
 
 impl Lora {
-    /// A plain update.
+    /// A plain LoRA update: `A (r, in)`, `B (out, r)`, both F32.
     pub fn new(a: Var, b: Var, scale: f64) -> Self {
         Self { a, b, scale, magnitude: None, frozen_ranks: 0, decode_cache: Arc::default() }
     }
 
-    /// What the update adds to the layer's output: `scale · (mask ⊙ x) Aᵀ Bᵀ`.
+    /// The update's term of the layer's output: `scale · (mask ⊙ x) Aᵀ Bᵀ`.
     ///
     /// Shapes: `x (N, in)` F32, `mask (N, in)` F32 as [`Dropout::mask`] draws it → `(N, out)` F32.
-    /// With `trainable` the result depends on A and B on the tape; without, it records nothing
-    /// that `x` does not record itself. It is computed on the device of `x`, wherever A and B are.
+    /// With `trainable`, gradients flow into A and B; without, only into `x`. Computed on the device of
+    /// `x`, wherever A and B are.
     pub fn delta(&self, x: &Tensor, mask: Option<&Tensor>, trainable: bool) -> Result<Tensor> {
         let (a, b) = if trainable {
             (self.a.as_tensor().clone(), self.b.as_tensor().clone())
@@ -72,11 +76,11 @@ impl Lora {
         (low * self.scale)?.matmul(&b.t()?) // (N, out)
     }
 
-    /// DoRA's `m / ‖·‖ ⊙ y` of what the merged weight without magnitudes makes of the layer's input.
+    /// DoRA's `m / ‖·‖ ⊙ y`, of the output `y` of the merged weight without magnitudes; `y` itself for
+    /// plain LoRA.
     ///
-    /// Shapes: `y (N, out)` F32, `norms (out)` F32 on its device, as [`Self::row_norms`] gives them →
-    /// `(N, out)`. With
-    /// `trainable` the magnitudes are on the tape; the norms never are. Without magnitudes it is y.
+    /// Shapes: `y (N, out)` F32, `norms (out)` F32 on its device, from [`Self::row_norms`] →
+    /// `(N, out)`. With `trainable`, gradients flow into the magnitudes; the norms get none.
     pub fn scaled(&self, y: &Tensor, norms: &Tensor, trainable: bool) -> Result<Tensor> {
         let Some(magnitude) = &self.magnitude else { return Ok(y.clone()) };
         let m = match trainable {
@@ -86,10 +90,11 @@ impl Lora {
         y.broadcast_mul(&m.to_device(y.device())?.div(norms)?)
     }
 
-    /// DoRA's `‖W + scale · B A‖` of each row, `(out)`; nothing without magnitudes.
+    /// DoRA's `‖W + scale · B A‖` of each row, `(out)` F32; `None` for plain LoRA.
     ///
-    /// They are kept until [`Adapter::changed`]. By `‖W‖² + 2 s Σ B ∘ (W Aᵀ) + s² Σ B ∘ (B A Aᵀ)` no
-    /// merged weight is made; the sums over ranks are `f64`.
+    /// Cached until [`Adapter::invalidate_decode_weights`]. Computed as
+    /// `‖W‖² + 2 s Σ B ∘ (W Aᵀ) + s² Σ B ∘ (B A Aᵀ)`, without a merged weight in memory; sums over
+    /// ranks are `f64`.
     pub fn row_norms(&self, base: &dyn BaseRows) -> Result<Option<Arc<[f32]>>> {
         let Some(magnitude) = &self.magnitude else { return Ok(None) };
         let known = {
@@ -106,7 +111,7 @@ impl Lora {
         }
         let a = self.a.as_detached_tensor().flatten_all()?.to_vec1::<f32>()?;
         let b = self.b.as_detached_tensor().flatten_all()?.to_vec1::<f32>()?;
-        // Unlocked: a thread that waits for its part may take up other work that asks for the same.
+        // Not under the lock: rayon may run another task on this thread that needs the same norms.
         let squares = merged_squares(base, (&a, &b, r), self.scale, known.as_deref());
         let (of_base, merged): (Vec<f64>, Vec<f32>) =
             squares.into_iter().map(|(w, all)| (w, all.max(0.0).sqrt() as f32)).unzip();
@@ -116,8 +121,8 @@ impl Lora {
         Ok(norms.merged.clone())
     }
 
-    /// What DoRA multiplies the rows of `W + scale · B A` with, `m / ‖W + scale · B A‖ (out)`; nothing
-    /// without magnitudes.
+    /// DoRA's factor of each row of `W + scale · B A`: `m / ‖W + scale · B A‖ (out)`; `None` for plain
+    /// LoRA.
     pub fn row_scales(&self, base: &dyn BaseRows) -> Result<Option<Vec<f32>>> {
         let (Some(norms), Some(magnitude)) = (self.row_norms(base)?, &self.magnitude) else {
             return Ok(None);
@@ -126,8 +131,9 @@ impl Lora {
         Ok(Some(m.iter().zip(&*norms).map(|(m, norm)| m / norm).collect()))
     }
 
-    /// The update as decoding reads it, on a base's weight: with magnitudes, on that which is asked for
-    /// first, for an adapter is of one base. It is kept until [`Adapter::changed`].
+    /// The update in the layout that decode kernels read, cached until
+    /// [`Adapter::invalidate_decode_weights`]. DoRA's factors are of the `base` of the first call: an
+    /// adapter is used with one base only.
     pub fn decode_weights<T: DecodeScalar>(
         &self,
         base: &dyn BaseRows,
@@ -139,11 +145,11 @@ impl Lora {
                 return Ok(form.clone());
             }
             let generation = decode_cache.generation;
-            // Unlocked: a thread that waits for its part may take up other work that asks for the same.
+            // Not under the lock: rayon may run another task on this thread that needs the same.
             drop(decode_cache);
             let made = DecodeWeights::new(self, self.row_scales(base)?)?;
             let mut decode_cache = lock();
-            // Numbers that changed meanwhile are read again.
+            // Parameters that changed meanwhile are read again.
             if decode_cache.generation == generation {
                 return Ok(T::slot(&mut decode_cache)
                     .get_or_insert_with(|| Arc::new(made))
@@ -168,7 +174,7 @@ impl Lora {
     }
 }
 
-/// Rows of the base that a thread reads at a time.
+/// Rows of the base that one task reads.
 const ROWS: usize = 32;
 
 /// `‖w‖²` and `‖w + scale · b A‖²` of each row w of the base.
@@ -208,7 +214,7 @@ fn merged_squares(
     firsts.into_par_iter().flat_map_iter(chunk).collect()
 }
 
-/// `Σ x y`, in parts short enough for f32.
+/// `Σ x y`, summed in f32 over chunks of 256 and in f64 over the chunks.
 fn dot(x: &[f32], y: &[f32]) -> f64 {
     let part = |(x, y): (&[f32], &[f32])| {
         let mut sums = [0f32; 16];
@@ -225,7 +231,7 @@ fn dot(x: &[f32], y: &[f32]) -> f64 {
 }
 
 impl Magnitude {
-    /// Magnitudes whose norms nobody has asked for yet.
+    /// Magnitudes `(out)` F32, without cached norms.
     pub fn new(vector: Var) -> Self {
         Self { vector, norms: Arc::default() }
     }
@@ -235,22 +241,22 @@ impl Magnitude {
     }
 }
 
-/// Which token of the data a row of activations belongs to, wherever it stands in a batch.
+/// Identity of a token in the data set, independent of its place in a batch: the key of its dropout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct TokenKey {
-    /// The pass over the data.
+    /// The epoch.
     pub epoch: u64,
     /// The row of the data set.
     pub row: u64,
-    /// The token's place in its row.
+    /// The token's position in its row.
     pub position: u64,
 }
 
-/// LoRA's dropout, drawn anew for each token and module but always the same for the same token:
-/// packing, any split into micro-batches, recomputation and a resumed run see the same mask.
+/// LoRA's dropout, with random numbers keyed by token and module: packing, the split into
+/// micro-batches, recomputation and a resumed run see the same mask.
 #[derive(Debug, Clone)]
 pub struct Dropout {
-    /// Probability in `[0, 1)` that an input is dropped.
+    /// Probability in `[0, 1)` that an input of A is dropped.
     pub p: f64,
     /// The run's seed.
     pub seed: u64,
@@ -259,15 +265,15 @@ pub struct Dropout {
 }
 
 impl Dropout {
-    /// The mask `(N, in)` F32 before A of `module`, one row a key: 0 with probability p, else
-    /// `1 / (1 - p)`.
+    /// The mask `(N, in)` F32 for the input of A of `module`, one row for each key: 0 with probability
+    /// p, else `1 / (1 - p)`.
     pub fn mask(&self, module: &str, in_features: usize, device: &Device) -> Result<Tensor> {
         let mut mask = vec![0f32; self.keys.len() * in_features];
         self.draw(module, 0..self.keys.len(), &mut mask);
         Tensor::from_vec(mask, (self.keys.len(), in_features), device)
     }
 
-    /// The same for some of the rows of activations, into a buffer `(rows, in)`.
+    /// Writes [`Self::mask`] of some rows into a buffer `(rows, in)`.
     pub fn draw(&self, module: &str, rows: Range<usize>, mask: &mut [f32]) {
         let module = Stream::new(0, module, &[]).next_u64();
         let kept = (1.0 / (1.0 - self.p)) as f32;
@@ -288,17 +294,15 @@ impl Dropout {
     }
 }
 
-/// Why an adapter could not be begun.
+/// Why an adapter could not be initialized.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum InitError {
-    /// An initialization whose tensors can only come from a file.
-    #[error(
-        "init_lora_weights {0:?} cannot begin an adapter, needed one that can be drawn or made of the base"
-    )]
+    /// An initialization that is not implemented: such adapters can only be read from a file.
+    #[error("init_lora_weights {0:?} is only supported in adapters that are read from a file")]
     Undrawable(String),
-    /// What is made of the base's weights, without them.
-    #[error("{0} is made of the base's weights, which are not at hand here")]
+    /// An initialization from the base's weights, which [`Adapter::new`] does not have.
+    #[error("{0} needs the weights of the base")]
     NeedsBaseWeights(String),
     /// The config is not usable.
     #[error(transparent)]
@@ -306,45 +310,45 @@ pub enum InitError {
     /// The config does not fit the base.
     #[error(transparent)]
     Targets(#[from] TargetError),
-    /// The base's weights are not as the initialization needs them.
+    /// The settings or the base's weights do not suit the initialization.
     #[error("{0}")]
     Unsuitable(String),
     /// A weight that cannot be decomposed.
     #[error("{0}: the decomposition of its weight does not converge")]
     NotConverged(String),
-    /// No memory on the device, or no such device.
-    #[error("a new adapter's tensors: {0}")]
+    /// candle could not create a tensor.
+    #[error("tensors of a new adapter: {0}")]
     Tensor(#[from] candle_core::Error),
 }
 
-/// A set of updates for one base.
+/// Low-rank updates, and other trained tensors, for one base.
 #[derive(Debug, Clone)]
 pub struct Adapter {
-    /// What a user calls it.
+    /// Its name in messages.
     pub name: String,
-    /// Where it came from and how it scales.
+    /// PEFT's config.
     pub config: LoraConfig,
     /// The updates by module path, like `model.layers.0.self_attn.q_proj`.
     pub modules: BTreeMap<String, Lora>,
-    /// The head `(1, hidden_size)` F32 that makes a score of a hidden state, of adapters that have
-    /// one. It is PEFT's `score` in `modules_to_save`.
+    /// The score head `(1, hidden_size)` F32 of reward and value models: PEFT's `score` in
+    /// `modules_to_save`.
     pub score: Option<Var>,
-    /// Other modules trained whole, by module path: `model.embed_tokens` and `lm_head`
+    /// Other modules trained as a whole, by module path: `model.embed_tokens` and `lm_head`
     /// `(vocab_size, hidden_size)` F32.
     pub saved: BTreeMap<String, Var>,
-    /// Token embeddings of its own.
+    /// Rows of the token embedding that replace those of the base.
     pub tokens: Option<TokenRows>,
-    /// Rows of the head of its own.
+    /// Rows of the head that replace those of the base.
     pub head_tokens: Option<TokenRows>,
 }
 
-/// Rows of the token embedding, or of the head, that an adapter has in place of the base's. PEFT's
+/// Rows of the token embedding or of the head that replace those of the base: PEFT's
 /// `trainable_token_indices`.
 #[derive(Debug, Clone)]
 pub struct TokenRows {
-    /// The tokens, rising.
+    /// The tokens, in ascending order.
     pub indices: Vec<u32>,
-    /// Their rows `(indices, hidden_size)` F32.
+    /// Their rows `(tokens, hidden_size)` F32.
     pub rows: Var,
 }
 
@@ -356,11 +360,14 @@ impl TokenRows {
 }
 
 impl Adapter {
-    /// A fresh adapter over `targets`, begun as `config.init_lora_weights` says, of what needs no
-    /// weights of the base ([`crate::initialize::begin`] does with them).
+    /// A new adapter on `targets`, initialized by `config.init_lora_weights` where that needs no weights
+    /// of the base ([`crate::initialize::begin`] handles those that do).
     ///
-    /// Each tensor's numbers are keyed by its module's path, so that another choice of modules
-    /// leaves those of the others as they are.
+    /// Random numbers are keyed by module path: the values of a module do not depend on which other
+    /// modules are targets.
+    ///
+    /// # Errors
+    /// If the initialization or DoRA needs the base's weights.
     pub fn new(
         name: &str,
         config: LoraConfig,
@@ -387,8 +394,9 @@ impl Adapter {
         })
     }
 
-    /// The rows of the head that the adapter has of its own: those it has of the head, else, where the
-    /// head is the embedding (`tied`), those it has of that; with the name of their gradients.
+    /// The rows of the head that the adapter replaces, with the key of their gradients in
+    /// [`Self::parameter_indices`]: its rows of the head, or, where the head is the embedding (`tied`), its
+    /// rows of the embedding.
     pub fn head_rows(&self, tied: bool) -> Option<(&TokenRows, &'static str)> {
         match (&self.head_tokens, &self.tokens) {
             (Some(rows), _) => Some((rows, HEAD_TOKEN_ROWS)),
@@ -397,9 +405,8 @@ impl Adapter {
         }
     }
 
-    /// Gives the adapter a score head for hidden states of `hidden_size` numbers, and marks it as
-    /// PEFT marks a sequence classifier: normal with standard deviation
-    /// `1 / sqrt(hidden_size + 1)` (Stiennon et al. 2020), or zero.
+    /// Adds a score head `(1, hidden_size)`, and sets the config's `task_type` to `SEQ_CLS`. The head is
+    /// normal with standard deviation `1 / sqrt(hidden_size + 1)` (Stiennon et al. 2020), or zero.
     pub fn add_score(&mut self, hidden_size: usize, zero: bool, seed: u64) -> Result<()> {
         let mut stream = Stream::new(seed, "score", &[]);
         let deviation = if zero { 0.0 } else { 1.0 / ((hidden_size + 1) as f32).sqrt() };
@@ -411,14 +418,14 @@ impl Adapter {
         Ok(())
     }
 
-    /// Takes the score head away, which leaves an adapter that generates.
+    /// Removes the score head, and sets the config's `task_type` to `CAUSAL_LM`.
     pub fn remove_score(&mut self) {
         self.score = None;
         self.config.task_type = Some("CAUSAL_LM".into());
         self.config.modules_to_save.retain(|module| ![SCORE, CLASSIFIER].contains(&&**module));
     }
 
-    /// The same numbers in tensors of its own: a start for another adapter.
+    /// A deep copy under another name: its tensors are independent of these.
     pub fn copy(&self, name: &str) -> Result<Self> {
         let var = |var: &Var| Var::from_tensor(&var.as_detached_tensor().copy()?);
         let copied = |(module, lora): (&String, &Lora)| {
@@ -448,8 +455,12 @@ impl Adapter {
         })
     }
 
-    /// All tensors under PEFT's names, by module path, A, B and the magnitudes; then whole modules,
-    /// token rows, and the score head last: the order of optimizer states, checkpoints and files.
+    /// All tensors under PEFT's names: A, B and magnitudes of each module, sorted by module path; then
+    /// modules trained as a whole, token rows, and the score head. Optimizer states and checkpoints have
+    /// the same order.
+    ///
+    /// Call [`Self::invalidate_decode_weights`] after setting one of them, or set them inside
+    /// [`Self::update_parameters`].
     pub fn parameters(&self) -> Vec<(String, Var)> {
         let mut all = Vec::new();
         for (module, lora) in &self.modules {
@@ -467,16 +478,15 @@ impl Adapter {
         all
     }
 
-    /// How many numbers of the adapter train.
+    /// Number of trainable parameters: all but the frozen ranks.
     pub fn num_parameters(&self) -> usize {
         let all: usize = self.parameters().iter().map(|(_, var)| var.elem_count()).sum();
         let held = |lora: &Lora| lora.frozen_ranks * (lora.in_features() + lora.out_features());
         all - self.modules.values().map(held).sum::<usize>()
     }
 
-    /// Where the gradient of A of each module is among those of [`Self::parameters`] (B's is the next,
-    /// that of magnitudes the one after), that of each whole module, and of [`TOKEN_ROWS`] and
-    /// [`HEAD_TOKEN_ROWS`].
+    /// Index into [`Self::parameters`] of A of each module (B is the next, the magnitudes the one after
+    /// it), of each module trained as a whole, and of [`TOKEN_ROWS`] and [`HEAD_TOKEN_ROWS`].
     pub fn parameter_indices(&self) -> HashMap<String, usize> {
         let updates = self.modules.iter();
         let updates =
@@ -494,7 +504,7 @@ impl Adapter {
         updates.chain(wholes).chain(tokens).map(place).collect()
     }
 
-    /// Zeroes the gradients of what stays as it began; they are in the order of [`Self::parameters`].
+    /// Zeroes the gradients of frozen ranks; `gradients` has the order of [`Self::parameters`].
     pub fn mask_frozen_ranks(&self, gradients: &mut [Vec<f32>]) {
         let places = self.parameter_indices();
         for (module, lora) in self.modules.iter().filter(|(_, lora)| lora.frozen_ranks > 0) {
@@ -506,7 +516,7 @@ impl Adapter {
         }
     }
 
-    /// A copy of what stays as it began, by module: the last rows of A and columns of B.
+    /// A copy of the frozen ranks by module: the last rows of A and columns of B.
     pub fn frozen_ranks(&self) -> Result<Vec<(String, [Tensor; 2])>> {
         let held = self.modules.iter().filter(|(_, lora)| lora.frozen_ranks > 0);
         let copy = |(module, lora): (&String, &Lora)| {
@@ -518,7 +528,8 @@ impl Adapter {
         held.map(copy).collect()
     }
 
-    /// Puts back what [`Self::held`] copied: weight decay does not spare it.
+    /// Restores what [`Self::frozen_ranks`] copied, after an optimizer step whose weight decay changed
+    /// frozen ranks too. Invalidates the decode weights.
     pub fn restore_frozen_ranks(&self, held: &[(String, [Tensor; 2])]) -> Result<()> {
         for (module, [held_a, held_b]) in held {
             let lora = &self.modules[module];
@@ -528,7 +539,24 @@ impl Adapter {
             lora.a.set(&Tensor::cat(&[&a, held_a], 0)?)?;
             lora.b.set(&Tensor::cat(&[&b, held_b], 1)?.contiguous()?)?;
         }
+        if !held.is_empty() {
+            self.invalidate_decode_weights();
+        }
         Ok(())
+    }
+
+    /// Runs `change`, which may set the parameters, and invalidates what is cached of them, whether it
+    /// succeeds or not.
+    pub fn update_parameters<T>(&self, change: impl FnOnce(&[(String, Var)]) -> T) -> T {
+        /// Invalidates on drop, and so after a panic too.
+        struct Invalidate<'a>(&'a Adapter);
+        impl Drop for Invalidate<'_> {
+            fn drop(&mut self) {
+                self.0.invalidate_decode_weights();
+            }
+        }
+        let _invalidate = Invalidate(self);
+        change(&self.parameters())
     }
 
     /// Freezes the ranks that an adapter has frozen which began with `init`: a file does not record
@@ -539,7 +567,10 @@ impl Adapter {
         }
     }
 
-    /// Forgets what was made of the numbers before they changed: whoever sets them says so.
+    /// Drops what is cached of the parameters (decode weights, DoRA's norms), and marks decode weights in
+    /// use elsewhere as stale. Must be called after a parameter was set outside of
+    /// [`Self::update_parameters`]: a [`Var`] does not report that it was set, and decoding would go on
+    /// with the old numbers.
     pub fn invalidate_decode_weights(&self) {
         for lora in self.modules.values() {
             lora.decode_cache.lock().unwrap_or_else(PoisonError::into_inner).invalidate();
@@ -550,7 +581,7 @@ impl Adapter {
     }
 }
 
-/// An update that is drawn at random, as PEFT draws it.
+/// A new update with PEFT's random initialization.
 pub(crate) fn init_random(
     init: &InitLoraWeights,
     Target { spec, r, scale }: &Target,
@@ -603,14 +634,14 @@ pub(crate) fn magnitude_name(module: &str) -> String {
     format!("base_model.model.{module}.lora_magnitude_vector")
 }
 
-/// PEFT's name of a module trained whole.
+/// PEFT's name of a module trained as a whole.
 pub(crate) fn saved_name(module: &str) -> String {
     format!("base_model.model.{module}.weight")
 }
 
-/// PEFT's module of token rows.
+/// PEFT's module of token rows of the embedding.
 pub const TOKEN_ROWS: &str = "model.embed_tokens.token_adapter";
-/// The same of the head's own.
+/// PEFT's module of token rows of the head.
 pub const HEAD_TOKEN_ROWS: &str = "lm_head.token_adapter";
 
 /// PEFT's name of token rows.
@@ -618,7 +649,7 @@ pub(crate) fn token_rows_name(module: &str) -> String {
     format!("base_model.model.{module}.trainable_tokens_delta")
 }
 
-/// PEFT's name of A or B of a module: those of an embedding are no linear layers there.
+/// PEFT's name of A or B of a module; for an embedding they are parameters, not linear layers.
 pub(crate) fn tensor_name(module: &str, factor: char) -> String {
     match module == EMBEDDING {
         true => format!("base_model.model.{module}.lora_embedding_{factor}"),
@@ -647,7 +678,7 @@ mod tests {
     }
 
     #[test]
-    fn gradients_are_those_of_finite_differences() {
+    fn gradients_match_finite_differences() {
         let draw = |purpose, rows, cols| {
             let mut stream = Stream::new(3, purpose, &[]);
             let values: Vec<f32> = (0..rows * cols).map(|_| stream.normal()).collect();
@@ -684,7 +715,35 @@ mod tests {
     }
 
     #[test]
-    fn a_frozen_delta_leaves_no_tape() {
+    fn update_parameters_invalidates_decode_weights() {
+        /// Rows of a base's weight that plain LoRA does not read.
+        struct Zeros;
+        impl BaseRows for Zeros {
+            fn rows(&self) -> usize {
+                50
+            }
+            fn cols(&self) -> usize {
+                60
+            }
+            fn read(&self, _: Range<usize>, out: &mut [f32]) {
+                out.fill(0.0);
+            }
+        }
+        let adapter = begun(InitLoraWeights::Random, &[target("m", 4)]);
+        let decode_weights = || adapter.modules["m"].decode_weights::<f32>(&Zeros).unwrap();
+        let before = decode_weights();
+        assert!(Arc::ptr_eq(&before, &decode_weights()));
+        let doubled = adapter.update_parameters(|parameters| {
+            let (_, a) = &parameters[0];
+            a.set(&(a.as_detached_tensor() * 2.0)?)
+        });
+        doubled.unwrap();
+        assert!(!before.is_current());
+        assert_eq!(decode_weights().a[0], 2.0 * before.a[0]);
+    }
+
+    #[test]
+    fn frozen_delta_records_no_gradient() {
         let adapter = begun(InitLoraWeights::Random, &[target("m", 4)]);
         let x = Tensor::ones((3, 60), candle_core::DType::F32, &Device::Cpu).unwrap();
         let frozen = adapter.modules["m"].delta(&x, None, false).unwrap();
@@ -694,7 +753,7 @@ mod tests {
     }
 
     #[test]
-    fn initial_numbers_are_pefts_and_keyed_by_module() {
+    fn initialization_matches_peft_and_is_keyed_by_module() {
         let targets = [target("one", 4), target("two", 8)];
         let stats = |var: &Var| {
             let values = values(var);
@@ -736,7 +795,7 @@ mod tests {
     }
 
     #[test]
-    fn dropout_belongs_to_the_token_not_to_the_batch() {
+    fn dropout_mask_is_keyed_by_token() {
         let keys: Vec<TokenKey> =
             (0..40).map(|i| TokenKey { epoch: 1, row: i / 10, position: i % 10 }).collect();
         let draw = |keys: &[TokenKey], seed, module: &str, p| {

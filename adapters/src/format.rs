@@ -1,4 +1,4 @@
-//! PEFT's adapter folder, in and out: `adapter_config.json` and `adapter_model.safetensors`.
+//! PEFT's adapter folder, read and written: `adapter_config.json` and `adapter_model.safetensors`.
 //!
 //! Names in the file, behind `base_model.model.`:
 //!
@@ -7,23 +7,23 @@
 //! | factors of a linear layer | `<module>.lora_A.weight`, `<module>.lora_B.weight` | `(r, in)`, `(out, r)` |
 //! | factors of the embedding | `<module>.lora_embedding_A`, `<module>.lora_embedding_B` | `(r, vocab_size)`, `(hidden_size, r)` |
 //! | DoRA's magnitudes | `<module>.lora_magnitude_vector` | `(out)` |
-//! | whole modules | `lm_head.weight`, `model.embed_tokens.weight` | `(vocab_size, hidden_size)` |
-//! | token rows | `model.embed_tokens.token_adapter.trainable_tokens_delta`, the same of `lm_head` | `(tokens, hidden_size)` |
+//! | modules trained as a whole | `lm_head.weight`, `model.embed_tokens.weight` | `(vocab_size, hidden_size)` |
+//! | token rows | `model.embed_tokens.token_adapter.trainable_tokens_delta`, also of `lm_head` | `(tokens, hidden_size)` |
 //! | score head | `score.weight` | `(1, hidden_size)` |
 //!
-//! Beside an update of embedding or head PEFT also writes the base's own weight (`base_layer`): it is
-//! the base's, so it is held to its shape and otherwise left alone, and we do not write it. An update
-//! that is older than tokens at the end of the vocabulary leaves these alone.
+//! Beside an update of embedding or head PEFT also writes the base's weight (`base_layer`): its shape is
+//! checked, its values are ignored, and it is not written here. An update that was trained before tokens
+//! were added at the end of the vocabulary does not change these tokens.
 //!
-//! Over a vocabulary that was resized PEFT writes the whole embedding and head as well, whatever trains
-//! of them: beside token rows as `token_adapter.base_layer`, beside whole modules under three names, and
-//! where nothing of them trains openly: that is then a whole module, as PEFT loads it. Where the head
-//! is the embedding, the head's token rows are the embedding's, written again.
+//! With a resized vocabulary PEFT also writes the whole embedding and head, whatever of them is trained:
+//! beside token rows as `token_adapter.base_layer`, beside modules trained as a whole under three names,
+//! and where nothing of them is trained under the module's name: the latter is read as a module trained
+//! as a whole, as PEFT does. With a tied head, the head's token rows repeat those of the embedding.
 //!
-//! An update that holds some of its ranks as they began (see [`crate::initialize`]) is a plain one of
-//! all its ranks here, which is what PEFT's conversion of PiSSA and OLoRA writes. A folder that PEFT
-//! wrote without that conversion means a base changed by the initialization. Ours never changes, so
-//! such a folder is refused.
+//! An update with frozen ranks (see [`crate::initialize`]) is written as a plain one of all its ranks,
+//! which is what PEFT's conversion of PiSSA and OLoRA writes. A folder that PEFT wrote without that
+//! conversion requires a base changed by the initialization. The base never changes here, so reading
+//! such a folder is an error.
 
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -51,18 +51,18 @@ pub const TENSORS_FILE: &str = "adapter_model.safetensors";
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum FormatError {
-    /// The file system said no.
+    /// The file system reported an error.
     #[error("{}: {source}", path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// Its answer.
+        /// The system's error.
         source: io::Error,
     },
     /// The folder has pickled tensors only.
     #[error("{}: no {TENSORS_FILE}, and adapter_model.bin is a pickle, which is not read: save the adapter as safetensors", .0.display())]
     Pickle(PathBuf),
-    /// The config is not usable.
+    /// The config is invalid.
     #[error("{}: {source}", path.display())]
     Config {
         /// The file.
@@ -78,7 +78,7 @@ pub enum FormatError {
         /// What does not fit.
         source: TargetError,
     },
-    /// The file is no safetensors file.
+    /// The file is not a valid safetensors file.
     #[error("{}: not a whole safetensors file: {reason}", path.display())]
     Broken {
         /// The file.
@@ -86,7 +86,7 @@ pub enum FormatError {
         /// What the parser found.
         reason: String,
     },
-    /// Tensors that are not those the config and the base ask for.
+    /// The tensors differ from those that the config and the base require.
     #[error("{}: the adapter{} does not fit this base: {}", path.display(), made_for(base), some(problems))]
     Mismatch {
         /// The file.
@@ -114,6 +114,9 @@ fn some(problems: &[String]) -> String {
 }
 
 /// Reads the config of an adapter folder.
+///
+/// # Errors
+/// If it cannot be read, or [`LoraConfig::from_json`] fails.
 pub fn read_config(folder: &Path) -> Result<LoraConfig, FormatError> {
     let path = folder.join(CONFIG_FILE);
     let text = fs::read_to_string(&path).map_err(|e| at(&path, e))?;
@@ -122,8 +125,12 @@ pub fn read_config(folder: &Path) -> Result<LoraConfig, FormatError> {
 
 /// Reads an adapter folder for a base with these linear layers and this output head.
 ///
-/// The tensors must be exactly those the config means on the base, in F32, F16 or BF16; they
-/// become F32. Also returns what of the config matched nothing, to be warned of.
+/// The tensors must be exactly those that the config means on the base, in F32, F16 or BF16; they become
+/// F32. Also returns the names and patterns of the config that match no module, for warnings.
+///
+/// # Errors
+/// If a file cannot be read, the config is invalid or does not fit the base, or tensors are missing,
+/// unexpected, of another shape ([`Adapter::mismatches`]), or not finite.
 pub fn read_folder(
     folder: &Path,
     name: &str,
@@ -162,10 +169,15 @@ pub fn read_folder(
     let resolved = resolve(&wanted, linears, head)
         .map_err(|source| FormatError::Targets { path: folder.join(CONFIG_FILE), source })?;
     let adapter = from_bytes(&bytes, &path, name, config, &resolved, device)?;
+    let problems = adapter.mismatches(linears);
+    if !problems.is_empty() {
+        let base = adapter.config.base_model_name_or_path;
+        return Err(FormatError::Mismatch { path, base, problems });
+    }
     Ok((adapter, resolved.unmatched))
 }
 
-/// Why an adapter that began so and was not converted cannot be read.
+/// Why an adapter with this initialization cannot be read without PEFT's conversion.
 fn changes_base(init: &InitLoraWeights) -> Option<String> {
     let why = match init {
         InitLoraWeights::Pissa { .. } | InitLoraWeights::Olora => {
@@ -182,8 +194,11 @@ fn changes_base(init: &InitLoraWeights) -> Option<String> {
     Some(format!("init_lora_weights: found \"{init}\": {why}"))
 }
 
-/// An adapter from the bytes of an `adapter_model.safetensors`; `path` is what errors name.
-/// `resolved` says which modules, ranks and scales it must have.
+/// An adapter from the bytes of an `adapter_model.safetensors`; errors name `path`. `resolved` gives the
+/// modules, ranks and scales it must have.
+///
+/// # Errors
+/// If tensors are missing, unexpected, of another shape, or not finite.
 pub fn from_bytes(
     bytes: &[u8],
     path: &Path,
@@ -222,7 +237,7 @@ pub fn from_bytes(
         }
         tensors.skip(spec, TensorRole::Base, shape);
     }
-    // One list for both, and of the head nothing else: the two are one matrix.
+    // One list for both, and no other rows of the head: the head is tied.
     let tied = config.trainable_token_indices == config.head_token_indices
         && tensors.same(TensorRole::Tokens, [EMBEDDING, HEAD]);
     if tied {
@@ -257,7 +272,7 @@ pub fn from_bytes(
     Ok(Adapter { name: name.into(), config, modules, score, saved, tokens, head_tokens })
 }
 
-/// Token rows in the order of their tokens, which PEFT's need not be in.
+/// Token rows sorted by token; PEFT's may be in any order.
 fn in_order(indices: &mut [u32], rows: Var) -> candle_core::Result<TokenRows> {
     let mut order: Vec<u32> = (0..indices.len() as u32).collect();
     order.sort_by_key(|&place| indices[place as usize]);
@@ -267,15 +282,15 @@ fn in_order(indices: &mut [u32], rows: Var) -> candle_core::Result<TokenRows> {
     Ok(TokenRows { indices: indices.to_vec(), rows })
 }
 
-/// What a tensor of a file is to its module.
+/// The role of a file's tensor in its module.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum TensorRole {
     A,
     B,
     Magnitude,
-    /// The base's own weight.
+    /// The base's weight.
     Base,
-    /// The module, trained whole.
+    /// The module, trained as a whole.
     Whole,
     Tokens,
 }
@@ -294,13 +309,13 @@ impl TensorRole {
     }
 }
 
-/// PEFT's name of the base's own weight of a module with an update, as it writes one that has other
-/// rows than the base's files.
+/// PEFT's name of the base's weight of a module with an update. PEFT writes it where it has other rows
+/// than the base's files.
 pub fn base_weight_name(module: &str) -> String {
     saved_name(&format!("{module}.base_layer"))
 }
 
-/// The tensors of a file that nobody has taken yet, and all that is wrong with those taken.
+/// The tensors of a file that have not been read yet, and the problems of those read.
 struct FileTensors<'a> {
     tensors: BTreeMap<(String, TensorRole), (String, TensorView<'a>)>,
     unexpected: Vec<String>,
@@ -319,7 +334,7 @@ impl<'a> FileTensors<'a> {
             let key = (module.to_string(), part);
             let trained = name.contains(".modules_to_save.");
             if let Some((other, view)) = found.tensors.insert(key.clone(), (name, view)) {
-                // Whole modules are also written openly.
+                // Modules trained as a whole are also written under the module's name.
                 match (part, trained, other.contains(".modules_to_save.")) {
                     (TensorRole::Whole, true, false) => continue,
                     (TensorRole::Whole, false, true) => {
@@ -336,7 +351,7 @@ impl<'a> FileTensors<'a> {
         found
     }
 
-    /// The tensor as F32; `None`, then noted, where it is missing or of another shape.
+    /// The tensor as F32; `None`, with a problem recorded, where it is missing or of another shape.
     fn take(
         &mut self,
         module: &str,
@@ -357,8 +372,8 @@ impl<'a> FileTensors<'a> {
         }
     }
 
-    /// A factor of an update. One that has a number for each token of the vocabulary may be older than
-    /// some of these: to them it adds nothing.
+    /// A factor of an update. One with a value for each token of the vocabulary may have been trained
+    /// before tokens were added: it is padded with zeros for these.
     fn take_factor(
         &mut self,
         spec: &LinearSpec,
@@ -384,7 +399,7 @@ impl<'a> FileTensors<'a> {
         Var::from_tensor(&factor).map(Some)
     }
 
-    /// A whole module, which must have a row for each token.
+    /// A module trained as a whole, which must have a row for each token.
     fn take_whole(
         &mut self,
         spec: &LinearSpec,
@@ -404,8 +419,8 @@ impl<'a> FileTensors<'a> {
         Ok(None)
     }
 
-    /// The shape of a tensor that is the one needed, but has no place for the tokens, or the last of
-    /// those, that were added.
+    /// The shape of a tensor that differs from the one needed only by lacking some or all of the added
+    /// tokens.
     fn older(
         &self,
         spec: &LinearSpec,
@@ -420,7 +435,7 @@ impl<'a> FileTensors<'a> {
         (same && (own..needed[along]).contains(&found[along])).then_some(found)
     }
 
-    /// Whether the second of two modules has the first's numbers again, or has none.
+    /// Whether the second of two modules has the same values as the first, or none.
     fn same(&self, part: TensorRole, [one, other]: [&str; 2]) -> bool {
         let of = |module: &str| self.tensors.get(&(module.to_string(), part)).map(|(_, v)| v);
         match (of(one), of(other)) {
@@ -430,12 +445,12 @@ impl<'a> FileTensors<'a> {
         }
     }
 
-    /// A tensor that is written twice, and is known by its other name.
+    /// Ignores a tensor that repeats another.
     fn drop_copy(&mut self, part: TensorRole, module: &str) {
         self.tensors.remove(&(module.to_string(), part));
     }
 
-    /// A matrix with a row for each token that may be there and is not read.
+    /// Checks the shape of an optional matrix with a row for each token, and ignores its values.
     fn skip(&mut self, spec: &LinearSpec, part: TensorRole, shape: [usize; 2]) {
         let older = self.older(spec, part, shape, 0).is_some();
         if let Some((name, view)) = self.tensors.remove(&(spec.name.clone(), part))
@@ -463,7 +478,7 @@ impl<'a> FileTensors<'a> {
         }
     }
 
-    /// Everything wrong: what nobody took first.
+    /// All problems, unexpected tensors first.
     fn problems(self) -> Vec<String> {
         let left = self.tensors.into_values().map(|(name, _)| format!("{name} is unexpected"));
         let mut unexpected: Vec<String> = self.unexpected.into_iter().chain(left).collect();
@@ -473,8 +488,11 @@ impl<'a> FileTensors<'a> {
     }
 }
 
-/// Writes the adapter as a PEFT folder, which is created. Each file appears whole or not at all, and
-/// has the same bytes for the same adapter.
+/// Writes the adapter as a PEFT folder, which is created if needed. Files are replaced atomically and are
+/// deterministic. Tensors are F32.
+///
+/// # Errors
+/// If the system reports an error.
 pub fn write_folder(adapter: &Adapter, folder: &Path) -> Result<(), FormatError> {
     let tensor = |(name, var): (String, Var)| {
         let values = var.as_detached_tensor().to_dtype(DType::F32)?.flatten_all()?;
@@ -490,8 +508,8 @@ pub fn write_folder(adapter: &Adapter, folder: &Path) -> Result<(), FormatError>
     write_whole(&folder.join(CONFIG_FILE), |file| file.write_all(config.as_bytes()))
 }
 
-/// Writes F32 tensors as a safetensors file, with the bytes that `safetensors::serialize` makes of
-/// them but only those of one tensor in memory at a time.
+/// Writes tensors as a safetensors file with the same bytes as `safetensors::serialize`, but with only one
+/// tensor's bytes in memory at a time.
 pub fn write_tensors<V: View>(
     file: &mut impl Write,
     metadata: Option<HashMap<String, String>>,
@@ -513,7 +531,7 @@ pub fn write_tensors<V: View>(
     tensors.iter().try_for_each(|(_, tensor)| file.write_all(&tensor.data()))
 }
 
-/// A parameter on its way into a file.
+/// A parameter that is being written.
 struct Parameter {
     /// Flat F32.
     values: Tensor,
@@ -539,7 +557,7 @@ impl View for Parameter {
     }
 }
 
-/// Writes beside, syncs, renames, and syncs the folder, so that a crash leaves the old file or
+/// Writes a temporary file, syncs, renames, and syncs the folder, so that a crash leaves the old file or
 /// the new one.
 fn write_whole(
     path: &Path,
@@ -567,7 +585,7 @@ fn deserialize<'a>(bytes: &'a [u8], path: &Path) -> Result<SafeTensors<'a>, Form
         .map_err(|e| FormatError::Broken { path: path.into(), reason: e.to_string() })
 }
 
-/// Module and part of `base_model.model.<module>.lora_A.weight` and its like, which inside a model
+/// Module and role of `base_model.model.<module>.lora_A.weight` and its like, which inside a model
 /// also carry an adapter's name: `lora_A.default.weight`.
 fn parse_name(name: &str) -> Option<(&str, TensorRole)> {
     let inner = name.strip_prefix("base_model.model.")?;
@@ -575,7 +593,7 @@ fn parse_name(name: &str) -> Option<(&str, TensorRole)> {
         Some(inner) => (inner, true),
         None => (inner, false),
     };
-    // What stands between the module and, but for an adapter's name, the end.
+    // What follows the module, before an optional adapter's name.
     let marks = [
         (".lora_A", TensorRole::A, true),
         (".lora_B", TensorRole::B, true),
@@ -633,7 +651,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn streamed_tensors_are_the_bytes_that_safetensors_makes() {
+    fn streamed_bytes_match_safetensors_serialize() {
         let shapes: [(&str, &[usize]); 3] = [("b.A", &[2, 3]), ("a\"B", &[4]), ("b.", &[0, 5])];
         let tensors = || {
             let tensors = shapes.iter().map(|&(name, shape)| {
@@ -708,7 +726,7 @@ mod tests {
     }
 
     #[test]
-    fn every_kind_of_tensor_is_read_again() {
+    fn every_kind_of_tensor_reads_back() {
         let check = |targets: &[&str], saved: &[&str], tokens: &[u32], use_dora, names: &[&str]| {
             let adapter = everything(targets, saved, tokens, use_dora);
             let folder = tempfile::tempdir().unwrap();
@@ -745,7 +763,7 @@ mod tests {
     /// Over a vocabulary that grew from 7 to 9 since, updates of embedding and head add nothing to the
     /// new tokens; a whole matrix is refused, and so is an update for fewer tokens than the base's own.
     #[test]
-    fn updates_that_are_older_than_some_tokens_leave_them_alone() {
+    fn older_updates_are_zero_for_added_tokens() {
         let grown = |from: usize, to: usize| {
             let mut linears = base();
             for spec in &mut linears[2..] {
@@ -791,7 +809,7 @@ mod tests {
     }
 
     #[test]
-    fn token_rows_come_in_the_order_of_their_tokens() {
+    fn token_rows_are_sorted_by_token() {
         let mut adapter = everything(&["q_proj"], &[], &[1, 2, 5], false);
         adapter.config.trainable_token_indices = vec![5, 1, 2]; // as a file of PEFT's may have them
         let folder = tempfile::tempdir().unwrap();
@@ -806,7 +824,7 @@ mod tests {
     }
 
     #[test]
-    fn what_misfits_of_every_kind_is_named() {
+    fn mismatches_of_every_kind_are_reported() {
         let adapter = everything(&["q_proj"], &["lm_head"], &[1], true);
         let check = |change: &dyn Fn(&mut Adapter), needed: &[&str]| {
             let mut changed = adapter.copy("changed").unwrap();

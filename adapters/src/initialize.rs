@@ -1,28 +1,28 @@
-//! Adapters that begin with numbers of the base's own: PiSSA (Meng et al. 2024), OLoRA (Büyükakyüz
+//! Adapters initialized from the base's weights: PiSSA (Meng et al. 2024), OLoRA (Büyükakyüz
 //! 2024), LoftQ (Li et al. 2023), and DoRA's magnitudes (Liu et al. 2024).
 //!
-//! PiSSA and OLoRA take their start `B₀ A₀` off the base's weight, train `W - s B₀ A₀ + s B A`, and
-//! so begin as the base. Our base never changes, and a quantized one could not: what is left of a
-//! block format is no block format. The update itself is `s (B A - B₀ A₀)`, whatever W is, so here it
-//! is a LoRA of rank 2r
+//! PiSSA and OLoRA subtract their initial value `B₀ A₀` from the base's weight and train
+//! `W - s B₀ A₀ + s B A`, which starts as the base. Here the base never changes, and a quantized one
+//! cannot: the difference would not fit its block type. The update itself is `s (B A - B₀ A₀)`, whatever
+//! W is, so here it is a LoRA of rank 2r
 //!
 //! ```text
 //! A' = [A; A₀] (2r, in)    B' = [B, -B₀] (out, 2r)    ΔW = s B' A'
 //! ```
 //!
-//! whose last r ranks are held ([`Lora::held`]). It begins as nothing (to the rounding of a sum), on a
-//! quantized base too, with the gradients that PEFT's form has. In a file it is what PEFT's conversion
-//! (`path_initial_model_for_weight_conversion`) writes: an update of rank 2r with `lora_alpha`, or
-//! under rsLoRA its square root, doubled, which every reader of LoRA understands. A reader trains all
-//! 2r of it on.
+//! whose last r ranks are frozen ([`Lora::frozen_ranks`]). It starts at zero (to the rounding of a sum),
+//! on a quantized base too, with the same gradients as in PEFT. In a file it is what PEFT's conversion
+//! (`path_initial_model_for_weight_conversion`) writes: an update of rank 2r with `lora_alpha` doubled, or
+//! multiplied by the square root of two under rsLoRA, which every reader of LoRA understands. A reader
+//! that continues training trains all 2r ranks.
 //!
-//! LoftQ has two forms. Over a base that is quantized already and whose original is at hand, the update
-//! begins as the largest singular triples of `W - Q`: one round, and the model begins nearer to the
-//! original than its base is. Where we quantize ourselves, [`loftq`] alternates.
+//! LoftQ has two forms. For a base that is quantized already and whose original is given, the update
+//! starts as the leading singular triples of `W - Q`: one round, after which the model is nearer to the
+//! original than its base is. Where the base is quantized here, [`loftq`] alternates.
 //!
-//! Modules are prepared side by side while what they need together is not above three times what the
-//! one that needs most does. That is its weight as `f32`, another of that size for LoftQ, and three
-//! squares of its shorter side as `f64`.
+//! Modules are initialized in parallel while their memory together is at most three times that of the
+//! largest: its weight as `f32`, another of that size for LoftQ, and three squares of its shorter side
+//! as `f64`.
 
 use std::collections::BTreeMap;
 
@@ -37,23 +37,28 @@ use crate::delta::{Adapter, InitError, Lora, Magnitude, TokenRows, init_random};
 use crate::rng::Stream;
 use crate::targets::{LinearSpec, Target, Unmatched, resolve};
 
-/// The weights of a base by module path. The embedding's weight is `(vocab_size, hidden_size)`.
+/// Looks up a weight of a base by module path. The embedding's weight is `(vocab_size, hidden_size)`.
 pub type WeightLookup<'a> = dyn Fn(&str) -> Option<Box<dyn BaseRows + 'a>> + Sync + 'a;
 
-/// What an adapter is begun on.
+/// The weights an adapter is initialized from.
 #[derive(Clone, Copy)]
 pub struct BaseWeights<'a> {
-    /// The base's weights, as it computes with them.
+    /// The base's weights, dequantized where they are quantized.
     pub base: &'a WeightLookup<'a>,
     /// The weights before quantization, which LoftQ needs.
     pub original: Option<&'a WeightLookup<'a>>,
 }
 
-/// Begins an adapter as its config says, over the modules it means on a base with these linear layers
-/// and this head. Its config becomes that of the adapter as it is: one that begins as PiSSA has rank
-/// 2r. Also returns what of the config matched nothing.
+/// Creates an adapter by its config, on the modules that the config targets on a base with these linear
+/// layers and this head. The adapter's config is that of the result: with PiSSA the rank is 2r. Also
+/// returns the names and patterns of the config that match no module.
 ///
-/// Whole modules begin as the base's weights, token rows as the base's rows.
+/// Modules trained as a whole start as the base's weights, token rows as the base's rows. All tensors
+/// are F32 on the CPU.
+///
+/// # Errors
+/// If the config is invalid or does not fit the base, or a weight is missing, of another shape, or not
+/// finite.
 pub fn begin(
     name: &str,
     mut config: LoraConfig,
@@ -67,13 +72,14 @@ pub fn begin(
     config.head_token_indices.sort_unstable();
     let holds = config.init_lora_weights.freezes_ranks();
     if holds && config.lora_dropout > 0.0 {
-        let fault = "needed 0: dropped inputs would not take off again what the update begins with";
+        let fault =
+            "needed 0: with dropped inputs the frozen ranks would not cancel the initial value";
         let (init, p) = (&config.init_lora_weights, config.lora_dropout);
         return Err(InitError::Unsuitable(format!("lora_dropout {p} with {init}: {fault}")));
     }
     let resolved = resolve(&config, linears, head)?;
     let begun = if holds { config.doubled()? } else { config.as_plain() };
-    // The scales that a reader of the file will find.
+    // The scales that the resulting config means.
     let scales: BTreeMap<String, f64> = resolve(&begun, linears, head)?
         .targets
         .into_iter()
@@ -114,8 +120,7 @@ pub fn begin(
     Ok((adapter, resolved.unmatched))
 }
 
-/// DoRA's magnitudes for a weight and its update: the lengths of the merged rows, so that they change
-/// nothing yet.
+/// Adds DoRA's magnitudes: the norms of the merged rows, so that the output does not change yet.
 fn magnitudes(lora: &mut Lora, base: &dyn BaseRows) -> Result<(), InitError> {
     let out = lora.out_features();
     let vector = Var::from_vec(vec![0f32; out], out, &Device::Cpu)?;
@@ -136,7 +141,7 @@ fn token_rows(indices: &[u32], embedding: &dyn BaseRows) -> Result<TokenRows, In
     Ok(TokenRows { indices: indices.to_vec(), rows })
 }
 
-/// The targets in groups that are prepared side by side: cut by sizes alone.
+/// The targets in groups that are initialized in parallel. The split depends on sizes only.
 fn groups(targets: &[Target]) -> Vec<Vec<&Target>> {
     let cost = |target: &Target| {
         let (of_in, out) = (target.spec.in_features, target.spec.out_features);
@@ -157,7 +162,7 @@ fn groups(targets: &[Target]) -> Vec<Vec<&Target>> {
     groups
 }
 
-/// What every module of a new adapter is begun with.
+/// Initializes the modules of a new adapter.
 struct Initializer<'a, 'b> {
     config: &'a LoraConfig,
     bases: BaseWeights<'b>,
@@ -165,13 +170,13 @@ struct Initializer<'a, 'b> {
 }
 
 impl Initializer<'_, '_> {
-    /// One update, with its scale before any doubling.
+    /// One update, with its scale before ranks are doubled.
     fn module(&self, target: &Target) -> Result<(String, Lora), InitError> {
         let Target { spec, r, scale } = target;
         let init = &self.config.init_lora_weights;
         let lora = match init {
             InitLoraWeights::Pissa { .. } | InitLoraWeights::Olora if spec.embedding => {
-                // As in PEFT an embedding begins plainly; its held ranks are nothing.
+                // As in PEFT, an embedding starts as plain LoRA; its frozen ranks are zero.
                 let plain =
                     init_random(&InitLoraWeights::KaimingUniform, target, self.seed, &Device::Cpu)?;
                 let rows = plain.b.flatten_all()?.to_vec1::<f32>()?;
@@ -219,7 +224,7 @@ impl Initializer<'_, '_> {
                 let made = Dense { values: &lost, rows, cols }.leading(*r);
                 let mut made = made.map_err(|_| InitError::NotConverged(spec.name.clone()))?;
                 if made.s.iter().all(|s| *s == 0.0) {
-                    // Nothing was lost, and factors of zeros would never learn.
+                    // Quantization lost nothing, and factors of zeros would never train.
                     let init = &InitLoraWeights::KaimingUniform;
                     return Ok((
                         spec.name.clone(),
@@ -247,7 +252,7 @@ impl Initializer<'_, '_> {
     }
 }
 
-/// Factors with `scale · B A = U diag(s) Vᵀ`, as long as each other: `B (out, k)`, `A (k, in)`.
+/// Factors with `scale · B A = U diag(s) Vᵀ` and equal norms: `B (out, k)`, `A (k, in)`.
 fn factors(made: &Singular, scale: f64) -> (Mat<f64>, Mat<f64>) {
     let root: Vec<f64> = made.s.iter().map(|s| (s / scale).sqrt()).collect();
     let b = Mat::from_fn(made.u.nrows(), root.len(), |row, k| made.u[(row, k)] * root[k]);
@@ -255,7 +260,7 @@ fn factors(made: &Singular, scale: f64) -> (Mat<f64>, Mat<f64>) {
     (b, a)
 }
 
-/// An update that begins as `B (out, k) · A (k, in)`; ranks above k are nothing.
+/// An update that starts as `B (out, k) · A (k, in)`; ranks above k are zero.
 fn plain(target: &Target, b: &Mat<f64>, a: &Mat<f64>) -> Result<Lora, InitError> {
     let (of_in, out, r) = (target.spec.in_features, target.spec.out_features, target.r);
     let (mut of_a, mut of_b) = (vec![0f32; r * of_in], vec![0f32; out * r]);
@@ -495,7 +500,7 @@ mod tests {
     }
 
     #[test]
-    fn held_updates_begin_as_nothing_and_are_of_the_base() {
+    fn pissa_and_olora_start_at_zero_from_the_base() {
         for (init, use_rslora) in [
             (InitLoraWeights::Pissa { niter: None }, false),
             (InitLoraWeights::Pissa { niter: Some(20) }, true),
@@ -526,7 +531,7 @@ mod tests {
     }
 
     #[test]
-    fn loftq_takes_back_some_of_what_quantization_took() {
+    fn loftq_reduces_quantization_error() {
         let adapter = begun(config(InitLoraWeights::Loftq, &["q", "k", "embed_tokens"])).unwrap();
         for (module, rows) in [("q", 20), ("k", 3), (EMBEDDING, 30)] {
             let lora = &adapter.modules[module];
@@ -565,7 +570,7 @@ mod tests {
     }
 
     #[test]
-    fn magnitudes_are_the_lengths_of_the_rows() {
+    fn magnitudes_start_as_row_norms() {
         for init in
             [InitLoraWeights::KaimingUniform, InitLoraWeights::Random, InitLoraWeights::Olora]
         {
@@ -584,7 +589,7 @@ mod tests {
     }
 
     #[test]
-    fn whole_modules_and_token_rows_begin_as_the_base() {
+    fn saved_modules_and_token_rows_start_as_the_base() {
         let adapter = begun(LoraConfig {
             modules_to_save: vec!["lm_head".into()],
             trainable_token_indices: vec![7, 2],
@@ -602,7 +607,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_begin_is_refused() {
+    fn unsupported_initializations_are_errors() {
         let check = |config: LoraConfig, needed: &str| {
             let error = begun(config).unwrap_err().to_string();
             assert!(error.contains(needed), "{error:?} should say {needed:?}");

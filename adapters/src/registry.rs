@@ -1,88 +1,78 @@
 //! Named adapters for one base, loaded and dropped while others use them.
 //!
-//! What is got from the registry is a snapshot: whoever holds it keeps that adapter, whatever is
-//! loaded under its name or dropped meanwhile, and its memory goes with the last one who does.
+//! [`Registry::get`] returns a snapshot: its holder keeps that adapter, whatever is loaded under its
+//! name or dropped meanwhile, and the memory is freed with the last holder.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use candle_core::Var;
-
 use crate::delta::Adapter;
 use crate::targets::LinearSpec;
 
-/// Adapters by name, for any number of threads.
+/// Adapters by name, shared by any number of threads.
 #[derive(Debug)]
 pub struct Registry {
-    /// The base's linear layers by name, as rows and columns.
-    base: BTreeMap<String, (usize, usize)>,
+    /// The base's linear layers.
+    base: Vec<LinearSpec>,
     limits: RegistryLimits,
     adapters: RwLock<BTreeMap<String, Arc<Adapter>>>,
 }
 
-/// How much a registry may hold. Adapters that were dropped, and are still active, do not count.
+/// How much a registry may hold. Adapters that were dropped and are still in use do not count.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct RegistryLimits {
-    /// Adapters.
+    /// Number of adapters.
     pub adapters: Option<usize>,
-    /// Bytes of their numbers, 4 each.
+    /// Bytes of their parameters, 4 each.
     pub bytes: Option<usize>,
 }
 
-/// What a registry says of an adapter.
+/// One adapter in [`Registry::list`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RegistryEntry {
-    /// What it is called here.
+    /// Its name in the registry.
     pub name: String,
-    /// Modules it sits on.
+    /// Number of modules with an update.
     pub modules: usize,
-    /// Bytes of its numbers, 4 each.
+    /// Bytes of its parameters, 4 each.
     pub bytes: usize,
 }
 
-/// Why a registry refuses.
+/// Why an operation on a registry failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RegistryError {
     /// No adapter of that name.
-    #[error("no adapter is called {name:?}{}", among(.known))]
-    Unknown {
+    #[error("no adapter is named {name:?}{}", loaded(.known))]
+    UnknownName {
         /// The name.
         name: String,
-        /// The names there are.
+        /// All names in the registry.
         known: Vec<String>,
     },
     /// Another adapter has the name.
-    #[error("an adapter is called {0:?} already: drop it first, or take another name")]
-    Taken(String),
-    /// A name nobody could tell from the rest of a command.
+    #[error("an adapter is named {0:?} already: drop it first, or use another name")]
+    NameTaken(String),
+    /// A name that a chat command could not tell from its other parts.
     #[error(
-        "an adapter's name is {0:?}, needed at least one character, none of them a space or a '=', \
-         and not \"off\""
+        "invalid adapter name {0:?}, needed at least one character, no whitespace and no '=', and not \
+         \"off\""
     )]
-    Name(String),
-    /// An adapter of another base.
-    #[error("adapter {name:?} is for another base: {reason}")]
-    Base {
+    InvalidName(String),
+    /// Tensors that do not fit the base, or hold numbers that are not finite.
+    #[error("adapter {name:?} cannot be used on this base: {}", problems.join("; "))]
+    Invalid {
         /// The adapter.
         name: String,
-        /// The first module that does not fit.
-        reason: String,
+        /// A clause for each tensor, shapes first.
+        problems: Vec<String>,
     },
-    /// An adapter that would make nonsense of every row it is active on.
-    #[error("adapter {name:?} has numbers that are not finite, in {module}: it is broken")]
-    Broken {
-        /// The adapter.
-        name: String,
-        /// The first such module.
-        module: String,
-    },
-    /// A bound would be passed.
+    /// The adapter would exceed a limit.
     #[error("adapter {name:?} does not fit: {needed} {what} with it, the registry holds {limit}")]
-    Full {
+    LimitExceeded {
         /// The adapter.
         name: String,
-        /// Adapters or bytes.
+        /// "adapters" or "bytes".
         what: &'static str,
         /// How many there would be.
         needed: usize,
@@ -91,7 +81,7 @@ pub enum RegistryError {
     },
 }
 
-fn among(names: &[String]) -> String {
+fn loaded(names: &[String]) -> String {
     match names {
         [] => ": none is loaded".into(),
         names => format!(", loaded are {}", names.join(", ")),
@@ -99,78 +89,93 @@ fn among(names: &[String]) -> String {
 }
 
 impl Registry {
-    /// An empty registry for a base with these linear layers.
+    /// An empty registry for a base with these linear layers, embedding and head included.
     pub fn new(base: &[LinearSpec], limits: RegistryLimits) -> Self {
-        let shape = |spec: &LinearSpec| (spec.out_features, spec.in_features);
-        let base = base.iter().map(|spec| (spec.name.clone(), shape(spec))).collect();
-        Self { base, limits, adapters: RwLock::default() }
+        Self { base: base.to_vec(), limits, adapters: RwLock::default() }
     }
 
-    /// Takes an adapter in under a new name.
+    /// Adds an adapter under a new name.
+    ///
+    /// # Errors
+    /// If the name is invalid or taken, a tensor does not fit the base or holds numbers that are not
+    /// finite, or a limit would be exceeded.
     pub fn insert(&self, name: &str, adapter: Arc<Adapter>) -> Result<(), RegistryError> {
-        self.put(name, adapter, |adapters| match adapters.contains_key(name) {
-            true => Err(RegistryError::Taken(name.into())),
-            false => Ok(()),
+        self.put(name, adapter, |adapters| {
+            if adapters.contains_key(name) {
+                return Err(RegistryError::NameTaken(name.into()));
+            }
+            Ok(())
         })?;
         Ok(())
     }
 
-    /// Puts an adapter in the place of another, which is given back.
+    /// Replaces the adapter of a name, and returns the previous one.
+    ///
+    /// # Errors
+    /// If there is no adapter of that name, and as [`Self::insert`].
     pub fn replace(
         &self,
         name: &str,
         adapter: Arc<Adapter>,
     ) -> Result<Arc<Adapter>, RegistryError> {
-        let old = self.put(name, adapter, |adapters| match adapters.contains_key(name) {
-            true => Ok(()),
-            false => Err(unknown(name, adapters)),
+        let old = self.put(name, adapter, |adapters| {
+            if !adapters.contains_key(name) {
+                return Err(unknown(name, adapters));
+            }
+            Ok(())
         })?;
         Ok(old.expect("there was one to replace"))
     }
 
-    /// Drops an adapter, which is given back. Whoever wears it goes on wearing it.
+    /// Removes an adapter and returns it. Holders of a snapshot keep using it.
+    ///
+    /// # Errors
+    /// If there is no adapter of that name.
     pub fn remove(&self, name: &str) -> Result<Arc<Adapter>, RegistryError> {
         let mut adapters = self.adapters.write().unwrap_or_else(PoisonError::into_inner);
         adapters.remove(name).ok_or_else(|| unknown(name, &adapters))
     }
 
-    /// The adapter of a name as it is now.
+    /// A snapshot of the adapter of a name.
+    ///
+    /// # Errors
+    /// If there is no adapter of that name.
     pub fn get(&self, name: &str) -> Result<Arc<Adapter>, RegistryError> {
         let adapters = self.adapters.read().unwrap_or_else(PoisonError::into_inner);
         adapters.get(name).cloned().ok_or_else(|| unknown(name, &adapters))
     }
 
-    /// All adapters, by name.
+    /// All adapters, sorted by name.
     pub fn list(&self) -> Vec<RegistryEntry> {
         let adapters = self.adapters.read().unwrap_or_else(PoisonError::into_inner);
-        let listed = |(name, adapter): (&String, &Arc<Adapter>)| RegistryEntry {
+        let entry = |(name, adapter): (&String, &Arc<Adapter>)| RegistryEntry {
             name: name.clone(),
             modules: adapter.modules.len(),
             bytes: bytes(adapter),
         };
-        adapters.iter().map(listed).collect()
+        adapters.iter().map(entry).collect()
     }
 
     fn put(
         &self,
         name: &str,
         adapter: Arc<Adapter>,
-        may: impl FnOnce(&BTreeMap<String, Arc<Adapter>>) -> Result<(), RegistryError>,
+        check_name: impl FnOnce(&BTreeMap<String, Arc<Adapter>>) -> Result<(), RegistryError>,
     ) -> Result<Option<Arc<Adapter>>, RegistryError> {
         if name.is_empty()
             || name == "off"
             || name.contains(|c: char| c.is_whitespace() || c == '=')
         {
-            return Err(RegistryError::Name(name.into()));
+            return Err(RegistryError::InvalidName(name.into()));
         }
-        self.check_base(name, &adapter)?;
-        let broken =
-            adapter.modules.iter().find(|(_, lora)| ![&lora.a, &lora.b].into_iter().all(is_finite));
-        if let Some((module, _)) = broken {
-            return Err(RegistryError::Broken { name: name.into(), module: module.clone() });
+        let mut problems = adapter.mismatches(&self.base);
+        let broken = adapter.non_finite_tensors().into_iter();
+        problems.extend(broken.map(|tensor| format!("{tensor} holds NaN or infinite numbers")));
+        if !problems.is_empty() {
+            return Err(RegistryError::Invalid { name: name.into(), problems });
         }
         let mut adapters = self.adapters.write().unwrap_or_else(PoisonError::into_inner);
-        may(&adapters)?;
+        check_name(&adapters)?;
         let others = || adapters.iter().filter(|(other, _)| *other != name);
         let needed = [
             ("adapters", others().count() + 1, self.limits.adapters),
@@ -182,40 +187,23 @@ impl Registry {
         ];
         for (what, needed, limit) in needed {
             if let Some(limit) = limit.filter(|limit| needed > *limit) {
-                return Err(RegistryError::Full { name: name.into(), what, needed, limit });
+                return Err(RegistryError::LimitExceeded {
+                    name: name.into(),
+                    what,
+                    needed,
+                    limit,
+                });
             }
         }
         Ok(adapters.insert(name.into(), adapter))
     }
-
-    fn check_base(&self, name: &str, adapter: &Adapter) -> Result<(), RegistryError> {
-        let fault = |reason| RegistryError::Base { name: name.into(), reason };
-        for (module, lora) in &adapter.modules {
-            let found = (lora.out_features(), lora.in_features());
-            match self.base.get(module) {
-                None => return Err(fault(format!("it sits on {module}, which this one lacks"))),
-                Some(needed) if *needed != found => {
-                    let reason = format!("{module} is {found:?}, needed {needed:?}");
-                    return Err(fault(reason));
-                }
-                Some(_) => {}
-            }
-        }
-        Ok(())
-    }
 }
 
 fn unknown(name: &str, adapters: &BTreeMap<String, Arc<Adapter>>) -> RegistryError {
-    RegistryError::Unknown { name: name.into(), known: adapters.keys().cloned().collect() }
+    RegistryError::UnknownName { name: name.into(), known: adapters.keys().cloned().collect() }
 }
 
-/// Whether all numbers are there and none is NaN or infinite.
-fn is_finite(var: &Var) -> bool {
-    let values = var.as_detached_tensor().flatten_all().and_then(|t| t.to_vec1::<f32>());
-    values.is_ok_and(|values| values.iter().all(|x| x.is_finite()))
-}
-
-/// Bytes of an adapter's numbers, which are F32.
+/// Bytes of an adapter's parameters, which are F32.
 fn bytes(adapter: &Adapter) -> usize {
     adapter.num_parameters() * size_of::<f32>()
 }
@@ -248,7 +236,7 @@ mod tests {
     }
 
     #[test]
-    fn adapters_come_and_go_by_name() {
+    fn adapters_are_inserted_replaced_and_removed() {
         let registry = registry(RegistryLimits::default());
         let one = || adapter("one", "q", 8, 1);
         registry.insert("a", one()).unwrap();
@@ -264,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn refusals_are_sentences() {
+    fn errors_name_adapter_and_reason() {
         let limits = RegistryLimits { adapters: Some(2), bytes: Some(200) };
         let registry = registry(limits);
         let check = |result: Result<(), RegistryError>, needed: &str| {
@@ -272,53 +260,70 @@ mod tests {
         };
         let one = || adapter("one", "q", 8, 1);
         let missing = |registry: &Registry| registry.get("c").map(|_| ());
-        check(missing(&registry), "no adapter is called \"c\": none is loaded");
+        check(missing(&registry), "no adapter is named \"c\": none is loaded");
         registry.insert("a", one()).unwrap();
         check(
             registry.insert("b", adapter("large", "q", 8, 3)),
             "adapter \"b\" does not fit: 256 bytes with it, the registry holds 200",
         );
         registry.insert("b", one()).unwrap();
-        check(missing(&registry), "no adapter is called \"c\", loaded are a, b");
+        check(missing(&registry), "no adapter is named \"c\", loaded are a, b");
         check(
             registry.insert("c", one()),
             "adapter \"c\" does not fit: 3 adapters with it, the registry holds 2",
         );
         check(
             registry.insert("a", one()),
-            "an adapter is called \"a\" already: drop it first, or take another name",
+            "an adapter is named \"a\" already: drop it first, or use another name",
         );
         check(
             registry.replace("c", one()).map(|_| ()),
-            "no adapter is called \"c\", loaded are a, b",
+            "no adapter is named \"c\", loaded are a, b",
         );
-        check(registry.remove("c").map(|_| ()), "no adapter is called \"c\", loaded are a, b");
+        check(registry.remove("c").map(|_| ()), "no adapter is named \"c\", loaded are a, b");
         check(
             registry.replace("a", adapter("other", "k", 8, 1)).map(|_| ()),
-            "adapter \"a\" is for another base: it sits on k, which this one lacks",
+            "adapter \"a\" cannot be used on this base: k is not a linear layer of this base",
         );
         check(
             registry.replace("a", adapter("other", "q", 9, 1)).map(|_| ()),
-            "adapter \"a\" is for another base: q is (9, 8), needed (8, 8)",
+            "adapter \"a\" cannot be used on this base: base_model.model.q.lora_B.weight is [9, 1], \
+             needed [8, 1]",
         );
         let broken = adapter("broken", "q", 8, 1);
         let b = &broken.modules["q"].b;
         b.set(&(b.ones_like().unwrap() / 0.0).unwrap()).unwrap();
         check(
             registry.replace("a", broken).map(|_| ()),
-            "adapter \"a\" has numbers that are not finite, in q: it is broken",
+            "adapter \"a\" cannot be used on this base: base_model.model.q.lora_B.weight holds NaN or \
+             infinite numbers",
         );
         for name in ["", "a b", "a=b", "off"] {
             let refused = registry.insert(name, one());
-            assert!(matches!(refused, Err(RegistryError::Name(_))), "{name:?}");
+            assert!(matches!(refused, Err(RegistryError::InvalidName(_))), "{name:?}");
         }
         // One that replaces another counts in its place.
         registry.replace("a", adapter("larger", "q", 8, 2)).unwrap();
     }
 
-    /// Threads that get while others swap see whole adapters, and nothing is left of those dropped.
+    /// A mismatch of shape and a NaN are reported together.
     #[test]
-    fn threads_swap_while_others_get() {
+    fn invalid_adapter_is_rejected_with_all_problems() {
+        let mut adapter = Arc::into_inner(adapter("a", "q", 9, 1)).unwrap();
+        adapter.score = Some(candle_core::Var::new(&[[f32::NAN]], &Device::Cpu).unwrap());
+        let error = registry(RegistryLimits::default()).insert("a", Arc::new(adapter)).unwrap_err();
+        let RegistryError::Invalid { problems, .. } = error else { panic!("{error}") };
+        let needed = [
+            "base_model.model.q.lora_B.weight is [9, 1], needed [8, 1]",
+            "base_model.model.score.weight: this base has no model.embed_tokens",
+            "base_model.model.score.weight holds NaN or infinite numbers",
+        ];
+        assert_eq!(problems, needed);
+    }
+
+    /// Readers see whole adapters while writers replace them, and dropped adapters are freed.
+    #[test]
+    fn replacing_is_atomic_for_concurrent_readers() {
         let registry = registry(RegistryLimits::default());
         registry.insert("kept", adapter("0", "q", 8, 1)).unwrap();
         let done = AtomicBool::new(false);

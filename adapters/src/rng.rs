@@ -75,7 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn streams_are_keyed_and_even() {
+    fn streams_are_keyed_and_uniform() {
         let draw = |seed, purpose, index: &[u64]| Stream::new(seed, purpose, index).next_u64();
         assert_eq!(draw(1, "dropout", &[3, 4]), draw(1, "dropout", &[3, 4]));
         let others =

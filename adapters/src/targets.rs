@@ -1,16 +1,16 @@
-//! Which linear layers of a base an adapter config means, with rank and scale: PEFT's rules.
+//! Which linear layers of a base an adapter config targets, with rank and scale, by PEFT's rules.
 //!
 //! A list names modules by their whole path or by what follows a dot in it; a string is a regular
 //! expression over the whole path; `all-linear` is every linear layer but the output head.
-//! Only linear layers and the token embedding are offered here, so an expression that in PEFT would
-//! also hit, and fail on, other modules takes these.
+//! Only linear layers and the token embedding are candidates here: an expression that also matches other
+//! modules, on which PEFT fails, selects these.
 
 use fancy_regex::Regex;
 
 use crate::config::{EMBEDDING, HEAD, LoraConfig, Modules};
 
-/// A linear layer of a base, `y (out_features) = W x (in_features)`, or its token embedding: that
-/// is one too, from a vocabulary's one-hot vectors, but its weight lies in memory transposed.
+/// A linear layer of a base, `y (out_features) = W x (in_features)`, or its token embedding: a linear
+/// layer of one-hot vectors whose weight is stored transposed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LinearSpec {
     /// Its Hugging Face module path, like `model.layers.0.self_attn.q_proj`.
@@ -21,8 +21,8 @@ pub struct LinearSpec {
     pub out_features: usize,
     /// Whether it is the token embedding, whose base weight has `in_features` rows.
     pub embedding: bool,
-    /// Of embedding and head, how many tokens have been added behind the base's own: an adapter that
-    /// is older knows nothing of them.
+    /// Of embedding and head, how many of the tokens were added to the base's vocabulary, at its end.
+    /// Adapters trained before that have no values for them.
     pub added_tokens: usize,
 }
 
@@ -33,22 +33,22 @@ pub struct Target {
     pub spec: LinearSpec,
     /// Rank of its update.
     pub r: usize,
-    /// What its update is multiplied with.
+    /// The factor of its update: `lora_alpha / r`, or `lora_alpha / sqrt(r)`.
     pub scale: f64,
 }
 
-/// What a config means on a base.
+/// The modules that a config selects on a base.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Resolved {
     /// The targets, in the base's order; at least one.
     pub targets: Vec<Target>,
-    /// The modules trained whole, but for a score head.
+    /// The modules trained as a whole, without a score head.
     pub saved: Vec<LinearSpec>,
-    /// The token embedding, if some of its rows are trained.
+    /// The token embedding, if some of its rows are trained (`trainable_token_indices`).
     pub tokens: Option<LinearSpec>,
-    /// The head, if some of its rows are trained for themselves.
+    /// The untied head, if some of its rows are trained.
     pub head_tokens: Option<LinearSpec>,
-    /// Names and patterns that match nothing, although others do: to be warned of.
+    /// Names and patterns that match no module although others do, for warnings.
     pub unmatched: Vec<Unmatched>,
 }
 
@@ -67,7 +67,7 @@ impl std::fmt::Display for Unmatched {
     }
 }
 
-/// Why a config cannot be laid on a base.
+/// Why a config does not fit a base.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum TargetError {
@@ -118,7 +118,7 @@ pub enum TargetError {
         "use_dora with target {0}: needed other targets, DoRA is for the layers' own linear modules"
     )]
     Dora(String),
-    /// A token that is none.
+    /// A token outside of the vocabulary.
     #[error(
         "trainable_token_indices: found {token}, needed less than {vocab_size}, the size of the vocabulary (tokens that were added are there where the base is loaded with the adapter and its tokenizer.json)"
     )]
@@ -128,7 +128,7 @@ pub enum TargetError {
         /// How many tokens the embedding has.
         vocab_size: usize,
     },
-    /// A regular expression that cannot be read, or takes too long.
+    /// A regular expression that is invalid, or takes too long.
     #[error("{key}: {pattern:?} is not a usable regular expression: {reason}")]
     Expression {
         /// The config's key.
@@ -140,11 +140,14 @@ pub enum TargetError {
     },
 }
 
-/// Finds the modules among `linears` that `config` means. `head` is the output head's name, which
-/// `all-linear` leaves out.
+/// Finds the modules among `linears` that `config` selects. `head` is the output head's name, which
+/// `all-linear` excludes.
 ///
 /// Rank and alpha come from the first pattern that matches the end of the module's path, the
 /// scale is `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
+///
+/// # Errors
+/// If nothing matches, a module is missing or selected twice, or an expression is invalid.
 pub fn resolve(
     config: &LoraConfig,
     linears: &[LinearSpec],
@@ -288,7 +291,7 @@ impl<T: Copy> Patterns<T> {
         Ok(Self { key, items: items.collect::<Result<_, TargetError>>()? })
     }
 
-    /// The first pattern's value that matches; else that of a pattern which is the name itself.
+    /// The value of the first pattern that matches; else of a pattern that equals the name.
     fn get(&self, name: &str) -> Result<Option<T>, TargetError> {
         for (pattern, value) in &self.items {
             if pattern.matches(name)? {
@@ -309,7 +312,7 @@ impl<T: Copy> Patterns<T> {
     }
 }
 
-/// A regular expression that remembers where it came from.
+/// A regular expression with its source, for error messages.
 struct Pattern {
     key: &'static str,
     source: String,
@@ -317,7 +320,7 @@ struct Pattern {
 }
 
 impl Pattern {
-    /// An expression for whole paths.
+    /// An expression that must match a whole path.
     fn whole(key: &'static str, source: &str) -> Result<Self, TargetError> {
         Self::new(key, source, source.into())?; // `a)|(b` is an expression only between our own
         Self::new(key, source, format!(r"\A(?:{source})\z"))
@@ -366,7 +369,7 @@ fn describe(modules: &Modules) -> String {
     }
 }
 
-/// The last parts of the module paths, each once, in the base's order.
+/// The last components of the module paths, without duplicates, in the base's order.
 fn known(linears: &[LinearSpec]) -> String {
     let mut ends: Vec<&str> = Vec::new();
     for end in linears.iter().filter_map(|l| l.name.rsplit('.').next()) {

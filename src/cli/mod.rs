@@ -44,9 +44,8 @@ use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use serde_json::{Value, json};
 
-use crate::export::lora;
 use crate::isa::Isa;
-use crate::model::{ActiveAdapter, Decoder};
+use crate::model::{ActiveAdapter, Decoder, adapter_files};
 use crate::text::{Tokenizer, first_second};
 use crate::train::of_process;
 use crate::train::settings::AdapterPath;
@@ -225,7 +224,7 @@ fn paths(args: &[AdapterPath]) -> Vec<&Path> {
 fn load_adapters(args: &[AdapterPath], decoder: &Decoder) -> Result<Vec<ActiveAdapter>> {
     let load = |arg: &AdapterPath| -> Result<ActiveAdapter> {
         let name = arg.path.display().to_string();
-        let (adapter, unmatched) = lora::open_adapter(&arg.path, &name, decoder)?;
+        let (adapter, unmatched) = adapter_files::open_adapter(&arg.path, &name, decoder)?;
         for unmatched in unmatched {
             eprintln!("warning: {name}: {unmatched}");
         }

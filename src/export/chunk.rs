@@ -1,24 +1,24 @@
-//! A tensor into a file, a chunk of rows at a time.
+//! Writes a tensor into a file, one chunk of rows at a time.
 
 use std::io::{self, Write};
 
 use super::{ExportError, ExportTensor, WrittenTensor};
 use crate::quant::{BlockType, RowOrder};
 
-/// Values of a chunk, about.
+/// Approximate number of values in a chunk.
 const VALUES: usize = 1 << 21;
 
-/// How a tensor lies in a file.
+/// How a tensor is stored in a file.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct StoredForm {
     pub block_type: BlockType,
     pub order: RowOrder,
-    /// How far values lie above Hugging Face's.
+    /// What is added to Hugging Face's values.
     pub offset: f32,
 }
 
-/// Puts a tensor in a form, and says how far it is off. What fails is in `failed`, as a writer's
-/// errors are the system's.
+/// Writes a tensor in a form, and returns its relative error. The [`ExportError`] behind a failure is put
+/// into `failed`, as a writer returns [`io::Error`].
 pub(super) fn write(
     tensor: &ExportTensor,
     name: &str,
@@ -44,7 +44,7 @@ pub(super) fn write(
         io::Error::other(text)
     };
     let (rows, cols) = (tensor.rows(), tensor.cols());
-    // Whole heads, whose rows change places.
+    // Whole heads, whose rows are reordered.
     let step = order.stretch();
     let chunk = (VALUES / cols / step).max(1) * step;
     let row_bytes = block_type.bytes_for(cols).ok_or_else(|| {
@@ -77,7 +77,7 @@ pub(super) fn write(
             }
         };
         bytes.resize(many * row_bytes, 0);
-        // A vector is a column: its values lie in a row.
+        // A vector is a column here, but is quantized as a row.
         let width = if cols == 1 { many } else { cols };
         block_type.quantize(values, width, importance, &mut bytes);
         back.resize(values.len(), 0.0);
@@ -95,7 +95,7 @@ pub(super) fn write(
     Ok(written(if of > 0.0 { (off / of).sqrt() } else { 0.0 }))
 }
 
-/// Rows of each head so that the two halves of a rotary pair are neighbours: row
+/// Reorders the rows of each head so that the two halves of a rotary pair are neighbours: row
 /// `half · (head_dim / 2) + i` goes to `2 · i + half`, as llama.cpp's converter does.
 pub(super) fn interleave(values: &[f32], cols: usize, head_dim: usize, out: &mut Vec<f32>) {
     out.resize(values.len(), 0.0);

@@ -1,4 +1,4 @@
-//! A `config.json`, with the names that every version of transformers reads.
+//! Writes a `config.json` with the key names that all versions of transformers read.
 
 use serde_json::{Map, Value, json};
 
@@ -20,16 +20,16 @@ pub(super) fn dtype_name(dtype: BlockType) -> Result<&'static str, ExportError> 
     }
 }
 
-/// Whether a `config.json` can say what a decoder is.
+/// Checks that a `config.json` can describe a decoder.
 ///
 /// # Errors
-/// What it cannot say.
+/// With the property that it cannot describe.
 pub fn expressible(config: &Config) -> Result<(), ExportError> {
     to_json(config, BlockType::F32, &Map::new()).map(|_| ())
 }
 
-/// The `config.json` of a decoder; `ids` are its special tokens, as a `generation_config.json`
-/// names them.
+/// The `config.json` of a decoder; `ids` are its special tokens, with the keys of a
+/// `generation_config.json`.
 pub(super) fn to_json(
     config: &Config,
     dtype: BlockType,
@@ -113,7 +113,7 @@ pub(super) fn to_json(
     }
     if let Some(width) = v.rotary_dim {
         let part = width as f64 / c.head_dim as f64;
-        // Its product with the width of a head is cut to a whole number.
+        // transformers truncates its product with the head size to an integer.
         let falls_short = ((c.head_dim as f64 * part) as usize) < width;
         put("partial_rotary_factor", json!(if falls_short { part.next_up() } else { part }));
     }
@@ -130,7 +130,7 @@ pub(super) fn to_json(
     for key in ["bos_token_id", "eos_token_id", "pad_token_id"] {
         match ids.get(key) {
             Some(id) => put(key, id.clone()),
-            // Some classes would take an id of their own, beyond a small vocabulary.
+            // Some classes have a default id, which may be outside of a small vocabulary.
             None if key == "pad_token_id" => put(key, Value::Null),
             None => {}
         }
@@ -139,7 +139,7 @@ pub(super) fn to_json(
     Ok(json.into())
 }
 
-/// The keys of what only some families have.
+/// The keys that only some families have.
 fn of_variation(c: &Config) -> Vec<(&'static str, Value)> {
     let (family, v) = (c.hf_family(), &c.variation);
     let mut keys = Vec::new();
@@ -180,7 +180,7 @@ fn of_variation(c: &Config) -> Vec<(&'static str, Value)> {
     keys
 }
 
-/// A number that a GGUF holds in 32 bits as people write it: 1e-5, not 9.999999747378752e-6.
+/// A number that was stored in 32 bits with the fewest digits: 1e-5, not 9.999999747378752e-6.
 fn tidy(value: f64) -> Value {
     let narrow = value as f32;
     let same = (f64::from(narrow) - value).abs() <= 1e-12 * value.abs();
@@ -209,8 +209,8 @@ fn llama3(scaling: &RopeScaling) -> Value {
     })
 }
 
-/// The parameters that Llama 3's formula gives these factors for, if there are any: its bands are
-/// those of all models so far, the largest factor is the factor, and the context a power of two.
+/// The parameters with which Llama 3's formula gives these factors, if there are any. Tried are the
+/// frequency bands of all models so far, the largest factor, and contexts that are powers of two.
 fn as_llama3(config: &Config, factors: &[f32]) -> Option<RopeScaling> {
     let factor = f64::from(factors.iter().copied().fold(1.0, f32::max));
     (4..=20).map(|power| f64::from(1u32 << power)).find_map(|original| {

@@ -1,44 +1,42 @@
-//! Why something could not be exported.
+//! Errors of export.
 
 use std::io;
 use std::path::PathBuf;
-
-use quantune_adapters::FormatError;
 
 use crate::eval::EvalError;
 use crate::model::ModelError;
 use crate::text::TextError;
 use crate::weights::WeightsError;
 
-/// Why something could not be exported.
+/// Why an export failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ExportError {
-    /// The base cannot be read, or the system does not let us write.
+    /// The base cannot be read, or a file cannot be written.
     #[error(transparent)]
     Weights(#[from] WeightsError),
-    /// The base is no model we know.
+    /// The base is not a supported model.
     #[error(transparent)]
     Model(#[from] ModelError),
-    /// Its tokenizer has no such form.
+    /// The tokenizer cannot be read or converted.
     #[error(transparent)]
     Text(#[from] TextError),
-    /// The system refused.
+    /// The system reported an error.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
-        /// What was tried.
+        /// The operation, as a verb.
         action: &'static str,
         /// The file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: io::Error,
     },
-    /// The form cannot say what the model is.
+    /// The format cannot hold a property of the model.
     #[error("{form} cannot hold this model: {reason}")]
     Inexpressible {
         /// "a config.json", "a GGUF".
         form: &'static str,
-        /// What it cannot say.
+        /// The property.
         reason: String,
     },
     /// A tensor that is missing, of another shape, or has values that cannot be written.
@@ -46,27 +44,24 @@ pub enum ExportError {
     Tensor {
         /// Its name.
         name: String,
-        /// What is wrong and what was needed.
+        /// What was found and what was needed.
         reason: String,
     },
-    /// Types asked for that do not fit.
+    /// Requested types that do not suit the model.
     #[error("{0}")]
     Types(String),
-    /// What was written is not the model.
+    /// The written file differs from the model.
     #[error("{}: {reason}; it was removed", path.display())]
     Differs {
         /// The file or folder.
         path: PathBuf,
-        /// How far it is off.
+        /// The difference.
         reason: String,
     },
-    /// An adapter that cannot be read.
-    #[error(transparent)]
-    Adapter(#[from] FormatError),
-    /// A text that nothing can be measured on.
+    /// A text on which nothing can be measured.
     #[error(transparent)]
     Measure(EvalError),
-    /// candle refused.
+    /// candle reported an error.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),
 }

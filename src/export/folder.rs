@@ -1,4 +1,4 @@
-//! A model as a Hugging Face folder.
+//! Writes a model as a Hugging Face folder.
 
 use std::collections::HashMap;
 use std::fs;
@@ -14,17 +14,16 @@ use crate::quant::{BlockType, RowOrder};
 use crate::text::convert;
 use crate::weights::{TensorPlan, stream_safetensors, write_atomically};
 
-/// transformers begins another file beyond this.
+/// Maximum size of a file, as in transformers.
 const SHARD_BYTES: usize = 5_000_000_000;
 
 /// Writes a model as a Hugging Face folder in F32, F16 or BF16, in files of at most 5 GB.
 ///
-/// The folder appears whole or not at all. One that is there is replaced if it holds nothing but
-/// what such a folder has.
+/// The folder is replaced atomically; an existing one only if it holds nothing but files of a model.
 ///
 /// # Errors
-/// If the model cannot be said in a `config.json`, a value cannot be held by the type, or the system
-/// refuses.
+/// If a `config.json` cannot describe the model, the type cannot hold a value, or the system reports an
+/// error.
 pub fn write_folder(
     source: &ExportSource,
     dtype: BlockType,
@@ -54,7 +53,7 @@ fn write_shards(
     fs::create_dir_all(&partial).map_err(io("create", &partial))?;
     let written = write_into(source, dtype, shard_bytes, &files, &partial);
     if written.is_err() {
-        let _ = fs::remove_dir_all(&partial); // the first error is the one to tell
+        let _ = fs::remove_dir_all(&partial); // the first error is returned
     }
     let written = written?;
     if out.exists() {
@@ -83,7 +82,7 @@ fn beside(out: &Path, what: &str) -> Result<PathBuf, ExportError> {
     Ok(out.with_file_name(format!(".{}.{what}", name.to_string_lossy())))
 }
 
-/// Whether what is there may be replaced: nothing a user may want is in it.
+/// Checks that an existing folder holds only files of a model, so that it may be replaced.
 fn check_replaceable(out: &Path) -> Result<(), ExportError> {
     if !out.exists() {
         return Ok(());
@@ -139,7 +138,7 @@ fn write_into(
         let plans: Vec<TensorPlan> = shard.iter().map(plan).collect();
         let path = folder.join(name(i));
         let mut failed = None;
-        // transformers looks for this key.
+        // transformers requires this key.
         let about = HashMap::from([("format".to_string(), "pt".to_string())]);
         let done = stream_safetensors(&path, about, &plans, |t, file| {
             let form = StoredForm { block_type: dtype, order: RowOrder::Straight, offset: 0.0 };
@@ -168,7 +167,7 @@ fn write_into(
     Ok(Written { bytes, tensors })
 }
 
-/// Tensors in their order, cut where a file would become too large.
+/// The tensors in their order, split into files of at most `most` bytes.
 fn shards<'s, 'a>(
     tensors: &'s [ExportTensor<'a>],
     dtype: BlockType,
@@ -220,7 +219,7 @@ fn small_files(
             let path = folder.join("config.json");
             let text = read(&path)?.unwrap_or_default();
             let mut json: Value = serde_json::from_str(&text).map_err(|e| bad(&path, &e))?;
-            // What says which weights there are and how they are stored; all else stays as it is.
+            // Only the keys of the weights and their storage change.
             let name = config::dtype_name(dtype)?;
             let key = if json.get("dtype").is_some() { "dtype" } else { "torch_dtype" };
             json[key] = name.into();
@@ -232,7 +231,7 @@ fn small_files(
                 holder["vocab_size"] = source.config.vocab_size.into();
             }
             if !source.config.tie_word_embeddings {
-                // An adapter may have parted the head from the embedding.
+                // An adapter may have untied the head.
                 json["tie_word_embeddings"] = false.into();
             }
             if let Some(object) = json.as_object_mut() {
@@ -264,7 +263,7 @@ fn small_files(
     Ok(files)
 }
 
-/// The special tokens of a folder's tokenizer, as a `generation_config.json` names them.
+/// The special tokens of a folder's tokenizer with the keys of a `generation_config.json`.
 fn special_ids(folder: &Path) -> Result<Map<String, Value>, ExportError> {
     let tokenizer = crate::text::Tokenizer::from_folder(folder)?;
     let roles = [
@@ -274,7 +273,7 @@ fn special_ids(folder: &Path) -> Result<Map<String, Value>, ExportError> {
     ];
     let known = roles.into_iter().filter_map(|(role, id)| Some((role.to_string(), id?.into())));
     let mut ids: Map<String, Value> = known.collect();
-    // Chats may end with another token than texts.
+    // Chat turns may end with another token than documents.
     let all = 0..tokenizer.vocab_size() as u32;
     let ends: Vec<u32> = all.filter(|&id| tokenizer.is_end_of_generation(id)).collect();
     if ends.len() > 1 {

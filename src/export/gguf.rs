@@ -1,4 +1,4 @@
-//! A model as a GGUF, with the keys that llama.cpp's converter writes.
+//! Writes a model as a GGUF, with the keys that llama.cpp's converter writes.
 
 use std::path::Path;
 
@@ -14,13 +14,13 @@ use crate::weights::{OwnedValue, TensorPlan, ValueType, stream_gguf};
 /// ggml's `GGML_QNT_VERSION`.
 const QUANTIZATION_VERSION: u32 = 2;
 
-/// Writes a model as a GGUF in the types of `recipe`, errors weighted by `importance`.
+/// Writes a model as a GGUF in the types of `recipe`; quantization weights errors by `importance`.
 ///
-/// The file appears whole or not at all. Memory holds a chunk of a tensor.
+/// The file is replaced atomically. Memory holds a chunk of one tensor.
 ///
 /// # Errors
-/// If the model or its tokenizer cannot be said in a GGUF, a value cannot be held by its type, or
-/// the system refuses.
+/// If a GGUF cannot describe the model or its tokenizer, a type cannot hold a value, or the system
+/// reports an error.
 pub fn write_gguf(
     source: &ExportSource,
     recipe: &Recipe,
@@ -83,7 +83,7 @@ pub fn write_gguf(
         Ok(())
     });
     match (written, failed) {
-        (Err(_), Some(error)) => Err(error), // the first error is the one to tell
+        (Err(_), Some(error)) => Err(error), // the first error is returned
         (Err(error), None) => Err(error.into()),
         (Ok(()), _) => {
             let io = |source| ExportError::Io { action: "read", path: out.into(), source };
@@ -93,7 +93,7 @@ pub fn write_gguf(
     }
 }
 
-/// What llama-quantize tells of the importance matrix.
+/// The keys of llama-quantize about the importance matrix.
 fn importance_keys(importance: &Importance) -> Vec<(String, OwnedValue)> {
     let text = |key: &str, text: &Option<String>| {
         text.as_ref().map(|text| (format!("quantize.imatrix.{key}"), OwnedValue::from(&text[..])))
@@ -120,7 +120,7 @@ fn metadata(
         ("general.quantization_version", OwnedValue::U32(QUANTIZATION_VERSION)),
     ];
     match &source.origin {
-        // All that the file says but what it is stored as, and the marks of a split file.
+        // All keys of the file but those of its storage types and of split files.
         ModelOrigin::Gguf(gguf) => {
             let dropped = |key: &str| {
                 key.starts_with("split.")
@@ -157,7 +157,7 @@ fn metadata(
     }
 }
 
-/// The keys that say what the decoder is.
+/// The keys that describe the decoder.
 fn of_config(config: &Config, out: &Path) -> Vec<(String, OwnedValue)> {
     let c = config;
     let architecture = c.family.architecture;
@@ -184,7 +184,7 @@ fn of_config(config: &Config, out: &Path) -> Vec<(String, OwnedValue)> {
     put("rope.dimension_count", size(c.rotary_dim()));
     let number = |value: f64| OwnedValue::F32(value as f32);
     match &c.rope_scaling {
-        // What keys do not say is in tensors.
+        // These have tensors instead of keys.
         RopeScaling::None | RopeScaling::Llama3 { .. } | RopeScaling::Factors(_) => {}
         RopeScaling::Linear { factor } => {
             put("rope.scaling.type", "linear".into());
@@ -207,7 +207,7 @@ fn of_config(config: &Config, out: &Path) -> Vec<(String, OwnedValue)> {
             }
             let grown = attention_factor / yarn_growth(*factor);
             if grown != 1.0 {
-                // The converter writes the first; what llama.cpp multiplies by is the second.
+                // The converter writes the first; llama.cpp multiplies by the second.
                 put("rope.scaling.yarn_attn_factor", number(*attention_factor));
                 put("rope.scaling.attn_factor", number(grown));
             }
@@ -223,9 +223,9 @@ fn of_config(config: &Config, out: &Path) -> Vec<(String, OwnedValue)> {
     }
     let v = &c.variation;
     match v.sliding_window {
-        // llama.cpp's Llamas have no windows; we read a Mistral's here.
+        // llama.cpp's Llamas have no sliding window; a Mistral's is read back from this key.
         Some(window) => put("attention.sliding_window", size(window)),
-        // llama.cpp knows Phi-4s by it.
+        // llama.cpp recognizes Phi-4 by it.
         None if c.family.fused => put("attention.sliding_window", size(0)),
         None => {}
     }
@@ -256,8 +256,8 @@ fn of_config(config: &Config, out: &Path) -> Vec<(String, OwnedValue)> {
     keys
 }
 
-/// What of a decoder neither keys nor tensors of a GGUF say, if there is something: llama.cpp knows it by
-/// the architecture, or does not compute it.
+/// A property of a decoder that a GGUF has no key or tensor for, if there is one: llama.cpp infers it from
+/// the architecture, or does not support it.
 fn unsaid(c: &Config, origin: &ModelOrigin) -> Option<String> {
     let (family, v) = (c.family, &c.variation);
     let of = |what: &str| Some(format!("a {} with {what}", family.architecture));
@@ -300,7 +300,7 @@ fn unsaid(c: &Config, origin: &ModelOrigin) -> Option<String> {
     None
 }
 
-/// Whether each layer is not the last of so many.
+/// For each layer, whether it is not the last of a group of `nth`.
 fn every_but_the_last_of(nth: usize, layers: usize) -> Vec<bool> {
     (0..layers).map(|layer| !(layer + 1).is_multiple_of(nth)).collect()
 }

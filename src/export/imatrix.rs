@@ -1,4 +1,4 @@
-//! The importance of columns: llama.cpp's files, and our own measurement.
+//! Importance matrices: read from llama.cpp's files, and measured.
 
 use std::path::Path;
 
@@ -7,11 +7,10 @@ use crate::model::observe::InputSquares;
 use crate::model::{ActiveAdapter, Adapters, Decoder, Rows, load};
 use crate::weights::{Gguf, WeightsError};
 
-/// Reads an importance matrix of llama.cpp's `llama-imatrix`: a GGUF, or the `.dat` of versions
-/// before.
+/// Reads an importance matrix of llama.cpp's `llama-imatrix`: a GGUF, or the `.dat` of older versions.
 ///
 /// # Errors
-/// If it is neither, or contradicts itself.
+/// If it is neither, or malformed.
 pub fn read(path: &Path) -> Result<Importance, ExportError> {
     let io = |source| WeightsError::Io { action: "open", path: path.into(), source };
     let bytes = std::fs::read(path).map_err(io)?;
@@ -39,7 +38,7 @@ fn bad(path: &Path, reason: String) -> ExportError {
 
 /// `NAME.in_sum2`, sums of squares, and `NAME.counts`, of how many inputs.
 fn read_gguf(gguf: &Gguf) -> Result<Importance, ExportError> {
-    // Where there are several, llama-quantize tells the first.
+    // Where there are several, llama-quantize records the first.
     let datasets = gguf.strings("imatrix.datasets")?;
     let first = datasets.and_then(|mut all| all.next());
     let dataset = first.map(|name| String::from_utf8_lossy(name).into_owned());
@@ -103,10 +102,10 @@ fn read_dat(bytes: &[u8]) -> Result<Importance, String> {
 }
 
 /// The mean square of each input of each linear layer over a text, in chunks of `n_ctx` tokens; with
-/// `bos`, the first of each is replaced by it.
+/// `bos`, the first token of each chunk is replaced by it.
 ///
 /// # Errors
-/// If the text has less than a chunk, or `n_ctx` is none the model can read.
+/// If the text is shorter than a chunk, or `n_ctx` exceeds the model's context.
 pub fn measure(
     decoder: &Decoder,
     active: &[ActiveAdapter],

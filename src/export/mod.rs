@@ -1,10 +1,10 @@
-//! A model or an adapter on its way out: merged, quantized, written in the forms others read.
+//! Export of models and adapters: merged, quantized, and written in the formats of other programs.
 //!
-//! A [`ExportSource`] is a list of tensors that are read a few rows at a time: those of a checkpoint with
-//! adapters merged into them, or those a training run holds in memory. Writers go through it tensor
-//! by tensor, so that memory holds a chunk of one tensor and never a model. What was written is
-//! opened again and compared before it counts. A folder becomes the GGUF that llama.cpp's converter
-//! makes of it, and back; what the other form has no word for is refused by what it is.
+//! An [`ExportSource`] is a list of tensors that are read a few rows at a time: those of a checkpoint with
+//! adapters merged into them, or those a training run has in memory. Writers process one tensor after the
+//! other, so that memory holds a chunk of one tensor and never a whole model. Written files are opened
+//! again and compared with the source ([`verify`]). A folder becomes the same GGUF as by llama.cpp's
+//! converter, and a GGUF becomes a folder; properties that the target format cannot hold are errors.
 
 mod chunk;
 mod config;
@@ -34,7 +34,7 @@ use crate::quant::BlockType;
 /// An importance matrix.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Importance {
-    /// By llama.cpp's tensor names: the mean square of each input of a linear layer over some text.
+    /// By llama.cpp's tensor names: the mean square of each input of a linear layer `(in)` over a text.
     pub columns: std::collections::HashMap<String, Vec<f32>>,
     /// The file it was read from.
     pub file: Option<String>,
@@ -44,17 +44,17 @@ pub struct Importance {
     pub chunks: Option<u32>,
 }
 
-/// What became of a tensor.
+/// A tensor of a written file.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct WrittenTensor {
     /// Its name in the file.
     pub name: String,
     /// Outermost dimension first.
     pub shape: Vec<usize>,
-    /// How its values are stored.
+    /// Its block type.
     #[serde(serialize_with = "as_text")]
     pub block_type: BlockType,
-    /// `|W - Q| / |W|`, the norms over all values.
+    /// Relative quantization error `|W - Q| / |W|`, with Frobenius norms.
     pub relative_error: f64,
 }
 
@@ -62,7 +62,7 @@ fn as_text<S: serde::Serializer>(of: &BlockType, serializer: S) -> Result<S::Ok,
     serializer.collect_str(of)
 }
 
-/// What was written.
+/// Result of writing a model or an adapter.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct Written {
     /// Bytes of all weight files.

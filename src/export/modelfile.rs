@@ -1,7 +1,7 @@
-//! An Ollama Modelfile: what to run, and how a conversation becomes text, in Go's template language.
+//! Writes an Ollama Modelfile: the model, and its chat template in Go's template language.
 //!
-//! A chat template is a program; a Modelfile has room for a few pieces of text around the messages.
-//! They are found by rendering conversations, and refused if they do not make the same text again.
+//! A chat template is a program; a Modelfile holds a few pieces of text around the messages. They are
+//! found by rendering conversations; it is an error if they do not reproduce the rendered text.
 
 use std::path::Path;
 
@@ -10,18 +10,18 @@ use serde_json::json;
 use super::ExportError;
 use crate::text::{ChatTemplate, Tokenizer};
 
-/// What stands around the messages of a conversation.
+/// The pieces of text around the messages of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Pieces {
     before_system: String,
     after_system: String,
-    /// What a conversation without a system message begins with.
+    /// The prefix of a conversation without a system message.
     begin: String,
     before_user: String,
     after_user: String,
     before_assistant: String,
     after_assistant: String,
-    /// Where the assistant begins to speak.
+    /// The prefix of the assistant's message.
     ask: String,
 }
 
@@ -32,14 +32,14 @@ fn cannot(reason: impl Into<String>) -> ExportError {
 /// The text of a Modelfile for a model, with an adapter beside it.
 ///
 /// # Errors
-/// If the tokenizer has no chat template, or one that a Modelfile cannot say.
+/// If the tokenizer has no chat template, or one that a Modelfile cannot hold.
 pub fn modelfile(
     model: &Path,
     adapter: Option<&Path>,
     tokenizer: &Tokenizer,
 ) -> Result<String, ExportError> {
     let template = tokenizer.chat_template().ok_or_else(|| cannot("it has no chat template"))?;
-    // Ollama begins every text with BOS itself where the model wants it.
+    // Ollama adds BOS itself where the model requires it.
     let bos = tokenizer.bos().filter(|_| tokenizer.adds_bos());
     let bos = bos.and_then(|id| tokenizer.token(id)).unwrap_or_default();
     let (pieces, sample) = pieces(template, &bos)?;
@@ -48,7 +48,7 @@ pub fn modelfile(
         text += &format!("ADAPTER {}\n", path(adapter)?);
     }
     text += &format!("TEMPLATE \"\"\"{}\"\"\"\n", go(&pieces)?);
-    // Whatever ends a turn, if the template writes it; and what the model is trained to end with.
+    // The end-of-turn tokens that the template writes, and the model's EOS.
     let ends = (0..tokenizer.vocab_size() as u32).filter(|id| tokenizer.is_end_of_generation(*id));
     for id in ends {
         if let Some(end) = tokenizer.token(id)
@@ -60,7 +60,7 @@ pub fn modelfile(
     Ok(text)
 }
 
-/// A path as a Modelfile takes it: relative to the Modelfile, or from the root.
+/// A path in a Modelfile: relative to the Modelfile, or absolute.
 fn path(path: &Path) -> Result<String, ExportError> {
     let text = path.to_str().filter(|text| !text.contains(['\n', '"']));
     let text = text.ok_or_else(|| cannot(format!("{} is no path it can name", path.display())))?;
@@ -131,7 +131,7 @@ fn pieces(template: &ChatTemplate, bos: &str) -> Result<(Pieces, String), Export
     Ok((pieces, long))
 }
 
-/// What the pieces make of a conversation: what [`go`] says, in Rust.
+/// Renders a conversation with the pieces: the same as [`go`]'s template, in Rust.
 fn compose(p: &Pieces, messages: &[(&str, &str)]) -> String {
     let mut text = match messages {
         [("system", system), ..] => format!("{}{system}{}", p.before_system, p.after_system),
@@ -149,7 +149,7 @@ fn compose(p: &Pieces, messages: &[(&str, &str)]) -> String {
     text + &p.ask
 }
 
-/// The pieces in Go's template language. All on one line: a line's end would be text.
+/// The pieces in Go's template language, on one line, as a newline would be text.
 fn go(p: &Pieces) -> Result<String, ExportError> {
     let all = [
         &p.before_system,
@@ -209,7 +209,7 @@ mod tests {
         {{ m['content'] + '</s>' }}{% endif %}{% endfor %}";
 
     #[test]
-    fn pieces_are_found_or_refused() {
+    fn template_pieces_are_found_or_rejected() {
         let find = |text: &str| {
             let special = [("bos_token", Some("<s>"))];
             let template = ChatTemplate::new(text, None, &special).unwrap();

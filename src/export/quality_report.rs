@@ -1,4 +1,4 @@
-//! What each way to keep a model costs: perplexity, and divergence from it at full precision.
+//! Quality report of quantized files: perplexity, and KL divergence from the model at full precision.
 
 use std::fmt::Write;
 
@@ -7,42 +7,42 @@ use super::verify::{divergence, log_softmax};
 use crate::eval::EvalError;
 use crate::model::{ActiveAdapter, Adapters, Decoder, Rows};
 
-/// One way to keep it.
+/// A model to measure.
 #[derive(Debug)]
 pub struct ReportCandidate {
-    /// What it is called.
+    /// Its name in the report.
     pub name: String,
     /// Bytes of its files.
     pub bytes: u64,
     /// The model.
     pub decoder: Decoder,
-    /// What it wears.
+    /// Its active adapters.
     pub active: Vec<ActiveAdapter>,
 }
 
-/// What one way costs.
+/// The measurements of one candidate.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct QualityReportRow {
-    /// What it is called.
+    /// Its name in the report.
     pub name: String,
     /// Bytes of its files.
     pub bytes: u64,
-    /// As llama.cpp counts it: chunks on their own, the second half of each.
+    /// Perplexity as in llama.cpp: over the second half of each chunk, with no context across chunks.
     pub perplexity: f64,
-    /// Mean Kullback-Leibler divergence from the reference, in nats a token.
+    /// Mean Kullback-Leibler divergence from the reference, in nats per token.
     pub mean_kl: f64,
-    /// Part of the tokens whose likeliest next token is the reference's.
+    /// Fraction of the tokens whose most likely next token is that of the reference.
     pub same_top: f64,
 }
 
-/// Rows whose logits are in memory at once.
+/// Number of positions whose logits are in memory at once.
 const ROWS: usize = 32;
 
-/// Measures candidates on a text, chunk by chunk of `n_ctx` tokens; with `bos`, the first of each is
-/// replaced by it.
+/// Measures candidates on a text, in chunks of `n_ctx` tokens; with `bos`, the first token of each chunk
+/// is replaced by it.
 ///
 /// # Errors
-/// If the text has less than one chunk, or `n_ctx` is none the model can read.
+/// If the text is shorter than two chunks, or `n_ctx` is odd, below 4, or exceeds the model's context.
 pub fn measure(
     reference: (&Decoder, &[ActiveAdapter]),
     candidates: &[ReportCandidate],
@@ -105,12 +105,12 @@ pub fn measure(
     Ok(candidates.iter().zip(&sums).map(line).collect())
 }
 
-/// The likeliest token.
+/// The most likely token.
 fn top(row: &[f32]) -> usize {
     (0..row.len()).fold(0, |best, i| if row[i] > row[best] { i } else { best })
 }
 
-/// Lines as people read them.
+/// The report as a table of text.
 pub fn table(lines: &[QualityReportRow]) -> String {
     let width = lines.iter().map(|line| line.name.chars().count()).max().unwrap_or(0);
     let mut text = format!(

@@ -1,4 +1,4 @@
-//! The tensors of a model on its way out, merged as they are read.
+//! The tensors of a model to export, merged with adapters as they are read.
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -17,28 +17,28 @@ use crate::quant::{BlockType, FrozenMatrix, RowOrder};
 use crate::text::{AddedTokenSpec, Tokenizer};
 use crate::weights::{Checkpoint, Gguf, WeightsError};
 
-/// A model on its way out.
+/// A model to export.
 #[derive(Debug)]
 pub struct ExportSource<'a> {
-    /// Its properties.
+    /// Its config.
     pub config: Config,
     /// Its tensors, in the order of the forward pass.
     pub tensors: Vec<ExportTensor<'a>>,
     pub(super) origin: ModelOrigin<'a>,
-    /// Tokens that were added to those of its origin.
+    /// Tokens that were added to its origin's vocabulary.
     pub(super) added: Vec<AddedTokenSpec>,
 }
 
-/// Where a model came from, and with it its tokenizer and what else is known of it.
+/// Where a model comes from: its tokenizer and other metadata are read there.
 #[derive(Debug)]
 pub(super) enum ModelOrigin<'a> {
     Gguf(&'a Gguf),
     Folder(PathBuf),
-    /// Made here; the folder holds its tokenizer.
+    /// Trained here from random weights; the folder holds its tokenizer.
     Fresh(PathBuf),
 }
 
-/// A tensor on its way out.
+/// A tensor to export.
 #[derive(Debug)]
 pub struct ExportTensor<'a> {
     /// Hugging Face's name.
@@ -46,18 +46,18 @@ pub struct ExportTensor<'a> {
     /// Outermost dimension first: one or two.
     pub shape: Vec<usize>,
     base: BaseValues<'a>,
-    /// Adapters that change it, each with its weight.
+    /// Adapters that change it, with their weights.
     updates: Vec<(Arc<Adapter>, f64)>,
-    /// Which rows that adapters have of tokens are among its own.
+    /// Whether it is the embedding or the head, whose rows adapters may replace by token.
     end: Option<TokenMatrix>,
 }
 
-/// One of the model's ends, whose rows are tokens'.
+/// A matrix with a row for each token of the vocabulary.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum TokenMatrix {
     Embedding,
     Head {
-        /// Whether it was one with the embedding.
+        /// Whether it was tied to the embedding.
         was_tied: bool,
     },
 }
@@ -87,17 +87,18 @@ pub type NamedTensor<'a> = (&'a str, &'a [usize], &'a [f32]);
 
 impl<'a> ExportSource<'a> {
     /// The model of a checkpoint with adapters merged in: `W + Σ weight · (W' - W)` with each
-    /// adapter's `W' = W + scale · B · A`, DoRA's magnitudes, or whole matrix. A head that is the
-    /// embedding becomes one of its own where an adapter changes one of the two.
+    /// adapter's `W' = W + scale · B · A`, with DoRA's magnitudes, or replaced as a whole. A tied head
+    /// becomes untied where an adapter changes only one of the two.
     ///
     /// # Errors
-    /// If the checkpoint is no decoder, or an adapter sits on what it has not.
+    /// If the checkpoint is not a supported decoder, or an adapter has an update of a layer that the
+    /// decoder does not have.
     pub fn open(checkpoint: &'a Checkpoint, active: &[ActiveAdapter]) -> Result<Self, ExportError> {
         Self::open_with_added_tokens(checkpoint, &[], active)
     }
 
-    /// [`Self::open`] with tokens added: rows that the checkpoint has not begin as the mean of those it
-    /// has.
+    /// [`Self::open`] with added tokens. Rows that the checkpoint does not have start as the mean of its
+    /// rows.
     ///
     /// # Errors
     /// As [`Self::open`], and if the tokenizer cannot be read.
@@ -160,7 +161,7 @@ impl<'a> ExportSource<'a> {
         Ok(Self { config, tensors, origin, added: added.to_vec() })
     }
 
-    /// A model in memory, with the folder of its tokenizer.
+    /// A model in memory; `tokenizer` is the folder of its tokenizer.
     ///
     /// # Errors
     /// If the tensors are not exactly those of the config.
@@ -185,7 +186,7 @@ impl<'a> ExportSource<'a> {
             found.push(ExportTensor { name, shape, base, updates, end: None });
         }
         if let Some(name) = given.keys().min() {
-            return Err(ExportError::tensor(name, "is none of this model's"));
+            return Err(ExportError::tensor(name, "is an unknown tensor"));
         }
         let (origin, added) = (ModelOrigin::Fresh(tokenizer.into()), Vec::new());
         Ok(Self { config, tensors: found, origin, added })
@@ -200,7 +201,7 @@ fn head_name() -> String {
     format!("{HEAD}.weight")
 }
 
-/// Whether the embedding and the head can be one no longer under an adapter.
+/// Whether an adapter changes the embedding and a tied head differently.
 fn unties(adapter: &Adapter) -> bool {
     let has = |module| adapter.modules.contains_key(module) || adapter.saved.contains_key(module);
     has(EMBEDDING) || has(HEAD) || adapter.head_tokens.is_some()
@@ -254,22 +255,22 @@ fn stored<'a>(
 }
 
 impl ExportTensor<'_> {
-    /// The linear layer it is the weight of.
+    /// The module path of the linear layer whose weight it is.
     fn module(&self) -> Option<&str> {
         self.name.strip_suffix(".weight").filter(|_| self.shape.len() == 2)
     }
 
-    /// Rows; of a vector, its values.
+    /// Number of rows; the length of a vector.
     pub fn rows(&self) -> usize {
         self.shape[0]
     }
 
-    /// Columns; of a vector, one.
+    /// Number of columns; 1 for a vector.
     pub fn cols(&self) -> usize {
         self.shape.get(1).copied().unwrap_or(1)
     }
 
-    /// Its type in the checkpoint, where it comes from one and no adapter changes it.
+    /// Its block type in the checkpoint; `None` if it is from memory or an adapter changes it.
     pub fn stored_type(&self) -> Option<BlockType> {
         match &self.base {
             BaseValues::Stored { matrix, .. } if self.updates.is_empty() => {
@@ -279,7 +280,7 @@ impl ExportTensor<'_> {
         }
     }
 
-    /// Its bytes as the checkpoint has them, if that is how it is wanted and no adapter changes it.
+    /// Its bytes in the checkpoint, if they are in the wanted form and no adapter changes it.
     pub(super) fn verbatim(&self, wanted: &StoredForm) -> Option<&[u8]> {
         match &self.base {
             BaseValues::Stored { matrix, order, offset } => {
@@ -292,7 +293,7 @@ impl ExportTensor<'_> {
         }
     }
 
-    /// How far what [`Self::read`] gives lies above Hugging Face's values.
+    /// What [`Self::read`] adds to Hugging Face's values.
     pub(super) fn offset(&self) -> f32 {
         match &self.base {
             BaseValues::Stored { offset, .. } => *offset,
@@ -300,10 +301,13 @@ impl ExportTensor<'_> {
         }
     }
 
-    /// Reads rows in Hugging Face's order, merged: `out (rows, cols)`. Sums of updates are `f64`.
+    /// Reads merged rows in Hugging Face's order into `out (rows, cols)` F32. Updates are summed in f64.
+    ///
+    /// # Errors
+    /// If an adapter's tensors have another shape.
     ///
     /// # Panics
-    /// If the rows leave the tensor or `out` has another size: a caller's bug.
+    /// If the range exceeds the rows or `out` has another size.
     pub fn read(&self, rows: Range<usize>, out: &mut [f32]) -> Result<(), ExportError> {
         let cols = self.cols();
         assert_eq!(out.len(), rows.len() * cols);
@@ -340,7 +344,7 @@ impl ExportTensor<'_> {
     }
 }
 
-/// The weight before adapters change it.
+/// The weight without adapters.
 impl BaseRows for ExportTensor<'_> {
     fn rows(&self) -> usize {
         self.shape[0]
@@ -355,7 +359,7 @@ impl BaseRows for ExportTensor<'_> {
     }
 }
 
-/// What an adapter makes of a tensor, its numbers held.
+/// How an adapter changes a tensor.
 struct TensorUpdate<'a> {
     weight: f64,
     low: Option<LowRankUpdate<'a>>,
@@ -369,7 +373,7 @@ struct LowRankUpdate<'a> {
     lora: &'a Lora,
     /// DoRA's `m / ‖·‖` of each row.
     scales: Option<Vec<f32>>,
-    /// Whether rows are inputs: A and B change places.
+    /// Whether the rows are inputs, as in an embedding: A and B swap roles.
     embedding: bool,
 }
 
@@ -427,7 +431,7 @@ impl<'a> TensorUpdate<'a> {
     }
 }
 
-/// [`TensorUpdate`], for threads to share.
+/// A [`TensorUpdate`] that threads can share.
 struct TensorUpdateView<'a> {
     weight: f64,
     low: Option<LowRankView<'a>>,
@@ -445,7 +449,7 @@ struct LowRankView<'a> {
 }
 
 impl TensorUpdateView<'_> {
-    /// Adds what one row becomes, less the base's.
+    /// Adds the change of one row: the row with the adapter minus the row of the base.
     fn add(&self, row: usize, base: &[f64], delta: &mut [f64]) {
         let cols = base.len();
         if let Some(low) = &self.low {

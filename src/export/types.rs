@@ -6,7 +6,7 @@ use super::ExportError;
 use crate::model::{Config, load};
 use crate::quant::BlockType;
 
-/// What a file is called as a whole: a type, or a mix of them.
+/// Type of a whole file: one block type, or a mix of several.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[allow(non_camel_case_types, missing_docs)] // llama.cpp's own names
 pub enum FileType {
@@ -30,7 +30,7 @@ pub enum FileType {
 }
 
 impl FileType {
-    /// Every one there is.
+    /// All file types.
     pub const ALL: &[Self] = &[
         Self::F32,
         Self::F16,
@@ -51,7 +51,7 @@ impl FileType {
         Self::Q6_K,
     ];
 
-    /// Its number in `enum llama_ftype`, which `general.file_type` holds.
+    /// Its number in `enum llama_ftype`: the value of `general.file_type`.
     pub fn number(self) -> u32 {
         match self {
             Self::F32 => 0,
@@ -74,7 +74,7 @@ impl FileType {
         }
     }
 
-    /// The type that most of its tensors have.
+    /// The block type of most of its tensors.
     pub fn block_type(self) -> BlockType {
         match self {
             Self::F32 => BlockType::F32,
@@ -93,7 +93,7 @@ impl FileType {
         }
     }
 
-    /// Whether numbers lose bits beyond those of a 16-bit float.
+    /// Whether it has fewer bits per value than a 16-bit float.
     pub fn is_quantized(self) -> bool {
         !matches!(self, Self::F32 | Self::F16 | Self::BF16)
     }
@@ -123,15 +123,15 @@ impl FromStr for FileType {
     }
 }
 
-/// A tensor type by its name in any case.
+/// A block type by its name, ignoring case.
 pub fn block_type(text: &str) -> Result<BlockType, String> {
     BlockType::written(text)
 }
 
-/// A type for the tensors whose name in a GGUF an expression is found in: `PATTERN=TYPE`.
+/// A block type for the tensors whose name in a GGUF matches an expression: `PATTERN=TYPE`.
 #[derive(Debug, Clone)]
 pub struct TypeRule {
-    /// The expression, in lower case as llama-quantize makes it.
+    /// The expression in lower case, as in llama-quantize.
     pub pattern: fancy_regex::Regex,
     /// The type.
     pub block_type: BlockType,
@@ -150,23 +150,23 @@ impl FromStr for TypeRule {
     }
 }
 
-/// What a file shall be, as llama-quantize is told.
+/// The types of a file to write: the options of llama-quantize.
 #[derive(Debug, Clone)]
 pub struct Recipe {
-    /// The type, or the mix.
+    /// The type of the file.
     pub file_type: FileType,
-    /// Every matrix in that one type.
+    /// Whether all matrices get the same type (`--pure`).
     pub pure: bool,
-    /// The type of the head, and of the embedding where it is the head.
+    /// The type of the head, and of an embedding that is tied to it.
     pub output_tensor_type: Option<BlockType>,
     /// The type of the embedding.
     pub token_embedding_type: Option<BlockType>,
-    /// The first whose pattern is found counts, for quantized files.
+    /// Rules by tensor name, for quantized files; the first match counts.
     pub tensor_types: Vec<TypeRule>,
 }
 
 impl Recipe {
-    /// llama.cpp's choice for a type.
+    /// llama.cpp's default types for a file type.
     pub fn new(file_type: FileType) -> Self {
         Self {
             file_type,
@@ -180,7 +180,7 @@ impl Recipe {
     /// The type of each tensor of a model, in the order of [`load::tensors`].
     ///
     /// # Errors
-    /// If a type that is asked for by name cannot hold the tensor's rows.
+    /// If a requested type cannot hold the rows of its tensor.
     pub fn types(&self, config: &Config, importance: bool) -> Result<Vec<BlockType>, ExportError> {
         let tensors = load::tensors(config);
         let named: Vec<(String, usize)> = tensors
@@ -189,7 +189,7 @@ impl Recipe {
                 (load::gguf_name(config.family, name), shape.get(1).copied().unwrap_or(0))
             })
             .collect();
-        // llama.cpp goes through a file layer by layer; what counts layers sees them in order.
+        // llama.cpp goes through a file layer by layer, and counts layers in that order.
         let mut seen = LayerCounts::default();
         let mut types = Vec::new();
         for (name, cols) in &named {
@@ -275,9 +275,9 @@ impl Recipe {
                 F::Q4_K_S if layer < 4 => Q5_K,
                 _ => plain,
             };
-            // Llama 2 70B's eight heads share one v, which is small.
+            // In Llama 2 70B eight heads share one v, which is small.
             let shared = config.num_attention_heads != config.num_key_value_heads
-                || config.family.architecture != "llama";
+                || !config.family.llama_cpp_has_65b;
             return match of {
                 Q3_K | Q4_K if layers == 80 && shared => Q5_K,
                 of => of,
@@ -310,7 +310,7 @@ impl Recipe {
     }
 }
 
-/// Layers gone through. As llama-quantize counts them: a tensor that a rule gives its type is none.
+/// Layers processed so far, counted as in llama-quantize: tensors whose type is set by a rule do not count.
 #[derive(Default)]
 struct LayerCounts {
     attn_v: usize,
@@ -323,7 +323,7 @@ mod tests {
     use crate::weights::gguf::file_type_name;
 
     #[test]
-    fn numbers_are_those_that_readers_have() {
+    fn file_type_numbers_match_llama_cpp() {
         for file_type in FileType::ALL {
             let most = if *file_type == FileType::F32 { "all" } else { "mostly" };
             let name = file_type_name(u64::from(file_type.number()));

@@ -1,4 +1,4 @@
-//! What was written, opened again: is it the model?
+//! Opens a written model again and compares it with its source.
 
 use std::path::Path;
 
@@ -10,38 +10,37 @@ use crate::ops::Compute;
 use crate::text::{AddedTokenSpec, Special, Tokenizer};
 use crate::weights::Checkpoint;
 
-/// A text with a bit of everything.
+/// A text of several languages, code, digits and emoji.
 const TEXT: &str = "The ferryman said: \"In 1987 there were 365 boats on the river.\" She'd no money, \
     so she walked.\n\nfn total(boats: &[Boat]) -> f64 { boats.iter().map(|b| b.seats * 3.5).sum() }\n\
     Die Fähre fährt um acht Uhr; Паром идёт через реку. 渡し船 🚀";
 
-/// Tokens that are compared at most.
+/// Maximum number of tokens that are compared.
 const TOKENS: usize = 96;
 
-/// How far two models are apart on some tokens.
+/// Distance between two models on some tokens.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
 pub struct Distance {
-    /// Mean Kullback-Leibler divergence from the first, in nats a token.
+    /// Mean Kullback-Leibler divergence from the first, in nats per token.
     pub mean_kl: f64,
-    /// The largest difference of the log-probs of the tokens that follow.
+    /// Largest difference between the log-probs of a next token.
     pub worst_logp: f64,
-    /// Tokens compared.
+    /// Number of tokens compared.
     pub tokens: usize,
 }
 
-/// What reading back a model has shown.
+/// Result of [`verify`].
 #[derive(Debug, Clone, Copy)]
 pub struct Verified {
-    /// How far it is off.
+    /// Distance between the written model and its source.
     pub distance: Distance,
-    /// Whether some words are cut otherwise, in texts of many scripts: llama.cpp has no name for just
-    /// how some tokenizers cut marks and letters beyond ASCII, and a GGUF no place for Unicode
-    /// normalization.
+    /// Whether the tokenizers differ on some texts of many scripts: llama.cpp has no name for how some
+    /// tokenizers split accents and letters beyond ASCII, and a GGUF no key for Unicode normalization.
     pub cut_otherwise: bool,
 }
 
 impl Verified {
-    /// A warning about what was written at `path`, if there is one to give.
+    /// A warning about the model written to `path`, if there is one.
     pub fn warning(&self, path: &Path) -> Option<String> {
         self.cut_otherwise.then(|| {
             format!(
@@ -53,7 +52,7 @@ impl Verified {
     }
 }
 
-/// How far a model may be off its source, by how it is written.
+/// Largest allowed distance between a written model and its source.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct VerifyBounds {
     mean_kl: f64,
@@ -61,16 +60,16 @@ pub struct VerifyBounds {
 }
 
 impl VerifyBounds {
-    /// Nothing but the order of sums.
+    /// F32: differences only by the order of sums.
     pub const F32: Self = Self { mean_kl: 1e-6, worst_logp: 1e-3 };
-    /// 11 bits of a weight.
+    /// F16: 11 significant bits.
     pub const F16: Self = Self { mean_kl: 1e-2, worst_logp: 0.5 };
-    /// 8 bits of a weight.
+    /// BF16: 8 significant bits.
     pub const BF16: Self = Self { mean_kl: 0.2, worst_logp: 4.0 };
-    /// No bounds on what is lost, but there must be numbers.
+    /// Quantized: any distance, but it must be a number.
     pub const QUANTIZED: Self = Self { mean_kl: f64::MAX, worst_logp: f64::MAX };
 
-    /// Those of a file of this type; of a mixture of types there are none.
+    /// The bounds of a file type; quantized ones are unbounded.
     pub fn of(file_type: FileType) -> Self {
         match file_type {
             FileType::F32 => Self::F32,
@@ -80,10 +79,10 @@ impl VerifyBounds {
         }
     }
 
-    /// Whether a distance is within them, or a clause about it.
+    /// Checks that a distance is within the bounds.
     ///
     /// # Errors
-    /// If it is not, or is no number.
+    /// With a clause about the distance, if it is not or is NaN.
     pub fn check(self, distance: Distance) -> Result<(), String> {
         let Distance { mean_kl, worst_logp, .. } = distance;
         if mean_kl <= self.mean_kl && worst_logp <= self.worst_logp {
@@ -97,7 +96,7 @@ impl VerifyBounds {
     }
 }
 
-/// The logits' log-softmax of all tokens, `(tokens, vocab_size)`, a row at a time.
+/// Log-softmax of the logits of all tokens `(tokens, vocab_size)`, one row at a time.
 fn log_probs(
     decoder: &Decoder,
     active: &[ActiveAdapter],
@@ -145,12 +144,12 @@ pub(super) fn distance(
     Ok(Distance { mean_kl: kl / tokens as f64, worst_logp: worst, tokens })
 }
 
-/// Opens what was written and compares it with the base that wears the adapters: the tokens of a
-/// text, then the log-probs of what follows each. What does not load, cuts text differently or is
-/// further off than `bounds` is removed.
+/// Opens the model written to `out` and compares it with the base with `active` adapters: the tokens of a
+/// text, then the log-probs of the next tokens. A model that does not load, tokenizes differently or
+/// exceeds `bounds` is removed.
 ///
 /// # Errors
-/// If it is not the model, or the base cannot be read.
+/// If the written model differs, or the base cannot be read.
 pub fn verify(
     base: &Checkpoint,
     active: &[ActiveAdapter],
@@ -160,7 +159,7 @@ pub fn verify(
     verify_with_added_tokens(base, &[], active, written, bounds)
 }
 
-/// [`verify`] of a base that tokens were added to: those too must be what they are.
+/// [`verify`] of a base with added tokens, which are compared too.
 ///
 /// # Errors
 /// As [`verify`].
@@ -182,17 +181,17 @@ pub fn verify_with_added_tokens(
     })
 }
 
-/// The decoder of a base, exact, with rows for the tokens that were added.
+/// The F32 decoder of a base, with rows for added tokens.
 ///
 /// # Errors
-/// If it cannot be loaded, or the tokenizer not be read.
+/// If the model or its tokenizer cannot be read.
 pub fn load_with_added_tokens(
     base: &Checkpoint,
     added: &[AddedTokenSpec],
 ) -> Result<Decoder, ExportError> {
     let decoder = Decoder::load(base, Compute::F32)?;
     match added {
-        // A base that nothing was added to need not have a tokenizer that is read here.
+        // Without added tokens, a base may have a tokenizer that is not supported.
         [] => Ok(decoder),
         added => {
             let tokenizer = Tokenizer::open_with(base, added)?;
@@ -233,7 +232,7 @@ fn compare(
     bounds.check(found).map(|()| Verified { distance: found, cut_otherwise })
 }
 
-/// The tokens that are compared: those of a text, or any where a base has no tokenizer.
+/// The tokens that are compared: those of a text, or random ones where a base has no tokenizer.
 ///
 /// # Errors
 /// If the tokenizer fails on the text.

@@ -7,8 +7,9 @@ use std::sync::Arc;
 use candle_core::{Result, Tensor};
 
 use super::sampling::{LogProbs, Sampling, SamplingError};
-use crate::model::{ActiveAdapter, Adapters, CacheType, Decoder, KvCache, Rows};
-use crate::ops::{BackendKind, Values, par_for_each, worker_pool};
+use crate::model::backend::with_backend;
+use crate::model::{ActiveAdapter, Adapters, Backend, CacheType, Decoder, KvCache, Rows};
+use crate::ops::{Values, par_for_each};
 
 /// Tokens of one pass over the prompts; bounds the activations, not the cache.
 const PREFILL_TOKENS: usize = 512;
@@ -390,17 +391,14 @@ impl<'a> Engine<'a> {
         while self.has_slot()
             && let Some((row, cache)) = take_parked(&mut self.parked)
         {
-            self.running.admit(row, cache);
+            self.running.admit(row, cache)?;
         }
         self.reread();
         let mut events = std::mem::take(&mut self.told);
         if self.has_slot() && !self.waiting.is_empty() {
             self.read_prompts(&mut events)?;
         } else if !self.running.rows.is_empty() {
-            match self.decoder.compute.backend {
-                BackendKind::Reference => self.decode(&mut events)?, // on candle's threads
-                _ => worker_pool::with_worker_pool(|| self.decode(&mut events))?,
-            }
+            with_backend!(self.decoder.compute.backend, B => B::decoding(|| self.decode(&mut events)))?;
         }
         Ok(events)
     }
@@ -711,7 +709,7 @@ fn prefill(
         let own = group.prefix.take().filter(|_| kept > 0).map(|prefix| prefix.cache);
         let mut own = own.unwrap_or_else(|| KvCache::with_type(decoder, 1, kind));
         own.truncate(0, kept);
-        cache.append(own);
+        cache.append(own)?;
     }
     let active: Vec<&[ActiveAdapter]> =
         groups.iter().map(|group| &*group.rows[0].job.active).collect();
@@ -758,9 +756,9 @@ struct Batch {
 }
 
 impl Batch {
-    fn admit(&mut self, row: Row, cache: KvCache) {
+    fn admit(&mut self, row: Row, cache: KvCache) -> Result<()> {
         self.rows.push(row);
-        self.cache.append(cache);
+        self.cache.append(cache)
     }
 
     fn remove(&mut self, index: usize) -> (Row, KvCache) {

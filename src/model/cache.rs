@@ -9,8 +9,8 @@ use candle_core::{Result, Tensor};
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 
+use super::backend::CpuScratch;
 use super::decoder::Decoder;
-use super::layer::{Tape, Workspace};
 use crate::isa::Isa;
 use crate::ops::attention::{
     self, AttentionConfig, CachedQueries, Heads, KeyBlock, KeyValueBlocks, Qkv,
@@ -49,68 +49,148 @@ impl CacheType {
     }
 }
 
-/// The keys and values of a batch of rows, each row of its own length.
+/// The keys and values of a batch of rows, each row of its own length, as a backend keeps them.
 #[derive(Debug, Clone)]
 pub struct KvCache {
-    layers: Vec<Vec<RowCache>>,
-    kv_heads: usize,
-    head_dim: usize,
+    rows: CacheRows,
     /// Rows of more tokens than this rotate otherwise, so that what is kept of one is of no use to it
     /// once it grows beyond (longrope).
     longrope_threshold: Option<usize>,
-    pub(super) step: StepBuffers,
 }
 
-/// What a decoding step works with, used again by the next. A copy has none of it.
-#[derive(Debug, Default)]
-pub(super) struct StepBuffers {
-    pub tape: Tape,
-    pub work: Workspace,
+/// The rows of a cache, by backend.
+#[derive(Debug, Clone)]
+enum CacheRows {
+    Cpu(PanelCache),
+    Reference(TensorCache),
 }
 
-impl Clone for StepBuffers {
+/// The cache of [`Cpu`](super::backend::Cpu).
+pub(super) type PanelCache = LayerCaches<PanelRow>;
+/// The cache of [`Reference`](super::backend::Reference).
+pub(super) type TensorCache = LayerCaches<TensorRow>;
+
+/// Evaluates an expression on the rows of a cache, whatever backend they are of.
+macro_rules! on_rows {
+    ($cache:expr, $rows:ident => $value:expr) => {
+        match $cache {
+            CacheRows::Cpu($rows) => $value,
+            CacheRows::Reference($rows) => $value,
+        }
+    };
+}
+
+/// The keys and values of one row in one layer.
+pub(super) trait CachedRow: Clone + std::fmt::Debug {
+    /// Buffers of a decode step, which are used again by the next. A copy has none of them.
+    type Scratch: Default + std::fmt::Debug;
+
+    /// Its tokens.
+    fn len(&self) -> usize;
+
+    /// Forgets all but the first tokens.
+    fn truncate(&mut self, tokens: usize);
+}
+
+/// The rows of every layer.
+#[derive(Debug)]
+pub(super) struct LayerCaches<R: CachedRow> {
+    layers: Vec<Vec<R>>,
+    kv_heads: usize,
+    head_dim: usize,
+    pub scratch: R::Scratch,
+}
+
+impl<R: CachedRow> Clone for LayerCaches<R> {
     fn clone(&self) -> Self {
-        Self::default()
+        self.with_layers(self.layers.clone())
     }
 }
 
-/// The key heads of a row.
+impl<R: CachedRow> LayerCaches<R> {
+    fn new(row: R, rows: usize, layers: usize, heads: Heads) -> Self {
+        let Heads { kv_heads, head_dim, .. } = heads;
+        let (layers, scratch) = (vec![vec![row; rows]; layers], R::Scratch::default());
+        Self { layers, kv_heads, head_dim, scratch }
+    }
+
+    fn with_layers(&self, layers: Vec<Vec<R>>) -> Self {
+        let (kv_heads, head_dim) = (self.kv_heads, self.head_dim);
+        Self { layers, kv_heads, head_dim, scratch: R::Scratch::default() }
+    }
+
+    fn rows(&self) -> usize {
+        self.layers.first().map_or(0, Vec::len)
+    }
+
+    fn len(&self, row: usize) -> usize {
+        self.layers.first().map_or(0, |layer| layer[row].len())
+    }
+
+    fn take(&mut self, row: usize) -> Self {
+        let layers = self.layers.iter_mut().map(|layer| vec![layer.remove(row)]).collect();
+        self.with_layers(layers)
+    }
+
+    fn truncate(&mut self, row: usize, tokens: usize) {
+        for layer in &mut self.layers {
+            layer[row].truncate(tokens);
+        }
+    }
+
+    fn append(&mut self, other: Self) {
+        assert_eq!((self.kv_heads, self.head_dim), (other.kv_heads, other.head_dim));
+        assert_eq!(self.layers.len(), other.layers.len());
+        for (layer, rows) in self.layers.iter_mut().zip(other.layers) {
+            layer.extend(rows);
+        }
+    }
+
+    fn into_rows(mut self) -> Vec<Self> {
+        let layers = std::mem::take(&mut self.layers);
+        let depth = layers.len();
+        let rows = layers.first().map_or(0, Vec::len);
+        let mut caches: Vec<Self> =
+            (0..rows).map(|_| self.with_layers(Vec::with_capacity(depth))).collect();
+        for layer in layers {
+            for (cache, row) in caches.iter_mut().zip(layer) {
+                cache.layers.push(vec![row]);
+            }
+        }
+        caches
+    }
+}
+
+/// The key heads of a row in panels, which the CPU's kernels read.
 #[derive(Debug, Clone)]
-enum RowCache {
+pub(super) enum PanelRow {
     F32(Vec<HeadCache<f32>>),
     F16(Vec<HeadCache<f16>>),
     Q8(Vec<HeadCache<i8>>),
-    /// Of any type, for the portable form.
-    Tensors(TensorRow),
 }
 
-impl RowCache {
-    fn new(kind: CacheType, kv_heads: usize, head_dim: usize, compute: Compute) -> Self {
-        if compute.backend == BackendKind::Reference {
-            return Self::Tensors(TensorRow::new(kind));
-        }
-        match kind {
-            CacheType::F32 => Self::F32(vec![HeadCache::new(head_dim); kv_heads]),
-            CacheType::F16 => Self::F16(vec![HeadCache::new(head_dim); kv_heads]),
-            CacheType::Q8 => Self::Q8(vec![HeadCache::new(head_dim); kv_heads]),
-        }
-    }
+impl CachedRow for PanelRow {
+    type Scratch = CpuScratch;
 
     fn len(&self) -> usize {
         match self {
             Self::F32(heads) => heads[0].len,
             Self::F16(heads) => heads[0].len,
             Self::Q8(heads) => heads[0].len,
-            Self::Tensors(row) => row.len,
         }
     }
 
     fn truncate(&mut self, tokens: usize) {
-        match self {
-            Self::Tensors(row) => row.truncate(tokens),
-            Self::F32(_) | Self::F16(_) | Self::Q8(_) => {
-                self.heads_mut().into_iter().for_each(|head| head.truncate(tokens));
-            }
+        self.heads_mut().into_iter().for_each(|head| head.truncate(tokens));
+    }
+}
+
+impl PanelRow {
+    fn new(kind: CacheType, Heads { kv_heads, head_dim, .. }: Heads) -> Self {
+        match kind {
+            CacheType::F32 => Self::F32(vec![HeadCache::new(head_dim); kv_heads]),
+            CacheType::F16 => Self::F16(vec![HeadCache::new(head_dim); kv_heads]),
+            CacheType::Q8 => Self::Q8(vec![HeadCache::new(head_dim); kv_heads]),
         }
     }
 
@@ -122,8 +202,19 @@ impl RowCache {
             Self::F32(heads) => each_of(heads),
             Self::F16(heads) => each_of(heads),
             Self::Q8(heads) => each_of(heads),
-            Self::Tensors(_) => unreachable!("a decoder checks whose rows it is given"),
         }
+    }
+}
+
+impl CachedRow for TensorRow {
+    type Scratch = ();
+
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn truncate(&mut self, tokens: usize) {
+        self.len = self.len.min(tokens);
     }
 }
 
@@ -133,15 +224,12 @@ impl KvCache {
         Self::with_type(decoder, rows, CacheType::F32)
     }
 
-    /// An empty cache for `rows` rows that `decoder` reads: on its device, if it is of the portable
-    /// form.
+    /// An empty cache for `rows` rows that `decoder` reads, where its backend computes.
     pub fn with_type(decoder: &Decoder, rows: usize, kind: CacheType) -> Self {
-        let config = &decoder.config;
-        let (kv_heads, head_dim) = (config.num_key_value_heads, config.head_dim);
-        let layer = vec![RowCache::new(kind, kv_heads, head_dim, decoder.compute); rows];
-        let layers = vec![layer; config.num_hidden_layers];
+        let (config, backend) = (&decoder.config, decoder.compute.backend);
+        let rows = CacheRows::new(backend, kind, rows, config.num_hidden_layers, config.heads());
         let longrope_threshold = config.long_inv_freq().map(|(original, _)| original);
-        Self { layers, kv_heads, head_dim, longrope_threshold, step: StepBuffers::default() }
+        Self { rows, longrope_threshold }
     }
 
     /// Whether a row of `from` tokens and one of `to` rotate alike, so that what is kept of the one can
@@ -150,69 +238,124 @@ impl KvCache {
         self.longrope_threshold.is_none_or(|most| (from > most) == (to > most))
     }
 
-    /// Whether its rows are kept as this form of the operations reads them.
-    pub(super) fn is_of(&self, compute: Compute) -> bool {
-        let portable = compute.backend == BackendKind::Reference;
-        let fits = |row: &RowCache| matches!(row, RowCache::Tensors(_)) == portable;
-        self.layers.iter().flatten().all(fits)
+    /// Whether a backend reads its rows.
+    pub(super) fn matches_layout(&self, backend: BackendKind) -> bool {
+        self.rows.backend() == backend
     }
 
-    /// Rows.
+    /// The rows of a cache of [`Cpu`](super::backend::Cpu).
+    ///
+    /// # Errors
+    /// If it is of another backend.
+    pub(super) fn panels_mut(&mut self) -> Result<&mut PanelCache> {
+        match &mut self.rows {
+            CacheRows::Cpu(rows) => Ok(rows),
+            other => Err(other.mismatch(BackendKind::Cpu)),
+        }
+    }
+
+    /// The rows of a cache of [`Reference`](super::backend::Reference).
+    ///
+    /// # Errors
+    /// If it is of another backend.
+    pub(super) fn tensors_mut(&mut self) -> Result<&mut TensorCache> {
+        match &mut self.rows {
+            CacheRows::Reference(rows) => Ok(rows),
+            other => Err(other.mismatch(BackendKind::Reference)),
+        }
+    }
+
+    /// The number of rows.
     pub fn rows(&self) -> usize {
-        self.layers.first().map_or(0, Vec::len)
+        on_rows!(&self.rows, rows => rows.rows())
     }
 
-    /// Tokens of a row that have been seen.
+    /// The number of tokens that a row has.
     pub fn len(&self, row: usize) -> usize {
-        self.layers.first().map_or(0, |layer| layer[row].len())
+        on_rows!(&self.rows, rows => rows.len(row))
     }
 
-    /// Whether no token has been seen.
+    /// Whether no row has a token.
     pub fn is_empty(&self) -> bool {
         (0..self.rows()).all(|row| self.len(row) == 0)
     }
 
-    /// Takes a row out, as a cache of its own; those behind it move up.
+    /// Removes a row and returns it as a cache of its own; those behind it move up.
     pub fn take(&mut self, row: usize) -> Self {
-        let layers = self.layers.iter_mut().map(|layer| vec![layer.remove(row)]).collect();
-        Self { layers, step: StepBuffers::default(), ..*self }
+        let rows = match &mut self.rows {
+            CacheRows::Cpu(rows) => CacheRows::Cpu(rows.take(row)),
+            CacheRows::Reference(rows) => CacheRows::Reference(rows.take(row)),
+        };
+        Self { rows, longrope_threshold: self.longrope_threshold }
     }
 
     /// Forgets all of a row's tokens but the first `tokens`.
     pub fn truncate(&mut self, row: usize, tokens: usize) {
-        for layer in &mut self.layers {
-            layer[row].truncate(tokens);
-        }
+        on_rows!(&mut self.rows, rows => rows.truncate(row, tokens));
     }
 
-    /// Takes in the rows of another cache of the same decoder and type, behind its own.
-    pub fn append(&mut self, other: Self) {
-        assert_eq!((self.kv_heads, self.head_dim), (other.kv_heads, other.head_dim));
-        assert_eq!(self.layers.len(), other.layers.len());
-        for (layer, rows) in self.layers.iter_mut().zip(other.layers) {
-            layer.extend(rows);
+    /// Appends the rows of another cache of the same decoder and type.
+    ///
+    /// # Errors
+    /// If it is of another backend.
+    pub fn append(&mut self, other: Self) -> Result<()> {
+        match (&mut self.rows, other.rows) {
+            (CacheRows::Cpu(rows), CacheRows::Cpu(other)) => rows.append(other),
+            (CacheRows::Reference(rows), CacheRows::Reference(other)) => rows.append(other),
+            (rows, other) => return Err(other.mismatch(rows.backend())),
         }
+        Ok(())
     }
 
     /// Each row as a cache of its own.
     pub fn into_rows(self) -> Vec<Self> {
-        let Self { kv_heads, head_dim, longrope_threshold, .. } = self;
-        let depth = self.layers.len();
-        let empty = || {
-            let (layers, step) = (Vec::with_capacity(depth), StepBuffers::default());
-            Self { layers, kv_heads, head_dim, longrope_threshold, step }
+        let longrope_threshold = self.longrope_threshold;
+        let rows: Vec<CacheRows> = match self.rows {
+            CacheRows::Cpu(rows) => rows.into_rows().into_iter().map(CacheRows::Cpu).collect(),
+            CacheRows::Reference(rows) => {
+                rows.into_rows().into_iter().map(CacheRows::Reference).collect()
+            }
         };
-        let mut caches: Vec<Self> = (0..self.rows()).map(|_| empty()).collect();
-        for layer in self.layers {
-            for (cache, row) in caches.iter_mut().zip(layer) {
-                cache.layers.push(vec![row]);
+        rows.into_iter().map(|rows| Self { rows, longrope_threshold }).collect()
+    }
+}
+
+impl CacheRows {
+    fn new(
+        backend: BackendKind,
+        kind: CacheType,
+        rows: usize,
+        layers: usize,
+        heads: Heads,
+    ) -> Self {
+        match backend {
+            BackendKind::Cpu => {
+                Self::Cpu(LayerCaches::new(PanelRow::new(kind, heads), rows, layers, heads))
+            }
+            BackendKind::Reference => {
+                Self::Reference(LayerCaches::new(TensorRow::new(kind), rows, layers, heads))
             }
         }
-        caches
     }
 
-    /// [`Self::attend_slices`] in the portable form: tensors on the decoder's device.
-    pub(super) fn attend(
+    fn backend(&self) -> BackendKind {
+        match self {
+            Self::Cpu(_) => BackendKind::Cpu,
+            Self::Reference(_) => BackendKind::Reference,
+        }
+    }
+
+    fn mismatch(&self, needed: BackendKind) -> candle_core::Error {
+        let found = self.backend();
+        let text = format!("the cache was made for backend {found}, needed one for {needed}");
+        candle_core::Error::Msg(text)
+    }
+}
+
+impl TensorCache {
+    /// Appends the new tokens' keys and values and attends to all there are, as
+    /// [`PanelCache::attend`], with tensors on the decoder's device.
+    pub fn attend(
         &mut self,
         layer: usize,
         q: &Tensor,
@@ -226,9 +369,6 @@ impl KvCache {
         assert!(segments.len() <= rows.len(), "{} rows, {} cached", segments.len(), rows.len());
         let mut outs = Vec::new();
         for (row, segment) in rows.iter_mut().zip(segments).filter(|(_, s)| !s.is_empty()) {
-            let RowCache::Tensors(row) = row else {
-                unreachable!("a decoder checks whose rows it is given")
-            };
             let part = |x: &Tensor| x.narrow(0, segment.tokens.start, segment.len());
             let first = attention::seen(row.len, scores.window).start;
             let by_head = |x: &Tensor| attention::by_head(&part(x)?, heads.kv_heads);
@@ -241,7 +381,9 @@ impl KvCache {
             false => Tensor::cat(&outs, 0),
         }
     }
+}
 
+impl PanelCache {
     /// Appends the new tokens' keys and values and attends to all there are, or to those in the
     /// window of `scores`: older ones are kept too. Queries see their own keys as the cache keeps
     /// them.
@@ -249,7 +391,7 @@ impl KvCache {
     /// Shapes: q `(N, heads · head_dim)`, k and v `(N, kv_heads · head_dim)`, `segments` the new
     /// tokens of each row, without prefixes → `out` as q, contiguous.
     #[allow(clippy::too_many_arguments)] // those of the attention kernels, and which layer
-    pub(super) fn attend_slices(
+    pub fn attend(
         &mut self,
         isa: Isa,
         layer: usize,
@@ -282,12 +424,11 @@ impl KvCache {
         });
 
         let queries = CachedQueries { q: qkv.q, heads, segments, scores: scores.into() };
-        let lengths: Vec<usize> = rows.iter().map(RowCache::len).collect();
+        let lengths: Vec<usize> = rows.iter().map(PanelRow::len).collect();
         queries.attend(isa, &lengths, out, |row, head, task| match &rows[row] {
-            RowCache::F32(heads) => task.run(&heads[head]),
-            RowCache::F16(heads) => task.run(&heads[head]),
-            RowCache::Q8(heads) => task.run(&heads[head]),
-            RowCache::Tensors(_) => unreachable!("a decoder checks whose rows it is given"),
+            PanelRow::F32(heads) => task.run(&heads[head]),
+            PanelRow::F16(heads) => task.run(&heads[head]),
+            PanelRow::Q8(heads) => task.run(&heads[head]),
         });
     }
 }
@@ -297,7 +438,7 @@ impl KvCache {
 /// Keys lie in panels `(head_dim, 16)`, a panel for every 16 tokens, so that scores of 16 keys are
 /// sums over broadcast values of the query; values in rows padded to a multiple of 16.
 #[derive(Debug, Clone)]
-struct HeadCache<B> {
+pub(super) struct HeadCache<B> {
     head_dim: usize,
     len: usize,
     keys: Vec<B>,
@@ -309,7 +450,7 @@ struct HeadCache<B> {
 }
 
 /// What keys and values can be stored as.
-trait Stored: Element + Default {
+pub(super) trait Stored: Element + Default {
     /// Whether the values of a head have a common factor.
     const SCALED: bool;
 
@@ -458,14 +599,8 @@ mod tests {
     const FORMS: [Compute; 2] = [Compute::F32, Compute::REFERENCE];
 
     fn cache(rows: usize, heads: Heads, kind: CacheType, compute: Compute) -> KvCache {
-        let Heads { kv_heads, head_dim, .. } = heads;
-        KvCache {
-            layers: vec![vec![RowCache::new(kind, kv_heads, head_dim, compute); rows]],
-            kv_heads,
-            head_dim,
-            longrope_threshold: None,
-            step: StepBuffers::default(),
-        }
+        let rows = CacheRows::new(compute.backend, kind, rows, 1, heads);
+        KvCache { rows, longrope_threshold: None }
     }
 
     /// q, k and v as columns of one buffer, `(n, stride)`.
@@ -519,14 +654,23 @@ mod tests {
         rows: &[Range<usize>],
     ) -> Vec<f32> {
         let rows: Vec<Segment> = rows.iter().cloned().map(Segment::whole).collect();
-        if cache.is_of(Compute::REFERENCE) {
+        if cache.matches_layout(BackendKind::Reference) {
             let [q, k, v] = tensors(new, heads);
-            let out = cache.attend(0, &q, (&k, &v), heads, &rows, scores).unwrap();
+            let out =
+                cache.tensors_mut().unwrap().attend(0, &q, (&k, &v), heads, &rows, scores).unwrap();
             assert_eq!(out.dims(), q.dims());
             return out.flatten_all().unwrap().to_vec1().unwrap();
         }
         let mut out = vec![f32::NAN; new.len() / stride(heads) * heads.heads * heads.head_dim];
-        cache.attend_slices(isa, 0, columns(new, heads), heads, &rows, scores, &mut out);
+        cache.panels_mut().unwrap().attend(
+            isa,
+            0,
+            columns(new, heads),
+            heads,
+            &rows,
+            scores,
+            &mut out,
+        );
         out
     }
 

@@ -324,23 +324,6 @@ impl Config {
         FAMILIES.iter().find(fits).unwrap_or(of)
     }
 
-    /// What this decoder has that Llama has not, beside its sizes, the scaling of its rotation, biases
-    /// and norms of heads of queries and keys (Qwen 3): for what computes no more. `None` if nothing.
-    pub fn beyond_llama(&self) -> Option<String> {
-        let (family, plain) = (self.family, Variation::default());
-        let Variation { windowed, rotated, .. } = &self.variation;
-        let differs = family.norms != Norms::Before
-            || family.qk_norm == QkNorm::Width
-            || family.gate != crate::ops::Gate::Silu
-            || family.fused
-            || matches!(self.rope_scaling, RopeScaling::LongRope { .. })
-            || (windowed, rotated) != (&plain.windowed, &plain.rotated)
-            || Variation { windowed: Vec::new(), rotated: Vec::new(), ..self.variation.clone() }
-                != Variation { sliding_window: self.variation.sliding_window, ..plain };
-        let with = if windowed.is_empty() { "" } else { " with a sliding window" };
-        differs.then(|| format!("a {}{with}", family.model_type))
-    }
-
     /// What each frequency is divided by, `head_dim / 2` values, where they are neither all kept nor
     /// all divided alike: a GGUF's `rope_freqs.weight`.
     pub fn rope_factors(&self) -> Option<Vec<f32>> {

@@ -1,13 +1,10 @@
-//! Linear layers on the few tokens of a decoding step: the base's product, and the updates of
-//! whatever each token wears, at the speed of memory.
+//! Linear layers in a decode step: the base's products and the updates of each token's adapters, at the
+//! speed of memory.
 //!
-//! Tokens that wear the same are taken together, wherever they stand in the batch; `A x` of all
-//! updates is computed in one parallel region with the base's products, and `B (A x)` is added to a
-//! product's rows by the thread that computed them. A token's bits depend on its own list of
-//! adapters only.
+//! Tokens with the same adapters are taken together, wherever their rows are in the batch. The bits of a
+//! token depend on its own list of adapters only.
 
 use std::collections::HashMap;
-use std::ops::Range;
 use std::sync::{Arc, Weak};
 
 use candle_core::Result;
@@ -16,42 +13,51 @@ use quantune_adapters::decode::DecodeWeights;
 use quantune_adapters::delta::Adapter;
 
 use super::adapters::{ActiveAdapter, AdapterGroup};
-use super::layer::{LayerPass, Onto, Workspace};
 use super::layers::Linear;
+use crate::isa::Isa;
+use crate::ops::Values;
+use crate::ops::adapted_row_dot::{self, RowDotBuffers, TokenUpdates};
 use crate::ops::gemm::PanelType;
-use crate::ops::low_rank::{self, Number, TokenRows};
+use crate::ops::low_rank::LowRankElement;
 use crate::ops::row_dot;
-use crate::ops::{SharedMutPtr, Values};
 
-/// Buffers of [`project`], used again.
-#[derive(Debug, Default)]
-pub(super) struct Buffers {
-    /// The base's product, where it is added to what is there.
-    product: Vec<f32>,
-    /// Inputs filled up to whole groups.
-    x: Vec<f32>,
-    lows: Vec<f32>,
-    half_forms: Known<f16>,
-    whole_forms: Known<f32>,
+/// A decode step: its kernels and its adapters.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct DecodeStep<'a> {
+    pub isa: Isa,
+    pub panel: PanelType,
+    /// The tokens of each list of adapters.
+    pub adapter_groups: &'a [AdapterGroup<'a>],
 }
 
-/// The updates that steps before found, by module. What an adapter has let go of since is not found any
-/// more.
+/// Buffers of [`project`], reused by the next layer and step.
+#[derive(Debug, Default)]
+pub(super) struct DecodeBuffers {
+    /// The base's product, where it is added to the residual stream.
+    product: Vec<f32>,
+    rows: RowDotBuffers,
+    half_forms: FoundForms<f16>,
+    whole_forms: FoundForms<f32>,
+}
+
+/// The decode forms of updates that earlier steps found, by module. Forms that an adapter has dropped
+/// since are not found any more.
 #[derive(Debug)]
-struct Known<T>(HashMap<String, Vec<Found<T>>>);
+struct FoundForms<T>(HashMap<String, Vec<FoundForm<T>>>);
 
-/// An adapter's update. Its place in memory is kept, so that no other adapter is taken for it.
-type Found<T> = (Weak<Adapter>, Weak<DecodeWeights<T>>);
+/// The decode form of an adapter's update. The weak reference keeps the adapter's address taken, so
+/// that no other adapter is mistaken for it.
+type FoundForm<T> = (Weak<Adapter>, Weak<DecodeWeights<T>>);
 
-impl<T> Default for Known<T> {
+impl<T> Default for FoundForms<T> {
     fn default() -> Self {
         Self(HashMap::new())
     }
 }
 
-impl<T: Number> Known<T> {
-    /// The forms of what rows wear on a linear layer, in the order of the lists; none where an adapter
-    /// has no update.
+impl<T: LowRankElement> FoundForms<T> {
+    /// The forms of a list of adapters on a linear layer, in its order, without adapters that have no
+    /// update there.
     fn find(
         &mut self,
         linear: &Linear,
@@ -71,7 +77,7 @@ impl<T: Number> Known<T> {
                 continue;
             }
             let Some(lora) = active.adapter.modules.get(&linear.name) else { continue };
-            let form = lora.decode_weights::<T>(&*linear.weight)?;
+            let form = lora.decode_weights::<T>(&**linear.matrix()?)?;
             known.retain(|(of, form)| !is_its(of) && form.strong_count() > 0);
             known.push((Arc::downgrade(&active.adapter), Arc::downgrade(&form)));
             take(active, form);
@@ -80,138 +86,62 @@ impl<T: Number> Known<T> {
     }
 }
 
-/// An adapter's update of one linear layer for the tokens that wear it.
-struct Update<T> {
-    form: Arc<DecodeWeights<T>>,
-    weight: f32,
-    /// Where its `A x` lie.
-    lows: Range<usize>,
-}
-
-/// What tokens that wear the same add to one linear layer.
-struct Updates<'a> {
-    /// Which of the linear layers.
-    linear: usize,
-    tokens: &'a [usize],
-    /// Which of all updates, in the order of the list.
-    updates: Range<usize>,
-    /// DoRA's: `W x` becomes `scales ⊙ W x`, of `(out)`, `1 + Σ weight · (s − 1)`.
-    scales: Option<Vec<f32>>,
-}
-
-/// The products of linear layers that share the input `x (tokens, in)`, updates and biases included.
-pub(super) fn project<const M: usize>(
-    pass: &LayerPass,
-    outs: [(&Linear, &mut [f32]); M],
+/// The products of linear layers that share the input `x (tokens, in)`, updates and biases included. With
+/// `add` they are added to the outputs.
+pub(super) fn project(
+    step: DecodeStep,
+    outs: Vec<(&Linear, &mut [f32])>,
     x: &[f32],
-    onto: Onto,
-    work: &mut Workspace,
+    add: bool,
+    buffers: &mut DecodeBuffers,
 ) -> Result<()> {
-    let Buffers { product, x: padded, lows, half_forms, whole_forms } = &mut work.decode;
-    let buffers = (product, padded, lows);
-    // Updates are as exact as the base's products: in 16 bits but where those are F32.
-    match pass.forward {
-        PanelType::F32 => project_as::<f32, M>(pass, outs, x, onto, buffers, whole_forms),
+    let DecodeBuffers { product, rows, half_forms, whole_forms } = buffers;
+    // Updates are as exact as the base's products: in 16 bits unless those are F32.
+    match step.panel {
+        PanelType::F32 => project_as::<f32>(step, outs, x, add, product, rows, whole_forms),
         PanelType::Int16 | PanelType::Int8 => {
-            project_as::<f16, M>(pass, outs, x, onto, buffers, half_forms)
+            project_as::<f16>(step, outs, x, add, product, rows, half_forms)
         }
     }
 }
 
-fn project_as<T: Number, const M: usize>(
-    pass: &LayerPass,
-    mut outs: [(&Linear, &mut [f32]); M],
+fn project_as<T: LowRankElement>(
+    step: DecodeStep,
+    mut outs: Vec<(&Linear, &mut [f32])>,
     x: &[f32],
-    onto: Onto,
-    (product, padded, lows): (&mut Vec<f32>, &mut Vec<f32>, &mut Vec<f32>),
-    known: &mut Known<T>,
+    add: bool,
+    product: &mut Vec<f32>,
+    rows: &mut RowDotBuffers,
+    found: &mut FoundForms<T>,
 ) -> Result<()> {
-    let isa = pass.isa;
-    let adapter_groups = pass.adapter_groups.expect("made for a decoding step");
-    let linears = outs.each_ref().map(|(linear, _)| *linear);
-    let (all, flat) = updates(linears, adapter_groups, known)?;
-
-    // All tokens' inputs in whole groups, for what reads them so.
-    let cols = outs[0].0.weight.cols();
-    let stride = cols.next_multiple_of(quantune_adapters::decode::DECODE_GROUP);
-    let inputs = if all.is_empty() || stride == cols {
-        x
+    let mut updates = Vec::new();
+    for (index, (linear, _)) in outs.iter().enumerate() {
+        updates_of(index, linear, step.adapter_groups, found, &mut updates)?;
+    }
+    let mut products: Vec<row_dot::RowProduct> = Vec::new();
+    if add {
+        // A product overwrites; one that is added to the residual stream needs a buffer.
+        product.resize(outs.iter().map(|(_, out)| out.len()).sum(), 0.0);
+        let mut rest = &mut product[..];
+        for (linear, out) in &outs {
+            let (part, others) = rest.split_at_mut(out.len());
+            products.push((linear.matrix()?, part));
+            rest = others;
+        }
     } else {
-        padded.clear();
-        padded.resize(x.len() / cols * stride, 0.0);
-        for (to, from) in padded.chunks_exact_mut(stride).zip(x.chunks_exact(cols)) {
-            to[..cols].copy_from_slice(from);
-        }
-        &padded[..]
-    };
-    lows.resize(flat.last().map_or(0, |update| update.lows.end), 0.0);
-
-    // The base's products, and beside them A x.
-    let mut shrinks = Vec::new();
-    for Updates { tokens, updates, .. } in &all {
-        for update in &flat[updates.clone()] {
-            let (blocks, step) =
-                (low_rank::blocks(&update.form), low_rank::blocks_of_task(&update.form));
-            let tasks = (0..blocks).step_by(step).map(|first| first..blocks.min(first + step));
-            shrinks.extend(tasks.map(|blocks| (*tokens, update, blocks)));
+        for (linear, out) in &mut outs {
+            products.push((linear.matrix()?, &mut out[..]));
         }
     }
-    let target = SharedMutPtr::new(lows);
-    let shrink = |task: usize| {
-        let (tokens, update, blocks) = &shrinks[task];
-        let factor = update.weight * update.form.factor;
-        let (low, tokens) = (target.at(update.lows.start), TokenRows { tokens, stride });
-        // SAFETY: no two tasks share a column of an update's lows.
-        unsafe {
-            low_rank::shrink(isa, &update.form, blocks.clone(), inputs, tokens, factor, low);
-        }
-    };
-    let mut products: Vec<row_dot::RowProduct> = match onto {
-        Onto::Nothing => {
-            outs.iter_mut().map(|(linear, out)| (&*linear.weight, &mut out[..])).collect()
-        }
-        Onto::Sum => {
-            // A product overwrites; what is added to the residual stream is computed apart.
-            product.resize(outs[0].1.len(), 0.0);
-            vec![(&*outs[0].0.weight, &mut product[..])]
-        }
-    };
-    let out_features: Vec<usize> = products.iter().map(|(weight, _)| weight.rows()).collect();
-    let low_of = |update: &Update<T>| {
-        // SAFETY: the tasks beside, which wrote it, are done, and none writes to it again.
-        unsafe { target.at(update.lows.start).read(update.lows.len()) }
-    };
-    let add_updates = |linear: usize, rows: Range<usize>, y: SharedMutPtr| {
-        let stride = out_features[linear];
-        for Updates { tokens, updates, scales, .. } in all.iter().filter(|u| u.linear == linear) {
-            if let Some(scales) = scales {
-                for token in *tokens {
-                    // SAFETY: no other thread is given these rows.
-                    let y = unsafe { y.at(token * stride + rows.start).slice(rows.len()) };
-                    y.iter_mut().zip(&scales[rows.clone()]).for_each(|(y, scale)| *y *= scale);
-                }
-            }
-            for index in updates.clone() {
-                let (update, tokens) = (&flat[index], TokenRows { tokens, stride });
-                // SAFETY: no other thread is given these rows.
-                unsafe {
-                    low_rank::expand(isa, &update.form, rows.clone(), low_of(update), y, tokens);
-                }
-            }
-        }
-    };
-    let fused = row_dot::FusedTasks { tasks: shrinks.len(), run: &shrink, epilogue: &add_updates };
-    match pass.forward {
-        PanelType::F32 => row_dot::f32_many(isa, x, &mut products, fused),
-        PanelType::Int16 | PanelType::Int8 => row_dot::int16_many(isa, x, &mut products, fused),
-    }
+    adapted_row_dot::multiply(step.isa, step.panel, x, &mut products, &updates, rows);
     drop(products);
-    if onto == Onto::Sum {
-        outs[0].1.iter_mut().zip(&*product).for_each(|(out, y)| *out += y);
+    if add {
+        let sums = outs.iter_mut().flat_map(|(_, out)| out.iter_mut());
+        sums.zip(&*product).for_each(|(out, y)| *out += y);
     }
     for (linear, out) in &mut outs {
         if let Some(bias) = &linear.bias {
-            let bias = Values::of(bias)?;
+            let bias = Values::of(&bias.value)?;
             for row in out.chunks_exact_mut(bias.len()) {
                 row.iter_mut().zip(&*bias).for_each(|(out, b)| *out += b);
             }
@@ -220,38 +150,33 @@ fn project_as<T: Number, const M: usize>(
     Ok(())
 }
 
-/// What each list of adapters does to each linear layer, where it does anything, and all updates: those
-/// of a layer one after the other.
-fn updates<'w, T: Number, const M: usize>(
-    linears: [&Linear; M],
+/// Adds the updates of each list of adapters on a linear layer, the `index`-th of those that share an
+/// input.
+fn updates_of<'w, T: LowRankElement>(
+    index: usize,
+    linear: &Linear,
     adapter_groups: &'w [AdapterGroup<'w>],
-    known: &mut Known<T>,
-) -> Result<(Vec<Updates<'w>>, Vec<Update<T>>)> {
-    let (mut all, mut flat, mut end) = (Vec::new(), Vec::new(), 0);
-    for (index, linear) in linears.into_iter().enumerate() {
-        for (active, tokens) in adapter_groups {
-            let first = flat.len();
-            known.find(linear, active, |active, form| {
-                let lows = end..end + tokens.len() * low_rank::xa_stride(&form);
-                end = lows.end;
-                flat.push(Update { form, weight: active.weight as f32, lows });
-            })?;
-            if first < flat.len() {
-                let (scales, updates) = (row_scales(&flat[first..]), first..flat.len());
-                all.push(Updates { linear: index, tokens, updates, scales });
-            }
+    found: &mut FoundForms<T>,
+    all: &mut Vec<TokenUpdates<'w, T>>,
+) -> Result<()> {
+    for (active, tokens) in adapter_groups {
+        let mut updates = Vec::new();
+        found.find(linear, active, |active, form| updates.push((form, active.weight as f32)))?;
+        if !updates.is_empty() {
+            let scales = row_scales(&updates);
+            all.push(TokenUpdates { product: index, tokens, updates, scales });
         }
     }
-    Ok((all, flat))
+    Ok(())
 }
 
-/// What DoRA makes of `W x`, if any of these is one.
-fn row_scales<T>(updates: &[Update<T>]) -> Option<Vec<f32>> {
+/// The scales that DoRA gives the base's product, `1 + Σ weight · (s − 1)`; `None` without DoRA.
+fn row_scales<T>(updates: &[(Arc<DecodeWeights<T>>, f32)]) -> Option<Vec<f32>> {
     let mut scales: Option<Vec<f32>> = None;
-    for update in updates {
-        let Some(s) = &update.form.row_scales else { continue };
+    for (form, weight) in updates {
+        let Some(s) = &form.row_scales else { continue };
         let scales = scales.get_or_insert_with(|| vec![1.0; s.len()]);
-        scales.iter_mut().zip(s).for_each(|(scale, s)| *scale += update.weight * (s - 1.0));
+        scales.iter_mut().zip(s).for_each(|(scale, s)| *scale += weight * (s - 1.0));
     }
     scales
 }

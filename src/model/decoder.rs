@@ -3,21 +3,19 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{Device, Result, Tensor};
+use quantune_adapters::config::{EMBEDDING, HEAD};
 use quantune_adapters::delta::Dropout;
 use quantune_adapters::targets::LinearSpec;
 
-use super::adapters::{ActiveAdapter, Adapters};
-use super::cache::{KvCache, StepBuffers};
+use super::adapters::Adapters;
+use super::cache::TensorCache;
 use super::config::Config;
-use super::ends::{EMBEDDING, HEAD};
-use super::layer::{Group, LayerPass};
-use super::layers::{Layer, Linear, Shared};
-use super::pass::{Pass, Rotations, Rows};
-use crate::ops::{
-    BackendKind, Compute, DeviceMatrix, causal_attention, frozen_linear, gated, rms_norm, rope,
-    segment,
-};
+use super::layer::reference::TensorLayerPass;
+use super::layer::{LayerPass, LinearGroup};
+use super::layers::{Layer, Linear};
+use super::pass::{Pass, Rows};
+use crate::ops::{BackendKind, Compute, DeviceMatrix, rms_norm};
 use crate::quant::FrozenMatrix;
 
 /// A decoder over frozen weights. Nothing is ever written to it or attached to it.
@@ -99,16 +97,12 @@ impl Decoder {
         adapters: Adapters<'a>,
         dropout: Option<&'a Dropout>,
     ) -> Pass<'a> {
-        assert_eq!(segment::fault(&rows.segments, rows.tokens.len()), None);
-        assert_eq!(rows.tokens.len(), rows.positions.len());
-        let (config, segments) = (&self.config, &rows.segments);
-        let rotations = Rotations::new(config, &self.inv_freq, &rows.positions, segments);
-        Pass { segments: rows.segments.clone(), rotations, adapters, dropout, squares: None }
+        Pass::new(&self.config, &self.inv_freq, rows, adapters, dropout)
     }
 
-    /// One layer by its fast form, or `None` where the portable one runs.
-    pub fn layer_pass<'a>(&'a self, index: usize, pass: &'a Pass) -> Option<LayerPass<'a>> {
-        LayerPass::new(&self.config, &self.layers[index], pass, self.compute)
+    /// One layer of a pass of the CPU backend.
+    pub(super) fn layer_pass<'a>(&'a self, index: usize, pass: &'a Pass) -> LayerPass<'a> {
+        LayerPass::new(&self.config, &self.layers[index], pass, self.compute.precision)
     }
 
     /// One layer composed of operations on candle's tape: `x (N, hidden_size)` → the same shape.
@@ -122,137 +116,9 @@ impl Decoder {
         rms_norm(x, &self.norm, self.config.rms_norm_eps, self.compute)
     }
 
-    /// The hidden states the head reads, `(N, hidden_size)`. For scoring: but for the portable form
-    /// nothing of it is on a tape, so no gradient reaches an adapter (training goes layer by layer).
-    pub fn hidden(&self, rows: &Rows, adapters: Adapters) -> Result<Tensor> {
-        self.hidden_with(rows, adapters, None, false)
-    }
-
-    /// [`Self::hidden`] of some of the tokens, `(chosen, hidden_size)`: the same bits, without what
-    /// the last layer makes of the others once they are attended to. `chosen` may be in any order and
-    /// name a token several times.
-    pub fn hidden_of(&self, rows: &Rows, adapters: Adapters, chosen: &[u32]) -> Result<Tensor> {
-        self.hidden_chosen(rows, adapters, None, chosen)
-    }
-
-    /// [`Self::hidden_cached`] of some of the new tokens, as [`Self::hidden_of`].
-    pub fn hidden_cached_of(
-        &self,
-        rows: &Rows,
-        adapters: Adapters,
-        cache: &mut KvCache,
-        chosen: &[u32],
-    ) -> Result<Tensor> {
-        self.hidden_chosen(rows, adapters, Some(cache), chosen)
-    }
-
-    /// The hidden states of new tokens after those in `cache`, which they join; without gradients,
-    /// as [`Self::hidden`]. `rows` go on where the cache's rows end.
-    pub fn hidden_cached(
-        &self,
-        rows: &Rows,
-        adapters: Adapters,
-        cache: &mut KvCache,
-    ) -> Result<Tensor> {
-        self.hidden_with(rows, adapters, Some(cache), false)
-    }
-
-    /// [`Self::hidden_cached`] for a decoding step, a token a row, at the speed of memory. In the
-    /// integer modes its rounding is another than a prompt's, whatever the number of rows.
-    pub fn hidden_step(
-        &self,
-        rows: &Rows,
-        adapters: Adapters,
-        cache: &mut KvCache,
-    ) -> Result<Tensor> {
-        self.hidden_with(rows, adapters, Some(cache), true)
-    }
-
-    fn hidden_with(
-        &self,
-        rows: &Rows,
-        adapters: Adapters,
-        mut cache: Option<&mut KvCache>,
-        decoding: bool,
-    ) -> Result<Tensor> {
-        check_cache(rows, cache.as_deref(), self.compute)?;
-        let pass = self.pass(rows, adapters, None);
-        if self.compute.backend == BackendKind::Reference {
-            let mut x = self.embed(&rows.tokens, &pass)?;
-            for index in 0..self.layers.len() {
-                x = self.layer_with(index, &x, &pass, cache.as_deref_mut())?;
-            }
-            return self.final_norm(&x);
-        }
-        // A step is so short that fresh buffers would cost of it; those of a prompt are large.
-        let mut buffers = match cache.as_deref_mut().filter(|_| decoding) {
-            Some(cache) => std::mem::take(&mut cache.step),
-            None => StepBuffers::default(),
-        };
-        let StepBuffers { tape, work } = &mut buffers;
-        let adapter_groups = decoding.then(|| adapters.adapter_groups(&pass.segments));
-        let mut x = Vec::new();
-        self.embed_into(&rows.tokens, &pass, &mut x)?;
-        for index in 0..self.layers.len() {
-            if let Some(mut layer) = self.layer_pass(index, &pass) {
-                let cache = cache.as_deref_mut().map(|cache| (cache, index));
-                if let Some(adapter_groups) = &adapter_groups {
-                    layer = layer.decoding(adapter_groups);
-                }
-                layer.forward(&mut x, tape, false, work, cache)?;
-            }
-        }
-        if let Some(cache) = cache.filter(|_| decoding) {
-            cache.step = buffers;
-        }
-        self.normed(x)
-    }
-
-    fn hidden_chosen(
-        &self,
-        rows: &Rows,
-        adapters: Adapters,
-        mut cache: Option<&mut KvCache>,
-        chosen: &[u32],
-    ) -> Result<Tensor> {
-        let picked = |hidden: Tensor, rows: Vec<u32>| {
-            hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)
-        };
-        let none = || Tensor::zeros((0, self.config.hidden_size), DType::F32, &Device::Cpu);
-        if self.compute.backend == BackendKind::Reference {
-            let hidden = self.hidden_with(rows, adapters, cache, false)?;
-            return if chosen.is_empty() { none() } else { picked(hidden, chosen.to_vec()) };
-        }
-        check_cache(rows, cache.as_deref(), self.compute)?;
-        let mut rising = chosen.to_vec();
-        rising.sort_unstable();
-        rising.dedup();
-        let pass = self.pass(rows, adapters, None);
-        let narrow = pass.narrowed(&rising, &self.config, &self.inv_freq);
-        let StepBuffers { mut tape, mut work } = StepBuffers::default();
-        let mut x = Vec::new();
-        self.embed_into(&rows.tokens, &pass, &mut x)?;
-        for index in 0..self.layers.len() {
-            let layer = self.layer_pass(index, &pass).expect("not the portable form");
-            let cache = cache.as_deref_mut().map(|cache| (cache, index));
-            if index + 1 < self.layers.len() {
-                layer.forward(&mut x, &mut tape, false, &mut work, cache)?;
-            } else {
-                let top = self.layer_pass(index, &narrow).expect("not the portable form");
-                layer.forward_to((&top, &rising), &mut x, &mut tape, &mut work, cache)?;
-            }
-        }
-        if chosen.is_empty() {
-            return none();
-        }
-        let places = chosen.iter().map(|row| rising.partition_point(|other| other < row) as u32);
-        picked(self.normed(x)?, places.collect())
-    }
-
-    /// The final norm of `x (rows, hidden_size)`.
-    fn normed(&self, x: Vec<f32>) -> Result<Tensor> {
-        let shape = (x.len() / self.config.hidden_size, self.config.hidden_size);
-        self.final_norm(&Tensor::from_vec(x, shape, &Device::Cpu)?)
+    /// The pass that goes on with some of the tokens, rising, once all are attended to.
+    pub(super) fn narrowed<'a>(&self, pass: &Pass<'a>, chosen: &[u32]) -> Pass<'a> {
+        pass.narrowed(chosen, &self.config, &self.inv_freq)
     }
 
     /// The modules an adapter can sit on, in the order of the forward pass: the token embedding, the
@@ -272,7 +138,7 @@ impl Decoder {
             },
         };
         let layers = self.layers.iter().flat_map(Layer::linears);
-        let layers = layers.map(|l| spec(&l.name, l.weight.cols(), l.weight.rows()));
+        let layers = layers.map(|l| spec(&l.name, l.cols(), l.rows()));
         [spec(EMBEDDING, vocab_size, hidden_size)]
             .into_iter()
             .chain(layers)
@@ -287,33 +153,27 @@ impl Decoder {
             HEAD => Some(self.head.clone()),
             _ => {
                 let mut linears = self.layers.iter().flat_map(Layer::linears);
-                linears.find(|linear| linear.name == module).map(|linear| linear.weight.clone())
+                linears.find(|linear| linear.name == module)?.matrix().ok().cloned()
             }
         }
     }
 
     /// The lowest layer that a trainable adapter sits on, and where in it: nothing below needs a
     /// gradient.
-    pub fn lowest_trainable(&self, adapters: Adapters) -> Option<(usize, Group)> {
+    pub fn lowest_trainable(&self, adapters: Adapters) -> Option<(usize, LinearGroup)> {
         let trained = |linear: &Linear| {
             let mut trainable = adapters.iter().filter(|active| active.trainable);
             trainable.any(|active| active.adapter.modules.contains_key(&linear.name))
         };
         self.layers.iter().enumerate().find_map(|(index, layer)| {
-            let groups: [(Group, &[Linear]); 4] = [
-                (Group::Attention, layer.qkv.linears()),
-                (Group::Output, std::slice::from_ref(&layer.o)),
-                (Group::GateUp, layer.gate_up.linears()),
-                (Group::Down, std::slice::from_ref(&layer.down)),
-            ];
-            let wears = |(_, linears): &&(Group, &[Linear])| linears.iter().any(trained);
-            groups.iter().find(wears).map(|(group, _)| (index, *group))
+            let group = layer.groups().iter().position(|linears| linears.iter().any(trained))?;
+            Some((index, LinearGroup(group)))
         })
     }
 
     /// Bytes of all frozen matrices, where they lie.
     pub fn weight_bytes(&self) -> usize {
-        let linears = self.layers.iter().flat_map(Layer::linears).map(|linear| &linear.weight);
+        let linears = self.layers.iter().flat_map(Layer::linears).flat_map(Linear::matrix);
         let mut all: Vec<&Arc<FrozenMatrix>> = linears.chain([&self.embedding]).collect();
         if !Arc::ptr_eq(&self.embedding, &self.head) {
             all.push(&self.head);
@@ -332,7 +192,7 @@ impl Decoder {
     }
 
     fn kernels_by(&self, name: impl Fn(&FrozenMatrix) -> String) -> BTreeMap<String, String> {
-        let linears = self.layers.iter().flat_map(Layer::linears).map(|linear| &linear.weight);
+        let linears = self.layers.iter().flat_map(Layer::linears).flat_map(Linear::matrix);
         let at = match self.device {
             Device::Cpu => "",
             Device::Cuda(_) => " on cuda",
@@ -344,152 +204,15 @@ impl Decoder {
         linears.chain([&self.head]).map(kernel).collect()
     }
 
-    fn layer_with(
+    pub(super) fn layer_with(
         &self,
         index: usize,
         x: &Tensor,
         pass: &Pass,
-        cache: Option<&mut KvCache>,
+        cache: Option<&mut TensorCache>,
     ) -> Result<Tensor> {
-        let (layer, eps) = (&self.layers[index], self.config.rms_norm_eps);
-        let heads = self.config.heads();
-
-        let normed = |x: &Tensor, norm: &Option<Tensor>| match norm {
-            Some(norm) => rms_norm(x, norm, eps, self.compute),
-            None => Ok(x.clone()),
-        };
-        // Of whole heads, or of all heads of a token together.
-        let normed_heads = |x: Tensor, norm: &Option<Tensor>| match norm {
-            Some(w) => {
-                rms_norm(&x.reshape(((), w.dim(0)?))?, w, eps, self.compute)?.reshape(x.shape())
-            }
-            None => Ok(x),
-        };
-        let rotated = |x: Tensor| match pass.rotations.of(layer) {
-            Some(rotation) => rope(&x, rotation, self.compute),
-            None => Ok(x),
-        };
-        let by = self.config.variation.residual_multiplier;
-        let joined = |x: &Tensor, branch: Tensor, norm: &Option<Tensor>| {
-            let branch = normed(&branch, norm)?;
-            x + if by == 1.0 { branch } else { (branch * by)? }
-        };
-
-        let h = normed(x, &layer.input_norm)?;
-        let kv_width = heads.kv_heads * heads.head_dim;
-        let widths = [heads.heads * heads.head_dim, kv_width, kv_width];
-        let [q, k, v] = self.shared(&layer.qkv, widths, &h, pass)?;
-        let q = rotated(normed_heads(q, &layer.q_norm)?)?;
-        let k = rotated(normed_heads(k, &layer.k_norm)?)?;
-        let (segments, scores) = (&pass.segments, layer.scores);
-        let attended = match cache {
-            Some(cache) => cache.attend(index, &q, (&k, &v), heads, segments, scores)?,
-            None => causal_attention(&q, &k, &v, heads, segments, scores, self.compute)?,
-        };
-        let branch = self.linear(&layer.o, &attended, pass)?;
-        let x = joined(x, branch, &layer.post_attention_norm)?;
-
-        let h = normed(&x, &layer.pre_feedforward_norm)?;
-        let widths = [self.config.intermediate_size; 2];
-        let [gate, up] = self.shared(&layer.gate_up, widths, &h, pass)?;
-        let inner = gated(self.config.family.gate, &gate, &up, self.compute)?; // (N, inner)
-        let branch = self.linear(&layer.down, &inner, pass)?;
-        joined(&x, branch, &layer.post_feedforward_norm)
+        let (config, layer, compute) = (&self.config, &self.layers[index], self.compute);
+        let layer = TensorLayerPass { config, layer, pass, compute };
+        layer.forward(x, cache.map(|cache| (cache, index)))
     }
-
-    /// What linear layers of these `widths` that share their input make of it.
-    fn shared<const M: usize>(
-        &self,
-        shared: &Shared<M>,
-        widths: [usize; M],
-        x: &Tensor,
-        pass: &Pass,
-    ) -> Result<[Tensor; M]> {
-        let outs: Vec<Tensor> = match shared {
-            Shared::Apart(linears) => {
-                linears.iter().map(|linear| self.linear(linear, x, pass)).collect::<Result<_>>()?
-            }
-            Shared::Whole(linear) => {
-                let whole = self.linear(linear, x, pass)?;
-                let mut start = 0;
-                let parts = widths.iter().map(|&width| {
-                    start += width;
-                    whole.narrow(1, start - width, width)?.contiguous()
-                });
-                parts.collect::<Result<_>>()?
-            }
-        };
-        Ok(outs.try_into().expect("as many as there are widths"))
-    }
-
-    /// The frozen product, and on it the updates of the adapters that each run of rows wears.
-    fn linear(&self, linear: &Linear, x: &Tensor, pass: &Pass) -> Result<Tensor> {
-        if let Some(squares) = pass.squares {
-            squares.add(&linear.name, x)?;
-        }
-        let base = match &linear.uploaded {
-            Some(weight) => weight.linear(x)?,
-            None => frozen_linear(x, &linear.weight, self.compute)?,
-        };
-        let mask = match pass.dropout {
-            Some(dropout) => Some(dropout.mask(&linear.name, linear.weight.cols(), x.device())?),
-            None => None,
-        };
-        let adapted_by =
-            |x: &Tensor, base: &Tensor, mask: Option<&Tensor>, active: &[ActiveAdapter]| {
-                let mut y = base.clone();
-                for active in active {
-                    if let Some(lora) = active.adapter.modules.get(&linear.name) {
-                        let mut delta =
-                            lora.delta(x, mask.filter(|_| active.trainable), active.trainable)?;
-                        if let Some(norms) = lora.row_norms(&*linear.weight)? {
-                            let norms = Tensor::new(&*norms, x.device())?;
-                            let scaled = lora.scaled(&(base + delta)?, &norms, active.trainable)?;
-                            delta = (scaled - base)?;
-                        }
-                        y = (y + weighted(delta, active.weight)?)?;
-                    }
-                }
-                match &linear.bias {
-                    Some(bias) => y.broadcast_add(bias),
-                    None => Ok(y),
-                }
-            };
-        let runs = pass.adapters.runs(&pass.segments);
-        if let [(_, active)] = &runs[..] {
-            return adapted_by(x, &base, mask.as_ref(), active);
-        }
-        let parts = runs.into_iter().map(|(tokens, active)| {
-            let part = |t: &Tensor| t.narrow(0, tokens.start, tokens.len());
-            let mask = mask.as_ref().map(part).transpose()?;
-            adapted_by(&part(x)?, &part(&base)?, mask.as_ref(), active)
-        });
-        Tensor::cat(&parts.collect::<Result<Vec<_>>>()?, 0)
-    }
-}
-
-fn weighted(delta: Tensor, weight: f64) -> Result<Tensor> {
-    if weight == 1.0 { Ok(delta) } else { delta * weight }
-}
-
-/// Fails if a cache was made for another form, or a row that goes on grows so long that it rotates
-/// otherwise than what is cached of it.
-fn check_cache(rows: &Rows, cache: Option<&KvCache>, compute: Compute) -> Result<()> {
-    let Some(cache) = cache else { return Ok(()) };
-    if !cache.is_of(compute) {
-        candle_core::bail!(
-            "the cache was made for a decoder of another form, compute is {compute} here: needed one \
-             made for this decoder"
-        );
-    }
-    for row in rows.segments.iter().filter(|row| !row.is_empty()) {
-        let (seen, now) = (rows.positions[row.tokens.start] as usize, row.len());
-        if seen > 0 && !cache.same_rope_scaling(seen, seen + now) {
-            candle_core::bail!(
-                "a row of {seen} cached tokens and {now} new ones: rows of that length rotate \
-                 otherwise here, needed all of its tokens anew"
-            );
-        }
-    }
-    Ok(())
 }

@@ -193,10 +193,8 @@ impl Decoder {
         Ok(())
     }
 
-    /// Logits `(M, vocab_size)` of hidden states `(M, hidden_size)`, each row under what it wears: for
-    /// few rows only. A row gets the same bits among any others. They are on the CPU, where tokens are
-    /// chosen.
-    pub fn logits(&self, hidden: &Tensor, adapters: Adapters) -> Result<Tensor> {
+    /// [`Self::logits`] of either backend.
+    pub(super) fn logits_of(&self, hidden: &Tensor, adapters: Adapters) -> Result<Tensor> {
         let hidden = &self.to_head(hidden)?;
         let base = match &self.uploaded_head {
             Some(head) => head.linear(&hidden.detach())?.to_device(&Device::Cpu)?,

@@ -1,95 +1,400 @@
-//! The frozen weights of a layer.
+//! The weights of a layer: norms, linear layers, attention and feed-forward, frozen or trainable.
+//!
+//! A feed-forward block of another kind is a variant of [`FeedForward`]: its weights here, its passes in a
+//! file of its own in `layer/`, and its reference form in `layer/reference.rs`.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use candle_core::{Device, Result, Tensor};
 
-use super::config::LayerRope;
-use crate::ops::{AttentionConfig, DeviceMatrix};
+use super::config::{Config, Family, LayerRope, Norms, QkNorm};
+use crate::ops::gemm::Weights;
+use crate::ops::{AttentionConfig, DeviceMatrix, Values};
 use crate::quant::FrozenMatrix;
 
-#[derive(Debug)]
-pub(super) struct Layer {
-    /// Before attention.
-    pub input_norm: Option<Tensor>,
-    pub qkv: Shared<3>,
-    /// Of queries and keys, `(head_dim)` or of all heads together.
-    pub q_norm: Option<Tensor>,
-    pub k_norm: Option<Tensor>,
-    pub o: Linear,
-    /// Behind attention, before it joins the residual stream.
-    pub post_attention_norm: Option<Tensor>,
-    /// Before the feed-forward layer.
-    pub pre_feedforward_norm: Option<Tensor>,
-    pub gate_up: Shared<2>,
-    pub down: Linear,
-    /// Behind the feed-forward layer.
-    pub post_feedforward_norm: Option<Tensor>,
-    pub scores: AttentionConfig,
-    pub rope: LayerRope,
+/// A tensor of a model, and which of the model's gradients is its own if it trains.
+#[derive(Debug, Clone)]
+pub(super) struct Parameter {
+    /// F32.
+    pub value: Tensor,
+    /// Index of its gradient; `None` if frozen.
+    pub gradient: Option<usize>,
 }
 
-impl Layer {
-    pub fn linears(&self) -> impl Iterator<Item = &Linear> {
-        let (qkv, gate_up) = (self.qkv.linears(), self.gate_up.linears());
-        qkv.iter().chain([&self.o]).chain(gate_up).chain([&self.down])
+impl Parameter {
+    pub fn frozen(value: Tensor) -> Self {
+        Self { value, gradient: None }
     }
 
-    /// Brings all a pass reads to a device.
-    pub fn upload(&mut self, device: &Device) -> Result<()> {
-        let (qkv, gate_up) = (self.qkv.linears_mut(), self.gate_up.linears_mut());
-        for linear in qkv.iter_mut().chain([&mut self.o]).chain(gate_up).chain([&mut self.down]) {
-            linear.uploaded = Some(Arc::new(DeviceMatrix::upload(&linear.weight, device)?));
-            if let Some(bias) = &mut linear.bias {
-                *bias = bias.to_device(device)?;
-            }
-        }
-        let norms = [
-            &mut self.input_norm,
-            &mut self.q_norm,
-            &mut self.k_norm,
-            &mut self.post_attention_norm,
-            &mut self.pre_feedforward_norm,
-            &mut self.post_feedforward_norm,
-        ];
-        for norm in norms.into_iter().flatten() {
-            *norm = norm.to_device(device)?;
-        }
+    fn to_device(&mut self, device: &Device) -> Result<()> {
+        self.value = self.value.to_device(device)?;
         Ok(())
     }
 }
 
-/// `M` linear layers that share their input.
-#[derive(Debug)]
-pub(super) enum Shared<const M: usize> {
-    /// Modules of their own.
-    Apart([Linear; M]),
-    /// One module, whose outputs lie side by side (Phi-3).
-    Whole(Linear),
+/// The weight of a root mean square norm.
+#[derive(Debug, Clone)]
+pub(super) struct Norm {
+    pub weight: Parameter,
+    /// Added to the weight before it multiplies: 1 where a family stores weights less 1.
+    pub offset: f32,
 }
 
-impl<const M: usize> Shared<M> {
+impl Norm {
+    pub fn frozen(weight: Tensor) -> Self {
+        Self { weight: Parameter::frozen(weight), offset: 0.0 }
+    }
+
+    /// The factors as they multiply, on the tape of the weight.
+    pub fn factors(&self) -> Result<Tensor> {
+        match self.offset {
+            0.0 => Ok(self.weight.value.clone()),
+            offset => &self.weight.value + f64::from(offset),
+        }
+    }
+
+    /// Calls `f` with the factors as they multiply.
+    pub fn with_factors<R>(&self, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
+        let values = Values::of(&self.weight.value)?;
+        let factors: Cow<[f32]> = match self.offset {
+            0.0 => Cow::Borrowed(&values),
+            offset => values.iter().map(|w| w + offset).collect(),
+        };
+        Ok(f(&factors))
+    }
+
+    pub fn to_device(&mut self, device: &Device) -> Result<()> {
+        self.weight.to_device(device)
+    }
+}
+
+/// The matrix of a linear layer, `(rows, cols)`.
+#[derive(Debug, Clone)]
+pub(super) enum LinearWeight {
+    Frozen {
+        matrix: Arc<FrozenMatrix>,
+        /// The same on another device.
+        uploaded: Option<Arc<DeviceMatrix>>,
+    },
+    Trainable {
+        /// F32.
+        value: Tensor,
+        /// Index of its gradient.
+        gradient: usize,
+    },
+}
+
+/// A linear layer: `y = x · Wᵀ + b`.
+#[derive(Debug, Clone)]
+pub(super) struct Linear {
+    /// The Hugging Face module path, which adapters know it by.
+    pub name: String,
+    pub weight: LinearWeight,
+    pub bias: Option<Parameter>,
+    rows: usize,
+    cols: usize,
+}
+
+/// A weight borrowed for a product.
+pub(super) enum WeightValues<'a> {
+    Frozen(&'a FrozenMatrix),
+    Dense(Values<'a>, usize),
+}
+
+impl WeightValues<'_> {
+    pub fn weights(&self) -> Weights<'_> {
+        match self {
+            Self::Frozen(matrix) => Weights::Frozen(matrix),
+            Self::Dense(values, cols) => Weights::Dense { values, cols: *cols, scale: 1.0 },
+        }
+    }
+}
+
+impl Linear {
+    pub fn frozen(name: String, matrix: Arc<FrozenMatrix>, bias: Option<Tensor>) -> Self {
+        let (rows, cols) = (matrix.rows(), matrix.cols());
+        let weight = LinearWeight::Frozen { matrix, uploaded: None };
+        Self { name, weight, bias: bias.map(Parameter::frozen), rows, cols }
+    }
+
+    /// A layer of this shape whose weight trains.
+    ///
+    /// # Panics
+    /// If the weight has no gradient.
+    pub fn trainable(
+        name: String,
+        weight: Parameter,
+        bias: Option<Parameter>,
+        rows: usize,
+        cols: usize,
+    ) -> Self {
+        let gradient = weight.gradient.expect("a weight that trains");
+        let weight = LinearWeight::Trainable { value: weight.value, gradient };
+        Self { name, weight, bias, rows, cols }
+    }
+
+    /// Outputs.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Inputs.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The frozen matrix.
+    ///
+    /// # Errors
+    /// If the weight trains: adapters and decode steps need a frozen base.
+    pub fn matrix(&self) -> Result<&Arc<FrozenMatrix>> {
+        match &self.weight {
+            LinearWeight::Frozen { matrix, .. } => Ok(matrix),
+            LinearWeight::Trainable { .. } => {
+                candle_core::bail!("{}: the weight trains, needed a frozen one", self.name)
+            }
+        }
+    }
+
+    /// Index of the weight's gradient, if it trains.
+    pub fn gradient(&self) -> Option<usize> {
+        match self.weight {
+            LinearWeight::Frozen { .. } => None,
+            LinearWeight::Trainable { gradient, .. } => Some(gradient),
+        }
+    }
+
+    pub fn values(&self) -> Result<WeightValues<'_>> {
+        match &self.weight {
+            LinearWeight::Frozen { matrix, .. } => Ok(WeightValues::Frozen(matrix)),
+            LinearWeight::Trainable { value, .. } => {
+                Ok(WeightValues::Dense(Values::of(value)?, self.cols))
+            }
+        }
+    }
+
+    fn upload(&mut self, device: &Device) -> Result<()> {
+        match &mut self.weight {
+            LinearWeight::Frozen { matrix, uploaded } => {
+                *uploaded = Some(Arc::new(DeviceMatrix::upload(matrix, device)?));
+            }
+            LinearWeight::Trainable { value, .. } => *value = value.to_device(device)?,
+        }
+        self.bias.iter_mut().try_for_each(|bias| bias.to_device(device))
+    }
+}
+
+/// Linear layers that share their input.
+#[derive(Debug, Clone)]
+pub(super) enum Projection {
+    /// A module for each output.
+    Separate(Vec<Linear>),
+    /// One module whose outputs are concatenated (Phi-3's `qkv_proj` and `gate_up_proj`).
+    Fused(Linear),
+}
+
+impl Projection {
     pub fn linears(&self) -> &[Linear] {
         match self {
-            Self::Apart(linears) => linears,
-            Self::Whole(linear) => std::slice::from_ref(linear),
+            Self::Separate(linears) => linears,
+            Self::Fused(linear) => std::slice::from_ref(linear),
         }
     }
 
     pub fn linears_mut(&mut self) -> &mut [Linear] {
         match self {
-            Self::Apart(linears) => linears,
-            Self::Whole(linear) => std::slice::from_mut(linear),
+            Self::Separate(linears) => linears,
+            Self::Fused(linear) => std::slice::from_mut(linear),
         }
     }
 }
 
-#[derive(Debug)]
-pub(super) struct Linear {
-    /// The Hugging Face module path, which adapters know it by.
-    pub name: String,
-    pub weight: Arc<FrozenMatrix>,
-    /// The weight on another device.
-    pub uploaded: Option<Arc<DeviceMatrix>>,
-    pub bias: Option<Tensor>,
+/// Self-attention between its norms.
+#[derive(Debug, Clone)]
+pub(super) struct Attention {
+    pub qkv: Projection,
+    /// Of queries and keys: of each head, `(head_dim)`, or of all heads of a token together.
+    pub q_norm: Option<Norm>,
+    pub k_norm: Option<Norm>,
+    pub o: Linear,
+    pub config: AttentionConfig,
+    pub rope: LayerRope,
+}
+
+/// The block behind attention.
+#[derive(Debug, Clone)]
+pub(super) enum FeedForward {
+    Dense(DenseFeedForward),
+}
+
+/// `down(act(gate(x)) ⊙ up(x))`.
+#[derive(Debug, Clone)]
+pub(super) struct DenseFeedForward {
+    pub gate_up: Projection,
+    pub down: Linear,
+}
+
+impl FeedForward {
+    /// Linear layers grouped by the input they share, in the order of the forward pass.
+    pub fn groups(&self) -> Vec<&[Linear]> {
+        match self {
+            Self::Dense(dense) => {
+                vec![dense.gate_up.linears(), std::slice::from_ref(&dense.down)]
+            }
+        }
+    }
+
+    fn linears_mut(&mut self) -> Vec<&mut Linear> {
+        match self {
+            Self::Dense(dense) => {
+                dense.gate_up.linears_mut().iter_mut().chain([&mut dense.down]).collect()
+            }
+        }
+    }
+}
+
+/// A decoder layer.
+#[derive(Debug, Clone)]
+pub(super) struct Layer {
+    /// Before attention.
+    pub input_norm: Option<Norm>,
+    pub attention: Attention,
+    /// Behind attention, before the residual addition.
+    pub post_attention_norm: Option<Norm>,
+    /// Before the feed-forward block.
+    pub pre_feedforward_norm: Option<Norm>,
+    pub feed_forward: FeedForward,
+    /// Behind the feed-forward block, before the residual addition.
+    pub post_feedforward_norm: Option<Norm>,
+}
+
+impl Layer {
+    /// Linear layers grouped by the input they share, in the order of the forward pass.
+    pub fn groups(&self) -> Vec<&[Linear]> {
+        let attention = &self.attention;
+        let mut groups = vec![attention.qkv.linears(), std::slice::from_ref(&attention.o)];
+        groups.extend(self.feed_forward.groups());
+        groups
+    }
+
+    pub fn linears(&self) -> impl Iterator<Item = &Linear> {
+        self.groups().into_iter().flatten()
+    }
+
+    /// Copies everything a pass reads to a device.
+    pub fn upload(&mut self, device: &Device) -> Result<()> {
+        let attention = &mut self.attention;
+        let linears = attention.qkv.linears_mut().iter_mut().chain([&mut attention.o]);
+        for linear in linears.chain(self.feed_forward.linears_mut()) {
+            linear.upload(device)?;
+        }
+        let norms = [
+            &mut self.input_norm,
+            &mut attention.q_norm,
+            &mut attention.k_norm,
+            &mut self.post_attention_norm,
+            &mut self.pre_feedforward_norm,
+            &mut self.post_feedforward_norm,
+        ];
+        norms.into_iter().flatten().try_for_each(|norm| norm.to_device(device))
+    }
+}
+
+/// Where the weights of layers come from, by their Hugging Face module paths. An implementation keeps
+/// its faults to itself and gives `None`.
+pub(super) trait LayerSource {
+    /// The norm of `width` values.
+    fn norm(&mut self, module: String, width: usize) -> Option<Norm>;
+
+    /// The linear layer `(rows, cols)`.
+    fn linear(&mut self, module: String, rows: usize, cols: usize, bias: bool) -> Option<Linear>;
+}
+
+/// The layer of that index. Everything is asked for even if something is missing, so that all faults
+/// are reported at once.
+pub(super) fn build(config: &Config, index: usize, source: &mut impl LayerSource) -> Option<Layer> {
+    let c = config;
+    let (hidden, inner) = (c.hidden_size, c.intermediate_size);
+    let q_width = c.num_attention_heads * c.head_dim;
+    let kv_width = c.num_key_value_heads * c.head_dim;
+    let path = |name: &str| format!("model.layers.{index}.{name}");
+    let [input, post_attention, pre_feedforward, post_feedforward] = norm_names(c.family);
+    // `Some(None)` if the family has no such norm.
+    let norm = |source: &mut _, name: Option<&str>, width| match name {
+        Some(name) => LayerSource::norm(source, path(name), width).map(Some),
+        None => Some(None),
+    };
+
+    let input_norm = norm(source, input, hidden);
+    let qkv = [("q_proj", q_width), ("k_proj", kv_width), ("v_proj", kv_width)];
+    let qkv = qkv.map(|(name, rows)| (path(&format!("self_attn.{name}")), rows));
+    let qkv = projection(c, source, path("self_attn.qkv_proj"), &qkv, c.qkv_bias);
+    let o = source.linear(path("self_attn.o_proj"), hidden, q_width, c.o_bias);
+    let (q_norm, k_norm) = match c.family.qk_norm {
+        QkNorm::None => (Some(None), Some(None)),
+        of => {
+            let width = |all: usize| if of == QkNorm::Head { c.head_dim } else { all };
+            let q_norm = norm(source, Some("self_attn.q_norm"), width(q_width));
+            (q_norm, norm(source, Some("self_attn.k_norm"), width(kv_width)))
+        }
+    };
+    let post_attention_norm = norm(source, post_attention, hidden);
+    let pre_feedforward_norm = norm(source, pre_feedforward, hidden);
+    let gate_up = ["mlp.gate_proj", "mlp.up_proj"].map(|name| (path(name), inner));
+    let gate_up = projection(c, source, path("mlp.gate_up_proj"), &gate_up, c.mlp_bias);
+    let down = source.linear(path("mlp.down_proj"), hidden, inner, c.mlp_bias);
+    let post_feedforward_norm = norm(source, post_feedforward, hidden);
+    Some(Layer {
+        input_norm: input_norm?,
+        attention: Attention {
+            qkv: qkv?,
+            q_norm: q_norm?,
+            k_norm: k_norm?,
+            o: o?,
+            config: c.scores(index),
+            rope: c.rope_of(index),
+        },
+        post_attention_norm: post_attention_norm?,
+        pre_feedforward_norm: pre_feedforward_norm?,
+        feed_forward: FeedForward::Dense(DenseFeedForward { gate_up: gate_up?, down: down? }),
+        post_feedforward_norm: post_feedforward_norm?,
+    })
+}
+
+/// Linear layers of these names and rows that read the hidden states, or the fused one of all.
+fn projection(
+    config: &Config,
+    source: &mut impl LayerSource,
+    fused: String,
+    separate: &[(String, usize)],
+    bias: bool,
+) -> Option<Projection> {
+    let cols = config.hidden_size;
+    if config.family.fused {
+        let rows = separate.iter().map(|(_, rows)| rows).sum();
+        return source.linear(fused, rows, cols, bias).map(Projection::Fused);
+    }
+    let mut linears = Vec::new();
+    for (name, rows) in separate {
+        linears.push(source.linear(name.clone(), *rows, cols, bias));
+    }
+    linears.into_iter().collect::<Option<_>>().map(Projection::Separate)
+}
+
+/// Hugging Face's names of the norms of a layer: before and behind attention, before and behind the
+/// feed-forward block.
+pub(super) fn norm_names(family: &Family) -> [Option<&'static str>; 4] {
+    const AFTER: &str = "post_attention_layernorm";
+    match family.norms {
+        // "After attention" is here before the feed-forward block.
+        Norms::Before => [Some("input_layernorm"), None, Some(AFTER), None],
+        Norms::Around => [
+            Some("input_layernorm"),
+            Some(AFTER),
+            Some("pre_feedforward_layernorm"),
+            Some("post_feedforward_layernorm"),
+        ],
+        Norms::Behind => [None, Some(AFTER), None, Some("post_feedforward_layernorm")],
+    }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 
 use super::config::{Family, Norms, QkNorm, RopeScaling};
-use super::layers::{Layer, Linear, Shared};
+use super::layers::{self, Layer, LayerSource, Linear, Norm, norm_names};
 use super::{Config, Decoder, ModelError};
 use crate::ops::Compute;
 use crate::quant::{BlockType, FrozenMatrix, RowOrder};
@@ -42,22 +42,22 @@ impl Decoder {
         }
         let mut loader = Loader { checkpoint, config: &config, load_type, faults: Vec::new() };
         let embedding = loader.embedding();
-        let mut layers: Vec<Option<Layer>> = Vec::new();
+        let mut built: Vec<Option<Layer>> = Vec::new();
         for index in 0..config.num_hidden_layers {
-            layers.push(loader.layer(index));
+            built.push(layers::build(&config, index, &mut loader));
             // Enough to tell: a hostile count of layers is not believed further than this.
             if loader.faults.len() > FAULTS {
                 break;
             }
         }
-        let norm = loader.norm(Some("model.norm".into()), config.hidden_size).flatten();
+        let norm = loader.norm_factors("model.norm", config.hidden_size);
         let head = match config.tie_word_embeddings {
             true => embedding.clone(),
             // A sequence classifier has no logits; whoever loads one reads its score.
             false if loader.is_classifier() => embedding.clone(),
             false => loader.matrix("lm_head.weight", config.vocab_size, config.hidden_size),
         };
-        let layers: Option<Vec<Layer>> = layers.into_iter().collect();
+        let layers: Option<Vec<Layer>> = built.into_iter().collect();
         match (embedding, layers, norm, head) {
             (Some(embedding), Some(layers), Some(norm), Some(head)) if loader.faults.is_empty() => {
                 let inv_freq = config.inv_freq();
@@ -111,89 +111,14 @@ impl Loader<'_> {
         has("score.weight") && !has("lm_head.weight")
     }
 
-    fn layer(&mut self, index: usize) -> Option<Layer> {
-        let c = self.config;
-        let (hidden, inner) = (c.hidden_size, c.intermediate_size);
-        let q_width = c.num_attention_heads * c.head_dim;
-        let kv_width = c.num_key_value_heads * c.head_dim;
-        let path = |name: &str| format!("model.layers.{index}.{name}");
-        // All are tried, so that all faults are told. A norm is `Some(None)` if the family has none.
-        let [before_attention, behind_attention, before_inner, behind_inner] =
-            norm_names(c.family).map(|name| self.norm(name.map(path), hidden));
-        let (q_norm, k_norm) = match c.family.qk_norm {
-            QkNorm::None => (Some(None), Some(None)),
-            of => {
-                let width = |all: usize| if of == QkNorm::Head { c.head_dim } else { all };
-                let q_norm = self.norm(Some(path("self_attn.q_norm")), width(q_width));
-                (q_norm, self.norm(Some(path("self_attn.k_norm")), width(kv_width)))
-            }
-        };
-        let [all_qkv, all_gate_up] = ["self_attn.qkv_proj", "mlp.gate_up_proj"].map(path);
-        let qkv = [("q_proj", q_width), ("k_proj", kv_width), ("v_proj", kv_width)];
-        let qkv = qkv.map(|(name, rows)| (path(&format!("self_attn.{name}")), rows));
-        let qkv = self.shared(all_qkv, qkv, hidden, c.qkv_bias);
-        let gate_up = ["mlp.gate_proj", "mlp.up_proj"].map(|name| (path(name), inner));
-        let gate_up = self.shared(all_gate_up, gate_up, hidden, c.mlp_bias);
-        let o = self.linear(path("self_attn.o_proj"), hidden, q_width, c.o_bias);
-        let down = self.linear(path("mlp.down_proj"), hidden, inner, c.mlp_bias);
-        Some(Layer {
-            input_norm: before_attention?,
-            qkv: qkv?,
-            q_norm: q_norm?,
-            k_norm: k_norm?,
-            o: o?,
-            post_attention_norm: behind_attention?,
-            pre_feedforward_norm: before_inner?,
-            gate_up: gate_up?,
-            down: down?,
-            post_feedforward_norm: behind_inner?,
-            scores: c.scores(index),
-            rope: c.rope_of(index),
-        })
-    }
-
-    /// A norm's weight as it multiplies, `Some(None)` if there is none of that name to be.
-    fn norm(&mut self, name: Option<String>, len: usize) -> Option<Option<Tensor>> {
-        let Some(name) = name else { return Some(None) };
-        let name = format!("{name}.weight");
-        let norm = self.vector(&name, len)?;
+    /// The factors of a norm as they multiply.
+    fn norm_factors(&mut self, module: &str, width: usize) -> Option<Tensor> {
+        let name = format!("{module}.weight");
+        let norm = self.vector(&name, width)?;
         let above = gguf_offset(self.config, &name);
         let short = f64::from(above - stored_offset(self.checkpoint, self.config, &name));
         let norm = if short == 0.0 { Ok(norm) } else { (norm + short).map_err(|e| e.to_string()) };
-        self.note(norm).map(Some)
-    }
-
-    /// Linear layers of these names and rows that share their input, or the one that is all of them.
-    fn shared<const M: usize>(
-        &mut self,
-        whole: String,
-        apart: [(String, usize); M],
-        cols: usize,
-        bias: bool,
-    ) -> Option<Shared<M>> {
-        if self.config.family.fused {
-            let rows = apart.iter().map(|(_, rows)| rows).sum();
-            return self.linear(whole, rows, cols, bias).map(Shared::Whole);
-        }
-        // All are tried, so that all faults are told.
-        let linears = apart.map(|(name, rows)| self.linear(name, rows, cols, bias));
-        let linears: Option<Vec<Linear>> = linears.into_iter().collect();
-        Some(Shared::Apart(linears?.try_into().expect("as many as there are names")))
-    }
-
-    fn linear(&mut self, name: String, rows: usize, cols: usize, bias: bool) -> Option<Linear> {
-        let weight = self.matrix(&format!("{name}.weight"), rows, cols);
-        let bias_name = format!("{name}.bias");
-        let stored = self.stored_name(&bias_name);
-        let bias = match bias {
-            true => Some(self.vector(&bias_name, rows)?),
-            false if self.checkpoint.contains(&stored) => {
-                self.faults.push(format!("{stored} is there, but the config says no bias"));
-                None
-            }
-            false => None,
-        };
-        Some(Linear { name, weight: weight?, uploaded: None, bias })
+        self.note(norm)
     }
 
     fn matrix(&mut self, name: &str, rows: usize, cols: usize) -> Option<Arc<FrozenMatrix>> {
@@ -279,6 +204,44 @@ impl Loader<'_> {
             reason += &format!("; and {} more", self.faults.len() - SHOWN);
         }
         ModelError::Tensors { path: self.checkpoint.path().display().to_string(), reason }
+    }
+}
+
+/// The values of a norm or bias as Hugging Face has them.
+pub(super) fn read_vector(
+    checkpoint: &Checkpoint,
+    config: &Config,
+    name: &str,
+    len: usize,
+) -> Result<Vec<f32>, ModelError> {
+    let mut loader = Loader { checkpoint, config, load_type: None, faults: Vec::new() };
+    let Some(vector) = loader.vector(name, len) else { return Err(loader.failed()) };
+    let mut values = vector.to_vec1::<f32>()?;
+    let above = stored_offset(checkpoint, config, name);
+    if above != 0.0 {
+        values.iter_mut().for_each(|value| *value -= above);
+    }
+    Ok(values)
+}
+
+impl LayerSource for Loader<'_> {
+    fn norm(&mut self, module: String, width: usize) -> Option<Norm> {
+        self.norm_factors(&module, width).map(Norm::frozen)
+    }
+
+    fn linear(&mut self, name: String, rows: usize, cols: usize, bias: bool) -> Option<Linear> {
+        let weight = self.matrix(&format!("{name}.weight"), rows, cols);
+        let bias_name = format!("{name}.bias");
+        let stored = self.stored_name(&bias_name);
+        let bias = match bias {
+            true => Some(self.vector(&bias_name, rows)?),
+            false if self.checkpoint.contains(&stored) => {
+                self.faults.push(format!("{stored} is there, but the config says no bias"));
+                None
+            }
+            false => None,
+        };
+        Some(Linear::frozen(name, weight?, bias))
     }
 }
 
@@ -385,23 +348,6 @@ pub fn rope_tensors(config: &Config) -> Vec<(&'static str, Vec<f32>)> {
             ("rope_factors_short.weight", short_factor.clone()),
         ],
         _ => config.rope_factors().map(|of| ("rope_freqs.weight", of)).into_iter().collect(),
-    }
-}
-
-/// What Hugging Face calls the norms of a layer: before and behind attention, before and behind the
-/// feed-forward layer.
-fn norm_names(family: &Family) -> [Option<&'static str>; 4] {
-    const AFTER: &str = "post_attention_layernorm";
-    match family.norms {
-        // "After attention" is here before the feed-forward layer.
-        Norms::Before => [Some("input_layernorm"), None, Some(AFTER), None],
-        Norms::Around => [
-            Some("input_layernorm"),
-            Some(AFTER),
-            Some("pre_feedforward_layernorm"),
-            Some("post_feedforward_layernorm"),
-        ],
-        Norms::Behind => [None, Some(AFTER), None, Some("post_feedforward_layernorm")],
     }
 }
 

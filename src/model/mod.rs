@@ -3,7 +3,9 @@
 //! A family is a row of properties ([`config::FAMILIES`]); the same code trains, scores and
 //! generates. Activations are flat: the rows of a batch lie end to end and nothing is padded.
 
+pub mod adapter_files;
 pub mod adapters;
+pub mod backend;
 pub mod cache;
 pub mod config;
 mod decode_linear;
@@ -19,6 +21,7 @@ pub mod reading;
 pub mod scoring;
 
 pub use adapters::{ActiveAdapter, Adapters};
+pub use backend::{Backend, Cpu, Reference};
 pub use cache::{CacheType, KvCache};
 pub use config::{Config, FAMILIES, RopeScaling};
 pub use decoder::Decoder;

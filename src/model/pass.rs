@@ -7,10 +7,9 @@ use quantune_adapters::delta::Dropout;
 
 use super::adapters::Adapters;
 use super::config::{Config, LayerRope};
-use super::layers::Layer;
 use super::observe::InputSquares;
-use crate::ops::Segment;
 use crate::ops::rope::Rotation;
+use crate::ops::{Segment, segment};
 
 /// The tokens of a batch: rows end to end.
 #[derive(Debug, Clone)]
@@ -78,8 +77,8 @@ impl Rotations {
     }
 
     /// That of a layer, if it rotates.
-    pub fn of(&self, layer: &Layer) -> Option<&Rotation> {
-        match layer.rope {
+    pub fn of(&self, rope: LayerRope) -> Option<&Rotation> {
+        match rope {
             LayerRope::None => None,
             LayerRope::Global => Some(&self.global),
             LayerRope::Local => Some(self.local.as_ref().unwrap_or(&self.global)),
@@ -88,6 +87,24 @@ impl Rotations {
 }
 
 impl<'a> Pass<'a> {
+    /// A pass over `rows`. `dropout` applies to the inputs of trainable adapters only.
+    ///
+    /// # Panics
+    /// If the segments of `rows` do not part its tokens end to end, or a prefix is no earlier row: a
+    /// caller's bug that threads must not meet.
+    pub(super) fn new(
+        config: &Config,
+        inv_freq: &[f32],
+        rows: &Rows,
+        adapters: Adapters<'a>,
+        dropout: Option<&'a Dropout>,
+    ) -> Self {
+        assert_eq!(segment::fault(&rows.segments, rows.tokens.len()), None);
+        assert_eq!(rows.tokens.len(), rows.positions.len());
+        let rotations = Rotations::new(config, inv_freq, &rows.positions, &rows.segments);
+        Pass { segments: rows.segments.clone(), rotations, adapters, dropout, squares: None }
+    }
+
     /// The pass that goes on with some of the tokens, rising, once all are attended to.
     pub(super) fn narrowed(&self, chosen: &[u32], config: &Config, inv_freq: &[f32]) -> Self {
         let mut end = 0;

@@ -212,14 +212,14 @@ pub(crate) struct LearnGrad<'a> {
 }
 
 /// The sum of `-log softmax(x · Wᵀ)[target]` over the rows, in nats, and the gradients of it times
-/// `scale` to both sides, chunk by chunk.
+/// `scale` to both sides, chunk by chunk. A cap on the logits comes before the softmax.
 ///
 /// Shapes: `x (M, H)`, `head (V, H)`, `targets` M token ids, each of them a row of the head.
 pub(crate) fn learn(
     panels: (PanelType, PanelType),
     x: &[f32],
     head: &[f32],
-    targets: &[u32],
+    (targets, cap): (&[u32], Option<LogitSoftcap>),
     scale: f32,
     grad: LearnGrad,
 ) -> f64 {
@@ -231,7 +231,7 @@ pub(crate) fn learn(
     let chunk = chunk_rows(targets.len(), vocabulary);
     let (isa, (forward, backward)) = (Isa::current(), panels);
     let dense = |values| Weights::Dense { values, cols: width, scale: 1.0 };
-    let LogitScratch { mut logits, slopes, mut packed, mut turned, mut logps } = SCRATCH.take();
+    let LogitScratch { mut logits, mut slopes, mut packed, mut turned, mut logps } = SCRATCH.take();
     logits.resize((chunk * vocabulary).max(logits.len()), 0.0);
     logps.resize(chunk.max(logps.len()), 0.0);
     let mut loss = 0.0;
@@ -243,10 +243,19 @@ pub(crate) fn learn(
         let terms = vec![Term { x: &packed, weights: dense(head), transposed: true }];
         let out = Out::new(logits, vocabulary);
         multiply(isa, &mut [Product { terms, init: Init::Zero, out }]);
+        if let Some(cap) = cap {
+            slopes.resize(logits.len().max(slopes.len()), 0.0);
+            let pairs = logits.par_chunks_mut(vocabulary).zip(slopes.par_chunks_mut(vocabulary));
+            pairs.for_each(|(logits, slopes)| softcap(isa, logits, slopes, cap));
+        }
         let per_row = logits.par_chunks_exact_mut(vocabulary).zip(&mut logps).zip(targets);
         per_row.for_each(|((logits, logp), &target)| {
             *logp = score(isa, logits, target as usize, Some(-scale)).logp;
         });
+        if cap.is_some() {
+            let pairs = logits.par_chunks_mut(vocabulary).zip(slopes.par_chunks(vocabulary));
+            pairs.for_each(|(d, slopes)| d.iter_mut().zip(slopes).for_each(|(d, s)| *d *= s));
+        }
         loss -= logps[..rows].iter().map(|&logp| f64::from(logp)).sum::<f64>();
 
         let dlogits = Strided { values: logits, stride: vocabulary };

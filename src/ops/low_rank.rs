@@ -20,9 +20,9 @@ const TASK_BYTES: usize = 32 * 1024;
 const AHEAD: usize = 1024;
 
 /// Numbers that forms are stored as and kernels read.
-pub trait Number: DecodeScalar + Element {}
-impl Number for f32 {}
-impl Number for f16 {}
+pub trait LowRankElement: DecodeScalar + Element {}
+impl LowRankElement for f32 {}
+impl LowRankElement for f16 {}
 
 /// Blocks of A that make a task.
 pub fn blocks_of_task<T>(form: &DecodeWeights<T>) -> usize {
@@ -70,7 +70,7 @@ isa_levels! {
     ///
     /// # Safety
     /// No other thread may touch these columns of `xa`.
-    pub unsafe fn shrink<T: Number>(form: &DecodeWeights<T>, blocks: Range<usize>, x: &[f32], tokens: TokenRows, factor: f32, xa: SharedMutPtr) = shrink_body;
+    pub unsafe fn shrink<T: LowRankElement>(form: &DecodeWeights<T>, blocks: Range<usize>, x: &[f32], tokens: TokenRows, factor: f32, xa: SharedMutPtr) = shrink_body;
     /// `y += xa Bᵀ` for some of B's rows. They are read in whole panels of 16.
     ///
     /// Shapes: `xa (tokens, xa_stride)`; `y` are the outputs of the whole batch, each as far from the
@@ -78,13 +78,13 @@ isa_levels! {
     ///
     /// # Safety
     /// No other thread may touch the outputs of these rows.
-    pub unsafe fn expand<T: Number>(form: &DecodeWeights<T>, rows: Range<usize>, xa: &[f32], y: SharedMutPtr, tokens: TokenRows) = expand_body;
+    pub unsafe fn expand<T: LowRankElement>(form: &DecodeWeights<T>, rows: Range<usize>, xa: &[f32], y: SharedMutPtr, tokens: TokenRows) = expand_body;
 }
 
 /// # Safety
 /// As [`shrink`]; to be compiled with the features of `S`.
 #[inline(always)]
-unsafe fn shrink_body<S: Lanes, T: Number>(
+unsafe fn shrink_body<S: Lanes, T: LowRankElement>(
     form: &DecodeWeights<T>,
     blocks: Range<usize>,
     x: &[f32],
@@ -113,7 +113,7 @@ unsafe fn shrink_body<S: Lanes, T: Number>(
 /// As [`shrink_body`].
 #[inline(always)]
 #[allow(clippy::needless_range_loop)] // indices run over several arrays at once, in registers
-unsafe fn shrink_tokens<S: Lanes, T: Number, const M: usize>(
+unsafe fn shrink_tokens<S: Lanes, T: LowRankElement, const M: usize>(
     form: &DecodeWeights<T>,
     blocks: Range<usize>,
     x: [&[f32]; M],
@@ -158,7 +158,7 @@ unsafe fn shrink_tokens<S: Lanes, T: Number, const M: usize>(
 /// # Safety
 /// As [`expand`]; to be compiled with the features of `S`.
 #[inline(always)]
-unsafe fn expand_body<S: Lanes, T: Number>(
+unsafe fn expand_body<S: Lanes, T: LowRankElement>(
     form: &DecodeWeights<T>,
     rows: Range<usize>,
     mut xa: &[f32],
@@ -209,7 +209,7 @@ fn place<T>(form: &DecodeWeights<T>, panel: usize) -> usize {
 /// # Safety
 /// As [`expand_body`].
 #[inline(always)]
-unsafe fn expand_tokens<S: Lanes, T: Number, const M: usize>(
+unsafe fn expand_tokens<S: Lanes, T: LowRankElement, const M: usize>(
     form: &DecodeWeights<T>,
     rows: Range<usize>,
     xa: &[f32],
@@ -238,7 +238,7 @@ unsafe fn expand_tokens<S: Lanes, T: Number, const M: usize>(
 /// As [`expand_body`].
 #[inline(always)]
 #[allow(clippy::needless_range_loop)] // as above
-unsafe fn expand_panels<S: Lanes, T: Number, const M: usize, const N: usize>(
+unsafe fn expand_panels<S: Lanes, T: LowRankElement, const M: usize, const N: usize>(
     form: &DecodeWeights<T>,
     panel: usize,
     rows: &Range<usize>,
@@ -302,7 +302,13 @@ mod tests {
 
     /// `y += weight · update(x)` by the kernels, a task at a time: the tokens stand in a larger batch, in
     /// which nobody else's numbers are touched.
-    fn fast<T: Number>(isa: Isa, form: &DecodeWeights<T>, weight: f32, x: &[f32], y: &mut [f32]) {
+    fn fast<T: LowRankElement>(
+        isa: Isa,
+        form: &DecodeWeights<T>,
+        weight: f32,
+        x: &[f32],
+        y: &mut [f32],
+    ) {
         let (n, rows, cols) = (x.len() / form.in_features, form.out_features, padded(form));
         let tokens: Vec<usize> = (0..n).map(|i| 2 * (n - i)).collect();
         let mut inputs = vec![0.0; (2 * n + 1) * cols];
@@ -339,7 +345,7 @@ mod tests {
 
     #[test]
     fn updates_are_those_of_their_factors() {
-        fn check<T: Number>(lora: &Lora, scales: Option<&[f32]>, n: usize, tolerance: f64) {
+        fn check<T: LowRankElement>(lora: &Lora, scales: Option<&[f32]>, n: usize, tolerance: f64) {
             let (r, cols, rows) = (lora.r(), lora.in_features(), lora.out_features());
             let form = DecodeWeights::<T>::new(lora, scales.map(<[f32]>::to_vec)).unwrap();
             let values = |var: &Var| var.flatten_all().unwrap().to_vec1::<f32>().unwrap();

@@ -11,6 +11,7 @@
 //! Activations are flat: the tokens of all rows of a batch lie end to end as `(N, ..)`, and a row
 //! is a [`Segment`], a range of tokens, perhaps after those of an earlier one. Nothing is padded.
 
+pub(crate) mod adapted_row_dot;
 pub mod attention;
 mod cpu;
 pub mod device;
@@ -33,7 +34,7 @@ use serde::{Deserialize, Serialize};
 use crate::isa::Isa;
 use crate::quant::BlockType;
 pub use attention::{AttentionConfig, causal_attention};
-pub(crate) use cpu::{SharedMutPtr, Values, exp, par_for_each};
+pub(crate) use cpu::{Values, exp, par_for_each};
 pub use device::{DeviceError, DeviceName};
 pub use device_matrix::DeviceMatrix;
 pub use frozen_linear::frozen_linear;

@@ -65,11 +65,20 @@ pub(crate) fn backward(isa: Isa, kind: Gate, gate: &mut [f32], up: &mut [f32], d
     });
 }
 
-/// [`backward`] of silu where the output was not kept: turns `dy` into it.
-pub(crate) fn backward_again(isa: Isa, gate: &mut [f32], up: &mut [f32], dy: &mut [f32]) {
+/// [`backward`] that also turns `dy` into the output. It rounds `du` as `dy · (g s)`.
+pub(crate) fn backward_again(
+    isa: Isa,
+    kind: Gate,
+    gate: &mut [f32],
+    up: &mut [f32],
+    dy: &mut [f32],
+) {
     let both = gate.par_chunks_mut(CHUNK).zip(up.par_chunks_mut(CHUNK));
     let chunks = both.zip(dy.par_chunks_mut(CHUNK));
-    chunks.for_each(|((gate, up), dy)| backward_again_chunk(isa, gate, up, dy));
+    chunks.for_each(|((gate, up), dy)| match kind {
+        Gate::Silu => backward_again_chunk(isa, gate, up, dy),
+        Gate::GeluTanh => gelu_backward_again_chunk(isa, gate, up, dy),
+    });
 }
 
 multiversion! {
@@ -110,6 +119,18 @@ multiversion! {
             let silu = *g * s;
             let (dg, y) = (*dy * *u * s * (1.0 + *g * (1.0 - s)), silu * *u);
             *u = *dy * silu;
+            *g = dg;
+            *dy = y;
+        }
+    }
+
+    fn gelu_backward_again_chunk(isa; gate: &mut [f32], up: &mut [f32], dy: &mut [f32]) {
+        for ((g, u), dy) in gate.iter_mut().zip(up).zip(dy) {
+            let (z, slope) = gelu_inner(*g);
+            let s = sigmoid(z);
+            let gelu = *g * s;
+            let (dg, y) = (*dy * *u * s * (1.0 + *g * slope * (1.0 - s)), gelu * *u);
+            *u = *dy * gelu;
             *g = dg;
             *dy = y;
         }
@@ -186,19 +207,22 @@ mod tests {
     }
 
     #[test]
-    fn the_way_back_gives_the_output_again() {
+    fn backward_again_recomputes_the_output() {
         let values = |seed| normal(seed, &[CHUNK + 5]).to_vec1::<f32>().unwrap();
         let (gate, up, dy) = (values(1), values(2), values(3));
         for isa in Isa::available() {
-            let mut y = vec![0.0; gate.len()];
-            forward(isa, Gate::Silu, &gate, &up, &mut y);
-            let (mut dg, mut du) = (gate.clone(), up.clone());
-            backward(isa, Gate::Silu, &mut dg, &mut du, &dy);
-            let (mut again_g, mut again_u, mut again_y) = (gate.clone(), up.clone(), dy.clone());
-            backward_again(isa, &mut again_g, &mut again_u, &mut again_y);
-            for (found, needed) in [(again_y, y), (again_g, dg), (again_u, du)] {
-                let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-6 * b.abs().max(1.0);
-                assert!(found.iter().zip(&needed).all(near), "{}", isa.name());
+            for kind in [Gate::Silu, Gate::GeluTanh] {
+                let mut y = vec![0.0; gate.len()];
+                forward(isa, kind, &gate, &up, &mut y);
+                let (mut dg, mut du) = (gate.clone(), up.clone());
+                backward(isa, kind, &mut dg, &mut du, &dy);
+                let (mut again_g, mut again_u, mut again_y) =
+                    (gate.clone(), up.clone(), dy.clone());
+                backward_again(isa, kind, &mut again_g, &mut again_u, &mut again_y);
+                for (found, needed) in [(again_y, y), (again_g, dg), (again_u, du)] {
+                    let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-6 * b.abs().max(1.0);
+                    assert!(found.iter().zip(&needed).all(near), "{kind:?} {}", isa.name());
+                }
             }
         }
     }

@@ -262,7 +262,7 @@ pub fn new_learner<'a>(
     let mut learner = learner.on_top_of(frozen);
     if common.loraplus_lr_ratio != 1.0 {
         let of_embedding = common.loraplus_lr_embedding / common.optimizer.learning_rate;
-        learner = learner.with_lora_plus(common.loraplus_lr_ratio, of_embedding);
+        learner = learner.with_lora_plus(common.loraplus_lr_ratio, of_embedding)?;
     }
     if let Task::Sft(own) = &settings.task {
         learner.trained.noise_alpha = own.neftune_noise_alpha;
@@ -322,7 +322,8 @@ impl Trainer for FineTuning<'_> {
 
     fn save(&self, run: &RunDir, state: &State, keep: usize) -> Result<(), TrainError> {
         let parameters = adapter_parameters(self.named());
-        run.save(state, &parameters, &self.learner.trained.optimizer, keep, |folder| {
+        let optimizer = self.learner.trained.optimizer()?;
+        run.save(state, &parameters, &optimizer, keep, |folder| {
             for (name, adapter) in self.named() {
                 self.write(adapter, &RunDir::adapter_folder(folder, name))?;
             }
@@ -336,8 +337,9 @@ impl FineTuning<'_> {
     fn read_checkpoint(&mut self, folder: &Path) -> Result<State, TrainError> {
         let state = read_state(folder)?;
         let parameters = adapter_parameters(self.named());
-        let optimizer = &mut self.learner.trained.optimizer;
-        read_optimizer(folder, &parameters, optimizer, state.optimizer_steps)?;
+        let mut optimizer = self.learner.trained.optimizer()?.into_owned();
+        read_optimizer(folder, &parameters, &mut optimizer, state.optimizer_steps)?;
+        self.learner.trained.set_optimizer(optimizer)?;
         Ok(state)
     }
 

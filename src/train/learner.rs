@@ -2,6 +2,7 @@
 //! the optimizer updates all parameters. What trains is a [`Trainable`]: adapters over a frozen base
 //! ([`AdapterTraining`]), or all weights of a model.
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -9,11 +10,11 @@ use candle_core::Var;
 use quantune_adapters::delta::Adapter;
 
 use super::TrainError;
-use super::step::{Buffers, Noise, StepSettings, accumulate, dropout};
+use super::step::{Noise, StepSettings, TrainState, dropout, train_state};
 use crate::data::Batch;
 use crate::model::{ActiveAdapter, Decoder};
 use crate::objectives::{Judged, Objective, Stats};
-use crate::optim::{AdamW, AdamWSettings, Gradients, clip_factor, global_norm};
+use crate::optim::{AdamW, AdamWSettings, clip_factor};
 
 /// A part of a step.
 #[derive(Debug)]
@@ -142,10 +143,8 @@ pub struct AdapterTraining<'a> {
     parameters: Vec<Var>,
     /// Which parameters belong to which adapter.
     ranges: Vec<Range<usize>>,
-    gradients: Gradients,
-    buffers: Buffers,
-    /// The optimizer with its moments.
-    pub optimizer: AdamW,
+    /// Gradients and optimizer, in the form of the decoder's backend.
+    state: Box<dyn TrainState>,
     /// The probability of dropout, and its seed.
     dropout: (f64, u64),
     /// The size of NEFTune's noise; 0 is none.
@@ -172,15 +171,15 @@ impl<'a> AdapterLearner<'a> {
         }
         let lengths: Vec<usize> = parameters.iter().map(|var| var.elem_count()).collect();
         let active = adapters.iter().map(|adapter| vec![ActiveAdapter::trainable(adapter.clone())]);
+        let optimizer = AdamW::new(settings, &lengths);
+        let state = train_state(decoder.compute.backend, &parameters, optimizer)?;
         let trained = AdapterTraining {
             decoder,
             active: active.collect(),
             adapters,
             parameters,
             ranges,
-            gradients: lengths.iter().map(|&n| vec![0.0; n]).collect(),
-            buffers: Buffers::default(),
-            optimizer: AdamW::new(settings, &lengths),
+            state,
             dropout,
             noise_alpha: 0.0,
         };
@@ -198,7 +197,10 @@ impl<'a> AdapterLearner<'a> {
     /// The learner with the learning rates of LoRA+ (Hayou et al. 2024; PEFT's
     /// `create_loraplus_optimizer`): B and magnitudes learn at `ratio` times the rate, updates of the
     /// embedding at `embedding` times the rate.
-    pub fn with_lora_plus(self, ratio: f64, embedding: f64) -> Self {
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub fn with_lora_plus(mut self, ratio: f64, embedding: f64) -> Result<Self, TrainError> {
         let named = self.trained.adapters.iter().flat_map(|adapter| adapter.parameters());
         let rate = |(name, var): (String, Var)| {
             if name.contains("lora_embedding_") {
@@ -210,8 +212,9 @@ impl<'a> AdapterLearner<'a> {
             }
         };
         let rates = named.map(rate).collect();
-        let optimizer = self.trained.optimizer.with_rates(rates);
-        Self { trained: AdapterTraining { optimizer, ..self.trained }, ..self }
+        let optimizer = self.trained.optimizer()?.into_owned().with_rates(rates);
+        self.trained.set_optimizer(optimizer)?;
+        Ok(self)
     }
 
     /// The frozen base.
@@ -231,12 +234,29 @@ impl<'a> AdapterLearner<'a> {
     }
 }
 
+impl AdapterTraining<'_> {
+    /// The optimizer's state on the host.
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub fn optimizer(&self) -> Result<Cow<'_, AdamW>, TrainError> {
+        Ok(self.state.optimizer()?)
+    }
+
+    /// Replaces the optimizer's state.
+    ///
+    /// # Errors
+    /// If a tensor operation fails.
+    pub fn set_optimizer(&mut self, state: AdamW) -> Result<(), TrainError> {
+        Ok(self.state.set_optimizer(state, &self.parameters)?)
+    }
+}
+
 impl Trainable for AdapterTraining<'_> {
     type MicroBatch = MicroBatch;
 
     fn zero_gradients(&mut self) -> Result<(), TrainError> {
-        self.gradients.iter_mut().for_each(|gradient| gradient.fill(0.0));
-        Ok(())
+        Ok(self.state.zero_gradients()?)
     }
 
     fn accumulate(&mut self, part: &MicroBatch, kept_layers: usize) -> Result<Judged, TrainError> {
@@ -254,23 +274,21 @@ impl Trainable for AdapterTraining<'_> {
             dropout: dropout.as_ref(),
             noise: (self.noise_alpha > 0.0).then_some(noise),
         };
-        let gradients = &mut self.gradients[range];
-        let judged =
-            accumulate(self.decoder, &part.batch, &settings, gradients, &mut self.buffers)?;
+        let judged = self.state.accumulate(self.decoder, &part.batch, &settings, range)?;
         Ok(Judged { loss: judged.loss * part.scale, ..judged })
     }
 
     fn gradient_norm(&mut self) -> Result<f64, TrainError> {
         for (adapter, range) in self.adapters.iter().zip(&self.ranges) {
-            adapter.mask_frozen_ranks(&mut self.gradients[range.clone()]);
+            self.state.mask_frozen_ranks(adapter, range.clone())?;
         }
-        Ok(global_norm(&self.gradients))
+        Ok(self.state.gradient_norm()?)
     }
 
     fn update(&mut self, factor: f32, learning_rate: f64) -> Result<bool, TrainError> {
         let frozen = self.adapters.iter().map(|adapter| adapter.frozen_ranks());
         let frozen = frozen.collect::<candle_core::Result<Vec<_>>>()?;
-        if !self.optimizer.step(&self.parameters, &self.gradients, factor, learning_rate)? {
+        if !self.state.optimizer_step(&self.parameters, factor, learning_rate)? {
             return Ok(false);
         }
         for (adapter, frozen) in self.adapters.iter().zip(&frozen) {
@@ -281,6 +299,6 @@ impl Trainable for AdapterTraining<'_> {
     }
 
     fn optimizer_steps(&self) -> u64 {
-        self.optimizer.step
+        self.state.optimizer_steps()
     }
 }

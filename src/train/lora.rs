@@ -11,7 +11,7 @@ use quantune_adapters::targets::resolve;
 
 use super::TrainError;
 use super::settings::{AdapterPath, CommonSettings};
-use crate::export::lora::open_adapter;
+use crate::model::adapter_files::open_adapter;
 use crate::model::{ActiveAdapter, Decoder};
 use crate::monitor::Monitor;
 use crate::ops::Compute;

@@ -53,6 +53,7 @@ use crate::eval::EvalError;
 use crate::export::ExportError;
 use crate::generate::GenerateError;
 use crate::model::ModelError;
+use crate::model::adapter_files::AdapterFileError;
 use crate::rollout::{RewardError, RewardModelError, SamplesError, ScoreError};
 use crate::text::TextError;
 use crate::weights::WeightsError;
@@ -139,6 +140,9 @@ pub enum TrainError {
     /// A model could not be written.
     #[error(transparent)]
     Export(#[from] ExportError),
+    /// An adapter that cannot be read.
+    #[error(transparent)]
+    AdapterFile(#[from] AdapterFileError),
     /// The mixture of pretraining.
     #[error(transparent)]
     Corpus(#[from] CorpusError),

@@ -1,25 +1,26 @@
-//! One micro-batch, the same for every objective: *up* through the layers, *read* the head,
-//! *judge*, and *down* again layer by layer.
+//! One micro-batch, the same for every objective and backend: forward through the layers, the head,
+//! the objective, and backward layer by layer.
 //!
-//! Below the layers whose tapes are kept, each layer keeps only its input on the way up and
-//! rebuilds its tape on the way down, so that memory is the inputs of all layers and the tape of
-//! one. Nothing below the lowest trainable adapter gets a gradient.
+//! Below the layers whose tapes are kept, each layer keeps only its input in the forward pass and
+//! recomputes its tape in the backward pass, so that memory is the inputs of all layers and the tape
+//! of one. Nothing below the lowest trainable adapter gets a gradient.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
+use std::fmt::Debug;
+use std::ops::Range;
 use std::sync::Arc;
 
-use candle_core::backprop::GradStore;
-use candle_core::{Device, Result, Tensor, Var};
-use quantune_adapters::delta::{Dropout, TokenKey};
+use candle_core::{Device, Result, Var};
+use quantune_adapters::delta::{Adapter, Dropout, TokenKey};
 use quantune_adapters::rng::Stream;
 
 use crate::data::Batch;
-use crate::model::layer::{AdapterGradients, Tape, Workspace};
-use crate::model::scoring::scores;
-use crate::model::{ActiveAdapter, Adapters, Decoder, Pass, Reading, Rows};
+use crate::model::backend::{Backend, Keep, ParameterGradients, with_backend};
+use crate::model::{ActiveAdapter, Adapters, Decoder, Rows};
 use crate::objectives::{Judged, Objective};
 use crate::ops::BackendKind;
-use crate::ops::linear_cross_entropy::Distributions;
+use crate::optim::AdamW;
 
 /// What a micro-batch is taken with.
 #[derive(Debug)]
@@ -74,282 +75,264 @@ impl Noise {
 }
 
 /// Buffers of a step, used again by the next.
-#[derive(Debug, Default)]
-pub struct Buffers {
+#[derive(Debug)]
+pub struct Buffers<B: Backend> {
     /// Tokens of the largest batch so far.
     tokens: usize,
-    work: Workspace,
-    /// By layer; of recomputed ones only the input is in use.
-    tapes: Vec<Tape>,
-    /// The tape of layers that keep none.
-    scratch: Tape,
+    scratch: B::Scratch,
+    /// By layer.
+    tapes: Vec<B::Tape>,
     /// The residual stream and its gradient, `(N, hidden_size)`.
-    x: Vec<f32>,
-    dx: Vec<f32>,
-    logps: Reading,
-    scores: Reading,
+    x: B::Hidden,
+    dx: B::Hidden,
+    head: B::HeadTape,
 }
 
-/// Adds the gradients of a micro-batch to `gradients` and returns what the objective says of it,
-/// its summed loss (unscaled) first.
-pub fn accumulate(
+impl<B: Backend> Default for Buffers<B> {
+    fn default() -> Self {
+        Self {
+            tokens: 0,
+            scratch: B::Scratch::default(),
+            tapes: Vec::new(),
+            x: B::Hidden::default(),
+            dx: B::Hidden::default(),
+            head: B::HeadTape::default(),
+        }
+    }
+}
+
+/// Adds the gradients of a micro-batch to `gradients`, one per parameter of
+/// [`StepSettings::parameters`]. Returns what the objective counted, its summed loss (unscaled) first.
+pub fn accumulate<B: Backend>(
     decoder: &Decoder,
     batch: &Batch,
     settings: &StepSettings,
-    gradients: &mut [Vec<f32>],
-    buffers: &mut Buffers,
+    gradients: &mut [B::Gradient],
+    buffers: &mut Buffers<B>,
 ) -> Result<Judged> {
-    if settings.objective.reads_log_probs() && batch.targets.is_empty() {
+    let objective = settings.objective;
+    if objective.reads_log_probs() && batch.targets.is_empty() {
         return Ok(Judged::default());
     }
-    let rows = Rows {
-        tokens: batch.tokens.clone(),
-        positions: batch.positions.clone(),
-        segments: batch.segments.clone().into(),
-    };
-    let pass = decoder.pass(&rows, Adapters::Same(settings.active), settings.dropout);
-    match decoder.compute.backend {
-        BackendKind::Reference => portable(decoder, batch, &pass, settings, gradients),
-        BackendKind::Cpu => fast(decoder, batch, &pass, settings, gradients, buffers),
-    }
-}
-
-/// By the layers' fast form.
-fn fast(
-    decoder: &Decoder,
-    batch: &Batch,
-    pass: &Pass,
-    settings: &StepSettings,
-    gradients: &mut [Vec<f32>],
-    buffers: &mut Buffers,
-) -> Result<Judged> {
     // Hundreds of buffers that grow one after another leave as many holes of their old sizes, up to
     // twice the memory: for a batch larger than all before they are made anew.
     if batch.tokens.len() > buffers.tokens {
         *buffers = Buffers { tokens: batch.tokens.len(), ..Buffers::default() };
     }
-    let Buffers { work, tapes, scratch, x, dx, logps, scores, .. } = buffers;
+    let Buffers { scratch, tapes, x, dx, head, .. } = buffers;
+    let rows = Rows {
+        tokens: batch.tokens.clone(),
+        positions: batch.positions.clone(),
+        segments: batch.segments.clone().into(),
+    };
+    let (active, temperature) = (settings.active, settings.temperature);
+    let pass = &decoder.pass(&rows, Adapters::Same(active), settings.dropout);
     let layers = decoder.config.num_hidden_layers;
-    let lowest = decoder.lowest_trainable(Adapters::Same(settings.active));
-    let to_embedding = decoder.trains_embedding(Adapters::Same(settings.active));
+    let lowest = decoder.lowest_trainable(Adapters::Same(active));
+    let to_embedding = decoder.trains_embedding(Adapters::Same(active));
     let first = if to_embedding { 0 } else { lowest.map_or(layers, |(index, _)| index) };
-    let layer = |index| decoder.layer_pass(index, pass).expect("not the portable form");
-    let kept = |index: usize| index + settings.kept_layers >= layers;
+    let keep = |index: usize| {
+        if index < first {
+            Keep::Nothing
+        } else if index + settings.kept_layers < layers {
+            Keep::Input
+        } else {
+            Keep::Tape
+        }
+    };
     let mut places = HashMap::new();
-    for active in settings.active.iter().filter(|active| active.trainable) {
+    for active in active.iter().filter(|active| active.trainable) {
         places.extend(active.adapter.parameter_indices());
     }
+    let parameters = settings.parameters;
+    let gradients = &mut ParameterGradients::<B> { parameters, places: &places, gradients };
 
-    // Up.
-    decoder.embed_into(&batch.tokens, pass, x)?;
+    // Forward.
+    B::embed(decoder, &batch.tokens, pass, x)?;
     if let Some(noise) = settings.noise {
-        noise.add(batch, x);
+        B::edit_hidden(x, &mut |x| noise.add(batch, x))?;
     }
-    tapes.resize_with(layers, Tape::default);
+    tapes.resize_with(layers, B::Tape::default);
     for (index, tape) in tapes.iter_mut().enumerate() {
-        if index >= first {
-            tape.x.clear();
-            tape.x.extend_from_slice(x);
-        }
-        let taped = index >= first && kept(index);
-        let tape = if taped { tape } else { &mut *scratch };
-        layer(index).forward(x, tape, taped, work, None)?;
+        B::layer_forward(decoder, index, pass, x, (keep(index), tape), scratch)?;
     }
 
-    // Read.
-    let objective = settings.objective;
-    let (temperature, active) = (settings.temperature, settings.active);
-    let read_logps = match objective.reads_log_probs() {
+    // Head.
+    let logps = match objective.reads_log_probs() {
         true => {
-            let targets = &batch.targets;
-            let found = decoder.read_log_probs(x, targets, temperature, active, true, logps)?;
+            let found = B::log_probs(decoder, x, &batch.targets, temperature, active, head)?;
             Some(Var::new(found, &Device::Cpu)?) // (M)
         }
         false => None,
     };
-    let head = match objective.score_rows() {
-        Some(_) => Some(settings.head()?.flatten_all()?.to_vec1::<f32>()?),
-        None => None,
-    };
-    let read_scores = match (objective.score_rows(), &head) {
-        (Some(rows), Some(head)) => {
-            let found = decoder.read_scores(x, rows, head, scores)?;
-            Some(Var::new(found, &Device::Cpu)?) // (S)
+    let score_head = objective.score_rows().map(|_| settings.score_head()).transpose()?;
+    let scores = match (objective.score_rows(), score_head) {
+        (Some(rows), Some(weight)) => {
+            Some(Var::new(B::scores(decoder, x, rows, weight, head)?, &Device::Cpu)?) // (S)
         }
         _ => None,
     };
 
-    // Judge.
-    let distributions = read_logps.as_ref().map(|_| logps.distributions());
-    let (judged, mut store) =
-        judge(read_logps.as_deref(), read_scores.as_deref(), distributions, settings)?;
-    dx.clear();
-    dx.resize(x.len(), 0.0);
-    if let Some(read) = read_logps
-        && let Some(dlogps) = store.remove(&read)
+    // Objective.
+    let distributions = B::distributions(head).filter(|_| logps.is_some());
+    let (sum, judged) = objective.judge(logps.as_deref(), scores.as_deref(), distributions)?;
+    let mut store = (&sum * settings.scale)?.backward()?;
+    B::zero_like(x, dx);
+    if let Some(logps) = logps
+        && let Some(dlogps) = store.remove(&logps)
     {
         let dlogps = dlogps.to_vec1::<f32>()?;
-        let sink = &mut AdapterGradients { places: &places, gradients };
-        decoder.log_probs_back(&dlogps, temperature, active, logps, dx, sink)?;
+        let read_with = (temperature, active);
+        B::log_probs_backward(decoder, &dlogps, read_with, head, dx, gradients)?;
     }
-    if let (Some(read), Some(head)) = (read_scores, head)
-        && let Some(dscores) = store.remove(&read)
+    if let (Some(scores), Some(weight)) = (scores, score_head)
+        && let Some(dscores) = store.remove(&scores)
     {
-        let dhead = gradients.last_mut().expect("the head is the last parameter");
-        decoder.scores_back(&dscores.to_vec1::<f32>()?, &head, scores, dx, dhead)?;
+        let dscores = dscores.to_vec1::<f32>()?;
+        B::scores_backward(decoder, &dscores, weight, head, dx, gradients)?;
     }
 
-    // Down.
-    let mut sink = AdapterGradients { places: &places, gradients };
+    // Backward.
     let lowest = lowest.filter(|_| !to_embedding);
     for index in (first..layers).rev() {
-        let stop = lowest.filter(|(lowest, _)| *lowest == index).map(|(_, group)| group);
-        let mut tape = &mut tapes[index];
-        if !kept(index) {
-            std::mem::swap(&mut scratch.x, &mut tape.x);
-            x.copy_from_slice(&scratch.x);
-            layer(index).forward(x, scratch, true, work, None)?;
-            tape = scratch;
-        }
-        layer(index).backward(dx, tape, stop, &mut sink, work)?;
+        let lowest = lowest.filter(|(lowest, _)| *lowest == index).map(|(_, group)| group);
+        let kept = (keep(index), &mut tapes[index]);
+        B::layer_backward(decoder, index, pass, (x, dx), kept, lowest, gradients, scratch)?;
     }
     if to_embedding {
-        let sink = &mut AdapterGradients { places: &places, gradients };
-        decoder.embed_back(&batch.tokens, pass, dx, sink)?;
+        B::embed_backward(decoder, &batch.tokens, pass, dx, gradients)?;
     }
     Ok(judged)
 }
 
+/// Gradients, optimizer and buffers of a training run, in the form of its backend.
+pub trait TrainState: Debug + Send {
+    /// Sets all gradients to 0.
+    fn zero_gradients(&mut self) -> Result<()>;
+
+    /// Adds the gradients of a micro-batch to those of the parameters in `range`, which are
+    /// [`StepSettings::parameters`]. Returns what the objective counted, its summed loss first.
+    fn accumulate(
+        &mut self,
+        decoder: &Decoder,
+        batch: &Batch,
+        settings: &StepSettings,
+        range: Range<usize>,
+    ) -> Result<Judged>;
+
+    /// A copy of all gradients on the host.
+    fn gradients(&self) -> Result<Vec<Vec<f32>>>;
+
+    /// Sets those gradients of an adapter to 0 whose ranks are frozen; its parameters are in `range`.
+    fn mask_frozen_ranks(&mut self, adapter: &Adapter, range: Range<usize>) -> Result<()>;
+
+    /// The Euclidean norm over all gradients: not finite if one of them is not.
+    fn gradient_norm(&self) -> Result<f64>;
+
+    /// One optimizer step by the gradients times `factor`. Returns whether all parameters are finite
+    /// after it.
+    fn optimizer_step(
+        &mut self,
+        parameters: &[Var],
+        factor: f32,
+        learning_rate: f64,
+    ) -> Result<bool>;
+
+    /// Optimizer steps taken.
+    fn optimizer_steps(&self) -> u64;
+
+    /// The optimizer's state on the host, copied where it is elsewhere.
+    fn optimizer(&self) -> Result<Cow<'_, AdamW>>;
+
+    /// Replaces the optimizer's state.
+    fn set_optimizer(&mut self, state: AdamW, parameters: &[Var]) -> Result<()>;
+}
+
+/// Gradients of zeros for `parameters`, with an optimizer, where the backend of `kind` computes.
+///
+/// # Errors
+/// If the optimizer's state belongs to parameters of other sizes, or the device has too little memory.
+pub fn train_state(
+    kind: BackendKind,
+    parameters: &[Var],
+    optimizer: AdamW,
+) -> Result<Box<dyn TrainState>> {
+    with_backend!(kind, B => Ok(Box::new(StateOf::<B> {
+        gradients: B::zero_gradients(parameters)?,
+        optimizer: B::optimizer(optimizer, parameters)?,
+        buffers: Buffers::default(),
+    })))
+}
+
+#[derive(Debug)]
+struct StateOf<B: Backend> {
+    gradients: Vec<B::Gradient>,
+    optimizer: B::Optimizer,
+    buffers: Buffers<B>,
+}
+
+impl<B: Backend> TrainState for StateOf<B> {
+    fn zero_gradients(&mut self) -> Result<()> {
+        B::clear_gradients(&mut self.gradients)
+    }
+
+    fn accumulate(
+        &mut self,
+        decoder: &Decoder,
+        batch: &Batch,
+        settings: &StepSettings,
+        range: Range<usize>,
+    ) -> Result<Judged> {
+        let gradients = &mut self.gradients[range];
+        accumulate(decoder, batch, settings, gradients, &mut self.buffers)
+    }
+
+    fn gradients(&self) -> Result<Vec<Vec<f32>>> {
+        B::read_gradients(&self.gradients)
+    }
+
+    fn mask_frozen_ranks(&mut self, adapter: &Adapter, range: Range<usize>) -> Result<()> {
+        let gradients = &mut self.gradients[range];
+        B::edit_gradients(gradients, &mut |gradients| adapter.mask_frozen_ranks(gradients))
+    }
+
+    fn gradient_norm(&self) -> Result<f64> {
+        B::gradient_norm(&self.gradients)
+    }
+
+    fn optimizer_step(
+        &mut self,
+        parameters: &[Var],
+        factor: f32,
+        learning_rate: f64,
+    ) -> Result<bool> {
+        let optimizer = &mut self.optimizer;
+        B::optimizer_step(optimizer, parameters, &self.gradients, factor, learning_rate)
+    }
+
+    fn optimizer_steps(&self) -> u64 {
+        B::optimizer_steps(&self.optimizer)
+    }
+
+    fn optimizer(&self) -> Result<Cow<'_, AdamW>> {
+        B::optimizer_state(&self.optimizer)
+    }
+
+    fn set_optimizer(&mut self, state: AdamW, parameters: &[Var]) -> Result<()> {
+        self.optimizer = B::optimizer(state, parameters)?;
+        Ok(())
+    }
+}
+
 impl StepSettings<'_> {
     /// The score head of the adapter that trains.
-    fn head(&self) -> Result<&Var> {
+    fn score_head(&self) -> Result<&Var> {
         let mut trainable = self.active.iter().filter(|active| active.trainable);
         match trainable.find_map(|active| active.adapter.score.as_ref()) {
             Some(head) => Ok(head),
             None => candle_core::bail!("scores are read, but the adapter has no score head"),
         }
     }
-}
-
-/// What the objective says of what was read, and gradients on the tape behind it.
-fn judge(
-    logps: Option<&Tensor>,
-    scores: Option<&Tensor>,
-    distributions: Option<Distributions>,
-    settings: &StepSettings,
-) -> Result<(Judged, GradStore)> {
-    let (sum, judged) = settings.objective.judge(logps, scores, distributions)?;
-    Ok((judged, (&sum * settings.scale)?.backward()?))
-}
-
-/// What the objective says of the last layer's output `x (N, H)`, and the gradient to it. That of
-/// the score head is added up here.
-fn read(
-    decoder: &Decoder,
-    x: Tensor,
-    batch: &Batch,
-    settings: &StepSettings,
-    gradients: &mut [Vec<f32>],
-) -> Result<(Judged, Option<Tensor>)> {
-    let top = Var::from_tensor(&x)?;
-    drop(x);
-    let rows = |rows: Vec<u32>| -> Result<Tensor> {
-        let rows = Tensor::new(rows, top.device())?;
-        decoder.final_norm(&top.as_tensor().index_select(&rows, 0)?) // (M, H)
-    };
-    let objective = settings.objective;
-    let logps = match objective.reads_log_probs() {
-        true => {
-            let (positions, targets): (Vec<u32>, Vec<u32>) = batch.targets.iter().copied().unzip();
-            let (read, heat) = (rows(positions)?, settings.temperature);
-            let logps = decoder.log_probs_at_temperature(&read, &targets, heat, settings.active)?; // (M)
-            Some(logps.to_device(&Device::Cpu)?) // few numbers: what judges them needs no device
-        }
-        false => None,
-    };
-    let read_scores = match objective.score_rows() {
-        Some(positions) => {
-            let scores = scores(&rows(positions.to_vec())?, settings.head()?)?; // (S)
-            Some(scores.to_device(&Device::Cpu)?)
-        }
-        None => None,
-    };
-    let (judged, mut store) = judge(logps.as_ref(), read_scores.as_ref(), None, settings)?;
-    take_gradients(&mut store, settings.parameters, gradients)?;
-    Ok((judged, store.remove(&top).map(|dx| dx.detach())))
-}
-
-/// By the layers' portable form, on candle's tape.
-fn portable(
-    decoder: &Decoder,
-    batch: &Batch,
-    pass: &Pass,
-    settings: &StepSettings,
-    gradients: &mut [Vec<f32>],
-) -> Result<Judged> {
-    let layers = decoder.config.num_hidden_layers;
-    let lowest = decoder.lowest_trainable(Adapters::Same(settings.active));
-    let to_embedding = decoder.trains_embedding(Adapters::Same(settings.active));
-    let first = if to_embedding { 0 } else { lowest.map_or(layers, |(index, _)| index) };
-
-    // Up.
-    let embedded = decoder.embed(&batch.tokens, pass)?; // (N, H)
-    let mut x = embedded.detach();
-    if let Some(noise) = settings.noise {
-        let mut values = x.flatten_all()?.to_vec1()?;
-        noise.add(batch, &mut values);
-        x = Tensor::from_vec(values, x.shape(), x.device())?;
-    }
-    let mut kept = Vec::new();
-    for index in 0..layers {
-        if index < first {
-            x = decoder.layer(index, &x, pass)?;
-            continue;
-        }
-        // The lowest layer's input needs no gradient, and as a plain tensor asks for none.
-        let bottom = index == first && !to_embedding;
-        let input = if bottom { x } else { Var::from_tensor(&x)?.into_inner() };
-        let output = decoder.layer(index, &input, pass)?;
-        x = output.detach();
-        let recomputed = index + settings.kept_layers < layers;
-        kept.push((index, input, (!recomputed).then_some(output)));
-    }
-
-    let (judged, mut dx) = read(decoder, x, batch, settings, gradients)?;
-
-    // Down.
-    while let Some((index, input, output)) = kept.pop() {
-        let Some(dy) = dx else { break };
-        let output = match output {
-            Some(output) => output,
-            None => decoder.layer(index, &input, pass)?,
-        };
-        let mut store = (output * dy)?.sum_all()?.backward()?;
-        // candle's gradient of a leaf hangs on the tape of what it was multiplied with: A, where a layer's
-        // input meets it without a norm between, whose gradient the next layer would add again.
-        dx = store.remove(&input).map(|dx| dx.detach());
-        take_gradients(&mut store, settings.parameters, gradients)?;
-    }
-    if let Some(dx) = dx.filter(|_| to_embedding) {
-        let mut store = (embedded * dx)?.sum_all()?.backward()?;
-        take_gradients(&mut store, settings.parameters, gradients)?;
-    }
-    Ok(judged)
-}
-
-/// Adds up the gradients of parameters that a tape holds.
-fn take_gradients(
-    store: &mut GradStore,
-    parameters: &[Var],
-    gradients: &mut [Vec<f32>],
-) -> Result<()> {
-    for (parameter, gradient) in parameters.iter().zip(gradients) {
-        if let Some(added) = store.remove(parameter) {
-            let added = added.flatten_all()?.to_vec1::<f32>()?;
-            gradient.iter_mut().zip(added).for_each(|(sum, value)| *sum += value);
-        }
-    }
-    Ok(())
 }
 
 /// Dropout whose masks belong to the tokens of `batch`, wherever they stand in it.

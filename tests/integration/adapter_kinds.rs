@@ -14,14 +14,14 @@ use quantune::objectives::Objective;
 use quantune::ops::Compute;
 use quantune::optim::Gradients;
 use quantune::quant::BlockType;
-use quantune::train::step::{Buffers, StepSettings, accumulate};
+use quantune::train::step::StepSettings;
 use quantune::weights::Checkpoint;
 use quantune_adapters::config::{InitLoraWeights, LoraConfig};
 use quantune_adapters::delta::{Adapter, Lora, Magnitude, TokenRows};
 use quantune_adapters::rng::Stream;
 use quantune_adapters::targets::Target;
 
-use crate::support::{load, model_path};
+use crate::support::{load, model_path, new_state};
 use crate::train::rows;
 
 /// What an adapter of a test has beside plain updates.
@@ -140,7 +140,7 @@ impl Step {
         let rows = &self.rows;
         let batch = Batch::new(rows, &[(0..rows.len()).collect()]);
         let vars: Vec<Var> = self.parameters.iter().map(|(_, var)| var.clone()).collect();
-        let mut gradients: Gradients = vars.iter().map(|var| vec![0.0; var.elem_count()]).collect();
+        let mut state = new_state(&self.decoder, &vars);
         let settings = StepSettings {
             objective: &Objective::LanguageModelling,
             temperature: 0.8,
@@ -151,9 +151,8 @@ impl Step {
             dropout: None,
             noise: None,
         };
-        let buffers = &mut Buffers::default();
-        let judged = accumulate(&self.decoder, &batch, &settings, &mut gradients, buffers).unwrap();
-        (judged.loss / batch.count() as f64, gradients)
+        let judged = state.accumulate(&self.decoder, &batch, &settings, 0..vars.len()).unwrap();
+        (judged.loss / batch.count() as f64, state.gradients().unwrap())
     }
 }
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use candle_core::Tensor;
 use quantune::data::Example;
-use quantune::export::lora::open_adapter;
+use quantune::model::adapter_files::open_adapter;
 use quantune::model::{ActiveAdapter, Adapters, Decoder, Rows};
 use quantune::ops::Compute;
 use quantune::text::{AddedTokenSpec, Special, Tokenizer, convert};

@@ -5,7 +5,6 @@ use std::cell::Cell;
 
 use quantune::model::{ActiveAdapter, Adapters, FullBuffers, KvCache, Rows};
 use quantune::ops::Compute;
-use quantune::train::step::Buffers;
 
 use crate::pretrain;
 use crate::support::{golden_json, load};
@@ -75,7 +74,7 @@ fn a_third_step_allocates_no_activation() {
             let initial = adapter(name, "initial", &decoder);
             let hidden_size = decoder.config.hidden_size;
             let run = Run::new(decoder, initial);
-            let mut buffers = Buffers::default();
+            let mut buffers = None;
             let layout = Layout { micro: 12, recompute, dropout };
             let tokens: usize = all[..12].iter().map(|row| row.tokens.len()).sum();
             let activation = tokens * hidden_size * size_of::<f32>();

@@ -244,9 +244,9 @@ fn a_model_in_memory_is_written_in_both_forms() {
     }
 }
 
-/// A GGUF has no place for Unicode normalization: what comes of it is told, a folder keeps it.
+/// A GGUF has no place for Unicode normalization: what differs by that is warned of, a folder keeps it.
 #[test]
-fn words_that_a_form_cuts_otherwise_are_told() {
+fn export_warns_when_tokenizers_differ() {
     let folder = tempfile::tempdir().unwrap();
     for normalizer in [json!(null), json!({ "type": "NFC" })] {
         let own = folder.path().join("base");
@@ -265,9 +265,10 @@ fn words_that_a_form_cuts_otherwise_are_told() {
         let (gguf, out) = (folder.path().join("out.gguf"), folder.path().join("out"));
         write_gguf(&source, &Recipe::new(FileType::F32), None, &gguf).unwrap();
         write_folder(&source, BlockType::F32, &out).unwrap();
-        let told = |path: &Path| verify(&base, &[], path, VerifyBounds::F32).unwrap().warning(path);
-        assert_eq!(told(&out), None);
-        let warning = told(&gguf).unwrap_or_default();
+        let warning_of =
+            |path: &Path| verify(&base, &[], path, VerifyBounds::F32).unwrap().warning(path);
+        assert_eq!(warning_of(&out), None);
+        let warning = warning_of(&gguf).unwrap_or_default();
         assert_eq!(warning.contains("out.gguf cuts some words otherwise"), !normalizer.is_null());
     }
 }

@@ -8,7 +8,7 @@ use quantune::export::{
     ExportSource, FileType, Importance, Recipe, VerifyBounds, imatrix, lora, quality_report,
     verify, write_gguf,
 };
-use quantune::model::{ActiveAdapter, Decoder};
+use quantune::model::{ActiveAdapter, Decoder, adapter_files};
 use quantune::ops::Compute;
 use quantune::quant::BlockType;
 use quantune::weights::{Checkpoint, Gguf, NewTensor, OwnedValue, write_gguf as write_plain};
@@ -61,7 +61,7 @@ fn a_gguf_lora_is_the_adapter() {
                 lora::write_gguf_lora(&before[0].adapter, weight, config, dtype, &out).unwrap();
                 let gguf = Gguf::open(&out).unwrap();
                 let linears = decoder.linears();
-                let read = lora::read_gguf_lora(&gguf, "read", config, &linears).unwrap();
+                let read = adapter_files::read_gguf_lora(&gguf, "read", config, &linears).unwrap();
                 let off =
                     lora::distance(&decoder, &before, &active(read.clone(), 1.0), &tokens(name));
                 let off = off.unwrap();
@@ -110,7 +110,7 @@ fn what_a_gguf_lora_cannot_say_is_refused() {
         [(out.clone(), "general.architecture"), (model_path("qwen2-mix"), "general.type")]
     {
         let gguf = Gguf::open(path).unwrap();
-        let found = lora::read_gguf_lora(&gguf, "x", &other.config, &other.linears());
+        let found = adapter_files::read_gguf_lora(&gguf, "x", &other.config, &other.linears());
         let error = found.unwrap_err().to_string();
         assert!(error.contains(words), "{error}");
     }

@@ -7,23 +7,23 @@ use std::sync::Arc;
 use candle_core::{Device, Tensor};
 use quantune::data::{Batch, Example};
 use quantune::generate::engine::{Engine, Event, Job};
-use quantune::model::{ActiveAdapter, Adapters, CacheType, Decoder, FullModel, KvCache, Rows};
+use quantune::model::{ActiveAdapter, Adapters, CacheType, Decoder, KvCache, Rows};
 use quantune::objectives::Objective;
 use quantune::ops::Compute;
 use quantune::optim::Gradients;
 use quantune::quant::BlockType;
-use quantune::train::step::{Buffers, StepSettings, accumulate};
+use quantune::train::step::StepSettings;
 use quantune::weights::Checkpoint;
 use quantune_adapters::delta::Adapter;
 use quantune_adapters::format;
 
-use crate::support::{golden, golden_json, ids, log_softmax};
+use crate::support::{golden, golden_json, ids, log_softmax, new_state};
 
 pub const MODELS: &[&str] =
     &["llama-yarn", "mistral", "qwen3", "gemma2", "gemma3", "phi3", "smollm3", "olmo2", "granite"];
 
 /// The same weights under other settings.
-const VARIANTS: &[&str] = &[
+pub const VARIANTS: &[&str] = &[
     "llama-linear",
     "llama-yarn-all",
     "qwen3-window",
@@ -143,8 +143,7 @@ fn step(
     let batch = Batch::new(&examples, &[(0..rows.len()).collect()]);
     let adapter = Arc::new(adapter);
     let (names, parameters): (Vec<String>, Vec<_>) = adapter.parameters().into_iter().unzip();
-    let mut gradients: Gradients =
-        parameters.iter().map(|var| vec![0.0; var.elem_count()]).collect();
+    let mut state = new_state(decoder, &parameters);
     let count = batch.count() as f64;
     let settings = StepSettings {
         objective: &Objective::LanguageModelling,
@@ -156,9 +155,8 @@ fn step(
         dropout: None,
         noise: None,
     };
-    let buffers = &mut Buffers::default();
-    let judged = accumulate(decoder, &batch, &settings, &mut gradients, buffers).unwrap();
-    (judged.loss / count, names, gradients)
+    let judged = state.accumulate(decoder, &batch, &settings, 0..parameters.len()).unwrap();
+    (judged.loss / count, names, state.gradients().unwrap())
 }
 
 /// `|a - b| / |b|` in Frobenius norms.
@@ -346,23 +344,6 @@ fn rows_grow_across_longropes_border() {
         let both = of(&[short, long, short]);
         assert!(relative(&both, &[of(&[short]), of(&[long]), of(&[short])].concat()) < 1e-5);
     }
-}
-
-#[test]
-fn what_full_training_has_not_is_refused_by_name() {
-    let all = |name: &str| {
-        let checkpoint = Checkpoint::open(golden(&format!("model_families/{name}"))).unwrap();
-        FullModel::load(&checkpoint, Compute::F32)
-    };
-    assert!(all("llama-yarn").is_ok());
-    assert!(all("qwen3").is_ok());
-    for (name, words) in [("gemma2", "gemma2"), ("smollm3", "smollm3"), ("phi3", "phi3")] {
-        let error = all(name).unwrap_err().to_string();
-        assert!(error.contains(words) && error.contains("adapters"), "{error}");
-    }
-    let (_folder, checkpoint) = variant("qwen3-window");
-    let error = FullModel::load(&checkpoint, Compute::F32).unwrap_err().to_string();
-    assert!(error.contains("a qwen3 with a sliding window"), "{error}");
 }
 
 /// A model in several files is that in one, to the bit; later files and missing ones are told.

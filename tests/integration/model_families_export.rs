@@ -6,7 +6,7 @@ use std::sync::Arc;
 use quantune::export::{
     ExportSource, FileType, Recipe, VerifyBounds, lora, verify, write_folder, write_gguf,
 };
-use quantune::model::{ActiveAdapter, Config, Decoder};
+use quantune::model::{ActiveAdapter, Config, Decoder, adapter_files};
 use quantune::ops::Compute;
 use quantune::quant::BlockType;
 use quantune::weights::{Checkpoint, Gguf, GgufValue};
@@ -120,7 +120,8 @@ fn a_gguf_lora_is_the_adapter_in_every_family() {
             assert!(of.is_some_and(|of| base.tensor_info(of).is_some()), "{name}: {}", info.name);
         }
         let read =
-            lora::read_gguf_lora(&gguf, "read", &decoder.config, &decoder.linears()).unwrap();
+            adapter_files::read_gguf_lora(&gguf, "read", &decoder.config, &decoder.linears())
+                .unwrap();
         let read = [ActiveAdapter { adapter: Arc::new(read), weight: 1.0, trainable: false }];
         let off = lora::distance(&decoder, &active, &read, &rows(name)[0]).unwrap();
         VerifyBounds::F32.check(off).unwrap_or_else(|fault| panic!("{name}: {fault}"));

@@ -3,14 +3,15 @@
 
 use std::collections::HashMap;
 
-use candle_core::{Device, Tensor};
+use candle_core::{Device, Tensor, Var};
 use quantune::data::Batch;
-use quantune::model::{Adapters, Config, FullBuffers, FullModel, Rows};
+use quantune::model::{Adapters, Config, Decoder, FullBuffers, FullModel, Rows};
 use quantune::ops::{Compute, Segment};
 use quantune::optim::{AdamW, AdamWSettings, Gradients, clip_factor, global_norm};
 use quantune::weights::Checkpoint;
 use serde_json::Value;
 
+use crate::model_families::{self, MODELS, VARIANTS};
 use crate::support::{golden, golden_json, ids, model_path};
 
 const RUNS: &[&str] = &["llama-tied", "llama-untied", "qwen2", "qwen3"];
@@ -171,23 +172,119 @@ fn gradients_match_finite_differences() {
         let batches = micro_batches(&run, 0, 4);
         let model = load(name, Compute::F32);
         let (_, gradients) = step(&model, &batches, 2);
-        for (index, var) in model.parameters.iter().enumerate() {
-            let before = var.as_tensor().copy().unwrap();
-            // Along the gradient itself the loss rises by its norm.
-            let norm = global_norm(&gradients[index..=index]);
-            let along = Tensor::from_slice(&gradients[index], var.shape(), &Device::Cpu).unwrap();
-            let h = 1e-2 / norm;
-            let at = |sign: f64| {
-                var.set(&(&before + (&along * (sign * h)).unwrap()).unwrap()).unwrap();
-                step(&model, &batches, 2).0
-            };
-            let rise = (at(1.0) - at(-1.0)) / (2.0 * h);
-            var.set(&before).unwrap();
-            let error = (rise / (norm * norm) - 1.0).abs();
-            let parameter = &model.names[index];
-            assert!(error < 2e-2, "{name}: {parameter} {rise}, its gradient says {}", norm * norm);
+        differences(name, &model, &batches, &gradients);
+    }
+}
+
+/// Holds the gradient of every parameter to differences of the loss.
+fn differences(name: &str, model: &FullModel, batches: &[Batch], gradients: &Gradients) {
+    for (index, var) in model.parameters.iter().enumerate() {
+        let before = var.as_tensor().copy().unwrap();
+        // Along the gradient itself the loss rises by its norm.
+        let norm = global_norm(&gradients[index..=index]);
+        let along = Tensor::from_slice(&gradients[index], var.shape(), &Device::Cpu).unwrap();
+        let h = 1e-2 / norm;
+        let at = |sign: f64| {
+            var.set(&(&before + (&along * (sign * h)).unwrap()).unwrap()).unwrap();
+            step(model, batches, 2).0
+        };
+        let rise = (at(1.0) - at(-1.0)) / (2.0 * h);
+        var.set(&before).unwrap();
+        let error = (rise / (norm * norm) - 1.0).abs();
+        let parameter = &model.names[index];
+        assert!(error < 2e-2, "{name}: {parameter} {rise}, its gradient says {}", norm * norm);
+    }
+}
+
+/// Full training of every family and its variants: the fast form against the portable one in loss and
+/// every gradient, every gradient against differences of the loss, and recomputation to the bit.
+#[test]
+fn every_family_trains() {
+    for (name, checkpoint, _folder) in families() {
+        let model = |compute| FullModel::load(&checkpoint, compute).unwrap();
+        let batch = whole_rows(&model_families::rows(&name));
+        let batches = std::slice::from_ref(&batch);
+        let (portable, fast) = (model(Compute::REFERENCE), model(Compute::F32));
+        let (exact, needed) = step(&portable, batches, 0);
+        let (loss, gradients) = step(&fast, batches, usize::MAX);
+        assert!((loss - exact).abs() < 1e-5 * exact, "{name}: {loss}, portable {exact}");
+        close(&name, &portable, &gradients, &needed, 1e-4);
+        assert_eq!(step(&fast, batches, 0), (loss, gradients.clone()), "{name}: recomputed");
+        let (loss, rounded) = step(&model(Compute::INT16), batches, usize::MAX);
+        assert!((loss - exact).abs() < 1e-3 * exact, "{name}: {loss}, portable {exact}");
+        close(&name, &portable, &rounded, &needed, 2e-2);
+        differences(&name, &fast, batches, &gradients);
+    }
+}
+
+/// What trained is an ordinary decoder of the family, and a folder of its parameters under Hugging Face's
+/// names is the same model again, to the bit.
+#[test]
+fn every_family_is_saved_and_loaded() {
+    for (name, checkpoint, _folder) in families() {
+        let model = FullModel::load(&checkpoint, Compute::F32).unwrap();
+        let base = Decoder::load(&checkpoint, Compute::F32).unwrap();
+        let mut expected = quantune::model::load::tensors(&model.config);
+        expected.sort();
+        let shapes = model.parameters.iter().map(|var| var.dims().to_vec());
+        let mut found: Vec<_> = model.names.iter().cloned().zip(shapes).collect();
+        found.sort();
+        assert_eq!(found, expected, "{name}");
+        let decoder = model.decoder(Compute::F32).unwrap();
+        assert_eq!(decoder.linears(), base.linears(), "{name}");
+        let rows = Rows::new(&model_families::rows(&name));
+        let hidden = |decoder: &Decoder| {
+            let hidden = decoder.hidden(&rows, Adapters::NONE).unwrap();
+            hidden.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        };
+        assert_eq!(hidden(&decoder), hidden(&base), "{name}");
+
+        // Norms that moved, as training moves them.
+        for var in &model.parameters {
+            var.set(&(var.as_tensor() * 1.000_123).unwrap()).unwrap();
+        }
+        let saved = tempfile::tempdir().unwrap();
+        let config = checkpoint.path().join("config.json");
+        std::fs::copy(config, saved.path().join("config.json")).unwrap();
+        let tensors = model.names.iter().cloned().zip(model.on_cpu().unwrap());
+        let tensors: HashMap<String, Tensor> = tensors.collect();
+        candle_core::safetensors::save(&tensors, saved.path().join("model.safetensors")).unwrap();
+        let reloaded =
+            FullModel::load(&Checkpoint::open(saved.path()).unwrap(), Compute::F32).unwrap();
+        for ((parameter, a), b) in
+            model.names.iter().zip(&model.parameters).zip(&reloaded.parameters)
+        {
+            let flat = |var: &Var| var.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            assert_eq!(flat(a), flat(b), "{name}: {parameter}");
         }
     }
+}
+
+/// Every family and variant: its name, its checkpoint, and the folder that lives as long as it.
+fn families() -> Vec<(String, Checkpoint, Option<tempfile::TempDir>)> {
+    let model = |name: &&str| {
+        let checkpoint = Checkpoint::open(golden(&format!("model_families/{name}"))).unwrap();
+        (name.to_string(), checkpoint, None)
+    };
+    let variant = |name: &&str| {
+        let (folder, checkpoint) = model_families::variant(name);
+        (name.to_string(), checkpoint, Some(folder))
+    };
+    MODELS.iter().map(model).chain(VARIANTS.iter().map(variant)).collect()
+}
+
+/// Rows whose tokens all but the first are targets.
+fn whole_rows(rows: &[Vec<u32>]) -> Batch {
+    let mut batch = Batch::default();
+    for row in rows {
+        let start = batch.tokens.len();
+        batch.segments.push(Segment::whole(start..start + row.len()));
+        batch.positions.extend(0..row.len() as u32);
+        batch.tokens.extend(row);
+        let targets = row.iter().enumerate().skip(1);
+        batch.targets.extend(targets.map(|(i, &token)| ((start + i - 1) as u32, token)));
+    }
+    batch
 }
 
 #[test]
@@ -225,11 +322,11 @@ fn a_base_round_trips_through_training_weights() {
         let name = path.display();
         let checkpoint = Checkpoint::open(&path).unwrap();
         let model = FullModel::load(&checkpoint, Compute::F32).unwrap();
-        let base = quantune::model::Decoder::load(&checkpoint, Compute::F32).unwrap();
+        let base = Decoder::load(&checkpoint, Compute::F32).unwrap();
         let decoder = model.decoder(Compute::F32).unwrap();
         assert_eq!(decoder.linears(), base.linears());
         let rows = Rows::new(&[vec![5, 7, 9, 11], vec![3, 2]]);
-        let hidden = |decoder: &quantune::model::Decoder| {
+        let hidden = |decoder: &Decoder| {
             let hidden = decoder.hidden(&rows, Adapters::Same(&[])).unwrap();
             decoder
                 .logits(&hidden, Adapters::NONE)

@@ -1,8 +1,12 @@
-//! The order of the rooms, held to what the sources say.
+//! The rules of the rooms (the modules of `src/lib.rs`), checked against the sources: their order,
+//! what only one of them may do, and circles of files inside a room. Each rule is a function of one
+//! file's text, and a test shows that it finds a planted violation.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
+/// Lowest first: a room uses only rooms before it.
 const ROOMS: &[&str] = &[
     "isa",
     "monitor",
@@ -23,75 +27,511 @@ const ROOMS: &[&str] = &[
     "cli",
 ];
 
-fn sources(folder: &Path) -> Vec<PathBuf> {
-    if !folder.is_dir() {
-        return vec![folder.with_extension("rs")]; // a room of one file
+/// Crates of the command line.
+const CLI_CRATES: &[&str] = &["clap", "clap_complete", "ctrlc", "indicatif", "rustyline"];
+
+/// Macros that print.
+const PRINTING: &[&str] = &["print", "println", "eprint", "eprintln", "dbg"];
+
+/// Names of candle without a backward pass, whatever they are called on.
+const DROPS_GRADIENTS: &[&str] =
+    &["QMatMul", "softmax_last_dim", "apply_op1_no_bwd", "apply_op2_no_bwd", "apply_op3_no_bwd"];
+
+/// Names of candle_nn without a backward pass, where this crate has functions of the same name.
+const DROPS_GRADIENTS_IN_CANDLE_NN: &[&str] =
+    &["rms_norm", "layer_norm", "rotary_emb", "RmsNorm", "sdpa"];
+
+/// A file's text without comments and without its tests, and where it is.
+struct SourceFile {
+    /// Relative to `src`, with `/`.
+    path: String,
+    code: String,
+}
+
+impl SourceFile {
+    fn new(path: &str, text: &str) -> Self {
+        let tests = text.find("\n#[cfg(test)]\nmod tests {").unwrap_or(text.len());
+        let lines = text[..tests].lines().map(|line| {
+            let comment = line.trim_start().starts_with("//");
+            let end = if comment { 0 } else { line.find(" // ").unwrap_or(line.len()) };
+            &line[..end]
+        });
+        Self { path: path.into(), code: lines.collect::<Vec<_>>().join("\n") }
     }
-    let entries = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path());
-    let mut files = Vec::new();
-    for path in entries {
-        if path.is_dir() {
-            files.extend(sources(&path));
-        } else if path.extension().is_some_and(|e| e == "rs") {
-            files.push(path);
+
+    fn room(&self) -> &str {
+        let first = self.path.split('/').next().unwrap();
+        first.strip_suffix(".rs").unwrap_or(first)
+    }
+
+    fn is_cli(&self) -> bool {
+        ["cli", "main"].contains(&self.room())
+    }
+
+    /// The identifiers, each with what stands directly behind it.
+    fn words(&self) -> impl Iterator<Item = (&str, &str)> {
+        let is_word = |c: char| c.is_alphanumeric() || c == '_';
+        let mut rest = &self.code[..];
+        std::iter::from_fn(move || {
+            let start = rest.find(is_word)?;
+            rest = &rest[start..];
+            let end = rest.find(|c| !is_word(c)).unwrap_or(rest.len());
+            let (word, behind) = rest.split_at(end);
+            rest = behind;
+            Some((word, behind))
+        })
+    }
+
+    /// All paths with `::`, those of `use` groups one by one, as segments.
+    fn paths(&self) -> Vec<Vec<String>> {
+        let mut found = Vec::new();
+        let is_path = |c: char| c.is_alphanumeric() || c == '_' || c == ':';
+        let mut rest = &self.code[..];
+        while let Some(start) = rest.find(|c: char| c.is_alphabetic() || c == '_') {
+            rest = &rest[start..];
+            let end = rest.find(|c| !is_path(c)).unwrap_or(rest.len());
+            let (path, behind) = rest.split_at(end);
+            rest = behind;
+            let segments = |path: &str| -> Vec<String> {
+                path.split("::").filter(|part| !part.is_empty()).map(String::from).collect()
+            };
+            if path.ends_with("::") && behind.starts_with('{') {
+                let (group, behind) = group_of(behind);
+                rest = behind;
+                let inner = SourceFile { path: self.path.clone(), code: group.replace(',', "\n") };
+                // Items without `::` are paths too.
+                for item in items_of(group) {
+                    let mut nested = inner.expand(item);
+                    for tail in &mut nested {
+                        let mut whole = segments(path);
+                        whole.append(tail);
+                        found.push(whole);
+                    }
+                }
+            } else if path.contains("::") {
+                found.push(segments(path));
+            }
+        }
+        found
+    }
+
+    /// One item of a `use` group: a path, or a path with a group of its own.
+    fn expand(&self, item: &str) -> Vec<Vec<String>> {
+        let item = item.trim();
+        let item = item.split(" as ").next().unwrap();
+        match item.find('{') {
+            Some(at) => {
+                let prefix: Vec<String> = item[..at]
+                    .split("::")
+                    .filter(|part| !part.is_empty())
+                    .map(|part| part.trim().to_string())
+                    .collect();
+                let (group, _) = group_of(&item[at..]);
+                let tails = items_of(group).into_iter().flat_map(|item| self.expand(item));
+                tails.map(|tail| [prefix.clone(), tail].concat()).collect()
+            }
+            None => vec![item.split("::").map(|part| part.trim().to_string()).collect()],
         }
     }
-    files.sort();
-    files
+}
+
+/// The inside of the braces that `text` begins with, and what follows them.
+fn group_of(text: &str) -> (&str, &str) {
+    let mut depth = 0;
+    for (at, c) in text.char_indices() {
+        match c {
+            '{' => depth += 1,
+            '}' => depth -= 1,
+            _ => {}
+        }
+        if depth == 0 {
+            return (&text[1..at], &text[at + 1..]);
+        }
+    }
+    (&text[1..], "")
+}
+
+/// The items of a group, between commas that are in no inner group.
+fn items_of(group: &str) -> Vec<&str> {
+    let (mut items, mut depth, mut start) = (Vec::new(), 0, 0);
+    for (at, c) in group.char_indices() {
+        match c {
+            '{' => depth += 1,
+            '}' => depth -= 1,
+            ',' if depth == 0 => {
+                items.push(&group[start..at]);
+                start = at + 1;
+            }
+            _ => {}
+        }
+    }
+    items.push(&group[start..]);
+    items.into_iter().filter(|item| !item.trim().is_empty()).collect()
 }
 
 fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
 
-#[test]
-fn a_room_uses_only_rooms_above_it() {
+/// All sources of the library and the binary.
+fn sources() -> Vec<SourceFile> {
+    fn visit(folder: &Path, found: &mut Vec<PathBuf>) {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                visit(&path, found);
+            } else if path.extension().is_some_and(|e| e == "rs") {
+                found.push(path);
+            }
+        }
+    }
+    let (src, mut files) = (root().join("src"), Vec::new());
+    visit(&src, &mut files);
+    files.sort();
+    let read = |path: &PathBuf| {
+        let relative = path.strip_prefix(&src).unwrap().to_str().unwrap().replace('\\', "/");
+        SourceFile::new(&relative, &fs::read_to_string(path).unwrap())
+    };
+    files.iter().map(read).collect()
+}
+
+/// The rooms that a file uses, but must not.
+fn rooms_above(file: &SourceFile) -> Vec<String> {
     let order = |room: &str| ROOMS.iter().position(|r| *r == room);
+    let Some(level) = order(file.room()) else { return Vec::new() };
+    let used = file.paths().into_iter().filter(|path| path[0] == "crate");
+    let used = used.filter_map(|path| path.get(1).cloned());
+    used.filter(|room| order(room).is_some_and(|used| used > level)).collect()
+}
+
+/// Crates of the command line, and printing, outside of it.
+fn command_line_outside_cli(file: &SourceFile) -> Vec<String> {
+    if file.is_cli() {
+        return Vec::new();
+    }
+    let mut found = Vec::new();
+    for (word, behind) in file.words() {
+        let prints = PRINTING.contains(&word) && behind.starts_with('!');
+        if prints || (CLI_CRATES.contains(&word) && behind.starts_with("::")) {
+            found.push(word.to_string());
+        }
+    }
+    found
+}
+
+/// Names of model families outside of `model/config`. In `text` the same words name tokenizers.
+fn family_names(file: &SourceFile, families: &[String]) -> Vec<String> {
+    if file.path.starts_with("model/config") || file.room() == "text" {
+        return Vec::new();
+    }
+    let literals = families.iter().map(|name| format!("\"{name}\""));
+    literals.filter(|literal| file.code.contains(literal)).collect()
+}
+
+/// Paths that climb more than one module.
+fn relative_paths(file: &SourceFile) -> Vec<String> {
+    let paths = file.paths().into_iter();
+    let climbs =
+        paths.filter(|path| path[0] == "super" && path.get(1).is_some_and(|p| p == "super"));
+    climbs.map(|path| path.join("::")).collect()
+}
+
+/// Operations of candle without a backward pass, outside of `ops`: `backward` returns `Ok` and wrong
+/// gradients through them.
+fn dropped_gradients(file: &SourceFile) -> Vec<String> {
+    if file.room() == "ops" {
+        return Vec::new();
+    }
+    let words = file.words().map(|(word, _)| word).filter(|word| DROPS_GRADIENTS.contains(word));
+    let mut found: Vec<String> = words.map(String::from).collect();
+    for path in file.paths().into_iter().filter(|path| path[0] == "candle_nn") {
+        let dropped = path.iter().any(|part| DROPS_GRADIENTS_IN_CANDLE_NN.contains(&&**part));
+        let last = path.last().unwrap();
+        if dropped || last == "ops" || last == "*" {
+            found.push(path.join("::")); // of the whole module anything may be called
+        }
+    }
+    found
+}
+
+fn check_all(rule: impl Fn(&SourceFile) -> Vec<String>) {
     let mut faults = Vec::new();
-    for (level, room) in ROOMS.iter().enumerate() {
-        for file in sources(&root().join("src").join(room)) {
-            let text = fs::read_to_string(&file).unwrap();
-            for used in text.split("crate::").skip(1) {
-                let used: String = used.chars().take_while(|c| c.is_alphanumeric()).collect();
-                if order(&used).is_some_and(|used| used > level) {
-                    faults.push(format!("{} uses {used}", file.display()));
+    for file in sources() {
+        faults.extend(rule(&file).into_iter().map(|fault| format!("{}: {fault}", file.path)));
+    }
+    assert!(faults.is_empty(), "{faults:#?}");
+}
+
+/// The architectures and model types that `model/config/family.rs` lists.
+fn families() -> Vec<String> {
+    let text = fs::read_to_string(root().join("src/model/config/family.rs")).unwrap();
+    let mut names = BTreeSet::new();
+    for key in ["architecture: \"", "model_type: \""] {
+        let found = text.split(key).skip(1).filter_map(|rest| rest.split('"').next());
+        names.extend(found.map(String::from));
+    }
+    assert!(names.contains("llama") && names.len() > 4, "{names:?}");
+    names.into_iter().collect()
+}
+
+#[test]
+fn rooms_use_only_rooms_below_them() {
+    check_all(rooms_above);
+    let map = fs::read_to_string(root().join("src/lib.rs")).unwrap();
+    let listed: Vec<&str> =
+        map.split("//! - [`").skip(1).filter_map(|line| line.split('`').next()).collect();
+    assert_eq!(listed, ROOMS, "src/lib.rs lists other rooms");
+}
+
+#[test]
+fn only_cli_prints_and_parses_arguments() {
+    check_all(command_line_outside_cli);
+}
+
+#[test]
+fn family_names_stay_in_model_config() {
+    let families = families();
+    check_all(|file| family_names(file, &families));
+}
+
+#[test]
+fn paths_climb_at_most_one_module() {
+    check_all(relative_paths);
+}
+
+#[test]
+fn candle_operations_without_gradients_stay_in_ops() {
+    check_all(dropped_gradients);
+}
+
+/// Every rule finds a planted violation, each of its names on its own.
+#[test]
+fn rules_find_planted_violations() {
+    let file = |path: &str, line: &str| SourceFile::new(path, &format!("//! A file.\n\n{line}\n"));
+    let finds = |found: Vec<String>, line: &str| assert!(!found.is_empty(), "not found: {line}");
+    for line in
+        ["use crate::train::Outcome;", "use crate::{isa::Isa, cli::main};", "crate::data::x()"]
+    {
+        finds(rooms_above(&file("ops/rope.rs", line)), line);
+    }
+    assert!(rooms_above(&file("ops/rope.rs", "use crate::isa::Isa; // not crate::cli")).is_empty());
+    for name in CLI_CRATES {
+        let line = format!("use {name}::Thing;");
+        finds(command_line_outside_cli(&file("train/run.rs", &line)), &line);
+        assert!(command_line_outside_cli(&file("cli/train.rs", &line)).is_empty());
+    }
+    for name in PRINTING {
+        let line = format!("    {name}!(\"step {{step}}\");");
+        finds(command_line_outside_cli(&file("train/run.rs", &line)), &line);
+        assert!(command_line_outside_cli(&file("main.rs", &line)).is_empty());
+    }
+    for name in families() {
+        let line = format!("if config.family.architecture == \"{name}\" {{");
+        finds(family_names(&file("export/types.rs", &line), &families()), &line);
+        assert!(family_names(&file("model/config/family.rs", &line), &families()).is_empty());
+    }
+    let line = "use super::super::TrainError;";
+    finds(relative_paths(&file("train/policy/load.rs", line)), line);
+    for name in DROPS_GRADIENTS {
+        let line = format!("let y = x.{name}(&op)?;");
+        finds(dropped_gradients(&file("model/decoder.rs", &line)), &line);
+        assert!(dropped_gradients(&file("ops/rope.rs", &line)).is_empty());
+    }
+    for name in DROPS_GRADIENTS_IN_CANDLE_NN {
+        for line in [
+            format!("let y = candle_nn::ops::{name}(&x)?;"),
+            format!("use candle_nn::{{Linear, ops::{{log_softmax, {name}}}}};"),
+        ] {
+            finds(dropped_gradients(&file("model/decoder.rs", &line)), &line);
+        }
+        let own = format!("use crate::ops::{name};");
+        assert!(dropped_gradients(&file("model/decoder.rs", &own)).is_empty());
+    }
+    for line in ["use candle_nn::ops;", "use candle_nn::ops::*;"] {
+        finds(dropped_gradients(&file("model/decoder.rs", line)), line);
+    }
+    let circle = [
+        file("train/a.rs", "use super::b::B;"),
+        file("train/b.rs", "use crate::train::{c::C, d};"),
+        file("train/c.rs", "use super::Again;"),
+        file("train/d.rs", "use super::c::C;"),
+        file("train/mod.rs", "mod a;\nmod b;\nmod c;\nmod d;\npub use a::Again;"),
+    ];
+    let needed =
+        [["train/a.rs", "train/b.rs", "train/c.rs", "train/d.rs"].map(String::from).to_vec()];
+    assert_eq!(circles(&circle), needed);
+    assert!(circles(&circle[1..]).is_empty());
+}
+
+/// Files that use each other in a circle cannot be read one after another.
+#[test]
+fn files_of_a_room_use_each_other_in_no_circle() {
+    let mut faults = Vec::new();
+    for room in ["model", "train"] {
+        let files: Vec<SourceFile> =
+            sources().into_iter().filter(|file| file.room() == room).collect();
+        faults.extend(circles(&files));
+    }
+    faults.retain(|circle| {
+        let is_known = |known: &&[&str]| circle.iter().all(|file| known.contains(&file.as_str()));
+        !KNOWN_CIRCLES.iter().any(is_known)
+    });
+    assert!(faults.is_empty(), "{faults:#?}");
+}
+
+/// Circles that are left: no other file may join them.
+const KNOWN_CIRCLES: &[&[&str]] = &[
+    &[
+        "model/cache.rs",
+        "model/cache/tensors.rs",
+        "model/decode_linear.rs",
+        "model/decoder.rs",
+        "model/ends.rs",
+        "model/layer/mod.rs",
+        "model/layer/project.rs",
+        "model/layer/tape.rs",
+        "model/layer/update.rs",
+        "model/observe.rs",
+        "model/pass.rs",
+        "model/scoring.rs",
+    ],
+    &["model/config.rs", "model/config/gguf.rs", "model/config/json.rs"],
+    &["model/full/layer.rs", "model/full/mod.rs"],
+    &[
+        "train/pretrain/evaluation.rs",
+        "train/pretrain/inputs.rs",
+        "train/pretrain/mod.rs",
+        "train/pretrain/output.rs",
+    ],
+    &["train/settings/keys.rs", "train/settings/mod.rs", "train/settings/pretrain.rs"],
+    &[
+        "train/supervised/language_modeling.rs",
+        "train/supervised/mod.rs",
+        "train/supervised/preference.rs",
+        "train/supervised/reward.rs",
+    ],
+];
+
+/// Circles of files: the strongly connected components of more than one file.
+fn circles(files: &[SourceFile]) -> Vec<Vec<String>> {
+    let modules: BTreeMap<Vec<String>, usize> =
+        files.iter().enumerate().map(|(i, file)| (module_of(&file.path), i)).collect();
+    let edges: Vec<BTreeSet<usize>> =
+        files.iter().enumerate().map(|(i, file)| uses(i, file, files, &modules)).collect();
+    let reaches = |from: usize| {
+        let (mut seen, mut open) = (BTreeSet::new(), vec![from]);
+        while let Some(file) = open.pop() {
+            open.extend(edges[file].iter().filter(|&&next| seen.insert(next)));
+        }
+        seen
+    };
+    let reached: Vec<BTreeSet<usize>> = (0..files.len()).map(reaches).collect();
+    let mut found = BTreeSet::new();
+    for file in (0..files.len()).filter(|&file| reached[file].contains(&file)) {
+        let circle = reached[file].iter().filter(|&&other| reached[other].contains(&file));
+        let mut circle: Vec<String> = circle.map(|&other| files[other].path.clone()).collect();
+        circle.sort();
+        found.insert(circle);
+    }
+    found.into_iter().filter(|circle| circle.len() > 1).collect()
+}
+
+/// The module of a file: `train/policy/mod.rs` is `train::policy`.
+fn module_of(path: &str) -> Vec<String> {
+    let path = path.strip_suffix(".rs").unwrap();
+    let path = path.strip_suffix("/mod").unwrap_or(path);
+    path.split('/').map(String::from).collect()
+}
+
+/// The files of the same room that a file uses. The parent that a module is declared in is used only
+/// for what it defines itself: names that it re-exports are their own file's, and its declarations and
+/// re-exports of children are no use of them.
+fn uses(
+    index: usize,
+    file: &SourceFile,
+    files: &[SourceFile],
+    modules: &BTreeMap<Vec<String>, usize>,
+) -> BTreeSet<usize> {
+    let here = module_of(&file.path);
+    let code = SourceFile { path: file.path.clone(), code: without_re_exports(&file.code) };
+    let mut found = BTreeSet::new();
+    let mut paths = code.paths();
+    paths.sort();
+    paths.dedup();
+    for path in paths {
+        let absolute = match &*path[0] {
+            "crate" => path[1..].to_vec(),
+            "super" => [&here[..here.len() - 1], &path[1..]].concat(),
+            "self" => [&here[..], &path[1..]].concat(),
+            _ => [&here[..], &path[..]].concat(),
+        };
+        if let Some(target) = resolve(&absolute, files, modules, 0)
+            && target != index
+        {
+            found.insert(target);
+        }
+    }
+    found
+}
+
+/// The file that a path leads to, through re-exports.
+fn resolve(
+    path: &[String],
+    files: &[SourceFile],
+    modules: &BTreeMap<Vec<String>, usize>,
+    depth: usize,
+) -> Option<usize> {
+    let (length, target) =
+        (1..=path.len()).rev().find_map(|length| Some((length, *modules.get(&path[..length])?)))?;
+    let Some(name) = path.get(length) else { return Some(target) };
+    if depth < 8 {
+        let module = module_of(&files[target].path);
+        for export in re_exports(&files[target].code) {
+            if export.last() == Some(name) || export.last().is_some_and(|last| last == "*") {
+                let absolute = match &*export[0] {
+                    "crate" => export[1..].to_vec(),
+                    "super" => [&module[..module.len() - 1], &export[1..]].concat(),
+                    "self" => [&module[..], &export[1..]].concat(),
+                    _ => [&module[..], &export[..]].concat(),
+                };
+                if let Some(found) = resolve(&absolute, files, modules, depth + 1) {
+                    return Some(found);
                 }
             }
         }
     }
-    assert!(faults.is_empty(), "{faults:#?}");
-    let map = fs::read_to_string(root().join("src/lib.rs")).unwrap();
-    let listed: Vec<&str> =
-        map.split("//! - [`").skip(1).filter_map(|line| line.split('`').next()).collect();
-    assert_eq!(listed, ROOMS, "the map in lib.rs is another");
+    Some(target)
 }
 
-#[test]
-fn candle_calls_that_drop_gradients_stay_in_ops() {
-    let traps = [
-        "QMatMul",
-        "softmax_last_dim",
-        "ops::rms_norm(",
-        "ops::layer_norm",
-        "candle_nn::rotary_emb",
-        "candle_nn::RmsNorm",
-        "ops::sdpa",
-        "op1_no_bwd",
-        "op2_no_bwd",
-        "op3_no_bwd",
-    ];
-    for file in sources(&root().join("src")) {
-        if file.starts_with(root().join("src/ops")) {
-            continue;
+/// Statements `pub use ..;` and `pub(..) use ..;` of a file.
+fn re_export_statements(code: &str) -> Vec<&str> {
+    let begins = |line: &str| {
+        line.starts_with("pub use ") || (line.starts_with("pub(") && line.contains(") use "))
+    };
+    let mut found = Vec::new();
+    let mut at = 0;
+    for line in code.split_inclusive('\n') {
+        if begins(line) {
+            let end = code[at..].find(';').map_or(code.len(), |end| at + end + 1);
+            found.push(&code[at..end]);
         }
-        let text = fs::read_to_string(&file).unwrap();
-        for trap in traps {
-            assert!(
-                !text.contains(&format!("candle_nn::{trap}")) && !text.contains(trap)
-                    || trap.starts_with("ops::"),
-                "{} has {trap}",
-                file.display()
-            );
-        }
+        at += line.len();
     }
+    found
+}
+
+fn re_exports(code: &str) -> Vec<Vec<String>> {
+    let paths = |statement: &&str| {
+        let path = statement.split_once(" use ").map_or("", |(_, path)| path.trim_end_matches(';'));
+        SourceFile { path: String::new(), code: String::new() }.expand(path)
+    };
+    re_export_statements(code).iter().flat_map(paths).collect()
+}
+
+fn without_re_exports(code: &str) -> String {
+    let mut code = code.to_string();
+    for statement in re_export_statements(&code.clone()) {
+        code = code.replace(statement, "");
+    }
+    code
 }

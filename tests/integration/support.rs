@@ -3,8 +3,11 @@
 use std::path::PathBuf;
 
 use candle_core::Tensor;
+use candle_core::Var;
 use quantune::model::Decoder;
 use quantune::ops::Compute;
+use quantune::optim::{AdamW, AdamWSettings};
+use quantune::train::step::{TrainState, train_state};
 use quantune::weights::Checkpoint;
 use serde_json::Value;
 
@@ -44,4 +47,13 @@ pub fn log_softmax(logits: &Tensor) -> Vec<Vec<f64>> {
 
 pub fn ids(value: &Value) -> Vec<u32> {
     value.as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect()
+}
+
+/// Gradients of zeros for parameters of adapters on `decoder`, as its backend keeps them.
+pub fn new_state(decoder: &Decoder, parameters: &[Var]) -> Box<dyn TrainState> {
+    let settings =
+        AdamWSettings { adam_beta1: 0.9, adam_beta2: 0.999, adam_epsilon: 1e-8, weight_decay: 0.0 };
+    let lengths: Vec<usize> = parameters.iter().map(|var| var.elem_count()).collect();
+    let optimizer = AdamW::new(settings, &lengths);
+    train_state(decoder.compute.backend, parameters, optimizer).unwrap()
 }

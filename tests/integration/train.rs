@@ -12,12 +12,12 @@ use quantune::ops::{Compute, Segment};
 use quantune::optim::{
     AdamW, AdamWSettings, Gradients, Schedule, ScheduleKind, clip_factor, global_norm,
 };
-use quantune::train::step::{Buffers, Noise, StepSettings, accumulate, dropout};
+use quantune::train::step::{Noise, StepSettings, TrainState, dropout};
 use quantune_adapters::delta::Adapter;
 use quantune_adapters::format;
 use serde_json::Value;
 
-use crate::support::{golden, golden_json, load};
+use crate::support::{golden, golden_json, load, new_state};
 
 const RUNS: &[&str] = &[
     "llama-tiny",
@@ -51,6 +51,9 @@ pub fn rows(run: &str) -> Vec<Example> {
     };
     text.lines().enumerate().map(row).collect()
 }
+
+/// Gradients and buffers of steps, once there was one.
+pub type Buffers = Option<Box<dyn TrainState>>;
 
 /// How a step's rows are laid out: the bins of each micro-batch, and whether layers are recomputed.
 #[derive(Clone, Copy)]
@@ -107,8 +110,8 @@ impl Run {
         buffers: &mut Buffers,
     ) -> (f64, Gradients) {
         let count: usize = micro.iter().map(Batch::count).sum();
-        let mut gradients: Gradients =
-            self.parameters.iter().map(|var| vec![0.0; var.elem_count()]).collect();
+        let state = buffers.get_or_insert_with(|| new_state(&self.decoder, &self.parameters));
+        state.zero_gradients().unwrap();
         let mut active = self.below.clone();
         active.push(ActiveAdapter::trainable(self.adapter.clone()));
         let layers = self.decoder.config.num_hidden_layers;
@@ -125,11 +128,11 @@ impl Run {
                 dropout: dropout.as_ref(),
                 noise: self.noise,
             };
-            let judged =
-                accumulate(&self.decoder, batch, &settings, &mut gradients, buffers).unwrap();
+            let all = 0..self.parameters.len();
+            let judged = state.accumulate(&self.decoder, batch, &settings, all).unwrap();
             loss += judged.loss;
         }
-        (loss / count as f64, gradients)
+        (loss / count as f64, state.gradients().unwrap())
     }
 
     fn values(&self) -> Vec<Vec<f32>> {

@@ -14,7 +14,7 @@ const ZERO: f64 = 128.0;
 
 /// The key heads of a row.
 #[derive(Debug, Clone)]
-pub(super) struct TensorRow {
+pub(in crate::model) struct TensorRow {
     kind: CacheType,
     pub len: usize,
     /// Keys and values, once there are some. A copy of the row shares them until one of the two takes
@@ -54,11 +54,6 @@ impl TensorRow {
         }
         self.len = len;
         Ok(())
-    }
-
-    /// Forgets all but the first tokens.
-    pub fn truncate(&mut self, tokens: usize) {
-        self.len = self.len.min(tokens);
     }
 
     /// Keys and values of the tokens from `first` on, `(kv_heads, tokens, head_dim)` F32 each.

@@ -50,6 +50,9 @@ pub struct Family {
     pub yarn_is_longrope: bool,
     /// The context that a model with longrope was first trained with, if a `config.json` does not say.
     pub original_positions: Option<usize>,
+    /// Whether llama.cpp counts a model of 80 layers without grouped-query attention as its type 65B, not
+    /// 70B: llama-quantize gives v more bits in a 70B.
+    pub llama_cpp_has_65b: bool,
     /// Width of a head, if a `config.json` does not say and it is not `hidden_size / heads`.
     pub head_dim: Option<usize>,
     /// Base of the rotary frequencies, if neither form of file says.
@@ -118,6 +121,7 @@ const LLAMA: Family = Family {
     tied_in_gguf: false,
     yarn_is_longrope: false,
     original_positions: None,
+    llama_cpp_has_65b: true,
     head_dim: None,
     rope_theta: 10_000.0,
     local_rope_theta: None,
@@ -127,6 +131,7 @@ const QWEN2: Family = Family {
     model_type: "qwen2",
     class: "Qwen2ForCausalLM",
     architecture: "qwen2",
+    llama_cpp_has_65b: false,
     qkv_bias: true,
     interleaved_in_gguf: false,
     windows: Windows::Upper,
@@ -137,6 +142,7 @@ const GEMMA2: Family = Family {
     model_type: "gemma2",
     class: "Gemma2ForCausalLM",
     architecture: "gemma2",
+    llama_cpp_has_65b: false,
     interleaved_in_gguf: false,
     norms: Norms::Around,
     norm_less_one: true,
@@ -185,6 +191,7 @@ pub const FAMILIES: &[Family] = &[
         model_type: "phi3",
         class: "Phi3ForCausalLM",
         architecture: "phi3",
+        llama_cpp_has_65b: false,
         interleaved_in_gguf: false,
         fused: true,
         windows: Windows::All,
@@ -196,6 +203,7 @@ pub const FAMILIES: &[Family] = &[
         model_type: "smollm3",
         class: "SmolLM3ForCausalLM",
         architecture: "smollm3",
+        llama_cpp_has_65b: false,
         windows: Windows::Unrotated,
         no_rope_layer_interval: Some(4),
         tied: true,
@@ -206,6 +214,7 @@ pub const FAMILIES: &[Family] = &[
         model_type: "olmo2",
         class: "Olmo2ForCausalLM",
         architecture: "olmo2",
+        llama_cpp_has_65b: false,
         interleaved_in_gguf: false,
         norms: Norms::Behind,
         qk_norm: QkNorm::Width,
@@ -215,6 +224,7 @@ pub const FAMILIES: &[Family] = &[
         model_type: "granite",
         class: "GraniteForCausalLM",
         architecture: "granite",
+        llama_cpp_has_65b: false,
         multipliers: true,
         ..LLAMA
     },

@@ -1,33 +1,35 @@
-//! A decoder all of whose weights train: the same model as [`Decoder`], in full precision.
+//! A decoder all of whose weights train: the layers of [`Decoder`] with trainable weights, in full
+//! precision.
 //!
-//! Its parameters are `f32` under Hugging Face's names. One micro-batch goes *up* through the
-//! layers, is *read* at the head and judged by next-token cross-entropy, and goes *down* again; the
-//! gradients of all parameters are added up on the way. The fast form is written out by hand over
-//! plain buffers; [`BackendKind::Reference`] composes the same of candle ops on its tape, and a parity
-//! test holds the two together. With integer panels products round as they do for a frozen base,
-//! while parameters, gradients and sums stay `f32`.
+//! Its parameters are F32 tensors under Hugging Face's names, with Hugging Face's values. A micro-batch is
+//! a forward pass through the layers, next-token cross-entropy at the head, and a backward pass that sums
+//! the gradients of all parameters. [`BackendKind::Reference`] runs the layers' reference form on candle's tape,
+//! and a parity test holds the two together. With integer panels products round as they do for a frozen
+//! base, while parameters, gradients and sums stay F32.
 
-mod layer;
 mod portable;
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use candle_core::{Device, Result, Tensor, Var};
+use quantune_adapters::config::{EMBEDDING as EMBEDDING_MODULE, HEAD as HEAD_MODULE};
 use quantune_adapters::rng::Stream;
 use rayon::prelude::*;
 
-use super::config::QkNorm;
+use super::adapters::Adapters;
 use super::decoder::Decoder;
-use super::layers::{self, Shared};
+use super::layer::{AdapterGradients, LayerPass, Tape, Workspace};
+use super::layers::{self, Layer, LayerSource, Linear, Norm, Parameter};
+use super::load::{gguf_offset, read_vector};
+use super::pass::{Pass, Rows};
 use super::{Config, ModelError};
 use crate::data::Batch;
 use crate::isa::Isa;
 use crate::ops::linear_cross_entropy::{LearnGrad, learn};
-use crate::ops::rope::Rotation;
 use crate::ops::{BackendKind, Compute, Values, rms_norm, segment};
 use crate::quant::FrozenMatrix;
 use crate::weights::Checkpoint;
-use layer::{LayerPass, Tape, Workspace};
 
 /// A decoder whose parameters all train.
 #[derive(Debug)]
@@ -40,103 +42,103 @@ pub struct FullModel {
     pub names: Vec<String>,
     /// The parameters: F32, contiguous, on the CPU unless [`FullModel::on`] brought them elsewhere.
     pub parameters: Vec<Var>,
-    places: Places,
-}
-
-/// Where the parameters of each part are.
-#[derive(Debug)]
-struct Places {
     layers: Vec<Layer>,
-    norm: usize,
-    /// The embedding, if it is tied.
+    norm: Norm,
+    /// Index of the head: that of the embedding, if tied.
     head: usize,
+    inv_freq: Vec<f32>,
 }
 
+/// Index of the embedding.
 const EMBEDDING: usize = 0;
 
-/// The parameters of a layer.
-#[derive(Debug)]
-struct Layer {
-    input_norm: usize,
-    q: Linear,
-    k: Linear,
-    v: Linear,
-    o: Linear,
-    /// Of the heads of queries and keys, `(head_dim)`.
-    q_norm: Option<usize>,
-    k_norm: Option<usize>,
-    post_attention_norm: usize,
-    gate: Linear,
-    up: Linear,
-    down: Linear,
+/// Parameters on the way to a model, in their order.
+struct Builder<'a, F> {
+    config: &'a Config,
+    /// Makes the parameter of a name and shape.
+    make: F,
+    names: Vec<String>,
+    parameters: Vec<Var>,
+    error: Option<candle_core::Error>,
 }
 
-/// The parameters of a linear layer `(rows, cols)`.
-#[derive(Debug, Clone, Copy)]
-struct Linear {
-    weight: usize,
-    bias: Option<usize>,
-    rows: usize,
-    cols: usize,
-}
-
-/// Names and shapes on the way to a model.
-#[derive(Default)]
-struct Plan {
-    shapes: Vec<(String, Vec<usize>)>,
-}
-
-impl Plan {
-    fn of(config: &Config) -> (Self, Places) {
-        let c = config;
-        let (hidden, inner) = (c.hidden_size, c.intermediate_size);
-        let q_width = c.num_attention_heads * c.head_dim;
-        let kv_width = c.num_key_value_heads * c.head_dim;
-        let mut plan = Self::default();
-        plan.add("model.embed_tokens.weight".into(), vec![c.vocab_size, hidden]);
-        let of_heads = c.family.qk_norm != QkNorm::None;
-        let layer = |index: usize| {
-            let path = |name: &str| format!("model.layers.{index}.{name}");
-            let norm = |name: &str| path(&format!("{name}.weight"));
-            let of_heads = |plan: &mut Self, name: &str| {
-                of_heads.then(|| plan.add(norm(&format!("self_attn.{name}")), vec![c.head_dim]))
-            };
-            Layer {
-                input_norm: plan.add(norm("input_layernorm"), vec![hidden]),
-                q: plan.linear(path("self_attn.q_proj"), q_width, hidden, c.qkv_bias),
-                k: plan.linear(path("self_attn.k_proj"), kv_width, hidden, c.qkv_bias),
-                v: plan.linear(path("self_attn.v_proj"), kv_width, hidden, c.qkv_bias),
-                o: plan.linear(path("self_attn.o_proj"), hidden, q_width, c.o_bias),
-                q_norm: of_heads(&mut plan, "q_norm"),
-                k_norm: of_heads(&mut plan, "k_norm"),
-                post_attention_norm: plan.add(norm("post_attention_layernorm"), vec![hidden]),
-                gate: plan.linear(path("mlp.gate_proj"), inner, hidden, c.mlp_bias),
-                up: plan.linear(path("mlp.up_proj"), inner, hidden, c.mlp_bias),
-                down: plan.linear(path("mlp.down_proj"), hidden, inner, c.mlp_bias),
+impl<F: FnMut(&str, &[usize]) -> Result<Var>> Builder<'_, F> {
+    fn add(&mut self, name: String, shape: &[usize]) -> Option<Parameter> {
+        match (self.make)(&name, shape) {
+            Ok(var) => {
+                let gradient = Some(self.parameters.len());
+                let parameter = Parameter { value: var.as_tensor().clone(), gradient };
+                self.names.push(name);
+                self.parameters.push(var);
+                Some(parameter)
             }
-        };
-        let layers = (0..c.num_hidden_layers).map(layer).collect();
-        let norm = plan.add("model.norm.weight".into(), vec![hidden]);
-        let head = match c.tie_word_embeddings {
-            true => EMBEDDING,
-            false => plan.add("lm_head.weight".into(), vec![c.vocab_size, hidden]),
-        };
-        (plan, Places { layers, norm, head })
-    }
-
-    fn add(&mut self, name: String, shape: Vec<usize>) -> usize {
-        self.shapes.push((name, shape));
-        self.shapes.len() - 1
-    }
-
-    fn linear(&mut self, name: String, rows: usize, cols: usize, bias: bool) -> Linear {
-        let weight = self.add(format!("{name}.weight"), vec![rows, cols]);
-        let bias = bias.then(|| self.add(format!("{name}.bias"), vec![rows]));
-        Linear { weight, bias, rows, cols }
+            Err(error) => {
+                self.error.get_or_insert(error);
+                None
+            }
+        }
     }
 }
 
-/// Buffers of a step, used again by the next.
+impl<F: FnMut(&str, &[usize]) -> Result<Var>> LayerSource for Builder<'_, F> {
+    fn norm(&mut self, module: String, width: usize) -> Option<Norm> {
+        let name = format!("{module}.weight");
+        let offset = gguf_offset(self.config, &name);
+        self.add(name, &[width]).map(|weight| Norm { weight, offset })
+    }
+
+    fn linear(&mut self, name: String, rows: usize, cols: usize, bias: bool) -> Option<Linear> {
+        let weight = self.add(format!("{name}.weight"), &[rows, cols])?;
+        let bias = if bias { Some(self.add(format!("{name}.bias"), &[rows])?) } else { None };
+        Some(Linear::trainable(name, weight, bias, rows, cols))
+    }
+}
+
+/// A frozen copy of a model's parameters.
+struct FrozenCopy<'a> {
+    config: &'a Config,
+    values: HashMap<&'a str, Tensor>,
+    error: Option<candle_core::Error>,
+}
+
+impl FrozenCopy<'_> {
+    fn note<T>(&mut self, result: Result<T>) -> Option<T> {
+        result.map_err(|error| self.error.get_or_insert(error)).ok()
+    }
+
+    fn vector(&mut self, name: &str) -> Option<Tensor> {
+        let copy = self.values[name].copy();
+        self.note(copy)
+    }
+
+    fn matrix(&mut self, name: &str) -> Option<Arc<FrozenMatrix>> {
+        let copy = || -> Result<Arc<FrozenMatrix>> {
+            let values = &self.values[name];
+            let (rows, cols) = values.dims2()?;
+            let matrix = FrozenMatrix::from_f32(&Values::of(values)?, rows, cols);
+            Ok(Arc::new(matrix.map_err(candle_core::Error::wrap)?))
+        };
+        let copy = copy();
+        self.note(copy)
+    }
+}
+
+impl LayerSource for FrozenCopy<'_> {
+    fn norm(&mut self, module: String, _width: usize) -> Option<Norm> {
+        let name = format!("{module}.weight");
+        let weight = Parameter::frozen(self.vector(&name)?);
+        let factors = Norm { weight, offset: gguf_offset(self.config, &name) }.factors();
+        self.note(factors).map(Norm::frozen)
+    }
+
+    fn linear(&mut self, name: String, _rows: usize, _cols: usize, bias: bool) -> Option<Linear> {
+        let weight = self.matrix(&format!("{name}.weight"))?;
+        let bias = if bias { Some(self.vector(&format!("{name}.bias"))?) } else { None };
+        Some(Linear::frozen(name, weight, bias))
+    }
+}
+
+/// Buffers of a step, reused by the next.
 #[derive(Debug, Default)]
 pub struct FullBuffers {
     work: Workspace,
@@ -144,16 +146,16 @@ pub struct FullBuffers {
     tapes: Vec<Tape>,
     /// The tape of layers that keep none.
     scratch: Tape,
-    /// The last layer's output and the gradient of the residual stream, `(N, hidden_size)`.
+    /// The residual stream and its gradient, `(N, hidden_size)`.
     x: Vec<f32>,
     dx: Vec<f32>,
-    read: Read,
+    read: TargetRows,
 }
 
-/// Rows of hidden states on their way to the head and back.
+/// The rows that predict something, on their way to the head and back.
 #[derive(Debug, Default)]
-struct Read {
-    /// The rows that predict something `(M, hidden_size)`, behind the norm, and the gradients.
+struct TargetRows {
+    /// `(M, hidden_size)`, behind the norm, and the gradients.
     x: Vec<f32>,
     normed: Vec<f32>,
     dnormed: Vec<f32>,
@@ -164,7 +166,7 @@ struct Read {
 impl FullModel {
     /// A model to train from the beginning, as GPT-2 begins (Radford et al. 2019): weights are normal
     /// with deviation `initializer_range`, those that write to the residual stream divided by
-    /// `sqrt(2 · layers)`; norms are 1 and biases 0. A row of a matrix depends on `seed`, its name and
+    /// `sqrt(2 · layers)`; norms multiply by 1 and biases are 0. A row of a matrix depends on `seed`, its name and
     /// its place alone.
     pub fn random(
         config: Config,
@@ -173,6 +175,7 @@ impl FullModel {
         compute: Compute,
     ) -> Result<Self> {
         let residual = initializer_range / (2.0 * config.num_hidden_layers as f64).sqrt();
+        let properties = config.clone();
         Self::with(config, compute, |name, shape| {
             let mut values = vec![0f32; shape.iter().product()];
             if let &[_, cols] = shape {
@@ -184,7 +187,7 @@ impl FullModel {
                     values.iter_mut().for_each(|value| *value = std * stream.normal());
                 });
             } else if name.ends_with("norm.weight") {
-                values.fill(1.0);
+                values.fill(1.0 - gguf_offset(&properties, name));
             }
             values
         })
@@ -205,76 +208,87 @@ impl FullModel {
             let reason = "a sequence classifier; needed lm_head.weight to train".into();
             return Err(ModelError::Tensors { path, reason });
         }
-        Ok(Self::of(&decoder)?)
-    }
-
-    /// A copy of a frozen decoder's weights, dequantized.
-    pub fn of(decoder: &Decoder) -> Result<Self> {
-        enum Source<'a> {
-            Matrix(&'a FrozenMatrix),
-            Vector(&'a Tensor),
+        let config = decoder.config.clone();
+        let mut matrices: HashMap<String, Arc<FrozenMatrix>> = HashMap::new();
+        for linear in decoder.layers.iter().flat_map(Layer::linears) {
+            matrices.insert(linear.name.clone(), linear.matrix()?.clone());
         }
-        Self::check_config(&decoder.config)?;
-        let mut sources = vec![Source::Matrix(&decoder.embedding)];
-        for layer in &decoder.layers {
-            let groups = [
-                (&layer.input_norm, layer.qkv.linears(), &layer.o, [&layer.q_norm, &layer.k_norm]),
-                (&layer.pre_feedforward_norm, layer.gate_up.linears(), &layer.down, [&None; 2]),
-            ];
-            for (norm, linears, last, of_heads) in groups {
-                sources.extend(norm.as_ref().map(Source::Vector));
-                for linear in linears.iter().chain([last]) {
-                    sources.push(Source::Matrix(&linear.weight));
-                    sources.extend(linear.bias.as_ref().map(Source::Vector));
+        matrices.insert(EMBEDDING_MODULE.into(), decoder.embedding.clone());
+        matrices.insert(HEAD_MODULE.into(), decoder.head.clone());
+        let mut fault = None;
+        let model = Self::with(config.clone(), compute, |name, shape| {
+            let mut values = vec![0f32; shape.iter().product()];
+            let module = name.strip_suffix(".weight").and_then(|module| matrices.get(module));
+            if let Some(matrix) = module {
+                matrix.read_tile(0..matrix.rows(), 0..matrix.cols(), &mut values);
+            } else {
+                // As it is stored: a frozen norm is kept as it multiplies.
+                match read_vector(checkpoint, &config, name, values.len()) {
+                    Ok(vector) => values = vector,
+                    Err(error) => fault = Some(error),
                 }
-                sources.extend(of_heads.into_iter().flatten().map(Source::Vector));
             }
-        }
-        sources.push(Source::Vector(&decoder.norm));
-        if !decoder.config.tie_word_embeddings {
-            sources.push(Source::Matrix(&decoder.head));
-        }
-        let mut sources = sources.into_iter();
-        Self::with(decoder.config.clone(), decoder.compute, |_, shape| {
-            match sources.next().expect("the plan of the same config") {
-                Source::Matrix(matrix) => {
-                    let mut values = vec![0f32; shape.iter().product()];
-                    matrix.read_tile(0..matrix.rows(), 0..matrix.cols(), &mut values);
-                    values
-                }
-                Source::Vector(vector) => vector.to_vec1::<f32>().expect("an F32 vector"),
-            }
-        })
+            values
+        })?;
+        fault.map_or(Ok(model), Err)
     }
 
     /// A model whose parameters of a name and shape have these values.
-    pub fn with(
+    fn with(
         config: Config,
         compute: Compute,
         mut values: impl FnMut(&str, &[usize]) -> Vec<f32>,
     ) -> Result<Self> {
-        Self::check_config(&config)?;
-        let (plan, places) = Plan::of(&config);
-        let (mut names, mut parameters) = (Vec::new(), Vec::new());
-        for (name, shape) in plan.shapes {
-            parameters.push(Var::from_vec(values(&name, &shape), shape, &Device::Cpu)?);
-            names.push(name);
+        Self::build(config, compute, |name, shape| {
+            Var::from_vec(values(name, shape), shape, &Device::Cpu)
+        })
+    }
+
+    /// A model of parameters that `make` gives by name and shape, in their order.
+    fn build(
+        config: Config,
+        compute: Compute,
+        make: impl FnMut(&str, &[usize]) -> Result<Var>,
+    ) -> Result<Self> {
+        let (vocab_size, hidden_size) = (config.vocab_size, config.hidden_size);
+        let mut builder = Builder {
+            config: &config,
+            make,
+            names: Vec::new(),
+            parameters: Vec::new(),
+            error: None,
+        };
+        builder.add(format!("{EMBEDDING_MODULE}.weight"), &[vocab_size, hidden_size]);
+        let layers = (0..config.num_hidden_layers).map(|i| layers::build(&config, i, &mut builder));
+        let layers: Option<Vec<Layer>> = layers.collect();
+        let norm = builder.norm("model.norm".into(), hidden_size);
+        let mut head = EMBEDDING;
+        if !config.tie_word_embeddings {
+            head = builder.parameters.len();
+            builder.add(format!("{HEAD_MODULE}.weight"), &[vocab_size, hidden_size]);
         }
-        Ok(Self { config, compute, names, parameters, places })
+        let Builder { names, parameters, error, .. } = builder;
+        if let Some(error) = error {
+            return Err(error);
+        }
+        let (layers, norm) = layers.zip(norm).expect("everything was made");
+        let inv_freq = config.inv_freq();
+        Ok(Self { config, compute, names, parameters, layers, norm, head, inv_freq })
     }
 
     /// The same model with its parameters on a device, where its micro-batches then compute.
     ///
     /// # Errors
     /// If the form is not the portable one, or the device has too little memory.
-    pub fn on(mut self, device: &Device) -> Result<Self> {
+    pub fn on(self, device: &Device) -> Result<Self> {
         if self.compute.backend != BackendKind::Reference {
             candle_core::bail!("compute is {}, needed portable on a device", self.compute);
         }
-        for var in &mut self.parameters {
-            *var = Var::from_tensor(&var.as_detached_tensor().to_device(device)?)?;
-        }
-        Ok(self)
+        let mut parameters = self.parameters.into_iter();
+        Self::build(self.config, self.compute, |_, _| {
+            let var = parameters.next().expect("as many as before");
+            Var::from_tensor(&var.as_detached_tensor().to_device(device)?)
+        })
     }
 
     /// Where its parameters are.
@@ -285,20 +299,6 @@ impl FullModel {
     /// The parameters on the CPU, copied if they are elsewhere.
     pub fn on_cpu(&self) -> Result<Vec<Tensor>> {
         self.parameters.iter().map(|var| var.as_detached_tensor().to_device(&Device::Cpu)).collect()
-    }
-
-    /// Whether all weights of such a decoder can train.
-    ///
-    /// # Errors
-    /// What it has that is computed for frozen weights only.
-    pub fn check_config(config: &Config) -> Result<()> {
-        match config.beyond_llama() {
-            Some(what) => candle_core::bail!(
-                "all weights of {what} cannot train here, those of a plain llama, qwen2 or qwen3 can; \
-                 adapters on it can"
-            ),
-            None => Ok(()),
-        }
     }
 
     /// Whether each parameter decays: matrices do, norms and biases do not, as in transformers'
@@ -324,49 +324,32 @@ impl FullModel {
     /// # Errors
     /// If that is not the CPU and `compute` not portable.
     pub fn decoder(&self, compute: Compute) -> Result<Decoder> {
-        let values = self.on_cpu()?;
-        let matrix = |index: usize| -> Result<Arc<FrozenMatrix>> {
-            let (rows, cols) = values[index].dims2()?;
-            let matrix = FrozenMatrix::from_f32(&Values::of(&values[index])?, rows, cols);
-            Ok(Arc::new(matrix.map_err(candle_core::Error::wrap)?))
-        };
-        let vector = |index: usize| values[index].copy();
-        let linear = |linear: &Linear| -> Result<layers::Linear> {
-            let name = self.names[linear.weight].trim_end_matches(".weight").to_string();
-            let bias = linear.bias.map(vector).transpose()?;
-            Ok(layers::Linear { name, weight: matrix(linear.weight)?, uploaded: None, bias })
-        };
-        let layer = |(index, layer): (usize, &Layer)| -> Result<layers::Layer> {
-            Ok(layers::Layer {
-                input_norm: Some(vector(layer.input_norm)?),
-                qkv: Shared::Apart([linear(&layer.q)?, linear(&layer.k)?, linear(&layer.v)?]),
-                q_norm: layer.q_norm.map(vector).transpose()?,
-                k_norm: layer.k_norm.map(vector).transpose()?,
-                o: linear(&layer.o)?,
-                post_attention_norm: None,
-                pre_feedforward_norm: Some(vector(layer.post_attention_norm)?),
-                gate_up: Shared::Apart([linear(&layer.gate)?, linear(&layer.up)?]),
-                down: linear(&layer.down)?,
-                post_feedforward_norm: None,
-                scores: self.config.scores(index),
-                rope: self.config.rope_of(index),
-            })
-        };
-        let embedding = matrix(EMBEDDING)?;
-        let head = match self.places.head {
+        let values = self.names.iter().map(String::as_str).zip(self.on_cpu()?).collect();
+        let mut copy = FrozenCopy { config: &self.config, values, error: None };
+        let embedding = copy.matrix(&self.names[EMBEDDING]);
+        let head = match self.head {
             EMBEDDING => embedding.clone(),
-            head => matrix(head)?,
+            head => copy.matrix(&self.names[head]),
         };
+        let layers = (0..self.config.num_hidden_layers)
+            .map(|index| layers::build(&self.config, index, &mut copy))
+            .collect::<Option<Vec<_>>>();
+        let norm = copy.norm("model.norm".into(), self.config.hidden_size);
+        if let Some(error) = copy.error {
+            return Err(error);
+        }
+        let copied = embedding.zip(head).zip(layers.zip(norm));
+        let ((embedding, head), (layers, norm)) = copied.expect("everything was copied");
         let decoder = Decoder {
             config: self.config.clone(),
             compute,
             device: Device::Cpu,
             embedding,
-            layers: self.places.layers.iter().enumerate().map(layer).collect::<Result<_>>()?,
-            norm: vector(self.places.norm)?,
+            layers,
+            norm: norm.weight.value,
             head,
             uploaded_head: None,
-            inv_freq: self.config.inv_freq(),
+            inv_freq: self.inv_freq.clone(),
         };
         match self.device() {
             Device::Cpu => Ok(decoder),
@@ -378,8 +361,8 @@ impl FullModel {
     /// sum times `scale` (1 / the count of the whole step) are added to `gradients`, in the order of
     /// the parameters.
     ///
-    /// Layers below the uppermost `kept_layers` keep only their input on the way up and are
-    /// recomputed on the way down; in the portable form all keep all.
+    /// Layers below the uppermost `kept_layers` keep only their input in the forward pass and are
+    /// recomputed in the backward pass; in the portable form all keep everything.
     ///
     /// # Errors
     /// If a token or target is outside the vocabulary, or the rows do not part the tokens.
@@ -399,51 +382,34 @@ impl FullModel {
             return self.portable(batch, scale, gradients);
         }
         let panels = self.compute.precision.panels();
-        let isa = Isa::current();
-        let values: Vec<Values> =
-            self.parameters.iter().map(|var| Values::of(var)).collect::<Result<_>>()?;
-        let values: Vec<&[f32]> = values.iter().map(|values| &**values).collect();
-        let rotation = Rotation::new(&batch.positions, &self.config.inv_freq());
-        let rotation = rotation.grown(self.config.rope_growth());
-        let segments = &batch.segments[..];
-        let layers = &self.places.layers;
-        let pass = |index: usize| LayerPass {
-            config: &self.config,
-            layer: &layers[index],
-            values: &values,
-            segments,
-            rotation: &rotation,
-            isa,
-            panels,
-            tokens: batch.tokens.len(),
+        let (isa, width) = (Isa::current(), self.config.hidden_size);
+        let variation = &self.config.variation;
+        let rows = Rows {
+            tokens: batch.tokens.clone(),
+            positions: batch.positions.clone(),
+            segments: batch.segments.clone().into(),
         };
-        let kept = |index: usize| index + kept_layers >= layers.len();
+        let pass = Pass::new(&self.config, &self.inv_freq, &rows, Adapters::NONE, None);
+        let layer = |index: usize| {
+            LayerPass::new(&self.config, &self.layers[index], &pass, self.compute.precision)
+        };
+        let layers = self.layers.len();
+        let kept = |index: usize| index + kept_layers >= layers;
 
-        // Up.
+        // Forward.
         let FullBuffers { work, tapes, scratch, x, dx, read } = buffers;
-        let width = self.config.hidden_size;
-        tapes.resize_with(layers.len().max(tapes.len()), Tape::default);
-        let bottom = tapes.first_mut().map_or(&mut *x, |tape| &mut tape.x);
-        embed(values[EMBEDDING], width, &batch.tokens, bottom);
-        for index in 0..layers.len() {
-            let (below, above) = tapes.split_at_mut(index + 1);
-            let out = match above.first_mut().filter(|_| index + 1 < layers.len()) {
-                Some(tape) => &mut tape.x,
-                None => &mut *x,
-            };
-            let tape = &mut below[index];
-            if kept(index) {
-                pass(index).forward(tape, out, work);
-            } else {
-                std::mem::swap(&mut scratch.x, &mut tape.x);
-                pass(index).forward(scratch, out, work);
-                std::mem::swap(&mut scratch.x, &mut tape.x);
-            }
+        embed(&Values::of(&self.parameters[EMBEDDING])?, width, &batch.tokens, x);
+        scale_values(x, variation.embedding_multiplier);
+        tapes.resize_with(layers.max(tapes.len()), Tape::default);
+        for (index, tape) in tapes[..layers].iter_mut().enumerate() {
+            tape.x.clear();
+            tape.x.extend_from_slice(x);
+            let tape = if kept(index) { tape } else { &mut *scratch };
+            layer(index).forward(x, tape, kept(index), work, None)?;
         }
 
-        // Read and judge.
+        // Loss.
         let eps = self.config.rms_norm_eps as f32;
-        let Places { norm, head, .. } = self.places;
         let targets = &batch.targets;
         read.targets.clear();
         read.targets.extend(targets.iter().map(|&(_, token)| token));
@@ -452,44 +418,48 @@ impl FullModel {
         }
         let rows = read.x.par_chunks_exact_mut(width).with_min_len(64).zip(targets);
         rows.for_each(|(to, &(row, _))| to.copy_from_slice(&x[row as usize * width..][..width]));
-        rms_norm::forward(isa, &read.x, values[norm], eps, &mut read.normed);
-        let grad = LearnGrad { x: &mut read.dnormed, head: &mut gradients[head] };
-        let loss = learn(panels, &read.normed, values[head], &read.targets, scale as f32, grad);
+        self.norm.with_factors(|w| rms_norm::forward(isa, &read.x, w, eps, &mut read.normed))?;
+        scale_values(&mut read.normed, variation.logits_multiplier);
+        let head = Values::of(&self.parameters[self.head])?;
+        let grad = LearnGrad { x: &mut read.dnormed, head: &mut gradients[self.head] };
+        let targets_and_cap = (&read.targets[..], self.config.logit_softcap(1.0));
+        let loss = learn(panels, &read.normed, &head, targets_and_cap, scale as f32, grad);
+        drop(head);
 
-        // Down.
+        // Backward.
+        scale_values(&mut read.dnormed, variation.logits_multiplier);
         for (buffer, length) in [(&mut *dx, x.len()), (&mut read.dx, read.x.len())] {
             buffer.clear();
             buffer.resize(length, 0.0);
         }
-        rms_norm::backward_with_weight(
-            isa,
-            &read.x,
-            values[norm],
-            eps,
-            &read.dnormed,
-            &mut read.dx,
-            &mut gradients[norm],
-            work.shares(),
-        );
+        let index = self.norm.weight.gradient.expect("all parameters train");
+        let (dw, shares) = (&mut gradients[index], &mut work.norm_shares);
+        self.norm.with_factors(|w| {
+            let (x, dy, dx) = (&read.x, &read.dnormed, &mut read.dx);
+            rms_norm::backward_with_weight(isa, x, w, eps, dy, dx, dw, shares);
+        })?;
         for (&(row, _), from) in targets.iter().zip(read.dx.chunks_exact(width)) {
             let to = &mut dx[row as usize * width..][..width];
             to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
         }
-        for index in (0..layers.len()).rev() {
-            let tape = &mut tapes[index];
-            if kept(index) {
-                pass(index).backward(tape, dx, gradients, work);
-            } else {
+        let places = HashMap::new();
+        for index in (0..layers).rev() {
+            let mut tape = &mut tapes[index];
+            if !kept(index) {
                 std::mem::swap(&mut scratch.x, &mut tape.x);
-                pass(index).forward(scratch, x, work);
-                pass(index).backward(scratch, dx, gradients, work);
+                x.copy_from_slice(&scratch.x);
+                layer(index).forward(x, scratch, true, work, None)?;
+                tape = scratch;
             }
+            let mut sink = AdapterGradients { places: &places, gradients: &mut *gradients };
+            layer(index).backward(dx, tape, None, &mut sink, work)?;
         }
+        scale_values(dx, variation.embedding_multiplier);
         embed_back(&batch.tokens, dx, width, &mut gradients[EMBEDDING]);
         Ok(loss)
     }
 
-    /// What threads must not meet.
+    /// Fails on a batch that is not of this model: threads must not meet one.
     fn check(&self, batch: &Batch) -> Result<()> {
         let (n, vocabulary) = (batch.tokens.len(), self.config.vocab_size);
         let targets = batch.targets.iter().map(|&(_, token)| token);
@@ -519,7 +489,13 @@ fn embed(embedding: &[f32], width: usize, tokens: &[u32], x: &mut Vec<f32>) {
     });
 }
 
-/// Rows of the embedding whose gradient a thread adds up.
+fn scale_values(values: &mut [f32], factor: f64) {
+    if factor != 1.0 {
+        values.iter_mut().for_each(|value| *value *= factor as f32);
+    }
+}
+
+/// Rows of the embedding whose gradient a thread sums.
 const EMBEDDING_ROWS: usize = 512;
 
 /// Adds the gradient `dx (N, width)` of embedded tokens to that of the embedding `(V, width)`.
@@ -540,10 +516,10 @@ fn embed_back(tokens: &[u32], dx: &[f32], width: usize, gradient: &mut [f32]) {
 pub fn working_bytes(config: &Config, tokens: usize, kept_layers: usize) -> usize {
     let layers = config.num_hidden_layers;
     let kept = kept_layers.min(layers);
-    let tape = Tape::width(config);
-    let tapes = kept * tape + (layers - kept) * config.hidden_size;
+    let tape = Tape::trainable_bytes(config, tokens);
+    let streams = tokens * config.hidden_size * size_of::<f32>();
+    let tapes = kept * tape + (layers - kept) * streams;
     let scratch = if kept < layers { tape } else { 0 };
     // The stream, its gradient, and the head's rows, beside what layers share.
-    let streams = 6 * config.hidden_size;
-    (tapes + scratch + streams + Workspace::width(config)) * tokens * size_of::<f32>()
+    tapes + scratch + 6 * streams + Tape::trainable_shared_bytes(config, tokens)
 }

@@ -1,14 +1,15 @@
 //! The portable form of a micro-batch: differentiable candle ops on the tape. It defines the answer.
 
 use candle_core::backprop::GradStore;
-use candle_core::{D, Result, Tensor};
+use candle_core::{Result, Tensor};
 
-use super::{EMBEDDING, FullModel, Layer, Linear};
+use super::{EMBEDDING, FullModel};
 use crate::data::Batch;
-use crate::ops::rope::Rotation;
-use crate::ops::{Compute, Segment, causal_attention, rms_norm, rope, swiglu};
-
-use std::sync::Arc;
+use crate::model::adapters::Adapters;
+use crate::model::layer::reference::TensorLayerPass;
+use crate::model::pass::{Pass, Rows};
+use crate::ops::linear_cross_entropy::log_probs_of_logits;
+use crate::ops::{Compute, rms_norm};
 
 impl FullModel {
     /// [`FullModel::accumulate`] in the portable form with gradients where the parameters are, F32 in
@@ -54,67 +55,40 @@ impl FullModel {
 
     /// The sum of `-log p(target)`, and the gradients of that times `scale`.
     fn judged(&self, batch: &Batch, scale: f64) -> Result<(f64, GradStore)> {
-        let rotation = Rotation::new(&batch.positions, &self.config.inv_freq());
-        let rotation = rotation.grown(self.config.rope_growth());
-        let segments: Arc<[Segment]> = batch.segments.clone().into();
+        let variation = &self.config.variation;
+        let rows = Rows {
+            tokens: batch.tokens.clone(),
+            positions: batch.positions.clone(),
+            segments: batch.segments.clone().into(),
+        };
+        let pass = Pass::new(&self.config, &self.inv_freq, &rows, Adapters::NONE, None);
         let embedding = self.parameter(EMBEDDING);
         let tokens = Tensor::new(&batch.tokens[..], embedding.device())?;
-        let mut x = embedding.index_select(&tokens, 0)?; // (N, H)
-        for layer in &self.places.layers {
-            x = self.layer(layer, &x, &rotation, &segments)?;
+        let mut x = scaled(embedding.index_select(&tokens, 0)?, variation.embedding_multiplier)?; // (N, H)
+        for layer in &self.layers {
+            let (config, pass, compute) = (&self.config, &pass, Compute::REFERENCE);
+            x = TensorLayerPass { config, layer, pass, compute }.forward(&x, None)?;
         }
 
         let (rows, targets): (Vec<u32>, Vec<u32>) = batch.targets.iter().copied().unzip();
         let count = rows.len();
         let rows = Tensor::from_vec(rows, count, x.device())?;
-        let x = self.norm(self.places.norm, &x.index_select(&rows, 0)?)?; // (M, H)
-        let logits = x.matmul(&self.parameter(self.places.head).t()?)?; // (M, V)
-        let logps = candle_nn::ops::log_softmax(&logits, D::Minus1)?;
-        let targets = Tensor::from_vec(targets, (count, 1), x.device())?;
-        let loss = logps.gather(&targets, 1)?.sum_all()?.neg()?;
+        let (norm, eps) = (self.norm.factors()?, self.config.rms_norm_eps);
+        let x = rms_norm(&x.index_select(&rows, 0)?, &norm, eps, Compute::REFERENCE)?; // (M, H)
+        let x = scaled(x, variation.logits_multiplier)?;
+        let logits = x.matmul(&self.parameter(self.head).t()?)?; // (M, V)
+        let logps = log_probs_of_logits(logits, &targets, self.config.logit_softcap(1.0))?;
+        let loss = logps.sum_all()?.neg()?;
 
         let store = (&loss * scale)?.backward()?;
         Ok((f64::from(loss.to_scalar::<f32>()?), store))
     }
 
-    /// `x (N, hidden_size)` → the same shape.
-    fn layer(
-        &self,
-        layer: &Layer,
-        x: &Tensor,
-        rotation: &Rotation,
-        segments: &Arc<[Segment]>,
-    ) -> Result<Tensor> {
-        const P: Compute = Compute::REFERENCE;
-        let heads = self.config.heads();
-        let h = self.norm(layer.input_norm, x)?;
-        let of_heads = |norm: Option<usize>, x: Tensor| match norm {
-            Some(norm) => self.norm(norm, &x.reshape(((), heads.head_dim))?)?.reshape(x.shape()),
-            None => Ok(x),
-        };
-        let q = rope(&of_heads(layer.q_norm, self.linear(&layer.q, &h)?)?, rotation, P)?;
-        let k = rope(&of_heads(layer.k_norm, self.linear(&layer.k, &h)?)?, rotation, P)?;
-        let v = self.linear(&layer.v, &h)?;
-        let attended = causal_attention(&q, &k, &v, heads, segments, None, P)?;
-        let x = (x + self.linear(&layer.o, &attended)?)?;
-        let h = self.norm(layer.post_attention_norm, &x)?;
-        let inner = swiglu(&self.linear(&layer.gate, &h)?, &self.linear(&layer.up, &h)?, P)?;
-        x + self.linear(&layer.down, &inner)?
-    }
-
     fn parameter(&self, index: usize) -> &Tensor {
         self.parameters[index].as_tensor()
     }
+}
 
-    fn norm(&self, index: usize, x: &Tensor) -> Result<Tensor> {
-        rms_norm(x, self.parameter(index), self.config.rms_norm_eps, Compute::REFERENCE)
-    }
-
-    fn linear(&self, linear: &Linear, x: &Tensor) -> Result<Tensor> {
-        let y = x.matmul(&self.parameter(linear.weight).t()?)?;
-        match linear.bias {
-            Some(bias) => y.broadcast_add(self.parameter(bias)),
-            None => Ok(y),
-        }
-    }
+fn scaled(x: Tensor, factor: f64) -> Result<Tensor> {
+    if factor == 1.0 { Ok(x) } else { x * factor }
 }

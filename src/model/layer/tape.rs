@@ -1,43 +1,33 @@
-//! What a layer keeps for the way down, the buffers that layers share, and the bytes of both.
+//! What a layer keeps for the backward pass, the buffers that layers share, and the bytes of both.
 
 use half::f16;
 
-use crate::model::config::{Config, Norms, QkNorm};
-use crate::model::decode_linear;
+use super::attention::AttentionTape;
+use super::feed_forward::FeedForwardTape;
+use crate::model::config::{Config, Norms};
+use crate::model::decode_linear::DecodeBuffers;
 use crate::ops::gemm::{PackedRows, PanelType};
 use crate::ops::{Compute, half_tape};
 
-/// What a layer keeps for the way down. No product need be computed again from it.
+/// What a layer keeps for the backward pass. No product is computed again from it.
 #[derive(Debug, Default)]
 pub struct Tape {
     /// Its input `(N, hidden_size)`.
     pub x: Vec<f32>,
-    pub(super) q: Vec<f32>,
-    pub(super) k: Vec<f32>,
-    pub(super) v: Vec<f32>,
-    pub(super) attended: Kept,
-    pub(super) lse: Vec<f32>,
-    /// Queries and keys before their norms, where they have some.
-    pub(super) raw_q: Vec<f32>,
-    pub(super) raw_k: Vec<f32>,
-    /// The residual stream between attention and feed-forward layer.
-    pub(super) middle: Vec<f32>,
-    /// What o and down gave, before the norms behind them, where there are some.
-    pub(super) attention_branch: Vec<f32>,
-    pub(super) inner_branch: Vec<f32>,
-    pub(super) gate: Kept,
-    pub(super) up: Kept,
-    pub(super) lows: [Lows; 7],
+    pub(super) attention: AttentionTape,
+    /// The residual stream between attention and feed-forward block.
+    pub(super) post_attention_residual: Vec<f32>,
+    pub(super) feed_forward: FeedForwardTape,
 }
 
-/// A product kept for the way down: as it is, or in 16 bits where products are integers' anyway.
+/// Values kept for the backward pass: as they are, or in 16 bits where products are rounded anyway.
 #[derive(Debug, Default)]
-pub(super) struct Kept {
+pub(super) struct TapeBuffer {
     exact: Vec<f32>,
     half: Vec<f16>,
 }
 
-impl Kept {
+impl TapeBuffer {
     /// Takes what is in `values`, in exchange for the buffer that was kept before.
     pub(super) fn keep(&mut self, panel: PanelType, values: &mut Vec<f32>) {
         match panel {
@@ -78,18 +68,43 @@ impl Kept {
     }
 }
 
-/// What is kept of a linear layer for the gradients of its updates.
+/// What a linear layer keeps for the gradients of its adapters.
 #[derive(Debug, Default)]
-pub(super) struct Lows {
+pub(super) struct LoraTape {
     /// `x · Aᵀ (N, r)` of each update.
-    pub(super) low: Vec<Vec<f32>>,
-    /// The base's own product `(N, out)`, where magnitudes train.
-    pub(super) base: Kept,
+    pub(super) hidden: Vec<Vec<f32>>,
+    /// The base's own product `(N, out)`, if DoRA magnitudes train.
+    pub(super) base: TapeBuffer,
+}
+
+/// Takes a buffer out of the workspace, of that length. Its values are arbitrary.
+pub(super) fn take(buffer: &mut Vec<f32>, len: usize) -> Vec<f32> {
+    let mut buffer = std::mem::take(buffer);
+    buffer.resize(len, 0.0);
+    buffer
 }
 
 impl Tape {
     /// Bytes of the buffers that all layers share, beside the tapes.
     pub fn shared_bytes(config: &Config, compute: Compute, tokens: usize, sizes: &Sizes) -> usize {
+        let (floats, packed) = Self::shared_width(config, sizes);
+        let packed = match compute.precision.backward_panel() {
+            PanelType::Int16 | PanelType::Int8 => packed / 2,
+            PanelType::F32 => packed,
+        };
+        // Of the layers that share an input, most of a layer's updates; as they are, packed, and
+        // their gradients.
+        (floats + packed + 2 * sizes.ranks) * tokens * size_of::<f32>()
+    }
+
+    /// [`Self::shared_bytes`] of layers whose weights all train: gradients are packed twice.
+    pub(in crate::model) fn trainable_shared_bytes(config: &Config, tokens: usize) -> usize {
+        let (floats, packed) = Self::shared_width(config, &Sizes::default());
+        (floats + 2 * packed) * tokens * size_of::<f32>()
+    }
+
+    /// Values of a token in the buffers that all layers share, and in packed ones.
+    fn shared_width(config: &Config, sizes: &Sizes) -> (usize, usize) {
         let (h, i) = (config.hidden_size, config.intermediate_size);
         let q = config.num_attention_heads * config.head_dim;
         let kv = config.num_key_value_heads * config.head_dim;
@@ -111,36 +126,34 @@ impl Tape {
             floats += input + 2 * h + input;
             packed += input;
         }
-        let packed = match compute.precision.backward_panel() {
-            PanelType::Int16 | PanelType::Int8 => packed / 2,
-            PanelType::F32 => packed,
-        };
-        // Of the layers that share an input, most of a layer's updates; as they are, packed, and
-        // their gradients.
-        (floats + packed + 2 * sizes.ranks) * tokens * size_of::<f32>()
+        (floats, packed)
     }
 
     /// Bytes a tape of `tokens` tokens takes.
     pub fn bytes(config: &Config, compute: Compute, tokens: usize, sizes: &Sizes) -> usize {
-        let q = config.num_attention_heads * config.head_dim;
-        let kv = config.num_key_value_heads * config.head_dim;
-        let kept = q + 2 * config.intermediate_size + sizes.magnitudes;
-        let kept = match compute.precision.forward_panel() {
-            PanelType::Int16 | PanelType::Int8 => kept / 2,
-            PanelType::F32 => kept,
-        };
-        let mut width = 2 * config.hidden_size + q + 2 * kv + kept;
-        if config.family.qk_norm != QkNorm::None {
-            width += q + kv;
-        }
+        let halved = compute.precision.forward_panel() != PanelType::F32;
+        Self::bytes_as(config, halved, tokens, sizes)
+    }
+
+    /// [`Self::bytes`] of a layer whose weights all train: nothing is kept in 16 bits.
+    pub(in crate::model) fn trainable_bytes(config: &Config, tokens: usize) -> usize {
+        Self::bytes_as(config, false, tokens, &Sizes::default())
+    }
+
+    fn bytes_as(config: &Config, halved: bool, tokens: usize, sizes: &Sizes) -> usize {
+        let (attention, attended) = AttentionTape::width(config);
+        let (block, products) = FeedForwardTape::width(config);
+        let kept = attended + products + sizes.magnitudes;
+        let kept = if halved { kept / 2 } else { kept };
+        let mut width = 2 * config.hidden_size + attention + block + kept;
         if config.family.norms != Norms::Before {
             width += 2 * config.hidden_size;
         }
-        (width + config.num_attention_heads + sizes.ranks) * tokens * size_of::<f32>()
+        (width + sizes.ranks) * tokens * size_of::<f32>()
     }
 }
 
-/// How large the updates are that a layer wears: what its tape and its buffers depend on.
+/// Sizes of a layer's updates, which its tape and its buffers depend on.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Sizes {
     /// Ranks of all its updates together.
@@ -151,42 +164,48 @@ pub struct Sizes {
     pub dropout: bool,
 }
 
-/// Buffers of a pass, used again by every layer and every pass.
+/// Buffers of a pass, reused by every layer and every pass.
 #[derive(Debug, Default)]
 pub struct Workspace {
     pub(super) normed: Vec<f32>,
     pub(super) attended: Vec<f32>,
-    pub(in crate::model) decode: decode_linear::Buffers,
+    pub(super) decode: DecodeBuffers,
     pub(super) gate: Vec<f32>,
     pub(super) up: Vec<f32>,
     pub(super) inner: Vec<f32>,
-    pub(super) x: PackedRows,
-    pub(super) x_of_update: PackedRows,
-    pub(super) masked: PackedRows,
-    pub(super) lows: Vec<PackedRows>,
-    pub(super) dys: [PackedRows; 3],
-    pub(super) dlows: Vec<Vec<f32>>,
-    /// The base's products where DoRA scales them, and gradients on their way to the base.
-    pub(super) bases: [Vec<f32>; 3],
-    pub(super) scaled: Vec<f32>,
-    pub(super) dbases: [PackedRows; 3],
-    /// Dropout's of the updates at hand, `(N, in)`.
-    pub(super) masks: Vec<Vec<f32>>,
-    pub(super) through: Vec<f32>,
-    pub(super) turned: Vec<f32>,
-    pub(super) factors: Vec<PackedRows>,
-    pub(super) products: Vec<Vec<f32>>,
+    /// The output of o or down, and its gradient.
+    pub(super) branch: Vec<f32>,
+    pub(super) dbranch: Vec<f32>,
     pub(super) dinner: Vec<f32>,
     pub(super) dnormed: Vec<f32>,
     pub(super) dattended: Vec<f32>,
     pub(super) dq: Vec<f32>,
     pub(super) dk: Vec<f32>,
     pub(super) dv: Vec<f32>,
-    /// Gradients of queries, keys or a branch before a norm.
-    pub(super) draw: Vec<f32>,
-    /// Outputs of linear layers side by side, where they are one module, and their gradient.
+    /// Gradient of queries or keys before a norm.
+    pub(super) d_pre_norm: Vec<f32>,
+    /// Parts of the gradient of a trainable norm.
+    pub(in crate::model) norm_shares: Vec<f32>,
+    /// Outputs of a fused projection, and their gradient.
     pub(super) side_by_side: Vec<f32>,
-    /// What o or down gave, and its gradient.
-    pub(super) branch: Vec<f32>,
-    pub(super) dbranch: Vec<f32>,
+    /// The input of linear layers, packed; as updates read it; and behind dropout.
+    pub(super) x: PackedRows,
+    pub(super) x_of_update: PackedRows,
+    pub(super) masked: PackedRows,
+    /// Hidden values of LoRA, or their gradients, packed.
+    pub(super) lora_hidden: Vec<PackedRows>,
+    /// Gradients of outputs, packed; and transposed, for weights that train.
+    pub(super) dys: Vec<PackedRows>,
+    pub(super) turned_dys: Vec<PackedRows>,
+    pub(super) dhidden: Vec<Vec<f32>>,
+    /// The base's products that DoRA scales, and gradients that go back through the scales.
+    pub(super) bases: Vec<Vec<f32>>,
+    pub(super) scaled: Vec<f32>,
+    pub(super) dbases: Vec<PackedRows>,
+    /// Dropout masks of the present updates, `(N, in)`.
+    pub(super) masks: Vec<Vec<f32>>,
+    pub(super) through: Vec<f32>,
+    pub(super) transposed: Vec<f32>,
+    pub(super) factors: Vec<PackedRows>,
+    pub(super) products: Vec<Vec<f32>>,
 }

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use candle_core::Result;
 use rayon::prelude::*;
 
-use super::tape::{Kept, Lows, Workspace};
+use super::linear::LinearGrad;
+use super::tape::{TapeBuffer, Workspace};
 use super::{AdapterGradients, CHUNK, LayerPass, times};
 use crate::model::layers::Linear;
 use crate::ops::Values;
@@ -62,7 +63,7 @@ struct Trained<'a> {
     /// `x · Aᵀ` and its gradient, `(N, r)`.
     low: &'a [f32],
     dlow: &'a [f32],
-    base: &'a Kept,
+    base: &'a TapeBuffer,
     update: &'a Update<'a>,
 }
 
@@ -95,9 +96,9 @@ impl<'a> LayerPass<'a> {
                         drawn - 1
                     });
                     let b = Values::of(lora.b.as_tensor())?;
-                    let dora = match lora.row_norms(&*linear.weight)? {
+                    let dora = match lora.row_norms(&**linear.matrix()?)? {
                         Some(norms) => {
-                            let scales = lora.row_scales(&*linear.weight)?;
+                            let scales = lora.row_scales(&**linear.matrix()?)?;
                             let scales = scales.expect("norms are of magnitudes");
                             let rows = b.chunks_exact(lora.r()).zip(&scales);
                             let b = rows.flat_map(|(b, s)| b.iter().map(move |b| b * s)).collect();
@@ -125,7 +126,7 @@ impl<'a> LayerPass<'a> {
     /// `dA += dlowᵀ · x` and `dB += scale · dyᵀ · low` of trainable updates.
     pub(super) fn lora_gradients(
         &self,
-        linears: &[(&Linear, &[f32], &Lows)],
+        linears: &[LinearGrad],
         x: &[f32],
         updates: &[Vec<Update>],
         dlows: &[Vec<f32>],
@@ -133,15 +134,15 @@ impl<'a> LayerPass<'a> {
         work: &mut Workspace,
     ) -> Result<()> {
         let (n, isa, panel) = (self.tokens, self.isa, self.backward);
-        let width = linears[0].0.weight.cols();
+        let width = linears[0].0.cols();
         let dense = |values, cols| Weights::Dense { values, cols, scale: 1.0 };
         let mut dlow = dlows.iter();
         let mut trained = Vec::new();
-        for ((linear, dy, lows), updates) in linears.iter().zip(updates) {
-            for (update, low) in updates.iter().zip(&lows.low) {
+        for ((linear, dy, tape), updates) in linears.iter().zip(updates) {
+            for (update, low) in updates.iter().zip(&tape.hidden) {
                 let dlow = dlow.next().expect("one for every update");
                 if update.trainable {
-                    trained.push(Trained { linear, dy, low, base: &lows.base, update, dlow });
+                    trained.push(Trained { linear, dy, low, base: &tape.base, update, dlow });
                 }
             }
         }
@@ -165,7 +166,7 @@ impl<'a> LayerPass<'a> {
         let count = 1 + masked.len() + trained.len();
         work.factors.resize_with(count.max(work.factors.len()), PackedRows::default);
         work.products.resize_with(count.max(work.products.len()), Vec::new);
-        let turned = &mut work.turned;
+        let turned = &mut work.transposed;
         let mut factors = work.factors.iter_mut();
         let mut pack = |turned: &[f32]| {
             let factor = factors.next().expect("as many as were counted");
@@ -187,7 +188,7 @@ impl<'a> LayerPass<'a> {
         let of_masks = masked.iter().map(|&(one, mask)| (&work.masks[mask], one.update.r));
         sources.extend(of_masks.map(|(x, r)| (dense(x, width), r, width)));
         sources.extend(trained.iter().map(|one| {
-            let out = one.linear.weight.rows();
+            let out = one.linear.rows();
             (dense(one.dy, out), one.update.r, out)
         }));
         let mut products = Vec::new();
@@ -223,7 +224,7 @@ impl<'a> LayerPass<'a> {
             let scales = update.dora.as_ref().map(|dora| &dora.scales[..]);
             add_turned(&mut gradients.gradients[place + 1], db, update.r, update.scale, scales);
             if let Some(dora) = &update.dora {
-                let base = base.read(self.forward, &mut work.scaled); // (N, out)
+                let base = base.read(self.kept_as, &mut work.scaled); // (N, out)
                 let dm = &mut gradients.gradients[place + 2];
                 magnitude_gradient(dora, update, (dy, base), db, dm);
             }

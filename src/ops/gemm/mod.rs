@@ -73,8 +73,6 @@ pub enum Init<'a> {
     Bias(&'a [f32]),
     /// What is there.
     Add,
-    /// What another buffer holds, of the same shape.
-    From(Strided<'a>),
 }
 
 /// Where the sums go: row `i` begins at `i · stride` of a buffer that is borrowed exclusively, so
@@ -154,9 +152,6 @@ fn tasks<'p, 'a>(
     assert!(rows == 0 || (rows - 1) * out.stride + columns <= out.target.len());
     if let Init::Bias(bias) = product.init {
         assert_eq!(bias.len(), columns);
-    }
-    if let Init::From(from) = product.init {
-        assert!(rows == 0 || (rows - 1) * from.stride + columns <= from.values.len());
     }
     let dense = |term: &Term| matches!(term.weights, Weights::Dense { .. });
     let most = match product.terms.iter().all(dense) {
@@ -272,12 +267,6 @@ unsafe fn tiles(
                         copy(row_of(i), row);
                     }
                 }
-                Init::From(from) => {
-                    for (i, row) in tile.0[..count].iter_mut().enumerate() {
-                        let at = (first_row + i) * from.stride + first_column;
-                        copy(&from.values[at..at + width], row);
-                    }
-                }
             }
             for (stretch, packed) in stretches.iter().zip(&scratch.packed) {
                 let (x, depth) = (stretch.x, &stretch.depth);
@@ -314,10 +303,6 @@ unsafe fn whole_tile(
         Init::Zero => (ZEROS.as_ptr(), 0),
         Init::Bias(bias) => (bias[first_column..][..TILE_COLS].as_ptr(), 0),
         Init::Add => (out.0.cast_const(), out.1),
-        Init::From(from) => {
-            let at = first_row * from.stride + first_column;
-            (from.values[at..][..needed(from.stride)].as_ptr(), from.stride)
-        }
     };
     for (stretch, packed) in stretches.iter().zip(&scratch.packed) {
         let depth = &stretch.depth;
@@ -537,10 +522,10 @@ mod tests {
         }
     }
 
-    /// A weight's gradient: the left side is packed turned, the right one read as it lies, and sums
-    /// begin in another buffer.
+    /// A weight's gradient: the left side is packed turned, the right one not, and sums are
+    /// added to the values of a wider buffer.
     #[test]
-    fn turned_rows_and_sums_from_elsewhere() {
+    fn transposed_rows_are_added_to_a_gradient() {
         for (m, n, k) in [(1, 1, 1), (12, 32, 64), (83, 40, 131), (50, 96, 300), (24, 288, 1500)] {
             let (x, w, before) = (values(1, k * m), values(2, k * n), values(3, m * (n + 1)));
             let turned: Vec<f32> = (0..m * k).map(|i| x[i % k * m + i / k]).collect();
@@ -554,11 +539,13 @@ mod tests {
                 for (panel, bound) in [(PanelType::F32, 1e-5), (PanelType::Int16, 1e-3)] {
                     let mut packed = PackedRows::default();
                     packed.pack_turned(isa, panel, Strided { values: &x, stride: m }, m, k);
-                    let mut y = vec![f32::NAN; m * n];
+                    let mut y = before.clone();
                     let terms = vec![Term { x: &packed, weights, transposed: false }];
-                    let init = Init::From(Strided { values: &before, stride: n + 1 });
-                    let out = Out::new(&mut y, n);
-                    multiply(isa, &mut [Product { terms, init, out }]);
+                    let out = Out::new(&mut y, n + 1);
+                    multiply(isa, &mut [Product { terms, init: Init::Add, out }]);
+                    let rows = y.chunks(n + 1).zip(before.chunks(n + 1));
+                    assert!(rows.clone().all(|(y, before)| y[n] == before[n]));
+                    let y: Vec<f32> = rows.flat_map(|(y, _)| y[..n].to_vec()).collect();
                     let error = error(&y, &exact);
                     assert!(error < bound, "{m} {n} {k} {panel:?} {}: {error:e}", isa.name());
                 }

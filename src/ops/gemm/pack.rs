@@ -11,8 +11,8 @@ use std::cell::RefCell;
 use crate::isa::{Isa, IsaLevel, multiversion};
 use crate::quant::FrozenMatrix;
 
-use super::super::cpu::SharedMutPtr;
 use super::kernel::{TILE_COLS, TILE_ROWS};
+use crate::ops::cpu::SharedMutPtr;
 
 /// What panels are made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -2,10 +2,6 @@
 
 use serde_json::json;
 
-use super::super::TrainError;
-use super::super::log::Log;
-use super::super::metrics::Numbers;
-use super::super::state::State;
 use super::{Rollouts, divergence, warn_once};
 use crate::data::Prompt;
 use crate::eval::{Reply, diversity};
@@ -13,6 +9,10 @@ use crate::model::{ActiveAdapter, Decoder};
 use crate::monitor::Monitor;
 use crate::rollout::diagnose::{mean_and_error, overoptimized};
 use crate::rollout::{Response, respond};
+use crate::train::TrainError;
+use crate::train::log::Log;
+use crate::train::metrics::Numbers;
+use crate::train::state::State;
 
 /// Keys of evaluations' responses begin here; those of training stay below.
 const EVAL_KEYS: u64 = 1 << 39;

@@ -6,12 +6,6 @@ use std::time::Instant;
 use quantune_adapters::rng::Stream;
 use serde_json::json;
 
-use super::super::TrainError;
-use super::super::learner::{AdapterLearner, MicroBatch};
-use super::super::metrics::{Numbers, stats_numbers};
-use super::super::progress::Work;
-use super::super::settings::{AdvantageEstimator, GrpoSettings};
-use super::super::state::State;
 use super::{Rollouts, divergence, finite, mean};
 use crate::data::Prompt;
 use crate::monitor::Monitor;
@@ -19,6 +13,12 @@ use crate::objectives::advantage::{GroupAdvantages, group_advantages, kl_k1, rlo
 use crate::objectives::policy::{GrpoSettings as GrpoLoss, per_token};
 use crate::objectives::{Grpo, Objective, Stats};
 use crate::rollout::{Response, respond};
+use crate::train::TrainError;
+use crate::train::learner::{AdapterLearner, MicroBatch};
+use crate::train::metrics::{Numbers, stats_numbers};
+use crate::train::progress::Work;
+use crate::train::settings::{AdvantageEstimator, GrpoSettings};
+use crate::train::state::State;
 
 impl Rollouts {
     /// Takes an update.

@@ -6,12 +6,6 @@ use std::time::Instant;
 use quantune_adapters::rng::Stream;
 use serde_json::json;
 
-use super::super::TrainError;
-use super::super::learner::{AdapterLearner, MicroBatch, Trainable};
-use super::super::metrics::Numbers;
-use super::super::progress::Work;
-use super::super::settings::{PpoSettings, ValueModel};
-use super::super::state::State;
 use super::{Rollouts, Scored, divergence, mean, rollouts_of};
 use crate::data::{Batch, Prompt};
 use crate::monitor::Monitor;
@@ -19,6 +13,12 @@ use crate::objectives::Objective;
 use crate::objectives::advantage::AdaptiveKl;
 use crate::objectives::policy::{PpoPolicyStats, PpoValueStats, ppo_metrics};
 use crate::rollout::{AdvantageSettings, Experience, Response, ppo, respond};
+use crate::train::TrainError;
+use crate::train::learner::{AdapterLearner, MicroBatch, Trainable};
+use crate::train::metrics::Numbers;
+use crate::train::progress::Work;
+use crate::train::settings::{PpoSettings, ValueModel};
+use crate::train::state::State;
 
 impl Rollouts {
     /// Takes an update.

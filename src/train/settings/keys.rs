@@ -8,12 +8,12 @@ use std::str::FromStr;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::super::TrainError;
 use super::EvalStrategy;
 use crate::data::checks::Check;
 use crate::data::corpus::SourceSpec;
 use crate::data::{AlpacaPrompt, DataFile};
 use crate::rollout::{Rule, RuleError};
+use crate::train::TrainError;
 
 /// In a list of settings: a value that files and flags write as text.
 pub(super) type Text<T> = T;

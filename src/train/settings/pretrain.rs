@@ -2,7 +2,6 @@
 
 use std::path::PathBuf;
 
-use super::super::TrainError;
 use super::{
     ByteSize, ComputeSetting, Faults, OptimizerSettings, OptionalText, PathVisitor, SettingValue,
     SettingsPart, Text, add_fingerprinted, make_absolute, read_value, set_backend, write_value,
@@ -13,6 +12,7 @@ use crate::model::{Config, FAMILIES, ModelError, RopeScaling};
 use crate::ops::{BackendKind, Compute, DeviceName, Precision};
 use crate::string_enum::string_enum;
 use crate::text::first_second;
+use crate::train::TrainError;
 
 string_enum! {
     /// Named model shapes, all of the Llama architecture. Hidden sizes from `tiny` on are multiples of 256, as

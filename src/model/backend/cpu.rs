@@ -1,0 +1,270 @@
+//! The CPU backend: hand-written kernels over plain buffers, forward and backward.
+
+use std::borrow::Cow;
+
+use candle_core::{Result, Tensor, Var};
+
+use super::{Backend, Inference, Keep, ParameterGradients};
+use crate::model::adapters::{ActiveAdapter, Adapters};
+use crate::model::cache::KvCache;
+use crate::model::decoder::Decoder;
+use crate::model::layer::{AdapterGradients, LayerPass, LinearGroup, Tape, Workspace};
+use crate::model::pass::Pass;
+use crate::model::reading::Reading;
+use crate::ops::linear_cross_entropy::Distributions;
+use crate::ops::worker_pool;
+use crate::optim::{AdamW, global_norm};
+
+/// The backend of [`BackendKind::Cpu`](crate::ops::BackendKind::Cpu).
+#[derive(Debug)]
+pub struct Cpu;
+
+/// Buffers of all layers.
+#[derive(Debug, Default)]
+pub struct CpuScratch {
+    work: Workspace,
+    /// The tape of layers that keep none.
+    tape: Tape,
+}
+
+/// The rows that log-probs and scores were read from.
+#[derive(Debug, Default)]
+pub struct CpuHeadTape {
+    logps: Reading,
+    scores: Reading,
+    /// The score head `(hidden_size)`.
+    weight: Vec<f32>,
+}
+
+fn layer<'a>(decoder: &'a Decoder, index: usize, pass: &'a Pass) -> LayerPass<'a> {
+    decoder.layer_pass(index, pass)
+}
+
+impl ParameterGradients<'_, Cpu> {
+    fn sink(&mut self) -> AdapterGradients<'_> {
+        AdapterGradients { places: self.places, gradients: self.gradients }
+    }
+}
+
+impl Backend for Cpu {
+    type Hidden = Vec<f32>;
+    type Tape = Tape;
+    type HeadTape = CpuHeadTape;
+    type Scratch = CpuScratch;
+    type Gradient = Vec<f32>;
+    type Optimizer = AdamW;
+
+    fn embed(decoder: &Decoder, tokens: &[u32], pass: &Pass, x: &mut Vec<f32>) -> Result<()> {
+        decoder.embed_into(tokens, pass, x)
+    }
+
+    fn edit_hidden(x: &mut Vec<f32>, edit: &mut dyn FnMut(&mut [f32])) -> Result<()> {
+        edit(x);
+        Ok(())
+    }
+
+    fn embed_backward(
+        decoder: &Decoder,
+        tokens: &[u32],
+        pass: &Pass,
+        dx: &mut Vec<f32>,
+        gradients: &mut ParameterGradients<Self>,
+    ) -> Result<()> {
+        decoder.embed_back(tokens, pass, dx, &mut gradients.sink())
+    }
+
+    fn layer_forward(
+        decoder: &Decoder,
+        index: usize,
+        pass: &Pass,
+        x: &mut Vec<f32>,
+        (keep, tape): (Keep, &mut Tape),
+        scratch: &mut CpuScratch,
+    ) -> Result<()> {
+        if keep != Keep::Nothing {
+            tape.x.clear();
+            tape.x.extend_from_slice(x);
+        }
+        let taped = keep == Keep::Tape;
+        let tape = if taped { tape } else { &mut scratch.tape };
+        layer(decoder, index, pass).forward(x, tape, taped, &mut scratch.work, None)
+    }
+
+    fn layer_backward(
+        decoder: &Decoder,
+        index: usize,
+        pass: &Pass,
+        (x, dx): (&mut Vec<f32>, &mut Vec<f32>),
+        (keep, tape): (Keep, &mut Tape),
+        lowest: Option<LinearGroup>,
+        gradients: &mut ParameterGradients<Self>,
+        scratch: &mut CpuScratch,
+    ) -> Result<()> {
+        let layer = layer(decoder, index, pass);
+        let CpuScratch { work, tape: recomputed } = scratch;
+        let tape = if keep == Keep::Tape {
+            tape
+        } else {
+            std::mem::swap(&mut recomputed.x, &mut tape.x);
+            x.copy_from_slice(&recomputed.x);
+            layer.forward(x, recomputed, true, work, None)?;
+            recomputed
+        };
+        layer.backward(dx, tape, lowest, &mut gradients.sink(), work)
+    }
+
+    fn layer_inference(
+        decoder: &Decoder,
+        index: usize,
+        pass: &Pass,
+        x: &mut Vec<f32>,
+        inference: Inference,
+        CpuScratch { work, tape }: &mut CpuScratch,
+    ) -> Result<()> {
+        let Inference { cache, adapter_groups, chosen } = inference;
+        let cache = match cache {
+            Some(cache) => Some((cache.panels_mut()?, index)),
+            None => None,
+        };
+        let mut of_all = layer(decoder, index, pass);
+        if let Some(adapter_groups) = adapter_groups {
+            of_all = of_all.decoding(adapter_groups);
+        }
+        match chosen {
+            Some((narrow, chosen)) => {
+                let narrow = layer(decoder, index, narrow);
+                of_all.forward_to((&narrow, chosen), x, tape, work, cache)
+            }
+            None => of_all.forward(x, tape, false, work, cache),
+        }
+    }
+
+    fn take_scratch(cache: &mut KvCache) -> CpuScratch {
+        cache.panels_mut().map(|panels| std::mem::take(&mut panels.scratch)).unwrap_or_default()
+    }
+
+    fn leave_scratch(cache: &mut KvCache, scratch: CpuScratch) {
+        if let Ok(panels) = cache.panels_mut() {
+            panels.scratch = scratch;
+        }
+    }
+
+    fn final_norm(decoder: &Decoder, x: Vec<f32>) -> Result<Tensor> {
+        let width = decoder.config.hidden_size;
+        let shape = (x.len() / width, width);
+        decoder.final_norm(&Tensor::from_vec(x, shape, &candle_core::Device::Cpu)?)
+    }
+
+    fn log_probs(
+        decoder: &Decoder,
+        x: &Vec<f32>,
+        targets: &[(u32, u32)],
+        temperature: f64,
+        active: &[ActiveAdapter],
+        head: &mut CpuHeadTape,
+    ) -> Result<Vec<f32>> {
+        let reading = &mut head.logps;
+        Ok(decoder.read_log_probs(x, targets, temperature, active, true, reading)?.to_vec())
+    }
+
+    fn distributions(head: &CpuHeadTape) -> Option<Distributions<'_>> {
+        Some(head.logps.distributions())
+    }
+
+    fn log_probs_backward(
+        decoder: &Decoder,
+        dlogps: &[f32],
+        (temperature, active): (f64, &[ActiveAdapter]),
+        head: &mut CpuHeadTape,
+        dx: &mut Vec<f32>,
+        gradients: &mut ParameterGradients<Self>,
+    ) -> Result<()> {
+        let (reading, sink) = (&mut head.logps, &mut gradients.sink());
+        decoder.log_probs_back(dlogps, temperature, active, reading, dx, sink)
+    }
+
+    fn scores(
+        decoder: &Decoder,
+        x: &Vec<f32>,
+        rows: &[u32],
+        weight: &Var,
+        head: &mut CpuHeadTape,
+    ) -> Result<Vec<f32>> {
+        head.weight = weight.flatten_all()?.to_vec1()?;
+        decoder.read_scores(x, rows, &head.weight, &mut head.scores)
+    }
+
+    fn scores_backward(
+        decoder: &Decoder,
+        dscores: &[f32],
+        _weight: &Var,
+        head: &mut CpuHeadTape,
+        dx: &mut Vec<f32>,
+        gradients: &mut ParameterGradients<Self>,
+    ) -> Result<()> {
+        let Some(dweight) = gradients.gradients.last_mut() else {
+            candle_core::bail!("scores have a gradient, but no parameter has");
+        };
+        decoder.scores_back(dscores, &head.weight, &mut head.scores, dx, dweight)
+    }
+
+    fn zero_like(x: &Vec<f32>, dx: &mut Vec<f32>) {
+        dx.clear();
+        dx.resize(x.len(), 0.0);
+    }
+
+    fn logits(decoder: &Decoder, hidden: &Tensor, adapters: Adapters) -> Result<Tensor> {
+        decoder.logits_of(hidden, adapters)
+    }
+
+    fn zero_gradients(parameters: &[Var]) -> Result<Vec<Vec<f32>>> {
+        Ok(parameters.iter().map(|var| vec![0.0; var.elem_count()]).collect())
+    }
+
+    fn clear_gradients(gradients: &mut [Vec<f32>]) -> Result<()> {
+        gradients.iter_mut().for_each(|gradient| gradient.fill(0.0));
+        Ok(())
+    }
+
+    fn read_gradients(gradients: &[Vec<f32>]) -> Result<Vec<Vec<f32>>> {
+        Ok(gradients.to_vec())
+    }
+
+    fn edit_gradients(
+        gradients: &mut [Vec<f32>],
+        edit: &mut dyn FnMut(&mut [Vec<f32>]),
+    ) -> Result<()> {
+        edit(gradients);
+        Ok(())
+    }
+
+    fn gradient_norm(gradients: &[Vec<f32>]) -> Result<f64> {
+        Ok(global_norm(gradients))
+    }
+
+    fn optimizer(state: AdamW, _parameters: &[Var]) -> Result<AdamW> {
+        Ok(state)
+    }
+
+    fn optimizer_state(optimizer: &AdamW) -> Result<Cow<'_, AdamW>> {
+        Ok(Cow::Borrowed(optimizer))
+    }
+
+    fn optimizer_steps(optimizer: &AdamW) -> u64 {
+        optimizer.step
+    }
+
+    fn optimizer_step(
+        optimizer: &mut AdamW,
+        parameters: &[Var],
+        gradients: &[Vec<f32>],
+        factor: f32,
+        learning_rate: f64,
+    ) -> Result<bool> {
+        optimizer.step(parameters, gradients, factor, learning_rate)
+    }
+
+    fn decoding<T>(steps: impl FnOnce() -> T) -> T {
+        worker_pool::with_worker_pool(steps)
+    }
+}

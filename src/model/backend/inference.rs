@@ -1,0 +1,153 @@
+//! The forward pass without a backward pass to come: scoring, prompts and decode steps, by the backend
+//! of the decoder.
+
+use candle_core::{DType, Device, Result, Tensor};
+
+use super::{Backend, Inference, with_backend};
+use crate::model::adapters::Adapters;
+use crate::model::cache::KvCache;
+use crate::model::decoder::Decoder;
+use crate::model::pass::Rows;
+use crate::ops::Compute;
+
+impl Decoder {
+    /// The hidden states the head reads, `(N, hidden_size)`. For scoring: but for the portable form
+    /// nothing of it is on a tape, so no gradient reaches an adapter (training goes layer by layer).
+    pub fn hidden(&self, rows: &Rows, adapters: Adapters) -> Result<Tensor> {
+        self.hidden_with(rows, adapters, None, None, false)
+    }
+
+    /// [`Self::hidden`] of some of the tokens, `(chosen, hidden_size)`: the same bits, without what
+    /// the last layer makes of the others once they are attended to. `chosen` may be in any order and
+    /// name a token several times.
+    pub fn hidden_of(&self, rows: &Rows, adapters: Adapters, chosen: &[u32]) -> Result<Tensor> {
+        self.hidden_with(rows, adapters, None, Some(chosen), false)
+    }
+
+    /// [`Self::hidden_cached`] of some of the new tokens, as [`Self::hidden_of`].
+    pub fn hidden_cached_of(
+        &self,
+        rows: &Rows,
+        adapters: Adapters,
+        cache: &mut KvCache,
+        chosen: &[u32],
+    ) -> Result<Tensor> {
+        self.hidden_with(rows, adapters, Some(cache), Some(chosen), false)
+    }
+
+    /// The hidden states of new tokens after those in `cache`, which they join; without gradients,
+    /// as [`Self::hidden`]. `rows` go on where the cache's rows end.
+    pub fn hidden_cached(
+        &self,
+        rows: &Rows,
+        adapters: Adapters,
+        cache: &mut KvCache,
+    ) -> Result<Tensor> {
+        self.hidden_with(rows, adapters, Some(cache), None, false)
+    }
+
+    /// [`Self::hidden_cached`] for a decoding step, a token a row, at the speed of memory. In the
+    /// integer modes its rounding is another than a prompt's, whatever the number of rows.
+    pub fn hidden_step(
+        &self,
+        rows: &Rows,
+        adapters: Adapters,
+        cache: &mut KvCache,
+    ) -> Result<Tensor> {
+        self.hidden_with(rows, adapters, Some(cache), None, true)
+    }
+
+    fn hidden_with(
+        &self,
+        rows: &Rows,
+        adapters: Adapters,
+        cache: Option<&mut KvCache>,
+        chosen: Option<&[u32]>,
+        decoding: bool,
+    ) -> Result<Tensor> {
+        check_cache(rows, cache.as_deref(), self.compute)?;
+        with_backend!(self.compute.backend, B => {
+            hidden::<B>(self, rows, adapters, cache, chosen, decoding)
+        })
+    }
+
+    /// Logits `(M, vocab_size)` of hidden states `(M, hidden_size)`, each row under its own adapters:
+    /// for few rows only. A row gets the same bits among any others. They are on the CPU, where tokens
+    /// are chosen.
+    pub fn logits(&self, hidden: &Tensor, adapters: Adapters) -> Result<Tensor> {
+        with_backend!(self.compute.backend, B => B::logits(self, hidden, adapters))
+    }
+}
+
+/// Fails if a cache was made for another form, or a row that goes on grows so long that it rotates
+/// otherwise than what is cached of it.
+fn check_cache(rows: &Rows, cache: Option<&KvCache>, compute: Compute) -> Result<()> {
+    let Some(cache) = cache else { return Ok(()) };
+    if !cache.matches_layout(compute.backend) {
+        candle_core::bail!(
+            "the cache was made for a decoder of another form, compute is {compute} here: needed one \
+             made for this decoder"
+        );
+    }
+    for row in rows.segments.iter().filter(|row| !row.is_empty()) {
+        let (seen, now) = (rows.positions[row.tokens.start] as usize, row.len());
+        if seen > 0 && !cache.same_rope_scaling(seen, seen + now) {
+            candle_core::bail!(
+                "a row of {seen} cached tokens and {now} new ones: rows of that length rotate \
+                 otherwise here, needed all of its tokens anew"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// The hidden states behind the final norm, `(N, hidden_size)`, or of the `chosen` tokens in their
+/// order; with `decoding`, by a decode step.
+fn hidden<B: Backend>(
+    decoder: &Decoder,
+    rows: &Rows,
+    adapters: Adapters,
+    mut cache: Option<&mut KvCache>,
+    chosen: Option<&[u32]>,
+    decoding: bool,
+) -> Result<Tensor> {
+    let pass = decoder.pass(rows, adapters, None);
+    let rising = chosen.map(|chosen| {
+        let mut rising = chosen.to_vec();
+        rising.sort_unstable();
+        rising.dedup();
+        rising
+    });
+    let narrow = rising.as_deref().map(|rising| (decoder.narrowed(&pass, rising), rising));
+    // A step is so short that fresh buffers would cost of it; those of a prompt are large.
+    let mut scratch = match cache.as_deref_mut().filter(|_| decoding) {
+        Some(cache) => B::take_scratch(cache),
+        None => B::Scratch::default(),
+    };
+    let adapter_groups = decoding.then(|| adapters.adapter_groups(&pass.segments));
+    let layers = decoder.config.num_hidden_layers;
+    let mut x = B::Hidden::default();
+    B::embed(decoder, &rows.tokens, &pass, &mut x)?;
+    for index in 0..layers {
+        let narrow = narrow.as_ref().filter(|_| index + 1 == layers);
+        let inference = Inference {
+            cache: cache.as_deref_mut(),
+            adapter_groups: adapter_groups.as_deref(),
+            chosen: narrow.map(|(pass, rising)| (pass, *rising)),
+        };
+        B::layer_inference(decoder, index, &pass, &mut x, inference, &mut scratch)?;
+    }
+    if let Some(cache) = cache.filter(|_| decoding) {
+        B::leave_scratch(cache, scratch);
+    }
+    let (Some(chosen), Some((_, rising))) = (chosen, narrow) else {
+        return B::final_norm(decoder, x);
+    };
+    if chosen.is_empty() {
+        return Tensor::zeros((0, decoder.config.hidden_size), DType::F32, &Device::Cpu);
+    }
+    let hidden = B::final_norm(decoder, x)?;
+    let places = chosen.iter().map(|row| rising.partition_point(|other| other < row) as u32);
+    let places: Vec<u32> = places.collect();
+    hidden.index_select(&Tensor::new(places, hidden.device())?, 0)
+}

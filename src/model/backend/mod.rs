@@ -1,0 +1,271 @@
+//! What computes a decoder: a trait at the level of layers, and its implementations.
+//!
+//! A backend has its own types for hidden states, for what a layer keeps for its backward pass, for
+//! the KV cache, for gradients and for the optimizer's state. Whoever trains, scores or generates is
+//! generic over it and never sees the numbers of a layer; what crosses the border are token ids,
+//! log-probs, scores and logits, which are few.
+//!
+//! [`Reference`] defines the answer. Every other backend is held to it, output and gradients, by the
+//! tests that `backend_tests!` makes for each. A new backend is a file here with its implementation,
+//! a [`BackendKind`], and its line in [`with_backend`] and in those tests.
+
+mod cpu;
+mod inference;
+mod reference;
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::fmt::Debug;
+
+use candle_core::{Result, Tensor, Var};
+
+pub use cpu::{Cpu, CpuHeadTape, CpuScratch};
+pub use reference::{Reference, ReferenceHeadTape, ReferenceHidden, ReferenceTape};
+
+use super::adapters::{ActiveAdapter, Adapters};
+use super::cache::KvCache;
+use super::decoder::Decoder;
+use super::layer::LinearGroup;
+use super::pass::Pass;
+#[cfg(doc)]
+use crate::ops::BackendKind;
+use crate::ops::linear_cross_entropy::Distributions;
+use crate::optim::AdamW;
+
+/// Evaluates an expression with a type alias for the backend of a [`BackendKind`]: the one place that
+/// lists all backends.
+macro_rules! with_backend {
+    ($kind:expr, $backend:ident => $value:expr) => {
+        match $kind {
+            $crate::ops::BackendKind::Cpu => {
+                type $backend = $crate::model::backend::Cpu;
+                $value
+            }
+            $crate::ops::BackendKind::Reference => {
+                type $backend = $crate::model::backend::Reference;
+                $value
+            }
+        }
+    };
+}
+pub(crate) use with_backend;
+
+/// What a layer keeps of a forward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Keep {
+    /// Nothing: no gradient passes the layer.
+    Nothing,
+    /// Its input, from which its backward pass recomputes the rest.
+    Input,
+    /// All that its backward pass needs.
+    Tape,
+}
+
+/// Where the gradients of trainable parameters are added up.
+#[derive(Debug)]
+pub struct ParameterGradients<'a, B: Backend> {
+    /// The parameters: A, then B, module by module, as [`Adapter::parameters`] lists them.
+    ///
+    /// [`Adapter::parameters`]: quantune_adapters::delta::Adapter::parameters
+    pub parameters: &'a [Var],
+    /// The index of each module's first parameter, as [`Adapter::parameter_indices`] has it.
+    ///
+    /// [`Adapter::parameter_indices`]: quantune_adapters::delta::Adapter::parameter_indices
+    pub places: &'a HashMap<String, usize>,
+    /// The gradients, one per parameter.
+    pub gradients: &'a mut [B::Gradient],
+}
+
+/// What a layer does in inference, beside its plain forward pass.
+#[derive(Debug, Default)]
+pub struct Inference<'a> {
+    /// The cache whose tokens are attended to, and which the new tokens join.
+    pub cache: Option<&'a mut KvCache>,
+    /// In a decode step, the tokens of each list of active adapters.
+    pub(super) adapter_groups: Option<&'a [super::adapters::AdapterGroup<'a>]>,
+    /// The tokens that are needed above the layer, rising, with the pass over those alone; the others
+    /// are only attended to.
+    pub(super) chosen: Option<(&'a Pass<'a>, &'a [u32])>,
+}
+
+/// An engine for one decoder layer after the other, forward and backward, and for what stands around
+/// the layers.
+///
+/// N tokens of all rows lie end to end, nothing is padded. All functions fail if the device does, or
+/// runs out of memory. Values are F32 but for what a precision rounds inside a product.
+pub trait Backend: Debug + Sized + 'static {
+    /// The residual stream `(N, hidden_size)`, or its gradient.
+    type Hidden: Debug + Default + Send;
+    /// What a layer keeps for its backward pass.
+    type Tape: Debug + Default + Send;
+    /// What the head keeps for its backward pass.
+    type HeadTape: Debug + Default + Send;
+    /// Buffers that are used again by the next layer and the next pass.
+    type Scratch: Debug + Default + Send;
+    /// The gradient of one parameter, in its shape.
+    type Gradient: Debug + Send;
+    /// The state of the optimizer.
+    type Optimizer: Debug + Send;
+
+    /// Writes the embeddings of `tokens` (N) to `x`, with the active adapters' parts.
+    ///
+    /// # Errors
+    /// If a token is out of vocabulary.
+    fn embed(decoder: &Decoder, tokens: &[u32], pass: &Pass, x: &mut Self::Hidden) -> Result<()>;
+
+    /// Edits hidden states as `(N, hidden_size)` numbers on the host.
+    fn edit_hidden(x: &mut Self::Hidden, edit: &mut dyn FnMut(&mut [f32])) -> Result<()>;
+
+    /// Adds the gradients of the embedding's trainable parts that follow from `dx`, which is used up.
+    fn embed_backward(
+        decoder: &Decoder,
+        tokens: &[u32],
+        pass: &Pass,
+        dx: &mut Self::Hidden,
+        gradients: &mut ParameterGradients<Self>,
+    ) -> Result<()>;
+
+    /// Turns `x`, the input of layer `index`, into its output. `kept` says what to keep of it, and
+    /// where.
+    fn layer_forward(
+        decoder: &Decoder,
+        index: usize,
+        pass: &Pass,
+        x: &mut Self::Hidden,
+        kept: (Keep, &mut Self::Tape),
+        scratch: &mut Self::Scratch,
+    ) -> Result<()>;
+
+    /// Turns `dx`, the gradient of the output of layer `index`, into that of its input, and adds the
+    /// gradients of trainable parameters. `streams` are x, which is overwritten, and `dx`; `kept` is
+    /// that of [`Self::layer_forward`], and its tape is used up.
+    ///
+    /// With `lowest`, nothing is computed below that group of linear layers, and `dx` has no meaning
+    /// afterwards.
+    #[allow(clippy::too_many_arguments)] // a layer, its two streams, its tape, where gradients go
+    fn layer_backward(
+        decoder: &Decoder,
+        index: usize,
+        pass: &Pass,
+        streams: (&mut Self::Hidden, &mut Self::Hidden),
+        kept: (Keep, &mut Self::Tape),
+        lowest: Option<LinearGroup>,
+        gradients: &mut ParameterGradients<Self>,
+        scratch: &mut Self::Scratch,
+    ) -> Result<()>;
+
+    /// Turns `x`, the input of layer `index`, into its output, without a backward pass to come.
+    fn layer_inference(
+        decoder: &Decoder,
+        index: usize,
+        pass: &Pass,
+        x: &mut Self::Hidden,
+        inference: Inference,
+        scratch: &mut Self::Scratch,
+    ) -> Result<()>;
+
+    /// Takes the buffers of the last decode step out of a cache, or makes new ones.
+    fn take_scratch(cache: &mut KvCache) -> Self::Scratch;
+
+    /// Leaves buffers in a cache for its next decode step.
+    fn leave_scratch(cache: &mut KvCache, scratch: Self::Scratch);
+
+    /// The final norm of the last layer's output: hidden states that the head reads, `(N, hidden_size)`.
+    fn final_norm(decoder: &Decoder, x: Self::Hidden) -> Result<Tensor>;
+
+    /// The log-probs (M) of `targets`, each a row of `x` and the token it is to predict, of logits
+    /// divided by `temperature`, in nats. All rows use the same adapters.
+    ///
+    /// # Errors
+    /// If a target is out of vocabulary.
+    fn log_probs(
+        decoder: &Decoder,
+        x: &Self::Hidden,
+        targets: &[(u32, u32)],
+        temperature: f64,
+        active: &[ActiveAdapter],
+        head: &mut Self::HeadTape,
+    ) -> Result<Vec<f32>>;
+
+    /// What else is known of the distributions that [`Self::log_probs`] read last, if anything is.
+    fn distributions(head: &Self::HeadTape) -> Option<Distributions<'_>>;
+
+    /// Adds to `dx` what follows from the gradient `dlogps` (M) of the log-probs read last, and the
+    /// gradients of trainable parts of the head. `read_with` are the temperature and the active
+    /// adapters of [`Self::log_probs`].
+    fn log_probs_backward(
+        decoder: &Decoder,
+        dlogps: &[f32],
+        read_with: (f64, &[ActiveAdapter]),
+        head: &mut Self::HeadTape,
+        dx: &mut Self::Hidden,
+        gradients: &mut ParameterGradients<Self>,
+    ) -> Result<()>;
+
+    /// The scores (S) that a score head `weight (1, hidden_size)` gives to chosen rows of `x`.
+    fn scores(
+        decoder: &Decoder,
+        x: &Self::Hidden,
+        rows: &[u32],
+        weight: &Var,
+        head: &mut Self::HeadTape,
+    ) -> Result<Vec<f32>>;
+
+    /// Adds to `dx` what follows from the gradient `dscores` (S) of the scores read last, and the
+    /// gradient of the score head, which is the last parameter.
+    fn scores_backward(
+        decoder: &Decoder,
+        dscores: &[f32],
+        weight: &Var,
+        head: &mut Self::HeadTape,
+        dx: &mut Self::Hidden,
+        gradients: &mut ParameterGradients<Self>,
+    ) -> Result<()>;
+
+    /// Makes `dx` a gradient of zeros for `x`.
+    fn zero_like(x: &Self::Hidden, dx: &mut Self::Hidden);
+
+    /// Logits `(M, vocab_size)` on the CPU, where tokens are chosen, of hidden states behind the final
+    /// norm, each row under its own adapters.
+    fn logits(decoder: &Decoder, hidden: &Tensor, adapters: Adapters) -> Result<Tensor>;
+
+    /// Gradients of zeros, where the backend computes with `parameters`.
+    fn zero_gradients(parameters: &[Var]) -> Result<Vec<Self::Gradient>>;
+
+    /// Sets gradients to zeros.
+    fn clear_gradients(gradients: &mut [Self::Gradient]) -> Result<()>;
+
+    /// A copy of gradients on the host.
+    fn read_gradients(gradients: &[Self::Gradient]) -> Result<Vec<Vec<f32>>>;
+
+    /// Edits gradients as numbers on the host, one vector per parameter.
+    fn edit_gradients(
+        gradients: &mut [Self::Gradient],
+        edit: &mut dyn FnMut(&mut [Vec<f32>]),
+    ) -> Result<()>;
+
+    /// The Euclidean norm over all gradients: not finite if one of them is not.
+    fn gradient_norm(gradients: &[Self::Gradient]) -> Result<f64>;
+
+    /// The optimizer in a saved or fresh state, where the backend computes with `parameters`.
+    fn optimizer(state: AdamW, parameters: &[Var]) -> Result<Self::Optimizer>;
+
+    /// The optimizer's state on the host, copied where it is elsewhere.
+    fn optimizer_state(optimizer: &Self::Optimizer) -> Result<Cow<'_, AdamW>>;
+
+    /// Steps taken by the optimizer.
+    fn optimizer_steps(optimizer: &Self::Optimizer) -> u64;
+
+    /// One optimizer step by the gradients times `factor`, with each parameter's decay and rate.
+    /// Returns whether all parameters are finite after it.
+    fn optimizer_step(
+        optimizer: &mut Self::Optimizer,
+        parameters: &[Var],
+        gradients: &[Self::Gradient],
+        factor: f32,
+        learning_rate: f64,
+    ) -> Result<bool>;
+
+    /// Runs decode steps where the backend's threads wait for the next one.
+    fn decoding<T>(steps: impl FnOnce() -> T) -> T;
+}
