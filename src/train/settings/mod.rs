@@ -495,7 +495,7 @@ macro_rules! rollout_settings { ($then:ident) => { $then! {
         batch_size: usize = 4,
         /// Mini-batches per update, with one optimizer step each [default: 1]
         num_mini_batches: usize = 1,
-        /// Temperature of sampling, and of the policy that is trained [default: ppo 0.7, grpo 1]
+        /// Temperature of sampling and of the trained policy [default: ppo 0.7, grpo 1]
         temperature: f64 = 1.0,
         /// Sample among the k most likely tokens (top-k), which the reference does not; 0 is off [default: 0]
         top_k: usize = 0,
