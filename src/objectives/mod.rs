@@ -15,19 +15,19 @@ use policy::{
     ppo_value_loss, row_sums,
 };
 use preference::{PreferenceBatch, PreferenceStats};
-use reward::{Pair, RewardStats, pair_losses};
+use reward::{RewardStats, WeightedPair, pair_losses};
 
 /// What is minimized over a micro-batch.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Objective {
     /// The negative log-likelihood of the learned tokens.
-    LanguageModelling,
+    LanguageModeling,
     /// Scores of compared responses.
     Reward {
         /// For each response the row, of N, whose hidden state its score is read from.
         rows: Vec<u32>,
         /// Which of them is preferred to which.
-        pairs: Vec<Pair>,
+        pairs: Vec<WeightedPair>,
         /// Weight of the squared sum of a pair's scores.
         center_rewards_coefficient: f64,
     },
@@ -91,12 +91,12 @@ pub struct Grpo {
     pub by_response: bool,
 }
 
-/// What an objective says of a micro-batch.
+/// The loss of a micro-batch, and what was counted with it.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Judged {
+pub struct ObjectiveOutput {
     /// The loss, summed.
     pub loss: f64,
-    /// What was counted on the way.
+    /// What was counted.
     pub stats: Stats,
     /// Of sampled responses (PPO, GRPO) the log-probs of their tokens as they were read.
     pub logps: Vec<f32>,
@@ -124,7 +124,7 @@ pub struct Stats {
 pub struct TokenStats {
     /// How many they are.
     pub count: u64,
-    /// How many are the likeliest there.
+    /// How many the model predicts greedily.
     pub argmax_count: u64,
     /// The entropies of the distributions they are of, summed, in nats.
     pub entropy: f64,
@@ -195,7 +195,7 @@ impl Objective {
         match self {
             Self::Reward { .. } => false,
             Self::Ppo { policy, .. } => policy.is_some(),
-            Self::LanguageModelling | Self::Preference(_) | Self::Grpo(_) => true,
+            Self::LanguageModeling | Self::Preference(_) | Self::Grpo(_) => true,
         }
     }
 
@@ -204,23 +204,23 @@ impl Objective {
         match self {
             Self::Reward { rows, .. } => Some(rows),
             Self::Ppo { value, .. } => Some(&value.as_ref()?.rows),
-            Self::LanguageModelling | Self::Preference(_) | Self::Grpo(_) => None,
+            Self::LanguageModeling | Self::Preference(_) | Self::Grpo(_) => None,
         }
     }
 
-    /// The loss summed over what is counted: a scalar, differentiable in what was read.
+    /// The loss, summed over what is counted: a scalar, differentiable in `logps` and `scores`.
     ///
     /// `logps (M)` F32 are the log-probabilities of the M targets, in nats, `scores (S)` F32 those of
     /// [`Self::score_rows`]. What is known of the M distributions is counted.
     ///
     /// # Errors
     /// If something is not there that the objective reads, or counts differ.
-    pub fn judge(
+    pub fn compute(
         &self,
         logps: Option<&Tensor>,
         scores: Option<&Tensor>,
         distributions: Option<Distributions>,
-    ) -> Result<(Tensor, Judged)> {
+    ) -> Result<(Tensor, ObjectiveOutput)> {
         let entropies = distributions.map(|known| known.entropies);
         let needed = |read: Option<&Tensor>, what: &str| match read {
             Some(read) => Ok(read.clone()),
@@ -228,30 +228,36 @@ impl Objective {
         };
         let logps = || needed(logps, "log-probs");
         match self {
-            Self::LanguageModelling => {
+            Self::LanguageModeling => {
                 let logps = logps()?;
                 let values = logps.to_vec1::<f32>()?;
                 // The tape adds up in f32; what is reported is the sum of the same terms in f64.
                 let loss = -values.iter().map(|&logp| f64::from(logp)).sum::<f64>();
                 let tokens = distributions.map(TokenStats::new);
                 let stats = Stats { tokens, ..Stats::default() };
-                Ok((logps.sum_all()?.neg()?, Judged { loss, stats, ..Judged::default() }))
+                Ok((
+                    logps.sum_all()?.neg()?,
+                    ObjectiveOutput { loss, stats, ..ObjectiveOutput::default() },
+                ))
             }
             Self::Reward { pairs, center_rewards_coefficient, .. } => {
                 let scores = needed(scores, "scores")?;
                 let (sum, stats) = pair_losses(&scores, pairs, *center_rewards_coefficient)?;
                 let loss = stats.loss;
                 let stats = Stats { reward: Some(stats), ..Stats::default() };
-                Ok((sum, Judged { loss, stats, ..Judged::default() }))
+                Ok((sum, ObjectiveOutput { loss, stats, ..ObjectiveOutput::default() }))
             }
             Self::Preference(batch) => {
                 let found = batch.losses(&logps()?)?;
                 let loss = found.stats.loss;
                 let stats = Stats { preference: Some(found.stats), ..Stats::default() };
-                Ok((found.losses.sum_all()?, Judged { loss, stats, ..Judged::default() }))
+                Ok((
+                    found.losses.sum_all()?,
+                    ObjectiveOutput { loss, stats, ..ObjectiveOutput::default() },
+                ))
             }
             Self::Ppo { policy, value } => {
-                let (mut total, mut judged) = (None, Judged::default());
+                let (mut total, mut judged) = (None, ObjectiveOutput::default());
                 if let Some(policy) = policy {
                     let PpoPolicy { old_logps, advantages, weights, cliprange } = &**policy;
                     let sampled = Sampled { old_logps, advantages, weights };
@@ -276,16 +282,22 @@ impl Objective {
                 }
                 match total {
                     Some(total) => Ok((total, judged)),
-                    None => candle_core::bail!("neither policy nor values are to be judged"),
+                    None => {
+                        candle_core::bail!("the objective has neither a policy nor a value part")
+                    }
                 }
             }
-            Self::Grpo(grpo) => grpo.judge(&logps()?, entropies),
+            Self::Grpo(grpo) => grpo.compute(&logps()?, entropies),
         }
     }
 }
 
 impl Grpo {
-    fn judge(&self, logps: &Tensor, entropies: Option<&[f32]>) -> Result<(Tensor, Judged)> {
+    fn compute(
+        &self,
+        logps: &Tensor,
+        entropies: Option<&[f32]>,
+    ) -> Result<(Tensor, ObjectiveOutput)> {
         let own = logps.to_vec1::<f32>()?;
         let old_logps = self.old_logps.as_ref().unwrap_or(&own);
         let (advantages, weights) = (&self.advantages[..], &self.weights[..]);
@@ -307,7 +319,7 @@ impl Grpo {
         };
         let loss = stats.loss;
         let stats = Stats { grpo: Some(stats), ..Stats::default() };
-        Ok((sum, Judged { loss, stats, logps: own }))
+        Ok((sum, ObjectiveOutput { loss, stats, logps: own }))
     }
 }
 
@@ -319,10 +331,10 @@ mod tests {
     #[test]
     fn language_modelling_is_the_sum_of_surprise() {
         let logps = Var::new(&[-1.0f32, -2.5], &Device::Cpu).unwrap();
-        let (loss, judged) = Objective::LanguageModelling.judge(Some(&logps), None, None).unwrap();
+        let (loss, judged) = Objective::LanguageModeling.compute(Some(&logps), None, None).unwrap();
         assert_eq!((loss.to_scalar::<f32>().unwrap(), judged.loss), (3.5, 3.5));
         let grads = loss.backward().unwrap();
         assert_eq!(grads.get(&logps).unwrap().to_vec1::<f32>().unwrap(), [-1.0, -1.0]);
-        assert!(Objective::LanguageModelling.judge(None, None, None).is_err());
+        assert!(Objective::LanguageModeling.compute(None, None, None).is_err());
     }
 }

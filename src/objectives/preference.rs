@@ -301,7 +301,7 @@ pub struct PreferenceLosses {
 /// The losses of pairs.
 ///
 /// # Errors
-/// If counts differ, ORPO is not told the likelihood, or the loss is KTO's, which knows no pairs.
+/// If counts differ, the likelihood that ORPO needs is missing, or the loss is KTO's, which has no pairs.
 pub fn preference_losses(
     settings: &PreferenceSettings,
     logps: &PairLogps<'_>,

@@ -5,7 +5,7 @@ use candle_core::{Device, Result, Tensor};
 
 /// Two responses by their places among the scores.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Pair {
+pub struct WeightedPair {
     /// The preferred one.
     pub better: usize,
     /// The other.
@@ -33,11 +33,11 @@ pub fn pair_weight(pairs: usize) -> f32 {
 /// If a pair names a score that is not there.
 pub fn pair_losses(
     scores: &Tensor,
-    pairs: &[Pair],
+    pairs: &[WeightedPair],
     center_rewards_coefficient: f64,
 ) -> Result<(Tensor, RewardStats)> {
     let column = |values: Vec<f32>| Tensor::from_vec(values, pairs.len(), scores.device());
-    let side = |place: fn(&Pair) -> usize| {
+    let side = |place: fn(&WeightedPair) -> usize| {
         let places: Vec<u32> = pairs.iter().map(|pair| place(pair) as u32).collect();
         scores.index_select(&Tensor::from_vec(places, pairs.len(), scores.device())?, 0)
     };
@@ -105,7 +105,7 @@ impl Default for RewardStats {
 }
 
 impl RewardStats {
-    fn new(scores: &Tensor, pairs: &[Pair], loss: f64) -> Result<Self> {
+    fn new(scores: &Tensor, pairs: &[WeightedPair], loss: f64) -> Result<Self> {
         let scores: Vec<f64> = floats(scores)?;
         let mut stats = Self { loss, scores: scores.len() as u64, ..Self::default() };
         for &score in &scores {

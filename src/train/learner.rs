@@ -13,7 +13,7 @@ use super::TrainError;
 use super::step::{Noise, StepSettings, TrainState, dropout, train_state};
 use crate::data::Batch;
 use crate::model::{ActiveAdapter, Decoder};
-use crate::objectives::{Judged, Objective, Stats};
+use crate::objectives::{Objective, ObjectiveOutput, Stats};
 use crate::optim::{AdamW, AdamWSettings, clip_factor};
 
 /// A part of a step.
@@ -33,7 +33,7 @@ pub struct MicroBatch {
     pub temperature: f64,
 }
 
-/// What a step came to.
+/// The result of a step.
 #[derive(Debug, Default)]
 pub struct Stepped {
     /// The loss, scaled.
@@ -66,7 +66,7 @@ pub trait Trainable {
         &mut self,
         part: &Self::MicroBatch,
         kept_layers: usize,
-    ) -> Result<Judged, TrainError>;
+    ) -> Result<ObjectiveOutput, TrainError>;
 
     /// The norm over all gradients.
     ///
@@ -113,10 +113,10 @@ impl<T: Trainable> Learner<T> {
         self.trained.zero_gradients()?;
         let mut stepped = Stepped::default();
         for part in parts {
-            let judged = self.trained.accumulate(part, self.kept_layers)?;
-            stepped.loss += judged.loss;
-            stepped.stats.add(judged.stats);
-            stepped.logps.extend(judged.logps);
+            let output = self.trained.accumulate(part, self.kept_layers)?;
+            stepped.loss += output.loss;
+            stepped.stats.add(output.stats);
+            stepped.logps.extend(output.logps);
         }
         stepped.grad_norm = self.trained.gradient_norm()?;
         let step = self.trained.optimizer_steps() + 1;
@@ -259,7 +259,11 @@ impl Trainable for AdapterTraining<'_> {
         Ok(self.state.zero_gradients()?)
     }
 
-    fn accumulate(&mut self, part: &MicroBatch, kept_layers: usize) -> Result<Judged, TrainError> {
+    fn accumulate(
+        &mut self,
+        part: &MicroBatch,
+        kept_layers: usize,
+    ) -> Result<ObjectiveOutput, TrainError> {
         let (p, seed) = self.dropout;
         let dropout = dropout(&part.batch, part.epoch, p, seed);
         let noise = Noise { alpha: self.noise_alpha, seed, epoch: part.epoch };
@@ -275,7 +279,7 @@ impl Trainable for AdapterTraining<'_> {
             noise: (self.noise_alpha > 0.0).then_some(noise),
         };
         let judged = self.state.accumulate(self.decoder, &part.batch, &settings, range)?;
-        Ok(Judged { loss: judged.loss * part.scale, ..judged })
+        Ok(ObjectiveOutput { loss: judged.loss * part.scale, ..judged })
     }
 
     fn gradient_norm(&mut self) -> Result<f64, TrainError> {

@@ -1,4 +1,4 @@
-//! The adapter of a run: what its settings ask for, or what a folder holds.
+//! The adapter of a run: a fresh one, or one that is read from a folder.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -17,8 +17,8 @@ use crate::monitor::Monitor;
 use crate::ops::Compute;
 use crate::weights::Checkpoint;
 
-/// The adapter that `settings` begin with: fresh, or the one they go on from. `added` are the tokens
-/// that the vocabulary has for this run only.
+/// The adapter that a run begins with: a fresh one, or `settings.adapter`. `added` are the tokens that
+/// the vocabulary has for this run only.
 pub fn begin_adapter(
     settings: &CommonSettings,
     decoder: &Decoder,
@@ -60,8 +60,8 @@ pub fn begin_adapter(
     Ok(adapter)
 }
 
-/// Lets the rows of added tokens train, where embedding and head do not train as a whole or in an
-/// update; those of a head that is the embedding are the embedding's.
+/// Makes the rows of added tokens trainable, where embedding and head do not train as a whole or
+/// through an update; a tied head has the embedding's rows.
 fn train_rows(config: &mut LoraConfig, decoder: &Decoder, added: &[u32]) -> Result<(), TrainError> {
     if added.is_empty() {
         return Ok(());
@@ -84,8 +84,8 @@ fn train_rows(config: &mut LoraConfig, decoder: &Decoder, added: &[u32]) -> Resu
     Ok(())
 }
 
-/// The adapter of a checkpoint of a run with these settings. Nothing of it is computed anew: ranks
-/// that the initialization froze are read as they were, and stay frozen.
+/// The adapter of a checkpoint of a run with these settings. Its initialization is not
+/// repeated: the ranks that it froze are read from the checkpoint, and stay frozen.
 pub fn resume_adapter(
     folder: &Path,
     settings: &CommonSettings,
@@ -112,7 +112,7 @@ pub fn read_adapter(
     Ok(adapter)
 }
 
-/// The adapters that all training is on top of, as `PATH` or `PATH=WEIGHT`.
+/// The frozen adapters that the trained one is put on top of.
 pub fn read_frozen(
     settings: &CommonSettings,
     decoder: &Decoder,
@@ -159,7 +159,7 @@ fn init_lora_weights(settings: &CommonSettings) -> Result<InitLoraWeights, Train
 }
 
 fn lora_config(settings: &CommonSettings) -> Result<LoraConfig, TrainError> {
-    // One value that is no plain module name is an expression, as PEFT's strings are.
+    // A single value that is not a plain module name is a regular expression, as in PEFT.
     let modules = |list: &[String]| match &split(list)[..] {
         [] => None,
         [one] if one == "all-linear" || one.contains(|c: char| !is_name(c)) => {
@@ -214,12 +214,12 @@ fn lora_config(settings: &CommonSettings) -> Result<LoraConfig, TrainError> {
         modules_to_save: settings.modules_to_save.clone(),
         trainable_token_indices: settings.trainable_token_indices.clone(),
         init_lora_weights,
-        inference_mode: true, // PEFT loads what is finished as frozen unless told otherwise
+        inference_mode: true, // PEFT loads a finished adapter as frozen by default
         ..LoraConfig::default()
     })
 }
 
-/// Values given with commas between them; but a comma inside an expression stays there.
+/// Splits values at commas, but not inside regular expressions.
 fn split(list: &[String]) -> Vec<String> {
     let pieces = |item: &String| -> Vec<String> {
         match item.chars().all(|c| is_name(c) || matches!(c, ',' | '=' | ' ')) {

@@ -1,11 +1,11 @@
 //! Training: one loop, its run directory, checkpoints and metrics.
 //!
-//! `run` is the loop of every command, [`train`] what is before and behind it where adapters train,
-//! [`pretrain`] where a whole model does. [`supervised`] makes its steps of the rows of a file,
-//! `policy` of responses of the model itself. Everything a run depends on is in its settings, its
-//! data and its base; random numbers are keyed. So the state of a run is a cursor, the adapters and
-//! the optimizer's moments, and a run killed at any moment goes on to the same bytes. Does not know
-//! the command line.
+//! `run` is the loop of every command, [`train()`] what comes before and after it where adapters train,
+//! [`pretrain()`] where a whole model does. [`supervised`] makes steps from the rows of a file, `policy`
+//! from responses of the model itself; [`learner`] takes the optimizer step. Everything a run depends
+//! on is in its settings, its data and its base; random numbers are keyed. So the state of a run is a
+//! cursor, the adapters and the optimizer's moments, and a run killed at any moment resumes to the same
+//! bytes. Does not know the command line.
 
 mod best;
 mod dry_run;
@@ -58,7 +58,7 @@ use crate::rollout::{RewardError, RewardModelError, SamplesError, ScoreError};
 use crate::text::TextError;
 use crate::weights::WeightsError;
 
-/// Why a run could not be made, or not go on.
+/// Why a run could not begin or continue.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TrainError {
@@ -67,7 +67,7 @@ pub enum TrainError {
     Settings(String),
     /// The directory holds a run already.
     #[error(
-        "{}: holds a run already; --resume goes on with it, another --out begins a new one",
+        "{}: holds a run already; --resume continues it, another --out begins a new one",
         .0.display()
     )]
     Exists(PathBuf),
@@ -79,7 +79,7 @@ pub enum TrainError {
         /// What is in the way.
         name: &'static str,
     },
-    /// Another process is at work there.
+    /// Another process uses the directory.
     #[error("{}: {holder} is at work on this run; wait for it or choose another --out", path.display())]
     Held {
         /// The directory.
@@ -98,7 +98,7 @@ pub enum TrainError {
         /// Everything that differs.
         what: String,
     },
-    /// A file of the run directory makes no sense.
+    /// A file of the run directory is invalid.
     #[error("{}: {reason}", path.display())]
     Broken {
         /// The file.
@@ -106,18 +106,18 @@ pub enum TrainError {
         /// What is wrong.
         reason: String,
     },
-    /// The system refused.
+    /// An I/O error.
     #[error("{}: {source}", path.display())]
     Io {
         /// The file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// The loss is no number any more.
+    /// Loss, gradients or parameters are NaN or infinite.
     #[error(
-        "step {step}: the loss is {loss} and what is trained no longer all numbers; a lower \
-         learning_rate or a max_grad_norm helps most often"
+        "step {step}: training diverged (loss {loss}; loss, gradients or parameters are NaN or \
+         infinite); a lower learning_rate or a max_grad_norm helps most often"
     )]
     Diverged {
         /// The step.
@@ -173,7 +173,7 @@ pub enum TrainError {
     /// A reward model beside the base.
     #[error(transparent)]
     RewardModel(#[from] RewardModelError),
-    /// candle refused.
+    /// A tensor operation failed.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
 }

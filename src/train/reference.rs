@@ -1,4 +1,4 @@
-//! The reference model: what it wears, and what it says of rows, computed once.
+//! The reference model: its adapters, and its log-probs of rows, computed once.
 
 use std::fs;
 use std::path::Path;
@@ -13,15 +13,15 @@ use crate::model::{ActiveAdapter, Decoder};
 use crate::monitor::Monitor;
 use crate::weights::write_atomically;
 
-/// What the reference wears: what the policy is put on top of, and the adapter at `path`, if one is
-/// named.
+/// The active adapters of the reference: the frozen ones that the policy is put on top of, and the
+/// adapter at `path`, if it is not empty.
 pub fn active(
-    below: &[ActiveAdapter],
+    frozen: &[ActiveAdapter],
     path: &Path,
     decoder: &Decoder,
     monitor: Monitor<'_>,
 ) -> Result<Vec<ActiveAdapter>, TrainError> {
-    let mut active = below.to_vec();
+    let mut active = frozen.to_vec();
     if !path.as_os_str().is_empty() {
         active.push(ActiveAdapter::frozen(Arc::new(read_adapter(path, decoder, monitor)?)));
     }
@@ -32,7 +32,7 @@ pub fn active(
 #[derive(Debug, Default)]
 pub struct ReferenceLogps {
     values: Vec<f32>,
-    /// Where those of each row begin.
+    /// The index of the first value of each row.
     starts: Vec<u32>,
 }
 
@@ -47,26 +47,26 @@ impl ReferenceLogps {
         Self { values: vec![0.0; all as usize], starts }
     }
 
-    /// Those of a row.
+    /// The log-probs of a row's responses.
     pub fn of(&self, row: usize) -> &[f32] {
         let end = self.starts.get(row + 1).map_or(self.values.len(), |&end| end as usize);
         &self.values[self.starts[row] as usize..end]
     }
 
-    /// The same, to be written.
+    /// The log-probs of a row's responses, mutable.
     pub fn of_mut(&mut self, row: usize) -> &mut [f32] {
         let end = self.starts.get(row + 1).map_or(self.values.len(), |&end| end as usize);
         &mut self.values[self.starts[row] as usize..end]
     }
 
-    /// Bytes they take.
+    /// Bytes of the log-probs of so many responses of so many rows.
     pub fn bytes(responses: usize, rows: usize) -> usize {
         responses * size_of::<f32>() + rows * size_of::<u32>()
     }
 }
 
-/// The numbers of a run's file, one a response of each row; computed and written if it is not there.
-/// The run's fingerprints vouch that base, rows and settings are those it was made of.
+/// Reads the log-probs from a file of the run, or computes and writes them if it does not exist. The
+/// fingerprints of the run ensure that base, rows and settings are those it was computed with.
 pub fn cached(
     path: &Path,
     logps: &mut ReferenceLogps,

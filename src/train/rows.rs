@@ -1,4 +1,4 @@
-//! Reading the rows of a run: what the settings say of files, limits, the row cache and held-out rows.
+//! Reading the rows of a run: files, length limits, the row cache and the held-out part.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;

@@ -18,7 +18,7 @@ use quantune_adapters::rng::Stream;
 use crate::data::Batch;
 use crate::model::backend::{Backend, Keep, ParameterGradients, with_backend};
 use crate::model::{ActiveAdapter, Adapters, Decoder, Rows};
-use crate::objectives::{Judged, Objective};
+use crate::objectives::{Objective, ObjectiveOutput};
 use crate::ops::BackendKind;
 use crate::optim::AdamW;
 
@@ -109,10 +109,10 @@ pub fn accumulate<B: Backend>(
     settings: &StepSettings,
     gradients: &mut [B::Gradient],
     buffers: &mut Buffers<B>,
-) -> Result<Judged> {
+) -> Result<ObjectiveOutput> {
     let objective = settings.objective;
     if objective.reads_log_probs() && batch.targets.is_empty() {
-        return Ok(Judged::default());
+        return Ok(ObjectiveOutput::default());
     }
     // Hundreds of buffers that grow one after another leave as many holes of their old sizes, up to
     // twice the memory: for a batch larger than all before they are made anew.
@@ -175,7 +175,7 @@ pub fn accumulate<B: Backend>(
 
     // Objective.
     let distributions = B::distributions(head).filter(|_| logps.is_some());
-    let (sum, judged) = objective.judge(logps.as_deref(), scores.as_deref(), distributions)?;
+    let (sum, judged) = objective.compute(logps.as_deref(), scores.as_deref(), distributions)?;
     let mut store = (&sum * settings.scale)?.backward()?;
     B::zero_like(x, dx);
     if let Some(logps) = logps
@@ -218,7 +218,7 @@ pub trait TrainState: Debug + Send {
         batch: &Batch,
         settings: &StepSettings,
         range: Range<usize>,
-    ) -> Result<Judged>;
+    ) -> Result<ObjectiveOutput>;
 
     /// A copy of all gradients on the host.
     fn gradients(&self) -> Result<Vec<Vec<f32>>>;
@@ -282,7 +282,7 @@ impl<B: Backend> TrainState for StateOf<B> {
         batch: &Batch,
         settings: &StepSettings,
         range: Range<usize>,
-    ) -> Result<Judged> {
+    ) -> Result<ObjectiveOutput> {
         let gradients = &mut self.gradients[range];
         accumulate(decoder, batch, settings, gradients, &mut self.buffers)
     }

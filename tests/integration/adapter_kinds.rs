@@ -142,7 +142,7 @@ impl Step {
         let vars: Vec<Var> = self.parameters.iter().map(|(_, var)| var.clone()).collect();
         let mut state = new_state(&self.decoder, &vars);
         let settings = StepSettings {
-            objective: &Objective::LanguageModelling,
+            objective: &Objective::LanguageModeling,
             temperature: 0.8,
             scale: 1.0 / batch.count() as f64,
             kept_layers: if recomputed { 0 } else { self.decoder.config.num_hidden_layers },

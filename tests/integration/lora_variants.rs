@@ -140,7 +140,7 @@ pub fn take_steps(
         let part = MicroBatch {
             scale: 1.0 / batch.count() as f64,
             batch,
-            objective: Objective::LanguageModelling,
+            objective: Objective::LanguageModeling,
             adapter: 0,
             epoch: 0,
             temperature: 1.0,

@@ -146,7 +146,7 @@ fn step(
     let mut state = new_state(decoder, &parameters);
     let count = batch.count() as f64;
     let settings = StepSettings {
-        objective: &Objective::LanguageModelling,
+        objective: &Objective::LanguageModeling,
         temperature,
         scale: 1.0 / count,
         kept_layers,

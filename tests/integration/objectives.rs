@@ -14,7 +14,7 @@ use quantune::objectives::preference::{
     NegativeLogLikelihood, PairLogps, PreferenceLoss, PreferenceLosses, PreferenceSettings, kto_kl,
     kto_losses, kto_mismatched, preference_losses,
 };
-use quantune::objectives::reward::{Pair, RewardStats, pair_losses, pair_weight};
+use quantune::objectives::reward::{RewardStats, WeightedPair, pair_losses, pair_weight};
 use quantune::train::settings::DpoSettings;
 use serde_json::Value;
 
@@ -106,13 +106,13 @@ fn reward_losses_match_trl() {
         let scores = var(&numbers(&case["scores"]));
         let count = scores.elem_count() / 2;
         let margins = case["margins"].as_array().map(|_| numbers(&case["margins"]));
-        let pair = |i: usize| Pair {
+        let pair = |i: usize| WeightedPair {
             better: i,
             worse: count + i,
             margin: margins.as_ref().map_or(0.0, |margins| margins[i]),
             weight: pair_weight(1),
         };
-        let pairs: Vec<Pair> = (0..count).map(pair).collect();
+        let pairs: Vec<WeightedPair> = (0..count).map(pair).collect();
         let center = number(&case["center_rewards_coefficient"]);
         let (loss, stats) = pair_losses(&scores, &pairs, center).unwrap();
         close(scalar(&loss) / stats.weight, number(&case["loss"]), &what);
@@ -125,9 +125,9 @@ fn reward_losses_match_trl() {
 fn all_pairs_of_a_prompt_weigh_as_one_comparison() {
     // Four ranked responses and a pair, in one batch and in two.
     let scores = [0.3f32, -0.1, 0.2, -2.0, 1.0, 1.5];
-    let ranked = |responses: usize, first: usize| -> Vec<Pair> {
+    let ranked = |responses: usize, first: usize| -> Vec<WeightedPair> {
         let better = (0..responses).flat_map(|b| (b + 1..responses).map(move |w| (b, w)));
-        let pair = |(better, worse)| Pair {
+        let pair = |(better, worse)| WeightedPair {
             better: first + better,
             worse: first + worse,
             margin: 0.0,
@@ -135,7 +135,7 @@ fn all_pairs_of_a_prompt_weigh_as_one_comparison() {
         };
         better.map(pair).collect()
     };
-    let loss = |scores: &Tensor, pairs: &[Pair]| pair_losses(scores, pairs, 0.01).unwrap();
+    let loss = |scores: &Tensor, pairs: &[WeightedPair]| pair_losses(scores, pairs, 0.01).unwrap();
     let whole = var(&scores);
     let (sum, stats) = loss(&whole, &[ranked(4, 0), ranked(2, 4)].concat());
     assert_eq!((stats.pairs, stats.correct), (7, 5), "{stats:?}");

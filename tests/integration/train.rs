@@ -119,7 +119,7 @@ impl Run {
         for batch in micro {
             let dropout = dropout(batch, 0, layout.dropout, 7);
             let settings = StepSettings {
-                objective: &Objective::LanguageModelling,
+                objective: &Objective::LanguageModeling,
                 temperature: 1.0,
                 scale: 1.0 / count as f64,
                 kept_layers: self.kept_layers.unwrap_or(if layout.recompute { 0 } else { layers }),

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::{PolicyTask, Rollouts, RowSampler, Times};
+use super::{EpochSampler, PolicyTask, Rollouts, Times};
 use crate::data::{Dataset, LoadSettings, PromptSettings, Prompts};
 use crate::model::{ActiveAdapter, Decoder};
 use crate::monitor::Monitor;
@@ -21,7 +21,7 @@ use crate::train::run_dir::{Fingerprint, read_accuracy};
 use crate::train::settings::{CommonSettings, GrpoSettings, PpoSettings};
 
 /// What a run is loaded with.
-struct Loader<'a> {
+struct RolloutLoader<'a> {
     common: &'a CommonSettings,
     decoder: &'a Decoder,
     tokenizer: &'a Tokenizer,
@@ -44,7 +44,7 @@ struct LoadedRewards {
     adapter: Option<ActiveAdapter>,
     model: Option<RewardModel>,
     judge: Option<ActiveAdapter>,
-    ptx: Option<(Dataset, RowSampler)>,
+    ptx: Option<(Dataset, EpochSampler)>,
 }
 
 impl Rollouts {
@@ -58,7 +58,7 @@ impl Rollouts {
         monitor: Monitor<'_>,
     ) -> Result<Self, TrainError> {
         let max_length = max_length(common, decoder, &tokenizer, task.response_length())?;
-        let mut loader = Loader {
+        let mut loader = RolloutLoader {
             common,
             decoder,
             tokenizer: &tokenizer,
@@ -90,7 +90,7 @@ impl Rollouts {
             common: common.clone(),
             tokenizer,
             compute: decoder.compute,
-            prompt_sampler: RowSampler::new("prompts", common.seed, !common.no_shuffle, count),
+            prompt_sampler: EpochSampler::new("prompts", common.seed, !common.no_shuffle, count),
             prompts: train,
             held_out,
             held_out_lines,
@@ -112,7 +112,7 @@ fn max_length(
     tokenizer: &Tokenizer,
     response_length: usize,
 ) -> Result<usize, TrainError> {
-    // A reward model reads what ends a turn behind the response, in the same window.
+    // A reward model also reads the end of the turn after the response, in the same window.
     let ending = 1 + tokenizer.after_turn().map_or(0, |after| after.len());
     let window = decoder.config.max_position_embeddings.saturating_sub(ending);
     let most = common.max_length.min(window);
@@ -125,7 +125,7 @@ fn max_length(
     )))
 }
 
-impl Loader<'_> {
+impl RolloutLoader<'_> {
     fn prompts(&self, response_length: usize) -> Result<LoadedPrompts, TrainError> {
         let common = self.common;
         let reading = PromptSettings {
@@ -166,14 +166,14 @@ impl Loader<'_> {
     }
 
     /// Text to keep predicting.
-    fn ptx(&mut self, own: &PpoSettings) -> Result<(Dataset, RowSampler), TrainError> {
+    fn ptx(&mut self, own: &PpoSettings) -> Result<(Dataset, EpochSampler), TrainError> {
         let common = self.common;
         let cache = Some(row_cache(common));
         let reading = LoadSettings { cache, ..LoadSettings::from(self.max_length) };
         let data = Dataset::load(&own.ptx_data, self.tokenizer, reading, self.monitor)?;
         report_checks(&data.checks, &own.ptx_data, &common.allow, self.monitor)?;
         self.fingerprints.push(("the ptx data".into(), data.sha256.clone()));
-        let sampler = RowSampler::new("ptx", common.seed, true, data.rows.len());
+        let sampler = EpochSampler::new("ptx", common.seed, true, data.rows.len());
         Ok((data, sampler))
     }
 
@@ -271,7 +271,7 @@ fn check_reward_accuracy(
         Some(_) => Ok(()),
         None if min_accuracy > 0.0 => {
             monitor.warn(format_args!(
-                "{0}: nothing says how well it does on held-out pairs (measure it with: \
+                "{0}: its accuracy on held-out pairs is not known (measure it with: \
                  quantune eval --base BASE --reward {0} --data PAIRS)",
                 folder.display()
             ));

@@ -39,7 +39,7 @@ use crate::rollout::{
 };
 use crate::text::Tokenizer;
 use crate::weights::write_atomically;
-use sampler::RowSampler;
+use sampler::EpochSampler;
 
 /// Where the time of updates goes.
 #[derive(Debug, Clone, Copy, Default)]
@@ -49,19 +49,19 @@ struct Times {
     learning: Duration,
 }
 
-/// The prompts of a run, what judges the responses, and where it stands.
+/// The prompts of a run of reinforcement learning, and what gives rewards to responses.
 pub struct Rollouts {
     common: CommonSettings,
     task: PolicyTask,
     tokenizer: Tokenizer,
     compute: Compute,
     prompts: Prompts,
-    prompt_sampler: RowSampler,
+    prompt_sampler: EpochSampler,
     held_out: Option<Prompts>,
     held_out_lines: Option<Bytes>,
     /// Text to keep predicting.
-    ptx: Option<(Dataset, RowSampler)>,
-    /// What the reference wears, if one is asked for.
+    ptx: Option<(Dataset, EpochSampler)>,
+    /// The adapters of the reference, if the algorithm has one.
     reference: Option<Vec<ActiveAdapter>>,
     /// What gives the rewards.
     scorer: Scorer,
@@ -72,11 +72,11 @@ pub struct Rollouts {
     fingerprints: Vec<Fingerprint>,
 }
 
-/// Responses and what was given for them.
+/// Responses and their rewards.
 struct Scored {
     responses: Vec<Response>,
     texts: Vec<String>,
-    /// For each reward all responses' values; none where it has no opinion.
+    /// For each reward the values of all responses; `None` where it has no value.
     columns: Vec<Vec<Option<f64>>>,
     /// The weighted sums.
     totals: Vec<Option<f64>>,
@@ -93,7 +93,7 @@ impl Rollouts {
         Ok(prints)
     }
 
-    /// Takes up the run.
+    /// Prepares the run for the update after `state`.
     pub fn begin(&mut self, run: &RunDir, state: &mut State) -> Result<(), TrainError> {
         if let Some(lines) = &self.held_out_lines {
             write_atomically(run.file("held_out.jsonl"), |file| file.write_all(lines))?;
@@ -116,8 +116,8 @@ impl Rollouts {
     /// Tokens of the largest micro-batch there can be.
     pub fn largest_micro_batch(&self) -> usize {
         let size = self.common.per_device_train_batch_size;
-        // Responses of a group lie behind one prompt; where groups and micro-batches do not go into
-        // each other, a group may begin or end anywhere in one.
+        // Responses of a group share one prompt; where the sizes of groups and micro-batches do not
+        // divide each other, a group may begin or end anywhere in a micro-batch.
         let n = self.task.responses_per_prompt();
         let aligned = size.is_multiple_of(n) || n.is_multiple_of(size);
         let prompts = if aligned { size.div_ceil(n) } else { (size - 2) / n + 2 };
@@ -133,7 +133,7 @@ impl Rollouts {
     }
 
     /// Bytes of the prompts and of text to keep predicting: in memory, and mapped ones that the run
-    /// looks at. All prompts are: whether the rewards can read them is seen before the first step.
+    /// reads. All prompts are read: whether the rewards can read them is checked before the first step.
     pub fn data_bytes(&self) -> [usize; 2] {
         let prompts = [Some(&self.prompts), self.held_out.as_ref()];
         let prompts = prompts.into_iter().flatten().map(|prompts| prompts.rows.bytes(usize::MAX));
@@ -181,7 +181,7 @@ impl Rollouts {
         judge + decoding.max(forward + logits)
     }
 
-    /// Takes up the run as far as an update needs, and writes nothing.
+    /// Prepares for an update of a run that writes nothing.
     pub fn begin_trial(&self, state: &mut State) {
         let rollouts = state.rollouts.get_or_insert_default();
         if let PolicyTask::Ppo(own) = &self.task {
@@ -189,7 +189,7 @@ impl Rollouts {
         }
     }
 
-    /// Whether the updates so far have been through all prompts again.
+    /// Whether the updates so far end an epoch.
     pub fn epoch_ends(&self, state: &State) -> bool {
         let (batch, all) = (self.task.batch_size() as u64, self.prompts.rows.len() as u64);
         let epoch = |step: u64| step * batch / all.max(1);
@@ -210,7 +210,7 @@ impl Rollouts {
         }
     }
 
-    /// What the command's JSON says beside the common part.
+    /// What the command's JSON has beside the common part.
     pub fn results(
         &self,
         state: &State,
@@ -241,7 +241,7 @@ impl Rollouts {
         Ok(results)
     }
 
-    /// The prompts of an update: all of them in turn, in another order each time around.
+    /// The prompts of an update: all of them in turn, in another order each epoch.
     fn prompts_of(&mut self, update: u64) -> Vec<Prompt> {
         let batch = self.task.batch_size() as u64;
         let prompt = |place| self.prompts.rows.get(self.prompt_sampler.row_at(place));
@@ -274,8 +274,8 @@ impl Rollouts {
         Ok(Scored { responses, texts, columns, totals })
     }
 
-    /// Looks at an update, and says what is wrong with it, each thing once. `first` are the responses
-    /// of its first step, and the log-probs it read.
+    /// Warns of what is wrong with an update, of each thing once in a run. `first` are the responses of
+    /// its first step, and the log-probs of that step.
     fn warn_if_unhealthy(
         &self,
         state: &mut State,
@@ -285,7 +285,7 @@ impl Rollouts {
         kl: &[f64],
         monitor: Monitor<'_>,
     ) {
-        // Dropout alone makes another policy of the one that learns.
+        // With dropout the policy that learns differs from the one that sampled.
         let first = first.filter(|_| self.common.lora_dropout == 0.0);
         let first = first.map(|(responses, logps)| FirstStep { responses, logps });
         let found = diagnose_update(responses, old, first, kl);
@@ -294,7 +294,7 @@ impl Rollouts {
         }
     }
 
-    /// Writes a few responses where people can read them.
+    /// Writes a few responses to `samples.jsonl`, and reports them as a table.
     fn sample_table(
         &mut self,
         state: &mut State,
@@ -331,7 +331,7 @@ impl Rollouts {
     }
 }
 
-/// Warns, but not twice of the same thing: numbers in a sentence do not make it another.
+/// Warns, unless the run had the same warning: sentences that differ in numbers only are the same.
 fn warn_once(state: &mut State, sentence: String, monitor: Monitor<'_>) {
     let words = |text: &str| -> String {
         text.chars().filter(|c| c.is_alphabetic() || *c == ' ').collect()
@@ -343,7 +343,7 @@ fn warn_once(state: &mut State, sentence: String, monitor: Monitor<'_>) {
     }
 }
 
-/// What a run's state has of responses.
+/// The state of rollouts in the state of a run.
 fn rollouts_of(state: &mut State) -> &mut RolloutState {
     state.rollouts.get_or_insert_default()
 }

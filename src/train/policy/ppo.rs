@@ -71,7 +71,7 @@ impl Rollouts {
         Ok((numbers, work))
     }
 
-    /// Responses judged by policy, reference and value head as they are now, and their advantages.
+    /// Log-probs of the responses under policy and reference, values, rewards and advantages.
     fn experience(
         &self,
         own: &PpoSettings,
@@ -204,7 +204,7 @@ impl Rollouts {
         let scale = own.ptx_coef / batch.count().max(1) as f64;
         Some(MicroBatch {
             batch,
-            objective: Objective::LanguageModelling,
+            objective: Objective::LanguageModeling,
             scale,
             adapter: 0,
             epoch: optimizer_step,
@@ -213,7 +213,7 @@ impl Rollouts {
     }
 }
 
-/// What the optimizer steps of an update came to.
+/// The results of the optimizer steps of an update.
 #[derive(Debug, Default)]
 struct Learned {
     losses: Vec<f64>,

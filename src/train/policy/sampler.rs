@@ -2,10 +2,10 @@
 
 use quantune_adapters::rng::Stream;
 
-/// All of `count` rows in turn, epoch after epoch, each in an order of its own. A run needs no state
-/// of it: the order of an epoch is a function of its number.
+/// All of `count` rows in turn, epoch after epoch, each epoch in another order. A run saves no state of
+/// the sampler: the order of an epoch is a function of its number.
 #[derive(Debug, Clone)]
-pub struct RowSampler {
+pub struct EpochSampler {
     purpose: &'static str,
     seed: u64,
     shuffled: bool,
@@ -14,7 +14,7 @@ pub struct RowSampler {
     epoch: Option<(u64, Vec<u32>)>,
 }
 
-impl RowSampler {
+impl EpochSampler {
     /// Rows come in the order of the file if not `shuffled`.
     pub fn new(purpose: &'static str, seed: u64, shuffled: bool, count: usize) -> Self {
         Self { purpose, seed, shuffled, count, epoch: None }
@@ -47,7 +47,7 @@ mod tests {
     #[test]
     fn every_epoch_has_all_rows_in_an_order_that_needs_no_state() {
         let check = |shuffled: bool, count: usize| {
-            let new = || RowSampler::new("rows", 7, shuffled, count);
+            let new = || EpochSampler::new("rows", 7, shuffled, count);
             let mut sampler = new();
             let rows: Vec<usize> =
                 (0..3 * count as u64).map(|place| sampler.row_at(place)).collect();

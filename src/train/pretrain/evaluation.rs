@@ -2,10 +2,10 @@
 
 use serde_json::json;
 
-use super::Pretraining;
 use crate::data::Batch;
 use crate::data::corpus::Corpus;
 use crate::eval::{Bigram, TextLoss, text_loss};
+use crate::model::full::FullModel;
 use crate::monitor::Monitor;
 use crate::train::TrainError;
 use crate::train::metrics::Numbers;
@@ -16,35 +16,35 @@ const EVAL_TOKENS: usize = 2048;
 /// Tokens that the bigram model beside the evaluations counts at most.
 const BIGRAM_TOKENS: u64 = 1 << 22;
 
-impl Pretraining {
-    /// Bits per byte of the held-out rows, of all and of each source; `None` if the run was stopped
-    /// before all were evaluated.
-    pub(super) fn evaluate_held_out(
-        &self,
-        monitor: Monitor<'_>,
-    ) -> Result<Option<Numbers>, TrainError> {
-        let decoder = self.learner.trained.model.decoder(self.settings.compute())?;
-        let mut all = TextLoss::default();
-        let mut of_sources = Vec::new();
-        for (index, source) in self.corpus.sources().enumerate() {
-            let batches = held_out(&self.corpus, index, &self.settings);
-            let Some(loss) = text_loss(&decoder, batches, monitor.stop)? else { return Ok(None) };
-            if loss.tokens > 0 {
-                let key = format!("eval_{}_bits_per_byte", source.name);
-                of_sources.push((key, json!(loss.bits_per_byte())));
-            }
-            all.add(&loss);
+/// Bits per byte of the held-out rows, of all and of each source; `None` if the run was stopped
+/// before all were evaluated.
+pub fn evaluate_held_out(
+    model: &FullModel,
+    corpus: &Corpus,
+    settings: &PretrainSettings,
+    monitor: Monitor<'_>,
+) -> Result<Option<Numbers>, TrainError> {
+    let decoder = model.decoder(settings.compute())?;
+    let mut all = TextLoss::default();
+    let mut of_sources = Vec::new();
+    for (index, source) in corpus.sources().enumerate() {
+        let batches = held_out(corpus, index, settings);
+        let Some(loss) = text_loss(&decoder, batches, monitor.stop)? else { return Ok(None) };
+        if loss.tokens > 0 {
+            let key = format!("eval_{}_bits_per_byte", source.name);
+            of_sources.push((key, json!(loss.bits_per_byte())));
         }
-        let mut numbers: Numbers = vec![
-            ("eval_loss".into(), json!(all.loss())),
-            ("eval_perplexity".into(), json!(all.loss().exp())),
-            ("eval_bits_per_byte".into(), json!(all.bits_per_byte())),
-        ];
-        if of_sources.len() > 1 {
-            numbers.extend(of_sources);
-        }
-        Ok(Some(numbers))
+        all.add(&loss);
     }
+    let mut numbers: Numbers = vec![
+        ("eval_loss".into(), json!(all.loss())),
+        ("eval_perplexity".into(), json!(all.loss().exp())),
+        ("eval_bits_per_byte".into(), json!(all.bits_per_byte())),
+    ];
+    if of_sources.len() > 1 {
+        numbers.extend(of_sources);
+    }
+    Ok(Some(numbers))
 }
 
 /// The held-out rows of a source that evaluations read, a few at a time.

@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use crate::data::Batch;
 use crate::model::full::{FullBuffers, FullModel};
-use crate::objectives::Judged;
+use crate::objectives::ObjectiveOutput;
 use crate::ops::BackendKind;
 use crate::optim::{AdamW, Gradients, TensorAdamW, global_norm, tensor_norm};
 use crate::train::TrainError;
@@ -88,7 +88,11 @@ impl Trainable for FullTraining {
         Ok(())
     }
 
-    fn accumulate(&mut self, part: &ScaledBatch, kept_layers: usize) -> Result<Judged, TrainError> {
+    fn accumulate(
+        &mut self,
+        part: &ScaledBatch,
+        kept_layers: usize,
+    ) -> Result<ObjectiveOutput, TrainError> {
         let (model, ScaledBatch { batch, scale }) = (&self.model, part);
         let sum = match &mut self.state {
             TrainingState::Buffers { gradients, buffers, .. } => {
@@ -98,7 +102,7 @@ impl Trainable for FullTraining {
                 model.accumulate_tensors(batch, *scale, gradients)?
             }
         };
-        Ok(Judged { loss: sum * scale, ..Judged::default() })
+        Ok(ObjectiveOutput { loss: sum * scale, ..ObjectiveOutput::default() })
     }
 
     fn gradient_norm(&mut self) -> Result<f64, TrainError> {

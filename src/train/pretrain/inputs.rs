@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use candle_core::Device;
 
-use super::MODEL;
+use super::output::MODEL;
 use crate::data::corpus::{Corpus, CorpusError, SourceSpec};
 use crate::model::full::{FullModel, working_bytes};
 use crate::monitor::Monitor;

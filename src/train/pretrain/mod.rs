@@ -35,10 +35,10 @@ use crate::model::{Adapters, CacheType};
 use crate::monitor::Monitor;
 use crate::optim::AdamW;
 use crate::text::{Tokenizer, today};
-use evaluation::bigram_bits_per_byte;
+use evaluation::{bigram_bits_per_byte, evaluate_held_out};
 use full_training::{FullTraining, ScaledBatch, named_parameters};
 use inputs::{Start, kept_layers, misfit, open_corpus, sample_prompts};
-use output::{check_writable, tokenizer_folder};
+use output::{MODEL, ModelWriter, check_writable, tokenizer_folder};
 
 /// The report of a finished run; with `results`, the `--json` line of its command.
 #[derive(Debug, Clone, Serialize)]
@@ -67,9 +67,6 @@ pub struct PretrainSummary {
     #[serde(skip)]
     pub results: Map<String, Value>,
 }
-
-/// Where a run, and each of its checkpoints, has the model.
-const MODEL: &str = "model";
 
 /// Trains all weights of a model. With `resume`, continues the run in `settings.out`. The stop flag is
 /// looked at while sources are tokenized, between the batches of an evaluation, and after each step.
@@ -157,8 +154,8 @@ pub fn pretrain(
     };
 
     let folder = run.file(MODEL);
-    training.write_folder(&folder, training.settings.dtype)?;
-    let export = training.write_export(export_type, &folder, monitor)?;
+    training.writer().write_folder(&folder, training.settings.dtype)?;
+    let export = training.writer().write_export(export_type, &folder, monitor)?;
     let losses = log.values("loss")?;
     let Pretraining { settings, corpus, learner, .. } = &training;
     Ok(Outcome::Done(Box::new(PretrainSummary {
@@ -294,7 +291,8 @@ impl Trainer for Pretraining {
         _state: &mut State,
         monitor: Monitor<'_>,
     ) -> Result<Option<Numbers>, TrainError> {
-        self.evaluate_held_out(monitor)
+        let model = &self.learner.trained.model;
+        evaluate_held_out(model, &self.corpus, &self.settings, monitor)
     }
 
     fn epoch_ends(&self, _state: &State) -> bool {
@@ -310,13 +308,18 @@ impl Trainer for Pretraining {
         let parameters = self.learner.trained.parameters();
         self.learner.trained.with_optimizer(|optimizer| {
             run.save(state, &parameters, optimizer, keep, |folder| {
-                self.write_folder(&folder.join(MODEL), FloatType::F32)
+                self.writer().write_folder(&folder.join(MODEL), FloatType::F32)
             })
         })
     }
 }
 
 impl Pretraining {
+    fn writer(&self) -> ModelWriter<'_> {
+        let (model, settings) = (&self.learner.trained.model, &self.settings);
+        ModelWriter { model, tokenizer_folder: &self.tokenizer_folder, settings }
+    }
+
     /// Texts that the model generates now, with their prompts.
     fn samples(&self, step: u64) -> Result<Vec<String>, TrainError> {
         let settings = &self.settings;
@@ -331,7 +334,7 @@ impl Pretraining {
         let decoding = Decoding {
             sampling: Sampling {
                 temperature: settings.sample_temperature,
-                seed: settings.seed.wrapping_add(step), // not the same luck at each step
+                seed: settings.seed.wrapping_add(step), // other random numbers at each step
                 ..Sampling::default()
             },
             max_tokens: settings.sample_tokens,

@@ -3,7 +3,6 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use super::Pretraining;
 use crate::export::{
     ExportError, ExportSource, FileType, Recipe, VerifyBounds, expressible, verify, write_folder,
     write_gguf,
@@ -18,24 +17,37 @@ use crate::train::run_dir::RunDir;
 use crate::train::settings::{FloatType, PretrainSettings};
 use crate::weights::{Checkpoint, write_atomically};
 
-impl Pretraining {
+/// Where a run, and each of its checkpoints, has the model.
+pub const MODEL: &str = "model";
+
+/// Writes a model into files.
+pub struct ModelWriter<'a> {
+    /// The model.
+    pub model: &'a FullModel,
+    /// The folder of its tokenizer.
+    pub tokenizer_folder: &'a Path,
+    /// The settings of the run.
+    pub settings: &'a PretrainSettings,
+}
+
+impl ModelWriter<'_> {
     /// Calls `with` with the model as it is now, as a source of files.
     fn written<T>(
         &self,
         with: impl FnOnce(&ExportSource) -> Result<T, ExportError>,
     ) -> Result<T, TrainError> {
-        let model = &self.learner.trained.model;
+        let model = self.model;
         let parameters = model.on_cpu()?;
         let values = parameters.iter().map(Values::of);
         let values: Vec<Values> = values.collect::<candle_core::Result<_>>()?;
         let named = model.names.iter().zip(&model.parameters).zip(&values);
         let named = named.map(|((name, var), values)| (name.as_str(), var.dims(), &values[..]));
-        let source =
-            ExportSource::from_memory(model.config.clone(), named, &self.tokenizer_folder)?;
+        let source = ExportSource::from_memory(model.config.clone(), named, self.tokenizer_folder)?;
         Ok(with(&source)?)
     }
 
-    pub(super) fn write_folder(&self, folder: &Path, of: FloatType) -> Result<(), TrainError> {
+    /// Writes a Hugging Face folder.
+    pub fn write_folder(&self, folder: &Path, of: FloatType) -> Result<(), TrainError> {
         let block_type = match of {
             FloatType::F32 => BlockType::F32,
             FloatType::F16 => BlockType::F16,
@@ -51,7 +63,7 @@ impl Pretraining {
     }
 
     /// Writes the export and reads it back, if one is asked for. Returns its path.
-    pub(super) fn write_export(
+    pub fn write_export(
         &self,
         export_type: FileType,
         folder: &Path,
@@ -62,7 +74,7 @@ impl Pretraining {
             return Ok(None);
         }
         self.write_gguf(export_type, path)?;
-        read_back(folder, &self.settings, export_type, monitor)?;
+        read_back(folder, self.settings, export_type, monitor)?;
         Ok(Some(path.clone()))
     }
 }

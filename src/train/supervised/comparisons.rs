@@ -3,10 +3,10 @@
 use crate::data::{Batch, Comparison, RowStore};
 use crate::model::scoring::{runs, target_log_probs};
 use crate::model::{ActiveAdapter, Decoder};
-use crate::objectives::reward::{Pair, pair_weight};
+use crate::objectives::reward::{WeightedPair, pair_weight};
 use crate::train::TrainError;
 
-/// Some of the rows, read anew.
+/// The rows at some indices, decoded from the row store.
 pub fn get_rows(
     rows: &RowStore<Comparison>,
     indices: impl Iterator<Item = usize>,
@@ -25,12 +25,12 @@ pub fn lay_out(rows: &[&Comparison]) -> Batch {
 }
 
 /// The pairs of rows whose responses follow one another, each row's counting as one comparison.
-pub fn weighted_pairs(rows: &[&Comparison]) -> Vec<Pair> {
+pub fn weighted_pairs(rows: &[&Comparison]) -> Vec<WeightedPair> {
     let mut pairs = Vec::new();
     let mut first = 0;
     for row in rows {
         let weight = pair_weight(row.pairs.len());
-        pairs.extend(row.pairs.iter().map(|pair| Pair {
+        pairs.extend(row.pairs.iter().map(|pair| WeightedPair {
             better: first + pair.better,
             worse: first + pair.worse,
             margin: pair.margin,

@@ -6,7 +6,8 @@ use std::io::Write;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::data::{EpochPlan, EpochSettings, FileRows, Record, epoch_examples};
+use crate::data::{Batch, EpochPlan, EpochSettings, FileRows, Record, epoch_examples};
+use crate::objectives::Objective;
 use crate::quant::Bytes;
 use crate::train::TrainError;
 use crate::train::rows::{LoadedRows, RowLoader, longest_together};
@@ -38,6 +39,14 @@ pub struct EpochRows<T, R> {
     plan: EpochPlan,
     /// The epoch of the plan.
     epoch: u64,
+}
+
+/// The micro-batches of a step.
+pub struct StepBatches {
+    /// Tokens, and what is minimized over them.
+    pub batches: Vec<(Batch, Objective)>,
+    /// What the sum of their losses is divided by.
+    pub count: f64,
 }
 
 /// Rows of any kind, as the steps of a run take them.

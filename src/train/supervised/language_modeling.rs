@@ -2,8 +2,7 @@
 
 use serde_json::json;
 
-use super::StepBatches;
-use super::epoch_rows::{EpochLayout, EpochRows};
+use super::epoch_rows::{EpochLayout, EpochRows, StepBatches};
 use crate::data::{Batch, DataReport, Example};
 use crate::eval::evaluate;
 use crate::model::{ActiveAdapter, Decoder};
@@ -35,7 +34,7 @@ impl LanguageModeling {
     pub(super) fn step_batches(&self, bins: &[Vec<Vec<usize>>]) -> StepBatches {
         let batches = bins.iter().map(|bins| Batch::gather(&self.rows.train.rows, bins));
         let batches: Vec<(Batch, Objective)> =
-            batches.map(|batch| (batch, Objective::LanguageModelling)).collect();
+            batches.map(|batch| (batch, Objective::LanguageModeling)).collect();
         let count = batches.iter().map(|(batch, _)| batch.count()).sum::<usize>() as f64;
         StepBatches { batches, count }
     }

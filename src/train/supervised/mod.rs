@@ -24,11 +24,9 @@ use super::rows::RowLoader;
 use super::run_dir::{Fingerprint, RunDir};
 use super::settings::{DpoSettings, RewardSettings, SftSettings};
 use super::state::State;
-use crate::data::Batch;
 use crate::model::{ActiveAdapter, Decoder};
 use crate::monitor::Monitor;
-use crate::objectives::Objective;
-use epoch_rows::PlannedRows;
+use epoch_rows::{PlannedRows, StepBatches};
 
 /// Training on the rows of a file, by what is minimized over them.
 pub enum Supervised {
@@ -38,13 +36,6 @@ pub enum Supervised {
     Reward(RewardTraining),
     /// Log-probs of compared or labelled responses.
     Preference(Box<PreferenceTraining>),
-}
-
-/// The micro-batches of a step.
-struct StepBatches {
-    batches: Vec<(Batch, Objective)>,
-    /// What the sum of their losses is divided by.
-    count: f64,
 }
 
 impl Supervised {

@@ -7,9 +7,8 @@ use std::path::PathBuf;
 use candle_core::{Device, Tensor};
 use serde_json::json;
 
-use super::StepBatches;
 use super::comparisons::{get_rows, lay_out, response_log_probs, weighted_pairs};
-use super::epoch_rows::{EpochLayout, EpochRows, PlannedRows};
+use super::epoch_rows::{EpochLayout, EpochRows, PlannedRows, StepBatches};
 use crate::data::{
     Batch, Comparison, ComparisonKind, ComparisonReport, DataError, RowStore, WhenTooLong,
 };
@@ -241,9 +240,9 @@ impl PreferenceTraining {
             let logps = target_log_probs(decoder, active, &batch, 1.0)?;
             let logps = Tensor::new(logps, &Device::Cpu)?;
             let objective = Objective::Preference(part.into());
-            let (_, judged) = objective.judge(Some(&logps), None, None)?;
-            loss += judged.loss;
-            stats.add(judged.stats);
+            let (_, output) = objective.compute(Some(&logps), None, None)?;
+            loss += output.loss;
+            stats.add(output.stats);
         }
         let mut numbers: Numbers = vec![("eval_loss".into(), json!(loss / count.max(1) as f64))];
         let more = stats_numbers(&stats).into_iter();
@@ -319,7 +318,7 @@ pub fn step_constants<'p>(
     })
 }
 
-/// Each row's prompt with the responses of another row, as far as they fit behind it.
+/// Each row's prompt with the responses of another row, as far as they fit into the window after it.
 fn mismatched_rows(
     decoder: &Decoder,
     rows: &[&Comparison],

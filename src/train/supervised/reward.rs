@@ -3,9 +3,8 @@
 use candle_core::{Device, Tensor};
 use serde_json::json;
 
-use super::StepBatches;
 use super::comparisons::{get_rows, lay_out, weighted_pairs};
-use super::epoch_rows::{EpochLayout, EpochRows};
+use super::epoch_rows::{EpochLayout, EpochRows, StepBatches};
 use crate::data::{Batch, Comparison, ComparisonKind, ComparisonReport, RowStore, WhenTooLong};
 use crate::model::scoring::{row_scores, runs};
 use crate::model::{ActiveAdapter, Decoder};
