@@ -496,7 +496,7 @@ impl<'a> FileTensors<'a> {
 pub fn write_folder(adapter: &Adapter, folder: &Path) -> Result<(), FormatError> {
     let tensor = |(name, var): (String, Var)| {
         let values = var.as_detached_tensor().to_dtype(DType::F32)?.flatten_all()?;
-        Ok((name, Parameter { values, shape: var.dims().to_vec() }))
+        Ok((name, SavedTensor { values, shape: var.dims().to_vec() }))
     };
     let tensors = adapter.parameters().into_iter().map(tensor);
     let tensors = tensors.collect::<candle_core::Result<Vec<_>>>()?;
@@ -532,13 +532,13 @@ pub fn write_tensors<V: View>(
 }
 
 /// A parameter that is being written.
-struct Parameter {
+struct SavedTensor {
     /// Flat F32.
     values: Tensor,
     shape: Vec<usize>,
 }
 
-impl View for Parameter {
+impl View for SavedTensor {
     fn dtype(&self) -> Dtype {
         Dtype::F32
     }
@@ -658,7 +658,7 @@ mod tests {
                 let n = shape.iter().product();
                 let values: Vec<f32> = (0..n).map(|i| i as f32 * 0.3).collect();
                 let values = Tensor::from_vec(values, n, &Device::Cpu).unwrap();
-                (name.to_string(), Parameter { values, shape: shape.to_vec() })
+                (name.to_string(), SavedTensor { values, shape: shape.to_vec() })
             });
             tensors.collect::<Vec<_>>()
         };

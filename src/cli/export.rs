@@ -92,7 +92,7 @@ impl Export {
             }
             std::fs::metadata(out.join(format::TENSORS_FILE))?.len()
         };
-        let again = AdapterPath { path: out.into(), weight: 1.0 };
+        let reread = AdapterPath { path: out.into(), weight: 1.0 };
         let found = load_adapters(&[reread], &decoder)?;
         let distance = check(base, &decoder, &active, &found, out, dtype)?;
         if !json {

@@ -57,7 +57,7 @@ use flags::{DpoFlags, GrpoFlags, PpoFlags, RewardFlags, SftFlags};
 #[command(name = "quantune", version, about, after_help = examples::PATH)]
 struct Cli {
     #[command(subcommand)]
-    command: Command,
+    command: CliCommand,
     #[command(flatten)]
     common: Common,
 }
@@ -73,7 +73,7 @@ struct Common {
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {
+enum CliCommand {
     /// Train a small model in a few minutes, from random weights through SFT to PPO
     #[command(after_help = examples::QUICKSTART)]
     Quickstart(quickstart::Quickstart),
@@ -163,23 +163,23 @@ pub fn main() -> ExitCode {
     // Run on a thread of the pool: from outside, every parallel section would wake a thread and sleep until
     // it is done.
     let result = rayon::scope(|_| match cli.command {
-        Command::Quickstart(command) => command.run(threads, json),
-        Command::Pretrain(command) => command.run(json),
-        Command::Sft(command) => command.run(crate::train::Command::Sft, json),
-        Command::Reward(command) => command.run(crate::train::Command::Reward, json),
-        Command::Dpo(command) => command.run(crate::train::Command::Dpo, json),
-        Command::Ppo(command) => command.run(crate::train::Command::Ppo, json),
-        Command::Grpo(command) => command.run(crate::train::Command::Grpo, json),
-        Command::Eval(command) => command.run(json),
-        Command::Generate(command) => command.run(json),
-        Command::Chat(command) => command.run(json),
-        Command::Merge(command) => command.run(json),
-        Command::Quantize(command) => command.run(json),
-        Command::Export(command) => command.run(json),
-        Command::Inspect(command) => command.run(json),
-        Command::Data(command) => command.run(json),
-        Command::Tokenizer(command) => command.run(json),
-        Command::Completions(command) => command.run(json),
+        CliCommand::Quickstart(command) => command.run(threads, json),
+        CliCommand::Pretrain(command) => command.run(json),
+        CliCommand::Sft(command) => command.run(crate::train::Command::Sft, json),
+        CliCommand::Reward(command) => command.run(crate::train::Command::Reward, json),
+        CliCommand::Dpo(command) => command.run(crate::train::Command::Dpo, json),
+        CliCommand::Ppo(command) => command.run(crate::train::Command::Ppo, json),
+        CliCommand::Grpo(command) => command.run(crate::train::Command::Grpo, json),
+        CliCommand::Eval(command) => command.run(json),
+        CliCommand::Generate(command) => command.run(json),
+        CliCommand::Chat(command) => command.run(json),
+        CliCommand::Merge(command) => command.run(json),
+        CliCommand::Quantize(command) => command.run(json),
+        CliCommand::Export(command) => command.run(json),
+        CliCommand::Inspect(command) => command.run(json),
+        CliCommand::Data(command) => command.run(json),
+        CliCommand::Tokenizer(command) => command.run(json),
+        CliCommand::Completions(command) => command.run(json),
     });
     match result {
         Ok(mut value) => {

@@ -285,7 +285,7 @@ pub struct Engine<'a> {
     waiting: VecDeque<Group>,
     /// Prompts that have been read, whose rows have no slot yet.
     parked: VecDeque<Parked>,
-    running: Batch,
+    running: DecodeBatch,
     /// What is told with the next step.
     told: Vec<Event>,
 }
@@ -301,7 +301,7 @@ impl<'a> Engine<'a> {
             usage: Usage::default(),
             waiting: VecDeque::new(),
             parked: VecDeque::new(),
-            running: Batch { rows: Vec::new(), cache: KvCache::with_type(decoder, 0, cache) },
+            running: DecodeBatch { rows: Vec::new(), cache: KvCache::with_type(decoder, 0, cache) },
             told: Vec::new(),
         }
     }
@@ -316,7 +316,7 @@ impl<'a> Engine<'a> {
         self.check(id, &job)?;
         self.submitted += 1;
         let prefix = job.prefix.take();
-        let row = Row::new(id, job, self.decoder.config.max_position_embeddings);
+        let row = EngineRow::new(id, job, self.decoder.config.max_position_embeddings);
         if row.is_full() {
             let ended = Box::new(Ended { generated: row.generated, prefix });
             self.told.push(Event::Finished { id, ended });
@@ -406,7 +406,7 @@ impl<'a> Engine<'a> {
     /// Gives up what has been read of running rows that are about to grow so long that they rotate
     /// otherwise: they wait, to be read anew.
     fn reread(&mut self) {
-        let Batch { rows, cache } = &self.running;
+        let DecodeBatch { rows, cache } = &self.running;
         let turns = |index: &usize| {
             let read = cache.len(*index);
             !cache.same_rope_scaling(read, rows[*index].tokens.len())
@@ -449,7 +449,7 @@ impl<'a> Engine<'a> {
         // All of a group choose from the same logits.
         let rows = chunk.iter_mut().zip(0..);
         let rows = rows.flat_map(|(group, line)| group.rows.iter_mut().map(move |row| (row, line)));
-        let mut rows: Vec<(&mut Row, usize)> = rows.collect();
+        let mut rows: Vec<(&mut EngineRow, usize)> = rows.collect();
         self.usage.tokens += rows.len();
         let mut fates = choose(&mut rows, &logits, events)?.into_iter();
         for (cache, group) in caches.into_iter().zip(chunk) {
@@ -480,7 +480,7 @@ impl<'a> Engine<'a> {
         self.usage.tokens += batch.rows.len();
         let active: Vec<&[ActiveAdapter]> = batch.rows.iter().map(|row| &*row.job.active).collect();
         let logits = self.decoder.logits(&hidden, Adapters::PerRow(&active))?; // (running, vocab_size)
-        let mut rows: Vec<(&mut Row, usize)> = batch.rows.iter_mut().zip(0..).collect();
+        let mut rows: Vec<(&mut EngineRow, usize)> = batch.rows.iter_mut().zip(0..).collect();
         let mut index = 0;
         for fate in choose(&mut rows, &logits, events)? {
             if fate == Fate::GoesOn {
@@ -498,7 +498,7 @@ impl<'a> Engine<'a> {
 
 /// A row on its way.
 #[derive(Debug)]
-struct Row {
+struct EngineRow {
     id: usize,
     /// Prompt and new tokens.
     tokens: Vec<u32>,
@@ -525,7 +525,7 @@ enum Fate {
     Fails,
 }
 
-impl Row {
+impl EngineRow {
     fn new(id: usize, mut job: Job, window: usize) -> Self {
         let generated = Generated {
             token_ids: Vec::new(),
@@ -600,7 +600,7 @@ impl Row {
 /// Chooses the next token of each row, which comes with the line of `logits (M, vocab_size)` it
 /// reads, and tells the tokens; what becomes of each.
 fn choose(
-    rows: &mut [(&mut Row, usize)],
+    rows: &mut [(&mut EngineRow, usize)],
     logits: &Tensor,
     events: &mut Vec<Event>,
 ) -> Result<Vec<Fate>> {
@@ -643,7 +643,7 @@ fn choose(
 /// Rows with the same prompt and adapters, which share the prompt's cache.
 #[derive(Debug)]
 struct Group {
-    rows: Vec<Row>,
+    rows: Vec<EngineRow>,
     /// What of the prompt has been read before, of a row by itself.
     prefix: Option<Prefix>,
 }
@@ -683,11 +683,11 @@ fn next_chunk(waiting: &mut VecDeque<Group>) -> Vec<Group> {
 #[derive(Debug)]
 struct Parked {
     cache: KvCache,
-    rows: VecDeque<Row>,
+    rows: VecDeque<EngineRow>,
 }
 
 /// The next row that takes a slot, with a cache of its own.
-fn take_parked(parked: &mut VecDeque<Parked>) -> Option<(Row, KvCache)> {
+fn take_parked(parked: &mut VecDeque<Parked>) -> Option<(EngineRow, KvCache)> {
     let next = parked.front_mut()?;
     let row = next.rows.pop_front()?;
     if next.rows.is_empty() {
@@ -750,18 +750,18 @@ fn after(cache: &KvCache, new: &[&[u32]]) -> Rows {
 
 /// The rows that are running.
 #[derive(Debug)]
-struct Batch {
-    rows: Vec<Row>,
+struct DecodeBatch {
+    rows: Vec<EngineRow>,
     cache: KvCache,
 }
 
-impl Batch {
-    fn admit(&mut self, row: Row, cache: KvCache) -> Result<()> {
+impl DecodeBatch {
+    fn admit(&mut self, row: EngineRow, cache: KvCache) -> Result<()> {
         self.rows.push(row);
         self.cache.append(cache)
     }
 
-    fn remove(&mut self, index: usize) -> (Row, KvCache) {
+    fn remove(&mut self, index: usize) -> (EngineRow, KvCache) {
         (self.rows.remove(index), self.cache.take(index))
     }
 
