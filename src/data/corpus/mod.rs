@@ -15,6 +15,7 @@ mod source;
 
 pub use documents::{DocumentPiece, read_documents};
 pub use error::CorpusError;
+pub use shard::Tokenizing;
 pub use source::{SourceSpec, matching_files};
 
 use std::collections::HashSet;
@@ -47,17 +48,6 @@ pub struct CorpusSettings {
     pub validation_split: f64,
     /// Seed of the run.
     pub seed: u64,
-}
-
-/// Progress of tokenizing a source.
-#[derive(Debug, Clone, Copy)]
-pub struct Tokenizing<'a> {
-    /// Name of the source.
-    pub source: &'a str,
-    /// Bytes of text tokenized so far.
-    pub bytes: u64,
-    /// Total bytes of its files.
-    pub of: u64,
 }
 
 /// A mixture of tokenized sources.

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::documents::{DocumentPiece, has_lines, read_documents};
-use super::{CorpusError, SourceSpec, Tokenizing, matching_files};
+use super::{CorpusError, SourceSpec, matching_files};
 use crate::data::cache::{self, hex};
 use crate::data::split;
 use crate::monitor::Monitor;
@@ -29,6 +29,17 @@ use crate::weights::{map_file, write_atomically};
 /// Version of the shard format. Raise it whenever the same files would give other tokens.
 const FORMAT: u32 = 1;
 const HEADER: &str = "shard.json";
+
+/// Progress of tokenizing a source.
+#[derive(Debug, Clone, Copy)]
+pub struct Tokenizing<'a> {
+    /// Name of the source.
+    pub source: &'a str,
+    /// Bytes of text tokenized so far.
+    pub bytes: u64,
+    /// Total bytes of its files.
+    pub of: u64,
+}
 
 /// The tokens that mark borders of documents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
