@@ -384,9 +384,9 @@ mod tests {
         check(missing(), "no such file");
         check(missing().context("rows.jsonl"), "rows.jsonl: no such file");
         check(missing().context("rows.jsonl: no such file"), "rows.jsonl: no such file");
-        let told = missing().context("a: no such file").context("cannot begin");
-        check(told, "cannot begin: a: no such file");
-        let told = missing().context("the disk is full").context("b: no such file");
-        check(told, "b: no such file: the disk is full");
+        let nested = missing().context("a: no such file").context("cannot begin");
+        check(nested, "cannot begin: a: no such file");
+        let nested = missing().context("the disk is full").context("b: no such file");
+        check(nested, "b: no such file: the disk is full");
     }
 }

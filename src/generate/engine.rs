@@ -25,7 +25,7 @@ const WORK: usize = 8;
 pub struct Job {
     /// The tokens to go on from, at least one.
     pub prompt: Vec<u32>,
-    /// What it wears from its first token to its last, whatever is swapped meanwhile.
+    /// What it uses from its first token to its last, whatever is swapped meanwhile.
     pub active: Arc<[ActiveAdapter]>,
     /// How its tokens are chosen.
     pub sampling: Sampling,
@@ -35,7 +35,7 @@ pub struct Job {
     pub max_tokens: usize,
     /// The end-of-generation tokens, rising.
     pub ends: Arc<[u32]>,
-    /// `Some(k)` records each chosen token's log-probability and the `k` likeliest.
+    /// `Some(k)` records each chosen token's log-probability and the `k` most likely.
     pub logprobs: Option<usize>,
     /// Whether each choice's log-probability is recorded as it was drawn, and before filters.
     pub draws: bool,
@@ -47,7 +47,7 @@ pub struct Job {
 }
 
 impl Job {
-    /// A row of the bare base that may get `max_tokens` tokens of its likeliest.
+    /// A row of the bare base that may get `max_tokens` tokens with greedy sampling.
     pub fn new(prompt: Vec<u32>, max_tokens: usize) -> Self {
         Self {
             prompt,
@@ -107,7 +107,7 @@ pub struct Generated {
     pub finish: Finish,
     /// If asked for, each new token's log-probability under the model itself, natural log.
     pub token_logprobs: Vec<f32>,
-    /// If asked for, each new token's likeliest alternatives, itself counted, the likeliest first.
+    /// If asked for, each new token's most likely alternatives, itself counted, the most likely first.
     pub logprobs: Vec<Vec<(u32, f32)>>,
     /// If asked for, each new token's log-probability at the sampling temperature, before filters.
     pub sampled_logps: Vec<f32>,
@@ -286,8 +286,8 @@ pub struct Engine<'a> {
     /// Prompts that have been read, whose rows have no slot yet.
     parked: VecDeque<Parked>,
     running: DecodeBatch,
-    /// What is told with the next step.
-    told: Vec<Event>,
+    /// Events of the next step.
+    pending_events: Vec<Event>,
 }
 
 impl<'a> Engine<'a> {
@@ -302,7 +302,7 @@ impl<'a> Engine<'a> {
             waiting: VecDeque::new(),
             parked: VecDeque::new(),
             running: DecodeBatch { rows: Vec::new(), cache: KvCache::with_type(decoder, 0, cache) },
-            told: Vec::new(),
+            pending_events: Vec::new(),
         }
     }
 
@@ -319,7 +319,7 @@ impl<'a> Engine<'a> {
         let row = EngineRow::new(id, job, self.decoder.config.max_position_embeddings);
         if row.is_full() {
             let ended = Box::new(Ended { generated: row.generated, prefix });
-            self.told.push(Event::Finished { id, ended });
+            self.pending_events.push(Event::Finished { id, ended });
             return Ok(id);
         }
         let fits = |group: &&mut Group| {
@@ -370,7 +370,7 @@ impl<'a> Engine<'a> {
         self.waiting.is_empty()
             && self.parked.is_empty()
             && self.running.rows.is_empty()
-            && self.told.is_empty()
+            && self.pending_events.is_empty()
     }
 
     /// What it took so far.
@@ -394,7 +394,7 @@ impl<'a> Engine<'a> {
             self.running.admit(row, cache)?;
         }
         self.reread();
-        let mut events = std::mem::take(&mut self.told);
+        let mut events = std::mem::take(&mut self.pending_events);
         if self.has_slot() && !self.waiting.is_empty() {
             self.read_prompts(&mut events)?;
         } else if !self.running.rows.is_empty() {

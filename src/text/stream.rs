@@ -22,7 +22,7 @@ impl<'a> DecodeStream<'a> {
     /// The next token; what can be shown of the text now, if anything.
     ///
     /// # Errors
-    /// If the id is none of the vocabulary's.
+    /// If the id is not in the vocabulary.
     pub fn push(&mut self, id: u32) -> Result<Option<String>, TextError> {
         self.ids.push(id);
         let fresh = self.fresh()?;

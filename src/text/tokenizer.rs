@@ -179,7 +179,7 @@ impl Tokenizer {
     /// U+FFFD.
     ///
     /// # Errors
-    /// If an id is none of the vocabulary's.
+    /// If an id is not in the vocabulary.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, TextError> {
         if let Some(id) = ids.iter().find(|&&id| self.inner.id_to_token(id).is_none()) {
             let size = self.vocab_size;

@@ -156,7 +156,7 @@ impl TokenizerTrainer {
     /// Counts the words of some texts, in parallel. What is counted does not depend on threads.
     ///
     /// # Errors
-    /// If a word cutter's expression gives up on a text.
+    /// If a word cutter's expression fails on a text.
     pub fn add<T: AsRef<str> + Sync>(&mut self, texts: &[T]) -> Result<(), TextError> {
         let counts = texts.par_iter().map(|text| self.count(text.as_ref()));
         let counts = counts.try_reduce(Default::default, |one, other| Ok(joined(one, other)))?;

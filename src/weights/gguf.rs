@@ -365,7 +365,7 @@ impl Gguf {
     /// A tensor, in the map.
     ///
     /// # Errors
-    /// If there is none of that name, or its type is one we cannot read.
+    /// If there is no tensor of that name, or its type is not supported.
     pub fn tensor(&self, name: &str) -> Result<StoredTensor, WeightsError> {
         let path = || self.path.clone();
         let info = self

@@ -125,7 +125,7 @@ impl Safetensors {
     /// A tensor, in the map.
     ///
     /// # Errors
-    /// If there is none of that name, or its type is none of F32, F16 and BF16.
+    /// If there is no tensor of that name, or its type is not one of F32, F16 and BF16.
     pub fn tensor(&self, name: &str) -> Result<StoredTensor, WeightsError> {
         let path = || self.path.clone();
         let info = self
@@ -265,7 +265,7 @@ impl HfFolder {
     /// A tensor, in the map.
     ///
     /// # Errors
-    /// If there is none of that name, or its type is none of F32, F16 and BF16.
+    /// If there is no tensor of that name, or its type is not one of F32, F16 and BF16.
     pub fn tensor(&self, name: &str) -> Result<StoredTensor, WeightsError> {
         let shard = self.shard_of.get(name).ok_or_else(|| WeightsError::MissingTensor {
             path: self.path.clone(),

@@ -294,7 +294,7 @@ fn gradients_are_those_of_finite_differences() {
     }
 }
 
-/// Rows that wear adapters of their own get what each gets alone, in one pass and in generation; the
+/// Rows that use adapters of their own get what each gets alone, in one pass and in generation; the
 /// integer modes and the portable form say nearly the same. Of a vocabulary that grew too.
 #[test]
 fn rows_wear_what_they_wear_alone() {

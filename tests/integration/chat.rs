@@ -217,8 +217,8 @@ fn errors_are_one_sentence() {
     let check = |args: &[&str], lines: &[&str], needed: &str| {
         let output = chat(args, lines);
         assert!(!output.status.success(), "{args:?} {lines:?}");
-        let told = error(&output);
-        assert!(told.contains(needed), "{args:?} {lines:?}: {told}");
+        let message = error(&output);
+        assert!(message.contains(needed), "{args:?} {lines:?}: {message}");
     };
     let of = |lines: &[&str], needed: &str| check(&["--base", &base], lines, needed);
     of(&["/adapter nobody"], "no adapter is called \"nobody\": none is loaded");

@@ -1,5 +1,5 @@
 //! The binary as a user runs it: every flag changes something, wrong input ends in one sentence,
-//! a killed run goes on to the same bytes.
+//! a killed run resumes to the same bytes.
 
 use std::fs;
 use std::path::Path;
@@ -812,7 +812,7 @@ fn a_run_directory_is_locked_by_one_process() {
 
     first.kill().unwrap(); // SIGKILL: nothing of it can let go of the lock
     assert!(!first.wait().unwrap().success());
-    assert!(error(&quantune(&fresh)).contains("--resume goes on with it"));
+    assert!(error(&quantune(&fresh)).contains("use --resume to continue it"));
     assert!(quantune(&resumed).status.success());
 }
 

@@ -64,9 +64,9 @@ impl Room {
         let folder = format!("{}/", self.folder.path().display());
         let spec = |source: &&str| source.replacen(':', &format!(":{folder}"), 1).parse();
         let specs: Vec<SourceSpec> = sources.iter().map(spec).collect::<Result<_, _>>()?;
-        let mut told = 0;
-        Corpus::open(&specs, &self.tokenizer, settings, &GOES_ON, |_| told += 1)
-            .map(|corpus| (corpus, told))
+        let mut reports = 0;
+        Corpus::open(&specs, &self.tokenizer, settings, &GOES_ON, |_| reports += 1)
+            .map(|corpus| (corpus, reports))
             .map_err(|error| error.to_string().replace(&folder, ""))
     }
 
@@ -375,8 +375,8 @@ fn sources_are_tokenized_once() {
     room.write("b.txt", text_file(&documents(10)));
     let settings = room.settings(16);
     let open = |room: &Room, settings: &CorpusSettings| {
-        let (corpus, told) = room.try_open(&["a=1:a.txt", "b=1:b.txt"], settings).unwrap();
-        (corpus.fingerprint().to_owned(), told, shards(room).len())
+        let (corpus, reports) = room.try_open(&["a=1:a.txt", "b=1:b.txt"], settings).unwrap();
+        (corpus.fingerprint().to_owned(), reports, shards(room).len())
     };
     let (print, ..) = open(&room, &settings);
     assert_eq!(open(&room, &settings), (print.clone(), 0, 2));
@@ -392,8 +392,8 @@ fn sources_are_tokenized_once() {
     assert_eq!(open(&room, &other), (print.clone(), 0, 3));
     room.write("cache/.partial/train.tokens", "half");
     room.write("b.txt", text_file(&documents(11)));
-    let (changed, told, folders) = open(&room, &other);
-    assert!(changed != print && (told, folders) == (1, 4));
+    let (changed, reports, folders) = open(&room, &other);
+    assert!(changed != print && (reports, folders) == (1, 4));
     // The partial folder of a running process is kept.
     room.write("cache/.partial/train.tokens", "half");
     let lock = fs::File::open(room.path("cache/.lock")).unwrap();
@@ -401,11 +401,12 @@ fn sources_are_tokenized_once() {
     assert_eq!(open(&room, &other), (changed.clone(), 0, 5));
     drop(lock);
     assert_eq!(open(&room, &other), (changed.clone(), 0, 4));
-    let (split, told, _) = open(&room, &CorpusSettings { validation_split: 0.2, ..other.clone() });
-    assert!(split != changed && told == 2);
+    let (split, reports, _) =
+        open(&room, &CorpusSettings { validation_split: 0.2, ..other.clone() });
+    assert!(split != changed && reports == 2);
     room.tokenizer = Tokenizer::from_folder(golden("model/qwen2-tiny")).unwrap();
-    let (retokenized, told, _) = open(&room, &other);
-    assert!(retokenized != changed && told == 2);
+    let (retokenized, reports, _) = open(&room, &other);
+    assert!(retokenized != changed && reports == 2);
 }
 
 /// Another chat template changes the tokens of conversations, and nothing else.
@@ -421,8 +422,8 @@ fn conversations_are_tokenized_again_under_another_template() {
         room.tokenizer.set_chat_template(&text.replace("END", end)).unwrap();
         room.tokenizer.set_template_time(first_second(date).unwrap());
         let of = |source: &str| {
-            let (corpus, told) = room.try_open(&[source], &room.settings(16)).unwrap();
-            (corpus.fingerprint().to_owned(), told)
+            let (corpus, reports) = room.try_open(&[source], &room.settings(16)).unwrap();
+            (corpus.fingerprint().to_owned(), reports)
         };
         (of("a=1:a.txt"), of("b=1:b.jsonl"))
     };

@@ -1,4 +1,4 @@
-//! Pretraining as a user runs it: every flag changes something, a killed run goes on to the same
+//! Pretraining as a user runs it: every flag changes something, a killed run resumes to the same
 //! bytes, what comes out is an ordinary base, and wrong input ends in one sentence.
 
 use std::fs;

@@ -81,7 +81,7 @@ fn a_dry_run_prints_the_plan_and_writes_nothing() {
             assert_eq!(told[key], done[key], "{command}: {key}");
         }
         assert!(done["predicted_peak_rss_bytes"].as_u64() > Some(0), "{done}");
-        assert!(error(&dry(&["--dry-run"])).contains("holds a run already"));
+        assert!(error(&dry(&["--dry-run"])).contains("contains a run already"));
         fs::remove_dir_all(&out).unwrap();
         // Rejected after reading rows: the cache is removed too.
         let refused = error(&dry(&["--dry-run", "--memory-budget", "1MB"]));

@@ -118,17 +118,17 @@ pub struct SourceReport {
 
 impl Corpus {
     /// Tokenizes the sources, or takes them from the cache if neither files, tokenizer nor
-    /// settings have changed. `told` hears of what is tokenized; nothing is left half made.
+    /// settings have changed. `on_progress` is called while tokenizing; incomplete shards are removed.
     ///
     /// # Errors
-    /// If sources or settings make no sense, a file cannot be used, the share held out is
+    /// If sources or settings are invalid, a file cannot be used, the share held out is
     /// everything or nothing, or a shard is not as it was written; [`super::DataError::Stopped`].
     pub fn open<'m>(
         specs: &[SourceSpec],
         tokenizer: &Tokenizer,
         settings: &CorpusSettings,
         monitor: impl Into<Monitor<'m>>,
-        mut told: impl FnMut(Tokenizing<'_>),
+        mut on_progress: impl FnMut(Tokenizing<'_>),
     ) -> Result<Self, CorpusError> {
         check(specs, settings)?;
         let monitor = monitor.into();
@@ -136,8 +136,15 @@ impl Corpus {
         let &CorpusSettings { validation_split, ref cache, .. } = settings;
         let mut sources = Vec::new();
         for spec in specs {
-            let shard =
-                shard::open(spec, tokenizer, borders, validation_split, cache, monitor, &mut told)?;
+            let shard = shard::open(
+                spec,
+                tokenizer,
+                borders,
+                validation_split,
+                cache,
+                monitor,
+                &mut on_progress,
+            )?;
             sources.push(CorpusSource { spec: spec.clone(), shard });
         }
         let shards = || sources.iter().map(|source| &source.shard);

@@ -179,7 +179,7 @@ pub(super) fn open(
     validation_split: f64,
     cache: &Path,
     monitor: Monitor<'_>,
-    told: &mut dyn FnMut(Tokenizing<'_>),
+    on_progress: &mut dyn FnMut(Tokenizing<'_>),
 ) -> Result<Shard, CorpusError> {
     let files = matching_files(&spec.glob)?;
     let template = tokenizer.chat_template().filter(|_| files.iter().any(|path| has_lines(path)));
@@ -198,7 +198,7 @@ pub(super) fn open(
         monitor.note(format_args!("waiting for {holder}, which is tokenizing into {cache}"));
     };
     let folder = cache::folder(cache, (&spec.name, &key[..16]), monitor.stop, waiting, |folder| {
-        tokenize(spec, tokenizer, &origin, &files, folder, monitor.stop, told)
+        tokenize(spec, tokenizer, &origin, &files, folder, monitor.stop, on_progress)
     })?;
     let path = folder.join(HEADER);
     let bad = |reason: String| CorpusError::Shard { path: path.clone(), reason };
@@ -231,7 +231,7 @@ fn tokenize(
     files: &[PathBuf],
     folder: &Path,
     stop: &AtomicBool,
-    told: &mut dyn FnMut(Tokenizing<'_>),
+    on_progress: &mut dyn FnMut(Tokenizing<'_>),
 ) -> Result<(), CorpusError> {
     let mut train = TokenWriter::new(folder.join("train.tokens"), origin)?;
     let mut validation = TokenWriter::new(folder.join("validation.tokens"), origin)?;
@@ -260,7 +260,7 @@ fn tokenize(
             part.write(piece, &tokens)?;
         }
         let bytes = train.totals.bytes + validation.totals.bytes;
-        told(Tokenizing { source: &spec.name, bytes, of });
+        on_progress(Tokenizing { source: &spec.name, bytes, of });
         Ok(())
     })?;
     let documents = train.totals.documents + validation.totals.documents;

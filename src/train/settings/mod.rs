@@ -88,7 +88,7 @@ pub trait SettingsPart {
     /// Those of `visit`.
     fn visit_paths(&mut self, visit: &mut PathVisitor) -> Result<(), TrainError>;
 
-    /// The files and folders that must not change while the run goes on, with what they are.
+    /// The files and folders that must not change between start and resume of a run, with what they are.
     ///
     /// # Errors
     /// None; paths are visited as [`Self::visit_paths`] does.
@@ -97,7 +97,7 @@ pub trait SettingsPart {
 
 /// Makes a struct of a list of settings. Each setting has its help text, a name (the key of the TOML
 /// file and, with `-` for `_`, the flag), a type and a default. `#[flag(..)]` says how the flag is
-/// written; `#[fingerprint = "what"]` marks files that must not change while the run goes on.
+/// written; `#[fingerprint = "what"]` marks files that must not change between start and resume of a run.
 /// `..group: Settings, Flags = default` takes in the settings of another list.
 macro_rules! settings_struct {
     ($(#[doc = $about:literal])* $settings:ident, $flags:ident {
@@ -497,7 +497,7 @@ macro_rules! rollout_settings { ($then:ident) => { $then! {
         num_mini_batches: usize = 1,
         /// Temperature of sampling and of the trained policy [default: ppo 0.7, grpo 1]
         temperature: f64 = 1.0,
-        /// Sample among the k most likely tokens (top-k), which the reference does not; 0 is off [default: 0]
+        /// Top-k sampling, which log-probs and KL ignore; 0 disables it [default: 0]
         top_k: usize = 0,
         /// Sample among the most likely tokens that together have this probability (nucleus, top-p); 1 is off [default: 1]
         top_p: f64 = 1.0,
@@ -806,7 +806,7 @@ impl RunSettings {
         keys
     }
 
-    /// The files and folders that must not change while the run goes on, with what they are. Data is
+    /// The files and folders that must not change between start and resume of a run, with what they are. Data is
     /// not among them: it is hashed as a whole where it is read.
     ///
     /// # Errors
@@ -991,7 +991,7 @@ struct Faults(Vec<String>);
 
 impl Faults {
     /// All errors in one sentence, if there are any.
-    fn told(self) -> Option<String> {
+    fn finish(self) -> Option<String> {
         (!self.0.is_empty()).then(|| self.0.join("; "))
     }
 
@@ -1075,7 +1075,7 @@ impl RunSettings {
             }
             Task::Grpo(own) => own.faults(&mut faults),
         }
-        faults.told()
+        faults.finish()
     }
 }
 

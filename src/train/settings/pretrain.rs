@@ -375,7 +375,7 @@ impl PretrainSettings {
         faults.check(length > 1, format!("max_length is {length}, needed at least 2"));
         let seed = self.seed;
         faults.check(i64::try_from(seed).is_ok(), format!("seed is {seed}, needed below 2^63"));
-        faults.told()
+        faults.finish()
     }
 }
 
