@@ -1,9 +1,9 @@
-//! Tokens that were added to a vocabulary, behind its own: what a base's files do not have and a run,
-//! or the folder of an adapter, brings.
+//! Tokens added to the end of a base's vocabulary, by a run's settings or by the `tokenizer.json` in an
+//! adapter's folder.
 //!
-//! Ids follow on from the tokenizer's own, as transformers gives them (`add_tokens`). A token that is
-//! there keeps its id, and is from then on found in a text before the text is cut into words. Fillers
-//! that a GGUF has up to the rows of its embedding (`[PAD151665]`) are no tokens: new ones take their
+//! Ids follow those of the tokenizer, as with `add_tokens` of transformers. A token that is in the
+//! vocabulary already keeps its id, and is matched before pre-tokenization from then on. Padding entries of
+//! a GGUF up to the rows of its embedding (`[PAD151665]`) do not count as tokens: new tokens take their
 //! ids.
 
 use std::collections::HashSet;
@@ -12,24 +12,23 @@ use std::path::Path;
 use super::{TextError, Tokenizer, folder};
 use crate::weights::Checkpoint;
 
-/// The file that says which tokens there are.
+/// The file of a tokenizer in a folder.
 const FILE: &str = "tokenizer.json";
 
 /// A token that was added.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AddedTokenSpec {
-    /// How it is written.
+    /// Its text.
     pub text: String,
-    /// Whether it is a mark, as `<|im_end|>` is: left out of text for people, and no token where marks
-    /// are taken as text ([`super::Special::AsText`]).
+    /// Whether it is a special token like `<|im_end|>`: skipped when decoding for display, and text under
+    /// [`super::Special::AsText`].
     pub special: bool,
-    /// Whether a `tokenizer.json` looks for it in the text that its normalizer leaves, not in the text as
-    /// it stands.
+    /// Whether a `tokenizer.json` matches it in the normalized text instead of the original text.
     pub normalized: bool,
 }
 
 impl AddedTokenSpec {
-    /// Tokens as a user names them, the special ones last.
+    /// Tokens from settings, the special ones last.
     ///
     /// # Errors
     /// If one is empty, or named twice.
@@ -55,11 +54,11 @@ impl AddedTokenSpec {
 }
 
 impl Tokenizer {
-    /// The tokenizer of a base with the tokens that adapters in these folders came with: those of a
-    /// `tokenizer.json` there beyond the base's own.
+    /// The tokenizer of a base with the tokens that the adapters in these folders add: those of their
+    /// `tokenizer.json` that the base does not have.
     ///
     /// # Errors
-    /// As [`Tokenizer::open`], and if such a file says otherwise of a token that both have.
+    /// As [`Tokenizer::open`], and if such a file contradicts the base about a token of both.
     pub fn open_beside(checkpoint: &Checkpoint, folders: &[&Path]) -> Result<Self, TextError> {
         let mut tokenizer = Self::open(checkpoint)?;
         for folder in folders.iter().filter(|folder| folder.join(FILE).is_file()) {
@@ -69,12 +68,12 @@ impl Tokenizer {
         Ok(tokenizer)
     }
 
-    /// The same tokenizer with further tokens, which are found wherever they stand; `checkpoint` is the
-    /// one it is of.
+    /// This tokenizer with additional tokens, which are matched anywhere in a text; `checkpoint` is the
+    /// base of the tokenizer.
     ///
-    /// A normalizer that puts something in front of a text does so to a token too, when that is to be
-    /// found in normalized text: transformers finds it behind a space and at the beginning only. Such
-    /// tokens are looked for in the text as it stands, as in a GGUF.
+    /// A normalizer that adds a prefix to a text also adds it to tokens matched in normalized text:
+    /// transformers matches these only after a space and at the beginning. Such tokens are matched in the
+    /// original text here, as in a GGUF.
     ///
     /// # Errors
     /// As [`Tokenizer::open`].
@@ -90,7 +89,7 @@ impl Tokenizer {
         self.grown(checkpoint, &more)
     }
 
-    /// With tokens as they are given.
+    /// This tokenizer with additional tokens, unchanged.
     fn grown(self, checkpoint: &Checkpoint, more: &[AddedTokenSpec]) -> Result<Self, TextError> {
         let is_there = |token: &&AddedTokenSpec| {
             self.added_as(&token.text).is_some_and(|special| special || !token.special)
@@ -110,12 +109,12 @@ impl Tokenizer {
         Self::open_with(checkpoint, &all)
     }
 
-    /// The tokens that the tokenizer in a folder has and this one has not, or not as ones that are found
-    /// before words are; none if it has fewer than this one has without those added to it.
+    /// The tokens that the tokenizer in a folder has and this one does not have, or does not match before
+    /// pre-tokenization; none if it has fewer tokens than this one without its added tokens.
     ///
     /// # Errors
-    /// If the folder's cannot be read, skips an id, has another token where both have one, or looks
-    /// otherwise for one that was added to this.
+    /// If the folder's tokenizer cannot be read, skips an id, has another token for the same id, or matches
+    /// a token that was added to this one differently.
     pub fn missing(&self, folder: &Path) -> Result<Vec<AddedTokenSpec>, TextError> {
         let theirs = folder::read(folder, &[])?;
         let fault = |reason: String| Err(TextError::format(&folder.join(FILE), reason));
@@ -170,8 +169,8 @@ impl Tokenizer {
         Ok(missing)
     }
 
-    /// A token that was added to this tokenizer, if another one finds it in other texts. As a mark it is
-    /// another kind of token, which stands for both.
+    /// A token that was added to this tokenizer, if another tokenizer matches it in other texts. A token
+    /// that is special in only one of the two is treated as special.
     fn found_otherwise(&self, other: &Self, text: &str) -> Option<&AddedTokenSpec> {
         let added = self.added().iter().find(|added| added.text == text)?;
         let token = other.added_token(text)?;
@@ -179,8 +178,8 @@ impl Tokenizer {
         (differs && self.normalizes()).then_some(added)
     }
 
-    /// That no added token is found only where the normalizer has written it as it does one alone, which
-    /// nothing in a GGUF says; `path` is of what is at fault.
+    /// Checks that no added token is matched only where the normalizer writes it as at the beginning of a
+    /// text, for which a GGUF has no key; errors name `path`.
     pub(super) fn check_found_anywhere(&self, path: &Path) -> Result<(), TextError> {
         for token in self.added().iter().filter(|token| token.normalized) {
             if let Some(alone) = self.written_alone(&token.text)? {
@@ -196,8 +195,8 @@ impl Tokenizer {
     }
 }
 
-/// The tokens that adapters in these folders came with and a base lacks. The base's tokenizer, which
-/// may be of a kind that is not read here, is asked for only if a folder has one.
+/// The tokens that the adapters in these folders add to a base. The base's tokenizer, which may be of an
+/// unsupported kind, is read only if one of the folders has one.
 ///
 /// # Errors
 /// As [`Tokenizer::open_beside`].

@@ -1,6 +1,5 @@
-//! A tokenizer in the other form: the files of a Hugging Face folder as the keys of a GGUF, and back.
-//!
-//! What the other form cannot say is refused in a sentence.
+//! Conversion of tokenizers: the files of a Hugging Face folder to the keys of a GGUF, and back.
+//! Properties that the target format cannot hold are errors.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -9,10 +8,11 @@ use serde_json::{Map, Value, json};
 
 use super::folder::{object, template_texts, text, token_text};
 use super::gguf::{BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED};
+use super::tokenizer::Roles;
 use super::{AddedTokenSpec, TextError, Tokenizer, gguf, pre_tokenizer, sentencepiece};
 use crate::weights::{Checkpoint, Gguf, OwnedValue, ValueType};
 
-/// Files beside the weights of a folder that say how text becomes tokens and messages text.
+/// The files of a folder that hold its tokenizer and chat template.
 pub const FILES: &[&str] = &[
     "tokenizer.json",
     "tokenizer_config.json",
@@ -21,16 +21,16 @@ pub const FILES: &[&str] = &[
     "additional_chat_templates/tool_use.jinja",
 ];
 
-/// The `tokenizer.*` keys for a folder's tokenizer with the tokens that were added, as llama.cpp's
-/// converter writes them; ids up to `vocab_size` that no token has are marked unused.
+/// The `tokenizer.*` keys of a GGUF for a folder's tokenizer with added tokens, as llama.cpp's converter
+/// writes them. Ids up to `vocab_size` without a token are marked unused.
 ///
-/// A SentencePiece vocabulary's scores are by the ranks of its merges, as `tokenizer.json` has no others:
-/// which pair is joined first is the same. Where that puts a space in front of a text only, llama.cpp
-/// puts one behind every mark too.
+/// The scores of a SentencePiece vocabulary follow the ranks of its merges, as `tokenizer.json` has no
+/// scores: the order of merges is the same. Where such a tokenizer adds a space only at the beginning of a
+/// text, llama.cpp also adds one after every special token.
 ///
 /// # Errors
-/// If it is neither byte-level BPE nor SentencePiece's with byte fallback, does what no key says, or is
-/// malformed; if an added token is found in some places only.
+/// If it is neither byte-level BPE nor SentencePiece with byte fallback, has a property that no key holds,
+/// or is malformed; if an added token is matched only in some places.
 pub fn to_gguf(
     folder: &Path,
     vocab_size: usize,
@@ -67,42 +67,8 @@ pub fn to_gguf(
         let (found, most) = (tokenizer.vocab_size(), vocab_size);
         return Err(bad(format!("token {} is beyond the model's {most} rows", found - 1)));
     }
-    let mut tokens: Vec<(String, i32)> =
-        (0..vocab_size).map(|id| (format!("[PAD{id}]"), UNUSED)).collect();
-    let whole = |id: &Value| id.as_u64().map(|id| id as usize).filter(|id| *id < vocab_size);
-    for (token, id) in model["vocab"].as_object().into_iter().flatten() {
-        let id = whole(id).ok_or_else(|| bad(format!("token {token:?} has the id {id}")))?;
-        let of = match of_sentencepiece {
-            true if model["unk_token"] == **token => UNKNOWN,
-            true if is_byte(token) => BYTE,
-            _ => NORMAL,
-        };
-        tokens[id] = (token.clone(), of);
-    }
-    let merges = merges(&model["merges"]).ok_or_else(|| bad("merges are no pairs".into()))?;
-    let scores = match of_sentencepiece {
-        true => {
-            let ids: HashMap<&str, u32> =
-                tokens.iter().map(|(token, _)| token.as_str()).zip(0..).collect();
-            Some(sentencepiece::scores(&merges, &ids))
-        }
-        false => None,
-    };
-    for added in json["added_tokens"].as_array().into_iter().flatten() {
-        let (content, id) = (added["content"].as_str(), whole(&added["id"]));
-        let (Some(token), Some(id)) = (content, id) else {
-            return Err(bad(format!("an added token is {added}")));
-        };
-        let of = match added["special"] == true || looks_special(token) {
-            true if tokens[id].1 == UNKNOWN => UNKNOWN,
-            true => CONTROL,
-            false => USER_DEFINED,
-        };
-        // Such tokens are found before spaces are marked.
-        let spaced = of_sentencepiece && of == USER_DEFINED;
-        let token = if spaced { token.replace('\u{2581}', " ") } else { token.to_owned() };
-        tokens[id] = (token, of);
-    }
+    let vocabulary = Vocabulary::read(&json, vocab_size, of_sentencepiece).map_err(bad)?;
+    let Vocabulary { tokens, merges, scores } = vocabulary;
 
     let mut keys: Vec<(String, OwnedValue)> = Vec::new();
     let mut put = |key: &str, value: OwnedValue| keys.push((format!("tokenizer.{key}"), value));
@@ -124,33 +90,10 @@ pub fn to_gguf(
     if let Some(in_front) = in_front {
         put("ggml.add_space_prefix", OwnedValue::Bool(in_front));
     }
-    let (config_path, config) =
-        (folder.join("tokenizer_config.json"), object(&folder.join("tokenizer_config.json"))?);
-    let unk = token_text(&config["unk_token"]).flatten();
-    let unknown = model["unk_token"].as_str().filter(|_| of_sentencepiece);
-    let unk = unk.or_else(|| unknown.map(str::to_owned));
-    let unk = unk.and_then(|token| tokenizer.id_of(&token));
-    // llama.cpp takes ids of its own for roles that a file does not name.
-    let of_model = |key: &str| -> Result<Option<u32>, TextError> {
-        for name in ["config.json", "generation_config.json"] {
-            let config = object(&folder.join(name))?;
-            let id = match &config[key] {
-                Value::Array(ids) => ids.first().and_then(Value::as_u64),
-                id => id.as_u64(),
-            };
-            if let Some(id) = id.filter(|id| (*id as usize) < vocab_size) {
-                return Ok(Some(id as u32));
-            }
-        }
-        Ok(None)
-    };
-    let roles = [
-        ("bos", tokenizer.bos().map_or_else(|| of_model("bos_token_id"), |id| Ok(Some(id)))?),
-        ("eos", tokenizer.eos().map_or_else(|| of_model("eos_token_id"), |id| Ok(Some(id)))?),
-        ("unknown", unk),
-        ("padding", tokenizer.pad().map_or_else(|| of_model("pad_token_id"), |id| Ok(Some(id)))?),
-    ];
-    for (role, id) in roles {
+    let config_path = folder.join("tokenizer_config.json");
+    let config = object(&config_path)?;
+    let sizes = (vocab_size, of_sentencepiece);
+    for (role, id) in role_ids(folder, &tokenizer, model, &config, sizes)? {
         if let Some(id) = id {
             put(&format!("ggml.{role}_token_id"), OwnedValue::U32(id));
         }
@@ -168,7 +111,99 @@ pub fn to_gguf(
     Ok(keys)
 }
 
-/// Puts the tokens that were added to a tokenizer into the `tokenizer.json` of its own.
+/// The vocabulary of a `tokenizer.json` as the keys of a GGUF hold it.
+struct Vocabulary {
+    /// Each token with its `llama_token_type`.
+    tokens: Vec<(String, i32)>,
+    merges: Vec<(String, String)>,
+    /// Of a SentencePiece vocabulary, the score of each token.
+    scores: Option<Vec<f32>>,
+}
+
+impl Vocabulary {
+    /// Reads the vocabulary of a `tokenizer.json` with `vocab_size` ids, those without a token unused.
+    ///
+    /// # Errors
+    /// With what is malformed.
+    fn read(json: &Value, vocab_size: usize, of_sentencepiece: bool) -> Result<Self, String> {
+        let model = &json["model"];
+        let mut tokens: Vec<(String, i32)> =
+            (0..vocab_size).map(|id| (format!("[PAD{id}]"), UNUSED)).collect();
+        let whole = |id: &Value| id.as_u64().map(|id| id as usize).filter(|id| *id < vocab_size);
+        for (token, id) in model["vocab"].as_object().into_iter().flatten() {
+            let id = whole(id).ok_or_else(|| format!("token {token:?} has the id {id}"))?;
+            let of = if of_sentencepiece && model["unk_token"] == **token {
+                UNKNOWN
+            } else if of_sentencepiece && is_byte(token) {
+                BYTE
+            } else {
+                NORMAL
+            };
+            tokens[id] = (token.clone(), of);
+        }
+        let merges = merges(&model["merges"]).ok_or("merges are no pairs")?;
+        let scores = of_sentencepiece.then(|| {
+            let ids: HashMap<&str, u32> =
+                tokens.iter().map(|(token, _)| token.as_str()).zip(0..).collect();
+            sentencepiece::scores(&merges, &ids)
+        });
+        for added in json["added_tokens"].as_array().into_iter().flatten() {
+            let (content, id) = (added["content"].as_str(), whole(&added["id"]));
+            let (Some(token), Some(id)) = (content, id) else {
+                return Err(format!("an added token is {added}"));
+            };
+            let of = if added["special"] != true && !looks_special(token) {
+                USER_DEFINED
+            } else if tokens[id].1 == UNKNOWN {
+                UNKNOWN
+            } else {
+                CONTROL
+            };
+            // Such tokens are matched before spaces are escaped.
+            let spaced = of_sentencepiece && of == USER_DEFINED;
+            let token = if spaced { token.replace('\u{2581}', " ") } else { token.to_owned() };
+            tokens[id] = (token, of);
+        }
+        Ok(Self { tokens, merges, scores })
+    }
+}
+
+/// The ids of `ggml.{role}_token_id` for a folder's tokenizer whose model is `model`.
+fn role_ids(
+    folder: &Path,
+    tokenizer: &Tokenizer,
+    model: &Value,
+    config: &Value,
+    (vocab_size, of_sentencepiece): (usize, bool),
+) -> Result<[(&'static str, Option<u32>); 4], TextError> {
+    let unk = token_text(&config["unk_token"]).flatten();
+    let unknown = model["unk_token"].as_str().filter(|_| of_sentencepiece);
+    let unk = unk.or_else(|| unknown.map(str::to_owned));
+    let unk = unk.and_then(|token| tokenizer.id_of(&token));
+    // llama.cpp has default ids for roles that a file does not name.
+    let of_model = |key: &str| -> Result<Option<u32>, TextError> {
+        for name in ["config.json", "generation_config.json"] {
+            let config = object(&folder.join(name))?;
+            let id = match &config[key] {
+                Value::Array(ids) => ids.first().and_then(Value::as_u64),
+                id => id.as_u64(),
+            };
+            if let Some(id) = id.filter(|id| (*id as usize) < vocab_size) {
+                return Ok(Some(id as u32));
+            }
+        }
+        Ok(None)
+    };
+    let or_of_model = |id: Option<u32>, key| id.map_or_else(|| of_model(key), |id| Ok(Some(id)));
+    Ok([
+        ("bos", or_of_model(tokenizer.bos(), "bos_token_id")?),
+        ("eos", or_of_model(tokenizer.eos(), "eos_token_id")?),
+        ("unknown", unk),
+        ("padding", or_of_model(tokenizer.pad(), "pad_token_id")?),
+    ])
+}
+
+/// Inserts the tokens that were added to a tokenizer into its `tokenizer.json`.
 fn put_added(json: &mut Value, tokenizer: &Tokenizer) {
     for AddedTokenSpec { text, special, normalized } in tokenizer.added() {
         let Some(id) = tokenizer.id_of(text) else { continue };
@@ -193,7 +228,8 @@ fn put_added(json: &mut Value, tokenizer: &Tokenizer) {
     }
 }
 
-/// The same for the list of a `tokenizer_config.json`, where it has one.
+/// Inserts the tokens that were added to a tokenizer into `added_tokens_decoder` of its
+/// `tokenizer_config.json`, if that has it.
 fn put_decoder(config: &mut Value, tokenizer: &Tokenizer) {
     let decoder = config.get_mut("added_tokens_decoder").and_then(Value::as_object_mut);
     let Some(decoder) = decoder else { return };
@@ -214,7 +250,7 @@ fn put_decoder(config: &mut Value, tokenizer: &Tokenizer) {
 /// The score that llama.cpp's converter gives tokens that were added.
 const ADDED_SCORE: f32 = -1000.0;
 
-/// The keys of a GGUF's tokenizer that are others once tokens were added, up to the model's `rows`.
+/// The keys of a GGUF's tokenizer that change with added tokens, up to `rows` rows of the model.
 ///
 /// # Errors
 /// If its tokenizer cannot be read.
@@ -245,11 +281,10 @@ pub fn keys_with_added_tokens(
     Ok(keys)
 }
 
-/// The files of a tokenizer with the tokens that were added to those of its base: what stands beside an
-/// adapter.
+/// The tokenizer files to save beside an adapter: those of the base with the added tokens.
 ///
 /// # Errors
-/// If the base's own cannot be read, or not be said in files.
+/// If the base's tokenizer cannot be read or converted.
 pub fn beside(
     checkpoint: &Checkpoint,
     tokenizer: &Tokenizer,
@@ -278,7 +313,7 @@ pub fn beside(
     Ok(files)
 }
 
-/// [`files`] of a folder with the tokens that were added.
+/// [`files`] of a folder with added tokens.
 ///
 /// # Errors
 /// If one of them cannot be read.
@@ -304,7 +339,7 @@ pub fn files_with_added_tokens(
     Ok(files)
 }
 
-/// What a `tokenizer.json` does that a GGUF of byte-level BPE cannot say.
+/// A property of a `tokenizer.json` that a GGUF of byte-level BPE cannot hold.
 fn inexpressible(json: &Value) -> Option<String> {
     let model = &json["model"];
     let kind = model["type"].as_str().unwrap_or("BPE");
@@ -319,7 +354,7 @@ fn inexpressible(json: &Value) -> Option<String> {
             return Some(format!("the model has {key} {}", model[key]));
         }
     }
-    // NFC is left out by llama.cpp's converter too: most text is in it.
+    // llama.cpp's converter ignores NFC too: most text is in NFC.
     match json["normalizer"]["type"].as_str() {
         None | Some("NFC") => None,
         Some("Sequence") if json["normalizer"]["normalizers"] == json!([]) => None,
@@ -327,7 +362,7 @@ fn inexpressible(json: &Value) -> Option<String> {
     }
 }
 
-/// Tokens that the converter marks as control tokens whatever `tokenizer.json` says.
+/// Whether the converter makes it a control token, whatever `tokenizer.json` says.
 fn looks_special(token: &str) -> bool {
     let within = |open: &str, close: &str| token.starts_with(open) && token.ends_with(close);
     within("<|", "|>") || within("<｜", "｜>") || ["<pad>", "<mask>"].contains(&token)
@@ -356,50 +391,22 @@ fn merges(merges: &Value) -> Option<Vec<(String, String)>> {
     merges.as_array()?.iter().map(pair).collect()
 }
 
-/// The files of a folder for a GGUF's tokenizer with the tokens that were added: names and texts.
+/// Names and texts of the files of a folder for a GGUF's tokenizer with added tokens.
 ///
 /// # Errors
-/// If its tokenizer cannot be read, or cuts words by expressions that other implementations of
-/// `tokenizer.json` do not read.
+/// If its tokenizer cannot be read, or pre-tokenizes by expressions that other implementations of
+/// `tokenizer.json` do not support.
 pub fn to_folder(
     file: &Gguf,
     added: &[AddedTokenSpec],
 ) -> Result<Vec<(&'static str, String)>, TextError> {
-    let bad = |reason: String| TextError::format(file.path(), reason);
     let tokenizer = gguf::read(file, added)?;
     let (tokens, _) = gguf::tokens_with(file, added)?;
     let ids = gguf::ids(file, &tokens)?;
-    let (normalizer, pre_json, decoder, mut model, defaults) = if gguf::is_sentencepiece(file)? {
-        let sentencepiece::Parts { normalizer, decoder, model } = sentencepiece::to_json(file)?;
-        (normalizer, Value::Null, decoder, model, sentencepiece::DEFAULTS)
-    } else {
-        let pre = gguf::kind(file)?;
-        let pre_json = pre.to_json().ok_or_else(|| {
-            bad("its tokenizer.ggml.pre cuts words as no portable tokenizer.json can".into())
-        })?;
-        let decoder = json!({
-            "type": "ByteLevel",
-            "add_prefix_space": false,
-            "trim_offsets": false,
-            "use_regex": false,
-        });
-        let model = json!({
-            "type": "BPE",
-            "dropout": null,
-            "unk_token": null,
-            "continuing_subword_prefix": null,
-            "end_of_word_suffix": null,
-            "fuse_unk": false,
-            "byte_fallback": false,
-            "ignore_merges": pre.ignore_merges,
-            "merges": gguf::merges(file, &ids)?,
-        });
-        let model = model.as_object().cloned().unwrap_or_default();
-        let defaults = gguf::Defaults { bos: None, eos: None, adds_bos: pre.adds_bos };
-        (Value::Null, pre_json, decoder, model, defaults)
-    };
+    let TokenizerParts { normalizer, pre_tokenizer, decoder, mut model, defaults } =
+        tokenizer_parts(file, &ids)?;
     let roles = gguf::roles(file, defaults, &tokens, &ids)?;
-    let marks = gguf::marks(file, &tokens, &roles, added)?;
+    let special_tokens = gguf::special_tokens(file, &tokens, &roles, added)?;
     let types = file.i32s("tokenizer.ggml.token_type")?.unwrap_or_default();
 
     let filler =
@@ -407,15 +414,15 @@ pub fn to_folder(
     let vocab = tokens.iter().enumerate().filter(|(id, token)| !filler(*id, token));
     let vocab: Map<String, Value> = vocab.map(|(id, token)| (token.clone(), id.into())).collect();
     model.insert("vocab".into(), vocab.into());
-    let added = marks.iter().map(|mark| {
+    let added = special_tokens.iter().map(|token| {
         json!({
-            "id": mark.id,
-            "content": mark.text,
+            "id": token.id,
+            "content": token.text,
             "single_word": false,
             "lstrip": false,
             "rstrip": false,
             "normalized": false,
-            "special": mark.special,
+            "special": token.special,
         })
     });
     let text_of = |id: Option<u32>| id.map(|id| tokens[id as usize].as_str());
@@ -438,12 +445,76 @@ pub fn to_folder(
         "padding": null,
         "added_tokens": added.collect::<Vec<_>>(),
         "normalizer": normalizer,
-        "pre_tokenizer": pre_json,
+        "pre_tokenizer": pre_tokenizer,
         "post_processor": post_processor,
         "decoder": decoder,
         "model": model,
     });
 
+    let pretty = |value: Value| format!("{value:#}\n");
+    Ok(vec![
+        ("tokenizer.json", pretty(json)),
+        ("tokenizer_config.json", pretty(tokenizer_config(file, &roles, &tokens)?.into())),
+        (
+            "generation_config.json",
+            pretty(generation_config(&tokenizer, &roles, tokens.len()).into()),
+        ),
+    ])
+}
+
+/// The parts of a `tokenizer.json` that depend on the kind of tokenizer, its vocabulary excepted.
+struct TokenizerParts {
+    normalizer: Value,
+    pre_tokenizer: Value,
+    decoder: Value,
+    model: Map<String, Value>,
+    defaults: gguf::Defaults,
+}
+
+/// [`TokenizerParts`] of a GGUF whose tokens have these ids.
+fn tokenizer_parts(file: &Gguf, ids: &HashMap<&str, u32>) -> Result<TokenizerParts, TextError> {
+    if gguf::is_sentencepiece(file)? {
+        let sentencepiece::Parts { normalizer, decoder, model } = sentencepiece::to_json(file)?;
+        let (pre_tokenizer, defaults) = (Value::Null, sentencepiece::DEFAULTS);
+        Ok(TokenizerParts { normalizer, pre_tokenizer, decoder, model, defaults })
+    } else {
+        let pre = gguf::kind(file)?;
+        let pre_tokenizer = pre.to_json().ok_or_else(|| {
+            TextError::format(
+                file.path(),
+                "its tokenizer.ggml.pre cuts words as no portable tokenizer.json can",
+            )
+        })?;
+        let decoder = json!({
+            "type": "ByteLevel",
+            "add_prefix_space": false,
+            "trim_offsets": false,
+            "use_regex": false,
+        });
+        let model = json!({
+            "type": "BPE",
+            "dropout": null,
+            "unk_token": null,
+            "continuing_subword_prefix": null,
+            "end_of_word_suffix": null,
+            "fuse_unk": false,
+            "byte_fallback": false,
+            "ignore_merges": pre.ignore_merges,
+            "merges": gguf::merges(file, ids)?,
+        });
+        let model = model.as_object().cloned().unwrap_or_default();
+        let defaults = gguf::Defaults { bos: None, eos: None, adds_bos: pre.adds_bos };
+        let normalizer = Value::Null;
+        Ok(TokenizerParts { normalizer, pre_tokenizer, decoder, model, defaults })
+    }
+}
+
+/// The `tokenizer_config.json` for a GGUF's tokenizer.
+fn tokenizer_config(
+    file: &Gguf,
+    roles: &Roles,
+    tokens: &[String],
+) -> Result<Map<String, Value>, TextError> {
     let mut config = Map::new();
     config.insert("add_bos_token".into(), roles.adds_bos.into());
     for (name, id) in [
@@ -468,15 +539,19 @@ pub fn to_folder(
         };
         config.insert("chat_template".into(), template);
     }
+    Ok(config)
+}
 
+/// The `generation_config.json` of a tokenizer of this many tokens.
+fn generation_config(tokenizer: &Tokenizer, roles: &Roles, tokens: usize) -> Map<String, Value> {
     let mut generation = Map::new();
     for (name, id) in [("bos_token_id", roles.bos), ("pad_token_id", roles.pad)] {
         if let Some(id) = id {
             generation.insert(name.into(), id.into());
         }
     }
-    // EOS first: whoever wants one takes it.
-    let others = (0..tokens.len() as u32).filter(|id| tokenizer.is_end_of_generation(*id));
+    // EOS first, for readers that use one.
+    let others = (0..tokens as u32).filter(|id| tokenizer.is_end_of_generation(*id));
     let ends: Vec<u32> =
         roles.eos.into_iter().chain(others.filter(|id| Some(*id) != roles.eos)).collect();
     match &ends[..] {
@@ -484,15 +559,10 @@ pub fn to_folder(
         [one] => drop(generation.insert("eos_token_id".into(), (*one).into())),
         many => drop(generation.insert("eos_token_id".into(), many.into())),
     }
-    let pretty = |value: Value| format!("{value:#}\n");
-    Ok(vec![
-        ("tokenizer.json", pretty(json)),
-        ("tokenizer_config.json", pretty(config.into())),
-        ("generation_config.json", pretty(generation.into())),
-    ])
+    generation
 }
 
-/// Those of [`FILES`] that a folder has, with their texts.
+/// Names and texts of those [`FILES`] that a folder has.
 ///
 /// # Errors
 /// If one of them cannot be read.
@@ -516,7 +586,7 @@ mod tests {
         serde_json::from_str(&std::fs::read_to_string(golden(name)).unwrap()).unwrap()
     }
 
-    /// That a tokenizer gives llama.cpp's ids for all texts, their marks read as tokens or also as text.
+    /// Checks that a tokenizer gives llama.cpp's ids for all texts, with special tokens parsed, or also as text.
     fn gives_llama_cpps_ids(tokenizer: &Tokenizer, name: &str, also_as_text: bool) {
         let (texts, golden) = (read_json("prefixed.json"), read_json(&format!("{name}.json")));
         for (i, text) in texts["texts"].as_array().unwrap().iter().enumerate() {
@@ -532,7 +602,7 @@ mod tests {
     }
 
     #[test]
-    fn sentencepiece_vocabularies_go_to_the_other_form_and_back() {
+    fn sentencepiece_round_trips_through_a_folder() {
         let folder = tempfile::tempdir().unwrap();
         for name in ["prefixed", "plain"] {
             let file = Gguf::open(golden(&format!("{name}.gguf"))).unwrap();
@@ -549,7 +619,7 @@ mod tests {
             gives_llama_cpps_ids(&Tokenizer::from_gguf(&again).unwrap(), name, false);
             let tokens = |file: &Gguf| gguf::tokens(file).unwrap();
             assert_eq!(tokens(&again), tokens(&file), "{name}");
-            // As the converter does it, what looks like a mark becomes one.
+            // As in the converter, what looks like a special token becomes one.
             let types = |file: &Gguf| file.i32s("tokenizer.ggml.token_type").unwrap().unwrap();
             for ((found, needed), token) in
                 types(&again).iter().zip(types(&file)).zip(tokens(&file))
@@ -569,7 +639,7 @@ mod tests {
     }
 
     #[test]
-    fn what_llama_cpps_sentencepiece_does_not_is_refused() {
+    fn unsupported_sentencepiece_options_are_errors() {
         let folder = tempfile::tempdir().unwrap();
         let file = Gguf::open(golden("prefixed.gguf")).unwrap();
         let files = to_folder(&file, &[]).unwrap();

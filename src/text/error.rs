@@ -1,4 +1,4 @@
-//! What can be wrong with tokenizers, templates and what they are given.
+//! Errors of tokenizers and chat templates.
 
 use std::path::{Path, PathBuf};
 
@@ -11,15 +11,15 @@ pub enum TextError {
     /// The GGUF's metadata could not be read.
     #[error(transparent)]
     Weights(#[from] WeightsError),
-    /// The system refused.
+    /// The system reported an error.
     #[error("cannot read {}: {source}", path.display())]
     Io {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// A file that holds no tokenizer or template we can use.
+    /// A file without a supported tokenizer or template.
     #[error("{}: {reason}", path.display())]
     Format {
         /// The file or folder.
@@ -27,15 +27,15 @@ pub enum TextError {
         /// What is wrong and what was needed.
         reason: String,
     },
-    /// Text that could not be tokenized, or ids that are no text.
+    /// Text that could not be tokenized, or ids that could not be decoded.
     #[error("tokenizer: {0}")]
     Tokenizer(String),
-    /// A chat template that does not parse, or refuses a conversation.
+    /// A chat template that does not parse, or rejects a conversation.
     #[error("chat template, line {line}: {reason}")]
     Template {
         /// The template's line, counted from 1; 0 if no line is at fault.
         line: usize,
-        /// What is wrong, in the template's own words if it has any.
+        /// The error; the template's message if it raised one.
         reason: String,
     },
 }

@@ -19,7 +19,7 @@ pub(super) fn read(folder: &Path, added: &[AddedTokenSpec]) -> Result<Tokenizer,
     };
     let bad = |error: tokenizers::Error| TextError::format(&path, error.to_string());
     let mut inner = tokenizers::Tokenizer::from_bytes(json).map_err(bad)?;
-    // Rows are cut and filled by `data`, by rules of its own.
+    // `data` truncates and pads rows itself.
     inner.with_truncation(None).map_err(bad)?;
     inner.with_padding(None);
     let token = |token: &AddedTokenSpec| {
@@ -46,9 +46,9 @@ pub(super) fn read(folder: &Path, added: &[AddedTokenSpec]) -> Result<Tokenizer,
         eos: id_of(&eos),
         pad: id_of(&pad),
         adds_bos: match (&config["add_bos_token"], config["tokenizer_class"].as_str()) {
-            // Only Llama's class makes its post-processor anew from the key when it is loaded.
+            // Only Llama's class rebuilds its post-processor from the key when it is loaded.
             (Value::Bool(adds), Some("LlamaTokenizer" | "LlamaTokenizerFast")) => *adds,
-            // Else the post-processor decides: does it begin nothing at all with BOS?
+            // Else the post-processor decides: does it add BOS to an empty text?
             (adds, _) => match inner.encode("", true).map_err(bad)?.get_ids().first() {
                 Some(first) => Some(*first) == id_of(&bos),
                 None => *adds == Value::Bool(true),
@@ -64,13 +64,13 @@ pub(super) fn read(folder: &Path, added: &[AddedTokenSpec]) -> Result<Tokenizer,
     ];
     let template = template(folder, &config_path, &config["chat_template"], &special)?;
     let vocab_size = if added.is_empty() { own_len } else { len(&inner) };
-    // transformers takes of overlapping tokens the leftmost, as the crate does by itself.
-    let marks = SpecialTokens::default();
-    let tokenizer = Tokenizer::new(inner, marks, roles, vocab_size, template);
+    // Of overlapping tokens transformers matches the leftmost, as the crate does by itself.
+    let special_tokens = SpecialTokens::default();
+    let tokenizer = Tokenizer::new(inner, special_tokens, roles, vocab_size, template);
     Ok(tokenizer.of_tokens((vocab_size, own_len), added))
 }
 
-/// EOS by all files that name one, and what ends generation by its text.
+/// EOS of all files that name one, and the end-of-generation tokens by their text.
 fn ends(
     folder: &Path,
     inner: &tokenizers::Tokenizer,
@@ -109,8 +109,8 @@ fn template(
     ChatTemplate::new(&default, tool_use.as_deref(), special).map(Some)
 }
 
-/// `chat_template.jinja`, else what the config holds: one template or several with names. The text
-/// of the default, and of the one for tools.
+/// The texts of the default chat template and of the one for tools, from `chat_template.jinja`, else from
+/// the config, which holds one template or several with names.
 pub(super) fn template_texts(
     folder: &Path,
     config_path: &Path,

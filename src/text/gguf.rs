@@ -21,7 +21,7 @@ pub(super) const USER_DEFINED: i32 = 4;
 pub(super) const UNUSED: i32 = 5;
 pub(super) const BYTE: i32 = 6;
 
-/// Further tokens that are marks although some files call them text.
+/// Tokens of code completion (fill in the middle) that are special although some files call them text.
 const FIM_TOKENS: &[&str] = &[
     "<|fim_prefix|>",
     "<fim-prefix>",
@@ -49,14 +49,14 @@ const FIM_TOKENS: &[&str] = &[
     "<|middle|>",
 ];
 
-/// SpecialTokens of code completion after which nothing more is generated either.
+/// Tokens of code completion that end generation too.
 const FIM_EOG_TOKENS: &[(&str, &[&str])] = &[
     ("fim_pad", &["<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"]),
     ("fim_rep", &["<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"]),
     ("fim_sep", &["<|file_sep|>"]),
 ];
 
-/// Text wherever it stands, whatever the file says (the channels of gpt-oss).
+/// Never special tokens, whatever the file says (the channels of gpt-oss).
 const TEXT: &[&str] = &["<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"];
 
 pub(super) fn read(file: &Gguf, added: &[AddedTokenSpec]) -> Result<Tokenizer, TextError> {
@@ -75,13 +75,15 @@ pub(super) fn read(file: &Gguf, added: &[AddedTokenSpec]) -> Result<Tokenizer, T
     inner.with_decoder(Some(ByteLevel::default()));
     let defaults = Defaults { bos: None, eos: None, adds_bos: pre.adds_bos };
     let roles = roles(file, defaults, &tokens, &ids)?;
-    let marks = marks(file, &tokens, &roles, added)?;
-    let found =
-        marks.iter().map(|mark| AddedToken::from(&*mark.text, mark.special).normalized(false));
+    let special_tokens = special_tokens(file, &tokens, &roles, added)?;
+    let found = special_tokens
+        .iter()
+        .map(|token| AddedToken::from(&*token.text, token.special).normalized(false));
     inner.add_tokens(found).map_err(broken)?;
 
-    let template = template(file, &special_tokens(&tokens, &roles))?;
-    let tokenizer = Tokenizer::new(inner, SpecialTokens::new(marks), roles, tokens.len(), template);
+    let template = template(file, &template_variables(&tokens, &roles))?;
+    let tokenizer =
+        Tokenizer::new(inner, SpecialTokens::new(special_tokens), roles, tokens.len(), template);
     Ok(tokenizer.of_tokens(len, added))
 }
 
@@ -90,8 +92,8 @@ pub(super) fn is_sentencepiece(file: &Gguf) -> Result<bool, TextError> {
     Ok(file.str("tokenizer.ggml.model")? == Some("llama"))
 }
 
-/// What a chat template may call its special tokens.
-pub(super) fn special_tokens<'t>(
+/// The special tokens by the names of variables in chat templates.
+pub(super) fn template_variables<'t>(
     tokens: &'t [String],
     roles: &Roles,
 ) -> [(&'static str, Option<&'t str>); 3] {
@@ -99,7 +101,7 @@ pub(super) fn special_tokens<'t>(
     [("bos_token", text(roles.bos)), ("eos_token", text(roles.eos)), ("pad_token", text(roles.pad))]
 }
 
-/// What a kind of tokenizer has where a file does not say.
+/// Defaults of a kind of tokenizer, where a file has no key.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Defaults {
     pub bos: Option<u32>,
@@ -107,7 +109,7 @@ pub(super) struct Defaults {
     pub adds_bos: bool,
 }
 
-/// What cuts words, if the file's tokenizer is one we know.
+/// The pre-tokenizer of the file, if it is supported.
 pub(super) fn kind(file: &Gguf) -> Result<&'static PreTokenizer, TextError> {
     let model = required(file, "tokenizer.ggml.model")?;
     if model != "gpt2" {
@@ -118,7 +120,7 @@ pub(super) fn kind(file: &Gguf) -> Result<&'static PreTokenizer, TextError> {
     let Some(name) = file.str("tokenizer.ggml.pre")? else {
         return Err(bad(
             file,
-            format!("no tokenizer.ggml.pre says how words are cut, needed one of {}", known()),
+            format!("no tokenizer.ggml.pre names the pre-tokenizer, needed one of {}", known()),
         ));
     };
     pre_tokenizer::find(name).ok_or_else(|| {
@@ -141,8 +143,8 @@ pub(super) fn tokens(file: &Gguf) -> Result<Vec<String>, TextError> {
     }
 }
 
-/// The file's tokens with those that were added, which take the place of fillers at the end; and how
-/// many are no such fillers, with and without those that were added.
+/// The file's tokens with added ones, which replace padding entries at the end; and the numbers of tokens
+/// without padding, with and without the added ones.
 pub(super) fn tokens_with(
     file: &Gguf,
     added: &[AddedTokenSpec],
@@ -177,7 +179,7 @@ pub(super) fn ids<'t>(
     Ok(ids)
 }
 
-/// Checked here, since [`BPE::new`] panics on a merge of what is no token.
+/// The merges. Checked here, since [`BPE::new`] panics on a merge of unknown tokens.
 pub(super) fn merges(
     file: &Gguf,
     ids: &HashMap<&str, u32>,
@@ -254,8 +256,8 @@ pub(super) fn roles(
     Ok(Roles { bos, eos, pad, adds_bos, ends })
 }
 
-/// The tokens found in a text before it is cut into words.
-pub(super) fn marks(
+/// The tokens that are matched before pre-tokenization.
+pub(super) fn special_tokens(
     file: &Gguf,
     tokens: &[String],
     roles: &Roles,
@@ -270,25 +272,25 @@ pub(super) fn marks(
         let (found, needed) = (types.len(), id + 1);
         return Err(bad(file, format!("{key} has {found} items, needed {needed}")));
     }
-    let mut marks = Vec::new();
+    let mut special_tokens = Vec::new();
     for (id, token) in (0..).zip(tokens) {
         if let Some(&special) = added.get(&**token) {
-            marks.push(SpecialToken { text: token.clone(), id, special });
+            special_tokens.push(SpecialToken { text: token.clone(), id, special });
             continue;
         }
-        let is_mark = EOG_TOKENS.contains(&&**token) && roles.ends.contains(&id)
+        let is_special = EOG_TOKENS.contains(&&**token) && roles.ends.contains(&id)
             || FIM_TOKENS.contains(&&**token)
             || FIM_EOG_TOKENS.iter().any(|(_, names)| names.contains(&&**token));
         let special = match types.as_ref().map(|types| types[id as usize]) {
             _ if TEXT.contains(&&**token) => false,
-            _ if is_mark => true,
+            _ if is_special => true,
             Some(UNKNOWN | CONTROL) => !EOG_TOKENS.contains(&&**token),
             Some(USER_DEFINED) => false,
             _ => continue,
         };
-        marks.push(SpecialToken { text: token.clone(), id, special });
+        special_tokens.push(SpecialToken { text: token.clone(), id, special });
     }
-    Ok(marks)
+    Ok(special_tokens)
 }
 
 pub(super) fn template(

@@ -1,8 +1,8 @@
-//! Tokenizer and chat template, from the file that holds the weights or from the folder beside
-//! them. One engine for training, chat and serving; what a token means to a model is not known.
+//! Tokenizer and chat template, from a GGUF or from a Hugging Face folder. Training, chat and generation
+//! use the same code. This module does not know models.
 //!
-//! A GGUF's byte-level BPE gives llama.cpp's ids, a folder's `tokenizer.json` those of the
-//! `tokenizers` crate. Encoding never adds BOS or EOS: whoever wants BOS asks for it once.
+//! A GGUF's byte-level BPE gives llama.cpp's ids, a folder's `tokenizer.json` those of the `tokenizers`
+//! crate. Encoding never adds BOS or EOS; [`Tokenizer::with_bos`] adds BOS.
 
 mod added;
 pub mod convert;

@@ -1,8 +1,7 @@
-//! How text is cut into words before BPE merges inside them, by the name a GGUF gives.
+//! Pre-tokenizers: how text is split into words before BPE merges inside them, by the name in a GGUF.
 //!
-//! The names and what they stand for are `src/llama-vocab.cpp`'s in llama.cpp; `\p{L}` and the
-//! like are Unicode's. A name is here only if ids under its rules were compared with llama.cpp's,
-//! on its own vocabulary (`scripts/check/tokenizer.sh`) or on another's relabelled
+//! Names and rules are those of `src/llama-vocab.cpp` in llama.cpp; `\p{L}` and similar classes are
+//! Unicode's. A name is here only if its ids were compared with llama.cpp's, on its own vocabulary (`scripts/check/tokenizer.sh`) or on another's relabelled
 //! (`scripts/check/tokenizer_random.py`).
 
 use serde_json::{Value, json};
@@ -13,14 +12,14 @@ use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::tokenizer::normalizer::SplitDelimiterBehavior;
 use tokenizers::{OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer as _};
 
-/// A row of the table: what a value of `tokenizer.ggml.pre` stands for.
+/// A row of the table: the rules of a value of `tokenizer.ggml.pre`.
 pub(super) struct PreTokenizer {
     names: &'static [&'static str],
-    /// Each cuts the pieces its forerunner left, into its matches and what lies between them.
+    /// Each expression splits the pieces of the previous one into its matches and the text between them.
     splits: &'static [&'static str],
-    /// Whether a word that is a token stays one, whatever the merges say.
+    /// Whether a word that is a token is not split, whatever the merges are (`ignore_merges`).
     pub ignore_merges: bool,
-    /// Whether a file that says nothing wants BOS in front.
+    /// Whether BOS is added if the file has no key for it.
     pub adds_bos: bool,
 }
 
@@ -269,12 +268,12 @@ const TABLE: &[PreTokenizer] = &[
     row(&["default"], &[r"[\p{P}$+<=>^~|]+", GPT2, DIGITS, THREE_DIGITS]),
 ];
 
-/// The row of a name.
+/// Finds a row by name.
 pub(super) fn find(name: &str) -> Option<&'static PreTokenizer> {
     TABLE.iter().find(|row| row.names.contains(&name))
 }
 
-/// Texts that every two rows cut differently, if they ever do.
+/// Texts of many scripts that distinguish any two rows that differ.
 pub(super) const PROBES: &[&str] = &[
     "I'm sure they'LL say it'S 'Re 'veil don't-stop, isn't it?  We'd   better\twait.\n\n  \n End ",
     "1 22 333 4444 55555 1234567 3.14 x86 a1b2c3 7th 10,000.00 ½ ² ٣٤٥ ४५ 3२1",
@@ -289,8 +288,8 @@ pub(super) const PROBES: &[&str] = &[
     "one two  three/four\n/five !/six\n !\n\n/x a b c of the And The z",
 ];
 
-/// The name of the row that cuts [`PROBES`] as `theirs` does and keeps whole words or not as
-/// `ignore_merges` says; or the one of [`NEARLY`] that llama.cpp has for it.
+/// The name of the row that splits [`PROBES`] like `theirs` and has the same `ignore_merges`; or the one of
+/// [`NEARLY`] that llama.cpp uses for it.
 pub(super) fn identify(theirs: &PreTokenizerWrapper, ignore_merges: bool) -> Option<&'static str> {
     let theirs = cuts(theirs)?;
     let alike = |row: &PreTokenizer| {
@@ -307,7 +306,7 @@ pub(super) fn identify(theirs: &PreTokenizerWrapper, ignore_merges: bool) -> Opt
     TABLE.iter().find(fits).map(|row| row.names[0]).or_else(nearly)
 }
 
-/// The pieces that a pre-tokenizer makes of [`PROBES`], and with them what it adds to a text.
+/// The pieces that a pre-tokenizer splits [`PROBES`] into, with the prefix it adds to a text.
 fn cuts(pre: &PreTokenizerWrapper) -> Option<Vec<Vec<String>>> {
     let of = |text: &&str| {
         let mut pieces = PreTokenizedString::from(*text);
@@ -402,7 +401,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_row_builds_and_every_name_is_there_once() {
+    fn rows_build_and_names_are_unique() {
         let mut names: Vec<&str> = TABLE.iter().flat_map(|row| row.names).copied().collect();
         let count = names.len();
         names.sort_unstable();
@@ -414,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn every_row_is_known_by_how_it_cuts() {
+    fn rows_are_identified_by_their_splits() {
         for row in TABLE {
             // Two rows may differ in whether they want BOS, which a file says itself.
             let check = |pre: &PreTokenizerWrapper| {
@@ -436,7 +435,7 @@ mod tests {
 
     /// The expressions as `tokenizer.json` of Mistral NeMo and of gpt-oss have them.
     #[test]
-    fn what_llama_cpp_cuts_nearly_so_has_its_name() {
+    fn nearly_equal_pre_tokenizers_have_llama_cpps_name() {
         let upper = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]";
         let lower = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]";
         for (name, after, digits) in

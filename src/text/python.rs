@@ -1,4 +1,4 @@
-//! Values as Python writes them: templates were written to be rendered by it.
+//! Python's formatting of values, which chat templates rely on.
 
 use std::fmt::Write;
 
@@ -10,9 +10,9 @@ use minijinja::{Error, ErrorKind};
 pub(super) struct Dumps {
     pub ensure_ascii: bool,
     pub sort_keys: bool,
-    /// What one level is indented by; `None` for all in one line.
+    /// Indentation of a level; `None` for output on one line.
     pub indent: Option<String>,
-    /// Between items, and between a key and its value.
+    /// Separators between items, and between a key and its value.
     pub separators: Option<(String, String)>,
 }
 
@@ -289,7 +289,7 @@ pub(super) fn strftime(format: &str, seconds: u64) -> Result<String, Error> {
             Some('%') => "%".into(),
             other => {
                 let code: String = other.into_iter().collect();
-                let words = format!("strftime_now does not know %{code}");
+                let words = format!("strftime_now does not support %{code}");
                 return Err(Error::new(ErrorKind::InvalidOperation, words));
             }
         };
@@ -302,7 +302,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_are_written_as_python_writes_them() {
+    fn numbers_are_formatted_as_in_python() {
         let check = |value: Value, needed: &str| assert_eq!(number(&value), needed);
         check(Value::from(-7), "-7");
         check(Value::from(1.0), "1.0");
@@ -317,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn dates_are_written_as_python_writes_them() {
+    fn dates_are_formatted_as_in_python() {
         let check = |seconds, format: &str, needed: &str| {
             assert_eq!(strftime(format, seconds).unwrap(), needed);
         };

@@ -1,10 +1,10 @@
 //! The SentencePiece tokenizer inside a GGUF (`tokenizer.ggml.model` = `llama`), as llama.cpp reads it:
-//! neighbours are joined whose joint token has the highest score, from single characters on, and what is
-//! no token falls back to bytes.
+//! starting from single characters, the neighbours whose merged token has the highest score are merged, and
+//! characters without a token fall back to bytes.
 //!
-//! The tokenizers crate joins by ranked pairs instead: every way to part a token into two others is such
-//! a pair, ranked by the token's score. The two differ only where one token could be joined from two
-//! different pairs that overlap, and for characters that are a token only together with others.
+//! The tokenizers crate merges by ranked pairs instead: every split of a token into two others is such a
+//! pair, ranked by the token's score. The two differ only where one token could be merged from two
+//! overlapping pairs, and for characters that are a token only together with others.
 
 use std::cmp::Ordering;
 use std::collections::HashMap;
@@ -24,10 +24,10 @@ use super::special_tokens::SpecialTokens;
 use super::{AddedTokenSpec, TextError, Tokenizer};
 use crate::weights::Gguf;
 
-/// What stands for a space.
+/// The character that replaces a space.
 const SPACE: &str = "\u{2581}";
 
-/// Ids of roles that a file does not name, and whether texts begin with BOS.
+/// Default ids of roles, and whether BOS is added.
 pub(super) const DEFAULTS: Defaults = Defaults { bos: Some(1), eos: Some(2), adds_bos: true };
 
 pub(super) fn read(file: &Gguf, added: &[AddedTokenSpec]) -> Result<Tokenizer, TextError> {
@@ -45,7 +45,7 @@ pub(super) fn read(file: &Gguf, added: &[AddedTokenSpec]) -> Result<Tokenizer, T
 
     let mut inner = tokenizers::Tokenizer::new(bpe);
     let spaces = |from: &str, to: &str| Replace::new(from, to).map_err(broken);
-    // A space in front of every text, and behind every mark in it.
+    // A space in front of every text, and after every special token in it.
     let in_front = in_front(file)?;
     let mut normalizers = Vec::new();
     if in_front {
@@ -60,22 +60,24 @@ pub(super) fn read(file: &Gguf, added: &[AddedTokenSpec]) -> Result<Tokenizer, T
     }
     inner.with_decoder(Some(Decoders::new(decoders)));
     let roles = gguf::roles(file, DEFAULTS, &tokens, &ids)?;
-    let marks = gguf::marks(file, &tokens, &roles, added)?;
-    let found =
-        marks.iter().map(|mark| AddedToken::from(&*mark.text, mark.special).normalized(false));
+    let special_tokens = gguf::special_tokens(file, &tokens, &roles, added)?;
+    let found = special_tokens
+        .iter()
+        .map(|token| AddedToken::from(&*token.text, token.special).normalized(false));
     inner.add_tokens(found).map_err(broken)?;
-    let template = gguf::template(file, &gguf::special_tokens(&tokens, &roles))?;
-    let tokenizer = Tokenizer::new(inner, SpecialTokens::new(marks), roles, tokens.len(), template);
+    let template = gguf::template(file, &gguf::template_variables(&tokens, &roles))?;
+    let tokenizer =
+        Tokenizer::new(inner, SpecialTokens::new(special_tokens), roles, tokens.len(), template);
     let tokenizer = tokenizer.of_tokens(len, added);
     tokenizer.check_found_anywhere(file.path())?;
     Ok(tokenizer)
 }
 
-/// The parts of a `tokenizer.json` that say how a GGUF's vocabulary joins.
+/// The parts of a `tokenizer.json` that describe the merging of a GGUF's vocabulary.
 pub(super) struct Parts {
     pub normalizer: Value,
     pub decoder: Value,
-    /// The model, but for its vocabulary.
+    /// The model without its vocabulary.
     pub model: Map<String, Value>,
 }
 
@@ -118,7 +120,7 @@ pub(super) fn to_json(file: &Gguf) -> Result<Parts, TextError> {
     })
 }
 
-/// Whether a space is put in front of texts.
+/// Whether a space is added in front of texts.
 fn in_front(file: &Gguf) -> Result<bool, TextError> {
     Ok(file.bool("tokenizer.ggml.add_space_prefix")?.unwrap_or(true))
 }
@@ -129,10 +131,10 @@ pub(super) fn is_model(json: &Value) -> bool {
         && json["model"]["byte_fallback"] == true
 }
 
-/// Whether a space is put in front of texts by a `tokenizer.json` of a SentencePiece vocabulary.
+/// Whether a `tokenizer.json` of a SentencePiece vocabulary adds a space in front of texts.
 ///
 /// # Errors
-/// A clause about what it does that llama.cpp does not.
+/// With a property that llama.cpp does not support.
 pub(super) fn space_in_front(json: &Value) -> Result<bool, String> {
     let mut in_front = false;
     let (mut spaces_are_marked, own) = (false, &json["normalizer"]);

@@ -1,33 +1,33 @@
-//! Special tokens in a text where they may overlap: the longest are found first, as in llama.cpp
-//! (`tokenizer_st_partition` of `src/llama-vocab.cpp`), not those that begin first.
+//! Matching of special tokens that may overlap in a text: the longest are matched first, as in llama.cpp
+//! (`tokenizer_st_partition` of `src/llama-vocab.cpp`), not the leftmost.
 //!
-//! Only where a token's end can be another's beginning do the two differ. Few vocabularies have
-//! such tokens, and the others are left to the tokenizers crate, which looks for all at once.
+//! The two differ only where the end of a token can be the beginning of another. Few vocabularies have
+//! such tokens; the others are left to the tokenizers crate, which matches all in one pass.
 
 use std::collections::HashMap;
 use std::ops::Range;
 
-/// A token that is found in a text before the text is cut into words.
+/// A token that is matched before pre-tokenization.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct SpecialToken {
-    /// How it is written, at least a character.
+    /// Its text, not empty.
     pub text: String,
     /// Its id.
     pub id: u32,
-    /// Whether it is text where special tokens are ([`super::Special::AsText`]).
+    /// Whether it is text under [`super::Special::AsText`].
     pub special: bool,
 }
 
 /// A part of a text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum TextFragment {
-    /// Bytes without any mark in them.
+    /// A range of bytes without special tokens.
     Text(Range<usize>),
-    /// A mark's id, and the bytes it is written in.
+    /// The id of a special token, and its range of bytes.
     Special(u32, Range<usize>),
 }
 
-/// Special tokens in the order they are looked for.
+/// Special tokens in the order they are matched.
 #[derive(Debug, Default)]
 pub(super) struct SpecialTokens(Vec<SpecialToken>);
 
@@ -42,40 +42,40 @@ impl SpecialTokens {
         format!("Marks([{}])", tokens.join(", "))
     }
 
-    /// From marks in the order of the vocabulary; none are kept if no two can overlap. Equally long
-    /// ones stay in that order (llama.cpp leaves it to an unstable sort).
-    pub fn new(mut marks: Vec<SpecialToken>) -> Self {
-        if !can_overlap(&marks) {
+    /// From tokens in the order of the vocabulary; empty if no two can overlap. Tokens of equal length keep
+    /// that order (llama.cpp sorts them unstably).
+    pub fn new(mut tokens: Vec<SpecialToken>) -> Self {
+        if !can_overlap(&tokens) {
             return Self::default();
         }
-        marks.sort_by_key(|mark| std::cmp::Reverse(mark.text.len()));
-        Self(marks)
+        tokens.sort_by_key(|token| std::cmp::Reverse(token.text.len()));
+        Self(tokens)
     }
 
-    /// Cuts `text` at its marks; with `as_text`, at those only that are not special.
+    /// Splits `text` at its special tokens; with `as_text`, only at those that are not `special`.
     pub fn partition(&self, text: &str, as_text: bool) -> Vec<TextFragment> {
         let mut parts = vec![TextFragment::Text(0..text.len())];
-        for mark in &self.0 {
-            if !(as_text && mark.special) && text.contains(&mark.text) {
-                parts = parts.into_iter().flat_map(|part| cut(text, part, mark)).collect();
+        for token in &self.0 {
+            if !(as_text && token.special) && text.contains(&token.text) {
+                parts = parts.into_iter().flat_map(|part| cut(text, part, token)).collect();
             }
         }
         parts
     }
 }
 
-/// A part cut at the places where `mark` stands in it, from its start on.
-fn cut(text: &str, part: TextFragment, mark: &SpecialToken) -> Vec<TextFragment> {
+/// Splits a part at the occurrences of `token` from left to right.
+fn cut(text: &str, part: TextFragment, token: &SpecialToken) -> Vec<TextFragment> {
     let TextFragment::Text(range) = part else { return vec![part] };
     let mut parts = Vec::new();
     let mut at = range.start;
-    for (place, _) in text[range.clone()].match_indices(&mark.text) {
+    for (place, _) in text[range.clone()].match_indices(&token.text) {
         let start = range.start + place;
         if at < start {
             parts.push(TextFragment::Text(at..start));
         }
-        at = start + mark.text.len();
-        parts.push(TextFragment::Special(mark.id, start..at));
+        at = start + token.text.len();
+        parts.push(TextFragment::Special(token.id, start..at));
     }
     if at < range.end {
         parts.push(TextFragment::Text(at..range.end));
@@ -83,26 +83,26 @@ fn cut(text: &str, part: TextFragment, mark: &SpecialToken) -> Vec<TextFragment>
     parts
 }
 
-/// Whether the end of a mark is the beginning of another, neither whole. Else the leftmost, and of
-/// those the longest, are what is found longest first: a mark inside another never begins earlier.
-fn can_overlap(marks: &[SpecialToken]) -> bool {
-    /// A text before and after each of its inner places.
-    fn cuts(mark: &SpecialToken) -> impl Iterator<Item = (&str, &str)> {
-        mark.text.char_indices().skip(1).map(|(at, _)| mark.text.split_at(at))
+/// Whether a proper suffix of a token is a proper prefix of another. Else matching the leftmost, and of
+/// those the longest, gives the same: a token inside another never begins earlier.
+fn can_overlap(tokens: &[SpecialToken]) -> bool {
+    /// The text split at each inner character boundary.
+    fn cuts(token: &SpecialToken) -> impl Iterator<Item = (&str, &str)> {
+        token.text.char_indices().skip(1).map(|(at, _)| token.text.split_at(at))
     }
-    // Each beginning with the id of the first mark that has it, and whether others have it too.
+    // Each prefix with the id of the first token that has it, and whether others have it too.
     let mut beginnings: HashMap<&str, (u32, bool)> = HashMap::new();
-    for mark in marks {
-        for (beginning, _) in cuts(mark) {
-            let (first, several) = beginnings.entry(beginning).or_insert((mark.id, false));
-            *several |= *first != mark.id;
+    for token in tokens {
+        for (beginning, _) in cuts(token) {
+            let (first, several) = beginnings.entry(beginning).or_insert((token.id, false));
+            *several |= *first != token.id;
         }
     }
-    let meets_another = |mark: &SpecialToken| {
-        let mut found = cuts(mark).filter_map(|(_, end)| beginnings.get(end));
-        found.any(|&(first, several)| several || first != mark.id)
+    let meets_another = |token: &SpecialToken| {
+        let mut found = cuts(token).filter_map(|(_, end)| beginnings.get(end));
+        found.any(|&(first, several)| several || first != token.id)
     };
-    marks.iter().any(meets_another)
+    tokens.iter().any(meets_another)
 }
 
 #[cfg(test)]
@@ -111,13 +111,13 @@ mod tests {
 
     use super::*;
 
-    fn marks(texts: &[&str]) -> Vec<SpecialToken> {
-        let mark =
+    fn tokens(texts: &[&str]) -> Vec<SpecialToken> {
+        let token =
             |(id, text): (u32, &&str)| SpecialToken { text: text.to_string(), id, special: id < 2 };
-        (0..).zip(texts).map(mark).collect()
+        (0..).zip(texts).map(token).collect()
     }
 
-    /// The parts as they are written, marks in brackets.
+    /// The text of the parts, with special tokens in brackets.
     fn written(text: &str, parts: &[TextFragment]) -> String {
         let part = |part: &TextFragment| match part {
             TextFragment::Text(range) => text[range.clone()].to_string(),
@@ -127,11 +127,11 @@ mod tests {
     }
 
     #[test]
-    fn the_longest_are_found_first() {
+    fn longest_special_tokens_match_first() {
         #[track_caller]
         fn check(texts: &[&str], text: &str, as_text: bool, expected: &str) {
-            let marks = SpecialTokens::new(marks(texts));
-            assert_eq!(written(text, &marks.partition(text, as_text)), expected);
+            let tokens = SpecialTokens::new(tokens(texts));
+            assert_eq!(written(text, &tokens.partition(text, as_text)), expected);
         }
         let overlapping = ["<a><b", "<b><c>", "<b>", "é<a", "cc"];
         check(&overlapping, "<a><b><c>", false, "<a>[1:<b><c>]");
@@ -147,7 +147,7 @@ mod tests {
     /// Runs of earlier versions hold the hash of this text.
     #[test]
     fn fingerprint_text_is_stable() {
-        let tokens = SpecialTokens::new(marks(&["<a><b", "<b>\"x"]));
+        let tokens = SpecialTokens::new(tokens(&["<a><b", "<b>\"x"]));
         let (first, second) = (
             r#"Mark { text: "<a><b", id: 0, special: true }"#,
             r#"Mark { text: "<b>\"x", id: 1, special: true }"#,
@@ -157,10 +157,10 @@ mod tests {
     }
 
     #[test]
-    fn only_tokens_that_can_overlap_are_looked_for() {
+    fn overlapping_tokens_are_detected() {
         #[track_caller]
         fn check(texts: &[&str], expected: bool) {
-            assert_eq!(can_overlap(&marks(texts)), expected, "{texts:?}");
+            assert_eq!(can_overlap(&tokens(texts)), expected, "{texts:?}");
         }
         check(&["<|im_start|>", "<|im_end|>", "<|im_end|><"], true);
         check(&["<|im_start|>", "<|im_end|>", "<|endoftext|>"], false);
@@ -172,35 +172,35 @@ mod tests {
     }
 
     proptest! {
-        /// Where nothing is looked for, the leftmost longest are the same.
+        /// Without overlaps, leftmost-longest matching gives the same.
         #[test]
         fn without_overlaps_leftmost_is_longest_first(
             texts in prop::collection::btree_set("[abc]{1,4}", 1..5),
             text in "[abc]{0,30}",
         ) {
             let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
-            let mut marks = marks(&texts);
-            prop_assume!(!can_overlap(&marks));
+            let mut tokens = tokens(&texts);
+            prop_assume!(!can_overlap(&tokens));
             let mut parts = Vec::new();
             let (mut at, mut rest) = (0, 0);
             while at < text.len() {
-                let here = marks.iter().filter(|mark| text[at..].starts_with(&mark.text));
-                let Some(mark) = here.max_by_key(|mark| mark.text.len()) else {
+                let here = tokens.iter().filter(|token| text[at..].starts_with(&token.text));
+                let Some(token) = here.max_by_key(|token| token.text.len()) else {
                     at += 1;
                     continue;
                 };
                 if rest < at {
                     parts.push(TextFragment::Text(rest..at));
                 }
-                rest = at + mark.text.len();
-                parts.push(TextFragment::Special(mark.id, at..rest));
+                rest = at + token.text.len();
+                parts.push(TextFragment::Special(token.id, at..rest));
                 at = rest;
             }
             if rest < at {
                 parts.push(TextFragment::Text(rest..at));
             }
-            marks.sort_by_key(|mark| std::cmp::Reverse(mark.text.len()));
-            let found = SpecialTokens(marks).partition(&text, false);
+            tokens.sort_by_key(|token| std::cmp::Reverse(token.text.len()));
+            let found = SpecialTokens(tokens).partition(&text, false);
             prop_assert_eq!(written(&text, &found), written(&text, &parts));
         }
     }

@@ -1,15 +1,15 @@
-//! Text that arrives token by token.
+//! Streaming detokenization.
 
 use super::{TextError, Tokenizer};
 
-/// Turns ids into text as they come, and never splits a character: what is not yet UTF-8 waits
-/// for the tokens that complete it.
+/// Decodes ids one by one without splitting characters: bytes that are not valid UTF-8 yet are held back
+/// until tokens complete them.
 #[derive(Debug)]
 pub struct DecodeStream<'a> {
     tokenizer: &'a Tokenizer,
     skip_special: bool,
-    /// The tokens since the last text was given out, and before them those of that text: some
-    /// decoders write a token differently at the very start.
+    /// The tokens since the last returned text, after those of that text: some decoders write a token
+    /// differently at the beginning.
     ids: Vec<u32>,
     given: usize,
 }
@@ -19,7 +19,7 @@ impl<'a> DecodeStream<'a> {
         Self { tokenizer, skip_special, ids: Vec::new(), given: 0 }
     }
 
-    /// The next token; what can be shown of the text now, if anything.
+    /// Adds the next token and returns the text that is complete now, if any.
     ///
     /// # Errors
     /// If the id is not in the vocabulary.
@@ -34,7 +34,7 @@ impl<'a> DecodeStream<'a> {
         Ok(Some(fresh))
     }
 
-    /// What still waits at the end, bytes that never became a character as U+FFFD.
+    /// Returns the text that was held back, with U+FFFD for incomplete characters.
     ///
     /// # Errors
     /// As [`DecodeStream::push`].

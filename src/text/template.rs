@@ -10,29 +10,29 @@ use sha2::{Digest, Sha256};
 
 use super::{TextError, python};
 
-/// What the filter behind `{% generation %}` puts around its text: Unicode's noncharacters,
-/// which no text in interchange holds.
+/// Delimiters that the filter behind `{% generation %}` puts around its text: Unicode noncharacters, which
+/// text for interchange does not contain.
 const OPEN: char = '\u{FDD0}';
 const CLOSE: char = '\u{FDD1}';
 
 const DEFAULT: &str = "default";
 const TOOL_USE: &str = "tool_use";
 
-/// The function that tells the time.
+/// The name of the function that returns the time.
 const NOW: &str = "strftime_now";
 
 /// A text, and byte ranges of it in order.
 type Spanned = (String, Vec<Range<usize>>);
 
-/// How a conversation becomes the text a model was trained on.
+/// Renders a conversation as the text format of a model.
 ///
 /// Rendered as by `apply_chat_template` of transformers, including how Python writes numbers,
-/// truth values, lists and JSON.
+/// booleans, lists and JSON.
 #[derive(Debug)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
     special: Vec<(String, String)>,
-    /// What the user adds to the variables, and as it was given.
+    /// Variables set by the user, parsed and as given.
     variables: Vec<(String, Value)>,
     given: serde_json::Map<String, serde_json::Value>,
     now: Option<u64>,
@@ -40,7 +40,7 @@ pub struct ChatTemplate {
     has_generation: bool,
 }
 
-/// Variables that are the conversation's and no setting.
+/// Variables that come from the conversation and cannot be set.
 const OWN_VARIABLES: [&str; 4] = ["messages", "tools", "documents", "add_generation_prompt"];
 
 impl ChatTemplate {
@@ -75,24 +75,24 @@ impl ChatTemplate {
         })
     }
 
-    /// Pins what `strftime_now` shows, in seconds since 1970 UTC: a run resumed on another day
-    /// must see the texts it began with.
+    /// Sets the time of `strftime_now`, in seconds since 1970 UTC, so that a run resumed on another day
+    /// renders the same texts.
     pub fn set_now(&mut self, now: u64) {
         self.now = Some(now);
         self.environment.add_function(NOW, move |format: String| python::strftime(&format, now));
     }
 
-    /// Further variables of the template (`chat_template_kwargs` of transformers and vLLM), such as
-    /// `enable_thinking`. One that holds a special token takes its place.
+    /// Sets variables of the template (`chat_template_kwargs` of transformers and vLLM), such as
+    /// `enable_thinking`. They override the variables of special tokens.
     ///
     /// # Errors
-    /// If one is the conversation's own.
+    /// If one comes from the conversation.
     pub fn set_variables(
         &mut self,
         variables: &serde_json::Map<String, serde_json::Value>,
     ) -> Result<(), TextError> {
         if let Some(name) = OWN_VARIABLES.iter().find(|&&name| variables.contains_key(name)) {
-            let reason = format!("{name:?} is made of the conversation, it cannot be set");
+            let reason = format!("{name:?} comes from the conversation and cannot be set");
             return Err(TextError::Template { line: 0, reason });
         }
         let values = variables.iter().map(|(name, value)| (name.clone(), from_json(value)));
@@ -115,15 +115,14 @@ impl ChatTemplate {
         Ok(template)
     }
 
-    /// A hash of all that a rendered text depends on beside the conversation: of the pinned time only
-    /// where a template may show it. One that shows the day it is rendered on has no such thing unless
-    /// the day is pinned.
+    /// A hash of everything but the conversation that a rendered text depends on. The time is included only
+    /// for templates that may read it; unless it is set, texts of such templates change with the day.
     pub fn fingerprint(&self) -> String {
         let mut hasher = Sha256::new();
         let mut tells_time = false;
         for name in [DEFAULT, TOOL_USE] {
             let source = self.environment.get_template(name).map(|t| t.source().to_owned());
-            // The time is that function's alone, and a function is reached by its name only.
+            // Only this function reads the time, and a template can call it only by its name.
             tells_time |= source.as_ref().is_ok_and(|source| source.contains(NOW));
             hasher.update(format!("{:?}", source.ok()));
         }
@@ -133,11 +132,11 @@ impl ChatTemplate {
         hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
-    /// The text of `messages`, a list of objects as the template wants them, with `tools` if there
-    /// are any; `add_generation_prompt` ends it where the assistant begins to speak.
+    /// Renders `messages`, a list of objects as the template requires, with optional `tools`;
+    /// `add_generation_prompt` appends the prefix of the assistant's message.
     ///
     /// # Errors
-    /// If the template fails or refuses the messages (`raise_exception`): its own words.
+    /// If the template fails or rejects the messages (`raise_exception`), with its message.
     pub fn render(
         &self,
         messages: &[serde_json::Value],
@@ -151,7 +150,7 @@ impl ChatTemplate {
         Ok(unmark(&marked).0)
     }
 
-    /// The text, and the byte ranges of it inside `{% generation %}`: what the assistant says.
+    /// Renders the text with the byte ranges inside `{% generation %}`, which are the assistant's;
     /// `None` if the template has no such blocks.
     ///
     /// # Errors
@@ -216,7 +215,7 @@ fn environment() -> Environment<'static> {
     environment.add_filter("tojson", to_json);
     environment.add_filter("string", |value: Value| python::str(&value));
     environment.add_filter("generation", |text: String| format!("{OPEN}{text}{CLOSE}"));
-    // To Jinja a text is a sequence, and nothing is not iterable.
+    // In Jinja a string is a sequence, and `none` is not iterable.
     environment.add_test("sequence", |value: Value| {
         use ValueKind::{Map, Seq, String, Undefined};
         matches!(value.kind(), Undefined | String | Seq | Map)
@@ -240,14 +239,14 @@ pub fn today() -> String {
     python::strftime("%Y-%m-%d", now).unwrap_or_default()
 }
 
-/// The first second of a day given as `YYYY-MM-DD`, since 1970 UTC; none for what is no such day.
+/// The first second of a day given as `YYYY-MM-DD`, since 1970 UTC; `None` for an invalid date.
 pub fn first_second(date: &str) -> Option<u64> {
     let mut parts = date.splitn(3, '-').map(|part| part.parse::<u64>().ok());
     let (year, month, day) = (parts.next()??, parts.next()??, parts.next()??);
     if !(1970..=9999).contains(&year) || !(1..=12).contains(&month) || !(1..=31).contains(&day) {
         return None;
     }
-    // Days before a month, the year begun in March so that leap days come last.
+    // Days before a month in a year that starts in March, so that leap days are last.
     let (y, m) = if month > 2 { (year, month - 3) } else { (year - 1, month + 9) };
     let days = 365 * y + y / 4 - y / 100 + y / 400 + (153 * m + 2) / 5 + day - 1;
     let second = (days - 719_468) * 86_400;
@@ -278,8 +277,8 @@ fn to_json(value: Value, kwargs: Kwargs) -> Result<String, Error> {
     python::dumps(&value, &options)
 }
 
-/// JSON as the template sees it. By hand and not through serde: with `arbitrary_precision`, which
-/// gguf-rs switches on, serde hands over numbers as maps.
+/// JSON as a template value. Converted by hand: with `arbitrary_precision`, which gguf-rs enables, serde
+/// passes numbers as maps.
 fn from_json(value: &serde_json::Value) -> Value {
     match value {
         serde_json::Value::Null => Value::from(()),
@@ -304,7 +303,8 @@ fn from_json(value: &serde_json::Value) -> Value {
     }
 }
 
-/// `{% generation %}` as a filter block, which minijinja knows; lines and trimming stay.
+/// Rewrites `{% generation %}` to a filter block, which minijinja supports; line numbers and whitespace
+/// control stay the same.
 fn rewrite_generation(source: &str) -> (String, bool) {
     let mut rewritten = String::with_capacity(source.len());
     let (mut found, mut raw) = (false, false);
@@ -338,7 +338,7 @@ fn rewrite_generation(source: &str) -> (String, bool) {
     (rewritten, found)
 }
 
-/// The text without marks, and the byte ranges that were between them.
+/// Removes the delimiters, and returns the text with the byte ranges that were between them.
 fn unmark(marked: &str) -> Spanned {
     let mut text = String::with_capacity(marked.len());
     let mut spans = Vec::new();
@@ -347,7 +347,7 @@ fn unmark(marked: &str) -> Spanned {
         match c {
             OPEN => open.push(text.len()),
             CLOSE => {
-                // A block within a block is inside a span already.
+                // A nested block is inside a range already.
                 if let Some(start) = open.pop()
                     && open.is_empty()
                 {
@@ -375,7 +375,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn dates_go_to_seconds_and_back() {
+    fn dates_convert_to_seconds_and_back() {
         assert_eq!(first_second("1970-01-01"), Some(0));
         assert_eq!(first_second("2024-02-29"), Some(1_709_164_800));
         assert!(first_second(&today()).is_some());

@@ -13,22 +13,22 @@ use super::special_tokens::{SpecialTokens, TextFragment};
 use super::{AddedTokenSpec, ChatTemplate, DecodeStream, TextError, folder, gguf, pre_tokenizer};
 use crate::weights::{Checkpoint, Gguf};
 
-/// What the names of special tokens are when they stand in the text.
+/// How special tokens in a text are encoded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Special {
-    /// The tokens: for text a template wrote.
+    /// As their tokens: for text rendered by a template.
     Parse,
-    /// Text like any other: for text nobody vouches for.
+    /// As plain text: for untrusted text.
     AsText,
 }
 
-/// Text as tokens, and where they came from.
+/// A tokenized text with byte offsets.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Encoding {
     /// Token ids.
     pub ids: Vec<u32>,
-    /// Where each token's text starts and ends, in bytes of the text. Tokens that share a
-    /// character all cover the whole of it.
+    /// Start and end of each token's text in bytes. Tokens that share a character all cover the whole
+    /// character.
     pub offsets: Vec<(usize, usize)>,
 }
 
@@ -36,29 +36,29 @@ pub struct Encoding {
 #[derive(Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
-    /// The same, blind to special tokens; made when it is first needed.
+    /// The tokenizer without special tokens, created on first use.
     as_text: OnceLock<tokenizers::Tokenizer>,
-    /// Special tokens that are looked for before `inner` does.
-    marks: SpecialTokens,
+    /// Special tokens that are matched before `inner` runs.
+    special_tokens: SpecialTokens,
     roles: Roles,
     vocab_size: usize,
-    /// One more than the highest id that is no filler's.
+    /// One more than the highest id without padding entries.
     len: usize,
-    /// The same without what was added.
+    /// `len` without added tokens.
     own_len: usize,
-    /// What was added to the tokens of its files.
+    /// Tokens added to those of its files.
     added: Vec<AddedTokenSpec>,
     template: Option<ChatTemplate>,
 }
 
-/// Which tokens begin, end and fill a sequence.
+/// BOS, EOS, padding and end-of-generation tokens.
 #[derive(Debug, Default)]
 pub(super) struct Roles {
     pub bos: Option<u32>,
     pub eos: Option<u32>,
     pub pad: Option<u32>,
     pub adds_bos: bool,
-    /// After any of these nothing more is generated.
+    /// End-of-generation tokens.
     pub ends: BTreeSet<u32>,
 }
 
@@ -96,14 +96,14 @@ impl Tokenizer {
     /// The byte-level BPE in a GGUF, id for id as llama.cpp has it.
     ///
     /// # Errors
-    /// If the file's tokenizer is of another kind, cuts words in a way we do not know, or
-    /// contradicts itself; if its chat template does not parse.
+    /// If the file's tokenizer is of another kind, has an unknown pre-tokenizer, or is malformed; if its
+    /// chat template does not parse.
     pub fn from_gguf(file: &Gguf) -> Result<Self, TextError> {
         gguf::read(file, &[])
     }
 
     /// `tokenizer.json` of a Hugging Face folder, with what `tokenizer_config.json`,
-    /// `chat_template.jinja`, `generation_config.json` and `config.json` say about it.
+    /// `chat_template.jinja`, `generation_config.json` and `config.json` add to it.
     ///
     /// # Errors
     /// If `tokenizer.json` is missing, or any of them is malformed.
@@ -113,18 +113,18 @@ impl Tokenizer {
 
     pub(super) fn new(
         inner: tokenizers::Tokenizer,
-        marks: SpecialTokens,
+        special_tokens: SpecialTokens,
         roles: Roles,
         vocab_size: usize,
         template: Option<ChatTemplate>,
     ) -> Self {
         let (as_text, added) = (OnceLock::new(), Vec::new());
         let (len, own_len) = (vocab_size, vocab_size);
-        Self { inner, as_text, marks, roles, vocab_size, len, own_len, added, template }
+        Self { inner, as_text, special_tokens, roles, vocab_size, len, own_len, added, template }
     }
 
-    /// What else is known of its tokens: how many are no fillers, with and without what was added, and
-    /// what that is.
+    /// Sets the numbers of tokens without padding entries, with and without added tokens, and the added
+    /// tokens.
     pub(super) fn of_tokens(
         self,
         (len, own_len): (usize, usize),
@@ -136,10 +136,10 @@ impl Tokenizer {
     /// The ids of a text. Neither BOS nor EOS is ever added: see [`Tokenizer::with_bos`].
     ///
     /// # Errors
-    /// If the tokenizer cannot cope with the text.
+    /// If the tokenizers crate reports an error.
     pub fn encode(&self, text: &str, special: Special) -> Result<Vec<u32>, TextError> {
         let mut ids = Vec::new();
-        for part in self.marks.partition(text, special == Special::AsText) {
+        for part in self.special_tokens.partition(text, special == Special::AsText) {
             match part {
                 TextFragment::Text(range) => {
                     let part = self.engine(special).encode_fast(&text[range], false);
@@ -151,13 +151,13 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// The same, with where each token came from.
+    /// [`Tokenizer::encode`] with byte offsets.
     ///
     /// # Errors
     /// As [`Tokenizer::encode`].
     pub fn encode_with_offsets(&self, text: &str, special: Special) -> Result<Encoding, TextError> {
         let mut found = Encoding { ids: Vec::new(), offsets: Vec::new() };
-        for part in self.marks.partition(text, special == Special::AsText) {
+        for part in self.special_tokens.partition(text, special == Special::AsText) {
             match part {
                 TextFragment::Text(range) => {
                     let start = range.start;
@@ -175,8 +175,7 @@ impl Tokenizer {
         Ok(found)
     }
 
-    /// The text of ids; `skip_special` leaves special tokens out. What is no UTF-8 becomes
-    /// U+FFFD.
+    /// The text of ids; `skip_special` omits special tokens. Invalid UTF-8 becomes U+FFFD.
     ///
     /// # Errors
     /// If an id is not in the vocabulary.
@@ -188,12 +187,12 @@ impl Tokenizer {
         self.inner.decode(ids, skip_special).map_err(failed)
     }
 
-    /// Text that arrives token by token.
+    /// A streaming decoder.
     pub fn decode_stream(&self, skip_special: bool) -> DecodeStream<'_> {
         DecodeStream::new(self, skip_special)
     }
 
-    /// `ids` with BOS in front exactly once, if the tokenizer wants it.
+    /// `ids` with BOS in front exactly once, if the model was trained with it.
     pub fn with_bos(&self, mut ids: Vec<u32>) -> Vec<u32> {
         if let Some(bos) = self.roles.bos
             && self.roles.adds_bos
@@ -219,23 +218,23 @@ impl Tokenizer {
         self.roles.eos
     }
 
-    /// The token that fills a batch; often the same as EOS.
+    /// The padding token; often the same as EOS.
     pub fn pad(&self) -> Option<u32> {
         self.roles.pad
     }
 
-    /// Whether a token is a mark and no text.
+    /// Whether a token is special: not text.
     pub fn is_special(&self, id: u32) -> bool {
         let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
         added.get(&id).is_some_and(|token| token.special)
     }
 
-    /// Whether a token that is found in a text before words are is special; `None` if it is no such.
+    /// Whether a token that is matched before pre-tokenization is special; `None` for other tokens.
     pub(super) fn added_as(&self, token: &str) -> Option<bool> {
         self.added_token(token).map(|token| token.special)
     }
 
-    /// How such a token is found.
+    /// The properties of a token that is matched before pre-tokenization.
     pub(super) fn added_token(&self, token: &str) -> Option<&AddedToken> {
         let vocabulary = self.inner.get_added_vocabulary();
         let id = self.inner.token_to_id(token)?;
@@ -247,7 +246,7 @@ impl Tokenizer {
         self.inner.get_normalizer().is_some()
     }
 
-    /// How the normalizer writes a token alone, if otherwise than in the middle of a text.
+    /// The normalized text of a token alone, if it differs from that in the middle of a text.
     pub(super) fn written_alone(&self, token: &str) -> Result<Option<String>, TextError> {
         let Some(normalizer) = self.inner.get_normalizer() else { return Ok(None) };
         let written = |text: &str| -> Result<String, TextError> {
@@ -261,24 +260,24 @@ impl Tokenizer {
         Ok((!same).then_some(alone))
     }
 
-    /// What was added to the tokens of its files.
+    /// Tokens added to those of its files.
     pub fn added(&self) -> &[AddedTokenSpec] {
         &self.added
     }
 
-    /// Whether nothing more is generated after this token: EOS, the end of a turn and their like.
+    /// Whether a token ends generation: EOS, end of turn, and similar ones.
     pub fn is_end_of_generation(&self, id: u32) -> bool {
         self.roles.ends.contains(&id)
     }
 
-    /// A token as the vocabulary writes it.
+    /// The text of a token in the vocabulary.
     pub fn token(&self, id: u32) -> Option<String> {
-        // Of an added token the crate would tell how the normalizer writes it.
+        // For added tokens the crate returns the normalized text.
         let added = self.inner.get_added_vocabulary().get_added_tokens_decoder().get(&id);
         added.map(|token| token.content.clone()).or_else(|| self.inner.id_to_token(id))
     }
 
-    /// The id of a token as the vocabulary writes it.
+    /// The id of a token by its text in the vocabulary.
     pub fn id_of(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
     }
@@ -288,20 +287,20 @@ impl Tokenizer {
         self.vocab_size
     }
 
-    /// One more than the highest id but for fillers at the end: transformers' `len(tokenizer)`, and the
-    /// id of the next token that is added.
-    #[expect(clippy::len_without_is_empty, reason = "a tokenizer without tokens is none")]
+    /// One more than the highest id without padding entries at the end: transformers' `len(tokenizer)`, and
+    /// the id of the next added token.
+    #[expect(clippy::len_without_is_empty, reason = "a tokenizer always has tokens")]
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// [`Tokenizer::len`] of its files alone.
+    /// [`Tokenizer::len`] without added tokens.
     pub(super) fn own_len(&self) -> usize {
         self.own_len
     }
 
-    /// Rows of embedding and head that a model must have for the tokens that were added; none where
-    /// nothing was. A base whose files have more tokens than rows stays as it is.
+    /// Number of rows that embedding and head need for the added tokens; 0 without added tokens, also for a
+    /// base whose files have more tokens than rows.
     pub fn rows_needed(&self) -> usize {
         if self.added.is_empty() { 0 } else { self.len }
     }
@@ -311,9 +310,9 @@ impl Tokenizer {
         self.inner.to_string(true).map_err(failed)
     }
 
-    /// For each id the bytes of text it stands for, none for special tokens: what a text's bits are
-    /// divided by. Exact for byte-level vocabularies, whose tokens have a character a byte; in others
-    /// a space that the tokenizer puts in front of a text counts too.
+    /// For each id, its number of bytes of text, 0 for special tokens: the denominator of bits per byte.
+    /// Exact for byte-level vocabularies, whose tokens have one character for each byte; in others a space
+    /// that the tokenizer adds in front of a text is counted too.
     pub fn byte_lengths(&self) -> Vec<u32> {
         let added = self.inner.get_added_vocabulary().get_added_tokens_decoder();
         let alphabet = ByteLevel::alphabet();
@@ -333,36 +332,37 @@ impl Tokenizer {
         (0..).zip(&tokens).map(|token| length(token) as u32).collect()
     }
 
-    /// A hash of all that ids depend on.
+    /// A hash of everything that token ids depend on.
     ///
     /// # Errors
-    /// If the crate cannot write the tokenizer down.
+    /// If the crate cannot serialize the tokenizer.
     pub fn fingerprint(&self) -> Result<String, TextError> {
         let json = self.inner.to_string(false).map_err(failed)?;
-        let beside = format!("{} {}", self.marks.fingerprint_text(), self.roles.fingerprint_text());
+        let beside =
+            format!("{} {}", self.special_tokens.fingerprint_text(), self.roles.fingerprint_text());
         let digest = Sha256::new().chain_update(json).chain_update(beside);
         Ok(digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
-    /// llama.cpp's name of how words are cut, if it has one.
+    /// llama.cpp's name of the pre-tokenizer, if it has one.
     pub(super) fn pre_tokenizer_name(&self, ignore_merges: bool) -> Option<&'static str> {
         pre_tokenizer::identify(self.inner.get_pre_tokenizer()?, ignore_merges)
     }
 
-    /// Whether another tokenizer gives other ids of some text, among texts of many scripts and habits.
+    /// Whether another tokenizer gives other ids for some text of [`pre_tokenizer::PROBES`].
     pub fn cuts_otherwise(&self, other: &Self) -> bool {
         let ids = |of: &Self, text| of.encode(text, Special::AsText).ok();
         pre_tokenizer::PROBES.iter().any(|text| ids(self, text) != ids(other, text))
     }
 
-    /// Pins the time that the chat template sees, in seconds since 1970 UTC.
+    /// Sets the time that the chat template reads, in seconds since 1970 UTC.
     pub fn set_template_time(&mut self, now: u64) {
         if let Some(template) = &mut self.template {
             template.set_now(now);
         }
     }
 
-    /// Puts another chat template in the place of the model's own; its special tokens stay.
+    /// Replaces the chat template; its special tokens stay the same.
     ///
     /// # Errors
     /// If it does not parse.
@@ -385,12 +385,11 @@ impl Tokenizer {
         Ok(())
     }
 
-    /// Changes the chat template as users ask: another one from a file, and further variables, each
-    /// as `KEY=JSON`.
+    /// Replaces the chat template by that of a file, and sets variables, each as `KEY=JSON`.
     ///
     /// # Errors
-    /// If the file cannot be read or parsed; if a variable is no JSON, which a text without quotes and
-    /// Python's `False` are not; if there is no template to have variables.
+    /// If the file cannot be read or parsed; if a variable is not valid JSON, as text without quotes and
+    /// Python's `False`; if there are variables but no template.
     pub fn change_template(
         &mut self,
         file: Option<&Path>,

@@ -1,4 +1,4 @@
-//! Files appear whole or not at all.
+//! Atomic replacement of files.
 
 use std::fs::{self, File};
 use std::io::{self, BufWriter};
@@ -6,14 +6,14 @@ use std::path::Path;
 
 use super::WeightsError;
 
-/// Writes a file beside its place, syncs it and renames it into place, so that a reader (or a
-/// killed writer) sees the old file or the new one and never a part.
+/// Writes a temporary file, syncs it and renames it to `path`, so that readers see the old file or the
+/// new one and never a part, even if the writer is killed.
 ///
-/// The file beside is `.{name}.partial`; one left by a killed writer is overwritten. An error of
-/// `write` that is not the system's travels in `io::Error::other`.
+/// The temporary file is `.{name}.partial`; one left by a killed writer is overwritten. `write` passes
+/// errors that are not the system's as `io::Error::other`.
 ///
 /// # Errors
-/// If anything fails; then `path` is untouched and nothing is left beside it.
+/// If anything fails; then `path` is unchanged and the temporary file is removed.
 pub fn write_atomically(
     path: impl AsRef<Path>,
     write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
@@ -39,7 +39,7 @@ pub fn write_atomically(
     written.and_then(|()| sync_folder(path)).map_err(failed)
 }
 
-/// The rename itself survives a power cut only once the folder is synced.
+/// Syncs the folder: a rename survives a power failure only after that.
 fn sync_folder(path: &Path) -> io::Result<()> {
     if cfg!(unix) {
         let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
@@ -55,7 +55,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_is_replaced_whole_or_not_at_all() {
+    fn file_is_replaced_atomically() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("out.bin");
         let here = || fs::read_dir(folder.path()).unwrap().count();

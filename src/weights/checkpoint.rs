@@ -1,4 +1,4 @@
-//! A base model's weights, in either of the two forms people keep them in.
+//! The weights of a base model: a GGUF file or a Hugging Face folder.
 
 use std::fs::File;
 use std::io::Read;
@@ -17,7 +17,7 @@ pub enum Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens a `.gguf` file (known by its first bytes, not its name) or a Hugging Face folder.
+    /// Opens a GGUF file (detected by its magic, not its name) or a Hugging Face folder.
     ///
     /// # Errors
     /// If it is neither, or malformed.
@@ -35,7 +35,7 @@ impl Checkpoint {
         }
         let mut magic = Vec::new();
         File::open(path).map_err(io)?.take(4).read_to_end(&mut magic).map_err(io)?;
-        // A big-endian file is let through, for the reader to refuse it by name.
+        // Big-endian files pass here: the reader reports them.
         if magic != gguf::MAGIC && magic != *b"FUGG" {
             return Err(WeightsError::format(
                 path,
@@ -61,7 +61,7 @@ impl Checkpoint {
         }
     }
 
-    /// Whether there is a tensor of that name, readable or not.
+    /// Whether there is a tensor of that name, of a supported type or not.
     pub fn contains(&self, name: &str) -> bool {
         match self {
             Self::Gguf(gguf) => gguf.tensor_info(name).is_some(),
@@ -69,10 +69,10 @@ impl Checkpoint {
         }
     }
 
-    /// A tensor, in the map.
+    /// A tensor by name; its bytes stay in the map.
     ///
     /// # Errors
-    /// If there is no tensor of that name, or its type is not supported.
+    /// If there is none of that name, or its type is not supported.
     pub fn tensor(&self, name: &str) -> Result<StoredTensor, WeightsError> {
         match self {
             Self::Gguf(gguf) => gguf.tensor(name),
@@ -81,34 +81,34 @@ impl Checkpoint {
     }
 }
 
-/// A named tensor, its values where they lie in the map.
+/// A named tensor, whose values stay in the map.
 #[derive(Debug, Clone)]
 pub struct StoredTensor {
     /// Its name in the file.
     pub name: String,
     /// Outermost dimension first, like PyTorch.
     pub shape: Vec<usize>,
-    /// How its values are stored.
+    /// Its block type.
     pub block_type: BlockType,
     /// Its blocks: exactly those `shape` needs.
     pub bytes: Bytes,
 }
 
 impl StoredTensor {
-    /// It as a frozen matrix `(out, in)`, still in the map.
+    /// The tensor as a frozen matrix `(out, in)`, whose bytes stay in the map.
     ///
     /// # Errors
-    /// If it has not two dimensions.
+    /// If it does not have two dimensions.
     pub fn matrix(&self) -> Result<FrozenMatrix, WeightsError> {
         let [rows, cols] = self.shape[..] else { return Err(self.dimensions(2)) };
         FrozenMatrix::new(self.bytes.clone(), self.block_type, rows, cols)
             .map_err(|source| WeightsError::Matrix { name: self.name.clone(), source })
     }
 
-    /// The values of a vector, copied: norms and biases are small.
+    /// The values of a vector as F32, copied.
     ///
     /// # Errors
-    /// If it has not one dimension.
+    /// If it does not have one dimension.
     pub fn vector(&self) -> Result<Vec<f32>, WeightsError> {
         let [len] = self.shape[..] else { return Err(self.dimensions(1)) };
         let mut values = vec![0.0; len];

@@ -1,4 +1,4 @@
-//! What can be wrong with files of weights.
+//! Errors of reading and writing weights.
 
 use std::path::{Path, PathBuf};
 
@@ -8,25 +8,25 @@ use crate::quant::MatrixError;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum WeightsError {
-    /// The system refused.
+    /// The system reported an error.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
-        /// What was tried: "open", "write".
+        /// The operation, as a verb: "open", "write".
         action: &'static str,
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// The file is not what it claims to be, or nothing this program reads.
+    /// The file is malformed or of an unsupported format.
     #[error("{}: {reason}", path.display())]
     Format {
         /// The file or folder.
         path: PathBuf,
-        /// What is wrong and what was needed.
+        /// What was found and what was needed.
         reason: String,
     },
-    /// A metadata key that is needed is not there.
+    /// A required metadata key is missing.
     #[error("{}: no metadata key {key:?}", path.display())]
     MissingKey {
         /// The GGUF file.
@@ -43,7 +43,7 @@ pub enum WeightsError {
         key: String,
         /// Type and value found.
         found: String,
-        /// What was asked for.
+        /// The type needed.
         needed: &'static str,
     },
     /// No tensor of that name.
@@ -54,7 +54,7 @@ pub enum WeightsError {
         /// The tensor.
         name: String,
     },
-    /// A tensor in a type that is listed but cannot be read.
+    /// A tensor of a type that is not supported.
     #[error(
         "{}: tensor {name:?} is stored as {found}, needed one of {needed}",
         path.display()
@@ -76,7 +76,7 @@ pub enum WeightsError {
         name: String,
         /// Its shape, outermost first.
         found: Vec<usize>,
-        /// Dimensions asked for.
+        /// Dimensions needed.
         needed: usize,
     },
     /// A tensor whose rows cannot be read as a matrix.
@@ -95,7 +95,7 @@ impl WeightsError {
     }
 }
 
-/// One sentence from all that is wrong with a file, or `Ok` if nothing is.
+/// One error of all faults of a file; `Ok` if there are none.
 pub(super) fn all_of(path: &Path, faults: &[String]) -> Result<(), WeightsError> {
     const SHOWN: usize = 8;
     if faults.is_empty() {

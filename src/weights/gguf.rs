@@ -1,8 +1,8 @@
-//! Our own checked reader of GGUF, versions 2 and 3, little endian.
+//! A checked reader of GGUF, versions 2 and 3, little endian.
 //!
-//! The layout is that of ggml's `docs/gguf.md`; what is refused follows `gguf.cpp`, but for
-//! tensors of types we do not know: they are listed, and fail when used. Of a model that llama.cpp's
-//! `gguf-split` cut into files, the first is opened, and brings the others.
+//! The layout is that of ggml's `docs/gguf.md`; validation follows `gguf.cpp`, except that tensors of
+//! unknown types are listed, and are errors only when used. Opening the first file of a model that was
+//! split by llama.cpp's `gguf-split` opens all of its files.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -16,13 +16,13 @@ use crate::quant::{BlockType, Bytes};
 /// The first four bytes of every GGUF file.
 pub const MAGIC: [u8; 4] = *b"GGUF";
 
-/// Where tensors lie if a file does not say: on multiples of this many bytes.
+/// Default alignment of tensors, in bytes.
 pub const DEFAULT_ALIGNMENT: usize = 32;
 
-/// The key that says otherwise.
+/// The key of the alignment.
 pub const ALIGNMENT_KEY: &str = "general.alignment";
 
-/// An open GGUF file: a map, and where things lie in it.
+/// An open GGUF file: its map, and offsets into it.
 #[derive(Debug, Clone)]
 pub struct Gguf {
     path: PathBuf,
@@ -34,11 +34,11 @@ pub struct Gguf {
     keys: HashMap<Box<str>, usize>,
     tensors: Vec<TensorInfo>,
     names: HashMap<Box<str>, usize>,
-    /// Of a model in several files, the others, and which tensors are the first that each has.
+    /// The other files of a split model, each with the index of its first tensor.
     others: Vec<(usize, Bytes)>,
 }
 
-/// A metadata key and where its value lies.
+/// A metadata key and the offset of its value.
 #[derive(Debug, Clone)]
 struct Entry {
     key: Box<str>,
@@ -46,7 +46,7 @@ struct Entry {
     value: Range<usize>,
 }
 
-/// What the file says about a tensor.
+/// Name, shape, type and offset of a tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorInfo {
     /// Its name.
@@ -62,7 +62,7 @@ pub struct TensorInfo {
 }
 
 impl TensorInfo {
-    /// The block type, if we can read it.
+    /// The block type, if it is supported.
     pub fn block_type(&self) -> Option<BlockType> {
         BlockType::from_ggml(self.type_id)
     }
@@ -72,8 +72,8 @@ impl Gguf {
     /// Maps and checks a file. Only the header is read; values and tensors stay in the map.
     ///
     /// # Errors
-    /// If the file cannot be read, is no GGUF of version 2 or 3 in little endian, or contradicts
-    /// itself: one sentence with the place, and all faults of its tensors at once.
+    /// If the file cannot be read, is not a little-endian GGUF of version 2 or 3, or is malformed: one
+    /// sentence with the position, and all faults of its tensors together.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, WeightsError> {
         let path = path.as_ref();
         let mut gguf = Self::read(path, map_file(path)?)?;
@@ -81,7 +81,7 @@ impl Gguf {
         Ok(gguf)
     }
 
-    /// Opens the other files of a model that was split, whose names count them.
+    /// Opens the other files of a split model, by the numbers in their names.
     fn open_others(&mut self) -> Result<(), WeightsError> {
         let Some((0, count)) = self.place_in_split()? else { return Ok(()) };
         let bad = |reason: String| WeightsError::format(&self.path, reason);
@@ -97,7 +97,7 @@ impl Gguf {
             let path = self.path.with_file_name(format!("{stem}{}", of_part(part)));
             let other = Self::read(&path, map_file(&path)?)?;
             if other.place_in_split_as_it_says()? != Some((part, count)) {
-                let reason = format!("it does not say that it is file {} of {count}", part + 1);
+                let reason = format!("its keys do not name it file {} of {count}", part + 1);
                 return Err(WeightsError::format(&path, reason));
             }
             self.others.push((self.tensors.len(), other.map));
@@ -123,7 +123,7 @@ impl Gguf {
         }
     }
 
-    /// Which of how many files this is the beginning of; an error if it is a later one.
+    /// Number of files of a split model whose first file this is; an error if it is a later one.
     fn place_in_split(&self) -> Result<Option<(u64, u64)>, WeightsError> {
         match self.place_in_split_as_it_says()? {
             Some((part, count)) if part > 0 => {
@@ -153,7 +153,7 @@ impl Gguf {
         check_magic(cursor.take(4).map_err(header)?).map_err(bad)?;
         let version = cursor.u32().map_err(header)?;
         check_version(version).map_err(bad)?;
-        // The least a tensor takes: name length, one dimension with its count, type, offset. And
+        // The minimum size of a tensor: name length, one dimension with its count, type, offset. And of
         // a key: its length and one byte, a type, one byte of value.
         let tensor_count = cursor.count("tensors", 8 + 4 + 8 + 4 + 8).map_err(bad)?;
         let key_count = cursor.count("metadata keys", 8 + 1 + 4 + 1).map_err(bad)?;
@@ -210,7 +210,7 @@ impl Gguf {
         }
     }
 
-    /// Finds every tensor's bytes and checks that they are inside the file and nobody else's.
+    /// Finds every tensor's bytes and checks that they are inside the file and do not overlap.
     fn place_tensors(&mut self) -> Result<(), WeightsError> {
         let mut faults = Vec::new();
         for (i, tensor) in self.tensors.iter_mut().enumerate() {
@@ -264,10 +264,10 @@ impl Gguf {
             .expect("the value was read when the file was opened")
     }
 
-    /// The text of a key, if it is there.
+    /// The string of a key; `None` if it is missing.
     ///
     /// # Errors
-    /// This and its siblings: if the value has another type.
+    /// If the value has another type, as in the methods below.
     pub fn str(&self, key: &str) -> Result<Option<&str>, WeightsError> {
         self.typed(key, "text in UTF-8", |value| value.as_str())
     }
@@ -282,18 +282,18 @@ impl Gguf {
         self.typed(key, "a float", |value| value.as_f64())
     }
 
-    /// The truth value of a key.
+    /// The boolean of a key.
     pub fn bool(&self, key: &str) -> Result<Option<bool>, WeightsError> {
         self.typed(key, "a bool", |value| value.as_bool())
     }
 
-    /// The array of a key, whatever its items.
+    /// The array of a key, with items of any type.
     pub fn array(&self, key: &str) -> Result<Option<GgufArray<'_>>, WeightsError> {
         self.typed(key, "an array", |value| value.as_array())
     }
 
-    /// The strings of a key, read one by one from the map. They are bytes: vocabularies exist
-    /// whose tokens are no UTF-8.
+    /// The strings of a key, read one by one from the map, as bytes: tokens of some vocabularies are not
+    /// UTF-8.
     pub fn strings(
         &self,
         key: &str,
@@ -341,17 +341,17 @@ impl Gguf {
         WeightsError::KeyType { path: self.path.clone(), key: key.into(), found, needed }
     }
 
-    /// The error for a key that is needed and not there: `gguf.u64(k)?.ok_or_else(|| ..)`.
+    /// The error of a required key that is missing: `gguf.u64(k)?.ok_or_else(|| ..)`.
     pub fn missing_key(&self, key: &str) -> WeightsError {
         WeightsError::MissingKey { path: self.path.clone(), key: key.into() }
     }
 
-    /// All tensors, in the order of the file, of whatever type.
+    /// All tensors of any type, in the order of the file.
     pub fn tensors(&self) -> &[TensorInfo] {
         &self.tensors
     }
 
-    /// What the file says about a tensor.
+    /// Name, shape, type and offset of a tensor.
     pub fn tensor_info(&self, name: &str) -> Option<&TensorInfo> {
         Some(&self.tensors[*self.names.get(name)?])
     }
@@ -362,10 +362,10 @@ impl Gguf {
         other.map_or(&self.map, |(_, map)| map)
     }
 
-    /// A tensor, in the map.
+    /// A tensor by name; its bytes stay in the map.
     ///
     /// # Errors
-    /// If there is no tensor of that name, or its type is not supported.
+    /// If there is none of that name, or its type is not supported.
     pub fn tensor(&self, name: &str) -> Result<StoredTensor, WeightsError> {
         let path = || self.path.clone();
         let info = self
@@ -400,7 +400,7 @@ fn check_magic(magic: &[u8]) -> Result<(), String> {
 fn check_version(version: u32) -> Result<(), String> {
     match version {
         2 | 3 => Ok(()),
-        // Versions are small: if the swapped one is, the file has the other byte order.
+        // Versions are small numbers: if the byte-swapped one is small, the file is big-endian.
         1.. if version.swap_bytes() < 0x1_0000 => {
             let version = version.swap_bytes();
             Err(format!("a big-endian GGUF file (version {version}), needed little endian"))
@@ -468,7 +468,7 @@ fn place(
         return Err(format!("offset {offset} is no multiple of the alignment {alignment}"));
     }
     let data = file_len.saturating_sub(data_offset);
-    // Of an unknown type all that can be said is that it takes some bytes.
+    // A tensor of an unknown type takes at least one byte.
     let size = match tensor.block_type() {
         Some(block_type) => tensor_bytes(shape, block_type)?,
         None => 1,
@@ -508,7 +508,7 @@ fn overlaps(tensors: &[TensorInfo]) -> Vec<String> {
         .collect()
 }
 
-/// The types that can be read, for messages.
+/// The supported types, for messages.
 fn readable_types() -> String {
     let names: Vec<_> = BlockType::ALL.iter().map(|block_type| block_type.to_string()).collect();
     names.join(", ")
@@ -544,7 +544,7 @@ pub fn type_name(type_id: u32) -> String {
     name.into()
 }
 
-/// What a number in `enum llama_ftype`, which `general.file_type` holds, says of a file.
+/// The name of a number in `enum llama_ftype`, the value of `general.file_type`.
 pub fn file_type_name(number: u64) -> String {
     let name = match number {
         0 => return "all F32".into(),

@@ -1,4 +1,4 @@
-//! What a file of weights holds, for people and for `--json`.
+//! Contents of a weights file, as text and for `--json`.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -13,7 +13,7 @@ use super::gguf::{Gguf, file_type_name, type_name};
 use super::value::short_text;
 use super::{HfFolder, Safetensors, WeightsError};
 
-/// What a file or folder of weights holds.
+/// Contents of a file or folder of weights.
 #[derive(Debug, Clone, Serialize)]
 pub struct Inspection {
     /// The file or folder.
@@ -22,9 +22,9 @@ pub struct Inspection {
     pub format: &'static str,
     /// GGUF's version.
     pub version: Option<u32>,
-    /// What GGUF aligns tensors to, in bytes.
+    /// Alignment of tensors in a GGUF, in bytes.
     pub alignment: Option<usize>,
-    /// What the gguf-rs crate says of a GGUF file: a second opinion.
+    /// Summary of a GGUF by the gguf-rs crate, as a second opinion.
     pub summary: Option<InspectionSummary>,
     /// Values of all tensors.
     pub values: u64,
@@ -38,12 +38,12 @@ pub struct Inspection {
     pub tensors: Vec<TensorLine>,
 }
 
-/// gguf-rs on a GGUF file.
+/// Summary of a GGUF by the gguf-rs crate.
 #[derive(Debug, Clone, Serialize)]
 pub struct InspectionSummary {
     /// `general.architecture`.
     pub family: String,
-    /// Parameters, as people write them: `135M`.
+    /// Number of parameters in short form: `135M`.
     pub parameters: String,
     /// `general.file_type` in words.
     pub file_type: String,
@@ -82,7 +82,7 @@ pub struct TensorLine {
     pub r#type: String,
     /// Outermost dimension first.
     pub shape: Vec<usize>,
-    /// Its bytes; none if its type is unknown.
+    /// Its bytes; `None` if its type is unknown.
     pub bytes: Option<u64>,
 }
 
@@ -131,9 +131,9 @@ fn of_gguf(gguf: &Gguf) -> Inspection {
     }
 }
 
-/// The opinion of gguf-rs, on files our reader accepted. It panics on tensor types from 40 on
-/// and on a `general.file_type` that is no integer, and takes 60 times the memory of a header it
-/// reads, so such files get none.
+/// The summary by gguf-rs of a file that was validated already. gguf-rs panics on tensor types from 40 on
+/// and on a `general.file_type` that is not an integer, and takes 60 times the memory of a header, so such
+/// files get no summary.
 #[cfg(feature = "cli")]
 fn gguf_rs_summary(gguf: &Gguf) -> Option<InspectionSummary> {
     if gguf.tensors().iter().any(|info| info.type_id >= 40)
@@ -142,11 +142,11 @@ fn gguf_rs_summary(gguf: &Gguf) -> Option<InspectionSummary> {
     {
         return None;
     }
-    // Its list of file types is not llama.cpp's: it takes Q4_K_M for IQ2_XXS.
+    // Its list of file types differs from llama.cpp's: it reads Q4_K_M as IQ2_XXS.
     let file_type = gguf.u64("general.file_type").ok()?;
     let file_type = file_type.map_or("of no file type".into(), file_type_name);
     let path = gguf.path().to_str()?;
-    // It cuts the tokenizer's arrays to three items, which spares their memory.
+    // It truncates the tokenizer's arrays to three items, which saves their memory.
     let read = || {
         let model = gguf_rs::get_gguf_container(path).ok()?.decode().ok()?;
         Some(InspectionSummary {
@@ -164,8 +164,8 @@ fn gguf_rs_summary(_: &Gguf) -> Option<InspectionSummary> {
     None
 }
 
-/// What `read` returns, or nothing if it panics: then nothing is printed either. Panics of other
-/// threads are told as ever, and the hook that tells them is back in its place afterwards.
+/// The result of `read`; `None`, without a printed message, if it panics. Panics of other threads are
+/// printed as usual, and the panic hook is restored afterwards.
 pub(crate) fn without_panic<T>(read: impl FnOnce() -> T + UnwindSafe) -> Option<T> {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(()); // the hook is the process's
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
@@ -207,7 +207,7 @@ fn of_safetensors(
     with_totals(path, format, metadata, tensors)
 }
 
-/// The keys of a JSON config; none if the file is not there.
+/// The keys of a JSON config; empty if there is no such file.
 fn config_lines(path: &Path) -> Result<Vec<MetadataLine>, WeightsError> {
     if !path.is_file() {
         return Ok(Vec::new());
@@ -255,7 +255,7 @@ fn with_totals(
             values: 0,
             bytes: 0,
         });
-        // The readers checked each product; sums over hostile lists of unknown types saturate.
+        // The readers checked each product; sums over tensors of unknown types saturate.
         let values = tensor.shape.iter().product::<usize>() as u64;
         total.tensors += 1;
         total.values = total.values.saturating_add(values);
@@ -312,7 +312,7 @@ impl fmt::Display for Inspection {
     }
 }
 
-/// The width of a column, within reason.
+/// The width of a column, up to a limit.
 fn width<'a>(texts: impl Iterator<Item = &'a String>) -> usize {
     texts.map(|text| text.chars().count()).max().unwrap_or(0).min(64)
 }
@@ -324,8 +324,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_panic_inside_is_not_told_and_others_are() {
-        // Counts what this test's threads tell; other tests of this process go on as before.
+    fn caught_panics_are_silent_and_others_are_printed() {
+        // Counts the panics of this test's threads; other tests of this process are not affected.
         static TOLD: AtomicUsize = AtomicUsize::new(0);
         const WORDS: &str = "a panic of this test";
         let ours = |info: &panic::PanicHookInfo| {

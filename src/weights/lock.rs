@@ -1,33 +1,32 @@
-//! Files that keep other processes off, and say who holds them.
+//! Lock files between processes, which name their holder.
 
 use std::fs::{File, TryLockError};
 use std::io::{self, Read, Write};
 use std::path::Path;
 
-/// A file that the system has locked for this process. The lock ends with the process, however that
-/// ends. The file stays: were it taken away, a process that has opened it could lock the old one while
-/// another locks a new one.
+/// A file lock of this process. The system releases it when the process ends in any way. The file is not
+/// deleted: else a process that has it open could lock the old file while another locks a new one.
 #[derive(Debug)]
 pub struct Lock {
     file: File,
 }
 
-/// Why a file is not locked for this process.
+/// Why a file could not be locked.
 #[derive(Debug)]
 pub enum LockError {
-    /// Who has locked it, in words.
+    /// Another process has locked it: its description.
     Held(String),
-    /// The system has no locks there.
+    /// The file system does not support locks.
     NoLocks(io::Error),
-    /// The file cannot be made, opened or written.
+    /// The file cannot be created, opened or written.
     Io(io::Error),
 }
 
 impl Lock {
-    /// Locks a file, which is made if there is none, and puts the number of this process in it.
+    /// Locks a file, which is created if needed, and writes the id of this process into it.
     ///
     /// # Errors
-    /// If another process has locked it, or the system refuses; nobody is waited for.
+    /// If another process has locked it (without waiting), or the system reports an error.
     pub fn take(path: &Path) -> Result<Self, LockError> {
         let mut options = File::options();
         options.create(true).read(true).write(true).truncate(false);
@@ -42,7 +41,7 @@ impl Lock {
         Ok(Self { file })
     }
 
-    /// Who has locked a file, in words; nobody has one that cannot be looked at.
+    /// The process that has locked a file, in words; `None` also for a file that cannot be opened.
     pub fn holder(path: &Path) -> Option<String> {
         let file = File::open(path).ok()?;
         match file.try_lock_shared() {
@@ -52,7 +51,8 @@ impl Lock {
     }
 }
 
-/// What a locked file says. It is not readable where locks are mandatory, and empty for a moment.
+/// The holder that a locked file names. The file is unreadable where locks are mandatory, and empty for a
+/// moment after locking.
 fn holder(mut file: File) -> String {
     let mut id = String::new();
     let read = file.read_to_string(&mut id).is_ok() && !id.trim().is_empty();
@@ -71,7 +71,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_lock_is_held_until_it_is_dropped() {
+    fn lock_is_held_until_dropped() {
         let room = tempfile::tempdir().unwrap();
         let path = room.path().join("lock");
         assert_eq!(Lock::holder(&path), None);

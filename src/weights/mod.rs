@@ -1,10 +1,10 @@
-//! GGUF and safetensors files to named tensors, memory-mapped, and the writers.
+//! Readers of GGUF and safetensors files as named, memory-mapped tensors, and writers.
 //!
-//! A tensor is a window into the map of its file: nothing is copied by opening, and a quantized
-//! tensor never is. What a name means, and which tensors a model needs, is for `model` to say.
+//! A tensor is a range of its file's map: opening copies nothing, and quantized tensors are never copied.
+//! The meaning of names, and which tensors a model needs, is known to `model` only.
 //!
-//! Files are read as hostile: every count is checked against the bytes that remain before
-//! anything is allocated by it, and a bad file ends in one sentence.
+//! Files are untrusted: every count is checked against the remaining bytes before anything is allocated,
+//! and an invalid file is an error of one sentence.
 
 mod atomic;
 mod checkpoint;
@@ -53,7 +53,7 @@ pub(crate) fn map_file(path: &Path) -> Result<Bytes, WeightsError> {
     Ok(Bytes::new(Arc::new(Mapped(map))))
 }
 
-/// A file that is only read.
+/// The map of a file, read only.
 struct Mapped(memmap2::Mmap);
 
 impl AsRef<[u8]> for Mapped {
@@ -67,10 +67,10 @@ impl Owner for Mapped {
     fn forget(&self, range: Range<usize>) {
         // SAFETY: nothing is ever written into the map, so its pages come back from the file as they
         // were, to whoever reads them again.
-        let told = unsafe {
+        let advised = unsafe {
             let advice = memmap2::UncheckedAdvice::DontNeed;
             self.0.unchecked_advise_range(advice, range.start, range.len())
         };
-        drop(told); // a system that will not listen keeps its pages
+        drop(advised); // on failure the pages stay in memory
     }
 }

@@ -15,7 +15,7 @@ use super::value::Cursor;
 use super::{StoredTensor, WeightsError, map_file};
 use crate::quant::{BlockType, Bytes};
 
-/// A header is refused beyond this, as the safetensors crate itself does.
+/// Maximum size of a header, as in the safetensors crate.
 const MAX_HEADER_BYTES: usize = 100_000_000;
 
 /// One mapped safetensors file.
@@ -28,7 +28,7 @@ pub struct Safetensors {
     names: HashMap<Box<str>, usize>,
 }
 
-/// What a safetensors file says about a tensor.
+/// Name, shape and type of a tensor in a safetensors file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SafetensorsInfo {
     /// Its name.
@@ -42,7 +42,7 @@ pub struct SafetensorsInfo {
 }
 
 impl SafetensorsInfo {
-    /// The block type, if we can read it.
+    /// The block type, if it is supported.
     pub fn block_type(&self) -> Option<BlockType> {
         match self.dtype {
             Dtype::F32 => Some(BlockType::F32),
@@ -57,7 +57,7 @@ impl Safetensors {
     /// Maps a file and checks its header.
     ///
     /// # Errors
-    /// If the header is cut or malformed, or its tensors are not exactly the rest of the file.
+    /// If the header is truncated or malformed, or its tensors do not cover exactly the rest of the file.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, WeightsError> {
         let path = path.as_ref();
         let map = map_file(path)?;
@@ -117,15 +117,15 @@ impl Safetensors {
         &self.tensors
     }
 
-    /// What the file says about a tensor.
+    /// Name, shape and type of a tensor.
     pub fn tensor_info(&self, name: &str) -> Option<&SafetensorsInfo> {
         Some(&self.tensors[*self.names.get(name)?])
     }
 
-    /// A tensor, in the map.
+    /// A tensor by name; its bytes stay in the map.
     ///
     /// # Errors
-    /// If there is no tensor of that name, or its type is not one of F32, F16 and BF16.
+    /// If there is none of that name, or its type is not F32, F16 or BF16.
     pub fn tensor(&self, name: &str) -> Result<StoredTensor, WeightsError> {
         let path = || self.path.clone();
         let info = self
@@ -161,8 +161,8 @@ impl HfFolder {
     /// `model.safetensors.index.json` with its shards.
     ///
     /// # Errors
-    /// If one of them is missing or malformed; index and shards that disagree give all their
-    /// differences at once.
+    /// If one of them is missing or malformed; all differences between index and shards are reported
+    /// together.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, WeightsError> {
         let path = path.as_ref();
         if !path.join("config.json").is_file() {
@@ -248,24 +248,24 @@ impl HfFolder {
         &self.shards
     }
 
-    /// All tensors the folder offers, file by file in the order of their data.
+    /// All tensors of the folder, file by file in the order of their data.
     pub fn tensor_names(&self) -> impl Iterator<Item = &str> {
         self.shards.iter().enumerate().flat_map(move |(i, shard)| {
             let infos = shard.tensors().iter();
-            // A tensor that the index places elsewhere, or nowhere, is not offered from here.
+            // Tensors that the index does not assign to this file are skipped.
             infos.map(|info| &*info.name).filter(move |name| self.shard_of.get(*name) == Some(&i))
         })
     }
 
-    /// Whether there is a tensor of that name, readable or not.
+    /// Whether there is a tensor of that name, of a supported type or not.
     pub fn contains(&self, name: &str) -> bool {
         self.shard_of.contains_key(name)
     }
 
-    /// A tensor, in the map.
+    /// A tensor by name; its bytes stay in the map.
     ///
     /// # Errors
-    /// If there is no tensor of that name, or its type is not one of F32, F16 and BF16.
+    /// If there is none of that name, or its type is not F32, F16 or BF16.
     pub fn tensor(&self, name: &str) -> Result<StoredTensor, WeightsError> {
         let shard = self.shard_of.get(name).ok_or_else(|| WeightsError::MissingTensor {
             path: self.path.clone(),
@@ -275,7 +275,7 @@ impl HfFolder {
     }
 }
 
-/// Whether a shard's name stays in its folder: an index may not reach out of it.
+/// Whether a shard's name is a plain file name: an index must not name files outside of its folder.
 fn plain_name(file: &str) -> bool {
     let mut parts = Path::new(file).components();
     matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None))

@@ -1,4 +1,4 @@
-//! Metadata values of a GGUF file: read where they lie, or owned for writing.
+//! Metadata values of a GGUF file: borrowed from the map, or owned for writing.
 
 use std::fmt;
 
@@ -42,7 +42,7 @@ impl ValueType {
         Self::ALL.get(id as usize).copied()
     }
 
-    /// The fewest bytes a value of this type takes: what bounds the count of an array.
+    /// Minimum bytes of a value of this type, which bounds the count of an array.
     fn min_bytes(self) -> usize {
         match self {
             Self::U8 | Self::I8 | Self::Bool => 1,
@@ -60,7 +60,7 @@ impl fmt::Display for ValueType {
     }
 }
 
-/// A metadata value, borrowed from the map. Strings are bytes: files are free to hold any.
+/// A metadata value, borrowed from the map. Strings are bytes: they may not be UTF-8.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[allow(missing_docs)]
 pub enum GgufValue<'a> {
@@ -99,7 +99,7 @@ impl<'a> GgufValue<'a> {
         }
     }
 
-    /// The text of a string in UTF-8.
+    /// A string, if it is UTF-8.
     pub fn as_str(&self) -> Option<&'a str> {
         match *self {
             Self::String(bytes) => str::from_utf8(bytes).ok(),
@@ -139,7 +139,7 @@ impl<'a> GgufValue<'a> {
         }
     }
 
-    /// A truth value.
+    /// A boolean.
     pub fn as_bool(&self) -> Option<bool> {
         match *self {
             Self::Bool(v) => Some(v),
@@ -178,7 +178,7 @@ impl<'a> GgufValue<'a> {
 }
 
 impl fmt::Display for GgufValue<'_> {
-    /// Short, for people: long strings and arrays are cut.
+    /// A short text: long strings and arrays are truncated.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::U8(v) => write!(f, "{v}"),
@@ -204,10 +204,10 @@ impl fmt::Display for GgufValue<'_> {
     }
 }
 
-/// Text as one quoted line of at most 60 characters.
+/// A quoted line of at most 60 characters of a text.
 pub(super) fn short_text(bytes: &[u8]) -> String {
     const CHARS: usize = 60;
-    // Four bytes hold a character, so the head is enough of a long text.
+    // A character has at most four bytes, so the beginning of a long text is enough.
     let head = &bytes[..bytes.len().min(4 * CHARS + 4)];
     let text = String::from_utf8_lossy(head);
     let shown: String = text.chars().take(CHARS).collect();
@@ -215,7 +215,7 @@ pub(super) fn short_text(bytes: &[u8]) -> String {
     format!("{shown:?}{cut}")
 }
 
-/// An array of metadata, still in the map.
+/// A metadata array, borrowed from the map.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct GgufArray<'a> {
     of: ValueType,
@@ -229,23 +229,23 @@ impl<'a> GgufArray<'a> {
         self.of
     }
 
-    /// How many items there are.
+    /// Number of items.
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether there are none.
+    /// Whether there are no items.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// Its items, read one by one.
+    /// An iterator that reads the items one by one.
     pub fn iter(&self) -> Items<'a> {
         Items { of: self.of, left: self.len, cursor: Cursor::new(self.bytes) }
     }
 }
 
-/// The items of an [`Array`].
+/// The items of a [`GgufArray`].
 #[derive(Debug, Clone)]
 pub struct Items<'a> {
     of: ValueType,
@@ -258,7 +258,7 @@ impl<'a> Iterator for Items<'a> {
 
     fn next(&mut self) -> Option<GgufValue<'a>> {
         self.left = self.left.checked_sub(1)?;
-        // The array was walked when the file was opened: this cannot fail.
+        // The array was validated when the file was opened: this cannot fail.
         self.cursor.value(self.of, 0).ok()
     }
 
@@ -322,11 +322,11 @@ impl OwnedValue {
     }
 }
 
-/// Arrays in arrays in ... arrays: more than any file needs, few enough for the stack.
+/// Maximum nesting of arrays: more than files need, and safe for the stack.
 const MAX_NESTING: usize = 4;
 
-/// Reads forward through bytes, never beyond them. Errors say what was found and needed; the
-/// caller adds where.
+/// A bounds-checked forward reader of bytes. Errors name what was found and needed; the caller adds the
+/// position.
 #[derive(Debug, Clone)]
 pub(super) struct Cursor<'a> {
     bytes: &'a [u8],
@@ -370,7 +370,7 @@ impl<'a> Cursor<'a> {
         self.array().map(u64::from_le_bytes)
     }
 
-    /// A count of things of at least `min_bytes` each: no more than the bytes that remain.
+    /// A count of items of at least `min_bytes` each, bounded by the remaining bytes.
     pub(super) fn count(&mut self, what: &str, min_bytes: usize) -> Result<usize, String> {
         let at = self.at;
         let count = self.u64()?;
@@ -390,7 +390,7 @@ impl<'a> Cursor<'a> {
         ValueType::from_id(id).ok_or_else(|| format!("unknown value type {id}, needed 0 to 12"))
     }
 
-    /// A value; `depth` arrays are around it.
+    /// A value inside of `depth` arrays.
     pub(super) fn value(&mut self, of: ValueType, depth: usize) -> Result<GgufValue<'a>, String> {
         Ok(match of {
             ValueType::U8 => GgufValue::U8(self.array::<1>()?[0]),

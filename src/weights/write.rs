@@ -1,4 +1,4 @@
-//! Writers of GGUF version 3 and of safetensors, a tensor at a time.
+//! Writers of GGUF version 3 and of safetensors, one tensor at a time.
 
 use std::collections::{HashMap, HashSet};
 use std::io::{self, Write};
@@ -10,7 +10,7 @@ use super::gguf::{ALIGNMENT_KEY, DEFAULT_ALIGNMENT, MAGIC, tensor_bytes};
 use super::{OwnedValue, WeightsError, write_atomically};
 use crate::quant::BlockType;
 
-/// ggml keeps names in arrays of this many bytes, the last one zero.
+/// Size of ggml's name buffers, including the terminating zero.
 const MAX_NAME: usize = 64;
 
 /// A tensor to write.
@@ -20,39 +20,39 @@ pub struct NewTensor<'a> {
     pub name: &'a str,
     /// Outermost dimension first, like PyTorch.
     pub shape: &'a [usize],
-    /// How its values are stored.
+    /// Its block type.
     pub block_type: BlockType,
-    /// Its blocks, exactly those `shape` needs.
+    /// Its blocks, exactly as many as `shape` needs.
     pub bytes: &'a [u8],
 }
 
-/// A tensor whose bytes come when it is its turn.
+/// A tensor whose bytes are produced when it is written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorPlan {
     /// Its name, in a GGUF shorter than 64 bytes.
     pub name: String,
     /// Outermost dimension first, like PyTorch.
     pub shape: Vec<usize>,
-    /// How its values are stored.
+    /// Its block type.
     pub block_type: BlockType,
 }
 
 impl TensorPlan {
-    /// The bytes it takes.
+    /// Its size in bytes.
     ///
     /// # Errors
-    /// If its rows are no whole blocks, or it is too large for memory.
+    /// If its rows are not whole blocks, or it is too large for memory.
     pub fn bytes(&self) -> Result<usize, String> {
         tensor_bytes(&self.shape, self.block_type)
     }
 }
 
 /// Writes a GGUF file, version 3, little endian, in the given order. `general.alignment` among
-/// the metadata is honoured; without it tensors lie on multiples of 32 bytes.
+/// the metadata is used; the default alignment is 32 bytes.
 ///
 /// # Errors
-/// If the system refuses, or the content is none that a reader would accept: all such faults at
-/// once, before anything is written.
+/// If the system reports an error, or a reader would not accept the content: all such faults together,
+/// before anything is written.
 pub fn write_gguf(
     path: impl AsRef<Path>,
     metadata: &[(String, OwnedValue)],
@@ -81,11 +81,11 @@ pub fn write_gguf(
     stream_gguf(path, metadata, &plans, |i, file| file.write_all(tensors[i].bytes))
 }
 
-/// [`write_gguf`] of tensors that are made one after the other: `write` puts the bytes of the
-/// `i`-th, exactly those its plan says.
+/// [`write_gguf`] of tensors that are produced one after the other: `write` writes the bytes of the `i`-th,
+/// exactly as many as its plan says.
 ///
 /// # Errors
-/// As [`write_gguf`]; what `write` fails with travels in `io::Error::other`.
+/// As [`write_gguf`]; `write` passes its own errors as `io::Error::other`.
 pub fn stream_gguf(
     path: impl AsRef<Path>,
     metadata: &[(String, OwnedValue)],
@@ -140,8 +140,8 @@ pub fn stream_gguf(
     })
 }
 
-/// Writes a safetensors file of tensors that are made one after the other, in the given order, as
-/// [`stream_gguf`]. Their types are F32, F16 and BF16.
+/// Writes a safetensors file of tensors that are produced one after the other in the given order, like
+/// [`stream_gguf`]. Supported types are F32, F16 and BF16.
 ///
 /// # Errors
 /// As [`stream_gguf`].
@@ -190,7 +190,7 @@ pub fn stream_safetensors(
     })
 }
 
-/// Lets `write` put exactly `size` bytes.
+/// Checks that `write` writes exactly `size` bytes.
 fn exactly(
     file: &mut dyn Write,
     size: usize,

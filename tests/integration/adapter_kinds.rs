@@ -162,7 +162,7 @@ fn norm(values: &[f32]) -> f64 {
 
 /// The fast form's loss and every gradient are the portable one's, whatever lies below.
 #[test]
-fn every_kind_trains_as_its_portable_form() {
+fn every_kind_trains_like_the_reference() {
     for model in ["llama-tiny", "llama-untied", "qwen2-tiny", "llama-q8_0"] {
         for kind in KINDS {
             for below in [&[][..], &[(Kind::Dora, 0.6), (Kind::Ends, 1.0), (Kind::Whole, 0.3)]] {
@@ -191,7 +191,7 @@ fn every_kind_trains_as_its_portable_form() {
 
 /// Over weights brought to a device (here the CPU) loss and gradients are those of the portable form.
 #[test]
-fn every_kind_trains_over_uploaded_weights() {
+fn every_kind_trains_on_uploaded_weights() {
     for (model, recomputed) in [("llama-untied", false), ("qwen2-mix", true), ("llama-q4_0", true)]
     {
         for kind in KINDS {
@@ -217,7 +217,7 @@ fn every_kind_trains_over_uploaded_weights() {
 /// Over a vocabulary that grew the fast form, the portable one and uploaded weights agree, in rows and
 /// loss of the tokens that were added too; nothing of the other tokens is another.
 #[test]
-fn kinds_train_over_a_grown_vocabulary() {
+fn every_kind_trains_with_added_tokens() {
     for model in ["llama-tiny", "llama-untied", "llama-q4_0"] {
         let grown = |compute| load(model, compute).with_vocabulary(515).unwrap();
         for kind in [Kind::Whole, Kind::Tokens, Kind::Apart] {
@@ -297,7 +297,7 @@ fn gradients_are_those_of_finite_differences() {
 /// Rows that use adapters of their own get what each gets alone, in one pass and in generation; the
 /// integer modes and the portable form say nearly the same. Of a vocabulary that grew too.
 #[test]
-fn rows_wear_what_they_wear_alone() {
+fn mixed_adapter_batch_matches_single_rows() {
     for vocabulary in [512, 515] {
         rows_wear_what_they_wear_alone_over(vocabulary);
     }

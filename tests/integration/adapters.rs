@@ -79,7 +79,7 @@ fn rewrite(
 }
 
 #[test]
-fn modules_ranks_and_scales_are_pefts() {
+fn modules_ranks_and_scales_match_peft() {
     let (linears, cases) = matching_table();
     assert!(cases.len() > 50);
     for case in &cases {
@@ -100,7 +100,7 @@ fn modules_ranks_and_scales_are_pefts() {
 }
 
 #[test]
-fn what_matches_nothing_is_named() {
+fn unmatched_targets_are_reported() {
     let linears = linears();
     let list = |names: &[&str]| Some(Modules::List(names.iter().map(|n| n.to_string()).collect()));
     let config = LoraConfig {
@@ -153,7 +153,7 @@ fn check_deltas(adapter: &Adapter, tolerance: f64) {
 }
 
 #[test]
-fn pefts_folder_gives_pefts_outputs() {
+fn peft_folder_gives_peft_outputs() {
     let adapter = read(&golden("saved_by_peft"), &linears()).unwrap();
     assert_eq!(adapter.modules.len(), 12);
     assert_eq!(adapter.modules["model.layers.1.mlp.up_proj"].r(), 1);
@@ -177,7 +177,7 @@ fn pefts_folder_gives_pefts_outputs() {
 
 /// Leaves the folder for `scripts/golden/adapters.py --check`.
 #[test]
-fn our_folder_is_read_again_to_the_bit() {
+fn written_folder_reads_back_bit_for_bit() {
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("adapter_for_peft");
     let config = LoraConfig {
         task_type: Some("CAUSAL_LM".into()),
@@ -228,7 +228,7 @@ fn our_folder_is_read_again_to_the_bit() {
 }
 
 #[test]
-fn every_misfit_is_named_at_once() {
+fn all_mismatches_are_reported_together() {
     let check = |folder: &Path, linears: &[LinearSpec], needed: &[&str]| {
         let error = read(folder, linears).unwrap_err();
         for part in needed {
@@ -315,7 +315,7 @@ fn every_misfit_is_named_at_once() {
 }
 
 #[test]
-fn broken_files_are_refused_without_panic() {
+fn broken_files_are_errors_without_panic() {
     let whole = fs::read(golden("saved_by_peft").join(format::TENSORS_FILE)).unwrap();
     let config = format::read_config(&golden("saved_by_peft")).unwrap();
     let resolved = resolve(&config, &linears(), Some("lm_head")).unwrap();

@@ -27,7 +27,7 @@ fn texts(value: &Value) -> Vec<String> {
 }
 
 #[test]
-fn ids_are_those_of_transformers() {
+fn added_token_ids_match_transformers() {
     let theirs = golden_json("added_tokens/tokens.json");
     let named = (texts(&theirs["add_tokens"]), texts(&theirs["add_special_tokens"]));
     let added = AddedTokenSpec::list(&named.0, &named.1).unwrap();
@@ -66,7 +66,7 @@ fn write(files: &[(&str, String)], folder: &Path) {
 /// Of every kind of tokenizer in a GGUF the files beside an adapter say the same, and bring the same
 /// tokens to the base again.
 #[test]
-fn files_beside_an_adapter_bring_its_tokens() {
+fn adapter_folder_adds_its_tokens() {
     let added = AddedTokenSpec::list(
         &["ferry".into(), "lo wo".into()],
         &["<|tool|>".into(), "<|im_end|>".into(), "<|tool|><".into()],
@@ -121,7 +121,7 @@ fn files_beside_an_adapter_bring_its_tokens() {
 /// a folder as in a GGUF. One that transformers added, which it finds behind spaces only, stays what it
 /// is, and is refused where a GGUF's keys are made.
 #[test]
-fn plain_tokens_are_found_behind_any_character() {
+fn added_tokens_match_after_any_character() {
     let lab = Lab::new();
     let folder = lab.copied_base("spaced");
     let own = Gguf::open(golden("text/sentencepiece/prefixed.gguf")).unwrap();
@@ -202,7 +202,7 @@ fn open_beside(base: &Checkpoint, folders: &[&TempDir]) -> Result<Tokenizer, Str
 
 /// Whichever adapter comes first, and whichever brings more.
 #[test]
-fn an_adapter_of_another_base_is_told_in_any_order() {
+fn adapter_of_another_base_is_an_error_in_any_order() {
     let base = Checkpoint::open(model_path("llama-tiny")).unwrap();
     let named = |tokens: &[&str]| AddedTokenSpec::list(&strings(tokens), &[]).unwrap();
     let ours = beside_of(&base, &named(&["ferry", "other", "third"]), &[]);
@@ -232,7 +232,7 @@ fn an_adapter_of_another_base_is_told_in_any_order() {
 }
 
 #[test]
-fn tokens_that_cannot_be_added_are_told() {
+fn invalid_added_tokens_are_errors() {
     let list = |tokens: &[&str], special: &[&str]| {
         AddedTokenSpec::list(&strings(tokens), &strings(special)).unwrap_err().to_string()
     };
@@ -252,7 +252,7 @@ fn rows_with_added() -> Vec<Example> {
 }
 
 #[test]
-fn ten_steps_with_added_tokens_are_pefts() {
+fn ten_training_steps_with_added_tokens_match_peft() {
     for run in ["tied", "untied", "embedding-and-head", "head-tied"] {
         let theirs = golden_json(&format!("added_tokens/{run}/run.json"));
         let decoder = load(theirs["base"].as_str().unwrap(), Compute::F32);
@@ -271,7 +271,7 @@ fn ten_steps_with_added_tokens_are_pefts() {
 
 /// PEFT's folders over a resized vocabulary, whole matrices and copies included.
 #[test]
-fn pefts_files_of_resized_vocabularies_are_what_peft_makes_of_them() {
+fn peft_files_of_resized_vocabularies_match_peft() {
     let cases = [
         ("tokens", false),
         ("tokens-tied", true),
@@ -321,7 +321,7 @@ fn sft(lab: &Lab, base: &str, out: &str, more: &[&str]) -> Vec<String> {
 /// A run over a base without the tokens, then all that reads its adapter: what each says of held-out
 /// rows is the same.
 #[test]
-fn an_adapter_with_added_tokens_goes_all_the_way() {
+fn adapter_with_added_tokens_works_end_to_end() {
     let lab = Lab::new();
     for name in ["llama-tiny", "llama-untied", "llama-q8_0"] {
         let base = model_path(name).display().to_string();
@@ -387,7 +387,7 @@ fn an_adapter_with_added_tokens_goes_all_the_way() {
 /// A token that ends turns and came with the adapter stops Ollama; a text with added tokens is measured
 /// as `eval` measures it.
 #[test]
-fn modelfiles_and_bills_are_of_the_grown_tokenizer() {
+fn modelfile_and_report_use_added_tokens() {
     let lab = Lab::new();
     let base = lab.copied_base("turns");
     let template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|eot_id|>\n\
@@ -418,7 +418,7 @@ fn modelfiles_and_bills_are_of_the_grown_tokenizer() {
 }
 
 #[test]
-fn a_run_with_added_tokens_goes_on_to_the_same_bytes() {
+fn run_with_added_tokens_resumes_to_the_same_bytes() {
     let lab = Lab::new();
     let more = ["--max-steps", "3", "--save-steps", "1", "--save-total-limit", "0"];
     let named = [&NAMED[..], &more[2..]].concat();
@@ -446,7 +446,7 @@ fn a_run_with_added_tokens_goes_on_to_the_same_bytes() {
 }
 
 #[test]
-fn what_cannot_be_added_is_told() {
+fn conflicting_added_tokens_are_errors() {
     let lab = Lab::new();
     let check = |more: &[&str], needed: &str| {
         let found = error(&quantune(&sft(&lab, &base(), "none", more)));
@@ -499,7 +499,7 @@ fn what_cannot_be_added_is_told() {
 /// Updates of embedding and head that are older than some tokens change what they changed before, and
 /// nothing of the new tokens; in a PEFT folder and in a GGUF LoRA.
 #[test]
-fn older_updates_of_the_ends_leave_new_tokens_alone() {
+fn older_embedding_and_head_updates_do_not_change_added_tokens() {
     let lab = Lab::new();
     let base = model_path("llama-untied").display().to_string();
     let train = |out: &str, more: &[&str]| quantune(&sft(&lab, &base, out, more));
@@ -545,7 +545,7 @@ fn older_updates_of_the_ends_leave_new_tokens_alone() {
 /// Beside updates of embedding and head PEFT writes the rows that new tokens had in its base. Rows that
 /// are ours are left alone, others are told: an adapter on top of them is another model.
 #[test]
-fn rows_that_new_tokens_had_in_another_base_are_told() {
+fn differing_rows_of_added_tokens_are_errors() {
     let lab = Lab::new();
     let base = model_path("llama-untied").display().to_string();
     let more = ["--target-modules", "embed_tokens", "lm_head", "--add-tokens", "ferry"];
@@ -600,7 +600,7 @@ fn with_head_rows(
 /// A base with a row that no token has: the first token that is added takes it and begins as it is, and
 /// only the second is one more row, the mean of all; of a folder and of a GGUF, whose filler it is.
 #[test]
-fn idle_rows_are_taken_first() {
+fn added_tokens_reuse_padding_rows() {
     let lab = Lab::new();
     let folder = lab.folder.path().join("idle");
     fs::create_dir_all(&folder).unwrap();

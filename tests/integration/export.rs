@@ -51,7 +51,7 @@ fn same_tokenizer(one: &Checkpoint, other: &Checkpoint) {
 }
 
 #[test]
-fn a_model_goes_to_the_other_form_and_back() {
+fn model_converts_to_other_format_and_back() {
     let folder = tempfile::tempdir().unwrap();
     for name in FOLDERS.iter().chain(GGUFS) {
         let base = Checkpoint::open(model_path(name)).unwrap();
@@ -81,7 +81,7 @@ fn a_model_goes_to_the_other_form_and_back() {
 }
 
 #[test]
-fn tensors_of_the_same_type_are_copied_to_the_bit() {
+fn tensors_of_same_type_are_copied_verbatim() {
     let folder = tempfile::tempdir().unwrap();
     let base = Checkpoint::open(model_path("llama-q8_0")).unwrap();
     let out = folder.path().join("out.gguf");
@@ -112,7 +112,7 @@ fn trained(base: &Checkpoint, name: &str, weight: f64) -> ActiveAdapter {
 }
 
 #[test]
-fn merged_weights_are_the_base_plus_the_updates() {
+fn merged_weights_equal_base_plus_updates() {
     for (model, adapters) in [
         ("llama-tiny", &["llama-tiny", "llama-tiny-rslora"][..]),
         ("qwen2-tiny", &["qwen2-tiny"]),
@@ -173,7 +173,7 @@ fn merged_weights_are_the_base_plus_the_updates() {
 }
 
 #[test]
-fn what_cannot_be_written_is_refused_and_nothing_is_left() {
+fn failed_export_leaves_no_files() {
     let folder = tempfile::tempdir().unwrap();
     let base = Checkpoint::open(model_path("llama-tiny")).unwrap();
     let source = ExportSource::open(&base, &[]).unwrap();
@@ -215,7 +215,7 @@ fn what_cannot_be_written_is_refused_and_nothing_is_left() {
 }
 
 #[test]
-fn a_model_in_memory_is_written_in_both_forms() {
+fn model_in_memory_is_written_in_both_formats() {
     let folder = tempfile::tempdir().unwrap();
     for name in FOLDERS {
         let base = Checkpoint::open(model_path(name)).unwrap();
@@ -299,7 +299,7 @@ fn quantized_config(model: &serde_json::Value) -> Config {
 }
 
 #[test]
-fn types_are_those_of_llama_quantize() {
+fn tensor_types_match_llama_quantize() {
     let golden = golden_json("export/types.json");
     let cases = golden["cases"].as_array().unwrap();
     for case in cases {
@@ -347,7 +347,7 @@ fn types_are_those_of_llama_quantize() {
 }
 
 #[test]
-fn keys_and_tensors_are_those_of_llama_cpps_converter() {
+fn keys_and_tensors_match_llama_cpp_converter() {
     let digest = |bytes: &[u8]| {
         Sha256::digest(bytes).iter().map(|byte| format!("{byte:02x}")).collect::<String>()
     };

@@ -44,7 +44,7 @@ fn tokens(name: &str) -> Vec<u32> {
 }
 
 #[test]
-fn a_gguf_lora_is_the_adapter() {
+fn gguf_lora_round_trips() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("lora.gguf");
     for name in ["llama-tiny", "llama-q4_0", "qwen2-tiny"] {
@@ -83,7 +83,7 @@ fn a_gguf_lora_is_the_adapter() {
 }
 
 #[test]
-fn what_a_gguf_lora_cannot_say_is_refused() {
+fn unsupported_gguf_lora_contents_are_errors() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("lora.gguf");
     let decoder = load("llama-tiny", Compute::F32);
@@ -123,7 +123,7 @@ fn importance(name: &str) -> Importance {
 }
 
 #[test]
-fn importance_is_the_mean_square_of_what_goes_in() {
+fn importance_is_mean_square_of_inputs() {
     let name = "llama-k";
     let decoder = load(name, Compute::F32);
     let found = importance(name);
@@ -153,7 +153,7 @@ fn importance_is_the_mean_square_of_what_goes_in() {
 }
 
 #[test]
-fn importance_matrices_of_both_forms_are_read() {
+fn importance_matrices_of_both_formats_are_read() {
     let folder = tempfile::tempdir().unwrap();
     let values = [("blk.0.attn_q.weight", vec![1.0f32, 4.0, 9.0]), ("b", vec![0.5, 0.25])];
     let path = folder.path().join("imatrix");
@@ -212,7 +212,7 @@ fn importance_matrices_of_both_forms_are_read() {
 }
 
 #[test]
-fn fewer_bits_cost_more_and_importance_lowers_what_it_weighs() {
+fn quality_report_ranks_bits_and_importance() {
     let name = "llama-k";
     let folder = tempfile::tempdir().unwrap();
     let base = Checkpoint::open(model_path(name)).unwrap();

@@ -175,7 +175,7 @@ pub fn same_adapter(run: &str, ours: &Adapter, theirs: &Adapter) {
 }
 
 #[test]
-fn ten_steps_of_the_family_are_pefts() {
+fn ten_training_steps_match_peft() {
     for run in ["dora", "dora-rslora", "pissa", "olora", "dora-pissa"] {
         ten_steps(run, Compute::F32);
     }
@@ -184,14 +184,14 @@ fn ten_steps_of_the_family_are_pefts() {
 }
 
 #[test]
-fn ten_steps_of_embeddings_and_heads_are_pefts() {
+fn ten_training_steps_of_embedding_and_head_match_peft() {
     for run in ["embeddings", "embeddings-tied", "tokens", "tokens-untied", "whole"] {
         ten_steps(run, Compute::F32);
     }
 }
 
 #[test]
-fn merged_weights_are_pefts() {
+fn merged_weights_match_peft() {
     let decoder = load("llama-tiny", Compute::F32);
     for run in ["dora", "dora-rslora", "pissa", "olora", "rslora"] {
         let folder = match run {
@@ -242,7 +242,7 @@ impl BaseRows for Weight {
 }
 
 #[test]
-fn pefts_files_of_embeddings_and_heads_are_what_peft_makes_of_them() {
+fn peft_files_of_embedding_and_head_match_peft() {
     for name in ["embeddings", "tokens", "whole"] {
         let folder = golden(&format!("lora_variants/files/{name}"));
         let adapter = read(&folder, &small_linears(16));
@@ -278,7 +278,7 @@ fn pefts_files_of_embeddings_and_heads_are_what_peft_makes_of_them() {
 }
 
 #[test]
-fn combinations_are_pefts() {
+fn combinations_match_peft() {
     let cases = golden_json("lora_variants/combine/cases.json");
     let known = tensors(&golden("lora_variants/combine/combined.safetensors"));
     let linears = small_linears(16);
@@ -334,7 +334,7 @@ fn matrix(rows: usize, cols: usize) -> Weight {
 
 /// `‖W - Q - s B A‖` falls with the rounds, under every quantizer; and is under what is lost without.
 #[test]
-fn loftq_lowers_what_every_quantizer_loses() {
+fn loftq_reduces_error_of_every_block_type() {
     let weight = matrix(96, 256);
     let values = flat(&weight.0);
     for &of in BlockType::WRITTEN.iter().filter(|of| of.block_len() > 1) {
@@ -363,7 +363,7 @@ fn sft(lab: &Lab, out: &str, more: &[&str]) -> Vec<String> {
 }
 
 #[test]
-fn runs_begin_as_the_base_whatever_they_begin_with() {
+fn every_initialization_starts_as_the_base() {
     let lab = Lab::new();
     let first = |out: &str, more: &[&str]| -> f64 {
         last_json(&quantune(&sft(&lab, out, more)))["loss_first"].as_f64().unwrap()
@@ -414,7 +414,7 @@ fn a_loftq_run_resumes_from_another_directory() {
 }
 
 #[test]
-fn what_a_run_cannot_begin_with_is_told() {
+fn unsupported_initializations_are_reported() {
     let lab = Lab::new();
     let check = |more: &[&str], needed: &str| {
         let found = error(&quantune(&sft(&lab, "run", more)));

@@ -114,7 +114,7 @@ pub fn variant(name: &str) -> (tempfile::TempDir, Checkpoint) {
 }
 
 #[test]
-fn other_settings_of_the_same_weights_are_read() {
+fn config_variants_match_transformers() {
     for name in VARIANTS {
         let (_folder, checkpoint) = variant(name);
         for compute in [Compute::F32, Compute::REFERENCE] {
@@ -168,7 +168,7 @@ fn relative(a: &[f32], b: &[f32]) -> f64 {
 }
 
 #[test]
-fn gradients_are_pefts() {
+fn gradients_match_peft() {
     let mut wrong: Vec<String> = Vec::new();
     for (name, base) in
         MODELS.iter().map(|name| (name, name)).chain(ADAPTERS.iter().map(|(a, b)| (a, b)))
@@ -249,7 +249,7 @@ fn temperatures_agree_in_both_forms() {
 
 /// A row in one pass, and the same through the cache: a prompt in two pieces, then step by step.
 #[test]
-fn the_cache_gives_what_one_pass_gives() {
+fn cached_pass_matches_single_pass() {
     for name in MODELS {
         for (compute, bound) in [(Compute::F32, 1e-4), (Compute::REFERENCE, 1e-4)] {
             let decoder = load(name, compute);
@@ -288,7 +288,7 @@ fn the_cache_gives_what_one_pass_gives() {
 /// A row that grows beyond the positions from which on it rotates otherwise is read anew, and so is one
 /// that goes on from a shorter one.
 #[test]
-fn rows_grow_across_longropes_border() {
+fn rows_grow_across_longrope_threshold() {
     let (_folder, checkpoint) = variant("phi3-long");
     for compute in [Compute::F32, Compute::REFERENCE] {
         let decoder = Decoder::load(&checkpoint, compute).unwrap();
@@ -348,7 +348,7 @@ fn rows_grow_across_longropes_border() {
 
 /// A model in several files is that in one, to the bit; later files and missing ones are told.
 #[test]
-fn a_split_gguf_is_the_whole() {
+fn split_gguf_matches_single_file() {
     let first = "split-00001-of-00003.gguf";
     let hidden = |file: &str| {
         let decoder = load(file, Compute::F32);

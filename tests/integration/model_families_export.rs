@@ -57,7 +57,7 @@ fn keys(gguf: &Gguf, dropped: impl Fn(&str) -> bool) -> Vec<(String, String)> {
 }
 
 #[test]
-fn merged_in_its_own_form() {
+fn merged_model_keeps_its_format() {
     let folder = tempfile::tempdir().unwrap();
     for name in MODELS {
         let base = open(golden(&format!("model_families/{name}")));
@@ -103,7 +103,7 @@ fn merged_in_its_own_form() {
 }
 
 #[test]
-fn a_gguf_lora_is_the_adapter_in_every_family() {
+fn gguf_lora_round_trips_in_every_family() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("lora.gguf");
     for name in MODELS {
@@ -139,7 +139,7 @@ const OURS: &[&str] = &[
 ];
 
 #[test]
-fn a_folder_becomes_the_gguf_of_llama_cpps_converter_and_a_folder_again() {
+fn folder_converts_to_llama_cpp_gguf_and_back() {
     let temporary = tempfile::tempdir().unwrap();
     for name in MODELS {
         let folder = temporary.path().join(name);
@@ -196,7 +196,7 @@ fn a_folder_becomes_the_gguf_of_llama_cpps_converter_and_a_folder_again() {
 }
 
 #[test]
-fn longrope_goes_both_ways() {
+fn longrope_converts_both_ways() {
     let (from, _) = variant("phi3-long");
     let temporary = tempfile::tempdir().unwrap();
     let folder = temporary.path().join("folder");
@@ -233,7 +233,7 @@ fn longrope_goes_both_ways() {
 }
 
 #[test]
-fn yarn_goes_to_a_gguf_with_all_its_numbers() {
+fn yarn_parameters_are_written_to_gguf() {
     let (from, _) = variant("llama-yarn-all");
     let temporary = tempfile::tempdir().unwrap();
     let folder = temporary.path().join("folder");
@@ -256,7 +256,7 @@ fn yarn_goes_to_a_gguf_with_all_its_numbers() {
 }
 
 #[test]
-fn what_a_gguf_cannot_say_is_refused_by_what_it_is() {
+fn unsupported_gguf_properties_are_errors() {
     let temporary = tempfile::tempdir().unwrap();
     for (name, words) in [
         ("llama-yarn-all", "truncate is false"),
@@ -279,7 +279,7 @@ fn what_a_gguf_cannot_say_is_refused_by_what_it_is() {
 /// What merging makes of a tied head that an adapter changes: a folder says it, llama.cpp's Gemma 2 does
 /// not.
 #[test]
-fn a_changed_head_under_a_cap_is_merged_into_a_folder() {
+fn changed_head_with_softcap_merges_into_folder() {
     let temporary = tempfile::tempdir().unwrap();
     let base = open(golden("model_families/gemma2"));
     for name in ["gemma2-head", "gemma2-tokens"] {

@@ -205,7 +205,7 @@ fn every_flag_of_ppo_changes_something() {
         "--rollout-slots",       // the same, with another number: it must not change anything
         "--min-reward-accuracy", // a_reward_model_at_chance_is_rejected
         "--device",              // an_unavailable_device_is_an_error
-        "--loftq-base",          // runs_begin_as_the_base_whatever_they_begin_with
+        "--loftq-base",          // every_initialization_starts_as_the_base
         "--memory-budget",       // a_memory_budget_is_kept_or_refused
     ];
     every_flag(&["ppo"], base_args, &table, tested_apart, &lab);
@@ -271,7 +271,7 @@ fn every_flag_of_grpo_changes_something() {
         "--rollout-slots",       // the same, with another number: it must not change anything
         "--min-reward-accuracy", // a_reward_model_at_chance_is_rejected
         "--device",              // an_unavailable_device_is_an_error
-        "--loftq-base",          // runs_begin_as_the_base_whatever_they_begin_with
+        "--loftq-base",          // every_initialization_starts_as_the_base
         "--memory-budget",       // a_memory_budget_is_kept_or_refused
         "--max-length",          // invalid_rollout_settings_are_errors
         "--reward-timeout",      // invalid_rollout_settings_are_errors

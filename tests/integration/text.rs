@@ -48,7 +48,7 @@ fn user(text: &str) -> Vec<Value> {
 
 /// Falcon's vocabulary lacks bytes: what stands around one is not merged over it, as in llama.cpp.
 #[test]
-fn a_byte_without_a_token_parts_its_neighbours() {
+fn byte_without_token_separates_neighbours() {
     let source = Gguf::open(model_path("llama-q8_0")).unwrap();
     let merges = source.strings("tokenizer.ggml.merges").unwrap().unwrap();
     let mut merges = merges.map(|line| str::from_utf8(line).unwrap().split_once(' ').unwrap());
@@ -73,7 +73,7 @@ fn a_byte_without_a_token_parts_its_neighbours() {
 /// The ids are those llama-tokenize gives for the same vocabulary: of special tokens that overlap,
 /// the longest, although another begins first.
 #[test]
-fn of_overlapping_special_tokens_the_longest_is_taken() {
+fn longest_of_overlapping_special_tokens_matches() {
     // The last tokens, which nothing is merged from, become special ones.
     let marks = [(508, "<a><b"), (509, "<b><c>"), (510, "<b>"), (511, "<d>")];
     let tokenizer = changed_gguf(|metadata| {
@@ -116,7 +116,7 @@ fn of_overlapping_special_tokens_the_longest_is_taken() {
 }
 
 #[test]
-fn ids_and_offsets_are_those_of_pythons_tokenizers() {
+fn ids_and_offsets_match_python_tokenizers() {
     let golden = golden_json("text/tokens.json");
     let texts = golden["texts"].as_array().unwrap();
     for name in ["llama-tiny", "qwen2-tiny"] {
@@ -183,7 +183,7 @@ fn special_tokens_have_their_roles() {
 }
 
 #[test]
-fn bos_comes_once_and_only_where_it_is_wanted() {
+fn bos_is_added_once_and_only_if_needed() {
     assert_eq!(open("llama-q8_0").with_bos(vec![5]), [5]);
     let adding = changed_gguf(|metadata| {
         set(metadata, "tokenizer.ggml.add_bos_token", OwnedValue::Bool(true));
@@ -226,7 +226,7 @@ fn a_stream_never_splits_a_character() {
 }
 
 #[test]
-fn templates_render_as_transformers_renders_them() {
+fn templates_match_transformers() {
     let golden = golden_json("text/templates.json");
     let special: Vec<(&str, Option<&str>)> = golden["special"]
         .as_object()
@@ -272,7 +272,7 @@ fn templates_render_as_transformers_renders_them() {
 
 /// Templates that people use, over rows as people write them: from the line to the text.
 #[test]
-fn real_templates_render_as_transformers_renders_them() {
+fn real_templates_match_transformers() {
     let golden = golden_json("text/real_templates.json");
     let special: Vec<(&str, Option<&str>)> = golden["special"]
         .as_object()
@@ -315,14 +315,14 @@ fn real_templates_render_as_transformers_renders_them() {
 }
 
 #[test]
-fn numbers_reach_a_template_as_what_they_are() {
+fn numbers_keep_their_type_in_templates() {
     let template = ChatTemplate::new("{{ messages[0].a + 1 }} {{ messages[0].b * 2 }}", None, &[]);
     let message: Value = serde_json::from_str(r#"{"a": 41, "b": 1.25}"#).unwrap();
     assert_eq!(template.unwrap().render(&[message], None, false).unwrap(), "42 2.5");
 }
 
 #[test]
-fn a_template_for_tools_serves_conversations_with_tools() {
+fn tool_template_is_used_with_tools() {
     let config = r#"{"chat_template": [{"name": "default", "template": "plain"},
                      {"name": "tool_use", "template": "{{ tools | length }} tools"}]}"#;
     let tokenizer = folder_with(&[("tokenizer_config.json", config)]).unwrap();
@@ -332,7 +332,7 @@ fn a_template_for_tools_serves_conversations_with_tools() {
 }
 
 #[test]
-fn a_folder_is_read_as_transformers_reads_it() {
+fn folder_matches_transformers() {
     let tokenizer = folder_with(&[
         (
             "tokenizer_config.json",
@@ -360,7 +360,7 @@ fn refused(found: Result<Tokenizer, TextError>, words: &str) {
 }
 
 #[test]
-fn what_is_no_tokenizer_is_refused_in_one_sentence() {
+fn invalid_tokenizers_are_errors() {
     let gguf = |key: &'static str, value: OwnedValue| {
         changed_gguf(move |metadata| set(metadata, key, value.clone()))
     };
@@ -384,7 +384,7 @@ fn what_is_no_tokenizer_is_refused_in_one_sentence() {
 
 /// SentencePiece vocabularies in GGUFs: 500 texts id for id as llama.cpp has them, and back to text.
 #[test]
-fn sentencepiece_ids_are_llama_cpps() {
+fn sentencepiece_ids_match_llama_cpp() {
     let shared = golden_json("text/sentencepiece/prefixed.json");
     let texts: Vec<&str> =
         shared["texts"].as_array().unwrap().iter().map(|text| text.as_str().unwrap()).collect();

@@ -26,7 +26,7 @@ fn golden_tokenizer(cut: WordCut) -> (Tokenizer, tempfile::TempDir) {
 }
 
 #[test]
-fn the_same_text_gives_pythons_tokenizer_and_ids() {
+fn trained_tokenizer_matches_python() {
     let golden = golden_json("text/trained.json");
     let texts = golden_json("text/tokens.json")["texts"].take();
     for cut in WordCut::ALL {
@@ -49,7 +49,7 @@ fn the_same_text_gives_pythons_tokenizer_and_ids() {
 
 /// The order of texts, and how they are handed over, change nothing.
 #[test]
-fn a_tokenizer_depends_on_the_words_alone() {
+fn trained_tokenizer_depends_only_on_word_counts() {
     let golden = golden_json("text/trained.json");
     let lines: Vec<&str> = golden["text"].as_str().unwrap().split_inclusive('\n').collect();
     let json = |chunks: &[Vec<&str>]| {
@@ -68,7 +68,7 @@ fn a_tokenizer_depends_on_the_words_alone() {
 }
 
 #[test]
-fn documents_and_turns_end_as_their_marks_say() {
+fn special_tokens_end_documents_and_turns() {
     let (tokenizer, folder) = golden_tokenizer(WordCut::Smollm);
     let id = |token| tokenizer.id_of(token);
     assert_eq!(SPECIAL_TOKENS.map(id), [Some(0), Some(1), Some(2)]);
@@ -104,7 +104,7 @@ fn check_round_trip(tokenizer: &Tokenizer, lengths: &[u32], text: &str) {
 }
 
 #[test]
-fn any_text_comes_back() {
+fn any_text_round_trips() {
     for cut in WordCut::ALL {
         let (tokenizer, _folder) = golden_tokenizer(cut);
         let lengths = tokenizer.byte_lengths();
@@ -164,7 +164,7 @@ fn the_command_trains_from_files_of_all_kinds() {
 }
 
 #[test]
-fn every_flag_of_training_changes_something() {
+fn every_tokenizer_flag_changes_the_result() {
     let lab = Lab::new();
     let (text, other) = (lab.path("text.txt"), lab.path("other.txt"));
     lab.write("other.txt", &"another text of 365 words, or of 366. ".repeat(9));

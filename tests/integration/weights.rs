@@ -34,7 +34,7 @@ fn values(block_type: BlockType, bytes: &[u8]) -> Vec<f32> {
 // Golden files and round trips.
 
 #[test]
-fn every_block_type_has_the_values_gguf_py_reads() {
+fn block_type_values_match_gguf_py() {
     let gguf = Gguf::open(golden()).unwrap();
     for &block_type in BlockType::ALL {
         let stored = gguf.tensor(&block_type.to_string()).unwrap();
@@ -109,7 +109,7 @@ fn rewrite(gguf: &Gguf, path: &Path) {
 }
 
 #[test]
-fn our_writer_writes_the_bytes_gguf_py_writes() {
+fn writer_bytes_match_gguf_py() {
     let folder = tempdir().unwrap();
     let path = folder.path().join("again.gguf");
     rewrite(&Gguf::open(golden()).unwrap(), &path);
@@ -182,7 +182,7 @@ fn what_is_written_is_read_back() {
 }
 
 #[test]
-fn the_writer_refuses_what_no_reader_accepts() {
+fn writer_rejects_invalid_content() {
     let folder = tempdir().unwrap();
     let path = folder.path().join("out.gguf");
     let long = "n".repeat(64);
@@ -251,7 +251,7 @@ fn check_against_gguf_rs(path: &Path) {
 }
 
 #[test]
-fn gguf_rs_lists_the_same() {
+fn gguf_rs_lists_the_same_tensors() {
     let folder = tempdir().unwrap();
     let path = folder.path().join("small.gguf");
     let mut metadata = small_metadata();
@@ -309,7 +309,7 @@ fn array(of: u32, len: u64) -> Vec<u8> {
 }
 
 #[test]
-fn malformed_ggufs_are_refused_in_one_sentence() {
+fn malformed_ggufs_are_errors() {
     let (f32, q8_0) = (0, 8);
     let big_endian = |version: u32| [b"GGUF".to_vec(), version.to_be_bytes().to_vec(), vec![0; 16]];
     let little = |version: u32| [b"GGUF".to_vec(), version.to_le_bytes().to_vec(), vec![0; 16]];
@@ -592,7 +592,7 @@ fn small_safetensors() -> Vec<u8> {
 }
 
 #[test]
-fn a_folder_is_read_whatever_its_alignment() {
+fn folder_is_read_with_any_alignment() {
     let folder = tempdir().unwrap();
     file(&folder, "config.json", br#"{"model_type":"llama","rope_theta":10000.0,"a":[1.5]}"#);
     // A leading space moves the data by a byte: all alignments of `f32` come up.
@@ -634,7 +634,7 @@ fn a_folder_is_read_whatever_its_alignment() {
 }
 
 #[test]
-fn malformed_safetensors_are_refused_in_one_sentence() {
+fn malformed_safetensors_are_errors() {
     let tensor = |name: &str, dtype: &str, shape: &str, offsets: &str| {
         format!(r#""{name}":{{"dtype":"{dtype}","shape":{shape},"data_offsets":{offsets}}}"#)
     };
@@ -711,7 +711,7 @@ fn malformed_safetensors_are_refused_in_one_sentence() {
 }
 
 #[test]
-fn folders_that_are_no_model_say_why() {
+fn folders_without_model_are_errors() {
     let folder = tempdir().unwrap();
     let check = |words: &str| {
         let message = HfFolder::open(folder.path()).map(|_| ()).expect_err(words).to_string();
@@ -775,7 +775,7 @@ fn an_adapter_folder_is_inspected_with_its_config() {
 }
 
 #[test]
-fn other_inputs_get_one_sentence() {
+fn unsupported_inputs_are_errors() {
     let folder = tempdir().unwrap();
     let check = |path: &Path, words: &str| {
         let message = Checkpoint::open(path).map(|_| ()).expect_err(words).to_string();
