@@ -221,14 +221,14 @@ fn errors_are_one_sentence() {
         assert!(message.contains(needed), "{args:?} {lines:?}: {message}");
     };
     let of = |lines: &[&str], needed: &str| check(&["--base", &base], lines, needed);
-    of(&["/adapter nobody"], "no adapter is called \"nobody\": none is loaded");
+    of(&["/adapter nobody"], "no adapter is named \"nobody\": none is loaded");
     of(&["/foo"], "unknown command /foo; commands are /adapter");
     of(&["/undo"], "there is no message yet");
     of(&["/regenerate"], "there is no message yet");
     of(&["/save x.jsonl"], "there is no message yet");
     of(&["/load a"], "needed NAME=PATH");
     of(&[&load], "nowhere");
-    of(&["/drop voice"], "no adapter is called \"voice\"");
+    of(&["/drop voice"], "no adapter is named \"voice\"");
     of(&["/set temperature hot"], "temperature is \"hot\", needed a number");
     of(&["/set temperature -1"], "temperature is -1, needed 0 or more");
     of(&["/set heat 1"], "unknown setting \"heat\"; settings are temperature");
@@ -236,9 +236,9 @@ fn errors_are_one_sentence() {
     let active = |lines: &[&str], needed: &str| {
         check(&["--base", &base, "--adapter", &named], lines, needed);
     };
-    active(&["/adapter other"], "no adapter is called \"other\", loaded are voice");
+    active(&["/adapter other"], "no adapter is named \"other\", loaded are voice");
     let again = format!("/load {named}");
-    active(&[&again], "an adapter is called \"voice\" already");
+    active(&[&again], "an adapter is named \"voice\" already");
     check(&["--base", &other, "--adapter", &named], &[], "does not fit this base");
     check(&["--base", &base, "--adapter", &adapter()], &[], "NAME=PATH");
     check(&["--base", &base, "--raw"], &["/system a"], "/system is not supported with --raw");

@@ -176,8 +176,8 @@ fn failed_checks_stop_a_run_unless_allowed() {
     let refused = run("unknown-roles");
     let words = told(&refused);
     for needed in [
-        at(2, "message 2 is the user's and the last: nothing answers it"),
-        at(3, "no token of it is learned"),
+        at(2, "message 2 is the user's and the last: it has no answer"),
+        at(3, "has no learned token"),
         at(6, "is a row of `text`, the file began with `messages`"),
     ] {
         assert!(words.contains(&needed), "{words} says nothing of {needed}");

@@ -242,7 +242,7 @@ fn an_invalid_row_is_one_error_with_its_line() {
         (
             Pairs,
             r#"{"chosen": [{"role": "user", "content": "a"}], "rejected": "b"}"#,
-            "`rejected` is \"b\", needs a list of messages, as the rest of the row".into(),
+            "`rejected` is \"b\", needs a list of messages, like the rest of the row".into(),
         ),
         (
             Pairs,
@@ -257,7 +257,7 @@ fn an_invalid_row_is_one_error_with_its_line() {
         (
             Pairs,
             r#"{"prompt": "p", "responses": ["a"]}"#,
-            "`responses` is a list of 1, needs responses to be compared, two or more".into(),
+            "`responses` is a list of 1, needs two or more responses".into(),
         ),
         (
             Pairs,
@@ -267,7 +267,7 @@ fn an_invalid_row_is_one_error_with_its_line() {
         (
             Pairs,
             r#"{"responses": ["a", "b"], "ranks": [1]}"#,
-            "`ranks` is a list of 1, needs an entry for each of the `responses`".into(),
+            "`ranks` is a list of 1, needs one entry per response".into(),
         ),
         (
             Pairs,
@@ -282,7 +282,7 @@ fn an_invalid_row_is_one_error_with_its_line() {
         (
             Pairs,
             r#"{"responses": ["a", "b"], "scores": [1, 2], "ranks": [2, 1]}"#,
-            "`ranks` is a list of 2, needs no `scores` beside it: one of the two".into(),
+            "`ranks` is a list of 2, needs no `scores` beside it: give one of the two".into(),
         ),
         (
             Labels,
@@ -342,8 +342,8 @@ fn prompts_keep_their_rows() {
     check(
         r#"{"prompt": "boat boat boat"}"#,
         2,
-        "the prompt has 3 tokens, needs at most 2: max_length or the model's window has to hold the \
-         response too",
+        "the prompt has 3 tokens, needs at most 2: the response has to fit into max_length and the \
+         model's context window too",
     );
 }
 

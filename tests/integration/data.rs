@@ -172,11 +172,11 @@ fn an_invalid_row_is_one_error_with_its_line() {
         (r#"{"input_ids": [1, 2], "labels": [1]}"#, "`labels` has 1 entries for 2 `input_ids`"),
         (
             r#"{"input_ids": [1, 2], "labels": [-100, 3]}"#,
-            "`labels[1]` is 3, needs -100 or the token id at its place",
+            "`labels[1]` is 3, needs -100 or the token id at this position",
         ),
         (
             r#"{"input_ids": [1, 2], "completion_mask": [0, 1]}"#,
-            "`completion_mask` is a mask with other entries than 1, needs `labels` with -100 in its place",
+            "`completion_mask` is a mask with other entries than 1, needs `labels` with -100 instead",
         ),
     ];
     for (row, expected) in text {
