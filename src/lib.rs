@@ -47,10 +47,10 @@
 //! - [`text`]: tokenizer and chat template. Does not know what is learned.
 //! - [`data`]: rows to tokens, loss masks and batches, and checks of them; mixtures of texts to shards
 //!   and rows. Does not know that there is a model.
+//! - [`optim`]: AdamW, schedules, clipping. Does not know where gradients come from.
 //! - [`model`]: the decoder, its config, KV cache and loading; full training of all its weights. Does not
 //!   know about objectives.
 //! - [`generate`]: sampling and continuous batching. Does not know about training.
-//! - [`optim`]: AdamW, schedules, clipping. Does not know where gradients come from.
 //! - [`objectives`]: losses, pure functions of log-probs and scores. Do not know about models or data.
 //! - [`rollout`]: prompts to responses to rewards to advantages. Does not know how the policy is trained.
 //! - [`eval`]: loss, perplexity, diversity. Does not know about training.

@@ -309,7 +309,7 @@ pub fn combine(
 /// The density, once everything is known to make sense.
 fn check(adapters: &[(&Adapter, f64)], settings: &Combination<'_>) -> Result<f64, CombineError> {
     let method = settings.method.name();
-    let refuse = |problem: String| Err(CombineError::Settings(problem));
+    let settings_error = |problem: String| Err(CombineError::Settings(problem));
     if adapters.is_empty() {
         return Err(CombineError::Empty);
     }
@@ -324,32 +324,41 @@ fn check(adapters: &[(&Adapter, f64)], settings: &Combination<'_>) -> Result<f64
             return Err(CombineError::NotPlain { name: adapter.name.clone(), what });
         }
         if !weight.is_finite() {
-            return refuse(format!("weight {weight} of {}: needed a finite number", adapter.name));
+            return settings_error(format!(
+                "weight {weight} of {}: needed a finite number",
+                adapter.name
+            ));
         }
     }
     if settings.majority_sign_method.is_some() && !settings.method.elects() {
-        return refuse(format!("majority_sign_method is for the ties kinds, found {method}"));
+        return settings_error(format!(
+            "majority_sign_method only applies to the ties kinds, found {method}"
+        ));
     }
     match settings.svd_rank {
         Some(_) if !settings.method.is_svd() => {
-            return refuse(format!("svd_rank is for the svd kinds, found {method}"));
+            return settings_error(format!(
+                "svd_rank only applies to the svd kinds, found {method}"
+            ));
         }
-        Some(0) => return refuse("svd_rank: found 0, needed 1 or more".into()),
+        Some(0) => return settings_error("svd_rank: found 0, needed 1 or more".into()),
         _ => {}
     }
     match (settings.method.pruning(), settings.density) {
         (Pruning::None, None) => Ok(1.0),
-        (Pruning::None, Some(_)) => {
-            refuse(format!("density is for methods that prune, found {method}"))
+        (Pruning::None, Some(_)) => settings_error(format!(
+            "density only applies to combination types that prune, found {method}"
+        )),
+        (_, None) => {
+            settings_error(format!("{method} needs a density, the fraction of values to keep"))
         }
-        (_, None) => refuse(format!("{method} needs a density, the share of numbers to keep")),
         (Pruning::Magnitude, Some(density)) if (0.0..=1.0).contains(&density) => Ok(density),
         (Pruning::Random, Some(density)) if density > 0.0 && density <= 1.0 => Ok(density),
         (Pruning::Magnitude, Some(density)) => {
-            refuse(format!("density: found {density}, needed 0 to 1"))
+            settings_error(format!("density: found {density}, needed 0 to 1"))
         }
         (Pruning::Random, Some(density)) => {
-            refuse(format!("density: found {density}, needed above 0, to 1"))
+            settings_error(format!("density: found {density}, needed above 0, to 1"))
         }
     }
 }
@@ -506,12 +515,11 @@ fn merged(
             _ => {}
         }
     }
-    Ok(match settings.method.elects() {
-        false => summed(&matrices, weights),
-        true => {
-            let sign = settings.majority_sign_method.unwrap_or(MajoritySign::Total);
-            elected(&matrices, weights, sign)
-        }
+    Ok(if settings.method.elects() {
+        let sign = settings.majority_sign_method.unwrap_or(MajoritySign::Total);
+        elected(&matrices, weights, sign)
+    } else {
+        summed(&matrices, weights)
     })
 }
 
@@ -525,14 +533,15 @@ impl DareMasks<'_> {
             }
             Self::Given(make) => {
                 let mask = make(draw);
-                match mask.len() == draw.count {
-                    true => Ok(mask),
-                    false => Err(CombineError::Settings(format!(
+                if mask.len() == draw.count {
+                    Ok(mask)
+                } else {
+                    Err(CombineError::Settings(format!(
                         "{}: a mask of {}, needed {}",
                         draw.module,
                         mask.len(),
                         draw.count
-                    ))),
+                    )))
                 }
             }
         }
@@ -628,15 +637,16 @@ fn config(adapters: &[(&Adapter, f64)], modules: &BTreeMap<String, Lora>, r: usi
         inference_mode: true,
         ..first.clone()
     };
-    match alike {
-        true => names,
-        false => LoraConfig {
+    if alike {
+        names
+    } else {
+        LoraConfig {
             target_modules: Some(Modules::List(modules.keys().cloned().collect())),
             exclude_modules: None,
             layers_to_transform: None,
             layers_pattern: Vec::new(),
             ..names
-        },
+        }
     }
 }
 
@@ -731,7 +741,7 @@ mod tests {
         let settings = [
             (
                 Combination { density: Some(0.5), ..how(CombinationType::Cat) },
-                "density is for methods that",
+                "density only applies to combination types that",
             ),
             (Combination { density: None, ..how(CombinationType::Ties) }, "ties needs a density"),
             (
@@ -744,7 +754,7 @@ mod tests {
             ),
             (
                 Combination { svd_rank: Some(2), ..how(CombinationType::Cat) },
-                "svd_rank is for the svd kinds",
+                "svd_rank only applies to the svd kinds",
             ),
             (Combination { svd_rank: Some(0), ..how(CombinationType::Svd) }, "svd_rank: found 0"),
             (
@@ -752,7 +762,7 @@ mod tests {
                     majority_sign_method: Some(MajoritySign::Total),
                     ..how(CombinationType::DareLinear)
                 },
-                "majority_sign_method is for the ties kinds",
+                "majority_sign_method only applies to the ties kinds",
             ),
         ];
         for (settings, needed) in &settings {

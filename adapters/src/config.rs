@@ -167,17 +167,17 @@ impl LoraConfig {
         let mut keys = KeyReader { map: &map, problems: Vec::new() };
         match map.get("peft_type") {
             Some(Value::String(s)) if s == "LORA" => {}
-            Some(other) => keys.refuse("peft_type", other, "\"LORA\""),
+            Some(other) => keys.reject("peft_type", other, "\"LORA\""),
             None => keys.problems.push("peft_type is missing, needed \"LORA\"".into()),
         }
         match map.get("bias") {
             None | Some(Value::Null) => {}
             Some(Value::String(s)) if s == "none" => {}
-            Some(other) => keys.refuse("bias", other, "\"none\": training biases is not supported"),
+            Some(other) => keys.reject("bias", other, "\"none\": training biases is not supported"),
         }
         for key in UNSUPPORTED {
             if let Some(value) = map.get(key).filter(|v| !is_empty(v)) {
-                keys.refuse(key, value, "none: it is not supported");
+                keys.reject(key, value, "none: it is not supported");
             }
         }
         let default = Self::default();
@@ -332,7 +332,7 @@ impl LoraConfig {
         self.modules_to_save.iter().any(|module| module == SCORE)
     }
 
-    /// Whether embedding or head are trained, as far as names tell.
+    /// Whether the names include the embedding or the head.
     fn names_embeddings(&self) -> bool {
         let targets = match &self.target_modules {
             None => Vec::new(),
@@ -414,12 +414,12 @@ impl KeyReader<'_> {
         let value = self.map.get(key).filter(|v| !v.is_null())?;
         let converted = convert(value);
         if converted.is_none() {
-            self.refuse(key, value, needed);
+            self.reject(key, value, needed);
         }
         converted
     }
 
-    fn refuse(&mut self, key: &str, found: &Value, needed: &str) {
+    fn reject(&mut self, key: &str, found: &Value, needed: &str) {
         let mut found = found.to_string();
         if found.chars().count() > 60 {
             found = found.chars().take(60).chain("...".chars()).collect();
@@ -589,9 +589,10 @@ mod tests {
         };
         let of_head = LoraConfig { head_token_indices: vec![3], ..LoraConfig::default() };
         let apart = LoraConfig { trainable_token_indices: vec![3, 4], ..of_head.clone() };
-        let begun = |init_lora_weights| LoraConfig { init_lora_weights, ..LoraConfig::default() };
-        let pissa = |niter| begun(InitLoraWeights::Pissa { niter });
-        let named = [begun(InitLoraWeights::Olora), begun(InitLoraWeights::Loftq)];
+        let with_init =
+            |init_lora_weights| LoraConfig { init_lora_weights, ..LoraConfig::default() };
+        let pissa = |niter| with_init(InitLoraWeights::Pissa { niter });
+        let named = [with_init(InitLoraWeights::Olora), with_init(InitLoraWeights::Loftq)];
         let written = [LoraConfig::default(), full, pissa(None), pissa(Some(16)), of_head, apart];
         for config in written.into_iter().chain(named) {
             assert_eq!(LoraConfig::from_json(&config.to_json()).unwrap(), config);

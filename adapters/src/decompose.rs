@@ -111,9 +111,10 @@ impl Dense<'_> {
             let sum = gram.as_mut();
             triangular::matmul(sum, lower, Accum::Add, left, whole, right, whole, 1.0, Par::Seq);
         };
-        match wide {
-            true => self.column_chunks(|_, w| add(w, w.transpose())),
-            false => self.row_chunks(|_, w| add(w.transpose(), w)),
+        if wide {
+            self.column_chunks(|_, w| add(w, w.transpose()))
+        } else {
+            self.row_chunks(|_, w| add(w.transpose(), w))
         }
         gram
     }

@@ -83,9 +83,10 @@ impl Lora {
     /// `(N, out)`. With `trainable`, gradients flow into the magnitudes; the norms get none.
     pub fn scaled(&self, y: &Tensor, norms: &Tensor, trainable: bool) -> Result<Tensor> {
         let Some(magnitude) = &self.magnitude else { return Ok(y.clone()) };
-        let m = match trainable {
-            true => magnitude.vector.as_tensor().clone(),
-            false => magnitude.vector.as_detached_tensor(),
+        let m = if trainable {
+            magnitude.vector.as_tensor().clone()
+        } else {
+            magnitude.vector.as_detached_tensor()
         };
         y.broadcast_mul(&m.to_device(y.device())?.div(norms)?)
     }
@@ -651,9 +652,10 @@ pub(crate) fn token_rows_name(module: &str) -> String {
 
 /// PEFT's name of A or B of a module; for an embedding they are parameters, not linear layers.
 pub(crate) fn tensor_name(module: &str, factor: char) -> String {
-    match module == EMBEDDING {
-        true => format!("base_model.model.{module}.lora_embedding_{factor}"),
-        false => format!("base_model.model.{module}.lora_{factor}.weight"),
+    if module == EMBEDDING {
+        format!("base_model.model.{module}.lora_embedding_{factor}")
+    } else {
+        format!("base_model.model.{module}.lora_{factor}.weight")
     }
 }
 
@@ -668,7 +670,7 @@ mod tests {
         Target { spec, r, scale: 0.5 }
     }
 
-    fn begun(init: InitLoraWeights, targets: &[Target]) -> Adapter {
+    fn initialized(init: InitLoraWeights, targets: &[Target]) -> Adapter {
         let config = LoraConfig { init_lora_weights: init, ..LoraConfig::default() };
         Adapter::new("test", config, targets, 7, &Device::Cpu).unwrap()
     }
@@ -729,7 +731,7 @@ mod tests {
                 out.fill(0.0);
             }
         }
-        let adapter = begun(InitLoraWeights::Random, &[target("m", 4)]);
+        let adapter = initialized(InitLoraWeights::Random, &[target("m", 4)]);
         let decode_weights = || adapter.modules["m"].decode_weights::<f32>(&Zeros).unwrap();
         let before = decode_weights();
         assert!(Arc::ptr_eq(&before, &decode_weights()));
@@ -744,7 +746,7 @@ mod tests {
 
     #[test]
     fn frozen_delta_records_no_gradient() {
-        let adapter = begun(InitLoraWeights::Random, &[target("m", 4)]);
+        let adapter = initialized(InitLoraWeights::Random, &[target("m", 4)]);
         let x = Tensor::ones((3, 60), candle_core::DType::F32, &Device::Cpu).unwrap();
         let frozen = adapter.modules["m"].delta(&x, None, false).unwrap();
         let trained = adapter.modules["m"].delta(&x, None, true).unwrap();
@@ -766,18 +768,18 @@ mod tests {
             let uniform = bound / 3f32.sqrt();
             assert!((deviation / uniform - 1.0).abs() < 0.1, "{deviation} of {uniform}");
         };
-        let kaiming = begun(InitLoraWeights::KaimingUniform, &targets);
+        let kaiming = initialized(InitLoraWeights::KaimingUniform, &targets);
         within(stats(&kaiming.modules["two"].a), 60f32.powf(-0.5));
         assert_eq!(stats(&kaiming.modules["two"].b).0, 0.0);
-        let random = begun(InitLoraWeights::Random, &targets);
+        let random = initialized(InitLoraWeights::Random, &targets);
         within(stats(&random.modules["two"].a), 60f32.powf(-0.5));
         within(stats(&random.modules["two"].b), 8f32.powf(-0.5));
-        let gaussian = begun(InitLoraWeights::Gaussian, &targets);
+        let gaussian = initialized(InitLoraWeights::Gaussian, &targets);
         let (_, deviation) = stats(&gaussian.modules["two"].a);
         assert!((deviation * 8.0 - 1.0).abs() < 0.1, "{deviation}");
         assert_eq!(stats(&gaussian.modules["two"].b).0, 0.0);
 
-        let alone = begun(InitLoraWeights::Random, &targets[1..]);
+        let alone = initialized(InitLoraWeights::Random, &targets[1..]);
         assert_eq!(values(&alone.modules["two"].b), values(&random.modules["two"].b));
         assert_ne!(values(&random.modules["one"].a)[..9], values(&random.modules["two"].a)[..9]);
 

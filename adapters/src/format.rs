@@ -213,9 +213,10 @@ pub fn from_bytes(
         let (of_in, out) = (spec.in_features, spec.out_features);
         let a = tensors.take_factor(spec, TensorRole::A, [*r, of_in], device)?;
         let b = tensors.take_factor(spec, TensorRole::B, [out, *r], device)?;
-        let magnitude = match config.use_dora {
-            true => tensors.take(&spec.name, TensorRole::Magnitude, &[out], device)?,
-            false => None,
+        let magnitude = if config.use_dora {
+            tensors.take(&spec.name, TensorRole::Magnitude, &[out], device)?
+        } else {
+            None
         };
         if spec.embedding || spec.name == HEAD {
             let shape = if spec.embedding { [of_in, out] } else { [out, of_in] };
@@ -228,9 +229,10 @@ pub fn from_bytes(
     }
     let mut saved = BTreeMap::new();
     for spec in &resolved.saved {
-        let shape = match spec.embedding {
-            true => [spec.in_features, spec.out_features],
-            false => [spec.out_features, spec.in_features],
+        let shape = if spec.embedding {
+            [spec.in_features, spec.out_features]
+        } else {
+            [spec.out_features, spec.in_features]
         };
         if let Some(weight) = tensors.take_whole(spec, shape, device)? {
             saved.insert(spec.name.clone(), weight);
@@ -260,10 +262,7 @@ pub fn from_bytes(
     for module in [EMBEDDING, HEAD] {
         tensors.drop_copy(TensorRole::Base, &format!("{module}.token_adapter"));
     }
-    let score = match config.has_score() {
-        true => tensors.take_score(device)?,
-        false => None,
-    };
+    let score = if config.has_score() { tensors.take_score(device)? } else { None };
     let problems = tensors.problems();
     if !problems.is_empty() {
         let base = config.base_model_name_or_path;
@@ -496,7 +495,7 @@ impl<'a> FileTensors<'a> {
 pub fn write_folder(adapter: &Adapter, folder: &Path) -> Result<(), FormatError> {
     let tensor = |(name, var): (String, Var)| {
         let values = var.as_detached_tensor().to_dtype(DType::F32)?.flatten_all()?;
-        Ok((name, SavedTensor { values, shape: var.dims().to_vec() }))
+        Ok((name, FileParameter { values, shape: var.dims().to_vec() }))
     };
     let tensors = adapter.parameters().into_iter().map(tensor);
     let tensors = tensors.collect::<candle_core::Result<Vec<_>>>()?;
@@ -532,13 +531,13 @@ pub fn write_tensors<V: View>(
 }
 
 /// A parameter that is being written.
-struct SavedTensor {
+struct FileParameter {
     /// Flat F32.
     values: Tensor,
     shape: Vec<usize>,
 }
 
-impl View for SavedTensor {
+impl View for FileParameter {
     fn dtype(&self) -> Dtype {
         Dtype::F32
     }
@@ -563,19 +562,19 @@ fn write_whole(
     path: &Path,
     write: impl FnOnce(&mut BufWriter<fs::File>) -> io::Result<()>,
 ) -> Result<(), FormatError> {
-    let beside = path.with_extension("partial");
+    let partial = path.with_extension("partial");
     let written = (|| {
-        let mut file = BufWriter::new(fs::File::create(&beside)?);
+        let mut file = BufWriter::new(fs::File::create(&partial)?);
         write(&mut file)?;
         file.into_inner().map_err(io::IntoInnerError::into_error)?.sync_all()?;
-        fs::rename(&beside, path)?;
+        fs::rename(&partial, path)?;
         match path.parent() {
             Some(folder) if cfg!(unix) => fs::File::open(folder)?.sync_all(),
             _ => Ok(()), // only Unix opens folders
         }
     })();
     written.map_err(|e| {
-        let _ = fs::remove_file(&beside); // the first error is the one to tell
+        let _ = fs::remove_file(&partial); // the first error is returned
         at(path, e)
     })
 }
@@ -658,7 +657,7 @@ mod tests {
                 let n = shape.iter().product();
                 let values: Vec<f32> = (0..n).map(|i| i as f32 * 0.3).collect();
                 let values = Tensor::from_vec(values, n, &Device::Cpu).unwrap();
-                (name.to_string(), SavedTensor { values, shape: shape.to_vec() })
+                (name.to_string(), FileParameter { values, shape: shape.to_vec() })
             });
             tensors.collect::<Vec<_>>()
         };

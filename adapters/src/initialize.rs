@@ -78,9 +78,9 @@ pub fn begin(
         return Err(InitError::Unsuitable(format!("lora_dropout {p} with {init}: {fault}")));
     }
     let resolved = resolve(&config, linears, head)?;
-    let begun = if holds { config.doubled()? } else { config.as_plain() };
+    let initialized = if holds { config.doubled()? } else { config.as_plain() };
     // The scales that the resulting config means.
-    let scales: BTreeMap<String, f64> = resolve(&begun, linears, head)?
+    let scales: BTreeMap<String, f64> = resolve(&initialized, linears, head)?
         .targets
         .into_iter()
         .map(|t| (t.spec.name, t.scale))
@@ -116,7 +116,8 @@ pub fn begin(
     let tokens = rows_of(&resolved.tokens, &config.trainable_token_indices)?;
     let head_tokens = rows_of(&resolved.head_tokens, &config.head_token_indices)?;
     let name = name.into();
-    let adapter = Adapter { name, config: begun, modules, score: None, saved, tokens, head_tokens };
+    let adapter =
+        Adapter { name, config: initialized, modules, score: None, saved, tokens, head_tokens };
     Ok((adapter, resolved.unmatched))
 }
 
@@ -313,11 +314,10 @@ fn fill(
 fn read(module: &str, weight: &dyn BaseRows) -> Result<Vec<f32>, InitError> {
     let mut values = vec![0f32; weight.rows() * weight.cols()];
     weight.read(0..weight.rows(), &mut values);
-    match values.iter().all(|value| value.is_finite()) {
-        true => Ok(values),
-        false => Err(InitError::Unsuitable(format!(
-            "{module}: the weight holds values that are not finite"
-        ))),
+    if values.iter().all(|value| value.is_finite()) {
+        Ok(values)
+    } else {
+        Err(InitError::Unsuitable(format!("{module}: the weight holds values that are not finite")))
     }
 }
 
@@ -328,26 +328,29 @@ fn dense<'v>(
     weight: &dyn BaseRows,
 ) -> Result<Dense<'v>, InitError> {
     let found = (weight.rows(), weight.cols());
-    let needed = match spec.embedding {
-        true => (spec.in_features, spec.out_features),
-        false => (spec.out_features, spec.in_features),
+    let needed = if spec.embedding {
+        (spec.in_features, spec.out_features)
+    } else {
+        (spec.out_features, spec.in_features)
     };
-    match found == needed {
-        true => Ok(Dense { values, rows: found.0, cols: found.1 }),
-        false => Err(InitError::Unsuitable(format!(
+    if found == needed {
+        Ok(Dense { values, rows: found.0, cols: found.1 })
+    } else {
+        Err(InitError::Unsuitable(format!(
             "{}: the weight is {found:?}, needed {needed:?}",
             spec.name
-        ))),
+        )))
     }
 }
 
 fn positive(spec: &LinearSpec, scale: f64, init: &InitLoraWeights) -> Result<f64, InitError> {
-    match scale > 0.0 {
-        true => Ok(scale),
-        false => Err(InitError::Unsuitable(format!(
+    if scale > 0.0 {
+        Ok(scale)
+    } else {
+        Err(InitError::Unsuitable(format!(
             "{}: init_lora_weights {init} with a scale of {scale}, needed a lora_alpha above 0",
             spec.name
-        ))),
+        )))
     }
 }
 
@@ -480,7 +483,7 @@ mod tests {
         }
     }
 
-    fn begun(config: LoraConfig) -> Result<Adapter, InitError> {
+    fn initialized(config: LoraConfig) -> Result<Adapter, InitError> {
         let (base, original) =
             (|module: &str| weight(module, 0.25), |module: &str| weight(module, 0.0));
         let bases = BaseWeights { base: &base, original: Some(&original) };
@@ -507,7 +510,7 @@ mod tests {
             (InitLoraWeights::Olora, true),
         ] {
             let asked = LoraConfig { use_rslora, ..config(init, &["q", "k", "embed_tokens"]) };
-            let adapter = begun(asked.clone()).unwrap();
+            let adapter = initialized(asked.clone()).unwrap();
             let resolved = resolve(&asked, &linears(), Some(HEAD)).unwrap();
             for Target { spec, r, scale } in resolved.targets {
                 let lora = &adapter.modules[&spec.name];
@@ -532,7 +535,8 @@ mod tests {
 
     #[test]
     fn loftq_reduces_quantization_error() {
-        let adapter = begun(config(InitLoraWeights::Loftq, &["q", "k", "embed_tokens"])).unwrap();
+        let adapter =
+            initialized(config(InitLoraWeights::Loftq, &["q", "k", "embed_tokens"])).unwrap();
         for (module, rows) in [("q", 20), ("k", 3), (EMBEDDING, 30)] {
             let lora = &adapter.modules[module];
             assert_eq!(lora.frozen_ranks, 0);
@@ -575,7 +579,7 @@ mod tests {
             [InitLoraWeights::KaimingUniform, InitLoraWeights::Random, InitLoraWeights::Olora]
         {
             let adapter =
-                begun(LoraConfig { use_dora: true, ..config(init, &["q", "k"]) }).unwrap();
+                initialized(LoraConfig { use_dora: true, ..config(init, &["q", "k"]) }).unwrap();
             let lora = &adapter.modules["q"];
             let mut merged = vec![0f32; 240];
             weight("q", 0.25).unwrap().read(0..20, &mut merged);
@@ -590,7 +594,7 @@ mod tests {
 
     #[test]
     fn saved_modules_and_token_rows_start_as_the_base() {
-        let adapter = begun(LoraConfig {
+        let adapter = initialized(LoraConfig {
             modules_to_save: vec!["lm_head".into()],
             trainable_token_indices: vec![7, 2],
             ..config(InitLoraWeights::KaimingUniform, &["q"])
@@ -609,7 +613,7 @@ mod tests {
     #[test]
     fn unsupported_initializations_are_errors() {
         let check = |config: LoraConfig, needed: &str| {
-            let error = begun(config).unwrap_err().to_string();
+            let error = initialized(config).unwrap_err().to_string();
             assert!(error.contains(needed), "{error:?} should say {needed:?}");
         };
         let pissa = || config(InitLoraWeights::Pissa { niter: None }, &["q"]);

@@ -67,9 +67,12 @@ struct Base<'a> {
 impl Base<'_> {
     /// The shape of a module's weight as files store it: `(vocab_size, hidden_size)` of embedding and head.
     fn weight_shape(&self, module: &str) -> Option<[usize; 2]> {
-        self.linears.get(module).map(|spec| match spec.embedding {
-            true => [spec.in_features, spec.out_features],
-            false => [spec.out_features, spec.in_features],
+        self.linears.get(module).map(|spec| {
+            if spec.embedding {
+                [spec.in_features, spec.out_features]
+            } else {
+                [spec.out_features, spec.in_features]
+            }
         })
     }
 

@@ -3,7 +3,7 @@
     scripts/check/tokenizer_random.py MODELS LLAMA_TOKENIZE TOKENIZE [GGUF...] [--size N] [--seed N]
 
 MODELS is models/ of llama.cpp's tree, as scripts/check/tokenizer.sh unpacks it; LLAMA_TOKENIZE is the
-llama-tokenize built from that tree; TOKENIZE is our examples/tokenize. Further GGUFs are compared too.
+llama-tokenize built from that tree; TOKENIZE is our benches/tools/tokenize.rs, built. Further GGUFs are compared too.
 """
 
 import argparse

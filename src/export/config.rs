@@ -47,44 +47,6 @@ pub(super) fn to_json(
     if c.family.qkv_bias && (c.o_bias || c.mlp_bias) {
         return Err(cannot(format!("a {model_type} has biases on q, k and v only")));
     }
-    let rope_scaling = match &c.rope_scaling {
-        RopeScaling::None => Value::Null,
-        RopeScaling::Linear { factor } => json!({ "rope_type": "linear", "factor": factor }),
-        RopeScaling::Llama3 { .. } => llama3(&c.rope_scaling),
-        RopeScaling::Yarn {
-            factor,
-            original_max_position_embeddings: original,
-            beta_fast,
-            beta_slow,
-            truncate,
-            attention_factor,
-        } => json!({
-            "rope_type": "yarn",
-            "factor": factor,
-            "original_max_position_embeddings": *original as u64,
-            "beta_fast": beta_fast,
-            "beta_slow": beta_slow,
-            "truncate": truncate,
-            "attention_factor": attention_factor,
-        }),
-        RopeScaling::LongRope { short_factor, long_factor, attention_factor, .. } => {
-            let numbers = |of: &[f32]| -> Vec<Value> {
-                of.iter().map(|factor| tidy(f64::from(*factor))).collect()
-            };
-            json!({
-                "type": "longrope",
-                "rope_type": "longrope",
-                "short_factor": numbers(short_factor),
-                "long_factor": numbers(long_factor),
-                "attention_factor": tidy(*attention_factor),
-            })
-        }
-        RopeScaling::Factors(factors) if factors.iter().all(|f| *f == 1.0) => Value::Null,
-        RopeScaling::Factors(factors) => llama3(
-            &as_llama3(config, factors)
-                .ok_or_else(|| cannot("the factors of its rope_freqs are not Llama 3's".into()))?,
-        ),
-    };
     let mut json = Map::new();
     let mut put = |key: &str, value: Value| drop(json.insert(key.into(), value));
     put("architectures", json!([family.class]));
@@ -103,7 +65,7 @@ pub(super) fn to_json(
     }
     put("rms_norm_eps", tidy(c.rms_norm_eps));
     put("rope_theta", tidy(c.rope_theta));
-    put("rope_scaling", rope_scaling);
+    put("rope_scaling", rope_scaling_json(c)?);
     if let Some(theta) = v.local_rope_theta {
         put("rope_local_base_freq", tidy(theta));
     }
@@ -139,6 +101,50 @@ pub(super) fn to_json(
     Ok(json.into())
 }
 
+/// The value of `rope_scaling`.
+fn rope_scaling_json(config: &Config) -> Result<Value, ExportError> {
+    let cannot =
+        |reason: &str| ExportError::Inexpressible { form: "a config.json", reason: reason.into() };
+    Ok(match &config.rope_scaling {
+        RopeScaling::None => Value::Null,
+        RopeScaling::Linear { factor } => json!({ "rope_type": "linear", "factor": factor }),
+        RopeScaling::Llama3 { .. } => llama3(&config.rope_scaling),
+        RopeScaling::Yarn {
+            factor,
+            original_max_position_embeddings: original,
+            beta_fast,
+            beta_slow,
+            truncate,
+            attention_factor,
+        } => json!({
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": *original as u64,
+            "beta_fast": beta_fast,
+            "beta_slow": beta_slow,
+            "truncate": truncate,
+            "attention_factor": attention_factor,
+        }),
+        RopeScaling::LongRope { short_factor, long_factor, attention_factor, .. } => {
+            let numbers = |of: &[f32]| -> Vec<Value> {
+                of.iter().map(|factor| tidy(f64::from(*factor))).collect()
+            };
+            json!({
+                "type": "longrope",
+                "rope_type": "longrope",
+                "short_factor": numbers(short_factor),
+                "long_factor": numbers(long_factor),
+                "attention_factor": tidy(*attention_factor),
+            })
+        }
+        RopeScaling::Factors(factors) if factors.iter().all(|f| *f == 1.0) => Value::Null,
+        RopeScaling::Factors(factors) => llama3(
+            &as_llama3(config, factors)
+                .ok_or_else(|| cannot("the factors of its rope_freqs are not Llama 3's"))?,
+        ),
+    })
+}
+
 /// The keys that only some families have.
 fn of_variation(c: &Config) -> Vec<(&'static str, Value)> {
     let (family, v) = (c.hf_family(), &c.variation);
@@ -163,9 +169,10 @@ fn of_variation(c: &Config) -> Vec<(&'static str, Value)> {
     let scale = v.attention_scale.unwrap_or(usual);
     if family.query_pre_attn_scalar {
         let scalar = scale.powi(-2);
-        let scalar = match (scalar - scalar.round()).abs() < 1e-6 {
-            true => json!(scalar.round() as u64),
-            false => json!(scalar),
+        let scalar = if (scalar - scalar.round()).abs() < 1e-6 {
+            json!(scalar.round() as u64)
+        } else {
+            json!(scalar)
         };
         keys.push(("query_pre_attn_scalar", scalar));
         keys.push(("attn_logit_softcapping", maybe(v.attn_logit_softcapping)));

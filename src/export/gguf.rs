@@ -44,7 +44,7 @@ pub fn write_gguf(
     if let Some(importance) = importance
         && !plans.iter().any(|plan| importance.columns.contains_key(&plan.name))
     {
-        let reason = "the importance matrix names none of this model's tensors".to_string();
+        let reason = "the importance matrix has no tensor of this model".to_string();
         return Err(ExportError::Types(reason));
     }
     for plan in &plans {

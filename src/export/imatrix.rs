@@ -14,9 +14,10 @@ use crate::weights::{Gguf, WeightsError};
 pub fn read(path: &Path) -> Result<Importance, ExportError> {
     let io = |source| WeightsError::Io { action: "open", path: path.into(), source };
     let bytes = std::fs::read(path).map_err(io)?;
-    let mut found = match bytes.starts_with(b"GGUF") {
-        true => read_gguf(&Gguf::open(path)?)?,
-        false => read_dat(&bytes).map_err(|reason| bad(path, reason))?,
+    let mut found = if bytes.starts_with(b"GGUF") {
+        read_gguf(&Gguf::open(path)?)?
+    } else {
+        read_dat(&bytes).map_err(|reason| bad(path, reason))?
     };
     for (name, weights) in &found.columns {
         if let Some(at) = weights.iter().position(|w| !w.is_finite() || *w < 0.0) {
@@ -25,9 +26,10 @@ pub fn read(path: &Path) -> Result<Importance, ExportError> {
         }
     }
     found.file = Some(path.display().to_string());
-    match found.columns.is_empty() {
-        true => Err(bad(path, "no importance of any tensor".into())),
-        false => Ok(found),
+    if found.columns.is_empty() {
+        Err(bad(path, "no importance of any tensor".into()))
+    } else {
+        Ok(found)
     }
 }
 

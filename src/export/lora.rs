@@ -31,25 +31,8 @@ pub fn write_gguf_lora(
 ) -> Result<Written, ExportError> {
     let cannot = |reason: String| ExportError::Inexpressible { form: "a GGUF LoRA", reason };
     let name = &adapter.name;
-    if adapter.score.is_some() {
-        return Err(cannot(format!("{name:?} has a score head, as reward models do")));
-    }
-    if let Some(module) = adapter.saved.keys().next() {
-        return Err(cannot(format!("{name:?} has a whole {module} of its own: merge it instead")));
-    }
-    if adapter.tokens.is_some() || adapter.head_tokens.is_some() {
-        return Err(cannot(format!("{name:?} has token rows of its own: merge it instead")));
-    }
-    if adapter.modules.values().any(|lora| lora.magnitude.is_some()) {
-        return Err(cannot(format!("{name:?} has DoRA's magnitudes: merge it instead")));
-    }
-    if adapter.modules.contains_key(EMBEDDING) {
-        let reason = "of the embedding, which llama.cpp stores transposed and by version";
-        return Err(cannot(format!("{name:?} has an update {reason}: merge it instead")));
-    }
-    if adapter.modules.contains_key(HEAD) && config.tie_word_embeddings {
-        let reason = "of the head, which is one with the embedding there";
-        return Err(cannot(format!("{name:?} has an update {reason}: merge it instead")));
+    if let Some(reason) = unsupported_part(adapter, config) {
+        return Err(cannot(format!("{name:?} has {reason}")));
     }
     if !matches!(dtype, BlockType::F32 | BlockType::F16) {
         return Err(ExportError::Types(format!("a GGUF LoRA is F32 or F16, not {dtype}")));
@@ -127,6 +110,32 @@ pub fn write_gguf_lora(
     })?;
     let io = |source| ExportError::Io { action: "read", path: out.into(), source };
     Ok(Written { bytes: std::fs::metadata(out).map_err(io)?.len(), tensors })
+}
+
+/// A part of an adapter that a GGUF LoRA for a base of this config cannot hold, if there is one.
+fn unsupported_part(adapter: &Adapter, config: &Config) -> Option<String> {
+    if adapter.score.is_some() {
+        return Some("a score head, as reward models do".into());
+    }
+    if let Some(module) = adapter.saved.keys().next() {
+        return Some(format!("a whole {module} of its own: merge it instead"));
+    }
+    if adapter.tokens.is_some() || adapter.head_tokens.is_some() {
+        return Some("token rows of its own: merge it instead".into());
+    }
+    if adapter.modules.values().any(|lora| lora.magnitude.is_some()) {
+        return Some("DoRA's magnitudes: merge it instead".into());
+    }
+    if adapter.modules.contains_key(EMBEDDING) {
+        let reason = "of the embedding, which llama.cpp stores transposed and by version";
+        return Some(format!("an update {reason}: merge it instead"));
+    }
+    if adapter.modules.contains_key(HEAD) && config.tie_word_embeddings {
+        return Some(
+            "an update of the head, which is one with the embedding there: merge it instead".into(),
+        );
+    }
+    None
 }
 
 /// Distance between the base with the `wanted` adapters and with those read back from a file.

@@ -64,9 +64,10 @@ pub fn modelfile(
 fn path(path: &Path) -> Result<String, ExportError> {
     let text = path.to_str().filter(|text| !text.contains(['\n', '"']));
     let text = text.ok_or_else(|| cannot(format!("{} is no path it can name", path.display())))?;
-    match path.is_absolute() || text.starts_with('.') {
-        true => Ok(text.into()),
-        false => Ok(format!("./{text}")),
+    if path.is_absolute() || text.starts_with('.') {
+        Ok(text.into())
+    } else {
+        Ok(format!("./{text}"))
     }
 }
 

@@ -124,9 +124,10 @@ impl<'a> ExportSource<'a> {
         for (name, shape) in load::tensors(&config) {
             let head = name == head_name();
             let of = if head && tied { &embedding_name() } else { &name };
-            let end = match head {
-                true => Some(TokenMatrix::Head { was_tied: tied }),
-                false => (name == embedding_name()).then_some(TokenMatrix::Embedding),
+            let end = if head {
+                Some(TokenMatrix::Head { was_tied: tied })
+            } else {
+                (name == embedding_name()).then_some(TokenMatrix::Embedding)
             };
             match stored(checkpoint, &config, of, &shape, end.is_some()) {
                 Ok(base) => {
@@ -381,9 +382,10 @@ impl<'a> TensorUpdate<'a> {
     fn new(tensor: &ExportTensor, adapter: &'a Adapter, weight: f64) -> Result<Self, ExportError> {
         let (rows, cols) = (ExportTensor::rows(tensor), ExportTensor::cols(tensor));
         let module = tensor.module().expect("only matrices have updates");
-        let fits = |found: [usize; 2], what: &str| match found == [rows, cols] {
-            true => Ok(()),
-            false => {
+        let fits = |found: [usize; 2], what: &str| {
+            if found == [rows, cols] {
+                Ok(())
+            } else {
                 let reason = format!("an adapter's {what} is {found:?}, needed [{rows}, {cols}]");
                 Err(ExportError::tensor(&tensor.name, reason))
             }

@@ -173,9 +173,10 @@ pub fn verify_with_added_tokens(
     let source = load_with_added_tokens(base, added)?;
     compare(&source, (base, added), active, written, bounds).map_err(|reason| {
         let path = written.to_path_buf();
-        let _ = match path.is_dir() {
-            true => std::fs::remove_dir_all(&path),
-            false => std::fs::remove_file(&path),
+        let _ = if path.is_dir() {
+            std::fs::remove_dir_all(&path)
+        } else {
+            std::fs::remove_file(&path)
         };
         ExportError::Differs { path, reason }
     })

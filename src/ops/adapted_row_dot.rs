@@ -11,7 +11,7 @@ use quantune_adapters::decode::{DECODE_GROUP, DecodeWeights};
 
 use super::cpu::SharedMutPtr;
 use super::gemm::PanelType;
-use super::low_rank::{self, LowRankElement, TokenRows};
+use super::low_rank::{self, BatchRows, LowRankElement};
 use super::row_dot::{self, FusedTasks};
 use crate::isa::Isa;
 
@@ -89,7 +89,7 @@ pub(crate) fn multiply<T: LowRankElement>(
     let shrink = |task: usize| {
         let (tokens, form, weight, start, blocks) = &shrinks[task];
         let len = tokens.len() * low_rank::xa_stride(form);
-        let (hidden, tokens) = (target.at(*start), TokenRows { tokens, stride });
+        let (hidden, tokens) = (target.at(*start), BatchRows { tokens, stride });
         assert!(form.in_features == cols && len <= hidden.len());
         // SAFETY: the CPU has the ISA level; no two tasks share a column of an update's `A x`.
         unsafe {
@@ -116,7 +116,7 @@ pub(crate) fn multiply<T: LowRankElement>(
             }
             for ((form, _), start) in updates.iter().zip(starts) {
                 let len = tokens.len() * low_rank::xa_stride(form);
-                let tokens = TokenRows { tokens, stride };
+                let tokens = BatchRows { tokens, stride };
                 assert_eq!(form.out_features, stride);
                 // SAFETY: the CPU has the ISA level; no other thread is given these rows; the tasks
                 // that wrote `A x` are done, and none writes to it again.

@@ -24,7 +24,7 @@ use super::lanes::{
     product, tile_rows,
 };
 use super::segment::{self, Segment};
-use super::{BackendKind, Compute};
+use super::{Compute, OpForm};
 use crate::isa::{Isa, multiversion};
 
 /// Keys taken at a time, and rows of queries in the backward pass.
@@ -121,13 +121,13 @@ pub fn causal_attention(
 ) -> Result<Tensor> {
     let scores = scores.into();
     check(q, k, v, heads, segments, scores)?;
-    match compute.backend {
-        BackendKind::Cpu => {
+    match compute.op_form() {
+        OpForm::Kernel => {
             let (isa, segments) = (Isa::current(), segments.clone());
             let op = CausalAttention { isa, heads, segments, scores, lse: OnceLock::new() };
             q.contiguous()?.apply_op3(&k.contiguous()?, &v.contiguous()?, op)
         }
-        BackendKind::Reference => portable(q, k, v, heads, segments, scores),
+        OpForm::Portable => portable(q, k, v, heads, segments, scores),
     }
 }
 

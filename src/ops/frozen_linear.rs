@@ -6,7 +6,7 @@ use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor};
 
 use super::cpu::{Values, values};
 use super::gemm::{Init, Out, PackedRows, PanelType, Product, Strided, Term, Weights, multiply};
-use super::{BackendKind, Compute, row_dot};
+use super::{Compute, OpForm, row_dot};
 use crate::isa::Isa;
 use crate::quant::FrozenMatrix;
 
@@ -15,13 +15,13 @@ use crate::quant::FrozenMatrix;
 /// Shapes: `x (.., in)` F32, `W (out, in)` in any block type → `y (.., out)` F32.
 /// Backward: `dx = dy · W`. `W` is read panel by panel where it lies; nothing of it is kept.
 pub fn frozen_linear(x: &Tensor, weight: &Arc<FrozenMatrix>, compute: Compute) -> Result<Tensor> {
-    match compute.backend {
-        BackendKind::Cpu => {
+    match compute.op_form() {
+        OpForm::Kernel => {
             let (forward, backward) = compute.precision.panels();
             let op = FrozenLinear { weight: weight.clone(), forward, backward };
             x.contiguous()?.apply_op1(op)
         }
-        BackendKind::Reference => portable(x, weight),
+        OpForm::Portable => portable(x, weight),
     }
 }
 
@@ -29,7 +29,7 @@ pub fn frozen_linear(x: &Tensor, weight: &Arc<FrozenMatrix>, compute: Compute) -
 /// once for every four or eight rows. A row gets the same bits among any others.
 pub fn few_rows(x: &Tensor, weight: &Arc<FrozenMatrix>, compute: Compute) -> Result<Tensor> {
     let (rows, width) = x.dims2()?;
-    if compute.backend == BackendKind::Reference || width != weight.cols() {
+    if compute.op_form() == OpForm::Portable || width != weight.cols() {
         return frozen_linear(&x.detach(), weight, compute);
     }
     let x = x.contiguous()?;

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use super::cpu::{Values, exp, tanh, values};
 use super::frozen_linear::{matmul, matmul_transposed};
 use super::gemm::{Init, Out, PackedRows, PanelType, Product, Strided, Term, Weights, multiply};
-use super::{BackendKind, Compute};
+use super::{Compute, OpForm};
 use crate::isa::{Isa, multiversion};
 use crate::quant::FrozenMatrix;
 
@@ -55,8 +55,8 @@ pub fn capped_log_probs(
         candle_core::bail!("{rows} rows of hidden states for {} targets", targets.len());
     }
     check_targets(targets, head)?;
-    match compute.backend {
-        BackendKind::Cpu => x.contiguous()?.apply_op1(LinearLogProbs {
+    match compute.op_form() {
+        OpForm::Kernel => x.contiguous()?.apply_op1(LinearLogProbs {
             head: head.clone(),
             targets: targets.into(),
             cap,
@@ -64,7 +64,7 @@ pub fn capped_log_probs(
             with_gradient: x.track_op(),
             gradient: OnceLock::new(),
         }),
-        BackendKind::Reference => {
+        OpForm::Portable => {
             let logits = super::frozen_linear(x, head, compute)?; // (M, V)
             log_probs_of_logits(logits, targets, cap)
         }

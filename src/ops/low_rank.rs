@@ -46,14 +46,14 @@ pub fn xa_stride<T>(form: &DecodeWeights<T>) -> usize {
 
 /// Rows of a buffer that belong to some tokens, in the order of `tokens`.
 #[derive(Clone, Copy)]
-pub struct TokenRows<'a> {
+pub struct BatchRows<'a> {
     /// Which rows of the batch.
     pub tokens: &'a [usize],
     /// Numbers from one row of the buffer to the next.
     pub stride: usize,
 }
 
-impl<'a> TokenRows<'a> {
+impl<'a> BatchRows<'a> {
     /// Where the rows of the first `M` tokens begin, if there are so many, and the other tokens.
     #[inline(always)]
     fn split<const M: usize>(self) -> Option<([usize; M], Self)> {
@@ -70,7 +70,7 @@ isa_levels! {
     ///
     /// # Safety
     /// No other thread may touch these columns of `xa`.
-    pub unsafe fn shrink<T: LowRankElement>(form: &DecodeWeights<T>, blocks: Range<usize>, x: &[f32], tokens: TokenRows, factor: f32, xa: SharedMutPtr) = shrink_body;
+    pub unsafe fn shrink<T: LowRankElement>(form: &DecodeWeights<T>, blocks: Range<usize>, x: &[f32], tokens: BatchRows, factor: f32, xa: SharedMutPtr) = shrink_body;
     /// `y += xa Bᵀ` for some of B's rows. They are read in whole panels of 16.
     ///
     /// Shapes: `xa (tokens, xa_stride)`; `y` are the outputs of the whole batch, each as far from the
@@ -78,7 +78,7 @@ isa_levels! {
     ///
     /// # Safety
     /// No other thread may touch the outputs of these rows.
-    pub unsafe fn expand<T: LowRankElement>(form: &DecodeWeights<T>, rows: Range<usize>, xa: &[f32], y: SharedMutPtr, tokens: TokenRows) = expand_body;
+    pub unsafe fn expand<T: LowRankElement>(form: &DecodeWeights<T>, rows: Range<usize>, xa: &[f32], y: SharedMutPtr, tokens: BatchRows) = expand_body;
 }
 
 /// # Safety
@@ -88,7 +88,7 @@ unsafe fn shrink_body<S: Lanes, T: LowRankElement>(
     form: &DecodeWeights<T>,
     blocks: Range<usize>,
     x: &[f32],
-    mut tokens: TokenRows,
+    mut tokens: BatchRows,
     factor: f32,
     mut xa: SharedMutPtr,
 ) {
@@ -163,7 +163,7 @@ unsafe fn expand_body<S: Lanes, T: LowRankElement>(
     rows: Range<usize>,
     mut xa: &[f32],
     y: SharedMutPtr,
-    mut tokens: TokenRows,
+    mut tokens: BatchRows,
 ) {
     assert!(rows.end <= form.out_features);
     if form.r == 0 {
@@ -318,7 +318,7 @@ mod tests {
             inputs[token * cols..][..x.len()].copy_from_slice(x);
             outputs[token * rows..][..rows].copy_from_slice(&y[i * rows..][..rows]);
         }
-        let of = |stride| TokenRows { tokens: &tokens, stride };
+        let of = |stride| BatchRows { tokens: &tokens, stride };
         let mut xa = vec![f32::NAN; n * xa_stride(form)];
         let target = SharedMutPtr::new(&mut xa);
         // SAFETY: there is one thread.

@@ -165,7 +165,23 @@ impl Precision {
     }
 }
 
+/// Which form of a differentiable op runs on candle's tape.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum OpForm {
+    /// A CPU kernel with a hand-written gradient.
+    Kernel,
+    /// Plain candle ops.
+    Portable,
+}
+
 impl Compute {
+    pub(crate) fn op_form(self) -> OpForm {
+        match self.backend {
+            BackendKind::Cpu => OpForm::Kernel,
+            BackendKind::Reference => OpForm::Portable,
+        }
+    }
+
     /// The CPU backend in exact F32.
     pub const F32: Self = Self::cpu(Precision::F32);
     /// The CPU backend in 16-bit block-floating integers.

@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp2, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{Values, par_for_each, values};
-use super::{BackendKind, Compute};
+use super::{Compute, OpForm};
 use crate::isa::{Isa, multiversion};
 
 /// Rows a thread takes at a time.
@@ -16,9 +16,9 @@ const WORK: usize = 2;
 ///
 /// Shapes: `x (.., H)` F32, `w (H)` F32 → `y (.., H)` F32.
 pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64, compute: Compute) -> Result<Tensor> {
-    match compute.backend {
-        BackendKind::Cpu => x.contiguous()?.apply_op2(w, RmsNorm { eps: eps as f32 }),
-        BackendKind::Reference => {
+    match compute.op_form() {
+        OpForm::Kernel => x.contiguous()?.apply_op2(w, RmsNorm { eps: eps as f32 }),
+        OpForm::Portable => {
             let mean_square = x.sqr()?.mean_keepdim(D::Minus1)?;
             x.broadcast_div(&(mean_square + eps)?.sqrt()?)?.broadcast_mul(w)
         }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor};
 
 use super::cpu::{Values, par_for_each, values};
-use super::{BackendKind, Compute};
+use super::{Compute, OpForm};
 use crate::isa::{Isa, multiversion};
 
 /// Cosines and sines for the tokens of one batch.
@@ -88,9 +88,9 @@ pub fn rope(x: &Tensor, rotation: &Rotation, compute: Compute) -> Result<Tensor>
             rotation.tokens()
         );
     }
-    match compute.backend {
-        BackendKind::Cpu => x.contiguous()?.apply_op1(Rope { rotation: rotation.clone() }),
-        BackendKind::Reference => portable(x, rotation, x.device()),
+    match compute.op_form() {
+        OpForm::Kernel => x.contiguous()?.apply_op1(Rope { rotation: rotation.clone() }),
+        OpForm::Portable => portable(x, rotation, x.device()),
     }
 }
 

@@ -4,7 +4,7 @@ use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
 use super::cpu::{Values, exp, par_for_each, values};
-use super::{BackendKind, Compute};
+use super::{Compute, OpForm};
 use crate::isa::{Isa, multiversion};
 
 /// Values a thread takes at a time.
@@ -34,9 +34,9 @@ pub fn swiglu(gate: &Tensor, up: &Tensor, compute: Compute) -> Result<Tensor> {
 ///
 /// Shapes: `gate` and `up` the same, F32 → the same shape.
 pub fn gated(kind: Gate, gate: &Tensor, up: &Tensor, compute: Compute) -> Result<Tensor> {
-    match compute.backend {
-        BackendKind::Cpu => gate.contiguous()?.apply_op2(&up.contiguous()?, Gated { kind }),
-        BackendKind::Reference => match kind {
+    match compute.op_form() {
+        OpForm::Kernel => gate.contiguous()?.apply_op2(&up.contiguous()?, Gated { kind }),
+        OpForm::Portable => match kind {
             Gate::Silu => gate.silu()?.mul(up),
             Gate::GeluTanh => gate.gelu()?.mul(up),
         },

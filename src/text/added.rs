@@ -63,7 +63,7 @@ impl Tokenizer {
         let mut tokenizer = Self::open(checkpoint)?;
         for folder in folders.iter().filter(|folder| folder.join(FILE).is_file()) {
             let more = tokenizer.missing(folder)?;
-            tokenizer = tokenizer.grown(checkpoint, &more)?;
+            tokenizer = tokenizer.with_tokens(checkpoint, &more)?;
         }
         Ok(tokenizer)
     }
@@ -86,11 +86,15 @@ impl Tokenizer {
         for token in &mut more {
             token.normalized &= self.written_alone(&token.text)?.is_none();
         }
-        self.grown(checkpoint, &more)
+        self.with_tokens(checkpoint, &more)
     }
 
     /// This tokenizer with additional tokens, unchanged.
-    fn grown(self, checkpoint: &Checkpoint, more: &[AddedTokenSpec]) -> Result<Self, TextError> {
+    fn with_tokens(
+        self,
+        checkpoint: &Checkpoint,
+        more: &[AddedTokenSpec],
+    ) -> Result<Self, TextError> {
         let is_there = |token: &&AddedTokenSpec| {
             self.added_as(&token.text).is_some_and(|special| special || !token.special)
         };
@@ -204,8 +208,9 @@ pub fn added_beside(
     checkpoint: &Checkpoint,
     folders: &[&Path],
 ) -> Result<Vec<AddedTokenSpec>, TextError> {
-    match folders.iter().any(|folder| folder.join(FILE).is_file()) {
-        true => Ok(Tokenizer::open_beside(checkpoint, folders)?.added().to_vec()),
-        false => Ok(Vec::new()),
+    if folders.iter().any(|folder| folder.join(FILE).is_file()) {
+        Ok(Tokenizer::open_beside(checkpoint, folders)?.added().to_vec())
+    } else {
+        Ok(Vec::new())
     }
 }

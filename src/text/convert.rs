@@ -56,9 +56,7 @@ pub fn to_gguf(
         let ignore_merges = model["ignore_merges"] == true;
         let Some(pre) = tokenizer.pre_tokenizer_name(ignore_merges) else {
             let known = pre_tokenizer::known();
-            return Err(bad(format!(
-                "words are cut as under none of the names that llama.cpp has for it ({known})"
-            )));
+            return Err(bad(format!("the pre-tokenizer matches none of llama.cpp: {known}")));
         };
         ("gpt2", pre, None)
     };

@@ -82,7 +82,7 @@ pub(super) struct Parts {
 }
 
 /// What transformers makes of such a vocabulary when it turns SentencePiece's own file into a
-/// `tokenizer.json`: a BPE with byte fallback, whose merges lie by the scores of what they give.
+/// `tokenizer.json`: a BPE with byte fallback, whose merges are ordered by the scores of their results.
 pub(super) fn to_json(file: &Gguf) -> Result<Parts, TextError> {
     let tokens = gguf::tokens(file)?; // no joint token is one that was added
     let mut pairs = pairs(file, &tokens, &gguf::ids(file, &tokens)?)?;
@@ -163,14 +163,11 @@ pub(super) fn space_in_front(json: &Value) -> Result<bool, String> {
         }
         Some(_) => return Err(format!("words are cut by {words}")),
     }
-    match spaces_are_marked {
-        true => Ok(in_front),
-        false => Err(format!("spaces do not become {SPACE:?}")),
-    }
+    if spaces_are_marked { Ok(in_front) } else { Err(format!("spaces do not become {SPACE:?}")) }
 }
 
 /// Scores of tokens by a `tokenizer.json`'s merges: those that come first have the highest. Tokens whose
-/// merges lie among each other's have the same; those that no merge gives have the lowest.
+/// merges are interleaved have the same; those without a merge have the lowest.
 pub(super) fn scores(merges: &[(String, String)], ids: &HashMap<&str, u32>) -> Vec<f32> {
     // Of each token the first and last merge that gives it.
     let mut spans: HashMap<u32, (usize, usize)> = HashMap::new();
@@ -215,12 +212,15 @@ fn pairs(
     tokens: &[String],
     ids: &HashMap<&str, u32>,
 ) -> Result<Vec<(f32, u32, u32)>, TextError> {
-    let counted = |key: &str, found: usize| match found == tokens.len() {
-        true => Ok(()),
-        false => Err(TextError::format(
-            file.path(),
-            format!("{key} has {found} items, needed {}", tokens.len()),
-        )),
+    let counted = |key: &str, found: usize| {
+        if found == tokens.len() {
+            Ok(())
+        } else {
+            Err(TextError::format(
+                file.path(),
+                format!("{key} has {found} items, needed {}", tokens.len()),
+            ))
+        }
     };
     let (scores_key, types_key) = ("tokenizer.ggml.scores", "tokenizer.ggml.token_type");
     let scores = file.f32s(scores_key)?.ok_or_else(|| file.missing_key(scores_key))?;

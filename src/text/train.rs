@@ -1,8 +1,8 @@
-//! A new tokenizer: byte-level BPE (Sennrich et al. 2016) over the words of a text.
+//! Training of tokenizers: byte-level BPE (Sennrich et al. 2016) on the words of a text.
 //!
-//! Words are counted as the text streams by; the merges are learned from the counts by the
-//! tokenizers crate. What is written are the files of a Hugging Face folder. The word cutter is one
-//! that llama.cpp has a name for, so that a GGUF with this vocabulary gives the same ids.
+//! Words are counted while the text is streamed; the tokenizers crate learns the merges from the counts. The
+//! result is written as files of a Hugging Face folder. The pre-tokenizer is one that llama.cpp has a name
+//! for, so that a GGUF with this vocabulary gives the same ids.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -24,11 +24,10 @@ use tokenizers::{
 use super::{TextError, pre_tokenizer};
 use crate::weights::write_atomically;
 
-/// The special tokens, which have the first ids: the end of a document, and of chats the beginning
-/// and end of a turn.
+/// The special tokens, which have the first ids: end of document, and start and end of a chat turn.
 pub const SPECIAL_TOKENS: [&str; 3] = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"];
 
-/// Fewest tokens: the special ones and a token a byte.
+/// Minimum vocabulary size: the special tokens and one token for each byte.
 pub const SMALLEST_VOCABULARY: usize = SPECIAL_TOKENS.len() + 256;
 
 /// ChatML.
@@ -36,24 +35,22 @@ const CHAT_TEMPLATE: &str = "{% for message in messages %}\
     {{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}\
     {% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}";
 
-/// How often a pair must occur to become a token: as the tokenizers library's own byte-level
-/// trainer has it.
+/// Minimum frequency of a pair to become a token, as in the byte-level trainer of the tokenizers library.
 const MIN_FREQUENCY: u64 = 2;
-/// Distinct words that are kept; of more the rarest are forgotten, so that a corpus of any size
-/// takes about a gigabyte at most.
+/// Maximum number of distinct words; beyond it the rarest are dropped, so that a corpus of any size takes at
+/// most about a gigabyte.
 const MOST_WORDS: usize = 1 << 20;
-/// Bytes of a word that merges are learned from. What is longer is no word, and the trainer's time
-/// grows with its square.
+/// Maximum bytes of a word that merges are learned from: the trainer's time grows with the square.
 const LONGEST_WORD: usize = 512;
 
-/// How text is cut into words before merges: the names are llama.cpp's.
+/// How text is split into words before merges, with llama.cpp's names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum WordCut {
     /// GPT-2's words.
     Gpt2,
-    /// The same, and every digit a word of its own: numbers of any length are read alike.
+    /// GPT-2's words, with each digit as a word of its own.
     Smollm,
-    /// Llama 3's words: a mark sticks to the word behind it, digits in threes.
+    /// Llama 3's words: punctuation joins the word after it, digits are in groups of three.
     LlamaBpe,
 }
 
@@ -108,27 +105,27 @@ pub struct TokenizerTrainer {
     pre_tokenizer: PreTokenizerWrapper,
     vocab_size: usize,
     most_words: usize,
-    /// Words in printable characters, one a byte, as [`ByteLevel`] writes them.
+    /// Words in printable characters, one for each byte, as [`ByteLevel`] maps them.
     words: HashMap<Box<str>, u64>,
     report: TrainingReport,
 }
 
-/// What a tokenizer was learned from, and how well it compresses that.
+/// Statistics of training a tokenizer, and its compression of the text.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct TrainingReport {
-    /// Tokens of the vocabulary: fewer than asked for where the text has no more pairs.
+    /// Vocabulary size: smaller than requested if the text has no more pairs.
     pub vocab_size: usize,
     /// Bytes of text.
     pub bytes: u64,
     /// Tokens of all counted words.
     pub tokens: u64,
-    /// Bytes of counted words to a token.
+    /// Bytes of counted words per token.
     pub bytes_per_token: f64,
     /// Distinct words.
     pub words: usize,
-    /// Rare words forgotten on the way, a word counting again each time.
+    /// Rare words that were dropped; a word counts again each time.
     pub words_forgotten: u64,
-    /// Words too long to learn from.
+    /// Words that were too long.
     pub words_too_long: u64,
 }
 
@@ -153,10 +150,10 @@ impl TokenizerTrainer {
         })
     }
 
-    /// Counts the words of some texts, in parallel. What is counted does not depend on threads.
+    /// Counts the words of some texts in parallel. The counts do not depend on the number of threads.
     ///
     /// # Errors
-    /// If a word cutter's expression fails on a text.
+    /// If an expression of the pre-tokenizer fails on a text.
     pub fn add<T: AsRef<str> + Sync>(&mut self, texts: &[T]) -> Result<(), TextError> {
         let counts = texts.par_iter().map(|text| self.count(text.as_ref()));
         let counts = counts.try_reduce(Default::default, |one, other| Ok(joined(one, other)))?;
@@ -173,7 +170,7 @@ impl TokenizerTrainer {
     /// Learns the merges.
     ///
     /// # Errors
-    /// If there were no words at all, or the crate refuses.
+    /// If there are no words, or the tokenizers crate reports an error.
     pub fn train(mut self) -> Result<TrainedTokenizer, TextError> {
         if self.words.is_empty() {
             return Err(TextError::Tokenizer(
@@ -296,7 +293,7 @@ impl TrainedTokenizer {
     /// end generation. Padding is `<|endoftext|>`, not what a chat's answer is scored or ends at.
     ///
     /// # Errors
-    /// If there is a tokenizer already, or the system refuses.
+    /// If there is a tokenizer already, or the system reports an error.
     pub fn write(&self, folder: &Path) -> Result<(), TextError> {
         let [end_of_text, _, end_of_turn] = SPECIAL_TOKENS;
         let json_path = folder.join("tokenizer.json");

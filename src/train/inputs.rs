@@ -19,7 +19,7 @@ use crate::data::DataError;
 use crate::model::layer::Sizes;
 use crate::model::{ActiveAdapter, Decoder};
 use crate::monitor::Monitor;
-use crate::ops::{BackendKind, DeviceName};
+use crate::ops::DeviceName;
 use crate::quant::BlockType;
 use crate::text::{Tokenizer, convert, first_second};
 use crate::weights::Checkpoint;
@@ -199,8 +199,8 @@ pub fn check_memory(
     kept_layers: usize,
     monitor: Monitor<'_>,
 ) -> Result<(), TrainError> {
-    if demand.decoder.compute.backend == BackendKind::Reference {
-        return Ok(()); // what candle will take is not known
+    if !demand.layer_bytes().complete {
+        return Ok(()); // what the backend takes is not known
     }
     let megabytes = |bytes: u64| format!("{:.0} MB", (bytes as f64 / 1e6).ceil());
     if let (Some(budget), None) = (settings.memory_budget, settings.gradient_checkpointing) {
@@ -241,6 +241,5 @@ pub fn check_memory(
 /// reference form, whose memory is candle's.
 pub fn predicted_peak_bytes(demand: &Demand, kept_layers: usize) -> Option<usize> {
     let so_far = of_process("VmHWM:")?;
-    let fast = demand.decoder.compute.backend != BackendKind::Reference;
-    fast.then(|| Memory::of(demand, kept_layers).sum().max(so_far))
+    demand.layer_bytes().complete.then(|| Memory::of(demand, kept_layers).sum().max(so_far))
 }

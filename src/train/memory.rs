@@ -7,7 +7,8 @@ use std::sync::Arc;
 use quantune_adapters::delta::Adapter;
 use serde::Serialize;
 
-use crate::model::layer::{Sizes, Tape};
+use crate::model::backend::LayerBytes;
+use crate::model::layer::Sizes;
 use crate::model::{ActiveAdapter, Adapters, Decoder};
 use crate::ops::linear_cross_entropy;
 
@@ -75,6 +76,13 @@ pub struct Demand<'a> {
     pub process: usize,
 }
 
+impl Demand<'_> {
+    /// The memory that layers work with.
+    pub fn layer_bytes(&self) -> LayerBytes {
+        self.decoder.layer_bytes(self.tokens, &self.sizes)
+    }
+}
+
 /// Bytes of a run's memory at its peak, by what they are for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Memory {
@@ -104,9 +112,9 @@ impl Memory {
     /// Of a run in which the upper `kept` layers keep their tapes. This is the one sum: the budget is
     /// kept by it and the prediction is it.
     pub fn of(demand: &Demand, kept: usize) -> Self {
-        let Demand { decoder, layers, tokens, sizes, .. } = *demand;
+        let Demand { decoder, layers, tokens, .. } = *demand;
         let (config, compute) = (&decoder.config, decoder.compute);
-        let tape = Tape::bytes(config, compute, tokens, &sizes);
+        let LayerBytes { tape, shared, .. } = demand.layer_bytes();
         let kept = kept.min(layers);
         let width = config.hidden_size * size_of::<f32>();
         // Read rows, behind the norm, and both gradients.
@@ -117,7 +125,7 @@ impl Memory {
             adapter: 4 * demand.parameters * size_of::<f32>(),
             kept_tapes: tape * (kept + usize::from(kept < config.num_hidden_layers)),
             layer_inputs: (layers - kept) * tokens * width,
-            shared_buffers: Tape::shared_bytes(config, compute, tokens, &sizes),
+            shared_buffers: shared,
             logits: linear_cross_entropy::working_bytes(tokens, vocabulary, compute) + read,
             rollouts: demand.rollouts,
             reference: demand.reference,

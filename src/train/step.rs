@@ -17,7 +17,7 @@ use quantune_adapters::rng::Stream;
 
 use crate::data::Batch;
 use crate::model::backend::{Backend, Keep, ParameterGradients, with_backend};
-use crate::model::{ActiveAdapter, Adapters, Decoder, Rows};
+use crate::model::{ActiveAdapter, Adapters, Decoder, FullModel, Rows};
 use crate::objectives::{Objective, ObjectiveOutput};
 use crate::ops::BackendKind;
 use crate::optim::AdamW;
@@ -220,6 +220,16 @@ pub trait TrainState: Debug + Send {
         range: Range<usize>,
     ) -> Result<ObjectiveOutput>;
 
+    /// Adds the gradients of a micro-batch in which all weights of `model` train, times `scale`. Returns
+    /// its summed loss, unscaled.
+    fn accumulate_full(
+        &mut self,
+        model: &FullModel,
+        batch: &Batch,
+        scale: f64,
+        kept_layers: usize,
+    ) -> Result<f64>;
+
     /// A copy of all gradients on the host.
     fn gradients(&self) -> Result<Vec<Vec<f32>>>;
 
@@ -261,6 +271,7 @@ pub fn train_state(
         gradients: B::zero_gradients(parameters)?,
         optimizer: B::optimizer(optimizer, parameters)?,
         buffers: Buffers::default(),
+        full_buffers: Default::default(),
     })))
 }
 
@@ -269,6 +280,7 @@ struct StateOf<B: Backend> {
     gradients: Vec<B::Gradient>,
     optimizer: B::Optimizer,
     buffers: Buffers<B>,
+    full_buffers: B::FullBuffers,
 }
 
 impl<B: Backend> TrainState for StateOf<B> {
@@ -285,6 +297,17 @@ impl<B: Backend> TrainState for StateOf<B> {
     ) -> Result<ObjectiveOutput> {
         let gradients = &mut self.gradients[range];
         accumulate(decoder, batch, settings, gradients, &mut self.buffers)
+    }
+
+    fn accumulate_full(
+        &mut self,
+        model: &FullModel,
+        batch: &Batch,
+        scale: f64,
+        kept_layers: usize,
+    ) -> Result<f64> {
+        let (gradients, buffers) = (&mut self.gradients, &mut self.full_buffers);
+        B::accumulate_full(model, batch, scale, kept_layers, gradients, buffers)
     }
 
     fn gradients(&self) -> Result<Vec<Vec<f32>>> {

@@ -34,7 +34,7 @@ pub fn write_atomically(
         fs::rename(&partial, path)
     })();
     if written.is_err() {
-        let _ = fs::remove_file(&partial); // The first error is the one to tell.
+        let _ = fs::remove_file(&partial); // The first error is returned.
     }
     written.and_then(|()| sync_folder(path)).map_err(failed)
 }

@@ -60,7 +60,7 @@ fn holder(mut file: File) -> String {
 }
 
 impl Drop for Lock {
-    /// Nobody holds it: the next to take it must not be told of this process.
+    /// Clears the id of this process, so that it is not reported as a later holder.
     fn drop(&mut self) {
         let _ = self.file.set_len(0);
     }
@@ -77,9 +77,10 @@ mod tests {
         assert_eq!(Lock::holder(&path), None);
         let lock = Lock::take(&path).unwrap();
         // Where locks are mandatory, who holds one cannot be read.
-        let us = match cfg!(windows) {
-            true => "another process".to_string(),
-            false => format!("process {}", std::process::id()),
+        let us = if cfg!(windows) {
+            "another process".to_string()
+        } else {
+            format!("process {}", std::process::id())
         };
         assert!(matches!(Lock::take(&path), Err(LockError::Held(who)) if who == us));
         assert_eq!(Lock::holder(&path), Some(us));

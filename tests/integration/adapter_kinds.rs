@@ -1,5 +1,5 @@
-//! Every kind of adapter, DoRA, updates of embedding and head, whole modules and token rows: the fast
-//! form against the portable one, gradients against finite differences, rows against rows alone.
+//! Every kind of adapter (DoRA, updates of embedding and head, saved modules, token rows): the cpu backend
+//! compared with the reference, gradients with finite differences, batches with single rows.
 
 use std::sync::Arc;
 
@@ -24,9 +24,9 @@ use quantune_adapters::targets::Target;
 use crate::support::{load, model_path, new_state};
 use crate::train::rows;
 
-/// What an adapter of a test has beside plain updates.
+/// What an adapter of a test has in addition to plain LoRA.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Kind {
+pub enum Kind {
     Plain,
     Dora,
     /// Updates of the embedding and the head.
@@ -35,11 +35,11 @@ enum Kind {
     Whole,
     /// Rows of some tokens.
     Tokens,
-    /// The same, and others of the head for itself.
+    /// Rows of some tokens of the embedding, and of others of the head.
     Apart,
 }
 
-const KINDS: [Kind; 6] =
+pub const KINDS: [Kind; 6] =
     [Kind::Plain, Kind::Dora, Kind::Ends, Kind::Whole, Kind::Tokens, Kind::Apart];
 
 fn random(key: &str, shape: (usize, usize), deviation: f32) -> Vec<f32> {
@@ -51,7 +51,7 @@ fn var(values: Vec<f32>, shape: (usize, usize)) -> Var {
     Var::from_vec(values, shape, &Device::Cpu).unwrap()
 }
 
-/// An adapter that changes what the model says, the same for the same name.
+/// A random adapter, keyed by its name.
 fn adapter(decoder: &Decoder, name: &str, kind: Kind) -> Adapter {
     let config = LoraConfig {
         init_lora_weights: InitLoraWeights::Random,
@@ -108,16 +108,16 @@ fn adapter(decoder: &Decoder, name: &str, kind: Kind) -> Adapter {
     adapter
 }
 
-struct Step {
-    rows: Vec<Example>,
-    decoder: Decoder,
+pub struct Step {
+    pub rows: Vec<Example>,
+    pub decoder: Decoder,
     /// The trainable adapter last.
-    active: Vec<ActiveAdapter>,
-    parameters: Vec<(String, Var)>,
+    pub active: Vec<ActiveAdapter>,
+    pub parameters: Vec<(String, Var)>,
 }
 
 impl Step {
-    fn new(model: &str, compute: Compute, below: &[(Kind, f64)], kind: Kind) -> Self {
+    pub fn new(model: &str, compute: Compute, below: &[(Kind, f64)], kind: Kind) -> Self {
         Self::over(load(model, compute), below, kind)
     }
 
@@ -136,7 +136,7 @@ impl Step {
     }
 
     /// The loss over a few rows, and the gradients.
-    fn run(&self, recomputed: bool) -> (f64, Gradients) {
+    pub fn run(&self, recomputed: bool) -> (f64, Gradients) {
         let rows = &self.rows;
         let batch = Batch::new(rows, &[(0..rows.len()).collect()]);
         let vars: Vec<Var> = self.parameters.iter().map(|(_, var)| var.clone()).collect();
@@ -160,7 +160,7 @@ fn norm(values: &[f32]) -> f64 {
     values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt()
 }
 
-/// The fast form's loss and every gradient are the portable one's, whatever lies below.
+/// Loss and every gradient match the reference, with and without a frozen adapter below.
 #[test]
 fn every_kind_trains_like_the_reference() {
     for model in ["llama-tiny", "llama-untied", "qwen2-tiny", "llama-q8_0"] {
@@ -189,7 +189,7 @@ fn every_kind_trains_like_the_reference() {
     }
 }
 
-/// Over weights brought to a device (here the CPU) loss and gradients are those of the portable form.
+/// With weights uploaded to a device (here the CPU), loss and gradients match the reference.
 #[test]
 fn every_kind_trains_on_uploaded_weights() {
     for (model, recomputed) in [("llama-untied", false), ("qwen2-mix", true), ("llama-q4_0", true)]
@@ -214,8 +214,8 @@ fn every_kind_trains_on_uploaded_weights() {
     }
 }
 
-/// Over a vocabulary that grew the fast form, the portable one and uploaded weights agree, in rows and
-/// loss of the tokens that were added too; nothing of the other tokens is another.
+/// With added tokens the cpu backend, the reference and uploaded weights agree, also in rows and loss of
+/// the added tokens; results of the other tokens do not change.
 #[test]
 fn every_kind_trains_with_added_tokens() {
     for model in ["llama-tiny", "llama-untied", "llama-q4_0"] {
@@ -260,7 +260,7 @@ fn every_kind_trains_with_added_tokens() {
     }
 }
 
-/// Along a random direction of each parameter, central differences of the loss are the gradient's.
+/// Along a random direction of each parameter, central differences of the loss match the gradient.
 #[test]
 fn gradients_are_those_of_finite_differences() {
     for kind in KINDS {
@@ -268,8 +268,8 @@ fn gradients_are_those_of_finite_differences() {
         let (_, gradients) = step.run(false);
         for ((name, var), gradient) in step.parameters.iter().zip(&gradients) {
             let original: Vec<f32> = var.flatten_all().unwrap().to_vec1().unwrap();
-            // Up the gradient itself: the largest difference there is, against rounding. Row norms
-            // are kept meanwhile, as DoRA takes them for constants.
+            // Along the gradient itself, where the difference is largest compared with rounding. Row
+            // norms stay the same, as DoRA treats them as constants.
             let length = norm(gradient);
             if length < 0.02 {
                 continue;
@@ -294,8 +294,8 @@ fn gradients_are_those_of_finite_differences() {
     }
 }
 
-/// Rows that use adapters of their own get what each gets alone, in one pass and in generation; the
-/// integer modes and the portable form say nearly the same. Of a vocabulary that grew too.
+/// Rows with different adapters in one batch match single rows, in a forward pass and in generation; integer
+/// precisions and the reference are close. Also with added tokens.
 #[test]
 fn mixed_adapter_batch_matches_single_rows() {
     for vocabulary in [512, 515] {
@@ -380,8 +380,8 @@ fn rows_wear_what_they_wear_alone_over(vocabulary: usize) {
     }
 }
 
-/// Merged into a folder and a GGUF, every kind says what it says beside the base, at other weights than
-/// one too, and an embedding that was the head is none any longer where one of them changed.
+/// Merged into a folder and a GGUF, every kind gives the same log-probs as the active adapter, also at weights
+/// other than 1; a tied head becomes untied where only one of the two matrices changes.
 #[test]
 fn every_kind_merges_exactly() {
     for model in ["llama-tiny", "llama-untied", "qwen2-tiny", "llama-q8_0"] {

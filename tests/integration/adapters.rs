@@ -1,4 +1,4 @@
-//! The adapters crate against PEFT's own files and choices (scripts/golden/adapters.py).
+//! The adapters crate compared with PEFT's files and choice of modules (scripts/golden/adapters.py).
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -170,7 +170,7 @@ fn peft_folder_gives_peft_outputs() {
         let folder = changed(|_| {}, |bytes| rewrite(&bytes, dtype, name, convert));
         check_deltas(&read(folder.path(), &linears()).unwrap(), tolerance);
     }
-    // PEFT's own choice of modules, of which only the tensors tell.
+    // PEFT's default choice of modules, which only the tensors show.
     let folder = changed(|config| config["target_modules"] = Value::Null, |bytes| bytes);
     check_deltas(&read(folder.path(), &linears()).unwrap(), 1e-5);
 }
@@ -236,7 +236,7 @@ fn all_mismatches_are_reported_together() {
         }
         assert!(!error.contains('\n'));
     };
-    // Another base: wider, with a layer less.
+    // Another base: wider, with one layer fewer.
     let mut other = linears();
     other.retain(|l| !l.name.contains("layers.1.") && !l.name.contains("0.mlp"));
     other.iter_mut().for_each(|l| l.in_features = 32);

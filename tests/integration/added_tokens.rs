@@ -1,5 +1,5 @@
-//! Tokens added to a vocabulary, against transformers and PEFT: ids, ten steps, files; and the command
-//! line of it, from a base that has not got them to a merged model that has.
+//! Tokens added to a vocabulary, compared with transformers and PEFT: ids, ten training steps, files; and the
+//! command line, from a base without them to a merged model with them.
 
 use std::fs;
 use std::path::Path;
@@ -47,7 +47,7 @@ fn added_token_ids_match_transformers() {
     let base = Checkpoint::open(model_path("llama-tiny")).unwrap();
     let grown = Tokenizer::open(&base).unwrap().with_added(&base, &added).unwrap();
     check(&grown);
-    // What is written beside an adapter, read by whoever reads a folder.
+    // The files written beside an adapter are read as a folder.
     let folder = tempfile::tempdir().unwrap();
     let files = convert::beside(&base, &grown).unwrap();
     assert!(!files.iter().any(|(_, text)| text.contains("_decoder\": null")));
@@ -63,7 +63,7 @@ fn write(files: &[(&str, String)], folder: &Path) {
     }
 }
 
-/// Of every kind of tokenizer in a GGUF the files beside an adapter say the same, and bring the same
+/// For every kind of tokenizer in a GGUF, the files beside an adapter tokenize the same, and add the same
 /// tokens to the base again.
 #[test]
 fn adapter_folder_adds_its_tokens() {
@@ -92,7 +92,7 @@ fn adapter_folder_adds_its_tokens() {
                 assert_eq!(read.encode(text, special).unwrap(), needed, "{name} {text:?}");
             }
         }
-        // A GGUF with these tokens among its own, and fillers behind them.
+        // A GGUF that has these tokens already, followed by padding entries.
         let gguf = Gguf::open(golden(&name)).unwrap();
         let rows = grown.len() + 2;
         let keys = convert::keys_with_added_tokens(&gguf, rows, &added).unwrap();
@@ -117,9 +117,9 @@ fn adapter_folder_adds_its_tokens() {
     }
 }
 
-/// Under a normalizer that puts a space in front of texts a plain token is found wherever it stands, in
-/// a folder as in a GGUF. One that transformers added, which it finds behind spaces only, stays what it
-/// is, and is refused where a GGUF's keys are made.
+/// With a normalizer that adds a space in front of texts, a plain token is matched anywhere, in a folder and in
+/// a GGUF. One that was added by transformers is matched only after spaces; converting it to a GGUF is an
+/// error.
 #[test]
 fn added_tokens_match_after_any_character() {
     let lab = Lab::new();
@@ -160,7 +160,7 @@ fn added_tokens_match_after_any_character() {
     let error = error.to_string();
     let needed = "the added token \"ferry\" is looked for as";
     assert!(error.contains(needed), "{error}");
-    // The same over the GGUF itself; and beside an adapter that looks for it otherwise.
+    // The same with the GGUF itself; and beside an adapter that matches it differently.
     let gguf = Checkpoint::Gguf(own);
     let error = open_beside(&gguf, &[&beside]).unwrap_err();
     assert!(error.contains(needed), "{error}");
@@ -172,7 +172,7 @@ fn added_tokens_match_after_any_character() {
         let needed = format!("normalized of the token \"ferry\" {words}");
         assert!(error.contains(&needed), "{error}");
     }
-    // A mark stands for both.
+    // A special token is used for both.
     let mark = beside_of(&base, &AddedTokenSpec::list(&[], &["ferry".into()]).unwrap(), &[]);
     for folders in [[&beside, &mark], [&mark, &beside]] {
         let both = open_beside(&base, &folders).unwrap();
@@ -180,7 +180,7 @@ fn added_tokens_match_after_any_character() {
     }
 }
 
-/// What stands beside an adapter that added tokens to a base, with other words in its vocabulary.
+/// The files beside an adapter that added tokens to a base, with changes to its vocabulary.
 fn beside_of(base: &Checkpoint, added: &[AddedTokenSpec], changes: &[(&str, &str)]) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     let grown = Tokenizer::open(base).unwrap().with_added(base, added).unwrap();
@@ -212,7 +212,7 @@ fn adapter_of_another_base_is_an_error_in_any_order() {
         let needed = "token 0 is \"<|begin|>\", needed the base's \"<|endoftext|>\"";
         assert!(error.contains(needed), "{error}");
     }
-    // The base's own last token is the base's, also where an adapter has made a mark of it.
+    // The base's last token stays the base's, also where an adapter made it a special token.
     let last = Tokenizer::open(&base).unwrap().token(511).unwrap();
     let marked =
         beside_of(&base, &AddedTokenSpec::list(&[], std::slice::from_ref(&last)).unwrap(), &[]);
@@ -263,7 +263,7 @@ fn ten_training_steps_with_added_tokens_match_peft() {
         let last = read(&folder("final"), &decoder.linears());
         same_adapter(run, &adapter, &last);
         assert_eq!(adapter.head_tokens.is_some(), run == "untied");
-        // And what we write of it is what they wrote.
+        // Writing it gives the same files.
         let config = LoraConfig::from_json(&last.config.to_json()).unwrap();
         assert_eq!(config, last.config);
     }
@@ -318,8 +318,8 @@ fn sft(lab: &Lab, base: &str, out: &str, more: &[&str]) -> Vec<String> {
     args
 }
 
-/// A run over a base without the tokens, then all that reads its adapter: what each says of held-out
-/// rows is the same.
+/// A run on a base without the tokens, then every command that reads its adapter: held-out losses are the
+/// same.
 #[test]
 fn adapter_with_added_tokens_works_end_to_end() {
     let lab = Lab::new();
@@ -374,7 +374,7 @@ fn adapter_with_added_tokens_works_end_to_end() {
         let mut args = strings(&prompt);
         args.extend(strings(&["--raw", "--max-tokens", "3", "--json"]));
         last_json(&quantune(&args));
-        // ActiveAdapter by a decoder that was loaded without it.
+        // The adapter with a decoder that was loaded without its tokens.
         let error = open_adapter(Path::new(&adapter), "hot", &load(name, Compute::F32));
         let error = error.unwrap_err().to_string();
         assert!(
@@ -384,8 +384,8 @@ fn adapter_with_added_tokens_works_end_to_end() {
     }
 }
 
-/// A token that ends turns and came with the adapter stops Ollama; a text with added tokens is measured
-/// as `eval` measures it.
+/// An end-of-turn token of the adapter is a stop token in the Modelfile; the report measures a text with added
+/// tokens like `eval`.
 #[test]
 fn modelfile_and_report_use_added_tokens() {
     let lab = Lab::new();
@@ -460,7 +460,7 @@ fn conflicting_added_tokens_are_errors() {
         &["--adapter", &adapter, "--add-tokens", "new"],
         "has no rows for, needed a fresh adapter",
     );
-    // What it has already is nothing new; on top of it there may be more.
+    // Adding tokens that it has already changes nothing; more may be added.
     last_json(&quantune(&sft(
         &lab,
         &base(),
@@ -496,8 +496,8 @@ fn conflicting_added_tokens_are_errors() {
     );
 }
 
-/// Updates of embedding and head that are older than some tokens change what they changed before, and
-/// nothing of the new tokens; in a PEFT folder and in a GGUF LoRA.
+/// Updates of embedding and head from before tokens were added give the same results as before, and do not
+/// change the new tokens; in a PEFT folder and in a GGUF LoRA.
 #[test]
 fn older_embedding_and_head_updates_do_not_change_added_tokens() {
     let lab = Lab::new();
@@ -533,7 +533,7 @@ fn older_embedding_and_head_updates_do_not_change_added_tokens() {
         }
         assert_eq!(embedded, says(514, false, &row).1, "{path}");
     }
-    // In training too; what has a whole head is told.
+    // In training too; an adapter with a whole head is an error.
     last_json(&train("top", &["--frozen-adapter", &ends, "--add-tokens", "new"]));
     last_json(&train("whole", &["--modules-to-save", "lm_head"]));
     let whole = lab.path("whole/adapter");
@@ -542,8 +542,8 @@ fn older_embedding_and_head_updates_do_not_change_added_tokens() {
     assert!(told.contains(needed), "{told}");
 }
 
-/// Beside updates of embedding and head PEFT writes the rows that new tokens had in its base. Rows that
-/// are ours are left alone, others are told: an adapter on top of them is another model.
+/// Beside updates of embedding and head PEFT writes the rows that added tokens had in its base. Different rows
+/// are an error: the adapter would give another model here.
 #[test]
 fn differing_rows_of_added_tokens_are_errors() {
     let lab = Lab::new();
@@ -562,7 +562,7 @@ fn differing_rows_of_added_tokens_are_errors() {
         assert!(error.contains(needed), "{error}");
     }
 
-    // Rows that the adapter itself puts in their place are no matter.
+    // Rows that the adapter replaces are not compared.
     let base = model_path("llama-tiny").display().to_string();
     let more = ["--target-modules", "q_proj", "lm_head", "--add-tokens", "ferry"];
     last_json(&quantune(&sft(&lab, &base, "tied", &more)));
@@ -575,7 +575,7 @@ fn differing_rows_of_added_tokens_are_errors() {
     assert_eq!(with_head_rows(&folder, &bytes, &decoder, &|v| *v += 0.1), Ok(()));
 }
 
-/// An adapter opened with a head of its base in its file, whose row of an added token is changed.
+/// Opens an adapter whose file has a head of its base with a changed row of an added token.
 fn with_head_rows(
     folder: &Path,
     bytes: &[u8],
@@ -597,8 +597,8 @@ fn with_head_rows(
     open_adapter(folder, "theirs", decoder).map(|_| ()).map_err(|error| error.to_string())
 }
 
-/// A base with a row that no token has: the first token that is added takes it and begins as it is, and
-/// only the second is one more row, the mean of all; of a folder and of a GGUF, whose filler it is.
+/// A base with a row without a token: the first added token takes this row and its values, and the second
+/// gets a new row, the mean of all; in a folder, and in a GGUF with a padding entry.
 #[test]
 fn added_tokens_reuse_padding_rows() {
     let lab = Lab::new();
@@ -639,7 +639,7 @@ fn added_tokens_reuse_padding_rows() {
                 "{name} {module}"
             );
         }
-        // Under updates of both no row trains for itself; idle ones and new ones are the base's.
+        // With updates of both matrices no row is trained by itself; unused and new rows are the base's.
         let name = &format!("{name}-ends");
         let ends = ["--target-modules", "q_proj", "embed_tokens", "lm_head"];
         last_json(&quantune(&sft(&lab, base, name, &[&more[..2], &ends].concat())));

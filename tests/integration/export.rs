@@ -1,4 +1,4 @@
-//! Models that were written, read again.
+//! Export of models: written files are read back and compared.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -29,7 +29,7 @@ const TEXTS: &[&str] = &[
     "",
 ];
 
-/// That two checkpoints turn text into the same tokens, and messages into the same text.
+/// Checks that two checkpoints tokenize text and render messages the same way.
 fn same_tokenizer(one: &Checkpoint, other: &Checkpoint) {
     let (one, other) = (Tokenizer::open(one).unwrap(), Tokenizer::open(other).unwrap());
     for text in TEXTS {
@@ -164,7 +164,7 @@ fn merged_weights_equal_base_plus_updates() {
                 verify(&base, &active, &out, bounds).unwrap();
             }
         }
-        // The base alone is something else, and is found out.
+        // The base without the adapter differs, which is detected.
         let out = folder.path().join("plain.gguf");
         write_gguf(&plain, &Recipe::new(FileType::F32), None, &out).unwrap();
         let error = verify(&base, &active, &out, VerifyBounds::F32).unwrap_err().to_string();
@@ -181,7 +181,7 @@ fn failed_export_leaves_no_files() {
         Ok(_) => panic!("written"),
         Err(error) => error.to_string(),
     };
-    // 96 wide: no blocks of 256, asked for by name.
+    // Rows of 96 values have no whole blocks of 256; the type is requested explicitly.
     let mut recipe = Recipe::new(FileType::Q8_0);
     recipe.token_embedding_type = Some(BlockType::Q4_K);
     let found = error(write_gguf(&source, &recipe, None, &folder.path().join("a.gguf")));
@@ -197,7 +197,7 @@ fn failed_export_leaves_no_files() {
     assert!(full.join("thesis.txt").exists());
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
 
-    // A number that is none, in memory.
+    // A NaN in memory.
     let config = Config::read(&base).unwrap();
     let values: Vec<Vec<f32>> = load::tensors(&config)
         .iter()
@@ -244,7 +244,7 @@ fn model_in_memory_is_written_in_both_formats() {
     }
 }
 
-/// A GGUF has no place for Unicode normalization: what differs by that is warned of, a folder keeps it.
+/// A GGUF has no key for Unicode normalization, which is warned of; a folder keeps it.
 #[test]
 fn export_warns_when_tokenizers_differ() {
     let folder = tempfile::tempdir().unwrap();
@@ -273,7 +273,7 @@ fn export_warns_when_tokenizers_differ() {
     }
 }
 
-/// The config of one of the models that llama-quantize was asked about.
+/// The config of one of the models that llama-quantize was run on.
 fn quantized_config(model: &serde_json::Value) -> Config {
     let size = |key: &str| model[key].as_u64().unwrap() as usize;
     let family = FAMILIES.iter().find(|family| model["arch"] == family.architecture).unwrap();

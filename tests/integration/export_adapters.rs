@@ -1,4 +1,4 @@
-//! Adapters that were written, importance matrices, and what each way to keep a model costs.
+//! Export of adapters as GGUF LoRA, importance matrices, and the quality report.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -67,7 +67,7 @@ fn gguf_lora_round_trips() {
                 let off = off.unwrap();
                 bounds.check(off).unwrap_or_else(|fault| panic!("{about} {dtype}: {fault}"));
 
-                // What was read is an adapter as any other: PEFT's folder holds it.
+                // The adapter read back can be written as a PEFT folder.
                 let peft = folder.path().join("peft");
                 format::write_folder(&read, &peft).unwrap();
                 let (again, unmatched) =
@@ -103,7 +103,7 @@ fn unsupported_gguf_lora_contents_are_errors() {
     assert!(write(&huge, BlockType::F16).contains("F16 cannot"));
     assert!(!out.exists());
 
-    // For another family, and a model that is no adapter.
+    // An adapter of another family, and a model instead of an adapter.
     lora::write_gguf_lora(&plain, 1.0, &decoder.config, BlockType::F32, &out).unwrap();
     let other = load("qwen2-tiny", Compute::F32);
     for (path, words) in
@@ -257,7 +257,7 @@ fn quality_report_ranks_bits_and_importance() {
     assert!(kl[0] == 0.0 && lines[0].same_top == 1.0, "{lines:?}");
     assert!(kl[0] < kl[1] && kl[1] < kl[2] && kl[2] < kl[3], "{kl:?}");
 
-    // What importance is for: less error where inputs are large.
+    // Importance gives less error where inputs are large.
     let error = |file: &str, tensor: &quantune::export::ExportTensor, weights: &[f32]| {
         let written = Checkpoint::open(folder.path().join(file)).unwrap();
         let written = ExportSource::open(&written, &[]).unwrap();
@@ -280,7 +280,7 @@ fn quality_report_ranks_bits_and_importance() {
         assert!(weighted < plain, "{gguf}: {weighted:e} after {plain:e}");
     }
 
-    // An importance of another model.
+    // An importance matrix of another model.
     let mut wrong = importance.clone();
     wrong.columns.insert("blk.0.attn_q.weight".into(), vec![1.0; 7]);
     let out = folder.path().join("wrong.gguf");

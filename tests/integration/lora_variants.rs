@@ -1,5 +1,5 @@
-//! The LoRA family against PEFT: ten training steps, merged weights, files, combinations; LoftQ under
-//! our own quantizers; and the command line of it.
+//! LoRA variants compared with PEFT: ten training steps, merged weights, files, combinations; LoftQ with
+//! every block type; and their command line.
 
 use std::collections::HashMap;
 use std::fs;
@@ -47,7 +47,7 @@ fn product(lora: &Lora) -> Tensor {
         .unwrap()
 }
 
-/// `W + s B A`, its rows as long as DoRA's magnitudes.
+/// `W + s B A`, with DoRA's magnitudes as row norms.
 fn merged(lora: &Lora, base: &dyn BaseRows) -> Tensor {
     let mut values = vec![0f32; base.rows() * base.cols()];
     base.read(0..base.rows(), &mut values);
@@ -71,7 +71,7 @@ fn weights(decoder: &Decoder, module: &str) -> Option<Box<dyn BaseRows>> {
     decoder.linear_weight(module).map(|weight| Box::new(weight) as Box<dyn BaseRows>)
 }
 
-/// What a run of PEFT's began with: its own file, or what the config makes of the base.
+/// The initial adapter of a PEFT run: its file, or an initialization from the base.
 fn begun(run: &str, config: &Value, decoder: &Decoder) -> Adapter {
     let initial = golden(&format!("lora_variants/{run}/initial"));
     let config = LoraConfig::from_json(&config.to_string()).unwrap();
@@ -90,7 +90,7 @@ fn begun(run: &str, config: &Value, decoder: &Decoder) -> Adapter {
     adapter
 }
 
-/// Ten steps with the losses and gradient norms of PEFT, and its adapter at the end.
+/// Compares ten steps with PEFT: losses, gradient norms, and the final adapter.
 fn ten_steps(run: &str, compute: Compute) {
     let theirs = golden_json(&format!("lora_variants/{run}/run.json"));
     let decoder = load(theirs["base"].as_str().unwrap(), compute);
@@ -156,7 +156,7 @@ pub fn take_steps(
     }
 }
 
-/// Products where a decomposition left the signs open, else every tensor.
+/// Compares products where a decomposition leaves signs undetermined, else every tensor.
 pub fn same_adapter(run: &str, ours: &Adapter, theirs: &Adapter) {
     assert_eq!(ours.modules.len(), theirs.modules.len());
     for (module, lora) in &ours.modules {
@@ -321,7 +321,7 @@ fn combinations_match_peft() {
     }
 }
 
-/// A matrix as trained ones are: a few strong directions in noise.
+/// A matrix like a trained one: a few strong directions in noise.
 fn matrix(rows: usize, cols: usize) -> Weight {
     let draw = |key: &str, rows: usize, cols: usize, deviation: f32| {
         let mut stream = Stream::new(3, key, &[]);
@@ -332,7 +332,7 @@ fn matrix(rows: usize, cols: usize) -> Weight {
     Weight((strong + draw("noise", rows, cols, 0.03)).unwrap())
 }
 
-/// `‖W - Q - s B A‖` falls with the rounds, under every quantizer; and is under what is lost without.
+/// `‖W - Q - s B A‖` falls with the rounds for every block type, and is below `‖W - Q‖`.
 #[test]
 fn loftq_reduces_error_of_every_block_type() {
     let weight = matrix(96, 256);
@@ -383,7 +383,7 @@ fn every_initialization_starts_as_the_base() {
         let loss = first(&format!("run{i}"), more);
         assert!((loss - plain).abs() < 2e-5, "{more:?} begins at {loss}, the base is at {plain}");
     }
-    // LoftQ begins nearer to another base: here one that is the original of nothing.
+    // LoftQ starts nearer to another base: here one that is not the original of any.
     let other = lab.other_base();
     let loftq = ["--init-lora-weights", "loftq", "--loftq-base", &other];
     assert!((first("loftq", &loftq) - plain).abs() > 1e-3);
@@ -392,7 +392,7 @@ fn every_initialization_starts_as_the_base() {
     assert!((first("nothing lost", &nothing_lost) - plain).abs() < 2e-5);
 }
 
-/// A path that was given relative to one directory is found from another.
+/// A path given relative to one directory is found when resuming from another.
 #[test]
 fn a_loftq_run_resumes_from_another_directory() {
     let lab = Lab::new();
@@ -466,7 +466,7 @@ fn export_and_merge_combine_adapters() {
     last_json(&run("export", "seeded", &[&combined[..], &["--seed", "7"]].concat()));
     assert_ne!(bytes("peft"), bytes("seeded"));
 
-    // Exactly the sum, whether it is made one adapter first or not.
+    // Exactly the sum, whether the adapters are combined first or not.
     last_json(&run("merge", "sum.gguf", &["--type", "F32"]));
     last_json(&run("merge", "cat.gguf", &["--type", "F32", "--combination-type", "cat"]));
     let weights = |file: &str| -> Vec<f32> {
@@ -490,10 +490,14 @@ fn export_and_merge_combine_adapters() {
     check("export", &["--combination-type", "tie"], "needed one of linear, cat, svd");
     check("export", &["--combination-type", "ties"], "ties needs a density");
     check("merge", &["--density", "0.5"], "--combination-type");
-    check("merge", &["--combination-type", "cat", "--seed", "1"], "--seed only applies to the dare methods");
+    check(
+        "merge",
+        &["--combination-type", "cat", "--seed", "1"],
+        "--seed only applies to the dare methods",
+    );
     check(
         "merge",
         &["--combination-type", "cat", "--svd-rank", "1"],
-        "svd_rank is for the svd kinds",
+        "svd_rank only applies to the svd kinds",
     );
 }

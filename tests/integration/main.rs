@@ -4,6 +4,7 @@ mod adapter_kinds;
 mod adapters;
 mod added_tokens;
 mod allocations;
+mod backends;
 mod binary;
 mod chat;
 mod cli;

@@ -1,5 +1,5 @@
-//! Every family against transformers and PEFT, on tiny random models: from the folder and from the GGUF
-//! that llama.cpp's converter makes of it.
+//! Every model family compared with transformers and PEFT on tiny random models, from the folder and from
+//! the GGUF of llama.cpp's converter.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -32,8 +32,7 @@ pub const VARIANTS: &[&str] = &[
     "phi3-long",
 ];
 
-/// Further adapters, and the model they are for: DoRA on fused modules, and parts of a head whose logits
-/// have a cap.
+/// Additional adapters with their models: DoRA on fused modules, and parts of a head with a softcap.
 const ADAPTERS: &[(&str, &str)] =
     &[("phi3-dora", "phi3"), ("gemma2-head", "gemma2"), ("gemma2-tokens", "gemma2")];
 
@@ -210,7 +209,7 @@ fn gradients_match_peft() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// Log-probs at a temperature, and their gradients: a cap on logits comes before it.
+/// Log-probs at a temperature, and their gradients: the softcap is applied first.
 #[test]
 fn temperatures_agree_in_both_forms() {
     for (name, base) in [
@@ -285,8 +284,8 @@ fn cached_pass_matches_single_pass() {
     }
 }
 
-/// A row that grows beyond the positions from which on it rotates otherwise is read anew, and so is one
-/// that goes on from a shorter one.
+/// A row that grows beyond the LongRoPE threshold is recomputed, and so is one that continues from a shorter
+/// one.
 #[test]
 fn rows_grow_across_longrope_threshold() {
     let (_folder, checkpoint) = variant("phi3-long");
@@ -302,7 +301,7 @@ fn rows_grow_across_longrope_threshold() {
                 .max_by(|a, b| logits[0][*a as usize].total_cmp(&logits[0][*b as usize]))
                 .unwrap()
         };
-        // Prompts before, on and beyond the border of 24, with one engine.
+        // Prompts before, at and beyond the threshold of 24, with one engine.
         let mut engine = Engine::new(&decoder, CacheType::F32, 2);
         let prompts = [&row[..18], &row[..24], &row[..25], &row[..38]];
         for prompt in prompts {
@@ -316,7 +315,7 @@ fn rows_grow_across_longrope_threshold() {
                 }
             }
         }
-        // Two rows were read once more, each when it had a token beyond the border.
+        // Two rows were recomputed, each when it had a token beyond the threshold.
         let usage = engine.usage();
         let all = prompts.iter().map(|prompt| prompt.len()).sum();
         assert_eq!((usage.prompt_tokens, usage.reread_tokens), (all, 2 * 25));
@@ -335,7 +334,7 @@ fn rows_grow_across_longrope_threshold() {
         let error = decoder.hidden_cached(&next(20, 30), Adapters::NONE, &mut cache);
         assert!(error.unwrap_err().to_string().contains("all of its tokens anew"));
 
-        // Packed rows turn each by its own length, whatever stands beside them.
+        // Packed rows rotate by their own length, whatever else is in the batch.
         let of = |rows: &[&[u32]]| {
             let hidden = decoder.hidden(&Rows::new(rows), Adapters::NONE).unwrap();
             hidden.flatten_all().unwrap().to_vec1::<f32>().unwrap()
@@ -346,7 +345,7 @@ fn rows_grow_across_longrope_threshold() {
     }
 }
 
-/// A model in several files is that in one, to the bit; later files and missing ones are told.
+/// A split model equals the single file bit for bit; opening a later file, or a missing one, is an error.
 #[test]
 fn split_gguf_matches_single_file() {
     let first = "split-00001-of-00003.gguf";
@@ -375,8 +374,8 @@ fn split_gguf_matches_single_file() {
     assert!(twice.contains("do not name it file 2 of 3"), "{twice}");
 }
 
-/// A folder quantized on load: the head has no fewer than 6 bits, and rows that are no whole blocks of a
-/// type get another.
+/// A folder quantized on load: the head has at least 6 bits, and rows that are not whole blocks of a type get
+/// another type.
 #[test]
 fn a_folder_is_quantized_on_load() {
     let checkpoint = Checkpoint::open(golden("model_families/qwen3")).unwrap();

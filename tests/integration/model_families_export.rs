@@ -1,4 +1,5 @@
-//! Every family written: merged in the form it came in, and in the other, against llama.cpp's converter.
+//! Export of every model family: merged in its own format and in the other, compared with llama.cpp's
+//! converter.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -47,7 +48,7 @@ fn with_tokenizer(from: &Path, to: &Path) {
     std::fs::write(to.join("tokenizer.json"), tokenizer.to_string()).unwrap();
 }
 
-/// Keys with their values as text, but for those that `dropped` says.
+/// Keys with their values as text, without those that `dropped` selects.
 fn keys(gguf: &Gguf, dropped: impl Fn(&str) -> bool) -> Vec<(String, String)> {
     let kept = gguf.metadata().filter(|(key, _)| !dropped(key));
     let mut keys: Vec<(String, String)> =
@@ -128,8 +129,7 @@ fn gguf_lora_round_trips_in_every_family() {
     }
 }
 
-/// Keys that only we write: what llama.cpp would take as default anyway, or (a Mistral's window) does not
-/// read.
+/// Keys that only Quantune writes: llama.cpp's defaults, or (a Mistral's window) ones it does not read.
 const OURS: &[&str] = &[
     "vocab_size",
     "rope.dimension_count",
@@ -160,7 +160,7 @@ fn folder_converts_to_llama_cpp_gguf_and_back() {
             OURS.contains(&key) || window || key.starts_with("tokenizer.")
         };
         let is_theirs = |key: &str| {
-            // Of its context a Phi-3 without longrope makes nothing.
+            // A Phi-3 without longrope does not use its original context.
             key == "general.size_label" || key == "phi3.rope.scaling.original_context_length"
         };
         let of_name = |key: &str| key == "general.name";
@@ -249,7 +249,7 @@ fn yarn_parameters_are_written_to_gguf() {
         .unwrap();
     verify(&base, &[], &out, VerifyBounds::F32).unwrap();
     let gguf = Gguf::open(&out).unwrap();
-    // llama.cpp multiplies its own growth of 0.1 ln(4) + 1 by it.
+    // llama.cpp multiplies it by its own factor of 0.1 ln(4) + 1.
     let grown = gguf.f64("llama.rope.scaling.attn_factor").unwrap().unwrap();
     assert!((grown * (0.1 * 4f64.ln() + 1.0) - 1.3).abs() < 1e-6);
     assert!(matches!(gguf.get("llama.rope.scaling.yarn_beta_fast"), Some(GgufValue::F32(9.0))));
@@ -276,8 +276,7 @@ fn unsupported_gguf_properties_are_errors() {
     }
 }
 
-/// What merging makes of a tied head that an adapter changes: a folder says it, llama.cpp's Gemma 2 does
-/// not.
+/// A tied head that an adapter changes is merged into a folder; llama.cpp's Gemma 2 has no place for it.
 #[test]
 fn changed_head_with_softcap_merges_into_folder() {
     let temporary = tempfile::tempdir().unwrap();

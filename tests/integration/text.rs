@@ -1,4 +1,4 @@
-//! Tokenizers and chat templates against what Python's libraries make of the same files.
+//! Tokenizers and chat templates compared with Python's libraries on the same files.
 
 use std::fs;
 use std::path::Path;
@@ -17,7 +17,7 @@ fn open(name: &str) -> Tokenizer {
     Tokenizer::open(&Checkpoint::open(model_path(name)).unwrap()).unwrap()
 }
 
-/// A GGUF with a golden one's metadata, changed.
+/// A GGUF with changed metadata of a golden one.
 fn changed_gguf(change: impl Fn(&mut Vec<(String, OwnedValue)>)) -> Result<Tokenizer, TextError> {
     let source = Gguf::open(model_path("llama-q8_0")).unwrap();
     let mut metadata: Vec<(String, OwnedValue)> =
@@ -46,7 +46,7 @@ fn user(text: &str) -> Vec<Value> {
     vec![json!({"role": "user", "content": text})]
 }
 
-/// Falcon's vocabulary lacks bytes: what stands around one is not merged over it, as in llama.cpp.
+/// Falcon's vocabulary lacks bytes: their neighbours are not merged across them, as in llama.cpp.
 #[test]
 fn byte_without_token_separates_neighbours() {
     let source = Gguf::open(model_path("llama-q8_0")).unwrap();
@@ -70,8 +70,8 @@ fn byte_without_token_separates_neighbours() {
     assert_eq!(encode(&format!("{left}\u{b}{right}")), parts);
 }
 
-/// The ids are those llama-tokenize gives for the same vocabulary: of special tokens that overlap,
-/// the longest, although another begins first.
+/// Ids match llama-tokenize with the same vocabulary: of overlapping special tokens the longest matches, even
+/// if another begins first.
 #[test]
 fn longest_of_overlapping_special_tokens_matches() {
     // The last tokens, which nothing is merged from, become special ones.
@@ -137,7 +137,7 @@ fn ids_and_offsets_match_python_tokenizers() {
     }
 }
 
-/// The golden folders cut words as these GGUFs say.
+/// The golden folders pre-tokenize like these GGUFs.
 #[test]
 fn a_gguf_and_a_folder_with_one_vocabulary_agree() {
     let golden = golden_json("text/tokens.json");
@@ -201,7 +201,7 @@ fn set(metadata: &mut Vec<(String, OwnedValue)>, key: &str, value: OwnedValue) {
     metadata.push((key.into(), value));
 }
 
-/// A stream gives what decoding at once gives, and never half a character.
+/// Streaming gives the same text as decoding at once, without partial characters.
 #[test]
 fn a_stream_never_splits_a_character() {
     let tokenizer = open("llama-q8_0");
@@ -270,7 +270,7 @@ fn templates_match_transformers() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// Templates that people use, over rows as people write them: from the line to the text.
+/// Templates of published models on data rows: from the line to the text.
 #[test]
 fn real_templates_match_transformers() {
     let golden = golden_json("text/real_templates.json");

@@ -1,4 +1,4 @@
-//! Tokenizers we train, against what Python's tokenizers library learns from the same text.
+//! Trained tokenizers compared with Python's tokenizers library on the same text.
 
 use std::path::Path;
 
@@ -47,7 +47,7 @@ fn trained_tokenizer_matches_python() {
     }
 }
 
-/// The order of texts, and how they are handed over, change nothing.
+/// The order of texts and their split into calls do not matter.
 #[test]
 fn trained_tokenizer_depends_only_on_word_counts() {
     let golden = golden_json("text/trained.json");
@@ -86,7 +86,7 @@ fn special_tokens_end_documents_and_turns() {
     assert!(second.unwrap().ends_with("has a tokenizer.json, needed a new folder"));
 }
 
-/// Bytes of tokens add up to those of the text, whatever characters are cut between tokens.
+/// Byte lengths of tokens add up to those of the text, also when tokens split characters.
 fn check_round_trip(tokenizer: &Tokenizer, lengths: &[u32], text: &str) {
     let tokens = tokenizer.encode(text, Special::AsText).unwrap();
     assert_eq!(tokenizer.decode(&tokens, false).unwrap(), text);

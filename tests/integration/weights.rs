@@ -1,4 +1,4 @@
-//! Files of weights: golden ones, a witness, and hostile ones.
+//! Weights files: golden files, comparison with gguf-rs, and malformed files.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -90,7 +90,7 @@ fn metadata_of_every_type_is_read() {
     assert!(wrong.contains("\"F32\" has shape [2, 256], needed 1 dimensions"), "{wrong}");
 }
 
-/// Writes what `gguf` holds with our writer.
+/// Writes the contents of `gguf` with our writer.
 fn rewrite(gguf: &Gguf, path: &Path) {
     let metadata: Vec<_> =
         gguf.metadata().map(|(key, value)| (key.to_string(), value.to_owned())).collect();
@@ -215,7 +215,7 @@ fn writer_rejects_invalid_content() {
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
 }
 
-// gguf-rs as a witness: its sizes are wrong for some types (BF16 among them), the rest counts.
+// Comparison with gguf-rs: its sizes are wrong for some types (BF16 among them), all else must agree.
 
 fn check_against_gguf_rs(path: &Path) {
     let ours = Gguf::open(path).unwrap();
@@ -261,7 +261,7 @@ fn gguf_rs_lists_the_same_tensors() {
     check_against_gguf_rs(&golden());
 }
 
-// Hostile GGUF files.
+// Malformed GGUF files.
 
 /// The bytes of a GGUF header by hand, so that anything can be wrong with it.
 struct Raw(Vec<u8>);
@@ -469,7 +469,7 @@ fn a_tensor_of_an_unknown_type_fails_when_used() {
     assert!(listed.to_string().contains("iq2    IQ2_S"), "{listed}");
 }
 
-/// One change a hostile hand may make to a file.
+/// One mutation of a file.
 #[derive(Debug, Clone)]
 enum Change {
     Byte(prop::sample::Index, u8),
@@ -515,7 +515,7 @@ fn mutate(bytes: &mut Vec<u8>, changes: &[Change]) {
     bytes.truncate(16 << 10);
 }
 
-/// Reads all there is to read; what fails must fail by `Err`.
+/// Reads everything; failures must be `Err`.
 fn read_all(path: &Path) {
     if let Ok(checkpoint) = Checkpoint::open(path) {
         for name in checkpoint.tensor_names() {
@@ -533,8 +533,8 @@ fn read_all(path: &Path) {
     }
 }
 
-/// The most a file of 16 KB may make us ask for at once. A block of 84 bytes becomes 1 KB, a byte
-/// of metadata an `OwnedValue` of 32; the bound is far from any count a file can claim.
+/// The largest single allocation for a file of 16 KB. A block of 84 bytes becomes 1 KB, a byte of metadata
+/// an `OwnedValue` of 32; counts that a file may claim are far larger.
 const MOST: usize = 2 << 20;
 
 static GOOD: LazyLock<Vec<u8>> = LazyLock::new(|| {

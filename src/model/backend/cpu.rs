@@ -3,12 +3,15 @@
 use std::borrow::Cow;
 
 use candle_core::{Result, Tensor, Var};
+use rayon::prelude::*;
 
-use super::{Backend, Inference, Keep, ParameterGradients};
+use super::{Backend, Inference, Keep, LayerBytes, ParameterGradients};
+use crate::data::Batch;
 use crate::model::adapters::{ActiveAdapter, Adapters};
 use crate::model::cache::KvCache;
 use crate::model::decoder::Decoder;
-use crate::model::layer::{AdapterGradients, LayerPass, LinearGroup, Tape, Workspace};
+use crate::model::full::{FullBuffers, FullModel};
+use crate::model::layer::{AdapterGradients, LayerPass, LinearGroup, Sizes, Tape, Workspace};
 use crate::model::pass::Pass;
 use crate::model::reading::Reading;
 use crate::ops::linear_cross_entropy::Distributions;
@@ -53,6 +56,9 @@ impl Backend for Cpu {
     type Scratch = CpuScratch;
     type Gradient = Vec<f32>;
     type Optimizer = AdamW;
+    type FullBuffers = Box<FullBuffers>;
+
+    const RECOMPUTES_FULL_TRAINING: bool = true;
 
     fn embed(decoder: &Decoder, tokens: &[u32], pass: &Pass, x: &mut Vec<f32>) -> Result<()> {
         decoder.embed_into(tokens, pass, x)
@@ -217,12 +223,32 @@ impl Backend for Cpu {
         decoder.logits_of(hidden, adapters)
     }
 
+    fn accumulate_full(
+        model: &FullModel,
+        batch: &Batch,
+        scale: f64,
+        kept_layers: usize,
+        gradients: &mut [Vec<f32>],
+        buffers: &mut Box<FullBuffers>,
+    ) -> Result<f64> {
+        model.accumulate(batch, scale, kept_layers, gradients, buffers)
+    }
+
+    fn layer_bytes(decoder: &Decoder, tokens: usize, sizes: &Sizes) -> LayerBytes {
+        let (config, compute) = (&decoder.config, decoder.compute);
+        LayerBytes {
+            tape: Tape::bytes(config, compute, tokens, sizes),
+            shared: Tape::shared_bytes(config, compute, tokens, sizes),
+            complete: true,
+        }
+    }
+
     fn zero_gradients(parameters: &[Var]) -> Result<Vec<Vec<f32>>> {
         Ok(parameters.iter().map(|var| vec![0.0; var.elem_count()]).collect())
     }
 
     fn clear_gradients(gradients: &mut [Vec<f32>]) -> Result<()> {
-        gradients.iter_mut().for_each(|gradient| gradient.fill(0.0));
+        gradients.par_iter_mut().for_each(|gradient| gradient.fill(0.0));
         Ok(())
     }
 

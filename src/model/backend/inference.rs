@@ -3,10 +3,11 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 
-use super::{Backend, Inference, with_backend};
+use super::{Backend, Inference, LayerBytes, with_backend};
 use crate::model::adapters::Adapters;
 use crate::model::cache::KvCache;
 use crate::model::decoder::Decoder;
+use crate::model::layer::Sizes;
 use crate::model::pass::Rows;
 use crate::ops::Compute;
 
@@ -69,6 +70,11 @@ impl Decoder {
         with_backend!(self.compute.backend, B => {
             hidden::<B>(self, rows, adapters, cache, chosen, decoding)
         })
+    }
+
+    /// The memory that its layers work with in a batch of `tokens` tokens.
+    pub fn layer_bytes(&self, tokens: usize, sizes: &Sizes) -> LayerBytes {
+        with_backend!(self.compute.backend, B => B::layer_bytes(self, tokens, sizes))
     }
 
     /// Logits `(M, vocab_size)` of hidden states `(M, hidden_size)`, each row under its own adapters:

@@ -25,8 +25,10 @@ pub use reference::{Reference, ReferenceHeadTape, ReferenceHidden, ReferenceTape
 use super::adapters::{ActiveAdapter, Adapters};
 use super::cache::KvCache;
 use super::decoder::Decoder;
-use super::layer::LinearGroup;
+use super::full::FullModel;
+use super::layer::{LinearGroup, Sizes};
 use super::pass::Pass;
+use crate::data::Batch;
 #[cfg(doc)]
 use crate::ops::BackendKind;
 use crate::ops::linear_cross_entropy::Distributions;
@@ -88,6 +90,17 @@ pub struct Inference<'a> {
     pub(super) chosen: Option<(&'a Pass<'a>, &'a [u32])>,
 }
 
+/// Bytes that layers work with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerBytes {
+    /// The tape of one layer.
+    pub tape: usize,
+    /// The buffers that all layers share.
+    pub shared: usize,
+    /// Whether that is all there is: else it is the least.
+    pub complete: bool,
+}
+
 /// An engine for one decoder layer after the other, forward and backward, and for what stands around
 /// the layers.
 ///
@@ -106,6 +119,11 @@ pub trait Backend: Debug + Sized + 'static {
     type Gradient: Debug + Send;
     /// The state of the optimizer.
     type Optimizer: Debug + Send;
+    /// Buffers of steps that train all weights.
+    type FullBuffers: Debug + Default + Send;
+
+    /// Whether layers can be recomputed in the backward pass where all weights train.
+    const RECOMPUTES_FULL_TRAINING: bool;
 
     /// Writes the embeddings of `tokens` (N) to `x`, with the active adapters' parts.
     ///
@@ -228,6 +246,23 @@ pub trait Backend: Debug + Sized + 'static {
     /// Logits `(M, vocab_size)` on the CPU, where tokens are chosen, of hidden states behind the final
     /// norm, each row under its own adapters.
     fn logits(decoder: &Decoder, hidden: &Tensor, adapters: Adapters) -> Result<Tensor>;
+
+    /// One micro-batch in which all weights of `model` train: the sum of `-log p(target)` over its
+    /// targets, in nats. The gradients of that sum times `scale` are added to `gradients`.
+    ///
+    /// # Errors
+    /// If a token or target is out of vocabulary, or the rows do not part the tokens.
+    fn accumulate_full(
+        model: &FullModel,
+        batch: &Batch,
+        scale: f64,
+        kept_layers: usize,
+        gradients: &mut [Self::Gradient],
+        buffers: &mut Self::FullBuffers,
+    ) -> Result<f64>;
+
+    /// The memory of layers of a batch of `tokens` tokens.
+    fn layer_bytes(decoder: &Decoder, tokens: usize, sizes: &Sizes) -> LayerBytes;
 
     /// Gradients of zeros, where the backend computes with `parameters`.
     fn zero_gradients(parameters: &[Var]) -> Result<Vec<Self::Gradient>>;

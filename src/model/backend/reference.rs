@@ -6,11 +6,13 @@ use std::borrow::Cow;
 use candle_core::backprop::GradStore;
 use candle_core::{Device, Result, Tensor, Var};
 
-use super::{Backend, Inference, Keep, ParameterGradients};
+use super::{Backend, Cpu, Inference, Keep, LayerBytes, ParameterGradients};
+use crate::data::Batch;
 use crate::model::adapters::{ActiveAdapter, Adapters};
 use crate::model::cache::KvCache;
 use crate::model::decoder::Decoder;
-use crate::model::layer::LinearGroup;
+use crate::model::full::FullModel;
+use crate::model::layer::{LinearGroup, Sizes};
 use crate::model::pass::Pass;
 use crate::model::scoring::scores;
 use crate::ops::linear_cross_entropy::Distributions;
@@ -102,6 +104,9 @@ impl Backend for Reference {
     type Scratch = ();
     type Gradient = Tensor;
     type Optimizer = TensorAdamW;
+    type FullBuffers = ();
+
+    const RECOMPUTES_FULL_TRAINING: bool = false;
 
     fn embed(decoder: &Decoder, tokens: &[u32], pass: &Pass, x: &mut Self::Hidden) -> Result<()> {
         x.0 = Some(decoder.embed(tokens, pass)?.detach()); // (N, H)
@@ -261,6 +266,22 @@ impl Backend for Reference {
 
     fn logits(decoder: &Decoder, hidden: &Tensor, adapters: Adapters) -> Result<Tensor> {
         decoder.logits_of(hidden, adapters)
+    }
+
+    fn accumulate_full(
+        model: &FullModel,
+        batch: &Batch,
+        scale: f64,
+        _kept_layers: usize,
+        gradients: &mut [Tensor],
+        (): &mut (),
+    ) -> Result<f64> {
+        model.accumulate_tensors(batch, scale, gradients)
+    }
+
+    fn layer_bytes(decoder: &Decoder, tokens: usize, sizes: &Sizes) -> LayerBytes {
+        // What candle keeps beside is not known.
+        LayerBytes { complete: false, ..Cpu::layer_bytes(decoder, tokens, sizes) }
     }
 
     fn zero_gradients(parameters: &[Var]) -> Result<Vec<Tensor>> {

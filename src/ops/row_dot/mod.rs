@@ -422,7 +422,7 @@ mod tests {
         use quantune_adapters::decode::DecodeWeights;
         use quantune_adapters::delta::Lora;
 
-        use crate::ops::low_rank::{TokenRows, expand};
+        use crate::ops::low_rank::{BatchRows, expand};
 
         let (r, cols, own) = (4, 768, 37);
         let w = matrix(BlockType::Q4_1, own, cols);
@@ -448,7 +448,7 @@ mod tests {
                 let mut y = vec![f32::NAN; 3 * rows];
                 let epilogue = |product: usize, range: Range<usize>, y: SharedMutPtr| {
                     assert_eq!((product, y.len()), (0, 3 * rows));
-                    let tokens = TokenRows { tokens: &[0, 1, 2], stride: rows };
+                    let tokens = BatchRows { tokens: &[0, 1, 2], stride: rows };
                     // SAFETY: no other thread is given these rows.
                     unsafe { expand(isa, &form, range, &lows, y, tokens) };
                 };

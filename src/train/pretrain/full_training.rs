@@ -1,15 +1,14 @@
 //! All weights of a model, as a learner trains them.
 
-use candle_core::{Tensor, Var};
-use rayon::prelude::*;
+use candle_core::Var;
 
 use crate::data::Batch;
-use crate::model::full::{FullBuffers, FullModel};
+use crate::model::full::FullModel;
 use crate::objectives::ObjectiveOutput;
-use crate::ops::BackendKind;
-use crate::optim::{AdamW, Gradients, TensorAdamW, global_norm, tensor_norm};
+use crate::optim::AdamW;
 use crate::train::TrainError;
 use crate::train::learner::Trainable;
+use crate::train::step::{TrainState, train_state};
 
 /// A part of a step.
 pub struct ScaledBatch {
@@ -23,30 +22,13 @@ pub struct ScaledBatch {
 pub struct FullTraining {
     /// The model.
     pub model: FullModel,
-    state: TrainingState,
-}
-
-/// Gradients and optimizer, where the parameters are.
-enum TrainingState {
-    /// In plain buffers.
-    Buffers { gradients: Gradients, buffers: Box<FullBuffers>, optimizer: AdamW },
-    /// On the model's device.
-    Tensors { gradients: Vec<Tensor>, optimizer: TensorAdamW },
+    state: Box<dyn TrainState>,
 }
 
 impl FullTraining {
     /// The training of a model that continues with this optimizer.
     pub fn new(model: FullModel, optimizer: AdamW) -> candle_core::Result<Self> {
-        let state = match model.compute.backend {
-            BackendKind::Reference => TrainingState::Tensors {
-                gradients: Vec::new(),
-                optimizer: TensorAdamW::of(optimizer, &model.parameters)?,
-            },
-            BackendKind::Cpu => {
-                let (gradients, buffers) = (model.zero_gradients(), Box::default());
-                TrainingState::Buffers { gradients, buffers, optimizer }
-            }
-        };
+        let state = train_state(model.compute.backend, &model.parameters, optimizer)?;
         Ok(Self { model, state })
     }
 
@@ -60,10 +42,8 @@ impl FullTraining {
         &self,
         with: impl FnOnce(&AdamW) -> Result<T, TrainError>,
     ) -> Result<T, TrainError> {
-        match &self.state {
-            TrainingState::Buffers { optimizer, .. } => with(optimizer),
-            TrainingState::Tensors { optimizer, .. } => with(&optimizer.on_cpu()?),
-        }
+        let optimizer = self.state.optimizer()?;
+        with(&optimizer)
     }
 }
 
@@ -76,16 +56,7 @@ impl Trainable for FullTraining {
     type MicroBatch = ScaledBatch;
 
     fn zero_gradients(&mut self) -> Result<(), TrainError> {
-        match &mut self.state {
-            TrainingState::Buffers { gradients, .. } => {
-                gradients.par_iter_mut().for_each(|gradient| gradient.fill(0.0));
-            }
-            TrainingState::Tensors { gradients, .. } => {
-                let zeros = self.model.parameters.iter().map(|var| var.as_tensor().zeros_like());
-                *gradients = zeros.collect::<candle_core::Result<_>>()?;
-            }
-        }
-        Ok(())
+        Ok(self.state.zero_gradients()?)
     }
 
     fn accumulate(
@@ -93,41 +64,20 @@ impl Trainable for FullTraining {
         part: &ScaledBatch,
         kept_layers: usize,
     ) -> Result<ObjectiveOutput, TrainError> {
-        let (model, ScaledBatch { batch, scale }) = (&self.model, part);
-        let sum = match &mut self.state {
-            TrainingState::Buffers { gradients, buffers, .. } => {
-                model.accumulate(batch, *scale, kept_layers, gradients, buffers)?
-            }
-            TrainingState::Tensors { gradients, .. } => {
-                model.accumulate_tensors(batch, *scale, gradients)?
-            }
-        };
+        let ScaledBatch { batch, scale } = part;
+        let sum = self.state.accumulate_full(&self.model, batch, *scale, kept_layers)?;
         Ok(ObjectiveOutput { loss: sum * scale, ..ObjectiveOutput::default() })
     }
 
     fn gradient_norm(&mut self) -> Result<f64, TrainError> {
-        match &self.state {
-            TrainingState::Buffers { gradients, .. } => Ok(global_norm(gradients)),
-            TrainingState::Tensors { gradients, .. } => Ok(tensor_norm(gradients)?),
-        }
+        Ok(self.state.gradient_norm()?)
     }
 
     fn update(&mut self, factor: f32, learning_rate: f64) -> Result<bool, TrainError> {
-        let parameters = &self.model.parameters;
-        match &mut self.state {
-            TrainingState::Buffers { gradients, optimizer, .. } => {
-                Ok(optimizer.step(parameters, gradients, factor, learning_rate)?)
-            }
-            TrainingState::Tensors { gradients, optimizer } => {
-                Ok(optimizer.step(parameters, gradients, factor, learning_rate)?)
-            }
-        }
+        Ok(self.state.optimizer_step(&self.model.parameters, factor, learning_rate)?)
     }
 
     fn optimizer_steps(&self) -> u64 {
-        match &self.state {
-            TrainingState::Buffers { optimizer, .. } => optimizer.step,
-            TrainingState::Tensors { optimizer, .. } => optimizer.step,
-        }
+        self.state.optimizer_steps()
     }
 }

@@ -7,9 +7,10 @@ use candle_core::Device;
 
 use super::output::MODEL;
 use crate::data::corpus::{Corpus, CorpusError, SourceSpec};
+use crate::model::backend::{Backend, with_backend};
 use crate::model::full::{FullModel, working_bytes};
 use crate::monitor::Monitor;
-use crate::ops::{BackendKind, DeviceName, linear_cross_entropy};
+use crate::ops::{DeviceName, linear_cross_entropy};
 use crate::text::{Special, TextError, Tokenizer, convert, first_second};
 use crate::train::TrainError;
 use crate::train::settings::PretrainSettings;
@@ -114,7 +115,8 @@ pub fn sample_prompts(
 /// How many layers keep their tapes within the memory budget; all do in the reference form.
 pub fn kept_layers(settings: &PretrainSettings, model: &FullModel, budget: u64) -> usize {
     let layers = model.config.num_hidden_layers;
-    if model.compute.backend == BackendKind::Reference {
+    let recomputes = with_backend!(model.compute.backend, B => B::RECOMPUTES_FULL_TRAINING);
+    if !recomputes {
         return layers;
     }
     if let Some(all) = settings.gradient_checkpointing {

@@ -7,6 +7,7 @@ use super::{
     SettingsPart, Text, add_fingerprinted, make_absolute, read_value, set_backend, write_value,
 };
 use crate::data::corpus::{CorpusSettings, SourceSpec};
+use crate::model::backend::{Backend, with_backend};
 use crate::model::config::Variation;
 use crate::model::{Config, FAMILIES, ModelError, RopeScaling};
 use crate::ops::{BackendKind, Compute, DeviceName, Precision};
@@ -360,7 +361,7 @@ impl PretrainSettings {
         if let Err(fault) = self.device.check(self.compute()) {
             faults.0.push(fault.to_string());
         }
-        let portable = self.compute().backend == BackendKind::Reference;
+        let portable = with_backend!(self.compute().backend, B => !B::RECOMPUTES_FULL_TRAINING);
         for (name, set) in [
             ("memory_budget", self.memory_budget.is_some()),
             ("gradient_checkpointing", self.gradient_checkpointing == Some(true)),
