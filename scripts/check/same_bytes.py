@@ -58,16 +58,35 @@ def write_data(data):
             {"prompt": question(i), "completion": answer(f"answer {i}"), "label": i % 3 != 0} for i in range(40)
         ],
         "prompts": [{"prompt": question(i), "answer": i} for i in range(40)],
-        # For models without a tokenizer's texts: token ids alone.
+        # Token ids for the models of all families, whose vocabularies have 64 tokens.
         "ids": [
             {"input_ids": ids, "labels": [-100] + ids[1:]}
-            for ids in ([(7 * i + 3 * j * j) % 60 + 3 for j in range(9 + i % 11)] for i in range(32))
+            for ids in ([(7 * i + 3 * j * j) % 58 + 3 for j in range(9 + i % 11)] for i in range(32))
         ],
     }
     for name, rows in files.items():
         (data / f"{name}.jsonl").write_text(lines(rows))
     notes = "".join(f"Note {i}: {'to be kept in mind. ' * (i % 5)}\n<|endoftext|>\n" for i in range(60))
     (data / "notes.txt").write_text(notes)
+
+
+def write_families(data):
+    """The golden models of all families, each with a small tokenizer, which their folders lack."""
+    names = ["<unk>", "<s>", "</s>", *map(chr, range(ord("A"), ord("z") + 1))]
+    special = [
+        {"id": i, "content": names[i], "special": True, "normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+        for i in range(3)
+    ]
+    model = {"type": "BPE", "vocab": {name: i for i, name in enumerate(names)}, "merges": [], "unk_token": "<unk>"}
+    tokenizer = {"version": "1.0", "added_tokens": special, "normalizer": None, "pre_tokenizer": None, "post_processor": None,
+                 "decoder": None, "truncation": None, "padding": None, "model": model}  # fmt: skip
+    for source in sorted(path for path in FAMILIES.iterdir() if (path / "config.json").exists()):
+        folder = data / "families" / source.name
+        folder.mkdir(parents=True)
+        for file in source.iterdir():
+            (folder / file.name).symlink_to(file)
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+        (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
 
 
 def runs(data):
@@ -97,8 +116,8 @@ def runs(data):
     yield "sft added tokens", [*sft, "--add-tokens", "ferry,question", "--add-special-tokens", "<|tool|>"]
     for name in ["llama-q4_0.gguf", "llama-q8_0.gguf", "llama-k.gguf", "qwen2-mix.gguf", "qwen2-tiny", "llama-untied"]:
         yield f"sft {name}", ["sft", "--base", MODELS / name, *train("texts", 3)]
-    for folder in sorted(path.name for path in FAMILIES.iterdir() if (path / "config.json").exists()):
-        yield f"sft {folder}", ["sft", "--base", FAMILIES / folder, *train("ids", 3)]
+    for folder in sorted((data / "families").iterdir()):
+        yield f"sft {folder.name}", ["sft", "--base", folder, *train("ids", 3)]
     for loss in ["sigmoid", "ipo", "hinge", "orpo", "simpo"]:
         yield f"dpo {loss}", ["dpo", *base, *train("pairs"), "--loss-type", loss, "--eval-data", file("held_out_pairs")]
     yield "dpo kto", ["dpo", *base, *train("labels"), "--loss-type", "kto"]
@@ -127,7 +146,7 @@ def runs(data):
     yield "pretrain recomputed", [*pretrain, *fresh, "--gradient-checkpointing", "--tie-word-embeddings", "false"]
     yield "pretrain continued", [*pretrain, "--base", MODELS / "llama-tiny", "--gradient-accumulation-steps", 2]
     yield "pretrain qwen2", [*pretrain, "--base", MODELS / "qwen2-tiny"]
-    yield "pretrain qwen3", [*pretrain, "--model-config", FAMILIES / "qwen3/config.json", "--tokenizer", MODELS / "llama-tiny"]
+    yield "pretrain qwen3", [*pretrain, "--base", data / "families/qwen3"]
     for name in ["llama-tiny", "llama-q4_0.gguf", "llama-k.gguf", "qwen2-mix.gguf"]:
         generate = ["generate", "--base", MODELS / name, "--prompt", "Which road leads to the mountain?", "--max-tokens", 24]
         yield f"generate {name}", [*generate, "--temperature", 0, "--logprobs", 5]
@@ -166,14 +185,14 @@ def result(output):
     if output.returncode:
         errors = [line for line in output.stderr.splitlines() if line.startswith("error: ")]
         return "\n".join(errors or output.stderr.splitlines()[-3:])
-    return json.dumps(without_volatile(json.loads(output.stdout.splitlines()[-1])))
+    return json.dumps(without_volatile(json.loads(output.stdout.splitlines()[-1])), sort_keys=True)
 
 
 def kept(path):
     """The bytes of a file that are compared."""
     content = path.read_bytes()
     if path.name in ("metrics.jsonl", "trainer_state.json") or path.suffix == ".jsonl" and path.name.startswith("metrics"):
-        return b"\n".join(json.dumps(without_volatile(json.loads(line))).encode() for line in content.splitlines() if line)
+        return b"\n".join(json.dumps(without_volatile(json.loads(line)), sort_keys=True).encode() for line in content.splitlines() if line)
     return content
 
 
@@ -199,6 +218,7 @@ def main():
     data = work / "data"
     data.mkdir()
     write_data(data)
+    write_families(data)
     table = [
         (name, compute, [*args, "--compute", compute])
         for name, args in runs(data)
