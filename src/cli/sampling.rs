@@ -1,32 +1,32 @@
-//! How tokens are chosen, by flags that `generate` and `chat` share.
+//! Sampling flags shared by `generate` and `chat`.
 
 use crate::generate::Sampling;
 
-/// How tokens are chosen.
+/// Sampling settings.
 #[derive(Debug, Clone, clap::Args)]
 pub struct SamplingFlags {
-    /// 0 takes the likeliest token, more is bolder [default: 0.8]
+    /// Temperature; 0 is greedy, higher is more random [default: 0.8]
     #[arg(long)]
     temperature: Option<f64>,
-    /// Only the k likeliest tokens; 0 is off [default: 40]
+    /// Top-k: sample from the k most likely tokens; 0 disables it [default: 40]
     #[arg(long)]
     top_k: Option<usize>,
-    /// Only the likeliest tokens that together have this probability [default: 0.95]
+    /// Top-p (nucleus): sample from the most likely tokens with this total probability; 1 disables it [default: 0.95]
     #[arg(long)]
     top_p: Option<f64>,
-    /// Only tokens with this share of the likeliest one's probability [default: 0.05]
+    /// Min-p: minimum probability relative to the most likely token; 0 disables it [default: 0.05]
     #[arg(long)]
     min_p: Option<f64>,
-    /// Logits of tokens already there are divided by this; 1 is off [default: 1]
+    /// Repetition penalty on tokens of the prompt and the reply; 1 disables it [default: 1]
     #[arg(long)]
     repetition_penalty: Option<f64>,
-    /// Seed of the choice [default: 42]
+    /// Seed of sampling [default: 42]
     #[arg(long)]
     seed: Option<u64>,
 }
 
 impl SamplingFlags {
-    /// What is given, and defaults for the rest.
+    /// The sampling settings, with defaults for flags that are not given.
     pub fn sampling(&self) -> Sampling {
         Sampling {
             temperature: self.temperature.unwrap_or(0.8),

@@ -1,4 +1,4 @@
-//! Which adapters the rows of a batch wear.
+//! Which adapters the rows of a batch use.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -29,7 +29,7 @@ impl ActiveAdapter {
         Self { adapter, weight: 1.0, trainable: true }
     }
 
-    /// Whether two rows wear the same adapters, not merely equal ones.
+    /// Whether two rows use the same adapters, not merely equal ones.
     pub fn same(a: &[Self], b: &[Self]) -> bool {
         let equal = |(a, b): (&Self, &Self)| {
             Arc::ptr_eq(&a.adapter, &b.adapter)
@@ -40,13 +40,13 @@ impl ActiveAdapter {
     }
 }
 
-/// A list of adapters, and the tokens of a batch that wear it.
+/// A list of adapters, and the tokens of a batch that use it.
 pub(super) type AdapterGroup<'a> = (&'a [ActiveAdapter], Vec<usize>);
 
 /// The adapters of each row of a batch.
 #[derive(Debug, Clone, Copy)]
 pub enum Adapters<'a> {
-    /// All rows wear the same.
+    /// All rows use the same.
     Same(&'a [ActiveAdapter]),
     /// Each row its own, as many lists as rows.
     PerRow(&'a [&'a [ActiveAdapter]]),
@@ -56,7 +56,7 @@ impl<'a> Adapters<'a> {
     /// The bare base.
     pub const NONE: Adapters<'static> = Adapters::Same(&[]);
 
-    /// What a row wears.
+    /// What a row uses.
     ///
     /// # Panics
     /// If each row has its own and there is no such row.
@@ -67,7 +67,7 @@ impl<'a> Adapters<'a> {
         }
     }
 
-    /// Runs of neighbouring rows that wear the same, as ranges of tokens with their list.
+    /// Runs of neighbouring rows that use the same, as ranges of tokens with their list.
     pub(super) fn runs(&self, segments: &[Segment]) -> Vec<(Range<usize>, &'a [ActiveAdapter])> {
         let end = segments.last().map_or(0, |segment| segment.tokens.end);
         match self {
@@ -88,7 +88,7 @@ impl<'a> Adapters<'a> {
         }
     }
 
-    /// Tokens that wear the same, wherever their rows stand, with their list.
+    /// Tokens that use the same, wherever their rows stand, with their list.
     pub(super) fn adapter_groups(&self, segments: &[Segment]) -> Vec<AdapterGroup<'a>> {
         let mut adapter_groups: Vec<AdapterGroup> = Vec::new();
         for (tokens, active) in

@@ -415,7 +415,7 @@ impl Config {
             }
         };
         if !sound {
-            faults.push(format!("rope scaling {:?} makes no sense", self.rope_scaling));
+            faults.push(format!("invalid rope scaling {:?}", self.rope_scaling));
         }
         let v = &self.variation;
         let numbers = [

@@ -29,7 +29,7 @@ use crate::ops::{
     BackendKind, Compute, LogitSoftcap, Values, capped_log_probs, frozen_linear, par_for_each,
 };
 
-/// Panels of the way up and of the way back.
+/// Panels of the forward and the backward pass.
 type Panels = (PanelType, PanelType);
 
 /// Whether an adapter has a part in the embedding.
@@ -80,7 +80,7 @@ impl Decoder {
         if by == 1.0 { Ok(x) } else { x * by }
     }
 
-    /// [`Self::embedded`] in place, which is also the way back.
+    /// [`Self::embedded`] in place, which is also the backward pass.
     fn embedded_in_place(&self, x: &mut [f32]) {
         let by = self.config.variation.embedding_multiplier as f32;
         if by != 1.0 {
@@ -138,8 +138,8 @@ impl Decoder {
         Ok(())
     }
 
-    /// The way back from `dx (N, hidden_size)`, the gradient of what [`Self::embed_into`] gave, to
-    /// the parts of the trainable adapter, which all rows wear. `dx` is used up.
+    /// The backward pass from `dx (N, hidden_size)`, the gradient of what [`Self::embed_into`] gave, to
+    /// the parts of the trainable adapter, which all rows use. `dx` is used up.
     pub(crate) fn embed_back(
         &self,
         tokens: &[u32],
@@ -220,7 +220,7 @@ impl Decoder {
     }
 
     /// Log-probabilities of `targets`, one per row of `hidden (M, hidden_size)` → `(M)`, of rows that
-    /// all wear the same. In the portable form trainable adapters are on the tape.
+    /// all use the same. In the portable form trainable adapters are on the tape.
     pub fn log_probs(
         &self,
         hidden: &Tensor,
@@ -382,7 +382,7 @@ fn embedding_deltas(tokens: &[u32], base: &Tensor, active: &ActiveAdapter) -> Re
     Ok(deltas)
 }
 
-/// The head as some rows wear it.
+/// The head as some rows use it.
 pub(crate) struct AdaptedHead<'a> {
     decoder: &'a Decoder,
     /// What is left of the base's product beside whole heads.
@@ -499,7 +499,7 @@ impl AdaptedHead<'_> {
         }
     }
 
-    /// The way back from the gradient `dlogps (M)` of log-probs: that to `x`, `dx (M, H)`, is
+    /// The backward pass from the gradient `dlogps (M)` of log-probs: that to `x`, `dx (M, H)`, is
     /// overwritten, and those of trainable parts are added up. Logits are computed again.
     pub fn backward(
         &self,

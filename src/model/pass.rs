@@ -18,7 +18,7 @@ pub struct Rows {
     pub tokens: Vec<u32>,
     /// Each token's position in its row.
     pub positions: Vec<u32>,
-    /// Each row's tokens, end to end from 0 to N. A row must wear what its prefix wears.
+    /// Each row's tokens, end to end from 0 to N. A row must use what its prefix uses.
     pub segments: Arc<[Segment]>,
 }
 

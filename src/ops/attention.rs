@@ -8,7 +8,7 @@
 //!
 //! A query's result depends on its own row alone, and neither on the threads nor on how many
 //! queries are taken at a time: a cache that is filled piece by piece gives the same bits. So does a
-//! prompt that several rows share as their prefix, as against one copy of it a row; on the way back
+//! prompt that several rows share as their prefix, as against one copy of it a row; in the backward pass
 //! their shares in the gradients of its keys and values are added up in the order of the rows.
 
 use std::cell::Cell;

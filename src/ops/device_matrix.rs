@@ -112,7 +112,7 @@ fn upload_as(block_type: BlockType) -> UploadAs {
 }
 
 /// Puts `y`, computed off the tape, behind `x` on it. candle's own product would keep the
-/// dequantized weight for the way back and compute a gradient to it.
+/// dequantized weight for the backward pass and compute a gradient to it.
 struct DeviceLinear(Arc<DeviceMatrix>);
 
 impl DeviceLinear {

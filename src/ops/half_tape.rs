@@ -1,4 +1,4 @@
-//! Activations kept in 16 bits for the way down.
+//! Activations kept in 16 bits for the backward pass.
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;

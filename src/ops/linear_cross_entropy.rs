@@ -114,7 +114,7 @@ pub(crate) fn chunk_rows(rows: usize, vocabulary: usize) -> usize {
     (CHUNK_LOGITS / vocabulary.max(1)).clamp(24, 512).min(rows.max(1))
 }
 
-/// Bytes that a call over `rows` rows works with: logits, and their panels on the way back.
+/// Bytes that a call over `rows` rows works with: logits, and their panels in the backward pass.
 pub fn working_bytes(rows: usize, vocabulary: usize, compute: Compute) -> usize {
     let logits = chunk_rows(rows, vocabulary) * vocabulary * size_of::<f32>();
     let panels = match compute.precision.backward_panel() {
@@ -166,7 +166,7 @@ impl TargetStatsMut<'_> {
 }
 
 /// What there is to find of `targets (M)` from hidden states `x (M, H)`, and, if there is room for it,
-/// the log-probs' `gradient (M, H)` to `x`. `panels` are those of the way up and of the way back.
+/// the log-probs' `gradient (M, H)` to `x`. `panels` are those of the forward and the backward pass.
 pub(crate) fn forward(
     panels: (PanelType, PanelType),
     x: &[f32],

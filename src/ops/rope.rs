@@ -62,7 +62,7 @@ impl Rotation {
         Self { cos: all(|part| &part.cos), sin: all(|part| &part.sin), half, head_dim }
     }
 
-    /// With cosines and sines times `factor`, so that queries and keys grow by it (YaRN). The way back
+    /// With cosines and sines times `factor`, so that queries and keys grow by it (YaRN). The backward pass
     /// is then no rotation's inverse any more, but still its transpose: the gradient.
     pub fn grown(self, factor: f32) -> Self {
         if factor == 1.0 {

@@ -6,7 +6,7 @@ use std::ops::Range;
 ///
 /// Rows that go on from one prompt need not repeat it: the prompt is a row, and each of the others
 /// has that row's tokens as its `prefix`. That is the same function of the tokens as to lay prompt
-/// and continuation out whole, if all of them wear the same adapters.
+/// and continuation out whole, if all of them use the same adapters.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Segment {
     /// Its own tokens.

@@ -421,7 +421,7 @@ mod tests {
         assert_ne!(template.fingerprint(), bare);
         let own = serde_json::json!({"tools": []});
         let error = template.set_variables(own.as_object().unwrap()).unwrap_err().to_string();
-        assert!(error.contains("\"tools\" is made of the conversation"), "{error}");
+        assert!(error.contains("\"tools\" comes from the conversation"), "{error}");
         let other = template.with_text("{{ bos_token }}other").unwrap();
         assert_eq!(other.render(&[], None, false).unwrap(), "<s>other");
     }

@@ -371,7 +371,7 @@ fn split_gguf_matches_single_file() {
     assert!(alone.contains("split-00002-of-00003.gguf"), "{alone}");
     copy("split-00002-of-00003.gguf");
     let twice = open(folder.path().join(first));
-    assert!(twice.contains("does not say that it is file 2 of 3"), "{twice}");
+    assert!(twice.contains("do not name it file 2 of 3"), "{twice}");
 }
 
 /// A folder quantized on load: the head has at least 6 bits, and rows that are not whole blocks of a type get

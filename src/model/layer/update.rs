@@ -1,4 +1,4 @@
-//! The updates that rows wear on linear layers: what DoRA makes of them, and the gradients of those
+//! The updates that rows use on linear layers: what DoRA makes of them, and the gradients of those
 //! that train.
 
 use std::ops::Range;
@@ -52,7 +52,7 @@ pub(super) struct Dora {
 }
 
 /// What the base's product is multiplied with, output by output, for a run of tokens: 1 and the sum
-/// of `weight · (s - 1)` of all DoRA updates that the run wears.
+/// of `weight · (s - 1)` of all DoRA updates that the run uses.
 pub(super) type BaseScales = Vec<(Range<usize>, Vec<f32>)>;
 
 /// A trainable update on its way to its gradients.
@@ -68,7 +68,7 @@ struct Trained<'a> {
 }
 
 impl<'a> LayerPass<'a> {
-    /// The updates that rows wear on linear layers. Their masks are drawn, 0 outside their tokens.
+    /// The updates that rows use on linear layers. Their masks are drawn, 0 outside their tokens.
     pub(super) fn updates<'l>(
         &self,
         linears: impl Iterator<Item = &'l Linear>,

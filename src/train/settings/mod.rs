@@ -1,8 +1,8 @@
-//! Every setting of a training run, once: flag, key of the TOML file, default and what it means.
+//! All settings of a training run, each defined once: flag, key of the TOML file, default and help text.
 //! Names are PEFT's, TRL's and transformers'.
 //!
-//! What all commands share is [`CommonSettings`]; each command adds its own. In a file they are one
-//! flat table.
+//! [`CommonSettings`] are shared by all training commands; each command adds its own. In a file they are
+//! one flat table.
 
 use std::path::{Path, PathBuf};
 
@@ -22,7 +22,7 @@ use crate::string_enum::{StringEnum, string_enum};
 use crate::text::{AddedTokenSpec, TextError};
 
 string_enum! {
-    /// When held-out loss is taken.
+    /// When held-out rows are evaluated.
     #[derive(Debug)]
     pub enum EvalStrategy {
         /// Never.
@@ -41,7 +41,7 @@ pub enum Command {
     Sft,
     /// A reward model from comparisons.
     Reward,
-    /// Preference optimization without a reward model: DPO and its kin.
+    /// Preference optimization without a reward model: DPO and its variants.
     Dpo,
     /// Proximal policy optimization against a reward model.
     Ppo,
@@ -50,7 +50,7 @@ pub enum Command {
 }
 
 impl Command {
-    /// All of them.
+    /// All commands.
     pub const ALL: [Self; 5] = [Self::Sft, Self::Reward, Self::Dpo, Self::Ppo, Self::Grpo];
 
     /// Its name on the command line and in a run's `config.toml`.
@@ -88,7 +88,7 @@ pub trait SettingsPart {
     /// Those of `visit`.
     fn visit_paths(&mut self, visit: &mut PathVisitor) -> Result<(), TrainError>;
 
-    /// The files and folders that must not change while the run goes on, with what they are.
+    /// The files and folders that must not change between start and resume of a run, with what they are.
     ///
     /// # Errors
     /// None; paths are visited as [`Self::visit_paths`] does.
@@ -97,7 +97,7 @@ pub trait SettingsPart {
 
 /// Makes a struct of a list of settings. Each setting has its help text, a name (the key of the TOML
 /// file and, with `-` for `_`, the flag), a type and a default. `#[flag(..)]` says how the flag is
-/// written; `#[fingerprint = "what"]` marks files that must not change while the run goes on.
+/// written; `#[fingerprint = "what"]` marks files that must not change between start and resume of a run.
 /// `..group: Settings, Flags = default` takes in the settings of another list.
 macro_rules! settings_struct {
     ($(#[doc = $about:literal])* $settings:ident, $flags:ident {
@@ -219,26 +219,26 @@ pub use pretrain::{FloatType, Preset, PretrainSettings};
 /// The list of [`OptimizerSettings`].
 #[rustfmt::skip]
 macro_rules! optimizer_settings { ($then:ident) => { $then! {
-    /// Optimizer and learning rate, of fine-tuning and pretraining. Where defaults differ, they are the
-    /// command's.
+    /// Settings of optimizer and learning rate, shared by fine-tuning and pretraining. Defaults may differ
+    /// by command.
     OptimizerSettings, OptimizerFlags {
-        /// Highest learning rate [default: sft 2e-4, reward 1e-4, dpo 2e-5, ppo and grpo 1e-5; pretrain 1e-3]
+        /// Peak learning rate [default: sft 2e-4, reward 1e-4, dpo 2e-5, ppo and grpo 1e-5; pretrain 1e-3]
         learning_rate: f64 = 2e-4,
-        /// Shape of the learning rate; warmup_stable_decay falls at the end [default: cosine; ppo and grpo linear]
+        /// Learning rate schedule; warmup_stable_decay decays at the end [default: cosine; ppo and grpo linear]
         lr_scheduler_type: ScheduleKind = ScheduleKind::Cosine,
-        /// Share of all steps that warm up [default: 0.03; ppo and grpo 0; pretrain 0.02]
+        /// Warm-up fraction: linear warm-up over this fraction of all steps [default: 0.03; ppo and grpo 0; pretrain 0.02]
         warmup_ratio: f64 = 0.03,
-        /// Steps that warm up, instead of warmup_ratio when above 0 [default: 0]
+        /// Warm-up steps; overrides warmup_ratio when above 0 [default: 0]
         warmup_steps: u64 = 0,
-        /// AdamW's weight decay; pretrain decays matrices alone [default: 0; pretrain 0.1]
+        /// Weight decay of AdamW; pretrain decays only matrices [default: 0; pretrain 0.1]
         weight_decay: f64 = 0.0,
-        /// AdamW's decay of the mean gradient [default: 0.9]
+        /// Beta1 of AdamW: decay of the first moment [default: 0.9]
         adam_beta1: f64 = 0.9,
-        /// AdamW's decay of the mean squared gradient [default: 0.999; pretrain 0.95]
+        /// Beta2 of AdamW: decay of the second moment [default: 0.999; pretrain 0.95]
         adam_beta2: f64 = 0.999,
-        /// AdamW's epsilon [default: 1e-8]
+        /// Epsilon of AdamW [default: 1e-8]
         adam_epsilon: f64 = 1e-8,
-        /// Gradients are scaled down to this norm; 0 is off [default: 1]
+        /// Gradient clipping: maximum global norm; 0 disables it [default: 1]
         max_grad_norm: f64 = 1.0,
     }
 } } }
@@ -249,154 +249,151 @@ pub(crate) use optimizer_settings;
 /// The list of [`CommonSettings`].
 #[rustfmt::skip]
 macro_rules! common_settings { ($then:ident) => { $then! {
-    /// What all training commands have. Where defaults differ, they are the command's.
+    /// Settings shared by all fine-tuning commands. Defaults may differ by command.
     CommonSettings, CommonFlags {
-        /// The base: a GGUF file or a Hugging Face folder
+        /// Base model: a GGUF file or a Hugging Face folder
         #[fingerprint = "the base"]
         base: PathBuf = PathBuf::new(),
-        /// Rows, JSONL or Parquet: sft learns `messages`, `conversations` (ShareGPT),
-        /// `instruction`/`output` (Alpaca), `prompt`/`completion`, `text` or `input_ids`; reward and dpo
-        /// compare `chosen`/`rejected` or ranked `responses`; ppo and grpo answer `prompt`s. sft takes
-        /// several files, PATH=WEIGHT for rows that come WEIGHT times in an epoch
+        /// Training data, JSONL or Parquet. sft: `messages`, `conversations` (ShareGPT),
+        /// `instruction`/`output` (Alpaca), `prompt`/`completion`, `text` or `input_ids`; reward and dpo:
+        /// `chosen`/`rejected` or ranked `responses`; ppo and grpo: `prompt`. sft accepts several files, and
+        /// PATH=WEIGHT to use each row WEIGHT times per epoch
         #[flag(value_name = "PATH[=WEIGHT]")]
         data: Vec<DataFile> = Vec::new(),
-        /// Held-out rows; without, 1 in 10 of --data is held out when --eval-strategy asks
+        /// Evaluation data; without it, --eval-strategy holds out 1 in 10 rows of --data
         eval_data: PathBuf = PathBuf::new(),
-        /// The run directory
+        /// Run directory
         out: PathBuf = PathBuf::new(),
-        /// A PEFT adapter folder to continue from, instead of a fresh adapter
+        /// PEFT adapter folder to continue training from, instead of a new adapter
         adapter: PathBuf = PathBuf::new(),
-        /// An adapter that stays as it is and that the trained one is put on top of, and its reference
-        /// too, as PATH or PATH=WEIGHT; may be repeated
+        /// Frozen adapter, active below the trained one and in its reference, PATH or PATH=WEIGHT; can be
+        /// repeated
         #[fingerprint = "the frozen adapter {}"]
         frozen_adapter: Vec<Text<AdapterPath>> = Vec::new(),
 
-        /// Rank of the update (lora_alpha / r) · B · A [default: 16]
+        /// LoRA rank; the update is (lora_alpha / r) · B · A [default: 16]
         r: usize = 16,
-        /// Scale of the update [default: 32]
+        /// LoRA alpha, the scale of the update [default: 32]
         lora_alpha: f64 = 32.0,
-        /// Probability that an input of A is dropped in training [default: 0]
+        /// Dropout probability of the LoRA input in training [default: 0]
         lora_dropout: f64 = 0.0,
-        /// Modules with an update: names, one regular expression, or all-linear [default: all-linear]
+        /// Modules to adapt: names, one regular expression, or all-linear [default: all-linear]
         #[flag(num_args = 1..)]
         target_modules: Vec<String> = vec!["all-linear".into()],
-        /// Modules without one: names, or one regular expression
+        /// Modules to exclude: names, or one regular expression
         #[flag(num_args = 1..)]
         exclude_modules: Vec<String> = Vec::new(),
-        /// Other ranks, as REGEX=R
+        /// Ranks of matching modules, as REGEX=R
         #[flag(num_args = 1..)]
         rank_pattern: Vec<String> = Vec::new(),
-        /// Other alphas, as REGEX=ALPHA
+        /// Alphas of matching modules, as REGEX=ALPHA
         #[flag(num_args = 1..)]
         alpha_pattern: Vec<String> = Vec::new(),
-        /// Only these layers, counted from 0; needs target_modules by name
+        /// Layers to adapt, counted from 0; requires names in target_modules
         #[flag(value_delimiter = ',', num_args = 1..)]
         layers_to_transform: Vec<usize> = Vec::new(),
-        /// Names of the module lists that layers_to_transform counts in
+        /// Names of the module lists that layers_to_transform indexes
         #[flag(value_delimiter = ',', num_args = 1..)]
         layers_pattern: Vec<String> = Vec::new(),
         /// Scale by lora_alpha / sqrt(r) (rsLoRA) [default: false]
         #[flag(num_args = 0..=1, default_missing_value = "true")]
         use_rslora: bool = false,
-        /// Give each row of a merged weight a length of its own (DoRA) [default: false]
+        /// Train a magnitude per output row beside the direction (DoRA) [default: false]
         #[flag(num_args = 0..=1, default_missing_value = "true")]
         use_dora: bool = false,
-        /// How the adapter begins: true (A random, B zero), false (both random), gaussian, or of the
-        /// base: pissa, pissa_niter_N, olora, loftq [default: true]
+        /// Initialization: true (A random, B zero), false (both random), gaussian, or computed from the base:
+        /// pissa, pissa_niter_N, olora, loftq [default: true]
         init_lora_weights: String = "true".into(),
-        /// The base before its quantization, which loftq begins from
+        /// Base model before quantization, for init_lora_weights loftq
         loftq_base: PathBuf = PathBuf::new(),
-        /// Modules trained whole beside the updates: embed_tokens, lm_head
+        /// Modules to train in full: embed_tokens, lm_head
         #[flag(value_delimiter = ',', num_args = 1..)]
         modules_to_save: Vec<String> = Vec::new(),
-        /// Tokens whose embeddings are trained
+        /// Token ids whose embeddings are trained
         #[flag(value_delimiter = ',', num_args = 1..)]
         trainable_token_indices: Vec<u32> = Vec::new(),
-        /// Tokens to add to the vocabulary, text as any other: each is found in a text before that is
-        /// cut into words. Rows of embedding and head that the base has without a token are taken first;
-        /// further ones begin as the mean of the base's. They train
+        /// Tokens to add to the vocabulary; they match in text before pre-tokenization. Unused rows of the
+        /// embedding and lm_head are used first, further rows are initialized with the mean of the base's.
+        /// Their rows are trained
         #[flag(value_delimiter = ',', num_args = 1.., value_name = "TOKEN")]
         add_tokens: Vec<String> = Vec::new(),
-        /// The same for marks as <|tool|>, which are no text
+        /// Special tokens to add to the vocabulary, such as <|tool|>
         #[flag(value_delimiter = ',', num_args = 1.., value_name = "TOKEN")]
         add_special_tokens: Vec<String> = Vec::new(),
-        /// What B learns faster than A (LoRA+); 1 is as fast [default: 1]
+        /// LoRA+ ratio: learning rate of B over that of A [default: 1]
         loraplus_lr_ratio: f64 = 1.0,
-        /// Learning rate of updates of the embedding, with loraplus_lr_ratio [default: 1e-6]
+        /// Learning rate of embedding adapters, with loraplus_lr_ratio [default: 1e-6]
         loraplus_lr_embedding: f64 = 1e-6,
 
-        /// What a micro-batch holds: packed bins (or rows, without packing) of sft [default: 1],
-        /// comparisons of reward and dpo [default: 8], responses of ppo and grpo [default: 8]
+        /// Micro-batch size: packed bins (rows, without packing) for sft [default: 1], comparisons for reward
+        /// and dpo [default: 8], responses for ppo and grpo [default: 8]
         per_device_train_batch_size: usize = 1,
-        /// Passes over the data [default: 1]
+        /// Number of epochs [default: 1]
         num_train_epochs: f64 = 1.0,
-        /// Steps, instead of num_train_epochs when above 0 [default: 0]
+        /// Optimizer steps; overrides num_train_epochs when above 0 [default: 0]
         max_steps: u64 = 0,
-        /// Tokens of an example and of a packed bin: a longer `text` is split into several, longer
-        /// `messages`, `prompt`/`completion`, `input_ids` rows and dpo's responses are cut at their end;
-        /// comparisons of reward that are longer are left out, prompts of ppo and grpo refused [default: 1024]
+        /// Maximum number of tokens of an example and of a packed bin. A longer `text` is split; longer
+        /// `messages`, `prompt`/`completion` and `input_ids` rows and dpo's responses are truncated; longer
+        /// comparisons of reward are dropped; longer prompts of ppo and grpo are errors [default: 1024]
         max_length: usize = 1024,
-        /// A Jinja file in the place of the model's own chat template
+        /// Jinja file that replaces the model's chat template
         #[fingerprint = "the chat template"]
         chat_template: PathBuf = PathBuf::new(),
-        /// A variable of the chat template, as KEY=JSON: enable_thinking=false; may be given again
+        /// Variable of the chat template, such as enable_thinking=false; can be repeated
         #[flag(value_name = "KEY=JSON")]
         chat_template_kwargs: Vec<String> = Vec::new(),
-        /// The day, YYYY-MM-DD, that a chat template with a date shows [default: the day the run begins]
+        /// Current date in chat templates that print one, YYYY-MM-DD [default: the day the run starts]
         template_date: String = String::new(),
-        /// What may be wrong with rows, which `quantune data` names: it neither stops the run nor is
-        /// told; rows that cannot be read are left out
+        /// Checks of `quantune data` to ignore; rows that cannot be read are then skipped
         #[flag(value_delimiter = ',', value_name = "CHECK")]
         allow: Vec<Check> = Vec::new(),
-        /// Size of a file, as 64MB, from which its tokens are kept on disk and not in memory; runs that
-        /// share a cache make them once for the same tokenizer, template (and day, where it shows one)
-        /// and lengths [default: 64MB]
+        /// Cache the tokens of files of at least this size on disk, instead of in memory; runs that share a
+        /// cache tokenize a file once per tokenizer, template (and its date) and length [default: 64MB]
         cache_from: Text<ByteSize> = ByteSize(64_000_000),
-        /// Where they are kept; to clear it, remove it [default: DIR/rows]
+        /// Cache directory; delete it to clear the cache [default: DIR/rows]
         cache: PathBuf = PathBuf::new(),
-        /// Rows in the order of the file [default: false]
+        /// Keep rows in file order [default: false]
         #[flag(num_args = 0..=1, default_missing_value = "true")]
         no_shuffle: bool = false,
-        /// Memory the run may take, as 600MB or 2GiB: layers that do not fit are recomputed in the
-        /// backward pass, which costs up to a third more time [default: 70 % of what is free]
+        /// Memory limit, such as 600MB or 2GiB: layers whose activations do not fit are recomputed in the
+        /// backward pass, which takes up to a third more time [default: 70 % of free memory]
         memory_budget: OptionalText<ByteSize> = None,
-        /// Recompute all layers, or with false none, whatever the memory budget says
+        /// Recompute the activations of all layers (true) or none (false), regardless of memory_budget
         #[flag(num_args = 0..=1, default_missing_value = "true")]
         gradient_checkpointing: Option<bool> = None,
         /// Seed of initialization, order and dropout [default: 42]
         seed: u64 = 42,
-        /// Precision of products: int16 (block-floating, nearly twice f32's speed), int8 (faster still,
-        /// and too rough to train with), f32 (exact), or portable, which is --backend reference
+        /// Precision of matrix products: int16 (block floating point, nearly twice as fast as f32), int8
+        /// (faster, but too imprecise for training), f32, or portable, which means --backend reference
         /// [default: int16; f32 with --backend reference]
         compute: ComputeSetting = ComputeSetting::Precision(Precision::Int16),
-        /// What computes: cpu (kernels for the CPU), or reference (plain candle ops in f32: slow, and the
-        /// only backend of other devices than the CPU) [default: cpu; reference on another device]
+        /// Backend: cpu (optimized kernels), or reference (candle ops in f32; slow, but the only backend for
+        /// other devices) [default: cpu; reference on other devices]
         backend: BackendKind = BackendKind::Cpu,
-        /// Where products are computed: cpu, cuda, cuda:N or metal; the others than cpu are of builds
-        /// with the feature of that name [default: cpu]
+        /// Device: cpu, cuda, cuda:N or metal; all but cpu require a build with that feature [default: cpu]
         device: DeviceName = DeviceName::Cpu,
-        /// Quantize the matrices of a --base folder on load, one after the other, to a GGUF's type as
-        /// Q8_0 or Q4_K [default: they stay as they are stored]
+        /// Quantize the matrices of a --base folder on load to a GGUF type, such as Q8_0 or Q4_K [default:
+        /// as stored]
         #[flag(value_name = "TYPE")]
         load_type: String = String::new(),
 
-        /// When held-out rows are evaluated; by default epoch with --eval-data, else no
+        /// When to evaluate [default: epoch with --eval-data, else no]
         eval_strategy: Option<EvalStrategy> = None,
         /// Steps between evaluations with --eval-strategy steps [default: 100]
         eval_steps: u64 = 100,
         /// Steps between checkpoints [default: 100]
         save_steps: u64 = 100,
-        /// Checkpoints kept, the best besides where it is looked for; 0 keeps all [default: 2]
+        /// Number of checkpoints to keep, besides the best one; 0 keeps all [default: 2]
         save_total_limit: usize = 2,
-        /// Evaluations without a better one after which the run ends; 0 never ends it [default: 0]
+        /// Early stopping: stop after this many evaluations without improvement; 0 disables it [default: 0]
         early_stopping_patience: u64 = 0,
-        /// By how much the metric must be better to count [default: 0]
+        /// Minimum change of the metric that counts as an improvement [default: 0]
         early_stopping_threshold: f64 = 0.0,
-        /// What says which evaluation is better, with or without its eval_ [default: loss; ppo and grpo reward]
+        /// Metric that selects the best checkpoint, with or without eval_ [default: loss; ppo and grpo reward]
         metric_for_best_model: String = "loss".into(),
-        /// Whether more of it is better [default: unless its name ends in loss]
+        /// Whether a higher metric is better [default: true unless its name ends in loss]
         greater_is_better: Option<bool> = None,
-        /// At the end take the adapter of the best evaluation, not the last [default: false]
+        /// Use the adapter of the best checkpoint at the end, instead of the last [default: false]
         #[flag(num_args = 0..=1, default_missing_value = "true")]
         load_best_model_at_end: bool = false,
         ..optimizer: OptimizerSettings, OptimizerFlags = OptimizerSettings::default(),
@@ -409,17 +406,17 @@ pub(crate) use common_settings;
 /// The list of [`SftSettings`].
 #[rustfmt::skip]
 macro_rules! sft_settings { ($then:ident) => { $then! {
-    /// What supervised fine-tuning has of its own.
+    /// Settings of supervised fine-tuning.
     SftSettings, SftFlags {
-        /// Micro-batches of a step [default: 4]
+        /// Micro-batches per step [default: 4]
         gradient_accumulation_steps: usize = 4,
-        /// Whether several rows share a bin of max_length tokens [default: true]
+        /// Pack several rows into bins of max_length tokens [default: true]
         #[flag(num_args = 0..=1, default_missing_value = "true")]
         packing: bool = true,
-        /// Size of NEFTune's noise on the embeddings, 5 to 15; 0 is none [default: 0]
+        /// NEFTune noise scale, usually 5 to 15; 0 disables it [default: 0]
         neftune_noise_alpha: f64 = 0.0,
-        /// How `instruction`, `input` and `output` are laid out: chat (the first two are what the user
-        /// says) or text (Alpaca's own prompt) [default: chat, or text where there is no chat template]
+        /// Prompt format of `instruction`, `input` and `output` rows: chat (chat template) or text (Alpaca's
+        /// own prompt) [default: chat, or text without a chat template]
         alpaca_prompt: Option<AlpacaPrompt> = None,
     }
 } } }
@@ -430,11 +427,11 @@ pub(crate) use sft_settings;
 /// The list of [`RewardSettings`].
 #[rustfmt::skip]
 macro_rules! reward_settings { ($then:ident) => { $then! {
-    /// What training a reward model has of its own.
+    /// Settings of training a reward model.
     RewardSettings, RewardFlags {
-        /// Micro-batches of a step [default: 1]
+        /// Micro-batches per step [default: 1]
         gradient_accumulation_steps: usize = 1,
-        /// Weight of the squared sum of a pair's scores, which keeps them around 0; 0 is off [default: 0]
+        /// Coefficient of the squared sum of the scores of a pair, which centers scores at 0; 0 disables it [default: 0]
         center_rewards_coefficient: f64 = 0.0,
     }
 } } }
@@ -445,29 +442,29 @@ pub(crate) use reward_settings;
 /// The list of [`DpoSettings`].
 #[rustfmt::skip]
 macro_rules! dpo_settings { ($then:ident) => { $then! {
-    /// What preference optimization has of its own.
+    /// Settings of preference optimization.
     DpoSettings, DpoFlags {
-        /// Micro-batches of a step [default: 1]
+        /// Micro-batches per step [default: 1]
         gradient_accumulation_steps: usize = 1,
-        /// The loss: sigmoid (DPO), ipo, hinge, orpo, simpo, or kto (rows of `prompt`, `completion` and
-        /// `label`) [default: sigmoid]
+        /// Loss: sigmoid (DPO), ipo, hinge, orpo, simpo, or kto (rows of `prompt`, `completion` and `label`)
+        /// [default: sigmoid]
         loss_type: PreferenceLossType = PreferenceLossType::Sigmoid,
-        /// How strongly the policy is held to the reference; of orpo the weight of the odds ratio, of
-        /// simpo the scale of the rewards [default: 0.1]
+        /// Strength of the regularization towards the reference; for orpo the weight of the odds ratio loss,
+        /// for simpo the reward scale [default: 0.1]
         beta: f64 = 0.1,
-        /// Probability that a comparison is the wrong way round (sigmoid and simpo) [default: 0]
+        /// Label smoothing: probability that a preference label is wrong (sigmoid and simpo) [default: 0]
         label_smoothing: f64 = 0.0,
-        /// Compare with nothing instead of a reference model (sigmoid, ipo and hinge) [default: false]
+        /// Train without a reference model (sigmoid, ipo and hinge) [default: false]
         #[flag(num_args = 0..=1, default_missing_value = "true")]
         reference_free: bool = false,
-        /// An adapter that makes the reference, instead of the bare base; by default --adapter, if given
+        /// Adapter of the reference model [default: --adapter if given, else none]
         #[fingerprint = "the reference adapter"]
         ref_adapter: PathBuf = PathBuf::new(),
-        /// How far apart simpo wants the rewards [default: 0.5]
+        /// Target reward margin of simpo [default: 0.5]
         simpo_gamma: f64 = 0.5,
-        /// Weight of kto's good completions [default: 1]
+        /// Weight of desirable completions, for kto [default: 1]
         desirable_weight: f64 = 1.0,
-        /// Weight of kto's bad completions [default: 1]
+        /// Weight of undesirable completions, for kto [default: 1]
         undesirable_weight: f64 = 1.0,
     }
 } } }
@@ -476,12 +473,12 @@ dpo_settings!(settings_struct);
 pub(crate) use dpo_settings;
 
 string_enum! {
-    /// Which adapter the value head sits on.
+    /// Which adapter the value head is on.
     #[derive(Debug)]
     pub enum ValueModel {
-        /// On one of its own: the values of a state cannot disturb the policy.
+        /// A separate adapter, so that training values does not affect the policy.
         Own = "own",
-        /// On the policy's: one pass serves both, at half the time and memory.
+        /// The policy's adapter: one pass computes both, in half the time and memory.
         Policy = "policy",
     }
 }
@@ -489,32 +486,31 @@ string_enum! {
 /// The list of [`RolloutSettings`].
 #[rustfmt::skip]
 macro_rules! rollout_settings { ($then:ident) => { $then! {
-    /// How responses are sampled and scored, of ppo and grpo. Where defaults differ, they are the
-    /// command's.
+    /// Settings of sampling and scoring responses, shared by ppo and grpo. Defaults may differ by command.
     RolloutSettings, RolloutFlags {
-        /// An adapter that makes the reference, instead of the bare base; by default --adapter, if given
+        /// Adapter of the reference model [default: --adapter if given, else none]
         #[fingerprint = "the reference adapter"]
         ref_adapter: PathBuf = PathBuf::new(),
-        /// Prompts of an update [default: ppo 32, grpo 4]
+        /// Prompts per update [default: ppo 32, grpo 4]
         batch_size: usize = 4,
-        /// Parts that an update's responses are split into, an optimizer step each [default: 1]
+        /// Mini-batches per update, with one optimizer step each [default: 1]
         num_mini_batches: usize = 1,
-        /// Temperature of sampling, and of the policy that is trained [default: ppo 0.7, grpo 1]
+        /// Temperature of sampling and of the trained policy [default: ppo 0.7, grpo 1]
         temperature: f64 = 1.0,
-        /// Sample among the k most likely tokens (top-k), which the reference does not; 0 is off [default: 0]
+        /// Top-k sampling, which log-probs and KL ignore; 0 disables it [default: 0]
         top_k: usize = 0,
         /// Sample among the most likely tokens that together have this probability (nucleus, top-p); 1 is off [default: 1]
         top_p: f64 = 1.0,
-        /// Whether a response that does not end by itself is scored as if it ended there [default: true]
+        /// Score a response without an end-of-sequence token as if it had one [default: true]
         #[flag(num_args = 0..=1, default_missing_value = "true")]
         score_at_eos: bool = true,
-        /// Prompts of --eval-data that an evaluation answers; 0 takes all [default: 64]
+        /// Number of prompts of --eval-data per evaluation; 0 uses all [default: 64]
         eval_prompts: usize = 64,
-        /// Rows decoded at once [default: 16]
+        /// Number of rows decoded in parallel [default: 16]
         rollout_slots: usize = 16,
-        /// Updates between tables of sampled responses on stderr and in samples.jsonl; 0 is off [default: 10]
+        /// Updates between logged samples, on stderr and in samples.jsonl; 0 disables them [default: 10]
         sample_steps: u64 = 10,
-        /// Responses of such a table [default: 4]
+        /// Number of responses per logged sample table [default: 4]
         num_samples: usize = 4,
     }
 } } }
@@ -525,60 +521,60 @@ pub(crate) use rollout_settings;
 /// The list of [`PpoSettings`].
 #[rustfmt::skip]
 macro_rules! ppo_settings { ($then:ident) => { $then! {
-    /// What proximal policy optimization has of its own.
+    /// Settings of PPO.
     PpoSettings, PpoFlags {
-        /// The reward model: an adapter with a score head on the same base, as `reward` makes it
+        /// Reward model: an adapter with a score head on the same base, as `reward` writes it
         #[fingerprint = "the reward adapter"]
         reward_adapter: PathBuf = PathBuf::new(),
-        /// A second reward model, not trained against: it is read in evaluations and named when it
-        /// falls while the reward rises
+        /// Second reward model, used only in evaluations; a warning is printed if its score falls while the
+        /// reward rises (overoptimization)
         #[fingerprint = "the judge"]
         judge_adapter: PathBuf = PathBuf::new(),
-        /// Where the value head sits: own (an adapter of its own) or policy (the policy's) [default: own]
+        /// Value head: own (on a separate adapter) or policy (on the policy's adapter) [default: own]
         value_model: ValueModel = ValueModel::Own,
-        /// What the value adapter begins from: an adapter with a score head; by default --reward-adapter
+        /// Initial value adapter, with a score head [default: --reward-adapter]
         #[fingerprint = "the value adapter"]
         value_adapter: PathBuf = PathBuf::new(),
-        /// Held-out accuracy a reward model must have had in its training; 0 asks for none [default: 0.6]
+        /// Minimum held-out accuracy of the reward model; 0 disables the check [default: 0.6]
         min_reward_accuracy: f64 = 0.6,
 
-        /// Passes over the responses of an update [default: 4]
+        /// Epochs over the responses of an update [default: 4]
         num_ppo_epochs: usize = 4,
-        /// Tokens a response may have [default: 53]
+        /// Maximum number of tokens of a response [default: 53]
         response_length: usize = 53,
-        /// Taken off the score of a response that does not end by itself [default: 0]
+        /// Penalty on the score of a response without an end-of-sequence token [default: 0]
         missing_eos_penalty: f64 = 0.0,
 
-        /// Weight of the divergence from the reference in the reward [default: 0.05]
+        /// KL coefficient: weight of the KL penalty in the reward [default: 0.05]
         kl_coef: f64 = 0.05,
-        /// Its estimate for a token: k1 (unbiased) or k3 (never negative; Schulman 2020) [default: k1]
+        /// KL estimator: k1 (unbiased) or k3 (never negative; Schulman 2020) [default: k1]
         kl_estimator: KlEstimator = KlEstimator::K1,
-        /// Divergence of a response, in nats, that kl_coef is steered to (Ziegler et al. 2019); 0 keeps
-        /// kl_coef as it is [default: 0]
+        /// Target KL per response, in nats, for an adaptive kl_coef (Ziegler et al. 2019); 0 keeps kl_coef
+        /// constant [default: 0]
         target_kl: f64 = 0.0,
-        /// Responses over which the steering acts [default: 10000]
+        /// Horizon of the adaptive kl_coef, in responses [default: 10000]
         kl_horizon: f64 = 10000.0,
-        /// Discount of rewards to come [default: 1]
+        /// Discount factor [default: 1]
         gamma: f64 = 1.0,
-        /// Lambda of the generalized advantage estimate [default: 0.95]
+        /// Lambda of generalized advantage estimation [default: 0.95]
         lam: f64 = 0.95,
-        /// Whether rewards are divided by their standard deviation [default: false]
+        /// Divide rewards by their standard deviation [default: false]
         #[flag(num_args = 0..=1, default_missing_value = "true")]
         whiten_rewards: bool = false,
-        /// Whether scores are brought to mean 0 and deviation 1 by those so far [default: false]
+        /// Normalize scores by the running mean and standard deviation [default: false]
         #[flag(num_args = 0..=1, default_missing_value = "true")]
         normalize_scores: bool = false,
-        /// Scores beyond are cut off, after normalizing; 0 is off [default: 0]
+        /// Clip scores to this magnitude, after normalization; 0 disables it [default: 0]
         clip_scores: f64 = 0.0,
-        /// How far a step may move a token's probability, as a ratio [default: 0.2]
+        /// Clip range of the probability ratio [default: 0.2]
         cliprange: f64 = 0.2,
-        /// How far a step may move a value [default: 0.2]
+        /// Clip range of values [default: 0.2]
         cliprange_value: f64 = 0.2,
         /// Weight of the value loss [default: 0.1]
         vf_coef: f64 = 0.1,
-        /// Rows of text to keep predicting (PPO-ptx, Ouyang et al. 2022), as --data of sft
+        /// Data of an additional language modelling loss (PPO-ptx, Ouyang et al. 2022), as --data of sft
         ptx_data: PathBuf = PathBuf::new(),
-        /// Weight of their loss [default: 1]
+        /// Weight of the loss on ptx_data [default: 1]
         ptx_coef: f64 = 1.0,
         ..rollouts: RolloutSettings, RolloutFlags =
             RolloutSettings { batch_size: 32, temperature: 0.7, ..Default::default() },
@@ -589,12 +585,12 @@ ppo_settings!(settings_struct);
 pub(crate) use ppo_settings;
 
 string_enum! {
-    /// How an advantage is made of the rewards of a group.
+    /// How advantages are computed from the rewards of a group.
     #[derive(Debug)]
     pub enum AdvantageEstimator {
-        /// Less the mean of the group (Shao et al. 2024).
+        /// The reward minus the mean of the group (Shao et al. 2024).
         Grpo = "grpo",
-        /// Less the mean of the others (Ahmadian et al. 2024).
+        /// The reward minus the mean of the others (Ahmadian et al. 2024).
         Rloo = "rloo",
     }
 }
@@ -602,55 +598,55 @@ string_enum! {
 /// The list of [`GrpoSettings`].
 #[rustfmt::skip]
 macro_rules! grpo_settings { ($then:ident) => { $then! {
-    /// What group-relative policy optimization has of its own.
+    /// Settings of GRPO.
     GrpoSettings, GrpoFlags {
         /// Reward: exact:FIELD, contains:FIELD, numeric:FIELD, regex:PATTERN, json-schema:FILE or
-        /// length:MIN-MAX; may be given again
+        /// length:MIN-MAX; can be repeated
         #[flag(num_args = 1..)]
         #[fingerprint = "the JSON schema"]
         reward: Vec<Text<RewardRule>> = Vec::new(),
-        /// Reward: a program that reads JSON lines of `prompt`, `completion` and the row's own fields,
-        /// and answers each with {"reward": NUMBER}; may be given again
+        /// Reward: a program that reads JSON lines with `prompt`, `completion` and the other fields of the
+        /// row, and answers each with {"reward": NUMBER}; can be repeated
         #[flag(num_args = 1..)]
         reward_command: Vec<String> = Vec::new(),
-        /// Seconds such a program has for the responses of an update [default: 60]
+        /// Time limit of a reward command per update, in seconds [default: 60]
         reward_timeout: f64 = 60.0,
-        /// Reward: an adapter with a score head on the same base, as `reward` makes it
+        /// Reward: an adapter with a score head on the same base, as `reward` writes it
         #[fingerprint = "the reward adapter"]
         reward_adapter: PathBuf = PathBuf::new(),
-        /// Reward: a Hugging Face sequence classifier with one label, a model folder of its own
+        /// Reward: a separate model, a folder of a Hugging Face sequence classifier with one label
         #[fingerprint = "the reward model"]
         reward_model: PathBuf = PathBuf::new(),
         /// Weights of the rewards, in the order --reward, --reward-command, --reward-adapter,
-        /// --reward-model [default: 1 each]
+        /// --reward-model [default: all 1]
         #[flag(value_delimiter = ',', num_args = 1.., allow_hyphen_values = true)]
         reward_weights: Vec<f64> = Vec::new(),
-        /// Held-out accuracy a reward adapter must have had in its training; 0 asks for none [default: 0.6]
+        /// Minimum held-out accuracy of the reward adapter; 0 disables the check [default: 0.6]
         min_reward_accuracy: f64 = 0.6,
 
-        /// Responses to a prompt, which are compared with one another [default: 8]
+        /// Group size: responses per prompt [default: 8]
         num_generations: usize = 8,
-        /// Passes over the responses of an update [default: 1]
+        /// Epochs over the responses of an update [default: 1]
         num_iterations: usize = 1,
-        /// Tokens a response may have [default: 256]
+        /// Maximum number of tokens of a response [default: 256]
         max_completion_length: usize = 256,
 
-        /// What a response is compared with: grpo (the mean of its group, token by token) or rloo (the
-        /// mean of the others, as one action; beta then weighs the divergence in the reward) [default: grpo]
+        /// Advantage estimator: grpo (baseline is the group mean; per token) or rloo (baseline is the mean of
+        /// the others; per response, with beta as KL penalty in the reward) [default: grpo]
         advantage: AdvantageEstimator = AdvantageEstimator::Grpo,
-        /// What grpo's advantages are divided by: the deviation of the group, of the whole batch, or
-        /// none (Dr. GRPO) [default: group]
+        /// Scale grpo's advantages by the standard deviation of the group, of the batch, or none (Dr. GRPO)
+        /// [default: group]
         scale_rewards: ScaleRewards = ScaleRewards::Group,
-        /// How tokens are averaged: grpo (a response counts as one), bnpo (a token counts as one), or
-        /// dr_grpo (by max_completion_length) [default: bnpo]
+        /// Loss normalization: grpo (mean per response), bnpo (mean over tokens), or dr_grpo (divided by
+        /// max_completion_length) [default: bnpo]
         loss_type: LossForm = LossForm::Bnpo,
-        /// Weight of the divergence from the reference in the loss; 0 needs no reference [default: 0]
+        /// KL coefficient in the loss; 0 uses no reference [default: 0]
         beta: f64 = 0.0,
-        /// How far a step may lower a token's probability, as a ratio [default: 0.2]
+        /// Clip range of the probability ratio, lower side [default: 0.2]
         epsilon: f64 = 0.2,
-        /// How far it may raise it (Clip-Higher of DAPO, Yu et al. 2025); 0 takes epsilon [default: 0]
+        /// Clip range, upper side (Clip-Higher of DAPO, Yu et al. 2025); 0 uses epsilon [default: 0]
         epsilon_high: f64 = 0.0,
-        /// Leave responses that do not end by themselves out of the loss (DAPO) [default: false]
+        /// Exclude truncated responses from the loss (DAPO) [default: false]
         #[flag(num_args = 0..=1, default_missing_value = "true")]
         mask_truncated_completions: bool = false,
         ..rollouts: RolloutSettings, RolloutFlags = RolloutSettings::default(),
@@ -660,7 +656,7 @@ grpo_settings!(settings_struct);
 #[cfg(feature = "cli")]
 pub(crate) use grpo_settings;
 
-/// What a command has of its own.
+/// The settings of one command.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Task {
     /// Supervised fine-tuning.
@@ -678,14 +674,14 @@ pub enum Task {
 /// The settings of a run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RunSettings {
-    /// What all commands have.
+    /// Shared settings.
     pub common: CommonSettings,
-    /// What this one adds.
+    /// Settings of the command.
     pub task: Task,
 }
 
 impl RunSettings {
-    /// The key of `config.toml` that says which command it is of.
+    /// The key of `config.toml` that names the command.
     const COMMAND: &str = "command";
 
     /// A command's defaults.
@@ -741,7 +737,7 @@ impl RunSettings {
             Task::Ppo(own) => own.write(&mut table),
             Task::Grpo(own) => own.write(&mut table),
         }?;
-        // One file is a text, several are a list.
+        // One file is written as a string, several as a list.
         if let Some(toml::Value::Array(files)) = table.get("data")
             && let [file] = &files[..]
         {
@@ -751,8 +747,8 @@ impl RunSettings {
         Ok(table)
     }
 
-    /// A command's defaults, and over them what `table` says. Keys it does not have, and a table
-    /// that names another command, are refused.
+    /// A command's defaults, overridden by `table`. Unknown keys, and a table that names another command,
+    /// are errors.
     pub fn from_table(command: Command, table: toml::Table) -> Result<Self, TrainError> {
         let mut settings = Self::new(command);
         if let Some(found) = table.get(Self::COMMAND)
@@ -810,7 +806,7 @@ impl RunSettings {
         keys
     }
 
-    /// The files and folders that must not change while the run goes on, with what they are. Data is
+    /// The files and folders that must not change between start and resume of a run, with what they are. Data is
     /// not among them: it is hashed as a whole where it is read.
     ///
     /// # Errors
@@ -827,7 +823,7 @@ impl RunSettings {
         Ok(found)
     }
 
-    /// The folders of all adapters that the run reads, and what they are put on.
+    /// The folders of all adapters that the run reads.
     pub fn adapters(&self) -> Vec<PathBuf> {
         let mut folders = vec![self.common.adapter.clone()];
         folders.extend(self.common.frozen_adapter.iter().map(|adapter| adapter.path.clone()));
@@ -854,7 +850,7 @@ impl RunSettings {
         Command::ALL.into_iter().find(|command| command.name() == name)
     }
 
-    /// The settings with their paths made absolute: a run goes on from any directory.
+    /// The settings with absolute paths, so that a run can be resumed from any directory.
     pub fn absolute(&self) -> Result<Self, TrainError> {
         let mut settings = self.clone();
         settings.visit_paths(&mut make_absolute)?;
@@ -928,7 +924,7 @@ impl From<ComputeSetting> for String {
     }
 }
 
-/// What computes on `device`, from what was given of it.
+/// The backend and precision on `device`, from the flags that were given.
 ///
 /// # Errors
 /// If `compute` is portable and the backend another than the reference.
@@ -974,7 +970,7 @@ fn set_backend(table: &mut toml::Table) -> Result<(), String> {
     Ok(())
 }
 
-/// Keys that may differ when a run goes on: they change no result.
+/// Keys that may differ when a run is resumed, since they do not change results.
 pub const FREE_ON_RESUME: &[&str] = &[
     "save_total_limit",
     "out",
@@ -989,13 +985,13 @@ pub const FREE_ON_RESUME: &[&str] = &[
     "cache_from",
 ];
 
-/// Collects what is out of range.
+/// Collects invalid settings.
 #[derive(Default)]
 struct Faults(Vec<String>);
 
 impl Faults {
-    /// All of them in one sentence, if there are any.
-    fn told(self) -> Option<String> {
+    /// All errors in one sentence, if there are any.
+    fn finish(self) -> Option<String> {
         (!self.0.is_empty()).then(|| self.0.join("; "))
     }
 
@@ -1038,12 +1034,12 @@ impl Faults {
 }
 
 impl RunSettings {
-    /// All that is out of range, in one sentence, or `None`.
+    /// All invalid settings in one sentence, or `None`.
     pub fn fault(&self) -> Option<String> {
         let mut faults = Faults::default();
         self.common.faults(&mut faults);
         let plain = |files: &[DataFile]| files.len() < 2 && files.iter().all(|f| f.weight == 1.0);
-        let fault = "several --data, and weights of them, are of sft: needed one file";
+        let fault = "several --data files, and weights, are only supported by sft: needed one file";
         let mixes = matches!(self.task, Task::Sft(_));
         faults.check(mixes || plain(&self.common.data), fault.into());
         match &self.task {
@@ -1063,8 +1059,8 @@ impl RunSettings {
                 let rows =
                     self.common.per_device_train_batch_size * own.gradient_accumulation_steps;
                 let compares_rows = own.preference().loss.compares_rows();
-                let fault = "kto compares the rows of a step: needed at least 2, by \
-                             per_device_train_batch_size or gradient_accumulation_steps";
+                let fault = "kto compares the rows of a step: needed at least 2, set per_device_train_batch_size \
+                             or gradient_accumulation_steps";
                 faults.check(!compares_rows || rows > 1, fault.into());
             }
             Task::Ppo(own) => {
@@ -1073,13 +1069,13 @@ impl RunSettings {
                     Some(strategy) => strategy != EvalStrategy::No,
                     None => !self.common.eval_data.is_unset(),
                 };
-                let fault = "judge_adapter is read in evaluations: needed --eval-data or \
+                let fault = "judge_adapter is used in evaluations: requires --eval-data or \
                              --eval-strategy";
                 faults.check(own.judge_adapter.is_unset() || evaluates, fault.into());
             }
             Task::Grpo(own) => own.faults(&mut faults),
         }
-        faults.told()
+        faults.finish()
     }
 }
 
@@ -1098,14 +1094,16 @@ impl DpoSettings {
         for (key, losses) in self.keys_of_other_losses() {
             let loss = self.loss_type;
             let losses: Vec<&str> = losses.into_iter().map(StringEnum::name).collect();
-            faults.0.push(format!("{key} is of loss_type {}, found {loss}", losses.join(", ")));
+            faults
+                .0
+                .push(format!("{key} only applies to loss_type {}, got {loss}", losses.join(", ")));
         }
         let referenced = self.preference().loss.has_reference();
         let fault = "ref_adapter is given, but this loss has no reference".to_string();
         faults.check(self.ref_adapter.is_unset() || referenced, fault);
     }
 
-    /// The loss with the parameters it has.
+    /// The loss with its parameters.
     pub fn preference(&self) -> PreferenceSettings {
         let &Self { label_smoothing, reference_free, simpo_gamma, .. } = self;
         let &Self { desirable_weight, undesirable_weight, beta, .. } = self;
@@ -1122,8 +1120,8 @@ impl DpoSettings {
         PreferenceSettings { loss, beta }
     }
 
-    /// Keys that are set, but that only other losses have, with these: a loss has a key that changes
-    /// what [`Self::preference`] returns.
+    /// Keys that are set but only apply to other losses, with those losses. A key applies to a loss if it
+    /// changes the result of [`Self::preference`].
     fn keys_of_other_losses(&self) -> Vec<(&'static str, Vec<PreferenceLossType>)> {
         let table = |settings: &Self| {
             let mut table = toml::Table::new();
@@ -1163,7 +1161,7 @@ impl OptimizerSettings {
         for (name, beta) in [("adam_beta1", self.adam_beta1), ("adam_beta2", self.adam_beta2)] {
             faults.check((0.0..1.0).contains(&beta), format!("{name} is {beta}, needed in [0, 1)"));
         }
-        faults.check(self.adam_epsilon as f32 > 0.0, "adam_epsilon is no positive f32".into());
+        faults.check(self.adam_epsilon as f32 > 0.0, "adam_epsilon is not a positive f32".into());
     }
 }
 
@@ -1213,7 +1211,7 @@ impl PpoSettings {
 }
 
 impl GrpoSettings {
-    /// Kinds of reward there are.
+    /// Number of reward sources.
     pub fn rewards(&self) -> usize {
         let models = [&self.reward_adapter, &self.reward_model];
         let models = models.iter().filter(|path| !path.is_unset()).count();
@@ -1248,7 +1246,7 @@ impl GrpoSettings {
         faults.check(timeout > 0.0, format!("reward_timeout is {timeout}, needed more than 0"));
         if self.advantage == AdvantageEstimator::Rloo {
             let plain = Self::default();
-            let fault = |name: &str| format!("{name} is of advantage grpo, found rloo");
+            let fault = |name: &str| format!("{name} only applies to advantage grpo, got rloo");
             faults.check(self.scale_rewards == plain.scale_rewards, fault("scale_rewards"));
             faults.check(self.loss_type == plain.loss_type, fault("loss_type"));
         }
@@ -1268,12 +1266,12 @@ impl CommonSettings {
         AddedTokenSpec::list(&self.add_tokens, &self.add_special_tokens)
     }
 
-    /// Whether evaluations are compared.
+    /// Whether the best checkpoint is tracked.
     pub fn seeks_best(&self) -> bool {
         self.early_stopping_patience > 0 || self.load_best_model_at_end
     }
 
-    /// How they are, as transformers does it.
+    /// How the best checkpoint is selected, as in transformers.
     pub fn best(&self) -> BestSettings {
         let name = &self.metric_for_best_model;
         let metric = if name.starts_with(EVAL) { name.clone() } else { format!("{EVAL}{name}") };
@@ -1285,7 +1283,7 @@ impl CommonSettings {
         }
     }
 
-    /// The file of a command that takes one.
+    /// The data file of a command that reads a single one.
     pub fn data_file(&self) -> &Path {
         self.data.first().map_or(Path::new(""), |file| &file.path)
     }
@@ -1314,14 +1312,14 @@ impl CommonSettings {
             Some(strategy) => strategy != EvalStrategy::No,
             None => !self.eval_data.is_unset(),
         };
-        let fault = "early_stopping_patience and load_best_model_at_end compare evaluations: \
-                     needed --eval-data or --eval-strategy";
+        let fault = "early_stopping_patience and load_best_model_at_end require evaluations: \
+                     set --eval-data or --eval-strategy";
         faults.check(!self.seeks_best() || evaluates, fault.into());
         for (key, set) in [
             ("early_stopping_threshold", self.early_stopping_threshold != 0.0),
             ("greater_is_better", self.greater_is_better.is_some()),
         ] {
-            let fault = "needs early_stopping_patience or load_best_model_at_end";
+            let fault = "requires early_stopping_patience or load_best_model_at_end";
             faults.check(!set || self.seeks_best(), format!("{key} {fault}"));
         }
         if let Err(fault) = self.device.check(self.compute()) {
@@ -1356,15 +1354,13 @@ impl CommonSettings {
                 ),
             ];
             for (name, _) in own.iter().filter(|(_, set)| *set) {
-                faults.check(
-                    false,
-                    format!("{name} is the adapter's own with --adapter, not to be set"),
-                );
+                faults
+                    .check(false, format!("{name} cannot be set with --adapter, which defines it"));
             }
         }
         faults.check(
             self.max_length > 1,
-            format!("max_length is {}, needed 2 or more", self.max_length),
+            format!("max_length is {}, needed at least 2", self.max_length),
         );
         let some = self.max_steps > 0 || self.num_train_epochs > 0.0;
         faults.check(
@@ -1436,7 +1432,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_of_others_are_refused() {
+    fn keys_of_other_commands_are_errors() {
         let refused = |command, text: &str| {
             let table = toml::from_str(text).unwrap();
             RunSettings::from_table(command, table).unwrap_err().to_string()
@@ -1483,7 +1479,7 @@ mod tests {
     }
 
     #[test]
-    fn all_faults_are_told_at_once() {
+    fn all_faults_are_reported_at_once() {
         let mut settings = RunSettings::new(Command::Ppo);
         settings.common.save_steps = 0;
         settings.common.optimizer.adam_beta1 = 1.0;
