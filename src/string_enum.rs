@@ -91,7 +91,7 @@ mod tests {
     string_enum! {
         /// What a test chooses from.
         #[derive(Debug)]
-        enum Choice {
+        enum TestChoice {
             /// The first,
             /// on two lines.
             First = "first",
@@ -102,14 +102,14 @@ mod tests {
 
     #[test]
     fn names_parse_print_and_survive_json() {
-        for &choice in Choice::VALUES {
+        for &choice in TestChoice::VALUES {
             assert_eq!(choice.to_string().parse(), Ok(choice));
             let json = serde_json::to_string(&choice).unwrap();
             assert_eq!(json, format!("\"{choice}\""));
-            assert_eq!(serde_json::from_str::<Choice>(&json).unwrap(), choice);
+            assert_eq!(serde_json::from_str::<TestChoice>(&json).unwrap(), choice);
         }
-        let error = "third".parse::<Choice>().unwrap_err();
+        let error = "third".parse::<TestChoice>().unwrap_err();
         assert_eq!(error, "unknown value \"third\", expected one of first, second_one");
-        assert_eq!(Choice::First.description(), "The first, on two lines.");
+        assert_eq!(TestChoice::First.description(), "The first, on two lines.");
     }
 }

@@ -3,7 +3,7 @@
 //!
 //! `cargo run --release --example adapters_at_decode -- BASE [--rounds 15] [--tokens 64] [--r 16]`;
 //! `RAYON_NUM_THREADS` says how many threads. Both sides of a comparison take turns in one process
-//! on the same prompts; medians are told, and the quarters around them. Adapters are random, on all
+//! on the same prompts; medians are printed, and the quarters around them. Adapters are random, on all
 //! linear layers.
 
 use std::error::Error;
@@ -88,7 +88,7 @@ fn adapter(decoder: &Decoder, r: usize, seed: u64) -> Result<Adapter> {
     Ok(adapter)
 }
 
-/// Seconds of a decoding step over rows that wear these, prompts not counted.
+/// Seconds of a decoding step over rows that use these, prompts not counted.
 fn seconds(decoder: &Decoder, lists: &[Arc<[ActiveAdapter]>], tokens: usize) -> Result<f64> {
     let mut engine = Engine::new(decoder, CacheType::of(decoder.compute), 0);
     for (row, active) in lists.iter().enumerate() {

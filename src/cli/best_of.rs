@@ -1,4 +1,4 @@
-//! Which of several replies is kept.
+//! Best-of-n: sampling several replies and keeping the one with the highest reward.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,34 +15,34 @@ use crate::rollout::{Answer, Response, RewardCommand, RewardSource, Rewards, Sco
 use crate::text::{Special, Tokenizer};
 use crate::train::read_scoring;
 
-/// Seconds a program gets for all replies.
+/// Time limit of a reward command for all replies, in seconds.
 const TIMEOUT: f64 = 60.0;
 
 #[derive(Debug, clap::Args)]
 pub struct BestOf {
-    /// Sample N replies and keep the best: by the rewards that follow, without one by the mean
-    /// log-probability of its tokens
+    /// Best-of-n: sample N replies and keep the one with the highest reward, or without rewards with the
+    /// highest mean log-probability
     #[arg(long, value_name = "N")]
     best_of: Option<usize>,
-    /// Reward: regex:PATTERN, json-schema:FILE, length:MIN-MAX, or exact:prompt, numeric:prompt; may
-    /// be given again
+    /// Reward: regex:PATTERN, json-schema:FILE, length:MIN-MAX, or exact:prompt, numeric:prompt; can be
+    /// repeated
     #[arg(long, value_name = "RULE", requires = "best_of")]
     reward: Vec<String>,
-    /// Reward: a program that reads JSON lines of `prompt` and `completion` and answers each with
-    /// {"reward": NUMBER}; may be given again
+    /// Reward: a program that reads JSON lines with `prompt` and `completion`, and answers each with
+    /// {"reward": NUMBER}; can be repeated
     #[arg(long, value_name = "COMMAND", requires = "best_of")]
     reward_command: Vec<String>,
-    /// Seconds such a program has for all replies [default: 60]
+    /// Time limit of a reward command for all replies, in seconds [default: 60]
     #[arg(long, value_name = "SECONDS", requires = "reward_command")]
     reward_timeout: Option<f64>,
-    /// Reward: an adapter with a score head on the same base, as `reward` makes it
+    /// Reward: an adapter with a score head on the same base, as `reward` writes it
     #[arg(long, value_name = "PATH", requires = "best_of")]
     reward_adapter: Option<PathBuf>,
-    /// Reward: a Hugging Face sequence classifier with one label, a model folder of its own
+    /// Reward: a separate model, a folder of a Hugging Face sequence classifier with one label
     #[arg(long, value_name = "PATH", requires = "best_of")]
     reward_model: Option<PathBuf>,
     /// Weights of the rewards, in the order --reward, --reward-command, --reward-adapter,
-    /// --reward-model [default: 1 each]
+    /// --reward-model [default: all 1]
     #[arg(
         long,
         value_name = "WEIGHTS",
@@ -53,62 +53,60 @@ pub struct BestOf {
     reward_weights: Vec<f64>,
 }
 
-/// A reply, and its text up to where it was stopped.
-pub struct Candidate {
-    /// Its tokens.
+/// A generated reply, with its text up to the stop string.
+pub struct SampledReply {
+    /// The generated tokens.
     pub generated: Generated,
-    /// Its text.
+    /// The text.
     pub text: String,
 }
 
-/// What was made of the replies.
-pub struct Judged {
-    /// Which is the best, of equals the first.
+/// The rewards of all replies.
+pub struct RankedReplies {
+    /// Index of the best reply; the first of equals.
     pub best: usize,
-    /// The reward of each, if there is an opinion on it.
+    /// The reward of each reply, if any source has an opinion.
     pub totals: Vec<Option<f64>>,
-    /// Each reply with what it got.
+    /// Each reply with its rewards, as JSON.
     pub candidates: Vec<Value>,
 }
 
 impl BestOf {
-    /// How many replies are sampled.
+    /// Number of replies to sample.
     pub fn replies(&self, temperature: f64) -> Result<usize> {
         match self.best_of {
             Some(0) => bail!("--best-of is 0, needed at least 1"),
             Some(2..) if temperature == 0.0 => {
-                bail!(
-                    "--best-of at --temperature 0 has one reply to choose from, needed more than 0"
-                )
+                bail!("--best-of requires a --temperature above 0: at 0 all replies are equal")
             }
             replies => Ok(replies.unwrap_or(1)),
         }
     }
 
-    /// The reward model that is an adapter.
+    /// The reward adapter, if given.
     pub fn adapter(&self) -> Option<&Path> {
         self.reward_adapter.as_deref()
     }
 
-    /// Whether there is a choice to be shown.
+    /// Whether --best-of is given.
     pub fn asked(&self) -> bool {
         self.best_of.is_some()
     }
 
-    /// Whether replies are judged by their own log-probabilities.
+    /// Whether replies are ranked by their own log-probabilities.
     pub fn by_logprobs(&self) -> bool {
         let Self { reward, reward_command, reward_adapter, reward_model, .. } = self;
         let none = reward.is_empty() && reward_command.is_empty();
         self.asked() && none && reward_adapter.is_none() && reward_model.is_none()
     }
 
-    /// Whether replies are read through to what ends a turn.
+    /// Whether a reward adapter reads the replies, including their end-of-turn tokens.
     pub fn reads_endings(&self) -> bool {
         self.asked() && self.reward_adapter.is_some()
     }
 
-    /// Loads what judges: said before anything is sampled, if it cannot be. `now` is the day that a
-    /// reward model's template shows.
+    /// Loads the reward sources, so that errors are reported before anything is sampled. `now` sets the date
+    /// in the chat template of a reward model.
     pub fn judge(&self, decoder: &Decoder, now: Option<u64>) -> Result<Judge> {
         let (mut sources, mut adapter, mut model) = (Vec::new(), None, None);
         for spec in &self.reward {
@@ -144,28 +142,28 @@ impl BestOf {
     }
 }
 
-/// What judges replies, loaded.
+/// The loaded reward sources.
 pub struct Judge {
     scorer: Scorer,
     by_logprobs: bool,
 }
 
 impl Judge {
-    /// Judges the replies to a prompt, those to a conversation with its `messages`. Rules and programs see of a
-    /// row its prompt alone.
+    /// Scores the replies to a prompt, which is a conversation if `messages` are given. The row that rules and
+    /// programs see has only the prompt.
     pub fn judge(
         &mut self,
         decoder: &Decoder,
         tokenizer: &Tokenizer,
         (prompt, prompt_ids): (&str, &[u32]),
         messages: Option<Vec<Value>>,
-        replies: &[Candidate],
-    ) -> Result<Judged> {
+        replies: &[SampledReply],
+    ) -> Result<RankedReplies> {
         let chat = messages.is_some();
         let asked = messages.map_or(json!(prompt), Value::Array);
         let row = Map::from_iter([("prompt".to_string(), asked)]);
         self.scorer.eos = tokenizer.eos();
-        // A template that tells no end of a turn is the adapter's trouble alone.
+        // Only the adapter needs the template's end-of-turn tokens.
         let reads_endings = chat && self.scorer.adapter.is_some();
         self.scorer.after = if reads_endings { tokenizer.after_turn()? } else { Vec::new() };
         let responses = responses(tokenizer, prompt_ids, replies)?;
@@ -185,9 +183,9 @@ impl Judge {
         let rated = scores.totals.iter().enumerate().filter_map(|(i, total)| Some((i, (*total)?)));
         let best = rated.reduce(|best, next| if next.1 > best.1 { next } else { best });
         let Some((best, _)) = best else {
-            bail!("no reward has an opinion on any of the {} replies", replies.len())
+            bail!("no reward source has an opinion on any of the {} replies", replies.len())
         };
-        let candidate = |(i, reply): (usize, &Candidate)| {
+        let candidate = |(i, reply): (usize, &SampledReply)| {
             let named = self.scorer.rewards.sources().iter().zip(&scores.columns);
             let rewards: Map<String, Value> =
                 named.map(|(source, column)| (source.name().into(), json!(column[i]))).collect();
@@ -200,11 +198,11 @@ impl Judge {
             })
         };
         let candidates = replies.iter().enumerate().map(candidate).collect();
-        Ok(Judged { best, totals: scores.totals, candidates })
+        Ok(RankedReplies { best, totals: scores.totals, candidates })
     }
 }
 
-/// As OpenAI's interface names it.
+/// The finish reason as named in OpenAI's API.
 pub fn finish_reason(finish: Finish) -> &'static str {
     match finish {
         Finish::Length => "length",
@@ -212,14 +210,14 @@ pub fn finish_reason(finish: Finish) -> &'static str {
     }
 }
 
-/// The replies as they are judged: of one that a stop string ended, the text before it.
+/// The replies as responses to score; a reply that a stop string ended is its text before the stop string.
 fn responses(
     tokenizer: &Tokenizer,
     prompt: &[u32],
-    replies: &[Candidate],
+    replies: &[SampledReply],
 ) -> Result<Vec<Response>> {
     let prompt: Arc<[u32]> = prompt.into();
-    let response = |(key, reply): (u64, &Candidate)| -> Result<Response> {
+    let response = |(key, reply): (u64, &SampledReply)| -> Result<Response> {
         let tokens = match reply.generated.finish {
             Finish::Callback => tokenizer.encode(&reply.text, Special::AsText)?,
             Finish::Stop | Finish::Length => reply.generated.token_ids.clone(),
@@ -231,7 +229,7 @@ fn responses(
     (0..).zip(replies).map(response).collect()
 }
 
-/// The mean log-probability of a reply's tokens under the model itself, the one that ends it counted.
+/// Mean log-probability of the tokens of a reply under the model, including the end-of-generation token.
 fn mean_logprob(generated: &Generated) -> f64 {
     let sum: f64 = generated.token_logprobs.iter().map(|&logprob| f64::from(logprob)).sum();
     sum / generated.token_logprobs.len().max(1) as f64

@@ -1,7 +1,7 @@
-//! `quantune chat`: a conversation at the terminal, or line by line from a pipe.
+//! `quantune chat`: an interactive conversation in a terminal, or line by line from a pipe.
 //!
-//! Replies go to stdout, everything else to stderr. At a terminal a fault is told and the
-//! conversation goes on; in a pipe nobody would notice, so that it ends the program.
+//! Replies go to stdout, everything else to stderr. In a terminal, an error is printed and the conversation
+//! continues; from a pipe, an error ends the program, since nobody would notice it.
 
 mod command;
 mod input;
@@ -15,8 +15,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use self::command::Command;
-use self::input::{Input, Line};
+use self::command::ChatCommand;
+use self::input::{InputLine, LineInput};
 use self::session::Session;
 use super::loading::Loading;
 use super::sampling::SamplingFlags;
@@ -27,45 +27,45 @@ use crate::weights::Checkpoint;
 
 #[derive(Debug, clap::Args)]
 pub struct Chat {
-    /// The base: a GGUF file or a Hugging Face folder
+    /// Base model: a GGUF file or a Hugging Face folder
     #[arg(long)]
     base: PathBuf,
-    /// An adapter and what it is called, NAME=PATH or NAME=PATH=WEIGHT; may be given again. The first
-    /// is active until /adapter takes another
+    /// Adapter with a name, NAME=PATH or NAME=PATH=WEIGHT; can be repeated. The first is active until
+    /// /adapter changes it
     #[arg(long, value_name = "NAME=PATH")]
     adapter: Vec<NamedAdapter>,
-    /// A system message before the conversation
+    /// System message
     #[arg(long, conflicts_with = "raw")]
     system: Option<String>,
-    /// For bases without a chat template: what is typed goes to the model as it stands, and it goes
-    /// on from it until a --stop text; the session is one growing text, an empty line goes on
+    /// For bases without a chat template: input is passed to the model as it is, and continued until a
+    /// --stop string; the session is one growing text, and an empty line continues it
     #[arg(long)]
     raw: bool,
-    /// Tokens of a reply at most [default: 1024; with --raw 256]
+    /// Maximum number of tokens per reply [default: 1024; with --raw 256]
     #[arg(long)]
     max_tokens: Option<usize>,
     #[command(flatten)]
     sampling: SamplingFlags,
-    /// End a reply before this text; may be given again. \n is a line's end
+    /// Stop string; can be repeated; \n is a newline
     #[arg(long)]
     stop: Vec<String>,
-    /// How keys and values are kept: f32, f16 (half the memory) or q8 (a quarter) [default: f16, or
-    /// f32 where --compute is f32 or portable]
+    /// Type of the KV cache: f32, f16 (half the memory) or q8 (a quarter) [default: f16, or f32 with
+    /// --compute f32 or portable]
     #[arg(long)]
     cache_type: Option<CacheType>,
     #[command(flatten)]
     template: TemplateFlags,
-    /// The day, YYYY-MM-DD, that a chat template with a date shows [default: today]
+    /// Current date in chat templates that print one, YYYY-MM-DD [default: today]
     #[arg(long, conflicts_with = "raw")]
     template_date: Option<String>,
     #[command(flatten)]
     loading: Loading,
-    /// Keep what is typed at the terminal in this file, for the next time
+    /// History file of input lines, kept between sessions; requires a terminal
     #[arg(long, value_name = "FILE")]
     history: Option<PathBuf>,
 }
 
-/// An adapter on the command line of a chat: `NAME=PATH` or `NAME=PATH=WEIGHT`.
+/// A named adapter on the command line: `NAME=PATH` or `NAME=PATH=WEIGHT`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NamedAdapter {
     name: String,
@@ -85,20 +85,21 @@ impl FromStr for NamedAdapter {
     }
 }
 
-/// Ctrl-C was pressed while a reply came.
+/// Ctrl-C was pressed during a reply.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
-/// A reply comes: Ctrl-C ends it, else the program.
+/// A reply is being generated: Ctrl-C stops it. Otherwise Ctrl-C exits the program.
 static REPLYING: AtomicBool = AtomicBool::new(false);
 
 impl Chat {
     pub fn run(self, json: bool) -> Result<Value> {
         if json {
-            let reason = "--json: a conversation has no one result; /save FILE writes it as a row";
-            bail!(super::Usage(reason.into()));
+            let reason =
+                "--json is not supported by chat; /save FILE writes the conversation as a row";
+            bail!(super::UsageError(reason.into()));
         }
         let terminal = std::io::stdin().is_terminal();
         if self.history.is_some() && !terminal {
-            bail!("--history keeps what is typed at a terminal, and stdin is none");
+            bail!("--history requires a terminal, but stdin is not one");
         }
         let sampling = self.sampling.sampling();
         sampling.check()?;
@@ -109,7 +110,7 @@ impl Chat {
         self.template.change(&mut tokenizer)?;
         if !self.raw && tokenizer.chat_template().is_none() {
             bail!(
-                "{}: this base has no chat template; with --raw it goes on from what is typed",
+                "{}: this base has no chat template; use --raw to continue plain text",
                 self.base.display()
             );
         }
@@ -122,10 +123,10 @@ impl Chat {
             session.load(name, file)?;
         }
         if let Some(first) = self.adapter.first() {
-            session.wear(&[(first.name.clone(), None)])?;
+            session.activate(&[(first.name.clone(), None)])?;
         }
         ctrlc::set_handler(|| {
-            // Looked at first: a reply may end as soon as it is told to.
+            // Checked first, since the reply may end as soon as INTERRUPTED is set.
             if !REPLYING.load(Ordering::SeqCst) {
                 std::process::exit(130);
             }
@@ -134,53 +135,53 @@ impl Chat {
         .context("cannot listen for Ctrl-C")?;
 
         let mut input = match terminal {
-            true => Input::terminal(self.history)?,
-            false => Input::lines(),
+            true => LineInput::terminal(self.history)?,
+            false => LineInput::lines(),
         };
         if terminal {
-            eprintln!("{} — /help lists the commands, Ctrl-D leaves", session.describe());
+            eprintln!("{} — /help lists commands, Ctrl-D exits", session.describe());
         }
         loop {
-            let told = match input.read()? {
-                Line::End => return Ok(Value::Null),
-                Line::Interrupted => {
-                    eprintln!("(Ctrl-D or /quit leaves)");
+            let result = match input.read()? {
+                InputLine::End => return Ok(Value::Null),
+                InputLine::Interrupted => {
+                    eprintln!("(Ctrl-D or /quit exits)");
                     Ok(())
                 }
-                Line::Text(line) => match Command::parse(&line) {
-                    Ok(Some(Command::Quit)) => return Ok(Value::Null),
-                    Ok(Some(command)) => obey(&mut session, command),
-                    // Two slashes are one that belongs to the message.
+                InputLine::Text(line) => match ChatCommand::parse(&line) {
+                    Ok(Some(ChatCommand::Quit)) => return Ok(Value::Null),
+                    Ok(Some(command)) => run_command(&mut session, command),
+                    // Two slashes escape a message that begins with a slash.
                     Ok(None) => session.say(line.strip_prefix('/').unwrap_or(&line)),
                     Err(fault) => Err(anyhow::anyhow!(fault)),
                 },
             };
-            match told {
+            match result {
                 Err(error) if terminal => eprintln!("error: {}", super::sentence(&error)),
-                told => told?,
+                result => result?,
             }
         }
     }
 }
 
-/// Does what a command says.
-fn obey(session: &mut Session, command: Command) -> Result<()> {
+/// Runs a slash command.
+fn run_command(session: &mut Session, command: ChatCommand) -> Result<()> {
     match command {
-        Command::Wear(names) => session.wear(&names)?,
-        Command::Load { name, path } => session.load(&name, &path.parse().map_err(fault)?)?,
-        Command::Drop(name) => session.drop_adapter(&name)?,
-        Command::List => eprintln!("{}", session.list()),
-        Command::Reset => session.reset(),
-        Command::System(text) => session.set_system(text)?,
-        Command::Undo => session.undo()?,
-        Command::Regenerate => session.regenerate()?,
-        Command::Set(setting) => match setting {
+        ChatCommand::Activate(names) => session.activate(&names)?,
+        ChatCommand::Load { name, path } => session.load(&name, &path.parse().map_err(fault)?)?,
+        ChatCommand::Drop(name) => session.drop_adapter(&name)?,
+        ChatCommand::List => eprintln!("{}", session.list()),
+        ChatCommand::Reset => session.reset(),
+        ChatCommand::System(text) => session.set_system(text)?,
+        ChatCommand::Undo => session.undo()?,
+        ChatCommand::Regenerate => session.regenerate()?,
+        ChatCommand::Set(setting) => match setting {
             Some((key, value)) => session.set(&key, &value)?,
             None => eprintln!("{}", session.settings()),
         },
-        Command::Save(path) => session.save(&path)?,
-        Command::Help => eprintln!("{}", command::HELP),
-        Command::Quit => unreachable!("the loop has ended"),
+        ChatCommand::Save(path) => session.save(&path)?,
+        ChatCommand::Help => eprintln!("{}", command::HELP),
+        ChatCommand::Quit => unreachable!("handled by the loop"),
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! `quantune completions`: what a shell has to know to complete commands and flags.
+//! `quantune completions`: shell completion scripts.
 
 use anyhow::{Context, Result};
 use clap::CommandFactory;
@@ -9,7 +9,7 @@ use super::Cli;
 
 #[derive(Debug, clap::Args)]
 pub struct Completions {
-    /// The shell
+    /// Shell
     shell: Shell,
 }
 
@@ -17,7 +17,7 @@ impl Completions {
     pub fn run(self, json: bool) -> Result<Value> {
         let mut script = Vec::new();
         clap_complete::generate(self.shell, &mut Cli::command(), "quantune", &mut script);
-        let script = String::from_utf8(script).context("a script that is no UTF-8")?;
+        let script = String::from_utf8(script).context("the script is not UTF-8")?;
         if !json {
             crate::cli::say!("{}", script.trim_end());
         }

@@ -1,4 +1,4 @@
-//! `quantune data`: what a trainer would make of rows, before it does.
+//! `quantune data`: validates a dataset before training.
 
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
@@ -20,30 +20,29 @@ use crate::weights::Checkpoint;
 
 #[derive(Debug, clap::Args)]
 pub struct Data {
-    /// The base: a GGUF file or a Hugging Face folder; only its tokenizer and shape are read
+    /// Base model: a GGUF file or a Hugging Face folder; only its tokenizer and config are read
     #[arg(long)]
     base: PathBuf,
-    /// Rows, JSONL or Parquet, of any kind that a trainer reads; may be given again
+    /// Data file, JSONL or Parquet, in any format that a trainer reads; can be repeated
     #[arg(long, required = true, value_name = "PATH[=WEIGHT]")]
     data: Vec<DataFile>,
-    /// Held-out rows, looked for among the others
+    /// Held-out data file, checked for duplicates of --data
     #[arg(long)]
     eval_data: Option<PathBuf>,
-    /// Tokens of an example, as the trainers' [default: 1024]; of `prompt`s, whose responses need room
-    /// in it too, the most one may have
+    /// Maximum number of tokens of an example, as in training, or of a `prompt` [default: 1024]
     #[arg(long)]
     max_length: Option<usize>,
-    /// How `instruction`, `input` and `output` are laid out: chat (the first two are what the user
-    /// says) or text (Alpaca's own prompt) [default: chat, or text where there is no chat template]
+    /// Prompt format of `instruction`, `input` and `output` rows: chat (chat template) or text (Alpaca's own
+    /// prompt) [default: chat, or text without a chat template]
     #[arg(long)]
     alpaca_prompt: Option<AlpacaPrompt>,
     #[command(flatten)]
     template: TemplateFlags,
-    /// The day, YYYY-MM-DD, that a chat template with a date shows [default: today]
+    /// Current date in chat templates that print one, YYYY-MM-DD [default: today]
     #[arg(long)]
     template_date: Option<String>,
-    /// Tokens that training would add to the vocabulary, as `sft` has them; those that an --adapter or
-    /// --frozen-adapter of `sft` brings are to be named here too
+    /// Tokens that training adds to the vocabulary, as in `sft`, including those of its --adapter and
+    /// --frozen-adapter
     #[arg(long, value_delimiter = ',', num_args = 1.., value_name = "TOKEN")]
     add_tokens: Vec<String>,
     /// Special tokens that training would add, such as <|tool|>
@@ -52,14 +51,14 @@ pub struct Data {
     /// Checks to ignore, by the names that are printed: no failure, and not reported
     #[arg(long, value_delimiter = ',', value_name = "CHECK")]
     allow: Vec<Check>,
-    /// Show the first N rows as tokens, the learned ones coloured, or in brackets where there are no
-    /// colours; of `prompt`s where the reply begins
+    /// Print the first N rows as the trainer sees them, with learned tokens coloured, or in [[brackets]] without
+    /// colours; for `prompt`s, where the reply begins
     #[arg(long, value_name = "N")]
     show_masks: Option<usize>,
 }
 
-/// What was found in a file.
-struct Looked {
+/// The validation result of a file.
+struct ValidatedFile {
     path: PathBuf,
     checks: CheckReport,
     hashes: RowHashes,
@@ -81,26 +80,26 @@ impl Data {
         let limits = ModelLimits { window, vocab_size };
 
         let files: Vec<&Path> = self.data.iter().map(|file| &*file.path).collect();
-        let mut looked = Vec::new();
+        let mut validated = Vec::new();
         for path in &files {
-            looked.push(self.look(path, &tokenizer, limits)?);
+            validated.push(self.validate(path, &tokenizer, limits)?);
             if let Some(count) = self.show_masks.filter(|_| !json) {
                 self.show(path, &tokenizer, limits, count)?;
             }
         }
         if let Some(path) = &self.eval_data {
-            let mut held_out = self.look(path, &tokenizer, limits)?;
-            for file in &looked {
+            let mut held_out = self.validate(path, &tokenizer, limits)?;
+            for file in &validated {
                 file.hashes.report_held_out_duplicates(
                     &file.path,
                     &held_out.hashes,
                     &mut held_out.checks,
                 );
             }
-            looked.push(held_out);
+            validated.push(held_out);
         }
         let mut faults = Vec::new();
-        for Looked { path, checks, counts, .. } in &looked {
+        for ValidatedFile { path, checks, counts, .. } in &validated {
             if !json {
                 crate::cli::say!("{}: {checks}\n  {counts}", path.display());
             }
@@ -108,8 +107,9 @@ impl Data {
             faults.extend(checks.verify(path, &self.allow).err());
         }
         if json {
-            // What is wrong is told in the object too: it comes before the failure.
-            let files: Vec<Value> = looked.iter().map(Looked::json).collect::<Result<_>>()?;
+            // The JSON object contains the findings, so it is printed before the failure.
+            let files: Vec<Value> =
+                validated.iter().map(ValidatedFile::json).collect::<Result<_>>()?;
             let value = json!({ "files": files, "defects": faults.len() });
             if !faults.is_empty() {
                 crate::cli::say!("{value}");
@@ -122,27 +122,33 @@ impl Data {
     }
 
     fn fail(&self, faults: Vec<crate::data::DataError>) -> Result<()> {
-        let told: Vec<String> = faults.iter().map(ToString::to_string).collect();
-        if told.is_empty() { Ok(()) } else { bail!("{}", told.join("\n")) }
+        let errors: Vec<String> = faults.iter().map(ToString::to_string).collect();
+        if errors.is_empty() { Ok(()) } else { bail!("{}", errors.join("\n")) }
     }
 
-    fn look(&self, path: &Path, tokenizer: &Tokenizer, model: ModelLimits) -> Result<Looked> {
-        let never = AtomicBool::new(false); // nothing is lost: Ctrl-C ends the process
+    fn validate(
+        &self,
+        path: &Path,
+        tokenizer: &Tokenizer,
+        model: ModelLimits,
+    ) -> Result<ValidatedFile> {
+        let never = AtomicBool::new(false); // Ctrl-C exits the process, nothing is lost
         match self.kind(path, model)? {
-            Kind::Examples(settings) => {
-                Looked::of(path, Dataset::examine(path, tokenizer, &settings, &never)?)
+            DatasetKind::Examples(settings) => {
+                ValidatedFile::of(path, Dataset::examine(path, tokenizer, &settings, &never)?)
             }
-            Kind::Comparisons(settings, kind) => {
-                Looked::of(path, Comparisons::examine(path, tokenizer, &settings, kind, &never)?)
-            }
-            Kind::Prompts(settings) => {
-                Looked::of(path, Prompts::examine(path, tokenizer, &settings, &never)?)
+            DatasetKind::Comparisons(settings, kind) => ValidatedFile::of(
+                path,
+                Comparisons::examine(path, tokenizer, &settings, kind, &never)?,
+            ),
+            DatasetKind::Prompts(settings) => {
+                ValidatedFile::of(path, Prompts::examine(path, tokenizer, &settings, &never)?)
             }
         }
     }
 
-    /// What rows of a file are read as, by the first of them.
-    fn kind(&self, path: &Path, model: ModelLimits) -> Result<Kind> {
+    /// What the rows of a file are read as, by the format of the first.
+    fn kind(&self, path: &Path, model: ModelLimits) -> Result<DatasetKind> {
         let max_length = self.max_length.unwrap_or(1024).min(model.window);
         let (allow, alpaca, model) = (self.allow.clone(), self.alpaca_prompt, Some(model));
         let limits = LengthLimits { max_length, when_long: WhenTooLong::Cut };
@@ -150,18 +156,18 @@ impl Data {
             Some(RowFormat::Compared | RowFormat::Ranked) => ComparisonKind::Pairs,
             Some(RowFormat::Labelled) => ComparisonKind::Labels,
             Some(RowFormat::Prompt) => {
-                return Ok(Kind::Prompts(PromptSettings { max_length, allow, cache: None }));
+                return Ok(DatasetKind::Prompts(PromptSettings { max_length, allow, cache: None }));
             }
             _ => {
                 let cache = None;
                 let settings = LoadSettings { max_length, alpaca, allow, model, cache };
-                return Ok(Kind::Examples(settings));
+                return Ok(DatasetKind::Examples(settings));
             }
         };
-        Ok(Kind::Comparisons(ComparisonSettings { limits, allow, model, cache: None }, kind))
+        Ok(DatasetKind::Comparisons(ComparisonSettings { limits, allow, model, cache: None }, kind))
     }
 
-    /// Shows the first rows as the trainer sees them.
+    /// Prints the first rows as the trainer sees them.
     fn show(
         &self,
         path: &Path,
@@ -172,20 +178,20 @@ impl Data {
         let colours = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
         let show = |line: u64, tokens: &[u32], learned: &[bool], ends: bool| -> Result<()> {
             crate::cli::say!("{}:{line}:", path.display());
-            let mut text = painted((tokens, learned), tokenizer, colours)?;
+            let mut text = with_mask((tokens, learned), tokenizer, colours)?;
             if ends {
-                text.push_str(&marked("…", colours)); // what the policy will say
+                text.push_str(&marked("…", colours)); // where the reply begins
             }
             crate::cli::say!("{text}");
             Ok(())
         };
         match self.kind(path, model)? {
-            Kind::Examples(settings) => {
+            DatasetKind::Examples(settings) => {
                 for example in Dataset::first(path, tokenizer, &settings, count)? {
                     show(example.line, &example.tokens, &example.learned, false)?;
                 }
             }
-            Kind::Comparisons(settings, kind) => {
+            DatasetKind::Comparisons(settings, kind) => {
                 for row in Comparisons::first(path, tokenizer, &settings, kind, count)? {
                     for response in &row.responses {
                         let given = row.prompt.len();
@@ -195,7 +201,7 @@ impl Data {
                     }
                 }
             }
-            Kind::Prompts(settings) => {
+            DatasetKind::Prompts(settings) => {
                 for prompt in Prompts::first(path, tokenizer, &settings, count)? {
                     let learned = vec![false; prompt.tokens.len()];
                     show(prompt.line, &prompt.tokens, &learned, true)?;
@@ -207,13 +213,13 @@ impl Data {
 }
 
 /// What rows are read as.
-enum Kind {
+enum DatasetKind {
     Examples(LoadSettings),
     Comparisons(ComparisonSettings, ComparisonKind),
     Prompts(PromptSettings),
 }
 
-impl Looked {
+impl ValidatedFile {
     fn of<T, R: serde::Serialize + std::fmt::Display>(
         path: &Path,
         data: FileRows<T, R>,
@@ -233,18 +239,18 @@ impl Looked {
     }
 }
 
-/// The text of a row, its learned stretches green or in brackets.
-fn painted(
+/// The text of a row, with learned parts in green or in brackets.
+fn with_mask(
     (tokens, learned): (&[u32], &[bool]),
     tokenizer: &Tokenizer,
     colours: bool,
 ) -> Result<String> {
     let mut text = String::new();
     let mut start = 0;
-    for stretch in learned.chunk_by(|a, b| a == b) {
-        let piece = tokenizer.decode(&tokens[start..start + stretch.len()], false)?;
-        start += stretch.len();
-        match stretch[0] {
+    for run in learned.chunk_by(|a, b| a == b) {
+        let piece = tokenizer.decode(&tokens[start..start + run.len()], false)?;
+        start += run.len();
+        match run[0] {
             true => text.push_str(&marked(&piece, colours)),
             false => text.push_str(&piece),
         }

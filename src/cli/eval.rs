@@ -24,38 +24,37 @@ use crate::weights::{Checkpoint, write_atomically};
 
 #[derive(Debug, clap::Args)]
 pub struct Eval {
-    /// The base: a GGUF file or a Hugging Face folder
+    /// Base model: a GGUF file or a Hugging Face folder
     #[arg(long)]
     base: PathBuf,
-    /// A PEFT adapter folder, PATH or PATH=WEIGHT; may be given again
+    /// PEFT adapter folder, PATH or PATH=WEIGHT; can be repeated
     #[arg(long)]
     adapter: Vec<AdapterPath>,
-    /// Rows, scored under the masks of training, or by --reward
+    /// Rows: loss under the loss masks of training, or scores by --reward
     #[arg(long, required_unless_present_any = ["text", "prompts"], conflicts_with = "text")]
     data: Option<PathBuf>,
-    /// A reward model, as `reward` makes it: scores the responses of --data, and says how often it is
-    /// right where they are compared; or judges the replies to --prompts, for which it may be a rule
-    /// too, as grpo's
+    /// Reward model, as `reward` writes it: scores the responses of --data, and reports its accuracy on
+    /// preference pairs; with --prompts it scores the replies, and may also be a rule as in grpo
     #[arg(long, alias = "reward-adapter", value_name = "ADAPTER", conflicts_with = "text")]
     reward: Option<String>,
-    /// With --reward and --data: a file for the scores, a JSON line a row
+    /// With --reward and --data: output file for the scores, one JSON line per row
     #[arg(long, value_name = "FILE", requires = "data", requires = "reward")]
     scores: Option<PathBuf>,
     #[command(flatten)]
     replies: Replies,
-    /// Tokens of an example of --data: a longer `text` is split into several, longer `messages`,
-    /// `prompt`/`completion` and `input_ids` rows are cut at their end [default: 1024]
+    /// Maximum number of tokens of an example of --data. A longer `text` is split; longer `messages`,
+    /// `prompt`/`completion` and `input_ids` rows are truncated [default: 1024]
     #[arg(long, conflicts_with_all = ["text", "prompts"])]
     max_length: Option<usize>,
-    /// A text, scored as llama.cpp's perplexity: in chunks, the second half of each
+    /// Text file: perplexity as in llama.cpp, over the second half of each chunk
     #[arg(long)]
     text: Option<PathBuf>,
-    /// Tokens of a chunk of --text [default: 512]
+    /// Chunk size of --text in tokens [default: 512]
     #[arg(long, conflicts_with_all = ["data", "prompts"])]
     n_ctx: Option<usize>,
     #[command(flatten)]
     template: TemplateFlags,
-    /// The day, YYYY-MM-DD, that a chat template with a date shows [default: today]
+    /// Current date in chat templates that print one, YYYY-MM-DD [default: today]
     #[arg(long, conflicts_with = "text")]
     template_date: Option<String>,
     #[command(flatten)]
@@ -98,7 +97,7 @@ impl Eval {
                 let ids = tokenizer.with_bos(ids);
                 (perplexity(&decoder, &active, &ids, self.n_ctx.unwrap_or(512), bos)?, None)
             }
-            (None, None) => bail!("needed --data or --text"),
+            (None, None) => bail!("requires --data or --text"),
         };
         if !json {
             let (l, p) = (loss.loss, loss.perplexity());
@@ -117,7 +116,7 @@ impl Eval {
         Ok(value)
     }
 
-    /// Scores of responses, and how they agree with what people preferred.
+    /// Scores of responses by a reward model, and its accuracy on preference pairs.
     fn rewards(
         &self,
         folder: &Path,
@@ -127,7 +126,9 @@ impl Eval {
         json: bool,
     ) -> Result<Value> {
         if !self.adapter.is_empty() {
-            bail!("--adapter is not scored by --reward on rows that are there; needed --prompts");
+            bail!(
+                "--adapter with --reward requires --prompts; --data is scored by the reward model alone"
+            );
         }
         let active =
             [ActiveAdapter::frozen(Arc::new(read_scoring(folder, decoder, printer::monitor())?))];
@@ -169,12 +170,12 @@ impl Eval {
             let number = |key: &str| value.get(key).and_then(Value::as_f64).unwrap_or(f64::NAN);
             if paired {
                 crate::cli::say!(
-                    "right about {:.1} % of {} pairs, calibration error {:.3}",
+                    "accuracy {:.1} % on {} pairs, calibration error {:.3}",
                     number("accuracy") * 100.0,
                     judged.stats.pairs,
                     number("calibration_error")
                 );
-                crate::cli::say!("sure of it     is right    pairs");
+                crate::cli::say!("confidence     accuracy    pairs");
                 for bin in judged.calibration.bins.iter().filter(|bin| bin.pairs > 0) {
                     let pairs = bin.pairs as f64;
                     crate::cli::say!(

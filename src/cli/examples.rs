@@ -1,8 +1,8 @@
-//! What `--help` shows below the flags: lines that can be typed. A test parses each of them.
+//! Examples in `--help`, below the flags. A test parses each of them.
 
-/// The way through the commands.
+/// The pipeline of commands, for the top-level help.
 pub const PATH: &str = "\
-The way from text to a model to talk with; any step may be the first:
+The pipeline from text to a chat model; start at any step:
   quantune tokenizer train --data 'texts/*.txt' --vocab-size 8192 --out runs/tokenizer
   quantune pretrain --source texts=1:texts/*.txt --tokenizer runs/tokenizer --max-tokens 3000000 --out runs/base
   quantune data --base base.gguf --data chats.jsonl
@@ -12,11 +12,11 @@ The way from text to a model to talk with; any step may be the first:
   quantune merge --base base.gguf --adapter runs/ppo/adapter --type Q8_0 --out tuned.gguf
   quantune chat --base tuned.gguf
 
-Without a reward model, in the place of reward and ppo:
+Without a reward model, instead of reward and ppo:
   quantune dpo --base base.gguf --data pairs.jsonl --adapter runs/sft/adapter --out runs/dpo
   quantune grpo --base base.gguf --data sums.jsonl --reward numeric:answer --out runs/grpo
 
-quantune COMMAND --help has examples of each.";
+quantune COMMAND --help shows examples of each command.";
 
 pub const QUICKSTART: &str = "\
 Examples:

@@ -8,7 +8,7 @@ use quantune_adapters::format;
 use serde_json::{Value, json};
 
 use super::combining::Combining;
-use super::{Usage, load_adapters, open_tokenizer, paths, to_json};
+use super::{UsageError, load_adapters, open_tokenizer, paths, to_json};
 use crate::export::{load_with_added_tokens, lora, modelfile, types, verify};
 use crate::model::{ActiveAdapter, Decoder};
 use crate::quant::BlockType;
@@ -18,21 +18,21 @@ use crate::weights::{Checkpoint, write_atomically};
 
 #[derive(Debug, clap::Args)]
 pub struct Export {
-    /// The base: a GGUF file or a Hugging Face folder
+    /// Base model: a GGUF file or a Hugging Face folder
     #[arg(long)]
     base: PathBuf,
-    /// The adapter: a PEFT folder or a GGUF LoRA, PATH or PATH=WEIGHT; several with --combination-type
+    /// Adapter: a PEFT folder or a GGUF LoRA, PATH or PATH=WEIGHT; several require --combination-type
     #[arg(long, requires = "out")]
     adapter: Vec<AdapterPath>,
     #[command(flatten)]
     combining: Combining,
-    /// What to write of it: a file that ends in .gguf for llama.cpp and Ollama, or a PEFT folder
+    /// Output: a file that ends in .gguf, for llama.cpp and Ollama, or a PEFT folder
     #[arg(long, requires = "adapter", required_unless_present = "modelfile")]
     out: Option<PathBuf>,
-    /// The type of a GGUF LoRA, F32 or F16 [default: F32]
+    /// Type of a GGUF LoRA, F32 or F16 [default: F32]
     #[arg(long = "type", value_name = "TYPE", value_parser = types::block_type, requires = "out")]
     dtype: Option<BlockType>,
-    /// An Ollama Modelfile to write, of the base and with the adapter beside it
+    /// Output Modelfile for Ollama, with the base and the adapter
     #[arg(long, value_name = "FILE")]
     modelfile: Option<PathBuf>,
 }
@@ -59,12 +59,11 @@ impl Export {
         Ok(value)
     }
 
-    /// Writes the adapter, reads it again, and compares what the base makes of both.
+    /// Writes the adapter, reads it back, and compares the outputs of the base under both.
     fn adapter(&self, base: &Checkpoint, out: &Path, json: bool) -> Result<Value> {
         if self.adapter.len() > 1 && self.combining.combination_type.is_none() {
-            let text =
-                "--adapter is given several times, needed --combination-type to make one of them";
-            return Err(Usage(text.into()).into());
+            let text = "several --adapter require --combination-type";
+            return Err(UsageError(text.into()).into());
         }
         let added = added_beside(base, &paths(&self.adapter))?;
         let decoder = load_with_added_tokens(base, &added)?;
@@ -76,11 +75,11 @@ impl Export {
             lora::write_gguf_lora(&one.adapter, one.weight, config, dtype, out)?.bytes
         } else {
             if dtype != BlockType::F32 {
-                let text = "--type is for a GGUF LoRA, and --out is a folder, which holds F32";
-                return Err(Usage(text.into()).into());
+                let text = "--type only applies to a GGUF LoRA, but --out is a folder, which is always F32";
+                return Err(UsageError(text.into()).into());
             }
             if active[0].weight != 1.0 {
-                bail!("a PEFT folder has no place for the weight {}", active[0].weight);
+                bail!("a PEFT folder cannot store the weight {}", active[0].weight);
             }
             format::write_folder(&active[0].adapter, out)?;
             if !added.is_empty() {
@@ -93,8 +92,8 @@ impl Export {
             }
             std::fs::metadata(out.join(format::TENSORS_FILE))?.len()
         };
-        let again = AdapterPath { path: out.into(), weight: 1.0 };
-        let found = load_adapters(&[again], &decoder)?;
+        let reread = AdapterPath { path: out.into(), weight: 1.0 };
+        let found = load_adapters(&[reread], &decoder)?;
         let distance = check(base, &decoder, &active, &found, out, dtype)?;
         if !json {
             crate::cli::say!(
@@ -128,20 +127,20 @@ fn check(
         _ => verify::VerifyBounds::F16,
     };
     if let Err(reason) = bounds.check(distance) {
-        // Of a folder what was written, and nothing that was there before.
+        // Remove only the files that were written, not other files of the folder.
         let written = match out.is_dir() {
             true => vec![out.join(format::TENSORS_FILE), out.join(format::CONFIG_FILE)],
             false => vec![out.to_path_buf()],
         };
         for path in written {
-            let _ = std::fs::remove_file(path); // the distance is what to tell
+            let _ = std::fs::remove_file(path); // report the distance instead
         }
         bail!("{}: {reason}; it was removed", out.display());
     }
     Ok(distance)
 }
 
-/// A path as it is from a folder, if it lies there; else from the root.
+/// A path relative to a folder if it is inside, else absolute.
 fn relative(path: &Path, folder: &Path) -> PathBuf {
     let whole = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.into());
     let (path, folder) = (whole(path), whole(folder));

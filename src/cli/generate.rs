@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Result, bail};
 use serde_json::{Value, json};
 
-use super::best_of::{BestOf, Candidate, finish_reason};
+use super::best_of::{BestOf, SampledReply, finish_reason};
 use super::loading::Loading;
 use super::sampling::SamplingFlags;
 use super::{TemplateFlags, load_adapters, open_tokenizer, paths};
@@ -20,39 +20,39 @@ use crate::weights::Checkpoint;
 
 #[derive(Debug, clap::Args)]
 pub struct Generate {
-    /// The base: a GGUF file or a Hugging Face folder
+    /// Base model: a GGUF file or a Hugging Face folder
     #[arg(long)]
     base: PathBuf,
-    /// A PEFT adapter folder, PATH or PATH=WEIGHT; may be given again
+    /// PEFT adapter folder, PATH or PATH=WEIGHT; can be repeated
     #[arg(long)]
     adapter: Vec<AdapterPath>,
-    /// What to answer
+    /// Prompt
     #[arg(long)]
     prompt: String,
-    /// A system message before the prompt
+    /// System message
     #[arg(long, conflicts_with = "raw")]
     system: Option<String>,
-    /// Take the prompt as it stands: no template, no added tokens
+    /// Use the prompt as it is: no chat template, no added special tokens
     #[arg(long)]
     raw: bool,
-    /// Tokens at most [default: 256]
+    /// Maximum number of generated tokens [default: 256]
     #[arg(long)]
     max_tokens: Option<usize>,
     #[command(flatten)]
     sampling: SamplingFlags,
-    /// End before this text; may be given again
+    /// Stop string, not included in the text; can be repeated
     #[arg(long)]
     stop: Vec<String>,
-    /// With --json: the K likeliest tokens at each place with their log-probabilities
+    /// With --json: log-probabilities of the K most likely tokens at each position
     #[arg(long, value_name = "K")]
     logprobs: Option<usize>,
-    /// How keys and values are kept: f32, f16 (half the memory) or q8 (a quarter) [default: f16, or
-    /// f32 where --compute is f32 or portable]
+    /// Type of the KV cache: f32, f16 (half the memory) or q8 (a quarter) [default: f16, or f32 with
+    /// --compute f32 or portable]
     #[arg(long)]
     cache_type: Option<CacheType>,
     #[command(flatten)]
     template: TemplateFlags,
-    /// The day, YYYY-MM-DD, that a chat template with a date shows [default: today]
+    /// Current date in chat templates that print one, YYYY-MM-DD [default: today]
     #[arg(long, conflicts_with = "raw")]
     template_date: Option<String>,
     #[command(flatten)]
@@ -61,13 +61,13 @@ pub struct Generate {
     best_of: BestOf,
 }
 
-/// Replies that are decoded at a time.
+/// Number of replies that are decoded in parallel.
 const SLOTS: usize = 32;
 
 impl Generate {
     pub fn run(self, json: bool) -> Result<Value> {
         if self.logprobs.is_some() && !json {
-            bail!("--logprobs shows in the JSON object only, needed --json with it");
+            bail!("--logprobs requires --json");
         }
         let sampling = self.sampling.sampling();
         let replies = self.best_of.replies(sampling.temperature)?;
@@ -84,7 +84,7 @@ impl Generate {
         let judge = self.best_of.asked().then(|| self.best_of.judge(&decoder, now)).transpose()?;
         let mut max_tokens = self.max_tokens.unwrap_or(256);
         if self.best_of.reads_endings() {
-            // A reward model reads what ends a turn behind the reply, in the same window.
+            // The reward model reads the end-of-turn tokens after the reply, in the same context window.
             let ending = 1 + tokenizer.after_turn().map_or(0, |after| after.len());
             let window = decoder.config.max_position_embeddings;
             max_tokens = max_tokens.min(window.saturating_sub(prompt.len() + ending).max(1));
@@ -101,7 +101,7 @@ impl Generate {
             (0..replies).map(|_| Text::new(&tokenizer, &self.stop)).collect();
         let requests: Vec<Request> =
             (0..).zip(&texts).map(|(key, _)| Request::new(&prompt, key)).collect();
-        let streams = !json && judge.is_none(); // of several replies nobody knows yet which to show
+        let streams = !json && judge.is_none(); // of several replies, the best is only known at the end
         let started = Instant::now();
         let mut first_token = None;
         let generation = generate(
@@ -130,9 +130,9 @@ impl Generate {
             if streams {
                 show(&rest);
             }
-            candidates.push(Candidate { generated, text });
+            candidates.push(SampledReply { generated, text });
         }
-        // Reading the prompt ends with the first token; all but the replies' first are decoded.
+        // Prefill ends with the first token; all tokens but the first of each reply are decode steps.
         let reading = first_token.unwrap_or(seconds);
         let decoded = generation.usage.tokens.saturating_sub(replies);
         let (decoded, decoding) = match decoded {
@@ -149,7 +149,7 @@ impl Generate {
             None => None,
         };
         let best = judged.as_ref().map_or(0, |judged| judged.best);
-        let Candidate { generated, text } = candidates.swap_remove(best);
+        let SampledReply { generated, text } = candidates.swap_remove(best);
         if let (Some(judged), false) = (&judged, json) {
             show(&text);
             let rewards: Vec<String> = judged
@@ -157,7 +157,7 @@ impl Generate {
                 .iter()
                 .map(|total| total.map_or("-".into(), |total| format!("{total:.3}")))
                 .collect();
-            eprintln!("reply {} of rewards {}", best + 1, rewards.join(", "));
+            eprintln!("best reply: {} (rewards: {})", best + 1, rewards.join(", "));
         }
         if !json {
             crate::cli::say!("");
@@ -189,23 +189,25 @@ impl Generate {
         Ok(value)
     }
 
-    /// The conversation that asks for an answer.
+    /// The conversation, up to the user message.
     fn messages(&self) -> Vec<Value> {
         let message = |role: &str, content: &str| json!({ "role": role, "content": content });
         let system = self.system.iter().map(|content| message("system", content));
         system.chain([message("user", &self.prompt)]).collect()
     }
 
-    /// The prompt through the chat template; a base without one goes on from the bare text.
+    /// Tokens of the prompt, rendered by the chat template; without a template, of the plain text.
     fn prompt_ids(&self, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
         if self.raw {
             return Ok(tokenizer.encode(&self.prompt, Special::Parse)?);
         }
         let Some(template) = tokenizer.chat_template() else {
             if self.system.is_some() {
-                bail!("this base has no chat template, which --system needs");
+                bail!("--system requires a chat template, which this base does not have");
             }
-            eprintln!("note: this base has no chat template; it goes on from the prompt as text");
+            eprintln!(
+                "note: this base has no chat template; the prompt is continued as plain text"
+            );
             return Ok(tokenizer.with_bos(tokenizer.encode(&self.prompt, Special::AsText)?));
         };
         let text = template.render(&self.messages(), None, true)?;
@@ -213,7 +215,7 @@ impl Generate {
     }
 }
 
-/// The text of a reply as its tokens come.
+/// Streamed text of a reply.
 pub(super) struct Text<'a> {
     stream: DecodeStream<'a>,
     stops: StopStrings,
@@ -226,21 +228,21 @@ impl<'a> Text<'a> {
         Self { stream, stops: StopStrings::new(stops), text: String::new() }
     }
 
-    /// What a token adds that is certain to stay.
+    /// Appends a token, and returns the new text that cannot be part of a stop string.
     pub(super) fn push(&mut self, token: u32) -> String {
-        // An id the tokenizer lacks (padded vocabularies have some) has no text.
+        // Ids of padded vocabularies that the tokenizer does not have produce no text.
         let piece = self.stream.push(token).ok().flatten().unwrap_or_default();
         let piece = self.stops.push(&piece);
         self.text.push_str(&piece);
         piece
     }
 
-    /// Whether a stop text is complete.
+    /// Whether a stop string is complete.
     pub(super) fn stopped(&self) -> bool {
         self.stops.stopped()
     }
 
-    /// The whole text, and what of it was held back.
+    /// The whole text, and the part that was held back until now.
     pub(super) fn finish(mut self) -> Result<(String, String), TextError> {
         let held = self.stream.finish()?;
         let rest = self.stops.push(&held) + &self.stops.finish();
@@ -249,7 +251,7 @@ impl<'a> Text<'a> {
     }
 }
 
-/// Shows a piece of text at once; where nobody reads on, ends.
+/// Prints text immediately; exits if stdout is closed.
 pub(super) fn show(piece: &str) {
     let mut stdout = std::io::stdout();
     if stdout.write_all(piece.as_bytes()).and_then(|()| stdout.flush()).is_err() {

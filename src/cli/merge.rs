@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use super::combining::Combining;
-use super::{Usage, load_adapters, paths, read_text, to_json};
+use super::{UsageError, load_adapters, paths, read_text, to_json};
 use crate::export::{
     ExportSource, FileType, Importance, Recipe, VerifyBounds, Written, imatrix,
     load_with_added_tokens, quality_report, types, verify_with_added_tokens, write_folder,
@@ -21,31 +21,31 @@ use crate::weights::Checkpoint;
 
 #[derive(Debug, clap::Args)]
 pub struct Merge {
-    /// The base: a GGUF file or a Hugging Face folder
+    /// Base model: a GGUF file or a Hugging Face folder
     #[arg(long)]
     base: PathBuf,
-    /// A PEFT adapter folder or a GGUF LoRA, PATH or PATH=WEIGHT; may be given again
+    /// PEFT adapter folder or GGUF LoRA, PATH or PATH=WEIGHT; can be repeated
     #[arg(long, required = true)]
     adapter: Vec<AdapterPath>,
     #[command(flatten)]
     combining: Combining,
-    /// What to write: a file that ends in .gguf, or a Hugging Face folder
+    /// Output: a file that ends in .gguf, or a Hugging Face folder
     #[arg(long)]
     out: PathBuf,
-    /// The type: F32, F16 or BF16, and for a GGUF also Q8_0, Q4_0 to Q6_K and the mixes as Q4_K_M
-    /// [default: the base's own if it is one of the first three, else F16]
+    /// Type: F32, F16 or BF16, and for a GGUF also Q8_0, Q4_0 to Q6_K and mixtures such as Q4_K_M
+    /// [default: the type of the base if it is F32, F16 or BF16, else F16]
     #[arg(long = "type", value_name = "TYPE")]
     file_type: Option<FileType>,
     #[command(flatten)]
-    how: How,
+    options: OutputOptions,
 }
 
 #[derive(Debug, clap::Args)]
 pub struct Quantize {
-    /// The base: a GGUF file or a Hugging Face folder
+    /// Base model: a GGUF file or a Hugging Face folder
     #[arg(long)]
     base: PathBuf,
-    /// The GGUF file to write
+    /// Output GGUF file
     #[arg(long)]
     out: PathBuf,
     /// F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K_S, Q3_K_M, Q3_K_L, Q4_K_S, Q4_K_M,
@@ -53,43 +53,43 @@ pub struct Quantize {
     #[arg(long = "type", value_name = "TYPE")]
     file_type: FileType,
     #[command(flatten)]
-    how: How,
+    options: OutputOptions,
 }
 
-/// How numbers are written, and what is said of it.
+/// Options of the written model and its quality report.
 #[derive(Debug, clap::Args)]
-struct How {
-    /// Every matrix in the one type, no mix
+struct OutputOptions {
+    /// Use the same type for all matrices, without a mixture
     #[arg(long)]
     pure: bool,
-    /// The type of the head, and of the embedding where it is the head
+    /// Type of lm_head, and of the embedding if tied
     #[arg(long, value_name = "TYPE", value_parser = types::block_type)]
     output_tensor_type: Option<BlockType>,
-    /// The type of the embedding
+    /// Type of the embedding
     #[arg(long, value_name = "TYPE", value_parser = types::block_type)]
     token_embedding_type: Option<BlockType>,
-    /// A type for the tensors whose GGUF name an expression is found in, as attn_v=Q8_0; may be given
-    /// again, the first that is found counts
+    /// Type of tensors whose GGUF name matches a regular expression, such as attn_v=Q8_0; can be repeated,
+    /// the first match counts
     #[arg(long, value_name = "PATTERN=TYPE")]
     tensor_type: Vec<types::TypeRule>,
-    /// An importance matrix that llama.cpp made (.gguf, or .dat of older versions)
+    /// Importance matrix of llama.cpp (.gguf, or .dat of older versions)
     #[arg(long, value_name = "FILE", conflicts_with = "imatrix_data")]
     imatrix: Option<PathBuf>,
-    /// A text to measure the importance of columns on
+    /// Calibration text: measure an importance matrix on it
     #[arg(long, value_name = "TEXT")]
     imatrix_data: Option<PathBuf>,
-    /// A text for the quality_report: perplexity, and divergence from the model at full precision
+    /// Evaluation text of a quality report: perplexity, and KL divergence from the model in full precision
     #[arg(long, value_name = "TEXT")]
     report: Option<PathBuf>,
-    /// What the quality_report measures from: the base at full precision [default: --base]
+    /// Reference model of the quality report: the base in full precision [default: --base]
     #[arg(long, value_name = "BASE", requires = "report")]
     reference: Option<PathBuf>,
-    /// Tokens of a chunk of --report and --imatrix-data [default: 512]
+    /// Chunk size of --report and --imatrix-data in tokens [default: 512]
     #[arg(long)]
     n_ctx: Option<usize>,
 }
 
-impl How {
+impl OutputOptions {
     fn recipe(&self, file_type: FileType) -> Recipe {
         Recipe {
             file_type,
@@ -100,7 +100,7 @@ impl How {
         }
     }
 
-    /// The flags that mean nothing for a folder, if one is there.
+    /// A flag that only applies to a GGUF, if one is given.
     fn of_gguf_only(&self) -> Option<&'static str> {
         let flags = [
             ("--pure", self.pure),
@@ -137,7 +137,7 @@ impl How {
     }
 }
 
-/// The tokens of a text as a model reads it, and BOS if that begins its texts.
+/// Tokens of a text, and BOS if the tokenizer adds it.
 fn tokens(
     base: &Checkpoint,
     added: &[AddedTokenSpec],
@@ -153,7 +153,7 @@ fn is_gguf(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
 }
 
-/// What loses nothing that the base has.
+/// The float type that represents the base without loss.
 fn own_type(source: &ExportSource) -> FileType {
     match source.tensors[0].stored_type() {
         Some(BlockType::F32) => FileType::F32,
@@ -174,7 +174,7 @@ impl Merge {
         let sizes = self.adapter.iter().map(|adapter| bytes_of(&adapter.path));
         let adapter_bytes = sizes.sum();
         let (base, active) = (&base, &active[..]);
-        let job = Job { base, added, active, source, out: &self.out, how: &self.how };
+        let job = ExportJob { base, added, active, source, out: &self.out, options: &self.options };
         job.run(file_type, adapter_bytes, json)
     }
 }
@@ -183,44 +183,49 @@ impl Quantize {
     pub fn run(self, json: bool) -> Result<Value> {
         if !is_gguf(&self.out) {
             let out = self.out.display();
-            return Err(Usage(format!("--out is {out}, needed a file that ends in .gguf")).into());
+            return Err(
+                UsageError(format!("--out is {out}, needed a file that ends in .gguf")).into()
+            );
         }
         let base = Checkpoint::open(&self.base)?;
         let source = ExportSource::open(&base, &[])?;
         let (base, added, active) = (&base, Vec::new(), &[][..]);
-        let job = Job { base, added, active, source, out: &self.out, how: &self.how };
+        let job = ExportJob { base, added, active, source, out: &self.out, options: &self.options };
         job.run(self.file_type, 0, json)
     }
 }
 
-/// One export with all that belongs to it.
-struct Job<'a> {
+/// One export of a model.
+struct ExportJob<'a> {
     base: &'a Checkpoint,
-    /// Tokens that adapters brought.
+    /// Tokens that the adapters added.
     added: Vec<AddedTokenSpec>,
     active: &'a [ActiveAdapter],
     source: ExportSource<'a>,
     out: &'a Path,
-    how: &'a How,
+    options: &'a OutputOptions,
 }
 
-impl Job<'_> {
+impl ExportJob<'_> {
     fn run(&self, file_type: FileType, adapter_bytes: u64, json: bool) -> Result<Value> {
-        let (out, how) = (self.out, self.how);
+        let (out, options) = (self.out, self.options);
         if same_place(self.base.path(), out) {
             bail!("--out is {}, the base itself", out.display());
         }
-        if let (false, Some(flag)) = (is_gguf(out), how.of_gguf_only()) {
-            return Err(Usage(format!("{flag} is for a GGUF, and --out is a folder")).into());
+        if let (false, Some(flag)) = (is_gguf(out), options.of_gguf_only()) {
+            return Err(UsageError(format!(
+                "{flag} only applies to a GGUF, but --out is a folder"
+            ))
+            .into());
         }
-        if how.n_ctx.is_some() && how.report.is_none() && how.imatrix_data.is_none() {
-            return Err(Usage("--n-ctx is of --report and --imatrix-data".into()).into());
+        if options.n_ctx.is_some() && options.report.is_none() && options.imatrix_data.is_none() {
+            return Err(UsageError("--n-ctx requires --report or --imatrix-data".into()).into());
         }
-        let bounds = match how.of_gguf_only() {
+        let bounds = match options.of_gguf_only() {
             Some(_) => VerifyBounds::QUANTIZED,
             None => VerifyBounds::of(file_type),
         };
-        let importance = how.importance(self.base, &self.added, self.active)?;
+        let importance = options.importance(self.base, &self.added, self.active)?;
         let written = match is_gguf(out) {
             true => self.gguf(file_type, importance.as_ref(), out)?,
             false => write_folder(&self.source, file_type.block_type(), out)?,
@@ -232,13 +237,13 @@ impl Job<'_> {
         let distance = verified.distance;
         let values: usize = written.tensors.iter().map(|t| t.shape.iter().product::<usize>()).sum();
         let bits = written.bytes as f64 * 8.0 / values.max(1) as f64;
-        let lines = match &how.report {
+        let lines = match &options.report {
             Some(text) => Some(self.report(text, file_type, importance.as_ref(), adapter_bytes)?),
             None => None,
         };
         if !json {
             crate::cli::say!(
-                "{}: {file_type}, {:.1} MB, {bits:.2} bits a weight; read back, mean KL from {} is {:.2e} \
+                "{}: {file_type}, {:.1} MB, {bits:.2} bits per weight; read back, mean KL from {} is {:.2e} \
                  over {} tokens",
                 out.display(),
                 written.bytes as f64 / 1e6,
@@ -271,10 +276,10 @@ impl Job<'_> {
         importance: Option<&Importance>,
         out: &Path,
     ) -> Result<Written> {
-        Ok(write_gguf(&self.source, &self.how.recipe(file_type), importance, out)?)
+        Ok(write_gguf(&self.source, &self.options.recipe(file_type), importance, out)?)
     }
 
-    /// What each way to keep the model costs, on a text.
+    /// The quality report: each variant of the model, measured on a text.
     fn report(
         &self,
         text: &Path,
@@ -282,7 +287,7 @@ impl Job<'_> {
         importance: Option<&Importance>,
         adapter_bytes: u64,
     ) -> Result<Vec<quality_report::QualityReportRow>> {
-        let reference = match &self.how.reference {
+        let reference = match &self.options.reference {
             Some(path) => Checkpoint::open(path)?,
             None => self.base.clone(),
         };
@@ -290,7 +295,7 @@ impl Job<'_> {
         let beside = load_with_added_tokens(self.base, &self.added)?;
         if exact.config.vocab_size != beside.config.vocab_size {
             let (found, needed) = (exact.config.vocab_size, beside.config.vocab_size);
-            bail!("--reference has a vocabulary of {found}, needed the base's {needed}");
+            bail!("--reference has a vocabulary of {found} tokens, needed {needed} as the base");
         }
         let folder = self.out.parent().filter(|folder| !folder.as_os_str().is_empty());
         let folder = folder.unwrap_or(Path::new(".")).to_path_buf();
@@ -298,7 +303,7 @@ impl Job<'_> {
         let mut make = |of: FileType, importance: Option<&Importance>, name: &str| -> Result<()> {
             let path = folder.join(format!(".report-{}-{}.gguf", std::process::id(), files.len()));
             files.push((name.into(), path.clone(), true));
-            write_gguf(&self.source, &self.how.recipe(of), importance, &path)?;
+            write_gguf(&self.source, &self.options.recipe(of), importance, &path)?;
             Ok(())
         };
         let merged = if self.active.is_empty() { "" } else { "merged, " };
@@ -334,20 +339,20 @@ impl Job<'_> {
                 });
             }
             let (tokens, bos) = tokens(self.base, &self.added, text)?;
-            let n_ctx = self.how.n_ctx(&exact);
+            let n_ctx = self.options.n_ctx(&exact);
             quality_report::measure((&exact, self.active), &candidates, &tokens, n_ctx, bos)
                 .with_context(|| text.display().to_string())
         });
         for (_, path, temporary) in &files {
             if *temporary {
-                let _ = std::fs::remove_file(path); // it may never have come to be
+                let _ = std::fs::remove_file(path); // it may not exist
             }
         }
         lines
     }
 }
 
-/// Whether two paths name one file or folder.
+/// Whether two paths refer to the same file or folder.
 fn same_place(one: &Path, other: &Path) -> bool {
     matches!((one.canonicalize(), other.canonicalize()), (Ok(one), Ok(other)) if one == other)
 }

@@ -1,9 +1,9 @@
-//! The command line: flags, printing, exit codes. Nothing else knows it.
+//! The command line: flags, printing, exit codes. No other module depends on it.
 //!
-//! People read progress on stderr and results on stdout; with `--json` stdout ends in one JSON
-//! object on a line. Exit code 0 is done, 1 failed, 2 wrong usage.
+//! Progress goes to stderr and results to stdout. With `--json`, the last line of stdout is one JSON object.
+//! Exit codes: 0 success, 1 failure, 2 invalid usage.
 
-/// Prints a line; where nobody reads stdout any more, ends quietly.
+/// Prints a line to stdout; exits quietly if stdout is closed.
 macro_rules! say {
     ($($arg:tt)*) => {{
         use std::io::Write;
@@ -57,83 +57,82 @@ use flags::{DpoFlags, GrpoFlags, PpoFlags, RewardFlags, SftFlags};
 #[command(name = "quantune", version, about, after_help = examples::PATH)]
 struct Cli {
     #[command(subcommand)]
-    command: Command,
+    command: CliCommand,
     #[command(flatten)]
     common: Common,
 }
 
 #[derive(Debug, clap::Args)]
 struct Common {
-    /// End with one JSON object on the last line of stdout
+    /// Print the result as one JSON object on the last line of stdout
     #[arg(long, global = true)]
     json: bool,
-    /// Threads [default: all cores]
+    /// Number of threads [default: all cores]
     #[arg(long, global = true)]
     threads: Option<usize>,
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {
-    /// The whole life of a small model in a few minutes, from random weights to PPO
+enum CliCommand {
+    /// Train a small model in a few minutes, from random weights through SFT to PPO
     #[command(after_help = examples::QUICKSTART)]
     Quickstart(quickstart::Quickstart),
-    /// Train a base from random weights, or another base's every weight, on a mixture of texts
+    /// Pretrain a model from random weights, or continue training all weights of a base, on a mixture of texts
     #[command(after_help = examples::PRETRAIN)]
     Pretrain(Box<pretrain::Pretrain>),
-    /// Fine-tune: train a LoRA adapter on chats, prompts or text
+    /// Supervised fine-tuning: train a LoRA adapter on chats, prompts or text
     #[command(after_help = examples::SFT)]
     Sft(Box<train::Train<SftFlags>>),
-    /// Train a reward model: a score of responses, from comparisons
+    /// Train a reward model on preference data
     #[command(after_help = examples::REWARD)]
     Reward(Box<train::Train<RewardFlags>>),
-    /// Learn from comparisons without a reward model (DPO, IPO, ORPO, SimPO, KTO)
+    /// Preference optimization without a reward model (DPO, IPO, ORPO, SimPO, KTO)
     #[command(after_help = examples::DPO)]
     Dpo(Box<train::Train<DpoFlags>>),
-    /// Learn from a reward model by reinforcement (PPO)
+    /// Reinforcement learning with a reward model (PPO)
     #[command(after_help = examples::PPO)]
     Ppo(Box<train::Train<PpoFlags>>),
-    /// Learn from rewards of any kind by comparing responses to a prompt (GRPO, RLOO)
+    /// Reinforcement learning with any rewards, relative to a group of responses (GRPO, RLOO)
     #[command(after_help = examples::GRPO)]
     Grpo(Box<train::Train<GrpoFlags>>),
-    /// Loss on rows, perplexity of a text, scores by a reward model, or replies judged and compared
+    /// Evaluate: loss on rows, perplexity of a text, reward scores, or rewards and win rates of replies
     #[command(after_help = examples::EVAL)]
     Eval(Box<eval::Eval>),
-    /// Answer a prompt
+    /// Generate a reply to a prompt
     #[command(after_help = examples::GENERATE)]
     Generate(Box<generate::Generate>),
-    /// Talk with a model, adapters swapped between replies
+    /// Chat with a model, and swap adapters between replies
     ///
-    /// Lines are messages, and those that begin with a slash are commands: /help lists them. A line
-    /// that ends in a backslash goes on with the next. Ctrl-C ends a reply, Ctrl-D the program. Where
-    /// stdin is no terminal its lines are read as if they were typed, replies go to stdout, and the
-    /// first fault ends the program. There is no JSON result: a conversation has no one answer, and
-    /// /save writes it as a row of training data.
+    /// Lines are messages; lines that begin with a slash are commands, listed by /help. A backslash at the
+    /// end of a line continues it on the next line. Ctrl-C stops a reply, Ctrl-D exits. If stdin is not a
+    /// terminal, its lines are read as input, replies go to stdout, and the first error ends the program.
+    /// --json is not supported; /save writes the conversation as a row of training data.
     #[command(after_help = examples::CHAT)]
     Chat(Box<chat::Chat>),
-    /// Merge adapters into their base: a Hugging Face folder or a GGUF of any type
+    /// Merge adapters into their base, written as a Hugging Face folder or a GGUF of any type
     #[command(after_help = examples::MERGE)]
     Merge(Box<merge::Merge>),
-    /// Write a base as a GGUF of another type
+    /// Quantize a base: write it as a GGUF of another type
     #[command(after_help = examples::QUANTIZE)]
     Quantize(Box<merge::Quantize>),
-    /// Write an adapter as a GGUF LoRA or a PEFT folder, or a Modelfile for Ollama
+    /// Convert an adapter to a GGUF LoRA or a PEFT folder, or write a Modelfile for Ollama
     #[command(after_help = examples::EXPORT)]
     Export(export::Export),
-    /// List what a GGUF, safetensors or adapter file holds
+    /// List the contents of a GGUF, safetensors or adapter file
     #[command(after_help = examples::INSPECT)]
     Inspect(inspect::Inspect),
-    /// Look at rows as a trainer would: what is learned of them, and what is wrong with them
+    /// Validate a dataset: formats, lengths, loss masks and common mistakes
     #[command(after_help = examples::DATA)]
     Data(Box<data::Data>),
-    /// Turn text into token ids
+    /// Tokenize text, or train a tokenizer
     #[command(subcommand)]
     Tokenizer(tokenizer::TokenizerCommand),
-    /// Print what a shell needs to complete commands and flags
+    /// Print a shell completion script
     #[command(after_help = examples::COMPLETIONS)]
     Completions(completions::Completions),
 }
 
-/// Stack of a thread: candle walks the portable form's graphs recursively.
+/// Stack size per thread: candle traverses graphs of the reference backend recursively.
 const STACK: usize = 16 << 20;
 
 /// Runs the command line and returns the exit code.
@@ -161,26 +160,26 @@ pub fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let json = cli.common.json;
-    // On one of the pool's own threads: from outside, every parallel stretch of work would wake a thread
-    // to do it and sleep until it is done.
+    // Run on a thread of the pool: from outside, every parallel section would wake a thread and sleep until
+    // it is done.
     let result = rayon::scope(|_| match cli.command {
-        Command::Quickstart(command) => command.run(threads, json),
-        Command::Pretrain(command) => command.run(json),
-        Command::Sft(command) => command.run(crate::train::Command::Sft, json),
-        Command::Reward(command) => command.run(crate::train::Command::Reward, json),
-        Command::Dpo(command) => command.run(crate::train::Command::Dpo, json),
-        Command::Ppo(command) => command.run(crate::train::Command::Ppo, json),
-        Command::Grpo(command) => command.run(crate::train::Command::Grpo, json),
-        Command::Eval(command) => command.run(json),
-        Command::Generate(command) => command.run(json),
-        Command::Chat(command) => command.run(json),
-        Command::Merge(command) => command.run(json),
-        Command::Quantize(command) => command.run(json),
-        Command::Export(command) => command.run(json),
-        Command::Inspect(command) => command.run(json),
-        Command::Data(command) => command.run(json),
-        Command::Tokenizer(command) => command.run(json),
-        Command::Completions(command) => command.run(json),
+        CliCommand::Quickstart(command) => command.run(threads, json),
+        CliCommand::Pretrain(command) => command.run(json),
+        CliCommand::Sft(command) => command.run(crate::train::Command::Sft, json),
+        CliCommand::Reward(command) => command.run(crate::train::Command::Reward, json),
+        CliCommand::Dpo(command) => command.run(crate::train::Command::Dpo, json),
+        CliCommand::Ppo(command) => command.run(crate::train::Command::Ppo, json),
+        CliCommand::Grpo(command) => command.run(crate::train::Command::Grpo, json),
+        CliCommand::Eval(command) => command.run(json),
+        CliCommand::Generate(command) => command.run(json),
+        CliCommand::Chat(command) => command.run(json),
+        CliCommand::Merge(command) => command.run(json),
+        CliCommand::Quantize(command) => command.run(json),
+        CliCommand::Export(command) => command.run(json),
+        CliCommand::Inspect(command) => command.run(json),
+        CliCommand::Data(command) => command.run(json),
+        CliCommand::Tokenizer(command) => command.run(json),
+        CliCommand::Completions(command) => command.run(json),
     });
     match result {
         Ok(mut value) => {
@@ -195,13 +194,12 @@ pub fn main() -> ExitCode {
         }
         Err(error) => {
             eprintln!("error: {}", sentence(&error));
-            if error.is::<Usage>() { ExitCode::from(2) } else { ExitCode::FAILURE }
+            if error.is::<UsageError>() { ExitCode::from(2) } else { ExitCode::FAILURE }
         }
     }
 }
 
-/// An error and what caused it as one sentence. Many errors tell their cause themselves: what the
-/// sentence says already is not said again.
+/// An error with its causes in one sentence. Many errors already contain their cause, which is not repeated.
 fn sentence(error: &anyhow::Error) -> String {
     let mut sentence = error.to_string();
     for cause in error.chain().skip(1).map(|cause| cause.to_string()) {
@@ -212,17 +210,17 @@ fn sentence(error: &anyhow::Error) -> String {
     sentence
 }
 
-/// The command line itself is wrong.
+/// Invalid usage of the command line.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
-struct Usage(String);
+struct UsageError(String);
 
-/// Where adapters are.
+/// Paths of adapters.
 fn paths(args: &[AdapterPath]) -> Vec<&Path> {
     args.iter().map(|arg| &*arg.path).collect()
 }
 
-/// Loads the adapters of a command for its base.
+/// Loads the adapters of a command.
 fn load_adapters(args: &[AdapterPath], decoder: &Decoder) -> Result<Vec<ActiveAdapter>> {
     let load = |arg: &AdapterPath| -> Result<ActiveAdapter> {
         let name = arg.path.display().to_string();
@@ -235,13 +233,13 @@ fn load_adapters(args: &[AdapterPath], decoder: &Decoder) -> Result<Vec<ActiveAd
     args.iter().map(load).collect()
 }
 
-/// How the chat template differs from the model's own.
+/// Changes to the model's chat template.
 #[derive(Debug, Clone, Default, clap::Args)]
 struct TemplateFlags {
-    /// A Jinja file in the place of the model's own chat template
+    /// Jinja file that replaces the model's chat template
     #[arg(long, value_name = "FILE")]
     chat_template: Option<PathBuf>,
-    /// A variable of the chat template, as KEY=JSON: enable_thinking=false; may be given again
+    /// Variable of the chat template, such as enable_thinking=false; can be repeated
     #[arg(long, value_name = "KEY=JSON")]
     chat_template_kwargs: Vec<String>,
 }
@@ -253,7 +251,7 @@ impl TemplateFlags {
     }
 }
 
-/// The tokenizer of a base with the tokens that its adapters came with, its template on a given day.
+/// The tokenizer of a base, with tokens that its adapters added and the date of its chat template.
 fn open_tokenizer(
     checkpoint: &Checkpoint,
     adapters: &[&Path],
@@ -264,7 +262,7 @@ fn open_tokenizer(
     Ok(tokenizer)
 }
 
-/// Pins the day that a tokenizer's template shows, if one is given.
+/// Sets the date of the chat template, if one is given.
 fn set_template_date(tokenizer: &mut Tokenizer, date: Option<&str>) -> Result<()> {
     let Some(date) = date else { return Ok(()) };
     let Some(now) = first_second(date) else {
@@ -297,7 +295,7 @@ mod tests {
         Cli::command().debug_assert();
     }
 
-    /// The words of a line as a shell has them, with only single quotes and no redirection.
+    /// Splits a line into words like a shell, with single quotes only, ignoring redirection.
     fn words(line: &str) -> Vec<String> {
         let line = line.split(" > ").next().unwrap();
         let mut words = vec![String::new()];
@@ -317,8 +315,8 @@ mod tests {
         words
     }
 
-    /// Every command's help has examples, and each of them parses: as one of that command, of the
-    /// whole's help as one of any.
+    /// The help of every command has examples of that command, and each parses; the top-level help has
+    /// examples of any command.
     #[test]
     fn examples_in_help_parse() {
         fn check(command: &clap::Command, path: &[&str]) {
@@ -370,25 +368,25 @@ mod tests {
         assert!(parsed > 30, "{parsed}");
     }
 
-    /// What leads to a model to talk with stands in the order it is done in.
+    /// The top-level help lists the pipeline in order.
     #[test]
-    fn help_shows_the_way() {
+    fn help_lists_the_pipeline_in_order() {
         let help = Cli::command().render_help().to_string();
-        let way = ["pretrain", "data", "sft", "reward", "ppo", "merge", "chat"];
-        let places = way.map(|name| help.find(&format!("\n  quantune {name} ")).expect(name));
+        let steps = ["pretrain", "data", "sft", "reward", "ppo", "merge", "chat"];
+        let places = steps.map(|name| help.find(&format!("\n  quantune {name} ")).expect(name));
         assert!(places.is_sorted(), "{help}");
     }
 
     #[test]
-    fn a_cause_is_told_once() {
+    fn a_cause_is_printed_once() {
         let missing = || anyhow::anyhow!("no such file");
         let check = |error: anyhow::Error, needed: &str| assert_eq!(sentence(&error), needed);
         check(missing(), "no such file");
         check(missing().context("rows.jsonl"), "rows.jsonl: no such file");
         check(missing().context("rows.jsonl: no such file"), "rows.jsonl: no such file");
-        let told = missing().context("a: no such file").context("cannot begin");
-        check(told, "cannot begin: a: no such file");
-        let told = missing().context("the disk is full").context("b: no such file");
-        check(told, "b: no such file: the disk is full");
+        let nested = missing().context("a: no such file").context("cannot begin");
+        check(nested, "cannot begin: a: no such file");
+        let nested = missing().context("the disk is full").context("b: no such file");
+        check(nested, "b: no such file: the disk is full");
     }
 }

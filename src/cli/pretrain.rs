@@ -1,4 +1,4 @@
-//! `quantune pretrain`: a base from random weights, or from another base.
+//! `quantune pretrain`: training from random weights, or of all weights of a base.
 
 use std::path::PathBuf;
 
@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::flags::PretrainFlags;
 use super::train::stop_on_ctrl_c;
-use super::{Usage, printer, to_json};
+use super::{UsageError, printer, to_json};
 use crate::train::settings::PretrainSettings;
 use crate::train::{Outcome, RunDir, pretrain};
 
@@ -16,10 +16,10 @@ use crate::train::{Outcome, RunDir, pretrain};
 pub struct Pretrain {
     #[command(flatten)]
     flags: PretrainFlags,
-    /// A TOML file of settings, keys as the flags with _ for -; flags win
+    /// TOML file of settings; keys are flags with _ for -; flags take precedence
     #[arg(long)]
     config: Option<PathBuf>,
-    /// Go on with the run in --out; its settings need not be given again
+    /// Resume the run in --out, with its settings
     #[arg(long)]
     resume: bool,
 }
@@ -28,20 +28,20 @@ impl Pretrain {
     pub fn run(self, json: bool) -> Result<Value> {
         let settings = self.settings()?;
         if settings.out.as_os_str().is_empty() {
-            return Err(Usage("--out is missing".into()).into());
+            return Err(UsageError("--out is missing".into()).into());
         }
         let stop = stop_on_ctrl_c()?;
-        let go_on =
-            format!("go on with: quantune pretrain --out {} --resume", settings.out.display());
+        let resume =
+            format!("resume with: quantune pretrain --out {} --resume", settings.out.display());
         match pretrain(&settings, self.resume, printer::with_stop(&stop))? {
             Outcome::NotBegun if self.resume => {
-                bail!("stopped before the first step, the run is as it was; {go_on}")
+                bail!("interrupted before the first step; the run is unchanged; {resume}")
             }
             Outcome::NotBegun => bail!(
-                "stopped before the run began; the sources that are tokenized already are kept"
+                "interrupted before the first step; sources that are already tokenized are kept"
             ),
             Outcome::Interrupted { step, total_steps } => {
-                bail!("stopped at step {step} of {total_steps}, saved; {go_on}")
+                bail!("interrupted at step {step} of {total_steps}, checkpoint saved; {resume}")
             }
             Outcome::Done(summary) => {
                 let results = &summary.results;
@@ -57,7 +57,7 @@ impl Pretrain {
                     if let (Some(first), Some(last)) =
                         (of("eval_bits_per_byte_first"), of("eval_bits_per_byte_last"))
                     {
-                        crate::cli::say!("{first:.3} bits a byte before, {last:.3} after");
+                        crate::cli::say!("{first:.3} bits per byte before, {last:.3} after");
                     }
                     for source in &summary.sources {
                         crate::cli::say!("source {source}");
@@ -88,7 +88,7 @@ impl Pretrain {
             let file: toml::Table =
                 toml::from_str(&text).with_context(|| path.display().to_string())?;
             table.extend(file);
-            // Faults are told with the file's name, before flags come in.
+            // Errors of the file are reported with its name, before flags are applied.
             PretrainSettings::from_table(table.clone())
                 .with_context(|| path.display().to_string())?;
         }

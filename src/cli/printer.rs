@@ -10,7 +10,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::monitor::{LogEvent, Monitor};
 
-/// How often a step is printed where no bar can be drawn.
+/// Interval of printed steps where no progress bar can be drawn.
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
 /// A monitor that prints and never stops: Ctrl-C ends the process.
@@ -24,10 +24,10 @@ pub fn with_stop(stop: &AtomicBool) -> Monitor<'_> {
     Monitor::new(stop, &print)
 }
 
-/// The steps under way. One process trains one run at a time.
+/// The steps of the current run. A process trains one run at a time.
 static STEPS: Mutex<Option<Steps>> = Mutex::new(None);
 
-/// What is on the screen of a run's steps.
+/// The progress display of a run.
 struct Steps {
     bar: Option<ProgressBar>,
     started: Instant,

@@ -1,7 +1,7 @@
-//! `quantune quickstart`: the whole life of a model in a few minutes, without network or model files.
+//! `quantune quickstart`: all stages of training a model in a few minutes, without network or model files.
 //!
-//! Each stage is a command of this binary, printed as it is run, so that any of them can be repeated
-//! by hand. What they learn from lies beside this file, made by `scripts/pipelines/make_quickstart.py`.
+//! Each stage is a command of this binary, printed as it is run, so that it can be repeated by hand. The data
+//! is embedded from files beside this one, made by `scripts/pipelines/make_quickstart.py`.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,8 +16,8 @@ use serde_json::{Value, json};
 use crate::ops::DeviceName;
 use crate::weights::write_atomically;
 
-/// A village's text, chats about it, which answers are liked better, what to answer in reinforcement
-/// learning, and questions whose answers stand in no text word for word.
+/// Texts about a village, chats about it, preference data, prompts for reinforcement learning, and evaluation
+/// questions whose answers occur in no training text word for word.
 const DATA: &[(&str, &str)] = &[
     ("text.txt", include_str!("quickstart/text.txt")),
     ("chats.jsonl", include_str!("quickstart/chats.jsonl")),
@@ -27,22 +27,22 @@ const DATA: &[(&str, &str)] = &[
     ("LICENSE", include_str!("quickstart/LICENSE")),
 ];
 
-/// What tells a folder of ours from one that must not be overwritten.
-const MARK: &str = "quickstart.json";
+/// Marker file of a quickstart folder; folders without it are not overwritten.
+const MARKER: &str = "quickstart.json";
 
-/// The commands here that have a `--device`.
+/// The commands that have a `--device` flag.
 const ON_DEVICE: &[&str] = &["pretrain", "sft", "reward", "ppo", "eval"];
 
-/// Questions whose answers are shown.
+/// Number of questions whose answers are printed.
 const SHOWN: usize = 6;
 
 #[derive(Debug, clap::Args)]
 pub struct Quickstart {
-    /// Where all is written; an earlier quickstart there is begun anew
+    /// Output directory; an earlier quickstart there is overwritten
     #[arg(long, default_value = "runs/quickstart")]
     out: PathBuf,
-    /// The --device of the commands that train and generate: cpu, cuda, cuda:N or metal; the others
-    /// than cpu are of builds with the feature of that name [default: cpu]
+    /// Device for training and generation: cpu, cuda, cuda:N or metal; all but cpu require a build with that
+    /// feature [default: cpu]
     #[arg(long)]
     device: Option<DeviceName>,
 }
@@ -50,31 +50,31 @@ pub struct Quickstart {
 impl Quickstart {
     pub fn run(self, threads: usize, json: bool) -> Result<Value> {
         let Self { out, device } = self;
-        device.unwrap_or_default().open()?; // told before anything is written
-        if out.join(MARK).is_file() {
+        device.unwrap_or_default().open()?; // fails before anything is written
+        if out.join(MARKER).is_file() {
             fs::remove_dir_all(&out).with_context(|| out.display().to_string())?;
         } else if fs::read_dir(&out).is_ok_and(|mut entries| entries.next().is_some()) {
-            bail!("{}: holds other files, needed a new directory", out.display());
+            bail!("{}: contains other files, needed a new directory", out.display());
         }
         let data = out.join("data");
         fs::create_dir_all(&data).with_context(|| data.display().to_string())?;
-        write_atomically(out.join(MARK), |file| file.write_all(b"{}\n"))?;
+        write_atomically(out.join(MARKER), |file| file.write_all(b"{}\n"))?;
         for (name, text) in DATA {
             let path = data.join(name);
             fs::write(&path, text).with_context(|| path.display().to_string())?;
         }
         let binary = std::env::current_exe().context("this program's own file")?;
         let (began, stages) = (Instant::now(), Vec::new());
-        let mut life = Life { binary, out, threads, device, began, stages };
-        life.live()?;
-        let models = life.compare()?;
+        let mut walkthrough = Walkthrough { binary, out, threads, device, began, stages };
+        walkthrough.run()?;
+        let models = walkthrough.compare()?;
         if !json {
-            life.tell(&models)?;
+            walkthrough.print_summary(&models)?;
         }
         let result = json!({
-            "seconds": life.began.elapsed().as_secs_f64(),
-            "out": life.out,
-            "stages": life.stages.iter().map(|stage| json!({
+            "seconds": walkthrough.began.elapsed().as_secs_f64(),
+            "out": walkthrough.out,
+            "stages": walkthrough.stages.iter().map(|stage| json!({
                 "stage": stage.name,
                 "seconds": stage.seconds,
                 "result": stage.result,
@@ -87,37 +87,37 @@ impl Quickstart {
                 "entropy": model.entropy,
             })).collect::<Vec<_>>(),
         });
-        let path = life.out.join(MARK);
+        let path = walkthrough.out.join(MARKER);
         write_atomically(&path, |file| writeln!(file, "{result}"))?;
         Ok(result)
     }
 }
 
-/// A stage that has run.
+/// A completed stage.
 struct Stage {
     name: &'static str,
     seconds: f64,
-    /// The object its command ended in.
+    /// The JSON result of its command.
     result: Value,
 }
 
-/// What the questions say of a model.
+/// The evaluation of a model on the questions.
 struct Model {
     name: &'static str,
-    /// Share of the questions whose answer stands in the reply.
+    /// Fraction of questions whose answer occurs in the reply.
     right: f64,
     /// Mean score by the reward model.
     reward: f64,
-    /// Tokens of a reply.
+    /// Mean number of tokens per reply.
     length: f64,
-    /// Nats a token.
+    /// Entropy in nats per token.
     entropy: f64,
     /// Replies to all questions.
     replies: Vec<String>,
 }
 
 /// The stages so far, and how to run the next.
-struct Life {
+struct Walkthrough {
     binary: PathBuf,
     out: PathBuf,
     threads: usize,
@@ -126,14 +126,14 @@ struct Life {
     stages: Vec<Stage>,
 }
 
-impl Life {
+impl Walkthrough {
     /// From random weights to a merged model, stage by stage.
-    fn live(&mut self) -> Result<()> {
+    fn run(&mut self) -> Result<()> {
         self.stage(
             "tokenizer",
             "tokenizer train --data {data}/text.txt --vocab-size 1024 --out {out}/tokenizer",
         )?;
-        // A few chats among the text: else the marks of turns would be tokens nobody has seen.
+        // A few chats among the texts, so that the special tokens of chats are trained.
         self.stage(
             "pretrain",
             "pretrain --source village=40:{data}/text.txt chats=1:{data}/chats.jsonl \
@@ -173,7 +173,7 @@ impl Life {
         )
     }
 
-    /// Lets each model answer the questions, counts the right answers and asks the reward model.
+    /// Evaluates each model on the questions: correct answers, and scores by the reward model.
     fn compare(&self) -> Result<Vec<Model>> {
         let models = [
             ("base", "base.gguf", ""),
@@ -189,9 +189,9 @@ impl Life {
                 ))
             };
             let file = format!("{name}.replies.jsonl");
-            let told = format!("--temperature 0 --replies {{out}}/{file}");
-            let right = eval(base, "contains:answer", &told)?;
-            // The merged model is another base: the reward model's adapter is not of it.
+            let flags = format!("--temperature 0 --replies {{out}}/{file}");
+            let right = eval(base, "contains:answer", &flags)?;
+            // The merged model is another base, which the reward adapter does not belong to.
             let judged = match base {
                 "base.gguf" => Some(eval(base, "{out}/reward/adapter", "--temperature 1")?),
                 _ => None,
@@ -209,11 +209,11 @@ impl Life {
         models.into_iter().map(ask).collect()
     }
 
-    /// What people read at the end.
-    fn tell(&self, models: &[Model]) -> Result<()> {
+    /// Prints the summary.
+    fn print_summary(&self, models: &[Model]) -> Result<()> {
         let questions = DATA.iter().find(|(name, _)| *name == "questions.jsonl");
         let questions = questions.map_or("", |(_, text)| text);
-        say!("\nquestions that stand in no text or chat of the training:");
+        say!("\nquestions that occur in no training text or chat:");
         let all = questions.lines().count();
         for (index, line) in questions.lines().enumerate().step_by(all.div_ceil(SHOWN).max(1)) {
             let row: Value = serde_json::from_str(line)?;
@@ -234,15 +234,15 @@ impl Life {
             say!("{:8} {right:>5.1} % {reward:>8} {length:>8.1} {entropy:>9}", model.name);
         }
         say!(
-            "guessing the commonest answer of each kind of question: {:.1} %",
-            100.0 * guessed(questions)?
+            "baseline, the most frequent answer of each kind of question: {:.1} %",
+            100.0 * majority_accuracy(questions)?
         );
         say!("\nstage       seconds");
         for stage in &self.stages {
             say!("{:10} {:>8.1}   {}", stage.name, stage.seconds, headline(stage));
         }
         let (all, out) = (self.began.elapsed().as_secs_f64(), self.out.display());
-        say!("all        {all:>8.1}   {out}/village.gguf runs in llama.cpp, too");
+        say!("total      {all:>8.1}   {out}/village.gguf also runs in llama.cpp");
         Ok(())
     }
 
@@ -253,7 +253,7 @@ impl Life {
         Ok(())
     }
 
-    /// Runs a command of this binary as a person would, and takes the object it ends in.
+    /// Runs a command of this binary, and returns its JSON result.
     fn command(&self, words: &str) -> Result<Value> {
         let place = |word: &str| {
             let data = self.out.join("data").display().to_string();
@@ -272,16 +272,16 @@ impl Life {
             .output()
             .with_context(|| self.binary.display().to_string())?;
         if !output.status.success() {
-            bail!("{} ended with {}", words[0], output.status);
+            bail!("{} failed with {}", words[0], output.status);
         }
         let text = String::from_utf8_lossy(&output.stdout);
         let last = text.lines().last().unwrap_or_default();
-        serde_json::from_str(last).with_context(|| format!("what {} said: {last:?}", words[0]))
+        serde_json::from_str(last).with_context(|| format!("output of {}: {last:?}", words[0]))
     }
 }
 
-/// The share of questions that are right if the commonest answer is given to each of a kind.
-fn guessed(questions: &str) -> Result<f64> {
+/// Accuracy of giving the most frequent answer to each kind of question.
+fn majority_accuracy(questions: &str) -> Result<f64> {
     let mut counts: BTreeMap<String, BTreeMap<String, usize>> = BTreeMap::new();
     for line in questions.lines() {
         let row: Value = serde_json::from_str(line)?;
@@ -292,7 +292,7 @@ fn guessed(questions: &str) -> Result<f64> {
     Ok(right as f64 / questions.lines().count().max(1) as f64)
 }
 
-/// The replies of a file as `eval --replies` writes it.
+/// The replies of a file that `eval --replies` wrote.
 fn read_replies(path: &Path) -> Result<Vec<String>> {
     let text = fs::read_to_string(path).with_context(|| path.display().to_string())?;
     let reply = |line: &str| -> Result<String> {
@@ -302,21 +302,21 @@ fn read_replies(path: &Path) -> Result<Vec<String>> {
     text.lines().map(reply).collect()
 }
 
-/// The most telling numbers of a stage.
+/// The main numbers of a stage.
 fn headline(stage: &Stage) -> String {
     let result = &stage.result;
     let number = |key: &str| result[key].as_f64().unwrap_or(f64::NAN);
     match stage.name {
-        "tokenizer" => format!("{:.2} bytes a token", number("bytes_per_token")),
+        "tokenizer" => format!("{:.2} bytes per token", number("bytes_per_token")),
         "pretrain" => format!(
-            "{:.3} bits a held-out byte, from {:.3}; a bigram model: {:.3}",
+            "{:.3} held-out bits per byte, from {:.3}; bigram model: {:.3}",
             number("eval_bits_per_byte_last"),
             number("eval_bits_per_byte_first"),
             number("bigram_bits_per_byte")
         ),
         "sft" => format!("loss {:.3} to {:.3}", number("loss_first"), number("loss_last")),
         "reward" => {
-            format!("right about {:.1} % of held-out pairs", 100.0 * number("eval_accuracy"))
+            format!("accuracy on held-out pairs {:.1} %", 100.0 * number("eval_accuracy"))
         }
         "ppo" => format!(
             "score {:.2} to {:.2}, KL {:.2}",

@@ -1,5 +1,5 @@
-//! `quantune eval --prompts`: replies to prompts, what a reward makes of them, how different they are,
-//! and how often they win against those of another adapter.
+//! `quantune eval --prompts`: generates replies to prompts, and reports their reward, their diversity and their
+//! win rate against another adapter.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -22,37 +22,37 @@ use crate::train::read_scoring;
 use crate::train::settings::AdapterPath;
 use crate::weights::write_atomically;
 
-/// Rows decoded at once.
+/// Number of rows decoded in parallel.
 const SLOTS: usize = 16;
 
-/// How prompts are answered, and by whom.
+/// Flags for generating and comparing replies.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Replies {
-    /// Prompts to answer, as `ppo` and `grpo` read them; --reward judges the replies
+    /// Prompts, as `ppo` and `grpo` read them; replies are generated and scored by --reward
     #[arg(long, value_name = "FILE", conflicts_with_all = ["data", "text"], requires = "reward")]
     prompts: Option<PathBuf>,
-    /// With --prompts: another adapter, or `base` for none, whose replies are judged beside
+    /// With --prompts: another adapter, or `base` for none, to compare with (win rate)
     #[arg(long, value_name = "ADAPTER", requires = "prompts")]
     against: Option<String>,
-    /// With --prompts: tokens a reply may have [default: 64]
+    /// With --prompts: maximum number of tokens per reply [default: 64]
     #[arg(long, requires = "prompts")]
     max_tokens: Option<usize>,
-    /// With --prompts: temperature of sampling; 0 takes the likeliest token [default: 0.7]
+    /// With --prompts: temperature; 0 is greedy [default: 0.7]
     #[arg(long, requires = "prompts")]
     temperature: Option<f64>,
-    /// With --prompts: replies to each [default: 1]
+    /// With --prompts: replies per prompt [default: 1]
     #[arg(long, requires = "prompts")]
     samples: Option<usize>,
     /// With --prompts: seed of sampling [default: 42]
     #[arg(long, requires = "prompts")]
     seed: Option<u64>,
-    /// With --prompts: a file for the replies and their rewards, a JSON line each
+    /// With --prompts: output file for the replies and rewards, one JSON line each
     #[arg(long, value_name = "FILE", requires = "prompts")]
     replies: Option<PathBuf>,
 }
 
-/// Replies of one wearer, and their rewards.
-struct Judged {
+/// Replies under one set of adapters, and their rewards.
+struct ScoredReplies {
     responses: Vec<Response>,
     texts: Vec<String>,
     rewards: Vec<f64>,
@@ -64,7 +64,7 @@ impl Replies {
         self.prompts.is_some()
     }
 
-    /// The adapter whose replies are compared with, if it is one.
+    /// The adapter to compare with; `None` without one, or for the base.
     pub fn against(&self) -> Result<Option<AdapterPath>> {
         match self.against.as_deref() {
             None | Some("base") => Ok(None),
@@ -72,7 +72,7 @@ impl Replies {
         }
     }
 
-    /// Answers and judges.
+    /// Generates and scores the replies.
     pub fn run(
         &self,
         decoder: &Decoder,
@@ -81,14 +81,14 @@ impl Replies {
         reward: &str,
         json: bool,
     ) -> Result<Value> {
-        let path = self.prompts.as_ref().context("needed --prompts")?;
+        let path = self.prompts.as_ref().context("requires --prompts")?;
         let most = self.max_tokens.unwrap_or(64);
-        // A reward model reads what ends a turn behind the reply, in the same window.
+        // The reward model reads the end-of-turn tokens after the reply, in the same context window.
         let ending = 1 + tokenizer.after_turn().map_or(0, |after| after.len());
         let window = decoder.config.max_position_embeddings.saturating_sub(ending);
         if most == 0 || most >= window {
             bail!(
-                "--max-tokens is {most}, needed 1 to less than the {window} tokens of the model's window"
+                "--max-tokens is {most}, needed at least 1 and less than the context window of {window} tokens"
             );
         }
         if self.samples == Some(0) {
@@ -105,7 +105,7 @@ impl Replies {
             (Some(_), None) => Some(Vec::new()),
             (Some(_), Some(arg)) => Some(load_adapters(&[arg], decoder)?),
         };
-        let mut answer = |active: &[ActiveAdapter]| -> Result<Judged> {
+        let mut answer = |active: &[ActiveAdapter]| -> Result<ScoredReplies> {
             let tokens: Vec<Arc<[u32]>> =
                 prompts.iter().map(|prompt| prompt.tokens.clone().into()).collect();
             let settings = Settings {
@@ -126,7 +126,7 @@ impl Replies {
                 respond::respond(decoder, active, &tokens, samples, &settings, &is_end, 0)?;
             let (texts, scores) = scorer.score(decoder, tokenizer, &prompts, &responses)?;
             let rewards = scores.totals.iter().map(|total| total.unwrap_or(0.0)).collect();
-            Ok(Judged { responses, texts, rewards })
+            Ok(ScoredReplies { responses, texts, rewards })
         };
 
         let samples = self.samples.unwrap_or(1);
@@ -153,7 +153,7 @@ impl Replies {
                 show("against", against);
                 let number = |key: &str| value.get(key).and_then(Value::as_f64).unwrap_or(0.0);
                 crate::cli::say!(
-                    "wins {:.1} % ± {:.1} of them",
+                    "win rate {:.1} % ± {:.1}",
                     number("win_rate") * 100.0,
                     number("win_rate_error") * 100.0
                 );
@@ -162,7 +162,7 @@ impl Replies {
         Ok(Value::Object(value))
     }
 
-    fn lines(&self, prompts: &[Prompt], by: &str, judged: &Judged) -> Vec<Value> {
+    fn lines(&self, prompts: &[Prompt], by: &str, judged: &ScoredReplies) -> Vec<Value> {
         let samples = self.samples.unwrap_or(1);
         let line = |(i, text): (usize, &String)| {
             json!({
@@ -177,7 +177,7 @@ impl Replies {
     }
 }
 
-/// What judges: a reward model on the base, or a rule.
+/// The scorer: a reward model on the base, or a rule.
 fn scorer(
     reward: &str,
     decoder: &Decoder,
@@ -206,11 +206,11 @@ fn scorer(
     Ok(Scorer { rewards, adapter, model: None, eos: tokenizer.eos(), after })
 }
 
-/// Reward, length, entropy and variety of replies.
+/// Reward, length, entropy and diversity of replies.
 fn figures(
     decoder: &Decoder,
     active: &[ActiveAdapter],
-    judged: &Judged,
+    judged: &ScoredReplies,
     (temperature, samples): (f64, usize),
 ) -> Result<Map<String, Value>> {
     let (reward, error) = mean_and_error(&by_prompt(&judged.rewards, samples));
@@ -223,8 +223,8 @@ fn figures(
         })
         .collect();
     let spread = diversity(&replies);
-    let heat = if temperature > 0.0 { temperature } else { 1.0 };
-    let logps = respond::log_probs(decoder, active, &judged.responses, heat)?;
+    let temperature = if temperature > 0.0 { temperature } else { 1.0 };
+    let logps = respond::log_probs(decoder, active, &judged.responses, temperature)?;
     let tokens = logps.iter().map(Vec::len).sum::<usize>().max(1);
     let surprise = -logps.iter().flatten().map(|&logp| f64::from(logp)).sum::<f64>();
     let figures = [
@@ -242,8 +242,8 @@ fn figures(
     Ok(figures.into_iter().map(|(key, value)| (key.to_string(), value)).collect())
 }
 
-/// How often the first of two replies to a prompt has the higher reward, a tie half a win, and the
-/// standard error of it over prompts.
+/// Win rate: how often our reply to a prompt has the higher reward, a tie counting as half a win; and its
+/// standard error over prompts.
 fn win_rate(ours: &[f64], theirs: &[f64], samples: usize) -> (f64, f64) {
     let won = |(ours, theirs): (&f64, &f64)| match ours.partial_cmp(theirs) {
         Some(std::cmp::Ordering::Greater) => 1.0,
@@ -254,7 +254,7 @@ fn win_rate(ours: &[f64], theirs: &[f64], samples: usize) -> (f64, f64) {
     mean_and_error(&by_prompt(&won, samples))
 }
 
-/// The means of each prompt's replies, which depend on one another.
+/// The mean per prompt, since replies to the same prompt are not independent.
 fn by_prompt(values: &[f64], samples: usize) -> Vec<f64> {
     let mean = |of_prompt: &[f64]| of_prompt.iter().sum::<f64>() / of_prompt.len() as f64;
     values.chunks(samples).map(mean).collect()
@@ -263,7 +263,7 @@ fn by_prompt(values: &[f64], samples: usize) -> Vec<f64> {
 fn show(name: &str, figures: &Map<String, Value>) {
     let number = |key: &str| figures.get(key).and_then(Value::as_f64).unwrap_or(f64::NAN);
     crate::cli::say!(
-        "{name} {:.4} ± {:.4}; {:.1} tokens a reply, entropy {:.2} nats a token, distinct-2 {:.3}",
+        "{name} {:.4} ± {:.4}; {:.1} tokens per reply, entropy {:.2} nats per token, distinct-2 {:.3}",
         number("reward"),
         number("reward_error"),
         number("length"),

@@ -1,8 +1,8 @@
-//! How tokens are chosen, by flags that `generate` and `chat` share.
+//! Sampling flags shared by `generate` and `chat`.
 
 use crate::generate::Sampling;
 
-/// How tokens are chosen.
+/// Sampling settings.
 #[derive(Debug, Clone, clap::Args)]
 pub struct SamplingFlags {
     /// 0 is greedy; higher is more random [default: 0.8]
@@ -20,13 +20,13 @@ pub struct SamplingFlags {
     /// Repetition penalty: divides the logits of tokens that occurred; 1 is off [default: 1]
     #[arg(long)]
     repetition_penalty: Option<f64>,
-    /// Seed of the choice [default: 42]
+    /// Seed of sampling [default: 42]
     #[arg(long)]
     seed: Option<u64>,
 }
 
 impl SamplingFlags {
-    /// What is given, and defaults for the rest.
+    /// The sampling settings, with defaults for flags that are not given.
     pub fn sampling(&self) -> Sampling {
         Sampling {
             temperature: self.temperature.unwrap_or(0.8),

@@ -12,45 +12,45 @@ use crate::data::corpus::{matching_files, read_documents};
 use crate::text::{Special, TokenizerTrainer, TrainingReport, WordCut};
 use crate::weights::Checkpoint;
 
-/// How often people hear how far the words are counted.
-const TELL_EVERY: Duration = Duration::from_secs(5);
+/// Interval of progress messages.
+const REPORT_INTERVAL: Duration = Duration::from_secs(5);
 
 #[derive(Debug, clap::Subcommand)]
 pub enum TokenizerCommand {
-    /// The token ids of a text, without any added
+    /// Print the token ids of a text, without added special tokens
     #[command(after_help = super::examples::ENCODE)]
     Encode(Encode),
-    /// Learn a tokenizer from text: byte-level BPE, with the marks of documents and chats
+    /// Train a byte-level BPE tokenizer with special tokens for documents and chats
     #[command(after_help = super::examples::TOKENIZER_TRAIN)]
-    Train(Train),
+    Train(TrainTokenizer),
 }
 
 #[derive(Debug, clap::Args)]
 pub struct Encode {
-    /// The base: a GGUF file or a Hugging Face folder
+    /// Base model: a GGUF file or a Hugging Face folder
     #[arg(long)]
     base: PathBuf,
-    /// The text, a UTF-8 file
+    /// Text file, UTF-8
     #[arg(long)]
     text: PathBuf,
-    /// Take special tokens in the text for what they are, not for text
+    /// Parse special tokens in the text
     #[arg(long)]
     parse_special: bool,
 }
 
 #[derive(Debug, clap::Args)]
-pub struct Train {
-    /// Files or patterns: text, JSONL with `text` or `messages`, or Parquet with `text`; lines `<|endoftext|>` part the
-    /// documents of a text
+pub struct TrainTokenizer {
+    /// Files or glob patterns: text, JSONL with `text` or `messages`, or Parquet with `text`; `<|endoftext|>`
+    /// lines separate the documents of a text file
     #[arg(long, num_args = 1.., required = true)]
     data: Vec<String>,
-    /// Tokens of the vocabulary, 259 at least
+    /// Vocabulary size, at least 259
     #[arg(long)]
     vocab_size: usize,
-    /// How text is cut into words, by llama.cpp's name: gpt-2, smollm (single digits) or llama-bpe
+    /// Pre-tokenizer by llama.cpp's name: gpt-2, smollm (single digits) or llama-bpe
     #[arg(long, default_value = "smollm")]
     pre_tokenizer: WordCut,
-    /// A new folder for tokenizer.json and the files beside it
+    /// New output folder for tokenizer.json and its config files
     #[arg(long)]
     out: PathBuf,
 }
@@ -64,7 +64,7 @@ impl TokenizerCommand {
     }
 }
 
-impl Train {
+impl TrainTokenizer {
     fn run(self, json: bool) -> Result<Value> {
         let Self { data, vocab_size, pre_tokenizer, out } = self;
         let started = Instant::now();
@@ -75,13 +75,13 @@ impl Train {
         }
         let files: Vec<Vec<PathBuf>> =
             data.iter().map(|pattern| matching_files(pattern)).collect::<Result<_, _>>()?;
-        let (mut told, mut bytes) = (started, 0);
-        // Nothing is written until all is read: Ctrl-C may end the program as it does others.
+        let (mut reported, mut bytes) = (started, 0);
+        // Nothing is written until all files are read, so Ctrl-C may simply exit the program.
         read_documents(&files.concat(), &AtomicBool::new(false), &mut |pieces| {
             trainer.add(pieces)?;
             bytes += pieces.iter().map(|piece| piece.text.len()).sum::<usize>();
-            if told.elapsed() >= TELL_EVERY {
-                told = Instant::now();
+            if reported.elapsed() >= REPORT_INTERVAL {
+                reported = Instant::now();
                 eprintln!("counted the words of {:.0} MB", bytes as f64 / 1e6);
             }
             Ok(())
@@ -89,7 +89,7 @@ impl Train {
         let trained = trainer.train()?;
         trained.write(&out)?;
         let (report, seconds) = (&trained.report, started.elapsed().as_secs_f64());
-        tell(report, vocab_size, seconds);
+        print_report(report, vocab_size, seconds);
         if !json {
             crate::cli::say!("{}", out.display());
         }
@@ -101,7 +101,7 @@ impl Train {
     }
 }
 
-fn tell(report: &TrainingReport, asked: usize, seconds: f64) {
+fn print_report(report: &TrainingReport, asked: usize, seconds: f64) {
     let TrainingReport { vocab_size, bytes, words, bytes_per_token, .. } = report;
     eprintln!(
         "{vocab_size} tokens from {:.1} MB of text ({words} distinct words) in {seconds:.1} s: \
@@ -110,7 +110,7 @@ fn tell(report: &TrainingReport, asked: usize, seconds: f64) {
     );
     if *vocab_size < asked {
         eprintln!(
-            "warning: a vocabulary of {vocab_size}, not {asked}: no further pair of tokens occurs twice"
+            "warning: the vocabulary has {vocab_size} tokens, not {asked}: no further pair of tokens occurs twice"
         );
     }
 }

@@ -9,26 +9,26 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::flags::CommonFlags;
-use super::{Usage, printer, to_json};
+use super::{UsageError, printer, to_json};
 use crate::train::{
     Command, Forecast, Outcome, RunDir, RunSettings, Summary, dry_run, of_process, train,
 };
 
-/// A training command with flags of its own.
+/// A training command, with its own flags.
 #[derive(Debug, clap::Args)]
 pub struct Train<F: clap::Args> {
     #[command(flatten)]
     common: CommonFlags,
     #[command(flatten)]
     own: F,
-    /// A TOML file of settings, keys as the flags with _ for -; flags win
+    /// TOML file of settings; keys are flags with _ for -; flags take precedence
     #[arg(long)]
     config: Option<PathBuf>,
-    /// Go on with the run in --out; its settings need not be given again
+    /// Resume the run in --out, with its settings
     #[arg(long)]
     resume: bool,
-    /// Say what the run would be, and write nothing: trainable parameters, steps, memory and time, by
-    /// its first step or two
+    /// Print trainable parameters, steps, memory and time of the run, measured over one or two steps, without
+    /// writing anything
     #[arg(long, conflicts_with = "resume")]
     dry_run: bool,
 }
@@ -44,13 +44,13 @@ impl<F: clap::Args + Serialize> Train<F> {
             ("out", given(&common.out)),
         ];
         if let Some((name, _)) = needed.iter().find(|(_, given)| !given) {
-            return Err(Usage(format!("--{name} is missing")).into());
+            return Err(UsageError(format!("--{name} is missing")).into());
         }
         let stop = stop_on_ctrl_c()?;
         let monitor = printer::with_stop(&stop);
         if self.dry_run {
             let Outcome::Done(forecast) = dry_run(&settings, monitor)? else {
-                bail!("stopped before anything was said; nothing was written")
+                bail!("interrupted; nothing was written")
             };
             if !json {
                 say_forecast(&forecast);
@@ -58,14 +58,14 @@ impl<F: clap::Args + Serialize> Train<F> {
             return to_json(&forecast);
         }
         let (name, out) = (command.name(), common.out.display());
-        let go_on = format!("go on with: quantune {name} --out {out} --resume");
+        let resume = format!("resume with: quantune {name} --out {out} --resume");
         match train(&settings, self.resume, monitor)? {
             Outcome::NotBegun if self.resume => {
-                bail!("stopped before the first step, the run is as it was; {go_on}")
+                bail!("interrupted before the first step; the run is unchanged; {resume}")
             }
-            Outcome::NotBegun => bail!("stopped before the run began; nothing was written"),
+            Outcome::NotBegun => bail!("interrupted before the first step; nothing was written"),
             Outcome::Interrupted { step, total_steps } => {
-                bail!("stopped at step {step} of {total_steps}, saved; {go_on}")
+                bail!("interrupted at step {step} of {total_steps}, checkpoint saved; {resume}")
             }
             Outcome::Done(summary) => {
                 if !json {
@@ -92,7 +92,7 @@ impl<F: clap::Args + Serialize> Train<F> {
             let file: toml::Table =
                 toml::from_str(&text).with_context(|| path.display().to_string())?;
             table.extend(file);
-            // Faults are told with the file's name, before flags come in.
+            // Errors of the file are reported with its name, before flags are applied.
             RunSettings::from_table(command, table.clone())
                 .with_context(|| path.display().to_string())?;
         }
@@ -102,15 +102,15 @@ impl<F: clap::Args + Serialize> Train<F> {
     }
 }
 
-/// What Ctrl-C sets: the step under way is the last.
+/// A flag that Ctrl-C sets: the run stops after the current step.
 pub fn stop_on_ctrl_c() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let asked = stop.clone();
     ctrlc::set_handler(move || {
         if asked.swap(true, Ordering::Relaxed) {
-            std::process::exit(130); // asked twice: the last checkpoint has to do
+            std::process::exit(130); // pressed twice: exit without another checkpoint
         }
-        eprintln!("\nstopping, after the step under way; Ctrl-C again stops at once");
+        eprintln!("\nstopping after the current step; press Ctrl-C again to stop at once");
     })
     .context("cannot listen for Ctrl-C")?;
     Ok(stop)
@@ -137,7 +137,7 @@ fn say_summary(summary: &Summary) {
     if let Some(accuracy) = number("eval_accuracy") {
         let error = number("eval_calibration_error").unwrap_or(f64::NAN);
         crate::cli::say!(
-            "right about {:.1} % of held-out pairs, calibration error {error:.3}",
+            "accuracy on held-out pairs {:.1} %, calibration error {error:.3}",
             accuracy * 100.0
         );
     }
@@ -163,7 +163,7 @@ fn say_summary(summary: &Summary) {
     );
     if let Some(predicted) = summary.predicted_seconds {
         let seconds = summary.seconds;
-        crate::cli::say!("{seconds:.1} s in steps, {predicted:.1} s predicted after two of them");
+        crate::cli::say!("{seconds:.1} s in steps, {predicted:.1} s predicted after the first two");
     }
     crate::cli::say!("adapter: {}", summary.adapter.display());
 }
@@ -179,7 +179,7 @@ fn say_forecast(forecast: &Forecast) {
         "{steps} steps, {epochs:.2} epochs; an epoch: {steps_per_epoch} steps{tokens}"
     );
     let recomputed = match forecast.recomputed_layers {
-        0 => "all layers keep their tapes".to_string(),
+        0 => "activations of all layers are kept".to_string(),
         layers => format!("{layers} layers are recomputed"),
     };
     let largest = forecast.largest_micro_batch;
@@ -190,12 +190,12 @@ fn say_forecast(forecast: &Forecast) {
         }
         crate::cli::say!("{:>10.1} MB  predicted peak memory", all as f64 / 1e6);
     } else {
-        crate::cli::say!("memory: not predicted of the portable form, whose tapes are candle's");
+        crate::cli::say!("memory: no prediction for backend reference");
     }
     match (forecast.seconds_per_step, forecast.predicted_seconds) {
         (Some(step), Some(all)) if forecast.time_depends_on_replies => crate::cli::say!(
-            "the first update took {step:.1} s, {} such take {}; how long an update really takes \
-             depends on how long replies get",
+            "the first update took {step:.1} s, {} updates would take {}; the real time depends on the \
+             length of the replies",
             forecast.steps,
             duration(all)
         ),
@@ -205,9 +205,9 @@ fn say_forecast(forecast: &Forecast) {
                 seconds => format!(", {} of them for the reference", duration(seconds)),
             };
             let all = duration(all);
-            crate::cli::say!("{step:.2} s a step: {all} in all{before}, without evaluations");
+            crate::cli::say!("{step:.2} s per step: {all} in total{before}, without evaluations");
         }
-        _ => crate::cli::say!("time: not measured, so much memory is not free"),
+        _ => crate::cli::say!("time: not measured, not enough free memory"),
     }
     crate::cli::say!("dry run: nothing was written");
 }

@@ -17,12 +17,9 @@ use std::time::Duration;
 use rayon::slice::ParallelSliceMut;
 use sha2::{Digest, Sha256};
 
-use super::DataError;
+use super::error::{DataError, IoFailure};
 use crate::quant::Bytes;
 use crate::weights::{Lock, LockError, map_file};
-
-/// A failed file operation: the action, the path and the system error.
-pub(super) type IoFailure = (&'static str, PathBuf, io::Error);
 
 /// Temporary name of the folder that is being written; there is one at a time.
 const PARTIAL: &str = ".partial";

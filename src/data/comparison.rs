@@ -22,9 +22,9 @@ use sha2::Sha256;
 use super::checks::{self, Check, Finding};
 use super::lines::{FileLine, UnreadableRow};
 use super::reading::{Cache, FileRows, FileSplit, Parsed, RowPart, RowReader, RowReport};
-use super::row_store::{Record, RowLocation, WordReader, hash_tokens, write_words};
-use super::rows::{ComparisonRow, Responses};
-use super::split::is_held_out_text;
+use super::row_store::{Record, RowLocation, RowStore, WordReader, hash_tokens, write_words};
+use super::rows::{ComparisonKind, ComparisonRow, PreferencePair, Responses};
+use super::split::{first_turn_of_responses, is_held_out_text};
 use super::{DataError, Message, ModelLimits, RowError};
 use crate::monitor::Monitor;
 use crate::text::{Special, Tokenizer};
@@ -107,28 +107,6 @@ impl Record for Comparison {
     }
 }
 
-/// A pair of responses, by their indices in [`Comparison::responses`].
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct PreferencePair {
-    /// Index of the preferred response.
-    pub better: usize,
-    /// Index of the rejected response.
-    pub worse: usize,
-    /// The margin that the row states; 0 if it states none.
-    pub margin: f32,
-}
-
-/// Which rows are accepted, and what they become.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub enum ComparisonKind {
-    /// Preference pairs: `chosen`/`rejected` or ranked `responses`.
-    Pairs,
-    /// Labelled responses: `completion` + `label`; `chosen` and `rejected` become two labelled responses.
-    Labels,
-    /// Any row with responses, compared or not: also `completion` or `text` alone.
-    Any,
-}
-
 /// How long a prompt with a response may be, and what happens to longer ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct LengthLimits {
@@ -146,6 +124,13 @@ pub enum WhenTooLong {
     /// The response is truncated at its end, or dropped if the prompt leaves no room for it (TRL's
     /// DPOTrainer, `keep_start`).
     Cut,
+}
+
+impl RowStore<Comparison> {
+    /// Number of responses of a row.
+    pub fn responses(&self, index: usize) -> usize {
+        Comparison::responses_in(self.encoded(index))
+    }
 }
 
 /// The comparisons of a file, in file order.
@@ -358,7 +343,6 @@ impl RowReader for ComparisonReader<'_> {
         row: TokenizedComparison,
         part: &mut RowPart<Comparison, ComparisonReport>,
     ) -> io::Result<Vec<Finding>> {
-        let &ComparisonSettings { limits, model, .. } = self.settings;
         let mut found = Vec::new();
         let TokenizedComparison { prompt, responses, mut pairs, labels, unjudged, .. } = row;
         let report = &mut part.report;
@@ -370,55 +354,14 @@ impl RowReader for ComparisonReader<'_> {
                             tokenized differently (usually because it ends in a space)";
             found.push((Check::BoundaryMismatch, sentence.into()));
         }
-        let mut kept = Vec::with_capacity(responses.len());
-        let mut places = Vec::with_capacity(responses.len()); // of each response among the kept
-        for mut response in responses {
-            let length = prompt.len() + response.len();
-            if let Some(window) = model.map(|limits| limits.window)
-                && length > window
-            {
-                let sentence =
-                    format!("has {length} tokens, the model's context window is {window} tokens");
-                found.push((Check::OverWindow, sentence));
-            }
-            report.longest = report.longest.max(length as u64);
-            let room = limits.max_length.saturating_sub(prompt.len());
-            let fits = match limits.when_long {
-                _ if length <= limits.max_length => true,
-                WhenTooLong::Cut if room > 0 => {
-                    report.truncated += 1;
-                    response.truncate(room);
-                    true
-                }
-                WhenTooLong::Cut | WhenTooLong::Drop => {
-                    report.dropped += 1;
-                    false
-                }
-            };
-            if length > limits.max_length {
-                let fate = if fits { "truncated to" } else { "dropped, the limit is" };
-                let most = limits.max_length;
-                let sentence = format!("prompt and response have {length} tokens, {fate} {most}");
-                found.push((Check::Cut, sentence));
-            }
-            places.push(fits.then_some(kept.len()));
-            if fits {
-                kept.push(response);
-            }
-        }
+        let (kept, places) = self.shorten(&prompt, responses, report, &mut found);
         pairs.retain(|pair| places[pair.better].is_some() && places[pair.worse].is_some());
         for pair in &mut pairs {
-            let place = |old: usize| places[old].expect("kept: the pair was");
+            let place = |old: usize| places[old].expect("pairs of dropped responses are dropped");
             (pair.better, pair.worse) = (place(pair.better), place(pair.worse));
-            report.identical += u64::from(kept[pair.better] == kept[pair.worse]);
-            if kept[pair.better] == kept[pair.worse] {
-                let sentence = "two responses that are compared are the same";
-                found.push((Check::IdenticalPairs, sentence.into()));
-            }
-            if pair.margin < 0.0 {
-                let sentence = format!("`margin` is {}: the rejected would be better", pair.margin);
-                found.push((Check::WrongMargins, sentence));
-            }
+            let identical = kept[pair.better] == kept[pair.worse];
+            report.identical += u64::from(identical);
+            found.extend(check_pair(pair, identical));
         }
 
         let comparison = |responses, pairs, label| Comparison {
@@ -471,6 +414,71 @@ impl RowReader for ComparisonReader<'_> {
     }
 }
 
+impl ComparisonReader<'_> {
+    /// Truncates or drops responses that are too long. Returns those that are kept, and for each response
+    /// its index among the kept ones.
+    fn shorten(
+        &self,
+        prompt: &[u32],
+        responses: Vec<Vec<u32>>,
+        report: &mut ComparisonReport,
+        found: &mut Vec<Finding>,
+    ) -> (Vec<Vec<u32>>, Vec<Option<usize>>) {
+        let &ComparisonSettings { limits, model, .. } = self.settings;
+        let mut kept = Vec::with_capacity(responses.len());
+        let mut places = Vec::with_capacity(responses.len());
+        for mut response in responses {
+            let length = prompt.len() + response.len();
+            if let Some(window) = model.map(|limits| limits.window)
+                && length > window
+            {
+                let sentence =
+                    format!("has {length} tokens, the model's context window is {window} tokens");
+                found.push((Check::OverWindow, sentence));
+            }
+            report.longest = report.longest.max(length as u64);
+            let room = limits.max_length.saturating_sub(prompt.len());
+            let fits = match limits.when_long {
+                _ if length <= limits.max_length => true,
+                WhenTooLong::Cut if room > 0 => {
+                    report.truncated += 1;
+                    response.truncate(room);
+                    true
+                }
+                WhenTooLong::Cut | WhenTooLong::Drop => {
+                    report.dropped += 1;
+                    false
+                }
+            };
+            if length > limits.max_length {
+                let fate = if fits { "truncated to" } else { "dropped, the limit is" };
+                let most = limits.max_length;
+                let sentence = format!("prompt and response have {length} tokens, {fate} {most}");
+                found.push((Check::Cut, sentence));
+            }
+            places.push(fits.then_some(kept.len()));
+            if fits {
+                kept.push(response);
+            }
+        }
+        (kept, places)
+    }
+}
+
+/// Checks a preference pair.
+fn check_pair(pair: &PreferencePair, identical: bool) -> Vec<Finding> {
+    let mut found = Vec::new();
+    if identical {
+        let sentence = "two responses that are compared are the same";
+        found.push((Check::IdenticalPairs, sentence.into()));
+    }
+    if pair.margin < 0.0 {
+        let sentence = format!("`margin` is {}: the rejected would be better", pair.margin);
+        found.push((Check::WrongMargins, sentence));
+    }
+    found
+}
+
 /// A tokenized row, before the length limit is applied.
 struct TokenizedComparison {
     prompt: Vec<u32>,
@@ -490,7 +498,7 @@ fn tokenized(
     tokenizer: &Tokenizer,
     kind: ComparisonKind,
 ) -> Result<(bool, TokenizedComparison), RowError> {
-    let held_out = is_held_out_text(row.responses.first_turn());
+    let held_out = is_held_out_text(first_turn_of_responses(&row.responses));
     let (own, joint) = match &row.responses {
         Responses::Texts { prompt, responses } => texts(prompt, responses, tokenizer)?,
         Responses::Messages { prompt, responses, tools } => {

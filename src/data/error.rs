@@ -3,8 +3,10 @@
 use std::path::{Path, PathBuf};
 
 use super::RowFormat;
-use super::cache::IoFailure;
 use crate::text::TextError;
+
+/// A failed file operation: the action, the path and the system error.
+pub(super) type IoFailure = (&'static str, PathBuf, std::io::Error);
 
 /// Why a data file cannot be used.
 #[derive(Debug, thiserror::Error)]

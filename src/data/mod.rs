@@ -25,14 +25,15 @@ mod mixture;
 mod parquet;
 mod prompts;
 mod reading;
+mod row_format;
 mod row_store;
 mod rows;
 mod split;
 
 pub use batch::{Batch, EpochPlan, EpochSettings};
 pub use comparison::{
-    Comparison, ComparisonKind, ComparisonReport, ComparisonSettings, ComparisonSplit, Comparisons,
-    LengthLimits, PreferencePair, WhenTooLong,
+    Comparison, ComparisonReport, ComparisonSettings, ComparisonSplit, Comparisons, LengthLimits,
+    WhenTooLong,
 };
 pub use dataset::{DataReport, Dataset, LoadSettings, ModelLimits, Split};
 pub use error::{DataError, RowError};
@@ -41,6 +42,7 @@ pub use lines::first_row_format;
 pub use mixture::{DataFile, epoch_examples};
 pub use prompts::{Prompt, PromptReport, PromptSettings, PromptSplit, Prompts};
 pub use reading::{Cache, FileRows, FileSplit};
+pub use row_format::RowFormat;
 pub use row_store::{Examples, Record, RowLocation, RowStore};
-pub use rows::{AlpacaPrompt, Message, Row, RowFormat};
+pub use rows::{AlpacaPrompt, ComparisonKind, Message, PreferencePair, Row};
 pub use split::is_held_out;

@@ -13,7 +13,7 @@ use super::lines::{FileLine, UnreadableRow};
 use super::reading::{Cache, FileRows, FileSplit, Parsed, RowPart, RowReader, RowReport};
 use super::row_store::{Record, RowLocation, WordReader, hash_tokens, write_words};
 use super::rows::PromptRow;
-use super::split::is_held_out_text;
+use super::split::{first_turn_of_prompt, is_held_out_text};
 use super::{DataError, RowError, RowFormat};
 use crate::monitor::Monitor;
 use crate::text::{Special, Tokenizer};
@@ -261,7 +261,7 @@ fn tokenized(
     most: usize,
 ) -> Result<(bool, TokenizedPrompt), RowError> {
     let prompt = PromptRow::parse(line)?;
-    let held_out = is_held_out_text(prompt.first_turn());
+    let held_out = is_held_out_text(first_turn_of_prompt(&prompt));
     let (text, row) = match prompt {
         PromptRow::Text { prompt, row } => (prompt, row),
         PromptRow::Messages { prompt, tools, row } => {

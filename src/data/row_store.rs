@@ -13,8 +13,8 @@ use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
+use super::Example;
 use super::cache::hex;
-use super::{Comparison, Example};
 use crate::quant::Bytes;
 
 /// Bytes of an index entry.
@@ -123,6 +123,12 @@ impl<T: Record> RowStore<T> {
         (0..self.len()).map(|index| self.length(index))
     }
 
+    /// The encoded bytes of a row.
+    pub(super) fn encoded(&self, index: usize) -> &[u8] {
+        let (file, index) = self.find(index);
+        file.bytes(index)
+    }
+
     /// Decodes a row.
     pub fn get(&self, index: usize) -> T {
         let (file, index) = self.find(index);
@@ -178,14 +184,6 @@ impl RowStore<Example> {
             (0..file.places.len() / LOCATION_BYTES).filter(|&index| first(file, index)).count()
         };
         self.files.iter().map(count).sum::<usize>() as u64
-    }
-}
-
-impl RowStore<Comparison> {
-    /// Number of responses of a row.
-    pub fn responses(&self, index: usize) -> usize {
-        let (file, index) = self.find(index);
-        Comparison::responses_in(file.bytes(index))
     }
 }
 
@@ -358,7 +356,7 @@ pub(super) fn hash_tokens(tokens: &[u32], hasher: &mut Sha256) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::{PreferencePair, Prompt};
+    use super::super::{Comparison, PreferencePair, Prompt};
     use super::*;
 
     /// Writes records to memory and to files, and checks that both decode to the same.

@@ -1,11 +1,10 @@
 //! Parsing JSON lines. The format of a row is recognized by its keys, as in TRL: TRL's own formats, Alpaca
 //! and ShareGPT.
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::{Map, Value, json};
 
-use super::comparison::{ComparisonKind, PreferencePair};
-use super::{RowError, split};
+use super::{RowError, RowFormat};
 use crate::string_enum::string_enum;
 
 /// Roles of messages in the formats of OpenAI and Hugging Face.
@@ -17,90 +16,6 @@ const SPEAKERS: [(&str, &[&str]); 4] = [
     ("system", &["system"]),
     ("tool", &["tool", "observation", "function_response"]),
 ];
-
-/// The format of a row, recognized by its keys.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum RowFormat {
-    /// `input_ids` (+ `labels`).
-    Tokens,
-    /// `messages` (+ `tools`), as in TRL and OpenAI's format.
-    Messages,
-    /// `conversations`, as in ShareGPT.
-    ShareGpt,
-    /// `instruction`, `input` and `output`, as in Alpaca.
-    Alpaca,
-    /// `prompt` and `completion`, strings.
-    PromptCompletion,
-    /// `prompt` and `completion`, lists of messages.
-    PromptCompletionMessages,
-    /// `text`.
-    Text,
-    /// `chosen` and `rejected`, usually with a `prompt`.
-    Compared,
-    /// Ranked `responses`.
-    Ranked,
-    /// `completion` and `label`, for KTO.
-    Labelled,
-    /// `prompt` alone.
-    Prompt,
-}
-
-impl RowFormat {
-    /// The format of a row; `None` if its keys match no format.
-    fn of(row: &Map<String, Value>) -> Option<Self> {
-        let has = |key: &str| row.get(key).is_some_and(|value| !value.is_null());
-        let format = match () {
-            () if has("input_ids") => Self::Tokens,
-            () if has("chosen") && has("rejected") => Self::Compared,
-            () if has("responses") => Self::Ranked,
-            () if has("completion") && has("label") => Self::Labelled,
-            () if has("messages") => Self::Messages,
-            () if has("conversations") => Self::ShareGpt,
-            () if has("instruction") && has("output") => Self::Alpaca,
-            () if has("prompt") && has("completion") => match row["prompt"].is_array() {
-                true => Self::PromptCompletionMessages,
-                false => Self::PromptCompletion,
-            },
-            () if has("text") => Self::Text,
-            () if has("prompt") => Self::Prompt,
-            () => return None,
-        };
-        Some(format)
-    }
-
-    /// Name for messages.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Tokens => "`input_ids`",
-            Self::Messages => "`messages`",
-            Self::ShareGpt => "`conversations` (ShareGPT)",
-            Self::Alpaca => "`instruction`/`output` (Alpaca)",
-            Self::PromptCompletion => "`prompt`/`completion` as strings",
-            Self::PromptCompletionMessages => "`prompt`/`completion` as messages",
-            Self::Text => "`text`",
-            Self::Compared => "`chosen`/`rejected`",
-            Self::Ranked => "ranked `responses`",
-            Self::Labelled => "`completion`/`label` (KTO)",
-            Self::Prompt => "`prompt`",
-        }
-    }
-
-    /// The commands that train on such rows.
-    pub fn learned_by(self) -> &'static str {
-        match self {
-            Self::Compared | Self::Ranked => "`reward` and `dpo`",
-            Self::Labelled => "`dpo --loss-type kto`",
-            Self::Prompt => "`ppo` and `grpo`",
-            _ => "`sft`",
-        }
-    }
-
-    /// Whether supervised fine-tuning trains on such rows.
-    pub fn is_supervised(self) -> bool {
-        self.learned_by() == Self::Text.learned_by()
-    }
-}
 
 /// A parsed and validated row, not yet tokenized.
 #[derive(Debug, Clone, PartialEq)]
@@ -290,6 +205,28 @@ pub(super) struct ComparisonRow {
     keys: Vec<String>,
 }
 
+/// A pair of responses, by their indices in [`Comparison::responses`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PreferencePair {
+    /// Index of the preferred response.
+    pub better: usize,
+    /// Index of the rejected response.
+    pub worse: usize,
+    /// The margin that the row states; 0 if it states none.
+    pub margin: f32,
+}
+
+/// Which rows are accepted, and what they become.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub enum ComparisonKind {
+    /// Preference pairs: `chosen`/`rejected` or ranked `responses`.
+    Pairs,
+    /// Labelled responses: `completion` + `label`; `chosen` and `rejected` become two labelled responses.
+    Labels,
+    /// Any row with responses, compared or not: also `completion` or `text` alone.
+    Any,
+}
+
 /// Responses and their prompt.
 pub(super) enum Responses {
     /// Strings. Whole texts have an empty prompt.
@@ -359,21 +296,6 @@ impl ComparisonRow {
     /// The JSON path of a response in the row.
     pub fn key(&self, response: usize) -> String {
         self.keys[response].clone()
-    }
-}
-
-impl Responses {
-    /// What the row is held out by.
-    pub fn first_turn(&self) -> &str {
-        match self {
-            Self::Texts { prompt, responses } if prompt.is_empty() => {
-                split::beginning(&responses[0])
-            }
-            Self::Texts { prompt, .. } => prompt,
-            Self::Messages { prompt, responses, .. } => {
-                split::first_user_message(prompt.iter().chain(&responses[0]))
-            }
-        }
     }
 }
 
@@ -533,14 +455,6 @@ impl PromptRow {
                 Ok(Self::Messages { prompt, tools, row })
             }
             Some(prompt) => Ok(Self::Text { prompt: string("prompt", prompt)?, row }),
-        }
-    }
-
-    /// What the row is held out by.
-    pub fn first_turn(&self) -> &str {
-        match self {
-            Self::Text { prompt, .. } => prompt,
-            Self::Messages { prompt, .. } => split::first_user_message(prompt.iter()),
         }
     }
 }

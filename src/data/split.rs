@@ -4,6 +4,7 @@ use std::borrow::Cow;
 
 use sha2::{Digest, Sha256};
 
+use super::rows::{PromptRow, Responses};
 use super::{Message, Row};
 
 /// Number of leading characters that stand for the prompt of a row without turns.
@@ -63,5 +64,24 @@ pub(super) fn beginning(text: &str) -> &str {
     match text.char_indices().nth(PROMPT_CHARS) {
         Some((end, _)) => &text[..end],
         None => text,
+    }
+}
+
+/// The first turn of a prompt-only row, by which it is held out.
+pub(super) fn first_turn_of_prompt(row: &PromptRow) -> &str {
+    match row {
+        PromptRow::Text { prompt, .. } => prompt,
+        PromptRow::Messages { prompt, .. } => first_user_message(prompt.iter()),
+    }
+}
+
+/// The first turn of a row of preference data, by which it is held out.
+pub(super) fn first_turn_of_responses(responses: &Responses) -> &str {
+    match responses {
+        Responses::Texts { prompt, responses } if prompt.is_empty() => beginning(&responses[0]),
+        Responses::Texts { prompt, .. } => prompt,
+        Responses::Messages { prompt, responses, .. } => {
+            first_user_message(prompt.iter().chain(&responses[0]))
+        }
     }
 }

@@ -34,7 +34,7 @@ pub struct Settings {
     pub max_tokens: usize,
     /// How keys and values are kept.
     pub cache: CacheType,
-    /// `Some(k)` records each chosen token's log-probability and the `k` likeliest.
+    /// `Some(k)` records each chosen token's log-probability and the `k` most likely.
     pub logprobs: Option<usize>,
     /// Whether each choice's log-probability is recorded as it was drawn, and before filters.
     pub draws: bool,

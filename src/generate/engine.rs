@@ -25,7 +25,7 @@ const WORK: usize = 8;
 pub struct Job {
     /// The tokens to go on from, at least one.
     pub prompt: Vec<u32>,
-    /// What it wears from its first token to its last, whatever is swapped meanwhile.
+    /// What it uses from its first token to its last, whatever is swapped meanwhile.
     pub active: Arc<[ActiveAdapter]>,
     /// How its tokens are chosen.
     pub sampling: Sampling,
@@ -35,7 +35,7 @@ pub struct Job {
     pub max_tokens: usize,
     /// The end-of-generation tokens, rising.
     pub ends: Arc<[u32]>,
-    /// `Some(k)` records each chosen token's log-probability and the `k` likeliest.
+    /// `Some(k)` records each chosen token's log-probability and the `k` most likely.
     pub logprobs: Option<usize>,
     /// Whether each choice's log-probability is recorded as it was drawn, and before filters.
     pub draws: bool,
@@ -47,7 +47,7 @@ pub struct Job {
 }
 
 impl Job {
-    /// A row of the bare base that may get `max_tokens` tokens of its likeliest.
+    /// A row of the bare base that may get `max_tokens` tokens with greedy sampling.
     pub fn new(prompt: Vec<u32>, max_tokens: usize) -> Self {
         Self {
             prompt,
@@ -107,7 +107,7 @@ pub struct Generated {
     pub finish: Finish,
     /// If asked for, each new token's log-probability under the model itself, natural log.
     pub token_logprobs: Vec<f32>,
-    /// If asked for, each new token's likeliest alternatives, itself counted, the likeliest first.
+    /// If asked for, each new token's most likely alternatives, itself counted, the most likely first.
     pub logprobs: Vec<Vec<(u32, f32)>>,
     /// If asked for, each new token's log-probability at the sampling temperature, before filters.
     pub sampled_logps: Vec<f32>,
@@ -285,9 +285,9 @@ pub struct Engine<'a> {
     waiting: VecDeque<Group>,
     /// Prompts that have been read, whose rows have no slot yet.
     parked: VecDeque<Parked>,
-    running: Batch,
-    /// What is told with the next step.
-    told: Vec<Event>,
+    running: DecodeBatch,
+    /// Events of the next step.
+    pending_events: Vec<Event>,
 }
 
 impl<'a> Engine<'a> {
@@ -301,8 +301,8 @@ impl<'a> Engine<'a> {
             usage: Usage::default(),
             waiting: VecDeque::new(),
             parked: VecDeque::new(),
-            running: Batch { rows: Vec::new(), cache: KvCache::with_type(decoder, 0, cache) },
-            told: Vec::new(),
+            running: DecodeBatch { rows: Vec::new(), cache: KvCache::with_type(decoder, 0, cache) },
+            pending_events: Vec::new(),
         }
     }
 
@@ -316,10 +316,10 @@ impl<'a> Engine<'a> {
         self.check(id, &job)?;
         self.submitted += 1;
         let prefix = job.prefix.take();
-        let row = Row::new(id, job, self.decoder.config.max_position_embeddings);
+        let row = EngineRow::new(id, job, self.decoder.config.max_position_embeddings);
         if row.is_full() {
             let ended = Box::new(Ended { generated: row.generated, prefix });
-            self.told.push(Event::Finished { id, ended });
+            self.pending_events.push(Event::Finished { id, ended });
             return Ok(id);
         }
         let fits = |group: &&mut Group| {
@@ -370,7 +370,7 @@ impl<'a> Engine<'a> {
         self.waiting.is_empty()
             && self.parked.is_empty()
             && self.running.rows.is_empty()
-            && self.told.is_empty()
+            && self.pending_events.is_empty()
     }
 
     /// What it took so far.
@@ -394,7 +394,7 @@ impl<'a> Engine<'a> {
             self.running.admit(row, cache)?;
         }
         self.reread();
-        let mut events = std::mem::take(&mut self.told);
+        let mut events = std::mem::take(&mut self.pending_events);
         if self.has_slot() && !self.waiting.is_empty() {
             self.read_prompts(&mut events)?;
         } else if !self.running.rows.is_empty() {
@@ -406,7 +406,7 @@ impl<'a> Engine<'a> {
     /// Gives up what has been read of running rows that are about to grow so long that they rotate
     /// otherwise: they wait, to be read anew.
     fn reread(&mut self) {
-        let Batch { rows, cache } = &self.running;
+        let DecodeBatch { rows, cache } = &self.running;
         let turns = |index: &usize| {
             let read = cache.len(*index);
             !cache.same_rope_scaling(read, rows[*index].tokens.len())
@@ -449,7 +449,7 @@ impl<'a> Engine<'a> {
         // All of a group choose from the same logits.
         let rows = chunk.iter_mut().zip(0..);
         let rows = rows.flat_map(|(group, line)| group.rows.iter_mut().map(move |row| (row, line)));
-        let mut rows: Vec<(&mut Row, usize)> = rows.collect();
+        let mut rows: Vec<(&mut EngineRow, usize)> = rows.collect();
         self.usage.tokens += rows.len();
         let mut fates = choose(&mut rows, &logits, events)?.into_iter();
         for (cache, group) in caches.into_iter().zip(chunk) {
@@ -480,7 +480,7 @@ impl<'a> Engine<'a> {
         self.usage.tokens += batch.rows.len();
         let active: Vec<&[ActiveAdapter]> = batch.rows.iter().map(|row| &*row.job.active).collect();
         let logits = self.decoder.logits(&hidden, Adapters::PerRow(&active))?; // (running, vocab_size)
-        let mut rows: Vec<(&mut Row, usize)> = batch.rows.iter_mut().zip(0..).collect();
+        let mut rows: Vec<(&mut EngineRow, usize)> = batch.rows.iter_mut().zip(0..).collect();
         let mut index = 0;
         for fate in choose(&mut rows, &logits, events)? {
             if fate == Fate::GoesOn {
@@ -498,7 +498,7 @@ impl<'a> Engine<'a> {
 
 /// A row on its way.
 #[derive(Debug)]
-struct Row {
+struct EngineRow {
     id: usize,
     /// Prompt and new tokens.
     tokens: Vec<u32>,
@@ -525,7 +525,7 @@ enum Fate {
     Fails,
 }
 
-impl Row {
+impl EngineRow {
     fn new(id: usize, mut job: Job, window: usize) -> Self {
         let generated = Generated {
             token_ids: Vec::new(),
@@ -600,7 +600,7 @@ impl Row {
 /// Chooses the next token of each row, which comes with the line of `logits (M, vocab_size)` it
 /// reads, and tells the tokens; what becomes of each.
 fn choose(
-    rows: &mut [(&mut Row, usize)],
+    rows: &mut [(&mut EngineRow, usize)],
     logits: &Tensor,
     events: &mut Vec<Event>,
 ) -> Result<Vec<Fate>> {
@@ -643,7 +643,7 @@ fn choose(
 /// Rows with the same prompt and adapters, which share the prompt's cache.
 #[derive(Debug)]
 struct Group {
-    rows: Vec<Row>,
+    rows: Vec<EngineRow>,
     /// What of the prompt has been read before, of a row by itself.
     prefix: Option<Prefix>,
 }
@@ -683,11 +683,11 @@ fn next_chunk(waiting: &mut VecDeque<Group>) -> Vec<Group> {
 #[derive(Debug)]
 struct Parked {
     cache: KvCache,
-    rows: VecDeque<Row>,
+    rows: VecDeque<EngineRow>,
 }
 
 /// The next row that takes a slot, with a cache of its own.
-fn take_parked(parked: &mut VecDeque<Parked>) -> Option<(Row, KvCache)> {
+fn take_parked(parked: &mut VecDeque<Parked>) -> Option<(EngineRow, KvCache)> {
     let next = parked.front_mut()?;
     let row = next.rows.pop_front()?;
     if next.rows.is_empty() {
@@ -750,18 +750,18 @@ fn after(cache: &KvCache, new: &[&[u32]]) -> Rows {
 
 /// The rows that are running.
 #[derive(Debug)]
-struct Batch {
-    rows: Vec<Row>,
+struct DecodeBatch {
+    rows: Vec<EngineRow>,
     cache: KvCache,
 }
 
-impl Batch {
-    fn admit(&mut self, row: Row, cache: KvCache) -> Result<()> {
+impl DecodeBatch {
+    fn admit(&mut self, row: EngineRow, cache: KvCache) -> Result<()> {
         self.rows.push(row);
         self.cache.append(cache)
     }
 
-    fn remove(&mut self, index: usize) -> (Row, KvCache) {
+    fn remove(&mut self, index: usize) -> (EngineRow, KvCache) {
         (self.rows.remove(index), self.cache.take(index))
     }
 

@@ -1,4 +1,4 @@
-//! What is read from the last layer's output, and the way back to it, by hand over plain buffers.
+//! What is read from the last layer's output, and the backward pass to it, by hand over plain buffers.
 //!
 //! This is the fast form of [`Decoder::final_norm`] with [`Decoder::log_probs`] and with a score
 //! head; a parity test holds them together, gradients too. Only the rows that something is read
@@ -41,7 +41,7 @@ impl Reading {
 
 impl Decoder {
     /// Log-probs of `targets`, each the row of `x (N, hidden_size)` that predicts it and a token, of
-    /// logits divided by `temperature`, where all rows wear the same: `(M)`, in nats. With `to_learn`, [`Self::log_probs_back`] may
+    /// logits divided by `temperature`, where all rows use the same: `(M)`, in nats. With `to_learn`, [`Self::log_probs_back`] may
     /// follow.
     ///
     /// # Errors

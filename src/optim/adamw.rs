@@ -82,7 +82,7 @@ impl AdamW {
         let state = state.zip(self.decays.par_iter().zip(&self.rates));
         let all = parameters.par_iter().zip(gradients).zip(state);
         let finite = all.map(|((parameter, gradient), ((m, v), (&decays, &rate)))| {
-            let update = Update {
+            let update = AdamWUpdate {
                 constants: Constants::of(settings, step, factor, lr * rate, decays),
                 gradient,
                 state: RefCell::new((m, v)),
@@ -126,7 +126,7 @@ impl Constants {
 }
 
 /// The step of one parameter.
-struct Update<'a> {
+struct AdamWUpdate<'a> {
     constants: Constants,
     gradient: &'a [f32],
     /// Both means.
@@ -135,7 +135,7 @@ struct Update<'a> {
     finite: Cell<bool>,
 }
 
-impl InplaceOp1 for Update<'_> {
+impl InplaceOp1 for AdamWUpdate<'_> {
     fn name(&self) -> &'static str {
         "adamw"
     }

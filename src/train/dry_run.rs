@@ -43,7 +43,7 @@ pub struct Forecast {
     pub tokens_per_epoch: Option<u64>,
     /// Tokens of the largest micro-batch.
     pub largest_micro_batch: usize,
-    /// Layers whose tape would be rebuilt on the way down.
+    /// Layers whose tape would be rebuilt in the backward pass.
     pub recomputed_layers: usize,
     /// Bytes by what they are for; nothing of the portable form.
     pub memory: Option<Memory>,

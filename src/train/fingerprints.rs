@@ -1,4 +1,4 @@
-//! Hashes of what a run reads: another base or other data under a resume are refused by name.
+//! Hashes of what a run reads: another base or other data under a resume are rejected.
 
 use std::path::{Path, PathBuf};
 

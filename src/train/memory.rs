@@ -22,7 +22,7 @@ pub fn default_budget() -> u64 {
     free().map_or(FALLBACK, |bytes| (bytes as f64 * DEFAULT_SHARE) as u64)
 }
 
-/// Memory that is free now (Linux tells).
+/// Memory that is free now (on Linux).
 pub fn free() -> Option<u64> {
     let available = || {
         let text = std::fs::read_to_string("/proc/meminfo").ok()?;

@@ -65,9 +65,9 @@ pub enum TrainError {
     /// Settings out of range.
     #[error("{0}")]
     Settings(String),
-    /// The directory holds a run already.
+    /// The directory contains a run already.
     #[error(
-        "{}: holds a run already; --resume continues it, another --out begins a new one",
+        "{}: contains a run already; use --resume to continue it, or another --out for a new run",
         .0.display()
     )]
     Exists(PathBuf),

@@ -99,7 +99,7 @@ impl RunDir {
     }
 
     /// Takes up a run that was begun with the settings `saved`. What is `given` now and would change
-    /// its result is refused by name.
+    /// its result is rejected.
     pub fn resume(
         path: &Path,
         saved: &toml::Table,

@@ -31,7 +31,7 @@ pub struct StepSettings<'a> {
     pub scale: f64,
     /// What logits are divided by.
     pub temperature: f64,
-    /// Layers, from the top, whose tapes are kept for the way down; the others are recomputed.
+    /// Layers, from the top, whose tapes are kept for the backward pass; the others are recomputed.
     pub kept_layers: usize,
     /// The adapters of every row, one of them trainable.
     pub active: &'a [ActiveAdapter],

@@ -1,5 +1,5 @@
-//! `quantune chat` line by line from a pipe: replies are those of `generate`, commands change what
-//! follows, and the first fault ends it in one sentence.
+//! `quantune chat` line by line from a pipe: replies match those of `generate`, commands take effect, and the
+//! first error ends the program with one sentence.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::binary::{Lab, adapter, base, error, quantune, strings};
 
-/// Runs a chat over some lines.
+/// Runs a chat with the given input lines.
 fn chat(args: &[&str], lines: &[&str]) -> Output {
     let mut child = Command::new(env!("CARGO_BIN_EXE_quantune"))
         .arg("chat")
@@ -28,7 +28,7 @@ fn chat(args: &[&str], lines: &[&str]) -> Output {
     child.wait_with_output().unwrap()
 }
 
-/// What it said.
+/// The output of a chat.
 fn said(args: &[&str], lines: &[&str]) -> String {
     let output = chat(args, lines);
     let stderr = String::from_utf8_lossy(&output.stderr);
@@ -61,7 +61,7 @@ fn replies_match_generate_with_any_active_adapters() {
     check(&with, &["hello there"], &[&active]);
     check(&with, &["", "/adapter off", "hello there"], &[&bare]);
     check(&with, &["/adapter voice=0.5", "hello there"], &[&half]);
-    // A swap between two replies to the same message: nothing of the other's reading is left.
+    // Swapping adapters between two replies to the same message leaves nothing in the prompt cache.
     check(
         &with,
         &["hello there", "/adapter off", "/regenerate", "/adapter voice", "/regenerate"],
@@ -110,7 +110,7 @@ fn a_conversation_is_saved_as_a_row() {
     assert_eq!(of(&rows[1], "role"), roles);
     let second = of(&rows[1], "content");
     assert_eq!(second[..4], first[1..]);
-    // What was taken back and said again got the same reply, as if it had been said once.
+    // A message that is removed and sent again gets the same reply.
     let replies = [&first[2], &first[4], &first[4], &second[5]];
     assert_eq!(stdout, replies.map(|reply| format!("{reply}\n")).concat());
     assert_eq!(rows.len(), 2);
@@ -139,7 +139,7 @@ fn raw_text_grows() {
             row["text"].as_str().unwrap().to_string()
         })
         .collect();
-    // The stop text is of the text, though nobody was shown it.
+    // The stop string is part of the text, though it is not printed.
     assert_eq!(texts[0], format!("Q: one\nA:{}{stop}", &free[..at]));
     assert!(texts[1].starts_with(&format!("{} and", texts[0])), "{texts:?}");
 }
@@ -186,7 +186,7 @@ fn every_flag_changes_something() {
         &[("--backend", "reference")],
         &[("--cache-type", "q8")],
     ];
-    // Rounding moves a draw but seldom: these are held to be accepted, and read by `generate`.
+    // Rounding seldom changes a sample, so these flags only need to be accepted; `generate` tests them.
     let rounds = ["--compute", "--backend", "--cache-type"];
     for row in rows {
         let (flag, _) = row[0];
@@ -204,7 +204,7 @@ fn every_flag_changes_something() {
 #[test]
 fn errors_are_one_sentence() {
     let lab = Lab::new();
-    // Another base, with one layer less than the adapter sits on.
+    // Another base, with one layer fewer than the adapter has.
     let (base, other) = (base(), lab.dated_base());
     let config = Path::new(&other).join("config.json");
     let mut value: Value = serde_json::from_slice(&fs::read(&config).unwrap()).unwrap();
@@ -217,8 +217,8 @@ fn errors_are_one_sentence() {
     let check = |args: &[&str], lines: &[&str], needed: &str| {
         let output = chat(args, lines);
         assert!(!output.status.success(), "{args:?} {lines:?}");
-        let told = error(&output);
-        assert!(told.contains(needed), "{args:?} {lines:?}: {told}");
+        let message = error(&output);
+        assert!(message.contains(needed), "{args:?} {lines:?}: {message}");
     };
     let of = |lines: &[&str], needed: &str| check(&["--base", &base], lines, needed);
     of(&["/adapter nobody"], "no adapter is named \"nobody\": none is loaded");
@@ -231,8 +231,8 @@ fn errors_are_one_sentence() {
     of(&["/drop voice"], "no adapter is named \"voice\"");
     of(&["/set temperature hot"], "temperature is \"hot\", needed a number");
     of(&["/set temperature -1"], "temperature is -1, needed 0 or more");
-    of(&["/set heat 1"], "there is no setting \"heat\", only temperature");
-    of(&[&long], "has no room for a reply: /undo takes the last message back");
+    of(&["/set heat 1"], "unknown setting \"heat\"; settings are temperature");
+    of(&[&long], "which leaves no room for a reply in the context");
     let active = |lines: &[&str], needed: &str| {
         check(&["--base", &base, "--adapter", &named], lines, needed);
     };
@@ -241,9 +241,13 @@ fn errors_are_one_sentence() {
     active(&[&again], "an adapter is named \"voice\" already");
     check(&["--base", &other, "--adapter", &named], &[], "does not fit this base");
     check(&["--base", &base, "--adapter", &adapter()], &[], "NAME=PATH");
-    check(&["--base", &base, "--raw"], &["/system a"], "no system message");
-    check(&["--base", &base, "--raw"], &[""], "no text to go on from");
-    check(&["--base", &base, "--history", &nowhere], &[], "stdin is none");
+    check(&["--base", &base, "--raw"], &["/system a"], "/system is not supported with --raw");
+    check(&["--base", &base, "--raw"], &[""], "no text to continue");
+    check(
+        &["--base", &base, "--history", &nowhere],
+        &[],
+        "--history requires a terminal, but stdin is not one",
+    );
     check(&["--base", &base, "--top-p", "2"], &[], "top_p is 2");
     check(&["--base", &base, "--json"], &[], "/save FILE");
 
@@ -253,12 +257,12 @@ fn errors_are_one_sentence() {
     let mut value: Value = serde_json::from_slice(&fs::read(&config).unwrap()).unwrap();
     value.as_object_mut().unwrap().remove("chat_template");
     fs::write(&config, value.to_string()).unwrap();
-    check(&["--base", &bare], &["hello"], "no chat template; with --raw");
+    check(&["--base", &bare], &["hello"], "no chat template; use --raw");
     let raw = ["--base", &bare, "--raw", "--max-tokens", "4", "--temperature", "0"];
     assert!(said(&raw, &["hello"]).len() > 1);
 }
 
-/// Ctrl-C ends a reply, and the conversation goes on.
+/// Ctrl-C stops a reply, and the conversation continues.
 #[cfg(unix)]
 #[test]
 fn ctrl_c_ends_a_reply() {
@@ -283,13 +287,13 @@ fn ctrl_c_ends_a_reply() {
         stdout.read_exact(&mut [0; 1]).unwrap(); // a reply has begun
         let pid = child.id().to_string();
         assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
-        // Nobody reads this where the program has ended.
+        // The program may have exited already.
         let _ = writeln!(stdin, "/set max_tokens 3\nand again\n/save {path}");
         drop(stdin);
         std::io::copy(&mut stdout, &mut std::io::sink()).unwrap();
         child.wait_with_output().unwrap()
     };
-    // A reply may end by itself before it is told to; then Ctrl-C ends the program, with 130.
+    // A reply may end by itself before Ctrl-C, which then exits the program with 130.
     let dates = ["2020-01-01", "2021-02-02", "2022-03-03", "2023-04-04", "2024-05-05"];
     let talks = dates.iter().map(|date| talk(date));
     let ended = talks.into_iter().find(|ended| ended.status.code() != Some(130)).unwrap();

@@ -1,5 +1,5 @@
 //! The binary as a user runs it: every flag changes something, wrong input ends in one sentence,
-//! a killed run goes on to the same bytes.
+//! a killed run resumes to the same bytes.
 
 use std::fs;
 use std::path::Path;
@@ -176,8 +176,8 @@ fn failed_checks_stop_a_run_unless_allowed() {
     let refused = run("unknown-roles");
     let words = told(&refused);
     for needed in [
-        at(2, "message 2 is the user's and the last: nothing answers it"),
-        at(3, "no token of it is learned"),
+        at(2, "message 2 is the user's and the last: it has no answer"),
+        at(3, "has no learned token"),
         at(6, "is a row of `text`, the file began with `messages`"),
     ] {
         assert!(words.contains(&needed), "{words} says nothing of {needed}");
@@ -564,7 +564,7 @@ fn invalid_reward_sources_of_best_of_are_errors() {
     };
     let two = |flags: &[&'static str]| [&["--best-of", "2"], flags].concat();
     check(&["--best-of", "0"], 1, "--best-of is 0, needed at least 1");
-    check(&two(&["--temperature", "0"]), 1, "has one reply to choose from");
+    check(&two(&["--temperature", "0"]), 1, "--best-of requires a --temperature above 0");
     check(&["--reward", "length:3"], 2, "--best-of");
     check(&two(&["--reward-timeout", "3"]), 2, "--reward-command");
     check(
@@ -650,7 +650,10 @@ fn invalid_input_ends_in_one_error() {
         (sft(&[("--config", &path("bad.toml"))]), vec!["bad.toml", "learning_rat"]),
         (sft(&[("--save-steps", "0")]), vec!["save_steps"]),
         (sft(&[("--lora-dropout", "1")]), vec!["lora_dropout is 1"]),
-        (sft(&[("--adapter", &wide_adapter), ("--r", "4")]), vec!["r is the adapter's own"]),
+        (
+            sft(&[("--adapter", &wide_adapter), ("--r", "4")]),
+            vec!["r cannot be set with --adapter"],
+        ),
         (sft(&[("--target-modules", "nothing_like_it")]), vec!["nothing_like_it", "q_proj"]),
         (sft(&[("--resume", "")]), vec!["no run to resume"]),
     ];
@@ -809,7 +812,7 @@ fn a_run_directory_is_locked_by_one_process() {
 
     first.kill().unwrap(); // SIGKILL: nothing of it can let go of the lock
     assert!(!first.wait().unwrap().success());
-    assert!(error(&quantune(&fresh)).contains("--resume goes on with it"));
+    assert!(error(&quantune(&fresh)).contains("use --resume to continue it"));
     assert!(quantune(&resumed).status.success());
 }
 
@@ -857,7 +860,7 @@ fn a_run_waiting_for_the_cache_reports_it_and_can_be_interrupted() {
     let output = interrupt(command.spawn().unwrap(), said);
     assert_eq!(output.status.code(), Some(1));
     let text = fs::read_to_string(&told).unwrap();
-    assert!(text.contains("stopped before the run began; nothing was written"), "{text}");
+    assert!(text.contains("interrupted before the first step; nothing was written"), "{text}");
     assert_eq!(text.matches("waiting for").count(), 1, "{text}");
     assert!(!Path::new(&out).exists());
     drop(lock);
@@ -896,7 +899,10 @@ fn an_interrupt_while_rows_are_read_leaves_no_trace() {
     };
 
     let sentence = interrupted(&fresh);
-    assert!(sentence.contains("before the run began; nothing was written"), "{sentence}");
+    assert!(
+        sentence.contains("interrupted before the first step; nothing was written"),
+        "{sentence}"
+    );
     assert!(!Path::new(&out).exists());
 
     fs::remove_file(&data).unwrap();
@@ -911,7 +917,7 @@ fn an_interrupt_while_rows_are_read_leaves_no_trace() {
     };
     let before = files();
     let sentence = interrupted(&resumed);
-    assert!(sentence.contains("the run is as it was; go on with: quantune sft"), "{sentence}");
+    assert!(sentence.contains("the run is unchanged; resume with: quantune sft"), "{sentence}");
     assert!(files() == before);
 }
 
@@ -947,7 +953,10 @@ fn an_interrupted_evaluation_is_repeated() {
         });
         assert_eq!(output.status.code(), Some(1));
         let sentence = error(&output);
-        assert!(sentence.contains(&format!("stopped at step {step} of 3, saved")), "{sentence}");
+        assert!(
+            sentence.contains(&format!("interrupted at step {step} of 3, checkpoint saved")),
+            "{sentence}"
+        );
         assert!(!lines().contains(&format!("{{\"step\":{step},\"eval_loss\"")), "{}", lines());
     }
     assert!(!Path::new(&stopped).join("adapter").exists());

@@ -1,5 +1,4 @@
-//! Comparisons, labels and prompts: their tokens against TRL's, bad rows, what is left out and what
-//! is held out.
+//! Comparisons, labels and prompts: tokens against TRL's, invalid rows, dropped rows and the held-out split.
 
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
@@ -13,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::support::{golden, golden_json, ids};
 
-/// Nobody asks to stop.
+/// A stop flag that is never set.
 static GOES_ON: AtomicBool = AtomicBool::new(false);
 
 const ALL: LengthLimits = LengthLimits { max_length: usize::MAX, when_long: WhenTooLong::Drop };
@@ -22,7 +21,7 @@ fn tokenizer(name: &str) -> Tokenizer {
     Tokenizer::from_folder(golden(&format!("data/{name}"))).unwrap()
 }
 
-/// What `load` makes of a file with these bytes, called rows.jsonl in its errors.
+/// Loads a file with these bytes, which errors call rows.jsonl.
 fn in_file<T>(bytes: &[u8], load: impl FnOnce(&Path) -> Result<T, DataError>) -> Result<T, String> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("rows.jsonl");
@@ -109,7 +108,7 @@ fn tokens_match_trl() {
 #[test]
 fn preference_pairs_of_ranked_responses() {
     let chatml = tokenizer("chatml");
-    // The rest of a row with four responses, and its pairs: better before worse.
+    // The other keys of a row with four responses, and its pairs, the preferred response first.
     let check = |rest: Value, expected: &[(usize, usize)], ties: u64| {
         let mut row = json!({"prompt": "p", "responses": [" a", " b", " c", " d"]});
         row.as_object_mut().unwrap().extend(rest.as_object().unwrap().clone());
@@ -122,14 +121,14 @@ fn preference_pairs_of_ranked_responses() {
     check(json!({}), &[(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)], 0);
     check(json!({"ranks": [2, 1, 2, 7]}), &[(1, 0), (0, 3), (1, 2), (1, 3), (2, 3)], 1);
     check(json!({"scores": [0.5, -1e9, 3, 0.5]}), &[(0, 1), (2, 0), (2, 1), (3, 1), (2, 3)], 1);
-    // Three that are equal, one better: it is in all pairs.
+    // Three responses are equal and one is better, which is in all pairs.
     check(json!({"scores": [1, 1, 1, 2]}), &[(3, 0), (3, 1), (3, 2)], 3);
 
     let margin = json!({"prompt": "p", "chosen": " a", "rejected": " b", "margin": 1.5, "id": 7});
     let found = load(&[margin], &chatml, ALL, ComparisonKind::Pairs).unwrap();
     assert_eq!(found.rows.get(0).pairs, [PreferencePair { better: 0, worse: 1, margin: 1.5 }]);
 
-    // KTO takes a pair apart; what is only scored needs neither pairs nor labels.
+    // KTO splits a pair; rows that are only scored need neither pairs nor labels.
     let pair = json!({"prompt": "p", "chosen": " a", "rejected": " b"});
     let found = load(&[pair], &chatml, ALL, ComparisonKind::Labels).unwrap();
     let labels: Vec<_> = found.rows.iter().map(|c| (c.row, c.label)).collect();
@@ -190,7 +189,7 @@ fn overlong_responses_are_dropped_with_their_pairs() {
     assert_eq!(error, "rows.jsonl: holds no rows, needs one JSON object per line");
 }
 
-/// The prompt is shared as far as all responses begin with it.
+/// The shared prompt ends where the first response deviates from it.
 #[test]
 fn a_token_that_spans_the_border_belongs_to_the_responses() {
     let chatml = tokenizer("chatml");
@@ -205,7 +204,7 @@ fn a_token_that_spans_the_border_belongs_to_the_responses() {
     assert_eq!(texts, ["the river", "the rivet"]);
 }
 
-/// Row, what is asked of it, and what its error must say.
+/// Each case is the kind of comparison, a row and its error.
 #[test]
 fn an_invalid_row_is_one_error_with_its_line() {
     use ComparisonKind::{Any, Labels, Pairs};
@@ -243,7 +242,7 @@ fn an_invalid_row_is_one_error_with_its_line() {
         (
             Pairs,
             r#"{"chosen": [{"role": "user", "content": "a"}], "rejected": "b"}"#,
-            "`rejected` is \"b\", needs a list of messages, as the rest of the row".into(),
+            "`rejected` is \"b\", needs a list of messages, like the rest of the row".into(),
         ),
         (
             Pairs,
@@ -258,7 +257,7 @@ fn an_invalid_row_is_one_error_with_its_line() {
         (
             Pairs,
             r#"{"prompt": "p", "responses": ["a"]}"#,
-            "`responses` is a list of 1, needs responses to be compared, two or more".into(),
+            "`responses` is a list of 1, needs two or more responses".into(),
         ),
         (
             Pairs,
@@ -268,7 +267,7 @@ fn an_invalid_row_is_one_error_with_its_line() {
         (
             Pairs,
             r#"{"responses": ["a", "b"], "ranks": [1]}"#,
-            "`ranks` is a list of 1, needs an entry for each of the `responses`".into(),
+            "`ranks` is a list of 1, needs one entry per response".into(),
         ),
         (
             Pairs,
@@ -283,7 +282,7 @@ fn an_invalid_row_is_one_error_with_its_line() {
         (
             Pairs,
             r#"{"responses": ["a", "b"], "scores": [1, 2], "ranks": [2, 1]}"#,
-            "`ranks` is a list of 2, needs no `scores` beside it: one of the two".into(),
+            "`ranks` is a list of 2, needs no `scores` beside it: give one of the two".into(),
         ),
         (
             Labels,
@@ -297,7 +296,7 @@ fn an_invalid_row_is_one_error_with_its_line() {
         ),
     ];
     for (kind, row, expected) in cases {
-        // Behind a good row and a blank line, so that rows and lines differ.
+        // After a valid row and a blank line, so that row and line numbers differ.
         let good = if kind == Any { r#"{"text": "t"}"# } else { good };
         let file = format!("{good}\n\n{row}");
         let error =
@@ -343,15 +342,15 @@ fn prompts_keep_their_rows() {
     check(
         r#"{"prompt": "boat boat boat"}"#,
         2,
-        "the prompt has 3 tokens, needs at most 2: max_length or the model's window has to hold the \
-         response too",
+        "the prompt has 3 tokens, needs at most 2: the response has to fit into max_length and the \
+         model's context window too",
     );
 }
 
 #[test]
 fn a_split_keeps_prompts_apart() {
     let chatml = tokenizer("chatml");
-    // Every prompt twice, with its case and spaces changed: both in one part.
+    // Every prompt twice, with case and spaces changed: both are in the same part.
     let twice = |i: usize| [format!("Question {i}?"), format!("  question   {i}? ")];
     let pair = |prompt: String| json!({"prompt": prompt, "chosen": " a", "rejected": " b"});
     let rows: Vec<Value> = (0..300).flat_map(twice).map(pair).collect();
@@ -372,7 +371,7 @@ fn a_split_keeps_prompts_apart() {
         held_out.rows.iter().map(|c| format!("{}\n", rows[c.row as usize])).collect();
     assert_eq!(written, expected);
 
-    // The same prompts as prompts are split the same way.
+    // Prompt-only rows with the same prompts are split the same way.
     let split =
         in_file(&lines(&rows), |path| Prompts::load_split(path, &chatml, 50, &GOES_ON)).unwrap();
     let prompts: Vec<u64> = split.held_out.unwrap().rows.iter().map(|p| (p.line - 1) / 2).collect();
@@ -388,7 +387,7 @@ fn a_split_keeps_prompts_apart() {
     assert!(error.contains("all 2 rows fall into the held-out part"), "{error}");
 }
 
-/// What is kept on disk is what would be in memory, whole rows and what is wrong with them too.
+/// Cached rows equal those in memory, including whole rows and check results.
 #[test]
 fn comparisons_and_prompts_are_cached_on_disk() {
     let folder = tempfile::tempdir().unwrap();

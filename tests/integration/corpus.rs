@@ -1,5 +1,5 @@
-//! The mixture of pretraining: rows against the rings of tokens they are cut from, the cache, what is
-//! held out, and bad sources.
+//! The pretraining corpus: rows against the rings of tokens they are cut from, the cache, held-out documents,
+//! and invalid sources.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -55,7 +55,7 @@ impl Room {
         }
     }
 
-    /// Sources as `NAME=WEIGHT:GLOB` inside the folder; how often it was told of tokenizing.
+    /// Opens sources `NAME=WEIGHT:GLOB` inside the folder; also returns the number of progress reports.
     fn try_open(
         &self,
         sources: &[&str],
@@ -64,9 +64,9 @@ impl Room {
         let folder = format!("{}/", self.folder.path().display());
         let spec = |source: &&str| source.replacen(':', &format!(":{folder}"), 1).parse();
         let specs: Vec<SourceSpec> = sources.iter().map(spec).collect::<Result<_, _>>()?;
-        let mut told = 0;
-        Corpus::open(&specs, &self.tokenizer, settings, &GOES_ON, |_| told += 1)
-            .map(|corpus| (corpus, told))
+        let mut reports = 0;
+        Corpus::open(&specs, &self.tokenizer, settings, &GOES_ON, |_| reports += 1)
+            .map(|corpus| (corpus, reports))
             .map_err(|error| error.to_string().replace(&folder, ""))
     }
 
@@ -74,7 +74,7 @@ impl Room {
         self.try_open(sources, settings).unwrap().0
     }
 
-    /// Documents end to end, each with its end of text.
+    /// Documents concatenated, each with its end-of-text token.
     fn ring(&self, documents: &[String]) -> Vec<u32> {
         let encode = |document: &String| {
             let mut tokens = self.tokenizer.encode(document, Special::AsText).unwrap();
@@ -85,7 +85,7 @@ impl Room {
     }
 }
 
-/// Documents of different lengths, each with a beginning of its own.
+/// Documents of different lengths and with different beginnings.
 fn documents(count: usize) -> Vec<String> {
     let document = |i: usize| format!("{i}. number <|im_end|> {}", "goes é on. ".repeat(i % 5));
     (0..count).map(document).collect()
@@ -99,7 +99,7 @@ fn jsonl(documents: &[String]) -> String {
     documents.iter().map(|text| format!("{}\n", json!({ "text": text, "id": [1] }))).collect()
 }
 
-/// A Parquet file with a null behind every document, in groups of ten rows.
+/// A Parquet file with a null after every document, in groups of ten rows.
 fn parquet(documents: &[impl AsRef<[u8]>], schema: &str, compression: Compression) -> Vec<u8> {
     let schema = Arc::new(parse_message_type(schema).unwrap());
     let properties = WriterProperties::builder().set_compression(compression).build();
@@ -122,8 +122,7 @@ fn parquet(documents: &[impl AsRef<[u8]>], schema: &str, compression: Compressio
 
 const SCHEMA: &str = "message rows { optional binary title (UTF8); optional binary text (UTF8); }";
 
-/// Every row of two epochs is the stretch of the ring that its place says, and an epoch sees as much
-/// of the ring as fills its rows, nothing twice.
+/// Every row of two epochs is the slice of the ring at its position, and an epoch uses no token twice.
 fn check_rows(corpus: &Corpus, ring: &[u32], length: usize) {
     let rows = corpus.rows_per_epoch(0);
     assert_eq!(rows, (ring.len() / length).max(1) as u64);
@@ -182,7 +181,7 @@ fn rows_are_slices_of_the_source_in_any_format() {
     assert_eq!(prints.len(), 1, "the same tokens are the same data");
 }
 
-/// Vocabularies beyond 65536 take four bytes a token.
+/// Vocabularies above 65536 take four bytes per token.
 #[test]
 fn large_vocabularies_take_four_bytes_per_token() {
     let room = Room::new();
@@ -209,7 +208,7 @@ fn large_vocabularies_take_four_bytes_per_token() {
     check_rows(&corpus, &ring, 4);
 }
 
-/// A document of many pieces has the tokens of the whole.
+/// A document of many pieces has the tokens of the whole text.
 #[test]
 fn long_documents_are_not_cut_inside_words() {
     let room = Room::new();
@@ -239,7 +238,7 @@ fn attention_and_positions_can_reset_at_documents() {
     assert_eq!(plain.segments, whole.collect::<Vec<_>>());
     assert!(plain.positions.chunks(length).all(|row| row.iter().copied().eq(0..length as u32)));
 
-    // The same tokens, targets and keys: only what is attended to differs.
+    // Tokens, targets and keys are equal; only positions and attention differ.
     let but_segments =
         |batch: &Batch| (batch.tokens.clone(), batch.targets.clone(), batch.keys.clone());
     assert_eq!(but_segments(&plain), but_segments(&reset));
@@ -255,7 +254,7 @@ fn attention_and_positions_can_reset_at_documents() {
     }
 }
 
-/// BOS, where a model wants it, begins every document and is never predicted.
+/// If the tokenizer adds BOS, every document begins with it, and it is never predicted.
 #[test]
 fn documents_begin_with_bos_if_the_tokenizer_adds_it() {
     let room = Room::new();
@@ -279,8 +278,8 @@ fn documents_begin_with_bos_if_the_tokenizer_adds_it() {
     assert!(firsts.skip(1).all(|token| token == 1));
 }
 
-/// Each document is in one part whatever order and file it comes in; held-out targets are all tokens
-/// of the held-out documents, and their bytes those of the text.
+/// The part of a document does not depend on its order and file; held-out targets are all tokens of the
+/// held-out documents, and their bytes are those of the text.
 #[test]
 fn held_out_documents_are_evaluated_once_and_never_trained_on() {
     let room = Room::new();
@@ -318,7 +317,7 @@ fn held_out_documents_are_evaluated_once_and_never_trained_on() {
     assert_eq!(report.documents + report.validation_documents, 300);
     let held_out_documents = documents.iter().filter(|text| held_out.contains(*text)).count();
     assert_eq!(held_out_documents as u64, report.validation_documents);
-    // Of the ring's two ends, which are one document, all others are whole.
+    // All documents are whole, except the one at the ends of the ring.
     let common: Vec<_> = held_out.intersection(&trained).filter(|text| !text.is_empty()).collect();
     assert!(common.is_empty(), "{common:?}");
     documents.reverse();
@@ -351,7 +350,7 @@ fn sources_are_interleaved_by_weight() {
     let weights: f64 = report.iter().map(|line| line.weight).sum();
     assert!((weights - 1.0).abs() < 1e-12);
 
-    // A batch is its rows, whoever asks and when; another seed has other rows.
+    // A batch depends only on its row indices and the seed.
     let whole = corpus.batch(500..508);
     let again = room.open(&sources, &room.settings(16));
     let parts: Vec<Batch> = [500..503, 503..508].map(|rows| again.batch(rows)).into();
@@ -376,40 +375,41 @@ fn sources_are_tokenized_once() {
     room.write("b.txt", text_file(&documents(10)));
     let settings = room.settings(16);
     let open = |room: &Room, settings: &CorpusSettings| {
-        let (corpus, told) = room.try_open(&["a=1:a.txt", "b=1:b.txt"], settings).unwrap();
-        (corpus.fingerprint().to_owned(), told, shards(room).len())
+        let (corpus, reports) = room.try_open(&["a=1:a.txt", "b=1:b.txt"], settings).unwrap();
+        (corpus.fingerprint().to_owned(), reports, shards(room).len())
     };
     let (print, ..) = open(&room, &settings);
     assert_eq!(open(&room, &settings), (print.clone(), 0, 2));
-    // Rows are cut from the same shards.
+    // The same shards are used.
     let other = CorpusSettings { sequence_length: 9, reset_at_borders: true, seed: 1, ..settings };
     assert_eq!(open(&room, &other), (print.clone(), 0, 2));
-    // The same bytes, written later: tokenized again, to the same data.
+    // The same bytes with a later modification time are tokenized again, to the same data.
     std::thread::sleep(std::time::Duration::from_millis(20));
     room.write("b.txt", text_file(&documents(10)));
     assert_eq!(open(&room, &other), (print.clone(), 1, 3));
-    // What a killed run left is no shard, and goes, whether or not there is something to make.
+    // The partial folder of a killed run is removed, whether or not a shard has to be written.
     room.write("cache/.partial/train.tokens", "half");
     assert_eq!(open(&room, &other), (print.clone(), 0, 3));
     room.write("cache/.partial/train.tokens", "half");
     room.write("b.txt", text_file(&documents(11)));
-    let (changed, told, folders) = open(&room, &other);
-    assert!(changed != print && (told, folders) == (1, 4));
-    // What another run is making now stays.
+    let (changed, reports, folders) = open(&room, &other);
+    assert!(changed != print && (reports, folders) == (1, 4));
+    // The partial folder of a running process is kept.
     room.write("cache/.partial/train.tokens", "half");
     let lock = fs::File::open(room.path("cache/.lock")).unwrap();
     lock.lock().unwrap();
     assert_eq!(open(&room, &other), (changed.clone(), 0, 5));
     drop(lock);
     assert_eq!(open(&room, &other), (changed.clone(), 0, 4));
-    let (split, told, _) = open(&room, &CorpusSettings { validation_split: 0.2, ..other.clone() });
-    assert!(split != changed && told == 2);
+    let (split, reports, _) =
+        open(&room, &CorpusSettings { validation_split: 0.2, ..other.clone() });
+    assert!(split != changed && reports == 2);
     room.tokenizer = Tokenizer::from_folder(golden("model/qwen2-tiny")).unwrap();
-    let (retokenized, told, _) = open(&room, &other);
-    assert!(retokenized != changed && told == 2);
+    let (retokenized, reports, _) = open(&room, &other);
+    assert!(retokenized != changed && reports == 2);
 }
 
-/// Another chat template makes other tokens of conversations, and the same of everything else.
+/// Another chat template changes the tokens of conversations, and nothing else.
 #[test]
 fn conversations_are_tokenized_again_under_another_template() {
     let mut room = Room::new();
@@ -422,15 +422,15 @@ fn conversations_are_tokenized_again_under_another_template() {
         room.tokenizer.set_chat_template(&text.replace("END", end)).unwrap();
         room.tokenizer.set_template_time(first_second(date).unwrap());
         let of = |source: &str| {
-            let (corpus, told) = room.try_open(&[source], &room.settings(16)).unwrap();
-            (corpus.fingerprint().to_owned(), told)
+            let (corpus, reports) = room.try_open(&[source], &room.settings(16)).unwrap();
+            (corpus.fingerprint().to_owned(), reports)
         };
         (of("a=1:a.txt"), of("b=1:b.jsonl"))
     };
     let day = "2024-02-29";
     let (text, chat) = open(".", day);
     assert_eq!((text.1, chat.1), (1, 1));
-    // The day is nothing to a template that does not show it.
+    // The date does not matter to a template that does not print it.
     assert_eq!(open(".", "2024-03-01"), ((text.0.clone(), 0), (chat.0.clone(), 0)));
     let (text_then, chat_then) = open("!", day);
     assert_eq!(text_then, (text.0.clone(), 0));
@@ -540,7 +540,7 @@ fn invalid_sources_are_one_error_and_leave_no_files() {
     assert_eq!(fs::read_dir(room.path("other")).unwrap().count(), 1, "but for the lock");
 }
 
-/// A damaged Parquet file is refused or read as something, without a panic.
+/// A damaged Parquet file gives an error or some rows, but no panic.
 #[test]
 fn damaged_parquet_files_do_not_panic() {
     let room = Room::new();

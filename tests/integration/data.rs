@@ -21,16 +21,16 @@ fn tokenizer(name: &str) -> Tokenizer {
     Tokenizer::from_folder(golden(&format!("data/{name}"))).unwrap()
 }
 
-/// Nobody asks to stop.
+/// A stop flag that is never set.
 static GOES_ON: AtomicBool = AtomicBool::new(false);
 
-/// What was made of a file.
+/// A loaded file.
 struct Loaded {
     examples: Vec<Example>,
     report: DataReport,
 }
 
-/// That of a file with these bytes, called rows.jsonl in its errors.
+/// Loads a file with these bytes, which errors call rows.jsonl.
 fn load(bytes: &[u8], tokenizer: &Tokenizer, max_length: usize) -> Result<Loaded, String> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("rows.jsonl");
@@ -44,8 +44,8 @@ fn lines(rows: &[Value]) -> Vec<u8> {
     rows.iter().flat_map(|row| format!("{row}\n").into_bytes()).collect()
 }
 
-/// Tokens, and where a token is learned its id, else -100: as transformers writes labels. The
-/// first token has none, nothing predicts it.
+/// Labels as in transformers: the token id where a token is learned, else -100. The first token is never
+/// learned, since nothing predicts it.
 fn labels(example: &Example) -> Vec<i64> {
     let label = |(&id, &learned): (&u32, &bool)| if learned { i64::from(id) } else { -100 };
     example.tokens.iter().zip(&example.learned).map(label).collect()
@@ -92,12 +92,12 @@ fn tokens_and_labels_match_trl() {
     }
 }
 
-/// Row (one line of JSON, or any bytes), and what its error must say.
+/// Each case is a row (one line of JSON, or any bytes) and its error.
 #[test]
 fn an_invalid_row_is_one_error_with_its_line() {
     #[track_caller]
     fn check(tokenizer: &Tokenizer, row: &[u8], expected: &str) {
-        // Behind a good row and a blank line, so that rows and lines differ.
+        // After a valid row and a blank line, so that row and line numbers differ.
         let file = [b"{\"text\": \"good\"}\n\n".as_slice(), row].concat();
         let error = load(&file, tokenizer, 100).map(|_| ()).expect_err(expected);
         assert_eq!(error, format!("rows.jsonl:3: {expected}"));
@@ -172,11 +172,11 @@ fn an_invalid_row_is_one_error_with_its_line() {
         (r#"{"input_ids": [1, 2], "labels": [1]}"#, "`labels` has 1 entries for 2 `input_ids`"),
         (
             r#"{"input_ids": [1, 2], "labels": [-100, 3]}"#,
-            "`labels[1]` is 3, needs -100 or the token id at its place",
+            "`labels[1]` is 3, needs -100 or the token id at this position",
         ),
         (
             r#"{"input_ids": [1, 2], "completion_mask": [0, 1]}"#,
-            "`completion_mask` is a mask with other entries than 1, needs `labels` with -100 in its place",
+            "`completion_mask` is a mask with other entries than 1, needs `labels` with -100 instead",
         ),
     ];
     for (row, expected) in text {
@@ -194,7 +194,7 @@ fn an_invalid_row_is_one_error_with_its_line() {
 fn invalid_rows_are_reported_together() {
     #[track_caller]
     fn check(wrong: usize, expected: &str) {
-        // Each behind good rows and a blank line, so that they are read at different times.
+        // Each after valid rows and a blank line, so that they are in different chunks.
         let row =
             |i: usize| format!("{}\n{{\"text\": {i}}}\n", "{\"text\": \"good\"}\n".repeat(700));
         let file: String = (0..wrong).map(row).collect();
@@ -268,7 +268,7 @@ fn chat_templates_must_locate_assistant_messages() {
         assert!(error.starts_with("rows.jsonl:1: ") && error.contains(expected), "{error}");
     };
     check(None, "a row of messages needs a chat template, the tokenizer has none");
-    // Counts the turns first, as templates do that drop earlier reasoning.
+    // Writes the number of turns first, like templates that drop earlier reasoning.
     check(
         Some("{{ messages | length }}{% for m in messages %}{{ m.content }}\n{% endfor %}"),
         "rewrites the text before `messages[1]`",
@@ -281,7 +281,7 @@ fn chat_templates_must_locate_assistant_messages() {
     );
 }
 
-/// `expected`: the runs of learned tokens of a row, as text.
+/// Checks the runs of learned tokens of a row, given as text.
 #[track_caller]
 fn check_learned(tokenizer: &Tokenizer, row: Value, expected: &[&str]) {
     let found = load(&lines(std::slice::from_ref(&row)), tokenizer, 1000).unwrap();
@@ -296,7 +296,7 @@ fn check_learned(tokenizer: &Tokenizer, row: Value, expected: &[&str]) {
     assert_eq!(runs, expected, "{row}");
 }
 
-/// Where a template puts a system message of its own first, or fails on no messages at all.
+/// Templates that insert a default system message, or fail on an empty conversation.
 #[test]
 fn a_conversation_may_begin_with_the_assistant() {
     let turn = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n";
@@ -324,7 +324,7 @@ fn a_conversation_may_begin_with_the_assistant() {
         refused.starts_with("rows.jsonl:1: `messages[0]` is the assistant's, and"),
         "{refused}"
     );
-    // What a template refuses is refused in its words, as transformers does.
+    // Errors that a template raises are reported with its message, as in transformers.
     let strict =
         "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}";
     let talk = json!({"messages": [said("one")]});
@@ -357,7 +357,7 @@ fn learned_tokens_of_each_kind_of_row() {
     check_learned(&tokenizer("chatml"), row, &["ab"]);
 }
 
-/// Rows as each peer writes them, and what is learned of them.
+/// Rows in each supported format, and their learned tokens.
 #[test]
 fn sft_reads_every_row_format() {
     let bos = &tokenizer("bos");
@@ -406,7 +406,7 @@ fn sft_reads_every_row_format() {
     let bare = "Below is an instruction that describes a task. Write a response that appropriately \
                 completes the request.\n\n### Instruction:\ni\n\n### Response:\no<|im_end|>";
     check_text(json!({"instruction": "i", "input": "", "output": "o"}), None, None, bare);
-    // Arguments as JSON text become what templates want; a bare function the form they know.
+    // Arguments given as JSON text become objects; bare functions are wrapped.
     let call = json!({"name": "f", "arguments": "{\"a\": 1}"});
     let tools = json!([{"name": "f", "parameters": {}}]).to_string();
     let turns = json!([
@@ -423,7 +423,7 @@ fn sft_reads_every_row_format() {
     );
 }
 
-/// What pyarrow writes is what JSON lines of it are.
+/// A Parquet file of pyarrow gives the same rows as the JSON lines.
 #[test]
 fn parquet_is_read_as_json_lines() {
     let chatml = tokenizer("chatml");
@@ -446,7 +446,7 @@ fn parquet_is_read_as_json_lines() {
     assert_eq!(held_out, rows(&lines.held_out_lines));
 }
 
-/// Tokens kept on disk are those in memory; what is wrong with rows is kept with them.
+/// Cached tokens equal those in memory, and check results are cached too.
 #[test]
 fn tokens_are_cached_on_disk() {
     let folder = tempfile::tempdir().unwrap();
@@ -485,7 +485,7 @@ fn tokens_are_cached_on_disk() {
     assert_eq!(&*in_memory.held_out_lines, &*on_disk.held_out_lines);
     let examples = |data: Option<Dataset>| data.unwrap().rows.iter().collect::<Vec<_>>();
     assert_eq!(examples(in_memory.held_out), examples(on_disk.held_out));
-    // Other settings, templates and tokenizers make other folders.
+    // Other settings, templates and tokenizers use other folders.
     let other = LoadSettings { max_length: 91, ..settings.clone() };
     Dataset::load(&path, &chatml, other, &GOES_ON).unwrap();
     let bos = &tokenizer("bos");
@@ -505,10 +505,10 @@ fn tokens_are_cached_on_disk() {
     );
 }
 
-/// One of each defect, some in good company: exactly those are found, each at its line.
+/// One row per defect, among valid rows: exactly these are found, at their lines.
 #[test]
 fn checks_find_each_defect_and_nothing_else() {
-    /// Rows, and what is to be found in them.
+    /// Checks rows against their expected findings.
     fn check(tokenizer: &Tokenizer, rows: &[(Value, &[Check])]) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("rows.jsonl");
@@ -539,7 +539,7 @@ fn checks_find_each_defect_and_nothing_else() {
             expected.iter().map(|(check, _)| *check).filter(|check| check.stops()).collect();
         assert_eq!(found.verify(&path, &[]).is_err(), !stops.is_empty());
         found.verify(&path, &stops).unwrap();
-        // All of them, with file and line.
+        // All findings have file and line.
         let wrong = found.verify(&path, &[]).err().map_or(String::new(), |error| error.to_string());
         for (check, line) in &expected {
             let place = format!("rows.jsonl:{line}: ");
@@ -617,7 +617,7 @@ fn checks_find_each_defect_and_nothing_else() {
             (json!({"input_ids": [5, 1 << 20]}), &[OutOfVocabulary]),
         ],
     );
-    // A template whose answers never end, and one that rewrites what was said.
+    // A template whose answers never end, and one that rewrites earlier text.
     let endless = with_template(Some(
         "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}\
          {% if add_generation_prompt %}[assistant]{% endif %}",
@@ -643,7 +643,7 @@ fn checks_find_each_defect_and_nothing_else() {
     );
 }
 
-/// Rows of a held-out file that are trained on too.
+/// Rows of a held-out file that are also in the training file.
 #[test]
 fn held_out_duplicates_are_reported() {
     let folder = tempfile::tempdir().unwrap();
@@ -688,7 +688,7 @@ fn the_report_counts_rows_and_tokens() {
     );
 }
 
-/// A text longer than an example is learned whole, other rows are cut.
+/// A text longer than an example is split; other rows are truncated.
 #[test]
 fn long_texts_are_split_and_other_rows_truncated() {
     let text = "The ferryman mends his nets by the river until the road divides.";
@@ -702,7 +702,7 @@ fn long_texts_are_split_and_other_rows_truncated() {
         let tokenizer = &tokenizer(name);
         let load = |max_length| load(&lines(&rows), tokenizer, max_length).unwrap();
         let whole = load(1000).examples.swap_remove(0).tokens;
-        // What a piece begins with and does not learn.
+        // The context token that each piece begins with is not learned.
         let context = |before: u32| if name == "bos" { tokenizer.bos().unwrap() } else { before };
         for most in (2..10).chain([whole.len() - 1, whole.len()]) {
             let data = load(most);
@@ -717,7 +717,7 @@ fn long_texts_are_split_and_other_rows_truncated() {
                 assert!(piece.tokens.len() <= most, "{name} {most}");
                 assert!(!piece.learned[0] && piece.learned[1..].iter().all(|&l| l));
             }
-            // The other rows: a piece each, or none where nothing learned is left.
+            // Other rows: one piece each, or none if no learned token is left.
             let others = data.examples.iter().filter(|e| e.row != 0 && e.row != 3);
             assert!(others.clone().all(|e| e.tokens.len() <= most && e.start == 0));
             assert!(others.clone().is_sorted_by(|a, b| a.row < b.row), "{name} {most}");
@@ -755,7 +755,7 @@ fn a_prompt_stays_in_one_part_of_the_split() {
         .map(|row| is_held_out(&Row::parse(row.to_string().as_bytes()).unwrap()))
         .collect();
     assert!(held.chunks(2).all(|pair| pair[0] == pair[1]));
-    // Python's word for it: sha256(" ".join(prompt.lower().split()).encode()).digest()[0] % 10 == 0.
+    // The same in Python: sha256(" ".join(prompt.lower().split()).encode()).digest()[0] % 10 == 0.
     let places: Vec<usize> = (0..200).filter(|&i| held[2 * i]).collect();
     assert_eq!(
         places,
@@ -767,7 +767,7 @@ fn a_prompt_stays_in_one_part_of_the_split() {
 
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("rows.jsonl");
-    // Odd spacing, carriage returns, no newline at the end: the lines come back byte for byte.
+    // Irregular spacing, carriage returns, no final newline: the lines are kept byte for byte.
     let file = rows.iter().map(|row| format!(" {row}\t\r\n")).collect::<String>();
     std::fs::write(&path, file.trim_end()).unwrap();
     let split = Dataset::load_split(&path, &tokenizer("chatml"), 100, &GOES_ON).unwrap();
@@ -828,7 +828,7 @@ proptest! {
         let sums: Vec<usize> = bins.iter().map(|bin| bin.iter().map(|&i| lengths[i]).sum()).collect();
         prop_assert!(sums.iter().all(|&sum| sum <= 32));
         if packing {
-            // What every fitting rule keeps: no two bins could be one. And the bound of best fit decreasing.
+            // As for any fitting heuristic, no two bins could be merged. And the bound of best-fit decreasing.
             let mut sorted = sums.clone();
             sorted.sort_unstable();
             prop_assert!(sorted.len() < 2 || sorted[0] + sorted[1] > 32);
@@ -849,7 +849,7 @@ proptest! {
         prop_assert_eq!(&by_step, &chunks);
         prop_assert!(plan.step(steps).is_empty());
 
-        // Another epoch, seed or order of the file has as many steps: a run counts them once.
+        // The number of steps is the same for every epoch, seed and file order.
         let other = EpochSettings { seed: seed ^ 1, epoch: epoch + 1, shuffle: true, ..settings };
         prop_assert_eq!(EpochPlan::new(&examples, &other).steps(), steps);
     }
@@ -880,7 +880,7 @@ fn epochs_and_seeds_differ() {
         }
         assert_eq!(plan(0, 0, false), plan(5, 3, false), "file order needs no seed");
     }
-    // Not only the order of the bins: what lies together differs too, where lengths allow it.
+    // Not only the order of bins differs, but also their content where lengths allow it.
     let examples = self::examples(&[5; 40]);
     let together = |epoch| -> HashSet<Vec<usize>> {
         let settings = EpochSettings {
@@ -917,7 +917,7 @@ fn best_fit_decreasing_fills_bins() {
     };
     // 8 | 8 4 | 8 4+4 | 8+2 4+4 | 8+2 4+4+1 | 8+2 4+4+1+1; in the order of the file.
     assert_eq!(bins(&EpochPlan::new(&examples, &settings)), [vec![0, 2, 3, 5], vec![1, 4]]);
-    // An example longer than a bin is not lost.
+    // An example longer than a bin is kept.
     let settings = EpochSettings { max_length: 3, ..settings };
     assert_eq!(
         bins(&EpochPlan::new(&examples, &settings)),
@@ -935,7 +935,7 @@ fn a_batch_concatenates_rows() {
             line: 9,
             start: 0,
         },
-        // A piece of a text, whose keys go on where the piece before ended.
+        // A piece of a text, whose keys continue after the previous piece.
         Example { tokens: vec![8, 9], learned: vec![true, false], row: 2, line: 3, start: 70 },
         Example {
             tokens: vec![1, 2, 3, 4],
@@ -950,7 +950,7 @@ fn a_batch_concatenates_rows() {
         tokens: vec![1, 2, 3, 4, 5, 6, 7, 8, 9],
         positions: vec![0, 1, 2, 3, 0, 1, 2, 0, 1],
         segments: [0..4, 4..7, 7..9].map(Segment::whole).to_vec(),
-        // The row before predicts; nothing predicts a first token, not even a learned one.
+        // Each target is predicted by the previous token; nothing predicts the first token of a row.
         targets: vec![(2, 4), (4, 6), (5, 7)],
         ends: vec![3, 6, 8],
         spans: vec![0..1, 1..3, 3..3],
@@ -977,7 +977,7 @@ fn a_group_has_its_prompt_once() {
             after_prompt(5..6),
             Segment { tokens: 6..8, prefix: 6..6 },
         ],
-        // Both first tokens are read at the prompt's last; without a prompt there is none.
+        // The first tokens of both responses are predicted by the last prompt token.
         targets: vec![(2, 4), (3, 5), (2, 6), (6, 8)],
         ends: vec![4, 2, 5, 7],
         spans: vec![0..2, 2..2, 2..3, 3..4],

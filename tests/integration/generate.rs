@@ -79,7 +79,7 @@ fn settings(sampling: Sampling, max_tokens: usize) -> Settings {
     Settings { sampling, max_tokens, cache: CacheType::F32, logprobs: None, draws: false, slots: 0 }
 }
 
-/// Decodes with no end-of-generation token and nobody listening.
+/// Decodes without end-of-generation tokens and without a callback.
 fn run(
     decoder: &Decoder,
     adapters: Adapters,
@@ -120,7 +120,7 @@ fn reference_and_cpu_generate_the_same_tokens() {
         let [fast, portable] =
             [Compute::F32, Compute::REFERENCE].map(|compute| load(name, compute));
         let mut prompts = long_prompts(&fast);
-        prompts.sort(); // each is there twice
+        prompts.sort(); // each occurs twice
         let mut requests = requests(&prompts);
         for (i, request) in requests.iter_mut().enumerate() {
             request.max_tokens = [None, Some(1), Some(7)][i % 3];
@@ -135,7 +135,7 @@ fn reference_and_cpu_generate_the_same_tokens() {
     }
 }
 
-/// A batch whose prompts together are longer than one pass, each of its own length.
+/// A batch whose prompts together are longer than one pass, of different lengths.
 fn long_prompts(decoder: &Decoder) -> Vec<Vec<u32>> {
     let vocab_size = decoder.config.vocab_size as u32;
     let row = |i: u32| (0..40 + 13 * i).map(|t| (t * t * 31 + 7 * i + t) % vocab_size).collect();
@@ -200,7 +200,7 @@ fn samples_are_keyed_by_seed_row_and_position() {
     assert_eq!(ours, tokens(&run(&decoder, Adapters::NONE, &requests, &hot(5))));
     let other = tokens(&run(&decoder, Adapters::NONE, &requests, &hot(6)));
     assert!(ours.iter().zip(&other).all(|(a, b)| a != b));
-    // The same prompt under another key is another sample.
+    // The same prompt with another key gives another sample.
     assert_eq!(prompts[1], prompts[7]);
     assert_ne!(ours[1], ours[7]);
 
@@ -209,7 +209,7 @@ fn samples_are_keyed_by_seed_row_and_position() {
     turned.reverse();
     assert_eq!(ours, turned);
     assert_eq!(ours[4..5], tokens(&run(&decoder, Adapters::NONE, &requests[4..5], &hot(5))));
-    // A row that is taken up again goes on as it would have.
+    // A row that is resumed continues with the same tokens.
     let prompt = [&prompts[2][..], &ours[2][..5]].concat();
     let rest = [Request::new(&prompt, 2)];
     assert_eq!(run(&decoder, Adapters::NONE, &rest, &hot(5))[0].token_ids[..7], ours[2][5..]);
@@ -229,7 +229,7 @@ fn rows_finish_independently() {
     let free = tokens(&run(&decoder, Adapters::NONE, &requests, &hot));
     assert_eq!(free[4].len(), 2);
 
-    // Row 0 ends by a token that is chosen fourth, row 2 is broken off after its second.
+    // Row 0 ends with its fourth token, row 2 is stopped after its second.
     let end = free[0][3];
     let mut heard = vec![Vec::new(); requests.len()];
     let ours = generate(
@@ -291,7 +291,7 @@ fn each_row_uses_its_own_adapter() {
     let [one, two] = adapters(&decoder);
     let prompts = long_prompts(&decoder);
     let requests = requests(&prompts);
-    // Rows end one after the other, so that the lists must move up with them.
+    // Rows end one after another, so the adapter lists must shift with them.
     let active: Vec<&[ActiveAdapter]> = (0..12).map(|i| [&one[..], &[], &two[..]][i % 3]).collect();
     let hot = settings(Sampling { temperature: 1.5, seed: 8, ..Sampling::default() }, 12);
     let end = |token: u32| token % 16 == 3;
@@ -311,15 +311,15 @@ fn each_row_uses_its_own_adapter() {
     assert!(bare < 8, "adapters change nothing");
 }
 
-/// Tokens and their log-probs, to the bit, are those of each request alone: whatever the number of
-/// slots, in groups that share a prompt, among rows that wear other adapters.
+/// Tokens and log-probs are bit-identical to those of each request alone, for any number of slots, in groups
+/// that share a prompt, and among rows with other adapters.
 #[test]
 fn results_do_not_depend_on_slots_or_groups() {
     for (compute, name) in [(Compute::F32, "llama-tiny"), (Compute::INT16, "llama-q4_0")] {
         let decoder = load(name, compute);
         let [one, two] = adapters(&decoder);
         let vocab_size = decoder.config.vocab_size as u32;
-        // Groups of 1 to 4 neighbours with prompts of 3 to 60 tokens, a border of adapters inside.
+        // Groups of 1 to 4 consecutive rows with prompts of 3 to 60 tokens, some with different adapters.
         let (mut prompts, mut active) = (Vec::new(), Vec::new());
         for group in 0..9u32 {
             let prompt: Vec<u32> =

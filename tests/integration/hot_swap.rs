@@ -1,5 +1,5 @@
-//! Adapters swapped in a running engine: every request keeps the one it started with, a row's
-//! tokens are those it gets alone, and nothing is left of what was dropped.
+//! Swapping adapters in a running engine: every request keeps the adapter it started with, the tokens of a row
+//! are those it gets alone, and memory of dropped adapters is freed.
 
 use std::collections::HashMap;
 use std::process::Command;
@@ -42,13 +42,13 @@ fn job(prompt: Vec<u32>, active: &[ActiveAdapter], key: u64, max_tokens: usize) 
     Job { active: active.into(), sampling, key, logprobs: Some(2), ..Job::new(prompt, max_tokens) }
 }
 
-/// What a row is, to the bit.
+/// The result of a row, to the bit.
 fn bits(row: &Generated) -> (Vec<u32>, Finish, Vec<u32>) {
     let logprobs = row.token_logprobs.iter().map(|x| x.to_bits()).collect();
     (row.token_ids.clone(), row.finish, logprobs)
 }
 
-/// Steps until nothing is left to do; what ended, by number.
+/// Steps until the engine is idle; returns the finished rows by id.
 fn drain(engine: &mut Engine) -> HashMap<usize, Generated> {
     let mut rows = HashMap::new();
     while !engine.is_idle() {
@@ -73,7 +73,7 @@ fn resident_bytes() -> Option<usize> {
     Some(line.split_whitespace().nth(1)?.parse::<usize>().ok()? * 1024)
 }
 
-/// Set in the process that does [`a_thousand_swaps`]: other tests would be in its memory.
+/// Set in the process that runs [`a_thousand_swaps`], so that other tests do not add to its memory.
 const APART: &str = "QUANTUNE_TEST_SWAPS";
 
 #[test]
@@ -161,8 +161,8 @@ fn a_thousand_swaps() {
     }
 }
 
-/// Rows of other ranks and weights, of several adapters, of none: each as alone, to the bit,
-/// whenever it came in and whoever was cancelled beside it.
+/// Rows with different ranks and weights, several adapters or none: each is bit-identical to running alone,
+/// whenever it was submitted and whichever other row was cancelled.
 #[test]
 fn rows_use_any_adapters() {
     for (compute, name) in [(Compute::F32, "llama-tiny"), (Compute::INT16, "llama-q4_0")] {
@@ -254,7 +254,7 @@ fn a_failed_row_leaves_the_others_unchanged() {
     assert!(error.contains("row 1, position 9") && error.contains("broken"), "{error}");
 }
 
-/// A conversation goes on from what was read of it, under the same adapters only.
+/// A conversation continues from its prompt cache, with the same adapters only.
 #[test]
 fn a_cached_prefix_is_not_recomputed() {
     let decoder = load("llama-tiny", Compute::F32);
@@ -338,7 +338,7 @@ fn a_changed_adapter_is_recomputed() {
     }
 }
 
-/// Within a row too: what it gets from then on is what it gets of an adapter with those numbers.
+/// Within a row too: from then on the row uses the changed adapter.
 #[test]
 fn an_adapter_that_changes_within_a_row_is_recomputed() {
     let decoder = load("llama-q4_0", Compute::INT16);
@@ -370,7 +370,7 @@ fn an_adapter_that_changes_within_a_row_is_recomputed() {
     assert_ne!(early, late);
 }
 
-/// Threads, and engines side by side, change no bit of what a row gets.
+/// Results do not depend on threads or on engines that run in parallel.
 #[test]
 fn engines_in_any_pool_and_side_by_side() {
     let decoder = load("llama-q4_0", Compute::INT16);

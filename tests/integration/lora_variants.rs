@@ -486,11 +486,15 @@ fn export_and_merge_combine_adapters() {
         let found = String::from_utf8(output.stderr).unwrap();
         assert!(found.contains(needed), "{more:?}: {found:?} should say {needed:?}");
     };
-    check("export", &[], "needed --combination-type");
+    check("export", &[], "require --combination-type");
     check("export", &["--combination-type", "tie"], "needed one of linear, cat, svd");
     check("export", &["--combination-type", "ties"], "ties needs a density");
     check("merge", &["--density", "0.5"], "--combination-type");
-    check("merge", &["--combination-type", "cat", "--seed", "1"], "--seed is for the dare kinds");
+    check(
+        "merge",
+        &["--combination-type", "cat", "--seed", "1"],
+        "--seed only applies to the dare methods",
+    );
     check(
         "merge",
         &["--combination-type", "cat", "--svd-rank", "1"],

@@ -253,7 +253,7 @@ fn readings_by_hand_are_those_of_the_ops() {
 }
 
 /// Some of the tokens get the bits they have among all, whole and through the cache, whatever the
-/// rows wear.
+/// rows use.
 #[test]
 fn log_probs_of_single_tokens_match_those_of_all_tokens() {
     let chosen: &[&[u32]] = &[&[11, 0, 11, 4], &[3], &[], &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]];

@@ -1,4 +1,4 @@
-//! Pretraining as a user runs it: every flag changes something, a killed run goes on to the same
+//! Pretraining as a user runs it: every flag changes something, a killed run resumes to the same
 //! bytes, what comes out is an ordinary base, and wrong input ends in one sentence.
 
 use std::fs;
@@ -328,11 +328,11 @@ fn invalid_input_ends_in_one_error() {
     let portable = ["--compute", "portable"];
     for (flag, value) in [("--memory-budget", "1GB"), ("--gradient-checkpointing", "true")] {
         let flags = [&portable[..], &[flag, value]].concat();
-        check(notes, &flags, &["is of the fast forms, the portable one keeps all layers"]);
+        check(notes, &flags, &["only applies to backend cpu; reference keeps all activations"]);
     }
     check(notes, &["--export", "x.gguf", "--export-type", "Q9"], &["\"Q9\" is no type"]);
     check(notes, &["--base", &base(), "--max-length", "999999"], &["max_length is 999999"]);
-    check(notes, &["--base", &base(), "--hidden-size", "64"], &["with --base, not to be set"]);
+    check(notes, &["--base", &base(), "--hidden-size", "64"], &["cannot be set with --base"]);
     check(notes, &["--resume"], &["holds no run to resume"]);
     let taken = lab.path("run");
     fs::create_dir_all(format!("{taken}/model")).unwrap();

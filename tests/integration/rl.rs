@@ -1,5 +1,5 @@
-//! Reward models, DPO and its kin and PPO against TRL: ten steps of the same adapters over the same
-//! rows, and PPO's stored rollouts judged by both.
+//! Reward models, DPO and its variants, and PPO against TRL: ten steps of the same adapters over the same rows,
+//! and stored PPO rollouts scored by both.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -67,7 +67,7 @@ fn close(what: &str, ours: f64, theirs: f64, bound: f64) {
     assert!(error < bound, "{what} is {ours}, TRL's {theirs}");
 }
 
-/// That all tensors of an adapter are where TRL's ended.
+/// Checks all tensors of a trained adapter against TRL's.
 fn arrived(what: &str, ours: &Adapter, theirs: &Adapter) {
     let (ours, theirs) = (ours.parameters(), theirs.parameters());
     assert_eq!(ours.len(), theirs.len());
@@ -77,7 +77,7 @@ fn arrived(what: &str, ours: &Adapter, theirs: &Adapter) {
     }
 }
 
-/// How a step is laid out.
+/// How a step is split into micro-batches.
 #[derive(Clone, Copy)]
 struct Layout {
     compute: Compute,
@@ -107,14 +107,14 @@ fn comparison(row: u64, value: &Value) -> Comparison {
     Comparison { prompt, responses, pairs, label, row, line: row + 1 }
 }
 
-/// What a step is taken with: the policy as it is, and all rows of the step.
+/// The inputs of a step: the current policy, and all rows of the step.
 struct Step<'a> {
     decoder: &'a Decoder,
     active: &'a [ActiveAdapter],
     rows: &'a [Comparison],
 }
 
-/// A part of a step, of some of its rows.
+/// A micro-batch of a step.
 type Parts<'a> = dyn Fn(&Step, &[&Comparison]) -> (Batch, Objective) + 'a;
 
 /// Ten steps from TRL's initial adapter: losses, gradients and the final adapter within float noise.
@@ -239,7 +239,7 @@ fn kto_matches_trl() {
     }
 }
 
-/// The first step of the losses that have no ten of their own.
+/// The first step of the losses without ten golden steps.
 #[test]
 fn other_preference_losses_match_trl() {
     let run = golden_json("rl/dpo/run.json");
@@ -298,7 +298,7 @@ fn other_preference_losses_match_trl() {
     }
 }
 
-/// One of the things PPO knows of a response.
+/// One field of PPO's experience.
 type Part = fn(&Experience) -> &Vec<f32>;
 
 /// Stored rollouts through our log-probs, values, scores, advantages and steps.
@@ -461,7 +461,7 @@ fn ppo_matches_trl() {
     replay("ppo-k3", Compute::F32, 8);
 }
 
-/// A policy that has its own value head is read once for both.
+/// A policy with a value head computes log-probs and values in one pass.
 #[test]
 fn one_pass_gives_the_log_probs_and_values_of_two() {
     const MOST: usize = 6;
@@ -471,7 +471,7 @@ fn one_pass_gives_the_log_probs_and_values_of_two() {
         let head = policy.score.clone().unwrap();
         let active = [ActiveAdapter::frozen(policy)];
         let shared: Arc<[u32]> = [7, 8, 9].into();
-        // Ended and cut ones, some of one prompt, and one as long as several.
+        // Complete and truncated responses, some to the same prompt, and one as long as several.
         let response = |key: u64, prompt: &Arc<[u32]>, length: usize| Response {
             prompt: prompt.clone(),
             tokens: (0..length as u32).map(|i| 20 + i * 3 + key as u32).collect(),

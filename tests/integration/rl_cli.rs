@@ -1,5 +1,5 @@
-//! Reward models, DPO, PPO and GRPO as a user runs them: every flag changes something, a killed run
-//! goes on to the same bytes, wrong input ends in one sentence, a sick run is told what of.
+//! Reward models, DPO, PPO and GRPO on the command line: every flag has an effect, a killed run resumes to the
+//! same bytes, invalid input ends in one error, and unhealthy updates are diagnosed.
 
 use std::fs;
 use std::path::Path;
@@ -69,7 +69,7 @@ fn ending(lab: &Lab) -> String {
         ("--learning-rate", "0.02"),
         ("--max-steps", "12"),
         ("--packing", "false"),
-        ("--allow", "empty-answers"), // to end at once is to be learned too
+        ("--allow", "empty-answers"), // empty answers are valid here
         ("--threads", "1"),
     ];
     run("sft", &flags, &out);
@@ -279,8 +279,8 @@ fn every_flag_of_grpo_changes_something() {
     every_flag(&["grpo"], base_args, &table, tested_apart, &lab);
 }
 
-/// Runs `fresh` whole, then `trials` times with SIGKILL at a random moment, goes on with `resumed`,
-/// and compares all files of the runs.
+/// Runs `fresh` to its end, then `trials` times with SIGKILL at a random moment, resumes with `resumed`, and
+/// compares all files of the runs.
 fn check_killed_runs_resume(
     command: &str,
     lab: &Lab,
@@ -322,8 +322,8 @@ fn check_killed_runs_resume(
     assert!(taken_up > 0, "{command}");
 }
 
-/// Everything of PPO that has a state: moments of scores, the weight of the divergence, two adapters,
-/// dropout, samples, evaluations in between.
+/// All of PPO's state: moments of scores, the KL coefficient, two adapters, dropout, samples, and evaluations
+/// in between.
 #[test]
 fn killed_ppo_runs_resume_to_the_same_bytes() {
     let lab = Lab::with_comparisons();
@@ -500,7 +500,7 @@ fn an_interrupted_ppo_run_prints_how_to_resume() {
     let output = quantune(&arguments("ppo", &[("--resume", "")], &stopped));
     let resumed = last_json(&output);
     assert!(resumed["resumed_at"].as_u64().unwrap() >= 1);
-    // What was told is not told again, but still known.
+    // Warnings are not repeated after a resume, but still recorded.
     let warnings = resumed["warnings"].as_array().unwrap();
     assert_eq!(warnings.len(), before + warned(&output), "{warnings:?}");
     let (mut found, mut expected) = (tree(&stopped), tree(&whole));
@@ -510,7 +510,7 @@ fn an_interrupted_ppo_run_prints_how_to_resume() {
     assert!(found == expected);
 }
 
-/// A policy that is its reference does not diverge from it, to the last bit.
+/// The KL of a policy from an identical reference is exactly 0.
 #[test]
 fn a_new_policy_equals_its_reference() {
     let lab = Lab::with_comparisons();
@@ -527,7 +527,7 @@ fn a_new_policy_equals_its_reference() {
         assert_eq!(found["warnings"], Value::Array(Vec::new()), "{name}");
         let value = Path::new(&out).join("value_adapter/adapter_model.safetensors");
         assert_eq!(value.exists(), !more.contains(&("--value-model", "policy")), "{name}");
-        // The next run goes on from the policy, wherever the values were.
+        // The next run continues from the policy, wherever the value head was.
         let policy = format!("{out}/adapter");
         let next = [&flags[..], &steps, &[("--adapter", &*policy)]].concat();
         run("ppo", &next, &lab.path(&format!("{name}-next")));
@@ -538,8 +538,8 @@ fn a_new_policy_equals_its_reference() {
     check("dropout", &[("--lora-dropout", "0.3")]);
 }
 
-/// Runs `command` with flags over `base` (the later of one name counts), and demands its exit code,
-/// words of its one sentence, and that no adapter is left.
+/// Runs `command` with flags over `base` (the last of a name counts), and checks its exit code, its one-line
+/// error, and that no adapter is left.
 struct Refused<'a> {
     lab: &'a Lab,
     command: &'a str,
@@ -564,7 +564,7 @@ impl Refused<'_> {
         assert!(!Path::new(&out).join("adapter").exists(), "{flags:?} left an adapter");
         assert!(began.elapsed().as_secs() < 20, "{flags:?} took too long");
         if Path::new(&out).exists() {
-            // A run that began is whole: it can be gone on with, or was refused before.
+            // A run that started can be resumed; otherwise it was rejected before.
             assert!(Path::new(&out).join("config.toml").exists(), "{flags:?} left half a run");
             fs::remove_dir_all(&out).unwrap();
         }
@@ -690,7 +690,7 @@ fn invalid_rollout_settings_are_errors() {
     program("yes 1", &["an extra line"]);
 }
 
-/// An error that tells its cause is not followed by its cause.
+/// An error that contains its cause does not repeat it.
 #[test]
 fn a_missing_file_is_reported_once() {
     let lab = Lab::new();
@@ -707,7 +707,7 @@ fn a_missing_file_is_reported_once() {
     }
 }
 
-/// What a run is made of may not change under it, and a failed reward program loses no step.
+/// The inputs of a run must not change, and a failed reward program loses no step.
 #[test]
 fn resume_rejects_changed_settings_and_files() {
     let lab = Lab::with_comparisons();
@@ -756,7 +756,7 @@ fn resume_rejects_changed_settings_and_files() {
     let sentence = error(&quantune(&arguments("dpo", &[("--resume", "")], &out)));
     assert!(sentence.contains("the reference adapter changed since the run began"), "{sentence}");
 
-    // It dies in the third update, and once it is mended the run goes on to the same bytes.
+    // It fails in the third update; once it is fixed, the run resumes to the same bytes.
     let mended = lab.path("mended");
     let command = format!(
         "n=0; while read -r line; do n=$((n+1)); [ $n = 20 ] && [ ! -e {mended} ] && exit 3; \
@@ -782,7 +782,7 @@ fn resume_rejects_changed_settings_and_files() {
     assert!(tree(&stopped) == tree(&whole));
 }
 
-/// Labels that are coin flips teach nothing that holds on other rows, and no policy learns from it.
+/// A reward model trained on random labels has no held-out accuracy, and is rejected by `ppo`.
 #[test]
 fn a_reward_model_at_chance_is_rejected() {
     let lab = Lab::with_comparisons();
@@ -799,7 +799,7 @@ fn a_reward_model_at_chance_is_rejected() {
         "flips.jsonl",
         &(0..80).map(|i| row(i, coin.uniform_f64() < 0.5)).collect::<String>(),
     );
-    // Every pair both ways, so that nothing can be right about more than half of them.
+    // Every pair in both orders, so that the best accuracy is one half.
     let both = |i: usize| row(i, false) + &row(i, true);
     lab.write("held_out_flips.jsonl", &(100..120).map(both).collect::<String>());
     let (base, prompts) = (base(), lab.path("prompts.jsonl"));
@@ -844,7 +844,7 @@ fn well(response: &Response) -> Batch {
     respond::lay_out(&[response])
 }
 
-/// Each token's log-prob is read a place too late.
+/// Log-probs are read one position too late.
 fn shifted_by_one(response: &Response) -> Batch {
     let mut batch = well(response);
     let last = batch.tokens.len() as u32 - 1;
@@ -854,7 +854,7 @@ fn shifted_by_one(response: &Response) -> Batch {
     batch
 }
 
-/// Padding on the left that counts as tokens.
+/// Left padding that is attended to.
 fn padded(response: &Response) -> Batch {
     let padding = [0, 0, 0].iter();
     let prompt = padding.chain(response.prompt.iter()).copied().collect();
@@ -894,12 +894,12 @@ impl Learns {
     }
 }
 
-/// A policy and its reference, what the policy said to a few prompts, and how that is learned from.
+/// A policy and its reference, responses of the policy, and how they are learned from.
 struct Patient {
     decoder: Decoder,
     policy: Arc<Adapter>,
     responses: Vec<Response>,
-    /// Of policy and reference, as they should be.
+    /// Correct log-probs of policy and reference.
     old: Vec<Vec<f32>>,
     reference: Vec<Vec<f32>>,
 }
@@ -1009,7 +1009,7 @@ fn a_healthy_update_is_not_diagnosed() {
     }
 }
 
-/// Each cause is put into an update that is otherwise well, and must be the only one found.
+/// Each cause is introduced into a healthy update, and must be the only one found.
 #[test]
 fn each_cause_of_an_unhealthy_update_is_reported() {
     let patient = Patient::new(Compute::INT16, 0);
@@ -1038,7 +1038,7 @@ fn each_cause_of_an_unhealthy_update_is_reported() {
         assert!(found.to_string().starts_with("negative KL (-"), "{what}: {found}");
     }
 
-    // Of another policy than the one that learns: an adapter as it was before, or none at all.
+    // Log-probs of another policy: an earlier adapter, or none.
     let is_stale = |cause: &Cause| matches!(cause, Cause::StaleLogProbs { .. });
     let other = [ActiveAdapter::frozen(Patient::adapter(&patient.decoder, "ppo/policy/final"))];
     for (what, active) in [("of another adapter", &other[..]), ("of the base", &[])] {
@@ -1051,7 +1051,7 @@ fn each_cause_of_an_unhealthy_update_is_reported() {
     }
 }
 
-/// What is wrong is told on stderr and in the JSON, once each; and what is well is not.
+/// Problems are reported once on stderr and once in the JSON; healthy updates are not.
 #[test]
 fn a_run_warns_of_filters_and_of_nothing_else() {
     let lab = Lab::with_comparisons();
@@ -1103,7 +1103,7 @@ fn a_run_warns_of_filters_and_of_nothing_else() {
     check("grpo once top_k", &with(&once[..1], &[("--top-k", "5")]), 1);
 }
 
-/// Answers become as long as the reward wants them, by every form of the loss.
+/// Answers reach the rewarded length under every loss type.
 #[test]
 fn grpo_learns_what_is_rewarded() {
     let lab = Lab::with_comparisons();
@@ -1172,7 +1172,7 @@ fn ppo_learns_what_is_rewarded() {
     check("shared", &[("--value-model", "policy")]);
 }
 
-/// Text to keep predicting is in the gradient from the first step on.
+/// The loss on ptx data is part of the gradient from the first step on.
 #[test]
 fn ptx_rows_are_in_the_gradient() {
     let lab = Lab::with_comparisons();

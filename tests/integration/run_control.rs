@@ -1,4 +1,4 @@
-//! What makes training a habit: dry runs, recipes, completions, runs that end when they get no better.
+//! Dry runs, recipes, completions, memory budgets and early stopping.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -37,7 +37,7 @@ fn short(command: &str) -> Vec<String> {
     })
 }
 
-/// A dry run of every command: all is said, nothing is written, and the run then is what it said.
+/// A dry run of every command prints the plan and writes nothing, and the run then matches it.
 #[test]
 fn a_dry_run_prints_the_plan_and_writes_nothing() {
     let lab = Lab::with_comparisons();
@@ -81,17 +81,17 @@ fn a_dry_run_prints_the_plan_and_writes_nothing() {
             assert_eq!(told[key], done[key], "{command}: {key}");
         }
         assert!(done["predicted_peak_rss_bytes"].as_u64() > Some(0), "{done}");
-        assert!(error(&dry(&["--dry-run"])).contains("holds a run already"));
+        assert!(error(&dry(&["--dry-run"])).contains("contains a run already"));
         fs::remove_dir_all(&out).unwrap();
-        // Refused once rows are read: what was kept on disk is gone too.
+        // Rejected after reading rows: the cache is removed too.
         let refused = error(&dry(&["--dry-run", "--memory-budget", "1MB"]));
         assert!(refused.contains("cannot be kept"), "{refused}");
         assert_eq!(files(), before, "{command}, refused");
     }
 }
 
-/// A budget between what a run takes with all tapes and with none is kept by recomputing layers; one
-/// that cannot be kept is refused, with what is needed, before anything is written.
+/// A budget between the memory with all tapes and with none is met by recomputing layers; a smaller one is an
+/// error that says what is needed, before anything is written.
 #[test]
 fn a_memory_budget_is_kept_or_refused() {
     let lab = Lab::new();
@@ -148,7 +148,7 @@ fn an_adapter_of_a_folder_quantized_on_load_evaluates_the_same() {
     assert!(quantized < scored(&["--load-type", "Q4_0"]));
 }
 
-/// What stops a run stops a dry one.
+/// Errors of a run are errors of a dry run.
 #[test]
 fn a_dry_run_validates_the_rows() {
     let lab = Lab::new();
@@ -161,7 +161,7 @@ fn a_dry_run_validates_the_rows() {
     assert!(!Path::new(&out).exists());
 }
 
-/// The recipes with the commands they are of.
+/// The recipes, with their commands.
 const RECIPES: &[(&str, &str)] = &[
     ("dpo.toml", "dpo"),
     ("grpo.toml", "grpo"),
@@ -227,7 +227,7 @@ fn recipes_run() {
     }
 }
 
-/// Each shell hears of all commands.
+/// The completion script of each shell has all commands.
 #[test]
 fn completions_name_every_command() {
     let help = String::from_utf8(quantune(&strings(&["--help"])).stdout).unwrap();
@@ -248,7 +248,7 @@ fn completions_name_every_command() {
     assert_eq!(quantune(&strings(&["completions", "command.com"])).status.code(), Some(2));
 }
 
-/// A run of sft whose rate is so high that it soon gets no better.
+/// An sft run with a learning rate so high that it soon stops improving.
 fn overheated(lab: &Lab, out: &str, more: &[&str]) -> Vec<String> {
     let mut args = strings(&["sft", "--base", &base(), "--data", &lab.path("rows.jsonl")]);
     args.extend(strings(&["--eval-data", &lab.path("held_out.jsonl"), "--out", out, "--json"]));
@@ -259,7 +259,7 @@ fn overheated(lab: &Lab, out: &str, more: &[&str]) -> Vec<String> {
     args
 }
 
-/// Patience ends a run before its last step, wherever it was taken up, with the same bytes.
+/// Early stopping ends a run at the same step with the same bytes, wherever it was resumed.
 #[test]
 fn early_stopping_resumes_to_the_same_bytes() {
     let lab = Lab::new();

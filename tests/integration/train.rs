@@ -55,7 +55,7 @@ pub fn rows(run: &str) -> Vec<Example> {
 /// Gradients and buffers of steps, once there was one.
 pub type Buffers = Option<Box<dyn TrainState>>;
 
-/// How a step's rows are laid out: the bins of each micro-batch, and whether layers are recomputed.
+/// How a step is batched: the bins of each micro-batch, and whether layers are recomputed.
 #[derive(Clone, Copy)]
 pub struct Layout {
     /// Rows of a micro-batch.
@@ -72,7 +72,7 @@ pub struct Run {
     parameters: Vec<Var>,
     /// Frozen adapters active with the trainable one.
     below: Vec<ActiveAdapter>,
-    /// Layers that keep their tapes, if neither all nor none.
+    /// Number of layers that keep their tapes, if neither all nor none.
     kept_layers: Option<usize>,
     /// NEFTune's.
     noise: Option<Noise>,
@@ -304,8 +304,8 @@ fn recomputation_gives_the_same_bits() {
     }
 }
 
-/// A large micro-batch, a small one and a large one again through the same buffers give the bits
-/// that each gives through fresh ones.
+/// A large, a small and again a large micro-batch through the same buffers give the same bits as with new
+/// buffers.
 #[test]
 fn buffers_carry_no_state() {
     let name = "llama-q4_0";
@@ -377,8 +377,8 @@ fn laid_out(batch: &Batch) -> Rows {
     }
 }
 
-/// A prompt that responses share is the same function as a copy of it a response: to the bit on the
-/// way up, and but for the rounding of sums on the way down, dropout included.
+/// Sharing a prompt between responses gives the same result as a copy per response: bit-identical in the
+/// forward pass, and up to rounding of sums in the backward pass, with dropout.
 #[test]
 fn shared_prompts_change_no_hidden_state_log_prob_or_gradient() {
     let bounds = [(Compute::REFERENCE, 1e-5), (Compute::F32, 1e-5), (Compute::INT16, 2e-3)];
@@ -520,7 +520,7 @@ fn changing_a_packed_row_leaves_its_neighbours_bit_equal() {
     assert_eq!(before[second..], after[second..]);
 }
 
-/// Rows that wear different adapters in one batch get what each would get alone.
+/// Rows with different adapters in one batch get the same results as alone.
 #[test]
 fn every_row_uses_its_own_adapter() {
     let name = "llama-tiny";

@@ -1,4 +1,4 @@
-//! Lines, from a terminal with editing and history, or from a pipe.
+//! Input lines, from a terminal with editing and history, or from a pipe.
 
 use std::io::BufRead;
 use std::path::{Path, PathBuf};
@@ -9,28 +9,28 @@ use rustyline::error::ReadlineError;
 use rustyline::history::FileHistory;
 use rustyline::{Config, Editor};
 
-/// Where lines come from.
-pub enum Input {
+/// A source of input lines.
+pub enum LineInput {
     Terminal { editor: Box<Editor<(), FileHistory>>, history: Option<PathBuf> },
     Lines,
 }
 
-/// What was read.
+/// One line of input.
 #[derive(Debug, PartialEq)]
-pub enum Line {
-    /// A line, or several that a backslash joined or that were pasted.
+pub enum InputLine {
+    /// A line, or several lines that were joined by backslashes or pasted.
     Text(String),
     /// Ctrl-C.
     Interrupted,
-    /// Ctrl-D, or the end of the pipe.
+    /// Ctrl-D, or the end of stdin.
     End,
 }
 
 const PROMPT: &str = "> ";
-const GOES_ON: &str = "… ";
+const CONTINUATION_PROMPT: &str = "… ";
 
-impl Input {
-    /// A terminal, with the lines of earlier times if there is a file of them.
+impl LineInput {
+    /// Input from a terminal, with the lines of the history file if there is one.
     pub fn terminal(history: Option<PathBuf>) -> Result<Self> {
         let config = Config::builder().bracketed_paste(true).build();
         let mut editor = Editor::with_config(config)?;
@@ -46,13 +46,13 @@ impl Input {
         Self::Lines
     }
 
-    /// The next line, with those it goes on with.
-    pub fn read(&mut self) -> Result<Line> {
+    /// The next line, joined with its continuation lines.
+    pub fn read(&mut self) -> Result<InputLine> {
         let mut text = String::new();
         loop {
-            let prompt = if text.is_empty() { PROMPT } else { GOES_ON };
+            let prompt = if text.is_empty() { PROMPT } else { CONTINUATION_PROMPT };
             match self.line(prompt)? {
-                Line::Text(line) => match line.strip_suffix('\\') {
+                InputLine::Text(line) => match line.strip_suffix('\\') {
                     Some(line) => {
                         text.push_str(line);
                         text.push('\n');
@@ -60,29 +60,29 @@ impl Input {
                     None => {
                         text.push_str(&line);
                         self.remember(&text)?;
-                        return Ok(Line::Text(text));
+                        return Ok(InputLine::Text(text));
                     }
                 },
-                // What was begun is given up by Ctrl-C, and said by the end.
-                Line::End if !text.is_empty() => return Ok(Line::Text(text)),
+                // Ctrl-C discards a line that was begun; the end of input submits it.
+                InputLine::End if !text.is_empty() => return Ok(InputLine::Text(text)),
                 other => return Ok(other),
             }
         }
     }
 
-    fn line(&mut self, prompt: &str) -> Result<Line> {
+    fn line(&mut self, prompt: &str) -> Result<InputLine> {
         match self {
             Self::Terminal { editor, .. } => match editor.readline(prompt) {
-                Ok(line) => Ok(Line::Text(line)),
-                Err(ReadlineError::Interrupted) => Ok(Line::Interrupted),
-                Err(ReadlineError::Eof) => Ok(Line::End),
+                Ok(line) => Ok(InputLine::Text(line)),
+                Err(ReadlineError::Interrupted) => Ok(InputLine::Interrupted),
+                Err(ReadlineError::Eof) => Ok(InputLine::End),
                 Err(error) => Err(error).context("cannot read from the terminal"),
             },
             Self::Lines => read_line(&mut std::io::stdin().lock()),
         }
     }
 
-    /// Writes a line down, in the file too.
+    /// Adds a line to the history and its file.
     fn remember(&mut self, line: &str) -> Result<()> {
         let Self::Terminal { editor, history } = self else { return Ok(()) };
         if line.trim().is_empty() || !editor.add_history_entry(line)? {
@@ -99,17 +99,17 @@ fn append(editor: &mut Editor<(), FileHistory>, path: &Path) -> Result<()> {
     Ok(editor.append_history(path)?)
 }
 
-/// A line without its end.
-fn read_line(from: &mut impl BufRead) -> Result<Line> {
+/// Reads a line without its newline.
+fn read_line(from: &mut impl BufRead) -> Result<InputLine> {
     let mut line = Vec::new();
     if from.read_until(b'\n', &mut line).context("cannot read stdin")? == 0 {
-        return Ok(Line::End);
+        return Ok(InputLine::End);
     }
     let line = String::from_utf8(line).map_err(|e| {
         anyhow::anyhow!("stdin: byte {} of a line is not UTF-8", e.utf8_error().valid_up_to())
     })?;
     let line = line.strip_suffix('\n').unwrap_or(&line);
-    Ok(Line::Text(line.strip_suffix('\r').unwrap_or(line).into()))
+    Ok(InputLine::Text(line.strip_suffix('\r').unwrap_or(line).into()))
 }
 
 #[cfg(test)]
@@ -121,9 +121,9 @@ mod tests {
         let mut from = "one\r\n\ntwo".as_bytes();
         let mut next = || read_line(&mut from).unwrap();
         for needed in ["one", "", "two"] {
-            assert_eq!(next(), Line::Text(needed.into()));
+            assert_eq!(next(), InputLine::Text(needed.into()));
         }
-        assert_eq!(next(), Line::End);
+        assert_eq!(next(), InputLine::End);
         let fault = read_line(&mut &b"ab\xff\n"[..]).unwrap_err().to_string();
         assert_eq!(fault, "stdin: byte 2 of a line is not UTF-8");
     }

@@ -1,4 +1,4 @@
-//! A conversation: what was said, what is active, and how replies are sampled.
+//! A chat session: its messages, active adapters and sampling settings.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -22,13 +22,13 @@ use crate::weights::write_atomically;
 pub struct Session<'a> {
     decoder: &'a Decoder,
     tokenizer: &'a Tokenizer,
-    /// Whether there are no messages, but one growing text.
+    /// Whether the session is one growing text instead of messages.
     raw: bool,
-    /// End a reply before any of these.
+    /// Stop strings.
     pub stop: Vec<String>,
-    /// How keys and values are kept.
+    /// Type of the KV cache.
     pub cache: CacheType,
-    /// Tokens of a reply at most.
+    /// Maximum number of tokens per reply.
     pub max_tokens: usize,
     /// The system message.
     pub system: Option<String>,
@@ -36,21 +36,21 @@ pub struct Session<'a> {
     registry: Registry,
     /// The weight each adapter was loaded with.
     weights: BTreeMap<String, f64>,
-    /// What is active from the next reply on.
+    /// Active adapters, from the next reply on.
     active: Vec<(String, ActiveAdapter)>,
-    turns: Vec<Turn>,
-    /// What was read for the last reply.
+    turns: Vec<ChatTurn>,
+    /// The prompt cache of the last reply.
     prefix: Option<Prefix>,
-    /// Replies sampled so far: none is keyed as another.
+    /// Number of replies sampled so far, which keys their random numbers.
     replies: u64,
     end_tokens: Arc<[u32]>,
 }
 
-/// What was said, and what came of it.
-struct Turn {
+/// A message and its reply.
+struct ChatTurn {
     said: String,
     reply: String,
-    /// The stop text behind the reply, which a growing text has and nobody is shown.
+    /// The stop string after the reply, which is part of a growing text but not printed.
     stop: String,
 }
 
@@ -81,83 +81,83 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// What one talks with.
+    /// Describes the active adapters and the context window.
     pub fn describe(&self) -> String {
         let window = self.decoder.config.max_position_embeddings;
         let active: Vec<String> = self.active.iter().map(written).collect();
         match &active[..] {
-            [] => format!("no adapter, a window of {window} tokens"),
-            active => format!("adapter {}, a window of {window} tokens", active.join(", ")),
+            [] => format!("no adapter, a context window of {window} tokens"),
+            active => format!("adapter {}, a context window of {window} tokens", active.join(", ")),
         }
     }
 
-    /// Says something, and shows what the model says to it. If it cannot, nothing was said.
+    /// Sends a message and prints the reply. If that fails, the message is removed again.
     pub fn say(&mut self, line: &str) -> Result<()> {
         if line.trim().is_empty() {
             if !self.raw {
                 return Ok(());
             }
             if self.turns.is_empty() && line.is_empty() {
-                bail!("there is no text to go on from yet");
+                bail!("there is no text to continue yet");
             }
         }
-        let turn = Turn { said: line.into(), reply: String::new(), stop: String::new() };
+        let turn = ChatTurn { said: line.into(), reply: String::new(), stop: String::new() };
         self.turns.push(turn);
         self.reply().inspect_err(|_| {
             self.turns.pop();
         })
     }
 
-    /// Another reply to what was said last.
+    /// Generates another reply to the last message.
     pub fn regenerate(&mut self) -> Result<()> {
-        let Some(turn) = self.turns.last_mut() else { bail!("nothing has been said yet") };
+        let Some(turn) = self.turns.last_mut() else { bail!("there is no message yet") };
         let (reply, stop) = (std::mem::take(&mut turn.reply), std::mem::take(&mut turn.stop));
         if self.sampling.temperature == 0.0 {
-            eprintln!("(at temperature 0 there is one reply: /set temperature VALUE)");
+            eprintln!("(at temperature 0 the reply is always the same: /set temperature VALUE)");
         }
         let result = self.reply();
         if result.is_err() {
-            let turn = self.turns.last_mut().expect("nothing took it off");
+            let turn = self.turns.last_mut().expect("a turn was there before");
             (turn.reply, turn.stop) = (reply, stop);
         }
         result
     }
 
-    /// Takes the last message and its reply back.
+    /// Removes the last message and its reply.
     pub fn undo(&mut self) -> Result<()> {
         match self.turns.pop() {
             Some(turn) => {
-                eprintln!("(taken back: {:?})", turn.said);
+                eprintln!("(removed: {:?})", turn.said);
                 Ok(())
             }
-            None => bail!("nothing has been said yet"),
+            None => bail!("there is no message yet"),
         }
     }
 
-    /// Forgets what was said.
+    /// Removes all messages.
     pub fn reset(&mut self) {
         self.turns.clear();
         self.prefix = None;
     }
 
-    /// Another system message from the next reply on, or none.
+    /// Sets or removes the system message, from the next reply on.
     pub fn set_system(&mut self, text: Option<String>) -> Result<()> {
         if self.raw {
-            bail!("with --raw there are no messages, and so no system message");
+            bail!("/system is not supported with --raw");
         }
         self.system = text;
         Ok(())
     }
 
-    /// Reads an adapter.
+    /// Loads an adapter.
     pub fn load(&mut self, name: &str, file: &AdapterPath) -> Result<()> {
         if file.path.join("tokenizer.json").is_file() {
             let mut missing = self.tokenizer.missing(&file.path)?;
             missing.retain(|token| self.tokenizer.id_of(&token.text).is_none());
             if let Some(token) = missing.first() {
                 bail!(
-                    "{}: comes with {} tokens that this chat was begun without, as {:?}; needed a chat \
-                     begun with --adapter {name}={0}",
+                    "{}: adds {} tokens that this chat was started without, such as {:?}; restart the \
+                     chat with --adapter {name}={0}",
                     file.path.display(),
                     missing.len(),
                     token.text
@@ -174,8 +174,8 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// Wears these adapters from the next reply on, and no others.
-    pub fn wear(&mut self, names: &[(String, Option<f64>)]) -> Result<()> {
+    /// Activates these adapters and no others, from the next reply on.
+    pub fn activate(&mut self, names: &[(String, Option<f64>)]) -> Result<()> {
         let mut active = Vec::new();
         for (name, weight) in names {
             let adapter = self.registry.get(name)?;
@@ -186,11 +186,11 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// Forgets an adapter.
+    /// Unloads an adapter.
     pub fn drop_adapter(&mut self, name: &str) -> Result<()> {
         self.registry.remove(name)?;
         self.weights.remove(name);
-        self.prefix = None; // which may hold it
+        self.prefix = None; // it may refer to the adapter
         let before = self.active.len();
         self.active.retain(|(other, _)| other != name);
         if self.active.len() < before {
@@ -199,11 +199,11 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// The adapters there are, those active with a star.
+    /// Lists the loaded adapters; active ones are marked with a star.
     pub fn list(&self) -> String {
         let listed = self.registry.list();
         if listed.is_empty() {
-            return "no adapter is loaded: /load NAME=PATH".into();
+            return "no adapter is loaded: /load NAME=PATH loads one".into();
         }
         let line = |adapter: &quantune_adapters::registry::RegistryEntry| {
             let active = self.active.iter().find(|(name, _)| *name == adapter.name);
@@ -245,7 +245,7 @@ impl<'a> Session<'a> {
             "seed" => sampling.seed = parsed(key, value, "a whole number")?,
             "max_tokens" => self.max_tokens = parsed(key, value, "a whole number")?,
             _ => bail!(
-                "there is no setting {key:?}, only temperature, top_k, top_p, min_p, \
+                "unknown setting {key:?}; settings are temperature, top_k, top_p, min_p, \
                  repetition_penalty, seed and max_tokens"
             ),
         }
@@ -254,10 +254,10 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// Adds the conversation to a file, as a row that can be trained on.
+    /// Appends the conversation to a file, as a row of training data.
     pub fn save(&self, path: &Path) -> Result<()> {
         if self.turns.is_empty() {
-            bail!("nothing has been said yet");
+            bail!("there is no message yet");
         }
         let row = match self.raw {
             true => json!({ "text": self.text() }),
@@ -276,7 +276,7 @@ impl<'a> Session<'a> {
         Ok(())
     }
 
-    /// The conversation; a reply that is still to come is left out.
+    /// The messages, without a reply that is still missing.
     fn messages(&self) -> Vec<Value> {
         let message = |role: &str, content: &str| json!({ "role": role, "content": content });
         let mut messages: Vec<Value> =
@@ -296,7 +296,7 @@ impl<'a> Session<'a> {
         parts.collect()
     }
 
-    /// The tokens that the next reply goes on from.
+    /// Tokens of the prompt of the next reply.
     fn prompt(&self) -> Result<Vec<u32>> {
         let text = match (self.raw, self.tokenizer.chat_template()) {
             (false, Some(template)) => template.render(&self.messages(), None, true)?,
@@ -305,7 +305,7 @@ impl<'a> Session<'a> {
         Ok(self.tokenizer.with_bos(self.tokenizer.encode(&text, Special::Parse)?))
     }
 
-    /// Lets the model speak, and shows it as it does.
+    /// Generates and streams a reply.
     fn reply(&mut self) -> Result<()> {
         let prompt = self.prompt()?;
         let window = self.decoder.config.max_position_embeddings;
@@ -321,8 +321,8 @@ impl<'a> Session<'a> {
         let mut engine = Engine::new(self.decoder, self.cache, 1);
         let id = engine.submit(job).map_err(|error| match error {
             GenerateError::LongPrompt { tokens, window, .. } => anyhow::anyhow!(
-                "with this the conversation has {tokens} tokens, and the model's window of {window} \
-                 has no room for a reply: /undo takes the last message back, /reset begins anew"
+                "the conversation has {tokens} tokens, which leaves no room for a reply in the context \
+                 window of {window} tokens: /undo removes the last message, /reset starts anew"
             ),
             error => error.into(),
         })?;
@@ -339,22 +339,25 @@ impl<'a> Session<'a> {
         show(&rest);
         crate::cli::say!("");
         let stop = self.stop_behind(&generated, &reply)?;
-        let turn = self.turns.last_mut().expect("a reply is to something");
+        let turn = self.turns.last_mut().expect("a reply has a message");
         (turn.reply, turn.stop) = (reply, stop);
         match generated.finish {
             Finish::Length if prompt.len() + generated.token_ids.len() >= window => eprintln!(
-                "(the model's window of {window} tokens is full: /undo takes the last message back, \
-                 /reset begins anew)"
+                "(the context window of {window} tokens is full: /undo removes the last message, \
+                 /reset starts anew)"
             ),
             Finish::Length if !self.raw => {
-                eprintln!("(cut at {} tokens: /set max_tokens VALUE allows more)", self.max_tokens)
+                eprintln!(
+                    "(truncated at {} tokens: /set max_tokens VALUE allows more)",
+                    self.max_tokens
+                )
             }
             _ => {}
         }
         Ok(())
     }
 
-    /// Runs a job to its end, a stop text or Ctrl-C, and shows its text.
+    /// Runs a job until its end, a stop string or Ctrl-C, and streams its text.
     fn listen(
         &self,
         engine: &mut Engine,
@@ -377,12 +380,12 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// The stop text that a reply ended before, as a growing text goes on behind it.
+    /// The stop string that ended a reply, which a growing text continues after.
     fn stop_behind(&self, generated: &Generated, reply: &str) -> Result<String> {
         if !self.raw {
             return Ok(String::new());
         }
-        // An id the tokenizer lacks has no text.
+        // Ids that the tokenizer does not have produce no text.
         let known = |token: &u32| self.tokenizer.token(*token).is_some();
         let tokens: Vec<u32> = generated.token_ids.iter().copied().filter(known).collect();
         let whole = self.tokenizer.decode(&tokens, true)?;
@@ -392,7 +395,7 @@ impl<'a> Session<'a> {
     }
 }
 
-/// A active adapter as the command that wears it has it.
+/// An active adapter in the syntax of `/adapter`.
 fn written((name, active): &(String, ActiveAdapter)) -> String {
     match active.weight {
         1.0 => name.clone(),

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::data::DataError;
-use crate::data::cache::IoFailure;
+use crate::data::error::IoFailure;
 use crate::text::TextError;
 
 /// Why a corpus cannot be opened.

@@ -15,6 +15,7 @@ mod source;
 
 pub use documents::{DocumentPiece, read_documents};
 pub use error::CorpusError;
+pub use shard::Tokenizing;
 pub use source::{SourceSpec, matching_files};
 
 use std::collections::HashSet;
@@ -47,17 +48,6 @@ pub struct CorpusSettings {
     pub validation_split: f64,
     /// Seed of the run.
     pub seed: u64,
-}
-
-/// Progress of tokenizing a source.
-#[derive(Debug, Clone, Copy)]
-pub struct Tokenizing<'a> {
-    /// Name of the source.
-    pub source: &'a str,
-    /// Bytes of text tokenized so far.
-    pub bytes: u64,
-    /// Total bytes of its files.
-    pub of: u64,
 }
 
 /// A mixture of tokenized sources.
@@ -128,17 +118,17 @@ pub struct SourceReport {
 
 impl Corpus {
     /// Tokenizes the sources, or takes them from the cache if neither files, tokenizer nor
-    /// settings have changed. `told` hears of what is tokenized; nothing is left half made.
+    /// settings have changed. `on_progress` is called while tokenizing; incomplete shards are removed.
     ///
     /// # Errors
-    /// If sources or settings make no sense, a file cannot be used, the share held out is
+    /// If sources or settings are invalid, a file cannot be used, the share held out is
     /// everything or nothing, or a shard is not as it was written; [`super::DataError::Stopped`].
     pub fn open<'m>(
         specs: &[SourceSpec],
         tokenizer: &Tokenizer,
         settings: &CorpusSettings,
         monitor: impl Into<Monitor<'m>>,
-        mut told: impl FnMut(Tokenizing<'_>),
+        mut on_progress: impl FnMut(Tokenizing<'_>),
     ) -> Result<Self, CorpusError> {
         check(specs, settings)?;
         let monitor = monitor.into();
@@ -146,8 +136,15 @@ impl Corpus {
         let &CorpusSettings { validation_split, ref cache, .. } = settings;
         let mut sources = Vec::new();
         for spec in specs {
-            let shard =
-                shard::open(spec, tokenizer, borders, validation_split, cache, monitor, &mut told)?;
+            let shard = shard::open(
+                spec,
+                tokenizer,
+                borders,
+                validation_split,
+                cache,
+                monitor,
+                &mut on_progress,
+            )?;
             sources.push(CorpusSource { spec: spec.clone(), shard });
         }
         let shards = || sources.iter().map(|source| &source.shard);

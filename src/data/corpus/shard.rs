@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::documents::{DocumentPiece, has_lines, read_documents};
-use super::{CorpusError, SourceSpec, Tokenizing, matching_files};
+use super::{CorpusError, SourceSpec, matching_files};
 use crate::data::cache::{self, hex};
 use crate::data::split;
 use crate::monitor::Monitor;
@@ -29,6 +29,17 @@ use crate::weights::{map_file, write_atomically};
 /// Version of the shard format. Raise it whenever the same files would give other tokens.
 const FORMAT: u32 = 1;
 const HEADER: &str = "shard.json";
+
+/// Progress of tokenizing a source.
+#[derive(Debug, Clone, Copy)]
+pub struct Tokenizing<'a> {
+    /// Name of the source.
+    pub source: &'a str,
+    /// Bytes of text tokenized so far.
+    pub bytes: u64,
+    /// Total bytes of its files.
+    pub of: u64,
+}
 
 /// The tokens that mark borders of documents.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -168,7 +179,7 @@ pub(super) fn open(
     validation_split: f64,
     cache: &Path,
     monitor: Monitor<'_>,
-    told: &mut dyn FnMut(Tokenizing<'_>),
+    on_progress: &mut dyn FnMut(Tokenizing<'_>),
 ) -> Result<Shard, CorpusError> {
     let files = matching_files(&spec.glob)?;
     let template = tokenizer.chat_template().filter(|_| files.iter().any(|path| has_lines(path)));
@@ -187,7 +198,7 @@ pub(super) fn open(
         monitor.note(format_args!("waiting for {holder}, which is tokenizing into {cache}"));
     };
     let folder = cache::folder(cache, (&spec.name, &key[..16]), monitor.stop, waiting, |folder| {
-        tokenize(spec, tokenizer, &origin, &files, folder, monitor.stop, told)
+        tokenize(spec, tokenizer, &origin, &files, folder, monitor.stop, on_progress)
     })?;
     let path = folder.join(HEADER);
     let bad = |reason: String| CorpusError::Shard { path: path.clone(), reason };
@@ -220,7 +231,7 @@ fn tokenize(
     files: &[PathBuf],
     folder: &Path,
     stop: &AtomicBool,
-    told: &mut dyn FnMut(Tokenizing<'_>),
+    on_progress: &mut dyn FnMut(Tokenizing<'_>),
 ) -> Result<(), CorpusError> {
     let mut train = TokenWriter::new(folder.join("train.tokens"), origin)?;
     let mut validation = TokenWriter::new(folder.join("validation.tokens"), origin)?;
@@ -249,7 +260,7 @@ fn tokenize(
             part.write(piece, &tokens)?;
         }
         let bytes = train.totals.bytes + validation.totals.bytes;
-        told(Tokenizing { source: &spec.name, bytes, of });
+        on_progress(Tokenizing { source: &spec.name, bytes, of });
         Ok(())
     })?;
     let documents = train.totals.documents + validation.totals.documents;

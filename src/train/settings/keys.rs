@@ -313,6 +313,6 @@ mod tests {
             assert_eq!(text.parse::<RewardRule>().unwrap().to_string(), text);
         }
         let error = "nice".parse::<RewardRule>().unwrap_err();
-        assert!(error.contains("\"nice\" is no rule"), "{error}");
+        assert!(error.contains("\"nice\" is not a known rule"), "{error}");
     }
 }

@@ -1,8 +1,8 @@
-//! Every setting of a training run, once: flag, key of the TOML file, default and what it means.
+//! All settings of a training run, each defined once: flag, key of the TOML file, default and help text.
 //! Names are PEFT's, TRL's and transformers'.
 //!
-//! What all commands share is [`CommonSettings`]; each command adds its own. In a file they are one
-//! flat table.
+//! [`CommonSettings`] are shared by all training commands; each command adds its own. In a file they are
+//! one flat table.
 
 mod compute;
 mod keys;
@@ -50,7 +50,7 @@ pub enum Command {
     Sft,
     /// A reward model from comparisons.
     Reward,
-    /// Preference optimization without a reward model: DPO and its kin.
+    /// Preference optimization without a reward model: DPO and its variants.
     Dpo,
     /// Proximal policy optimization against a reward model.
     Ppo,
@@ -59,7 +59,7 @@ pub enum Command {
 }
 
 impl Command {
-    /// All of them.
+    /// All commands.
     pub const ALL: [Self; 5] = [Self::Sft, Self::Reward, Self::Dpo, Self::Ppo, Self::Grpo];
 
     /// Its name on the command line and in a run's `config.toml`.
@@ -92,14 +92,14 @@ pub enum Task {
 /// The settings of a run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RunSettings {
-    /// What all commands have.
+    /// Shared settings.
     pub common: CommonSettings,
-    /// What this one adds.
+    /// Settings of the command.
     pub task: Task,
 }
 
 impl RunSettings {
-    /// The key of `config.toml` that says which command it is of.
+    /// The key of `config.toml` that names the command.
     const COMMAND: &str = "command";
 
     /// A command's defaults.
@@ -155,7 +155,7 @@ impl RunSettings {
             Task::Ppo(own) => own.write(&mut table),
             Task::Grpo(own) => own.write(&mut table),
         }?;
-        // One file is a text, several are a list.
+        // One file is written as a string, several as a list.
         if let Some(toml::Value::Array(files)) = table.get("data")
             && let [file] = &files[..]
         {
@@ -165,8 +165,8 @@ impl RunSettings {
         Ok(table)
     }
 
-    /// A command's defaults, and over them what `table` says. Keys it does not have, and a table
-    /// that names another command, are refused.
+    /// A command's defaults, overridden by `table`. Unknown keys, and a table that names another command,
+    /// are errors.
     pub fn from_table(command: Command, table: toml::Table) -> Result<Self, TrainError> {
         let mut settings = Self::new(command);
         if let Some(found) = table.get(Self::COMMAND)
@@ -224,7 +224,7 @@ impl RunSettings {
         keys
     }
 
-    /// The files and folders that must not change while the run goes on, with what they are. Data is
+    /// The files and folders that must not change between start and resume of a run, with what they are. Data is
     /// not among them: it is hashed as a whole where it is read.
     ///
     /// # Errors
@@ -241,7 +241,7 @@ impl RunSettings {
         Ok(found)
     }
 
-    /// The folders of all adapters that the run reads, and what they are put on.
+    /// The folders of all adapters that the run reads.
     pub fn adapters(&self) -> Vec<PathBuf> {
         let mut folders = vec![self.common.adapter.clone()];
         folders.extend(self.common.frozen_adapter.iter().map(|adapter| adapter.path.clone()));
@@ -268,7 +268,7 @@ impl RunSettings {
         Command::ALL.into_iter().find(|command| command.name() == name)
     }
 
-    /// The settings with their paths made absolute: a run goes on from any directory.
+    /// The settings with absolute paths, so that a run can be resumed from any directory.
     pub fn absolute(&self) -> Result<Self, TrainError> {
         let mut settings = self.clone();
         settings.visit_paths(&mut make_absolute)?;
@@ -317,12 +317,12 @@ impl CommonSettings {
         AddedTokenSpec::list(&self.add_tokens, &self.add_special_tokens)
     }
 
-    /// Whether evaluations are compared.
+    /// Whether the best checkpoint is tracked.
     pub fn seeks_best(&self) -> bool {
         self.early_stopping_patience > 0 || self.load_best_model_at_end
     }
 
-    /// How they are, as transformers does it.
+    /// How the best checkpoint is selected, as in transformers.
     pub fn best(&self) -> BestSettings {
         let name = &self.metric_for_best_model;
         let metric = if name.starts_with(EVAL) { name.clone() } else { format!("{EVAL}{name}") };
@@ -334,7 +334,7 @@ impl CommonSettings {
         }
     }
 
-    /// The file of a command that takes one.
+    /// The data file of a command that reads a single one.
     pub fn data_file(&self) -> &Path {
         self.data.first().map_or(Path::new(""), |file| &file.path)
     }
@@ -422,7 +422,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_of_others_are_refused() {
+    fn keys_of_other_commands_are_errors() {
         let refused = |command, text: &str| {
             let table = toml::from_str(text).unwrap();
             RunSettings::from_table(command, table).unwrap_err().to_string()
@@ -469,7 +469,7 @@ mod tests {
     }
 
     #[test]
-    fn all_faults_are_told_at_once() {
+    fn all_faults_are_reported_at_once() {
         let mut settings = RunSettings::new(Command::Ppo);
         settings.common.save_steps = 0;
         settings.common.optimizer.adam_beta1 = 1.0;

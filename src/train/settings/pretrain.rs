@@ -1,4 +1,4 @@
-//! The settings of pretraining. What they share with fine-tuning has the same name and meaning.
+//! The settings of pretraining. Settings shared with fine-tuning have the same name and meaning.
 
 use std::path::PathBuf;
 
@@ -19,59 +19,59 @@ use crate::train::TrainError;
 /// The list of [`PretrainSettings`].
 #[rustfmt::skip]
 macro_rules! pretrain_settings { ($then:ident) => { $then! {
-    /// A run of pretraining.
+    /// Settings of pretraining.
     PretrainSettings, PretrainFlags {
-        /// A source of the mixture, NAME=WEIGHT:FILES: text, JSONL with `text` or `messages`, or
-        /// Parquet with a `text` column; FILES may hold * and **, WEIGHT is its share of the rows; may be given again
+        /// Data source, NAME=WEIGHT:FILES: text, JSONL with `text` or `messages`, or Parquet with a `text`
+        /// column; FILES is a glob pattern, WEIGHT the relative number of rows; can be repeated
         #[flag(num_args = 1..)]
         source: Vec<Text<SourceSpec>> = Vec::new(),
-        /// The tokenizer: a folder with tokenizer.json, as `tokenizer train` makes it; with --base the base's own
+        /// Tokenizer: a folder with tokenizer.json, as `tokenizer train` writes it [default: that of --base]
         tokenizer: PathBuf = PathBuf::new(),
-        /// Go on from this model instead of random weights: a GGUF file or a Hugging Face folder
+        /// Continue from this model instead of random weights: a GGUF file or a Hugging Face folder
         #[fingerprint = "the base"]
         base: PathBuf = PathBuf::new(),
-        /// The run directory; the model will be in DIR/model
+        /// Run directory; the model is written to DIR/model
         out: PathBuf = PathBuf::new(),
-        /// Where tokenized sources are kept for the next run [default: DIR/corpus]
+        /// Cache directory of tokenized sources [default: DIR/corpus]
         cache: PathBuf = PathBuf::new(),
-        /// The day, YYYY-MM-DD, that a chat template with a date shows [default: the day the run begins]
+        /// Current date in chat templates that print one, YYYY-MM-DD [default: the day the run starts]
         template_date: String = String::new(),
 
-        /// The shape of the model: a Hugging Face config.json
+        /// Model shape: a Hugging Face config.json
         model_config: PathBuf = PathBuf::new(),
-        /// The shape by name; the numbers below change it [default: tiny]
+        /// Model shape by name; the settings below override parts of it [default: tiny]
         preset: Preset = Preset::Tiny,
-        /// Width of the residual stream; 0 is the preset's, here and below
+        /// Hidden size; 0 uses the preset, here and below
         hidden_size: usize = 0,
-        /// Layers
+        /// Number of layers
         num_hidden_layers: usize = 0,
-        /// Query heads
+        /// Number of attention heads
         num_attention_heads: usize = 0,
-        /// Key and value heads [default: as many as query heads]
+        /// Number of key-value heads [default: num_attention_heads]
         num_key_value_heads: usize = 0,
-        /// Width of the feed-forward layer
+        /// Intermediate size of the feed-forward layers
         intermediate_size: usize = 0,
-        /// Base of the rotary frequencies [default: 10000]
+        /// RoPE base frequency [default: 10000]
         rope_theta: f64 = 10_000.0,
         /// Whether lm_head shares the weights of the embedding [default: true]
         #[flag(num_args = 0..=1, default_missing_value = "true")]
         tie_word_embeddings: bool = true,
-        /// Standard deviation of the first weights; those that write to the residual stream begin
-        /// smaller, by the root of twice the layers (GPT-2) [default: 0.02]
+        /// Standard deviation of initial weights; output projections are scaled down by the square root of
+        /// twice the number of layers, as in GPT-2 [default: 0.02]
         initializer_range: f64 = 0.02,
 
-        /// Tokens of a row [default: 256]
+        /// Sequence length in tokens [default: 256]
         max_length: usize = 256,
-        /// Rows of a micro-batch [default: 16]
+        /// Rows per micro-batch [default: 16]
         per_device_train_batch_size: usize = 16,
-        /// Micro-batches of a step [default: 1]
+        /// Micro-batches per step [default: 1]
         gradient_accumulation_steps: usize = 1,
-        /// Whether positions and attention begin anew with each document of a row [default: false]
+        /// Reset positions and attention at document borders [default: false]
         #[flag(num_args = 0..=1, default_missing_value = "true")]
         reset_attention: bool = false,
-        /// Steps, instead of max_tokens when above 0 [default: 0]
+        /// Optimizer steps; overrides max_tokens when above 0 [default: 0]
         max_steps: u64 = 0,
-        /// Tokens to train on, rounded up to whole steps [default: 0]
+        /// Number of tokens to train on, rounded up to whole steps [default: 0]
         max_tokens: u64 = 0,
 
         /// Final learning rate, as a fraction of the highest [default: 0.1]
@@ -81,46 +81,45 @@ macro_rules! pretrain_settings { ($then:ident) => { $then! {
 
         /// Fraction of the documents that is held out [default: 0.01]
         validation_split: f64 = 0.01,
-        /// Rows of them that an evaluation reads; 0 reads all [default: 64]
+        /// Number of held-out rows per evaluation; 0 uses all [default: 64]
         eval_rows: usize = 64,
-        /// Steps between evaluations; 0 evaluates never [default: 100]
+        /// Steps between evaluations; 0 disables them [default: 100]
         eval_steps: u64 = 100,
-        /// Steps between printed samples; 0 prints none [default: 100]
+        /// Steps between printed samples; 0 disables them [default: 100]
         sample_steps: u64 = 100,
-        /// What samples begin with; may be given again [default: the beginning of a document]
+        /// Prompt of samples; can be repeated [default: the start of a document]
         #[flag(num_args = 1..)]
         sample_prompt: Vec<String> = Vec::new(),
-        /// Tokens of a sample [default: 48]
+        /// Number of tokens per sample [default: 48]
         sample_tokens: usize = 48,
         /// Temperature of samples; 0 is greedy [default: 0.8]
         sample_temperature: f64 = 0.8,
 
-        /// Memory the run may take, as 600MB or 2GiB: layers that do not fit are recomputed in the
-        /// backward pass, which costs up to a third more time [default: 70 % of what is free]
+        /// Memory limit, such as 600MB or 2GiB: layers whose activations do not fit are recomputed in the
+        /// backward pass, which takes up to a third more time [default: 70 % of free memory]
         memory_budget: OptionalText<ByteSize> = None,
-        /// Recompute all layers, or with false none, whatever the memory budget says
+        /// Recompute the activations of all layers (true) or none (false), regardless of memory_budget
         #[flag(num_args = 0..=1, default_missing_value = "true")]
         gradient_checkpointing: Option<bool> = None,
         /// Steps between checkpoints [default: 500]
         save_steps: u64 = 500,
-        /// Checkpoints kept; 0 keeps all [default: 2]
+        /// Number of checkpoints to keep; 0 keeps all [default: 2]
         save_total_limit: usize = 2,
-        /// Seed of the first weights, the order of the data and the samples [default: 42]
+        /// Seed of initial weights, data order and samples [default: 42]
         seed: u64 = 42,
-        /// Precision of products: f32, int16 (block-floating, faster; weights stay f32), or portable,
-        /// which is --backend reference [default: f32]
+        /// Precision of matrix products: f32, int16 (block floating point, faster; weights stay f32), or
+        /// portable, which means --backend reference [default: f32]
         compute: ComputeSetting = ComputeSetting::Precision(Precision::F32),
-        /// What computes: cpu (kernels for the CPU), or reference (plain candle ops in f32: slow, and the
-        /// only backend of other devices than the CPU) [default: cpu; reference on another device]
+        /// Backend: cpu (optimized kernels), or reference (candle ops in f32; slow, but the only backend for
+        /// other devices) [default: cpu; reference on other devices]
         backend: BackendKind = BackendKind::Cpu,
-        /// Where parameters and optimizer are and products are computed: cpu, cuda, cuda:N or metal; the
-        /// others than cpu are of builds with the feature of that name [default: cpu]
+        /// Device: cpu, cuda, cuda:N or metal; all but cpu require a build with that feature [default: cpu]
         device: DeviceName = DeviceName::Cpu,
-        /// Number format of the model's folder [default: f32]
+        /// Float type of the written model folder [default: f32]
         dtype: FloatType = FloatType::F32,
         /// Also write the model as this GGUF file
         export: PathBuf = PathBuf::new(),
-        /// Its types, as `quantize --type` has them [default: F16]
+        /// Type of the GGUF file, as in `quantize --type` [default: F16]
         export_type: String = "F16".into(),
         ..optimizer: OptimizerSettings, OptimizerFlags = OptimizerSettings {
             learning_rate: 1e-3,
@@ -141,7 +140,7 @@ impl PretrainSettings {
         self.compute.on(self.backend)
     }
 
-    /// What `config.toml` calls the command.
+    /// Key and name of the command in `config.toml`.
     const COMMAND: (&str, &str) = ("command", "pretrain");
 
     /// One flat table, with the command's name.
@@ -177,14 +176,14 @@ impl PretrainSettings {
         Ok(settings)
     }
 
-    /// The settings with their paths made absolute: a run goes on from any directory.
+    /// The settings with absolute paths, so that a run can be resumed from any directory.
     pub fn absolute(&self) -> Result<Self, TrainError> {
         let mut settings = self.clone();
         settings.visit_paths(&mut make_absolute)?;
         Ok(settings)
     }
 
-    /// How the mixture is made and cut into rows.
+    /// The settings of the corpus.
     pub fn corpus(&self) -> CorpusSettings {
         CorpusSettings {
             cache: match self.cache.as_os_str().is_empty() {
@@ -203,18 +202,18 @@ impl PretrainSettings {
         self.eval_steps > 0 && self.validation_split > 0.0
     }
 
-    /// Steps of the run.
+    /// Total number of steps.
     pub fn total_steps(&self) -> u64 {
         let tokens = self.rows_of_step() * self.max_length as u64;
         if self.max_steps > 0 { self.max_steps } else { self.max_tokens.div_ceil(tokens.max(1)) }
     }
 
-    /// Rows of a step.
+    /// Number of rows per step.
     pub fn rows_of_step(&self) -> u64 {
         (self.per_device_train_batch_size * self.gradient_accumulation_steps) as u64
     }
 
-    /// The shape of a new model with this vocabulary.
+    /// The config of a new model with this vocabulary size.
     pub fn config(&self, vocab_size: usize) -> Result<Config, ModelError> {
         if !self.model_config.as_os_str().is_empty() {
             let config = Config::from_file(&self.model_config)?;
@@ -234,7 +233,7 @@ impl PretrainSettings {
         let hidden_size = or(self.hidden_size, hidden_size);
         let heads = or(self.num_attention_heads, heads);
         if !hidden_size.is_multiple_of(heads) {
-            let reason = format!("hidden_size {hidden_size} is no multiple of {heads} heads");
+            let reason = format!("hidden_size {hidden_size} is not a multiple of {heads} heads");
             return Err(ModelError::Config { path: "the model's shape".into(), reason });
         }
         let config = Config {
@@ -259,7 +258,7 @@ impl PretrainSettings {
         config.checked("the model's shape".into())
     }
 
-    /// All that is out of range, in one sentence, or `None`.
+    /// All invalid settings in one sentence, or `None`.
     pub fn fault(&self) -> Option<String> {
         let mut faults = Faults::default();
         faults.check(!self.out.is_unset(), "--out is missing".into());
@@ -281,16 +280,17 @@ impl PretrainSettings {
             [("--base", !self.base.is_unset()), ("--model-config", !self.model_config.is_unset())];
         for (of, given) in from_file {
             for (name, _) in shape.iter().filter(|(_, set)| given && *set) {
-                faults.check(false, format!("{name} is the model's own with {of}, not to be set"));
+                faults.check(false, format!("{name} cannot be set with {of}, which defines it"));
             }
         }
         let set = self.initializer_range != plain.initializer_range;
-        let fault = "initializer_range is of random weights, and --base is given".to_string();
+        let fault =
+            "initializer_range only applies to random weights, but --base is given".to_string();
         faults.check(self.base.is_unset() || !set, fault);
         let set = self.export_type != plain.export_type;
-        faults.check(!self.export.is_unset() || !set, "export_type is given without export".into());
+        faults.check(!self.export.is_unset() || !set, "export_type requires export".into());
         let both = !self.base.is_unset() && !self.model_config.is_unset();
-        faults.check(!both, "model_config is the model's own with --base, not to be set".into());
+        faults.check(!both, "model_config cannot be set with --base, which defines it".into());
         let some = self.max_steps > 0 || self.max_tokens > 0;
         faults.check(some, "max_steps and max_tokens are both 0: nothing would be trained".into());
         faults.counts([
@@ -313,8 +313,7 @@ impl PretrainSettings {
         let fine = (0.0..1.0).contains(&share);
         faults.check(fine, format!("validation_split is {share}, needed in [0, 1)"));
         let fine = self.compute().precision != Precision::Int8;
-        let fault =
-            "compute is int8, too rough to train all weights: needed f32, int16 or portable";
+        let fault = "compute is int8, which is too imprecise to train all weights: needed f32, int16 or portable";
         faults.check(fine, fault.into());
         if let Err(fault) = self.device.check(self.compute()) {
             faults.0.push(fault.to_string());
@@ -324,17 +323,17 @@ impl PretrainSettings {
             ("memory_budget", self.memory_budget.is_some()),
             ("gradient_checkpointing", self.gradient_checkpointing == Some(true)),
         ] {
-            let fault = "is of the fast forms, the portable one keeps all layers: not to be set";
+            let fault = "only applies to backend cpu; reference keeps all activations";
             faults.check(!(portable && set), format!("{name} {fault}"));
         }
         let date = &self.template_date;
         let fine = date.is_empty() || first_second(date).is_some();
         faults.check(fine, format!("template_date is {date:?}, needed YYYY-MM-DD"));
         let length = self.max_length;
-        faults.check(length > 1, format!("max_length is {length}, needed 2 or more"));
+        faults.check(length > 1, format!("max_length is {length}, needed at least 2"));
         let seed = self.seed;
         faults.check(i64::try_from(seed).is_ok(), format!("seed is {seed}, needed below 2^63"));
-        faults.told()
+        faults.finish()
     }
 }
 
@@ -373,7 +372,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_out_of_range_is_told_at_once() {
+    fn all_faults_are_reported_at_once() {
         assert_eq!(settings().fault(), None);
         let wrong = PretrainSettings {
             base: "base.gguf".into(),
@@ -383,11 +382,9 @@ mod tests {
             ..settings()
         };
         let fault = wrong.fault().unwrap();
-        for words in [
-            "hidden_size is the model's own with --base",
-            "nothing would be trained",
-            "compute is int8",
-        ] {
+        for words in
+            ["hidden_size cannot be set with --base", "nothing would be trained", "compute is int8"]
+        {
             assert!(fault.contains(words), "{words}: {fault}");
         }
     }

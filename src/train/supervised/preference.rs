@@ -36,11 +36,11 @@ pub struct PreferenceTraining {
     pub(super) rows: EpochRows<Comparison, ComparisonReport>,
     settings: PreferenceSettings,
     micro_batch_rows: usize,
-    reference: Option<Reference>,
+    reference: Option<ReferenceModel>,
 }
 
 /// The model that the policy is compared with.
-struct Reference {
+struct ReferenceModel {
     /// The folder of its adapter; empty for the base alone.
     folder: PathBuf,
     /// What the policy is put on top of, and so is the reference.
@@ -69,7 +69,7 @@ impl PreferenceTraining {
         let loaded = loader.comparisons(kind, WhenTooLong::Cut)?;
         let given = !own.ref_adapter.as_os_str().is_empty();
         let folder = if given { &own.ref_adapter } else { &loader.common.adapter };
-        let reference = settings.loss.has_reference().then(|| Reference {
+        let reference = settings.loss.has_reference().then(|| ReferenceModel {
             folder: folder.clone(),
             frozen: frozen.to_vec(),
             active: Vec::new(),
