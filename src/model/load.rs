@@ -11,7 +11,7 @@ use crate::ops::Compute;
 use crate::quant::{BlockType, FrozenMatrix, RowOrder};
 use crate::weights::{Checkpoint, WeightsError};
 
-/// Faults after which loading stops.
+/// Errors after which loading stops.
 const FAULTS: usize = 64;
 
 impl Decoder {

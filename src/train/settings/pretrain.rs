@@ -6,7 +6,7 @@ use super::compute::{ComputeSetting, set_backend};
 use super::keys::{ByteSize, OptionalText, SettingValue, Text};
 use super::lists::OptimizerSettings;
 use super::part::{SettingsPart, make_absolute, settings_struct};
-use super::validate::Faults;
+use super::validate::ValidationErrors;
 use super::values::{FloatType, Preset};
 use crate::data::corpus::{CorpusSettings, SourceSpec};
 use crate::model::backend::{Backend, with_backend};
@@ -260,7 +260,7 @@ impl PretrainSettings {
 
     /// All invalid settings in one sentence, or `None`.
     pub fn fault(&self) -> Option<String> {
-        let mut faults = Faults::default();
+        let mut faults = ValidationErrors::default();
         faults.check(!self.out.is_unset(), "--out is missing".into());
         faults.check(!self.source.is_empty(), "--source is missing".into());
         let given = !self.tokenizer.is_unset() || !self.base.is_unset();

@@ -13,11 +13,11 @@ use crate::string_enum::StringEnum;
 
 /// Collects what is out of range.
 #[derive(Default)]
-pub(super) struct Faults(pub(super) Vec<String>);
+pub(super) struct ValidationErrors(pub(super) Vec<String>);
 
-impl Faults {
+impl ValidationErrors {
     /// All of them in one sentence, if there are any.
-    pub(super) fn told(self) -> Option<String> {
+    pub(super) fn finish(self) -> Option<String> {
         (!self.0.is_empty()).then(|| self.0.join("; "))
     }
 
@@ -62,7 +62,7 @@ impl Faults {
 impl RunSettings {
     /// All that is out of range, in one sentence, or `None`.
     pub fn fault(&self) -> Option<String> {
-        let mut faults = Faults::default();
+        let mut faults = ValidationErrors::default();
         self.common.faults(&mut faults);
         let plain = |files: &[DataFile]| files.len() < 2 && files.iter().all(|f| f.weight == 1.0);
         let fault = "several --data, and weights of them, are of sft: needed one file";
@@ -101,12 +101,12 @@ impl RunSettings {
             }
             Task::Grpo(own) => own.faults(&mut faults),
         }
-        faults.told()
+        faults.finish()
     }
 }
 
 impl DpoSettings {
-    fn faults(&self, faults: &mut Faults) {
+    fn faults(&self, faults: &mut ValidationErrors) {
         faults.counts([("gradient_accumulation_steps", self.gradient_accumulation_steps as u64)]);
         faults.rates([
             ("label_smoothing", self.label_smoothing, 0.5),
@@ -159,7 +159,7 @@ impl DpoSettings {
 }
 
 impl OptimizerSettings {
-    pub(super) fn faults(&self, faults: &mut Faults) {
+    pub(super) fn faults(&self, faults: &mut ValidationErrors) {
         faults.rates([
             ("learning_rate", self.learning_rate, f64::MAX),
             ("warmup_ratio", self.warmup_ratio, 1.0),
@@ -175,7 +175,7 @@ impl OptimizerSettings {
 }
 
 impl RolloutSettings {
-    fn faults(&self, faults: &mut Faults) {
+    fn faults(&self, faults: &mut ValidationErrors) {
         faults.counts([
             ("batch_size", self.batch_size as u64),
             ("num_mini_batches", self.num_mini_batches as u64),
@@ -187,7 +187,7 @@ impl RolloutSettings {
 }
 
 impl PpoSettings {
-    fn faults(&self, faults: &mut Faults) {
+    fn faults(&self, faults: &mut ValidationErrors) {
         faults.check(!self.reward_adapter.is_unset(), "--reward-adapter is missing".into());
         self.rollouts.faults(faults);
         faults.counts([
@@ -227,7 +227,7 @@ impl GrpoSettings {
         self.reward.len() + self.reward_command.len() + models
     }
 
-    fn faults(&self, faults: &mut Faults) {
+    fn faults(&self, faults: &mut ValidationErrors) {
         let (rewards, weights) = (self.rewards(), self.reward_weights.len());
         let fault = "no reward is given: needed --reward, --reward-command, --reward-adapter or \
                      --reward-model";
@@ -265,7 +265,7 @@ impl GrpoSettings {
 }
 
 impl CommonSettings {
-    fn faults(&self, faults: &mut Faults) {
+    fn faults(&self, faults: &mut ValidationErrors) {
         let given = [("base", !self.base.is_unset()), ("data", !self.data.is_unset())];
         for (name, given) in given.into_iter().chain([("out", !self.out.is_unset())]) {
             faults.check(given, format!("--{name} is missing"));
