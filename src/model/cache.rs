@@ -33,6 +33,7 @@ string_enum! {
     }
 }
 
+#[allow(clippy::derivable_impls)] // string_enum! marks no variant as the default
 impl Default for CacheType {
     fn default() -> Self {
         Self::F32
@@ -60,6 +61,7 @@ pub struct KvCache {
 
 /// The rows of a cache, by backend.
 #[derive(Debug, Clone)]
+#[allow(clippy::large_enum_variant)] // one per batch, never in a list
 enum CacheRows {
     Cpu(PanelCache),
     Reference(TensorCache),

@@ -27,7 +27,7 @@ impl Parameter {
         Self { value, gradient: None }
     }
 
-    fn to_device(&mut self, device: &Device) -> Result<()> {
+    fn upload(&mut self, device: &Device) -> Result<()> {
         self.value = self.value.to_device(device)?;
         Ok(())
     }
@@ -64,8 +64,8 @@ impl Norm {
         Ok(f(&factors))
     }
 
-    pub fn to_device(&mut self, device: &Device) -> Result<()> {
-        self.weight.to_device(device)
+    pub fn upload(&mut self, device: &Device) -> Result<()> {
+        self.weight.upload(device)
     }
 }
 
@@ -181,7 +181,7 @@ impl Linear {
             }
             LinearWeight::Trainable { value, .. } => *value = value.to_device(device)?,
         }
-        self.bias.iter_mut().try_for_each(|bias| bias.to_device(device))
+        self.bias.iter_mut().try_for_each(|bias| bias.upload(device))
     }
 }
 
@@ -297,7 +297,7 @@ impl Layer {
             &mut self.pre_feedforward_norm,
             &mut self.post_feedforward_norm,
         ];
-        norms.into_iter().flatten().try_for_each(|norm| norm.to_device(device))
+        norms.into_iter().flatten().try_for_each(|norm| norm.upload(device))
     }
 }
 

@@ -55,7 +55,7 @@ impl<'a> LmHead<'a> {
     /// few rows only. A row gets the same bits among any others. They are on the CPU, where tokens are
     /// sampled.
     pub fn logits(&self, hidden: &Tensor, adapters: Adapters) -> Result<Tensor> {
-        let hidden = &self.to_head(hidden)?;
+        let hidden = &self.scaled_hidden(hidden)?;
         let base = match self.uploaded {
             Some(head) => head.linear(&hidden.detach())?.to_device(&Device::Cpu)?,
             None => few_rows(hidden, self.weight, self.compute)?,
@@ -90,7 +90,7 @@ impl<'a> LmHead<'a> {
         active: &[ActiveAdapter],
     ) -> Result<Tensor> {
         let cap = self.config.logit_softcap(temperature);
-        let hidden = self.to_head(hidden)?;
+        let hidden = self.scaled_hidden(hidden)?;
         // Without a cap hidden states may as well be divided; with one, logits are, behind it.
         let hidden = &if cap.is_some() { hidden } else { at_temperature(hidden, temperature)? };
         let Some(head) = self.adapted(active)? else {
@@ -152,7 +152,7 @@ impl<'a> LmHead<'a> {
     }
 
     /// Hidden states times the multiplier that a family may have.
-    fn to_head(&self, hidden: &Tensor) -> Result<Tensor> {
+    fn scaled_hidden(&self, hidden: &Tensor) -> Result<Tensor> {
         let by = self.config.variation.logits_multiplier;
         if by == 1.0 { Ok(hidden.clone()) } else { hidden * by }
     }

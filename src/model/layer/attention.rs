@@ -121,6 +121,7 @@ impl LayerPass<'_> {
     /// The backward pass of both: adds the gradient through attention to `dx`, the gradient of the
     /// residual stream behind it, which becomes that before it; `x` is the layer's input. With `lowest`,
     /// nothing is computed below that group: `dx` is then of no use.
+    #[allow(clippy::too_many_arguments)] // a unit, its states, its tape, where gradients go, buffers
     pub(super) fn attention_back(
         &self,
         attention: &Attention,

@@ -59,6 +59,7 @@ impl LayerPass<'_> {
     /// The backward pass of [`Self::feed_forward`]: from `dx`, the gradient of the residual stream behind
     /// the block, to that of its input, `dnormed`. With `lowest`, nothing is computed below that group:
     /// `dnormed` is then of no use.
+    #[allow(clippy::too_many_arguments)] // a unit, its states, its tape, where gradients go, buffers
     pub(super) fn feed_forward_back(
         &self,
         block: &FeedForward,
@@ -104,6 +105,7 @@ impl LayerPass<'_> {
         Ok(())
     }
 
+    #[allow(clippy::too_many_arguments)] // a unit, its states, its tape, where gradients go, buffers
     fn dense_back(
         &self,
         dense: &DenseFeedForward,

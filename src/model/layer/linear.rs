@@ -66,6 +66,7 @@ impl LayerPass<'_> {
     }
 
     /// The backward pass of [`Self::project_all`].
+    #[allow(clippy::too_many_arguments)] // a unit, its states, its tape, where gradients go, buffers
     pub(super) fn project_all_back(
         &self,
         projection: &Projection,
