@@ -1,7 +1,7 @@
 //! The instruction sets that the CPU kernels use, detected at run time: one build runs everywhere
 //! and uses what the CPU has.
 //!
-//! Kernels in plain Rust are compiled once per ISA level by [`multiversion!`] and left to the
+//! Kernels in plain Rust are compiled once per ISA level by `multiversion!` and left to the
 //! vectorizer; kernels with intrinsics are written per level. Either way the level is matched once
 //! per call, never inside a loop.
 //!

@@ -1,6 +1,6 @@
 //! Enums whose values have a fixed name in files and on the command line.
 //!
-//! [`string_enum!`] makes the enum, its list of values, [`Display`](std::fmt::Display),
+//! `string_enum!` makes the enum, its list of values, [`Display`](std::fmt::Display),
 //! [`FromStr`](std::str::FromStr) and serde of one list. Does not know what the values mean.
 
 /// A closed set of values, each with a name.

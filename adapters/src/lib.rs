@@ -19,7 +19,7 @@
 //! - `validate`: whether an adapter's tensors fit a base and are finite ([`Adapter::mismatches`]).
 //! - [`initialize`]: adapters initialized from the base's weights.
 //! - [`combine`]: several adapters merged into one.
-//! - [`format`]: PEFT's folder and its safetensors, read and written.
+//! - [`mod@format`]: PEFT's folder and its safetensors, read and written.
 //! - [`registry`]: named adapters for one base, swapped while others use them. Does not know files.
 
 pub mod base;

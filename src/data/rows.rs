@@ -205,7 +205,7 @@ pub(super) struct ComparisonRow {
     keys: Vec<String>,
 }
 
-/// A pair of responses, by their indices in [`Comparison::responses`].
+/// A pair of responses, by their indices in `Comparison::responses`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PreferencePair {
     /// Index of the preferred response.

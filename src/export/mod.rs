@@ -3,7 +3,7 @@
 //! An [`ExportSource`] is a list of tensors that are read a few rows at a time: those of a checkpoint with
 //! adapters merged into them, or those a training run has in memory. Writers process one tensor after the
 //! other, so that memory holds a chunk of one tensor and never a whole model. Written files are opened
-//! again and compared with the source ([`verify`]). A folder becomes the same GGUF as by llama.cpp's
+//! again and compared with the source ([`verify()`]). A folder becomes the same GGUF as by llama.cpp's
 //! converter, and a GGUF becomes a folder; properties that the target format cannot hold are errors.
 
 mod chunk;

@@ -349,7 +349,7 @@ impl Tokenizer {
         pre_tokenizer::identify(self.inner.get_pre_tokenizer()?, ignore_merges)
     }
 
-    /// Whether another tokenizer gives other ids for some text of [`pre_tokenizer::PROBES`].
+    /// Whether another tokenizer gives other ids for some text of `pre_tokenizer::PROBES`.
     pub fn cuts_otherwise(&self, other: &Self) -> bool {
         let ids = |of: &Self, text| of.encode(text, Special::AsText).ok();
         pre_tokenizer::PROBES.iter().any(|text| ids(self, text) != ids(other, text))

@@ -7,7 +7,7 @@
 //!
 //! [`Reference`] defines the answer. Every other backend is held to it, output and gradients, by the
 //! tests that `backend_tests!` makes for each. A new backend is a file here with its implementation,
-//! a [`BackendKind`], and its line in [`with_backend`] and in those tests.
+//! a [`BackendKind`], and its line in `with_backend!` and in those tests.
 
 mod cpu;
 mod inference;

@@ -37,7 +37,7 @@ pub use tape::{Sizes, Tape, Workspace};
 /// Values, or rows of an update, that a thread takes at a time.
 const CHUNK: usize = 1 << 14;
 
-/// Linear layers that share an input: the index of [`Layer::groups`], in the order of the forward pass.
+/// Linear layers that share an input: the index of `Layer::groups`, in the order of the forward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct LinearGroup(pub(super) usize);
 
@@ -179,7 +179,7 @@ impl<'a> LayerPass<'a> {
     }
 
     /// Turns `dx`, the gradient of the layer's output, into that of its input, and adds the gradients of
-    /// trainable adapters or weights. `tape`, which [`Self::forward`] left, is used up.
+    /// trainable adapters or weights. `tape`, which `Self::forward` left, is used up.
     ///
     /// With `lowest`, nothing is computed below that group: `dx` is then of no use.
     pub fn backward(

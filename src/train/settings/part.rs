@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use super::keys::{PathVisitor, SettingValue};
 use crate::train::TrainError;
 
-/// What every part of a run's settings can do; made by [`settings_struct!`] of a list.
+/// What every part of a run's settings can do; made by `settings_struct!` of a list.
 pub trait SettingsPart {
     /// The keys, in the order of the list.
     fn keys() -> Vec<&'static str>;
