@@ -222,7 +222,7 @@ fn errors_are_one_sentence() {
     };
     let of = |lines: &[&str], needed: &str| check(&["--base", &base], lines, needed);
     of(&["/adapter nobody"], "no adapter is named \"nobody\": none is loaded");
-    of(&["/foo"], "there is no /foo, only /adapter");
+    of(&["/foo"], "unknown command /foo; commands are /adapter");
     of(&["/undo"], "nothing has been said yet");
     of(&["/regenerate"], "nothing has been said yet");
     of(&["/save x.jsonl"], "nothing has been said yet");

@@ -517,7 +517,7 @@ fn invalid_sources_are_one_error_and_leave_no_files() {
     check(&["a=1:title.parquet"], &same, "title.parquet: no column \"text\", found title");
     let third = "latin.parquet: row 3, column \"text\": byte 3 is not UTF-8";
     check(&["a=1:latin.parquet"], &same, third);
-    check(&["a=1:good.txt"], &|settings| settings.sequence_length = 0, "rows of 0 tokens");
+    check(&["a=1:good.txt"], &|settings| settings.sequence_length = 0, "the sequence length is 0");
     check(
         &["a=1:good.txt"],
         &|settings| settings.validation_split = 1.0,

@@ -394,7 +394,7 @@ impl FullModel {
             LayerPass::new(&self.config, &self.layers[index], &pass, self.compute.precision)
         };
         let layers = self.layers.len();
-        let kept = |index: usize| index + kept_layers >= layers;
+        let kept = |index: usize| index >= layers.saturating_sub(kept_layers);
 
         // Forward.
         let FullBuffers { work, tapes, scratch, x, dx, read } = buffers;

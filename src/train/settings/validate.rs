@@ -65,7 +65,7 @@ impl RunSettings {
         let mut faults = ValidationErrors::default();
         self.common.faults(&mut faults);
         let plain = |files: &[DataFile]| files.len() < 2 && files.iter().all(|f| f.weight == 1.0);
-        let fault = "several --data, and weights of them, are of sft: needed one file";
+        let fault = "several --data files, and weights, are only supported by sft: needed one file";
         let mixes = matches!(self.task, Task::Sft(_));
         faults.check(mixes || plain(&self.common.data), fault.into());
         match &self.task {
@@ -85,7 +85,7 @@ impl RunSettings {
                 let rows =
                     self.common.per_device_train_batch_size * own.gradient_accumulation_steps;
                 let compares_rows = own.preference().loss.compares_rows();
-                let fault = "kto compares the rows of a step: needed at least 2, by \
+                let fault = "kto compares the rows of a step: needed at least 2, set \
                              per_device_train_batch_size or gradient_accumulation_steps";
                 faults.check(!compares_rows || rows > 1, fault.into());
             }
@@ -95,7 +95,7 @@ impl RunSettings {
                     Some(strategy) => strategy != EvalStrategy::No,
                     None => !self.common.eval_data.is_unset(),
                 };
-                let fault = "judge_adapter is read in evaluations: needed --eval-data or \
+                let fault = "judge_adapter is used in evaluations: requires --eval-data or \
                              --eval-strategy";
                 faults.check(own.judge_adapter.is_unset() || evaluates, fault.into());
             }
@@ -170,7 +170,7 @@ impl OptimizerSettings {
         for (name, beta) in [("adam_beta1", self.adam_beta1), ("adam_beta2", self.adam_beta2)] {
             faults.check((0.0..1.0).contains(&beta), format!("{name} is {beta}, needed in [0, 1)"));
         }
-        faults.check(self.adam_epsilon as f32 > 0.0, "adam_epsilon is no positive f32".into());
+        faults.check(self.adam_epsilon as f32 > 0.0, "adam_epsilon is not a positive f32".into());
     }
 }
 
@@ -289,14 +289,14 @@ impl CommonSettings {
             Some(strategy) => strategy != EvalStrategy::No,
             None => !self.eval_data.is_unset(),
         };
-        let fault = "early_stopping_patience and load_best_model_at_end compare evaluations: \
-                     needed --eval-data or --eval-strategy";
+        let fault = "early_stopping_patience and load_best_model_at_end require evaluations: \
+                     set --eval-data or --eval-strategy";
         faults.check(!self.seeks_best() || evaluates, fault.into());
         for (key, set) in [
             ("early_stopping_threshold", self.early_stopping_threshold != 0.0),
             ("greater_is_better", self.greater_is_better.is_some()),
         ] {
-            let fault = "needs early_stopping_patience or load_best_model_at_end";
+            let fault = "requires early_stopping_patience or load_best_model_at_end";
             faults.check(!set || self.seeks_best(), format!("{key} {fault}"));
         }
         if let Err(fault) = self.device.check(self.compute()) {
@@ -331,15 +331,13 @@ impl CommonSettings {
                 ),
             ];
             for (name, _) in own.iter().filter(|(_, set)| *set) {
-                faults.check(
-                    false,
-                    format!("{name} is the adapter's own with --adapter, not to be set"),
-                );
+                faults
+                    .check(false, format!("{name} cannot be set with --adapter, which defines it"));
             }
         }
         faults.check(
             self.max_length > 1,
-            format!("max_length is {}, needed 2 or more", self.max_length),
+            format!("max_length is {}, needed at least 2", self.max_length),
         );
         let some = self.max_steps > 0 || self.num_train_epochs > 0.0;
         faults.check(
