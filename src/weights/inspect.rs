@@ -9,7 +9,9 @@ use std::thread;
 
 use serde::Serialize;
 
-use super::gguf::{Gguf, file_type_name, type_name};
+#[cfg(feature = "cli")]
+use super::gguf::file_type_name;
+use super::gguf::{Gguf, type_name};
 use super::value::short_text;
 use super::{HfFolder, Safetensors, WeightsError};
 
