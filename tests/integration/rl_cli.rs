@@ -685,7 +685,10 @@ fn invalid_rollout_settings_are_errors() {
     program("kill -9 $$", &["SIGKILL"]);
     program("sleep 60", &["has not answered sample 1 of 32 within 1 s"]);
     program("while read -r l; do echo good; done", &["answered sample 1 of 32 with \"good\""]);
-    program("for i in 1 2 3; do read -r l; echo 1; done", &["ended", "after 3 of 32 answers"]);
+    program(
+        "for i in 1 2 3; do read -r l; echo 1; done",
+        &["exited (exit status: 0)", "after 3 of 32 answers"],
+    );
     program("no-such-program-here", &["exited (exit status: 127)"]);
     program("yes 1", &["an extra line"]);
 }
