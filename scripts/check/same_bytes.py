@@ -102,7 +102,7 @@ def runs(data):
     yield "sft texts", ["sft", *base, *train("texts"), "--weight-decay", 0.1, "--neftune-noise-alpha", 5]
     yield "sft unpacked", [*sft, "--packing", "false", "--max-grad-norm", 0.1]
     yield "sft recomputed", [*sft, "--gradient-checkpointing", "true"]
-    yield "sft continued", [*sft, "--adapter", adapter]
+    yield "sft continued", [*sft[:-2], "--adapter", adapter]  # without --r, which the adapter defines
     yield "sft on frozen", [*sft, "--frozen-adapter", adapter]
     yield "sft dora", [*sft, "--use-dora", "true"]
     yield "sft rslora+", [*sft, "--use-rslora", "true", "--loraplus-lr-ratio", 8]
