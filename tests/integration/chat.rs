@@ -223,9 +223,9 @@ fn errors_are_one_sentence() {
     let of = |lines: &[&str], needed: &str| check(&["--base", &base], lines, needed);
     of(&["/adapter nobody"], "no adapter is named \"nobody\": none is loaded");
     of(&["/foo"], "unknown command /foo; commands are /adapter");
-    of(&["/undo"], "nothing has been said yet");
-    of(&["/regenerate"], "nothing has been said yet");
-    of(&["/save x.jsonl"], "nothing has been said yet");
+    of(&["/undo"], "there is no message yet");
+    of(&["/regenerate"], "there is no message yet");
+    of(&["/save x.jsonl"], "there is no message yet");
     of(&["/load a"], "needed NAME=PATH");
     of(&[&load], "nowhere");
     of(&["/drop voice"], "no adapter is named \"voice\"");

@@ -172,18 +172,24 @@ fn gradients_match_finite_differences() {
         let batches = micro_batches(&run, 0, 4);
         let model = load(name, Compute::F32);
         let (_, gradients) = step(&model, &batches, 2);
-        differences(name, &model, &batches, &gradients);
+        differences(name, &model, &batches, &gradients, 1e-2);
     }
 }
 
-/// Holds the gradient of every parameter to differences of the loss.
-fn differences(name: &str, model: &FullModel, batches: &[Batch], gradients: &Gradients) {
+/// Compares the gradient of every parameter with differences of the loss over a step of this length.
+fn differences(
+    name: &str,
+    model: &FullModel,
+    batches: &[Batch],
+    gradients: &Gradients,
+    step_length: f64,
+) {
     for (index, var) in model.parameters.iter().enumerate() {
         let before = var.as_tensor().copy().unwrap();
         // Along the gradient itself the loss rises by its norm.
         let norm = global_norm(&gradients[index..=index]);
         let along = Tensor::from_slice(&gradients[index], var.shape(), &Device::Cpu).unwrap();
-        let h = 1e-2 / norm;
+        let h = step_length / norm;
         let at = |sign: f64| {
             var.set(&(&before + (&along * (sign * h)).unwrap()).unwrap()).unwrap();
             step(model, batches, 2).0
@@ -213,7 +219,7 @@ fn every_family_trains() {
         let (loss, rounded) = step(&model(Compute::INT16), batches, usize::MAX);
         assert!((loss - exact).abs() < 1e-3 * exact, "{name}: {loss}, portable {exact}");
         close(&name, &portable, &rounded, &needed, 2e-2);
-        differences(&name, &fast, batches, &gradients);
+        differences(&name, &fast, batches, &gradients, 2e-3); // their losses bend more
     }
 }
 
