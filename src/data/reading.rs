@@ -427,7 +427,7 @@ impl<T: Record, R: RowReport> LoadedFile<T, R> {
     }
 }
 
-/// Describes the cache and its size. Nothing is ever evicted, so the user is told how large it is.
+/// Describes the cache and its size. Nothing is ever evicted, so the message gives its size.
 fn shared(cache: &Path) -> String {
     let words = format!("once for all runs with {}", cache.display());
     match cache::holdings(cache, HEADER) {

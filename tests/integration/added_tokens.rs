@@ -511,11 +511,11 @@ fn older_embedding_and_head_updates_do_not_change_added_tokens() {
     last_json(&quantune(&strings(&export)));
     let row: Vec<u32> = vec![5, 9, 30, 7, 11];
     for path in [&ends, &head, &gguf] {
-        let says = |vocabulary: usize, wears: bool, row: &[u32]| {
+        let says = |vocabulary: usize, uses_adapter: bool, row: &[u32]| {
             let decoder = load("llama-untied", Compute::F32).with_vocabulary(vocabulary).unwrap();
             let adapter = open_adapter(Path::new(path), "older", &decoder).unwrap().0;
             let active = [ActiveAdapter::frozen(Arc::new(adapter))];
-            let adapters = Adapters::Same(if wears { &active } else { &[] });
+            let adapters = Adapters::Same(if uses_adapter { &active } else { &[] });
             let hidden = decoder.hidden(&Rows::new(&[row]), adapters).unwrap();
             let logits = decoder.logits(&hidden, adapters).unwrap().to_vec2::<f32>().unwrap();
             let mut embedded = Vec::new();
