@@ -9,10 +9,9 @@ use std::sync::Arc;
 use candle_core::{DType, Device, Tensor, Var};
 use criterion::measurement::WallTime;
 use criterion::{BenchmarkGroup, Criterion, Throughput, criterion_group, criterion_main};
-use quantune::ops::attention::Heads;
-use quantune::ops::frozen_linear::few_rows;
 use quantune::ops::{
-    Compute, Segment, causal_attention, frozen_linear, linear_log_probs, rms_norm, swiglu,
+    Compute, Heads, Segment, causal_attention, few_rows, frozen_linear, linear_log_probs, rms_norm,
+    swiglu,
 };
 use quantune::quant::{BlockType, Bytes, FrozenMatrix};
 

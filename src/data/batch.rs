@@ -48,7 +48,11 @@ impl EpochPlan {
 
     /// Orders the given rows for one epoch; a row may occur several times. `length` gives the number of
     /// tokens of a row.
-    pub fn of(rows: Vec<u32>, length: impl Fn(usize) -> usize, settings: &EpochSettings) -> Self {
+    pub(crate) fn of(
+        rows: Vec<u32>,
+        length: impl Fn(usize) -> usize,
+        settings: &EpochSettings,
+    ) -> Self {
         let &EpochSettings { seed, epoch, shuffle, packing, .. } = settings;
         let mut order = rows;
         if shuffle {
@@ -221,7 +225,7 @@ impl Batch {
     ///
     /// # Panics
     /// As [`Batch::new`].
-    pub fn gather(examples: &Examples, bins: &[Vec<usize>]) -> Self {
+    pub(crate) fn gather(examples: &Examples, bins: &[Vec<usize>]) -> Self {
         let mut batch = Self::default();
         for &index in bins.iter().flatten() {
             batch.push(&examples.get(index));
@@ -235,7 +239,7 @@ impl Batch {
     }
 
     /// Appends the tokens of a prompt to the targets; returns how many they are.
-    pub fn learn_prompt(&mut self, prompt: Range<usize>) -> usize {
+    pub(crate) fn learn_prompt(&mut self, prompt: Range<usize>) -> usize {
         let targets = prompt.clone().zip(&self.tokens[prompt]).skip(1);
         let targets: Vec<(u32, u32)> = targets.map(|(row, &t)| (row as u32 - 1, t)).collect();
         self.targets.extend(&targets);
@@ -260,7 +264,7 @@ impl Batch {
     /// Appends a row of packed documents: the inputs are all tokens of `row` but the last, and the target
     /// of each is the next token, if that is `learned`. A token that `begins` a document starts a new
     /// segment, with positions from 0. Random numbers are keyed by `key` and the position in the row.
-    pub fn push_packed(
+    pub(crate) fn push_packed(
         &mut self,
         row: &[u32],
         key: u64,

@@ -299,7 +299,7 @@ pub(super) enum RowHashWriter {
 
 impl RowHashWriter {
     /// A writer to a file, or to memory without a path.
-    pub fn new(path: Option<PathBuf>) -> io::Result<Self> {
+    pub(crate) fn new(path: Option<PathBuf>) -> io::Result<Self> {
         Ok(match path {
             None => Self::Memory(Vec::new()),
             Some(path) => {
@@ -309,7 +309,7 @@ impl RowHashWriter {
         })
     }
 
-    pub fn add(&mut self, hash: u64, line: u64) -> io::Result<()> {
+    pub(crate) fn add(&mut self, hash: u64, line: u64) -> io::Result<()> {
         match self {
             Self::Memory(records) => {
                 records.push(hash_record(hash, line));
@@ -320,7 +320,7 @@ impl RowHashWriter {
     }
 
     /// Sorts the hashes.
-    pub fn finish(self) -> io::Result<RowHashes> {
+    pub(crate) fn finish(self) -> io::Result<RowHashes> {
         match self {
             Self::Memory(mut records) => {
                 records.sort_unstable();

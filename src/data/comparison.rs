@@ -128,7 +128,7 @@ pub enum WhenTooLong {
 
 impl RowStore<Comparison> {
     /// Number of responses of a row.
-    pub fn responses(&self, index: usize) -> usize {
+    pub(crate) fn responses(&self, index: usize) -> usize {
         Comparison::responses_in(self.encoded(index))
     }
 }
@@ -232,7 +232,7 @@ impl Comparisons {
     ///
     /// # Errors
     /// If the file cannot be read at all.
-    pub fn first(
+    pub(crate) fn first(
         path: &Path,
         tokenizer: &Tokenizer,
         settings: &ComparisonSettings,

@@ -140,7 +140,7 @@ impl Dataset {
     ///
     /// # Errors
     /// If the file cannot be read at all.
-    pub fn first(
+    pub(crate) fn first(
         path: &Path,
         tokenizer: &Tokenizer,
         settings: &LoadSettings,
@@ -171,7 +171,7 @@ impl Dataset {
     ///
     /// # Panics
     /// If `files` is empty.
-    pub fn join(files: Vec<Self>) -> Self {
+    pub(crate) fn join(files: Vec<Self>) -> Self {
         reading::join(files, DataReport::add)
     }
 }

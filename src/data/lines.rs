@@ -108,7 +108,7 @@ pub(super) fn first_lines(
 ///
 /// # Errors
 /// If the file cannot be read.
-pub fn first_row_format(path: &Path) -> Result<Option<RowFormat>, DataError> {
+pub(crate) fn first_row_format(path: &Path) -> Result<Option<RowFormat>, DataError> {
     let mut found = None;
     first_lines(path, LINES_AT_A_TIME, |line| {
         found = found.or_else(|| Row::read(&line.bytes).0);
@@ -196,12 +196,15 @@ pub(super) struct LineReader<R> {
 }
 
 impl<R: BufRead> LineReader<R> {
-    pub fn new(reader: R, most: usize) -> Self {
+    pub(crate) fn new(reader: R, most: usize) -> Self {
         Self { reader, most, row: 0, number: 0 }
     }
 
     /// The next line that is not blank, or `None` at the end. `seen` is called with all bytes read.
-    pub fn next(&mut self, mut seen: impl FnMut(&[u8])) -> std::io::Result<Option<FileLine>> {
+    pub(crate) fn next(
+        &mut self,
+        mut seen: impl FnMut(&[u8]),
+    ) -> std::io::Result<Option<FileLine>> {
         loop {
             let mut bytes = Vec::new();
             // Reading one byte more than the maximum detects a line that is too long.

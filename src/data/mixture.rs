@@ -79,7 +79,7 @@ impl fmt::Display for DataFile {
 /// third time, and the next epoch uses the other half a third time.
 ///
 /// Indices have 32 bits, which allows four billion rows, since a plan holds one per row.
-pub fn epoch_examples(files: &[(usize, f64)], seed: u64, epoch: u64) -> Vec<u32> {
+pub(crate) fn epoch_examples(files: &[(usize, f64)], seed: u64, epoch: u64) -> Vec<u32> {
     let mut all = Vec::new();
     let mut first: u32 = 0;
     for (file, &(count, weight)) in (0u64..).zip(files) {

@@ -38,8 +38,9 @@ pub use comparison::{
 pub use dataset::{DataReport, Dataset, LoadSettings, ModelLimits, Split};
 pub use error::{DataError, RowError};
 pub use example::Example;
-pub use lines::first_row_format;
-pub use mixture::{DataFile, epoch_examples};
+pub(crate) use lines::first_row_format;
+pub use mixture::DataFile;
+pub(crate) use mixture::epoch_examples;
 pub use prompts::{Prompt, PromptReport, PromptSettings, PromptSplit, Prompts};
 pub use reading::{Cache, FileRows, FileSplit};
 pub use row_format::RowFormat;

@@ -43,14 +43,14 @@ pub(super) struct ParquetRows {
 }
 
 impl ParquetRows {
-    pub fn open(path: &Path) -> Result<Self, DataError> {
+    pub(crate) fn open(path: &Path) -> Result<Self, DataError> {
         let reader = open(path)?;
         let rows = guarded(path, || Ok(RowIter::from_file_into(Box::new(reader))))?;
         Ok(Self { path: path.into(), rows, read: 0 })
     }
 
     /// The next row as a line of JSON, with a newline.
-    pub fn next(&mut self) -> Result<Option<Vec<u8>>, DataError> {
+    pub(crate) fn next(&mut self) -> Result<Option<Vec<u8>>, DataError> {
         let Some(row) = guarded(&self.path, || self.rows.next().transpose())? else {
             return Ok(None);
         };

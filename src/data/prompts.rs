@@ -142,7 +142,7 @@ impl Prompts {
     ///
     /// # Errors
     /// If the file cannot be read at all; [`DataError::Stopped`].
-    pub fn examine<'m>(
+    pub(crate) fn examine<'m>(
         path: &Path,
         tokenizer: &Tokenizer,
         settings: &PromptSettings,
@@ -155,7 +155,7 @@ impl Prompts {
     ///
     /// # Errors
     /// If the file cannot be read at all.
-    pub fn first(
+    pub(crate) fn first(
         path: &Path,
         tokenizer: &Tokenizer,
         settings: &PromptSettings,

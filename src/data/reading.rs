@@ -44,7 +44,7 @@ pub struct Cache {
 
 impl Cache {
     /// Whether a file is large enough to be cached.
-    pub fn keeps(&self, path: &Path) -> bool {
+    pub(crate) fn keeps(&self, path: &Path) -> bool {
         fs::metadata(path).is_ok_and(|about| about.len() >= self.from_bytes)
     }
 }

@@ -72,7 +72,7 @@ impl RowFormat {
     }
 
     /// The commands that train on such rows.
-    pub fn learned_by(self) -> &'static str {
+    pub(crate) fn learned_by(self) -> &'static str {
         match self {
             Self::Compared | Self::Ranked => "`reward` and `dpo`",
             Self::Labelled => "`dpo --loss-type kto`",
@@ -82,7 +82,7 @@ impl RowFormat {
     }
 
     /// Whether supervised fine-tuning trains on such rows.
-    pub fn is_supervised(self) -> bool {
+    pub(crate) fn is_supervised(self) -> bool {
         self.learned_by() == Self::Text.learned_by()
     }
 }

@@ -113,13 +113,13 @@ impl<T: Record> RowStore<T> {
     ///
     /// # Panics
     /// If `index` is out of range; the other methods that take an index panic likewise.
-    pub fn length(&self, index: usize) -> usize {
+    pub(crate) fn length(&self, index: usize) -> usize {
         let (file, index) = self.find(index);
         T::tokens_in(file.bytes(index), file.place(index)[3])
     }
 
     /// Number of tokens of every row, in order.
-    pub fn lengths(&self) -> impl ExactSizeIterator<Item = usize> + '_ {
+    pub(crate) fn lengths(&self) -> impl ExactSizeIterator<Item = usize> + '_ {
         (0..self.len()).map(|index| self.length(index))
     }
 
@@ -178,7 +178,7 @@ impl<T: Record> RowStore<T> {
 
 impl RowStore<Example> {
     /// Number of rows of the file that have at least one example.
-    pub fn rows(&self) -> u64 {
+    pub(crate) fn rows(&self) -> u64 {
         let first = |file: &StoredFile, index| file.place(index)[3] == 0;
         let count = |file: &StoredFile| {
             (0..file.places.len() / LOCATION_BYTES).filter(|&index| first(file, index)).count()
@@ -191,24 +191,24 @@ impl RowStore<Example> {
 pub(super) struct WordReader<'a>(&'a [[u8; 4]]);
 
 impl<'a> WordReader<'a> {
-    pub fn of(bytes: &'a [u8]) -> Self {
+    pub(crate) fn of(bytes: &'a [u8]) -> Self {
         Self(bytes.as_chunks().0)
     }
 
     /// The next `count` words.
-    pub fn take(&mut self, count: usize) -> impl Iterator<Item = u32> + use<'a> {
+    pub(crate) fn take(&mut self, count: usize) -> impl Iterator<Item = u32> + use<'a> {
         let (taken, rest) = self.0.split_at(count);
         self.0 = rest;
         taken.iter().map(|word| u32::from_le_bytes(*word))
     }
 
     /// The next word; 0 at the end.
-    pub fn next(&mut self) -> u32 {
+    pub(crate) fn next(&mut self) -> u32 {
         self.take(1).next().unwrap_or_default()
     }
 
     /// All remaining words.
-    pub fn rest(&mut self) -> impl Iterator<Item = u32> + use<'a> {
+    pub(crate) fn rest(&mut self) -> impl Iterator<Item = u32> + use<'a> {
         self.take(self.0.len())
     }
 }
@@ -237,14 +237,14 @@ pub(super) enum ByteSink {
 
 impl ByteSink {
     /// A file in `folder`, or memory if there is no folder.
-    pub fn new(folder: Option<&Path>, name: &str) -> io::Result<Self> {
+    pub(crate) fn new(folder: Option<&Path>, name: &str) -> io::Result<Self> {
         Ok(match folder {
             Some(folder) => Self::File(BufWriter::new(File::create(folder.join(name))?)),
             None => Self::Memory(Vec::new()),
         })
     }
 
-    pub fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
         match self {
             Self::Nowhere => Ok(()),
             Self::Memory(memory) => {
@@ -256,7 +256,7 @@ impl ByteSink {
     }
 
     /// The bytes kept in memory, if any; a file is synced to disk before this returns.
-    pub fn finish(self) -> io::Result<Vec<u8>> {
+    pub(crate) fn finish(self) -> io::Result<Vec<u8>> {
         match self {
             Self::Nowhere => Ok(Vec::new()),
             Self::Memory(mut memory) => {
@@ -278,13 +278,13 @@ pub(super) fn names(part: &str) -> [String; 2] {
 
 impl<T: Record> RowStoreWriter<T> {
     /// A writer to files in `folder`, or to memory if there is no folder.
-    pub fn new(folder: Option<&Path>, part: &str) -> io::Result<Self> {
+    pub(crate) fn new(folder: Option<&Path>, part: &str) -> io::Result<Self> {
         let [rows, places] = names(part);
         Ok(Self::into(ByteSink::new(folder, &rows)?, ByteSink::new(folder, &places)?))
     }
 
     /// A writer that discards all rows.
-    pub fn nowhere() -> Self {
+    pub(crate) fn nowhere() -> Self {
         Self::into(ByteSink::Nowhere, ByteSink::Nowhere)
     }
 
@@ -294,7 +294,7 @@ impl<T: Record> RowStoreWriter<T> {
     }
 
     /// Appends a record, with the row and line number that it comes from.
-    pub fn push(&mut self, kept: &T, row: u64, line: u64) -> io::Result<()> {
+    pub(crate) fn push(&mut self, kept: &T, row: u64, line: u64) -> io::Result<()> {
         self.row.clear();
         kept.encode(&mut self.row);
         kept.hash(&mut self.hasher);
@@ -305,7 +305,7 @@ impl<T: Record> RowStoreWriter<T> {
     }
 
     /// The store, empty unless the rows were kept in memory, and a hash of all tokens.
-    pub fn finish(self) -> io::Result<(RowStore<T>, String)> {
+    pub(crate) fn finish(self) -> io::Result<(RowStore<T>, String)> {
         let sha256 = hex(&self.hasher.finalize());
         let in_memory = |bytes| Bytes::new(Arc::new(bytes));
         let arrays = [self.rows.finish()?, self.places.finish()?].map(in_memory);

@@ -238,7 +238,10 @@ pub(super) enum Responses {
 impl ComparisonRow {
     /// Parses one line, and also returns its format, which is known even for most invalid rows. A key with
     /// value null counts as absent.
-    pub fn read(line: &[u8], kind: ComparisonKind) -> (Option<RowFormat>, Result<Self, RowError>) {
+    pub(crate) fn read(
+        line: &[u8],
+        kind: ComparisonKind,
+    ) -> (Option<RowFormat>, Result<Self, RowError>) {
         match object(line) {
             Ok(row) => (RowFormat::of(&row), Self::of(row, kind)),
             Err(error) => (None, Err(error)),
@@ -294,7 +297,7 @@ impl ComparisonRow {
     }
 
     /// The JSON path of a response in the row.
-    pub fn key(&self, response: usize) -> String {
+    pub(crate) fn key(&self, response: usize) -> String {
         self.keys[response].clone()
     }
 }
@@ -443,7 +446,7 @@ pub(super) enum PromptRow {
 
 impl PromptRow {
     /// Parses one line.
-    pub fn parse(line: &[u8]) -> Result<Self, RowError> {
+    pub(crate) fn parse(line: &[u8]) -> Result<Self, RowError> {
         let row = object(line)?;
         match row.get("prompt") {
             None | Some(Value::Null) => Err(RowError::OtherKind {

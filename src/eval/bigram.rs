@@ -5,7 +5,7 @@ use std::collections::HashMap;
 /// Counts of tokens and of pairs, smoothed after Witten and Bell (1991): the probability mass of unseen pairs
 /// grows with the number of distinct tokens that followed the first token.
 #[derive(Debug, Clone)]
-pub struct Bigram {
+pub(crate) struct Bigram {
     vocab_size: usize,
     tokens: HashMap<u32, u64>,
     total: u64,
@@ -16,7 +16,7 @@ pub struct Bigram {
 
 impl Bigram {
     /// An untrained model over `vocab_size` tokens.
-    pub fn new(vocab_size: usize) -> Self {
+    pub(crate) fn new(vocab_size: usize) -> Self {
         Self {
             vocab_size,
             tokens: HashMap::new(),
@@ -27,7 +27,7 @@ impl Bigram {
     }
 
     /// Counts the tokens and pairs of a text.
-    pub fn learn(&mut self, tokens: &[u32]) {
+    pub(crate) fn learn(&mut self, tokens: &[u32]) {
         for &token in tokens {
             *self.tokens.entry(token).or_default() += 1;
             self.total += 1;
@@ -42,7 +42,7 @@ impl Bigram {
     }
 
     /// Summed negative log-likelihood, in nats, of all tokens but the first, each given the previous one.
-    pub fn nats(&self, tokens: &[u32]) -> f64 {
+    pub(crate) fn nats(&self, tokens: &[u32]) -> f64 {
         tokens.windows(2).map(|pair| -self.probability(pair[0], pair[1]).ln()).sum()
     }
 

@@ -1,14 +1,14 @@
 //! Evaluation: mean loss under the loss masks of training, and perplexity as computed by llama.cpp.
 
-pub mod bigram;
-pub mod diversity;
+mod bigram;
+pub(crate) mod diversity;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::data::{Batch, Examples};
 use crate::model::scoring::{log_probs_of, target_log_probs};
 use crate::model::{ActiveAdapter, Decoder, Rows};
-pub use bigram::Bigram;
+pub(crate) use bigram::Bigram;
 pub use diversity::{Diversity, Reply, distinct, diversity};
 
 /// Number of tokens per forward pass.
@@ -104,7 +104,7 @@ pub struct TextLoss {
 
 impl TextLoss {
     /// Adds another sum.
-    pub fn add(&mut self, other: &Self) {
+    pub(crate) fn add(&mut self, other: &Self) {
         self.nats += other.nats;
         self.tokens += other.tokens;
         self.bytes += other.bytes;

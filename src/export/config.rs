@@ -24,7 +24,7 @@ pub(super) fn dtype_name(dtype: BlockType) -> Result<&'static str, ExportError> 
 ///
 /// # Errors
 /// With the property that it cannot describe.
-pub fn expressible(config: &Config) -> Result<(), ExportError> {
+pub(crate) fn expressible(config: &Config) -> Result<(), ExportError> {
     to_json(config, BlockType::F32, &Map::new()).map(|_| ())
 }
 

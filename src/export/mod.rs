@@ -13,21 +13,20 @@ mod folder;
 mod gguf;
 pub mod imatrix;
 pub mod lora;
-pub mod modelfile;
+pub(crate) mod modelfile;
 pub mod quality_report;
 mod source;
 pub mod types;
-pub mod verify;
+pub(crate) mod verify;
 
-pub use config::expressible;
+pub(crate) use config::expressible;
 pub use error::ExportError;
 pub use folder::write_folder;
 pub use gguf::write_gguf;
-pub use source::{ExportSource, ExportTensor, NamedTensor};
+pub use source::{ExportSource, ExportTensor};
 pub use types::{FileType, Recipe};
-pub use verify::{
-    Distance, Verified, VerifyBounds, load_with_added_tokens, verify, verify_with_added_tokens,
-};
+pub use verify::{Distance, Verified, VerifyBounds, verify};
+pub(crate) use verify::{load_with_added_tokens, verify_with_added_tokens};
 
 use crate::quant::BlockType;
 

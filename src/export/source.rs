@@ -83,7 +83,7 @@ enum BaseValues<'a> {
 }
 
 /// A tensor in memory: Hugging Face's name, shape and values.
-pub type NamedTensor<'a> = (&'a str, &'a [usize], &'a [f32]);
+pub(crate) type NamedTensor<'a> = (&'a str, &'a [usize], &'a [f32]);
 
 impl<'a> ExportSource<'a> {
     /// The model of a checkpoint with adapters merged in: `W + Σ weight · (W' - W)` with each

@@ -163,7 +163,7 @@ pub fn verify(
 ///
 /// # Errors
 /// As [`verify`].
-pub fn verify_with_added_tokens(
+pub(crate) fn verify_with_added_tokens(
     base: &Checkpoint,
     added: &[AddedTokenSpec],
     active: &[ActiveAdapter],
@@ -186,7 +186,7 @@ pub fn verify_with_added_tokens(
 ///
 /// # Errors
 /// If the model or its tokenizer cannot be read.
-pub fn load_with_added_tokens(
+pub(crate) fn load_with_added_tokens(
     base: &Checkpoint,
     added: &[AddedTokenSpec],
 ) -> Result<Decoder, ExportError> {
@@ -237,7 +237,7 @@ fn compare(
 ///
 /// # Errors
 /// If the tokenizer fails on the text.
-pub fn tokens(base: &Checkpoint, config: &Config) -> Result<Vec<u32>, ExportError> {
+pub(crate) fn tokens(base: &Checkpoint, config: &Config) -> Result<Vec<u32>, ExportError> {
     let vocab_size = config.vocab_size as u32;
     let tokens: Vec<u32> = match Tokenizer::open(base) {
         Ok(tokenizer) => tokenizer.encode(TEXT, Special::AsText)?,

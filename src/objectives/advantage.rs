@@ -19,7 +19,7 @@ string_enum! {
 
 impl KlEstimator {
     /// The estimate at each of T tokens sampled from the policy.
-    pub fn per_token(self, logps: &[f32], ref_logps: &[f32]) -> Vec<f32> {
+    pub(crate) fn per_token(self, logps: &[f32], ref_logps: &[f32]) -> Vec<f32> {
         let estimate = match self {
             Self::K1 => kl_k1,
             Self::K3 => kl_k3,
@@ -29,12 +29,12 @@ impl KlEstimator {
 }
 
 /// `log π - log π_ref` at one token.
-pub fn kl_k1(logp: f32, ref_logp: f32) -> f32 {
+pub(crate) fn kl_k1(logp: f32, ref_logp: f32) -> f32 {
     logp - ref_logp
 }
 
 /// `r - 1 - log r` with `r = π_ref / π` at one token.
-pub fn kl_k3(logp: f32, ref_logp: f32) -> f32 {
+pub(crate) fn kl_k3(logp: f32, ref_logp: f32) -> f32 {
     let log_ratio = f64::from(ref_logp) - f64::from(logp);
     (log_ratio.exp_m1() - log_ratio) as f32
 }
@@ -48,7 +48,7 @@ pub fn kl_k3(logp: f32, ref_logp: f32) -> f32 {
 ///
 /// # Panics
 /// If there are fewer states than tokens.
-pub fn token_rewards(kl: &[f32], score: f32, kl_coef: f64, states: usize) -> Vec<f32> {
+pub(crate) fn token_rewards(kl: &[f32], score: f32, kl_coef: f64, states: usize) -> Vec<f32> {
     assert!(states >= kl.len() && states > 0, "{states} states for {} tokens", kl.len());
     let mut rewards = vec![0.0; states];
     for (reward, &kl) in rewards.iter_mut().zip(kl) {
@@ -62,7 +62,7 @@ pub fn token_rewards(kl: &[f32], score: f32, kl_coef: f64, states: usize) -> Vec
 /// row, after which the episode is over: advantages and returns.
 ///
 /// `A_t = δ_t + γ λ A_{t+1}` with `δ_t = r_t + γ V_{t+1} - V_t`; the return is `A_t + V_t`.
-pub fn gae(rewards: &[f32], values: &[f32], gamma: f64, lam: f64) -> (Vec<f32>, Vec<f32>) {
+pub(crate) fn gae(rewards: &[f32], values: &[f32], gamma: f64, lam: f64) -> (Vec<f32>, Vec<f32>) {
     let (mut advantages, mut returns) = (vec![0.0; values.len()], vec![0.0; values.len()]);
     let (mut next_value, mut next_advantage) = (0.0, 0.0);
     for t in (0..values.len()).rev() {
@@ -80,7 +80,7 @@ pub fn gae(rewards: &[f32], values: &[f32], gamma: f64, lam: f64) -> (Vec<f32>, 
 /// once, as TRL's `masked_whiten` (variance with Bessel's correction, 1e-8 added to it).
 ///
 /// A single value has no variance: TRL's is then not a number, here it is 0.
-pub fn whiten(values: &mut [f32], shift_mean: bool) {
+pub(crate) fn whiten(values: &mut [f32], shift_mean: bool) {
     let mut moments = RunningMoments::default();
     moments.extend(values);
     let scale = 1.0 / (moments.variance() + 1e-8).sqrt();
@@ -105,7 +105,7 @@ pub struct RunningMoments {
 
 impl RunningMoments {
     /// Counts further values.
-    pub fn extend(&mut self, values: &[f32]) {
+    pub(crate) fn extend(&mut self, values: &[f32]) {
         let Some(more) = Self::of(values) else { return };
         let (old, new) = (self.count as f64, more.count as f64);
         let shift = more.mean - self.mean;
@@ -122,18 +122,18 @@ impl RunningMoments {
     }
 
     /// With Bessel's correction; 0 of fewer than two values.
-    pub fn variance(&self) -> f64 {
+    pub(crate) fn variance(&self) -> f64 {
         self.squares / self.count.saturating_sub(1).max(1) as f64
     }
 
     /// The square root of it.
-    pub fn std(&self) -> f64 {
+    pub(crate) fn std(&self) -> f64 {
         self.variance().sqrt()
     }
 
     /// `value` in standard deviations, from the mean if `shift_mean`. Before two values are known
     /// the scale is left as it is.
-    pub fn normalize(&self, value: f32, shift_mean: bool) -> f32 {
+    pub(crate) fn normalize(&self, value: f32, shift_mean: bool) -> f32 {
         let scale = if self.count < 2 { 1.0 } else { self.std() + f64::from(f32::EPSILON) };
         let mean = if shift_mean { self.mean } else { 0.0 };
         ((f64::from(value) - mean) / scale) as f32
@@ -143,7 +143,7 @@ impl RunningMoments {
 /// A KL coefficient that follows a target (Ziegler et al. 2019, section 2.2; TRL's
 /// `AdaptiveKLController`). Saved with the run.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-pub struct AdaptiveKl {
+pub(crate) struct AdaptiveKl {
     /// The coefficient now.
     pub kl_coef: f64,
     /// The KL of a response that is aimed at, in nats (TRL's default 6).
@@ -155,7 +155,7 @@ pub struct AdaptiveKl {
 impl AdaptiveKl {
     /// Follows the mean KL of `episodes` responses: `kl_coef · (1 + clip(kl/target - 1, ±0.2) ·
     /// episodes/horizon)`.
-    pub fn update(&mut self, kl: f64, episodes: usize) {
+    pub(crate) fn update(&mut self, kl: f64, episodes: usize) {
         let error = (kl / self.target - 1.0).clamp(-0.2, 0.2);
         self.kl_coef *= 1.0 + error * episodes as f64 / self.horizon;
     }
@@ -177,7 +177,7 @@ string_enum! {
 
 /// Advantages of responses sampled in groups, and what TRL logs of the rewards.
 #[derive(Debug, Clone, PartialEq)]
-pub struct GroupAdvantages {
+pub(crate) struct GroupAdvantages {
     /// One for each response.
     pub advantages: Vec<f32>,
     /// `reward`: the mean.
@@ -193,7 +193,7 @@ pub struct GroupAdvantages {
 ///
 /// # Panics
 /// If the rewards are no whole number of groups.
-pub fn group_advantages(
+pub(crate) fn group_advantages(
     rewards: &[f32],
     generations: usize,
     scale: ScaleRewards,
@@ -224,7 +224,7 @@ pub fn group_advantages(
 ///
 /// # Panics
 /// If the rewards are no whole number of groups.
-pub fn rloo_advantages(rewards: &[f32], generations: usize) -> GroupAdvantages {
+pub(crate) fn rloo_advantages(rewards: &[f32], generations: usize) -> GroupAdvantages {
     let mut found = vec![0.0; rewards.len()];
     let mut flat = 0;
     for (group, advantages) in groups(rewards, generations, &mut found) {

@@ -172,7 +172,7 @@ impl Stats {
     }
 
     /// Adds those of another micro-batch.
-    pub fn add(&mut self, other: Self) {
+    pub(crate) fn add(&mut self, other: Self) {
         fn merge<T>(into: &mut Option<T>, other: Option<T>, add: impl Fn(&mut T, &T)) {
             match (into.as_mut(), other) {
                 (Some(sum), Some(other)) => add(sum, &other),
@@ -191,7 +191,7 @@ impl Stats {
 
 impl Objective {
     /// Whether it reads the log-probs of targets.
-    pub fn reads_log_probs(&self) -> bool {
+    pub(crate) fn reads_log_probs(&self) -> bool {
         match self {
             Self::Reward { .. } => false,
             Self::Ppo { policy, .. } => policy.is_some(),
@@ -200,7 +200,7 @@ impl Objective {
     }
 
     /// The rows, of N, whose hidden states it reads scores or values from.
-    pub fn score_rows(&self) -> Option<&[u32]> {
+    pub(crate) fn score_rows(&self) -> Option<&[u32]> {
         match self {
             Self::Reward { rows, .. } => Some(rows),
             Self::Ppo { value, .. } => Some(&value.as_ref()?.rows),
@@ -324,17 +324,4 @@ impl Grpo {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use candle_core::{Device, Var};
-
-    #[test]
-    fn language_modelling_is_the_sum_of_surprise() {
-        let logps = Var::new(&[-1.0f32, -2.5], &Device::Cpu).unwrap();
-        let (loss, judged) = Objective::LanguageModeling.compute(Some(&logps), None, None).unwrap();
-        assert_eq!((loss.to_scalar::<f32>().unwrap(), judged.loss), (3.5, 3.5));
-        let grads = loss.backward().unwrap();
-        assert_eq!(grads.get(&logps).unwrap().to_vec1::<f32>().unwrap(), [-1.0, -1.0]);
-        assert!(Objective::LanguageModeling.compute(None, None, None).is_err());
-    }
-}
+mod tests;

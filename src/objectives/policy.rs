@@ -26,7 +26,7 @@ string_enum! {
 
 impl LossForm {
     /// What each token of a row of `tokens` tokens counts.
-    pub fn weight(self, tokens: usize, max_completion_length: usize) -> f32 {
+    pub(crate) fn weight(self, tokens: usize, max_completion_length: usize) -> f32 {
         match self {
             Self::Grpo => 1.0 / tokens.max(1) as f32,
             Self::Bnpo => 1.0,
@@ -35,14 +35,14 @@ impl LossForm {
     }
 
     /// The weights of all tokens of the rows, `(T)`.
-    pub fn weights(self, tokens: &[usize], max_completion_length: usize) -> Vec<f32> {
+    pub(crate) fn weights(self, tokens: &[usize], max_completion_length: usize) -> Vec<f32> {
         let weight = |&count: &usize| self.weight(count, max_completion_length);
         per_token(&tokens.iter().map(weight).collect::<Vec<_>>(), tokens)
     }
 
     /// What the weighted sum over a whole step is divided by, from the tokens of all its rows. A
     /// row that is masked (a truncated completion, if those are) has none, but is a row.
-    pub fn count(self, tokens: &[usize]) -> usize {
+    pub(crate) fn count(self, tokens: &[usize]) -> usize {
         let count = match self {
             Self::Grpo | Self::DrGrpo => tokens.len(),
             Self::Bnpo => tokens.iter().sum(),
@@ -52,13 +52,13 @@ impl LossForm {
 }
 
 /// What belongs to a row, for each of its tokens: `(R)` → `(T)`.
-pub fn per_token(rows: &[f32], tokens: &[usize]) -> Vec<f32> {
+pub(crate) fn per_token(rows: &[f32], tokens: &[usize]) -> Vec<f32> {
     let repeat = |(&value, &count)| std::iter::repeat_n(value, count);
     rows.iter().zip(tokens).flat_map(repeat).collect()
 }
 
 /// Sums over the tokens of each row, `(T)` → `(R)`, differentiable: log-probs of whole responses.
-pub fn row_sums(values: &Tensor, tokens: &[usize]) -> Result<Tensor> {
+pub(crate) fn row_sums(values: &Tensor, tokens: &[usize]) -> Result<Tensor> {
     let row = |(row, &count): (usize, &usize)| std::iter::repeat_n(row as u32, count);
     let rows: Vec<u32> = tokens.iter().enumerate().flat_map(row).collect();
     let count = rows.len();
@@ -68,7 +68,7 @@ pub fn row_sums(values: &Tensor, tokens: &[usize]) -> Result<Tensor> {
 
 /// What was sampled, for the tokens of a batch (or, in RLOO's form, for its whole responses).
 #[derive(Debug, Clone, Copy)]
-pub struct Sampled<'a> {
+pub(crate) struct Sampled<'a> {
     /// Log-probs when the batch was sampled, by the training path, `(T)`.
     pub old_logps: &'a [f32],
     /// Advantages, `(T)`.
@@ -84,7 +84,7 @@ pub struct Sampled<'a> {
 ///
 /// # Errors
 /// If counts differ.
-pub fn ppo_policy_loss(
+pub(crate) fn ppo_policy_loss(
     logps: &Tensor,
     sampled: &Sampled<'_>,
     cliprange: f64,
@@ -117,7 +117,7 @@ pub fn ppo_policy_loss(
 ///
 /// # Errors
 /// If counts differ.
-pub fn ppo_value_loss(
+pub(crate) fn ppo_value_loss(
     values: &Tensor,
     old_values: &[f32],
     returns: &[f32],
@@ -164,7 +164,7 @@ pub struct PpoPolicyStats {
 
 impl PpoPolicyStats {
     /// Adds another batch of the same minibatch.
-    pub fn add(&mut self, other: &Self) {
+    pub(crate) fn add(&mut self, other: &Self) {
         self.tokens += other.tokens;
         self.weight += other.weight;
         self.loss += other.loss;
@@ -190,7 +190,7 @@ pub struct PpoValueStats {
 
 impl PpoValueStats {
     /// Adds another batch of the same minibatch.
-    pub fn add(&mut self, other: &Self) {
+    pub(crate) fn add(&mut self, other: &Self) {
         self.states += other.states;
         self.weight += other.weight;
         self.loss += other.loss;
@@ -249,7 +249,7 @@ pub struct GrpoSettings {
 ///
 /// # Errors
 /// If counts differ, or the reference is missing.
-pub fn grpo_loss(
+pub(crate) fn grpo_loss(
     logps: &Tensor,
     sampled: &Sampled<'_>,
     tokens: &[usize],
@@ -343,7 +343,7 @@ impl GrpoStats {
     }
 
     /// Adds another batch of the same step.
-    pub fn add(&mut self, other: &Self) {
+    pub(crate) fn add(&mut self, other: &Self) {
         self.tokens += other.tokens;
         self.loss += other.loss;
         self.kl = both(self.kl, other.kl);
@@ -355,7 +355,7 @@ impl GrpoStats {
     }
 
     /// Means over tokens under the names of TRL's GRPOTrainer; none if there is no token.
-    pub fn metrics(&self) -> Vec<(&'static str, f64)> {
+    pub(crate) fn metrics(&self) -> Vec<(&'static str, f64)> {
         if self.tokens == 0 {
             return Vec::new();
         }

@@ -87,17 +87,17 @@ impl PreferenceLoss {
     }
 
     /// Whether responses are labelled good or bad one by one; the other losses compare pairs.
-    pub fn reads_labels(&self) -> bool {
+    pub(crate) fn reads_labels(&self) -> bool {
         matches!(self, Self::Kto { .. })
     }
 
     /// Whether the loss needs at least two rows in a step.
-    pub fn compares_rows(&self) -> bool {
+    pub(crate) fn compares_rows(&self) -> bool {
         matches!(self, Self::Kto { .. })
     }
 
     /// Whether the tokens of prompts are learned too.
-    pub fn learns_prompts(&self) -> bool {
+    pub(crate) fn learns_prompts(&self) -> bool {
         matches!(self, Self::Orpo)
     }
 
@@ -108,7 +108,7 @@ impl PreferenceLoss {
     ///
     /// # Errors
     /// Those of `mismatched`.
-    pub fn step_constants<E>(
+    pub(crate) fn step_constants<E>(
         &self,
         parts: &[&PreferenceBatch],
         mismatched: impl FnOnce(&[usize]) -> std::result::Result<[Vec<f32>; 2], E>,
@@ -183,7 +183,7 @@ pub enum PreferenceJudgement {
 
 impl PreferenceBatch {
     /// What the sum of losses is divided by: pairs, or labelled responses.
-    pub fn count(&self) -> usize {
+    pub(crate) fn count(&self) -> usize {
         match &self.judgement {
             PreferenceJudgement::Pairs { pairs, .. } => pairs.len(),
             PreferenceJudgement::Labels(labels) => labels.len(),
@@ -256,7 +256,7 @@ impl PreferenceBatch {
 
 /// What is known of P pairs.
 #[derive(Debug, Clone, Copy)]
-pub struct PairLogps<'a> {
+pub(crate) struct PairLogps<'a> {
     /// Log-probs of the chosen responses under the policy, summed over their tokens, `(P)` F32.
     pub chosen: &'a Tensor,
     /// The same of the rejected.
@@ -274,7 +274,7 @@ pub struct PairLogps<'a> {
 
 /// The likelihood of what was chosen, prompts included (as in TRL and ORPO's own code).
 #[derive(Debug, Clone, Copy)]
-pub struct NegativeLogLikelihood<'a> {
+pub(crate) struct NegativeLogLikelihood<'a> {
     /// Log-probs of prompt and chosen response, summed over their predicted tokens, `(P)` F32.
     pub logps: &'a Tensor,
     /// The tokens summed over, `(P)`.
@@ -286,7 +286,7 @@ pub struct NegativeLogLikelihood<'a> {
 
 /// The losses of P pairs, or of R labelled responses.
 #[derive(Debug)]
-pub struct PreferenceLosses {
+pub(crate) struct PreferenceLosses {
     /// One for each, `(P)` F32, differentiable: the caller divides their sum by the pairs (KTO: the
     /// responses) of the whole step.
     pub losses: Tensor,
@@ -302,7 +302,7 @@ pub struct PreferenceLosses {
 ///
 /// # Errors
 /// If counts differ, the likelihood that ORPO needs is missing, or the loss is KTO's, which has no pairs.
-pub fn preference_losses(
+pub(crate) fn preference_losses(
     settings: &PreferenceSettings,
     logps: &PairLogps<'_>,
 ) -> Result<PreferenceLosses> {
@@ -363,7 +363,7 @@ pub fn preference_losses(
 ///
 /// # Errors
 /// If counts differ.
-pub fn kto_losses(
+pub(crate) fn kto_losses(
     settings: &PreferenceSettings,
     logps: &Tensor,
     reference: &[f32],
@@ -414,7 +414,7 @@ pub fn kto_losses(
 
 /// Which response each prompt of a batch is paired with for KTO's KL term: that of the row before
 /// it, the first with the last (TRL's rotation by one).
-pub fn kto_mismatched(rows: usize) -> Vec<usize> {
+pub(crate) fn kto_mismatched(rows: usize) -> Vec<usize> {
     (0..rows).map(|row| (row + rows - 1) % rows).collect()
 }
 
@@ -435,7 +435,7 @@ fn orpo_nll_weight(parts: &[&PreferenceBatch]) -> f64 {
 }
 
 /// KTO's reference point: the mean of `log π/π_ref` over the mismatched responses, at least 0.
-pub fn kto_kl(logps: &[f32], reference: &[f32]) -> f64 {
+pub(crate) fn kto_kl(logps: &[f32], reference: &[f32]) -> f64 {
     let ratios = logps.iter().zip(reference).map(|(&p, &r)| f64::from(p) - f64::from(r));
     (ratios.sum::<f64>() / logps.len().max(1) as f64).max(0.0)
 }
@@ -537,7 +537,7 @@ pub struct PreferenceStats {
 
 impl PreferenceStats {
     /// Adds another batch of the same step.
-    pub fn add(&mut self, other: &Self) {
+    pub(crate) fn add(&mut self, other: &Self) {
         self.chosen += other.chosen;
         self.rejected += other.rejected;
         self.loss += other.loss;

@@ -19,7 +19,7 @@ pub struct WeightedPair {
 /// What each of a prompt's pairs counts: all of them together are one comparison, or the model
 /// overfits to prompts with many. `1 / C(K, 2)` for K ranked responses without ties (InstructGPT,
 /// equation 1); of those with ties, or with responses left out, only the pairs there are.
-pub fn pair_weight(pairs: usize) -> f32 {
+pub(crate) fn pair_weight(pairs: usize) -> f32 {
     1.0 / pairs.max(1) as f32
 }
 
@@ -31,7 +31,7 @@ pub fn pair_weight(pairs: usize) -> f32 {
 ///
 /// # Errors
 /// If a pair names a score that is not there.
-pub fn pair_losses(
+pub(crate) fn pair_losses(
     scores: &Tensor,
     pairs: &[WeightedPair],
     center_rewards_coefficient: f64,
@@ -124,7 +124,7 @@ impl RewardStats {
     }
 
     /// Adds another batch.
-    pub fn add(&mut self, other: &Self) {
+    pub(crate) fn add(&mut self, other: &Self) {
         self.pairs += other.pairs;
         self.weight += other.weight;
         self.loss += other.loss;
@@ -137,7 +137,7 @@ impl RewardStats {
     }
 
     /// Means under the names of TRL's RewardTrainer; `loss` is per unit of weight.
-    pub fn metrics(&self) -> Vec<(&'static str, f64)> {
+    pub(crate) fn metrics(&self) -> Vec<(&'static str, f64)> {
         let pairs = self.pairs.max(1) as f64;
         vec![
             ("loss", self.loss / self.weight.max(f64::MIN_POSITIVE)),
@@ -185,7 +185,7 @@ pub struct CalibrationBin {
 
 impl Calibration {
     /// Counts a pair by its `r_b - r_w`.
-    pub fn add(&mut self, margin: f64) {
+    pub(crate) fn add(&mut self, margin: f64) {
         let probability = 1.0 / (1.0 + (-margin.abs()).exp());
         let bin = ((probability - 0.5) * 2.0 * BINS as f64) as usize;
         let bin = &mut self.bins[bin.min(BINS - 1)];
@@ -201,19 +201,19 @@ impl Calibration {
     }
 
     /// Pairs counted.
-    pub fn pairs(&self) -> u64 {
+    pub(crate) fn pairs(&self) -> u64 {
         self.bins.iter().map(|bin| bin.pairs).sum()
     }
 
     /// The mean distance of expected and observed frequency, over pairs (Naeini et al. 2015).
-    pub fn expected_calibration_error(&self) -> f64 {
+    pub(crate) fn expected_calibration_error(&self) -> f64 {
         let distance = |bin: &CalibrationBin| (bin.expected - bin.observed).abs();
         self.bins.iter().map(distance).sum::<f64>() / self.pairs().max(1) as f64
     }
 
     /// The mean squared error of the probabilities (Brier 1950): 0.25 for a model that knows
     /// nothing and says so.
-    pub fn brier(&self) -> f64 {
+    pub(crate) fn brier(&self) -> f64 {
         self.squared_error / self.pairs().max(1) as f64
     }
 }

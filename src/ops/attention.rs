@@ -354,7 +354,7 @@ impl Columns {
 
 impl<'a> QkvGrad<'a> {
     /// Three buffers, each with its stride.
-    pub fn separate(
+    pub(crate) fn separate(
         q: (&'a mut [f32], usize),
         k: (&'a mut [f32], usize),
         v: (&'a mut [f32], usize),
@@ -435,7 +435,7 @@ pub(crate) struct CachedTask<'a> {
 impl CachedQueries<'_> {
     /// Attends to rows of these `lengths`, new tokens included: `run` is given row, key head and a
     /// task, which it runs over the keys it knows. `out (N, heads · head_dim)` is overwritten.
-    pub fn attend(
+    pub(crate) fn attend(
         &self,
         isa: Isa,
         lengths: &[usize],
@@ -472,7 +472,7 @@ impl CachedQueries<'_> {
 
 impl CachedTask<'_> {
     /// Attends to these keys.
-    pub fn run<K: KeyValueBlocks>(&self, keys: &K) {
+    pub(crate) fn run<K: KeyValueBlocks>(&self, keys: &K) {
         let (width, head_dim) = (self.heads.q_width(), self.heads.head_dim);
         attend(self.isa, &self.queries, keys, self.heads, self.scores, |token, head, row, _| {
             // SAFETY: each task writes its own heads of its own tokens, while `out` is borrowed.

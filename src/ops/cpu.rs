@@ -10,13 +10,13 @@ use rayon::prelude::*;
 use super::worker_pool;
 
 /// The values of a contiguous `f32` tensor on the CPU, borrowed.
-pub struct Values<'a> {
+pub(crate) struct Values<'a> {
     storage: Box<dyn Deref<Target = Storage> + 'a>,
     range: Range<usize>,
 }
 
 impl<'a> Values<'a> {
-    pub fn of(tensor: &'a Tensor) -> Result<Self> {
+    pub(crate) fn of(tensor: &'a Tensor) -> Result<Self> {
         let (guard, layout) = tensor.storage_and_layout();
         let Some((start, end)) = layout.contiguous_offsets() else {
             candle_core::bail!("expected a contiguous tensor, found strides {:?}", layout.stride())
@@ -44,7 +44,7 @@ impl Deref for Values<'_> {
 }
 
 /// The values behind a custom op's argument.
-pub fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+pub(crate) fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     let Some((start, end)) = layout.contiguous_offsets() else {
         candle_core::bail!("expected a contiguous tensor, found strides {:?}", layout.stride())
     };
@@ -57,7 +57,7 @@ const TINY: usize = 50_000;
 const TINY_IN_POOL: usize = 5_000;
 
 /// Runs the tasks, on several threads if their `work`, in multiply-adds, is worth it.
-pub fn par_for_each<T: Send>(tasks: Vec<T>, work: usize, run: impl Fn(T) + Sync + Send) {
+pub(crate) fn par_for_each<T: Send>(tasks: Vec<T>, work: usize, run: impl Fn(T) + Sync + Send) {
     let in_pool = worker_pool::in_worker_pool();
     if tasks.len() < 2 || work <= if in_pool { TINY_IN_POOL } else { TINY } {
         tasks.into_iter().for_each(run);
@@ -72,7 +72,7 @@ pub fn par_for_each<T: Send>(tasks: Vec<T>, work: usize, run: impl Fn(T) + Sync 
 
 /// Prefetches the cache line of an address, which need not be valid, into the first-level cache.
 #[inline(always)]
-pub fn prefetch(address: *const u8) {
+pub(crate) fn prefetch(address: *const u8) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
@@ -85,7 +85,7 @@ pub fn prefetch(address: *const u8) {
 
 /// A pointer to a slice that several threads write to, each to elements of its own.
 #[derive(Clone, Copy)]
-pub struct SharedMutPtr {
+pub(crate) struct SharedMutPtr {
     start: *mut f32,
     len: usize,
 }
@@ -96,24 +96,24 @@ unsafe impl Send for SharedMutPtr {}
 unsafe impl Sync for SharedMutPtr {}
 
 impl SharedMutPtr {
-    pub fn new(values: &mut [f32]) -> Self {
+    pub(crate) fn new(values: &mut [f32]) -> Self {
         Self { start: values.as_mut_ptr(), len: values.len() }
     }
 
     /// Elements from here on.
-    pub fn len(self) -> usize {
+    pub(crate) fn len(self) -> usize {
         self.len
     }
 
     /// The element at `offset` and all that follow.
-    pub fn at(self, offset: usize) -> Self {
+    pub(crate) fn at(self, offset: usize) -> Self {
         assert!(offset <= self.len);
         // SAFETY: the offset is inside the slice this was made from.
         Self { start: unsafe { self.start.add(offset) }, len: self.len - offset }
     }
 
     /// The first of `len` elements.
-    pub fn pointer(self, len: usize) -> *mut f32 {
+    pub(crate) fn pointer(self, len: usize) -> *mut f32 {
         assert!(len <= self.len);
         self.start
     }
@@ -122,7 +122,7 @@ impl SharedMutPtr {
     ///
     /// # Safety
     /// As [`Self::slice`], but for threads that read them too.
-    pub unsafe fn read<'a>(self, len: usize) -> &'a [f32] {
+    pub(crate) unsafe fn read<'a>(self, len: usize) -> &'a [f32] {
         assert!(len <= self.len);
         // SAFETY: in bounds by the assertion; written by no thread by this function's contract.
         unsafe { std::slice::from_raw_parts(self.start, len) }
@@ -133,7 +133,7 @@ impl SharedMutPtr {
     /// # Safety
     /// The slice this was made from must still be borrowed for it, and no other thread may touch
     /// these elements while the result lives.
-    pub unsafe fn slice<'a>(self, len: usize) -> &'a mut [f32] {
+    pub(crate) unsafe fn slice<'a>(self, len: usize) -> &'a mut [f32] {
         assert!(len <= self.len);
         // SAFETY: in bounds by the assertion; exclusive by this function's contract.
         unsafe { std::slice::from_raw_parts_mut(self.start, len) }
@@ -143,7 +143,7 @@ impl SharedMutPtr {
 /// `eˣ` to 2 units in the last place, written so that loops over it vectorize (Cody and Waite's
 /// reduction, Cephes' polynomial). Below -87.3 it is 0; above 88.3 it saturates.
 #[inline(always)]
-pub fn exp(x: f32) -> f32 {
+pub(crate) fn exp(x: f32) -> f32 {
     const LOG2_E: f32 = std::f32::consts::LOG2_E;
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer
     let clamped = x.clamp(-87.3, 88.3);
@@ -163,7 +163,7 @@ pub fn exp(x: f32) -> f32 {
 
 /// The hyperbolic tangent, to 2e-7 of 1.
 #[inline(always)]
-pub fn tanh(x: f32) -> f32 {
+pub(crate) fn tanh(x: f32) -> f32 {
     1.0 - 2.0 / (exp(2.0 * x) + 1.0)
 }
 

@@ -50,7 +50,7 @@ fn portable(x: &Tensor, weight: &FrozenMatrix) -> Result<Tensor> {
 }
 
 /// All of a frozen matrix as an F32 tensor `(rows, cols)`.
-pub fn dequantize(weight: &FrozenMatrix, device: &Device) -> Result<Tensor> {
+pub(crate) fn dequantize(weight: &FrozenMatrix, device: &Device) -> Result<Tensor> {
     let (rows, cols) = (weight.rows(), weight.cols());
     let mut w = vec![0f32; rows * cols];
     weight.read_tile(0..rows, 0..cols, &mut w);
@@ -60,14 +60,14 @@ pub fn dequantize(weight: &FrozenMatrix, device: &Device) -> Result<Tensor> {
 /// Rows of a frozen matrix as an F32 tensor `(rows.len(), cols)`: an embedding look-up.
 ///
 /// Fails if an index is no row of the matrix.
-pub fn frozen_rows(weight: &FrozenMatrix, rows: &[u32], device: &Device) -> Result<Tensor> {
+pub(crate) fn frozen_rows(weight: &FrozenMatrix, rows: &[u32], device: &Device) -> Result<Tensor> {
     let mut out = Vec::new();
     read_rows(weight, rows, &mut out)?;
     Tensor::from_vec(out, (rows.len(), weight.cols()), device)
 }
 
 /// [`frozen_rows`] into a buffer, which is overwritten: `(rows.len(), cols)`.
-pub fn read_rows(weight: &FrozenMatrix, rows: &[u32], out: &mut Vec<f32>) -> Result<()> {
+pub(crate) fn read_rows(weight: &FrozenMatrix, rows: &[u32], out: &mut Vec<f32>) -> Result<()> {
     let cols = weight.cols();
     if let Some(row) = rows.iter().find(|&&row| row as usize >= weight.rows()) {
         candle_core::bail!("token {row} is outside the vocabulary of {}", weight.rows());

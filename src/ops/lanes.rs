@@ -15,14 +15,14 @@ use half::f16;
 use crate::isa::{Isa, IsaLevel};
 
 /// Columns of a group: the matrices a kernel reads are padded to whole groups.
-pub const LANE_GROUP: usize = 16;
+pub(crate) const LANE_GROUP: usize = 16;
 
 /// Sixteen `f32`.
 ///
 /// # Safety
 /// One contract for all functions: the CPU has the features of the implementing type's ISA level, and a
 /// pointer that is loaded from or stored to is valid for sixteen elements. No alignment is needed.
-pub trait Lanes: Copy {
+pub(crate) trait Lanes: Copy {
     /// Rows of a product's tile.
     const ROWS: usize;
     /// Groups of columns of a product's full tile.
@@ -72,7 +72,7 @@ pub trait Lanes: Copy {
 /// # Safety
 /// As for [`Lanes`].
 #[inline(always)]
-pub unsafe fn exp2<S: Lanes>(x: S) -> S {
+pub(crate) unsafe fn exp2<S: Lanes>(x: S) -> S {
     // Of all polynomials of this degree with `p(0) = 1`, about that with the least relative error
     // on -1/2..1/2: 9.2e-8.
     #[allow(clippy::approx_constant)] // ln 2 would be the Taylor polynomial's
@@ -90,7 +90,7 @@ pub unsafe fn exp2<S: Lanes>(x: S) -> S {
 }
 
 /// What a product's right side may be stored as.
-pub trait Element: Copy + Send + Sync {
+pub(crate) trait Element: Copy + Send + Sync {
     /// Sixteen of them as `f32`.
     ///
     /// # Safety
@@ -124,7 +124,7 @@ impl Element for i8 {
 
 /// Plain Rust: four times four, as SSE2 and NEON have them.
 #[derive(Clone, Copy)]
-pub struct LanesPlain([[f32; 4]; 4]);
+pub(crate) struct LanesPlain([[f32; 4]; 4]);
 
 /// `[a, b][i][j]` for all lanes.
 macro_rules! each_lane {
@@ -242,7 +242,7 @@ fn f32_of(x: f16) -> f32 {
 }
 
 #[cfg(target_arch = "x86_64")]
-pub use x86::{LanesAvx2, LanesAvx512};
+pub(crate) use x86::{LanesAvx2, LanesAvx512};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
@@ -252,11 +252,11 @@ mod x86 {
 
     /// Two registers of eight.
     #[derive(Clone, Copy)]
-    pub struct LanesAvx2(__m256, __m256);
+    pub(crate) struct LanesAvx2(__m256, __m256);
 
     /// One register of sixteen.
     #[derive(Clone, Copy)]
-    pub struct LanesAvx512(__m512);
+    pub(crate) struct LanesAvx512(__m512);
 
     // SAFETY of all blocks below: by the contract of `Lanes` the CPU has AVX2, FMA and F16C, and pointers are
     // valid for sixteen elements.
@@ -492,7 +492,7 @@ macro_rules! isa_levels {
 pub(crate) use isa_levels;
 
 /// Rows of a product's tile on an ISA level: work comes best in multiples of them.
-pub fn tile_rows(isa: Isa) -> usize {
+pub(crate) fn tile_rows(isa: Isa) -> usize {
     #[cfg(target_arch = "x86_64")]
     match isa.level() {
         IsaLevel::Scalar => LanesPlain::ROWS,
@@ -507,11 +507,11 @@ pub fn tile_rows(isa: Isa) -> usize {
 }
 
 /// The most rows of a tile on any ISA level.
-pub const MOST_ROWS: usize = 8;
+pub(crate) const MOST_ROWS: usize = 8;
 
 /// The left side of a [`product`], row-major, or of a [`product_transposed`], column-major.
 #[derive(Clone, Copy)]
-pub struct Left<'a> {
+pub(crate) struct Left<'a> {
     pub values: &'a [f32],
     pub stride: usize,
 }
@@ -519,7 +519,7 @@ pub struct Left<'a> {
 /// The right side: row `p`, column `c` is at `(c / 16) * group_stride + p * row_stride + c % 16`.
 /// A row-major matrix has a group stride of 16, one of panels of 16 columns a row stride of 16.
 #[derive(Clone, Copy)]
-pub struct Right<'a, B> {
+pub(crate) struct Right<'a, B> {
     pub values: &'a [B],
     pub row_stride: usize,
     pub group_stride: usize,
@@ -529,7 +529,7 @@ pub struct Right<'a, B> {
 /// `c (rows, 16 · groups)` with rows `stride` apart.
 ///
 /// Each element of `c` is summed in the order of `depth`, whatever the tile it falls in.
-pub fn product<B: Element>(
+pub(crate) fn product<B: Element>(
     isa: Isa,
     size: (usize, usize, usize),
     a: Left,
@@ -546,7 +546,7 @@ pub fn product<B: Element>(
 }
 
 /// As [`product`], with `a` column-major: `(depth, rows)`.
-pub fn product_transposed<B: Element>(
+pub(crate) fn product_transposed<B: Element>(
     isa: Isa,
     size: (usize, usize, usize),
     a: Left,
@@ -701,7 +701,7 @@ unsafe fn tile<S: Lanes, B: Element, const M: usize, const G: usize, const T: bo
 
 /// Copies up to 16 rows of `width` values, `stride` apart, as columns of a panel `(width, 16)`;
 /// columns without a row become 0.
-pub fn panel(rows: &[f32], stride: usize, count: usize, width: usize, to: &mut [f32]) {
+pub(crate) fn panel(rows: &[f32], stride: usize, count: usize, width: usize, to: &mut [f32]) {
     assert!(count <= LANE_GROUP && to.len() >= width * LANE_GROUP);
     assert!(count == 0 || (count - 1) * stride + width <= rows.len());
     #[cfg_attr(not(target_arch = "x86_64"), allow(unused_mut))]
@@ -751,22 +751,25 @@ pub fn panel(rows: &[f32], stride: usize, count: usize, width: usize, to: &mut [
 /// A cache line of `f32`: scratch made of them is aligned for the widest loads.
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
-pub struct CacheLine([f32; LANE_GROUP]);
+pub(crate) struct CacheLine([f32; LANE_GROUP]);
 
 /// A thread's scratch, kept between calls. It holds whatever was left in it.
 #[derive(Default)]
-pub struct AlignedScratch {
+pub(crate) struct AlignedScratch {
     lines: Vec<CacheLine>,
 }
 
 impl AlignedScratch {
     /// Nothing yet.
-    pub const fn new() -> Self {
+    pub(crate) const fn new() -> Self {
         Self { lines: Vec::new() }
     }
 
     /// Runs `f` with this thread's scratch.
-    pub fn with<R>(scratch: &'static LocalKey<Cell<Self>>, f: impl FnOnce(&mut Self) -> R) -> R {
+    pub(crate) fn with<R>(
+        scratch: &'static LocalKey<Cell<Self>>,
+        f: impl FnOnce(&mut Self) -> R,
+    ) -> R {
         // Taken, not borrowed: a thread that waits for others may begin a task inside another.
         let mut taken = scratch.take();
         let result = f(&mut taken);
@@ -775,7 +778,7 @@ impl AlignedScratch {
     }
 
     /// Slices of the given lengths, each on a cache line of its own.
-    pub fn split<const N: usize>(&mut self, lengths: [usize; N]) -> [&mut [f32]; N] {
+    pub(crate) fn split<const N: usize>(&mut self, lengths: [usize; N]) -> [&mut [f32]; N] {
         let lines = lengths.map(|length| length.div_ceil(LANE_GROUP));
         let total = lines.iter().sum();
         if self.lines.len() < total {

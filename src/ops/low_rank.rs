@@ -19,33 +19,33 @@ const TASK_BYTES: usize = 32 * 1024;
 const AHEAD: usize = 1024;
 
 /// Numbers that forms are stored as and kernels read.
-pub trait LowRankElement: DecodeScalar + Element {}
+pub(crate) trait LowRankElement: DecodeScalar + Element {}
 impl LowRankElement for f32 {}
 impl LowRankElement for f16 {}
 
 /// Blocks of A that make a task.
-pub fn blocks_of_task<T>(form: &DecodeWeights<T>) -> usize {
+pub(crate) fn blocks_of_task<T>(form: &DecodeWeights<T>) -> usize {
     (TASK_BYTES / (A_RANK_BLOCK * padded(form) * size_of::<T>()).max(1)).max(1)
 }
 
 /// Blocks of A.
-pub fn blocks<T>(form: &DecodeWeights<T>) -> usize {
+pub(crate) fn blocks<T>(form: &DecodeWeights<T>) -> usize {
     form.r.div_ceil(A_RANK_BLOCK)
 }
 
 /// Columns of A as they are stored.
-pub fn padded<T>(form: &DecodeWeights<T>) -> usize {
+pub(crate) fn padded<T>(form: &DecodeWeights<T>) -> usize {
     form.in_features.next_multiple_of(DECODE_GROUP)
 }
 
 /// Numbers of a token between the factors.
-pub fn xa_stride<T>(form: &DecodeWeights<T>) -> usize {
+pub(crate) fn xa_stride<T>(form: &DecodeWeights<T>) -> usize {
     blocks(form) * A_RANK_BLOCK
 }
 
 /// Rows of a buffer that belong to some tokens, in the order of `tokens`.
 #[derive(Clone, Copy)]
-pub struct BatchRows<'a> {
+pub(crate) struct BatchRows<'a> {
     /// Which rows of the batch.
     pub tokens: &'a [usize],
     /// Numbers from one row of the buffer to the next.
@@ -69,7 +69,7 @@ isa_levels! {
     ///
     /// # Safety
     /// No other thread may touch these columns of `xa`.
-    pub unsafe fn shrink<T: LowRankElement>(form: &DecodeWeights<T>, blocks: Range<usize>, x: &[f32], tokens: BatchRows, factor: f32, xa: SharedMutPtr) = shrink_body;
+    pub(crate) unsafe fn shrink<T: LowRankElement>(form: &DecodeWeights<T>, blocks: Range<usize>, x: &[f32], tokens: BatchRows, factor: f32, xa: SharedMutPtr) = shrink_body;
     /// `y += xa Bᵀ` for some of B's rows. They are read in whole panels of 16.
     ///
     /// Shapes: `xa (tokens, xa_stride)`; `y` are the outputs of the whole batch, each as far from the
@@ -77,7 +77,7 @@ isa_levels! {
     ///
     /// # Safety
     /// No other thread may touch the outputs of these rows.
-    pub unsafe fn expand<T: LowRankElement>(form: &DecodeWeights<T>, rows: Range<usize>, xa: &[f32], y: SharedMutPtr, tokens: BatchRows) = expand_body;
+    pub(crate) unsafe fn expand<T: LowRankElement>(form: &DecodeWeights<T>, rows: Range<usize>, xa: &[f32], y: SharedMutPtr, tokens: BatchRows) = expand_body;
 }
 
 /// # Safety

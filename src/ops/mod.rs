@@ -12,38 +12,42 @@
 //! is a [`Segment`], a range of tokens, perhaps after those of an earlier one. Nothing is padded.
 
 pub(crate) mod adapted_row_dot;
-pub mod attention;
+pub(crate) mod attention;
 mod cpu;
-pub mod device;
-pub mod device_matrix;
-pub mod frozen_linear;
+mod device;
+mod device_matrix;
+pub(crate) mod frozen_linear;
 pub(crate) mod gemm;
 pub(crate) mod half_tape;
 pub(crate) mod lanes;
-pub mod linear_cross_entropy;
+pub(crate) mod linear_cross_entropy;
 pub(crate) mod low_rank;
-pub mod rms_norm;
-pub mod rope;
+pub(crate) mod rms_norm;
+pub(crate) mod rope;
 pub(crate) mod row_dot;
 pub(crate) mod segment;
-pub mod swiglu;
+pub(crate) mod swiglu;
 pub(crate) mod worker_pool;
 
 use serde::{Deserialize, Serialize};
 
 use crate::isa::Isa;
 use crate::quant::BlockType;
+pub use attention::Heads;
 pub use attention::{AttentionConfig, causal_attention};
 pub(crate) use cpu::{Values, exp, par_for_each};
 pub use device::{DeviceError, DeviceName};
-pub use device_matrix::DeviceMatrix;
+pub(crate) use device_matrix::DeviceMatrix;
+pub use frozen_linear::few_rows;
 pub use frozen_linear::frozen_linear;
 use gemm::PanelType;
-pub use linear_cross_entropy::{LogitSoftcap, capped_log_probs, linear_log_probs};
+pub(crate) use linear_cross_entropy::capped_log_probs;
+pub use linear_cross_entropy::{LogitSoftcap, linear_log_probs};
 pub use rms_norm::rms_norm;
-pub use rope::rope;
+pub(crate) use rope::rope;
 pub use segment::Segment;
-pub use swiglu::{Gate, gated, swiglu};
+pub(crate) use swiglu::gated;
+pub use swiglu::{Gate, swiglu};
 
 /// The engine that computes: its own types for hidden states, KV cache, gradients and optimizer state.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -197,7 +201,7 @@ impl Compute {
     }
 
     /// The name of the kernel that serves matrices of a type in a decode step.
-    pub fn decode_kernel(self, block_type: BlockType) -> String {
+    pub(crate) fn decode_kernel(self, block_type: BlockType) -> String {
         let isa = Isa::current().name();
         let floats = matches!(block_type, BlockType::F32 | BlockType::F16 | BlockType::BF16);
         match (self.backend, self.precision) {
@@ -210,7 +214,7 @@ impl Compute {
     }
 
     /// The name of the kernel that serves frozen linear layers.
-    pub fn linear_kernel(self) -> String {
+    pub(crate) fn linear_kernel(self) -> String {
         let isa = Isa::current().name();
         match (self.backend, self.precision) {
             (BackendKind::Reference, _) => "portable".into(),

@@ -15,7 +15,7 @@ use crate::isa::{Isa, multiversion};
 /// Shapes: `cos`, `sin` each `(N, rotary_dim / 2)`. Angles are computed in `f64` from the `f32`
 /// frequencies, then rounded.
 #[derive(Debug, Clone)]
-pub struct Rotation {
+pub(crate) struct Rotation {
     cos: Arc<Vec<f32>>,
     sin: Arc<Vec<f32>>,
     /// Pairs of a head.
@@ -26,7 +26,7 @@ pub struct Rotation {
 impl Rotation {
     /// The rotation of tokens at `positions` by `inv_freq` (`rotary_dim / 2` radians per position), of
     /// whole heads.
-    pub fn new(positions: &[u32], inv_freq: &[f32]) -> Self {
+    pub(crate) fn new(positions: &[u32], inv_freq: &[f32]) -> Self {
         let half = inv_freq.len();
         let angle = |p: u32, f: f32| f64::from(p) * f64::from(f);
         let of = |f: fn(f64) -> f64, p: u32| inv_freq.iter().map(move |&i| f(angle(p, i)) as f32);
@@ -45,7 +45,7 @@ impl Rotation {
     }
 
     /// The rotation of heads of `head_dim` values, of which those beyond the pairs are not rotated.
-    pub fn in_heads_of(self, head_dim: usize) -> Self {
+    pub(crate) fn in_heads_of(self, head_dim: usize) -> Self {
         debug_assert!(2 * self.half <= head_dim);
         Self { head_dim, ..self }
     }
@@ -54,7 +54,7 @@ impl Rotation {
     ///
     /// # Panics
     /// If there are none.
-    pub fn joined(parts: &[Self]) -> Self {
+    pub(crate) fn joined(parts: &[Self]) -> Self {
         let all = |of: fn(&Self) -> &Arc<Vec<f32>>| {
             Arc::new(parts.iter().flat_map(|part| of(part).iter().copied()).collect())
         };
@@ -64,7 +64,7 @@ impl Rotation {
 
     /// With cosines and sines times `factor`, which scales queries and keys (YaRN's attention factor). The
     /// backward direction is then not the inverse of the forward one, but still its transpose.
-    pub fn grown(self, factor: f32) -> Self {
+    pub(crate) fn grown(self, factor: f32) -> Self {
         if factor == 1.0 {
             return self;
         }
@@ -78,7 +78,7 @@ impl Rotation {
 }
 
 /// Rotates every head of every token: `x (N, heads · head_dim)` F32 → the same shape.
-pub fn rope(x: &Tensor, rotation: &Rotation, compute: Compute) -> Result<Tensor> {
+pub(crate) fn rope(x: &Tensor, rotation: &Rotation, compute: Compute) -> Result<Tensor> {
     let (tokens, width) = x.dims2()?;
     let head_dim = rotation.head_dim;
     if tokens != rotation.tokens() || width % head_dim != 0 {

@@ -33,7 +33,7 @@ pub fn swiglu(gate: &Tensor, up: &Tensor, compute: Compute) -> Result<Tensor> {
 /// `kind(gate) · up`, element by element.
 ///
 /// Shapes: `gate` and `up` the same, F32 → the same shape.
-pub fn gated(kind: Gate, gate: &Tensor, up: &Tensor, compute: Compute) -> Result<Tensor> {
+pub(crate) fn gated(kind: Gate, gate: &Tensor, up: &Tensor, compute: Compute) -> Result<Tensor> {
     match compute.op_form() {
         OpForm::Kernel => gate.contiguous()?.apply_op2(&up.contiguous()?, Gated { kind }),
         OpForm::Portable => match kind {

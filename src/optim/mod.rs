@@ -9,7 +9,8 @@ use rayon::prelude::*;
 
 pub use adamw::{AdamW, AdamWSettings};
 pub use schedule::{Schedule, ScheduleKind};
-pub use tensors::{TensorAdamW, tensor_norm};
+pub use tensors::TensorAdamW;
+pub(crate) use tensors::tensor_norm;
 
 use crate::isa::{Isa, multiversion};
 

@@ -23,7 +23,7 @@ impl TensorAdamW {
     ///
     /// # Errors
     /// If it is of parameters of other sizes, or the device has too little memory.
-    pub fn of(state: AdamW, parameters: &[Var]) -> Result<Self> {
+    pub(crate) fn of(state: AdamW, parameters: &[Var]) -> Result<Self> {
         let AdamW { settings, decays, rates, step, exp_avg, exp_avg_sq } = state;
         let brought = |moments: Vec<Vec<f32>>| -> Result<Vec<Tensor>> {
             let both = moments.into_iter().zip(parameters);
@@ -34,7 +34,7 @@ impl TensorAdamW {
     }
 
     /// A copy of the state on the CPU.
-    pub fn on_cpu(&self) -> Result<AdamW> {
+    pub(crate) fn on_cpu(&self) -> Result<AdamW> {
         let Self { settings, step, .. } = *self;
         let (decays, rates) = (self.decays.clone(), self.rates.clone());
         let brought = |moments: &[Tensor]| -> Result<Vec<Vec<f32>>> {
@@ -45,7 +45,7 @@ impl TensorAdamW {
     }
 
     /// [`AdamW::step`]: the same arithmetic.
-    pub fn step(
+    pub(crate) fn step(
         &mut self,
         parameters: &[Var],
         gradients: &[Tensor],
@@ -75,7 +75,7 @@ impl TensorAdamW {
 }
 
 /// The Euclidean norm over all gradients: not finite if one of them is not.
-pub fn tensor_norm(gradients: &[Tensor]) -> Result<f64> {
+pub(crate) fn tensor_norm(gradients: &[Tensor]) -> Result<f64> {
     let squares = gradients.iter().map(|gradient| sum(&gradient.sqr()?));
     let squares = sums(&squares.collect::<Result<Vec<_>>>()?)?;
     Ok(squares.iter().map(|&sum| f64::from(sum)).sum::<f64>().sqrt())

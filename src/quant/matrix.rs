@@ -184,7 +184,7 @@ impl FrozenMatrix {
     ///
     /// # Errors
     /// If there are no such rows of its own, or they are not stored in order.
-    pub fn window(&self, rows: Range<usize>) -> Result<Self, MatrixError> {
+    pub(crate) fn window(&self, rows: Range<usize>) -> Result<Self, MatrixError> {
         let in_order = self.order == RowOrder::Straight;
         if !in_order || rows.start > rows.end || rows.end > self.rows {
             let Range { start, end } = rows;
@@ -206,7 +206,7 @@ impl FrozenMatrix {
     ///
     /// # Errors
     /// If the row is of another width.
-    pub fn grown(&self, n: usize, row: &[f32]) -> Result<Self, MatrixError> {
+    pub(crate) fn grown(&self, n: usize, row: &[f32]) -> Result<Self, MatrixError> {
         let mut values = match &self.more {
             Some(more) => {
                 let mut values = vec![0f32; more.rows * more.cols];
@@ -271,12 +271,12 @@ impl FrozenMatrix {
     }
 
     /// Says that it will hardly be read again: what is mapped of it leaves memory.
-    pub fn forget(&self) {
+    pub(crate) fn forget(&self) {
         self.bytes.forget();
     }
 
     /// The same bytes read in another row order.
-    pub fn with_order(self, order: RowOrder) -> Result<Self, MatrixError> {
+    pub(crate) fn with_order(self, order: RowOrder) -> Result<Self, MatrixError> {
         if let RowOrder::Interleaved { head_dim } = order
             && (head_dim == 0 || head_dim % 2 != 0 || !self.rows.is_multiple_of(head_dim))
         {
@@ -291,12 +291,12 @@ impl FrozenMatrix {
     }
 
     /// Rows of its own block type.
-    pub fn own_rows(&self) -> usize {
+    pub(crate) fn own_rows(&self) -> usize {
         self.rows
     }
 
     /// The rows behind its own, a matrix for themselves.
-    pub fn more_rows(&self) -> Option<&FrozenMatrix> {
+    pub(crate) fn more_rows(&self) -> Option<&FrozenMatrix> {
         self.more.as_deref()
     }
 

@@ -5,7 +5,7 @@ use quantune_adapters::rng::Stream;
 use super::BlockType;
 
 /// `values` values of random blocks whose scales are small and finite.
-pub fn random_blocks(block_type: BlockType, values: usize, seed: u64) -> Vec<u8> {
+pub(crate) fn random_blocks(block_type: BlockType, values: usize, seed: u64) -> Vec<u8> {
     let mut stream = Stream::new(seed, "blocks", &[]);
     let bytes = block_type.bytes_for(values).expect("whole blocks");
     let mut blocks: Vec<u8> = (0..bytes).map(|_| stream.next_u64() as u8).collect();

@@ -193,7 +193,7 @@ impl fmt::Display for Diagnosis {
 /// Whether the policy overoptimizes the reward: over the evaluations the training reward has risen since the
 /// best score of an independent judge, while that score has fallen significantly. Each value is a mean with
 /// its standard error.
-pub fn overoptimized(rewards: &[(f64, f64)], judgements: &[(f64, f64)]) -> bool {
+pub(crate) fn overoptimized(rewards: &[(f64, f64)], judgements: &[(f64, f64)]) -> bool {
     let (Some(&(reward, _)), Some(&(judgement, error))) = (rewards.last(), judgements.last())
     else {
         return false;
@@ -206,7 +206,7 @@ pub fn overoptimized(rewards: &[(f64, f64)], judgements: &[(f64, f64)]) -> bool 
 }
 
 /// The mean and its standard error.
-pub fn mean_and_error(values: &[f64]) -> (f64, f64) {
+pub(crate) fn mean_and_error(values: &[f64]) -> (f64, f64) {
     let count = values.len().max(1) as f64;
     let average = values.iter().sum::<f64>() / count;
     let squares: f64 = values.iter().map(|value| (value - average).powi(2)).sum();

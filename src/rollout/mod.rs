@@ -10,15 +10,15 @@
 //! Everything is a function of the policy, the prompts and a key, so that an update that was lost is
 //! repeated to the same bytes. This module does not know how the policy is trained.
 
-pub mod command;
-pub mod diagnose;
+mod command;
+pub(crate) mod diagnose;
 pub mod ppo;
 pub mod respond;
-pub mod reward_model;
-pub mod rewards;
-pub mod rule;
-pub mod samples;
-pub mod scorer;
+pub(crate) mod reward_model;
+mod rewards;
+mod rule;
+mod samples;
+mod scorer;
 
 pub use command::RewardCommand;
 pub use diagnose::{Cause, Diagnosis, FirstStep, diagnose_update};
@@ -27,5 +27,6 @@ pub use respond::Response;
 pub use reward_model::{RewardModel, RewardModelError};
 pub use rewards::{RewardError, RewardScores, RewardSource, Rewards, Sample};
 pub use rule::{Rule, RuleError, Unit};
-pub use samples::{SampleLog, SampleRow, SamplesError, table};
+pub(crate) use samples::{SampleLog, table};
+pub use samples::{SampleRow, SamplesError};
 pub use scorer::{Answer, ScoreError, Scorer};

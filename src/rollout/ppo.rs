@@ -45,7 +45,7 @@ pub struct Experience {
 
 /// Number of states of a response of `tokens` tokens, of at most `most`. As in TRL, the state after the last
 /// token counts if the response is shorter than `most`, and the score is given there.
-pub fn states(tokens: usize, most: usize) -> usize {
+pub(crate) fn states(tokens: usize, most: usize) -> usize {
     if tokens < most { tokens + 1 } else { tokens }
 }
 
@@ -87,7 +87,7 @@ fn whiten_all(
 
 /// Indices of the hidden states, in the N of [`lay_out`](super::respond::lay_out), from which the values of
 /// the states are read.
-pub fn state_rows(batch: &Batch, states: impl Iterator<Item = usize>) -> Vec<u32> {
+pub(crate) fn state_rows(batch: &Batch, states: impl Iterator<Item = usize>) -> Vec<u32> {
     let mut rows = Vec::new();
     for ((span, &end), states) in batch.spans.iter().zip(&batch.ends).zip(states) {
         rows.extend(batch.targets[span.clone()].iter().map(|&(row, _)| row));

@@ -63,7 +63,7 @@ pub struct RewardModel {
 
 impl RewardModel {
     /// Bytes of its weight matrices.
-    pub fn weight_bytes(&self) -> usize {
+    pub(crate) fn weight_bytes(&self) -> usize {
         self.decoder.weight_bytes()
     }
 
@@ -121,13 +121,13 @@ impl RewardModel {
     }
 
     /// The context window in tokens.
-    pub fn window(&self) -> usize {
+    pub(crate) fn window(&self) -> usize {
         self.decoder.config.max_position_embeddings
     }
 
     /// Number of tokens of a prompt with an empty response, in this model's tokenizer. The tokens of the
     /// response are added to them; their number may differ from that of the policy's tokenizer.
-    pub fn prompt_tokens(&self, prompt: &Prompt) -> Result<usize, TextError> {
+    pub(crate) fn prompt_tokens(&self, prompt: &Prompt) -> Result<usize, TextError> {
         let (prompt, row) = (&prompt.text, &prompt.row);
         let none = Sample { prompt, completion: "", tokens: 0, finished: true, row };
         Ok(self.tokens(&none)?.len())

@@ -49,7 +49,7 @@ impl SampleRow {
 
 /// The file `samples.jsonl`, which samples are appended to.
 #[derive(Debug)]
-pub struct SampleLog {
+pub(crate) struct SampleLog {
     path: PathBuf,
     file: File,
     /// Length of the file in bytes. A checkpoint records it, and a resumed run truncates the file to it.
@@ -68,7 +68,7 @@ pub struct SamplesError {
 
 impl SampleLog {
     /// Opens the file and truncates it to `bytes`.
-    pub fn open(path: &Path, bytes: u64) -> Result<Self, SamplesError> {
+    pub(crate) fn open(path: &Path, bytes: u64) -> Result<Self, SamplesError> {
         let open = || -> io::Result<File> {
             let mut file = File::options().create(true).write(true).truncate(false).open(path)?;
             if file.metadata()?.len() < bytes {
@@ -85,7 +85,7 @@ impl SampleLog {
     }
 
     /// Appends the samples of a step, one line each.
-    pub fn push(&mut self, step: u64, rows: &[SampleRow]) -> Result<(), SamplesError> {
+    pub(crate) fn push(&mut self, step: u64, rows: &[SampleRow]) -> Result<(), SamplesError> {
         let lines: String = rows.iter().map(|row| format!("{}\n", row.json(step))).collect();
         self.file.write_all(lines.as_bytes()).map_err(|e| self.at(e))?;
         self.bytes += lines.len() as u64;
@@ -93,7 +93,7 @@ impl SampleLog {
     }
 
     /// Syncs the file to disk, which a checkpoint relies on.
-    pub fn sync(&self) -> Result<(), SamplesError> {
+    pub(crate) fn sync(&self) -> Result<(), SamplesError> {
         self.file.sync_all().map_err(|e| self.at(e))
     }
 
@@ -108,7 +108,7 @@ const RESPONSE: usize = 52;
 
 /// The samples as a table for a terminal of 110 columns, with the end of each prompt and the beginning of
 /// each response. Control characters are escaped.
-pub fn table(rows: &[SampleRow]) -> String {
+pub(crate) fn table(rows: &[SampleRow]) -> String {
     let mut text = format!(
         "{:>PROMPT$} | {:<RESPONSE$} | {:>7} | {:>6} | tokens\n",
         "prompt", "response", "reward", "kl"

@@ -61,7 +61,7 @@ pub struct Answer<'a> {
 
 impl Scorer {
     /// Texts and rewards of responses; each prompt has the same number of responses, which are consecutive.
-    pub fn score(
+    pub(crate) fn score(
         &mut self,
         decoder: &Decoder,
         tokenizer: &Tokenizer,
@@ -122,7 +122,7 @@ impl Scorer {
     }
 
     /// Scores of responses by an adapter with a score head, with this scorer's `eos` and `after`.
-    pub fn read(
+    pub(crate) fn read(
         &self,
         decoder: &Decoder,
         active: &ActiveAdapter,

@@ -204,7 +204,7 @@ impl Tokenizer {
 ///
 /// # Errors
 /// As [`Tokenizer::open_beside`].
-pub fn added_beside(
+pub(crate) fn added_beside(
     checkpoint: &Checkpoint,
     folders: &[&Path],
 ) -> Result<Vec<AddedTokenSpec>, TextError> {

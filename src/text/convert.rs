@@ -13,7 +13,7 @@ use super::{AddedTokenSpec, TextError, Tokenizer, gguf, pre_tokenizer, sentencep
 use crate::weights::{Checkpoint, Gguf, OwnedValue, ValueType};
 
 /// The files of a folder that hold its tokenizer and chat template.
-pub const FILES: &[&str] = &[
+pub(crate) const FILES: &[&str] = &[
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -315,7 +315,7 @@ pub fn beside(
 ///
 /// # Errors
 /// If one of them cannot be read.
-pub fn files_with_added_tokens(
+pub(crate) fn files_with_added_tokens(
     folder: &Path,
     added: &[AddedTokenSpec],
 ) -> Result<Vec<(&'static str, String)>, TextError> {
@@ -564,7 +564,7 @@ fn generation_config(tokenizer: &Tokenizer, roles: &Roles, tokens: usize) -> Map
 ///
 /// # Errors
 /// If one of them cannot be read.
-pub fn files(folder: &Path) -> Result<Vec<(&'static str, String)>, TextError> {
+pub(crate) fn files(folder: &Path) -> Result<Vec<(&'static str, String)>, TextError> {
     let read = |name: &&'static str| Ok(text(&folder.join(name))?.map(|text| (*name, text)));
     FILES.iter().map(read).filter_map(Result::transpose).collect()
 }

@@ -328,7 +328,7 @@ impl PreTokenizer {
     ///
     /// A byte whose character `is_token` denies is dropped by BPE; it is cut out before, so that
     /// what stands around it is not merged, as in llama.cpp.
-    pub fn build(
+    pub(crate) fn build(
         &self,
         is_token: impl Fn(&str) -> bool,
     ) -> tokenizers::Result<PreTokenizerWrapper> {
@@ -357,7 +357,7 @@ impl PreTokenizer {
 
 impl PreTokenizer {
     /// The row as `tokenizer.json` has it, if the expressions of other implementations can say it.
-    pub fn to_json(&self) -> Option<Value> {
+    pub(crate) fn to_json(&self) -> Option<Value> {
         let byte_level = |use_regex: bool| {
             json!({
                 "type": "ByteLevel",

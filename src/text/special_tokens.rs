@@ -34,7 +34,7 @@ pub(super) struct SpecialTokens(Vec<SpecialToken>);
 impl SpecialTokens {
     /// The tokens as [`super::Tokenizer::fingerprint`] hashes them. Runs keep the hash: the text must not
     /// change with names in the code.
-    pub fn fingerprint_text(&self) -> String {
+    pub(crate) fn fingerprint_text(&self) -> String {
         let token = |SpecialToken { text, id, special }: &SpecialToken| {
             format!("Mark {{ text: {text:?}, id: {id}, special: {special} }}")
         };
@@ -44,7 +44,7 @@ impl SpecialTokens {
 
     /// From tokens in the order of the vocabulary; empty if no two can overlap. Tokens of equal length keep
     /// that order (llama.cpp sorts them unstably).
-    pub fn new(mut tokens: Vec<SpecialToken>) -> Self {
+    pub(crate) fn new(mut tokens: Vec<SpecialToken>) -> Self {
         if !can_overlap(&tokens) {
             return Self::default();
         }
@@ -53,7 +53,7 @@ impl SpecialTokens {
     }
 
     /// Splits `text` at its special tokens; with `as_text`, only at those that are not `special`.
-    pub fn partition(&self, text: &str, as_text: bool) -> Vec<TextFragment> {
+    pub(crate) fn partition(&self, text: &str, as_text: bool) -> Vec<TextFragment> {
         let mut parts = vec![TextFragment::Text(0..text.len())];
         for token in &self.0 {
             if !(as_text && token.special) && text.contains(&token.text) {

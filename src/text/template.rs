@@ -105,7 +105,7 @@ impl ChatTemplate {
     ///
     /// # Errors
     /// If it does not parse.
-    pub fn with_text(&self, text: &str) -> Result<Self, TextError> {
+    pub(crate) fn with_text(&self, text: &str) -> Result<Self, TextError> {
         let special: Vec<(&str, Option<&str>)> =
             self.special.iter().map(|(name, token)| (&**name, Some(&**token))).collect();
         let mut template = Self::new(text, None, &special)?;
@@ -117,7 +117,7 @@ impl ChatTemplate {
 
     /// A hash of everything but the conversation that a rendered text depends on. The time is included only
     /// for templates that may read it; unless it is set, texts of such templates change with the day.
-    pub fn fingerprint(&self) -> String {
+    pub(crate) fn fingerprint(&self) -> String {
         let mut hasher = Sha256::new();
         let mut tells_time = false;
         for name in [DEFAULT, TOOL_USE] {
@@ -234,7 +234,7 @@ fn environment() -> Environment<'static> {
 }
 
 /// Today as `YYYY-MM-DD`, UTC.
-pub fn today() -> String {
+pub(crate) fn today() -> String {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     python::strftime("%Y-%m-%d", now).unwrap_or_default()
 }

@@ -301,7 +301,7 @@ impl Tokenizer {
 
     /// Number of rows that embedding and head need for the added tokens; 0 without added tokens, also for a
     /// base whose files have more tokens than rows.
-    pub fn rows_needed(&self) -> usize {
+    pub(crate) fn rows_needed(&self) -> usize {
         if self.added.is_empty() { 0 } else { self.len }
     }
 
@@ -336,7 +336,7 @@ impl Tokenizer {
     ///
     /// # Errors
     /// If the crate cannot serialize the tokenizer.
-    pub fn fingerprint(&self) -> Result<String, TextError> {
+    pub(crate) fn fingerprint(&self) -> Result<String, TextError> {
         let json = self.inner.to_string(false).map_err(failed)?;
         let beside =
             format!("{} {}", self.special_tokens.fingerprint_text(), self.roles.fingerprint_text());
@@ -350,7 +350,7 @@ impl Tokenizer {
     }
 
     /// Whether another tokenizer gives other ids for some text of `pre_tokenizer::PROBES`.
-    pub fn cuts_otherwise(&self, other: &Self) -> bool {
+    pub(crate) fn cuts_otherwise(&self, other: &Self) -> bool {
         let ids = |of: &Self, text| of.encode(text, Special::AsText).ok();
         pre_tokenizer::PROBES.iter().any(|text| ids(self, text) != ids(other, text))
     }
@@ -390,7 +390,7 @@ impl Tokenizer {
     /// # Errors
     /// If the file cannot be read or parsed; if a variable is not valid JSON, as text without quotes and
     /// Python's `False`; if there are variables but no template.
-    pub fn change_template(
+    pub(crate) fn change_template(
         &mut self,
         file: Option<&Path>,
         variables: &[String],
@@ -421,7 +421,7 @@ impl Tokenizer {
 
     /// The tokens that the chat template writes behind the one that ends an answer, mostly a newline;
     /// none without a template.
-    pub fn after_turn(&self) -> Result<Vec<u32>, TextError> {
+    pub(crate) fn after_turn(&self) -> Result<Vec<u32>, TextError> {
         let Some(template) = self.chat_template() else { return Ok(Vec::new()) };
         let turn = |role: &str| json!({ "role": role, "content": "?" });
         let text = template.render(&[turn("user"), turn("assistant")], None, false)?;

@@ -28,7 +28,7 @@ use crate::weights::write_atomically;
 pub const SPECIAL_TOKENS: [&str; 3] = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"];
 
 /// Minimum vocabulary size: the special tokens and one token for each byte.
-pub const SMALLEST_VOCABULARY: usize = SPECIAL_TOKENS.len() + 256;
+pub(crate) const SMALLEST_VOCABULARY: usize = SPECIAL_TOKENS.len() + 256;
 
 /// ChatML.
 const CHAT_TEMPLATE: &str = "{% for message in messages %}\

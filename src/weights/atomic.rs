@@ -14,7 +14,7 @@ use super::WeightsError;
 ///
 /// # Errors
 /// If anything fails; then `path` is unchanged and the temporary file is removed.
-pub fn write_atomically(
+pub(crate) fn write_atomically(
     path: impl AsRef<Path>,
     write: impl FnOnce(&mut BufWriter<File>) -> io::Result<()>,
 ) -> Result<(), WeightsError> {

@@ -14,13 +14,13 @@ use super::{StoredTensor, WeightsError, map_file};
 use crate::quant::{BlockType, Bytes};
 
 /// The first four bytes of every GGUF file.
-pub const MAGIC: [u8; 4] = *b"GGUF";
+pub(crate) const MAGIC: [u8; 4] = *b"GGUF";
 
 /// Default alignment of tensors, in bytes.
-pub const DEFAULT_ALIGNMENT: usize = 32;
+pub(crate) const DEFAULT_ALIGNMENT: usize = 32;
 
 /// The key of the alignment.
-pub const ALIGNMENT_KEY: &str = "general.alignment";
+pub(crate) const ALIGNMENT_KEY: &str = "general.alignment";
 
 /// An open GGUF file: its map, and offsets into it.
 #[derive(Debug, Clone)]
@@ -515,7 +515,7 @@ fn readable_types() -> String {
 }
 
 /// The name of a number in `enum ggml_type`.
-pub fn type_name(type_id: u32) -> String {
+pub(crate) fn type_name(type_id: u32) -> String {
     if let Some(block_type) = BlockType::from_ggml(type_id) {
         return block_type.to_string();
     }
@@ -545,7 +545,7 @@ pub fn type_name(type_id: u32) -> String {
 }
 
 /// The name of a number in `enum llama_ftype`, the value of `general.file_type`.
-pub fn file_type_name(number: u64) -> String {
+pub(crate) fn file_type_name(number: u64) -> String {
     let name = match number {
         0 => return "all F32".into(),
         1 => "F16",

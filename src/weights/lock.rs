@@ -42,7 +42,7 @@ impl Lock {
     }
 
     /// The process that has locked a file, in words; `None` also for a file that cannot be opened.
-    pub fn holder(path: &Path) -> Option<String> {
+    pub(crate) fn holder(path: &Path) -> Option<String> {
         let file = File::open(path).ok()?;
         match file.try_lock_shared() {
             Err(TryLockError::WouldBlock) => Some(holder(file)),

@@ -9,14 +9,14 @@
 mod atomic;
 mod checkpoint;
 mod error;
-pub mod gguf;
+pub(crate) mod gguf;
 mod inspect;
 mod lock;
 mod safetensors;
 mod value;
 mod write;
 
-pub use atomic::write_atomically;
+pub(crate) use atomic::write_atomically;
 pub use checkpoint::{Checkpoint, StoredTensor};
 pub use error::WeightsError;
 pub use gguf::Gguf;
@@ -25,7 +25,8 @@ pub use inspect::{Inspection, InspectionSummary, MetadataLine, TensorLine, TypeT
 pub use lock::{Lock, LockError};
 pub use safetensors::{HfFolder, Safetensors, SafetensorsInfo};
 pub use value::{GgufArray, GgufValue, OwnedValue, ValueType};
-pub use write::{NewTensor, TensorPlan, stream_gguf, stream_safetensors, write_gguf};
+pub(crate) use write::stream_safetensors;
+pub use write::{NewTensor, TensorPlan, stream_gguf, write_gguf};
 
 use std::fs::File;
 #[cfg(unix)]

@@ -239,12 +239,12 @@ impl HfFolder {
     }
 
     /// Its `config.json`.
-    pub fn config_path(&self) -> PathBuf {
+    pub(crate) fn config_path(&self) -> PathBuf {
         self.path.join("config.json")
     }
 
     /// Its weight files.
-    pub fn shards(&self) -> &[Safetensors] {
+    pub(crate) fn shards(&self) -> &[Safetensors] {
         &self.shards
     }
 

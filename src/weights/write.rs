@@ -42,7 +42,7 @@ impl TensorPlan {
     ///
     /// # Errors
     /// If its rows are not whole blocks, or it is too large for memory.
-    pub fn bytes(&self) -> Result<usize, String> {
+    pub(crate) fn bytes(&self) -> Result<usize, String> {
         tensor_bytes(&self.shape, self.block_type)
     }
 }
@@ -145,7 +145,7 @@ pub fn stream_gguf(
 ///
 /// # Errors
 /// As [`stream_gguf`].
-pub fn stream_safetensors(
+pub(crate) fn stream_safetensors(
     path: impl AsRef<Path>,
     metadata: HashMap<String, String>,
     tensors: &[TensorPlan],

@@ -20,7 +20,6 @@ mod lora_variants;
 mod model;
 mod model_families;
 mod model_families_export;
-mod objectives;
 mod pretrain;
 mod pretrain_cli;
 mod rl;

@@ -29,7 +29,7 @@ const ROWS_AT_A_TIME: usize = 64;
 
 /// A document, or a part of one that is too long to be tokenized at once.
 #[derive(Debug, Clone, PartialEq)]
-pub struct DocumentPiece {
+pub(crate) struct DocumentPiece {
     /// The text; for a conversation the contents of its messages, one per line.
     pub text: String,
     /// The conversation to render with the chat template, if it is one.
@@ -42,7 +42,7 @@ pub struct DocumentPiece {
 
 /// A document that is a conversation.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Conversation {
+pub(crate) struct Conversation {
     /// The messages.
     pub(super) row: Row,
     /// The file it comes from.
@@ -81,7 +81,7 @@ impl AsRef<str> for DocumentPiece {
 /// # Errors
 /// If a file cannot be read, after the pieces before it were passed on; errors of `take`;
 /// [`DataError::Stopped`] once `stop` is set.
-pub fn read_documents(
+pub(crate) fn read_documents(
     files: &[PathBuf],
     stop: &AtomicBool,
     take: &mut dyn FnMut(&[DocumentPiece]) -> Result<(), CorpusError>,

@@ -18,7 +18,7 @@ pub(super) struct Mixture {
 
 impl Mixture {
     /// A mixture with these weights, which are above 0.
-    pub fn new(weights: &[f64]) -> Self {
+    pub(crate) fn new(weights: &[f64]) -> Self {
         let shares = (0..weights.len()).map(|source| {
             let left: f64 = weights[source..].iter().sum();
             let share = (weights[source] / left * ONE as f64).round() as u64;
@@ -29,7 +29,7 @@ impl Mixture {
     }
 
     /// The source of a row, and how many earlier rows have the same source.
-    pub fn place(&self, row: u64) -> (usize, u64) {
+    pub(crate) fn place(&self, row: u64) -> (usize, u64) {
         let mut left = row;
         for (source, &share) in self.shares.iter().enumerate() {
             let before = taken(left, share);
@@ -42,7 +42,7 @@ impl Mixture {
     }
 
     /// How many of the first `rows` rows come from each source.
-    pub fn counts(&self, rows: u64) -> Vec<u64> {
+    pub(crate) fn counts(&self, rows: u64) -> Vec<u64> {
         let mut left = rows;
         let counts = self.shares.iter().map(|&share| {
             let count = taken(left, share);
@@ -70,13 +70,13 @@ pub(super) struct Permutation {
 
 impl Permutation {
     /// A random permutation of `0..n`, for `n` of at least 1.
-    pub fn new(n: u64, random: &mut Stream) -> Self {
+    pub(crate) fn new(n: u64, random: &mut Stream) -> Self {
         let bits = u64::BITS - (n - 1).leading_zeros();
         Self { n, half: bits.div_ceil(2).max(1), keys: std::array::from_fn(|_| random.next_u64()) }
     }
 
     /// The image of `i`, which is below `n`.
-    pub fn of(&self, i: u64) -> u64 {
+    pub(crate) fn of(&self, i: u64) -> u64 {
         let mut place = self.round_trip(i);
         while place >= self.n {
             place = self.round_trip(place);

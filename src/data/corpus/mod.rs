@@ -13,10 +13,11 @@ mod mixture;
 mod shard;
 mod source;
 
-pub use documents::{DocumentPiece, read_documents};
+pub(crate) use documents::read_documents;
 pub use error::CorpusError;
 pub use shard::Tokenizing;
-pub use source::{SourceSpec, matching_files};
+pub use source::SourceSpec;
+pub(crate) use source::matching_files;
 
 use std::collections::HashSet;
 use std::fmt;
@@ -182,13 +183,13 @@ impl Corpus {
     }
 
     /// The token that ends each document.
-    pub fn end_of_text(&self) -> u32 {
+    pub(crate) fn end_of_text(&self) -> u32 {
         self.borders.end
     }
 
     /// The token that documents are conditioned on: BOS if the tokenizer adds it, else the end-of-text token
     /// of the previous document.
-    pub fn begin_of_text(&self) -> u32 {
+    pub(crate) fn begin_of_text(&self) -> u32 {
         self.borders.bos.unwrap_or(self.borders.end)
     }
 

@@ -52,7 +52,7 @@ pub(super) struct Borders {
 
 impl Borders {
     /// The border tokens of a tokenizer: its end-of-text token, or else EOS, and BOS if it adds it.
-    pub fn of(tokenizer: &Tokenizer) -> Result<Self, CorpusError> {
+    pub(crate) fn of(tokenizer: &Tokenizer) -> Result<Self, CorpusError> {
         let special = |name: &&str| {
             let id = tokenizer.id_of(name)?;
             tokenizer.is_special(id).then_some(id)
@@ -67,7 +67,7 @@ impl Borders {
     }
 
     /// Whether a document's context begins with this token: BOS, or the end of the one before it.
-    pub fn begins_document(self, token: u32) -> bool {
+    pub(crate) fn begins_document(self, token: u32) -> bool {
         token == self.bos.unwrap_or(self.end)
     }
 }
@@ -136,7 +136,7 @@ impl TokenRing {
     ///
     /// # Panics
     /// If the part has no tokens.
-    pub fn read(&self, start: u64, count: usize, tokens: &mut Vec<u32>) {
+    pub(crate) fn read(&self, start: u64, count: usize, tokens: &mut Vec<u32>) {
         let map = self.map.as_deref().expect("only parts with tokens are read");
         let needed = tokens.len() + count;
         let mut at = (start % self.totals.tokens) as usize;

@@ -80,7 +80,7 @@ impl From<SourceSpec> for String {
 ///
 /// # Errors
 /// If no file matches, or a folder cannot be read.
-pub fn matching_files(pattern: &str) -> Result<Vec<PathBuf>, CorpusError> {
+pub(crate) fn matching_files(pattern: &str) -> Result<Vec<PathBuf>, CorpusError> {
     if Path::new(pattern).is_file() {
         return Ok(vec![pattern.into()]);
     }

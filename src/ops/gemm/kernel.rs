@@ -8,18 +8,18 @@ use crate::isa::{Isa, IsaLevel};
 
 /// Rows of a tile: 12 x 2 accumulators of 16 lanes leave room in AVX-512's 32 registers, and
 /// 6 x 2 of 8 lanes in AVX2's 16.
-pub const TILE_ROWS: usize = 12;
+pub(crate) const TILE_ROWS: usize = 12;
 /// Columns of a tile.
-pub const TILE_COLS: usize = 32;
+pub(crate) const TILE_COLS: usize = 32;
 
 /// `TILE_ROWS x TILE_COLS` sums, row-major.
 #[repr(align(64))]
-pub struct Tile(pub [[f32; TILE_COLS]; TILE_ROWS]);
+pub(crate) struct Tile(pub [[f32; TILE_COLS]; TILE_ROWS]);
 
 /// One side of a block-floating product: 32-bit units of the contraction, each for all rows (or
 /// columns) of a tile, and a scale per block and row (or column).
 #[derive(Clone, Copy)]
-pub struct Side<'a> {
+pub(crate) struct Side<'a> {
     /// `(units, TILE_ROWS)` or `(units, TILE_COLS)`.
     pub units: &'a [u32],
     /// `(blocks, TILE_ROWS)` or `(blocks, TILE_COLS)`.
@@ -38,7 +38,7 @@ impl Side<'_> {
 }
 
 /// `tile += a · b` in `f32`: a unit is a value's bits.
-pub fn f32_tile(isa: Isa, a: &[u32], b: &[u32], tile: &mut Tile) {
+pub(crate) fn f32_tile(isa: Isa, a: &[u32], b: &[u32], tile: &mut Tile) {
     let depth = a.len() / TILE_ROWS;
     assert!(a.len() == depth * TILE_ROWS && b.len() == depth * TILE_COLS);
     match isa.level() {
@@ -73,7 +73,7 @@ pub fn f32_tile(isa: Isa, a: &[u32], b: &[u32], tile: &mut Tile) {
 /// # Safety
 /// Both sides point to [`TILE_ROWS`] rows of [`TILE_COLS`] values, those of `out` this thread's own;
 /// they may be the same.
-pub unsafe fn f32_tile_in_place(
+pub(crate) unsafe fn f32_tile_in_place(
     isa: Isa,
     a: &[u32],
     b: &[u32],
@@ -105,7 +105,7 @@ pub unsafe fn f32_tile_in_place(
 }
 
 /// `tile += a · b` where a unit is two `i16`.
-pub fn int16_tile(isa: Isa, a: Side, b: Side, units_per_block: usize, tile: &mut Tile) {
+pub(crate) fn int16_tile(isa: Isa, a: Side, b: Side, units_per_block: usize, tile: &mut Tile) {
     let depth = Side::depth(a, b, units_per_block);
     let size = (depth, units_per_block);
     match isa.level() {
@@ -127,7 +127,7 @@ pub fn int16_tile(isa: Isa, a: Side, b: Side, units_per_block: usize, tile: &mut
 
 /// `tile += a · b` where a unit is four bytes: `a` holds `q + 128` unsigned, `b` signed ones, and
 /// `offsets` `-128 Σ b` per block and column.
-pub fn int8_tile(
+pub(crate) fn int8_tile(
     isa: Isa,
     a: Side,
     b: Side,
@@ -198,7 +198,7 @@ mod x86 {
     /// `a` and `b` hold `depth` units for a tile's rows and columns; `begin` and `out` point to a
     /// tile's rows, a stride apart.
     #[target_feature(enable = "avx512f")]
-    pub unsafe fn f32_avx512(
+    pub(crate) unsafe fn f32_avx512(
         depth: usize,
         a: *const u32,
         b: *const u32,
@@ -234,7 +234,7 @@ mod x86 {
     /// # Safety
     /// `a` and `b` hold `depth` units for a tile's rows and columns.
     #[target_feature(enable = "avx2,fma")]
-    pub unsafe fn f32_avx2(depth: usize, a: *const u32, b: *const u32, tile: &mut Tile) {
+    pub(crate) unsafe fn f32_avx2(depth: usize, a: *const u32, b: *const u32, tile: &mut Tile) {
         let (a, b): (*const f32, *const f32) = (a.cast(), b.cast());
         let out = tile.0.as_mut_ptr().cast::<f32>();
         for (first, column) in [(0, 0), (0, 16), (6, 0), (6, 16)] {

@@ -18,7 +18,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-pub use pack::{PackedRows, PanelType, Strided, Weights};
+pub(crate) use pack::{PackedRows, PanelType, Strided, Weights};
 
 use super::cpu::SharedMutPtr;
 use crate::isa::Isa;
@@ -45,7 +45,7 @@ const LONG_STRETCH: usize = 256 + 64;
 
 /// One product in a sum of products.
 #[derive(Debug, Clone, Copy)]
-pub struct Term<'a> {
+pub(crate) struct Term<'a> {
     /// The left side `(rows, depth)`.
     pub x: &'a PackedRows,
     /// The right side.
@@ -66,7 +66,7 @@ impl Term<'_> {
 
 /// What sums begin with.
 #[derive(Debug, Clone, Copy)]
-pub enum Init<'a> {
+pub(crate) enum Init<'a> {
     /// 0.
     Zero,
     /// A value per column.
@@ -77,7 +77,7 @@ pub enum Init<'a> {
 
 /// Where the sums go: row `i` begins at `i · stride` of a buffer that is borrowed exclusively, so
 /// that no two products can write the same elements.
-pub struct Out<'a> {
+pub(crate) struct Out<'a> {
     target: SharedMutPtr,
     stride: usize,
     buffer: PhantomData<&'a mut [f32]>,
@@ -85,13 +85,13 @@ pub struct Out<'a> {
 
 impl<'a> Out<'a> {
     /// Rows `stride` values apart; a product may have fewer columns than that.
-    pub fn new(values: &'a mut [f32], stride: usize) -> Self {
+    pub(crate) fn new(values: &'a mut [f32], stride: usize) -> Self {
         Self { target: SharedMutPtr::new(values), stride, buffer: PhantomData }
     }
 }
 
 /// `out = init + Σ x · W`, or with `Wᵀ`.
-pub struct Product<'a> {
+pub(crate) struct Product<'a> {
     /// What is added up; all have the same rows and columns.
     pub terms: Vec<Term<'a>>,
     /// What the sums begin with.
@@ -104,7 +104,7 @@ pub struct Product<'a> {
 ///
 /// # Panics
 /// If shapes do not fit: a caller's bug.
-pub fn multiply(isa: Isa, products: &mut [Product]) {
+pub(crate) fn multiply(isa: Isa, products: &mut [Product]) {
     let products = &*products;
     let groups: usize = products.iter().map(Product::groups).sum();
     let parts = (TASKS_PER_THREAD * rayon::current_num_threads()).div_ceil(groups.max(1));

@@ -16,7 +16,7 @@ use crate::ops::cpu::SharedMutPtr;
 
 /// What panels are made of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PanelType {
+pub(crate) enum PanelType {
     /// The values themselves.
     F32,
     /// 16-bit integers with a scale per 128 values.
@@ -27,7 +27,7 @@ pub enum PanelType {
 
 impl PanelType {
     /// Values of the contraction in one unit.
-    pub fn values_per_unit(self) -> usize {
+    pub(crate) fn values_per_unit(self) -> usize {
         match self {
             Self::F32 => 1,
             Self::Int16 => 2,
@@ -36,32 +36,32 @@ impl PanelType {
     }
 
     /// Values of the contraction that share a scale. `f32` has none; its blocks are nominal.
-    pub const fn block(self) -> usize {
+    pub(crate) const fn block(self) -> usize {
         match self {
             Self::F32 | Self::Int16 => 128,
             Self::Int8 => 32,
         }
     }
 
-    pub fn units(self, values: usize) -> usize {
+    pub(crate) fn units(self, values: usize) -> usize {
         values.div_ceil(self.values_per_unit())
     }
 
-    pub fn blocks(self, values: usize) -> usize {
+    pub(crate) fn blocks(self, values: usize) -> usize {
         match self {
             Self::F32 => 0,
             Self::Int16 | Self::Int8 => values.div_ceil(self.block()),
         }
     }
 
-    pub fn units_per_block(self) -> usize {
+    pub(crate) fn units_per_block(self) -> usize {
         self.block() / self.values_per_unit()
     }
 }
 
 /// The weights of a product: `(rows, cols)`, read a tile at a time.
 #[derive(Debug, Clone, Copy)]
-pub enum Weights<'a> {
+pub(crate) enum Weights<'a> {
     /// Frozen blocks.
     Frozen(&'a FrozenMatrix),
     /// Row-major `f32` values times `scale`: a factor of an adapter.
@@ -76,14 +76,14 @@ pub enum Weights<'a> {
 }
 
 impl Weights<'_> {
-    pub fn rows(&self) -> usize {
+    pub(crate) fn rows(&self) -> usize {
         match self {
             Self::Frozen(matrix) => matrix.rows(),
             Self::Dense { values, cols, .. } => values.len() / cols.max(&1),
         }
     }
 
-    pub fn cols(&self) -> usize {
+    pub(crate) fn cols(&self) -> usize {
         match self {
             Self::Frozen(matrix) => matrix.cols(),
             Self::Dense { cols, .. } => *cols,
@@ -91,7 +91,7 @@ impl Weights<'_> {
     }
 
     /// Values that only come together.
-    pub fn block_len(&self) -> usize {
+    pub(crate) fn block_len(&self) -> usize {
         match self {
             Self::Frozen(matrix) => matrix.block_type().block_len(),
             Self::Dense { .. } => 1,
@@ -114,7 +114,7 @@ impl Weights<'_> {
 
 /// A row-major matrix inside a wider buffer.
 #[derive(Debug, Clone, Copy)]
-pub struct Strided<'a> {
+pub(crate) struct Strided<'a> {
     /// From the first row's first value on.
     pub values: &'a [f32],
     /// Values from one row to the next.
@@ -124,7 +124,7 @@ pub struct Strided<'a> {
 /// The left side of products, packed once for all that share it: `(rows, depth)` in tiles of
 /// [`TILE_ROWS`] rows. Its buffers are kept for the next time.
 #[derive(Debug, Clone)]
-pub struct PackedRows {
+pub(crate) struct PackedRows {
     pub panel: PanelType,
     pub rows: usize,
     pub depth: usize,
@@ -143,7 +143,14 @@ impl Default for PackedRows {
 
 impl PackedRows {
     /// Packs `x (rows, depth)`; threads take a tile of rows each.
-    pub fn pack(&mut self, isa: Isa, panel: PanelType, x: Strided, rows: usize, depth: usize) {
+    pub(crate) fn pack(
+        &mut self,
+        isa: Isa,
+        panel: PanelType,
+        x: Strided,
+        rows: usize,
+        depth: usize,
+    ) {
         use rayon::prelude::*;
         assert!(rows == 0 || (rows - 1) * x.stride + depth <= x.values.len());
         let tiles = rows.div_ceil(TILE_ROWS);
@@ -188,7 +195,7 @@ impl PackedRows {
     ///
     /// # Panics
     /// For bytes, which serve forward products only.
-    pub fn pack_turned(
+    pub(crate) fn pack_turned(
         &mut self,
         isa: Isa,
         panel: PanelType,
@@ -248,7 +255,7 @@ impl PackedRows {
 
     /// Units and scales of one tile of rows, from value `first` of the contraction on; `first` is
     /// on a block's border.
-    pub fn tile(&self, tile: usize, first: usize, values: usize) -> (&[u32], &[f32]) {
+    pub(crate) fn tile(&self, tile: usize, first: usize, values: usize) -> (&[u32], &[f32]) {
         let (units, blocks) = (self.panel.units(self.depth), self.panel.blocks(self.depth));
         let at = tile * units + self.panel.units(first);
         let taken = self.panel.units(values);
@@ -341,7 +348,7 @@ impl RowScratch {
 /// The right side of a product for a group of columns and a stretch of the contraction, in panels
 /// of [`TILE_COLS`] columns. Lives in a thread and is filled again and again.
 #[derive(Default)]
-pub struct PackedColumns {
+pub(crate) struct PackedColumns {
     /// `(panels, units, TILE_COLS)`.
     pub units: Vec<u32>,
     /// `(panels, blocks, TILE_COLS)`.
@@ -354,7 +361,7 @@ pub struct PackedColumns {
 
 impl PackedColumns {
     /// Columns `columns` are rows of the weights, the contraction is their columns `depth`.
-    pub fn pack_transposed(
+    pub(crate) fn pack_transposed(
         &mut self,
         isa: Isa,
         panel: PanelType,
@@ -405,7 +412,7 @@ impl PackedColumns {
     ///
     /// # Panics
     /// For bytes, which serve forward products only.
-    pub fn pack_straight(
+    pub(crate) fn pack_straight(
         &mut self,
         isa: Isa,
         panel: PanelType,
@@ -667,7 +674,7 @@ mod x86 {
     /// `from` holds 16 rows of `from_stride`, a multiple of 16 and at least `depth`; `to` holds
     /// `depth` rows `stride` apart, of `lanes` up to 16.
     #[target_feature(enable = "avx512f")]
-    pub unsafe fn transpose(
+    pub(crate) unsafe fn transpose(
         from: *const u32,
         from_stride: usize,
         lanes: usize,

@@ -44,24 +44,24 @@ struct GroupFactors {
 
 impl<T> Activations<T> {
     /// Rows of input.
-    pub fn m(&self) -> usize {
+    pub(crate) fn m(&self) -> usize {
         self.m
     }
 
     /// Groups of a row, the last one filled up with zeros.
-    pub fn groups(&self) -> usize {
+    pub(crate) fn groups(&self) -> usize {
         self.groups
     }
 
     /// All groups of a row.
-    pub fn row(&self, row: usize) -> &[ActivationGroup<T>] {
+    pub(crate) fn row(&self, row: usize) -> &[ActivationGroup<T>] {
         &self.values[row * self.groups..(row + 1) * self.groups]
     }
 
     /// Scales and scaled sums of 16 parts of a row from `group` on, of which there are `parts` to a
     /// group; zeros beyond the last.
     #[inline(always)]
-    pub fn factors(
+    pub(crate) fn factors(
         &self,
         parts: usize,
         row: usize,
@@ -78,12 +78,12 @@ impl<T> Activations<T> {
 
 impl Activations<f32> {
     /// The values of `x (m, cols)` in their own order, without factors.
-    pub fn straight(isa: Isa, x: &[f32], cols: usize) -> Self {
+    pub(crate) fn straight(isa: Isa, x: &[f32], cols: usize) -> Self {
         Self::of(isa, x, cols, |isa, x, groups, _| copy(isa, x, groups))
     }
 
     /// The values of `x (m, cols)` as they are, their scales all one.
-    pub fn decoded(isa: Isa, x: &[f32], cols: usize) -> Self {
+    pub(crate) fn decoded(isa: Isa, x: &[f32], cols: usize) -> Self {
         Self::of(isa, x, cols, reorder)
     }
 }
@@ -92,7 +92,7 @@ impl Activations<i16> {
     /// The values of `x (m, cols)`, rounded to the nearest of 32767 levels per group.
     ///
     /// A group with a value that is not finite has the scale NaN, so that nothing is hidden.
-    pub fn rounded(isa: Isa, x: &[f32], cols: usize) -> Self {
+    pub(crate) fn rounded(isa: Isa, x: &[f32], cols: usize) -> Self {
         Self::of(isa, x, cols, round)
     }
 }
@@ -119,7 +119,7 @@ pub(super) struct ActivationBatch<'a> {
 
 #[cfg(target_arch = "x86_64")]
 impl ActivationBatches {
-    pub fn new(x: &Activations<i16>) -> Self {
+    pub(crate) fn new(x: &Activations<i16>) -> Self {
         let (m, groups) = (x.m, x.groups);
         let mut values = vec![ActivationGroup([0; GROUP_LEN]); m * groups];
         let mut factors = vec![0f32; 2 * m * groups];
@@ -141,7 +141,7 @@ impl ActivationBatches {
         Self { values, factors, groups, m }
     }
 
-    pub fn iter(&self) -> impl Iterator<Item = ActivationBatch<'_>> {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = ActivationBatch<'_>> {
         batches_of(self.m).map(|rows| {
             let of = |size: usize| rows.start * size * self.groups..rows.end * size * self.groups;
             ActivationBatch {
@@ -169,13 +169,13 @@ fn batches_of(m: usize) -> impl Iterator<Item = Range<usize>> {
 impl ActivationBatch<'_> {
     /// The values of a group, row after row: for each, 16 pairs.
     #[inline(always)]
-    pub fn values(&self, group: usize) -> *const i32 {
+    pub(crate) fn values(&self, group: usize) -> *const i32 {
         self.values[group * self.rows.len()..].as_ptr().cast()
     }
 
     /// The scales of all rows for a group, then their scaled sums.
     #[inline(always)]
-    pub fn factors(&self, group: usize) -> *const f32 {
+    pub(crate) fn factors(&self, group: usize) -> *const f32 {
         self.factors[2 * group * self.rows.len()..].as_ptr()
     }
 }

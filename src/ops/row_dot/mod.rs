@@ -75,7 +75,7 @@ pub(crate) struct FusedTasks<'a> {
 
 impl FusedTasks<'_> {
     /// No other work.
-    pub const NOTHING: FusedTasks<'static> =
+    pub(crate) const NOTHING: FusedTasks<'static> =
         FusedTasks { tasks: 0, run: &|_| (), epilogue: &|_, _, _| () };
 }
 

@@ -506,7 +506,7 @@ impl Blocks {
     /// # Safety
     /// The CPU must have the instructions, and the blocks be readable.
     #[inline(always)]
-    pub unsafe fn dwords(self, offset: usize) -> [__m512i; 4] {
+    pub(crate) unsafe fn dwords(self, offset: usize) -> [__m512i; 4] {
         // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
         unsafe {
             let mut quarters = [_mm512_setzero_si512(); 4];

@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use rayon::prelude::*;
 
 use regions::Regions;
-pub use sync::spin_wait;
+pub(crate) use sync::spin_wait;
 
 /// Turns of waiting after which a thread goes back to rayon: some milliseconds, or many on a busy machine.
 /// Work of rayon's that the thread holds up then goes on.
@@ -41,7 +41,7 @@ thread_local! {
 
 /// Does `work` on this thread, with rayon's other threads spinning for the parallel regions of [`run`] and
 /// [`par_for_each`](super::par_for_each). Rayon's own parallel iterators run on this thread alone meanwhile.
-pub fn with_worker_pool<R>(work: impl FnOnce() -> R) -> R {
+pub(crate) fn with_worker_pool<R>(work: impl FnOnce() -> R) -> R {
     let others = rayon::current_num_threads() - 1;
     if others == 0 || in_worker_pool() {
         return work();
@@ -69,13 +69,13 @@ pub fn with_worker_pool<R>(work: impl FnOnce() -> R) -> R {
 }
 
 /// Whether this thread leads a worker pool or runs one of its tasks, so that parallel regions are cheap.
-pub fn in_worker_pool() -> bool {
+pub(crate) fn in_worker_pool() -> bool {
     !LED.get().is_null() || IN_TASK.get()
 }
 
 /// Runs tasks `0..tasks` on several threads: those of the worker pool that this thread leads, else rayon's.
 /// Within a task of a worker pool they run one after the other.
-pub fn run(tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+pub(crate) fn run(tasks: usize, task: &(dyn Fn(usize) + Sync)) {
     if tasks < 2 || IN_TASK.get() {
         return (0..tasks).for_each(task);
     }

@@ -15,7 +15,7 @@ use super::sync::{
 
 /// The regions of one leader, one after the other.
 #[derive(Default)]
-pub struct Regions {
+pub(crate) struct Regions {
     /// Counts openings and closings: odd while a region is open.
     epoch: CachePadded<AtomicUsize>,
     region: AtomicPtr<Region<'static>>,
@@ -49,7 +49,7 @@ struct Region<'a> {
 impl Regions {
     /// The leader's part: runs tasks `0..tasks` in a region of its own. A panic of a task, on whatever
     /// thread, resumes here after the region has ended.
-    pub fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+    pub(crate) fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
         let (next, panic) = (CachePadded::default(), Mutex::new(None));
         let region = Region { next, tasks: Tracked::new(tasks), run: task, panic };
         self.region.store(ptr::from_ref(&region).cast_mut().cast(), Ordering::Relaxed);
@@ -65,7 +65,7 @@ impl Regions {
 
     /// A helper's part: works in every region that opens, until [`Self::close`] or until it has waited
     /// `patience` turns for one region.
-    pub fn help(&self, patience: usize) {
+    pub(crate) fn help(&self, patience: usize) {
         let (mut done, mut turns) = (0, 0);
         while !self.closed.load(Ordering::Acquire) && turns < patience {
             let epoch = self.epoch.load(Ordering::Relaxed);
@@ -91,7 +91,7 @@ impl Regions {
     }
 
     /// Sends the helpers away: no more regions will come.
-    pub fn close(&self) {
+    pub(crate) fn close(&self) {
         self.closed.store(true, Ordering::Release);
     }
 }

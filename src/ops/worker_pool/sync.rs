@@ -3,14 +3,14 @@
 
 use std::hint::spin_loop;
 
-pub use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
-pub use std::sync::{Mutex, PoisonError};
+pub(crate) use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
+pub(crate) use std::sync::{Mutex, PoisonError};
 
 /// Turns of waiting in which a core is kept; after them it is offered to other threads at each turn.
 const SPINS: usize = 2000;
 
 /// Waits a moment for another thread; `turn` counts from 0.
-pub fn spin_wait(turn: usize) {
+pub(crate) fn spin_wait(turn: usize) {
     if turn < SPINS {
         spin_loop();
     } else {
@@ -20,14 +20,14 @@ pub fn spin_wait(turn: usize) {
 }
 
 /// A value whose reads the model checker tracks, up to its drop.
-pub struct Tracked<T>(T);
+pub(crate) struct Tracked<T>(T);
 
 impl<T> Tracked<T> {
-    pub fn new(value: T) -> Self {
+    pub(crate) fn new(value: T) -> Self {
         Self(value)
     }
 
-    pub fn get(&self) -> &T {
+    pub(crate) fn get(&self) -> &T {
         &self.0
     }
 }

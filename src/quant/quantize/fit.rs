@@ -37,7 +37,7 @@ fn rounded(v: f32) -> f32 {
 
 /// The value of the largest magnitude.
 #[inline(always)]
-pub fn top(x: &[f32]) -> f32 {
+pub(crate) fn top(x: &[f32]) -> f32 {
     x.iter().fold(0.0, |top: f32, &v| if v.abs() > top.abs() { v } else { top })
 }
 
@@ -88,7 +88,7 @@ fn moments<const N: usize>(
 /// The best `scale` of `x ≈ scale · q`, `q` within bounds, of the least squares fits to the `q`
 /// that each inverse scale gives.
 #[inline(always)]
-pub fn scale<const N: usize>(
+pub(crate) fn scale<const N: usize>(
     x: &[f32; N],
     w: &[f32; N],
     bounds: (f32, f32),
@@ -108,7 +108,7 @@ pub fn scale<const N: usize>(
 /// Inverse scales that bring `top` near an end of `[low, high]`, `low = -high - 1`: near the lower
 /// one, which has room for one more, and near the upper one.
 #[inline(always)]
-pub fn both_ends(top: f32, low: f32) -> impl Iterator<Item = f32> {
+pub(crate) fn both_ends(top: f32, low: f32) -> impl Iterator<Item = f32> {
     let lower = (-9..=9).map(move |tenths| (low - 0.1 * tenths as f32) / top);
     let upper = (-18..=-2).map(move |tenths| (0.1 * tenths as f32 - low) / top);
     lower.chain(upper)
@@ -116,13 +116,13 @@ pub fn both_ends(top: f32, low: f32) -> impl Iterator<Item = f32> {
 
 /// Inverse scales that bring `top` near `high`.
 #[inline(always)]
-pub fn one_end(top: f32, high: f32) -> impl Iterator<Item = f32> {
+pub(crate) fn one_end(top: f32, high: f32) -> impl Iterator<Item = f32> {
     (-9..=9).map(move |tenths| (high + 0.1 * tenths as f32) / top)
 }
 
 /// `x ≈ d · q` of one block.
 #[inline(always)]
-pub fn symmetric<const N: usize>(
+pub(crate) fn symmetric<const N: usize>(
     x: &[f32; N],
     w: &[f32; N],
     bounds: (f32, f32),
@@ -170,7 +170,7 @@ const LINE_STEPS: usize = 36;
 
 /// The best `(scale, min)` of `x ≈ scale · q + min` with `q` in `[0, high]` and `min <= most`.
 #[inline(always)]
-pub fn scale_and_min<const N: usize>(
+pub(crate) fn scale_and_min<const N: usize>(
     x: &[f32; N],
     w: &[f32; N],
     high: f32,
@@ -216,7 +216,7 @@ pub fn scale_and_min<const N: usize>(
 
 /// `x ≈ d · q + m` of one block; the scale and minimum that need no search are tried too.
 #[inline(always)]
-pub fn affine<const N: usize>(
+pub(crate) fn affine<const N: usize>(
     x: &[f32; N],
     w: &[f32; N],
     high: f32,
@@ -239,7 +239,7 @@ pub fn affine<const N: usize>(
 }
 
 /// A K-quant block: `S` runs of `N` values, run `j` is `d · scales[j] · q - dmin · mins[j]`.
-pub struct KBlock<const N: usize, const S: usize> {
+pub(crate) struct KBlock<const N: usize, const S: usize> {
     pub d: f32,
     pub dmin: f32,
     pub scales: [f32; S],
@@ -248,13 +248,13 @@ pub struct KBlock<const N: usize, const S: usize> {
 }
 
 impl<const N: usize, const S: usize> KBlock<N, S> {
-    pub const ZERO: Self =
+    pub(crate) const ZERO: Self =
         Self { d: 0.0, dmin: 0.0, scales: [0.0; S], mins: [0.0; S], q: [[0.0; N]; S] };
 }
 
 /// What a K-quant's whole numbers may be.
 #[derive(Clone, Copy)]
-pub struct KBounds {
+pub(crate) struct KBounds {
     pub q: (f32, f32),
     pub scale: (f32, f32),
     /// Of minima, from 0; none if the type has none.
@@ -266,7 +266,7 @@ const ROUNDS: usize = 4;
 
 /// The best block there is to be found for the runs of `x`.
 #[inline(always)]
-pub fn k_block<const N: usize, const S: usize>(
+pub(crate) fn k_block<const N: usize, const S: usize>(
     x: &[[f32; N]; S],
     w: &[[f32; N]; S],
     bounds: KBounds,

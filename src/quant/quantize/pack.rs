@@ -5,17 +5,17 @@ use half::{bf16, f16};
 use super::fit::{KBlock, KBounds, affine, both_ends, k_block, one_end, symmetric, top};
 
 #[inline(always)]
-pub fn f32_value(x: &[f32; 1], _: &[f32; 1], b: &mut [u8; 4]) {
+pub(crate) fn f32_value(x: &[f32; 1], _: &[f32; 1], b: &mut [u8; 4]) {
     *b = x[0].to_le_bytes();
 }
 
 #[inline(always)]
-pub fn f16_value(x: &[f32; 1], _: &[f32; 1], b: &mut [u8; 2]) {
+pub(crate) fn f16_value(x: &[f32; 1], _: &[f32; 1], b: &mut [u8; 2]) {
     *b = f16::from_f32(x[0]).to_le_bytes();
 }
 
 #[inline(always)]
-pub fn bf16_value(x: &[f32; 1], _: &[f32; 1], b: &mut [u8; 2]) {
+pub(crate) fn bf16_value(x: &[f32; 1], _: &[f32; 1], b: &mut [u8; 2]) {
     *b = bf16::from_f32(x[0]).to_le_bytes();
 }
 
@@ -26,7 +26,7 @@ fn put(b: &mut [u8], at: usize, v: f32) {
 }
 
 #[inline(always)]
-pub fn q4_0(x: &[f32; 32], w: &[f32; 32], b: &mut [u8; 18]) {
+pub(crate) fn q4_0(x: &[f32; 32], w: &[f32; 32], b: &mut [u8; 18]) {
     let mut q = [0f32; 32];
     let top = top(x);
     let d = symmetric(x, w, (-8.0, 7.0), both_ends(top, -8.0), top / -8.0, &mut q);
@@ -37,7 +37,7 @@ pub fn q4_0(x: &[f32; 32], w: &[f32; 32], b: &mut [u8; 18]) {
 }
 
 #[inline(always)]
-pub fn q4_1(x: &[f32; 32], w: &[f32; 32], b: &mut [u8; 20]) {
+pub(crate) fn q4_1(x: &[f32; 32], w: &[f32; 32], b: &mut [u8; 20]) {
     let mut q = [0f32; 32];
     let (d, m) = affine(x, w, 15.0, &mut q);
     put(b, 0, d);
@@ -60,7 +60,7 @@ fn five_bits(q: &[f32; 32], high: &mut [u8], nibbles: &mut [u8]) {
 }
 
 #[inline(always)]
-pub fn q5_0(x: &[f32; 32], w: &[f32; 32], b: &mut [u8; 22]) {
+pub(crate) fn q5_0(x: &[f32; 32], w: &[f32; 32], b: &mut [u8; 22]) {
     let mut q = [0f32; 32];
     let top = top(x);
     let d = symmetric(x, w, (-16.0, 15.0), both_ends(top, -16.0), top / -16.0, &mut q);
@@ -70,7 +70,7 @@ pub fn q5_0(x: &[f32; 32], w: &[f32; 32], b: &mut [u8; 22]) {
 }
 
 #[inline(always)]
-pub fn q5_1(x: &[f32; 32], w: &[f32; 32], b: &mut [u8; 24]) {
+pub(crate) fn q5_1(x: &[f32; 32], w: &[f32; 32], b: &mut [u8; 24]) {
     let mut q = [0f32; 32];
     let (d, m) = affine(x, w, 31.0, &mut q);
     put(b, 0, d);
@@ -81,7 +81,7 @@ pub fn q5_1(x: &[f32; 32], w: &[f32; 32], b: &mut [u8; 24]) {
 
 /// -128 is left alone: products of signed bytes take magnitudes for 7 bits.
 #[inline(always)]
-pub fn q8_0(x: &[f32; 32], w: &[f32; 32], b: &mut [u8; 34]) {
+pub(crate) fn q8_0(x: &[f32; 32], w: &[f32; 32], b: &mut [u8; 34]) {
     let mut q = [0f32; 32];
     let top = top(x).abs();
     let d = symmetric(x, w, (-127.0, 127.0), one_end(top, 127.0), top / 127.0, &mut q);
@@ -107,7 +107,7 @@ fn put_two_bits(b: &mut [u8], i: usize, q: &[u8; 16]) {
 }
 
 #[inline(always)]
-pub fn q2_k(x: &[f32; 256], w: &[f32; 256], b: &mut [u8; 84]) {
+pub(crate) fn q2_k(x: &[f32; 256], w: &[f32; 256], b: &mut [u8; 84]) {
     let bounds = KBounds { q: (0.0, 3.0), scale: (0.0, 15.0), min: Some(15.0) };
     let block: KBlock<16, 16> = k_block(runs(x), runs(w), bounds);
     b.fill(0);
@@ -120,7 +120,7 @@ pub fn q2_k(x: &[f32; 256], w: &[f32; 256], b: &mut [u8; 84]) {
 }
 
 #[inline(always)]
-pub fn q3_k(x: &[f32; 256], w: &[f32; 256], b: &mut [u8; 110]) {
+pub(crate) fn q3_k(x: &[f32; 256], w: &[f32; 256], b: &mut [u8; 110]) {
     let bounds = KBounds { q: (-4.0, 3.0), scale: (-32.0, 31.0), min: None };
     let block: KBlock<16, 16> = k_block(runs(x), runs(w), bounds);
     b.fill(0);
@@ -155,7 +155,7 @@ fn put_scales_and_mins(b: &mut [u8], block: &KBlock<32, 8>) {
 }
 
 #[inline(always)]
-pub fn q4_k(x: &[f32; 256], w: &[f32; 256], b: &mut [u8; 144]) {
+pub(crate) fn q4_k(x: &[f32; 256], w: &[f32; 256], b: &mut [u8; 144]) {
     let bounds = KBounds { q: (0.0, 15.0), scale: (0.0, 63.0), min: Some(63.0) };
     let block = k_block(runs(x), runs(w), bounds);
     b.fill(0);
@@ -171,7 +171,7 @@ pub fn q4_k(x: &[f32; 256], w: &[f32; 256], b: &mut [u8; 144]) {
 }
 
 #[inline(always)]
-pub fn q5_k(x: &[f32; 256], w: &[f32; 256], b: &mut [u8; 176]) {
+pub(crate) fn q5_k(x: &[f32; 256], w: &[f32; 256], b: &mut [u8; 176]) {
     let bounds = KBounds { q: (0.0, 31.0), scale: (0.0, 63.0), min: Some(63.0) };
     let block = k_block(runs(x), runs(w), bounds);
     b.fill(0);
@@ -190,7 +190,7 @@ pub fn q5_k(x: &[f32; 256], w: &[f32; 256], b: &mut [u8; 176]) {
 }
 
 #[inline(always)]
-pub fn q6_k(x: &[f32; 256], w: &[f32; 256], b: &mut [u8; 210]) {
+pub(crate) fn q6_k(x: &[f32; 256], w: &[f32; 256], b: &mut [u8; 210]) {
     let bounds = KBounds { q: (-32.0, 31.0), scale: (-128.0, 127.0), min: None };
     let block: KBlock<16, 16> = k_block(runs(x), runs(w), bounds);
     b.fill(0);

@@ -2,26 +2,28 @@
 //! differences and any split of a step.
 
 use candle_core::{Device, Tensor, Var};
-use quantune::objectives::advantage::{
+use serde_json::Value;
+
+use super::Objective;
+use super::advantage::{
     KlEstimator, RunningMoments, ScaleRewards, gae, group_advantages, rloo_advantages,
     token_rewards, whiten,
 };
-use quantune::objectives::policy::{
+use super::policy::{
     GrpoSettings, GrpoStats, LossForm, PpoPolicyStats, PpoValueStats, Sampled, grpo_loss,
     per_token, ppo_metrics, ppo_policy_loss, ppo_value_loss, row_sums,
 };
-use quantune::objectives::preference::{
+use super::preference::{
     NegativeLogLikelihood, PairLogps, PreferenceLoss, PreferenceLosses, PreferenceSettings, kto_kl,
     kto_losses, kto_mismatched, preference_losses,
 };
-use quantune::objectives::reward::{RewardStats, WeightedPair, pair_losses, pair_weight};
-use quantune::train::settings::DpoSettings;
-use serde_json::Value;
-
-use crate::support::golden_json;
+use super::reward::{RewardStats, WeightedPair, pair_losses, pair_weight};
+use crate::train::settings::DpoSettings;
 
 fn cases(name: &str) -> Vec<Value> {
-    golden_json(&format!("objectives/{name}.json")).as_array().unwrap().clone()
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/objectives");
+    let text = std::fs::read_to_string(format!("{folder}/{name}.json")).unwrap();
+    serde_json::from_str::<Value>(&text).unwrap().as_array().unwrap().clone()
 }
 
 fn number(value: &Value) -> f64 {
@@ -508,4 +510,14 @@ fn whitened_rewards_have_no_scale() {
     moments.extend(&values);
     close(moments.mean, 0.0, "mean");
     close(moments.variance(), 1.0, "variance");
+}
+
+#[test]
+fn language_modelling_is_the_sum_of_surprise() {
+    let logps = Var::new(&[-1.0f32, -2.5], &Device::Cpu).unwrap();
+    let (loss, judged) = Objective::LanguageModeling.compute(Some(&logps), None, None).unwrap();
+    assert_eq!((loss.to_scalar::<f32>().unwrap(), judged.loss), (3.5, 3.5));
+    let grads = loss.backward().unwrap();
+    assert_eq!(grads.get(&logps).unwrap().to_vec1::<f32>().unwrap(), [-1.0, -1.0]);
+    assert!(Objective::LanguageModeling.compute(None, None, None).is_err());
 }
