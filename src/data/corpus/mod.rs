@@ -182,11 +182,6 @@ impl Corpus {
         &self.fingerprint
     }
 
-    /// The token that ends each document.
-    pub(crate) fn end_of_text(&self) -> u32 {
-        self.borders.end
-    }
-
     /// The token that documents are conditioned on: BOS if the tokenizer adds it, else the end-of-text token
     /// of the previous document.
     pub(crate) fn begin_of_text(&self) -> u32 {
