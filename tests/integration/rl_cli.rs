@@ -923,7 +923,7 @@ impl Patient {
             max_tokens: 12,
             cache: CacheType::F16,
             logprobs: None,
-            draws: true,
+            sampled_logps: true,
             slots: 4,
         };
         let active = [ActiveAdapter::frozen(policy.clone())];

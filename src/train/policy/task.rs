@@ -93,7 +93,7 @@ impl PolicyTask {
             max_tokens: self.response_length(),
             cache: CacheType::of(compute),
             logprobs: None,
-            draws: true,
+            sampled_logps: true,
             slots,
         }
     }

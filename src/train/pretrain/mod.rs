@@ -340,7 +340,7 @@ impl Pretraining {
             max_tokens: settings.sample_tokens,
             cache: CacheType::of(decoder.compute),
             logprobs: None,
-            draws: false,
+            sampled_logps: false,
             slots: 0,
         };
         // A model may have more rows than its tokenizer has tokens, and draw one while it is young.
