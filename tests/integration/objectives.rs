@@ -271,7 +271,7 @@ fn missing_inputs_of_preference_losses_are_errors() {
     let kto = PreferenceLoss::Kto { desirable_weight: 1.0, undesirable_weight: 1.0 };
     for (loss, expected) in [
         (PreferenceLoss::Orpo, "ORPO needs the log-likelihood"),
-        (kto, "KTO judges single responses"),
+        (kto, "KTO needs labelled responses"),
     ] {
         let settings = PreferenceSettings { loss, beta: 0.1 };
         let error = preference_losses(&settings, &pairs).unwrap_err().to_string();

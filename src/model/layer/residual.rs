@@ -44,8 +44,8 @@ impl LayerPass<'_> {
         })
     }
 
-    /// Adds the output of `linear` for `inner` to the residual stream `x`, behind the norm and the
-    /// multiplier that a family may have there. With a norm, its input is kept in `branch`.
+    /// Adds the output of `linear` for `inner` to the residual stream `x`, after the norm and the
+    /// multiplier that some families have. With a norm, its input is saved in `branch`.
     pub(super) fn add_to_residual(
         &self,
         (linear, tape): (&Linear, &mut LoraTape),
