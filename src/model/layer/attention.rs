@@ -3,7 +3,7 @@
 use candle_core::Result;
 
 use super::tape::{LoraTape, TapeBuffer, Workspace, take};
-use super::{AdapterGradients, LayerPass, LinearGroup};
+use super::{LayerPass, LinearGroup, ParameterGradients};
 use crate::model::cache::PanelCache;
 use crate::model::config::{Config, QkNorm};
 use crate::model::layers::{Attention, Norm};
@@ -129,7 +129,7 @@ impl LayerPass<'_> {
         (x, dx): (&[f32], &mut [f32]),
         tape: &mut AttentionTape,
         lowest: Option<LinearGroup>,
-        gradients: &mut AdapterGradients,
+        gradients: &mut ParameterGradients,
         work: &mut Workspace,
     ) -> Result<()> {
         let (n, isa, heads) = (self.tokens, self.isa, self.config.heads());
