@@ -16,7 +16,7 @@ fn train(text: &str, vocab_size: usize, cut: PreTokenizerKind, folder: &Path) ->
     Tokenizer::from_folder(folder).unwrap()
 }
 
-/// The golden text's tokenizer, with the folder it was written to.
+/// A tokenizer trained on the golden text, and its folder.
 fn golden_tokenizer(cut: PreTokenizerKind) -> (Tokenizer, tempfile::TempDir) {
     let golden = golden_json("text/trained.json");
     let folder = tempfile::tempdir().unwrap();

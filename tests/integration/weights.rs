@@ -116,7 +116,7 @@ fn writer_bytes_match_gguf_py() {
     assert!(fs::read(&path).unwrap() == fs::read(golden()).unwrap(), "the files differ");
 }
 
-/// A small file with what `types.gguf` lacks: nested and empty arrays, bytes that are no UTF-8,
+/// A small file with cases that `types.gguf` lacks: nested and empty arrays, bytes that are not UTF-8,
 /// one to four dimensions, default alignment.
 fn small_gguf(path: &Path) {
     write_small(path, &small_metadata());
@@ -174,7 +174,7 @@ fn what_is_written_is_read_back() {
     rewrite(&gguf, &again);
     assert_eq!(fs::read(&path).unwrap(), fs::read(&again).unwrap());
 
-    // Version 2 differs from 3 in the number alone.
+    // Version 2 differs from 3 only in the version number.
     let mut bytes = fs::read(&path).unwrap();
     bytes[4] = 2;
     let second = Gguf::open(file(&folder, "v2.gguf", &bytes)).unwrap();
@@ -263,7 +263,7 @@ fn gguf_rs_lists_the_same_tensors() {
 
 // Malformed GGUF files.
 
-/// The bytes of a GGUF header by hand, so that anything can be wrong with it.
+/// The bytes of a GGUF header, written by hand so that it can be malformed in any way.
 struct Raw(Vec<u8>);
 
 impl Raw {
