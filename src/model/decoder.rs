@@ -13,7 +13,7 @@ use super::cache::TensorCache;
 use super::config::Config;
 use super::embedding::{Embedding, adapts_embedding};
 use super::layer::reference::TensorLayerPass;
-use super::layer::{LayerPass, LinearGroup, ParameterGradients};
+use super::layer::{GradientBuffers, LayerPass, LinearGroup};
 use super::layers::{Layer, Linear};
 use super::lm_head::{AdaptedHead, LmHead};
 use super::pass::{Pass, Rows};
@@ -133,7 +133,7 @@ impl Decoder {
         tokens: &[u32],
         pass: &Pass,
         dx: &mut [f32],
-        sink: &mut ParameterGradients,
+        sink: &mut GradientBuffers,
     ) -> Result<()> {
         self.embedding().backward(tokens, pass, dx, sink)
     }

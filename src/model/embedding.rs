@@ -9,7 +9,7 @@ use quantune_adapters::config::EMBEDDING;
 use quantune_adapters::delta::{Adapter, TOKEN_ROWS};
 
 use super::adapters::{ActiveAdapter, parameter};
-use super::layer::ParameterGradients;
+use super::layer::GradientBuffers;
 use super::pass::Pass;
 use crate::ops::Values;
 use crate::ops::frozen_linear::{frozen_rows, read_rows};
@@ -125,7 +125,7 @@ impl Embedding<'_> {
         tokens: &[u32],
         pass: &Pass,
         dx: &mut [f32],
-        sink: &mut ParameterGradients,
+        sink: &mut GradientBuffers,
     ) -> Result<()> {
         self.scale_in_place(dx);
         let dx = &*dx;

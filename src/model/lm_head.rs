@@ -13,7 +13,7 @@ use rayon::prelude::*;
 
 use super::adapters::{ActiveAdapter, Adapters, parameter};
 use super::config::Config;
-use super::layer::ParameterGradients;
+use super::layer::GradientBuffers;
 use super::scoring::at_temperature;
 use crate::isa::Isa;
 use crate::ops::attention::dot;
@@ -327,7 +327,7 @@ impl AdaptedHead<'_> {
         x: &[f32],
         (targets, dlogps, cap): (&[u32], &[f32], Option<LogitSoftcap>),
         dx: &mut [f32],
-        sink: &mut ParameterGradients,
+        sink: &mut GradientBuffers,
     ) {
         let (width, vocabulary) = (self.width(), self.vocab_size);
         let (isa, rows) = (Isa::current(), chunk_rows(targets.len(), vocabulary));
@@ -423,7 +423,7 @@ impl AdaptedHead<'_> {
         x: &[f32],
         dx: &mut [f32],
         chunk: &mut LogitChunk,
-        sink: &mut ParameterGradients,
+        sink: &mut GradientBuffers,
     ) {
         let (width, vocabulary) = (self.width(), self.vocab_size);
         let (isa, rows) = (Isa::current(), x.len() / width);

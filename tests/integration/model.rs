@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use candle_core::{Device, Tensor, Var};
-use quantune::model::layer::ParameterGradients;
+use quantune::model::layer::GradientBuffers;
 use quantune::model::{ActiveAdapter, Adapters, Decoder, KvCache, Reading, Rows};
 use quantune::ops::Compute;
 use quantune::weights::Checkpoint;
@@ -242,7 +242,7 @@ fn readings_by_hand_are_those_of_the_ops() {
         let ours = decoder.read_log_probs(&values, &targets, temperature, &[], true, &mut reading);
         close(ours.unwrap(), &logps);
         let mut dx = vec![0f32; n * width];
-        let mut none = ParameterGradients { places: &HashMap::new(), gradients: &mut [] };
+        let mut none = GradientBuffers { places: &HashMap::new(), gradients: &mut [] };
         decoder
             .log_probs_back(&upstream, temperature, &[], &mut reading, &mut dx, &mut none)
             .unwrap();

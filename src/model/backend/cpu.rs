@@ -11,7 +11,7 @@ use crate::model::adapters::{ActiveAdapter, Adapters};
 use crate::model::cache::KvCache;
 use crate::model::decoder::Decoder;
 use crate::model::full::{FullBuffers, FullModel};
-use crate::model::layer::{LayerPass, LinearGroup, ParameterGradients, Sizes, Tape, Workspace};
+use crate::model::layer::{GradientBuffers, LayerPass, LinearGroup, Sizes, Tape, Workspace};
 use crate::model::pass::Pass;
 use crate::model::reading::Reading;
 use crate::ops::linear_cross_entropy::Distributions;
@@ -44,8 +44,8 @@ fn layer<'a>(decoder: &'a Decoder, index: usize, pass: &'a Pass) -> LayerPass<'a
 }
 
 impl ParameterGradients<'_, Cpu> {
-    fn sink(&mut self) -> ParameterGradients<'_> {
-        ParameterGradients { places: self.places, gradients: self.gradients }
+    fn sink(&mut self) -> GradientBuffers<'_> {
+        GradientBuffers { places: self.places, gradients: self.gradients }
     }
 }
 

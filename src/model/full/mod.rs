@@ -19,7 +19,7 @@ use rayon::prelude::*;
 
 use super::adapters::Adapters;
 use super::decoder::Decoder;
-use super::layer::{LayerPass, ParameterGradients, Tape, Workspace};
+use super::layer::{GradientBuffers, LayerPass, Tape, Workspace};
 use super::layers::{self, Layer, LayerSource, Linear, Norm, Parameter};
 use super::load::{gguf_offset, read_vector};
 use super::pass::{Pass, Rows};
@@ -451,7 +451,7 @@ impl FullModel {
                 layer(index).forward(x, scratch, true, work, None)?;
                 tape = scratch;
             }
-            let mut sink = ParameterGradients { places: &places, gradients: &mut *gradients };
+            let mut sink = GradientBuffers { places: &places, gradients: &mut *gradients };
             layer(index).backward(dx, tape, None, &mut sink, work)?;
         }
         scale_values(dx, variation.embedding_multiplier);

@@ -3,7 +3,7 @@
 use candle_core::Result;
 
 use super::tape::{LoraTape, TapeBuffer, Workspace, take};
-use super::{LayerPass, LinearGroup, ParameterGradients};
+use super::{GradientBuffers, LayerPass, LinearGroup};
 use crate::model::cache::PanelCache;
 use crate::model::config::{Config, QkNorm};
 use crate::model::layers::{Attention, Norm};
@@ -129,7 +129,7 @@ impl LayerPass<'_> {
         (x, dx): (&[f32], &mut [f32]),
         tape: &mut AttentionTape,
         lowest: Option<LinearGroup>,
-        gradients: &mut ParameterGradients,
+        gradients: &mut GradientBuffers,
         work: &mut Workspace,
     ) -> Result<()> {
         let (n, isa, heads) = (self.tokens, self.isa, self.config.heads());

@@ -4,7 +4,7 @@
 use candle_core::Result;
 
 use super::tape::{LoraTape, TapeBuffer, Workspace, take};
-use super::{LayerPass, LinearGroup, ParameterGradients};
+use super::{GradientBuffers, LayerPass, LinearGroup};
 use crate::model::config::Config;
 use crate::model::layers::{DenseFeedForward, FeedForward, Norm};
 use crate::ops::swiglu;
@@ -67,7 +67,7 @@ impl LayerPass<'_> {
         (normed, dx, dnormed): (&[f32], &[f32], &mut [f32]),
         tape: &mut FeedForwardTape,
         lowest: Option<LinearGroup>,
-        gradients: &mut ParameterGradients,
+        gradients: &mut GradientBuffers,
         work: &mut Workspace,
     ) -> Result<()> {
         match (block, tape) {
@@ -113,7 +113,7 @@ impl LayerPass<'_> {
         (normed, dx, dnormed): (&[f32], &[f32], &mut [f32]),
         tape: &mut DenseTape,
         lowest: Option<LinearGroup>,
-        gradients: &mut ParameterGradients,
+        gradients: &mut GradientBuffers,
         work: &mut Workspace,
     ) -> Result<()> {
         let (isa, kind) = (self.isa, self.config.family.gate);

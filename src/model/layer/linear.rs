@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::tape::{LoraTape, Workspace};
 use super::update::{BaseScales, base_scales, scale_rows};
-use super::{CHUNK, LayerPass, ParameterGradients, times};
+use super::{CHUNK, GradientBuffers, LayerPass, times};
 use crate::isa::{Isa, multiversion};
 use crate::model::decode_linear::{self, DecodeStep};
 use crate::model::layers::{Linear, Parameter, Projection};
@@ -74,7 +74,7 @@ impl LayerPass<'_> {
         tapes: &[LoraTape],
         x: &[f32],
         dx: Option<&mut [f32]>,
-        gradients: &mut ParameterGradients,
+        gradients: &mut GradientBuffers,
         work: &mut Workspace,
     ) -> Result<()> {
         match projection {
@@ -264,7 +264,7 @@ impl LayerPass<'_> {
         linears: &[LinearGrad],
         x: &[f32],
         dx: Option<&mut [f32]>,
-        gradients: &mut ParameterGradients,
+        gradients: &mut GradientBuffers,
         work: &mut Workspace,
     ) -> Result<()> {
         let (n, isa, panel) = (self.tokens, self.isa, self.backward);
@@ -388,7 +388,7 @@ impl LayerPass<'_> {
     }
 
     /// `db += Σ dy` over the tokens, of trainable biases.
-    fn bias_gradients(&self, linears: &[LinearGrad], gradients: &mut ParameterGradients) {
+    fn bias_gradients(&self, linears: &[LinearGrad], gradients: &mut GradientBuffers) {
         const COLUMNS: usize = 64;
         for (linear, dy, _) in linears {
             let Some(Parameter { gradient: Some(index), .. }) = linear.bias else { continue };
@@ -403,7 +403,7 @@ impl LayerPass<'_> {
 /// Moves the gradients of trainable weights out, so that products can write to several at once.
 fn take_weight_gradients(
     linears: &[LinearGrad],
-    gradients: &mut ParameterGradients,
+    gradients: &mut GradientBuffers,
 ) -> Vec<Option<Vec<f32>>> {
     let mut take = |index: usize| std::mem::take(&mut gradients.gradients[index]);
     linears.iter().map(|(linear, ..)| linear.gradient()).map(|index| index.map(&mut take)).collect()
@@ -413,7 +413,7 @@ fn take_weight_gradients(
 fn put_weight_gradients(
     linears: &[LinearGrad],
     dws: Vec<Option<Vec<f32>>>,
-    gradients: &mut ParameterGradients,
+    gradients: &mut GradientBuffers,
 ) {
     for ((linear, ..), dw) in linears.iter().zip(dws) {
         if let Some((index, dw)) = linear.gradient().zip(dw) {

@@ -51,14 +51,14 @@ impl LinearGroup {
 
 /// The buffers in which gradients of trainable adapters or weights are summed.
 #[derive(Debug)]
-pub struct ParameterGradients<'a> {
+pub struct GradientBuffers<'a> {
     /// Index of the first parameter of each adapted module, see `Adapter::parameter_indices`.
     pub places: &'a HashMap<String, usize>,
     /// One vector per parameter.
     pub gradients: &'a mut [Vec<f32>],
 }
 
-impl ParameterGradients<'_> {
+impl GradientBuffers<'_> {
     /// The gradient of a module's first parameter, or of one after it.
     pub(super) fn of(&mut self, module: &str, next: usize) -> &mut [f32] {
         &mut self.gradients[self.places[module] + next]
@@ -187,7 +187,7 @@ impl<'a> LayerPass<'a> {
         dx: &mut [f32],
         tape: &mut Tape,
         lowest: Option<LinearGroup>,
-        gradients: &mut ParameterGradients,
+        gradients: &mut GradientBuffers,
         work: &mut Workspace,
     ) -> Result<()> {
         let (layer, len) = (self.layer, self.tokens * self.config.hidden_size);

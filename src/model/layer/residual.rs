@@ -4,7 +4,7 @@ use candle_core::Result;
 
 use super::linear::Accumulate;
 use super::tape::{LoraTape, Workspace};
-use super::{LayerPass, ParameterGradients, add};
+use super::{GradientBuffers, LayerPass, add};
 use crate::model::layers::{Linear, Norm};
 use crate::ops::rms_norm;
 
@@ -27,7 +27,7 @@ impl LayerPass<'_> {
         x: &[f32],
         dy: &[f32],
         dx: &mut [f32],
-        gradients: &mut ParameterGradients,
+        gradients: &mut GradientBuffers,
         work: &mut Workspace,
     ) -> Result<()> {
         let Some(norm) = norm else {
@@ -78,7 +78,7 @@ impl LayerPass<'_> {
         branch: &[f32],
         dx: &'d [f32],
         (scaled, dbranch): (&'d mut Vec<f32>, &'d mut Vec<f32>),
-        gradients: &mut ParameterGradients,
+        gradients: &mut GradientBuffers,
         work: &mut Workspace,
     ) -> Result<&'d [f32]> {
         let by = self.config.variation.residual_multiplier as f32;

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::linear::LinearGrad;
 use super::tape::{TapeBuffer, Workspace};
-use super::{CHUNK, LayerPass, ParameterGradients, times};
+use super::{CHUNK, GradientBuffers, LayerPass, times};
 use crate::model::layers::Linear;
 use crate::ops::Values;
 use crate::ops::gemm::{Init, Out, PackedRows, Product, Strided, Term, Weights, multiply};
@@ -130,7 +130,7 @@ impl<'a> LayerPass<'a> {
         x: &[f32],
         updates: &[Vec<ActiveUpdate>],
         dhiddens: &[Vec<f32>],
-        gradients: &mut ParameterGradients,
+        gradients: &mut GradientBuffers,
         work: &mut Workspace,
     ) -> Result<()> {
         let (n, isa, panel) = (self.tokens, self.isa, self.backward);
