@@ -171,7 +171,7 @@ pub fn read_gguf_lora(
             continue;
         };
         let Some(spec) = of_tensor.get(stored) else {
-            faults.push(format!("{stored} is no linear layer of this base"));
+            faults.push(format!("{stored} is not a linear layer of this base"));
             continue;
         };
         let order = load::gguf_order(config, &format!("{}.weight", spec.name));
@@ -247,7 +247,7 @@ fn read_lora(
         let mut values = vec![0f32; own * cols];
         matrix.read_tile(0..own, 0..cols, &mut values);
         if let Some(v) = values.iter().find(|v| !v.is_finite()) {
-            return Err(format!("{stored}: an update holds {v}"));
+            return Err(format!("{stored}: an update has the value {v}"));
         }
         values.resize(rows * cols, 0.0);
         let tensor = Tensor::from_vec(values, (rows, cols), &Device::Cpu);

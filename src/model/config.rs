@@ -309,7 +309,7 @@ impl Config {
         Some(LogitSoftcap { cap, temperature: temperature as f32 })
     }
 
-    /// The family that a `config.json` of this decoder names: of those that a GGUF does not tell apart,
+    /// The family in a `config.json` of this decoder: of those that a GGUF does not distinguish,
     /// the first that can have its windows.
     pub fn hf_family(&self) -> &'static Family {
         let (of, windowed) = (self.family, !self.variation.windowed.is_empty());
@@ -371,7 +371,7 @@ impl Config {
         }
         let (heads, kv) = (self.num_attention_heads, self.num_key_value_heads);
         if kv > 0 && !heads.is_multiple_of(kv) {
-            faults.push(format!("{heads} query heads are no multiple of {kv} key heads"));
+            faults.push(format!("{heads} query heads are not a multiple of {kv} key heads"));
         }
         let finite = [("rms_norm_eps", self.rms_norm_eps), ("rope_theta", self.rope_theta)];
         for (name, value) in finite {

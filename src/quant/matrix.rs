@@ -115,7 +115,7 @@ pub enum MatrixError {
         found: usize,
     },
     /// A value that no block can hold.
-    #[error("row {row} holds {value}, which cannot be quantized")]
+    #[error("row {row} has the value {value}, which cannot be quantized")]
     NotFinite {
         /// Its row.
         row: usize,

@@ -291,7 +291,7 @@ pub struct TrainedTokenizer {
 impl TrainedTokenizer {
     /// Writes `tokenizer.json`, `tokenizer_config.json` and `generation_config.json`.
     ///
-    /// A document ends in `<|endoftext|>`, which also stands for the beginning of a text, since a
+    /// A document ends in `<|endoftext|>`, which is also BOS, since a
     /// model trained on packed documents has seen it before each. A turn ends in `<|im_end|>`. Both
     /// end generation. Padding is `<|endoftext|>`, not what a chat's answer is scored or ends at.
     ///

@@ -170,7 +170,7 @@ pub enum TrainError {
     /// The table of samples.
     #[error(transparent)]
     Samples(#[from] SamplesError),
-    /// A reward model beside the base.
+    /// A separate reward model.
     #[error(transparent)]
     RewardModel(#[from] RewardModelError),
     /// A tensor operation failed.

@@ -481,7 +481,7 @@ fn an_unavailable_device_is_an_error() {
         let needed = "`cargo build --release --features cuda`";
         refused(&["quickstart", "--out", &out, "--device", "cuda"], needed);
     }
-    refused(&["quickstart", "--out", &out, "--device", "gpu"], "\"gpu\" is no device");
+    refused(&["quickstart", "--out", &out, "--device", "gpu"], "\"gpu\" is not a device");
     for command in &commands {
         if !cfg!(feature = "cuda") {
             let needed = "`cargo build --release --features cuda`";
@@ -490,7 +490,7 @@ fn an_unavailable_device_is_an_error() {
         }
         let needed = "compute is int16, which only the CPU has: needed portable on device metal";
         check(command, &["--device", "metal", "--compute", "int16"], needed);
-        check(command, &["--device", "gpu"], "\"gpu\" is no device, needed cpu, cuda");
+        check(command, &["--device", "gpu"], "\"gpu\" is not a device, needed cpu, cuda");
     }
     // `--device cpu` is the default, with the cpu backend.
     let of = |flags: &[&str]| {

@@ -330,7 +330,7 @@ fn invalid_input_ends_in_one_error() {
         let flags = [&portable[..], &[flag, value]].concat();
         check(notes, &flags, &["only applies to backend cpu; reference keeps all activations"]);
     }
-    check(notes, &["--export", "x.gguf", "--export-type", "Q9"], &["\"Q9\" is no type"]);
+    check(notes, &["--export", "x.gguf", "--export-type", "Q9"], &["\"Q9\" is not a type"]);
     check(notes, &["--base", &base(), "--max-length", "999999"], &["max_length is 999999"]);
     check(notes, &["--base", &base(), "--hidden-size", "64"], &["cannot be set with --base"]);
     check(notes, &["--resume"], &["contains no run to resume"]);

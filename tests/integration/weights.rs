@@ -156,7 +156,7 @@ fn write_small(path: &Path, metadata: &[(String, OwnedValue)]) {
 }
 
 #[test]
-fn what_is_written_is_read_back() {
+fn written_files_read_back() {
     let folder = tempdir().unwrap();
     let (path, again) = (folder.path().join("small.gguf"), folder.path().join("again.gguf"));
     small_gguf(&path);
@@ -400,7 +400,7 @@ fn malformed_ggufs_are_errors() {
             one(&[16, 2], q8_0, 0, 128),
             "rows of 16 values are not whole Q8_0",
         ),
-        ("unaligned", one(&[2], f32, 4, 64), "offset 4 is no multiple of the alignment 32"),
+        ("unaligned", one(&[2], f32, 4, 64), "offset 4 is not a multiple of the alignment 32"),
         ("beyond", one(&[2], f32, 64, 64), "8 bytes at offset 64, the file has 64 bytes of data"),
         ("far beyond", one(&[2], f32, u64::MAX - 31, 64), "at offset 18446744073709551584"),
         ("cut data", one(&[16], f32, 0, 63), "64 bytes at offset 0, the file has 63 bytes"),
@@ -423,7 +423,7 @@ fn malformed_ggufs_are_errors() {
         (
             "all faults at once",
             pad(Raw::new(2, 0).tensor("a", &[2], f32, 1).tensor("b", &[99], f32, 0)),
-            "tensor \"a\": offset 1 is no multiple of the alignment 32; tensor \"b\": 396 bytes",
+            "tensor \"a\": offset 1 is not a multiple of the alignment 32; tensor \"b\": 396 bytes",
         ),
     ];
     let folder = tempdir().unwrap();
@@ -730,7 +730,7 @@ fn folders_without_model_are_errors() {
     check("the index names no tensors");
     file(&folder, index, br#"{"weight_map": {"a": "../config.json", "b": "2.st", "c": "3.st"}}"#);
     check(
-        "shard \"../config.json\" is no file of this folder; shard \"2.st\" is missing; shard \"3.st\"",
+        "shard \"../config.json\" is not a file of this folder; shard \"2.st\" is missing; shard \"3.st\"",
     );
     file(&folder, index, br#"{"weight_map": {"a": "1.st", "x": "1.st", "y": "2.st"}}"#);
     file(&folder, "1.st", &small_safetensors());
