@@ -1,8 +1,8 @@
 //! The head of a decoder (`lm_head`) under adapters: logits and log-probs of hidden states.
 //!
-//! It may get a low-rank update, and an adapter may bring a whole matrix of its own (`modules_to_save`) or
-//! some tokens' rows (`trainable_token_indices`). All of it is added to the base's logits, times the
-//! adapter's weight: a whole matrix counts as its difference to the base's. Dropout does not apply here.
+//! An adapter can have a low-rank update, a whole matrix (`modules_to_save`) or rows of some tokens
+//! (`trainable_token_indices`). Each is added to the base's logits, times the adapter's weight: a whole matrix
+//! counts as its difference to the base's. Dropout does not apply here.
 
 use std::sync::Arc;
 
@@ -91,7 +91,7 @@ impl<'a> LmHead<'a> {
     ) -> Result<Tensor> {
         let cap = self.config.logit_softcap(temperature);
         let hidden = self.scaled_hidden(hidden)?;
-        // Without a cap hidden states may as well be divided; with one, logits are, behind it.
+        // Without a softcap the hidden states are divided by the temperature; with one, the logits after it.
         let hidden = &if cap.is_some() { hidden } else { at_temperature(hidden, temperature)? };
         let Some(head) = self.adapted(active)? else {
             let Some(head) = self.uploaded else {
@@ -205,7 +205,7 @@ impl<'a> LmHead<'a> {
 pub(crate) struct AdaptedHead<'a> {
     weight: &'a FrozenMatrix,
     vocab_size: usize,
-    /// Factor of the base's product: 1 less the weights of whole heads.
+    /// Factor of the base's product: 1 minus the weights of whole matrices.
     base: f32,
     parts: Vec<HeadPart<'a>>,
 }
@@ -222,7 +222,7 @@ enum HeadPartKind<'a> {
     Update { a: Values<'a>, b: Values<'a>, r: usize, scale: f32 },
     /// `(V, H)`.
     Whole(Values<'a>),
-    /// Own rows less the base's, `(n, H)`, and the name of their gradients.
+    /// The adapter's rows minus the base's, `(n, H)`, and the name of their gradients.
     Tokens { indices: &'a [u32], difference: Vec<f32>, gradients: &'static str },
 }
 
@@ -257,7 +257,7 @@ impl LogitChunk {
     }
 }
 
-/// Logits of a hidden state that a thread takes at a time.
+/// Logits of a hidden state per task.
 const LOGITS: usize = 256;
 
 impl AdaptedHead<'_> {

@@ -26,7 +26,7 @@ pub struct Cpu;
 #[derive(Debug, Default)]
 pub struct CpuScratch {
     work: Workspace,
-    /// The tape of layers that keep none.
+    /// The tape of recomputed layers.
     tape: Tape,
 }
 
