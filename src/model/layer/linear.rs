@@ -316,7 +316,7 @@ impl LayerPass<'_> {
             dhidden[update.tokens.end * update.r..].fill(0.0);
         }
 
-        let turned = self.turned_gradients(linears, work);
+        let turned = self.transposed_gradients(linears, work);
         let mut dws = take_weight_gradients(linears, gradients);
         let mut products: Vec<Product> = Vec::new();
         for (((linear, ..), turned), dw) in linears.iter().zip(&turned).zip(&mut dws) {
@@ -375,7 +375,11 @@ impl LayerPass<'_> {
     }
 
     /// The gradients of the outputs of trainable layers, packed transposed: the left operand of `dW`.
-    fn turned_gradients(&self, linears: &[LinearGrad], work: &mut Workspace) -> Vec<PackedRows> {
+    fn transposed_gradients(
+        &self,
+        linears: &[LinearGrad],
+        work: &mut Workspace,
+    ) -> Vec<PackedRows> {
         let mut turned = std::mem::take(&mut work.turned_dys);
         turned.resize_with(linears.len().max(turned.len()), PackedRows::default);
         for ((linear, dy, _), turned) in linears.iter().zip(&mut turned) {

@@ -584,7 +584,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_does_not_see_its_neighbours() {
+    fn rows_are_independent() {
         let w = matrix(BlockType::Q4_0, 70, 96);
         let x = values(1, 30 * 96);
         for panel in [PanelType::F32, PanelType::Int16, PanelType::Int8] {
