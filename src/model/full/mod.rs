@@ -25,7 +25,7 @@ use super::pass::{Pass, Rows};
 use super::{Config, ModelError};
 use crate::data::Batch;
 use crate::isa::Isa;
-use crate::ops::linear_cross_entropy::{LearnGrad, learn};
+use crate::ops::linear_cross_entropy::{LossGrad, loss_and_gradients};
 use crate::ops::{BackendKind, Compute, Values, rms_norm, segment};
 use crate::quant::FrozenMatrix;
 use crate::weights::Checkpoint;
@@ -420,9 +420,10 @@ impl FullModel {
         self.norm.with_factors(|w| rms_norm::forward(isa, &read.x, w, eps, &mut read.normed))?;
         scale_values(&mut read.normed, variation.logits_multiplier);
         let head = Values::of(&self.parameters[self.head])?;
-        let grad = LearnGrad { x: &mut read.dnormed, head: &mut gradients[self.head] };
+        let grad = LossGrad { x: &mut read.dnormed, head: &mut gradients[self.head] };
         let targets_and_cap = (&read.targets[..], self.config.logit_softcap(1.0));
-        let loss = learn(panels, &read.normed, &head, targets_and_cap, scale as f32, grad);
+        let loss =
+            loss_and_gradients(panels, &read.normed, &head, targets_and_cap, scale as f32, grad);
         drop(head);
 
         // Backward.

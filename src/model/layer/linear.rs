@@ -385,7 +385,7 @@ impl LayerPass<'_> {
         for ((linear, dy, _), turned) in linears.iter().zip(&mut turned) {
             if linear.gradient().is_some() {
                 let dy = Strided { values: dy, stride: linear.rows() };
-                turned.pack_turned(self.isa, self.backward, dy, linear.rows(), self.tokens);
+                turned.pack_transposed(self.isa, self.backward, dy, linear.rows(), self.tokens);
             }
         }
         turned
