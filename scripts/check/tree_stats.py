@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 """Counts properties that make a tree easy or hard to change: lines, unsafe blocks, public items, long functions, cycles
-of files,
-type names defined more than once.
+of files, type names defined more than once.
 
     python3 scripts/check/tree_stats.py [ROOT] [--list]      ROOT is a checkout [default: this one]; --list names what is counted
 
