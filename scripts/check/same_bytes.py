@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs two binaries on the same tiny models and data and compares what they write, byte for byte.
+"""Runs two binaries on the same tiny models and data and compares their output files byte for byte.
 
     python3 scripts/check/same_bytes.py OLD NEW        binaries; scripts/check/same_bytes.sh builds them from commits
 
@@ -197,7 +197,7 @@ def kept(path):
 
 
 def traces(binary, args, out):
-    """What a run writes: file name -> bytes, and its result under an empty name. Paths below `out` are equal for both."""
+    """The output of a run: file name -> bytes, and its result under an empty name. Paths below `out` are equal for both."""
     shutil.rmtree(out, ignore_errors=True)
     if args[0] in ("merge", "export", "quantize"):
         out.mkdir()

@@ -36,7 +36,7 @@ MODELS = {
     "qwen2-80-layers": dict(arch="qwen2", layers=80, heads=2, kv=2, hidden=256, inner=256, tied=False),
 }
 VOCAB = 64
-# Flags beside the type, on the first two models.
+# Flags in addition to the type, on the first two models.
 FLAGS = [
     ["--pure"],
     ["--output-tensor-type", "q5_k"],
@@ -153,7 +153,7 @@ def make_types():
 
 
 def convert(name, pre):
-    """What the converter makes of a golden folder: its keys, and shape and digest of each tensor."""
+    """The converter's GGUF of a golden folder: its keys, and shape and digest of each tensor."""
     from conversion import ModelBase, ModelType, get_model_class  # llama.cpp's
     from conversion.base import TextModel, get_model_architecture
 

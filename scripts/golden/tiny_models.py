@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Writes tests/golden/model and tests/golden/train: tiny random models, what transformers says about
-them, and what PEFT makes of ten LoRA steps on them.
+"""Writes tests/golden/model and tests/golden/train: tiny random models, outputs of transformers for
+them, and of ten LoRA steps by PEFT.
 
     python3 scripts/golden/tiny_models.py
 
-Same versions, same bytes: every number is drawn from a seed of its own, and the script checks its own
+Same versions, same bytes: every number is drawn from a separate seed, and the script checks its own
 golden files. One that a wrong program would also meet is worthless, so each model is made sharp (entropy
 under 0.6 ln V), sensitive (1 % of rope_theta moves its log-probs by far more than the tests' 1e-3), and
 the training runs are repeated in float64 to show that their digits are not rounding noise.

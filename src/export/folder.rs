@@ -40,7 +40,7 @@ fn write_shards(
 ) -> Result<Written, ExportError> {
     let files = small_files(source, dtype)?;
     check_replaceable(out)?;
-    let (partial, old) = (beside(out, "partial")?, beside(out, "old")?);
+    let (partial, old) = (sibling_path(out, "partial")?, sibling_path(out, "old")?);
     let io = |action, path: &Path| {
         let path = path.to_path_buf();
         move |source| ExportError::Io { action, path, source }
@@ -72,8 +72,8 @@ fn write_shards(
     Ok(written)
 }
 
-/// `.{name}.{what}` beside a folder.
-fn beside(out: &Path, what: &str) -> Result<PathBuf, ExportError> {
+/// The path `.{name}.{what}` next to a folder.
+fn sibling_path(out: &Path, what: &str) -> Result<PathBuf, ExportError> {
     let name = out.file_name().ok_or_else(|| ExportError::Io {
         action: "write",
         path: out.into(),
@@ -96,7 +96,7 @@ fn check_replaceable(out: &Path) -> Result<(), ExportError> {
             || name.starts_with("model") && name.ends_with(".safetensors")
             || convert::FILES.iter().any(|file| file.split('/').next() == Some(&name));
         if !ours {
-            let reason = format!("it is there and holds {name:?}, which is no part of a model");
+            let reason = format!("it exists and contains {name:?}, which is not part of a model");
             let source = std::io::Error::other(reason);
             return Err(ExportError::Io { action: "replace", path: out.into(), source });
         }

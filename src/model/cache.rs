@@ -1,5 +1,5 @@
-//! Keys and values of tokens already seen, per layer, row and key head, exact or compressed: in
-//! panels that the CPU's kernels read, or, for the portable form, in tensors on its device.
+//! The KV cache, per layer, row and key head, exact or quantized: in panels for the CPU kernels, or in
+//! tensors for the reference backend.
 
 mod tensors;
 
@@ -21,10 +21,10 @@ use crate::string_enum::string_enum;
 use tensors::TensorRow;
 
 string_enum! {
-    /// How keys and values are kept.
+    /// The data type of the KV cache.
     #[derive(Debug)]
     pub enum CacheType {
-        /// Exactly.
+        /// F32.
         F32 = "f32",
         /// Half precision: half the memory.
         F16 = "f16",
@@ -41,7 +41,7 @@ impl Default for CacheType {
 }
 
 impl CacheType {
-    /// As exact as the products of a mode.
+    /// The default for a compute precision.
     pub fn of(compute: Compute) -> Self {
         match compute.precision {
             Precision::F32 => Self::F32,
@@ -50,12 +50,12 @@ impl CacheType {
     }
 }
 
-/// The keys and values of a batch of rows, each row of its own length, as a backend keeps them.
+/// The KV cache of a batch of rows with different lengths, in the layout of a backend.
 #[derive(Debug, Clone)]
 pub struct KvCache {
     rows: CacheRows,
-    /// Rows of more tokens than this rotate otherwise, so that what is kept of one is of no use to it
-    /// once it grows beyond (longrope).
+    /// Rows of more tokens than this have another RoPE scaling, so that their cache must be recomputed
+    /// once they grow beyond it (longrope).
     longrope_threshold: Option<usize>,
 }
 
@@ -72,7 +72,7 @@ pub(super) type PanelCache = LayerCaches<PanelRow>;
 /// The cache of [`Reference`](super::backend::Reference).
 pub(super) type TensorCache = LayerCaches<TensorRow>;
 
-/// Evaluates an expression on the rows of a cache, whatever backend they are of.
+/// Evaluates an expression on the rows of a cache, for every backend.
 macro_rules! on_rows {
     ($cache:expr, $rows:ident => $value:expr) => {
         match $cache {
@@ -84,13 +84,13 @@ macro_rules! on_rows {
 
 /// The keys and values of one row in one layer.
 pub(super) trait CachedRow: Clone + std::fmt::Debug {
-    /// Buffers of a decode step, which are used again by the next. A copy has none of them.
+    /// Buffers of a decode step, reused by the next. They are not copied.
     type Scratch: Default + std::fmt::Debug;
 
     /// Its tokens.
     fn len(&self) -> usize;
 
-    /// Forgets all but the first tokens.
+    /// Drops all but the first tokens.
     fn truncate(&mut self, tokens: usize);
 }
 
@@ -234,8 +234,8 @@ impl KvCache {
         Self { rows, longrope_threshold }
     }
 
-    /// Whether a row of `from` tokens and one of `to` rotate alike, so that what is kept of the one can
-    /// be of use to the other.
+    /// Whether rows of `from` and of `to` tokens have the same RoPE scaling, so that the cache of one can
+    /// be used for the other.
     pub fn same_rope_scaling(&self, from: usize, to: usize) -> bool {
         self.longrope_threshold.is_none_or(|most| (from > most) == (to > most))
     }
@@ -282,7 +282,7 @@ impl KvCache {
         (0..self.rows()).all(|row| self.len(row) == 0)
     }
 
-    /// Removes a row and returns it as a cache of its own; those behind it move up.
+    /// Removes a row and returns it as a separate cache; the rows after it move up.
     pub fn take(&mut self, row: usize) -> Self {
         let rows = match &mut self.rows {
             CacheRows::Cpu(rows) => CacheRows::Cpu(rows.take(row)),
@@ -291,7 +291,7 @@ impl KvCache {
         Self { rows, longrope_threshold: self.longrope_threshold }
     }
 
-    /// Forgets all of a row's tokens but the first `tokens`.
+    /// Drops all of a row's tokens but the first `tokens`.
     pub fn truncate(&mut self, row: usize, tokens: usize) {
         on_rows!(&mut self.rows, rows => rows.truncate(row, tokens));
     }
@@ -309,7 +309,7 @@ impl KvCache {
         Ok(())
     }
 
-    /// Each row as a cache of its own.
+    /// Splits the cache into one per row.
     pub fn into_rows(self) -> Vec<Self> {
         let longrope_threshold = self.longrope_threshold;
         let rows: Vec<CacheRows> = match self.rows {
@@ -437,7 +437,7 @@ impl PanelCache {
 
 /// The keys and values of one key head of a row.
 ///
-/// Keys lie in panels `(head_dim, 16)`, a panel for every 16 tokens, so that scores of 16 keys are
+/// Keys are in panels `(head_dim, 16)`, one for every 16 tokens, so that scores of 16 keys are
 /// sums over broadcast values of the query; values in rows padded to a multiple of 16.
 #[derive(Debug, Clone)]
 pub(super) struct HeadCache<B> {
@@ -447,11 +447,11 @@ pub(super) struct HeadCache<B> {
     values: Vec<B>,
     /// The factor of each key and of each value, if the type has one.
     scales: Option<(Vec<f32>, Vec<f32>)>,
-    /// A converted key on its way.
+    /// Scratch for a converted key.
     key: Vec<B>,
 }
 
-/// What keys and values can be stored as.
+/// A storage type of keys and values.
 pub(super) trait Stored: Element + Default {
     /// Whether the values of a head have a common factor.
     const SCALED: bool;
@@ -494,15 +494,15 @@ impl Stored for i8 {
     }
 }
 
-/// A head of any type that takes in tokens.
+/// A head of any storage type to which tokens can be appended.
 trait Append: Send {
-    /// Makes room for so many tokens.
+    /// Reserves capacity for this many tokens.
     fn reserve(&mut self, tokens: usize);
 
-    /// Takes in a token's key and value.
+    /// Appends a token's key and value.
     fn append(&mut self, key: &[f32], value: &[f32]);
 
-    /// Forgets all but the first tokens.
+    /// Drops all but the first tokens.
     fn truncate(&mut self, tokens: usize);
 }
 
@@ -747,7 +747,7 @@ mod tests {
             let error = error(&portable, &fast);
             assert!(error < 1e-5, "{kind:?} is off by {error:e}");
         }
-        // A number that is none is told, not rounded to one.
+        // NaN propagates, and is not rounded to a number.
         buffer[stride(heads) * 40 + zeros] = f32::NAN;
         for (kind, _) in KINDS {
             for compute in FORMS {
@@ -790,7 +790,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_forgotten_leaves_no_trace() {
+    fn truncated_tokens_have_no_effect() {
         let heads = Heads { heads: 4, kv_heads: 2, head_dim: 24 };
         let buffer = buffer(80, heads);
         let feed = |cache: &mut KvCache, tokens| feed_row(cache, &buffer, heads, tokens);

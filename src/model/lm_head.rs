@@ -1,8 +1,8 @@
 //! The head of a decoder (`lm_head`) under adapters: logits and log-probs of hidden states.
 //!
-//! It may get a low-rank update, and an adapter may bring a whole matrix of its own (`modules_to_save`) or
-//! some tokens' rows (`trainable_token_indices`). All of it is added to the base's logits, times the
-//! adapter's weight: a whole matrix counts as its difference to the base's. Dropout does not apply here.
+//! An adapter can have a low-rank update, a whole matrix (`modules_to_save`) or rows of some tokens
+//! (`trainable_token_indices`). Each is added to the base's logits, times the adapter's weight: a whole matrix
+//! counts as its difference to the base's. Dropout does not apply here.
 
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use rayon::prelude::*;
 
 use super::adapters::{ActiveAdapter, Adapters, parameter};
 use super::config::Config;
-use super::layer::AdapterGradients;
+use super::layer::GradientBuffers;
 use super::scoring::at_temperature;
 use crate::isa::Isa;
 use crate::ops::attention::dot;
@@ -91,7 +91,7 @@ impl<'a> LmHead<'a> {
     ) -> Result<Tensor> {
         let cap = self.config.logit_softcap(temperature);
         let hidden = self.scaled_hidden(hidden)?;
-        // Without a cap hidden states may as well be divided; with one, logits are, behind it.
+        // Without a softcap the hidden states are divided by the temperature; with one, the logits after it.
         let hidden = &if cap.is_some() { hidden } else { at_temperature(hidden, temperature)? };
         let Some(head) = self.adapted(active)? else {
             let Some(head) = self.uploaded else {
@@ -205,7 +205,7 @@ impl<'a> LmHead<'a> {
 pub(crate) struct AdaptedHead<'a> {
     weight: &'a FrozenMatrix,
     vocab_size: usize,
-    /// Factor of the base's product: 1 less the weights of whole heads.
+    /// Factor of the base's product: 1 minus the weights of whole matrices.
     base: f32,
     parts: Vec<HeadPart<'a>>,
 }
@@ -222,7 +222,7 @@ enum HeadPartKind<'a> {
     Update { a: Values<'a>, b: Values<'a>, r: usize, scale: f32 },
     /// `(V, H)`.
     Whole(Values<'a>),
-    /// Own rows less the base's, `(n, H)`, and the name of their gradients.
+    /// The adapter's rows minus the base's, `(n, H)`, and the name of their gradients.
     Tokens { indices: &'a [u32], difference: Vec<f32>, gradients: &'static str },
 }
 
@@ -257,7 +257,7 @@ impl LogitChunk {
     }
 }
 
-/// Logits of a hidden state that a thread takes at a time.
+/// Logits of a hidden state per task.
 const LOGITS: usize = 256;
 
 impl AdaptedHead<'_> {
@@ -327,7 +327,7 @@ impl AdaptedHead<'_> {
         x: &[f32],
         (targets, dlogps, cap): (&[u32], &[f32], Option<LogitSoftcap>),
         dx: &mut [f32],
-        sink: &mut AdapterGradients,
+        sink: &mut GradientBuffers,
     ) {
         let (width, vocabulary) = (self.width(), self.vocab_size);
         let (isa, rows) = (Isa::current(), chunk_rows(targets.len(), vocabulary));
@@ -423,7 +423,7 @@ impl AdaptedHead<'_> {
         x: &[f32],
         dx: &mut [f32],
         chunk: &mut LogitChunk,
-        sink: &mut AdapterGradients,
+        sink: &mut GradientBuffers,
     ) {
         let (width, vocabulary) = (self.width(), self.vocab_size);
         let (isa, rows) = (Isa::current(), x.len() / width);
@@ -431,7 +431,7 @@ impl AdaptedHead<'_> {
         let (mut straight, mut turned) = (PackedRows::default(), PackedRows::default());
         straight.pack(isa, panel, dlogits, rows, vocabulary);
         if self.parts.iter().any(|part| part.trainable) {
-            turned.pack_turned(isa, panel, dlogits, vocabulary, rows);
+            turned.pack_transposed(isa, panel, dlogits, vocabulary, rows);
         }
         dx.fill(0.0);
         if self.base != 0.0 {
@@ -459,7 +459,7 @@ impl AdaptedHead<'_> {
                     let terms = vec![Term { x: &packed, weights: a, transposed: false }];
                     add_product(isa, terms, dx, width);
                     if part.trainable {
-                        packed.pack_turned(isa, panel, of_hidden, *r, rows);
+                        packed.pack_transposed(isa, panel, of_hidden, *r, rows);
                         let weights = Weights::Dense { values: x, cols: width, scale: 1.0 };
                         let terms = vec![Term { x: &packed, weights, transposed: false }];
                         add_product(isa, terms, sink.of(HEAD, 0), width);

@@ -1,7 +1,7 @@
 //! The decoder: one forward pass for every family, frozen weights, adapters as arguments.
 //!
 //! A family is a row of properties ([`config::FAMILIES`]); the same code trains, scores and
-//! generates. Activations are flat: the rows of a batch lie end to end and nothing is padded.
+//! generates. Activations are packed: the rows of a batch are concatenated without padding.
 
 pub mod adapter_files;
 pub mod adapters;
@@ -36,26 +36,26 @@ use crate::weights::WeightsError;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ModelError {
-    /// The file itself.
+    /// The weights file.
     #[error(transparent)]
     Weights(#[from] WeightsError),
-    /// The properties of the model are missing, contradictory or not ours to run.
+    /// Properties of the model are missing, contradictory or not supported.
     #[error("{path}: {reason}")]
     Config {
         /// The file or folder.
         path: String,
-        /// All that is wrong.
+        /// All errors.
         reason: String,
     },
-    /// Tensors that are missing or of another shape, all of them.
+    /// All tensors that are missing or have another shape.
     #[error("{path}: {reason}")]
     Tensors {
         /// The file or folder.
         path: String,
-        /// All that is wrong.
+        /// All errors.
         reason: String,
     },
-    /// candle refused.
+    /// A tensor operation failed.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
 }

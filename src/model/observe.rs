@@ -44,7 +44,7 @@ impl InputSquares {
 }
 
 impl Decoder {
-    /// Runs rows through all layers and adds what goes into each linear layer to `squares`.
+    /// Runs rows through all layers and adds the squared inputs of each linear layer to `squares`.
     pub fn observe(&self, rows: &Rows, adapters: Adapters, squares: &InputSquares) -> Result<()> {
         let mut pass = self.pass(rows, adapters, None);
         pass.squares = Some(squares);

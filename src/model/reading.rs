@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::adapters::ActiveAdapter;
 use super::decoder::Decoder;
-use super::layer::AdapterGradients;
+use super::layer::GradientBuffers;
 use crate::isa::Isa;
 use crate::ops::gemm::PanelType;
 use crate::ops::linear_cross_entropy::{Distributions, TargetStatsMut};
@@ -90,7 +90,7 @@ impl Decoder {
         active: &[ActiveAdapter],
         reading: &mut Reading,
         dx: &mut [f32],
-        sink: &mut AdapterGradients,
+        sink: &mut GradientBuffers,
     ) -> Result<()> {
         let width = self.config.hidden_size;
         if let Some(head) = self.adapted_head(active)? {

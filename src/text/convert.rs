@@ -45,13 +45,13 @@ pub fn to_gguf(
     put_added(&mut json, &tokenizer);
     let model = &json["model"];
     let of_sentencepiece = sentencepiece::is_model(&json);
-    let unsaid = |fault: String| bad(format!("{fault}, which no GGUF key says"));
+    let unsupported = |fault: String| bad(format!("{fault}, which no GGUF key says"));
     let (kind, pre, in_front) = if of_sentencepiece {
-        let in_front = sentencepiece::space_in_front(&json).map_err(unsaid)?;
+        let in_front = sentencepiece::space_in_front(&json).map_err(unsupported)?;
         ("llama", "default", Some(in_front))
     } else {
         if let Some(fault) = inexpressible(&json) {
-            return Err(unsaid(fault));
+            return Err(unsupported(fault));
         }
         let ignore_merges = model["ignore_merges"] == true;
         let Some(pre) = tokenizer.pre_tokenizer_name(ignore_merges) else {
@@ -139,7 +139,7 @@ impl Vocabulary {
             };
             tokens[id] = (token.clone(), of);
         }
-        let merges = merges(&model["merges"]).ok_or("merges are no pairs")?;
+        let merges = merges(&model["merges"]).ok_or("merges are not pairs")?;
         let scores = of_sentencepiece.then(|| {
             let ids: HashMap<&str, u32> =
                 tokens.iter().map(|(token, _)| token.as_str()).zip(0..).collect();
@@ -279,11 +279,11 @@ pub fn keys_with_added_tokens(
     Ok(keys)
 }
 
-/// The tokenizer files to save beside an adapter: those of the base with the added tokens.
+/// The tokenizer files to save with an adapter: those of the base with the added tokens.
 ///
 /// # Errors
 /// If the base's tokenizer cannot be read or converted.
-pub fn beside(
+pub fn files_for_adapter(
     checkpoint: &Checkpoint,
     tokenizer: &Tokenizer,
 ) -> Result<Vec<(&'static str, String)>, TextError> {
@@ -360,7 +360,7 @@ fn inexpressible(json: &Value) -> Option<String> {
     }
 }
 
-/// Whether the converter makes it a control token, whatever `tokenizer.json` says.
+/// Whether the converter makes it a control token, independent of `tokenizer.json`.
 fn looks_special(token: &str) -> bool {
     let within = |open: &str, close: &str| token.starts_with(open) && token.ends_with(close);
     within("<|", "|>") || within("<｜", "｜>") || ["<pad>", "<mask>"].contains(&token)
@@ -480,7 +480,7 @@ fn tokenizer_parts(file: &Gguf, ids: &HashMap<&str, u32>) -> Result<TokenizerPar
         let pre_tokenizer = pre.to_json().ok_or_else(|| {
             TextError::format(
                 file.path(),
-                "its tokenizer.ggml.pre cuts words as no portable tokenizer.json can",
+                "its tokenizer.ggml.pre splits words in a way that no portable tokenizer.json supports",
             )
         })?;
         let decoder = json!({

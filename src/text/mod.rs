@@ -18,11 +18,13 @@ mod template;
 mod tokenizer;
 mod train;
 
-pub use added::AddedTokenSpec;
-pub(crate) use added::added_beside;
+pub use added::{AddedTokenSpec, added_by_adapters};
 pub use error::TextError;
 pub use stream::DecodeStream;
 pub(crate) use template::today;
 pub use template::{ChatTemplate, first_second};
 pub use tokenizer::{Encoding, Special, Tokenizer};
-pub use train::{SPECIAL_TOKENS, TokenizerTrainer, TrainedTokenizer, TrainingReport, WordCut};
+pub use train::{
+    PreTokenizerKind, SMALLEST_VOCABULARY, SPECIAL_TOKENS, TokenizerTrainer, TrainedTokenizer,
+    TrainingReport,
+};

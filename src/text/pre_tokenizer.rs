@@ -119,9 +119,9 @@ macro_rules! ending {
 const TEKKEN: &str = cased!(r"[\p{L}&&[^a-z]]", r"[\p{L}&&[^A-Z]]", "", r"\p{N}");
 const GPT_4O: &str = cased!(r"[\p{L}&&[^a-z]]", r"[\p{L}&&[^A-Z]]", ending!(), r"\p{N}{1,3}");
 
-/// Names that llama.cpp gives tokenizers which cut letters beyond ASCII and marks otherwise than it
-/// does, and how these themselves cut: Mistral's Tekken, and OpenAI's `o200k_base`.
-const NEARLY: &[(&str, &str)] = &[
+/// Names in llama.cpp of tokenizers that split non-ASCII letters and marks differently from llama.cpp, and
+/// their own rules: Mistral's Tekken, and OpenAI's `o200k_base`.
+const APPROXIMATE_NAMES: &[(&str, &str)] = &[
     (
         "tekken",
         cased!(r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", "", r"\p{N}"),
@@ -289,7 +289,7 @@ pub(super) const PROBES: &[&str] = &[
 ];
 
 /// The name of the row that splits [`PROBES`] like `theirs` and has the same `ignore_merges`; or the one of
-/// [`NEARLY`] that llama.cpp uses for it.
+/// [`APPROXIMATE_NAMES`] that llama.cpp uses for it.
 pub(super) fn identify(theirs: &PreTokenizerWrapper, ignore_merges: bool) -> Option<&'static str> {
     let theirs = cuts(theirs)?;
     let alike = |row: &PreTokenizer| {
@@ -297,7 +297,8 @@ pub(super) fn identify(theirs: &PreTokenizerWrapper, ignore_merges: bool) -> Opt
     };
     let fits = |row: &&PreTokenizer| row.ignore_merges == ignore_merges && alike(row);
     let nearly = || {
-        let known = NEARLY.iter().filter_map(|(name, split)| Some((*name, split, find(name)?)));
+        let known =
+            APPROXIMATE_NAMES.iter().filter_map(|(name, split)| Some((*name, split, find(name)?)));
         let mut same = known.filter(|(_, split, row)| {
             alike(&PreTokenizer { splits: std::slice::from_ref(split), ..**row })
         });
@@ -356,8 +357,8 @@ impl PreTokenizer {
 }
 
 impl PreTokenizer {
-    /// The row as `tokenizer.json` has it, if the expressions of other implementations can say it.
-    pub(crate) fn to_json(&self) -> Option<Value> {
+    /// The row as JSON of a `tokenizer.json`, if the regular expressions of other implementations support it.
+    pub fn to_json(&self) -> Option<Value> {
         let byte_level = |use_regex: bool| {
             json!({
                 "type": "ByteLevel",
@@ -415,7 +416,7 @@ mod tests {
     #[test]
     fn rows_are_identified_by_their_splits() {
         for row in TABLE {
-            // Two rows may differ in whether they want BOS, which a file says itself.
+            // Two rows may differ in whether BOS is added, which has its own key in a file.
             let check = |pre: &PreTokenizerWrapper| {
                 let found = find(identify(pre, row.ignore_merges).unwrap()).unwrap();
                 // `\s*[\r\n]` ends at the last line's end, as `\s*[\r\n]+` does.

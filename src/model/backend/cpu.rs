@@ -11,7 +11,7 @@ use crate::model::adapters::{ActiveAdapter, Adapters};
 use crate::model::cache::KvCache;
 use crate::model::decoder::Decoder;
 use crate::model::full::{FullBuffers, FullModel};
-use crate::model::layer::{AdapterGradients, LayerPass, LinearGroup, Sizes, Tape, Workspace};
+use crate::model::layer::{GradientBuffers, LayerPass, LinearGroup, Sizes, Tape, Workspace};
 use crate::model::pass::Pass;
 use crate::model::reading::Reading;
 use crate::ops::linear_cross_entropy::Distributions;
@@ -26,7 +26,7 @@ pub struct Cpu;
 #[derive(Debug, Default)]
 pub struct CpuScratch {
     work: Workspace,
-    /// The tape of layers that keep none.
+    /// The tape of recomputed layers.
     tape: Tape,
 }
 
@@ -44,8 +44,8 @@ fn layer<'a>(decoder: &'a Decoder, index: usize, pass: &'a Pass) -> LayerPass<'a
 }
 
 impl ParameterGradients<'_, Cpu> {
-    fn sink(&mut self) -> AdapterGradients<'_> {
-        AdapterGradients { places: self.places, gradients: self.gradients }
+    fn sink(&mut self) -> GradientBuffers<'_> {
+        GradientBuffers { places: self.places, gradients: self.gradients }
     }
 }
 

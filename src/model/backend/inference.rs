@@ -1,5 +1,4 @@
-//! The forward pass without a backward pass to come: scoring, prompts and decode steps, by the backend
-//! of the decoder.
+//! Inference: forward passes for scoring, prefill and decode steps, on the backend of the decoder.
 
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -47,8 +46,8 @@ impl Decoder {
         self.hidden_with(rows, adapters, Some(cache), None, false)
     }
 
-    /// [`Self::hidden_cached`] for a decoding step, a token a row, at the speed of memory. In the
-    /// integer modes its rounding is another than a prompt's, whatever the number of rows.
+    /// [`Self::hidden_cached`] for a decode step with one token per row, bound by memory bandwidth. In the
+    /// integer precisions it rounds differently from prefill, independent of the number of rows.
     pub fn hidden_step(
         &self,
         rows: &Rows,
@@ -72,7 +71,7 @@ impl Decoder {
         })
     }
 
-    /// The memory that its layers work with in a batch of `tokens` tokens.
+    /// Memory of its layers for a batch of `tokens` tokens.
     pub fn layer_bytes(&self, tokens: usize, sizes: &Sizes) -> LayerBytes {
         with_backend!(self.compute.backend, B => B::layer_bytes(self, tokens, sizes))
     }
@@ -125,7 +124,7 @@ fn hidden<B: Backend>(
         rising
     });
     let narrow = rising.as_deref().map(|rising| (decoder.narrowed(&pass, rising), rising));
-    // A step is so short that fresh buffers would cost of it; those of a prompt are large.
+    // Decode steps are so short that allocating buffers would matter; those of prefill are large.
     let mut scratch = match cache.as_deref_mut().filter(|_| decoding) {
         Some(cache) => B::take_scratch(cache),
         None => B::Scratch::default(),

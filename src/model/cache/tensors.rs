@@ -1,4 +1,4 @@
-//! A row's keys and values as tensors on a device: what the portable form attends to.
+//! A row's keys and values as tensors on a device, for the reference backend.
 
 use std::sync::Arc;
 
@@ -6,10 +6,10 @@ use candle_core::{D, DType, Result, Tensor};
 
 use super::CacheType;
 
-/// Buffers have room for a multiple of so many tokens.
+/// Buffers are allocated in multiples of this many tokens.
 const ROOM: usize = 256;
 
-/// The integer that a Q8 value of 0 is kept as: candle's bytes have no sign.
+/// The zero point of Q8 values, because candle's bytes are unsigned.
 const ZERO: f64 = 128.0;
 
 /// The key heads of a row.
@@ -17,7 +17,7 @@ const ZERO: f64 = 128.0;
 pub(in crate::model) struct TensorRow {
     kind: CacheType,
     pub len: usize,
-    /// Keys and values, once there are some. A copy of the row shares them until one of the two takes
+    /// Keys and values, if any. A copy of the row shares them until one of the two appends
     /// in a token.
     kept: Option<Arc<[Kept; 2]>>,
 }
@@ -27,7 +27,7 @@ pub(in crate::model) struct TensorRow {
 struct Kept {
     /// `(kv_heads, room, head_dim)`: F32, F16, or U8.
     heads: Tensor,
-    /// What U8 values are multiplied with, `(kv_heads, room, 1)` F32.
+    /// Scales of U8 values, `(kv_heads, room, 1)` F32.
     scales: Option<Tensor>,
 }
 
@@ -36,7 +36,7 @@ impl TensorRow {
         Self { kind, len: 0, kept: None }
     }
 
-    /// Takes in the keys and values of new tokens, `(kv_heads, T, head_dim)` F32 each.
+    /// Appends the keys and values of new tokens, `(kv_heads, T, head_dim)` F32 each.
     pub fn append(&mut self, new: [Tensor; 2]) -> Result<()> {
         let len = self.len + new[0].dim(1)?;
         let [keys, values] = new;

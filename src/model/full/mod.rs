@@ -1,10 +1,9 @@
-//! A decoder all of whose weights train: the layers of [`Decoder`] with trainable weights, in full
-//! precision.
+//! Full training of a decoder: the layers of [`Decoder`] with trainable weights, in full precision.
 //!
 //! Its parameters are F32 tensors under Hugging Face's names, with Hugging Face's values. A micro-batch is
 //! a forward pass through the layers, next-token cross-entropy at the head, and a backward pass that sums
 //! the gradients of all parameters. [`BackendKind::Reference`] runs the layers' reference form on candle's tape,
-//! and a parity test holds the two together. With integer panels products round as they do for a frozen
+//! and a parity test compares the two. With integer panels products round as they do for a frozen
 //! base, while parameters, gradients and sums stay F32.
 
 mod portable;
@@ -19,19 +18,19 @@ use rayon::prelude::*;
 
 use super::adapters::Adapters;
 use super::decoder::Decoder;
-use super::layer::{AdapterGradients, LayerPass, Tape, Workspace};
+use super::layer::{GradientBuffers, LayerPass, Tape, Workspace};
 use super::layers::{self, Layer, LayerSource, Linear, Norm, Parameter};
 use super::load::{gguf_offset, read_vector};
 use super::pass::{Pass, Rows};
 use super::{Config, ModelError};
 use crate::data::Batch;
 use crate::isa::Isa;
-use crate::ops::linear_cross_entropy::{LearnGrad, learn};
+use crate::ops::linear_cross_entropy::{LossGrad, loss_and_gradients};
 use crate::ops::{BackendKind, Compute, Values, rms_norm, segment};
 use crate::quant::FrozenMatrix;
 use crate::weights::Checkpoint;
 
-/// A decoder whose parameters all train.
+/// A fully trainable decoder.
 #[derive(Debug)]
 pub struct FullModel {
     /// Its properties.
@@ -144,7 +143,7 @@ pub struct FullBuffers {
     work: Workspace,
     /// By layer; of recomputed ones only the input is in use.
     tapes: Vec<Tape>,
-    /// The tape of layers that keep none.
+    /// The tape of recomputed layers.
     scratch: Tape,
     /// The residual stream and its gradient, `(N, hidden_size)`.
     x: Vec<f32>,
@@ -152,7 +151,7 @@ pub struct FullBuffers {
     read: TargetRows,
 }
 
-/// The rows that predict something, on their way to the head and back.
+/// Buffers of the rows with targets, at the head.
 #[derive(Debug, Default)]
 struct TargetRows {
     /// `(M, hidden_size)`, behind the norm, and the gradients.
@@ -309,12 +308,12 @@ impl FullModel {
         self.parameters.iter().enumerate().map(decays).collect()
     }
 
-    /// How many numbers train.
+    /// Number of parameters.
     pub fn parameter_count(&self) -> usize {
         self.parameters.iter().map(|var| var.elem_count()).sum()
     }
 
-    /// Gradients of 0, one vector a parameter.
+    /// Zero gradients, one vector per parameter.
     pub fn zero_gradients(&self) -> Vec<Vec<f32>> {
         self.parameters.iter().map(|var| vec![0.0; var.elem_count()]).collect()
     }
@@ -421,9 +420,10 @@ impl FullModel {
         self.norm.with_factors(|w| rms_norm::forward(isa, &read.x, w, eps, &mut read.normed))?;
         scale_values(&mut read.normed, variation.logits_multiplier);
         let head = Values::of(&self.parameters[self.head])?;
-        let grad = LearnGrad { x: &mut read.dnormed, head: &mut gradients[self.head] };
+        let grad = LossGrad { x: &mut read.dnormed, head: &mut gradients[self.head] };
         let targets_and_cap = (&read.targets[..], self.config.logit_softcap(1.0));
-        let loss = learn(panels, &read.normed, &head, targets_and_cap, scale as f32, grad);
+        let loss =
+            loss_and_gradients(panels, &read.normed, &head, targets_and_cap, scale as f32, grad);
         drop(head);
 
         // Backward.
@@ -451,7 +451,7 @@ impl FullModel {
                 layer(index).forward(x, scratch, true, work, None)?;
                 tape = scratch;
             }
-            let mut sink = AdapterGradients { places: &places, gradients: &mut *gradients };
+            let mut sink = GradientBuffers { places: &places, gradients: &mut *gradients };
             layer(index).backward(dx, tape, None, &mut sink, work)?;
         }
         scale_values(dx, variation.embedding_multiplier);
@@ -495,7 +495,7 @@ fn scale_values(values: &mut [f32], factor: f64) {
     }
 }
 
-/// Rows of the embedding whose gradient a thread sums.
+/// Rows of the embedding's gradient per task.
 const EMBEDDING_ROWS: usize = 512;
 
 /// Adds the gradient `dx (N, width)` of embedded tokens to that of the embedding `(V, width)`.
@@ -512,7 +512,7 @@ fn embed_back(tokens: &[u32], dx: &[f32], width: usize, gradient: &mut [f32]) {
     });
 }
 
-/// Bytes that a micro-batch of `tokens` tokens works with, beside parameters, gradients and head.
+/// Buffer bytes of a micro-batch of `tokens` tokens, without parameters, gradients and head.
 pub fn working_bytes(config: &Config, tokens: usize, kept_layers: usize) -> usize {
     let layers = config.num_hidden_layers;
     let kept = kept_layers.min(layers);

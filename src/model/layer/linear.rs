@@ -5,7 +5,7 @@ use rayon::prelude::*;
 
 use super::tape::{LoraTape, Workspace};
 use super::update::{BaseScales, base_scales, scale_rows};
-use super::{AdapterGradients, CHUNK, LayerPass, times};
+use super::{CHUNK, GradientBuffers, LayerPass, times};
 use crate::isa::{Isa, multiversion};
 use crate::model::decode_linear::{self, DecodeStep};
 use crate::model::layers::{Linear, Parameter, Projection};
@@ -14,19 +14,19 @@ use crate::ops::gemm::{
     Init, Out, PackedRows, PanelType, Product, Strided, Term, Weights, multiply,
 };
 
-/// What becomes of the values in an output buffer.
+/// How a product is written to its output buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Accumulate {
-    /// They are overwritten.
+    /// The output is overwritten.
     Overwrite,
-    /// They are added to: the residual stream.
+    /// The product is added to the output: the residual stream.
     Add,
 }
 
-/// A linear layer, its output `(N, rows)`, and what it keeps for the backward pass.
+/// A linear layer, its output `(N, rows)`, and values saved for the backward pass.
 pub(super) type LinearOut<'a> = (&'a Linear, &'a mut [f32], &'a mut LoraTape);
 
-/// A linear layer, the gradient of its output `(N, rows)`, and what the forward pass kept.
+/// A linear layer, the gradient of its output `(N, rows)`, and values saved by the forward pass.
 pub(super) type LinearGrad<'a> = (&'a Linear, &'a [f32], &'a LoraTape);
 
 impl LayerPass<'_> {
@@ -66,7 +66,7 @@ impl LayerPass<'_> {
     }
 
     /// The backward pass of [`Self::project_all`].
-    #[allow(clippy::too_many_arguments)] // a unit, its states, its tape, where gradients go, buffers
+    #[allow(clippy::too_many_arguments)] // a unit, its states, its tape, gradients, buffers
     pub(super) fn project_all_back(
         &self,
         projection: &Projection,
@@ -74,7 +74,7 @@ impl LayerPass<'_> {
         tapes: &[LoraTape],
         x: &[f32],
         dx: Option<&mut [f32]>,
-        gradients: &mut AdapterGradients,
+        gradients: &mut GradientBuffers,
         work: &mut Workspace,
     ) -> Result<()> {
         match projection {
@@ -121,7 +121,7 @@ impl LayerPass<'_> {
         let width = outs[0].0.cols();
         let all = Strided { values: x, stride: width };
         work.x.pack(isa, self.forward, all, n, width);
-        // Bytes would round what a step changes of an adapter away.
+        // In 8 bits, the changes of an adapter by a step would be rounded away.
         let of_update = match self.forward {
             PanelType::Int8 => PanelType::Int16,
             panel => panel,
@@ -199,7 +199,7 @@ impl LayerPass<'_> {
                 of_updates.push(Term { x, weights: update.b(), transposed: true });
             }
             if !scales.is_empty() {
-                // The base's product meets its scales before anything is added to it.
+                // The base's product is scaled before anything is added to it.
                 base.resize(n * linear.rows(), 0.0);
                 let to = Out::new(base, linear.rows());
                 products.push(Product { terms, init: Init::Zero, out: to });
@@ -258,13 +258,13 @@ impl LayerPass<'_> {
     }
 
     /// The backward pass of linear layers that share the input `x`: adds the gradients of trainable
-    /// weights, biases and updates, and overwrites that of `x` if it is wanted.
+    /// weights, biases and updates, and overwrites that of `x` if it is needed.
     pub(super) fn project_back(
         &self,
         linears: &[LinearGrad],
         x: &[f32],
         dx: Option<&mut [f32]>,
-        gradients: &mut AdapterGradients,
+        gradients: &mut GradientBuffers,
         work: &mut Workspace,
     ) -> Result<()> {
         let (n, isa, panel) = (self.tokens, self.isa, self.backward);
@@ -316,7 +316,7 @@ impl LayerPass<'_> {
             dhidden[update.tokens.end * update.r..].fill(0.0);
         }
 
-        let turned = self.turned_gradients(linears, work);
+        let turned = self.transposed_gradients(linears, work);
         let mut dws = take_weight_gradients(linears, gradients);
         let mut products: Vec<Product> = Vec::new();
         for (((linear, ..), turned), dw) in linears.iter().zip(&turned).zip(&mut dws) {
@@ -374,21 +374,25 @@ impl LayerPass<'_> {
         Ok(())
     }
 
-    /// The gradients of the outputs of trainable layers, packed transposed: the left side of `dW`.
-    fn turned_gradients(&self, linears: &[LinearGrad], work: &mut Workspace) -> Vec<PackedRows> {
+    /// The gradients of the outputs of trainable layers, packed transposed: the left operand of `dW`.
+    fn transposed_gradients(
+        &self,
+        linears: &[LinearGrad],
+        work: &mut Workspace,
+    ) -> Vec<PackedRows> {
         let mut turned = std::mem::take(&mut work.turned_dys);
         turned.resize_with(linears.len().max(turned.len()), PackedRows::default);
         for ((linear, dy, _), turned) in linears.iter().zip(&mut turned) {
             if linear.gradient().is_some() {
                 let dy = Strided { values: dy, stride: linear.rows() };
-                turned.pack_turned(self.isa, self.backward, dy, linear.rows(), self.tokens);
+                turned.pack_transposed(self.isa, self.backward, dy, linear.rows(), self.tokens);
             }
         }
         turned
     }
 
     /// `db += Σ dy` over the tokens, of trainable biases.
-    fn bias_gradients(&self, linears: &[LinearGrad], gradients: &mut AdapterGradients) {
+    fn bias_gradients(&self, linears: &[LinearGrad], gradients: &mut GradientBuffers) {
         const COLUMNS: usize = 64;
         for (linear, dy, _) in linears {
             let Some(Parameter { gradient: Some(index), .. }) = linear.bias else { continue };
@@ -400,20 +404,20 @@ impl LayerPass<'_> {
     }
 }
 
-/// Takes the gradients of trainable weights out, so that products can write to several at once.
+/// Moves the gradients of trainable weights out, so that products can write to several at once.
 fn take_weight_gradients(
     linears: &[LinearGrad],
-    gradients: &mut AdapterGradients,
+    gradients: &mut GradientBuffers,
 ) -> Vec<Option<Vec<f32>>> {
     let mut take = |index: usize| std::mem::take(&mut gradients.gradients[index]);
     linears.iter().map(|(linear, ..)| linear.gradient()).map(|index| index.map(&mut take)).collect()
 }
 
-/// Puts them back.
+/// Moves the gradients back.
 fn put_weight_gradients(
     linears: &[LinearGrad],
     dws: Vec<Option<Vec<f32>>>,
-    gradients: &mut AdapterGradients,
+    gradients: &mut GradientBuffers,
 ) {
     for ((linear, ..), dw) in linears.iter().zip(dws) {
         if let Some((index, dw)) = linear.gradient().zip(dw) {
@@ -433,7 +437,7 @@ multiversion! {
     }
 }
 
-/// Packs each `(n, r)`, as many as there are.
+/// Packs each of the matrices `(n, r)`.
 fn pack_all<'v>(
     isa: Isa,
     panel: PanelType,

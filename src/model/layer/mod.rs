@@ -1,15 +1,15 @@
 //! A decoder layer on the CPU, forward and backward by hand over plain buffers.
 //!
-//! This is the fast form of [`Decoder::layer`](super::Decoder::layer), which composes the same layer of
-//! candle ops on a tape; a parity test holds the two together, gradients too. Weights may be frozen,
-//! frozen with adapters, or trainable: the same pass serves all.
+//! This is the CPU form of [`Decoder::layer`](super::Decoder::layer), which composes the same layer of
+//! candle ops on a tape; a parity test compares the two, gradients included. Weights may be frozen,
+//! frozen with adapters, or trainable: there is one pass for all three.
 //!
-//! Linear layers that share their input pack it once and hand all their products to the threads
-//! together; an adapter's update is one more term of the base's product; residuals are what sums begin
-//! with; all large buffers are reused by the next layer and the next step.
+//! Linear layers that share their input pack it once and compute all their products in one parallel
+//! region; an adapter's update is one more term of the base's product; residuals are the initial values of
+//! sums; all large buffers are reused by the next layer and the next step.
 //!
-//! A file each has attention, the feed-forward block, norms and the residual stream, linear layers, the
-//! updates of adapters on them, and the buffers.
+//! Attention, the feed-forward block, norms and the residual stream, linear layers, the updates of adapters,
+//! and the buffers each have a file.
 
 mod attention;
 mod feed_forward;
@@ -34,10 +34,10 @@ use crate::ops::gemm::PanelType;
 use crate::ops::{Precision, par_for_each};
 pub use tape::{Sizes, Tape, Workspace};
 
-/// Values, or rows of an update, that a thread takes at a time.
+/// Values, or rows of an update, per task.
 const CHUNK: usize = 1 << 14;
 
-/// Linear layers that share an input: the index of `Layer::groups`, in the order of the forward pass.
+/// Linear layers that share an input: an index into `Layer::groups`, in the order of the forward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct LinearGroup(pub(super) usize);
 
@@ -49,16 +49,16 @@ impl LinearGroup {
     const DOWN: Self = Self(3);
 }
 
-/// Where gradients are summed: of trainable adapters, or of trainable weights.
+/// The buffers in which gradients of trainable adapters or weights are summed.
 #[derive(Debug)]
-pub struct AdapterGradients<'a> {
-    /// The first parameter of each adapted module, as `Adapter::places` has them.
+pub struct GradientBuffers<'a> {
+    /// Index of the first parameter of each adapted module, see `Adapter::parameter_indices`.
     pub places: &'a HashMap<String, usize>,
     /// One vector per parameter.
     pub gradients: &'a mut [Vec<f32>],
 }
 
-impl AdapterGradients<'_> {
+impl GradientBuffers<'_> {
     /// The gradient of a module's first parameter, or of one after it.
     pub(super) fn of(&mut self, module: &str, next: usize) -> &mut [f32] {
         &mut self.gradients[self.places[module] + next]
@@ -74,11 +74,11 @@ pub struct LayerPass<'a> {
     /// Panels of the products of the forward and of the backward pass.
     forward: PanelType,
     backward: PanelType,
-    /// How exactly the tape keeps products.
+    /// The precision of the tape.
     kept_as: PanelType,
     tokens: usize,
-    /// The tokens of each list of adapters in a decode step: products then read each weight where it is,
-    /// for a token a row. Training and prompts are computed one way, however many tokens there are.
+    /// The tokens of each list of adapters in a decode step: products then read each weight in place,
+    /// for one token per row. Training and prefill use the packed form for any number of tokens.
     adapter_groups: Option<&'a [AdapterGroup<'a>]>,
 }
 
@@ -94,19 +94,19 @@ impl<'a> LayerPass<'a> {
         let tokens = pass.segments.last().map_or(0, |segment| segment.tokens.end);
         let isa = Isa::current();
         let adapter_groups = None;
-        // A model whose weights train keeps everything exactly.
+        // Full training keeps the tape in F32.
         let trains = layer.attention.o.gradient().is_some();
         let kept_as = if trains { PanelType::F32 } else { forward };
         Self { config, layer, pass, isa, forward, backward, kept_as, tokens, adapter_groups }
     }
 
-    /// The layer of a decode step, without gradients. `adapter_groups` are the pass's.
+    /// The layer of a decode step, without gradients, with the `adapter_groups` of the pass.
     pub(super) fn decoding(self, adapter_groups: &'a [AdapterGroup<'a>]) -> Self {
         Self { adapter_groups: Some(adapter_groups), ..self }
     }
 
-    /// Turns `x (N, hidden_size)` into the layer's output. `taped` says whether `tape` is for a backward
-    /// pass (its `x` is the caller's to keep). With a cache, attends to it.
+    /// Overwrites `x (N, hidden_size)` with the layer's output. `taped`: whether `tape` is for a backward
+    /// pass (the caller saves its `x`). With a cache, attends to it.
     pub(super) fn forward(
         &self,
         x: &mut [f32],
@@ -119,8 +119,8 @@ impl<'a> LayerPass<'a> {
         self.add_branches(x, tape, taped, work)
     }
 
-    /// [`Self::forward`] of the last layer where only the outputs of some tokens are needed: `chosen`,
-    /// ascending. `narrow` is the same layer of a pass over those alone; `x` becomes
+    /// [`Self::forward`] of the last layer if only the outputs of some tokens are needed: `chosen`,
+    /// in ascending order. `narrow` is the same layer of a pass over only these tokens; `x` becomes
     /// `(chosen, hidden_size)`.
     pub(super) fn forward_to(
         &self,
@@ -140,7 +140,7 @@ impl<'a> LayerPass<'a> {
             buffer.truncate(chosen.len() * width);
         }
         if chosen.is_empty() {
-            return Ok(()); // a part of a prompt that ends in a later pass
+            return Ok(()); // a chunk of a prompt that ends in a later pass
         }
         narrow.add_branches(x, tape, false, work)
     }
@@ -178,16 +178,16 @@ impl<'a> LayerPass<'a> {
         Ok(())
     }
 
-    /// Turns `dx`, the gradient of the layer's output, into that of its input, and adds the gradients of
-    /// trainable adapters or weights. `tape`, which `Self::forward` left, is used up.
+    /// Overwrites `dx`, the gradient of the layer's output, with that of its input, and adds the gradients of
+    /// trainable adapters or weights. The content of `tape`, written by `Self::forward`, is consumed.
     ///
-    /// With `lowest`, nothing is computed below that group: `dx` is then of no use.
+    /// With `lowest`, nothing is computed below that group, and `dx` is not valid.
     pub fn backward(
         &self,
         dx: &mut [f32],
         tape: &mut Tape,
         lowest: Option<LinearGroup>,
-        gradients: &mut AdapterGradients,
+        gradients: &mut GradientBuffers,
         work: &mut Workspace,
     ) -> Result<()> {
         let (layer, len) = (self.layer, self.tokens * self.config.hidden_size);

@@ -1,4 +1,4 @@
-//! What a layer keeps for the backward pass, the buffers that layers share, and the bytes of both.
+//! The tape of a layer for the backward pass, the buffers that layers share, and their sizes in bytes.
 
 use half::f16;
 
@@ -9,7 +9,7 @@ use crate::model::decode_linear::DecodeBuffers;
 use crate::ops::gemm::{PackedRows, PanelType};
 use crate::ops::{Compute, half_tape};
 
-/// What a layer keeps for the backward pass. No product is computed again from it.
+/// Values of a layer saved for the backward pass, which recomputes no product.
 #[derive(Debug, Default)]
 pub struct Tape {
     /// Its input `(N, hidden_size)`.
@@ -20,7 +20,7 @@ pub struct Tape {
     pub(super) feed_forward: FeedForwardTape,
 }
 
-/// Values kept for the backward pass: as they are, or in 16 bits where products are rounded anyway.
+/// Values saved for the backward pass: in F32, or in 16 bits if products are rounded anyway.
 #[derive(Debug, Default)]
 pub(super) struct TapeBuffer {
     exact: Vec<f32>,
@@ -28,7 +28,7 @@ pub(super) struct TapeBuffer {
 }
 
 impl TapeBuffer {
-    /// Takes what is in `values`, in exchange for the buffer that was kept before.
+    /// Saves `values` by swapping buffers.
     pub(super) fn keep(&mut self, panel: PanelType, values: &mut Vec<f32>) {
         match panel {
             PanelType::F32 => std::mem::swap(&mut self.exact, values),
@@ -36,7 +36,7 @@ impl TapeBuffer {
         }
     }
 
-    /// Keeps a copy.
+    /// Saves a copy.
     pub(super) fn copy(&mut self, panel: PanelType, values: &[f32]) {
         match panel {
             PanelType::F32 => {
@@ -47,7 +47,7 @@ impl TapeBuffer {
         }
     }
 
-    /// What is kept, by way of a buffer where it is not kept as it is.
+    /// The saved values, converted into `buffer` if they are not stored in F32.
     pub(super) fn read<'k>(&'k self, panel: PanelType, buffer: &'k mut Vec<f32>) -> &'k [f32] {
         match panel {
             PanelType::F32 => &self.exact,
@@ -59,7 +59,7 @@ impl TapeBuffer {
         }
     }
 
-    /// Gives it back into `values`.
+    /// Moves the saved values back into `values`.
     pub(super) fn give(&mut self, panel: PanelType, values: &mut Vec<f32>) {
         match panel {
             PanelType::F32 => std::mem::swap(&mut self.exact, values),
@@ -68,16 +68,16 @@ impl TapeBuffer {
     }
 }
 
-/// What a linear layer keeps for the gradients of its adapters.
+/// Values of a linear layer saved for the gradients of its adapters.
 #[derive(Debug, Default)]
 pub(super) struct LoraTape {
     /// `x · Aᵀ (N, r)` of each update.
     pub(super) hidden: Vec<Vec<f32>>,
-    /// The base's own product `(N, out)`, if DoRA magnitudes train.
+    /// The base's product `(N, out)`, if DoRA magnitudes are trainable.
     pub(super) base: TapeBuffer,
 }
 
-/// Takes a buffer out of the workspace, of that length. Its values are arbitrary.
+/// Takes a buffer out of the workspace and resizes it. Its values are arbitrary.
 pub(super) fn take(buffer: &mut Vec<f32>, len: usize) -> Vec<f32> {
     let mut buffer = std::mem::take(buffer);
     buffer.resize(len, 0.0);
@@ -85,36 +85,36 @@ pub(super) fn take(buffer: &mut Vec<f32>, len: usize) -> Vec<f32> {
 }
 
 impl Tape {
-    /// Bytes of the buffers that all layers share, beside the tapes.
+    /// Bytes of the buffers that all layers share, without tapes.
     pub fn shared_bytes(config: &Config, compute: Compute, tokens: usize, sizes: &Sizes) -> usize {
         let (floats, packed) = Self::shared_width(config, sizes);
         let packed = match compute.precision.backward_panel() {
             PanelType::Int16 | PanelType::Int8 => packed / 2,
             PanelType::F32 => packed,
         };
-        // Of the layers that share an input, most of a layer's updates; as they are, packed, and
+        // Of the layers that share an input, most of a layer's updates; unpacked, packed, and
         // their gradients.
         (floats + packed + 2 * sizes.ranks) * tokens * size_of::<f32>()
     }
 
-    /// [`Self::shared_bytes`] of layers whose weights all train: gradients are packed twice.
+    /// [`Self::shared_bytes`] of fully trainable layers, whose gradients are packed twice.
     pub(in crate::model) fn trainable_shared_bytes(config: &Config, tokens: usize) -> usize {
         let (floats, packed) = Self::shared_width(config, &Sizes::default());
         (floats + 2 * packed) * tokens * size_of::<f32>()
     }
 
-    /// Values of a token in the buffers that all layers share, and in packed ones.
+    /// Values per token in the buffers that all layers share, and in packed ones.
     fn shared_width(config: &Config, sizes: &Sizes) -> (usize, usize) {
         let (h, i) = (config.hidden_size, config.intermediate_size);
         let q = config.num_attention_heads * config.head_dim;
         let kv = config.num_key_value_heads * config.head_dim;
-        // The stream and what a norm makes of it, what attention and gate give and what goes into o
-        // and down, and the gradients of all.
+        // The residual stream and its norm, the outputs of attention and gate, the inputs of o
+        // and down, and the gradients of all of them.
         let mut floats = 4 * h + 3 * q + 2 * kv + 4 * i;
         if config.family.norms != Norms::Before {
             floats += 2 * h;
         }
-        // Packed are the widest input, and the gradients of outputs that share one.
+        // Packed: the widest input, and the gradients of outputs that share an input.
         let input = h.max(q).max(i);
         let outputs = q.max(h).max(i) + kv.max(i) + kv;
         let mut packed = input + outputs;
@@ -135,7 +135,7 @@ impl Tape {
         Self::bytes_as(config, halved, tokens, sizes)
     }
 
-    /// [`Self::bytes`] of a layer whose weights all train: nothing is kept in 16 bits.
+    /// [`Self::bytes`] of a fully trainable layer, which saves nothing in 16 bits.
     pub(in crate::model) fn trainable_bytes(config: &Config, tokens: usize) -> usize {
         Self::bytes_as(config, false, tokens, &Sizes::default())
     }
@@ -158,9 +158,9 @@ impl Tape {
 pub struct Sizes {
     /// Ranks of all its updates together.
     pub ranks: usize,
-    /// Outputs of its linear layers that have magnitudes (DoRA), all together.
+    /// Total outputs of its linear layers with magnitudes (DoRA).
     pub magnitudes: usize,
-    /// Whether dropout draws masks.
+    /// Whether there are dropout masks.
     pub dropout: bool,
 }
 
@@ -184,25 +184,25 @@ pub struct Workspace {
     pub(super) dv: Vec<f32>,
     /// Gradient of queries or keys before a norm.
     pub(super) d_pre_norm: Vec<f32>,
-    /// Parts of the gradient of a trainable norm.
+    /// Partial sums of the gradient of a trainable norm.
     pub(in crate::model) norm_shares: Vec<f32>,
     /// Outputs of a fused projection, and their gradient.
     pub(super) side_by_side: Vec<f32>,
-    /// The input of linear layers, packed; as updates read it; and behind dropout.
+    /// The packed input of linear layers; in the precision of updates; and after dropout.
     pub(super) x: PackedRows,
     pub(super) x_of_update: PackedRows,
     pub(super) masked: PackedRows,
-    /// Hidden values of LoRA, or their gradients, packed.
+    /// `A x` of LoRA, or its gradient, packed.
     pub(super) lora_hidden: Vec<PackedRows>,
-    /// Gradients of outputs, packed; and transposed, for weights that train.
+    /// Gradients of outputs, packed; and transposed, for trainable weights.
     pub(super) dys: Vec<PackedRows>,
     pub(super) turned_dys: Vec<PackedRows>,
     pub(super) dhidden: Vec<Vec<f32>>,
-    /// The base's products that DoRA scales, and gradients that go back through the scales.
+    /// The base's products that DoRA scales, and gradients through the scales.
     pub(super) bases: Vec<Vec<f32>>,
     pub(super) scaled: Vec<f32>,
     pub(super) dbases: Vec<PackedRows>,
-    /// Dropout masks of the present updates, `(N, in)`.
+    /// Dropout masks of the current updates, `(N, in)`.
     pub(super) masks: Vec<Vec<f32>>,
     pub(super) through: Vec<f32>,
     pub(super) transposed: Vec<f32>,
