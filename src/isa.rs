@@ -67,7 +67,7 @@ impl IsaLevel {
 }
 
 /// An ISA level that was detected on this CPU. It cannot be made in any other way, so that whoever
-/// holds one may run the instructions of its level and, since levels include those below, of lower ones.
+/// holds one may run the instructions of its level, and of `Avx2` on every level above it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Isa(IsaLevel);
 
