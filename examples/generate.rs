@@ -24,7 +24,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         max_tokens: 32,
         cache: CacheType::of(decoder.compute),
         logprobs: None,
-        draws: false,
+        sampled_logps: false,
         slots: 0,
     };
     // Two replies in one batch: what a row gets depends on its own key only.

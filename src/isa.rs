@@ -1,11 +1,11 @@
 //! The instruction sets that the CPU kernels use, detected at run time: one build runs everywhere
-//! and uses what the CPU has.
+//! and uses what the CPU supports.
 //!
-//! Kernels in plain Rust are compiled once per ISA level by `multiversion!` and left to the
-//! vectorizer; kernels with intrinsics are written per level. Either way the level is matched once
+//! Portable kernels are compiled once per ISA level by `multiversion!` and are auto-vectorized;
+//! kernels with intrinsics are written per level. Either way the level is matched once
 //! per call, never inside a loop.
 //!
-//! An [`Isa`] is a proof: its constructors detect what the CPU has, so that a safe function that takes
+//! An [`Isa`] is a proof: its constructors detect the CPU's features, so that a safe function that takes
 //! one may call `target_feature` code of its level.
 
 use std::sync::OnceLock;
@@ -66,8 +66,8 @@ impl IsaLevel {
     }
 }
 
-/// An ISA level that was detected on this CPU. It cannot be made in any other way, so that whoever
-/// holds one may run the instructions of its level, and of `Avx2` on every level above it.
+/// An ISA level that was detected on this CPU. It cannot be constructed in any other way, so that code
+/// that has one may use the features of its level, and those of `Avx2` on every level above it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Isa(IsaLevel);
 
@@ -97,7 +97,7 @@ impl Isa {
     /// The level this process runs on: the one that [`Self::VARIABLE`] names, else the highest.
     ///
     /// # Panics
-    /// If the variable names an unknown level, or one that this CPU does not have.
+    /// If the variable names an unknown level, or one that this CPU does not support.
     pub fn current() -> Self {
         static CURRENT: OnceLock<Isa> = OnceLock::new();
         *CURRENT.get_or_init(|| match std::env::var(Self::VARIABLE) {
@@ -106,14 +106,14 @@ impl Isa {
         })
     }
 
-    /// The level called `name`, or an error if it is unknown or this CPU does not have it.
+    /// The level called `name`, or an error if it is unknown or this CPU does not support it.
     pub fn named(name: &str) -> Result<Self, String> {
         let known =
             || IsaLevel::ALL.iter().map(|level| level.name()).collect::<Vec<_>>().join(", ");
         let fault = |what: &str| format!("{}={name}: {what} ({})", Self::VARIABLE, known());
         let level = IsaLevel::ALL.iter().find(|level| level.name() == name);
         let level = level.ok_or_else(|| fault("unknown ISA level"))?;
-        level.detect().ok_or_else(|| fault("this CPU does not have it"))
+        level.detect().ok_or_else(|| fault("this CPU does not support it"))
     }
 
     /// The level.
@@ -151,9 +151,9 @@ macro_rules! multiversion {
                 fn avx512($($arg: $ty),*) $(-> $ret)? { body($($arg),*) }
                 match isa.level() {
                     IsaLevel::Scalar => body($($arg),*),
-                    // SAFETY: `isa` proves that the CPU has AVX2, FMA and F16C.
+                    // SAFETY: `isa` proves that the CPU supports AVX2, FMA and F16C.
                     IsaLevel::Avx2 | IsaLevel::AvxVnni => unsafe { avx2($($arg),*) },
-                    // SAFETY: `isa` proves that the CPU has these and AVX-512 F, BW, DQ and VL.
+                    // SAFETY: `isa` proves that the CPU supports these and AVX-512 F, BW, DQ and VL.
                     IsaLevel::Avx512Vnni => unsafe { avx512($($arg),*) },
                 }
             }
@@ -177,7 +177,7 @@ mod tests {
             match Isa::named(level.name()) {
                 Ok(named) => assert_eq!(named.level(), *level),
                 Err(fault) => {
-                    assert!(level.detect().is_none() && fault.contains("does not have it"));
+                    assert!(level.detect().is_none() && fault.contains("does not support it"));
                 }
             }
         }

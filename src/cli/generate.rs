@@ -94,7 +94,7 @@ impl Generate {
             max_tokens,
             cache: self.cache_type.unwrap_or(CacheType::of(decoder.compute)),
             logprobs: self.logprobs.or(self.best_of.by_logprobs().then_some(0)),
-            draws: false,
+            sampled_logps: false,
             slots: SLOTS,
         };
         let mut texts: Vec<Text> =

@@ -47,7 +47,7 @@ use serde_json::{Value, json};
 use crate::isa::Isa;
 use crate::model::{ActiveAdapter, Decoder, adapter_files};
 use crate::text::{Tokenizer, first_second};
-use crate::train::of_process;
+use crate::train::process_status_bytes;
 use crate::train::settings::AdapterPath;
 use crate::weights::Checkpoint;
 use flags::{DpoFlags, GrpoFlags, PpoFlags, RewardFlags, SftFlags};
@@ -186,7 +186,7 @@ pub fn main() -> ExitCode {
             if json {
                 if let Some(object) = value.as_object_mut() {
                     object.insert("threads".into(), json!(threads));
-                    object.insert("peak_rss_bytes".into(), json!(of_process("VmHWM:")));
+                    object.insert("peak_rss_bytes".into(), json!(process_status_bytes("VmHWM:")));
                 }
                 crate::cli::say!("{value}");
             }

@@ -34,10 +34,10 @@ impl Pretrain {
         let resume =
             format!("resume with: quantune pretrain --out {} --resume", settings.out.display());
         match pretrain(&settings, self.resume, printer::with_stop(&stop))? {
-            Outcome::NotBegun if self.resume => {
+            Outcome::NotStarted if self.resume => {
                 bail!("interrupted before the first step; the run is unchanged; {resume}")
             }
-            Outcome::NotBegun => bail!(
+            Outcome::NotStarted => bail!(
                 "interrupted before the first step; sources that are already tokenized are kept"
             ),
             Outcome::Interrupted { step, total_steps } => {

@@ -117,7 +117,7 @@ impl Replies {
                 max_tokens: most,
                 cache: CacheType::of(decoder.compute),
                 logprobs: None,
-                draws: false,
+                sampled_logps: false,
                 slots: SLOTS,
             };
             let is_end = |token| tokenizer.is_end_of_generation(token);

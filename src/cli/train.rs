@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use super::flags::CommonFlags;
 use super::{UsageError, printer, to_json};
 use crate::train::{
-    Command, Forecast, Outcome, RunDir, RunSettings, Summary, dry_run, of_process, train,
+    Command, Forecast, Outcome, RunDir, RunSettings, Summary, dry_run, process_status_bytes, train,
 };
 
 /// A training command, with its own flags.
@@ -60,10 +60,10 @@ impl<F: clap::Args + Serialize> Train<F> {
         let (name, out) = (command.name(), common.out.display());
         let resume = format!("resume with: quantune {name} --out {out} --resume");
         match train(&settings, self.resume, monitor)? {
-            Outcome::NotBegun if self.resume => {
+            Outcome::NotStarted if self.resume => {
                 bail!("interrupted before the first step; the run is unchanged; {resume}")
             }
-            Outcome::NotBegun => bail!("interrupted before the first step; nothing was written"),
+            Outcome::NotStarted => bail!("interrupted before the first step; nothing was written"),
             Outcome::Interrupted { step, total_steps } => {
                 bail!("interrupted at step {step} of {total_steps}, checkpoint saved; {resume}")
             }
@@ -158,7 +158,7 @@ fn say_summary(summary: &Summary) {
     };
     crate::cli::say!(
         "peak memory {}, predicted {}",
-        megabytes(of_process("VmHWM:")),
+        megabytes(process_status_bytes("VmHWM:")),
         megabytes(summary.predicted_peak_rss_bytes)
     );
     if let Some(predicted) = summary.predicted_seconds {

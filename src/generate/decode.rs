@@ -1,4 +1,4 @@
-//! A fixed slice of rows through an [`Engine`].
+//! Batch generation: runs a fixed slice of requests through an [`Engine`].
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
@@ -7,59 +7,59 @@ use super::engine::{Engine, Event, Finish, GenerateError, Generated, Job, Usage}
 use super::sampling::Sampling;
 use crate::model::{ActiveAdapter, Adapters, CacheType, Decoder};
 
-/// A row to be continued.
+/// A prompt to be continued.
 #[derive(Debug, Clone, Copy)]
 pub struct Request<'a> {
-    /// The tokens to go on from, at least one.
+    /// Prompt tokens, at least one.
     pub prompt: &'a [u32],
-    /// What its randomness is keyed by: its number in the data, whatever batch it falls into.
-    pub key: u64,
-    /// Tokens this row may get, if not as many as the settings say.
+    /// Key of its random numbers: its number in the data, so that results do not depend on batching.
+    pub rng_key: u64,
+    /// Maximum number of new tokens, if different from [`Settings::max_tokens`].
     pub max_tokens: Option<usize>,
 }
 
 impl<'a> Request<'a> {
-    /// A row that may get as many tokens as the settings say.
-    pub fn new(prompt: &'a [u32], key: u64) -> Self {
-        Self { prompt, key, max_tokens: None }
+    /// A request with the `max_tokens` of the settings.
+    pub fn new(prompt: &'a [u32], rng_key: u64) -> Self {
+        Self { prompt, rng_key, max_tokens: None }
     }
 }
 
-/// How the rows of a batch go on.
+/// Generation settings of a batch.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// How tokens are chosen.
+    /// Sampling settings.
     pub sampling: Sampling,
-    /// Tokens a row may get.
+    /// Maximum number of new tokens per row.
     pub max_tokens: usize,
-    /// How keys and values are kept.
+    /// Data type of the KV cache.
     pub cache: CacheType,
-    /// `Some(k)` records each chosen token's log-probability and the `k` most likely.
+    /// `Some(k)` records each sampled token's log-probability and the `k` most likely tokens.
     pub logprobs: Option<usize>,
-    /// Whether each choice's log-probability is recorded as it was drawn, and before filters.
-    pub draws: bool,
-    /// Rows that run at a time; 0 for all.
+    /// Whether to record [`Generated::sampled_logps`] and [`Generated::drawn_logps`].
+    pub sampled_logps: bool,
+    /// Maximum number of rows that run at a time; 0 is all.
     pub slots: usize,
 }
 
-/// What all rows got, and what it took.
+/// The output of [`generate`].
 #[derive(Debug, Clone)]
 pub struct Generation {
-    /// What each request got, in their order.
+    /// The output of each request, in order.
     pub rows: Vec<Generated>,
-    /// What it took.
+    /// Counters of the work done.
     pub usage: Usage,
 }
 
-/// Continues every row until an end-of-generation token, its `max_tokens`, the end of the model's
-/// window, or until `on_token` breaks it off.
+/// Continues every row until an end-of-generation token, its `max_tokens`, the end of the context
+/// window, or until `on_token` returns [`ControlFlow::Break`].
 ///
-/// At most `settings.slots` rows run at a time, as in any [`Engine`], which says what that takes.
-/// Neighbours with the same prompt and adapters are a group, whose prompt is read once.
+/// At most `settings.slots` rows run at a time; see [`Engine`] for the memory this needs.
+/// Consecutive requests with the same prompt and adapters share one prefill of the prompt.
 ///
-/// `on_token` gets the row and each new token but the end-of-generation token, as it is chosen.
-/// What a row gets depends on its prompt, its key, its adapters and the settings, never on `slots`
-/// or on the other rows. `is_end` is asked once for each token of the vocabulary.
+/// `on_token` is called with the row and each new token, except end-of-generation tokens, as it is sampled.
+/// The tokens of a row depend only on its prompt, its key, its adapters and the settings, not on `slots`
+/// or on the other rows. `is_end` is called once for each token of the vocabulary.
 pub fn generate(
     decoder: &Decoder,
     adapters: Adapters,
@@ -77,7 +77,7 @@ pub fn generate(
         0 => requests.len(),
         slots => slots.min(requests.len()),
     };
-    let ends: Arc<[u32]> =
+    let eos_token_ids: Arc<[u32]> =
         (0..decoder.config.vocab_size as u32).filter(|&token| is_end(token)).collect();
     let mut engine = Engine::new(decoder, settings.cache, slots);
     let mut active: Arc<[ActiveAdapter]> = Arc::new([]);
@@ -88,29 +88,29 @@ pub fn generate(
         engine.submit(Job {
             active: active.clone(),
             sampling: settings.sampling.clone(),
-            key: request.key,
-            ends: ends.clone(),
+            rng_key: request.rng_key,
+            eos_token_ids: eos_token_ids.clone(),
             logprobs: settings.logprobs,
-            draws: settings.draws,
+            sampled_logps: settings.sampled_logps,
             ..Job::new(request.prompt.to_vec(), request.max_tokens.unwrap_or(settings.max_tokens))
         })?;
     }
 
     let mut rows: Vec<Option<Generated>> = vec![None; requests.len()];
-    let mut broken_off = vec![false; requests.len()];
+    let mut cancelled = vec![false; requests.len()];
     while !engine.is_idle() {
         for event in engine.step()? {
             match event {
                 Event::Token { id, token } => {
                     if on_token(id, token).is_break() {
-                        broken_off[id] = true;
-                        rows[id] = engine.cancel(id).map(|ended| ended.generated);
+                        cancelled[id] = true;
+                        rows[id] = engine.cancel(id).map(|output| output.generated);
                     }
                 }
-                Event::Finished { id, ended } => {
-                    let mut generated = ended.generated;
-                    if broken_off[id] {
-                        generated.finish = Finish::Callback; // at the token that was its last anyway
+                Event::Finished { id, output } => {
+                    let mut generated = output.generated;
+                    if cancelled[id] {
+                        generated.finish = Finish::Callback; // cancelled at its last token
                     }
                     rows[id] = Some(generated);
                 }
@@ -118,6 +118,6 @@ pub fn generate(
             }
         }
     }
-    let rows = rows.into_iter().map(|row| row.expect("an idle engine has ended every row"));
+    let rows = rows.into_iter().map(|row| row.expect("an idle engine has finished every row"));
     Ok(Generation { rows: rows.collect(), usage: engine.usage() })
 }

@@ -1,5 +1,5 @@
-//! Continuous batching: requests come and go while others run; prompts into caches, then a token a
-//! row, and a row that ends makes room for the next.
+//! Continuous batching: jobs are submitted and finish at any time. Prefill writes prompts to KV caches, then
+//! every decode step adds a token to each running row, and a finished row frees its slot for the next.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -11,60 +11,60 @@ use crate::model::backend::with_backend;
 use crate::model::{ActiveAdapter, Adapters, Backend, CacheType, Decoder, KvCache, Rows};
 use crate::ops::{Values, par_for_each};
 
-/// Tokens of one pass over the prompts; bounds the activations, not the cache.
+/// Maximum number of tokens of a prefill pass; bounds the activations, not the KV cache.
 const PREFILL_TOKENS: usize = 512;
 
-/// Prompts of one pass; bounds the logits of their last tokens.
+/// Maximum number of prompts of a prefill pass; bounds the logits of their last tokens.
 const PREFILL_PROMPTS: usize = 64;
 
-/// What a logit costs of a choice, in multiply-adds.
+/// Cost of sampling per logit, in multiply-adds.
 const WORK: usize = 8;
 
-/// A row to be continued, with all it needs: nothing of it is asked for again.
+/// A prompt to be continued, with its adapters and sampling settings.
 #[derive(Debug, Clone)]
 pub struct Job {
-    /// The tokens to go on from, at least one.
+    /// Prompt tokens, at least one.
     pub prompt: Vec<u32>,
-    /// What it uses from its first token to its last, whatever is swapped meanwhile.
+    /// Active adapters for the whole job, even if the registry changes meanwhile.
     pub active: Arc<[ActiveAdapter]>,
-    /// How its tokens are chosen.
+    /// Sampling settings.
     pub sampling: Sampling,
-    /// What its randomness is keyed by.
-    pub key: u64,
-    /// Tokens it may get.
+    /// Key of the job's random numbers.
+    pub rng_key: u64,
+    /// Maximum number of new tokens.
     pub max_tokens: usize,
-    /// The end-of-generation tokens, rising.
-    pub ends: Arc<[u32]>,
-    /// `Some(k)` records each chosen token's log-probability and the `k` most likely.
+    /// End-of-generation token ids in ascending order.
+    pub eos_token_ids: Arc<[u32]>,
+    /// `Some(k)` records each sampled token's log-probability and the `k` most likely tokens.
     pub logprobs: Option<usize>,
-    /// Whether each choice's log-probability is recorded as it was drawn, and before filters.
-    pub draws: bool,
-    /// What an earlier job has read of the same row. Of it, what the prompt begins with is not read
-    /// again, if it was read under the same adapters.
+    /// Whether to record [`Generated::sampled_logps`] and [`Generated::drawn_logps`].
+    pub sampled_logps: bool,
+    /// Prompt cache of an earlier job: the tokens it has in common with the beginning of the prompt are not
+    /// computed again, if the adapters are the same.
     pub prefix: Option<Prefix>,
-    /// Whether what was read is given back at the end, as the prefix of another job.
-    pub keeps: bool,
+    /// Whether to return the KV cache at the end, as the prefix of another job.
+    pub keep_cache: bool,
 }
 
 impl Job {
-    /// A row of the bare base that may get `max_tokens` tokens with greedy sampling.
+    /// A job without adapters that decodes up to `max_tokens` tokens greedily.
     pub fn new(prompt: Vec<u32>, max_tokens: usize) -> Self {
         Self {
             prompt,
             active: Arc::new([]),
             sampling: Sampling::greedy(),
-            key: 0,
+            rng_key: 0,
             max_tokens,
-            ends: Arc::new([]),
+            eos_token_ids: Arc::new([]),
             logprobs: None,
-            draws: false,
+            sampled_logps: false,
             prefix: None,
-            keeps: false,
+            keep_cache: false,
         }
     }
 }
 
-/// Tokens that have been read under some adapters, and their keys and values.
+/// A prompt cache: tokens, the adapters they were computed with, and their keys and values.
 #[derive(Debug, Clone)]
 pub struct Prefix {
     tokens: Vec<u32>,
@@ -73,9 +73,9 @@ pub struct Prefix {
 }
 
 impl Prefix {
-    /// How many tokens of a prompt need not be read again under `active`: never all, for the last one's
-    /// hidden state is needed.
-    pub fn covers(&self, prompt: &[u32], active: &[ActiveAdapter]) -> usize {
+    /// How many tokens of a prompt are cached for the adapters `active`. Never all of them, because the hidden
+    /// state of the last one is needed.
+    pub fn cached_len(&self, prompt: &[u32], active: &[ActiveAdapter]) -> usize {
         if !ActiveAdapter::same(&self.active, active)
             || !self.cache.same_rope_scaling(self.tokens.len(), prompt.len())
         {
@@ -87,103 +87,105 @@ impl Prefix {
     }
 }
 
-/// Why a row ended.
+/// Why a row finished.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Finish {
     /// An end-of-generation token.
     Stop,
-    /// `max_tokens`, or the model's window is full.
+    /// `max_tokens` or the context window was reached.
     Length,
-    /// The caller broke off.
+    /// The caller cancelled it.
     Callback,
 }
 
-/// What a row got.
+/// The generated tokens of a row.
 #[derive(Debug, Clone)]
 pub struct Generated {
-    /// The new tokens, with the end-of-generation token if one came.
+    /// The new tokens, including the end-of-generation token, if any.
     pub token_ids: Vec<u32>,
-    /// Why there are no more.
+    /// The finish reason.
     pub finish: Finish,
-    /// If asked for, each new token's log-probability under the model itself, natural log.
+    /// If requested, each new token's natural log-probability under the model, without temperature and filters.
     pub token_logprobs: Vec<f32>,
-    /// If asked for, each new token's most likely alternatives, itself counted, the most likely first.
+    /// If requested, the most likely tokens at each new token's position, most likely first.
     pub logprobs: Vec<Vec<(u32, f32)>>,
-    /// If asked for, each new token's log-probability at the sampling temperature, before filters.
+    /// If requested, each new token's log-probability at the sampling temperature, before filters.
     pub sampled_logps: Vec<f32>,
-    /// If asked for, the same of the distribution it was drawn from.
+    /// If requested, each new token's log-probability under the filtered distribution it was drawn from.
     pub drawn_logps: Vec<f32>,
 }
 
-/// A row at its end.
+/// The output of a finished job.
 #[derive(Debug, Clone)]
-pub struct Ended {
-    /// What it got.
+pub struct JobOutput {
+    /// The generated tokens.
     pub generated: Generated,
-    /// What was read, of jobs that keep it.
+    /// The prompt cache, if [`Job::keep_cache`] is set.
     pub prefix: Option<Prefix>,
 }
 
-/// What came of a step, by the job's number.
+/// An event of a step.
 #[derive(Debug)]
 pub enum Event {
-    /// A new token, and not one that ends the row.
+    /// A new token that is not an end-of-generation token.
     Token {
-        /// The job.
+        /// Id of the job.
         id: usize,
         /// The token.
         token: u32,
     },
-    /// A row has ended by itself.
+    /// A job has finished.
     Finished {
-        /// The job.
+        /// Id of the job.
         id: usize,
-        /// What it got.
-        ended: Box<Ended>,
+        /// Its output.
+        output: Box<JobOutput>,
     },
-    /// The model's numbers were of no use to a row, which is gone. The others go on.
+    /// A job has failed and was removed, because its logits contain NaN or Inf. The others continue.
     Failed {
-        /// The job.
+        /// Id of the job.
         id: usize,
-        /// What is wrong.
+        /// The error.
         error: GenerateError,
     },
 }
 
-/// The work of a generation, counted.
+/// Counters of the work done.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {
-    /// Decoding steps.
+    /// Decode steps.
     pub steps: usize,
-    /// Steps times slots, empty ones counted.
+    /// Decode steps times slots, including empty slots.
     pub slot_steps: usize,
-    /// New tokens, end-of-generation tokens counted. A row's first is no step's: its prompt's.
+    /// New tokens, including end-of-generation tokens. The first of a row comes from prefill, not from a
+    /// decode step.
     pub tokens: usize,
-    /// Tokens of prompts that were read.
+    /// Prompt tokens that were computed.
     pub prompt_tokens: usize,
-    /// Tokens of prompts that were not, being a neighbour's.
+    /// Prompt tokens that were shared with another row of the same group.
     pub shared_prompt_tokens: usize,
-    /// Tokens of prompts that were not, an earlier job having read them.
-    pub kept_prompt_tokens: usize,
-    /// Tokens that were read once more, prompts and new ones alike, of rows that came to rotate otherwise.
-    pub reread_tokens: usize,
+    /// Prompt tokens that came from the prompt cache of an earlier job.
+    pub cached_prompt_tokens: usize,
+    /// Tokens, prompts and new ones, that were computed again because the RoPE scaling changes with the length.
+    pub recomputed_tokens: usize,
 }
 
 impl Usage {
-    /// 1 where no slot is ever empty, less where first tokens weigh.
+    /// Slot utilization: 1 if no slot is ever empty; less if first tokens, which need no decode step, have
+    /// weight.
     pub fn slot_steps_per_token(&self) -> f64 {
         self.slot_steps as f64 / self.tokens.max(1) as f64
     }
 
     fn count_prompts(&mut self, groups: &[Group]) {
         for group in groups {
-            let (tokens, kept) = (group.tokens().len(), group.kept());
-            if group.is_read_again() {
-                self.reread_tokens += tokens;
+            let (tokens, cached) = (group.tokens().len(), group.cached_len());
+            if group.is_requeued() {
+                self.recomputed_tokens += tokens;
                 continue;
             }
-            self.prompt_tokens += tokens - kept;
-            self.kept_prompt_tokens += kept;
+            self.prompt_tokens += tokens - cached;
+            self.cached_prompt_tokens += cached;
             self.shared_prompt_tokens += tokens * (group.rows.len() - 1);
         }
     }
@@ -196,84 +198,85 @@ impl std::ops::AddAssign for Usage {
         self.tokens += other.tokens;
         self.prompt_tokens += other.prompt_tokens;
         self.shared_prompt_tokens += other.shared_prompt_tokens;
-        self.kept_prompt_tokens += other.kept_prompt_tokens;
-        self.reread_tokens += other.reread_tokens;
+        self.cached_prompt_tokens += other.cached_prompt_tokens;
+        self.recomputed_tokens += other.recomputed_tokens;
     }
 }
 
-/// Why nothing could be generated.
+/// Why generation failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum GenerateError {
-    /// A prompt of no tokens.
-    #[error("prompt {row} has no tokens, needed at least one to go on from")]
+    /// An empty prompt.
+    #[error("prompt {row} has no tokens, needed at least one")]
     EmptyPrompt {
-        /// The row, from 0.
+        /// The row, counted from 0.
         row: usize,
     },
-    /// A prompt that fills the model's window.
+    /// A prompt that fills the context window.
     #[error(
         "prompt {row} has {tokens} tokens: the model's window of {window} has no room for more"
     )]
     LongPrompt {
-        /// The row, from 0.
+        /// The row, counted from 0.
         row: usize,
         /// Its length.
         tokens: usize,
         /// `max_position_embeddings`.
         window: usize,
     },
-    /// A token the model does not know.
+    /// A token outside the vocabulary.
     #[error("prompt {row} has token {token}, the vocabulary has {vocab_size}")]
     Token {
-        /// The row, from 0.
+        /// The row, counted from 0.
         row: usize,
         /// The token.
         token: u32,
         /// `vocab_size`.
         vocab_size: usize,
     },
-    /// Adapters row by row, but not for these rows.
+    /// The number of adapter lists differs from the number of prompts.
     #[error("{found} lists of adapters for {rows} prompts, needed one each")]
     Adapters {
-        /// Lists.
+        /// Number of adapter lists.
         found: usize,
-        /// Prompts.
+        /// Number of prompts.
         rows: usize,
     },
-    /// A setting outside its range.
+    /// A sampling setting out of range.
     #[error(transparent)]
     Setting(SamplingError),
-    /// The model's numbers are of no use.
+    /// The logits contain NaN or Inf.
     #[error("row {row}, position {position}: {source}")]
     Choice {
-        /// The row, from 0.
+        /// The row, counted from 0.
         row: usize,
-        /// Of the token that was to be chosen, from the start of the prompt.
+        /// Position of the token that was to be sampled, from the start of the prompt.
         position: usize,
-        /// What is wrong with them.
+        /// The error.
         source: SamplingError,
     },
-    /// candle refused.
+    /// A tensor operation failed.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
 }
 
-/// Rows of any kind on their way through one decoder, together: jobs are submitted at any time, and
-/// every [`Self::step`] brings those that run a token further.
+/// A continuous-batching engine over one decoder: jobs are submitted at any time, and every [`Self::step`]
+/// runs a prefill pass or a decode step.
 ///
-/// At most `slots` rows run at a time; the place of one that ends is taken by the next before
-/// another token is decoded (Orca's iteration-level scheduling, Yu et al. 2022). Prompts are read
-/// ahead, up to 512 tokens of at most 64 in a pass, and wait with their first token chosen: a matrix
-/// is unpacked for a chunk, not for a short prompt. Jobs with the same prompt and adapters that are
-/// submitted one after the other are a group, whose prompt is read once.
+/// At most `slots` rows run at a time; when a row finishes, the next one takes its slot before another token
+/// is decoded (Orca's iteration-level scheduling, Yu et al. 2022). Prompts are prefilled ahead, up to 512
+/// tokens of at most 64 prompts per pass, and wait with their first token sampled, so that weights are
+/// unpacked once for several short prompts. Jobs with the same prompt and adapters that are submitted one
+/// after the other form a group, whose prompt is computed once.
 ///
-/// What a row gets depends on its own job, never on `slots` or on the other rows; only a prefix that
-/// is taken over was rounded otherwise in the integer modes than a prompt that is read, and an
-/// adapter with numbers that are not finite spoils the prompts that are read with its own (a registry
-/// refuses such adapters). A job holds its adapters until it ends. Memory: the caches of at most `slots` rows and of waiting prompts of
-/// 512 tokens (or a longer one), a row of logits for each, and the activations of at most 512 tokens
-/// (or of one a row). Nothing is learned from: adapters count alike, trainable or not.
+/// The tokens of a row depend only on its own job, not on `slots` or on the other rows, with two exceptions: in
+/// the integer modes a reused prefix was rounded differently from a prompt that is computed as a whole, and an
+/// adapter with NaN or Inf affects other prompts of the same prefill pass (a registry rejects such
+/// adapters). A job keeps its adapters until it finishes. Memory: the KV caches of at most `slots` rows and
+/// of waiting prompts of 512 tokens (or a longer one), a row of logits for each, and the activations of at
+/// most 512 tokens (or of one token per row). Trainable adapters are treated like frozen ones; there are no
+/// gradients.
 #[derive(Debug)]
 pub struct Engine<'a> {
     decoder: &'a Decoder,
@@ -281,17 +284,17 @@ pub struct Engine<'a> {
     slots: usize,
     submitted: usize,
     usage: Usage,
-    /// Prompts that have not been read.
+    /// Prompts that wait for prefill.
     waiting: VecDeque<Group>,
-    /// Prompts that have been read, whose rows have no slot yet.
-    parked: VecDeque<Parked>,
+    /// Prefilled prompts whose rows wait for a slot.
+    prefilled: VecDeque<Prefilled>,
     running: DecodeBatch,
-    /// Events of the next step.
+    /// Events to be returned by the next step.
     pending_events: Vec<Event>,
 }
 
 impl<'a> Engine<'a> {
-    /// An engine with nothing to do. `slots` is how many rows run at a time, 0 for all there are.
+    /// An idle engine. `slots` is the maximum number of running rows; 0 is unlimited.
     pub fn new(decoder: &'a Decoder, cache: CacheType, slots: usize) -> Self {
         Self {
             decoder,
@@ -300,17 +303,17 @@ impl<'a> Engine<'a> {
             submitted: 0,
             usage: Usage::default(),
             waiting: VecDeque::new(),
-            parked: VecDeque::new(),
+            prefilled: VecDeque::new(),
             running: DecodeBatch { rows: Vec::new(), cache: KvCache::with_type(decoder, 0, cache) },
             pending_events: Vec::new(),
         }
     }
 
-    /// Takes a job in and gives its number: they are counted from 0.
+    /// Submits a job and returns its id; ids are counted from 0.
     ///
     /// # Errors
-    /// If its prompt is empty, fills the window or is none of the vocabulary's, or a setting is out of
-    /// range. Such a job has no number and leaves no trace.
+    /// If the prompt is empty, fills the context window or has a token outside the vocabulary, or a setting is
+    /// out of range. Such a job gets no id and changes nothing.
     pub fn submit(&mut self, mut job: Job) -> std::result::Result<usize, GenerateError> {
         let id = self.submitted;
         self.check(id, &job)?;
@@ -318,8 +321,8 @@ impl<'a> Engine<'a> {
         let prefix = job.prefix.take();
         let row = EngineRow::new(id, job, self.decoder.config.max_position_embeddings);
         if row.is_full() {
-            let ended = Box::new(Ended { generated: row.generated, prefix });
-            self.pending_events.push(Event::Finished { id, ended });
+            let output = Box::new(JobOutput { generated: row.generated, prefix });
+            self.pending_events.push(Event::Finished { id, output });
             return Ok(id);
         }
         let fits = |group: &&mut Group| {
@@ -336,21 +339,21 @@ impl<'a> Engine<'a> {
         Ok(id)
     }
 
-    /// Ends a job wherever it is and gives what it got so far, as broken off by the caller; nothing
-    /// more is told of it. `None` if there is no such job, or it has ended already.
-    pub fn cancel(&mut self, id: usize) -> Option<Ended> {
+    /// Cancels a job and returns its output so far, with [`Finish::Callback`]; no more events are returned for
+    /// it. `None` if there is no such job, or it has finished already.
+    pub fn cancel(&mut self, id: usize) -> Option<JobOutput> {
         if let Some(index) = self.running.rows.iter().position(|row| row.id == id) {
             let (row, cache) = self.running.remove(index);
-            return Some(row.end(Finish::Callback, Some(cache)));
+            return Some(row.finish(Finish::Callback, Some(cache)));
         }
-        for (index, parked) in self.parked.iter_mut().enumerate() {
-            if let Some(at) = parked.rows.iter().position(|row| row.id == id) {
-                let row = parked.rows.remove(at)?;
-                let cache = match parked.rows.is_empty() {
-                    true => self.parked.remove(index)?.cache,
-                    false => parked.cache.clone(),
+        for (index, prefilled) in self.prefilled.iter_mut().enumerate() {
+            if let Some(at) = prefilled.rows.iter().position(|row| row.id == id) {
+                let row = prefilled.rows.remove(at)?;
+                let cache = match prefilled.rows.is_empty() {
+                    true => self.prefilled.remove(index)?.cache,
+                    false => prefilled.cache.clone(),
                 };
-                return Some(row.end(Finish::Callback, Some(cache)));
+                return Some(row.finish(Finish::Callback, Some(cache)));
             }
         }
         for (index, group) in self.waiting.iter_mut().enumerate() {
@@ -359,60 +362,59 @@ impl<'a> Engine<'a> {
                 if group.rows.is_empty() {
                     self.waiting.remove(index);
                 }
-                return Some(Ended { prefix, ..row.end(Finish::Callback, None) });
+                return Some(JobOutput { prefix, ..row.finish(Finish::Callback, None) });
             }
         }
         None
     }
 
-    /// Whether there is nothing to do and nothing to tell.
+    /// Whether there are no unfinished jobs and no pending events.
     pub fn is_idle(&self) -> bool {
         self.waiting.is_empty()
-            && self.parked.is_empty()
+            && self.prefilled.is_empty()
             && self.running.rows.is_empty()
             && self.pending_events.is_empty()
     }
 
-    /// What it took so far.
+    /// Counters of the work done so far.
     pub fn usage(&self) -> Usage {
         self.usage
     }
 
-    /// One pass through the model: where a slot is free and a prompt waits, a chunk of prompts and
-    /// their first tokens; else a token for each running row. Gives what has come of it, a job's
-    /// tokens in their order and its end after them. Does nothing if there is nothing to do.
+    /// Runs one forward pass: if a slot is free and a prompt waits, prefill of a chunk of prompts with
+    /// their first tokens; else a decode step for all running rows. Returns the events in order, a job's
+    /// tokens before its end. Does nothing if the engine is idle.
     ///
-    /// While tokens are decoded the threads of the pool that this is called in, or of rayon's global one,
-    /// keep their cores busy, and are not free for other work.
+    /// During decode steps the threads of the current rayon pool spin, and do not run other work.
     ///
     /// # Errors
-    /// If a tensor operation fails: the rows of that pass are lost, and the engine with them.
+    /// If a tensor operation fails; the engine cannot be used any more then.
     pub fn step(&mut self) -> std::result::Result<Vec<Event>, GenerateError> {
         while self.has_slot()
-            && let Some((row, cache)) = take_parked(&mut self.parked)
+            && let Some((row, cache)) = take_prefilled(&mut self.prefilled)
         {
             self.running.admit(row, cache)?;
         }
-        self.reread();
+        self.requeue_rescaled_rows();
         let mut events = std::mem::take(&mut self.pending_events);
         if self.has_slot() && !self.waiting.is_empty() {
-            self.read_prompts(&mut events)?;
+            self.prefill_next(&mut events)?;
         } else if !self.running.rows.is_empty() {
             with_backend!(self.decoder.compute.backend, B => B::decoding(|| self.decode(&mut events)))?;
         }
         Ok(events)
     }
 
-    /// Gives up what has been read of running rows that are about to grow so long that they rotate
-    /// otherwise: they wait, to be read anew.
-    fn reread(&mut self) {
+    /// Moves running rows back to the prefill queue whose RoPE scaling changes with the next token: their
+    /// KV cache is dropped and computed again.
+    fn requeue_rescaled_rows(&mut self) {
         let DecodeBatch { rows, cache } = &self.running;
-        let turns = |index: &usize| {
-            let read = cache.len(*index);
-            !cache.same_rope_scaling(read, rows[*index].tokens.len())
+        let changes = |index: &usize| {
+            let cached = cache.len(*index);
+            !cache.same_rope_scaling(cached, rows[*index].tokens.len())
         };
-        let turning: Vec<usize> = (0..rows.len()).rev().filter(turns).collect();
-        for index in turning {
+        let rescaled: Vec<usize> = (0..rows.len()).rev().filter(changes).collect();
+        for index in rescaled {
             let (row, _) = self.running.remove(index);
             self.waiting.push_front(Group { rows: vec![row], prefix: None });
         }
@@ -438,40 +440,40 @@ impl<'a> Engine<'a> {
         Ok(())
     }
 
-    /// Reads the next chunk of prompts, whose rows are parked with their first token.
-    fn read_prompts(&mut self, events: &mut Vec<Event>) -> std::result::Result<(), GenerateError> {
+    /// Prefills the next chunk of prompts and samples their first tokens; their rows then wait for slots.
+    fn prefill_next(&mut self, events: &mut Vec<Event>) -> std::result::Result<(), GenerateError> {
         let mut chunk = next_chunk(&mut self.waiting);
         self.usage.count_prompts(&chunk);
         let (caches, hidden) = prefill(self.decoder, self.kind, &mut chunk)?;
         let active: Vec<&[ActiveAdapter]> =
             chunk.iter().map(|group| &*group.rows[0].job.active).collect();
         let logits = self.decoder.logits(&hidden, Adapters::PerRow(&active))?; // (groups, vocab_size)
-        // All of a group choose from the same logits.
+        // All rows of a group sample from the same logits.
         let rows = chunk.iter_mut().zip(0..);
         let rows = rows.flat_map(|(group, line)| group.rows.iter_mut().map(move |row| (row, line)));
         let mut rows: Vec<(&mut EngineRow, usize)> = rows.collect();
         self.usage.tokens += rows.len();
-        let mut fates = choose(&mut rows, &logits, events)?.into_iter();
+        let mut statuses = sample_rows(&mut rows, &logits, events)?.into_iter();
         for (cache, group) in caches.into_iter().zip(chunk) {
             let mut rows = VecDeque::new();
             for row in group.rows {
-                match fates.next().expect("one for every row") {
-                    Fate::GoesOn => rows.push_back(row),
-                    Fate::Ends(finish) => {
-                        let cache = row.job.keeps.then(|| cache.clone());
-                        events.push(row.finished(finish, cache));
+                match statuses.next().expect("one for every row") {
+                    RowStatus::Running => rows.push_back(row),
+                    RowStatus::Finished(finish) => {
+                        let cache = row.job.keep_cache.then(|| cache.clone());
+                        events.push(row.finished_event(finish, cache));
                     }
-                    Fate::Fails => {}
+                    RowStatus::Failed => {}
                 }
             }
             if !rows.is_empty() {
-                self.parked.push_back(Parked { cache, rows });
+                self.prefilled.push_back(Prefilled { cache, rows });
             }
         }
         Ok(())
     }
 
-    /// Brings the rows that run a token further.
+    /// Runs a decode step: a token for each running row.
     fn decode(&mut self, events: &mut Vec<Event>) -> std::result::Result<(), GenerateError> {
         let batch = &mut self.running;
         let hidden = batch.step(self.decoder)?; // (running, hidden_size)
@@ -482,47 +484,47 @@ impl<'a> Engine<'a> {
         let logits = self.decoder.logits(&hidden, Adapters::PerRow(&active))?; // (running, vocab_size)
         let mut rows: Vec<(&mut EngineRow, usize)> = batch.rows.iter_mut().zip(0..).collect();
         let mut index = 0;
-        for fate in choose(&mut rows, &logits, events)? {
-            if fate == Fate::GoesOn {
+        for status in sample_rows(&mut rows, &logits, events)? {
+            if status == RowStatus::Running {
                 index += 1;
                 continue;
             }
             let (row, cache) = batch.remove(index);
-            if let Fate::Ends(finish) = fate {
-                events.push(row.finished(finish, Some(cache)));
+            if let RowStatus::Finished(finish) = status {
+                events.push(row.finished_event(finish, Some(cache)));
             }
         }
         Ok(())
     }
 }
 
-/// A row on its way.
+/// A row of a job that is not finished.
 #[derive(Debug)]
 struct EngineRow {
     id: usize,
     /// Prompt and new tokens.
     tokens: Vec<u32>,
-    /// How many these may become.
-    most: usize,
-    /// How it goes on; its prompt and prefix are taken.
+    /// Maximum length of `tokens`.
+    max_len: usize,
+    /// The job, with its prompt and prefix moved out.
     job: Job,
     generated: Generated,
 }
 
-/// A token that was chosen, and what is recorded of it.
-struct Choice {
+/// A sampled token, with the log-probabilities to record.
+struct SampledToken {
     token: u32,
     logprobs: Option<(f32, Vec<(u32, f32)>)>,
-    /// Before filters, and as drawn.
+    /// Log-probabilities before and after filters.
     draw: Option<(f32, f32)>,
 }
 
-/// What becomes of a row after a choice.
+/// The status of a row after a sampled token.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Fate {
-    GoesOn,
-    Ends(Finish),
-    Fails,
+enum RowStatus {
+    Running,
+    Finished(Finish),
+    Failed,
 }
 
 impl EngineRow {
@@ -536,20 +538,20 @@ impl EngineRow {
             drawn_logps: Vec::new(),
         };
         let tokens = std::mem::take(&mut job.prompt);
-        let most = tokens.len().saturating_add(job.max_tokens).min(window);
-        Self { id, tokens, most, job, generated }
+        let max_len = tokens.len().saturating_add(job.max_tokens).min(window);
+        Self { id, tokens, max_len, job, generated }
     }
 
     fn is_full(&self) -> bool {
-        self.tokens.len() >= self.most
+        self.tokens.len() >= self.max_len
     }
 
-    /// Chooses the next token.
-    fn choose(&self, logits: &[f32]) -> std::result::Result<Choice, SamplingError> {
+    /// Samples the next token.
+    fn sample(&self, logits: &[f32]) -> std::result::Result<SampledToken, SamplingError> {
         let position = self.tokens.len() as u64;
         let sampling = &self.job.sampling;
-        let (token, p) = sampling.draw(logits, &self.tokens, (self.job.key, position))?;
-        let draw = match (self.job.draws, sampling.filters()) {
+        let (token, p) = sampling.draw(logits, &self.tokens, (self.job.rng_key, position))?;
+        let draw = match (self.job.sampled_logps, sampling.filters()) {
             (false, _) => None,
             (true, false) => Some((p.ln() as f32, p.ln() as f32)),
             (true, true) => {
@@ -564,11 +566,11 @@ impl EngineRow {
             }
             None => None,
         };
-        Ok(Choice { token, logprobs, draw })
+        Ok(SampledToken { token, logprobs, draw })
     }
 
-    /// Writes a token down.
-    fn push(&mut self, choice: Choice) {
+    /// Appends a token.
+    fn push(&mut self, choice: SampledToken) {
         if let Some((logprob, top)) = choice.logprobs {
             self.generated.token_logprobs.push(logprob);
             self.generated.logprobs.push(top);
@@ -581,70 +583,70 @@ impl EngineRow {
         self.generated.token_ids.push(choice.token);
     }
 
-    /// The row at its end, with what was read of it if the job keeps it.
-    fn end(mut self, finish: Finish, cache: Option<KvCache>) -> Ended {
+    /// Finishes the row; its output has the prompt cache if the job asks for it.
+    fn finish(mut self, finish: Finish, cache: Option<KvCache>) -> JobOutput {
         self.generated.finish = finish;
-        let prefix = cache.filter(|_| self.job.keeps).map(|cache| {
-            // The last token chosen has not been read.
+        let prefix = cache.filter(|_| self.job.keep_cache).map(|cache| {
+            // The last sampled token is not in the cache.
             self.tokens.truncate(cache.len(0));
             Prefix { tokens: self.tokens, active: self.job.active, cache }
         });
-        Ended { generated: self.generated, prefix }
+        JobOutput { generated: self.generated, prefix }
     }
 
-    fn finished(self, finish: Finish, cache: Option<KvCache>) -> Event {
-        Event::Finished { id: self.id, ended: Box::new(self.end(finish, cache)) }
+    fn finished_event(self, finish: Finish, cache: Option<KvCache>) -> Event {
+        Event::Finished { id: self.id, output: Box::new(self.finish(finish, cache)) }
     }
 }
 
-/// Chooses the next token of each row, which comes with the line of `logits (M, vocab_size)` it
-/// reads, and tells the tokens; what becomes of each.
-fn choose(
+/// Samples the next token of each row, given with the index of its row of `logits (M, vocab_size)`, and
+/// pushes token events; returns the status of each row.
+fn sample_rows(
     rows: &mut [(&mut EngineRow, usize)],
     logits: &Tensor,
     events: &mut Vec<Event>,
-) -> Result<Vec<Fate>> {
+) -> Result<Vec<RowStatus>> {
     let vocab_size = logits.dim(1)?;
     let logits = Values::of(logits)?;
     let logits: &[f32] = &logits;
-    // A vocabulary takes longer than a small model's layers: rows choose in parallel.
+    // Sampling from a large vocabulary takes longer than the layers of a small model, so rows run in parallel.
     let mut choices: Vec<Option<_>> = rows.iter().map(|_| None).collect();
     let tasks = rows.iter().zip(&mut choices).collect();
     par_for_each(tasks, WORK * rows.len() * vocab_size, |((row, line), choice)| {
-        *choice = Some(row.choose(&logits[line * vocab_size..][..vocab_size]));
+        *choice = Some(row.sample(&logits[line * vocab_size..][..vocab_size]));
     });
-    let mut fates = Vec::with_capacity(rows.len());
+    let mut statuses = Vec::with_capacity(rows.len());
     for ((row, _), choice) in rows.iter_mut().zip(choices) {
         let id = row.id;
-        let choice = match choice.expect("every row has chosen") {
+        let choice = match choice.expect("every row was sampled") {
             Ok(choice) => choice,
             Err(source) => {
                 let error = GenerateError::Choice { row: id, position: row.tokens.len(), source };
                 events.push(Event::Failed { id, error });
-                fates.push(Fate::Fails);
+                statuses.push(RowStatus::Failed);
                 continue;
             }
         };
         let token = choice.token;
         row.push(choice);
-        let ends = row.job.ends.binary_search(&token).is_ok();
-        if !ends {
+        let is_eos = row.job.eos_token_ids.binary_search(&token).is_ok();
+        if !is_eos {
             events.push(Event::Token { id, token });
         }
-        fates.push(match (ends, row.is_full()) {
-            (true, _) => Fate::Ends(Finish::Stop),
-            (false, true) => Fate::Ends(Finish::Length),
-            (false, false) => Fate::GoesOn,
+        statuses.push(match (is_eos, row.is_full()) {
+            (true, _) => RowStatus::Finished(Finish::Stop),
+            (false, true) => RowStatus::Finished(Finish::Length),
+            (false, false) => RowStatus::Running,
         });
     }
-    Ok(fates)
+    Ok(statuses)
 }
 
 /// Rows with the same prompt and adapters, which share the prompt's cache.
 #[derive(Debug)]
 struct Group {
     rows: Vec<EngineRow>,
-    /// What of the prompt has been read before, of a row by itself.
+    /// Prompt cache of a single row.
     prefix: Option<Prefix>,
 }
 
@@ -653,23 +655,23 @@ impl Group {
         &self.rows[0].tokens
     }
 
-    /// Whether it is a row that was on its way already.
-    fn is_read_again(&self) -> bool {
+    /// Whether it is a row that was running before.
+    fn is_requeued(&self) -> bool {
         !self.rows[0].generated.token_ids.is_empty()
     }
 
-    /// How many tokens of the prompt need not be read.
-    fn kept(&self) -> usize {
+    /// How many tokens of the prompt are in the prompt cache.
+    fn cached_len(&self) -> usize {
         let row = &self.rows[0];
-        self.prefix.as_ref().map_or(0, |prefix| prefix.covers(&row.tokens, &row.job.active))
+        self.prefix.as_ref().map_or(0, |prefix| prefix.cached_len(&row.tokens, &row.job.active))
     }
 }
 
-/// The groups whose prompts are read next: as many as fit into a pass.
+/// Removes the next groups to prefill: as many as fit into a pass.
 fn next_chunk(waiting: &mut VecDeque<Group>) -> Vec<Group> {
     let (mut chunk, mut tokens) = (Vec::new(), 0);
     while let Some(group) = waiting.front() {
-        tokens += group.tokens().len() - group.kept();
+        tokens += group.tokens().len() - group.cached_len();
         if !chunk.is_empty() && (tokens > PREFILL_TOKENS || chunk.len() == PREFILL_PROMPTS) {
             break;
         }
@@ -678,25 +680,25 @@ fn next_chunk(waiting: &mut VecDeque<Group>) -> Vec<Group> {
     chunk
 }
 
-/// A prompt that has been read, and the rows of its group that have no slot yet. Their first token
-/// is chosen, and not yet in the cache.
+/// A prefilled prompt, and the rows of its group that wait for a slot. Their first token is sampled, and
+/// not yet in the cache.
 #[derive(Debug)]
-struct Parked {
+struct Prefilled {
     cache: KvCache,
     rows: VecDeque<EngineRow>,
 }
 
-/// The next row that takes a slot, with a cache of its own.
-fn take_parked(parked: &mut VecDeque<Parked>) -> Option<(EngineRow, KvCache)> {
-    let next = parked.front_mut()?;
+/// The next row that gets a slot, with its own copy of the cache.
+fn take_prefilled(prefilled: &mut VecDeque<Prefilled>) -> Option<(EngineRow, KvCache)> {
+    let next = prefilled.front_mut()?;
     let row = next.rows.pop_front()?;
     if next.rows.is_empty() {
-        return Some((row, parked.pop_front()?.cache));
+        return Some((row, prefilled.pop_front()?.cache));
     }
     Some((row, next.cache.clone()))
 }
 
-/// Takes in the prompts of groups and gives a cache for each and the hidden states of their last
+/// Prefills the prompts of groups and returns a KV cache for each and the hidden states of their last
 /// tokens, `(groups, hidden_size)`. At most 512 tokens go through the model at once.
 fn prefill(
     decoder: &Decoder,
@@ -705,10 +707,10 @@ fn prefill(
 ) -> Result<(Vec<KvCache>, Tensor)> {
     let mut cache = KvCache::with_type(decoder, 0, kind);
     for group in groups.iter_mut() {
-        let kept = group.kept();
-        let own = group.prefix.take().filter(|_| kept > 0).map(|prefix| prefix.cache);
+        let cached = group.cached_len();
+        let own = group.prefix.take().filter(|_| cached > 0).map(|prefix| prefix.cache);
         let mut own = own.unwrap_or_else(|| KvCache::with_type(decoder, 1, kind));
-        own.truncate(0, kept);
+        own.truncate(0, cached);
         cache.append(own)?;
     }
     let active: Vec<&[ActiveAdapter]> =
@@ -716,7 +718,7 @@ fn prefill(
     let prompts = groups.iter().enumerate();
     let mut todo: Vec<&[u32]> =
         prompts.map(|(row, group)| &group.tokens()[cache.len(row)..]).collect();
-    // A row that rotates by its length cannot be read in pieces of which the first are shorter.
+    // With a RoPE scaling that depends on the row's length, prefill cannot be chunked.
     let whole = |row: usize, rest: &[u32]| !cache.same_rope_scaling(1, cache.len(row) + rest.len());
     let whole: Vec<bool> = todo.iter().enumerate().map(|(row, rest)| whole(row, rest)).collect();
     let mut last = Vec::new();
@@ -729,13 +731,13 @@ fn prefill(
         });
         let (new, rest): (Vec<&[u32]>, Vec<&[u32]>) = split.unzip();
         let new = after(&cache, &new);
-        let ends = new.segments.iter().zip(&rest).filter(|(new, rest)| {
+        let last_tokens = new.segments.iter().zip(&rest).filter(|(new, rest)| {
             !new.is_empty() && rest.is_empty() // in the order of the groups, over all passes
         });
-        let ends: Vec<u32> = ends.map(|(new, _)| new.tokens.end as u32 - 1).collect();
+        let last_tokens: Vec<u32> = last_tokens.map(|(new, _)| new.tokens.end as u32 - 1).collect();
         let hidden =
-            decoder.hidden_cached_of(&new, Adapters::PerRow(&active), &mut cache, &ends)?;
-        if !ends.is_empty() {
+            decoder.hidden_cached_of(&new, Adapters::PerRow(&active), &mut cache, &last_tokens)?;
+        if !last_tokens.is_empty() {
             last.push(hidden);
         }
         todo = rest;
@@ -743,7 +745,7 @@ fn prefill(
     Ok((cache.into_rows(), Tensor::cat(&last, 0)?))
 }
 
-/// New tokens of each row, at their positions.
+/// New tokens of each row, at the positions after the cached ones.
 fn after(cache: &KvCache, new: &[&[u32]]) -> Rows {
     Rows::after(new.iter().enumerate().map(|(row, new)| (*new, cache.len(row))))
 }
@@ -765,7 +767,7 @@ impl DecodeBatch {
         (self.rows.remove(index), self.cache.take(index))
     }
 
-    /// Takes in the last token of each row and gives their hidden states, `(running, hidden_size)`.
+    /// Runs the last token of each row and returns their hidden states, `(running, hidden_size)`.
     fn step(&mut self, decoder: &Decoder) -> Result<Tensor> {
         let last: Vec<&[u32]> =
             self.rows.iter().map(|row| &row.tokens[row.tokens.len() - 1..]).collect();

@@ -9,6 +9,6 @@ pub mod sampling;
 pub mod stop;
 
 pub use decode::{Generation, Request, Settings, generate};
-pub use engine::{Ended, Engine, Event, Finish, GenerateError, Generated, Job, Prefix, Usage};
+pub use engine::{Engine, Event, Finish, GenerateError, Generated, Job, JobOutput, Prefix, Usage};
 pub use sampling::{LogProbs, Sampling, SamplingError, log_probs_top_k};
 pub use stop::StopStrings;

@@ -1,4 +1,4 @@
-//! Products of a few rows with frozen matrices, and low-rank updates on them, at the speed of memory:
+//! Products of a few rows with frozen matrices plus low-rank (LoRA) updates, bound by memory bandwidth:
 //! `y = s ⊙ (W x) + Σ weight · B (A x)`.
 //!
 //! `A x` of all updates is computed in the parallel region of the products; `B (A x)` is added to a
@@ -15,11 +15,11 @@ use super::low_rank::{self, BatchRows, LowRankElement};
 use super::row_dot::{self, FusedTasks};
 use crate::isa::Isa;
 
-/// What the adapters of some tokens add to one product.
+/// The adapter updates of some tokens to one product.
 pub(crate) struct TokenUpdates<'a, T> {
     /// Index of the product.
     pub product: usize,
-    /// Which rows of the input.
+    /// Indices of the rows of the input.
     pub tokens: &'a [usize],
     /// Low-rank updates and their weights.
     pub updates: Vec<(Arc<DecodeWeights<T>>, f32)>,
@@ -40,7 +40,7 @@ pub(crate) struct RowDotBuffers {
 /// rounded to 16 bits unless `panel` is F32.
 ///
 /// # Panics
-/// If an update is not of its product's shape or a token is not a row of `x`: a caller's bug.
+/// If an update has not the shape of its product or a token is not a row of `x`: a bug of the caller.
 pub(crate) fn multiply<T: LowRankElement>(
     isa: Isa,
     panel: PanelType,
@@ -63,7 +63,7 @@ pub(crate) fn multiply<T: LowRankElement>(
         &padded[..]
     };
 
-    // Where the `A x` of each update begin.
+    // Offset of the `A x` of each update.
     let mut end = 0;
     let starts: Vec<usize> = updates
         .iter()
@@ -91,7 +91,7 @@ pub(crate) fn multiply<T: LowRankElement>(
         let len = tokens.len() * low_rank::xa_stride(form);
         let (hidden, tokens) = (target.at(*start), BatchRows { tokens, stride });
         assert!(form.in_features == cols && len <= hidden.len());
-        // SAFETY: the CPU has the ISA level; no two tasks share a column of an update's `A x`.
+        // SAFETY: the CPU supports the ISA level; no two tasks share a column of an update's `A x`.
         unsafe {
             let factor = weight * form.factor;
             low_rank::shrink(isa, form, blocks.clone(), inputs, tokens, factor, hidden);
@@ -109,7 +109,7 @@ pub(crate) fn multiply<T: LowRankElement>(
             }
             if let Some(scales) = scales {
                 for token in *tokens {
-                    // SAFETY: no other thread is given these rows.
+                    // SAFETY: no other thread accesses these rows.
                     let y = unsafe { y.at(token * stride + rows.start).slice(rows.len()) };
                     y.iter_mut().zip(&scales[rows.clone()]).for_each(|(y, scale)| *y *= scale);
                 }
@@ -118,7 +118,7 @@ pub(crate) fn multiply<T: LowRankElement>(
                 let len = tokens.len() * low_rank::xa_stride(form);
                 let tokens = BatchRows { tokens, stride };
                 assert_eq!(form.out_features, stride);
-                // SAFETY: the CPU has the ISA level; no other thread is given these rows; the tasks
+                // SAFETY: the CPU supports the ISA level; no other thread accesses these rows; the tasks
                 // that wrote `A x` are done, and none writes to it again.
                 unsafe {
                     let hidden = target.at(*start).read(len);

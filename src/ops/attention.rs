@@ -1,15 +1,15 @@
-//! Causal attention with grouped heads over packed rows: a row sees itself and nothing else.
+//! Causal grouped-query attention (GQA) over packed rows: a token attends only to its own row.
 //!
-//! The fast form is FlashAttention-2 (Dao 2023) on slices: blocks of keys, an online softmax, and
-//! of each query only the log-sum-exp is kept for the backward pass, which recomputes the weights.
+//! The CPU kernel is FlashAttention-2 (Dao 2023) on slices: blocks of keys, an online softmax, and
+//! only the log-sum-exp of each query is kept for the backward pass, which recomputes the weights.
 //! The query heads that share a key head are rows of one matrix, query by query: `heads` rows of
-//! the first query, then those of the next. So a tile of rows spans few positions, and what it
-//! cannot see is skipped tile by tile; short rows are not padded to a block.
+//! the first query, then those of the next. So a tile of rows spans few positions, and masked
+//! tiles are skipped; short rows are not padded to a block.
 //!
-//! A query's result depends on its own row alone, and neither on the threads nor on how many
-//! queries are taken at a time: a cache that is filled piece by piece gives the same bits. So does a
-//! prompt that several rows share as their prefix, as against one copy of it a row; in the backward pass
-//! their shares in the gradients of its keys and values are added up in the order of the rows.
+//! A query's result depends only on its own row, and neither on the threads nor on how many
+//! queries are processed at a time: a cache that is filled in chunks gives the same bits. So does a
+//! prompt that several rows share as their prefix, compared with one copy per row; in the backward pass
+//! their contributions to the gradients of its keys and values are summed in the order of the rows.
 
 use std::cell::Cell;
 use std::marker::PhantomData;
@@ -20,25 +20,25 @@ use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
 
 use super::cpu::{SharedMutPtr, Values, par_for_each, tanh, values};
 use super::lanes::{
-    AlignedScratch, Element, LANE_GROUP, Lanes, Left, MOST_ROWS, Right, exp2, isa_levels, panel,
-    product, product_transposed, tile_rows,
+    AlignedScratch, Element, LANE_GROUP, Lanes, Left, MAX_TILE_ROWS, Right, exp2, isa_levels,
+    panel, product, product_transposed, tile_rows,
 };
 use super::segment::{self, Segment};
 use super::{Compute, OpForm};
 use crate::isa::{Isa, multiversion};
 
-/// Keys taken at a time, and rows of queries in the backward pass.
+/// Keys per block, and rows of queries per block in the backward pass.
 pub(crate) const KEYS: usize = 64;
 
 /// Rows of queries that share a packed block of keys in the forward pass.
 const ROWS: usize = 192;
 
-/// From this length on the backward pass gives each query head of a row a task of its own, so that a single row
+/// From this length on the backward pass has a task for each query head of a row, so that a single row
 /// keeps more threads busy than it has key heads.
-const LONG: usize = 256;
+const LONG_ROW: usize = 256;
 
-/// How far, in powers of two, a score may exceed the maximum that weights are relative to.
-const SLACK: f32 = 8.0;
+/// How far, in powers of two, a score may exceed the current maximum before the output is rescaled.
+const RESCALE_THRESHOLD: f32 = 8.0;
 
 thread_local! {
     static SCRATCH: Cell<AlignedScratch> = const { Cell::new(AlignedScratch::new()) };
@@ -69,20 +69,20 @@ impl Heads {
         self.kv_heads * self.head_dim
     }
 
-    /// Width of a head in scratch: whole groups of lanes.
+    /// Width of a head in scratch, padded to whole groups of lanes.
     fn padded(&self) -> usize {
         self.head_dim.next_multiple_of(LANE_GROUP)
     }
 }
 
-/// How attention scores are computed, where not `q · k / sqrt(head_dim)` over all keys up to the query.
+/// Options that change attention scores from `q · k / sqrt(head_dim)` over all keys up to the query.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct AttentionConfig {
-    /// Sliding window: a token attends to so many positions, itself the last.
+    /// Sliding window: a token attends to this many positions, including itself.
     pub window: Option<usize>,
-    /// The factor of `q · k`, instead of `1 / sqrt(head_dim)`.
+    /// Scale of `q · k`; `None` is `1 / sqrt(head_dim)`.
     pub scale: Option<f32>,
-    /// AttentionConfig become `cap · tanh(score / cap)` before the softmax (Gemma 2).
+    /// Softcap: scores become `cap · tanh(score / cap)` before the softmax (Gemma 2).
     pub cap: Option<f32>,
 }
 
@@ -98,7 +98,7 @@ impl AttentionConfig {
     }
 }
 
-/// The positions that the token at `position` of its row sees: the last `window` of those up to
+/// The positions that the token at `position` of its row attends to: the last `window` of those up to
 /// itself, or all of them.
 pub(crate) fn seen(position: usize, window: Option<usize>) -> Range<usize> {
     let first = window.map_or(0, |window| (position + 1).saturating_sub(window));
@@ -106,10 +106,10 @@ pub(crate) fn seen(position: usize, window: Option<usize>) -> Range<usize> {
 }
 
 /// `softmax(q · kᵀ / sqrt(head_dim)) · v` per head, each token over those of its row up to itself,
-/// prefix first; `scores` (or a window alone) says what differs.
+/// prefix first, with the options in `scores` (an [`AttentionConfig`], or only a window).
 ///
 /// Shapes: `q (N, heads · head_dim)`, `k`, `v (N, kv_heads · head_dim)`, F32 → as `q`. `segments`
-/// are the rows of the batch, end to end from 0 to N.
+/// are the rows of the batch, contiguous from 0 to N.
 pub fn causal_attention(
     q: &Tensor,
     k: &Tensor,
@@ -144,7 +144,7 @@ fn check(
         candle_core::bail!("attention over {n} tokens: {fault}");
     }
     if scores.window == Some(0) {
-        candle_core::bail!("a window of 0: a token sees at least itself");
+        candle_core::bail!("the attention window is 0, expected at least 1");
     }
     let kv = [n, heads.kv_width()];
     if width != heads.q_width() || k.dims() != kv || v.dims() != kv {
@@ -184,8 +184,8 @@ pub(crate) fn by_head(x: &Tensor, heads: usize) -> Result<Tensor> {
     x.reshape((tokens, heads, width / heads))?.transpose(0, 1)?.contiguous()
 }
 
-/// The portable form for the last tokens of a row. A window's keys may begin with the first that any
-/// of them sees.
+/// The portable form for the last tokens of a row. With a window, the keys may begin with the first that any
+/// of them attends to.
 ///
 /// Shapes: `q (T, heads · head_dim)`, `k`, `v (kv_heads, keys, head_dim)`, F32 → as `q`.
 pub(crate) fn portable_row(
@@ -204,7 +204,7 @@ pub(crate) fn portable_row(
         scores = ((scores / cap)?.tanh()? * cap)?;
     }
     let mut scores = scores.reshape((q_heads, t, keys))?;
-    let first = keys - t; // of the queries' own
+    let first = keys - t; // key of the first query
     if seen(first, scoring.window) != (0..keys) {
         let mask = (0..t * keys).map(|i| {
             let seen = seen(first + i / keys, scoring.window);
@@ -258,7 +258,7 @@ impl CustomOp3 for CausalAttention {
         let mut lse = vec![0f32; q.len() / self.heads.head_dim];
         let qkv = self.qkv(q, k, v);
         forward(self.isa, qkv, self.heads, &self.segments, self.scores, &mut out, &mut lse);
-        // A tape runs an op's forward once; were it run again, the values would be the same.
+        // A tape runs an op's forward once; a second run would give the same values.
         let _ = self.lse.set(lse);
         Ok((CpuStorage::F32(out), q_layout.shape().clone()))
     }
@@ -290,9 +290,9 @@ impl CustomOp3 for CausalAttention {
 /// The heads of each token inside a wider buffer: those of token `t` begin at `t * stride`.
 #[derive(Clone, Copy)]
 pub(crate) struct StridedHeads<'a> {
-    /// From the first token's first head on.
+    /// Values, from the first token's first head on.
     pub values: &'a [f32],
-    /// From one token to the next.
+    /// Stride between tokens.
     pub stride: usize,
 }
 
@@ -301,7 +301,7 @@ impl<'a> StridedHeads<'a> {
         &self.values[token * self.stride + column..][..width]
     }
 
-    /// Columns from `column` on.
+    /// The same tokens, from a column on.
     fn column(self, column: usize) -> Self {
         Self { values: &self.values[column..], ..self }
     }
@@ -319,7 +319,8 @@ pub(crate) struct Qkv<'a> {
     pub v: StridedHeads<'a>,
 }
 
-/// What the forward pass left: its output `(N, heads · head_dim)` and log-sum-exps `(N, heads)`.
+/// Results of the forward pass for the backward pass: output `(N, heads · head_dim)`, log-sum-exps
+/// `(N, heads)`.
 #[derive(Clone, Copy)]
 pub(crate) struct Attended<'a> {
     /// The output.
@@ -328,44 +329,45 @@ pub(crate) struct Attended<'a> {
     pub lse: &'a [f32],
 }
 
-/// Where the gradients of a [`Qkv`] go.
+/// Gradient buffers of a [`Qkv`].
 pub(crate) struct QkvGrad<'a> {
-    q: Columns,
-    k: Columns,
-    v: Columns,
+    q: StridedHeadsMut,
+    k: StridedHeadsMut,
+    v: StridedHeadsMut,
     borrowed: PhantomData<&'a mut [f32]>,
 }
 
-/// A [`StridedHeads`] that tasks write to, each to elements of its own.
+/// Mutable [`StridedHeads`] that tasks write to, each to different elements.
 #[derive(Clone, Copy)]
-struct Columns {
+struct StridedHeadsMut {
     target: SharedMutPtr,
     stride: usize,
 }
 
-impl Columns {
+impl StridedHeadsMut {
     /// # Safety
     /// As for [`SharedMutPtr::slice`].
     unsafe fn at<'a>(self, token: usize, column: usize, width: usize) -> &'a mut [f32] {
-        // SAFETY: by this function's contract no other thread touches these elements.
+        // SAFETY: this function's contract guarantees that no other thread accesses these elements.
         unsafe { self.target.at(token * self.stride + column).slice(width) }
     }
 }
 
 impl<'a> QkvGrad<'a> {
-    /// Three buffers, each with its stride.
+    /// Three separate buffers, each with its stride.
     pub fn separate(
         q: (&'a mut [f32], usize),
         k: (&'a mut [f32], usize),
         v: (&'a mut [f32], usize),
     ) -> Self {
-        let columns = |(values, stride)| Columns { target: SharedMutPtr::new(values), stride };
+        let columns =
+            |(values, stride)| StridedHeadsMut { target: SharedMutPtr::new(values), stride };
         Self { q: columns(q), k: columns(k), v: columns(v), borrowed: PhantomData }
     }
 }
 
 /// `out = softmax(q · kᵀ / sqrt(head_dim)) · v` per head, and the log-sum-exp of each query's
-/// scaled scores; who sees what is said at [`causal_attention`].
+/// scaled scores; for masking see [`causal_attention`].
 ///
 /// Shapes: `out (N, heads · head_dim)`, `lse (N, heads)`; both are overwritten.
 pub(crate) fn forward(
@@ -405,7 +407,7 @@ pub(crate) fn forward(
             head_dim,
         };
         attend(isa, &queries, &keys, heads, scores, |token, head, row, value| {
-            // SAFETY: each task writes its own heads of its own tokens.
+            // SAFETY: each task writes only its own heads and tokens.
             unsafe {
                 out.at(token * width + head * head_dim).slice(head_dim).copy_from_slice(row);
                 lse.at(token * heads.heads + head).slice(1)[0] = value;
@@ -414,7 +416,7 @@ pub(crate) fn forward(
     });
 }
 
-/// New queries `(N, heads · head_dim)` of rows whose keys and values are kept elsewhere: row `i` has
+/// New queries `(N, heads · head_dim)` of rows whose keys and values are in a KV cache: row `i` has
 /// the queries `segments[i]`, which are the last positions of the row and have no prefix.
 pub(crate) struct CachedQueries<'a> {
     pub q: StridedHeads<'a>,
@@ -423,7 +425,7 @@ pub(crate) struct CachedQueries<'a> {
     pub scores: AttentionConfig,
 }
 
-/// Some queries of one key head, to be run over its keys.
+/// Some queries of one key head, and the positions they attend to.
 pub(crate) struct CachedTask<'a> {
     isa: Isa,
     queries: Queries<'a>,
@@ -433,8 +435,8 @@ pub(crate) struct CachedTask<'a> {
 }
 
 impl CachedQueries<'_> {
-    /// Attends to rows of these `lengths`, new tokens included: `run` is given row, key head and a
-    /// task, which it runs over the keys it knows. `out (N, heads · head_dim)` is overwritten.
+    /// Attends to rows of these `lengths`, new tokens included: `run` is called with row, key head and a
+    /// task, which it must run over the cached keys. `out (N, heads · head_dim)` is overwritten.
     pub fn attend(
         &self,
         isa: Isa,
@@ -448,7 +450,7 @@ impl CachedQueries<'_> {
         let out = SharedMutPtr::new(out);
         let step = queries_at_a_time(heads);
         let (mut tasks, mut work) = (Vec::new(), 0);
-        // A row may have no new tokens; its range may then be behind the last of them.
+        // A row may have no new tokens; its range may then be past the end.
         let rows = segments.iter().zip(lengths).enumerate();
         for (row, (segment, &length)) in rows.filter(|(_, (segment, _))| !segment.is_empty()) {
             work += segment.len() * length * heads.q_width();
@@ -475,7 +477,7 @@ impl CachedTask<'_> {
     pub fn run<K: KeyValueBlocks>(&self, keys: &K) {
         let (width, head_dim) = (self.heads.q_width(), self.heads.head_dim);
         attend(self.isa, &self.queries, keys, self.heads, self.scores, |token, head, row, _| {
-            // SAFETY: each task writes its own heads of its own tokens, while `out` is borrowed.
+            // SAFETY: each task writes only its own heads and tokens, while `out` is borrowed.
             unsafe {
                 let out = self.out.at(token * width + head * head_dim);
                 out.slice(head_dim).copy_from_slice(row);
@@ -484,9 +486,9 @@ impl CachedTask<'_> {
     }
 }
 
-/// Tokens whose queries share a packed block of keys.
+/// Number of tokens whose queries share a packed block of keys.
 fn queries_at_a_time(heads: Heads) -> usize {
-    (ROWS / heads.group()).clamp(MOST_ROWS, ROWS)
+    (ROWS / heads.group()).clamp(MAX_TILE_ROWS, ROWS)
 }
 
 /// Queries of heads that share a key head, as the rows of one matrix: row `r` is head
@@ -494,7 +496,7 @@ fn queries_at_a_time(heads: Heads) -> usize {
 pub(crate) struct Queries<'a> {
     pub q: StridedHeads<'a>,
     pub tokens: Range<usize>,
-    /// Where the first token stands in its row.
+    /// Position of the first token in its row.
     pub position: usize,
     pub heads: Range<usize>,
 }
@@ -509,7 +511,7 @@ impl Queries<'_> {
         (self.tokens.start + row / self.heads.len(), self.heads.start + row % self.heads.len())
     }
 
-    /// The keys of a block that some row of a tile sees, and those that each row sees.
+    /// The keys of a block that any row of a tile attends to, and those of each row.
     fn limits(
         &self,
         tile: &Range<usize>,
@@ -524,7 +526,7 @@ impl Queries<'_> {
         };
         let any = within(seen(first, window).start..last + 1);
         let every = within(seen(last, window).start..first + 1);
-        let mut rows = [any; MOST_ROWS];
+        let mut rows = [any; MAX_TILE_ROWS];
         if any != every {
             for (limits, row) in rows.iter_mut().zip(tile.clone()) {
                 *limits = within(seen(position(row), window));
@@ -533,7 +535,7 @@ impl Queries<'_> {
         KeyLimits { any, rows }
     }
 
-    /// Copies the heads of `from` to rows of `padded` values, times `factor`.
+    /// Copies the heads of `from` to padded rows, times `factor`.
     fn gather(&self, isa: Isa, from: StridedHeads, head_dim: usize, factor: f32, to: &mut [f32]) {
         let width = self.heads.len() * head_dim;
         let padded = head_dim.next_multiple_of(LANE_GROUP);
@@ -545,7 +547,7 @@ impl Queries<'_> {
 }
 
 multiversion! {
-    /// Rows of `width` values to rows padded to whole groups, times `factor`.
+    /// Copies rows of `width` values to rows padded to whole groups, times `factor`.
     fn scaled_rows(isa; from: &[f32], width: usize, factor: f32, to: &mut [f32]) {
         let padded = width.next_multiple_of(LANE_GROUP);
         for (from, to) in from.chunks_exact(width).zip(to.chunks_exact_mut(padded)) {
@@ -568,7 +570,7 @@ multiversion! {
         }
     }
 
-    /// [`cap_scores`], and how steep it is at each score.
+    /// [`cap_scores`], and its derivative at each score.
     fn cap_scores_and_slopes(isa; scores: &mut [f32], slopes: &mut [f32], cap: f32) {
         let (below, above) = (std::f32::consts::LN_2 / cap, cap * std::f32::consts::LOG2_E);
         for (score, slope) in scores.iter_mut().zip(slopes) {
@@ -582,7 +584,7 @@ multiversion! {
         a.iter_mut().zip(b).for_each(|(a, b)| *a *= b);
     }
 
-    /// `Σ a · b`, by lane so that it vectorizes.
+    /// `Σ a · b`, with a sum per lane so that it vectorizes.
     pub(crate) fn dot(isa; a: &[f32], b: &[f32]) -> f32 {
         let mut lanes = [0f32; LANE_GROUP];
         let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANE_GROUP>(), b.as_chunks::<LANE_GROUP>());
@@ -598,19 +600,19 @@ multiversion! {
     }
 }
 
-/// First and last key, within a block, that a tile of rows sees.
+/// First and last key, within a block, that a row attends to.
 struct KeyLimits {
     any: (usize, usize),
-    rows: [(usize, usize); MOST_ROWS],
+    rows: [(usize, usize); MAX_TILE_ROWS],
 }
 
 /// The keys and values of one key head of one row.
 pub(crate) trait KeyValueBlocks {
-    /// How they are stored.
+    /// Storage type.
     type Element: Element;
 
-    /// Those of `range`, which begins at a multiple of [`KEYS`] and is at most as long. They may
-    /// be put into the scratch: `KEYS · head_dim` and `KEYS · padded head_dim` values.
+    /// The keys and values of `range`, which begins at a multiple of [`KEYS`] and has at most that length.
+    /// They may be written to the scratch: `KEYS · head_dim` and `KEYS · padded head_dim` values.
     fn block<'a>(
         &'a self,
         range: Range<usize>,
@@ -624,11 +626,11 @@ pub(crate) struct KeyBlock<'a, B> {
     pub keys: &'a [B],
     /// Rows of `head_dim`, padded to a multiple of 16.
     pub values: &'a [B],
-    /// What each key and each value is to be multiplied by, padded to a multiple of 16.
+    /// Scales of each key and each value, padded to a multiple of 16.
     pub scales: Option<(&'a [f32], &'a [f32])>,
 }
 
-/// Keys and values of a row as they come out of the projections.
+/// Keys and values of a row as the projections return them.
 struct Packed<'a> {
     k: StridedHeads<'a>,
     v: StridedHeads<'a>,
@@ -690,7 +692,7 @@ fn padded_rows(
     }
 }
 
-/// Attends, and hands token, head, output `(head_dim)` and log-sum-exp of each row to `emit`.
+/// Computes attention, and calls `emit` with token, head, output `(head_dim)` and log-sum-exp of each row.
 pub(crate) fn attend<K: KeyValueBlocks>(
     isa: Isa,
     queries: &Queries,
@@ -708,7 +710,7 @@ pub(crate) fn attend<K: KeyValueBlocks>(
             rows * padded,
             rows,
             rows * LANE_GROUP,
-            MOST_ROWS * KEYS,
+            MAX_TILE_ROWS * KEYS,
             KEYS * head_dim,
             KEYS * padded,
         ]);
@@ -740,14 +742,14 @@ pub(crate) fn attend<K: KeyValueBlocks>(
                 product(isa, size, left, right, &mut scores[from..], KEYS, false);
                 let mut scales = block.scales;
                 if let Some(cap) = scoring.cap {
-                    // A cap comes behind the keys' factors, which are then done with.
+                    // The cap is applied after the scales of the keys, which are not applied again then.
                     let keys = scales.map(|(keys, _)| &keys[from..groups.end * LANE_GROUP]);
                     for row in scores.chunks_exact_mut(KEYS).take(tile.len()) {
                         cap_scores(isa, &mut row[from..groups.end * LANE_GROUP], keys, cap);
                     }
                     scales = scales.map(|(_, values)| (&[1.0; KEYS][..], values));
                 }
-                soften(
+                online_softmax(
                     isa,
                     ScoreTile { rows: tile.len(), groups, limits: &limits },
                     scores,
@@ -767,7 +769,7 @@ pub(crate) fn attend<K: KeyValueBlocks>(
             }
         }
         // SAFETY: there are as many sums as rows.
-        unsafe { finish(isa, sum, out) };
+        unsafe { normalize(isa, sum, out) };
         for row in 0..rows {
             let (token, head) = queries.of(row);
             let lse = (max[row] + sum[row * LANE_GROUP].log2()) * std::f32::consts::LN_2;
@@ -776,16 +778,16 @@ pub(crate) fn attend<K: KeyValueBlocks>(
     });
 }
 
-/// Rows of scores `KEYS` apart, of which `groups` of columns are there.
+/// Rows of scores `KEYS` apart, with `groups` valid groups of columns.
 struct ScoreTile<'a> {
     rows: usize,
     groups: Range<usize>,
     limits: &'a KeyLimits,
 }
 
-/// The online softmax: scores become weights relative to the new maximum, and sum and output are
-/// brought to it. Sums are kept by lane, `(rows, 16)`; `out` is `(rows, padded)`.
-fn soften(
+/// A step of the online softmax: scores become weights relative to the new maximum, and sum and output are
+/// rescaled to it. Sums are kept per lane, `(rows, 16)`; `out` is `(rows, padded)`.
+fn online_softmax(
     isa: Isa,
     tile: ScoreTile,
     scores: &mut [f32],
@@ -795,38 +797,38 @@ fn soften(
     out: &mut [f32],
 ) {
     let columns = tile.groups.end * LANE_GROUP;
-    assert!(tile.rows <= MOST_ROWS && columns <= KEYS && scores.len() >= tile.rows * KEYS);
+    assert!(tile.rows <= MAX_TILE_ROWS && columns <= KEYS && scores.len() >= tile.rows * KEYS);
     assert!(max.len() == tile.rows && sum.len() == tile.rows * LANE_GROUP);
     assert!(out.len().is_multiple_of(tile.rows * LANE_GROUP));
     assert!(scales.is_none_or(|(k, v)| k.len() >= columns && v.len() >= columns));
-    // SAFETY: what is touched is in bounds by the assertions.
-    unsafe { soften_tile(isa, tile, scores, scales, max, sum, out) }
+    // SAFETY: the assertions check that all accesses are in bounds.
+    unsafe { online_softmax_tile(isa, tile, scores, scales, max, sum, out) }
 }
 
 isa_levels! {
-    unsafe fn soften_tile(
+    unsafe fn online_softmax_tile(
         tile: ScoreTile,
         scores: &mut [f32],
         scales: Option<(&[f32], &[f32])>,
         max: &mut [f32],
         sum: &mut [f32],
         out: &mut [f32],
-    ) = soften_body;
-    /// Divides outputs `(rows, padded)` by their sums, `(rows, 16)` by lane, of which the first
-    /// becomes the whole.
-    unsafe fn finish(sum: &mut [f32], out: &mut [f32]) = finish_body;
-    unsafe fn weigh_tile(
+    ) = online_softmax_body;
+    /// Divides outputs `(rows, padded)` by their sums, `(rows, 16)` per lane; lane 0 is set to the
+    /// total.
+    unsafe fn normalize(sum: &mut [f32], out: &mut [f32]) = normalize_body;
+    unsafe fn softmax_backward_tile(
         tile: ScoreTile,
         columns: usize,
         p: &mut [f32],
         ds: &mut [f32],
         lse: &[f32],
         delta: &[f32],
-    ) = weigh_body;
+    ) = softmax_backward_body;
 }
 
 #[inline(always)]
-unsafe fn soften_body<S: Lanes>(
+unsafe fn online_softmax_body<S: Lanes>(
     tile: ScoreTile,
     scores: &mut [f32],
     scales: Option<(&[f32], &[f32])>,
@@ -837,19 +839,19 @@ unsafe fn soften_body<S: Lanes>(
     // SAFETY: the features are those of `S`, and the safe wrapper asserts the lengths of all slices.
     unsafe {
         match tile.groups.len() {
-            1 => soften_rows::<S, 1>(tile, scores, scales, max, sum, out),
-            2 => soften_rows::<S, 2>(tile, scores, scales, max, sum, out),
-            3 => soften_rows::<S, 3>(tile, scores, scales, max, sum, out),
-            4 => soften_rows::<S, 4>(tile, scores, scales, max, sum, out),
+            1 => online_softmax_rows::<S, 1>(tile, scores, scales, max, sum, out),
+            2 => online_softmax_rows::<S, 2>(tile, scores, scales, max, sum, out),
+            3 => online_softmax_rows::<S, 3>(tile, scores, scales, max, sum, out),
+            4 => online_softmax_rows::<S, 4>(tile, scores, scales, max, sum, out),
             _ => unreachable!("a block has {KEYS} keys"),
         }
     }
 }
 
-/// With `G` groups of scores, which stay in registers.
+/// `G` groups of scores, held in registers.
 #[inline(always)]
 #[allow(clippy::needless_range_loop)] // registers are named by constant indices
-unsafe fn soften_rows<S: Lanes, const G: usize>(
+unsafe fn online_softmax_rows<S: Lanes, const G: usize>(
     tile: ScoreTile,
     scores: &mut [f32],
     scales: Option<(&[f32], &[f32])>,
@@ -890,8 +892,8 @@ unsafe fn soften_rows<S: Lanes, const G: usize>(
             }
             let (largest, before) = (largest.largest(), max[row]);
             let sums = sum.as_mut_ptr().add(row * LANE_GROUP);
-            // A little more than the maximum so far does no harm, and sparing the output does good.
-            if largest > before + SLACK {
+            // A score may exceed the maximum a little without loss, which saves rescaling the output.
+            if largest > before + RESCALE_THRESHOLD {
                 max[row] = largest;
                 let shrink = exp2(S::splat(before - largest));
                 S::load(sums).mul(shrink).store(sums);
@@ -921,7 +923,7 @@ unsafe fn soften_rows<S: Lanes, const G: usize>(
 }
 
 #[inline(always)]
-unsafe fn finish_body<S: Lanes>(sum: &mut [f32], out: &mut [f32]) {
+unsafe fn normalize_body<S: Lanes>(sum: &mut [f32], out: &mut [f32]) {
     let rows = sum.len() / LANE_GROUP;
     let width = out.len() / rows;
     for row in 0..rows {
@@ -946,7 +948,7 @@ unsafe fn finish_body<S: Lanes>(sum: &mut [f32], out: &mut [f32]) {
 /// `dq = ds · k`, `dk = dsᵀ · q`, the last two scaled.
 ///
 /// Shapes: `dout (N, heads · head_dim)`.
-#[allow(clippy::too_many_arguments)] // three matrices in, three out, and who sees whom
+#[allow(clippy::too_many_arguments)] // three matrices in, three out, and the mask
 pub(crate) fn backward(
     isa: Isa,
     qkv: Qkv,
@@ -959,17 +961,17 @@ pub(crate) fn backward(
 ) {
     let scores = scores.into();
     let (width, group, head_dim) = (heads.q_width(), heads.group(), heads.head_dim);
-    let (mut rows, mut work, mut in_parts) = (Vec::new(), 0, 0);
+    let (mut rows, mut work, mut partial_tokens) = (Vec::new(), 0, 0);
     for segment in segments.iter().filter(|segment| !segment.is_empty()) {
         work += segment.len() * segment.positions() * width;
-        let per_head = group > 1 && segment.len() >= LONG;
-        let row = RowGrad { segment, per_head, at: in_parts };
-        in_parts += row.in_parts() * row.stride(heads);
+        let per_head = group > 1 && segment.len() >= LONG_ROW;
+        let row = RowGrad { segment, per_head, at: partial_tokens };
+        partial_tokens += row.partial_tokens() * row.stride(heads);
         rows.push(row);
     }
     let (mut tasks, mut sums) = (Vec::new(), Vec::new());
     for (i, row) in rows.iter().enumerate() {
-        let followed = rows[i + 1..].iter().any(|other| other.follows(row.segment));
+        let followed = rows[i + 1..].iter().any(|other| other.has_prefix(row.segment));
         for kv_head in 0..heads.kv_heads {
             let all = kv_head * group..(kv_head + 1) * group;
             if row.per_head {
@@ -983,11 +985,11 @@ pub(crate) fn backward(
         }
     }
     AlignedScratch::with(&PARTIALS, |scratch| {
-        let parts = scratch.split([in_parts, in_parts]).map(SharedMutPtr::new);
+        let parts = scratch.split([partial_tokens, partial_tokens]).map(SharedMutPtr::new);
         par_for_each(tasks, work, |(row, kv_head, query_heads)| {
             let column = kv_head * head_dim;
             let [dk, dv] = [(grad.k, parts[0]), (grad.v, parts[1])].map(|(whole, parts)| {
-                let part = Columns { target: parts.at(row.at), stride: row.stride(heads) };
+                let part = StridedHeadsMut { target: parts.at(row.at), stride: row.stride(heads) };
                 let before = row.segment.prefix.len();
                 if row.per_head {
                     let column = query_heads.start * head_dim;
@@ -1016,52 +1018,52 @@ pub(crate) fn backward(
                 dv,
             };
             // SAFETY: each task writes dq of its own heads and tokens, and of dk and dv those of
-            // its own key head and tokens, or parts that are its row's and its head's.
+            // its own key head and tokens, or the partial sums of its row and head.
             unsafe { task.run(isa) };
         });
-        par_for_each(sums, 2 * in_parts, |(i, kv_head)| {
+        par_for_each(sums, 2 * partial_tokens, |(i, kv_head)| {
             for (to, parts) in [(grad.k, parts[0]), (grad.v, parts[1])] {
-                // SAFETY: all parts are written; each task adds up those of one key head of the
+                // SAFETY: all partial sums are written; each task adds those of one key head of the
                 // tokens of one row.
-                unsafe { rows[i].add_up(to, parts, &rows[i + 1..], kv_head, heads) };
+                unsafe { rows[i].sum_partials(to, parts, &rows[i + 1..], kv_head, heads) };
             }
         });
     });
 }
 
-/// How a row's share in the gradients of keys and values is computed. Those of tokens that other
-/// tasks see as well go into parts, to be added up: `(rows, stride)` values from `at` on, for each
-/// token of the prefix and, if `per_head`, for each of its own.
+/// How the contribution of a row to the gradients of keys and values is computed. For tokens that other
+/// tasks also attend to, it goes to partial sums, added later: `(rows, stride)` values from `at` on, for each
+/// token of the prefix and, if `per_head`, for each token of the row.
 struct RowGrad<'a> {
     segment: &'a Segment,
-    /// Whether each query head has a task, and a part, to itself.
+    /// Whether each query head has a separate task and partial sum.
     per_head: bool,
     at: usize,
 }
 
 impl RowGrad<'_> {
-    /// Tokens with a part.
-    fn in_parts(&self) -> usize {
+    /// Number of tokens with partial sums.
+    fn partial_tokens(&self) -> usize {
         self.segment.prefix.len() + if self.per_head { self.segment.len() } else { 0 }
     }
 
-    /// From one token to the next: a part for each task.
+    /// Stride between tokens: a partial sum for each task.
     fn stride(&self, heads: Heads) -> usize {
         if self.per_head { heads.q_width() } else { heads.kv_width() }
     }
 
-    fn follows(&self, segment: &Segment) -> bool {
+    fn has_prefix(&self, segment: &Segment) -> bool {
         !self.segment.prefix.is_empty() && self.segment.prefix == segment.tokens
     }
 
-    /// Adds up the gradients of a key head of this row's own tokens: its own query heads one after
-    /// the other, then those of each row that it is the prefix of.
+    /// Sums the gradients of a key head of this row's own tokens: its own query heads one after
+    /// the other, then the rows that have it as their prefix.
     ///
     /// # Safety
-    /// No other thread may touch these columns of `to` or write those of `parts`.
-    unsafe fn add_up(
+    /// No other thread may access these columns of `to` or write to those of `parts`.
+    unsafe fn sum_partials(
         &self,
-        to: Columns,
+        to: StridedHeadsMut,
         parts: SharedMutPtr,
         rows_behind: &[RowGrad],
         kv_head: usize,
@@ -1069,10 +1071,10 @@ impl RowGrad<'_> {
     ) {
         let column = kv_head * heads.head_dim;
         let add = |row: &RowGrad, first: usize, overwrite: bool| {
-            let part = Columns { target: parts.at(row.at), stride: row.stride(heads) };
+            let part = StridedHeadsMut { target: parts.at(row.at), stride: row.stride(heads) };
             let width = row.stride(heads) / heads.kv_heads;
             for (i, token) in self.segment.tokens.clone().enumerate() {
-                // SAFETY: by this function's contract `to` and `parts` are written by nobody else here.
+                // SAFETY: this function's contract guarantees that no other thread writes to these elements.
                 let (to, from) = unsafe {
                     let from = part.at(first + i, kv_head * width, width);
                     (to.at(token, column, heads.head_dim), from)
@@ -1088,19 +1090,20 @@ impl RowGrad<'_> {
         if self.per_head {
             add(self, self.segment.prefix.len(), true);
         }
-        for row in rows_behind.iter().filter(|row| row.follows(self.segment)) {
+        for row in rows_behind.iter().filter(|row| row.has_prefix(self.segment)) {
             add(row, 0, false);
         }
     }
 }
 
-/// Where dk or dv of the keys of a row go, each part with the token and column that it begins at.
+/// Destination of dk or dv of the keys of a row: prefix and own tokens, each with the token and column it
+/// begins at.
 #[derive(Clone, Copy)]
 struct KeyGrad {
     /// Positions of the prefix.
     before: usize,
-    prefix: (Columns, usize, usize),
-    own: (Columns, usize, usize),
+    prefix: (StridedHeadsMut, usize, usize),
+    own: (StridedHeadsMut, usize, usize),
 }
 
 impl KeyGrad {
@@ -1113,7 +1116,7 @@ impl KeyGrad {
             Some(own) => (self.own, own),
             None => (self.prefix, position),
         };
-        // SAFETY: by this function's contract no other thread touches these elements.
+        // SAFETY: this function's contract guarantees that no other thread accesses these elements.
         unsafe { columns.at(token + i, column, head_dim) }
     }
 }
@@ -1128,12 +1131,12 @@ struct Backward<'a> {
     heads: Heads,
     attended: Attended<'a>,
     dout: StridedHeads<'a>,
-    dq: Columns,
+    dq: StridedHeadsMut,
     dk: KeyGrad,
     dv: KeyGrad,
 }
 
-/// What the backward pass of some heads works with.
+/// Scratch of the backward pass of some heads.
 struct BackwardBuffers<'s> {
     /// Queries, gradients of the output and gradients of the queries, `(rows, padded)`.
     q: &'s mut [f32],
@@ -1152,13 +1155,13 @@ struct BackwardBuffers<'s> {
     /// Weights and gradients of scores of some rows, `(KEYS, KEYS)`.
     p: &'s mut [f32],
     ds: &'s mut [f32],
-    /// Slopes of the softcap in a tile, if there is one.
+    /// Derivative of the softcap in a tile, if there is one.
     slopes: &'s mut [f32],
 }
 
 impl Backward<'_> {
     /// # Safety
-    /// No other thread may touch the heads of the row in `dq`, `dk` and `dv`.
+    /// No other thread may access the heads of the row in `dq`, `dk` and `dv`.
     unsafe fn run(&self, isa: Isa) {
         let Self { queries, row: segment, scores, heads, .. } = self;
         let (head_dim, padded, rows) = (heads.head_dim, heads.padded(), queries.rows());
@@ -1178,7 +1181,7 @@ impl Backward<'_> {
                 KEYS * padded,
                 KEYS * KEYS,
                 KEYS * KEYS,
-                scores.cap.map_or(0, |_| MOST_ROWS * KEYS),
+                scores.cap.map_or(0, |_| MAX_TILE_ROWS * KEYS),
             ]);
             queries.gather(isa, queries.q, head_dim, scale, q);
             queries.gather(isa, self.dout, head_dim, 1.0, dout);
@@ -1193,9 +1196,9 @@ impl Backward<'_> {
                 padded_rows(self.k, segment, &block, head_dim, b.k);
                 b.dk.fill(0.0);
                 b.dv.fill(0.0);
-                let viewers = self.viewers(&block);
-                for first in viewers.clone().step_by(KEYS) {
-                    let taken = first..viewers.end.min(first + KEYS);
+                let rows_attending_to = self.rows_attending_to(&block);
+                for first in rows_attending_to.clone().step_by(KEYS) {
+                    let taken = first..rows_attending_to.end.min(first + KEYS);
                     for row in taken.clone().step_by(tile_rows(isa)) {
                         let tile = row..taken.end.min(row + tile_rows(isa));
                         self.add_query_gradients(isa, &block, tile, first, &mut b);
@@ -1209,7 +1212,8 @@ impl Backward<'_> {
                 let parts = [(self.dk, &*b.dk, std::f32::consts::LN_2), (self.dv, &*b.dv, 1.0)];
                 for (to, from, factor) in parts {
                     for (position, from) in block.clone().zip(from.chunks_exact(padded)) {
-                        // SAFETY: by this function's contract these heads and tokens are this task's own.
+                        // SAFETY: this function's contract guarantees exclusive access to these heads and
+                        // tokens.
                         let to = unsafe { to.at(position, head_dim) };
                         to.iter_mut().zip(from).for_each(|(to, x)| *to = x * factor);
                     }
@@ -1217,7 +1221,7 @@ impl Backward<'_> {
             }
             for (token, dq) in queries.tokens.clone().zip(b.dq.chunks_exact(per_token * padded)) {
                 for (head, dq) in queries.heads.clone().zip(dq.chunks_exact(padded)) {
-                    // SAFETY: by this function's contract these heads and tokens are this task's own.
+                    // SAFETY: this function's contract guarantees exclusive access to these heads and tokens.
                     let to = unsafe { self.dq.at(token, head * head_dim, head_dim) };
                     to.iter_mut().zip(dq).for_each(|(to, x)| *to = x * scores.scale(*heads));
                 }
@@ -1263,7 +1267,7 @@ impl Backward<'_> {
                 cap_scores_and_slopes(isa, p, slopes, cap);
             }
         }
-        weigh(
+        softmax_backward(
             isa,
             ScoreTile { rows: tile.len(), groups, limits: &limits },
             block.len().next_multiple_of(LANE_GROUP),
@@ -1282,7 +1286,7 @@ impl Backward<'_> {
         product(isa, size, left, right, &mut b.dq[row * padded..], padded, true);
     }
 
-    /// Adds what the rows of `taken`, of which `p` and `ds` are there, contribute to the gradients of some
+    /// Adds the contribution of the rows of `taken`, whose `p` and `ds` are given, to the gradients of some
     /// `keys` of the block that begins at `start`.
     fn add_key_gradients(
         &self,
@@ -1293,8 +1297,9 @@ impl Backward<'_> {
         b: &mut BackwardBuffers,
     ) {
         let (padded, low) = (self.heads.padded(), keys.start);
-        let viewers = self.viewers(&(start + low..start + keys.end));
-        let (begin, end) = (viewers.start.max(taken.start), viewers.end.min(taken.end));
+        let rows_attending_to = self.rows_attending_to(&(start + low..start + keys.end));
+        let (begin, end) =
+            (rows_attending_to.start.max(taken.start), rows_attending_to.end.min(taken.end));
         if begin >= end {
             return;
         }
@@ -1307,8 +1312,8 @@ impl Backward<'_> {
         }
     }
 
-    /// The rows that see some of these keys.
-    fn viewers(&self, keys: &Range<usize>) -> Range<usize> {
+    /// The rows that attend to any of these keys.
+    fn rows_attending_to(&self, keys: &Range<usize>) -> Range<usize> {
         let (length, before) = (self.row.positions(), self.row.prefix.len());
         let end = self
             .scores
@@ -1337,9 +1342,9 @@ fn rows_of(values: &[f32], width: usize) -> Right<'_, f32> {
     Right { values, row_stride: width, group_stride: LANE_GROUP }
 }
 
-/// AttentionConfig become weights `p = 2^(score - lse)`, and `ds`, which holds `dp`, becomes
-/// `p (dp - delta)`; both are 0 in all `columns` that a row does not see.
-fn weigh(
+/// Scores become weights `p = 2^(score - lse)`, and `ds`, which holds `dp`, becomes
+/// `p (dp - delta)`; both are 0 in all `columns` that are masked for a row.
+fn softmax_backward(
     isa: Isa,
     tile: ScoreTile,
     columns: usize,
@@ -1348,14 +1353,14 @@ fn weigh(
 ) {
     let all = tile.rows * KEYS;
     assert!(tile.groups.end * LANE_GROUP <= columns && columns <= KEYS);
-    assert!(tile.rows <= MOST_ROWS && p.len() >= all && ds.len() >= all);
+    assert!(tile.rows <= MAX_TILE_ROWS && p.len() >= all && ds.len() >= all);
     assert!(lse.len() == tile.rows && delta.len() == tile.rows);
-    // SAFETY: what is touched is in bounds by the assertions.
-    unsafe { weigh_tile(isa, tile, columns, p, ds, lse, delta) }
+    // SAFETY: the assertions check that all accesses are in bounds.
+    unsafe { softmax_backward_tile(isa, tile, columns, p, ds, lse, delta) }
 }
 
 #[inline(always)]
-unsafe fn weigh_body<S: Lanes>(
+unsafe fn softmax_backward_body<S: Lanes>(
     tile: ScoreTile,
     columns: usize,
     p: &mut [f32],
@@ -1421,15 +1426,15 @@ mod tests {
         t[0].apply_op3(&t[1], &t[2], op)
     }
 
-    /// AttentionConfig that a cap bends well, at another scale than usual.
+    /// An attention config with an effective softcap and an unusual scale.
     fn capped(window: Option<usize>) -> AttentionConfig {
         AttentionConfig { window, scale: Some(0.6), cap: Some(1.5) }
     }
 
-    /// A row's length, and which row before it is its prefix.
+    /// A row's length, and the index of its prefix row.
     type Length = (usize, Option<usize>);
 
-    /// Rows end to end.
+    /// Contiguous rows.
     fn rows(lengths: &[Length]) -> Arc<[Segment]> {
         let mut rows: Vec<Segment> = Vec::new();
         for &(length, prefix) in lengths {
@@ -1452,8 +1457,8 @@ mod tests {
             (heads(3, 1, 8), &[(130, None)]),
             (heads(2, 2, 12), &[(64, None), (0, None), (129, None)]),
             (heads(1, 1, 4), &[(1, None), (3, None)]),
-            (heads(5, 1, 33), &[(41, None), (LONG + 9, None)]),
-            // Blocks of keys that hold the end of a prefix and the beginning of its row.
+            (heads(5, 1, 33), &[(41, None), (LONG_ROW + 9, None)]),
+            // Blocks of keys with the end of a prefix and the beginning of its row.
             (heads(6, 2, 16), &[(70, None), (9, Some(0)), (1, Some(0)), (61, Some(0))]),
             // Plain rows among groups, prefixes of whole blocks and of one token, empty rows.
             (
@@ -1461,8 +1466,8 @@ mod tests {
                 &[(7, None), (64, None), (5, Some(1)), (1, None), (0, Some(1)), (30, Some(3))],
             ),
             // Long rows, whose query heads have a task each, before and after short ones.
-            (heads(4, 2, 8), &[(LONG, None), (3, Some(0)), (LONG + 3, Some(0))]),
-            (heads(3, 1, 5), &[(20, None), (LONG + 70, Some(0)), (2, Some(0)), (3, None)]),
+            (heads(4, 2, 8), &[(LONG_ROW, None), (3, Some(0)), (LONG_ROW + 3, Some(0))]),
+            (heads(3, 1, 5), &[(20, None), (LONG_ROW + 70, Some(0)), (2, Some(0)), (3, None)]),
         ];
         for (heads, lengths) in cases {
             let segments = rows(lengths);
@@ -1497,7 +1502,7 @@ mod tests {
         }
     }
 
-    /// Rows that share a prompt attend as rows that each stand behind a copy of it: to the bit.
+    /// Rows that share a prompt as prefix give the same bits as rows that each begin with a copy of it.
     #[test]
     fn a_shared_prefix_gives_the_bits_of_its_copies() {
         let heads = Heads { heads: 6, kv_heads: 2, head_dim: 24 };
@@ -1506,7 +1511,7 @@ mod tests {
             lengths.extend(responses.map(|length| (length, Some(0))));
             let shared = rows(&lengths);
             let copies = rows(&responses.map(|length| (prompt + length, None)));
-            // The tokens of the copies, as places in the shared layout.
+            // The tokens of the copies, as indices into the shared layout.
             let places: Vec<u32> = shared[1..]
                 .iter()
                 .flat_map(|r| (0..r.positions()).map(|p| r.token(p) as u32))
@@ -1602,7 +1607,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_must_part_the_tokens() {
+    fn rows_must_partition_the_tokens() {
         let heads = Heads { heads: 1, kv_heads: 1, head_dim: 4 };
         let [q, k, v] = inputs(6, heads);
         for compute in [Compute::F32, Compute::REFERENCE] {

@@ -1,5 +1,5 @@
-//! What the CPU kernels share: views of tensors as slices, tasks and targets that threads divide among
-//! themselves, a vectorizable `exp` and what is made of it.
+//! Shared by the CPU kernels: views of tensors as slices, parallel loops and outputs that threads divide among
+//! themselves, vectorizable `exp` and `tanh`.
 
 use std::ops::{Deref, Range};
 use std::sync::{Mutex, PoisonError};
@@ -43,7 +43,7 @@ impl Deref for Values<'_> {
     }
 }
 
-/// The values behind a custom op's argument.
+/// The values of a custom op's argument.
 pub fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     let Some((start, end)) = layout.contiguous_offsets() else {
         candle_core::bail!("expected a contiguous tensor, found strides {:?}", layout.stride())
@@ -51,15 +51,17 @@ pub fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]>
     Ok(&storage.as_slice::<f32>()?[start..end])
 }
 
-/// Below so many multiply-adds waking a thread costs more than it saves.
-const TINY: usize = 50_000;
-/// The same for a thread that spins in a worker pool.
-const TINY_IN_POOL: usize = 5_000;
+/// Below this many multiply-adds waking a thread costs more than it saves.
+const MIN_PARALLEL_WORK: usize = 50_000;
+/// The same for threads that spin in a worker pool.
+const MIN_PARALLEL_WORK_IN_POOL: usize = 5_000;
 
-/// Runs the tasks, on several threads if their `work`, in multiply-adds, is worth it.
+/// Runs the tasks, on several threads if their total `work`, in multiply-adds, is large enough.
 pub fn par_for_each<T: Send>(tasks: Vec<T>, work: usize, run: impl Fn(T) + Sync + Send) {
     let in_pool = worker_pool::in_worker_pool();
-    if tasks.len() < 2 || work <= if in_pool { TINY_IN_POOL } else { TINY } {
+    if tasks.len() < 2
+        || work <= if in_pool { MIN_PARALLEL_WORK_IN_POOL } else { MIN_PARALLEL_WORK }
+    {
         tasks.into_iter().for_each(run);
     } else if in_pool {
         let tasks: Vec<_> = tasks.into_iter().map(|task| Mutex::new(Some(task))).collect();
@@ -70,27 +72,27 @@ pub fn par_for_each<T: Send>(tasks: Vec<T>, work: usize, run: impl Fn(T) + Sync 
     }
 }
 
-/// Prefetches the cache line of an address, which need not be valid, into the first-level cache.
+/// Prefetches the cache line of an address, which need not be valid, into the L1 cache.
 #[inline(always)]
 pub fn prefetch(address: *const u8) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        // SAFETY: every CPU of the architecture has the instruction, which faults at no address.
+        // SAFETY: SSE is part of x86-64, and prefetching never faults.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = address;
 }
 
-/// A pointer to a slice that several threads write to, each to elements of its own.
+/// A pointer to a slice that several threads write to, each to different elements.
 #[derive(Clone, Copy)]
 pub struct SharedMutPtr {
     start: *mut f32,
     len: usize,
 }
 
-// SAFETY: a `SharedMutPtr` is only a pointer; its methods leave it to the caller that elements are disjoint.
+// SAFETY: a `SharedMutPtr` is only a pointer; the caller of its methods guarantees disjoint elements.
 unsafe impl Send for SharedMutPtr {}
 // SAFETY: as for `Send`: shared pointers are written to at disjoint elements.
 unsafe impl Sync for SharedMutPtr {}
@@ -105,7 +107,7 @@ impl SharedMutPtr {
         self.len
     }
 
-    /// The element at `offset` and all that follow.
+    /// The elements from `offset` on.
     pub fn at(self, offset: usize) -> Self {
         assert!(offset <= self.len);
         // SAFETY: the offset is inside the slice this was made from.
@@ -118,24 +120,25 @@ impl SharedMutPtr {
         self.start
     }
 
-    /// A run of `len` elements, to read.
+    /// The first `len` elements, for reading.
     ///
     /// # Safety
-    /// As [`Self::slice`], but for threads that read them too.
+    /// As [`Self::slice`], but other threads may read the elements too.
     pub unsafe fn read<'a>(self, len: usize) -> &'a [f32] {
         assert!(len <= self.len);
-        // SAFETY: in bounds by the assertion; written by no thread by this function's contract.
+        // SAFETY: the assertion checks the bounds; this function's contract guarantees that no thread writes
+        // to it.
         unsafe { std::slice::from_raw_parts(self.start, len) }
     }
 
-    /// A run of `len` elements.
+    /// The first `len` elements.
     ///
     /// # Safety
-    /// The slice this was made from must still be borrowed for it, and no other thread may touch
+    /// The slice this was made from must still be borrowed, and no other thread may access
     /// these elements while the result lives.
     pub unsafe fn slice<'a>(self, len: usize) -> &'a mut [f32] {
         assert!(len <= self.len);
-        // SAFETY: in bounds by the assertion; exclusive by this function's contract.
+        // SAFETY: the assertion checks the bounds; this function's contract guarantees exclusive access.
         unsafe { std::slice::from_raw_parts_mut(self.start, len) }
     }
 }
@@ -161,7 +164,7 @@ pub fn exp(x: f32) -> f32 {
     if x < -87.3 { 0.0 } else { y * scale }
 }
 
-/// The hyperbolic tangent, to 2e-7 of 1.
+/// The hyperbolic tangent, to an absolute error of 2e-7.
 #[inline(always)]
 pub fn tanh(x: f32) -> f32 {
     1.0 - 2.0 / (exp(2.0 * x) + 1.0)

@@ -25,37 +25,37 @@ pub enum DeviceName {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DeviceError {
-    /// A build without its back end.
+    /// This build does not support it.
     #[error(
         "device {device}: this build has no {feature} back end, needed one made by `cargo build \
          --release --features {feature}`"
     )]
     Feature {
-        /// The device asked for.
+        /// The requested device.
         device: DeviceName,
         /// The feature of the crate that it needs.
         feature: &'static str,
     },
-    /// No such device, or no driver for it.
+    /// The device or its driver was not found.
     #[error("device {device} is not there: {reason}")]
     Absent {
-        /// The device asked for.
+        /// The requested device.
         device: DeviceName,
-        /// What the driver says.
+        /// The driver's error message.
         reason: String,
     },
-    /// A backend or precision that only the CPU has.
+    /// A backend or precision that only the CPU supports.
     #[error(
         "compute is {}, which only the CPU has: needed portable on device {device}",
         .compute.precision
     )]
     CpuOnly {
-        /// The device asked for.
+        /// The requested device.
         device: DeviceName,
-        /// What was asked for.
+        /// The requested backend and precision.
         compute: Compute,
     },
-    /// A precision that the backend does not have.
+    /// A precision that the backend does not support.
     #[error(
         "compute is {}, which backend {} does not have: needed {}",
         .0.precision, .0.backend, .0.backend.default_precision()
@@ -64,7 +64,7 @@ pub enum DeviceError {
 }
 
 impl DeviceName {
-    /// The backend that computes there if none is asked for.
+    /// The default backend on this device.
     pub fn default_backend(self) -> BackendKind {
         match self {
             Self::Cpu => BackendKind::Cpu,
@@ -72,10 +72,10 @@ impl DeviceName {
         }
     }
 
-    /// Checks that a backend computes on the device, in a precision that the backend has.
+    /// Checks that the device supports the backend, and the backend the precision.
     ///
     /// # Errors
-    /// If it does not.
+    /// If not.
     pub fn check(self, compute: Compute) -> Result<(), DeviceError> {
         let on_cpu = self == Self::Cpu;
         if !on_cpu && compute != Compute::REFERENCE {
@@ -90,7 +90,7 @@ impl DeviceName {
     /// Opens the device.
     ///
     /// # Errors
-    /// If this build has no back end for it, or it is not there.
+    /// If this build does not support the device, or it is not found.
     pub fn open(self) -> Result<Device, DeviceError> {
         let feature = |feature| DeviceError::Feature { device: self, feature };
         let found = match self {
@@ -192,9 +192,9 @@ mod tests {
         );
     }
 
-    /// Where a feature is compiled in, whether its device is there is the machine's affair.
+    /// Skipped for features that are compiled in, where the result depends on the machine.
     #[test]
-    fn what_is_not_compiled_in_is_told() {
+    fn a_device_that_is_not_compiled_in_is_an_error() {
         assert!(DeviceName::Cpu.open().unwrap().is_cpu());
         for (device, feature, compiled) in [
             (DeviceName::Cuda(0), "cuda", cfg!(feature = "cuda")),

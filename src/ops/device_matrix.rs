@@ -1,8 +1,8 @@
 //! A frozen matrix that was uploaded to a device, and the product with it, in plain candle ops.
 //!
-//! Blocks that candle knows go up as they are quantized and are dequantized there for each product,
-//! so that a device holds little more than the file. What is not candle's (IQ4_NL, IQ4_XS, MXFP4)
-//! goes up as `f32`: exact, at the memory of it.
+//! Block types that candle supports are uploaded quantized and dequantized on the device for each product,
+//! so that a device holds little more than the file. Other types (IQ4_NL, IQ4_XS, MXFP4)
+//! are uploaded as `f32`: exact, but larger.
 
 use std::sync::Arc;
 
@@ -19,21 +19,21 @@ use crate::quant::{BlockType, FrozenMatrix};
 #[derive(Debug)]
 pub struct DeviceMatrix {
     kept: DeviceStorage,
-    /// Rows behind those, F32.
+    /// Appended rows, F32.
     more: Option<Tensor>,
     cols: usize,
 }
 
 #[derive(Debug)]
 enum DeviceStorage {
-    /// As they are quantized.
+    /// Quantized blocks.
     Blocks(QTensor),
     /// F32, F16 or BF16.
     Values(Tensor),
 }
 
 impl DeviceMatrix {
-    /// Uploads a matrix to a device, from its place in the file.
+    /// Uploads a matrix to a device directly from the mapped file.
     pub fn upload(weight: &FrozenMatrix, device: &Device) -> Result<Self> {
         let shape = (weight.own_rows(), weight.cols());
         let values = |dtype| {
@@ -44,7 +44,7 @@ impl DeviceMatrix {
             UploadAs::Values(dtype) => DeviceStorage::Values(values(dtype)?),
             UploadAs::Blocks(dtype) => {
                 let mut bytes = weight.bytes_in_order();
-                // candle looks at blocks as they are declared: at an even address.
+                // candle casts bytes to its block structs, which need an even address.
                 if !bytes.as_ptr().addr().is_multiple_of(align_of::<u16>()) {
                     bytes = bytes.into_owned().into();
                 }
@@ -62,8 +62,8 @@ impl DeviceMatrix {
 
     /// `y = x · Wᵀ`, differentiable in `x` only.
     ///
-    /// Shapes: `x (.., in)` F32, `W (out, in)` → `y (.., out)` F32. Backward: `dx = dy · W`. What is
-    /// dequantized is given back behind each of both products.
+    /// Shapes: `x (.., in)` F32, `W (out, in)` → `y (.., out)` F32. Backward: `dx = dy · W`. The
+    /// dequantized weights are freed after each of the two products.
     pub fn linear(self: &Arc<Self>, x: &Tensor) -> Result<Tensor> {
         let mut dims = x.dims().to_vec();
         let x = x.reshape(((), self.cols))?; // (m, in)
@@ -72,7 +72,7 @@ impl DeviceMatrix {
         x.apply_op2(&y, DeviceLinear(self.clone()))?.reshape(dims)
     }
 
-    /// All of it, `(out, in)` F32.
+    /// The whole matrix dequantized, `(out, in)` F32.
     fn values(&self) -> Result<Tensor> {
         let own = match &self.kept {
             DeviceStorage::Blocks(blocks) => blocks.dequantize(&blocks.device())?,
@@ -85,7 +85,7 @@ impl DeviceMatrix {
     }
 }
 
-/// How a device keeps a block type.
+/// How a block type is stored on a device.
 enum UploadAs {
     Values(DType),
     Blocks(GgmlDType),
@@ -111,12 +111,12 @@ fn upload_as(block_type: BlockType) -> UploadAs {
     }
 }
 
-/// Puts `y`, computed off the tape, behind `x` on it. candle's own product would keep the
-/// dequantized weight for the backward pass and compute a gradient to it.
+/// Records `y`, computed off the tape, as a function of `x`. candle's own product would keep the
+/// dequantized weight for the backward pass and compute its gradient.
 struct DeviceLinear(Arc<DeviceMatrix>);
 
 impl DeviceLinear {
-    /// `y` again: a tensor of its own, whole and contiguous.
+    /// A contiguous copy of `y`.
     fn copy<S: BackendStorage>(y: &S, layout: &Layout) -> Result<(S, Shape)> {
         Ok((y.try_clone(layout)?, layout.shape().clone()))
     }
@@ -176,7 +176,7 @@ mod tests {
     use crate::quant::testing::random_blocks;
     use crate::quant::{Bytes, RowOrder};
 
-    /// What goes up to a device, with the CPU as that device, against the portable form.
+    /// Every uploaded block type, with the CPU as the device, against the portable form.
     #[test]
     fn parity_over_every_block_type() {
         let check = |block_type, order, shape: &[usize], rows| {
@@ -214,7 +214,7 @@ mod tests {
         }
     }
 
-    /// An odd address, which a file may have and candle would panic at.
+    /// An odd address, which a mapped file may have and candle would panic on.
     #[test]
     fn blocks_may_lie_anywhere() {
         let blocks = random_blocks(BlockType::Q8_0, 4 * 32, 3);

@@ -13,7 +13,7 @@ use crate::quant::FrozenMatrix;
 /// `y = x · Wᵀ` for a frozen `W`, differentiable in `x` only.
 ///
 /// Shapes: `x (.., in)` F32, `W (out, in)` in any block type → `y (.., out)` F32.
-/// Backward: `dx = dy · W`. `W` is read panel by panel in place; nothing of it is kept.
+/// Backward: `dx = dy · W`. `W` is dequantized panel by panel, without keeping a copy.
 pub fn frozen_linear(x: &Tensor, weight: &Arc<FrozenMatrix>, compute: Compute) -> Result<Tensor> {
     match compute.op_form() {
         OpForm::Kernel => {
@@ -25,8 +25,8 @@ pub fn frozen_linear(x: &Tensor, weight: &Arc<FrozenMatrix>, compute: Compute) -
     }
 }
 
-/// [`frozen_linear`] without a gradient, for few rows `x (m, in)`: weights are read where they lie,
-/// once for every four or eight rows. A row gets the same bits among any others.
+/// [`frozen_linear`] without a gradient, for few rows `x (m, in)`: weights are read in place,
+/// once for every four or eight rows. A row gives the same bits in any batch.
 pub fn few_rows(x: &Tensor, weight: &Arc<FrozenMatrix>, compute: Compute) -> Result<Tensor> {
     let (rows, width) = x.dims2()?;
     if compute.op_form() == OpForm::Portable || width != weight.cols() {
@@ -59,7 +59,7 @@ pub fn dequantize(weight: &FrozenMatrix, device: &Device) -> Result<Tensor> {
 
 /// Rows of a frozen matrix as an F32 tensor `(rows.len(), cols)`: an embedding look-up.
 ///
-/// Fails if an index is no row of the matrix.
+/// Fails if an index is out of range.
 pub fn frozen_rows(weight: &FrozenMatrix, rows: &[u32], device: &Device) -> Result<Tensor> {
     let mut out = Vec::new();
     read_rows(weight, rows, &mut out)?;

@@ -1,13 +1,13 @@
-//! Activations kept as `f16` for the backward pass.
+//! Activations stored as `f16` for the backward pass.
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
-/// Values a thread takes at a time.
+/// Values per task.
 const CHUNK: usize = 1 << 14;
 
-/// Rounds `values` to `f16`, an error of 2^-11; beyond its range they stay at its ends.
+/// Rounds `values` to `f16`, a relative error of 2^-11; values out of range are clamped.
 pub(crate) fn narrow(values: &[f32], kept: &mut Vec<f16>) {
     kept.resize(values.len(), f16::ZERO);
     kept.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK)).for_each(|(kept, values)| {
@@ -22,7 +22,7 @@ pub(crate) fn narrow(values: &[f32], kept: &mut Vec<f16>) {
     });
 }
 
-/// Widens them to `f32` again.
+/// Converts them back to `f32`.
 pub(crate) fn widen(kept: &[f16], values: &mut Vec<f32>) {
     values.resize(kept.len(), 0.0);
     let chunks = values.par_chunks_mut(CHUNK).zip(kept.par_chunks(CHUNK));
@@ -34,7 +34,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn values_come_back_to_half_a_unit() {
+    fn a_round_trip_is_exact_to_half_a_unit() {
         let values: Vec<f32> = (0..40_000).map(|i| (i as f32 - 2e4) * 0.37).collect();
         let (mut kept, mut back) = (Vec::new(), Vec::new());
         narrow(&values, &mut kept);

@@ -1,9 +1,9 @@
-//! Sixteen `f32` at a time in whatever registers an ISA level has, and the one small matrix product that
-//! attention is made of.
+//! Vectors of sixteen `f32` in the registers of each ISA level, and the small matrix product that
+//! attention is built from.
 //!
 //! A kernel is written once over [`Lanes`] and compiled once per ISA level by [`isa_levels!`]. Everything a kernel
-//! calls is `#[inline(always)]`, and no closure has to do with registers, so that it is compiled with the
-//! level's instructions.
+//! calls is `#[inline(always)]`, and no closure handles registers, so that it is compiled with the
+//! level's features.
 
 #![allow(clippy::needless_range_loop)] // registers are named by constant indices
 
@@ -38,13 +38,13 @@ pub trait Lanes: Copy {
     unsafe fn mul(self, other: Self) -> Self;
     /// `self * factor + term`.
     unsafe fn mul_add(self, factor: Self, term: Self) -> Self;
-    /// The larger, and `other` if there is none.
+    /// The maximum, or `other` if either is NaN.
     unsafe fn max(self, other: Self) -> Self;
-    /// To the nearest integers.
+    /// Rounds to the nearest integers.
     unsafe fn round(self) -> Self;
-    /// `self * 2ⁿ` for integers `n` in -126..=127, and 0 where `x`, which `n` was rounded from, is
-    /// below -126, whatever `self` is there.
-    unsafe fn times_power(self, n: Self, x: Self) -> Self;
+    /// `self * 2ⁿ` for integers `n` in -126..=127, and 0 where `x`, from which `n` was rounded, is
+    /// below -126.
+    unsafe fn ldexp(self, n: Self, x: Self) -> Self;
     /// `other` in the lanes outside `low..high`.
     unsafe fn within(self, low: isize, high: isize, other: f32) -> Self;
     /// The largest of all lanes.
@@ -54,7 +54,7 @@ pub trait Lanes: Copy {
     #[inline(always)]
     unsafe fn sum(self) -> f32 {
         let mut lanes = [0f32; LANE_GROUP];
-        // SAFETY: the CPU has the features by the contract of `Lanes`; the array has sixteen elements.
+        // SAFETY: the contract of `Lanes` guarantees the CPU features; the array has sixteen elements.
         unsafe { self.store(lanes.as_mut_ptr()) };
         let mut width = LANE_GROUP / 2;
         while width > 0 {
@@ -73,11 +73,11 @@ pub trait Lanes: Copy {
 /// As for [`Lanes`].
 #[inline(always)]
 pub unsafe fn exp2<S: Lanes>(x: S) -> S {
-    // Of all polynomials of this degree with `p(0) = 1`, about that with the least relative error
+    // Approximately the minimax polynomial in relative error of this degree with `p(0) = 1`
     // on -1/2..1/2: 9.2e-8.
     #[allow(clippy::approx_constant)] // ln 2 would be the Taylor polynomial's
     const TERMS: [f32; 5] = [9.671_513e-3, 5.550_733_6e-2, 2.402_224_2e-1, 6.931_47e-1, 1.0];
-    // SAFETY: the CPU has the features by this function's contract.
+    // SAFETY: this function's contract guarantees the CPU features.
     unsafe {
         let n = x.round();
         let f = x.sub(n);
@@ -85,11 +85,11 @@ pub unsafe fn exp2<S: Lanes>(x: S) -> S {
         for term in TERMS {
             p = p.mul_add(f, S::splat(term));
         }
-        p.times_power(n, x)
+        p.ldexp(n, x)
     }
 }
 
-/// What a product's right side may be stored as.
+/// Element types of a product's right operand.
 pub trait Element: Copy + Send + Sync {
     /// Sixteen of them as `f32`.
     ///
@@ -122,9 +122,9 @@ impl Element for i8 {
     }
 }
 
-/// Plain Rust: four times four, as SSE2 and NEON have them.
+/// The portable form: four vectors of four, as SSE2 and NEON have them.
 #[derive(Clone, Copy)]
-pub struct LanesPlain([[f32; 4]; 4]);
+pub struct LanesPortable([[f32; 4]; 4]);
 
 /// `[a, b][i][j]` for all lanes.
 macro_rules! each_lane {
@@ -135,11 +135,11 @@ macro_rules! each_lane {
                 lanes[$i][$j] = $value;
             }
         }
-        LanesPlain(lanes)
+        LanesPortable(lanes)
     }};
 }
 
-impl Lanes for LanesPlain {
+impl Lanes for LanesPortable {
     // NEON has twice the registers of SSE2.
     const ROWS: usize = if cfg!(target_arch = "aarch64") { 4 } else { 2 };
     const GROUPS: usize = 1;
@@ -150,24 +150,24 @@ impl Lanes for LanesPlain {
     }
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
-        // SAFETY: by the contract of `Lanes` the pointer is valid for sixteen elements.
+        // SAFETY: the contract of `Lanes` guarantees that the pointer is valid for sixteen elements.
         Self(unsafe { from.cast::<[[f32; 4]; 4]>().read_unaligned() })
     }
     #[inline(always)]
     unsafe fn load_f16(from: *const f16) -> Self {
-        // SAFETY: by the contract of `Lanes` the pointer is valid for sixteen elements.
+        // SAFETY: the contract of `Lanes` guarantees that the pointer is valid for sixteen elements.
         let values = unsafe { from.cast::<[f16; 16]>().read_unaligned() };
         each_lane!(i, j, f32_of(values[4 * i + j]))
     }
     #[inline(always)]
     unsafe fn load_i8(from: *const i8) -> Self {
-        // SAFETY: by the contract of `Lanes` the pointer is valid for sixteen elements.
+        // SAFETY: the contract of `Lanes` guarantees that the pointer is valid for sixteen elements.
         let values = unsafe { from.cast::<[i8; 16]>().read_unaligned() };
         each_lane!(i, j, f32::from(values[4 * i + j]))
     }
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
-        // SAFETY: by the contract of `Lanes` the pointer is valid for sixteen elements.
+        // SAFETY: the contract of `Lanes` guarantees that the pointer is valid for sixteen elements.
         unsafe { to.cast::<[[f32; 4]; 4]>().write_unaligned(self.0) }
     }
     #[inline(always)]
@@ -201,7 +201,7 @@ impl Lanes for LanesPlain {
         each_lane!(i, j, (self.0[i][j] + ROUND) - ROUND)
     }
     #[inline(always)]
-    unsafe fn times_power(self, n: Self, x: Self) -> Self {
+    unsafe fn ldexp(self, n: Self, x: Self) -> Self {
         each_lane!(i, j, {
             let power = f32::from_bits(((n.0[i][j] as i32).wrapping_add(127) << 23) as u32);
             if x.0[i][j] < -126.0 { 0.0 } else { self.0[i][j] * power }
@@ -226,12 +226,12 @@ impl Lanes for LanesPlain {
     }
 }
 
-/// The `f32` of an `f16` by bits: `f16::to_f32` asks for the CPU's features on every call.
+/// Converts an `f16` by bits: `f16::to_f32` detects CPU features on every call.
 #[inline(always)]
 fn f32_of(x: f16) -> f32 {
     let bits = u32::from(x.to_bits());
-    // Exponent and mantissa in place, then the difference of the biases by a multiplication, which
-    // serves subnormals too.
+    // Shifts exponent and mantissa in place, then corrects the bias by a multiplication, which
+    // is right for subnormals too.
     let magnitude = f32::from_bits((bits & 0x7fff) << 13) * f32::from_bits(0x7780_0000);
     let magnitude = if bits & 0x7c00 == 0x7c00 {
         f32::from_bits(0x7f80_0000 | (bits & 0x03ff) << 13)
@@ -258,7 +258,7 @@ mod x86 {
     #[derive(Clone, Copy)]
     pub struct LanesAvx512(__m512);
 
-    // SAFETY of all blocks below: by the contract of `Lanes` the CPU has AVX2, FMA and F16C, and pointers are
+    // SAFETY of all blocks below: the contract of `Lanes` guarantees AVX2, FMA and F16C, and pointers are
     // valid for sixteen elements.
     #[allow(clippy::undocumented_unsafe_blocks)]
     impl Lanes for LanesAvx2 {
@@ -328,7 +328,7 @@ mod x86 {
             unsafe { Self(_mm256_round_ps::<NEAREST>(self.0), _mm256_round_ps::<NEAREST>(self.1)) }
         }
         #[inline(always)]
-        unsafe fn times_power(self, n: Self, x: Self) -> Self {
+        unsafe fn ldexp(self, n: Self, x: Self) -> Self {
             unsafe {
                 let bias = _mm256_set1_epi32(127);
                 let low = _mm256_add_epi32(_mm256_cvtps_epi32(n.0), bias);
@@ -376,7 +376,7 @@ mod x86 {
         }
     }
 
-    // SAFETY of all blocks below: by the contract of `Lanes` the CPU has AVX-512 F, BW, DQ and VL, and pointers
+    // SAFETY of all blocks below: the contract of `Lanes` guarantees AVX-512 F, BW, DQ and VL, and pointers
     // are valid for sixteen elements.
     #[allow(clippy::undocumented_unsafe_blocks)]
     impl Lanes for LanesAvx512 {
@@ -429,7 +429,7 @@ mod x86 {
             unsafe { Self(_mm512_roundscale_ps::<NEAREST>(self.0)) }
         }
         #[inline(always)]
-        unsafe fn times_power(self, n: Self, x: Self) -> Self {
+        unsafe fn ldexp(self, n: Self, x: Self) -> Self {
             unsafe {
                 let keep = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x.0, _mm512_set1_ps(-126.0));
                 Self(_mm512_maskz_scalef_ps(keep, self.0, n.0))
@@ -451,7 +451,7 @@ mod x86 {
 /// Compiles a kernel over [`Lanes`] once per ISA level: `unsafe fn name(arguments) = body;` becomes
 /// `unsafe fn name(isa, arguments)` that runs `body::<Lanes of the level>(arguments)`.
 ///
-/// `isa` proves that the CPU has the features; `body` may ask more of the caller.
+/// `isa` proves that the CPU supports the features; `body` may have further safety requirements.
 macro_rules! isa_levels {
     ($($(#[$meta:meta])* $vis:vis unsafe fn $name:ident $(<$g:ident: $bound:path>)? ($($arg:ident: $ty:ty),* $(,)?) = $body:ident;)*) => {$(
         $(#[$meta])*
@@ -459,22 +459,24 @@ macro_rules! isa_levels {
             #[cfg(target_arch = "x86_64")]
             {
                 use $crate::isa::IsaLevel;
-                use $crate::ops::lanes::{LanesAvx2, LanesAvx512, LanesPlain};
+                use $crate::ops::lanes::{LanesAvx2, LanesAvx512, LanesPortable};
                 #[target_feature(enable = "avx2,fma,f16c")]
                 unsafe fn avx2 $(<$g: $bound>)? ($($arg: $ty),*) {
-                    // SAFETY: the features are enabled here; the rest is this function's own contract.
+                    // SAFETY: the features are enabled here; the rest is guaranteed by this function's
+                    // safety contract.
                     unsafe { $body::<LanesAvx2 $(, $g)?>($($arg),*) }
                 }
                 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
                 unsafe fn avx512 $(<$g: $bound>)? ($($arg: $ty),*) {
-                    // SAFETY: the features are enabled here; the rest is this function's own contract.
+                    // SAFETY: the features are enabled here; the rest is guaranteed by this function's
+                    // safety contract.
                     unsafe { $body::<LanesAvx512 $(, $g)?>($($arg),*) }
                 }
-                // SAFETY: `isa` proves that the CPU has the features of its level; the rest is what the
-                // `# Safety` section of the kernel asks of the caller.
+                // SAFETY: `isa` proves that the CPU supports the features of its level; the rest is what the
+                // `# Safety` section of the kernel requires of the caller.
                 unsafe {
                     match isa.level() {
-                        IsaLevel::Scalar => $body::<LanesPlain $(, $g)?>($($arg),*),
+                        IsaLevel::Scalar => $body::<LanesPortable $(, $g)?>($($arg),*),
                         IsaLevel::Avx2 | IsaLevel::AvxVnni => avx2 $(::<$g>)? ($($arg),*),
                         IsaLevel::Avx512Vnni => avx512 $(::<$g>)? ($($arg),*),
                     }
@@ -483,40 +485,41 @@ macro_rules! isa_levels {
             #[cfg(not(target_arch = "x86_64"))]
             {
                 let _ = isa;
-                // SAFETY: plain Rust needs no features; the rest is this function's own contract.
-                unsafe { $body::<$crate::ops::lanes::LanesPlain $(, $g)?>($($arg),*) }
+                // SAFETY: portable Rust needs no features; the rest is guaranteed by this function's safety
+                // contract.
+                unsafe { $body::<$crate::ops::lanes::LanesPortable $(, $g)?>($($arg),*) }
             }
         }
     )*};
 }
 pub(crate) use isa_levels;
 
-/// Rows of a product's tile on an ISA level: work comes best in multiples of them.
+/// Rows of a product's tile on an ISA level: row counts that are multiples of it are fastest.
 pub fn tile_rows(isa: Isa) -> usize {
     #[cfg(target_arch = "x86_64")]
     match isa.level() {
-        IsaLevel::Scalar => LanesPlain::ROWS,
+        IsaLevel::Scalar => LanesPortable::ROWS,
         IsaLevel::Avx2 | IsaLevel::AvxVnni => LanesAvx2::ROWS,
         IsaLevel::Avx512Vnni => LanesAvx512::ROWS,
     }
     #[cfg(not(target_arch = "x86_64"))]
     {
         let _ = isa;
-        LanesPlain::ROWS
+        LanesPortable::ROWS
     }
 }
 
-/// The most rows of a tile on any ISA level.
-pub const MOST_ROWS: usize = 8;
+/// The largest number of rows of a tile on any ISA level.
+pub const MAX_TILE_ROWS: usize = 8;
 
-/// The left side of a [`product`], row-major, or of a [`product_transposed`], column-major.
+/// The left operand of a [`product`], row-major, or of a [`product_transposed`], column-major.
 #[derive(Clone, Copy)]
 pub struct Left<'a> {
     pub values: &'a [f32],
     pub stride: usize,
 }
 
-/// The right side: row `p`, column `c` is at `(c / 16) * group_stride + p * row_stride + c % 16`.
+/// The right operand: row `p`, column `c` is at `(c / 16) * group_stride + p * row_stride + c % 16`.
 /// A row-major matrix has a group stride of 16, one of panels of 16 columns a row stride of 16.
 #[derive(Clone, Copy)]
 pub struct Right<'a, B> {
@@ -528,7 +531,7 @@ pub struct Right<'a, B> {
 /// `c = a · b`, or `c += a · b` with `accumulate`: `a (rows, depth)`, `b (depth, 16 · groups)`,
 /// `c (rows, 16 · groups)` with rows `stride` apart.
 ///
-/// Each element of `c` is summed in the order of `depth`, whatever the tile it falls in.
+/// Each element of `c` is summed in the order of `depth`, independent of the tile it is in.
 pub fn product<B: Element>(
     isa: Isa,
     size: (usize, usize, usize),
@@ -541,7 +544,7 @@ pub fn product<B: Element>(
     let (rows, _, depth) = size;
     let strides = (a.stride, 1);
     if let Some(product) = checked((rows, depth), size, (a, strides), b, c, stride, accumulate) {
-        // SAFETY: all that is touched is in bounds, as `checked` asserts.
+        // SAFETY: all accesses are in bounds, as `checked` asserts.
         unsafe { tiles(isa, product) }
     }
 }
@@ -559,7 +562,7 @@ pub fn product_transposed<B: Element>(
     let (rows, _, depth) = size;
     let strides = (1, a.stride);
     if let Some(product) = checked((depth, rows), size, (a, strides), b, c, stride, accumulate) {
-        // SAFETY: all that is touched is in bounds, as `checked` asserts.
+        // SAFETY: all accesses are in bounds, as `checked` asserts.
         unsafe { tiles(isa, product) }
     }
 }
@@ -620,22 +623,22 @@ unsafe fn tiles_body<S: Lanes, B: Element>(product: TileProduct<B>) {
         let m = if rows - row < S::ROWS { rows - row } else { S::ROWS };
         let mut group = 0;
         while group < groups {
-            // Few rows need more columns to keep the multipliers busy.
+            // With few rows, more columns are needed to keep the FMA units busy.
             let together = match groups - group {
                 4.. if S::GROUPS == 2 && m <= 4 => 4,
                 2.. if S::GROUPS == 2 => 2,
                 _ => 1,
             };
-            // Tiles that the level never has are not compiled.
+            // Tiles that the level does not use are not compiled.
             macro_rules! tile_of {
                 ($($m:literal $g:literal),*) => {
                     match (m, together) {
                         $(($m, $g) if const { has_tile::<S>($m, $g) } => {
-                            // SAFETY: the product is in bounds by the caller's promise, and the tile
-                            // lies inside of it.
+                            // SAFETY: the caller guarantees that the product is in bounds, and the tile
+                            // is inside of it.
                             unsafe { tile::<S, B, $m, $g>(product, row, group) }
                         })*
-                        _ => unreachable!("no ISA level has such a tile"),
+                        _ => unreachable!("no ISA level uses such a tile"),
                     }
                 };
             }
@@ -681,7 +684,7 @@ unsafe fn tile<S: Lanes, B: Element, const M: usize, const G: usize>(
                     sums[m][g] = left.mul_add(right[g], sums[m][g]);
                 }
             }
-            // After the last step they point nowhere.
+            // Past the end after the last step.
             a = a.wrapping_add(a_depth_stride);
             b = b.wrapping_add(row_stride);
         }
@@ -749,28 +752,28 @@ pub fn panel(rows: &[f32], stride: usize, count: usize, width: usize, to: &mut [
 #[repr(C, align(64))]
 pub struct CacheLine([f32; LANE_GROUP]);
 
-/// A thread's scratch, kept between calls. It holds whatever was left in it.
+/// Thread-local scratch memory, reused between calls. Its content is arbitrary.
 #[derive(Default)]
 pub struct AlignedScratch {
     lines: Vec<CacheLine>,
 }
 
 impl AlignedScratch {
-    /// Nothing yet.
+    /// Empty scratch.
     pub const fn new() -> Self {
         Self { lines: Vec::new() }
     }
 
     /// Runs `f` with this thread's scratch.
     pub fn with<R>(scratch: &'static LocalKey<Cell<Self>>, f: impl FnOnce(&mut Self) -> R) -> R {
-        // Taken, not borrowed: a thread that waits for others may begin a task inside another.
+        // Taken, not borrowed: a thread that waits for others may run a task inside another.
         let mut taken = scratch.take();
         let result = f(&mut taken);
         scratch.set(taken);
         result
     }
 
-    /// Slices of the given lengths, each on a cache line of its own.
+    /// Slices of the given lengths, each starting at a new cache line.
     pub fn split<const N: usize>(&mut self, lengths: [usize; N]) -> [&mut [f32]; N] {
         let lines = lengths.map(|length| length.div_ceil(LANE_GROUP));
         let total = lines.iter().sum();
@@ -783,7 +786,7 @@ impl AlignedScratch {
             let (&lines, length) = next.next().expect("as many as asked for");
             let (part, behind) = std::mem::take(&mut rest).split_at_mut(lines);
             rest = behind;
-            // SAFETY: a line is sixteen `f32` and nothing else.
+            // SAFETY: a line consists of sixteen `f32`.
             unsafe { std::slice::from_raw_parts_mut(part.as_mut_ptr().cast::<f32>(), length) }
         })
     }
@@ -869,7 +872,7 @@ mod tests {
         }
     }
 
-    /// Either product, with rows of `c` as wide as it is.
+    /// Either product, with contiguous rows of `c`.
     fn multiply<B: Element>(
         transposed: bool,
         isa: Isa,
@@ -907,7 +910,7 @@ mod tests {
 
     #[inline(always)]
     unsafe fn exp2_body<S: Lanes>(x: *mut f32) {
-        // SAFETY: the test hands over sixteen values.
+        // SAFETY: the test passes sixteen values.
         unsafe { exp2(S::load(x)).store(x) }
     }
 

@@ -1,5 +1,5 @@
-//! Log-probabilities of target tokens straight from hidden states: the head's product and the
-//! softmax in chunks of rows, so that `tokens x vocabulary` never exists.
+//! Log-probabilities of target tokens from hidden states: the product with the lm_head and the
+//! softmax are computed in chunks of rows, so that the logits `(tokens, vocabulary)` are never materialized.
 
 use std::cell::Cell;
 use std::sync::{Arc, OnceLock};
@@ -14,17 +14,17 @@ use super::{Compute, OpForm};
 use crate::isa::{Isa, multiversion};
 use crate::quant::FrozenMatrix;
 
-/// Logits held at a time, in values: 32 MB. Each chunk packs the head again, so that smaller ones
-/// cost time.
+/// Logits per chunk, in values: 32 MB. Each chunk packs the lm_head again, so that smaller chunks
+/// are slower.
 const CHUNK_LOGITS: usize = 8 << 20;
 
-/// A cap on logits (Gemma 2): they become `cap · tanh(logit / cap) / temperature`. A temperature comes
-/// behind the cap, where without one it may as well divide the hidden states.
+/// A softcap on logits (Gemma 2): they become `cap · tanh(logit / cap) / temperature`. The temperature is
+/// applied after the cap; without a cap it may as well divide the hidden states.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LogitSoftcap {
-    /// No logit is larger than this.
+    /// The bound of logits.
     pub cap: f32,
-    /// What capped logits are divided by.
+    /// Divisor of capped logits.
     pub temperature: f32,
 }
 
@@ -42,7 +42,7 @@ pub fn linear_log_probs(
     capped_log_probs(x, head, targets, None, compute)
 }
 
-/// [`linear_log_probs`] of logits with a cap, if there is one.
+/// [`linear_log_probs`] with an optional softcap on the logits.
 pub fn capped_log_probs(
     x: &Tensor,
     head: &Arc<FrozenMatrix>,
@@ -71,7 +71,7 @@ pub fn capped_log_probs(
     }
 }
 
-/// The portable form behind the head: `logits (M, V)`, before the cap, and M targets → `(M)`, on the
+/// The portable form after the lm_head: `logits (M, V)`, before the cap, and M targets → `(M)`, on the
 /// tape and device of the logits.
 pub(crate) fn log_probs_of_logits(
     mut logits: Tensor,
@@ -87,7 +87,7 @@ pub(crate) fn log_probs_of_logits(
     logps.gather(&targets, 1)?.squeeze(1)
 }
 
-/// Fails if a target is no row of the head.
+/// Fails if a target is outside the vocabulary.
 pub(crate) fn check_targets(targets: &[u32], head: &FrozenMatrix) -> Result<()> {
     match targets.iter().find(|&&target| target as usize >= head.rows()) {
         Some(t) => candle_core::bail!("target {t} is outside the vocabulary of {}", head.rows()),
@@ -95,8 +95,8 @@ pub(crate) fn check_targets(targets: &[u32], head: &FrozenMatrix) -> Result<()> 
     }
 }
 
-/// Logits of a chunk and their panels: kept by the calling thread for its next call, as fresh
-/// pages for them would cost every step.
+/// Logits of a chunk and their panels: kept thread-local for the next call, because allocating
+/// them in every step would cost page faults.
 #[derive(Default)]
 struct LogitScratch {
     logits: Vec<f32>,
@@ -109,12 +109,12 @@ struct LogitScratch {
 
 thread_local!(static SCRATCH: Cell<LogitScratch> = Cell::default());
 
-/// Rows whose logits are held at a time.
+/// Rows per chunk.
 pub(crate) fn chunk_rows(rows: usize, vocabulary: usize) -> usize {
     (CHUNK_LOGITS / vocabulary.max(1)).clamp(24, 512).min(rows.max(1))
 }
 
-/// Bytes that a call over `rows` rows works with: logits, and their panels in the backward pass.
+/// Scratch bytes of a call over `rows` rows: logits, and their panels in the backward pass.
 pub fn working_bytes(rows: usize, vocabulary: usize, compute: Compute) -> usize {
     let logits = chunk_rows(rows, vocabulary) * vocabulary * size_of::<f32>();
     let panels = match compute.precision.backward_panel() {
@@ -124,7 +124,7 @@ pub fn working_bytes(rows: usize, vocabulary: usize, compute: Compute) -> usize 
     logits + panels
 }
 
-/// Statistics of M distributions, in each of which the log-prob of a target was read.
+/// Statistics of the M next-token distributions of M targets.
 #[derive(Debug, Clone, Copy)]
 pub struct Distributions<'a> {
     /// Their entropies, in nats.
@@ -144,8 +144,8 @@ pub(crate) struct TargetStatsMut<'a> {
 }
 
 impl TargetStatsMut<'_> {
-    /// Takes in what logits of some rows say of their targets; they become what [`score`] makes of
-    /// them.
+    /// Records the statistics of some rows' targets; the logits are overwritten as by
+    /// [`score`].
     pub fn take(
         &mut self,
         isa: Isa,
@@ -165,8 +165,8 @@ impl TargetStatsMut<'_> {
     }
 }
 
-/// What there is to find of `targets (M)` from hidden states `x (M, H)`, and, if there is room for it,
-/// the log-probs' `gradient (M, H)` to `x`. `panels` are those of the forward and of the backward pass.
+/// Statistics of `targets (M)` from hidden states `x (M, H)`, and, if a buffer is given for it,
+/// the `gradient (M, H)` of the log-probs to `x`. `panels` are those of the forward and of the backward pass.
 pub(crate) fn forward(
     panels: (PanelType, PanelType),
     x: &[f32],
@@ -203,11 +203,11 @@ pub(crate) fn forward(
     SCRATCH.set(LogitScratch { logits, slopes, packed, turned, logps: kept });
 }
 
-/// Where the gradients of [`learn`] go.
+/// Gradient buffers of [`learn`].
 pub(crate) struct LearnGrad<'a> {
-    /// To the hidden states, `(M, H)`: overwritten.
+    /// Gradient to the hidden states, `(M, H)`: overwritten.
     pub x: &'a mut [f32],
-    /// To the head, `(V, H)`: added to.
+    /// Gradient to the lm_head, `(V, H)`: added to.
     pub head: &'a mut [f32],
 }
 
@@ -307,7 +307,7 @@ impl CustomOp1 for LinearLogProbs {
             is_argmax: &mut is_argmax,
         };
         forward(self.panels, x, head, targets, self.cap, found, to);
-        // A tape runs an op's forward once; were it run again, the values would be the same.
+        // A tape runs an op's forward once; a second run would give the same values.
         let _ = self.gradient.set(gradient);
         Ok((CpuStorage::F32(logps), self.targets.len().into()))
     }
@@ -326,14 +326,14 @@ impl CustomOp1 for LinearLogProbs {
 pub(crate) struct TargetStats {
     /// Its log-probability, in nats.
     pub logp: f32,
-    /// The entropy of all, in nats.
+    /// The entropy of the distribution, in nats.
     pub entropy: f32,
     /// Whether it is the most likely token.
     pub is_argmax: bool,
 }
 
 multiversion! {
-    /// Caps logits, and says how steep that is at each.
+    /// Applies the softcap to logits, and writes its derivative at each to `slopes`.
     pub(crate) fn softcap(isa; logits: &mut [f32], slopes: &mut [f32], cap: LogitSoftcap) {
         let LogitSoftcap { cap, temperature } = cap;
         for (logit, slope) in logits.iter_mut().zip(slopes) {
@@ -342,8 +342,8 @@ multiversion! {
         }
     }
 
-    /// The target's log-probability, and the entropy of all; the logits become `factor` times the
-    /// log-probability's gradient, `onehot - p`, if there is one.
+    /// The target's log-probability, and the entropy; the logits become `factor` times the
+    /// log-probability's gradient, `onehot - p`, if `factor` is given.
     pub(crate) fn score(isa; logits: &mut [f32], target: usize, factor: Option<f32>) -> TargetStats {
         let mut most = [f32::NEG_INFINITY; 16];
         let (wide, rest) = logits.as_chunks::<16>();

@@ -1,7 +1,7 @@
-//! Low-rank updates of a few tokens, for decode steps: `y += B (A x)`, both factors read once in place.
+//! Low-rank (LoRA) updates of a few tokens, for decode steps: `y += B (A x)`, both factors read once in place.
 //!
-//! Sums are made in one fixed order for each token, whatever tokens are taken together and whatever
-//! thread does it.
+//! Each token is summed in a fixed order, independent of the other tokens of the batch and of the
+//! thread.
 
 use std::ops::Range;
 
@@ -13,17 +13,17 @@ use quantune_adapters::decode::{
 use super::cpu::{SharedMutPtr, prefetch};
 use super::lanes::{Element, Lanes, isa_levels};
 
-/// Bytes of a factor in one task: as for the base's own weights.
+/// Bytes of a factor per task, as for base weights.
 const TASK_BYTES: usize = 32 * 1024;
-/// Distance of the prefetches, in bytes.
-const AHEAD: usize = 1024;
+/// Prefetch distance in bytes.
+const PREFETCH_DISTANCE: usize = 1024;
 
-/// Numbers that forms are stored as and kernels read.
+/// Element types of the stored factors.
 pub trait LowRankElement: DecodeScalar + Element {}
 impl LowRankElement for f32 {}
 impl LowRankElement for f16 {}
 
-/// Blocks of A that make a task.
+/// Blocks of A per task.
 pub fn blocks_of_task<T>(form: &DecodeWeights<T>) -> usize {
     (TASK_BYTES / (A_RANK_BLOCK * padded(form) * size_of::<T>()).max(1)).max(1)
 }
@@ -33,27 +33,27 @@ pub fn blocks<T>(form: &DecodeWeights<T>) -> usize {
     form.r.div_ceil(A_RANK_BLOCK)
 }
 
-/// Columns of A as they are stored.
+/// Columns of A with padding.
 pub fn padded<T>(form: &DecodeWeights<T>) -> usize {
     form.in_features.next_multiple_of(DECODE_GROUP)
 }
 
-/// Numbers of a token between the factors.
+/// Elements of `A x` per token.
 pub fn xa_stride<T>(form: &DecodeWeights<T>) -> usize {
     blocks(form) * A_RANK_BLOCK
 }
 
-/// Rows of a buffer that belong to some tokens, in the order of `tokens`.
+/// The rows of a buffer that belong to some tokens, in the order of `tokens`.
 #[derive(Clone, Copy)]
 pub struct BatchRows<'a> {
     /// Which rows of the batch.
     pub tokens: &'a [usize],
-    /// Numbers from one row of the buffer to the next.
+    /// Row stride of the buffer, in elements.
     pub stride: usize,
 }
 
 impl<'a> BatchRows<'a> {
-    /// Where the rows of the first `M` tokens begin, if there are so many, and the other tokens.
+    /// Row offsets of the first `M` tokens, if there are as many, and the remaining tokens.
     #[inline(always)]
     fn split<const M: usize>(self) -> Option<([usize; M], Self)> {
         let (first, tokens) = self.tokens.split_first_chunk::<M>()?;
@@ -68,7 +68,7 @@ isa_levels! {
     /// the next as `tokens` say → `xa (tokens, xa_stride)`, of which the blocks' columns are written.
     ///
     /// # Safety
-    /// No other thread may touch these columns of `xa`.
+    /// No other thread may access these columns of `xa`.
     pub unsafe fn shrink<T: LowRankElement>(form: &DecodeWeights<T>, blocks: Range<usize>, x: &[f32], tokens: BatchRows, factor: f32, xa: SharedMutPtr) = shrink_body;
     /// `y += xa Bᵀ` for some of B's rows. They are read in whole panels of 16.
     ///
@@ -76,7 +76,7 @@ isa_levels! {
     /// next as `tokens` say.
     ///
     /// # Safety
-    /// No other thread may touch the outputs of these rows.
+    /// No other thread may access the outputs of these rows.
     pub unsafe fn expand<T: LowRankElement>(form: &DecodeWeights<T>, rows: Range<usize>, xa: &[f32], y: SharedMutPtr, tokens: BatchRows) = expand_body;
 }
 
@@ -93,7 +93,7 @@ unsafe fn shrink_body<S: Lanes, T: LowRankElement>(
 ) {
     let stride = xa_stride(form);
     loop {
-        // SAFETY: by this function's contract the elements written are this thread's; slices bound the reads.
+        // SAFETY: this function's contract guarantees exclusive access to the outputs; slices bound the reads.
         unsafe {
             if let Some((at, others)) = tokens.split::<4>() {
                 shrink_tokens::<S, T, 4>(form, blocks.clone(), at.map(|at| &x[at..]), factor, xa);
@@ -126,8 +126,8 @@ unsafe fn shrink_tokens<S: Lanes, T: LowRankElement, const M: usize>(
     }
     for block in blocks {
         let block_of_a = form.a[block * A_RANK_BLOCK * cols..][..A_RANK_BLOCK * cols].as_ptr();
-        // SAFETY: a block has four rows and inputs one of `cols` numbers, whole groups; the rest is the
-        // caller's.
+        // SAFETY: a block has four rows, each input has `cols` elements in whole groups; the rest is
+        // guaranteed by the caller's.
         unsafe {
             let mut sums = [[S::splat(0.0); M]; A_RANK_BLOCK];
             for at in (0..cols).step_by(DECODE_GROUP) {
@@ -170,7 +170,7 @@ unsafe fn expand_body<S: Lanes, T: LowRankElement>(
     }
     let stride = xa_stride(form);
     loop {
-        // SAFETY: by this function's contract the elements written are this thread's; slices bound the reads.
+        // SAFETY: this function's contract guarantees exclusive access to the outputs; slices bound the reads.
         unsafe {
             if let Some((at, others)) = tokens.split::<4>() {
                 let y = at.map(|at| y.at(at));
@@ -187,22 +187,22 @@ unsafe fn expand_body<S: Lanes, T: LowRankElement>(
     }
 }
 
-/// Prefetches the numbers [`AHEAD`] of the next `n`.
+/// Prefetches `n` elements at a distance of [`PREFETCH_DISTANCE`].
 #[inline(always)]
 fn prefetch_ahead<T>(numbers: *const T, n: usize) {
     for line in (0..n * size_of::<T>()).step_by(64) {
-        prefetch(numbers.cast::<u8>().wrapping_add(AHEAD + line));
+        prefetch(numbers.cast::<u8>().wrapping_add(PREFETCH_DISTANCE + line));
     }
 }
 
-/// Where a panel's first numbers are in B.
+/// Offset of a panel in B.
 #[inline(always)]
 fn place<T>(form: &DecodeWeights<T>, panel: usize) -> usize {
     (panel / B_PANELS_PER_STRIPE * form.r * B_PANELS_PER_STRIPE + panel % B_PANELS_PER_STRIPE)
         * B_PANEL
 }
 
-/// Panels of a stripe at a time, whose sums do not wait for each other, or as many as are among the
+/// Several panels of a stripe at a time, to have independent sums, or as many as overlap the
 /// rows.
 ///
 /// # Safety
@@ -217,7 +217,7 @@ unsafe fn expand_tokens<S: Lanes, T: LowRankElement, const M: usize>(
 ) {
     let (mut panel, end) = (rows.start / B_PANEL, rows.end.div_ceil(B_PANEL));
     while panel < end {
-        // SAFETY: by this function's contract the elements written are this thread's; slices bound the reads.
+        // SAFETY: this function's contract guarantees exclusive access to the outputs; slices bound the reads.
         unsafe {
             let whole = |panels| panel.is_multiple_of(panels) && panel + panels <= end;
             panel += if whole(B_PANELS_PER_STRIPE) {
@@ -231,7 +231,7 @@ unsafe fn expand_tokens<S: Lanes, T: LowRankElement, const M: usize>(
     }
 }
 
-/// Some panels of a stripe; returns how many.
+/// `N` panels of a stripe; returns `N`.
 ///
 /// # Safety
 /// As [`expand_body`].
@@ -266,7 +266,7 @@ unsafe fn expand_panels<S: Lanes, T: LowRankElement, const M: usize, const N: us
             }
         }
         for p in 0..N {
-            // Of a panel at the border of the rows only those that are among them.
+            // A panel at the end of the rows is only partly written.
             let first = (panel + p) * B_PANEL;
             let (from, to) = (first.max(rows.start), rows.end.min(first + B_PANEL));
             for i in 0..M {
@@ -300,8 +300,8 @@ mod tests {
         Lora::new(draw(r, cols, 0.05), draw(rows, r, size), 2.0)
     }
 
-    /// `y += weight · update(x)` by the kernels, a task at a time: the tokens stand in a larger batch, in
-    /// which nobody else's numbers are touched.
+    /// `y += weight · update(x)` by the kernels, a task at a time: the tokens are part of a larger batch, in
+    /// which no other element may change.
     fn fast<T: LowRankElement>(
         isa: Isa,
         form: &DecodeWeights<T>,
@@ -321,13 +321,13 @@ mod tests {
         let of = |stride| BatchRows { tokens: &tokens, stride };
         let mut xa = vec![f32::NAN; n * xa_stride(form)];
         let target = SharedMutPtr::new(&mut xa);
-        // SAFETY: there is one thread.
+        // SAFETY: only one thread runs.
         unsafe {
             for block in 0..blocks(form) {
                 let factor = weight * form.factor;
                 shrink(isa, form, block..block + 1, &inputs, of(cols), factor, target);
             }
-            // Borders within a panel, between two, and between two stripes.
+            // Ranges that end within a panel, between two, and between two stripes.
             let mut first = 0;
             for border in [rows / 2, rows / 2 + 1, rows.min(64).max(rows / 2 + 1), rows] {
                 let border = border.min(rows);
@@ -338,7 +338,7 @@ mod tests {
         for (token, output) in outputs.chunks_exact(rows).enumerate() {
             match tokens.iter().position(|t| *t == token) {
                 Some(i) => y[i * rows..][..rows].copy_from_slice(output),
-                None => assert!(output.iter().all(|y| *y == 7.0), "token {token} is nobody's"),
+                None => assert!(output.iter().all(|y| *y == 7.0), "token {token} was written to"),
             }
         }
     }
@@ -373,7 +373,7 @@ mod tests {
                 let size = of(&mut exact.iter().copied());
                 let name = format!("r {r}, {cols} to {rows}, {n} tokens, {}", isa.name());
                 assert!(off <= tolerance * size, "{name}: off by {:e}", off / size);
-                // A token alone has the bits it has among others.
+                // A token gives the same bits alone and in a batch.
                 for (x, among) in x.chunks(cols).zip(y.chunks(rows)) {
                     let mut alone = vec![0.0; rows];
                     fast(isa, &form, 0.7, x, &mut alone);
@@ -383,7 +383,7 @@ mod tests {
         }
         for (r, cols, rows) in [(1, 16, 64), (3, 60, 50), (4, 33, 130), (16, 576, 192)] {
             let scales: Vec<f32> = (0..rows).map(|row| 0.5 + row as f32 / 100.0).collect();
-            // What 16 bits cannot write becomes what they can.
+            // Values are rounded to 16 bits.
             for size in [1.0, 1e-3, 1e-7, 1e6] {
                 let lora = update(r, cols, rows, size);
                 for scales in [None, Some(&scales[..])] {

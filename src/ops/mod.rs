@@ -2,14 +2,14 @@
 //!
 //! Every operation has two forms. The *portable* one is written in ordinary differentiable candle
 //! ops and defines the answer on every device. The *fast* one is a CPU kernel with a hand-written
-//! gradient; `parity` tests hold its output and every gradient to the portable form.
+//! gradient; `parity` tests compare its output and every gradient with the portable form.
 //!
 //! candle drops gradients silently in `QMatMul`, `softmax_last_dim`, `rms_norm`, `layer_norm`,
-//! `rotary_emb` and `sdpa` (they are applied without a backward): none of them may stand in a
-//! training path, and a test looks for their names outside this room.
+//! `rotary_emb` and `sdpa` (they have no backward pass): none of them may be used in a
+//! training path, and a test searches for their names outside this module.
 //!
-//! Activations are flat: the tokens of all rows of a batch lie end to end as `(N, ..)`, and a row
-//! is a [`Segment`], a range of tokens, perhaps after those of an earlier one. Nothing is padded.
+//! Activations are packed (varlen): the tokens of all rows of a batch are concatenated as `(N, ..)`, and a row
+//! is a [`Segment`], a range of tokens that may share the prefix of an earlier row. There is no padding.
 
 pub(crate) mod adapted_row_dot;
 pub mod attention;
@@ -45,19 +45,19 @@ pub use rope::rope;
 pub use segment::Segment;
 pub use swiglu::{Gate, gated, swiglu};
 
-/// The engine that computes: its own types for hidden states, KV cache, gradients and optimizer state.
+/// A compute engine with its own types for hidden states, KV cache, gradients and optimizer state.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum BackendKind {
     /// Hand-written kernels for the CPU, forward and backward, in any [`Precision`].
     #[default]
     Cpu,
-    /// Plain differentiable candle ops in F32 on any candle device: slow, and the definition of the
+    /// Differentiable candle ops in F32 on any candle device: slow, and the definition of the
     /// answer that every other backend is tested against.
     Reference,
 }
 
-/// How exactly products are computed.
+/// The numeric precision of matrix products.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
@@ -76,9 +76,9 @@ pub enum Precision {
 /// A backend and the precision that it computes in.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Compute {
-    /// The engine.
+    /// The backend.
     pub backend: BackendKind,
-    /// How exactly it computes products.
+    /// The precision of matrix products.
     pub precision: Precision,
 }
 
@@ -124,7 +124,7 @@ impl std::fmt::Display for Compute {
 }
 
 impl BackendKind {
-    /// Whether it computes in a precision.
+    /// Whether the backend supports a precision.
     pub fn has(self, precision: Precision) -> bool {
         match self {
             Self::Cpu => true,
@@ -132,7 +132,7 @@ impl BackendKind {
         }
     }
 
-    /// The precision where none is asked for.
+    /// The default precision.
     pub fn default_precision(self) -> Precision {
         match self {
             Self::Cpu => Precision::default(),
@@ -142,7 +142,7 @@ impl BackendKind {
 }
 
 impl Precision {
-    /// The panels of forward products.
+    /// Panel type of forward products.
     pub(crate) fn forward_panel(self) -> PanelType {
         match self {
             Self::F32 => PanelType::F32,
@@ -151,7 +151,7 @@ impl Precision {
         }
     }
 
-    /// The panels of the products of gradients.
+    /// Panel type of gradient products.
     pub(crate) fn backward_panel(self) -> PanelType {
         match self {
             Self::F32 => PanelType::F32,
@@ -159,13 +159,13 @@ impl Precision {
         }
     }
 
-    /// The panels of forward products and of the products of gradients.
+    /// Panel types of forward products and of gradient products.
     pub(crate) fn panels(self) -> (PanelType, PanelType) {
         (self.forward_panel(), self.backward_panel())
     }
 }
 
-/// Which form of a differentiable op runs on candle's tape.
+/// The implementation of a differentiable op that is used on candle's tape.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum OpForm {
     /// A CPU kernel with a hand-written gradient.
@@ -196,7 +196,7 @@ impl Compute {
         Self { backend: BackendKind::Cpu, precision }
     }
 
-    /// The name of the kernel that serves matrices of a type in a decode step.
+    /// The name of the kernel for matrices of a block type in a decode step.
     pub fn decode_kernel(self, block_type: BlockType) -> String {
         let isa = Isa::current().name();
         let floats = matches!(block_type, BlockType::F32 | BlockType::F16 | BlockType::BF16);
@@ -209,7 +209,7 @@ impl Compute {
         }
     }
 
-    /// The name of the kernel that serves frozen linear layers.
+    /// The name of the kernel for frozen linear layers.
     pub fn linear_kernel(self) -> String {
         let isa = Isa::current().name();
         match (self.backend, self.precision) {
@@ -241,7 +241,7 @@ pub(crate) mod testing {
         norm((a - b).unwrap()) / norm(b.clone()).max(1e-30)
     }
 
-    /// Holds `fast` to `portable`: output and the gradient of every input, for a random upstream
+    /// Compares `fast` with `portable`: output and the gradient of every input, for a random upstream
     /// gradient, to a relative error of 1e-5.
     pub fn parity(
         inputs: &[Tensor],
@@ -270,7 +270,7 @@ pub(crate) mod testing {
         }
     }
 
-    /// Holds the gradient of `f` to central differences along random directions, to 1 %.
+    /// Compares the gradient of `f` with central differences along random directions, to 1 %.
     pub fn finite_differences(inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>) {
         let shape = f(inputs).unwrap().dims().to_vec();
         let upstream = normal(98, &shape);

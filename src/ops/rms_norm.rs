@@ -7,9 +7,9 @@ use super::cpu::{Values, par_for_each, values};
 use super::{Compute, OpForm};
 use crate::isa::{Isa, multiversion};
 
-/// Rows a thread takes at a time.
+/// Rows per task.
 const ROWS: usize = 32;
-/// What a value costs, in multiply-adds.
+/// Cost per value, in multiply-adds.
 const WORK: usize = 2;
 
 /// `y = x / sqrt(mean(x²) + eps) · w` over the last dimension.
@@ -25,7 +25,7 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64, compute: Compute) -> Result<Te
     }
 }
 
-/// The norm of rows side by side: `x (N, H)`, `w (H)` → `y (N, H)`.
+/// The norm of each row: `x (N, H)`, `w (H)` → `y (N, H)`.
 pub(crate) fn forward(isa: Isa, x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
     let chunk = (ROWS * w.len()).max(1);
     let rows = y.chunks_mut(chunk).zip(x.chunks(chunk));
@@ -40,12 +40,12 @@ pub(crate) fn backward(isa: Isa, x: &[f32], w: &[f32], eps: f32, dy: &[f32], dx:
     rows.for_each(|((dx, x), dy)| backward_rows(isa, x, w, eps, dy, dx));
 }
 
-/// Rows whose share in the gradient of the weight is one partial sum.
-const SHARE: usize = 128;
+/// Rows per partial sum of the weight gradient.
+const PARTIAL_ROWS: usize = 128;
 
-/// [`backward`], and adds the weight's gradient to `dw (H)`: shares of rows, one after the other.
-/// `shares` is room for them, used again by the next call.
-#[allow(clippy::too_many_arguments)] // two gradients, and room
+/// [`backward`] that also adds the weight gradient to `dw (H)`: partial sums over chunks of rows, added in
+/// order. `partials` is scratch for the partial sums.
+#[allow(clippy::too_many_arguments)] // two gradients and scratch
 pub(crate) fn backward_with_weight(
     isa: Isa,
     x: &[f32],
@@ -54,18 +54,18 @@ pub(crate) fn backward_with_weight(
     dy: &[f32],
     dx: &mut [f32],
     dw: &mut [f32],
-    shares: &mut Vec<f32>,
+    partials: &mut Vec<f32>,
 ) {
-    let (width, chunk) = (w.len().max(1), (SHARE * w.len()).max(1));
-    shares.clear();
-    shares.resize(x.len().div_ceil(chunk) * width, 0.0);
+    let (width, chunk) = (w.len().max(1), (PARTIAL_ROWS * w.len()).max(1));
+    partials.clear();
+    partials.resize(x.len().div_ceil(chunk) * width, 0.0);
     let rows = dx.par_chunks_mut(chunk).zip(x.par_chunks(chunk)).zip(dy.par_chunks(chunk));
-    rows.zip(shares.par_chunks_mut(width)).for_each(|(((dx, x), dy), share)| {
+    rows.zip(partials.par_chunks_mut(width)).for_each(|(((dx, x), dy), partial)| {
         backward_rows(isa, x, w, eps, dy, dx);
-        weight_gradient(isa, x, eps, dy, share);
+        weight_gradient(isa, x, eps, dy, partial);
     });
-    for share in shares.chunks_exact(width) {
-        dw.iter_mut().zip(share).for_each(|(sum, share)| *sum += share);
+    for partial in partials.chunks_exact(width) {
+        dw.iter_mut().zip(partial).for_each(|(sum, partial)| *sum += partial);
     }
 }
 
@@ -204,10 +204,10 @@ mod tests {
         assert!(grads.get(&x).is_some() && grads.get(&w).is_none());
     }
 
-    /// Rows in shares give what all rows in one go give.
+    /// The weight gradient summed over chunks of rows equals that of all rows at once.
     #[test]
-    fn the_weight_gets_its_gradient_in_shares() {
-        let (rows, width, eps) = (2 * SHARE + 3, 24, 1e-5);
+    fn weight_gradient_is_summed_in_partials() {
+        let (rows, width, eps) = (2 * PARTIAL_ROWS + 3, 24, 1e-5);
         let values = |seed, len| normal(seed, &[len]).to_vec1::<f32>().unwrap();
         let (x, w, dy) = (values(1, rows * width), values(2, width), values(3, rows * width));
         let isa = Isa::current();
@@ -215,8 +215,8 @@ mod tests {
         backward(isa, &x, &w, eps, &dy, &mut dx);
         weight_gradient(isa, &x, eps, &dy, &mut dw);
         let (mut found_x, mut found_w) = (vec![1.0; x.len()], vec![1.0; width]);
-        let shares = &mut vec![7.0; 5];
-        backward_with_weight(isa, &x, &w, eps, &dy, &mut found_x, &mut found_w, shares);
+        let partials = &mut vec![7.0; 5];
+        backward_with_weight(isa, &x, &w, eps, &dy, &mut found_x, &mut found_w, partials);
         assert_eq!(found_x, dx);
         let near = |(a, b): (&f32, &f32)| (a - b).abs() < 1e-4 * b.abs().max(1.0);
         assert!(found_w.iter().zip(&dw).all(near), "{found_w:?} {dw:?}");

@@ -1,6 +1,6 @@
 //! Rotary position embedding (Su et al. 2021), the half-split form of Hugging Face checkpoints:
-//! element `i` of a head is paired with element `i + rotary_dim / 2`. Mostly all of a head rotates; else
-//! its first `rotary_dim` elements do.
+//! element `i` of a head is paired with element `i + rotary_dim / 2`. With partial rotary embedding only
+//! the first `rotary_dim` elements of a head are rotated.
 
 use std::sync::Arc;
 
@@ -18,7 +18,7 @@ use crate::isa::{Isa, multiversion};
 pub struct Rotation {
     cos: Arc<Vec<f32>>,
     sin: Arc<Vec<f32>>,
-    /// Pairs of a head.
+    /// Pairs per head.
     half: usize,
     head_dim: usize,
 }
@@ -30,7 +30,7 @@ impl Rotation {
         let half = inv_freq.len();
         let angle = |p: u32, f: f32| f64::from(p) * f64::from(f);
         let of = |f: fn(f64) -> f64, p: u32| inv_freq.iter().map(move |&i| f(angle(p, i)) as f32);
-        // Of many rows each position is computed once.
+        // A position that occurs in several rows is computed once.
         let end = positions.iter().max().map_or(0, |&last| last as usize + 1);
         let all = |f: fn(f64) -> f64| -> Vec<f32> {
             if end > positions.len() {
@@ -44,16 +44,16 @@ impl Rotation {
         Self { cos, sin, half, head_dim: 2 * half }
     }
 
-    /// The rotation of heads of `head_dim` values, of which those beyond the pairs are not rotated.
+    /// Sets the width of a head; values after the rotated pairs are left unchanged.
     pub fn in_heads_of(self, head_dim: usize) -> Self {
         debug_assert!(2 * self.half <= head_dim);
         Self { head_dim, ..self }
     }
 
-    /// The rotations of tokens one after the other, of heads alike.
+    /// Concatenates the rotations of consecutive tokens.
     ///
     /// # Panics
-    /// If there are none.
+    /// If `parts` is empty.
     pub fn joined(parts: &[Self]) -> Self {
         let all = |of: fn(&Self) -> &Arc<Vec<f32>>| {
             Arc::new(parts.iter().flat_map(|part| of(part).iter().copied()).collect())
@@ -62,7 +62,7 @@ impl Rotation {
         Self { cos: all(|part| &part.cos), sin: all(|part| &part.sin), half, head_dim }
     }
 
-    /// With cosines and sines times `factor`, which scales queries and keys (YaRN's attention factor). The
+    /// Multiplies cosines and sines by `factor`, which scales queries and keys (YaRN's attention factor). The
     /// backward direction is then not the inverse of the forward one, but still its transpose.
     pub fn grown(self, factor: f32) -> Self {
         if factor == 1.0 {
@@ -145,7 +145,7 @@ pub(crate) enum Direction {
 }
 
 impl Rotation {
-    /// Rotates the first `width` values of each of the rows of `x`, `stride` apart.
+    /// Rotates the first `width` values of each row of `x`, with rows `stride` apart.
     pub(crate) fn rotate(
         &self,
         isa: Isa,
@@ -155,7 +155,7 @@ impl Rotation {
         width: usize,
     ) {
         const ROWS: usize = 16;
-        /// What a value costs, in multiply-adds.
+        /// Cost per value, in multiply-adds.
         const WORK: usize = 2;
         let Rotation { cos, sin, half, head_dim } = self;
         let angles = cos.chunks(ROWS * half).zip(sin.chunks(ROWS * half));
@@ -173,7 +173,7 @@ multiversion! {
     fn rotate_row(isa; direction: Direction, x: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32]) {
         let sign = if direction == Direction::Forward { 1.0 } else { -1.0 };
         for head in x.chunks_exact_mut(head_dim) {
-            let (a, b) = head.split_at_mut(cos.len()); // pairs end with the cosines
+            let (a, b) = head.split_at_mut(cos.len()); // `zip` stops at the last pair
             for (((a, b), cos), sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {
                 let (x, y, sin) = (*a, *b, sin * sign);
                 *a = x * cos - y * sin;

@@ -4,34 +4,34 @@ use std::ops::Range;
 
 /// A row of a batch: a range of its tokens, each of which attends to those of the row up to itself.
 ///
-/// Rows that continue one prompt need not repeat it: the prompt is a row, and each of the others has
-/// that row's tokens as its `prefix`. The result is that of rows of prompt and continuation, if all of
+/// Rows that continue the same prompt need not repeat it: the prompt is a row, and each of the others has
+/// that row's tokens as its `prefix`. The result equals that of rows of prompt and continuation, if all of
 /// them use the same adapters.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Segment {
     /// The tokens of the row.
     pub tokens: Range<usize>,
-    /// All tokens of an earlier whole row, which precede its own; empty for a whole row.
+    /// All tokens of an earlier row without a prefix, which precede its own; empty if it has no prefix.
     pub prefix: Range<usize>,
 }
 
 impl Segment {
-    /// A row that sees its own tokens only.
+    /// A row without a prefix.
     pub fn whole(tokens: Range<usize>) -> Self {
         Self { tokens, prefix: 0..0 }
     }
 
-    /// How many tokens are its own.
+    /// The number of tokens, without the prefix.
     pub fn len(&self) -> usize {
         self.tokens.len()
     }
 
-    /// Whether it has no tokens of its own.
+    /// Whether it has no tokens besides the prefix.
     pub fn is_empty(&self) -> bool {
         self.tokens.is_empty()
     }
 
-    /// Positions of the row: the prefix's, then its own.
+    /// Number of positions: those of the prefix, then its own.
     pub(crate) fn positions(&self) -> usize {
         self.prefix.len() + self.tokens.len()
     }
@@ -45,22 +45,24 @@ impl Segment {
     }
 }
 
-/// The first error in the rows of `n` tokens, if any: rows must be end to end from 0 to `n`, and a
-/// prefix must be an earlier whole row.
+/// The first error in the rows of `n` tokens, if any: rows must be contiguous from 0 to `n`, and a
+/// prefix must be an earlier row without a prefix.
 pub(crate) fn fault(segments: &[Segment], n: usize) -> Option<String> {
     let mut end = 0;
     for (i, segment) in segments.iter().enumerate() {
         let Segment { tokens, prefix } = segment;
         if tokens.start != end || tokens.end < end {
-            return Some(format!("row {i} is {tokens:?}, needed a range that begins at {end}"));
+            return Some(format!("row {i} is {tokens:?}, expected a range that begins at {end}"));
         }
         end = tokens.end;
         let is_whole = |row: &Segment| row.prefix.is_empty() && row.tokens == *prefix;
         if !prefix.is_empty() && !segments[..i].iter().rev().any(is_whole) {
-            return Some(format!("the prefix {prefix:?} of row {i} is no whole row before it"));
+            return Some(format!(
+                "the prefix {prefix:?} of row {i} is not an earlier row without a prefix"
+            ));
         }
     }
-    (end != n).then(|| format!("the rows end at {end}, needed all {n} tokens"))
+    (end != n).then(|| format!("the rows end at {end}, expected {n} tokens"))
 }
 
 #[cfg(test)]

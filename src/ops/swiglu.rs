@@ -7,12 +7,12 @@ use super::cpu::{Values, exp, par_for_each, values};
 use super::{Compute, OpForm};
 use crate::isa::{Isa, multiversion};
 
-/// Values a thread takes at a time.
+/// Values per task.
 const CHUNK: usize = 1 << 12;
-/// What an element costs, in multiply-adds.
+/// Cost per element, in multiply-adds.
 const WORK: usize = 16;
 
-/// What becomes of the gate.
+/// The activation function of the gate.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Gate {
     /// `silu(g) = g / (1 + e⁻ᵍ)`.
@@ -43,7 +43,7 @@ pub fn gated(kind: Gate, gate: &Tensor, up: &Tensor, compute: Compute) -> Result
     }
 }
 
-/// `y = kind(gate) · up`, all of one length.
+/// `y = kind(gate) · up`, all of the same length.
 pub(crate) fn forward(isa: Isa, kind: Gate, gate: &[f32], up: &[f32], y: &mut [f32]) {
     let (work, inputs) = (WORK * y.len(), gate.chunks(CHUNK).zip(up.chunks(CHUNK)));
     let chunks = y.chunks_mut(CHUNK).zip(inputs);
@@ -53,7 +53,7 @@ pub(crate) fn forward(isa: Isa, kind: Gate, gate: &[f32], up: &[f32], y: &mut [f
     });
 }
 
-/// Turns `gate` and `up` into their gradients. With `s = sigmoid(z)`, and `z = g` for silu or
+/// Overwrites `gate` and `up` with their gradients. With `s = sigmoid(z)`, and `z = g` for silu or
 /// `z = 2 sqrt(2 / π) (g + 0.044715 g³)` for gelu:
 /// `dg = dy · u · s (1 + g z' (1 - s))`, `du = dy · g s`.
 pub(crate) fn backward(isa: Isa, kind: Gate, gate: &mut [f32], up: &mut [f32], dy: &[f32]) {
@@ -65,8 +65,8 @@ pub(crate) fn backward(isa: Isa, kind: Gate, gate: &mut [f32], up: &mut [f32], d
     });
 }
 
-/// [`backward`] that also turns `dy` into the output. It rounds `du` as `dy · (g s)`.
-pub(crate) fn backward_again(
+/// [`backward`] that also recomputes the forward output into `dy`. It rounds `du` as `dy · (g s)`.
+pub(crate) fn backward_recompute(
     isa: Isa,
     kind: Gate,
     gate: &mut [f32],
@@ -76,8 +76,8 @@ pub(crate) fn backward_again(
     let both = gate.par_chunks_mut(CHUNK).zip(up.par_chunks_mut(CHUNK));
     let chunks = both.zip(dy.par_chunks_mut(CHUNK));
     chunks.for_each(|((gate, up), dy)| match kind {
-        Gate::Silu => backward_again_chunk(isa, gate, up, dy),
-        Gate::GeluTanh => gelu_backward_again_chunk(isa, gate, up, dy),
+        Gate::Silu => backward_recompute_chunk(isa, gate, up, dy),
+        Gate::GeluTanh => gelu_backward_recompute_chunk(isa, gate, up, dy),
     });
 }
 
@@ -113,7 +113,7 @@ multiversion! {
         }
     }
 
-    fn backward_again_chunk(isa; gate: &mut [f32], up: &mut [f32], dy: &mut [f32]) {
+    fn backward_recompute_chunk(isa; gate: &mut [f32], up: &mut [f32], dy: &mut [f32]) {
         for ((g, u), dy) in gate.iter_mut().zip(up).zip(dy) {
             let s = sigmoid(*g);
             let silu = *g * s;
@@ -124,7 +124,7 @@ multiversion! {
         }
     }
 
-    fn gelu_backward_again_chunk(isa; gate: &mut [f32], up: &mut [f32], dy: &mut [f32]) {
+    fn gelu_backward_recompute_chunk(isa; gate: &mut [f32], up: &mut [f32], dy: &mut [f32]) {
         for ((g, u), dy) in gate.iter_mut().zip(up).zip(dy) {
             let (z, slope) = gelu_inner(*g);
             let s = sigmoid(z);
@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn backward_again_recomputes_the_output() {
+    fn backward_recompute_returns_the_output() {
         let values = |seed| normal(seed, &[CHUNK + 5]).to_vec1::<f32>().unwrap();
         let (gate, up, dy) = (values(1), values(2), values(3));
         for isa in Isa::available() {
@@ -218,7 +218,7 @@ mod tests {
                 backward(isa, kind, &mut dg, &mut du, &dy);
                 let (mut again_g, mut again_u, mut again_y) =
                     (gate.clone(), up.clone(), dy.clone());
-                backward_again(isa, kind, &mut again_g, &mut again_u, &mut again_y);
+                backward_recompute(isa, kind, &mut again_g, &mut again_u, &mut again_y);
                 for (found, needed) in [(again_y, y), (again_g, dg), (again_u, du)] {
                     let near = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-6 * b.abs().max(1.0);
                     assert!(found.iter().zip(&needed).all(near), "{kind:?} {}", isa.name());

@@ -85,7 +85,7 @@ fn whiten_all(
     }
 }
 
-/// Indices of the hidden states, in the N of [`lay_out`](super::respond::lay_out), from which the values of
+/// Indices of the hidden states, in the N of [`collate`](super::respond::collate), from which the values of
 /// the states are read.
 pub fn state_rows(batch: &Batch, states: impl Iterator<Item = usize>) -> Vec<u32> {
     let mut rows = Vec::new();
@@ -126,7 +126,7 @@ pub fn policy_part(rows: &[&Experience], counts: MiniBatchCounts, cliprange: f64
 }
 
 /// The value loss of a micro-batch with the responses of `rows`; `batch` is their
-/// [`lay_out`](super::respond::lay_out).
+/// [`collate`](super::respond::collate).
 pub fn value_part(
     rows: &[&Experience],
     batch: &Batch,

@@ -73,7 +73,7 @@ pub fn respond(
 }
 
 /// A batch of responses after their prompts; consecutive responses with the same prompt share one copy.
-pub fn lay_out(responses: &[&Response]) -> Batch {
+pub fn collate(responses: &[&Response]) -> Batch {
     let mut batch = Batch::default();
     for group in responses.chunk_by(|a, b| Arc::ptr_eq(&a.prompt, &b.prompt)) {
         let tokens: Vec<&[u32]> = group.iter().map(|response| &response.tokens[..]).collect();
@@ -92,7 +92,7 @@ pub fn log_probs(
     let mut all = Vec::with_capacity(responses.len());
     for run in runs(responses.iter().map(Response::len)) {
         let responses: Vec<&Response> = responses[run].iter().collect();
-        let batch = lay_out(&responses);
+        let batch = collate(&responses);
         let logps = target_log_probs(decoder, active, &batch, temperature)?;
         all.extend(batch.spans.iter().map(|span| logps[span.clone()].to_vec()));
     }
@@ -111,7 +111,7 @@ pub fn values(
     let mut all = Vec::with_capacity(responses.len());
     for run in runs(responses.iter().map(Response::len)) {
         let responses: Vec<&Response> = responses[run].iter().collect();
-        let batch = lay_out(&responses);
+        let batch = collate(&responses);
         let states = || responses.iter().map(|response| ppo::states(response.tokens.len(), most));
         let rows = state_rows(&batch, states());
         let mut values = row_scores(decoder, active, head, &batch, rows)?.into_iter();
@@ -133,7 +133,7 @@ pub fn log_probs_and_values(
     let (mut logps, mut values) = (Vec::new(), Vec::new());
     for run in runs(responses.iter().map(Response::len)) {
         let responses: Vec<&Response> = responses[run].iter().collect();
-        let batch = lay_out(&responses);
+        let batch = collate(&responses);
         let states = || responses.iter().map(|response| ppo::states(response.tokens.len(), most));
         let rows = state_rows(&batch, states());
         let (of_tokens, of_states) =
@@ -167,7 +167,7 @@ pub fn scores(
             response
         });
         let ended: Vec<Response> = ended.collect();
-        let batch = lay_out(&ended.iter().collect::<Vec<_>>());
+        let batch = collate(&ended.iter().collect::<Vec<_>>());
         all.extend(row_scores(decoder, active, head, &batch, batch.ends.clone())?);
     }
     Ok(all)

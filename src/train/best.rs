@@ -7,13 +7,13 @@ use super::state::{BestEvaluation, State};
 /// How evaluations are compared.
 #[derive(Debug, Clone, PartialEq)]
 pub struct BestSettings {
-    /// The number that is compared, as the evaluation calls it.
+    /// Name of the metric.
     pub metric: String,
-    /// Whether more of it is better.
+    /// Whether higher is better.
     pub greater: bool,
-    /// By how much it must be better.
+    /// Minimum improvement that counts.
     pub threshold: f64,
-    /// Evaluations without a better one that end the run; 0 never does.
+    /// Early stopping patience: evaluations without improvement; 0 is off.
     pub patience: u64,
 }
 
@@ -21,7 +21,7 @@ impl BestSettings {
     /// Compares the evaluation after the steps of `state` with the best so far.
     ///
     /// # Errors
-    /// If the evaluation has no number of that name.
+    /// If the evaluation has no metric of that name.
     pub fn compare(&self, state: &mut State, numbers: &Numbers) -> Result<(), TrainError> {
         let found = numbers.iter().find(|(key, _)| *key == self.metric);
         let Some(value) = found.and_then(|(_, value)| value.as_f64()) else {
@@ -44,7 +44,7 @@ impl BestSettings {
         Ok(())
     }
 
-    /// Whether so many evaluations were no better that the run ends.
+    /// Whether the patience of early stopping is exhausted.
     pub fn should_stop_early(&self, state: &State) -> bool {
         let evals = state.best.as_ref().map_or(0, |best| best.evals_since_best);
         self.patience > 0 && evals >= self.patience

@@ -1,7 +1,7 @@
-//! What a run would be, before there is one: everything is read, the rows are validated, the
-//! adapter begins, and a step or two are taken by a learner that is thrown away. Nothing is left
-//! behind: tokens of large files are in a cache that is there already, or are removed again; those of a
-//! killed dry run by the next one of the same run.
+//! Dry run: reads all inputs, validates the rows, initializes the adapter, and takes a step or two with a
+//! learner that is discarded, to predict size, memory and time of a run. It leaves no files behind: tokens of
+//! large files are in an existing row cache, or are removed again; those of a killed dry run are removed by the
+//! next one of the same run.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -16,7 +16,7 @@ use super::TrainError;
 use super::fine_tune::{FineTuning, begin_adapters, new_learner, resolve_settings};
 use super::inputs::{BatchSource, Inputs, check_memory, kept_layers, predicted_peak_bytes};
 use super::learner::Trainable;
-use super::memory::{Memory, free};
+use super::memory::{MemoryEstimate, free};
 use super::progress::EARLY_STEPS;
 use super::rows::row_cache;
 use super::run::{Outcome, Trainer};
@@ -26,71 +26,72 @@ use super::state::State;
 use crate::monitor::Monitor;
 use crate::weights::{Lock, LockError};
 
-/// What a run would be.
+/// The prediction of a dry run.
 #[derive(Debug, Clone, Serialize)]
 pub struct Forecast {
-    /// Trainable numbers.
+    /// Number of trainable parameters.
     pub trainable_parameters: usize,
-    /// Modules they are in.
+    /// Number of modules they belong to.
     pub modules: usize,
     /// Optimizer steps; of ppo and grpo updates.
     pub steps: u64,
-    /// Passes over the data that these are.
+    /// Epochs of the run.
     pub epochs: f64,
     /// Steps of the first pass.
     pub steps_per_epoch: u64,
-    /// Its tokens; nothing of ppo and grpo, whose responses are not there yet.
+    /// Tokens of the first epoch; `None` for ppo and grpo, whose responses are not known yet.
     pub tokens_per_epoch: Option<u64>,
     /// Tokens of the largest micro-batch.
     pub largest_micro_batch: usize,
-    /// Layers whose tape would be rebuilt in the backward pass.
+    /// Layers that are recomputed in the backward pass.
     pub recomputed_layers: usize,
-    /// Bytes by what they are for; nothing of the portable form.
-    pub memory: Option<Memory>,
-    /// Their sum, or what reading alone has taken, if that is more.
+    /// Bytes by component; `None` for the reference backend.
+    pub memory: Option<MemoryEstimate>,
+    /// Their sum, or the peak while the inputs were read, if that is larger.
     pub predicted_peak_rss_bytes: Option<usize>,
-    /// Steps that were really taken; none where memory would not do.
+    /// Steps that were taken; none if memory would not suffice.
     pub timed_steps: u64,
-    /// Seconds that a step of a mean number of tokens takes, or that the first update took.
+    /// Seconds of a step with the mean number of tokens, or of the first update.
     pub seconds_per_step: Option<f64>,
-    /// Seconds before the first step: what the reference says of all rows.
+    /// Seconds before the first step, for log-probs of all rows under the reference.
     pub reference_seconds: f64,
-    /// Seconds of all steps and of the reference; evaluations come on top. Of ppo and grpo that is
-    /// only as long as replies stay as long as those of the first update.
+    /// Seconds of all steps and of the reference, without evaluations. For ppo and grpo it assumes that
+    /// responses stay as long as those of the first update.
     pub predicted_seconds: Option<f64>,
-    /// Whether the time depends on how long replies get.
+    /// Whether the time depends on the length of responses.
     pub time_depends_on_replies: bool,
 }
 
-/// Says what a run would be. The stop flag is looked at while rows are read.
+/// Predicts a run. The stop flag is checked while rows are read.
 pub fn dry_run(
     settings: &RunSettings,
     monitor: Monitor<'_>,
 ) -> Result<Outcome<Forecast>, TrainError> {
     let mut settings = resolve_settings(settings)?;
-    RunDir::vacant(&settings.common.out)?;
+    RunDir::check_no_run(&settings.common.out)?;
     Scratch::remove_abandoned(&settings.common.out);
     let needs_folder = !settings.common.cache.exists() && keeps_rows(&settings);
     let scratch = match needs_folder {
-        true => Some(Scratch::beside(&settings.common.out)?),
+        true => Some(Scratch::create(&settings.common.out)?),
         false => None,
     };
     if let Some(scratch) = &scratch {
         settings.common.cache = scratch.folder.clone();
     }
     let (settings, common) = (&settings, &settings.common);
-    let Some(inputs) = Inputs::load(settings, monitor)? else { return Ok(Outcome::NotBegun) };
+    let Some(inputs) = Inputs::load(settings, monitor)? else { return Ok(Outcome::NotStarted) };
     let (names, adapters): (Vec<&str>, Vec<Adapter>) =
         begin_adapters(settings, &inputs.decoder, &inputs.added_tokens, monitor)?
             .into_iter()
             .unzip();
     let adapters: Vec<Arc<Adapter>> = adapters.into_iter().map(Arc::new).collect();
-    let demand = inputs.demand(common, &adapters);
-    let kept = kept_layers(common, &demand);
-    check_memory(common, &demand, kept, monitor)?;
-    let predicted_peak_rss_bytes = predicted_peak_bytes(&demand, kept);
-    let memory = predicted_peak_rss_bytes.map(|_| Memory::of(&demand, kept));
-    let (layers, tokens, parameters) = (demand.layers, demand.tokens, demand.parameters);
+    let memory_params = inputs.memory_params(common, &adapters);
+    let kept = kept_layers(common, &memory_params);
+    check_memory(common, &memory_params, kept, monitor)?;
+    let predicted_peak_rss_bytes = predicted_peak_bytes(&memory_params, kept);
+    let memory = predicted_peak_rss_bytes.map(|_| MemoryEstimate::of(&memory_params, kept));
+    let (layers, tokens, parameters) =
+        (memory_params.layers, memory_params.tokens, memory_params.parameters);
     let decoder = &inputs.decoder;
     let mut learner = new_learner(settings, decoder, &inputs.frozen, adapters)?;
     learner.kept_layers = kept;
@@ -125,18 +126,18 @@ pub fn dry_run(
         predicted_seconds: None,
         time_depends_on_replies: matches!(tuning.source, BatchSource::Rollouts(_)),
     };
-    // Swapping would tell nothing of a run, and a full machine might end this one.
+    // Steps that swap would measure nothing, and the system might kill the process.
     let fits = predicted_peak_rss_bytes.zip(free()).is_none_or(|(needed, free)| {
         let mapped = forecast.memory.as_ref().map_or(0, |memory| memory.frozen_weights);
         needed.saturating_sub(mapped) as u64 <= free
     });
     if fits {
-        take_time(&mut tuning, settings, &mut forecast, monitor)?;
+        measure_steps(&mut tuning, settings, &mut forecast, monitor)?;
     }
     Ok(Outcome::Done(Box::new(forecast)))
 }
 
-/// Whether a file of rows is so large that its tokens go to disk.
+/// Whether the tokens of any data file are cached on disk.
 fn keeps_rows(settings: &RunSettings) -> bool {
     let common = &settings.common;
     let cache = row_cache(common);
@@ -149,35 +150,35 @@ fn keeps_rows(settings: &RunSettings) -> bool {
     files.any(|path| cache.keeps(path))
 }
 
-/// A folder of this dry run alone, which is gone with it. That of a killed one is not locked.
+/// A temporary folder of this dry run, removed on drop. The folder of a killed dry run is not locked.
 struct Scratch {
     folder: PathBuf,
     lock: Option<Lock>,
 }
 
-/// The file in it that is locked; `.lock` is the cache's.
-const IN_USE: &str = ".in-use";
+/// The lock file in it; `.lock` is used by the cache.
+const LOCK_FILE: &str = ".in-use";
 
 impl Scratch {
-    /// Where those of a run are, and what their names begin with: beside its place, or as near as there
-    /// are folders.
-    fn place(out: &Path) -> (&Path, String) {
+    /// The parent folder of a run's temporary folders and the prefix of their names: the nearest existing
+    /// ancestor of the run directory.
+    fn parent_and_prefix(out: &Path) -> (&Path, String) {
         let name = out.file_name().unwrap_or_default().display();
         let parent = out.ancestors().skip(1).find(|folder| folder.is_dir()).unwrap_or(out);
         (parent, format!(".{name}.dry-run-"))
     }
 
-    /// One of a run, made anew.
-    fn beside(out: &Path) -> Result<Self, TrainError> {
-        let (parent, name) = Self::place(out);
+    /// Creates a temporary folder for a run.
+    fn create(out: &Path) -> Result<Self, TrainError> {
+        let (parent, name) = Self::parent_and_prefix(out);
         let id = std::process::id();
         for number in 0.. {
             let folder = parent.join(format!("{name}{id}-{number}"));
             let refused = match fs::create_dir(&folder) {
-                Ok(()) => match Lock::take(&folder.join(IN_USE)) {
+                Ok(()) => match Lock::take(&folder.join(LOCK_FILE)) {
                     Ok(lock) => return Ok(Self { folder, lock: Some(lock) }),
                     Err(LockError::NoLocks(_)) => return Ok(Self { folder, lock: None }),
-                    // Another dry run is about to remove it, or has.
+                    // Another dry run is removing it, or has removed it.
                     Err(LockError::Held(_)) => continue,
                     Err(LockError::Io(e)) => e,
                 },
@@ -191,9 +192,9 @@ impl Scratch {
         unreachable!("it ends with the numbers")
     }
 
-    /// Removes those of killed dry runs of a run.
+    /// Removes the temporary folders of killed dry runs of a run.
     fn remove_abandoned(out: &Path) {
-        let (parent, name) = Self::place(out);
+        let (parent, name) = Self::parent_and_prefix(out);
         for entry in fs::read_dir(parent).into_iter().flatten().flatten() {
             let (found, folder) = (entry.file_name(), entry.path());
             let numbers = found.to_str().and_then(|found| found.strip_prefix(&name));
@@ -203,7 +204,7 @@ impl Scratch {
                 .is_some_and(|(id, number)| is_number(id) && is_number(number));
             if is_one
                 && folder.is_dir()
-                && let Ok(lock) = Lock::take(&folder.join(IN_USE))
+                && let Ok(lock) = Lock::take(&folder.join(LOCK_FILE))
             {
                 drop(Self { folder, lock: Some(lock) });
             }
@@ -216,14 +217,14 @@ impl Drop for Scratch {
         let gone = fs::remove_dir_all(&self.folder);
         drop(self.lock.take());
         if gone.is_err() {
-            // Some systems keep a file that is open. What came of the dry run is what to tell.
+            // Some systems cannot remove open files. The result of the dry run matters more than this error.
             let _ = fs::remove_dir_all(&self.folder);
         }
     }
 }
 
-/// Takes the first steps of the run, and reckons from their time and tokens what all will take.
-fn take_time(
+/// Takes the first steps of the run, and predicts the total time from their time and tokens.
+fn measure_steps(
     tuning: &mut FineTuning,
     settings: &RunSettings,
     forecast: &mut Forecast,
@@ -253,8 +254,7 @@ fn take_time(
         let (_, work) = tuning.step(&mut state, schedule.at(step), monitor)?;
         state.step += 1;
         state.optimizer_steps = tuning.learner.trained.optimizer_steps();
-        // The first step meets cold pages and buffers that are not there yet: where there is a second,
-        // that is the measure.
+        // The first step has page faults and allocates buffers, so that the second one counts, if there is one.
         (seconds, tokens) = (began.elapsed().as_secs_f64(), work.tokens);
     }
     forecast.timed_steps = trial;
@@ -276,26 +276,26 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_scratch_folder_is_nobody_elses_and_goes() {
+    fn a_scratch_folder_is_unique_and_removed() {
         let room = tempfile::tempdir().unwrap();
         let here = || fs::read_dir(room.path()).unwrap().count();
         let out = room.path().join("runs/mine");
-        let (first, second) = (Scratch::beside(&out).unwrap(), Scratch::beside(&out).unwrap());
+        let (first, second) = (Scratch::create(&out).unwrap(), Scratch::create(&out).unwrap());
         assert_ne!(first.folder, second.folder);
-        assert_eq!(here(), 2, "no folder above the run's is made");
+        assert_eq!(here(), 2, "no parent folder of the run is created");
         fs::write(first.folder.join("rows"), "tokens").unwrap();
         drop((first, second));
         assert_eq!(here(), 0);
         fs::create_dir(room.path().join("runs")).unwrap();
-        let beside = Scratch::beside(&out).unwrap();
-        assert_eq!(beside.folder.parent(), out.parent());
+        let create = Scratch::create(&out).unwrap();
+        assert_eq!(create.folder.parent(), out.parent());
     }
 
     #[test]
-    fn what_killed_dry_runs_leave_goes() {
+    fn folders_of_killed_dry_runs_are_removed() {
         let room = tempfile::tempdir().unwrap();
         let out = room.path().join("mine");
-        let held = Scratch::beside(&out).unwrap();
+        let held = Scratch::create(&out).unwrap();
         let make = |name: &str| {
             fs::create_dir(room.path().join(name)).unwrap();
             fs::write(room.path().join(name).join("rows"), "tokens").unwrap();
@@ -303,9 +303,9 @@ mod tests {
         };
         let names = [".mine.dry-run-1-0", ".mine.dry-run-1-x", ".mine2.dry-run-1-0", ".mine"];
         let [killed, others @ ..] = names.map(make);
-        fs::write(killed.join(IN_USE), "1").unwrap();
+        fs::write(killed.join(LOCK_FILE), "1").unwrap();
         let bare = room.path().join(".mine.dry-run-1-1");
-        fs::create_dir(&bare).unwrap(); // killed before it could lock anything
+        fs::create_dir(&bare).unwrap(); // killed before it locked the folder
         Scratch::remove_abandoned(&out);
         assert!(!killed.exists() && !bare.exists());
         assert!(held.folder.exists() && others.iter().all(|folder| folder.join("rows").exists()));

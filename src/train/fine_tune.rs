@@ -1,5 +1,5 @@
-//! Fine-tuning: adapters over a frozen base, whatever is minimized. What comes before the first step
-//! and after the last one; the steps themselves are taken by [`super::run`].
+//! Fine-tuning of adapters over a frozen base, for every objective: setup before the first step and output
+//! after the last one. [`super::run`] is the training loop.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -20,7 +20,7 @@ use super::lora::{begin_adapter, read_adapter, read_scoring, resume_adapter};
 use super::metrics::Numbers;
 use super::progress::{Progress, Work};
 use super::run::{LoopSettings, Outcome, Trainer, run_training};
-use super::run_dir::{FIRST, RunDir, adapter_parameters, read_optimizer, read_state};
+use super::run_dir::{MAIN_ADAPTER, RunDir, adapter_parameters, read_optimizer, read_state};
 use super::settings::{CommonSettings, RunSettings, Task, ValueModel};
 use super::state::State;
 use crate::data::DataError;
@@ -29,7 +29,7 @@ use crate::monitor::Monitor;
 use crate::text::today;
 use crate::weights::write_atomically;
 
-/// The folder of the adapter that PPO's value head is on, if it has one of its own.
+/// The folder of PPO's value adapter, if the value head is not on the policy.
 const VALUE: &str = "value_adapter";
 
 /// The report of a finished run; with `results`, the `--json` line of its command.
@@ -41,36 +41,36 @@ pub struct Summary {
     pub loss_first: Option<f64>,
     /// Loss of the last step.
     pub loss_last: Option<f64>,
-    /// Tokens a second in this process's steps, without padding; of ppo and grpo those of prompts and
+    /// Tokens per second in the steps of this process, without padding; for ppo and grpo those of prompts and
     /// responses.
     pub tokens_per_second: f64,
-    /// Trainable numbers.
+    /// Number of trainable parameters.
     pub trainable_parameters: usize,
     /// The adapter's folder.
     pub adapter: PathBuf,
-    /// Which kernel serves each kind of linear layer.
+    /// The kernel of each type of linear layer.
     pub kernels: BTreeMap<String, String>,
-    /// Layers whose tape is recomputed in the backward pass, as the memory budget asks.
+    /// Layers that are recomputed in the backward pass, to stay in the memory budget.
     pub recomputed_layers: usize,
-    /// The peak memory that was predicted before the first step; `None` for the reference form, whose
-    /// memory is candle's.
+    /// The peak memory predicted before the first step; `None` for the reference backend, whose
+    /// memory is not predicted.
     pub predicted_peak_rss_bytes: Option<usize>,
     /// Seconds in steps.
     pub seconds: f64,
-    /// Seconds that were predicted after the first two steps.
+    /// Seconds predicted after the first two steps.
     pub predicted_seconds: Option<f64>,
-    /// The step that this process resumed at, if it did.
+    /// The step at which this process resumed, if it did.
     pub resumed_at: Option<u64>,
-    /// What the command adds: a report of the data, evaluations, rates.
+    /// Results of the command: a report of the data, evaluations, rates.
     #[serde(skip)]
     pub results: Map<String, Value>,
 }
 
-/// Trains. With `resume`, continues the run in `settings.common.out`. The stop flag is looked at while
+/// Trains. With `resume`, continues the run in `settings.common.out`. The stop flag is checked while
 /// rows are read, between the batches of an evaluation, and after each step.
 ///
 /// # Errors
-/// Everything that is in the way of the run: settings, files, the directory; a diverged loss.
+/// Invalid settings or files, a run directory in use, a diverged loss.
 pub fn train(
     settings: &RunSettings,
     resume: bool,
@@ -78,15 +78,15 @@ pub fn train(
 ) -> Result<Outcome<Summary>, TrainError> {
     let settings = &resolve_settings(settings)?;
     let common = &settings.common;
-    // Before anything is read: is the directory free, or its run to be resumed?
+    // Check the run directory before reading anything.
     let resumed = if resume {
         let saved = RunDir::settings(settings.command(), &common.out)?.to_table()?;
         Some(RunDir::resume(&common.out, &saved, &settings.to_table()?, monitor)?)
     } else {
-        RunDir::vacant(&common.out)?;
+        RunDir::check_no_run(&common.out)?;
         None
     };
-    let Some(inputs) = Inputs::load(settings, monitor)? else { return Ok(Outcome::NotBegun) };
+    let Some(inputs) = Inputs::load(settings, monitor)? else { return Ok(Outcome::NotStarted) };
     let fingerprints = inputs.fingerprints(settings)?;
     let mut checkpoint = None;
     if let Some(run) = &resumed {
@@ -100,13 +100,13 @@ pub fn train(
     };
     let (names, adapters): (Vec<&str>, Vec<Adapter>) = adapters.into_iter().unzip();
     let adapters: Vec<Arc<Adapter>> = adapters.into_iter().map(Arc::new).collect();
-    let demand = inputs.demand(common, &adapters);
-    let kept_layers = kept_layers(common, &demand);
-    check_memory(common, &demand, kept_layers, monitor)?;
-    let recomputed_layers = demand.layers - kept_layers;
-    let predicted_peak_rss_bytes = predicted_peak_bytes(&demand, kept_layers);
+    let memory_params = inputs.memory_params(common, &adapters);
+    let kept_layers = kept_layers(common, &memory_params);
+    check_memory(common, &memory_params, kept_layers, monitor)?;
+    let recomputed_layers = memory_params.layers - kept_layers;
+    let predicted_peak_rss_bytes = predicted_peak_bytes(&memory_params, kept_layers);
 
-    // Nothing is in the way any more: files are written from here on.
+    // All checks are done: files are written from here on.
     let run = match resumed {
         Some(run) => run,
         None => RunDir::create(&common.out, &settings.to_table()?, &fingerprints, monitor)?,
@@ -139,7 +139,7 @@ pub fn train(
         eval_steps: common.eval_steps,
         save_steps: common.save_steps,
         save_total_limit: common.save_total_limit,
-        best: common.seeks_best().then(|| common.best()),
+        best: common.tracks_best().then(|| common.best()),
     };
     let ended = run_training(&mut tuning, &run, (&mut state, checkpoint), &steps, monitor)?;
     let Some((log, progress)) = ended else {
@@ -154,7 +154,7 @@ pub fn train(
         loss_last: losses.last().copied(),
         tokens_per_second: progress.tokens_per_second(),
         trainable_parameters: tuning.parameter_count(),
-        adapter: run.file(FIRST),
+        adapter: run.file(MAIN_ADAPTER),
         kernels: decoder.kernels(),
         recomputed_layers,
         predicted_peak_rss_bytes,
@@ -165,7 +165,7 @@ pub fn train(
     })))
 }
 
-/// The settings of a run, independent of the day and the folder it is begun in.
+/// The settings of a run with the current date and absolute paths filled in.
 pub fn resolve_settings(settings: &RunSettings) -> Result<RunSettings, TrainError> {
     if let Some(fault) = settings.fault() {
         return Err(TrainError::Settings(fault));
@@ -177,7 +177,7 @@ pub fn resolve_settings(settings: &RunSettings) -> Result<RunSettings, TrainErro
     Ok(settings)
 }
 
-/// The adapters that a run trains before its first step, with the names of their folders.
+/// The adapters that a run trains, before the first step, with the names of their folders.
 pub fn begin_adapters(
     settings: &RunSettings,
     decoder: &Decoder,
@@ -189,9 +189,9 @@ pub fn begin_adapters(
     let mut first = begin_adapter(common, decoder, added, monitor)?;
     let mut adapters = Vec::new();
     match &settings.task {
-        Task::Sft(_) | Task::Dpo(_) | Task::Grpo(_) => no_score(&first, common)?,
+        Task::Sft(_) | Task::Dpo(_) | Task::Grpo(_) => reject_score_head(&first, common)?,
         Task::Reward(_) => {
-            // A reward model has no logits, nor has PEFT's a head to put rows on.
+            // A reward model has no lm_head whose rows could be trained, in PEFT neither.
             first.head_tokens = None;
             first.config.head_token_indices.clear();
             if first.score.is_none() {
@@ -199,9 +199,9 @@ pub fn begin_adapters(
             }
         }
         Task::Ppo(own) => {
-            no_score(&first, common)?;
+            reject_score_head(&first, common)?;
             match own.value_model {
-                // Values begin at 0: a head of random numbers would disturb what it shares.
+                // Values start at 0: a random head would disturb the weights it shares.
                 ValueModel::Policy => first.add_score(hidden_size, true, common.seed)?,
                 ValueModel::Own => {
                     let given = !own.value_adapter.as_os_str().is_empty();
@@ -212,12 +212,12 @@ pub fn begin_adapters(
             }
         }
     }
-    adapters.insert(0, (FIRST, first));
+    adapters.insert(0, (MAIN_ADAPTER, first));
     Ok(adapters)
 }
 
-/// Checks that the adapter has no score head: a policy is no reward model.
-fn no_score(adapter: &Adapter, common: &CommonSettings) -> Result<(), TrainError> {
+/// Checks that the adapter has no score head: a policy cannot be a reward model.
+fn reject_score_head(adapter: &Adapter, common: &CommonSettings) -> Result<(), TrainError> {
     match adapter.score {
         None => Ok(()),
         Some(_) => Err(TrainError::Settings(format!(
@@ -235,15 +235,15 @@ fn resume_adapters(
     monitor: Monitor<'_>,
 ) -> Result<Vec<(&'static str, Adapter)>, TrainError> {
     let folder = |name| RunDir::adapter_folder(checkpoint, name);
-    let first = resume_adapter(&folder(FIRST), &settings.common, decoder, monitor)?;
-    let mut adapters = vec![(FIRST, first)];
+    let first = resume_adapter(&folder(MAIN_ADAPTER), &settings.common, decoder, monitor)?;
+    let mut adapters = vec![(MAIN_ADAPTER, first)];
     if matches!(&settings.task, Task::Ppo(own) if own.value_model == ValueModel::Own) {
         adapters.push((VALUE, read_adapter(&folder(VALUE), decoder, monitor)?));
     }
     Ok(adapters)
 }
 
-/// What trains, before its first step.
+/// The learner before its first step.
 pub fn new_learner<'a>(
     settings: &RunSettings,
     decoder: &'a Decoder,
@@ -272,13 +272,13 @@ pub fn new_learner<'a>(
 
 /// A run of fine-tuning, ready for its steps.
 pub struct FineTuning<'a> {
-    /// Where the micro-batches of a step come from.
+    /// The source of the micro-batches of a step.
     pub source: BatchSource,
-    /// What trains.
+    /// The learner.
     pub learner: AdapterLearner<'a>,
-    /// What the run calls the adapters, in the learner's order.
+    /// Names of the adapters, in the order of the learner.
     pub names: Vec<&'static str>,
-    /// Files of the tokenizer, which are written beside adapters if tokens were added to the base's.
+    /// Tokenizer files, written next to adapters if tokens were added.
     pub tokenizer_files: Vec<(&'static str, String)>,
 }
 
@@ -366,12 +366,12 @@ impl FineTuning<'_> {
         }
     }
 
-    /// Numbers that train.
+    /// Number of trainable parameters.
     pub fn parameter_count(&self) -> usize {
         self.learner.trained.adapters.iter().map(|adapter| adapter.num_parameters()).sum()
     }
 
-    /// Modules that adapters update.
+    /// Number of modules with an update.
     pub fn module_count(&self) -> usize {
         self.learner.trained.adapters.iter().map(|adapter| adapter.modules.len()).sum()
     }
@@ -381,7 +381,7 @@ impl FineTuning<'_> {
         self.names.iter().zip(adapters).map(|(&name, adapter)| (name, adapter.as_ref()))
     }
 
-    /// What the command adds to the summary.
+    /// Results of the command for the summary.
     fn results(
         &self,
         state: &State,
@@ -399,7 +399,7 @@ impl FineTuning<'_> {
         Ok(results)
     }
 
-    /// Writes the adapters, as they are or of the best evaluation, into the run's directory.
+    /// Writes the adapters, the current ones or those of the best evaluation, into the run directory.
     fn write_results(
         &self,
         settings: &RunSettings,
@@ -420,7 +420,7 @@ impl FineTuning<'_> {
             }
             let adapter = best_adapter.as_ref().unwrap_or(last);
             if shared_head {
-                // The policy is to generate; its values stay in the checkpoints.
+                // The result is the policy; the value adapter stays in the checkpoints.
                 let mut policy = adapter.copy("default")?;
                 policy.remove_score();
                 self.write(&policy, &folder)?;
@@ -434,7 +434,7 @@ impl FineTuning<'_> {
         }
     }
 
-    /// Writes an adapter, and beside it the tokenizer that it needs.
+    /// Writes an adapter, and the tokenizer that it needs.
     fn write(&self, adapter: &Adapter, folder: &Path) -> Result<(), TrainError> {
         format::write_folder(adapter, folder)?;
         for (name, text) in &self.tokenizer_files {

@@ -1,4 +1,4 @@
-//! Hashes of what a run reads: another base or other data under a resume are rejected.
+//! Hashes of the inputs of a run: a resume with a changed base or changed data is rejected.
 
 use std::path::{Path, PathBuf};
 
@@ -47,13 +47,13 @@ pub fn base_fingerprint(base: &Path) -> Result<String, TrainError> {
     Ok(hex(hasher))
 }
 
-/// The hashes of files and folders, with what they are.
+/// The hashes of files and folders, with their descriptions.
 pub fn fingerprints_of(files: Vec<(String, PathBuf)>) -> Result<Vec<Fingerprint>, TrainError> {
     let fingerprint = |(what, path): (String, PathBuf)| Ok((what, base_fingerprint(&path)?));
     files.into_iter().map(fingerprint).collect()
 }
 
-/// Refuses to go on with other things than the run began with.
+/// Fails if an input has changed since the run started.
 pub fn same_fingerprints(
     run: &Path,
     saved: &[Fingerprint],

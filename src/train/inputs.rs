@@ -1,5 +1,5 @@
-//! What a run of fine-tuning reads before its first step (base, tokenizer, frozen adapters, rows or
-//! prompts), and the memory that the run takes with it.
+//! The inputs of a fine-tuning run (base, tokenizer, frozen adapters, rows or prompts), and the memory
+//! that the run needs with them.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,7 +9,9 @@ use quantune_adapters::delta::{Adapter, Lora};
 use super::TrainError;
 use super::fingerprints::fingerprints_of;
 use super::lora::read_frozen;
-use super::memory::{Demand, Memory, default_budget, free, of_process, passed_layers};
+use super::memory::{
+    MemoryEstimate, MemoryParams, default_budget, free, layers_with_gradients, process_status_bytes,
+};
 use super::policy::{PolicyTask, Rollouts};
 use super::rows::RowLoader;
 use super::run_dir::Fingerprint;
@@ -27,7 +29,7 @@ use crate::weights::Checkpoint;
 /// Bytes of the process where the system does not report them.
 const UNKNOWN_PROCESS_BYTES: usize = 32 << 20;
 
-/// Where the micro-batches of a step come from.
+/// The source of the micro-batches of a step.
 pub enum BatchSource {
     /// Rows of a file, epoch by epoch.
     Supervised(Box<Supervised>),
@@ -35,24 +37,24 @@ pub enum BatchSource {
     Rollouts(Box<Rollouts>),
 }
 
-/// What a run reads before its first step.
+/// The inputs of a run.
 pub struct Inputs {
     /// The base.
     pub decoder: Decoder,
-    /// Adapters that the trained one is put on top of.
+    /// Frozen adapters below the trained one.
     pub frozen: Vec<ActiveAdapter>,
-    /// Tokens that are in the vocabulary for this run only.
+    /// Tokens added to the vocabulary for this run.
     pub added_tokens: Vec<u32>,
-    /// Files of the tokenizer, which are written beside adapters if tokens were added to the base's.
+    /// Tokenizer files, written next to adapters if tokens were added.
     pub tokenizer_files: Vec<(&'static str, String)>,
     /// The rows or prompts.
     pub source: BatchSource,
-    /// Bytes of the process with all of that, but for mapped weights.
+    /// Resident bytes of the process with all inputs, without mapped weights.
     process_bytes: usize,
 }
 
 impl Inputs {
-    /// Reads them; `None` if the run was stopped meanwhile.
+    /// Reads the inputs; `None` if the run was stopped meanwhile.
     pub fn load(settings: &RunSettings, monitor: Monitor<'_>) -> Result<Option<Self>, TrainError> {
         let common = &settings.common;
         let Some(now) = first_second(&common.template_date) else {
@@ -61,7 +63,7 @@ impl Inputs {
         };
         let load_type = load_type(common)?;
         let device = common.device.open().map_err(|e| TrainError::Settings(e.to_string()))?;
-        let program_bytes = of_process("RssFile:").unwrap_or(0);
+        let program_bytes = process_status_bytes("RssFile:").unwrap_or(0);
         let checkpoint = Checkpoint::open(&common.base)?;
         let adapters = settings.adapters();
         let folders: Vec<&Path> = adapters.iter().map(PathBuf::as_path).collect();
@@ -88,15 +90,15 @@ impl Inputs {
             source => source?,
         };
         let mut process_bytes =
-            program_bytes + of_process("RssAnon:").unwrap_or(UNKNOWN_PROCESS_BYTES);
+            program_bytes + process_status_bytes("RssAnon:").unwrap_or(UNKNOWN_PROCESS_BYTES);
         if load_type.is_some() {
-            // Quantized weights are in memory, and counted on their own.
+            // Weights quantized on load are in memory, and counted separately.
             process_bytes = process_bytes.saturating_sub(decoder.weight_bytes());
         }
         Ok(Some(Self { decoder, frozen, added_tokens, tokenizer_files, source, process_bytes }))
     }
 
-    /// Hashes of what was read.
+    /// Hashes of the inputs.
     pub fn fingerprints(&self, settings: &RunSettings) -> Result<Vec<Fingerprint>, TrainError> {
         let mut fingerprints = fingerprints_of(settings.fingerprinted()?)?;
         fingerprints.extend(match &self.source {
@@ -106,15 +108,19 @@ impl Inputs {
         Ok(fingerprints)
     }
 
-    /// What decides how much memory the run takes.
-    pub fn demand(&self, common: &CommonSettings, adapters: &[Arc<Adapter>]) -> Demand<'_> {
+    /// The quantities that the memory of the run depends on.
+    pub fn memory_params(
+        &self,
+        common: &CommonSettings,
+        adapters: &[Arc<Adapter>],
+    ) -> MemoryParams<'_> {
         let (tokens, passed, logits) = match &self.source {
             BatchSource::Supervised(source) => {
                 (source.largest_micro_batch(), &adapters[..1], source.reads_logits())
             }
             BatchSource::Rollouts(source) => (source.largest_micro_batch(), adapters, true),
         };
-        let layers = passed_layers(&self.decoder, passed);
+        let layers = layers_with_gradients(&self.decoder, passed);
         let mean = |of: &dyn Fn(&Lora) -> usize| {
             let all = |adapter: &Arc<Adapter>| adapter.modules.values().map(of).sum::<usize>();
             let most = adapters.iter().map(all).max().unwrap_or(0);
@@ -132,7 +138,7 @@ impl Inputs {
                 (source.data_bytes(), 0, source.rollout_bytes(&self.decoder, &sizes))
             }
         };
-        Demand {
+        MemoryParams {
             decoder: &self.decoder,
             layers,
             tokens,
@@ -147,7 +153,7 @@ impl Inputs {
     }
 }
 
-/// The type that matrices are quantized to on load, if one is asked for.
+/// The type that matrices are quantized to on load, if any.
 fn load_type(common: &CommonSettings) -> Result<Option<BlockType>, TrainError> {
     if common.load_type.is_empty() {
         return Ok(None);
@@ -179,32 +185,32 @@ fn load_source(
     }
 }
 
-/// How many of the layers that gradients pass keep their tapes.
-pub fn kept_layers(settings: &CommonSettings, demand: &Demand) -> usize {
+/// How many of the layers with gradients keep their tapes.
+pub fn kept_layers(settings: &CommonSettings, memory_params: &MemoryParams) -> usize {
     if let Some(all) = settings.gradient_checkpointing {
-        return if all { 0 } else { demand.layers };
+        return if all { 0 } else { memory_params.layers };
     }
     if settings.device != DeviceName::Cpu && settings.memory_budget.is_none() {
-        return 0; // how much memory is free there is not known
+        return 0; // the free memory of the device is not known
     }
     let budget = settings.memory_budget.map_or_else(default_budget, |budget| budget.0);
-    super::memory::kept_layers(demand, budget)
+    super::memory::kept_layers(memory_params, budget)
 }
 
 /// Checks that the memory budget suffices with every layer recomputed; without a budget, warns of
 /// memory that is not free.
 pub fn check_memory(
     settings: &CommonSettings,
-    demand: &Demand,
+    memory_params: &MemoryParams,
     kept_layers: usize,
     monitor: Monitor<'_>,
 ) -> Result<(), TrainError> {
-    if !demand.layer_bytes().complete {
-        return Ok(()); // what the backend takes is not known
+    if !memory_params.layer_bytes().complete {
+        return Ok(()); // the memory of the backend is not known
     }
     let megabytes = |bytes: u64| format!("{:.0} MB", (bytes as f64 / 1e6).ceil());
     if let (Some(budget), None) = (settings.memory_budget, settings.gradient_checkpointing) {
-        let memory = Memory::of(demand, 0);
+        let memory = MemoryEstimate::of(memory_params, 0);
         let needed = memory.sum() as u64;
         if needed <= budget.0 {
             return Ok(());
@@ -214,32 +220,35 @@ pub fn check_memory(
         let parts = parts.iter().filter(|(_, bytes)| *bytes > 0);
         let parts = parts.map(|(name, bytes)| format!("{name} {}", megabytes(*bytes as u64)));
         return Err(TrainError::Settings(format!(
-            "memory_budget is {budget} and cannot be kept: with every layer recomputed the run takes {} \
+            "memory_budget is {budget}, which is too small: with every layer recomputed the run takes {} \
              ({}), needed that much, or fewer than {} tokens in a micro-batch (max_length, \
              per_device_train_batch_size)",
             megabytes(needed),
             parts.collect::<Vec<_>>().join(", "),
-            demand.tokens,
+            memory_params.tokens,
         )));
     }
-    let memory = Memory::of(demand, kept_layers);
+    let memory = MemoryEstimate::of(memory_params, kept_layers);
     let needed = memory.sum().saturating_sub(memory.frozen_weights + memory.process) as u64;
     if let Some(free) = free().filter(|&free| needed > free) {
         monitor.warn(format_args!(
-            "the run takes {} more than it has now, and {} are free: the system may end it; \
+            "the run needs {} more memory, and only {} are free: the system may kill it; \
              fewer tokens in a micro-batch than {} take less (max_length, \
              per_device_train_batch_size)",
             megabytes(needed),
             megabytes(free),
-            demand.tokens,
+            memory_params.tokens,
         ));
     }
     Ok(())
 }
 
-/// The peak memory that the run will take, with what reading has taken already; `None` for the
-/// reference form, whose memory is candle's.
-pub fn predicted_peak_bytes(demand: &Demand, kept_layers: usize) -> Option<usize> {
-    let so_far = of_process("VmHWM:")?;
-    demand.layer_bytes().complete.then(|| Memory::of(demand, kept_layers).sum().max(so_far))
+/// The predicted peak memory of the run, including the peak while the inputs were read; `None` for the
+/// reference backend, whose memory is not predicted.
+pub fn predicted_peak_bytes(memory_params: &MemoryParams, kept_layers: usize) -> Option<usize> {
+    let so_far = process_status_bytes("VmHWM:")?;
+    memory_params
+        .layer_bytes()
+        .complete
+        .then(|| MemoryEstimate::of(memory_params, kept_layers).sum().max(so_far))
 }

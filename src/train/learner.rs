@@ -1,5 +1,5 @@
-//! One optimizer step over micro-batches, whatever trains: gradients are added up and clipped, and
-//! the optimizer updates all parameters. What trains is a [`Trainable`]: adapters over a frozen base
+//! One optimizer step over micro-batches: gradients are accumulated and clipped, and the optimizer updates
+//! all parameters. The parameters belong to a [`Trainable`]: adapters over a frozen base
 //! ([`AdapterTraining`]), or all weights of a model.
 
 use std::borrow::Cow;
@@ -16,39 +16,39 @@ use crate::model::{ActiveAdapter, Decoder};
 use crate::objectives::{Objective, ObjectiveOutput, Stats};
 use crate::optim::{AdamW, AdamWSettings, clip_factor};
 
-/// A part of a step.
+/// A micro-batch of a step.
 #[derive(Debug)]
 pub struct MicroBatch {
     /// The tokens.
     pub batch: Batch,
-    /// What is minimized over them.
+    /// The objective to minimize.
     pub objective: Objective,
-    /// What the objective's sum is multiplied with: 1 / the count of the whole step.
+    /// Factor of the objective's sum: 1 / the count of the whole step.
     pub scale: f64,
-    /// Which of the trained adapters the rows use.
+    /// Index of the trained adapter that the rows use.
     pub adapter: usize,
     /// The pass over the data, which keys dropout.
     pub epoch: u64,
-    /// What logits are divided by.
+    /// Temperature of the logits.
     pub temperature: f64,
 }
 
 /// The result of a step.
 #[derive(Debug, Default)]
-pub struct Stepped {
+pub struct StepResult {
     /// The loss, scaled.
     pub loss: f64,
-    /// The norm of the gradient before it was clipped.
+    /// The gradient norm before clipping.
     pub grad_norm: f64,
-    /// What the objectives counted, added up.
+    /// Summed statistics of the objectives.
     pub stats: Stats,
-    /// Log-probs of sampled tokens as they were before the step, part after part.
+    /// Log-probs of sampled tokens before the step, by micro-batch.
     pub logps: Vec<f32>,
 }
 
-/// What a learner trains: parameters with their gradients and optimizer.
+/// Trainable parameters with their gradients and optimizer.
 pub trait Trainable {
-    /// A part of a step.
+    /// A micro-batch of a step.
     type MicroBatch;
 
     /// Sets all gradients to 0.
@@ -57,11 +57,11 @@ pub trait Trainable {
     /// If the device has too little memory.
     fn zero_gradients(&mut self) -> Result<(), TrainError>;
 
-    /// Adds the gradients of a part's scaled loss, with the tapes of the upper `kept_layers` layers
-    /// kept. Returns what its objective counted; the loss is scaled.
+    /// Adds the gradients of a micro-batch's scaled loss, keeping the tapes of the upper `kept_layers`
+    /// layers. Returns the statistics of its objective; the loss is scaled.
     ///
     /// # Errors
-    /// If the part does not fit the model.
+    /// If the micro-batch does not fit the model.
     fn accumulate(
         &mut self,
         part: &Self::MicroBatch,
@@ -74,7 +74,7 @@ pub trait Trainable {
     /// If the device fails.
     fn gradient_norm(&mut self) -> Result<f64, TrainError>;
 
-    /// Takes the optimizer's step by the gradients times `factor`. Returns whether all parameters are
+    /// Takes an optimizer step with the gradients times `factor`. Returns whether all parameters are
     /// finite after it.
     ///
     /// # Errors
@@ -88,11 +88,11 @@ pub trait Trainable {
 /// Takes optimizer steps.
 #[derive(Debug)]
 pub struct Learner<T> {
-    /// What trains.
+    /// The trainable parameters.
     pub trained: T,
     /// Layers, from the top, whose tapes are kept for the backward pass.
     pub kept_layers: usize,
-    /// The largest norm of a gradient; 0 clips nothing.
+    /// Gradient clipping norm; 0 is off.
     pub max_grad_norm: f64,
 }
 
@@ -109,27 +109,27 @@ impl<T: Trainable> Learner<T> {
         &mut self,
         parts: &[T::MicroBatch],
         learning_rate: f64,
-    ) -> Result<Stepped, TrainError> {
+    ) -> Result<StepResult, TrainError> {
         self.trained.zero_gradients()?;
-        let mut stepped = Stepped::default();
+        let mut result = StepResult::default();
         for part in parts {
             let output = self.trained.accumulate(part, self.kept_layers)?;
-            stepped.loss += output.loss;
-            stepped.stats.add(output.stats);
-            stepped.logps.extend(output.logps);
+            result.loss += output.loss;
+            result.stats.add(output.stats);
+            result.logps.extend(output.logps);
         }
-        stepped.grad_norm = self.trained.gradient_norm()?;
+        result.grad_norm = self.trained.gradient_norm()?;
         let step = self.trained.optimizer_steps() + 1;
-        let diverged = TrainError::Diverged { step, loss: stepped.loss };
-        if !stepped.loss.is_finite() || !stepped.grad_norm.is_finite() {
+        let diverged = TrainError::Diverged { step, loss: result.loss };
+        if !result.loss.is_finite() || !result.grad_norm.is_finite() {
             return Err(diverged);
         }
         let clips = self.max_grad_norm > 0.0;
-        let factor = if clips { clip_factor(stepped.grad_norm, self.max_grad_norm) } else { 1.0 };
+        let factor = if clips { clip_factor(result.grad_norm, self.max_grad_norm) } else { 1.0 };
         if !self.trained.update(factor, learning_rate)? {
             return Err(diverged);
         }
-        Ok(stepped)
+        Ok(result)
     }
 }
 
@@ -137,22 +137,22 @@ impl<T: Trainable> Learner<T> {
 #[derive(Debug)]
 pub struct AdapterTraining<'a> {
     decoder: &'a Decoder,
-    /// The adapters, the policy's or only one first.
+    /// The adapters; the policy's, or the only one, is the first.
     pub adapters: Vec<Arc<Adapter>>,
     active: Vec<Vec<ActiveAdapter>>,
     parameters: Vec<Var>,
-    /// Which parameters belong to which adapter.
+    /// The parameter range of each adapter.
     ranges: Vec<Range<usize>>,
-    /// Gradients and optimizer, in the form of the decoder's backend.
+    /// Gradients and optimizer on the decoder's backend.
     state: Box<dyn TrainState>,
     /// The probability of dropout, and its seed.
     dropout: (f64, u64),
-    /// The size of NEFTune's noise; 0 is none.
+    /// NEFTune noise alpha; 0 is off.
     pub noise_alpha: f64,
 }
 
 impl<'a> AdapterLearner<'a> {
-    /// A learner that has not taken a step. `max_grad_norm` 0 clips nothing.
+    /// A new learner. `max_grad_norm` 0 disables gradient clipping.
     ///
     /// # Errors
     /// If a tensor operation fails.
@@ -195,8 +195,8 @@ impl<'a> AdapterLearner<'a> {
     }
 
     /// The learner with the learning rates of LoRA+ (Hayou et al. 2024; PEFT's
-    /// `create_loraplus_optimizer`): B and magnitudes learn at `ratio` times the rate, updates of the
-    /// embedding at `embedding` times the rate.
+    /// `create_loraplus_optimizer`): B and magnitudes have `ratio` times the learning rate, updates of the
+    /// embedding `embedding` times.
     ///
     /// # Errors
     /// If a tensor operation fails.

@@ -1,4 +1,4 @@
-//! Where numbers go: `metrics.jsonl`, and TensorBoard's curves of the same.
+//! The log of a run: `metrics.jsonl`, and the same metrics for TensorBoard.
 
 use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -20,7 +20,7 @@ pub struct Log {
 }
 
 impl Log {
-    /// Takes up the log of a run at `bytes` of its `metrics.jsonl`.
+    /// Opens the log of a run at `bytes` of its `metrics.jsonl`.
     pub fn open(run: &RunDir, bytes: u64) -> Result<Self, TrainError> {
         let metrics = run.metrics(bytes)?;
         let events = run.events(wall_time())?;
@@ -57,7 +57,7 @@ impl Log {
                 let Some(value) = value.as_f64() else { continue };
                 let tag = match key.strip_prefix(EVAL) {
                     Some(key) => format!("eval/{key}"),
-                    None if key.contains('/') => key.clone(), // has its group, as TRL names it
+                    None if key.contains('/') => key.clone(), // already has a group, named as in TRL
                     None => format!("train/{key}"),
                 };
                 self.events.scalar(&tag, step, value, wall_time())?;

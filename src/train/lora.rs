@@ -1,4 +1,4 @@
-//! The adapter of a run: a fresh one, or one that is read from a folder.
+//! The adapter of a run: a new one, or one that is loaded from a folder.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -17,8 +17,8 @@ use crate::monitor::Monitor;
 use crate::ops::Compute;
 use crate::weights::Checkpoint;
 
-/// The adapter that a run begins with: a fresh one, or `settings.adapter`. `added` are the tokens that
-/// the vocabulary has for this run only.
+/// The adapter before the first step: a new one, or `settings.adapter`. `added` are the tokens that
+/// were added to the vocabulary for this run.
 pub fn begin_adapter(
     settings: &CommonSettings,
     decoder: &Decoder,
@@ -60,8 +60,8 @@ pub fn begin_adapter(
     Ok(adapter)
 }
 
-/// Makes the rows of added tokens trainable, where embedding and head do not train as a whole or
-/// through an update; a tied head has the embedding's rows.
+/// Makes the rows of added tokens trainable, unless embedding and lm_head are trained as a whole or have an
+/// update; a tied lm_head shares the rows of the embedding.
 fn train_rows(config: &mut LoraConfig, decoder: &Decoder, added: &[u32]) -> Result<(), TrainError> {
     if added.is_empty() {
         return Ok(());
@@ -85,7 +85,7 @@ fn train_rows(config: &mut LoraConfig, decoder: &Decoder, added: &[u32]) -> Resu
 }
 
 /// The adapter of a checkpoint of a run with these settings. Its initialization is not
-/// repeated: the ranks that it froze are read from the checkpoint, and stay frozen.
+/// repeated: its frozen ranks are read from the checkpoint.
 pub fn resume_adapter(
     folder: &Path,
     settings: &CommonSettings,
@@ -99,7 +99,7 @@ pub fn resume_adapter(
     Ok(adapter)
 }
 
-/// An adapter for this base, from a PEFT folder or a GGUF LoRA.
+/// Loads an adapter for this base, from a PEFT folder or a GGUF LoRA.
 pub fn read_adapter(
     path: &Path,
     decoder: &Decoder,
@@ -112,7 +112,7 @@ pub fn read_adapter(
     Ok(adapter)
 }
 
-/// The frozen adapters that the trained one is put on top of.
+/// Loads the frozen adapters below the trained one.
 pub fn read_frozen(
     settings: &CommonSettings,
     decoder: &Decoder,
@@ -129,7 +129,7 @@ pub fn read_frozen(
     settings.frozen_adapter.iter().map(read).collect()
 }
 
-/// The adapter of a folder, which must have a score head for this base.
+/// Loads an adapter, which must have a score head for this base.
 pub fn read_scoring(
     folder: &Path,
     decoder: &Decoder,

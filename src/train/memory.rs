@@ -1,6 +1,6 @@
-//! What memory a run takes, and how many layers keep their tapes within a budget of it.
+//! The memory estimate of a run, and how many layers can keep their tapes within a memory budget.
 //!
-//! Keeping or recomputing a tape gives the same bits; the budget buys time, nothing else.
+//! Keeping or recomputing a tape (gradient checkpointing) gives the same bits; only the time differs.
 
 use std::sync::Arc;
 
@@ -12,24 +12,24 @@ use crate::model::layer::Sizes;
 use crate::model::{ActiveAdapter, Adapters, Decoder};
 use crate::ops::linear_cross_entropy;
 
-/// The share of the memory free at the start that a run takes when no budget is given.
-const DEFAULT_SHARE: f64 = 0.7;
-/// The budget where the system does not tell how much memory is free.
-const FALLBACK: u64 = 4 << 30;
+/// The default budget, as a fraction of the memory that is free at the start.
+const DEFAULT_FRACTION: f64 = 0.7;
+/// The default budget where the free memory is not known.
+const FALLBACK_BUDGET: u64 = 4 << 30;
 
-/// The budget of a run that names none: most of what is free now.
+/// The default memory budget: most of the free memory.
 pub fn default_budget() -> u64 {
-    free().map_or(FALLBACK, |bytes| (bytes as f64 * DEFAULT_SHARE) as u64)
+    free().map_or(FALLBACK_BUDGET, |bytes| (bytes as f64 * DEFAULT_FRACTION) as u64)
 }
 
-/// Memory that is free now (on Linux).
+/// Free memory in bytes; `None` if the platform does not report it.
 pub fn free() -> Option<u64> {
     let available = || {
         let text = std::fs::read_to_string("/proc/meminfo").ok()?;
         let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
         line.split_whitespace().nth(1)?.parse::<u64>().ok().map(|kib| kib * 1024)
     };
-    // A container may have less than the machine.
+    // The limit of a container may be lower than that of the machine.
     let number = |path: &str| std::fs::read_to_string(path).ok()?.trim().parse::<u64>().ok();
     let limit = number("/sys/fs/cgroup/memory.max").map(|most| {
         most.saturating_sub(number("/sys/fs/cgroup/memory.current").unwrap_or_default())
@@ -37,8 +37,8 @@ pub fn free() -> Option<u64> {
     available().map(|bytes| bytes.min(limit.unwrap_or(u64::MAX)))
 }
 
-/// Layers that gradients pass: those from the lowest that a trained adapter sits on up.
-pub fn passed_layers(decoder: &Decoder, adapters: &[Arc<Adapter>]) -> usize {
+/// Number of layers with a backward pass: those from the lowest with a trained adapter up.
+pub fn layers_with_gradients(decoder: &Decoder, adapters: &[Arc<Adapter>]) -> usize {
     let layers = decoder.config.num_hidden_layers;
     let passed = |adapter: &Arc<Adapter>| {
         let active = [ActiveAdapter::trainable(adapter.clone())];
@@ -51,54 +51,54 @@ pub fn passed_layers(decoder: &Decoder, adapters: &[Arc<Adapter>]) -> usize {
     adapters.iter().map(passed).max().unwrap_or(0)
 }
 
-/// What decides how much memory a run takes, beside how many layers keep their tapes.
+/// The quantities that the memory of a run depends on, apart from how many layers keep their tapes.
 #[derive(Debug)]
-pub struct Demand<'a> {
+pub struct MemoryParams<'a> {
     /// The base.
     pub decoder: &'a Decoder,
-    /// Its layers that gradients pass.
+    /// Number of its layers with a backward pass.
     pub layers: usize,
     /// Tokens of the largest micro-batch.
     pub tokens: usize,
-    /// Whether its head is read: a reward model has one of its own, which is a row.
+    /// Whether the lm_head is used: a reward model has a score head instead, which is one row.
     pub logits: bool,
-    /// Numbers that train.
+    /// Number of trainable parameters.
     pub parameters: usize,
     /// The updates of a layer.
     pub sizes: Sizes,
     /// Bytes of rows or prompts.
     pub token_data: usize,
-    /// Bytes of what the reference says of all rows.
+    /// Bytes of the log-probs of all rows under the reference.
     pub reference: usize,
-    /// What decoding responses takes.
+    /// Bytes for decoding and scoring responses.
     pub rollouts: usize,
-    /// Bytes of the process with all that is read, but for rows and frozen weights.
+    /// Resident bytes of the process with all inputs, without rows and frozen weights.
     pub process: usize,
 }
 
-impl Demand<'_> {
-    /// The memory that layers work with.
+impl MemoryParams<'_> {
+    /// Memory of the layers.
     pub fn layer_bytes(&self) -> LayerBytes {
         self.decoder.layer_bytes(self.tokens, &self.sizes)
     }
 }
 
-/// Bytes of a run's memory at its peak, by what they are for.
+/// Estimated peak memory of a run, in bytes by component.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Memory {
-    /// The base's matrices, where they are mapped; the system may take their pages back.
+pub struct MemoryEstimate {
+    /// The base's mapped matrices; the system can evict their pages.
     pub frozen_weights: usize,
-    /// What trains: values, gradients and both moments.
+    /// Trainable parameters: values, gradients and both moments.
     pub adapter: usize,
-    /// Tapes of layers that keep them, and the one that the others share.
+    /// Tapes of the layers that keep them, and one tape that the recomputed layers share.
     pub kept_tapes: usize,
     /// Inputs of the layers that are recomputed.
     pub layer_inputs: usize,
     /// Buffers that all layers share.
     pub shared_buffers: usize,
-    /// Logits, and the rows they are made of.
+    /// Logits, and the hidden states they are computed from.
     pub logits: usize,
-    /// The cache of responses that are decoded at once, and what scoring them takes.
+    /// The KV cache of responses that are decoded at once, and the buffers that score them.
     pub rollouts: usize,
     /// Log-probs under the reference.
     pub reference: usize,
@@ -108,33 +108,33 @@ pub struct Memory {
     pub process: usize,
 }
 
-impl Memory {
-    /// Of a run in which the upper `kept` layers keep their tapes. This is the one sum: the budget is
-    /// kept by it and the prediction is it.
-    pub fn of(demand: &Demand, kept: usize) -> Self {
-        let Demand { decoder, layers, tokens, .. } = *demand;
+impl MemoryEstimate {
+    /// The estimate if the upper `kept` layers keep their tapes. Both the budget and the predicted peak
+    /// use this sum.
+    pub fn of(memory_params: &MemoryParams, kept: usize) -> Self {
+        let MemoryParams { decoder, layers, tokens, .. } = *memory_params;
         let (config, compute) = (&decoder.config, decoder.compute);
-        let LayerBytes { tape, shared, .. } = demand.layer_bytes();
+        let LayerBytes { tape, shared, .. } = memory_params.layer_bytes();
         let kept = kept.min(layers);
         let width = config.hidden_size * size_of::<f32>();
-        // Read rows, behind the norm, and both gradients.
+        // Hidden states that the head reads, after the norm, and both gradients.
         let read = 4 * tokens * width;
-        let vocabulary = if demand.logits { config.vocab_size } else { 1 };
+        let vocabulary = if memory_params.logits { config.vocab_size } else { 1 };
         Self {
             frozen_weights: decoder.weight_bytes(),
-            adapter: 4 * demand.parameters * size_of::<f32>(),
+            adapter: 4 * memory_params.parameters * size_of::<f32>(),
             kept_tapes: tape * (kept + usize::from(kept < config.num_hidden_layers)),
             layer_inputs: (layers - kept) * tokens * width,
             shared_buffers: shared,
             logits: linear_cross_entropy::working_bytes(tokens, vocabulary, compute) + read,
-            rollouts: demand.rollouts,
-            reference: demand.reference,
-            token_data: demand.token_data,
-            process: demand.process,
+            rollouts: memory_params.rollouts,
+            reference: memory_params.reference,
+            token_data: memory_params.token_data,
+            process: memory_params.process,
         }
     }
 
-    /// Each with its name.
+    /// The components with their names.
     pub fn components(&self) -> [(&'static str, usize); 10] {
         [
             ("frozen weights, mapped", self.frozen_weights),
@@ -150,21 +150,22 @@ impl Memory {
         ]
     }
 
-    /// All of it.
+    /// The total.
     pub fn sum(&self) -> usize {
         self.components().iter().map(|(_, bytes)| bytes).sum()
     }
 }
 
-/// How many of the layers that gradients pass, from the top, can keep their tapes in `budget` bytes.
-/// Everything else a step needs cannot be had for less.
-pub fn kept_layers(demand: &Demand, budget: u64) -> usize {
-    let fits = |&kept: &usize| Memory::of(demand, kept).sum() as u64 <= budget;
-    (0..=demand.layers).rev().find(fits).unwrap_or(0)
+/// How many of the layers with a backward pass, from the top, can keep their tapes in `budget` bytes. The
+/// rest of the memory of a step cannot be reduced.
+pub fn kept_layers(memory_params: &MemoryParams, budget: u64) -> usize {
+    let fits = |&kept: &usize| MemoryEstimate::of(memory_params, kept).sum() as u64 <= budget;
+    (0..=memory_params.layers).rev().find(fits).unwrap_or(0)
 }
 
-/// Memory of this process by one of the lines of `/proc/self/status`, where the system has that.
-pub fn of_process(line: &str) -> Option<usize> {
+/// Memory of this process in bytes, from a line of `/proc/self/status` such as `VmHWM`; `None` on other
+/// platforms.
+pub fn process_status_bytes(line: &str) -> Option<usize> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|found| found.starts_with(line))?;
     Some(line.split_whitespace().nth(1)?.parse::<usize>().ok()? * 1024)

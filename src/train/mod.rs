@@ -1,11 +1,11 @@
 //! Training: one loop, its run directory, checkpoints and metrics.
 //!
-//! `run` is the loop of every command, [`train()`] what comes before and after it where adapters train,
-//! [`pretrain()`] where a whole model does. [`supervised`] makes steps from the rows of a file, `policy`
-//! from responses of the model itself; [`learner`] takes the optimizer step. Everything a run depends
-//! on is in its settings, its data and its base; random numbers are keyed. So the state of a run is a
-//! cursor, the adapters and the optimizer's moments, and a run killed at any moment resumes to the same
-//! bytes. Does not know the command line.
+//! `run` is the training loop of every command, [`train()`] the setup and output for training adapters,
+//! [`pretrain()`] for training a whole model. [`supervised`] makes steps from the rows of a file, `policy`
+//! from responses of the model itself; [`learner`] takes the optimizer step. A run depends only on its
+//! settings, its data and its base; random numbers are keyed. So the state of a run is a step counter,
+//! the adapters and the optimizer's moments, and a run killed at any moment resumes to the same
+//! bytes. Does not depend on the command line.
 
 mod best;
 mod dry_run;
@@ -35,7 +35,7 @@ use std::path::PathBuf;
 pub use dry_run::{Forecast, dry_run};
 pub use fine_tune::{Summary, train};
 pub use lora::read_scoring;
-pub use memory::{Memory, of_process};
+pub use memory::{Memory, process_status_bytes};
 pub use pretrain::{PretrainSummary, pretrain};
 pub use run::Outcome;
 pub use run_dir::RunDir;
@@ -58,7 +58,7 @@ use crate::rollout::{RewardError, RewardModelError, SamplesError, ScoreError};
 use crate::text::TextError;
 use crate::weights::WeightsError;
 
-/// Why a run could not begin or continue.
+/// Why a run could not start or continue.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TrainError {
@@ -72,30 +72,30 @@ pub enum TrainError {
     )]
     Exists(PathBuf),
     /// The directory holds files that a run would overwrite.
-    #[error("{}: holds {name} but no run; another --out begins a new one", path.display())]
+    #[error("{}: contains {name} but no run; use another --out for a new run", path.display())]
     Occupied {
         /// The directory.
         path: PathBuf,
-        /// What is in the way.
+        /// The file that would be overwritten.
         name: &'static str,
     },
     /// Another process uses the directory.
-    #[error("{}: {holder} is at work on this run; wait for it or choose another --out", path.display())]
+    #[error("{}: {holder} is using this run directory; wait for it or choose another --out", path.display())]
     Held {
         /// The directory.
         path: PathBuf,
-        /// Who holds it.
+        /// The process that uses it.
         holder: String,
     },
     /// There is nothing to resume.
-    #[error("{}: holds no run to resume (no config.toml)", .0.display())]
+    #[error("{}: contains no run to resume (no config.toml)", .0.display())]
     NoRun(PathBuf),
-    /// What the run is made of is not what it was.
+    /// Inputs or settings of the run have changed.
     #[error("{}: cannot resume: {what}", path.display())]
     Changed {
         /// The run directory.
         path: PathBuf,
-        /// Everything that differs.
+        /// All differences.
         what: String,
     },
     /// A file of the run directory is invalid.
@@ -103,7 +103,7 @@ pub enum TrainError {
     Broken {
         /// The file.
         path: PathBuf,
-        /// What is wrong.
+        /// The error.
         reason: String,
     },
     /// An I/O error.
@@ -178,7 +178,7 @@ pub enum TrainError {
     Tensor(#[from] candle_core::Error),
 }
 
-/// A failed reward is one wherever it failed: the loop saves what was done before it.
+/// A failed reward has its own variant, because the loop then saves a checkpoint first.
 impl From<ScoreError> for TrainError {
     fn from(error: ScoreError) -> Self {
         match error {

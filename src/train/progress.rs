@@ -1,19 +1,19 @@
-//! How far a run is and how fast it goes, reported step by step.
+//! Progress and throughput of a run, reported after each step.
 
 use std::time::Duration;
 
 use crate::monitor::{LogEvent, Monitor};
 
-/// What one step processed.
+/// The work of one step.
 #[derive(Debug, Clone, Default)]
 pub struct Work {
-    /// Its most important number, as text.
+    /// Its main metric, as text.
     pub headline: String,
-    /// Real tokens that went through it.
+    /// Tokens without padding.
     pub tokens: u64,
     /// Rows, comparisons or responses in it.
     pub samples: u64,
-    /// The part of its time that was not spent on them, as printing samples.
+    /// Time of the step spent on other things, such as printing samples.
     pub aside: Duration,
 }
 
@@ -25,17 +25,17 @@ pub struct Progress<'a> {
     total_steps: u64,
     tokens: u64,
     samples: u64,
-    /// Time in steps: evaluations, samples and checkpoints are not counted.
+    /// Time in steps, without evaluations, samples and checkpoints.
     spent: Duration,
-    /// Of it, that of the first two steps.
+    /// Time of the first two steps.
     spent_early: Option<Duration>,
 }
 
-/// Steps by which the time of all is predicted.
+/// Number of steps from which the total time is predicted.
 pub const EARLY_STEPS: u64 = 2;
 
 impl<'a> Progress<'a> {
-    /// Begins at `step` of `total_steps`.
+    /// Starts at `step` of `total_steps`.
     pub fn new(step: u64, total_steps: u64, monitor: Monitor<'a>) -> Self {
         monitor.report(LogEvent::StepsBegin { step, total_steps });
         Self {
@@ -54,7 +54,7 @@ impl<'a> Progress<'a> {
         self.spent.as_secs_f64()
     }
 
-    /// What they were going to be, as the first two steps had it.
+    /// The seconds predicted from the first two steps.
     pub fn predicted_seconds(&self) -> Option<f64> {
         let steps = (self.total_steps - self.first_step) as f64;
         self.spent_early.map(|early| early.as_secs_f64() / EARLY_STEPS as f64 * steps)
@@ -70,7 +70,7 @@ impl<'a> Progress<'a> {
         self.samples as f64 / self.spent.as_secs_f64().max(1e-9)
     }
 
-    /// A step is done, in `spent`.
+    /// Records a step that took `spent`.
     pub fn step(&mut self, step: u64, work: &Work, spent: Duration) {
         self.tokens += work.tokens;
         self.samples += work.samples;
@@ -86,7 +86,7 @@ impl<'a> Progress<'a> {
         });
     }
 
-    /// Reports that no further step follows.
+    /// Reports the end of the steps.
     pub fn finish(&self) {
         self.monitor.report(LogEvent::StepsEnd);
     }

@@ -13,7 +13,7 @@ use crate::model::{ActiveAdapter, Decoder};
 use crate::monitor::Monitor;
 use crate::weights::write_atomically;
 
-/// The active adapters of the reference: the frozen ones that the policy is put on top of, and the
+/// The active adapters of the reference: the frozen ones below the policy's, and the
 /// adapter at `path`, if it is not empty.
 pub fn active(
     frozen: &[ActiveAdapter],
@@ -37,7 +37,7 @@ pub struct ReferenceLogps {
 }
 
 impl ReferenceLogps {
-    /// Zeros for rows of so many responses.
+    /// Zeros for rows with these numbers of responses.
     pub fn new(responses: impl Iterator<Item = usize>) -> Self {
         let (mut all, mut starts) = (0, Vec::new());
         for count in responses {
@@ -59,7 +59,7 @@ impl ReferenceLogps {
         &mut self.values[self.starts[row] as usize..end]
     }
 
-    /// Bytes of the log-probs of so many responses of so many rows.
+    /// Bytes of the log-probs of this many responses and rows.
     pub fn bytes(responses: usize, rows: usize) -> usize {
         responses * size_of::<f32>() + rows * size_of::<u32>()
     }
@@ -81,7 +81,7 @@ pub fn cached(
         let tensor = tensors.tensor(NAME).map_err(|e| broken(e.to_string()))?;
         let responses = logps.values.len();
         if tensor.dtype() != Dtype::F32 || tensor.shape() != [responses] {
-            return Err(broken(format!("does not hold {responses} log-probs")));
+            return Err(broken(format!("does not contain {responses} log-probs")));
         }
         let (values, _) = tensor.data().as_chunks::<4>();
         for (value, bytes) in logps.values.iter_mut().zip(values) {

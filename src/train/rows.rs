@@ -19,13 +19,13 @@ use crate::text::Tokenizer;
 
 /// The rows of a run's files.
 pub struct LoadedRows<T, R> {
-    /// The rows that train.
+    /// Training rows.
     pub train: FileRows<T, R>,
-    /// The rows that evaluations read.
+    /// Evaluation rows.
     pub held_out: Option<FileRows<T, R>>,
-    /// The held-out rows as the files have them, if they were split off here.
+    /// The original lines of the held-out rows, if they were split off here.
     pub held_out_lines: Vec<Bytes>,
-    /// Training rows of each file, and how often they come in an epoch.
+    /// Training rows of each file, and how often they occur in an epoch.
     pub files: Vec<(usize, f64)>,
 }
 
@@ -33,16 +33,16 @@ pub struct LoadedRows<T, R> {
 pub struct RowLoader<'a> {
     /// The settings of the run.
     pub common: &'a CommonSettings,
-    /// The base that reads the rows.
+    /// The base model.
     pub decoder: &'a Decoder,
-    /// Makes tokens of them.
+    /// The tokenizer.
     pub tokenizer: &'a Tokenizer,
     /// Receives warnings, and stops loading.
     pub monitor: Monitor<'a>,
 }
 
 impl RowLoader<'_> {
-    /// Tokens of a row at most.
+    /// Maximum number of tokens of a row.
     pub fn max_length(&self) -> usize {
         self.common.max_length.min(self.decoder.config.max_position_embeddings)
     }
@@ -52,7 +52,7 @@ impl RowLoader<'_> {
         ModelLimits { window: config.max_position_embeddings, vocab_size: config.vocab_size }
     }
 
-    /// Rows of tokens to learn, of one or several files.
+    /// Language modeling rows, of one or several files.
     pub fn examples(
         &self,
         alpaca: Option<AlpacaPrompt>,
@@ -105,7 +105,7 @@ impl RowLoader<'_> {
         Ok(LoadedRows { train: Dataset::join(all), held_out, held_out_lines, files })
     }
 
-    /// Responses that are compared or labelled, of one file.
+    /// Rows of compared or labelled responses, of one file.
     pub fn comparisons(
         &self,
         kind: ComparisonKind,
@@ -142,14 +142,14 @@ impl RowLoader<'_> {
     }
 }
 
-/// Where the tokens of large files are kept.
+/// The disk cache for tokens of large files.
 pub fn row_cache(common: &CommonSettings) -> Cache {
     let given = !common.cache.as_os_str().is_empty();
     let folder = if given { common.cache.clone() } else { common.out.join("rows") };
     Cache { folder, from_bytes: common.cache_from.0 }
 }
 
-/// The tokens of the longest rows, `count` of them together.
+/// Total tokens of the `count` longest rows.
 pub fn longest_together(lengths: impl Iterator<Item = usize>, count: usize) -> usize {
     let mut longest = BinaryHeap::new();
     for length in lengths {
@@ -161,10 +161,10 @@ pub fn longest_together(lengths: impl Iterator<Item = usize>, count: usize) -> u
     longest.into_iter().map(|length| length.0).sum()
 }
 
-/// Warns of what is odd about rows.
+/// Warns about the findings of the data checks.
 ///
 /// # Errors
-/// If rows would teach nothing, or teach something wrong.
+/// If the checks found errors that are not in `allow`.
 pub fn report_checks(
     checks: &CheckReport,
     path: &Path,
@@ -184,7 +184,7 @@ fn warn(checks: &CheckReport, path: &Path, allow: &[Check], monitor: Monitor<'_>
     }
 }
 
-/// Warns that held-out rows were asked for and there are none.
+/// Warns that the requested split has no held-out rows.
 pub fn warn_nothing_held_out(common: &CommonSettings, monitor: Monitor<'_>) {
     let files: Vec<String> = common.data.iter().map(ToString::to_string).collect();
     let files = files.join(", ");

@@ -1,5 +1,4 @@
-//! The loop, on one page, read downwards: every training command takes its steps here. What a step is,
-//! and what is trained, is the [`Trainer`]'s.
+//! The training loop of every command. A [`Trainer`] implements the step and owns the parameters.
 
 use std::path::PathBuf;
 use std::time::Instant;
@@ -15,23 +14,23 @@ use super::state::State;
 use crate::monitor::{LogEvent, Monitor};
 use crate::optim::Schedule;
 
-/// How a run ended, with what it reports.
+/// The outcome of a run.
 #[derive(Debug, Clone)]
 pub enum Outcome<Summary> {
-    /// All steps are done and what was trained is written.
+    /// All steps are done and the result is written.
     Done(Box<Summary>),
-    /// Stopped by the user before there was a run; one that was to be resumed is as it was.
-    NotBegun,
-    /// Stopped by the user before the first step or after a whole one, to be resumed from there.
+    /// Stopped by the user before the run started; a run to be resumed is unchanged.
+    NotStarted,
+    /// Stopped by the user between steps; the run can be resumed.
     Interrupted {
         /// Steps done.
         step: u64,
-        /// Steps there are.
+        /// Total steps.
         total_steps: u64,
     },
 }
 
-/// Takes the steps of a run.
+/// The part of a run that differs by command.
 pub trait Trainer {
     /// Takes a step.
     fn step(
@@ -49,7 +48,7 @@ pub trait Trainer {
         monitor: Monitor<'_>,
     ) -> Result<Option<Numbers>, TrainError>;
 
-    /// Whether the steps so far end an epoch.
+    /// Whether the last step ended an epoch.
     fn epoch_ends(&self, state: &State) -> bool;
 
     /// Optimizer steps taken.
@@ -59,10 +58,10 @@ pub trait Trainer {
     fn save(&self, run: &RunDir, state: &State, keep: usize) -> Result<(), TrainError>;
 }
 
-/// What the loop reads of a command's settings.
+/// The settings of the loop.
 #[derive(Debug, Clone)]
 pub struct LoopSettings {
-    /// Learning rates, and how many steps there are.
+    /// Learning rate schedule and number of steps.
     pub schedule: Schedule,
     /// When held-out data is evaluated.
     pub eval_strategy: EvalStrategy,
@@ -72,7 +71,7 @@ pub struct LoopSettings {
     pub save_steps: u64,
     /// Checkpoints kept; 0 keeps all.
     pub save_total_limit: usize,
-    /// How the best evaluation is found, if one is looked for.
+    /// How the best evaluation is selected, if it is tracked.
     pub best: Option<BestSettings>,
 }
 
@@ -91,7 +90,7 @@ impl LoopSettings {
     }
 }
 
-/// Takes the steps after `state`, whose checkpoint is `saved`. The stop flag is looked at between the
+/// Takes the steps after `state`, whose checkpoint is `saved`. The stop flag is checked between the
 /// batches of an evaluation and after each step. Returns the log and the progress of the steps, or
 /// `None` if the run was stopped before the last step.
 pub fn run_training<'m>(
@@ -125,7 +124,7 @@ pub fn run_training<'m>(
     while state.step < total_steps && !settings.stops_early(state) {
         let began = Instant::now();
         let stepped = trainer.step(state, settings.schedule.at(state.step), monitor);
-        // A reward failed before anything was learned: the steps so far are kept.
+        // A reward failed before the update: the steps so far are saved.
         if matches!(stepped, Err(TrainError::Reward(_) | TrainError::RewardModel(_)))
             && state.step > 0
         {
@@ -171,7 +170,7 @@ fn evaluate(
     monitor: Monitor<'_>,
 ) -> Result<bool, TrainError> {
     let Some(numbers) = trainer.evaluate(log, state, monitor)? else { return Ok(false) };
-    // Before the first step there is no checkpoint to come back to.
+    // Before the first step there is no checkpoint to return to.
     if let Some(best) = settings.best.as_ref().filter(|_| state.step > 0) {
         best.compare(state, &numbers)?;
     }

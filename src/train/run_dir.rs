@@ -1,10 +1,10 @@
-//! The run directory: what is written when, so that a run killed at any moment goes on to the
-//! same bytes.
+//! The run directory. Files are written in an order that lets a run killed at any moment resume to the same
+//! bytes.
 //!
 //! `metrics.jsonl` is appended to and may run ahead of the last checkpoint; a checkpoint records
-//! how long it was, and a resumed run cuts it back to that. A checkpoint is written under a name
-//! that no reader takes for one, synced, and renamed: it is there whole or not at all. `lock` names
-//! the process that is at work here, and is held by it.
+//! its length, and a resumed run truncates it to that. A checkpoint is written under a temporary name,
+//! synced, and renamed, so that it is atomic. `lock` names the process that uses the directory, and is
+//! locked by it.
 
 use std::borrow::Cow;
 use std::fs::{self, File};
@@ -24,18 +24,18 @@ use crate::monitor::Monitor;
 use crate::optim::AdamW;
 use crate::weights::{Lock, LockError, write_atomically};
 
-/// Where the settings of a run are.
+/// The settings of a run.
 const SETTINGS_FILE: &str = "config.toml";
 const LOCK_FILE: &str = "lock";
-/// What a run calls the adapter it is about.
-pub const FIRST: &str = "adapter";
-/// Where a reward model's folder says how well it does on held-out pairs.
+/// The name of the main adapter of a run.
+pub const MAIN_ADAPTER: &str = "adapter";
+/// The file in a reward model's folder with its accuracy on held-out pairs.
 const ACCURACY_FILE: &str = "reward.json";
 
-/// A hash of what a run is made of, with a name for the sentence that refuses another.
+/// A description of an input of a run, for error messages, and its hash.
 pub type Fingerprint = (String, String);
 
-/// The directory of one run, this process's alone while it is held.
+/// The directory of one run, locked by this process.
 #[derive(Debug)]
 pub struct RunDir {
     path: PathBuf,
@@ -43,17 +43,17 @@ pub struct RunDir {
 }
 
 impl RunDir {
-    /// Begins a run. A directory that holds one is refused.
+    /// Creates the directory of a new run. Fails if it contains a run.
     pub fn create(
         path: &Path,
         settings: &toml::Table,
         fingerprints: &[Fingerprint],
         monitor: Monitor<'_>,
     ) -> Result<Self, TrainError> {
-        Self::vacant(path)?;
+        Self::check_no_run(path)?;
         fs::create_dir_all(path).map_err(|e| at(path, e))?;
         let run = Self { path: path.into(), _lock: lock(path, monitor)? };
-        Self::vacant(path)?; // another process may have begun, and ended, a moment ago
+        Self::check_no_run(path)?; // another process may have created a run since the last check
         fs::create_dir_all(run.checkpoints()).map_err(|e| at(path, e))?;
         let text = serde_json::to_string(fingerprints).map_err(|e| at(path, e.into()))?;
         write_atomically(path.join("fingerprints.json"), |file| file.write_all(text.as_bytes()))?;
@@ -62,8 +62,8 @@ impl RunDir {
         Ok(run)
     }
 
-    /// Refuses a directory that holds a run, or files that a run would overwrite.
-    pub fn vacant(path: &Path) -> Result<(), TrainError> {
+    /// Fails if the directory contains a run, or files that a run would overwrite.
+    pub fn check_no_run(path: &Path) -> Result<(), TrainError> {
         if path.join(SETTINGS_FILE).exists() {
             if let Some(holder) = Lock::holder(&path.join(LOCK_FILE)) {
                 return Err(TrainError::Held { path: path.into(), holder });
@@ -71,7 +71,7 @@ impl RunDir {
             return Err(TrainError::Exists(path.into()));
         }
         let occupied = |name: &&&str| match fs::read_dir(path.join(name)) {
-            Ok(mut entries) => entries.next().is_some(), // a killed beginning leaves empty ones
+            Ok(mut entries) => entries.next().is_some(), // a run killed at its start leaves empty ones
             Err(_) => path.join(name).exists(),
         };
         let taken = [
@@ -91,15 +91,15 @@ impl RunDir {
         }
     }
 
-    /// What the run was begun on.
+    /// The fingerprints saved when the run started.
     pub fn fingerprints(&self) -> Result<Vec<Fingerprint>, TrainError> {
         let path = self.path.join("fingerprints.json");
         let text = fs::read_to_string(&path).map_err(|e| at(&path, e))?;
         serde_json::from_str(&text).map_err(|e| TrainError::Broken { path, reason: e.to_string() })
     }
 
-    /// Takes up a run that was begun with the settings `saved`. What is `given` now and would change
-    /// its result is rejected.
+    /// Opens a run that was started with the settings `saved`. Settings `given` now that would change its
+    /// result are rejected.
     pub fn resume(
         path: &Path,
         saved: &toml::Table,
@@ -131,13 +131,13 @@ impl RunDir {
         Ok(run)
     }
 
-    /// The settings a run of this command was begun with.
+    /// The settings that a run of this command was started with.
     pub fn settings(command: Command, path: &Path) -> Result<RunSettings, TrainError> {
         let table = Self::table(path)?;
         RunSettings::from_table(command, table).map_err(|e| broken(path, &e))
     }
 
-    /// The settings of a run of pretraining.
+    /// The settings of a pretraining run.
     pub fn pretrain_settings(path: &Path) -> Result<PretrainSettings, TrainError> {
         let table = Self::table(path)?;
         PretrainSettings::from_table(table).map_err(|e| broken(path, &e))
@@ -152,19 +152,19 @@ impl RunDir {
         toml::from_str(&text).map_err(|e| broken(path, &e))
     }
 
-    /// The last whole checkpoint.
+    /// The last complete checkpoint.
     pub fn last_checkpoint(&self) -> Result<Option<PathBuf>, TrainError> {
         Ok(self.steps()?.pop().map(|step| self.checkpoint(step)))
     }
 
-    /// Where a checkpoint keeps the adapter that a run calls `name`: the first one lies in it openly,
-    /// so that the checkpoint is a PEFT folder.
+    /// The folder of the adapter `name` in a checkpoint. The main adapter is at the top level, so that the
+    /// checkpoint is a PEFT folder.
     pub fn adapter_folder(checkpoint: &Path, name: &str) -> PathBuf {
-        if name == FIRST { checkpoint.into() } else { checkpoint.join(name) }
+        if name == MAIN_ADAPTER { checkpoint.into() } else { checkpoint.join(name) }
     }
 
-    /// Writes a checkpoint and drops the oldest beyond `keep` (0 keeps all), but for the best. `write` puts what is
-    /// trained into the folder; its parameters are in the order of the optimizer.
+    /// Writes a checkpoint and deletes the oldest ones except the last `keep` (0 keeps all) and the best.
+    /// `write` writes the trained weights to the folder; its parameters are in the order of the optimizer.
     pub fn save(
         &self,
         state: &State,
@@ -179,7 +179,7 @@ impl RunDir {
         if whole.exists() {
             return Ok(()); // the same step of the same run: the same bytes
         }
-        let _ = fs::remove_dir_all(&partial); // left by a killed writer
+        let _ = fs::remove_dir_all(&partial); // left by a killed process
         fs::create_dir_all(&partial).map_err(|e| at(&partial, e))?;
         write(&partial)?;
         let moments = moments(parameters, optimizer);
@@ -192,7 +192,7 @@ impl RunDir {
             let mut steps = self.steps()?;
             steps.retain(|&step| state.best.as_ref().is_none_or(|best| best.step != step));
             for &step in &steps[..steps.len().saturating_sub(keep)] {
-                // Under another name first: a checkpoint is there whole or not at all.
+                // Renamed at the end, so that a checkpoint is atomic.
                 let old = folder.join(format!(".step-{step}.partial"));
                 fs::rename(self.checkpoint(step), &old).map_err(|e| at(&old, e))?;
                 fs::remove_dir_all(&old).map_err(|e| at(&old, e))?;
@@ -201,13 +201,13 @@ impl RunDir {
         Ok(())
     }
 
-    /// Opens `metrics.jsonl` at `bytes`, cutting off what came after.
+    /// Opens `metrics.jsonl`, truncated to `bytes`.
     pub fn metrics(&self, bytes: u64) -> Result<Metrics, TrainError> {
         let path = self.path.join("metrics.jsonl");
         let open = || -> io::Result<File> {
             let mut file = File::options().create(true).write(true).truncate(false).open(&path)?;
             if file.metadata()?.len() < bytes {
-                return Err(io::Error::other("shorter than its checkpoint says"));
+                return Err(io::Error::other("shorter than recorded in the checkpoint"));
             }
             file.set_len(bytes)?;
             io::Seek::seek(&mut file, io::SeekFrom::End(0))?;
@@ -217,8 +217,8 @@ impl RunDir {
         Ok(Metrics { path, file, bytes })
     }
 
-    /// Begins TensorBoard's file anew with the curves so far: TensorBoard would show both what
-    /// was cut off and what came instead.
+    /// Rewrites the TensorBoard file with the metrics so far, because TensorBoard would also show the values
+    /// that were truncated.
     pub fn events(&self, wall_time: f64) -> Result<EventWriter, TrainError> {
         let folder = self.path.join("tensorboard");
         let renew = || -> io::Result<EventWriter> {
@@ -234,10 +234,10 @@ impl RunDir {
         renew().map_err(|e| at(&folder, e))
     }
 
-    /// Notes in the adapter's folder how often a reward model is right about held-out pairs.
+    /// Writes the accuracy of a reward model on held-out pairs to the adapter's folder.
     pub fn write_accuracy(&self, accuracy: &serde_json::Value) -> Result<(), TrainError> {
         let text = format!("{}\n", serde_json::json!({ "eval_accuracy": accuracy }));
-        let path = self.file(FIRST).join(ACCURACY_FILE);
+        let path = self.file(MAIN_ADAPTER).join(ACCURACY_FILE);
         Ok(write_atomically(path, |file| file.write_all(text.as_bytes()))?)
     }
 
@@ -255,7 +255,7 @@ impl RunDir {
         self.checkpoints().join(format!("step-{step}"))
     }
 
-    /// The steps of whole checkpoints, rising.
+    /// The steps of complete checkpoints, in ascending order.
     fn steps(&self) -> Result<Vec<u64>, TrainError> {
         let folder = self.checkpoints();
         let mut steps = Vec::new();
@@ -270,7 +270,7 @@ impl RunDir {
     }
 }
 
-/// Keeps two processes off one run. A system without locks can still train.
+/// Locks a run against other processes. Where file locks are not supported, training works without.
 fn lock(run: &Path, monitor: Monitor<'_>) -> Result<Option<Lock>, TrainError> {
     let path = run.join(LOCK_FILE);
     match Lock::take(&path) {
@@ -289,7 +289,7 @@ fn lock(run: &Path, monitor: Monitor<'_>) -> Result<Option<Lock>, TrainError> {
 pub struct Metrics {
     path: PathBuf,
     file: File,
-    /// Its length.
+    /// Length of the file in bytes.
     pub bytes: u64,
 }
 
@@ -312,13 +312,13 @@ impl Metrics {
         text.lines().map(|line| serde_json::from_str(line).map_err(broken)).collect()
     }
 
-    /// Waits until the system has written it: a checkpoint counts on it.
+    /// Syncs the file to disk, before a checkpoint refers to it.
     pub fn sync(&self) -> Result<(), TrainError> {
         self.file.sync_all().map_err(|e| at(&self.path, e))
     }
 }
 
-/// How often the reward model of a folder was right about held-out pairs, if it is said there.
+/// The accuracy of a reward model on held-out pairs, if its folder has it.
 pub fn read_accuracy(folder: &Path) -> Result<Option<f64>, TrainError> {
     let path = folder.join(ACCURACY_FILE);
     let text = match fs::read_to_string(&path) {
@@ -337,13 +337,13 @@ pub fn read_state(checkpoint: &Path) -> Result<State, TrainError> {
     serde_json::from_str(&text).map_err(|e| TrainError::Broken { path, reason: e.to_string() })
 }
 
-/// Writes the state of a checkpoint, over one that is there.
+/// Writes the state of a checkpoint, replacing an existing one.
 pub fn write_state(checkpoint: &Path, state: &State) -> Result<(), TrainError> {
     let text = serde_json::to_string(state).map_err(|e| at(checkpoint, e.into()))?;
     Ok(write_atomically(checkpoint.join("state.json"), |file| file.write_all(text.as_bytes()))?)
 }
 
-/// Reads the optimizer's state of a checkpoint into `optimizer`.
+/// Reads the optimizer state of a checkpoint into `optimizer`.
 pub fn read_optimizer(
     checkpoint: &Path,
     parameters: &[(String, Var)],
@@ -357,7 +357,7 @@ pub fn read_optimizer(
     let read = |name: &str, into: &mut Vec<f32>| -> Result<(), TrainError> {
         let tensor = tensors.tensor(name).map_err(|e| broken(format!("{name}: {e}")))?;
         if tensor.dtype() != Dtype::F32 || tensor.data().len() != 4 * into.len() {
-            return Err(broken(format!("{name} does not fit what is trained")));
+            return Err(broken(format!("{name} has not the size of the trained parameter")));
         }
         for (value, bytes) in into.iter_mut().zip(tensor.data().chunks_exact(4)) {
             *value = f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]);
@@ -372,7 +372,7 @@ pub fn read_optimizer(
     Ok(())
 }
 
-/// A moment on its way into a file: its bytes are made when they are written, one tensor's at a time.
+/// An optimizer moment to be written; its bytes are made one tensor at a time.
 struct Moment<'a> {
     values: &'a [f32],
     shape: Vec<usize>,
@@ -396,19 +396,19 @@ impl View for Moment<'_> {
     }
 }
 
-/// All that is trained of adapters, under names that tell them apart.
+/// The trained parameters of all adapters, with unique names.
 pub fn adapter_parameters<'a>(
     adapters: impl Iterator<Item = (&'a str, &'a Adapter)>,
 ) -> Vec<(String, Var)> {
     let named = |(of, adapter): (&str, &Adapter)| {
-        let prefix = if of == FIRST { String::new() } else { format!("{of}.") };
+        let prefix = if of == MAIN_ADAPTER { String::new() } else { format!("{of}.") };
         let parameters = adapter.parameters().into_iter();
         parameters.map(|(name, var)| (format!("{prefix}{name}"), var)).collect::<Vec<_>>()
     };
     adapters.flat_map(named).collect()
 }
 
-/// The optimizer's moments by the names of what is trained.
+/// The optimizer's moments with the names of the parameters.
 fn moments<'m>(parameters: &[(String, Var)], optimizer: &'m AdamW) -> Vec<(String, Moment<'m>)> {
     let kinds = [("exp_avg", &optimizer.exp_avg), ("exp_avg_sq", &optimizer.exp_avg_sq)];
     let named = |(kind, moments): (&str, &'m Vec<Vec<f32>>)| {
@@ -423,11 +423,11 @@ fn moments<'m>(parameters: &[(String, Var)], optimizer: &'m AdamW) -> Vec<(Strin
 fn sync_folder(folder: &Path) -> io::Result<()> {
     match cfg!(unix) {
         true => File::open(folder)?.sync_all(),
-        false => Ok(()), // only Unix opens folders
+        false => Ok(()), // only Unix can open folders
     }
 }
 
-/// The settings of the run at `path` make no sense.
+/// The settings of the run at `path` are invalid.
 fn broken(path: &Path, reason: &dyn std::fmt::Display) -> TrainError {
     TrainError::Broken { path: path.join(SETTINGS_FILE), reason: reason.to_string() }
 }

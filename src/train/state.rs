@@ -1,4 +1,4 @@
-//! Where a run is: all that is not a tensor. Random numbers need no state, they are keyed.
+//! The state of a run without tensors. Random numbers are keyed and need no state.
 
 use serde::{Deserialize, Serialize};
 
@@ -17,10 +17,10 @@ pub struct State {
     pub step_in_epoch: u64,
     /// Bytes of `metrics.jsonl` that belong to these steps.
     pub metrics_bytes: u64,
-    /// The best evaluation so far, where one is looked for.
+    /// The best evaluation so far, if it is tracked.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub best: Option<BestEvaluation>,
-    /// What only reinforcement learning has.
+    /// State of reinforcement learning.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rollouts: Option<RolloutState>,
 }
@@ -28,11 +28,11 @@ pub struct State {
 /// The best evaluation of a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct BestEvaluation {
-    /// The step it came after.
+    /// The step after which it was evaluated.
     pub step: u64,
-    /// Its metric.
+    /// Value of the metric.
     pub value: f64,
-    /// Evaluations since, none of them better.
+    /// Evaluations without improvement since then.
     #[serde(rename = "worse")]
     pub evals_since_best: u64,
 }
@@ -40,13 +40,13 @@ pub struct BestEvaluation {
 /// The state that only reinforcement learning has.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct RolloutState {
-    /// The KL coefficient now.
+    /// The current KL coefficient.
     pub kl_coef: Option<f64>,
     /// Mean and variance of the scores so far.
     pub moments: RunningMoments,
     /// Bytes of `samples.jsonl` that belong to the steps so far.
     pub samples_bytes: u64,
-    /// Warnings so far: each is given once in a run, however often it is resumed.
+    /// Warnings so far: each is printed once per run, also across resumes.
     #[serde(default, rename = "told")]
     pub warnings: Vec<String>,
 }

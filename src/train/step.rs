@@ -22,14 +22,14 @@ use crate::objectives::{Objective, ObjectiveOutput};
 use crate::ops::BackendKind;
 use crate::optim::AdamW;
 
-/// What a micro-batch is taken with.
+/// Settings of a micro-batch's forward and backward pass.
 #[derive(Debug)]
 pub struct StepSettings<'a> {
-    /// What is minimized.
+    /// The objective to minimize.
     pub objective: &'a Objective,
-    /// What the sum of losses is multiplied with: 1 / the count of the whole step.
+    /// Factor of the summed loss: 1 / the count of the whole step.
     pub scale: f64,
-    /// What logits are divided by.
+    /// Temperature of the logits.
     pub temperature: f64,
     /// Layers, from the top, whose tapes are kept for the backward pass; the others are recomputed.
     pub kept_layers: usize,
@@ -45,10 +45,10 @@ pub struct StepSettings<'a> {
 }
 
 /// NEFTune's noise (Jain et al. 2023): uniform in `±alpha / sqrt(L · hidden_size)` for a row of L
-/// tokens, drawn anew for each token and epoch, but always the same for the same one.
+/// tokens, keyed by token and epoch.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Noise {
-    /// Its size.
+    /// Alpha.
     pub alpha: f64,
     /// The run's seed.
     pub seed: u64,
@@ -74,7 +74,7 @@ impl Noise {
     }
 }
 
-/// Buffers of a step, used again by the next.
+/// Buffers of a step, reused by the next.
 #[derive(Debug)]
 pub struct Buffers<B: Backend> {
     /// Tokens of the largest batch so far.
@@ -102,7 +102,7 @@ impl<B: Backend> Default for Buffers<B> {
 }
 
 /// Adds the gradients of a micro-batch to `gradients`, one per parameter of
-/// [`StepSettings::parameters`]. Returns what the objective counted, its summed loss (unscaled) first.
+/// [`StepSettings::parameters`]. Returns the statistics of the objective; the summed loss is unscaled.
 pub fn accumulate<B: Backend>(
     decoder: &Decoder,
     batch: &Batch,
@@ -114,8 +114,8 @@ pub fn accumulate<B: Backend>(
     if objective.reads_log_probs() && batch.targets.is_empty() {
         return Ok(ObjectiveOutput::default());
     }
-    // Hundreds of buffers that grow one after another leave as many holes of their old sizes, up to
-    // twice the memory: for a batch larger than all before they are made anew.
+    // Growing hundreds of buffers one after another fragments the heap, up to twice the memory: for a batch
+    // larger than all before, they are freed and allocated again.
     if batch.tokens.len() > buffers.tokens {
         *buffers = Buffers { tokens: batch.tokens.len(), ..Buffers::default() };
     }
@@ -205,13 +205,13 @@ pub fn accumulate<B: Backend>(
     Ok(judged)
 }
 
-/// Gradients, optimizer and buffers of a training run, in the form of its backend.
+/// Gradients, optimizer and buffers of a training run on its backend.
 pub trait TrainState: Debug + Send {
     /// Sets all gradients to 0.
     fn zero_gradients(&mut self) -> Result<()>;
 
     /// Adds the gradients of a micro-batch to those of the parameters in `range`, which are
-    /// [`StepSettings::parameters`]. Returns what the objective counted, its summed loss first.
+    /// [`StepSettings::parameters`]. Returns the statistics of the objective.
     fn accumulate(
         &mut self,
         decoder: &Decoder,
@@ -233,13 +233,13 @@ pub trait TrainState: Debug + Send {
     /// A copy of all gradients on the host.
     fn gradients(&self) -> Result<Vec<Vec<f32>>>;
 
-    /// Sets those gradients of an adapter to 0 whose ranks are frozen; its parameters are in `range`.
+    /// Sets the gradients of an adapter's frozen ranks to 0; its parameters are in `range`.
     fn mask_frozen_ranks(&mut self, adapter: &Adapter, range: Range<usize>) -> Result<()>;
 
-    /// The Euclidean norm over all gradients: not finite if one of them is not.
+    /// The Euclidean norm over all gradients; NaN or Inf if one of them is.
     fn gradient_norm(&self) -> Result<f64>;
 
-    /// One optimizer step by the gradients times `factor`. Returns whether all parameters are finite
+    /// One optimizer step with the gradients times `factor`. Returns whether all parameters are finite
     /// after it.
     fn optimizer_step(
         &mut self,
@@ -251,17 +251,17 @@ pub trait TrainState: Debug + Send {
     /// Optimizer steps taken.
     fn optimizer_steps(&self) -> u64;
 
-    /// The optimizer's state on the host, copied where it is elsewhere.
+    /// The optimizer state on the host, copied if it is on another device.
     fn optimizer(&self) -> Result<Cow<'_, AdamW>>;
 
     /// Replaces the optimizer's state.
     fn set_optimizer(&mut self, state: AdamW, parameters: &[Var]) -> Result<()>;
 }
 
-/// Gradients of zeros for `parameters`, with an optimizer, where the backend of `kind` computes.
+/// A training state for `parameters` with zero gradients, on the backend `kind`.
 ///
 /// # Errors
-/// If the optimizer's state belongs to parameters of other sizes, or the device has too little memory.
+/// If the sizes of the optimizer state and the parameters differ, or the device has too little memory.
 pub fn train_state(
     kind: BackendKind,
     parameters: &[Var],
@@ -353,12 +353,14 @@ impl StepSettings<'_> {
         let mut trainable = self.active.iter().filter(|active| active.trainable);
         match trainable.find_map(|active| active.adapter.score.as_ref()) {
             Some(head) => Ok(head),
-            None => candle_core::bail!("scores are read, but the adapter has no score head"),
+            None => {
+                candle_core::bail!("the objective needs scores, but the adapter has no score head")
+            }
         }
     }
 }
 
-/// Dropout whose masks belong to the tokens of `batch`, wherever they stand in it.
+/// Dropout whose masks are keyed by the tokens of `batch`, independent of their position in it.
 pub fn dropout(batch: &Batch, epoch: u64, p: f64, seed: u64) -> Option<Dropout> {
     if p == 0.0 {
         return None;

@@ -5,14 +5,14 @@ use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
 
-/// A file of scalars being written.
+/// Writes a file of scalars.
 #[derive(Debug)]
 pub struct EventWriter {
     file: BufWriter<File>,
 }
 
 impl EventWriter {
-    /// Begins a file; `name` tells runs in one folder apart.
+    /// Creates a file; `name` distinguishes runs in the same folder.
     pub fn create(folder: &Path, name: &str, wall_time: f64) -> io::Result<Self> {
         let path = folder.join(format!("events.out.tfevents.{:010}.{name}", wall_time as u64));
         let mut writer = Self { file: BufWriter::new(File::create(path)?) };
@@ -22,7 +22,7 @@ impl EventWriter {
         Ok(writer)
     }
 
-    /// Appends one value of the curve `tag`.
+    /// Appends one value of `tag`.
     pub fn scalar(&mut self, tag: &str, step: u64, value: f64, wall_time: f64) -> io::Result<()> {
         let mut summary_value = field_bytes(1, tag.as_bytes());
         summary_value.push(2 << 3 | 5); // simple_value, a float
@@ -35,7 +35,7 @@ impl EventWriter {
         self.record(&event)
     }
 
-    /// Hands everything to the system.
+    /// Flushes the buffer to the file.
     pub fn flush(&mut self) -> io::Result<()> {
         self.file.flush()
     }

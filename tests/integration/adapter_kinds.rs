@@ -359,7 +359,7 @@ fn rows_wear_what_they_wear_alone_over(vocabulary: usize) {
         max_tokens: 12,
         cache: CacheType::F32,
         logprobs: None,
-        draws: false,
+        sampled_logps: false,
         slots: 4,
     };
     let go_on = |rows: &[&[u32]], active: &[&[ActiveAdapter]]| {

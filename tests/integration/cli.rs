@@ -806,7 +806,10 @@ fn a_run_directory_is_locked_by_one_process() {
         let output = quantune(args);
         assert_eq!(output.status.code(), Some(1));
         let sentence = error(&output);
-        assert!(sentence.contains(&format!("process {pid} is at work on this run")), "{sentence}");
+        assert!(
+            sentence.contains(&format!("process {pid} is using this run directory")),
+            "{sentence}"
+        );
     }
     assert_eq!(fs::read(&metrics).unwrap(), before);
 

@@ -76,7 +76,14 @@ fn requests(prompts: &[Vec<u32>]) -> Vec<Request<'_>> {
 }
 
 fn settings(sampling: Sampling, max_tokens: usize) -> Settings {
-    Settings { sampling, max_tokens, cache: CacheType::F32, logprobs: None, draws: false, slots: 0 }
+    Settings {
+        sampling,
+        max_tokens,
+        cache: CacheType::F32,
+        logprobs: None,
+        sampled_logps: false,
+        slots: 0,
+    }
 }
 
 /// Decodes without end-of-generation tokens and without a callback.
@@ -343,7 +350,7 @@ fn results_do_not_depend_on_slots_or_groups() {
                     max_tokens: 20,
                     cache,
                     logprobs: Some(2),
-                    draws: true,
+                    sampled_logps: true,
                     slots,
                 };
                 let mut heard = vec![0; requests.len()];

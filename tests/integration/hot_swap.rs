@@ -39,7 +39,13 @@ fn prompt(decoder: &Decoder, index: usize, length: usize) -> Vec<u32> {
 
 fn job(prompt: Vec<u32>, active: &[ActiveAdapter], key: u64, max_tokens: usize) -> Job {
     let sampling = Sampling { temperature: 1.5, seed: 8, ..Sampling::default() };
-    Job { active: active.into(), sampling, key, logprobs: Some(2), ..Job::new(prompt, max_tokens) }
+    Job {
+        active: active.into(),
+        sampling,
+        rng_key: key,
+        logprobs: Some(2),
+        ..Job::new(prompt, max_tokens)
+    }
 }
 
 /// The result of a row, to the bit.
@@ -53,8 +59,8 @@ fn drain(engine: &mut Engine) -> HashMap<usize, Generated> {
     let mut rows = HashMap::new();
     while !engine.is_idle() {
         for event in engine.step().unwrap() {
-            if let Event::Finished { id, ended } = event {
-                assert!(rows.insert(id, ended.generated).is_none());
+            if let Event::Finished { id, output } = event {
+                assert!(rows.insert(id, output.generated).is_none());
             }
         }
     }
@@ -126,9 +132,9 @@ fn a_thousand_swaps() {
         // About as many tokens are decoded as are asked for: the slots stay full.
         for _ in 0..2 {
             for event in engine.step().unwrap() {
-                if let Event::Finished { id, ended } = event {
+                if let Event::Finished { id, output } = event {
                     let key = asked.remove(&id).unwrap();
-                    assert_eq!(bits(&ended.generated), expected[&key], "request {id}");
+                    assert_eq!(bits(&output.generated), expected[&key], "request {id}");
                     finished += 1;
                 }
             }
@@ -140,9 +146,9 @@ fn a_thousand_swaps() {
         }
         while asked.len() > 40 {
             for event in engine.step().unwrap() {
-                if let Event::Finished { id, ended } = event {
+                if let Event::Finished { id, output } = event {
                     let key = asked.remove(&id).unwrap();
-                    assert_eq!(bits(&ended.generated), expected[&key], "request {id}");
+                    assert_eq!(bits(&output.generated), expected[&key], "request {id}");
                     finished += 1;
                 }
             }
@@ -199,18 +205,18 @@ fn rows_use_any_adapters() {
                 assert_eq!(engine.submit(job.clone()).unwrap(), i);
                 for _ in 0..i % 3 {
                     for event in engine.step().unwrap() {
-                        if let Event::Finished { id, ended } = event {
-                            rows.insert(id, ended.generated);
+                        if let Event::Finished { id, output } = event {
+                            rows.insert(id, output.generated);
                         }
                     }
                 }
-                // What is cut off is the beginning of what it would have been.
+                // The output of a cancelled job is a prefix of the full output.
                 if i % 6 == 5
-                    && let Some(ended) = engine.cancel(i - 2)
+                    && let Some(output) = engine.cancel(i - 2)
                 {
                     cancelled += 1;
-                    assert_eq!(ended.generated.finish, Finish::Callback);
-                    let got = ended.generated.token_ids;
+                    assert_eq!(output.generated.finish, Finish::Callback);
+                    let got = output.generated.token_ids;
                     assert_eq!(got, alone[i - 2].0[..got.len()], "{name}, row {}", i - 2);
                     assert!(engine.cancel(i - 2).is_none());
                 }
@@ -235,7 +241,7 @@ fn a_failed_row_leaves_the_others_unchanged() {
     let bad = job(prompt(&decoder, 2, 9), &[active(&broken, 1.0)], 2, 8);
     let mut engine = Engine::new(&decoder, CacheType::F32, 0);
     engine.submit(good.clone()).unwrap();
-    // Its prompt is read by itself: in one pass it would spoil the other's.
+    // Prefilled separately: in one pass it would affect the other prompt.
     assert!(matches!(engine.step().unwrap()[..], [Event::Token { id: 0, .. }]));
     engine.submit(bad).unwrap();
     let (mut ended, mut failed) = (Vec::new(), Vec::new());
@@ -243,7 +249,7 @@ fn a_failed_row_leaves_the_others_unchanged() {
         for event in engine.step().unwrap() {
             match event {
                 Event::Token { id, .. } => assert_eq!(id, 0),
-                Event::Finished { id, ended: row } => ended.push((id, row.generated)),
+                Event::Finished { id, output: row } => ended.push((id, row.generated)),
                 Event::Failed { id, error } => failed.push((id, error.to_string())),
             }
         }
@@ -265,7 +271,7 @@ fn a_cached_prefix_is_not_recomputed() {
     let lists = [vec![], vec![active(&adapters[0], 1.0)], vec![active(&adapters[1], 1.0)]];
     let keeping = |prompt: Vec<u32>, active: &[ActiveAdapter], prefix: Option<Prefix>| {
         let job = job(prompt, active, 0, 7);
-        Job { sampling: Sampling::greedy(), prefix, keeps: true, ..job }
+        Job { sampling: Sampling::greedy(), prefix, keep_cache: true, ..job }
     };
     for list in &lists {
         let first = prompt(&decoder, 3, 30);
@@ -275,39 +281,40 @@ fn a_cached_prefix_is_not_recomputed() {
             engine.submit(job).unwrap();
             loop {
                 for event in engine.step().unwrap() {
-                    if let Event::Finished { ended, .. } = event {
+                    if let Event::Finished { output, .. } = event {
                         let usage = engine.usage();
-                        let read = usage.prompt_tokens - before.prompt_tokens;
-                        let kept = usage.kept_prompt_tokens - before.kept_prompt_tokens;
-                        return (ended, read, kept);
+                        let computed = usage.prompt_tokens - before.prompt_tokens;
+                        let cached = usage.cached_prompt_tokens - before.cached_prompt_tokens;
+                        return (output, computed, cached);
                     }
                 }
             }
         };
-        let (ended, read, kept) = run(keeping(first.clone(), list, None));
-        assert_eq!((read, kept), (30, 0));
-        let prefix = ended.prefix.unwrap();
-        // The last of 7 new tokens has not been read.
-        let mut next = [&first[..], &ended.generated.token_ids].concat();
-        assert_eq!(prefix.covers(&next, list), 36);
+        let (output, computed, cached) = run(keeping(first.clone(), list, None));
+        assert_eq!((computed, cached), (30, 0));
+        let prefix = output.prefix.unwrap();
+        // The last of 7 new tokens is not in the cache.
+        let mut next = [&first[..], &output.generated.token_ids].concat();
+        assert_eq!(prefix.cached_len(&next, list), 36);
         next.extend(prompt(&decoder, 5, 8));
-        let (again, read, kept) = run(keeping(next.clone(), list, Some(prefix.clone())));
-        assert_eq!((read, kept), (9, 36));
+        let (again, computed, cached) = run(keeping(next.clone(), list, Some(prefix.clone())));
+        assert_eq!((computed, cached), (9, 36));
         let anew = alone(&decoder, keeping(next.clone(), list, None));
         assert_eq!(again.generated.token_ids, anew.token_ids);
         for (a, b) in again.generated.token_logprobs.iter().zip(&anew.token_logprobs) {
             assert!((a - b).abs() < 1e-4, "{a} and {b}");
         }
         // The same prompt once more: all but its last token is there, and of the prompt to the bit.
-        let (same, read, kept) = run(keeping(first.clone(), list, Some(prefix.clone())));
-        assert_eq!((read, kept), (1, 29));
-        assert_eq!(bits(&same.generated), bits(&ended.generated));
+        let (same, computed, cached) = run(keeping(first.clone(), list, Some(prefix.clone())));
+        assert_eq!((computed, cached), (1, 29));
+        assert_eq!(bits(&same.generated), bits(&output.generated));
         for other in lists.iter().filter(|other| !ActiveAdapter::same(other, list)) {
-            assert_eq!(prefix.covers(&next, other), 0);
-            let (ended, read, kept) = run(keeping(next.clone(), other, Some(prefix.clone())));
-            assert_eq!((read, kept), (next.len(), 0));
+            assert_eq!(prefix.cached_len(&next, other), 0);
+            let (output, computed, cached) =
+                run(keeping(next.clone(), other, Some(prefix.clone())));
+            assert_eq!((computed, cached), (next.len(), 0));
             let anew = alone(&decoder, keeping(next.clone(), other, None));
-            assert_eq!(bits(&ended.generated), bits(&anew));
+            assert_eq!(bits(&output.generated), bits(&anew));
         }
     }
 }

@@ -310,15 +310,15 @@ fn rows_grow_across_longrope_threshold() {
         let mut found = vec![Vec::new(); prompts.len()];
         while !engine.is_idle() {
             for event in engine.step().unwrap() {
-                if let Event::Finished { id, ended } = event {
-                    found[id] = ended.generated.token_ids;
+                if let Event::Finished { id, output } = event {
+                    found[id] = output.generated.token_ids;
                 }
             }
         }
         // Two rows were recomputed, each when it had a token beyond the threshold.
         let usage = engine.usage();
         let all = prompts.iter().map(|prompt| prompt.len()).sum();
-        assert_eq!((usage.prompt_tokens, usage.reread_tokens), (all, 2 * 25));
+        assert_eq!((usage.prompt_tokens, usage.recomputed_tokens), (all, 2 * 25));
         assert_eq!(usage.tokens, 4 * 12);
         for (prompt, found) in prompts.iter().zip(found) {
             let mut tokens = prompt.to_vec();

@@ -333,7 +333,7 @@ fn invalid_input_ends_in_one_error() {
     check(notes, &["--export", "x.gguf", "--export-type", "Q9"], &["\"Q9\" is no type"]);
     check(notes, &["--base", &base(), "--max-length", "999999"], &["max_length is 999999"]);
     check(notes, &["--base", &base(), "--hidden-size", "64"], &["cannot be set with --base"]);
-    check(notes, &["--resume"], &["holds no run to resume"]);
+    check(notes, &["--resume"], &["contains no run to resume"]);
     let taken = lab.path("run");
     fs::create_dir_all(format!("{taken}/model")).unwrap();
     fs::write(format!("{taken}/model/model.safetensors"), "x").unwrap();

@@ -406,7 +406,7 @@ fn replay(name: &str, compute: Compute, micro: usize) {
             for micro in mini.chunks(micro) {
                 let of: Vec<&Response> = micro.iter().map(|&i| &responses[i as usize]).collect();
                 let rows: Vec<&Experience> = micro.iter().map(pick).collect();
-                let batch = respond::lay_out(&of);
+                let batch = respond::collate(&of);
                 let policy = ppo::policy_part(&rows, counts, number("cliprange"));
                 let (vf_coef, range) = (number("vf_coef"), number("cliprange_value"));
                 let value = ppo::value_part(&rows, &batch, counts, vf_coef, range);

@@ -832,7 +832,7 @@ fn a_reward_model_at_chance_is_rejected() {
         };
         let sentence = error(&run(&[]));
         for words in
-            [&*model, "right about 50.0 % of held-out pairs, needed 60.0 %", "min_reward_accuracy"]
+            [&*model, "accuracy on held-out pairs is 50.0 %, needed 60.0 %", "min_reward_accuracy"]
         {
             assert!(sentence.contains(words), "{command}: {sentence}");
         }
@@ -844,7 +844,7 @@ fn a_reward_model_at_chance_is_rejected() {
 type LayOut = dyn Fn(&Response) -> Batch;
 
 fn well(response: &Response) -> Batch {
-    respond::lay_out(&[response])
+    respond::collate(&[response])
 }
 
 /// Log-probs are read one position too late.
@@ -861,7 +861,7 @@ fn shifted_by_one(response: &Response) -> Batch {
 fn padded(response: &Response) -> Batch {
     let padding = [0, 0, 0].iter();
     let prompt = padding.chain(response.prompt.iter()).copied().collect();
-    respond::lay_out(&[&Response { prompt, ..response.clone() }])
+    respond::collate(&[&Response { prompt, ..response.clone() }])
 }
 
 /// How an update learns from its responses.
@@ -923,7 +923,7 @@ impl Patient {
             max_tokens: 12,
             cache: CacheType::F16,
             logprobs: None,
-            draws: true,
+            sampled_logps: true,
             slots: 4,
         };
         let active = [ActiveAdapter::frozen(policy.clone())];

@@ -312,10 +312,10 @@ impl<'a> Session<'a> {
         let job = Job {
             active: self.active.iter().map(|(_, active)| active.clone()).collect(),
             sampling: self.sampling.clone(),
-            key: self.replies,
-            ends: self.end_tokens.clone(),
+            rng_key: self.replies,
+            eos_token_ids: self.end_tokens.clone(),
             prefix: self.prefix.take(),
-            keeps: true,
+            keep_cache: true,
             ..Job::new(prompt.clone(), self.max_tokens)
         };
         let mut engine = Engine::new(self.decoder, self.cache, 1);
@@ -330,9 +330,9 @@ impl<'a> Session<'a> {
         let mut text = Text::new(self.tokenizer, &self.stop);
         REPLYING.store(true, Ordering::Relaxed);
         INTERRUPTED.store(false, Ordering::Relaxed);
-        let ended = self.listen(&mut engine, id, &mut text);
+        let output = self.listen(&mut engine, id, &mut text);
         REPLYING.store(false, Ordering::Relaxed);
-        let (generated, prefix) = ended?;
+        let (generated, prefix) = output?;
         self.prefix = prefix;
 
         let (reply, rest) = text.finish()?;
@@ -368,14 +368,14 @@ impl<'a> Session<'a> {
             for event in engine.step()? {
                 match event {
                     Event::Token { token, .. } => show(&text.push(token)),
-                    Event::Finished { ended, .. } => return Ok((ended.generated, ended.prefix)),
+                    Event::Finished { output, .. } => return Ok((output.generated, output.prefix)),
                     Event::Failed { error, .. } => return Err(error.into()),
                 }
             }
             if (text.stopped() || INTERRUPTED.load(Ordering::Relaxed))
-                && let Some(ended) = engine.cancel(id)
+                && let Some(output) = engine.cancel(id)
             {
-                return Ok((ended.generated, ended.prefix));
+                return Ok((output.generated, output.prefix));
             }
         }
     }

@@ -137,7 +137,7 @@ impl LayerPass<'_> {
         if wanted(LinearGroup::DOWN) {
             if dense.down.gradient().is_some() {
                 // Rounds otherwise: a full training run keeps its bits.
-                swiglu::backward_again(isa, kind, &mut gates, &mut ups, &mut dinner);
+                swiglu::backward_recompute(isa, kind, &mut gates, &mut ups, &mut dinner);
             } else {
                 swiglu::backward(isa, kind, &mut gates, &mut ups, &dinner);
             }

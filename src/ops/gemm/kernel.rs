@@ -16,18 +16,18 @@ pub const TILE_COLS: usize = 32;
 #[repr(align(64))]
 pub struct Tile(pub [[f32; TILE_COLS]; TILE_ROWS]);
 
-/// One side of a block-floating product: 32-bit units of the contraction, each for all rows (or
+/// One operand of a block-floating product: 32-bit units along the contraction, each for all rows (or
 /// columns) of a tile, and a scale per block and row (or column).
 #[derive(Clone, Copy)]
-pub struct Side<'a> {
+pub struct BlockFloatOperand<'a> {
     /// `(units, TILE_ROWS)` or `(units, TILE_COLS)`.
     pub units: &'a [u32],
     /// `(blocks, TILE_ROWS)` or `(blocks, TILE_COLS)`.
     pub scales: &'a [f32],
 }
 
-impl Side<'_> {
-    /// How many units, checked against the other side's and the scales of both.
+impl BlockFloatOperand<'_> {
+    /// The number of units, checked against the other operand's and the scales of both.
     fn depth(a: Self, b: Self, units_per_block: usize) -> usize {
         let depth = a.units.len() / TILE_ROWS;
         assert!(a.units.len() == depth * TILE_ROWS && b.units.len() == depth * TILE_COLS);
@@ -42,14 +42,14 @@ pub fn f32_tile(isa: Isa, a: &[u32], b: &[u32], tile: &mut Tile) {
     let depth = a.len() / TILE_ROWS;
     assert!(a.len() == depth * TILE_ROWS && b.len() == depth * TILE_COLS);
     match isa.level() {
-        // SAFETY: `isa` proves that the CPU has the features of its level; lengths are checked.
+        // SAFETY: `isa` was detected, so the CPU supports its level; lengths are checked.
         #[cfg(target_arch = "x86_64")]
         IsaLevel::Avx512Vnni => unsafe {
             let out = tile.0.as_mut_ptr().cast::<f32>();
             let begin = (out.cast_const(), TILE_COLS);
             x86::f32_avx512(depth, a.as_ptr(), b.as_ptr(), begin, (out, TILE_COLS));
         },
-        // SAFETY: `isa` proves that the CPU has the features of its level; lengths are checked.
+        // SAFETY: `isa` was detected, so the CPU supports its level; lengths are checked.
         #[cfg(target_arch = "x86_64")]
         IsaLevel::Avx2 | IsaLevel::AvxVnni => unsafe {
             x86::f32_avx2(depth, a.as_ptr(), b.as_ptr(), tile)
@@ -67,12 +67,12 @@ pub fn f32_tile(isa: Isa, a: &[u32], b: &[u32], tile: &mut Tile) {
     }
 }
 
-/// `out = begin + a · b` in `f32` for a whole tile that lies in wider buffers, its rows a stride
-/// apart: no copy of it is made on the way.
+/// `out = begin + a · b` in `f32` for a whole tile inside wider buffers, its rows a stride
+/// apart, without copying it.
 ///
 /// # Safety
-/// Both sides point to [`TILE_ROWS`] rows of [`TILE_COLS`] values, those of `out` this thread's own;
-/// they may be the same.
+/// Both pointers are valid for [`TILE_ROWS`] rows of [`TILE_COLS`] values, and no other thread accesses
+/// those of `out`; they may be the same.
 pub unsafe fn f32_tile_in_place(
     isa: Isa,
     a: &[u32],
@@ -84,19 +84,20 @@ pub unsafe fn f32_tile_in_place(
     assert!(a.len() == depth * TILE_ROWS && b.len() == depth * TILE_COLS);
     #[cfg(target_arch = "x86_64")]
     if isa.level() == IsaLevel::Avx512Vnni {
-        // SAFETY: `isa` proves that the CPU has the features of its level; lengths are checked; the rest is the caller's.
+        // SAFETY: `isa` was detected, so the CPU supports its level; lengths are checked; the rest is the
+        // caller's.
         unsafe { x86::f32_avx512(depth, a.as_ptr(), b.as_ptr(), begin, out) };
         return;
     }
     let mut tile = Tile([[0.0; TILE_COLS]; TILE_ROWS]);
-    // SAFETY: by this function's contract its pointers are valid for a whole tile.
+    // SAFETY: this function's contract guarantees that its pointers are valid for a whole tile.
     unsafe {
         for (i, row) in tile.0.iter_mut().enumerate() {
             row.as_mut_ptr().copy_from(begin.0.add(i * begin.1), TILE_COLS);
         }
     }
     f32_tile(isa, a, b, &mut tile);
-    // SAFETY: by this function's contract its pointers are valid for a whole tile.
+    // SAFETY: this function's contract guarantees that its pointers are valid for a whole tile.
     unsafe {
         for (i, row) in tile.0.iter().enumerate() {
             row.as_ptr().copy_to(out.0.add(i * out.1), TILE_COLS);
@@ -105,17 +106,23 @@ pub unsafe fn f32_tile_in_place(
 }
 
 /// `tile += a · b` where a unit is two `i16`.
-pub fn int16_tile(isa: Isa, a: Side, b: Side, units_per_block: usize, tile: &mut Tile) {
-    let depth = Side::depth(a, b, units_per_block);
+pub fn int16_tile(
+    isa: Isa,
+    a: BlockFloatOperand,
+    b: BlockFloatOperand,
+    units_per_block: usize,
+    tile: &mut Tile,
+) {
+    let depth = BlockFloatOperand::depth(a, b, units_per_block);
     let size = (depth, units_per_block);
     match isa.level() {
-        // SAFETY: `isa` proves that the CPU has the features of its level; lengths are checked.
+        // SAFETY: `isa` was detected, so the CPU supports its level; lengths are checked.
         #[cfg(target_arch = "x86_64")]
         IsaLevel::Avx512Vnni => unsafe { x86::int16_avx512(size, a, b, tile) },
-        // SAFETY: `isa` proves that the CPU has the features of its level; lengths are checked.
+        // SAFETY: `isa` was detected, so the CPU supports its level; lengths are checked.
         #[cfg(target_arch = "x86_64")]
         IsaLevel::AvxVnni => unsafe { x86::int16_avxvnni(size, a, b, tile) },
-        // SAFETY: `isa` proves that the CPU has the features of its level; lengths are checked.
+        // SAFETY: `isa` was detected, so the CPU supports its level; lengths are checked.
         #[cfg(target_arch = "x86_64")]
         IsaLevel::Avx2 => unsafe { x86::int16_avx2(size, a, b, tile) },
         _ => scalar(units_per_block, a, b, None, tile, |a, b| {
@@ -129,23 +136,23 @@ pub fn int16_tile(isa: Isa, a: Side, b: Side, units_per_block: usize, tile: &mut
 /// `offsets` `-128 Σ b` per block and column.
 pub fn int8_tile(
     isa: Isa,
-    a: Side,
-    b: Side,
+    a: BlockFloatOperand,
+    b: BlockFloatOperand,
     offsets: &[i32],
     units_per_block: usize,
     tile: &mut Tile,
 ) {
-    let depth = Side::depth(a, b, units_per_block);
+    let depth = BlockFloatOperand::depth(a, b, units_per_block);
     assert!(offsets.len() >= depth.div_ceil(units_per_block) * TILE_COLS);
     let size = (depth, units_per_block);
     match isa.level() {
-        // SAFETY: `isa` proves that the CPU has the features of its level; lengths are checked.
+        // SAFETY: `isa` was detected, so the CPU supports its level; lengths are checked.
         #[cfg(target_arch = "x86_64")]
         IsaLevel::Avx512Vnni => unsafe { x86::int8_avx512(size, a, b, offsets, tile) },
-        // SAFETY: `isa` proves that the CPU has the features of its level; lengths are checked.
+        // SAFETY: `isa` was detected, so the CPU supports its level; lengths are checked.
         #[cfg(target_arch = "x86_64")]
         IsaLevel::AvxVnni => unsafe { x86::int8_avxvnni(size, a, b, offsets, tile) },
-        // SAFETY: `isa` proves that the CPU has the features of its level; lengths are checked.
+        // SAFETY: `isa` was detected, so the CPU supports its level; lengths are checked.
         #[cfg(target_arch = "x86_64")]
         IsaLevel::Avx2 => unsafe { x86::int8_avx2(size, a, b, offsets, tile) },
         _ => scalar(units_per_block, a, b, Some(offsets), tile, |a, b| {
@@ -155,12 +162,12 @@ pub fn int8_tile(
     }
 }
 
-/// The integer kernels in plain Rust, which the compiler vectorizes for the target's baseline.
+/// The portable integer kernels, auto-vectorized for the baseline of the target.
 #[inline(always)]
 fn scalar(
     units_per_block: usize,
-    a: Side,
-    b: Side,
+    a: BlockFloatOperand,
+    b: BlockFloatOperand,
     offsets: Option<&[i32]>,
     tile: &mut Tile,
     product: impl Fn(u32, u32) -> i32,
@@ -192,7 +199,7 @@ fn scalar(
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::{Side, TILE_COLS, TILE_ROWS, Tile};
+    use super::{BlockFloatOperand, TILE_COLS, TILE_ROWS, Tile};
 
     /// # Safety
     /// `a` and `b` hold `depth` units for a tile's rows and columns; `begin` and `out` point to a
@@ -206,7 +213,7 @@ mod x86 {
         out: (*mut f32, usize),
     ) {
         let (a, b): (*const f32, *const f32) = (a.cast(), b.cast());
-        // SAFETY: by this function's contract its pointers are valid for a whole tile; a tile has 12 rows of 32.
+        // SAFETY: this function's contract guarantees valid pointers to a whole tile; a tile has 12 rows of 32.
         unsafe {
             let mut sums = [[_mm512_setzero_ps(); 2]; TILE_ROWS];
             for (i, sums) in sums.iter_mut().enumerate() {
@@ -238,7 +245,8 @@ mod x86 {
         let (a, b): (*const f32, *const f32) = (a.cast(), b.cast());
         let out = tile.0.as_mut_ptr().cast::<f32>();
         for (first, column) in [(0, 0), (0, 16), (6, 0), (6, 16)] {
-            // SAFETY: by this function's contract its pointers are valid for a whole tile; a quarter of a tile is 6 rows of 16.
+            // SAFETY: this function's contract guarantees valid pointers to a whole tile; a quarter of a
+            // tile is 6 rows of 16.
             unsafe {
                 let mut sums = [[_mm256_setzero_ps(); 2]; 6];
                 for (i, sums) in sums.iter_mut().enumerate() {
@@ -273,15 +281,15 @@ mod x86 {
             #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
             pub unsafe fn $name(
                 (depth, units_per_block): (usize, usize),
-                a: Side,
-                b: Side,
+                a: BlockFloatOperand,
+                b: BlockFloatOperand,
                 $($offsets: $ty,)?
                 tile: &mut Tile,
             ) {
                 let (mut a_units, mut b_units) = (a.units.as_ptr(), b.units.as_ptr());
                 let out = tile.0.as_mut_ptr().cast::<f32>();
                 for ($block, first) in (0..depth).step_by(units_per_block).enumerate() {
-                    // SAFETY: by this function's contract its pointers are valid for a whole tile.
+                    // SAFETY: this function's contract guarantees that its pointers are valid for a whole tile.
                     unsafe {
                         let mut sums: [[__m512i; 2]; TILE_ROWS] = [$begin; TILE_ROWS];
                         for _ in 0..units_per_block.min(depth - first) {
@@ -335,8 +343,8 @@ mod x86 {
             #[target_feature(enable = $features)]
             pub unsafe fn $name(
                 (depth, units_per_block): (usize, usize),
-                a: Side,
-                b: Side,
+                a: BlockFloatOperand,
+                b: BlockFloatOperand,
                 $($offsets: $ty,)?
                 tile: &mut Tile,
             ) {
@@ -345,7 +353,8 @@ mod x86 {
                     let mut a_units = a.units.as_ptr().wrapping_add(first_row);
                     let mut b_units = b.units.as_ptr().wrapping_add($column);
                     for ($block, first) in (0..depth).step_by(units_per_block).enumerate() {
-                        // SAFETY: by this function's contract its pointers are valid for a whole tile.
+                        // SAFETY: this function's contract guarantees that its pointers are valid for a
+                        // whole tile.
                         unsafe {
                             let mut sums: [[__m256i; 2]; 6] = [$begin; 6];
                             for _ in 0..units_per_block.min(depth - first) {

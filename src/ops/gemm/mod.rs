@@ -1,13 +1,13 @@
-//! Products with frozen matrices straight from their blocks: a packed, blocked GEMM (Goto and van
-//! de Geijn 2008) whose right side is dequantized panel by panel into the second-level cache.
+//! Matrix products with quantized weights read from their blocks: a packed, blocked GEMM (Goto and van
+//! de Geijn 2008) whose right operand is dequantized panel by panel into the L2 cache.
 //!
-//! Nothing of a matrix is kept between calls. The panel type decides how exact a product is:
+//! No dequantized weights are kept between calls. The panel type determines the precision of a product:
 //! `f32`, or integers that share a scale along the contraction (block-floating), whose products
 //! AVX-512 VNNI adds up at twice (`i16`) and four times (`i8`) the rate of `f32`.
 //!
-//! An element of the result is summed by one task in one order, and depends on its own row of the
-//! left side alone. So bits change neither with the number of threads, by which rows and columns
-//! are dealt out, nor with neighbours.
+//! An element of the result is summed by one task in a fixed order, and depends only on its own row of the
+//! left operand. So the bits depend neither on the number of threads, by which rows and columns
+//! are partitioned, nor on the other rows.
 
 mod kernel;
 mod pack;
@@ -23,34 +23,35 @@ pub use pack::{PackedRows, PanelType, Strided, Weights};
 use super::cpu::SharedMutPtr;
 use crate::isa::Isa;
 use kernel::{
-    Side, TILE_COLS, TILE_ROWS, Tile, f32_tile, f32_tile_in_place, int8_tile, int16_tile,
+    BlockFloatOperand, TILE_COLS, TILE_ROWS, Tile, f32_tile, f32_tile_in_place, int8_tile,
+    int16_tile,
 };
 use pack::PackedColumns;
 
-/// Columns a task takes: its panels stay in the second-level cache.
+/// Columns of a task: its panels stay in the L2 cache.
 const COLUMN_GROUP: usize = 3 * TILE_COLS;
 /// The same for types whose blocks are longer.
 const LONG_COLUMN_GROUP: usize = 8 * TILE_COLS;
-/// Rows a task takes at the most, and, if there are threads to feed, at the least: packing its
-/// columns should cost little beside them. Floats are packed faster than blocks.
-const MOST_ROWS: usize = 172 * TILE_ROWS;
-const MOST_ROWS_OF_FLOATS: usize = 86 * TILE_ROWS;
-const LEAST_ROWS: usize = 8 * TILE_ROWS;
-/// Tasks for each thread, so that all end at about the same time.
+/// The most rows of a task, and, with several threads, the fewest: packing its
+/// columns should cost little compared with multiplying. Floats are packed faster than blocks.
+const MAX_ROWS: usize = 172 * TILE_ROWS;
+const MAX_ROWS_OF_FLOATS: usize = 86 * TILE_ROWS;
+const MIN_ROWS: usize = 8 * TILE_ROWS;
+/// Tasks per thread, for load balancing.
 const TASKS_PER_THREAD: usize = 4;
-/// Units of the contraction packed at a time, for a group and for a long one: what fits the
-/// second-level cache beside the rows. An adapter's update finds room beside 1536 `i16`.
-const STRETCH: usize = 768 + 64;
-const LONG_STRETCH: usize = 256 + 64;
+/// Units of the contraction packed at a time, for a group and for a long one: as many as fit the
+/// L2 cache together with the rows. The update of an adapter fits together with 1536 `i16`.
+const DEPTH_BLOCK: usize = 768 + 64;
+const LONG_DEPTH_BLOCK: usize = 256 + 64;
 
 /// One product in a sum of products.
 #[derive(Debug, Clone, Copy)]
 pub struct Term<'a> {
-    /// The left side `(rows, depth)`.
+    /// The left operand `(rows, depth)`.
     pub x: &'a PackedRows,
-    /// The right side.
+    /// The right operand.
     pub weights: Weights<'a>,
-    /// Whether the right side is transposed: `x · Wᵀ`, else `x · W`.
+    /// Whether the right operand is transposed: `x · Wᵀ`, else `x · W`.
     pub transposed: bool,
 }
 
@@ -64,18 +65,18 @@ impl Term<'_> {
     }
 }
 
-/// What sums begin with.
+/// The initial value of the sums.
 #[derive(Debug, Clone, Copy)]
 pub enum Init<'a> {
     /// 0.
     Zero,
     /// A value per column.
     Bias(&'a [f32]),
-    /// What is there.
+    /// The values already in the output.
     Add,
 }
 
-/// Where the sums go: row `i` begins at `i · stride` of a buffer that is borrowed exclusively, so
+/// The output: row `i` begins at `i · stride` of a buffer that is borrowed exclusively, so
 /// that no two products can write the same elements.
 pub struct Out<'a> {
     target: SharedMutPtr,
@@ -92,18 +93,18 @@ impl<'a> Out<'a> {
 
 /// `out = init + Σ x · W`, or with `Wᵀ`.
 pub struct Product<'a> {
-    /// What is added up; all have the same rows and columns.
+    /// The products to sum; all have the same rows and columns.
     pub terms: Vec<Term<'a>>,
-    /// What the sums begin with.
+    /// The initial value of the sums.
     pub init: Init<'a>,
-    /// Where they go.
+    /// The output.
     pub out: Out<'a>,
 }
 
-/// Computes products side by side: their tasks are handed to the threads together.
+/// Computes several products in one parallel region.
 ///
 /// # Panics
-/// If shapes do not fit: a caller's bug.
+/// If shapes do not match: a bug of the caller.
 pub fn multiply(isa: Isa, products: &mut [Product]) {
     let products = &*products;
     let groups: usize = products.iter().map(Product::groups).sum();
@@ -113,8 +114,8 @@ pub fn multiply(isa: Isa, products: &mut [Product]) {
     let run = |(product, rows, columns): &(&Product, Range<usize>, Range<usize>)| {
         thread_local!(static SCRATCH: RefCell<GemmScratch> = RefCell::default());
         SCRATCH.with_borrow_mut(|scratch| {
-            // SAFETY: tasks of a product have rows and columns of their own, and each product has
-            // its buffer to itself: `Out` borrows it exclusively, and so are the products.
+            // SAFETY: tasks of a product have disjoint rows and columns, and each product has
+            // its own buffer: `Out` borrows it exclusively, and `products` is borrowed exclusively.
             unsafe { task(isa, product, rows.clone(), columns.clone(), scratch) }
         });
     };
@@ -125,7 +126,7 @@ pub fn multiply(isa: Isa, products: &mut [Product]) {
 }
 
 impl Product<'_> {
-    /// Columns of a task. Only straight panels cut along the blocks.
+    /// Columns of a task. Only panels that are not transposed split along the blocks.
     fn group(&self) -> usize {
         let long = self.terms.iter().any(|t| !t.transposed && t.weights.block_len() > TILE_COLS);
         if long { LONG_COLUMN_GROUP } else { COLUMN_GROUP }
@@ -136,7 +137,7 @@ impl Product<'_> {
     }
 }
 
-/// Row and column ranges of a product's tasks, the rows in about so many parts.
+/// Row and column ranges of a product's tasks, with the rows split into about this many parts.
 fn tasks<'p, 'a>(
     product: &'p Product<'a>,
     parts: usize,
@@ -155,8 +156,8 @@ fn tasks<'p, 'a>(
         assert_eq!(bias.len(), columns);
     }
     let dense = |term: &Term| matches!(term.weights, Weights::Dense { .. });
-    let most = if product.terms.iter().all(dense) { MOST_ROWS_OF_FLOATS } else { MOST_ROWS };
-    let part = rows.div_ceil(parts.max(1)).clamp(LEAST_ROWS, most);
+    let most = if product.terms.iter().all(dense) { MAX_ROWS_OF_FLOATS } else { MAX_ROWS };
+    let part = rows.div_ceil(parts.max(1)).clamp(MIN_ROWS, most);
     let part = rows.div_ceil(rows.div_ceil(part).max(1)).next_multiple_of(TILE_ROWS);
     let row_ranges = (0..rows).step_by(part.max(1)).map(move |r| r..rows.min(r + part));
     let group = product.group();
@@ -166,20 +167,20 @@ fn tasks<'p, 'a>(
     })
 }
 
-/// Panels of one thread, filled again and again.
+/// Panels of one thread, reused by every task.
 #[derive(Default)]
 struct GemmScratch {
     packed: Vec<PackedColumns>,
 }
 
-/// A stretch of one term's contraction, its columns packed in the scratch.
-struct Stretch<'a> {
+/// A range of the contraction of one term, its columns packed in the scratch.
+struct DepthBlock<'a> {
     x: &'a PackedRows,
     depth: Range<usize>,
 }
 
 /// # Safety
-/// No other thread touches these rows and columns of `out`.
+/// No other thread accesses these rows and columns of `out`.
 unsafe fn task(
     isa: Isa,
     product: &Product,
@@ -187,30 +188,31 @@ unsafe fn task(
     columns: Range<usize>,
     scratch: &mut GemmScratch,
 ) {
-    let most = if columns.len() > COLUMN_GROUP { LONG_STRETCH } else { STRETCH };
+    let most = if columns.len() > COLUMN_GROUP { LONG_DEPTH_BLOCK } else { DEPTH_BLOCK };
     let mut init = product.init;
-    let mut stretches: Vec<Stretch> = Vec::new();
+    let mut depth_blocks: Vec<DepthBlock> = Vec::new();
     let mut units = 0;
     for term in &product.terms {
         let panel = term.x.panel;
-        // On a border of every type's blocks.
+        // At a block boundary of every type.
         let step = most / 256 * 256 * panel.values_per_unit();
         for first in (0..term.x.depth).step_by(step) {
             let depth = first..term.x.depth.min(first + step);
             let needed = panel.units(depth.len());
-            if units + needed > most && !stretches.is_empty() {
-                // SAFETY: by this function's contract no other thread touches these rows and columns of `out`.
-                unsafe { tiles(isa, &stretches, scratch, &rows, &columns, init, &product.out) };
+            if units + needed > most && !depth_blocks.is_empty() {
+                // SAFETY: this function's contract guarantees that no other thread accesses these rows and
+                // columns of `out`.
+                unsafe { tiles(isa, &depth_blocks, scratch, &rows, &columns, init, &product.out) };
                 init = Init::Add;
-                stretches.clear();
+                depth_blocks.clear();
                 units = 0;
             }
             units += needed;
-            if scratch.packed.len() == stretches.len() {
+            if scratch.packed.len() == depth_blocks.len() {
                 scratch.packed.push(PackedColumns::default());
             }
-            let packed = &mut scratch.packed[stretches.len()];
-            stretches.push(Stretch { x: term.x, depth: depth.clone() });
+            let packed = &mut scratch.packed[depth_blocks.len()];
+            depth_blocks.push(DepthBlock { x: term.x, depth: depth.clone() });
             if term.transposed {
                 packed.pack_transposed(isa, panel, term.weights, columns.clone(), depth)
             } else {
@@ -218,40 +220,42 @@ unsafe fn task(
             }
         }
     }
-    // SAFETY: by this function's contract no other thread touches these rows and columns of `out`.
-    unsafe { tiles(isa, &stretches, scratch, &rows, &columns, init, &product.out) };
+    // SAFETY: this function's contract guarantees that no other thread accesses these rows and columns of
+    // `out`.
+    unsafe { tiles(isa, &depth_blocks, scratch, &rows, &columns, init, &product.out) };
 }
 
-/// All tiles of a task over what is packed. A tile stays in the first-level cache until all
-/// stretches are added up.
+/// All tiles of a task over the packed columns. A tile stays in the L1 cache until all
+/// ranges are summed.
 ///
 /// # Safety
 /// As [`task`].
 unsafe fn tiles(
     isa: Isa,
-    stretches: &[Stretch],
+    depth_blocks: &[DepthBlock],
     scratch: &GemmScratch,
     rows: &Range<usize>,
     columns: &Range<usize>,
     init: Init,
     out: &Out,
 ) {
-    let floats = stretches.iter().all(|stretch| stretch.x.panel == PanelType::F32);
+    let floats = depth_blocks.iter().all(|depth_block| depth_block.x.panel == PanelType::F32);
     let mut tile = Tile([[0.0; TILE_COLS]; TILE_ROWS]);
     for first_row in rows.clone().step_by(TILE_ROWS) {
         let count = TILE_ROWS.min(rows.end - first_row);
         for (i, first_column) in columns.clone().step_by(TILE_COLS).enumerate() {
             let width = TILE_COLS.min(columns.end - first_column);
             if count == TILE_ROWS && width == TILE_COLS && floats {
-                // SAFETY: by this function's contract no other thread touches these rows and columns of `out`.
+                // SAFETY: this function's contract guarantees that no other thread accesses these rows and
+                // columns of `out`.
                 unsafe {
-                    whole_tile(isa, stretches, scratch, first_row, first_column, i, init, out)
+                    whole_tile(isa, depth_blocks, scratch, first_row, first_column, i, init, out)
                 };
                 continue;
             }
             let row_of = |row: usize| {
                 let at = out.target.at((first_row + row) * out.stride + first_column);
-                // SAFETY: this task's own elements, one row of them at a time.
+                // SAFETY: elements of this task, one row at a time.
                 unsafe { at.slice(width) }
             };
             match init {
@@ -267,8 +271,8 @@ unsafe fn tiles(
                     }
                 }
             }
-            for (stretch, packed) in stretches.iter().zip(&scratch.packed) {
-                let (x, depth) = (stretch.x, &stretch.depth);
+            for (depth_block, packed) in depth_blocks.iter().zip(&scratch.packed) {
+                let (x, depth) = (depth_block.x, &depth_block.depth);
                 let a = x.tile(first_row / TILE_ROWS, depth.start, depth.len());
                 add(isa, x.panel, depth.len(), a, packed, i, &mut tile);
             }
@@ -283,10 +287,10 @@ unsafe fn tiles(
 ///
 /// # Safety
 /// As [`task`].
-#[allow(clippy::too_many_arguments)] // which tile of what
+#[allow(clippy::too_many_arguments)] // position of the tile
 unsafe fn whole_tile(
     isa: Isa,
-    stretches: &[Stretch],
+    depth_blocks: &[DepthBlock],
     scratch: &GemmScratch,
     first_row: usize,
     first_column: usize,
@@ -303,11 +307,11 @@ unsafe fn whole_tile(
         Init::Bias(bias) => (bias[first_column..][..TILE_COLS].as_ptr(), 0),
         Init::Add => (out.0.cast_const(), out.1),
     };
-    for (stretch, packed) in stretches.iter().zip(&scratch.packed) {
-        let depth = &stretch.depth;
-        let (a, _) = stretch.x.tile(first_row / TILE_ROWS, depth.start, depth.len());
+    for (depth_block, packed) in depth_blocks.iter().zip(&scratch.packed) {
+        let depth = &depth_block.depth;
+        let (a, _) = depth_block.x.tile(first_row / TILE_ROWS, depth.start, depth.len());
         let b = &packed.units[i * depth.len() * TILE_COLS..][..depth.len() * TILE_COLS];
-        // SAFETY: both tiles are in bounds; that of `out` is this task's.
+        // SAFETY: both tiles are in bounds; only this task accesses that of `out`.
         unsafe { f32_tile_in_place(isa, a, b, init, out) };
         init = (out.0.cast_const(), out.1);
     }
@@ -327,8 +331,8 @@ fn add(
     let (units, blocks) = (panel.units(depth), panel.blocks(depth));
     let b_units = &packed.units[i * units * TILE_COLS..][..units * TILE_COLS];
     let at = i * blocks * TILE_COLS..(i + 1) * blocks * TILE_COLS;
-    let a = Side { units: a_units, scales: a_scales };
-    let b = Side { units: b_units, scales: &packed.scales[at.clone()] };
+    let a = BlockFloatOperand { units: a_units, scales: a_scales };
+    let b = BlockFloatOperand { units: b_units, scales: &packed.scales[at.clone()] };
     let per_block = panel.units_per_block();
     match panel {
         PanelType::F32 => f32_tile(isa, a_units, b_units, tile),
@@ -337,7 +341,7 @@ fn add(
     }
 }
 
-/// Copies as many values as both hold; a whole row of a tile without a call.
+/// Copies as many values as fit; a whole row of a tile without calling `memcpy`.
 #[inline(always)]
 fn copy(from: &[f32], to: &mut [f32]) {
     match (<&[f32; TILE_COLS]>::try_from(from), <&mut [f32; TILE_COLS]>::try_from(&mut *to)) {
@@ -446,7 +450,7 @@ mod tests {
         }
     }
 
-    /// Odd sizes, several terms, bias, sums on top, and long contractions.
+    /// Odd sizes, several terms, bias, accumulation, and long contractions.
     #[test]
     fn shapes_terms_and_beginnings() {
         let sizes = [(1, 1, 1), (13, 33, 5), (25, 97, 131), (1100, 40, 70), (3, 50, 3001)];
@@ -494,7 +498,7 @@ mod tests {
         }
     }
 
-    /// Blocks whose sums come as close to 2^31 as they may, in both directions.
+    /// Blocks whose sums come close to the limits of `i32`, in both directions.
     #[test]
     fn sums_reach_the_limit_and_do_not_pass_it() {
         let shapes: [fn(usize) -> f32; 5] = [
@@ -521,7 +525,7 @@ mod tests {
         }
     }
 
-    /// A weight's gradient: the left side is packed turned, the right one not, and sums are
+    /// A weight gradient: the left operand is packed transposed, the right one not, and sums are
     /// added to the values of a wider buffer.
     #[test]
     fn transposed_rows_are_added_to_a_gradient() {
@@ -552,7 +556,7 @@ mod tests {
         }
     }
 
-    /// A window into a tensor of several matrices multiplies as the same matrix alone, to the bit.
+    /// A slice of a 3-D tensor gives the same bits as the same matrix alone.
     #[test]
     fn a_window_multiplies_like_the_matrix_alone() {
         for &block_type in BlockType::ALL {
@@ -594,7 +598,7 @@ mod tests {
         }
     }
 
-    /// What is no number must not become one on its way through integers.
+    /// NaN and Inf propagate through the integer panels.
     #[test]
     fn what_is_not_finite_stays_so() {
         let w = values(2, 40 * 64);

@@ -1,10 +1,10 @@
-//! Values into panels: what a kernel reads, in the order in which it reads it.
+//! Packing: copies values into panels, in the order in which a kernel reads them.
 //!
 //! A panel holds the contraction in 32-bit *units*: one `f32`, two `i16` or four bytes. Integer
 //! panels are block-floating: each row (or column) has a scale per block of the contraction. A
-//! scale of `i16` is as small as lets the block's Euclidean norm stay below the root of 2^31: by
-//! Cauchy and Schwarz no sum of a block's products, nor a part of it, then overflows an `i32`. That
-//! leaves a block three to eight times the levels that its largest magnitude alone would.
+//! scale of `i16` is the smallest one that keeps the block's Euclidean norm below the root of 2^31: by
+//! the Cauchy-Schwarz inequality no sum or partial sum of a block's products then overflows an `i32`. That
+//! gives a block three to eight times the levels of a scale from the largest magnitude alone.
 
 use std::cell::RefCell;
 
@@ -14,10 +14,10 @@ use crate::quant::FrozenMatrix;
 use super::kernel::{TILE_COLS, TILE_ROWS};
 use crate::ops::cpu::SharedMutPtr;
 
-/// What panels are made of.
+/// The element type of panels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PanelType {
-    /// The values themselves.
+    /// Unquantized `f32`.
     F32,
     /// 16-bit integers with a scale per 128 values.
     Int16,
@@ -70,7 +70,7 @@ pub enum Weights<'a> {
         values: &'a [f32],
         /// Width of a row.
         cols: usize,
-        /// What every value is multiplied with.
+        /// Factor of every value.
         scale: f32,
     },
 }
@@ -90,7 +90,7 @@ impl Weights<'_> {
         }
     }
 
-    /// Values that only come together.
+    /// Number of values that are decoded together: the block length.
     pub fn block_len(&self) -> usize {
         match self {
             Self::Frozen(matrix) => matrix.block_type().block_len(),
@@ -121,8 +121,8 @@ pub struct Strided<'a> {
     pub stride: usize,
 }
 
-/// The left side of products, packed once for all that share it: `(rows, depth)` in tiles of
-/// [`TILE_ROWS`] rows. Its buffers are kept for the next time.
+/// The left operand of products, packed once for all products that share it: `(rows, depth)` in tiles of
+/// [`TILE_ROWS`] rows. Its buffers are reused.
 #[derive(Debug, Clone)]
 pub struct PackedRows {
     pub panel: PanelType,
@@ -142,7 +142,7 @@ impl Default for PackedRows {
 }
 
 impl PackedRows {
-    /// Packs `x (rows, depth)`; threads take a tile of rows each.
+    /// Packs `x (rows, depth)`, in parallel over tiles of rows.
     pub fn pack(&mut self, isa: Isa, panel: PanelType, x: Strided, rows: usize, depth: usize) {
         use rayon::prelude::*;
         assert!(rows == 0 || (rows - 1) * x.stride + depth <= x.values.len());
@@ -164,7 +164,7 @@ impl PackedRows {
         tiles.enumerate().with_min_len(4).for_each(|(tile, (out, scales))| {
             SCRATCH.with_borrow_mut(|scratch| {
                 let first = tile * TILE_ROWS;
-                // Whole lines of floats are transposed in place.
+                // Whole cache lines of floats are transposed without a copy.
                 let lying = &x.values[first * x.stride..];
                 if panel == PanelType::F32 && depth == x.stride && may_transpose(lying, depth) {
                     // SAFETY: any bits are a `u32`, whose alignment is the same.
@@ -184,10 +184,10 @@ impl PackedRows {
         });
     }
 
-    /// Packs the transpose of `x (depth, rows)`: the left side of a weight's gradient, `dyᵀ · x`.
+    /// Packs the transpose of `x (depth, rows)`: the left operand of a weight gradient, `dyᵀ · x`.
     ///
     /// # Panics
-    /// For bytes, which serve forward products only.
+    /// For [`PanelType::Int8`], which only forward products use.
     pub fn pack_turned(
         &mut self,
         isa: Isa,
@@ -220,7 +220,7 @@ impl PackedRows {
                     let width = TILE_ROWS.min(rows - tile * TILE_ROWS);
                     let mut values = &x.values[first * x.stride + tile * TILE_ROWS..];
                     let mut stride = x.stride;
-                    // What is not whole is filled up with zeros on the side.
+                    // Partial tiles are copied and zero-padded.
                     if width < TILE_ROWS || !count.is_multiple_of(panel.values_per_unit()) {
                         few.fill(0.0);
                         let lines = values.chunks(stride).zip(few.chunks_exact_mut(TILE_ROWS));
@@ -235,7 +235,7 @@ impl PackedRows {
                         PanelType::F32 => f32_rows(isa, values, stride, out),
                         PanelType::Int16 => {
                             let at = (tile * blocks + block) * TILE_ROWS;
-                            // SAFETY: the scales of this tile and block, which are this task's.
+                            // SAFETY: only this task accesses the scales of this tile and block.
                             let scales = unsafe { scales.at(at).slice(TILE_ROWS) };
                             int16_rows(isa, values, stride, count, out, scales);
                         }
@@ -246,8 +246,8 @@ impl PackedRows {
         });
     }
 
-    /// Units and scales of one tile of rows, from value `first` of the contraction on; `first` is
-    /// on a block's border.
+    /// Units and scales of one tile of rows, from value `first` of the contraction on; `first` must be
+    /// at a block boundary.
     pub fn tile(&self, tile: usize, first: usize, values: usize) -> (&[u32], &[f32]) {
         let (units, blocks) = (self.panel.units(self.depth), self.panel.blocks(self.depth));
         let at = tile * units + self.panel.units(first);
@@ -260,7 +260,7 @@ impl PackedRows {
     }
 }
 
-/// Up to 16 quantized rows on their way into a panel.
+/// Up to 16 quantized rows, before they are transposed into a panel.
 #[derive(Default)]
 struct RowScratch {
     /// `(16, units)`.
@@ -320,7 +320,7 @@ impl RowScratch {
         self.sums[row * self.blocks..(row + 1) * self.blocks].fill(0);
     }
 
-    /// The first `LANES` rows into a panel `stride` lanes wide.
+    /// Writes the first `LANES` rows into a panel `stride` lanes wide.
     fn write<const LANES: usize>(
         &self,
         isa: Isa,
@@ -338,8 +338,8 @@ impl RowScratch {
     }
 }
 
-/// The right side of a product for a group of columns and a stretch of the contraction, in panels
-/// of [`TILE_COLS`] columns. Lives in a thread and is filled again and again.
+/// The right operand of a product for a group of columns and a range of the contraction, in panels
+/// of [`TILE_COLS`] columns. Thread-local and reused.
 #[derive(Default)]
 pub struct PackedColumns {
     /// `(panels, units, TILE_COLS)`.
@@ -389,7 +389,7 @@ impl PackedColumns {
                 }
             }
         }
-        // The half panel behind an odd number of halves.
+        // The missing half panel after an odd number of halves.
         if columns.len().div_ceil(LANES) % 2 == 1 {
             let last = columns.len() / TILE_COLS;
             let units = self.units[last * units * TILE_COLS..].chunks_exact_mut(TILE_COLS);
@@ -404,7 +404,7 @@ impl PackedColumns {
     /// Columns `columns` are columns of the weights, the contraction is their rows `depth`.
     ///
     /// # Panics
-    /// For bytes, which serve forward products only.
+    /// For [`PanelType::Int8`], which only forward products use.
     pub fn pack_straight(
         &mut self,
         isa: Isa,
@@ -462,8 +462,8 @@ impl PackedColumns {
     }
 }
 
-/// The bits of the largest magnitude; as an integer it orders as the number does, and NaN is above
-/// all, so that a NaN reaches the scale and with it the result.
+/// The largest magnitude, compared as bits: these order like the numbers, with NaN above
+/// all, so that a NaN reaches the scale and the result.
 #[inline(always)]
 fn largest(x: &[f32]) -> f32 {
     f32::from_bits(x.iter().fold(0, |max, x| max.max(x.to_bits() & 0x7fff_ffff)))
@@ -471,34 +471,34 @@ fn largest(x: &[f32]) -> f32 {
 
 /// The largest `i16`, the largest norm of a block of them (a little below `sqrt(2^31)`, as rounding
 /// adds up to `sqrt(128) / 2`), and the largest signed byte.
-const INT16_MOST: f32 = 32_767.0;
+const INT16_MAX: f32 = 32_767.0;
 const INT16_NORM: f32 = 46_300.0;
-const INT8_MOST: f32 = 127.0;
+const INT8_MAX: f32 = 127.0;
 
-/// Whether values up to `largest` can be divided by a scale: 0, what is near it, infinity and NaN
-/// cannot; their block becomes 0 times a scale that says what it was.
+/// Whether a block with this largest magnitude can be divided by its scale. If it is near 0, infinite or NaN it
+/// cannot; the block becomes zeros with `largest` itself as the scale.
 #[inline(always)]
-fn divides(largest: f32) -> bool {
+fn is_divisible(largest: f32) -> bool {
     largest > f32::MIN_POSITIVE * 65_536.0 && largest.is_finite()
 }
 
-/// The scale of a block of `i16`, and what values are multiplied with to become integers.
+/// The scale of a block of `i16`, and its inverse, which values are multiplied by.
 /// `squares` is the sum of squares of the values over `largest`.
 #[inline(always)]
 fn int16_scale(largest: f32, squares: f32) -> (f32, f32) {
     let by_norm = squares.sqrt() / INT16_NORM;
-    let by_most = 1.0 / INT16_MOST;
-    let scale = largest * if by_norm > by_most { by_norm } else { by_most };
-    if divides(largest) { (scale, 1.0 / scale) } else { (largest, 0.0) }
+    let by_max = 1.0 / INT16_MAX;
+    let scale = largest * if by_norm > by_max { by_norm } else { by_max };
+    if is_divisible(largest) { (scale, 1.0 / scale) } else { (largest, 0.0) }
 }
 
-/// `1 / largest` where there is something to divide.
+/// `1 / largest`, or 0 if [`is_divisible`] is false.
 #[inline(always)]
 fn unit(largest: f32) -> f32 {
-    if divides(largest) { 1.0 / largest } else { 0.0 }
+    if is_divisible(largest) { 1.0 / largest } else { 0.0 }
 }
 
-/// `x` rounded to the nearest integer, in the low bits: adding 1.5 · 2^23 puts the units last.
+/// `x` rounded to the nearest integer, in the low bits of `x + 1.5 · 2^23`.
 #[inline(always)]
 fn nearest(x: f32) -> u32 {
     (x + 12_582_912.0).to_bits()
@@ -510,7 +510,7 @@ multiversion! {
         for ((x, words), scale) in blocks.zip(scales) {
             let largest = largest(x);
             let unit = unit(largest);
-            let mut squares = [0f32; 16]; // sums apart, the same on every ISA level
+            let mut squares = [0f32; 16]; // separate sums, the same on every ISA level
             let (wide, rest) = x.as_chunks::<16>();
             for x in wide {
                 for (sum, x) in squares.iter_mut().zip(x) {
@@ -530,8 +530,8 @@ multiversion! {
         let blocks = x.chunks(PanelType::Int8.block()).zip(bytes.chunks_mut(PanelType::Int8.block()));
         for (((x, bytes), scale), sum) in blocks.zip(scales).zip(sums) {
             let largest = largest(x);
-            let inverse = INT8_MOST * unit(largest);
-            *scale = largest / INT8_MOST;
+            let inverse = INT8_MAX * unit(largest);
+            *scale = largest / INT8_MAX;
             *sum = 0;
             for (byte, x) in bytes.iter_mut().zip(x) {
                 let q = nearest(x * inverse) as i8;
@@ -572,7 +572,7 @@ multiversion! {
     }
 }
 
-/// The first `LANES` of each row of `values (.., width)`, row after row.
+/// Packs the first `LANES` of each row of `values (.., width)`, row after row.
 #[inline(always)]
 fn f32_lanes<const LANES: usize>(values: &[f32], width: usize, out: &mut [u32]) {
     for (row, out) in out.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
@@ -583,7 +583,7 @@ fn f32_lanes<const LANES: usize>(values: &[f32], width: usize, out: &mut [u32]) 
     }
 }
 
-/// The same of a block of `count` rows, pairs of them as integers with a scale per lane.
+/// Packs a block of `count` rows as pairs of integers with a scale per lane.
 #[inline(always)]
 #[allow(clippy::needless_range_loop)] // lanes of several arrays go together
 fn int16_lanes<const LANES: usize>(
@@ -624,7 +624,7 @@ fn int16_lanes<const LANES: usize>(
     }
 }
 
-/// Whether [`transpose`] may read rows of this width from here on.
+/// Whether [`transpose`] may read rows of this width from these values.
 fn may_transpose(values: &[f32], width: usize) -> bool {
     width.is_multiple_of(16) && values.len() >= RowScratch::ROWS * width
 }
@@ -642,7 +642,7 @@ fn transpose(
     assert!(depth == 0 || out.len() >= (depth - 1) * stride + lanes);
     #[cfg(target_arch = "x86_64")]
     if isa.level() == IsaLevel::Avx512Vnni {
-        // SAFETY: the CPU has AVX-512; the assertions above are the promise.
+        // SAFETY: the CPU supports AVX-512; the assertions above check the bounds.
         unsafe {
             x86::transpose(units.as_ptr(), from_stride, lanes, depth, out.as_mut_ptr(), stride)
         };
@@ -677,7 +677,7 @@ mod x86 {
     ) {
         let kept = ((1u32 << lanes) - 1) as u16;
         for first in (0..depth).step_by(16) {
-            // SAFETY: by this function's contract the rows and the panel are in bounds.
+            // SAFETY: this function's contract guarantees that the rows and the panel are in bounds.
             unsafe {
                 let mut r = [_mm512_setzero_si512(); 16];
                 for (lane, r) in r.iter_mut().enumerate() {
@@ -691,7 +691,7 @@ mod x86 {
         }
     }
 
-    /// A 16 x 16 square, turned: pairs, quadruples, then quarters of registers change places.
+    /// Transposes a 16 x 16 matrix: swaps pairs, quadruples, then quarters of registers.
     #[inline]
     #[target_feature(enable = "avx512f")]
     fn transposed(r: [__m512i; 16]) -> [__m512i; 16] {

@@ -1,5 +1,5 @@
-//! The input of a product, in the order in which blocks are decoded, with what scales and minima
-//! of blocks are multiplied by.
+//! The activations of a product, permuted to the order in which blocks are decoded, with the factors that
+//! scales and minima of blocks are multiplied by.
 
 #[cfg(target_arch = "x86_64")]
 use std::ops::Range;
@@ -7,18 +7,18 @@ use std::ops::Range;
 use crate::isa::{Isa, multiversion};
 use crate::ops::par_for_each;
 
-/// Values of a group: the smallest block, and a sub-block of the larger ones.
+/// Values per group: the block length of the small block types, the sub-block length of the K-quants.
 pub(super) const GROUP_LEN: usize = 32;
-/// Scales that kernels take at a time.
+/// Scales that kernels process at a time.
 pub(super) const LANES: usize = 16;
 /// The largest rounded value: four products with the largest words, `-128 · 256`, fit an `i32`, and
 /// so do 32 with nibbles or bytes. All these sums are exact in `f32` but for 32 with bytes of `Q8_0`,
 /// which are rounded once.
 const LEVELS: f32 = 16383.0;
-/// What a value takes to be rounded, as a number of multiply-adds.
+/// Cost of rounding a value, in multiply-adds.
 const WORK: usize = 8;
 
-/// 32 values on a cache line's border.
+/// 32 values, cache line aligned.
 #[derive(Debug, Clone, Copy)]
 #[repr(align(64))]
 pub(super) struct ActivationGroup<T>(pub [T; GROUP_LEN]);
@@ -48,7 +48,7 @@ impl<T> Activations<T> {
         self.m
     }
 
-    /// Groups of a row, the last one filled up with zeros.
+    /// Groups per row, the last one zero-padded.
     pub fn groups(&self) -> usize {
         self.groups
     }
@@ -59,7 +59,7 @@ impl<T> Activations<T> {
     }
 
     /// Scales and scaled sums of 16 parts of a row from `group` on, of which there are `parts` to a
-    /// group; zeros beyond the last.
+    /// group; zero-padded after the last.
     #[inline(always)]
     pub fn factors(
         &self,
@@ -77,12 +77,12 @@ impl<T> Activations<T> {
 }
 
 impl Activations<f32> {
-    /// The values of `x (m, cols)` in their own order, without factors.
+    /// The values of `x (m, cols)` in their original order, without factors.
     pub fn straight(isa: Isa, x: &[f32], cols: usize) -> Self {
         Self::of(isa, x, cols, |isa, x, groups, _| copy(isa, x, groups))
     }
 
-    /// The values of `x (m, cols)` as they are, their scales all one.
+    /// The values of `x (m, cols)` unrounded, permuted, with all scales 1.
     pub fn decoded(isa: Isa, x: &[f32], cols: usize) -> Self {
         Self::of(isa, x, cols, reorder)
     }
@@ -91,14 +91,14 @@ impl Activations<f32> {
 impl Activations<i16> {
     /// The values of `x (m, cols)`, rounded to the nearest of 32767 levels per group.
     ///
-    /// A group with a value that is not finite has the scale NaN, so that nothing is hidden.
+    /// A group with a NaN or Inf gets the scale NaN, so that it propagates to the output.
     pub fn rounded(isa: Isa, x: &[f32], cols: usize) -> Self {
         Self::of(isa, x, cols, round)
     }
 }
 
-/// Rows of input in batches of 8, 4, 2 and 1. What a kernel needs of all rows of a batch for a group
-/// is contiguous.
+/// Rows of input in batches of 8, 4, 2 and 1. The values and factors of all rows of a batch for one group
+/// are contiguous.
 #[cfg(target_arch = "x86_64")]
 pub(super) struct ActivationBatches {
     values: Vec<ActivationGroup<i16>>, // of a batch (groups, rows)
@@ -107,7 +107,7 @@ pub(super) struct ActivationBatches {
     m: usize,
 }
 
-/// Rows of input that are multiplied at once.
+/// Rows of input that are processed together.
 #[cfg(target_arch = "x86_64")]
 pub(super) struct ActivationBatch<'a> {
     pub rows: Range<usize>,
@@ -154,7 +154,7 @@ impl ActivationBatches {
     }
 }
 
-/// `m` rows by 8, 4, 2 and 1.
+/// Splits `m` rows into batches of 8, 4, 2 and 1.
 #[cfg(target_arch = "x86_64")]
 fn batches_of(m: usize) -> impl Iterator<Item = Range<usize>> {
     let mut first = 0;
@@ -167,7 +167,7 @@ fn batches_of(m: usize) -> impl Iterator<Item = Range<usize>> {
 
 #[cfg(target_arch = "x86_64")]
 impl ActivationBatch<'_> {
-    /// The values of a group, row after row: for each, 16 pairs.
+    /// The values of a group, row after row, each as 16 pairs.
     #[inline(always)]
     pub fn values(&self, group: usize) -> *const i32 {
         self.values[group * self.rows.len()..].as_ptr().cast()
@@ -217,7 +217,7 @@ impl<T: Copy + Default> Activations<T> {
     }
 }
 
-/// Copies groups, which are zeros where `x` ends.
+/// Copies groups, zero-padded after the end of `x`.
 fn copy(_isa: Isa, x: &[f32], groups: &mut [ActivationGroup<f32>]) {
     for (x, group) in x.chunks(GROUP_LEN).zip(groups) {
         group.0[..x.len()].copy_from_slice(x);
@@ -242,10 +242,10 @@ multiversion! {
         const NEAREST: f32 = 12_582_912.0;
         let xs = x.as_chunks::<GROUP_LEN>().0;
         for ((x, group), factors) in xs.iter().zip(groups).zip(factors) {
-            // Bits of magnitudes order as they do, NaN above all.
+            // The bits of absolute values compare like the values, with NaN above all.
             let largest = x.iter().fold(0, |largest, x| largest.max(x.to_bits() & 0x7fff_ffff));
             let largest = f32::from_bits(largest);
-            // Where the quotient would overflow, values are as good as zero.
+            // Where the quotient would overflow, values are treated as zero.
             let inverse = if largest > 1e-30 { LEVELS / largest } else { 0.0 };
             let scale = if largest.is_finite() { largest / LEVELS } else { f32::NAN };
             let mut rounded = [0i32; GROUP_LEN];
@@ -253,7 +253,8 @@ multiversion! {
                 *rounded = (x * inverse + NEAREST).to_bits() as i32 - NEAREST.to_bits() as i32;
             }
             for (rounded, factors) in rounded.as_chunks::<16>().0.iter().zip(factors) {
-                // Sixteen values of 15 bits, unless the scale is NaN and they are nothing.
+                // Sixteen values of 15 bits cannot overflow, unless the scale is NaN, which makes them
+                // irrelevant.
                 let sum = rounded.iter().fold(0i32, |sum, value| sum.wrapping_add(*value));
                 *factors = (scale, scale * sum as f32);
             }

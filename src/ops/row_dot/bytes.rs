@@ -1,12 +1,12 @@
-//! `Q8_0` and `Q6_K` with AVX-512 VNNI: a row of input alone streams through the weights row by row,
-//! for memory is all that counts then; several share tiles of sixteen rows.
+//! AVX-512 VNNI kernels for `Q8_0` and `Q6_K`: a single row of input streams through the weights row by row,
+//! because memory bandwidth is the bound then; several rows of input share tiles of sixteen rows.
 //!
-//! Both sum in one order, so that a row alone has the bits it has among others. The products of a
-//! group of `Q8_0`, or of a half of one of `Q6_K`, which has a scale of its own, are summed exactly, as
+//! Both sum in the same order, so that a row gives the same bits alone and in a batch. The products of a
+//! group of `Q8_0`, or of a half group of `Q6_K`, which has its own scale, are summed exactly, as
 //! integers; times its scales, the `n`-th of a row goes to sum `n % 16`, and the sixteen sums are added
 //! in the order of [`total`] at the end.
 //!
-//! The input of the stream is rounded to the same integers and parted into bytes, `128 · high + low`,
+//! The input of the row-by-row kernel is rounded to the same integers and split into bytes, `128 · high + low`,
 //! for an instruction that multiplies 64 of them.
 
 #![allow(clippy::needless_range_loop)] // indices run over several arrays at once, in registers
@@ -15,18 +15,20 @@ use std::arch::x86_64::*;
 
 use super::activations::{ActivationBatch, ActivationBatches, Activations, GROUP_LEN, LANES};
 use super::kernel::Output;
-use super::tile::{Blocks, ROWS, ask_for_next, joined, lower_halves, multiply, put_tile};
+use super::tile::{
+    Blocks, ROWS, lower_halves, multiply, prefetch_next_tile, store_tile, sum_chains,
+};
 use super::x86::sixteen_words;
 use crate::quant::BlockType;
 
-/// How far ahead of its use memory is asked for.
-const AHEAD: usize = 8192;
-/// Of which sums of the input more was added to products than belongs there: weights of `Q8_0` are
-/// multiplied as `q + 128`, those of `Q6_K` as they are stored, `q + 32`.
-const Q8_0_ABOVE: i32 = 128;
-const Q6_K_ABOVE: i32 = 32;
+/// Prefetch distance in bytes.
+const PREFETCH_DISTANCE: usize = 8192;
+/// Offsets that make weights unsigned, so that multiples of the sums of the input must be subtracted:
+/// weights of `Q8_0` are multiplied as `q + 128`, those of `Q6_K` as they are stored, `q + 32`.
+const Q8_0_OFFSET: i32 = 128;
+const Q6_K_OFFSET: i32 = 32;
 
-/// Whether these kernels do a type.
+/// Whether these kernels support a block type.
 pub(super) fn has(block_type: BlockType) -> bool {
     matches!(block_type, BlockType::Q8_0 | BlockType::Q6_K)
 }
@@ -35,8 +37,8 @@ pub(super) fn has(block_type: BlockType) -> bool {
 pub(super) struct ByteActivations {
     /// Two groups each, in the order of the values; `(m, pairs)`.
     values: Vec<BytePair>,
-    /// Sums of whole groups and of their halves times what weights are too large by, as lanes take
-    /// them; `(m, strides)`.
+    /// Sums of whole groups and of half groups times the offsets of the weights, in lane order;
+    /// `(m, strides)`.
     group_sums: Vec<i32>,
     half_sums: Vec<i32>,
     pairs: usize,
@@ -53,7 +55,7 @@ struct BytePair {
 
 impl ByteActivations {
     /// # Safety
-    /// The CPU must have AVX-512 F and BW.
+    /// The CPU must support AVX-512 F and BW.
     pub unsafe fn new(x: &Activations<i16>) -> Self {
         let (m, groups) = (x.m(), x.groups());
         let pairs = groups.div_ceil(2);
@@ -67,7 +69,8 @@ impl ByteActivations {
             strides,
         };
         for row in 0..m {
-            // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and the outputs are its own.
+            // SAFETY: this function's contract guarantees AVX-512 and VNNI, and exclusive access to the
+            // outputs.
             unsafe { bytes.fill(x, row) };
         }
         bytes
@@ -99,12 +102,12 @@ impl ByteActivations {
                 let mut both = [0i32; 8]; // four sums of each half
                 let sums = _mm256_add_epi32(_mm512_castsi512_si256(sums), upper);
                 _mm256_storeu_si256(both.as_mut_ptr().cast(), sums);
-                // Wrapping: values that are not finite are any, and their scale is NaN.
+                // Wrapping: NaN and Inf were rounded to arbitrary integers, and their scale is NaN.
                 let sum = |four: &[i32]| four.iter().fold(0i32, |sum, x| sum.wrapping_add(*x));
                 let (first, last) = (sum(&both[..4]), sum(&both[4..]));
-                group_sums[i] = first.wrapping_add(last).wrapping_mul(Q8_0_ABOVE);
-                half_sums[2 * i] = first.wrapping_mul(Q6_K_ABOVE);
-                half_sums[2 * i + 1] = last.wrapping_mul(Q6_K_ABOVE);
+                group_sums[i] = first.wrapping_add(last).wrapping_mul(Q8_0_OFFSET);
+                half_sums[2 * i] = first.wrapping_mul(Q6_K_OFFSET);
+                half_sums[2 * i + 1] = last.wrapping_mul(Q6_K_OFFSET);
             }
         }
     }
@@ -116,10 +119,10 @@ impl ByteActivations {
     }
 }
 
-/// Rows of blocks times all rows of input. `bytes` must be there where [`needs`] says so.
+/// Rows of blocks times all rows of input. `bytes` must be `Some` where [`needs`] returns true.
 ///
 /// # Safety
-/// The CPU must have AVX-512 F, BW, DQ, VL and VNNI, and no other thread may touch the elements of
+/// The CPU must support AVX-512 F, BW, DQ, VL and VNNI, and no other thread may access the elements of
 /// `y` that belong to these rows.
 pub(super) unsafe fn block_rows(
     weights: &[u8],
@@ -132,7 +135,7 @@ pub(super) unsafe fn block_rows(
     let rest = Output { first_row: output.first_row + tiled, ..*output };
     for batch in batches.iter() {
         let rows = batch.rows.clone();
-        // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and the outputs are its own.
+        // SAFETY: this function's contract guarantees AVX-512 and VNNI, and exclusive access to the outputs.
         unsafe {
             match (output.matrix.block_type(), rows.len()) {
                 (BlockType::Q8_0, 2) => tile::<ByteQ8_0, 2, 2>(tiles, batch, output),
@@ -155,7 +158,7 @@ pub(super) unsafe fn block_rows(
 
 const NEEDED: &str = "made because `needs` says so";
 
-/// Whether `m` rows of input times so many rows of weights take [`ByteActivations`].
+/// Whether `m` rows of input times this many rows of weights use [`ByteActivations`].
 pub(super) fn needs(m: usize, rows: usize) -> bool {
     !m.is_multiple_of(2) || !rows.is_multiple_of(ROWS)
 }
@@ -175,7 +178,8 @@ unsafe fn stream(
 ) {
     for row in rows {
         for (i, weights) in weights.chunks_exact(output.matrix.row_bytes()).enumerate() {
-            // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and the outputs are its own.
+            // SAFETY: this function's contract guarantees AVX-512 and VNNI, and exclusive access to the
+            // outputs.
             unsafe {
                 let y = match block_type {
                     BlockType::Q8_0 => q8_0_row(weights, x, bytes, row),
@@ -200,7 +204,8 @@ unsafe fn q8_0_row(
 ) -> f32 {
     let blocks = weights.as_chunks::<34>().0;
     let (whole, rest) = blocks.as_chunks::<LANES>();
-    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI; `x` has as many groups as the row has blocks.
+    // SAFETY: this function's contract guarantees AVX-512 and VNNI; `x` has as many groups as the row has
+    // blocks.
     unsafe {
         let mut sums = _mm512_setzero_ps();
         for (i, blocks) in whole.iter().enumerate() {
@@ -226,7 +231,8 @@ unsafe fn q8_0_chunk<const WHOLE: bool>(
     first: usize,
     sums: __m512,
 ) -> __m512 {
-    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI; a block is 34 bytes, of which 32 are values.
+    // SAFETY: this function's contract guarantees AVX-512 and VNNI; a block is 34 bytes, of which 32 are
+    // values.
     unsafe {
         let values = |n: usize| {
             if WHOLE || n < blocks.len() {
@@ -281,7 +287,7 @@ unsafe fn q6_k_row(
     bytes: &ByteActivations,
     row: usize,
 ) -> f32 {
-    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI; a block is 8 groups.
+    // SAFETY: this function's contract guarantees AVX-512 and VNNI; a block is 8 groups.
     unsafe {
         // Positions of the sixteen halves of groups after the sums of four vectors.
         let order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
@@ -301,7 +307,8 @@ unsafe fn q6_k_row(
                 let low = _mm512_loadu_si512(block[64 * half..64 * half + 64].as_ptr().cast());
                 let high = &block[128 + 32 * half..160 + 32 * half];
                 let high = _mm512_broadcast_i64x4(_mm256_loadu_si256(high.as_ptr().cast()));
-                // Two bits of each value above its four, whose group each half of a vector is.
+                // The two high bits of each value go above its four low ones; each half of a vector is one
+                // group.
                 let with = |nibbles, bits| {
                     _mm512_ternarylogic_epi32::<0xea>(bits, pair, nibbles) // bits & pair | nibbles
                 };
@@ -328,8 +335,8 @@ unsafe fn q6_k_row(
 
 #[inline(always)]
 fn prefetch(address: *const u8) {
-    // SAFETY: an address that is only asked for need not exist.
-    unsafe { _mm_prefetch::<_MM_HINT_T1>(address.wrapping_add(AHEAD).cast()) }
+    // SAFETY: prefetching never faults, so the address need not be valid.
+    unsafe { _mm_prefetch::<_MM_HINT_T1>(address.wrapping_add(PREFETCH_DISTANCE).cast()) }
 }
 
 /// Signed bytes and 128 times signed input: sums of four products.
@@ -338,7 +345,7 @@ fn prefetch(address: *const u8) {
 /// As [`block_rows`]; `x` must be high bytes, then low ones.
 #[inline(always)]
 unsafe fn signed_dot(q: __m512i, x: *const __m512i) -> __m512i {
-    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and the outputs are its own.
+    // SAFETY: this function's contract guarantees AVX-512 and VNNI, and exclusive access to the outputs.
     unsafe { dot(_mm512_xor_si512(q, _mm512_set1_epi8(i8::MIN)), x) }
 }
 
@@ -348,7 +355,7 @@ unsafe fn signed_dot(q: __m512i, x: *const __m512i) -> __m512i {
 /// As [`signed_dot`].
 #[inline(always)]
 unsafe fn dot(q: __m512i, x: *const __m512i) -> __m512i {
-    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and the outputs are its own.
+    // SAFETY: this function's contract guarantees AVX-512 and VNNI, and exclusive access to the outputs.
     unsafe {
         let high = _mm512_dpbusd_epi32(_mm512_setzero_si512(), q, _mm512_load_si512(x));
         _mm512_dpbusd_epi32(_mm512_slli_epi32::<7>(high), q, _mm512_load_si512(x.add(1)))
@@ -362,7 +369,7 @@ unsafe fn dot(q: __m512i, x: *const __m512i) -> __m512i {
 /// As [`block_rows`].
 #[inline(always)]
 unsafe fn quarters([a, b, c, d]: [__m512i; 4]) -> __m512i {
-    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and the outputs are its own.
+    // SAFETY: this function's contract guarantees AVX-512 and VNNI, and exclusive access to the outputs.
     unsafe {
         let pairs =
             |a, b| _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
@@ -377,7 +384,7 @@ unsafe fn quarters([a, b, c, d]: [__m512i; 4]) -> __m512i {
 /// As [`block_rows`].
 #[inline(always)]
 unsafe fn add_scaled(sums: __m512, products: __m512i, x_scales: __m512, scales: __m512) -> __m512 {
-    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and the outputs are its own.
+    // SAFETY: this function's contract guarantees AVX-512 and VNNI, and exclusive access to the outputs.
     unsafe { _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(products), x_scales), scales, sums) }
 }
 
@@ -387,7 +394,7 @@ unsafe fn add_scaled(sums: __m512, products: __m512i, x_scales: __m512, scales: 
 /// As [`block_rows`].
 #[inline(always)]
 unsafe fn total(sums: __m512) -> f32 {
-    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and the outputs are its own.
+    // SAFETY: this function's contract guarantees AVX-512 and VNNI, and exclusive access to the outputs.
     unsafe {
         let sums = _mm256_add_ps(_mm512_castps512_ps256(sums), _mm512_extractf32x8_ps::<1>(sums));
         let sums = _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps::<1>(sums));
@@ -397,7 +404,7 @@ unsafe fn total(sums: __m512) -> f32 {
 }
 
 /// Whole tiles times a batch of `M` rows of input. `CHAINS` sums of integers per row of input keep the
-/// instructions from waiting for each other.
+/// instructions independent of each other.
 ///
 /// # Safety
 /// As [`block_rows`].
@@ -413,9 +420,9 @@ unsafe fn tile<B: ByteBlock, const M: usize, const CHAINS: usize>(
         // A lane is a row of weights.
         let mut sums = [[_mm512_setzero_ps(); M]; LANES];
         for block in 0..x.groups / B::GROUPS {
-            ask_for_next::<_MM_HINT_T1>(bytes, row_bytes, block, B::BYTES);
+            prefetch_next_tile::<_MM_HINT_T1>(bytes, row_bytes, block, B::BYTES);
             let blocks = Blocks { start: bytes[block * B::BYTES..].as_ptr(), row_bytes };
-            // SAFETY: the CPU has the instructions, and every row such a block.
+            // SAFETY: this function enables the features, and every row has such a block.
             unsafe { B::add::<M, CHAINS>(blocks, &x, block * B::GROUPS, &mut sums) };
         }
         // As [`total`], for all lanes at once.
@@ -426,12 +433,12 @@ unsafe fn tile<B: ByteBlock, const M: usize, const CHAINS: usize>(
                 }
             }
         }
-        // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and the outputs are its own.
-        unsafe { put_tile(output, tile * ROWS, x.rows.start, sums[0]) };
+        // SAFETY: this function's contract guarantees AVX-512 and VNNI, and exclusive access to the outputs.
+        unsafe { store_tile(output, tile * ROWS, x.rows.start, sums[0]) };
     }
 }
 
-/// A type of blocks.
+/// A block type.
 trait ByteBlock {
     /// Groups of 32 values.
     const GROUPS: usize;
@@ -440,7 +447,7 @@ trait ByteBlock {
     /// Adds the products of a block of each row with groups from `group` on.
     ///
     /// # Safety
-    /// The CPU must have the instructions, and `blocks` be readable.
+    /// The CPU must support AVX-512 and VNNI, and `blocks` must be readable.
     unsafe fn add<const M: usize, const CHAINS: usize>(
         blocks: Blocks,
         x: &ActivationBatch,
@@ -465,7 +472,7 @@ impl ByteBlock for ByteQ8_0 {
         group: usize,
         sums: &mut [[__m512; M]; LANES],
     ) {
-        // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and the outputs are its own.
+        // SAFETY: this function's contract guarantees AVX-512 and VNNI, and exclusive access to the outputs.
         unsafe {
             let [head, ..] = blocks.dwords(0);
             let scales = lower_halves(head);
@@ -478,7 +485,7 @@ impl ByteBlock for ByteQ8_0 {
                 }
             }
             let sums = &mut sums[group % LANES];
-            add_all(sums, products, scales, x.factors(group));
+            add_scaled_sums(sums, products, scales, x.factors(group));
         }
     }
 }
@@ -494,7 +501,7 @@ impl ByteBlock for ByteQ6_K {
         group: usize,
         sums: &mut [[__m512; M]; LANES],
     ) {
-        // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and the outputs are its own.
+        // SAFETY: this function's contract guarantees AVX-512 and VNNI, and exclusive access to the outputs.
         unsafe {
             // The last 16 bytes of a block end with both bytes of the scale of its scales.
             let [.., tail] = blocks.dwords(Self::BYTES - 16);
@@ -522,7 +529,7 @@ impl ByteBlock for ByteQ6_K {
                             let nibbles = _mm512_and_si512(low, nibble);
                             // high & pair | nibbles.
                             let q = _mm512_ternarylogic_epi32::<0xea>(high, pair, nibbles);
-                            let q = _mm512_sub_epi8(q, _mm512_set1_epi8(Q6_K_ABOVE as i8));
+                            let q = _mm512_sub_epi8(q, _mm512_set1_epi8(Q6_K_OFFSET as i8));
                             add_bytes(&mut products, q, pairs, 4 * column + j);
                         }
                         let n = 2 * of_block + column;
@@ -531,7 +538,12 @@ impl ByteBlock for ByteQ6_K {
                         let of_half = _mm512_sll_epi32(of_halves[n / 4], up);
                         let of_half = _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(of_half));
                         let scales = _mm512_mul_ps(of_half, d);
-                        add_all(&mut sums[n], products, scales, x.factors(group + of_block));
+                        add_scaled_sums(
+                            &mut sums[n],
+                            products,
+                            scales,
+                            x.factors(group + of_block),
+                        );
                     }
                 }
             }
@@ -550,7 +562,7 @@ unsafe fn add_bytes<const M: usize, const CHAINS: usize>(
     pairs: *const i32,
     k: usize,
 ) {
-    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and the outputs are its own.
+    // SAFETY: this function's contract guarantees AVX-512 and VNNI, and exclusive access to the outputs.
     unsafe {
         let even = _mm512_srai_epi16::<8>(_mm512_slli_epi16::<8>(bytes));
         multiply(products, even, pairs, k);
@@ -562,17 +574,17 @@ unsafe fn add_bytes<const M: usize, const CHAINS: usize>(
 /// scales of those.
 ///
 /// # Safety
-/// The CPU must have the instructions, and `factors` be `M` numbers.
+/// The CPU must support AVX-512 and VNNI, and `factors` must be `M` numbers.
 #[inline(always)]
-unsafe fn add_all<const M: usize, const CHAINS: usize>(
+unsafe fn add_scaled_sums<const M: usize, const CHAINS: usize>(
     sums: &mut [__m512; M],
     products: [[__m512i; CHAINS]; M],
     scales: __m512,
     factors: *const f32,
 ) {
-    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and the outputs are its own.
+    // SAFETY: this function's contract guarantees AVX-512 and VNNI, and exclusive access to the outputs.
     unsafe {
-        let all = joined(products);
+        let all = sum_chains(products);
         for i in 0..M {
             sums[i] = add_scaled(sums[i], all[i], _mm512_set1_ps(*factors.add(i)), scales);
         }

@@ -1,6 +1,6 @@
-//! How block types store integers and scales: what `quant` reads value by value, vector by vector.
+//! How block types store integers and scales: the vectorized counterpart of the decoders in `quant`.
 //!
-//! Every type is the same sum over parts of a row,
+//! For every type the dot product is the same sum over parts of a row,
 //! `Σ scale · (q · x) + minimum · Σ x`, with unsigned or signed integers `q`: types whose values
 //! are `q - 8` have the minimum `-8 · scale`.
 
@@ -10,7 +10,7 @@ use super::activations::LANES;
 use super::i16_vector::I16Vector;
 use crate::quant::{E2M1_TWICE, NON_LINEAR, half_e8m0, iq4_xs_scale};
 
-/// A block type of integers.
+/// An integer block type.
 pub(super) trait Format {
     /// Groups of 32 values in a block: 1 or 8.
     const GROUPS: usize;
@@ -18,19 +18,19 @@ pub(super) trait Format {
     const BYTES: usize;
     /// Scales per group of 32 values: 1 or 2.
     const PARTS: usize = 1;
-    /// Whether there are minima.
+    /// Whether the type has minima.
     const MINIMA: bool = true;
 
     /// Scales and minima of up to 16 blocks of 32 values, or of one larger block.
     ///
     /// # Safety
-    /// The CPU must have the instructions of `W`.
+    /// The CPU must support the features of `W`.
     unsafe fn scales<W: I16Vector>(blocks: &[u8]) -> ([f32; LANES], [f32; LANES]);
 
     /// The integers of a block's `i`-th group.
     ///
     /// # Safety
-    /// The CPU must have the instructions of `W`.
+    /// The CPU must support the features of `W`.
     unsafe fn words<W: I16Vector>(block: &[u8], i: usize) -> W;
 }
 
@@ -54,14 +54,14 @@ impl Format for Q4_0 {
 
     #[inline(always)]
     unsafe fn scales<W: I16Vector>(blocks: &[u8]) -> ([f32; LANES], [f32; LANES]) {
-        // SAFETY: by this function's contract the CPU has the instructions of `W`.
+        // SAFETY: this function's contract guarantees the CPU features of `W`.
         let scales = unsafe { halves::<W, 18>(blocks, 0) };
         (scales, times(-8.0, scales))
     }
 
     #[inline(always)]
     unsafe fn words<W: I16Vector>(block: &[u8], _i: usize) -> W {
-        // SAFETY: by this function's contract the CPU has the instructions of `W`.
+        // SAFETY: this function's contract guarantees the CPU features of `W`.
         unsafe { W::nibbles(at(block, 2)) }
     }
 }
@@ -72,13 +72,13 @@ impl Format for Q4_1 {
 
     #[inline(always)]
     unsafe fn scales<W: I16Vector>(blocks: &[u8]) -> ([f32; LANES], [f32; LANES]) {
-        // SAFETY: by this function's contract the CPU has the instructions of `W`.
+        // SAFETY: this function's contract guarantees the CPU features of `W`.
         unsafe { (halves::<W, 20>(blocks, 0), halves::<W, 20>(blocks, 2)) }
     }
 
     #[inline(always)]
     unsafe fn words<W: I16Vector>(block: &[u8], _i: usize) -> W {
-        // SAFETY: by this function's contract the CPU has the instructions of `W`.
+        // SAFETY: this function's contract guarantees the CPU features of `W`.
         unsafe { W::nibbles(at(block, 4)) }
     }
 }
@@ -89,7 +89,7 @@ impl Format for Q5_0 {
 
     #[inline(always)]
     unsafe fn scales<W: I16Vector>(blocks: &[u8]) -> ([f32; LANES], [f32; LANES]) {
-        // SAFETY: by this function's contract the CPU has the instructions of `W`.
+        // SAFETY: this function's contract guarantees the CPU features of `W`.
         let scales = unsafe { halves::<W, 22>(blocks, 0) };
         (scales, times(-16.0, scales))
     }
@@ -97,7 +97,7 @@ impl Format for Q5_0 {
     #[inline(always)]
     unsafe fn words<W: I16Vector>(block: &[u8], _i: usize) -> W {
         let high = u32::from_le_bytes(*at(block, 2));
-        // SAFETY: by this function's contract the CPU has the instructions of `W`.
+        // SAFETY: this function's contract guarantees the CPU features of `W`.
         unsafe { W::nibbles(at(block, 6)).or(W::fifth_bits(high)) }
     }
 }
@@ -108,14 +108,14 @@ impl Format for Q5_1 {
 
     #[inline(always)]
     unsafe fn scales<W: I16Vector>(blocks: &[u8]) -> ([f32; LANES], [f32; LANES]) {
-        // SAFETY: by this function's contract the CPU has the instructions of `W`.
+        // SAFETY: this function's contract guarantees the CPU features of `W`.
         unsafe { (halves::<W, 24>(blocks, 0), halves::<W, 24>(blocks, 2)) }
     }
 
     #[inline(always)]
     unsafe fn words<W: I16Vector>(block: &[u8], _i: usize) -> W {
         let high = u32::from_le_bytes(*at(block, 4));
-        // SAFETY: by this function's contract the CPU has the instructions of `W`.
+        // SAFETY: this function's contract guarantees the CPU features of `W`.
         unsafe { W::nibbles(at(block, 8)).or(W::fifth_bits(high)) }
     }
 }
@@ -127,14 +127,14 @@ impl Format for Q8_0 {
 
     #[inline(always)]
     unsafe fn scales<W: I16Vector>(blocks: &[u8]) -> ([f32; LANES], [f32; LANES]) {
-        // SAFETY: by this function's contract the CPU has the instructions of `W`.
+        // SAFETY: this function's contract guarantees the CPU features of `W`.
         let scales = unsafe { halves::<W, 34>(blocks, 0) };
         (times(1.0 / 256.0, scales), [0.0; LANES])
     }
 
     #[inline(always)]
     unsafe fn words<W: I16Vector>(block: &[u8], _i: usize) -> W {
-        // SAFETY: by this function's contract the CPU has the instructions of `W`.
+        // SAFETY: this function's contract guarantees the CPU features of `W`.
         unsafe { W::signed_times_256(at(block, 2)) }
     }
 }
@@ -146,7 +146,7 @@ impl Format for Q2_K {
 
     #[inline(always)]
     unsafe fn scales<W: I16Vector>(block: &[u8]) -> ([f32; LANES], [f32; LANES]) {
-        // SAFETY: by this function's contract the CPU has the instructions of `W`.
+        // SAFETY: this function's contract guarantees the CPU features of `W`.
         let (d, minimum) = unsafe { (half::<W>(block, 80), half::<W>(block, 82)) };
         let both: &[u8; 16] = at(block, 0);
         let (mut scales, mut minima) = ([0.0; LANES], [0.0; LANES]);
@@ -159,7 +159,7 @@ impl Format for Q2_K {
 
     #[inline(always)]
     unsafe fn words<W: I16Vector>(block: &[u8], i: usize) -> W {
-        // SAFETY: by this function's contract the CPU has the instructions of `W`.
+        // SAFETY: this function's contract guarantees the CPU features of `W`.
         unsafe { W::bits(at(block, 16 + i / 4 * 32), 2 * (i % 4), 3) }
     }
 }
@@ -171,7 +171,7 @@ impl Format for Q3_K {
 
     #[inline(always)]
     unsafe fn scales<W: I16Vector>(block: &[u8]) -> ([f32; LANES], [f32; LANES]) {
-        // SAFETY: by this function's contract the CPU has the instructions of `W`.
+        // SAFETY: this function's contract guarantees the CPU features of `W`.
         let d = unsafe { half::<W>(block, 108) };
         // Four low bits of scales 0..8 and 8..16 in the nibbles of two words, two high bits of
         // scales 0..4, 4..8, 8..12 and 12..16 in the bit pairs of a third.
@@ -190,7 +190,7 @@ impl Format for Q3_K {
 
     #[inline(always)]
     unsafe fn words<W: I16Vector>(block: &[u8], i: usize) -> W {
-        // SAFETY: by this function's contract the CPU has the instructions of `W`.
+        // SAFETY: this function's contract guarantees the CPU features of `W`.
         unsafe {
             let low = W::bits(at(block, 32 + i / 4 * 32), 2 * (i % 4), 3);
             low.or(W::bits(at(block, 0), i, 1).times(4))
@@ -204,13 +204,13 @@ impl Format for Q4_K {
 
     #[inline(always)]
     unsafe fn scales<W: I16Vector>(block: &[u8]) -> ([f32; LANES], [f32; LANES]) {
-        // SAFETY: by this function's contract the CPU has the instructions of `W`.
+        // SAFETY: this function's contract guarantees the CPU features of `W`.
         unsafe { scales_and_minima::<W>(block) }
     }
 
     #[inline(always)]
     unsafe fn words<W: I16Vector>(block: &[u8], i: usize) -> W {
-        // SAFETY: by this function's contract the CPU has the instructions of `W`.
+        // SAFETY: this function's contract guarantees the CPU features of `W`.
         unsafe { W::bits(at(block, 16 + i / 2 * 32), 4 * (i % 2), 15) }
     }
 }
@@ -221,13 +221,13 @@ impl Format for Q5_K {
 
     #[inline(always)]
     unsafe fn scales<W: I16Vector>(block: &[u8]) -> ([f32; LANES], [f32; LANES]) {
-        // SAFETY: by this function's contract the CPU has the instructions of `W`.
+        // SAFETY: this function's contract guarantees the CPU features of `W`.
         unsafe { scales_and_minima::<W>(block) }
     }
 
     #[inline(always)]
     unsafe fn words<W: I16Vector>(block: &[u8], i: usize) -> W {
-        // SAFETY: by this function's contract the CPU has the instructions of `W`.
+        // SAFETY: this function's contract guarantees the CPU features of `W`.
         unsafe {
             let low = W::bits(at(block, 48 + i / 2 * 32), 4 * (i % 2), 15);
             low.or(W::bits(at(block, 16), i, 1).times(16))
@@ -242,7 +242,7 @@ impl Format for Q6_K {
 
     #[inline(always)]
     unsafe fn scales<W: I16Vector>(block: &[u8]) -> ([f32; LANES], [f32; LANES]) {
-        // SAFETY: by this function's contract the CPU has the instructions of `W`.
+        // SAFETY: this function's contract guarantees the CPU features of `W`.
         let d = unsafe { half::<W>(block, 208) };
         let of_parts: &[u8; 16] = at(block, 192);
         let mut scales = [0.0; LANES];
@@ -254,9 +254,9 @@ impl Format for Q6_K {
 
     #[inline(always)]
     unsafe fn words<W: I16Vector>(block: &[u8], i: usize) -> W {
-        // Within each half of 128, group k is low or high nibbles of one of two runs of 32 bytes.
+        // Within each half of 128, group k is the low or high nibbles of one of two ranges of 32 bytes.
         let (of_half, k) = (i / 4, i % 4);
-        // SAFETY: by this function's contract the CPU has the instructions of `W`.
+        // SAFETY: this function's contract guarantees the CPU features of `W`.
         unsafe {
             let low = W::bits(at(block, 64 * of_half + k % 2 * 32), k / 2 * 4, 15);
             low.or(W::bits(at(block, 128 + 32 * of_half), 2 * k, 3).times(16))
@@ -271,14 +271,14 @@ impl Format for IQ4_NL {
 
     #[inline(always)]
     unsafe fn scales<W: I16Vector>(blocks: &[u8]) -> ([f32; LANES], [f32; LANES]) {
-        // SAFETY: by this function's contract the CPU has the instructions of `W`.
+        // SAFETY: this function's contract guarantees the CPU features of `W`.
         let scales = unsafe { halves::<W, 18>(blocks, 0) };
         (times(1.0 / 256.0, scales), [0.0; LANES])
     }
 
     #[inline(always)]
     unsafe fn words<W: I16Vector>(block: &[u8], _i: usize) -> W {
-        // SAFETY: by this function's contract the CPU has the instructions of `W`.
+        // SAFETY: this function's contract guarantees the CPU features of `W`.
         unsafe { W::signed_times_256(&looked_up(at(block, 2), &NON_LINEAR)) }
     }
 }
@@ -290,7 +290,7 @@ impl Format for IQ4_XS {
 
     #[inline(always)]
     unsafe fn scales<W: I16Vector>(block: &[u8]) -> ([f32; LANES], [f32; LANES]) {
-        // SAFETY: by this function's contract the CPU has the instructions of `W`.
+        // SAFETY: this function's contract guarantees the CPU features of `W`.
         let d = unsafe { half::<W>(block, 0) };
         let mut scales = [0.0; LANES];
         for (i, scale) in scales.iter_mut().take(8).enumerate() {
@@ -301,7 +301,7 @@ impl Format for IQ4_XS {
 
     #[inline(always)]
     unsafe fn words<W: I16Vector>(block: &[u8], i: usize) -> W {
-        // SAFETY: by this function's contract the CPU has the instructions of `W`.
+        // SAFETY: this function's contract guarantees the CPU features of `W`.
         unsafe { W::signed_times_256(&looked_up(at(block, 8 + 16 * i), &NON_LINEAR)) }
     }
 }
@@ -322,12 +322,12 @@ impl Format for MXFP4 {
 
     #[inline(always)]
     unsafe fn words<W: I16Vector>(block: &[u8], _i: usize) -> W {
-        // SAFETY: by this function's contract the CPU has the instructions of `W`.
+        // SAFETY: this function's contract guarantees the CPU features of `W`.
         unsafe { W::signed_times_256(&looked_up(at(block, 1), &E2M1_TWICE)) }
     }
 }
 
-/// What the low nibbles of 16 bytes, then their high ones, stand for, as bytes.
+/// Looks up the low nibbles of 16 bytes, then the high ones, in a table.
 #[inline(always)]
 fn looked_up(nibbles: &[u8; 16], table: &[i8; 16]) -> [u8; 32] {
     let mut values = [0; 32];
@@ -338,7 +338,7 @@ fn looked_up(nibbles: &[u8; 16], table: &[i8; 16]) -> [u8; 32] {
     values
 }
 
-/// A multiple of all scales. (`array::map` is not always inlined, and then not vectorized.)
+/// All scales times a factor. (`array::map` is not always inlined, and then not vectorized.)
 #[inline(always)]
 fn times(factor: f32, mut scales: [f32; LANES]) -> [f32; LANES] {
     for scale in &mut scales {
@@ -347,7 +347,7 @@ fn times(factor: f32, mut scales: [f32; LANES]) -> [f32; LANES] {
     scales
 }
 
-/// `N` bytes at a place known when it is compiled.
+/// `N` bytes at an offset known at compile time.
 #[inline(always)]
 fn at<const N: usize>(block: &[u8], at: usize) -> &[u8; N] {
     block[at..].first_chunk().expect("blocks are whole")
@@ -356,22 +356,22 @@ fn at<const N: usize>(block: &[u8], at: usize) -> &[u8; N] {
 /// The `f16` at `offset`.
 ///
 /// # Safety
-/// The CPU must have the instructions of `W`.
+/// The CPU must support the features of `W`.
 #[inline(always)]
 unsafe fn half<W: I16Vector>(block: &[u8], offset: usize) -> f32 {
-    // SAFETY: by this function's contract the CPU has the instructions of `W`.
+    // SAFETY: this function's contract guarantees the CPU features of `W`.
     unsafe { W::half(u16::from_le_bytes(*at(block, offset))) }
 }
 
-/// The `f16` at `offset` of each of up to 16 blocks, zeros beyond.
+/// The `f16` at `offset` of each of up to 16 blocks, zero-padded.
 ///
 /// # Safety
-/// The CPU must have the instructions of `W`.
+/// The CPU must support the features of `W`.
 #[inline(always)]
 unsafe fn halves<W: I16Vector, const BYTES: usize>(blocks: &[u8], offset: usize) -> [f32; LANES] {
     let blocks = blocks.as_chunks::<BYTES>().0;
     let bits = |block: &[u8; BYTES]| u16::from_le_bytes([block[offset], block[offset + 1]]);
-    // SAFETY: by this function's contract the CPU has the instructions of `W`.
+    // SAFETY: this function's contract guarantees the CPU features of `W`.
     unsafe {
         match blocks.first_chunk::<LANES>() {
             Some(blocks) => W::halves(|i| bits(&blocks[i])),
@@ -383,10 +383,10 @@ unsafe fn halves<W: I16Vector, const BYTES: usize>(blocks: &[u8], offset: usize)
 /// The 8 scales and minima of a `Q4_K` or `Q5_K` block: 6 bits each, packed into three words.
 ///
 /// # Safety
-/// The CPU must have the instructions of `W`.
+/// The CPU must support the features of `W`.
 #[inline(always)]
 unsafe fn scales_and_minima<W: I16Vector>(block: &[u8]) -> ([f32; LANES], [f32; LANES]) {
-    // SAFETY: by this function's contract the CPU has the instructions of `W`.
+    // SAFETY: this function's contract guarantees the CPU features of `W`.
     let (d, minimum) = unsafe { (half::<W>(block, 0), half::<W>(block, 2)) };
     let word = |i: usize| u32::from_le_bytes(*at(block, 4 + 4 * i));
     let (a, b, c) = (word(0), word(1), word(2));
@@ -401,7 +401,7 @@ unsafe fn scales_and_minima<W: I16Vector>(block: &[u8]) -> ([f32; LANES], [f32; 
     (d_scales, d_minima)
 }
 
-/// A type of floats.
+/// A float type.
 pub(super) trait FloatFormat {
     /// Bytes of a value.
     const BYTES: usize;
@@ -409,7 +409,7 @@ pub(super) trait FloatFormat {
     /// As many values as a vector of `W` has lanes.
     ///
     /// # Safety
-    /// The CPU must have the instructions of `W`; `bytes` must be that many values.
+    /// The CPU must support the features of `W`; `bytes` must be that many values.
     unsafe fn load<W: I16Vector>(bytes: &[u8]) -> W::Sums;
 }
 
@@ -422,7 +422,7 @@ impl FloatFormat for F32 {
 
     #[inline(always)]
     unsafe fn load<W: I16Vector>(bytes: &[u8]) -> W::Sums {
-        // SAFETY: by this function's contract the CPU has the instructions of `W`.
+        // SAFETY: this function's contract guarantees the CPU features of `W`.
         unsafe { W::load_f32(bytes) }
     }
 }
@@ -432,7 +432,7 @@ impl FloatFormat for F16 {
 
     #[inline(always)]
     unsafe fn load<W: I16Vector>(bytes: &[u8]) -> W::Sums {
-        // SAFETY: by this function's contract the CPU has the instructions of `W`.
+        // SAFETY: this function's contract guarantees the CPU features of `W`.
         unsafe { W::load_f16(bytes) }
     }
 }
@@ -442,7 +442,7 @@ impl FloatFormat for BF16 {
 
     #[inline(always)]
     unsafe fn load<W: I16Vector>(bytes: &[u8]) -> W::Sums {
-        // SAFETY: by this function's contract the CPU has the instructions of `W`.
+        // SAFETY: this function's contract guarantees the CPU features of `W`.
         unsafe { W::load_bf16(bytes) }
     }
 }

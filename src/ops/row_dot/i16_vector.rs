@@ -1,4 +1,4 @@
-//! The vectors that kernels compute with: what each ISA level provides, and the form in plain Rust.
+//! The vector operations that kernels are generic over, one implementation per ISA level, and the portable one.
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -7,30 +7,30 @@ use super::activations::{Activations, GROUP_LEN, LANES};
 use super::formats::{FloatFormat, Format};
 use super::kernel::{self, Output};
 
-/// 32 integers of a group as 16-bit words, those of even index first; and the sums they go into.
+/// The 32 integers of a group as 16-bit words, those of even index first, with the operations kernels need.
 ///
 /// # Safety
-/// One contract for all functions: the CPU has the instructions of the implementing type. References and
-/// slices bound all that is read and written, except that [`Self::blocks`] and [`Self::floats`] write to
-/// `output`, whose elements of these rows no other thread may touch. The other functions are compiled into
-/// these two, whose features they need.
+/// One contract for all functions: the CPU supports the features of the implementing type. References and
+/// slices bound all reads and writes, except that [`Self::blocks`] and [`Self::floats`] write to
+/// `output`, whose elements of these rows no other thread may access. The other functions are inlined into
+/// these two, which enable the features they need.
 #[allow(clippy::missing_safety_doc)]
 pub(super) trait I16Vector: Copy {
     /// Partial sums of one output element.
     type Sums: Copy;
-    /// Lanes of those.
+    /// Lanes of [`Self::Sums`].
     const LANES: usize;
     /// Whether the loop over the groups of a large block is unrolled: shifts are then constants, at eight times the code.
     const UNROLLED: bool;
 
-    /// The kernel over blocks, with the features of its ISA level.
+    /// The kernel over blocks, compiled with the features of its ISA level.
     unsafe fn blocks<F: Format, T: ActivationValue, const M: usize>(
         bytes: &[u8],
         x: &Activations<T>,
         first: usize,
         output: &Output,
     ) -> usize;
-    /// The kernel over floats, with the features of its ISA level.
+    /// The kernel over floats, compiled with the features of its ISA level.
     unsafe fn floats<F: FloatFormat, const M: usize>(
         bytes: &[u8],
         x: &Activations<f32>,
@@ -38,25 +38,25 @@ pub(super) trait I16Vector: Copy {
         output: &Output,
     ) -> usize;
 
-    /// Asks for the cache line of an address, which need not exist, in the second-level cache.
+    /// Prefetches the cache line of an address, which need not be valid, into the L2 cache.
     fn prefetch(address: *const u8);
 
     /// The low nibbles of 16 bytes, then the high ones.
     unsafe fn nibbles(q: &[u8; 16]) -> Self;
-    /// `q >> shift & mask` of every byte; the mask leaves nothing from beyond the byte.
+    /// `q >> shift & mask` of every byte; the mask must clear bits shifted in from the next byte.
     unsafe fn bits(q: &[u8; 32], shift: usize, mask: i16) -> Self;
     /// 256 times every signed byte.
     unsafe fn signed_times_256(q: &[u8; 32]) -> Self;
     /// 16 where the bit of a value is set.
     unsafe fn fifth_bits(bits: u32) -> Self;
-    /// Bits of both.
+    /// Bitwise or.
     unsafe fn or(self, other: Self) -> Self;
     /// Every word times a power of two.
     unsafe fn times(self, factor: i16) -> Self;
 
-    /// Products with rounded input, those of the group's first 16 values apart from the others.
+    /// Products with rounded input; those of the group's first 16 values are in other lanes than those of the rest.
     unsafe fn dot_i16(self, x: &[i16; GROUP_LEN]) -> Self::Sums;
-    /// Products with input as it is, in the same lanes.
+    /// Products with `f32` input, in the same lanes.
     unsafe fn dot_f32(self, x: &[f32; GROUP_LEN]) -> Self::Sums;
 
     unsafe fn zero() -> Self::Sums;
@@ -87,19 +87,19 @@ pub(super) trait I16Vector: Copy {
     unsafe fn load_bf16(bytes: &[u8]) -> Self::Sums;
 }
 
-/// A form of input.
+/// The element type of prepared input.
 pub(super) trait ActivationValue: Copy + Send + Sync {
     /// Products of a group.
     ///
     /// # Safety
-    /// The CPU must have the instructions of `W`.
+    /// The CPU must support the features of `W`.
     unsafe fn dot<W: I16Vector>(words: W, x: &[Self; GROUP_LEN]) -> W::Sums;
 }
 
 impl ActivationValue for i16 {
     #[inline(always)]
     unsafe fn dot<W: I16Vector>(words: W, x: &[Self; GROUP_LEN]) -> W::Sums {
-        // SAFETY: by this function's contract the CPU has the instructions of `W`.
+        // SAFETY: this function's contract guarantees the CPU features of `W`.
         unsafe { words.dot_i16(x) }
     }
 }
@@ -107,17 +107,17 @@ impl ActivationValue for i16 {
 impl ActivationValue for f32 {
     #[inline(always)]
     unsafe fn dot<W: I16Vector>(words: W, x: &[Self; GROUP_LEN]) -> W::Sums {
-        // SAFETY: by this function's contract the CPU has the instructions of `W`.
+        // SAFETY: this function's contract guarantees the CPU features of `W`.
         unsafe { words.dot_f32(x) }
     }
 }
 
-/// Plain Rust, for the vectorizer.
+/// Portable Rust, left to the auto-vectorizer.
 #[derive(Clone, Copy)]
 pub(super) struct I16Portable([i16; GROUP_LEN]);
 
 impl I16Portable {
-    /// Words from values in their own order.
+    /// Words from values in storage order.
     #[inline(always)]
     fn of(value: impl Fn(usize) -> i16) -> Self {
         let mut words = [0; GROUP_LEN];
@@ -141,7 +141,7 @@ impl I16Vector for I16Portable {
         first: usize,
         output: &Output,
     ) -> usize {
-        // SAFETY: plain Rust needs no instructions; the outputs are this call's by the contract.
+        // SAFETY: portable Rust needs no CPU features; the contract guarantees access to the outputs.
         unsafe { kernel::blocks::<Self, F, T, M>(bytes, x, first, output) }
     }
 
@@ -151,7 +151,7 @@ impl I16Vector for I16Portable {
         first: usize,
         output: &Output,
     ) -> usize {
-        // SAFETY: plain Rust needs no instructions; the outputs are this call's by the contract.
+        // SAFETY: portable Rust needs no CPU features; the contract guarantees access to the outputs.
         unsafe { kernel::floats::<Self, F, M>(bytes, x, first, output) }
     }
 
@@ -298,7 +298,7 @@ impl I16Vector for I16Portable {
 
     #[inline(always)]
     unsafe fn load_f16(bytes: &[u8]) -> Self::Sums {
-        // SAFETY: nothing is needed of the CPU.
+        // SAFETY: portable Rust needs no CPU features.
         unsafe { Self::halves(|i| u16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]])) }
     }
 

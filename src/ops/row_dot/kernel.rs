@@ -9,7 +9,7 @@ use super::i16_vector::{ActivationValue, I16Vector};
 use crate::ops::cpu::SharedMutPtr;
 use crate::quant::{BlockType, FrozenMatrix};
 
-/// The distance of prefetches: the same place of a pair of rows to come, at least
+/// The prefetch distance: the same offset in a later pair of rows, at least
 /// a page away.
 #[inline(always)]
 pub(super) fn ahead(row_bytes: usize) -> usize {
@@ -19,24 +19,24 @@ pub(super) fn ahead(row_bytes: usize) -> usize {
 /// Where the products of stored rows go.
 pub(super) struct Output<'a> {
     pub matrix: &'a FrozenMatrix,
-    /// The stored row that the bytes begin with.
+    /// Index of the first stored row in the bytes.
     pub first_row: usize,
     pub y: SharedMutPtr, // (m, stride)
-    /// Outputs of a row of input: those of the matrix, and of others beside it.
+    /// Outputs per row of input: those of this matrix, and of matrices stored side by side with it.
     pub stride: usize,
 }
 
 impl Output<'_> {
-    /// Puts the products of the `row`-th of these rows with inputs from `first` on in their place.
+    /// Stores the products of the `row`-th of these rows with inputs from `first` on.
     ///
     /// # Safety
-    /// No other thread may touch those elements of `y`.
+    /// No other thread may access those elements of `y`.
     #[inline(always)]
     pub unsafe fn put(&self, row: usize, first: usize, values: &[f32]) {
         let row = self.matrix.logical_row(self.first_row + row);
         for (i, value) in values.iter().enumerate() {
             let at = (first + i) * self.stride + row;
-            // SAFETY: this function's contract, the instructions of `W` and outputs of its own, is all that is asked.
+            // SAFETY: guaranteed by this function's safety contract.
             unsafe { self.y.at(at).slice(1)[0] = *value };
         }
     }
@@ -45,14 +45,14 @@ impl Output<'_> {
 /// Rows of blocks times all rows of input.
 ///
 /// # Safety
-/// The CPU must have the instructions of `W`, and no other thread may touch the elements of `y`
+/// The CPU must support the features of `W`, and no other thread may access the elements of `y`
 /// that belong to these rows.
 pub(super) unsafe fn block_rows<W: I16Vector, T: ActivationValue>(
     bytes: &[u8],
     x: &Activations<T>,
     output: &Output,
 ) {
-    // SAFETY: this function's contract, the instructions of `W` and outputs of its own, is all that is asked.
+    // SAFETY: guaranteed by this function's safety contract.
     unsafe {
         match output.matrix.block_type() {
             BlockType::Q4_0 => inputs::<W, Q4_0, T>(bytes, x, output),
@@ -100,7 +100,7 @@ pub(super) unsafe fn inputs<W: I16Vector, F: Format, T: ActivationValue>(
 ) {
     let mut first = 0;
     while first < x.m() {
-        // SAFETY: this function's contract, the instructions of `W` and outputs of its own, is all that is asked.
+        // SAFETY: guaranteed by this function's safety contract.
         first += unsafe {
             match x.m() - first {
                 1 => W::blocks::<F, T, 1>(bytes, x, first, output),
@@ -130,7 +130,7 @@ pub(super) unsafe fn blocks<W: I16Vector, F: Format, T: ActivationValue, const M
         // An odd last row is its own partner.
         let rows = [&bytes[..row_bytes], &bytes[bytes.len() - row_bytes..]];
         let mut y = [[0.0; M]; 2];
-        // SAFETY: this function's contract, the instructions of `W` and outputs of its own, is all that is asked.
+        // SAFETY: guaranteed by this function's safety contract.
         unsafe {
             let mut sums = [[W::zero(); M]; 2];
             for group in (0..whole).step_by(chunk) {
@@ -183,7 +183,7 @@ unsafe fn add_chunk<W: I16Vector, F: Format, T: ActivationValue, const M: usize>
     for i in 0..M {
         xs[i] = x.row(first + i)[group..group + n].as_ptr();
     }
-    // SAFETY: by this function's contract the CPU has the instructions of `W`; groups are inside the slices just taken.
+    // SAFETY: this function's contract guarantees the CPU features of `W`; groups are inside the slices just taken.
     unsafe {
         for r in 0..2 {
             let (of_parts, minima) = F::scales::<W>(blocks[r]);
@@ -202,7 +202,7 @@ unsafe fn add_chunk<W: I16Vector, F: Format, T: ActivationValue, const M: usize>
                 add_group::<W, F, T, M>(bytes, ahead, &xs, &scales, g, 0, sums);
             }
         } else if W::UNROLLED {
-            // Shifts and places are then known when this is compiled.
+            // Unrolled by hand, so that shifts and offsets are compile-time constants.
             add_group::<W, F, T, M>(bytes, ahead, &xs, &scales, 0, 0, sums);
             add_group::<W, F, T, M>(bytes, ahead, &xs, &scales, 1, 1, sums);
             add_group::<W, F, T, M>(bytes, ahead, &xs, &scales, 2, 2, sums);
@@ -235,9 +235,9 @@ unsafe fn add_group<W: I16Vector, F: Format, T: ActivationValue, const M: usize>
     sums: &mut [[W::Sums; M]; 2],
 ) {
     for r in 0..2 {
-        // SAFETY: by this function's contract the CPU has the instructions of `W`; there are at most 16 scales to a chunk.
+        // SAFETY: this function's contract guarantees the CPU features of `W`; a chunk has at most 16 scales.
         unsafe {
-            // One line per group, spread evenly: bursts fill up the buffers of the cache.
+            // One cache line per group, spread evenly: bursts exhaust the line fill buffers.
             W::prefetch(blocks[r].wrapping_add(ahead + of_block * F::BYTES / F::GROUPS));
             let words: W = F::words(std::slice::from_raw_parts(blocks[r], F::BYTES), of_block);
             for i in 0..M {
@@ -258,7 +258,7 @@ unsafe fn add_group<W: I16Vector, F: Format, T: ActivationValue, const M: usize>
 /// # Safety
 /// As [`block_rows`].
 pub(super) unsafe fn float_rows<W: I16Vector>(bytes: &[u8], x: &Activations<f32>, output: &Output) {
-    // SAFETY: this function's contract, the instructions of `W` and outputs of its own, is all that is asked.
+    // SAFETY: guaranteed by this function's safety contract.
     unsafe {
         match output.matrix.block_type() {
             BlockType::F32 => float_inputs::<W, F32>(bytes, x, output),
@@ -280,7 +280,7 @@ unsafe fn float_inputs<W: I16Vector, F: FloatFormat>(
 ) {
     let mut first = 0;
     while first < x.m() {
-        // SAFETY: this function's contract, the instructions of `W` and outputs of its own, is all that is asked.
+        // SAFETY: guaranteed by this function's safety contract.
         first += unsafe {
             match x.m() - first {
                 1 => W::floats::<F, 1>(bytes, x, first, output),
@@ -309,7 +309,7 @@ pub(super) unsafe fn floats<W: I16Vector, F: FloatFormat, const M: usize>(
         // An odd last row is its own partner.
         let rows = [&bytes[..row_bytes], &bytes[bytes.len() - row_bytes..]];
         let mut y = [[0.0; M]; 2];
-        // SAFETY: this function's contract, the instructions of `W` and outputs of its own, is all that is asked.
+        // SAFETY: guaranteed by this function's safety contract.
         unsafe {
             let mut sums = [[W::zero(); M]; 2];
             let whole = row_bytes / group_bytes;
@@ -366,7 +366,7 @@ unsafe fn add_floats<W: I16Vector, F: FloatFormat, const M: usize>(
     for step in 0..GROUP_LEN / W::LANES {
         for r in 0..2 {
             let bytes = &rows[r][step * W::LANES * F::BYTES..][..W::LANES * F::BYTES];
-            // SAFETY: this function's contract, the instructions of `W` and outputs of its own, is all that is asked.
+            // SAFETY: guaranteed by this function's safety contract.
             unsafe {
                 let w = F::load::<W>(bytes);
                 for i in 0..M {

@@ -1,17 +1,17 @@
-//! A few rows of input times a frozen matrix, for decode steps: the weights are read once, in place, and
-//! the product should cost no more than reading them.
+//! A few rows of input times a frozen matrix (GEMV), for decode steps: the weights are read once, in place, and
+//! the speed is bound by memory bandwidth.
 //!
-//! [`int16`] rounds the input to 15 bits per 32 values and multiplies it with the integers the
-//! blocks store, exactly, before the scales of both join in `f32`. [`f32`](fn@f32) keeps the input
-//! as it is. Both sum every output element in one fixed order, whatever the number of threads and
-//! of other input rows, so a row alone gives the same bits as among others.
+//! [`int16`] rounds the input to 15 bits with one scale per 32 values and multiplies it with the integers the
+//! blocks store, exactly; the scales of both are then applied in `f32`. [`f32`](fn@f32) keeps the input
+//! unrounded. Both sum every output element in one fixed order, independent of the number of threads and
+//! of other input rows, so a row gives the same bits alone and in a batch.
 //!
 //! The kernels are generic over the vectors of an ISA level ([`i16_vector`]), the block type ([`formats`])
 //! and the form of the input ([`activations`]); [`kernel`] is the loop. With AVX-512 most types
-//! go sixteen rows at a time (`tile`, `bytes`), up to eight rows of input at once: for one that is as
-//! fast as weights stored so beforehand, and needs no copy.
+//! process sixteen rows at a time (`tile`, `bytes`), up to eight rows of input at once: for one row of input
+//! this is as fast as weights repacked beforehand, and needs no copy.
 //!
-//! A call from outside rayon's threads pays for waking them, unless they spin in a
+//! A call from outside rayon's threads pays for waking them up, unless they already spin in a
 //! [`worker_pool`].
 
 mod activations;
@@ -38,15 +38,15 @@ use super::worker_pool;
 use crate::isa::{Isa, IsaLevel};
 use crate::quant::{BlockType, FrozenMatrix};
 
-/// Bytes of weights in one task: enough to hide the cost of handing it out, little enough for the
-/// second-level cache, from which more rows of input than a kernel takes read it again.
+/// Bytes of weights in one task: enough to amortize the cost of scheduling it, few enough to fit the
+/// L2 cache, from which they are read again if there are more rows of input than a kernel takes at once.
 const TASK_BYTES: usize = 32 * 1024;
-/// Kernels take rows in pairs or by 16.
+/// Kernels process rows in pairs or 16 at a time.
 const TILE_ROWS: usize = 16;
-/// Below this many bytes of weights, waking threads costs more than they save, outside of a worker pool.
+/// Below this many bytes of weights, outside of a worker pool, waking threads costs more than they save.
 const ALONE_BYTES: usize = 96 * 1024;
 
-/// A frozen matrix `W (rows, cols)` and the place of `x · Wᵀ (m, rows)`.
+/// A frozen matrix `W (rows, cols)` and the output buffer for `x · Wᵀ (m, rows)`.
 pub(crate) type RowProduct<'a> = (&'a FrozenMatrix, &'a mut [f32]);
 
 /// `y (m, rows) = x (m, cols) · Wᵀ`, all in `f32`. For small `m`: weights are decoded again for
@@ -61,7 +61,7 @@ pub(crate) fn int16(isa: Isa, x: &[f32], w: &FrozenMatrix, y: &mut [f32]) {
     int16_many(isa, x, &mut [(w, y)], FusedTasks::NOTHING);
 }
 
-/// Other work in the parallel region of a product: a region of its own would cost as much as a small product.
+/// Other work in the parallel region of a product: a separate region would cost as much as a small product.
 #[derive(Clone, Copy)]
 pub(crate) struct FusedTasks<'a> {
     /// How many tasks.
@@ -69,7 +69,7 @@ pub(crate) struct FusedTasks<'a> {
     /// Runs one of them.
     pub run: &'a (dyn Fn(usize) + Sync),
     /// Called with the index of a product and a range of its rows once these rows and all tasks are done.
-    /// The pointer is to the whole product, of which no other thread touches these rows.
+    /// The pointer is to the whole product; no other thread accesses these rows of it.
     pub epilogue: &'a (dyn Fn(usize, Range<usize>, SharedMutPtr) + Sync),
 }
 
@@ -111,28 +111,28 @@ struct PreparedInput {
     floats: Option<Activations<f32>>,
     f32: Option<Activations<f32>>,
     int16: Option<Activations<i16>>,
-    /// The same, as tiles take it.
+    /// `int16`, laid out for `tile`.
     #[cfg(target_arch = "x86_64")]
     batches: Option<ActivationBatches>,
-    /// The same, as weights in bytes take it.
+    /// `int16`, laid out for `bytes`.
     #[cfg(target_arch = "x86_64")]
     bytes: Option<bytes::ByteActivations>,
 }
 
-/// A stretch of stored rows of one product.
+/// A range of stored rows of one product.
 struct RowTask<'a> {
     product: usize,
-    /// Rows of the product before those of the matrix.
+    /// Row of the product at which the matrix begins.
     before: usize,
     matrix: &'a FrozenMatrix,
     form: InputForm,
-    /// Rows as they are stored, which are the same ones in their own order.
+    /// Rows in storage order.
     rows: Range<usize>,
     /// The product.
     whole: SharedMutPtr,
-    /// Where that of the matrix's first row goes.
+    /// The output of the matrix's first row.
     y: SharedMutPtr,
-    /// Rows of the product that the matrix belongs to.
+    /// Row stride of the product: rows of the matrix and of the rows appended to it.
     stride: usize,
 }
 
@@ -160,10 +160,10 @@ fn many(
         assert_eq!(matrix.cols(), cols);
         assert_eq!(y.len(), m * matrix.rows());
         let (stride, whole) = (matrix.rows(), SharedMutPtr::new(y));
-        // A matrix that grew is two, side by side.
+        // A matrix with appended rows is stored as two, side by side.
         let more = matrix.more_rows().map(|more| (more, matrix.own_rows()));
         for (matrix, before) in [(*matrix, 0)].into_iter().chain(more) {
-            // Whole tiles of rows, whatever the kernel, and whole stretches of rows out of order.
+            // A multiple of the tile height, whatever the kernel, and of the period of interleaved rows.
             let mut step = (TASK_BYTES / matrix.row_bytes()).max(1).next_multiple_of(TILE_ROWS);
             while !step.is_multiple_of(matrix.order().stretch()) {
                 step += TILE_ROWS;
@@ -188,7 +188,7 @@ fn many(
         bytes: int16
             .as_ref()
             .filter(|_| isa.level() == IsaLevel::Avx512Vnni && tasks.iter().any(in_bytes))
-            // SAFETY: `isa` proves that the CPU has AVX-512 and VNNI.
+            // SAFETY: an `Isa` is only made by detection, so the CPU supports AVX-512 and VNNI.
             .map(|x| unsafe { bytes::ByteActivations::new(x) }),
         #[cfg(target_arch = "x86_64")]
         batches: int16
@@ -201,7 +201,7 @@ fn many(
     };
     let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
     let one = |task: &RowTask| {
-        // Fused tasks come first; once all of them are taken, the last ones may still be running.
+        // Fused tasks are taken first; when none is left to take, some may still be running.
         loop {
             let taken = next.fetch_add(1, Ordering::Relaxed);
             if taken >= fused.tasks {
@@ -227,7 +227,7 @@ fn many(
     }
 }
 
-/// Counts a task when it is over, in panic too: nobody waits for ever.
+/// Counts a task as done on drop, even if it panics, so that no thread waits forever.
 struct CountOnDrop<'a>(&'a AtomicUsize);
 
 impl Drop for CountOnDrop<'_> {
@@ -240,7 +240,7 @@ fn run(isa: Isa, input: &PreparedInput, task: &RowTask) {
     let (matrix, rows, y) = (task.matrix, task.rows.clone(), task.y);
     let weights = matrix.stored_bytes(rows.clone());
     let output = Output { matrix, first_row: rows.start, y, stride: task.stride };
-    // SAFETY: `isa` proves that the CPU has the features of its level; no two tasks share a row of a product.
+    // SAFETY: an `Isa` is only made by detection, so the CPU supports its level; no two tasks share a row.
     unsafe {
         match (isa.level(), task.form) {
             #[cfg(target_arch = "x86_64")]
@@ -267,11 +267,11 @@ fn run(isa: Isa, input: &PreparedInput, task: &RowTask) {
     }
 }
 
-/// Why a form of the input is there.
+/// The `expect` message for a form of the input.
 const NEEDED: &str = "made because a task needs it";
 
 /// # Safety
-/// The CPU must have the instructions of `W`, and no other thread may touch the elements of `y` that
+/// The CPU must support the features of `W`, and no other thread may access the elements of `y` that
 /// belong to these rows.
 unsafe fn run_on<W: I16Vector>(
     bytes: &[u8],
@@ -279,7 +279,7 @@ unsafe fn run_on<W: I16Vector>(
     input: &PreparedInput,
     output: &Output,
 ) {
-    // SAFETY: both functions ask for what this one asks for.
+    // SAFETY: both functions have the same safety contract as this one.
     unsafe {
         match form {
             InputForm::Floats | InputForm::F32 => run_f32::<W>(bytes, form, input, output),
@@ -300,7 +300,7 @@ unsafe fn run_f32<W: I16Vector>(
     input: &PreparedInput,
     output: &Output,
 ) {
-    // SAFETY: both kernels ask for what this function asks for.
+    // SAFETY: both kernels have the same safety contract as this function.
     unsafe {
         if form == InputForm::Floats {
             kernel::float_rows::<W>(bytes, input.floats.as_ref().expect(NEEDED), output);
@@ -321,7 +321,7 @@ mod tests {
     use crate::quant::{Bytes, RowOrder};
 
     fn matrix(block_type: BlockType, rows: usize, cols: usize) -> FrozenMatrix {
-        // One byte off any alignment: maps give no more than a byte's.
+        // Misaligned by one byte: a memory-mapped file guarantees no alignment.
         let mut bytes = vec![0];
         bytes.extend(random_blocks(block_type, rows * cols, 3));
         let all = Bytes::new(Arc::new(bytes));
@@ -329,14 +329,14 @@ mod tests {
         FrozenMatrix::new(window, block_type, rows, cols).unwrap()
     }
 
-    /// Normal values with the outliers activations have.
+    /// Normally distributed values with outliers like those of activations.
     fn input(m: usize, cols: usize) -> Vec<f32> {
         let mut stream = Stream::new(4, "input", &[]);
         let value = |i| stream.normal() * if i % 100 == 7 { 8.0 } else { 1.0 };
         (0..m * cols).map(value).collect()
     }
 
-    /// Dequantized weights times input in `f64`, and the sums of the products' sizes.
+    /// Dequantized weights times input in `f64`, and the sums of the products' magnitudes.
     fn reference(x: &[f32], w: &FrozenMatrix) -> (Vec<f64>, Vec<f64>) {
         let (rows, cols) = (w.rows(), w.cols());
         let mut weights = vec![0f32; rows * cols];
@@ -353,7 +353,7 @@ mod tests {
         (y, sizes)
     }
 
-    /// Holds both forms to the reference on every ISA level this CPU has.
+    /// Compares both forms with the reference on every ISA level this CPU supports.
     fn check(w: &FrozenMatrix, m: usize) {
         let x = input(m, w.cols());
         let (exact, sizes) = reference(&x, w);
@@ -431,8 +431,8 @@ mod tests {
         }
     }
 
-    /// The epilogue gets every row once, of a matrix with appended rows too, whose two parts need
-    /// not meet at the border of a block; and its low-rank update comes to every row.
+    /// The epilogue is called for every row once, also of a matrix with appended rows, whose two parts need
+    /// not meet at a block boundary; and its low-rank update is added to every row.
     #[test]
     fn what_follows_a_product_reaches_every_row() {
         use candle_core::{Device, Var};
@@ -466,7 +466,7 @@ mod tests {
                 let epilogue = |product: usize, range: Range<usize>, y: SharedMutPtr| {
                     assert_eq!((product, y.len()), (0, 3 * rows));
                     let tokens = BatchRows { tokens: &[0, 1, 2], stride: rows };
-                    // SAFETY: no other thread is given these rows.
+                    // SAFETY: no other thread accesses these rows.
                     unsafe { expand(isa, &form, range, &lows, y, tokens) };
                 };
                 let fused = FusedTasks { tasks: 0, run: &|_| (), epilogue: &epilogue };
@@ -484,7 +484,7 @@ mod tests {
     #[test]
     fn a_row_alone_and_among_others_has_the_same_bits() {
         let types = BlockType::ALL.iter().flat_map(|block_type| {
-            // Whole runs of sixteen groups and a half, or an odd group more.
+            // A multiple of sixteen groups and half of that, or one group more.
             let widths = if block_type.block_len() <= 32 { &[768, 544][..] } else { &[768] };
             widths.iter().map(move |cols| (*block_type, *cols))
         });
@@ -569,7 +569,7 @@ mod tests {
     fn nothing_is_hidden_by_rounding() {
         let types = [BlockType::Q4_0, BlockType::Q8_0, BlockType::Q6_K];
         for (block_type, m) in types.into_iter().flat_map(|of| [1, 2, 4, 8].map(|m| (of, m))) {
-            // Whole tiles and a rest.
+            // Whole tiles and a remainder.
             let w = matrix(block_type, 37, 512);
             for isa in Isa::available() {
                 let y = |value: f32| {

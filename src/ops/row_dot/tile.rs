@@ -1,9 +1,9 @@
-//! Sixteen rows of the types with 4 and 5 bits at a time with AVX-512 VNNI: blocks are transposed in
-//! registers, so that a lane belongs to a row, and scales and conversions are shared by sixteen.
+//! AVX-512 VNNI kernels for the 4- and 5-bit types, sixteen rows at a time: blocks are transposed in
+//! registers, so that each lane holds one row, and scales and conversions are vectorized over sixteen rows.
 //!
-//! What a lane of the row kernels does with 2 products, one here does with 32, and eight rows of input
-//! share the unpacking of blocks. For `Q6_K` and `Q8_0` see `bytes`: a row of input alone, for
-//! which memory is all that counts, is a fifth slower there where sixteen rows are read at once.
+//! A lane sums 32 products here, where a lane of the row kernels sums 2, and eight rows of input
+//! share the unpacking of blocks. For `Q6_K` and `Q8_0` see `bytes`: a single row of input, which is
+//! bound by memory bandwidth, is a fifth slower for these types if sixteen rows are read at once.
 
 #![allow(clippy::needless_range_loop)] // indices run over several arrays at once, in registers
 
@@ -18,13 +18,13 @@ use crate::quant::BlockType;
 
 /// Rows of a tile.
 pub(super) const ROWS: usize = 16;
-/// The largest tile that is asked for in the first-level cache, half of which it is.
-const NEAR_BYTES: usize = 16 * 1024;
-/// Rows of blocks times all rows of input; the last rows, too few for a tile, and other types take
+/// The largest tile that is prefetched into the L1 cache: half of its size.
+const L1_TILE_BYTES: usize = 16 * 1024;
+/// Rows of blocks times all rows of input; the last rows, too few for a tile, and other types use
 /// the row kernels.
 ///
 /// # Safety
-/// The CPU must have AVX-512 F, BW, DQ, VL and VNNI, and no other thread may touch the elements of
+/// The CPU must support AVX-512 F, BW, DQ, VL and VNNI, and no other thread may access the elements of
 /// `y` that belong to these rows.
 pub(super) unsafe fn block_rows(
     bytes: &[u8],
@@ -42,15 +42,15 @@ pub(super) unsafe fn block_rows(
             kernel::single_inputs::<I16Avx512, $format, i16>(bytes, x, &rest(tiled));
         }};
     }
-    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
+    // SAFETY: guaranteed by this function's safety contract.
     unsafe {
         match output.matrix.block_type() {
-            BlockType::Q4_0 => tiles!(Small<false, false>, formats::Q4_0),
-            BlockType::Q4_1 => tiles!(Small<true, false>, formats::Q4_1),
-            BlockType::Q5_0 => tiles!(Small<false, true>, formats::Q5_0),
-            BlockType::Q5_1 => tiles!(Small<true, true>, formats::Q5_1),
-            BlockType::Q4_K => tiles!(Large<false>, formats::Q4_K),
-            BlockType::Q5_K => tiles!(Large<true>, formats::Q5_K),
+            BlockType::Q4_0 => tiles!(Block32<false, false>, formats::Q4_0),
+            BlockType::Q4_1 => tiles!(Block32<true, false>, formats::Q4_1),
+            BlockType::Q5_0 => tiles!(Block32<false, true>, formats::Q5_0),
+            BlockType::Q5_1 => tiles!(Block32<true, true>, formats::Q5_1),
+            BlockType::Q4_K => tiles!(Block256<false>, formats::Q4_K),
+            BlockType::Q5_K => tiles!(Block256<true>, formats::Q5_K),
             BlockType::Q2_K => kernel::inputs::<I16Avx512, formats::Q2_K, i16>(bytes, x, output),
             BlockType::Q3_K => kernel::inputs::<I16Avx512, formats::Q3_K, i16>(bytes, x, output),
             BlockType::IQ4_NL => {
@@ -75,7 +75,7 @@ unsafe fn inputs<B: Block>(bytes: &[u8], x: &ActivationBatches, output: &Output)
     let tiles = bytes.len() / tile_bytes;
     let bytes = &bytes[..tiles * tile_bytes];
     for batch in x.iter() {
-        // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
+        // SAFETY: this function's contract guarantees AVX-512 and VNNI, and valid pointers.
         unsafe {
             match batch.rows.len() {
                 1 => rows::<B, 1, 4>(bytes, batch, output),
@@ -89,7 +89,7 @@ unsafe fn inputs<B: Block>(bytes: &[u8], x: &ActivationBatches, output: &Output)
 }
 
 /// Whole tiles times a batch of `M` rows of input. `CHAINS` sums of integers per row of input keep the
-/// instructions from waiting for each other.
+/// instructions independent of each other.
 ///
 /// # Safety
 /// As [`block_rows`].
@@ -101,35 +101,35 @@ unsafe fn rows<B: Block, const M: usize, const CHAINS: usize>(
 ) {
     assert_eq!(x.rows.len(), M);
     let row_bytes = output.matrix.row_bytes();
-    // The next tile is asked for in the first-level cache where it fits beside this one; a large block's
-    // worth of lines at once would fill up that cache's buffers. One row of Q4_0 or Q5_0 of 576 columns
-    // then goes at 27 GB/s instead of 19.
-    let near = B::GROUPS == 1 && ROWS * row_bytes <= NEAR_BYTES;
+    // The next tile is prefetched into the L1 cache where it fits next to this one; prefetching all lines of a
+    // large block at once would exhaust the line fill buffers. One row of Q4_0 or Q5_0 of 576 columns
+    // then runs at 27 GB/s instead of 19.
+    let near = B::GROUPS == 1 && ROWS * row_bytes <= L1_TILE_BYTES;
     for (tile, bytes) in bytes.chunks_exact(ROWS * row_bytes).enumerate() {
         let mut sums =
             TileSums::<M> { scaled: [_mm512_setzero_ps(); M], minima: [_mm512_setzero_ps(); M] };
         for block in 0..x.groups / B::GROUPS {
             if near {
-                ask_for_next::<_MM_HINT_T0>(bytes, row_bytes, block, B::BYTES)
+                prefetch_next_tile::<_MM_HINT_T0>(bytes, row_bytes, block, B::BYTES)
             } else {
-                ask_for_next::<_MM_HINT_T1>(bytes, row_bytes, block, B::BYTES)
+                prefetch_next_tile::<_MM_HINT_T1>(bytes, row_bytes, block, B::BYTES)
             }
             let blocks = Blocks { start: bytes[block * B::BYTES..].as_ptr(), row_bytes };
-            // SAFETY: the CPU has the instructions, and every row such a block.
+            // SAFETY: this function enables the features, and every row has such a block.
             unsafe { B::add::<M, CHAINS>(blocks, &x, block * B::GROUPS, &mut sums) };
         }
         let mut all = [_mm512_setzero_ps(); M];
         for i in 0..M {
             all[i] = _mm512_fmadd_ps(sums.minima[i], _mm512_set1_ps(B::MINIMUM), sums.scaled[i]);
         }
-        // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
-        unsafe { put_tile(output, tile * ROWS, x.rows.start, all) };
+        // SAFETY: this function's contract guarantees AVX-512 and VNNI, and valid pointers.
+        unsafe { store_tile(output, tile * ROWS, x.rows.start, all) };
     }
 }
 
-/// Asks for as much of the next tile as a block of all sixteen rows, the `block`-th such part.
+/// Prefetches the `block`-th part of the next tile, as large as one block of all sixteen rows.
 #[inline(always)]
-pub(super) fn ask_for_next<const HINT: i32>(
+pub(super) fn prefetch_next_tile<const HINT: i32>(
     tile: &[u8],
     row_bytes: usize,
     block: usize,
@@ -137,17 +137,17 @@ pub(super) fn ask_for_next<const HINT: i32>(
 ) {
     for line in (0..ROWS * block_bytes).step_by(64) {
         let next = ROWS * (row_bytes + block * block_bytes) + line;
-        // SAFETY: an address that is only asked for need not exist.
+        // SAFETY: prefetching never faults, so the address need not be valid.
         unsafe { _mm_prefetch::<HINT>(tile.as_ptr().wrapping_add(next).cast()) }
     }
 }
 
-/// Puts the products of sixteen rows of the tile with inputs from `first` on in their place.
+/// Stores the products of sixteen rows of the tile with inputs from `first` on.
 ///
 /// # Safety
-/// The CPU must have AVX-512 F, and no other thread may touch those elements of `y`.
+/// The CPU must support AVX-512 F, and no other thread may access those elements of `y`.
 #[inline(always)]
-pub(super) unsafe fn put_tile<const M: usize>(
+pub(super) unsafe fn store_tile<const M: usize>(
     output: &Output,
     row: usize,
     first: usize,
@@ -163,36 +163,36 @@ pub(super) unsafe fn put_tile<const M: usize>(
         for i in 0..M {
             of_row[i] = y[i][n];
         }
-        // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
+        // SAFETY: this function's contract guarantees AVX-512 and VNNI, and valid pointers.
         unsafe { output.put(row + n, first, &of_row) };
     }
 }
 
-/// What the sixteen rows of a tile come to for each row of input.
+/// Partial sums of the sixteen rows of a tile for each row of input.
 struct TileSums<const M: usize> {
     scaled: [__m512; M],
     minima: [__m512; M],
 }
 
-/// The same block of sixteen rows.
+/// The blocks of sixteen rows at the same block index.
 #[derive(Clone, Copy)]
 pub(super) struct Blocks {
     pub start: *const u8,
     pub row_bytes: usize,
 }
 
-/// A type of blocks.
+/// A block type.
 trait Block {
     /// Groups of 32 values.
     const GROUPS: usize;
     const BYTES: usize;
-    /// What the second factors of blocks are multiples of, as a part of a value.
+    /// The factor that block minima are multiplied by at the end.
     const MINIMUM: f32;
 
     /// Adds the products of a block of each row with groups from `group` on.
     ///
     /// # Safety
-    /// The CPU must have the instructions, and `blocks` be readable.
+    /// The CPU must support AVX-512 and VNNI, and `blocks` must be readable.
     unsafe fn add<const M: usize, const CHAINS: usize>(
         blocks: Blocks,
         x: &ActivationBatch,
@@ -202,12 +202,12 @@ trait Block {
 }
 
 /// `Q4_0`, with minima `Q4_1`, with fifth bits `Q5_0`, with both `Q5_1`.
-struct Small<const MINIMA: bool, const FIFTH: bool>;
+struct Block32<const MINIMA: bool, const FIFTH: bool>;
 
-impl<const MINIMA: bool, const FIFTH: bool> Block for Small<MINIMA, FIFTH> {
+impl<const MINIMA: bool, const FIFTH: bool> Block for Block32<MINIMA, FIFTH> {
     const GROUPS: usize = 1;
     const BYTES: usize = 18 + if MINIMA { 2 } else { 0 } + if FIFTH { 4 } else { 0 };
-    // Where no minima are stored, they are the scale times what stands for zero.
+    // Types without stored minima have the scale times the negated zero point instead.
     const MINIMUM: f32 = match (MINIMA, FIFTH) {
         (true, _) => 1.0,
         (false, false) => -8.0,
@@ -221,17 +221,17 @@ impl<const MINIMA: bool, const FIFTH: bool> Block for Small<MINIMA, FIFTH> {
         group: usize,
         sums: &mut TileSums<M>,
     ) {
-        // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
+        // SAFETY: this function's contract guarantees AVX-512 and VNNI, and valid pointers.
         unsafe {
-            // The scale, then the minimum and the fifth bits if there are.
+            // The scale, then the minimum and the fifth bits, if any.
             let [head, next, ..] = blocks.dwords(0);
             let scales = lower_halves(head);
             let minima = if MINIMA { upper_halves(head) } else { scales };
             // Bits of the first 16 values and of the last, each twice.
             let fifth = if MINIMA {
-                [twice_lower(next), twice_upper(next)]
+                [duplicate_lower(next), duplicate_upper(next)]
             } else {
-                [twice_upper(head), twice_lower(next)]
+                [duplicate_upper(head), duplicate_lower(next)]
             };
             let dwords = blocks.dwords(Self::BYTES - 16);
             let pairs = x.values(group);
@@ -257,7 +257,7 @@ unsafe fn nibbles<const M: usize, const CHAINS: usize, const FIFTH: bool, const 
     pairs: *const i32,
     products: &mut [[__m512i; CHAINS]; M],
 ) {
-    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
+    // SAFETY: this function's contract guarantees AVX-512 and VNNI, and valid pointers.
     unsafe {
         let mask = _mm512_set1_epi16(15);
         // Even values of both halves of a group, then odd ones: the order of the input.
@@ -288,9 +288,9 @@ unsafe fn nibbles<const M: usize, const CHAINS: usize, const FIFTH: bool, const 
 }
 
 /// `Q4_K`, with fifth bits `Q5_K`.
-struct Large<const FIFTH: bool>;
+struct Block256<const FIFTH: bool>;
 
-impl<const FIFTH: bool> Block for Large<FIFTH> {
+impl<const FIFTH: bool> Block for Block256<FIFTH> {
     const GROUPS: usize = 8;
     const BYTES: usize = if FIFTH { 176 } else { 144 };
     const MINIMUM: f32 = -1.0;
@@ -302,7 +302,7 @@ impl<const FIFTH: bool> Block for Large<FIFTH> {
         group: usize,
         sums: &mut TileSums<M>,
     ) {
-        // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
+        // SAFETY: this function's contract guarantees AVX-512 and VNNI, and valid pointers.
         unsafe {
             // Both scales of a row, then its 8 scales and minima of 6 bits in three words.
             let [both, a, b, c] = blocks.dwords(0);
@@ -312,7 +312,7 @@ impl<const FIFTH: bool> Block for Large<FIFTH> {
                 _mm512_and_si512(shifted, _mm512_set1_epi32(mask))
             };
             let high = |word, i: usize| {
-                // Its two bits land above the four.
+                // The two high bits go above the four low ones.
                 _mm512_slli_epi32::<4>(field(word, 8 * i + 6, 3))
             };
             let fifth = if FIFTH {
@@ -361,7 +361,7 @@ impl<const FIFTH: bool> Block for Large<FIFTH> {
 /// Adds the products of words with the `pair`-th two values of a group of each row of input.
 ///
 /// # Safety
-/// The CPU must have the instructions, and `pairs` be `M` groups.
+/// The CPU must support AVX-512 and VNNI, and `pairs` must be `M` groups.
 #[inline(always)]
 pub(super) unsafe fn multiply<const M: usize, const CHAINS: usize>(
     products: &mut [[__m512i; CHAINS]; M],
@@ -373,7 +373,7 @@ pub(super) unsafe fn multiply<const M: usize, const CHAINS: usize>(
     for i in 0..M {
         sums[i] = products[i][pair % CHAINS];
     }
-    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
+    // SAFETY: this function's contract guarantees AVX-512 and VNNI, and valid pointers.
     let sums = unsafe { add_pairs(sums, words, pairs.add(pair)) };
     for i in 0..M {
         products[i][pair % CHAINS] = sums[i];
@@ -381,8 +381,8 @@ pub(super) unsafe fn multiply<const M: usize, const CHAINS: usize>(
 }
 
 /// `vpdpwssd` of the same words with a pair of values of each row of input, a group apart. The
-/// instructions read the pairs themselves: as an intrinsic each takes another for that, and eight rows then
-/// run out of registers; and LLVM takes one apart whose sums begin with zero.
+/// instructions take the pairs as broadcast memory operands: the intrinsic emits a separate broadcast, and
+/// eight rows then run out of registers; and LLVM splits the intrinsic if its accumulator is zero.
 ///
 /// # Safety
 /// `x` must point at a pair of the first of `M` groups that are contiguous.
@@ -405,7 +405,7 @@ unsafe fn add_pairs<const M: usize>(
             )
         };
     }
-    // SAFETY: it reads `M` numbers, which are there by the caller's promise.
+    // SAFETY: it reads `M` numbers, which the caller guarantees to be readable.
     unsafe {
         match M {
             1 => add!(0 at 0),
@@ -420,16 +420,16 @@ unsafe fn add_pairs<const M: usize>(
     sums
 }
 
-/// What the chains of each row of input come to together.
+/// The sum of the chains of each row of input.
 ///
 /// # Safety
-/// The CPU must have the instructions.
+/// The CPU must support AVX-512 and VNNI.
 #[inline(always)]
-pub(super) unsafe fn joined<const M: usize, const CHAINS: usize>(
+pub(super) unsafe fn sum_chains<const M: usize, const CHAINS: usize>(
     products: [[__m512i; CHAINS]; M],
 ) -> [__m512i; M] {
     products.map(|chains| {
-        // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
+        // SAFETY: this function's contract guarantees AVX-512 and VNNI, and valid pointers.
         chains.into_iter().reduce(|a, b| unsafe { _mm512_add_epi32(a, b) }).expect("a chain")
     })
 }
@@ -438,7 +438,7 @@ pub(super) unsafe fn joined<const M: usize, const CHAINS: usize>(
 /// sums; `factors` are the scales of the rows of input, then their sums.
 ///
 /// # Safety
-/// The CPU must have the instructions, and `factors` be `2 M` numbers.
+/// The CPU must support AVX-512 and VNNI, and `factors` must be `2 M` numbers.
 #[inline(always)]
 unsafe fn add_scaled<const M: usize, const CHAINS: usize>(
     sums: &mut TileSums<M>,
@@ -447,10 +447,10 @@ unsafe fn add_scaled<const M: usize, const CHAINS: usize>(
     minima: __m512,
     factors: *const f32,
 ) {
-    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
-    let all = unsafe { joined(products) };
+    // SAFETY: this function's contract guarantees AVX-512 and VNNI, and valid pointers.
+    let all = unsafe { sum_chains(products) };
     for i in 0..M {
-        // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
+        // SAFETY: this function's contract guarantees AVX-512 and VNNI, and valid pointers.
         unsafe {
             let scale = _mm512_set1_ps(*factors.add(i));
             let scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(all[i]), scale);
@@ -464,54 +464,54 @@ unsafe fn add_scaled<const M: usize, const CHAINS: usize>(
 /// The `f16` in the lower half of each lane.
 ///
 /// # Safety
-/// The CPU must have the instructions.
+/// The CPU must support AVX-512 and VNNI.
 #[inline(always)]
 pub(super) unsafe fn lower_halves(dwords: __m512i) -> __m512 {
-    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
+    // SAFETY: this function's contract guarantees AVX-512 and VNNI, and valid pointers.
     unsafe { _mm512_cvtph_ps(_mm512_cvtepi32_epi16(dwords)) }
 }
 
 /// The `f16` in the upper half of each lane.
 ///
 /// # Safety
-/// The CPU must have the instructions.
+/// The CPU must support AVX-512 and VNNI.
 #[inline(always)]
 unsafe fn upper_halves(dwords: __m512i) -> __m512 {
-    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
+    // SAFETY: this function's contract guarantees AVX-512 and VNNI, and valid pointers.
     unsafe { lower_halves(_mm512_srli_epi32::<16>(dwords)) }
 }
 
-/// The lower half of each lane in both its halves.
+/// The lower half of each lane, duplicated to both halves.
 ///
 /// # Safety
-/// The CPU must have the instructions.
+/// The CPU must support AVX-512 and VNNI.
 #[inline(always)]
-unsafe fn twice_lower(dwords: __m512i) -> __m512i {
-    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
+unsafe fn duplicate_lower(dwords: __m512i) -> __m512i {
+    // SAFETY: this function's contract guarantees AVX-512 and VNNI, and valid pointers.
     unsafe {
         _mm512_shufflehi_epi16::<0b10_10_00_00>(_mm512_shufflelo_epi16::<0b10_10_00_00>(dwords))
     }
 }
 
-/// The upper half of each lane in both its halves.
+/// The upper half of each lane, duplicated to both halves.
 ///
 /// # Safety
-/// The CPU must have the instructions.
+/// The CPU must support AVX-512 and VNNI.
 #[inline(always)]
-unsafe fn twice_upper(dwords: __m512i) -> __m512i {
-    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
+unsafe fn duplicate_upper(dwords: __m512i) -> __m512i {
+    // SAFETY: this function's contract guarantees AVX-512 and VNNI, and valid pointers.
     unsafe {
         _mm512_shufflehi_epi16::<0b11_11_01_01>(_mm512_shufflelo_epi16::<0b11_11_01_01>(dwords))
     }
 }
 
-/// Words, 16 more where one of `bits` is set among `all`.
+/// `words + 16` where one of `bits` is set in `all`.
 ///
 /// # Safety
-/// The CPU must have the instructions.
+/// The CPU must support AVX-512 and VNNI.
 #[inline(always)]
 unsafe fn with_fifth_bit(words: __m512i, all: __m512i, bits: __m512i) -> __m512i {
-    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
+    // SAFETY: this function's contract guarantees AVX-512 and VNNI, and valid pointers.
     unsafe {
         let set = _mm512_test_epi16_mask(all, bits);
         _mm512_mask_add_epi16(words, set, words, _mm512_set1_epi16(16))
@@ -522,10 +522,10 @@ impl Blocks {
     /// Four times four bytes from `offset` on, of all rows.
     ///
     /// # Safety
-    /// The CPU must have the instructions, and the blocks be readable.
+    /// The CPU must support AVX-512 and VNNI, and the blocks must be readable.
     #[inline(always)]
     pub unsafe fn dwords(self, offset: usize) -> [__m512i; 4] {
-        // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
+        // SAFETY: this function's contract guarantees AVX-512 and VNNI, and valid pointers.
         unsafe {
             let mut quarters = [_mm512_setzero_si512(); 4];
             for i in 0..4 {
@@ -545,7 +545,7 @@ impl Blocks {
     /// As [`Self::dwords`].
     #[inline(always)]
     unsafe fn sixteen_bytes(self, row: usize, offset: usize) -> __m128i {
-        // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
+        // SAFETY: this function's contract guarantees AVX-512 and VNNI, and valid pointers.
         unsafe { _mm_loadu_si128(self.start.add(row * self.row_bytes + offset).cast()) }
     }
 }
@@ -554,10 +554,10 @@ impl Blocks {
 /// bytes of all rows in their order.
 ///
 /// # Safety
-/// The CPU must have the instructions.
+/// The CPU must support AVX-512 and VNNI.
 #[inline(always)]
 unsafe fn transpose([a, b, c, d]: [__m512i; 4]) -> [__m512i; 4] {
-    // SAFETY: by this function's contract the CPU has AVX-512 and VNNI, and what it points at is there.
+    // SAFETY: this function's contract guarantees AVX-512 and VNNI, and valid pointers.
     unsafe {
         let (ab, cd) = (_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d));
         let (ab_high, cd_high) = (_mm512_unpackhi_epi32(a, b), _mm512_unpackhi_epi32(c, d));

@@ -1,4 +1,4 @@
-//! The vectors of AVX2 and of AVX-512.
+//! [`I16Vector`] for AVX2 and AVX-512.
 
 use std::arch::x86_64::*;
 
@@ -7,14 +7,14 @@ use super::formats::{FloatFormat, Format};
 use super::i16_vector::{ActivationValue, I16Vector};
 use super::kernel::{self, Output};
 
-/// Words of even and of odd index.
+/// 16-bit integers of even and of odd index.
 #[derive(Clone, Copy)]
 pub(super) struct I16Avx2 {
     even: __m256i,
     odd: __m256i,
 }
 
-// SAFETY of all blocks below: by the contract of `I16Vector` the CPU has AVX2, FMA and F16C; loads and
+// SAFETY of all blocks below: the contract of `I16Vector` guarantees AVX2, FMA and F16C; loads and
 // stores go through references and slices of at least their size.
 #[allow(clippy::undocumented_unsafe_blocks)]
 impl I16Vector for I16Avx2 {
@@ -161,7 +161,7 @@ impl I16Vector for I16Avx2 {
             let first = _mm256_fmadd_ps(lower(self.odd), x(2), first);
             let last = _mm256_mul_ps(upper(self.even), x(1));
             let last = _mm256_fmadd_ps(upper(self.odd), x(3), last);
-            // Pairwise sums within 128 bits, then both halves in their places.
+            // Pairwise sums within 128 bits, then a permutation that puts the sums of each half together.
             let pairs = _mm256_hadd_ps(first, last);
             _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(_mm256_castps_pd(pairs)))
         }
@@ -235,7 +235,7 @@ impl I16Vector for I16Avx2 {
         let bits = |i| bits(i) as i16;
         unsafe {
             for i in [0, 8] {
-                // Gathered in registers: short stores do not forward to a long load.
+                // Assembled in registers: a long load cannot be forwarded from several short stores.
                 let halves = _mm_setr_epi16(
                     bits(i),
                     bits(i + 1),
@@ -274,11 +274,11 @@ impl I16Vector for I16Avx2 {
     }
 }
 
-/// All words of a group: `vpmaddwd` serves as well as VNNI where one instruction takes a group.
+/// All integers of a group: one `vpmaddwd` covers a group, so that VNNI would not be faster.
 #[derive(Clone, Copy)]
 pub(super) struct I16Avx512(__m512i);
 
-// SAFETY of all blocks below: by the contract of `I16Vector` the CPU has AVX-512 F, BW, DQ and VL;
+// SAFETY of all blocks below: the contract of `I16Vector` guarantees AVX-512 F, BW, DQ and VL;
 // loads and stores go through references and slices of at least their size.
 #[allow(clippy::undocumented_unsafe_blocks)]
 impl I16Vector for I16Avx512 {
@@ -500,13 +500,13 @@ impl I16Vector for I16Avx512 {
     }
 }
 
-/// Sixteen words, gathered in registers: short stores do not forward to a long load.
+/// Sixteen words, assembled in registers: a long load cannot be forwarded from several short stores.
 ///
 /// # Safety
-/// The CPU must have AVX2.
+/// The CPU must support AVX2.
 #[inline(always)]
 pub(super) unsafe fn sixteen_words(word: impl Fn(usize) -> i16) -> __m256i {
-    // SAFETY: by this function's contract the CPU has AVX2.
+    // SAFETY: this function's contract guarantees AVX2.
     unsafe {
         _mm256_setr_epi16(
             word(0),
@@ -529,9 +529,9 @@ pub(super) unsafe fn sixteen_words(word: impl Fn(usize) -> i16) -> __m256i {
     }
 }
 
-/// The same 64 bits twice in each quarter.
+/// Each 64-bit argument twice, in one 128-bit lane.
 #[inline(always)]
 unsafe fn quarters(a: i64, b: i64, c: i64, d: i64) -> __m512i {
-    // SAFETY: the caller has AVX-512.
+    // SAFETY: callers guarantee AVX-512.
     unsafe { _mm512_setr_epi64(a, a, b, b, c, c, d, d) }
 }

@@ -20,15 +20,15 @@ use rayon::prelude::*;
 use regions::Regions;
 pub use sync::spin_wait;
 
-/// Turns of waiting after which a thread goes back to rayon: some milliseconds, or many on a busy machine.
-/// Work of rayon's that the thread holds up then goes on.
+/// Spins after which a thread returns to rayon: some milliseconds, or more on a busy machine,
+/// so that it does not block other work of rayon.
 const PATIENCE: usize = 20_000;
 
 /// Threads of rayon's pool, led by the one that called [`with_worker_pool`].
 #[derive(Default)]
 struct WorkerPool {
     regions: Regions,
-    /// Threads that have taken up their call.
+    /// Helper threads that have joined.
     joined: AtomicUsize,
 }
 
@@ -39,8 +39,8 @@ thread_local! {
     static IN_TASK: Cell<bool> = const { Cell::new(false) };
 }
 
-/// Does `work` on this thread, with rayon's other threads spinning for the parallel regions of [`run`] and
-/// [`par_for_each`](super::par_for_each). Rayon's own parallel iterators run on this thread alone meanwhile.
+/// Runs `work` on this thread, while rayon's other threads spin for the parallel regions of [`run`] and
+/// [`par_for_each`](super::par_for_each). Rayon's parallel iterators run only on this thread meanwhile.
 pub fn with_worker_pool<R>(work: impl FnOnce() -> R) -> R {
     let others = rayon::current_num_threads() - 1;
     if others == 0 || in_worker_pool() {
@@ -51,7 +51,7 @@ pub fn with_worker_pool<R>(work: impl FnOnce() -> R) -> R {
         let pool = pool.clone();
         rayon::spawn(move || {
             pool.joined.fetch_add(1, Ordering::Relaxed);
-            // A leader that waits for rayon may be handed this call. It must not help: it would wait
+            // Rayon may run this job on the leader while it waits for rayon. It must not help: it would wait
             // for itself.
             if !in_worker_pool() {
                 pool.regions.help(PATIENCE);
@@ -61,7 +61,7 @@ pub fn with_worker_pool<R>(work: impl FnOnce() -> R) -> R {
     let leader = LeaderGuard::new(&pool);
     let result = work();
     drop(leader);
-    // Calls that no thread took up are on top of this thread's own queue, if it is one of rayon's.
+    // Jobs that no thread has taken are on top of this thread's own queue, if it is one of rayon's.
     for _ in pool.joined.load(Ordering::Relaxed)..others {
         rayon::yield_local();
     }
@@ -89,7 +89,7 @@ pub fn run(tasks: usize, task: &(dyn Fn(usize) + Sync)) {
     }
 }
 
-/// Makes this thread the leader of a pool until it is dropped, in a panic too.
+/// Makes this thread the leader of a pool until dropped, also on a panic.
 struct LeaderGuard<'a>(&'a WorkerPool);
 
 impl<'a> LeaderGuard<'a> {
@@ -106,7 +106,7 @@ impl Drop for LeaderGuard<'_> {
     }
 }
 
-/// Marks this thread as running a task of a region until it is dropped, in a panic too.
+/// Marks this thread as running a task of a region until dropped, also on a panic.
 struct TaskGuard;
 
 impl TaskGuard {
@@ -153,7 +153,7 @@ mod tests {
             pool(threads).install(|| with_worker_pool(count));
             pool(threads).install(count);
         }
-        with_worker_pool(|| run(3, &|_| ())); // from outside of any pool
+        with_worker_pool(|| run(3, &|_| ())); // outside of any pool
         assert!(!in_worker_pool());
     }
 
@@ -163,9 +163,9 @@ mod tests {
         let seen = Mutex::new(HashSet::new());
         let saw_three = || seen.lock().unwrap().len() == 3;
         pool(3).install(|| {
-            // Each task waits a while for three threads to have one; on a busy machine they come later.
+            // Each task waits until three threads have one, which may take a while on a busy machine.
             while !saw_three() {
-                assert!(begun.elapsed() < Duration::from_secs(60), "other threads never came");
+                assert!(begun.elapsed() < Duration::from_secs(60), "no other thread ran a task");
                 with_worker_pool(|| {
                     run(3, &|_| {
                         seen.lock().unwrap().insert(thread::current().id());

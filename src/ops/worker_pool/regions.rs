@@ -1,7 +1,7 @@
 //! The protocol of a worker pool: a leader opens parallel regions, and helpers that spin between them
 //! share their tasks.
 //!
-//! A region ends when the helpers that have entered it have left; a helper that is late finds it closed.
+//! A region ends when the helpers that have entered it have left; a late helper finds it closed.
 //! `scripts/check/loom.sh` checks this file under every interleaving of small models.
 
 use std::any::Any;
@@ -21,11 +21,11 @@ pub struct Regions {
     region: AtomicPtr<Region<'static>>,
     /// Helpers that may be in the region.
     inside: CachePadded<AtomicUsize>,
-    /// Whether no more regions will come.
+    /// Whether no more regions will open.
     closed: CachePadded<AtomicBool>,
 }
 
-/// A value on cache lines of its own, so that writes to it do not disturb readers of its neighbours.
+/// A value on separate cache lines, to avoid false sharing.
 #[derive(Default)]
 #[repr(align(128))]
 struct CachePadded<T>(T);
@@ -47,7 +47,7 @@ struct Region<'a> {
 }
 
 impl Regions {
-    /// The leader's part: runs tasks `0..tasks` in a region of its own. A panic of a task, on whatever
+    /// Called by the leader: runs tasks `0..tasks` in a new region. A panic of a task, on any
     /// thread, resumes here after the region has ended.
     pub fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
         let (next, panic) = (CachePadded::default(), Mutex::new(None));
@@ -63,8 +63,8 @@ impl Regions {
         }
     }
 
-    /// A helper's part: works in every region that opens, until [`Self::close`] or until it has waited
-    /// `patience` turns for one region.
+    /// Called by a helper: works in every region that opens, until [`Self::close`] or until it has spun
+    /// `patience` times for one region.
     pub fn help(&self, patience: usize) {
         let (mut done, mut turns) = (0, 0);
         while !self.closed.load(Ordering::Acquire) && turns < patience {
@@ -74,9 +74,9 @@ impl Regions {
                 turns += 1;
                 continue;
             }
-            // A helper enters first and checks the epoch then; the leader closes the epoch first and
-            // checks for helpers then. Both read-modify-write `inside`, so that one comes second and
-            // sees what the other did before: either the leader waits, or the helper finds it closed.
+            // A helper enters first and then checks the epoch; the leader closes the epoch first and
+            // then checks for helpers. Both read-modify-write `inside`, so that one comes second and
+            // sees the other's earlier write: either the leader waits, or the helper finds it closed.
             self.inside.fetch_add(1, Ordering::AcqRel);
             if self.epoch.load(Ordering::Acquire) == epoch {
                 // SAFETY: the leader, on whose stack the region is, waits until nobody is inside.
@@ -90,7 +90,7 @@ impl Regions {
         }
     }
 
-    /// Sends the helpers away: no more regions will come.
+    /// Dismisses the helpers: no more regions will open.
     pub fn close(&self) {
         self.closed.store(true, Ordering::Release);
     }
@@ -108,14 +108,14 @@ impl Region<'_> {
     }
 }
 
-/// Closes the region when dropped, in a panic too, and waits until no helper is inside.
+/// Closes the region when dropped, also on a panic, and waits until no helper is inside.
 struct RegionGuard<'a>(&'a Regions);
 
 impl Drop for RegionGuard<'_> {
     fn drop(&mut self) {
         let Regions { epoch, inside, .. } = self.0;
         epoch.fetch_add(1, Ordering::Release);
-        // See `help` for why this first look is no plain load.
+        // See `help` for why this is not a plain load.
         let mut helpers = inside.fetch_add(0, Ordering::AcqRel);
         let mut turn = 0;
         while helpers != 0 {

@@ -1,12 +1,12 @@
-//! What [`regions`](super::regions) synchronizes with. The model checker compiles that file with loom's
-//! types in place of these.
+//! The synchronization primitives of [`regions`](super::regions). The model checker compiles that file with
+//! loom's types in place of these.
 
 use std::hint::spin_loop;
 
 pub use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 pub use std::sync::{Mutex, PoisonError};
 
-/// Turns of waiting in which a core is kept; after them it is offered to other threads at each turn.
+/// Spins before the thread begins to yield its core to other threads.
 const SPINS: usize = 2000;
 
 /// Waits a moment for another thread; `turn` counts from 0.
@@ -14,7 +14,7 @@ pub fn spin_wait(turn: usize) {
     if turn < SPINS {
         spin_loop();
     } else {
-        // The other thread may not be running: threads can be more than cores.
+        // The other thread may not be running: there can be more threads than cores.
         std::thread::yield_now();
     }
 }

@@ -1,4 +1,4 @@
-//! How the policy does on prompts it does not learn from.
+//! Evaluation of the policy on held-out prompts.
 
 use serde_json::json;
 
@@ -14,12 +14,12 @@ use crate::train::log::Log;
 use crate::train::metrics::Numbers;
 use crate::train::state::State;
 
-/// Keys of evaluations' responses begin here; those of training stay below.
+/// RNG keys of evaluation responses start here; those of training are smaller.
 const EVAL_KEYS: u64 = 1 << 39;
 
 impl Rollouts {
-    /// Held-out prompts answered by the policy as it is; `None` if the run was stopped
-    /// before all were. Of the state only the warnings change.
+    /// Samples responses to held-out prompts and scores them; `None` if the run was stopped before all were
+    /// sampled. Of the state only the warnings change.
     pub fn evaluate(
         &mut self,
         decoder: &Decoder,
@@ -37,7 +37,7 @@ impl Rollouts {
         let (mut totals, mut judged, mut kls, mut replies) =
             (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let (mut ended, mut surprise, mut tokens) = (0, 0.0, 0);
-        // A stop is looked at between batches; keys are by row, so they change nothing.
+        // The stop flag is checked between batches; keys are per row, so that batching changes nothing.
         for (first, prompts) in prompts.chunks(64).enumerate() {
             if monitor.stopped() {
                 return Ok(None);

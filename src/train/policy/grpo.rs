@@ -1,5 +1,5 @@
-//! An update of GRPO and its forms (Shao et al. 2024): groups of responses to a prompt, compared with
-//! one another.
+//! An update of GRPO and its variants (Shao et al. 2024): groups of responses to a prompt, whose advantages are
+//! relative to the group.
 
 use std::time::Instant;
 
@@ -20,9 +20,9 @@ use crate::train::progress::Work;
 use crate::train::settings::{AdvantageEstimator, GrpoSettings};
 use crate::train::state::State;
 
-/// What is known of the responses of an update before they are learned from.
+/// Log-probs and advantages of the responses of an update, before its optimizer steps.
 struct GroupExperience {
-    /// Log-probs under the policy as it was, where they are needed.
+    /// Log-probs under the policy before the update, if needed.
     old_logps: Option<Vec<Vec<f32>>>,
     /// Log-probs under the reference, if there is one.
     ref_logps: Option<Vec<Vec<f32>>>,
@@ -40,7 +40,7 @@ struct GrpoSteps {
 }
 
 impl Rollouts {
-    /// Takes an update.
+    /// Runs an update.
     pub(super) fn grpo(
         &mut self,
         own: &GrpoSettings,
@@ -72,8 +72,8 @@ impl Rollouts {
             }
             _ => Vec::new(),
         };
-        // With one step and no reference no old log-probs are taken: they cannot be stale then, since
-        // the ratio is 1 by construction, but those of the step are compared with the sampler's.
+        // With one step and no reference, old log-probs are not computed: they cannot be stale, since the ratio
+        // is 1 by construction, but those of the step are compared with the sampler's.
         let (old, first) = (old_logps.as_deref(), steps.first.as_ref());
         self.warn_if_unhealthy(state, responses, old, first, &divergences, monitor);
         let table = (own.rollouts.sample_steps, own.rollouts.num_samples);
@@ -87,7 +87,7 @@ impl Rollouts {
         Ok((numbers, work))
     }
 
-    /// Log-probs of the responses as far as the settings need them, and their advantages.
+    /// Log-probs of the responses, if the settings need them, and advantages.
     fn group_experience(
         &self,
         own: &GrpoSettings,
@@ -136,7 +136,7 @@ impl Rollouts {
         let n = own.num_generations;
         let prompts = responses.len() / n;
         for epoch in 0..own.num_iterations {
-            // Whole groups, so that a prompt is read once for all its responses.
+            // Whole groups, so that a prompt is computed once for all its responses.
             let mut order: Vec<usize> = (0..prompts).collect();
             let key = [update, epoch as u64];
             Stream::new(self.common.seed, "mini-batches", &key).shuffle(&mut order);
@@ -145,7 +145,7 @@ impl Rollouts {
                 let mini: Vec<usize> = mini.collect();
                 let (mini, parts) = self.grpo_parts(own, update, mini, responses, experience);
                 if parts.is_empty() {
-                    continue; // all of them truncated and left out
+                    continue; // all of them truncated and masked
                 }
                 let stepped = learner.step(&parts, learning_rate)?;
                 steps.first.get_or_insert((mini, stepped.logps));
@@ -169,13 +169,13 @@ impl Rollouts {
         let GroupExperience { old_logps, ref_logps, groups } = experience;
         let masked = |response: &Response| own.mask_truncated_completions && !response.ended;
         let by_response = own.advantage == AdvantageEstimator::Rloo;
-        // Masked responses have no tokens that count, but are responses.
+        // Masked responses have no learned tokens, but count as responses.
         let counted = mini.iter().map(|&i| &responses[i]);
         let counted = counted.map(|row| if masked(row) { 0 } else { row.tokens.len() });
         let counted: Vec<usize> = counted.collect();
         let count = if by_response { mini.len() } else { own.loss_type.count(&counted) };
         let mini: Vec<usize> = mini.into_iter().filter(|&i| !masked(&responses[i])).collect();
-        // In a single step over the responses the policy is the one that gave them.
+        // With a single step over the responses, the policy is the one that sampled them.
         let several_steps = own.num_iterations > 1 || own.rollouts.num_mini_batches > 1;
         let part = |micro: &[usize]| {
             let rows: Vec<&Response> = micro.iter().map(|&i| &responses[i]).collect();
@@ -191,7 +191,7 @@ impl Rollouts {
                 pick(ref_logps).filter(|_| !by_response),
             );
             MicroBatch {
-                batch: respond::lay_out(&rows),
+                batch: respond::collate(&rows),
                 objective,
                 scale: 1.0 / count as f64,
                 adapter: 0,
@@ -203,7 +203,7 @@ impl Rollouts {
         (mini, parts)
     }
 
-    /// The numbers of an update, under TRL's names where it has them.
+    /// The metrics of an update, under TRL's names where they exist.
     fn grpo_numbers(
         &self,
         scored: &Scored,

@@ -1,5 +1,4 @@
-//! What a run of reinforcement learning reads before its first update: prompts, what gives rewards,
-//! and the reference.
+//! The inputs of a reinforcement learning run: prompts, reward sources and the reference.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -20,13 +19,13 @@ use crate::train::rows::{report_checks, row_cache, warn_nothing_held_out};
 use crate::train::run_dir::{Fingerprint, read_accuracy};
 use crate::train::settings::{CommonSettings, GrpoSettings, PpoSettings};
 
-/// What a run is loaded with.
+/// Loads the inputs of a run.
 struct RolloutLoader<'a> {
     common: &'a CommonSettings,
     decoder: &'a Decoder,
     tokenizer: &'a Tokenizer,
     monitor: Monitor<'a>,
-    /// Tokens that a prompt and its response may have together.
+    /// Maximum number of tokens of a prompt and its response together.
     max_length: usize,
     fingerprints: Vec<Fingerprint>,
 }
@@ -38,7 +37,7 @@ struct LoadedPrompts {
     held_out_lines: Option<Bytes>,
 }
 
-/// What gives rewards, and what else only one of the algorithms reads.
+/// Reward sources, and inputs of only one of the algorithms.
 struct LoadedRewards {
     rewards: Rewards,
     adapter: Option<ActiveAdapter>,
@@ -48,7 +47,7 @@ struct LoadedRewards {
 }
 
 impl Rollouts {
-    /// Loads the prompts and what gives rewards, for a policy on top of `frozen`.
+    /// Loads the prompts and reward sources, for a policy on top of `frozen`.
     pub fn load(
         common: &CommonSettings,
         task: PolicyTask,
@@ -105,14 +104,14 @@ impl Rollouts {
     }
 }
 
-/// Tokens that a prompt and its response may have together.
+/// Maximum number of tokens of a prompt and its response together.
 fn max_length(
     common: &CommonSettings,
     decoder: &Decoder,
     tokenizer: &Tokenizer,
     response_length: usize,
 ) -> Result<usize, TrainError> {
-    // A reward model also reads the end of the turn after the response, in the same window.
+    // A reward model also reads the end-of-turn token after the response, in the same window.
     let ending = 1 + tokenizer.after_turn().map_or(0, |after| after.len());
     let window = decoder.config.max_position_embeddings.saturating_sub(ending);
     let most = common.max_length.min(window);
@@ -165,7 +164,7 @@ impl RolloutLoader<'_> {
         Ok(LoadedRewards { rewards, adapter: Some(adapter), model: None, judge, ptx })
     }
 
-    /// Text to keep predicting.
+    /// Text rows of PPO-ptx.
     fn ptx(&mut self, own: &PpoSettings) -> Result<(Dataset, EpochSampler), TrainError> {
         let common = self.common;
         let cache = Some(row_cache(common));
@@ -202,13 +201,13 @@ impl RolloutLoader<'_> {
         Ok(LoadedRewards { rewards, adapter, model, judge: None, ptx: None })
     }
 
-    /// An adapter with a score head.
+    /// Loads an adapter with a score head.
     fn scoring(&self, folder: &Path, min_accuracy: f64) -> Result<ActiveAdapter, TrainError> {
         check_reward_accuracy(folder, min_accuracy, self.monitor)?;
         Ok(ActiveAdapter::frozen(Arc::new(read_scoring(folder, self.decoder, self.monitor)?)))
     }
 
-    /// Checks that the rewards can read every prompt.
+    /// Checks that the reward sources can read every prompt.
     fn check_prompts(
         &self,
         prompts: &LoadedPrompts,
@@ -254,7 +253,7 @@ impl RolloutLoader<'_> {
     }
 }
 
-/// Checks the accuracy that a reward model had on held-out pairs in its training.
+/// Checks the accuracy of a reward model on held-out pairs, recorded by its training.
 fn check_reward_accuracy(
     folder: &Path,
     min_accuracy: f64,
@@ -262,8 +261,8 @@ fn check_reward_accuracy(
 ) -> Result<(), TrainError> {
     match read_accuracy(folder)? {
         Some(accuracy) if accuracy < min_accuracy => Err(TrainError::Settings(format!(
-            "--reward-adapter {}: right about {:.1} % of held-out pairs, needed {:.1} % \
-             (min_reward_accuracy): a policy would learn its noise",
+            "--reward-adapter {}: accuracy on held-out pairs is {:.1} %, needed {:.1} % \
+             (min_reward_accuracy): a policy would overfit to its errors",
             folder.display(),
             accuracy * 100.0,
             min_accuracy * 100.0
@@ -281,8 +280,8 @@ fn check_reward_accuracy(
     }
 }
 
-/// Checks that the window of a reward model beside the base holds the longest prompt and a response
-/// of `response_length` tokens.
+/// Checks that the longest prompt and a response of `response_length` tokens fit into the context window of
+/// a reward model with its own base.
 fn check_window(
     model: &RewardModel,
     files: &[(&Path, Option<&Prompts>)],

@@ -1,5 +1,5 @@
-//! Reinforcement learning: responses of the policy to the prompts of a file, their rewards, and what
-//! is learned from them. One update of PPO or GRPO is one step of the loop.
+//! Reinforcement learning: samples responses of the policy to the prompts of a file, scores them, and
+//! updates the policy. One update of PPO or GRPO is one step of the training loop.
 
 mod evaluate;
 mod grpo;
@@ -41,7 +41,7 @@ use crate::text::Tokenizer;
 use crate::weights::write_atomically;
 use sampler::EpochSampler;
 
-/// Where the time of updates goes.
+/// Time spent in the phases of updates.
 #[derive(Debug, Clone, Copy, Default)]
 struct Times {
     generation: Duration,
@@ -49,7 +49,7 @@ struct Times {
     learning: Duration,
 }
 
-/// The prompts of a run of reinforcement learning, and what gives rewards to responses.
+/// The prompts and reward sources of a reinforcement learning run.
 pub struct Rollouts {
     common: CommonSettings,
     task: PolicyTask,
@@ -59,13 +59,13 @@ pub struct Rollouts {
     prompt_sampler: EpochSampler,
     held_out: Option<Prompts>,
     held_out_lines: Option<Bytes>,
-    /// Text to keep predicting.
+    /// Text rows of PPO-ptx.
     ptx: Option<(Dataset, EpochSampler)>,
     /// The adapters of the reference, if the algorithm has one.
     reference: Option<Vec<ActiveAdapter>>,
-    /// What gives the rewards.
+    /// The reward sources.
     scorer: Scorer,
-    /// A reward model that is not trained against.
+    /// A reward model that is only used in evaluations.
     judge: Option<ActiveAdapter>,
     samples: Option<SampleLog>,
     times: Times,
@@ -76,14 +76,14 @@ pub struct Rollouts {
 struct Scored {
     responses: Vec<Response>,
     texts: Vec<String>,
-    /// For each reward the values of all responses; `None` where it has no value.
+    /// For each reward source the values of all responses; `None` where it has no value.
     columns: Vec<Vec<Option<f64>>>,
     /// The weighted sums.
     totals: Vec<Option<f64>>,
 }
 
 impl Rollouts {
-    /// Hashes of what was read.
+    /// Hashes of the inputs.
     pub fn fingerprints(&self) -> Result<Vec<Fingerprint>, TrainError> {
         let mut prints = vec![("the data".to_string(), self.prompts.sha256.clone())];
         if let Some(held_out) = &self.held_out {
@@ -113,10 +113,10 @@ impl Rollouts {
         self.common.total_steps(prompts.div_ceil(self.task.batch_size() as u64))
     }
 
-    /// Tokens of the largest micro-batch there can be.
+    /// Upper bound of the tokens of a micro-batch.
     pub fn largest_micro_batch(&self) -> usize {
         let size = self.common.per_device_train_batch_size;
-        // Responses of a group share one prompt; where the sizes of groups and micro-batches do not
+        // Responses of a group share one prompt; if the sizes of groups and micro-batches do not
         // divide each other, a group may begin or end anywhere in a micro-batch.
         let n = self.task.responses_per_prompt();
         let aligned = size.is_multiple_of(n) || n.is_multiple_of(size);
@@ -127,13 +127,13 @@ impl Rollouts {
         rows.max(longest_together(ptx, size))
     }
 
-    /// Prompts, and those of an update.
+    /// Number of prompts, and of prompts per update.
     pub fn prompts_and_batch(&self) -> (usize, usize) {
         (self.prompts.rows.len(), self.task.batch_size())
     }
 
-    /// Bytes of the prompts and of text to keep predicting: in memory, and mapped ones that the run
-    /// reads. All prompts are read: whether the rewards can read them is checked before the first step.
+    /// Bytes of the prompts and of text rows: in memory, and mapped ones that the run reads. All prompts are
+    /// read, because the reward sources check them before the first step.
     pub fn data_bytes(&self) -> [usize; 2] {
         let prompts = [Some(&self.prompts), self.held_out.as_ref()];
         let prompts = prompts.into_iter().flatten().map(|prompts| prompts.rows.bytes(usize::MAX));
@@ -143,10 +143,9 @@ impl Rollouts {
             .fold([0, 0], |[held, mapped], [more, others]| [held + more, mapped + others])
     }
 
-    /// Bytes that responses take before they are learned from. Decoding: keys and values of all rows
-    /// that are decoded at once, each as long as it can get, and their logits. Scoring, if there is
-    /// any: what a forward pass of as many of them as go through the model together works with, beside
-    /// the buffers of the steps, which are kept.
+    /// Bytes for sampling and scoring responses. Decoding: the KV cache of all rows that are decoded at once,
+    /// each of maximum length, and their logits. Scoring, if there is any: the buffers of a forward pass of as
+    /// many responses as are scored together, in addition to the buffers of the steps, which are kept.
     pub fn rollout_bytes(&self, decoder: &Decoder, sizes: &Sizes) -> usize {
         let config = &decoder.config;
         let settings = self.task.generation(self.compute, self.common.seed);
@@ -177,11 +176,11 @@ impl Rollouts {
             true => linear_cross_entropy::working_bytes(tokens, config.vocab_size, compute),
             false => 0,
         };
-        // What decoding took is free again before anything is scored.
+        // The memory of decoding is freed before scoring.
         judge + decoding.max(forward + logits)
     }
 
-    /// Prepares for an update of a run that writes nothing.
+    /// Prepares for an update of a dry run, which writes no files.
     pub fn begin_trial(&self, state: &mut State) {
         let rollouts = state.rollouts.get_or_insert_default();
         if let PolicyTask::Ppo(own) = &self.task {
@@ -189,14 +188,14 @@ impl Rollouts {
         }
     }
 
-    /// Whether the updates so far end an epoch.
+    /// Whether the last update ended an epoch.
     pub fn epoch_ends(&self, state: &State) -> bool {
         let (batch, all) = (self.task.batch_size() as u64, self.prompts.rows.len() as u64);
         let epoch = |step: u64| step * batch / all.max(1);
         state.step > 0 && epoch(state.step) != epoch(state.step - 1)
     }
 
-    /// Takes an update.
+    /// Runs an update.
     pub fn step(
         &mut self,
         learner: &mut AdapterLearner,
@@ -210,7 +209,7 @@ impl Rollouts {
         }
     }
 
-    /// What the command's JSON has beside the common part.
+    /// Results of the command for its JSON line.
     pub fn results(
         &self,
         state: &State,
@@ -241,7 +240,7 @@ impl Rollouts {
         Ok(results)
     }
 
-    /// The prompts of an update: all of them in turn, in another order each epoch.
+    /// The prompts of an update: all of them in turn, shuffled in each epoch.
     fn prompts_of(&mut self, update: u64) -> Vec<Prompt> {
         let batch = self.task.batch_size() as u64;
         let prompt = |place| self.prompts.rows.get(self.prompt_sampler.row_at(place));
@@ -274,8 +273,8 @@ impl Rollouts {
         Ok(Scored { responses, texts, columns, totals })
     }
 
-    /// Warns of what is wrong with an update, of each thing once in a run. `first` are the responses of
-    /// its first step, and the log-probs of that step.
+    /// Warns about problems of an update, each once per run. `first` are the responses of its first step, and
+    /// the log-probs of that step.
     fn warn_if_unhealthy(
         &self,
         state: &mut State,
@@ -285,7 +284,7 @@ impl Rollouts {
         kl: &[f64],
         monitor: Monitor<'_>,
     ) {
-        // With dropout the policy that learns differs from the one that sampled.
+        // With dropout the trained policy differs from the one that sampled.
         let first = first.filter(|_| self.common.lora_dropout == 0.0);
         let first = first.map(|(responses, logps)| FirstStep { responses, logps });
         let found = diagnose_update(responses, old, first, kl);
@@ -331,7 +330,7 @@ impl Rollouts {
     }
 }
 
-/// Warns, unless the run had the same warning: sentences that differ in numbers only are the same.
+/// Prints a warning once per run: warnings that differ only in numbers count as the same.
 fn warn_once(state: &mut State, sentence: String, monitor: Monitor<'_>) {
     let words = |text: &str| -> String {
         text.chars().filter(|c| c.is_alphabetic() || *c == ' ').collect()
@@ -343,7 +342,7 @@ fn warn_once(state: &mut State, sentence: String, monitor: Monitor<'_>) {
     }
 }
 
-/// The state of rollouts in the state of a run.
+/// The reinforcement learning state of a run.
 fn rollouts_of(state: &mut State) -> &mut RolloutState {
     state.rollouts.get_or_insert_default()
 }

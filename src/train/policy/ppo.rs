@@ -21,7 +21,7 @@ use crate::train::settings::{PpoSettings, ValueModel};
 use crate::train::state::State;
 
 impl Rollouts {
-    /// Takes an update.
+    /// Runs an update.
     pub(super) fn ppo(
         &mut self,
         own: &PpoSettings,
@@ -88,7 +88,7 @@ impl Rollouts {
         let (policy, valuer) = (learner.active(0), learner.active(valuer));
         let most = own.response_length;
         let [old, values] = match own.value_model {
-            // What the two are read from is one forward pass of one adapter.
+            // Both come from one forward pass of the same adapter.
             ValueModel::Policy => {
                 respond::log_probs_and_values(decoder, policy, &head, responses, temperature, most)?
             }
@@ -146,8 +146,8 @@ impl Rollouts {
         learning_rate: f64,
         responses: &[Response],
         rows: &[Experience],
-    ) -> Result<Learned, TrainError> {
-        let mut learned = Learned::default();
+    ) -> Result<PpoStepStats, TrainError> {
+        let mut learned = PpoStepStats::default();
         for epoch in 0..own.num_ppo_epochs {
             let mut order: Vec<usize> = (0..rows.len()).collect();
             let key = [update, epoch as u64];
@@ -159,7 +159,7 @@ impl Rollouts {
                 for micro in mini.chunks(self.common.per_device_train_batch_size) {
                     let responses: Vec<&Response> = micro.iter().map(|&i| &responses[i]).collect();
                     let rows: Vec<&Experience> = micro.iter().map(|&i| &rows[i]).collect();
-                    let batch = respond::lay_out(&responses);
+                    let batch = respond::collate(&responses);
                     let policy = ppo::policy_part(&rows, counts, own.cliprange);
                     let (vf_coef, cliprange) = (own.vf_coef, own.cliprange_value);
                     let value = ppo::value_part(&rows, &batch, counts, vf_coef, cliprange);
@@ -194,7 +194,7 @@ impl Rollouts {
         Ok(learned)
     }
 
-    /// Rows of text to keep predicting, beside a step.
+    /// The PPO-ptx text rows of an optimizer step.
     fn ptx_part(&mut self, own: &PpoSettings, optimizer_step: u64) -> Option<MicroBatch> {
         let (data, sampler) = self.ptx.as_mut()?;
         let size = self.common.per_device_train_batch_size as u64;
@@ -213,22 +213,22 @@ impl Rollouts {
     }
 }
 
-/// The results of the optimizer steps of an update.
+/// Statistics of the optimizer steps of an update.
 #[derive(Debug, Default)]
-struct Learned {
+struct PpoStepStats {
     losses: Vec<f64>,
     norms: Vec<f64>,
     policies: Vec<PpoPolicyStats>,
     values: Vec<PpoValueStats>,
-    /// The responses of the first of them, and the log-probs of their tokens before it.
+    /// The responses of the first step, and the log-probs of their tokens before it.
     first: Option<(Vec<usize>, Vec<f32>)>,
 }
 
-/// An update's numbers, under TRL's names where it has them.
+/// The metrics of an update, under TRL's names where they exist.
 fn numbers(
     responses: &[Response],
     rows: &[Experience],
-    learned: &Learned,
+    learned: &PpoStepStats,
     (kl, kl_coef): (f64, f64),
     learning_rate: f64,
 ) -> Numbers {

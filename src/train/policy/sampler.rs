@@ -2,25 +2,25 @@
 
 use quantune_adapters::rng::Stream;
 
-/// All of `count` rows in turn, epoch after epoch, each epoch in another order. A run saves no state of
-/// the sampler: the order of an epoch is a function of its number.
+/// Samples all of `count` rows in each epoch, shuffled by epoch. It has no state to save: the order of an
+/// epoch is a function of its number.
 #[derive(Debug, Clone)]
 pub struct EpochSampler {
     purpose: &'static str,
     seed: u64,
     shuffled: bool,
     count: usize,
-    /// The epoch of the last row, and its order.
+    /// The epoch of the last returned row, and its order.
     epoch: Option<(u64, Vec<u32>)>,
 }
 
 impl EpochSampler {
-    /// Rows come in the order of the file if not `shuffled`.
+    /// Without `shuffled`, rows are in file order.
     pub fn new(purpose: &'static str, seed: u64, shuffled: bool, count: usize) -> Self {
         Self { purpose, seed, shuffled, count, epoch: None }
     }
 
-    /// The row at a place, counted from 0 over all epochs. Asking for places in turn shuffles each epoch
+    /// The row at a position, counted from 0 over all epochs. With ascending positions each epoch is shuffled
     /// once.
     pub fn row_at(&mut self, place: u64) -> usize {
         let (epoch, place) = (place / self.count as u64, place % self.count as u64);

@@ -1,4 +1,4 @@
-//! The algorithms of reinforcement learning, and what their settings have in common.
+//! The algorithms of reinforcement learning, and accessors for settings they share.
 
 use std::path::Path;
 
@@ -25,12 +25,12 @@ impl PolicyTask {
         }
     }
 
-    /// Prompts of an update.
+    /// Prompts per update.
     pub fn batch_size(&self) -> usize {
         self.rollouts().batch_size
     }
 
-    /// Responses to a prompt.
+    /// Responses per prompt.
     pub fn responses_per_prompt(&self) -> usize {
         match self {
             Self::Ppo(_) => 1,
@@ -38,7 +38,7 @@ impl PolicyTask {
         }
     }
 
-    /// Tokens that a response may have.
+    /// Maximum number of tokens of a response.
     pub fn response_length(&self) -> usize {
         match self {
             Self::Ppo(own) => own.response_length,
@@ -46,17 +46,17 @@ impl PolicyTask {
         }
     }
 
-    /// The temperature of sampling, and of the policy that is trained.
+    /// The temperature of sampling, and of the trained policy.
     pub fn temperature(&self) -> f64 {
         self.rollouts().temperature
     }
 
-    /// Prompts that an evaluation answers; 0 takes all.
+    /// Prompts per evaluation; 0 is all.
     pub fn eval_prompts(&self) -> usize {
         self.rollouts().eval_prompts
     }
 
-    /// Whether the policy is compared with a reference.
+    /// Whether the algorithm needs a reference.
     pub fn has_reference(&self) -> bool {
         match self {
             Self::Ppo(_) => true,
@@ -69,12 +69,12 @@ impl PolicyTask {
         &self.rollouts().ref_adapter
     }
 
-    /// Whether a response that does not end by itself is scored as if it ended there.
+    /// Whether truncated responses are scored as if they ended there.
     pub fn score_at_eos(&self) -> bool {
         self.rollouts().score_at_eos
     }
 
-    /// Whether log-probs of the responses are computed before they are learned from.
+    /// Whether log-probs of the responses are computed before the optimizer steps.
     pub fn needs_old_log_probs(&self) -> bool {
         match self {
             Self::Ppo(_) => true,
@@ -84,7 +84,7 @@ impl PolicyTask {
         }
     }
 
-    /// How responses are sampled.
+    /// The generation settings of responses.
     pub fn generation(&self, compute: Compute, seed: u64) -> Generation {
         let &RolloutSettings { temperature, top_k, top_p, rollout_slots: slots, .. } =
             self.rollouts();
@@ -93,7 +93,7 @@ impl PolicyTask {
             max_tokens: self.response_length(),
             cache: CacheType::of(compute),
             logprobs: None,
-            draws: true,
+            sampled_logps: true,
             slots,
         }
     }

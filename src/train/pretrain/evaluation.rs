@@ -11,9 +11,9 @@ use crate::train::TrainError;
 use crate::train::metrics::Numbers;
 use crate::train::settings::PretrainSettings;
 
-/// Tokens that an evaluation reads at once, or a row.
+/// Tokens per evaluation batch; at least one row.
 const EVAL_TOKENS: usize = 2048;
-/// Tokens that the bigram model beside the evaluations counts at most.
+/// Maximum number of tokens that the bigram baseline counts.
 const BIGRAM_TOKENS: u64 = 1 << 22;
 
 /// Bits per byte of the held-out rows, of all and of each source; `None` if the run was stopped
@@ -47,7 +47,7 @@ pub fn evaluate_held_out(
     Ok(Some(numbers))
 }
 
-/// The held-out rows of a source that evaluations read, a few at a time.
+/// The held-out rows of a source for evaluations, in batches.
 fn held_out(
     corpus: &Corpus,
     source: usize,

@@ -1,4 +1,4 @@
-//! All weights of a model, as a learner trains them.
+//! Full training: [`Trainable`] for all weights of a model.
 
 use candle_core::Var;
 
@@ -10,15 +10,15 @@ use crate::train::TrainError;
 use crate::train::learner::Trainable;
 use crate::train::step::{TrainState, train_state};
 
-/// A part of a step.
+/// A micro-batch of a step.
 pub struct ScaledBatch {
     /// The tokens.
     pub batch: Batch,
-    /// What the sum of losses is multiplied with: 1 / the targets of the whole step.
+    /// Factor of the summed loss: 1 / the number of targets of the whole step.
     pub scale: f64,
 }
 
-/// A model whose weights all train, with their gradients and optimizer.
+/// A fully trainable model with its gradients and optimizer.
 pub struct FullTraining {
     /// The model.
     pub model: FullModel,
@@ -26,7 +26,7 @@ pub struct FullTraining {
 }
 
 impl FullTraining {
-    /// The training of a model that continues with this optimizer.
+    /// Training of `model` that continues with this optimizer.
     pub fn new(model: FullModel, optimizer: AdamW) -> candle_core::Result<Self> {
         let state = train_state(model.compute.backend, &model.parameters, optimizer)?;
         Ok(Self { model, state })
@@ -37,7 +37,7 @@ impl FullTraining {
         named_parameters(&self.model)
     }
 
-    /// Calls `with` with the optimizer, copied from the device if it is there.
+    /// Calls `with` with the optimizer, copied from the device if needed.
     pub fn with_optimizer<T>(
         &self,
         with: impl FnOnce(&AdamW) -> Result<T, TrainError>,

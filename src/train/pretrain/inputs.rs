@@ -1,4 +1,4 @@
-//! What a run of pretraining reads before its first step: tokenizer, model and tokenized sources.
+//! The inputs of a pretraining run: tokenizer, model and tokenized sources.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -16,19 +16,19 @@ use crate::train::TrainError;
 use crate::train::settings::PretrainSettings;
 use crate::weights::Checkpoint;
 
-/// How often a tokenization that lasts is reported.
+/// Interval of progress reports during tokenization.
 const REPORT_EVERY: Duration = Duration::from_secs(5);
 
-/// The tokenizer of a run, and the base it starts from.
+/// The tokenizer and base of a run.
 pub struct Start {
     /// The tokenizer.
     pub tokenizer: Tokenizer,
-    /// The base whose weights train on, if there is one.
+    /// The base whose weights are trained further, if there is one.
     pub base: Option<Checkpoint>,
 }
 
 impl Start {
-    /// Opens them.
+    /// Opens both.
     pub fn open(settings: &PretrainSettings) -> Result<Self, TrainError> {
         let (no_base, no_tokenizer) =
             (settings.base.as_os_str().is_empty(), settings.tokenizer.as_os_str().is_empty());
@@ -37,7 +37,7 @@ impl Start {
             Some(checkpoint) if no_tokenizer => Tokenizer::open(checkpoint)?,
             _ => Tokenizer::from_folder(&settings.tokenizer)?,
         };
-        // A run that was begun before there was such a setting has none.
+        // Runs started before this setting existed have none.
         if let Some(now) = first_second(&settings.template_date) {
             tokenizer.set_template_time(now);
         }
@@ -66,7 +66,7 @@ impl Start {
         }
     }
 
-    /// The files of the tokenizer where the base is a GGUF that has it.
+    /// Tokenizer files converted from a base that is a GGUF.
     pub fn converted_tokenizer(
         &self,
         settings: &PretrainSettings,
@@ -80,8 +80,8 @@ impl Start {
     }
 }
 
-/// What of settings, model and tokenizer does not fit together, in one sentence.
-pub fn misfit(
+/// An error message if settings, model and tokenizer are incompatible.
+pub fn incompatibility(
     settings: &PretrainSettings,
     model: &FullModel,
     tokenizer: &Tokenizer,
@@ -103,7 +103,7 @@ pub fn misfit(
     Some(format!("sample_prompt {text:?} has {found} tokens, needed 1 to less than {most}"))
 }
 
-/// The tokens of the prompts that samples begin with.
+/// The tokens of the prompts of samples.
 pub fn sample_prompts(
     settings: &PretrainSettings,
     tokenizer: &Tokenizer,
@@ -112,7 +112,7 @@ pub fn sample_prompts(
     settings.sample_prompt.iter().map(encode).collect()
 }
 
-/// How many layers keep their tapes within the memory budget; all do in the reference form.
+/// How many layers keep their tapes within the memory budget; all of them on the reference backend.
 pub fn kept_layers(settings: &PretrainSettings, model: &FullModel, budget: u64) -> usize {
     let layers = model.config.num_hidden_layers;
     let recomputes = with_backend!(model.compute.backend, B => B::RECOMPUTES_FULL_TRAINING);
@@ -123,7 +123,7 @@ pub fn kept_layers(settings: &PretrainSettings, model: &FullModel, budget: u64) 
         return if all { 0 } else { layers };
     }
     let tokens = settings.per_device_train_batch_size * settings.max_length;
-    // Weights, gradients and both moments; and the copy that an evaluation or a sample reads.
+    // Weights, gradients and both moments; and the copy used by evaluations and samples.
     let state = 5 * size_of::<f32>() * model.parameter_count();
     let (vocabulary, compute) = (model.config.vocab_size, settings.compute());
     let state = state + linear_cross_entropy::working_bytes(tokens, vocabulary, compute);
@@ -134,7 +134,7 @@ pub fn kept_layers(settings: &PretrainSettings, model: &FullModel, budget: u64) 
     (0..=layers).rev().find(fits).unwrap_or(0)
 }
 
-/// Opens the sources, tokenized: what is not in their cache is tokenized first.
+/// Opens the tokenized sources; files that are not in the cache are tokenized first.
 pub fn open_corpus(
     settings: &PretrainSettings,
     specs: &[SourceSpec],

@@ -1,8 +1,8 @@
-//! Pretraining: all weights of a decoder, in full precision, on a mixture of sources. What comes before
-//! the first step and after the last one; the steps are taken by [`super::run`].
+//! Pretraining of all weights of a decoder, in full precision, on a mixture of sources: setup before the
+//! first step and output after the last one. [`super::run`] is the training loop.
 //!
-//! Which rows a step learns follows from its number alone, and a checkpoint is the model as a
-//! Hugging Face folder beside the optimizer's moments: there is no other state.
+//! The rows of a step follow from its number alone, and a checkpoint is the model as a Hugging Face folder
+//! with the optimizer's moments: there is no other state.
 
 mod evaluation;
 mod full_training;
@@ -37,7 +37,7 @@ use crate::optim::AdamW;
 use crate::text::{Tokenizer, today};
 use evaluation::{bigram_bits_per_byte, evaluate_held_out};
 use full_training::{FullTraining, ScaledBatch, named_parameters};
-use inputs::{Start, kept_layers, misfit, open_corpus, sample_prompts};
+use inputs::{Start, incompatibility, kept_layers, open_corpus, sample_prompts};
 use output::{MODEL, ModelWriter, check_writable, tokenizer_folder};
 
 /// The report of a finished run; with `results`, the `--json` line of its command.
@@ -45,34 +45,34 @@ use output::{MODEL, ModelWriter, check_writable, tokenizer_folder};
 pub struct PretrainSummary {
     /// Optimizer steps.
     pub steps: u64,
-    /// Loss of the first step, in nats a token.
+    /// Loss of the first step, in nats per token.
     pub loss_first: Option<f64>,
     /// Loss of the last step.
     pub loss_last: Option<f64>,
-    /// Tokens a second in this process's steps.
+    /// Tokens per second in the steps of this process.
     pub tokens_per_second: f64,
-    /// Numbers of the model.
+    /// Number of parameters.
     pub parameters: usize,
     /// The model's folder.
     pub model: PathBuf,
-    /// The GGUF, if one was asked for.
+    /// The exported GGUF, if requested.
     pub export: Option<PathBuf>,
-    /// Layers whose tape is recomputed in the backward pass.
+    /// Layers that are recomputed in the backward pass.
     pub recomputed_layers: usize,
-    /// The step that this process resumed at, if it did.
+    /// The step at which this process resumed, if it did.
     pub resumed_at: Option<u64>,
-    /// What was read of each source.
+    /// Statistics of each source.
     pub sources: Vec<SourceReport>,
     /// Evaluations.
     #[serde(skip)]
     pub results: Map<String, Value>,
 }
 
-/// Trains all weights of a model. With `resume`, continues the run in `settings.out`. The stop flag is
-/// looked at while sources are tokenized, between the batches of an evaluation, and after each step.
+/// Trains all weights of a model. With `resume`, continues the run in `settings.out`. The stop flag is checked
+/// while sources are tokenized, between the batches of an evaluation, and after each step.
 ///
 /// # Errors
-/// Everything that is in the way of the run: settings, files, the directory; a diverged loss.
+/// Invalid settings or files, a run directory in use, a diverged loss.
 pub fn pretrain(
     settings: &PretrainSettings,
     resume: bool,
@@ -83,7 +83,7 @@ pub fn pretrain(
     }
     let device = settings.device.open().map_err(|e| TrainError::Settings(e.to_string()))?;
     let mut settings = settings.absolute()?;
-    // Before the model takes its part of what is free.
+    // Before memory is allocated for the model.
     let budget = settings.memory_budget.map_or_else(default_budget, |budget| budget.0);
     let export_type = settings.export_type.parse::<FileType>().map_err(TrainError::Settings)?;
     let resumed = open_run(&mut settings, resume, monitor)?;
@@ -96,11 +96,11 @@ pub fn pretrain(
     let model = start.model(&settings, checkpoint.as_deref(), &device)?;
     let converted_tokenizer = start.converted_tokenizer(&settings)?;
     check_writable(&settings, &model, converted_tokenizer.is_some())?;
-    if let Some(fault) = misfit(&settings, &model, &start.tokenizer) {
+    if let Some(fault) = incompatibility(&settings, &model, &start.tokenizer) {
         return Err(TrainError::Settings(fault));
     }
     let corpus = match open_corpus(&settings, &settings.source, &start.tokenizer, monitor) {
-        Err(CorpusError::Data(DataError::Stopped)) => return Ok(Outcome::NotBegun),
+        Err(CorpusError::Data(DataError::Stopped)) => return Ok(Outcome::NotStarted),
         corpus => corpus?,
     };
     let fingerprints = fingerprints(&settings, &corpus)?;
@@ -173,8 +173,8 @@ pub fn pretrain(
     })))
 }
 
-/// The run to resume, or none if the directory is free for a new one. Settings that depend on the day
-/// become those of the run.
+/// The run to resume, or `None` if the directory is free for a new run. Settings that depend on the date
+/// are taken from the run.
 fn open_run(
     settings: &mut PretrainSettings,
     resume: bool,
@@ -186,14 +186,14 @@ fn open_run(
             begun.as_ref().map_or_else(today, |begun| begun.template_date.clone());
     }
     let Some(begun) = begun else {
-        RunDir::vacant(&settings.out)?;
+        RunDir::check_no_run(&settings.out)?;
         return Ok(None);
     };
     let (saved, given) = (begun.to_table()?, settings.to_table()?);
     RunDir::resume(&settings.out, &saved, &given, monitor).map(Some)
 }
 
-/// Hashes of what was read.
+/// Hashes of the inputs.
 fn fingerprints(
     settings: &PretrainSettings,
     corpus: &Corpus,
@@ -296,14 +296,14 @@ impl Trainer for Pretraining {
     }
 
     fn epoch_ends(&self, _state: &State) -> bool {
-        false // a mixture has no epoch of its own
+        false // a mixture has no epochs
     }
 
     fn optimizer_steps(&self) -> u64 {
         self.learner.trained.optimizer_steps()
     }
 
-    /// Writes a checkpoint: the model's folder, exactly, beside the optimizer's moments.
+    /// Writes a checkpoint: the model's folder in full precision, and the optimizer's moments.
     fn save(&self, run: &RunDir, state: &State, keep: usize) -> Result<(), TrainError> {
         let parameters = self.learner.trained.parameters();
         self.learner.trained.with_optimizer(|optimizer| {
@@ -320,7 +320,7 @@ impl Pretraining {
         ModelWriter { model, tokenizer_folder: &self.tokenizer_folder, settings }
     }
 
-    /// Texts that the model generates now, with their prompts.
+    /// Samples of the current model, with their prompts.
     fn samples(&self, step: u64) -> Result<Vec<String>, TrainError> {
         let settings = &self.settings;
         let prompts = if settings.sample_prompt.is_empty() {
@@ -340,10 +340,10 @@ impl Pretraining {
             max_tokens: settings.sample_tokens,
             cache: CacheType::of(decoder.compute),
             logprobs: None,
-            draws: false,
+            sampled_logps: false,
             slots: 0,
         };
-        // A model may have more rows than its tokenizer has tokens, and draw one while it is young.
+        // A model may have more rows than its tokenizer has tokens, and may sample one early in training.
         let known = |token: u32| self.tokenizer.token(token).is_some();
         let is_end = |token| self.tokenizer.is_end_of_generation(token) || !known(token);
         let never = &mut |_: usize, _: u32| ControlFlow::Continue(());

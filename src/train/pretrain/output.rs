@@ -1,4 +1,4 @@
-//! The model as files: checkpoints, the result, and its export.
+//! Model files: checkpoints, the final model, and its export.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -17,10 +17,10 @@ use crate::train::run_dir::RunDir;
 use crate::train::settings::{FloatType, PretrainSettings};
 use crate::weights::{Checkpoint, write_atomically};
 
-/// Where a run, and each of its checkpoints, has the model.
+/// The model's folder in a run and in each of its checkpoints.
 pub const MODEL: &str = "model";
 
-/// Writes a model into files.
+/// Writes a model to files.
 pub struct ModelWriter<'a> {
     /// The model.
     pub model: &'a FullModel,
@@ -31,7 +31,7 @@ pub struct ModelWriter<'a> {
 }
 
 impl ModelWriter<'_> {
-    /// Calls `with` with the model as it is now, as a source of files.
+    /// Calls `with` with the current model as an export source.
     fn written<T>(
         &self,
         with: impl FnOnce(&ExportSource) -> Result<T, ExportError>,
@@ -62,7 +62,7 @@ impl ModelWriter<'_> {
         Ok(())
     }
 
-    /// Writes the export and reads it back, if one is asked for. Returns its path.
+    /// Writes and verifies the export, if requested. Returns its path.
     pub fn write_export(
         &self,
         export_type: FileType,
@@ -79,14 +79,14 @@ impl ModelWriter<'_> {
     }
 }
 
-/// Opens an export again and compares it with the model's folder.
+/// Loads an export and compares it with the model's folder.
 fn read_back(
     folder: &Path,
     settings: &PretrainSettings,
     of: FileType,
     monitor: Monitor<'_>,
 ) -> Result<(), TrainError> {
-    // Both were rounded, each for itself: the coarser one counts.
+    // Both were rounded separately, so the tolerance is that of the coarser type.
     let bounds = match (of, settings.dtype) {
         (FileType::F32 | FileType::F16, FloatType::Bf16) => VerifyBounds::BF16,
         (FileType::F32, FloatType::F16) => VerifyBounds::F16,
@@ -99,7 +99,7 @@ fn read_back(
     Ok(())
 }
 
-/// The folder of the tokenizer; a GGUF's own is written down beside the run.
+/// The folder of the tokenizer; the tokenizer of a GGUF is converted into the run directory.
 pub fn tokenizer_folder(
     settings: &PretrainSettings,
     files: Option<Vec<(&'static str, String)>>,
@@ -115,13 +115,12 @@ pub fn tokenizer_folder(
     Ok(folder)
 }
 
-/// The folder that a tokenizer is read from, where it is no GGUF.
+/// The folder that the tokenizer is read from, if it is not in a GGUF.
 fn own_tokenizer(settings: &PretrainSettings) -> &Path {
     if settings.tokenizer.as_os_str().is_empty() { &settings.base } else { &settings.tokenizer }
 }
 
-/// Checks, before the training rather than after it, that the result can be written in the formats
-/// that are asked for, and where.
+/// Checks before training that the result can be written in the requested formats and places.
 pub fn check_writable(
     settings: &PretrainSettings,
     model: &FullModel,
@@ -139,7 +138,7 @@ pub fn check_writable(
         let fault = format!("--export is {}, the base itself", path.display());
         return Err(TrainError::Settings(fault));
     }
-    let own = path.starts_with(&settings.out); // which is made with the run
+    let own = path.starts_with(&settings.out); // which is created with the run
     if !own && !path.parent().is_some_and(Path::is_dir) {
         let fault = format!("--export is {}, and there is no such folder", path.display());
         return Err(TrainError::Settings(fault));

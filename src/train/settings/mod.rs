@@ -318,7 +318,7 @@ impl CommonSettings {
     }
 
     /// Whether the best checkpoint is tracked.
-    pub fn seeks_best(&self) -> bool {
+    pub fn tracks_best(&self) -> bool {
         self.early_stopping_patience > 0 || self.load_best_model_at_end
     }
 

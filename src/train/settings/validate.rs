@@ -291,13 +291,13 @@ impl CommonSettings {
         };
         let fault = "early_stopping_patience and load_best_model_at_end require evaluations: \
                      set --eval-data or --eval-strategy";
-        faults.check(!self.seeks_best() || evaluates, fault.into());
+        faults.check(!self.tracks_best() || evaluates, fault.into());
         for (key, set) in [
             ("early_stopping_threshold", self.early_stopping_threshold != 0.0),
             ("greater_is_better", self.greater_is_better.is_some()),
         ] {
             let fault = "requires early_stopping_patience or load_best_model_at_end";
-            faults.check(!set || self.seeks_best(), format!("{key} {fault}"));
+            faults.check(!set || self.tracks_best(), format!("{key} {fault}"));
         }
         if let Err(fault) = self.device.check(self.compute()) {
             faults.0.push(fault.to_string());

@@ -1,4 +1,4 @@
-//! What reward models and preferences have in common: responses to a prompt, laid out and scored.
+//! Shared by reward modelling and preference optimization: collating and scoring responses to a prompt.
 
 use crate::data::{Batch, Comparison, RowStore};
 use crate::model::scoring::{runs, target_log_probs};
@@ -14,8 +14,8 @@ pub fn get_rows(
     indices.map(|row| rows.get(row)).collect()
 }
 
-/// Comparisons in one batch, each prompt once.
-pub fn lay_out(rows: &[&Comparison]) -> Batch {
+/// Collates comparisons into a batch, with each prompt once.
+pub fn collate(rows: &[&Comparison]) -> Batch {
     let mut batch = Batch::default();
     for row in rows {
         let responses: Vec<&[u32]> = row.responses.iter().map(Vec::as_slice).collect();
@@ -24,7 +24,7 @@ pub fn lay_out(rows: &[&Comparison]) -> Batch {
     batch
 }
 
-/// The pairs of rows whose responses follow one another, each row's counting as one comparison.
+/// The pairs of all rows, for responses in the order of the rows; the weights of a row's pairs sum to 1.
 pub fn weighted_pairs(rows: &[&Comparison]) -> Vec<WeightedPair> {
     let mut pairs = Vec::new();
     let mut first = 0;
@@ -49,7 +49,7 @@ pub fn response_log_probs(
 ) -> Result<Vec<Vec<f32>>, TrainError> {
     let mut all = Vec::with_capacity(rows.len());
     for run in runs(rows.iter().map(|row| row.tokens())) {
-        let batch = lay_out(&rows[run.clone()]);
+        let batch = collate(&rows[run.clone()]);
         let logps = target_log_probs(decoder, active, &batch, 1.0)?;
         let mut sums = batch.spans.iter().map(|span| logps[span.clone()].iter().sum::<f32>());
         for row in &rows[run] {

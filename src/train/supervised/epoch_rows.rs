@@ -1,4 +1,4 @@
-//! The rows of a run and the plan of its present epoch, whatever the rows are of.
+//! The rows of a run and the batch plan of the current epoch, for every task.
 
 use std::fmt::Display;
 use std::io::Write;
@@ -15,75 +15,75 @@ use crate::train::run_dir::{Fingerprint, RunDir};
 use crate::train::settings::CommonSettings;
 use crate::weights::write_atomically;
 
-/// How the rows of an epoch become steps.
+/// How rows are batched into steps.
 #[derive(Debug, Clone, Copy)]
 pub struct EpochLayout {
-    /// Tokens of a packed bin.
+    /// Maximum number of tokens of a packed bin.
     pub max_length: usize,
     /// Whether several rows share a bin.
     pub packing: bool,
-    /// Micro-batches of a step.
+    /// Micro-batches per step.
     pub gradient_accumulation_steps: usize,
 }
 
-/// The rows of a run and the plan of its present epoch.
+/// The rows of a run and the batch plan of the current epoch.
 pub struct EpochRows<T, R> {
     common: CommonSettings,
     layout: EpochLayout,
-    /// The rows that train.
+    /// Training rows.
     pub train: FileRows<T, R>,
-    /// The rows that evaluations read.
+    /// Evaluation rows.
     pub held_out: Option<FileRows<T, R>>,
     held_out_lines: Vec<Bytes>,
     files: Vec<(usize, f64)>,
     plan: EpochPlan,
-    /// The epoch of the plan.
+    /// The epoch that the plan is for.
     epoch: u64,
 }
 
 /// The micro-batches of a step.
 pub struct StepBatches {
-    /// Tokens, and what is minimized over them.
+    /// Batches and their objectives.
     pub batches: Vec<(Batch, Objective)>,
-    /// What the sum of their losses is divided by.
+    /// Divisor of the summed loss.
     pub count: f64,
 }
 
-/// Rows of any kind, as the steps of a run take them.
+/// Batch planning, independent of the row type.
 pub trait PlannedRows {
-    /// What was read, as the command's JSON has it.
+    /// The data report of the command's JSON line.
     fn report(&self) -> Value;
 
-    /// Hashes of what was read.
+    /// Hashes of the data.
     fn fingerprints(&self) -> Vec<Fingerprint>;
 
-    /// Writes the rows that were split off as held-out ones.
+    /// Writes the held-out split, if it was made here.
     fn write_held_out(&self, run: &RunDir) -> Result<(), TrainError>;
 
-    /// Plans `epoch`, if the present plan is of another one.
+    /// Plans `epoch`, unless it is the current one.
     fn set_epoch(&mut self, epoch: u64);
 
-    /// Steps of the present epoch.
+    /// Steps of the current epoch.
     fn steps_of_epoch(&self) -> u64;
 
-    /// Tokens of the present epoch.
+    /// Tokens of the current epoch.
     fn tokens_of_epoch(&self) -> u64;
 
-    /// The rows of a step of the present epoch: by micro-batch and bin.
+    /// The rows of a step of the current epoch, by micro-batch and bin.
     fn bins_of_step(&self, step: u64) -> Vec<Vec<Vec<usize>>>;
 
     /// Steps of the run.
     fn total_steps(&self) -> u64;
 
-    /// Tokens of the largest micro-batch there can be: its bins full, or the longest rows together.
+    /// Upper bound of the tokens of a micro-batch: full bins, or the longest rows together.
     fn largest_micro_batch(&self) -> usize;
 
-    /// Bytes of the rows, held-out ones too: in memory, and mapped ones that the run reads.
+    /// Bytes of the rows, including held-out ones: in memory, and mapped ones that the run reads.
     fn bytes(&self) -> [usize; 2];
 }
 
 impl<T: Record, R: Display + Serialize> EpochRows<T, R> {
-    /// The rows with a plan of their first epoch.
+    /// The rows with a plan of the first epoch.
     pub fn new(loader: &RowLoader, layout: EpochLayout, loaded: LoadedRows<T, R>) -> Self {
         let LoadedRows { train, held_out, held_out_lines, files } = loaded;
         loader.monitor.note(format_args!("data: {}", train.report));
@@ -170,7 +170,7 @@ impl<T: Record, R: Display + Serialize> PlannedRows for EpochRows<T, R> {
         if common.max_steps > 0 || self.files.iter().all(|(_, weight)| weight.fract() == 0.0) {
             return common.total_steps(self.steps_of_epoch());
         }
-        // With parts of files an epoch has other rows than the next, and may have other steps.
+        // With fractional file weights, epochs have different rows, and may have different numbers of steps.
         let steps = |epoch| self.plan_of(epoch).steps() as u64;
         let whole = common.num_train_epochs.trunc() as u64;
         let part = common.num_train_epochs.fract();

@@ -13,7 +13,7 @@ use crate::train::metrics::Numbers;
 use crate::train::rows::RowLoader;
 use crate::train::settings::SftSettings;
 
-/// Rows of tokens to learn.
+/// The rows of supervised fine-tuning.
 pub struct LanguageModeling {
     pub(super) rows: EpochRows<Example, DataReport>,
 }

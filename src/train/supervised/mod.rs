@@ -1,5 +1,5 @@
-//! Training on the rows of a file: language modelling, reward models, preferences. Which rows make a
-//! step follows from the seed and the epoch; what is minimized over them is the task's, a file each.
+//! Training on the rows of a file: language modelling, reward models, preferences. The rows of a step follow
+//! from the seed and the epoch; each task has its objective in a file.
 
 mod comparisons;
 mod epoch_rows;
@@ -28,7 +28,7 @@ use crate::model::{ActiveAdapter, Decoder};
 use crate::monitor::Monitor;
 use epoch_rows::{PlannedRows, StepBatches};
 
-/// Training on the rows of a file, by what is minimized over them.
+/// Training on the rows of a file, by task.
 pub enum Supervised {
     /// The log-likelihood of learned tokens.
     LanguageModeling(LanguageModeling),
@@ -75,7 +75,7 @@ impl Supervised {
         }
     }
 
-    /// Hashes of what was read.
+    /// Hashes of the inputs.
     pub fn fingerprints(&self) -> Result<Vec<Fingerprint>, TrainError> {
         let mut prints = self.rows().fingerprints();
         if let Self::Preference(task) = self {
@@ -84,8 +84,8 @@ impl Supervised {
         Ok(prints)
     }
 
-    /// Prepares the run for the step after `state`: writes what was held out, and computes the
-    /// log-probs of all rows under the reference, or reads them where they have been computed.
+    /// Prepares the run for the step after `state`: writes the held-out split, and computes the log-probs of
+    /// all rows under the reference, or reads them if they were computed before.
     pub fn begin(
         &mut self,
         decoder: &Decoder,
@@ -101,7 +101,7 @@ impl Supervised {
         Ok(())
     }
 
-    /// Prepares for the first `steps` steps of a run that writes nothing. Returns the fraction of the
+    /// Prepares for the first `steps` steps of a dry run, which writes no files. Returns the fraction of the
     /// reference's work that this was: 0 where there is no reference.
     pub fn begin_trial(
         &mut self,
@@ -120,17 +120,17 @@ impl Supervised {
         self.rows().total_steps()
     }
 
-    /// Tokens of the largest micro-batch there can be.
+    /// Upper bound of the tokens of a micro-batch.
     pub fn largest_micro_batch(&self) -> usize {
         self.rows().largest_micro_batch()
     }
 
-    /// Whether the objective reads logits; a reward model has a head of its own.
+    /// Whether the objective needs logits; a reward model has a score head instead.
     pub fn reads_logits(&self) -> bool {
         !matches!(self, Self::Reward(_))
     }
 
-    /// Bytes of the rows, held-out ones too: in memory, and mapped ones that the run reads.
+    /// Bytes of the rows, including held-out ones: in memory, and mapped ones that the run reads.
     pub fn data_bytes(&self) -> [usize; 2] {
         self.rows().bytes()
     }
@@ -148,7 +148,7 @@ impl Supervised {
         (self.rows().steps_of_epoch(), self.rows().tokens_of_epoch())
     }
 
-    /// Whether the steps so far end an epoch.
+    /// Whether the last step ended an epoch.
     pub fn epoch_ends(&self, state: &State) -> bool {
         state.step_in_epoch == self.rows().steps_of_epoch()
     }
@@ -204,7 +204,7 @@ impl Supervised {
         Ok((numbers, work))
     }
 
-    /// Evaluates the held-out rows under the adapters as they are; `None` if the run was stopped
+    /// Evaluates the held-out rows with the current adapters; `None` if the run was stopped
     /// before all rows were evaluated.
     pub fn evaluate(
         &self,
@@ -219,7 +219,7 @@ impl Supervised {
         }
     }
 
-    /// What the command's JSON has beside the common part.
+    /// Results of the command for its JSON line.
     pub fn results(
         &self,
         log: &Log,

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use candle_core::{Device, Tensor};
 use serde_json::json;
 
-use super::comparisons::{get_rows, lay_out, response_log_probs, weighted_pairs};
+use super::comparisons::{collate, get_rows, response_log_probs, weighted_pairs};
 use super::epoch_rows::{EpochLayout, EpochRows, PlannedRows, StepBatches};
 use crate::data::{
     Batch, Comparison, ComparisonKind, ComparisonReport, DataError, RowStore, WhenTooLong,
@@ -28,10 +28,10 @@ use crate::train::rows::RowLoader;
 use crate::train::run_dir::{Fingerprint, RunDir};
 use crate::train::settings::DpoSettings;
 
-/// Rows whose log-probs under the reference are computed between two looks at whether to stop.
+/// Rows whose reference log-probs are computed between two checks of the stop flag.
 const REFERENCE_ROWS: usize = 64;
 
-/// Rows of responses that are compared or labelled.
+/// Rows of compared or labelled responses.
 pub struct PreferenceTraining {
     pub(super) rows: EpochRows<Comparison, ComparisonReport>,
     settings: PreferenceSettings,
@@ -39,15 +39,15 @@ pub struct PreferenceTraining {
     reference: Option<ReferenceModel>,
 }
 
-/// The model that the policy is compared with.
+/// The reference model.
 struct ReferenceModel {
-    /// The folder of its adapter; empty for the base alone.
+    /// The folder of its adapter; empty for the base model.
     folder: PathBuf,
-    /// What the policy is put on top of, and so is the reference.
+    /// Frozen adapters below both the policy and the reference.
     frozen: Vec<ActiveAdapter>,
-    /// The adapters it uses, once they are loaded.
+    /// Its active adapters, once they are loaded.
     active: Vec<ActiveAdapter>,
-    /// Summed log-probs of the responses of all rows, held-out ones after the others.
+    /// Summed log-probs of the responses of all rows, held-out rows last.
     logps: ReferenceLogps,
 }
 
@@ -92,7 +92,7 @@ impl PreferenceTraining {
         }
     }
 
-    /// Responses of each row, held-out rows after the others.
+    /// Number of responses of each row, held-out rows last.
     fn responses(&self) -> impl Iterator<Item = usize> + '_ {
         let held_out = self.rows.held_out.iter().map(|data| &data.rows);
         let parts = std::iter::once(&self.rows.train.rows).chain(held_out);
@@ -107,8 +107,7 @@ impl PreferenceTraining {
         ReferenceLogps::bytes(self.responses().sum(), self.responses().count())
     }
 
-    /// Computes the log-probs of all rows under the reference, or reads them where they have been
-    /// computed.
+    /// Computes the log-probs of all rows under the reference, or reads them if they were computed before.
     pub(super) fn compute_reference(
         &mut self,
         decoder: &Decoder,
@@ -232,7 +231,7 @@ impl PreferenceTraining {
             let range = first..held_out.len().min(first + self.micro_batch_rows);
             let rows = get_rows(held_out, range.clone());
             let rows: Vec<&Comparison> = rows.iter().collect();
-            let before = self.rows.train.rows.len(); // held-out rows come after those that train
+            let before = self.rows.train.rows.len(); // held-out rows are after the training rows
             let reference = self.reference_of(range.map(|row| before + row));
             let (batch, mut part) = preference_batch(&rows, self.settings, reference);
             part.constants = step_constants(&models, &self.settings, &rows, [&part].into_iter())?;
@@ -251,7 +250,7 @@ impl PreferenceTraining {
     }
 }
 
-/// A policy and what it is compared with, on one base.
+/// A policy and its reference, on one base.
 pub struct PolicyAndReference<'a> {
     /// The base.
     pub decoder: &'a Decoder,
@@ -272,13 +271,13 @@ fn log_probs_of_rows(
     response_log_probs(decoder, active, &rows.iter().collect::<Vec<_>>())
 }
 
-/// A micro-batch of preferences, without what its loss takes from the whole step.
+/// A micro-batch of preferences, without the constants of its step.
 pub fn preference_batch(
     rows: &[&Comparison],
     settings: PreferenceSettings,
     reference: Option<Vec<f32>>,
 ) -> (Batch, PreferenceBatch) {
-    let mut batch = lay_out(rows);
+    let mut batch = collate(rows);
     let tokens = batch.spans.iter().map(Range::len).collect();
     let judgement = if settings.loss.reads_labels() {
         PreferenceJudgement::Labels(rows.iter().map(|row| row.label.unwrap_or(false)).collect())
@@ -300,7 +299,7 @@ pub fn preference_batch(
     (batch, PreferenceBatch { settings, tokens, reference, judgement, constants })
 }
 
-/// What the loss takes from all rows of a step together, which are in `parts`.
+/// Constants of the loss that depend on all rows of a step, whose micro-batches are `parts`.
 pub fn step_constants<'p>(
     models: &PolicyAndReference,
     settings: &PreferenceSettings,

@@ -1,9 +1,9 @@
-//! Reward models: scores of responses, held to which of them people preferred.
+//! Reward modelling: scores of responses, trained on comparisons (Bradley-Terry).
 
 use candle_core::{Device, Tensor};
 use serde_json::json;
 
-use super::comparisons::{get_rows, lay_out, weighted_pairs};
+use super::comparisons::{collate, get_rows, weighted_pairs};
 use super::epoch_rows::{EpochLayout, EpochRows, StepBatches};
 use crate::data::{Batch, Comparison, ComparisonKind, ComparisonReport, RowStore, WhenTooLong};
 use crate::model::scoring::{row_scores, runs};
@@ -68,7 +68,7 @@ impl RewardTraining {
 
 /// A micro-batch of a reward model.
 pub fn reward_batch(rows: &[&Comparison], center_rewards_coefficient: f64) -> (Batch, Objective) {
-    let batch = lay_out(rows);
+    let batch = collate(rows);
     let objective = Objective::Reward {
         rows: batch.ends.clone(),
         pairs: weighted_pairs(rows),
@@ -121,7 +121,7 @@ pub fn evaluate_rewards(
         }
         let rows = get_rows(rows, run);
         let rows: Vec<&Comparison> = rows.iter().collect();
-        let batch = lay_out(&rows);
+        let batch = collate(&rows);
         let scores = row_scores(decoder, active, head, &batch, batch.ends.clone())?;
         let pairs = weighted_pairs(&rows);
         let mut rest = &scores[..];
