@@ -17,7 +17,7 @@ use super::layer::{AdapterGradients, LayerPass, LinearGroup};
 use super::layers::{Layer, Linear};
 use super::lm_head::{AdaptedHead, LmHead};
 use super::pass::{Pass, Rows};
-use crate::ops::{BackendKind, Compute, DeviceMatrix, rms_norm};
+use crate::ops::{Compute, DeviceMatrix, rms_norm};
 use crate::quant::FrozenMatrix;
 
 /// A decoder over frozen weights. Nothing is ever written to it or attached to it.
@@ -38,17 +38,12 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// The same decoder with its weights on a device, where its passes then compute and their caches of
-    /// keys and values lie. The embedding stays in the map, as only rows of it are read; adapters stay
-    /// on the CPU, they are small and go up with each use: what trains, saves and merges them is the
-    /// same on every device.
+    /// The same decoder with copies of its weights as tensors on a device, where candle's operations
+    /// then compute.
     ///
     /// # Errors
-    /// If the form is not the portable one, or the device has too little memory.
-    pub fn on(mut self, device: &Device) -> Result<Self> {
-        if self.compute.backend != BackendKind::Reference {
-            candle_core::bail!("compute is {}, needed portable on a device", self.compute);
-        }
+    /// If the device has too little memory.
+    pub(super) fn upload(mut self, device: &Device) -> Result<Self> {
         for layer in &mut self.layers {
             layer.upload(device)?;
         }
@@ -107,7 +102,7 @@ impl Decoder {
         Embedding { weight: &self.embedding, multiplier, device: &self.device }
     }
 
-    fn lm_head(&self) -> LmHead<'_> {
+    pub(super) fn lm_head(&self) -> LmHead<'_> {
         let Self { head: weight, config, compute, device, .. } = self;
         let uploaded = self.uploaded_head.as_ref();
         LmHead { weight, uploaded, config, compute: *compute, device }
@@ -141,33 +136,6 @@ impl Decoder {
     /// Whether a trainable adapter changes the embedding, so that gradients must reach it.
     pub(crate) fn trains_embedding(&self, adapters: Adapters) -> bool {
         adapters.iter().any(|active| active.trainable && adapts_embedding(&active.adapter))
-    }
-
-    /// [`Self::logits`] of either backend.
-    pub(super) fn logits_of(&self, hidden: &Tensor, adapters: Adapters) -> Result<Tensor> {
-        self.lm_head().logits(hidden, adapters)
-    }
-
-    /// Log-probabilities of `targets`, one per row of `hidden (M, hidden_size)` → `(M)`, of rows that
-    /// all use the same adapters. In the portable form trainable adapters are on the tape.
-    pub fn log_probs(
-        &self,
-        hidden: &Tensor,
-        targets: &[u32],
-        active: &[ActiveAdapter],
-    ) -> Result<Tensor> {
-        self.log_probs_at_temperature(hidden, targets, 1.0, active)
-    }
-
-    /// [`Self::log_probs`] of logits divided by `temperature`.
-    pub fn log_probs_at_temperature(
-        &self,
-        hidden: &Tensor,
-        targets: &[u32],
-        temperature: f64,
-        active: &[ActiveAdapter],
-    ) -> Result<Tensor> {
-        self.lm_head().log_probs_at_temperature(hidden, targets, temperature, active)
     }
 
     /// The head with adapters; `None` if they do not change it.

@@ -25,8 +25,7 @@ use crate::ops::linear_cross_entropy::{
     TargetStatsMut, check_targets, chunk_rows, log_probs_of_logits, score, softcap,
 };
 use crate::ops::{
-    BackendKind, Compute, DeviceMatrix, LogitSoftcap, Values, capped_log_probs, frozen_linear,
-    par_for_each,
+    Compute, DeviceMatrix, LogitSoftcap, Values, capped_log_probs, frozen_linear, par_for_each,
 };
 use crate::quant::FrozenMatrix;
 
@@ -80,31 +79,19 @@ impl<'a> LmHead<'a> {
     }
 
     /// Log-probabilities of `targets`, one per row of `hidden (M, hidden_size)` → `(M)`, of logits divided
-    /// by `temperature`, of rows that all use the same adapters. In the portable form trainable adapters
-    /// are on the tape.
-    pub fn log_probs_at_temperature(
+    /// by `temperature`, of rows that all use the same adapters, by the CPU's kernels.
+    pub fn log_probs(
         &self,
         hidden: &Tensor,
         targets: &[u32],
         temperature: f64,
         active: &[ActiveAdapter],
     ) -> Result<Tensor> {
-        let cap = self.config.logit_softcap(temperature);
-        let hidden = self.scaled_hidden(hidden)?;
-        // Without a cap hidden states may as well be divided; with one, logits are, behind it.
-        let hidden = &if cap.is_some() { hidden } else { at_temperature(hidden, temperature)? };
+        let (hidden, cap) = self.before_head(hidden, temperature)?;
         let Some(head) = self.adapted(active)? else {
-            let Some(head) = self.uploaded else {
-                return capped_log_probs(hidden, self.weight, targets, cap, self.compute);
-            };
-            check_targets(targets, self.weight)?;
-            return log_probs_of_logits(head.linear(hidden)?, targets, cap);
+            return capped_log_probs(&hidden, self.weight, targets, cap, self.compute);
         };
         check_targets(targets, self.weight)?;
-        if self.compute.backend == BackendKind::Reference {
-            let logits = self.adapted_logits(hidden, active)?; // (M, V)
-            return log_probs_of_logits(logits, targets, cap);
-        }
         let panels = self.compute.precision.panels();
         let hidden = hidden.contiguous()?;
         let (mut logps, mut entropies) = (vec![0.0; targets.len()], vec![0.0; targets.len()]);
@@ -116,6 +103,34 @@ impl<'a> LmHead<'a> {
         };
         head.forward(panels, &Values::of(&hidden)?, (targets, cap), found);
         Tensor::from_vec(logps, targets.len(), hidden.device())
+    }
+
+    /// [`Self::log_probs`] composed of candle's operations, with trainable adapters on the tape: the
+    /// definition of the answer.
+    pub fn tensor_log_probs(
+        &self,
+        hidden: &Tensor,
+        targets: &[u32],
+        temperature: f64,
+        active: &[ActiveAdapter],
+    ) -> Result<Tensor> {
+        let (hidden, cap) = self.before_head(hidden, temperature)?;
+        check_targets(targets, self.weight)?;
+        let logits = self.adapted_logits(&hidden, active)?; // (M, V)
+        log_probs_of_logits(logits, targets, cap)
+    }
+
+    /// Hidden states as the head's matrix multiplies them for logits divided by `temperature`, and the
+    /// cap on the logits.
+    fn before_head(
+        &self,
+        hidden: &Tensor,
+        temperature: f64,
+    ) -> Result<(Tensor, Option<LogitSoftcap>)> {
+        let cap = self.config.logit_softcap(temperature);
+        let hidden = self.scaled_hidden(hidden)?;
+        // Without a cap hidden states may as well be divided; with one, logits are, behind it.
+        Ok((if cap.is_some() { hidden } else { at_temperature(hidden, temperature)? }, cap))
     }
 
     /// Logits `(M, vocab_size)` composed of candle's operations: the portable form.

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use candle_core::{Result, Tensor, Var};
+use candle_core::{Device, Result, Tensor, Var};
 use rayon::prelude::*;
 
 use super::{Backend, Inference, Keep, LayerBytes, ParameterGradients};
@@ -59,6 +59,14 @@ impl Backend for Cpu {
     type FullBuffers = Box<FullBuffers>;
 
     const RECOMPUTES_FULL_TRAINING: bool = true;
+
+    fn decoder_on(decoder: Decoder, _device: &Device) -> Result<Decoder> {
+        candle_core::bail!("compute is {}, needed portable on a device", decoder.compute);
+    }
+
+    fn full_model_on(model: FullModel, _device: &Device) -> Result<FullModel> {
+        candle_core::bail!("compute is {}, needed portable on a device", model.compute);
+    }
 
     fn embed(decoder: &Decoder, tokens: &[u32], pass: &Pass, x: &mut Vec<f32>) -> Result<()> {
         decoder.embed_into(tokens, pass, x)
@@ -158,7 +166,7 @@ impl Backend for Cpu {
     fn final_norm(decoder: &Decoder, x: Vec<f32>) -> Result<Tensor> {
         let width = decoder.config.hidden_size;
         let shape = (x.len() / width, width);
-        decoder.final_norm(&Tensor::from_vec(x, shape, &candle_core::Device::Cpu)?)
+        decoder.final_norm(&Tensor::from_vec(x, shape, &Device::Cpu)?)
     }
 
     fn log_probs(
@@ -219,8 +227,18 @@ impl Backend for Cpu {
         dx.resize(x.len(), 0.0);
     }
 
+    fn target_log_probs(
+        decoder: &Decoder,
+        hidden: &Tensor,
+        targets: &[u32],
+        temperature: f64,
+        active: &[ActiveAdapter],
+    ) -> Result<Tensor> {
+        decoder.lm_head().log_probs(hidden, targets, temperature, active)
+    }
+
     fn logits(decoder: &Decoder, hidden: &Tensor, adapters: Adapters) -> Result<Tensor> {
-        decoder.logits_of(hidden, adapters)
+        decoder.lm_head().logits(hidden, adapters)
     }
 
     fn accumulate_full(

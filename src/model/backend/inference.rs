@@ -4,7 +4,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::{Backend, Inference, LayerBytes, with_backend};
-use crate::model::adapters::Adapters;
+use crate::model::adapters::{ActiveAdapter, Adapters};
 use crate::model::cache::KvCache;
 use crate::model::decoder::Decoder;
 use crate::model::layer::Sizes;
@@ -75,6 +75,30 @@ impl Decoder {
     /// The memory that its layers work with in a batch of `tokens` tokens.
     pub fn layer_bytes(&self, tokens: usize, sizes: &Sizes) -> LayerBytes {
         with_backend!(self.compute.backend, B => B::layer_bytes(self, tokens, sizes))
+    }
+
+    /// Log-probabilities of `targets`, one per row of `hidden (M, hidden_size)` → `(M)`, of rows that
+    /// all use the same adapters. In the portable form trainable adapters are on the tape.
+    pub fn log_probs(
+        &self,
+        hidden: &Tensor,
+        targets: &[u32],
+        active: &[ActiveAdapter],
+    ) -> Result<Tensor> {
+        self.log_probs_at_temperature(hidden, targets, 1.0, active)
+    }
+
+    /// [`Self::log_probs`] of logits divided by `temperature`.
+    pub fn log_probs_at_temperature(
+        &self,
+        hidden: &Tensor,
+        targets: &[u32],
+        temperature: f64,
+        active: &[ActiveAdapter],
+    ) -> Result<Tensor> {
+        with_backend!(self.compute.backend, B => {
+            B::target_log_probs(self, hidden, targets, temperature, active)
+        })
     }
 
     /// Logits `(M, vocab_size)` of hidden states `(M, hidden_size)`, each row under its own adapters:

@@ -10,6 +10,7 @@
 //! a [`BackendKind`], and its line in `with_backend!` and in those tests.
 
 mod cpu;
+mod device;
 mod inference;
 mod reference;
 
@@ -17,7 +18,7 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt::Debug;
 
-use candle_core::{Result, Tensor, Var};
+use candle_core::{Device, Result, Tensor, Var};
 
 pub use cpu::{Cpu, CpuHeadTape, CpuScratch};
 pub use reference::{Reference, ReferenceHeadTape, ReferenceHidden, ReferenceTape};
@@ -124,6 +125,18 @@ pub trait Backend: Debug + Sized + 'static {
 
     /// Whether layers can be recomputed in the backward pass where all weights train.
     const RECOMPUTES_FULL_TRAINING: bool;
+
+    /// The same decoder with its weights on a device, where its passes then compute.
+    ///
+    /// # Errors
+    /// If the backend computes elsewhere only.
+    fn decoder_on(decoder: Decoder, device: &Device) -> Result<Decoder>;
+
+    /// [`Self::decoder_on`] of a model whose weights all train.
+    ///
+    /// # Errors
+    /// As there.
+    fn full_model_on(model: FullModel, device: &Device) -> Result<FullModel>;
 
     /// Writes the embeddings of `tokens` (N) to `x`, with the active adapters' parts.
     ///
@@ -242,6 +255,19 @@ pub trait Backend: Debug + Sized + 'static {
 
     /// Makes `dx` a gradient of zeros for `x`.
     fn zero_like(x: &Self::Hidden, dx: &mut Self::Hidden);
+
+    /// Log-probs (M) of `targets`, one per row of hidden states `(M, hidden_size)` behind the final norm,
+    /// of logits divided by `temperature`, in nats. All rows use the same adapters.
+    ///
+    /// # Errors
+    /// If a target is out of vocabulary.
+    fn target_log_probs(
+        decoder: &Decoder,
+        hidden: &Tensor,
+        targets: &[u32],
+        temperature: f64,
+        active: &[ActiveAdapter],
+    ) -> Result<Tensor>;
 
     /// Logits `(M, vocab_size)` on the CPU, where tokens are chosen, of hidden states behind the final
     /// norm, each row under its own adapters.

@@ -108,6 +108,14 @@ impl Backend for Reference {
 
     const RECOMPUTES_FULL_TRAINING: bool = false;
 
+    fn decoder_on(decoder: Decoder, device: &Device) -> Result<Decoder> {
+        decoder.upload(device)
+    }
+
+    fn full_model_on(model: FullModel, device: &Device) -> Result<FullModel> {
+        model.upload(device)
+    }
+
     fn embed(decoder: &Decoder, tokens: &[u32], pass: &Pass, x: &mut Self::Hidden) -> Result<()> {
         x.0 = Some(decoder.embed(tokens, pass)?.detach()); // (N, H)
         Ok(())
@@ -212,7 +220,7 @@ impl Backend for Reference {
         let (rows, targets): (Vec<u32>, Vec<u32>) = targets.iter().copied().unzip();
         let top = Var::from_tensor(x.get()?)?;
         let hidden = read_rows(decoder, &top, rows)?;
-        let logps = decoder.log_probs_at_temperature(&hidden, &targets, temperature, active)?; // (M)
+        let logps = Self::target_log_probs(decoder, &hidden, &targets, temperature, active)?; // (M)
         let found = logps.to_vec1()?;
         head.logps = Some((top, logps));
         Ok(found)
@@ -264,8 +272,18 @@ impl Backend for Reference {
         dx.0 = None;
     }
 
+    fn target_log_probs(
+        decoder: &Decoder,
+        hidden: &Tensor,
+        targets: &[u32],
+        temperature: f64,
+        active: &[ActiveAdapter],
+    ) -> Result<Tensor> {
+        decoder.lm_head().tensor_log_probs(hidden, targets, temperature, active)
+    }
+
     fn logits(decoder: &Decoder, hidden: &Tensor, adapters: Adapters) -> Result<Tensor> {
-        decoder.logits_of(hidden, adapters)
+        decoder.lm_head().logits(hidden, adapters)
     }
 
     fn accumulate_full(

@@ -3,8 +3,8 @@
 //!
 //! Its parameters are F32 tensors under Hugging Face's names, with Hugging Face's values. A micro-batch is
 //! a forward pass through the layers, next-token cross-entropy at the head, and a backward pass that sums
-//! the gradients of all parameters. [`BackendKind::Reference`] runs the layers' reference form on candle's tape,
-//! and a parity test holds the two together. With integer panels products round as they do for a frozen
+//! the gradients of all parameters. The reference backend runs the layers' reference form on candle's tape,
+//! and a parity test compares the two. With integer panels products round as they do for a frozen
 //! base, while parameters, gradients and sums stay F32.
 
 mod portable;
@@ -27,7 +27,7 @@ use super::{Config, ModelError};
 use crate::data::Batch;
 use crate::isa::Isa;
 use crate::ops::linear_cross_entropy::{LearnGrad, learn};
-use crate::ops::{BackendKind, Compute, Values, rms_norm, segment};
+use crate::ops::{Compute, Values, rms_norm, segment};
 use crate::quant::FrozenMatrix;
 use crate::weights::Checkpoint;
 
@@ -276,14 +276,11 @@ impl FullModel {
         Ok(Self { config, compute, names, parameters, layers, norm, head, inv_freq })
     }
 
-    /// The same model with its parameters on a device, where its micro-batches then compute.
+    /// The same model with its parameters as tensors on a device.
     ///
     /// # Errors
-    /// If the form is not the portable one, or the device has too little memory.
-    pub fn on(self, device: &Device) -> Result<Self> {
-        if self.compute.backend != BackendKind::Reference {
-            candle_core::bail!("compute is {}, needed portable on a device", self.compute);
-        }
+    /// If the device has too little memory.
+    pub(super) fn upload(self, device: &Device) -> Result<Self> {
         let mut parameters = self.parameters.into_iter();
         Self::build(self.config, self.compute, |_, _| {
             let var = parameters.next().expect("as many as before");
@@ -319,11 +316,8 @@ impl FullModel {
         self.parameters.iter().map(|var| vec![0.0; var.elem_count()]).collect()
     }
 
-    /// A frozen decoder of the present values, copied, on the device they are on.
-    ///
-    /// # Errors
-    /// If that is not the CPU and `compute` not portable.
-    pub fn decoder(&self, compute: Compute) -> Result<Decoder> {
+    /// A frozen decoder of the present values, copied, on the CPU.
+    pub(super) fn frozen_copy(&self, compute: Compute) -> Result<Decoder> {
         let values = self.names.iter().map(String::as_str).zip(self.on_cpu()?).collect();
         let mut copy = FrozenCopy { config: &self.config, values, error: None };
         let embedding = copy.matrix(&self.names[EMBEDDING]);
@@ -340,7 +334,7 @@ impl FullModel {
         }
         let copied = embedding.zip(head).zip(layers.zip(norm));
         let ((embedding, head), (layers, norm)) = copied.expect("everything was copied");
-        let decoder = Decoder {
+        Ok(Decoder {
             config: self.config.clone(),
             compute,
             device: Device::Cpu,
@@ -350,19 +344,15 @@ impl FullModel {
             head,
             uploaded_head: None,
             inv_freq: self.inv_freq.clone(),
-        };
-        match self.device() {
-            Device::Cpu => Ok(decoder),
-            device => decoder.on(device),
-        }
+        })
     }
 
-    /// One micro-batch: the sum of `-log p(target)` over its targets, in nats. The gradients of that
+    /// One micro-batch by the CPU's kernels: the sum of `-log p(target)` over its targets, in nats. The gradients of that
     /// sum times `scale` (1 / the count of the whole step) are added to `gradients`, in the order of
     /// the parameters.
     ///
     /// Layers below the uppermost `kept_layers` keep only their input in the forward pass and are
-    /// recomputed in the backward pass; in the portable form all keep everything.
+    /// recomputed in the backward pass.
     ///
     /// # Errors
     /// If a token or target is outside the vocabulary, or the rows do not part the tokens.
@@ -377,9 +367,6 @@ impl FullModel {
         self.check(batch)?;
         if batch.targets.is_empty() {
             return Ok(0.0);
-        }
-        if self.compute.backend == BackendKind::Reference {
-            return self.portable(batch, scale, gradients);
         }
         let panels = self.compute.precision.panels();
         let (isa, width) = (Isa::current(), self.config.hidden_size);
