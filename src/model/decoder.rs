@@ -12,10 +12,12 @@ use super::adapters::{ActiveAdapter, Adapters};
 use super::cache::TensorCache;
 use super::config::Config;
 use super::embedding::{Embedding, adapts_embedding};
+use super::gradients::AdapterGradients;
+use super::layer::LayerPass;
 use super::layer::reference::TensorLayerPass;
-use super::layer::{AdapterGradients, LayerPass, LinearGroup};
-use super::layers::{Layer, Linear};
+use super::layers::{Layer, Linear, LinearGroup};
 use super::lm_head::{AdaptedHead, LmHead};
+use super::observe::InputSquares;
 use super::pass::{Pass, Rows};
 use crate::ops::{Compute, DeviceMatrix, rms_norm};
 use crate::quant::FrozenMatrix;
@@ -165,6 +167,17 @@ impl Decoder {
     /// The pass that goes on with some of the tokens, rising, once all are attended to.
     pub(super) fn narrowed<'a>(&self, pass: &Pass<'a>, chosen: &[u32]) -> Pass<'a> {
         pass.narrowed(chosen, &self.config, &self.inv_freq)
+    }
+
+    /// Runs rows through all layers and adds what goes into each linear layer to `squares`.
+    pub fn observe(&self, rows: &Rows, adapters: Adapters, squares: &InputSquares) -> Result<()> {
+        let mut pass = self.pass(rows, adapters, None);
+        pass.squares = Some(squares);
+        let mut x = self.embed(&rows.tokens, &pass)?;
+        for index in 0..self.config.num_hidden_layers {
+            x = self.layer(index, &x, &pass)?.detach();
+        }
+        Ok(())
     }
 
     /// The modules an adapter can sit on, in the order of the forward pass: the token embedding, the

@@ -13,8 +13,7 @@ use rayon::prelude::*;
 
 use super::adapters::{ActiveAdapter, Adapters, parameter};
 use super::config::Config;
-use super::layer::AdapterGradients;
-use super::scoring::at_temperature;
+use super::gradients::AdapterGradients;
 use crate::isa::Isa;
 use crate::ops::attention::dot;
 use crate::ops::frozen_linear::{few_rows, frozen_rows, read_rows};
@@ -529,4 +528,15 @@ fn scale(values: &mut [f32], factor: f32) {
     if factor != 1.0 {
         values.par_iter_mut().for_each(|value| *value *= factor);
     }
+}
+
+/// Hidden states whose logits are divided by `temperature`.
+fn at_temperature(hidden: Tensor, temperature: f64) -> Result<Tensor> {
+    if temperature == 1.0 { Ok(hidden) } else { hidden * (1.0 / temperature) }
+}
+
+/// The scores of hidden states `(M, hidden_size)` by a head `(1, hidden_size)`, wherever it is → `(M)`
+/// on their device.
+pub fn scores(hidden: &Tensor, head: &Tensor) -> Result<Tensor> {
+    hidden.matmul(&head.to_device(hidden.device())?.t()?)?.squeeze(1)
 }

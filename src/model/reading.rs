@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::adapters::ActiveAdapter;
 use super::decoder::Decoder;
-use super::layer::AdapterGradients;
+use super::gradients::AdapterGradients;
 use crate::isa::Isa;
 use crate::ops::gemm::PanelType;
 use crate::ops::linear_cross_entropy::{Distributions, TargetStatsMut};

@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use candle_core::{Result, Tensor};
 
+use super::lm_head::scores;
 use super::{ActiveAdapter, Adapters, Decoder, Rows};
 use crate::data::Batch;
 
@@ -113,17 +114,6 @@ pub fn log_probs_and_scores(
         false => scores(&of(scored)?, head)?.to_vec1()?,
     };
     Ok((logps, found))
-}
-
-/// Hidden states whose logits are divided by `temperature`.
-pub fn at_temperature(hidden: Tensor, temperature: f64) -> Result<Tensor> {
-    if temperature == 1.0 { Ok(hidden) } else { hidden * (1.0 / temperature) }
-}
-
-/// The scores of hidden states `(M, hidden_size)` by a head `(1, hidden_size)`, wherever it is → `(M)`
-/// on their device.
-pub fn scores(hidden: &Tensor, head: &Tensor) -> Result<Tensor> {
-    hidden.matmul(&head.to_device(hidden.device())?.t()?)?.squeeze(1)
 }
 
 #[cfg(test)]

@@ -3,8 +3,7 @@
 use std::collections::HashMap;
 
 use candle_core::{Device, Tensor, Var};
-use quantune::model::layer::AdapterGradients;
-use quantune::model::{ActiveAdapter, Adapters, Decoder, KvCache, Reading, Rows};
+use quantune::model::{ActiveAdapter, AdapterGradients, Adapters, Decoder, KvCache, Reading, Rows};
 use quantune::ops::Compute;
 use quantune::weights::Checkpoint;
 use quantune_adapters::config::{InitLoraWeights, LoraConfig, Modules};

@@ -8,17 +8,20 @@ use rayon::prelude::*;
 use super::{Backend, Inference, Keep, LayerBytes, ParameterGradients};
 use crate::data::Batch;
 use crate::model::adapters::{ActiveAdapter, Adapters};
-use crate::model::cache::KvCache;
+use crate::model::cache::{CacheType, PanelCache};
+use crate::model::config::Config;
 use crate::model::decoder::Decoder;
 use crate::model::full::{FullBuffers, FullModel};
-use crate::model::layer::{AdapterGradients, LayerPass, LinearGroup, Sizes, Tape, Workspace};
+use crate::model::gradients::AdapterGradients;
+use crate::model::layer::{LayerPass, Sizes, Tape, Workspace};
+use crate::model::layers::LinearGroup;
 use crate::model::pass::Pass;
 use crate::model::reading::Reading;
 use crate::ops::linear_cross_entropy::Distributions;
-use crate::ops::worker_pool;
+use crate::ops::{BackendKind, worker_pool};
 use crate::optim::{AdamW, global_norm};
 
-/// The backend of [`BackendKind::Cpu`](crate::ops::BackendKind::Cpu).
+/// The backend of [`BackendKind::Cpu`].
 #[derive(Debug)]
 pub struct Cpu;
 
@@ -54,10 +57,12 @@ impl Backend for Cpu {
     type Tape = Tape;
     type HeadTape = CpuHeadTape;
     type Scratch = CpuScratch;
+    type Cache = PanelCache;
     type Gradient = Vec<f32>;
     type Optimizer = AdamW;
     type FullBuffers = Box<FullBuffers>;
 
+    const KIND: BackendKind = BackendKind::Cpu;
     const RECOMPUTES_FULL_TRAINING: bool = true;
 
     fn decoder_on(decoder: Decoder, _device: &Device) -> Result<Decoder> {
@@ -132,14 +137,11 @@ impl Backend for Cpu {
         index: usize,
         pass: &Pass,
         x: &mut Vec<f32>,
-        inference: Inference,
+        inference: Inference<Self>,
         CpuScratch { work, tape }: &mut CpuScratch,
     ) -> Result<()> {
         let Inference { cache, adapter_groups, chosen } = inference;
-        let cache = match cache {
-            Some(cache) => Some((cache.panels_mut()?, index)),
-            None => None,
-        };
+        let cache = cache.map(|cache| (cache, index));
         let mut of_all = layer(decoder, index, pass);
         if let Some(adapter_groups) = adapter_groups {
             of_all = of_all.decoding(adapter_groups);
@@ -153,14 +155,8 @@ impl Backend for Cpu {
         }
     }
 
-    fn take_scratch(cache: &mut KvCache) -> CpuScratch {
-        cache.panels_mut().map(|panels| std::mem::take(&mut panels.scratch)).unwrap_or_default()
-    }
-
-    fn leave_scratch(cache: &mut KvCache, scratch: CpuScratch) {
-        if let Ok(panels) = cache.panels_mut() {
-            panels.scratch = scratch;
-        }
+    fn cache(config: &Config, rows: usize, kind: CacheType) -> PanelCache {
+        PanelCache::new(kind, rows, config.num_hidden_layers, config.heads())
     }
 
     fn final_norm(decoder: &Decoder, x: Vec<f32>) -> Result<Tensor> {

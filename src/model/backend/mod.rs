@@ -10,8 +10,7 @@
 //! a [`BackendKind`], and its line in `with_backend!` and in those tests.
 
 mod cpu;
-mod device;
-mod inference;
+mod dispatch;
 mod reference;
 
 use std::borrow::Cow;
@@ -21,37 +20,21 @@ use std::fmt::Debug;
 use candle_core::{Device, Result, Tensor, Var};
 
 pub use cpu::{Cpu, CpuHeadTape, CpuScratch};
+pub(crate) use dispatch::with_backend;
 pub use reference::{Reference, ReferenceHeadTape, ReferenceHidden, ReferenceTape};
 
-use super::adapters::{ActiveAdapter, Adapters};
-use super::cache::KvCache;
+use super::adapters::{ActiveAdapter, AdapterGroup, Adapters};
+use super::cache::{CacheType, RowCaches};
+use super::config::Config;
 use super::decoder::Decoder;
 use super::full::FullModel;
-use super::layer::{LinearGroup, Sizes};
+use super::layer::Sizes;
+use super::layers::LinearGroup;
 use super::pass::Pass;
 use crate::data::Batch;
-#[cfg(doc)]
 use crate::ops::BackendKind;
 use crate::ops::linear_cross_entropy::Distributions;
 use crate::optim::AdamW;
-
-/// Evaluates an expression with a type alias for the backend of a [`BackendKind`]: the one place that
-/// lists all backends.
-macro_rules! with_backend {
-    ($kind:expr, $backend:ident => $value:expr) => {
-        match $kind {
-            $crate::ops::BackendKind::Cpu => {
-                type $backend = $crate::model::backend::Cpu;
-                $value
-            }
-            $crate::ops::BackendKind::Reference => {
-                type $backend = $crate::model::backend::Reference;
-                $value
-            }
-        }
-    };
-}
-pub(crate) use with_backend;
 
 /// What a layer keeps of a forward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -80,12 +63,12 @@ pub struct ParameterGradients<'a, B: Backend> {
 }
 
 /// What a layer does in inference, beside its plain forward pass.
-#[derive(Debug, Default)]
-pub struct Inference<'a> {
+#[derive(Debug)]
+pub struct Inference<'a, B: Backend> {
     /// The cache whose tokens are attended to, and which the new tokens join.
-    pub cache: Option<&'a mut KvCache>,
+    pub cache: Option<&'a mut B::Cache>,
     /// In a decode step, the tokens of each list of active adapters.
-    pub(super) adapter_groups: Option<&'a [super::adapters::AdapterGroup<'a>]>,
+    pub(super) adapter_groups: Option<&'a [AdapterGroup<'a>]>,
     /// The tokens that are needed above the layer, rising, with the pass over those alone; the others
     /// are only attended to.
     pub(super) chosen: Option<(&'a Pass<'a>, &'a [u32])>,
@@ -115,13 +98,18 @@ pub trait Backend: Debug + Sized + 'static {
     /// What the head keeps for its backward pass.
     type HeadTape: Debug + Default + Send;
     /// Buffers that are used again by the next layer and the next pass.
-    type Scratch: Debug + Default + Send;
+    type Scratch: Debug + Default + Send + Sync;
+    /// The keys and values of rows.
+    type Cache: RowCaches;
     /// The gradient of one parameter, in its shape.
     type Gradient: Debug + Send;
     /// The state of the optimizer.
     type Optimizer: Debug + Send;
     /// Buffers of steps that train all weights.
     type FullBuffers: Debug + Default + Send;
+
+    /// Its name.
+    const KIND: BackendKind;
 
     /// Whether layers can be recomputed in the backward pass where all weights train.
     const RECOMPUTES_FULL_TRAINING: bool;
@@ -191,15 +179,12 @@ pub trait Backend: Debug + Sized + 'static {
         index: usize,
         pass: &Pass,
         x: &mut Self::Hidden,
-        inference: Inference,
+        inference: Inference<Self>,
         scratch: &mut Self::Scratch,
     ) -> Result<()>;
 
-    /// Takes the buffers of the last decode step out of a cache, or makes new ones.
-    fn take_scratch(cache: &mut KvCache) -> Self::Scratch;
-
-    /// Leaves buffers in a cache for its next decode step.
-    fn leave_scratch(cache: &mut KvCache, scratch: Self::Scratch);
+    /// An empty cache of `rows` rows for a decoder of this config.
+    fn cache(config: &Config, rows: usize, kind: CacheType) -> Self::Cache;
 
     /// The final norm of the last layer's output: hidden states that the head reads, `(N, hidden_size)`.
     fn final_norm(decoder: &Decoder, x: Self::Hidden) -> Result<Tensor>;

@@ -9,16 +9,19 @@ use candle_core::{Device, Result, Tensor, Var};
 use super::{Backend, Cpu, Inference, Keep, LayerBytes, ParameterGradients};
 use crate::data::Batch;
 use crate::model::adapters::{ActiveAdapter, Adapters};
-use crate::model::cache::KvCache;
+use crate::model::cache::{CacheType, TensorCache};
+use crate::model::config::Config;
 use crate::model::decoder::Decoder;
 use crate::model::full::FullModel;
-use crate::model::layer::{LinearGroup, Sizes};
+use crate::model::layer::Sizes;
+use crate::model::layers::LinearGroup;
+use crate::model::lm_head::scores;
 use crate::model::pass::Pass;
-use crate::model::scoring::scores;
+use crate::ops::BackendKind;
 use crate::ops::linear_cross_entropy::Distributions;
 use crate::optim::{AdamW, TensorAdamW, tensor_norm};
 
-/// The backend of [`BackendKind::Reference`](crate::ops::BackendKind::Reference).
+/// The backend of [`BackendKind::Reference`].
 #[derive(Debug)]
 pub struct Reference;
 
@@ -102,10 +105,12 @@ impl Backend for Reference {
     type Tape = ReferenceTape;
     type HeadTape = ReferenceHeadTape;
     type Scratch = ();
+    type Cache = TensorCache;
     type Gradient = Tensor;
     type Optimizer = TensorAdamW;
     type FullBuffers = ();
 
+    const KIND: BackendKind = BackendKind::Reference;
     const RECOMPUTES_FULL_TRAINING: bool = false;
 
     fn decoder_on(decoder: Decoder, device: &Device) -> Result<Decoder> {
@@ -186,14 +191,10 @@ impl Backend for Reference {
         index: usize,
         pass: &Pass,
         x: &mut Self::Hidden,
-        inference: Inference,
+        inference: Inference<Self>,
         (): &mut (),
     ) -> Result<()> {
-        let cache = match inference.cache {
-            Some(cache) => Some(cache.tensors_mut()?),
-            None => None,
-        };
-        let mut y = decoder.layer_with(index, x.get()?, pass, cache)?;
+        let mut y = decoder.layer_with(index, x.get()?, pass, inference.cache)?;
         if let Some((_, chosen)) = inference.chosen {
             y = y.index_select(&Tensor::new(chosen, y.device())?, 0)?;
         }
@@ -201,9 +202,9 @@ impl Backend for Reference {
         Ok(())
     }
 
-    fn take_scratch(_cache: &mut KvCache) {}
-
-    fn leave_scratch(_cache: &mut KvCache, (): ()) {}
+    fn cache(config: &Config, rows: usize, kind: CacheType) -> TensorCache {
+        TensorCache::new(kind, rows, config.num_hidden_layers, config.heads())
+    }
 
     fn final_norm(decoder: &Decoder, x: Self::Hidden) -> Result<Tensor> {
         decoder.final_norm(x.get()?)

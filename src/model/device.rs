@@ -2,10 +2,10 @@
 
 use candle_core::{Device, Result};
 
-use super::{Backend, with_backend};
-use crate::model::ModelError;
-use crate::model::decoder::Decoder;
-use crate::model::full::FullModel;
+use super::ModelError;
+use super::backend::{Backend, with_backend};
+use super::decoder::Decoder;
+use super::full::FullModel;
 use crate::ops::Compute;
 use crate::weights::Checkpoint;
 

@@ -1,4 +1,4 @@
-//! The portable form of a micro-batch: differentiable candle ops on the tape. It defines the answer.
+//! A micro-batch in which all weights train, in differentiable candle ops on the tape. It defines the answer.
 
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor};

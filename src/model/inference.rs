@@ -3,12 +3,12 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 
-use super::{Backend, Inference, LayerBytes, with_backend};
-use crate::model::adapters::{ActiveAdapter, Adapters};
-use crate::model::cache::KvCache;
-use crate::model::decoder::Decoder;
-use crate::model::layer::Sizes;
-use crate::model::pass::Rows;
+use super::adapters::{ActiveAdapter, Adapters};
+use super::backend::{Backend, Inference, LayerBytes, with_backend};
+use super::decoder::Decoder;
+use super::kv_cache::{CacheOf, KvCache};
+use super::layer::Sizes;
+use super::pass::Rows;
 use crate::ops::Compute;
 
 impl Decoder {
@@ -113,7 +113,7 @@ impl Decoder {
 /// otherwise than what is cached of it.
 fn check_cache(rows: &Rows, cache: Option<&KvCache>, compute: Compute) -> Result<()> {
     let Some(cache) = cache else { return Ok(()) };
-    if !cache.matches_layout(compute.backend) {
+    if !cache.is_of(compute.backend) {
         candle_core::bail!(
             "the cache was made for a decoder of another form, compute is {compute} here: needed one \
              made for this decoder"
@@ -137,7 +137,7 @@ fn hidden<B: Backend>(
     decoder: &Decoder,
     rows: &Rows,
     adapters: Adapters,
-    mut cache: Option<&mut KvCache>,
+    cache: Option<&mut KvCache>,
     chosen: Option<&[u32]>,
     decoding: bool,
 ) -> Result<Tensor> {
@@ -149,10 +149,18 @@ fn hidden<B: Backend>(
         rising
     });
     let narrow = rising.as_deref().map(|rising| (decoder.narrowed(&pass, rising), rising));
+    let (mut cache, kept) = match cache {
+        Some(cache) => {
+            let CacheOf { rows, scratch } = cache.of::<B>()?;
+            (Some(rows), Some(scratch))
+        }
+        None => (None, None),
+    };
     // A step is so short that fresh buffers would cost of it; those of a prompt are large.
-    let mut scratch = match cache.as_deref_mut().filter(|_| decoding) {
-        Some(cache) => B::take_scratch(cache),
-        None => B::Scratch::default(),
+    let mut fresh = None;
+    let scratch = match kept.filter(|_| decoding) {
+        Some(kept) => kept,
+        None => fresh.insert(B::Scratch::default()),
     };
     let adapter_groups = decoding.then(|| adapters.adapter_groups(&pass.segments));
     let layers = decoder.config.num_hidden_layers;
@@ -165,10 +173,7 @@ fn hidden<B: Backend>(
             adapter_groups: adapter_groups.as_deref(),
             chosen: narrow.map(|(pass, rising)| (pass, *rising)),
         };
-        B::layer_inference(decoder, index, &pass, &mut x, inference, &mut scratch)?;
-    }
-    if let Some(cache) = cache.filter(|_| decoding) {
-        B::leave_scratch(cache, scratch);
+        B::layer_inference(decoder, index, &pass, &mut x, inference, scratch)?;
     }
     let (Some(chosen), Some((_, rising))) = (chosen, narrow) else {
         return B::final_norm(decoder, x);
