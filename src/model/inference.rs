@@ -4,10 +4,9 @@
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::adapters::{ActiveAdapter, Adapters};
-use super::backend::{Backend, Inference, LayerBytes, with_backend};
+use super::backend::{Backend, Inference, with_backend};
 use super::decoder::Decoder;
 use super::kv_cache::{CacheOf, KvCache};
-use super::layer::Sizes;
 use super::pass::Rows;
 use crate::ops::Compute;
 
@@ -70,11 +69,6 @@ impl Decoder {
         with_backend!(self.compute.backend, B => {
             hidden::<B>(self, rows, adapters, cache, chosen, decoding)
         })
-    }
-
-    /// The memory that its layers work with in a batch of `tokens` tokens.
-    pub fn layer_bytes(&self, tokens: usize, sizes: &Sizes) -> LayerBytes {
-        with_backend!(self.compute.backend, B => B::layer_bytes(self, tokens, sizes))
     }
 
     /// Log-probabilities of `targets`, one per row of `hidden (M, hidden_size)` → `(M)`, of rows that

@@ -12,7 +12,7 @@
 //! - [`decoder`]: a decoder over frozen weights; [`reading`]: its head on the CPU; [`load`];
 //!   [`full`]: a model whose weights all train.
 //! - [`backend`]: the trait of what computes them, and its implementations.
-//! - [`kv_cache`], `inference`, `device`, [`scoring`]: passes by whichever backend a model is for.
+//! - [`kv_cache`], `inference`, `device`, `memory`, [`scoring`]: passes by whichever backend a model is for.
 //! - [`adapter_files`]: adapters in files, for a decoder.
 
 pub mod adapter_files;
@@ -32,6 +32,7 @@ pub mod layer;
 mod layers;
 mod lm_head;
 pub mod load;
+mod memory;
 pub mod observe;
 pub mod pass;
 pub mod reading;

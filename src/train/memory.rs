@@ -7,10 +7,9 @@ use std::sync::Arc;
 use quantune_adapters::delta::Adapter;
 use serde::Serialize;
 
-use crate::model::backend::LayerBytes;
+use crate::model::backend::{HeadBytes, LayerBytes};
 use crate::model::layer::Sizes;
 use crate::model::{ActiveAdapter, Adapters, Decoder};
-use crate::ops::linear_cross_entropy;
 
 /// The share of the memory free at the start that a run takes when no budget is given.
 const DEFAULT_SHARE: f64 = 0.7;
@@ -113,20 +112,18 @@ impl Memory {
     /// kept by it and the prediction is it.
     pub fn of(demand: &Demand, kept: usize) -> Self {
         let Demand { decoder, layers, tokens, .. } = *demand;
-        let (config, compute) = (&decoder.config, decoder.compute);
-        let LayerBytes { tape, shared, .. } = demand.layer_bytes();
+        let config = &decoder.config;
+        let LayerBytes { input, tape, shared, .. } = demand.layer_bytes();
         let kept = kept.min(layers);
-        let width = config.hidden_size * size_of::<f32>();
-        // Read rows, behind the norm, and both gradients.
-        let read = 4 * tokens * width;
         let vocabulary = if demand.logits { config.vocab_size } else { 1 };
+        let HeadBytes { logits, rows } = decoder.head_bytes(tokens, vocabulary);
         Self {
             frozen_weights: decoder.weight_bytes(),
-            adapter: 4 * demand.parameters * size_of::<f32>(),
+            adapter: decoder.parameter_bytes(demand.parameters),
             kept_tapes: tape * (kept + usize::from(kept < config.num_hidden_layers)),
-            layer_inputs: (layers - kept) * tokens * width,
+            layer_inputs: (layers - kept) * input,
             shared_buffers: shared,
-            logits: linear_cross_entropy::working_bytes(tokens, vocabulary, compute) + read,
+            logits: logits + rows,
             rollouts: demand.rollouts,
             reference: demand.reference,
             token_data: demand.token_data,

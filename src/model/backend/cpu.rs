@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use candle_core::{Device, Result, Tensor, Var};
 use rayon::prelude::*;
 
-use super::{Backend, Inference, Keep, LayerBytes, ParameterGradients};
+use super::{Backend, HeadBytes, Inference, Keep, LayerBytes, ParameterGradients};
 use crate::data::Batch;
 use crate::model::adapters::{ActiveAdapter, Adapters};
 use crate::model::cache::{CacheType, PanelCache};
@@ -17,7 +17,7 @@ use crate::model::layer::{LayerPass, Sizes, Tape, Workspace};
 use crate::model::layers::LinearGroup;
 use crate::model::pass::Pass;
 use crate::model::reading::Reading;
-use crate::ops::linear_cross_entropy::Distributions;
+use crate::ops::linear_cross_entropy::{self, Distributions};
 use crate::ops::{BackendKind, worker_pool};
 use crate::optim::{AdamW, global_norm};
 
@@ -251,10 +251,32 @@ impl Backend for Cpu {
     fn layer_bytes(decoder: &Decoder, tokens: usize, sizes: &Sizes) -> LayerBytes {
         let (config, compute) = (&decoder.config, decoder.compute);
         LayerBytes {
+            input: tokens * config.hidden_size * size_of::<f32>(),
             tape: Tape::bytes(config, compute, tokens, sizes),
             shared: Tape::shared_bytes(config, compute, tokens, sizes),
             complete: true,
         }
+    }
+
+    fn head_bytes(decoder: &Decoder, rows: usize, vocabulary: usize) -> HeadBytes {
+        HeadBytes {
+            logits: linear_cross_entropy::working_bytes(rows, vocabulary, decoder.compute),
+            rows: Reading::bytes(&decoder.config, rows),
+        }
+    }
+
+    fn cache_bytes(config: &Config, tokens: usize, kind: CacheType) -> usize {
+        PanelCache::bytes(kind, tokens, config.num_hidden_layers, config.heads())
+    }
+
+    fn parameter_bytes(count: usize) -> usize {
+        4 * count * size_of::<f32>() // two moments
+    }
+
+    fn full_training_bytes(model: &FullModel, tokens: usize, kept_layers: usize) -> usize {
+        let (config, compute) = (&model.config, model.compute);
+        linear_cross_entropy::working_bytes(tokens, config.vocab_size, compute)
+            + FullBuffers::bytes(config, tokens, kept_layers)
     }
 
     fn zero_gradients(parameters: &[Var]) -> Result<Vec<Vec<f32>>> {

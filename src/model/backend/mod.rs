@@ -77,12 +77,23 @@ pub struct Inference<'a, B: Backend> {
 /// Bytes that layers work with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LayerBytes {
+    /// The input of one layer: the residual stream.
+    pub input: usize,
     /// The tape of one layer.
     pub tape: usize,
     /// The buffers that all layers share.
     pub shared: usize,
     /// Whether that is all there is: else it is the least.
     pub complete: bool,
+}
+
+/// Bytes that the head works with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeadBytes {
+    /// Logits of the rows that are held at a time, and what their product works with.
+    pub logits: usize,
+    /// The rows that are read, behind the norm too, and the gradients of both.
+    pub rows: usize,
 }
 
 /// An engine for one decoder layer after the other, forward and backward, and for what stands around
@@ -274,6 +285,19 @@ pub trait Backend: Debug + Sized + 'static {
 
     /// The memory of layers of a batch of `tokens` tokens.
     fn layer_bytes(decoder: &Decoder, tokens: usize, sizes: &Sizes) -> LayerBytes;
+
+    /// The memory of reading `rows` rows at a head of `vocabulary` outputs, forward and backward.
+    fn head_bytes(decoder: &Decoder, rows: usize, vocabulary: usize) -> HeadBytes;
+
+    /// Bytes of the keys and values of `tokens` tokens.
+    fn cache_bytes(config: &Config, tokens: usize, kind: CacheType) -> usize;
+
+    /// Bytes of `count` numbers that train: values, gradients and the optimizer's state.
+    fn parameter_bytes(count: usize) -> usize;
+
+    /// Bytes that a micro-batch of `tokens` tokens works with where all weights of `model` train and the
+    /// uppermost `kept_layers` keep their tapes, beside [`Self::parameter_bytes`].
+    fn full_training_bytes(model: &FullModel, tokens: usize, kept_layers: usize) -> usize;
 
     /// Gradients of zeros, where the backend computes with `parameters`.
     fn zero_gradients(parameters: &[Var]) -> Result<Vec<Self::Gradient>>;

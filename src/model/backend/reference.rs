@@ -6,7 +6,7 @@ use std::borrow::Cow;
 use candle_core::backprop::GradStore;
 use candle_core::{Device, Result, Tensor, Var};
 
-use super::{Backend, Cpu, Inference, Keep, LayerBytes, ParameterGradients};
+use super::{Backend, Cpu, HeadBytes, Inference, Keep, LayerBytes, ParameterGradients};
 use crate::data::Batch;
 use crate::model::adapters::{ActiveAdapter, Adapters};
 use crate::model::cache::{CacheType, TensorCache};
@@ -301,6 +301,22 @@ impl Backend for Reference {
     fn layer_bytes(decoder: &Decoder, tokens: usize, sizes: &Sizes) -> LayerBytes {
         // What candle keeps beside is not known.
         LayerBytes { complete: false, ..Cpu::layer_bytes(decoder, tokens, sizes) }
+    }
+
+    fn head_bytes(decoder: &Decoder, rows: usize, vocabulary: usize) -> HeadBytes {
+        Cpu::head_bytes(decoder, rows, vocabulary)
+    }
+
+    fn cache_bytes(config: &Config, tokens: usize, kind: CacheType) -> usize {
+        Cpu::cache_bytes(config, tokens, kind)
+    }
+
+    fn parameter_bytes(count: usize) -> usize {
+        Cpu::parameter_bytes(count)
+    }
+
+    fn full_training_bytes(model: &FullModel, tokens: usize, kept_layers: usize) -> usize {
+        Cpu::full_training_bytes(model, tokens, kept_layers)
     }
 
     fn zero_gradients(parameters: &[Var]) -> Result<Vec<Tensor>> {

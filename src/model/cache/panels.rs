@@ -66,6 +66,16 @@ impl PanelCache {
         Self::of(PanelRow::new(kind, heads), rows, layers, heads)
     }
 
+    /// Bytes of the keys and values of `tokens` tokens, beside those of scales.
+    pub fn bytes(kind: CacheType, tokens: usize, layers: usize, heads: Heads) -> usize {
+        let number = match kind {
+            CacheType::F32 => size_of::<f32>(),
+            CacheType::F16 => size_of::<f16>(),
+            CacheType::Q8 => size_of::<i8>(),
+        };
+        2 * layers * heads.kv_heads * heads.head_dim * tokens * number
+    }
+
     /// Appends the new tokens' keys and values and attends to all there are, or to those in the
     /// window of `scores`: older ones are kept too. Queries see their own keys as the cache keeps
     /// them.

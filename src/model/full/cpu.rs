@@ -30,6 +30,20 @@ pub struct FullBuffers {
     read: TargetRows,
 }
 
+impl FullBuffers {
+    /// Bytes of the buffers of a micro-batch of `tokens` tokens.
+    pub fn bytes(config: &Config, tokens: usize, kept_layers: usize) -> usize {
+        let layers = config.num_hidden_layers;
+        let kept = kept_layers.min(layers);
+        let tape = Tape::trainable_bytes(config, tokens);
+        let streams = tokens * config.hidden_size * size_of::<f32>();
+        let tapes = kept * tape + (layers - kept) * streams;
+        let scratch = if kept < layers { tape } else { 0 };
+        // The stream, its gradient, and the head's rows, beside what layers share.
+        tapes + scratch + 6 * streams + Tape::trainable_shared_bytes(config, tokens)
+    }
+}
+
 /// The rows that predict something, on their way to the head and back.
 #[derive(Debug, Default)]
 struct TargetRows {
@@ -220,16 +234,4 @@ fn embed_back(tokens: &[u32], dx: &[f32], width: usize, gradient: &mut [f32]) {
             }
         }
     });
-}
-
-/// Bytes that a micro-batch of `tokens` tokens works with, beside parameters, gradients and head.
-pub fn working_bytes(config: &Config, tokens: usize, kept_layers: usize) -> usize {
-    let layers = config.num_hidden_layers;
-    let kept = kept_layers.min(layers);
-    let tape = Tape::trainable_bytes(config, tokens);
-    let streams = tokens * config.hidden_size * size_of::<f32>();
-    let tapes = kept * tape + (layers - kept) * streams;
-    let scratch = if kept < layers { tape } else { 0 };
-    // The stream, its gradient, and the head's rows, beside what layers share.
-    tapes + scratch + 6 * streams + Tape::trainable_shared_bytes(config, tokens)
 }

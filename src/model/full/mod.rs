@@ -26,7 +26,7 @@ use crate::data::Batch;
 use crate::ops::{Compute, Values, segment};
 use crate::quant::FrozenMatrix;
 use crate::weights::Checkpoint;
-pub use cpu::{FullBuffers, working_bytes};
+pub use cpu::FullBuffers;
 
 /// A decoder whose parameters all train.
 #[derive(Debug)]
