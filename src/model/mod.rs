@@ -47,6 +47,7 @@ pub use full::{FullBuffers, FullModel};
 pub use gradients::AdapterGradients;
 pub use kv_cache::KvCache;
 pub use layers::LinearGroup;
+pub use lm_head::Logits;
 pub use pass::{Pass, Rows};
 pub use reading::Reading;
 

@@ -15,6 +15,7 @@ use crate::model::full::{FullBuffers, FullModel};
 use crate::model::gradients::AdapterGradients;
 use crate::model::layer::{LayerPass, Sizes, Tape, Workspace};
 use crate::model::layers::LinearGroup;
+use crate::model::lm_head::{Logits, scores};
 use crate::model::pass::Pass;
 use crate::model::reading::Reading;
 use crate::ops::linear_cross_entropy::{self, Distributions};
@@ -54,6 +55,7 @@ impl ParameterGradients<'_, Cpu> {
 
 impl Backend for Cpu {
     type Hidden = Vec<f32>;
+    type HeadInput = Tensor;
     type Tape = Tape;
     type HeadTape = CpuHeadTape;
     type Scratch = CpuScratch;
@@ -165,6 +167,22 @@ impl Backend for Cpu {
         decoder.final_norm(&Tensor::from_vec(x, shape, &Device::Cpu)?)
     }
 
+    fn select(hidden: &Tensor, rows: &[u32]) -> Result<Tensor> {
+        hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)
+    }
+
+    fn concat(parts: Vec<Tensor>) -> Result<Tensor> {
+        Tensor::cat(&parts, 0)
+    }
+
+    fn to_tensor(hidden: Tensor) -> Result<Tensor> {
+        Ok(hidden)
+    }
+
+    fn from_tensor(hidden: &Tensor) -> Result<Tensor> {
+        Ok(hidden.clone())
+    }
+
     fn log_probs(
         decoder: &Decoder,
         x: &Vec<f32>,
@@ -229,11 +247,15 @@ impl Backend for Cpu {
         targets: &[u32],
         temperature: f64,
         active: &[ActiveAdapter],
-    ) -> Result<Tensor> {
+    ) -> Result<Vec<f32>> {
         decoder.lm_head().log_probs(hidden, targets, temperature, active)
     }
 
-    fn logits(decoder: &Decoder, hidden: &Tensor, adapters: Adapters) -> Result<Tensor> {
+    fn row_scores(hidden: &Tensor, weight: &Tensor) -> Result<Vec<f32>> {
+        scores(hidden, weight)?.to_vec1()
+    }
+
+    fn logits(decoder: &Decoder, hidden: &Tensor, adapters: Adapters) -> Result<Logits> {
         decoder.lm_head().logits(hidden, adapters)
     }
 

@@ -30,6 +30,7 @@ use super::decoder::Decoder;
 use super::full::FullModel;
 use super::layer::Sizes;
 use super::layers::LinearGroup;
+use super::lm_head::Logits;
 use super::pass::Pass;
 use crate::data::Batch;
 use crate::ops::BackendKind;
@@ -104,6 +105,8 @@ pub struct HeadBytes {
 pub trait Backend: Debug + Sized + 'static {
     /// The residual stream `(N, hidden_size)`, or its gradient.
     type Hidden: Debug + Default + Send;
+    /// Hidden states behind the final norm, which the head reads in inference, `(M, hidden_size)`.
+    type HeadInput: Debug;
     /// What a layer keeps for its backward pass.
     type Tape: Debug + Default + Send;
     /// What the head keeps for its backward pass.
@@ -197,8 +200,20 @@ pub trait Backend: Debug + Sized + 'static {
     /// An empty cache of `rows` rows for a decoder of this config.
     fn cache(config: &Config, rows: usize, kind: CacheType) -> Self::Cache;
 
-    /// The final norm of the last layer's output: hidden states that the head reads, `(N, hidden_size)`.
-    fn final_norm(decoder: &Decoder, x: Self::Hidden) -> Result<Tensor>;
+    /// The final norm of the last layer's output: N states that the head reads.
+    fn final_norm(decoder: &Decoder, x: Self::Hidden) -> Result<Self::HeadInput>;
+
+    /// Some of the states that the head reads, in any order; one may be chosen several times.
+    fn select(hidden: &Self::HeadInput, rows: &[u32]) -> Result<Self::HeadInput>;
+
+    /// States that the head reads, one part behind the other; there is at least one part.
+    fn concat(parts: Vec<Self::HeadInput>) -> Result<Self::HeadInput>;
+
+    /// What the head reads as a tensor `(M, hidden_size)`, for inspection.
+    fn to_tensor(hidden: Self::HeadInput) -> Result<Tensor>;
+
+    /// What the head reads from a tensor that [`Self::to_tensor`] gave.
+    fn from_tensor(hidden: &Tensor) -> Result<Self::HeadInput>;
 
     /// The log-probs (M) of `targets`, each a row of `x` and the token it is to predict, of logits
     /// divided by `temperature`, in nats. All rows use the same adapters.
@@ -252,22 +267,24 @@ pub trait Backend: Debug + Sized + 'static {
     /// Makes `dx` a gradient of zeros for `x`.
     fn zero_like(x: &Self::Hidden, dx: &mut Self::Hidden);
 
-    /// Log-probs (M) of `targets`, one per row of hidden states `(M, hidden_size)` behind the final norm,
-    /// of logits divided by `temperature`, in nats. All rows use the same adapters.
+    /// Log-probs (M) of `targets`, one per row of `hidden`, of logits divided by `temperature`, in nats.
+    /// All rows use the same adapters.
     ///
     /// # Errors
     /// If a target is out of vocabulary.
     fn target_log_probs(
         decoder: &Decoder,
-        hidden: &Tensor,
+        hidden: &Self::HeadInput,
         targets: &[u32],
         temperature: f64,
         active: &[ActiveAdapter],
-    ) -> Result<Tensor>;
+    ) -> Result<Vec<f32>>;
 
-    /// Logits `(M, vocab_size)` on the CPU, where tokens are chosen, of hidden states behind the final
-    /// norm, each row under its own adapters.
-    fn logits(decoder: &Decoder, hidden: &Tensor, adapters: Adapters) -> Result<Tensor>;
+    /// The scores (M) that a score head `weight (1, hidden_size)` gives to `hidden`.
+    fn row_scores(hidden: &Self::HeadInput, weight: &Tensor) -> Result<Vec<f32>>;
+
+    /// The logits of `hidden`, each row under its own adapters.
+    fn logits(decoder: &Decoder, hidden: &Self::HeadInput, adapters: Adapters) -> Result<Logits>;
 
     /// One micro-batch in which all weights of `model` train: the sum of `-log p(target)` over its
     /// targets, in nats. The gradients of that sum times `scale` are added to `gradients`.

@@ -15,7 +15,7 @@ use crate::model::decoder::Decoder;
 use crate::model::full::FullModel;
 use crate::model::layer::Sizes;
 use crate::model::layers::LinearGroup;
-use crate::model::lm_head::scores;
+use crate::model::lm_head::{Logits, scores};
 use crate::model::pass::Pass;
 use crate::ops::BackendKind;
 use crate::ops::linear_cross_entropy::Distributions;
@@ -102,6 +102,7 @@ fn head_backward(
 
 impl Backend for Reference {
     type Hidden = ReferenceHidden;
+    type HeadInput = Tensor;
     type Tape = ReferenceTape;
     type HeadTape = ReferenceHeadTape;
     type Scratch = ();
@@ -210,6 +211,22 @@ impl Backend for Reference {
         decoder.final_norm(x.get()?)
     }
 
+    fn select(hidden: &Tensor, rows: &[u32]) -> Result<Tensor> {
+        hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)
+    }
+
+    fn concat(parts: Vec<Tensor>) -> Result<Tensor> {
+        Tensor::cat(&parts, 0)
+    }
+
+    fn to_tensor(hidden: Tensor) -> Result<Tensor> {
+        Ok(hidden)
+    }
+
+    fn from_tensor(hidden: &Tensor) -> Result<Tensor> {
+        Ok(hidden.clone())
+    }
+
     fn log_probs(
         decoder: &Decoder,
         x: &Self::Hidden,
@@ -221,7 +238,8 @@ impl Backend for Reference {
         let (rows, targets): (Vec<u32>, Vec<u32>) = targets.iter().copied().unzip();
         let top = Var::from_tensor(x.get()?)?;
         let hidden = read_rows(decoder, &top, rows)?;
-        let logps = Self::target_log_probs(decoder, &hidden, &targets, temperature, active)?; // (M)
+        let head_of = decoder.lm_head();
+        let logps = head_of.tensor_log_probs(&hidden, &targets, temperature, active)?; // (M)
         let found = logps.to_vec1()?;
         head.logps = Some((top, logps));
         Ok(found)
@@ -279,11 +297,15 @@ impl Backend for Reference {
         targets: &[u32],
         temperature: f64,
         active: &[ActiveAdapter],
-    ) -> Result<Tensor> {
-        decoder.lm_head().tensor_log_probs(hidden, targets, temperature, active)
+    ) -> Result<Vec<f32>> {
+        decoder.lm_head().tensor_log_probs(hidden, targets, temperature, active)?.to_vec1()
     }
 
-    fn logits(decoder: &Decoder, hidden: &Tensor, adapters: Adapters) -> Result<Tensor> {
+    fn row_scores(hidden: &Tensor, weight: &Tensor) -> Result<Vec<f32>> {
+        scores(hidden, weight)?.to_vec1()
+    }
+
+    fn logits(decoder: &Decoder, hidden: &Tensor, adapters: Adapters) -> Result<Logits> {
         decoder.lm_head().logits(hidden, adapters)
     }
 
