@@ -10,47 +10,32 @@
 //! a [`BackendKind`], and its line in `with_backend!` and in those tests.
 
 mod cpu;
-mod inference;
+mod dispatch;
 mod reference;
 
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt::Debug;
 
-use candle_core::{Result, Tensor, Var};
+use candle_core::{Device, Result, Tensor, Var};
 
 pub use cpu::{Cpu, CpuHeadTape, CpuScratch};
+pub(crate) use dispatch::with_backend;
 pub use reference::{Reference, ReferenceHeadTape, ReferenceHidden, ReferenceTape};
 
-use super::adapters::{ActiveAdapter, Adapters};
-use super::cache::KvCache;
+use super::adapters::{ActiveAdapter, AdapterGroup, Adapters};
+use super::cache::{CacheType, RowCaches};
+use super::config::Config;
 use super::decoder::Decoder;
 use super::full::FullModel;
-use super::layer::{LinearGroup, Sizes};
+use super::layer::Sizes;
+use super::layers::LinearGroup;
+use super::lm_head::Logits;
 use super::pass::Pass;
 use crate::data::Batch;
-#[cfg(doc)]
 use crate::ops::BackendKind;
 use crate::ops::linear_cross_entropy::Distributions;
 use crate::optim::AdamW;
-
-/// Evaluates an expression with a type alias for the backend of a [`BackendKind`]: the one place that
-/// lists all backends.
-macro_rules! with_backend {
-    ($kind:expr, $backend:ident => $value:expr) => {
-        match $kind {
-            $crate::ops::BackendKind::Cpu => {
-                type $backend = $crate::model::backend::Cpu;
-                $value
-            }
-            $crate::ops::BackendKind::Reference => {
-                type $backend = $crate::model::backend::Reference;
-                $value
-            }
-        }
-    };
-}
-pub(crate) use with_backend;
 
 /// What a layer keeps of a forward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,12 +64,12 @@ pub struct ParameterGradients<'a, B: Backend> {
 }
 
 /// What a layer does in inference, beside its plain forward pass.
-#[derive(Debug, Default)]
-pub struct Inference<'a> {
+#[derive(Debug)]
+pub struct Inference<'a, B: Backend> {
     /// The cache whose tokens are attended to, and which the new tokens join.
-    pub cache: Option<&'a mut KvCache>,
+    pub cache: Option<&'a mut B::Cache>,
     /// In a decode step, the tokens of each list of active adapters.
-    pub(super) adapter_groups: Option<&'a [super::adapters::AdapterGroup<'a>]>,
+    pub(super) adapter_groups: Option<&'a [AdapterGroup<'a>]>,
     /// The tokens that are needed above the layer, rising, with the pass over those alone; the others
     /// are only attended to.
     pub(super) chosen: Option<(&'a Pass<'a>, &'a [u32])>,
@@ -93,12 +78,23 @@ pub struct Inference<'a> {
 /// Bytes that layers work with.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LayerBytes {
+    /// The input of one layer: the residual stream.
+    pub input: usize,
     /// The tape of one layer.
     pub tape: usize,
     /// The buffers that all layers share.
     pub shared: usize,
     /// Whether that is all there is: else it is the least.
     pub complete: bool,
+}
+
+/// Bytes that the head works with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeadBytes {
+    /// Logits of the rows that are held at a time, and what their product works with.
+    pub logits: usize,
+    /// The rows that are read, behind the norm too, and the gradients of both.
+    pub rows: usize,
 }
 
 /// An engine for one decoder layer after the other, forward and backward, and for what stands around
@@ -109,12 +105,16 @@ pub struct LayerBytes {
 pub trait Backend: Debug + Sized + 'static {
     /// The residual stream `(N, hidden_size)`, or its gradient.
     type Hidden: Debug + Default + Send;
+    /// Hidden states behind the final norm, which the head reads in inference, `(M, hidden_size)`.
+    type HeadInput: Debug;
     /// What a layer keeps for its backward pass.
     type Tape: Debug + Default + Send;
     /// What the head keeps for its backward pass.
     type HeadTape: Debug + Default + Send;
     /// Buffers that are used again by the next layer and the next pass.
-    type Scratch: Debug + Default + Send;
+    type Scratch: Debug + Default + Send + Sync;
+    /// The keys and values of rows.
+    type Cache: RowCaches;
     /// The gradient of one parameter, in its shape.
     type Gradient: Debug + Send;
     /// The state of the optimizer.
@@ -122,8 +122,23 @@ pub trait Backend: Debug + Sized + 'static {
     /// Buffers of steps that train all weights.
     type FullBuffers: Debug + Default + Send;
 
+    /// Its name.
+    const KIND: BackendKind;
+
     /// Whether layers can be recomputed in the backward pass where all weights train.
     const RECOMPUTES_FULL_TRAINING: bool;
+
+    /// The same decoder with its weights on a device, where its passes then compute.
+    ///
+    /// # Errors
+    /// If the backend computes elsewhere only.
+    fn decoder_on(decoder: Decoder, device: &Device) -> Result<Decoder>;
+
+    /// [`Self::decoder_on`] of a model whose weights all train.
+    ///
+    /// # Errors
+    /// As there.
+    fn full_model_on(model: FullModel, device: &Device) -> Result<FullModel>;
 
     /// Writes the embeddings of `tokens` (N) to `x`, with the active adapters' parts.
     ///
@@ -178,18 +193,27 @@ pub trait Backend: Debug + Sized + 'static {
         index: usize,
         pass: &Pass,
         x: &mut Self::Hidden,
-        inference: Inference,
+        inference: Inference<Self>,
         scratch: &mut Self::Scratch,
     ) -> Result<()>;
 
-    /// Takes the buffers of the last decode step out of a cache, or makes new ones.
-    fn take_scratch(cache: &mut KvCache) -> Self::Scratch;
+    /// An empty cache of `rows` rows for a decoder of this config.
+    fn cache(config: &Config, rows: usize, kind: CacheType) -> Self::Cache;
 
-    /// Leaves buffers in a cache for its next decode step.
-    fn leave_scratch(cache: &mut KvCache, scratch: Self::Scratch);
+    /// The final norm of the last layer's output: N states that the head reads.
+    fn final_norm(decoder: &Decoder, x: Self::Hidden) -> Result<Self::HeadInput>;
 
-    /// The final norm of the last layer's output: hidden states that the head reads, `(N, hidden_size)`.
-    fn final_norm(decoder: &Decoder, x: Self::Hidden) -> Result<Tensor>;
+    /// Some of the states that the head reads, in any order; one may be chosen several times.
+    fn select(hidden: &Self::HeadInput, rows: &[u32]) -> Result<Self::HeadInput>;
+
+    /// States that the head reads, one part behind the other; there is at least one part.
+    fn concat(parts: Vec<Self::HeadInput>) -> Result<Self::HeadInput>;
+
+    /// What the head reads as a tensor `(M, hidden_size)`, for inspection.
+    fn to_tensor(hidden: Self::HeadInput) -> Result<Tensor>;
+
+    /// What the head reads from a tensor that [`Self::to_tensor`] gave.
+    fn from_tensor(hidden: &Tensor) -> Result<Self::HeadInput>;
 
     /// The log-probs (M) of `targets`, each a row of `x` and the token it is to predict, of logits
     /// divided by `temperature`, in nats. All rows use the same adapters.
@@ -243,9 +267,24 @@ pub trait Backend: Debug + Sized + 'static {
     /// Makes `dx` a gradient of zeros for `x`.
     fn zero_like(x: &Self::Hidden, dx: &mut Self::Hidden);
 
-    /// Logits `(M, vocab_size)` on the CPU, where tokens are chosen, of hidden states behind the final
-    /// norm, each row under its own adapters.
-    fn logits(decoder: &Decoder, hidden: &Tensor, adapters: Adapters) -> Result<Tensor>;
+    /// Log-probs (M) of `targets`, one per row of `hidden`, of logits divided by `temperature`, in nats.
+    /// All rows use the same adapters.
+    ///
+    /// # Errors
+    /// If a target is out of vocabulary.
+    fn target_log_probs(
+        decoder: &Decoder,
+        hidden: &Self::HeadInput,
+        targets: &[u32],
+        temperature: f64,
+        active: &[ActiveAdapter],
+    ) -> Result<Vec<f32>>;
+
+    /// The scores (M) that a score head `weight (1, hidden_size)` gives to `hidden`.
+    fn row_scores(hidden: &Self::HeadInput, weight: &Tensor) -> Result<Vec<f32>>;
+
+    /// The logits of `hidden`, each row under its own adapters.
+    fn logits(decoder: &Decoder, hidden: &Self::HeadInput, adapters: Adapters) -> Result<Logits>;
 
     /// One micro-batch in which all weights of `model` train: the sum of `-log p(target)` over its
     /// targets, in nats. The gradients of that sum times `scale` are added to `gradients`.
@@ -263,6 +302,19 @@ pub trait Backend: Debug + Sized + 'static {
 
     /// The memory of layers of a batch of `tokens` tokens.
     fn layer_bytes(decoder: &Decoder, tokens: usize, sizes: &Sizes) -> LayerBytes;
+
+    /// The memory of reading `rows` rows at a head of `vocabulary` outputs, forward and backward.
+    fn head_bytes(decoder: &Decoder, rows: usize, vocabulary: usize) -> HeadBytes;
+
+    /// Bytes of the keys and values of `tokens` tokens.
+    fn cache_bytes(config: &Config, tokens: usize, kind: CacheType) -> usize;
+
+    /// Bytes of `count` numbers that train: values, gradients and the optimizer's state.
+    fn parameter_bytes(count: usize) -> usize;
+
+    /// Bytes that a micro-batch of `tokens` tokens works with where all weights of `model` train and the
+    /// uppermost `kept_layers` keep their tapes, beside [`Self::parameter_bytes`].
+    fn full_training_bytes(model: &FullModel, tokens: usize, kept_layers: usize) -> usize;
 
     /// Gradients of zeros, where the backend computes with `parameters`.
     fn zero_gradients(parameters: &[Var]) -> Result<Vec<Self::Gradient>>;

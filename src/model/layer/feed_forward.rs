@@ -3,10 +3,11 @@
 
 use candle_core::Result;
 
-use super::tape::{LoraTape, TapeBuffer, Workspace, take};
-use super::{AdapterGradients, LayerPass, LinearGroup};
+use super::buffers::{LoraTape, TapeBuffer, Workspace, take};
+use super::layer_pass::LayerPass;
 use crate::model::config::Config;
-use crate::model::layers::{DenseFeedForward, FeedForward, Norm};
+use crate::model::gradients::AdapterGradients;
+use crate::model::layers::{DenseFeedForward, FeedForward, LinearGroup, Norm};
 use crate::ops::swiglu;
 
 /// What a feed-forward block keeps for the backward pass.

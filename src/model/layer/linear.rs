@@ -3,11 +3,13 @@
 use candle_core::Result;
 use rayon::prelude::*;
 
-use super::tape::{LoraTape, Workspace};
-use super::update::{BaseScales, base_scales, scale_rows};
-use super::{AdapterGradients, CHUNK, LayerPass, times};
+use super::buffers::{LoraTape, Workspace};
+use super::elementwise::{CHUNK, times};
+use super::layer_pass::LayerPass;
+use super::update::{BaseScales, LinearGrad, base_scales, scale_rows};
 use crate::isa::{Isa, multiversion};
 use crate::model::decode_linear::{self, DecodeStep};
+use crate::model::gradients::AdapterGradients;
 use crate::model::layers::{Linear, Parameter, Projection};
 use crate::ops::Values;
 use crate::ops::gemm::{
@@ -25,9 +27,6 @@ pub(super) enum Accumulate {
 
 /// A linear layer, its output `(N, rows)`, and what it keeps for the backward pass.
 pub(super) type LinearOut<'a> = (&'a Linear, &'a mut [f32], &'a mut LoraTape);
-
-/// A linear layer, the gradient of its output `(N, rows)`, and what the forward pass kept.
-pub(super) type LinearGrad<'a> = (&'a Linear, &'a [f32], &'a LoraTape);
 
 impl LayerPass<'_> {
     /// [`Self::project`] of a projection into separate outputs.

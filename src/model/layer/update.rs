@@ -7,12 +7,16 @@ use std::sync::Arc;
 use candle_core::Result;
 use rayon::prelude::*;
 
-use super::linear::LinearGrad;
-use super::tape::{TapeBuffer, Workspace};
-use super::{AdapterGradients, CHUNK, LayerPass, times};
+use super::buffers::{LoraTape, TapeBuffer, Workspace};
+use super::elementwise::{CHUNK, times};
+use super::layer_pass::LayerPass;
+use crate::model::gradients::AdapterGradients;
 use crate::model::layers::Linear;
 use crate::ops::Values;
 use crate::ops::gemm::{Init, Out, PackedRows, Product, Strided, Term, Weights, multiply};
+
+/// A linear layer, the gradient of its output `(N, rows)`, and what the forward pass kept.
+pub(super) type LinearGrad<'a> = (&'a Linear, &'a [f32], &'a LoraTape);
 
 /// An adapter on a linear layer for a run of tokens.
 pub(super) struct ActiveUpdate<'a> {

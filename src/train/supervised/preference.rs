@@ -83,10 +83,12 @@ impl PreferenceTraining {
         })
     }
 
-    /// A hash of the reference's adapter, if it has one.
+    /// A hash of the reference's adapter, if it is the one that training begins from: the settings' fingerprints
+    /// have the one of `--ref-adapter`.
     pub(super) fn reference_fingerprint(&self) -> Result<Option<Fingerprint>, TrainError> {
         let folder = self.reference.as_ref().map(|reference| &reference.folder);
-        match folder.filter(|folder| !folder.as_os_str().is_empty()) {
+        let given = !self.settings.ref_adapter.as_os_str().is_empty();
+        match folder.filter(|folder| !given && !folder.as_os_str().is_empty()) {
             Some(folder) => Ok(Some(("the reference adapter".into(), base_fingerprint(folder)?))),
             None => Ok(None),
         }
