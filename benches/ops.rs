@@ -1,8 +1,8 @@
-//! How fast each operation is by itself, at the shapes of SmolLM2-135M and Qwen2.5-0.5B.
+//! Benchmarks of single operations, at the shapes of SmolLM2-135M and Qwen2.5-0.5B.
 //!
-//! `cargo bench --bench ops [-- FILTER]`; `RAYON_NUM_THREADS` says how many threads. An element of
-//! the throughput is a floating-point operation that the work needs (a multiply-add is two), so
-//! that Gelem/s are GFLOP/s; of norm and activation it is a value of the output.
+//! `cargo bench --bench ops [-- FILTER]`; `RAYON_NUM_THREADS` sets the number of threads. An element of
+//! the throughput is a floating-point operation (a multiply-add counts as two), so that Gelem/s are
+//! GFLOP/s; for norm and activation it is a value of the output.
 
 use std::sync::Arc;
 
@@ -18,7 +18,7 @@ use quantune::quant::{BlockType, Bytes, FrozenMatrix};
 
 const COMPUTE: &[Compute] = &[Compute::F32, Compute::INT16, Compute::INT8];
 
-/// Tokens of a row.
+/// Sequence length in tokens.
 const T: usize = 512;
 
 const BLOCK_TYPES: &[BlockType] = &[
@@ -30,7 +30,7 @@ const BLOCK_TYPES: &[BlockType] = &[
     BlockType::Q6_K,
 ];
 
-/// `(out, in)` of the widest layers; 576 and 896 are no whole number of K-quants' blocks.
+/// `(out, in)` of the widest layers; 576 and 896 are not multiples of the block length of K-quants.
 const LINEARS: &[(usize, usize)] = &[(1536, 576), (576, 1536), (4864, 896), (896, 4864)];
 
 fn linears(c: &mut Criterion) {
@@ -66,7 +66,7 @@ fn attention(c: &mut Criterion) {
             let q = var(&[rows * t, heads.heads * heads.head_dim]);
             let k = var(&[rows * t, kv_heads * heads.head_dim]);
             let v = var(&[rows * t, kv_heads * heads.head_dim]);
-            // One product: two operations for each pair of tokens that see each other, half of all.
+            // One product: two operations for each pair of tokens under the causal mask, half of all pairs.
             let product = rows * t * t * heads.heads * heads.head_dim;
             for &compute in COMPUTE {
                 let case = format!("{rows}x{t} {}of{kv_heads} heads {compute:?}", heads.heads);
@@ -127,7 +127,7 @@ fn bench<O>(
     group.bench_function(name, |b| b.iter(&mut run));
 }
 
-/// Values between -1 and 1, tracked.
+/// A variable with values between -1 and 1.
 fn var(shape: &[usize]) -> Tensor {
     let values =
         (0..shape.iter().product()).map(|i: usize| ((i * 37 % 256) as f32 - 127.5) / 128.0);
@@ -135,13 +135,13 @@ fn var(shape: &[usize]) -> Tensor {
     Var::from_vec(values, shape, &Device::Cpu).unwrap().into_inner()
 }
 
-/// A matrix of some blocks, or `None` if its rows are no whole number of them. Whichever bytes of a
-/// block are its scales: from bytes between 0x20 and 0x2F they are small normal numbers.
+/// A matrix of arbitrary blocks, or `None` if its rows are not whole blocks. All bytes are between 0x20 and
+/// 0x2F, so that scales are small normal numbers in every block type.
 fn matrix(block_type: BlockType, rows: usize, cols: usize) -> Option<Arc<FrozenMatrix>> {
     let bytes = block_type.bytes_for(cols)? * rows;
     let bytes: Vec<u8> = (0..bytes).map(|i| 0x20 + (i * 37 % 253 % 16) as u8).collect();
     let bytes = Bytes::new(Arc::new(bytes));
-    Some(Arc::new(FrozenMatrix::new(bytes, block_type, rows, cols).expect("the size asked for")))
+    Some(Arc::new(FrozenMatrix::new(bytes, block_type, rows, cols).expect("the right size")))
 }
 
 criterion_group!(benches, linears, attention, head, elementwise);

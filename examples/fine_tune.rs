@@ -27,7 +27,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     settings.common.max_length = 64;
     settings.common.optimizer.learning_rate = 1e-3;
 
-    // The library prints nothing: a monitor hears what happens, and can stop the run.
+    // The library prints nothing: a monitor receives events, and can stop the run.
     let stop = AtomicBool::new(false);
     let listener = |event: LogEvent| match event {
         LogEvent::Warning(text) => eprintln!("warning: {text}"),

@@ -27,7 +27,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         sampled_logps: false,
         slots: 0,
     };
-    // Two replies in one batch: what a row gets depends on its own key only.
+    // Two replies in one batch; the tokens of a row depend only on its own key.
     let requests = [Request::new(&prompt, 0), Request::new(&prompt, 1)];
     let generation = generate(
         &decoder,

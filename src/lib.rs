@@ -37,9 +37,8 @@
 //! `tests/integration/rooms.rs` checks this, and that only `cli` prints. LoRA itself and PEFT's file
 //! formats are the crate [`quantune_adapters`], which knows no model file, trainer or quantization.
 //!
-//! - [`isa`]: the instruction sets of the CPU. Does not know what is computed.
-//! - [`monitor`]: progress and warnings for the caller, and the flag that stops long work. Does not know
-//!   who listens.
+//! - [`isa`]: the instruction sets of the CPU.
+//! - [`monitor`]: progress events and warnings for the caller, and the stop flag.
 //! - [`string_enum`]: enums whose values have names. Does not know what the values mean.
 //! - [`quant`]: GGML block types over a range of bytes. Does not know where the bytes come from.
 //! - [`ops`]: differentiable operations, a file each. Do not know that there is a model.

@@ -1,23 +1,22 @@
-//! What long work reports to its caller, and how the caller stops it.
+//! Progress events of long operations, and how the caller stops them.
 //!
-//! The library prints nothing: functions that take long take a [`Monitor`], which hears
-//! [`LogEvent`]s and carries the flag that asks them to stop. A flag alone is a monitor that hears
-//! nothing. Does not know who listens.
+//! The library prints nothing: long-running functions take a [`Monitor`], which receives
+//! [`LogEvent`]s and holds the stop flag. A stop flag alone can be used as a monitor that ignores events.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// One report of work in progress.
+/// A progress event.
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub enum LogEvent<'a> {
-    /// Something is probably not as the user wants it; the work continues.
+    /// A probable mistake; the work continues.
     Warning(&'a str),
-    /// Something that a user may want to read: what is loaded, what is waited for.
+    /// Information for the user, such as what is loaded or waited for.
     Note(&'a str),
     /// A table of sampled responses with their rewards, several lines of text.
     Samples(&'a str),
-    /// Training begins (or resumes) after `step` of `total_steps` steps.
+    /// Training starts (or resumes) after `step` of `total_steps` steps.
     StepsBegin {
         /// Steps done so far.
         step: u64,
@@ -26,27 +25,27 @@ pub enum LogEvent<'a> {
     },
     /// A training step is done.
     Step {
-        /// Its number, counted from 1.
+        /// The step, counted from 1.
         step: u64,
         /// Steps of the whole run.
         total_steps: u64,
-        /// Its most important number, as text: `loss 1.234`.
+        /// The main metric as text: `loss 1.234`.
         headline: &'a str,
         /// Mean training speed of this process so far.
         tokens_per_second: f64,
     },
-    /// Metrics of a step or of an evaluation (names with `eval_`), as `metrics.jsonl` has them.
+    /// Metrics of a step or of an evaluation (names with `eval_`), as written to `metrics.jsonl`.
     Metrics {
         /// The step they belong to.
         step: u64,
         /// Names and values.
         metrics: &'a [(String, serde_json::Value)],
     },
-    /// No further step follows: all are done, or the run was stopped.
+    /// The end of the steps: all are done, or the run was stopped.
     StepsEnd,
 }
 
-/// Receives the events of long work, and asks it to stop.
+/// Receives progress events, and requests a stop.
 ///
 /// ```
 /// use quantune::monitor::{LogEvent, Monitor};
@@ -75,7 +74,7 @@ impl<'a> Monitor<'a> {
         Self { stop, listener }
     }
 
-    /// Whether the caller asked to stop.
+    /// Whether the caller requested a stop.
     pub fn stopped(&self) -> bool {
         self.stop.load(Ordering::Relaxed)
     }
@@ -129,8 +128,8 @@ mod tests {
         let monitor = Monitor::new(&stop, &listener);
         monitor.warn("odd");
         monitor.note(format_args!("{} rows", 3));
-        Monitor::from(&stop).warn("nobody hears");
-        Monitor::silent().note("nobody hears");
+        Monitor::from(&stop).warn("ignored");
+        Monitor::silent().note("ignored");
         assert_eq!(*heard.lock().unwrap(), ["Warning(\"odd\")", "Note(\"3 rows\")"]);
         stop.store(true, Ordering::Relaxed);
         assert!(monitor.stopped() && !Monitor::silent().stopped());

@@ -1,7 +1,7 @@
 //! Enums whose values have a fixed name in files and on the command line.
 //!
 //! `string_enum!` makes the enum, its list of values, [`Display`](std::fmt::Display),
-//! [`FromStr`](std::str::FromStr) and serde of one list. Does not know what the values mean.
+//! [`FromStr`](std::str::FromStr) and serde from one list.
 
 /// A closed set of values, each with a name.
 pub trait StringEnum: Copy + PartialEq + Sized + 'static {
@@ -11,13 +11,13 @@ pub trait StringEnum: Copy + PartialEq + Sized + 'static {
     /// The name of a value in files and on the command line.
     fn name(self) -> &'static str;
 
-    /// What it means, in a sentence for help texts.
+    /// A description of the value for help texts.
     fn description(self) -> &'static str;
 
     /// The value of a name.
     ///
     /// # Errors
-    /// If there is none, with all names that there are.
+    /// If the name is unknown; the message lists all names.
     fn from_name(name: &str) -> Result<Self, String> {
         let found = Self::VALUES.iter().find(|value| value.name() == name);
         found.copied().ok_or_else(|| {
@@ -27,7 +27,7 @@ pub trait StringEnum: Copy + PartialEq + Sized + 'static {
     }
 }
 
-/// Defines an enum whose values have names: `/// What it means.` then `Value = "name",`.
+/// Defines an enum whose values have names: `/// Description.` then `Value = "name",`.
 macro_rules! string_enum {
     ($(#[$meta:meta])* $vis:vis enum $enum:ident {
         $($(#[doc = $doc:literal])+ $value:ident = $name:literal,)+

@@ -75,8 +75,8 @@ pub struct LoraConfig {
     pub use_dora: bool,
     /// How A and B are initialized.
     pub init_lora_weights: InitLoraWeights,
-    /// Modules trained as a whole and stored beside the updates, by path or its end: [`SCORE`],
-    /// [`EMBEDDING`], [`HEAD`]; PEFT also lists `classifier` beside `score`, whichever the model has.
+    /// Modules trained as a whole and stored with the updates, by path or its end: [`SCORE`],
+    /// [`EMBEDDING`], [`HEAD`]; PEFT lists both `classifier` and `score`, of which a model has one.
     pub modules_to_save: Vec<String>,
     /// Tokens whose rows of the embedding are trained, in the order of the file's rows; of a tied head
     /// too.
@@ -136,7 +136,7 @@ pub enum ConfigError {
     Keys(Vec<String>),
 }
 
-/// Larger than any layer needs, and `r * in_features` cannot overflow.
+/// Maximum rank: larger than any layer needs, and `r * in_features` cannot overflow.
 const MAX_R: usize = 65536;
 
 /// Keys that change what PEFT computes unless they are null, false or empty.
@@ -272,7 +272,7 @@ impl LoraConfig {
             let mut rising = tokens.clone();
             rising.sort_unstable();
             if let Some(twice) = rising.windows(2).find(|pair| pair[0] == pair[1]) {
-                need(false, format!("trainable_token_indices: token {} is there twice", twice[0]));
+                need(false, format!("trainable_token_indices: token {} appears twice", twice[0]));
             }
             let holds = tokens.is_empty() || !self.saved_modules().any(|saved| saved == module);
             let name = module.rsplit('.').next().unwrap_or(module);
@@ -470,7 +470,7 @@ const TOKENS_NEEDED: &str =
     "a list of token ids, or such lists in an object {\"embed_tokens\": [...], \"lm_head\": [...]}";
 const TYING: &str = "ensure_weight_tying: found true, needed false: embedding and head are trained apart, or by trainable_token_indices together";
 
-/// The name PEFT has for it.
+/// PEFT's name.
 impl std::fmt::Display for InitLoraWeights {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
@@ -487,12 +487,12 @@ impl std::fmt::Display for InitLoraWeights {
 }
 
 impl InitLoraWeights {
-    /// Whether an adapter that begins so has twice the rank, the second half of it frozen.
+    /// Whether an adapter initialized in this way has twice the rank, with the second half frozen.
     pub fn freezes_ranks(&self) -> bool {
         matches!(self, Self::Pissa { .. } | Self::Olora)
     }
 
-    /// The initialization of this name, of those that can begin an adapter.
+    /// The initialization with this name, if it is implemented.
     pub fn from_name(name: &str) -> Option<Self> {
         match name.to_ascii_lowercase().as_str() {
             "true" => Some(Self::KaimingUniform),
@@ -653,7 +653,7 @@ mod tests {
         check(
             r#"{"peft_type": "LORA", "trainable_token_indices": [3, 1, 3],
                 "modules_to_save": ["model.embed_tokens"], "ensure_weight_tying": true}"#,
-            &["token 3 is there twice", "needed one of them", "ensure_weight_tying: found true"],
+            &["token 3 appears twice", "needed one of them", "ensure_weight_tying: found true"],
         );
     }
 

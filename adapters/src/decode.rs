@@ -1,5 +1,5 @@
 //! An update in the layout that decode kernels read: for one or a few tokens at a time, with its scales
-//! folded in, and in f16 where the rest of decoding is no more exact.
+//! folded in, and in f16 if the rest of decoding has no higher precision.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -570,8 +570,8 @@ impl Adapter {
 
     /// Drops what is cached of the parameters (decode weights, DoRA's norms), and marks decode weights in
     /// use elsewhere as stale. Must be called after a parameter was set outside of
-    /// [`Self::update_parameters`]: a [`Var`] does not report that it was set, and decoding would go on
-    /// with the old numbers.
+    /// [`Self::update_parameters`]: a [`Var`] does not report that it was set, and decoding would continue
+    /// with the old values.
     pub fn invalidate_decode_weights(&self) {
         for lora in self.modules.values() {
             lora.decode_cache.lock().unwrap_or_else(PoisonError::into_inner).invalidate();
@@ -817,7 +817,7 @@ mod tests {
         for other in
             [draw(&keys, 6, "m", 0.1), draw(&keys, 5, "n", 0.1), draw(&next_epoch, 5, "m", 0.1)]
         {
-            // Masks drawn apart drop the same input with probability p².
+            // Independent masks drop the same input with probability p².
             let both = whole.iter().flatten().zip(other.iter().flatten());
             let both = both.filter(|(a, b)| **a == 0.0 && **b == 0.0).count();
             assert!((both as f64 / (40.0 * 513.0) - 0.01).abs() < 0.004, "{both}");

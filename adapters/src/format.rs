@@ -1,6 +1,6 @@
 //! PEFT's adapter folder, read and written: `adapter_config.json` and `adapter_model.safetensors`.
 //!
-//! Names in the file, behind `base_model.model.`:
+//! Names in the file, after `base_model.model.`:
 //!
 //! | tensor | name | shape |
 //! |---|---|---|
@@ -158,7 +158,7 @@ pub fn read_folder(
     }
     let mut wanted = config.clone();
     if wanted.target_modules.is_none() {
-        // PEFT chose by its table of model families; the file says what it chose.
+        // PEFT chose modules by its table of model families; the tensors show which.
         let factors = tensors.names().into_iter().filter_map(|name| match parse_name(name)? {
             (module, TensorRole::A | TensorRole::B) => Some(module.to_string()),
             _ => None,
@@ -343,7 +343,7 @@ impl<'a> FileTensors<'a> {
                     _ => {}
                 }
                 let name = other;
-                let problem = format!("{name} is there twice, under two adapter names");
+                let problem = format!("{name} appears twice, under two adapter names");
                 found.unexpected.push(problem);
             }
         }
@@ -606,7 +606,7 @@ fn parse_name(name: &str) -> Option<(&str, TensorRole)> {
         if let Some((module, adapter)) = inner.rsplit_once(mark)
             && (adapter.is_empty() || adapter.starts_with('.'))
         {
-            // The magnitudes of a model in memory are a layer of their own, with a weight.
+            // In memory, magnitudes are a separate layer with a weight.
             let fits = has_weight == needs_weight || part == TensorRole::Magnitude;
             return fits.then_some((module, part));
         }
@@ -684,7 +684,7 @@ mod tests {
         vec![spec("q_proj", 4, 6), spec("v_proj", 4, 2), spec(EMBEDDING, 7, 4), spec(HEAD, 4, 7)]
     }
 
-    /// An adapter with numbers of its own everywhere.
+    /// An adapter with distinct values in all tensors.
     fn everything(targets: &[&str], saved: &[&str], tokens: &[u32], use_dora: bool) -> Adapter {
         let names = |names: &[&str]| names.iter().map(|name| name.to_string()).collect();
         let config = LoraConfig {
@@ -759,8 +759,8 @@ mod tests {
         check(&["v_proj"], &[], &[1, 4, 5], false, &rows);
     }
 
-    /// Over a vocabulary that grew from 7 to 9 since, updates of embedding and head add nothing to the
-    /// new tokens; a whole matrix is refused, and so is an update for fewer tokens than the base's own.
+    /// Over a vocabulary extended from 7 to 9, updates of embedding and head add nothing to the
+    /// new tokens; a whole matrix is an error, and so is an update for fewer tokens than the base's own.
     #[test]
     fn older_updates_are_zero_for_added_tokens() {
         let grown = |from: usize, to: usize| {

@@ -271,8 +271,8 @@ fn plain(target: &Target, b: &Mat<f64>, a: &Mat<f64>) -> Result<Lora, InitError>
     Ok(Lora::new(a, b, target.scale))
 }
 
-/// An update of twice the rank that begins as nothing: `B A` less a held `B A`, or with `b_alone` a
-/// held nothing.
+/// An update of twice the rank that starts at zero: `B A` minus a frozen `B A`, or with `b_alone` a
+/// frozen zero.
 fn with_frozen_ranks(
     target: &Target,
     b: &Mat<f64>,

@@ -82,7 +82,7 @@ pub enum TargetError {
     /// Nothing matches.
     #[error("target_modules {target} matches no linear layer; this base has {known}")]
     NoMatch {
-        /// What was asked for.
+        /// The requested value.
         target: String,
         /// The last parts of the base's module paths.
         known: String,
@@ -123,7 +123,7 @@ pub enum TargetError {
         "trainable_token_indices: found {token}, needed less than {vocab_size}, the size of the vocabulary (tokens that were added are there where the base is loaded with the adapter and its tokenizer.json)"
     )]
     Token {
-        /// What was asked for.
+        /// The requested value.
         token: u32,
         /// How many tokens the embedding has.
         vocab_size: usize,

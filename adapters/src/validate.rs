@@ -106,7 +106,7 @@ impl Base<'_> {
 fn check_update(spec: &LinearSpec, lora: &Lora, problems: &mut Vec<String>) {
     let module = spec.name.as_str();
     let (a, b) = (lora.a.dims(), lora.b.dims());
-    // B's columns say the rank where A has no rows to say it.
+    // B's columns give the rank if A has no rows.
     let r = a.first().or(b.last()).copied().unwrap_or(0);
     if r == 0 {
         problems.push(format!("{}: rank 0, needed at least 1", tensor_name(module, 'A')));

@@ -1,9 +1,9 @@
-//! What adapters cost at decode: one beside none, eight on eight rows at once beside one after the
-//! other, and what their 16 bits change of log-probabilities.
+//! The cost of adapters in decode steps: one adapter compared with none, eight on eight rows at once
+//! compared with one after the other, and the effect of their 16-bit weights on log-probabilities.
 //!
 //! `cargo run --release --example adapters_at_decode -- BASE [--rounds 15] [--tokens 64] [--r 16]`;
-//! `RAYON_NUM_THREADS` says how many threads. Both sides of a comparison take turns in one process
-//! on the same prompts; medians are printed, and the quarters around them. Adapters are random, on all
+//! `RAYON_NUM_THREADS` sets the number of threads. Both sides of a comparison alternate in one process
+//! on the same prompts; medians and quartiles are printed. Adapters are random, on all
 //! linear layers.
 
 use std::error::Error;
@@ -31,7 +31,7 @@ fn main() -> Result<()> {
     };
     let base = args.first().ok_or("needed: the base, a GGUF or a folder")?.clone();
     let (rounds, tokens, r) = (flag("--rounds", 15)?, flag("--tokens", 64)?, flag("--r", 16)?);
-    // From outside the pool every parallel region would wake a thread and sleep.
+    // Run on a thread of the pool: from outside, every parallel region would wake a thread.
     rayon::scope(|_| measure(&base, rounds, tokens, r))
 }
 
@@ -71,7 +71,7 @@ fn measure(base: &str, rounds: usize, tokens: usize, r: usize) -> Result<()> {
     rounding(&checkpoint, &adapters[0])
 }
 
-/// An adapter over all linear layers, its update about a tenth of the layer's own output.
+/// An adapter over all linear layers, with updates of about a tenth of the layer's output.
 fn adapter(decoder: &Decoder, r: usize, seed: u64) -> Result<Adapter> {
     let config = LoraConfig {
         r,
@@ -88,7 +88,7 @@ fn adapter(decoder: &Decoder, r: usize, seed: u64) -> Result<Adapter> {
     Ok(adapter)
 }
 
-/// Seconds of a decoding step over rows that use these, prompts not counted.
+/// Seconds per decode step over rows that use these adapters, without prefill.
 fn seconds(decoder: &Decoder, lists: &[Arc<[ActiveAdapter]>], tokens: usize) -> Result<f64> {
     let mut engine = Engine::new(decoder, CacheType::of(decoder.compute), 0);
     for (row, active) in lists.iter().enumerate() {
@@ -117,7 +117,7 @@ impl std::fmt::Display for Times {
     }
 }
 
-/// Runs all sides once a round, the first of one round last in the next; the first round warms up.
+/// Runs all sides once per round, in rotating order; the first round is a warm-up.
 fn take_turns<const N: usize>(
     rounds: usize,
     sides: [&dyn Fn() -> Result<f64>; N],
@@ -139,7 +139,7 @@ fn take_turns<const N: usize>(
     }))
 }
 
-/// How far log-probabilities move if an adapter's numbers are rounded, the rest exact.
+/// Change of log-probabilities if only an adapter's weights are rounded.
 fn rounding(checkpoint: &Checkpoint, adapter: &Adapter) -> Result<()> {
     let decoder = Decoder::load(checkpoint, Compute::F32)?;
     let mut stream = Stream::new(3, "tokens", &[]);

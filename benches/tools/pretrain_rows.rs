@@ -1,5 +1,5 @@
-//! Writes the rows that a run of pretraining learns and is evaluated on, for another program to train on
-//! the same: `pretrain_rows RUN_DIRECTORY OUT_DIRECTORY`.
+//! Writes the training and evaluation rows of a pretraining run, so that another program can train on
+//! the same data: `pretrain_rows RUN_DIRECTORY OUT_DIRECTORY`.
 //!
 //! `train.u32` holds the rows of all steps in order, `validation.u32` the held-out rows of an evaluation,
 //! both T tokens and the next one, little-endian; `validation.json` the bytes of text
@@ -55,7 +55,7 @@ fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A row's tokens, and the target of its last.
+/// The tokens of a row, and the target of the last one.
 fn write_row(out: &mut impl Write, batch: &Batch) -> anyhow::Result<()> {
     let next = batch.targets.last().map(|&(_, token)| token).context("a row without targets")?;
     for token in batch.tokens.iter().chain([&next]) {

@@ -1,7 +1,7 @@
-//! Prints the token ids of texts, a line each: `tokenize MODEL FILE [--special]`.
+//! Prints the token ids of texts, one line each: `tokenize MODEL FILE [--special]`.
 //!
-//! The texts of FILE are separated by U+001E; with `--special` the names of special tokens in them
-//! are those tokens. `scripts/check/tokenizer.sh` compares the ids with llama.cpp's.
+//! The texts of FILE are separated by U+001E; with `--special`, special tokens in them are parsed.
+//! `scripts/check/tokenizer.sh` compares the ids with llama.cpp's.
 
 use std::path::PathBuf;
 

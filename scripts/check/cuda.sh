@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Type-checks the cuda feature where there is neither a GPU nor a CUDA toolkit: candle's build scripts get
 # a stand-in for nvcc that answers their questions and writes empty files. What they make must never be
-# linked: it has a target directory of its own unless CUDA_CHECK_TARGET names one. Arguments are cargo's.
+# linked: it uses a separate target directory unless CUDA_CHECK_TARGET names one. Arguments are cargo's.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 

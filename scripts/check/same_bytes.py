@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs two binaries on the same tiny models and data and compares what they write, byte for byte.
+"""Runs two binaries on the same tiny models and data and compares their output files byte for byte.
 
     python3 scripts/check/same_bytes.py OLD NEW        binaries; scripts/check/same_bytes.sh builds them from commits
 

@@ -4,7 +4,7 @@
 #   scripts/check/same_bytes.sh BASE_COMMIT [NEW_COMMIT]      [default of NEW_COMMIT: the working tree]
 #   scripts/check/same_bytes.sh --binaries OLD NEW
 #
-# Builds each commit in a git worktree of its own, with one target directory for both, in PROFILE [default: dev]. Prints a
+# Builds each commit in a separate git worktree, with one target directory for both, in PROFILE [default: dev]. Prints a
 # table of the runs and exits with 1 where bytes differ. ONLY (a word in the name of a run), THREADS [2] and KEEP=1 (keeps
 # the work folder) may be set.
 set -euo pipefail
@@ -24,7 +24,7 @@ else
     [[ "$profile" != dev ]] || folder=debug
     trees="$(mktemp -d)"
     trap 'git worktree remove --force "$trees/old" 2>/dev/null; git worktree remove --force "$trees/new" 2>/dev/null; rm -rf "$trees"' EXIT
-    # Builds the sources in a folder and keeps the binary under a name of its own.
+    # Builds the sources in a folder and keeps the binary under a separate name.
     build() {
         (cd "$1" && CARGO_TARGET_DIR="$target" cargo build --quiet --profile "$profile" --bin quantune)
         cp "$target/$folder/quantune" "$trees/$2"

@@ -8,7 +8,7 @@
 # `tokenizer encode`, `*.jinja` as a chat template by `data`. An error of memory, a panic or a signal fails; a reported error does not.
 #
 # Memcheck has no AVX-512: kernels run on the ISA level QUANTUNE_ISA, avx2 unless set. SANITIZER=address runs the same under
-# AddressSanitizer instead, through RUSTC_BOOTSTRAP; that builds every dependency anew. TESTS replaces the filters of the library's
+# AddressSanitizer instead, through RUSTC_BOOTSTRAP; that rebuilds every dependency. TESTS replaces the filters of the library's
 # tests, INTEGRATION those of the integration tests ("" skips them).
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"

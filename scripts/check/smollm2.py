@@ -49,7 +49,7 @@ def finding(what, ok, text):
 
 
 def quantune(*args):
-    """The JSON of one command of ours, in exact f32 unless it says otherwise."""
+    """The JSON of one command of ours, in f32 unless given otherwise."""
     if "--compute" not in args and args[0] in ("eval", "generate", "sft"):
         args = (*args, "--compute", "f32")
     args = [QUANTUNE, *map(str, args), "--json"]
@@ -130,7 +130,7 @@ def worst_top10(stored, compute):
             prefix = p["input_ids"][: point["pos"] + 1]
             text = tok.decode(prefix)
             if tok(text, add_special_tokens=False).input_ids != prefix:
-                skipped += 1  # this prefix's text has other tokens: it cannot be asked for by text
+                skipped += 1  # this prefix's text has other tokens: it cannot be requested by text
                 continue
             first = next_logprobs(text, compute=compute)["logprobs"][0]
             difference = compare_top10(first, point["top_ids"], point["top_logprobs"], 1 if compute == "int8" else 9)
@@ -247,7 +247,7 @@ def check_steps():
 
 
 def check_interop():
-    """Greedy steps under an adapter: ours says what it would say, PEFT scores the same tokens."""
+    """Greedy decoding with an adapter: PEFT scores the tokens that ours generates."""
     import peft
     import torch
 
@@ -298,7 +298,7 @@ def batch_loss(model, rows):
 
 
 def peft_epoch(train_rows, heldout_rows, initial, final):
-    """One epoch in a process of its own, so that its memory is its own; prints JSON."""
+    """One epoch in a separate process, to measure its memory; prints JSON."""
     import peft
     import torch
     import transformers

@@ -30,7 +30,7 @@ def code(text):
 
 
 def closing(text, at):
-    """The index behind the brace that closes the one at `at`."""
+    """The index after the brace that closes the one at `at`."""
     depth = 0
     for i in range(at, len(text)):
         depth += {"{": 1, "}": -1}.get(text[i], 0)

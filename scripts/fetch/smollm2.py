@@ -55,9 +55,9 @@ def download_sdist(name, version, wanted, folder):
 def write_whole(path, data):
     """Beside, then renamed: a file that is there is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    beside.write_bytes(data)
-    os.replace(beside, path)
+    partial = path.with_name(path.name + ".part")
+    partial.write_bytes(data)
+    os.replace(partial, path)
 
 
 def main():

@@ -79,7 +79,7 @@ def rows():
     return found
 
 
-def begun(name, config, seed, dtype):
+def initialized(name, config, seed, dtype):
     config = peft.LoraConfig(**{k: v for k, v in family.whole(config).items() if k != "peft_type"})
     model = peft.get_peft_model(resized(family.base(name, dtype), 514), config, autocast_adapter_dtype=False)
     family.randomize(model, seed)
@@ -92,11 +92,11 @@ def ten_steps(run, seed):
     folder = ADDED / run
     folder.mkdir()
     args = {**golden.TRAIN_ARGS, "weight_decay": 0.1}
-    model = begun(name, config, seed, torch.float32)
+    model = initialized(name, config, seed, torch.float32)
     family.save(model, folder / "initial", name)
     steps = golden.train(model, rows(), args)
     family.save(model, folder / "final", name)
-    exact = golden.train(begun(name, config, seed, torch.float32).double(), rows(), args)
+    exact = golden.train(initialized(name, config, seed, torch.float32).double(), rows(), args)
     noise = max(abs(a["loss"] - b["loss"]) for a, b in zip(steps, exact))
     print(f"{run}: loss {steps[0]['loss']:.4f} -> {steps[-1]['loss']:.4f}, float32 noise {noise:.1e}")
     assert noise < 1e-5, run

@@ -36,7 +36,7 @@ MODELS = {
     "qwen2-80-layers": dict(arch="qwen2", layers=80, heads=2, kv=2, hidden=256, inner=256, tied=False),
 }
 VOCAB = 64
-# Flags beside the type, on the first two models.
+# Flags in addition to the type, on the first two models.
 FLAGS = [
     ["--pure"],
     ["--output-tensor-type", "q5_k"],

@@ -5,7 +5,7 @@
 
 Ten steps and merged weights are of the models in tests/golden/model, rows and settings those of
 scripts/golden/tiny_models.py; files and combinations are of a Llama of 8 numbers a token. Every number is drawn
-from a seed of its own.
+from a separate seed.
 """
 
 import json
@@ -98,8 +98,8 @@ def begins_of_the_base(config):
     return "init_lora_weights" in config
 
 
-def begun(name, config, seed, dtype=torch.float32):
-    # PEFT's PiSSA wants float32, in which both then begin.
+def initialized(name, config, seed, dtype=torch.float32):
+    # PEFT's PiSSA requires float32, so both are initialized in it.
     of_base = begins_of_the_base(config)
     model = lora_model(name, torch.float32 if of_base else dtype, **config).to(dtype)
     if not of_base:
@@ -112,9 +112,9 @@ def ten_steps(run, seed):
     folder = VARIANTS / run
     folder.mkdir()
     args = {**golden.TRAIN_ARGS, "weight_decay": 0.1}
-    model = begun(name, config, seed)
+    model = initialized(name, config, seed)
     if begins_of_the_base(config):
-        # As PEFT's guide of PiSSA says it, so that save_pretrained converts.
+        # As in PEFT's guide to PiSSA, so that save_pretrained converts.
         start = Path(tempfile.mkdtemp()) / "start"
         init = model.peft_config["default"].init_lora_weights
         model.peft_config["default"].init_lora_weights = True
@@ -144,7 +144,7 @@ def ten_steps(run, seed):
         save(model, folder / "initial", name)
         steps = train(model, args)
         save(model, folder / "final", name)
-    exact = begun(name, config, seed, torch.float64)
+    exact = initialized(name, config, seed, torch.float64)
     if "modules_to_save" in config:
         for n, p in exact.named_parameters():
             if "modules_to_save" in n:

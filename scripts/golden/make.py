@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 TARGET = ROOT / "target"
 SDIST = "llama-cpp-python==0.3.36"  # carries llama.cpp's chat templates
 
-# Script, the folders of tests/golden it writes (or the files in one), and what it needs beside packages.
+# Script, the folders of tests/golden it writes (or the files in one), and its requirements other than packages.
 SCRIPTS = {
     "tiny_models": ("model, train", None),
     "weights": ("weights", None),

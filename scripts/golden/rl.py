@@ -137,7 +137,7 @@ def dpo_rows(seed):
 
 
 def kto_rows(seed):
-    """Labelled responses; each has beside it the one of the row before in its batch, for the KL term, as TRL pairs them."""
+    """Labelled responses, each paired with that of the previous row in its batch for the KL term, as in TRL."""
     rng = np.random.default_rng(seed)
     rows = []
     for i in range(STEPS * 4):
@@ -575,7 +575,7 @@ def unpadded(ids):
 
 
 def check_update(update, args):
-    """That TRL did what the README says of it."""
+    """Checks that TRL behaves as described in the README."""
     lengths = torch.tensor([len(row) for row in unpadded(update["responses"])])
     at = torch.arange(RESPONSE_LENGTH)
     assert (update["padding_mask"] == (at >= lengths[:, None])).all()
@@ -639,7 +639,7 @@ def main():
     if version("trl") == "1.0.0":
         clear(("ppo",))
         make_ppo("ppo", PPO_ARGS, 25)
-        # whitening wants minibatches of 8 rows at least
+        # whitening needs minibatches of at least 8 rows
         k3 = {"kl_estimator": "k3", "whiten_rewards": True, "per_device_train_batch_size": 16, "num_mini_batches": 2}
         make_ppo("ppo-k3", {**PPO_ARGS, **k3, "num_ppo_epochs": 1, "temperature": 1.0, "learning_rate": 6e-3}, 26)
     else:

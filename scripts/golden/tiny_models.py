@@ -4,7 +4,7 @@ them, and what PEFT makes of ten LoRA steps on them.
 
     python3 scripts/golden/tiny_models.py
 
-Same versions, same bytes: every number is drawn from a seed of its own, and the script checks its own
+Same versions, same bytes: every number is drawn from a separate seed, and the script checks its own
 golden files. One that a wrong program would also meet is worthless, so each model is made sharp (entropy
 under 0.6 ln V), sensitive (1 % of rope_theta moves its log-probs by far more than the tests' 1e-3), and
 the training runs are repeated in float64 to show that their digits are not rounding noise.

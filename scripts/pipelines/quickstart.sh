@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a clean clone to an adapter: builds Quantune, fetches SmolLM2-135M-Instruct (a 4-bit GGUF, 93 MB) and
-# 1,741 short conversations, trains one epoch, and shows what it changed on conversations held out.
+# 1,741 short conversations, trains one epoch, and compares the held-out loss and three replies before and after.
 #
 #   scripts/pipelines/quickstart.sh [RUN_DIRECTORY]     [default: runs/smollm2]
 #

@@ -28,12 +28,12 @@ def last(run, key):
 def main():
     out = Path(sys.argv[1])
     rewards = [read(path) for path in sorted(out.glob("reward-*.json"))]
-    print(f"reward model: right about {spread([100 * r['eval_accuracy'] for r in rewards])} % of held-out pairs,")
+    print(f"reward model: accuracy {spread([100 * r['eval_accuracy'] for r in rewards])} % on held-out pairs,")
     print(f"  calibration error {spread([r['eval_calibration_error'] for r in rewards])}; {len(rewards)} seeds")
     judge = read(out / "judge.json")
-    print(f"judge: right about {100 * judge['eval_accuracy']:.1f} %, calibration error {judge['eval_calibration_error']:.3f}")
+    print(f"judge: accuracy {100 * judge['eval_accuracy']:.1f} %, calibration error {judge['eval_calibration_error']:.3f}")
     print()
-    head = ("", "judge", "wins vs sft", "wins vs base", "KL", "tokens", "entropy", "distinct-2")
+    head = ("", "judge", "win % vs sft", "win % vs base", "KL", "tokens", "entropy", "distinct-2")
     print("{:>8} {:>16} {:>13} {:>13} {:>7} {:>7} {:>8} {:>11}".format(*head))
 
     def row(name, figures, wins, wins_base, kl):
@@ -57,8 +57,8 @@ def main():
     ppo = [read(out / f"{n}.report.json") for n in names if n.startswith("ppo-") and (out / f"{n}.report.json").exists()]
     if len(ppo) > 1:
         print()
-        print(f"ppo over {len(ppo)} seeds: judge {spread([r['reward'] for r in ppo])}, wins against sft "
-              f"{spread([100 * r['win_rate'] for r in ppo])} %, tokens a reply {spread([r['length'] for r in ppo])}, "
+        print(f"ppo over {len(ppo)} seeds: judge {spread([r['reward'] for r in ppo])}, win rate against sft "
+              f"{spread([100 * r['win_rate'] for r in ppo])} %, tokens per reply {spread([r['length'] for r in ppo])}, "
               f"entropy {spread([r['entropy'] for r in ppo])}")
 
 

@@ -19,15 +19,15 @@ def both(result, key, form="{:.3f}"):
 
 def headline(name, result):
     if name == "tokenizer":
-        return f"{result['vocab_size']} tokens, {result['bytes_per_token']:.2f} bytes a token"
+        return f"{result['vocab_size']} tokens, {result['bytes_per_token']:.2f} bytes per token"
     if name == "pretrain":
         bits, rate = both(result, "eval_bits_per_byte"), result["tokens_per_second"]
-        return f"bits a held-out byte {bits} (bigram {number(result.get('bigram_bits_per_byte'))}), {rate:.0f} tokens/s"
+        return f"held-out bits per byte {bits} (bigram {number(result.get('bigram_bits_per_byte'))}), {rate:.0f} tokens/s"
     if name in ("sft", "reviewer"):
         held_out = f", held out {both(result, 'eval_loss')}" if "eval_loss_first" in result else ""
         return f"loss {both(result, 'loss')}{held_out}"
     if name == "reward":
-        return f"right about {100 * result['eval_accuracy']:.1f} % of held-out pairs, calibration error {result['eval_calibration_error']:.3f}"
+        return f"accuracy {100 * result['eval_accuracy']:.1f} % on held-out pairs, calibration error {result['eval_calibration_error']:.3f}"
     if name == "ppo":
         return f"held-out reward {both(result, 'eval_reward', '{:.2f}')}, KL {both(result, 'objective/kl', '{:.2f}')}"
     size = result.get("bytes")

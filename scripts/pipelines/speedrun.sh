@@ -5,7 +5,7 @@
 #   scripts/pipelines/speedrun.sh [RUN_DIRECTORY]     [default: runs/speedrun]
 #
 #   tokenizer   byte-level BPE from the texts
-#   pretrain    a Llama of 5 million parameters beside its embedding, on Wikipedia, documentation and drama
+#   pretrain    a Llama of 5 million parameters without its embedding, on Wikipedia, documentation and drama
 #   quantize    the base in 8-bit blocks
 #   sft         short conversations
 #   reward      which of two film reviews people rate higher

@@ -1,5 +1,5 @@
-//! The flags of the training commands, made of the lists of their settings: only what was given, so
-//! that it stays out of the way of the config file.
+//! The flags of the training commands, generated from the lists of their settings. Flags that are not given are
+//! unset, so that they do not override the config file.
 
 use std::path::PathBuf;
 
@@ -20,9 +20,9 @@ use crate::train::settings::{
     pretrain_settings, reward_settings, rollout_settings, sft_settings,
 };
 
-/// What a flag holds of a value that is written as text; the settings parse it.
+/// The type of a flag whose value is kept as text; the settings parse it.
 pub trait AsText {
-    /// Its text.
+    /// The type of the text.
     type Text;
 }
 
@@ -35,14 +35,14 @@ pub type Text<T> = <T as AsText>::Text;
 /// A value as text that may be missing.
 pub type OptionalText<T> = <T as AsText>::Text;
 
-/// Makes the flags of a list of settings.
+/// Defines the flags struct of a list of settings.
 macro_rules! settings_flags {
     ($(#[doc = $about:literal])* $settings:ident, $flags:ident {
         $($(#[doc = $doc:literal])+ $(#[flag($($flag:tt)*)])? $(#[fingerprint = $what:literal])?
         $name:ident: $type:ty = $default:expr,)*
         $(..$group:ident: $group_type:ident, $group_flags:ident = $group_default:expr,)*
     }) => {
-        #[doc = concat!("The flags of `", stringify!($settings), "`: only what was given.")]
+        #[doc = concat!("The flags of `", stringify!($settings), "`; `None` if not given.")]
         #[derive(Debug, Clone, Default, Serialize, clap::Args)]
         pub struct $flags {
             $($(#[doc = $doc])+

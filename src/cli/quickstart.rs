@@ -1,7 +1,7 @@
 //! `quantune quickstart`: all stages of training a model in a few minutes, without network or model files.
 //!
 //! Each stage is a command of this binary, printed as it is run, so that it can be repeated by hand. The data
-//! is embedded from files beside this one, made by `scripts/pipelines/make_quickstart.py`.
+//! is embedded from files next to this one, made by `scripts/pipelines/make_quickstart.py`.
 
 use std::collections::BTreeMap;
 use std::fs;

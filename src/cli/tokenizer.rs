@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::{read_text, to_json};
 use crate::data::corpus::{matching_files, read_documents};
-use crate::text::{Special, TokenizerTrainer, TrainingReport, WordCut};
+use crate::text::{PreTokenizerKind, Special, TokenizerTrainer, TrainingReport};
 use crate::weights::Checkpoint;
 
 /// Interval of progress messages.
@@ -49,7 +49,7 @@ pub struct TrainTokenizer {
     vocab_size: usize,
     /// Pre-tokenizer by llama.cpp's name: gpt-2, smollm (single digits) or llama-bpe
     #[arg(long, default_value = "smollm")]
-    pre_tokenizer: WordCut,
+    pre_tokenizer: PreTokenizerKind,
     /// New output folder for tokenizer.json and its config files
     #[arg(long)]
     out: PathBuf,

@@ -19,7 +19,7 @@ pub struct EpochSettings {
     pub shuffle: bool,
     /// Whether several examples are packed into one bin.
     pub packing: bool,
-    /// Maximum number of tokens of a packed bin. A longer example gets a bin of its own.
+    /// Maximum number of tokens of a packed bin. A longer example gets a separate bin.
     pub max_length: usize,
     /// Bins per micro-batch; 0 counts as 1.
     pub batch_size: usize,
@@ -33,7 +33,7 @@ pub struct EpochSettings {
 pub struct EpochPlan {
     /// The row indices of all bins, concatenated.
     rows: Vec<u32>,
-    /// End of each bin in `rows`; `None` if each row is a bin of its own.
+    /// End of each bin in `rows`; `None` if each row is a separate bin.
     ends: Option<Vec<u32>>,
     batch_size: usize,
     gradient_accumulation_steps: usize,

@@ -58,7 +58,7 @@ string_enum! {
         TrailingUser = "trailing-user",
         /// A preference pair of two identical responses.
         IdenticalPairs = "identical-pairs",
-        /// A negative margin, which says that the rejected response is better.
+        /// A negative margin, which means that the rejected response is better.
         WrongMargins = "wrong-margins",
         /// A token that spans the border of prompt and response.
         BoundaryMismatch = "boundary-mismatch",
@@ -97,7 +97,7 @@ impl Check {
     }
 }
 
-/// A failed check, and a sentence that says what is wrong.
+/// A failed check, and its error message.
 pub(super) type Finding = (Check, String);
 
 /// The rows that fail one check.

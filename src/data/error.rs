@@ -62,7 +62,7 @@ pub enum DataError {
     #[error("stopped while the rows were read")]
     Stopped,
     /// The file has no lines, or only blank ones.
-    #[error("{}: holds no rows, needs one JSON object per line", path.display())]
+    #[error("{}: contains no rows, needs one JSON object per line", path.display())]
     Empty {
         /// The file.
         path: PathBuf,

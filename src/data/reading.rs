@@ -117,7 +117,7 @@ pub(super) trait RowReader: Sized + Sync {
     /// The tokenizer.
     fn tokenizer(&self) -> &Tokenizer;
 
-    /// Settings that the rows depend on, beside the file and the tokenizer: part of the cache key.
+    /// Settings that the rows depend on, in addition to the file and the tokenizer: part of the cache key.
     fn settings(&self) -> Value;
 
     /// Checks to ignore.

@@ -17,8 +17,8 @@ pub(super) struct StoredForm {
     pub offset: f32,
 }
 
-/// Writes a tensor in a form, and returns its relative error. The [`ExportError`] behind a failure is put
-/// into `failed`, as a writer returns [`io::Error`].
+/// Writes a tensor in a form, and returns its relative error. The [`ExportError`] of a failure is stored
+/// in `failed`, because a writer returns [`io::Error`].
 pub(super) fn write(
     tensor: &ExportTensor,
     name: &str,
@@ -48,7 +48,7 @@ pub(super) fn write(
     let step = order.stretch();
     let chunk = (VALUES / cols / step).max(1) * step;
     let row_bytes = block_type.bytes_for(cols).ok_or_else(|| {
-        let reason = format!("rows of {cols} values are no whole {block_type} blocks");
+        let reason = format!("rows of {cols} values are not whole {block_type} blocks");
         fail(ExportError::tensor(name, reason))
     })?;
     let (mut off, mut of) = (0f64, 0f64);

@@ -72,7 +72,7 @@ fn write_shards(
     Ok(written)
 }
 
-/// `.{name}.{what}` beside a folder.
+/// The path `.{name}.{what}` next to a folder.
 fn beside(out: &Path, what: &str) -> Result<PathBuf, ExportError> {
     let name = out.file_name().ok_or_else(|| ExportError::Io {
         action: "write",
@@ -96,7 +96,7 @@ fn check_replaceable(out: &Path) -> Result<(), ExportError> {
             || name.starts_with("model") && name.ends_with(".safetensors")
             || convert::FILES.iter().any(|file| file.split('/').next() == Some(&name));
         if !ours {
-            let reason = format!("it is there and holds {name:?}, which is no part of a model");
+            let reason = format!("it exists and contains {name:?}, which is not part of a model");
             let source = std::io::Error::other(reason);
             return Err(ExportError::Io { action: "replace", path: out.into(), source });
         }

@@ -52,7 +52,9 @@ pub fn write_gguf_lora(
         let tensor = format!("{module}.weight");
         let needed = [lora.out_features(), lora.in_features()];
         if known.get(&tensor).is_none_or(|shape| shape[..] != needed) {
-            return Err(cannot(format!("{module} is no layer of {needed:?} of this base")));
+            return Err(cannot(format!(
+                "{module} is not a layer of shape {needed:?} of this base"
+            )));
         }
         let (a, b) = (Values::of(lora.a.as_tensor())?, Values::of(lora.b.as_tensor())?);
         let by = alpha_of(lora) / alpha;

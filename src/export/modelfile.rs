@@ -29,7 +29,7 @@ fn cannot(reason: impl Into<String>) -> ExportError {
     ExportError::Inexpressible { form: "a Modelfile", reason: reason.into() }
 }
 
-/// The text of a Modelfile for a model, with an adapter beside it.
+/// The text of a Modelfile for a model, optionally with an adapter.
 ///
 /// # Errors
 /// If the tokenizer has no chat template, or one that a Modelfile cannot hold.
@@ -63,7 +63,8 @@ pub fn modelfile(
 /// A path in a Modelfile: relative to the Modelfile, or absolute.
 fn path(path: &Path) -> Result<String, ExportError> {
     let text = path.to_str().filter(|text| !text.contains(['\n', '"']));
-    let text = text.ok_or_else(|| cannot(format!("{} is no path it can name", path.display())))?;
+    let text =
+        text.ok_or_else(|| cannot(format!("{} is a path that it cannot contain", path.display())))?;
     if path.is_absolute() || text.starts_with('.') {
         Ok(text.into())
     } else {

@@ -151,7 +151,7 @@ impl<'a> ExportSource<'a> {
             }
             if active.adapter.score.is_some() {
                 let name = &active.adapter.name;
-                let reason = format!("adapter {name:?} is a reward model: its score is no logit");
+                let reason = format!("adapter {name:?} is a reward model, which has no logits");
                 return Err(ExportError::Inexpressible { form: "a merged model", reason });
             }
         }

@@ -118,7 +118,7 @@ impl FromStr for FileType {
         let found = Self::ALL.iter().find(|of| of.to_string() == name);
         found.copied().ok_or_else(|| {
             let all: Vec<String> = Self::ALL.iter().map(Self::to_string).collect();
-            format!("{text:?} is no type, needed one of {}", all.join(", "))
+            format!("{text:?} is not a type, needed one of {}", all.join(", "))
         })
     }
 }
@@ -213,7 +213,7 @@ impl Recipe {
         let asked = |of: BlockType| match of.bytes_for(cols) {
             Some(_) => Ok(of),
             None => Err(ExportError::Types(format!(
-                "tensor {name:?} cannot be {of}: its rows of {cols} values are no whole blocks of {}",
+                "tensor {name:?} cannot be {of}: its rows of {cols} values are not whole blocks of {}",
                 of.block_len()
             ))),
         };

@@ -57,7 +57,7 @@ pub struct Generation {
 /// At most `settings.slots` rows run at a time; see [`Engine`] for the memory this needs.
 /// Consecutive requests with the same prompt and adapters share one prefill of the prompt.
 ///
-/// `on_token` is called with the row and each new token, except end-of-generation tokens, as it is sampled.
+/// `on_token` is called with the row and each new token, except end-of-generation tokens.
 /// The tokens of a row depend only on its prompt, its key, its adapters and the settings, not on `slots`
 /// or on the other rows. `is_end` is called once for each token of the vocabulary.
 pub fn generate(

@@ -578,7 +578,7 @@ impl EngineRow {
         self.generated.token_ids.push(choice.token);
     }
 
-    /// Finishes the row; its output has the prompt cache if the job asks for it.
+    /// Finishes the row; its output has the prompt cache if [`Job::keep_cache`] is set.
     fn finish(mut self, finish: Finish, cache: Option<KvCache>) -> JobOutput {
         self.generated.finish = finish;
         let prefix = cache.filter(|_| self.job.keep_cache).map(|cache| {

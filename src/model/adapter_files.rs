@@ -1,4 +1,4 @@
-//! Adapters read from files for a base: PEFT folders and llama.cpp's GGUF LoRA.
+//! Adapter files: PEFT folders and llama.cpp's GGUF LoRA.
 
 use std::cmp::Ordering;
 use std::collections::{BTreeMap, HashMap};
@@ -14,11 +14,11 @@ use super::{Config, Decoder, load};
 use crate::quant::{FrozenMatrix, RowOrder};
 use crate::weights::{Gguf, Safetensors, WeightsError};
 
-/// What a GGUF is: "adapter" in one that holds no model.
+/// The GGUF key whose value is "adapter" in a file without a model.
 pub(crate) const TYPE_KEY: &str = "general.type";
-/// Which kind of adapter: "lora".
+/// The key of the kind of adapter: "lora".
 pub(crate) const ADAPTER_TYPE_KEY: &str = "adapter.type";
-/// The `alpha` of all updates: each is scaled by `alpha / r`.
+/// The key of the `alpha` of all updates, which are scaled by `alpha / r`.
 pub(crate) const ALPHA_KEY: &str = "adapter.lora.alpha";
 
 /// Why an adapter could not be read.
@@ -111,7 +111,7 @@ fn check_added_rows(
         let apart = |token: &usize| {
             let (ours, theirs) = (row(&ours, *token), row(&theirs, *token));
             let off = size(&mut ours.iter().zip(&theirs).map(|(a, b)| a - b));
-            off.partial_cmp(&most).is_none_or(Ordering::is_gt) // NaN is near nothing
+            off.partial_cmp(&most).is_none_or(Ordering::is_gt) // true for NaN
         };
         let mut others = (own..theirs.rows()).filter(|token| !brought(*token));
         if let Some(token) = others.find(apart) {
@@ -171,7 +171,7 @@ pub fn read_gguf_lora(
             continue;
         };
         let Some(spec) = of_tensor.get(stored) else {
-            faults.push(format!("{stored} is no linear layer of this base"));
+            faults.push(format!("{stored} is not a linear layer of this base"));
             continue;
         };
         let order = load::gguf_order(config, &format!("{}.weight", spec.name));
@@ -247,13 +247,13 @@ fn read_lora(
         let mut values = vec![0f32; own * cols];
         matrix.read_tile(0..own, 0..cols, &mut values);
         if let Some(v) = values.iter().find(|v| !v.is_finite()) {
-            return Err(format!("{stored}: an update holds {v}"));
+            return Err(format!("{stored}: an update has the value {v}"));
         }
         values.resize(rows * cols, 0.0);
         let tensor = Tensor::from_vec(values, (rows, cols), &Device::Cpu);
         tensor.and_then(|tensor| Var::from_tensor(&tensor)).map_err(|e| text(&e))
     };
-    // As llama.cpp: an alpha of 0 is none.
+    // As in llama.cpp, an alpha of 0 means none.
     let scale = if alpha == 0.0 { 1.0 } else { alpha / r as f64 };
     Ok(Lora::new(var(&a, r)?, var(&b, spec.out_features)?, scale))
 }

@@ -13,9 +13,9 @@ use crate::ops::Segment;
 pub struct ActiveAdapter {
     /// The adapter.
     pub adapter: Arc<Adapter>,
-    /// What its update is multiplied with, beside its own scale.
+    /// Weight of its update, in addition to its own scale.
     pub weight: f64,
-    /// Whether gradients flow into it. At most one adapter of a row may be trainable.
+    /// Whether it gets gradients. At most one adapter of a row may be trainable.
     pub trainable: bool,
 }
 
@@ -49,18 +49,18 @@ pub(super) type AdapterGroup<'a> = (&'a [ActiveAdapter], Vec<usize>);
 pub enum Adapters<'a> {
     /// The same for all rows.
     Same(&'a [ActiveAdapter]),
-    /// Each row its own, as many lists as rows.
+    /// A list per row.
     PerRow(&'a [&'a [ActiveAdapter]]),
 }
 
 impl<'a> Adapters<'a> {
-    /// The bare base.
+    /// No adapters.
     pub const NONE: Adapters<'static> = Adapters::Same(&[]);
 
     /// The adapters of a row.
     ///
     /// # Panics
-    /// If each row has its own and there is no such row.
+    /// If the row is out of range.
     pub fn of(&self, row: usize) -> &'a [ActiveAdapter] {
         match self {
             Adapters::Same(active) => active,
@@ -103,7 +103,7 @@ impl<'a> Adapters<'a> {
         adapter_groups
     }
 
-    /// All adapters, a row's list after the other.
+    /// All adapters of all lists.
     pub(super) fn iter(&self) -> impl Iterator<Item = &'a ActiveAdapter> {
         let (same, rows): (&[ActiveAdapter], &[&[ActiveAdapter]]) = match *self {
             Adapters::Same(active) => (active, &[]),
@@ -113,7 +113,7 @@ impl<'a> Adapters<'a> {
     }
 }
 
-/// A parameter of an adapter on a device, on the tape if the adapter trains.
+/// A parameter of an adapter on a device, on the tape if the adapter is trainable.
 pub(super) fn parameter(active: &ActiveAdapter, of: &Var, device: &Device) -> Result<Tensor> {
     match active.trainable {
         true => of.as_tensor().to_device(device),

@@ -1,4 +1,4 @@
-//! The configuration of a decoder, read from its checkpoint: the row of its family, and its sizes.
+//! The configuration of a decoder, read from its checkpoint: its family and its sizes.
 
 mod family;
 mod gguf;
@@ -19,46 +19,46 @@ pub enum RopeScaling {
     None,
     /// All divided by `factor` (position interpolation, Chen et al. 2023).
     Linear {
-        /// By how much the context grew.
+        /// Factor of the context extension.
         factor: f64,
     },
     /// Low frequencies divided by `factor`, high ones kept, a ramp between (Llama 3.1).
     Llama3 {
-        /// By how much low frequencies are divided.
+        /// Divisor of low frequencies.
         factor: f64,
         /// Wavelengths above `original / low_freq_factor` are divided.
         low_freq_factor: f64,
         /// Wavelengths below `original / high_freq_factor` are kept.
         high_freq_factor: f64,
-        /// The context the model was first trained with.
+        /// The original context length.
         original_max_position_embeddings: f64,
     },
     /// Fast pairs kept, slow ones divided by `factor`, a ramp over pairs between; queries and keys
     /// are scaled too (YaRN, Peng et al. 2023).
     Yarn {
-        /// By how much the context grew.
+        /// Factor of the context extension.
         factor: f64,
-        /// The context the model was first trained with.
+        /// The original context length.
         original_max_position_embeddings: f64,
         /// Pairs with more rotations than this in the original context are kept.
         beta_fast: f64,
         /// Pairs with fewer rotations than this in the original context are divided.
         beta_slow: f64,
-        /// Whether the ramp begins and ends at whole pairs.
+        /// Whether the ramp is truncated to whole pairs.
         truncate: bool,
         /// Factor of cosines and sines.
         attention_factor: f64,
     },
     /// Each divided by its own factor: a GGUF's `rope_freqs.weight`, `head_dim / 2` values.
     Factors(Vec<f32>),
-    /// Each divided by its own factor, different in long rows and short ones; queries and keys
+    /// Each divided by its own factor, which differs between long and short rows; queries and keys
     /// are scaled too (Ding et al. 2024).
     LongRope {
         /// The factors of rows of at most `original_max_position_embeddings` tokens.
         short_factor: Vec<f32>,
         /// Those of longer rows.
         long_factor: Vec<f32>,
-        /// The context the model was first trained with.
+        /// The original context length.
         original_max_position_embeddings: usize,
         /// Factor of cosines and sines.
         attention_factor: f64,
@@ -86,13 +86,13 @@ pub struct Config {
     pub vocab_size: usize,
     /// Positions the model was trained for.
     pub max_position_embeddings: usize,
-    /// Added to the mean square in norms.
+    /// Epsilon of norms.
     pub rms_norm_eps: f64,
     /// Base of the rotary frequencies.
     pub rope_theta: f64,
     /// Scaling of the rotary frequencies.
     pub rope_scaling: RopeScaling,
-    /// Whether the head is the embedding.
+    /// Whether lm_head is tied to the embedding.
     pub tie_word_embeddings: bool,
     /// Whether q, k and v have a bias.
     pub qkv_bias: bool,
@@ -309,7 +309,7 @@ impl Config {
         Some(LogitSoftcap { cap, temperature: temperature as f32 })
     }
 
-    /// The family that a `config.json` of this decoder names: of those that a GGUF does not tell apart,
+    /// The family in a `config.json` of this decoder: of those that a GGUF does not distinguish,
     /// the first that can have its windows.
     pub fn hf_family(&self) -> &'static Family {
         let (of, windowed) = (self.family, !self.variation.windowed.is_empty());
@@ -371,7 +371,7 @@ impl Config {
         }
         let (heads, kv) = (self.num_attention_heads, self.num_key_value_heads);
         if kv > 0 && !heads.is_multiple_of(kv) {
-            faults.push(format!("{heads} query heads are no multiple of {kv} key heads"));
+            faults.push(format!("{heads} query heads are not a multiple of {kv} key heads"));
         }
         let finite = [("rms_norm_eps", self.rms_norm_eps), ("rope_theta", self.rope_theta)];
         for (name, value) in finite {

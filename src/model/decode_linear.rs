@@ -1,8 +1,8 @@
-//! Linear layers in a decode step: the base's products and the updates of each token's adapters, at the
-//! speed of memory.
+//! Linear layers in a decode step: the base's products and the updates of each token's adapters, bound by
+//! memory bandwidth.
 //!
-//! Tokens with the same adapters are taken together, wherever their rows are in the batch. The bits of a
-//! token depend on its own list of adapters only.
+//! Tokens with the same adapters are processed together, wherever their rows are in the batch. The bits of a
+//! token depend only on its own list of adapters.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Weak};
@@ -33,19 +33,19 @@ pub(super) struct DecodeStep<'a> {
 /// Buffers of [`project`], reused by the next layer and step.
 #[derive(Debug, Default)]
 pub(super) struct DecodeBuffers {
-    /// The base's product, where it is added to the residual stream.
+    /// The base's product, if it is added to the residual stream.
     product: Vec<f32>,
     rows: RowDotBuffers,
     half_forms: FoundForms<f16>,
     whole_forms: FoundForms<f32>,
 }
 
-/// The decode forms of updates that earlier steps found, by module. Forms that an adapter has dropped
-/// since are not found any more.
+/// A cache of the decode weights of updates, by module. Weights that an adapter has dropped
+/// since are not returned.
 #[derive(Debug)]
 struct FoundForms<T>(HashMap<String, Vec<FoundForm<T>>>);
 
-/// The decode form of an adapter's update. The weak reference keeps the adapter's address taken, so
+/// The decode weights of an adapter's update. The weak reference keeps the adapter's address allocated, so
 /// that no other adapter is mistaken for it.
 type FoundForm<T> = (Weak<Adapter>, Weak<DecodeWeights<T>>);
 
@@ -56,7 +56,7 @@ impl<T> Default for FoundForms<T> {
 }
 
 impl<T: LowRankElement> FoundForms<T> {
-    /// The forms of a list of adapters on a linear layer, in its order, without adapters that have no
+    /// The decode weights of a list of adapters on a linear layer, in order, without adapters that have no
     /// update there.
     fn find(
         &mut self,
@@ -67,7 +67,7 @@ impl<T: LowRankElement> FoundForms<T> {
         if !self.0.contains_key(&linear.name) {
             self.0.insert(linear.name.clone(), Vec::new());
         }
-        let known = self.0.get_mut(&linear.name).expect("just put there");
+        let known = self.0.get_mut(&linear.name).expect("just inserted");
         for active in active {
             let is_its = |of: &Weak<Adapter>| of.as_ptr() == Arc::as_ptr(&active.adapter);
             let found = known.iter().find(|(of, _)| is_its(of));
@@ -96,7 +96,7 @@ pub(super) fn project(
     buffers: &mut DecodeBuffers,
 ) -> Result<()> {
     let DecodeBuffers { product, rows, half_forms, whole_forms } = buffers;
-    // Updates are as exact as the base's products: in 16 bits unless those are F32.
+    // Updates have the precision of the base's products: 16 bits unless those are F32.
     match step.panel {
         PanelType::F32 => project_as::<f32>(step, outs, x, add, product, rows, whole_forms),
         PanelType::Int16 | PanelType::Int8 => {
@@ -120,7 +120,7 @@ fn project_as<T: LowRankElement>(
     }
     let mut products: Vec<row_dot::RowProduct> = Vec::new();
     if add {
-        // A product overwrites; one that is added to the residual stream needs a buffer.
+        // A product overwrites its output, so adding it to the residual stream needs a buffer.
         product.resize(outs.iter().map(|(_, out)| out.len()).sum(), 0.0);
         let mut rest = &mut product[..];
         for (linear, out) in &outs {
@@ -170,7 +170,7 @@ fn updates_of<'w, T: LowRankElement>(
     Ok(())
 }
 
-/// The scales that DoRA gives the base's product, `1 + Σ weight · (s − 1)`; `None` without DoRA.
+/// The scales of the base's product with DoRA, `1 + Σ weight · (s − 1)`; `None` without DoRA.
 fn row_scales<T>(updates: &[(Arc<DecodeWeights<T>>, f32)]) -> Option<Vec<f32>> {
     let mut scales: Option<Vec<f32>> = None;
     for (form, weight) in updates {

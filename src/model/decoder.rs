@@ -12,7 +12,7 @@ use super::adapters::{ActiveAdapter, Adapters};
 use super::cache::TensorCache;
 use super::config::Config;
 use super::embedding::{Embedding, adapts_embedding};
-use super::gradients::AdapterGradients;
+use super::gradients::GradientBuffers;
 use super::layer::LayerPass;
 use super::layer::reference::TensorLayerPass;
 use super::layers::{Layer, Linear, LinearGroup};
@@ -22,7 +22,7 @@ use super::pass::{Pass, Rows};
 use crate::ops::{Compute, DeviceMatrix, rms_norm};
 use crate::quant::FrozenMatrix;
 
-/// A decoder over frozen weights. Nothing is ever written to it or attached to it.
+/// A decoder over frozen weights. It is immutable; adapters are arguments of its functions.
 #[derive(Debug)]
 pub struct Decoder {
     /// Its configuration.
@@ -80,7 +80,7 @@ impl Decoder {
         Ok(self)
     }
 
-    /// Where its passes compute.
+    /// The device of its passes.
     pub fn device(&self) -> &Device {
         &self.device
     }
@@ -130,7 +130,7 @@ impl Decoder {
         tokens: &[u32],
         pass: &Pass,
         dx: &mut [f32],
-        sink: &mut AdapterGradients,
+        sink: &mut GradientBuffers,
     ) -> Result<()> {
         self.embedding().backward(tokens, pass, dx, sink)
     }
@@ -217,7 +217,7 @@ impl Decoder {
         }
     }
 
-    /// The lowest layer that a trainable adapter sits on, and where in it: nothing below needs a
+    /// The lowest layer with a trainable adapter, and its group in it: nothing below needs a
     /// gradient.
     pub fn lowest_trainable(&self, adapters: Adapters) -> Option<(usize, LinearGroup)> {
         let trained = |linear: &Linear| {
@@ -230,7 +230,7 @@ impl Decoder {
         })
     }
 
-    /// Bytes of all frozen matrices, where they lie.
+    /// Bytes of all frozen matrices.
     pub fn weight_bytes(&self) -> usize {
         let linears = self.layers.iter().flat_map(Layer::linears).flat_map(Linear::matrix);
         let mut all: Vec<&Arc<FrozenMatrix>> = linears.chain([&self.embedding]).collect();
@@ -240,12 +240,12 @@ impl Decoder {
         all.iter().map(|matrix| matrix.bytes().len()).sum()
     }
 
-    /// Which kernel serves each kind of linear layer in a decoding step.
+    /// The kernel of each type of linear layer in a decode step.
     pub fn decode_kernels(&self) -> BTreeMap<String, String> {
         self.kernels_by(|weight| self.compute.decode_kernel(weight.block_type()))
     }
 
-    /// Which kernel serves each kind of linear layer, in training, scoring and reading a prompt.
+    /// The kernel of each type of linear layer in training, scoring and prefill.
     pub fn kernels(&self) -> BTreeMap<String, String> {
         self.kernels_by(|_| self.compute.linear_kernel())
     }

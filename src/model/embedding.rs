@@ -1,15 +1,15 @@
 //! The token embedding under adapters.
 //!
-//! It may get a low-rank update, and an adapter may bring a whole matrix of its own (`modules_to_save`) or
-//! some tokens' rows (`trainable_token_indices`). All of it is added to the base's embedding, times the
-//! adapter's weight: a whole matrix counts as its difference to the base's. Dropout does not apply here.
+//! An adapter can have a low-rank update, a whole matrix (`modules_to_save`) or rows of some tokens
+//! (`trainable_token_indices`). Each is added to the base's embedding, times the adapter's weight: a whole
+//! matrix counts as its difference to the base's. Dropout does not apply here.
 
 use candle_core::{Device, Result, Tensor, Var};
 use quantune_adapters::config::EMBEDDING;
 use quantune_adapters::delta::{Adapter, TOKEN_ROWS};
 
 use super::adapters::{ActiveAdapter, parameter};
-use super::gradients::AdapterGradients;
+use super::gradients::GradientBuffers;
 use super::pass::Pass;
 use crate::ops::Values;
 use crate::ops::frozen_linear::{frozen_rows, read_rows};
@@ -20,7 +20,7 @@ pub(super) struct Embedding<'a> {
     pub weight: &'a FrozenMatrix,
     /// Embeddings are multiplied by it.
     pub multiplier: f64,
-    /// Where the layers compute.
+    /// The device of the layers.
     pub device: &'a Device,
 }
 
@@ -125,7 +125,7 @@ impl Embedding<'_> {
         tokens: &[u32],
         pass: &Pass,
         dx: &mut [f32],
-        sink: &mut AdapterGradients,
+        sink: &mut GradientBuffers,
     ) -> Result<()> {
         self.scale_in_place(dx);
         let dx = &*dx;

@@ -1,5 +1,4 @@
-//! The forward pass without a backward pass to come: scoring, prompts and decode steps, by the backend
-//! of the decoder.
+//! Inference: forward passes for scoring, prefill and decode steps, on the backend of the decoder.
 
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -47,8 +46,8 @@ impl Decoder {
         self.hidden_with(rows, adapters, Some(cache), None, false)
     }
 
-    /// [`Self::hidden_cached`] for a decoding step, a token a row, at the speed of memory. In the
-    /// integer modes its rounding is another than a prompt's, whatever the number of rows.
+    /// [`Self::hidden_cached`] for a decode step with one token per row, bound by memory bandwidth. In the
+    /// integer precisions it rounds differently from prefill, independent of the number of rows.
     pub fn hidden_step(
         &self,
         rows: &Rows,

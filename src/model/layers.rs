@@ -1,7 +1,7 @@
 //! The weights of a layer: norms, linear layers, attention and feed-forward, frozen or trainable.
 //!
-//! A feed-forward block of another kind is a variant of [`FeedForward`]: its weights here, its passes in a
-//! file of its own in `layer/`, and its reference form in `layer/reference.rs`.
+//! Another kind of feed-forward block is a variant of [`FeedForward`]: its weights are here, its passes in a
+//! file in `layer/`, and its reference form in `layer/reference.rs`.
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use crate::ops::gemm::Weights;
 use crate::ops::{AttentionConfig, DeviceMatrix, Values};
 use crate::quant::FrozenMatrix;
 
-/// A tensor of a model, and which of the model's gradients is its own if it trains.
+/// A tensor of a model, and the index of its gradient if it is trainable.
 #[derive(Debug, Clone)]
 pub(super) struct Parameter {
     /// F32.
@@ -37,7 +37,7 @@ impl Parameter {
 #[derive(Debug, Clone)]
 pub(super) struct Norm {
     pub weight: Parameter,
-    /// Added to the weight before it multiplies: 1 where a family stores weights less 1.
+    /// Added to the weight: 1 for families that store weights minus 1.
     pub offset: f32,
 }
 
@@ -46,7 +46,7 @@ impl Norm {
         Self { weight: Parameter::frozen(weight), offset: 0.0 }
     }
 
-    /// The factors as they multiply, on the tape of the weight.
+    /// The effective weight, on the tape of the stored weight.
     pub fn factors(&self) -> Result<Tensor> {
         match self.offset {
             0.0 => Ok(self.weight.value.clone()),
@@ -54,7 +54,7 @@ impl Norm {
         }
     }
 
-    /// Calls `f` with the factors as they multiply.
+    /// Calls `f` with the effective weight.
     pub fn with_factors<R>(&self, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
         let values = Values::of(&self.weight.value)?;
         let factors: Cow<[f32]> = match self.offset {
@@ -74,7 +74,7 @@ impl Norm {
 pub(super) enum LinearWeight {
     Frozen {
         matrix: Arc<FrozenMatrix>,
-        /// The same on another device.
+        /// A frozen matrix on another device.
         uploaded: Option<Arc<DeviceMatrix>>,
     },
     Trainable {
@@ -88,7 +88,7 @@ pub(super) enum LinearWeight {
 /// A linear layer: `y = x · Wᵀ + b`.
 #[derive(Debug, Clone)]
 pub(super) struct Linear {
-    /// The Hugging Face module path, which adapters know it by.
+    /// The Hugging Face module path, by which adapters refer to it.
     pub name: String,
     pub weight: LinearWeight,
     pub bias: Option<Parameter>,
@@ -118,7 +118,7 @@ impl Linear {
         Self { name, weight, bias: bias.map(Parameter::frozen), rows, cols }
     }
 
-    /// A layer of this shape whose weight trains.
+    /// A layer of this shape with a trainable weight.
     ///
     /// # Panics
     /// If the weight has no gradient.
@@ -129,7 +129,7 @@ impl Linear {
         rows: usize,
         cols: usize,
     ) -> Self {
-        let gradient = weight.gradient.expect("a weight that trains");
+        let gradient = weight.gradient.expect("a trainable weight");
         let weight = LinearWeight::Trainable { value: weight.value, gradient };
         Self { name, weight, bias, rows, cols }
     }
@@ -147,17 +147,17 @@ impl Linear {
     /// The frozen matrix.
     ///
     /// # Errors
-    /// If the weight trains: adapters and decode steps need a frozen base.
+    /// If the weight is trainable: adapters and decode steps need a frozen base.
     pub fn matrix(&self) -> Result<&Arc<FrozenMatrix>> {
         match &self.weight {
             LinearWeight::Frozen { matrix, .. } => Ok(matrix),
             LinearWeight::Trainable { .. } => {
-                candle_core::bail!("{}: the weight trains, needed a frozen one", self.name)
+                candle_core::bail!("{}: the weight is trainable, needed a frozen one", self.name)
             }
         }
     }
 
-    /// Index of the weight's gradient, if it trains.
+    /// Index of the weight's gradient, if it is trainable.
     pub fn gradient(&self) -> Option<usize> {
         match self.weight {
             LinearWeight::Frozen { .. } => None,
@@ -214,7 +214,7 @@ impl Projection {
 #[derive(Debug, Clone)]
 pub(super) struct Attention {
     pub qkv: Projection,
-    /// Of queries and keys: of each head, `(head_dim)`, or of all heads of a token together.
+    /// Norms of queries and keys: per head, `(head_dim)`, or over all heads of a token.
     pub q_norm: Option<Norm>,
     pub k_norm: Option<Norm>,
     pub o: Linear,
@@ -222,7 +222,7 @@ pub(super) struct Attention {
     pub rope: LayerRope,
 }
 
-/// The block behind attention.
+/// The feed-forward block.
 #[derive(Debug, Clone)]
 pub(super) enum FeedForward {
     Dense(DenseFeedForward),
@@ -272,12 +272,12 @@ pub(super) struct Layer {
     /// Before attention.
     pub input_norm: Option<Norm>,
     pub attention: Attention,
-    /// Behind attention, before the residual addition.
+    /// After attention, before the residual addition.
     pub post_attention_norm: Option<Norm>,
     /// Before the feed-forward block.
     pub pre_feedforward_norm: Option<Norm>,
     pub feed_forward: FeedForward,
-    /// Behind the feed-forward block, before the residual addition.
+    /// After the feed-forward block, before the residual addition.
     pub post_feedforward_norm: Option<Norm>,
 }
 
@@ -313,8 +313,8 @@ impl Layer {
     }
 }
 
-/// Where the weights of layers come from, by their Hugging Face module paths. An implementation keeps
-/// its faults to itself and gives `None`.
+/// A source of layer weights, by Hugging Face module paths. An implementation records its
+/// errors and returns `None`.
 pub(super) trait LayerSource {
     /// The norm of `width` values.
     fn norm(&mut self, module: String, width: usize) -> Option<Norm>;
@@ -323,7 +323,7 @@ pub(super) trait LayerSource {
     fn linear(&mut self, module: String, rows: usize, cols: usize, bias: bool) -> Option<Linear>;
 }
 
-/// The layer of that index. Everything is asked for even if something is missing, so that all faults
+/// Builds the layer with this index. All tensors are requested even if one is missing, so that all errors
 /// are reported at once.
 pub(super) fn build(config: &Config, index: usize, source: &mut impl LayerSource) -> Option<Layer> {
     let c = config;
@@ -394,12 +394,12 @@ fn projection(
     linears.into_iter().collect::<Option<_>>().map(Projection::Separate)
 }
 
-/// Hugging Face's names of the norms of a layer: before and behind attention, before and behind the
+/// Hugging Face's names of the norms of a layer: before and after attention, before and after the
 /// feed-forward block.
 pub(super) fn norm_names(family: &Family) -> [Option<&'static str>; 4] {
     const AFTER: &str = "post_attention_layernorm";
     match family.norms {
-        // "After attention" is here before the feed-forward block.
+        // In these families "post_attention" is the norm before the feed-forward block.
         Norms::Before => [Some("input_layernorm"), None, Some(AFTER), None],
         Norms::Around => [
             Some("input_layernorm"),

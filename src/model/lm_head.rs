@@ -1,8 +1,8 @@
 //! The head of a decoder (`lm_head`) under adapters: logits and log-probs of hidden states.
 //!
-//! It may get a low-rank update, and an adapter may bring a whole matrix of its own (`modules_to_save`) or
-//! some tokens' rows (`trainable_token_indices`). All of it is added to the base's logits, times the
-//! adapter's weight: a whole matrix counts as its difference to the base's. Dropout does not apply here.
+//! An adapter can have a low-rank update, a whole matrix (`modules_to_save`) or rows of some tokens
+//! (`trainable_token_indices`). Each is added to the base's logits, times the adapter's weight: a whole matrix
+//! counts as its difference to the base's. Dropout does not apply here.
 
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use rayon::prelude::*;
 
 use super::adapters::{ActiveAdapter, Adapters, parameter};
 use super::config::Config;
-use super::gradients::AdapterGradients;
+use super::gradients::GradientBuffers;
 use crate::isa::Isa;
 use crate::ops::attention::dot;
 use crate::ops::frozen_linear::{few_rows, frozen_rows, read_rows};
@@ -259,7 +259,7 @@ impl<'a> LmHead<'a> {
 pub(crate) struct AdaptedHead<'a> {
     weight: &'a FrozenMatrix,
     vocab_size: usize,
-    /// Factor of the base's product: 1 less the weights of whole heads.
+    /// Factor of the base's product: 1 minus the weights of whole matrices.
     base: f32,
     parts: Vec<HeadPart<'a>>,
 }
@@ -276,7 +276,7 @@ enum HeadPartKind<'a> {
     Update { a: Values<'a>, b: Values<'a>, r: usize, scale: f32 },
     /// `(V, H)`.
     Whole(Values<'a>),
-    /// Own rows less the base's, `(n, H)`, and the name of their gradients.
+    /// The adapter's rows minus the base's, `(n, H)`, and the name of their gradients.
     Tokens { indices: &'a [u32], difference: Vec<f32>, gradients: &'static str },
 }
 
@@ -311,7 +311,7 @@ impl LogitChunk {
     }
 }
 
-/// Logits of a hidden state that a thread takes at a time.
+/// Logits of a hidden state per task.
 const LOGITS: usize = 256;
 
 impl AdaptedHead<'_> {
@@ -381,7 +381,7 @@ impl AdaptedHead<'_> {
         x: &[f32],
         (targets, dlogps, cap): (&[u32], &[f32], Option<LogitSoftcap>),
         dx: &mut [f32],
-        sink: &mut AdapterGradients,
+        sink: &mut GradientBuffers,
     ) {
         let (width, vocabulary) = (self.width(), self.vocab_size);
         let (isa, rows) = (Isa::current(), chunk_rows(targets.len(), vocabulary));
@@ -477,7 +477,7 @@ impl AdaptedHead<'_> {
         x: &[f32],
         dx: &mut [f32],
         chunk: &mut LogitChunk,
-        sink: &mut AdapterGradients,
+        sink: &mut GradientBuffers,
     ) {
         let (width, vocabulary) = (self.width(), self.vocab_size);
         let (isa, rows) = (Isa::current(), x.len() / width);

@@ -28,7 +28,7 @@ impl Decoder {
     /// type.
     ///
     /// # Errors
-    /// As [`Self::load`], and if a GGUF, which has types of its own, is to be quantized.
+    /// As [`Self::load`], and if the checkpoint is a GGUF, which keeps its types.
     pub fn load_as(
         checkpoint: &Checkpoint,
         compute: Compute,
@@ -45,7 +45,7 @@ impl Decoder {
         let mut built: Vec<Option<Layer>> = Vec::new();
         for index in 0..config.num_hidden_layers {
             built.push(layers::build(&config, index, &mut loader));
-            // Enough to report: a hostile number of layers is not tried further.
+            // Stops after many errors, so that a hostile number of layers is not tried further.
             if loader.faults.len() > FAULTS {
                 break;
             }
@@ -53,7 +53,7 @@ impl Decoder {
         let norm = loader.norm_factors("model.norm", config.hidden_size);
         let head = match config.tie_word_embeddings {
             true => embedding.clone(),
-            // A sequence classifier has no logits; its score head is read instead.
+            // A sequence classifier has no lm_head; its score head is used instead.
             false if loader.is_classifier() => embedding.clone(),
             false => loader.matrix("lm_head.weight", config.vocab_size, config.hidden_size),
         };
@@ -119,7 +119,7 @@ impl Loader<'_> {
             let matrix = match self.type_of(name, cols) {
                 Some(of) => matrix.and_then(|matrix| {
                     let quantized = matrix.quantized(of);
-                    matrix.forget(); // only the small one is read from here on
+                    matrix.forget(); // only the quantized matrix is used from here on
                     quantized
                 }),
                 None => matrix,
@@ -129,7 +129,7 @@ impl Loader<'_> {
         self.note(read()).map(Arc::new)
     }
 
-    /// The type a matrix is to be quantized to, if to any.
+    /// The type that a matrix is quantized to, if any.
     fn type_of(&self, name: &str, cols: usize) -> Option<BlockType> {
         use BlockType::{Q2_K, Q3_K, Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K, Q6_K};
         let tied = self.config.tie_word_embeddings && name.starts_with("model.embed_tokens.");

@@ -44,7 +44,7 @@ pub use cache::CacheType;
 pub use config::{Config, FAMILIES, RopeScaling};
 pub use decoder::Decoder;
 pub use full::{FullBuffers, FullModel};
-pub use gradients::AdapterGradients;
+pub use gradients::GradientBuffers;
 pub use kv_cache::KvCache;
 pub use layers::LinearGroup;
 pub use lm_head::Logits;
@@ -57,26 +57,26 @@ use crate::weights::WeightsError;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ModelError {
-    /// The file itself.
+    /// The weights file.
     #[error(transparent)]
     Weights(#[from] WeightsError),
-    /// The properties of the model are missing, contradictory or not ours to run.
+    /// Properties of the model are missing, contradictory or not supported.
     #[error("{path}: {reason}")]
     Config {
         /// The file or folder.
         path: String,
-        /// All that is wrong.
+        /// All errors.
         reason: String,
     },
-    /// Tensors that are missing or of another shape, all of them.
+    /// All tensors that are missing or have another shape.
     #[error("{path}: {reason}")]
     Tensors {
         /// The file or folder.
         path: String,
-        /// All that is wrong.
+        /// All errors.
         reason: String,
     },
-    /// candle refused.
+    /// A tensor operation failed.
     #[error(transparent)]
     Tensor(#[from] candle_core::Error),
 }

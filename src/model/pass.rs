@@ -1,4 +1,4 @@
-//! What all layers of one pass share: rows, rotations, adapters and dropout.
+//! Shared by all layers of a forward pass: rows, rotations, adapters and dropout.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -28,7 +28,7 @@ impl Rows {
         Self::after(rows.iter().map(|row| (row.as_ref(), 0)))
     }
 
-    /// Rows that go on, each from the given position.
+    /// Rows that continue, each from the given position.
     pub fn after<'a>(rows: impl Iterator<Item = (&'a [u32], usize)>) -> Self {
         let (mut tokens, mut positions, mut segments) = (Vec::new(), Vec::new(), Vec::new());
         for (row, seen) in rows {
@@ -40,14 +40,14 @@ impl Rows {
     }
 }
 
-/// What the layers of one pass share.
+/// Data shared by the layers of a pass.
 #[derive(Debug)]
 pub struct Pass<'a> {
     pub(super) segments: Arc<[Segment]>,
     pub(super) rotations: Rotations,
     pub(super) adapters: Adapters<'a>,
     pub(super) dropout: Option<&'a Dropout>,
-    /// Where inputs of linear layers are summed up, in passes that nothing is learned from.
+    /// Where squared inputs of linear layers are summed, in passes without gradients.
     pub(super) squares: Option<&'a InputSquares>,
 }
 

@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use super::adapters::ActiveAdapter;
 use super::config::Config;
 use super::decoder::Decoder;
-use super::gradients::AdapterGradients;
+use super::gradients::GradientBuffers;
 use crate::isa::Isa;
 use crate::ops::gemm::PanelType;
 use crate::ops::linear_cross_entropy::{Distributions, TargetStatsMut};
@@ -96,7 +96,7 @@ impl Decoder {
         active: &[ActiveAdapter],
         reading: &mut Reading,
         dx: &mut [f32],
-        sink: &mut AdapterGradients,
+        sink: &mut GradientBuffers,
     ) -> Result<()> {
         let width = self.config.hidden_size;
         if let Some(head) = self.adapted_head(active)? {

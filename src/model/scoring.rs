@@ -1,5 +1,4 @@
-//! What a frozen model makes of tokens that are there already: log-probs of targets and scores, by
-//! the path that training takes.
+//! Scoring of given tokens by a frozen model: log-probs of targets, and scores, computed like in training.
 
 use std::ops::Range;
 
@@ -10,10 +9,10 @@ use super::inference::hidden;
 use super::{ActiveAdapter, Adapters, Decoder, Rows};
 use crate::data::Batch;
 
-/// Tokens that go through the model at once, where rows are as long as that together.
+/// Tokens per forward pass.
 pub const TOKENS_AT_A_TIME: usize = 2048;
 
-/// Cuts rows of these lengths into runs of [`TOKENS_AT_A_TIME`] tokens or one row.
+/// Splits rows of these lengths into runs of at most [`TOKENS_AT_A_TIME`] tokens, or one row.
 pub fn runs(lengths: impl Iterator<Item = usize>) -> Vec<Range<usize>> {
     let mut runs: Vec<Range<usize>> = Vec::new();
     let mut tokens = 0;

@@ -1,12 +1,12 @@
-//! From rewards to advantages: what reinforcement learning computes before it learns, in which
-//! there is no gradient. Plain slices, one row or one step at a time, in f64 inside.
+//! From rewards to advantages: the computations of reinforcement learning that have no gradient. They work on
+//! slices, one row or one step at a time, in f64 internally.
 
 use serde::{Deserialize, Serialize};
 
 use crate::string_enum::string_enum;
 
 string_enum! {
-    /// How the divergence of policy and reference is estimated at a sampled token (Schulman 2020,
+    /// Estimator of the KL divergence of policy and reference at a sampled token (Schulman 2020,
     /// "Approximating KL divergence").
     #[derive(Debug)]
     pub enum KlEstimator {
@@ -39,12 +39,12 @@ pub fn kl_k3(logp: f32, ref_logp: f32) -> f32 {
     (log_ratio.exp_m1() - log_ratio) as f32
 }
 
-/// The reward at each of a row's S states: `-kl_coef · kl` at its T tokens, the response's score
-/// besides at the last state.
+/// The reward at each of a row's S states: `-kl_coef · kl` at its T tokens, plus the response's score
+/// at the last state.
 ///
-/// S is T, or T + 1: TRL's PPO goes on to the state after the last token where a response ended
-/// before `response_length`, and puts the score there. The rewards, values and returns of the row
-/// then have one entry more than its advantages that are used.
+/// S is T, or T + 1: TRL's PPO adds the state after the last token if a response ended before
+/// `response_length`, and puts the score there. The rewards, values and returns of the row then have one entry
+/// more than the advantages that are used.
 ///
 /// # Panics
 /// If there are fewer states than tokens.
@@ -59,7 +59,7 @@ pub fn token_rewards(kl: &[f32], score: f32, kl_coef: f64, states: usize) -> Vec
 }
 
 /// Generalized advantage estimation (Schulman et al. 2016, equation 16) over the S states of one
-/// row, after which the episode is over: advantages and returns.
+/// row, which is a complete episode: advantages and returns.
 ///
 /// `A_t = δ_t + γ λ A_{t+1}` with `δ_t = r_t + γ V_{t+1} - V_t`; the return is `A_t + V_t`.
 pub fn gae(rewards: &[f32], values: &[f32], gamma: f64, lam: f64) -> (Vec<f32>, Vec<f32>) {
@@ -76,10 +76,10 @@ pub fn gae(rewards: &[f32], values: &[f32], gamma: f64, lam: f64) -> (Vec<f32>, 
     (advantages, returns)
 }
 
-/// Values scaled to variance 1 and, if `shift_mean`, mean 0: over all counted tokens of all rows at
-/// once, as TRL's `masked_whiten` (variance with Bessel's correction, 1e-8 added to it).
+/// Whitens values to variance 1 and, if `shift_mean`, mean 0, over all unmasked tokens of all rows together, as
+/// TRL's `masked_whiten` (variance with Bessel's correction, plus 1e-8).
 ///
-/// A single value has no variance: TRL's is then not a number, here it is 0.
+/// The variance of a single value is 0 here, and NaN in TRL.
 pub fn whiten(values: &mut [f32], shift_mean: bool) {
     let mut moments = RunningMoments::default();
     moments.extend(values);
@@ -91,20 +91,19 @@ pub fn whiten(values: &mut [f32], shift_mean: bool) {
     }
 }
 
-/// Mean and variance of everything seen so far (Chan et al. 1979), for rewards kept at one scale
-/// over a run. Saved with it.
+/// Running mean and variance (Chan et al. 1979), for normalizing rewards over a run. Saved with the run.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct RunningMoments {
-    /// Values seen.
+    /// Number of values.
     pub count: u64,
     /// Their mean.
     pub mean: f64,
-    /// The sum of their squared distances from it.
+    /// The sum of their squared deviations from the mean.
     pub squares: f64,
 }
 
 impl RunningMoments {
-    /// Counts further values.
+    /// Adds values.
     pub fn extend(&mut self, values: &[f32]) {
         let Some(more) = Self::of(values) else { return };
         let (old, new) = (self.count as f64, more.count as f64);
@@ -121,18 +120,18 @@ impl RunningMoments {
         (count > 0).then_some(Self { count, mean, squares })
     }
 
-    /// With Bessel's correction; 0 of fewer than two values.
+    /// The variance with Bessel's correction; 0 for fewer than two values.
     pub fn variance(&self) -> f64 {
         self.squares / self.count.saturating_sub(1).max(1) as f64
     }
 
-    /// The square root of it.
+    /// The standard deviation.
     pub fn std(&self) -> f64 {
         self.variance().sqrt()
     }
 
-    /// `value` in standard deviations, from the mean if `shift_mean`. Before two values are known
-    /// the scale is left as it is.
+    /// `value` divided by the standard deviation, after subtracting the mean if `shift_mean`. With fewer
+    /// than two values it is not scaled.
     pub fn normalize(&self, value: f32, shift_mean: bool) -> f32 {
         let scale = if self.count < 2 { 1.0 } else { self.std() + f64::from(f32::EPSILON) };
         let mean = if shift_mean { self.mean } else { 0.0 };
@@ -140,21 +139,21 @@ impl RunningMoments {
     }
 }
 
-/// A KL coefficient that follows a target (Ziegler et al. 2019, section 2.2; TRL's
-/// `AdaptiveKLController`). Saved with the run.
+/// An adaptive KL coefficient (Ziegler et al. 2019, section 2.2; TRL's `AdaptiveKLController`). Saved with the
+/// run.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct AdaptiveKl {
-    /// The coefficient now.
+    /// The current coefficient.
     pub kl_coef: f64,
-    /// The KL of a response that is aimed at, in nats (TRL's default 6).
+    /// Target KL of a response, in nats (TRL's default 6).
     pub target: f64,
-    /// Episodes over which the coefficient follows (TRL's default 10000).
+    /// Horizon in episodes (TRL's default 10000).
     pub horizon: f64,
 }
 
 impl AdaptiveKl {
-    /// Follows the mean KL of `episodes` responses: `kl_coef · (1 + clip(kl/target - 1, ±0.2) ·
-    /// episodes/horizon)`.
+    /// Updates the coefficient with the mean KL of `episodes` responses:
+    /// `kl_coef · (1 + clip(kl/target - 1, ±0.2) · episodes/horizon)`.
     pub fn update(&mut self, kl: f64, episodes: usize) {
         let error = (kl / self.target - 1.0).clamp(-0.2, 0.2);
         self.kl_coef *= 1.0 + error * episodes as f64 / self.horizon;
@@ -162,37 +161,37 @@ impl AdaptiveKl {
 }
 
 string_enum! {
-    /// What a group's rewards are divided by, beside 1e-4 (TRL's `scale_rewards`).
+    /// Divisor of a group's rewards, plus 1e-4 (TRL's `scale_rewards`).
     #[derive(Debug)]
     pub enum ScaleRewards {
-        /// Their own standard deviation (GRPO: Shao et al. 2024).
+        /// The standard deviation of the group (GRPO: Shao et al. 2024).
         Group = "group",
-        /// That of all rewards of the step (Liu et al. 2025, "Tricks or traps").
+        /// The standard deviation of all rewards of the step (Liu et al. 2025, "Tricks or traps").
         Batch = "batch",
-        /// Nothing: a division favours questions that are too easy or too hard (Dr. GRPO: Liu et al.
+        /// No scaling, because it favours questions that are too easy or too hard (Dr. GRPO: Liu et al.
         /// 2025).
         None = "none",
     }
 }
 
-/// Advantages of responses sampled in groups, and what TRL logs of the rewards.
+/// Advantages of responses sampled in groups, and the reward metrics that TRL logs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct GroupAdvantages {
-    /// One for each response.
+    /// One advantage per response.
     pub advantages: Vec<f32>,
-    /// `reward`: the mean.
+    /// `reward`: the mean reward.
     pub reward: f64,
-    /// `reward_std`: over all responses; not a number for a single one.
+    /// `reward_std`: standard deviation over all responses; NaN for a single one.
     pub reward_std: f64,
-    /// `frac_reward_zero_std`: share of responses with no spread to learn from.
+    /// `frac_reward_zero_std`: fraction of responses in groups with equal rewards.
     pub frac_reward_zero_std: f64,
 }
 
-/// Each reward less the mean of its group (GRPO). `rewards` come group after group, `generations`
-/// in each. A reward that is not a number is no reward: it has advantage 0 and is in no mean.
+/// Each reward minus the mean of its group (GRPO). `rewards` are ordered by group, with `generations`
+/// in each. A NaN means no reward: it gets advantage 0 and is left out of the mean.
 ///
 /// # Panics
-/// If the rewards are no whole number of groups.
+/// If the number of rewards is not a multiple of the group size.
 pub fn group_advantages(
     rewards: &[f32],
     generations: usize,
@@ -219,11 +218,11 @@ pub fn group_advantages(
     GroupAdvantages::new(rewards, found, flat * generations)
 }
 
-/// Each reward less the mean of the *other* rewards of its group (RLOO: Ahmadian et al. 2024).
+/// Each reward minus the mean of the *other* rewards of its group (RLOO: Ahmadian et al. 2024).
 /// Otherwise as [`group_advantages`].
 ///
 /// # Panics
-/// If the rewards are no whole number of groups.
+/// If the number of rewards is not a multiple of the group size.
 pub fn rloo_advantages(rewards: &[f32], generations: usize) -> GroupAdvantages {
     let mut found = vec![0.0; rewards.len()];
     let mut flat = 0;
@@ -240,10 +239,10 @@ pub fn rloo_advantages(rewards: &[f32], generations: usize) -> GroupAdvantages {
     GroupAdvantages::new(rewards, found, flat * generations)
 }
 
-/// A standard deviation that is none (torch's `isclose` to 0).
+/// Standard deviations up to this count as 0 (torch's `isclose`).
 const FLAT: f64 = 1e-8;
 
-/// The groups, each with its part of `out`.
+/// The groups, each with its slice of `out`.
 fn groups<'a>(
     rewards: &'a [f32],
     generations: usize,
@@ -255,7 +254,7 @@ fn groups<'a>(
     rewards.chunks(generations).zip(out.chunks_mut(generations))
 }
 
-/// What is not a number, for want of rewards, is no advantage.
+/// NaN, which means no reward, becomes advantage 0.
 fn number(advantage: f64) -> f32 {
     if advantage.is_nan() { 0.0 } else { advantage as f32 }
 }
@@ -272,7 +271,7 @@ impl GroupAdvantages {
     }
 }
 
-/// Mean and variance of those rewards that are numbers.
+/// Mean and variance of the rewards that are not NaN.
 struct Spread {
     count: u64,
     mean: f64,
@@ -288,8 +287,8 @@ impl Spread {
         Self { count, mean, squares }
     }
 
-    /// With Bessel's correction, as torch's; of one number among several not a number, but 0 if
-    /// there is only one response anyway (TRL's rule).
+    /// The standard deviation with Bessel's correction, as in torch: NaN for one valid reward among several
+    /// responses, but 0 if there is only one response (as in TRL).
     fn std(&self, responses: usize) -> f64 {
         match (responses, self.count) {
             (1, _) => 0.0,
@@ -324,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn whitening_nothing_or_one_value_gives_numbers() {
+    fn whitening_no_or_one_value_is_finite() {
         whiten(&mut [], true);
         let mut one = [5.0];
         whiten(&mut one, true);

@@ -1,6 +1,6 @@
-//! Losses: pure functions of what the head reads. They return a sum over what they count, never
-//! a mean, so that the caller can divide by the count of a whole step and any split of the step
-//! into micro-batches gives the same gradient.
+//! Losses: pure functions of log-probs, scores or values. They return a sum, never a mean, so that the
+//! caller can divide by the count of a whole step and any split of the step into micro-batches gives the
+//! same gradient.
 
 pub mod advantage;
 pub mod policy;
@@ -17,116 +17,116 @@ use policy::{
 use preference::{PreferenceBatch, PreferenceStats};
 use reward::{RewardStats, WeightedPair, pair_losses};
 
-/// What is minimized over a micro-batch.
+/// The objective of a micro-batch.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Objective {
     /// The negative log-likelihood of the learned tokens.
     LanguageModeling,
     /// Scores of compared responses.
     Reward {
-        /// For each response the row, of N, whose hidden state its score is read from.
+        /// For each response the index, in N, of the hidden state of its score.
         rows: Vec<u32>,
-        /// Which of them is preferred to which.
+        /// Preference pairs of responses.
         pairs: Vec<WeightedPair>,
         /// Weight of the squared sum of a pair's scores.
         center_rewards_coefficient: f64,
     },
-    /// Log-probs of responses that are compared or labelled.
+    /// Log-probs of compared or labelled responses.
     Preference(Box<PreferenceBatch>),
     /// Log-probs of sampled responses, the values of their states, or both.
     Ppo {
-        /// The policy's part.
+        /// The policy loss.
         policy: Option<Box<PpoPolicy>>,
-        /// The value head's part.
+        /// The value loss.
         value: Option<Box<PpoValue>>,
     },
     /// Log-probs of responses sampled in groups.
     Grpo(Box<Grpo>),
 }
 
-/// What PPO's policy is held to, for each sampled token.
+/// Inputs of PPO's policy loss, for each sampled token.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PpoPolicy {
     /// Log-probs when the responses were sampled, by the training path.
     pub old_logps: Vec<f32>,
     /// Advantages.
     pub advantages: Vec<f32>,
-    /// What each counts.
+    /// Weight of each in the loss.
     pub weights: Vec<f32>,
-    /// How far the ratio may leave 1.
+    /// Clip range of the ratio around 1.
     pub cliprange: f64,
 }
 
-/// What PPO's values are held to, for each state.
+/// Inputs of PPO's value loss, for each state.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PpoValue {
-    /// For each state the row, of N, whose hidden state its value is read from.
+    /// For each state the index, in N, of the hidden state of its value.
     pub rows: Vec<u32>,
     /// Values when the responses were sampled.
     pub old_values: Vec<f32>,
     /// Returns.
     pub returns: Vec<f32>,
-    /// What each counts, the weight of the value loss included.
+    /// Weight of each in the loss, including the value loss coefficient.
     pub weights: Vec<f32>,
-    /// How far a value may leave its old one.
+    /// Clip range of a value around its old value.
     pub cliprange_value: f64,
 }
 
-/// What GRPO's policy is held to, for each sampled token.
+/// Inputs of GRPO's loss, for each sampled token.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Grpo {
     /// The loss.
     pub settings: GrpoSettings,
-    /// Tokens of each response.
+    /// Number of tokens of each response.
     pub tokens: Vec<usize>,
-    /// Log-probs when they were sampled, by the training path; without, those of this very pass.
+    /// Log-probs when they were sampled, by the training path; without, the current ones are used.
     pub old_logps: Option<Vec<f32>>,
     /// Log-probs under the reference.
     pub ref_logps: Option<Vec<f32>>,
     /// Advantages.
     pub advantages: Vec<f32>,
-    /// What each counts.
+    /// Weight of each in the loss.
     pub weights: Vec<f32>,
-    /// Whether a response is one action (RLOO): advantages and weights are then one a response.
+    /// Whether a response is one action (RLOO), with one advantage and weight per response.
     pub by_response: bool,
 }
 
-/// The loss of a micro-batch, and what was counted with it.
+/// The loss of a micro-batch, and statistics.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct ObjectiveOutput {
     /// The loss, summed.
     pub loss: f64,
-    /// What was counted.
+    /// Statistics.
     pub stats: Stats,
-    /// Of sampled responses (PPO, GRPO) the log-probs of their tokens as they were read.
+    /// Log-probs of the tokens of sampled responses (PPO, GRPO).
     pub logps: Vec<f32>,
 }
 
-/// What objectives count, a kind each; those of micro-batches add up.
+/// Statistics of the objectives; those of micro-batches can be added.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Stats {
-    /// Of reward models.
+    /// Reward modelling.
     pub reward: Option<RewardStats>,
-    /// Of preferences.
+    /// Preference optimization.
     pub preference: Option<PreferenceStats>,
-    /// Of PPO's policy.
+    /// PPO's policy loss.
     pub policy: Option<PpoPolicyStats>,
-    /// Of its values.
+    /// PPO's value loss.
     pub value: Option<PpoValueStats>,
-    /// Of GRPO.
+    /// GRPO.
     pub grpo: Option<GrpoStats>,
-    /// Of language modelling.
+    /// Language modelling.
     pub tokens: Option<TokenStats>,
 }
 
-/// What language modelling counts of learned tokens.
+/// Statistics of the learned tokens of language modelling.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct TokenStats {
-    /// How many they are.
+    /// Number of tokens.
     pub count: u64,
-    /// How many the model predicts greedily.
+    /// Number of tokens that are the most likely one.
     pub argmax_count: u64,
-    /// The entropies of the distributions they are of, summed, in nats.
+    /// Summed entropy of the predicted distributions, in nats.
     pub entropy: f64,
 }
 
@@ -153,7 +153,7 @@ impl TokenStats {
 }
 
 impl Stats {
-    /// Means under TRL's names, but for PPO's, which are means over several steps.
+    /// Means under TRL's names; without those of PPO, which are means over several steps.
     pub fn metrics(&self) -> Vec<(&'static str, f64)> {
         let mut found: Vec<(&'static str, f64)> = Vec::new();
         if let Some(reward) = &self.reward {
@@ -171,7 +171,7 @@ impl Stats {
         found
     }
 
-    /// Adds those of another micro-batch.
+    /// Adds the statistics of another micro-batch.
     pub fn add(&mut self, other: Self) {
         fn merge<T>(into: &mut Option<T>, other: Option<T>, add: impl Fn(&mut T, &T)) {
             match (into.as_mut(), other) {
@@ -190,7 +190,7 @@ impl Stats {
 }
 
 impl Objective {
-    /// Whether it reads the log-probs of targets.
+    /// Whether the objective needs log-probs of targets.
     pub fn reads_log_probs(&self) -> bool {
         match self {
             Self::Reward { .. } => false,
@@ -199,7 +199,7 @@ impl Objective {
         }
     }
 
-    /// The rows, of N, whose hidden states it reads scores or values from.
+    /// Indices, in N, of the hidden states of scores or values.
     pub fn score_rows(&self) -> Option<&[u32]> {
         match self {
             Self::Reward { rows, .. } => Some(rows),
@@ -208,13 +208,13 @@ impl Objective {
         }
     }
 
-    /// The loss, summed over what is counted: a scalar, differentiable in `logps` and `scores`.
+    /// The summed loss: a scalar, differentiable in `logps` and `scores`.
     ///
     /// `logps (M)` F32 are the log-probabilities of the M targets, in nats, `scores (S)` F32 those of
-    /// [`Self::score_rows`]. What is known of the M distributions is counted.
+    /// [`Self::score_rows`]. Statistics of the M distributions are only recorded.
     ///
     /// # Errors
-    /// If something is not there that the objective reads, or counts differ.
+    /// If an input of the objective is missing, or counts differ.
     pub fn compute(
         &self,
         logps: Option<&Tensor>,
@@ -224,14 +224,14 @@ impl Objective {
         let entropies = distributions.map(|known| known.entropies);
         let needed = |read: Option<&Tensor>, what: &str| match read {
             Some(read) => Ok(read.clone()),
-            None => candle_core::bail!("this objective reads {what}, and there are none"),
+            None => candle_core::bail!("this objective needs {what}"),
         };
         let logps = || needed(logps, "log-probs");
         match self {
             Self::LanguageModeling => {
                 let logps = logps()?;
                 let values = logps.to_vec1::<f32>()?;
-                // The tape adds up in f32; what is reported is the sum of the same terms in f64.
+                // The tape sums in f32; the reported loss is the sum of the same terms in f64.
                 let loss = -values.iter().map(|&logp| f64::from(logp)).sum::<f64>();
                 let tokens = distributions.map(TokenStats::new);
                 let stats = Stats { tokens, ..Stats::default() };

@@ -1,31 +1,31 @@
 //! Policy gradients over sampled responses: PPO's clipped losses (Schulman et al. 2017), GRPO's
-//! (Shao et al. 2024) and its forms.
+//! (Shao et al. 2024) and its variants.
 //!
-//! A batch is the response tokens of its rows laid end to end, T of them; nothing is padded. What
-//! a token counts is a weight the caller knows from the whole step ([`LossForm`]), so that any
-//! split of the step into micro-batches gives one gradient.
+//! A batch is the concatenated response tokens of its rows, T in total, without padding. Each token has a
+//! weight that depends on the whole step ([`LossForm`]), so that any split of the step into micro-batches
+//! gives the same gradient.
 
 use super::reward::floats;
 use crate::string_enum::string_enum;
 use candle_core::{Result, Tensor};
 
 string_enum! {
-    /// What a step's sum over tokens is divided by, in effect (TRL's `loss_type`).
+    /// How token losses are averaged (TRL's `loss_type`).
     #[derive(Debug)]
     pub enum LossForm {
-        /// The mean over a row's tokens, then over rows: each row counts the same, so a token of a
-        /// long one counts less (Shao et al. 2024).
+        /// The mean over a row's tokens, then over rows: rows have equal weight, so a token of a long row has
+        /// less (Shao et al. 2024).
         Grpo = "grpo",
         /// The mean over all tokens (TRL's `bnpo`; also PPO's).
         Bnpo = "bnpo",
-        /// The sum over tokens by the length a response may have, then the mean over rows: no length is
-        /// favoured (Dr. GRPO: Liu et al. 2025).
+        /// The sum over tokens divided by the maximum length of a response, then the mean over rows, which
+        /// has no length bias (Dr. GRPO: Liu et al. 2025).
         DrGrpo = "dr_grpo",
     }
 }
 
 impl LossForm {
-    /// What each token of a row of `tokens` tokens counts.
+    /// The weight of each token of a row of `tokens` tokens.
     pub fn weight(self, tokens: usize, max_completion_length: usize) -> f32 {
         match self {
             Self::Grpo => 1.0 / tokens.max(1) as f32,
@@ -40,8 +40,8 @@ impl LossForm {
         per_token(&tokens.iter().map(weight).collect::<Vec<_>>(), tokens)
     }
 
-    /// What the weighted sum over a whole step is divided by, from the tokens of all its rows. A
-    /// row that is masked (a truncated completion, if those are) has none, but is a row.
+    /// Divisor of the weighted sum over a whole step, from the number of tokens of each row. A masked row (a
+    /// truncated completion) has no tokens, but counts as a row.
     pub fn count(self, tokens: &[usize]) -> usize {
         let count = match self {
             Self::Grpo | Self::DrGrpo => tokens.len(),
@@ -51,7 +51,7 @@ impl LossForm {
     }
 }
 
-/// What belongs to a row, for each of its tokens: `(R)` → `(T)`.
+/// Repeats a row's value for each of its tokens: `(R)` → `(T)`.
 pub fn per_token(rows: &[f32], tokens: &[usize]) -> Vec<f32> {
     let repeat = |(&value, &count)| std::iter::repeat_n(value, count);
     rows.iter().zip(tokens).flat_map(repeat).collect()
@@ -66,21 +66,21 @@ pub fn row_sums(values: &Tensor, tokens: &[usize]) -> Result<Tensor> {
     Tensor::zeros(tokens.len(), values.dtype(), values.device())?.index_add(&rows, values, 0)
 }
 
-/// What was sampled, for the tokens of a batch (or, in RLOO's form, for its whole responses).
+/// Sampling data of the tokens of a batch (or, for RLOO, of its whole responses).
 #[derive(Debug, Clone, Copy)]
 pub struct Sampled<'a> {
     /// Log-probs when the batch was sampled, by the training path, `(T)`.
     pub old_logps: &'a [f32],
     /// Advantages, `(T)`.
     pub advantages: &'a [f32],
-    /// What each counts, `(T)`.
+    /// Weight of each, `(T)`.
     pub weights: &'a [f32],
 }
 
 /// PPO's policy loss, `Σ weight · max(-A r, -A clip(r, 1 ± cliprange))` with `r = π/π_old`
 /// (Schulman et al. 2017, equation 7): a scalar, differentiable in `logps (T)` F32.
 ///
-/// `entropies (T)`, if they are known, are only counted.
+/// `entropies (T)`, if given, are only recorded.
 ///
 /// # Errors
 /// If counts differ.
@@ -143,7 +143,7 @@ pub fn ppo_value_loss(
     Ok((loss, stats))
 }
 
-/// Sums over the tokens of a batch; those of several batches add up.
+/// Sums over the tokens of a batch; those of several batches can be added.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct PpoPolicyStats {
     /// Tokens.
@@ -154,7 +154,7 @@ pub struct PpoPolicyStats {
     pub loss: f64,
     /// `½ (log π - log π_old)²`.
     pub approxkl: f64,
-    /// Tokens whose clipped loss is the greater.
+    /// Tokens whose clipped loss is greater.
     pub clipped: u64,
     /// `π/π_old`.
     pub ratio: f64,
@@ -175,7 +175,7 @@ impl PpoPolicyStats {
     }
 }
 
-/// Sums over the states of a batch; those of several batches add up.
+/// Sums over the states of a batch; those of several batches can be added.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct PpoValueStats {
     /// States.
@@ -184,7 +184,7 @@ pub struct PpoValueStats {
     pub weight: f64,
     /// The loss.
     pub loss: f64,
-    /// States whose clipped loss is the greater.
+    /// States whose clipped loss is greater.
     pub clipped: u64,
 }
 
@@ -198,11 +198,10 @@ impl PpoValueStats {
     }
 }
 
-/// Means under the names of TRL's PPO over the minibatches of a step, of all its epochs, each
-/// minibatch counting the same.
+/// Means under the names of TRL's PPO, over all minibatches of all epochs of a step, with equal weight.
 ///
-/// TRL's `approxkl`, `ratio` and entropy are means over padding too (where it takes the ratio to be
-/// 1 and the log-probs not to have changed); these are over tokens.
+/// TRL's `approxkl`, `ratio` and entropy are means over padding too (with ratio 1 and unchanged log-probs
+/// there); these are over tokens only.
 pub fn ppo_metrics(policy: &[PpoPolicyStats], value: &[PpoValueStats]) -> Vec<(&'static str, f64)> {
     let means = |of: &dyn Fn(&PpoPolicyStats) -> f64| -> Vec<f64> {
         policy.iter().map(|stats| of(stats) / stats.tokens.max(1) as f64).collect()
@@ -228,22 +227,22 @@ pub fn ppo_metrics(policy: &[PpoPolicyStats], value: &[PpoValueStats]) -> Vec<(&
     metrics
 }
 
-/// The numbers of GRPO's loss, named as TRL does.
+/// The parameters of GRPO's loss, with TRL's names.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct GrpoSettings {
-    /// How far the ratio may fall below 1.
+    /// Lower clip range of the ratio below 1.
     pub epsilon: f64,
-    /// How far it may rise above 1; in DAPO (Yu et al. 2025) further.
+    /// Upper clip range above 1; larger in DAPO (Yu et al. 2025).
     pub epsilon_high: f64,
-    /// Weight of the divergence from the reference, k3; 0 asks for no reference.
+    /// Weight of the KL divergence from the reference (k3); with 0 no reference is needed.
     pub beta: f64,
 }
 
 /// GRPO's loss, `Σ weight · (-min(r A, clip(r, 1 - ε, 1 + ε_high) A) + β k3)` (Shao et al. 2024,
 /// equations 3 and 4): a scalar, differentiable in `logps (T)` F32.
 ///
-/// `tokens (R)` are those of each row. `ref_logps (T)` are needed if β is not 0; `entropies (T)`,
-/// if they are known, are only counted. Over the summed log-probs of whole responses
+/// `tokens (R)` is the number of tokens of each row. `ref_logps (T)` are needed if β is not 0; `entropies (T)`,
+/// if given, are only recorded. With the summed log-probs of whole responses
 /// ([`row_sums`]), each a row of one "token", with `beta` 0 (KL then is part of the reward), this is
 /// RLOO's loss.
 ///
@@ -263,7 +262,7 @@ pub fn grpo_loss(
     let mut kl = None;
     if beta != 0.0 {
         let Some(ref_logps) = ref_logps else {
-            candle_core::bail!("a divergence from the reference needs its log-probs")
+            candle_core::bail!("a KL penalty needs log-probs of the reference")
         };
         let log_ratio = (column(ref_logps, logps)? - logps)?;
         let k3 = ((log_ratio.exp()? - &log_ratio)? - 1.0)?;
@@ -281,7 +280,7 @@ pub fn grpo_loss(
     Ok((loss, stats))
 }
 
-/// Sums over the tokens of a batch; those of several batches add up.
+/// Sums over the tokens of a batch; those of several batches can be added.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct GrpoStats {
     /// Tokens.
@@ -292,13 +291,13 @@ pub struct GrpoStats {
     pub kl: Option<f64>,
     /// Entropies, if they were given.
     pub entropy: Option<f64>,
-    /// Tokens whose ratio is held from below: made less likely than a bad response asks for.
+    /// Tokens whose ratio is clipped from below, with a negative advantage.
     pub low_clipped: u64,
-    /// Tokens whose ratio is held from above.
+    /// Tokens whose ratio is clipped from above.
     pub high_clipped: u64,
-    /// The least share of a row's tokens held from below.
+    /// The smallest fraction of a row's tokens clipped from below.
     pub low_min: f64,
-    /// The greatest share of a row's tokens held from above.
+    /// The largest fraction of a row's tokens clipped from above.
     pub high_max: f64,
 }
 
@@ -354,7 +353,7 @@ impl GrpoStats {
         self.high_max = self.high_max.max(other.high_max);
     }
 
-    /// Means over tokens under the names of TRL's GRPOTrainer; none if there is no token.
+    /// Means over tokens under the names of TRL's GRPOTrainer; empty without tokens.
     pub fn metrics(&self) -> Vec<(&'static str, f64)> {
         if self.tokens == 0 {
             return Vec::new();
@@ -393,7 +392,7 @@ impl Clipped {
     }
 }
 
-/// Numbers without a gradient, where `like` is.
+/// Values without a gradient, on the device of `like`.
 fn column(values: &[f32], like: &Tensor) -> Result<Tensor> {
     Tensor::from_slice(values, values.len(), like.device())
 }
@@ -413,7 +412,7 @@ fn mean(values: &[f64]) -> f64 {
     values.iter().sum::<f64>() / values.len().max(1) as f64
 }
 
-/// With Bessel's correction, as torch's; 0 of fewer than two values.
+/// The variance with Bessel's correction, as in torch; 0 for fewer than two values.
 fn variance(values: &[f64]) -> f64 {
     let mean = mean(values);
     let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();

@@ -1,5 +1,5 @@
-//! Learning from comparisons without a reward model: DPO and related losses. All of them judge
-//! responses by their log-probs alone; a loss is a variant of [`PreferenceLoss`] with its parameters,
+//! Preference optimization without a reward model: DPO and related losses. All of them depend only on the
+//! log-probs of responses; a loss is a variant of [`PreferenceLoss`] with its parameters,
 //! and an arm of [`preference_losses`]. Formulas are those of
 //! TRL 1.16 (DPOTrainer, KTOTrainer, and of its experimental trainers ORPO's and CPO's).
 
@@ -10,7 +10,7 @@ use super::reward::{floats, log_sigmoid};
 use crate::string_enum::string_enum;
 
 string_enum! {
-    /// The name of a preference loss, as `loss_type` has it.
+    /// The name of a preference loss, the value of `loss_type`.
     #[derive(Debug)]
     pub enum PreferenceLossType {
         /// DPO.
@@ -28,7 +28,7 @@ string_enum! {
     }
 }
 
-/// A preference loss with the parameters that only it has.
+/// A preference loss with its own parameters.
 ///
 /// With `h = log π(y_w)/π_ref(y_w) - log π(y_l)/π_ref(y_l)`, the difference of the log-ratios of
 /// chosen and rejected:
@@ -37,7 +37,7 @@ pub enum PreferenceLoss {
     /// DPO (Rafailov et al. 2023, equation 7): `-log σ(β h)`. Label smoothing ε makes it
     /// conservative (Mitchell 2023): `-(1 - ε) log σ(β h) - ε log σ(-β h)`.
     Sigmoid {
-        /// Probability that a comparison is labelled the wrong way round.
+        /// Probability that the labels of a comparison are swapped.
         label_smoothing: f64,
         /// Whether the reference is uniform.
         reference_free: bool,
@@ -48,20 +48,20 @@ pub enum PreferenceLoss {
         reference_free: bool,
     },
     /// IPO (Azar et al. 2023, equation 17): `(h' - 1 / 2β)²`, where h' has each log-ratio divided
-    /// by the tokens of its response.
+    /// by the number of tokens of its response.
     Ipo {
         /// Whether the reference is uniform.
         reference_free: bool,
     },
-    /// ORPO (Hong et al. 2024, equation 6): the log-odds ratio, weighted by β, beside the negative
-    /// log-likelihood of what was chosen. No reference.
+    /// ORPO (Hong et al. 2024, equation 6): the log-odds ratio, weighted by β, plus the negative
+    /// log-likelihood of the chosen response. No reference.
     Orpo,
     /// SimPO (Meng et al. 2024, equation 6): log-probs per token, a target margin γ, no reference;
     /// smoothed as DPO is.
     SimPo {
         /// Target margin, in units of reward.
         simpo_gamma: f64,
-        /// Probability that a comparison is labelled the wrong way round.
+        /// Probability that the labels of a comparison are swapped.
         label_smoothing: f64,
     },
     /// KTO (Ethayarajh et al. 2024, equation 7): responses labelled good or bad, no pairs; see
@@ -101,7 +101,7 @@ impl PreferenceLoss {
         matches!(self, Self::Orpo)
     }
 
-    /// What the loss takes from all rows of a step together: a micro-batch alone does not know it.
+    /// Constants of the loss that depend on all rows of a step, not only on a micro-batch.
     ///
     /// `mismatched` returns the summed log-probs, under policy and reference, of each row's prompt
     /// with the response of another row, whose index it is given.
@@ -130,7 +130,7 @@ impl PreferenceLoss {
     }
 }
 
-/// What a loss takes from all rows of a step together; 0 for losses that take nothing.
+/// Constants of a loss that depend on all rows of a step; 0 for losses without such constants.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct StepConstants {
     /// KTO: the reference point, [`kto_kl`].
@@ -139,50 +139,50 @@ pub struct StepConstants {
     pub nll_weight: f64,
 }
 
-/// The settings of preference optimization, named and set as TRL does.
+/// The settings of preference optimization, with TRL's names and values.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PreferenceSettings {
-    /// Which loss.
+    /// The loss type.
     pub loss: PreferenceLoss,
-    /// How strongly the policy is held to the reference; in ORPO the weight of the odds ratio, in
+    /// Strength of the KL constraint to the reference; for ORPO the weight of the odds ratio, for
     /// SimPO the scale of the rewards.
     pub beta: f64,
 }
 
-/// Responses of a micro-batch, which are compared in pairs or labelled.
+/// Responses of a micro-batch, compared in pairs or labelled.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PreferenceBatch {
     /// The loss.
     pub settings: PreferenceSettings,
-    /// Learned tokens of each response, in their order.
+    /// Number of learned tokens of each response, in order.
     pub tokens: Vec<usize>,
     /// Summed log-probs of each response under the reference, if there is one.
     pub reference: Option<Vec<f32>>,
-    /// How the responses are judged.
+    /// Pairs or labels of the responses.
     pub judgement: PreferenceJudgement,
-    /// What the loss takes from the whole step.
+    /// Constants of the whole step.
     pub constants: StepConstants,
 }
 
-/// How people judged the responses of a micro-batch.
+/// Pairs or labels of the responses of a micro-batch.
 #[derive(Debug, Clone, PartialEq)]
 pub enum PreferenceJudgement {
-    /// In pairs.
+    /// Preference pairs.
     Pairs {
         /// For each pair the indices of the preferred response and of the other.
         pairs: Vec<(usize, usize)>,
-        /// Learned tokens of each prompt, where prompts are learned too: their log-probs follow
+        /// Number of learned tokens of each prompt, if prompts are learned too: their log-probs follow
         /// those of all responses.
         prompts: Vec<usize>,
         /// For each pair the index of its prompt, where prompts are learned too.
         prompt_of: Vec<usize>,
     },
-    /// One by one: whether each is good.
+    /// Labels: whether each response is good.
     Labels(Vec<bool>),
 }
 
 impl PreferenceBatch {
-    /// What the sum of losses is divided by: pairs, or labelled responses.
+    /// Divisor of the summed loss: the number of pairs, or of labelled responses.
     pub fn count(&self) -> usize {
         match &self.judgement {
             PreferenceJudgement::Pairs { pairs, .. } => pairs.len(),
@@ -254,7 +254,7 @@ impl PreferenceBatch {
     }
 }
 
-/// What is known of P pairs.
+/// Log-probs of P pairs.
 #[derive(Debug, Clone, Copy)]
 pub struct PairLogps<'a> {
     /// Log-probs of the chosen responses under the policy, summed over their tokens, `(P)` F32.
@@ -264,20 +264,20 @@ pub struct PairLogps<'a> {
     /// The same under the reference, chosen and rejected, `(P)` each. Without, the reference is
     /// uniform (TRL's `reference_free`).
     pub reference: Option<(&'a [f32], &'a [f32])>,
-    /// Tokens of the chosen responses, `(P)`.
+    /// Number of tokens of the chosen responses, `(P)`.
     pub chosen_tokens: &'a [usize],
     /// Tokens of the rejected.
     pub rejected_tokens: &'a [usize],
-    /// What ORPO also minimizes.
+    /// The likelihood term of ORPO.
     pub nll: Option<NegativeLogLikelihood<'a>>,
 }
 
-/// The likelihood of what was chosen, prompts included (as in TRL and ORPO's own code).
+/// The likelihood of chosen responses with their prompts (as in TRL and ORPO's own code).
 #[derive(Debug, Clone, Copy)]
 pub struct NegativeLogLikelihood<'a> {
     /// Log-probs of prompt and chosen response, summed over their predicted tokens, `(P)` F32.
     pub logps: &'a Tensor,
-    /// The tokens summed over, `(P)`.
+    /// Number of these tokens, `(P)`.
     pub tokens: &'a [usize],
     /// Pairs of the whole step divided by these tokens of the whole step: so that the mean over
     /// tokens and the mean over pairs become one sum over pairs.
@@ -287,12 +287,12 @@ pub struct NegativeLogLikelihood<'a> {
 /// The losses of P pairs, or of R labelled responses.
 #[derive(Debug)]
 pub struct PreferenceLosses {
-    /// One for each, `(P)` F32, differentiable: the caller divides their sum by the pairs (KTO: the
-    /// responses) of the whole step.
+    /// One loss for each, `(P)` F32, differentiable: the caller divides their sum by the number of pairs
+    /// (KTO: of responses) of the whole step.
     pub losses: Tensor,
-    /// Implicit rewards `β log π/π_ref` of the chosen responses; of the good ones, in KTO.
+    /// Implicit rewards `β log π/π_ref` of the chosen (KTO: good) responses.
     pub chosen_rewards: Vec<f64>,
-    /// The same of the rejected, or the bad.
+    /// The same of the rejected (KTO: bad) responses.
     pub rejected_rewards: Vec<f64>,
     /// Sums.
     pub stats: PreferenceStats,
@@ -301,7 +301,7 @@ pub struct PreferenceLosses {
 /// The losses of pairs.
 ///
 /// # Errors
-/// If counts differ, the likelihood that ORPO needs is missing, or the loss is KTO's, which has no pairs.
+/// If counts differ, the likelihood for ORPO is missing, or the loss is KTO, which has no pairs.
 pub fn preference_losses(
     settings: &PreferenceSettings,
     logps: &PairLogps<'_>,
@@ -335,7 +335,7 @@ pub fn preference_losses(
         }
         PreferenceLoss::Orpo => {
             let Some(nll) = logps.nll else {
-                candle_core::bail!("ORPO needs the log-likelihood of what was chosen")
+                candle_core::bail!("ORPO needs the log-likelihood of the chosen responses")
             };
             let chosen = per_token(chosen, logps.chosen_tokens)?;
             let rejected = per_token(rejected, logps.rejected_tokens)?;
@@ -350,7 +350,7 @@ pub fn preference_losses(
             Ok(found)
         }
         PreferenceLoss::Kto { .. } => {
-            candle_core::bail!("KTO judges single responses, not pairs")
+            candle_core::bail!("KTO needs labelled responses, not pairs")
         }
     }
 }
@@ -372,7 +372,7 @@ pub fn kto_losses(
 ) -> Result<PreferenceLosses> {
     let &PreferenceSettings { loss, beta } = settings;
     let PreferenceLoss::Kto { desirable_weight, undesirable_weight } = loss else {
-        candle_core::bail!("only KTO judges single responses")
+        candle_core::bail!("only KTO supports labelled responses")
     };
     if reference.len() != labels.len() {
         let (found, needed) = (reference.len(), labels.len());
@@ -418,8 +418,8 @@ pub fn kto_mismatched(rows: usize) -> Vec<usize> {
     (0..rows).map(|row| (row + rows - 1) % rows).collect()
 }
 
-/// ORPO's likelihood is a mean over tokens of the step, its odds ratio a mean over pairs: what the
-/// likelihood is multiplied by so that both are divided by the pairs.
+/// The weight of ORPO's likelihood, which is a mean over the tokens of the step, while the odds ratio is a
+/// mean over pairs: with this weight both are divided by the number of pairs.
 fn orpo_nll_weight(parts: &[&PreferenceBatch]) -> f64 {
     let (mut all_pairs, mut tokens) = (0, 0);
     for part in parts {
@@ -471,14 +471,14 @@ fn per_token(sums: &Tensor, tokens: &[usize]) -> Result<Tensor> {
 /// `log p/(1 - p)` of log-probs per token.
 ///
 /// `log(1 - p)` as `log(tanh(-x/2) (1 + exp x))`, exact near p = 1 where `1 - exp x` cancels. A
-/// probability that rounds to 1 has no odds: it is held just below, without a gradient there.
+/// probability that rounds to 1 is clamped just below, without a gradient there.
 fn log_odds(logps: &Tensor) -> Result<Tensor> {
     let x = logps.minimum(-1e-6)?;
     let rest = ((&x * -0.5)?.tanh()?.log()? + (x.exp()? + 1.0)?.log()?)?;
     x - rest
 }
 
-/// The result of pairs, from what stands for their rewards (times β) and for their log-probs.
+/// The result of pairs, from their losses, implicit rewards (times β) and log-probs.
 fn judged(
     losses: Tensor,
     beta: f64,
@@ -504,7 +504,7 @@ fn judged(
     Ok(PreferenceLosses { losses, chosen_rewards, rejected_rewards, stats })
 }
 
-/// Sums over a batch; those of several batches add up.
+/// Sums over a batch; those of several batches can be added.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct PreferenceStats {
     /// Chosen (good) responses.
@@ -523,15 +523,15 @@ pub struct PreferenceStats {
     pub chosen_logps: f64,
     /// Of the rejected.
     pub rejected_logps: f64,
-    /// ORPO: negative log-likelihood of what was chosen.
+    /// ORPO: negative log-likelihood of the chosen responses.
     pub nll: f64,
-    /// ORPO: tokens of that.
+    /// ORPO: number of tokens of the likelihood.
     pub nll_tokens: u64,
-    /// ORPO: `log σ` of the log-odds ratios, which TRL calls so.
+    /// ORPO: `log σ` of the log-odds ratios, as TRL's `log_odds_ratio`.
     pub log_odds_ratio: f64,
     /// ORPO: the log-odds ratios.
     pub log_odds_chosen: f64,
-    /// KTO: the reference point, summed over responses, and these.
+    /// KTO: the reference point, summed over responses, and their number.
     pub kl: Option<(f64, u64)>,
 }
 
@@ -559,7 +559,8 @@ impl PreferenceStats {
         };
     }
 
-    /// Means under TRL's names. As there, a side of which there is nothing has no metric.
+    /// Means under TRL's names. As in TRL, there are no metrics of chosen or rejected responses if there are
+    /// none.
     pub fn metrics(&self) -> Vec<(&'static str, f64)> {
         let mut metrics = Vec::new();
         let mut side = |count: u64, [reward, logp]: [(&'static str, f64); 2]| {

@@ -1,24 +1,24 @@
-//! Reward modelling: scores of responses held to what people preferred, pair by pair (Bradley and
-//! Terry 1952), and whether the probabilities this implies are the ones observed.
+//! Reward modelling: the pairwise loss of response scores (Bradley and Terry 1952), and the calibration of the
+//! probabilities they imply.
 
 use candle_core::{Device, Result, Tensor};
 
-/// Two responses by their places among the scores.
+/// A pair of responses, as indices into the scores.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct WeightedPair {
     /// The preferred one.
     pub better: usize,
     /// The other.
     pub worse: usize,
-    /// By how much its score should be the higher one at least (Llama 2, section 3.2.2).
+    /// Minimum margin between the scores (Llama 2, section 3.2.2).
     pub margin: f32,
-    /// What the pair counts: [`pair_weight`] of the pairs of its prompt.
+    /// Weight of the pair in the loss: [`pair_weight`] of the pairs of its prompt.
     pub weight: f32,
 }
 
-/// What each of a prompt's pairs counts: all of them together are one comparison, or the model
-/// overfits to prompts with many. `1 / C(K, 2)` for K ranked responses without ties (InstructGPT,
-/// equation 1); of those with ties, or with responses left out, only the pairs there are.
+/// The weight of each of a prompt's pairs: all pairs of a prompt together count as one comparison, because
+/// the model would overfit to prompts with many. It is `1 / C(K, 2)` for K ranked responses without ties
+/// (InstructGPT, equation 1); with ties or dropped responses only the remaining pairs count.
 pub fn pair_weight(pairs: usize) -> f32 {
     1.0 / pairs.max(1) as f32
 }
@@ -26,11 +26,11 @@ pub fn pair_weight(pairs: usize) -> f32 {
 /// `Σ weight · (-log σ(r_b - r_w - margin) + c · (r_b + r_w)²)` over the pairs: a scalar,
 /// differentiable in `scores (R)` F32.
 ///
-/// The centring term keeps scores around 0, which differences alone leave free (Eisenstein et al.
-/// 2023; TRL's `center_rewards_coefficient`). What the sum is divided by is the sum of the weights.
+/// The centering term keeps scores around 0, which differences do not determine (Eisenstein et al.
+/// 2023; TRL's `center_rewards_coefficient`). The caller divides by the sum of the weights.
 ///
 /// # Errors
-/// If a pair names a score that is not there.
+/// If an index of a pair is out of range.
 pub fn pair_losses(
     scores: &Tensor,
     pairs: &[WeightedPair],
@@ -57,20 +57,20 @@ pub fn pair_losses(
 
 /// `log σ(z)`, without overflow for any z.
 ///
-/// Written in `-z`, where candle's derivatives of relu and abs at 0 are both 1: there the
-/// derivative is 1/2 only so, and all scores of a new head are equal.
+/// Computed from `-z`, because candle's derivatives of relu and abs at 0 are both 1: only this form has the
+/// derivative 1/2 at 0, where all scores of a new head are.
 pub(super) fn log_sigmoid(z: &Tensor) -> Result<Tensor> {
     let minus = z.neg()?;
     let tail = (minus.abs()?.neg()?.exp()? + 1.0)?.log()?; // log(1 + exp(-|z|))
     (minus.relu()? + tail)?.neg()
 }
 
-/// Sums over the pairs of a batch; those of several batches add up.
+/// Sums over the pairs of a batch; those of several batches can be added.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RewardStats {
     /// Pairs.
     pub pairs: u64,
-    /// Their weights: what the loss is divided by.
+    /// Sum of their weights, the divisor of the loss.
     pub weight: f64,
     /// The loss.
     pub loss: f64,
@@ -159,15 +159,14 @@ pub(super) fn floats(values: &Tensor) -> Result<Vec<f64>> {
 /// Bins of a [`Calibration`].
 const BINS: usize = 10;
 
-/// Expected against observed preference over held-out pairs.
+/// Calibration over held-out pairs: predicted and observed preference.
 ///
-/// Pairs come ordered, the better one first, so a predicted `σ(r_b - r_w)` would be held to an
-/// outcome that is always 1. What is asked instead does not depend on the order: how sure the
-/// model is of the side it prefers, `p = σ(|r_b - r_w|)` in [0.5, 1], and how often people
-/// preferred that side too. Equal scores are right half the time.
+/// Pairs are ordered, the better response first, so that the outcome for `σ(r_b - r_w)` would always be 1. The
+/// statistics therefore do not depend on the order: the confidence of the model in the response it prefers,
+/// `p = σ(|r_b - r_w|)` in [0.5, 1], and its accuracy. Equal scores count as half correct.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Calibration {
-    /// By the probability, equally wide from 0.5 to 1.
+    /// Bins by probability, equally wide from 0.5 to 1.
     pub bins: [CalibrationBin; BINS],
     squared_error: f64,
 }
@@ -179,12 +178,12 @@ pub struct CalibrationBin {
     pub pairs: u64,
     /// The sum of their probabilities.
     pub expected: f64,
-    /// How many the model is right about.
+    /// Number of pairs the model ranks correctly.
     pub observed: f64,
 }
 
 impl Calibration {
-    /// Counts a pair by its `r_b - r_w`.
+    /// Adds a pair with the margin `r_b - r_w`.
     pub fn add(&mut self, margin: f64) {
         let probability = 1.0 / (1.0 + (-margin.abs()).exp());
         let bin = ((probability - 0.5) * 2.0 * BINS as f64) as usize;
@@ -200,19 +199,19 @@ impl Calibration {
         self.squared_error += error * error;
     }
 
-    /// Pairs counted.
+    /// Number of pairs.
     pub fn pairs(&self) -> u64 {
         self.bins.iter().map(|bin| bin.pairs).sum()
     }
 
-    /// The mean distance of expected and observed frequency, over pairs (Naeini et al. 2015).
+    /// The expected calibration error (Naeini et al. 2015).
     pub fn expected_calibration_error(&self) -> f64 {
         let distance = |bin: &CalibrationBin| (bin.expected - bin.observed).abs();
         self.bins.iter().map(distance).sum::<f64>() / self.pairs().max(1) as f64
     }
 
-    /// The mean squared error of the probabilities (Brier 1950): 0.25 for a model that knows
-    /// nothing and says so.
+    /// The Brier score, the mean squared error of the probabilities (Brier 1950): 0.25 for a model that always
+    /// predicts 0.5.
     pub fn brier(&self) -> f64 {
         self.squared_error / self.pairs().max(1) as f64
     }
@@ -247,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn calibration_is_that_of_the_side_the_model_prefers() {
+    fn calibration_is_of_the_preferred_response() {
         let mut honest = Calibration::default();
         for (margin, times) in [(3.0f64.ln(), 3), (-(3.0f64.ln()), 1), (0.0, 4)] {
             (0..times).for_each(|_| honest.add(margin)); // 3 to 1 is a probability of 0.75

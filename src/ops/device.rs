@@ -121,7 +121,7 @@ impl FromStr for DeviceName {
 }
 
 fn unknown(text: &str) -> String {
-    format!("{text:?} is no device, needed cpu, cuda, cuda:N or metal")
+    format!("{text:?} is not a device, needed cpu, cuda, cuda:N or metal")
 }
 
 impl fmt::Display for DeviceName {

@@ -229,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_of_the_weight_is_kept_on_the_tape() {
+    fn the_weight_is_not_kept_on_the_tape() {
         let w = FrozenMatrix::from_f32(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 3, 2).unwrap();
         let w = Arc::new(DeviceMatrix::upload(&w, &Device::Cpu).unwrap());
         let x = candle_core::Var::new(&[[1f32, 1.0]], &Device::Cpu).unwrap();

@@ -783,7 +783,7 @@ impl AlignedScratch {
         let mut rest = &mut self.lines[..];
         let mut next = lines.iter().zip(lengths);
         std::array::from_fn(|_| {
-            let (&lines, length) = next.next().expect("as many as asked for");
+            let (&lines, length) = next.next().expect("one per length");
             let (part, behind) = std::mem::take(&mut rest).split_at_mut(lines);
             rest = behind;
             // SAFETY: a line consists of sixteen `f32`.

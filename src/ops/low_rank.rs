@@ -247,8 +247,8 @@ unsafe fn expand_panels<S: Lanes, T: LowRankElement, const M: usize, const N: us
 ) -> usize {
     let b =
         form.b[place(form, panel)..][..((form.r - 1) * B_PANELS_PER_STRIPE + N) * B_PANEL].as_ptr();
-    // SAFETY: the panels' numbers are a stripe's width apart and inside of the slice just taken; by this
-    // function's contract the outputs are this thread's.
+    // SAFETY: the panels are a stripe's width apart and inside the slice taken above; this
+    // function's contract guarantees exclusive access to the outputs.
     unsafe {
         let mut sums = [[S::splat(0.0); M]; N];
         for k in 0..form.r {

@@ -11,64 +11,65 @@ use crate::isa::{Isa, multiversion};
 /// The constants of AdamW, under transformers' names.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamWSettings {
-    /// Decay of the mean of gradients.
+    /// Decay rate of the first moment.
     pub adam_beta1: f64,
-    /// Decay of the mean of squared gradients.
+    /// Decay rate of the second moment.
     pub adam_beta2: f64,
-    /// Added to the root of the mean square.
+    /// Added to the denominator.
     pub adam_epsilon: f64,
-    /// Fraction of `learning_rate · parameter` taken off each step.
+    /// Weight decay coefficient, times the learning rate in each step.
     pub weight_decay: f64,
 }
 
-/// The optimizer's state, as many vectors as parameters.
+/// The optimizer state, with one vector per parameter.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdamW {
-    /// Its constants.
+    /// The hyperparameters.
     pub settings: AdamWSettings,
-    /// Which parameters decay.
+    /// Whether weight decay applies, per parameter.
     pub decays: Vec<bool>,
-    /// What the learning rate is multiplied with, parameter by parameter (LoRA+, Hayou et al. 2024).
+    /// Learning rate multiplier per parameter (LoRA+, Hayou et al. 2024).
     pub rates: Vec<f64>,
     /// Steps taken.
     pub step: u64,
-    /// Mean of gradients.
+    /// First moments.
     pub exp_avg: Vec<Vec<f32>>,
-    /// Mean of squared gradients.
+    /// Second moments.
     pub exp_avg_sq: Vec<Vec<f32>>,
 }
 
 impl AdamW {
-    /// A fresh state for parameters of these lengths, all of which decay.
+    /// A new state for parameters of these lengths, all with weight decay.
     pub fn new(settings: AdamWSettings, lengths: &[usize]) -> Self {
         let zeros: Vec<Vec<f32>> = lengths.iter().map(|&n| vec![0.0; n]).collect();
         let (decays, rates) = (vec![true; lengths.len()], vec![1.0; lengths.len()]);
         Self { settings, decays, rates, step: 0, exp_avg: zeros.clone(), exp_avg_sq: zeros }
     }
 
-    /// The same with learning rates of their own.
+    /// The same with a learning rate multiplier per parameter.
     ///
     /// # Panics
-    /// If there are not as many rates as parameters.
+    /// If the number of rates differs from the number of parameters.
     pub fn with_rates(self, rates: Vec<f64>) -> Self {
-        assert_eq!(rates.len(), self.exp_avg.len(), "a rate a parameter");
+        assert_eq!(rates.len(), self.exp_avg.len(), "one rate per parameter");
         Self { rates, ..self }
     }
 
-    /// The same with parameters that do not decay: torch's group of `weight_decay` 0.
+    /// The same with weight decay only where `decays` is true, like a parameter group in torch with
+    /// `weight_decay` 0.
     ///
     /// # Panics
-    /// If there are not as many flags as parameters.
+    /// If the number of flags differs from the number of parameters.
     pub fn with_decays(self, decays: Vec<bool>) -> Self {
-        assert_eq!(decays.len(), self.exp_avg.len(), "a flag a parameter");
+        assert_eq!(decays.len(), self.exp_avg.len(), "one flag per parameter");
         Self { decays, ..self }
     }
 
-    /// One step in place: `p ← p (1 - lr · wd)`, then `p ← p - lr · m̂ / (sqrt(v̂) + ε)`, of
-    /// gradients times `factor` (clipping's). Whether all parameters are finite behind it.
+    /// One step in place: `p ← p (1 - lr · wd)`, then `p ← p - lr · m̂ / (sqrt(v̂) + ε)`, with the
+    /// gradients times `factor` (of gradient clipping). Returns whether all parameters are finite after it.
     ///
-    /// One pass over all there is, in which each number meets the same arithmetic on any number of
-    /// threads. `parameters` are F32 on the CPU, in the order of the state.
+    /// One pass over all values, with the same arithmetic on any number of threads. `parameters` are F32 on the
+    /// CPU, in the order of the state.
     pub fn step(
         &mut self,
         parameters: &[Var],
@@ -95,7 +96,7 @@ impl AdamW {
     }
 }
 
-/// What all numbers of a parameter share in a step.
+/// Constants of a step that are the same for all elements of a parameter.
 #[derive(Clone, Copy)]
 pub(super) struct Constants {
     pub factor: f32,
@@ -109,7 +110,7 @@ pub(super) struct Constants {
 }
 
 impl Constants {
-    /// Of step `step`, counted from 1.
+    /// The constants of step `step`, counted from 1.
     pub fn of(settings: &AdamWSettings, step: u64, factor: f32, lr: f64, decays: bool) -> Self {
         let AdamWSettings { adam_beta1: b1, adam_beta2: b2, adam_epsilon, weight_decay } =
             *settings;
@@ -125,13 +126,13 @@ impl Constants {
     }
 }
 
-/// The step of one parameter.
+/// The update of one parameter.
 struct AdamWUpdate<'a> {
     constants: Constants,
     gradient: &'a [f32],
-    /// Both means.
+    /// Both moments.
     state: RefCell<(&'a mut [f32], &'a mut [f32])>,
-    /// Whether the parameter is finite behind it.
+    /// Set to whether the parameter is finite after the update.
     finite: Cell<bool>,
 }
 
@@ -142,14 +143,14 @@ impl InplaceOp1 for AdamWUpdate<'_> {
 
     fn cpu_fwd(&self, storage: &mut CpuStorage, layout: &Layout) -> Result<()> {
         let Some((start, end)) = layout.contiguous_offsets() else {
-            candle_core::bail!("a parameter is strided: {:?}", layout.stride())
+            candle_core::bail!("a parameter is not contiguous: strides {:?}", layout.stride())
         };
         let CpuStorage::F32(values) = storage else { candle_core::bail!("a parameter is not F32") };
         let values = &mut values[start..end];
         let (m, v) = &mut *self.state.borrow_mut();
         if [self.gradient.len(), m.len(), v.len()] != [values.len(); 3] {
             let (found, needed) = (self.gradient.len(), values.len());
-            candle_core::bail!("a gradient of {found} numbers for a parameter of {needed}");
+            candle_core::bail!("a gradient of {found} values for a parameter of {needed}");
         }
         let (isa, constants) = (Isa::current(), self.constants);
         let state = m.par_chunks_mut(CHUNK).zip(v.par_chunks_mut(CHUNK));
@@ -162,7 +163,7 @@ impl InplaceOp1 for AdamWUpdate<'_> {
 }
 
 multiversion! {
-    /// The step of some numbers, and whether they are finite behind it.
+    /// Updates some elements, and returns whether they are finite after it.
     fn update(isa; p: &mut [f32], g: &[f32], m: &mut [f32], v: &mut [f32], c: Constants) -> bool {
         let mut finite = true;
         for (((p, g), m), v) in p.iter_mut().zip(g).zip(m).zip(v) {
@@ -212,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_decay_stays_where_no_gradient_is() {
+    fn without_decay_and_gradient_a_parameter_is_unchanged() {
         let settings = AdamWSettings {
             adam_beta1: 0.9,
             adam_beta2: 0.999,
@@ -225,9 +226,9 @@ mod tests {
         assert_eq!(parameters.each_ref().map(values), [[1.9], [2.0]]);
     }
 
-    /// Large and small parameters, steps on one thread and on three, with a number that is none.
+    /// Large and small parameters, steps on one thread and on three, with a NaN.
     #[test]
-    fn threads_change_no_bit_and_what_is_not_finite_is_told() {
+    fn threads_do_not_change_bits_and_nan_is_reported() {
         let settings = AdamWSettings {
             adam_beta1: 0.9,
             adam_beta2: 0.99,

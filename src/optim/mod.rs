@@ -1,5 +1,5 @@
-//! From gradients to steps: clipping, schedules, AdamW. All state is plain `f32` in a fixed order,
-//! so that it can be saved and a step repeats to the bit.
+//! The optimizer: AdamW, gradient clipping and learning rate schedules. All state is `f32` in a fixed order,
+//! so that it can be saved and steps are reproducible to the bit.
 
 mod adamw;
 mod schedule;
@@ -16,10 +16,10 @@ use crate::isa::{Isa, multiversion};
 /// Gradients, one vector per parameter, in the parameters' order.
 pub type Gradients = Vec<Vec<f32>>;
 
-/// Numbers a thread takes at a time; what is summed is summed by such chunks, in their order.
+/// Elements per task; sums are computed per chunk and added in order.
 const CHUNK: usize = 1 << 14;
 
-/// The Euclidean norm over all gradients, summed in f64: not finite if one of them is not.
+/// The Euclidean norm over all gradients, summed in f64; NaN or Inf if one of them is.
 pub fn global_norm(gradients: &[Vec<f32>]) -> f64 {
     let isa = Isa::current();
     let squares = |g: &Vec<f32>| -> f64 {
@@ -30,14 +30,14 @@ pub fn global_norm(gradients: &[Vec<f32>]) -> f64 {
     sums.iter().sum::<f64>().sqrt()
 }
 
-/// What gradients of this norm are multiplied with so that it is at most `max_norm`, as torch's
+/// The gradient clipping factor that reduces a norm to at most `max_norm`, as torch's
 /// `clip_grad_norm_`.
 pub fn clip_factor(norm: f64, max_norm: f64) -> f32 {
     (max_norm / (norm + 1e-6)).min(1.0) as f32
 }
 
 multiversion! {
-    /// By lane, so that it vectorizes.
+    /// Summed per lane, so that it vectorizes.
     fn sum_of_squares(isa; values: &[f32]) -> f64 {
         let mut lanes = [0f64; 16];
         let (wide, rest) = values.as_chunks::<16>();
@@ -56,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn clipping_brings_the_norm_down_only() {
+    fn clipping_only_reduces_the_norm() {
         let gradients = vec![vec![3.0, 0.0], vec![4.0]];
         let norm = global_norm(&gradients);
         assert_eq!(norm, 5.0);

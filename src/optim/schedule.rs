@@ -1,43 +1,43 @@
-//! Learning rates over a run, as transformers' `get_scheduler` has them.
+//! Learning rate schedules, equal to those of transformers' `get_scheduler`.
 
 use crate::string_enum::string_enum;
 
 string_enum! {
-    /// The shape of the learning rate after the warm-up.
+    /// The schedule after the warm-up.
     #[derive(Debug)]
     pub enum ScheduleKind {
-        /// Always the same; no warm-up.
+        /// Constant, without warm-up.
         Constant = "constant",
-        /// Always the same after the warm-up.
+        /// Constant after the warm-up.
         ConstantWithWarmup = "constant_with_warmup",
-        /// Falls linearly.
+        /// Linear decay.
         Linear = "linear",
-        /// Falls along half a cosine.
+        /// Cosine decay.
         Cosine = "cosine",
-        /// Always the same after the warm-up until it falls linearly (Hu et al. 2024).
+        /// Constant after the warm-up, then linear decay (Hu et al. 2024).
         WarmupStableDecay = "warmup_stable_decay",
     }
 }
 
-/// A learning rate for each step of a run.
+/// The learning rate of each step of a run.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Schedule {
-    /// Its shape.
+    /// The kind of schedule.
     pub kind: ScheduleKind,
     /// The highest learning rate.
     pub learning_rate: f64,
-    /// Steps from 0 to the highest.
+    /// Warm-up steps from 0 to the highest learning rate.
     pub warmup_steps: u64,
     /// Steps of the run.
     pub total_steps: u64,
-    /// Steps in which [`ScheduleKind::WarmupStableDecay`] falls.
+    /// Decay steps of [`ScheduleKind::WarmupStableDecay`].
     pub decay_steps: u64,
-    /// Where it ends, as a part of the highest.
+    /// Final learning rate, as a fraction of the highest.
     pub min_lr_ratio: f64,
 }
 
 impl Schedule {
-    /// The learning rate of step `step`, counted from 0: with a warm-up the first is 0.
+    /// The learning rate of a step, counted from 0; with a warm-up, that of step 0 is 0.
     pub fn at(&self, step: u64) -> f64 {
         let (step, warmup, total) =
             (step as f64, self.warmup_steps as f64, self.total_steps as f64);

@@ -1,5 +1,5 @@
-//! The portable form of the optimizer: AdamW in candle ops, its state where the parameters are. It
-//! defines the answer on every device, and a test holds the fast form to it.
+//! The portable form of the optimizer: AdamW in candle ops, with its state on the device of the parameters. It
+//! defines the answer on every device, and a test compares the CPU form with it.
 
 use candle_core::{D, Device, Result, Tensor, Var};
 
@@ -13,16 +13,16 @@ pub struct TensorAdamW {
     rates: Vec<f64>,
     /// Steps taken.
     pub step: u64,
-    /// As the parameters, F32.
+    /// Moments with the shapes of the parameters, F32.
     exp_avg: Vec<Tensor>,
     exp_avg_sq: Vec<Tensor>,
 }
 
 impl TensorAdamW {
-    /// A state brought to where its parameters are.
+    /// Moves a state to the device of its parameters.
     ///
     /// # Errors
-    /// If it is of parameters of other sizes, or the device has too little memory.
+    /// If the sizes of state and parameters differ, or the device has too little memory.
     pub fn of(state: AdamW, parameters: &[Var]) -> Result<Self> {
         let AdamW { settings, decays, rates, step, exp_avg, exp_avg_sq } = state;
         let brought = |moments: Vec<Vec<f32>>| -> Result<Vec<Tensor>> {
@@ -74,19 +74,19 @@ impl TensorAdamW {
     }
 }
 
-/// The Euclidean norm over all gradients: not finite if one of them is not.
+/// The Euclidean norm over all gradients; NaN or Inf if one of them is.
 pub fn tensor_norm(gradients: &[Tensor]) -> Result<f64> {
     let squares = gradients.iter().map(|gradient| sum(&gradient.sqr()?));
     let squares = sums(&squares.collect::<Result<Vec<_>>>()?)?;
     Ok(squares.iter().map(|&sum| f64::from(sum)).sum::<f64>().sqrt())
 }
 
-/// By rows first, which keeps a long sum of F32 near.
+/// Sums by rows first, which reduces the rounding error of long F32 sums.
 fn sum(x: &Tensor) -> Result<Tensor> {
     x.sum(D::Minus1)?.sum_all()
 }
 
-/// Single numbers, brought to the CPU together.
+/// Copies scalars to the CPU together.
 fn sums(numbers: &[Tensor]) -> Result<Vec<f32>> {
     match numbers.is_empty() {
         true => Ok(Vec::new()),
@@ -152,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_finite_is_told() {
+    fn nan_is_reported() {
         let settings = AdamWSettings {
             adam_beta1: 0.9,
             adam_beta2: 0.99,

@@ -25,7 +25,7 @@ pub enum BlockType {
 }
 
 impl BlockType {
-    /// Every type there is.
+    /// All block types.
     pub const ALL: &[Self] = &[
         Self::F32,
         Self::F16,
@@ -45,7 +45,7 @@ impl BlockType {
         Self::MXFP4,
     ];
 
-    /// Those that we also write: all but the last three.
+    /// The types that can also be written: all but the last three.
     pub const WRITTEN: &[Self] = Self::ALL.split_at(Self::ALL.len() - 3).0;
 
     /// The type with this number in `enum ggml_type`, if we can read it.
@@ -75,7 +75,7 @@ impl BlockType {
         }
     }
 
-    /// Where the `f16` scales of a block are, for making random blocks in tests.
+    /// Offsets of the `f16` scales of a block, for random blocks in tests.
     #[cfg(test)]
     pub(crate) fn scale_offsets(self) -> &'static [usize] {
         match self {
@@ -120,7 +120,7 @@ impl BlockType {
         }
     }
 
-    /// Bytes of `values` values, or `None` if they are no whole number of blocks or overflow.
+    /// Bytes of `values` values, or `None` if they are not whole blocks or overflow.
     pub fn bytes_for(self, values: usize) -> Option<usize> {
         let len = self.block_len();
         if !values.is_multiple_of(len) {
@@ -129,7 +129,7 @@ impl BlockType {
         (values / len).checked_mul(self.block_bytes())
     }
 
-    /// This type, or if rows of `cols` values are no whole blocks of it, the one that llama.cpp
+    /// This type, or if rows of `cols` values are not whole blocks of it, the one that llama.cpp
     /// quantizes them to instead.
     pub fn for_rows_of(self, cols: usize) -> Self {
         if cols.is_multiple_of(self.block_len()) {
@@ -145,15 +145,15 @@ impl BlockType {
         if cols.is_multiple_of(smaller.block_len()) { smaller } else { Self::F16 }
     }
 
-    /// A type that we write, by its name in any case.
+    /// A type that can be written, by its name in any case.
     ///
     /// # Errors
-    /// If there is none.
+    /// If the name is unknown.
     pub fn written(name: &str) -> Result<Self, String> {
         let found = Self::WRITTEN.iter().find(|of| of.to_string() == name.to_uppercase());
         found.copied().ok_or_else(|| {
             let all: Vec<String> = Self::WRITTEN.iter().map(Self::to_string).collect();
-            format!("{name:?} is no tensor type, needed one of {}", all.join(", "))
+            format!("{name:?} is not a tensor type, needed one of {}", all.join(", "))
         })
     }
 
@@ -222,8 +222,8 @@ fn bf16_value(b: &[u8; 2], y: &mut [f32; 1]) {
 #[inline(always)]
 fn half(b: &[u8], at: usize) -> f32 {
     let bits = u32::from(u16::from_le_bytes([b[at], b[at + 1]]));
-    // Exponent and mantissa where `f32` has them, 112 too small in the exponent: the product puts
-    // that right, subnormal numbers included. Infinities and NaN have all exponent bits set.
+    // Exponent and mantissa at the position of `f32`, with an exponent 112 too small: the product corrects
+    // that, also for subnormal numbers. Infinities and NaN have all exponent bits set.
     let small = f32::from_bits((bits & 0x7fff) << 13);
     let value = (small * f32::from_bits(0x7780_0000)).to_bits(); // · 2^112
     let infinite = if bits & 0x7c00 == 0x7c00 { 0x7f80_0000 } else { 0 };
@@ -319,7 +319,7 @@ fn q3_k(b: &[u8; 110], y: &mut [f32; 256]) {
 }
 
 /// The bytes and the shift of the `i`-th run of 16 two-bit values: four runs, 32 values apart,
-/// share a stretch of 16 bytes.
+/// share 16 bytes.
 #[inline(always)]
 fn two_bits(q: &[u8], i: usize) -> (&[u8], usize) {
     (&q[32 * (i / 8) + 16 * (i % 2)..][..16], i % 8 / 2 * 2)
@@ -371,7 +371,7 @@ fn q6_k(b: &[u8; 210], y: &mut [f32; 256]) {
     let d = half(b, 208);
     for (i, y) in y.as_chunks_mut::<16>().0.iter_mut().enumerate() {
         let dl = d * f32::from(b[192 + i] as i8);
-        // Within each half of 128, run k holds values 32 apart: k = 0..4, two stretches of 16.
+        // Within each half of 128, run k holds values 32 apart: k = 0..4, two groups of 16.
         let (of_half, k, stretch) = (i / 8, i % 8 / 2, i % 2);
         let low = &b[64 * of_half + 32 * (k % 2) + 16 * stretch..][..16];
         let high = &b[128 + 32 * of_half + 16 * stretch..][..16];
@@ -382,17 +382,17 @@ fn q6_k(b: &[u8; 210], y: &mut [f32; 256]) {
     }
 }
 
-/// What the nibbles of `IQ4_NL` and `IQ4_XS` stand for.
+/// The values of the nibbles of `IQ4_NL` and `IQ4_XS`.
 pub(crate) const NON_LINEAR: [i8; 16] =
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
-/// Twice what the nibbles of `MXFP4` stand for: E2M1, a sign, two bits of exponent, one of mantissa.
+/// Twice the values of the nibbles of `MXFP4`: E2M1, with a sign, two bits of exponent, one of mantissa.
 pub(crate) const E2M1_TWICE: [i8; 16] = [0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12];
 
-/// `2^(e - 128)`: half an E8M0 scale, as ggml keeps E2M1 values doubled.
+/// `2^(e - 128)`: half an E8M0 scale, because ggml stores E2M1 values doubled.
 #[inline(always)]
 pub(crate) fn half_e8m0(e: u8) -> f32 {
-    // Below 2 it is subnormal.
+    // For e below 2 it is subnormal.
     f32::from_bits(if e < 2 { 0x0020_0000 << e } else { (u32::from(e) - 1) << 23 })
 }
 
@@ -447,7 +447,7 @@ mod tests {
     use super::*;
     use crate::quant::testing::random_blocks;
 
-    /// candle's own reading of the same bytes.
+    /// The same bytes dequantized by candle.
     fn candle_values<T: GgmlType>(bytes: &[u8], values: usize) -> Vec<f32> {
         assert_eq!(bytes.len() / size_of::<T>() * T::BLCK_SIZE, values);
         let mut blocks = vec![T::zeros(); bytes.len() / size_of::<T>()];
@@ -485,10 +485,10 @@ mod tests {
                 BlockType::Q5_K => candle_values::<BlockQ5K>(&bytes, values),
                 BlockType::Q6_K => candle_values::<BlockQ6K>(&bytes, values),
                 BlockType::IQ4_NL | BlockType::IQ4_XS | BlockType::MXFP4 => {
-                    unreachable!("candle does not know it")
+                    unreachable!("candle does not support it")
                 }
             };
-            // One byte off any alignment: maps give no more than a byte's.
+            // Misaligned by one byte: a memory-mapped file guarantees no alignment.
             let shifted = [&[0], &bytes[..]].concat();
             let mut ours = vec![f32::NAN; values];
             block_type.dequantize(&shifted[1..], &mut ours);
@@ -505,7 +505,7 @@ mod tests {
             let values = 2 * block_type.block_len();
             assert_eq!(block_type.bytes_for(values), Some(2 * block_type.block_bytes()));
         }
-        assert_eq!(BlockType::from_ggml(4), None); // Q4_2, long gone
+        assert_eq!(BlockType::from_ggml(4), None); // Q4_2, which was removed from ggml
         assert_eq!(BlockType::from_ggml(u32::MAX), None);
         assert_eq!(BlockType::Q4_K.bytes_for(255), None);
         assert_eq!(BlockType::F32.bytes_for(usize::MAX), None);

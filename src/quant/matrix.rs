@@ -1,4 +1,4 @@
-//! A frozen matrix: rows of blocks that stay where they are, read a tile at a time.
+//! A frozen matrix: rows of blocks that are read in place, a tile at a time.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -9,10 +9,10 @@ use rayon::prelude::*;
 
 use super::BlockType;
 
-/// Who keeps bytes alive.
+/// The owner of bytes: a memory map or a buffer.
 pub trait Owner: AsRef<[u8]> + Send + Sync {
-    /// Advises that the bytes at `range` will hardly be read again: of a map, the system gets their
-    /// pages back.
+    /// Advises the system that the bytes at `range` will hardly be read again, so that it can evict the
+    /// pages of a map.
     fn forget(&self, range: Range<usize>) {
         let _ = range;
     }
@@ -20,7 +20,7 @@ pub trait Owner: AsRef<[u8]> + Send + Sync {
 
 impl Owner for Vec<u8> {}
 
-/// A window into bytes that somebody keeps alive: a memory map, or a buffer on the heap.
+/// A reference-counted slice of a memory map or of a buffer on the heap.
 #[derive(Clone)]
 pub struct Bytes {
     owner: Arc<dyn Owner>,
@@ -34,7 +34,7 @@ impl Bytes {
         Self { owner, range }
     }
 
-    /// The bytes at `range` of this window, or `None` if it does not hold them all.
+    /// A sub-slice, or `None` if `range` is out of bounds.
     pub fn slice(&self, range: Range<usize>) -> Option<Self> {
         let start = self.range.start.checked_add(range.start)?;
         let end = self.range.start.checked_add(range.end)?;
@@ -42,7 +42,7 @@ impl Bytes {
             .then(|| Self { owner: self.owner.clone(), range: start..end })
     }
 
-    /// Says that they will hardly be read again.
+    /// Advises the system that the bytes will hardly be read again.
     pub fn forget(&self) {
         self.owner.forget(self.range.clone());
     }
@@ -77,7 +77,7 @@ pub enum RowOrder {
 }
 
 impl RowOrder {
-    /// Rows change places only within stretches of this many.
+    /// The period of the permutation, in rows.
     pub(crate) fn stretch(self) -> usize {
         match self {
             Self::Straight => 1,
@@ -93,7 +93,7 @@ pub enum MatrixError {
     /// The row is not a whole number of blocks.
     #[error("rows of {cols} values are not a whole number of {block_type} blocks of {block_len}")]
     Row {
-        /// Columns asked for.
+        /// Number of columns.
         cols: usize,
         /// The block type.
         block_type: BlockType,
@@ -103,38 +103,38 @@ pub enum MatrixError {
     /// The bytes do not hold `rows x cols` values.
     #[error("{rows} x {cols} values of {block_type} need {needed} bytes, found {found}")]
     Size {
-        /// Rows asked for.
+        /// Number of rows.
         rows: usize,
-        /// Columns asked for.
+        /// Number of columns.
         cols: usize,
         /// The block type.
         block_type: BlockType,
         /// Bytes the shape needs.
         needed: usize,
-        /// Bytes there are.
+        /// Bytes found.
         found: usize,
     },
     /// A value that no block can hold.
-    #[error("row {row} holds {value}, which cannot be quantized")]
+    #[error("row {row} has the value {value}, which cannot be quantized")]
     NotFinite {
         /// Its row.
         row: usize,
-        /// Infinite, or no number.
+        /// The infinite or NaN value.
         value: f32,
     },
-    /// A window over rows that the matrix does not have, or that are not stored in order.
-    #[error("rows {start}..{end} are no window of {found} rows in {order:?} order")]
+    /// A range of rows that the matrix does not have, or whose rows are not stored in order.
+    #[error("rows {start}..{end} are not a contiguous range of {found} rows in {order:?} order")]
     Window {
         /// The first row.
         start: usize,
-        /// The row behind the last.
+        /// The row after the last.
         end: usize,
         /// Rows of the matrix.
         found: usize,
         /// Their order.
         order: RowOrder,
     },
-    /// An interleaved order over rows that are no whole heads of even size.
+    /// An interleaved order over rows that are not whole heads of even size.
     #[error("{rows} rows cannot be interleaved heads of {head_dim}")]
     Heads {
         /// Rows of the matrix.
@@ -153,11 +153,11 @@ pub struct FrozenMatrix {
     cols: usize,
     row_bytes: usize,
     order: RowOrder,
-    /// Further rows behind those, F32 on the heap: a vocabulary that grew.
+    /// Appended rows, F32 on the heap, of an extended vocabulary.
     more: Option<Arc<FrozenMatrix>>,
 }
 
-/// Rows whose mean is summed up at a time: the sums are the same on any number of threads.
+/// Rows per partial sum of the mean, so that it is the same on any number of threads.
 const MEAN_ROWS: usize = 1024;
 
 impl FrozenMatrix {
@@ -180,10 +180,10 @@ impl FrozenMatrix {
         Ok(Self { bytes, block_type, rows, cols, row_bytes, order, more: None })
     }
 
-    /// The matrix of some rows, in the same bytes: an expert of a `(experts, rows, cols)` tensor.
+    /// A view of some rows of the same bytes, such as an expert of a `(experts, rows, cols)` tensor.
     ///
     /// # Errors
-    /// If there are no such rows of its own, or they are not stored in order.
+    /// If the rows are out of range, appended, or not stored in order.
     pub fn window(&self, rows: Range<usize>) -> Result<Self, MatrixError> {
         let in_order = self.order == RowOrder::Straight;
         if !in_order || rows.start > rows.end || rows.end > self.rows {
@@ -201,11 +201,11 @@ impl FrozenMatrix {
         Self::new(Bytes::new(Arc::new(bytes)), BlockType::F32, rows, cols)
     }
 
-    /// The same matrix with `n` rows of F32 behind its own, all of them `row (cols)`. Its own stay where
-    /// they are.
+    /// The same matrix with `n` appended rows of F32, all equal to `row (cols)`. Its own rows are not
+    /// copied.
     ///
     /// # Errors
-    /// If the row is of another width.
+    /// If the row has another width.
     pub fn grown(&self, n: usize, row: &[f32]) -> Result<Self, MatrixError> {
         let mut values = match &self.more {
             Some(more) => {
@@ -221,8 +221,8 @@ impl FrozenMatrix {
         Ok(Self { more: Some(Arc::new(more)), ..self.clone() })
     }
 
-    /// The mean of its own rows, `(cols)`: what a row begins as that nobody has trained. Their sum is
-    /// `f64`, a stretch of rows at a time.
+    /// The mean of its own rows, `(cols)`: the initial value of rows of added tokens. The sum is
+    /// in `f64`, in partial sums of a fixed number of rows.
     pub fn mean_row(&self) -> Vec<f32> {
         let (rows, cols) = (self.rows, self.cols);
         let firsts: Vec<usize> = (0..rows).step_by(MEAN_ROWS).collect();
@@ -242,13 +242,13 @@ impl FrozenMatrix {
         mean.into_iter().map(|sum| (sum / rows.max(1) as f64) as f32).collect()
     }
 
-    /// A copy on the heap in another type, whole rows at a time, in their order as they are read.
+    /// A copy on the heap in another block type, quantized row by row in logical order.
     ///
     /// # Errors
-    /// If its rows are no whole blocks of that type, or a value is not finite.
+    /// If its rows are not whole blocks of that type, or a value is not finite.
     ///
     /// # Panics
-    /// If `of` is none of [`BlockType::WRITTEN`]: a caller's bug.
+    /// If `of` is not in [`BlockType::WRITTEN`]: a bug of the caller.
     pub fn quantized(&self, of: BlockType) -> Result<Self, MatrixError> {
         const VALUES: usize = 1 << 20;
         let (rows, cols) = (self.rows(), self.cols);
@@ -270,7 +270,7 @@ impl FrozenMatrix {
         Self::new(Bytes::new(Arc::new(bytes)), of, rows, cols)
     }
 
-    /// Says that it will hardly be read again: what is mapped of it leaves memory.
+    /// Advises the system that it will hardly be read again, so that it can evict mapped pages.
     pub fn forget(&self) {
         self.bytes.forget();
     }
@@ -290,12 +290,12 @@ impl FrozenMatrix {
         self.rows + self.more.as_ref().map_or(0, |more| more.rows)
     }
 
-    /// Rows of its own block type.
+    /// Rows without appended ones.
     pub fn own_rows(&self) -> usize {
         self.rows
     }
 
-    /// The rows behind its own, a matrix for themselves.
+    /// The appended rows, as a separate matrix.
     pub fn more_rows(&self) -> Option<&FrozenMatrix> {
         self.more.as_deref()
     }
@@ -305,20 +305,20 @@ impl FrozenMatrix {
         self.cols
     }
 
-    /// The type its own blocks are stored in.
+    /// The block type, without appended rows, which are F32.
     pub fn block_type(&self) -> BlockType {
         self.block_type
     }
 
-    /// The bytes of its own rows, in place.
+    /// The bytes without appended rows, in place.
     pub fn bytes(&self) -> &[u8] {
         &self.bytes
     }
 
-    /// Reads `rows x cols` into `out`, row-major. `cols` must begin and end on block borders.
+    /// Reads `rows x cols` into `out`, row-major. `cols` must begin and end at block boundaries.
     ///
     /// # Panics
-    /// If a range leaves the matrix, cuts a block, or `out` has another size: a caller's bug.
+    /// If a range is out of bounds or splits a block, or `out` has another size: a bug of the caller.
     pub fn read_tile(&self, rows: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
         let block_len = self.block_type.block_len();
         assert!(rows.end <= self.rows() && cols.end <= self.cols);
@@ -345,13 +345,13 @@ impl FrozenMatrix {
         self.read_tile(row..row + 1, 0..self.cols, out);
     }
 
-    /// The bytes of own rows as they are stored, which is [`Self::logical_row`] of each: what a kernel
-    /// reads that wants memory in order.
+    /// The bytes of rows in storage order, whose logical index is [`Self::logical_row`]: for kernels that
+    /// read memory sequentially.
     pub(crate) fn stored_bytes(&self, rows: Range<usize>) -> &[u8] {
         &self.bytes[rows.start * self.row_bytes..rows.end * self.row_bytes]
     }
 
-    /// The bytes of all own rows in their logical order, copied where they are stored in another.
+    /// The bytes of all rows in logical order, without appended ones, copied if the storage order differs.
     pub(crate) fn bytes_in_order(&self) -> Cow<'_, [u8]> {
         match self.order {
             RowOrder::Straight => Cow::Borrowed(&self.bytes),

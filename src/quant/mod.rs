@@ -1,7 +1,7 @@
-//! GGML block types over a range of bytes: what a block is, how it becomes `f32`, and how `f32`
-//! become blocks.
+//! GGML block types over a range of bytes: block layouts, dequantization to `f32`, and quantization from
+//! `f32`.
 //!
-//! Knows nothing of files: bytes arrive as a [`Bytes`], usually a window into a memory map.
+//! Does not know files: bytes are passed as [`Bytes`], usually a slice of a memory map.
 
 mod blocks;
 mod matrix;

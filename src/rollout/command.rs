@@ -436,7 +436,7 @@ mod tests {
             let pids = std::fs::read_to_string(&file).unwrap();
             let alive = |pid: &&str| {
                 let status = std::fs::read_to_string(format!("/proc/{pid}/stat"));
-                // A process that nobody waits for may remain as a zombie.
+                // A process that is not reaped may remain as a zombie.
                 status.is_ok_and(|status| !status.contains(") Z"))
             };
             assert_eq!(pids.lines().count(), 2);

@@ -105,7 +105,7 @@ pub fn diagnose_update(
             let squared = |(now, old): (&f32, &f32)| 0.5 * f64::from(now - old).powi(2);
             mean(first.logps.iter().zip(&before).map(squared))
         }
-        // Without old log-probs, the loss uses those of its own pass, which cannot be stale.
+        // Without old log-probs, the loss uses the current ones, which cannot be stale.
         _ => 0.0,
     };
     let by_training = match (old, first) {

@@ -21,7 +21,7 @@ pub struct AdvantageSettings {
     pub whiten_rewards: bool,
 }
 
-/// The training targets of a response, beside its tokens.
+/// The training targets of a response.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Experience {
     /// Log-probs of its T tokens under the policy that sampled it, computed by the training path.

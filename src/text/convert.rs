@@ -139,7 +139,7 @@ impl Vocabulary {
             };
             tokens[id] = (token.clone(), of);
         }
-        let merges = merges(&model["merges"]).ok_or("merges are no pairs")?;
+        let merges = merges(&model["merges"]).ok_or("merges are not pairs")?;
         let scores = of_sentencepiece.then(|| {
             let ids: HashMap<&str, u32> =
                 tokens.iter().map(|(token, _)| token.as_str()).zip(0..).collect();
@@ -279,7 +279,7 @@ pub fn keys_with_added_tokens(
     Ok(keys)
 }
 
-/// The tokenizer files to save beside an adapter: those of the base with the added tokens.
+/// The tokenizer files to save with an adapter: those of the base with the added tokens.
 ///
 /// # Errors
 /// If the base's tokenizer cannot be read or converted.
@@ -360,7 +360,7 @@ fn inexpressible(json: &Value) -> Option<String> {
     }
 }
 
-/// Whether the converter makes it a control token, whatever `tokenizer.json` says.
+/// Whether the converter makes it a control token, independent of `tokenizer.json`.
 fn looks_special(token: &str) -> bool {
     let within = |open: &str, close: &str| token.starts_with(open) && token.ends_with(close);
     within("<|", "|>") || within("<｜", "｜>") || ["<pad>", "<mask>"].contains(&token)
@@ -480,7 +480,7 @@ fn tokenizer_parts(file: &Gguf, ids: &HashMap<&str, u32>) -> Result<TokenizerPar
         let pre_tokenizer = pre.to_json().ok_or_else(|| {
             TextError::format(
                 file.path(),
-                "its tokenizer.ggml.pre cuts words as no portable tokenizer.json can",
+                "its tokenizer.ggml.pre splits words in a way that no portable tokenizer.json supports",
             )
         })?;
         let decoder = json!({

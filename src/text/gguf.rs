@@ -56,7 +56,7 @@ const FIM_EOG_TOKENS: &[(&str, &[&str])] = &[
     ("fim_sep", &["<|file_sep|>"]),
 ];
 
-/// Never special tokens, whatever the file says (the channels of gpt-oss).
+/// Never special tokens, independent of the file (the channels of gpt-oss).
 const TEXT: &[&str] = &["<|channel|>", "<|message|>", "<|start|>", "<|constrain|>"];
 
 pub(super) fn read(file: &Gguf, added: &[AddedTokenSpec]) -> Result<Tokenizer, TextError> {

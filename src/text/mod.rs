@@ -24,6 +24,6 @@ pub use stream::DecodeStream;
 pub use template::{ChatTemplate, first_second, today};
 pub use tokenizer::{Encoding, Special, Tokenizer};
 pub use train::{
-    SMALLEST_VOCABULARY, SPECIAL_TOKENS, TokenizerTrainer, TrainedTokenizer, TrainingReport,
-    WordCut,
+    PreTokenizerKind, SMALLEST_VOCABULARY, SPECIAL_TOKENS, TokenizerTrainer, TrainedTokenizer,
+    TrainingReport,
 };

@@ -356,7 +356,7 @@ impl PreTokenizer {
 }
 
 impl PreTokenizer {
-    /// The row as `tokenizer.json` has it, if the expressions of other implementations can say it.
+    /// The row as JSON of a `tokenizer.json`, if the regular expressions of other implementations support it.
     pub fn to_json(&self) -> Option<Value> {
         let byte_level = |use_regex: bool| {
             json!({
@@ -415,7 +415,7 @@ mod tests {
     #[test]
     fn rows_are_identified_by_their_splits() {
         for row in TABLE {
-            // Two rows may differ in whether they want BOS, which a file says itself.
+            // Two rows may differ in whether BOS is added, which has its own key in a file.
             let check = |pre: &PreTokenizerWrapper| {
                 let found = find(identify(pre, row.ignore_merges).unwrap()).unwrap();
                 // `\s*[\r\n]` ends at the last line's end, as `\s*[\r\n]+` does.

@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 
 use super::{TextError, python};
 
-/// Delimiters that the filter behind `{% generation %}` puts around its text: Unicode noncharacters, which
+/// Delimiters that the filter of `{% generation %}` puts around its text: Unicode noncharacters, which
 /// text for interchange does not contain.
 const OPEN: char = '\u{FDD0}';
 const CLOSE: char = '\u{FDD1}';
@@ -175,7 +175,7 @@ impl ChatTemplate {
         let name = if tools.is_some() && self.has_tool_use { TOOL_USE } else { DEFAULT };
         let messages: Vec<Value> = messages.iter().map(from_json).collect();
         if self.has_generation && messages.iter().any(|m| m.to_string().contains([OPEN, CLOSE])) {
-            let reason = "a message holds U+FDD0 or U+FDD1, which are no characters".into();
+            let reason = "a message contains U+FDD0 or U+FDD1, which are not characters".into();
             return Err(TextError::Template { line: 0, reason });
         }
         let mut variables = vec![
@@ -254,7 +254,7 @@ pub fn first_second(date: &str) -> Option<u64> {
     same.then_some(second) // not the 30th of February
 }
 
-/// transformers' `tojson`: `json.dumps` that leaves characters beyond ASCII as they are.
+/// transformers' `tojson`: `json.dumps` without escaping of non-ASCII characters.
 fn to_json(value: Value, kwargs: Kwargs) -> Result<String, Error> {
     let indent: Option<Value> = kwargs.get("indent")?;
     let options = python::Dumps {

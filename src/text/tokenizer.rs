@@ -82,7 +82,7 @@ impl Tokenizer {
         Self::open_with(checkpoint, &[])
     }
 
-    /// [`Tokenizer::open`] with tokens added behind those of the files.
+    /// [`Tokenizer::open`] with tokens added after those of the files.
     ///
     /// # Errors
     /// As [`Tokenizer::open`].
@@ -419,7 +419,7 @@ impl Tokenizer {
         template.set_variables(&values)
     }
 
-    /// The tokens that the chat template writes behind the one that ends an answer, mostly a newline;
+    /// The tokens that the chat template writes after the end-of-turn token of an answer, usually a newline;
     /// none without a template.
     pub fn after_turn(&self) -> Result<Vec<u32>, TextError> {
         let Some(template) = self.chat_template() else { return Ok(Vec::new()) };
@@ -430,7 +430,7 @@ impl Tokenizer {
         Ok(end.map_or(Vec::new(), |end| tokens[end + 1..].to_vec()))
     }
 
-    /// How a conversation becomes text, if the files say it.
+    /// The chat template, if the files have one.
     pub fn chat_template(&self) -> Option<&ChatTemplate> {
         self.template.as_ref()
     }
@@ -452,7 +452,7 @@ fn failed(error: tokenizers::Error) -> TextError {
     TextError::Tokenizer(error.to_string())
 }
 
-/// Tokens that end generation whatever the file says of them (llama.cpp goes by their text too).
+/// Tokens that end generation by their text, independent of the file (as in llama.cpp).
 pub(super) const EOG_TOKENS: &[&str] = &[
     "<|eot_id|>",
     "<|im_end|>",

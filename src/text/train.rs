@@ -43,22 +43,22 @@ const MOST_WORDS: usize = 1 << 20;
 /// Maximum bytes of a word that merges are learned from: the trainer's time grows with the square.
 const LONGEST_WORD: usize = 512;
 
-/// How text is split into words before merges, with llama.cpp's names.
+/// The pre-tokenizer that splits text into words before merges, with llama.cpp's names.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum WordCut {
+pub enum PreTokenizerKind {
     /// GPT-2's words.
     Gpt2,
-    /// GPT-2's words, with each digit as a word of its own.
+    /// GPT-2's words, with single digits as words.
     Smollm,
     /// Llama 3's words: punctuation joins the word after it, digits are in groups of three.
     LlamaBpe,
 }
 
-impl WordCut {
-    /// All of them.
+impl PreTokenizerKind {
+    /// All kinds.
     pub const ALL: [Self; 3] = [Self::Gpt2, Self::Smollm, Self::LlamaBpe];
 
-    /// What `tokenizer.ggml.pre` of a GGUF calls it.
+    /// The name in `tokenizer.ggml.pre` of a GGUF.
     pub fn name(self) -> &'static str {
         match self {
             Self::Gpt2 => "gpt-2",
@@ -67,7 +67,7 @@ impl WordCut {
         }
     }
 
-    /// As `tokenizer.json` has it, in the form every such model's folder has it in.
+    /// The pre-tokenizer of `tokenizer.json`, in the same form as in the folders of published models.
     fn build(self) -> Result<PreTokenizerWrapper, TextError> {
         let bytes = |use_regex| ByteLevel::new(false, true, use_regex).into();
         Ok(match self {
@@ -81,13 +81,13 @@ impl WordCut {
         })
     }
 
-    /// Whether a word that is a token stays one, whatever the merges say.
+    /// Whether a word that is a token is not split, whatever the merges are (`ignore_merges`).
     fn ignores_merges(self) -> bool {
         matches!(self, Self::LlamaBpe)
     }
 }
 
-impl std::str::FromStr for WordCut {
+impl std::str::FromStr for PreTokenizerKind {
     type Err = String;
 
     fn from_str(name: &str) -> Result<Self, String> {
@@ -101,7 +101,7 @@ impl std::str::FromStr for WordCut {
 /// Counts words and learns merges from them.
 #[derive(Debug)]
 pub struct TokenizerTrainer {
-    cut: WordCut,
+    cut: PreTokenizerKind,
     pre_tokenizer: PreTokenizerWrapper,
     vocab_size: usize,
     most_words: usize,
@@ -132,7 +132,7 @@ pub struct TrainingReport {
 impl TokenizerTrainer {
     /// # Errors
     /// If the vocabulary would not hold the special tokens and all bytes.
-    pub fn new(vocab_size: usize, cut: WordCut) -> Result<Self, TextError> {
+    pub fn new(vocab_size: usize, cut: PreTokenizerKind) -> Result<Self, TextError> {
         if vocab_size < SMALLEST_VOCABULARY {
             return Err(TextError::Tokenizer(format!(
                 "a vocabulary of {vocab_size} tokens, needed at least {SMALLEST_VOCABULARY}: \
@@ -156,11 +156,11 @@ impl TokenizerTrainer {
     /// If an expression of the pre-tokenizer fails on a text.
     pub fn add<T: AsRef<str> + Sync>(&mut self, texts: &[T]) -> Result<(), TextError> {
         let counts = texts.par_iter().map(|text| self.count(text.as_ref()));
-        let counts = counts.try_reduce(Default::default, |one, other| Ok(joined(one, other)))?;
+        let counts = counts.try_reduce(Default::default, |one, other| Ok(merged(one, other)))?;
         self.report.bytes += texts.iter().map(|text| text.as_ref().len() as u64).sum::<u64>();
         self.report.words_too_long += counts.too_long;
         let words = std::mem::take(&mut self.words);
-        self.words = add_up(words, counts.words);
+        self.words = sum_counts(words, counts.words);
         if self.words.len() > self.most_words {
             self.forget_rare_words();
         }
@@ -215,8 +215,8 @@ impl TokenizerTrainer {
         Ok(counts)
     }
 
-    /// Keeps at most half as many words as there may be: those of the highest counts. As in lossy
-    /// counting (Manku and Motwani 2002), what is left of the counts is a little too low.
+    /// Keeps the most frequent words, at most half of the maximum number. As in lossy
+    /// counting (Manku and Motwani 2002), the remaining counts are slightly too low.
     fn forget_rare_words(&mut self) {
         let mut counts: Vec<u64> = self.words.values().copied().collect();
         counts.sort_unstable_by(|a, b| b.cmp(a));
@@ -226,7 +226,7 @@ impl TokenizerTrainer {
         self.report.words_forgotten += (before - self.words.len()) as u64;
     }
 
-    /// Tokens the words have come to. Merges stay within words, so that these are all tokens.
+    /// Counts the tokens of all words. Merges stay within words, so that these are all tokens of the text.
     fn measure(&mut self, bpe: &BPE) -> Result<(), TextError> {
         let lengths = self.words.par_iter().map(|(word, count)| {
             let tokens = bpe.tokenize(word).map_err(failed)?.len() as u64;
@@ -248,13 +248,16 @@ struct PairCounts {
     too_long: u64,
 }
 
-fn joined(one: PairCounts, other: PairCounts) -> PairCounts {
+fn merged(one: PairCounts, other: PairCounts) -> PairCounts {
     let too_long = one.too_long + other.too_long;
-    PairCounts { words: add_up(one.words, other.words), too_long }
+    PairCounts { words: sum_counts(one.words, other.words), too_long }
 }
 
-/// Sums do not depend on the order in which they are added up.
-fn add_up(one: HashMap<Box<str>, u64>, other: HashMap<Box<str>, u64>) -> HashMap<Box<str>, u64> {
+/// The sums do not depend on the order of addition.
+fn sum_counts(
+    one: HashMap<Box<str>, u64>,
+    other: HashMap<Box<str>, u64>,
+) -> HashMap<Box<str>, u64> {
     let (mut most, fewer) = if one.len() < other.len() { (other, one) } else { (one, other) };
     for (word, count) in fewer {
         *most.entry(word).or_default() += count;
@@ -281,14 +284,14 @@ fn halvings(words: &HashMap<Box<str>, u64>) -> u32 {
 #[derive(Debug, Clone)]
 pub struct TrainedTokenizer {
     json: String,
-    /// What it was learned from.
+    /// Statistics of its training.
     pub report: TrainingReport,
 }
 
 impl TrainedTokenizer {
     /// Writes `tokenizer.json`, `tokenizer_config.json` and `generation_config.json`.
     ///
-    /// A document ends in `<|endoftext|>`, which also stands for the beginning of a text, since a
+    /// A document ends in `<|endoftext|>`, which is also BOS, since a
     /// model trained on packed documents has seen it before each. A turn ends in `<|im_end|>`. Both
     /// end generation. Padding is `<|endoftext|>`, not what a chat's answer is scored or ends at.
     ///
@@ -340,20 +343,20 @@ mod tests {
 
     #[test]
     fn llama_cpp_knows_every_cut_and_its_rules() {
-        for cut in WordCut::ALL {
+        for cut in PreTokenizerKind::ALL {
             let row = pre_tokenizer::find(cut.name()).unwrap();
             assert_eq!(row.ignore_merges, cut.ignores_merges());
             assert_eq!(cut.name().parse(), Ok(cut));
         }
         assert_eq!(
-            "bert".parse::<WordCut>().unwrap_err(),
+            "bert".parse::<PreTokenizerKind>().unwrap_err(),
             "\"bert\" is none of gpt-2, smollm, llama-bpe"
         );
     }
 
     #[test]
     fn of_too_many_words_the_rarest_are_forgotten() {
-        let mut trainer = TokenizerTrainer::new(300, WordCut::Gpt2).unwrap();
+        let mut trainer = TokenizerTrainer::new(300, PreTokenizerKind::Gpt2).unwrap();
         trainer.most_words = 8;
         trainer.add(&["a a a a b b b b c c c d d e e f f"]).unwrap(); // 7 words, "a" twice
         assert_eq!(trainer.report.words_forgotten, 0);

@@ -35,7 +35,7 @@ use std::path::PathBuf;
 pub use dry_run::{Forecast, dry_run};
 pub use fine_tune::{Summary, train};
 pub use lora::read_scoring;
-pub use memory::{Memory, process_status_bytes};
+pub use memory::{MemoryEstimate, process_status_bytes};
 pub use pretrain::{PretrainSummary, pretrain};
 pub use run::Outcome;
 pub use run_dir::RunDir;
@@ -170,7 +170,7 @@ pub enum TrainError {
     /// The table of samples.
     #[error(transparent)]
     Samples(#[from] SamplesError),
-    /// A reward model beside the base.
+    /// A separate reward model.
     #[error(transparent)]
     RewardModel(#[from] RewardModelError),
     /// A tensor operation failed.

@@ -356,7 +356,7 @@ impl Gguf {
         Some(&self.tensors[*self.names.get(name)?])
     }
 
-    /// The map that a tensor lies in.
+    /// The map that contains a tensor.
     fn map_of(&self, index: usize) -> &Bytes {
         let other = self.others.iter().rev().find(|(first, _)| *first <= index);
         other.map_or(&self.map, |(_, map)| map)
@@ -465,7 +465,7 @@ fn place(
     }
     let offset = tensor.offset;
     if !offset.is_multiple_of(alignment as u64) {
-        return Err(format!("offset {offset} is no multiple of the alignment {alignment}"));
+        return Err(format!("offset {offset} is not a multiple of the alignment {alignment}"));
     }
     let data = file_len.saturating_sub(data_offset);
     // A tensor of an unknown type takes at least one byte.

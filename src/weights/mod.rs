@@ -46,9 +46,9 @@ pub(crate) fn map_file(path: &Path) -> Result<Bytes, WeightsError> {
     if about.len() == 0 {
         return Err(WeightsError::format(path, "the file is empty"));
     }
-    // SAFETY: the map is private and read-only. That nobody shortens the file while it is mapped
-    // cannot be checked; everything that maps model files lives with that, and our own writers
-    // replace files by renaming, which leaves the mapped one whole.
+    // SAFETY: the map is private and read-only. Whether another process truncates the file while it is mapped
+    // cannot be checked, as in every program that maps model files; our own writers replace files by renaming,
+    // which does not change the mapped file.
     let map = unsafe { memmap2::Mmap::map(&file) }.map_err(io)?;
     Ok(Bytes::new(Arc::new(Mapped(map))))
 }
@@ -65,8 +65,8 @@ impl AsRef<[u8]> for Mapped {
 impl Owner for Mapped {
     #[cfg(unix)]
     fn forget(&self, range: Range<usize>) {
-        // SAFETY: nothing is ever written into the map, so its pages come back from the file as they
-        // were, to whoever reads them again.
+        // SAFETY: nothing is ever written to the map, so that evicted pages are read again from the file
+        // with the same content.
         let advised = unsafe {
             let advice = memmap2::UncheckedAdvice::DontNeed;
             self.0.unchecked_advise_range(advice, range.start, range.len())

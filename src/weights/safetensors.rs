@@ -209,7 +209,7 @@ impl HfFolder {
         let faults: Vec<String> = files
             .iter()
             .filter_map(|file| match plain_name(file) {
-                false => Some(format!("shard {file:?} is no file of this folder")),
+                false => Some(format!("shard {file:?} is not a file of this folder")),
                 true if !path.join(file).is_file() => Some(format!("shard {file:?} is missing")),
                 true => None,
             })

@@ -376,7 +376,9 @@ impl<'a> Cursor<'a> {
         let count = self.u64()?;
         let most = self.left() / min_bytes;
         usize::try_from(count).ok().filter(|count| *count <= most).ok_or_else(|| {
-            format!("a count of {count} {what} at byte {at}, the rest of the file holds {most}")
+            format!(
+                "a count of {count} {what} at byte {at}, the rest of the file has room for {most}"
+            )
         })
     }
 

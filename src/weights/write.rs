@@ -82,7 +82,7 @@ pub fn write_gguf(
 }
 
 /// [`write_gguf`] of tensors that are produced one after the other: `write` writes the bytes of the `i`-th,
-/// exactly as many as its plan says.
+/// exactly as many as in its plan.
 ///
 /// # Errors
 /// As [`write_gguf`]; `write` passes its own errors as `io::Error::other`.
@@ -160,7 +160,7 @@ pub fn stream_safetensors(
             BlockType::F16 => Dtype::F16,
             BlockType::BF16 => Dtype::BF16,
             other => {
-                faults.push(format!("tensor {:?}: {other} is no safetensors type", tensor.name));
+                faults.push(format!("tensor {:?}: {other} is not a safetensors type", tensor.name));
                 continue;
             }
         };

@@ -204,7 +204,7 @@ fn written_folder_reads_back_bit_for_bit() {
     let config = fs::read(folder.join(format::CONFIG_FILE)).unwrap();
     let again = read(&folder, &linears()).unwrap();
     assert_eq!(again.config, adapter.config);
-    format::write_folder(&again, &folder).unwrap(); // over an existing one
+    format::write_folder(&again, &folder).unwrap(); // replacing an existing one
     assert_eq!(fs::read(folder.join(format::TENSORS_FILE)).unwrap(), bytes);
     assert_eq!(fs::read(folder.join(format::CONFIG_FILE)).unwrap(), config);
     let scales = |a: &Adapter| a.modules.values().map(|l: &Lora| l.scale).collect::<Vec<_>>();

@@ -1,4 +1,5 @@
-//! What is allocated: of the steady step nothing as large as an activation, once buffers are there.
+//! Allocations: after the first steps have created the buffers, a step allocates nothing as large as an
+//! activation.
 
 use std::alloc::{GlobalAlloc, Layout as Block, System};
 use std::cell::Cell;
@@ -10,36 +11,36 @@ use crate::pretrain;
 use crate::support::{golden_json, load};
 use crate::train::{Layout, Run, adapter, rows};
 
-/// The system's allocator, remembering each thread's largest request: a count read from a file
-/// and not checked shows as one.
+/// The system allocator, recording each thread's largest request: an unchecked count read from a file
+/// would show as a large request.
 struct Watched;
 
 thread_local! {
     static LARGEST: Cell<usize> = const { Cell::new(0) };
 }
 
-// SAFETY: every call goes to the system's allocator unchanged.
+// SAFETY: every call is forwarded to the system allocator.
 unsafe impl GlobalAlloc for Watched {
     unsafe fn alloc(&self, block: Block) -> *mut u8 {
         LARGEST.set(LARGEST.get().max(block.size()));
-        // SAFETY: the caller keeps the contract of `alloc`.
+        // SAFETY: the caller guarantees the contract of `alloc`.
         unsafe { System.alloc(block) }
     }
 
     unsafe fn alloc_zeroed(&self, block: Block) -> *mut u8 {
         LARGEST.set(LARGEST.get().max(block.size()));
-        // SAFETY: the caller keeps the contract of `alloc_zeroed`.
+        // SAFETY: the caller guarantees the contract of `alloc_zeroed`.
         unsafe { System.alloc_zeroed(block) }
     }
 
     unsafe fn realloc(&self, old: *mut u8, block: Block, size: usize) -> *mut u8 {
         LARGEST.set(LARGEST.get().max(size));
-        // SAFETY: the caller keeps the contract of `realloc`.
+        // SAFETY: the caller guarantees the contract of `realloc`.
         unsafe { System.realloc(old, block, size) }
     }
 
     unsafe fn dealloc(&self, old: *mut u8, block: Block) {
-        // SAFETY: the caller keeps the contract of `dealloc`.
+        // SAFETY: the caller guarantees the contract of `dealloc`.
         unsafe { System.dealloc(old, block) }
     }
 }
@@ -47,14 +48,14 @@ unsafe impl GlobalAlloc for Watched {
 #[global_allocator]
 static ALLOCATOR: Watched = Watched;
 
-/// What `run` returns, and the largest allocation it asked for.
+/// The result of `run`, and its largest allocation.
 pub fn largest_allocation<T>(run: impl FnOnce() -> T) -> (T, usize) {
     LARGEST.set(0);
     let out = run();
     (out, LARGEST.get())
 }
 
-/// Runs `step` three times on one thread and gives the largest block of the first and of the third.
+/// Runs `step` three times on one thread; returns the largest allocation of the first and of the third.
 fn first_and_third(step: impl FnMut() + Send) -> (usize, usize) {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
     pool.install(|| {

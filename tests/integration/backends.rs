@@ -1,5 +1,5 @@
-//! Every backend gives the answer of the reference: [`backend_tests!`] makes the same tests for each,
-//! so that a new backend gets all of them by one line.
+//! Every backend matches the reference: [`backend_tests!`] defines the same tests for each,
+//! so that a new backend gets all of them with one line.
 
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ use crate::support::{load, log_softmax};
 /// Models that differ in biases, norms of heads, tied embeddings and block types.
 const MODELS: [&str; 3] = ["llama-tiny", "qwen2-tiny", "llama-q4_0"];
 
-/// The tests of a backend in a precision, which is as near to the reference as the bound says.
+/// The tests of a backend in a precision, with an error bound relative to the reference.
 macro_rules! backend_tests {
     ($($name:ident: $compute:expr, $bound:expr;)*) => {$(
         mod $name {
@@ -131,7 +131,7 @@ fn recomputed_layers_change_no_bit(compute: Compute) {
     }
 }
 
-/// Prompts and decode steps through the cache, rows of different lengths, one of which rests.
+/// Prompts and decode steps through the cache, with rows of different lengths, one of which is idle.
 fn cached_tokens_give_what_the_whole_row_gives(compute: Compute, bound: f64) {
     let rows = tokens(&[12, 5, 9]);
     for model in MODELS {
@@ -220,7 +220,7 @@ fn optimizer_steps_are_the_references(compute: Compute) {
     let settings =
         AdamWSettings { adam_beta1: 0.9, adam_beta2: 0.95, adam_epsilon: 1e-8, weight_decay: 0.1 };
     let run = |optimizer: Compute| {
-        // The gradients are one backend's, so that only the optimizers differ.
+        // The gradients are from one backend, so that only the optimizers differ.
         let step = Step::new("llama-untied", compute, &[], Kind::Dora);
         let parameters: Vec<Var> = step.parameters.iter().map(|(_, var)| var.clone()).collect();
         let lengths: Vec<usize> = parameters.iter().map(|var| var.elem_count()).collect();
@@ -258,8 +258,8 @@ fn optimizer_steps_are_the_references(compute: Compute) {
     let ((norms, found), (exact_norms, exact)) = (run(compute), run(Compute::REFERENCE));
     assert!(error(&norms, &exact_norms) < 2e-2, "{norms:?} {exact_norms:?}");
     for (i, (found, needed)) in found.iter().zip(&exact).enumerate() {
-        // Adam's first steps are as large as the rate, whatever the gradient: a sign that rounding
-        // turns moves a number by that much.
+        // Adam's first steps are as large as the learning rate, independent of the gradient: a sign changed by
+        // rounding changes a value by that much.
         let error = error(found, needed);
         assert!(error < 2e-2, "parameter {i} is {error:e} off");
     }

@@ -1,5 +1,4 @@
-//! The binary as a user runs it, and what its tests share: data of a few rows, what a run leaves,
-//! a flag at a time.
+//! Helpers for tests of the binary: data of a few rows, the files that a run writes, and tests of every flag.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -30,7 +29,7 @@ pub fn last_json(output: &Output) -> Value {
     serde_json::from_str(stdout.lines().last().expect("a line")).unwrap()
 }
 
-/// The one line of stderr that begins with `error: `.
+/// The line of stderr that begins with `error: `.
 pub fn error(output: &Output) -> String {
     let stderr = String::from_utf8(output.stderr.clone()).unwrap();
     let errors: Vec<&str> = stderr.lines().filter(|line| line.starts_with("error: ")).collect();
@@ -64,7 +63,7 @@ impl Lab {
         lab
     }
 
-    /// Comparisons of answers, prompts to answer, and labelled answers: all of conversations.
+    /// Comparisons, prompts and labelled answers, all as conversations.
     pub fn with_comparisons() -> Self {
         let lab = Self::new();
         let message = |role: &str, content: String| json!([{ "role": role, "content": content }]);
@@ -117,7 +116,7 @@ impl Lab {
         folder.display().to_string()
     }
 
-    /// The tiny Llama with two layers' matrices in each other's place: another base, to which its
+    /// The tiny Llama with the matrices of two layers swapped: a different base, to which its
     /// adapters can be attached.
     pub fn other_base(&self) -> String {
         let folder = self.copied_base("other");
@@ -136,7 +135,7 @@ impl Lab {
         folder.display().to_string()
     }
 
-    /// The tiny Llama in a folder of its own.
+    /// A copy of the folder of the tiny Llama.
     pub fn copied_base(&self, name: &str) -> PathBuf {
         let folder = self.folder.path().join(name);
         fs::create_dir_all(&folder).unwrap();
@@ -171,7 +170,7 @@ pub fn base() -> String {
     model_path("llama-tiny").display().to_string()
 }
 
-/// Everything a run left that does not depend on time or place, and is not an echo of the flags.
+/// Everything a run wrote that does not depend on time or path, and is not a copy of the flags.
 fn traces(output: &Output, out: Option<&Path>) -> String {
     let mut traces = String::new();
     if output.status.success() {
@@ -219,7 +218,7 @@ pub fn walk(folder: &Path, files: &mut Vec<PathBuf>) {
     }
 }
 
-/// The flags that `--help` of a command names.
+/// The flags in `--help` of a command.
 fn flags(command: &[&str]) -> BTreeSet<String> {
     let mut args = strings(command);
     args.push("--help".into());
@@ -231,7 +230,7 @@ fn flags(command: &[&str]) -> BTreeSet<String> {
 }
 
 /// Runs `command` with and without each row of `table` (which replaces flags of the same name) and
-/// demands other traces, and of neither an error. Every flag of `--help` must be the last of a row
+/// requires different output and no error. Every flag of `--help` must be the last of a row
 /// or among those `tested_apart`.
 pub fn every_flag<'a>(
     command: &[&str],
@@ -245,7 +244,7 @@ pub fn every_flag<'a>(
         let mut args = strings(command);
         let kept = base.iter().filter(|(flag, _)| !row.iter().any(|(f, _)| f == flag));
         for (flag, value) in kept.chain(row) {
-            // A row takes a flag of the base away with "-".
+            // A row removes a flag of the base with "-".
             if *value == "-" {
                 continue;
             }
@@ -261,7 +260,7 @@ pub fn every_flag<'a>(
     assert!(!plain.starts_with("error"), "{plain}");
     let mut covered: BTreeSet<String> = tested_apart.iter().map(|flag| flag.to_string()).collect();
     for (number, row) in table.iter().map(AsRef::as_ref).enumerate() {
-        // The last flag of a row is the one under test; those before it set the scene.
+        // The last flag of a row is the one under test; those before it are its preconditions.
         let (flag, scene) = row.split_last().unwrap();
         let without = if scene.is_empty() { plain.clone() } else { run(scene, 2 * number + 1) };
         let with = run(row, 2 * number + 2);
@@ -274,9 +273,9 @@ pub fn every_flag<'a>(
     assert_eq!(flags(command).difference(&covered).collect::<Vec<_>>(), Vec::<&String>::new());
 }
 
-/// Rows of [`every_flag`] for what all training commands have, but for those that depend on the kind
+/// Rows of [`every_flag`] for the flags of all training commands, except those that depend on the kind
 /// of data. `held_out` are other rows of that kind; `metric` and `greater_is_better` compare their
-/// evaluations in other ways than the default.
+/// evaluations differently from the default.
 pub fn common_rows<'a>(
     held_out: &'a str,
     (metric, greater_is_better): (&'a str, &'a str),
@@ -284,11 +283,11 @@ pub fn common_rows<'a>(
     adapter: &'a str,
     dated: &'a str,
 ) -> Vec<Vec<(&'a str, &'a str)>> {
-    // Written beside the dated base.
+    // Written next to the dated base.
     let shout: &'a str = Box::leak(format!("{dated}/../shout.jinja").into_boxed_str());
     let rows: &[&[(&'a str, &'a str)]] = &[
         &[("--data", held_out)],
-        &[("--out", "OUT/elsewhere")], // the traces name the files from OUT on
+        &[("--out", "OUT/elsewhere")], // output paths are relative to OUT
         &[("--max-steps", "2")],
         &[("--max-steps", "0"), ("--num-train-epochs", "2")],
         &[("--load-type", "Q8_0")],
@@ -307,7 +306,7 @@ pub fn common_rows<'a>(
         &[("--rank-pattern", "q_proj=1")],
         &[("--alpha-pattern", "q_proj=1")],
         &[("--target-modules", "q_proj"), ("--layers-to-transform", "1")],
-        // A list of another name holds no layers here: what is left is the module named in full.
+        // No module list has this name, so that only the module given by its full path remains.
         &[
             ("--target-modules", "q_proj,model.layers.0.mlp.up_proj"),
             ("--layers-to-transform", "1"),
@@ -351,7 +350,7 @@ pub fn common_rows<'a>(
         &[("--config", settings)],
     ];
     let mut rows: Vec<Vec<(&str, &str)>> = rows.iter().map(|row| row.to_vec()).collect();
-    // Evaluations after every step; by a threshold that none meets the first one stays the best.
+    // Evaluates after every step; with a threshold that none reaches, the first one stays the best.
     let evaluated =
         [("--eval-data", held_out), ("--eval-strategy", "steps"), ("--eval-steps", "1")];
     let (best, patience) =
@@ -369,7 +368,7 @@ pub fn common_rows<'a>(
     rows
 }
 
-/// SIGKILL from `moment` on, as soon as `ready`; whether the run was still going.
+/// Sends SIGKILL after `moment`, as soon as `ready`; returns whether the run was still running.
 pub fn kill(mut child: Child, moment: Duration, ready: impl Fn() -> bool) -> bool {
     let began = Instant::now();
     while child.try_wait().unwrap().is_none() {
@@ -382,7 +381,7 @@ pub fn kill(mut child: Child, moment: Duration, ready: impl Fn() -> bool) -> boo
     !child.wait().unwrap().success()
 }
 
-/// Ctrl-C as soon as `ready`, and what the process then says.
+/// Sends Ctrl-C as soon as `ready`; returns the output of the process.
 #[cfg(unix)]
 pub fn interrupt(mut child: Child, ready: impl Fn() -> bool) -> Output {
     while !ready() {
@@ -394,7 +393,7 @@ pub fn interrupt(mut child: Child, ready: impl Fn() -> bool) -> Output {
     child.wait_with_output().unwrap()
 }
 
-/// The files of a run but for those that tell of time, place or process, by their names.
+/// The files of a run by name, except those that depend on time, path or process.
 pub fn tree(out: &str) -> BTreeMap<String, Vec<u8>> {
     let mut files = Vec::new();
     walk(Path::new(out), &mut files);

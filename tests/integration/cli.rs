@@ -1,5 +1,5 @@
-//! The binary as a user runs it: every flag changes something, wrong input ends in one sentence,
-//! a killed run resumes to the same bytes.
+//! The command line: every flag has an effect, invalid input ends in one error, and a killed run resumes to
+//! the same bytes.
 
 use std::fs;
 use std::path::Path;
@@ -76,7 +76,7 @@ fn every_flag_of_data_changes_something() {
     every_flag(&["data"], base_args, table, &["--allow", "--show-masks"], &lab);
 }
 
-/// Tokens that training would add have rows: what is beyond the base's is theirs.
+/// Token ids after the base's vocabulary are valid if training would add these tokens.
 #[test]
 fn data_accepts_tokens_that_training_adds() {
     let lab = Lab::new();
@@ -103,7 +103,7 @@ fn masks_are_shown_in_brackets_or_colours() {
     assert!(shown.contains("rows.jsonl:2:\n"), "{shown}");
 }
 
-/// Prompts are looked at as `ppo` and `grpo` read them, and where a reply would begin is shown.
+/// Prompts are validated as in `ppo` and `grpo`, and the start of the reply is shown.
 #[test]
 fn data_validates_prompts() {
     let lab = Lab::new();
@@ -146,7 +146,7 @@ fn data_validates_prompts() {
     assert!(shown.contains("3 prompts, 1 of them conversations"), "{shown}");
 }
 
-/// A run is stopped before anything is written, each row with its file and line; a flag lets it go on.
+/// A run stops before anything is written, and reports each row with its file and line; `--allow` ignores them.
 #[test]
 fn failed_checks_stop_a_run_unless_allowed() {
     let lab = Lab::new();
@@ -208,8 +208,8 @@ fn failed_checks_stop_a_run_unless_allowed() {
     assert_eq!(last_json(&look(all))["defects"], 0);
 }
 
-/// Two files, one of them with half its rows an epoch, from their tokens on disk: stopped after any
-/// step and resumed, the same bytes as of tokens in memory.
+/// Two files, one of them with weight 0.5, with tokens cached on disk: interrupted after any step and resumed,
+/// a run has the same bytes as with tokens in memory.
 #[test]
 fn a_mixture_resumes_to_the_same_bytes_from_memory_and_disk() {
     let lab = Lab::new();
@@ -258,8 +258,8 @@ fn a_mixture_resumes_to_the_same_bytes_from_memory_and_disk() {
     assert_eq!(folders("cache"), 2, "tokenized once");
 }
 
-/// A run whose last checkpoint is that of step 2 does steps 3 and 4, to the same bytes; here on
-/// texts that are split, with dropout, whose random numbers are keyed by row and place.
+/// A run whose last checkpoint is step 2 continues with steps 3 and 4, to the same bytes; here with split
+/// texts and dropout, whose random numbers are keyed by row and position.
 #[test]
 fn resume_continues_with_the_next_step() {
     let lab = Lab::new();
@@ -295,7 +295,7 @@ fn resume_continues_with_the_next_step() {
     assert!(files() == before);
 }
 
-/// Every token of a long text is scored, in however many pieces.
+/// Every token of a long text is scored, for any number of pieces.
 #[test]
 fn a_long_text_is_scored_whole() {
     let lab = Lab::new();
@@ -350,7 +350,7 @@ fn every_flag_of_eval_changes_something() {
         ("--seed", "7"),
     ];
     table.extend(of_replies.map(|flag| [&asked[..], &[flag]].concat()));
-    // They exclude --data, or need one another; or write a file.
+    // They exclude --data, require each other, or write a file.
     let tested_apart =
         &["--text", "--n-ctx", "--prompts", "--reward", "--scores", "--replies", "--device"];
     every_flag(&["eval"], base_args, &table, tested_apart, &lab);
@@ -389,7 +389,7 @@ fn every_flag_of_eval_changes_something() {
     };
     let (loss, tokens) = scored("text.txt", "64");
     assert_ne!(scored("other.txt", "64").0, loss);
-    // Of each chunk the second half is scored, but for its first token.
+    // The second half of each chunk is scored, except its first token.
     let chunks = |scored: u64, n_ctx: u64| scored / (n_ctx / 2 - 1);
     assert_eq!(chunks(scored("text.txt", "32").1, 32) / 2, chunks(tokens, 64));
 }
@@ -448,7 +448,7 @@ fn every_flag_of_generate_changes_something() {
     every_flag(&["generate"], base_args, table, tested_apart, &lab);
 }
 
-/// Every command that computes refuses a device it cannot have, and a form the device cannot.
+/// Every command that computes rejects an unavailable device, and a backend that the device does not support.
 #[test]
 fn an_unavailable_device_is_an_error() {
     let lab = Lab::with_comparisons();
@@ -481,7 +481,7 @@ fn an_unavailable_device_is_an_error() {
         let needed = "`cargo build --release --features cuda`";
         refused(&["quickstart", "--out", &out, "--device", "cuda"], needed);
     }
-    refused(&["quickstart", "--out", &out, "--device", "gpu"], "\"gpu\" is no device");
+    refused(&["quickstart", "--out", &out, "--device", "gpu"], "\"gpu\" is not a device");
     for command in &commands {
         if !cfg!(feature = "cuda") {
             let needed = "`cargo build --release --features cuda`";
@@ -490,9 +490,9 @@ fn an_unavailable_device_is_an_error() {
         }
         let needed = "compute is int16, which only the CPU has: needed portable on device metal";
         check(command, &["--device", "metal", "--compute", "int16"], needed);
-        check(command, &["--device", "gpu"], "\"gpu\" is no device, needed cpu, cuda");
+        check(command, &["--device", "gpu"], "\"gpu\" is not a device, needed cpu, cuda");
     }
-    // The CPU by its name is the CPU, in its own form.
+    // `--device cpu` is the default, with the cpu backend.
     let of = |flags: &[&str]| {
         let args = [&["eval", "--base", &*base, "--data", &*rows, "--json"], flags].concat();
         last_json(&quantune(&strings(&args)))["loss"].clone()
@@ -500,7 +500,7 @@ fn an_unavailable_device_is_an_error() {
     assert_eq!(of(&["--device", "cpu"]), of(&[]));
 }
 
-/// The best of several replies is one of them, the first the reply there is without a choice.
+/// The best of several replies is one of them; the first is the reply without best-of.
 #[test]
 fn best_of_keeps_the_reply_with_the_highest_reward() {
     let (base, adapter) = (base(), golden("rl/reward/final").display().to_string());
@@ -528,7 +528,7 @@ fn best_of_keeps_the_reply_with_the_highest_reward() {
     assert!(check(&[]).iter().all(|logprob| *logprob < 0.0));
     assert!(check(&["--reward", "regex:^[a-z ]"]).contains(&1.0));
     let by_adapter = check(&["--reward-adapter", &adapter]);
-    // A program without an opinion on most, and a weight.
+    // A program with no opinion on most replies, and a weight.
     let command = "i=0; while read -r l; do i=$((i+1)); \
                    case $i in *0) echo $i;; *) echo null;; esac; done";
     let by_command = check(&["--reward-command", command]);
@@ -544,7 +544,7 @@ fn best_of_keeps_the_reply_with_the_highest_reward() {
     ]);
     assert!((both[9] - (2.0 * by_adapter[9] - 5.0)).abs() < 1e-9);
     assert!((both[8] - 2.0 * by_adapter[8]).abs() < 1e-9);
-    // What a stop string cut off is not judged.
+    // Text after a stop string is not scored.
     let cut = run(&["--best-of", "3", "--stop", "e", "--reward", "regex:e"]);
     assert!(cut["candidates"].as_array().unwrap().iter().all(|c| c["reward"] == 0.0));
 }
@@ -672,7 +672,7 @@ fn invalid_input_ends_in_one_error() {
         assert_eq!(quantune(&strings(usage)).status.code(), Some(2), "{usage:?}");
     }
 
-    // All wrong rows of a file in one go, the first few with their lines.
+    // All invalid rows of a file together, the first few with their lines.
     let output = quantune(&sft(&[("--data", &path("many.jsonl"))]));
     let stderr = String::from_utf8(output.stderr).unwrap();
     for line in [1, 3, 5, 7, 9] {
@@ -681,7 +681,7 @@ fn invalid_input_ends_in_one_error() {
     }
     assert!(stderr.ends_with("  and 4 more\n") && !stderr.contains("jsonl:11"), "{stderr}");
 
-    // A run that is there is not overwritten; another configuration does not resume it.
+    // An existing run is not overwritten, and is not resumed with another configuration.
     let trained = quantune(&sft(&[]));
     assert!(trained.status.success(), "{}", String::from_utf8_lossy(&trained.stderr));
     assert!(error(&quantune(&sft(&[]))).contains("--resume"));
@@ -698,7 +698,7 @@ fn invalid_input_ends_in_one_error() {
     assert!(error(&quantune(&sft(&[("--resume", "")]))).contains("the data changed"));
 }
 
-/// Files at which gguf-rs, whose opinion `inspect` shows, panics: listed, and nothing on stderr.
+/// Files on which gguf-rs panics, whose summary `inspect` prints: listed, with nothing on stderr.
 #[test]
 fn inspect_prints_nothing_if_the_other_reader_panics() {
     let folder = tempfile::tempdir().unwrap();
@@ -724,7 +724,7 @@ fn inspect_prints_nothing_if_the_other_reader_panics() {
     check("NVFP4");
 }
 
-/// Killed 20 times, some of them while a checkpoint is half written, then resumed: the same bytes.
+/// Killed 20 times, sometimes while a checkpoint is being written, and resumed: the same bytes.
 #[test]
 fn a_killed_run_resumes_to_the_same_bytes() {
     let lab = Lab::new();
@@ -732,7 +732,7 @@ fn a_killed_run_resumes_to_the_same_bytes() {
         let mut command = Command::new(env!("CARGO_BIN_EXE_quantune"));
         command.args(["sft", "--out", out]);
         if resume {
-            // Another number of threads gives the same bits.
+            // A different number of threads gives the same bits.
             command.args(["--resume", "--threads", "1"]);
         } else {
             command.args(["--base", &base(), "--data", &lab.path("rows.jsonl")]);
@@ -766,9 +766,9 @@ fn a_killed_run_resumes_to_the_same_bytes() {
     for trial in 0..20 {
         let out = lab.path(&format!("killed-{trial}"));
         let mut moment = duration.mul_f64(random.uniform_f64());
-        // Every other trial waits, from its moment on, for a checkpoint that is being written.
+        // Every other trial waits until a checkpoint is being written.
         while !kill(start(&out, false), moment, || trial % 2 == 0 || has_partial(&out)) {
-            fs::remove_dir_all(&out).unwrap(); // it was done before its moment came
+            fs::remove_dir_all(&out).unwrap(); // it finished before it was killed
             moment = moment.mul_f64(0.5);
         }
         inside += usize::from(has_partial(&out));
@@ -782,7 +782,7 @@ fn a_killed_run_resumes_to_the_same_bytes() {
     assert!(inside > 0);
 }
 
-/// Two processes on one run: the second says who is there, and a killed one is there no more.
+/// Two processes on one run: the second one reports the first, until the first is killed.
 #[cfg(unix)]
 #[test]
 fn a_run_directory_is_locked_by_one_process() {
@@ -800,7 +800,7 @@ fn a_run_directory_is_locked_by_one_process() {
     }
     let pid = first.id().to_string();
     assert!(Command::new("kill").args(["-STOP", &pid]).status().unwrap().success());
-    std::thread::sleep(Duration::from_millis(200)); // a write under way may still end
+    std::thread::sleep(Duration::from_millis(200)); // a pending write may still finish
     let before = fs::read(&metrics).unwrap();
     for args in [&fresh, &resumed] {
         let output = quantune(args);
@@ -813,13 +813,13 @@ fn a_run_directory_is_locked_by_one_process() {
     }
     assert_eq!(fs::read(&metrics).unwrap(), before);
 
-    first.kill().unwrap(); // SIGKILL: nothing of it can let go of the lock
+    first.kill().unwrap(); // SIGKILL: the process cannot release the lock itself
     assert!(!first.wait().unwrap().success());
     assert!(error(&quantune(&fresh)).contains("use --resume to continue it"));
     assert!(quantune(&resumed).status.success());
 }
 
-/// Ctrl-C ends after a whole step, says how to go on, and going on gives the same bytes.
+/// Ctrl-C stops after a complete step and prints how to resume, and resuming gives the same bytes.
 #[cfg(unix)]
 #[test]
 fn an_interrupted_run_prints_how_to_resume() {
@@ -845,7 +845,7 @@ fn an_interrupted_run_prints_how_to_resume() {
     }
 }
 
-/// A run whose cache another one fills says whom it waits for, and heeds Ctrl-C.
+/// A run that waits for another one to fill the cache reports it, and can be interrupted with Ctrl-C.
 #[cfg(unix)]
 #[test]
 fn a_run_waiting_for_the_cache_reports_it_and_can_be_interrupted() {
@@ -869,7 +869,7 @@ fn a_run_waiting_for_the_cache_reports_it_and_can_be_interrupted() {
     drop(lock);
 }
 
-/// Ctrl-C while rows are read: of a new run nothing is there, one to be resumed is as it was.
+/// Ctrl-C while rows are read: a new run leaves no files, and a run to be resumed is unchanged.
 #[cfg(unix)]
 #[test]
 fn an_interrupt_while_rows_are_read_leaves_no_trace() {
@@ -881,7 +881,7 @@ fn an_interrupt_while_rows_are_read_leaves_no_trace() {
     let mut fresh = strings(&["sft", "--base", &base(), "--data", &data, "--out", &out]);
     fresh.extend(strings(&["--max-steps", "2"]));
     let resumed = strings(&["sft", "--out", &out, "--resume"]);
-    // Reads rows from a pipe that has no end, until it is interrupted.
+    // Reads rows from an endless pipe until interrupted.
     let interrupted = |args: &[String]| -> String {
         fs::remove_file(&data).unwrap();
         assert!(Command::new("mkfifo").arg(&data).status().unwrap().success());
@@ -924,8 +924,8 @@ fn an_interrupt_while_rows_are_read_leaves_no_trace() {
     assert!(files() == before);
 }
 
-/// Ctrl-C in the evaluation before the first step, after one in the middle and after the last: the
-/// run goes on with that evaluation, to the same bytes.
+/// Ctrl-C in the evaluation before the first step, after a middle step and after the last: the
+/// resumed run repeats that evaluation, to the same bytes.
 #[cfg(unix)]
 #[test]
 fn an_interrupted_evaluation_is_repeated() {
@@ -972,8 +972,8 @@ fn an_interrupted_evaluation_is_repeated() {
     }
 }
 
-/// The ISA levels that this CPU has, through the binary: the same losses, the
-/// kernels named; f32, int16 and int8 give each its own.
+/// All ISA levels of this CPU, through the binary: the losses are equal, the
+/// kernels are reported; f32, int16 and int8 have different losses.
 #[test]
 fn every_isa_level_and_precision_trains_alike() {
     let lab = Lab::new();

@@ -186,7 +186,7 @@ fn overlong_responses_are_dropped_with_their_pairs() {
          their prompts), needs at least one pair or label"
     );
     let error = load(&[], &chatml, none, ComparisonKind::Pairs).unwrap_err();
-    assert_eq!(error, "rows.jsonl: holds no rows, needs one JSON object per line");
+    assert_eq!(error, "rows.jsonl: contains no rows, needs one JSON object per line");
 }
 
 /// The shared prompt ends where the first response deviates from it.

@@ -222,8 +222,8 @@ fn a_file_without_anything_to_learn_is_an_error() {
         assert_eq!(error, format!("rows.jsonl: {expected}"));
     }
     let needs = "needs at least one learned token after a row's first";
-    check("", 10, "holds no rows, needs one JSON object per line");
-    check("\u{feff}\r\n \n", 10, "holds no rows, needs one JSON object per line");
+    check("", 10, "contains no rows, needs one JSON object per line");
+    check("\u{feff}\r\n \n", 10, "contains no rows, needs one JSON object per line");
     check(
         "{\"messages\": [{\"role\": \"user\", \"content\": \"a\"}]}\n{\"input_ids\": [5]}\n",
         10,

@@ -1,4 +1,4 @@
-//! README, docs/ and ARCHITECTURE.md against the tree: what they link to and name exists.
+//! README, docs/ and ARCHITECTURE.md against the tree: links and names exist.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ fn root() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR"))
 }
 
-/// The Markdown files that describe the repository as it is.
+/// The Markdown files that describe the current repository.
 fn pages() -> Vec<PathBuf> {
     let names = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "benches/README.md"];
     let mut pages: Vec<PathBuf> = names.iter().map(|name| root().join(name)).collect();
@@ -20,7 +20,7 @@ fn pages() -> Vec<PathBuf> {
     pages
 }
 
-/// The anchor that a heading has on a rendered page.
+/// The anchor of a heading on a rendered page.
 fn anchor(heading: &str) -> String {
     let kept = heading.trim().to_lowercase().replace(' ', "-");
     kept.chars().filter(|c| c.is_alphanumeric() || *c == '-' || *c == '_').collect()
@@ -54,7 +54,7 @@ fn links_of_the_documentation_exist() {
     assert!(broken.is_empty(), "{broken:#?}");
 }
 
-/// Whether what stands between backticks is a path of this repository.
+/// Whether a text in backticks is a path of this repository.
 fn is_path(span: &str) -> bool {
     let rooms = ["src/", "adapters/", "tests/", "scripts/", "docs/", "benches/", "examples/"];
     rooms.iter().any(|room| span.starts_with(room))

@@ -237,7 +237,7 @@ fn model_in_memory_is_written_in_both_formats() {
         write_gguf(&source, &Recipe::new(FileType::F32), None, &gguf).unwrap();
         verify(&base, &[], &gguf, VerifyBounds::F32).unwrap();
         for _ in 0..2 {
-            write_folder(&source, BlockType::F32, &out).unwrap(); // and over what is there
+            write_folder(&source, BlockType::F32, &out).unwrap(); // replacing the existing folder
         }
         verify(&base, &[], &out, VerifyBounds::F32).unwrap();
         same_tokenizer(&base, &Checkpoint::open(&out).unwrap());

@@ -119,8 +119,8 @@ fn greedy_batches_match_transformers_and_single_rows() {
     }
 }
 
-/// The portable form has its cache in tensors: prompts that several rows share, rows that end and make
-/// room for others, and prompts longer than a pass get what the fast form gives them.
+/// With the reference backend, whose KV cache is in tensors: shared prompts, rows that finish and free their
+/// slot, and prompts longer than a prefill pass give the same tokens as with the CPU backend.
 #[test]
 fn reference_and_cpu_generate_the_same_tokens() {
     for name in ["llama-tiny", "qwen2-tiny"] {
@@ -149,8 +149,8 @@ fn long_prompts(decoder: &Decoder) -> Vec<Vec<u32>> {
     (0..6).chain(0..6).map(row).collect()
 }
 
-/// In the default mode too, where a prompt and a decoding step round otherwise, a row gets the same
-/// log-probs to the bit alone and among any number of others, and whatever its cache is kept in.
+/// Also in the default precision, where prefill and decode steps round differently, a row gets the same
+/// log-probs to the bit alone and in any batch, for every type of the KV cache.
 #[test]
 fn int16_rows_do_not_depend_on_the_batch() {
     let decoder = load("llama-q4_0", Compute::INT16);

@@ -129,7 +129,7 @@ fn a_thousand_swaps() {
         let id = engine.submit(job_of(&adapter, swap)).unwrap();
         asked.insert(id, (kind, swap % PROMPTS));
         drop(adapter);
-        // About as many tokens are decoded as are asked for: the slots stay full.
+        // About as many tokens are decoded as requested: the slots stay full.
         for _ in 0..2 {
             for event in engine.step().unwrap() {
                 if let Event::Finished { id, output } = event {
@@ -304,7 +304,7 @@ fn a_cached_prefix_is_not_recomputed() {
         for (a, b) in again.generated.token_logprobs.iter().zip(&anew.token_logprobs) {
             assert!((a - b).abs() < 1e-4, "{a} and {b}");
         }
-        // The same prompt once more: all but its last token is there, and of the prompt to the bit.
+        // The same prompt again: all but its last token is cached, bit-identically.
         let (same, computed, cached) = run(keeping(first.clone(), list, Some(prefix.clone())));
         assert_eq!((computed, cached), (1, 29));
         assert_eq!(bits(&same.generated), bits(&output.generated));
@@ -319,7 +319,7 @@ fn a_cached_prefix_is_not_recomputed() {
     }
 }
 
-/// The numbers of an adapter that learns change between uses, and so do its decode forms.
+/// The decode weights of an adapter are recomputed after its parameters have changed.
 #[test]
 fn a_changed_adapter_is_recomputed() {
     for compute in [Compute::F32, Compute::INT16] {
@@ -329,7 +329,7 @@ fn a_changed_adapter_is_recomputed() {
         let of =
             |adapter: &Arc<Adapter>| job(prompt(&decoder, 1, 9), &[active(adapter, 1.0)], 1, 8);
         let run = |adapter: &Arc<Adapter>| bits(&alone(&decoder, of(adapter)));
-        // An engine keeps what it found of an adapter from step to step.
+        // An engine caches the decode weights of an adapter across steps.
         let mut engine = Engine::new(&decoder, CacheType::F32, 1);
         let mut again = |adapter: &Arc<Adapter>| {
             let id = engine.submit(of(adapter)).unwrap();
@@ -384,7 +384,7 @@ fn an_adapter_that_changes_within_a_row_is_recomputed() {
 #[test]
 fn engines_in_any_pool_and_side_by_side() {
     let decoder = load("llama-q4_0", Compute::INT16);
-    // With magnitudes, whose norms are made in parallel by whoever asks first.
+    // With magnitudes, whose norms are computed in parallel on first use.
     let mut shared = Arc::into_inner(adapter(&decoder, 4, 3)).unwrap();
     for lora in shared.modules.values_mut() {
         let ones = candle_core::Var::ones(lora.out_features(), DType::F32, &Device::Cpu).unwrap();

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use candle_core::{Device, Tensor, Var};
-use quantune::model::{ActiveAdapter, AdapterGradients, Adapters, Decoder, KvCache, Reading, Rows};
+use quantune::model::{ActiveAdapter, Adapters, Decoder, GradientBuffers, KvCache, Reading, Rows};
 use quantune::ops::{Compute, linear_log_probs};
 use quantune::weights::Checkpoint;
 use quantune_adapters::config::{InitLoraWeights, LoraConfig, Modules};
@@ -67,7 +67,7 @@ fn integer_products_have_their_own_bounds() {
     for name in MODELS {
         let int16 = worst(name, &load(name, Compute::INT16));
         let int8 = worst(name, &load(name, Compute::INT8));
-        // These random models have large logits: their rarest tokens show every error.
+        // These random models have large logits: their least likely tokens show every error.
         assert!(int16 < 2e-2, "{name}: int16 is off by {int16}");
         assert!(
             int8 > 2.0 * int16 && int8 < 2.0,
@@ -147,8 +147,8 @@ fn a_cache_of_another_precision_is_rejected() {
     }
 }
 
-/// A Llama with every bias there is, none of them 0: all forms agree, whole, through the cache and
-/// in decoding steps.
+/// A Llama with all biases, none of them 0: all backends agree, in one pass, through the cache and
+/// in decode steps.
 #[test]
 fn biases_count_in_every_form() {
     let folder = tempfile::tempdir().unwrap();
@@ -198,8 +198,8 @@ fn biases_count_in_every_form() {
     }
 }
 
-/// What is read by hand against the same composed of ops: scores, log-probs at a temperature, and the
-/// gradients of hidden states and score head, rows read twice among them.
+/// The hand-written head pass against the same composed of ops: scores, log-probs at a temperature, and the
+/// gradients of hidden states and score head, also with rows that are read twice.
 #[test]
 fn readings_by_hand_are_those_of_the_ops() {
     let decoder = load("llama-q4_0", Compute::F32);
@@ -243,7 +243,7 @@ fn readings_by_hand_are_those_of_the_ops() {
         let ours = decoder.read_log_probs(&values, &targets, temperature, &[], true, &mut reading);
         close(ours.unwrap(), &logps);
         let mut dx = vec![0f32; n * width];
-        let mut none = AdapterGradients { places: &HashMap::new(), gradients: &mut [] };
+        let mut none = GradientBuffers { places: &HashMap::new(), gradients: &mut [] };
         decoder
             .log_probs_back(&upstream, temperature, &[], &mut reading, &mut dx, &mut none)
             .unwrap();
@@ -253,8 +253,8 @@ fn readings_by_hand_are_those_of_the_ops() {
     assert!(decoder.read_log_probs(&values, &outside, 1.0, &[], false, &mut reading).is_err());
 }
 
-/// Some of the tokens get the bits they have among all, whole and through the cache, whatever the
-/// rows use.
+/// A subset of the tokens gets the same bits as all tokens, in one pass and through the cache, for any
+/// adapters.
 #[test]
 fn log_probs_of_single_tokens_match_those_of_all_tokens() {
     let chosen: &[&[u32]] = &[&[11, 0, 11, 4], &[3], &[], &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]];

@@ -1,4 +1,4 @@
-//! Losses, advantages and statistics against TRL's own code, and gradients against finite
+//! Losses, advantages and statistics against TRL's code, and gradients against finite
 //! differences and any split of a step.
 
 use candle_core::{Device, Tensor, Var};
@@ -32,7 +32,7 @@ fn numbers(value: &Value) -> Vec<f32> {
     value.as_array().unwrap().iter().map(|v| number(v) as f32).collect()
 }
 
-/// Numbers row by row, and how many each row has.
+/// Values row by row, and the length of each row.
 fn rows(value: &Value) -> (Vec<f32>, Vec<usize>) {
     let rows: Vec<Vec<f32>> = value.as_array().unwrap().iter().map(numbers).collect();
     let counts = rows.iter().map(Vec::len).collect();
@@ -55,7 +55,7 @@ fn scalar(loss: &Tensor) -> f64 {
     f64::from(loss.to_scalar::<f32>().unwrap())
 }
 
-/// A hundred-thousandth of their size, or of 1.
+/// A relative tolerance of 1e-5, or an absolute one below 1.
 #[track_caller]
 fn close(found: f64, expected: f64, what: &str) {
     let far = (found - expected).abs() / expected.abs().max(1.0);
@@ -71,7 +71,7 @@ fn all_close(found: &[f32], count: f64, expected: &[f32], what: &str) {
     }
 }
 
-/// Every metric TRL logs is there and the same.
+/// Every metric that TRL logs exists and is equal.
 #[track_caller]
 fn same_metrics(found: &[(&str, f64)], case: &Value, what: &str) {
     for (name, expected) in case["metrics"].as_object().unwrap() {
@@ -152,7 +152,7 @@ fn all_pairs_of_a_prompt_weigh_as_one_comparison() {
     check_slopes(&scores, |scores| loss(scores, &ranked(6, 0)).0, "scores");
 }
 
-/// Runs a case of pairs: losses, and the leaves its gradient is of.
+/// Runs a case of pairs: losses, and the leaves of the gradient.
 fn judge(case: &Value, logps: &[f32]) -> (PreferenceLosses, Var, Var, Option<Var>) {
     let settings = settings(case);
     let half = logps.len() / 2;
@@ -218,7 +218,7 @@ fn preference_losses_match_trl() {
             all_close(&gradient(&loss, &nll), count, &expected, &format!("{what} nll"));
         }
         same_metrics(&found.stats.metrics(), case, &what);
-        // Where certainty makes a curve, or hinge a corner, differences say little.
+        // Finite differences are inaccurate at strong curvature and at the corner of hinge.
         if kinds_with_slopes.contains(&i) {
             for (at, &slope) in slopes.iter().enumerate() {
                 let moved = |step: f32| {
@@ -271,13 +271,13 @@ fn missing_inputs_of_preference_losses_are_errors() {
     let kto = PreferenceLoss::Kto { desirable_weight: 1.0, undesirable_weight: 1.0 };
     for (loss, expected) in [
         (PreferenceLoss::Orpo, "ORPO needs the log-likelihood"),
-        (kto, "KTO judges single responses"),
+        (kto, "KTO needs labelled responses"),
     ] {
         let settings = PreferenceSettings { loss, beta: 0.1 };
         let error = preference_losses(&settings, &pairs).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");
     }
-    // A model that is certain has no odds, but a finite loss and gradient.
+    // A model with probability 1 has infinite odds, but a finite loss and gradient.
     let certain = var(&[0.0, -1e-9]);
     let settings = PreferenceSettings { loss: PreferenceLoss::Orpo, beta: 0.1 };
     let nll = NegativeLogLikelihood { logps: &certain, tokens: &[1, 1], weight: 1.0 };
@@ -385,7 +385,7 @@ fn group_advantages_match_trl() {
             kind => panic!("{kind}"),
         };
         let what = format!("{kind} of {generations} in {rewards:?}");
-        // TRL's are of f32, and where a group has hardly any spread they are divided by little.
+        // TRL computes in f32, and divides by small numbers for groups with little spread.
         let expected = numbers(&case["advantages"]);
         for (i, (&found, &expected)) in found.advantages.iter().zip(&expected).enumerate() {
             assert!((found - expected).abs() < 2e-4, "{what}[{i}]: {found}, TRL has {expected}");
@@ -394,7 +394,7 @@ fn group_advantages_match_trl() {
     }
 }
 
-/// GRPO's loss over some rows of a case, and what it is a function of.
+/// GRPO's loss over some rows of a case, and its inputs.
 fn grpo(case: &Value, take: std::ops::Range<usize>) -> (Tensor, GrpoStats, Var) {
     let some =
         |key: &str| rows(&Value::Array(case[key].as_array().unwrap()[take.clone()].to_vec()));
@@ -469,7 +469,7 @@ fn rloo_equals_grpo_over_whole_responses() {
     close(scalar(&loss) / 4.0, number(&case["loss"]), "rloo");
     all_close(&gradient(&loss, &logps), 4.0, &rows(&case["gradient"]).0, "rloo");
     let mut metrics = stats.metrics();
-    metrics.push(("entropy", number(&case["metrics"]["entropy"]))); // of tokens: the caller's
+    metrics.push(("entropy", number(&case["metrics"]["entropy"]))); // over tokens, computed by the caller
     same_metrics(&metrics, case, "rloo");
 }
 

@@ -1,5 +1,5 @@
-//! Full-precision training: ten steps as PyTorch takes them, the fast form against the portable one
-//! and against differences, and what must not change a step.
+//! Full-precision training: ten steps against PyTorch, the CPU backend against the reference and against
+//! finite differences, and invariances of a step.
 
 use std::collections::HashMap;
 
@@ -25,7 +25,7 @@ pub fn load(run: &str, compute: Compute) -> FullModel {
     FullModel::load(&Checkpoint::open(path).unwrap(), compute).unwrap()
 }
 
-/// Rows of packed documents; what a border means is the run's.
+/// Rows of packed documents; whether attention resets at borders depends on the run.
 fn batch(rows: &[Value], documents_apart: bool) -> Batch {
     let mut batch = Batch::default();
     for row in rows {
@@ -71,7 +71,7 @@ fn relative(a: &[f32], b: &[f32]) -> f64 {
     difference / norm(&mut b.iter().map(|&b| f64::from(b))).max(1e-30)
 }
 
-/// Holds all gradients to others, parameter by parameter.
+/// Compares all gradients, parameter by parameter.
 fn close(what: &str, model: &FullModel, a: &Gradients, b: &Gradients, bound: f64) {
     for ((name, a), b) in model.names.iter().zip(a).zip(b) {
         assert!(b.iter().any(|g| *g != 0.0), "{what}: {name} has no gradient");
@@ -80,7 +80,7 @@ fn close(what: &str, model: &FullModel, a: &Gradients, b: &Gradients, bound: f64
     }
 }
 
-/// A step's rows of a run in micro-batches of `micro` rows.
+/// The rows of a step in micro-batches of `micro` rows.
 pub fn micro_batches(run: &Value, step: usize, micro: usize) -> Vec<Batch> {
     let apart = run["documents_apart"].as_bool().unwrap();
     let rows = run["steps"][step]["rows"].as_array().unwrap();
@@ -144,7 +144,7 @@ fn ten_steps_match_torch_split_recomputed_and_on_reference() {
     ten_steps("qwen3", 2, 2, Compute::REFERENCE, 1e-4);
 }
 
-/// Integer products round, a little: the run stays near.
+/// Integer products round, but the run stays close to the F32 run.
 #[test]
 fn integer_products_stay_near_torch() {
     ten_steps("llama-tied", 4, 2, Compute::INT16, 5e-3);
@@ -191,7 +191,7 @@ fn differences(
 ) {
     for (index, var) in model.parameters.iter().enumerate() {
         let before = var.as_tensor().copy().unwrap();
-        // Along the gradient itself the loss rises by its norm.
+        // Along the gradient the loss rises by its norm.
         let norm = global_norm(&gradients[index..=index]);
         let along = Tensor::from_slice(&gradients[index], var.shape(), &Device::Cpu).unwrap();
         let h = step_length / norm;
@@ -224,12 +224,12 @@ fn every_family_trains() {
         let (loss, rounded) = step(&model(Compute::INT16), batches, usize::MAX);
         assert!((loss - exact).abs() < 1e-3 * exact, "{name}: {loss}, portable {exact}");
         close(&name, &portable, &rounded, &needed, 2e-2);
-        differences(&name, &fast, batches, &gradients, 2e-3); // their losses bend more
+        differences(&name, &fast, batches, &gradients, 2e-3); // their losses have more curvature
     }
 }
 
-/// What trained is an ordinary decoder of the family, and a folder of its parameters under Hugging Face's
-/// names is the same model again, to the bit.
+/// A trained model is an ordinary decoder of its family, and a folder of its parameters under Hugging Face's
+/// names is the same model, to the bit.
 #[test]
 fn every_family_is_saved_and_loaded() {
     for (name, checkpoint, _folder) in families() {
@@ -250,7 +250,7 @@ fn every_family_is_saved_and_loaded() {
         };
         assert_eq!(hidden(&decoder), hidden(&base), "{name}");
 
-        // Norms that moved, as training moves them.
+        // Changed norms, as after training.
         for var in &model.parameters {
             var.set(&(var.as_tensor() * 1.000_123).unwrap()).unwrap();
         }
@@ -271,7 +271,7 @@ fn every_family_is_saved_and_loaded() {
     }
 }
 
-/// Every family and variant: its name, its checkpoint, and the folder that lives as long as it.
+/// Every family and variant: its name, its checkpoint, and the guard of its folder.
 fn families() -> Vec<(String, Checkpoint, Option<tempfile::TempDir>)> {
     let model = |name: &&str| {
         let checkpoint = Checkpoint::open(golden(&format!("model_families/{name}"))).unwrap();
@@ -284,7 +284,7 @@ fn families() -> Vec<(String, Checkpoint, Option<tempfile::TempDir>)> {
     MODELS.iter().map(model).chain(VARIANTS.iter().map(variant)).collect()
 }
 
-/// Rows whose tokens all but the first are targets.
+/// Rows whose tokens are all targets except the first.
 fn whole_rows(rows: &[Vec<u32>]) -> Batch {
     let mut batch = Batch::default();
     for row in rows {
@@ -312,7 +312,7 @@ fn recomputation_threads_and_old_buffers_change_no_bit() {
         let found = pool.install(|| step(&model, &batches, 2));
         assert_eq!(found, (loss, gradients.clone()), "{threads} threads");
     }
-    // Buffers that a longer batch has left.
+    // Buffers used by a longer batch before.
     let (mut buffers, mut found) = (FullBuffers::default(), model.zero_gradients());
     let long = &micro_batches(&run, 1, 4)[0];
     model.accumulate(long, 1.0, 2, &mut found, &mut buffers).unwrap();
@@ -324,7 +324,7 @@ fn recomputation_threads_and_old_buffers_change_no_bit() {
     assert_eq!(found, gradients);
 }
 
-/// Every format we read trains on, and what trained is an ordinary decoder again.
+/// A base of every supported format can be trained further, and the result is an ordinary decoder.
 #[test]
 fn a_base_round_trips_through_training_weights() {
     let qwen3 = ["model_families/qwen3", "model_families/qwen3.gguf"].map(golden);

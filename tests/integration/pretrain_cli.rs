@@ -1,5 +1,5 @@
-//! Pretraining as a user runs it: every flag changes something, a killed run resumes to the same
-//! bytes, what comes out is an ordinary base, and wrong input ends in one sentence.
+//! Pretraining on the command line: every flag has an effect, a killed run resumes to the same bytes, the
+//! result is an ordinary base, and invalid input ends in one error.
 
 use std::fs;
 use std::path::Path;
@@ -136,7 +136,7 @@ fn every_flag_of_pretrain_changes_something() {
     for last in [("--base", &*other), ("--model-config", &*shape)] {
         table.push([from_base, &[last]].concat());
     }
-    // Killed runs and what comes out, below; devices with those of the other commands.
+    // Killed runs and results are tested below; devices together with those of the other commands.
     every_flag(&["pretrain"], base_args, &table, &["--resume", "--max-tokens", "--device"], &lab);
 }
 
@@ -180,7 +180,7 @@ fn a_killed_pretraining_resumes_to_the_same_bytes() {
         let out = lab.path(&format!("killed-{trial}"));
         let mut moment = duration.mul_f64(random.uniform_f64());
         while !kill(start(&out, false), moment, || true) {
-            fs::remove_dir_all(&out).unwrap(); // it was done before its moment came
+            fs::remove_dir_all(&out).unwrap(); // it finished before it was killed
             moment = moment.mul_f64(0.5);
         }
         let began_at_all = Path::new(&out).join("config.toml").exists();
@@ -191,7 +191,7 @@ fn a_killed_pretraining_resumes_to_the_same_bytes() {
     }
 }
 
-/// The portable form has gradients and moments in tensors: it trains the same model, and goes on from
+/// The reference backend, whose gradients and moments are tensors, trains the same model, and resumes from
 /// a checkpoint to the same bytes.
 #[test]
 fn pretraining_on_reference_matches_cpu_and_resumes() {
@@ -229,8 +229,8 @@ fn pretraining_on_reference_matches_cpu_and_resumes() {
     }
 }
 
-/// The folder and the GGUF are one model, an ordinary base: sft trains on either, and pretraining
-/// goes on from either.
+/// The folder and the GGUF are the same model and an ordinary base: sft and further pretraining work on
+/// both.
 #[test]
 fn the_result_is_an_ordinary_base() {
     let (lab, tokenizer) = lab();
@@ -330,7 +330,7 @@ fn invalid_input_ends_in_one_error() {
         let flags = [&portable[..], &[flag, value]].concat();
         check(notes, &flags, &["only applies to backend cpu; reference keeps all activations"]);
     }
-    check(notes, &["--export", "x.gguf", "--export-type", "Q9"], &["\"Q9\" is no type"]);
+    check(notes, &["--export", "x.gguf", "--export-type", "Q9"], &["\"Q9\" is not a type"]);
     check(notes, &["--base", &base(), "--max-length", "999999"], &["max_length is 999999"]);
     check(notes, &["--base", &base(), "--hidden-size", "64"], &["cannot be set with --base"]);
     check(notes, &["--resume"], &["contains no run to resume"]);

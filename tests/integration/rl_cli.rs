@@ -193,7 +193,7 @@ fn every_flag_of_ppo_changes_something() {
         vec![("--vf-coef", "1")],
         vec![("--ptx-data", &*texts)],
         vec![("--ptx-data", &*texts), ("--ptx-coef", "3")],
-        vec![("--ptx-data", &*texts), ("--max-length", "50")], // of prompts it only says which are too long
+        vec![("--ptx-data", &*texts), ("--max-length", "50")], // for prompts it only limits the length
         vec![("--eval-data", &*held_out), ("--eval-prompts", "3")],
         vec![("--sample-steps", "1")],
         vec![("--sample-steps", "1"), ("--num-samples", "2")],
@@ -305,7 +305,7 @@ fn check_killed_runs_resume(
         let out = lab.path(&format!("{command}-killed-{trial}"));
         let mut moment = duration.mul_f64(0.2 + 0.8 * random.uniform_f64());
         while !kill(start(&out, false), moment, || true) {
-            fs::remove_dir_all(&out).unwrap(); // it was done before its moment came
+            fs::remove_dir_all(&out).unwrap(); // it finished before it was killed
             moment = moment.mul_f64(0.8);
         }
         let checkpoints = fs::read_dir(Path::new(&out).join("checkpoints"));
@@ -398,8 +398,8 @@ fn killed_runs_resume_to_the_same_bytes() {
     check_killed_runs_resume("reward", &lab, &fresh, &resumed, 2);
 }
 
-/// Comparisons and prompts kept on disk train the same bytes as those in memory, held-out ones and
-/// fields that rewards read among them; they are tokenized once, also for a run that goes on.
+/// Comparisons and prompts cached on disk train to the same bytes as in memory, including held-out rows and
+/// fields that rewards read; they are tokenized once, also for a resumed run.
 #[test]
 fn cached_rows_train_to_the_same_bytes() {
     let lab = Lab::with_comparisons();
@@ -943,8 +943,8 @@ impl Patient {
         Arc::new(read.unwrap().0)
     }
 
-    /// Takes a step from these old log-probs, over most responses laid out like this and in another
-    /// order than they came; and looks at the update.
+    /// Takes a step from these old log-probs, over most responses, collated like this and in another
+    /// order; and diagnoses the update.
     fn diagnosis(&self, learns: Learns, old: &[Vec<f32>], lay_out: &LayOut) -> Diagnosis {
         let settings = AdamWSettings {
             adam_beta1: 0.9,
@@ -991,7 +991,7 @@ impl Patient {
         diagnose_update(&self.responses, Some(old), first, &kl)
     }
 
-    /// Log-probs of the responses laid out like this.
+    /// Log-probs of the responses collated like this.
     fn log_probs(&self, lay_out: &LayOut) -> Vec<Vec<f32>> {
         let active = [ActiveAdapter::frozen(self.policy.clone())];
         let of = |response: &Response| {
@@ -1027,7 +1027,7 @@ fn each_cause_of_an_unhealthy_update_is_reported() {
         check("top_k", &found, &is_filter, "sampling filters (top_k, top_p)");
     }
 
-    // Scores and loss see the same wrong places.
+    // Scores and loss have the same wrong positions.
     let is_shift = |cause: &Cause| matches!(cause, Cause::ShiftedRows { .. });
     let layouts: [(&str, &LayOut); 2] = [("a place late", &shifted_by_one), ("padded", &padded)];
     for (what, lay_out) in layouts {

@@ -1,6 +1,6 @@
-//! The rules of the rooms (the modules of `src/lib.rs`), checked against the sources: their order,
-//! what only one of them may do, and circles of files inside a room. Each rule is a function of one
-//! file's text, and a test shows that it finds a planted violation.
+//! Layering of the rooms (the modules of `src/lib.rs`), checked against the sources: their order, operations
+//! that are allowed in only one of them, and dependency cycles of files inside a room. Each rule is a
+//! function of one file's text, and a test shows that it finds a planted violation.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -36,15 +36,15 @@ const STREAMS: &[&str] = &["stdout", "stderr"];
 /// Macros that print.
 const PRINTING: &[&str] = &["print", "println", "eprint", "eprintln", "dbg"];
 
-/// Names of candle without a backward pass, whatever they are called on.
+/// Functions of candle without a backward pass, called on any value.
 const DROPS_GRADIENTS: &[&str] =
     &["QMatMul", "softmax_last_dim", "apply_op1_no_bwd", "apply_op2_no_bwd", "apply_op3_no_bwd"];
 
-/// Names of candle_nn without a backward pass, where this crate has functions of the same name.
+/// Functions of candle_nn without a backward pass that have the name of a function of this crate.
 const DROPS_GRADIENTS_IN_CANDLE_NN: &[&str] =
     &["rms_norm", "layer_norm", "rotary_emb", "RmsNorm", "sdpa"];
 
-/// A file's text without comments and without its tests, and where it is.
+/// A source file without comments and tests.
 struct SourceFile {
     /// Relative to `src`, with `/`.
     path: String,
@@ -71,7 +71,7 @@ impl SourceFile {
         ["cli", "main"].contains(&self.room())
     }
 
-    /// The identifiers, each with what stands directly behind it.
+    /// The identifiers, each with the text directly after it.
     fn words(&self) -> impl Iterator<Item = (&str, &str)> {
         let is_word = |c: char| c.is_alphanumeric() || c == '_';
         let mut rest = &self.code[..];
@@ -118,7 +118,7 @@ impl SourceFile {
         found
     }
 
-    /// One item of a `use` group: a path, or a path with a group of its own.
+    /// One item of a `use` group: a path, or a path with a nested group.
     fn expand(&self, item: &str) -> Vec<Vec<String>> {
         let item = item.trim();
         let item = item.split(" as ").next().unwrap();
@@ -138,7 +138,7 @@ impl SourceFile {
     }
 }
 
-/// The inside of the braces that `text` begins with, and what follows them.
+/// The inside of the braces at the start of `text`, and the rest.
 fn group_of(text: &str) -> (&str, &str) {
     let mut depth = 0;
     for (at, c) in text.char_indices() {
@@ -198,7 +198,7 @@ fn sources() -> Vec<SourceFile> {
     files.iter().map(read).collect()
 }
 
-/// The rooms that a file uses, but must not.
+/// The rooms that a file uses although it must not.
 fn rooms_above(file: &SourceFile) -> Vec<String> {
     let order = |room: &str| ROOMS.iter().position(|r| *r == room);
     let Some(level) = order(file.room()) else { return Vec::new() };
@@ -246,7 +246,7 @@ fn family_names(file: &SourceFile, families: &[String]) -> Vec<String> {
     literals.filter(|literal| file.code.contains(literal)).collect()
 }
 
-/// Paths that climb more than one module.
+/// Paths with more than one `super`.
 fn relative_paths(file: &SourceFile) -> Vec<String> {
     let paths = file.paths().into_iter();
     let climbs =
@@ -266,7 +266,7 @@ fn dropped_gradients(file: &SourceFile) -> Vec<String> {
         let dropped = path.iter().any(|part| DROPS_GRADIENTS_IN_CANDLE_NN.contains(&&**part));
         let last = path.last().unwrap();
         if dropped || last == "ops" || last == "*" {
-            found.push(path.join("::")); // of the whole module anything may be called
+            found.push(path.join("::")); // any function of the module could be called
         }
     }
     found
@@ -322,7 +322,7 @@ fn candle_operations_without_gradients_stay_in_ops() {
     check_all(dropped_gradients);
 }
 
-/// Every rule finds a planted violation, each of its names on its own.
+/// Every rule finds planted violations, one for each of its names.
 #[test]
 fn rules_find_planted_violations() {
     let file = |path: &str, line: &str| SourceFile::new(path, &format!("//! A file.\n\n{line}\n"));
@@ -393,7 +393,7 @@ fn rules_find_planted_violations() {
     assert!(circles(&circle[1..]).is_empty());
 }
 
-/// Files that use each other in a circle cannot be read one after another.
+/// There are no dependency cycles of files, so that they can be read one after another.
 #[test]
 fn files_of_a_room_use_each_other_in_no_circle() {
     let mut faults = Vec::new();
@@ -415,7 +415,7 @@ fn files_of_a_room_use_each_other_in_no_circle() {
 const KNOWN_CIRCLES: &[&[&str]] =
     &[&["model/config"], &["train/pretrain/"], &["train/supervised/"]];
 
-/// Circles of files: the strongly connected components of more than one file.
+/// Cycles of files: the strongly connected components of more than one file.
 fn circles(files: &[SourceFile]) -> Vec<Vec<String>> {
     let modules: BTreeMap<Vec<String>, usize> =
         files.iter().enumerate().map(|(i, file)| (module_of(&file.path), i)).collect();
@@ -447,8 +447,8 @@ fn module_of(path: &str) -> Vec<String> {
 }
 
 /// The files of the same room that a file uses. The parent that a module is declared in is used only
-/// for what it defines itself: names that it re-exports are their own file's, and its declarations and
-/// re-exports of children are no use of them.
+/// for its own definitions: names that it re-exports belong to their file, and its declarations and
+/// re-exports of children do not count as uses.
 fn uses(
     index: usize,
     file: &SourceFile,

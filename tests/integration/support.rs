@@ -1,4 +1,4 @@
-//! What the tests share: golden files and small conversions.
+//! Shared test helpers: golden files and small conversions.
 
 use std::path::PathBuf;
 
@@ -30,7 +30,7 @@ pub fn load(name: &str, compute: Compute) -> Decoder {
     Decoder::load(&Checkpoint::open(model_path(name)).unwrap(), compute).unwrap()
 }
 
-/// The portable form over weights that were brought to a device, with the CPU as that device.
+/// The reference backend with weights uploaded to a device, here the CPU.
 pub fn load_uploaded(name: &str) -> Decoder {
     load(name, Compute::REFERENCE).on(&candle_core::Device::Cpu).unwrap()
 }
@@ -49,7 +49,7 @@ pub fn ids(value: &Value) -> Vec<u32> {
     value.as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect()
 }
 
-/// Gradients of zeros for parameters of adapters on `decoder`, as its backend keeps them.
+/// Zero gradients for parameters of adapters on `decoder`, in the form of its backend.
 pub fn new_state(decoder: &Decoder, parameters: &[Var]) -> Box<dyn TrainState> {
     let settings =
         AdamWSettings { adam_beta1: 0.9, adam_beta2: 0.999, adam_epsilon: 1e-8, weight_decay: 0.0 };

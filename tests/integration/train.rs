@@ -1,5 +1,5 @@
 //! Training against PEFT: ten steps of the same adapter over the same rows, the first step's
-//! gradients, and what must not change a step: packing, the split into micro-batches, recomputation.
+//! gradients, and invariance of a step under packing, the split into micro-batches and recomputation.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -52,7 +52,7 @@ pub fn rows(run: &str) -> Vec<Example> {
     text.lines().enumerate().map(row).collect()
 }
 
-/// Gradients and buffers of steps, once there was one.
+/// Gradients and buffers of steps, after the first one.
 pub type Buffers = Option<Box<dyn TrainState>>;
 
 /// How a step is batched: the bins of each micro-batch, and whether layers are recomputed.
@@ -325,8 +325,8 @@ fn buffers_carry_no_state() {
     }
 }
 
-/// Responses behind one prompt, a group beside plain rows: shared prompts laid once, and the same
-/// rows laid out whole, each behind a copy of its prompt.
+/// Groups of responses to a prompt, and plain rows: with shared prompts, and the same
+/// rows with a copy of the prompt per response.
 fn shared_and_whole(name: &str) -> (Batch, Batch) {
     let all = rows(name);
     let (mut shared, mut whole) =
@@ -343,7 +343,7 @@ fn shared_and_whole(name: &str) -> (Batch, Batch) {
             let alone =
                 Batch::new(&[Example { tokens, learned, row: 50, line: 1, start: 0 }], &[vec![0]]);
             whole = end_to_end(whole, alone);
-            // A copy of the prompt is dropped out as the prompt, a response as itself.
+            // A copy of the prompt has the dropout masks of the prompt.
             let keys = &mut whole.keys[first + length..];
             keys.iter_mut().for_each(|(row, _)| *row |= (i as u64 + 1) << 40);
         }
@@ -353,7 +353,7 @@ fn shared_and_whole(name: &str) -> (Batch, Batch) {
     (shared, whole)
 }
 
-/// Two batches of plain rows behind the first's, as one.
+/// Two batches of plain rows concatenated.
 fn end_to_end(mut first: Batch, second: Batch) -> Batch {
     let (tokens, targets) = (first.tokens.len(), first.targets.len());
     first.tokens.extend(second.tokens);
@@ -477,7 +477,7 @@ fn gradients_agree_with_differences_through_quantized_bases() {
         let start = run.values();
         for (index, gradient) in gradients.iter().enumerate() {
             assert!(gradient.iter().all(|g| g.is_finite()) && gradient.iter().any(|g| *g != 0.0));
-            // Along the gradient itself: the derivative is its norm.
+            // Along the gradient, the derivative is its norm.
             let norm = gradient.iter().map(|&g| f64::from(g).powi(2)).sum::<f64>().sqrt();
             let h = 2e-3 / norm.max(1e-3);
             let loss_at = |sign: f64| {
@@ -553,7 +553,7 @@ fn every_row_uses_its_own_adapter() {
     assert!(seen[1..].iter().all(|&difference| difference > 1e-3), "{seen:?}");
 }
 
-/// The layer's fast form against its portable one, loss and every gradient, with a frozen adapter
+/// The CPU backend's layer against the reference, loss and every gradient, with a frozen adapter
 /// below the trainable one and dropout; and the integer modes by their own bounds.
 #[test]
 fn every_form_of_a_step_agrees() {
@@ -584,8 +584,8 @@ fn every_form_of_a_step_agrees() {
     }
 }
 
-/// With a trainable adapter in one place only, nothing below is computed, and the gradients are
-/// those that a full adapter has there.
+/// With a trainable adapter on one module only, nothing below is computed, and the gradients are
+/// those of a full adapter for this module.
 #[test]
 fn gradients_of_a_single_module_are_those_of_the_whole() {
     let name = "llama-tiny";

@@ -3,21 +3,21 @@
 use std::path::Path;
 
 use proptest::prelude::*;
-use quantune::text::{SPECIAL_TOKENS, Special, Tokenizer, TokenizerTrainer, WordCut};
+use quantune::text::{PreTokenizerKind, SPECIAL_TOKENS, Special, Tokenizer, TokenizerTrainer};
 use serde_json::Value;
 
 use crate::binary::{Lab, error, every_flag, last_json, quantune, strings};
 use crate::support::{golden_json, ids};
 
-fn train(text: &str, vocab_size: usize, cut: WordCut, folder: &Path) -> Tokenizer {
+fn train(text: &str, vocab_size: usize, cut: PreTokenizerKind, folder: &Path) -> Tokenizer {
     let mut trainer = TokenizerTrainer::new(vocab_size, cut).unwrap();
     trainer.add(&[text]).unwrap();
     trainer.train().unwrap().write(folder).unwrap();
     Tokenizer::from_folder(folder).unwrap()
 }
 
-/// The golden text's tokenizer, with the folder it was written to.
-fn golden_tokenizer(cut: WordCut) -> (Tokenizer, tempfile::TempDir) {
+/// A tokenizer trained on the golden text, and its folder.
+fn golden_tokenizer(cut: PreTokenizerKind) -> (Tokenizer, tempfile::TempDir) {
     let golden = golden_json("text/trained.json");
     let folder = tempfile::tempdir().unwrap();
     let size = golden["vocab_size"].as_u64().unwrap() as usize;
@@ -29,7 +29,7 @@ fn golden_tokenizer(cut: WordCut) -> (Tokenizer, tempfile::TempDir) {
 fn trained_tokenizer_matches_python() {
     let golden = golden_json("text/trained.json");
     let texts = golden_json("text/tokens.json")["texts"].take();
-    for cut in WordCut::ALL {
+    for cut in PreTokenizerKind::ALL {
         let needed = &golden["cuts"][cut.name()];
         let (tokenizer, folder) = golden_tokenizer(cut);
         let json = std::fs::read(folder.path().join("tokenizer.json")).unwrap();
@@ -53,7 +53,7 @@ fn trained_tokenizer_depends_only_on_word_counts() {
     let golden = golden_json("text/trained.json");
     let lines: Vec<&str> = golden["text"].as_str().unwrap().split_inclusive('\n').collect();
     let json = |chunks: &[Vec<&str>]| {
-        let mut trainer = TokenizerTrainer::new(320, WordCut::Smollm).unwrap();
+        let mut trainer = TokenizerTrainer::new(320, PreTokenizerKind::Smollm).unwrap();
         chunks.iter().for_each(|chunk| trainer.add(chunk).unwrap());
         let trained = trainer.train().unwrap();
         let folder = tempfile::tempdir().unwrap();
@@ -69,7 +69,7 @@ fn trained_tokenizer_depends_only_on_word_counts() {
 
 #[test]
 fn special_tokens_end_documents_and_turns() {
-    let (tokenizer, folder) = golden_tokenizer(WordCut::Smollm);
+    let (tokenizer, folder) = golden_tokenizer(PreTokenizerKind::Smollm);
     let id = |token| tokenizer.id_of(token);
     assert_eq!(SPECIAL_TOKENS.map(id), [Some(0), Some(1), Some(2)]);
     assert_eq!((tokenizer.bos(), tokenizer.eos(), tokenizer.pad()), (Some(0), Some(0), Some(0)));
@@ -79,7 +79,7 @@ fn special_tokens_end_documents_and_turns() {
     let turn = serde_json::json!({"role": "user", "content": "Hi"});
     let text = tokenizer.chat_template().unwrap().render(&[turn], None, true).unwrap();
     assert_eq!(text, "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n");
-    let second = TokenizerTrainer::new(300, WordCut::Gpt2).map(|mut trainer| {
+    let second = TokenizerTrainer::new(300, PreTokenizerKind::Gpt2).map(|mut trainer| {
         trainer.add(&["some text"]).unwrap();
         trainer.train().unwrap().write(folder.path()).unwrap_err().to_string()
     });
@@ -105,7 +105,7 @@ fn check_round_trip(tokenizer: &Tokenizer, lengths: &[u32], text: &str) {
 
 #[test]
 fn any_text_round_trips() {
-    for cut in WordCut::ALL {
+    for cut in PreTokenizerKind::ALL {
         let (tokenizer, _folder) = golden_tokenizer(cut);
         let lengths = tokenizer.byte_lengths();
         assert_eq!(lengths[..3], [0, 0, 0]);

@@ -116,7 +116,7 @@ fn writer_bytes_match_gguf_py() {
     assert!(fs::read(&path).unwrap() == fs::read(golden()).unwrap(), "the files differ");
 }
 
-/// A small file with what `types.gguf` lacks: nested and empty arrays, bytes that are no UTF-8,
+/// A small file with cases that `types.gguf` lacks: nested and empty arrays, bytes that are not UTF-8,
 /// one to four dimensions, default alignment.
 fn small_gguf(path: &Path) {
     write_small(path, &small_metadata());
@@ -156,7 +156,7 @@ fn write_small(path: &Path, metadata: &[(String, OwnedValue)]) {
 }
 
 #[test]
-fn what_is_written_is_read_back() {
+fn written_files_read_back() {
     let folder = tempdir().unwrap();
     let (path, again) = (folder.path().join("small.gguf"), folder.path().join("again.gguf"));
     small_gguf(&path);
@@ -174,7 +174,7 @@ fn what_is_written_is_read_back() {
     rewrite(&gguf, &again);
     assert_eq!(fs::read(&path).unwrap(), fs::read(&again).unwrap());
 
-    // Version 2 differs from 3 in the number alone.
+    // Version 2 differs from 3 only in the version number.
     let mut bytes = fs::read(&path).unwrap();
     bytes[4] = 2;
     let second = Gguf::open(file(&folder, "v2.gguf", &bytes)).unwrap();
@@ -263,7 +263,7 @@ fn gguf_rs_lists_the_same_tensors() {
 
 // Malformed GGUF files.
 
-/// The bytes of a GGUF header by hand, so that anything can be wrong with it.
+/// The bytes of a GGUF header, written by hand so that it can be malformed in any way.
 struct Raw(Vec<u8>);
 
 impl Raw {
@@ -400,7 +400,7 @@ fn malformed_ggufs_are_errors() {
             one(&[16, 2], q8_0, 0, 128),
             "rows of 16 values are not whole Q8_0",
         ),
-        ("unaligned", one(&[2], f32, 4, 64), "offset 4 is no multiple of the alignment 32"),
+        ("unaligned", one(&[2], f32, 4, 64), "offset 4 is not a multiple of the alignment 32"),
         ("beyond", one(&[2], f32, 64, 64), "8 bytes at offset 64, the file has 64 bytes of data"),
         ("far beyond", one(&[2], f32, u64::MAX - 31, 64), "at offset 18446744073709551584"),
         ("cut data", one(&[16], f32, 0, 63), "64 bytes at offset 0, the file has 63 bytes"),
@@ -423,7 +423,7 @@ fn malformed_ggufs_are_errors() {
         (
             "all faults at once",
             pad(Raw::new(2, 0).tensor("a", &[2], f32, 1).tensor("b", &[99], f32, 0)),
-            "tensor \"a\": offset 1 is no multiple of the alignment 32; tensor \"b\": 396 bytes",
+            "tensor \"a\": offset 1 is not a multiple of the alignment 32; tensor \"b\": 396 bytes",
         ),
     ];
     let folder = tempdir().unwrap();
@@ -730,7 +730,7 @@ fn folders_without_model_are_errors() {
     check("the index names no tensors");
     file(&folder, index, br#"{"weight_map": {"a": "../config.json", "b": "2.st", "c": "3.st"}}"#);
     check(
-        "shard \"../config.json\" is no file of this folder; shard \"2.st\" is missing; shard \"3.st\"",
+        "shard \"../config.json\" is not a file of this folder; shard \"2.st\" is missing; shard \"3.st\"",
     );
     file(&folder, index, br#"{"weight_map": {"a": "1.st", "x": "1.st", "y": "2.st"}}"#);
     file(&folder, "1.st", &small_safetensors());

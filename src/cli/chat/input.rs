@@ -63,7 +63,7 @@ impl LineInput {
                         return Ok(InputLine::Text(text));
                     }
                 },
-                // Ctrl-C discards a line that was begun; the end of input submits it.
+                // Ctrl-C discards an incomplete line; the end of input submits it.
                 InputLine::End if !text.is_empty() => return Ok(InputLine::Text(text)),
                 other => return Ok(other),
             }

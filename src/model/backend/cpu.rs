@@ -12,7 +12,7 @@ use crate::model::cache::{CacheType, PanelCache};
 use crate::model::config::Config;
 use crate::model::decoder::Decoder;
 use crate::model::full::{FullBuffers, FullModel};
-use crate::model::gradients::AdapterGradients;
+use crate::model::gradients::GradientBuffers;
 use crate::model::layer::{LayerPass, Sizes, Tape, Workspace};
 use crate::model::layers::LinearGroup;
 use crate::model::lm_head::{Logits, scores};
@@ -30,7 +30,7 @@ pub struct Cpu;
 #[derive(Debug, Default)]
 pub struct CpuScratch {
     work: Workspace,
-    /// The tape of layers that keep none.
+    /// The tape of recomputed layers.
     tape: Tape,
 }
 
@@ -48,8 +48,8 @@ fn layer<'a>(decoder: &'a Decoder, index: usize, pass: &'a Pass) -> LayerPass<'a
 }
 
 impl ParameterGradients<'_, Cpu> {
-    fn sink(&mut self) -> AdapterGradients<'_> {
-        AdapterGradients { places: self.places, gradients: self.gradients }
+    fn sink(&mut self) -> GradientBuffers<'_> {
+        GradientBuffers { places: self.places, gradients: self.gradients }
     }
 }
 

@@ -1,13 +1,12 @@
-//! What computes a decoder: a trait at the level of layers, and its implementations.
+//! Backends: a trait at the level of decoder layers, and its implementations.
 //!
-//! A backend has its own types for hidden states, for what a layer keeps for its backward pass, for
-//! the KV cache, for gradients and for the optimizer's state. Whoever trains, scores or generates is
-//! generic over it and never sees the numbers of a layer; what crosses the border are token ids,
-//! log-probs, scores and logits, which are few.
+//! A backend has its own types for hidden states, tapes, the KV cache, gradients and the optimizer state.
+//! Training, scoring and generation are generic over it and do not access the values of a layer; only token
+//! ids, log-probs, scores and logits are exchanged.
 //!
-//! [`Reference`] defines the answer. Every other backend is held to it, output and gradients, by the
-//! tests that `backend_tests!` makes for each. A new backend is a file here with its implementation,
-//! a [`BackendKind`], and its line in `with_backend!` and in those tests.
+//! [`Reference`] defines the answer. Every other backend is compared with it, output and gradients, by the
+//! tests that `backend_tests!` defines for each. A new backend is a file here with its implementation,
+//! a [`BackendKind`], and a line in `with_backend!` and in those tests.
 
 mod cpu;
 mod dispatch;
@@ -40,15 +39,15 @@ use crate::optim::AdamW;
 /// What a layer keeps of a forward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Keep {
-    /// Nothing: no gradient passes the layer.
+    /// Nothing: the layer has no backward pass.
     Nothing,
     /// Its input, from which its backward pass recomputes the rest.
     Input,
-    /// All that its backward pass needs.
+    /// Everything that its backward pass needs.
     Tape,
 }
 
-/// Where the gradients of trainable parameters are added up.
+/// The buffers in which the gradients of trainable parameters are summed.
 #[derive(Debug)]
 pub struct ParameterGradients<'a, B: Backend> {
     /// The parameters: A, then B, module by module, as [`Adapter::parameters`] lists them.
@@ -75,7 +74,7 @@ pub struct Inference<'a, B: Backend> {
     pub(super) chosen: Option<(&'a Pass<'a>, &'a [u32])>,
 }
 
-/// Bytes that layers work with.
+/// Memory of layers in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LayerBytes {
     /// The input of one layer: the residual stream.
@@ -84,7 +83,7 @@ pub struct LayerBytes {
     pub tape: usize,
     /// The buffers that all layers share.
     pub shared: usize,
-    /// Whether that is all there is: else it is the least.
+    /// Whether this is the total; otherwise it is a lower bound.
     pub complete: bool,
 }
 
@@ -100,8 +99,8 @@ pub struct HeadBytes {
 /// An engine for one decoder layer after the other, forward and backward, and for what stands around
 /// the layers.
 ///
-/// N tokens of all rows lie end to end, nothing is padded. All functions fail if the device does, or
-/// runs out of memory. Values are F32 but for what a precision rounds inside a product.
+/// The N tokens of all rows are concatenated without padding. All functions fail if the device fails or
+/// runs out of memory. Values are F32, except for rounding inside products.
 pub trait Backend: Debug + Sized + 'static {
     /// The residual stream `(N, hidden_size)`, or its gradient.
     type Hidden: Debug + Default + Send;
@@ -109,7 +108,7 @@ pub trait Backend: Debug + Sized + 'static {
     type HeadInput: Debug;
     /// What a layer keeps for its backward pass.
     type Tape: Debug + Default + Send;
-    /// What the head keeps for its backward pass.
+    /// Values of the head saved for its backward pass.
     type HeadTape: Debug + Default + Send;
     /// Buffers that are used again by the next layer and the next pass.
     type Scratch: Debug + Default + Send + Sync;
@@ -119,7 +118,7 @@ pub trait Backend: Debug + Sized + 'static {
     type Gradient: Debug + Send;
     /// The state of the optimizer.
     type Optimizer: Debug + Send;
-    /// Buffers of steps that train all weights.
+    /// Buffers of full training steps.
     type FullBuffers: Debug + Default + Send;
 
     /// Its name.
@@ -149,7 +148,7 @@ pub trait Backend: Debug + Sized + 'static {
     /// Edits hidden states as `(N, hidden_size)` numbers on the host.
     fn edit_hidden(x: &mut Self::Hidden, edit: &mut dyn FnMut(&mut [f32])) -> Result<()>;
 
-    /// Adds the gradients of the embedding's trainable parts that follow from `dx`, which is used up.
+    /// Adds the gradients of the embedding's trainable parts from `dx`, which is overwritten.
     fn embed_backward(
         decoder: &Decoder,
         tokens: &[u32],
@@ -158,7 +157,7 @@ pub trait Backend: Debug + Sized + 'static {
         gradients: &mut ParameterGradients<Self>,
     ) -> Result<()>;
 
-    /// Turns `x`, the input of layer `index`, into its output. `kept` says what to keep of it, and
+    /// Overwrites `x`, the input of layer `index`, with its output. `kept` selects what is saved, and
     /// where.
     fn layer_forward(
         decoder: &Decoder,
@@ -187,7 +186,7 @@ pub trait Backend: Debug + Sized + 'static {
         scratch: &mut Self::Scratch,
     ) -> Result<()>;
 
-    /// Turns `x`, the input of layer `index`, into its output, without a backward pass to come.
+    /// Overwrites `x`, the input of layer `index`, with its output, without a backward pass.
     fn layer_inference(
         decoder: &Decoder,
         index: usize,
@@ -264,7 +263,7 @@ pub trait Backend: Debug + Sized + 'static {
         gradients: &mut ParameterGradients<Self>,
     ) -> Result<()>;
 
-    /// Makes `dx` a gradient of zeros for `x`.
+    /// Sets `dx` to zeros in the shape of `x`.
     fn zero_like(x: &Self::Hidden, dx: &mut Self::Hidden);
 
     /// Log-probs (M) of `targets`, one per row of `hidden`, of logits divided by `temperature`, in nats.
@@ -300,7 +299,7 @@ pub trait Backend: Debug + Sized + 'static {
         buffers: &mut Self::FullBuffers,
     ) -> Result<f64>;
 
-    /// The memory of layers of a batch of `tokens` tokens.
+    /// Memory of the layers for a batch of `tokens` tokens.
     fn layer_bytes(decoder: &Decoder, tokens: usize, sizes: &Sizes) -> LayerBytes;
 
     /// The memory of reading `rows` rows at a head of `vocabulary` outputs, forward and backward.
@@ -331,13 +330,13 @@ pub trait Backend: Debug + Sized + 'static {
         edit: &mut dyn FnMut(&mut [Vec<f32>]),
     ) -> Result<()>;
 
-    /// The Euclidean norm over all gradients: not finite if one of them is not.
+    /// The Euclidean norm over all gradients; NaN or Inf if one of them is.
     fn gradient_norm(gradients: &[Self::Gradient]) -> Result<f64>;
 
-    /// The optimizer in a saved or fresh state, where the backend computes with `parameters`.
+    /// The optimizer with a saved or new state, on the device of the backend.
     fn optimizer(state: AdamW, parameters: &[Var]) -> Result<Self::Optimizer>;
 
-    /// The optimizer's state on the host, copied where it is elsewhere.
+    /// The optimizer state on the host, copied if needed.
     fn optimizer_state(optimizer: &Self::Optimizer) -> Result<Cow<'_, AdamW>>;
 
     /// Steps taken by the optimizer.
@@ -353,6 +352,6 @@ pub trait Backend: Debug + Sized + 'static {
         learning_rate: f64,
     ) -> Result<bool>;
 
-    /// Runs decode steps where the backend's threads wait for the next one.
+    /// Runs decode steps with the backend's threads spinning between them.
     fn decoding<T>(steps: impl FnOnce() -> T) -> T;
 }

@@ -87,7 +87,7 @@ fn read_rows(decoder: &Decoder, top: &Var, rows: Vec<u32>) -> Result<Tensor> {
     decoder.final_norm(&top.as_tensor().index_select(&rows, 0)?) // (M, H)
 }
 
-/// What `y`, read from `top`, gives back.
+/// Backpropagates from `y`, computed from `top`.
 fn head_backward(
     (top, y): (Var, Tensor),
     dy: &[f32],

@@ -8,10 +8,10 @@ use super::{CacheType, CachedRow, LayerCaches};
 use crate::ops::Segment;
 use crate::ops::attention::{self, AttentionConfig, Heads};
 
-/// Buffers have room for a multiple of so many tokens.
+/// Buffers are allocated in multiples of this many tokens.
 const ROOM: usize = 256;
 
-/// The integer that a Q8 value of 0 is kept as: candle's bytes have no sign.
+/// The zero point of Q8 values, because candle's bytes are unsigned.
 const ZERO: f64 = 128.0;
 
 /// The cache of the reference backend.
@@ -32,7 +32,7 @@ pub struct TensorRow {
 struct Kept {
     /// `(kv_heads, room, head_dim)`: F32, F16, or U8.
     heads: Tensor,
-    /// What U8 values are multiplied with, `(kv_heads, room, 1)` F32.
+    /// Scales of U8 values, `(kv_heads, room, 1)` F32.
     scales: Option<Tensor>,
 }
 

@@ -1,4 +1,4 @@
-//! The model families: a row each, of how it differs from Llama independent of size.
+//! The model families: one row each, with its size-independent differences from Llama.
 
 use crate::ops::Gate;
 
@@ -19,7 +19,7 @@ pub struct Family {
     pub norms: Norms,
     /// Norm of queries and keys before rotation.
     pub qk_norm: QkNorm,
-    /// Whether folders store norm weights less 1 (the norm multiplies by `1 + w`); a GGUF stores `1 + w`.
+    /// Whether folders store norm weights minus 1 (the norm multiplies by `1 + w`); a GGUF stores `1 + w`.
     pub norm_weight_offset: bool,
     /// Activation of the gate.
     pub gate: Gate,
@@ -40,20 +40,20 @@ pub struct Family {
     pub scale_by_hidden_size_at: Option<usize>,
     /// Softcaps of attention scores and of final logits, if the file has none.
     pub caps: (Option<f64>, Option<f64>),
-    /// Whether embeddings, residuals, scores and logits have multipliers of their own.
+    /// Whether embeddings, residuals, scores and logits have configurable multipliers.
     pub multipliers: bool,
-    /// Whether the head is the embedding, if a `config.json` does not say.
+    /// Whether lm_head is tied to the embedding, if a `config.json` does not have the key.
     pub tied: bool,
-    /// Whether llama.cpp has no place for a head beside the embedding.
+    /// Whether llama.cpp does not support an untied lm_head.
     pub tied_in_gguf: bool,
-    /// Whether rope scaling "yarn" in a `config.json` means longrope, as early ones have it.
+    /// Whether rope scaling "yarn" in a `config.json` means longrope, as in early configs.
     pub yarn_is_longrope: bool,
-    /// The context that a model with longrope was first trained with, if a `config.json` does not say.
+    /// The original context length of a model with longrope, if a `config.json` does not have the key.
     pub original_positions: Option<usize>,
-    /// Whether llama.cpp counts a model of 80 layers without grouped-query attention as its type 65B, not
+    /// Whether llama.cpp classifies a model of 80 layers without grouped-query attention as type 65B, not
     /// 70B: llama-quantize gives v more bits in a 70B.
     pub llama_cpp_has_65b: bool,
-    /// Width of a head, if a `config.json` does not say and it is not `hidden_size / heads`.
+    /// Head width, if a `config.json` does not have the key and it is not `hidden_size / heads`.
     pub head_dim: Option<usize>,
     /// Base of the rotary frequencies, if the file has none.
     pub rope_theta: f64,
@@ -66,9 +66,9 @@ pub struct Family {
 pub enum Norms {
     /// Before each.
     Before,
-    /// Before each and behind each, there before the residual addition.
+    /// Before and after each, the latter before the residual addition.
     Around,
-    /// Behind each only.
+    /// After each only.
     Behind,
 }
 
@@ -94,7 +94,7 @@ pub enum Windows {
     Upper,
     /// Those that do not rotate, if `use_sliding_window`.
     Unrotated,
-    /// All but the last of every so many (`sliding_window_pattern`).
+    /// All but every n-th layer (`sliding_window_pattern`).
     AllBut(usize),
 }
 
@@ -159,7 +159,7 @@ const GEMMA2: Family = Family {
     ..LLAMA
 };
 
-/// The families that run. Of those that share an architecture, a GGUF names the first.
+/// The supported families. Of those that share an architecture, a GGUF is read as the first.
 pub const FAMILIES: &[Family] = &[
     LLAMA,
     QWEN2,

@@ -1,4 +1,4 @@
-//! Properties from a GGUF's keys, with llama.cpp's defaults where it has no key.
+//! Properties from a GGUF's keys, with llama.cpp's defaults for missing keys.
 
 use super::{
     Config, FAMILIES, Family, RopeScaling, Variation, Windows, known, yarn_attention_factor,
@@ -108,18 +108,18 @@ fn variation(
         of.embedding_multiplier = (hidden_size as f64).sqrt();
     }
     if family.multipliers {
-        // To llama.cpp 0 is none.
+        // llama.cpp treats 0 as none.
         let scale = |name: &str| Ok::<_, ModelError>(number(name)?.filter(|&scale| scale != 0.0));
         of.embedding_multiplier = scale("embedding_scale")?.unwrap_or(1.0);
         of.residual_multiplier = scale("residual_scale")?.unwrap_or(1.0);
         of.logits_multiplier = 1.0 / scale("logit_scale")?.unwrap_or(1.0);
         of.attention_scale = scale("attention.scale")?;
     }
-    let layers = layers.min(1 << 16); // a hostile count is refused later
+    let layers = layers.min(1 << 16); // a hostile count is rejected later
     let window = gguf.u64(&key("attention.sliding_window"))?.map(|window| window as usize);
     let window = window.or(family.sliding_window).filter(|&window| window > 0);
     match (family.windows, window) {
-        // Qwens name a window that they do not use.
+        // Qwen's files have a window that is not used.
         (_, None) | (Windows::Upper | Windows::Unrotated, _) => {}
         // A Mistral is written as a Llama. llama.cpp's converter leaves its window out and its programs
         // attend to all there is, so of such a file we do too; what we write ourselves has the window.
@@ -169,7 +169,7 @@ fn rope_scaling(
     if gguf.tensor_info("rope_freqs.weight").is_some() {
         return Ok(RopeScaling::Factors(gguf.tensor("rope_freqs.weight")?.vector()?));
     }
-    // As llama.cpp: linear unless named otherwise, an older key for the factor, 0 for none.
+    // As in llama.cpp: linear by default, an older key for the factor, 0 for none.
     let factor = match number("scaling.factor")? {
         None => number("scale_linear")?.unwrap_or(0.0),
         Some(factor) => factor,
@@ -188,7 +188,7 @@ fn rope_scaling(
                 beta_fast: number("scaling.yarn_beta_fast")?.unwrap_or(32.0),
                 beta_slow: number("scaling.yarn_beta_slow")?.unwrap_or(1.0),
                 truncate: true,
-                // llama.cpp's programs read the one, its converter writes the other.
+                // llama.cpp reads one of the keys, and its converter writes the other.
                 attention_factor: match grown {
                     Some(grown) => grown * yarn_attention_factor(factor),
                     None => {

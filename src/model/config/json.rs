@@ -57,8 +57,8 @@ pub(super) fn config(json: &Value, faults: &mut Vec<String>) -> Option<Config> {
     if json["use_bidirectional_attention"].as_bool() == Some(true) {
         faults.push("use_bidirectional_attention is true, and attention here is causal".into());
     }
-    // transformers 5 gathers what 4 spread over rope_theta and rope_scaling, and where layers with a
-    // window have a base of their own, keeps one of each kind.
+    // transformers 5 merges rope_theta and rope_scaling of transformers 4 into one key, and if layers with a
+    // window have a different base, it has one entry per kind.
     let gathered = &json["rope_parameters"];
     let rope = match gathered.is_object() {
         true if gathered["full_attention"].is_object() => &gathered["full_attention"],
@@ -108,7 +108,7 @@ fn variation(
 ) -> Variation {
     let mut of = Variation::default();
     let number = |key: &str| json[key].as_f64();
-    // A key that is there and null says that there is none.
+    // A key with value null means none.
     let cap = |key: &str, default: Option<f64>| match json.get(key) {
         None => default,
         Some(value) => value.as_f64(),
@@ -128,7 +128,7 @@ fn variation(
         of.logits_multiplier = 1.0 / number("logits_scaling").unwrap_or(1.0);
         of.attention_scale = Some(number("attention_multiplier").unwrap_or(1.0));
     }
-    let layers = layers.min(1 << 16); // a hostile count is refused later
+    let layers = layers.min(1 << 16); // a hostile count is rejected later
     if let Some(interval) = family.no_rope_layer_interval {
         of.rotated = match json["no_rope_layers"].as_array() {
             Some(layers) => layers.iter().map(|layer| *layer != 0).collect(),
@@ -205,7 +205,7 @@ fn rope_scaling(
     let number = |key: &str| rope[key].as_f64();
     if kind == "longrope" {
         let key = "original_max_position_embeddings";
-        // The one outside comes first, as in transformers.
+        // The top-level key takes precedence, as in transformers.
         let original = [&json[key], &rope[key]].into_iter().find_map(Value::as_u64);
         let original = original.map(|original| original as usize).or(family.original_positions);
         let original = original.unwrap_or(max_positions);
@@ -287,7 +287,7 @@ mod tests {
         "rope_theta": 500000.0"#;
 
     #[test]
-    fn both_spellings_of_rope_are_read() {
+    fn rope_keys_of_both_transformers_versions_are_read() {
         let old = format!(
             r#"{LLAMA}, "rope_scaling": {{"rope_type": "llama3", "factor": 8.0,
             "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -304,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_run_is_refused_by_name() {
+    fn unsupported_properties_are_reported() {
         let cases = [
             (r#"{"model_type": "mamba"}"#.to_string(), "\"mamba\""),
             (format!(r#"{LLAMA}, "hidden_act": "gelu"}}"#), "gelu"),
@@ -323,9 +323,9 @@ mod tests {
         }
     }
 
-    /// The spelling of early Phi-3s, and of Phi-4-mini, a part of whose heads rotates.
+    /// The keys of early Phi-3 models, and of Phi-4-mini, which has partial rotary embedding.
     #[test]
-    fn longrope_is_read_in_all_spellings() {
+    fn longrope_is_read_with_all_keys() {
         let json = LLAMA.replace("llama", "phi3");
         let of = |kind: &str, more: &str| {
             let json = format!(
@@ -341,13 +341,13 @@ mod tests {
         let (original, freqs) = long.long_inv_freq().unwrap();
         assert_eq!((original, freqs[5] * 8.0), (16, long.inv_freq()[5]));
         assert!((long.rope_attention_factor() - 1.5f32.sqrt()).abs() < 1e-6);
-        // The default of the family is beyond these positions: nothing grows.
+        // The family's default exceeds these positions: the context is not extended.
         assert_eq!(of("yarn", "").rope_attention_factor(), 1.0);
     }
 
-    /// What Gemma 3's configs on disks leave to their readers, and how older ones spell the rest.
+    /// Defaults for keys that published Gemma 3 configs omit, and older key names.
     #[test]
-    fn a_gemma_3_of_few_words_is_read() {
+    fn a_gemma_3_config_with_few_keys_is_read() {
         let json = LLAMA.replace("llama", "gemma3_text").replace("500000.0", "1000000.0");
         let json = json.replace("\"num_hidden_layers\": 2", "\"num_hidden_layers\": 7");
         let json = format!(

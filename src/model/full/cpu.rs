@@ -10,7 +10,7 @@ use crate::data::Batch;
 use crate::isa::Isa;
 use crate::model::adapters::Adapters;
 use crate::model::config::Config;
-use crate::model::gradients::AdapterGradients;
+use crate::model::gradients::GradientBuffers;
 use crate::model::layer::{LayerPass, Tape, Workspace};
 use crate::model::pass::{Pass, Rows};
 use crate::ops::linear_cross_entropy::{LearnGrad, learn};
@@ -194,7 +194,7 @@ impl FullPass<'_> {
                 self.layer(index).forward(x, scratch, true, work, None)?;
                 tape = scratch;
             }
-            let mut sink = AdapterGradients { places: &places, gradients: &mut *gradients };
+            let mut sink = GradientBuffers { places: &places, gradients: &mut *gradients };
             self.layer(index).backward(dx, tape, None, &mut sink, work)?;
         }
         scale_values(dx, config.variation.embedding_multiplier);

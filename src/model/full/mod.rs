@@ -1,5 +1,4 @@
-//! A decoder all of whose weights train: the layers of [`Decoder`] with trainable weights, in full
-//! precision.
+//! Full training of a decoder: the layers of [`Decoder`] with trainable weights, in full precision.
 //!
 //! Its parameters are F32 tensors under Hugging Face's names, with Hugging Face's values. A micro-batch is
 //! a forward pass through the layers, next-token cross-entropy at the head, and a backward pass that sums
@@ -28,7 +27,7 @@ use crate::quant::FrozenMatrix;
 use crate::weights::Checkpoint;
 pub use cpu::FullBuffers;
 
-/// A decoder whose parameters all train.
+/// A fully trainable decoder.
 #[derive(Debug)]
 pub struct FullModel {
     /// Its properties.
@@ -278,12 +277,12 @@ impl FullModel {
         self.parameters.iter().enumerate().map(decays).collect()
     }
 
-    /// How many numbers train.
+    /// Number of parameters.
     pub fn parameter_count(&self) -> usize {
         self.parameters.iter().map(|var| var.elem_count()).sum()
     }
 
-    /// Gradients of 0, one vector a parameter.
+    /// Zero gradients, one vector per parameter.
     pub fn zero_gradients(&self) -> Vec<Vec<f32>> {
         self.parameters.iter().map(|var| vec![0.0; var.elem_count()]).collect()
     }

@@ -6,12 +6,12 @@ use super::buffers::{LoraTape, TapeBuffer, Workspace, take};
 use super::layer_pass::LayerPass;
 use crate::model::cache::PanelCache;
 use crate::model::config::{Config, QkNorm};
-use crate::model::gradients::AdapterGradients;
+use crate::model::gradients::GradientBuffers;
 use crate::model::layers::{Attention, LinearGroup, Norm};
 use crate::ops::attention::{self, Attended, Heads, Qkv, QkvGrad};
 use crate::ops::rope::Direction;
 
-/// What attention keeps for the backward pass.
+/// Values of attention saved for the backward pass.
 #[derive(Debug, Default)]
 pub(super) struct AttentionTape {
     q: Vec<f32>,
@@ -24,12 +24,12 @@ pub(super) struct AttentionTape {
     lse: Vec<f32>,
     qkv: Vec<LoraTape>,
     o: LoraTape,
-    /// The output of `o` before the norm behind it, if there is one.
+    /// The output of `o` before the post-norm, if there is one.
     branch: Vec<f32>,
 }
 
 impl AttentionTape {
-    /// Values of a token that are kept as they are, and those that a [`TapeBuffer`] keeps.
+    /// Saved values per token in F32, and in a [`TapeBuffer`].
     pub fn width(config: &Config) -> (usize, usize) {
         let (q, kv) = widths(config.heads());
         let raw = if config.family.qk_norm == QkNorm::None { 0 } else { q + kv };
@@ -43,7 +43,7 @@ fn widths(heads: Heads) -> (usize, usize) {
 }
 
 impl LayerPass<'_> {
-    /// The heads' outputs for `x (N, hidden_size)`, left in `work.attended`. With a cache, attends to it.
+    /// Computes the heads' outputs for `x (N, hidden_size)` in `work.attended`. With a cache, attends to it.
     pub(super) fn attend_heads(
         &self,
         attention: &Attention,
@@ -120,9 +120,9 @@ impl LayerPass<'_> {
     }
 
     /// The backward pass of both: adds the gradient through attention to `dx`, the gradient of the
-    /// residual stream behind it, which becomes that before it; `x` is the layer's input. With `lowest`,
-    /// nothing is computed below that group: `dx` is then of no use.
-    #[allow(clippy::too_many_arguments)] // a unit, its states, its tape, where gradients go, buffers
+    /// residual stream after it, which becomes that before it; `x` is the layer's input. With `lowest`,
+    /// nothing is computed below that group, and `dx` is not valid.
+    #[allow(clippy::too_many_arguments)] // a unit, its states, its tape, gradients, buffers
     pub(super) fn attention_back(
         &self,
         attention: &Attention,
@@ -130,7 +130,7 @@ impl LayerPass<'_> {
         (x, dx): (&[f32], &mut [f32]),
         tape: &mut AttentionTape,
         lowest: Option<LinearGroup>,
-        gradients: &mut AdapterGradients,
+        gradients: &mut GradientBuffers,
         work: &mut Workspace,
     ) -> Result<()> {
         let (n, isa, heads) = (self.tokens, self.isa, self.config.heads());
@@ -194,7 +194,7 @@ impl LayerPass<'_> {
     }
 }
 
-/// Queries, keys and values in buffers of their own.
+/// Queries, keys and values in separate buffers.
 fn qkv<'v>(heads: Heads, q: &'v [f32], k: &'v [f32], v: &'v [f32]) -> Qkv<'v> {
     let (q_width, kv_width) = widths(heads);
     Qkv {

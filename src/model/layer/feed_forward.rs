@@ -1,16 +1,16 @@
-//! The feed-forward block of a layer, forward and backward. A block of another kind is another arm here
-//! and a file of its own.
+//! The feed-forward block of a layer, forward and backward. Another kind of block is another match arm here
+//! and a separate file.
 
 use candle_core::Result;
 
 use super::buffers::{LoraTape, TapeBuffer, Workspace, take};
 use super::layer_pass::LayerPass;
 use crate::model::config::Config;
-use crate::model::gradients::AdapterGradients;
+use crate::model::gradients::GradientBuffers;
 use crate::model::layers::{DenseFeedForward, FeedForward, LinearGroup, Norm};
 use crate::ops::swiglu;
 
-/// What a feed-forward block keeps for the backward pass.
+/// Values of a feed-forward block saved for the backward pass.
 #[derive(Debug)]
 pub(super) enum FeedForwardTape {
     Dense(DenseTape),
@@ -23,7 +23,7 @@ impl Default for FeedForwardTape {
 }
 
 impl FeedForwardTape {
-    /// Values of a token that are kept as they are, and those that a [`TapeBuffer`] keeps.
+    /// Saved values per token in F32, and in a [`TapeBuffer`].
     pub fn width(config: &Config) -> (usize, usize) {
         (0, 2 * config.intermediate_size)
     }
@@ -35,7 +35,7 @@ pub(super) struct DenseTape {
     up: TapeBuffer,
     gate_up: Vec<LoraTape>,
     down: LoraTape,
-    /// The output of `down` before the norm behind it, if there is one.
+    /// The output of `down` before the post-norm, if there is one.
     branch: Vec<f32>,
 }
 
@@ -57,10 +57,10 @@ impl LayerPass<'_> {
         }
     }
 
-    /// The backward pass of [`Self::feed_forward`]: from `dx`, the gradient of the residual stream behind
+    /// The backward pass of [`Self::feed_forward`]: from `dx`, the gradient of the residual stream after
     /// the block, to that of its input, `dnormed`. With `lowest`, nothing is computed below that group:
-    /// `dnormed` is then of no use.
-    #[allow(clippy::too_many_arguments)] // a unit, its states, its tape, where gradients go, buffers
+    /// `dnormed` is not valid then.
+    #[allow(clippy::too_many_arguments)] // a unit, its states, its tape, gradients, buffers
     pub(super) fn feed_forward_back(
         &self,
         block: &FeedForward,
@@ -68,7 +68,7 @@ impl LayerPass<'_> {
         (normed, dx, dnormed): (&[f32], &[f32], &mut [f32]),
         tape: &mut FeedForwardTape,
         lowest: Option<LinearGroup>,
-        gradients: &mut AdapterGradients,
+        gradients: &mut GradientBuffers,
         work: &mut Workspace,
     ) -> Result<()> {
         match (block, tape) {
@@ -106,7 +106,7 @@ impl LayerPass<'_> {
         Ok(())
     }
 
-    #[allow(clippy::too_many_arguments)] // a unit, its states, its tape, where gradients go, buffers
+    #[allow(clippy::too_many_arguments)] // a unit, its states, its tape, gradients, buffers
     fn dense_back(
         &self,
         dense: &DenseFeedForward,
@@ -114,7 +114,7 @@ impl LayerPass<'_> {
         (normed, dx, dnormed): (&[f32], &[f32], &mut [f32]),
         tape: &mut DenseTape,
         lowest: Option<LinearGroup>,
-        gradients: &mut AdapterGradients,
+        gradients: &mut GradientBuffers,
         work: &mut Workspace,
     ) -> Result<()> {
         let (isa, kind) = (self.isa, self.config.family.gate);
@@ -137,7 +137,7 @@ impl LayerPass<'_> {
         self.project_back(&dys, &inner, dinner_wanted, gradients, work)?;
         if wanted(LinearGroup::DOWN) {
             if dense.down.gradient().is_some() {
-                // Rounds otherwise: a full training run keeps its bits.
+                // Rounds differently; full training keeps this form so that its results stay bit-identical.
                 swiglu::backward_recompute(isa, kind, &mut gates, &mut ups, &mut dinner);
             } else {
                 swiglu::backward(isa, kind, &mut gates, &mut ups, &dinner);

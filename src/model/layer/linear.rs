@@ -9,23 +9,23 @@ use super::layer_pass::LayerPass;
 use super::update::{BaseScales, LinearGrad, base_scales, scale_rows};
 use crate::isa::{Isa, multiversion};
 use crate::model::decode_linear::{self, DecodeStep};
-use crate::model::gradients::AdapterGradients;
+use crate::model::gradients::GradientBuffers;
 use crate::model::layers::{Linear, Parameter, Projection};
 use crate::ops::Values;
 use crate::ops::gemm::{
     Init, Out, PackedRows, PanelType, Product, Strided, Term, Weights, multiply,
 };
 
-/// What becomes of the values in an output buffer.
+/// How a product is written to its output buffer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Accumulate {
-    /// They are overwritten.
+    /// The output is overwritten.
     Overwrite,
-    /// They are added to: the residual stream.
+    /// The product is added to the output: the residual stream.
     Add,
 }
 
-/// A linear layer, its output `(N, rows)`, and what it keeps for the backward pass.
+/// A linear layer, its output `(N, rows)`, and values saved for the backward pass.
 pub(super) type LinearOut<'a> = (&'a Linear, &'a mut [f32], &'a mut LoraTape);
 
 impl LayerPass<'_> {
@@ -65,7 +65,7 @@ impl LayerPass<'_> {
     }
 
     /// The backward pass of [`Self::project_all`].
-    #[allow(clippy::too_many_arguments)] // a unit, its states, its tape, where gradients go, buffers
+    #[allow(clippy::too_many_arguments)] // a unit, its states, its tape, gradients, buffers
     pub(super) fn project_all_back(
         &self,
         projection: &Projection,
@@ -73,7 +73,7 @@ impl LayerPass<'_> {
         tapes: &[LoraTape],
         x: &[f32],
         dx: Option<&mut [f32]>,
-        gradients: &mut AdapterGradients,
+        gradients: &mut GradientBuffers,
         work: &mut Workspace,
     ) -> Result<()> {
         match projection {
@@ -120,7 +120,7 @@ impl LayerPass<'_> {
         let width = outs[0].0.cols();
         let all = Strided { values: x, stride: width };
         work.x.pack(isa, self.forward, all, n, width);
-        // Bytes would round what a step changes of an adapter away.
+        // In 8 bits, the changes of an adapter by a step would be rounded away.
         let of_update = match self.forward {
             PanelType::Int8 => PanelType::Int16,
             panel => panel,
@@ -198,7 +198,7 @@ impl LayerPass<'_> {
                 of_updates.push(Term { x, weights: update.b(), transposed: true });
             }
             if !scales.is_empty() {
-                // The base's product meets its scales before anything is added to it.
+                // The base's product is scaled before anything is added to it.
                 base.resize(n * linear.rows(), 0.0);
                 let to = Out::new(base, linear.rows());
                 products.push(Product { terms, init: Init::Zero, out: to });
@@ -257,13 +257,13 @@ impl LayerPass<'_> {
     }
 
     /// The backward pass of linear layers that share the input `x`: adds the gradients of trainable
-    /// weights, biases and updates, and overwrites that of `x` if it is wanted.
+    /// weights, biases and updates, and overwrites that of `x` if it is needed.
     pub(super) fn project_back(
         &self,
         linears: &[LinearGrad],
         x: &[f32],
         dx: Option<&mut [f32]>,
-        gradients: &mut AdapterGradients,
+        gradients: &mut GradientBuffers,
         work: &mut Workspace,
     ) -> Result<()> {
         let (n, isa, panel) = (self.tokens, self.isa, self.backward);
@@ -373,7 +373,7 @@ impl LayerPass<'_> {
         Ok(())
     }
 
-    /// The gradients of the outputs of trainable layers, packed transposed: the left side of `dW`.
+    /// The gradients of the outputs of trainable layers, packed transposed: the left operand of `dW`.
     fn turned_gradients(&self, linears: &[LinearGrad], work: &mut Workspace) -> Vec<PackedRows> {
         let mut turned = std::mem::take(&mut work.turned_dys);
         turned.resize_with(linears.len().max(turned.len()), PackedRows::default);
@@ -387,7 +387,7 @@ impl LayerPass<'_> {
     }
 
     /// `db += Σ dy` over the tokens, of trainable biases.
-    fn bias_gradients(&self, linears: &[LinearGrad], gradients: &mut AdapterGradients) {
+    fn bias_gradients(&self, linears: &[LinearGrad], gradients: &mut GradientBuffers) {
         const COLUMNS: usize = 64;
         for (linear, dy, _) in linears {
             let Some(Parameter { gradient: Some(index), .. }) = linear.bias else { continue };
@@ -399,20 +399,20 @@ impl LayerPass<'_> {
     }
 }
 
-/// Takes the gradients of trainable weights out, so that products can write to several at once.
+/// Moves the gradients of trainable weights out, so that products can write to several at once.
 fn take_weight_gradients(
     linears: &[LinearGrad],
-    gradients: &mut AdapterGradients,
+    gradients: &mut GradientBuffers,
 ) -> Vec<Option<Vec<f32>>> {
     let mut take = |index: usize| std::mem::take(&mut gradients.gradients[index]);
     linears.iter().map(|(linear, ..)| linear.gradient()).map(|index| index.map(&mut take)).collect()
 }
 
-/// Puts them back.
+/// Moves the gradients back.
 fn put_weight_gradients(
     linears: &[LinearGrad],
     dws: Vec<Option<Vec<f32>>>,
-    gradients: &mut AdapterGradients,
+    gradients: &mut GradientBuffers,
 ) {
     for ((linear, ..), dw) in linears.iter().zip(dws) {
         if let Some((index, dw)) = linear.gradient().zip(dw) {
@@ -432,7 +432,7 @@ multiversion! {
     }
 }
 
-/// Packs each `(n, r)`, as many as there are.
+/// Packs each of the matrices `(n, r)`.
 fn pack_all<'v>(
     isa: Isa,
     panel: PanelType,

@@ -1,12 +1,12 @@
 //! A decoder layer on the CPU, forward and backward by hand over plain buffers.
 //!
-//! This is the fast form of [`Decoder::layer`](super::Decoder::layer), which composes the same layer of
-//! candle ops on a tape; a parity test holds the two together, gradients too. Weights may be frozen,
-//! frozen with adapters, or trainable: the same pass serves all.
+//! This is the CPU form of [`Decoder::layer`](super::Decoder::layer), which composes the same layer of
+//! candle ops on a tape; a parity test compares the two, gradients included. Weights may be frozen,
+//! frozen with adapters, or trainable: there is one pass for all three.
 //!
-//! Linear layers that share their input pack it once and hand all their products to the threads
-//! together; an adapter's update is one more term of the base's product; residuals are what sums begin
-//! with; all large buffers are reused by the next layer and the next step.
+//! Linear layers that share their input pack it once and compute all their products in one parallel
+//! region; an adapter's update is one more term of the base's product; residuals are the initial values of
+//! sums; all large buffers are reused by the next layer and the next step.
 //!
 //! Lowest first: `layer_pass` (what all units of a layer are computed with) and `buffers`; `update` (the
 //! updates of adapters); `linear`; `residual` (norms and the residual stream); `attention` and
@@ -26,7 +26,7 @@ mod update;
 use candle_core::Result;
 
 use super::cache::PanelCache;
-use super::gradients::AdapterGradients;
+use super::gradients::GradientBuffers;
 use super::layers::{Layer, LinearGroup};
 pub use buffers::Workspace;
 use buffers::take;
@@ -48,8 +48,8 @@ impl LayerPass<'_> {
         self.add_branches(x, tape, taped, work)
     }
 
-    /// [`Self::forward`] of the last layer where only the outputs of some tokens are needed: `chosen`,
-    /// ascending. `narrow` is the same layer of a pass over those alone; `x` becomes
+    /// [`Self::forward`] of the last layer if only the outputs of some tokens are needed: `chosen`,
+    /// in ascending order. `narrow` is the same layer of a pass over only these tokens; `x` becomes
     /// `(chosen, hidden_size)`.
     pub(super) fn forward_to(
         &self,
@@ -69,7 +69,7 @@ impl LayerPass<'_> {
             buffer.truncate(chosen.len() * width);
         }
         if chosen.is_empty() {
-            return Ok(()); // a part of a prompt that ends in a later pass
+            return Ok(()); // a chunk of a prompt that ends in a later pass
         }
         narrow.add_branches(x, tape, false, work)
     }
@@ -107,16 +107,16 @@ impl LayerPass<'_> {
         Ok(())
     }
 
-    /// Turns `dx`, the gradient of the layer's output, into that of its input, and adds the gradients of
-    /// trainable adapters or weights. `tape`, which `Self::forward` left, is used up.
+    /// Overwrites `dx`, the gradient of the layer's output, with that of its input, and adds the gradients of
+    /// trainable adapters or weights. The content of `tape`, written by `Self::forward`, is consumed.
     ///
-    /// With `lowest`, nothing is computed below that group: `dx` is then of no use.
+    /// With `lowest`, nothing is computed below that group, and `dx` is not valid.
     pub fn backward(
         &self,
         dx: &mut [f32],
         tape: &mut Tape,
         lowest: Option<LinearGroup>,
-        gradients: &mut AdapterGradients,
+        gradients: &mut GradientBuffers,
         work: &mut Workspace,
     ) -> Result<()> {
         let (layer, len) = (self.layer, self.tokens * self.config.hidden_size);

@@ -1,5 +1,5 @@
-//! A decoder layer composed of operations on candle's tape. In the portable form these are plain candle
-//! ops, which define the answer; otherwise each runs its own kernel.
+//! A decoder layer composed of operations on candle's tape. In the portable form these are candle
+//! ops, which define the answer; otherwise each op has a CPU kernel.
 
 use candle_core::{Result, Tensor};
 
@@ -28,7 +28,7 @@ impl TensorLayerPass<'_> {
         let kv_width = heads.kv_heads * heads.head_dim;
         let widths = [heads.heads * heads.head_dim, kv_width, kv_width];
         let qkv = self.project(&attention.qkv, &widths, &h)?;
-        let [q, k, v] = &qkv[..] else { unreachable!("as many as there are widths") };
+        let [q, k, v] = &qkv[..] else { unreachable!("one per width") };
         let q = self.rotated(self.heads_norm(q, attention.q_norm.as_ref())?)?;
         let k = self.rotated(self.heads_norm(k, attention.k_norm.as_ref())?)?;
         let (segments, config) = (&self.pass.segments, attention.config);
@@ -63,7 +63,7 @@ impl TensorLayerPass<'_> {
         }
     }
 
-    /// The norm of each head, or of all heads of a token together.
+    /// The norm per head, or over all heads of a token.
     fn heads_norm(&self, x: &Tensor, norm: Option<&Norm>) -> Result<Tensor> {
         match norm {
             Some(of) => {
@@ -87,7 +87,7 @@ impl TensorLayerPass<'_> {
         x + if by == 1.0 { branch } else { (branch * by)? }
     }
 
-    /// Outputs of these widths of linear layers that share their input.
+    /// Outputs of linear layers that share their input, with these widths.
     fn project(
         &self,
         projection: &Projection,
@@ -110,7 +110,7 @@ impl TensorLayerPass<'_> {
         }
     }
 
-    /// The base's product, and on it the updates of each run of rows.
+    /// The base's product plus the updates of each run of rows.
     fn linear(&self, linear: &Linear, x: &Tensor) -> Result<Tensor> {
         if let Some(squares) = self.pass.squares {
             squares.add(&linear.name, x)?;

@@ -6,7 +6,7 @@ use super::buffers::{LoraTape, Workspace};
 use super::elementwise::add;
 use super::layer_pass::LayerPass;
 use super::linear::Accumulate;
-use crate::model::gradients::AdapterGradients;
+use crate::model::gradients::GradientBuffers;
 use crate::model::layers::{Linear, Norm};
 use crate::ops::rms_norm;
 
@@ -29,7 +29,7 @@ impl LayerPass<'_> {
         x: &[f32],
         dy: &[f32],
         dx: &mut [f32],
-        gradients: &mut AdapterGradients,
+        gradients: &mut GradientBuffers,
         work: &mut Workspace,
     ) -> Result<()> {
         let Some(norm) = norm else {
@@ -46,8 +46,8 @@ impl LayerPass<'_> {
         })
     }
 
-    /// Adds the output of `linear` for `inner` to the residual stream `x`, behind the norm and the
-    /// multiplier that a family may have there. With a norm, its input is kept in `branch`.
+    /// Adds the output of `linear` for `inner` to the residual stream `x`, after the norm and the
+    /// multiplier that some families have. With a norm, its input is saved in `branch`.
     pub(super) fn add_to_residual(
         &self,
         (linear, tape): (&Linear, &mut LoraTape),
@@ -80,7 +80,7 @@ impl LayerPass<'_> {
         branch: &[f32],
         dx: &'d [f32],
         (scaled, dbranch): (&'d mut Vec<f32>, &'d mut Vec<f32>),
-        gradients: &mut AdapterGradients,
+        gradients: &mut GradientBuffers,
         work: &mut Workspace,
     ) -> Result<&'d [f32]> {
         let by = self.config.variation.residual_multiplier as f32;

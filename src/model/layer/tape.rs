@@ -6,7 +6,7 @@ use crate::model::config::{Config, Norms};
 use crate::ops::Compute;
 use crate::ops::gemm::PanelType;
 
-/// What a layer keeps for the backward pass. No product is computed again from it.
+/// Values of a layer saved for the backward pass, which recomputes no product.
 #[derive(Debug, Default)]
 pub struct Tape {
     /// Its input `(N, hidden_size)`.
@@ -18,36 +18,36 @@ pub struct Tape {
 }
 
 impl Tape {
-    /// Bytes of the buffers that all layers share, beside the tapes.
+    /// Bytes of the buffers that all layers share, without tapes.
     pub fn shared_bytes(config: &Config, compute: Compute, tokens: usize, sizes: &Sizes) -> usize {
         let (floats, packed) = Self::shared_width(config, sizes);
         let packed = match compute.precision.backward_panel() {
             PanelType::Int16 | PanelType::Int8 => packed / 2,
             PanelType::F32 => packed,
         };
-        // Of the layers that share an input, most of a layer's updates; as they are, packed, and
+        // Of the layers that share an input, most of a layer's updates; unpacked, packed, and
         // their gradients.
         (floats + packed + 2 * sizes.ranks) * tokens * size_of::<f32>()
     }
 
-    /// [`Self::shared_bytes`] of layers whose weights all train: gradients are packed twice.
+    /// [`Self::shared_bytes`] of fully trainable layers, whose gradients are packed twice.
     pub(in crate::model) fn trainable_shared_bytes(config: &Config, tokens: usize) -> usize {
         let (floats, packed) = Self::shared_width(config, &Sizes::default());
         (floats + 2 * packed) * tokens * size_of::<f32>()
     }
 
-    /// Values of a token in the buffers that all layers share, and in packed ones.
+    /// Values per token in the buffers that all layers share, and in packed ones.
     fn shared_width(config: &Config, sizes: &Sizes) -> (usize, usize) {
         let (h, i) = (config.hidden_size, config.intermediate_size);
         let q = config.num_attention_heads * config.head_dim;
         let kv = config.num_key_value_heads * config.head_dim;
-        // The stream and what a norm makes of it, what attention and gate give and what goes into o
-        // and down, and the gradients of all.
+        // The residual stream and its norm, the outputs of attention and gate, the inputs of o
+        // and down, and the gradients of all of them.
         let mut floats = 4 * h + 3 * q + 2 * kv + 4 * i;
         if config.family.norms != Norms::Before {
             floats += 2 * h;
         }
-        // Packed are the widest input, and the gradients of outputs that share one.
+        // Packed: the widest input, and the gradients of outputs that share an input.
         let input = h.max(q).max(i);
         let outputs = q.max(h).max(i) + kv.max(i) + kv;
         let mut packed = input + outputs;
@@ -68,7 +68,7 @@ impl Tape {
         Self::bytes_as(config, halved, tokens, sizes)
     }
 
-    /// [`Self::bytes`] of a layer whose weights all train: nothing is kept in 16 bits.
+    /// [`Self::bytes`] of a fully trainable layer, which saves nothing in 16 bits.
     pub(in crate::model) fn trainable_bytes(config: &Config, tokens: usize) -> usize {
         Self::bytes_as(config, false, tokens, &Sizes::default())
     }
@@ -91,8 +91,8 @@ impl Tape {
 pub struct Sizes {
     /// Ranks of all its updates together.
     pub ranks: usize,
-    /// Outputs of its linear layers that have magnitudes (DoRA), all together.
+    /// Total outputs of its linear layers with magnitudes (DoRA).
     pub magnitudes: usize,
-    /// Whether dropout draws masks.
+    /// Whether there are dropout masks.
     pub dropout: bool,
 }

@@ -1,5 +1,5 @@
-//! The updates that active adapters add to linear layers, DoRA included, and the gradients of those that
-//! train.
+//! The updates of active adapters on linear layers, including DoRA, and the gradients of trainable
+//! adapters.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use super::buffers::{LoraTape, TapeBuffer, Workspace};
 use super::elementwise::{CHUNK, times};
 use super::layer_pass::LayerPass;
-use crate::model::gradients::AdapterGradients;
+use crate::model::gradients::GradientBuffers;
 use crate::model::layers::Linear;
 use crate::ops::Values;
 use crate::ops::gemm::{Init, Out, PackedRows, Product, Strided, Term, Weights, multiply};
@@ -26,7 +26,7 @@ pub(super) struct ActiveUpdate<'a> {
     scale: f32,
     pub(super) trainable: bool,
     pub(super) tokens: Range<usize>,
-    /// Index of the mask of the dropout before A among the workspace's.
+    /// Index of the dropout mask before A in the workspace.
     pub(super) mask: Option<usize>,
     pub(super) dora: Option<Dora>,
 }
@@ -43,7 +43,7 @@ impl ActiveUpdate<'_> {
     }
 }
 
-/// What DoRA makes of an update: with `s = m / ‖W + scale · B A‖` row by row, the layer's output is
+/// DoRA's form of an update: with `s = m / ‖W + scale · B A‖` per row, the layer's output is
 /// `s ⊙ (W x + scale · B A x)`, or the base's and `weight` times the difference to that.
 pub(super) struct Dora {
     /// B with its rows scaled, `(out, r)`.
@@ -51,15 +51,15 @@ pub(super) struct Dora {
     /// s and the norms, `(out)`.
     scales: Vec<f32>,
     norms: Arc<[f32]>,
-    /// Of the adapter.
+    /// Weight of the adapter.
     weight: f32,
 }
 
-/// What the base's product is multiplied with, output by output, for a run of tokens: 1 and the sum
+/// Scales of the base's product, per output, for a range of tokens: 1 plus the sum
 /// of `weight · (s - 1)` of all DoRA updates of the run.
 pub(super) type BaseScales = Vec<(Range<usize>, Vec<f32>)>;
 
-/// A trainable update, and what its gradients are computed from.
+/// A trainable update, and the inputs of its gradients.
 struct TrainedUpdate<'a> {
     linear: &'a Linear,
     /// The gradient of the layer's output, `(N, out)`.
@@ -103,7 +103,7 @@ impl<'a> LayerPass<'a> {
                     let dora = match lora.row_norms(&**linear.matrix()?)? {
                         Some(norms) => {
                             let scales = lora.row_scales(&**linear.matrix()?)?;
-                            let scales = scales.expect("norms are of magnitudes");
+                            let scales = scales.expect("magnitudes have norms");
                             let rows = b.chunks_exact(lora.r()).zip(&scales);
                             let b = rows.flat_map(|(b, s)| b.iter().map(move |b| b * s)).collect();
                             Some(Dora { b, scales, norms, weight: active.weight as f32 })
@@ -134,7 +134,7 @@ impl<'a> LayerPass<'a> {
         x: &[f32],
         updates: &[Vec<ActiveUpdate>],
         dhiddens: &[Vec<f32>],
-        gradients: &mut AdapterGradients,
+        gradients: &mut GradientBuffers,
         work: &mut Workspace,
     ) -> Result<()> {
         let (n, isa, panel) = (self.tokens, self.isa, self.backward);
@@ -161,8 +161,8 @@ impl<'a> LayerPass<'a> {
             return Ok(());
         }
 
-        // All that multiply the same x are stacked, so that it is packed once; the others multiply
-        // what is left of x behind their masks.
+        // All products with the same x are stacked, so that it is packed once; the others multiply
+        // x after their dropout masks.
         let (mut masked, mut plain) = (Vec::new(), Vec::new());
         for one in &trained {
             match one.update.mask {
@@ -244,7 +244,7 @@ impl<'a> LayerPass<'a> {
     }
 }
 
-/// What the updates of a layer make of the base's product; nothing without DoRA.
+/// Scales of the base's product by the updates of a layer; empty without DoRA.
 pub(super) fn base_scales(updates: &[ActiveUpdate]) -> BaseScales {
     let mut all: BaseScales = Vec::new();
     for (update, dora) in updates.iter().filter_map(|u| Some((u, u.dora.as_ref()?))) {
@@ -261,7 +261,7 @@ pub(super) fn base_scales(updates: &[ActiveUpdate]) -> BaseScales {
     all
 }
 
-/// Multiplies rows of `values (N, width)` with the scales of their run.
+/// Multiplies rows of `values (N, width)` by the scales of their range.
 pub(super) fn scale_rows(values: &mut [f32], width: usize, scales: &BaseScales) {
     for (tokens, scales) in scales {
         let rows = &mut values[tokens.start * width..tokens.end * width];
@@ -272,7 +272,7 @@ pub(super) fn scale_rows(values: &mut [f32], width: usize, scales: &BaseScales) 
 }
 
 /// Adds `weight / ‖·‖ · Σ dy ⊙ (W x + scale · B A x)` to the gradient of the magnitudes: the norms
-/// are no part of the tape (Liu et al. 2024, section 4.3). `db (r, out)` is `lowᵀ · dy`.
+/// are treated as constants (Liu et al. 2024, section 4.3). `db (r, out)` is `lowᵀ · dy`.
 fn magnitude_gradient(
     dora: &Dora,
     update: &ActiveUpdate,
@@ -311,7 +311,7 @@ fn transpose(values: &[f32], r: usize, out: &mut Vec<f32>) {
     });
 }
 
-/// Adds the transpose of `values (r, m)`, times `scale` and each row's own, to `sums (m, r)`.
+/// Adds the transpose of `values (r, m)`, times `scale` and the scale of each row, to `sums (m, r)`.
 fn add_transposed(sums: &mut [f32], values: &[f32], r: usize, scale: f32, of_rows: Option<&[f32]>) {
     let m = sums.len() / r;
     let rows = (CHUNK / 4 / r).max(1);

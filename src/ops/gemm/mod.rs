@@ -600,7 +600,7 @@ mod tests {
 
     /// NaN and Inf propagate through the integer panels.
     #[test]
-    fn what_is_not_finite_stays_so() {
+    fn nan_and_inf_propagate() {
         let w = values(2, 40 * 64);
         let weights = Weights::Dense { values: &w, cols: 64, scale: 1.0 };
         for isa in Isa::available() {

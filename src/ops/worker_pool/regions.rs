@@ -79,7 +79,7 @@ impl Regions {
             // sees the other's earlier write: either the leader waits, or the helper finds it closed.
             self.inside.fetch_add(1, Ordering::AcqRel);
             if self.epoch.load(Ordering::Acquire) == epoch {
-                // SAFETY: the leader, on whose stack the region is, waits until nobody is inside.
+                // SAFETY: the leader, on whose stack the region is, waits until no helper is inside.
                 let region = unsafe { &*self.region.load(Ordering::Relaxed) };
                 if let Err(panic) = catch_unwind(AssertUnwindSafe(|| region.work())) {
                     *region.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);

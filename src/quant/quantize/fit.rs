@@ -1,19 +1,19 @@
-//! The searches for scales, over blocks whose sizes are known at compile time.
+//! The search for scales, over blocks whose sizes are known at compile time.
 //!
-//! Sums are kept in eight lanes, so that they vectorize and are the same bits on every ISA level.
+//! Sums are computed in eight lanes, so that they vectorize and have the same bits on every ISA level.
 
 use half::f16;
 
 /// Below this all values of a block are zero.
 const TINY: f32 = 1e-15;
 
-/// 1.5 · 2²³: what is added to it and taken away again is a whole number.
+/// 1.5 · 2²³: adding and subtracting it rounds to an integer.
 const MAGIC: f32 = 12_582_912.0;
 
-/// Refits of scales to the values they gave.
+/// Number of refits of scales to the resulting integers.
 const REFITS: usize = 3;
 
-/// The nearest whole number within bounds, ties to even.
+/// The nearest integer within bounds, ties to even.
 #[inline(always)]
 fn nearest(v: f32, low: f32, high: f32) -> f32 {
     (v.max(low).min(high) + MAGIC) - MAGIC
@@ -35,13 +35,13 @@ fn rounded(v: f32) -> f32 {
     f16::from_f32(v).to_f32()
 }
 
-/// The value of the largest magnitude.
+/// The value with the largest magnitude.
 #[inline(always)]
 pub fn top(x: &[f32]) -> f32 {
     x.iter().fold(0.0, |top: f32, &v| if v.abs() > top.abs() { v } else { top })
 }
 
-/// The whole numbers `q` nearest to `(x - min) / scale`, and `Σ w (scale · q + min - x)²`.
+/// The integers `q` nearest to `(x - min) / scale`, and `Σ w (scale · q + min - x)²`.
 #[inline(always)]
 fn quants<const N: usize>(
     x: &[f32; N],
@@ -64,7 +64,7 @@ fn quants<const N: usize>(
     sum(error)
 }
 
-/// The sums that least squares need: `Σ w q x`, `Σ w q²`, `Σ w q` for the `q` of an inverse scale.
+/// The sums for least squares: `Σ w q x`, `Σ w q²`, `Σ w q` for the `q` of an inverse scale.
 #[inline(always)]
 fn moments<const N: usize>(
     x: &[f32; N],
@@ -130,7 +130,7 @@ pub fn symmetric<const N: usize>(
     plain: f32,
     q: &mut [f32; N],
 ) -> f32 {
-    // What needs no search is tried first.
+    // The scale without a search is tried first.
     let mut best = rounded(plain);
     let mut error = quants(x, w, (best, 0.0), bounds, q);
     let mut d = scale(x, w, bounds, inverses);
@@ -214,7 +214,7 @@ pub fn scale_and_min<const N: usize>(
     best
 }
 
-/// `x ≈ d · q + m` of one block; the scale and minimum that need no search are tried too.
+/// `x ≈ d · q + m` of one block; the scale and minimum without a search are tried too.
 #[inline(always)]
 pub fn affine<const N: usize>(
     x: &[f32; N],
@@ -252,19 +252,19 @@ impl<const N: usize, const S: usize> KBlock<N, S> {
         Self { d: 0.0, dmin: 0.0, scales: [0.0; S], mins: [0.0; S], q: [[0.0; N]; S] };
 }
 
-/// What a K-quant's whole numbers may be.
+/// Ranges of a K-quant's integers.
 #[derive(Clone, Copy)]
 pub struct KBounds {
     pub q: (f32, f32),
     pub scale: (f32, f32),
-    /// Of minima, from 0; none if the type has none.
+    /// Maximum of minima, from 0; `None` if the type has no minima.
     pub min: Option<f32>,
 }
 
-/// Rounds of choosing the runs' whole numbers and refitting `d` and `dmin` to them.
+/// Rounds of choosing the runs' integers and refitting `d` and `dmin` to them.
 const ROUNDS: usize = 4;
 
-/// The best block there is to be found for the runs of `x`.
+/// The best block found for the runs of `x`.
 #[inline(always)]
 pub fn k_block<const N: usize, const S: usize>(
     x: &[[f32; N]; S],
@@ -288,7 +288,7 @@ pub fn k_block<const N: usize, const S: usize>(
         weights[j] = w[j].iter().sum();
     }
 
-    // Two beginnings: the largest scale at the end of its range, and the scale that suits all.
+    // Two initial values: the largest scale at the end of its range, and the least squares scale.
     let (largest, most) = (top(&scales), top(&mins));
     if largest.abs() < TINY && most < TINY {
         return KBlock::ZERO;
@@ -334,7 +334,7 @@ pub fn k_block<const N: usize, const S: usize>(
     best
 }
 
-/// For each run the best of the whole numbers around those it has; the error of all.
+/// Chooses for each run the best integers around the current ones; returns the total error.
 #[inline(always)]
 fn choose<const N: usize, const S: usize>(
     x: &[[f32; N]; S],
@@ -357,7 +357,7 @@ fn choose<const N: usize, const S: usize>(
                 if min < 0.0 || min > bounds.min.unwrap_or(0.0) {
                     continue;
                 }
-                // As they will be read: products first.
+                // The same order of operations as in dequantization: products first.
                 let of = (block.d * scale, -(block.dmin * min));
                 let off = quants(&x[j], &w[j], of, bounds.q, &mut q);
                 if off < least {
@@ -371,7 +371,7 @@ fn choose<const N: usize, const S: usize>(
     error
 }
 
-/// The least squares `(d, dmin)` for the whole numbers of a block.
+/// The least squares `(d, dmin)` for the integers of a block.
 #[inline(always)]
 fn refit<const N: usize, const S: usize>(
     x: &[[f32; N]; S],
@@ -405,6 +405,6 @@ fn refit<const N: usize, const S: usize>(
         let (d, dmin) = (ax * bb - ab * bx, ab * ax - aa * bx);
         return Some(((d / determinant) as f32, (dmin / determinant) as f32));
     }
-    // No minimum takes part, or it is no other than the scales.
+    // No minima, or minima proportional to the scales.
     (aa > 0.0).then(|| (((ax + f64::from(block.dmin) * ab) / aa) as f32, block.dmin))
 }

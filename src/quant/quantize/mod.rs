@@ -1,10 +1,10 @@
-//! From `f32` to blocks, as near as a block type can come.
+//! Quantization: from `f32` to blocks, with minimal error.
 //!
-//! What is minimised is `Σ w · (x - q)²` over each block, with `w` the importance of the value's
+//! The error `Σ w · (x - q)²` of each block is minimized, with `w` the importance of the value's
 //! column, or 1: the error of the layer's output, if `w` is the mean square of its input. Scales
-//! are searched for, then refitted by least squares to the values they gave, as in Lloyd's
+//! are searched for, then refitted by least squares to the resulting integers, as in Lloyd's
 //! algorithm (1982); in a K-quant the scales of the whole block and those inside it in turn.
-//! Nothing depends on the number of threads.
+//! The result does not depend on the number of threads.
 
 mod fit;
 mod pack;
@@ -14,22 +14,22 @@ use rayon::prelude::*;
 use super::BlockType;
 use crate::isa::{Isa, multiversion};
 
-/// Values that a thread takes at a time, about.
+/// Approximate number of values per task.
 const CHUNK: usize = 1 << 14;
 
-/// Weights of columns are at least this part of their mean: what the importance's text never used
-/// is still no noise.
+/// Minimum weight of a column, as a fraction of the mean: columns that the calibration text never used
+/// must not become noise.
 const LEAST_WEIGHT: f64 = 1e-4;
 
 impl BlockType {
-    /// Writes rows of `cols` values as blocks into `out`, which they fill.
+    /// Quantizes rows of `cols` values to blocks in `out`.
     ///
     /// Shapes: `values (rows, cols)`, `importance (cols)` → `out` `rows · bytes_for(cols)` bytes.
-    /// Values must be finite; in F16 what is too large becomes infinite.
+    /// Values must be finite; too large values become infinite in F16.
     ///
     /// # Panics
-    /// If this is none of [`Self::WRITTEN`], `cols` are no whole blocks, or a slice has another size:
-    /// a caller's bug.
+    /// If the type is not in [`Self::WRITTEN`], `cols` are not whole blocks, or a slice has another size:
+    /// a bug of the caller.
     pub fn quantize(self, values: &[f32], cols: usize, importance: Option<&[f32]>, out: &mut [u8]) {
         assert!(Self::WRITTEN.contains(&self), "{self} is only read");
         let row_bytes = self.bytes_for(cols).expect("whole blocks");
@@ -47,7 +47,7 @@ impl BlockType {
     }
 }
 
-/// Weights of columns around 1.
+/// Weights of columns, normalized to mean 1.
 fn weights(cols: usize, importance: Option<&[f32]>) -> Vec<f32> {
     let Some(importance) = importance else { return vec![1.0; cols] };
     assert_eq!(importance.len(), cols);
@@ -86,7 +86,7 @@ multiversion! {
             BlockType::Q5_K => each!(q5_k, values, weights, out),
             BlockType::Q6_K => each!(q6_k, values, weights, out),
             BlockType::IQ4_NL | BlockType::IQ4_XS | BlockType::MXFP4 => {
-                unreachable!("only read, as was checked")
+                unreachable!("read-only type, checked above")
             }
         }
     }
@@ -101,7 +101,7 @@ mod tests {
 
     const COLS: usize = 512;
 
-    /// What the reference quantizer (candle's, after ggml's) makes of rows.
+    /// The rows quantized by the reference quantizer (candle's, ported from ggml).
     fn reference<T: GgmlType>(values: &[f32]) -> Vec<f32> {
         let mut blocks = vec![T::zeros(); values.len() / T::BLCK_SIZE];
         T::from_float(values, &mut blocks);
@@ -145,7 +145,7 @@ mod tests {
         off.sum()
     }
 
-    /// Rows as trained matrices have them, and as they should not be.
+    /// Rows like those of trained matrices, and degenerate ones.
     fn tensors() -> Vec<(&'static str, Vec<f32>)> {
         let mut stream = Stream::new(5, "tensors", &[]);
         let normal: Vec<f32> = (0..24 * COLS).map(|_| 0.02 * stream.normal()).collect();
@@ -191,7 +191,7 @@ mod tests {
                 let without = error(&values, &ours(block_type, &values, None), importance);
                 let with = error(&values, &ours(block_type, &values, importance), importance);
                 println!("{name} {block_type}: {:.4}", with / without);
-                // Of a single value in a block only the rounding of its scale is left.
+                // A single value in a block only has the rounding error of its scale.
                 let noise = 1e-6 * error(&values, &vec![0.0; values.len()], importance);
                 assert!(with <= without + noise, "{name} {block_type}: {with:e} and {without:e}");
             }
@@ -199,7 +199,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_zero_constant_or_huge_stays_finite() {
+    fn zero_constant_and_huge_values_stay_finite() {
         for value in [0.0, -0.0, 1e-30, 0.25, -3.0, 60000.0, -60000.0] {
             let mut values = vec![value; COLS];
             values[7] = 0.0;

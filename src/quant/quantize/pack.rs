@@ -1,4 +1,4 @@
-//! A block at a time: fit it, and put its whole numbers where `blocks.rs` reads them.
+//! Quantizes a block: fits its scales, and packs its integers in the layout of `blocks.rs`.
 
 use half::{bf16, f16};
 
@@ -19,7 +19,7 @@ pub fn bf16_value(x: &[f32; 1], _: &[f32; 1], b: &mut [u8; 2]) {
     *b = bf16::from_f32(x[0]).to_le_bytes();
 }
 
-/// Puts a number that is an `f16` already.
+/// Stores a value that is exact in `f16`.
 #[inline(always)]
 fn put(b: &mut [u8], at: usize, v: f32) {
     b[at..at + 2].copy_from_slice(&f16::from_f32(v).to_le_bytes());
@@ -79,7 +79,7 @@ pub fn q5_1(x: &[f32; 32], w: &[f32; 32], b: &mut [u8; 24]) {
     five_bits(&q, high, nibbles);
 }
 
-/// -128 is left alone: products of signed bytes take magnitudes for 7 bits.
+/// -128 is not used, because products of signed bytes assume 7-bit magnitudes.
 #[inline(always)]
 pub fn q8_0(x: &[f32; 32], w: &[f32; 32], b: &mut [u8; 34]) {
     let mut q = [0f32; 32];
@@ -97,7 +97,7 @@ fn runs<const N: usize, const S: usize>(x: &[f32; 256]) -> &[[f32; N]; S] {
     x.as_chunks::<N>().0.try_into().expect("N · S is 256")
 }
 
-/// Puts run `i` of 16 two-bit values where four runs share a stretch of 16 bytes.
+/// Packs run `i` of 16 two-bit values; four runs share 16 bytes.
 #[inline(always)]
 fn put_two_bits(b: &mut [u8], i: usize, q: &[u8; 16]) {
     let (stretch, shift) = (&mut b[32 * (i / 8) + 16 * (i % 2)..][..16], i % 8 / 2 * 2);

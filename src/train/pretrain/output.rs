@@ -140,7 +140,7 @@ pub fn check_writable(
     }
     let own = path.starts_with(&settings.out); // which is created with the run
     if !own && !path.parent().is_some_and(Path::is_dir) {
-        let fault = format!("--export is {}, and there is no such folder", path.display());
+        let fault = format!("--export is {}, whose folder does not exist", path.display());
         return Err(TrainError::Settings(fault));
     }
     if !converted {

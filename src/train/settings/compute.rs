@@ -55,10 +55,10 @@ impl From<ComputeSetting> for String {
     }
 }
 
-/// What computes on `device`, from what was given of it.
+/// Resolves backend and precision on `device` from the given settings.
 ///
 /// # Errors
-/// If `compute` is portable and the backend another than the reference.
+/// If `compute` is portable and the backend is not reference.
 pub fn resolve_compute(
     device: DeviceName,
     backend: Option<BackendKind>,
@@ -80,8 +80,8 @@ pub fn resolve_compute(
     Ok(Compute { backend, precision })
 }
 
-/// Writes backend and precision into a table of settings: the default of one depends on the other,
-/// and both on the device. Values that do not parse stay for the caller to report.
+/// Fills in backend and precision in a table of settings: the default of each depends on the other,
+/// and both on the device. Values that do not parse are left for the caller to report.
 pub(super) fn set_backend(table: &mut toml::Table) -> Result<(), String> {
     fn get<T: std::str::FromStr>(table: &toml::Table, key: &str) -> Result<Option<T>, ()> {
         let Some(value) = table.get(key) else { return Ok(None) };

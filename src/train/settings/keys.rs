@@ -1,5 +1,5 @@
-//! Types of settings: values that are parsed once, when a table of settings is read, and that know
-//! which paths they hold.
+//! Types of settings: values are parsed once, when a table of settings is read, and can list the paths they
+//! contain.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -16,9 +16,9 @@ use crate::data::{AlpacaPrompt, DataFile};
 use crate::rollout::{Rule, RuleError};
 use crate::train::TrainError;
 
-/// In a list of settings: a value that files and flags write as text.
+/// In a list of settings: a value that is text in files and flags.
 pub(super) type Text<T> = T;
-/// In a list of settings: a value that files and flags write as text, with none by default.
+/// In a list of settings: an optional value that is text in files and flags.
 pub(super) type OptionalText<T> = Option<T>;
 
 /// What [`SettingValue::visit_paths`] calls for each path.
@@ -26,12 +26,12 @@ pub type PathVisitor<'a> = dyn FnMut(&mut PathBuf) -> Result<(), TrainError> + '
 
 /// A value of a setting.
 pub trait SettingValue: Clone + Serialize + DeserializeOwned {
-    /// Whether nothing is set: such a key stays out of the saved file.
+    /// Whether the value is unset; unset keys are not written to the saved file.
     fn is_unset(&self) -> bool {
         false
     }
 
-    /// Calls `visit` for every path that the value holds.
+    /// Calls `visit` for every path in the value.
     ///
     /// # Errors
     /// Those of `visit`.
@@ -65,7 +65,7 @@ plain_values!(
     ValueModel,
 );
 
-/// Values without paths that are set unless they are empty.
+/// Values without paths that are unset if empty.
 macro_rules! values_that_may_be_empty {
     ($($type:ty: $is_empty:ident),+ $(,)?) => {
         $(impl SettingValue for $type {
@@ -99,7 +99,7 @@ impl SettingValue for PathBuf {
     }
 }
 
-/// Lists whose items hold a path each.
+/// Lists of items with a path each.
 macro_rules! lists_with_paths {
     ($($item:ty: $path:expr),+ $(,)?) => {
         $(impl SettingValue for Vec<$item> {
@@ -130,7 +130,7 @@ lists_with_paths!(
     },
 );
 
-/// Serializes a type as its text, and parses it where it is read.
+/// Serializes a type as text, and parses it when reading.
 macro_rules! as_text {
     ($($type:ty),+) => {
         $(impl TryFrom<String> for $type {
@@ -201,7 +201,7 @@ impl fmt::Display for ByteSize {
     }
 }
 
-/// An adapter and how much it counts, written as `PATH` or `PATH=WEIGHT`.
+/// An adapter and its weight, written as `PATH` or `PATH=WEIGHT`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct AdapterPath {
@@ -231,17 +231,17 @@ impl fmt::Display for AdapterPath {
     }
 }
 
-/// A reward by rule, as [`Rule`] reads it; of a JSON schema the file is known as a path.
+/// A rule-based reward, in the syntax of [`Rule`]; the file of a JSON schema is kept as a path.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum RewardRule {
-    /// `json-schema:FILE`; the file is read when the run begins.
+    /// `json-schema:FILE`; the file is read when the run starts.
     JsonSchema(PathBuf),
     /// Any other rule.
     Other(String),
 }
 
-/// What a rule with a file begins with.
+/// The prefix of a rule with a file.
 const JSON_SCHEMA: &str = "json-schema:";
 
 impl FromStr for RewardRule {

@@ -74,7 +74,7 @@ impl Command {
     }
 }
 
-/// What a command has of its own.
+/// The settings of one command.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Task {
     /// Supervised fine-tuning.
@@ -102,7 +102,7 @@ impl RunSettings {
     /// The key of `config.toml` that names the command.
     const COMMAND: &str = "command";
 
-    /// A command's defaults.
+    /// The default settings of a command.
     pub fn new(command: Command) -> Self {
         let mut common = CommonSettings::default();
         let task = match command {
@@ -132,7 +132,7 @@ impl RunSettings {
         Self { common, task }
     }
 
-    /// Which command they are for.
+    /// The command.
     pub fn command(&self) -> Command {
         match &self.task {
             Task::Sft(_) => Command::Sft,
@@ -228,7 +228,7 @@ impl RunSettings {
     /// not among them: it is hashed as a whole where it is read.
     ///
     /// # Errors
-    /// None that paths cause.
+    /// None.
     pub fn fingerprinted(&self) -> Result<Vec<(String, PathBuf)>, TrainError> {
         let mut found = self.common.fingerprinted()?;
         found.extend(match &self.task {
@@ -291,7 +291,7 @@ impl RunSettings {
     }
 }
 
-/// Keys that may differ when a run goes on: they change no result.
+/// Keys that may change when a run is resumed, because they do not affect the result.
 pub const FREE_ON_RESUME: &[&str] = &[
     "save_total_limit",
     "out",
@@ -341,7 +341,7 @@ impl CommonSettings {
 }
 
 impl DpoSettings {
-    /// The loss with the parameters it has.
+    /// The preference loss with its parameters.
     pub fn preference(&self) -> PreferenceSettings {
         let &Self { label_smoothing, reference_free, simpo_gamma, .. } = self;
         let &Self { desirable_weight, undesirable_weight, beta, .. } = self;
@@ -388,7 +388,7 @@ mod tests {
         }
     }
 
-    /// Every key that can hold a path is found by trying: what it then holds is absolute afterwards.
+    /// Finds every key that can hold a path by trial, and checks that the path is made absolute.
     #[test]
     fn absolute_covers_every_path_key() {
         let mut found = std::collections::BTreeSet::new();

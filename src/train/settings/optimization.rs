@@ -1,4 +1,4 @@
-//! What follows from settings of evaluation, schedule and optimizer.
+//! Derived settings of evaluation, schedule and optimizer.
 
 use super::lists::{CommonSettings, OptimizerSettings};
 use super::pretrain::PretrainSettings;

@@ -1,11 +1,11 @@
-//! What each list of settings is made into: a struct that reads, writes and visits its keys.
+//! The struct generated from each list of settings, which reads, writes and visits its keys.
 
 use std::path::PathBuf;
 
 use super::keys::{PathVisitor, SettingValue};
 use crate::train::TrainError;
 
-/// What every part of a run's settings can do; made by `settings_struct!` of a list.
+/// A group of settings; implemented by `settings_struct!` from a list.
 pub trait SettingsPart {
     /// The keys, in the order of the list.
     fn keys() -> Vec<&'static str>;
@@ -28,17 +28,17 @@ pub trait SettingsPart {
     /// Those of `visit`.
     fn visit_paths(&mut self, visit: &mut PathVisitor) -> Result<(), TrainError>;
 
-    /// The files and folders that must not change while the run goes on, with what they are.
+    /// The files and folders that must not change during the run, with their descriptions.
     ///
     /// # Errors
     /// None; paths are visited as [`Self::visit_paths`] does.
     fn fingerprinted(&self) -> Result<Vec<(String, PathBuf)>, TrainError>;
 }
 
-/// Makes a struct of a list of settings. Each setting has its help text, a name (the key of the TOML
-/// file and, with `-` for `_`, the flag), a type and a default. `#[flag(..)]` says how the flag is
-/// written; `#[fingerprint = "what"]` marks files that must not change while the run goes on.
-/// `..group: Settings, Flags = default` takes in the settings of another list.
+/// Defines a struct from a list of settings. Each setting has its help text, a name (the key of the TOML
+/// file and, with `-` for `_`, the flag), a type and a default. `#[flag(..)]` has clap attributes of the
+/// flag; `#[fingerprint = "what"]` marks files that must not change during the run.
+/// `..group: Settings, Flags = default` includes the settings of another list.
 macro_rules! settings_struct {
     ($(#[doc = $about:literal])* $settings:ident, $flags:ident {
         $($(#[doc = $doc:literal])+ $(#[flag($($flag:tt)*)])? $(#[fingerprint = $what:literal])?
@@ -138,7 +138,7 @@ pub(super) fn add_fingerprinted<T: SettingValue>(
     })
 }
 
-/// Makes a path absolute, unless it is not set.
+/// Makes a path absolute, if it is set.
 pub(super) fn make_absolute(path: &mut PathBuf) -> Result<(), TrainError> {
     if !path.as_os_str().is_empty() {
         let absolute = std::path::absolute(&*path);

@@ -153,7 +153,7 @@ impl PretrainSettings {
         Ok(all)
     }
 
-    /// The defaults, and over them what `table` says. Keys that there are not, and a table of
+    /// The defaults, overridden by `table`. Unknown keys, and a table of
     /// another command, are refused.
     pub fn from_table(mut table: toml::Table) -> Result<Self, TrainError> {
         let fail = |fault: String| Err(TrainError::Settings(fault));

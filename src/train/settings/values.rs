@@ -1,4 +1,4 @@
-//! Closed sets of values that settings have of their own.
+//! Enums that are values of settings.
 
 use crate::string_enum::string_enum;
 
@@ -19,7 +19,7 @@ string_enum! {
     /// Which adapter the value head sits on.
     #[derive(Debug)]
     pub enum ValueModel {
-        /// On one of its own: the values of a state cannot disturb the policy.
+        /// A separate adapter, so that training values does not affect the policy.
         Own = "own",
         /// On the policy's: one pass serves both, at half the time and memory.
         Policy = "policy",
@@ -41,7 +41,7 @@ string_enum! {
     /// Shapes with a name, all Llama's. Widths from `tiny` on are multiples of 256, which K-quants need.
     #[derive(Debug)]
     pub enum Preset {
-        /// 128 wide, 4 layers: 0.9 M parameters beside the embedding.
+        /// Hidden size 128, 4 layers: 0.9 M parameters without the embedding.
         Micro = "micro",
         /// 256 wide, 6 layers: 5 M.
         Tiny = "tiny",

@@ -17,7 +17,7 @@ mod sync {
         loom::thread::yield_now();
     }
 
-    /// Reads count as such up to the drop, which counts as a write: a read that may come later fails
+    /// Reads are tracked up to the drop, which counts as a write: a read that may come later fails
     /// the model.
     pub struct Tracked<T>(UnsafeCell<T>);
 
@@ -48,7 +48,7 @@ use loom::thread::{self, JoinHandle};
 use regions::Regions;
 
 const PATIENT: usize = usize::MAX;
-/// For two helpers: loom does not schedule fairly, so that two that wait without end may alternate.
+/// For two helpers: loom does not schedule fairly, so that two spinning threads may alternate forever.
 const FEW_TURNS: usize = 1;
 
 fn helpers(regions: &Arc<Regions>, count: usize, patience: usize) -> Vec<JoinHandle<()>> {
@@ -64,8 +64,8 @@ fn close(regions: &Regions, helpers: Vec<JoinHandle<()>>) {
     helpers.into_iter().for_each(|helper| helper.join().unwrap());
 }
 
-/// Cells that one task each writes to, without any synchronization of its own: a task that ran twice,
-/// or still runs after its region, is a race that loom reports.
+/// Cells that are each written by one task, without synchronization: a task that ran twice,
+/// or that still runs after its region, is a race that loom reports.
 struct Cells(Vec<UnsafeCell<usize>>);
 
 unsafe impl Sync for Cells {}
@@ -126,7 +126,7 @@ fn helpers_end_when_there_was_no_region() {
 }
 
 /// A panic of a task propagates to the leader, whichever thread ran it; all other tasks may or may not
-/// have run, but none of them runs any more; and the next region is whole.
+/// have run, but none of them is still running; and the next region works.
 #[test]
 fn a_panic_propagates_to_the_leader_and_ends_the_region() {
     loom::model(|| {
