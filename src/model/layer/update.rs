@@ -137,34 +137,30 @@ impl<'a> LayerPass<'a> {
         gradients: &mut GradientBuffers,
         work: &mut Workspace,
     ) -> Result<()> {
-        let (n, isa, panel) = (self.tokens, self.isa, self.backward);
-        let width = linears[0].0.cols();
-        let dense = |values, cols| Weights::Dense { values, cols, scale: 1.0 };
-        let mut dhidden = dhiddens.iter();
-        let mut trained = Vec::new();
-        for ((linear, dy, tape), updates) in linears.iter().zip(updates) {
-            for (update, hidden) in updates.iter().zip(&tape.hidden) {
-                let dhidden = dhidden.next().expect("one for every update");
-                if update.trainable {
-                    trained.push(TrainedUpdate {
-                        linear,
-                        dy,
-                        hidden,
-                        base: &tape.base,
-                        update,
-                        dhidden,
-                    });
-                }
-            }
-        }
+        let trained = trained_updates(linears, updates, dhiddens);
         if trained.is_empty() {
             return Ok(());
         }
+        let width = linears[0].0.cols();
+        self.lora_products(&trained, x, width, work);
+        self.add_lora_gradients(&trained, width, gradients, work);
+        Ok(())
+    }
 
-        // All products with the same x are stacked, so that it is packed once; the others multiply
-        // x after their dropout masks.
+    /// Leaves the products that gradients are made of in `work.products`: `dhiddenᵀ · x (r, width)` of
+    /// all updates without dropout stacked, so that x is packed once; the same of each with dropout, whose
+    /// x is what is left of it behind its mask; and `hiddenᵀ · dy (r, out)` of each.
+    fn lora_products(
+        &self,
+        trained: &[TrainedUpdate],
+        x: &[f32],
+        width: usize,
+        work: &mut Workspace,
+    ) {
+        let (n, isa, panel) = (self.tokens, self.isa, self.backward);
+        let dense = |values, cols| Weights::Dense { values, cols, scale: 1.0 };
         let (mut masked, mut plain) = (Vec::new(), Vec::new());
-        for one in &trained {
+        for one in trained {
             match one.update.mask {
                 Some(mask) => masked.push((one, mask)),
                 None => plain.push(one),
@@ -214,8 +210,17 @@ impl<'a> LayerPass<'a> {
             }
         }
         multiply(isa, &mut products);
-        drop(products);
+    }
 
+    /// Adds what [`Self::lora_products`] left to the gradients.
+    fn add_lora_gradients(
+        &self,
+        trained: &[TrainedUpdate],
+        width: usize,
+        gradients: &mut AdapterGradients,
+        work: &mut Workspace,
+    ) {
+        let masked = trained.iter().filter(|one| one.update.mask.is_some()).count();
         let (mut in_stack, mut next_masked) = (0, 1);
         for (i, TrainedUpdate { linear, dy, base, update, .. }) in trained.iter().enumerate() {
             let place = gradients.places[&linear.name];
@@ -231,7 +236,7 @@ impl<'a> LayerPass<'a> {
                 }
             };
             gradients.gradients[place].iter_mut().zip(da).for_each(|(sum, d)| *sum += d);
-            let db = &work.products[1 + masked.len() + i]; // (r, out)
+            let db = &work.products[1 + masked + i]; // (r, out)
             let scales = update.dora.as_ref().map(|dora| &dora.scales[..]);
             add_transposed(&mut gradients.gradients[place + 1], db, update.r, update.scale, scales);
             if let Some(dora) = &update.dora {
@@ -240,11 +245,30 @@ impl<'a> LayerPass<'a> {
                 magnitude_gradient(dora, update, (dy, base), db, dm);
             }
         }
-        Ok(())
     }
 }
 
-/// Scales of the base's product by the updates of a layer; empty without DoRA.
+/// The updates that train, each with what its gradients are computed from.
+fn trained_updates<'t>(
+    linears: &'t [LinearGrad<'t>],
+    updates: &'t [Vec<ActiveUpdate<'t>>],
+    dhiddens: &'t [Vec<f32>],
+) -> Vec<TrainedUpdate<'t>> {
+    let mut dhidden = dhiddens.iter();
+    let mut trained = Vec::new();
+    for ((linear, dy, tape), updates) in linears.iter().zip(updates) {
+        for (update, hidden) in updates.iter().zip(&tape.hidden) {
+            let dhidden = dhidden.next().expect("one for every update");
+            if update.trainable {
+                let base = &tape.base;
+                trained.push(TrainedUpdate { linear, dy, hidden, dhidden, base, update });
+            }
+        }
+    }
+    trained
+}
+
+/// What the updates of a layer make of the base's product; nothing without DoRA.
 pub(super) fn base_scales(updates: &[ActiveUpdate]) -> BaseScales {
     let mut all: BaseScales = Vec::new();
     for (update, dora) in updates.iter().filter_map(|u| Some((u, u.dora.as_ref()?))) {
