@@ -407,7 +407,7 @@ impl LayerPass<'_> {
         x: &[f32],
         mut dx: Option<&mut [f32]>,
         back: &Back,
-        gradients: &mut AdapterGradients,
+        gradients: &mut GradientBuffers,
         work: &mut Workspace,
     ) -> Result<()> {
         let (n, isa, width) = (self.tokens, self.isa, linears[0].0.cols());

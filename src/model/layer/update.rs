@@ -217,7 +217,7 @@ impl<'a> LayerPass<'a> {
         &self,
         trained: &[TrainedUpdate],
         width: usize,
-        gradients: &mut AdapterGradients,
+        gradients: &mut GradientBuffers,
         work: &mut Workspace,
     ) {
         let masked = trained.iter().filter(|one| one.update.mask.is_some()).count();
