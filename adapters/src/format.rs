@@ -385,11 +385,11 @@ impl<'a> FileTensors<'a> {
             TensorRole::B if spec.name == HEAD => Some(0),
             _ => None,
         };
-        let older = tokens.and_then(|along| {
-            let found = self.older(spec, part, shape, along)?;
+        let without_added_tokens = tokens.and_then(|along| {
+            let found = self.without_added_tokens(spec, part, shape, along)?;
             Some((along, found))
         });
-        let Some((along, found)) = older else {
+        let Some((along, found)) = without_added_tokens else {
             return self.take(&spec.name, part, &shape, device);
         };
         let Some(factor) = self.take(&spec.name, part, &found, device)? else { return Ok(None) };
@@ -405,7 +405,7 @@ impl<'a> FileTensors<'a> {
         shape: [usize; 2],
         device: &Device,
     ) -> candle_core::Result<Option<Var>> {
-        let Some(found) = self.older(spec, TensorRole::Whole, shape, 0) else {
+        let Some(found) = self.without_added_tokens(spec, TensorRole::Whole, shape, 0) else {
             return self.take(&spec.name, TensorRole::Whole, &shape, device);
         };
         self.tensors.remove(&(spec.name.clone(), TensorRole::Whole));
@@ -420,7 +420,7 @@ impl<'a> FileTensors<'a> {
 
     /// The shape of a tensor that differs from the one needed only by lacking some or all of the added
     /// tokens.
-    fn older(
+    fn without_added_tokens(
         &self,
         spec: &LinearSpec,
         part: TensorRole,
@@ -451,10 +451,10 @@ impl<'a> FileTensors<'a> {
 
     /// Checks the shape of an optional matrix with a row for each token, and ignores its values.
     fn skip(&mut self, spec: &LinearSpec, part: TensorRole, shape: [usize; 2]) {
-        let older = self.older(spec, part, shape, 0).is_some();
+        let without_added_tokens = self.without_added_tokens(spec, part, shape, 0).is_some();
         if let Some((name, view)) = self.tensors.remove(&(spec.name.clone(), part))
             && view.shape() != shape
-            && !older
+            && !without_added_tokens
         {
             self.problems.push(format!("{name} is {:?}, needed {shape:?}", view.shape()));
         }

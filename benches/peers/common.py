@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: paths, the cost of a process, and the line that a run prints.
+"""Shared by the scripts of this folder: paths, the cost of a process, and the line that a run prints.
 
 Set by the environment:
 
@@ -44,8 +44,8 @@ LEARNING_RATE = 2e-4
 
 
 def child_environment():
-    """As many threads for everybody. Waiting threads spin or sleep as each program has it; where other work runs
-    beside, spinning ones lose most of their time, and OMP_WAIT_POLICY=PASSIVE lets OpenMP's sleep."""
+    """The same number of threads for all programs. Waiting threads spin or sleep by each program's default; if other
+    work runs at the same time, spinning ones lose most of their time, and OMP_WAIT_POLICY=PASSIVE lets OpenMP's sleep."""
     ours = {name: str(THREADS) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS")}
     defaults = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     if os.environ.get("OMP_WAIT_POLICY") == "PASSIVE":
@@ -58,7 +58,7 @@ def child_environment():
 
 @dataclass
 class Finished:
-    """A process that ended well, and what it cost from start to end."""
+    """A successful process, with its time and memory from start to end."""
 
     stdout: str
     seconds: float
@@ -217,7 +217,7 @@ def same_start(ours, peer, bound=0.01):
 
 @dataclass
 class Side:
-    """One side of a comparison; `value` is what is compared, in the line's unit."""
+    """One side of a comparison; `value` is the compared number, in the line's unit."""
 
     value: float
     seconds: float

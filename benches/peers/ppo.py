@@ -29,7 +29,7 @@ def write_prompts(path, count, length):
 
 
 def make_reward_adapter(base):
-    """Any will do: what it says costs the same."""
+    """A reward model; the cost does not depend on its scores."""
     rows = fresh("reward_rows.jsonl")
     write_pairs(rows, 1, prompt=32, response=32)
     out, _ = our_run("reward", ["--base", base, "--data", rows], samples=1, steps=1)

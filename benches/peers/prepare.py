@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes what the other scripts measure on, in PEERS_MODELS [models/]; existing files are kept.
+"""Makes the models and data of the other scripts, in PEERS_MODELS [models/]; existing files are kept.
 
     $PYTHON benches/peers/prepare.py [smollm2] [qwen05]
 
@@ -31,7 +31,7 @@ def say(path, word):
 
 
 def once(path, make):
-    """`make(part)` writes beside, then it is renamed: what is there is complete."""
+    """`make(part)` writes a temporary file, which is then renamed: existing files are complete."""
     if path.exists():
         return say(path, "there already")
     part = path.with_name(f"part.{path.name}")

@@ -197,7 +197,7 @@ def kept(path):
 
 
 def traces(binary, args, out):
-    """What a run writes: file name -> bytes, and its result under an empty name. Paths below `out` are equal for both."""
+    """The output of a run: file name -> bytes, and its result under an empty name. Paths below `out` are equal for both."""
     shutil.rmtree(out, ignore_errors=True)
     if args[0] in ("merge", "export", "quantize"):
         out.mkdir()

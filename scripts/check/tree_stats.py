@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Counts what makes a tree easy or hard to change: lines, unsafe blocks, public items, long functions, circles of files,
-type names defined more than once.
+"""Counts properties that make a tree easy or hard to change: lines, unsafe blocks, public items, long functions, cycles
+of files, type names defined more than once.
 
     python3 scripts/check/tree_stats.py [ROOT] [--list]      ROOT is a checkout [default: this one]; --list names what is counted
 
@@ -133,7 +133,7 @@ class Crate:
         return tuple(module)
 
     def file_of(self, path, seen=()):
-        """The module that defines what an absolute path names, behind re-exports."""
+        """The module that defines the item of an absolute path, after re-exports."""
         module = path
         while module not in self.modules:
             module = module[:-1]

@@ -62,7 +62,7 @@ INNERMOST = re.compile(r"\{\{[^{}]*\}\}|\{\|(?:(?!\{\||\|\}).)*\|\}|\[\[([^\[\]]
 
 
 def link(match):
-    """What a reader sees of a link; nothing of templates, tables, images, categories and other languages."""
+    """The visible text of a link; nothing of templates, tables, images, categories and other languages."""
     target = match[1]
     if target is None or re.match(r"[A-Za-z-]+:(?! )", target):
         return ""

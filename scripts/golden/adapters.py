@@ -136,7 +136,7 @@ def linears(layers):
 
 
 def saved():
-    """A folder as PEFT saves it, and what its updates make of random activations."""
+    """A folder saved by PEFT, and the outputs of its updates for random activations."""
     torch.manual_seed(1)
     config = LoraConfig(
         r=3,
@@ -164,7 +164,7 @@ def saved():
 
 
 def delta(layer, x):
-    """What the adapter adds: PEFT's whole layer without its base."""
+    """The output of the adapter alone: PEFT's layer minus its base."""
     with torch.no_grad():
         return layer(x) - layer.base_layer(x)
 

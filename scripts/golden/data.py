@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes tests/golden/data: rows, and the tokens and labels TRL's SFTTrainer makes of them.
+"""Writes tests/golden/data: rows, and their tokens and labels by TRL's SFTTrainer.
 
     python3 scripts/golden/data.py
 
@@ -134,7 +134,7 @@ def write_tokenizer(name, folder, template, adds_bos=False):
 
 
 def prepared(rows, tokenizer, settings, tmp):
-    """What SFTTrainer trains on, a row at a time: it drops rows, and a table would fill in missing keys."""
+    """The training inputs of SFTTrainer, row by row: it drops rows, and a table would fill in missing keys."""
     for row in rows:
         config = SFTConfig(output_dir=tmp, report_to=[], use_cpu=True, shuffle_dataset=False, **({"max_length": None} | settings))
         model = transformers.AutoModelForCausalLM.from_pretrained(MODEL)

@@ -153,7 +153,7 @@ def make_types():
 
 
 def convert(name, pre):
-    """What the converter makes of a golden folder: its keys, and shape and digest of each tensor."""
+    """The converter's GGUF of a golden folder: its keys, and shape and digest of each tensor."""
     from conversion import ModelBase, ModelType, get_model_class  # llama.cpp's
     from conversion.base import TextModel, get_model_architecture
 

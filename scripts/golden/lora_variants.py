@@ -42,7 +42,7 @@ def lora_model(name, dtype=torch.float32, **config):
 
 
 def whole(config):
-    """The config with what lora_model adds, as ours reads it."""
+    """The config with the additions of lora_model, as ours reads it."""
     return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 5, "target_modules": LINEARS, **config}
 
 

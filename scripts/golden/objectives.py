@@ -58,7 +58,7 @@ def section(function, first, last):
 
 
 def trainer(**attributes):
-    """What the methods ask of `self`."""
+    """The attributes of `self` that the methods use."""
     accelerator = SimpleNamespace(
         device=DEVICE,
         gather=lambda x: x,

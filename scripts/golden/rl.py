@@ -218,7 +218,7 @@ def reward_run(folder, dtype, rows, args, seed):
 
 
 def score(model, ids):
-    """Of one row, unpadded: what the head reads at its last token."""
+    """The hidden state of a row's last token, which the head reads; without padding."""
     backbone = model.get_base_model()
     return backbone.score(backbone.model(torch.tensor([ids])).last_hidden_state[0, -1])[0]
 
@@ -495,7 +495,7 @@ class Notes:
         return both, logits / temperature
 
     def on_empty_cache(self):
-        """Called by the loop here and there: the first time when it has its advantages."""
+        """Called by the loop several times: the first time after it has computed the advantages."""
         seen = sys._getframe(1).f_locals
         if "advantages" in seen and "advantages" not in self.updates[-1]:
             self.updates[-1].update({key: seen[key].clone() for key in KEPT + MASKS})

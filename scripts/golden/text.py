@@ -1,4 +1,4 @@
-"""Writes tests/golden/text: what Python's tokenizers and jinja2 make of our files and templates.
+"""Writes tests/golden/text: the outputs of Python's tokenizers and jinja2 for our files and templates.
 
     python scripts/golden/text.py
 

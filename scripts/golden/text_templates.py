@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes tests/golden/text/real_templates.json: what transformers renders of 50 conversations with the chat
+"""Writes tests/golden/text/real_templates.json: 50 conversations rendered by transformers with the chat
 templates that people use.
 
     python scripts/golden/text_templates.py llama_cpp_python-0.3.36.tar.gz [--show TEMPLATE CONVERSATION]

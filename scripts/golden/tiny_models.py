@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
-"""Writes tests/golden/model and tests/golden/train: tiny random models, what transformers says about
-them, and what PEFT makes of ten LoRA steps on them.
+"""Writes tests/golden/model and tests/golden/train: tiny random models, outputs of transformers for
+them, and of ten LoRA steps by PEFT.
 
     python3 scripts/golden/tiny_models.py
 

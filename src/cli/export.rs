@@ -12,7 +12,7 @@ use super::{UsageError, load_adapters, open_tokenizer, paths, to_json};
 use crate::export::{load_with_added_tokens, lora, modelfile, types, verify};
 use crate::model::{ActiveAdapter, Decoder};
 use crate::quant::BlockType;
-use crate::text::{Tokenizer, added_beside, convert};
+use crate::text::{Tokenizer, added_by_adapters, convert};
 use crate::train::settings::AdapterPath;
 use crate::weights::{Checkpoint, write_atomically};
 
@@ -65,7 +65,7 @@ impl Export {
             let text = "several --adapter require --combination-type";
             return Err(UsageError(text.into()).into());
         }
-        let added = added_beside(base, &paths(&self.adapter))?;
+        let added = added_by_adapters(base, &paths(&self.adapter))?;
         let decoder = load_with_added_tokens(base, &added)?;
         let active = self.combining.combine(load_adapters(&self.adapter, &decoder)?)?;
         let is_gguf = out.extension().is_some_and(|of| of.eq_ignore_ascii_case("gguf"));
@@ -84,7 +84,7 @@ impl Export {
             format::write_folder(&active[0].adapter, out)?;
             if !added.is_empty() {
                 let tokenizer = Tokenizer::open_with(base, &added)?;
-                for (name, text) in convert::beside(base, &tokenizer)? {
+                for (name, text) in convert::files_for_adapter(base, &tokenizer)? {
                     let path = out.join(name);
                     std::fs::create_dir_all(path.parent().unwrap_or(out))?;
                     write_atomically(&path, |file| file.write_all(text.as_bytes()))?;

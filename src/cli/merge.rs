@@ -15,7 +15,7 @@ use crate::export::{
 use crate::model::{ActiveAdapter, Decoder};
 use crate::ops::Compute;
 use crate::quant::BlockType;
-use crate::text::{AddedTokenSpec, Special, Tokenizer, added_beside};
+use crate::text::{AddedTokenSpec, Special, Tokenizer, added_by_adapters};
 use crate::train::settings::AdapterPath;
 use crate::weights::Checkpoint;
 
@@ -165,7 +165,7 @@ fn own_type(source: &ExportSource) -> FileType {
 impl Merge {
     pub fn run(self, json: bool) -> Result<Value> {
         let base = Checkpoint::open(&self.base)?;
-        let added = added_beside(&base, &paths(&self.adapter))?;
+        let added = added_by_adapters(&base, &paths(&self.adapter))?;
         let decoder = load_with_added_tokens(&base, &added)?;
         let active = self.combining.combine(load_adapters(&self.adapter, &decoder)?)?;
         drop(decoder);

@@ -257,7 +257,7 @@ fn open_tokenizer(
     adapters: &[&Path],
     date: Option<&str>,
 ) -> Result<Tokenizer> {
-    let mut tokenizer = Tokenizer::open_beside(checkpoint, adapters)?;
+    let mut tokenizer = Tokenizer::open_with_adapters(checkpoint, adapters)?;
     set_template_date(&mut tokenizer, date)?;
     Ok(tokenizer)
 }

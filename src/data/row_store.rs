@@ -388,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn examples_come_back_and_are_told_apart_across_files() {
+    fn examples_round_trip_and_differ_across_files() {
         let example = |row: u64, start, tokens: Vec<u32>| Example {
             learned: tokens.iter().map(|token| token % 2 == 1).collect(),
             tokens,
@@ -413,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn comparisons_come_back() {
+    fn comparisons_round_trip() {
         let pair = |better, worse, margin| PreferencePair { better, worse, margin };
         let comparison = |row: u64, responses: &[&[u32]], pairs, label| Comparison {
             prompt: (0..row as u32).collect(),
@@ -434,7 +434,7 @@ mod tests {
     }
 
     #[test]
-    fn prompts_come_back() {
+    fn prompts_round_trip() {
         let row = r#"{"prompt": "ü?", "answer": [3.50, null, {"b": 1, "a": 1e300}], "price": 0.1}"#;
         let prompt = |line, tokens: &[u32], row: &str| Prompt {
             tokens: tokens.to_vec(),

@@ -40,7 +40,7 @@ fn write_shards(
 ) -> Result<Written, ExportError> {
     let files = small_files(source, dtype)?;
     check_replaceable(out)?;
-    let (partial, old) = (beside(out, "partial")?, beside(out, "old")?);
+    let (partial, old) = (sibling_path(out, "partial")?, sibling_path(out, "old")?);
     let io = |action, path: &Path| {
         let path = path.to_path_buf();
         move |source| ExportError::Io { action, path, source }
@@ -73,7 +73,7 @@ fn write_shards(
 }
 
 /// The path `.{name}.{what}` next to a folder.
-fn beside(out: &Path, what: &str) -> Result<PathBuf, ExportError> {
+fn sibling_path(out: &Path, what: &str) -> Result<PathBuf, ExportError> {
     let name = out.file_name().ok_or_else(|| ExportError::Io {
         action: "write",
         path: out.into(),

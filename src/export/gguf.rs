@@ -28,7 +28,7 @@ pub fn write_gguf(
     out: &Path,
 ) -> Result<Written, ExportError> {
     let config = &source.config;
-    if let Some(reason) = unsaid(config, &source.origin) {
+    if let Some(reason) = inexpressible_property(config, &source.origin) {
         return Err(ExportError::Inexpressible { form: "a GGUF", reason });
     }
     let types = recipe.types(config, importance.is_some())?;
@@ -234,7 +234,7 @@ fn of_config(config: &Config, out: &Path) -> Vec<(String, OwnedValue)> {
     }
     if let Windows::AllBut(nth) = c.family.windows
         && !v.windowed.is_empty()
-        && v.windowed != every_but_the_last_of(nth, c.num_hidden_layers)
+        && v.windowed != all_but_every_nth(nth, c.num_hidden_layers)
     {
         let flags = v.windowed.iter().map(|windowed| OwnedValue::Bool(*windowed)).collect();
         put("attention.sliding_window_pattern", OwnedValue::Array(ValueType::Bool, flags));
@@ -258,7 +258,7 @@ fn of_config(config: &Config, out: &Path) -> Vec<(String, OwnedValue)> {
 
 /// A property of a decoder that a GGUF has no key or tensor for, if there is one: llama.cpp infers it from
 /// the architecture, or does not support it.
-fn unsaid(c: &Config, origin: &ModelOrigin) -> Option<String> {
+fn inexpressible_property(c: &Config, origin: &ModelOrigin) -> Option<String> {
     let (family, v) = (c.family, &c.variation);
     let of = |what: &str| Some(format!("a {} with {what}", family.architecture));
     if family.tied_in_gguf && !c.tie_word_embeddings {
@@ -274,7 +274,7 @@ fn unsaid(c: &Config, origin: &ModelOrigin) -> Option<String> {
         return of("layers that see a window only");
     }
     if let Some(interval) = family.no_rope_layer_interval
-        && v.rotated != every_but_the_last_of(interval, c.num_hidden_layers)
+        && v.rotated != all_but_every_nth(interval, c.num_hidden_layers)
     {
         return of("other layers that do not rotate than every fourth");
     }
@@ -301,6 +301,6 @@ fn unsaid(c: &Config, origin: &ModelOrigin) -> Option<String> {
 }
 
 /// For each layer, whether it is not the last of a group of `nth`.
-fn every_but_the_last_of(nth: usize, layers: usize) -> Vec<bool> {
+fn all_but_every_nth(nth: usize, layers: usize) -> Vec<bool> {
     (0..layers).map(|layer| !(layer + 1).is_multiple_of(nth)).collect()
 }

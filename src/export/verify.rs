@@ -44,7 +44,7 @@ impl Verified {
     pub fn warning(&self, path: &Path) -> Option<String> {
         self.cut_otherwise.then(|| {
             format!(
-                "{} cuts some words otherwise than the base's tokenizer (accents apart from their letters, or \
+                "{} splits some words differently from the base's tokenizer (accents apart from their letters, or \
                  letters neither of ASCII nor of one case): the format cannot say how that one does",
                 path.display()
             )
@@ -221,7 +221,7 @@ fn compare(
                 return Err("its tokenizer cuts text differently".into());
             }
         }
-        cut_otherwise = theirs.cuts_otherwise(&ours);
+        cut_otherwise = theirs.splits_differently(&ours);
     }
     let mut tokens = tokens(base, &source.config).map_err(|e| text(&e))?;
     if let (false, Ok(tokenizer)) = (added.is_empty(), Tokenizer::open_with(base, added)) {

@@ -36,26 +36,26 @@ pub(super) struct DecodeBuffers {
     /// The base's product, if it is added to the residual stream.
     product: Vec<f32>,
     rows: RowDotBuffers,
-    half_forms: FoundForms<f16>,
-    whole_forms: FoundForms<f32>,
+    half_forms: DecodeWeightsByModule<f16>,
+    whole_forms: DecodeWeightsByModule<f32>,
 }
 
 /// A cache of the decode weights of updates, by module. Weights that an adapter has dropped
 /// since are not returned.
 #[derive(Debug)]
-struct FoundForms<T>(HashMap<String, Vec<FoundForm<T>>>);
+struct DecodeWeightsByModule<T>(HashMap<String, Vec<CachedDecodeWeights<T>>>);
 
 /// The decode weights of an adapter's update. The weak reference keeps the adapter's address allocated, so
 /// that no other adapter is mistaken for it.
-type FoundForm<T> = (Weak<Adapter>, Weak<DecodeWeights<T>>);
+type CachedDecodeWeights<T> = (Weak<Adapter>, Weak<DecodeWeights<T>>);
 
-impl<T> Default for FoundForms<T> {
+impl<T> Default for DecodeWeightsByModule<T> {
     fn default() -> Self {
         Self(HashMap::new())
     }
 }
 
-impl<T: LowRankElement> FoundForms<T> {
+impl<T: LowRankElement> DecodeWeightsByModule<T> {
     /// The decode weights of a list of adapters on a linear layer, in order, without adapters that have no
     /// update there.
     fn find(
@@ -112,7 +112,7 @@ fn project_as<T: LowRankElement>(
     add: bool,
     product: &mut Vec<f32>,
     rows: &mut RowDotBuffers,
-    found: &mut FoundForms<T>,
+    found: &mut DecodeWeightsByModule<T>,
 ) -> Result<()> {
     let mut updates = Vec::new();
     for (index, (linear, _)) in outs.iter().enumerate() {
@@ -156,7 +156,7 @@ fn updates_of<'w, T: LowRankElement>(
     index: usize,
     linear: &Linear,
     adapter_groups: &'w [AdapterGroup<'w>],
-    found: &mut FoundForms<T>,
+    found: &mut DecodeWeightsByModule<T>,
     all: &mut Vec<TokenUpdates<'w, T>>,
 ) -> Result<()> {
     for (active, tokens) in adapter_groups {

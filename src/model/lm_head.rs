@@ -485,7 +485,7 @@ impl AdaptedHead<'_> {
         let (mut straight, mut turned) = (PackedRows::default(), PackedRows::default());
         straight.pack(isa, panel, dlogits, rows, vocabulary);
         if self.parts.iter().any(|part| part.trainable) {
-            turned.pack_turned(isa, panel, dlogits, vocabulary, rows);
+            turned.pack_transposed(isa, panel, dlogits, vocabulary, rows);
         }
         dx.fill(0.0);
         if self.base != 0.0 {
@@ -513,7 +513,7 @@ impl AdaptedHead<'_> {
                     let terms = vec![Term { x: &packed, weights: a, transposed: false }];
                     add_product(isa, terms, dx, width);
                     if part.trainable {
-                        packed.pack_turned(isa, panel, of_hidden, *r, rows);
+                        packed.pack_transposed(isa, panel, of_hidden, *r, rows);
                         let weights = Weights::Dense { values: x, cols: width, scale: 1.0 };
                         let terms = vec![Term { x: &packed, weights, transposed: false }];
                         add_product(isa, terms, sink.of(HEAD, 0), width);

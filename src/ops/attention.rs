@@ -280,7 +280,7 @@ impl CustomOp3 for CausalAttention {
         let (q_width, kv_width) = (self.heads.q_width(), self.heads.kv_width());
         let grad = QkvGrad::separate((&mut dq, q_width), (&mut dk, kv_width), (&mut dv, kv_width));
         let qkv = self.qkv(&qs, &ks, &vs);
-        let result = Attended { out: &outs, lse };
+        let result = AttentionForward { out: &outs, lse };
         backward(self.isa, qkv, self.heads, &self.segments, self.scores, result, &douts, grad);
         let tensor = |values, like: &Tensor| Tensor::from_vec(values, like.shape(), like.device());
         Ok((Some(tensor(dq, q)?), Some(tensor(dk, k)?), Some(tensor(dv, v)?)))
@@ -322,7 +322,7 @@ pub(crate) struct Qkv<'a> {
 /// Results of the forward pass for the backward pass: output `(N, heads · head_dim)`, log-sum-exps
 /// `(N, heads)`.
 #[derive(Clone, Copy)]
-pub(crate) struct Attended<'a> {
+pub(crate) struct AttentionForward<'a> {
     /// The output.
     pub out: &'a [f32],
     /// Log-sum-exp of each query's scaled scores.
@@ -955,7 +955,7 @@ pub(crate) fn backward(
     heads: Heads,
     segments: &[Segment],
     scores: impl Into<AttentionConfig>,
-    attended: Attended,
+    attended: AttentionForward,
     dout: &[f32],
     grad: QkvGrad,
 ) {
@@ -1129,7 +1129,7 @@ struct Backward<'a> {
     row: &'a Segment,
     scores: AttentionConfig,
     heads: Heads,
-    attended: Attended<'a>,
+    attended: AttentionForward<'a>,
     dout: StridedHeads<'a>,
     dq: StridedHeadsMut,
     dk: KeyGrad,
@@ -1529,7 +1529,7 @@ mod tests {
     }
 
     #[test]
-    fn columns_of_one_buffer_give_the_bits_of_three() {
+    fn column_ranges_of_one_buffer_match_separate_buffers() {
         let heads = Heads { heads: 4, kv_heads: 2, head_dim: 20 };
         let (n, q_width, kv_width) = (300, heads.q_width(), heads.kv_width());
         let stride = q_width + 2 * kv_width;
@@ -1547,7 +1547,7 @@ mod tests {
             let (isa, segments) = (Isa::current(), rows(&[(280, None), (n - 280, None)]));
             let (mut out, mut lse) = (vec![0f32; n * q_width], vec![0f32; n * heads.heads]);
             forward(isa, qkv, heads, &segments, None, &mut out, &mut lse);
-            let attended = Attended { out: &out, lse: &lse };
+            let attended = AttentionForward { out: &out, lse: &lse };
             backward(isa, qkv, heads, &segments, None, attended, &dout, grad);
             out
         };

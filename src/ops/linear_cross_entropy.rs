@@ -203,8 +203,8 @@ pub(crate) fn forward(
     SCRATCH.set(LogitScratch { logits, slopes, packed, turned, logps: kept });
 }
 
-/// Gradient buffers of [`learn`].
-pub(crate) struct LearnGrad<'a> {
+/// Gradient buffers of [`loss_and_gradients`].
+pub(crate) struct LossGrad<'a> {
     /// Gradient to the hidden states, `(M, H)`: overwritten.
     pub x: &'a mut [f32],
     /// Gradient to the lm_head, `(V, H)`: added to.
@@ -215,13 +215,13 @@ pub(crate) struct LearnGrad<'a> {
 /// `scale` to both sides, chunk by chunk. A cap on the logits comes before the softmax.
 ///
 /// Shapes: `x (M, H)`, `head (V, H)`, `targets` M token ids, each of them a row of the head.
-pub(crate) fn learn(
+pub(crate) fn loss_and_gradients(
     panels: (PanelType, PanelType),
     x: &[f32],
     head: &[f32],
     (targets, cap): (&[u32], Option<LogitSoftcap>),
     scale: f32,
-    grad: LearnGrad,
+    grad: LossGrad,
 ) -> f64 {
     if targets.is_empty() {
         return 0.0;
@@ -260,7 +260,7 @@ pub(crate) fn learn(
 
         let dlogits = Strided { values: logits, stride: vocabulary };
         packed.pack(isa, backward, dlogits, rows, vocabulary);
-        turned.pack_turned(isa, backward, dlogits, vocabulary, rows);
+        turned.pack_transposed(isa, backward, dlogits, vocabulary, rows);
         let to_x = Product {
             terms: vec![Term { x: &packed, weights: dense(head), transposed: false }],
             init: Init::Zero,

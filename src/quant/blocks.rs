@@ -499,7 +499,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_go_to_ggml_and_back() {
+    fn ggml_type_numbers_round_trip() {
         for &block_type in BlockType::ALL {
             assert_eq!(BlockType::from_ggml(block_type.to_ggml()), Some(block_type));
             let values = 2 * block_type.block_len();

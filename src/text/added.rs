@@ -59,7 +59,10 @@ impl Tokenizer {
     ///
     /// # Errors
     /// As [`Tokenizer::open`], and if such a file contradicts the base about a token of both.
-    pub fn open_beside(checkpoint: &Checkpoint, folders: &[&Path]) -> Result<Self, TextError> {
+    pub fn open_with_adapters(
+        checkpoint: &Checkpoint,
+        folders: &[&Path],
+    ) -> Result<Self, TextError> {
         let mut tokenizer = Self::open(checkpoint)?;
         for folder in folders.iter().filter(|folder| folder.join(FILE).is_file()) {
             let more = tokenizer.missing(folder)?;
@@ -144,7 +147,7 @@ impl Tokenizer {
             match own {
                 None if id as usize >= self.len() => beyond.push(found(text)),
                 Some(own) if own == text => {
-                    if let Some(added) = self.found_otherwise(&theirs, &text) {
+                    if let Some(added) = self.matched_differently(&theirs, &text) {
                         return fault(format!(
                             "normalized of the token {text:?} is {}, needed {}, as another adapter \
                              has it: the two cannot be active together",
@@ -175,7 +178,7 @@ impl Tokenizer {
 
     /// A token that was added to this tokenizer, if another tokenizer matches it in other texts. A token
     /// that is special in only one of the two is treated as special.
-    fn found_otherwise(&self, other: &Self, text: &str) -> Option<&AddedTokenSpec> {
+    fn matched_differently(&self, other: &Self, text: &str) -> Option<&AddedTokenSpec> {
         let added = self.added().iter().find(|added| added.text == text)?;
         let token = other.added_token(text)?;
         let differs = token.special == added.special && token.normalized != added.normalized;
@@ -203,13 +206,13 @@ impl Tokenizer {
 /// unsupported kind, is read only if one of the folders has one.
 ///
 /// # Errors
-/// As [`Tokenizer::open_beside`].
-pub fn added_beside(
+/// As [`Tokenizer::open_with_adapters`].
+pub fn added_by_adapters(
     checkpoint: &Checkpoint,
     folders: &[&Path],
 ) -> Result<Vec<AddedTokenSpec>, TextError> {
     if folders.iter().any(|folder| folder.join(FILE).is_file()) {
-        Ok(Tokenizer::open_beside(checkpoint, folders)?.added().to_vec())
+        Ok(Tokenizer::open_with_adapters(checkpoint, folders)?.added().to_vec())
     } else {
         Ok(Vec::new())
     }

@@ -45,13 +45,13 @@ pub fn to_gguf(
     put_added(&mut json, &tokenizer);
     let model = &json["model"];
     let of_sentencepiece = sentencepiece::is_model(&json);
-    let unsaid = |fault: String| bad(format!("{fault}, which no GGUF key says"));
+    let unsupported = |fault: String| bad(format!("{fault}, which no GGUF key says"));
     let (kind, pre, in_front) = if of_sentencepiece {
-        let in_front = sentencepiece::space_in_front(&json).map_err(unsaid)?;
+        let in_front = sentencepiece::space_in_front(&json).map_err(unsupported)?;
         ("llama", "default", Some(in_front))
     } else {
         if let Some(fault) = inexpressible(&json) {
-            return Err(unsaid(fault));
+            return Err(unsupported(fault));
         }
         let ignore_merges = model["ignore_merges"] == true;
         let Some(pre) = tokenizer.pre_tokenizer_name(ignore_merges) else {
@@ -283,7 +283,7 @@ pub fn keys_with_added_tokens(
 ///
 /// # Errors
 /// If the base's tokenizer cannot be read or converted.
-pub fn beside(
+pub fn files_for_adapter(
     checkpoint: &Checkpoint,
     tokenizer: &Tokenizer,
 ) -> Result<Vec<(&'static str, String)>, TextError> {

@@ -18,7 +18,7 @@ mod template;
 mod tokenizer;
 mod train;
 
-pub use added::{AddedTokenSpec, added_beside};
+pub use added::{AddedTokenSpec, added_by_adapters};
 pub use error::TextError;
 pub use stream::DecodeStream;
 pub use template::{ChatTemplate, first_second, today};

@@ -119,9 +119,9 @@ macro_rules! ending {
 const TEKKEN: &str = cased!(r"[\p{L}&&[^a-z]]", r"[\p{L}&&[^A-Z]]", "", r"\p{N}");
 const GPT_4O: &str = cased!(r"[\p{L}&&[^a-z]]", r"[\p{L}&&[^A-Z]]", ending!(), r"\p{N}{1,3}");
 
-/// Names that llama.cpp gives tokenizers which cut letters beyond ASCII and marks otherwise than it
-/// does, and how these themselves cut: Mistral's Tekken, and OpenAI's `o200k_base`.
-const NEARLY: &[(&str, &str)] = &[
+/// Names in llama.cpp of tokenizers that split non-ASCII letters and marks differently from llama.cpp, and
+/// their own rules: Mistral's Tekken, and OpenAI's `o200k_base`.
+const APPROXIMATE_NAMES: &[(&str, &str)] = &[
     (
         "tekken",
         cased!(r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", "", r"\p{N}"),
@@ -289,7 +289,7 @@ pub(super) const PROBES: &[&str] = &[
 ];
 
 /// The name of the row that splits [`PROBES`] like `theirs` and has the same `ignore_merges`; or the one of
-/// [`NEARLY`] that llama.cpp uses for it.
+/// [`APPROXIMATE_NAMES`] that llama.cpp uses for it.
 pub(super) fn identify(theirs: &PreTokenizerWrapper, ignore_merges: bool) -> Option<&'static str> {
     let theirs = cuts(theirs)?;
     let alike = |row: &PreTokenizer| {
@@ -297,7 +297,8 @@ pub(super) fn identify(theirs: &PreTokenizerWrapper, ignore_merges: bool) -> Opt
     };
     let fits = |row: &&PreTokenizer| row.ignore_merges == ignore_merges && alike(row);
     let nearly = || {
-        let known = NEARLY.iter().filter_map(|(name, split)| Some((*name, split, find(name)?)));
+        let known =
+            APPROXIMATE_NAMES.iter().filter_map(|(name, split)| Some((*name, split, find(name)?)));
         let mut same = known.filter(|(_, split, row)| {
             alike(&PreTokenizer { splits: std::slice::from_ref(split), ..**row })
         });

@@ -350,7 +350,7 @@ impl Tokenizer {
     }
 
     /// Whether another tokenizer gives other ids for some text of `pre_tokenizer::PROBES`.
-    pub fn cuts_otherwise(&self, other: &Self) -> bool {
+    pub fn splits_differently(&self, other: &Self) -> bool {
         let ids = |of: &Self, text| of.encode(text, Special::AsText).ok();
         pre_tokenizer::PROBES.iter().any(|text| ids(self, text) != ids(other, text))
     }

@@ -162,7 +162,7 @@ impl TokenizerTrainer {
         let words = std::mem::take(&mut self.words);
         self.words = sum_counts(words, counts.words);
         if self.words.len() > self.most_words {
-            self.forget_rare_words();
+            self.drop_rare_words();
         }
         Ok(())
     }
@@ -217,7 +217,7 @@ impl TokenizerTrainer {
 
     /// Keeps the most frequent words, at most half of the maximum number. As in lossy
     /// counting (Manku and Motwani 2002), the remaining counts are slightly too low.
-    fn forget_rare_words(&mut self) {
+    fn drop_rare_words(&mut self) {
         let mut counts: Vec<u64> = self.words.values().copied().collect();
         counts.sort_unstable_by(|a, b| b.cmp(a));
         let too_rare = counts[self.most_words / 2];
@@ -355,7 +355,7 @@ mod tests {
     }
 
     #[test]
-    fn of_too_many_words_the_rarest_are_forgotten() {
+    fn rare_words_are_dropped_if_there_are_too_many() {
         let mut trainer = TokenizerTrainer::new(300, PreTokenizerKind::Gpt2).unwrap();
         trainer.most_words = 8;
         trainer.add(&["a a a a b b b b c c c d d e e f f"]).unwrap(); // 7 words, "a" twice

@@ -67,14 +67,14 @@ impl Inputs {
         let checkpoint = Checkpoint::open(&common.base)?;
         let adapters = settings.adapters();
         let folders: Vec<&Path> = adapters.iter().map(PathBuf::as_path).collect();
-        let tokenizer = Tokenizer::open_beside(&checkpoint, &folders)?;
+        let tokenizer = Tokenizer::open_with_adapters(&checkpoint, &folders)?;
         let known = tokenizer.len() as u32;
         let mut tokenizer = tokenizer.with_added(&checkpoint, &common.added()?)?;
         let added_tokens: Vec<u32> = (known..tokenizer.len() as u32).collect();
         let tokenizer_files = if tokenizer.added().is_empty() {
             Vec::new()
         } else {
-            convert::beside(&checkpoint, &tokenizer)?
+            convert::files_for_adapter(&checkpoint, &tokenizer)?
         };
         let decoder = Decoder::load_as(&checkpoint, common.compute(), load_type)?;
         let mut decoder = decoder.with_vocabulary(tokenizer.rows_needed())?;

@@ -283,7 +283,7 @@ pub fn train_state(
     parameters: &[Var],
     optimizer: AdamW,
 ) -> Result<Box<dyn TrainState>> {
-    with_backend!(kind, B => Ok(Box::new(StateOf::<B> {
+    with_backend!(kind, B => Ok(Box::new(BackendTrainState::<B> {
         gradients: B::zero_gradients(parameters)?,
         optimizer: B::optimizer(optimizer, parameters)?,
         buffers: Buffers::default(),
@@ -292,14 +292,14 @@ pub fn train_state(
 }
 
 #[derive(Debug)]
-struct StateOf<B: Backend> {
+struct BackendTrainState<B: Backend> {
     gradients: Vec<B::Gradient>,
     optimizer: B::Optimizer,
     buffers: Buffers<B>,
     full_buffers: B::FullBuffers,
 }
 
-impl<B: Backend> TrainState for StateOf<B> {
+impl<B: Backend> TrainState for BackendTrainState<B> {
     fn zero_gradients(&mut self) -> Result<()> {
         B::clear_gradients(&mut self.gradients)
     }

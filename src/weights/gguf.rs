@@ -83,7 +83,7 @@ impl Gguf {
 
     /// Opens the other files of a split model, by the numbers in their names.
     fn open_others(&mut self) -> Result<(), WeightsError> {
-        let Some((0, count)) = self.place_in_split()? else { return Ok(()) };
+        let Some((0, count)) = self.split_position()? else { return Ok(()) };
         let bad = |reason: String| WeightsError::format(&self.path, reason);
         let name = self.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let of_part = |part: u64| format!("-{:05}-of-{count:05}.gguf", part + 1);
@@ -96,7 +96,7 @@ impl Gguf {
         for part in 1..count {
             let path = self.path.with_file_name(format!("{stem}{}", of_part(part)));
             let other = Self::read(&path, map_file(&path)?)?;
-            if other.place_in_split_as_it_says()? != Some((part, count)) {
+            if other.split_position_from_keys()? != Some((part, count)) {
                 let reason = format!("its keys do not name it file {} of {count}", part + 1);
                 return Err(WeightsError::format(&path, reason));
             }
@@ -124,8 +124,8 @@ impl Gguf {
     }
 
     /// Number of files of a split model whose first file this is; an error if it is a later one.
-    fn place_in_split(&self) -> Result<Option<(u64, u64)>, WeightsError> {
-        match self.place_in_split_as_it_says()? {
+    fn split_position(&self) -> Result<Option<(u64, u64)>, WeightsError> {
+        match self.split_position_from_keys()? {
             Some((part, count)) if part > 0 => {
                 let part = part + 1;
                 let reason = format!("file {part} of {count} of a split model, needed the first");
@@ -135,7 +135,7 @@ impl Gguf {
         }
     }
 
-    fn place_in_split_as_it_says(&self) -> Result<Option<(u64, u64)>, WeightsError> {
+    fn split_position_from_keys(&self) -> Result<Option<(u64, u64)>, WeightsError> {
         let Some(count) = self.u64("split.count")?.filter(|&count| count > 1) else {
             return Ok(None);
         };

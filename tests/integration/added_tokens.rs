@@ -49,11 +49,11 @@ fn added_token_ids_match_transformers() {
     check(&grown);
     // The files written beside an adapter are read as a folder.
     let folder = tempfile::tempdir().unwrap();
-    let files = convert::beside(&base, &grown).unwrap();
+    let files = convert::files_for_adapter(&base, &grown).unwrap();
     assert!(!files.iter().any(|(_, text)| text.contains("_decoder\": null")));
     write(&files, folder.path());
     check(&Tokenizer::from_folder(folder.path()).unwrap());
-    check(&Tokenizer::open_beside(&base, &[folder.path()]).unwrap());
+    check(&Tokenizer::open_with_adapters(&base, &[folder.path()]).unwrap());
     assert!(grown.missing(folder.path()).unwrap().is_empty());
 }
 
@@ -82,8 +82,8 @@ fn adapter_folder_adds_its_tokens() {
         assert!((4..=5).contains(&new), "{name}: {new}");
         assert_eq!(grown.id_of("ferry"), Some(before as u32), "{name}");
         let folder = tempfile::tempdir().unwrap();
-        write(&convert::beside(&base, &grown).unwrap(), folder.path());
-        let again = Tokenizer::open_beside(&base, &[folder.path()]).unwrap();
+        write(&convert::files_for_adapter(&base, &grown).unwrap(), folder.path());
+        let again = Tokenizer::open_with_adapters(&base, &[folder.path()]).unwrap();
         let read = Tokenizer::from_folder(folder.path()).unwrap();
         for text in ["ferry<|tool|>x lo world hello", "<|im_end|>ferryman", "hello world"] {
             for special in [Special::Parse, Special::AsText] {
@@ -136,8 +136,8 @@ fn added_tokens_match_after_any_character() {
     let texts = ["ferry", "a ferry", "aferryb", "<|tool|>ferry <|tool|>a"];
     assert!(texts.iter().all(|text| found(&grown, text)));
     let beside = tempfile::tempdir().unwrap();
-    write(&convert::beside(&base, &grown).unwrap(), beside.path());
-    let again = Tokenizer::open_beside(&base, &[beside.path()]).unwrap();
+    write(&convert::files_for_adapter(&base, &grown).unwrap(), beside.path());
+    let again = Tokenizer::open_with_adapters(&base, &[beside.path()]).unwrap();
     let keys = convert::to_gguf(&folder, grown.vocab_size(), again.added()).unwrap();
     let path = beside.path().join("grown.gguf");
     stream_gguf(&path, &keys, &[], |_, _| Ok(())).unwrap();
@@ -154,7 +154,7 @@ fn added_tokens_match_after_any_character() {
     let token = tokens.iter_mut().find(|token| token["content"] == "ferry").unwrap();
     token["normalized"] = true.into();
     fs::write(&path, json.to_string()).unwrap();
-    let theirs = Tokenizer::open_beside(&base, &[beside.path()]).unwrap();
+    let theirs = Tokenizer::open_with_adapters(&base, &[beside.path()]).unwrap();
     assert!(found(&theirs, "a ferry") && !found(&theirs, "aferryb"));
     let error = convert::to_gguf(&folder, grown.vocab_size(), theirs.added()).unwrap_err();
     let error = error.to_string();
@@ -162,20 +162,20 @@ fn added_tokens_match_after_any_character() {
     assert!(error.contains(needed), "{error}");
     // The same with the GGUF itself; and beside an adapter that matches it differently.
     let gguf = Checkpoint::Gguf(own);
-    let error = open_beside(&gguf, &[&beside]).unwrap_err();
+    let error = open_with_adapters(&gguf, &[&beside]).unwrap_err();
     assert!(error.contains(needed), "{error}");
     let other = beside_of(&base, &named, &[]);
     for (folders, words) in
         [([&beside, &other], "is false, needed true"), ([&other, &beside], "is true, needed false")]
     {
-        let error = open_beside(&base, &folders).unwrap_err();
+        let error = open_with_adapters(&base, &folders).unwrap_err();
         let needed = format!("normalized of the token \"ferry\" {words}");
         assert!(error.contains(&needed), "{error}");
     }
     // A special token is used for both.
     let mark = beside_of(&base, &AddedTokenSpec::list(&[], &["ferry".into()]).unwrap(), &[]);
     for folders in [[&beside, &mark], [&mark, &beside]] {
-        let both = open_beside(&base, &folders).unwrap();
+        let both = open_with_adapters(&base, &folders).unwrap();
         assert!(both.is_special(id) && found(&both, "aferryb"));
     }
 }
@@ -184,7 +184,7 @@ fn added_tokens_match_after_any_character() {
 fn beside_of(base: &Checkpoint, added: &[AddedTokenSpec], changes: &[(&str, &str)]) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     let grown = Tokenizer::open(base).unwrap().with_added(base, added).unwrap();
-    write(&convert::beside(base, &grown).unwrap(), folder.path());
+    write(&convert::files_for_adapter(base, &grown).unwrap(), folder.path());
     let path = folder.path().join("tokenizer.json");
     let mut text = fs::read_to_string(&path).unwrap();
     for (from, to) in changes {
@@ -195,9 +195,9 @@ fn beside_of(base: &Checkpoint, added: &[AddedTokenSpec], changes: &[(&str, &str
     folder
 }
 
-fn open_beside(base: &Checkpoint, folders: &[&TempDir]) -> Result<Tokenizer, String> {
+fn open_with_adapters(base: &Checkpoint, folders: &[&TempDir]) -> Result<Tokenizer, String> {
     let folders: Vec<&Path> = folders.iter().map(|folder| folder.path()).collect();
-    Tokenizer::open_beside(base, &folders).map_err(|error| error.to_string())
+    Tokenizer::open_with_adapters(base, &folders).map_err(|error| error.to_string())
 }
 
 /// Whichever adapter comes first, and whichever brings more.
@@ -208,7 +208,7 @@ fn adapter_of_another_base_is_an_error_in_any_order() {
     let ours = beside_of(&base, &named(&["ferry", "other", "third"]), &[]);
     let theirs = beside_of(&base, &named(&["ferry"]), &[("\"<|endoftext|>\"", "\"<|begin|>\"")]);
     for folders in [[&ours, &theirs], [&theirs, &ours]] {
-        let error = open_beside(&base, &folders).unwrap_err();
+        let error = open_with_adapters(&base, &folders).unwrap_err();
         let needed = "token 0 is \"<|begin|>\", needed the base's \"<|endoftext|>\"";
         assert!(error.contains(needed), "{error}");
     }
@@ -225,7 +225,7 @@ fn adapter_of_another_base_is_an_error_in_any_order() {
     vocab.insert("another".into(), 511.into());
     fs::write(&path, json.to_string()).unwrap();
     for folders in [&[&theirs][..], &[&marked, &theirs]] {
-        let error = open_beside(&base, folders).unwrap_err();
+        let error = open_with_adapters(&base, folders).unwrap_err();
         let needed = format!("token 511 is \"another\", needed the base's {last:?}");
         assert!(error.contains(&needed), "{error}");
     }

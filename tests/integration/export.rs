@@ -269,7 +269,10 @@ fn export_warns_when_tokenizers_differ() {
             |path: &Path| verify(&base, &[], path, VerifyBounds::F32).unwrap().warning(path);
         assert_eq!(warning_of(&out), None);
         let warning = warning_of(&gguf).unwrap_or_default();
-        assert_eq!(warning.contains("out.gguf cuts some words otherwise"), !normalizer.is_null());
+        assert_eq!(
+            warning.contains("out.gguf splits some words differently"),
+            !normalizer.is_null()
+        );
     }
 }
 

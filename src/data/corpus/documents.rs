@@ -391,7 +391,7 @@ mod tests {
     }
 
     #[test]
-    fn a_long_document_comes_in_pieces_that_are_the_whole() {
+    fn pieces_of_a_long_document_concatenate_to_it() {
         let words = "some words é 日本 ".repeat(PIECE / 5);
         let one_word = "é".repeat(2 * PIECE);
         for text in [&words, &one_word, &format!("x{one_word}")] {
@@ -413,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn bytes_that_are_no_text_are_told_with_their_place() {
+    fn invalid_utf8_is_reported_with_its_position() {
         let long = "é".repeat(3 * PIECE);
         let check = |before: &str, bytes: &[u8]| {
             let file = [before.as_bytes(), bytes, b" and more"].concat();

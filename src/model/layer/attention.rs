@@ -152,7 +152,7 @@ impl LayerPass<'_> {
             let mut dq = take(&mut work.dq, n * q_width);
             let mut dk = take(&mut work.dk, n * kv_width);
             let mut dv = take(&mut work.dv, n * kv_width);
-            let left = Attended { out: &out, lse };
+            let left = AttentionForward { out: &out, lse };
             let grad =
                 QkvGrad::separate((&mut dq, q_width), (&mut dk, kv_width), (&mut dv, kv_width));
             let (qkv, segments) = (qkv(heads, q, k, v), &self.pass.segments);

@@ -466,13 +466,17 @@ impl LayerPass<'_> {
     }
 
     /// The gradients of the outputs of trainable layers, packed transposed: the left operand of `dW`.
-    fn turned_gradients(&self, linears: &[LinearGrad], work: &mut Workspace) -> Vec<PackedRows> {
+    fn transposed_gradients(
+        &self,
+        linears: &[LinearGrad],
+        work: &mut Workspace,
+    ) -> Vec<PackedRows> {
         let mut turned = std::mem::take(&mut work.turned_dys);
         turned.resize_with(linears.len().max(turned.len()), PackedRows::default);
         for ((linear, dy, _), turned) in linears.iter().zip(&mut turned) {
             if linear.gradient().is_some() {
                 let dy = Strided { values: dy, stride: linear.rows() };
-                turned.pack_turned(self.isa, self.backward, dy, linear.rows(), self.tokens);
+                turned.pack_transposed(self.isa, self.backward, dy, linear.rows(), self.tokens);
             }
         }
         turned

@@ -541,7 +541,7 @@ mod tests {
             for isa in Isa::available() {
                 for (panel, bound) in [(PanelType::F32, 1e-5), (PanelType::Int16, 1e-3)] {
                     let mut packed = PackedRows::default();
-                    packed.pack_turned(isa, panel, Strided { values: &x, stride: m }, m, k);
+                    packed.pack_transposed(isa, panel, Strided { values: &x, stride: m }, m, k);
                     let mut y = before.clone();
                     let terms = vec![Term { x: &packed, weights, transposed: false }];
                     let out = Out::new(&mut y, n + 1);
@@ -585,7 +585,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_does_not_see_its_neighbours() {
+    fn rows_are_independent() {
         let w = matrix(BlockType::Q4_0, 70, 96);
         let x = values(1, 30 * 96);
         for panel in [PanelType::F32, PanelType::Int16, PanelType::Int8] {

@@ -188,7 +188,7 @@ impl PackedRows {
     ///
     /// # Panics
     /// For [`PanelType::Int8`], which only forward products use.
-    pub fn pack_turned(
+    pub fn pack_transposed(
         &mut self,
         isa: Isa,
         panel: PanelType,
