@@ -83,7 +83,7 @@ impl PanelCache {
     /// Shapes: q `(N, heads · head_dim)`, k and v `(N, kv_heads · head_dim)`, `segments` the new
     /// tokens of each row, without prefixes → `out` as q, contiguous.
     #[allow(clippy::too_many_arguments)] // those of the attention kernels, and which layer
-    pub fn attend(
+    pub(crate) fn attend(
         &mut self,
         isa: Isa,
         layer: usize,
