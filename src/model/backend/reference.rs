@@ -172,11 +172,14 @@ impl Backend for Reference {
         pass: &Pass,
         (_, dx): (&mut Self::Hidden, &mut Self::Hidden),
         (_, tape): (Keep, &mut Self::Tape),
-        _lowest: Option<LinearGroup>,
+        lowest: Option<LinearGroup>,
         gradients: &mut ParameterGradients<Self>,
         (): &mut (),
     ) -> Result<()> {
-        let ReferenceTape { input, output } = std::mem::take(tape);
+        let ReferenceTape { mut input, output } = std::mem::take(tape);
+        if lowest.is_some() && output.is_none() {
+            input = input.map(|input| input.detach()); // nothing below needs its gradient
+        }
         let (Some(input), Some(dy)) = (input, dx.0.take()) else { return Ok(()) };
         let output = match output {
             Some(output) => output,
@@ -196,7 +199,8 @@ impl Backend for Reference {
         (): &mut (),
     ) -> Result<()> {
         let mut y = decoder.layer_with(index, x.get()?, pass, inference.cache)?;
-        if let Some((_, chosen)) = inference.chosen {
+        // A selection of nothing is no launch on CUDA; without chosen tokens nothing is read.
+        if let Some((_, chosen)) = inference.chosen.filter(|(_, chosen)| !chosen.is_empty()) {
             y = y.index_select(&Tensor::new(chosen, y.device())?, 0)?;
         }
         x.0 = Some(y);
