@@ -86,9 +86,9 @@ impl Decoder {
         })
     }
 
-    /// The logits of some tokens of several passes that follow each other, each over new tokens after
-    /// those in `cache`, which they join: the chosen tokens of a pass stand beside its rows. All passes
-    /// have the same rows, of which each token that is chosen is one row's only one, in their order.
+    /// The logits of one token of each row, read in several passes one after the other, each over new
+    /// tokens after those in `cache`, which they join. A pass is its rows, which are those of the cache,
+    /// and the tokens whose logits are wanted: over all passes one of each row, in the order of the rows.
     ///
     /// # Errors
     /// If no token is chosen.

@@ -254,7 +254,7 @@ impl FeedForward {
     }
 }
 
-/// Linear layers that share an input: the index of [`Layer::groups`], in the order of the forward pass.
+/// Linear layers that share an input: the index of `Layer::groups`, in the order of the forward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct LinearGroup(pub(super) usize);
 

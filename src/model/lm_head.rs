@@ -45,11 +45,11 @@ impl Logits {
     /// # Panics
     /// If `values` are no whole rows.
     pub fn new(values: Vec<f32>, vocab_size: usize) -> Self {
-        assert_eq!(values.len() % vocab_size, 0, "rows of {vocab_size} logits");
+        assert!(values.len().is_multiple_of(vocab_size), "rows of {vocab_size} logits");
         Self { values, vocab_size }
     }
 
-    /// Logits of a row.
+    /// How many logits a row has.
     pub fn vocab_size(&self) -> usize {
         self.vocab_size
     }

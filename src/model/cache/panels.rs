@@ -62,12 +62,17 @@ impl PanelRow {
 
 impl PanelCache {
     /// An empty cache of `rows` rows.
-    pub fn new(kind: CacheType, rows: usize, layers: usize, heads: Heads) -> Self {
+    pub(in crate::model) fn new(kind: CacheType, rows: usize, layers: usize, heads: Heads) -> Self {
         Self::of(PanelRow::new(kind, heads), rows, layers, heads)
     }
 
     /// Bytes of the keys and values of `tokens` tokens, beside those of scales.
-    pub fn bytes(kind: CacheType, tokens: usize, layers: usize, heads: Heads) -> usize {
+    pub(in crate::model) fn bytes(
+        kind: CacheType,
+        tokens: usize,
+        layers: usize,
+        heads: Heads,
+    ) -> usize {
         let number = match kind {
             CacheType::F32 => size_of::<f32>(),
             CacheType::F16 => size_of::<f16>(),

@@ -48,13 +48,13 @@ impl CachedRow for TensorRow {
 
 impl TensorCache {
     /// An empty cache of `rows` rows.
-    pub fn new(kind: CacheType, rows: usize, layers: usize, heads: Heads) -> Self {
+    pub(in crate::model) fn new(kind: CacheType, rows: usize, layers: usize, heads: Heads) -> Self {
         Self::of(TensorRow::new(kind), rows, layers, heads)
     }
 
     /// Appends the new tokens' keys and values and attends to all there are, as
     /// [`PanelCache::attend`](super::PanelCache::attend), with tensors on the decoder's device.
-    pub fn attend(
+    pub(in crate::model) fn attend(
         &mut self,
         layer: usize,
         q: &Tensor,

@@ -246,7 +246,7 @@ impl LayerPass<'_> {
             outs.iter().map(|(linear, ..)| linear.values()).collect::<Result<Vec<_>>>()?;
         let Workspace { x, lora_hidden, bases, .. } = work;
         bases.resize_with(outs.len().max(bases.len()), Vec::new);
-        let mut hidden = lora_hidden.iter();
+        let (x, mut hidden) = (&*x, lora_hidden.iter());
         let mut products = Vec::new();
         let linears = outs.iter_mut().zip(&weights).zip(bases).zip(added.iter());
         for ((((linear, out, _), weights), base), (updates, scales, bias)) in linears {
