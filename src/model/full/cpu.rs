@@ -13,7 +13,7 @@ use crate::model::config::Config;
 use crate::model::gradients::GradientBuffers;
 use crate::model::layer::{LayerPass, Tape, Workspace};
 use crate::model::pass::{Pass, Rows};
-use crate::ops::linear_cross_entropy::{LearnGrad, learn};
+use crate::ops::linear_cross_entropy::{LossGrad, loss_and_gradients};
 use crate::ops::{Values, rms_norm};
 
 /// Buffers of a step, reused by the next.
@@ -152,10 +152,10 @@ impl FullPass<'_> {
         norm.with_factors(|w| rms_norm::forward(isa, &read.x, w, eps, &mut read.normed))?;
         scale_values(&mut read.normed, config.variation.logits_multiplier);
         let weight = Values::of(&parameters[*head])?;
-        let grad = LearnGrad { x: &mut read.dnormed, head: &mut gradients[*head] };
+        let grad = LossGrad { x: &mut read.dnormed, head: &mut gradients[*head] };
         let targets_and_cap = (&read.targets[..], config.logit_softcap(1.0));
         let panels = compute.precision.panels();
-        Ok(learn(panels, &read.normed, &weight, targets_and_cap, scale as f32, grad))
+        Ok(loss_and_gradients(panels, &read.normed, &weight, targets_and_cap, scale as f32, grad))
     }
 
     /// The backward pass through the final norm: leaves the gradient of the last layer's output in `dx`.

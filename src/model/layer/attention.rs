@@ -8,7 +8,7 @@ use crate::model::cache::PanelCache;
 use crate::model::config::{Config, QkNorm};
 use crate::model::gradients::GradientBuffers;
 use crate::model::layers::{Attention, LinearGroup, Norm};
-use crate::ops::attention::{self, Attended, Heads, Qkv, QkvGrad};
+use crate::ops::attention::{self, AttentionForward, Heads, Qkv, QkvGrad};
 use crate::ops::rope::Direction;
 
 /// Values of attention saved for the backward pass.

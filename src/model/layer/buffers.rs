@@ -102,7 +102,7 @@ pub struct Workspace {
     pub(super) lora_hidden: Vec<PackedRows>,
     /// Gradients of outputs, packed; and transposed, for weights that train.
     pub(super) dys: Vec<PackedRows>,
-    pub(super) turned_dys: Vec<PackedRows>,
+    pub(super) transposed_dys: Vec<PackedRows>,
     pub(super) dhidden: Vec<Vec<f32>>,
     /// The base's products that DoRA scales, and gradients that go back through the scales.
     pub(super) bases: Vec<Vec<f32>>,

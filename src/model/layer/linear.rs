@@ -411,13 +411,13 @@ impl LayerPass<'_> {
         work: &mut Workspace,
     ) -> Result<()> {
         let (n, isa, width) = (self.tokens, self.isa, linears[0].0.cols());
-        let turned = self.turned_gradients(linears, work);
+        let transposed = self.transposed_gradients(linears, work);
         let mut dws = take_weight_gradients(linears, gradients);
         let mut products: Vec<Product> = Vec::new();
-        for (((linear, ..), turned), dw) in linears.iter().zip(&turned).zip(&mut dws) {
+        for (((linear, ..), transposed), dw) in linears.iter().zip(&transposed).zip(&mut dws) {
             let Some(dw) = dw else { continue };
             let x = Weights::Dense { values: x, cols: linear.cols(), scale: 1.0 };
-            let terms = vec![Term { x: turned, weights: x, transposed: false }];
+            let terms = vec![Term { x: transposed, weights: x, transposed: false }];
             let out = Out::new(dw, linear.cols());
             products.push(Product { terms, init: Init::Add, out });
         }
@@ -461,7 +461,7 @@ impl LayerPass<'_> {
                 both.for_each(|(dx, d)| dx.iter_mut().zip(d).for_each(|(dx, d)| *dx += d));
             }
         }
-        work.turned_dys = turned;
+        work.transposed_dys = transposed;
         Ok(())
     }
 
@@ -471,15 +471,15 @@ impl LayerPass<'_> {
         linears: &[LinearGrad],
         work: &mut Workspace,
     ) -> Vec<PackedRows> {
-        let mut turned = std::mem::take(&mut work.turned_dys);
-        turned.resize_with(linears.len().max(turned.len()), PackedRows::default);
-        for ((linear, dy, _), turned) in linears.iter().zip(&mut turned) {
+        let mut transposed = std::mem::take(&mut work.transposed_dys);
+        transposed.resize_with(linears.len().max(transposed.len()), PackedRows::default);
+        for ((linear, dy, _), transposed) in linears.iter().zip(&mut transposed) {
             if linear.gradient().is_some() {
                 let dy = Strided { values: dy, stride: linear.rows() };
-                turned.pack_transposed(self.isa, self.backward, dy, linear.rows(), self.tokens);
+                transposed.pack_transposed(self.isa, self.backward, dy, linear.rows(), self.tokens);
             }
         }
-        turned
+        transposed
     }
 
     /// `db += Σ dy` over the tokens, of trainable biases.

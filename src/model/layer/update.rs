@@ -173,22 +173,28 @@ impl<'a> LayerPass<'a> {
         let count = 1 + masked.len() + trained.len();
         work.factors.resize_with(count.max(work.factors.len()), PackedRows::default);
         work.products.resize_with(count.max(work.products.len()), Vec::new);
-        let turned = &mut work.transposed;
+        let transposed = &mut work.transposed;
         let mut factors = work.factors.iter_mut();
-        let mut pack = |turned: &[f32]| {
+        let mut pack = |transposed: &[f32]| {
             let factor = factors.next().expect("as many as were counted");
             let stride = n;
-            factor.pack(isa, panel, Strided { values: turned, stride }, turned.len() / n, n);
+            factor.pack(
+                isa,
+                panel,
+                Strided { values: transposed, stride },
+                transposed.len() / n,
+                n,
+            );
         };
-        turned.clear();
-        plain.iter().for_each(|one| transpose(one.dhidden, one.update.r, turned));
-        pack(turned);
+        transposed.clear();
+        plain.iter().for_each(|one| transpose(one.dhidden, one.update.r, transposed));
+        pack(transposed);
         let dhiddens = masked.iter().map(|(one, _)| (one.dhidden, one.update.r));
         let hiddens = trained.iter().map(|one| (one.hidden, one.update.r));
         for (hidden, r) in dhiddens.chain(hiddens) {
-            turned.clear();
-            transpose(hidden, r, turned);
-            pack(turned);
+            transposed.clear();
+            transpose(hidden, r, transposed);
+            pack(transposed);
         }
 
         let mut sources = vec![(dense(x, width), stacked, width)];
