@@ -66,8 +66,8 @@ impl IsaLevel {
     }
 }
 
-/// An ISA level that was detected on this CPU. It cannot be constructed in any other way, so that code that
-/// has one may use the features of its level and, since levels include those below, of lower ones.
+/// An ISA level that was detected on this CPU. It cannot be constructed in any other way, so that code
+/// that has one may use the features of its level, and those of `Avx2` on every level above it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Isa(IsaLevel);
 

@@ -149,7 +149,7 @@ fn rounding(checkpoint: &Checkpoint, adapter: &Adapter) -> Result<()> {
             adapter.map(|a| ActiveAdapter::frozen(Arc::new(a))).into_iter().collect();
         let hidden = decoder.hidden(&Rows::new(&[&row]), Adapters::Same(&active))?;
         let hidden = hidden.narrow(0, 0, row.len() - 1)?;
-        Ok(decoder.log_probs(&hidden, &row[1..], &active)?.to_vec1()?)
+        Ok(decoder.log_probs(&hidden, &row[1..], &active)?)
     };
     let rounded = |round: &dyn Fn(f32) -> f32| -> Result<Adapter> {
         let copy = adapter.copy("rounded")?;

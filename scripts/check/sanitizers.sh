@@ -14,8 +14,8 @@ set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
 cd "$root"
 export QUANTUNE_ISA="${QUANTUNE_ISA:-avx2}" RAYON_NUM_THREADS="${RAYON_NUM_THREADS:-2}" PROPTEST_CASES="${PROPTEST_CASES:-16}"
-tests="${TESTS-quant:: data::row_store data::records weights:: text:: ops::row_dot ops::worker_pool}"
-integration="${INTEGRATION-weights:: text::}"
+tests="${TESTS-quant:: data:: weights:: text:: ops::row_dot ops::worker_pool}"
+integration="${INTEGRATION-weights:: data:: text::}"
 target="${CARGO_TARGET_DIR:-$root/target}" build=(cargo test --no-run --message-format=json) under=()
 if [[ "${SANITIZER:-}" == address ]]; then
     triple="$(rustc -vV | sed -n 's/^host: //p')"

@@ -56,7 +56,8 @@ def with_pre(gguf: bytes, pre: str) -> bytes:
 
 def known_names():
     source = (Path(__file__).resolve().parents[2] / "src/text/pre_tokenizer.rs").read_text()
-    table = source[source.index("const TABLE") : source.index("/// The row of a name.")]
+    table = source[source.index("const TABLE") :]
+    table = table[: table.index("\n];")]
     # What a pattern has and a name has not: backslashes, brackets, plus signs.
     return [name for name in re.findall(r'"([^"]+)"', table) if re.fullmatch(r"[a-z0-9._-]+", name)]
 

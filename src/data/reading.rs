@@ -26,9 +26,9 @@ use crate::quant::Bytes;
 use crate::text::Tokenizer;
 use crate::weights::write_atomically;
 
-/// Version of the cache format. Raise it whenever the same file would give other tokens or other check
-/// results.
-const FORMAT: u32 = 2;
+/// Version of the cache format. Raise it whenever the same file would give other tokens, other check
+/// results or other texts of these.
+const FORMAT: u32 = 3;
 const HEADER: &str = "rows.json";
 const HASHES: &str = "rows.seen";
 const HELD_OUT: &str = "held_out.jsonl";

@@ -4,12 +4,12 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use candle_core::{Result, Tensor};
+use candle_core::Result;
 
 use super::sampling::{LogProbs, Sampling, SamplingError};
 use crate::model::backend::with_backend;
-use crate::model::{ActiveAdapter, Adapters, Backend, CacheType, Decoder, KvCache, Rows};
-use crate::ops::{Values, par_for_each};
+use crate::model::{ActiveAdapter, Adapters, Backend, CacheType, Decoder, KvCache, Logits, Rows};
+use crate::ops::par_for_each;
 
 /// Maximum number of tokens of a prefill pass; bounds the activations, not the KV cache.
 const PREFILL_TOKENS: usize = 512;
@@ -444,16 +444,13 @@ impl<'a> Engine<'a> {
     fn prefill_next(&mut self, events: &mut Vec<Event>) -> std::result::Result<(), GenerateError> {
         let mut chunk = next_chunk(&mut self.waiting);
         self.usage.count_prompts(&chunk);
-        let (caches, hidden) = prefill(self.decoder, self.kind, &mut chunk)?;
-        let active: Vec<&[ActiveAdapter]> =
-            chunk.iter().map(|group| &*group.rows[0].job.active).collect();
-        let logits = self.decoder.logits(&hidden, Adapters::PerRow(&active))?; // (groups, vocab_size)
+        let (caches, logits) = prefill(self.decoder, self.kind, &mut chunk)?;
         // All rows of a group sample from the same logits.
         let rows = chunk.iter_mut().zip(0..);
         let rows = rows.flat_map(|(group, line)| group.rows.iter_mut().map(move |row| (row, line)));
         let mut rows: Vec<(&mut EngineRow, usize)> = rows.collect();
         self.usage.tokens += rows.len();
-        let mut statuses = sample_rows(&mut rows, &logits, events)?.into_iter();
+        let mut statuses = sample_rows(&mut rows, &logits, events).into_iter();
         for (cache, group) in caches.into_iter().zip(chunk) {
             let mut rows = VecDeque::new();
             for row in group.rows {
@@ -476,15 +473,13 @@ impl<'a> Engine<'a> {
     /// Runs a decode step: a token for each running row.
     fn decode(&mut self, events: &mut Vec<Event>) -> std::result::Result<(), GenerateError> {
         let batch = &mut self.running;
-        let hidden = batch.step(self.decoder)?; // (running, hidden_size)
+        let logits = batch.step(self.decoder)?; // of the running rows
         self.usage.steps += 1;
         self.usage.slot_steps += self.slots.max(batch.rows.len());
         self.usage.tokens += batch.rows.len();
-        let active: Vec<&[ActiveAdapter]> = batch.rows.iter().map(|row| &*row.job.active).collect();
-        let logits = self.decoder.logits(&hidden, Adapters::PerRow(&active))?; // (running, vocab_size)
         let mut rows: Vec<(&mut EngineRow, usize)> = batch.rows.iter_mut().zip(0..).collect();
         let mut index = 0;
-        for status in sample_rows(&mut rows, &logits, events)? {
+        for status in sample_rows(&mut rows, &logits, events) {
             if status == RowStatus::Running {
                 index += 1;
                 continue;
@@ -603,17 +598,14 @@ impl EngineRow {
 /// pushes token events; returns the status of each row.
 fn sample_rows(
     rows: &mut [(&mut EngineRow, usize)],
-    logits: &Tensor,
+    logits: &Logits,
     events: &mut Vec<Event>,
-) -> Result<Vec<RowStatus>> {
-    let vocab_size = logits.dim(1)?;
-    let logits = Values::of(logits)?;
-    let logits: &[f32] = &logits;
+) -> Vec<RowStatus> {
     // Sampling from a large vocabulary takes longer than the layers of a small model, so rows run in parallel.
     let mut choices: Vec<Option<_>> = rows.iter().map(|_| None).collect();
     let tasks = rows.iter().zip(&mut choices).collect();
-    par_for_each(tasks, WORK * rows.len() * vocab_size, |((row, line), choice)| {
-        *choice = Some(row.sample(&logits[line * vocab_size..][..vocab_size]));
+    par_for_each(tasks, WORK * rows.len() * logits.vocab_size(), |((row, line), choice)| {
+        *choice = Some(row.sample(logits.row(*line)));
     });
     let mut statuses = Vec::with_capacity(rows.len());
     for ((row, _), choice) in rows.iter_mut().zip(choices) {
@@ -639,7 +631,7 @@ fn sample_rows(
             (false, false) => RowStatus::Running,
         });
     }
-    Ok(statuses)
+    statuses
 }
 
 /// Rows with the same prompt and adapters, which share the prompt's cache.
@@ -698,13 +690,13 @@ fn take_prefilled(prefilled: &mut VecDeque<Prefilled>) -> Option<(EngineRow, KvC
     Some((row, next.cache.clone()))
 }
 
-/// Prefills the prompts of groups and returns a KV cache for each and the hidden states of their last
-/// tokens, `(groups, hidden_size)`. At most 512 tokens go through the model at once.
+/// Prefills the prompts of groups and returns a KV cache for each and the logits of their last tokens. At
+/// most 512 tokens go through the model at once.
 fn prefill(
     decoder: &Decoder,
     kind: CacheType,
     groups: &mut [Group],
-) -> Result<(Vec<KvCache>, Tensor)> {
+) -> Result<(Vec<KvCache>, Logits)> {
     let mut cache = KvCache::with_type(decoder, 0, kind);
     for group in groups.iter_mut() {
         let cached = group.cached_len();
@@ -721,7 +713,8 @@ fn prefill(
     // With a RoPE scaling that depends on the row's length, prefill cannot be chunked.
     let whole = |row: usize, rest: &[u32]| !cache.same_rope_scaling(1, cache.len(row) + rest.len());
     let whole: Vec<bool> = todo.iter().enumerate().map(|(row, rest)| whole(row, rest)).collect();
-    let mut last = Vec::new();
+    let mut lengths: Vec<usize> = (0..groups.len()).map(|row| cache.len(row)).collect();
+    let mut passes = Vec::new();
     while todo.iter().any(|rest| !rest.is_empty()) {
         let mut room = PREFILL_TOKENS;
         let split = todo.iter().zip(&whole).map(|(rest, whole)| {
@@ -730,24 +723,17 @@ fn prefill(
             rest.split_at(new)
         });
         let (new, rest): (Vec<&[u32]>, Vec<&[u32]>) = split.unzip();
-        let new = after(&cache, &new);
-        let last_tokens = new.segments.iter().zip(&rest).filter(|(new, rest)| {
+        let rows = Rows::after(new.iter().zip(&lengths).map(|(new, length)| (*new, *length)));
+        lengths.iter_mut().zip(&new).for_each(|(length, new)| *length += new.len());
+        let last_tokens = rows.segments.iter().zip(&rest).filter(|(new, rest)| {
             !new.is_empty() && rest.is_empty() // in the order of the groups, over all passes
         });
         let last_tokens: Vec<u32> = last_tokens.map(|(new, _)| new.tokens.end as u32 - 1).collect();
-        let hidden =
-            decoder.hidden_cached_of(&new, Adapters::PerRow(&active), &mut cache, &last_tokens)?;
-        if !last_tokens.is_empty() {
-            last.push(hidden);
-        }
+        passes.push((rows, last_tokens));
         todo = rest;
     }
-    Ok((cache.into_rows(), Tensor::cat(&last, 0)?))
-}
-
-/// New tokens of each row, at the positions after the cached ones.
-fn after(cache: &KvCache, new: &[&[u32]]) -> Rows {
-    Rows::after(new.iter().enumerate().map(|(row, new)| (*new, cache.len(row))))
+    let logits = decoder.logits_cached(&passes, Adapters::PerRow(&active), &mut cache)?;
+    Ok((cache.into_rows(), logits))
 }
 
 /// The rows that are running.
@@ -767,12 +753,13 @@ impl DecodeBatch {
         (self.rows.remove(index), self.cache.take(index))
     }
 
-    /// Runs the last token of each row and returns their hidden states, `(running, hidden_size)`.
-    fn step(&mut self, decoder: &Decoder) -> Result<Tensor> {
+    /// Runs the last token of each row and returns their logits.
+    fn step(&mut self, decoder: &Decoder) -> Result<Logits> {
         let last: Vec<&[u32]> =
             self.rows.iter().map(|row| &row.tokens[row.tokens.len() - 1..]).collect();
-        let last = after(&self.cache, &last);
+        let last = last.iter().enumerate().map(|(row, new)| (*new, self.cache.len(row)));
+        let last = Rows::after(last);
         let active: Vec<&[ActiveAdapter]> = self.rows.iter().map(|row| &*row.job.active).collect();
-        decoder.hidden_step(&last, Adapters::PerRow(&active), &mut self.cache)
+        decoder.logits_step(&last, Adapters::PerRow(&active), &mut self.cache)
     }
 }

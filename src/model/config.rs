@@ -379,40 +379,7 @@ impl Config {
                 faults.push(format!("{name} is {value}"));
             }
         }
-        let positive = |value: f64| value.is_finite() && value > 0.0;
-        let sound = match &self.rope_scaling {
-            RopeScaling::None => true,
-            RopeScaling::Linear { factor } => positive(*factor),
-            RopeScaling::Llama3 {
-                factor,
-                low_freq_factor: low,
-                high_freq_factor: high,
-                original_max_position_embeddings: original,
-            } => [factor, low, high, original].iter().all(|v| positive(**v)) && high > low,
-            RopeScaling::Yarn {
-                factor,
-                original_max_position_embeddings: original,
-                beta_fast: fast,
-                beta_slow: slow,
-                attention_factor: grown,
-                ..
-            } => {
-                let all = [factor, original, fast, slow, grown].iter().all(|v| positive(**v));
-                all && fast > slow && self.rope_theta > 1.0
-            }
-            RopeScaling::Factors(factors) => factors.iter().all(|&f| positive(f64::from(f))),
-            RopeScaling::LongRope {
-                short_factor,
-                long_factor,
-                original_max_position_embeddings: original,
-                attention_factor,
-            } => {
-                let factors = short_factor.iter().chain(long_factor);
-                let all = factors.copied().all(|f| positive(f64::from(f)));
-                all && *original > 0 && positive(*attention_factor)
-            }
-        };
-        if !sound {
+        if !self.rope_scaling.is_sound(self.rope_theta) {
             faults.push(format!("invalid rope scaling {:?}", self.rope_scaling));
         }
         let v = &self.variation;
@@ -465,6 +432,48 @@ impl Config {
             Ok(self)
         } else {
             Err(ModelError::Config { path, reason: faults.join("; ") })
+        }
+    }
+}
+
+fn positive(value: f64) -> bool {
+    value.is_finite() && value > 0.0
+}
+
+impl RopeScaling {
+    /// Whether its numbers are possible, for frequencies of this base.
+    fn is_sound(&self, rope_theta: f64) -> bool {
+        match self {
+            RopeScaling::None => true,
+            RopeScaling::Linear { factor } => positive(*factor),
+            RopeScaling::Llama3 {
+                factor,
+                low_freq_factor: low,
+                high_freq_factor: high,
+                original_max_position_embeddings: original,
+            } => [factor, low, high, original].iter().all(|v| positive(**v)) && high > low,
+            RopeScaling::Yarn {
+                factor,
+                original_max_position_embeddings: original,
+                beta_fast: fast,
+                beta_slow: slow,
+                attention_factor: grown,
+                ..
+            } => {
+                let all = [factor, original, fast, slow, grown].iter().all(|v| positive(**v));
+                all && fast > slow && rope_theta > 1.0
+            }
+            RopeScaling::Factors(factors) => factors.iter().all(|&f| positive(f64::from(f))),
+            RopeScaling::LongRope {
+                short_factor,
+                long_factor,
+                original_max_position_embeddings: original,
+                attention_factor,
+            } => {
+                let factors = short_factor.iter().chain(long_factor);
+                let all = factors.copied().all(|f| positive(f64::from(f)));
+                all && *original > 0 && positive(*attention_factor)
+            }
         }
     }
 }

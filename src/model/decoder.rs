@@ -12,12 +12,14 @@ use super::adapters::{ActiveAdapter, Adapters};
 use super::cache::TensorCache;
 use super::config::Config;
 use super::embedding::{Embedding, adapts_embedding};
+use super::gradients::GradientBuffers;
+use super::layer::LayerPass;
 use super::layer::reference::TensorLayerPass;
-use super::layer::{GradientBuffers, LayerPass, LinearGroup};
-use super::layers::{Layer, Linear};
+use super::layers::{Layer, Linear, LinearGroup};
 use super::lm_head::{AdaptedHead, LmHead};
+use super::observe::InputSquares;
 use super::pass::{Pass, Rows};
-use crate::ops::{BackendKind, Compute, DeviceMatrix, rms_norm};
+use crate::ops::{Compute, DeviceMatrix, rms_norm};
 use crate::quant::FrozenMatrix;
 
 /// A decoder over frozen weights. It is immutable; adapters are arguments of its functions.
@@ -38,17 +40,12 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// The same decoder with its weights on a device, where its passes then compute and their caches of
-    /// keys and values lie. The embedding stays in the map, as only rows of it are read; adapters stay
-    /// on the CPU, they are small and go up with each use: what trains, saves and merges them is the
-    /// same on every device.
+    /// The same decoder with copies of its weights as tensors on a device, where candle's operations
+    /// then compute.
     ///
     /// # Errors
-    /// If the form is not the portable one, or the device has too little memory.
-    pub fn on(mut self, device: &Device) -> Result<Self> {
-        if self.compute.backend != BackendKind::Reference {
-            candle_core::bail!("compute is {}, needed portable on a device", self.compute);
-        }
+    /// If the device has too little memory.
+    pub(super) fn upload(mut self, device: &Device) -> Result<Self> {
         for layer in &mut self.layers {
             layer.upload(device)?;
         }
@@ -107,7 +104,7 @@ impl Decoder {
         Embedding { weight: &self.embedding, multiplier, device: &self.device }
     }
 
-    fn lm_head(&self) -> LmHead<'_> {
+    pub(super) fn lm_head(&self) -> LmHead<'_> {
         let Self { head: weight, config, compute, device, .. } = self;
         let uploaded = self.uploaded_head.as_ref();
         LmHead { weight, uploaded, config, compute: *compute, device }
@@ -143,33 +140,6 @@ impl Decoder {
         adapters.iter().any(|active| active.trainable && adapts_embedding(&active.adapter))
     }
 
-    /// [`Self::logits`] of either backend.
-    pub(super) fn logits_of(&self, hidden: &Tensor, adapters: Adapters) -> Result<Tensor> {
-        self.lm_head().logits(hidden, adapters)
-    }
-
-    /// Log-probabilities of `targets`, one per row of `hidden (M, hidden_size)` → `(M)`, of rows that
-    /// all use the same adapters. In the portable form trainable adapters are on the tape.
-    pub fn log_probs(
-        &self,
-        hidden: &Tensor,
-        targets: &[u32],
-        active: &[ActiveAdapter],
-    ) -> Result<Tensor> {
-        self.log_probs_at_temperature(hidden, targets, 1.0, active)
-    }
-
-    /// [`Self::log_probs`] of logits divided by `temperature`.
-    pub fn log_probs_at_temperature(
-        &self,
-        hidden: &Tensor,
-        targets: &[u32],
-        temperature: f64,
-        active: &[ActiveAdapter],
-    ) -> Result<Tensor> {
-        self.lm_head().log_probs_at_temperature(hidden, targets, temperature, active)
-    }
-
     /// The head with adapters; `None` if they do not change it.
     pub(crate) fn adapted_head<'a>(
         &'a self,
@@ -199,7 +169,18 @@ impl Decoder {
         pass.narrowed(chosen, &self.config, &self.inv_freq)
     }
 
-    /// The modules an adapter can target, in the order of the forward pass: the token embedding, the
+    /// Runs rows through all layers and adds what goes into each linear layer to `squares`.
+    pub fn observe(&self, rows: &Rows, adapters: Adapters, squares: &InputSquares) -> Result<()> {
+        let mut pass = self.pass(rows, adapters, None);
+        pass.squares = Some(squares);
+        let mut x = self.embed(&rows.tokens, &pass)?;
+        for index in 0..self.config.num_hidden_layers {
+            x = self.layer(index, &x, &pass)?.detach();
+        }
+        Ok(())
+    }
+
+    /// The modules an adapter can sit on, in the order of the forward pass: the token embedding, the
     /// linear layers, and the head.
     pub fn linears(&self) -> Vec<LinearSpec> {
         let (vocab_size, hidden_size) = (self.config.vocab_size, self.config.hidden_size);

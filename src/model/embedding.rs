@@ -9,7 +9,7 @@ use quantune_adapters::config::EMBEDDING;
 use quantune_adapters::delta::{Adapter, TOKEN_ROWS};
 
 use super::adapters::{ActiveAdapter, parameter};
-use super::layer::GradientBuffers;
+use super::gradients::GradientBuffers;
 use super::pass::Pass;
 use crate::ops::Values;
 use crate::ops::frozen_linear::{frozen_rows, read_rows};

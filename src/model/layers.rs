@@ -254,6 +254,18 @@ impl FeedForward {
     }
 }
 
+/// Linear layers that share an input: the index of `Layer::groups`, in the order of the forward pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct LinearGroup(pub(super) usize);
+
+impl LinearGroup {
+    pub(super) const ATTENTION_INPUT: Self = Self(0);
+    pub(super) const ATTENTION_OUTPUT: Self = Self(1);
+    /// Of a dense feed-forward block.
+    pub(super) const GATE_UP: Self = Self(2);
+    pub(super) const DOWN: Self = Self(3);
+}
+
 /// A decoder layer.
 #[derive(Debug, Clone)]
 pub(super) struct Layer {

@@ -13,8 +13,7 @@ use rayon::prelude::*;
 
 use super::adapters::{ActiveAdapter, Adapters, parameter};
 use super::config::Config;
-use super::layer::GradientBuffers;
-use super::scoring::at_temperature;
+use super::gradients::GradientBuffers;
 use crate::isa::Isa;
 use crate::ops::attention::dot;
 use crate::ops::frozen_linear::{few_rows, frozen_rows, read_rows};
@@ -25,13 +24,50 @@ use crate::ops::linear_cross_entropy::{
     TargetStatsMut, check_targets, chunk_rows, log_probs_of_logits, score, softcap,
 };
 use crate::ops::{
-    BackendKind, Compute, DeviceMatrix, LogitSoftcap, Values, capped_log_probs, frozen_linear,
-    par_for_each,
+    Compute, DeviceMatrix, LogitSoftcap, Values, capped_log_probs, frozen_linear, par_for_each,
 };
 use crate::quant::FrozenMatrix;
 
 /// Panels of the forward and of the backward pass.
 type Panels = (PanelType, PanelType);
+
+/// Logits on the host, where tokens are sampled: a row for each hidden state.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Logits {
+    /// `(M, vocab_size)`.
+    values: Vec<f32>,
+    vocab_size: usize,
+}
+
+impl Logits {
+    /// Logits `(M, vocab_size)`, row by row.
+    ///
+    /// # Panics
+    /// If `values` are no whole rows.
+    pub fn new(values: Vec<f32>, vocab_size: usize) -> Self {
+        assert!(values.len().is_multiple_of(vocab_size), "rows of {vocab_size} logits");
+        Self { values, vocab_size }
+    }
+
+    /// How many logits a row has.
+    pub fn vocab_size(&self) -> usize {
+        self.vocab_size
+    }
+
+    /// The logits of the row `index`.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub fn row(&self, index: usize) -> &[f32] {
+        &self.values[index * self.vocab_size..][..self.vocab_size]
+    }
+
+    /// All of them as a tensor `(M, vocab_size)`.
+    pub fn into_tensor(self) -> Result<Tensor> {
+        let shape = (self.values.len() / self.vocab_size, self.vocab_size);
+        Tensor::from_vec(self.values, shape, &Device::Cpu)
+    }
+}
 
 /// The frozen head of a decoder.
 #[derive(Clone, Copy)]
@@ -51,60 +87,48 @@ impl<'a> LmHead<'a> {
         whole || adapter.head_rows(self.config.tie_word_embeddings).is_some()
     }
 
-    /// Logits `(M, vocab_size)` of hidden states `(M, hidden_size)`, each row under its adapters: for
-    /// few rows only. A row gets the same bits among any others. They are on the CPU, where tokens are
-    /// sampled.
-    pub fn logits(&self, hidden: &Tensor, adapters: Adapters) -> Result<Tensor> {
+    /// The logits of hidden states `(M, hidden_size)`, each row under its adapters: for few rows only. A
+    /// row gets the same bits among any others.
+    pub fn logits(&self, hidden: &Tensor, adapters: Adapters) -> Result<Logits> {
         let hidden = &self.scaled_hidden(hidden)?;
         let base = match self.uploaded {
-            Some(head) => head.linear(&hidden.detach())?.to_device(&Device::Cpu)?,
+            Some(head) => {
+                let base = head.linear(&hidden.detach())?; // (M, V)
+                base.to_device(&Device::Cpu)?.flatten_all()?.to_vec1()?
+            }
             None => few_rows(hidden, self.weight, self.compute)?,
         };
+        let vocab_size = self.weight.rows();
         if !adapters.iter().any(|active| self.adapted_by(&active.adapter)) {
-            return self.capped(base);
+            return Ok(Logits::new(self.capped(base), vocab_size));
         }
-        let (rows, vocabulary) = base.dims2()?;
-        let base = base.flatten_all()?.to_vec1::<f32>()?;
         let hidden = hidden.contiguous()?.to_device(&Device::Cpu)?;
-        let hidden_values = Values::of(&hidden)?;
+        let states = Values::of(&hidden)?;
         let mut logits = Vec::with_capacity(base.len());
-        for row in 0..rows {
-            let x = &hidden_values[row * self.config.hidden_size..][..self.config.hidden_size];
-            let base = &base[row * vocabulary..][..vocabulary];
+        let rows = states.chunks_exact(self.config.hidden_size).zip(base.chunks_exact(vocab_size));
+        for (row, (x, base)) in rows.enumerate() {
             match self.adapted(adapters.of(row))? {
                 Some(head) => logits.extend(head.one_row(x, base)),
                 None => logits.extend_from_slice(base),
             }
         }
-        self.capped(Tensor::from_vec(logits, (rows, vocabulary), &Device::Cpu)?)
+        Ok(Logits::new(self.capped(logits), vocab_size))
     }
 
-    /// Log-probabilities of `targets`, one per row of `hidden (M, hidden_size)` → `(M)`, of logits divided
-    /// by `temperature`, of rows that all use the same adapters. In the portable form trainable adapters
-    /// are on the tape.
-    pub fn log_probs_at_temperature(
+    /// Log-probabilities (M) of `targets`, one per row of `hidden (M, hidden_size)`, of logits divided by
+    /// `temperature`, of rows that all use the same adapters, by the CPU's kernels.
+    pub fn log_probs(
         &self,
         hidden: &Tensor,
         targets: &[u32],
         temperature: f64,
         active: &[ActiveAdapter],
-    ) -> Result<Tensor> {
-        let cap = self.config.logit_softcap(temperature);
-        let hidden = self.scaled_hidden(hidden)?;
-        // Without a softcap the hidden states are divided by the temperature; with one, the logits after it.
-        let hidden = &if cap.is_some() { hidden } else { at_temperature(hidden, temperature)? };
+    ) -> Result<Vec<f32>> {
+        let (hidden, cap) = self.before_head(hidden, temperature)?;
         let Some(head) = self.adapted(active)? else {
-            let Some(head) = self.uploaded else {
-                return capped_log_probs(hidden, self.weight, targets, cap, self.compute);
-            };
-            check_targets(targets, self.weight)?;
-            return log_probs_of_logits(head.linear(hidden)?, targets, cap);
+            return capped_log_probs(&hidden, self.weight, targets, cap, self.compute)?.to_vec1();
         };
         check_targets(targets, self.weight)?;
-        if self.compute.backend == BackendKind::Reference {
-            let logits = self.adapted_logits(hidden, active)?; // (M, V)
-            return log_probs_of_logits(logits, targets, cap);
-        }
         let panels = self.compute.precision.panels();
         let hidden = hidden.contiguous()?;
         let (mut logps, mut entropies) = (vec![0.0; targets.len()], vec![0.0; targets.len()]);
@@ -115,7 +139,35 @@ impl<'a> LmHead<'a> {
             is_argmax: &mut is_argmax,
         };
         head.forward(panels, &Values::of(&hidden)?, (targets, cap), found);
-        Tensor::from_vec(logps, targets.len(), hidden.device())
+        Ok(logps)
+    }
+
+    /// [`Self::log_probs`] composed of candle's operations, with trainable adapters on the tape: the
+    /// definition of the answer.
+    pub fn tensor_log_probs(
+        &self,
+        hidden: &Tensor,
+        targets: &[u32],
+        temperature: f64,
+        active: &[ActiveAdapter],
+    ) -> Result<Tensor> {
+        let (hidden, cap) = self.before_head(hidden, temperature)?;
+        check_targets(targets, self.weight)?;
+        let logits = self.adapted_logits(&hidden, active)?; // (M, V)
+        log_probs_of_logits(logits, targets, cap)
+    }
+
+    /// Hidden states as the head's matrix multiplies them for logits divided by `temperature`, and the
+    /// cap on the logits.
+    fn before_head(
+        &self,
+        hidden: &Tensor,
+        temperature: f64,
+    ) -> Result<(Tensor, Option<LogitSoftcap>)> {
+        let cap = self.config.logit_softcap(temperature);
+        let hidden = self.scaled_hidden(hidden)?;
+        // Without a cap hidden states may as well be divided; with one, logits are, behind it.
+        Ok((if cap.is_some() { hidden } else { at_temperature(hidden, temperature)? }, cap))
     }
 
     /// Logits `(M, vocab_size)` composed of candle's operations: the portable form.
@@ -158,11 +210,13 @@ impl<'a> LmHead<'a> {
     }
 
     /// Logits under the cap, if there is one.
-    fn capped(&self, logits: Tensor) -> Result<Tensor> {
-        match self.config.variation.final_logit_softcapping {
-            Some(cap) => (logits / cap)?.tanh()? * cap,
-            None => Ok(logits),
+    fn capped(&self, mut logits: Vec<f32>) -> Vec<f32> {
+        if let Some(cap) = self.config.variation.final_logit_softcapping {
+            let (cap, inverse) = (cap as f32, (1.0 / cap) as f32);
+            // To the bit what candle makes of `(logits / cap).tanh() * cap`.
+            logits.iter_mut().for_each(|y| *y = (*y * inverse + 0.0).tanh() * cap + 0.0);
         }
+        logits
     }
 
     /// The head with adapters; `None` if they do not change it.
@@ -514,4 +568,15 @@ fn scale(values: &mut [f32], factor: f32) {
     if factor != 1.0 {
         values.par_iter_mut().for_each(|value| *value *= factor);
     }
+}
+
+/// Hidden states whose logits are divided by `temperature`.
+fn at_temperature(hidden: Tensor, temperature: f64) -> Result<Tensor> {
+    if temperature == 1.0 { Ok(hidden) } else { hidden * (1.0 / temperature) }
+}
+
+/// The scores of hidden states `(M, hidden_size)` by a head `(1, hidden_size)`, wherever it is → `(M)`
+/// on their device.
+pub fn scores(hidden: &Tensor, head: &Tensor) -> Result<Tensor> {
+    hidden.matmul(&head.to_device(hidden.device())?.t()?)?.squeeze(1)
 }

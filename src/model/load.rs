@@ -79,20 +79,6 @@ impl Decoder {
     }
 }
 
-impl Decoder {
-    /// Loads another decoder, to run as this one does: in the same form, on the same device.
-    pub fn load_beside(&self, checkpoint: &Checkpoint) -> Result<Self, ModelError> {
-        let decoder = Self::load(checkpoint, self.compute)?;
-        match self.uploaded_head {
-            Some(_) => decoder.on(&self.device).map_err(|e| ModelError::Tensors {
-                path: checkpoint.path().display().to_string(),
-                reason: e.to_string(),
-            }),
-            None => Ok(decoder),
-        }
-    }
-}
-
 struct Loader<'a> {
     checkpoint: &'a Checkpoint,
     config: &'a Config,

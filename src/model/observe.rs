@@ -6,7 +6,6 @@ use std::sync::Mutex;
 use candle_core::{Result, Tensor};
 use rayon::prelude::*;
 
-use super::{Adapters, Decoder, Rows};
 use crate::ops::Values;
 
 /// Sums of the squares of each linear layer's inputs, by the layer's module path.
@@ -39,19 +38,6 @@ impl InputSquares {
                 sums.iter_mut().zip(values).for_each(|(sum, v)| *sum += f64::from(*v).powi(2));
             }
         });
-        Ok(())
-    }
-}
-
-impl Decoder {
-    /// Runs rows through all layers and adds the squared inputs of each linear layer to `squares`.
-    pub fn observe(&self, rows: &Rows, adapters: Adapters, squares: &InputSquares) -> Result<()> {
-        let mut pass = self.pass(rows, adapters, None);
-        pass.squares = Some(squares);
-        let mut x = self.embed(&rows.tokens, &pass)?;
-        for index in 0..self.config.num_hidden_layers {
-            x = self.layer(index, &x, &pass)?.detach();
-        }
         Ok(())
     }
 }

@@ -8,8 +8,9 @@ use candle_core::Result;
 use rayon::prelude::*;
 
 use super::adapters::ActiveAdapter;
+use super::config::Config;
 use super::decoder::Decoder;
-use super::layer::GradientBuffers;
+use super::gradients::GradientBuffers;
 use crate::isa::Isa;
 use crate::ops::gemm::PanelType;
 use crate::ops::linear_cross_entropy::{Distributions, TargetStatsMut};
@@ -33,6 +34,11 @@ pub struct Reading {
 }
 
 impl Reading {
+    /// Bytes of its rows and their gradients.
+    pub fn bytes(config: &Config, rows: usize) -> usize {
+        4 * rows * config.hidden_size * size_of::<f32>()
+    }
+
     /// The distributions whose log-probs were read last.
     pub fn distributions(&self) -> Distributions<'_> {
         Distributions { entropies: &self.entropies, is_argmax: &self.is_argmax }

@@ -4,6 +4,8 @@ use std::ops::Range;
 
 use candle_core::{Result, Tensor};
 
+use super::backend::{Backend, with_backend};
+use super::inference::hidden;
 use super::{ActiveAdapter, Adapters, Decoder, Rows};
 use crate::data::Batch;
 
@@ -37,6 +39,17 @@ fn rows_of(batch: &Batch) -> Rows {
     }
 }
 
+/// The hidden states that the head reads from some tokens, of which there is at least one.
+fn hidden_of<B: Backend>(
+    decoder: &Decoder,
+    active: &[ActiveAdapter],
+    rows: &Rows,
+    chosen: &[u32],
+) -> Result<B::HeadInput> {
+    let found = hidden::<B>(decoder, rows, Adapters::Same(active), None, Some(chosen), false)?;
+    Ok(found.expect("of at least one token"))
+}
+
 /// The log-probs of a batch's targets, in nats, of logits divided by `temperature`.
 pub fn target_log_probs(
     decoder: &Decoder,
@@ -60,8 +73,10 @@ pub fn log_probs_of(
         return Ok(Vec::new());
     }
     let (places, targets): (Vec<u32>, Vec<u32>) = targets.iter().copied().unzip();
-    let hidden = decoder.hidden_of(rows, Adapters::Same(active), &places)?;
-    decoder.log_probs_at_temperature(&hidden, &targets, temperature, active)?.to_vec1()
+    with_backend!(decoder.compute.backend, B => {
+        let hidden = hidden_of::<B>(decoder, active, rows, &places)?;
+        B::target_log_probs(decoder, &hidden, &targets, temperature, active)
+    })
 }
 
 /// The scores that a head `(1, hidden_size)` reads from chosen rows, of the N of a batch.
@@ -75,12 +90,27 @@ pub fn row_scores(
     if rows.is_empty() {
         return Ok(Vec::new());
     }
-    let hidden = decoder.hidden_of(&rows_of(batch), Adapters::Same(active), &rows)?;
-    scores(&hidden, head)?.to_vec1()
+    with_backend!(decoder.compute.backend, B => {
+        B::row_scores(&hidden_of::<B>(decoder, active, &rows_of(batch), &rows)?, head)
+    })
 }
 
 /// [`target_log_probs`], and [`row_scores`] of the rows in `scored`, from one pass: the same bits.
 pub fn log_probs_and_scores(
+    decoder: &Decoder,
+    active: &[ActiveAdapter],
+    head: &Tensor,
+    batch: &Batch,
+    temperature: f64,
+    scored: &[u32],
+) -> Result<(Vec<f32>, Vec<f32>)> {
+    let backend = decoder.compute.backend;
+    with_backend!(backend, B => {
+        log_probs_and_scores_by::<B>(decoder, active, head, batch, temperature, scored)
+    })
+}
+
+fn log_probs_and_scores_by<B: Backend>(
     decoder: &Decoder,
     active: &[ActiveAdapter],
     head: &Tensor,
@@ -95,34 +125,21 @@ pub fn log_probs_and_scores(
     if read.is_empty() {
         return Ok((Vec::new(), Vec::new()));
     }
-    let hidden = decoder.hidden_of(&rows_of(batch), Adapters::Same(active), &read)?;
-    let of = |rows: &[u32]| -> Result<Tensor> {
+    let hidden = hidden_of::<B>(decoder, active, &rows_of(batch), &read)?;
+    let of = |rows: &[u32]| {
         let place = |row| read.binary_search(row).expect("all of them were read") as u32;
         let places: Vec<u32> = rows.iter().map(place).collect();
-        hidden.index_select(&Tensor::new(places, hidden.device())?, 0) // (rows, hidden_size)
+        B::select(&hidden, &places)
     };
     let logps = match targets.is_empty() {
         true => Vec::new(),
-        false => decoder
-            .log_probs_at_temperature(&of(&places)?, &targets, temperature, active)?
-            .to_vec1()?,
+        false => B::target_log_probs(decoder, &of(&places)?, &targets, temperature, active)?,
     };
     let found = match scored.is_empty() {
         true => Vec::new(),
-        false => scores(&of(scored)?, head)?.to_vec1()?,
+        false => B::row_scores(&of(scored)?, head)?,
     };
     Ok((logps, found))
-}
-
-/// Hidden states whose logits are divided by `temperature`.
-pub fn at_temperature(hidden: Tensor, temperature: f64) -> Result<Tensor> {
-    if temperature == 1.0 { Ok(hidden) } else { hidden * (1.0 / temperature) }
-}
-
-/// The scores of hidden states `(M, hidden_size)` by a head `(1, hidden_size)`, wherever it is → `(M)`
-/// on their device.
-pub fn scores(hidden: &Tensor, head: &Tensor) -> Result<Tensor> {
-    hidden.matmul(&head.to_device(hidden.device())?.t()?)?.squeeze(1)
 }
 
 #[cfg(test)]

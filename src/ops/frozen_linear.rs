@@ -26,11 +26,11 @@ pub fn frozen_linear(x: &Tensor, weight: &Arc<FrozenMatrix>, compute: Compute) -
 }
 
 /// [`frozen_linear`] without a gradient, for few rows `x (m, in)`: weights are read in place,
-/// once for every four or eight rows. A row gives the same bits in any batch.
-pub fn few_rows(x: &Tensor, weight: &Arc<FrozenMatrix>, compute: Compute) -> Result<Tensor> {
+/// once for every four or eight rows. A row gives the same bits in any batch. Returns `y (m, out)` on the host.
+pub fn few_rows(x: &Tensor, weight: &Arc<FrozenMatrix>, compute: Compute) -> Result<Vec<f32>> {
     let (rows, width) = x.dims2()?;
     if compute.op_form() == OpForm::Portable || width != weight.cols() {
-        return frozen_linear(&x.detach(), weight, compute);
+        return frozen_linear(&x.detach(), weight, compute)?.flatten_all()?.to_vec1();
     }
     let x = x.contiguous()?;
     let mut y = vec![0f32; rows * weight.rows()];
@@ -40,7 +40,7 @@ pub fn few_rows(x: &Tensor, weight: &Arc<FrozenMatrix>, compute: Compute) -> Res
             row_dot::int16(Isa::current(), &Values::of(&x)?, weight, &mut y);
         }
     }
-    Tensor::from_vec(y, (rows, weight.rows()), x.device())
+    Ok(y)
 }
 
 /// Dequantizes the whole of `W` and multiplies.

@@ -542,9 +542,10 @@ pub fn product<B: Element>(
     accumulate: bool,
 ) {
     let (rows, _, depth) = size;
-    if let Some(product) = checked((rows, depth), size, a, b, c, stride, accumulate) {
+    let strides = (a.stride, 1);
+    if let Some(product) = checked((rows, depth), size, (a, strides), b, c, stride, accumulate) {
         // SAFETY: all accesses are in bounds, as `checked` asserts.
-        unsafe { row_major_tiles(isa, product) }
+        unsafe { tiles(isa, product) }
     }
 }
 
@@ -559,17 +560,19 @@ pub(crate) fn product_transposed<B: Element>(
     accumulate: bool,
 ) {
     let (rows, _, depth) = size;
-    if let Some(product) = checked((depth, rows), size, a, b, c, stride, accumulate) {
+    let strides = (1, a.stride);
+    if let Some(product) = checked((depth, rows), size, (a, strides), b, c, stride, accumulate) {
         // SAFETY: all accesses are in bounds, as `checked` asserts.
-        unsafe { transposed_tiles(isa, product) }
+        unsafe { tiles(isa, product) }
     }
 }
 
-/// The product if it is not empty, with bounds checked; the left operand is stored as `(outer, inner)`.
+/// The product if it is not empty, its bounds checked; the left side is stored as `(outer, inner)`, and has the strides
+/// of a row and of a step of the depth.
 fn checked<B: Element>(
     (outer, inner): (usize, usize),
     (rows, groups, depth): (usize, usize, usize),
-    a: Left,
+    (a, (row_stride, depth_stride)): (Left, (usize, usize)),
     b: Right<B>,
     c: &mut [f32],
     stride: usize,
@@ -578,15 +581,20 @@ fn checked<B: Element>(
     if rows == 0 || groups == 0 {
         return None;
     }
+    // The end of `width` values behind so many strides; too large to be in bounds if it overflows.
+    let end = |steps: &[(usize, usize)], width: usize| {
+        let before = steps.iter().map(|&(steps, stride)| steps.saturating_mul(stride));
+        before.fold(width, usize::saturating_add)
+    };
     if depth > 0 {
-        assert!((outer - 1) * a.stride + inner <= a.values.len());
-        let last = (groups - 1) * b.group_stride + (depth - 1) * b.row_stride;
-        assert!(last + LANE_GROUP <= b.values.len());
+        assert!(end(&[(outer - 1, a.stride)], inner) <= a.values.len());
+        let last = [(groups - 1, b.group_stride), (depth - 1, b.row_stride)];
+        assert!(end(&last, LANE_GROUP) <= b.values.len());
     }
-    assert!((rows - 1) * stride + groups * LANE_GROUP <= c.len());
+    assert!(end(&[(rows - 1, stride)], groups.saturating_mul(LANE_GROUP)) <= c.len());
     Some(TileProduct {
         size: (rows, groups, depth),
-        a: (a.values.as_ptr(), a.stride),
+        a: (a.values.as_ptr(), row_stride, depth_stride),
         b: (b.values.as_ptr(), b.row_stride, b.group_stride),
         c: (c.as_mut_ptr(), stride),
         accumulate,
@@ -597,31 +605,18 @@ fn checked<B: Element>(
 #[derive(Clone, Copy)]
 struct TileProduct<B> {
     size: (usize, usize, usize),
-    a: (*const f32, usize),
+    a: (*const f32, usize, usize), // strides of a row and of a step of the depth
     b: (*const B, usize, usize),
     c: (*mut f32, usize),
     accumulate: bool,
 }
 
 isa_levels! {
-    unsafe fn row_major_tiles<B: Element>(product: TileProduct<B>) = row_major;
-    unsafe fn transposed_tiles<B: Element>(product: TileProduct<B>) = transposed;
+    unsafe fn tiles<B: Element>(product: TileProduct<B>) = tiles_body;
 }
 
 #[inline(always)]
-unsafe fn row_major<S: Lanes, B: Element>(product: TileProduct<B>) {
-    // SAFETY: `checked` made the product, so that it is in bounds; the level's features are enabled.
-    unsafe { tiles::<S, B, false>(product) }
-}
-
-#[inline(always)]
-unsafe fn transposed<S: Lanes, B: Element>(product: TileProduct<B>) {
-    // SAFETY: `checked` made the product, so that it is in bounds; the level's features are enabled.
-    unsafe { tiles::<S, B, true>(product) }
-}
-
-#[inline(always)]
-unsafe fn tiles<S: Lanes, B: Element, const T: bool>(product: TileProduct<B>) {
+unsafe fn tiles_body<S: Lanes, B: Element>(product: TileProduct<B>) {
     let (rows, groups, _) = product.size;
     let mut row = 0;
     while row < rows {
@@ -641,7 +636,7 @@ unsafe fn tiles<S: Lanes, B: Element, const T: bool>(product: TileProduct<B>) {
                         $(($m, $g) if const { has_tile::<S>($m, $g) } => {
                             // SAFETY: the caller guarantees that the product is in bounds, and the tile
                             // is inside of it.
-                            unsafe { tile::<S, B, $m, $g, T>(product, row, group) }
+                            unsafe { tile::<S, B, $m, $g>(product, row, group) }
                         })*
                         _ => unreachable!("no ISA level uses such a tile"),
                     }
@@ -664,33 +659,34 @@ const fn has_tile<S: Lanes>(rows: usize, groups: usize) -> bool {
 
 /// `M` rows and `G` groups of columns, held in registers over the whole depth.
 #[inline(always)]
-unsafe fn tile<S: Lanes, B: Element, const M: usize, const G: usize, const T: bool>(
+unsafe fn tile<S: Lanes, B: Element, const M: usize, const G: usize>(
     product: TileProduct<B>,
     row: usize,
     group: usize,
 ) {
     let (_, _, depth) = product.size;
-    let (a, a_stride) = product.a;
+    let (a, a_row_stride, a_depth_stride) = product.a;
     let (b, row_stride, group_stride) = product.b;
     let (c, stride) = product.c;
     // SAFETY: the tile lies inside of a product that `checked` found in bounds.
     unsafe {
-        let a = a.add(if T { row } else { row * a_stride });
+        let mut a = a.add(row * a_row_stride);
         let mut b = b.add(group * group_stride);
         let mut sums = [[S::splat(0.0); G]; M];
-        for p in 0..depth {
+        for _ in 0..depth {
             let mut right = [S::splat(0.0); G];
             for g in 0..G {
                 right[g] = B::load::<S>(b.add(g * group_stride));
             }
             for m in 0..M {
-                let at = if T { p * a_stride + m } else { m * a_stride + p };
-                let left = S::splat(*a.add(at));
+                let left = S::splat(*a.add(m * a_row_stride));
                 for g in 0..G {
                     sums[m][g] = left.mul_add(right[g], sums[m][g]);
                 }
             }
-            b = b.wrapping_add(row_stride); // past the end after the last row
+            // Past the end after the last step.
+            a = a.wrapping_add(a_depth_stride);
+            b = b.wrapping_add(row_stride);
         }
         for m in 0..M {
             for g in 0..G {

@@ -29,10 +29,9 @@ pub(crate) mod segment;
 pub(crate) mod swiglu;
 pub(crate) mod worker_pool;
 
-use serde::{Deserialize, Serialize};
-
 use crate::isa::Isa;
 use crate::quant::BlockType;
+use crate::string_enum::string_enum;
 pub use attention::Heads;
 pub use attention::{AttentionConfig, causal_attention};
 pub(crate) use cpu::{Values, exp, par_for_each};
@@ -49,32 +48,46 @@ pub use segment::Segment;
 pub(crate) use swiglu::gated;
 pub use swiglu::{Gate, swiglu};
 
-/// A compute engine with its own types for hidden states, KV cache, gradients and optimizer state.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum BackendKind {
-    /// Hand-written kernels for the CPU, forward and backward, in any [`Precision`].
-    #[default]
-    Cpu,
-    /// Differentiable candle ops in F32 on any candle device: slow, and the definition of the
-    /// answer that every other backend is tested against.
-    Reference,
+string_enum! {
+    /// A compute engine with its own types for hidden states, KV cache, gradients and optimizer state.
+    #[derive(Debug)]
+    pub enum BackendKind {
+        /// Hand-written kernels for the CPU, forward and backward, in any [`Precision`].
+        Cpu = "cpu",
+        /// Differentiable candle ops in F32 on any candle device: slow, and the definition of the
+        /// answer that every other backend is tested against.
+        Reference = "reference",
+    }
 }
 
-/// The numeric precision of matrix products.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Precision {
-    /// Exact `f32`: weights are read panel by panel from the mapped file.
-    F32,
-    /// 16-bit block-floating integers, forward and backward: twice the speed, at an error of 1e-4 of a
-    /// product, a twentieth of bfloat16's. For the backward pass, gate, up and attention's output are
-    /// kept as `f16`.
-    #[default]
-    Int16,
-    /// Forward products of the base in 8-bit integers, at an error of 1e-2 of a product; adapters,
-    /// gradients and decode steps as [`Precision::Int16`].
-    Int8,
+string_enum! {
+    /// The numeric precision of matrix products.
+    #[derive(Debug)]
+    pub enum Precision {
+        /// Exact `f32`: weights are read panel by panel from the mapped file.
+        F32 = "f32",
+        /// 16-bit block-floating integers, forward and backward: twice the speed, at an error of 1e-4 of a
+        /// product, a twentieth of bfloat16's. For the backward pass, gate, up and attention's output are
+        /// kept as `f16`.
+        Int16 = "int16",
+        /// Forward products of the base in 8-bit integers, at an error of 1e-2 of a product; adapters,
+        /// gradients and decode steps as [`Precision::Int16`].
+        Int8 = "int8",
+    }
+}
+
+#[allow(clippy::derivable_impls)] // string_enum! marks no variant as the default
+impl Default for BackendKind {
+    fn default() -> Self {
+        Self::Cpu
+    }
+}
+
+#[allow(clippy::derivable_impls)]
+impl Default for Precision {
+    fn default() -> Self {
+        Self::Int16
+    }
 }
 
 /// A backend and the precision that it computes in.
@@ -85,37 +98,6 @@ pub struct Compute {
     /// The precision of matrix products.
     pub precision: Precision,
 }
-
-/// A value of an enum that its name on the command line and in files is read from.
-macro_rules! named {
-    ($type:ty, $what:literal, { $($name:literal => $value:expr,)* }) => {
-        impl std::fmt::Display for $type {
-            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                let names = [$(($name, $value)),*];
-                let name = names.into_iter().find(|(_, value)| value == self);
-                f.write_str(name.map_or("", |(name, _)| name))
-            }
-        }
-
-        impl std::str::FromStr for $type {
-            type Err = String;
-
-            fn from_str(text: &str) -> Result<Self, String> {
-                match text {
-                    $($name => Ok($value),)*
-                    _ => Err(format!(
-                        "unknown {} {text:?}, needed one of {}",
-                        $what,
-                        [$($name),*].join(", ")
-                    )),
-                }
-            }
-        }
-    };
-}
-
-named!(BackendKind, "backend", { "cpu" => Self::Cpu, "reference" => Self::Reference, });
-named!(Precision, "precision", { "f32" => Self::F32, "int16" => Self::Int16, "int8" => Self::Int8, });
 
 /// The precision, or `portable` for the reference backend.
 impl std::fmt::Display for Compute {

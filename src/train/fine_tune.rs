@@ -80,7 +80,8 @@ pub fn train(
     let common = &settings.common;
     // Check the run directory before reading anything.
     let resumed = if resume {
-        let saved = RunDir::settings(settings.command(), &common.out)?.to_table()?;
+        // Absolute again: earlier versions saved a relative loftq_base.
+        let saved = RunDir::settings(settings.command(), &common.out)?.absolute()?.to_table()?;
         Some(RunDir::resume(&common.out, &saved, &settings.to_table()?, monitor)?)
     } else {
         RunDir::check_no_run(&common.out)?;

@@ -7,10 +7,9 @@ use std::sync::Arc;
 use quantune_adapters::delta::Adapter;
 use serde::Serialize;
 
-use crate::model::backend::LayerBytes;
+use crate::model::backend::{HeadBytes, LayerBytes};
 use crate::model::layer::Sizes;
 use crate::model::{ActiveAdapter, Adapters, Decoder};
-use crate::ops::linear_cross_entropy;
 
 /// The default budget, as a fraction of the memory that is free at the start.
 const DEFAULT_FRACTION: f64 = 0.7;
@@ -113,20 +112,18 @@ impl MemoryEstimate {
     /// use this sum.
     pub fn of(memory_params: &MemoryParams, kept: usize) -> Self {
         let MemoryParams { decoder, layers, tokens, .. } = *memory_params;
-        let (config, compute) = (&decoder.config, decoder.compute);
-        let LayerBytes { tape, shared, .. } = memory_params.layer_bytes();
+        let config = &decoder.config;
+        let LayerBytes { input, tape, shared, .. } = memory_params.layer_bytes();
         let kept = kept.min(layers);
-        let width = config.hidden_size * size_of::<f32>();
-        // Hidden states that the head reads, after the norm, and both gradients.
-        let read = 4 * tokens * width;
         let vocabulary = if memory_params.logits { config.vocab_size } else { 1 };
+        let HeadBytes { logits, rows } = decoder.head_bytes(tokens, vocabulary);
         Self {
             frozen_weights: decoder.weight_bytes(),
-            adapter: 4 * memory_params.parameters * size_of::<f32>(),
+            adapter: decoder.parameter_bytes(memory_params.parameters),
             kept_tapes: tape * (kept + usize::from(kept < config.num_hidden_layers)),
-            layer_inputs: (layers - kept) * tokens * width,
+            layer_inputs: (layers - kept) * input,
             shared_buffers: shared,
-            logits: linear_cross_entropy::working_bytes(tokens, vocabulary, compute) + read,
+            logits: logits + rows,
             rollouts: memory_params.rollouts,
             reference: memory_params.reference,
             token_data: memory_params.token_data,

@@ -29,6 +29,8 @@ pub struct Progress<'a> {
     spent: Duration,
     /// Time of the first two steps.
     spent_early: Option<Duration>,
+    /// Whether the end was reported.
+    finished: bool,
 }
 
 /// Number of steps from which the total time is predicted.
@@ -46,6 +48,7 @@ impl<'a> Progress<'a> {
             samples: 0,
             spent: Duration::ZERO,
             spent_early: None,
+            finished: false,
         }
     }
 
@@ -86,8 +89,17 @@ impl<'a> Progress<'a> {
         });
     }
 
-    /// Reports the end of the steps.
-    pub fn finish(&self) {
-        self.monitor.report(LogEvent::StepsEnd);
+    /// Reports the end of the steps, once.
+    pub fn finish(&mut self) {
+        if !std::mem::replace(&mut self.finished, true) {
+            self.monitor.report(LogEvent::StepsEnd);
+        }
+    }
+}
+
+/// A step that fails ends the steps too.
+impl Drop for Progress<'_> {
+    fn drop(&mut self) {
+        self.finish();
     }
 }

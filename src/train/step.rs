@@ -125,7 +125,7 @@ pub fn accumulate<B: Backend>(
         positions: batch.positions.clone(),
         segments: batch.segments.clone().into(),
     };
-    let (active, temperature) = (settings.active, settings.temperature);
+    let active = settings.active;
     let pass = &decoder.pass(&rows, Adapters::Same(active), settings.dropout);
     let layers = decoder.config.num_hidden_layers;
     let lowest = decoder.lowest_trainable(Adapters::Same(active));
@@ -157,7 +157,34 @@ pub fn accumulate<B: Backend>(
         B::layer_forward(decoder, index, pass, x, (keep(index), tape), scratch)?;
     }
 
-    // Head.
+    let judged = judge::<B>(decoder, batch, settings, (x, dx), head, gradients)?;
+
+    // Backward.
+    let lowest = lowest.filter(|_| !to_embedding);
+    for index in (first..layers).rev() {
+        let lowest = lowest.filter(|(lowest, _)| *lowest == index).map(|(_, group)| group);
+        let kept = (keep(index), &mut tapes[index]);
+        B::layer_backward(decoder, index, pass, (x, dx), kept, lowest, gradients, scratch)?;
+    }
+    if to_embedding {
+        B::embed_backward(decoder, &batch.tokens, pass, dx, gradients)?;
+    }
+    Ok(judged)
+}
+
+/// Reads the head from the last layer's output and evaluates the objective: leaves the gradient of that
+/// output in the second of `streams`, and adds those of the head.
+fn judge<B: Backend>(
+    decoder: &Decoder,
+    batch: &Batch,
+    settings: &StepSettings,
+    streams: (&B::Hidden, &mut B::Hidden),
+    head: &mut B::HeadTape,
+    gradients: &mut ParameterGradients<B>,
+) -> Result<ObjectiveOutput> {
+    let (x, dx) = streams;
+    let (objective, active) = (settings.objective, settings.active);
+    let temperature = settings.temperature;
     let logps = match objective.reads_log_probs() {
         true => {
             let found = B::log_probs(decoder, x, &batch.targets, temperature, active, head)?;
@@ -190,17 +217,6 @@ pub fn accumulate<B: Backend>(
     {
         let dscores = dscores.to_vec1::<f32>()?;
         B::scores_backward(decoder, &dscores, weight, head, dx, gradients)?;
-    }
-
-    // Backward.
-    let lowest = lowest.filter(|_| !to_embedding);
-    for index in (first..layers).rev() {
-        let lowest = lowest.filter(|(lowest, _)| *lowest == index).map(|(_, group)| group);
-        let kept = (keep(index), &mut tapes[index]);
-        B::layer_backward(decoder, index, pass, (x, dx), kept, lowest, gradients, scratch)?;
-    }
-    if to_embedding {
-        B::embed_backward(decoder, &batch.tokens, pass, dx, gradients)?;
     }
     Ok(judged)
 }

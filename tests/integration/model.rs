@@ -3,9 +3,8 @@
 use std::collections::HashMap;
 
 use candle_core::{Device, Tensor, Var};
-use quantune::model::layer::GradientBuffers;
-use quantune::model::{ActiveAdapter, Adapters, Decoder, KvCache, Reading, Rows};
-use quantune::ops::Compute;
+use quantune::model::{ActiveAdapter, Adapters, Decoder, GradientBuffers, KvCache, Reading, Rows};
+use quantune::ops::{Compute, linear_log_probs};
 use quantune::weights::Checkpoint;
 use quantune_adapters::config::{InitLoraWeights, LoraConfig, Modules};
 use quantune_adapters::delta::Adapter;
@@ -234,10 +233,12 @@ fn readings_by_hand_are_those_of_the_ops() {
     close(&dx, grads.get(&x).unwrap());
     close(&dhead, grads.get(&head).unwrap());
 
+    let lm_head = decoder.linear_weight("lm_head").unwrap();
     for temperature in [1.0, 0.7] {
         let targets = [(7, 5), (2, 9), (7, 11), (0, 5)];
         let hot = (normed(&rows).unwrap() * (1.0 / temperature)).unwrap();
-        let logps = decoder.log_probs(&hot, &targets.map(|(_, token)| token), &[]).unwrap();
+        let (weight, tokens) = (&lm_head, targets.map(|(_, token)| token));
+        let logps = linear_log_probs(&hot, weight, &tokens, Compute::F32).unwrap();
         let grads = (&logps * &given).unwrap().sum_all().unwrap().backward().unwrap();
         let ours = decoder.read_log_probs(&values, &targets, temperature, &[], true, &mut reading);
         close(ours.unwrap(), &logps);

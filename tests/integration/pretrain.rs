@@ -8,11 +8,15 @@ use quantune::data::Batch;
 use quantune::model::{Adapters, Config, Decoder, FullBuffers, FullModel, Rows};
 use quantune::ops::{Compute, Segment};
 use quantune::optim::{AdamW, AdamWSettings, Gradients, clip_factor, global_norm};
+use quantune::train::step::train_state;
 use quantune::weights::Checkpoint;
 use serde_json::Value;
 
 use crate::model_families::{self, MODELS, VARIANTS};
 use crate::support::{golden, golden_json, ids, model_path};
+
+const ADAMW: AdamWSettings =
+    AdamWSettings { adam_beta1: 0.9, adam_beta2: 0.999, adam_epsilon: 1e-8, weight_decay: 0.0 };
 
 const RUNS: &[&str] = &["llama-tied", "llama-untied", "qwen2", "qwen3"];
 
@@ -48,14 +52,15 @@ fn batch(rows: &[Value], documents_apart: bool) -> Batch {
 /// Mean loss and gradients of a step over micro-batches.
 fn step(model: &FullModel, micro: &[Batch], kept_layers: usize) -> (f64, Gradients) {
     let count: usize = micro.iter().map(Batch::count).sum();
-    let (mut gradients, mut buffers) = (model.zero_gradients(), FullBuffers::default());
+    let lengths: Vec<usize> = model.parameters.iter().map(|var| var.elem_count()).collect();
+    let optimizer = AdamW::new(ADAMW, &lengths);
+    let mut state = train_state(model.compute.backend, &model.parameters, optimizer).unwrap();
     let mut loss = 0.0;
     for batch in micro {
         let scale = 1.0 / count as f64;
-        let sum = model.accumulate(batch, scale, kept_layers, &mut gradients, &mut buffers);
-        loss += sum.unwrap() * scale;
+        loss += state.accumulate_full(model, batch, scale, kept_layers).unwrap() * scale;
     }
-    (loss, gradients)
+    (loss, state.gradients().unwrap())
 }
 
 /// `|a - b| / |b|` in Frobenius norms.

@@ -399,7 +399,7 @@ fn shared_prompts_change_no_hidden_state_log_prob_or_gradient() {
                 let (rows, tokens): (Vec<u32>, Vec<u32>) = batch.targets.iter().copied().unzip();
                 let logps = run.decoder.log_probs(&take(rows), &tokens, &active).unwrap();
                 let ends = take(batch.ends.clone()).flatten_all().unwrap();
-                (logps.to_vec1::<f32>().unwrap(), ends.to_vec1::<f32>().unwrap())
+                (logps, ends.to_vec1::<f32>().unwrap())
             };
             let (ours, theirs) = (read(&shared), read(&whole));
             if compute == Compute::REFERENCE {

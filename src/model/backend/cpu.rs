@@ -2,23 +2,27 @@
 
 use std::borrow::Cow;
 
-use candle_core::{Result, Tensor, Var};
+use candle_core::{Device, Result, Tensor, Var};
 use rayon::prelude::*;
 
-use super::{Backend, Inference, Keep, LayerBytes, ParameterGradients};
+use super::{Backend, HeadBytes, Inference, Keep, LayerBytes, ParameterGradients};
 use crate::data::Batch;
 use crate::model::adapters::{ActiveAdapter, Adapters};
-use crate::model::cache::KvCache;
+use crate::model::cache::{CacheType, PanelCache};
+use crate::model::config::Config;
 use crate::model::decoder::Decoder;
 use crate::model::full::{FullBuffers, FullModel};
-use crate::model::layer::{GradientBuffers, LayerPass, LinearGroup, Sizes, Tape, Workspace};
+use crate::model::gradients::GradientBuffers;
+use crate::model::layer::{LayerPass, Sizes, Tape, Workspace};
+use crate::model::layers::LinearGroup;
+use crate::model::lm_head::{Logits, scores};
 use crate::model::pass::Pass;
 use crate::model::reading::Reading;
-use crate::ops::linear_cross_entropy::Distributions;
-use crate::ops::worker_pool;
+use crate::ops::linear_cross_entropy::{self, Distributions};
+use crate::ops::{BackendKind, worker_pool};
 use crate::optim::{AdamW, global_norm};
 
-/// The backend of [`BackendKind::Cpu`](crate::ops::BackendKind::Cpu).
+/// The backend of [`BackendKind::Cpu`].
 #[derive(Debug)]
 pub struct Cpu;
 
@@ -51,14 +55,25 @@ impl ParameterGradients<'_, Cpu> {
 
 impl Backend for Cpu {
     type Hidden = Vec<f32>;
+    type HeadInput = Tensor;
     type Tape = Tape;
     type HeadTape = CpuHeadTape;
     type Scratch = CpuScratch;
+    type Cache = PanelCache;
     type Gradient = Vec<f32>;
     type Optimizer = AdamW;
     type FullBuffers = Box<FullBuffers>;
 
+    const KIND: BackendKind = BackendKind::Cpu;
     const RECOMPUTES_FULL_TRAINING: bool = true;
+
+    fn decoder_on(decoder: Decoder, _device: &Device) -> Result<Decoder> {
+        candle_core::bail!("compute is {}, needed portable on a device", decoder.compute);
+    }
+
+    fn full_model_on(model: FullModel, _device: &Device) -> Result<FullModel> {
+        candle_core::bail!("compute is {}, needed portable on a device", model.compute);
+    }
 
     fn embed(decoder: &Decoder, tokens: &[u32], pass: &Pass, x: &mut Vec<f32>) -> Result<()> {
         decoder.embed_into(tokens, pass, x)
@@ -124,14 +139,11 @@ impl Backend for Cpu {
         index: usize,
         pass: &Pass,
         x: &mut Vec<f32>,
-        inference: Inference,
+        inference: Inference<Self>,
         CpuScratch { work, tape }: &mut CpuScratch,
     ) -> Result<()> {
         let Inference { cache, adapter_groups, chosen } = inference;
-        let cache = match cache {
-            Some(cache) => Some((cache.panels_mut()?, index)),
-            None => None,
-        };
+        let cache = cache.map(|cache| (cache, index));
         let mut of_all = layer(decoder, index, pass);
         if let Some(adapter_groups) = adapter_groups {
             of_all = of_all.decoding(adapter_groups);
@@ -145,20 +157,30 @@ impl Backend for Cpu {
         }
     }
 
-    fn take_scratch(cache: &mut KvCache) -> CpuScratch {
-        cache.panels_mut().map(|panels| std::mem::take(&mut panels.scratch)).unwrap_or_default()
-    }
-
-    fn leave_scratch(cache: &mut KvCache, scratch: CpuScratch) {
-        if let Ok(panels) = cache.panels_mut() {
-            panels.scratch = scratch;
-        }
+    fn cache(config: &Config, rows: usize, kind: CacheType) -> PanelCache {
+        PanelCache::new(kind, rows, config.num_hidden_layers, config.heads())
     }
 
     fn final_norm(decoder: &Decoder, x: Vec<f32>) -> Result<Tensor> {
         let width = decoder.config.hidden_size;
         let shape = (x.len() / width, width);
-        decoder.final_norm(&Tensor::from_vec(x, shape, &candle_core::Device::Cpu)?)
+        decoder.final_norm(&Tensor::from_vec(x, shape, &Device::Cpu)?)
+    }
+
+    fn select(hidden: &Tensor, rows: &[u32]) -> Result<Tensor> {
+        hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)
+    }
+
+    fn concat(parts: Vec<Tensor>) -> Result<Tensor> {
+        Tensor::cat(&parts, 0)
+    }
+
+    fn to_tensor(hidden: Tensor) -> Result<Tensor> {
+        Ok(hidden)
+    }
+
+    fn from_tensor(hidden: &Tensor) -> Result<Tensor> {
+        Ok(hidden.clone())
     }
 
     fn log_probs(
@@ -219,8 +241,22 @@ impl Backend for Cpu {
         dx.resize(x.len(), 0.0);
     }
 
-    fn logits(decoder: &Decoder, hidden: &Tensor, adapters: Adapters) -> Result<Tensor> {
-        decoder.logits_of(hidden, adapters)
+    fn target_log_probs(
+        decoder: &Decoder,
+        hidden: &Tensor,
+        targets: &[u32],
+        temperature: f64,
+        active: &[ActiveAdapter],
+    ) -> Result<Vec<f32>> {
+        decoder.lm_head().log_probs(hidden, targets, temperature, active)
+    }
+
+    fn row_scores(hidden: &Tensor, weight: &Tensor) -> Result<Vec<f32>> {
+        scores(hidden, weight)?.to_vec1()
+    }
+
+    fn logits(decoder: &Decoder, hidden: &Tensor, adapters: Adapters) -> Result<Logits> {
+        decoder.lm_head().logits(hidden, adapters)
     }
 
     fn accumulate_full(
@@ -237,10 +273,32 @@ impl Backend for Cpu {
     fn layer_bytes(decoder: &Decoder, tokens: usize, sizes: &Sizes) -> LayerBytes {
         let (config, compute) = (&decoder.config, decoder.compute);
         LayerBytes {
+            input: tokens * config.hidden_size * size_of::<f32>(),
             tape: Tape::bytes(config, compute, tokens, sizes),
             shared: Tape::shared_bytes(config, compute, tokens, sizes),
             complete: true,
         }
+    }
+
+    fn head_bytes(decoder: &Decoder, rows: usize, vocabulary: usize) -> HeadBytes {
+        HeadBytes {
+            logits: linear_cross_entropy::working_bytes(rows, vocabulary, decoder.compute),
+            rows: Reading::bytes(&decoder.config, rows),
+        }
+    }
+
+    fn cache_bytes(config: &Config, tokens: usize, kind: CacheType) -> usize {
+        PanelCache::bytes(kind, tokens, config.num_hidden_layers, config.heads())
+    }
+
+    fn parameter_bytes(count: usize) -> usize {
+        4 * count * size_of::<f32>() // two moments
+    }
+
+    fn full_training_bytes(model: &FullModel, tokens: usize, kept_layers: usize) -> usize {
+        let (config, compute) = (&model.config, model.compute);
+        linear_cross_entropy::working_bytes(tokens, config.vocab_size, compute)
+            + FullBuffers::bytes(config, tokens, kept_layers)
     }
 
     fn zero_gradients(parameters: &[Var]) -> Result<Vec<Vec<f32>>> {

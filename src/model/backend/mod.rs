@@ -9,49 +9,34 @@
 //! a [`BackendKind`], and a line in `with_backend!` and in those tests.
 
 mod cpu;
-mod inference;
+mod dispatch;
 mod reference;
 
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt::Debug;
 
-use candle_core::{Result, Tensor, Var};
+use candle_core::{Device, Result, Tensor, Var};
 
 pub use cpu::{Cpu, CpuHeadTape, CpuScratch};
+pub(crate) use dispatch::with_backend;
 pub use reference::{Reference, ReferenceHeadTape, ReferenceHidden, ReferenceTape};
 
-use super::adapters::{ActiveAdapter, Adapters};
-use super::cache::KvCache;
+use super::adapters::{ActiveAdapter, AdapterGroup, Adapters};
+use super::cache::{CacheType, RowCaches};
+use super::config::Config;
 use super::decoder::Decoder;
 use super::full::FullModel;
-use super::layer::{LinearGroup, Sizes};
+use super::layer::Sizes;
+use super::layers::LinearGroup;
+use super::lm_head::Logits;
 use super::pass::Pass;
 use crate::data::Batch;
-#[cfg(doc)]
 use crate::ops::BackendKind;
 use crate::ops::linear_cross_entropy::Distributions;
 use crate::optim::AdamW;
 
-/// Evaluates an expression with a type alias for the backend of a [`BackendKind`]: the one place that
-/// lists all backends.
-macro_rules! with_backend {
-    ($kind:expr, $backend:ident => $value:expr) => {
-        match $kind {
-            $crate::ops::BackendKind::Cpu => {
-                type $backend = $crate::model::backend::Cpu;
-                $value
-            }
-            $crate::ops::BackendKind::Reference => {
-                type $backend = $crate::model::backend::Reference;
-                $value
-            }
-        }
-    };
-}
-pub(crate) use with_backend;
-
-/// What a layer saves in a forward pass.
+/// What a layer keeps of a forward pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Keep {
     /// Nothing: the layer has no backward pass.
@@ -77,21 +62,23 @@ pub struct ParameterGradients<'a, B: Backend> {
     pub gradients: &'a mut [B::Gradient],
 }
 
-/// Options of a layer's forward pass in inference.
-#[derive(Debug, Default)]
-pub struct Inference<'a> {
-    /// The KV cache that is attended to, and to which the new tokens are appended.
-    pub cache: Option<&'a mut KvCache>,
+/// What a layer does in inference, beside its plain forward pass.
+#[derive(Debug)]
+pub struct Inference<'a, B: Backend> {
+    /// The cache whose tokens are attended to, and which the new tokens join.
+    pub cache: Option<&'a mut B::Cache>,
     /// In a decode step, the tokens of each list of active adapters.
-    pub(super) adapter_groups: Option<&'a [super::adapters::AdapterGroup<'a>]>,
-    /// The tokens that are needed above the layer, in ascending order, with the pass over only these; the
-    /// others are only attended to.
+    pub(super) adapter_groups: Option<&'a [AdapterGroup<'a>]>,
+    /// The tokens that are needed above the layer, rising, with the pass over those alone; the others
+    /// are only attended to.
     pub(super) chosen: Option<(&'a Pass<'a>, &'a [u32])>,
 }
 
 /// Memory of layers in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LayerBytes {
+    /// The input of one layer: the residual stream.
+    pub input: usize,
     /// The tape of one layer.
     pub tape: usize,
     /// The buffers that all layers share.
@@ -100,20 +87,33 @@ pub struct LayerBytes {
     pub complete: bool,
 }
 
-/// Computes decoder layers one after the other, forward and backward, and the embedding, head and optimizer
-/// around them.
+/// Bytes that the head works with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeadBytes {
+    /// Logits of the rows that are held at a time, and what their product works with.
+    pub logits: usize,
+    /// The rows that are read, behind the norm too, and the gradients of both.
+    pub rows: usize,
+}
+
+/// An engine for one decoder layer after the other, forward and backward, and for what stands around
+/// the layers.
 ///
 /// The N tokens of all rows are concatenated without padding. All functions fail if the device fails or
 /// runs out of memory. Values are F32, except for rounding inside products.
 pub trait Backend: Debug + Sized + 'static {
     /// The residual stream `(N, hidden_size)`, or its gradient.
     type Hidden: Debug + Default + Send;
-    /// Values of a layer saved for its backward pass.
+    /// Hidden states behind the final norm, which the head reads in inference, `(M, hidden_size)`.
+    type HeadInput: Debug;
+    /// What a layer keeps for its backward pass.
     type Tape: Debug + Default + Send;
     /// Values of the head saved for its backward pass.
     type HeadTape: Debug + Default + Send;
-    /// Buffers reused by the next layer and the next pass.
-    type Scratch: Debug + Default + Send;
+    /// Buffers that are used again by the next layer and the next pass.
+    type Scratch: Debug + Default + Send + Sync;
+    /// The keys and values of rows.
+    type Cache: RowCaches;
     /// The gradient of one parameter, in its shape.
     type Gradient: Debug + Send;
     /// The state of the optimizer.
@@ -121,8 +121,23 @@ pub trait Backend: Debug + Sized + 'static {
     /// Buffers of full training steps.
     type FullBuffers: Debug + Default + Send;
 
-    /// Whether layers can be recomputed in the backward pass of full training.
+    /// Its name.
+    const KIND: BackendKind;
+
+    /// Whether layers can be recomputed in the backward pass where all weights train.
     const RECOMPUTES_FULL_TRAINING: bool;
+
+    /// The same decoder with its weights on a device, where its passes then compute.
+    ///
+    /// # Errors
+    /// If the backend computes elsewhere only.
+    fn decoder_on(decoder: Decoder, device: &Device) -> Result<Decoder>;
+
+    /// [`Self::decoder_on`] of a model whose weights all train.
+    ///
+    /// # Errors
+    /// As there.
+    fn full_model_on(model: FullModel, device: &Device) -> Result<FullModel>;
 
     /// Writes the embeddings of `tokens` (N) to `x`, with the active adapters' parts.
     ///
@@ -177,18 +192,27 @@ pub trait Backend: Debug + Sized + 'static {
         index: usize,
         pass: &Pass,
         x: &mut Self::Hidden,
-        inference: Inference,
+        inference: Inference<Self>,
         scratch: &mut Self::Scratch,
     ) -> Result<()>;
 
-    /// Takes the buffers of the last decode step out of a cache, or makes new ones.
-    fn take_scratch(cache: &mut KvCache) -> Self::Scratch;
+    /// An empty cache of `rows` rows for a decoder of this config.
+    fn cache(config: &Config, rows: usize, kind: CacheType) -> Self::Cache;
 
-    /// Leaves buffers in a cache for its next decode step.
-    fn leave_scratch(cache: &mut KvCache, scratch: Self::Scratch);
+    /// The final norm of the last layer's output: N states that the head reads.
+    fn final_norm(decoder: &Decoder, x: Self::Hidden) -> Result<Self::HeadInput>;
 
-    /// The final norm of the last layer's output: hidden states that the head reads, `(N, hidden_size)`.
-    fn final_norm(decoder: &Decoder, x: Self::Hidden) -> Result<Tensor>;
+    /// Some of the states that the head reads, in any order; one may be chosen several times.
+    fn select(hidden: &Self::HeadInput, rows: &[u32]) -> Result<Self::HeadInput>;
+
+    /// States that the head reads, one part behind the other; there is at least one part.
+    fn concat(parts: Vec<Self::HeadInput>) -> Result<Self::HeadInput>;
+
+    /// What the head reads as a tensor `(M, hidden_size)`, for inspection.
+    fn to_tensor(hidden: Self::HeadInput) -> Result<Tensor>;
+
+    /// What the head reads from a tensor that [`Self::to_tensor`] gave.
+    fn from_tensor(hidden: &Tensor) -> Result<Self::HeadInput>;
 
     /// The log-probs (M) of `targets`, each a row of `x` and the token it is to predict, of logits
     /// divided by `temperature`, in nats. All rows use the same adapters.
@@ -242,9 +266,24 @@ pub trait Backend: Debug + Sized + 'static {
     /// Sets `dx` to zeros in the shape of `x`.
     fn zero_like(x: &Self::Hidden, dx: &mut Self::Hidden);
 
-    /// Logits `(M, vocab_size)` on the CPU, where tokens are chosen, of hidden states behind the final
-    /// norm, each row under its own adapters.
-    fn logits(decoder: &Decoder, hidden: &Tensor, adapters: Adapters) -> Result<Tensor>;
+    /// Log-probs (M) of `targets`, one per row of `hidden`, of logits divided by `temperature`, in nats.
+    /// All rows use the same adapters.
+    ///
+    /// # Errors
+    /// If a target is out of vocabulary.
+    fn target_log_probs(
+        decoder: &Decoder,
+        hidden: &Self::HeadInput,
+        targets: &[u32],
+        temperature: f64,
+        active: &[ActiveAdapter],
+    ) -> Result<Vec<f32>>;
+
+    /// The scores (M) that a score head `weight (1, hidden_size)` gives to `hidden`.
+    fn row_scores(hidden: &Self::HeadInput, weight: &Tensor) -> Result<Vec<f32>>;
+
+    /// The logits of `hidden`, each row under its own adapters.
+    fn logits(decoder: &Decoder, hidden: &Self::HeadInput, adapters: Adapters) -> Result<Logits>;
 
     /// One micro-batch in which all weights of `model` train: the sum of `-log p(target)` over its
     /// targets, in nats. The gradients of that sum times `scale` are added to `gradients`.
@@ -263,7 +302,20 @@ pub trait Backend: Debug + Sized + 'static {
     /// Memory of the layers for a batch of `tokens` tokens.
     fn layer_bytes(decoder: &Decoder, tokens: usize, sizes: &Sizes) -> LayerBytes;
 
-    /// Zero gradients for `parameters`, on the device of the backend.
+    /// The memory of reading `rows` rows at a head of `vocabulary` outputs, forward and backward.
+    fn head_bytes(decoder: &Decoder, rows: usize, vocabulary: usize) -> HeadBytes;
+
+    /// Bytes of the keys and values of `tokens` tokens.
+    fn cache_bytes(config: &Config, tokens: usize, kind: CacheType) -> usize;
+
+    /// Bytes of `count` numbers that train: values, gradients and the optimizer's state.
+    fn parameter_bytes(count: usize) -> usize;
+
+    /// Bytes that a micro-batch of `tokens` tokens works with where all weights of `model` train and the
+    /// uppermost `kept_layers` keep their tapes, beside [`Self::parameter_bytes`].
+    fn full_training_bytes(model: &FullModel, tokens: usize, kept_layers: usize) -> usize;
+
+    /// Gradients of zeros, where the backend computes with `parameters`.
     fn zero_gradients(parameters: &[Var]) -> Result<Vec<Self::Gradient>>;
 
     /// Sets gradients to zeros.

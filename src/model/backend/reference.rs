@@ -6,19 +6,22 @@ use std::borrow::Cow;
 use candle_core::backprop::GradStore;
 use candle_core::{Device, Result, Tensor, Var};
 
-use super::{Backend, Cpu, Inference, Keep, LayerBytes, ParameterGradients};
+use super::{Backend, Cpu, HeadBytes, Inference, Keep, LayerBytes, ParameterGradients};
 use crate::data::Batch;
 use crate::model::adapters::{ActiveAdapter, Adapters};
-use crate::model::cache::KvCache;
+use crate::model::cache::{CacheType, TensorCache};
+use crate::model::config::Config;
 use crate::model::decoder::Decoder;
 use crate::model::full::FullModel;
-use crate::model::layer::{LinearGroup, Sizes};
+use crate::model::layer::Sizes;
+use crate::model::layers::LinearGroup;
+use crate::model::lm_head::{Logits, scores};
 use crate::model::pass::Pass;
-use crate::model::scoring::scores;
+use crate::ops::BackendKind;
 use crate::ops::linear_cross_entropy::Distributions;
 use crate::optim::{AdamW, TensorAdamW, tensor_norm};
 
-/// The backend of [`BackendKind::Reference`](crate::ops::BackendKind::Reference).
+/// The backend of [`BackendKind::Reference`].
 #[derive(Debug)]
 pub struct Reference;
 
@@ -99,14 +102,25 @@ fn head_backward(
 
 impl Backend for Reference {
     type Hidden = ReferenceHidden;
+    type HeadInput = Tensor;
     type Tape = ReferenceTape;
     type HeadTape = ReferenceHeadTape;
     type Scratch = ();
+    type Cache = TensorCache;
     type Gradient = Tensor;
     type Optimizer = TensorAdamW;
     type FullBuffers = ();
 
+    const KIND: BackendKind = BackendKind::Reference;
     const RECOMPUTES_FULL_TRAINING: bool = false;
+
+    fn decoder_on(decoder: Decoder, device: &Device) -> Result<Decoder> {
+        decoder.upload(device)
+    }
+
+    fn full_model_on(model: FullModel, device: &Device) -> Result<FullModel> {
+        model.upload(device)
+    }
 
     fn embed(decoder: &Decoder, tokens: &[u32], pass: &Pass, x: &mut Self::Hidden) -> Result<()> {
         x.0 = Some(decoder.embed(tokens, pass)?.detach()); // (N, H)
@@ -158,11 +172,14 @@ impl Backend for Reference {
         pass: &Pass,
         (_, dx): (&mut Self::Hidden, &mut Self::Hidden),
         (_, tape): (Keep, &mut Self::Tape),
-        _lowest: Option<LinearGroup>,
+        lowest: Option<LinearGroup>,
         gradients: &mut ParameterGradients<Self>,
         (): &mut (),
     ) -> Result<()> {
-        let ReferenceTape { input, output } = std::mem::take(tape);
+        let ReferenceTape { mut input, output } = std::mem::take(tape);
+        if lowest.is_some() && output.is_none() {
+            input = input.map(|input| input.detach()); // nothing below needs its gradient
+        }
         let (Some(input), Some(dy)) = (input, dx.0.take()) else { return Ok(()) };
         let output = match output {
             Some(output) => output,
@@ -178,27 +195,40 @@ impl Backend for Reference {
         index: usize,
         pass: &Pass,
         x: &mut Self::Hidden,
-        inference: Inference,
+        inference: Inference<Self>,
         (): &mut (),
     ) -> Result<()> {
-        let cache = match inference.cache {
-            Some(cache) => Some(cache.tensors_mut()?),
-            None => None,
-        };
-        let mut y = decoder.layer_with(index, x.get()?, pass, cache)?;
-        if let Some((_, chosen)) = inference.chosen {
+        let mut y = decoder.layer_with(index, x.get()?, pass, inference.cache)?;
+        // A selection of nothing is no launch on CUDA; without chosen tokens nothing is read.
+        if let Some((_, chosen)) = inference.chosen.filter(|(_, chosen)| !chosen.is_empty()) {
             y = y.index_select(&Tensor::new(chosen, y.device())?, 0)?;
         }
         x.0 = Some(y);
         Ok(())
     }
 
-    fn take_scratch(_cache: &mut KvCache) {}
-
-    fn leave_scratch(_cache: &mut KvCache, (): ()) {}
+    fn cache(config: &Config, rows: usize, kind: CacheType) -> TensorCache {
+        TensorCache::new(kind, rows, config.num_hidden_layers, config.heads())
+    }
 
     fn final_norm(decoder: &Decoder, x: Self::Hidden) -> Result<Tensor> {
         decoder.final_norm(x.get()?)
+    }
+
+    fn select(hidden: &Tensor, rows: &[u32]) -> Result<Tensor> {
+        hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)
+    }
+
+    fn concat(parts: Vec<Tensor>) -> Result<Tensor> {
+        Tensor::cat(&parts, 0)
+    }
+
+    fn to_tensor(hidden: Tensor) -> Result<Tensor> {
+        Ok(hidden)
+    }
+
+    fn from_tensor(hidden: &Tensor) -> Result<Tensor> {
+        Ok(hidden.clone())
     }
 
     fn log_probs(
@@ -212,7 +242,8 @@ impl Backend for Reference {
         let (rows, targets): (Vec<u32>, Vec<u32>) = targets.iter().copied().unzip();
         let top = Var::from_tensor(x.get()?)?;
         let hidden = read_rows(decoder, &top, rows)?;
-        let logps = decoder.log_probs_at_temperature(&hidden, &targets, temperature, active)?; // (M)
+        let head_of = decoder.lm_head();
+        let logps = head_of.tensor_log_probs(&hidden, &targets, temperature, active)?; // (M)
         let found = logps.to_vec1()?;
         head.logps = Some((top, logps));
         Ok(found)
@@ -264,8 +295,22 @@ impl Backend for Reference {
         dx.0 = None;
     }
 
-    fn logits(decoder: &Decoder, hidden: &Tensor, adapters: Adapters) -> Result<Tensor> {
-        decoder.logits_of(hidden, adapters)
+    fn target_log_probs(
+        decoder: &Decoder,
+        hidden: &Tensor,
+        targets: &[u32],
+        temperature: f64,
+        active: &[ActiveAdapter],
+    ) -> Result<Vec<f32>> {
+        decoder.lm_head().tensor_log_probs(hidden, targets, temperature, active)?.to_vec1()
+    }
+
+    fn row_scores(hidden: &Tensor, weight: &Tensor) -> Result<Vec<f32>> {
+        scores(hidden, weight)?.to_vec1()
+    }
+
+    fn logits(decoder: &Decoder, hidden: &Tensor, adapters: Adapters) -> Result<Logits> {
+        decoder.lm_head().logits(hidden, adapters)
     }
 
     fn accumulate_full(
@@ -282,6 +327,22 @@ impl Backend for Reference {
     fn layer_bytes(decoder: &Decoder, tokens: usize, sizes: &Sizes) -> LayerBytes {
         // What candle keeps beside is not known.
         LayerBytes { complete: false, ..Cpu::layer_bytes(decoder, tokens, sizes) }
+    }
+
+    fn head_bytes(decoder: &Decoder, rows: usize, vocabulary: usize) -> HeadBytes {
+        Cpu::head_bytes(decoder, rows, vocabulary)
+    }
+
+    fn cache_bytes(config: &Config, tokens: usize, kind: CacheType) -> usize {
+        Cpu::cache_bytes(config, tokens, kind)
+    }
+
+    fn parameter_bytes(count: usize) -> usize {
+        Cpu::parameter_bytes(count)
+    }
+
+    fn full_training_bytes(model: &FullModel, tokens: usize, kept_layers: usize) -> usize {
+        Cpu::full_training_bytes(model, tokens, kept_layers)
     }
 
     fn zero_gradients(parameters: &[Var]) -> Result<Vec<Tensor>> {

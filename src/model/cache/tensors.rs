@@ -1,10 +1,12 @@
-//! A row's keys and values as tensors on a device, for the reference backend.
+//! A row's keys and values as tensors on a device, which candle's operations read.
 
 use std::sync::Arc;
 
 use candle_core::{D, DType, Result, Tensor};
 
-use super::CacheType;
+use super::{CacheType, CachedRow, LayerCaches};
+use crate::ops::Segment;
+use crate::ops::attention::{self, AttentionConfig, Heads};
 
 /// Buffers are allocated in multiples of this many tokens.
 const ROOM: usize = 256;
@@ -12,12 +14,15 @@ const ROOM: usize = 256;
 /// The zero point of Q8 values, because candle's bytes are unsigned.
 const ZERO: f64 = 128.0;
 
+/// The cache of the reference backend.
+pub type TensorCache = LayerCaches<TensorRow>;
+
 /// The key heads of a row.
 #[derive(Debug, Clone)]
-pub(in crate::model) struct TensorRow {
+pub struct TensorRow {
     kind: CacheType,
-    pub len: usize,
-    /// Keys and values, if any. A copy of the row shares them until one of the two appends
+    len: usize,
+    /// Keys and values, once there are some. A copy of the row shares them until one of the two takes
     /// in a token.
     kept: Option<Arc<[Kept; 2]>>,
 }
@@ -31,13 +36,59 @@ struct Kept {
     scales: Option<Tensor>,
 }
 
+impl CachedRow for TensorRow {
+    fn tokens(&self) -> usize {
+        self.len
+    }
+
+    fn truncate(&mut self, tokens: usize) {
+        self.len = self.len.min(tokens);
+    }
+}
+
+impl TensorCache {
+    /// An empty cache of `rows` rows.
+    pub(in crate::model) fn new(kind: CacheType, rows: usize, layers: usize, heads: Heads) -> Self {
+        Self::of(TensorRow::new(kind), rows, layers, heads)
+    }
+
+    /// Appends the new tokens' keys and values and attends to all there are, as
+    /// [`PanelCache::attend`](super::PanelCache::attend), with tensors on the decoder's device.
+    pub(in crate::model) fn attend(
+        &mut self,
+        layer: usize,
+        q: &Tensor,
+        (k, v): (&Tensor, &Tensor),
+        heads: Heads,
+        segments: &[Segment],
+        scores: AttentionConfig,
+    ) -> Result<Tensor> {
+        assert_eq!((heads.kv_heads, heads.head_dim), (self.kv_heads, self.head_dim));
+        let rows = &mut self.layers[layer];
+        assert!(segments.len() <= rows.len(), "{} rows, {} cached", segments.len(), rows.len());
+        let mut outs = Vec::new();
+        for (row, segment) in rows.iter_mut().zip(segments).filter(|(_, s)| !s.is_empty()) {
+            let part = |x: &Tensor| x.narrow(0, segment.tokens.start, segment.len());
+            let first = attention::seen(row.len, scores.window).start;
+            let by_head = |x: &Tensor| attention::by_head(&part(x)?, heads.kv_heads);
+            row.append([by_head(k)?, by_head(v)?])?;
+            let (k, v) = row.read(first)?;
+            outs.push(attention::portable_row(&part(q)?, &k, &v, heads, scores)?);
+        }
+        match outs.is_empty() {
+            true => Ok(q.clone()), // no tokens, and nothing to attend to
+            false => Tensor::cat(&outs, 0),
+        }
+    }
+}
+
 impl TensorRow {
-    pub fn new(kind: CacheType) -> Self {
+    fn new(kind: CacheType) -> Self {
         Self { kind, len: 0, kept: None }
     }
 
-    /// Appends the keys and values of new tokens, `(kv_heads, T, head_dim)` F32 each.
-    pub fn append(&mut self, new: [Tensor; 2]) -> Result<()> {
+    /// Takes in the keys and values of new tokens, `(kv_heads, T, head_dim)` F32 each.
+    fn append(&mut self, new: [Tensor; 2]) -> Result<()> {
         let len = self.len + new[0].dim(1)?;
         let [keys, values] = new;
         let new = [Kept::of(self.kind, keys)?, Kept::of(self.kind, values)?];
@@ -57,7 +108,7 @@ impl TensorRow {
     }
 
     /// Keys and values of the tokens from `first` on, `(kv_heads, tokens, head_dim)` F32 each.
-    pub fn read(&self, first: usize) -> Result<(Tensor, Tensor)> {
+    fn read(&self, first: usize) -> Result<(Tensor, Tensor)> {
         let Some(kept) = &self.kept else { candle_core::bail!("a row of no tokens") };
         let read = |kept: &Kept| kept.read(first, self.len - first);
         Ok((read(&kept[0])?, read(&kept[1])?))

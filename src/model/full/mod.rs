@@ -2,11 +2,12 @@
 //!
 //! Its parameters are F32 tensors under Hugging Face's names, with Hugging Face's values. A micro-batch is
 //! a forward pass through the layers, next-token cross-entropy at the head, and a backward pass that sums
-//! the gradients of all parameters. [`BackendKind::Reference`] runs the layers' reference form on candle's tape,
+//! the gradients of all parameters. The reference backend runs the layers' reference form on candle's tape,
 //! and a parity test compares the two. With integer panels products round as they do for a frozen
 //! base, while parameters, gradients and sums stay F32.
 
-mod portable;
+mod cpu;
+mod reference;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -16,19 +17,15 @@ use quantune_adapters::config::{EMBEDDING as EMBEDDING_MODULE, HEAD as HEAD_MODU
 use quantune_adapters::rng::Stream;
 use rayon::prelude::*;
 
-use super::adapters::Adapters;
 use super::decoder::Decoder;
-use super::layer::{GradientBuffers, LayerPass, Tape, Workspace};
 use super::layers::{self, Layer, LayerSource, Linear, Norm, Parameter};
 use super::load::{gguf_offset, read_vector};
-use super::pass::{Pass, Rows};
 use super::{Config, ModelError};
 use crate::data::Batch;
-use crate::isa::Isa;
-use crate::ops::linear_cross_entropy::{LossGrad, loss_and_gradients};
-use crate::ops::{BackendKind, Compute, Values, rms_norm, segment};
+use crate::ops::{Compute, Values, segment};
 use crate::quant::FrozenMatrix;
 use crate::weights::Checkpoint;
+pub use cpu::FullBuffers;
 
 /// A fully trainable decoder.
 #[derive(Debug)]
@@ -135,31 +132,6 @@ impl LayerSource for FrozenCopy<'_> {
         let bias = if bias { Some(self.vector(&format!("{name}.bias"))?) } else { None };
         Some(Linear::frozen(name, weight, bias))
     }
-}
-
-/// Buffers of a step, reused by the next.
-#[derive(Debug, Default)]
-pub struct FullBuffers {
-    work: Workspace,
-    /// By layer; of recomputed ones only the input is in use.
-    tapes: Vec<Tape>,
-    /// The tape of recomputed layers.
-    scratch: Tape,
-    /// The residual stream and its gradient, `(N, hidden_size)`.
-    x: Vec<f32>,
-    dx: Vec<f32>,
-    read: TargetRows,
-}
-
-/// Buffers of the rows with targets, at the head.
-#[derive(Debug, Default)]
-struct TargetRows {
-    /// `(M, hidden_size)`, behind the norm, and the gradients.
-    x: Vec<f32>,
-    normed: Vec<f32>,
-    dnormed: Vec<f32>,
-    dx: Vec<f32>,
-    targets: Vec<u32>,
 }
 
 impl FullModel {
@@ -275,14 +247,11 @@ impl FullModel {
         Ok(Self { config, compute, names, parameters, layers, norm, head, inv_freq })
     }
 
-    /// The same model with its parameters on a device, where its micro-batches then compute.
+    /// The same model with its parameters as tensors on a device.
     ///
     /// # Errors
-    /// If the form is not the portable one, or the device has too little memory.
-    pub fn on(self, device: &Device) -> Result<Self> {
-        if self.compute.backend != BackendKind::Reference {
-            candle_core::bail!("compute is {}, needed portable on a device", self.compute);
-        }
+    /// If the device has too little memory.
+    pub(super) fn upload(self, device: &Device) -> Result<Self> {
         let mut parameters = self.parameters.into_iter();
         Self::build(self.config, self.compute, |_, _| {
             let var = parameters.next().expect("as many as before");
@@ -318,11 +287,8 @@ impl FullModel {
         self.parameters.iter().map(|var| vec![0.0; var.elem_count()]).collect()
     }
 
-    /// A frozen decoder of the present values, copied, on the device they are on.
-    ///
-    /// # Errors
-    /// If that is not the CPU and `compute` not portable.
-    pub fn decoder(&self, compute: Compute) -> Result<Decoder> {
+    /// A frozen decoder of the present values, copied, on the CPU.
+    pub(super) fn frozen_copy(&self, compute: Compute) -> Result<Decoder> {
         let values = self.names.iter().map(String::as_str).zip(self.on_cpu()?).collect();
         let mut copy = FrozenCopy { config: &self.config, values, error: None };
         let embedding = copy.matrix(&self.names[EMBEDDING]);
@@ -339,7 +305,7 @@ impl FullModel {
         }
         let copied = embedding.zip(head).zip(layers.zip(norm));
         let ((embedding, head), (layers, norm)) = copied.expect("everything was copied");
-        let decoder = Decoder {
+        Ok(Decoder {
             config: self.config.clone(),
             compute,
             device: Device::Cpu,
@@ -349,114 +315,7 @@ impl FullModel {
             head,
             uploaded_head: None,
             inv_freq: self.inv_freq.clone(),
-        };
-        match self.device() {
-            Device::Cpu => Ok(decoder),
-            device => decoder.on(device),
-        }
-    }
-
-    /// One micro-batch: the sum of `-log p(target)` over its targets, in nats. The gradients of that
-    /// sum times `scale` (1 / the count of the whole step) are added to `gradients`, in the order of
-    /// the parameters.
-    ///
-    /// Layers below the uppermost `kept_layers` keep only their input in the forward pass and are
-    /// recomputed in the backward pass; in the portable form all keep everything.
-    ///
-    /// # Errors
-    /// If a token or target is outside the vocabulary, or the rows do not part the tokens.
-    pub fn accumulate(
-        &self,
-        batch: &Batch,
-        scale: f64,
-        kept_layers: usize,
-        gradients: &mut [Vec<f32>],
-        buffers: &mut FullBuffers,
-    ) -> Result<f64> {
-        self.check(batch)?;
-        if batch.targets.is_empty() {
-            return Ok(0.0);
-        }
-        if self.compute.backend == BackendKind::Reference {
-            return self.portable(batch, scale, gradients);
-        }
-        let panels = self.compute.precision.panels();
-        let (isa, width) = (Isa::current(), self.config.hidden_size);
-        let variation = &self.config.variation;
-        let rows = Rows {
-            tokens: batch.tokens.clone(),
-            positions: batch.positions.clone(),
-            segments: batch.segments.clone().into(),
-        };
-        let pass = Pass::new(&self.config, &self.inv_freq, &rows, Adapters::NONE, None);
-        let layer = |index: usize| {
-            LayerPass::new(&self.config, &self.layers[index], &pass, self.compute.precision)
-        };
-        let layers = self.layers.len();
-        let kept = |index: usize| index >= layers.saturating_sub(kept_layers);
-
-        // Forward.
-        let FullBuffers { work, tapes, scratch, x, dx, read } = buffers;
-        embed(&Values::of(&self.parameters[EMBEDDING])?, width, &batch.tokens, x);
-        scale_values(x, variation.embedding_multiplier);
-        tapes.resize_with(layers.max(tapes.len()), Tape::default);
-        for (index, tape) in tapes[..layers].iter_mut().enumerate() {
-            tape.x.clear();
-            tape.x.extend_from_slice(x);
-            let tape = if kept(index) { tape } else { &mut *scratch };
-            layer(index).forward(x, tape, kept(index), work, None)?;
-        }
-
-        // Loss.
-        let eps = self.config.rms_norm_eps as f32;
-        let targets = &batch.targets;
-        read.targets.clear();
-        read.targets.extend(targets.iter().map(|&(_, token)| token));
-        for buffer in [&mut read.x, &mut read.normed, &mut read.dnormed] {
-            buffer.resize(targets.len() * width, 0.0);
-        }
-        let rows = read.x.par_chunks_exact_mut(width).with_min_len(64).zip(targets);
-        rows.for_each(|(to, &(row, _))| to.copy_from_slice(&x[row as usize * width..][..width]));
-        self.norm.with_factors(|w| rms_norm::forward(isa, &read.x, w, eps, &mut read.normed))?;
-        scale_values(&mut read.normed, variation.logits_multiplier);
-        let head = Values::of(&self.parameters[self.head])?;
-        let grad = LossGrad { x: &mut read.dnormed, head: &mut gradients[self.head] };
-        let targets_and_cap = (&read.targets[..], self.config.logit_softcap(1.0));
-        let loss =
-            loss_and_gradients(panels, &read.normed, &head, targets_and_cap, scale as f32, grad);
-        drop(head);
-
-        // Backward.
-        scale_values(&mut read.dnormed, variation.logits_multiplier);
-        for (buffer, length) in [(&mut *dx, x.len()), (&mut read.dx, read.x.len())] {
-            buffer.clear();
-            buffer.resize(length, 0.0);
-        }
-        let index = self.norm.weight.gradient.expect("all parameters train");
-        let (dw, shares) = (&mut gradients[index], &mut work.norm_shares);
-        self.norm.with_factors(|w| {
-            let (x, dy, dx) = (&read.x, &read.dnormed, &mut read.dx);
-            rms_norm::backward_with_weight(isa, x, w, eps, dy, dx, dw, shares);
-        })?;
-        for (&(row, _), from) in targets.iter().zip(read.dx.chunks_exact(width)) {
-            let to = &mut dx[row as usize * width..][..width];
-            to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
-        }
-        let places = HashMap::new();
-        for index in (0..layers).rev() {
-            let mut tape = &mut tapes[index];
-            if !kept(index) {
-                std::mem::swap(&mut scratch.x, &mut tape.x);
-                x.copy_from_slice(&scratch.x);
-                layer(index).forward(x, scratch, true, work, None)?;
-                tape = scratch;
-            }
-            let mut sink = GradientBuffers { places: &places, gradients: &mut *gradients };
-            layer(index).backward(dx, tape, None, &mut sink, work)?;
-        }
-        scale_values(dx, variation.embedding_multiplier);
-        embed_back(&batch.tokens, dx, width, &mut gradients[EMBEDDING]);
-        Ok(loss)
+        })
     }
 
     /// Fails on a batch that is not of this model: threads must not meet one.
@@ -478,48 +337,4 @@ impl FullModel {
             None => Ok(()),
         }
     }
-}
-
-/// The rows of `embedding (V, width)` that `tokens` name: `x (N, width)`.
-fn embed(embedding: &[f32], width: usize, tokens: &[u32], x: &mut Vec<f32>) {
-    x.resize(tokens.len() * width, 0.0);
-    let rows = x.par_chunks_exact_mut(width).with_min_len(64).zip(tokens);
-    rows.for_each(|(to, &token)| {
-        to.copy_from_slice(&embedding[token as usize * width..][..width]);
-    });
-}
-
-fn scale_values(values: &mut [f32], factor: f64) {
-    if factor != 1.0 {
-        values.iter_mut().for_each(|value| *value *= factor as f32);
-    }
-}
-
-/// Rows of the embedding's gradient per task.
-const EMBEDDING_ROWS: usize = 512;
-
-/// Adds the gradient `dx (N, width)` of embedded tokens to that of the embedding `(V, width)`.
-fn embed_back(tokens: &[u32], dx: &[f32], width: usize, gradient: &mut [f32]) {
-    let parts = gradient.par_chunks_mut(EMBEDDING_ROWS * width).enumerate();
-    parts.for_each(|(part, gradient)| {
-        let first = part * EMBEDDING_ROWS;
-        for (&token, dx) in tokens.iter().zip(dx.chunks_exact(width)) {
-            let Some(row) = (token as usize).checked_sub(first) else { continue };
-            if let Some(sums) = gradient.get_mut(row * width..(row + 1) * width) {
-                sums.iter_mut().zip(dx).for_each(|(sum, d)| *sum += d);
-            }
-        }
-    });
-}
-
-/// Buffer bytes of a micro-batch of `tokens` tokens, without parameters, gradients and head.
-pub fn working_bytes(config: &Config, tokens: usize, kept_layers: usize) -> usize {
-    let layers = config.num_hidden_layers;
-    let kept = kept_layers.min(layers);
-    let tape = Tape::trainable_bytes(config, tokens);
-    let streams = tokens * config.hidden_size * size_of::<f32>();
-    let tapes = kept * tape + (layers - kept) * streams;
-    let scratch = if kept < layers { tape } else { 0 };
-    // The stream, its gradient, and the head's rows, beside what layers share.
-    tapes + scratch + 6 * streams + Tape::trainable_shared_bytes(config, tokens)
 }

@@ -2,11 +2,12 @@
 
 use candle_core::Result;
 
-use super::tape::{LoraTape, TapeBuffer, Workspace, take};
-use super::{GradientBuffers, LayerPass, LinearGroup};
+use super::buffers::{LoraTape, TapeBuffer, Workspace, take};
+use super::layer_pass::LayerPass;
 use crate::model::cache::PanelCache;
 use crate::model::config::{Config, QkNorm};
-use crate::model::layers::{Attention, Norm};
+use crate::model::gradients::GradientBuffers;
+use crate::model::layers::{Attention, LinearGroup, Norm};
 use crate::ops::attention::{self, AttentionForward, Heads, Qkv, QkvGrad};
 use crate::ops::rope::Direction;
 

@@ -3,10 +3,11 @@
 
 use candle_core::Result;
 
-use super::tape::{LoraTape, TapeBuffer, Workspace, take};
-use super::{GradientBuffers, LayerPass, LinearGroup};
+use super::buffers::{LoraTape, TapeBuffer, Workspace, take};
+use super::layer_pass::LayerPass;
 use crate::model::config::Config;
-use crate::model::layers::{DenseFeedForward, FeedForward, Norm};
+use crate::model::gradients::GradientBuffers;
+use crate::model::layers::{DenseFeedForward, FeedForward, LinearGroup, Norm};
 use crate::ops::swiglu;
 
 /// Values of a feed-forward block saved for the backward pass.

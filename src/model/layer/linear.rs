@@ -3,11 +3,13 @@
 use candle_core::Result;
 use rayon::prelude::*;
 
-use super::tape::{LoraTape, Workspace};
-use super::update::{BaseScales, base_scales, scale_rows};
-use super::{CHUNK, GradientBuffers, LayerPass, times};
+use super::buffers::{LoraTape, Workspace};
+use super::elementwise::{CHUNK, times};
+use super::layer_pass::LayerPass;
+use super::update::{ActiveUpdate, BaseScales, LinearGrad, base_scales, scale_rows};
 use crate::isa::{Isa, multiversion};
 use crate::model::decode_linear::{self, DecodeStep};
+use crate::model::gradients::GradientBuffers;
 use crate::model::layers::{Linear, Parameter, Projection};
 use crate::ops::Values;
 use crate::ops::gemm::{
@@ -26,8 +28,41 @@ pub(super) enum Accumulate {
 /// A linear layer, its output `(N, rows)`, and values saved for the backward pass.
 pub(super) type LinearOut<'a> = (&'a Linear, &'a mut [f32], &'a mut LoraTape);
 
-/// A linear layer, the gradient of its output `(N, rows)`, and values saved by the forward pass.
-pub(super) type LinearGrad<'a> = (&'a Linear, &'a [f32], &'a LoraTape);
+/// What is added to the base's products of linear layers, and what scales them, by layer.
+struct Added<'p> {
+    updates: &'p [Vec<ActiveUpdate<'p>>],
+    scales: &'p [BaseScales],
+    biases: &'p [Option<Values<'p>>],
+}
+
+/// What of one linear layer.
+type AddedToLinear<'p> = (&'p [ActiveUpdate<'p>], &'p BaseScales, &'p Option<Values<'p>>);
+
+impl<'p> Added<'p> {
+    fn iter(&self) -> impl Iterator<Item = AddedToLinear<'p>> + use<'p> {
+        let all = self.updates.iter().zip(self.scales).zip(self.biases);
+        all.map(|((updates, scales), bias)| (&updates[..], scales, bias))
+    }
+}
+
+/// What the backward pass of linear layers goes through, by layer, and the gradients of `x · Aᵀ` of all
+/// updates.
+struct Back<'p> {
+    updates: &'p [Vec<ActiveUpdate<'p>>],
+    scales: &'p [BaseScales],
+    dhiddens: &'p [Vec<f32>],
+}
+
+/// The terms that updates add to a layer's output: the next of `hidden`, packed, times B.
+fn hidden_terms<'p>(
+    hidden: &mut impl Iterator<Item = &'p PackedRows>,
+    updates: &'p [ActiveUpdate],
+) -> impl Iterator<Item = Term<'p>> {
+    updates.iter().map(move |update| {
+        let x = hidden.next().expect("packed for every update");
+        Term { x, weights: update.b(), transposed: true }
+    })
+}
 
 impl LayerPass<'_> {
     /// [`Self::project`] of a projection into separate outputs.
@@ -117,25 +152,53 @@ impl LayerPass<'_> {
             let add = accumulate == Accumulate::Add;
             return decode_linear::project(step, outs, x, add, &mut work.decode);
         }
-        let (n, isa) = (self.tokens, self.isa);
-        let width = outs[0].0.cols();
+        self.pack_input(x, outs[0].0.cols(), work);
+        let updates = self.updates(outs.iter().map(|(linear, ..)| *linear), &mut work.masks)?;
+        self.lora_hidden(&mut outs, &updates, x, work);
+        let biases = outs.iter().map(|(linear, ..)| linear.bias.as_ref());
+        let biases = biases.map(|bias| bias.map(|bias| Values::of(&bias.value)).transpose());
+        let biases = biases.collect::<Result<Vec<_>>>()?;
+        let scales: Vec<BaseScales> = updates.iter().map(|updates| base_scales(updates)).collect();
+        let added = Added { updates: &updates, scales: &scales, biases: &biases };
+        self.base_products(&mut outs, &added, accumulate, work)?;
+        if scales.iter().any(|scales| !scales.is_empty()) {
+            self.scaled_products(&mut outs, &added, accumulate, work);
+        }
+        Ok(())
+    }
+
+    /// Packs the input `x (N, width)` of linear layers, and as updates read it.
+    fn pack_input(&self, x: &[f32], width: usize, work: &mut Workspace) {
         let all = Strided { values: x, stride: width };
-        work.x.pack(isa, self.forward, all, n, width);
-        // In 8 bits, the changes of an adapter by a step would be rounded away.
-        let of_update = match self.forward {
+        work.x.pack(self.isa, self.forward, all, self.tokens, width);
+        if self.update_panel() != self.forward {
+            work.x_of_update.pack(self.isa, self.update_panel(), all, self.tokens, width);
+        }
+    }
+
+    /// The panels of inputs of updates: bytes would round what a step changes of an adapter away.
+    fn update_panel(&self) -> PanelType {
+        match self.forward {
             PanelType::Int8 => PanelType::Int16,
             panel => panel,
-        };
-        if of_update != self.forward {
-            work.x_of_update.pack(isa, of_update, all, n, width);
         }
-        let x_of_update = if of_update == self.forward { &work.x } else { &work.x_of_update };
-        let updates = self.updates(outs.iter().map(|(linear, ..)| *linear), &mut work.masks)?;
+    }
 
-        // x · Aᵀ of all updates on all tokens at once; the others one by one.
+    /// `x · Aᵀ (N, r)` of all updates, on the tapes and packed: of those on all tokens at once, of the
+    /// others one by one.
+    fn lora_hidden(
+        &self,
+        outs: &mut [LinearOut],
+        updates: &[Vec<ActiveUpdate>],
+        x: &[f32],
+        work: &mut Workspace,
+    ) {
+        let (n, isa, of_update) = (self.tokens, self.isa, self.update_panel());
+        let width = outs[0].0.cols();
+        let x_of_update = if of_update == self.forward { &work.x } else { &work.x_of_update };
         let mut products = Vec::new();
         let mut apart = Vec::new();
-        for ((_, _, tape), updates) in outs.iter_mut().zip(&updates) {
+        for ((_, _, tape), updates) in outs.iter_mut().zip(updates) {
             tape.hidden.resize_with(updates.len(), Vec::new);
             for (hidden, update) in tape.hidden.iter_mut().zip(updates) {
                 hidden.clear();
@@ -166,44 +229,35 @@ impl LayerPass<'_> {
             multiply(isa, &mut [Product { terms, init: Init::Zero, out }]);
         }
         let hidden = outs.iter().flat_map(|(_, _, tape)| tape.hidden.iter());
-        pack_all(
-            isa,
-            PanelType::F32,
-            hidden.zip(updates.iter().flatten()).map(|(l, u)| (&l[..], u.r)),
-            n,
-            &mut work.lora_hidden,
-        );
+        let hidden = hidden.zip(updates.iter().flatten()).map(|(hidden, u)| (&hidden[..], u.r));
+        pack_all(isa, PanelType::F32, hidden, n, &mut work.lora_hidden);
+    }
 
-        let biases: Vec<Option<Values>> = outs
-            .iter()
-            .map(|(linear, ..)| {
-                linear.bias.as_ref().map(|bias| Values::of(&bias.value)).transpose()
-            })
-            .collect::<Result<_>>()?;
-        let scales: Vec<BaseScales> = updates.iter().map(|updates| base_scales(updates)).collect();
+    /// The outputs of linear layers; of those whose base is scaled (DoRA), the base's product alone, left
+    /// in `work.bases`.
+    fn base_products(
+        &self,
+        outs: &mut [LinearOut],
+        added: &Added,
+        accumulate: Accumulate,
+        work: &mut Workspace,
+    ) -> Result<()> {
         let weights =
             outs.iter().map(|(linear, ..)| linear.values()).collect::<Result<Vec<_>>>()?;
-        let mut bases = std::mem::take(&mut work.bases);
+        let Workspace { x, lora_hidden, bases, .. } = work;
         bases.resize_with(outs.len().max(bases.len()), Vec::new);
-        let mut hidden = work.lora_hidden.iter();
+        let (x, mut hidden) = (&*x, lora_hidden.iter());
         let mut products = Vec::new();
-        let mut after = Vec::new();
-        let linears = outs.iter_mut().zip(&weights).zip(&mut bases);
-        let linears = linears.zip(updates.iter().zip(&scales)).zip(&biases);
-        for (((((linear, out, _), weights), base), (updates, scales)), bias) in linears {
-            let weights = weights.weights();
-            let mut terms = vec![Term { x: &work.x, weights, transposed: true }];
-            let mut of_updates = Vec::new();
-            for update in updates {
-                let x = hidden.next().expect("packed for every update");
-                of_updates.push(Term { x, weights: update.b(), transposed: true });
-            }
+        let linears = outs.iter_mut().zip(&weights).zip(bases).zip(added.iter());
+        for ((((linear, out, _), weights), base), (updates, scales, bias)) in linears {
+            let mut terms = vec![Term { x, weights: weights.weights(), transposed: true }];
+            let of_updates = hidden_terms(&mut hidden, updates);
             if !scales.is_empty() {
-                // The base's product is scaled before anything is added to it.
-                base.resize(n * linear.rows(), 0.0);
-                let to = Out::new(base, linear.rows());
-                products.push(Product { terms, init: Init::Zero, out: to });
-                after.push(of_updates);
+                // The base's product meets its scales before anything is added to it.
+                of_updates.for_each(drop);
+                base.resize(self.tokens * linear.rows(), 0.0);
+                let out = Out::new(base, linear.rows());
+                products.push(Product { terms, init: Init::Zero, out });
                 continue;
             }
             terms.extend(of_updates);
@@ -222,14 +276,26 @@ impl LayerPass<'_> {
             let out = Out::new(out, linear.rows());
             products.push(Product { terms, init, out });
         }
-        multiply(isa, &mut products);
-        drop(products);
+        multiply(self.isa, &mut products);
+        Ok(())
+    }
 
+    /// The outputs of linear layers whose base is scaled, from the products that [`Self::base_products`]
+    /// left, which go on the tape where magnitudes train.
+    fn scaled_products(
+        &self,
+        outs: &mut [LinearOut],
+        added: &Added,
+        accumulate: Accumulate,
+        work: &mut Workspace,
+    ) {
+        let mut hidden = work.lora_hidden.iter();
         let mut products = Vec::new();
-        let mut after = after.into_iter();
-        let linears = outs.iter_mut().zip(&mut bases).zip(updates.iter().zip(&scales)).zip(&biases);
-        for ((((linear, out, tape), base), (updates, scales)), bias) in linears {
+        let linears = outs.iter_mut().zip(&mut work.bases).zip(added.iter());
+        for (((linear, out, tape), base), (updates, scales, bias)) in linears {
+            let terms = hidden_terms(&mut hidden, updates);
             if scales.is_empty() {
+                terms.for_each(drop);
                 continue;
             }
             if updates.iter().any(|update| update.trainable && update.dora.is_some()) {
@@ -247,14 +313,10 @@ impl LayerPass<'_> {
                     out.iter_mut().zip(bias).for_each(|(out, b)| *out += b);
                 }
             });
-            let terms = after.next().expect("one for every scaled layer");
-            let out = Out::new(out, linear.rows());
+            let (terms, out) = (terms.collect(), Out::new(out, linear.rows()));
             products.push(Product { terms, init: Init::Add, out });
         }
-        multiply(isa, &mut products);
-        drop(products);
-        work.bases = bases;
-        Ok(())
+        multiply(self.isa, &mut products);
     }
 
     /// The backward pass of linear layers that share the input `x`: adds the gradients of trainable
@@ -267,34 +329,54 @@ impl LayerPass<'_> {
         gradients: &mut GradientBuffers,
         work: &mut Workspace,
     ) -> Result<()> {
-        let (n, isa, panel) = (self.tokens, self.isa, self.backward);
-        let width = linears[0].0.cols();
         let updates = self.updates(linears.iter().map(|(linear, ..)| *linear), &mut work.masks)?;
         let trains = linears.iter().any(|(linear, ..)| linear.gradient().is_some());
         if dx.is_none() && !trains && updates.iter().flatten().all(|update| !update.trainable) {
             return Ok(());
         }
+        let scales: Vec<BaseScales> = updates.iter().map(|updates| base_scales(updates)).collect();
+        self.pack_output_gradients(linears, dx.is_some().then_some(&scales[..]), work);
+        let dhiddens = self.lora_hidden_gradients(&updates, work);
+        let back = Back { updates: &updates, scales: &scales, dhiddens: &dhiddens };
+        self.weight_and_input_gradients(linears, x, dx, &back, gradients, work)?;
+        self.bias_gradients(linears, gradients);
+        self.lora_gradients(linears, x, &updates, &dhiddens, gradients, work)?;
+        work.dhidden = dhiddens;
+        Ok(())
+    }
+
+    /// Packs the gradients of outputs, and with `scales` what of them goes back through the scales of the
+    /// base's product.
+    fn pack_output_gradients(
+        &self,
+        linears: &[LinearGrad],
+        scales: Option<&[BaseScales]>,
+        work: &mut Workspace,
+    ) {
+        let (n, isa, panel) = (self.tokens, self.isa, self.backward);
         work.dys.resize_with(linears.len().max(work.dys.len()), PackedRows::default);
         work.dbases.resize_with(linears.len().max(work.dbases.len()), PackedRows::default);
         for ((linear, dy, _), packed) in linears.iter().zip(&mut work.dys) {
             let (values, stride) = (*dy, linear.rows());
             packed.pack(isa, panel, Strided { values, stride }, n, stride);
         }
-        let scales: Vec<BaseScales> = updates.iter().map(|updates| base_scales(updates)).collect();
-        if dx.is_some() {
-            for (((_, dy, _), packed), scales) in
-                linears.iter().zip(&mut work.dbases).zip(&scales).filter(|(_, s)| !s.is_empty())
-            {
-                let stride = dy.len() / n.max(1);
-                work.scaled.clear();
-                work.scaled.extend_from_slice(dy);
-                scale_rows(&mut work.scaled, stride, scales);
-                let values = &work.scaled;
-                packed.pack(isa, panel, Strided { values, stride }, n, stride);
-            }
+        let scaled = linears.iter().zip(&mut work.dbases).zip(scales.unwrap_or_default());
+        for (((_, dy, _), packed), scales) in scaled.filter(|(_, scales)| !scales.is_empty()) {
+            let stride = dy.len() / n.max(1);
+            work.scaled.clear();
+            work.scaled.extend_from_slice(dy);
+            scale_rows(&mut work.scaled, stride, scales);
+            let values = &work.scaled;
+            packed.pack(isa, panel, Strided { values, stride }, n, stride);
         }
+    }
 
-        // dhidden = scale · dy · B, 0 outside its tokens.
+    /// `scale · dy · B (N, r)` of all updates, 0 outside their tokens, in buffers of the workspace.
+    fn lora_hidden_gradients(
+        &self,
+        updates: &[Vec<ActiveUpdate>],
+        work: &mut Workspace,
+    ) -> Vec<Vec<f32>> {
         let mut dhiddens = std::mem::take(&mut work.dhidden);
         dhiddens.resize_with(updates.iter().flatten().count().max(dhiddens.len()), Vec::new);
         let mut free = dhiddens.iter_mut();
@@ -303,42 +385,54 @@ impl LayerPass<'_> {
             for update in updates {
                 let dhidden = free.next().expect("one for every update");
                 dhidden.clear();
-                dhidden.resize(n * update.r, 0.0);
+                dhidden.resize(self.tokens * update.r, 0.0);
                 let terms = vec![Term { x: dy, weights: update.b(), transposed: false }];
                 let out = Out::new(dhidden, update.r);
                 products.push(Product { terms, init: Init::Zero, out });
             }
         }
-        multiply(isa, &mut products);
+        multiply(self.isa, &mut products);
         drop(products);
         for (dhidden, update) in dhiddens.iter_mut().zip(updates.iter().flatten()) {
             dhidden[..update.tokens.start * update.r].fill(0.0);
             dhidden[update.tokens.end * update.r..].fill(0.0);
         }
+        dhiddens
+    }
 
-        let turned = self.transposed_gradients(linears, work);
+    /// `dW += dyᵀ · x` of trainable weights, and `dx`, if it is wanted.
+    fn weight_and_input_gradients(
+        &self,
+        linears: &[LinearGrad],
+        x: &[f32],
+        mut dx: Option<&mut [f32]>,
+        back: &Back,
+        gradients: &mut GradientBuffers,
+        work: &mut Workspace,
+    ) -> Result<()> {
+        let (n, isa, width) = (self.tokens, self.isa, linears[0].0.cols());
+        let transposed = self.transposed_gradients(linears, work);
         let mut dws = take_weight_gradients(linears, gradients);
         let mut products: Vec<Product> = Vec::new();
-        for (((linear, ..), turned), dw) in linears.iter().zip(&turned).zip(&mut dws) {
-            // dW += dyᵀ · x
+        for (((linear, ..), transposed), dw) in linears.iter().zip(&transposed).zip(&mut dws) {
             let Some(dw) = dw else { continue };
             let x = Weights::Dense { values: x, cols: linear.cols(), scale: 1.0 };
-            let terms = vec![Term { x: turned, weights: x, transposed: false }];
+            let terms = vec![Term { x: transposed, weights: x, transposed: false }];
             let out = Out::new(dw, linear.cols());
             products.push(Product { terms, init: Init::Add, out });
         }
         let weights =
             linears.iter().map(|(linear, ..)| linear.values()).collect::<Result<Vec<_>>>()?;
-        let mut dx = dx;
         let mut masked = Vec::new();
         if let Some(dx) = &mut dx {
-            let pairs = dhiddens.iter().zip(updates.iter().flatten()).map(|(l, u)| (&l[..], u.r));
+            let pairs = back.dhiddens.iter().zip(back.updates.iter().flatten());
+            let pairs = pairs.map(|(dhidden, update)| (&dhidden[..], update.r));
             pack_all(isa, PanelType::F32, pairs, n, &mut work.lora_hidden);
             let mut packed = work.lora_hidden.iter();
             let mut terms = Vec::new();
-            let dys = work.dys.iter().zip(&work.dbases).zip(&scales);
-            for ((weights, updates), ((dy, dbase), scales)) in weights.iter().zip(&updates).zip(dys)
-            {
+            let dys = work.dys.iter().zip(&work.dbases).zip(back.scales);
+            let linears = weights.iter().zip(back.updates).zip(dys);
+            for ((weights, updates), ((dy, dbase), scales)) in linears {
                 let x = if scales.is_empty() { dy } else { dbase };
                 terms.push(Term { x, weights: weights.weights(), transposed: false });
                 for update in updates {
@@ -355,7 +449,6 @@ impl LayerPass<'_> {
         multiply(isa, &mut products);
         drop(products);
         put_weight_gradients(linears, dws, gradients);
-        self.bias_gradients(linears, gradients);
         if let Some(dx) = dx {
             // A gradient through dropout is multiplied by its mask first.
             for (term, mask) in masked {
@@ -368,9 +461,7 @@ impl LayerPass<'_> {
                 both.for_each(|(dx, d)| dx.iter_mut().zip(d).for_each(|(dx, d)| *dx += d));
             }
         }
-        work.turned_dys = turned;
-        self.lora_gradients(linears, x, &updates, &dhiddens, gradients, work)?;
-        work.dhidden = dhiddens;
+        work.transposed_dys = transposed;
         Ok(())
     }
 
@@ -380,15 +471,15 @@ impl LayerPass<'_> {
         linears: &[LinearGrad],
         work: &mut Workspace,
     ) -> Vec<PackedRows> {
-        let mut turned = std::mem::take(&mut work.turned_dys);
-        turned.resize_with(linears.len().max(turned.len()), PackedRows::default);
-        for ((linear, dy, _), turned) in linears.iter().zip(&mut turned) {
+        let mut transposed = std::mem::take(&mut work.transposed_dys);
+        transposed.resize_with(linears.len().max(transposed.len()), PackedRows::default);
+        for ((linear, dy, _), transposed) in linears.iter().zip(&mut transposed) {
             if linear.gradient().is_some() {
                 let dy = Strided { values: dy, stride: linear.rows() };
-                turned.pack_transposed(self.isa, self.backward, dy, linear.rows(), self.tokens);
+                transposed.pack_transposed(self.isa, self.backward, dy, linear.rows(), self.tokens);
             }
         }
-        turned
+        transposed
     }
 
     /// `db += Σ dy` over the tokens, of trainable biases.

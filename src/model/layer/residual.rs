@@ -2,9 +2,11 @@
 
 use candle_core::Result;
 
+use super::buffers::{LoraTape, Workspace};
+use super::elementwise::add;
+use super::layer_pass::LayerPass;
 use super::linear::Accumulate;
-use super::tape::{LoraTape, Workspace};
-use super::{GradientBuffers, LayerPass, add};
+use crate::model::gradients::GradientBuffers;
 use crate::model::layers::{Linear, Norm};
 use crate::ops::rms_norm;
 

@@ -1,13 +1,10 @@
-//! The tape of a layer for the backward pass, the buffers that layers share, and their sizes in bytes.
-
-use half::f16;
+//! What a layer keeps for the backward pass, and the bytes of that and of the buffers that layers share.
 
 use super::attention::AttentionTape;
 use super::feed_forward::FeedForwardTape;
 use crate::model::config::{Config, Norms};
-use crate::model::decode_linear::DecodeBuffers;
-use crate::ops::gemm::{PackedRows, PanelType};
-use crate::ops::{Compute, half_tape};
+use crate::ops::Compute;
+use crate::ops::gemm::PanelType;
 
 /// Values of a layer saved for the backward pass, which recomputes no product.
 #[derive(Debug, Default)]
@@ -18,70 +15,6 @@ pub struct Tape {
     /// The residual stream between attention and feed-forward block.
     pub(super) post_attention_residual: Vec<f32>,
     pub(super) feed_forward: FeedForwardTape,
-}
-
-/// Values saved for the backward pass: in F32, or in 16 bits if products are rounded anyway.
-#[derive(Debug, Default)]
-pub(super) struct TapeBuffer {
-    exact: Vec<f32>,
-    half: Vec<f16>,
-}
-
-impl TapeBuffer {
-    /// Saves `values` by swapping buffers.
-    pub(super) fn keep(&mut self, panel: PanelType, values: &mut Vec<f32>) {
-        match panel {
-            PanelType::F32 => std::mem::swap(&mut self.exact, values),
-            PanelType::Int16 | PanelType::Int8 => half_tape::narrow(values, &mut self.half),
-        }
-    }
-
-    /// Saves a copy.
-    pub(super) fn copy(&mut self, panel: PanelType, values: &[f32]) {
-        match panel {
-            PanelType::F32 => {
-                self.exact.clear();
-                self.exact.extend_from_slice(values);
-            }
-            PanelType::Int16 | PanelType::Int8 => half_tape::narrow(values, &mut self.half),
-        }
-    }
-
-    /// The saved values, converted into `buffer` if they are not stored in F32.
-    pub(super) fn read<'k>(&'k self, panel: PanelType, buffer: &'k mut Vec<f32>) -> &'k [f32] {
-        match panel {
-            PanelType::F32 => &self.exact,
-            PanelType::Int16 | PanelType::Int8 => {
-                buffer.resize(self.half.len(), 0.0);
-                half_tape::widen(&self.half, buffer);
-                buffer
-            }
-        }
-    }
-
-    /// Moves the saved values back into `values`.
-    pub(super) fn give(&mut self, panel: PanelType, values: &mut Vec<f32>) {
-        match panel {
-            PanelType::F32 => std::mem::swap(&mut self.exact, values),
-            PanelType::Int16 | PanelType::Int8 => half_tape::widen(&self.half, values),
-        }
-    }
-}
-
-/// Values of a linear layer saved for the gradients of its adapters.
-#[derive(Debug, Default)]
-pub(super) struct LoraTape {
-    /// `x · Aᵀ (N, r)` of each update.
-    pub(super) hidden: Vec<Vec<f32>>,
-    /// The base's product `(N, out)`, if DoRA magnitudes are trainable.
-    pub(super) base: TapeBuffer,
-}
-
-/// Takes a buffer out of the workspace and resizes it. Its values are arbitrary.
-pub(super) fn take(buffer: &mut Vec<f32>, len: usize) -> Vec<f32> {
-    let mut buffer = std::mem::take(buffer);
-    buffer.resize(len, 0.0);
-    buffer
 }
 
 impl Tape {
@@ -162,50 +95,4 @@ pub struct Sizes {
     pub magnitudes: usize,
     /// Whether there are dropout masks.
     pub dropout: bool,
-}
-
-/// Buffers of a pass, reused by every layer and every pass.
-#[derive(Debug, Default)]
-pub struct Workspace {
-    pub(super) normed: Vec<f32>,
-    pub(super) attended: Vec<f32>,
-    pub(super) decode: DecodeBuffers,
-    pub(super) gate: Vec<f32>,
-    pub(super) up: Vec<f32>,
-    pub(super) inner: Vec<f32>,
-    /// The output of o or down, and its gradient.
-    pub(super) branch: Vec<f32>,
-    pub(super) dbranch: Vec<f32>,
-    pub(super) dinner: Vec<f32>,
-    pub(super) dnormed: Vec<f32>,
-    pub(super) dattended: Vec<f32>,
-    pub(super) dq: Vec<f32>,
-    pub(super) dk: Vec<f32>,
-    pub(super) dv: Vec<f32>,
-    /// Gradient of queries or keys before a norm.
-    pub(super) d_pre_norm: Vec<f32>,
-    /// Partial sums of the gradient of a trainable norm.
-    pub(in crate::model) norm_shares: Vec<f32>,
-    /// Outputs of a fused projection, and their gradient.
-    pub(super) side_by_side: Vec<f32>,
-    /// The packed input of linear layers; in the precision of updates; and after dropout.
-    pub(super) x: PackedRows,
-    pub(super) x_of_update: PackedRows,
-    pub(super) masked: PackedRows,
-    /// `A x` of LoRA, or its gradient, packed.
-    pub(super) lora_hidden: Vec<PackedRows>,
-    /// Gradients of outputs, packed; and transposed, for trainable weights.
-    pub(super) dys: Vec<PackedRows>,
-    pub(super) turned_dys: Vec<PackedRows>,
-    pub(super) dhidden: Vec<Vec<f32>>,
-    /// The base's products that DoRA scales, and gradients through the scales.
-    pub(super) bases: Vec<Vec<f32>>,
-    pub(super) scaled: Vec<f32>,
-    pub(super) dbases: Vec<PackedRows>,
-    /// Dropout masks of the current updates, `(N, in)`.
-    pub(super) masks: Vec<Vec<f32>>,
-    pub(super) through: Vec<f32>,
-    pub(super) transposed: Vec<f32>,
-    pub(super) factors: Vec<PackedRows>,
-    pub(super) products: Vec<Vec<f32>>,
 }

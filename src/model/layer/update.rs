@@ -7,14 +7,18 @@ use std::sync::Arc;
 use candle_core::Result;
 use rayon::prelude::*;
 
-use super::linear::LinearGrad;
-use super::tape::{TapeBuffer, Workspace};
-use super::{CHUNK, GradientBuffers, LayerPass, times};
+use super::buffers::{LoraTape, TapeBuffer, Workspace};
+use super::elementwise::{CHUNK, times};
+use super::layer_pass::LayerPass;
+use crate::model::gradients::GradientBuffers;
 use crate::model::layers::Linear;
 use crate::ops::Values;
 use crate::ops::gemm::{Init, Out, PackedRows, Product, Strided, Term, Weights, multiply};
 
-/// The update of an adapter on a linear layer for a range of tokens.
+/// A linear layer, the gradient of its output `(N, rows)`, and what the forward pass kept.
+pub(super) type LinearGrad<'a> = (&'a Linear, &'a [f32], &'a LoraTape);
+
+/// An adapter on a linear layer for a run of tokens.
 pub(super) struct ActiveUpdate<'a> {
     a: Values<'a>,
     b: Values<'a>,
@@ -133,34 +137,30 @@ impl<'a> LayerPass<'a> {
         gradients: &mut GradientBuffers,
         work: &mut Workspace,
     ) -> Result<()> {
-        let (n, isa, panel) = (self.tokens, self.isa, self.backward);
-        let width = linears[0].0.cols();
-        let dense = |values, cols| Weights::Dense { values, cols, scale: 1.0 };
-        let mut dhidden = dhiddens.iter();
-        let mut trained = Vec::new();
-        for ((linear, dy, tape), updates) in linears.iter().zip(updates) {
-            for (update, hidden) in updates.iter().zip(&tape.hidden) {
-                let dhidden = dhidden.next().expect("one for every update");
-                if update.trainable {
-                    trained.push(TrainedUpdate {
-                        linear,
-                        dy,
-                        hidden,
-                        base: &tape.base,
-                        update,
-                        dhidden,
-                    });
-                }
-            }
-        }
+        let trained = trained_updates(linears, updates, dhiddens);
         if trained.is_empty() {
             return Ok(());
         }
+        let width = linears[0].0.cols();
+        self.lora_products(&trained, x, width, work);
+        self.add_lora_gradients(&trained, width, gradients, work);
+        Ok(())
+    }
 
-        // All products with the same x are stacked, so that it is packed once; the others multiply
-        // x after their dropout masks.
+    /// Leaves the products that gradients are made of in `work.products`: `dhiddenᵀ · x (r, width)` of
+    /// all updates without dropout stacked, so that x is packed once; the same of each with dropout, whose
+    /// x is what is left of it behind its mask; and `hiddenᵀ · dy (r, out)` of each.
+    fn lora_products(
+        &self,
+        trained: &[TrainedUpdate],
+        x: &[f32],
+        width: usize,
+        work: &mut Workspace,
+    ) {
+        let (n, isa, panel) = (self.tokens, self.isa, self.backward);
+        let dense = |values, cols| Weights::Dense { values, cols, scale: 1.0 };
         let (mut masked, mut plain) = (Vec::new(), Vec::new());
-        for one in &trained {
+        for one in trained {
             match one.update.mask {
                 Some(mask) => masked.push((one, mask)),
                 None => plain.push(one),
@@ -173,22 +173,28 @@ impl<'a> LayerPass<'a> {
         let count = 1 + masked.len() + trained.len();
         work.factors.resize_with(count.max(work.factors.len()), PackedRows::default);
         work.products.resize_with(count.max(work.products.len()), Vec::new);
-        let turned = &mut work.transposed;
+        let transposed = &mut work.transposed;
         let mut factors = work.factors.iter_mut();
-        let mut pack = |turned: &[f32]| {
+        let mut pack = |transposed: &[f32]| {
             let factor = factors.next().expect("as many as were counted");
             let stride = n;
-            factor.pack(isa, panel, Strided { values: turned, stride }, turned.len() / n, n);
+            factor.pack(
+                isa,
+                panel,
+                Strided { values: transposed, stride },
+                transposed.len() / n,
+                n,
+            );
         };
-        turned.clear();
-        plain.iter().for_each(|one| transpose(one.dhidden, one.update.r, turned));
-        pack(turned);
+        transposed.clear();
+        plain.iter().for_each(|one| transpose(one.dhidden, one.update.r, transposed));
+        pack(transposed);
         let dhiddens = masked.iter().map(|(one, _)| (one.dhidden, one.update.r));
         let hiddens = trained.iter().map(|one| (one.hidden, one.update.r));
         for (hidden, r) in dhiddens.chain(hiddens) {
-            turned.clear();
-            transpose(hidden, r, turned);
-            pack(turned);
+            transposed.clear();
+            transpose(hidden, r, transposed);
+            pack(transposed);
         }
 
         let mut sources = vec![(dense(x, width), stacked, width)];
@@ -210,8 +216,17 @@ impl<'a> LayerPass<'a> {
             }
         }
         multiply(isa, &mut products);
-        drop(products);
+    }
 
+    /// Adds what [`Self::lora_products`] left to the gradients.
+    fn add_lora_gradients(
+        &self,
+        trained: &[TrainedUpdate],
+        width: usize,
+        gradients: &mut GradientBuffers,
+        work: &mut Workspace,
+    ) {
+        let masked = trained.iter().filter(|one| one.update.mask.is_some()).count();
         let (mut in_stack, mut next_masked) = (0, 1);
         for (i, TrainedUpdate { linear, dy, base, update, .. }) in trained.iter().enumerate() {
             let place = gradients.places[&linear.name];
@@ -227,7 +242,7 @@ impl<'a> LayerPass<'a> {
                 }
             };
             gradients.gradients[place].iter_mut().zip(da).for_each(|(sum, d)| *sum += d);
-            let db = &work.products[1 + masked.len() + i]; // (r, out)
+            let db = &work.products[1 + masked + i]; // (r, out)
             let scales = update.dora.as_ref().map(|dora| &dora.scales[..]);
             add_transposed(&mut gradients.gradients[place + 1], db, update.r, update.scale, scales);
             if let Some(dora) = &update.dora {
@@ -236,11 +251,30 @@ impl<'a> LayerPass<'a> {
                 magnitude_gradient(dora, update, (dy, base), db, dm);
             }
         }
-        Ok(())
     }
 }
 
-/// Scales of the base's product by the updates of a layer; empty without DoRA.
+/// The updates that train, each with what its gradients are computed from.
+fn trained_updates<'t>(
+    linears: &'t [LinearGrad<'t>],
+    updates: &'t [Vec<ActiveUpdate<'t>>],
+    dhiddens: &'t [Vec<f32>],
+) -> Vec<TrainedUpdate<'t>> {
+    let mut dhidden = dhiddens.iter();
+    let mut trained = Vec::new();
+    for ((linear, dy, tape), updates) in linears.iter().zip(updates) {
+        for (update, hidden) in updates.iter().zip(&tape.hidden) {
+            let dhidden = dhidden.next().expect("one for every update");
+            if update.trainable {
+                let base = &tape.base;
+                trained.push(TrainedUpdate { linear, dy, hidden, dhidden, base, update });
+            }
+        }
+    }
+    trained
+}
+
+/// What the updates of a layer make of the base's product; nothing without DoRA.
 pub(super) fn base_scales(updates: &[ActiveUpdate]) -> BaseScales {
     let mut all: BaseScales = Vec::new();
     for (update, dora) in updates.iter().filter_map(|u| Some((u, u.dora.as_ref()?))) {

@@ -150,7 +150,8 @@ fn tasks<'p, 'a>(
     }
     let out = &product.out;
     assert!(rows < 2 || columns <= out.stride, "rows of a result do not overlap");
-    assert!(rows == 0 || (rows - 1) * out.stride + columns <= out.target.len());
+    let end = |row: usize| row.checked_mul(out.stride)?.checked_add(columns);
+    assert!(rows == 0 || end(rows - 1).is_some_and(|end| end <= out.target.len()));
     if let Init::Bias(bias) = product.init {
         assert_eq!(bias.len(), columns);
     }

@@ -20,6 +20,8 @@ pub(super) trait I16Vector: Copy {
     type Sums: Copy;
     /// Lanes of [`Self::Sums`].
     const LANES: usize;
+    /// Whether the loop over the groups of a large block is unrolled: shifts are then constants, at eight times the code.
+    const UNROLLED: bool;
 
     /// The kernel over blocks, compiled with the features of its ISA level.
     unsafe fn blocks<F: Format, T: ActivationValue, const M: usize>(
@@ -131,6 +133,7 @@ impl I16Portable {
 impl I16Vector for I16Portable {
     type Sums = [f32; LANES];
     const LANES: usize = LANES;
+    const UNROLLED: bool = false;
 
     unsafe fn blocks<F: Format, T: ActivationValue, const M: usize>(
         bytes: &[u8],

@@ -73,11 +73,27 @@ pub(super) unsafe fn block_rows<W: I16Vector, T: ActivationValue>(
     }
 }
 
+/// One row of input at a time: for few rows of weights, of which nothing is to be gained by more.
+///
+/// # Safety
+/// As [`block_rows`].
+#[cfg(target_arch = "x86_64")]
+pub(super) unsafe fn single_inputs<W: I16Vector, F: Format, T: ActivationValue>(
+    bytes: &[u8],
+    x: &Activations<T>,
+    output: &Output,
+) {
+    for row in 0..x.m() {
+        // SAFETY: guaranteed by this function's safety contract.
+        unsafe { W::blocks::<F, T, 1>(bytes, x, row, output) };
+    }
+}
+
 /// Four, two and one rows of input at a time.
 ///
 /// # Safety
 /// As [`block_rows`].
-unsafe fn inputs<W: I16Vector, F: Format, T: ActivationValue>(
+pub(super) unsafe fn inputs<W: I16Vector, F: Format, T: ActivationValue>(
     bytes: &[u8],
     x: &Activations<T>,
     output: &Output,
@@ -185,7 +201,7 @@ unsafe fn add_chunk<W: I16Vector, F: Format, T: ActivationValue, const M: usize>
                 let bytes = [bytes[0].add(g * F::BYTES), bytes[1].add(g * F::BYTES)];
                 add_group::<W, F, T, M>(bytes, ahead, &xs, &scales, g, 0, sums);
             }
-        } else {
+        } else if W::UNROLLED {
             // Unrolled by hand, so that shifts and offsets are compile-time constants.
             add_group::<W, F, T, M>(bytes, ahead, &xs, &scales, 0, 0, sums);
             add_group::<W, F, T, M>(bytes, ahead, &xs, &scales, 1, 1, sums);
@@ -195,6 +211,10 @@ unsafe fn add_chunk<W: I16Vector, F: Format, T: ActivationValue, const M: usize>
             add_group::<W, F, T, M>(bytes, ahead, &xs, &scales, 5, 5, sums);
             add_group::<W, F, T, M>(bytes, ahead, &xs, &scales, 6, 6, sums);
             add_group::<W, F, T, M>(bytes, ahead, &xs, &scales, 7, 7, sums);
+        } else {
+            for g in 0..n {
+                add_group::<W, F, T, M>(bytes, ahead, &xs, &scales, g, g, sums);
+            }
         }
     }
 }

@@ -11,6 +11,7 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::activations::{ActivationBatch, ActivationBatches, ActivationGroup, Activations};
+use super::formats;
 use super::kernel::{self, Output};
 use super::x86::I16Avx512;
 use crate::quant::BlockType;
@@ -31,20 +32,37 @@ pub(super) unsafe fn block_rows(
     batches: &ActivationBatches,
     output: &Output,
 ) {
-    // SAFETY: this function's contract guarantees AVX-512 and VNNI, and valid pointers.
+    let rest = |tiled: usize| Output { first_row: output.first_row + tiled, ..*output };
+    let row_bytes = output.matrix.row_bytes();
+    /// Tiles of a block type, then its other rows, fewer than sixteen, one row of input at a time.
+    macro_rules! tiles {
+        ($tile:ty, $format:ty) => {{
+            let tiled = inputs::<$tile>(bytes, batches, output);
+            let bytes = &bytes[tiled * row_bytes..];
+            kernel::single_inputs::<I16Avx512, $format, i16>(bytes, x, &rest(tiled));
+        }};
+    }
+    // SAFETY: guaranteed by this function's safety contract.
     unsafe {
-        let tiled = match output.matrix.block_type() {
-            BlockType::Q4_0 => inputs::<Block32<false, false>>(bytes, batches, output),
-            BlockType::Q4_1 => inputs::<Block32<true, false>>(bytes, batches, output),
-            BlockType::Q5_0 => inputs::<Block32<false, true>>(bytes, batches, output),
-            BlockType::Q5_1 => inputs::<Block32<true, true>>(bytes, batches, output),
-            BlockType::Q4_K => inputs::<Block256<false>>(bytes, batches, output),
-            BlockType::Q5_K => inputs::<Block256<true>>(bytes, batches, output),
-            _ => 0,
-        };
-        let rest = Output { first_row: output.first_row + tiled, ..*output };
-        let bytes = &bytes[tiled * output.matrix.row_bytes()..];
-        kernel::block_rows::<I16Avx512, i16>(bytes, x, &rest);
+        match output.matrix.block_type() {
+            BlockType::Q4_0 => tiles!(Block32<false, false>, formats::Q4_0),
+            BlockType::Q4_1 => tiles!(Block32<true, false>, formats::Q4_1),
+            BlockType::Q5_0 => tiles!(Block32<false, true>, formats::Q5_0),
+            BlockType::Q5_1 => tiles!(Block32<true, true>, formats::Q5_1),
+            BlockType::Q4_K => tiles!(Block256<false>, formats::Q4_K),
+            BlockType::Q5_K => tiles!(Block256<true>, formats::Q5_K),
+            BlockType::Q2_K => kernel::inputs::<I16Avx512, formats::Q2_K, i16>(bytes, x, output),
+            BlockType::Q3_K => kernel::inputs::<I16Avx512, formats::Q3_K, i16>(bytes, x, output),
+            BlockType::IQ4_NL => {
+                kernel::inputs::<I16Avx512, formats::IQ4_NL, i16>(bytes, x, output)
+            }
+            BlockType::IQ4_XS => {
+                kernel::inputs::<I16Avx512, formats::IQ4_XS, i16>(bytes, x, output)
+            }
+            BlockType::MXFP4 => kernel::inputs::<I16Avx512, formats::MXFP4, i16>(bytes, x, output),
+            BlockType::Q8_0 | BlockType::Q6_K => unreachable!("rows of bytes, see `bytes`"),
+            BlockType::F32 | BlockType::F16 | BlockType::BF16 => unreachable!("not in blocks"),
+        }
     }
 }
 

@@ -21,6 +21,7 @@ impl I16Vector for I16Avx2 {
     /// The lower half belongs to the first 16 values of a group.
     type Sums = __m256;
     const LANES: usize = 8;
+    const UNROLLED: bool = true;
 
     unsafe fn blocks<F: Format, T: ActivationValue, const M: usize>(
         bytes: &[u8],
@@ -284,6 +285,7 @@ impl I16Vector for I16Avx512 {
     /// Quarters 0 and 2 belong to the first 16 values of a group.
     type Sums = __m512;
     const LANES: usize = 16;
+    const UNROLLED: bool = true;
 
     unsafe fn blocks<F: Format, T: ActivationValue, const M: usize>(
         bytes: &[u8],

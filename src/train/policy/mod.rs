@@ -26,12 +26,13 @@ use super::run_dir::{Fingerprint, RunDir};
 use super::settings::CommonSettings;
 use super::state::{RolloutState, State};
 use crate::data::{Dataset, Prompt, Prompts};
-use crate::model::layer::{Sizes, Tape};
+use crate::model::backend::LayerBytes;
+use crate::model::layer::Sizes;
 use crate::model::scoring::TOKENS_AT_A_TIME;
-use crate::model::{ActiveAdapter, CacheType, Decoder};
+use crate::model::{ActiveAdapter, Decoder};
 use crate::monitor::{LogEvent, Monitor};
 use crate::objectives::advantage::kl_k1;
-use crate::ops::{Compute, linear_cross_entropy};
+use crate::ops::Compute;
 use crate::quant::Bytes;
 use crate::rollout::{
     FirstStep, Response, RewardModel, RewardScores, SampleLog, SampleRow, Scorer, diagnose_update,
@@ -152,14 +153,9 @@ impl Rollouts {
         let per_prompt = self.task.responses_per_prompt();
         let rows = settings.slots.min(self.task.batch_size() * per_prompt);
         let tokens = self.prompts.report.longest as usize + settings.max_tokens;
-        let number = match settings.cache {
-            CacheType::F32 => size_of::<f32>(),
-            CacheType::F16 => size_of::<f32>() / 2,
-            CacheType::Q8 => 1,
-        };
-        let keys = config.num_key_value_heads * config.head_dim * config.num_hidden_layers;
         let judge = self.scorer.model.as_ref().map_or(0, RewardModel::weight_bytes);
-        let decoding = rows * (2 * keys * tokens * number + config.vocab_size * size_of::<f32>());
+        let logits_of_row = config.vocab_size * size_of::<f32>();
+        let decoding = rows * (decoder.cache_bytes(tokens, settings.cache) + logits_of_row);
         let log_probs = self.task.needs_old_log_probs();
         if !log_probs && self.scorer.adapter.is_none() {
             return decoding + judge;
@@ -167,13 +163,11 @@ impl Rollouts {
         let together = (TOKENS_AT_A_TIME / tokens).clamp(1, self.task.batch_size() * per_prompt);
         let prompts = together.div_ceil(per_prompt);
         let prompts = prompts * self.prompts.report.longest as usize;
-        let (tokens, compute) = (prompts + together * settings.max_tokens, decoder.compute);
-        let states = 2 * tokens * config.hidden_size * size_of::<f32>();
-        let forward = Tape::bytes(config, compute, tokens, sizes)
-            + Tape::shared_bytes(config, compute, tokens, sizes)
-            + states;
+        let tokens = prompts + together * settings.max_tokens;
+        let LayerBytes { input, tape, shared, .. } = decoder.layer_bytes(tokens, sizes);
+        let forward = tape + shared + 2 * input;
         let logits = match log_probs {
-            true => linear_cross_entropy::working_bytes(tokens, config.vocab_size, compute),
+            true => decoder.head_bytes(tokens, config.vocab_size).logits,
             false => 0,
         };
         // The memory of decoding is freed before scoring.

@@ -8,9 +8,9 @@ use candle_core::Device;
 use super::output::MODEL;
 use crate::data::corpus::{Corpus, CorpusError, SourceSpec};
 use crate::model::backend::{Backend, with_backend};
-use crate::model::full::{FullModel, working_bytes};
+use crate::model::full::FullModel;
 use crate::monitor::Monitor;
-use crate::ops::{DeviceName, linear_cross_entropy};
+use crate::ops::DeviceName;
 use crate::text::{Special, TextError, Tokenizer, convert, first_second};
 use crate::train::TrainError;
 use crate::train::settings::PretrainSettings;
@@ -124,13 +124,8 @@ pub fn kept_layers(settings: &PretrainSettings, model: &FullModel, budget: u64) 
     }
     let tokens = settings.per_device_train_batch_size * settings.max_length;
     // Weights, gradients and both moments; and the copy used by evaluations and samples.
-    let state = 5 * size_of::<f32>() * model.parameter_count();
-    let (vocabulary, compute) = (model.config.vocab_size, settings.compute());
-    let state = state + linear_cross_entropy::working_bytes(tokens, vocabulary, compute);
-    let fits = |kept: &usize| {
-        let needed = state + working_bytes(&model.config, tokens, *kept);
-        needed as u64 <= budget
-    };
+    let state = model.parameter_bytes() + size_of::<f32>() * model.parameter_count();
+    let fits = |kept: &usize| (state + model.training_bytes(tokens, *kept)) as u64 <= budget;
     (0..=layers).rev().find(fits).unwrap_or(0)
 }
 

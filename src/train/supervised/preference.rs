@@ -43,6 +43,8 @@ pub struct PreferenceTraining {
 struct ReferenceModel {
     /// The folder of its adapter; empty for the base model.
     folder: PathBuf,
+    /// Whether that is `--ref-adapter`, whose hash is in the fingerprints of the settings.
+    given: bool,
     /// Frozen adapters below both the policy and the reference.
     frozen: Vec<ActiveAdapter>,
     /// Its active adapters, once they are loaded.
@@ -71,6 +73,7 @@ impl PreferenceTraining {
         let folder = if given { &own.ref_adapter } else { &loader.common.adapter };
         let reference = settings.loss.has_reference().then(|| ReferenceModel {
             folder: folder.clone(),
+            given,
             frozen: frozen.to_vec(),
             active: Vec::new(),
             logps: ReferenceLogps::default(),
@@ -83,9 +86,10 @@ impl PreferenceTraining {
         })
     }
 
-    /// A hash of the reference's adapter, if it has one.
+    /// A hash of the reference's adapter, if it has one that the fingerprints of the settings do not have.
     pub(super) fn reference_fingerprint(&self) -> Result<Option<Fingerprint>, TrainError> {
-        let folder = self.reference.as_ref().map(|reference| &reference.folder);
+        let reference = self.reference.as_ref().filter(|reference| !reference.given);
+        let folder = reference.map(|reference| &reference.folder);
         match folder.filter(|folder| !folder.as_os_str().is_empty()) {
             Some(folder) => Ok(Some(("the reference adapter".into(), base_fingerprint(folder)?))),
             None => Ok(None),

@@ -1,4 +1,4 @@
-//! The portable form of a micro-batch: differentiable candle ops on the tape. It defines the answer.
+//! A micro-batch in which all weights train, in differentiable candle ops on the tape. It defines the answer.
 
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor};
@@ -12,8 +12,8 @@ use crate::ops::linear_cross_entropy::log_probs_of_logits;
 use crate::ops::{Compute, rms_norm};
 
 impl FullModel {
-    /// [`FullModel::accumulate`] in the portable form with gradients where the parameters are, F32 in
-    /// their shapes.
+    /// [`FullModel::accumulate`] on candle's tape, where all layers keep everything, with gradients
+    /// where the parameters are, F32 in their shapes.
     ///
     /// # Errors
     /// As there, and if the device has too little memory.
@@ -31,23 +31,6 @@ impl FullModel {
         for (parameter, gradient) in self.parameters.iter().zip(gradients) {
             if let Some(added) = store.get(parameter) {
                 *gradient = (&*gradient + added.detach())?;
-            }
-        }
-        Ok(loss)
-    }
-
-    /// [`FullModel::accumulate`] on candle's tape.
-    pub(super) fn portable(
-        &self,
-        batch: &Batch,
-        scale: f64,
-        gradients: &mut [Vec<f32>],
-    ) -> Result<f64> {
-        let (loss, store) = self.judged(batch, scale)?;
-        for (parameter, gradient) in self.parameters.iter().zip(gradients) {
-            if let Some(added) = store.get(parameter) {
-                let added = added.flatten_all()?.to_vec1::<f32>()?;
-                gradient.iter_mut().zip(added).for_each(|(sum, value)| *sum += value);
             }
         }
         Ok(loss)

@@ -2,12 +2,12 @@
 
 use candle_core::{DType, Device, Result, Tensor};
 
-use super::{Backend, Inference, LayerBytes, with_backend};
-use crate::model::adapters::Adapters;
-use crate::model::cache::KvCache;
-use crate::model::decoder::Decoder;
-use crate::model::layer::Sizes;
-use crate::model::pass::Rows;
+use super::adapters::{ActiveAdapter, Adapters};
+use super::backend::{Backend, Inference, with_backend};
+use super::decoder::Decoder;
+use super::kv_cache::{CacheOf, KvCache};
+use super::lm_head::Logits;
+use super::pass::Rows;
 use crate::ops::Compute;
 
 impl Decoder {
@@ -65,22 +65,82 @@ impl Decoder {
         chosen: Option<&[u32]>,
         decoding: bool,
     ) -> Result<Tensor> {
-        check_cache(rows, cache.as_deref(), self.compute)?;
         with_backend!(self.compute.backend, B => {
-            hidden::<B>(self, rows, adapters, cache, chosen, decoding)
+            match hidden::<B>(self, rows, adapters, cache, chosen, decoding)? {
+                Some(hidden) => B::to_tensor(hidden),
+                None => Tensor::zeros((0, self.config.hidden_size), DType::F32, &Device::Cpu),
+            }
         })
     }
 
-    /// Memory of its layers for a batch of `tokens` tokens.
-    pub fn layer_bytes(&self, tokens: usize, sizes: &Sizes) -> LayerBytes {
-        with_backend!(self.compute.backend, B => B::layer_bytes(self, tokens, sizes))
+    /// The logits of the last token of each row of a decode step, as of [`Self::hidden_step`].
+    pub fn logits_step(
+        &self,
+        rows: &Rows,
+        adapters: Adapters,
+        cache: &mut KvCache,
+    ) -> Result<Logits> {
+        with_backend!(self.compute.backend, B => {
+            let hidden = hidden::<B>(self, rows, adapters, Some(cache), None, true)?;
+            B::logits(self, &hidden.expect("of all tokens"), adapters)
+        })
+    }
+
+    /// The logits of one token of each row, read in several passes one after the other, each over new
+    /// tokens after those in `cache`, which they join. A pass is its rows, which are those of the cache,
+    /// and the tokens whose logits are wanted: over all passes one of each row, in the order of the rows.
+    ///
+    /// # Errors
+    /// If no token is chosen.
+    pub fn logits_cached(
+        &self,
+        passes: &[(Rows, Vec<u32>)],
+        adapters: Adapters,
+        cache: &mut KvCache,
+    ) -> Result<Logits> {
+        with_backend!(self.compute.backend, B => {
+            let mut parts = Vec::new();
+            for (rows, chosen) in passes {
+                let chosen = Some(&chosen[..]);
+                parts.extend(hidden::<B>(self, rows, adapters, Some(&mut *cache), chosen, false)?);
+            }
+            if parts.is_empty() {
+                candle_core::bail!("no token was chosen whose logits are read");
+            }
+            B::logits(self, &B::concat(parts)?, adapters)
+        })
+    }
+
+    /// Log-probabilities (M) of `targets`, one per row of `hidden (M, hidden_size)`, of rows that all use
+    /// the same adapters.
+    pub fn log_probs(
+        &self,
+        hidden: &Tensor,
+        targets: &[u32],
+        active: &[ActiveAdapter],
+    ) -> Result<Vec<f32>> {
+        self.log_probs_at_temperature(hidden, targets, 1.0, active)
+    }
+
+    /// [`Self::log_probs`] of logits divided by `temperature`.
+    pub fn log_probs_at_temperature(
+        &self,
+        hidden: &Tensor,
+        targets: &[u32],
+        temperature: f64,
+        active: &[ActiveAdapter],
+    ) -> Result<Vec<f32>> {
+        with_backend!(self.compute.backend, B => {
+            B::target_log_probs(self, &B::from_tensor(hidden)?, targets, temperature, active)
+        })
     }
 
     /// Logits `(M, vocab_size)` of hidden states `(M, hidden_size)`, each row under its own adapters:
-    /// for few rows only. A row gets the same bits among any others. They are on the CPU, where tokens
-    /// are chosen.
+    /// for few rows only. A row gets the same bits among any others. They are on the CPU.
     pub fn logits(&self, hidden: &Tensor, adapters: Adapters) -> Result<Tensor> {
-        with_backend!(self.compute.backend, B => B::logits(self, hidden, adapters))
+        with_backend!(self.compute.backend, B => {
+            B::logits(self, &B::from_tensor(hidden)?, adapters)?.into_tensor()
+        })
     }
 }
 
@@ -88,7 +148,7 @@ impl Decoder {
 /// otherwise than what is cached of it.
 fn check_cache(rows: &Rows, cache: Option<&KvCache>, compute: Compute) -> Result<()> {
     let Some(cache) = cache else { return Ok(()) };
-    if !cache.matches_layout(compute.backend) {
+    if !cache.is_of(compute.backend) {
         candle_core::bail!(
             "the cache was made for a decoder of another form, compute is {compute} here: needed one \
              made for this decoder"
@@ -107,15 +167,16 @@ fn check_cache(rows: &Rows, cache: Option<&KvCache>, compute: Compute) -> Result
 }
 
 /// The hidden states behind the final norm, `(N, hidden_size)`, or of the `chosen` tokens in their
-/// order; with `decoding`, by a decode step.
-fn hidden<B: Backend>(
+/// order, `None` if none is chosen; with `decoding`, by a decode step.
+pub(super) fn hidden<B: Backend>(
     decoder: &Decoder,
     rows: &Rows,
     adapters: Adapters,
-    mut cache: Option<&mut KvCache>,
+    cache: Option<&mut KvCache>,
     chosen: Option<&[u32]>,
     decoding: bool,
-) -> Result<Tensor> {
+) -> Result<Option<B::HeadInput>> {
+    check_cache(rows, cache.as_deref(), decoder.compute)?;
     let pass = decoder.pass(rows, adapters, None);
     let rising = chosen.map(|chosen| {
         let mut rising = chosen.to_vec();
@@ -124,10 +185,18 @@ fn hidden<B: Backend>(
         rising
     });
     let narrow = rising.as_deref().map(|rising| (decoder.narrowed(&pass, rising), rising));
-    // Decode steps are so short that allocating buffers would matter; those of prefill are large.
-    let mut scratch = match cache.as_deref_mut().filter(|_| decoding) {
-        Some(cache) => B::take_scratch(cache),
-        None => B::Scratch::default(),
+    let (mut cache, kept) = match cache {
+        Some(cache) => {
+            let CacheOf { rows, scratch } = cache.of::<B>()?;
+            (Some(rows), Some(scratch))
+        }
+        None => (None, None),
+    };
+    // A step is so short that fresh buffers would cost of it; those of a prompt are large.
+    let mut fresh = None;
+    let scratch = match kept.filter(|_| decoding) {
+        Some(kept) => kept,
+        None => fresh.insert(B::Scratch::default()),
     };
     let adapter_groups = decoding.then(|| adapters.adapter_groups(&pass.segments));
     let layers = decoder.config.num_hidden_layers;
@@ -140,19 +209,15 @@ fn hidden<B: Backend>(
             adapter_groups: adapter_groups.as_deref(),
             chosen: narrow.map(|(pass, rising)| (pass, *rising)),
         };
-        B::layer_inference(decoder, index, &pass, &mut x, inference, &mut scratch)?;
-    }
-    if let Some(cache) = cache.filter(|_| decoding) {
-        B::leave_scratch(cache, scratch);
+        B::layer_inference(decoder, index, &pass, &mut x, inference, scratch)?;
     }
     let (Some(chosen), Some((_, rising))) = (chosen, narrow) else {
-        return B::final_norm(decoder, x);
+        return Ok(Some(B::final_norm(decoder, x)?));
     };
     if chosen.is_empty() {
-        return Tensor::zeros((0, decoder.config.hidden_size), DType::F32, &Device::Cpu);
+        return Ok(None);
     }
-    let hidden = B::final_norm(decoder, x)?;
     let places = chosen.iter().map(|row| rising.partition_point(|other| other < row) as u32);
     let places: Vec<u32> = places.collect();
-    hidden.index_select(&Tensor::new(places, hidden.device())?, 0)
+    Ok(Some(B::select(&B::final_norm(decoder, x)?, &places)?))
 }
