@@ -58,6 +58,8 @@
 //!   command line.
 //! - [`cli`]: flags, printing, exit codes. No other room uses it.
 
+#![warn(unreachable_pub)]
+
 #[cfg(feature = "cli")]
 pub mod cli;
 pub mod data;

@@ -47,7 +47,7 @@ impl Dense<'_> {
     /// of the smallest singular values: what is under 1e-8 of the largest is noise, about where the
     /// rounding of the `f32` numbers of W themselves puts it. In exchange nothing as large as W is
     /// decomposed.
-    pub fn leading(self, r: usize) -> Result<Singular, NotConverged> {
+    pub(crate) fn leading(self, r: usize) -> Result<Singular, NotConverged> {
         let k = r.min(self.rows).min(self.cols);
         let wide = self.rows < self.cols;
         let gram = self.gram(wide);
@@ -69,7 +69,7 @@ impl Dense<'_> {
 
     /// The r leading triples by `niter` rounds of randomized subspace iteration (Halko et al. 2011,
     /// algorithm 4.4): for spectra that fall, nearly exact after a few.
-    pub fn leading_randomized(
+    pub(crate) fn leading_randomized(
         self,
         r: usize,
         niter: usize,
@@ -94,7 +94,7 @@ impl Dense<'_> {
 
     /// The first r columns of Q `(rows, k)` and rows of R `(k, cols)` of `W = Q R`: the first columns
     /// of Q depend on the first columns of W only, and R is `Qᵀ W`.
-    pub fn leading_qr(self, r: usize) -> (Mat<f64>, Mat<f64>) {
+    pub(crate) fn leading_qr(self, r: usize) -> (Mat<f64>, Mat<f64>) {
         let k = r.min(self.rows).min(self.cols);
         let first = |row, col| f64::from(self.values[row * self.cols + col]);
         let q = Mat::from_fn(self.rows, k, first).qr().compute_thin_Q();

@@ -22,6 +22,8 @@
 //! - [`mod@format`]: PEFT's folder and its safetensors, read and written.
 //! - [`registry`]: named adapters for one base, swapped while others use them. Does not know files.
 
+#![warn(unreachable_pub)]
+
 pub mod base;
 pub mod combine;
 pub mod config;

@@ -19,7 +19,7 @@ use crate::train::read_scoring;
 const TIMEOUT: f64 = 60.0;
 
 #[derive(Debug, clap::Args)]
-pub struct BestOf {
+pub(super) struct BestOf {
     /// Best-of-n: sample N replies and keep the one with the highest reward, or without rewards with the
     /// highest mean log-probability
     #[arg(long, value_name = "N")]
@@ -54,7 +54,7 @@ pub struct BestOf {
 }
 
 /// A generated reply, with its text up to the stop string.
-pub struct SampledReply {
+pub(super) struct SampledReply {
     /// The generated tokens.
     pub generated: Generated,
     /// The text.
@@ -62,7 +62,7 @@ pub struct SampledReply {
 }
 
 /// The rewards of all replies.
-pub struct RankedReplies {
+pub(super) struct RankedReplies {
     /// Index of the best reply; the first of equals.
     pub best: usize,
     /// The reward of each reply, if any source has an opinion.
@@ -73,7 +73,7 @@ pub struct RankedReplies {
 
 impl BestOf {
     /// Number of replies to sample.
-    pub fn replies(&self, temperature: f64) -> Result<usize> {
+    pub(super) fn replies(&self, temperature: f64) -> Result<usize> {
         match self.best_of {
             Some(0) => bail!("--best-of is 0, needed at least 1"),
             Some(2..) if temperature == 0.0 => {
@@ -84,30 +84,30 @@ impl BestOf {
     }
 
     /// The reward adapter, if given.
-    pub fn adapter(&self) -> Option<&Path> {
+    pub(super) fn adapter(&self) -> Option<&Path> {
         self.reward_adapter.as_deref()
     }
 
     /// Whether --best-of is given.
-    pub fn asked(&self) -> bool {
+    pub(super) fn asked(&self) -> bool {
         self.best_of.is_some()
     }
 
     /// Whether replies are ranked by their own log-probabilities.
-    pub fn by_logprobs(&self) -> bool {
+    pub(super) fn by_logprobs(&self) -> bool {
         let Self { reward, reward_command, reward_adapter, reward_model, .. } = self;
         let none = reward.is_empty() && reward_command.is_empty();
         self.asked() && none && reward_adapter.is_none() && reward_model.is_none()
     }
 
     /// Whether a reward adapter reads the replies, including their end-of-turn tokens.
-    pub fn reads_endings(&self) -> bool {
+    pub(super) fn reads_endings(&self) -> bool {
         self.asked() && self.reward_adapter.is_some()
     }
 
     /// Loads the reward sources, so that errors are reported before anything is sampled. `now` sets the date
     /// in the chat template of a reward model.
-    pub fn judge(&self, decoder: &Decoder, now: Option<u64>) -> Result<Judge> {
+    pub(super) fn judge(&self, decoder: &Decoder, now: Option<u64>) -> Result<Judge> {
         let (mut sources, mut adapter, mut model) = (Vec::new(), None, None);
         for spec in &self.reward {
             sources.push(RewardSource::rule(spec)?);
@@ -143,7 +143,7 @@ impl BestOf {
 }
 
 /// The loaded reward sources.
-pub struct Judge {
+pub(super) struct Judge {
     scorer: Scorer,
     by_logprobs: bool,
 }
@@ -151,7 +151,7 @@ pub struct Judge {
 impl Judge {
     /// Scores the replies to a prompt, which is a conversation if `messages` are given. The row that rules and
     /// programs see has only the prompt.
-    pub fn judge(
+    pub(super) fn judge(
         &mut self,
         decoder: &Decoder,
         tokenizer: &Tokenizer,
@@ -203,7 +203,7 @@ impl Judge {
 }
 
 /// The finish reason as named in OpenAI's API.
-pub fn finish_reason(finish: Finish) -> &'static str {
+pub(super) fn finish_reason(finish: Finish) -> &'static str {
     match finish {
         Finish::Length => "length",
         Finish::Stop | Finish::Callback => "stop",

@@ -26,7 +26,7 @@ use crate::train::settings::AdapterPath;
 use crate::weights::Checkpoint;
 
 #[derive(Debug, clap::Args)]
-pub struct Chat {
+pub(super) struct Chat {
     /// Base model: a GGUF file or a Hugging Face folder
     #[arg(long)]
     base: PathBuf,
@@ -67,7 +67,7 @@ pub struct Chat {
 
 /// A named adapter on the command line: `NAME=PATH` or `NAME=PATH=WEIGHT`.
 #[derive(Debug, Clone, PartialEq)]
-pub struct NamedAdapter {
+pub(super) struct NamedAdapter {
     name: String,
     file: AdapterPath,
 }
@@ -91,7 +91,7 @@ static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 static REPLYING: AtomicBool = AtomicBool::new(false);
 
 impl Chat {
-    pub fn run(self, json: bool) -> Result<Value> {
+    pub(super) fn run(self, json: bool) -> Result<Value> {
         if json {
             let reason =
                 "--json is not supported by chat; /save FILE writes the conversation as a row";

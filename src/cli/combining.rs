@@ -12,7 +12,7 @@ use crate::model::ActiveAdapter;
 
 /// Flags for combining adapters. Names are PEFT's.
 #[derive(Debug, clap::Args)]
-pub struct Combining {
+pub(super) struct Combining {
     /// Combine all adapters into one: linear, cat, svd, ties, ties_svd, dare_linear, dare_linear_svd,
     /// dare_ties, dare_ties_svd, magnitude_prune or magnitude_prune_svd
     #[arg(long, value_name = "METHOD")]
@@ -33,7 +33,7 @@ pub struct Combining {
 
 impl Combining {
     /// The adapters, or the one they are combined into.
-    pub fn combine(&self, active: Vec<ActiveAdapter>) -> Result<Vec<ActiveAdapter>> {
+    pub(super) fn combine(&self, active: Vec<ActiveAdapter>) -> Result<Vec<ActiveAdapter>> {
         let Some(method) = self.combination_type else { return Ok(active) };
         if self.seed.is_some() && !method.is_random() {
             let name = method.name();

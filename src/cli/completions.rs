@@ -8,13 +8,13 @@ use serde_json::{Value, json};
 use super::Cli;
 
 #[derive(Debug, clap::Args)]
-pub struct Completions {
+pub(super) struct Completions {
     /// Shell
     shell: Shell,
 }
 
 impl Completions {
-    pub fn run(self, json: bool) -> Result<Value> {
+    pub(super) fn run(self, json: bool) -> Result<Value> {
         let mut script = Vec::new();
         clap_complete::generate(self.shell, &mut Cli::command(), "quantune", &mut script);
         let script = String::from_utf8(script).context("the script is not UTF-8")?;

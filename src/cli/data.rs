@@ -19,7 +19,7 @@ use crate::text::{AddedTokenSpec, Tokenizer};
 use crate::weights::Checkpoint;
 
 #[derive(Debug, clap::Args)]
-pub struct Data {
+pub(super) struct Data {
     /// Base model: a GGUF file or a Hugging Face folder; only its tokenizer and config are read
     #[arg(long)]
     base: PathBuf,
@@ -67,7 +67,7 @@ struct ValidatedFile {
 }
 
 impl Data {
-    pub fn run(self, json: bool) -> Result<Value> {
+    pub(super) fn run(self, json: bool) -> Result<Value> {
         let checkpoint = Checkpoint::open(&self.base)?;
         let config = Config::read(&checkpoint)?;
         let added = AddedTokenSpec::list(&self.add_tokens, &self.add_special_tokens)?;

@@ -23,7 +23,7 @@ use crate::train::supervised::evaluate_rewards;
 use crate::weights::{Checkpoint, write_atomically};
 
 #[derive(Debug, clap::Args)]
-pub struct Eval {
+pub(super) struct Eval {
     /// Base model: a GGUF file or a Hugging Face folder
     #[arg(long)]
     base: PathBuf,
@@ -62,7 +62,7 @@ pub struct Eval {
 }
 
 impl Eval {
-    pub fn run(self, json: bool) -> Result<Value> {
+    pub(super) fn run(self, json: bool) -> Result<Value> {
         let checkpoint = Checkpoint::open(&self.base)?;
         let mut adapters = paths(&self.adapter);
         adapters.extend(self.reward.as_deref().map(Path::new));

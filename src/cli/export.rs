@@ -17,7 +17,7 @@ use crate::train::settings::AdapterPath;
 use crate::weights::{Checkpoint, write_atomically};
 
 #[derive(Debug, clap::Args)]
-pub struct Export {
+pub(super) struct Export {
     /// Base model: a GGUF file or a Hugging Face folder
     #[arg(long)]
     base: PathBuf,
@@ -38,7 +38,7 @@ pub struct Export {
 }
 
 impl Export {
-    pub fn run(self, json: bool) -> Result<Value> {
+    pub(super) fn run(self, json: bool) -> Result<Value> {
         let base = Checkpoint::open(&self.base)?;
         let mut value = json!({});
         if let Some(out) = &self.out {

@@ -21,7 +21,7 @@ use crate::train::settings::{
 };
 
 /// The type of a flag whose value is kept as text; the settings parse it.
-pub trait AsText {
+pub(super) trait AsText {
     /// The type of the text.
     type Text;
 }
@@ -31,9 +31,9 @@ impl<T> AsText for T {
 }
 
 /// A value as text.
-pub type Text<T> = <T as AsText>::Text;
+pub(super) type Text<T> = <T as AsText>::Text;
 /// A value as text that may be missing.
-pub type OptionalText<T> = <T as AsText>::Text;
+pub(super) type OptionalText<T> = <T as AsText>::Text;
 
 /// Defines the flags struct of a list of settings.
 macro_rules! settings_flags {
@@ -44,7 +44,7 @@ macro_rules! settings_flags {
     }) => {
         #[doc = concat!("The flags of `", stringify!($settings), "`; `None` if not given.")]
         #[derive(Debug, Clone, Default, Serialize, clap::Args)]
-        pub struct $flags {
+        pub(crate) struct $flags {
             $($(#[doc = $doc])+
             #[serde(skip_serializing_if = "Option::is_none")]
             #[arg(long, $($($flag)*)?)]

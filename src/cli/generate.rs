@@ -19,7 +19,7 @@ use crate::train::settings::AdapterPath;
 use crate::weights::Checkpoint;
 
 #[derive(Debug, clap::Args)]
-pub struct Generate {
+pub(super) struct Generate {
     /// Base model: a GGUF file or a Hugging Face folder
     #[arg(long)]
     base: PathBuf,
@@ -65,7 +65,7 @@ pub struct Generate {
 const SLOTS: usize = 32;
 
 impl Generate {
-    pub fn run(self, json: bool) -> Result<Value> {
+    pub(super) fn run(self, json: bool) -> Result<Value> {
         if self.logprobs.is_some() && !json {
             bail!("--logprobs requires --json");
         }

@@ -9,13 +9,13 @@ use super::to_json;
 use crate::weights::inspect;
 
 #[derive(Debug, clap::Args)]
-pub struct Inspect {
+pub(super) struct Inspect {
     /// A GGUF or safetensors file, a Hugging Face folder or an adapter folder
     path: PathBuf,
 }
 
 impl Inspect {
-    pub fn run(self, json: bool) -> Result<Value> {
+    pub(super) fn run(self, json: bool) -> Result<Value> {
         let inspection = inspect(&self.path)?;
         if !json {
             crate::cli::say!("{inspection}");

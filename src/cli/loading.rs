@@ -12,7 +12,7 @@ use crate::weights::Checkpoint;
 
 /// Precision, backend and device of a base.
 #[derive(Debug, clap::Args)]
-pub struct Loading {
+pub(super) struct Loading {
     /// Precision of matrix products: int16 (block floating point, nearly twice as fast as f32), int8
     /// (faster, less precise), f32, or portable, which means --backend reference [default: int16; f32 with
     /// --backend reference]
@@ -33,7 +33,11 @@ pub struct Loading {
 
 impl Loading {
     /// Loads the decoder of a checkpoint, with embedding rows for added tokens.
-    pub fn decoder(&self, checkpoint: &Checkpoint, tokenizer: &Tokenizer) -> Result<Decoder> {
+    pub(super) fn decoder(
+        &self,
+        checkpoint: &Checkpoint,
+        tokenizer: &Tokenizer,
+    ) -> Result<Decoder> {
         let device = self.device.unwrap_or_default();
         let compute = resolve_compute(device, self.backend, self.compute).map_err(UsageError)?;
         device.check(compute).map_err(|e| UsageError(e.to_string()))?;

@@ -20,7 +20,7 @@ use crate::train::settings::AdapterPath;
 use crate::weights::Checkpoint;
 
 #[derive(Debug, clap::Args)]
-pub struct Merge {
+pub(super) struct Merge {
     /// Base model: a GGUF file or a Hugging Face folder
     #[arg(long)]
     base: PathBuf,
@@ -41,7 +41,7 @@ pub struct Merge {
 }
 
 #[derive(Debug, clap::Args)]
-pub struct Quantize {
+pub(super) struct Quantize {
     /// Base model: a GGUF file or a Hugging Face folder
     #[arg(long)]
     base: PathBuf,
@@ -163,7 +163,7 @@ fn own_type(source: &ExportSource) -> FileType {
 }
 
 impl Merge {
-    pub fn run(self, json: bool) -> Result<Value> {
+    pub(super) fn run(self, json: bool) -> Result<Value> {
         let base = Checkpoint::open(&self.base)?;
         let added = added_by_adapters(&base, &paths(&self.adapter))?;
         let decoder = load_with_added_tokens(&base, &added)?;
@@ -180,7 +180,7 @@ impl Merge {
 }
 
 impl Quantize {
-    pub fn run(self, json: bool) -> Result<Value> {
+    pub(super) fn run(self, json: bool) -> Result<Value> {
         if !is_gguf(&self.out) {
             let out = self.out.display();
             return Err(

@@ -13,7 +13,7 @@ use crate::train::{Outcome, RunDir, pretrain};
 
 /// Flags of `pretrain`.
 #[derive(Debug, clap::Args)]
-pub struct Pretrain {
+pub(super) struct Pretrain {
     #[command(flatten)]
     flags: PretrainFlags,
     /// TOML file of settings; keys are flags with _ for -; flags take precedence
@@ -25,7 +25,7 @@ pub struct Pretrain {
 }
 
 impl Pretrain {
-    pub fn run(self, json: bool) -> Result<Value> {
+    pub(super) fn run(self, json: bool) -> Result<Value> {
         let settings = self.settings()?;
         if settings.out.as_os_str().is_empty() {
             return Err(UsageError("--out is missing".into()).into());

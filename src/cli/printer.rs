@@ -14,13 +14,13 @@ use crate::monitor::{LogEvent, Monitor};
 const LINE_EVERY: Duration = Duration::from_secs(10);
 
 /// A monitor that prints and never stops: Ctrl-C ends the process.
-pub fn monitor() -> Monitor<'static> {
+pub(super) fn monitor() -> Monitor<'static> {
     static NEVER: AtomicBool = AtomicBool::new(false);
     with_stop(&NEVER)
 }
 
 /// A monitor that prints, and stops when `stop` is set.
-pub fn with_stop(stop: &AtomicBool) -> Monitor<'_> {
+pub(super) fn with_stop(stop: &AtomicBool) -> Monitor<'_> {
     Monitor::new(stop, &print)
 }
 

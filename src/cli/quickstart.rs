@@ -37,7 +37,7 @@ const ON_DEVICE: &[&str] = &["pretrain", "sft", "reward", "ppo", "eval"];
 const SHOWN: usize = 6;
 
 #[derive(Debug, clap::Args)]
-pub struct Quickstart {
+pub(super) struct Quickstart {
     /// Output directory; an earlier quickstart there is overwritten
     #[arg(long, default_value = "runs/quickstart")]
     out: PathBuf,
@@ -48,7 +48,7 @@ pub struct Quickstart {
 }
 
 impl Quickstart {
-    pub fn run(self, threads: usize, json: bool) -> Result<Value> {
+    pub(super) fn run(self, threads: usize, json: bool) -> Result<Value> {
         let Self { out, device } = self;
         device.unwrap_or_default().open()?; // fails before anything is written
         if out.join(MARKER).is_file() {

@@ -27,7 +27,7 @@ const SLOTS: usize = 16;
 
 /// Flags for generating and comparing replies.
 #[derive(Debug, Clone, clap::Args)]
-pub struct Replies {
+pub(super) struct Replies {
     /// Prompts, as `ppo` and `grpo` read them; replies are generated and scored by --reward
     #[arg(long, value_name = "FILE", conflicts_with_all = ["data", "text"], requires = "reward")]
     prompts: Option<PathBuf>,
@@ -60,12 +60,12 @@ struct ScoredReplies {
 
 impl Replies {
     /// Whether prompts were given.
-    pub fn asked(&self) -> bool {
+    pub(super) fn asked(&self) -> bool {
         self.prompts.is_some()
     }
 
     /// The adapter to compare with; `None` without one, or for the base.
-    pub fn against(&self) -> Result<Option<AdapterPath>> {
+    pub(super) fn against(&self) -> Result<Option<AdapterPath>> {
         match self.against.as_deref() {
             None | Some("base") => Ok(None),
             Some(text) => text.parse().map(Some).map_err(anyhow::Error::msg),
@@ -73,7 +73,7 @@ impl Replies {
     }
 
     /// Generates and scores the replies.
-    pub fn run(
+    pub(super) fn run(
         &self,
         decoder: &Decoder,
         tokenizer: &Tokenizer,

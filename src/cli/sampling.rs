@@ -4,7 +4,7 @@ use crate::generate::Sampling;
 
 /// Sampling settings.
 #[derive(Debug, Clone, clap::Args)]
-pub struct SamplingFlags {
+pub(super) struct SamplingFlags {
     /// 0 is greedy; higher is more random [default: 0.8]
     #[arg(long)]
     temperature: Option<f64>,
@@ -27,7 +27,7 @@ pub struct SamplingFlags {
 
 impl SamplingFlags {
     /// The sampling settings, with defaults for flags that are not given.
-    pub fn sampling(&self) -> Sampling {
+    pub(super) fn sampling(&self) -> Sampling {
         Sampling {
             temperature: self.temperature.unwrap_or(0.8),
             top_k: self.top_k.unwrap_or(40),

@@ -16,7 +16,7 @@ use crate::weights::Checkpoint;
 const REPORT_INTERVAL: Duration = Duration::from_secs(5);
 
 #[derive(Debug, clap::Subcommand)]
-pub enum TokenizerCommand {
+pub(super) enum TokenizerCommand {
     /// Print the token ids of a text, without added special tokens
     #[command(after_help = super::examples::ENCODE)]
     Encode(Encode),
@@ -26,7 +26,7 @@ pub enum TokenizerCommand {
 }
 
 #[derive(Debug, clap::Args)]
-pub struct Encode {
+pub(super) struct Encode {
     /// Base model: a GGUF file or a Hugging Face folder
     #[arg(long)]
     base: PathBuf,
@@ -39,7 +39,7 @@ pub struct Encode {
 }
 
 #[derive(Debug, clap::Args)]
-pub struct TrainTokenizer {
+pub(super) struct TrainTokenizer {
     /// Files or glob patterns: text, JSONL with `text` or `messages`, or Parquet with `text`; `<|endoftext|>`
     /// lines separate the documents of a text file
     #[arg(long, num_args = 1.., required = true)]
@@ -56,7 +56,7 @@ pub struct TrainTokenizer {
 }
 
 impl TokenizerCommand {
-    pub fn run(self, json: bool) -> Result<Value> {
+    pub(super) fn run(self, json: bool) -> Result<Value> {
         match self {
             Self::Encode(encode) => encode.run(json),
             Self::Train(train) => train.run(json),

@@ -16,7 +16,7 @@ use crate::train::{
 
 /// A training command, with its own flags.
 #[derive(Debug, clap::Args)]
-pub struct Train<F: clap::Args> {
+pub(super) struct Train<F: clap::Args> {
     #[command(flatten)]
     common: CommonFlags,
     #[command(flatten)]
@@ -34,7 +34,7 @@ pub struct Train<F: clap::Args> {
 }
 
 impl<F: clap::Args + Serialize> Train<F> {
-    pub fn run(self, command: Command, json: bool) -> Result<Value> {
+    pub(super) fn run(self, command: Command, json: bool) -> Result<Value> {
         let settings = self.settings(command)?;
         let common = &settings.common;
         let given = |path: &PathBuf| !path.as_os_str().is_empty();
@@ -103,7 +103,7 @@ impl<F: clap::Args + Serialize> Train<F> {
 }
 
 /// A flag that Ctrl-C sets: the run stops after the current step.
-pub fn stop_on_ctrl_c() -> Result<Arc<AtomicBool>> {
+pub(super) fn stop_on_ctrl_c() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let asked = stop.clone();
     ctrlc::set_handler(move || {

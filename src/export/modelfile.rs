@@ -33,7 +33,7 @@ fn cannot(reason: impl Into<String>) -> ExportError {
 ///
 /// # Errors
 /// If the tokenizer has no chat template, or one that a Modelfile cannot hold.
-pub fn modelfile(
+pub(crate) fn modelfile(
     model: &Path,
     adapter: Option<&Path>,
     tokenizer: &Tokenizer,

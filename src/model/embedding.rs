@@ -35,7 +35,7 @@ impl Embedding<'_> {
     ///
     /// # Errors
     /// If a token is out of vocabulary.
-    pub fn forward(&self, tokens: &[u32], pass: &Pass) -> Result<Tensor> {
+    pub(super) fn forward(&self, tokens: &[u32], pass: &Pass) -> Result<Tensor> {
         let x = frozen_rows(self.weight, tokens, self.device)?;
         if !pass.adapters.iter().any(|active| adapts_embedding(&active.adapter)) {
             return self.scaled(x);
@@ -69,7 +69,7 @@ impl Embedding<'_> {
     }
 
     /// [`Self::forward`] into a buffer, which is overwritten; off the tape.
-    pub fn forward_into(&self, tokens: &[u32], pass: &Pass, x: &mut Vec<f32>) -> Result<()> {
+    pub(super) fn forward_into(&self, tokens: &[u32], pass: &Pass, x: &mut Vec<f32>) -> Result<()> {
         read_rows(self.weight, tokens, x)?;
         if !pass.adapters.iter().any(|active| adapts_embedding(&active.adapter)) {
             self.scale_in_place(x);
@@ -120,7 +120,7 @@ impl Embedding<'_> {
 
     /// The backward pass of [`Self::forward_into`]: from `dx (N, hidden_size)` to the parameters of the
     /// trainable adapter, which all rows use. `dx` is used up.
-    pub fn backward(
+    pub(super) fn backward(
         &self,
         tokens: &[u32],
         pass: &Pass,

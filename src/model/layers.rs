@@ -23,7 +23,7 @@ pub(super) struct Parameter {
 }
 
 impl Parameter {
-    pub fn frozen(value: Tensor) -> Self {
+    pub(super) fn frozen(value: Tensor) -> Self {
         Self { value, gradient: None }
     }
 
@@ -42,12 +42,12 @@ pub(super) struct Norm {
 }
 
 impl Norm {
-    pub fn frozen(weight: Tensor) -> Self {
+    pub(super) fn frozen(weight: Tensor) -> Self {
         Self { weight: Parameter::frozen(weight), offset: 0.0 }
     }
 
     /// The effective weight, on the tape of the stored weight.
-    pub fn factors(&self) -> Result<Tensor> {
+    pub(super) fn factors(&self) -> Result<Tensor> {
         match self.offset {
             0.0 => Ok(self.weight.value.clone()),
             offset => &self.weight.value + f64::from(offset),
@@ -55,7 +55,7 @@ impl Norm {
     }
 
     /// Calls `f` with the effective weight.
-    pub fn with_factors<R>(&self, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
+    pub(super) fn with_factors<R>(&self, f: impl FnOnce(&[f32]) -> R) -> Result<R> {
         let values = Values::of(&self.weight.value)?;
         let factors: Cow<[f32]> = match self.offset {
             0.0 => Cow::Borrowed(&values),
@@ -64,7 +64,7 @@ impl Norm {
         Ok(f(&factors))
     }
 
-    pub fn upload(&mut self, device: &Device) -> Result<()> {
+    pub(super) fn upload(&mut self, device: &Device) -> Result<()> {
         self.weight.upload(device)
     }
 }
@@ -103,7 +103,7 @@ pub(super) enum WeightValues<'a> {
 }
 
 impl WeightValues<'_> {
-    pub fn weights(&self) -> Weights<'_> {
+    pub(super) fn weights(&self) -> Weights<'_> {
         match self {
             Self::Frozen(matrix) => Weights::Frozen(matrix),
             Self::Dense(values, cols) => Weights::Dense { values, cols: *cols, scale: 1.0 },
@@ -112,7 +112,7 @@ impl WeightValues<'_> {
 }
 
 impl Linear {
-    pub fn frozen(name: String, matrix: Arc<FrozenMatrix>, bias: Option<Tensor>) -> Self {
+    pub(super) fn frozen(name: String, matrix: Arc<FrozenMatrix>, bias: Option<Tensor>) -> Self {
         let (rows, cols) = (matrix.rows(), matrix.cols());
         let weight = LinearWeight::Frozen { matrix, uploaded: None };
         Self { name, weight, bias: bias.map(Parameter::frozen), rows, cols }
@@ -122,7 +122,7 @@ impl Linear {
     ///
     /// # Panics
     /// If the weight has no gradient.
-    pub fn trainable(
+    pub(super) fn trainable(
         name: String,
         weight: Parameter,
         bias: Option<Parameter>,
@@ -135,12 +135,12 @@ impl Linear {
     }
 
     /// Outputs.
-    pub fn rows(&self) -> usize {
+    pub(super) fn rows(&self) -> usize {
         self.rows
     }
 
     /// Inputs.
-    pub fn cols(&self) -> usize {
+    pub(super) fn cols(&self) -> usize {
         self.cols
     }
 
@@ -148,7 +148,7 @@ impl Linear {
     ///
     /// # Errors
     /// If the weight is trainable: adapters and decode steps need a frozen base.
-    pub fn matrix(&self) -> Result<&Arc<FrozenMatrix>> {
+    pub(super) fn matrix(&self) -> Result<&Arc<FrozenMatrix>> {
         match &self.weight {
             LinearWeight::Frozen { matrix, .. } => Ok(matrix),
             LinearWeight::Trainable { .. } => {
@@ -158,14 +158,14 @@ impl Linear {
     }
 
     /// Index of the weight's gradient, if it is trainable.
-    pub fn gradient(&self) -> Option<usize> {
+    pub(super) fn gradient(&self) -> Option<usize> {
         match self.weight {
             LinearWeight::Frozen { .. } => None,
             LinearWeight::Trainable { gradient, .. } => Some(gradient),
         }
     }
 
-    pub fn values(&self) -> Result<WeightValues<'_>> {
+    pub(super) fn values(&self) -> Result<WeightValues<'_>> {
         match &self.weight {
             LinearWeight::Frozen { matrix, .. } => Ok(WeightValues::Frozen(matrix)),
             LinearWeight::Trainable { value, .. } => {
@@ -195,14 +195,14 @@ pub(super) enum Projection {
 }
 
 impl Projection {
-    pub fn linears(&self) -> &[Linear] {
+    pub(super) fn linears(&self) -> &[Linear] {
         match self {
             Self::Separate(linears) => linears,
             Self::Fused(linear) => std::slice::from_ref(linear),
         }
     }
 
-    pub fn linears_mut(&mut self) -> &mut [Linear] {
+    pub(super) fn linears_mut(&mut self) -> &mut [Linear] {
         match self {
             Self::Separate(linears) => linears,
             Self::Fused(linear) => std::slice::from_mut(linear),
@@ -237,7 +237,7 @@ pub(super) struct DenseFeedForward {
 
 impl FeedForward {
     /// Linear layers grouped by the input they share, in the order of the forward pass.
-    pub fn groups(&self) -> Vec<&[Linear]> {
+    pub(super) fn groups(&self) -> Vec<&[Linear]> {
         match self {
             Self::Dense(dense) => {
                 vec![dense.gate_up.linears(), std::slice::from_ref(&dense.down)]
@@ -283,19 +283,19 @@ pub(super) struct Layer {
 
 impl Layer {
     /// Linear layers grouped by the input they share, in the order of the forward pass.
-    pub fn groups(&self) -> Vec<&[Linear]> {
+    pub(super) fn groups(&self) -> Vec<&[Linear]> {
         let attention = &self.attention;
         let mut groups = vec![attention.qkv.linears(), std::slice::from_ref(&attention.o)];
         groups.extend(self.feed_forward.groups());
         groups
     }
 
-    pub fn linears(&self) -> impl Iterator<Item = &Linear> {
+    pub(super) fn linears(&self) -> impl Iterator<Item = &Linear> {
         self.groups().into_iter().flatten()
     }
 
     /// Copies everything a pass reads to a device.
-    pub fn upload(&mut self, device: &Device) -> Result<()> {
+    pub(super) fn upload(&mut self, device: &Device) -> Result<()> {
         let attention = &mut self.attention;
         let linears = attention.qkv.linears_mut().iter_mut().chain([&mut attention.o]);
         for linear in linears.chain(self.feed_forward.linears_mut()) {

@@ -89,7 +89,7 @@ impl<'a> LmHead<'a> {
 
     /// The logits of hidden states `(M, hidden_size)`, each row under its adapters: for few rows only. A
     /// row gets the same bits among any others.
-    pub fn logits(&self, hidden: &Tensor, adapters: Adapters) -> Result<Logits> {
+    pub(super) fn logits(&self, hidden: &Tensor, adapters: Adapters) -> Result<Logits> {
         let hidden = &self.scaled_hidden(hidden)?;
         let base = match self.uploaded {
             Some(head) => {
@@ -117,7 +117,7 @@ impl<'a> LmHead<'a> {
 
     /// Log-probabilities (M) of `targets`, one per row of `hidden (M, hidden_size)`, of logits divided by
     /// `temperature`, of rows that all use the same adapters, by the CPU's kernels.
-    pub fn log_probs(
+    pub(super) fn log_probs(
         &self,
         hidden: &Tensor,
         targets: &[u32],
@@ -144,7 +144,7 @@ impl<'a> LmHead<'a> {
 
     /// [`Self::log_probs`] composed of candle's operations, with trainable adapters on the tape: the
     /// definition of the answer.
-    pub fn tensor_log_probs(
+    pub(super) fn tensor_log_probs(
         &self,
         hidden: &Tensor,
         targets: &[u32],
@@ -220,7 +220,7 @@ impl<'a> LmHead<'a> {
     }
 
     /// The head with adapters; `None` if they do not change it.
-    pub fn adapted(&self, active: &'a [ActiveAdapter]) -> Result<Option<AdaptedHead<'a>>> {
+    pub(super) fn adapted(&self, active: &'a [ActiveAdapter]) -> Result<Option<AdaptedHead<'a>>> {
         if !active.iter().any(|active| self.adapted_by(&active.adapter)) {
             return Ok(None);
         }
@@ -354,7 +354,7 @@ impl AdaptedHead<'_> {
 
     /// What there is to find of targets `(M)` from `x (M, H)`, a chunk of rows at a time. A cap comes
     /// behind all parts.
-    pub fn forward(
+    pub(crate) fn forward(
         &self,
         panels: Panels,
         x: &[f32],
@@ -375,7 +375,7 @@ impl AdaptedHead<'_> {
 
     /// The backward pass from the gradient `dlogps (M)` of log-probs: that to `x`, `dx (M, H)`, is
     /// overwritten, and those of trainable parts are added up. Logits are computed again.
-    pub fn backward(
+    pub(crate) fn backward(
         &self,
         panels: Panels,
         x: &[f32],
@@ -577,6 +577,6 @@ fn at_temperature(hidden: Tensor, temperature: f64) -> Result<Tensor> {
 
 /// The scores of hidden states `(M, hidden_size)` by a head `(1, hidden_size)`, wherever it is → `(M)`
 /// on their device.
-pub fn scores(hidden: &Tensor, head: &Tensor) -> Result<Tensor> {
+pub(super) fn scores(hidden: &Tensor, head: &Tensor) -> Result<Tensor> {
     hidden.matmul(&head.to_device(hidden.device())?.t()?)?.squeeze(1)
 }

@@ -60,7 +60,12 @@ pub(super) struct Rotations {
 }
 
 impl Rotations {
-    pub fn new(config: &Config, inv_freq: &[f32], positions: &[u32], segments: &[Segment]) -> Self {
+    pub(super) fn new(
+        config: &Config,
+        inv_freq: &[f32],
+        positions: &[u32],
+        segments: &[Segment],
+    ) -> Self {
         let global = match config.long_inv_freq() {
             Some((original, long)) => {
                 let long = (original, &long[..]);
@@ -77,7 +82,7 @@ impl Rotations {
     }
 
     /// That of a layer, if it rotates.
-    pub fn of(&self, rope: LayerRope) -> Option<&Rotation> {
+    pub(super) fn of(&self, rope: LayerRope) -> Option<&Rotation> {
         match rope {
             LayerRope::None => None,
             LayerRope::Global => Some(&self.global),

@@ -302,7 +302,7 @@ pub struct PreferenceLosses {
 ///
 /// # Errors
 /// If counts differ, the likelihood for ORPO is missing, or the loss is KTO, which has no pairs.
-pub fn preference_losses(
+pub(crate) fn preference_losses(
     settings: &PreferenceSettings,
     logps: &PairLogps<'_>,
 ) -> Result<PreferenceLosses> {

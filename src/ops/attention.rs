@@ -355,7 +355,7 @@ impl StridedHeadsMut {
 
 impl<'a> QkvGrad<'a> {
     /// Three separate buffers, each with its stride.
-    pub fn separate(
+    pub(crate) fn separate(
         q: (&'a mut [f32], usize),
         k: (&'a mut [f32], usize),
         v: (&'a mut [f32], usize),
@@ -437,7 +437,7 @@ pub(crate) struct CachedTask<'a> {
 impl CachedQueries<'_> {
     /// Attends to rows of these `lengths`, new tokens included: `run` is called with row, key head and a
     /// task, which it must run over the cached keys. `out (N, heads · head_dim)` is overwritten.
-    pub fn attend(
+    pub(crate) fn attend(
         &self,
         isa: Isa,
         lengths: &[usize],

@@ -44,7 +44,7 @@ impl Deref for Values<'_> {
 }
 
 /// The values of a custom op's argument.
-pub fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+pub(super) fn values<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     let Some((start, end)) = layout.contiguous_offsets() else {
         candle_core::bail!("expected a contiguous tensor, found strides {:?}", layout.stride())
     };
@@ -57,7 +57,7 @@ const MIN_PARALLEL_WORK: usize = 50_000;
 const MIN_PARALLEL_WORK_IN_POOL: usize = 5_000;
 
 /// Runs the tasks, on several threads if their total `work`, in multiply-adds, is large enough.
-pub fn par_for_each<T: Send>(tasks: Vec<T>, work: usize, run: impl Fn(T) + Sync + Send) {
+pub(crate) fn par_for_each<T: Send>(tasks: Vec<T>, work: usize, run: impl Fn(T) + Sync + Send) {
     let in_pool = worker_pool::in_worker_pool();
     if tasks.len() < 2
         || work <= if in_pool { MIN_PARALLEL_WORK_IN_POOL } else { MIN_PARALLEL_WORK }
@@ -108,7 +108,7 @@ impl SharedMutPtr {
     }
 
     /// The elements from `offset` on.
-    pub fn at(self, offset: usize) -> Self {
+    pub(crate) fn at(self, offset: usize) -> Self {
         assert!(offset <= self.len);
         // SAFETY: the offset is inside the slice this was made from.
         Self { start: unsafe { self.start.add(offset) }, len: self.len - offset }
@@ -124,7 +124,7 @@ impl SharedMutPtr {
     ///
     /// # Safety
     /// As [`Self::slice`], but other threads may read the elements too.
-    pub unsafe fn read<'a>(self, len: usize) -> &'a [f32] {
+    pub(crate) unsafe fn read<'a>(self, len: usize) -> &'a [f32] {
         assert!(len <= self.len);
         // SAFETY: the assertion checks the bounds; this function's contract guarantees that no thread writes
         // to it.

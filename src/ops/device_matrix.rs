@@ -34,7 +34,7 @@ enum DeviceStorage {
 
 impl DeviceMatrix {
     /// Uploads a matrix to a device directly from the mapped file.
-    pub fn upload(weight: &FrozenMatrix, device: &Device) -> Result<Self> {
+    pub(crate) fn upload(weight: &FrozenMatrix, device: &Device) -> Result<Self> {
         let shape = (weight.own_rows(), weight.cols());
         let values = |dtype| {
             let bytes = weight.bytes_in_order();
@@ -64,7 +64,7 @@ impl DeviceMatrix {
     ///
     /// Shapes: `x (.., in)` F32, `W (out, in)` → `y (.., out)` F32. Backward: `dx = dy · W`. The
     /// dequantized weights are freed after each of the two products.
-    pub fn linear(self: &Arc<Self>, x: &Tensor) -> Result<Tensor> {
+    pub(crate) fn linear(self: &Arc<Self>, x: &Tensor) -> Result<Tensor> {
         let mut dims = x.dims().to_vec();
         let x = x.reshape(((), self.cols))?; // (m, in)
         let y = x.detach().matmul(&self.values()?.t()?)?; // (m, out)

@@ -60,7 +60,7 @@ pub(crate) fn dequantize(weight: &FrozenMatrix, device: &Device) -> Result<Tenso
 /// Rows of a frozen matrix as an F32 tensor `(rows.len(), cols)`: an embedding look-up.
 ///
 /// Fails if an index is out of range.
-pub fn frozen_rows(weight: &FrozenMatrix, rows: &[u32], device: &Device) -> Result<Tensor> {
+pub(crate) fn frozen_rows(weight: &FrozenMatrix, rows: &[u32], device: &Device) -> Result<Tensor> {
     let mut out = Vec::new();
     read_rows(weight, rows, &mut out)?;
     Tensor::from_vec(out, (rows.len(), weight.cols()), device)

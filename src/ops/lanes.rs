@@ -72,7 +72,7 @@ pub(crate) trait Lanes: Copy {
 /// # Safety
 /// As for [`Lanes`].
 #[inline(always)]
-pub unsafe fn exp2<S: Lanes>(x: S) -> S {
+pub(crate) unsafe fn exp2<S: Lanes>(x: S) -> S {
     // Approximately the minimax polynomial in relative error of this degree with `p(0) = 1`
     // on -1/2..1/2: 9.2e-8.
     #[allow(clippy::approx_constant)] // ln 2 would be the Taylor polynomial's
@@ -90,7 +90,7 @@ pub unsafe fn exp2<S: Lanes>(x: S) -> S {
 }
 
 /// Element types of a product's right operand.
-pub trait Element: Copy + Send + Sync {
+pub(crate) trait Element: Copy + Send + Sync {
     /// Sixteen of them as `f32`.
     ///
     /// # Safety
@@ -124,7 +124,7 @@ impl Element for i8 {
 
 /// The portable form: four vectors of four, as SSE2 and NEON have them.
 #[derive(Clone, Copy)]
-pub struct LanesPortable([[f32; 4]; 4]);
+pub(crate) struct LanesPortable([[f32; 4]; 4]);
 
 /// `[a, b][i][j]` for all lanes.
 macro_rules! each_lane {
@@ -495,7 +495,7 @@ macro_rules! isa_levels {
 pub(crate) use isa_levels;
 
 /// Rows of a product's tile on an ISA level: row counts that are multiples of it are fastest.
-pub fn tile_rows(isa: Isa) -> usize {
+pub(crate) fn tile_rows(isa: Isa) -> usize {
     #[cfg(target_arch = "x86_64")]
     match isa.level() {
         IsaLevel::Scalar => LanesPortable::ROWS,
@@ -510,7 +510,7 @@ pub fn tile_rows(isa: Isa) -> usize {
 }
 
 /// The largest number of rows of a tile on any ISA level.
-pub const MAX_TILE_ROWS: usize = 8;
+pub(crate) const MAX_TILE_ROWS: usize = 8;
 
 /// The left operand of a [`product`], row-major, or of a [`product_transposed`], column-major.
 #[derive(Clone, Copy)]
@@ -532,7 +532,7 @@ pub(crate) struct Right<'a, B> {
 /// `c (rows, 16 · groups)` with rows `stride` apart.
 ///
 /// Each element of `c` is summed in the order of `depth`, independent of the tile it is in.
-pub fn product<B: Element>(
+pub(crate) fn product<B: Element>(
     isa: Isa,
     size: (usize, usize, usize),
     a: Left,
@@ -760,12 +760,15 @@ pub(crate) struct AlignedScratch {
 
 impl AlignedScratch {
     /// Empty scratch.
-    pub const fn new() -> Self {
+    pub(crate) const fn new() -> Self {
         Self { lines: Vec::new() }
     }
 
     /// Runs `f` with this thread's scratch.
-    pub fn with<R>(scratch: &'static LocalKey<Cell<Self>>, f: impl FnOnce(&mut Self) -> R) -> R {
+    pub(crate) fn with<R>(
+        scratch: &'static LocalKey<Cell<Self>>,
+        f: impl FnOnce(&mut Self) -> R,
+    ) -> R {
         // Taken, not borrowed: a thread that waits for others may run a task inside another.
         let mut taken = scratch.take();
         let result = f(&mut taken);
@@ -774,7 +777,7 @@ impl AlignedScratch {
     }
 
     /// Slices of the given lengths, each starting at a new cache line.
-    pub fn split<const N: usize>(&mut self, lengths: [usize; N]) -> [&mut [f32]; N] {
+    pub(crate) fn split<const N: usize>(&mut self, lengths: [usize; N]) -> [&mut [f32]; N] {
         let lines = lengths.map(|length| length.div_ceil(LANE_GROUP));
         let total = lines.iter().sum();
         if self.lines.len() < total {

@@ -43,7 +43,7 @@ pub fn linear_log_probs(
 }
 
 /// [`linear_log_probs`] with an optional softcap on the logits.
-pub fn capped_log_probs(
+pub(crate) fn capped_log_probs(
     x: &Tensor,
     head: &Arc<FrozenMatrix>,
     targets: &[u32],
@@ -115,7 +115,7 @@ pub(crate) fn chunk_rows(rows: usize, vocabulary: usize) -> usize {
 }
 
 /// Scratch bytes of a call over `rows` rows: logits, and their panels in the backward pass.
-pub fn working_bytes(rows: usize, vocabulary: usize, compute: Compute) -> usize {
+pub(crate) fn working_bytes(rows: usize, vocabulary: usize, compute: Compute) -> usize {
     let logits = chunk_rows(rows, vocabulary) * vocabulary * size_of::<f32>();
     let panels = match compute.precision.backward_panel() {
         PanelType::Int16 | PanelType::Int8 => logits / 2,
@@ -146,7 +146,7 @@ pub(crate) struct TargetStatsMut<'a> {
 impl TargetStatsMut<'_> {
     /// Records the statistics of some rows' targets; the logits are overwritten as by
     /// [`score`].
-    pub fn take(
+    pub(crate) fn take(
         &mut self,
         isa: Isa,
         logits: &mut [f32],

@@ -19,12 +19,12 @@ const TASK_BYTES: usize = 32 * 1024;
 const PREFETCH_DISTANCE: usize = 1024;
 
 /// Element types of the stored factors.
-pub trait LowRankElement: DecodeScalar + Element {}
+pub(crate) trait LowRankElement: DecodeScalar + Element {}
 impl LowRankElement for f32 {}
 impl LowRankElement for f16 {}
 
 /// Blocks of A per task.
-pub fn blocks_of_task<T>(form: &DecodeWeights<T>) -> usize {
+pub(crate) fn blocks_of_task<T>(form: &DecodeWeights<T>) -> usize {
     (TASK_BYTES / (A_RANK_BLOCK * padded(form) * size_of::<T>()).max(1)).max(1)
 }
 
@@ -34,12 +34,12 @@ pub(crate) fn blocks<T>(form: &DecodeWeights<T>) -> usize {
 }
 
 /// Columns of A with padding.
-pub fn padded<T>(form: &DecodeWeights<T>) -> usize {
+pub(crate) fn padded<T>(form: &DecodeWeights<T>) -> usize {
     form.in_features.next_multiple_of(DECODE_GROUP)
 }
 
 /// Elements of `A x` per token.
-pub fn xa_stride<T>(form: &DecodeWeights<T>) -> usize {
+pub(crate) fn xa_stride<T>(form: &DecodeWeights<T>) -> usize {
     blocks(form) * A_RANK_BLOCK
 }
 
@@ -69,7 +69,7 @@ isa_levels! {
     ///
     /// # Safety
     /// No other thread may access these columns of `xa`.
-    pub unsafe fn shrink<T: LowRankElement>(form: &DecodeWeights<T>, blocks: Range<usize>, x: &[f32], tokens: BatchRows, factor: f32, xa: SharedMutPtr) = shrink_body;
+    pub(crate) unsafe fn shrink<T: LowRankElement>(form: &DecodeWeights<T>, blocks: Range<usize>, x: &[f32], tokens: BatchRows, factor: f32, xa: SharedMutPtr) = shrink_body;
     /// `y += xa Bᵀ` for some of B's rows. They are read in whole panels of 16.
     ///
     /// Shapes: `xa (tokens, xa_stride)`; `y` are the outputs of the whole batch, each as far from the
@@ -77,7 +77,7 @@ isa_levels! {
     ///
     /// # Safety
     /// No other thread may access the outputs of these rows.
-    pub unsafe fn expand<T: LowRankElement>(form: &DecodeWeights<T>, rows: Range<usize>, xa: &[f32], y: SharedMutPtr, tokens: BatchRows) = expand_body;
+    pub(crate) unsafe fn expand<T: LowRankElement>(form: &DecodeWeights<T>, rows: Range<usize>, xa: &[f32], y: SharedMutPtr, tokens: BatchRows) = expand_body;
 }
 
 /// # Safety

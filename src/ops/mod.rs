@@ -213,14 +213,14 @@ pub(crate) mod testing {
     use quantune_adapters::rng::Stream;
 
     /// A tensor of standard normal values keyed by `seed`.
-    pub fn normal(seed: u64, shape: &[usize]) -> Tensor {
+    pub(crate) fn normal(seed: u64, shape: &[usize]) -> Tensor {
         let mut stream = Stream::new(seed, "test", &[]);
         let values: Vec<f32> = (0..shape.iter().product()).map(|_| stream.normal()).collect();
         Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
     }
 
     /// `|a - b| / |b|` in Frobenius norms.
-    pub fn relative_error(a: &Tensor, b: &Tensor) -> f64 {
+    pub(crate) fn relative_error(a: &Tensor, b: &Tensor) -> f64 {
         let norm = |t: Tensor| {
             f64::from(t.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap()).sqrt()
         };
@@ -229,7 +229,7 @@ pub(crate) mod testing {
 
     /// Compares `fast` with `portable`: output and the gradient of every input, for a random upstream
     /// gradient, to a relative error of 1e-5.
-    pub fn parity(
+    pub(crate) fn parity(
         inputs: &[Tensor],
         fast: impl Fn(&[Tensor]) -> Result<Tensor>,
         portable: impl Fn(&[Tensor]) -> Result<Tensor>,
@@ -257,7 +257,7 @@ pub(crate) mod testing {
     }
 
     /// Compares the gradient of `f` with central differences along random directions, to 1 %.
-    pub fn finite_differences(inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>) {
+    pub(crate) fn finite_differences(inputs: &[Tensor], f: impl Fn(&[Tensor]) -> Result<Tensor>) {
         let shape = f(inputs).unwrap().dims().to_vec();
         let upstream = normal(98, &shape);
         let value = |inputs: &[Tensor]| -> f64 {

@@ -45,7 +45,7 @@ impl Rotation {
     }
 
     /// Sets the width of a head; values after the rotated pairs are left unchanged.
-    pub fn in_heads_of(self, head_dim: usize) -> Self {
+    pub(crate) fn in_heads_of(self, head_dim: usize) -> Self {
         debug_assert!(2 * self.half <= head_dim);
         Self { head_dim, ..self }
     }
@@ -54,7 +54,7 @@ impl Rotation {
     ///
     /// # Panics
     /// If `parts` is empty.
-    pub fn joined(parts: &[Self]) -> Self {
+    pub(crate) fn joined(parts: &[Self]) -> Self {
         let all = |of: fn(&Self) -> &Arc<Vec<f32>>| {
             Arc::new(parts.iter().flat_map(|part| of(part).iter().copied()).collect())
         };

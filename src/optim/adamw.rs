@@ -111,7 +111,13 @@ pub(super) struct Constants {
 
 impl Constants {
     /// The constants of step `step`, counted from 1.
-    pub fn of(settings: &AdamWSettings, step: u64, factor: f32, lr: f64, decays: bool) -> Self {
+    pub(super) fn of(
+        settings: &AdamWSettings,
+        step: u64,
+        factor: f32,
+        lr: f64,
+        decays: bool,
+    ) -> Self {
         let AdamWSettings { adam_beta1: b1, adam_beta2: b2, adam_epsilon, weight_decay } =
             *settings;
         Self {

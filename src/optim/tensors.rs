@@ -75,7 +75,7 @@ impl TensorAdamW {
 }
 
 /// The Euclidean norm over all gradients; NaN or Inf if one of them is.
-pub fn tensor_norm(gradients: &[Tensor]) -> Result<f64> {
+pub(crate) fn tensor_norm(gradients: &[Tensor]) -> Result<f64> {
     let squares = gradients.iter().map(|gradient| sum(&gradient.sqr()?));
     let squares = sums(&squares.collect::<Result<Vec<_>>>()?)?;
     Ok(squares.iter().map(|&sum| f64::from(sum)).sum::<f64>().sqrt())

@@ -24,7 +24,6 @@ pub use stream::DecodeStream;
 pub(crate) use template::today;
 pub use template::{ChatTemplate, first_second};
 pub use tokenizer::{Encoding, Special, Tokenizer};
-pub(crate) use train::SMALLEST_VOCABULARY;
 pub use train::{
     PreTokenizerKind, SPECIAL_TOKENS, TokenizerTrainer, TrainedTokenizer, TrainingReport,
 };

@@ -358,7 +358,7 @@ impl PreTokenizer {
 
 impl PreTokenizer {
     /// The row as JSON of a `tokenizer.json`, if the regular expressions of other implementations support it.
-    pub fn to_json(&self) -> Option<Value> {
+    pub(super) fn to_json(&self) -> Option<Value> {
         let byte_level = |use_regex: bool| {
             json!({
                 "type": "ByteLevel",

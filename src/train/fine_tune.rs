@@ -167,7 +167,7 @@ pub fn train(
 }
 
 /// The settings of a run with the current date and absolute paths filled in.
-pub fn resolve_settings(settings: &RunSettings) -> Result<RunSettings, TrainError> {
+pub(super) fn resolve_settings(settings: &RunSettings) -> Result<RunSettings, TrainError> {
     if let Some(fault) = settings.fault() {
         return Err(TrainError::Settings(fault));
     }
@@ -179,7 +179,7 @@ pub fn resolve_settings(settings: &RunSettings) -> Result<RunSettings, TrainErro
 }
 
 /// The adapters that a run trains, before the first step, with the names of their folders.
-pub fn begin_adapters(
+pub(super) fn begin_adapters(
     settings: &RunSettings,
     decoder: &Decoder,
     added: &[u32],
@@ -245,7 +245,7 @@ fn resume_adapters(
 }
 
 /// The learner before its first step.
-pub fn new_learner<'a>(
+pub(super) fn new_learner<'a>(
     settings: &RunSettings,
     decoder: &'a Decoder,
     frozen: &[ActiveAdapter],
@@ -272,7 +272,7 @@ pub fn new_learner<'a>(
 }
 
 /// A run of fine-tuning, ready for its steps.
-pub struct FineTuning<'a> {
+pub(super) struct FineTuning<'a> {
     /// The source of the micro-batches of a step.
     pub source: BatchSource,
     /// The learner.
@@ -360,7 +360,7 @@ impl FineTuning<'_> {
     }
 
     /// Steps of the run.
-    pub fn total_steps(&self) -> u64 {
+    pub(super) fn total_steps(&self) -> u64 {
         match &self.source {
             BatchSource::Supervised(source) => source.total_steps(),
             BatchSource::Rollouts(source) => source.total_steps(),
@@ -368,12 +368,12 @@ impl FineTuning<'_> {
     }
 
     /// Number of trainable parameters.
-    pub fn parameter_count(&self) -> usize {
+    pub(super) fn parameter_count(&self) -> usize {
         self.learner.trained.adapters.iter().map(|adapter| adapter.num_parameters()).sum()
     }
 
     /// Number of modules with an update.
-    pub fn module_count(&self) -> usize {
+    pub(super) fn module_count(&self) -> usize {
         self.learner.trained.adapters.iter().map(|adapter| adapter.modules.len()).sum()
     }
 

@@ -13,7 +13,7 @@ fn hex(hasher: Sha256) -> String {
 
 /// Names, lengths and both ends of the files of a base, an adapter or a model: whole files of many gigabytes would take
 /// longer to hash than to train a step on.
-pub fn base_fingerprint(base: &Path) -> Result<String, TrainError> {
+pub(super) fn base_fingerprint(base: &Path) -> Result<String, TrainError> {
     use std::io::{Read, Seek, SeekFrom};
     const END: u64 = 1 << 20;
     let io = |path: &Path| {
@@ -48,13 +48,15 @@ pub fn base_fingerprint(base: &Path) -> Result<String, TrainError> {
 }
 
 /// The hashes of files and folders, with their descriptions.
-pub fn fingerprints_of(files: Vec<(String, PathBuf)>) -> Result<Vec<Fingerprint>, TrainError> {
+pub(super) fn fingerprints_of(
+    files: Vec<(String, PathBuf)>,
+) -> Result<Vec<Fingerprint>, TrainError> {
     let fingerprint = |(what, path): (String, PathBuf)| Ok((what, base_fingerprint(&path)?));
     files.into_iter().map(fingerprint).collect()
 }
 
 /// Fails if an input has changed since the run started.
-pub fn same_fingerprints(
+pub(super) fn same_fingerprints(
     run: &Path,
     saved: &[Fingerprint],
     now: &[Fingerprint],

@@ -30,7 +30,7 @@ use crate::weights::Checkpoint;
 const UNKNOWN_PROCESS_BYTES: usize = 32 << 20;
 
 /// The source of the micro-batches of a step.
-pub enum BatchSource {
+pub(super) enum BatchSource {
     /// Rows of a file, epoch by epoch.
     Supervised(Box<Supervised>),
     /// Responses of the policy itself to the prompts of a file.
@@ -38,7 +38,7 @@ pub enum BatchSource {
 }
 
 /// The inputs of a run.
-pub struct Inputs {
+pub(super) struct Inputs {
     /// The base.
     pub decoder: Decoder,
     /// Frozen adapters below the trained one.
@@ -55,7 +55,10 @@ pub struct Inputs {
 
 impl Inputs {
     /// Reads the inputs; `None` if the run was stopped meanwhile.
-    pub fn load(settings: &RunSettings, monitor: Monitor<'_>) -> Result<Option<Self>, TrainError> {
+    pub(super) fn load(
+        settings: &RunSettings,
+        monitor: Monitor<'_>,
+    ) -> Result<Option<Self>, TrainError> {
         let common = &settings.common;
         let Some(now) = first_second(&common.template_date) else {
             let fault = format!("template_date is {:?}, needed YYYY-MM-DD", common.template_date);
@@ -99,7 +102,10 @@ impl Inputs {
     }
 
     /// Hashes of the inputs.
-    pub fn fingerprints(&self, settings: &RunSettings) -> Result<Vec<Fingerprint>, TrainError> {
+    pub(super) fn fingerprints(
+        &self,
+        settings: &RunSettings,
+    ) -> Result<Vec<Fingerprint>, TrainError> {
         let mut fingerprints = fingerprints_of(settings.fingerprinted()?)?;
         fingerprints.extend(match &self.source {
             BatchSource::Supervised(source) => source.fingerprints()?,
@@ -109,7 +115,7 @@ impl Inputs {
     }
 
     /// The quantities that the memory of the run depends on.
-    pub fn memory_params(
+    pub(super) fn memory_params(
         &self,
         common: &CommonSettings,
         adapters: &[Arc<Adapter>],
@@ -186,7 +192,7 @@ fn load_source(
 }
 
 /// How many of the layers with gradients keep their tapes.
-pub fn kept_layers(settings: &CommonSettings, memory_params: &MemoryParams) -> usize {
+pub(super) fn kept_layers(settings: &CommonSettings, memory_params: &MemoryParams) -> usize {
     if let Some(all) = settings.gradient_checkpointing {
         return if all { 0 } else { memory_params.layers };
     }
@@ -199,7 +205,7 @@ pub fn kept_layers(settings: &CommonSettings, memory_params: &MemoryParams) -> u
 
 /// Checks that the memory budget suffices with every layer recomputed; without a budget, warns of
 /// memory that is not free.
-pub fn check_memory(
+pub(super) fn check_memory(
     settings: &CommonSettings,
     memory_params: &MemoryParams,
     kept_layers: usize,
@@ -245,7 +251,10 @@ pub fn check_memory(
 
 /// The predicted peak memory of the run, including the peak while the inputs were read; `None` for the
 /// reference backend, whose memory is not predicted.
-pub fn predicted_peak_bytes(memory_params: &MemoryParams, kept_layers: usize) -> Option<usize> {
+pub(super) fn predicted_peak_bytes(
+    memory_params: &MemoryParams,
+    kept_layers: usize,
+) -> Option<usize> {
     let so_far = process_status_bytes("VmHWM:")?;
     memory_params
         .layer_bytes()

@@ -19,7 +19,7 @@ use crate::weights::Checkpoint;
 
 /// The adapter before the first step: a new one, or `settings.adapter`. `added` are the tokens that
 /// were added to the vocabulary for this run.
-pub fn begin_adapter(
+pub(super) fn begin_adapter(
     settings: &CommonSettings,
     decoder: &Decoder,
     added: &[u32],
@@ -86,7 +86,7 @@ fn train_rows(config: &mut LoraConfig, decoder: &Decoder, added: &[u32]) -> Resu
 
 /// The adapter of a checkpoint of a run with these settings. Its initialization is not
 /// repeated: its frozen ranks are read from the checkpoint.
-pub fn resume_adapter(
+pub(super) fn resume_adapter(
     folder: &Path,
     settings: &CommonSettings,
     decoder: &Decoder,
@@ -100,7 +100,7 @@ pub fn resume_adapter(
 }
 
 /// Loads an adapter for this base, from a PEFT folder or a GGUF LoRA.
-pub fn read_adapter(
+pub(super) fn read_adapter(
     path: &Path,
     decoder: &Decoder,
     monitor: Monitor<'_>,
@@ -113,7 +113,7 @@ pub fn read_adapter(
 }
 
 /// Loads the frozen adapters below the trained one.
-pub fn read_frozen(
+pub(super) fn read_frozen(
     settings: &CommonSettings,
     decoder: &Decoder,
     monitor: Monitor<'_>,

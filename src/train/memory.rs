@@ -17,12 +17,12 @@ const DEFAULT_FRACTION: f64 = 0.7;
 const FALLBACK_BUDGET: u64 = 4 << 30;
 
 /// The default memory budget: most of the free memory.
-pub fn default_budget() -> u64 {
+pub(super) fn default_budget() -> u64 {
     free().map_or(FALLBACK_BUDGET, |bytes| (bytes as f64 * DEFAULT_FRACTION) as u64)
 }
 
 /// Free memory in bytes; `None` if the platform does not report it.
-pub fn free() -> Option<u64> {
+pub(super) fn free() -> Option<u64> {
     let available = || {
         let text = std::fs::read_to_string("/proc/meminfo").ok()?;
         let line = text.lines().find(|line| line.starts_with("MemAvailable:"))?;
@@ -37,7 +37,7 @@ pub fn free() -> Option<u64> {
 }
 
 /// Number of layers with a backward pass: those from the lowest with a trained adapter up.
-pub fn layers_with_gradients(decoder: &Decoder, adapters: &[Arc<Adapter>]) -> usize {
+pub(super) fn layers_with_gradients(decoder: &Decoder, adapters: &[Arc<Adapter>]) -> usize {
     let layers = decoder.config.num_hidden_layers;
     let passed = |adapter: &Arc<Adapter>| {
         let active = [ActiveAdapter::trainable(adapter.clone())];
@@ -155,7 +155,7 @@ impl MemoryEstimate {
 
 /// How many of the layers with a backward pass, from the top, can keep their tapes in `budget` bytes. The
 /// rest of the memory of a step cannot be reduced.
-pub fn kept_layers(memory_params: &MemoryParams, budget: u64) -> usize {
+pub(super) fn kept_layers(memory_params: &MemoryParams, budget: u64) -> usize {
     let fits = |&kept: &usize| MemoryEstimate::of(memory_params, kept).sum() as u64 <= budget;
     (0..=memory_params.layers).rev().find(fits).unwrap_or(0)
 }

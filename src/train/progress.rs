@@ -34,7 +34,7 @@ pub struct Progress<'a> {
 }
 
 /// Number of steps from which the total time is predicted.
-pub const EARLY_STEPS: u64 = 2;
+pub(super) const EARLY_STEPS: u64 = 2;
 
 impl<'a> Progress<'a> {
     /// Starts at `step` of `total_steps`.

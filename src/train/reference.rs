@@ -15,7 +15,7 @@ use crate::weights::write_atomically;
 
 /// The active adapters of the reference: the frozen ones below the policy's, and the
 /// adapter at `path`, if it is not empty.
-pub fn active(
+pub(super) fn active(
     frozen: &[ActiveAdapter],
     path: &Path,
     decoder: &Decoder,
@@ -30,7 +30,7 @@ pub fn active(
 
 /// Summed log-probs under the reference, of the responses of each row.
 #[derive(Debug, Default)]
-pub struct ReferenceLogps {
+pub(super) struct ReferenceLogps {
     values: Vec<f32>,
     /// The index of the first value of each row.
     starts: Vec<u32>,
@@ -38,7 +38,7 @@ pub struct ReferenceLogps {
 
 impl ReferenceLogps {
     /// Zeros for rows with these numbers of responses.
-    pub fn new(responses: impl Iterator<Item = usize>) -> Self {
+    pub(super) fn new(responses: impl Iterator<Item = usize>) -> Self {
         let (mut all, mut starts) = (0, Vec::new());
         for count in responses {
             starts.push(all);
@@ -48,26 +48,26 @@ impl ReferenceLogps {
     }
 
     /// The log-probs of a row's responses.
-    pub fn of(&self, row: usize) -> &[f32] {
+    pub(super) fn of(&self, row: usize) -> &[f32] {
         let end = self.starts.get(row + 1).map_or(self.values.len(), |&end| end as usize);
         &self.values[self.starts[row] as usize..end]
     }
 
     /// The log-probs of a row's responses, mutable.
-    pub fn of_mut(&mut self, row: usize) -> &mut [f32] {
+    pub(super) fn of_mut(&mut self, row: usize) -> &mut [f32] {
         let end = self.starts.get(row + 1).map_or(self.values.len(), |&end| end as usize);
         &mut self.values[self.starts[row] as usize..end]
     }
 
     /// Bytes of the log-probs of this many responses and rows.
-    pub fn bytes(responses: usize, rows: usize) -> usize {
+    pub(super) fn bytes(responses: usize, rows: usize) -> usize {
         responses * size_of::<f32>() + rows * size_of::<u32>()
     }
 }
 
 /// Reads the log-probs from a file of the run, or computes and writes them if it does not exist. The
 /// fingerprints of the run ensure that base, rows and settings are those it was computed with.
-pub fn cached(
+pub(super) fn cached(
     path: &Path,
     logps: &mut ReferenceLogps,
     compute: impl FnOnce(&mut ReferenceLogps) -> Result<(), TrainError>,

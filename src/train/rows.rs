@@ -143,14 +143,14 @@ impl RowLoader<'_> {
 }
 
 /// The disk cache for tokens of large files.
-pub fn row_cache(common: &CommonSettings) -> Cache {
+pub(super) fn row_cache(common: &CommonSettings) -> Cache {
     let given = !common.cache.as_os_str().is_empty();
     let folder = if given { common.cache.clone() } else { common.out.join("rows") };
     Cache { folder, from_bytes: common.cache_from.0 }
 }
 
 /// Total tokens of the `count` longest rows.
-pub fn longest_together(lengths: impl Iterator<Item = usize>, count: usize) -> usize {
+pub(super) fn longest_together(lengths: impl Iterator<Item = usize>, count: usize) -> usize {
     let mut longest = BinaryHeap::new();
     for length in lengths {
         longest.push(Reverse(length));
@@ -165,7 +165,7 @@ pub fn longest_together(lengths: impl Iterator<Item = usize>, count: usize) -> u
 ///
 /// # Errors
 /// If the checks found errors that are not in `allow`.
-pub fn report_checks(
+pub(super) fn report_checks(
     checks: &CheckReport,
     path: &Path,
     allow: &[Check],
@@ -185,7 +185,7 @@ fn warn(checks: &CheckReport, path: &Path, allow: &[Check], monitor: Monitor<'_>
 }
 
 /// Warns that the requested split has no held-out rows.
-pub fn warn_nothing_held_out(common: &CommonSettings, monitor: Monitor<'_>) {
+pub(super) fn warn_nothing_held_out(common: &CommonSettings, monitor: Monitor<'_>) {
     let files: Vec<String> = common.data.iter().map(ToString::to_string).collect();
     let files = files.join(", ");
     monitor.warn(format_args!("no row of {files} falls into the held-out tenth"));

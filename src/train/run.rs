@@ -31,7 +31,7 @@ pub enum Outcome<Summary> {
 }
 
 /// The part of a run that differs by command.
-pub trait Trainer {
+pub(super) trait Trainer {
     /// Takes a step.
     fn step(
         &mut self,
@@ -60,7 +60,7 @@ pub trait Trainer {
 
 /// The settings of the loop.
 #[derive(Debug, Clone)]
-pub struct LoopSettings {
+pub(super) struct LoopSettings {
     /// Learning rate schedule and number of steps.
     pub schedule: Schedule,
     /// When held-out data is evaluated.
@@ -93,7 +93,7 @@ impl LoopSettings {
 /// Takes the steps after `state`, whose checkpoint is `saved`. The stop flag is checked between the
 /// batches of an evaluation and after each step. Returns the log and the progress of the steps, or
 /// `None` if the run was stopped before the last step.
-pub fn run_training<'m>(
+pub(super) fn run_training<'m>(
     trainer: &mut dyn Trainer,
     run: &RunDir,
     (state, saved): (&mut State, Option<PathBuf>),

@@ -28,12 +28,12 @@ use crate::weights::{Lock, LockError, write_atomically};
 const SETTINGS_FILE: &str = "config.toml";
 const LOCK_FILE: &str = "lock";
 /// The name of the main adapter of a run.
-pub const MAIN_ADAPTER: &str = "adapter";
+pub(super) const MAIN_ADAPTER: &str = "adapter";
 /// The file in a reward model's folder with its accuracy on held-out pairs.
 const ACCURACY_FILE: &str = "reward.json";
 
 /// A description of an input of a run, for error messages, and its hash.
-pub type Fingerprint = (String, String);
+pub(super) type Fingerprint = (String, String);
 
 /// The directory of one run, locked by this process.
 #[derive(Debug)]
@@ -319,7 +319,7 @@ impl Metrics {
 }
 
 /// The accuracy of a reward model on held-out pairs, if its folder has it.
-pub fn read_accuracy(folder: &Path) -> Result<Option<f64>, TrainError> {
+pub(super) fn read_accuracy(folder: &Path) -> Result<Option<f64>, TrainError> {
     let path = folder.join(ACCURACY_FILE);
     let text = match fs::read_to_string(&path) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
@@ -331,20 +331,20 @@ pub fn read_accuracy(folder: &Path) -> Result<Option<f64>, TrainError> {
 }
 
 /// Reads the state of a checkpoint.
-pub fn read_state(checkpoint: &Path) -> Result<State, TrainError> {
+pub(super) fn read_state(checkpoint: &Path) -> Result<State, TrainError> {
     let path = checkpoint.join("state.json");
     let text = fs::read_to_string(&path).map_err(|e| at(&path, e))?;
     serde_json::from_str(&text).map_err(|e| TrainError::Broken { path, reason: e.to_string() })
 }
 
 /// Writes the state of a checkpoint, replacing an existing one.
-pub fn write_state(checkpoint: &Path, state: &State) -> Result<(), TrainError> {
+pub(super) fn write_state(checkpoint: &Path, state: &State) -> Result<(), TrainError> {
     let text = serde_json::to_string(state).map_err(|e| at(checkpoint, e.into()))?;
     Ok(write_atomically(checkpoint.join("state.json"), |file| file.write_all(text.as_bytes()))?)
 }
 
 /// Reads the optimizer state of a checkpoint into `optimizer`.
-pub fn read_optimizer(
+pub(super) fn read_optimizer(
     checkpoint: &Path,
     parameters: &[(String, Var)],
     optimizer: &mut AdamW,
@@ -397,7 +397,7 @@ impl View for Moment<'_> {
 }
 
 /// The trained parameters of all adapters, with unique names.
-pub fn adapter_parameters<'a>(
+pub(super) fn adapter_parameters<'a>(
     adapters: impl Iterator<Item = (&'a str, &'a Adapter)>,
 ) -> Vec<(String, Var)> {
     let named = |(of, adapter): (&str, &Adapter)| {

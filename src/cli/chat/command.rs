@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 /// A slash command.
 #[derive(Debug, Clone, PartialEq)]
-pub enum ChatCommand {
+pub(super) enum ChatCommand {
     /// Activate these adapters and no others, with their own weights or the given ones.
     Activate(Vec<(String, Option<f64>)>),
     /// Load an adapter: a path, or a path and a weight.
@@ -27,7 +27,7 @@ pub enum ChatCommand {
 }
 
 /// The output of `/help`.
-pub const HELP: &str = "\
+pub(super) const HELP: &str = "\
 /adapter NAME        activate an adapter from the next reply on; NAME=0.7 sets its weight; several
                      names can be given; /adapter off deactivates all
 /load NAME=PATH      load an adapter; NAME=PATH=WEIGHT sets its weight (default 1)
@@ -50,7 +50,7 @@ const NAMES: &str = "/adapter, /load, /drop, /adapters, /reset, /system, /undo, 
 
 impl ChatCommand {
     /// Parses a line; `None` if it is a message.
-    pub fn parse(line: &str) -> Result<Option<Self>, String> {
+    pub(super) fn parse(line: &str) -> Result<Option<Self>, String> {
         let Some(command) = line.strip_prefix('/').filter(|rest| !rest.starts_with('/')) else {
             return Ok(None);
         };

@@ -10,14 +10,14 @@ use rustyline::history::FileHistory;
 use rustyline::{Config, Editor};
 
 /// A source of input lines.
-pub enum LineInput {
+pub(super) enum LineInput {
     Terminal { editor: Box<Editor<(), FileHistory>>, history: Option<PathBuf> },
     Lines,
 }
 
 /// One line of input.
 #[derive(Debug, PartialEq)]
-pub enum InputLine {
+pub(super) enum InputLine {
     /// A line, or several lines that were joined by backslashes or pasted.
     Text(String),
     /// Ctrl-C.
@@ -31,7 +31,7 @@ const CONTINUATION_PROMPT: &str = "… ";
 
 impl LineInput {
     /// Input from a terminal, with the lines of the history file if there is one.
-    pub fn terminal(history: Option<PathBuf>) -> Result<Self> {
+    pub(super) fn terminal(history: Option<PathBuf>) -> Result<Self> {
         let config = Config::builder().bracketed_paste(true).build();
         let mut editor = Editor::with_config(config)?;
         editor.set_auto_add_history(false);
@@ -42,12 +42,12 @@ impl LineInput {
     }
 
     /// The lines of stdin.
-    pub fn lines() -> Self {
+    pub(super) fn lines() -> Self {
         Self::Lines
     }
 
     /// The next line, joined with its continuation lines.
-    pub fn read(&mut self) -> Result<InputLine> {
+    pub(super) fn read(&mut self) -> Result<InputLine> {
         let mut text = String::new();
         loop {
             let prompt = if text.is_empty() { PROMPT } else { CONTINUATION_PROMPT };

@@ -19,7 +19,7 @@ use crate::text::{Special, Tokenizer};
 use crate::weights::write_atomically;
 
 /// A conversation with a model.
-pub struct Session<'a> {
+pub(super) struct Session<'a> {
     decoder: &'a Decoder,
     tokenizer: &'a Tokenizer,
     /// Whether the session is one growing text instead of messages.
@@ -55,7 +55,7 @@ struct ChatTurn {
 }
 
 impl<'a> Session<'a> {
-    pub fn new(
+    pub(super) fn new(
         decoder: &'a Decoder,
         tokenizer: &'a Tokenizer,
         raw: bool,
@@ -82,7 +82,7 @@ impl<'a> Session<'a> {
     }
 
     /// Describes the active adapters and the context window.
-    pub fn describe(&self) -> String {
+    pub(super) fn describe(&self) -> String {
         let window = self.decoder.config.max_position_embeddings;
         let active: Vec<String> = self.active.iter().map(written).collect();
         match &active[..] {
@@ -92,7 +92,7 @@ impl<'a> Session<'a> {
     }
 
     /// Sends a message and prints the reply. If that fails, the message is removed again.
-    pub fn say(&mut self, line: &str) -> Result<()> {
+    pub(super) fn say(&mut self, line: &str) -> Result<()> {
         if line.trim().is_empty() {
             if !self.raw {
                 return Ok(());
@@ -109,7 +109,7 @@ impl<'a> Session<'a> {
     }
 
     /// Generates another reply to the last message.
-    pub fn regenerate(&mut self) -> Result<()> {
+    pub(super) fn regenerate(&mut self) -> Result<()> {
         let Some(turn) = self.turns.last_mut() else { bail!("there is no message yet") };
         let (reply, stop) = (std::mem::take(&mut turn.reply), std::mem::take(&mut turn.stop));
         if self.sampling.temperature == 0.0 {
@@ -124,7 +124,7 @@ impl<'a> Session<'a> {
     }
 
     /// Removes the last message and its reply.
-    pub fn undo(&mut self) -> Result<()> {
+    pub(super) fn undo(&mut self) -> Result<()> {
         match self.turns.pop() {
             Some(turn) => {
                 eprintln!("(removed: {:?})", turn.said);
@@ -135,13 +135,13 @@ impl<'a> Session<'a> {
     }
 
     /// Removes all messages.
-    pub fn reset(&mut self) {
+    pub(super) fn reset(&mut self) {
         self.turns.clear();
         self.prefix = None;
     }
 
     /// Sets or removes the system message, from the next reply on.
-    pub fn set_system(&mut self, text: Option<String>) -> Result<()> {
+    pub(super) fn set_system(&mut self, text: Option<String>) -> Result<()> {
         if self.raw {
             bail!("/system is not supported with --raw");
         }
@@ -150,7 +150,7 @@ impl<'a> Session<'a> {
     }
 
     /// Loads an adapter.
-    pub fn load(&mut self, name: &str, file: &AdapterPath) -> Result<()> {
+    pub(super) fn load(&mut self, name: &str, file: &AdapterPath) -> Result<()> {
         if file.path.join("tokenizer.json").is_file() {
             let mut missing = self.tokenizer.missing(&file.path)?;
             missing.retain(|token| self.tokenizer.id_of(&token.text).is_none());
@@ -175,7 +175,7 @@ impl<'a> Session<'a> {
     }
 
     /// Activates these adapters and no others, from the next reply on.
-    pub fn activate(&mut self, names: &[(String, Option<f64>)]) -> Result<()> {
+    pub(super) fn activate(&mut self, names: &[(String, Option<f64>)]) -> Result<()> {
         let mut active = Vec::new();
         for (name, weight) in names {
             let adapter = self.registry.get(name)?;
@@ -187,7 +187,7 @@ impl<'a> Session<'a> {
     }
 
     /// Unloads an adapter.
-    pub fn drop_adapter(&mut self, name: &str) -> Result<()> {
+    pub(super) fn drop_adapter(&mut self, name: &str) -> Result<()> {
         self.registry.remove(name)?;
         self.weights.remove(name);
         self.prefix = None; // it may refer to the adapter
@@ -200,7 +200,7 @@ impl<'a> Session<'a> {
     }
 
     /// Lists the loaded adapters; active ones are marked with a star.
-    pub fn list(&self) -> String {
+    pub(super) fn list(&self) -> String {
         let listed = self.registry.list();
         if listed.is_empty() {
             return "no adapter is loaded: /load NAME=PATH loads one".into();
@@ -221,7 +221,7 @@ impl<'a> Session<'a> {
     }
 
     /// The settings and their values.
-    pub fn settings(&self) -> String {
+    pub(super) fn settings(&self) -> String {
         let Sampling { temperature, top_k, top_p, min_p, repetition_penalty, seed } = self.sampling;
         format!(
             "temperature {temperature}\ntop_k {top_k}\ntop_p {top_p}\nmin_p {min_p}\n\
@@ -231,7 +231,7 @@ impl<'a> Session<'a> {
     }
 
     /// Changes a setting from the next reply on.
-    pub fn set(&mut self, key: &str, value: &str) -> Result<()> {
+    pub(super) fn set(&mut self, key: &str, value: &str) -> Result<()> {
         fn parsed<T: std::str::FromStr>(key: &str, value: &str, needed: &str) -> Result<T> {
             value.parse().map_err(|_| anyhow::anyhow!("{key} is {value:?}, needed {needed}"))
         }
@@ -255,7 +255,7 @@ impl<'a> Session<'a> {
     }
 
     /// Appends the conversation to a file, as a row of training data.
-    pub fn save(&self, path: &Path) -> Result<()> {
+    pub(super) fn save(&self, path: &Path) -> Result<()> {
         if self.turns.is_empty() {
             bail!("there is no message yet");
         }

@@ -12,7 +12,7 @@ use crate::ops::lanes::{Element, LANE_GROUP};
 use crate::ops::{Segment, par_for_each};
 
 /// The cache of the CPU backend.
-pub type PanelCache = LayerCaches<PanelRow>;
+pub(crate) type PanelCache = LayerCaches<PanelRow>;
 
 /// The key heads of a row, all of one type.
 #[derive(Debug, Clone)]

@@ -15,7 +15,7 @@ const ROOM: usize = 256;
 const ZERO: f64 = 128.0;
 
 /// The cache of the reference backend.
-pub type TensorCache = LayerCaches<TensorRow>;
+pub(crate) type TensorCache = LayerCaches<TensorRow>;
 
 /// The key heads of a row.
 #[derive(Debug, Clone)]

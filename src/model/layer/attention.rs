@@ -30,7 +30,7 @@ pub(super) struct AttentionTape {
 
 impl AttentionTape {
     /// Saved values per token in F32, and in a [`TapeBuffer`].
-    pub fn width(config: &Config) -> (usize, usize) {
+    pub(super) fn width(config: &Config) -> (usize, usize) {
         let (q, kv) = widths(config.heads());
         let raw = if config.family.qk_norm == QkNorm::None { 0 } else { q + kv };
         (q + 2 * kv + raw + config.num_attention_heads, q)

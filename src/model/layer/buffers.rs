@@ -8,14 +8,14 @@ use crate::ops::half_tape;
 
 /// Values kept for the backward pass: as they are, or in 16 bits where products are rounded anyway.
 #[derive(Debug, Default)]
-pub struct TapeBuffer {
+pub(super) struct TapeBuffer {
     exact: Vec<f32>,
     half: Vec<f16>,
 }
 
 impl TapeBuffer {
     /// Takes what is in `values`, in exchange for the buffer that was kept before.
-    pub fn keep(&mut self, panel: PanelType, values: &mut Vec<f32>) {
+    pub(super) fn keep(&mut self, panel: PanelType, values: &mut Vec<f32>) {
         match panel {
             PanelType::F32 => std::mem::swap(&mut self.exact, values),
             PanelType::Int16 | PanelType::Int8 => half_tape::narrow(values, &mut self.half),
@@ -23,7 +23,7 @@ impl TapeBuffer {
     }
 
     /// Keeps a copy.
-    pub fn copy(&mut self, panel: PanelType, values: &[f32]) {
+    pub(super) fn copy(&mut self, panel: PanelType, values: &[f32]) {
         match panel {
             PanelType::F32 => {
                 self.exact.clear();
@@ -34,7 +34,7 @@ impl TapeBuffer {
     }
 
     /// What is kept, by way of a buffer where it is not kept as it is.
-    pub fn read<'k>(&'k self, panel: PanelType, buffer: &'k mut Vec<f32>) -> &'k [f32] {
+    pub(super) fn read<'k>(&'k self, panel: PanelType, buffer: &'k mut Vec<f32>) -> &'k [f32] {
         match panel {
             PanelType::F32 => &self.exact,
             PanelType::Int16 | PanelType::Int8 => {
@@ -46,7 +46,7 @@ impl TapeBuffer {
     }
 
     /// Gives it back into `values`.
-    pub fn give(&mut self, panel: PanelType, values: &mut Vec<f32>) {
+    pub(super) fn give(&mut self, panel: PanelType, values: &mut Vec<f32>) {
         match panel {
             PanelType::F32 => std::mem::swap(&mut self.exact, values),
             PanelType::Int16 | PanelType::Int8 => half_tape::widen(&self.half, values),
@@ -56,7 +56,7 @@ impl TapeBuffer {
 
 /// What a linear layer keeps for the gradients of its adapters.
 #[derive(Debug, Default)]
-pub struct LoraTape {
+pub(super) struct LoraTape {
     /// `x · Aᵀ (N, r)` of each update.
     pub hidden: Vec<Vec<f32>>,
     /// The base's own product `(N, out)`, if DoRA magnitudes train.
@@ -64,7 +64,7 @@ pub struct LoraTape {
 }
 
 /// Takes a buffer out of the workspace, of that length. Its values are arbitrary.
-pub fn take(buffer: &mut Vec<f32>, len: usize) -> Vec<f32> {
+pub(super) fn take(buffer: &mut Vec<f32>, len: usize) -> Vec<f32> {
     let mut buffer = std::mem::take(buffer);
     buffer.resize(len, 0.0);
     buffer

@@ -24,7 +24,7 @@ impl Default for FeedForwardTape {
 
 impl FeedForwardTape {
     /// Saved values per token in F32, and in a [`TapeBuffer`].
-    pub fn width(config: &Config) -> (usize, usize) {
+    pub(super) fn width(config: &Config) -> (usize, usize) {
         (0, 2 * config.intermediate_size)
     }
 }

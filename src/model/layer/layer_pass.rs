@@ -9,7 +9,7 @@ use crate::ops::Precision;
 use crate::ops::gemm::PanelType;
 
 /// One layer of one pass.
-pub struct LayerPass<'a> {
+pub(crate) struct LayerPass<'a> {
     pub(super) config: &'a Config,
     pub(super) layer: &'a Layer,
     pub(super) pass: &'a Pass<'a>,
@@ -27,7 +27,7 @@ pub struct LayerPass<'a> {
 
 impl<'a> LayerPass<'a> {
     /// Prepares a layer for the pass.
-    pub fn new(
+    pub(crate) fn new(
         config: &'a Config,
         layer: &'a Layer,
         pass: &'a Pass<'a>,
@@ -44,7 +44,7 @@ impl<'a> LayerPass<'a> {
     }
 
     /// The layer of a decode step, without gradients. `adapter_groups` are the pass's.
-    pub fn decoding(self, adapter_groups: &'a [AdapterGroup<'a>]) -> Self {
+    pub(crate) fn decoding(self, adapter_groups: &'a [AdapterGroup<'a>]) -> Self {
         Self { adapter_groups: Some(adapter_groups), ..self }
     }
 }

@@ -111,7 +111,7 @@ impl LayerPass<'_> {
     /// trainable adapters or weights. The content of `tape`, written by `Self::forward`, is consumed.
     ///
     /// With `lowest`, nothing is computed below that group, and `dx` is not valid.
-    pub fn backward(
+    pub(super) fn backward(
         &self,
         dx: &mut [f32],
         tape: &mut Tape,

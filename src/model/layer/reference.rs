@@ -21,7 +21,11 @@ pub(in crate::model) struct TensorLayerPass<'a> {
 impl TensorLayerPass<'_> {
     /// `x (N, hidden_size)` → the same shape. With a cache, attends to it; it is that of the layer with
     /// this index.
-    pub fn forward(&self, x: &Tensor, cache: Option<(&mut TensorCache, usize)>) -> Result<Tensor> {
+    pub(crate) fn forward(
+        &self,
+        x: &Tensor,
+        cache: Option<(&mut TensorCache, usize)>,
+    ) -> Result<Tensor> {
         let Layer { input_norm, attention, feed_forward, .. } = self.layer;
         let heads = self.config.heads();
         let h = self.norm(x, input_norm.as_ref())?;

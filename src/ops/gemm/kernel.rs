@@ -19,7 +19,7 @@ pub(crate) struct Tile(pub [[f32; TILE_COLS]; TILE_ROWS]);
 /// One operand of a block-floating product: 32-bit units along the contraction, each for all rows (or
 /// columns) of a tile, and a scale per block and row (or column).
 #[derive(Clone, Copy)]
-pub struct BlockFloatOperand<'a> {
+pub(super) struct BlockFloatOperand<'a> {
     /// `(units, TILE_ROWS)` or `(units, TILE_COLS)`.
     pub units: &'a [u32],
     /// `(blocks, TILE_ROWS)` or `(blocks, TILE_COLS)`.
@@ -73,7 +73,7 @@ pub(crate) fn f32_tile(isa: Isa, a: &[u32], b: &[u32], tile: &mut Tile) {
 /// # Safety
 /// Both pointers are valid for [`TILE_ROWS`] rows of [`TILE_COLS`] values, and no other thread accesses
 /// those of `out`; they may be the same.
-pub unsafe fn f32_tile_in_place(
+pub(super) unsafe fn f32_tile_in_place(
     isa: Isa,
     a: &[u32],
     b: &[u32],
@@ -106,7 +106,7 @@ pub unsafe fn f32_tile_in_place(
 }
 
 /// `tile += a · b` where a unit is two `i16`.
-pub fn int16_tile(
+pub(super) fn int16_tile(
     isa: Isa,
     a: BlockFloatOperand,
     b: BlockFloatOperand,
@@ -279,7 +279,7 @@ mod x86 {
             /// # Safety
             /// Both sides hold `depth` units and the scales of their blocks.
             #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-            pub unsafe fn $name(
+            pub(in crate::ops) unsafe fn $name(
                 (depth, units_per_block): (usize, usize),
                 a: BlockFloatOperand,
                 b: BlockFloatOperand,
@@ -341,7 +341,7 @@ mod x86 {
             /// # Safety
             /// Both sides hold `depth` units and the scales of their blocks.
             #[target_feature(enable = $features)]
-            pub unsafe fn $name(
+            pub(in crate::ops) unsafe fn $name(
                 (depth, units_per_block): (usize, usize),
                 a: BlockFloatOperand,
                 b: BlockFloatOperand,

@@ -46,7 +46,7 @@ const LONG_DEPTH_BLOCK: usize = 256 + 64;
 
 /// One product in a sum of products.
 #[derive(Debug, Clone, Copy)]
-pub struct Term<'a> {
+pub(crate) struct Term<'a> {
     /// The left operand `(rows, depth)`.
     pub x: &'a PackedRows,
     /// The right operand.
@@ -92,7 +92,7 @@ impl<'a> Out<'a> {
 }
 
 /// `out = init + Σ x · W`, or with `Wᵀ`.
-pub struct Product<'a> {
+pub(crate) struct Product<'a> {
     /// The products to sum; all have the same rows and columns.
     pub terms: Vec<Term<'a>>,
     /// The initial value of the sums.
@@ -105,7 +105,7 @@ pub struct Product<'a> {
 ///
 /// # Panics
 /// If shapes do not match: a bug of the caller.
-pub fn multiply(isa: Isa, products: &mut [Product]) {
+pub(crate) fn multiply(isa: Isa, products: &mut [Product]) {
     let products = &*products;
     let groups: usize = products.iter().map(Product::groups).sum();
     let parts = (TASKS_PER_THREAD * rayon::current_num_threads()).div_ceil(groups.max(1));

@@ -16,7 +16,7 @@ use crate::ops::cpu::SharedMutPtr;
 
 /// The element type of panels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum PanelType {
+pub(crate) enum PanelType {
     /// Unquantized `f32`.
     F32,
     /// 16-bit integers with a scale per 128 values.
@@ -91,7 +91,7 @@ impl Weights<'_> {
     }
 
     /// Number of values that are decoded together: the block length.
-    pub fn block_len(&self) -> usize {
+    pub(crate) fn block_len(&self) -> usize {
         match self {
             Self::Frozen(matrix) => matrix.block_type().block_len(),
             Self::Dense { .. } => 1,
@@ -143,7 +143,14 @@ impl Default for PackedRows {
 
 impl PackedRows {
     /// Packs `x (rows, depth)`, in parallel over tiles of rows.
-    pub fn pack(&mut self, isa: Isa, panel: PanelType, x: Strided, rows: usize, depth: usize) {
+    pub(crate) fn pack(
+        &mut self,
+        isa: Isa,
+        panel: PanelType,
+        x: Strided,
+        rows: usize,
+        depth: usize,
+    ) {
         use rayon::prelude::*;
         assert!(rows == 0 || (rows - 1) * x.stride + depth <= x.values.len());
         let tiles = rows.div_ceil(TILE_ROWS);
@@ -188,7 +195,7 @@ impl PackedRows {
     ///
     /// # Panics
     /// For [`PanelType::Int8`], which only forward products use.
-    pub fn pack_transposed(
+    pub(crate) fn pack_transposed(
         &mut self,
         isa: Isa,
         panel: PanelType,
@@ -248,7 +255,7 @@ impl PackedRows {
 
     /// Units and scales of one tile of rows, from value `first` of the contraction on; `first` must be
     /// at a block boundary.
-    pub fn tile(&self, tile: usize, first: usize, values: usize) -> (&[u32], &[f32]) {
+    pub(crate) fn tile(&self, tile: usize, first: usize, values: usize) -> (&[u32], &[f32]) {
         let (units, blocks) = (self.panel.units(self.depth), self.panel.blocks(self.depth));
         let at = tile * units + self.panel.units(first);
         let taken = self.panel.units(values);
@@ -405,7 +412,7 @@ impl PackedColumns {
     ///
     /// # Panics
     /// For [`PanelType::Int8`], which only forward products use.
-    pub fn pack_straight(
+    pub(super) fn pack_straight(
         &mut self,
         isa: Isa,
         panel: PanelType,

@@ -49,7 +49,7 @@ impl<T> Activations<T> {
     }
 
     /// Groups per row, the last one zero-padded.
-    pub fn groups(&self) -> usize {
+    pub(super) fn groups(&self) -> usize {
         self.groups
     }
 
@@ -78,12 +78,12 @@ impl<T> Activations<T> {
 
 impl Activations<f32> {
     /// The values of `x (m, cols)` in their original order, without factors.
-    pub fn straight(isa: Isa, x: &[f32], cols: usize) -> Self {
+    pub(super) fn straight(isa: Isa, x: &[f32], cols: usize) -> Self {
         Self::of(isa, x, cols, |isa, x, groups, _| copy(isa, x, groups))
     }
 
     /// The values of `x (m, cols)` unrounded, permuted, with all scales 1.
-    pub fn decoded(isa: Isa, x: &[f32], cols: usize) -> Self {
+    pub(super) fn decoded(isa: Isa, x: &[f32], cols: usize) -> Self {
         Self::of(isa, x, cols, reorder)
     }
 }
@@ -92,7 +92,7 @@ impl Activations<i16> {
     /// The values of `x (m, cols)`, rounded to the nearest of 32767 levels per group.
     ///
     /// A group with a NaN or Inf gets the scale NaN, so that it propagates to the output.
-    pub fn rounded(isa: Isa, x: &[f32], cols: usize) -> Self {
+    pub(super) fn rounded(isa: Isa, x: &[f32], cols: usize) -> Self {
         Self::of(isa, x, cols, round)
     }
 }

@@ -56,7 +56,7 @@ struct BytePair {
 impl ByteActivations {
     /// # Safety
     /// The CPU must support AVX-512 F and BW.
-    pub unsafe fn new(x: &Activations<i16>) -> Self {
+    pub(super) unsafe fn new(x: &Activations<i16>) -> Self {
         let (m, groups) = (x.m(), x.groups());
         let pairs = groups.div_ceil(2);
         let zeros = BytePair { high: [0; 2 * GROUP_LEN], low: [0; 2 * GROUP_LEN] };

@@ -32,7 +32,7 @@ impl Output<'_> {
     /// # Safety
     /// No other thread may access those elements of `y`.
     #[inline(always)]
-    pub unsafe fn put(&self, row: usize, first: usize, values: &[f32]) {
+    pub(super) unsafe fn put(&self, row: usize, first: usize, values: &[f32]) {
         let row = self.matrix.logical_row(self.first_row + row);
         for (i, value) in values.iter().enumerate() {
             let at = (first + i) * self.stride + row;

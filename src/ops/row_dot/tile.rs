@@ -524,7 +524,7 @@ impl Blocks {
     /// # Safety
     /// The CPU must support AVX-512 and VNNI, and the blocks must be readable.
     #[inline(always)]
-    pub unsafe fn dwords(self, offset: usize) -> [__m512i; 4] {
+    pub(super) unsafe fn dwords(self, offset: usize) -> [__m512i; 4] {
         // SAFETY: this function's contract guarantees AVX-512 and VNNI, and valid pointers.
         unsafe {
             let mut quarters = [_mm512_setzero_si512(); 4];

@@ -41,7 +41,7 @@ thread_local! {
 
 /// Runs `work` on this thread, while rayon's other threads spin for the parallel regions of [`run`] and
 /// [`par_for_each`](super::par_for_each). Rayon's parallel iterators run only on this thread meanwhile.
-pub fn with_worker_pool<R>(work: impl FnOnce() -> R) -> R {
+pub(crate) fn with_worker_pool<R>(work: impl FnOnce() -> R) -> R {
     let others = rayon::current_num_threads() - 1;
     if others == 0 || in_worker_pool() {
         return work();

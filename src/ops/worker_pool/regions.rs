@@ -65,7 +65,7 @@ impl Regions {
 
     /// Called by a helper: works in every region that opens, until [`Self::close`] or until it has spun
     /// `patience` times for one region.
-    pub fn help(&self, patience: usize) {
+    pub(super) fn help(&self, patience: usize) {
         let (mut done, mut turns) = (0, 0);
         while !self.closed.load(Ordering::Acquire) && turns < patience {
             let epoch = self.epoch.load(Ordering::Relaxed);
@@ -91,7 +91,7 @@ impl Regions {
     }
 
     /// Dismisses the helpers: no more regions will open.
-    pub fn close(&self) {
+    pub(super) fn close(&self) {
         self.closed.store(true, Ordering::Release);
     }
 }

@@ -20,7 +20,7 @@ const EVAL_KEYS: u64 = 1 << 39;
 impl Rollouts {
     /// Samples responses to held-out prompts and scores them; `None` if the run was stopped before all were
     /// sampled. Of the state only the warnings change.
-    pub fn evaluate(
+    pub(crate) fn evaluate(
         &mut self,
         decoder: &Decoder,
         active: &[ActiveAdapter],

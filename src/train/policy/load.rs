@@ -48,7 +48,7 @@ struct LoadedRewards {
 
 impl Rollouts {
     /// Loads the prompts and reward sources, for a policy on top of `frozen`.
-    pub fn load(
+    pub(crate) fn load(
         common: &CommonSettings,
         task: PolicyTask,
         decoder: &Decoder,

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value, json};
 
-pub use task::PolicyTask;
+pub(super) use task::PolicyTask;
 
 use super::TrainError;
 use super::learner::AdapterLearner;
@@ -51,7 +51,7 @@ struct Times {
 }
 
 /// The prompts and reward sources of a reinforcement learning run.
-pub struct Rollouts {
+pub(super) struct Rollouts {
     common: CommonSettings,
     task: PolicyTask,
     tokenizer: Tokenizer,
@@ -85,7 +85,7 @@ struct Scored {
 
 impl Rollouts {
     /// Hashes of the inputs.
-    pub fn fingerprints(&self) -> Result<Vec<Fingerprint>, TrainError> {
+    pub(super) fn fingerprints(&self) -> Result<Vec<Fingerprint>, TrainError> {
         let mut prints = vec![("the data".to_string(), self.prompts.sha256.clone())];
         if let Some(held_out) = &self.held_out {
             prints.push(("the held-out data".into(), held_out.sha256.clone()));
@@ -95,7 +95,7 @@ impl Rollouts {
     }
 
     /// Prepares the run for the update after `state`.
-    pub fn begin(&mut self, run: &RunDir, state: &mut State) -> Result<(), TrainError> {
+    pub(super) fn begin(&mut self, run: &RunDir, state: &mut State) -> Result<(), TrainError> {
         if let Some(lines) = &self.held_out_lines {
             write_atomically(run.file("held_out.jsonl"), |file| file.write_all(lines))?;
         }
@@ -109,13 +109,13 @@ impl Rollouts {
     }
 
     /// Updates of the run.
-    pub fn total_steps(&self) -> u64 {
+    pub(super) fn total_steps(&self) -> u64 {
         let prompts = self.prompts.rows.len() as u64;
         self.common.total_steps(prompts.div_ceil(self.task.batch_size() as u64))
     }
 
     /// Upper bound of the tokens of a micro-batch.
-    pub fn largest_micro_batch(&self) -> usize {
+    pub(super) fn largest_micro_batch(&self) -> usize {
         let size = self.common.per_device_train_batch_size;
         // Responses of a group share one prompt; if the sizes of groups and micro-batches do not
         // divide each other, a group may begin or end anywhere in a micro-batch.
@@ -129,13 +129,13 @@ impl Rollouts {
     }
 
     /// Number of prompts, and of prompts per update.
-    pub fn prompts_and_batch(&self) -> (usize, usize) {
+    pub(super) fn prompts_and_batch(&self) -> (usize, usize) {
         (self.prompts.rows.len(), self.task.batch_size())
     }
 
     /// Bytes of the prompts and of text rows: in memory, and mapped ones that the run reads. All prompts are
     /// read, because the reward sources check them before the first step.
-    pub fn data_bytes(&self) -> [usize; 2] {
+    pub(super) fn data_bytes(&self) -> [usize; 2] {
         let prompts = [Some(&self.prompts), self.held_out.as_ref()];
         let prompts = prompts.into_iter().flatten().map(|prompts| prompts.rows.bytes(usize::MAX));
         let ptx = self.ptx.iter().map(|(data, _)| data.rows.bytes(usize::MAX));
@@ -147,7 +147,7 @@ impl Rollouts {
     /// Bytes for sampling and scoring responses. Decoding: the KV cache of all rows that are decoded at once,
     /// each of maximum length, and their logits. Scoring, if there is any: the buffers of a forward pass of as
     /// many responses as are scored together, in addition to the buffers of the steps, which are kept.
-    pub fn rollout_bytes(&self, decoder: &Decoder, sizes: &Sizes) -> usize {
+    pub(super) fn rollout_bytes(&self, decoder: &Decoder, sizes: &Sizes) -> usize {
         let config = &decoder.config;
         let settings = self.task.generation(self.compute, self.common.seed);
         let per_prompt = self.task.responses_per_prompt();
@@ -175,7 +175,7 @@ impl Rollouts {
     }
 
     /// Prepares for an update of a dry run, which writes no files.
-    pub fn begin_trial(&self, state: &mut State) {
+    pub(super) fn begin_trial(&self, state: &mut State) {
         let rollouts = state.rollouts.get_or_insert_default();
         if let PolicyTask::Ppo(own) = &self.task {
             rollouts.kl_coef.get_or_insert(own.kl_coef);
@@ -183,14 +183,14 @@ impl Rollouts {
     }
 
     /// Whether the last update ended an epoch.
-    pub fn epoch_ends(&self, state: &State) -> bool {
+    pub(super) fn epoch_ends(&self, state: &State) -> bool {
         let (batch, all) = (self.task.batch_size() as u64, self.prompts.rows.len() as u64);
         let epoch = |step: u64| step * batch / all.max(1);
         state.step > 0 && epoch(state.step) != epoch(state.step - 1)
     }
 
     /// Runs an update.
-    pub fn step(
+    pub(super) fn step(
         &mut self,
         learner: &mut AdapterLearner,
         state: &mut State,
@@ -204,7 +204,7 @@ impl Rollouts {
     }
 
     /// Results of the command for its JSON line.
-    pub fn results(
+    pub(super) fn results(
         &self,
         state: &State,
         log: &Log,

@@ -5,7 +5,7 @@ use quantune_adapters::rng::Stream;
 /// Samples all of `count` rows in each epoch, shuffled by epoch. It has no state to save: the order of an
 /// epoch is a function of its number.
 #[derive(Debug, Clone)]
-pub struct EpochSampler {
+pub(super) struct EpochSampler {
     purpose: &'static str,
     seed: u64,
     shuffled: bool,
@@ -16,13 +16,13 @@ pub struct EpochSampler {
 
 impl EpochSampler {
     /// Without `shuffled`, rows are in file order.
-    pub fn new(purpose: &'static str, seed: u64, shuffled: bool, count: usize) -> Self {
+    pub(super) fn new(purpose: &'static str, seed: u64, shuffled: bool, count: usize) -> Self {
         Self { purpose, seed, shuffled, count, epoch: None }
     }
 
     /// The row at a position, counted from 0 over all epochs. With ascending positions each epoch is shuffled
     /// once.
-    pub fn row_at(&mut self, place: u64) -> usize {
+    pub(super) fn row_at(&mut self, place: u64) -> usize {
         let (epoch, place) = (place / self.count as u64, place % self.count as u64);
         let order = match self.epoch.take() {
             Some((last, order)) if last == epoch => order,

@@ -9,7 +9,7 @@ use crate::train::settings::{GrpoSettings, PpoSettings, RolloutSettings};
 
 /// The algorithm of a run, with its settings.
 #[derive(Debug, Clone)]
-pub enum PolicyTask {
+pub(crate) enum PolicyTask {
     /// Proximal policy optimization.
     Ppo(PpoSettings),
     /// Group-relative policy optimization.
@@ -18,7 +18,7 @@ pub enum PolicyTask {
 
 impl PolicyTask {
     /// How responses are sampled and scored.
-    pub fn rollouts(&self) -> &RolloutSettings {
+    pub(crate) fn rollouts(&self) -> &RolloutSettings {
         match self {
             Self::Ppo(own) => &own.rollouts,
             Self::Grpo(own) => &own.rollouts,
@@ -26,12 +26,12 @@ impl PolicyTask {
     }
 
     /// Prompts per update.
-    pub fn batch_size(&self) -> usize {
+    pub(crate) fn batch_size(&self) -> usize {
         self.rollouts().batch_size
     }
 
     /// Responses per prompt.
-    pub fn responses_per_prompt(&self) -> usize {
+    pub(crate) fn responses_per_prompt(&self) -> usize {
         match self {
             Self::Ppo(_) => 1,
             Self::Grpo(own) => own.num_generations,
@@ -39,7 +39,7 @@ impl PolicyTask {
     }
 
     /// Maximum number of tokens of a response.
-    pub fn response_length(&self) -> usize {
+    pub(crate) fn response_length(&self) -> usize {
         match self {
             Self::Ppo(own) => own.response_length,
             Self::Grpo(own) => own.max_completion_length,
@@ -47,17 +47,17 @@ impl PolicyTask {
     }
 
     /// The temperature of sampling, and of the trained policy.
-    pub fn temperature(&self) -> f64 {
+    pub(crate) fn temperature(&self) -> f64 {
         self.rollouts().temperature
     }
 
     /// Prompts per evaluation; 0 is all.
-    pub fn eval_prompts(&self) -> usize {
+    pub(crate) fn eval_prompts(&self) -> usize {
         self.rollouts().eval_prompts
     }
 
     /// Whether the algorithm needs a reference.
-    pub fn has_reference(&self) -> bool {
+    pub(crate) fn has_reference(&self) -> bool {
         match self {
             Self::Ppo(_) => true,
             Self::Grpo(own) => own.beta > 0.0,
@@ -65,17 +65,17 @@ impl PolicyTask {
     }
 
     /// The folder of the reference's adapter, if one is given.
-    pub fn ref_adapter(&self) -> &Path {
+    pub(crate) fn ref_adapter(&self) -> &Path {
         &self.rollouts().ref_adapter
     }
 
     /// Whether truncated responses are scored as if they ended there.
-    pub fn score_at_eos(&self) -> bool {
+    pub(crate) fn score_at_eos(&self) -> bool {
         self.rollouts().score_at_eos
     }
 
     /// Whether log-probs of the responses are computed before the optimizer steps.
-    pub fn needs_old_log_probs(&self) -> bool {
+    pub(crate) fn needs_old_log_probs(&self) -> bool {
         match self {
             Self::Ppo(_) => true,
             Self::Grpo(own) => {
@@ -85,7 +85,7 @@ impl PolicyTask {
     }
 
     /// The generation settings of responses.
-    pub fn generation(&self, compute: Compute, seed: u64) -> Generation {
+    pub(crate) fn generation(&self, compute: Compute, seed: u64) -> Generation {
         let &RolloutSettings { temperature, top_k, top_p, rollout_slots: slots, .. } =
             self.rollouts();
         Generation {

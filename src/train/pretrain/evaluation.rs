@@ -18,7 +18,7 @@ const BIGRAM_TOKENS: u64 = 1 << 22;
 
 /// Bits per byte of the held-out rows, of all and of each source; `None` if the run was stopped
 /// before all were evaluated.
-pub fn evaluate_held_out(
+pub(super) fn evaluate_held_out(
     model: &FullModel,
     corpus: &Corpus,
     settings: &PretrainSettings,
@@ -67,7 +67,7 @@ fn held_out(
 
 /// Bits per byte of the held-out rows under a bigram model of the first rows of the run; `None`
 /// without held-out rows.
-pub fn bigram_bits_per_byte(
+pub(super) fn bigram_bits_per_byte(
     corpus: &Corpus,
     settings: &PretrainSettings,
     vocab_size: usize,

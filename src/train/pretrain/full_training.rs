@@ -11,7 +11,7 @@ use crate::train::learner::Trainable;
 use crate::train::step::{TrainState, train_state};
 
 /// A micro-batch of a step.
-pub struct ScaledBatch {
+pub(super) struct ScaledBatch {
     /// The tokens.
     pub batch: Batch,
     /// Factor of the summed loss: 1 / the number of targets of the whole step.
@@ -19,7 +19,7 @@ pub struct ScaledBatch {
 }
 
 /// A fully trainable model with its gradients and optimizer.
-pub struct FullTraining {
+pub(super) struct FullTraining {
     /// The model.
     pub model: FullModel,
     state: Box<dyn TrainState>,
@@ -27,18 +27,18 @@ pub struct FullTraining {
 
 impl FullTraining {
     /// Training of `model` that continues with this optimizer.
-    pub fn new(model: FullModel, optimizer: AdamW) -> candle_core::Result<Self> {
+    pub(super) fn new(model: FullModel, optimizer: AdamW) -> candle_core::Result<Self> {
         let state = train_state(model.compute.backend, &model.parameters, optimizer)?;
         Ok(Self { model, state })
     }
 
     /// The parameters with their names.
-    pub fn parameters(&self) -> Vec<(String, Var)> {
+    pub(super) fn parameters(&self) -> Vec<(String, Var)> {
         named_parameters(&self.model)
     }
 
     /// Calls `with` with the optimizer, copied from the device if needed.
-    pub fn with_optimizer<T>(
+    pub(super) fn with_optimizer<T>(
         &self,
         with: impl FnOnce(&AdamW) -> Result<T, TrainError>,
     ) -> Result<T, TrainError> {
@@ -48,7 +48,7 @@ impl FullTraining {
 }
 
 /// The parameters of a model with their names.
-pub fn named_parameters(model: &FullModel) -> Vec<(String, Var)> {
+pub(super) fn named_parameters(model: &FullModel) -> Vec<(String, Var)> {
     model.names.iter().cloned().zip(model.parameters.iter().cloned()).collect()
 }
 

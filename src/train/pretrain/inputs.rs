@@ -20,7 +20,7 @@ use crate::weights::Checkpoint;
 const REPORT_EVERY: Duration = Duration::from_secs(5);
 
 /// The tokenizer and base of a run.
-pub struct Start {
+pub(super) struct Start {
     /// The tokenizer.
     pub tokenizer: Tokenizer,
     /// The base whose weights are trained further, if there is one.
@@ -29,7 +29,7 @@ pub struct Start {
 
 impl Start {
     /// Opens both.
-    pub fn open(settings: &PretrainSettings) -> Result<Self, TrainError> {
+    pub(super) fn open(settings: &PretrainSettings) -> Result<Self, TrainError> {
         let (no_base, no_tokenizer) =
             (settings.base.as_os_str().is_empty(), settings.tokenizer.as_os_str().is_empty());
         let base = if no_base { None } else { Some(Checkpoint::open(&settings.base)?) };
@@ -45,7 +45,7 @@ impl Start {
     }
 
     /// The model of a checkpoint, of the base, or with random weights.
-    pub fn model(
+    pub(super) fn model(
         &self,
         settings: &PretrainSettings,
         checkpoint: Option<&Path>,
@@ -67,7 +67,7 @@ impl Start {
     }
 
     /// Tokenizer files converted from a base that is a GGUF.
-    pub fn converted_tokenizer(
+    pub(super) fn converted_tokenizer(
         &self,
         settings: &PretrainSettings,
     ) -> Result<Option<Vec<(&'static str, String)>>, TrainError> {
@@ -81,7 +81,7 @@ impl Start {
 }
 
 /// An error message if settings, model and tokenizer are incompatible.
-pub fn incompatibility(
+pub(super) fn incompatibility(
     settings: &PretrainSettings,
     model: &FullModel,
     tokenizer: &Tokenizer,
@@ -104,7 +104,7 @@ pub fn incompatibility(
 }
 
 /// The tokens of the prompts of samples.
-pub fn sample_prompts(
+pub(super) fn sample_prompts(
     settings: &PretrainSettings,
     tokenizer: &Tokenizer,
 ) -> Result<Vec<Vec<u32>>, TextError> {
@@ -113,7 +113,7 @@ pub fn sample_prompts(
 }
 
 /// How many layers keep their tapes within the memory budget; all of them on the reference backend.
-pub fn kept_layers(settings: &PretrainSettings, model: &FullModel, budget: u64) -> usize {
+pub(super) fn kept_layers(settings: &PretrainSettings, model: &FullModel, budget: u64) -> usize {
     let layers = model.config.num_hidden_layers;
     let recomputes = with_backend!(model.compute.backend, B => B::RECOMPUTES_FULL_TRAINING);
     if !recomputes {
@@ -130,7 +130,7 @@ pub fn kept_layers(settings: &PretrainSettings, model: &FullModel, budget: u64) 
 }
 
 /// Opens the tokenized sources; files that are not in the cache are tokenized first.
-pub fn open_corpus(
+pub(super) fn open_corpus(
     settings: &PretrainSettings,
     specs: &[SourceSpec],
     tokenizer: &Tokenizer,

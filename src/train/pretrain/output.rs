@@ -18,10 +18,10 @@ use crate::train::settings::{FloatType, PretrainSettings};
 use crate::weights::{Checkpoint, write_atomically};
 
 /// The model's folder in a run and in each of its checkpoints.
-pub const MODEL: &str = "model";
+pub(super) const MODEL: &str = "model";
 
 /// Writes a model to files.
-pub struct ModelWriter<'a> {
+pub(super) struct ModelWriter<'a> {
     /// The model.
     pub model: &'a FullModel,
     /// The folder of its tokenizer.
@@ -47,7 +47,7 @@ impl ModelWriter<'_> {
     }
 
     /// Writes a Hugging Face folder.
-    pub fn write_folder(&self, folder: &Path, of: FloatType) -> Result<(), TrainError> {
+    pub(super) fn write_folder(&self, folder: &Path, of: FloatType) -> Result<(), TrainError> {
         let block_type = match of {
             FloatType::F32 => BlockType::F32,
             FloatType::F16 => BlockType::F16,
@@ -63,7 +63,7 @@ impl ModelWriter<'_> {
     }
 
     /// Writes and verifies the export, if requested. Returns its path.
-    pub fn write_export(
+    pub(super) fn write_export(
         &self,
         export_type: FileType,
         folder: &Path,
@@ -100,7 +100,7 @@ fn read_back(
 }
 
 /// The folder of the tokenizer; the tokenizer of a GGUF is converted into the run directory.
-pub fn tokenizer_folder(
+pub(super) fn tokenizer_folder(
     settings: &PretrainSettings,
     files: Option<Vec<(&'static str, String)>>,
     run: &RunDir,
@@ -121,7 +121,7 @@ fn own_tokenizer(settings: &PretrainSettings) -> &Path {
 }
 
 /// Checks before training that the result can be written in the requested formats and places.
-pub fn check_writable(
+pub(super) fn check_writable(
     settings: &PretrainSettings,
     model: &FullModel,
     converted: bool,

@@ -7,7 +7,7 @@ use crate::objectives::reward::{WeightedPair, pair_weight};
 use crate::train::TrainError;
 
 /// The rows at some indices, decoded from the row store.
-pub fn get_rows(
+pub(super) fn get_rows(
     rows: &RowStore<Comparison>,
     indices: impl Iterator<Item = usize>,
 ) -> Vec<Comparison> {
@@ -15,7 +15,7 @@ pub fn get_rows(
 }
 
 /// Collates comparisons into a batch, with each prompt once.
-pub fn collate(rows: &[&Comparison]) -> Batch {
+pub(super) fn collate(rows: &[&Comparison]) -> Batch {
     let mut batch = Batch::default();
     for row in rows {
         let responses: Vec<&[u32]> = row.responses.iter().map(Vec::as_slice).collect();
@@ -25,7 +25,7 @@ pub fn collate(rows: &[&Comparison]) -> Batch {
 }
 
 /// The pairs of all rows, for responses in the order of the rows; the weights of a row's pairs sum to 1.
-pub fn weighted_pairs(rows: &[&Comparison]) -> Vec<WeightedPair> {
+pub(super) fn weighted_pairs(rows: &[&Comparison]) -> Vec<WeightedPair> {
     let mut pairs = Vec::new();
     let mut first = 0;
     for row in rows {

@@ -27,7 +27,7 @@ pub struct EpochLayout {
 }
 
 /// The rows of a run and the batch plan of the current epoch.
-pub struct EpochRows<T, R> {
+pub(super) struct EpochRows<T, R> {
     common: CommonSettings,
     layout: EpochLayout,
     /// Training rows.
@@ -42,7 +42,7 @@ pub struct EpochRows<T, R> {
 }
 
 /// The micro-batches of a step.
-pub struct StepBatches {
+pub(super) struct StepBatches {
     /// Batches and their objectives.
     pub batches: Vec<(Batch, Objective)>,
     /// Divisor of the summed loss.
@@ -50,7 +50,7 @@ pub struct StepBatches {
 }
 
 /// Batch planning, independent of the row type.
-pub trait PlannedRows {
+pub(super) trait PlannedRows {
     /// The data report of the command's JSON line.
     fn report(&self) -> Value;
 
@@ -84,7 +84,7 @@ pub trait PlannedRows {
 
 impl<T: Record, R: Display + Serialize> EpochRows<T, R> {
     /// The rows with a plan of the first epoch.
-    pub fn new(loader: &RowLoader, layout: EpochLayout, loaded: LoadedRows<T, R>) -> Self {
+    pub(super) fn new(loader: &RowLoader, layout: EpochLayout, loaded: LoadedRows<T, R>) -> Self {
         let LoadedRows { train, held_out, held_out_lines, files } = loaded;
         loader.monitor.note(format_args!("data: {}", train.report));
         let mut rows = Self {
