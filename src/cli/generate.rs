@@ -97,8 +97,8 @@ impl Generate {
             sampled_logps: false,
             slots: SLOTS,
         };
-        let mut texts: Vec<Text> =
-            (0..replies).map(|_| Text::new(&tokenizer, &self.stop)).collect();
+        let mut texts: Vec<StreamedText> =
+            (0..replies).map(|_| StreamedText::new(&tokenizer, &self.stop)).collect();
         let requests: Vec<Request> =
             (0..).zip(&texts).map(|(key, _)| Request::new(&prompt, key)).collect();
         let streams = !json && judge.is_none(); // of several replies, the best is only known at the end
@@ -216,13 +216,13 @@ impl Generate {
 }
 
 /// Streamed text of a reply.
-pub(super) struct Text<'a> {
+pub(super) struct StreamedText<'a> {
     stream: DecodeStream<'a>,
     stops: StopStrings,
     text: String,
 }
 
-impl<'a> Text<'a> {
+impl<'a> StreamedText<'a> {
     pub(super) fn new(tokenizer: &'a Tokenizer, stops: &[String]) -> Self {
         let stream = tokenizer.decode_stream(true);
         Self { stream, stops: StopStrings::new(stops), text: String::new() }

@@ -154,8 +154,9 @@ impl Decoder {
     /// What hidden states are divided by before the head, for logits divided by `temperature`: where
     /// there is a cap, that comes behind it.
     fn divided_before_head(&self, temperature: f64) -> f64 {
-        let heat = if self.config.logit_softcap(temperature).is_some() { 1.0 } else { temperature };
-        heat / self.config.variation.logits_multiplier
+        let capped = self.config.logit_softcap(temperature).is_some();
+        let temperature = if capped { 1.0 } else { temperature };
+        temperature / self.config.variation.logits_multiplier
     }
 
     /// Takes rows of `x` and norms them.

@@ -55,7 +55,7 @@ impl TensorAdamW {
         self.step += 1;
         let state = self.exp_avg.iter_mut().zip(&mut self.exp_avg_sq);
         let state = state.zip(self.decays.iter().zip(&self.rates));
-        let mut spoilt = Vec::new();
+        let mut non_finite = Vec::new();
         for ((parameter, gradient), ((m, v), (&decays, &rate))) in
             parameters.iter().zip(gradients).zip(state)
         {
@@ -68,9 +68,9 @@ impl TensorAdamW {
             let p = (parameter.as_detached_tensor() * of(c.decay))?;
             let p = (p - ((&*m / root)? * of(c.step_size))?)?;
             parameter.set(&p)?;
-            spoilt.push(sum(&(p * 0.0)?)?); // 0, or NaN
+            non_finite.push(sum(&(p * 0.0)?)?); // 0, or NaN
         }
-        Ok(sums(&spoilt)?.iter().all(|sum| *sum == 0.0))
+        Ok(sums(&non_finite)?.iter().all(|sum| *sum == 0.0))
     }
 }
 

@@ -201,10 +201,10 @@ impl TokenizerTrainer {
         Ok(TrainedTokenizer { json, report: self.report })
     }
 
-    fn count(&self, text: &str) -> Result<PairCounts, TextError> {
+    fn count(&self, text: &str) -> Result<WordCounts, TextError> {
         let mut pieces = PreTokenizedString::from(text);
         self.pre_tokenizer.pre_tokenize(&mut pieces).map_err(failed)?;
-        let mut counts = PairCounts::default();
+        let mut counts = WordCounts::default();
         for (word, _, _) in pieces.get_splits(OffsetReferential::Normalized, OffsetType::Byte) {
             match counts.words.get_mut(word) {
                 Some(count) => *count += 1,
@@ -243,14 +243,14 @@ impl TokenizerTrainer {
 }
 
 #[derive(Default)]
-struct PairCounts {
+struct WordCounts {
     words: HashMap<Box<str>, u64>,
     too_long: u64,
 }
 
-fn merged(one: PairCounts, other: PairCounts) -> PairCounts {
+fn merged(one: WordCounts, other: WordCounts) -> WordCounts {
     let too_long = one.too_long + other.too_long;
-    PairCounts { words: sum_counts(one.words, other.words), too_long }
+    WordCounts { words: sum_counts(one.words, other.words), too_long }
 }
 
 /// The sums do not depend on the order of addition.

@@ -14,7 +14,7 @@ use quantune::train::step::train_state;
 use crate::adapter_kinds::{KINDS, Kind, Step};
 use crate::support::{load, log_softmax};
 
-/// Models that differ in biases, norms of heads, tied embeddings and block types.
+/// Models that differ in biases, tied embeddings and block types.
 const MODELS: [&str; 3] = ["llama-tiny", "qwen2-tiny", "llama-q4_0"];
 
 /// The tests of a backend in a precision, with an error bound relative to the reference.
@@ -58,7 +58,7 @@ macro_rules! backend_tests {
 
             #[test]
             fn optimizer_steps_are_the_references() {
-                super::optimizer_steps_are_the_references(COMPUTE);
+                super::optimizer_steps_are_the_references(COMPUTE, BOUND);
             }
         }
     )*};
@@ -216,11 +216,10 @@ fn log_probs_and_scores_are_the_references(compute: Compute, bound: f64) {
 }
 
 /// Steps with rates, decays and clipping, the second half from a saved state.
-fn optimizer_steps_are_the_references(compute: Compute) {
+fn optimizer_steps_are_the_references(compute: Compute, bound: f64) {
     let settings =
         AdamWSettings { adam_beta1: 0.9, adam_beta2: 0.95, adam_epsilon: 1e-8, weight_decay: 0.1 };
     let run = |optimizer: Compute| {
-        // The gradients are from one backend, so that only the optimizers differ.
         let step = Step::new("llama-untied", compute, &[], Kind::Dora);
         let parameters: Vec<Var> = step.parameters.iter().map(|(_, var)| var.clone()).collect();
         let lengths: Vec<usize> = parameters.iter().map(|var| var.elem_count()).collect();
@@ -256,11 +255,11 @@ fn optimizer_steps_are_the_references(compute: Compute) {
         (norms, parameters.iter().map(|var| flat(var)).collect::<Vec<_>>())
     };
     let ((norms, found), (exact_norms, exact)) = (run(compute), run(Compute::REFERENCE));
-    assert!(error(&norms, &exact_norms) < 2e-2, "{norms:?} {exact_norms:?}");
+    assert!(error(&norms, &exact_norms) < bound.max(1e-4), "{norms:?} {exact_norms:?}");
     for (i, (found, needed)) in found.iter().zip(&exact).enumerate() {
         // Adam's first steps are as large as the learning rate, independent of the gradient: a sign changed by
         // rounding changes a value by that much.
-        let error = error(found, needed);
-        assert!(error < 2e-2, "parameter {i} is {error:e} off");
+        let (error, bound) = (error(found, needed), bound.max(1e-3));
+        assert!(error < bound, "parameter {i} is {error:e} off");
     }
 }

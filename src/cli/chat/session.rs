@@ -11,7 +11,7 @@ use quantune_adapters::registry::{Registry, RegistryLimits};
 use serde_json::{Value, json};
 
 use super::{INTERRUPTED, REPLYING};
-use crate::cli::generate::{Text, show};
+use crate::cli::generate::{StreamedText, show};
 use crate::cli::{AdapterPath, load_adapters};
 use crate::generate::{Engine, Event, Finish, GenerateError, Generated, Job, Prefix, Sampling};
 use crate::model::{ActiveAdapter, CacheType, Decoder};
@@ -327,7 +327,7 @@ impl<'a> Session<'a> {
             error => error.into(),
         })?;
         self.replies += 1;
-        let mut text = Text::new(self.tokenizer, &self.stop);
+        let mut text = StreamedText::new(self.tokenizer, &self.stop);
         REPLYING.store(true, Ordering::Relaxed);
         INTERRUPTED.store(false, Ordering::Relaxed);
         let output = self.listen(&mut engine, id, &mut text);
@@ -362,7 +362,7 @@ impl<'a> Session<'a> {
         &self,
         engine: &mut Engine,
         id: usize,
-        text: &mut Text,
+        text: &mut StreamedText,
     ) -> Result<(Generated, Option<Prefix>)> {
         loop {
             for event in engine.step()? {

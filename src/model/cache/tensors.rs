@@ -128,8 +128,8 @@ impl Kept {
                 let inverse = (largest.maximum(1e-30)?.recip()? * 127.0)?;
                 let rounded = x.broadcast_mul(&inverse)?.round()?;
                 // A maximum passes over a NaN; the scale must not.
-                let spoilt = (&x * 0.0)?.sum_keepdim(D::Minus1)?;
-                let scales = ((largest + spoilt)? / 127.0)?;
+                let non_finite = (&x * 0.0)?.sum_keepdim(D::Minus1)?;
+                let scales = ((largest + non_finite)? / 127.0)?;
                 ((rounded + ZERO)?.to_dtype(DType::U8)?, Some(scales))
             }
         };

@@ -27,7 +27,7 @@ impl FullModel {
         if batch.targets.is_empty() {
             return Ok(0.0);
         }
-        let (loss, store) = self.judged(batch, scale)?;
+        let (loss, store) = self.loss_and_gradients(batch, scale)?;
         for (parameter, gradient) in self.parameters.iter().zip(gradients) {
             if let Some(added) = store.get(parameter) {
                 *gradient = (&*gradient + added.detach())?;
@@ -37,7 +37,7 @@ impl FullModel {
     }
 
     /// The sum of `-log p(target)`, and the gradients of that times `scale`.
-    fn judged(&self, batch: &Batch, scale: f64) -> Result<(f64, GradStore)> {
+    fn loss_and_gradients(&self, batch: &Batch, scale: f64) -> Result<(f64, GradStore)> {
         let variation = &self.config.variation;
         let rows = Rows {
             tokens: batch.tokens.clone(),
