@@ -21,6 +21,31 @@ const SHARD_BYTES: usize = 5_000_000_000;
 ///
 /// The folder is replaced atomically; an existing one only if it holds nothing but files of a model.
 ///
+/// ```
+/// use std::path::Path;
+/// use std::sync::Arc;
+///
+/// use quantune::export::{ExportSource, write_folder};
+/// use quantune::model::adapter_files::open_adapter;
+/// use quantune::model::{ActiveAdapter, Decoder};
+/// use quantune::ops::Compute;
+/// use quantune::quant::BlockType;
+/// use quantune::weights::Checkpoint;
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let base = Checkpoint::open("tests/golden/model/llama-tiny")?;
+/// let decoder = Decoder::load(&base, Compute::F32)?;
+/// let folder = Path::new("tests/golden/train/llama-tiny/final");
+/// let (adapter, _unmatched) = open_adapter(folder, "final", &decoder)?;
+/// let source = ExportSource::open(&base, &[ActiveAdapter::frozen(Arc::new(adapter))])?;
+/// let out = std::env::temp_dir().join(format!("quantune-doc-merge-{}", std::process::id()));
+/// write_folder(&source, BlockType::F16, &out)?;
+/// assert!(out.join("model.safetensors").exists());
+/// # std::fs::remove_dir_all(&out)?;
+/// # Ok(())
+/// # }
+/// ```
+///
 /// # Errors
 /// If a `config.json` cannot describe the model, the type cannot hold a value, or the system reports an
 /// error.

@@ -277,6 +277,32 @@ pub enum GenerateError {
 /// of waiting prompts of 512 tokens (or a longer one), a row of logits for each, and the activations of at
 /// most 512 tokens (or of one token per row). Trainable adapters are treated like frozen ones; there are no
 /// gradients.
+///
+/// ```
+/// use quantune::generate::{Engine, Event, Job, Sampling};
+/// use quantune::model::{CacheType, Decoder};
+/// use quantune::ops::Compute;
+/// use quantune::weights::Checkpoint;
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let checkpoint = Checkpoint::open("tests/golden/model/llama-tiny")?;
+/// let decoder = Decoder::load(&checkpoint, Compute::F32)?;
+/// let mut engine = Engine::new(&decoder, CacheType::of(decoder.compute), 4);
+/// let job = Job { sampling: Sampling::greedy(), ..Job::new(vec![1, 5, 9], 8) };
+/// let id = engine.submit(job)?;
+/// let mut tokens = Vec::new();
+/// while !engine.is_idle() {
+///     for event in engine.step()? {
+///         if let Event::Token { id: of, token } = event {
+///             assert_eq!(of, id);
+///             tokens.push(token);
+///         }
+///     }
+/// }
+/// assert_eq!(tokens.len(), 8);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Engine<'a> {
     decoder: &'a Decoder,

@@ -6,6 +6,15 @@ use crate::isa::{Isa, multiversion};
 use crate::ops::exp;
 
 /// Sampling settings. The default samples from the model's own distribution.
+///
+/// ```
+/// use quantune::generate::Sampling;
+///
+/// let greedy = Sampling::greedy();
+/// assert_eq!(greedy.temperature, 0.0);
+/// let nucleus = Sampling { temperature: 0.8, top_p: 0.95, seed: 42, ..Sampling::default() };
+/// assert_eq!(nucleus.top_k, 0); // not limited
+/// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {
     /// Temperature, which logits are divided by; 0 is greedy decoding.

@@ -44,6 +44,32 @@ pub enum AdapterFileError {
 /// Reads an adapter for a base from a PEFT folder or a GGUF LoRA (`.gguf`). Also returns the names and
 /// patterns of the folder's config that match no module, for warnings.
 ///
+/// ```
+/// use std::path::Path;
+/// use std::sync::Arc;
+///
+/// use quantune::model::adapter_files::open_adapter;
+/// use quantune::model::{ActiveAdapter, Adapters, Decoder, Rows};
+/// use quantune::ops::Compute;
+/// use quantune::weights::Checkpoint;
+/// use quantune_adapters::registry::{Registry, RegistryLimits};
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let checkpoint = Checkpoint::open("tests/golden/model/llama-tiny")?;
+/// let decoder = Decoder::load(&checkpoint, Compute::F32)?;
+/// // Adapters by name, which other threads may replace while they are used.
+/// let registry = Registry::new(&decoder.linears(), RegistryLimits::default());
+/// let folder = Path::new("tests/golden/train/llama-tiny/final");
+/// let (adapter, _unmatched) = open_adapter(folder, "final", &decoder)?;
+/// registry.insert("final", Arc::new(adapter))?;
+/// let active = [ActiveAdapter::frozen(registry.get("final")?)];
+/// let rows = Rows::new(&[[1u32, 5, 9, 3]]);
+/// let hidden = decoder.hidden(&rows, Adapters::Same(&active))?; // (4, hidden_size)
+/// assert_eq!(hidden.dims(), [4, decoder.config.hidden_size]);
+/// # Ok(())
+/// # }
+/// ```
+///
 /// # Errors
 /// If it is neither, a tensor has another shape than this base needs
 /// ([`Adapter::mismatches`]), or holds numbers that are not finite.

@@ -23,6 +23,21 @@ use crate::ops::{Compute, DeviceMatrix, rms_norm};
 use crate::quant::FrozenMatrix;
 
 /// A decoder over frozen weights. It is immutable; adapters are arguments of its functions.
+///
+/// ```
+/// use quantune::model::{Adapters, Decoder, Rows};
+/// use quantune::ops::Compute;
+/// use quantune::weights::Checkpoint;
+///
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let checkpoint = Checkpoint::open("tests/golden/model/llama-tiny")?; // or a GGUF file
+/// let decoder = Decoder::load(&checkpoint, Compute::INT16)?;
+/// let hidden = decoder.hidden(&Rows::new(&[[1u32, 5, 9, 3]]), Adapters::NONE)?; // (4, hidden_size)
+/// let logits = decoder.logits(&hidden, Adapters::NONE)?; // (4, vocab_size)
+/// assert_eq!(logits.dims(), [4, decoder.config.vocab_size]);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Decoder {
     /// Its configuration.
