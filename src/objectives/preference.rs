@@ -312,26 +312,26 @@ pub(crate) fn preference_losses(
         PreferenceLoss::Sigmoid { label_smoothing, .. } => {
             let [chosen, rejected] = log_ratios(logps)?;
             let losses = smoothed(&((&chosen - &rejected)? * beta)?, label_smoothing)?;
-            judged(losses, beta, [&chosen, &rejected], [logps.chosen, logps.rejected])
+            with_statistics(losses, beta, [&chosen, &rejected], [logps.chosen, logps.rejected])
         }
         PreferenceLoss::Hinge { .. } => {
             let [chosen, rejected] = log_ratios(logps)?;
             let losses = ((&chosen - &rejected)? * -beta)?.affine(1.0, 1.0)?.relu()?;
-            judged(losses, beta, [&chosen, &rejected], [logps.chosen, logps.rejected])
+            with_statistics(losses, beta, [&chosen, &rejected], [logps.chosen, logps.rejected])
         }
         PreferenceLoss::Ipo { .. } => {
             let [chosen, rejected] = log_ratios(logps)?;
             let h = (per_token(&chosen, logps.chosen_tokens)?
                 - per_token(&rejected, logps.rejected_tokens)?)?;
             let losses = h.affine(1.0, -0.5 / beta)?.sqr()?;
-            judged(losses, beta, [&chosen, &rejected], [logps.chosen, logps.rejected])
+            with_statistics(losses, beta, [&chosen, &rejected], [logps.chosen, logps.rejected])
         }
         PreferenceLoss::SimPo { simpo_gamma, label_smoothing } => {
             let chosen = per_token(chosen, logps.chosen_tokens)?;
             let rejected = per_token(rejected, logps.rejected_tokens)?;
             let z = (&chosen - &rejected)?.affine(beta, -simpo_gamma)?;
             let losses = smoothed(&z, label_smoothing)?;
-            judged(losses, beta, [&chosen, &rejected], [&chosen, &rejected])
+            with_statistics(losses, beta, [&chosen, &rejected], [&chosen, &rejected])
         }
         PreferenceLoss::Orpo => {
             let Some(nll) = logps.nll else {
@@ -342,7 +342,8 @@ pub(crate) fn preference_losses(
             let log_odds = (log_odds(&chosen)? - log_odds(&rejected)?)?;
             let ratio = log_sigmoid(&log_odds)?;
             let losses = ((&ratio * -beta)? - (nll.logps * nll.weight)?)?;
-            let mut found = judged(losses, beta, [&chosen, &rejected], [&chosen, &rejected])?;
+            let mut found =
+                with_statistics(losses, beta, [&chosen, &rejected], [&chosen, &rejected])?;
             found.stats.log_odds_ratio = floats(&ratio)?.iter().sum();
             found.stats.log_odds_chosen = floats(&log_odds)?.iter().sum();
             found.stats.nll = -floats(nll.logps)?.iter().sum::<f64>();
@@ -479,7 +480,7 @@ fn log_odds(logps: &Tensor) -> Result<Tensor> {
 }
 
 /// The result of pairs, from their losses, implicit rewards (times β) and log-probs.
-fn judged(
+fn with_statistics(
     losses: Tensor,
     beta: f64,
     rewards: [&Tensor; 2],

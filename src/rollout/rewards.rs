@@ -173,7 +173,7 @@ impl Rewards {
         for source in &mut self.sources {
             let column: Vec<Option<f64>> = match source {
                 RewardSource::Rule { spec, rule } => {
-                    let judge = |(sample, judged): (usize, &Sample)| match rule.score(judged) {
+                    let judge = |(sample, scored): (usize, &Sample)| match rule.score(scored) {
                         Ok(reward) => Ok(Some(reward)),
                         Err(source) => {
                             Err(RewardError::Rule { name: spec.clone(), sample, source })
