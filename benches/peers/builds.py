@@ -45,6 +45,7 @@ def main():
     parser.add_argument("--steps", type=int, default=3, help="timed ones, after one of warm-up")
     parser.add_argument("--decode", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", choices=["sft", "prefill", "decode"], help="these alone")
     parser.add_argument("--decode-example", nargs=2, metavar=("OLD_EXAMPLE", "NEW_EXAMPLE"))
     args = parser.parse_args()
 
@@ -63,6 +64,8 @@ def main():
     ]
     print_header()
     for name, work in works:
+        if args.only and name.split()[0] not in args.only:
+            continue
         compare(name, "tok/s", args.rounds, with_binary(args.new, work), with_binary(args.old, work))
     if args.decode_example:
         old, new = args.decode_example

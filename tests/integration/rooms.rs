@@ -397,23 +397,53 @@ fn rules_find_planted_violations() {
 #[test]
 fn files_of_a_room_use_each_other_in_no_circle() {
     let mut faults = Vec::new();
-    for room in ["data", "model", "train"] {
+    for room in ROOMS {
         let files: Vec<SourceFile> =
-            sources().into_iter().filter(|file| file.room() == room).collect();
+            sources().into_iter().filter(|file| file.room() == *room).collect();
         faults.extend(circles(&files));
     }
     faults.retain(|circle| {
-        let is_known = |known: &&[&str]| {
-            circle.iter().all(|file| known.iter().any(|begins| file.starts_with(begins)))
-        };
+        let is_known = |known: &&[&str]| circle.iter().all(|file| known.contains(&&**file));
         !KNOWN_CIRCLES.iter().any(is_known)
     });
     assert!(faults.is_empty(), "{faults:#?}");
 }
 
-/// Circles that are left, as beginnings of paths: no other file may join them.
-const KNOWN_CIRCLES: &[&[&str]] =
-    &[&["model/config"], &["train/pretrain/"], &["train/supervised/"]];
+/// Circles that are left: no other file may join them.
+const KNOWN_CIRCLES: &[&[&str]] = &[
+    &["ops/gemm/kernel.rs", "ops/gemm/mod.rs", "ops/gemm/pack.rs", "ops/mod.rs"],
+    &["ops/row_dot/formats.rs", "ops/row_dot/i16_vector.rs", "ops/row_dot/kernel.rs"],
+    &["weights/checkpoint.rs", "weights/gguf.rs", "weights/safetensors.rs"],
+    &[
+        "text/added.rs",
+        "text/folder.rs",
+        "text/gguf.rs",
+        "text/sentencepiece.rs",
+        "text/stream.rs",
+        "text/tokenizer.rs",
+    ],
+    &["model/config.rs", "model/config/gguf.rs", "model/config/json.rs"],
+    &["rollout/command.rs", "rollout/rewards.rs", "rollout/rule.rs"],
+    &["export/chunk.rs", "export/source.rs"],
+    &[
+        "cli/chat.rs",
+        "cli/chat/session.rs",
+        "cli/combining.rs",
+        "cli/completions.rs",
+        "cli/data.rs",
+        "cli/eval.rs",
+        "cli/export.rs",
+        "cli/generate.rs",
+        "cli/inspect.rs",
+        "cli/loading.rs",
+        "cli/merge.rs",
+        "cli/mod.rs",
+        "cli/pretrain.rs",
+        "cli/replies.rs",
+        "cli/tokenizer.rs",
+        "cli/train.rs",
+    ],
+];
 
 /// Cycles of files: the strongly connected components of more than one file.
 fn circles(files: &[SourceFile]) -> Vec<Vec<String>> {
