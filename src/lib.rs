@@ -59,6 +59,8 @@
 //! - [`cli`]: flags, printing, exit codes. No other room uses it.
 
 #![warn(unreachable_pub)]
+// Some of what is not public only serves the command line.
+#![cfg_attr(not(feature = "cli"), allow(dead_code, unused_imports))]
 
 #[cfg(feature = "cli")]
 pub mod cli;
