@@ -12,8 +12,8 @@ use super::best_of::{BestOf, SampledReply, finish_reason};
 use super::loading::Loading;
 use super::sampling::SamplingFlags;
 use super::{TemplateFlags, load_adapters, open_tokenizer, paths};
-use crate::generate::{Request, Settings, StopStrings, generate};
-use crate::model::{Adapters, CacheType};
+use crate::generate::{Request, Sampling, Settings, StopStrings, generate};
+use crate::model::{Adapters, CacheType, Decoder};
 use crate::text::{DecodeStream, Special, TextError, Tokenizer, first_second};
 use crate::train::settings::AdapterPath;
 use crate::weights::Checkpoint;
@@ -82,21 +82,7 @@ impl Generate {
 
         let now = self.template_date.as_deref().and_then(first_second);
         let judge = self.best_of.asked().then(|| self.best_of.judge(&decoder, now)).transpose()?;
-        let mut max_tokens = self.max_tokens.unwrap_or(256);
-        if self.best_of.reads_endings() {
-            // The reward model reads the end-of-turn tokens after the reply, in the same context window.
-            let ending = 1 + tokenizer.after_turn().map_or(0, |after| after.len());
-            let window = decoder.config.max_position_embeddings;
-            max_tokens = max_tokens.min(window.saturating_sub(prompt.len() + ending).max(1));
-        }
-        let settings = Settings {
-            sampling,
-            max_tokens,
-            cache: self.cache_type.unwrap_or(CacheType::of(decoder.compute)),
-            logprobs: self.logprobs.or(self.best_of.by_logprobs().then_some(0)),
-            sampled_logps: false,
-            slots: SLOTS,
-        };
+        let settings = self.settings(sampling, &decoder, &tokenizer, prompt.len());
         let mut texts: Vec<StreamedText> =
             (0..replies).map(|_| StreamedText::new(&tokenizer, &self.stop)).collect();
         let requests: Vec<Request> =
@@ -132,13 +118,9 @@ impl Generate {
             }
             candidates.push(SampledReply { generated, text });
         }
-        // Prefill ends with the first token; all tokens but the first of each reply are decode steps.
-        let reading = first_token.unwrap_or(seconds);
-        let decoded = generation.usage.tokens.saturating_sub(replies);
-        let (decoded, decoding) = match decoded {
-            0 => (generation.usage.tokens, seconds),
-            decoded => (decoded, seconds - reading),
-        };
+        let prefill_seconds = first_token.unwrap_or(seconds);
+        let tokens_per_second =
+            decode_rate(generation.usage.tokens, replies, prefill_seconds, seconds);
         let judged = match judge {
             Some(mut judge) => {
                 let prompt = (&self.prompt[..], &prompt[..]);
@@ -169,8 +151,8 @@ impl Generate {
             "tokens": generated.token_ids.len(),
             "prompt_tokens": prompt.len(),
             "finish_reason": finish_reason(generated.finish),
-            "tokens_per_second": decoded as f64 / decoding.max(1e-9),
-            "prompt_tokens_per_second": prompt.len() as f64 / reading.max(1e-9),
+            "tokens_per_second": tokens_per_second,
+            "prompt_tokens_per_second": prompt.len() as f64 / prefill_seconds.max(1e-9),
             "kernels": decoder.kernels(),
             "decode_kernels": decoder.decode_kernels(),
         });
@@ -187,6 +169,31 @@ impl Generate {
             value["logprobs"] = generated.logprobs.into_iter().map(list).collect();
         }
         Ok(value)
+    }
+
+    /// The settings of the engine for a prompt of so many tokens.
+    fn settings(
+        &self,
+        sampling: Sampling,
+        decoder: &Decoder,
+        tokenizer: &Tokenizer,
+        prompt_tokens: usize,
+    ) -> Settings {
+        let mut max_tokens = self.max_tokens.unwrap_or(256);
+        if self.best_of.reads_endings() {
+            // The reward model reads the end-of-turn tokens after the reply, in the same context window.
+            let ending = 1 + tokenizer.after_turn().map_or(0, |after| after.len());
+            let window = decoder.config.max_position_embeddings;
+            max_tokens = max_tokens.min(window.saturating_sub(prompt_tokens + ending).max(1));
+        }
+        Settings {
+            sampling,
+            max_tokens,
+            cache: self.cache_type.unwrap_or(CacheType::of(decoder.compute)),
+            logprobs: self.logprobs.or(self.best_of.by_logprobs().then_some(0)),
+            sampled_logps: false,
+            slots: SLOTS,
+        }
     }
 
     /// The conversation, up to the user message.
@@ -213,6 +220,16 @@ impl Generate {
         let text = template.render(&self.messages(), None, true)?;
         Ok(tokenizer.with_bos(tokenizer.encode(&text, Special::Parse)?))
     }
+}
+
+/// Tokens per second of decoding. Prefill ends with the first token; all tokens but the first of each reply
+/// are decode steps.
+fn decode_rate(tokens: usize, replies: usize, prefill_seconds: f64, seconds: f64) -> f64 {
+    let (tokens, seconds) = match tokens.saturating_sub(replies) {
+        0 => (tokens, seconds),
+        decoded => (decoded, seconds - prefill_seconds),
+    };
+    tokens as f64 / seconds.max(1e-9)
 }
 
 /// Streamed text of a reply.
