@@ -287,13 +287,13 @@ fn inexpressible_property(c: &Config, origin: &ModelOrigin) -> Option<String> {
         if v.attention_scale.is_some_and(|scale| (scale / usual - 1.0).abs() > 1e-6) {
             return of(&format!("a query_pre_attn_scalar that is not {width}"));
         }
-        let (attention_cap, logit_softcap) = family.caps;
+        let (attention_cap, logit_softcap) = family.softcaps;
         if attention_cap.is_some() != v.attn_logit_softcapping.is_some()
             || logit_softcap.is_some() && v.final_logit_softcapping.is_none()
         {
             return of("other caps than its family has");
         }
-        if v.sliding_window.is_none() && family.caps.0.is_some() {
+        if v.sliding_window.is_none() && family.softcaps.0.is_some() {
             return of("no windows");
         }
     }

@@ -10,7 +10,7 @@ use super::ModelError;
 use crate::ops::attention::Heads;
 use crate::ops::{AttentionConfig, LogitSoftcap};
 use crate::weights::Checkpoint;
-pub use family::{FAMILIES, Family, Norms, QkNorm, Windows};
+pub use family::{FAMILIES, Family, NormPlacement, QkNorm, Windows};
 
 /// How rotary frequencies differ from `theta^(-2i / head_dim)`.
 #[derive(Debug, Clone, PartialEq)]
@@ -294,7 +294,7 @@ impl Config {
     }
 
     /// Scale, softcap and window of attention in a layer.
-    pub fn scores(&self, layer: usize) -> AttentionConfig {
+    pub fn attention_config(&self, layer: usize) -> AttentionConfig {
         let Variation { windowed, sliding_window, .. } = &self.variation;
         AttentionConfig {
             window: sliding_window.filter(|_| windowed.get(layer) == Some(&true)),

@@ -179,7 +179,7 @@ impl Decoder {
         rms_norm(x, &self.norm, self.config.rms_norm_eps, self.compute)
     }
 
-    /// The pass that goes on with some of the tokens, rising, once all are attended to.
+    /// The pass over some of the tokens only, in ascending order, after attention over all.
     pub(super) fn narrowed<'a>(&self, pass: &Pass<'a>, chosen: &[u32]) -> Pass<'a> {
         pass.narrowed(chosen, &self.config, &self.inv_freq)
     }

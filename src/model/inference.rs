@@ -35,8 +35,8 @@ impl Decoder {
         self.hidden_with(rows, adapters, Some(cache), Some(chosen), false)
     }
 
-    /// The hidden states of new tokens after those in `cache`, which they join; without gradients,
-    /// as [`Self::hidden`]. `rows` go on where the cache's rows end.
+    /// The hidden states of new tokens after those in `cache`, to which they are appended; without
+    /// gradients, as [`Self::hidden`]. `rows` start where the cache's rows end.
     pub fn hidden_cached(
         &self,
         rows: &Rows,
@@ -87,7 +87,7 @@ impl Decoder {
     }
 
     /// The logits of one token of each row, read in several passes one after the other, each over new
-    /// tokens after those in `cache`, which they join. A pass is its rows, which are those of the cache,
+    /// tokens after those in `cache`, to which they are appended. A pass is its rows, those of the cache,
     /// and the tokens whose logits are wanted: over all passes one of each row, in the order of the rows.
     ///
     /// # Errors
@@ -144,8 +144,8 @@ impl Decoder {
     }
 }
 
-/// Fails if a cache was made for another form, or a row that goes on grows so long that it rotates
-/// otherwise than what is cached of it.
+/// Fails if the cache is of another backend, or a row grows so long that its RoPE scaling differs from that
+/// of its cached keys (LongRoPE).
 fn check_cache(rows: &Rows, cache: Option<&KvCache>, compute: Compute) -> Result<()> {
     let Some(cache) = cache else { return Ok(()) };
     if !cache.is_of(compute.backend) {
@@ -158,8 +158,8 @@ fn check_cache(rows: &Rows, cache: Option<&KvCache>, compute: Compute) -> Result
         let (seen, now) = (rows.positions[row.tokens.start] as usize, row.len());
         if seen > 0 && !cache.same_rope_scaling(seen, seen + now) {
             candle_core::bail!(
-                "a row of {seen} cached tokens and {now} new ones: rows of that length rotate \
-                 otherwise here, needed all of its tokens anew"
+                "a row of {seen} cached tokens and {now} new ones: rows of that length have \
+                 another RoPE scaling here, so that all of its tokens must be computed again"
             );
         }
     }
@@ -178,13 +178,13 @@ pub(super) fn hidden<B: Backend>(
 ) -> Result<Option<B::HeadInput>> {
     check_cache(rows, cache.as_deref(), decoder.compute)?;
     let pass = decoder.pass(rows, adapters, None);
-    let rising = chosen.map(|chosen| {
-        let mut rising = chosen.to_vec();
-        rising.sort_unstable();
-        rising.dedup();
-        rising
+    let sorted = chosen.map(|chosen| {
+        let mut sorted = chosen.to_vec();
+        sorted.sort_unstable();
+        sorted.dedup();
+        sorted
     });
-    let narrow = rising.as_deref().map(|rising| (decoder.narrowed(&pass, rising), rising));
+    let narrow = sorted.as_deref().map(|sorted| (decoder.narrowed(&pass, sorted), sorted));
     let (mut cache, kept) = match cache {
         Some(cache) => {
             let CacheOf { rows, scratch } = cache.of::<B>()?;
@@ -207,17 +207,17 @@ pub(super) fn hidden<B: Backend>(
         let inference = Inference {
             cache: cache.as_deref_mut(),
             adapter_groups: adapter_groups.as_deref(),
-            chosen: narrow.map(|(pass, rising)| (pass, *rising)),
+            chosen: narrow.map(|(pass, sorted)| (pass, *sorted)),
         };
         B::layer_inference(decoder, index, &pass, &mut x, inference, scratch)?;
     }
-    let (Some(chosen), Some((_, rising))) = (chosen, narrow) else {
+    let (Some(chosen), Some((_, sorted))) = (chosen, narrow) else {
         return Ok(Some(B::final_norm(decoder, x)?));
     };
     if chosen.is_empty() {
         return Ok(None);
     }
-    let places = chosen.iter().map(|row| rising.partition_point(|other| other < row) as u32);
+    let places = chosen.iter().map(|row| sorted.partition_point(|other| other < row) as u32);
     let places: Vec<u32> = places.collect();
     Ok(Some(B::select(&B::final_norm(decoder, x)?, &places)?))
 }

@@ -15,8 +15,8 @@ use crate::ops::BackendKind;
 pub struct KvCache {
     rows: Box<dyn AnyCache>,
     backend: BackendKind,
-    /// Rows of more tokens than this rotate otherwise, so that what is kept of one is of no use to it
-    /// once it grows beyond (longrope).
+    /// Rows of more tokens than this have another RoPE scaling (LongRoPE): keys cached before a row grows
+    /// beyond are invalid after.
     longrope_threshold: Option<usize>,
 }
 

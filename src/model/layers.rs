@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use candle_core::{Device, Result, Tensor};
 
-use super::config::{Config, Family, LayerRope, Norms, QkNorm};
+use super::config::{Config, Family, LayerRope, NormPlacement, QkNorm};
 use crate::ops::gemm::Weights;
 use crate::ops::{AttentionConfig, DeviceMatrix, Values};
 use crate::quant::FrozenMatrix;
@@ -214,7 +214,7 @@ impl Projection {
 #[derive(Debug, Clone)]
 pub(super) struct Attention {
     pub qkv: Projection,
-    /// Norms of queries and keys: per head, `(head_dim)`, or over all heads of a token.
+    /// NormPlacement of queries and keys: per head, `(head_dim)`, or over all heads of a token.
     pub q_norm: Option<Norm>,
     pub k_norm: Option<Norm>,
     pub o: Linear,
@@ -364,7 +364,7 @@ pub(super) fn build(config: &Config, index: usize, source: &mut impl LayerSource
             q_norm: q_norm?,
             k_norm: k_norm?,
             o: o?,
-            config: c.scores(index),
+            config: c.attention_config(index),
             rope: c.rope_of(index),
         },
         post_attention_norm: post_attention_norm?,
@@ -400,13 +400,13 @@ pub(super) fn norm_names(family: &Family) -> [Option<&'static str>; 4] {
     const AFTER: &str = "post_attention_layernorm";
     match family.norms {
         // In these families "post_attention" is the norm before the feed-forward block.
-        Norms::Before => [Some("input_layernorm"), None, Some(AFTER), None],
-        Norms::Around => [
+        NormPlacement::Pre => [Some("input_layernorm"), None, Some(AFTER), None],
+        NormPlacement::Sandwich => [
             Some("input_layernorm"),
             Some(AFTER),
             Some("pre_feedforward_layernorm"),
             Some("post_feedforward_layernorm"),
         ],
-        Norms::Behind => [None, Some(AFTER), None, Some("post_feedforward_layernorm")],
+        NormPlacement::Post => [None, Some(AFTER), None, Some("post_feedforward_layernorm")],
     }
 }

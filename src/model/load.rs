@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 
-use super::config::{Family, Norms, QkNorm, RopeScaling};
+use super::config::{Family, NormPlacement, QkNorm, RopeScaling};
 use super::layers::{self, Layer, LayerSource, Linear, Norm, norm_names};
 use super::{Config, Decoder, ModelError};
 use crate::ops::Compute;
@@ -364,8 +364,8 @@ pub fn gguf_name(family: &Family, name: &str) -> String {
         };
     };
     let after_attention = match family.norms {
-        Norms::Before => "ffn_norm",
-        Norms::Around | Norms::Behind => "post_attention_norm",
+        NormPlacement::Pre => "ffn_norm",
+        NormPlacement::Sandwich | NormPlacement::Post => "post_attention_norm",
     };
     let mut name = format!("blk.{name}");
     for (from, to) in PARTS.iter().chain(&[("post_attention_layernorm", after_attention)]) {

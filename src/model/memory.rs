@@ -4,11 +4,11 @@ use super::backend::{Backend, HeadBytes, LayerBytes, with_backend};
 use super::cache::CacheType;
 use super::decoder::Decoder;
 use super::full::FullModel;
-use super::layer::Sizes;
+use super::layer::AdapterSizes;
 
 impl Decoder {
     /// The memory that its layers work with in a batch of `tokens` tokens.
-    pub fn layer_bytes(&self, tokens: usize, sizes: &Sizes) -> LayerBytes {
+    pub fn layer_bytes(&self, tokens: usize, sizes: &AdapterSizes) -> LayerBytes {
         with_backend!(self.compute.backend, B => B::layer_bytes(self, tokens, sizes))
     }
 

@@ -110,7 +110,7 @@ impl<'a> Pass<'a> {
         Pass { segments: rows.segments.clone(), rotations, adapters, dropout, squares: None }
     }
 
-    /// The pass that goes on with some of the tokens, rising, once all are attended to.
+    /// The pass over some of the tokens only, in ascending order, after attention over all.
     pub(super) fn narrowed(&self, chosen: &[u32], config: &Config, inv_freq: &[f32]) -> Self {
         let mut end = 0;
         let part = |segment: &Segment| {

@@ -18,7 +18,7 @@ use super::run_dir::Fingerprint;
 use super::settings::{CommonSettings, RunSettings, Task};
 use super::supervised::Supervised;
 use crate::data::DataError;
-use crate::model::layer::Sizes;
+use crate::model::layer::AdapterSizes;
 use crate::model::{ActiveAdapter, Decoder};
 use crate::monitor::Monitor;
 use crate::ops::DeviceName;
@@ -133,7 +133,7 @@ impl Inputs {
             most.div_ceil(layers.max(1))
         };
         let magnitudes = |lora: &Lora| lora.magnitude.as_ref().map_or(0, |_| lora.out_features());
-        let sizes = Sizes {
+        let sizes = AdapterSizes {
             ranks: mean(&Lora::r),
             magnitudes: mean(&magnitudes),
             dropout: common.lora_dropout > 0.0,

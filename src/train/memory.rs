@@ -8,7 +8,7 @@ use quantune_adapters::delta::Adapter;
 use serde::Serialize;
 
 use crate::model::backend::{HeadBytes, LayerBytes};
-use crate::model::layer::Sizes;
+use crate::model::layer::AdapterSizes;
 use crate::model::{ActiveAdapter, Adapters, Decoder};
 
 /// The default budget, as a fraction of the memory that is free at the start.
@@ -64,7 +64,7 @@ pub struct MemoryParams<'a> {
     /// Number of trainable parameters.
     pub parameters: usize,
     /// The updates of a layer.
-    pub sizes: Sizes,
+    pub sizes: AdapterSizes,
     /// Bytes of rows or prompts.
     pub token_data: usize,
     /// Bytes of the log-probs of all rows under the reference.

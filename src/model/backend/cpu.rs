@@ -13,7 +13,7 @@ use crate::model::config::Config;
 use crate::model::decoder::Decoder;
 use crate::model::full::{FullBuffers, FullModel};
 use crate::model::gradients::GradientBuffers;
-use crate::model::layer::{LayerPass, Sizes, Tape, Workspace};
+use crate::model::layer::{AdapterSizes, LayerPass, Tape, Workspace};
 use crate::model::layers::LinearGroup;
 use crate::model::lm_head::{Logits, scores};
 use crate::model::pass::Pass;
@@ -270,7 +270,7 @@ impl Backend for Cpu {
         model.accumulate(batch, scale, kept_layers, gradients, buffers)
     }
 
-    fn layer_bytes(decoder: &Decoder, tokens: usize, sizes: &Sizes) -> LayerBytes {
+    fn layer_bytes(decoder: &Decoder, tokens: usize, sizes: &AdapterSizes) -> LayerBytes {
         let (config, compute) = (&decoder.config, decoder.compute);
         LayerBytes {
             input: tokens * config.hidden_size * size_of::<f32>(),

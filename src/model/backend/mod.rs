@@ -27,7 +27,7 @@ use super::cache::{CacheType, RowCaches};
 use super::config::Config;
 use super::decoder::Decoder;
 use super::full::FullModel;
-use super::layer::Sizes;
+use super::layer::AdapterSizes;
 use super::layers::LinearGroup;
 use super::lm_head::Logits;
 use super::pass::Pass;
@@ -62,15 +62,15 @@ pub struct ParameterGradients<'a, B: Backend> {
     pub gradients: &'a mut [B::Gradient],
 }
 
-/// What a layer does in inference, beside its plain forward pass.
+/// Options of a layer's forward pass in inference.
 #[derive(Debug)]
 pub struct Inference<'a, B: Backend> {
-    /// The cache whose tokens are attended to, and which the new tokens join.
+    /// The KV cache that is attended to, and to which the new tokens are appended.
     pub cache: Option<&'a mut B::Cache>,
     /// In a decode step, the tokens of each list of active adapters.
     pub(super) adapter_groups: Option<&'a [AdapterGroup<'a>]>,
-    /// The tokens that are needed above the layer, rising, with the pass over those alone; the others
-    /// are only attended to.
+    /// The tokens that are needed above the layer, in ascending order, with the pass over only these; the
+    /// others are only attended to.
     pub(super) chosen: Option<(&'a Pass<'a>, &'a [u32])>,
 }
 
@@ -300,7 +300,7 @@ pub trait Backend: Debug + Sized + 'static {
     ) -> Result<f64>;
 
     /// Memory of the layers for a batch of `tokens` tokens.
-    fn layer_bytes(decoder: &Decoder, tokens: usize, sizes: &Sizes) -> LayerBytes;
+    fn layer_bytes(decoder: &Decoder, tokens: usize, sizes: &AdapterSizes) -> LayerBytes;
 
     /// The memory of reading `rows` rows at a head of `vocabulary` outputs, forward and backward.
     fn head_bytes(decoder: &Decoder, rows: usize, vocabulary: usize) -> HeadBytes;

@@ -13,7 +13,7 @@ use crate::model::cache::{CacheType, TensorCache};
 use crate::model::config::Config;
 use crate::model::decoder::Decoder;
 use crate::model::full::FullModel;
-use crate::model::layer::Sizes;
+use crate::model::layer::AdapterSizes;
 use crate::model::layers::LinearGroup;
 use crate::model::lm_head::{Logits, scores};
 use crate::model::pass::Pass;
@@ -324,7 +324,7 @@ impl Backend for Reference {
         model.accumulate_tensors(batch, scale, gradients)
     }
 
-    fn layer_bytes(decoder: &Decoder, tokens: usize, sizes: &Sizes) -> LayerBytes {
+    fn layer_bytes(decoder: &Decoder, tokens: usize, sizes: &AdapterSizes) -> LayerBytes {
         // What candle keeps beside is not known.
         LayerBytes { complete: false, ..Cpu::layer_bytes(decoder, tokens, sizes) }
     }

@@ -334,7 +334,7 @@ mod tests {
             let error = error(&portable, &fast);
             assert!(error < 1e-5, "{kind:?} is off by {error:e}");
         }
-        // A number that is none is told, not rounded to one.
+        // NaN is kept, not rounded to a number.
         buffer[stride(heads) * 40 + zeros] = f32::NAN;
         for (kind, _) in KINDS {
             for compute in FORMS {

@@ -16,7 +16,7 @@ pub struct Family {
     /// Whether llama.cpp's converter interleaves the rows of q and k of each head.
     pub interleaved_in_gguf: bool,
     /// Positions of the norms in a layer.
-    pub norms: Norms,
+    pub norms: NormPlacement,
     /// Norm of queries and keys before rotation.
     pub qk_norm: QkNorm,
     /// Whether folders store norm weights minus 1 (the norm multiplies by `1 + w`); a GGUF stores `1 + w`.
@@ -39,7 +39,7 @@ pub struct Family {
     /// `head_dim`: it has no key for it, and llama.cpp knows the 27B models by their depth.
     pub scale_by_hidden_size_at: Option<usize>,
     /// Softcaps of attention scores and of final logits, if the file has none.
-    pub caps: (Option<f64>, Option<f64>),
+    pub softcaps: (Option<f64>, Option<f64>),
     /// Whether embeddings, residuals, scores and logits have configurable multipliers.
     pub multipliers: bool,
     /// Whether lm_head is tied to the embedding, if a `config.json` does not have the key.
@@ -63,13 +63,13 @@ pub struct Family {
 
 /// Positions of the norms of attention and feed-forward block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Norms {
+pub enum NormPlacement {
     /// Before each.
-    Before,
+    Pre,
     /// Before and after each, the latter before the residual addition.
-    Around,
+    Sandwich,
     /// After each only.
-    Behind,
+    Post,
 }
 
 /// Norm of queries and keys.
@@ -104,7 +104,7 @@ const LLAMA: Family = Family {
     architecture: "llama",
     qkv_bias: false,
     interleaved_in_gguf: true,
-    norms: Norms::Before,
+    norms: NormPlacement::Pre,
     qk_norm: QkNorm::None,
     norm_weight_offset: false,
     gate: Gate::Silu,
@@ -115,7 +115,7 @@ const LLAMA: Family = Family {
     no_rope_layer_interval: None,
     query_pre_attn_scalar: false,
     scale_by_hidden_size_at: None,
-    caps: (None, None),
+    softcaps: (None, None),
     multipliers: false,
     tied: false,
     tied_in_gguf: false,
@@ -144,7 +144,7 @@ const GEMMA2: Family = Family {
     architecture: "gemma2",
     llama_cpp_has_65b: false,
     interleaved_in_gguf: false,
-    norms: Norms::Around,
+    norms: NormPlacement::Sandwich,
     norm_weight_offset: true,
     gate: Gate::GeluTanh,
     embedding_scaled: true,
@@ -152,7 +152,7 @@ const GEMMA2: Family = Family {
     sliding_window: Some(4096),
     query_pre_attn_scalar: true,
     scale_by_hidden_size_at: Some(46),
-    caps: (Some(50.0), Some(30.0)),
+    softcaps: (Some(50.0), Some(30.0)),
     tied: true,
     tied_in_gguf: true,
     head_dim: Some(256),
@@ -181,7 +181,7 @@ pub const FAMILIES: &[Family] = &[
         qk_norm: QkNorm::Head,
         windows: Windows::AllBut(6),
         scale_by_hidden_size_at: Some(62),
-        caps: (None, None),
+        softcaps: (None, None),
         tied_in_gguf: false,
         rope_theta: 1_000_000.0,
         local_rope_theta: Some(10_000.0),
@@ -216,7 +216,7 @@ pub const FAMILIES: &[Family] = &[
         architecture: "olmo2",
         llama_cpp_has_65b: false,
         interleaved_in_gguf: false,
-        norms: Norms::Behind,
+        norms: NormPlacement::Post,
         qk_norm: QkNorm::Width,
         ..LLAMA
     },

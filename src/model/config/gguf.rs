@@ -90,7 +90,7 @@ fn variation(
     let key = |name: &str| format!("{}.{name}", family.architecture);
     let number = |name: &str| gguf.f64(&key(name));
     let mut of = Variation::default();
-    let (attention_cap, logit_softcap) = family.caps;
+    let (attention_cap, logit_softcap) = family.softcaps;
     if family.query_pre_attn_scalar {
         let present = |cap: Option<f64>| cap.filter(|&cap| cap != 0.0);
         let width = match family.scale_by_hidden_size_at {

@@ -113,7 +113,7 @@ fn variation(
         None => default,
         Some(value) => value.as_f64(),
     };
-    let (attention_cap, logit_softcap) = family.caps;
+    let (attention_cap, logit_softcap) = family.softcaps;
     if family.query_pre_attn_scalar {
         of.attention_scale = number("query_pre_attn_scalar").map(|scalar| scalar.powf(-0.5));
         of.attn_logit_softcapping = cap("attn_logit_softcapping", attention_cap);

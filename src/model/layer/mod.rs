@@ -31,7 +31,7 @@ use super::layers::{Layer, LinearGroup};
 pub use buffers::Workspace;
 use buffers::take;
 pub(super) use layer_pass::LayerPass;
-pub use tape::{Sizes, Tape};
+pub use tape::{AdapterSizes, Tape};
 
 impl LayerPass<'_> {
     /// Turns `x (N, hidden_size)` into the layer's output. `taped` says whether `tape` is for a backward

@@ -1,4 +1,4 @@
-//! Norms and the residual stream, forward and backward.
+//! NormPlacement and the residual stream, forward and backward.
 
 use candle_core::Result;
 

@@ -2,7 +2,7 @@
 
 use super::attention::AttentionTape;
 use super::feed_forward::FeedForwardTape;
-use crate::model::config::{Config, Norms};
+use crate::model::config::{Config, NormPlacement};
 use crate::ops::Compute;
 use crate::ops::gemm::PanelType;
 
@@ -19,7 +19,12 @@ pub struct Tape {
 
 impl Tape {
     /// Bytes of the buffers that all layers share, without tapes.
-    pub fn shared_bytes(config: &Config, compute: Compute, tokens: usize, sizes: &Sizes) -> usize {
+    pub fn shared_bytes(
+        config: &Config,
+        compute: Compute,
+        tokens: usize,
+        sizes: &AdapterSizes,
+    ) -> usize {
         let (floats, packed) = Self::shared_width(config, sizes);
         let packed = match compute.precision.backward_panel() {
             PanelType::Int16 | PanelType::Int8 => packed / 2,
@@ -32,19 +37,19 @@ impl Tape {
 
     /// [`Self::shared_bytes`] of fully trainable layers, whose gradients are packed twice.
     pub(in crate::model) fn trainable_shared_bytes(config: &Config, tokens: usize) -> usize {
-        let (floats, packed) = Self::shared_width(config, &Sizes::default());
+        let (floats, packed) = Self::shared_width(config, &AdapterSizes::default());
         (floats + 2 * packed) * tokens * size_of::<f32>()
     }
 
     /// Values per token in the buffers that all layers share, and in packed ones.
-    fn shared_width(config: &Config, sizes: &Sizes) -> (usize, usize) {
+    fn shared_width(config: &Config, sizes: &AdapterSizes) -> (usize, usize) {
         let (h, i) = (config.hidden_size, config.intermediate_size);
         let q = config.num_attention_heads * config.head_dim;
         let kv = config.num_key_value_heads * config.head_dim;
         // The residual stream and its norm, the outputs of attention and gate, the inputs of o
         // and down, and the gradients of all of them.
         let mut floats = 4 * h + 3 * q + 2 * kv + 4 * i;
-        if config.family.norms != Norms::Before {
+        if config.family.norms != NormPlacement::Pre {
             floats += 2 * h;
         }
         // Packed: the widest input, and the gradients of outputs that share an input.
@@ -63,32 +68,32 @@ impl Tape {
     }
 
     /// Bytes a tape of `tokens` tokens takes.
-    pub fn bytes(config: &Config, compute: Compute, tokens: usize, sizes: &Sizes) -> usize {
+    pub fn bytes(config: &Config, compute: Compute, tokens: usize, sizes: &AdapterSizes) -> usize {
         let halved = compute.precision.forward_panel() != PanelType::F32;
         Self::bytes_as(config, halved, tokens, sizes)
     }
 
     /// [`Self::bytes`] of a fully trainable layer, which saves nothing in 16 bits.
     pub(in crate::model) fn trainable_bytes(config: &Config, tokens: usize) -> usize {
-        Self::bytes_as(config, false, tokens, &Sizes::default())
+        Self::bytes_as(config, false, tokens, &AdapterSizes::default())
     }
 
-    fn bytes_as(config: &Config, halved: bool, tokens: usize, sizes: &Sizes) -> usize {
+    fn bytes_as(config: &Config, halved: bool, tokens: usize, sizes: &AdapterSizes) -> usize {
         let (attention, attended) = AttentionTape::width(config);
         let (block, products) = FeedForwardTape::width(config);
         let kept = attended + products + sizes.magnitudes;
         let kept = if halved { kept / 2 } else { kept };
         let mut width = 2 * config.hidden_size + attention + block + kept;
-        if config.family.norms != Norms::Before {
+        if config.family.norms != NormPlacement::Pre {
             width += 2 * config.hidden_size;
         }
         (width + sizes.ranks) * tokens * size_of::<f32>()
     }
 }
 
-/// Sizes of a layer's updates, which its tape and its buffers depend on.
+/// AdapterSizes of a layer's updates, which its tape and its buffers depend on.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Sizes {
+pub struct AdapterSizes {
     /// Ranks of all its updates together.
     pub ranks: usize,
     /// Total outputs of its linear layers with magnitudes (DoRA).

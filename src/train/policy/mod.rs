@@ -27,7 +27,7 @@ use super::settings::CommonSettings;
 use super::state::{RolloutState, State};
 use crate::data::{Dataset, Prompt, Prompts};
 use crate::model::backend::LayerBytes;
-use crate::model::layer::Sizes;
+use crate::model::layer::AdapterSizes;
 use crate::model::scoring::TOKENS_AT_A_TIME;
 use crate::model::{ActiveAdapter, Decoder};
 use crate::monitor::{LogEvent, Monitor};
@@ -147,7 +147,7 @@ impl Rollouts {
     /// Bytes for sampling and scoring responses. Decoding: the KV cache of all rows that are decoded at once,
     /// each of maximum length, and their logits. Scoring, if there is any: the buffers of a forward pass of as
     /// many responses as are scored together, in addition to the buffers of the steps, which are kept.
-    pub(super) fn rollout_bytes(&self, decoder: &Decoder, sizes: &Sizes) -> usize {
+    pub(super) fn rollout_bytes(&self, decoder: &Decoder, sizes: &AdapterSizes) -> usize {
         let config = &decoder.config;
         let settings = self.task.generation(self.compute, self.common.seed);
         let per_prompt = self.task.responses_per_prompt();
