@@ -4,7 +4,7 @@
 //! tokenized: into an [`Example`] with a loss mask, a [`Comparison`] of responses, or a [`Prompt`] for
 //! reinforcement learning. Rows that would teach nothing or the wrong thing are found while reading
 //! ([`checks`]). Tokenized rows are held in a [`RowStore`]: in memory, or memory-mapped from a cache on
-//! disk if the file is large. Several files with weights form a mixture ([`epoch_examples`]). An epoch is
+//! disk if the file is large. Several files with weights form a mixture (`epoch_examples`). An epoch is
 //! a sequence of bins of rows ([`EpochPlan`]); the rows of a micro-batch are concatenated without padding
 //! ([`Batch`]). The result depends only on the files, the tokenizer, the settings, the seed and the epoch,
 //! so (epoch, step) is the complete data cursor of a run. Pretraining data does not fit into memory:

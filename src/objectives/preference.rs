@@ -1,6 +1,6 @@
 //! Preference optimization without a reward model: DPO and related losses. All of them depend only on the
 //! log-probs of responses; a loss is a variant of [`PreferenceLoss`] with its parameters,
-//! and an arm of [`preference_losses`]. Formulas are those of
+//! and an arm of `preference_losses`. Formulas are those of
 //! TRL 1.16 (DPOTrainer, KTOTrainer, and of its experimental trainers ORPO's and CPO's).
 
 use candle_core::{Result, Tensor};
@@ -65,7 +65,7 @@ pub enum PreferenceLoss {
         label_smoothing: f64,
     },
     /// KTO (Ethayarajh et al. 2024, equation 7): responses labelled good or bad, no pairs; see
-    /// [`kto_losses`].
+    /// `kto_losses`.
     Kto {
         /// Weight of good responses.
         desirable_weight: f64,
@@ -133,7 +133,7 @@ impl PreferenceLoss {
 /// Constants of a loss that depend on all rows of a step; 0 for losses without such constants.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct StepConstants {
-    /// KTO: the reference point, [`kto_kl`].
+    /// KTO: the reference point, `kto_kl`.
     pub kl: f64,
     /// ORPO: pairs of the step divided by the tokens of their prompts and chosen responses.
     pub nll_weight: f64,

@@ -3,9 +3,9 @@
 //! The policy generates responses ([`respond`]). A reward source gives each response a number or no
 //! opinion: a rule ([`Rule`]), an external program ([`RewardCommand`]), a separate reward model
 //! ([`RewardModel`]) or an adapter on the base model. [`Rewards`] is their weighted sum, and a [`Scorer`]
-//! runs all of them. [`ppo`] computes advantages, [`diagnose`] checks the health of an update, and samples
-//! of responses with their rewards are logged to a file and printed to the terminal ([`SampleLog`],
-//! [`table`]).
+//! runs all of them. [`ppo`] computes advantages, `diagnose` checks the health of an update, and samples
+//! of responses with their rewards are logged to a file and printed to the terminal (`SampleLog`,
+//! `table`).
 //!
 //! Everything is a function of the policy, the prompts and a key, so that an update that was lost is
 //! repeated to the same bytes. This module does not know how the policy is trained.
