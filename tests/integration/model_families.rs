@@ -331,7 +331,7 @@ fn rows_grow_across_longrope_threshold() {
         let next = |from: usize, to: usize| Rows::after([(&row[from..to], from)].into_iter());
         decoder.hidden_cached(&next(0, 20), Adapters::NONE, &mut cache).unwrap();
         let error = decoder.hidden_cached(&next(20, 30), Adapters::NONE, &mut cache);
-        assert!(error.unwrap_err().to_string().contains("all of its tokens anew"));
+        assert!(error.unwrap_err().to_string().contains("must be computed again"));
 
         // Packed rows rotate by their own length, whatever else is in the batch.
         let of = |rows: &[&[u32]]| {

@@ -337,5 +337,5 @@ fn invalid_input_ends_in_one_error() {
     let taken = lab.path("run");
     fs::create_dir_all(format!("{taken}/model")).unwrap();
     fs::write(format!("{taken}/model/model.safetensors"), "x").unwrap();
-    check(notes, &[], &["holds model but no run"]);
+    check(notes, &[], &["contains model but no run"]);
 }
