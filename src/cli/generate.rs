@@ -134,11 +134,10 @@ impl Generate {
         let SampledReply { generated, text } = candidates.swap_remove(best);
         if let (Some(judged), false) = (&judged, json) {
             show(&text);
-            let rewards: Vec<String> = judged
-                .totals
-                .iter()
-                .map(|total| total.map_or("-".into(), |total| format!("{total:.3}")))
-                .collect();
+            let rewards = judged.totals.iter();
+            let rewards =
+                rewards.map(|total| total.map_or("-".into(), |total| format!("{total:.3}")));
+            let rewards: Vec<String> = rewards.collect();
             eprintln!("best reply: {} (rewards: {})", best + 1, rewards.join(", "));
         }
         if !json {
@@ -161,12 +160,7 @@ impl Generate {
             value["candidates"] = judged.candidates.into();
         }
         if self.logprobs.is_some() {
-            let list = |top: Vec<(u32, f32)>| -> Vec<Value> {
-                top.into_iter()
-                    .map(|(token_id, logprob)| json!({ "token_id": token_id, "logprob": logprob }))
-                    .collect()
-            };
-            value["logprobs"] = generated.logprobs.into_iter().map(list).collect();
+            value["logprobs"] = generated.logprobs.into_iter().map(logprobs_json).collect();
         }
         Ok(value)
     }
@@ -220,6 +214,12 @@ impl Generate {
         let text = template.render(&self.messages(), None, true)?;
         Ok(tokenizer.with_bos(tokenizer.encode(&text, Special::Parse)?))
     }
+}
+
+/// The most likely tokens at a position, with their log-probs.
+fn logprobs_json(top: Vec<(u32, f32)>) -> Value {
+    let entry = |(token_id, logprob)| json!({ "token_id": token_id, "logprob": logprob });
+    top.into_iter().map(entry).collect()
 }
 
 /// Tokens per second of decoding. Prefill ends with the first token; all tokens but the first of each reply

@@ -3,7 +3,7 @@
 use candle_core::{DType, Device, Result, Tensor};
 
 use super::adapters::{ActiveAdapter, Adapters};
-use super::backend::{Backend, Inference, with_backend};
+use super::backend::{Backend, HeadInput, Inference, with_backend};
 use super::decoder::Decoder;
 use super::kv_cache::{CacheOf, KvCache};
 use super::lm_head::Logits;
@@ -67,7 +67,7 @@ impl Decoder {
     ) -> Result<Tensor> {
         with_backend!(self.compute.backend, B => {
             match hidden::<B>(self, rows, adapters, cache, chosen, decoding)? {
-                Some(hidden) => B::to_tensor(hidden),
+                Some(hidden) => hidden.into_tensor(),
                 None => Tensor::zeros((0, self.config.hidden_size), DType::F32, &Device::Cpu),
             }
         })
@@ -82,7 +82,7 @@ impl Decoder {
     ) -> Result<Logits> {
         with_backend!(self.compute.backend, B => {
             let hidden = hidden::<B>(self, rows, adapters, Some(cache), None, true)?;
-            B::logits(self, &hidden.expect("of all tokens"), adapters)
+            hidden.expect("of all tokens").logits(self, adapters)
         })
     }
 
@@ -107,7 +107,7 @@ impl Decoder {
             if parts.is_empty() {
                 candle_core::bail!("no token was chosen whose logits are read");
             }
-            B::logits(self, &B::concat(parts)?, adapters)
+            HeadInput::concat(parts)?.logits(self, adapters)
         })
     }
 
@@ -131,7 +131,7 @@ impl Decoder {
         active: &[ActiveAdapter],
     ) -> Result<Vec<f32>> {
         with_backend!(self.compute.backend, B => {
-            B::target_log_probs(self, &B::from_tensor(hidden)?, targets, temperature, active)
+            B::target_log_probs(self, &HeadInput::from_tensor(hidden)?, targets, temperature, active)
         })
     }
 
@@ -139,7 +139,7 @@ impl Decoder {
     /// for few rows only. A row gets the same bits among any others. They are on the CPU.
     pub fn logits(&self, hidden: &Tensor, adapters: Adapters) -> Result<Tensor> {
         with_backend!(self.compute.backend, B => {
-            B::logits(self, &B::from_tensor(hidden)?, adapters)?.into_tensor()
+            <B as Backend>::HeadInput::from_tensor(hidden)?.logits(self, adapters)?.into_tensor()
         })
     }
 }
@@ -219,5 +219,5 @@ pub(super) fn hidden<B: Backend>(
     }
     let places = chosen.iter().map(|row| sorted.partition_point(|other| other < row) as u32);
     let places: Vec<u32> = places.collect();
-    Ok(Some(B::select(&B::final_norm(decoder, x)?, &places)?))
+    Ok(Some(B::final_norm(decoder, x)?.select(&places)?))
 }

@@ -47,7 +47,7 @@ impl Reading {
 
 impl Decoder {
     /// Log-probs of `targets`, each the row of `x (N, hidden_size)` that predicts it and a token, of
-    /// logits divided by `temperature`, where all rows use the same: `(M)`, in nats. With `to_learn`, [`Self::log_probs_back`] may
+    /// logits divided by `temperature`, where all rows use the same: `(M)`, in nats. With `to_learn`, [`Self::log_probs_backward`] may
     /// follow.
     ///
     /// # Errors
@@ -89,7 +89,7 @@ impl Decoder {
     /// Adds to `dx (N, hidden_size)` what follows from the gradient `dlogps (M)` of the log-probs
     /// that were read last, and to `sink` what follows for trainable parts of the head. `active` is what
     /// they were read with.
-    pub fn log_probs_back(
+    pub fn log_probs_backward(
         &self,
         dlogps: &[f32],
         temperature: f64,
@@ -129,7 +129,7 @@ impl Decoder {
 
     /// Adds to `dx (N, hidden_size)` and to `dhead (hidden_size)` what follows from the gradient
     /// `dscores (M)` of the scores that were read last.
-    pub fn scores_back(
+    pub fn scores_backward(
         &self,
         dscores: &[f32],
         head: &[f32],

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use candle_core::{Result, Tensor};
 
-use super::backend::{Backend, with_backend};
+use super::backend::{Backend, HeadInput, with_backend};
 use super::inference::hidden;
 use super::{ActiveAdapter, Adapters, Decoder, Rows};
 use crate::data::Batch;
@@ -91,7 +91,7 @@ pub fn row_scores(
         return Ok(Vec::new());
     }
     with_backend!(decoder.compute.backend, B => {
-        B::row_scores(&hidden_of::<B>(decoder, active, &rows_of(batch), &rows)?, head)
+        hidden_of::<B>(decoder, active, &rows_of(batch), &rows)?.scores(head)
     })
 }
 
@@ -129,7 +129,7 @@ fn log_probs_and_scores_by<B: Backend>(
     let of = |rows: &[u32]| {
         let place = |row| read.binary_search(row).expect("all of them were read") as u32;
         let places: Vec<u32> = rows.iter().map(place).collect();
-        B::select(&hidden, &places)
+        hidden.select(&places)
     };
     let logps = match targets.is_empty() {
         true => Vec::new(),
@@ -137,7 +137,7 @@ fn log_probs_and_scores_by<B: Backend>(
     };
     let found = match scored.is_empty() {
         true => Vec::new(),
-        false => B::row_scores(&of(scored)?, head)?,
+        false => of(scored)?.scores(head)?,
     };
     Ok((logps, found))
 }

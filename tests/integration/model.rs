@@ -229,7 +229,7 @@ fn readings_by_hand_are_those_of_the_ops() {
     let grads = (&scores * &given).unwrap().sum_all().unwrap().backward().unwrap();
     let (mut dx, mut dhead) = (vec![0f32; n * width], vec![0f32; width]);
     close(&decoder.read_scores(&values, &rows, &weights, &mut reading).unwrap(), &scores);
-    decoder.scores_back(&upstream, &weights, &mut reading, &mut dx, &mut dhead).unwrap();
+    decoder.scores_backward(&upstream, &weights, &mut reading, &mut dx, &mut dhead).unwrap();
     close(&dx, grads.get(&x).unwrap());
     close(&dhead, grads.get(&head).unwrap());
 
@@ -245,7 +245,7 @@ fn readings_by_hand_are_those_of_the_ops() {
         let mut dx = vec![0f32; n * width];
         let mut none = GradientBuffers { places: &HashMap::new(), gradients: &mut [] };
         decoder
-            .log_probs_back(&upstream, temperature, &[], &mut reading, &mut dx, &mut none)
+            .log_probs_backward(&upstream, temperature, &[], &mut reading, &mut dx, &mut none)
             .unwrap();
         close(&dx, grads.get(&x).unwrap());
     }

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::{Backend, HeadBytes, Inference, Keep, LayerBytes, ParameterGradients};
 use crate::data::Batch;
-use crate::model::adapters::{ActiveAdapter, Adapters};
+use crate::model::adapters::ActiveAdapter;
 use crate::model::cache::{CacheType, PanelCache};
 use crate::model::config::Config;
 use crate::model::decoder::Decoder;
@@ -15,7 +15,6 @@ use crate::model::full::{FullBuffers, FullModel};
 use crate::model::gradients::GradientBuffers;
 use crate::model::layer::{AdapterSizes, LayerPass, Tape, Workspace};
 use crate::model::layers::LinearGroup;
-use crate::model::lm_head::{Logits, scores};
 use crate::model::pass::Pass;
 use crate::model::reading::Reading;
 use crate::ops::linear_cross_entropy::{self, Distributions};
@@ -67,12 +66,12 @@ impl Backend for Cpu {
     const KIND: BackendKind = BackendKind::Cpu;
     const RECOMPUTES_FULL_TRAINING: bool = true;
 
-    fn decoder_on(decoder: Decoder, _device: &Device) -> Result<Decoder> {
-        candle_core::bail!("compute is {}, needed portable on a device", decoder.compute);
+    fn decoder_on(_decoder: Decoder, _device: &Device) -> Result<Decoder> {
+        candle_core::bail!("backend cpu does not compute on a device: needed backend reference");
     }
 
-    fn full_model_on(model: FullModel, _device: &Device) -> Result<FullModel> {
-        candle_core::bail!("compute is {}, needed portable on a device", model.compute);
+    fn full_model_on(_model: FullModel, _device: &Device) -> Result<FullModel> {
+        candle_core::bail!("backend cpu does not compute on a device: needed backend reference");
     }
 
     fn embed(decoder: &Decoder, tokens: &[u32], pass: &Pass, x: &mut Vec<f32>) -> Result<()> {
@@ -167,22 +166,6 @@ impl Backend for Cpu {
         decoder.final_norm(&Tensor::from_vec(x, shape, &Device::Cpu)?)
     }
 
-    fn select(hidden: &Tensor, rows: &[u32]) -> Result<Tensor> {
-        hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)
-    }
-
-    fn concat(parts: Vec<Tensor>) -> Result<Tensor> {
-        Tensor::cat(&parts, 0)
-    }
-
-    fn to_tensor(hidden: Tensor) -> Result<Tensor> {
-        Ok(hidden)
-    }
-
-    fn from_tensor(hidden: &Tensor) -> Result<Tensor> {
-        Ok(hidden.clone())
-    }
-
     fn log_probs(
         decoder: &Decoder,
         x: &Vec<f32>,
@@ -208,7 +191,7 @@ impl Backend for Cpu {
         gradients: &mut ParameterGradients<Self>,
     ) -> Result<()> {
         let (reading, sink) = (&mut head.logps, &mut gradients.sink());
-        decoder.log_probs_back(dlogps, temperature, active, reading, dx, sink)
+        decoder.log_probs_backward(dlogps, temperature, active, reading, dx, sink)
     }
 
     fn scores(
@@ -233,7 +216,7 @@ impl Backend for Cpu {
         let Some(dweight) = gradients.gradients.last_mut() else {
             candle_core::bail!("scores have a gradient, but no parameter has");
         };
-        decoder.scores_back(dscores, &head.weight, &mut head.scores, dx, dweight)
+        decoder.scores_backward(dscores, &head.weight, &mut head.scores, dx, dweight)
     }
 
     fn zero_like(x: &Vec<f32>, dx: &mut Vec<f32>) {
@@ -249,14 +232,6 @@ impl Backend for Cpu {
         active: &[ActiveAdapter],
     ) -> Result<Vec<f32>> {
         decoder.lm_head().log_probs(hidden, targets, temperature, active)
-    }
-
-    fn row_scores(hidden: &Tensor, weight: &Tensor) -> Result<Vec<f32>> {
-        scores(hidden, weight)?.to_vec1()
-    }
-
-    fn logits(decoder: &Decoder, hidden: &Tensor, adapters: Adapters) -> Result<Logits> {
-        decoder.lm_head().logits(hidden, adapters)
     }
 
     fn accumulate_full(

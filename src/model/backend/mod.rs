@@ -10,26 +10,27 @@
 
 mod cpu;
 mod dispatch;
+mod head_input;
 mod reference;
 
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt::Debug;
 
-use candle_core::{Device, Result, Tensor, Var};
+use candle_core::{Device, Result, Var};
 
 pub use cpu::{Cpu, CpuHeadTape, CpuScratch};
 pub(crate) use dispatch::with_backend;
+pub use head_input::HeadInput;
 pub use reference::{Reference, ReferenceHeadTape, ReferenceHidden, ReferenceTape};
 
-use super::adapters::{ActiveAdapter, AdapterGroup, Adapters};
+use super::adapters::{ActiveAdapter, AdapterGroup};
 use super::cache::{CacheType, RowCaches};
 use super::config::Config;
 use super::decoder::Decoder;
 use super::full::FullModel;
 use super::layer::AdapterSizes;
 use super::layers::LinearGroup;
-use super::lm_head::Logits;
 use super::pass::Pass;
 use crate::data::Batch;
 use crate::ops::BackendKind;
@@ -105,7 +106,7 @@ pub trait Backend: Debug + Sized + 'static {
     /// The residual stream `(N, hidden_size)`, or its gradient.
     type Hidden: Debug + Default + Send;
     /// Hidden states behind the final norm, which the head reads in inference, `(M, hidden_size)`.
-    type HeadInput: Debug;
+    type HeadInput: HeadInput;
     /// What a layer keeps for its backward pass.
     type Tape: Debug + Default + Send;
     /// Values of the head saved for its backward pass.
@@ -202,18 +203,6 @@ pub trait Backend: Debug + Sized + 'static {
     /// The final norm of the last layer's output: N states that the head reads.
     fn final_norm(decoder: &Decoder, x: Self::Hidden) -> Result<Self::HeadInput>;
 
-    /// Some of the states that the head reads, in any order; one may be chosen several times.
-    fn select(hidden: &Self::HeadInput, rows: &[u32]) -> Result<Self::HeadInput>;
-
-    /// States that the head reads, one part behind the other; there is at least one part.
-    fn concat(parts: Vec<Self::HeadInput>) -> Result<Self::HeadInput>;
-
-    /// What the head reads as a tensor `(M, hidden_size)`, for inspection.
-    fn to_tensor(hidden: Self::HeadInput) -> Result<Tensor>;
-
-    /// What the head reads from a tensor that [`Self::to_tensor`] gave.
-    fn from_tensor(hidden: &Tensor) -> Result<Self::HeadInput>;
-
     /// The log-probs (M) of `targets`, each a row of `x` and the token it is to predict, of logits
     /// divided by `temperature`, in nats. All rows use the same adapters.
     ///
@@ -278,12 +267,6 @@ pub trait Backend: Debug + Sized + 'static {
         temperature: f64,
         active: &[ActiveAdapter],
     ) -> Result<Vec<f32>>;
-
-    /// The scores (M) that a score head `weight (1, hidden_size)` gives to `hidden`.
-    fn row_scores(hidden: &Self::HeadInput, weight: &Tensor) -> Result<Vec<f32>>;
-
-    /// The logits of `hidden`, each row under its own adapters.
-    fn logits(decoder: &Decoder, hidden: &Self::HeadInput, adapters: Adapters) -> Result<Logits>;
 
     /// One micro-batch in which all weights of `model` train: the sum of `-log p(target)` over its
     /// targets, in nats. The gradients of that sum times `scale` are added to `gradients`.

@@ -8,14 +8,14 @@ use candle_core::{Device, Result, Tensor, Var};
 
 use super::{Backend, Cpu, HeadBytes, Inference, Keep, LayerBytes, ParameterGradients};
 use crate::data::Batch;
-use crate::model::adapters::{ActiveAdapter, Adapters};
+use crate::model::adapters::ActiveAdapter;
 use crate::model::cache::{CacheType, TensorCache};
 use crate::model::config::Config;
 use crate::model::decoder::Decoder;
 use crate::model::full::FullModel;
 use crate::model::layer::AdapterSizes;
 use crate::model::layers::LinearGroup;
-use crate::model::lm_head::{Logits, scores};
+use crate::model::lm_head::scores;
 use crate::model::pass::Pass;
 use crate::ops::BackendKind;
 use crate::ops::linear_cross_entropy::Distributions;
@@ -215,22 +215,6 @@ impl Backend for Reference {
         decoder.final_norm(x.get()?)
     }
 
-    fn select(hidden: &Tensor, rows: &[u32]) -> Result<Tensor> {
-        hidden.index_select(&Tensor::new(rows, hidden.device())?, 0)
-    }
-
-    fn concat(parts: Vec<Tensor>) -> Result<Tensor> {
-        Tensor::cat(&parts, 0)
-    }
-
-    fn to_tensor(hidden: Tensor) -> Result<Tensor> {
-        Ok(hidden)
-    }
-
-    fn from_tensor(hidden: &Tensor) -> Result<Tensor> {
-        Ok(hidden.clone())
-    }
-
     fn log_probs(
         decoder: &Decoder,
         x: &Self::Hidden,
@@ -303,14 +287,6 @@ impl Backend for Reference {
         active: &[ActiveAdapter],
     ) -> Result<Vec<f32>> {
         decoder.lm_head().tensor_log_probs(hidden, targets, temperature, active)?.to_vec1()
-    }
-
-    fn row_scores(hidden: &Tensor, weight: &Tensor) -> Result<Vec<f32>> {
-        scores(hidden, weight)?.to_vec1()
-    }
-
-    fn logits(decoder: &Decoder, hidden: &Tensor, adapters: Adapters) -> Result<Logits> {
-        decoder.lm_head().logits(hidden, adapters)
     }
 
     fn accumulate_full(

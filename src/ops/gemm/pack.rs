@@ -152,7 +152,8 @@ impl PackedRows {
         depth: usize,
     ) {
         use rayon::prelude::*;
-        assert!(rows == 0 || (rows - 1) * x.stride + depth <= x.values.len());
+        let end = |rows: usize| (rows - 1).checked_mul(x.stride)?.checked_add(depth);
+        assert!(rows == 0 || end(rows).is_some_and(|end| end <= x.values.len()));
         let tiles = rows.div_ceil(TILE_ROWS);
         let (units, blocks) = (panel.units(depth), panel.blocks(depth));
         (self.panel, self.rows, self.depth) = (panel, rows, depth);
@@ -204,7 +205,8 @@ impl PackedRows {
         depth: usize,
     ) {
         use rayon::prelude::*;
-        assert!(depth == 0 || (depth - 1) * x.stride + rows <= x.values.len());
+        let end = |depth: usize| (depth - 1).checked_mul(x.stride)?.checked_add(rows);
+        assert!(depth == 0 || end(depth).is_some_and(|end| end <= x.values.len()));
         assert!(panel != PanelType::Int8, "bytes serve forward products only");
         let tiles = rows.div_ceil(TILE_ROWS);
         let (units, blocks) = (panel.units(depth), panel.blocks(depth));
