@@ -257,15 +257,15 @@ impl Objective {
                 ))
             }
             Self::Ppo { policy, value } => {
-                let (mut total, mut judged) = (None, ObjectiveOutput::default());
+                let (mut total, mut output) = (None, ObjectiveOutput::default());
                 if let Some(policy) = policy {
                     let PpoPolicy { old_logps, advantages, weights, cliprange } = &**policy;
                     let sampled = Sampled { old_logps, advantages, weights };
                     let logps = logps()?;
                     let (sum, stats) = ppo_policy_loss(&logps, &sampled, *cliprange, entropies)?;
-                    judged.logps = logps.to_vec1()?;
-                    judged.loss += stats.loss;
-                    judged.stats.policy = Some(stats);
+                    output.logps = logps.to_vec1()?;
+                    output.loss += stats.loss;
+                    output.stats.policy = Some(stats);
                     total = Some(sum);
                 }
                 if let Some(value) = value {
@@ -273,15 +273,15 @@ impl Objective {
                     let PpoValue { old_values, returns, weights, cliprange_value, .. } = &**value;
                     let (sum, stats) =
                         ppo_value_loss(&scores, old_values, returns, weights, *cliprange_value)?;
-                    judged.loss += stats.loss;
-                    judged.stats.value = Some(stats);
+                    output.loss += stats.loss;
+                    output.stats.value = Some(stats);
                     total = Some(match total {
                         Some(total) => (total + sum)?,
                         None => sum,
                     });
                 }
                 match total {
-                    Some(total) => Ok((total, judged)),
+                    Some(total) => Ok((total, output)),
                     None => {
                         candle_core::bail!("the objective has neither a policy nor a value part")
                     }

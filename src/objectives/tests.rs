@@ -515,8 +515,8 @@ fn whitened_rewards_have_no_scale() {
 #[test]
 fn language_modelling_is_the_sum_of_surprise() {
     let logps = Var::new(&[-1.0f32, -2.5], &Device::Cpu).unwrap();
-    let (loss, judged) = Objective::LanguageModeling.compute(Some(&logps), None, None).unwrap();
-    assert_eq!((loss.to_scalar::<f32>().unwrap(), judged.loss), (3.5, 3.5));
+    let (loss, output) = Objective::LanguageModeling.compute(Some(&logps), None, None).unwrap();
+    assert_eq!((loss.to_scalar::<f32>().unwrap(), output.loss), (3.5, 3.5));
     let grads = loss.backward().unwrap();
     assert_eq!(grads.get(&logps).unwrap().to_vec1::<f32>().unwrap(), [-1.0, -1.0]);
     assert!(Objective::LanguageModeling.compute(None, None, None).is_err());

@@ -287,8 +287,8 @@ mod tests {
         drop((first, second));
         assert_eq!(here(), 0);
         fs::create_dir(room.path().join("runs")).unwrap();
-        let create = Scratch::create(&out).unwrap();
-        assert_eq!(create.folder.parent(), out.parent());
+        let created = Scratch::create(&out).unwrap();
+        assert_eq!(created.folder.parent(), out.parent());
     }
 
     #[test]

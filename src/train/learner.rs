@@ -68,11 +68,19 @@ pub trait Trainable {
         kept_layers: usize,
     ) -> Result<ObjectiveOutput, TrainError>;
 
+    /// Sets the gradients of what stays frozen within trainable parameters to 0.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn mask_gradients(&mut self) -> Result<(), TrainError> {
+        Ok(())
+    }
+
     /// The norm over all gradients.
     ///
     /// # Errors
     /// If the device fails.
-    fn gradient_norm(&mut self) -> Result<f64, TrainError>;
+    fn gradient_norm(&self) -> Result<f64, TrainError>;
 
     /// Takes an optimizer step with the gradients times `factor`. Returns whether all parameters are
     /// finite after it.
@@ -118,6 +126,7 @@ impl<T: Trainable> Learner<T> {
             result.stats.add(output.stats);
             result.logps.extend(output.logps);
         }
+        self.trained.mask_gradients()?;
         result.grad_norm = self.trained.gradient_norm()?;
         let step = self.trained.optimizer_steps() + 1;
         let diverged = TrainError::Diverged { step, loss: result.loss };
@@ -278,14 +287,21 @@ impl Trainable for AdapterTraining<'_> {
             dropout: dropout.as_ref(),
             noise: (self.noise_alpha > 0.0).then_some(noise),
         };
-        let judged = self.state.accumulate(self.decoder, &part.batch, &settings, range)?;
-        Ok(ObjectiveOutput { loss: judged.loss * part.scale, ..judged })
+        let output = self.state.accumulate(self.decoder, &part.batch, &settings, range)?;
+        Ok(ObjectiveOutput { loss: output.loss * part.scale, ..output })
     }
 
-    fn gradient_norm(&mut self) -> Result<f64, TrainError> {
+    fn mask_gradients(&mut self) -> Result<(), TrainError> {
         for (adapter, range) in self.adapters.iter().zip(&self.ranges) {
-            self.state.mask_frozen_ranks(adapter, range.clone())?;
+            // Gradients on a device are copied for it.
+            if adapter.modules.values().any(|lora| lora.frozen_ranks > 0) {
+                self.state.mask_frozen_ranks(adapter, range.clone())?;
+            }
         }
+        Ok(())
+    }
+
+    fn gradient_norm(&self) -> Result<f64, TrainError> {
         Ok(self.state.gradient_norm()?)
     }
 

@@ -157,7 +157,7 @@ pub fn accumulate<B: Backend>(
         B::layer_forward(decoder, index, pass, x, (keep(index), tape), scratch)?;
     }
 
-    let judged = judge::<B>(decoder, batch, settings, (x, dx), head, gradients)?;
+    let output = compute_objective::<B>(decoder, batch, settings, (x, dx), head, gradients)?;
 
     // Backward.
     let lowest = lowest.filter(|_| !to_embedding);
@@ -169,12 +169,12 @@ pub fn accumulate<B: Backend>(
     if to_embedding {
         B::embed_backward(decoder, &batch.tokens, pass, dx, gradients)?;
     }
-    Ok(judged)
+    Ok(output)
 }
 
 /// Reads the head from the last layer's output and evaluates the objective: leaves the gradient of that
 /// output in the second of `streams`, and adds those of the head.
-fn judge<B: Backend>(
+fn compute_objective<B: Backend>(
     decoder: &Decoder,
     batch: &Batch,
     settings: &StepSettings,
@@ -202,7 +202,7 @@ fn judge<B: Backend>(
 
     // Objective.
     let distributions = B::distributions(head).filter(|_| logps.is_some());
-    let (sum, judged) = objective.compute(logps.as_deref(), scores.as_deref(), distributions)?;
+    let (sum, output) = objective.compute(logps.as_deref(), scores.as_deref(), distributions)?;
     let mut store = (&sum * settings.scale)?.backward()?;
     B::zero_like(x, dx);
     if let Some(logps) = logps
@@ -218,7 +218,7 @@ fn judge<B: Backend>(
         let dscores = dscores.to_vec1::<f32>()?;
         B::scores_backward(decoder, &dscores, weight, head, dx, gradients)?;
     }
-    Ok(judged)
+    Ok(output)
 }
 
 /// Gradients, optimizer and buffers of a training run on its backend.

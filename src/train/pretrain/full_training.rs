@@ -69,7 +69,7 @@ impl Trainable for FullTraining {
         Ok(ObjectiveOutput { loss: sum * scale, ..ObjectiveOutput::default() })
     }
 
-    fn gradient_norm(&mut self) -> Result<f64, TrainError> {
+    fn gradient_norm(&self) -> Result<f64, TrainError> {
         Ok(self.state.gradient_norm()?)
     }
 
