@@ -214,7 +214,7 @@ impl Projection {
 #[derive(Debug, Clone)]
 pub(super) struct Attention {
     pub qkv: Projection,
-    /// NormPlacement of queries and keys: per head, `(head_dim)`, or over all heads of a token.
+    /// Norms of queries and keys: per head, `(head_dim)`, or over all heads of a token.
     pub q_norm: Option<Norm>,
     pub k_norm: Option<Norm>,
     pub o: Linear,

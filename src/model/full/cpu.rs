@@ -65,9 +65,9 @@ struct FullPass<'a> {
 }
 
 impl FullModel {
-    /// One micro-batch by the CPU's kernels: the sum of `-log p(target)` over its targets, in nats. The gradients of that
-    /// sum times `scale` (1 / the count of the whole step) are added to `gradients`, in the order of
-    /// the parameters.
+    /// One micro-batch by the CPU's kernels: the sum of `-log p(target)` over its targets, in nats. The
+    /// gradients of that sum times `scale` (1 / the count of the whole step) are added to `gradients`, in the
+    /// order of the parameters.
     ///
     /// Layers below the uppermost `kept_layers` keep only their input in the forward pass and are
     /// recomputed in the backward pass.

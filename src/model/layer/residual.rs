@@ -1,4 +1,4 @@
-//! NormPlacement and the residual stream, forward and backward.
+//! Norms and the residual stream, forward and backward.
 
 use candle_core::Result;
 

@@ -91,7 +91,7 @@ impl Tape {
     }
 }
 
-/// AdapterSizes of a layer's updates, which its tape and its buffers depend on.
+/// Sizes of a layer's updates, which its tape and its buffers depend on.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct AdapterSizes {
     /// Ranks of all its updates together.

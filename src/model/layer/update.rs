@@ -302,7 +302,7 @@ pub(super) fn scale_rows(values: &mut [f32], width: usize, scales: &BaseScales) 
 }
 
 /// Adds `weight / ‖·‖ · Σ dy ⊙ (W x + scale · B A x)` to the gradient of the magnitudes: the norms
-/// are treated as constants (Liu et al. 2024, section 4.3). `db (r, out)` is `lowᵀ · dy`.
+/// are treated as constants (Liu et al. 2024, section 4.3). `db (r, out)` is `hiddenᵀ · dy`.
 fn magnitude_gradient(
     dora: &Dora,
     update: &ActiveUpdate,
